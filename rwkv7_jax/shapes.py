@@ -1,0 +1,20 @@
+"""The axis letters of every shape in this package, and the aliases used everywhere. Level 1.
+
+B batch, T tokens, L layers, D width, H heads, N head size, `Nk` key channels (columns of a state),
+`Nv` value channels (rows of a state), F feed-forward width, R low rank, C chunk, V vocabulary,
+M kernel features.
+"""
+
+from typing import Any
+
+from jaxtyping import Array, Float, Int
+
+Tokens = Int[Array, "B T"]
+Lengths = Int[Array, " B"]
+Activations = Float[Array, "B T D"]
+Heads = Float[Array, "B T H N"]
+Logits = Float[Array, "B T V"]
+
+# The inner tree of weights: nested dicts whose paths are the official checkpoint names, `layer_0`
+# apart and the blocks behind it stacked under `layers`.
+Params = dict[str, Any]
