@@ -1,0 +1,47 @@
+"""The WKV-7 recurrence as its definition reads; every other form is compared with this one. Level 0."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# Tokens of one call: r, log_w, k, v, a, b.
+Inputs = tuple[
+    Float[Array, "B T H Nk"],
+    Float[Array, "B T H Nk"],
+    Float[Array, "B T H Nk"],
+    Float[Array, "B T H Nv"],
+    Float[Array, "B T H Nk"],
+    Float[Array, "B T H Nk"],
+]
+State = Float[Array, "B H Nv Nk"]
+
+
+def step(state: State, token) -> tuple[State, Float[Array, "B H Nv"]]:
+    """The state after one token and what is read from it.
+
+    S <- S (diag(w) + a b^T) + v k^T, then y = S r: the removal reads the old state, y the new one.
+
+    Args:
+        state: float32 or float64; rows are value channels, columns key channels.
+        token: r, log_w, k, v, a, b of one token, each [B H N*], in the state's dtype.
+
+    Source: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_numpy.py:39-40; cuda/rwkv7_clampw.cu:48-63.
+    """
+    r, log_w, k, v, a, b = token
+    removed = jnp.einsum("bhvk,bhk->bhv", state, a, precision="highest")
+    state = (
+        state * jnp.exp(log_w)[:, :, None, :]
+        + removed[..., None] * b[:, :, None, :]
+        + v[..., None] * k[:, :, None, :]
+    )
+    return state, jnp.einsum("bhvk,bhk->bhv", state, r, precision="highest")
+
+
+def wkv7_reference(inputs: Inputs, state: State) -> tuple[Float[Array, "B T H Nv"], State]:
+    """What every token reads and the state behind the last one, one token after the other.
+
+    All arithmetic happens in the state's dtype (float64 where x64 is on); y comes back in v's.
+    """
+    tokens = tuple(jnp.moveaxis(x, 1, 0).astype(state.dtype) for x in inputs)
+    end, y = jax.lax.scan(step, state, tokens)
+    return jnp.moveaxis(y, 0, 1).astype(inputs[3].dtype), end
