@@ -1,0 +1,84 @@
+"""The arithmetic of the model outside the recurrence, as pure functions. Level 2."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from .shapes import Activations, Heads
+
+# The largest decay rate: w = exp(-DECAY_RATE * sigmoid(z)) stays above 0.5452.
+DECAY_RATE = 0.6065306597126334  # exp(-1/2)
+
+
+def linear(x: Float[Array, "... I"], weight: Float[Array, "O I"]) -> Float[Array, "... O"]:
+    """x W^T in x's dtype; float32 means float32 on every device."""
+    return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype), precision=precision(x.dtype))
+
+
+def project(x: Float[Array, "... I"], weight: Float[Array, "I O"]) -> Float[Array, "... O"]:
+    """x W in x's dtype, for the low-rank matrices, which act from the right."""
+    return jnp.matmul(x, weight.astype(x.dtype), precision=precision(x.dtype))
+
+
+def precision(dtype) -> str:
+    """Full precision for float32, which GPU and TPU would shorten; one pass for 16-bit operands."""
+    return "highest" if dtype == jnp.float32 else "default"
+
+
+def layer_norm(
+    x: Float[Array, "... D"], weight: Float[Array, " D"], bias: Float[Array, " D"], eps: float
+) -> Float[Array, "... D"]:
+    """Zero mean, unit variance (biased) over the last axis, then scaled; statistics in float32."""
+    wide = x.astype(jnp.float32)
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def group_norm(
+    y: Heads, weight: Float[Array, " D"], bias: Float[Array, " D"], eps: float
+) -> Heads:
+    """Each head of each token normalised on its own; the affine part runs over all channels.
+
+    Source: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_demo.py:285.
+    """
+    heads = y.shape[-2:]
+    return layer_norm(y, weight.reshape(heads), bias.reshape(heads), eps)
+
+
+def unit_heads(x: Heads) -> Heads:
+    """Every head scaled to length 1; a head shorter than 1e-12 is divided by 1e-12.
+
+    Source: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_numpy.py:37 (torch's `normalize`).
+    """
+    wide = x.astype(jnp.float32)
+    square = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))).astype(x.dtype)
+
+
+def previous_tokens(x: Activations, before: Float[Array, "B D"]) -> Activations:
+    """Each token's predecessor; the first one's is `before`, from the state."""
+    return jnp.concatenate([before[:, None].astype(x.dtype), x], axis=1)[:, : x.shape[1]]
+
+
+def last_token(
+    x: Activations, before: Float[Array, "B D"], lengths: Int[Array, " B"] | None
+) -> Float[Array, "B D"]:
+    """The last token that counts of every row; `before` where none does."""
+    both = jnp.concatenate([before[:, None].astype(x.dtype), x], axis=1)
+    if lengths is None:
+        return both[:, -1]
+    return jnp.take_along_axis(both, lengths[:, None, None], axis=1)[:, 0]
+
+
+def lerp(x: Activations, shifted: Activations, coefficient: Float[Array, " D"]) -> Activations:
+    """x where the coefficient is 0, the previous token where it is 1."""
+    return x + (shifted - x) * coefficient.astype(x.dtype)
+
+
+def log_decay(z: Float[Array, "..."]) -> Float[Array, "..."]:
+    """log w of the raw decay logit, float32, in (-0.6066, 0).
+
+    Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/cuda/rwkv7_clampw.cu:16,42.
+    """
+    return -DECAY_RATE * jax.nn.sigmoid(z.astype(jnp.float32))

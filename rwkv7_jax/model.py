@@ -1,0 +1,317 @@
+"""RWKV-7 as a thin Linen shell: declare parameters, call pure functions, return. Level 4.
+
+Parameter paths are the official checkpoint names and matrices keep their official orientation:
+`.weight` is [out, in] and acts as x W^T; w1, a1, v1, g1 are [D, R] and w2, ... [R, D], acting as x w1.
+Source of the equations: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_demo.py:260-372.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+import pallas_kernels
+
+from . import initial, layers
+from .config import RWKV7Config
+from .shapes import Activations, Lengths, Logits, Tokens
+from .state import RWKV7State, check_state
+
+# What `method="trace"` hands out of every block, stacked over layers.
+TRACE = ("residual", "r", "log_w", "k", "v", "a", "b", "y", "gate", "ffn_input", "ffn_hidden")
+
+
+class Norm(nn.Module):
+    """A layer norm's weight and bias."""
+
+    config: RWKV7Config
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Layer norm."""
+        width = self.config.width
+        weight = self.param("weight", initial.constant(1.0, width), 0, self.config)
+        bias = self.param("bias", initial.constant(0.0, width), 0, self.config)
+        return layers.layer_norm(x, weight, bias, self.config.norm_eps)
+
+
+class Linear(nn.Module):
+    """A projection without bias."""
+
+    config: RWKV7Config
+    initial: initial.Initial
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        """x W^T."""
+        return layers.linear(x, self.param("weight", self.initial, 0, self.config))
+
+
+class HeadNorm(nn.Module):
+    """The per-head norm behind the recurrence."""
+
+    config: RWKV7Config
+
+    @nn.compact
+    def __call__(self, y: Float[Array, "B T H N"], layer) -> Float[Array, "B T H N"]:
+        """Group norm with one group a head."""
+        zeros = initial.constant(0.0, self.config.width)
+        weight = self.param("weight", initial.group_norm_weight, layer, self.config)
+        bias = self.param("bias", zeros, layer, self.config)
+        return layers.group_norm(y, weight, bias, self.config.group_norm_eps)
+
+
+class TimeMix(nn.Module):
+    """Attention's place: token shift, projections, the recurrence, norm, bonus, gate."""
+
+    config: RWKV7Config
+    first: bool
+
+    def _weight(self, name: str, draw: initial.Initial, layer) -> Array:
+        return self.param(name, draw, layer, self.config)
+
+    def _low_rank(self, x: Activations, letter: str, rank: int, activation, layer) -> Activations:
+        """x w1 -> activation -> w2, in x's dtype."""
+        width = self.config.width
+        down = self._weight(f"{letter}1", initial.constant(0.0, width, rank), layer)
+        up = self._weight(f"{letter}2", initial.low_rank_out(rank, width), layer)
+        return layers.project(activation(layers.project(x, down)), up)
+
+    def _logit(self, x: Activations, letter: str, rank: int, activation, *, bias, layer):
+        """A low-rank map plus its bias, float32."""
+        raw = self._low_rank(x, letter, rank, activation, layer).astype(jnp.float32)
+        return self._weight(f"{letter}0", bias, layer).astype(jnp.float32) + raw
+
+    def _square(self, name: str, gain: float) -> Linear:
+        width = self.config.width
+        draw = initial.orthogonal(gain, width, width) if gain else initial.constant(0, width, width)
+        return Linear(self.config, draw, name=name)
+
+    @nn.compact
+    def __call__(self, x: Activations, shift, wkv, v_first, *, lengths, layer):
+        """The block's contribution, its new shift and WKV state, layer 0's values and the trace."""
+        config, identity = self.config, lambda u: u
+        mixed = layers.previous_tokens(x, shift)
+        powers = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
+        x_r, x_w, x_k, x_v, x_a, x_g = (
+            layers.lerp(x, mixed, self._weight(f"x_{name}", initial.lerp(power), layer))
+            for name, power in powers.items()
+        )
+        r, k, v = self._square("receptance", 1.0)(x_r), self._square("key", 0.1)(x_k), None
+        v = self._square("value", 1.0)(x_v)
+        z = self._logit(
+            x_w, "w", config.decay_rank, jnp.tanh, bias=initial.decay_bias, layer=layer
+        )
+        rate = jax.nn.sigmoid(
+            self._logit(x_a, "a", config.icl_rank, identity, bias=initial.icl_bias, layer=layer)
+        ).astype(x.dtype)
+        gate = self._low_rank(x_g, "g", config.gate_rank, jax.nn.sigmoid, layer)
+        if self.first:
+            v_first = v
+        else:
+            mix = self._logit(
+                x_v, "v", config.value_rank, identity, bias=initial.value_bias, layer=layer
+            )
+            v = v + (v_first - v) * jax.nn.sigmoid(mix).astype(x.dtype)
+
+        k_k = self._weight("k_k", initial.removal_scale, layer).astype(x.dtype)
+        k_a = self._weight("k_a", initial.constant(1.02, config.width), layer).astype(x.dtype)
+        removal_key = layers.unit_heads(self._heads(k * k_k))  # uses k before the next line
+        k = k * (1 + (rate - 1) * k_a)
+        r, log_w, k, v, rate = map(self._heads, (r, layers.log_decay(z), k, v, rate))
+        a, b = -removal_key, removal_key * rate
+        y, wkv = pallas_kernels.wkv7(
+            r, log_w, k, v, a, b, wkv, implementation=config.implementation, lengths=lengths
+        )
+
+        out = HeadNorm(config, name="ln_x")(y, layer)
+        r_k = self._weight(
+            "r_k", initial.constant(-0.04, config.num_heads, config.head_size), layer
+        )
+        out = out + jnp.sum(r * k * r_k.astype(x.dtype), axis=-1, keepdims=True) * v
+        out = self._square("output", 0.0)(out.reshape(x.shape) * gate)
+        trace = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b, "y": y, "gate": gate}
+        return out, layers.last_token(x, shift, lengths), wkv, v_first, trace
+
+    def _heads(self, x: Activations) -> Float[Array, "B T H N"]:
+        return x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_size)
+
+
+class ChannelMix(nn.Module):
+    """The feed-forward half: token shift, squared relu."""
+
+    config: RWKV7Config
+
+    @nn.compact
+    def __call__(self, x: Activations, shift, *, lengths, layer):
+        """The block's contribution, its new shift and the hidden activations."""
+        width, hidden_width = self.config.width, self.config.ffn_width
+        x_k = self.param("x_k", initial.ffn_lerp, layer, self.config)
+        mixed = layers.lerp(x, layers.previous_tokens(x, shift), x_k)
+        grow = Linear(self.config, initial.orthogonal(1.0, hidden_width, width), name="key")
+        shrink = Linear(self.config, initial.constant(0.0, width, hidden_width), name="value")
+        hidden = jnp.square(jax.nn.relu(grow(mixed)))
+        return shrink(hidden), layers.last_token(x, shift, lengths), hidden
+
+
+class Block(nn.Module):
+    """One layer. The first has no value residual: it makes the values that the others mix in."""
+
+    config: RWKV7Config
+    first: bool
+    names: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, x: Activations, state: RWKV7State, layer, v_first, lengths):
+        """The new residual stream; and the layer's state, layer 0's values and the named arrays."""
+        att, att_shift, wkv, v_first, trace = TimeMix(self.config, self.first, name="att")(
+            Norm(self.config, name="ln1")(x),
+            state.att_shift,
+            state.wkv,
+            v_first,
+            lengths=lengths,
+            layer=layer,
+        )
+        ffn_input = Norm(self.config, name="ln2")(x + att)
+        ffn, ffn_shift, hidden = ChannelMix(self.config, name="ffn")(
+            ffn_input, state.ffn_shift, lengths=lengths, layer=layer
+        )
+        trace |= {"residual": x, "ffn_input": ffn_input, "ffn_hidden": hidden}
+        state = RWKV7State(att_shift=att_shift, wkv=wkv, ffn_shift=ffn_shift)
+        kept = {name: trace[name] for name in self.names}
+        return x + att + ffn, (state, v_first if self.first else (), kept)
+
+
+class RWKV7(nn.Module):
+    """The model: `apply({"params": params}, tokens, state) -> (logits, state)`.
+
+    Nothing is mutable: memory goes in and comes back as an `RWKV7State`. Activations have
+    `config.dtype`; logits and the WKV state are float32.
+    """
+
+    config: RWKV7Config
+
+    def __call__(
+        self, tokens: Tokens, state: RWKV7State, lengths: Lengths | None = None
+    ) -> tuple[Logits, RWKV7State]:
+        """Next-token logits at every position, and the state behind the last token.
+
+        Args:
+            tokens: ids below `config.vocab_size`; T may be 0. Concrete ids are checked here, traced
+                ones cannot be: JAX clamps those that are out of range.
+            state: one row per row of `tokens`.
+            lengths: tokens of each row that count, from the left; a row's logits behind its length mean
+                nothing, its state is the one at its length.
+
+        Raises:
+            ValueError: ids out of range, or a state of another batch or model.
+            TypeError: ids that are no integers, or a WKV state that is not float32.
+        """
+        logits, state, _ = self._run(tokens, state, lengths)
+        return logits, state
+
+    def hidden(
+        self, tokens: Tokens, state: RWKV7State, lengths: Lengths | None = None
+    ) -> tuple[Activations, RWKV7State]:
+        """As the call, stopped before the head: the normed activations from which logits are made."""
+        x, state, _ = self._run(tokens, state, lengths, project=False)
+        return x, state
+
+    def trace(
+        self, tokens: Tokens, state: RWKV7State, lengths: Lengths | None = None
+    ) -> tuple[Logits, RWKV7State, dict[str, Array]]:
+        """As the call, and the arrays named in `TRACE`, each stacked over layers: [L B T ...]."""
+        return self._run(tokens, state, lengths, names=TRACE)
+
+    @nn.compact
+    def _run(self, tokens, state, lengths, *, names=(), project=True):
+        config = self.config
+        check_tokens(tokens, config.vocab_size, caller="RWKV7")
+        check_state(state, tokens.shape[0], config, caller="RWKV7")
+        emb = Embedding(config, name="emb")(tokens).astype(config.dtype)
+        x = Norm(config, name="ln0")(emb)
+
+        block = nn.remat(Block, prevent_cse=False) if config.remat == "block" else Block
+        first = jax.tree.map(lambda leaf: leaf[0], state)
+        x, (end, v_first, trace) = block(config, True, names, name="layer_0")(
+            x, first, 0, None, lengths
+        )
+        end, trace = jax.tree.map(lambda leaf: leaf[None], (end, trace))
+        if config.num_layers > 1:
+            # v_first is closed over, not carried: a carry would be saved once per layer.
+            stacked = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, 0, nn.broadcast, nn.broadcast),
+                length=config.num_layers - 1,
+            )
+            rest = jax.tree.map(lambda leaf: leaf[1:], state)
+            index = jnp.arange(1, config.num_layers)
+            x, (rest, _, more) = stacked(config, False, names, name="layers")(
+                x, rest, index, v_first, lengths
+            )
+            end, trace = jax.tree.map(
+                lambda head, tail: jnp.concatenate([head, tail]), (end, trace), (rest, more)
+            )
+        x = Norm(config, name="ln_out")(x)
+        if project:
+            x = Head(config, name="head")(x)
+        return x, end, trace
+
+
+class Embedding(nn.Module):
+    """The table of token vectors."""
+
+    config: RWKV7Config
+
+    @nn.compact
+    def __call__(self, tokens: Tokens) -> Activations:
+        """Rows of the table."""
+        shape = (self.config.vocab_size, self.config.width)
+        return self.param("weight", initial.uniform(1e-4, *shape), 0, self.config)[tokens]
+
+
+class Head(nn.Module):
+    """The output projection."""
+
+    config: RWKV7Config
+
+    @nn.compact
+    def __call__(self, x: Activations) -> Logits:
+        """Float32 logits."""
+        shape = (self.config.vocab_size, self.config.width)
+        return head_logits(x, self.param("weight", initial.head(*shape), 0, self.config))
+
+
+def head_logits(x: Float[Array, "... D"], weight: Float[Array, "V D"]) -> Float[Array, "... V"]:
+    """Float32 logits of activations, from operands in the activations' dtype."""
+    return jnp.einsum(
+        "...d,vd->...v",
+        x,
+        weight.astype(x.dtype),
+        precision=layers.precision(x.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def check_tokens(tokens: Int[Array, "..."], vocab_size: int, *, caller: str) -> None:
+    """Return if the ids are integers and, where they are known, inside the vocabulary.
+
+    Raises:
+        TypeError: not integers.
+        ValueError: an id is out of range; the message has its position.
+    """
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise TypeError(f"{caller}: `tokens` must be integers; got {tokens.dtype}.")
+    if isinstance(tokens, jax.core.Tracer):
+        return
+    ids = np.asarray(tokens)
+    wrong = np.argwhere((ids < 0) | (ids >= vocab_size))
+    if len(wrong):
+        position = tuple(int(i) for i in wrong[0])
+        raise ValueError(
+            f"{caller}: `tokens` must be at least 0 and below {vocab_size}; "
+            f"got {ids[position]} at position {position}."
+        )
