@@ -10,7 +10,7 @@ def get_config():
     """Source code and documentation of the running CPython, 4 layers of width 128."""
     config = ConfigDict()
     config.mode = "pretrain"
-    config.steps = 3600
+    config.steps = 4800
     config.seed = 0
     config.log_every = 20
     config.save_every = 200
