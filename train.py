@@ -36,12 +36,16 @@ def describe(settings: Settings, job: jobs.Job, stream, start_step: int) -> None
     data = settings.data
     print(f"devices   {', '.join(str(device) for device in jax.devices())}")
     print(f"model     {job.model.config}")
-    print(f"trained   {sizes['trained']:,} numbers of mode {settings.mode}; weights {sizes['weights']:,}")
+    print(
+        f"trained   {sizes['trained']:,} numbers of mode {settings.mode}; weights {sizes['weights']:,}"
+    )
     if settings.mode == "pretrain":
         labels = sorted(set(jax.tree.leaves(groups(job.trainables))))
         print(f"groups    {', '.join(labels)}")
     print(f"data      {data.path}: {len(stream):,} training tokens")
-    print(f"steps     {start_step} to {settings.steps}, {data.batch_size * data.length:,} tokens each")
+    print(
+        f"steps     {start_step} to {settings.steps}, {data.batch_size * data.length:,} tokens each"
+    )
 
 
 def evaluate(settings: Settings, job: jobs.Job, train: TrainState, texts: dict) -> dict[str, float]:
@@ -122,7 +126,11 @@ def train(settings: Settings, workdir: str) -> None:
         folder.log(0, evaluate(settings, job, state, texts))
 
     bar = ProgressBar(settings.steps - start_step, settings.mode)
-    per_step, warned, since = settings.data.batch_size * settings.data.length, False, time.monotonic()
+    per_step, warned, since = (
+        settings.data.batch_size * settings.data.length,
+        False,
+        time.monotonic(),
+    )
     for number in range(start_step + 1, settings.steps + 1):
         state, metrics = step(state, next(batches))
         last = number == settings.steps

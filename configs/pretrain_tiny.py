@@ -1,6 +1,6 @@
 """The base model that ships as assets/tiny.pth: 1.0 million parameters, byte vocabulary.
 
-    python train.py --config=configs/pretrain_tiny.py --workdir=runs/tiny
+python train.py --config=configs/pretrain_tiny.py --workdir=runs/tiny
 """
 
 from ml_collections import ConfigDict

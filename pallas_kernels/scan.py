@@ -77,4 +77,6 @@ def backward(
     saved = (chunks, split(dy, chunk).astype(dtype), starts)
     dstate, grads = jax.lax.scan(walk, dend.astype(dtype), saved, reverse=True)
     tokens = dy.shape[1]
-    return tuple(join(g, tokens).astype(x.dtype) for g, x in zip(grads, inputs, strict=True)), dstate
+    return tuple(
+        join(g, tokens).astype(x.dtype) for g, x in zip(grads, inputs, strict=True)
+    ), dstate

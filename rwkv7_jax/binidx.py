@@ -46,7 +46,9 @@ def read_binidx(path: str | Path) -> np.ndarray:
     wrong = np.flatnonzero(starts != (np.cumsum(sizes) - sizes) * dtype.itemsize)
     if len(wrong):
         place = body + 4 * sequences + 8 * int(wrong[0])
-        raise ValueError(f"read_binidx: `{index}` at byte {place}: a sequence does not follow the last.")
+        raise ValueError(
+            f"read_binidx: `{index}` at byte {place}: a sequence does not follow the last."
+        )
     held = data.stat().st_size
     if held != sizes.sum() * dtype.itemsize:
         raise ValueError(

@@ -100,7 +100,9 @@ class RWKV7Config:
         for name in names:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"RWKV7Config: `{name}` must be a positive integer; got {value!r}.")
+                raise ValueError(
+                    f"RWKV7Config: `{name}` must be a positive integer; got {value!r}."
+                )
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:

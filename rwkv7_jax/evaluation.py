@@ -44,7 +44,12 @@ def _nats(model: RWKV7, params: Params, state: RWKV7State, tokens):
 
 
 def token_nats(
-    model: RWKV7, params: Params, state: RWKV7State, tokens: Int[np.ndarray, "B T1"], *, rows: int = 8
+    model: RWKV7,
+    params: Params,
+    state: RWKV7State,
+    tokens: Int[np.ndarray, "B T1"],
+    *,
+    rows: int = 8,
 ) -> Float[np.ndarray, "B T"]:
     """The loss of every target, each window read from `state` (batch 1), `rows` windows at a time."""
     start, pieces = repeat(state, rows), []

@@ -102,7 +102,7 @@ def _state(settings: Settings) -> Job:
 
     def save(folder: Path, tuned: RWKV7State) -> Path:
         result, path = scaled(tuned, tuning.alpha), folder / "state.pth"
-        info = {"base_model": model_hash(params), "alpha": tuning.alpha}
+        info = {"base_model": model_hash(params, model.config), "alpha": tuning.alpha}
         save_state(path, result, config=model.config, info=info)
         return path
 

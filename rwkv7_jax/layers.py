@@ -35,9 +35,7 @@ def layer_norm(
     return (wide * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-def group_norm(
-    y: Heads, weight: Float[Array, " D"], bias: Float[Array, " D"], eps: float
-) -> Heads:
+def group_norm(y: Heads, weight: Float[Array, " D"], bias: Float[Array, " D"], eps: float) -> Heads:
     """Each head of each token normalised on its own; the affine part runs over all channels.
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_demo.py:285.

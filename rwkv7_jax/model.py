@@ -100,9 +100,7 @@ class TimeMix(nn.Module):
         )
         r, k, v = self._square("receptance", 1.0)(x_r), self._square("key", 0.1)(x_k), None
         v = self._square("value", 1.0)(x_v)
-        z = self._logit(
-            x_w, "w", config.decay_rank, jnp.tanh, bias=initial.decay_bias, layer=layer
-        )
+        z = self._logit(x_w, "w", config.decay_rank, jnp.tanh, bias=initial.decay_bias, layer=layer)
         rate = jax.nn.sigmoid(
             self._logit(x_a, "a", config.icl_rank, identity, bias=initial.icl_bias, layer=layer)
         ).astype(x.dtype)

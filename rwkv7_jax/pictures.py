@@ -37,7 +37,14 @@ def curves(
     for colour, (name, points) in zip(_COLOURS, lines.items(), strict=False):
         points = np.asarray(points, dtype=float).reshape(-1, 2)
         many = len(points) > 40
-        axis.plot(*points.T, color=colour, label=name, lw=1.0 if many else 1.8, marker="" if many else "o", ms=3)
+        axis.plot(
+            *points.T,
+            color=colour,
+            label=name,
+            lw=1.0 if many else 1.8,
+            marker="" if many else "o",
+            ms=3,
+        )
     axis.set_xlabel(x)
     axis.set_ylabel(y)
     axis.grid(alpha=0.25)

@@ -79,9 +79,7 @@ def repeat(state: RWKV7State, batch: int) -> RWKV7State:
     """
     if state.batch != 1:
         raise ValueError(f"repeat: `state` must hold one sequence; got {state.batch}.")
-    return jax.tree.map(
-        lambda x: jnp.broadcast_to(x, (x.shape[0], batch, *x.shape[2:])), state
-    )
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (x.shape[0], batch, *x.shape[2:])), state)
 
 
 def select(state: RWKV7State, rows) -> RWKV7State:

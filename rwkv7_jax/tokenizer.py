@@ -109,7 +109,9 @@ class Tokenizer:
                     f"character {error.start}."
                 ) from None
         if not isinstance(text, (bytes, bytearray)):
-            raise TypeError(f"Tokenizer.encode: `text` must be str or bytes; got {type(text).__name__}.")
+            raise TypeError(
+                f"Tokenizer.encode: `text` must be str or bytes; got {type(text).__name__}."
+            )
         if not self._lengths:
             return (np.frombuffer(text, np.uint8).astype(np.int64) + 1).tolist()
         return self._longest(bytes(text))

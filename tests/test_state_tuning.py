@@ -23,7 +23,9 @@ ROWS, TOKENS = 2, 21
 def perturbed(tree, seed: int, size: float):
     leaves, form = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    draws = [x + size * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True)]
+    draws = [
+        x + size * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True)
+    ]
     return jax.tree.unflatten(form, draws)
 
 
