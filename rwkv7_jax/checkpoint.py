@@ -18,7 +18,7 @@ import numpy as np
 from . import names
 from .config import RWKV7Config
 from .convert import Progress, build_tree, check_names, infer_config, official_tensors
-from .names import Named, Tensor
+from .names import Tensor
 from .pth import read_pth, write_pth
 from .shapes import Params
 
@@ -69,7 +69,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         )
 
     try:
-        return {name: tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        return {name: tensor(name) for name in file.keys()}
     except KeyError as error:
         raise ValueError(f"checkpoint: `{path}` has a tensor of dtype {error}.") from None
 
