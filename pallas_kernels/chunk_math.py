@@ -1,13 +1,15 @@
 """The arithmetic of one chunk of L tokens, forward and backward, on plain arrays. Level 0.
 
-With cs the running sum of log_w inside the chunk and mid its value at the chunk's middle, the factors
+With cs the running sum of log_w inside the chunk and mid its value at the chunk's middle, the
+factors
 
-    ah = a exp(cs_{t-1} - mid)   rh = r exp(cs_t - mid)   bh = b exp(mid - cs_t)   kh = k exp(mid - cs_t)
+    ah = a exp(cs_{t-1} - mid)          rh = r exp(cs_t - mid)
+    bh = b exp(mid - cs_t)              kh = k exp(mid - cs_t)
 
 and the scaled start state S^ = S exp(mid) turn the recurrence into matrix products:
 
-    U  = T (ah S^' + Aak V)               T = (I - Aab)^-1, Aab = strictly_lower(ah bh'), Aak likewise
-    Y  = rh S^' + Arb U + Ark V           Arb = lower(rh bh'), Ark = lower(rh kh')
+    U  = T (ah S^' + Aak V)             T = (I - Aab)^-1, Aab = strictly_lower(ah bh'), Aak alike
+    Y  = rh S^' + Arb U + Ark V         Arb = lower(rh bh'), Ark = lower(rh kh')
     S <- (S^ + U' bh + V' kh) exp(last - mid)
 
 Centring at the middle halves the exponents: log_w is above -0.6066, so with L = 64 no factor leaves
@@ -22,24 +24,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Rows = Float[Array, "... L N"]
+Keys = Float[Array, "... L Nk"]
+Values = Float[Array, "... L Nv"]
+Row = Float[Array, "... 1 Nk"]
 Square = Float[Array, "... L L"]
 Matrix = Float[Array, "... Nv Nk"]
+Tokens = tuple[Keys, Keys, Keys, Values, Keys, Keys]  # r, log_w, k, v, a, b
 
 
 class Chunk(NamedTuple):
-    """One chunk's inputs, factors and token-to-token products; `dtype` is that of matmul operands."""
+    """One chunk's factors and token-to-token products; `dtype` is that of matmul operands."""
 
-    v: Rows
-    ah: Rows
-    rh: Rows
-    bh: Rows
-    kh: Rows
-    before: Rows  # exp(cs_{t-1} - mid)
-    upto: Rows  # exp(cs_t - mid)
-    after: Rows  # exp(mid - cs_t)
-    mid: Rows  # exp(mid), one row
-    rest: Rows  # exp(last - mid), one row
+    v: Values
+    ah: Keys
+    rh: Keys
+    bh: Keys
+    kh: Keys
+    before: Keys  # exp(cs_{t-1} - mid)
+    upto: Keys  # exp(cs_t - mid)
+    after: Keys  # exp(mid - cs_t)
+    mid: Row  # exp(mid)
+    rest: Row  # exp(last - mid)
     inverse: Square  # T
     aak: Square
     arb: Square
@@ -81,7 +86,7 @@ def unit_lower_inverse(a: Square, dtype: jnp.dtype) -> Square:
     return inverse
 
 
-def prepare(inputs: tuple[Rows, ...], dtype: jnp.dtype) -> Chunk:
+def prepare(inputs: Tokens, dtype: jnp.dtype) -> Chunk:
     """All that a chunk's tokens determine without a state.
 
     Args:
@@ -114,7 +119,7 @@ def prepare(inputs: tuple[Rows, ...], dtype: jnp.dtype) -> Chunk:
     )
 
 
-def removals(chunk: Chunk, scaled: Matrix) -> Rows:
+def removals(chunk: Chunk, scaled: Matrix) -> Values:
     """U: what each token removes from the state's rows, given the scaled start state."""
     dtype = chunk.dtype
     return dot(
@@ -122,7 +127,7 @@ def removals(chunk: Chunk, scaled: Matrix) -> Rows:
     )
 
 
-def forward(inputs: tuple[Rows, ...], state: Matrix, dtype: jnp.dtype) -> tuple[Rows, Matrix]:
+def forward(inputs: Tokens, state: Matrix, dtype: jnp.dtype) -> tuple[Values, Matrix]:
     """What the chunk's tokens read, and the state behind them."""
     chunk = prepare(inputs, dtype)
     scaled = state * chunk.mid
@@ -133,8 +138,8 @@ def forward(inputs: tuple[Rows, ...], state: Matrix, dtype: jnp.dtype) -> tuple[
 
 
 def backward(
-    inputs: tuple[Rows, ...], state: Matrix, dy: Rows, dend: Matrix, *, dtype: jnp.dtype
-) -> tuple[tuple[Rows, ...], Matrix]:
+    inputs: Tokens, state: Matrix, dy: Values, dend: Matrix, *, dtype: jnp.dtype
+) -> tuple[Tokens, Matrix]:
     """Gradients of the six inputs and of the start state, everything recomputed from that state.
 
     Args:
@@ -160,8 +165,8 @@ def backward(
     dk_inside = dot(dak.mT, ah, dtype) + dot(drk.mT, rh, dtype)
     db_end, dk_end = dot(u, dscaled, dtype), dot(v, dscaled, dtype)
     dr, da = dr * chunk.upto, da * chunk.before
-    # The decay's gradient: what a token's decay touches inside the chunk reaches it from behind, what
-    # it touches of the end state from before it; written so, the two never cancel.
+    # The decay's gradient: what a token's decay touches inside the chunk reaches it from behind,
+    # what it touches of the end state from before it; written so, the two never cancel.
     inside = r * dr + a * da - bh * db_inside - kh * dk_inside
     to_end = bh * db_end + kh * dk_end
     rows = inside.ndim - 2

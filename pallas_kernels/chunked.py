@@ -1,4 +1,4 @@
-"""WKV-7 chunk by chunk in plain JAX: matrix products inside a chunk, a scan over chunks. Level 0."""
+"""WKV-7 chunk by chunk in plain JAX: matrix products in a chunk, a scan over chunks. Level 0."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def _operands(inputs: Inputs) -> jnp.dtype:
 def forward_saving(
     inputs: Inputs, state: State, chunk: int
 ) -> tuple[Float[Array, "B T H Nv"], State, Starts]:
-    """What every token reads, the state behind the last one, and the state at each chunk's start."""
+    """What every token reads, the state behind the last, and the state at each chunk's start."""
 
     def walk(state, tokens):
         tokens = tuple(x.astype(state.dtype) for x in tokens)
@@ -50,7 +50,7 @@ def forward(inputs: Inputs, state: State, chunk: int) -> tuple[Float[Array, "B T
 def backward(
     inputs: Inputs, starts: Starts, dy: Float[Array, "B T H Nv"], dend: State, *, chunk: int
 ) -> tuple[tuple[Array, ...], State]:
-    """Gradients of the six inputs and of the start state, from the states that `forward_saving` kept."""
+    """Gradients of the six inputs and the start state, from what `forward_saving` kept."""
 
     def walk(dstate, saved):
         tokens, dy, start = saved

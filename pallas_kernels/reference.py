@@ -1,4 +1,4 @@
-"""The WKV-7 recurrence as its definition reads; every other form is compared with this one. Level 0."""
+"""The WKV-7 recurrence as its definition reads; every other form is compared with it. Level 0."""
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,8 @@
-"""WKV-7 token by token, with a backward pass that recomputes states instead of storing them all. Level 0.
+"""WKV-7 token by token; its backward pass recomputes states instead of storing them all. Level 0.
 
-A state is kept at the start of every chunk; the backward pass walks each chunk forward once more from
-there. Rebuilding states by dividing by the decay, as several kernels do, loses three to five digits.
+A state is kept at the start of every chunk; the backward pass walks each chunk forward once more
+from there. Rebuilding states by dividing by the decay, as several kernels do, loses three to five
+digits.
 """
 
 import jax
@@ -16,7 +17,7 @@ forward = wkv7_reference
 
 
 def split(x: Float[Array, "B T H N"], chunk: int) -> Float[Array, "C L B H N"]:
-    """Time first and cut into chunks; zeros fill the last one, and a token of zeros changes nothing."""
+    """Time first and cut into chunks; zeros fill the last one, and change nothing."""
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk), (0, 0), (0, 0)))
     x = jnp.moveaxis(x, 1, 0)
     return x.reshape(-1, chunk, *x.shape[1:])
@@ -44,7 +45,7 @@ def forward_saving(
 def _step_backward(dstate: State, saved) -> tuple[State, tuple[Array, ...]]:
     """The gradient of the state before a token, and the gradients of that token's six inputs.
 
-    Source: BlinkDL/RWKV-CUDA rwkv7_fast_fused (state passing), with stored instead of rebuilt states.
+    Source: BlinkDL/RWKV-CUDA rwkv7_fast_fused (state passing); there rebuilt, here stored states.
     """
     (r, log_w, k, v, a, b), dy, before = saved
     removed = jnp.einsum("bhvk,bhk->bhv", before, a, precision="highest")
@@ -65,7 +66,7 @@ def _step_backward(dstate: State, saved) -> tuple[State, tuple[Array, ...]]:
 def backward(
     inputs: Inputs, starts: Starts, dy: Float[Array, "B T H Nv"], dend: State, *, chunk: int
 ) -> tuple[tuple[Array, ...], State]:
-    """Gradients of the six inputs and of the start state, from the states that `forward_saving` kept."""
+    """Gradients of the six inputs and the start state, from what `forward_saving` kept."""
 
     def walk(dstate, saved):
         tokens, dy, start = saved

@@ -14,7 +14,7 @@ CHUNKS = (16, 32, 64)
 
 
 def available() -> tuple[str, ...]:
-    """The implementations that run on this process's default device, in the order of `IMPLEMENTATIONS`."""
+    """The implementations that run on this process's default device, in their listed order."""
     return IMPLEMENTATIONS
 
 
@@ -79,14 +79,14 @@ def _check(inputs: Inputs, state: State, implementation: str | None, chunk: int)
 
 
 def _mask(inputs: Inputs, lengths: Int[Array, " B"]) -> Inputs:
-    """Tokens at and behind each row's length become zeros: they leave the state alone and read zeros."""
+    """Tokens at and behind each row's length become zeros: they write nothing and read zeros."""
     batch, tokens = inputs[0].shape[:2]
     if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(
             f"wkv7: `lengths` must be {batch} integers, one a row; "
             f"got shape {lengths.shape} of {lengths.dtype}."
         )
-    real = (jnp.arange(tokens) < lengths[:, None])[..., None, None]
+    real = (jnp.arange(tokens)[None] < lengths[:, None])[..., None, None]
     return tuple(jnp.where(real, x, 0) for x in inputs)
 
 
@@ -105,20 +105,21 @@ def wkv7(
 ) -> tuple[Float[Array, "B T H Nv"], Float[Array, "B H Nv Nk"]]:
     """What every token reads from the recurrent state, and the state behind the last token.
 
-    For each head, S <- S (diag(exp(log_w)) + a b^T) + v k^T and y = S r, with float32 states. All seven
-    inputs have gradients, also through the returned state. Key and value sizes may differ; any T, zero
-    included.
+    For each head, S <- S (diag(exp(log_w)) + a b^T) + v k^T and y = S r, with float32 states. All
+    seven inputs have gradients, also through the returned state. Key and value sizes may differ;
+    any T, zero included.
 
     Args:
         r: receptance, what is read.
-        log_w: natural logarithm of the decay, per key channel, in (-0.6066, 0]. Best kept in float32.
+        log_w: natural logarithm of the decay, per key channel, in (-0.6066, 0]. Best kept in
+            float32.
         k: key that is written.
         v: value that is written.
         a: removal key, -kk in the model.
         b: removal key times in-context learning rate, kk * a in the model.
         state: float32 (float64 for all under x64); rows are value channels, columns key channels.
-        implementation: a name of `IMPLEMENTATIONS`, which then runs or raises; None takes the best for
-            the platform the program is lowered for.
+        implementation: a name of `IMPLEMENTATIONS`, which then runs or raises; None takes the best
+            for the platform the program is lowered for.
         lengths: tokens of each row that count; the rest is padding on the right.
         chunk: tokens between two states kept for the backward pass, and rows of a matrix product in
             "chunked": 16, 32 or 64.

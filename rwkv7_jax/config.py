@@ -6,8 +6,8 @@ import math
 _DTYPES = ("float32", "bfloat16")
 _REMAT = ("none", "block")
 
-# Published models: layers, width, then the low ranks of decay, in-context rate, value, gate. The ranks
-# follow no one rule, so they are written out.
+# Published models: layers, width, then the low ranks of decay, in-context rate, value, gate. The
+# ranks follow no one rule, so they are written out.
 # Source: the specification's audit of the G1 files; 0.4B in BlinkDL/RWKV-LM@524481d.
 _PRESETS = {
     "0.1b": (12, 768, 64, 64, 32, 128),
@@ -44,11 +44,13 @@ class RWKV7Config:
         value_rank: low rank of the value residual's gate (v1, v2).
         gate_rank: low rank of the output gate (g1, g2).
         norm_eps: epsilon of the layer norms.
-        group_norm_eps: epsilon of the per-head norm. 64e-5 in official files, whatever the head size;
-            `head_size * norm_eps` in HF folders.
-        dtype: activations, "float32" or "bfloat16". Logits, losses and the WKV state are float32 always.
+        group_norm_eps: epsilon of the per-head norm. 64e-5 in official files, whatever the head
+            size; `head_size * norm_eps` in HF folders.
+        dtype: activations, "float32" or "bfloat16". Logits, losses and the WKV state are float32
+            always.
         remat: "none", or "block" to recompute each block in the backward pass.
-        implementation: of the WKV op (`pallas_kernels.IMPLEMENTATIONS`), or None for the best there is.
+        implementation: of the WKV op (`pallas_kernels.IMPLEMENTATIONS`), or None for the best there
+            is.
 
     Raises:
         ValueError: a size is no positive integer, or the sizes do not fit each other.

@@ -1,7 +1,7 @@
 """What every parameter of a new model starts from. Level 2.
 
-Each function takes a random key, the block's index (which may be traced: blocks are initialised inside a
-scan) and the config, and gives a float32 array. Source: BlinkDL/RWKV-LM@524481d
+Each function takes a random key, the block's index (which may be traced: blocks are initialised
+inside a scan) and the config, and gives a float32 array. Source: BlinkDL/RWKV-LM@524481d
 RWKV-v7/train_temp/src/model.py:510-581, 713-723, 892-975, where the second stage overrides the
 constructors; checked there against flash-linear-attention 0.6.0.
 """

@@ -25,14 +25,24 @@ def precision(dtype) -> str:
     return "highest" if dtype == jnp.float32 else "default"
 
 
+def per_channel(vector: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`vector` in x's dtype and rank, to act along x's last axes."""
+    return jax.lax.broadcast_to_rank(vector.astype(x.dtype), x.ndim)
+
+
+def standardise(x: Float[Array, "... N"], eps: float) -> Float[Array, "... N"]:
+    """Zero mean, unit variance (biased) over the last axis, in float32."""
+    wide = x.astype(jnp.float32)
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    return wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+
+
 def layer_norm(
     x: Float[Array, "... D"], weight: Float[Array, " D"], bias: Float[Array, " D"], eps: float
 ) -> Float[Array, "... D"]:
-    """Zero mean, unit variance (biased) over the last axis, then scaled; statistics in float32."""
-    wide = x.astype(jnp.float32)
-    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (wide * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+    """Standardised over the last axis, then scaled and shifted; statistics in float32."""
+    wide = standardise(x, eps)
+    return (wide * per_channel(weight, wide) + per_channel(bias, wide)).astype(x.dtype)
 
 
 def group_norm(y: Heads, weight: Float[Array, " D"], bias: Float[Array, " D"], eps: float) -> Heads:
@@ -40,8 +50,9 @@ def group_norm(y: Heads, weight: Float[Array, " D"], bias: Float[Array, " D"], e
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_demo.py:285.
     """
-    heads = y.shape[-2:]
-    return layer_norm(y, weight.reshape(heads), bias.reshape(heads), eps)
+    wide = standardise(y, eps)
+    weight, bias = (per_channel(u.reshape(y.shape[-2:]), wide) for u in (weight, bias))
+    return (wide * weight + bias).astype(y.dtype)
 
 
 def unit_heads(x: Heads) -> Heads:
@@ -71,7 +82,7 @@ def last_token(
 
 def lerp(x: Activations, shifted: Activations, coefficient: Float[Array, " D"]) -> Activations:
     """x where the coefficient is 0, the previous token where it is 1."""
-    return x + (shifted - x) * coefficient.astype(x.dtype)
+    return x + (shifted - x) * per_channel(coefficient, x)
 
 
 def log_decay(z: Float[Array, "..."]) -> Float[Array, "..."]:

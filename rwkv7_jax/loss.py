@@ -1,8 +1,9 @@
 """Next-token losses that never hold all logits at once. Level 5.
 
-A batch is a dict of `tokens` [B T+1] (int32: inputs and, one later, targets) and `mask` [B T] (1 where a
-target counts). Losses are weighted sums over positions whose weights add up to 1 over the whole batch, so
-that micro-batches of any make-up add up to the same gradient as the batch in one piece.
+A batch is a dict of `tokens` [B T+1] (int32: inputs and, one later, targets) and `mask` [B T] (1
+where a target counts). Losses are weighted sums over positions whose weights add up to 1 over the
+whole batch, so that micro-batches of any make-up add up to the same gradient as the batch in one
+piece.
 """
 
 import jax
@@ -21,7 +22,7 @@ CHUNK = 512
 
 
 def token_weights(batch: Batch) -> PerToken:
-    """Each target's share of the loss: `weights` if the batch carries them, else the mask over its sum."""
+    """Each target's share of the loss: the batch's `weights`, else its mask over the mask's sum."""
     if "weights" in batch:
         return batch["weights"]
     mask = batch["mask"].astype(jnp.float32)
@@ -29,7 +30,7 @@ def token_weights(batch: Batch) -> PerToken:
 
 
 def by_chunks(per_token, *arrays: Float[Array, "B T ..."], chunk: int = CHUNK):
-    """`per_token(*pieces)` over pieces of `chunk` tokens, joined again; recomputed in the backward pass.
+    """`per_token(*pieces)` over pieces of `chunk` tokens, joined; recomputed in the backward pass.
 
     Args:
         per_token: maps arrays [B C ...] to a tree of arrays [B C].
@@ -94,7 +95,8 @@ def next_token_loss(
         state: what every row starts from.
         batch: tokens and mask.
         l2wrap: pull of the largest logit of every position towards zero; its gradient is
-            `l2wrap / (B T)` times that logit, masked positions included. Official training uses 1e-4.
+            `l2wrap / (B T)` times that logit, masked positions included. Official training uses
+            1e-4.
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/model.py:758-771.
     """

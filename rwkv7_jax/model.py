@@ -1,8 +1,8 @@
 """RWKV-7 as a thin Linen shell: declare parameters, call pure functions, return. Level 4.
 
 Parameter paths are the official checkpoint names and matrices keep their official orientation:
-`.weight` is [out, in] and acts as x W^T; w1, a1, v1, g1 are [D, R] and w2, ... [R, D], acting as x w1.
-Source of the equations: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_demo.py:260-372.
+`.weight` is [out, in] and acts as x W^T; w1, a1, v1, g1 are [D, R] and w2, ... [R, D], acting as x
+w1. Source of the equations: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_demo.py:260-372.
 """
 
 import flax.linen as nn
@@ -81,11 +81,13 @@ class TimeMix(nn.Module):
     def _logit(self, x: Activations, letter: str, rank: int, activation, *, bias, layer):
         """A low-rank map plus its bias, float32."""
         raw = self._low_rank(x, letter, rank, activation, layer).astype(jnp.float32)
-        return self._weight(f"{letter}0", bias, layer).astype(jnp.float32) + raw
+        return raw + layers.per_channel(self._weight(f"{letter}0", bias, layer), raw)
 
     def _square(self, name: str, gain: float) -> Linear:
         width = self.config.width
-        draw = initial.orthogonal(gain, width, width) if gain else initial.constant(0, width, width)
+        draw = (
+            initial.orthogonal(gain, width, width) if gain else initial.constant(0.0, width, width)
+        )
         return Linear(self.config, draw, name=name)
 
     @nn.compact
@@ -113,8 +115,9 @@ class TimeMix(nn.Module):
             )
             v = v + (v_first - v) * jax.nn.sigmoid(mix).astype(x.dtype)
 
-        k_k = self._weight("k_k", initial.removal_scale, layer).astype(x.dtype)
-        k_a = self._weight("k_a", initial.constant(1.02, config.width), layer).astype(x.dtype)
+        k_k = layers.per_channel(self._weight("k_k", initial.removal_scale, layer), x)
+        k_a = self._weight("k_a", initial.constant(1.02, config.width), layer)
+        k_a = layers.per_channel(k_a, x)
         removal_key = layers.unit_heads(self._heads(k * k_k))  # uses k before the next line
         k = k * (1 + (rate - 1) * k_a)
         r, log_w, k, v, rate = map(self._heads, (r, layers.log_decay(z), k, v, rate))
@@ -127,7 +130,7 @@ class TimeMix(nn.Module):
         r_k = self._weight(
             "r_k", initial.constant(-0.04, config.num_heads, config.head_size), layer
         )
-        out = out + jnp.sum(r * k * r_k.astype(x.dtype), axis=-1, keepdims=True) * v
+        out = out + jnp.sum(r * k * layers.per_channel(r_k, r), axis=-1, keepdims=True) * v
         out = self._square("output", 0.0)(out.reshape(x.shape) * gate)
         trace = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b, "y": y, "gate": gate}
         return out, layers.last_token(x, shift, lengths), wkv, v_first, trace
@@ -199,8 +202,8 @@ class RWKV7(nn.Module):
             tokens: ids below `config.vocab_size`; T may be 0. Concrete ids are checked here, traced
                 ones cannot be: JAX clamps those that are out of range.
             state: one row per row of `tokens`.
-            lengths: tokens of each row that count, from the left; a row's logits behind its length mean
-                nothing, its state is the one at its length.
+            lengths: tokens of each row that count, from the left; a row's logits behind its length
+                mean nothing, its state is the one at its length.
 
         Raises:
             ValueError: ids out of range, or a state of another batch or model.
@@ -212,7 +215,7 @@ class RWKV7(nn.Module):
     def hidden(
         self, tokens: Tokens, state: RWKV7State, lengths: Lengths | None = None
     ) -> tuple[Activations, RWKV7State]:
-        """As the call, stopped before the head: the normed activations from which logits are made."""
+        """As the call, stopped before the head: the normed activations that logits are made of."""
         x, state, _ = self._run(tokens, state, lengths, project=False)
         return x, state
 

@@ -1,4 +1,4 @@
-"""What an RWKV-7 remembers between tokens, as a pytree that is passed in and handed back. Level 2."""
+"""What an RWKV-7 remembers between tokens: a pytree passed in and handed back. Level 2."""
 
 import typing
 
@@ -83,7 +83,7 @@ def repeat(state: RWKV7State, batch: int) -> RWKV7State:
 
 
 def select(state: RWKV7State, rows) -> RWKV7State:
-    """The sequences `rows` of `state`: an index, a slice or an array of indices; the batch axis stays."""
+    """The sequences `rows` (an index, a slice or many indices) of `state`; the batch axis stays."""
     rows = jnp.atleast_1d(jnp.arange(state.batch)[rows])
     return jax.tree.map(lambda x: x[:, rows], state)
 

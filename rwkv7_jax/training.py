@@ -1,8 +1,8 @@
 """One step of training, for any loss and any tree of trainables. Level 6.
 
-A loss is a function of the trainables and a batch. One that needs large frozen arrays, such as a model's
-weights, is a `jax.tree_util.Partial` over them: the compiled step then takes them as arguments instead of
-holding them as constants.
+A loss is a function of the trainables and a batch. One that needs large frozen arrays, such as a
+model's weights, is a `jax.tree_util.Partial` over them: the compiled step then takes them as
+arguments instead of holding them as constants.
 """
 
 import functools
@@ -45,7 +45,7 @@ class TrainState:
 
     @classmethod
     def create(cls, params: Any, tx: optax.GradientTransformation) -> "TrainState":
-        """The state before the first step. `params` are copied: steps consume their input's memory."""
+        """The state before the first step; `params` are copied, for steps consume their input."""
         params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
         step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
         return cls(step=step, params=params, opt_state=tx.init(params), skipped=skipped)
@@ -69,7 +69,8 @@ def _gradients(loss: Loss, params, batch: Batch, accumulate: int):
         raise ValueError(
             f"make_train_step: `accumulate` must divide the batch of {rows} rows; got {accumulate}."
         )
-    # Weights are shares of the whole batch; a piece's are blown up so that the pieces' mean is exact.
+    # Weights are shares of the whole batch; a piece's are blown up so that the pieces' mean is
+    # exact.
     batch = batch | {"weights": token_weights(batch) * accumulate}
     if accumulate == 1:
         return grad(params, batch)
@@ -89,11 +90,12 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """`step(train, batch) -> (train, metrics)`, compiled; the old `train` must not be used again.
 
-    An update whose loss or gradient is not finite is left out: parameters and moments stay as they are,
-    bit for bit, and `skipped` counts it. Metrics stay on the device.
+    An update whose loss or gradient is not finite is left out: parameters and moments stay as they
+    are, bit for bit, and `skipped` counts it. Metrics stay on the device.
 
     Args:
-        loss: `(params, batch) -> (loss, metrics)`; arrays inside a `Partial` are passed as arguments.
+        loss: `(params, batch) -> (loss, metrics)`; arrays inside a `Partial` are passed as
+            arguments.
         tx: the optimizer.
         accumulate: pieces into which a batch is cut; K pieces give the gradient of the whole batch.
     """

@@ -19,7 +19,8 @@ GROUPS = (
 DECAYED = ("table", "matrix")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 KINDS = ("adamw", "muon")
-# Muon's updates get the root mean square that Adam's typically have, so one learning rate serves both.
+# Muon's updates get the root mean square that Adam's typically have, so one learning rate serves
+# both.
 # Source: arXiv 2502.16982, section 2.2.
 _MUON_RMS = 0.2
 
@@ -109,7 +110,8 @@ def build_optimizer(
 
     Args:
         learning_rate: a number or a schedule.
-        kind: "adamw", or "muon" for orthogonalised momentum on the blocks' matrices and Adam elsewhere.
+        kind: "adamw", or "muon" for orthogonalised momentum on the blocks' matrices and Adam
+            elsewhere.
         weight_decay: of the groups `DECAYED`.
         clip: largest global norm of the gradient; None switches clipping off.
         b1: decay of the first moment.
