@@ -3,9 +3,10 @@
     python eval.py --config=configs/eval.py --config.init=model.pth --config.state=poet.pth \
         --config.data.path=poems.jsonl
 
-Rows: the base model from its zero state; the tuned state; and the base after reading a prompt of the
-training text, of each size in config.evaluation.prompt_bytes (-1: all the text that tuning could see, the
-prompt of equal information). The same rows on config.evaluation.retention, other text, show the price.
+Rows: the base model from its zero state; the tuned state; and the base after reading a prompt of
+the training text, of each size in config.evaluation.prompt_bytes (-1: all the text that tuning
+could see, the prompt of equal information). The same rows on config.evaluation.retention, other
+text, show the price.
 """
 
 import dataclasses

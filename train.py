@@ -36,9 +36,7 @@ def describe(settings: Settings, job: jobs.Job, stream, start_step: int) -> None
     data = settings.data
     print(f"devices   {', '.join(str(device) for device in jax.devices())}")
     print(f"model     {job.model.config}")
-    print(
-        f"trained   {sizes['trained']:,} numbers of mode {settings.mode}; weights {sizes['weights']:,}"
-    )
+    print(f"trained   {sizes['trained']:,} of {sizes['weights']:,} weights in mode {settings.mode}")
     if settings.mode == "pretrain":
         labels = sorted(set(jax.tree.leaves(groups(job.trainables))))
         print(f"groups    {', '.join(labels)}")

@@ -2,8 +2,8 @@
 
     python train.py --config=configs/pretrain.py --workdir=runs/0.1b --config.data.path=corpus.bin
 
-The 0.1B size on tokens in the World vocabulary: learning rate 6e-4 falling to 6e-5, Adam with epsilon
-1e-18, weight decay on the matrices alone.
+The 0.1B size on tokens in the World vocabulary: learning rate 6e-4 falling to 6e-5, Adam with
+epsilon 1e-18, weight decay on the matrices alone.
 """
 
 from ml_collections import ConfigDict

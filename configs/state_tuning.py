@@ -3,9 +3,9 @@
     python train.py --config=configs/state_tuning.py --workdir=runs/poet \
         --config.init=model.pth --config.data.path=poems.jsonl
 
-Adam at a rate far above the usual, falling from 1 to 0.01 by a cosine: smaller rates look as if state
-tuning did not work. Where the model's other skills matter, take a tenth of it and an anchor on general
-text: --config.tuning.anchor=1.0 --config.tuning.anchor_path=general.jsonl
+Adam at a rate far above the usual, falling from 1 to 0.01 by a cosine: smaller rates look as if
+state tuning did not work. Where the model's other skills matter, take a tenth of it and an anchor
+on general text: --config.tuning.anchor=1.0 --config.tuning.anchor_path=general.jsonl
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Token files of the RWKV and Megatron kind: `x.bin` holds ids, `x.idx` says where documents lie. Level 1.
+"""Token files of the Megatron kind: `x.bin` holds ids, `x.idx` where documents lie. Level 1.
 
 Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/binidx.py (the format).
 """
@@ -14,13 +14,14 @@ _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np
 
 
 def read_binidx(path: str | Path) -> np.ndarray:
-    """All ids of the file, memory-mapped, in order; each document ends with token 0 in RWKV's own files.
+    """All ids of the file, memory-mapped; RWKV's own files end each document with token 0.
 
     Args:
         path: the `.bin` file; its `.idx` lies beside it.
 
     Raises:
-        ValueError: the index is no index, or does not fit the data; the message has file and offset.
+        ValueError: the index is no index, or does not fit the data; the message has file and
+            offset.
     """
     data, index = Path(path).with_suffix(".bin"), Path(path).with_suffix(".idx")
     for file in (data, index):
@@ -52,7 +53,7 @@ def read_binidx(path: str | Path) -> np.ndarray:
     held = data.stat().st_size
     if held != sizes.sum() * dtype.itemsize:
         raise ValueError(
-            f"read_binidx: `{data}` must have {sizes.sum() * dtype.itemsize} bytes, says its index; "
-            f"it has {held}."
+            f"read_binidx: `{data}` must have {sizes.sum() * dtype.itemsize} bytes, "
+            f"says its index; it has {held}."
         )
     return np.memmap(data, dtype, "r") if held else np.zeros(0, dtype)

@@ -1,4 +1,4 @@
-"""Models as files: official .pth and .safetensors, web-rwkv .st, HF folders, orbax folders. Level 5."""
+"""Models as files: .pth, .safetensors, web-rwkv .st, HF folders, orbax folders. Level 5."""
 
 import dataclasses
 import hashlib
@@ -104,7 +104,7 @@ def read_named(path: Path) -> dict[str, Tensor]:
 
 
 def _read_hf(folder: Path) -> tuple[dict[str, Tensor], dict]:
-    """An HF folder's tensors by official name, and the config fields that only its config.json tells."""
+    """An HF folder's tensors by official name, and what only its config.json tells."""
     card = json.loads((folder / "config.json").read_text())
     if card.get("model_type") != "rwkv7":
         raise ValueError(
@@ -159,11 +159,12 @@ def load_model(
 ) -> tuple[Params, RWKV7Config]:
     """The parameters of a checkpoint and the config that its tensors have.
 
-    Every size is inferred from tensors, never from metadata. Arrays are on the default device, in the
-    file's dtypes unless `dtype` is given.
+    Every size is inferred from tensors, never from metadata. Arrays are on the default device, in
+    the file's dtypes unless `dtype` is given.
 
     Args:
-        path: an official `.pth` or `.safetensors`, a web-rwkv `.st`, an HF folder, or an orbax folder.
+        path: an official `.pth` or `.safetensors`, a web-rwkv `.st`, an HF folder, or an orbax
+            folder.
         dtype: of all parameters.
         allow_nan: take NaN and Inf as they are.
         progress: called with bytes done and bytes in all.
@@ -300,8 +301,8 @@ def save_model(
 ) -> None:
     """The checkpoint at `path`, complete; a write that fails leaves what was there before.
 
-    Dtypes are kept (`.st` alone is half precision by definition). Any tree of the parameters' shape can be
-    saved: gradients, averages, differences.
+    Dtypes are kept (`.st` alone is half precision by definition). Any tree of the parameters' shape
+    can be saved: gradients, averages, differences.
 
     Args:
         path: `.pth`, `.safetensors`, `.st`; a folder otherwise.
@@ -345,7 +346,7 @@ def save_model(
 
 
 def model_hash(params: Params, config: RWKV7Config) -> str:
-    """A fingerprint of names, shapes, dtypes and bytes; the same whatever format the model came in."""
+    """A fingerprint of names, shapes, dtypes and bytes, whatever format the model came in."""
     digest = hashlib.blake2b(digest_size=16)
     skip = names.dummy_shapes(config)
     for name, array in sorted(official_tensors(params, config), key=lambda item: item[0]):

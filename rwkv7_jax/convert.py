@@ -107,7 +107,7 @@ def _read(tensor: Tensor, shape, name: str, path: str, allow_nan: bool) -> np.nd
 
 
 def _stack(parts: list[tuple[str, Tensor]], shape, dtype, path: str, allow_nan: bool) -> np.ndarray:
-    """The blocks' tensors in one array; different dtypes are promoted, which loses nothing."""
+    """The blocks' tensors in one array; different dtypes are promoted without loss."""
     dtype = dtype or np.result_type(*(tensor.dtype for _, tensor in parts))
     out = np.empty((len(parts), *shape), dtype)
     for row, (name, tensor) in zip(out, parts, strict=True):
@@ -124,7 +124,7 @@ def build_tree(
     allow_nan: bool = False,
     progress: Progress = None,
 ) -> Params:
-    """The parameter tree of checked tensors, one leaf after the other, as arrays on the default device.
+    """The parameter tree of checked tensors, as arrays on the default device.
 
     Args:
         named: official names and orientation.
@@ -158,7 +158,7 @@ def build_tree(
 
 
 def official_tensors(params: Params, config: RWKV7Config) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of a tree by official name, in the tree's shapes; block 0's dummies where it has them.
+    """Every tensor of a tree by official name, in the tree's shapes.
 
     Raises:
         ValueError: the tree lacks a leaf, or one has the wrong shape.

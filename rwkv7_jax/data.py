@@ -92,8 +92,8 @@ def batch_at(
 ) -> dict[str, np.ndarray]:
     """The batch of one step: tokens [B T+1] int32, mask [B T] of ones.
 
-    In every epoch each window of `length` tokens comes once, in an order drawn from (seed, epoch); the
-    windows' borders move from epoch to epoch.
+    In every epoch each window of `length` tokens comes once, in an order drawn from (seed, epoch);
+    the windows' borders move from epoch to epoch.
 
     Args:
         stream: ids.
@@ -132,8 +132,8 @@ def packed(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches without end, from `start_step` on; see `token_stream` and `batch_at`.
 
-    Rows are cut from one row of all documents: a row may begin inside a document and hold the end of one
-    and the start of the next, with token 0 between them.
+    Rows are cut from one row of all documents: a row may begin inside a document and hold the end
+    of one and the start of the next, with token 0 between them.
     """
     tokenizer = tokenizer or Tokenizer.world()
     stream = token_stream(source, tokenizer, split=split, held_out=held_out)

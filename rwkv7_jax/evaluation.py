@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -51,7 +52,7 @@ def token_nats(
     *,
     rows: int = 8,
 ) -> Float[np.ndarray, "B T"]:
-    """The loss of every target, each window read from `state` (batch 1), `rows` windows at a time."""
+    """The loss of every target; each window is read from `state` (batch 1)."""
     start, pieces = repeat(state, rows), []
     for first in range(0, len(tokens), rows):
         piece = tokens[first : first + rows]
@@ -82,7 +83,7 @@ def score(
         return float(bits[:, part].sum() / max(sizes[:, part].sum(), 1))
 
     length = bits.shape[1]
-    ranges = zip(POSITIONS, POSITIONS[1:], strict=False)
+    ranges = itertools.pairwise(POSITIONS)
     by_position = tuple((a, min(b, length), rate(a, b)) for a, b in ranges if a < length)
     by_window = bits.sum(1) / np.maximum(sizes.sum(1), 1)
     return Score(

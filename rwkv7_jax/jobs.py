@@ -166,7 +166,7 @@ def batches(
 
 
 def held_out(settings: Settings, tokenizer: Tokenizer, *, path: str = "") -> dict:
-    """Evaluation windows: of `path`, else of `config.data.evaluation`, else of the held-out documents."""
+    """Windows of `path`, else of `config.data.evaluation`, else of the held-out documents."""
     measure, own = settings.evaluation, settings.data.evaluation
     if not path and own:
         stream = _stream(settings, own, tokenizer, "all")

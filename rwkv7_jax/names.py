@@ -2,7 +2,8 @@
 
 The official names are the language that all others are translated to and from.
 Source: BlinkDL/RWKV-LM@524481d RWKV-v7 (official); fla-org/flash-linear-attention@bc3b101
-utils/convert_from_rwkv7.py (HF); cryscan/web-rwkv@3c7d546 assets/scripts/convert_safetensors.py (.st).
+utils/convert_from_rwkv7.py (HF); cryscan/web-rwkv@3c7d546 assets/scripts/convert_safetensors.py
+(.st).
 """
 
 import re
@@ -67,7 +68,7 @@ Named = Mapping[str, Tensor]
 
 
 def block_shapes(config: RWKV7Config, layer: int) -> dict[str, Shape]:
-    """The tensors of one block, by the official name behind `blocks.{layer}.`, as the tree shapes them."""
+    """The tensors of one block by the name behind `blocks.{layer}.`, as the tree shapes them."""
     d, f, heads = config.width, config.ffn_width, (config.num_heads, config.head_size)
     ranks = {
         "w": config.decay_rank,

@@ -1,4 +1,4 @@
-"""What a run of train.py or eval.py is told, as frozen dataclasses that refuse what they do not know. Level 2."""
+"""What a run is told, as frozen dataclasses that refuse what they do not know. Level 2."""
 
 import dataclasses
 import difflib
@@ -15,7 +15,8 @@ class Data:
     """What is read.
 
     Attributes:
-        path: a .jsonl, text or .bin file, a folder of text files, or a built-in corpus; several with commas.
+        path: a .jsonl, text or .bin file, a folder of text files, or a built-in corpus; several
+            with commas.
         held_out: share of the documents kept for evaluation, chosen by a hash of their bytes.
         batch_size: rows of a batch.
         length: tokens of a row.
@@ -55,7 +56,8 @@ class StateTuning:
 
     Attributes:
         leaves: "wkv", or "all" to tune the token-shift states as well.
-        anchor: weight of KL(base || tuned) on the unlabelled text of `anchor_path`; 0 switches it off.
+        anchor: weight of KL(base || tuned) on the unlabelled text of `anchor_path`; 0 switches it
+            off.
         anchor_path: general text on which the tuned model shall stay the base model.
         alpha: factor on the saved state; below 1 it keeps most of the target and forgets less.
         warn_above: largest entry of the state that passes without a warning.
@@ -76,8 +78,8 @@ class Evaluation:
         every: steps between two evaluations; 0 for one at the end alone.
         windows: pieces of text.
         length: tokens of a piece.
-        prompt_bytes: text of the training part that the base model reads as a prompt, for comparison;
-            -1 is all of it.
+        prompt_bytes: text of the training part that the base model reads as a prompt, for
+            comparison; -1 is all of it.
         retention: other text, to see what tuning costs there.
     """
 
@@ -106,7 +108,8 @@ class Settings:
         mode: "pretrain" or "state".
         init: checkpoint to start from; empty for a new model of `model`'s sizes.
         state: tuned start state, for eval.py.
-        model: fields of `RWKV7Config` for a new model, or changes (dtype, remat, implementation) to `init`.
+        model: fields of `RWKV7Config` for a new model, or changes (dtype, remat, implementation) to
+            `init`.
         steps: updates.
         seed: of initialisation and data order.
         log_every: steps between two lines of the log.
@@ -193,7 +196,7 @@ def read_settings(values: Mapping[str, Any]) -> Settings:
     """The run that a nested mapping describes; keys left out take their defaults.
 
     Raises:
-        ValueError: an unknown key (the message names the nearest known one), a value of the wrong type,
-            or one that cannot be.
+        ValueError: an unknown key (the message names the nearest known one), a value of the wrong
+            type, or one that cannot be.
     """
     return _from_dict(Settings, values, "config")

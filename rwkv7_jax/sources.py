@@ -117,8 +117,8 @@ def documents(source: str | Path, *, on_bad: str = "error") -> Iterator[bytes]:
     """The documents of `source`, one after the other.
 
     Args:
-        source: a `.jsonl` file with one `{"text": ...}` a line, any other file (one document), a folder
-            (every file below it, by path), or a name of `BUILT_IN`.
+        source: a `.jsonl` file with one `{"text": ...}` a line, any other file (one document), a
+            folder (every file below it, by path), or a name of `BUILT_IN`.
         on_bad: what to do with a bad line of a .jsonl file: "error", or "skip" with one warning.
 
     Raises:

@@ -1,10 +1,11 @@
 """Start states as files that other RWKV tools read. Level 6.
 
-`.pth` and `.safetensors` hold `blocks.{i}.att.time_state` as [H, value, key], which for RWKV-7 is the
-runtime's own order: nothing is transposed. `.st`, for web-rwkv and Ai00, swaps the last two axes. Token-shift
-states that are not zero go under names of our own, `blocks.{i}.att.shift_state` and
-`blocks.{i}.ffn.shift_state`. A sidecar `<file>.json` says what the file alone cannot.
-Source: JL-er/RWKV-PEFT@5b8aac9 (the names); josStorer/RWKV-Runner@64269f0 backend-python/utils/rwkv.py.
+`.pth` and `.safetensors` hold `blocks.{i}.att.time_state` as [H, value, key], which for RWKV-7 is
+the runtime's own order: nothing is transposed. `.st`, for web-rwkv and Ai00, swaps the last two
+axes. Token-shift states that are not zero go under names of our own, `blocks.{i}.att.shift_state`
+and `blocks.{i}.ffn.shift_state`. A sidecar `<file>.json` says what the file alone cannot.
+Source: JL-er/RWKV-PEFT@5b8aac9 (the names); josStorer/RWKV-Runner@64269f0
+backend-python/utils/rwkv.py.
 """
 
 import json
@@ -134,7 +135,8 @@ def _axes(path: Path) -> str:
 def load_state(path: str | Path, *, config: RWKV7Config | None = None) -> RWKV7State:
     """The start state of a file, batch 1, float32.
 
-    Takes files of RWKV-PEFT, RWKV-Runner, web-rwkv and Ai00, and model checkpoints with a merged state.
+    Takes files of RWKV-PEFT, RWKV-Runner, web-rwkv and Ai00, and model checkpoints with a merged
+    state.
 
     Args:
         path: `.pth`, `.safetensors` or `.st`.

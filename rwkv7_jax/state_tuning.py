@@ -43,16 +43,16 @@ def state_loss(
 ) -> Loss:
     """The loss as a function of a start state of batch 1 alone; the weights are frozen arguments.
 
-    Every row of a batch starts from that state, so its gradient is the sum over rows. The metrics watch
-    the state: `state_max` is its largest entry, `state_rms` its root mean square. Above a few tens the
-    norm behind the read-out has made the early tokens insensitive to the state's size.
+    Every row of a batch starts from that state, so its gradient is the sum over rows. The metrics
+    watch the state: `state_max` is its largest entry, `state_rms` its root mean square. Above a few
+    tens the norm behind the read-out has made the early tokens insensitive to the state's size.
 
     Args:
         model: the shell around `params`.
         params: all weights.
         leaves: what is tuned, of `LEAVES`.
-        anchor: weight of KL(base || tuned) on `batch["anchor"]`, unlabelled tokens [B T+1] on which the
-            tuned model shall stay what it was.
+        anchor: weight of KL(base || tuned) on `batch["anchor"]`, unlabelled tokens [B T+1] on which
+            the tuned model shall stay what it was.
         l2wrap: as in `next_token_loss`.
 
     Raises:

@@ -49,8 +49,8 @@ def parse_vocabulary(text: str) -> dict[int, bytes]:
 class Tokenizer:
     """A vocabulary: `encode` takes the longest entry at every place, `decode` joins entries.
 
-    Token 0 is the end of text: it is never encoded, and stands for no bytes. Every single byte is an
-    entry (id = byte + 1), so that any bytes at all survive the way there and back.
+    Token 0 is the end of text: it is never encoded, and stands for no bytes. Every single byte is
+    an entry (id = byte + 1), so that any bytes at all survive the way there and back.
     """
 
     def __init__(self, entries: dict[int, Bytes], *, vocab_size: int, name: str):
