@@ -101,7 +101,8 @@ def _read(tensor: Tensor, shape, name: str, path: str, allow_nan: bool) -> np.nd
     array = tensor.read().reshape(shape)
     if not allow_nan and not np.isfinite(array).all():
         raise ValueError(
-            f"load_model: `{path}` has NaN or Inf in {name}; load it with allow_nan=True if you must."
+            f"load_model: `{path}` has NaN or Inf in {name}; "
+            "load it with allow_nan=True if you must."
         )
     return array
 
