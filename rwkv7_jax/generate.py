@@ -60,9 +60,9 @@ def generate(
     presence_penalty: sampling.Number = 0.0,
     frequency_penalty: sampling.Number = 0.0,
     penalty_decay: sampling.Number = 0.996,
-    penalty_exempt: Sequence[int] = (),
-    banned: Sequence[int] = (),
-    stop_ids: Sequence[int] = (0,),
+    penalty_exempt: sampling.Ids = (),
+    banned: sampling.Ids = (),
+    stop_ids: sampling.Ids = (0,),
     stop_strings: Sequence[str] = (),
     tokenizer: Vocabulary | None = None,
     on_text: Callable[[str, int], Any] | None = None,
@@ -127,7 +127,8 @@ def generate(
         name = "stop_strings" if stop_strings else "on_text"
         raise ValueError(f"generate: `tokenizer` must be given with `{name}`; got None.")
     prompts = _check_prompts(prompts, model.config.vocab_size, allow_empty=logits is not None)
-    keys = _row_keys(key, len(prompts), greedy=options.temperature == 0)
+    undecided = tokens > 0 and options.temperature > 0
+    keys = _row_keys(key, len(prompts), needed=bool(undecided))
     state, logits = _start(model, state, logits, batch=len(prompts))
     state, logits = _read(model, params, state, logits=logits, rows=prompts, chunk=prefill_chunk)
     rows = [Row(tokenizer, stop_strings) for _ in prompts]
@@ -161,15 +162,15 @@ def _check_prompts(prompts, vocab_size: int, *, allow_empty: bool) -> list[list[
         rows.append(sampling.check_ids(ids, vocab_size, subject).tolist())
         if not rows[-1] and not allow_empty:
             raise ValueError(
-                f"{subject} must hold an id ([0] begins a text) unless `logits` are given; got none."
+                f"{subject} must hold an id ([0] begins a text) unless `logits` are given; got 0."
             )
     return rows
 
 
-def _row_keys(key: Array | None, batch: int, *, greedy: bool) -> Array:
+def _row_keys(key: Array | None, batch: int, *, needed: bool) -> Array:
     """A typed key a row."""
     if key is None:
-        if not greedy:
+        if needed:
             raise ValueError("generate: `key` must be given unless `temperature` is 0; got None.")
         key = jax.random.key(0)
     if not isinstance(key, jax.Array):

@@ -77,7 +77,7 @@ def continue_rows(
         ValueError: the model's logits are not finite.
     """
     block = min(_BLOCK, total) if watched else total
-    starts, done, capacity = [], 0, power_of_two(block)
+    starts, done, capacity = [], 0, power_of_two(max(block, _BLOCK))
     while done < total and not all(row.finished for row in rows):
         starts.append((done, run))
         limit = min(block, total - done)

@@ -9,7 +9,7 @@ Source: BlinkDL's `rwkv` 0.8.32 on PyPI, rwkv/utils.py:55-88 and 113-143.
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from .text_stream import Vocabulary
 
 Scores = Float[Array, "B V"]
 Number = float | int | Array | np.ndarray | np.generic
+Ids = Sequence[int] | Array | np.ndarray
 
 # Penalised logits stay inside: beyond, all of them could be infinite, and a softmax of that is NaN.
 _LOGIT_LIMIT = 1e30
@@ -75,9 +76,9 @@ def make_options(
     presence_penalty: Number = 0.0,
     frequency_penalty: Number = 0.0,
     penalty_decay: Number = 0.996,
-    penalty_exempt: Sequence[int] = (),
-    banned: Sequence[int] = (),
-    stop_ids: Sequence[int] = (0,),
+    penalty_exempt: Ids = (),
+    banned: Ids = (),
+    stop_ids: Ids = (0,),
     caller: str = "make_options",
 ) -> Options:
     """Checked options, as arrays of fixed dtypes.
@@ -100,13 +101,13 @@ def make_options(
         ValueError: a number out of its range, or an id outside the vocabulary.
         TypeError: ids that are no integers.
     """
-    highest = jnp.finfo(jnp.float32).max
+    highest = float(jnp.finfo(jnp.float32).max)
     numbers = {
-        "temperature": (temperature, 0, highest),
-        "top_p": (top_p, 0, 1),
+        "temperature": (temperature, 0.0, highest),
+        "top_p": (top_p, 0.0, 1.0),
         "presence_penalty": (presence_penalty, -highest, highest),
         "frequency_penalty": (frequency_penalty, -highest, highest),
-        "penalty_decay": (penalty_decay, 0, 1),
+        "penalty_decay": (penalty_decay, 0.0, 1.0),
     }
     for name, (value, low, high) in numbers.items():
         _check_number(value, low, high, subject=f"{caller}: `{name}`")
@@ -124,7 +125,7 @@ def make_options(
     )
 
 
-def _check_number(value: Number, low: float, high: float, *, subject: str) -> None:
+def _check_number(value: Any, low: float, high: float, *, subject: str) -> None:
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -133,7 +134,7 @@ def _check_number(value: Number, low: float, high: float, *, subject: str) -> No
         raise ValueError(f"{subject} must be from {low:g} to {high:g}; got {number:g}.")
 
 
-def check_count(value: int, least: int, subject: str) -> int:
+def check_count(value: Any, least: int, subject: str) -> int:
     """The integer, at least `least`; `subject` begins the message about another.
 
     Raises:
@@ -149,7 +150,7 @@ def check_count(value: int, least: int, subject: str) -> int:
     return number
 
 
-def _mask(ids: Sequence[int], vocab_size: int, subject: str) -> np.ndarray:
+def _mask(ids: Ids, vocab_size: int, subject: str) -> np.ndarray:
     """True at the ids; `subject` begins the message about a bad one."""
     mask = np.zeros(vocab_size, bool)
     if len(ids):
@@ -157,7 +158,7 @@ def _mask(ids: Sequence[int], vocab_size: int, subject: str) -> np.ndarray:
     return mask
 
 
-def check_ids(ids: Sequence[int] | Array | np.ndarray, vocab_size: int, subject: str) -> np.ndarray:
+def check_ids(ids: Any, vocab_size: int, subject: str) -> np.ndarray:
     """The ids as a vector of int32, all inside the vocabulary.
 
     Args:
@@ -235,6 +236,8 @@ def _cutoff(probs: Scores, enough: Callable[[Bool[Array, "B V"]], Bool[Array, " 
 def _truncate(probs: Scores, top_p: Number, top_k: Number) -> Bool[Array, "B V"]:
     """Which tokens may be drawn."""
     by_mass = _cutoff(probs, lambda kept: jnp.sum(jnp.where(kept, probs, 0), axis=-1) >= top_p)
+    # Rounding lets part of the tokens have all the mass, so 1 is no limit at all.
+    by_mass = jnp.where(top_p >= 1, 0, by_mass)
     kept = probs >= jnp.minimum(by_mass, jnp.max(probs, axis=-1, keepdims=True))
     top_k = jnp.where(top_k == 0, probs.shape[1], top_k)
     by_rank = _cutoff(probs, lambda kept: jnp.sum(kept, axis=-1) >= top_k)
@@ -251,9 +254,9 @@ def log_probabilities(
     Softmax in float32 at temperature 1; the cutoff is the probability at which the descending
     cumulative sum reaches `top_p`, and what lies below it is dropped (equals stay); then all but
     the `top_k` most probable are dropped (of equals the lower ids stay); what is left is raised to
-    1/temperature and normalised. Two departures from the official code: a sum that rounding keeps
-    below `top_p` drops nothing there (officially it keeps one token), and temperature 0 takes the
-    lowest id of equals.
+    1/temperature and normalised. Where the official code lets rounding decide, this does not:
+    `top_p` 1 keeps all tokens (officially one, if the sum stays below 1), and temperature 0 takes
+    the lowest id of equals.
 
     Args:
         logits: float32; penalties are already in them.
