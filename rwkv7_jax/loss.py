@@ -8,7 +8,7 @@ piece.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from .model import RWKV7, head_logits
 from .shapes import Activations, Params
@@ -29,7 +29,7 @@ def token_weights(batch: Batch) -> PerToken:
     return mask / jnp.maximum(jnp.sum(mask), 1.0)
 
 
-def by_chunks(per_token, *arrays: Float[Array, "B T ..."], chunk: int = CHUNK):
+def by_chunks(per_token, *arrays: Shaped[Array, "B T ..."], chunk: int = CHUNK):
     """`per_token(*pieces)` over pieces of `chunk` tokens, joined; recomputed in the backward pass.
 
     Args:

@@ -1,0 +1,139 @@
+"""The plan of the house: who may import whom, what is public, what importing costs."""
+
+import ast
+import inspect
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import rwkv7_jax
+
+ROOT = pathlib.Path(__file__).parent.parent
+MODULES = sorted(
+    path
+    for package in ("rwkv7_jax", "pallas_kernels")
+    for path in (ROOT / package).rglob("*.py")
+    if path.name != "__init__.py"
+)
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+# Neighbours on one level that may use each other: (module, what it imports), each with its reason.
+SIDEWAYS: set[tuple[str, str]] = set()
+
+
+def name_of(path):
+    """The dotted name of a file of ours."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def tree_of(path):
+    """The file's syntax."""
+    return ast.parse(path.read_text())
+
+
+def level(path):
+    """The level that the module's docstring states."""
+    found = re.search(r"\bLevel (\d)\.", ast.get_docstring(tree_of(path)) or "")
+    assert found, f"{name_of(path)}: the docstring must end its first line with its level."
+    return int(found[1])
+
+
+def imports(path):
+    """Dotted names that a file imports; relative ones resolved, members named too."""
+    parts = name_of(path).split(".")
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = parts[: -node.level] if node.level else []
+            base = ".".join([*package, *([node.module] if node.module else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def ours(path):
+    """Files of ours that a file imports."""
+    known = {name_of(module): module for module in MODULES}
+    return sorted({known[name] for name in imports(path) if name in known})
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_module_imports_lower_levels_only(path):
+    if "pallas_kernels" in path.parts:
+        assert not any(name.startswith("rwkv7_jax") for name in imports(path))
+        return
+    for other in ours(path):
+        pair = (name_of(path), name_of(other))
+        below = level(other) < level(path)
+        assert below or pair in SIDEWAYS, f"{pair[0]} (level {level(path)}) imports {pair[1]}"
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if "pallas_kernels" in p.parts], ids=name_of)
+def test_kernels_need_jax_alone(path):
+    assert level(path) == 0
+    allowed = {"jax", "jaxlib", "jaxtyping", "pallas_kernels", *sys.stdlib_module_names}
+    optional = {"matplotlib"} if path.name == "bench.py" else set()
+    assert {name.split(".")[0] for name in imports(path)} <= allowed | optional
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_configs_import_nothing_of_ours_and_nothing_imports_them(path):
+    assert not any(name.split(".")[0] in ("rwkv7_jax", "pallas_kernels") for name in imports(path))
+    for module in MODULES:
+        assert not any(name.split(".")[0] == "configs" for name in imports(module))
+
+
+@pytest.mark.parametrize("folder", ["configs", "tests", "benchmarks"])
+def test_folders_that_are_no_packages_have_no_init(folder):
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_files_and_functions_stay_short_and_public_ones_say_what_they_do(path):
+    assert len(path.read_text().splitlines()) <= 300
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.end_lineno - node.body[0].lineno + 1
+            if ast.get_docstring(node):
+                body -= node.body[0].end_lineno - node.body[0].lineno + 1
+            assert body <= 60 if "pallas_kernels" in path.parts else body <= 40, node.name
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_every_public_function_and_class_says_what_is_true_afterwards(path):
+    for scope in ast.walk(tree_of(path)):
+        if not isinstance(scope, ast.Module | ast.ClassDef):
+            continue
+        for node in scope.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{name_of(path)}: {node.name} has no docstring."
+
+
+def test_the_front_door_has_at_most_25_names_and_all_exist():
+    names = getattr(rwkv7_jax, "__all__", [])
+    assert len(names) <= 25
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert inspect.getdoc(getattr(rwkv7_jax, name)), f"{name} has no docstring."
+
+
+IMPORT = """
+import jax, time
+start = time.perf_counter()
+import rwkv7_jax
+seconds = time.perf_counter() - start
+from jax._src import xla_bridge
+assert not xla_bridge._backends, "importing started a backend"
+print(seconds)
+"""
+
+
+def test_importing_starts_no_backend_and_takes_little_beyond_jax():
+    """The plan is 2 seconds on an idle machine; a loaded one gets three times that."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 6

@@ -1,0 +1,68 @@
+"""One chunk's arithmetic on its own, in float64 and away from every loop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tolerances import assert_close
+
+from pallas_kernels import chunk_math, wkv7_reference
+from pallas_kernels.cases import MODES, Case, make_inputs
+
+EXACT = 1e-12
+
+
+@pytest.mark.parametrize("side", [1, 2, 16, 64])
+def test_the_inverse_of_a_unit_lower_triangle_is_numpys(side):
+    below = np.tril(np.random.default_rng(0).normal(size=(3, side, side)), -1) / side**0.5
+    with jax.enable_x64(True):
+        inverse = chunk_math.unit_lower_inverse(jnp.asarray(below), jnp.dtype("float64"))
+        inverse = np.asarray(inverse)
+    assert_close(inverse, np.linalg.inv(np.eye(side) - below), EXACT)
+
+
+def test_the_inverse_survives_repeated_keys():
+    below = np.tril(-np.ones((64, 64), np.float32), -1)  # every product of two equal unit keys
+    inverse = chunk_math.unit_lower_inverse(jnp.asarray(below), jnp.dtype("float32"))
+    assert_close(inverse, np.linalg.inv(np.eye(64) - below), 1e-6)
+
+
+def test_lower_selects_and_never_multiplies():
+    infinite = jnp.triu(jnp.full((4, 4), jnp.inf), 1)
+    np.testing.assert_array_equal(chunk_math.lower(infinite), np.zeros((4, 4)))
+    np.testing.assert_array_equal(
+        chunk_math.lower(jnp.ones((3, 3)), -1), np.tril(np.ones((3, 3)), -1)
+    )
+
+
+def test_no_factor_leaves_the_range_of_float32_at_the_strongest_decay():
+    inputs, _ = make_inputs(Case(1, 64, 1, mode="fast"))
+    rows = tuple(x.transpose(0, 2, 1, 3) for x in inputs)
+    chunk = chunk_math.prepare(rows, jnp.dtype("float32"))
+    assert all(
+        float(jnp.abs(x).max()) < np.exp(25) for x in (chunk.upto, chunk.before, chunk.after)
+    )
+
+
+@jax.jit
+def one_chunk(inputs, state, dy, dend):
+    """Ours and autodiff of the definition: y, end, the gradients of the inputs and of the state."""
+    truth, pull = jax.vjp(wkv7_reference, inputs, state)
+    grads, dstate = pull((dy, dend))
+    rows, double = tuple(x.swapaxes(1, 2) for x in inputs), state.dtype
+    y, end = chunk_math.forward(rows, state, double)
+    back, dstart = chunk_math.backward(rows, state, dy.swapaxes(1, 2), dend, dtype=double)
+    ours = (y.swapaxes(1, 2), end, *(x.swapaxes(1, 2) for x in back), dstart)
+    return ours, (*truth, *grads, dstate)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_chunk_is_the_definition_and_its_gradient(mode):
+    inputs, state = make_inputs(Case(2, 16, 2, key_size=8, value_size=12, mode=mode))
+    dy, dend = np.sin(np.asarray(inputs[3])), np.cos(np.asarray(state))
+    arrays = jax.tree.map(lambda x: np.asarray(x, np.float64), (inputs, state, dy, dend))
+    with jax.enable_x64(True):
+        pairs = jax.tree.map(np.asarray, one_chunk(*arrays))
+    for left, right in zip(*pairs, strict=True):
+        assert left.dtype == np.float64
+        assert_close(left, right, EXACT)
