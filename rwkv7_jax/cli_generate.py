@@ -1,4 +1,4 @@
-"""`rwkv7 generate`: text from a checkpoint, streamed to the terminal. Level 7."""
+"""`rwkv7 generate`: text from a checkpoint, streamed to the terminal. Level 6."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Named tensors to the parameter tree and back, with every fault in one table. Level 5."""
+"""Named tensors to the parameter tree and back, with every fault in one table. Level 4."""
 
 import re
 from collections.abc import Callable, Iterator

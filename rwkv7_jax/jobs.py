@@ -1,4 +1,4 @@
-"""What each mode of train.py trains: trainables, loss, data, and what is kept at the end. Level 6.
+"""What each mode of train.py trains: trainables, loss, data, and what is kept at the end. Level 7.
 
 A mode is a tree of trainables and a loss over them; the loop in train.py knows neither.
 """
@@ -16,6 +16,7 @@ import numpy as np
 from .checkpoint import load_model, model_hash, save_model
 from .config import RWKV7Config
 from .data import packed, token_stream, windows
+from .loss import Loss
 from .model import RWKV7
 from .settings import Settings
 from .shapes import Params
@@ -23,7 +24,7 @@ from .state import RWKV7State, init_state
 from .state_files import save_state
 from .state_tuning import LEAVES, scaled, state_loss
 from .tokenizer import Tokenizer
-from .training import Loss, pretrain_loss
+from .training import pretrain_loss
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A run's folder: settings, metrics, checkpoints. Level 6."""
+"""A run's folder: settings, metrics, checkpoints. Level 7."""
 
 import csv
 import dataclasses

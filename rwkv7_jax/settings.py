@@ -181,7 +181,7 @@ def _value(where: str, kind, value):
     raise ValueError(f"`{where}` must be {wanted}; got {value!r}.")
 
 
-def _from_dict(cls, values: Mapping[str, Any], where: str):
+def _from_dict(cls, values: Any, where: str):
     if not isinstance(values, Mapping):
         raise ValueError(f"`{where}` must be a group of settings; got {values!r}.")
     fields = {field.name: field for field in dataclasses.fields(cls)}

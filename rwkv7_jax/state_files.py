@@ -1,4 +1,4 @@
-"""Start states as files that other RWKV tools read. Level 6.
+"""Start states as files that other RWKV tools read. Level 4.
 
 `.pth` and `.safetensors` hold `blocks.{i}.att.time_state` as [H, value, key], which for RWKV-7 is
 the runtime's own order: nothing is transposed. `.st`, for web-rwkv and Ai00, swaps the last two
@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import names
-from .checkpoint import read_named, write_safetensors
 from .config import RWKV7Config
 from .pth import write_pth
 from .state import RWKV7State
+from .tensor_files import read_named, write_safetensors
 
 SUFFIXES = (".pth", ".safetensors", ".st")
 _ORDERS = {".st": "head, key, value"}

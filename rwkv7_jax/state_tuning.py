@@ -8,11 +8,10 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from .loss import Batch, divergence, next_token_loss
+from .loss import Batch, Loss, divergence, next_token_loss
 from .model import RWKV7
 from .shapes import Params
 from .state import RWKV7State, init_state, repeat
-from .training import Loss
 
 LEAVES = ("wkv", "att_shift", "ffn_shift")
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from checkpoints import CONFIG, differing, random_params
 
-from rwkv7_jax.checkpoint import load_model, model_hash, read_named, save_model, write_safetensors
+from rwkv7_jax.checkpoint import load_model, model_hash, save_model
 from rwkv7_jax.config import RWKV7Config
 from rwkv7_jax.convert import official_tensors
 from rwkv7_jax.model import RWKV7
 from rwkv7_jax.pth import write_pth
 from rwkv7_jax.state import init_state
+from rwkv7_jax.tensor_files import read_named, write_safetensors
 
 HF_CONFIG = dataclasses.replace(CONFIG, group_norm_eps=CONFIG.head_size * CONFIG.norm_eps)
 DUMMIES = ("v0", "v1", "v2")

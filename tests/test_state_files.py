@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from checkpoints import CONFIG, differing, random_params, random_state
 
-from rwkv7_jax.checkpoint import read_named, write_safetensors
 from rwkv7_jax.config import RWKV7Config
 from rwkv7_jax.model import RWKV7
 from rwkv7_jax.pth import write_pth
 from rwkv7_jax.state import init_state
 from rwkv7_jax.state_files import load_state, save_state, sidecar
+from rwkv7_jax.tensor_files import read_named, write_safetensors
 
 SUFFIXES = (".pth", ".safetensors", ".st")
 
@@ -70,8 +70,9 @@ def test_a_file_whose_sidecar_says_the_other_order_is_refused(tmp_path):
 
 
 def test_a_transposed_state_fails_the_differential_test(tmp_path):
-    """The negative control: the right state gives the same logits after a round trip, a wrong one not."""
-    params, state = random_params(dtype=jnp.float32), random_state()
+    """The negative control: the state that was saved gives equal logits, a transposed one not."""
+    params = jax.tree.map(lambda leaf: 0.2 * leaf, random_params(dtype=jnp.float32))
+    state = random_state()
     save_state(tmp_path / "s.pth", state)
     apply = jax.jit(lambda s: RWKV7(CONFIG).apply({"params": params}, jnp.arange(9)[None], s)[0])
     loaded = load_state(tmp_path / "s.pth")
