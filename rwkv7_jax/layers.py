@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from .shapes import Activations, Heads
+from .shapes import Activations, Heads, Lengths
 
 # The largest decay rate: w = exp(-DECAY_RATE * sigmoid(z)) stays above 0.5452.
 DECAY_RATE = 0.6065306597126334  # exp(-1/2)
@@ -71,7 +71,7 @@ def previous_tokens(x: Activations, before: Float[Array, "B D"]) -> Activations:
 
 
 def last_token(
-    x: Activations, before: Float[Array, "B D"], lengths: Int[Array, " B"] | None
+    x: Activations, before: Float[Array, "B D"], lengths: Lengths | None
 ) -> Float[Array, "B D"]:
     """The last token that counts of every row; `before` where none does."""
     both = jnp.concatenate([before[:, None].astype(x.dtype), x], axis=1)

@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from .model import RWKV7, head_logits
-from .shapes import Activations, Params
+from .shapes import Activations, Params, Tokens
 from .state import RWKV7State
 
 # Arrays of the host or of the device.
@@ -58,7 +58,7 @@ def by_chunks(per_token, *arrays: Shaped[Array, "B T ..."], chunk: int = CHUNK):
 
 
 def cross_entropy(
-    x: Activations, head: Float[Array, "V D"], targets: Int[Array, "B T"], *, chunk: int = CHUNK
+    x: Activations, head: Float[Array, "V D"], targets: Tokens, *, chunk: int = CHUNK
 ) -> tuple[PerToken, PerToken]:
     """The loss in nats and the largest logit at every position.
 

@@ -297,7 +297,7 @@ def head_logits(x: Float[Array, "... D"], weight: Float[Array, "V D"]) -> Float[
     )
 
 
-def check_tokens(tokens: Int[Array, "..."], vocab_size: int, *, caller: str) -> None:
+def check_tokens(tokens: Int[Array | np.ndarray, "..."], vocab_size: int, *, caller: str) -> None:
     """Return if the ids are integers and, where they are known, inside the vocabulary.
 
     Raises:
