@@ -30,8 +30,8 @@ CHUNK = 512
 def token_weights(batch: Batch) -> PerToken:
     """Each target's share of the loss: the batch's `weights`, else its mask over the mask's sum."""
     if "weights" in batch:
-        return batch["weights"]
-    mask = batch["mask"].astype(jnp.float32)
+        return jnp.asarray(batch["weights"])
+    mask = jnp.asarray(batch["mask"], jnp.float32)
     return mask / jnp.maximum(jnp.sum(mask), 1.0)
 
 
@@ -106,7 +106,8 @@ def next_token_loss(
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/model.py:758-771.
     """
-    inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+    tokens = jnp.asarray(batch["tokens"])
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
     x, _ = model.apply({"params": params}, inputs, state, method="hidden")
     nats, largest = cross_entropy(x, params["head"]["weight"], targets)
     loss = jnp.sum(token_weights(batch) * nats)

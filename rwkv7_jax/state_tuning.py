@@ -68,7 +68,7 @@ def state_loss(
         start = repeat(state, batch["tokens"].shape[0])
         value, metrics = next_token_loss(model, params, start, batch, l2wrap=l2wrap)
         if anchor:
-            drift = _anchor(model, params, state, batch["anchor"])
+            drift = _anchor(model, params, state, jnp.asarray(batch["anchor"]))
             value, metrics = value + anchor * drift, metrics | {"anchor_nats": drift}
         size = {
             "state_max": jnp.max(jnp.abs(state.wkv)),
