@@ -105,7 +105,7 @@ def make_train_step(
     def step(loss: Partial, train: TrainState, batch: Batch):
         (value, metrics), grads = _gradients(loss, train.params, batch, accumulate)
         updates, opt_state = tx.update(grads, train.opt_state, train.params)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old),
