@@ -6,6 +6,9 @@ whole batch, so that micro-batches of any make-up add up to the same gradient as
 piece.
 """
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
@@ -15,7 +18,10 @@ from .model import RWKV7
 from .shapes import Activations, Params
 from .state import RWKV7State
 
-Batch = dict[str, Array]
+# Arrays of the host or of the device.
+Batch = Mapping[str, Any]
+Metrics = dict[str, Float[Array, ""]]
+Loss = Callable[[Any, Batch], tuple[Float[Array, ""], Metrics]]
 PerToken = Float[Array, "B T"]
 
 # Tokens of a sequence whose logits exist at the same time.

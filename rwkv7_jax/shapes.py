@@ -7,10 +7,12 @@ M kernel features.
 
 from typing import Any
 
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-Tokens = Int[Array, "B T"]
-Lengths = Int[Array, " B"]
+# Ids may come straight from the host.
+Tokens = Int[Array | np.ndarray, "B T"]
+Lengths = Int[Array | np.ndarray, " B"]
 Activations = Float[Array, "B T D"]
 Heads = Float[Array, "B T H N"]
 Logits = Float[Array, "B T V"]

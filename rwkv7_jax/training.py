@@ -15,15 +15,12 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.tree_util import Partial
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from .loss import Batch, next_token_loss, token_weights
+from .loss import Batch, Loss, Metrics, next_token_loss, token_weights
 from .model import RWKV7
 from .shapes import Params
 from .state import init_state
-
-Metrics = dict[str, Float[Array, ""]]
-Loss = Callable[[Any, Batch], tuple[Float[Array, ""], Metrics]]
 
 
 @typing.no_type_check
@@ -71,7 +68,7 @@ def _gradients(loss: Loss, params, batch: Batch, accumulate: int):
         )
     # Weights are shares of the whole batch; a piece's are blown up so that the pieces' mean is
     # exact.
-    batch = batch | {"weights": token_weights(batch) * accumulate}
+    batch = {**batch, "weights": token_weights(batch) * accumulate}
     if accumulate == 1:
         return grad(params, batch)
     pieces = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)

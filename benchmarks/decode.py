@@ -1,0 +1,115 @@
+"""What a generated token costs by length of context, which must not matter, and by batch.
+
+Run from the repository's root: `python -m benchmarks.decode [--json FILE]`. The model is random.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rwkv7_jax.config import RWKV7Config
+from rwkv7_jax.generate import generate
+from rwkv7_jax.model import RWKV7
+from rwkv7_jax.state import init_state, repeat
+
+CONTEXTS = (64, 512, 4096)
+BATCHES = (1, 8, 32)
+
+
+def random_model(layers: int, width: int, vocab_size: int):
+    """A model and weights that give logits of ordinary size."""
+    config = RWKV7Config(vocab_size=vocab_size, num_layers=layers, width=width)
+    model = RWKV7(config)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, init_state(config))["params"]
+    random = np.random.default_rng(0)
+    return model, jax.tree.map(
+        lambda leaf: jnp.asarray(0.05 * random.standard_normal(leaf.shape, np.float32)), shapes
+    )
+
+
+def tokens_per_second(model, params, out, *, tokens: int, repeats: int) -> float:
+    """The median over `repeats` runs of `tokens` tokens a row behind `out`."""
+    rows = out.state.batch
+    options = {"temperature": 0.8, "top_p": 0.9, "key": jax.random.key(0), "stop_ids": ()}
+
+    def run():
+        end = generate(
+            model,
+            params,
+            [[]] * rows,
+            out.state,
+            logits=out.logits,
+            tokens=tokens,
+            **options,
+        )
+        jax.block_until_ready(end.logits)
+
+    run()
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    return rows * tokens / statistics.median(seconds)
+
+
+def measure(model, params, *, tokens: int, repeats: int) -> dict[str, dict[int, float]]:
+    """Tokens per second by context of one row, and by batch behind the shortest context."""
+    ids = np.random.default_rng(1).integers(1, model.config.vocab_size, max(CONTEXTS))
+    by_context, by_batch, speed = {}, {}, {"tokens": tokens, "repeats": repeats}
+    for context in CONTEXTS:
+        out = generate(model, params, ids[:context], tokens=0)
+        by_context[context] = tokens_per_second(model, params, out, **speed)
+    for batch in BATCHES:
+        start = repeat(init_state(model.config), batch)
+        out = generate(model, params, [ids[: CONTEXTS[0]]] * batch, start, tokens=0)
+        by_batch[batch] = tokens_per_second(model, params, out, **speed)
+    return {"by_context": by_context, "by_batch": by_batch}
+
+
+def main() -> None:
+    """Print both tables; with `--json`, write them with device, versions, date and command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=128, help="a run, per row")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", help="file to write")
+    args = parser.parse_args()
+    cores = f"{os.cpu_count()} cores"
+    model, params = random_model(args.layers, args.width, args.vocab)
+    results = measure(model, params, tokens=args.tokens, repeats=args.repeats)
+    for name, rates in results.items():
+        print(f"{name[3:]:>8}  tokens/s  ratio to first")
+        first = next(iter(rates.values()))
+        for size, rate in rates.items():
+            print(f"{size:8d}  {rate:8.1f}  {rate / first:14.2f}")
+    if args.json:
+        rates = results["by_context"]
+        record = {
+            "date": datetime.date.today().isoformat(),
+            "command": " ".join(["python -m benchmarks.decode", *sys.argv[1:]]),
+            "device": f"{jax.devices()[0].device_kind}, {platform.machine()}, {cores}",
+            "versions": {"jax": jax.__version__, "python": platform.python_version()},
+            "model": vars(args) | {"json": None},
+            "tokens_per_second": results,
+            "longest_to_shortest_context": rates[CONTEXTS[-1]] / rates[CONTEXTS[0]],
+        }
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=2)
+            file.write("\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Compare a model's start states on held-out text.
+
+    python eval.py --config=configs/eval.py --config.init=model.pth --config.state=poet.pth \
+        --config.data.path=poems.jsonl
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    """Base, tuned state, prompts of 1,024 tokens and of the whole training text."""
+    config = ConfigDict()
+    config.init = ""
+    config.state = ""
+    config.workdir = ""
+    config.model = ConfigDict()
+    config.data = ConfigDict({"path": "", "held_out": 0.05})
+    config.optimizer = ConfigDict()
+    config.tuning = ConfigDict()
+    config.evaluation = ConfigDict(
+        {"windows": 48, "length": 512, "prompt_bytes": (1024, -1), "retention": ""}
+    )
+    config.sample = ConfigDict()
+    return config

@@ -1,0 +1,35 @@
+"""The base model that ships as assets/tiny.pth: 1.0 million parameters, byte vocabulary.
+
+python train.py --config=configs/pretrain_tiny.py --workdir=runs/tiny
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    """Source code and documentation of the running CPython, 4 layers of width 128."""
+    config = ConfigDict()
+    config.mode = "pretrain"
+    config.steps = 4800
+    config.seed = 0
+    config.log_every = 20
+    config.save_every = 200
+    config.model = ConfigDict({"vocab_size": 257, "num_layers": 4, "width": 128, "head_size": 32})
+    config.data = ConfigDict(
+        {"path": "stdlib,pydoc-topics", "held_out": 0.05, "batch_size": 8, "length": 256}
+    )
+    config.optimizer = ConfigDict(
+        {
+            "kind": "muon",
+            "learning_rate": 5e-3,
+            "final_learning_rate": 0.0,
+            "schedule": "wsd",
+            "warmup_steps": 20,
+            "weight_decay": 0.05,
+            "l2wrap": 1e-4,
+        }
+    )
+    config.evaluation = ConfigDict({"every": 400, "windows": 48, "length": 512})
+    config.sample = ConfigDict({"prompts": ("def ", "The "), "tokens": 200})
+    config.tuning = ConfigDict()
+    return config

@@ -1,0 +1,266 @@
+"""Models as files: .pth, .safetensors, web-rwkv .st, HF folders, orbax folders. Level 5."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import names
+from .config import RWKV7Config
+from .convert import Progress, build_tree, check_names, infer_config, official_tensors
+from .names import Tensor
+from .pth import write_pth
+from .shapes import Params
+from .tensor_files import format_of, read_named, read_safetensors, write_safetensors
+
+_CARD = "rwkv7_jax.json"  # beside an orbax tree: sizes and the version of the layout
+_LAYOUT = 1
+
+
+def _read_hf(folder: Path) -> tuple[dict[str, Tensor], dict]:
+    """An HF folder's tensors by official name, and what only its config.json tells."""
+    card = json.loads((folder / "config.json").read_text())
+    if card.get("model_type") != "rwkv7":
+        raise ValueError(
+            f"load_model: `{folder}` must have model_type rwkv7; got {card.get('model_type')!r}."
+        )
+    if card.get("attn"):
+        raise ValueError(f"load_model: `{folder}` mixes attention layers in, which RWKV-7 has not.")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"load_model: `{folder}` has no .safetensors file.")
+    named = {name: t for file in files for name, t in read_safetensors(file).items()}
+    norm_eps = float(card.get("norm_eps", 1e-5))
+    official = names.from_hf(named)
+    head_size = official["blocks.0.att.r_k"].shape[-1] if "blocks.0.att.r_k" in official else 64
+    return official, {"norm_eps": norm_eps, "group_norm_eps": head_size * norm_eps}
+
+
+def _orbax():
+    """The library, imported when it is needed (it takes seconds), without its chatter."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    import orbax.checkpoint as ocp
+
+    return ocp
+
+
+def _load_orbax(folder: Path, dtype, allow_nan: bool) -> tuple[Params, RWKV7Config]:
+    if not (folder / _CARD).exists():
+        raise ValueError(f"load_model: `{folder}` is no checkpoint: it has no {_CARD}.")
+    card = json.loads((folder / _CARD).read_text())
+    if card.get("layout") != _LAYOUT:
+        raise ValueError(f"load_model: `{folder}` has layout {card.get('layout')}, not {_LAYOUT}.")
+    config = RWKV7Config(**card["config"])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    with _orbax().StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(folder / "params").item_metadata.tree
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), stored
+        )
+        params = checkpointer.restore(folder / "params", like)
+    if not allow_nan:
+        for name, array in official_tensors(params, config):
+            if not np.isfinite(array).all():
+                raise ValueError(
+                    f"load_model: `{folder}` has NaN or Inf in {name}; "
+                    "load it with allow_nan=True if you must."
+                )
+    return jax.tree.map(lambda x: x.astype(dtype), params) if dtype else params, config
+
+
+def load_model(
+    path: str | Path, *, dtype=None, allow_nan: bool = False, progress: Progress = None
+) -> tuple[Params, RWKV7Config]:
+    """The parameters of a checkpoint and the config that its tensors have.
+
+    Every size is inferred from tensors, never from metadata. Arrays are on the default device, in
+    the file's dtypes unless `dtype` is given.
+
+    Args:
+        path: an official `.pth` or `.safetensors`, a web-rwkv `.st`, an HF folder, or an orbax
+            folder.
+        dtype: of all parameters.
+        allow_nan: take NaN and Inf as they are.
+        progress: called with bytes done and bytes in all.
+
+    Raises:
+        ValueError: no such file, not RWKV-7, tensors missing or misshapen (one table), or NaN.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"load_model: `{path}` does not exist.")
+    kind = format_of(path)
+    if kind == "orbax":
+        return _load_orbax(path.absolute(), dtype, allow_nan)
+    named, changes = _read_hf(path) if kind == "hf" else (read_named(path), {})
+    named = named if kind == "hf" else names.from_official(named)
+    names.refuse_variants(named, str(path))
+    named, states = names.split_states(named)
+    if states:
+        warnings.warn(
+            f"{path} holds a tuned state as well; load_state({str(path)!r}) gives it.", stacklevel=2
+        )
+    config = infer_config(named, str(path), **changes)
+    check_names(named, config, str(path))
+    tree = build_tree(named, config, str(path), dtype=dtype, allow_nan=allow_nan, progress=progress)
+    return tree, config
+
+
+def _with_dummies(params: Params, config: RWKV7Config) -> Iterator[tuple[str, np.ndarray]]:
+    """Official tensors, block 0's value residual included: official trainers load strictly."""
+    seen, dtype = set(), np.dtype(np.float32)
+    for name, array in official_tensors(params, config):
+        seen.add(name)
+        dtype = array.dtype
+        yield name, array
+    for name, shape in names.dummy_shapes(config).items():
+        if name not in seen:
+            yield name, np.zeros(shape, dtype)
+
+
+def _official_items(params: Params, config: RWKV7Config, format: str):
+    """Names and arrays as the format writes them."""
+    if format == "hf":
+        for name, array in official_tensors(params, config):
+            if name not in names.dummy_shapes(config):
+                array = array.swapaxes(-1, -2) if names.LOW_RANK.search(name) else array
+                yield names.to_hf(name), array.reshape(names.hf_shape(name, array.shape))
+        return
+    for name, array in _with_dummies(params, config):
+        if format == "st":
+            # web-rwkv reads half precision only.
+            array = np.asarray(array).astype(np.float16)
+            array = array.swapaxes(-1, -2) if names.LOW_RANK.search(name) else array
+        yield name, array.reshape(names.file_shape(name, array.shape))
+
+
+def _hf_card(params: Params, config: RWKV7Config) -> dict:
+    dtype = str(params["emb"]["weight"].dtype)
+    return {
+        "architectures": ["RWKV7ForCausalLM"],
+        "model_type": "rwkv7",
+        "attn": None,
+        "attn_mode": "chunk",
+        "hidden_size": config.width,
+        "hidden_ratio": config.ffn_width / config.width,
+        "intermediate_size": config.ffn_width,
+        "num_hidden_layers": config.num_layers,
+        "head_dim": config.head_size,
+        "num_heads": config.num_heads,
+        "decay_low_rank_dim": config.decay_rank,
+        "gate_low_rank_dim": config.gate_rank,
+        "a_low_rank_dim": config.icl_rank,
+        "v_low_rank_dim": config.value_rank,
+        "hidden_act": "sqrelu",
+        "max_position_embeddings": 2048,
+        "norm_first": True,
+        "norm_bias": True,
+        "norm_eps": config.norm_eps,
+        "vocab_size": config.vocab_size,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "tie_word_embeddings": False,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def _replace_folder(path: Path, mine: str, fill: Callable[[Path], None]) -> None:
+    """`path` filled by `fill`, whole or not at all; only a folder that holds `mine` is replaced."""
+    if path.exists() and any(path.iterdir()) and not (path / mine).exists():
+        raise ValueError(f"save_model: `{path}` holds other files; give an empty or a new folder.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        fill(partial)
+        partial.chmod(0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _save_orbax(path: Path, params: Params, config: RWKV7Config) -> None:
+    def fill(folder: Path) -> None:
+        with _orbax().StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder / "params", jax.tree.map(jnp.asarray, params))
+        card = {"layout": _LAYOUT, "config": dataclasses.asdict(config)}
+        (folder / _CARD).write_text(json.dumps(card, indent=1) + "\n")
+
+    _replace_folder(path.absolute(), _CARD, fill)
+
+
+def save_model(
+    path: str | Path,
+    params: Params,
+    config: RWKV7Config,
+    *,
+    format: str | None = None,
+    progress: Progress = None,
+) -> None:
+    """The checkpoint at `path`, complete; a write that fails leaves what was there before.
+
+    Dtypes are kept (`.st` alone is half precision by definition). Any tree of the parameters' shape
+    can be saved: gradients, averages, differences.
+
+    Args:
+        path: `.pth`, `.safetensors`, `.st`; a folder otherwise.
+        params: the parameter tree.
+        config: its sizes.
+        format: "hf" for an HF folder, where the suffix does not say it.
+        progress: called with bytes done and bytes in all.
+
+    Raises:
+        ValueError: a leaf is missing or misshapen, an unknown format, or a folder with other files.
+    """
+    path, kind = Path(path), format_of(path, format=format)
+    if kind == "hf" and not np.isclose(config.group_norm_eps, config.head_size * config.norm_eps):
+        raise ValueError(
+            "save_model: an HF folder says one `norm_eps` for all norms, the per-head norm's being "
+            f"head_size times it; got {config.norm_eps} and {config.group_norm_eps}."
+        )
+    total, done = sum(leaf.nbytes for leaf in jax.tree.leaves(params)), 0
+
+    def items():
+        nonlocal done
+        for name, array in _official_items(params, config, kind):
+            yield name, array
+            done += array.nbytes
+            if progress:
+                progress(min(done, total), total)
+
+    if kind == "orbax":
+        _save_orbax(path, params, config)
+    elif kind == "hf":
+
+        def fill(folder: Path) -> None:
+            write_safetensors(folder / "model.safetensors", items(), metadata={"format": "pt"})
+            card = json.dumps(_hf_card(params, config), indent=2)
+            (folder / "config.json").write_text(card + "\n")
+
+        _replace_folder(path, "config.json", fill)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (write_pth if kind == "pth" else write_safetensors)(path, items())
+
+
+def model_hash(params: Params, config: RWKV7Config) -> str:
+    """A fingerprint of names, shapes, dtypes and bytes, whatever format the model came in."""
+    digest = hashlib.blake2b(digest_size=16)
+    skip = names.dummy_shapes(config)
+    for name, array in sorted(official_tensors(params, config), key=lambda item: item[0]):
+        if name not in skip:
+            digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
+            digest.update(np.ascontiguousarray(array).view(np.uint8))
+    return digest.hexdigest()

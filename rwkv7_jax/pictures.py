@@ -1,0 +1,102 @@
+"""Pictures of runs and states, as PNG files. Level 5. Needs matplotlib (extra `plot`)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+_COLOURS = ("#4053d3", "#ddb310", "#b51d14", "#00beff", "#fb49b0", "#00b25d")
+
+
+def _figure(columns: int, *, height: float = 3.4):
+    """A figure without a display, and its axes in one row."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * columns, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def available() -> bool:
+    """Whether matplotlib is there."""
+    import importlib.util
+
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def curves(
+    path: str | Path, lines: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str
+) -> None:
+    """A PNG of named lines; each is a sequence of (x, y)."""
+    figure, (axis,) = _figure(1)
+    for colour, (name, points) in zip(_COLOURS, lines.items(), strict=False):
+        points = np.asarray(points, dtype=float).reshape(-1, 2)
+        many = len(points) > 40
+        axis.plot(
+            *points.T,
+            color=colour,
+            label=name,
+            lw=1.0 if many else 1.8,
+            marker="" if many else "o",
+            ms=3,
+        )
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def by_position(path: str | Path, scores: Mapping[str, Sequence[tuple[int, int, float]]]) -> None:
+    """A PNG of bits per byte against the position in the text, one bar a range and name."""
+    figure, (axis,) = _figure(1)
+    width = 0.8 / max(len(scores), 1)
+    for index, (name, ranges) in enumerate(scores.items()):
+        places = np.arange(len(ranges)) + (index - (len(scores) - 1) / 2) * width
+        axis.bar(places, [r[2] for r in ranges], width, label=name, color=_COLOURS[index % 6])
+        labels = [f"{a}-{b - 1}" for a, b, _ in ranges]
+    axis.set_xticks(range(len(labels)), labels)
+    low = min(r[2] for ranges in scores.values() for r in ranges)
+    axis.set_ylim(bottom=0.85 * low)
+    axis.set_xlabel("position in the text (tokens)")
+    axis.set_ylabel("bits per byte")
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def states(
+    path: str | Path,
+    before: Float[np.ndarray, "L H N"],
+    after: Float[np.ndarray, "L H N"],
+    *,
+    names: tuple[str, str] = ("typical state of the base", "tuned start state"),
+) -> None:
+    """A PNG of two states' singular values: each head's norm, and each layer's spectrum.
+
+    Args:
+        path: the file.
+        before: singular values, largest first, of a state to compare with.
+        after: of the state that is shown.
+        names: of the two.
+    """
+    figure, axes = _figure(3)
+    norms = [np.sqrt(np.square(s).sum(-1)) for s in (before, after)]
+    top = max(float(n.max()) for n in norms) or 1.0
+    for axis, norm, name in zip(axes, norms, names, strict=False):
+        image = axis.imshow(norm, vmin=0, vmax=top, cmap="viridis", aspect="auto")
+        axis.set(title=f"{name}: norm", xlabel="head", ylabel="layer")
+        axis.set_xticks(range(norm.shape[1]))
+        axis.set_yticks(range(norm.shape[0]))
+    figure.colorbar(image, ax=axes[:2])
+    for layer in range(before.shape[0]):
+        colour = _COLOURS[layer % 6]
+        axes[2].semilogy(after[layer].mean(0) + 1e-9, color=colour, label=f"layer {layer}")
+        axes[2].semilogy(before[layer].mean(0) + 1e-9, color=colour, ls=":")
+    axes[2].set(title="singular values (dotted: typical)", xlabel="rank", ylim=(1e-3, None))
+    axes[2].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)

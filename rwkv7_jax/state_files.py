@@ -1,0 +1,173 @@
+"""Start states as files that other RWKV tools read. Level 4.
+
+`.pth` and `.safetensors` hold `blocks.{i}.att.time_state` as [H, value, key], which for RWKV-7 is
+the runtime's own order: nothing is transposed. `.st`, for web-rwkv and Ai00, swaps the last two
+axes. Token-shift states that are not zero go under names of our own, `blocks.{i}.att.shift_state`
+and `blocks.{i}.ffn.shift_state`. A sidecar `<file>.json` says what the file alone cannot.
+Source: JL-er/RWKV-PEFT@5b8aac9 (the names); josStorer/RWKV-Runner@64269f0
+backend-python/utils/rwkv.py.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from . import names
+from .config import RWKV7Config
+from .pth import write_pth
+from .state import RWKV7State
+from .tensor_files import read_named, write_safetensors
+
+SUFFIXES = (".pth", ".safetensors", ".st")
+_ORDERS = {".st": "head, key, value"}
+_ORDER = "head, value, key"
+
+
+def _check_suffix(path: Path, caller: str) -> None:
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{caller}: `path` must end in {', '.join(SUFFIXES)}; got {path}.")
+
+
+def save_state(
+    path: str | Path,
+    state: RWKV7State,
+    *,
+    config: RWKV7Config | None = None,
+    info: Mapping[str, Any] | None = None,
+    dtype="float32",
+) -> None:
+    """The state at `path`, and its sidecar; a write that fails leaves what was there before.
+
+    Args:
+        path: `.pth`, `.safetensors` or `.st`.
+        state: batch 1.
+        config: of the model, to refuse a state of another one.
+        info: further entries of the sidecar: the base model's hash, a score.
+        dtype: of the tensors.
+
+    Raises:
+        ValueError: more than one sequence, another model's state, or an unknown suffix.
+    """
+    path = Path(path)
+    _check_suffix(path, "save_state")
+    if state.batch != 1:
+        raise ValueError(f"save_state: `state` must hold one sequence; got {state.batch}.")
+    if config is not None:
+        _check_sizes(np.asarray(state.wkv[:, 0]), config, "save_state", "state")
+    tensors = {}
+    for layer, wkv in enumerate(np.asarray(state.wkv[:, 0])):
+        wkv = wkv.swapaxes(-1, -2) if path.suffix == ".st" else wkv
+        tensors[f"blocks.{layer}.att.time_state"] = np.ascontiguousarray(wkv).astype(
+            jnp.dtype(dtype)
+        )
+    for part, leaf in (("att", state.att_shift), ("ffn", state.ffn_shift)):
+        if np.any(leaf):
+            rows = np.asarray(leaf[:, 0]).astype(np.float32)
+            tensors |= {f"blocks.{i}.{part}.shift_state": row for i, row in enumerate(rows)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (write_pth if path.suffix == ".pth" else write_safetensors)(path, tensors.items())
+    layers, heads, values, keys = state.wkv[:, 0].shape
+    card = {
+        "format": "rwkv7 start state",
+        "axes": _ORDERS.get(path.suffix, _ORDER),
+        "layers": layers,
+        "heads": heads,
+        "value_size": values,
+        "key_size": keys,
+        **(info or {}),
+    }
+    sidecar(path).write_text(json.dumps(card, indent=1) + "\n")
+
+
+def sidecar(path: str | Path) -> Path:
+    """Where a state's description lies."""
+    return Path(f"{path}.json")
+
+
+def _check_sizes(wkv: np.ndarray, config: RWKV7Config, caller: str, what: str) -> None:
+    wanted = (config.num_layers, config.num_heads, config.head_size, config.head_size)
+    if wkv.shape != wanted:
+        raise ValueError(
+            f"{caller}: `{what}` must have [layers, heads, value, key] = {wanted} for this model; "
+            f"got {wkv.shape}."
+        )
+
+
+def _stacked(tensors: Mapping[str, np.ndarray], suffix: str, path: Path) -> np.ndarray | None:
+    """Blocks 0, 1, ... of one kind of tensor, or None where there are none."""
+    found = {
+        int(m[1]): array
+        for n, array in tensors.items()
+        if (m := re.match(rf"blocks\.(\d+)\.{suffix}$", n))
+    }
+    if not found:
+        return None
+    for layer in range(max(found) + 1):
+        if layer not in found:
+            raise ValueError(f"load_state: `{path}` has no blocks.{layer}.{suffix}.")
+    rows = [np.asarray(found[layer], np.float32) for layer in range(len(found))]
+    if len({row.shape for row in rows}) > 1:
+        raise ValueError(f"load_state: `{path}` has blocks whose {suffix} differ in shape.")
+    return np.stack(rows)
+
+
+def _axes(path: Path) -> str:
+    """The axis order of the file: its sidecar's, else its kind's."""
+    usual = _ORDERS.get(path.suffix, _ORDER)
+    if not sidecar(path).exists():
+        return usual
+    axes = json.loads(sidecar(path).read_text()).get("axes", usual)
+    if axes not in (_ORDER, *_ORDERS.values()):
+        raise ValueError(f"load_state: `{sidecar(path)}` says axes {axes!r}, which is unknown.")
+    if axes != usual:
+        raise ValueError(
+            f"load_state: `{path}` is transposed: its sidecar says axes {axes!r}, "
+            f"but {path.suffix} files hold {usual!r}."
+        )
+    return axes
+
+
+def load_state(path: str | Path, *, config: RWKV7Config | None = None) -> RWKV7State:
+    """The start state of a file, batch 1, float32.
+
+    Takes files of RWKV-PEFT, RWKV-Runner, web-rwkv and Ai00, and model checkpoints with a merged
+    state.
+
+    Args:
+        path: `.pth`, `.safetensors` or `.st`.
+        config: of the model, to refuse a state of another one.
+
+    Raises:
+        ValueError: no state in the file, layers missing, NaN or Inf, another model's sizes, or a
+            transposed state where that can be told (by the sidecar).
+    """
+    path = Path(path)
+    _check_suffix(path, "load_state")
+    if not path.exists():
+        raise ValueError(f"load_state: `{path}` does not exist.")
+    _, states = names.split_states(names.from_official(read_named(path)))
+    tensors = {name: tensor.read() for name, tensor in states.items()}
+    wkv = _stacked(tensors, r"att\.time_state", path)
+    if wkv is None or wkv.ndim != 4:
+        raise ValueError(f"load_state: `{path}` holds no blocks.0.att.time_state [H, value, key].")
+    if _axes(path) != _ORDER:
+        wkv = wkv.swapaxes(-1, -2)
+    if config is not None:
+        _check_sizes(wkv, config, "load_state", str(path))
+    layers, heads, values, _ = wkv.shape
+    nothing = np.zeros((layers, heads * values), np.float32)
+    shifts = [_stacked(tensors, rf"{part}\.shift_state", path) for part in ("att", "ffn")]
+    att, ffn = (nothing if shift is None else shift for shift in shifts)
+    for name, array in (("time_state", wkv), ("shift_state", att), ("shift_state", ffn)):
+        if not np.isfinite(array).all():
+            raise ValueError(f"load_state: `{path}` has NaN or Inf in a {name}.")
+    return RWKV7State(
+        att_shift=jnp.asarray(att[:, None]),
+        wkv=jnp.asarray(wkv[:, None]),
+        ffn_shift=jnp.asarray(ffn[:, None]),
+    )

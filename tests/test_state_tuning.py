@@ -1,0 +1,172 @@
+"""Tuning a start state: what moves, what cannot."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rwkv7_jax.config import RWKV7Config
+from rwkv7_jax.loss import next_token_loss
+from rwkv7_jax.model import RWKV7
+from rwkv7_jax.state import RWKV7State, init_state, repeat
+from rwkv7_jax.state_tuning import scaled, spectra, state_loss
+from rwkv7_jax.training import TrainState, make_train_step, pretrain_loss
+
+# Sizes that no activation shares, so that a weight's gradient can be recognised by its shape.
+CONFIG = RWKV7Config(vocab_size=75, num_layers=3, width=48, head_size=16, ffn_width=136)
+ROWS, TOKENS = 2, 21
+
+
+def perturbed(tree, seed: int, size: float):
+    leaves, form = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    draws = [
+        x + size * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(form, draws)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return RWKV7(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    init = jax.jit(lambda key: model.init(key, tokens, init_state(CONFIG))["params"])
+    return perturbed(init(jax.random.key(0)), 1, 0.1)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    tokens = np.random.default_rng(2).integers(0, CONFIG.vocab_size, (ROWS, TOKENS + 1))
+    return {"tokens": tokens.astype(np.int32), "mask": np.ones((ROWS, TOKENS), np.float32)}
+
+
+@pytest.fixture(scope="module")
+def tuned(model, params, batch):
+    """Two steps of tuning, with the metrics of the second."""
+    tx = optax.adam(0.1)
+    step = make_train_step(state_loss(model, params), tx)
+    train = TrainState.create(init_state(CONFIG), tx)
+    train, _ = step(train, batch)
+    return step(train, batch)
+
+
+def test_only_the_wkv_state_moves(tuned):
+    train, _ = tuned
+    assert float(jnp.abs(train.params.wkv).max()) > 0.05
+    assert float(jnp.abs(train.params.att_shift).max()) == 0.0
+    assert float(jnp.abs(train.params.ffn_shift).max()) == 0.0
+
+
+def test_the_shift_states_move_when_they_are_asked_to(model, params, batch):
+    loss = state_loss(model, params, leaves=("wkv", "att_shift", "ffn_shift"))
+    grads = jax.grad(lambda s: loss(s, batch)[0])(init_state(CONFIG))
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(grads))
+
+
+def test_tuning_leaves_the_weights_bit_equal(model, params, batch):
+    before = jax.tree.map(lambda leaf: np.array(leaf, copy=True), params)
+    tx = optax.adam(0.1)
+    step = make_train_step(state_loss(model, params), tx)
+    step(TrainState.create(init_state(CONFIG), tx), batch)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before, params))
+
+
+def test_the_loss_falls(model, params, batch, tuned):
+    _, metrics = tuned
+    base, _ = state_loss(model, params)(init_state(CONFIG), batch)
+    assert float(metrics["loss_nats"]) < float(base)
+
+
+def test_a_states_gradient_is_its_finite_difference(model, params, batch):
+    loss = state_loss(model, params)
+    start = perturbed(init_state(CONFIG), 3, 0.3)
+    value = jax.jit(lambda s: loss(s, batch)[0])
+    grads = jax.jit(jax.grad(lambda s: loss(s, batch)[0]))(start)
+    direction = perturbed(jax.tree.map(jnp.zeros_like, start), 4, 1.0)
+    direction = init_state(CONFIG).replace(wkv=direction.wkv)
+    move = lambda size: jax.tree.map(lambda x, d: x + size * d, start, direction)  # noqa: E731
+    difference = (float(value(move(1e-2))) - float(value(move(-1e-2)))) / 2e-2
+    product = float(jnp.vdot(grads.wkv, direction.wkv))
+    assert product == pytest.approx(difference, rel=1e-2)
+
+
+def test_the_gradient_is_the_sum_over_rows(model, params, batch):
+    loss = state_loss(model, params)
+    whole = jax.grad(lambda s: loss(s, batch)[0])(init_state(CONFIG)).wkv
+    start = repeat(init_state(CONFIG), ROWS)
+    by_row = jax.grad(lambda s: next_token_loss(model, params, s, batch)[0])(start).wkv
+    np.testing.assert_allclose(by_row.sum(1, keepdims=True), whole, rtol=1e-4, atol=1e-8)
+
+
+def test_the_anchor_is_zero_at_the_base_and_positive_elsewhere(model, params, batch):
+    batch = batch | {"anchor": batch["tokens"]}
+    loss = state_loss(model, params, anchor=1.0)
+    at_base = loss(init_state(CONFIG), batch)[1]["anchor_nats"]
+    away = loss(perturbed(init_state(CONFIG), 5, 0.5), batch)[1]["anchor_nats"]
+    assert abs(float(at_base)) < 1e-6
+    assert float(away) > 1e-4
+
+
+def compiled_text(loss, trainables, batch) -> tuple[str, int]:
+    """The optimised program of a training step, and its temporary bytes."""
+    tx = optax.adam(0.1)
+    step = make_train_step(loss, tx)
+    train = TrainState.create(trainables, tx)
+    compiled = step.func.lower(*step.args, train, batch).compile()
+    return compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
+
+
+def makes_weight_shapes(text: str) -> list[str]:
+    """Matrix products of the program whose result has the shape of a feed-forward weight."""
+    shapes = r"f32\[(?:\d+,)?(?:136,48|48,136)\]"
+    return re.findall(rf"= {shapes}\S* dot\(", text)
+
+
+def test_the_compiled_step_holds_no_weight_gradient(model, params, batch):
+    text, temp = compiled_text(state_loss(model, params), init_state(CONFIG), batch)
+    control, control_temp = compiled_text(pretrain_loss(model), params, batch)
+    assert makes_weight_shapes(control), "the control program must make weight gradients"
+    assert not makes_weight_shapes(text)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert control_temp - temp > 0.5 * weights
+
+
+def test_moments_exist_for_the_state_alone():
+    tx = optax.adam(0.1)
+    train = TrainState.create(init_state(CONFIG), tx)
+    shapes = {leaf.shape for leaf in jax.tree.leaves(train.opt_state)}
+    assert shapes <= {(), *(leaf.shape for leaf in jax.tree.leaves(init_state(CONFIG)))}
+
+
+def test_weights_are_arguments_of_the_compiled_step_not_constants(model, params, batch):
+    text, _ = compiled_text(state_loss(model, params), init_state(CONFIG), batch)
+    assert not re.search(r"f32\[(?:\d+,)?136,48\]\S* constant\(", text)
+
+
+def test_a_state_scales_between_base_and_tuned():
+    state = perturbed(init_state(CONFIG), 6, 1.0)
+    np.testing.assert_array_equal(scaled(state, 0.25).wkv, 0.25 * state.wkv)
+
+
+def test_spectra_are_the_singular_values():
+    wkv = jnp.zeros_like(init_state(CONFIG).wkv).at[1, 0, 2].set(jnp.diag(jnp.arange(16.0)))
+    state = init_state(CONFIG).replace(wkv=wkv)
+    np.testing.assert_allclose(spectra(state)[1, 2], np.arange(16.0)[::-1])
+    assert spectra(state).shape == (3, 3, 16)
+
+
+def test_an_unknown_leaf_is_refused(model, params):
+    with pytest.raises(ValueError, match=r"state_loss: `leaves` must be among wkv, .*; got 'kv'"):
+        state_loss(model, params, leaves=("kv",))
+
+
+def test_a_state_survives_the_trees_that_jax_makes_of_it():
+    shapes = jax.eval_shape(lambda: init_state(CONFIG, 2))
+    assert isinstance(shapes, RWKV7State)
