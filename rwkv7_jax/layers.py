@@ -91,3 +91,14 @@ def log_decay(z: Float[Array, "..."]) -> Float[Array, "..."]:
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/cuda/rwkv7_clampw.cu:16,42.
     """
     return -DECAY_RATE * jax.nn.sigmoid(z.astype(jnp.float32))
+
+
+def head_logits(x: Float[Array, "... D"], weight: Float[Array, "V D"]) -> Float[Array, "... V"]:
+    """Float32 logits of activations, from operands in the activations' dtype."""
+    return jnp.einsum(
+        "...d,vd->...v",
+        x,
+        weight.astype(x.dtype),
+        precision=precision(x.dtype),
+        preferred_element_type=jnp.float32,
+    )

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from .model import RWKV7, head_logits
+from .layers import head_logits
+from .model import RWKV7
 from .shapes import Activations, Params, Tokens
 from .state import RWKV7State
 

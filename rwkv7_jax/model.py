@@ -1,22 +1,23 @@
 """RWKV-7 as a thin Linen shell: declare parameters, call pure functions, return. Level 4.
 
 Parameter paths are the official checkpoint names and matrices keep their official orientation:
-`.weight` is [out, in] and acts as x W^T; w1, a1, v1, g1 are [D, R] and w2, ... [R, D], acting as x
-w1. Source of the equations: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_demo.py:260-372.
+`.weight` is [out, in] and acts as x W^T; w1, a1, v1, g1 are [D, R] and w2, ... [R, D], acting
+as x w1.
+
+Source of the equations: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_demo.py:260-372.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 import pallas_kernels
 
 from . import initial, layers
 from .config import RWKV7Config
 from .shapes import Activations, Lengths, Logits, Tokens
-from .state import RWKV7State, check_state
+from .state import RWKV7State, check_state, check_tokens
 
 # What `method="trace"` hands out of every block, stacked over layers.
 TRACE = ("residual", "r", "log_w", "k", "v", "a", "b", "y", "gate", "ffn_input", "ffn_hidden")
@@ -109,12 +110,7 @@ class TimeMix(nn.Module):
         gate = self._low_rank(x_g, "g", config.gate_rank, jax.nn.sigmoid, layer)
         if self.first:
             v_first = v
-        else:
-            mix = self._logit(
-                x_v, "v", config.value_rank, identity, bias=initial.value_bias, layer=layer
-            )
-            v = v + (v_first - v) * jax.nn.sigmoid(mix).astype(x.dtype)
-
+        v = self._mix_values(x_v, v, v_first, layer)
         k_k = layers.per_channel(self._weight("k_k", initial.removal_scale, layer), x)
         k_a = self._weight("k_a", initial.constant(1.02, config.width), layer)
         k_a = layers.per_channel(k_a, x)
@@ -126,14 +122,25 @@ class TimeMix(nn.Module):
             r, log_w, k, v, a, b, wkv, implementation=config.implementation, lengths=lengths
         )
 
-        out = HeadNorm(config, name="ln_x")(y, layer)
-        r_k = self._weight(
-            "r_k", initial.constant(-0.04, config.num_heads, config.head_size), layer
-        )
-        out = out + jnp.sum(r * k * layers.per_channel(r_k, r), axis=-1, keepdims=True) * v
-        out = self._square("output", 0.0)(out.reshape(x.shape) * gate)
+        out = self._square("output", 0.0)(self._read_out(y, r, k, v, layer=layer) * gate)
         trace = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b, "y": y, "gate": gate}
         return out, layers.last_token(x, shift, lengths), wkv, v_first, trace
+
+    def _mix_values(self, x_v: Activations, v, v_first, layer) -> Activations:
+        """Values drawn towards layer 0's; layer 0 keeps its own."""
+        if self.first:
+            return v
+        rank, bias = self.config.value_rank, initial.value_bias
+        mix = self._logit(x_v, "v", rank, lambda u: u, bias=bias, layer=layer)
+        return v + (v_first - v) * jax.nn.sigmoid(mix).astype(v.dtype)
+
+    def _read_out(self, y, r, k, v, *, layer) -> Activations:
+        """What was read, normed per head, plus the bonus of the current token."""
+        sizes = (self.config.num_heads, self.config.head_size)
+        r_k = self._weight("r_k", initial.constant(-0.04, *sizes), layer)
+        out = HeadNorm(self.config, name="ln_x")(y, layer)
+        bonus = jnp.sum(r * k * layers.per_channel(r_k, r), axis=-1, keepdims=True) * v
+        return (out + bonus).reshape(*y.shape[:2], self.config.width)
 
     def _heads(self, x: Activations) -> Float[Array, "B T H N"]:
         return x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_size)
@@ -283,36 +290,4 @@ class Head(nn.Module):
     def __call__(self, x: Activations) -> Logits:
         """Float32 logits."""
         shape = (self.config.vocab_size, self.config.width)
-        return head_logits(x, self.param("weight", initial.head(*shape), 0, self.config))
-
-
-def head_logits(x: Float[Array, "... D"], weight: Float[Array, "V D"]) -> Float[Array, "... V"]:
-    """Float32 logits of activations, from operands in the activations' dtype."""
-    return jnp.einsum(
-        "...d,vd->...v",
-        x,
-        weight.astype(x.dtype),
-        precision=layers.precision(x.dtype),
-        preferred_element_type=jnp.float32,
-    )
-
-
-def check_tokens(tokens: Int[Array | np.ndarray, "..."], vocab_size: int, *, caller: str) -> None:
-    """Return if the ids are integers and, where they are known, inside the vocabulary.
-
-    Raises:
-        TypeError: not integers.
-        ValueError: an id is out of range; the message has its position.
-    """
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise TypeError(f"{caller}: `tokens` must be integers; got {tokens.dtype}.")
-    if isinstance(tokens, jax.core.Tracer):
-        return
-    ids = np.asarray(tokens)
-    wrong = np.argwhere((ids < 0) | (ids >= vocab_size))
-    if len(wrong):
-        position = tuple(int(i) for i in wrong[0])
-        raise ValueError(
-            f"{caller}: `tokens` must be at least 0 and below {vocab_size}; "
-            f"got {ids[position]} at position {position}."
-        )
+        return layers.head_logits(x, self.param("weight", initial.head(*shape), 0, self.config))

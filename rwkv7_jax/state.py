@@ -4,8 +4,9 @@ import typing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from .config import RWKV7Config
 
@@ -69,6 +70,27 @@ def check_state(state: RWKV7State, batch: int, config: RWKV7Config, *, caller: s
             )
     if state.wkv.dtype != jnp.float32:
         raise TypeError(f"{caller}: `state.wkv` must be float32; got {state.wkv.dtype}.")
+
+
+def check_tokens(tokens: Int[Array | np.ndarray, "..."], vocab_size: int, *, caller: str) -> None:
+    """Return if the ids are integers and, where they are known, inside the vocabulary.
+
+    Raises:
+        TypeError: not integers.
+        ValueError: an id is out of range; the message has its position.
+    """
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise TypeError(f"{caller}: `tokens` must be integers; got {tokens.dtype}.")
+    if isinstance(tokens, jax.core.Tracer):
+        return
+    ids = np.asarray(tokens)
+    wrong = np.argwhere((ids < 0) | (ids >= vocab_size))
+    if len(wrong):
+        position = tuple(int(i) for i in wrong[0])
+        raise ValueError(
+            f"{caller}: `tokens` must be at least 0 and below {vocab_size}; "
+            f"got {ids[position]} at position {position}."
+        )
 
 
 def repeat(state: RWKV7State, batch: int) -> RWKV7State:
