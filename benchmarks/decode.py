@@ -19,7 +19,7 @@ import numpy as np
 from rwkv7_jax.config import RWKV7Config
 from rwkv7_jax.generate import generate
 from rwkv7_jax.model import RWKV7
-from rwkv7_jax.state import init_state, repeat
+from rwkv7_jax.state import init_state
 
 CONTEXTS = (64, 512, 4096)
 BATCHES = (1, 8, 32)
@@ -37,44 +37,42 @@ def random_model(layers: int, width: int, vocab_size: int):
     )
 
 
-def tokens_per_second(model, params, out, *, tokens: int, repeats: int) -> float:
-    """The median over `repeats` runs of `tokens` tokens a row behind `out`."""
-    rows = out.state.batch
+def tokens_per_second(model, params, outs: dict, *, tokens: int, repeats: int) -> dict[int, float]:
+    """For each of `outs`, the median over `repeats` runs of `tokens` tokens a row behind it.
+
+    The runs take turns, so that a machine that is busy for a while slows all of them alike.
+    """
     options = {"temperature": 0.8, "top_p": 0.9, "key": jax.random.key(0), "stop_ids": ()}
 
-    def run():
+    def run(out) -> float:
+        began, prompts = time.perf_counter(), [[]] * out.state.batch
         end = generate(
-            model,
-            params,
-            [[]] * rows,
-            out.state,
-            logits=out.logits,
-            tokens=tokens,
-            **options,
+            model, params, prompts, out.state, logits=out.logits, tokens=tokens, **options
         )
         jax.block_until_ready(end.logits)
+        return time.perf_counter() - began
 
-    run()
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - began)
-    return rows * tokens / statistics.median(seconds)
+    for out in outs.values():
+        run(out)
+    rounds = [{size: run(out) for size, out in outs.items()} for _ in range(repeats)]
+    return {
+        size: out.state.batch * tokens / statistics.median(seconds[size] for seconds in rounds)
+        for size, out in outs.items()
+    }
 
 
 def measure(model, params, *, tokens: int, repeats: int) -> dict[str, dict[int, float]]:
     """Tokens per second by context of one row, and by batch behind the shortest context."""
     ids = np.random.default_rng(1).integers(1, model.config.vocab_size, max(CONTEXTS))
-    by_context, by_batch, speed = {}, {}, {"tokens": tokens, "repeats": repeats}
-    for context in CONTEXTS:
-        out = generate(model, params, ids[:context], tokens=0)
-        by_context[context] = tokens_per_second(model, params, out, **speed)
-    for batch in BATCHES:
-        start = repeat(init_state(model.config), batch)
-        out = generate(model, params, [ids[: CONTEXTS[0]]] * batch, start, tokens=0)
-        by_batch[batch] = tokens_per_second(model, params, out, **speed)
-    return {"by_context": by_context, "by_batch": by_batch}
+    prompts = {
+        "by_context": {context: [ids[:context]] for context in CONTEXTS},
+        "by_batch": {batch: [ids[: CONTEXTS[0]]] * batch for batch in BATCHES},
+    }
+    rates = {}
+    for name, cases in prompts.items():
+        outs = {size: generate(model, params, rows, tokens=0) for size, rows in cases.items()}
+        rates[name] = tokens_per_second(model, params, outs, tokens=tokens, repeats=repeats)
+    return rates
 
 
 def main() -> None:
@@ -101,6 +99,7 @@ def main() -> None:
             "date": datetime.date.today().isoformat(),
             "command": " ".join(["python -m benchmarks.decode", *sys.argv[1:]]),
             "device": f"{jax.devices()[0].device_kind}, {platform.machine()}, {cores}",
+            "load_average": os.getloadavg()[0],
             "versions": {"jax": jax.__version__, "python": platform.python_version()},
             "model": vars(args) | {"json": None},
             "tokens_per_second": results,
