@@ -4,7 +4,7 @@
         --config.data.path=poems.jsonl
 
 Rows: the base model from its zero state; the tuned state; and the base after reading a prompt of
-the training text, of each size in config.evaluation.prompt_bytes (-1: all the text that tuning
+the training text, of each size in config.evaluation.prompt_tokens (-1: all the text that tuning
 could see, the prompt of equal information). The same rows on config.evaluation.retention, other
 text, show the price.
 """
@@ -32,9 +32,9 @@ def starts(settings: Settings, model, params, tokenizer: Tokenizer) -> dict[str,
     rows = {"base": init_state(model.config)}
     if settings.state:
         rows["tuned state"] = load_state(settings.state, config=model.config)
-    if settings.evaluation.prompt_bytes:
+    if settings.evaluation.prompt_tokens:
         stream = jobs.training_stream(settings, tokenizer)
-        for size in settings.evaluation.prompt_bytes:
+        for size in settings.evaluation.prompt_tokens:
             prompt = stream if size < 0 else stream[-size:]
             print(f"reading a prompt of {len(prompt):,} tokens", flush=True)
             rows[f"prompt {len(prompt):,}"] = state_after(model, params, prompt)

@@ -18,7 +18,7 @@ def get_config():
     config.optimizer = ConfigDict()
     config.tuning = ConfigDict()
     config.evaluation = ConfigDict(
-        {"windows": 48, "length": 512, "prompt_bytes": (1024, -1), "retention": ""}
+        {"windows": 48, "length": 512, "prompt_tokens": (1024, -1), "retention": ""}
     )
     config.sample = ConfigDict()
     return config

@@ -10,7 +10,7 @@ import warnings
 
 import numpy as np
 
-from .cli_generate import add_generate_command
+from .cli_generate import add_generate_command, discard_output
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -77,6 +77,13 @@ def _inspect(options: argparse.Namespace) -> None:
         print(f"note: {warning.message}")
 
 
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def _doctor(options: argparse.Namespace) -> None:
     import jax
 
@@ -86,7 +93,7 @@ def _doctor(options: argparse.Namespace) -> None:
         f"python      {platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores"
     )
     for name in ("rwkv7_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
-        print(f"{name:<18}{importlib.metadata.version(name)}")
+        print(f"{name:<18}{_version(name)}")
     for name, use in (("matplotlib", "pictures"), ("torch", "oracle tests")):
         there = "yes" if importlib.util.find_spec(name) else "no"
         print(f"{name:<18}{there} ({use})")
@@ -130,8 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read our output has gone; Python would complain once more when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
     except (ValueError, TypeError, OSError) as error:
         print(f"rwkv7: {error}", file=sys.stderr)
         return 2

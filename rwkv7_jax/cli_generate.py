@@ -42,12 +42,13 @@ def run_generate(args: argparse.Namespace) -> int:
         _run(args)
         sys.stdout.flush()
     except BrokenPipeError:
-        _discard_output()
+        discard_output()
     return 0
 
 
 def _run(args: argparse.Namespace) -> None:
-    from .checkpoint import load_model, load_state
+    from .checkpoint import load_model
+    from .state_files import load_state
     from .tokenizer import Tokenizer
 
     prompt = _prompt(args)
@@ -98,7 +99,7 @@ def _as_json(out: Generation, prompt: bytes, tokenizer: Vocabulary) -> str:
     return json.dumps(fields)
 
 
-def _discard_output() -> None:
+def discard_output() -> None:
     """What is still buffered goes nowhere: the interpreter's last flush is quiet as well."""
     try:
         descriptor = sys.stdout.fileno()

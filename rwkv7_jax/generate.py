@@ -122,13 +122,9 @@ def generate(
     )
     for name, value, least in (("tokens", tokens, 0), ("prefill_chunk", prefill_chunk, 1)):
         sampling.check_count(value, least, f"generate: `{name}`")
-    check_stop_strings(stop_strings, caller="generate")
-    if tokenizer is None and (stop_strings or on_text):
-        name = "stop_strings" if stop_strings else "on_text"
-        raise ValueError(f"generate: `tokenizer` must be given with `{name}`; got None.")
+    _check_text(tokenizer, stop_strings, on_text)
     prompts = _check_prompts(prompts, model.config.vocab_size, allow_empty=logits is not None)
-    undecided = tokens > 0 and options.temperature > 0
-    keys = _row_keys(key, len(prompts), needed=bool(undecided))
+    keys = _row_keys(key, len(prompts), needed=bool(tokens > 0 and options.temperature > 0))
     state, logits = _start(model, state, logits, batch=len(prompts))
     state, logits = _read(model, params, state, logits=logits, rows=prompts, chunk=prefill_chunk)
     rows = [Row(tokenizer, stop_strings) for _ in prompts]
@@ -148,6 +144,13 @@ def generate(
         logits=run.logits,
         texts=None if tokenizer is None else [row.text for row in rows],
     )
+
+
+def _check_text(tokenizer, stop_strings, on_text) -> None:
+    check_stop_strings(stop_strings, caller="generate")
+    if tokenizer is None and (stop_strings or on_text):
+        name = "stop_strings" if stop_strings else "on_text"
+        raise ValueError(f"generate: `tokenizer` must be given with `{name}`; got None.")
 
 
 def _check_prompts(prompts, vocab_size: int, *, allow_empty: bool) -> list[list[int]]:

@@ -78,7 +78,7 @@ class RunFolder:
     def rows(self) -> list[dict]:
         """All metrics so far, from resumed runs as well."""
         path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.open()] if path.exists() else []
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def _checkpoints(self):
         """Orbax's manager, imported when first needed: it takes seconds."""

@@ -78,7 +78,7 @@ class Evaluation:
         every: steps between two evaluations; 0 for one at the end alone.
         windows: pieces of text.
         length: tokens of a piece.
-        prompt_bytes: text of the training part that the base model reads as a prompt, for
+        prompt_tokens: text of the training part that the base model reads as a prompt, for
             comparison; -1 is all of it.
         retention: other text, to see what tuning costs there.
     """
@@ -86,7 +86,7 @@ class Evaluation:
     every: int = 0
     windows: int = 32
     length: int = 512
-    prompt_bytes: tuple[int, ...] = ()
+    prompt_tokens: tuple[int, ...] = ()
     retention: str = ""
 
 

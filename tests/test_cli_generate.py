@@ -61,7 +61,8 @@ def command(params, monkeypatch):
             assert size == 257
             return cls()
 
-    monkeypatch.setitem(sys.modules, "rwkv7_jax.checkpoint", _Files(params))
+    for name in ("checkpoint", "state_files"):
+        monkeypatch.setitem(sys.modules, f"rwkv7_jax.{name}", _Files(params))
     tokenizer = types.SimpleNamespace(Tokenizer=Tokenizer)
     monkeypatch.setitem(sys.modules, "rwkv7_jax.tokenizer", tokenizer)
     parser = argparse.ArgumentParser()

@@ -1,0 +1,118 @@
+"""train.py and eval.py as programs: bad settings, a run from start to end, resuming."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import differing
+
+from rwkv7_jax.checkpoint import load_model
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "--config.model.width=32",
+    "--config.model.head_size=16",
+    "--config.model.num_layers=2",
+    "--config.data.path=pydoc-topics",
+    "--config.data.length=32",
+    "--config.data.batch_size=2",
+    "--config.evaluation.windows=2",
+    "--config.evaluation.length=32",
+    "--config.sample.prompts=()",
+    "--config.optimizer.schedule=constant",
+]
+
+
+def program(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, name, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "MPLBACKEND": "agg"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            ["--config.optimizer.learnig_rate=1.0"],
+            "`config.optimizer.learnig_rate` is no setting; the nearest is "
+            "`config.optimizer.learning_rate`.",
+        ),
+        (["--config.model.width=33"], "`width` must be a multiple of `head_size`; got 33 and 16."),
+        (["--config.data.path=nothing.jsonl"], "`nothing.jsonl` is no file, no folder and none of"),
+    ],
+)
+def test_bad_settings_end_in_one_line_and_exit_code_2(tmp_path, changes, sentence):
+    config = "--config=configs/pretrain_tiny.py"
+    done = program("train.py", config, f"--workdir={tmp_path / 'run'}", *SMALL, *changes)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert len(lines) == 1 and sentence in lines[0]
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def pretrain(folder: Path, *changes: str) -> str:
+    config = "--config=configs/pretrain_tiny.py"
+    done = program("train.py", config, f"--workdir={folder}", *SMALL, *changes)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(tmp_path):
+    unbroken = pretrain(tmp_path / "one", "--config.steps=6", "--config.log_every=1")
+    assert "steps     0 to 6" in unbroken
+    pretrain(tmp_path / "two", "--config.steps=3", "--config.log_every=1")
+    resumed = pretrain(tmp_path / "two", "--config.steps=6", "--config.log_every=1")
+    assert "steps     3 to 6" in resumed
+    one, two = (load_model(tmp_path / n / "model.pth")[0] for n in ("one", "two"))
+    assert differing(one, two) == []
+
+    other = program(
+        "train.py", "--config=configs/pretrain_tiny.py", f"--workdir={tmp_path / 'one'}", *SMALL,
+        "--config.seed=1",
+    )  # fmt: skip
+    assert other.returncode == 2 and "holds a run whose `seed` is 0; got 1" in other.stderr
+
+
+@pytest.mark.slow
+def test_a_state_is_tuned_saved_and_evaluated(tmp_path):
+    pretrain(tmp_path / "base", "--config.steps=20")
+    base = tmp_path / "base" / "model.pth"
+    before = base.read_bytes()
+    common = [
+        f"--config.init={base}",
+        "--config.data.path=charmaps",
+        "--config.evaluation.windows=4",
+    ]
+    done = program(
+        "train.py", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}", *common,
+        "--config.steps=12", "--config.data.length=32", "--config.evaluation.length=64",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert base.read_bytes() == before
+    for name in ("state.pth", "state.pth.json", "metrics.jsonl", "metrics.csv", "settings.json"):
+        assert (tmp_path / "run" / name).stat().st_size > 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert rows[-1]["held_out_bits_per_byte"] < rows[0]["held_out_bits_per_byte"]
+
+    done = program(
+        "eval.py", "--config=configs/eval.py", *common, "--config.evaluation.length=64",
+        f"--config.state={tmp_path / 'run' / 'state.pth'}",
+        "--config.evaluation.prompt_tokens=(100,)",
+        f"--config.workdir={tmp_path / 'eval'}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "eval" / "eval.json").read_text())["new text"]
+    assert list(report) == ["base", "tuned state", "prompt 100"]
+    assert report["tuned state"]["bits_per_byte"] < report["base"]["bits_per_byte"]
+    assert np.isfinite([row["perplexity"] for row in report.values()]).all()
