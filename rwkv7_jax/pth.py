@@ -8,10 +8,8 @@ import io
 import itertools
 import math
 import mmap
-import os
 import pickle
 import struct
-import tempfile
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from .atomic import replacing
 from .restricted_pickle import STORAGE_NAMES, Machine
 
 # A 13B model's pickle has some 200 kB; what is larger is no checkpoint.
@@ -147,23 +146,14 @@ def write_pth(path: str | Path, tensors: Iterable[tuple[str, np.ndarray]]) -> No
     Raises:
         ValueError: a dtype that has no PyTorch storage, or a folder that does not exist.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise ValueError(f"write_pth: the folder of `{path}` does not exist.")
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w") as archive:
-            program = [b"\x80\x02}("]
-            for number, (name, array) in enumerate(tensors):
-                if array.dtype not in STORAGE_NAMES:
-                    raise ValueError(f"write_pth: `{name}` has dtype {array.dtype}, unknown there.")
-                shape, array = array.shape, np.ascontiguousarray(array)
-                _put(archive, f"data/{number}", memoryview(array.reshape(-1).view(np.uint8)))
-                program.append(_pickled(name) + _pickled_tensor(str(number), array.reshape(shape)))
-            _put(archive, "data.pkl", b"".join([*program, b"u."]))
-            _put(archive, "byteorder", b"little")
-            _put(archive, "version", b"3\n")
-        Path(partial).chmod(0o644)
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    with replacing(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
+        program = [b"\x80\x02}("]
+        for number, (name, array) in enumerate(tensors):
+            if array.dtype not in STORAGE_NAMES:
+                raise ValueError(f"write_pth: `{name}` has dtype {array.dtype}, unknown there.")
+            shape, array = array.shape, np.ascontiguousarray(array)
+            _put(archive, f"data/{number}", memoryview(array.reshape(-1).view(np.uint8)))
+            program.append(_pickled(name) + _pickled_tensor(str(number), array.reshape(shape)))
+        _put(archive, "data.pkl", b"".join([*program, b"u."]))
+        _put(archive, "byteorder", b"little")
+        _put(archive, "version", b"3\n")
