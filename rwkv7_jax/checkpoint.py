@@ -17,33 +17,23 @@ import numpy as np
 
 from . import names
 from .config import RWKV7Config
-from .convert import Progress, build_tree, check_names, infer_config, official_tensors
-from .names import Tensor
+from .convert import (
+    Progress,
+    build_tree,
+    check_names,
+    infer_config,
+    is_finite,
+    official_tensors,
+    refuse_nan,
+)
+from .hf_folder import CARD, WEIGHTS, hf_card, read_hf, read_json
 from .pth import write_pth
+from .safetensors_file import write_safetensors
 from .shapes import Params
-from .tensor_files import format_of, read_named, read_safetensors, write_safetensors
+from .tensor_files import format_of, read_named
 
 _CARD = "rwkv7_jax.json"  # beside an orbax tree: sizes and the version of the layout
 _LAYOUT = 1
-
-
-def _read_hf(folder: Path) -> tuple[dict[str, Tensor], dict]:
-    """An HF folder's tensors by official name, and what only its config.json tells."""
-    card = json.loads((folder / "config.json").read_text())
-    if card.get("model_type") != "rwkv7":
-        raise ValueError(
-            f"load_model: `{folder}` must have model_type rwkv7; got {card.get('model_type')!r}."
-        )
-    if card.get("attn"):
-        raise ValueError(f"load_model: `{folder}` mixes attention layers in, which RWKV-7 has not.")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"load_model: `{folder}` has no .safetensors file.")
-    named = {name: t for file in files for name, t in read_safetensors(file).items()}
-    norm_eps = float(card.get("norm_eps", 1e-5))
-    official = names.from_hf(named)
-    head_size = official["blocks.0.att.r_k"].shape[-1] if "blocks.0.att.r_k" in official else 64
-    return official, {"norm_eps": norm_eps, "group_norm_eps": head_size * norm_eps}
 
 
 def _orbax():
@@ -57,10 +47,13 @@ def _orbax():
 def _load_orbax(folder: Path, dtype, allow_nan: bool) -> tuple[Params, RWKV7Config]:
     if not (folder / _CARD).exists():
         raise ValueError(f"load_model: `{folder}` is no checkpoint: it has no {_CARD}.")
-    card = json.loads((folder / _CARD).read_text())
+    card = read_json(folder / _CARD)
     if card.get("layout") != _LAYOUT:
         raise ValueError(f"load_model: `{folder}` has layout {card.get('layout')}, not {_LAYOUT}.")
-    config = RWKV7Config(**card["config"])
+    try:
+        config = RWKV7Config(**card["config"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"load_model: `{folder / _CARD}` has no such config: {error}.") from None
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with _orbax().StandardCheckpointer() as checkpointer:
         stored = checkpointer.metadata(folder / "params").item_metadata.tree
@@ -70,11 +63,7 @@ def _load_orbax(folder: Path, dtype, allow_nan: bool) -> tuple[Params, RWKV7Conf
         params = checkpointer.restore(folder / "params", like)
     if not allow_nan:
         for name, array in official_tensors(params, config):
-            if not np.isfinite(array).all():
-                raise ValueError(
-                    f"load_model: `{folder}` has NaN or Inf in {name}; "
-                    "load it with allow_nan=True if you must."
-                )
+            refuse_nan(array, name, str(folder))
     return jax.tree.map(lambda x: x.astype(dtype), params) if dtype else params, config
 
 
@@ -102,10 +91,14 @@ def load_model(
     kind = format_of(path)
     if kind == "orbax":
         return _load_orbax(path.absolute(), dtype, allow_nan)
-    named, changes = _read_hf(path) if kind == "hf" else (read_named(path), {})
-    named = named if kind == "hf" else names.from_official(named)
+    if kind == "hf":
+        named, changes = read_hf(path)
+    else:
+        named, changes = names.from_official(read_named(path), suffix=path.suffix), {}
     names.refuse_variants(named, str(path))
     named, states = names.split_states(named)
+    if states and not named:
+        raise ValueError(f"load_model: `{path}` is a start state; load_state reads it.")
     if states:
         warnings.warn(
             f"{path} holds a tuned state as well; load_state({str(path)!r}) gives it.", stacklevel=2
@@ -128,6 +121,15 @@ def _with_dummies(params: Params, config: RWKV7Config) -> Iterator[tuple[str, np
             yield name, np.zeros(shape, dtype)
 
 
+def _half(name: str, array: np.ndarray) -> np.ndarray:
+    """The array in half precision, which is all that web-rwkv reads."""
+    with np.errstate(over="ignore"):
+        half = np.asarray(array).astype(np.float16)
+    if not is_finite(half) and is_finite(array):
+        raise ValueError(f"save_model: {name} has numbers beyond 65504, which .st cannot hold.")
+    return half
+
+
 def _official_items(params: Params, config: RWKV7Config, format: str):
     """Names and arrays as the format writes them."""
     if format == "hf":
@@ -138,67 +140,42 @@ def _official_items(params: Params, config: RWKV7Config, format: str):
         return
     for name, array in _with_dummies(params, config):
         if format == "st":
-            # web-rwkv reads half precision only.
-            array = np.asarray(array).astype(np.float16)
+            array = _half(name, array)
             array = array.swapaxes(-1, -2) if names.LOW_RANK.search(name) else array
         yield name, array.reshape(names.file_shape(name, array.shape))
 
 
-def _hf_card(params: Params, config: RWKV7Config) -> dict:
-    dtype = str(params["emb"]["weight"].dtype)
-    return {
-        "architectures": ["RWKV7ForCausalLM"],
-        "model_type": "rwkv7",
-        "attn": None,
-        "attn_mode": "chunk",
-        "hidden_size": config.width,
-        "hidden_ratio": config.ffn_width / config.width,
-        "intermediate_size": config.ffn_width,
-        "num_hidden_layers": config.num_layers,
-        "head_dim": config.head_size,
-        "num_heads": config.num_heads,
-        "decay_low_rank_dim": config.decay_rank,
-        "gate_low_rank_dim": config.gate_rank,
-        "a_low_rank_dim": config.icl_rank,
-        "v_low_rank_dim": config.value_rank,
-        "hidden_act": "sqrelu",
-        "max_position_embeddings": 2048,
-        "norm_first": True,
-        "norm_bias": True,
-        "norm_eps": config.norm_eps,
-        "vocab_size": config.vocab_size,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "tie_word_embeddings": False,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-    }
-
-
-def _replace_folder(path: Path, mine: str, fill: Callable[[Path], None]) -> None:
-    """`path` filled by `fill`, whole or not at all; only a folder that holds `mine` is replaced."""
-    if path.exists() and any(path.iterdir()) and not (path / mine).exists():
-        raise ValueError(f"save_model: `{path}` holds other files; give an empty or a new folder.")
+def _replace_folder(path: Path, ours: set[str], fill: Callable[[Path], None]) -> None:
+    """`path` filled by `fill`, whole or not at all; only a folder of `ours` alone is replaced."""
+    others = sorted({item.name for item in path.iterdir()} - ours) if path.exists() else []
+    if others:
+        raise ValueError(
+            f"save_model: `{path}` holds other files, {others[0]} for one; "
+            "give an empty or a new folder."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
-        fill(partial)
-        partial.chmod(0o755)
+        fill(partial / "new")
+        # Two renames, so that there is no moment in which only half a folder is left.
         if path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
+            os.replace(path, partial / "old")
+        os.replace(partial / "new", path)
     finally:
+        if not path.exists() and (partial / "old").exists():
+            os.replace(partial / "old", path)
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _save_orbax(path: Path, params: Params, config: RWKV7Config) -> None:
     def fill(folder: Path) -> None:
+        folder.mkdir()
         with _orbax().StandardCheckpointer() as checkpointer:
             checkpointer.save(folder / "params", jax.tree.map(jnp.asarray, params))
         card = {"layout": _LAYOUT, "config": dataclasses.asdict(config)}
         (folder / _CARD).write_text(json.dumps(card, indent=1) + "\n")
 
-    _replace_folder(path.absolute(), _CARD, fill)
+    _replace_folder(path.absolute(), {"params", _CARD}, fill)
 
 
 def save_model(
@@ -245,11 +222,12 @@ def save_model(
     elif kind == "hf":
 
         def fill(folder: Path) -> None:
-            write_safetensors(folder / "model.safetensors", items(), metadata={"format": "pt"})
-            card = json.dumps(_hf_card(params, config), indent=2)
-            (folder / "config.json").write_text(card + "\n")
+            folder.mkdir()
+            write_safetensors(folder / WEIGHTS, items(), metadata={"format": "pt"})
+            card = json.dumps(hf_card(params, config), indent=2)
+            (folder / CARD).write_text(card + "\n")
 
-        _replace_folder(path, "config.json", fill)
+        _replace_folder(path.absolute(), {CARD, WEIGHTS}, fill)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
         (write_pth if kind == "pth" else write_safetensors)(path, items())

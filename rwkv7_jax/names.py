@@ -7,6 +7,7 @@ utils/convert_from_rwkv7.py (HF); cryscan/web-rwkv@3c7d546 assets/scripts/conver
 """
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -169,22 +170,38 @@ def from_hf(named: Named) -> dict[str, Tensor]:
     return official
 
 
-def from_official(named: Named) -> dict[str, Tensor]:
-    """Official names without the prefixes that trainers leave."""
+def from_official(named: Named, *, suffix: str = "") -> dict[str, Tensor]:
+    """Official names without the prefixes that trainers leave, and in official orientation.
+
+    Args:
+        named: names as a file has them.
+        suffix: the file's; it decides where the shapes do not: `.st` means web-rwkv's orientation.
+    """
     plain = {}
     for name, tensor in named.items():
         plain[name.removeprefix("_forward_module.").removeprefix("model.")] = tensor
-    if _is_transposed(plain):
+    if _is_transposed(plain, suffix):
         return {n: transposed(t) if LOW_RANK.search(n) else t for n, t in plain.items()}
     return plain
 
 
-def _is_transposed(named: Named) -> bool:
-    """Whether the low-rank matrices are [rank, D], as in web-rwkv's files, by the lerps' width."""
-    first, width = named.get("blocks.0.att.w1"), named.get("ln_out.weight")
-    if first is None or width is None or len(first.shape) != 2:
-        return False
-    return first.shape[1] == width.shape[0] != first.shape[0]
+def _is_transposed(named: Named, suffix: str) -> bool:
+    """Whether the low-rank matrices are [rank, D], as in web-rwkv's files.
+
+    The first that is not square tells; where all ranks equal the width, the suffix does.
+    """
+    width = named["emb.weight"].shape[-1:] if "emb.weight" in named else ()
+    for letter in "wag":
+        shape = named[f"blocks.0.att.{letter}1"].shape if f"blocks.0.att.{letter}1" in named else ()
+        if len(shape) == 2 and shape[0] != shape[1] and width and width[0] in shape:
+            return shape[1] == width[0]
+    if suffix == ".safetensors" and "blocks.0.att.w1" in named:
+        warnings.warn(
+            "the low-rank matrices are square, so that their orientation cannot be told; "
+            "the official one is assumed (web-rwkv's files must end in .st)",
+            stacklevel=4,
+        )
+    return suffix == ".st"
 
 
 def split_states(named: Named) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

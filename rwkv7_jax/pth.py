@@ -4,13 +4,12 @@ A `.pth` file is a zip with one pickle and one entry per storage.
 Source: pytorch/pytorch torch/serialization.py (the layout).
 """
 
+import io
 import itertools
 import math
 import mmap
-import os
 import pickle
 import struct
-import tempfile
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,21 +17,37 @@ from typing import Any
 
 import numpy as np
 
+from .atomic import replacing
 from .restricted_pickle import STORAGE_NAMES, Machine
 
 # A 13B model's pickle has some 200 kB; what is larger is no checkpoint.
 _PICKLE_LIMIT = 16 << 20
+_DIRECTORY_LIMIT = 2 << 20
 _ALIGNMENT = 64
+_SHOWN = 160
+
+
+class _ShortReads(io.FileIO):
+    """A file for `zipfile`, which reads the whole list of entries at once, however long it is."""
+
+    def read(self, size: int = -1) -> bytes:
+        """At most the limit, or an error; the few open-ended reads begin near the file's end."""
+        if size > _DIRECTORY_LIMIT:
+            raise ValueError("its list of entries is longer than any checkpoint's")
+        return super().read(size)
 
 
 def _entries(path: Path, data: mmap.mmap) -> dict[str, memoryview]:
     """The zip's entries as views of the mapped file, by the name behind the archive's folder."""
-    views, spans, whole = {}, [], memoryview(data)
-    with zipfile.ZipFile(path) as archive:
+    views, spans, whole, folders = {}, [], memoryview(data), set()
+    with _ShortReads(path) as file, zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             parts = info.filename.split("/")
             if ".." in parts or not parts[0] or "\\" in info.filename or len(parts) < 2:
                 raise ValueError(f"its entry {info.filename!r} is no place inside the archive")
+            folders.add(parts[0])
+            if "/".join(parts[1:]) in views or len(folders) > 1:
+                raise ValueError(f"its entry {info.filename!r} is there twice or apart")
             if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
                 raise ValueError(f"its entry {info.filename!r} is compressed or encrypted")
             head = data[info.header_offset : info.header_offset + 30]
@@ -61,6 +76,8 @@ def read_pth(path: str | Path) -> Any:
         ValueError: anything else; a forbidden name in the pickle is in the sentence.
     """
     path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"read_pth: `{path}` is no file.")
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError("it is no zip file; files of PyTorch before 1.6 must be saved anew")
@@ -74,11 +91,16 @@ def read_pth(path: str | Path) -> Any:
             raise ValueError("it is not in little-endian order")
         storages = {n.removeprefix("data/"): v for n, v in entries.items() if n.startswith("data/")}
         return Machine(storages).run(program)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error) as error:
-        reason = str(error) if type(error) is ValueError else "its pickle is broken"
-        raise ValueError(f"read_pth: `{path}` is refused: {reason}.") from None
-    except (zipfile.BadZipFile, NotImplementedError, OverflowError, UnicodeError) as error:
-        raise ValueError(f"read_pth: `{path}` is refused: {error}.") from None
+    except (ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise ValueError(f"read_pth: `{path}` is refused: {_shown(error)}.") from None
+    except (LookupError, TypeError, AttributeError, OverflowError, struct.error):
+        raise ValueError(f"read_pth: `{path}` is refused: its pickle is broken.") from None
+
+
+def _shown(error: Exception) -> str:
+    """The reason on one line of sensible length: names in a hostile file may hold anything."""
+    text = "".join(c if c.isprintable() else "?" for c in str(error)[:_SHOWN])
+    return text.rstrip(".")
 
 
 def _pickled(value: str | int | bool) -> bytes:
@@ -108,7 +130,8 @@ def _pickled_tensor(key: str, array: np.ndarray) -> bytes:
 def _put(archive: zipfile.ZipFile, name: str, data) -> None:
     """One stored entry whose data begin at a multiple of the alignment, for memory maps."""
     info = zipfile.ZipInfo(f"archive/{name}")
-    long = 20 if len(data) > zipfile.ZIP64_LIMIT else 0
+    # The margin is the one by which `zipfile` decides that an entry is a long one.
+    long = 20 if len(data) * 1.05 > zipfile.ZIP64_LIMIT else 0
     begin = archive.fp.tell() + 30 + len(info.filename) + 4 + long
     padding = -begin % _ALIGNMENT
     info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
@@ -123,23 +146,14 @@ def write_pth(path: str | Path, tensors: Iterable[tuple[str, np.ndarray]]) -> No
     Raises:
         ValueError: a dtype that has no PyTorch storage, or a folder that does not exist.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise ValueError(f"write_pth: the folder of `{path}` does not exist.")
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w") as archive:
-            program = [b"\x80\x02}("]
-            for number, (name, array) in enumerate(tensors):
-                if array.dtype not in STORAGE_NAMES:
-                    raise ValueError(f"write_pth: `{name}` has dtype {array.dtype}, unknown there.")
-                shape, array = array.shape, np.ascontiguousarray(array)
-                _put(archive, f"data/{number}", memoryview(array.reshape(-1).view(np.uint8)))
-                program.append(_pickled(name) + _pickled_tensor(str(number), array.reshape(shape)))
-            _put(archive, "data.pkl", b"".join([*program, b"u."]))
-            _put(archive, "byteorder", b"little")
-            _put(archive, "version", b"3\n")
-        Path(partial).chmod(0o644)
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    with replacing(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
+        program = [b"\x80\x02}("]
+        for number, (name, array) in enumerate(tensors):
+            if array.dtype not in STORAGE_NAMES:
+                raise ValueError(f"write_pth: `{name}` has dtype {array.dtype}, unknown there.")
+            shape, array = array.shape, np.ascontiguousarray(array)
+            _put(archive, f"data/{number}", memoryview(array.reshape(-1).view(np.uint8)))
+            program.append(_pickled(name) + _pickled_tensor(str(number), array.reshape(shape)))
+        _put(archive, "data.pkl", b"".join([*program, b"u."]))
+        _put(archive, "byteorder", b"little")
+        _put(archive, "version", b"3\n")

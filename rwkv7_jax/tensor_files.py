@@ -1,15 +1,14 @@
 """Named tensors in files, whatever they mean: `.pth`, `.safetensors` and `.st`. Level 3."""
 
-import os
-import tempfile
-from collections.abc import Iterable
+import mmap
 from pathlib import Path
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from .names import Tensor
 from .pth import read_pth
+from .safetensors_file import read_safetensors
 
 FORMATS = ("pth", "safetensors", "st", "hf", "orbax")
 
@@ -25,7 +24,8 @@ def format_of(path: str | Path, *, format: str | None = None) -> str:
         if (path / "config.json").exists():
             return "hf"
         format = path.suffix[1:] if path.suffix in (".pth", ".safetensors", ".st") else "orbax"
-        if format == "orbax" and path.suffix and not path.is_dir():
+        # The ".4b" of a folder called "model-0.4b" is no suffix.
+        if format == "orbax" and path.suffix[1:2].isalpha() and not path.is_dir():
             raise ValueError(
                 f"checkpoint: `{path}` must end in .pth, .safetensors or .st, or be a folder."
             )
@@ -36,74 +36,35 @@ def format_of(path: str | Path, *, format: str | None = None) -> str:
     return format
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, each read when it is wanted.
-
-    Raises:
-        ValueError: no safetensors file; the sentence has the path.
-    """
-    import safetensors
-
-    try:
-        file = safetensors.safe_open(path, framework="numpy")
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"checkpoint: `{path}` is no safetensors file: {error}.") from None
-
-    def tensor(name):
-        part = file.get_slice(name)
-        return Tensor(
-            tuple(part.get_shape()), _DTYPES[part.get_dtype()], lambda: file.get_tensor(name)
-        )
-
-    try:
-        return {name: tensor(name) for name in file.keys()}
-    except KeyError as error:
-        raise ValueError(f"checkpoint: `{path}` has a tensor of dtype {error}.") from None
-
-
-_DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
-
-
 def read_named(path: Path) -> dict[str, Tensor]:
     """The tensors of a .pth, .safetensors or .st file by the names in it; wrappers are taken off.
 
     Raises:
         ValueError: not such a file, or not a flat dict of tensors.
     """
-    if path.suffix != ".pth":
-        return read_safetensors(path)
-    found = read_pth(path)
+    found = read_pth(path) if path.suffix == ".pth" else read_safetensors(path)
     for wrapper in ("state_dict", "module", "model"):
-        if isinstance(found.get(wrapper), dict):
+        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
             found = found[wrapper]
-    tensors = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
-    if not tensors:
-        raise ValueError(f"checkpoint: `{path}` holds no tensors.")
-    return {
-        name: Tensor(array.shape, array.dtype, lambda array=array: array)
-        for name, array in tensors.items()
-    }
+    items = found.items() if isinstance(found, dict) else ()
+    arrays = {n: x for n, x in items if isinstance(n, str) and isinstance(x, np.ndarray)}
+    if not arrays:
+        raise ValueError(f"checkpoint: `{path}` holds no tensors by name.")
+    return {name: as_tensor(array) for name, array in arrays.items()}
 
 
-def write_safetensors(
-    path: Path,
-    items: Iterable[tuple[str, np.ndarray]],
-    *,
-    metadata: dict[str, str] | None = None,
-) -> None:
-    """The arrays as a .safetensors file; whole or not at all."""
-    import safetensors.numpy
+def as_tensor(array: np.ndarray) -> Tensor:
+    """A tensor of a file that is mapped into memory."""
+    return Tensor(array.shape, array.dtype, lambda: array)
 
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        arrays = {name: np.ascontiguousarray(array) for name, array in items}
-        safetensors.numpy.save_file(arrays, partial, metadata=metadata)
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+
+def forget(array: np.ndarray) -> None:
+    """The pages that reading `array` brought in are given back, if it is a view of a mapped file.
+
+    Otherwise they count as this process's memory beside the copy that was made of them.
+    """
+    owner: Any = array
+    while owner is not None and not isinstance(owner, mmap.mmap):
+        owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
+    if owner is not None and hasattr(mmap, "MADV_DONTNEED"):
+        owner.madvise(mmap.MADV_DONTNEED)
