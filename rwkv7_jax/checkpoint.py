@@ -28,9 +28,8 @@ from .convert import (
 )
 from .hf_folder import CARD, WEIGHTS, hf_card, read_hf, read_json
 from .pth import write_pth
-from .safetensors_file import write_safetensors
 from .shapes import Params
-from .tensor_files import format_of, read_named
+from .tensor_files import format_of, read_named, write_safetensors
 
 _CARD = "rwkv7_jax.json"  # beside an orbax tree: sizes and the version of the layout
 _LAYOUT = 1

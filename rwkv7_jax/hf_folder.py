@@ -7,9 +7,8 @@ from typing import Any
 from . import names
 from .config import RWKV7Config
 from .names import Tensor
-from .safetensors_file import read_safetensors
 from .shapes import Params
-from .tensor_files import as_tensor
+from .tensor_files import read_safetensors
 
 CARD, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -63,7 +62,7 @@ def read_hf(folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     files = _files(folder)
     if not files:
         raise ValueError(f"load_model: `{folder}` has no .safetensors file.")
-    named = {n: as_tensor(x) for file in files for n, x in read_safetensors(file).items()}
+    named = {n: tensor for file in files for n, tensor in read_safetensors(file).items()}
     official = names.from_hf(named)
     norm_eps = card.get("norm_eps", 1e-5)
     if not isinstance(norm_eps, float):

@@ -20,9 +20,8 @@ import numpy as np
 from . import names
 from .config import RWKV7Config
 from .pth import write_pth
-from .safetensors_file import write_safetensors
 from .state import RWKV7State
-from .tensor_files import read_named
+from .tensor_files import read_named, write_safetensors
 
 SUFFIXES = (".pth", ".safetensors", ".st")
 _ORDERS = {".st": "head, key, value"}

@@ -14,9 +14,8 @@ from rwkv7_jax.config import RWKV7Config
 from rwkv7_jax.convert import official_tensors
 from rwkv7_jax.model import RWKV7
 from rwkv7_jax.pth import write_pth
-from rwkv7_jax.safetensors_file import write_safetensors
 from rwkv7_jax.state import init_state
-from rwkv7_jax.tensor_files import read_named
+from rwkv7_jax.tensor_files import read_named, write_safetensors
 
 HF_CONFIG = dataclasses.replace(CONFIG, group_norm_eps=CONFIG.head_size * CONFIG.norm_eps)
 DUMMIES = ("v0", "v1", "v2")

@@ -11,10 +11,9 @@ from checkpoints import CONFIG, differing, random_params, random_state
 from rwkv7_jax.config import RWKV7Config
 from rwkv7_jax.model import RWKV7
 from rwkv7_jax.pth import write_pth
-from rwkv7_jax.safetensors_file import write_safetensors
 from rwkv7_jax.state import init_state
 from rwkv7_jax.state_files import load_state, save_state, sidecar
-from rwkv7_jax.tensor_files import read_named
+from rwkv7_jax.tensor_files import read_named, write_safetensors
 
 SUFFIXES = (".pth", ".safetensors", ".st")
 
