@@ -59,6 +59,14 @@ def dot(x: Array, y: Array, dtype: jnp.dtype) -> Array:
     return jnp.matmul(x, y, precision="highest")
 
 
+def as_operand(x: Array, dtype: jnp.dtype) -> Array:
+    """x with the precision that it has as an operand of `dot` in `dtype`, in its own dtype.
+
+    No cast there and back: XLA may drop that pair.
+    """
+    return jax.lax.reduce_precision(x, 8, 7) if dtype == jnp.bfloat16 else x
+
+
 def lower(x: Square, offset: int = 0) -> Square:
     """`x` with what lies above its diagonal zeroed; `offset` -1 zeroes the diagonal as well.
 
@@ -149,7 +157,6 @@ def backward(
         dend: gradient of the state behind the chunk.
         dtype: of the operands of matrix products.
     """
-    r, _, _, _, a, _ = inputs
     chunk = prepare(inputs, dtype)
     v, ah, rh, bh, kh = chunk.v, chunk.ah, chunk.rh, chunk.bh, chunk.kh
     scaled, dscaled = state * chunk.mid, dend * chunk.rest
@@ -159,20 +166,26 @@ def backward(
     dv = dot(chunk.ark.mT, dy, dtype) + dot(chunk.aak.mT, z, dtype) + dot(kh, dscaled.mT, dtype)
     dab, dak = lower(dot(z, u.mT, dtype), -1), lower(dot(z, v.mT, dtype), -1)
     drb, drk = lower(dot(dy, u.mT, dtype)), lower(dot(dy, v.mT, dtype))
-    dr = dot(drb, bh, dtype) + dot(drk, kh, dtype) + dot(dy, scaled, dtype)
-    da = dot(dab, bh, dtype) + dot(dak, kh, dtype) + dot(z, scaled, dtype)
+    dr_inside, dr_start = dot(drb, bh, dtype) + dot(drk, kh, dtype), dot(dy, scaled, dtype)
+    da_inside, da_start = dot(dab, bh, dtype) + dot(dak, kh, dtype), dot(z, scaled, dtype)
     db_inside = dot(dab.mT, ah, dtype) + dot(drb.mT, rh, dtype)
     dk_inside = dot(dak.mT, ah, dtype) + dot(drk.mT, rh, dtype)
     db_end, dk_end = dot(u, dscaled, dtype), dot(v, dscaled, dtype)
-    dr, da = dr * chunk.upto, da * chunk.before
     # The decay's gradient: what a token's decay touches inside the chunk reaches it from behind,
-    # what it touches of the end state from before it; written so, the two never cancel.
-    inside = r * dr + a * da - bh * db_inside - kh * dk_inside
+    # what it touches of the end state from before it; written so, the two never cancel. Inside, a
+    # pair of tokens adds the same number behind one and takes it off behind the other: all of it
+    # where the two are one token. That holds only if the factors are those of the products, so
+    # they are rounded alike; unrounded ones cost bfloat16 a digit wherever dy resembles v.
+    near_r, near_a, near_b, near_k = (as_operand(x, dtype) for x in (rh, ah, bh, kh))
+    removal = near_a * da_inside + ah * da_start
+    inside = near_r * dr_inside + rh * dr_start + removal
+    inside = inside - near_b * db_inside - near_k * dk_inside
     to_end = bh * db_end + kh * dk_end
     rows = inside.ndim - 2
-    dlog_w = jax.lax.cumsum(inside, axis=rows, reverse=True) - a * da
+    dlog_w = jax.lax.cumsum(inside, axis=rows, reverse=True) - removal
     dlog_w = dlog_w + jax.lax.cumsum(to_end, axis=rows) - to_end
     dlog_w = dlog_w + jnp.sum(scaled * dscaled, axis=-2, keepdims=True)
+    dr, da = (dr_inside + dr_start) * chunk.upto, (da_inside + da_start) * chunk.before
     dk, db = (dk_inside + dk_end) * chunk.after, (db_inside + db_end) * chunk.after
     dstate = (dscaled + dot(dy.mT, rh, dtype) + dot(z.mT, ah, dtype)) * chunk.mid
     return (dr, dlog_w, dk, dv, da, db), dstate

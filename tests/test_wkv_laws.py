@@ -54,8 +54,9 @@ quick = jax.jit(_both, static_argnames=STATIC)
 def _draw(case, dtype, seed):
     noise = jax.random.key(seed + 1)
     inputs, state = make_inputs(case, dtype, seed)
-    dy = jax.random.normal(noise, inputs[3].shape).astype(dtype)
-    dend = jax.random.normal(jax.random.fold_in(noise, 1), state.shape)
+    # A dy that resembles v: the decay's gradient then cancels, and rounding shows most.
+    dy = jnp.sin(inputs[3])
+    dend = jax.random.normal(noise, state.shape)
     return jax.tree.map(np.asarray, (inputs, state, dy, dend))
 
 
@@ -72,14 +73,10 @@ def expected(case, dtype="float32"):
     return wkv_oracle.both(*data(case, dtype))
 
 
-def bar(dtype, name, mode, chunk):
+def bar(dtype, name, mode):
     """The tolerance of a gradient."""
-    table, special = WKV[dtype], f"gradient of {name}"
-    if name in ("a", "b") and mode == "repeated":
-        special += ", repeated keys"
-    elif name == "log_w" and chunk == 64:
-        special += ", chunk 64"
-    return table.get(special, table["gradient"])
+    special = f"gradient of {name}, {mode} keys"
+    return WKV[dtype].get(special, WKV[dtype]["gradient"])
 
 
 def check(case, dtype, run=both, **form):
@@ -89,7 +86,7 @@ def check(case, dtype, run=both, **form):
     assert_close(y, true_y, WKV[dtype]["y"], "y")
     assert_close(end, true_end, WKV[dtype]["state"], "end")
     for name, grad, true in zip(NAMES, grads, true_grads, strict=True):
-        assert_close(grad, true, bar(dtype, name, case.mode, form["chunk"]), f"gradient of {name}")
+        assert_close(grad, true, bar(dtype, name, case.mode), f"gradient of {name}")
 
 
 def test_the_oracle_agrees_with_autodiff_of_the_definition_in_float64():

@@ -12,8 +12,6 @@ WKV = {
         "y": 5e-3,
         "state": 5e-3,
         "gradient": 8e-3,
-        "gradient of log_w": 2e-2,
-        "gradient of log_w, chunk 64": 3e-2,
         "gradient of a, repeated keys": 4e-2,
         "gradient of b, repeated keys": 4e-2,
     },
