@@ -13,10 +13,10 @@ import time
 import jax
 from absl import app, flags
 from ml_collections import config_flags
-from rwkv7_jax.generate import generate
 
 from rwkv7_jax import jobs, pictures
 from rwkv7_jax.evaluation import score, state_after
+from rwkv7_jax.generate import generate
 from rwkv7_jax.optim.build import build_optimizer, groups, schedule
 from rwkv7_jax.progress import ProgressBar
 from rwkv7_jax.run_folder import RunFolder
