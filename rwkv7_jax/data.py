@@ -35,11 +35,15 @@ def _checked(ids: np.ndarray, vocab_size: int, name: str) -> np.ndarray:
     return ids
 
 
+def _by_position(ids: np.ndarray, split: str, held_out: float) -> np.ndarray:
+    border = len(ids) - int(len(ids) * held_out)
+    return {"all": ids, "train": ids[:border], "held_out": ids[border:]}[split]
+
+
 def _parts(source: str | Path, tokenizer: Tokenizer, split: str, held_out: float, on_bad: str):
     if Path(source).suffix in (".bin", ".idx"):
         ids = _checked(read_binidx(source), tokenizer.vocab_size, str(source))
-        border = len(ids) - int(len(ids) * held_out)
-        yield {"all": ids, "train": ids[:border], "held_out": ids[border:]}[split]
+        yield _by_position(ids, split, held_out)
         return
     for document in documents(source, on_bad=on_bad):
         if split == "all" or is_held_out(document, held_out) == (split == "held_out"):
@@ -60,7 +64,7 @@ def token_stream(
         source: what `sources.documents` reads, a `.bin` file, several of these, or an array of ids.
         tokenizer: makes ids of documents.
         split: "all"; or "train" and "held_out", which part whole documents by a hash of their bytes
-            (a .bin file by position: its end is held out).
+            (an array or a .bin file by position: its end is held out).
         held_out: the share held out.
         on_bad: "error" or "skip", for bad lines of .jsonl files.
 
@@ -70,7 +74,8 @@ def token_stream(
     if split not in SPLITS:
         raise ValueError(f"token_stream: `split` must be one of {SPLITS}; got {split!r}.")
     if isinstance(source, np.ndarray):
-        return _checked(source, tokenizer.vocab_size, "source")
+        ids = _checked(source, tokenizer.vocab_size, "source")
+        return _by_position(ids, split, held_out)
     sources = [source] if isinstance(source, (str, Path)) else list(source)
     parts = [p for s in sources for p in _parts(s, tokenizer, split, held_out, on_bad)]
     stream = parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.uint16), *parts])
