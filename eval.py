@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from absl import app
+from absl import app, logging
 from ml_collections import config_flags
 
 from rwkv7_jax import jobs, pictures
@@ -83,6 +83,7 @@ def evaluate(settings: Settings) -> None:
 
 def main(arguments: list[str]) -> None:
     """Read the flags; bad settings and bad data end in one line and exit code 2."""
+    logging.set_verbosity(logging.ERROR)
     if len(arguments) > 1:
         sys.exit(f"eval.py: unknown argument {arguments[1]!r}.")
     try:

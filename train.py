@@ -11,7 +11,7 @@ import sys
 import time
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from rwkv7_jax import jobs, pictures
@@ -30,17 +30,16 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; it is made o
 
 def describe(settings: Settings, job: jobs.Job, stream, start_step: int) -> None:
     """Print what is about to happen."""
-    weights = job.weights(job.trainables)
-    counts = {"weights": jax.tree.leaves(weights), "trained": jax.tree.leaves(job.trainables)}
-    sizes = {name: sum(leaf.size for leaf in leaves) for name, leaves in counts.items()}
+    weights = sum(leaf.size for leaf in jax.tree.leaves(job.weights(job.trainables)))
     data = settings.data
     print(f"devices   {', '.join(str(device) for device in jax.devices())}")
     print(f"model     {job.model.config}")
-    print(f"trained   {sizes['trained']:,} of {sizes['weights']:,} weights in mode {settings.mode}")
+    print(f"trained   {job.trained:,} numbers in mode {settings.mode}, of a model of {weights:,}")
     if settings.mode == "pretrain":
         labels = sorted(set(jax.tree.leaves(groups(job.trainables))))
         print(f"groups    {', '.join(labels)}")
-    print(f"data      {data.path}: {len(stream):,} training tokens")
+    amount = "made as it goes" if data.path.startswith("task:") else f"{len(stream):,} tokens"
+    print(f"data      {data.path}: {amount}")
     print(
         f"steps     {start_step} to {settings.steps}, {data.batch_size * data.length:,} tokens each"
     )
@@ -163,6 +162,7 @@ def train(settings: Settings, workdir: str) -> None:
 
 def main(arguments: list[str]) -> None:
     """Read the flags; bad settings and bad data end in one line and exit code 2."""
+    logging.set_verbosity(logging.ERROR)
     if len(arguments) > 1:
         sys.exit(f"train.py: unknown argument {arguments[1]!r}.")
     try:

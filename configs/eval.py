@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 
 def get_config():
-    """Base, tuned state, prompts of 1,024 tokens and of the whole training text."""
+    """Base, tuned state, and the base after prompts of 1,024 and of 131,072 tokens."""
     config = ConfigDict()
     config.init = ""
     config.state = ""
@@ -18,7 +18,7 @@ def get_config():
     config.optimizer = ConfigDict()
     config.tuning = ConfigDict()
     config.evaluation = ConfigDict(
-        {"windows": 48, "length": 512, "prompt_tokens": (1024, -1), "retention": ""}
+        {"windows": 48, "length": 512, "prompt_tokens": (1024, 131_072), "retention": ""}
     )
     config.sample = ConfigDict()
     return config

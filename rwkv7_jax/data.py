@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -144,14 +145,7 @@ def packed(
     stream = token_stream(source, tokenizer, split=split, held_out=held_out)
     batch = functools.partial(batch_at, stream, batch_size=batch_size, length=length, seed=seed)
     batch(start_step)
-
-    def walk() -> Iterator[dict[str, np.ndarray]]:
-        step = start_step
-        while True:
-            yield batch(step)
-            step += 1
-
-    return walk()
+    return map(batch, itertools.count(start_step))
 
 
 def windows(stream: np.ndarray, length: int, count: int) -> dict[str, np.ndarray]:

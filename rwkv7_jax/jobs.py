@@ -4,6 +4,7 @@ A mode is a tree of trainables and a loss over them; the loop in train.py knows 
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from .shapes import Params
 from .state import RWKV7State, init_state
 from .state_files import save_state
 from .state_tuning import LEAVES, scaled, state_loss
+from .tasks import task_batch
 from .tokenizer import Tokenizer
 from .training import pretrain_loss
 
@@ -35,6 +37,7 @@ class Job:
         model: the shell.
         tokenizer: of the model's vocabulary.
         trainables: what is trained, as it starts.
+        trained: how many numbers of it move.
         loss: of trainables and a batch.
         weights: the model's weights, from trainables.
         start: the start state (batch 1), from trainables.
@@ -44,10 +47,15 @@ class Job:
     model: RWKV7
     tokenizer: Tokenizer
     trainables: Any
+    trained: int
     loss: Loss
     weights: Callable[[Any], Params]
     start: Callable[[Any], RWKV7State]
     save: Callable[[Path, Any], Path]
+
+
+def _count(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def load(settings: Settings) -> tuple[RWKV7, Params]:
@@ -85,6 +93,7 @@ def _pretrain(settings: Settings) -> Job:
         model=model,
         tokenizer=Tokenizer.for_vocabulary(model.config.vocab_size),
         trainables=params,
+        trained=_count(params),
         loss=pretrain_loss(model, l2wrap=settings.optimizer.l2wrap),
         weights=lambda trained: trained,
         start=lambda trained: init_state(model.config),
@@ -99,6 +108,7 @@ def _state(settings: Settings) -> Job:
     tuning = settings.tuning
     if tuning.anchor and not tuning.anchor_path:
         raise ValueError("`config.tuning.anchor_path` must name the text of the anchor.")
+    leaves = LEAVES if tuning.leaves == "all" else ("wkv",)
     start = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), init_state(model.config))
 
     def save(folder: Path, tuned: RWKV7State) -> Path:
@@ -111,10 +121,11 @@ def _state(settings: Settings) -> Job:
         model=model,
         tokenizer=Tokenizer.for_vocabulary(model.config.vocab_size),
         trainables=start,
+        trained=_count([getattr(start, name) for name in leaves]),
         loss=state_loss(
             model,
             params,
-            leaves=LEAVES if tuning.leaves == "all" else ("wkv",),
+            leaves=leaves,
             anchor=tuning.anchor,
             l2wrap=settings.optimizer.l2wrap,
         ),
@@ -147,9 +158,18 @@ def _stream(settings: Settings, path: str, tokenizer: Tokenizer, split: str) -> 
     )
 
 
+def _task(path: str) -> str:
+    """The synthetic task that a path names, or nothing."""
+    return path.removeprefix("task:") if path.startswith("task:") else ""
+
+
 def training_stream(settings: Settings, tokenizer: Tokenizer) -> np.ndarray:
-    """The ids that a run trains on."""
-    return _stream(settings, settings.data.path, tokenizer, "train")
+    """The ids that a run trains on; of a synthetic task, which has no end, some examples."""
+    data = settings.data
+    if task := _task(data.path):
+        some = task_batch(task, 0, batch_size=64, length=data.length, seed=settings.seed)
+        return some["tokens"].reshape(-1)
+    return _stream(settings, data.path, tokenizer, "train")
 
 
 def batches(
@@ -157,18 +177,26 @@ def batches(
 ) -> Iterator[dict]:
     """The batches from `start_step` on: a pure function of the seed and the step."""
     data = settings.data
-    sizes = {"batch_size": data.batch_size, "length": data.length, "start_step": start_step}
-    main = packed(stream, tokenizer=tokenizer, seed=settings.seed, **sizes)
+    sizes = {"batch_size": data.batch_size, "length": data.length}
+    pack = functools.partial(packed, tokenizer=tokenizer, start_step=start_step, **sizes)
+    if task := _task(data.path):
+        batch = functools.partial(task_batch, task, seed=settings.seed, **sizes)
+        main = map(batch, itertools.count(start_step))
+    else:
+        main = pack(stream, seed=settings.seed)
     if not settings.tuning.anchor:
         return main
     general = _stream(settings, settings.tuning.anchor_path, tokenizer, "train")
-    anchor = packed(general, tokenizer=tokenizer, seed=settings.seed + 1, **sizes)
+    anchor = pack(general, seed=settings.seed + 1)
     return (one | {"anchor": two["tokens"]} for one, two in zip(main, anchor, strict=True))
 
 
 def held_out(settings: Settings, tokenizer: Tokenizer, *, path: str = "") -> dict:
     """Windows of `path`, else of `config.data.evaluation`, else of the held-out documents."""
     measure, own = settings.evaluation, settings.data.evaluation
+    if task := _task(path or own or settings.data.path):
+        sizes = {"batch_size": measure.windows, "length": measure.length}
+        return task_batch(task, 0, seed=settings.seed, held_out=True, **sizes)
     if not path and own:
         stream = _stream(settings, own, tokenizer, "all")
     else:

@@ -7,7 +7,8 @@ import time
 class ProgressBar:
     """A line with a bar, the time left and a text; it rewrites itself on a terminal.
 
-    Elsewhere (a file, a pipe) it prints a plain line at every tenth of the work.
+    Elsewhere (a file, a pipe) it prints plain lines: one at most for every tenth of the work and
+    every few seconds, and one at the end.
     """
 
     def __init__(self, total: int, label: str, *, file=None):
@@ -16,7 +17,7 @@ class ProgressBar:
         self._file = file or sys.stdout
         self._began = time.monotonic()
         self._live = self._file.isatty()
-        self._tenth, self._drawn, self._open = 0, 0.0, False
+        self._tenth, self._drawn, self._open = 0, self._began, False
 
     def update(self, done: int, text: str = "") -> None:
         """Show that `done` units are done."""
@@ -25,13 +26,13 @@ class ProgressBar:
         left = (now - self._began) * (1 - share) / share if share else 0.0
         line = f"{self._label} {share:4.0%}  {_clock(left)} left  {text}"
         if self._live:
-            if now - self._drawn > 0.1 or share == 1.0:
+            if not self._open or now - self._drawn > 0.1 or share == 1.0:
                 filled = round(24 * share)
                 bar = "#" * filled + "." * (24 - filled)
                 self._file.write(f"\r[{bar}] {line}\x1b[K")
                 self._drawn, self._open = now, True
-        elif int(10 * share) > self._tenth:
-            self._tenth = int(10 * share)
+        elif int(10 * share) > self._tenth and (now - self._drawn > 2 or share == 1.0):
+            self._tenth, self._drawn = int(10 * share), now
             self._file.write(line.rstrip() + "\n")
         self._file.flush()
 

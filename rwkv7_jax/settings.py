@@ -15,8 +15,8 @@ class Data:
     """What is read.
 
     Attributes:
-        path: a .jsonl, text or .bin file, a folder of text files, or a built-in corpus; several
-            with commas.
+        path: a .jsonl, text or .bin file, a folder of text files, or a built-in corpus, several
+            with commas; or a synthetic task such as "task:copy".
         held_out: share of the documents kept for evaluation, chosen by a hash of their bytes.
         batch_size: rows of a batch.
         length: tokens of a row.
