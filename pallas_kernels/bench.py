@@ -76,19 +76,20 @@ def truth(arguments):
         return jax.jit(functools.partial(forward_and_gradients, op))(*wide)
 
 
-def measure(case: Case, dtype: str, *, repeats: int) -> list[dict]:
+def measure(case: Case, dtype: str, *, repeats: int, others: dict | None = None) -> list[dict]:
     """One row of numbers for every implementation.
 
     Args:
         case: sizes and data.
         dtype: of the tokens.
         repeats: runs of which the fastest counts.
+        others: further ones by name: functions of the tokens and the state, as `wkv7` is.
     """
     inputs, state = make_inputs(case, dtype)
     dy, dend = jnp.sin(inputs[3]), jnp.cos(state)
     true_y, _, true_grads = truth((inputs, state, dy, dend))
     rows = []
-    for name, op in implementations(case).items():
+    for name, op in (implementations(case) | (others or {})).items():
         training = jax.jit(functools.partial(forward_and_gradients, op))
         compiled = training.lower(inputs, state, dy, dend).compile()
         y, _, grads = compiled(inputs, state, dy, dend)

@@ -61,8 +61,6 @@ def by_position(path: str | Path, scores: Mapping[str, Sequence[tuple[int, int, 
         axis.bar(places, [r[2] for r in ranges], width, label=name, color=_COLOURS[index % 6])
         labels = [f"{a}-{b - 1}" for a, b, _ in ranges]
     axis.set_xticks(range(len(labels)), labels)
-    low = min(r[2] for ranges in scores.values() for r in ranges)
-    axis.set_ylim(bottom=0.85 * low)
     axis.set_xlabel("position in the text (tokens)")
     axis.set_ylabel("bits per byte")
     axis.legend(frameon=False)

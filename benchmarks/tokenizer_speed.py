@@ -1,0 +1,76 @@
+"""How fast text becomes ids, beside the official trie and the Rust tokenizer (extra `oracle`).
+
+Run from the repository's root: `python -m benchmarks.tokenizer_speed [--json FILE]`. The text: the
+standard library's own sources; seconds are process time, the least of several runs.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rwkv7_jax.sources import documents
+from rwkv7_jax.tokenizer import Tokenizer
+
+
+def encoders() -> dict[str, Callable[[str], list[int]]]:
+    """What is installed here, by name."""
+    found = {"rwkv7_jax": Tokenizer.world().encode}
+    if importlib.util.find_spec("rwkv"):
+        import rwkv
+        from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
+
+        trie = TRIE_TOKENIZER(f"{rwkv.__path__[0]}/rwkv_vocab_v20230424.txt")
+        found["rwkv (trie)"] = trie.encode
+    if importlib.util.find_spec("pyrwkv_tokenizer"):
+        import pyrwkv_tokenizer
+
+        found["pyrwkv-tokenizer (Rust)"] = pyrwkv_tokenizer.RWKVTokenizer().encode
+    return found
+
+
+def least_seconds(encode: Callable[[str], list[int]], text: str, repeats: int) -> float:
+    """The fastest of several runs."""
+    seconds = []
+    for _ in range(repeats):
+        begun = time.process_time()
+        encode(text)
+        seconds.append(time.process_time() - begun)
+    return min(seconds)
+
+
+def main() -> None:
+    """Print a table; with `--json`, write it with device, versions, date and command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--megabytes", type=float, default=4.0)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", help="file to write")
+    args = parser.parse_args()
+    text = b"\n".join(documents("stdlib")).decode(errors="replace")[: int(args.megabytes * 1e6)]
+    size, ids, rows = len(text.encode()), None, []
+    for name, encode in encoders().items():
+        found = list(encode(text))
+        ids = ids or found
+        speed = size / least_seconds(encode, text, args.repeats) / 1e6
+        rows.append({"what": name, "MB/s": speed, "same_ids": found == ids})
+        print(f"{name:<26}{speed:>8.2f} MB/s   {'same ids' if found == ids else 'OTHER IDS'}")
+    if args.json:
+        record = {
+            "date": datetime.date.today().isoformat(),
+            "command": " ".join(["python -m benchmarks.tokenizer_speed", *sys.argv[1:]]),
+            "device": f"{platform.machine()}, {os.cpu_count()} cores",
+            "versions": {"python": platform.python_version()},
+            "bytes": size,
+            "rows": rows,
+        }
+        Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
