@@ -32,5 +32,5 @@ def get_config():
     )
     config.tuning = ConfigDict()
     config.evaluation = ConfigDict({"every": 0, "windows": 48, "length": 512})
-    config.sample = ConfigDict({"prompts": (), "tokens": 160})
+    config.sample = ConfigDict({"prompts": ("decoding",), "tokens": 120})
     return config

@@ -115,7 +115,7 @@ def table(rows: list[dict]) -> str:
 
     def cell(value):
         if not isinstance(value, float):
-            return str(value)
+            return "-" if value is None else str(value)
         return f"{value:.1e}" if value < 1e-2 else f"{value:.1f}"
 
     lines = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
