@@ -4,18 +4,15 @@ Run from the repository's root: `python -m benchmarks.decode [--json FILE]`. The
 """
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import statistics
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import record
 from rwkv7_jax.config import RWKV7Config
 from rwkv7_jax.generate import generate
 from rwkv7_jax.model import RWKV7
@@ -85,7 +82,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", help="file to write")
     args = parser.parse_args()
-    cores = f"{os.cpu_count()} cores"
     model, params = random_model(args.layers, args.width, args.vocab)
     results = measure(model, params, tokens=args.tokens, repeats=args.repeats)
     for name, rates in results.items():
@@ -95,19 +91,14 @@ def main() -> None:
             print(f"{size:8d}  {rate:8.1f}  {rate / first:14.2f}")
     if args.json:
         rates = results["by_context"]
-        record = {
-            "date": datetime.date.today().isoformat(),
-            "command": " ".join(["python -m benchmarks.decode", *sys.argv[1:]]),
-            "device": f"{jax.devices()[0].device_kind}, {platform.machine()}, {cores}",
-            "load_average": os.getloadavg()[0],
-            "versions": {"jax": jax.__version__, "python": platform.python_version()},
-            "model": vars(args) | {"json": None},
-            "tokens_per_second": results,
-            "longest_to_shortest_context": rates[CONTEXTS[-1]] / rates[CONTEXTS[0]],
-        }
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=2)
-            file.write("\n")
+        record.write(
+            args.json,
+            "benchmarks.decode",
+            load_average=os.getloadavg()[0],
+            model={"layers": args.layers, "width": args.width, "vocab_size": args.vocab},
+            tokens_per_second=results,
+            longest_to_shortest_context=rates[CONTEXTS[-1]] / rates[CONTEXTS[0]],
+        )
 
 
 if __name__ == "__main__":

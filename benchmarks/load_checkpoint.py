@@ -6,11 +6,8 @@ those of a process of its own, mapped pages included. Linux alone: memory is rea
 """
 
 import argparse
-import datetime
 import importlib.util
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,10 +15,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import ml_dtypes
 import numpy as np
 
+from benchmarks import record
 from rwkv7_jax import names
 from rwkv7_jax.config import RWKV7Config
 from rwkv7_jax.pth import write_pth
@@ -118,15 +115,7 @@ def main() -> None:
         figures = f"{row['seconds']:>9.2f}{row['GB/s']:>8.2f}{row['peak_to_file']:>13.2f}"
         print(f"{row['what']:<28}{figures}")
     if args.json:
-        record = {
-            "date": datetime.date.today().isoformat(),
-            "command": " ".join(["python -m benchmarks.load_checkpoint", *sys.argv[1:]]),
-            "device": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": {"jax": jax.__version__, "python": platform.python_version()},
-            "file_bytes": size,
-            "rows": rows,
-        }
-        Path(args.json).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        record.write(args.json, "benchmarks.load_checkpoint", file_bytes=size, rows=rows)
 
 
 if __name__ == "__main__":

@@ -5,16 +5,11 @@ standard library's own sources; seconds are process time, the least of several r
 """
 
 import argparse
-import datetime
 import importlib.util
-import json
-import os
-import platform
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+from benchmarks import record
 from rwkv7_jax.sources import documents
 from rwkv7_jax.tokenizer import Tokenizer
 
@@ -61,15 +56,7 @@ def main() -> None:
         rows.append({"what": name, "MB/s": speed, "same_ids": found == ids})
         print(f"{name:<26}{speed:>8.2f} MB/s   {'same ids' if found == ids else 'OTHER IDS'}")
     if args.json:
-        record = {
-            "date": datetime.date.today().isoformat(),
-            "command": " ".join(["python -m benchmarks.tokenizer_speed", *sys.argv[1:]]),
-            "device": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": {"python": platform.python_version()},
-            "bytes": size,
-            "rows": rows,
-        }
-        Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        record.write(args.json, "benchmarks.tokenizer_speed", packages=(), bytes=size, rows=rows)
 
 
 if __name__ == "__main__":

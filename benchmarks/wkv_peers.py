@@ -11,27 +11,19 @@ sequence) and the growth from 1,024 to 4,096 tokens.
 
 import argparse
 import dataclasses
-import datetime
-import importlib.metadata
-import json
 import os
-import platform
-import sys
 import time
 import warnings
-from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import record
 from pallas_kernels.bench import measure, table
 from pallas_kernels.cases import CASES, make_inputs
-
-PEERS = ("ejkernel", "rwkv-ops", "keras", "torch")
 
 
 def ejkernel_op():
@@ -116,15 +108,8 @@ def main() -> None:
     results["growth 1024 to 4096"] = growth[4096] / growth[1024]
     print(f"\n4 times the tokens take {results['growth 1024 to 4096']:.2f} times as long")
     if args.json:
-        record = {
-            "date": datetime.date.today().isoformat(),
-            "command": " ".join(["python -m benchmarks.wkv_peers", *sys.argv[1:]]),
-            "device": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": {"jax": jax.__version__, "python": platform.python_version()}
-            | {peer: importlib.metadata.version(peer) for peer in PEERS},
-            "results": results,
-        }
-        Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        packages = ("jax", "ejkernel", "rwkv-ops", "keras", "torch")
+        record.write(args.json, "benchmarks.wkv_peers", packages=packages, results=results)
 
 
 if __name__ == "__main__":

@@ -21,15 +21,17 @@ CONFIG = RWKV7Config(
 )
 
 
-def random_params(config: RWKV7Config = CONFIG, *, seed: int = 0, dtype=jnp.bfloat16):
-    """The parameter tree with normal entries."""
+def random_params(
+    config: RWKV7Config = CONFIG, *, seed: int = 0, dtype=jnp.bfloat16, scale: float = 1.0
+):
+    """The parameter tree with normal entries of that standard deviation."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     shapes = jax.eval_shape(
         lambda key: RWKV7(config).init(key, tokens, init_state(config))["params"],
         jax.random.key(0),
     )
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), dtype), shapes)
+    return jax.tree.map(lambda s: jnp.asarray(scale * rng.normal(size=s.shape), dtype), shapes)
 
 
 def random_state(config: RWKV7Config = CONFIG, *, seed: int = 0) -> RWKV7State:

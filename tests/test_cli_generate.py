@@ -5,78 +5,45 @@ import io
 import json
 import os
 import sys
-import types
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from checkpoints import random_params
 
+from rwkv7_jax.checkpoint import save_model
 from rwkv7_jax.cli_generate import add_generate_command
 from rwkv7_jax.config import RWKV7Config
-from rwkv7_jax.model import RWKV7
 from rwkv7_jax.state import init_state
+from rwkv7_jax.state_files import save_state
 
 CONFIG = RWKV7Config(vocab_size=257, num_layers=2, width=32, head_size=16)
-MODEL = RWKV7(CONFIG)
-
-
-class Bytes:
-    """A token is a byte plus 1; 0 spells nothing."""
-
-    def encode(self, text):
-        return [byte + 1 for byte in (text.encode() if isinstance(text, str) else text)]
-
-    def token_bytes(self, token):
-        return bytes([token - 1]) if token else b""
 
 
 @pytest.fixture(scope="module")
-def params():
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    shapes = jax.eval_shape(MODEL.init, jax.random.key(0), tokens, init_state(CONFIG))["params"]
-    random = np.random.default_rng(0)
-
-    def draw(leaf):
-        return jnp.asarray(0.3 * random.standard_normal(leaf.shape), jnp.float32)
-
-    return jax.tree.map(draw, shapes)
-
-
-class _Files:
-    """Stand-ins for the modules that read files."""
-
-    def __init__(self, params):
-        self.load_model = lambda path: (params, CONFIG)
-        self.load_state = lambda path: init_state(CONFIG)
+def folder(tmp_path_factory):
+    """A model and a state on disk."""
+    folder = tmp_path_factory.mktemp("files")
+    save_model(folder / "m.pth", random_params(CONFIG, dtype=jnp.float32, scale=0.3), CONFIG)
+    save_state(folder / "s.pth", init_state(CONFIG))
+    return folder
 
 
 @pytest.fixture
-def command(params, monkeypatch):
-    """`command(*words)` runs `rwkv7 generate` on the tiny model."""
-
-    class Tokenizer(Bytes):
-        @classmethod
-        def for_vocabulary(cls, size):
-            assert size == 257
-            return cls()
-
-    for name in ("checkpoint", "state_files"):
-        monkeypatch.setitem(sys.modules, f"rwkv7_jax.{name}", _Files(params))
-    tokenizer = types.SimpleNamespace(Tokenizer=Tokenizer)
-    monkeypatch.setitem(sys.modules, "rwkv7_jax.tokenizer", tokenizer)
+def command(folder, monkeypatch):
+    """`command(*words)` runs `rwkv7 generate` on the tiny model, among its files."""
+    monkeypatch.chdir(folder)
     parser = argparse.ArgumentParser()
     add_generate_command(parser.add_subparsers())
 
     def call(*words):
-        args = parser.parse_args(["generate", "--model", "m", "--tokens", "12", *words])
+        args = parser.parse_args(["generate", "--model", "m.pth", "--tokens", "12", *words])
         return args.run(args)
 
     return call
 
 
 def test_the_command_streams_the_text_that_json_reports(command, capsys):
-    assert command("--prompt", "Hä", "--state", "s", "--seed", "3") == 0
+    assert command("--prompt", "Hä", "--state", "s.pth", "--seed", "3") == 0
     streamed = capsys.readouterr().out
     assert command("--prompt", "Hä", "--json", "--seed", "3") == 0
     report = json.loads(capsys.readouterr().out)

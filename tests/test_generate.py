@@ -6,54 +6,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoints import random_params
 
 from rwkv7_jax import decoding, sampling
 from rwkv7_jax.config import RWKV7Config
 from rwkv7_jax.generate import generate
 from rwkv7_jax.model import RWKV7
 from rwkv7_jax.state import init_state, select
+from rwkv7_jax.tokenizer import Tokenizer
 
 CONFIG = RWKV7Config(vocab_size=257, num_layers=2, width=32, head_size=16)
 MODEL = RWKV7(CONFIG)
+BYTES = Tokenizer.bytes()
 # Up to 17 tokens and runs of up to 8 share a few compiled programs; streaming runs may be longer.
 PROMPTS = [[84, 105, 102], list(range(40, 54)), [9]]
 
 
-class Bytes:
-    """A token is a byte plus 1; 0 spells nothing."""
-
-    def encode(self, text):
-        return [byte + 1 for byte in (text.encode() if isinstance(text, str) else text)]
-
-    def token_bytes(self, token):
-        return bytes([token - 1]) if token else b""
-
-
-class Pairs(Bytes):
+class Pairs:
     """Ids from 128 on spell two bytes, so that a stop string can begin inside a token."""
+
+    encode = BYTES.encode
 
     def token_bytes(self, token):
         if token < 128:
-            return super().token_bytes(token)
+            return BYTES.token_bytes(token)
         return bytes([97 + (token - 128) // 12, 97 + (token - 128) % 12])
 
 
 @pytest.fixture(scope="module")
 def params():
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    shapes = jax.eval_shape(MODEL.init, jax.random.key(0), tokens, init_state(CONFIG))["params"]
-    random = np.random.default_rng(0)
-
-    def draw(leaf):
-        return jnp.asarray(0.3 * random.standard_normal(leaf.shape), jnp.float32)
-
-    return jax.tree.map(draw, shapes)
+    return random_params(CONFIG, dtype=jnp.float32, scale=0.3)
 
 
 @pytest.fixture(scope="module")
 def text(params):
     """Twelve tokens behind the first prompt, in blocks of eight and four."""
-    watch = {"tokenizer": Bytes(), "on_text": lambda piece, row: None}
+    watch = {"tokenizer": BYTES, "on_text": lambda piece, row: None}
     return run(params, PROMPTS[0], tokens=12, key=jax.random.key(3), **watch)
 
 
@@ -112,7 +100,7 @@ def test_penalties_and_bans_are_those_of_the_official_loop(params):
         """The official loop around this model."""
 
         def __init__(self):
-            self.model, self.tokenizer = self, Bytes()
+            self.model, self.tokenizer = self, BYTES
 
         def forward(self, tokens, state):
             state, logits = state_behind(params, tokens, state)
@@ -128,10 +116,10 @@ def test_penalties_and_bans_are_those_of_the_official_loop(params):
             drawn.append(super().sample_logits(logits, **choices))
             return drawn[-1]
 
-    banned, spared = [0, 7, 93], sampling.exempt_ids(Bytes())
+    banned, spared = [0, 7, 93], sampling.exempt_ids(BYTES)
     official = utils.PIPELINE_ARGS(0.0, 0.85, 0, 4.0, 2.0, 0.9, banned)
     Official().generate(PROMPTS[0], 24, official)
-    watch = {"tokenizer": Bytes(), "on_text": lambda piece, row: None}
+    watch = {"tokenizer": BYTES, "on_text": lambda piece, row: None}
     choices = {"presence_penalty": 2.0, "frequency_penalty": 4.0, "penalty_decay": 0.9}
     choices |= {"penalty_exempt": spared, "banned": banned, "temperature": 0}
     out = run(params, PROMPTS[0], tokens=24, **choices, **watch)
@@ -200,7 +188,7 @@ def _ascii(ids) -> str:
     return "".join(chr(33 + i % 90) for i in ids)
 
 
-class _Ascii(Bytes):
+class _Ascii(Pairs):
     def token_bytes(self, token):
         return chr(33 + token % 90).encode()
 
@@ -251,12 +239,12 @@ def test_streamed_pieces_make_up_the_text(params, text):
         PROMPTS[0],
         tokens=12,
         key=jax.random.key(3),
-        tokenizer=Bytes(),
+        tokenizer=BYTES,
         on_text=lambda piece, row: pieces.append(piece),
     )
     assert out.tokens == text.tokens
     assert all(pieces) and "".join(pieces) == out.texts[0]
-    spelled = b"".join(Bytes().token_bytes(i) for i in out.tokens[0])
+    spelled = b"".join(BYTES.token_bytes(i) for i in out.tokens[0])
     assert out.texts[0] == spelled.decode(errors="replace")
 
 
