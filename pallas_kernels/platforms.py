@@ -1,0 +1,74 @@
+"""Kernels of one platform inside programs that are lowered for several. Level 0.
+
+`jax.lax.platform_dependent` lowers every branch for every platform, and a Pallas call refuses those
+that it is not made for. `only` closes that gap: elsewhere its call becomes zeros that nobody reads.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.interpreters import batching, mlir
+
+PLATFORMS = ("tpu", "cuda", "rocm")
+
+_only = Primitive("only")
+_only.multiple_results = True
+
+
+def only(platform: str, function: Callable, *arguments):
+    """`function(*arguments)` in programs for `platform`; zeros of the same shapes elsewhere.
+
+    To be used in that platform's branch of `jax.lax.platform_dependent`.
+
+    Args:
+        platform: one of `PLATFORMS`.
+        function: of pytrees of arrays; not differentiable.
+        *arguments: its arguments.
+    """
+    traced, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    leaves = jax.tree.leaves(arguments)
+    found = _only.bind(*leaves, traced=traced, platform=platform)
+    return jax.tree.unflatten(jax.tree.structure(shapes), found)
+
+
+def _evaluate(*leaves, traced: ClosedJaxpr, platform: str):
+    return jaxpr_as_fun(traced)(*leaves)
+
+
+@_only.def_abstract_eval
+def _shapes(*leaves, traced: ClosedJaxpr, platform: str):
+    return traced.out_avals
+
+
+def _zeros(*leaves, traced: ClosedJaxpr, platform: str):
+    return [jnp.zeros(aval.shape, aval.dtype) for aval in traced.out_avals]
+
+
+def _lowering(here: str) -> Callable:
+    """How the call is lowered for `here`: with that as the only platform there is."""
+
+    def rule(context, *leaves, traced: ClosedJaxpr, platform: str):
+        if platform != here:
+            return _nothing(context, *leaves, traced=traced, platform=platform)
+        narrow = context.module_context.replace(platforms=(here,))
+        lower = mlir.lower_fun(_evaluate, multiple_results=True)
+        return lower(context.replace(module_context=narrow), *leaves, traced=traced, platform=here)
+
+    return rule
+
+
+def _batch(leaves, axes, *, traced: ClosedJaxpr, platform: str):
+    """A batch of calls is one call of the batched function."""
+    batched = jax.vmap(jaxpr_as_fun(traced), in_axes=axes)
+    found = only(platform, batched, *leaves)
+    return found, [0] * len(found)
+
+
+_only.def_impl(_evaluate)
+_nothing = mlir.lower_fun(_zeros, multiple_results=True)
+mlir.register_lowering(_only, _nothing)
+for _platform in PLATFORMS:
+    mlir.register_lowering(_only, _lowering(_platform), platform=_platform)
+batching.primitive_batchers[_only] = _batch
