@@ -104,18 +104,24 @@ def _below(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _merge(inverse, a, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    """Join pairs of solved diagonal blocks of `BLOCK` rows; all of it is float32."""
+    row, column = tl.arange(0, a.shape[0])[:, None], tl.arange(0, a.shape[0])[None, :]
+    pair = row // (2 * BLOCK) == column // (2 * BLOCK)
+    below = pair & (row // BLOCK % 2 == 1) & (column // BLOCK % 2 == 0)
+    solved = inverse.to(DTYPE)
+    return _dot(solved, _dot(tl.where(below, a, 0.0).to(DTYPE), solved), inverse)
+
+
+@triton.jit
 def _inverse(a, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
-    """(I - a)^-1 of what lies below a's diagonal, by merging pairs of solved diagonal blocks."""
+    """(I - a)^-1 of what lies below a's diagonal, only from inverses of diagonal blocks."""
     row, column = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     pair = (row // 2 == column // 2) & (row > column)
     inverse = tl.where(row == column, 1.0, tl.where(pair, a, 0.0))
     for level in tl.static_range(1, 7):
-        block: tl.constexpr = 2**level
-        if block < CHUNK:
-            pair = row // (2 * block) == column // (2 * block)
-            below = pair & (row // block % 2 == 1) & (column // block % 2 == 0)
-            solved = inverse.to(DTYPE)
-            inverse = _dot(solved, _dot(tl.where(below, a, 0.0).to(DTYPE), solved), inverse)
+        if 2**level < CHUNK:
+            inverse = _merge(inverse, a, 2**level, DTYPE)
     return inverse.to(DTYPE)
 
 
