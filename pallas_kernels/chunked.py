@@ -33,9 +33,10 @@ def forward_saving(
     """What every token reads, the state behind the last, and the state at each chunk's start."""
 
     def walk(state, tokens):
-        tokens = tuple(x.astype(state.dtype) for x in tokens)
-        y, end = chunk_math.forward(tokens, state, _operands(inputs))
-        return end, (y.astype(inputs[3].dtype), state)
+        r, log_w, k, v, a, b = (x.astype(state.dtype) for x in tokens)
+        chunk = chunk_math.prepare(r, log_w, a, b, _operands(inputs))
+        y, end = chunk_math.forward(chunk, chunk_math.write(chunk, k, v), state * chunk.mid)
+        return end * chunk.rest, (y.astype(inputs[3].dtype), state)
 
     end, (y, starts) = jax.lax.scan(walk, state, tuple(split(x, chunk) for x in inputs))
     return join(y, inputs[3].shape[1]), end, starts
@@ -54,10 +55,12 @@ def backward(
 
     def walk(dstate, saved):
         tokens, dy, start = saved
-        tokens = tuple(x.astype(start.dtype) for x in tokens)
-        grads, dstate = chunk_math.backward(
-            tokens, start, dy.astype(start.dtype), dstate, dtype=_operands(inputs)
-        )
+        r, log_w, k, v, a, b, dy = (x.astype(start.dtype) for x in (*tokens, dy))
+        chunk = chunk_math.prepare(r, log_w, a, b, _operands(inputs))
+        states = (start * chunk.mid, dstate * chunk.rest)
+        z = chunk_math.removal_gradients(chunk, dy, states[1])
+        grads = chunk_math.gradients(chunk, chunk_math.write(chunk, k, v), states, z, dy)
+        dstate = chunk_math.state_gradient(chunk, z, dy, states[1]) * chunk.mid
         return dstate, tuple(g.astype(x.dtype) for g, x in zip(grads, inputs, strict=True))
 
     saved = (tuple(split(x, chunk) for x in inputs), split(dy, chunk), starts)

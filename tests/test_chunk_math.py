@@ -37,8 +37,8 @@ def test_lower_selects_and_never_multiplies():
 
 def test_no_factor_leaves_the_range_of_float32_at_the_strongest_decay():
     inputs, _ = make_inputs(Case(1, 64, 1, mode="fast"))
-    rows = tuple(x.transpose(0, 2, 1, 3) for x in inputs)
-    chunk = chunk_math.prepare(rows, jnp.dtype("float32"))
+    r, log_w, _, _, a, b = (x.transpose(0, 2, 1, 3) for x in inputs)
+    chunk = chunk_math.prepare(r, log_w, a, b, jnp.dtype("float32"))
     assert all(
         float(jnp.abs(x).max()) < np.exp(25) for x in (chunk.upto, chunk.before, chunk.after)
     )
@@ -49,10 +49,14 @@ def one_chunk(inputs, state, dy, dend):
     """Ours and autodiff of the definition: y, end, the gradients of the inputs and of the state."""
     truth, pull = jax.vjp(wkv7_reference, inputs, state)
     grads, dstate = pull((dy, dend))
-    rows, double = tuple(x.swapaxes(1, 2) for x in inputs), state.dtype
-    y, end = chunk_math.forward(rows, state, double)
-    back, dstart = chunk_math.backward(rows, state, dy.swapaxes(1, 2), dend, dtype=double)
-    ours = (y.swapaxes(1, 2), end, *(x.swapaxes(1, 2) for x in back), dstart)
+    r, log_w, k, v, a, b, dy = (x.swapaxes(1, 2) for x in (*inputs, dy))
+    chunk = chunk_math.prepare(r, log_w, a, b, state.dtype)
+    written, states = chunk_math.write(chunk, k, v), (state * chunk.mid, dend * chunk.rest)
+    y, end = chunk_math.forward(chunk, written, states[0])
+    z = chunk_math.removal_gradients(chunk, dy, states[1])
+    back = chunk_math.gradients(chunk, written, states, z, dy)
+    dstart = chunk_math.state_gradient(chunk, z, dy, states[1]) * chunk.mid
+    ours = (y.swapaxes(1, 2), end * chunk.rest, *(x.swapaxes(1, 2) for x in back), dstart)
     return ours, (*truth, *grads, dstate)
 
 
