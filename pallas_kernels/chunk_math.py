@@ -25,6 +25,7 @@ Without any, all of it also runs inside a GPU kernel: there are no slices and no
 Source: the WY form of generalised delta rules (DPLR), with the state scaled once per chunk.
 """
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -36,7 +37,20 @@ Values = Float[Array, "... L Nv"]
 Row = Float[Array, "... 1 Nk"]
 Square = Float[Array, "... L L"]
 Matrix = Float[Array, "... Nv Nk"]
-Tokens = tuple[Keys, Keys, Keys, Values, Keys, Keys]  # r, log_w, k, v, a, b
+
+
+class Arithmetic(NamedTuple):
+    """What differs between machines.
+
+    Attributes:
+        dtype: of the operands of matrix products; their sums are float32 or better.
+        exp: the exponential of a logarithm in these units.
+        unit: what makes natural logarithms such ones.
+    """
+
+    dtype: jnp.dtype
+    exp: Callable[[Array], Array] = jnp.exp
+    unit: float = 1.0
 
 
 class Chunk(NamedTuple):
@@ -52,7 +66,7 @@ class Chunk(NamedTuple):
     rest: Row  # exp(last - mid)
     inverse: Square  # T
     arb: Square
-    dtype: jnp.dtype  # of the operands of matrix products
+    how: Arithmetic
 
 
 class Written(NamedTuple):
@@ -64,22 +78,24 @@ class Written(NamedTuple):
     ark: Square
 
 
-def dot(x: Array, y: Array, dtype: jnp.dtype) -> Array:
-    """x @ y with operands of `dtype`, accumulated in float32 or better."""
-    if dtype == jnp.bfloat16:
-        return jnp.matmul(x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
+def dot(x: Array, y: Array, how: Arithmetic, *, left: int = 1, right: int = 0) -> Array:
+    """The product over axis `left` of x's matrices and `right` of y's."""
+    x, y = (z.astype(how.dtype) for z in (x, y))
+    x, y = x if left else x.mT, y.mT if right else y
+    if how.dtype == jnp.bfloat16:
+        return jnp.matmul(x, y, preferred_element_type=jnp.float32)
     return jnp.matmul(x, y, precision="highest")
 
 
-def as_operand(x: Array, dtype: jnp.dtype) -> Array:
-    """x with the precision that it has as an operand of `dot` in `dtype`, in its own dtype.
+def rounded(x: Array, how: Arithmetic) -> Array:
+    """x with the digits that it has as an operand, in its own dtype.
 
     Widened by its bits: XLA may drop a cast there and back.
     """
-    if dtype != jnp.bfloat16:
+    if how.dtype != jnp.bfloat16:
         return x
-    bits = jax.lax.bitcast_convert_type(x.astype(dtype), jnp.uint16).astype(jnp.uint32)
-    return jax.lax.bitcast_convert_type(bits << 16, jnp.float32)
+    bits = jax.lax.bitcast_convert_type(x.astype(how.dtype), jnp.uint16)
+    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
 
 
 def indices(side: int) -> tuple[Array, Array]:
@@ -88,11 +104,11 @@ def indices(side: int) -> tuple[Array, Array]:
     return tuple(jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
 
 
-def sums(signs: Array, x: Keys, dtype: jnp.dtype) -> Keys:
+def sums(signs: Array, x: Keys, how: Arithmetic) -> Keys:
     """signs [L L] @ x, for signs of -1, 0 and 1; beside bfloat16 operands, 16 bits of x count."""
-    signs, high = signs.astype(x.dtype), as_operand(x, dtype)
-    found = dot(signs, high, dtype)
-    return found + dot(signs, x - high, dtype) if dtype == jnp.bfloat16 else found
+    signs, high = signs.astype(x.dtype), rounded(x, how)
+    found = dot(signs, high, how)
+    return found + dot(signs, x - high, how) if how.dtype == jnp.bfloat16 else found
 
 
 def lower(x: Square, offset: int = 0) -> Square:
@@ -104,7 +120,7 @@ def lower(x: Square, offset: int = 0) -> Square:
     return jnp.where(row + offset >= column, x, 0)
 
 
-def unit_lower_inverse(a: Square, dtype: jnp.dtype) -> Square:
+def unit_lower_inverse(a: Square, how: Arithmetic) -> Square:
     """(I - a)^-1 of an `a` whose side is a power of two; only what lies below its diagonal counts.
 
     Pairs of solved diagonal blocks are merged until one is left, so that only true inverses of
@@ -117,12 +133,14 @@ def unit_lower_inverse(a: Square, dtype: jnp.dtype) -> Square:
         merged = (row ^ column < 2 * block) & (row & block != 0) & (column & block == 0)
         part = jnp.where(merged, a, 0)
         if block > 1:
-            part = dot(inverse, dot(part, inverse, dtype), dtype)
+            part = dot(inverse, dot(part, inverse, how), how)
         inverse, block = inverse + part, 2 * block
     return inverse
 
 
-def prepare(r: Keys, log_w: Keys, a: Keys, b: Keys, dtype: jnp.dtype) -> Chunk:
+def prepare(
+    r: Keys, log_w: Keys, a: Keys, b: Keys, halves: tuple[Row, Row], how: Arithmetic
+) -> Chunk:
     """The factors and products of a chunk's tokens, all float32 or better.
 
     Args:
@@ -130,19 +148,16 @@ def prepare(r: Keys, log_w: Keys, a: Keys, b: Keys, dtype: jnp.dtype) -> Chunk:
         log_w: natural logarithm of the decay.
         a: removal key.
         b: removal key times rate.
-        dtype: of the operands of matrix products.
+        halves: the sums of log_w over the chunk's two halves.
+        how: for products and exponentials.
     """
-    side = r.shape[-2]
-    row, column = indices(side)
-    signs = (column <= row).astype(jnp.int32) - (column < side // 2).astype(jnp.int32)
-    centred = sums(signs, log_w, dtype)
-    exp_before, exp_upto, exp_after = jnp.exp(centred - log_w), jnp.exp(centred), jnp.exp(-centred)
+    row, column = indices(r.shape[-2])
+    signs = (column <= row).astype(jnp.int32) - (column < r.shape[-2] // 2).astype(jnp.int32)
+    log_w = log_w * how.unit
+    centred = sums(signs, log_w, how)
+    exp_before, exp_upto, exp_after = how.exp(centred - log_w), how.exp(centred), how.exp(-centred)
+    mid, rest = (how.exp(half * how.unit) for half in halves)
     ah, rh, bh = a * exp_before, r * exp_upto, b * exp_after
-    early = jax.lax.broadcasted_iota(jnp.int32, (side, 1), 0) < side // 2
-    mid, rest = (
-        jnp.exp(jnp.sum(jnp.where(half, log_w, 0), axis=-2, keepdims=True))
-        for half in (early, ~early)
-    )
     return Chunk(
         ah=ah,
         rh=rh,
@@ -152,50 +167,53 @@ def prepare(r: Keys, log_w: Keys, a: Keys, b: Keys, dtype: jnp.dtype) -> Chunk:
         after=exp_after,
         mid=mid,
         rest=rest,
-        inverse=unit_lower_inverse(dot(ah, bh.mT, dtype), dtype),
-        arb=lower(dot(rh, bh.mT, dtype)),
-        dtype=dtype,
+        inverse=unit_lower_inverse(dot(ah, bh, how, right=1), how),
+        arb=lower(dot(rh, bh, how, right=1)),
+        how=how,
     )
 
 
 def write(chunk: Chunk, k: Keys, v: Values) -> Written:
     """What keys and values add to a chunk."""
-    kh = k * chunk.after
-    aak, ark = dot(chunk.ah, kh.mT, chunk.dtype), dot(chunk.rh, kh.mT, chunk.dtype)
+    how, kh = chunk.how, k * chunk.after
+    aak, ark = dot(chunk.ah, kh, how, right=1), dot(chunk.rh, kh, how, right=1)
     return Written(kh=kh, v=v, aak=lower(aak, -1), ark=lower(ark))
 
 
 def removals(chunk: Chunk, written: Written, start: Matrix) -> Values:
     """U: what each token removes from the state's rows, given S^."""
-    dtype = chunk.dtype
-    read = dot(chunk.ah, start.mT, dtype) + dot(written.aak, written.v, dtype)
-    return dot(chunk.inverse, read, dtype)
+    how = chunk.how
+    read = dot(chunk.ah, start, how, right=1) + dot(written.aak, written.v, how)
+    return dot(chunk.inverse, read, how)
 
 
 def forward(chunk: Chunk, written: Written, start: Matrix) -> tuple[Values, Matrix]:
     """What the chunk's tokens read, and S^_end behind them, given S^."""
-    dtype, (kh, v, _, ark) = chunk.dtype, written
+    how, (kh, v, _, ark) = chunk.how, written
     u = removals(chunk, written, start)
-    y = dot(chunk.rh, start.mT, dtype) + dot(chunk.arb, u, dtype) + dot(ark, v, dtype)
-    return y, start + dot(u.mT, chunk.bh, dtype) + dot(v.mT, kh, dtype)
+    y = dot(chunk.rh, start, how, right=1) + dot(chunk.arb, u, how) + dot(ark, v, how)
+    return y, start + dot(u, chunk.bh, how, left=0) + dot(v, kh, how, left=0)
 
 
 def removal_gradients(chunk: Chunk, dy: Values, dend: Matrix) -> Values:
     """Z: the gradients of what each token's removal reads, given G^."""
-    dtype = chunk.dtype
-    du = dot(chunk.arb.mT, dy, dtype) + dot(chunk.bh, dend.mT, dtype)
-    return dot(chunk.inverse.mT, du, dtype)
+    how = chunk.how
+    du = dot(chunk.arb, dy, how, left=0) + dot(chunk.bh, dend, how, right=1)
+    return dot(chunk.inverse, du, how, left=0)
 
 
 def state_gradient(chunk: Chunk, z: Values, dy: Values, dend: Matrix) -> Matrix:
     """dS^, given Z and G^."""
-    return dend + dot(dy.mT, chunk.rh, chunk.dtype) + dot(z.mT, chunk.ah, chunk.dtype)
+    how = chunk.how
+    return dend + dot(dy, chunk.rh, how, left=0) + dot(z, chunk.ah, how, left=0)
 
 
 def gradients(
     chunk: Chunk, written: Written, states: tuple[Matrix, Matrix], z: Values, dy: Values
-) -> Tokens:
-    """Gradients of the six inputs.
+) -> Iterator[tuple[str, Array]]:
+    """Gradients of the six inputs by name, each as soon as it is there.
+
+    Those of a block of value channels add up, over all blocks, to those of r, log_w, k, a and b.
 
     Args:
         chunk: from `prepare`.
@@ -204,29 +222,31 @@ def gradients(
         z: from `removal_gradients`.
         dy: gradient of what was read.
     """
-    dtype, (start, dend), (kh, v, aak, ark) = chunk.dtype, states, written
+    how, (start, dend), (kh, v, aak, ark) = chunk.how, states, written
     ah, rh, bh = chunk.ah, chunk.rh, chunk.bh
+    ends = jnp.sum(start.astype(ah.dtype) * dend.astype(ah.dtype), axis=-2, keepdims=True)
     u = removals(chunk, written, start)
-    dv = dot(ark.mT, dy, dtype) + dot(aak.mT, z, dtype) + dot(kh, dend.mT, dtype)
-    dab, dak = lower(dot(z, u.mT, dtype), -1), lower(dot(z, v.mT, dtype), -1)
-    drb, drk = lower(dot(dy, u.mT, dtype)), lower(dot(dy, v.mT, dtype))
-    dr = dot(drb, bh, dtype) + dot(drk, kh, dtype) + dot(dy, start, dtype)
-    da = dot(dab, bh, dtype) + dot(dak, kh, dtype) + dot(z, start, dtype)
-    db_inside = dot(dab.mT, ah, dtype) + dot(drb.mT, rh, dtype)
-    dk_inside = dot(dak.mT, ah, dtype) + dot(drk.mT, rh, dtype)
-    db_end, dk_end = dot(u, dend, dtype), dot(v, dend, dtype)
+    dv = dot(ark, dy, how, left=0) + dot(aak, z, how, left=0) + dot(kh, dend, how, right=1)
+    yield "v", dv
+    rb, rk = lower(dot(dy, u, how, right=1)), lower(dot(dy, v, how, right=1))
+    dr = dot(rb, bh, how) + dot(rk, kh, how) + dot(dy, start, how)
+    yield "r", dr * chunk.upto
+    ab, ak = lower(dot(z, u, how, right=1), -1), lower(dot(z, v, how, right=1), -1)
+    da = dot(ab, bh, how) + dot(ak, kh, how) + dot(z, start, how)
+    yield "a", da * chunk.before
+    db, db_end = dot(ab, ah, how, left=0) + dot(rb, rh, how, left=0), dot(u, dend, how)
+    yield "b", (db + db_end) * chunk.after
     # The decay's gradient: what a token's decay touches inside the chunk reaches it from behind,
     # what it touches of the end state from before it; written so, the two never cancel. Inside, a
     # pair of tokens adds the same number behind one and takes it off behind the other: all of it
     # where the two are one token. That holds only if the factors are those of the products, so
     # they are rounded alike; unrounded ones cost bfloat16 a digit wherever dy resembles v.
-    near_r, near_a, near_b, near_k = (as_operand(x, dtype) for x in (rh, ah, bh, kh))
+    near_r, near_a, near_b, near_k = (rounded(x, how) for x in (rh, ah, bh, kh))
     removal = near_a * da
-    inside = near_r * dr + removal - near_b * db_inside - near_k * dk_inside
-    to_end = near_b * db_end + near_k * dk_end
-    row, column = indices(dy.shape[-2])
-    dlog_w = sums(column >= row, inside, dtype) - removal + sums(column < row, to_end, dtype)
-    ends = start.astype(dlog_w.dtype) * dend.astype(dlog_w.dtype)
-    dlog_w = dlog_w + jnp.sum(ends, axis=-2, keepdims=True)
-    dk, db = (dk_inside + dk_end) * chunk.after, (db_inside + db_end) * chunk.after
-    return dr * chunk.upto, dlog_w, dk, dv, da * chunk.before, db
+    inside, to_end = near_r * dr + removal - near_b * db, near_b * db_end
+    dk, dk_end = dot(ak, ah, how, left=0) + dot(rk, rh, how, left=0), dot(v, dend, how)
+    yield "k", (dk + dk_end) * chunk.after
+    inside, to_end = inside - near_k * dk, to_end + near_k * dk_end
+    row, column = indices(dr.shape[-2])
+    dlog_w = sums(column >= row, inside, how) - removal + ends
+    yield "log_w", dlog_w + sums(column < row, to_end, how)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from . import chunk_math
-from .reference import Inputs, State
+from .reference import NAMES, Inputs, State
 from .scan import Starts
 
 
@@ -22,9 +22,13 @@ def join(x: Float[Array, "C B H L N"], tokens: int) -> Float[Array, "B T H N"]:
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :tokens]
 
 
-def _operands(inputs: Inputs) -> jnp.dtype:
-    """Matrix products take operands of the tokens' own dtype (v's); sums are float32 or better."""
-    return inputs[3].dtype
+def _prepare(r, log_w, a, b, inputs: Inputs) -> chunk_math.Chunk:
+    """A chunk in float32 or better; products take operands of the tokens' own dtype (v's)."""
+    side = log_w.shape[-2] // 2
+    halves = tuple(
+        jnp.sum(x, axis=-2, keepdims=True) for x in (log_w[..., :side, :], log_w[..., side:, :])
+    )
+    return chunk_math.prepare(r, log_w, a, b, halves, chunk_math.Arithmetic(inputs[3].dtype))
 
 
 def forward_saving(
@@ -34,7 +38,7 @@ def forward_saving(
 
     def walk(state, tokens):
         r, log_w, k, v, a, b = (x.astype(state.dtype) for x in tokens)
-        chunk = chunk_math.prepare(r, log_w, a, b, _operands(inputs))
+        chunk = _prepare(r, log_w, a, b, inputs)
         y, end = chunk_math.forward(chunk, chunk_math.write(chunk, k, v), state * chunk.mid)
         return end * chunk.rest, (y.astype(inputs[3].dtype), state)
 
@@ -56,12 +60,14 @@ def backward(
     def walk(dstate, saved):
         tokens, dy, start = saved
         r, log_w, k, v, a, b, dy = (x.astype(start.dtype) for x in (*tokens, dy))
-        chunk = chunk_math.prepare(r, log_w, a, b, _operands(inputs))
+        chunk = _prepare(r, log_w, a, b, inputs)
         states = (start * chunk.mid, dstate * chunk.rest)
+        written = chunk_math.write(chunk, k, v)
         z = chunk_math.removal_gradients(chunk, dy, states[1])
-        grads = chunk_math.gradients(chunk, chunk_math.write(chunk, k, v), states, z, dy)
+        grads = dict(chunk_math.gradients(chunk, written, states, z, dy))
         dstate = chunk_math.state_gradient(chunk, z, dy, states[1]) * chunk.mid
-        return dstate, tuple(g.astype(x.dtype) for g, x in zip(grads, inputs, strict=True))
+        named = zip(NAMES, inputs, strict=True)
+        return dstate, tuple(grads[name].astype(x.dtype) for name, x in named)
 
     saved = (tuple(split(x, chunk) for x in inputs), split(dy, chunk), starts)
     dstate, grads = jax.lax.scan(walk, dend.astype(starts.dtype), saved, reverse=True)

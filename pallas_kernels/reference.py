@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# Tokens of one call: r, log_w, k, v, a, b.
+# Tokens of one call, by name.
+NAMES = ("r", "log_w", "k", "v", "a", "b")
 Inputs = tuple[
     Float[Array, "B T H Nk"],
     Float[Array, "B T H Nk"],

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from . import chunked, scan
-from .reference import Inputs, State
+from .reference import NAMES, Inputs, State
 
 IMPLEMENTATIONS = ("scan", "chunked")
 CHUNKS = (16, 32, 64)
@@ -60,7 +60,7 @@ def _check(inputs: Inputs, state: State, implementation: str | None, chunk: int)
         )
     if chunk not in CHUNKS:
         raise ValueError(f"wkv7: `chunk` must be one of {CHUNKS}; got {chunk!r}.")
-    for name, x in zip(("r", "log_w", "k", "v", "a", "b"), inputs, strict=True):
+    for name, x in zip(NAMES, inputs, strict=True):
         if x.ndim != 4:
             raise ValueError(f"wkv7: `{name}` must have shape [B T H N]; got {x.shape}.")
         shape = (*r.shape[:3], v.shape[3]) if name == "v" else r.shape

@@ -8,22 +8,32 @@ from tolerances import assert_close
 
 from pallas_kernels import chunk_math, wkv7_reference
 from pallas_kernels.cases import MODES, Case, make_inputs
+from pallas_kernels.reference import NAMES
 
 EXACT = 1e-12
+
+
+def prepare(r, log_w, a, b):
+    """A chunk with products in its own dtype."""
+    halves = (jnp.sum(x, axis=-2, keepdims=True) for x in jnp.split(log_w, 2, axis=-2))
+    return chunk_math.prepare(r, log_w, a, b, tuple(halves), chunk_math.Arithmetic(log_w.dtype))
 
 
 @pytest.mark.parametrize("side", [1, 2, 16, 64])
 def test_the_inverse_of_a_unit_lower_triangle_is_numpys(side):
     below = np.tril(np.random.default_rng(0).normal(size=(3, side, side)), -1) / side**0.5
     with jax.enable_x64(True):
-        inverse = chunk_math.unit_lower_inverse(jnp.asarray(below), jnp.dtype("float64"))
+        inverse = chunk_math.unit_lower_inverse(
+            jnp.asarray(below), chunk_math.Arithmetic(jnp.dtype("float64"))
+        )
         inverse = np.asarray(inverse)
     assert_close(inverse, np.linalg.inv(np.eye(side) - below), EXACT)
 
 
 def test_the_inverse_survives_repeated_keys():
     below = np.tril(-np.ones((64, 64), np.float32), -1)  # every product of two equal unit keys
-    inverse = chunk_math.unit_lower_inverse(jnp.asarray(below), jnp.dtype("float32"))
+    exact = chunk_math.Arithmetic(jnp.dtype("float32"))
+    inverse = chunk_math.unit_lower_inverse(jnp.asarray(below), exact)
     assert_close(inverse, np.linalg.inv(np.eye(64) - below), 1e-6)
 
 
@@ -38,7 +48,7 @@ def test_lower_selects_and_never_multiplies():
 def test_no_factor_leaves_the_range_of_float32_at_the_strongest_decay():
     inputs, _ = make_inputs(Case(1, 64, 1, mode="fast"))
     r, log_w, _, _, a, b = (x.transpose(0, 2, 1, 3) for x in inputs)
-    chunk = chunk_math.prepare(r, log_w, a, b, jnp.dtype("float32"))
+    chunk = prepare(r, log_w, a, b)
     assert all(
         float(jnp.abs(x).max()) < np.exp(25) for x in (chunk.upto, chunk.before, chunk.after)
     )
@@ -50,11 +60,12 @@ def one_chunk(inputs, state, dy, dend):
     truth, pull = jax.vjp(wkv7_reference, inputs, state)
     grads, dstate = pull((dy, dend))
     r, log_w, k, v, a, b, dy = (x.swapaxes(1, 2) for x in (*inputs, dy))
-    chunk = chunk_math.prepare(r, log_w, a, b, state.dtype)
+    chunk = prepare(r, log_w, a, b)
     written, states = chunk_math.write(chunk, k, v), (state * chunk.mid, dend * chunk.rest)
     y, end = chunk_math.forward(chunk, written, states[0])
     z = chunk_math.removal_gradients(chunk, dy, states[1])
-    back = chunk_math.gradients(chunk, written, states, z, dy)
+    grads = dict(chunk_math.gradients(chunk, written, states, z, dy))
+    back = (grads[name] for name in NAMES)
     dstart = chunk_math.state_gradient(chunk, z, dy, states[1]) * chunk.mid
     ours = (y.swapaxes(1, 2), end * chunk.rest, *(x.swapaxes(1, 2) for x in back), dstart)
     return ours, (*truth, *grads, dstate)

@@ -12,6 +12,7 @@ from tolerances import SAME, assert_close
 
 import pallas_kernels
 from pallas_kernels.cases import Case, make_inputs
+from pallas_kernels.reference import NAMES
 
 CASE = Case(3, 21, 2, key_size=16, value_size=24)
 LENGTHS = (21, 9, 0)
@@ -177,7 +178,7 @@ def test_the_second_call_does_not_compile(implementation):
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 def test_what_does_not_fit_is_named_in_one_sentence(unchecked, change, error, sentence):
-    arguments = dict(zip(("r", "log_w", "k", "v", "a", "b"), INPUTS, strict=True))
+    arguments = dict(zip(NAMES, INPUTS, strict=True))
     with pytest.raises(error) as caught:
         pallas_kernels.wkv7(**(arguments | {"state": STATE} | change))
     assert str(caught.value) == sentence
