@@ -64,8 +64,8 @@ def one_chunk(inputs, state, dy, dend):
     written, states = chunk_math.write(chunk, k, v), (state * chunk.mid, dend * chunk.rest)
     y, end = chunk_math.forward(chunk, written, states[0])
     z = chunk_math.removal_gradients(chunk, dy, states[1])
-    grads = dict(chunk_math.gradients(chunk, written, states, z, dy))
-    back = (grads[name] for name in NAMES)
+    found = dict(chunk_math.gradients(chunk, written, states, z, dy))
+    back = (found[name] for name in NAMES)
     dstart = chunk_math.state_gradient(chunk, z, dy, states[1]) * chunk.mid
     ours = (y.swapaxes(1, 2), end * chunk.rest, *(x.swapaxes(1, 2) for x in back), dstart)
     return ours, (*truth, *grads, dstate)
