@@ -213,8 +213,6 @@ def gradients(
 ) -> Iterator[tuple[str, Array]]:
     """Gradients of the six inputs by name, each as soon as it is there.
 
-    Those of a block of value channels add up, over all blocks, to those of r, log_w, k, a and b.
-
     Args:
         chunk: from `prepare`.
         written: from `write`.

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from . import chunk_math
+from . import chunk_math, tiles
 from .reference import NAMES, Inputs, State
 from .scan import Starts
 
@@ -32,7 +32,7 @@ def _prepare(r, log_w, a, b, inputs: Inputs) -> chunk_math.Chunk:
 
 
 def forward_saving(
-    inputs: Inputs, state: State, chunk: int
+    inputs: Inputs, state: State, *, chunk: int | None = None
 ) -> tuple[Float[Array, "B T H Nv"], State, Starts]:
     """What every token reads, the state behind the last, and the state at each chunk's start."""
 
@@ -42,18 +42,27 @@ def forward_saving(
         y, end = chunk_math.forward(chunk, chunk_math.write(chunk, k, v), state * chunk.mid)
         return end * chunk.rest, (y.astype(inputs[3].dtype), state)
 
-    end, (y, starts) = jax.lax.scan(walk, state, tuple(split(x, chunk) for x in inputs))
+    end, (y, starts) = jax.lax.scan(
+        walk, state, tuple(split(x, chunk or tiles.XLA) for x in inputs)
+    )
     return join(y, inputs[3].shape[1]), end, starts
 
 
-def forward(inputs: Inputs, state: State, chunk: int) -> tuple[Float[Array, "B T H Nv"], State]:
+def forward(
+    inputs: Inputs, state: State, *, chunk: int | None = None
+) -> tuple[Float[Array, "B T H Nv"], State]:
     """As `forward_saving` without the saved states, which the compiler then drops."""
-    y, end, _ = forward_saving(inputs, state, chunk)
+    y, end, _ = forward_saving(inputs, state, chunk=chunk)
     return y, end
 
 
 def backward(
-    inputs: Inputs, starts: Starts, dy: Float[Array, "B T H Nv"], dend: State, *, chunk: int
+    inputs: Inputs,
+    starts: Starts,
+    dy: Float[Array, "B T H Nv"],
+    dend: State,
+    *,
+    chunk: int | None = None,
 ) -> tuple[tuple[Array, ...], State]:
     """Gradients of the six inputs and the start state, from what `forward_saving` kept."""
 
@@ -69,6 +78,10 @@ def backward(
         named = zip(NAMES, inputs, strict=True)
         return dstate, tuple(grads[name].astype(x.dtype) for name, x in named)
 
-    saved = (tuple(split(x, chunk) for x in inputs), split(dy, chunk), starts)
+    saved = (
+        tuple(split(x, chunk or tiles.XLA) for x in inputs),
+        split(dy, chunk or tiles.XLA),
+        starts,
+    )
     dstate, grads = jax.lax.scan(walk, dend.astype(starts.dtype), saved, reverse=True)
     return tuple(join(g, dy.shape[1]) for g in grads), dstate

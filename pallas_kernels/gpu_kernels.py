@@ -45,9 +45,7 @@ def _prepare(refs, start, tokens: int, dtype: jnp.dtype, interpret) -> chunk_mat
     return chunk_math.prepare(*_load(refs, pl.ds(start, tokens)), halves, how)
 
 
-def forward_kernel(
-    r, log_w, k, v, a, b, start, end, *outputs, chunk: int, interpret=False
-) -> None:
+def forward_kernel(r, log_w, k, v, a, b, start, end, *outputs, chunk: int, interpret=False) -> None:
     """The state behind the last token; where asked for what tokens read, and each chunk's S^.
 
     Args:
@@ -81,9 +79,7 @@ def forward_kernel(
     end[0, 0] = state * rest
 
 
-def state_kernel(
-    r, log_w, a, b, dy, dend, dstart, *outputs, chunk: int, interpret=False
-) -> None:
+def state_kernel(r, log_w, a, b, dy, dend, dstart, *outputs, chunk: int, interpret=False) -> None:
     """The start state's gradient and, where asked for, each chunk's G^.
 
     Args:
@@ -116,9 +112,7 @@ def state_kernel(
     dstart[0, 0] = dstate * mid
 
 
-def gradients_kernel(
-    r, log_w, k, v, a, b, dy, starts, ends, *grads, values: int, interpret=False
-) -> None:
+def gradients_kernel(r, log_w, k, v, a, b, dy, starts, ends, *grads, interpret=False) -> None:
     """Gradients of one chunk's r, log_w, k, v, a and b.
 
     Args:
@@ -132,35 +126,13 @@ def gradients_kernel(
         starts: the chunk's S^.
         ends: the chunk's G^.
         *grads: as the first six, written.
-        values: channels of v that are taken at a time.
         interpret: whether Pallas's interpreter runs this.
     """
     made = _prepare((r, log_w, a, b), 0, r.shape[1], v.dtype, interpret)
-    (ks,) = _load([k], slice(None))
-    outputs = dict(zip(NAMES, grads, strict=True))
-
-    def block(j):
-        """Gradients by name, as far as some of the values have a part in them."""
-        at = pl.ds(j * values, values)
-        states = (starts[0, 0, 0, at, :], ends[0, 0, 0, at, :])
-        vs, dys = (x[0, :, 0, at].astype(jnp.float32) for x in (v, dy))
-        z = chunk_math.removal_gradients(made, dys, states[1])
-        for name, grad in chunk_math.gradients(made, chunk_math.write(made, ks, vs), states, z, dys):
-            if name == "v":
-                outputs["v"][0, :, 0, at] = grad.astype(v.dtype)
-            else:
-                yield name, grad
-
-    def store(found):
-        for name, grad in found:
-            outputs[name][0, :, 0, :] = grad.astype(outputs[name].dtype)
-
-    if v.shape[3] == values:
-        store(block(0))
-        return
-
-    def add(j, totals):
-        return {name: totals[name] + grad for name, grad in block(j)}
-
-    zeros = {name: jnp.zeros((r.shape[1], r.shape[3])) for name in NAMES if name != "v"}
-    store(jax.lax.fori_loop(0, v.shape[3] // values, add, zeros).items())
+    ks, vs, dys = _load((k, v, dy), slice(None))
+    states = (starts[0, 0, 0], ends[0, 0, 0])
+    z = chunk_math.removal_gradients(made, dys, states[1])
+    written = chunk_math.write(made, ks, vs)
+    for name, grad in chunk_math.gradients(made, written, states, z, dys):
+        ref = grads[NAMES.index(name)]
+        ref[0, :, 0, :] = grad.astype(ref.dtype)

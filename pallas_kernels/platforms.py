@@ -10,8 +10,31 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
+from jaxtyping import Array
 
 PLATFORMS = ("tpu", "cuda", "rocm")
+
+
+def target():
+    """The device that a program is made for: the abstract mesh's where one is set, else the default.
+
+    It has a `platform` and a `device_kind`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.abstract_device is not None:
+        return mesh.abstract_device
+    default = jax.config.jax_default_device
+    if isinstance(default, jax.Device):
+        return default
+    return jax.devices(default)[0]
+
+
+def like(shape: tuple[int, ...], dtype: jnp.dtype, *arrays: Array) -> jax.ShapeDtypeStruct:
+    """A kernel's output that varies over the mesh axes over which any of its arrays does."""
+    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
+    axes = jax.sharding.ManualAxisType(varying=varying)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
+
 
 _only = Primitive("only")
 _only.multiple_results = True

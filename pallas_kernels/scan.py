@@ -9,11 +9,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from . import tiles
 from .reference import Inputs, State, step, wkv7_reference
 
 Starts = Float[Array, "C B H Nv Nk"]
 
-forward = wkv7_reference
+
+def forward(
+    inputs: Inputs, state: State, *, chunk: int | None = None
+) -> tuple[Float[Array, "B T H Nv"], State]:
+    """The definition; `chunk` has no part in it."""
+    return wkv7_reference(inputs, state)
 
 
 def split(x: Float[Array, "B T H N"], chunk: int) -> Float[Array, "C L B H N"]:
@@ -29,7 +35,7 @@ def join(x: Float[Array, "C L B H N"], tokens: int) -> Float[Array, "B T H N"]:
 
 
 def forward_saving(
-    inputs: Inputs, state: State, chunk: int
+    inputs: Inputs, state: State, *, chunk: int | None = None
 ) -> tuple[Float[Array, "B T H Nv"], State, Starts]:
     """As `forward`, and the state at the start of every chunk."""
 
@@ -37,7 +43,7 @@ def forward_saving(
         end, y = jax.lax.scan(step, state, tokens)
         return end, (y, state)
 
-    chunks = tuple(split(x, chunk).astype(state.dtype) for x in inputs)
+    chunks = tuple(split(x, chunk or tiles.XLA).astype(state.dtype) for x in inputs)
     end, (y, starts) = jax.lax.scan(walk, state, chunks)
     return join(y, inputs[3].shape[1]).astype(inputs[3].dtype), end, starts
 
@@ -64,7 +70,12 @@ def _step_backward(dstate: State, saved) -> tuple[State, tuple[Array, ...]]:
 
 
 def backward(
-    inputs: Inputs, starts: Starts, dy: Float[Array, "B T H Nv"], dend: State, *, chunk: int
+    inputs: Inputs,
+    starts: Starts,
+    dy: Float[Array, "B T H Nv"],
+    dend: State,
+    *,
+    chunk: int | None = None,
 ) -> tuple[tuple[Array, ...], State]:
     """Gradients of the six inputs and the start state, from what `forward_saving` kept."""
 
@@ -74,8 +85,8 @@ def backward(
         return jax.lax.scan(_step_backward, dstate, (tokens, dy, before), reverse=True)
 
     dtype = starts.dtype
-    chunks = tuple(split(x, chunk).astype(dtype) for x in inputs)
-    saved = (chunks, split(dy, chunk).astype(dtype), starts)
+    chunks = tuple(split(x, chunk or tiles.XLA).astype(dtype) for x in inputs)
+    saved = (chunks, split(dy, chunk or tiles.XLA).astype(dtype), starts)
     dstate, grads = jax.lax.scan(walk, dend.astype(dtype), saved, reverse=True)
     tokens = dy.shape[1]
     return tuple(

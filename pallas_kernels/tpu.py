@@ -9,7 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from . import tiles
 from . import tpu_kernels as kernels
+from .platforms import like
 from .reference import Inputs, State
 from .tpu_tiles import Form
 
@@ -18,14 +20,15 @@ LANES = 128
 Starts = Float[Array, "B G C Nv W"]
 
 
-def _form(inputs: Inputs, chunk: int, groups: int) -> Form:
-    """How these inputs are tiled; `groups` is the most that go through a step together."""
+def _form(inputs: Inputs, chunk: int | None) -> Form:
+    """How these inputs are tiled."""
+    choice = tiles.for_tpu(inputs[3].dtype)
     heads, keys, values = inputs[0].shape[2], inputs[0].shape[3], inputs[3].shape[3]
     shared = math.lcm(LANES // math.gcd(LANES, keys), LANES // math.gcd(LANES, values))
-    tiles = -(-heads // shared)
-    groups = max(n for n in range(1, groups + 1) if tiles % n == 0)
+    columns = -(-heads // shared)
+    groups = max(n for n in range(1, choice.groups + 1) if columns % n == 0)
     dtype = jnp.dtype(jnp.bfloat16 if inputs[3].dtype == jnp.bfloat16 else jnp.float32)
-    return Form(chunk, shared, keys, values, groups, dtype)
+    return Form(chunk or choice.chunk, shared, keys, values, groups, dtype)
 
 
 def _flat(x: Float[Array, "B T H N"], form: Form) -> Float[Array, "B T HN"]:
@@ -44,8 +47,8 @@ def _wide(state: State, form: Form) -> Float[Array, "B G Nv W"]:
 
 def _narrow(state: Float[Array, "B G Nv W"], heads: int, form: Form) -> State:
     """The inverse of `_wide`."""
-    batch, tiles, values, _ = state.shape
-    state = state.reshape(batch, tiles, values, form.heads, form.keys).swapaxes(2, 3)
+    batch, columns, values, _ = state.shape
+    state = state.reshape(batch, columns, values, form.heads, form.keys).swapaxes(2, 3)
     return state.reshape(batch, -1, values, form.keys)[:, :heads]
 
 
@@ -63,7 +66,7 @@ def _call(kernel, form: Form, arrays, outputs, *, step, interpret):
 
     def block(x):
         if x.ndim == 3:
-            width = x.shape[2] // tiles * form.groups
+            width = x.shape[2] // columns * form.groups
             return pl.BlockSpec((1, form.chunk, width), lambda i, j, c: (i, step(c), j))
         if x.ndim == 4:
             return pl.BlockSpec((1, form.groups, *x.shape[2:]), lambda i, j, c: (i, j, 0, 0))
@@ -71,8 +74,8 @@ def _call(kernel, form: Form, arrays, outputs, *, step, interpret):
         return pl.BlockSpec(shape, lambda i, j, c: (i, j, step(c), 0, 0))
 
     width = form.heads * form.keys
-    tiles = arrays[0].shape[2] // width
-    grid = (arrays[0].shape[0], tiles // form.groups, arrays[0].shape[1] // form.chunk)
+    columns = arrays[0].shape[2] // width
+    grid = (arrays[0].shape[0], columns // form.groups, arrays[0].shape[1] // form.chunk)
     state = (form.groups, form.heads * form.values, width)
     semantics = ("parallel", "parallel", "arbitrary")
     return pl.pallas_call(
@@ -88,16 +91,17 @@ def _call(kernel, form: Form, arrays, outputs, *, step, interpret):
     )(*arrays)
 
 
-def _run_forward(inputs: Inputs, state: State, chunk: int, groups: int, save: bool, interpret):
-    form = _form(inputs, chunk, groups)
+def _run_forward(inputs: Inputs, state: State, chunk: int | None, save: bool, interpret):
+    form = _form(inputs, chunk)
     tokens, heads = inputs[3].shape[1:3]
     arrays = [_flat(x, form) for x in inputs] + [_wide(state, form)]
-    outputs = [jax.ShapeDtypeStruct(arrays[3].shape, inputs[3].dtype)]
-    outputs.append(jax.ShapeDtypeStruct(arrays[6].shape, jnp.float32))
+    varying = (inputs[3], state)
+    outputs = [like(arrays[3].shape, inputs[3].dtype, *varying)]
+    outputs.append(like(arrays[6].shape, jnp.float32, *varying))
     if save:
-        batch, tiles, *block = arrays[6].shape
-        shape = (batch, tiles, arrays[0].shape[1] // form.chunk, *block)
-        outputs.append(jax.ShapeDtypeStruct(shape, jnp.float32))
+        batch, columns, *block = arrays[6].shape
+        shape = (batch, columns, arrays[0].shape[1] // form.chunk, *block)
+        outputs.append(like(shape, jnp.float32, *varying))
     kernel = functools.partial(kernels.forward_kernel, form=form, save=save)
     y, end, *starts = _call(kernel, form, arrays, outputs, step=lambda c: c, interpret=interpret)
     y = y.reshape(*y.shape[:2], -1, form.values)[:, :tokens, :heads]
@@ -105,7 +109,7 @@ def _run_forward(inputs: Inputs, state: State, chunk: int, groups: int, save: bo
 
 
 def forward(
-    inputs: Inputs, state: State, *, chunk: int = 64, groups: int = 4, interpret=False
+    inputs: Inputs, state: State, *, chunk: int | None = None, interpret: bool = False
 ) -> tuple[Float[Array, "B T H Nv"], State]:
     """What every token reads, and the state behind the last.
 
@@ -113,18 +117,17 @@ def forward(
         inputs: r, log_w, k, v, a, b. Products take bfloat16 operands if v has that dtype, else
             float32 ones.
         state: float32.
-        chunk: tokens a grid step.
-        groups: tiles of 128 lanes that share a grid step, at most.
+        chunk: tokens a grid step; None takes the table's.
         interpret: run in Pallas's interpreter, for tests.
     """
-    return _run_forward(inputs, state, chunk, groups, False, interpret)
+    return _run_forward(inputs, state, chunk, False, interpret)
 
 
 def forward_saving(
-    inputs: Inputs, state: State, *, chunk: int = 64, groups: int = 4, interpret=False
+    inputs: Inputs, state: State, *, chunk: int | None = None, interpret: bool = False
 ) -> tuple[Float[Array, "B T H Nv"], State, Starts]:
     """As `forward`, and the states at the start of every chunk."""
-    return _run_forward(inputs, state, chunk, groups, True, interpret)
+    return _run_forward(inputs, state, chunk, True, interpret)
 
 
 def backward(
@@ -133,19 +136,17 @@ def backward(
     dy: Float[Array, "B T H Nv"],
     dend: State,
     *,
-    chunk: int = 64,
-    groups: int = 4,
-    interpret=False,
+    chunk: int | None = None,
+    interpret: bool = False,
 ) -> tuple[tuple[Array, ...], State]:
     """Gradients of the six inputs and the start state, from what `forward_saving` kept."""
-    form = _form(inputs, chunk, groups)
+    form = _form(inputs, chunk)
     tokens, heads = dy.shape[1:3]
     arrays = [*(_flat(x, form) for x in (*inputs, dy)), starts, _wide(dend, form)]
     outputs = [
-        jax.ShapeDtypeStruct(x.shape, given.dtype)
-        for x, given in zip(arrays[:6], inputs, strict=True)
+        like(x.shape, given.dtype, given, dy) for x, given in zip(arrays[:6], inputs, strict=True)
     ]
-    outputs.append(jax.ShapeDtypeStruct(arrays[8].shape, jnp.float32))
+    outputs.append(like(arrays[8].shape, jnp.float32, dend, dy))
     last = starts.shape[2] - 1
     kernel = functools.partial(kernels.backward_kernel, form=form)
     *grads, dstate = _call(

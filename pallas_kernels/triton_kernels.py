@@ -7,8 +7,7 @@ stored in the tokens' dtype. And sums over tokens are products with matrices of 
 
 `forward` and `state_gradient` walk the chunks, one program for every head and block of value rows;
 `gradients` has one program for every chunk and head. bfloat16 tokens meet in bfloat16 products,
-float32 ones in IEEE products. Sizes of heads and blocks are powers of two from 16 up. A last chunk
-that is not full is filled with zeros, which change nothing; `WHOLE` promises that there is none.
+float32 ones in IEEE products. Sizes of heads are powers of two from 16 up, and all chunks are full.
 """
 
 import os
@@ -46,46 +45,27 @@ def _sums(chosen, x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _load(pointer, offsets, inside, WHOLE: tl.constexpr):
-    """A tile of tokens, with zeros where `inside` is false."""
-    if WHOLE:
-        return tl.load(pointer + offsets)
-    return tl.load(pointer + offsets, mask=inside, other=0.0)
-
-
-@triton.jit
-def _store(pointer, offsets, x, inside, WHOLE: tl.constexpr):
-    """Write a tile of tokens in the array's dtype, nothing where `inside` is false."""
-    if WHOLE:
-        tl.store(pointer + offsets, x.to(pointer.dtype.element_ty))
-    else:
-        tl.store(pointer + offsets, x.to(pointer.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _times(pointer, offsets, factor, inside, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
+def _times(pointer, offsets, factor, DTYPE: tl.constexpr):
     """A tile of tokens times a float32 factor, as an operand."""
-    return (_load(pointer, offsets, inside, WHOLE).to(tl.float32) * factor).to(DTYPE)
+    return (tl.load(pointer + offsets).to(tl.float32) * factor).to(DTYPE)
 
 
 @triton.jit
-def _decays(log_w, offsets, inside, CHUNK: tl.constexpr, DTYPE: tl.constexpr, WHOLE: tl.constexpr):
+def _decays(log_w, offsets, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
     """exp(cs_{t-1} - mid), exp(cs_t - mid) and exp(mid - cs_t) of the tile's tokens."""
     row, column = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
-    x = _load(log_w, offsets, inside, WHOLE) * LOG2E
+    x = tl.load(log_w + offsets) * LOG2E
     centred = tl.where(column <= row, 1.0, 0.0) - tl.where(column < CHUNK // 2, 1.0, 0.0)
     c = _sums(centred, x, DTYPE)
     return _exp2(c - x), _exp2(c), _exp2(-c)
 
 
 @triton.jit
-def _halves(log_w, key, stride, left, CHUNK: tl.constexpr, WHOLE: tl.constexpr):
-    """exp(mid) and exp(last - mid) of the chunk at `log_w`, of which `left` tokens exist."""
-    time = tl.arange(0, CHUNK // 2)[:, None]
-    offsets = time * stride + key
-    middle, rest = time < left, time + CHUNK // 2 < left
-    middle = tl.sum(_load(log_w, offsets, middle, WHOLE), 0)
-    rest = tl.sum(_load(log_w + CHUNK // 2 * stride, offsets, rest, WHOLE), 0)
+def _halves(log_w, key, stride, CHUNK: tl.constexpr):
+    """exp(mid) and exp(last - mid) of the chunk at `log_w`."""
+    offsets = tl.arange(0, CHUNK // 2)[:, None] * stride + key
+    middle = tl.sum(tl.load(log_w + offsets), 0)
+    rest = tl.sum(tl.load(log_w + CHUNK // 2 * stride + offsets), 0)
     return _exp2(middle * LOG2E), _exp2(rest * LOG2E)
 
 
@@ -127,11 +107,11 @@ def _inverse(a, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def forward(
-    r, log_w, k, v, a, b, state, tokens, heads, y, end, starts,
+    r, log_w, k, v, a, b, state, tokens, heads, end, y, starts,
     CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
-    SAVE: tl.constexpr, WHOLE: tl.constexpr,
+    READ: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    """y, the end state and, with `SAVE`, S^ of each chunk, for `BLOCK` value rows of one head."""
+    """The end state for `BLOCK` value rows of one head; with `READ` y, with `SAVE` S^ of chunks."""
     DTYPE: tl.constexpr = v.dtype.element_ty
     head = tl.program_id(1).to(tl.int64)
     time, key = tl.arange(0, CHUNK)[:, None], tl.arange(0, KEYS)[None, :]
@@ -143,24 +123,24 @@ def forward(
     starts += head * tl.cdiv(tokens, CHUNK) * VALUES * KEYS
     rest = tl.full((1, KEYS), 1.0, tl.float32)
     for start in range(0, tokens, CHUNK):
-        inside = start + time < tokens
         at = (first + start * heads) * KEYS
         to = (first + start * heads) * VALUES
-        before, upto, after = _decays(log_w + at, by_key, inside, CHUNK, DTYPE, WHOLE)
-        ah = _times(a + at, by_key, before, inside, DTYPE, WHOLE)
-        rh = _times(r + at, by_key, upto, inside, DTYPE, WHOLE)
-        bh = _times(b + at, by_key, after, inside, DTYPE, WHOLE)
-        kh = _times(k + at, by_key, after, inside, DTYPE, WHOLE)
-        vs = _load(v + to, by_value, inside, WHOLE)
+        before, upto, after = _decays(log_w + at, by_key, CHUNK, DTYPE)
+        ah = _times(a + at, by_key, before, DTYPE)
+        rh = _times(r + at, by_key, upto, DTYPE)
+        bh = _times(b + at, by_key, after, DTYPE)
+        kh = _times(k + at, by_key, after, DTYPE)
+        vs = tl.load(v + to + by_value)
         inverse = _inverse(_dot(ah, bh.T), CHUNK, DTYPE)
         aak, ark = _below(_dot(ah, kh.T), DTYPE), _lower(_dot(rh, kh.T), DTYPE)
         arb = _lower(_dot(rh, bh.T), DTYPE)
-        middle, next_rest = _halves(log_w + at, key, heads * KEYS, tokens - start, CHUNK, WHOLE)
+        middle, next_rest = _halves(log_w + at, key, heads * KEYS, CHUNK)
         scaled *= rest * middle[None, :]
         operand = scaled.to(DTYPE)
         u = _dot(inverse, _dot(aak, vs, _dot(ah, operand.T))).to(DTYPE)
-        ys = _dot(ark, vs, _dot(arb, u, _dot(rh, operand.T)))
-        _store(y + to, by_value, ys, inside, WHOLE)
+        if READ:
+            ys = _dot(ark, vs, _dot(arb, u, _dot(rh, operand.T)))
+            tl.store(y + to + by_value, ys)
         if SAVE:
             tl.store(starts + start // CHUNK * VALUES * KEYS + entry, operand)
         scaled = _dot(vs.T, kh, _dot(u.T, bh, scaled))
@@ -170,11 +150,11 @@ def forward(
 
 @triton.jit
 def state_gradient(
-    r, log_w, a, b, dy, dend, tokens, heads, ends, dstate,
+    r, log_w, a, b, dy, dend, tokens, heads, dstate, ends,
     CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
+    SAVE: tl.constexpr,
 ):  # fmt: skip
-    """G^ of each chunk and the start state's gradient, for `BLOCK` value rows of one head."""
+    """The start state's gradient for `BLOCK` value rows of one head; with `SAVE` G^ of chunks."""
     DTYPE: tl.constexpr = dy.dtype.element_ty
     head = tl.program_id(1).to(tl.int64)
     time, key = tl.arange(0, CHUNK)[:, None], tl.arange(0, KEYS)[None, :]
@@ -189,19 +169,19 @@ def state_gradient(
     for done in range(0, chunks):
         chunk = chunks - 1 - done
         start = chunk * CHUNK
-        inside = start + time < tokens
         at = (first + start * heads) * KEYS
-        before, upto, after = _decays(log_w + at, by_key, inside, CHUNK, DTYPE, WHOLE)
-        ah = _times(a + at, by_key, before, inside, DTYPE, WHOLE)
-        rh = _times(r + at, by_key, upto, inside, DTYPE, WHOLE)
-        bh = _times(b + at, by_key, after, inside, DTYPE, WHOLE)
-        dys = _load(dy + (first + start * heads) * VALUES, by_value, inside, WHOLE)
+        before, upto, after = _decays(log_w + at, by_key, CHUNK, DTYPE)
+        ah = _times(a + at, by_key, before, DTYPE)
+        rh = _times(r + at, by_key, upto, DTYPE)
+        bh = _times(b + at, by_key, after, DTYPE)
+        dys = tl.load(dy + (first + start * heads) * VALUES + by_value)
         inverse = _inverse(_dot(ah, bh.T), CHUNK, DTYPE)
         arb = _lower(_dot(rh, bh.T), DTYPE)
-        next_middle, rest = _halves(log_w + at, key, heads * KEYS, tokens - start, CHUNK, WHOLE)
+        next_middle, rest = _halves(log_w + at, key, heads * KEYS, CHUNK)
         scaled *= middle * rest[None, :]
         operand = scaled.to(DTYPE)
-        tl.store(ends + chunk * VALUES * KEYS + entry, operand)
+        if SAVE:
+            tl.store(ends + chunk * VALUES * KEYS + entry, operand)
         z = _dot(inverse.T, _dot(arb.T, dys, _dot(bh, operand.T))).to(DTYPE)
         scaled = _dot(z.T, ah, _dot(dys.T, rh, scaled))
         middle = next_middle[None, :]
@@ -211,11 +191,11 @@ def state_gradient(
 @triton.jit
 def gradients(
     r, log_w, k, v, a, b, dy, starts, ends, tokens, heads, dr, dlog_w, dk, dv, da, db,
-    CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, WHOLE: tl.constexpr,
+    CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one chunk's tokens of one head, from its S^ and G^.
 
-    The decay's gradient takes the factors as rounded for the products: see `chunk_math.backward`.
+    The decay's gradient takes the factors as rounded for the products: see `chunk_math.gradients`.
     """
     DTYPE: tl.constexpr = v.dtype.element_ty
     start, head = tl.program_id(0) * CHUNK, tl.program_id(1).to(tl.int64)
@@ -226,38 +206,37 @@ def gradients(
     by_value = first * VALUES + time * heads * VALUES + value
     entry = tl.arange(0, VALUES)[:, None] * KEYS + key
     entry += (head * tl.cdiv(tokens, CHUNK) + tl.program_id(0)) * VALUES * KEYS
-    inside = start + time < tokens
     s, g = tl.load(starts + entry), tl.load(ends + entry)
     whole = tl.sum(s.to(tl.float32) * g.to(tl.float32), 0)
-    before, upto, after = _decays(log_w, by_key, inside, CHUNK, DTYPE, WHOLE)
-    ah = _times(a, by_key, before, inside, DTYPE, WHOLE)
-    rh = _times(r, by_key, upto, inside, DTYPE, WHOLE)
-    bh = _times(b, by_key, after, inside, DTYPE, WHOLE)
-    kh = _times(k, by_key, after, inside, DTYPE, WHOLE)
-    vs, dys = _load(v, by_value, inside, WHOLE), _load(dy, by_value, inside, WHOLE)
+    before, upto, after = _decays(log_w, by_key, CHUNK, DTYPE)
+    ah = _times(a, by_key, before, DTYPE)
+    rh = _times(r, by_key, upto, DTYPE)
+    bh = _times(b, by_key, after, DTYPE)
+    kh = _times(k, by_key, after, DTYPE)
+    vs, dys = tl.load(v + by_value), tl.load(dy + by_value)
     inverse = _inverse(_dot(ah, bh.T), CHUNK, DTYPE)
     aak, arb = _below(_dot(ah, kh.T), DTYPE), _lower(_dot(rh, bh.T), DTYPE)
     u = _dot(inverse, _dot(aak, vs, _dot(ah, s.T))).to(DTYPE)
     z = _dot(inverse.T, _dot(arb.T, dys, _dot(bh, g.T))).to(DTYPE)
     ark = _lower(_dot(rh, kh.T), DTYPE)
-    _store(dv, by_value, _dot(ark.T, dys, _dot(aak.T, z, _dot(kh, g.T))), inside, WHOLE)
+    tl.store(dv + by_value, _dot(ark.T, dys, _dot(aak.T, z, _dot(kh, g.T))))
     drb, drk = _lower(_dot(dys, u.T), DTYPE), _lower(_dot(dys, vs.T), DTYPE)
     near = _dot(drk, kh, _dot(drb, bh, _dot(dys, s)))
-    _store(dr, by_key, near * upto, inside, WHOLE)
+    tl.store(dr + by_key, near * upto)
     behind = rh.to(tl.float32) * near
     dab, dak = _below(_dot(z, u.T), DTYPE), _below(_dot(z, vs.T), DTYPE)
     near = _dot(dak, kh, _dot(dab, bh, _dot(z, s)))
-    _store(da, by_key, near * before, inside, WHOLE)
+    tl.store(da + by_key, near * before)
     removal = ah.to(tl.float32) * near
     near, far = _dot(drb.T, rh, _dot(dab.T, ah)), _dot(u, g)
-    _store(db, by_key, (near + far) * after, inside, WHOLE)
+    tl.store(db + by_key, (near + far) * after)
     behind += removal - bh.to(tl.float32) * near
     ahead = bh.to(tl.float32) * far
     near, far = _dot(drk.T, rh, _dot(dak.T, ah)), _dot(vs, g)
-    _store(dk, by_key, (near + far) * after, inside, WHOLE)
+    tl.store(dk + by_key, (near + far) * after)
     behind -= kh.to(tl.float32) * near
     ahead += kh.to(tl.float32) * far
     row, column = time, tl.arange(0, CHUNK)[None, :]
     change = _sums(tl.where(column >= row, 1.0, 0.0), behind, DTYPE) - removal
     change += _sums(tl.where(column < row, 1.0, 0.0), ahead, DTYPE) + whole[None, :]
-    _store(dlog_w, by_key, change, inside, WHOLE)
+    tl.store(dlog_w + by_key, change)

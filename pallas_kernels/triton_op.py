@@ -1,54 +1,17 @@
-"""The Triton kernels as JAX functions, through jax-triton, which is imported at the call. Level 0.
+"""WKV-7 on NVIDIA GPUs: the Triton kernels' calls through jax-triton, imported when used. Level 0."""
 
-Same doors as `chunked`; only the saved states differ: [B H C Nv Nk], scaled, in the tokens' dtype.
-"""
-
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
+from . import tiles
+from .gpu_passes import Passes
+from .platforms import like
 from .reference import Inputs, State
 
-Starts = Float[Array, "B H C Nv Nk"]
-
-
-class Tile(NamedTuple):
-    """How one kernel is compiled.
-
-    Attributes:
-        warps: of 32 threads a program.
-        stages: of the pipelined loads in its loop.
-        values: value rows of a program, all of them where None.
-    """
-
-    warps: int
-    stages: int
-    values: int | None = None
-
-
-class Tiles(NamedTuple):
-    """The three kernels' tiles."""
-
-    forward: Tile
-    state_gradient: Tile
-    gradients: Tile
-
-
-# By compute capability, then by tokens of a chunk; the best chunk comes first. Chosen by registers
-# and instructions that the compilers report, see `triton_report`.
-TILES = {
-    90: {
-        32: Tiles(Tile(4, 1, 64), Tile(4, 2, 64), Tile(4, 1)),
-        16: Tiles(Tile(2, 1, 32), Tile(2, 1, 32), Tile(4, 1)),
-    },
-    80: {
-        16: Tiles(Tile(2, 1, 32), Tile(2, 1, 32), Tile(4, 1)),
-        32: Tiles(Tile(4, 1, 32), Tile(4, 1, 32), Tile(4, 1)),
-    },
-}
 # What goes together, by jax's minor version: jax-triton, and triton's minor versions.
 FITTING = {"0.10": ("0.3.1", ("3.6", "3.7")), "0.11": ("0.4.1", ("3.7",))}
 
@@ -80,149 +43,110 @@ def check_versions() -> None:
         )
 
 
-def capability() -> int:
-    """The first GPU's compute capability, 90 for 9.0."""
-    return int(jax.devices("cuda")[0].compute_capability.replace(".", ""))
+def missing() -> bool:
+    """Whether `check_versions` raises."""
+    try:
+        check_versions()
+    except (ImportError, RuntimeError):
+        return True
+    return False
 
 
-def best_tiles(capability: int) -> dict[int, Tiles]:
-    """The tiles of the newest listed GPU that is no newer than this one, by chunk.
-
-    Raises:
-        ValueError: the GPU is older than all in the table.
-    """
-    fitting = [listed for listed in TILES if listed <= capability]
-    if not fitting:
-        raise ValueError(
-            f"The Triton kernels need compute capability {min(TILES)} or newer; got {capability}."
-        )
-    return TILES[max(fitting)]
-
-
-def launch(kernel: str, arrays: tuple, outputs: list, grid: tuple, tile: Tile, **constants) -> list:
+def launch(kernel: str, arrays: tuple, outputs: list, grid: tuple, tile, **constants) -> list:
     """Run the kernel of this name on the arrays, their tokens and heads; returns its outputs."""
-    check_versions()
     import jax_triton
 
     from . import triton_kernels
 
-    return jax_triton.triton_call(
-        *arrays,
-        *arrays[0].shape[1:3],
-        kernel=getattr(triton_kernels, kernel),
-        out_shape=outputs,
-        grid=grid,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **constants,
-    )
+    def run(*arrays):
+        return jax_triton.triton_call(
+            *arrays,
+            *arrays[0].shape[1:3],
+            kernel=getattr(triton_kernels, kernel),
+            out_shape=outputs,
+            grid=grid,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **constants,
+        )
+
+    return run(*arrays)
 
 
-class _Call(NamedTuple):
-    """What all launches of one call share."""
+def _batched(function: Callable) -> Callable:
+    """A function of arrays [B ...] for `jax.vmap`, which gets one call on a larger batch."""
+    run = jax.custom_batching.custom_vmap(function)
 
-    inputs: Inputs  # log_w in float32, the others in v's dtype
-    chunk: int
-    tiles: Tiles
+    @run.def_vmap
+    def _(size: int, batched: list, *arrays: Array):
+        whole = [
+            x if mapped else jnp.broadcast_to(x, (size, *x.shape))
+            for x, mapped in zip(arrays, batched, strict=True)
+        ]
+        found = run(*(x.reshape(-1, *x.shape[2:]) for x in whole))
+        parts = [x.reshape(size, -1, *x.shape[1:]) for x in found]
+        return parts, [True] * len(parts)
 
-    @property
-    def constants(self) -> dict:
-        """The sizes that every kernel is compiled for."""
-        (_, tokens, _, keys), values = self.inputs[0].shape, self.inputs[3].shape[3]
-        whole = tokens % self.chunk == 0
-        return dict(CHUNK=self.chunk, KEYS=keys, VALUES=values, WHOLE=whole)
-
-    @property
-    def chunks(self) -> int:
-        return -(-self.inputs[0].shape[1] // self.chunk)
-
-    @property
-    def rows(self) -> int:
-        """Heads of the whole batch."""
-        return self.inputs[0].shape[0] * self.inputs[0].shape[2]
-
-    @property
-    def state(self) -> jax.ShapeDtypeStruct:
-        (batch, _, heads, keys), values = self.inputs[0].shape, self.inputs[3].shape[3]
-        return jax.ShapeDtypeStruct((batch, heads, values, keys), jnp.float32)
-
-    @property
-    def states(self) -> jax.ShapeDtypeStruct:
-        """One scaled state, or its gradient, a chunk."""
-        batch, heads, *matrix = self.state.shape
-        return jax.ShapeDtypeStruct((batch, heads, self.chunks, *matrix), self.inputs[3].dtype)
+    return run
 
 
-def _prepare(inputs: Inputs, chunk: int) -> _Call:
-    """Check what the kernels cannot take; at 64 tokens a chunk registers overflow: 32 serve it."""
-    v = inputs[3]
-    for size in (inputs[0].shape[3], v.shape[3]):
-        if size < 16 or size & (size - 1):
-            raise ValueError(
-                f"wkv7: the Triton kernels need head sizes that are powers of two from 16 up; "
-                f"got {size}."
-            )
-    if v.dtype not in (jnp.bfloat16, jnp.float32):
-        raise TypeError(f"wkv7: the Triton kernels take bfloat16 or float32; got {v.dtype}.")
-    r, log_w, *rest = inputs
-    inputs = (r.astype(v.dtype), log_w.astype(jnp.float32), *(x.astype(v.dtype) for x in rest))
-    chunk = min(chunk, 32)
-    return _Call(inputs, chunk, best_tiles(capability())[chunk])
+def _constants(inputs: tuple, values: int, choice: tiles.GPU) -> dict:
+    """The sizes that every kernel is compiled for; segments and padding leave whole chunks."""
+    return {"CHUNK": choice.chunk, "KEYS": inputs[0].shape[3], "VALUES": values}
 
 
-def _like(x: Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def _walk(call: _Call, kernel: str, arrays: tuple, outputs: list, tile: Tile, **constants) -> list:
+def _walk(kernel: str, arrays: tuple, outputs: Callable, choice, tile: tiles.Tile, **constants):
     """Launch a kernel that walks the chunks, a program for every head and block of values."""
-    values = call.inputs[3].shape[3]
-    block = min(tile.values, values)
-    grid = (values // block, call.rows)
-    constants |= call.constants | {"BLOCK": block}
-    return launch(kernel, arrays, outputs, grid, tile, **constants)
+    values = arrays[-1].shape[2]
+    block = tile.values
+    while values % block:
+        block //= 2
+    constants |= _constants(arrays, values, choice) | {"BLOCK": block}
+
+    def run(*arrays):
+        grid = (values // block, arrays[0].shape[0] * arrays[0].shape[2])
+        return launch(kernel, arrays, outputs(*arrays), grid, tile, **constants)
+
+    return _batched(run)(*arrays)
 
 
-def _forward(inputs: Inputs, state: State, chunk: int, save: bool) -> list:
-    call = _prepare(inputs, chunk)
-    starts = call.states if save else jax.ShapeDtypeStruct((1,), call.states.dtype)
-    outputs = [_like(call.inputs[3]), call.state, starts]
-    arrays = (*call.inputs, state)
-    return _walk(call, "forward", arrays, outputs, call.tiles.forward, SAVE=save)
+def _states(state: State, v: Array, choice: tiles.GPU, save: bool | None):
+    """One state a chunk in the tokens' dtype, or next to nothing."""
+    batch, heads, *matrix = state.shape
+    shape = (batch, heads, v.shape[1] // choice.chunk, *matrix) if save else (batch,)
+    return like(shape, v.dtype, state, v)
 
 
-def forward_saving(
-    inputs: Inputs, state: State, chunk: int
-) -> tuple[Float[Array, "B T H Nv"], State, Starts]:
-    """What every token reads, the state behind the last, and the scaled state of each chunk."""
-    return tuple(_forward(inputs, state, chunk, True))
+def _forward(inputs: Inputs, state: State, choice: tiles.GPU, save: bool | None, interpret):
+    def outputs(r, log_w, k, v, a, b, state):
+        y = like(v.shape if save is not None else v.shape[:1], v.dtype, state, v)
+        end = like(state.shape, jnp.float32, state, v)
+        return [end, y, _states(state, v, choice, save)]
+
+    constants = {"READ": save is not None, "SAVE": bool(save)}
+    found = _walk("forward", (*inputs, state), outputs, choice, choice.forward, **constants)
+    return found[: 1 if save is None else 2 + save]
 
 
-def forward(inputs: Inputs, state: State, *, chunk: int) -> tuple[Float[Array, "B T H Nv"], State]:
-    """As `forward_saving` without the saved states."""
-    return tuple(_forward(inputs, state, chunk, False)[:2])
+def _state(r, log_w, a, b, dy, dend: State, choice: tiles.GPU, save: bool, interpret):
+    def outputs(r, log_w, a, b, dy, dend):
+        return [like(dend.shape, jnp.float32, dend, dy), _states(dend, dy, choice, save)]
+
+    arrays = (r, log_w, a, b, dy, dend)
+    found = _walk("state_gradient", arrays, outputs, choice, choice.state, SAVE=save)
+    return found[: 1 + save]
 
 
-def backward(
-    inputs: Inputs, starts: Starts, dy: Float[Array, "B T H Nv"], dend: State, *, chunk: int
-) -> tuple[tuple[Array, ...], State]:
-    """Gradients of the six inputs and the start state, from what `forward_saving` kept."""
-    call = _prepare(inputs, chunk)
-    r, log_w, _, v, a, b = call.inputs
-    dy, dend = dy.astype(v.dtype), dend.astype(jnp.float32)
-    ends, dstate = _walk(
-        call,
-        "state_gradient",
-        (r, log_w, a, b, dy, dend),
-        [call.states, call.state],
-        call.tiles.state_gradient,
-    )
-    grads = launch(
-        "gradients",
-        (*call.inputs, dy, starts, ends),
-        [_like(x) for x in call.inputs],
-        (call.chunks, call.rows),
-        call.tiles.gradients,
-        **call.constants,
-    )
-    return tuple(g.astype(x.dtype) for g, x in zip(grads, inputs, strict=True)), dstate
+def _gradients(inputs: Inputs, dy, starts, ends, choice: tiles.GPU, interpret):
+    constants = _constants(inputs, dy.shape[3], choice)
+
+    def run(*arrays):
+        batch, tokens, heads, _ = arrays[0].shape
+        outputs = [like(x.shape, x.dtype, x, arrays[6]) for x in arrays[:6]]
+        grid = (tokens // choice.chunk, batch * heads)
+        return launch("gradients", arrays, outputs, grid, choice.gradients, **constants)
+
+    return _batched(run)(*inputs, dy, starts, ends)
+
+
+passes = Passes(tiles.TRITON, _forward, _state, _gradients)

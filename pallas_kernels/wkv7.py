@@ -6,60 +6,42 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from . import chunked, scan
+from . import dispatch
 from .reference import NAMES, Inputs, State
 
-IMPLEMENTATIONS = ("scan", "chunked")
 CHUNKS = (16, 32, 64)
 
 
-def available() -> tuple[str, ...]:
-    """The implementations that run on this process's default device, in their listed order."""
-    return IMPLEMENTATIONS
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _wkv7(implementation: str | None, chunk: int | None, interpret: bool, inputs, state):
+    return dispatch.forward(implementation, inputs, state, chunk=chunk, interpret=interpret)
 
 
-def _forward(implementation: str | None, chunk: int, inputs: Inputs, state: State):
-    """Forward alone: token by token wins on CPU, matrix products elsewhere."""
-    by_chunks = functools.partial(chunked.forward, chunk=chunk)
-    if implementation == "scan":
-        return scan.forward(inputs, state)
-    if implementation == "chunked":
-        return by_chunks(inputs, state)
-    return jax.lax.platform_dependent(inputs, state, cpu=scan.forward, default=by_chunks)
+def _forward(implementation, chunk, interpret, inputs, state):
+    y, end, starts = dispatch.forward_saving(
+        implementation, inputs, state, chunk=chunk, interpret=interpret
+    )
+    return (y, end), (inputs, state, starts)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _wkv7(implementation: str | None, chunk: int, inputs: Inputs, state: State):
-    return _forward(implementation, chunk, inputs, state)
+def _backward(implementation, chunk, interpret, residuals, cotangents):
+    return dispatch.backward(
+        implementation, residuals, *cotangents, chunk=chunk, interpret=interpret
+    )
 
 
-def _training(implementation: str | None):
-    """The module that serves a differentiated call; both keep the same residuals."""
-    return scan if implementation == "scan" else chunked
+_wkv7.defvjp(_forward, _backward)
 
 
-def _wkv7_forward(implementation: str | None, chunk: int, inputs: Inputs, state: State):
-    y, end, starts = _training(implementation).forward_saving(inputs, state, chunk)
-    return (y, end), (inputs, starts)
-
-
-def _wkv7_backward(implementation: str | None, chunk: int, residuals, cotangents):
-    inputs, starts = residuals
-    return _training(implementation).backward(inputs, starts, *cotangents, chunk=chunk)
-
-
-_wkv7.defvjp(_wkv7_forward, _wkv7_backward)
-
-
-def _check(inputs: Inputs, state: State, implementation: str | None, chunk: int) -> None:
+def _check(inputs: Inputs, state: State, implementation: str | None, chunk: int | None) -> None:
     r, v = inputs[0], inputs[3]
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
+    if implementation is not None and implementation not in dispatch.IMPLEMENTATIONS:
         raise ValueError(
-            f"wkv7: `implementation` must be None or one of {', '.join(IMPLEMENTATIONS)}; "
+            f"wkv7: `implementation` must be None or one of {', '.join(dispatch.IMPLEMENTATIONS)}; "
             f"got {implementation!r}."
         )
-    if chunk not in CHUNKS:
-        raise ValueError(f"wkv7: `chunk` must be one of {CHUNKS}; got {chunk!r}.")
+    if chunk is not None and chunk not in CHUNKS:
+        raise ValueError(f"wkv7: `chunk` must be None or one of {CHUNKS}; got {chunk!r}.")
     for name, x in zip(NAMES, inputs, strict=True):
         if x.ndim != 4:
             raise ValueError(f"wkv7: `{name}` must have shape [B T H N]; got {x.shape}.")
@@ -101,7 +83,8 @@ def wkv7(
     *,
     implementation: str | None = None,
     lengths: Int[Array, " B"] | None = None,
-    chunk: int = 16,
+    chunk: int | None = None,
+    interpret: bool = False,
 ) -> tuple[Float[Array, "B T H Nv"], Float[Array, "B H Nv Nk"]]:
     """What every token reads from the recurrent state, and the state behind the last token.
 
@@ -119,10 +102,11 @@ def wkv7(
         b: removal key times in-context learning rate, kk * a in the model.
         state: float32 (float64 for all under x64); rows are value channels, columns key channels.
         implementation: a name of `IMPLEMENTATIONS`, which then runs or raises; None takes the best
-            for the platform the program is lowered for.
+            for the platform the program is lowered for, by sizes and dtype.
         lengths: tokens of each row that count; the rest is padding on the right.
-        chunk: tokens between two states kept for the backward pass, and rows of a matrix product in
-            "chunked": 16, 32 or 64.
+        chunk: tokens between two states kept for the backward pass, and rows of a matrix product
+            except in "scan": 16, 32 or 64; None takes what is best for the implementation.
+        interpret: run Pallas kernels in Pallas's interpreter on any device; slow, for tests.
 
     Returns:
         y in v's dtype, and the final state in the state's.
@@ -130,6 +114,10 @@ def wkv7(
     Raises:
         ValueError: shapes that do not fit, or an unknown `implementation` or `chunk`.
         TypeError: a state that is not float32, or inputs that are not floating point.
+        NotImplementedError: a named implementation that is made for other devices, head sizes or
+            dtypes.
+        ImportError: "triton" without jax-triton or triton.
+        RuntimeError: "triton" with versions of them that do not fit.
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_numpy.py:39-40.
     """
@@ -140,4 +128,6 @@ def wkv7(
         inputs = _mask(inputs, jnp.asarray(lengths))
     if inputs[0].shape[1] == 0:
         return inputs[3], state
-    return _wkv7(implementation, chunk, inputs, state)
+    if implementation is not None:
+        dispatch.check(implementation, inputs, state, interpret)
+    return _wkv7(implementation, chunk, interpret, inputs, state)

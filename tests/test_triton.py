@@ -56,6 +56,7 @@ def _run(folder, data, *settings):
         (Case(1, 45, 1, 64, 64, "slow"), 16, 80),
         (Case(1, 96, 1, 64, 64, "repeated"), 32, 90),
         (Case(1, 5, 3, 16, 128, "real"), 32, 80),
+        (Case(1, 300, 1, 32, 16, "slow"), 16, 90),  # in two segments
     ],
     ids=lambda x: x.mode if isinstance(x, Case) else None,
 )

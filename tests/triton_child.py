@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from triton.runtime import interpreter
 
-from pallas_kernels import triton_kernels, triton_op
+from pallas_kernels import tiles, triton_kernels, triton_op
 
 BITS = np.dtype(np.uint16)
 
@@ -51,24 +51,28 @@ def _to_torch(x):
 
 def _launch(kernel, arrays, outputs, grid, tile, **constants):
     """In `triton_op.launch`'s place; outputs start as NaN, so that a gap shows."""
-    found = [_to_torch(jnp.full(x.shape, jnp.nan, x.dtype)) for x in outputs]
-    run = getattr(triton_kernels, kernel)[grid]
-    run(*map(_to_torch, arrays), *arrays[0].shape[1:3], *found, **constants)
-    pairs = zip(found, outputs, strict=True)
-    return [jnp.asarray(x.float().numpy()).astype(like.dtype) for x, like in pairs]
+
+    def run(*arrays):
+        found = [_to_torch(np.full(x.shape, np.nan, x.dtype)) for x in outputs]
+        sizes = arrays[0].shape[1:3]
+        getattr(triton_kernels, kernel)[grid](*map(_to_torch, arrays), *sizes, *found, **constants)
+        pairs = zip(found, outputs, strict=True)
+        return [x.float().numpy().astype(like.dtype) for x, like in pairs]
+
+    return jax.pure_callback(run, outputs, *arrays)
 
 
 def main(given: str, found: str, chunk: str, dtype: str, capability: str) -> None:
     """Run both passes and write what they gave."""
-    triton_op.launch, triton_op.capability = _launch, lambda: int(capability)
-    chunk, arrays = int(chunk), np.load(given)
+    triton_op.launch, tiles.capability = _launch, lambda: int(capability)
+    chunk, arrays, passes = int(chunk), np.load(given), triton_op.passes
     inputs = [jnp.asarray(arrays[f"inputs.{i}"]) for i in range(6)]
     inputs = tuple(x if i == 1 else x.astype(dtype) for i, x in enumerate(inputs))
     state, dy, dend = (jnp.asarray(arrays[name]) for name in ("state", "dy", "dend"))
-    y, end, starts = triton_op.forward_saving(inputs, state, chunk)
-    alone = triton_op.forward(inputs, state, chunk=chunk)
+    y, end, starts = passes.forward_saving(inputs, state, chunk=chunk)
+    alone = passes.forward(inputs, state, chunk=chunk)
     assert all(map(np.array_equal, alone, (y, end)))
-    grads, dstate = triton_op.backward(inputs, starts, dy, dend, chunk=chunk)
+    grads, dstate = passes.backward(inputs, starts, dy, dend, chunk=chunk)
     outputs = jax.tree.map(lambda x: np.asarray(x, np.float32), (y, end, *grads, dstate))
     np.savez(found, *outputs)
 
