@@ -1,0 +1,297 @@
+"""The WKV-7 op on one NVIDIA GPU beside its peers, in one run with the same data.
+
+    python -m benchmarks.peers_gpu [--case h200] [--repeats N] [--json FILE]
+
+Measured are all implementations of ours that run here; the algorithm of most published kernels in
+the same framework (`benchmarks.sequential_gpu`); and, where installed, the JAX kernels of rwkv-ops
+and `chunk_rwkv7` of flash-linear-attention, this one in a process of its own on a copy of the data.
+What is missing or fails keeps its row, and "status" says why.
+
+Tokens are bfloat16, log_w and states float32. A time is the least of several runs, each of enough
+calls to take over 20 ms. Errors are relative L2 distances to float64, of y and of the worst of
+seven gradients. "of copy" is the share of the time in which a large copy of the same run would have
+moved the bytes of `least_bytes`.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import record
+from benchmarks.sequential_gpu import sequential
+from pallas_kernels.bench import forward_and_gradients, implementations, relative, table, truth
+from pallas_kernels.cases import CASES, Case, make_inputs
+
+OURS = "(best)"
+# Value rows of a forward program and warps of a backward one; the fastest counts.
+SEQUENTIAL = ((16, 4), (32, 4), (16, 8))
+NAMES = ("r", "log_w", "k", "v", "a", "b", "state", "dy", "dend")
+COLUMNS = (
+    *("implementation", "fwd ms", "fwd+bwd ms", "fwd of copy", "fwd+bwd of copy", "ours / this"),
+    *("y error", "gradient error", "temp MiB", "status"),
+)
+PACKAGES = ("jax", "jaxlib", "jax-triton", "triton", "torch", "fla-core", "rwkv-ops", "keras")
+RUN_SECONDS = 0.02
+FLA_SECONDS = 300
+
+
+def least_ms(run: Callable, wait: Callable, repeats: int) -> float:
+    """Least milliseconds of a call in `repeats` runs; `wait` returns when its argument is there."""
+
+    def seconds(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = run()
+        wait(result)
+        return time.perf_counter() - start
+
+    wait(run())
+    calls = 1
+    while seconds(calls) < RUN_SECONDS:
+        calls *= 2
+    return 1e3 * min(seconds(calls) for _ in range(repeats)) / calls
+
+
+def copy_bandwidth(repeats: int) -> float:
+    """Bytes a second, read and written, of adding one to a GiB of bfloat16."""
+    x = jnp.ones(2**29, jnp.bfloat16)
+    run = functools.partial(jax.jit(lambda x: x + 1), x)
+    return 2 * x.nbytes / (1e-3 * least_ms(run, jax.block_until_ready, repeats))
+
+
+def least_bytes(case: Case, chunk: int = 32) -> dict[str, int]:
+    """Bytes that the op has to read and write for one token of one head, by pass.
+
+    The forward pass reads the six inputs and writes y and, for the backward pass, a bfloat16 state
+    every `chunk` tokens; the backward pass reads all that, with dy for y, and writes six gradients.
+    Heads of 64: 1,280 and 2,176. A forward pass alone need not keep states: 1,024.
+    """
+    inputs = 2 * (4 * case.key_size + case.value_size) + 4 * case.key_size
+    lone = inputs + 2 * case.value_size
+    forward = lone + 2 * case.key_size * case.value_size // chunk
+    backward = forward + inputs
+    both = forward + backward
+    return {"fwd": forward, "bwd": backward, "fwd+bwd": both, "fwd, no states kept": lone}
+
+
+def make_data(case: Case):
+    """The six inputs, the start state, and gradients of y and of the last state."""
+    inputs, state = make_inputs(case, "bfloat16")
+    return inputs, state, jnp.sin(inputs[3]), jnp.cos(state)
+
+
+def errors(y, gradients, true) -> dict[str, float]:
+    """Relative distances to `true`, which is `truth`'s."""
+    worst = max(map(relative, gradients, true[2]))
+    return {"y error": relative(y, true[0]), "gradient error": worst}
+
+
+def measure(op: Callable, data, repeats: int, true=None) -> dict[str, float]:
+    """Times and memory of one op in JAX; its errors too, if `true` is given."""
+    forward = functools.partial(jax.jit(op), *data[:2])
+    compiled = jax.jit(functools.partial(forward_and_gradients, op)).lower(*data).compile()
+    both = functools.partial(compiled, *data)
+    row = {"temp MiB": compiled.memory_analysis().temp_size_in_bytes / 2**20}
+    if true is not None:
+        row |= errors(*both()[::2], true)
+    row["fwd ms"] = least_ms(forward, jax.block_until_ready, repeats)
+    row["fwd+bwd ms"] = least_ms(both, jax.block_until_ready, repeats)
+    return row
+
+
+def attempt(run: Callable[[], dict]) -> dict:
+    """What `run` returns and a status; the status alone if it raises."""
+    try:
+        return run() | {"status": "ok"}
+    except ImportError as error:
+        return {"status": f"not installed: {error}"}
+    except Exception as error:
+        message = str(error).strip().partition("\n")[0]
+        return {"status": f"failed: {type(error).__name__}: {message}"}
+
+
+def rwkv_ops(kernel: str) -> Callable:
+    """rwkv-ops' "pallas" or "triton" kernel as an op; its decay is exp(-exp(w)), w of r's dtype."""
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    os.environ.setdefault("KERNEL_TYPE", "native")
+    os.environ.setdefault("RWKV_OPS_PALLAS_BACKEND", "triton")
+    module = importlib.import_module(f"rwkv_ops.rwkv7_kernel.jax_{kernel}_kernel")
+
+    def op(inputs, state):
+        r, log_w, k, v, a, b = inputs
+        w = jnp.log(-log_w).astype(r.dtype)
+        return module.generalized_delta_rule(r, w, k, v, a, b, initial_state=state)
+
+    return op
+
+
+def fla(data, repeats: int, true) -> dict[str, float]:
+    """flash-linear-attention's times and errors, from `fla_child` in another process."""
+    for package in ("torch", "fla"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"No module named {package!r}")
+    given = zip(NAMES, (*data[0], *data[1:]), strict=True)
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(f"{folder}/given.npz", **{name: np.asarray(x, np.float32) for name, x in given})
+        command = [sys.executable, "-m", "benchmarks.peers_gpu", "--child", folder]
+        child = subprocess.run(
+            [*command, "--repeats", str(repeats)],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            timeout=FLA_SECONDS,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if child.returncode:
+            raise RuntimeError((child.stderr.strip().splitlines() or ["no message"])[-1])
+        found = dict(np.load(f"{folder}/found.npz"))
+    times = {name: float(found[name]) for name in ("fwd ms", "fwd+bwd ms")}
+    return times | errors(found["y"], [found[name] for name in NAMES[:7]], true)
+
+
+def fla_child(folder: str, repeats: int) -> None:
+    """Time `chunk_rwkv7` on the folder's data, called as fla's own layer does; write what it gave.
+
+    Its states have keys as rows.
+    """
+    import torch
+    from fla.ops.rwkv7 import chunk_rwkv7
+
+    if not torch.cuda.is_available():
+        raise SystemExit("torch has no CUDA here")
+    given = {n: torch.from_numpy(x).cuda() for n, x in np.load(f"{folder}/given.npz").items()}
+    given |= {name: given[name].mT.contiguous() for name in ("state", "dend")}
+    given |= {name: given[name].bfloat16() for name in ("r", "k", "v", "a", "b", "dy")}
+    leaves = [given[name].requires_grad_() for name in NAMES[:7]]
+    gate = {"safe_gate": True, "lower_bound": -0.6065306597126334, "chunk_size": 64}
+
+    def forward():
+        return chunk_rwkv7(*leaves[:6], initial_state=leaves[6], output_final_state=True, **gate)
+
+    def both():
+        results = forward()
+        return results[0], torch.autograd.grad(results, leaves, (given["dy"], given["dend"]))
+
+    def wait(_):
+        torch.cuda.synchronize()
+
+    y, (*gradients, dstate) = both()
+    arrays = {"y": y} | dict(zip(NAMES[:7], (*gradients, dstate.mT), strict=True))
+    found = {name: x.detach().float().cpu().numpy() for name, x in arrays.items()}
+    with torch.no_grad():
+        found["fwd ms"] = least_ms(forward, wait, repeats)
+    found["fwd+bwd ms"] = least_ms(both, wait, repeats)
+    np.savez(f"{folder}/found.npz", **found)
+
+
+def passes(row: dict) -> dict[str, float]:
+    """Milliseconds by pass, the backward one by difference; nothing for a row without times."""
+    if row["status"] != "ok":
+        return {}
+    forward, both = row["fwd ms"], row["fwd+bwd ms"]
+    return {"fwd": forward, "bwd": both - forward, "fwd+bwd": both}
+
+
+def over(above: dict[str, float], below: dict[str, float]) -> dict[str, float]:
+    """Quotients of what both have."""
+    return {name: x / below[name] for name, x in above.items() if name in below}
+
+
+def of_copy(case: Case, row: dict, bandwidth: float) -> dict[str, float]:
+    """Time in which a copy moves `least_bytes`, over the time that the row has."""
+    per_byte = 1e3 * case.batch * case.tokens * case.heads / bandwidth
+    floors = {name: per_byte * count for name, count in least_bytes(case).items()}
+    times = passes(row)
+    return over(floors, times | {"fwd, no states kept": times["fwd"]} if times else {})
+
+
+def measure_all(case: Case, bandwidth: float, repeats: int) -> list[dict]:
+    """One row with `COLUMNS` for every implementation and peer; the truth is computed once."""
+    data = make_data(case)
+    given = (data, repeats, truth(data))
+    runs = {n: functools.partial(measure, op, *given) for n, op in implementations(case).items()}
+    for rows, warps in SEQUENTIAL:
+        op = functools.partial(sequential, rows=rows, warps=warps)
+        runs[f"sequential, {rows} rows, {warps} warps"] = functools.partial(measure, op, *given)
+    for kernel in ("pallas", "triton"):
+        runs[f"rwkv-ops {kernel}"] = lambda kernel=kernel: measure(rwkv_ops(kernel), *given)
+    runs["fla chunk_rwkv7"] = functools.partial(fla, *given)
+    found = []
+    for name, run in runs.items():
+        found.append(dict.fromkeys(COLUMNS) | {"implementation": name} | attempt(run))
+        row, shares = found[-1], of_copy(case, found[-1], bandwidth)
+        row |= {f"{name} of copy": shares.get(name) for name in ("fwd", "fwd+bwd")}
+        row["ours / this"] = over(passes(found[0]), passes(row)).get("fwd+bwd")
+        print(f"{name}: {row['status']}, ms {passes(row)}", flush=True)
+    return found
+
+
+def ratios(case: Case, rows: list[dict], bandwidth: float, repeats: int) -> dict[str, dict]:
+    """G2 to G6, the design's measures, of what None takes, by pass; G5 and G6 are run here."""
+    by_name = {row["implementation"]: row for row in rows}
+    ours = passes(by_name[OURS])
+    tried = [passes(row) for name, row in by_name.items() if name.startswith("sequential")]
+    fastest = {name: min(times[name] for times in tried if times) for name in ours if any(tried)}
+
+    def other(**sizes):
+        another = dataclasses.replace(case, **sizes)
+        op = implementations(another)[OURS]
+        row = attempt(lambda: measure(op, make_data(another), repeats))
+        return over(passes(row), ours) or {"status": row["status"]}
+
+    found = {
+        "G2: scan / ours": over(passes(by_name["scan"]), ours),
+        "G3: sequential / ours": over(fastest, ours),
+        "G4: of copy": of_copy(case, by_name[OURS], bandwidth),
+        f"G5: batch 1 / batch {case.batch}": other(batch=1),
+    }
+    channels = case.heads * case.key_size
+    for size in (128, 256):
+        if channels % size == 0:
+            sizes = {"heads": channels // size, "key_size": size, "value_size": size}
+            found[f"G6: heads of {size} / of {case.key_size}"] = other(**sizes)
+    return found
+
+
+def main() -> None:
+    """Measure one case, print a table and the ratios, write JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", default="h200", choices=CASES)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", help="file to write")
+    parser.add_argument("--child", metavar="FOLDER", help="used by the program itself")
+    args = parser.parse_args()
+    if args.child:
+        return fla_child(args.child, args.repeats)
+    try:
+        jax.devices("cuda")
+    except RuntimeError:
+        raise SystemExit("benchmarks.peers_gpu needs a CUDA device; JAX finds none.") from None
+    case, bandwidth = CASES[args.case], copy_bandwidth(args.repeats)
+    print(f"{args.case}: {case}\na copy moves {bandwidth / 1e9:.0f} GB/s", flush=True)
+    rows = measure_all(case, bandwidth, args.repeats)
+    shown = [{n: f"{x:.3g}" if isinstance(x, float) else x for n, x in r.items()} for r in rows]
+    print(f"\n{table(shown)}\n", flush=True)
+    measures = ratios(case, rows, bandwidth, args.repeats)
+    print(*(f"{name}: {found}" for name, found in measures.items()), sep="\n")
+    if args.json:
+        there = {found.metadata["Name"] for found in importlib.metadata.distributions()}
+        numbers = {"copy GB/s": bandwidth / 1e9, "rows": rows, "ratios": measures}
+        numbers |= {"case": dataclasses.asdict(case), "dtype": "bfloat16", "repeats": args.repeats}
+        packages = tuple(name for name in PACKAGES if name in there)
+        record.write(args.json, "benchmarks.peers_gpu", packages=packages, **numbers)
+
+
+if __name__ == "__main__":
+    main()
