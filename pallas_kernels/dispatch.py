@@ -48,8 +48,8 @@ def _unfit(name: str, inputs: Inputs, state: State) -> str | None:
     if dtype not in (jnp.bfloat16, jnp.float32) or state.dtype != jnp.float32:
         return f"bfloat16 or float32 tokens and a float32 state; got {dtype} and {state.dtype}"
     if name == "pallas_tpu":
-        if any(size % 16 for size in sizes) or max(sizes) > 256:
-            return f"head sizes that are multiples of 16 up to 256; got {sizes}"
+        if any(size % 32 for size in sizes) or max(sizes) > 256:
+            return f"head sizes that are multiples of 32 up to 256; got {sizes}"
     elif any(size < 16 or size & (size - 1) for size in sizes) or sizes[0] * sizes[1] > 2**14:
         return f"head sizes that are powers of two from 16, with a product up to 128^2; got {sizes}"
     return None
@@ -116,8 +116,8 @@ def forward_saving(
     run = functools.partial(_BY_NAME[_KERNELS[platform]].forward_saving, chunk=chunk)
 
     def elsewhere(inputs, state):
-        kept = jax.eval_shape(run, inputs, state)[2]
-        return *chunked.forward(inputs, state, chunk=chunk), jnp.zeros(kept.shape, kept.dtype)
+        kept = platforms.zeros(jax.eval_shape(run, inputs, state)[2])
+        return *chunked.forward(inputs, state, chunk=chunk), kept
 
     here = {platform: functools.partial(platforms.only, platform, run)}
     return jax.lax.platform_dependent(inputs, state, **here, default=elsewhere)

@@ -69,7 +69,7 @@ class Passes(NamedTuple):
     state_kernel: Callable
     gradients_kernel: Callable
 
-    def _plan(self, inputs: Inputs, chunk: int | None) -> tuple[Inputs, tiles.GPU, int]:
+    def _plan(self, inputs: Inputs, chunk: int | None) -> tuple[tuple[Array, ...], tiles.GPU, int]:
         """Whole segments of whole chunks in the kernels' dtypes; their tiles; their number."""
         (batch, tokens, heads, keys), v = inputs[0].shape, inputs[3]
         choice = tiles.for_gpu(self.table, keys, v.shape[3], v.dtype)

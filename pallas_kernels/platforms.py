@@ -16,7 +16,7 @@ PLATFORMS = ("tpu", "cuda", "rocm")
 
 
 def target():
-    """The device that a program is made for: the abstract mesh's where one is set, else the default.
+    """The device that a program is made for: the abstract mesh's if one is set, else the default.
 
     It has a `platform` and a `device_kind`.
     """
@@ -29,11 +29,20 @@ def target():
     return jax.devices(default)[0]
 
 
-def like(shape: tuple[int, ...], dtype: jnp.dtype, *arrays: Array) -> jax.ShapeDtypeStruct:
+def like(
+    shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *arrays: Array
+) -> jax.ShapeDtypeStruct:
     """A kernel's output that varies over the mesh axes over which any of its arrays does."""
     varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
     axes = jax.sharding.ManualAxisType(varying=varying)
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
+
+
+def zeros(like: jax.ShapeDtypeStruct) -> Array:
+    """An array of zeros that varies over the same mesh axes as `like`."""
+    axes = tuple(like.manual_axis_type.varying) if like.manual_axis_type else ()
+    found = jnp.zeros(like.shape, like.dtype)
+    return jax.lax.pcast(found, axes, to="varying") if axes else found
 
 
 _only = Primitive("only")

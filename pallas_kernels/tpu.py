@@ -3,7 +3,6 @@
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -31,7 +30,7 @@ def _form(inputs: Inputs, chunk: int | None) -> Form:
     return Form(chunk or choice.chunk, shared, keys, values, groups, dtype)
 
 
-def _flat(x: Float[Array, "B T H N"], form: Form) -> Float[Array, "B T HN"]:
+def _flat(x: Float[Array, "B T H N"], form: Form) -> Float[Array, "B TC HGN"]:
     """Whole chunks of whole tiles; zeros fill both, and change nothing."""
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % form.chunk), (0, -x.shape[2] % form.heads), (0, 0)))
     return x.reshape(*x.shape[:2], -1)

@@ -1,4 +1,4 @@
-"""WKV-7 on NVIDIA GPUs: the Triton kernels' calls through jax-triton, imported when used. Level 0."""
+"""WKV-7 on NVIDIA GPUs: the Triton kernels' calls, through jax-triton. Level 0."""
 
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -58,19 +58,16 @@ def launch(kernel: str, arrays: tuple, outputs: list, grid: tuple, tile, **const
 
     from . import triton_kernels
 
-    def run(*arrays):
-        return jax_triton.triton_call(
-            *arrays,
-            *arrays[0].shape[1:3],
-            kernel=getattr(triton_kernels, kernel),
-            out_shape=outputs,
-            grid=grid,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            **constants,
-        )
-
-    return run(*arrays)
+    return jax_triton.triton_call(
+        *arrays,
+        *arrays[0].shape[1:3],
+        kernel=getattr(triton_kernels, kernel),
+        out_shape=outputs,
+        grid=grid,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **constants,
+    )
 
 
 def _batched(function: Callable) -> Callable:

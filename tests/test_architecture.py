@@ -74,8 +74,11 @@ def test_a_module_imports_lower_levels_only(path):
 def test_kernels_need_jax_alone(path):
     assert level(path) == 0
     allowed = {"jax", "jaxlib", "jaxtyping", "pallas_kernels", *sys.stdlib_module_names}
-    optional = {"matplotlib"} if path.name == "bench.py" else set()
-    assert {name.split(".")[0] for name in imports(path)} <= allowed | optional
+    optional = {"bench.py": {"matplotlib"}, "triton_op.py": {"jax_triton"}}
+    optional |= {name: {"triton"} for name in ("triton_kernels.py", "triton_report.py")}
+    assert {name.split(".")[0] for name in imports(path)} <= allowed | optional.get(
+        path.name, set()
+    )
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)

@@ -2,26 +2,32 @@
 
 import functools
 
+import abstract_devices
 import jax
 import jax.export
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from abstract_devices import MARKS
 from tolerances import SAME, assert_close
 
 import pallas_kernels
 from pallas_kernels.cases import Case, make_inputs
 from pallas_kernels.reference import NAMES
 
-CASE = Case(3, 21, 2, key_size=16, value_size=24)
+CASE = Case(3, 21, 2, key_size=32, value_size=64)
 LENGTHS = (21, 9, 0)
 INPUTS, STATE = make_inputs(CASE)
-each = pytest.mark.parametrize("implementation", pallas_kernels.IMPLEMENTATIONS)
+# Kernels run here in Pallas's interpreter; Triton's has tests of its own.
+INTERPRETED = ("pallas_tpu", "pallas_gpu")
+each = pytest.mark.parametrize("implementation", ("scan", "chunked", *INTERPRETED))
 
 
-def op(inputs, state, **options):
+def op(inputs, state, *, implementation=None, **options):
     """The op on a tuple."""
+    interpret = implementation in INTERPRETED
+    options |= {"implementation": implementation, "interpret": interpret}
     return pallas_kernels.wkv7(*inputs, state, **options)
 
 
@@ -88,35 +94,122 @@ def primitives(jaxpr):
 
 
 def witness(implementation, differentiated):
-    """Whether running sums of decays appear (chunks have them), and the lengths of the loops."""
+    """Whether tokens of a chunk meet in squares, the lengths of the loops, and the kernels."""
     run = functools.partial(op, implementation=implementation)
     if differentiated:
         run = jax.grad(lambda *x: jnp.sum(op(*x, implementation=implementation)[0]))
     found = list(primitives(jax.make_jaxpr(run)(INPUTS, STATE).jaxpr))
     loops = {parameters["length"] for name, parameters in found if name == "scan"}
-    return any(name == "cumsum" for name, _ in found), loops
+    kernels = {
+        parameters["name"].removeprefix("wkv7_")
+        for name, parameters in found
+        if name == "pallas_call"
+    }
+    return any(name == "xor" for name, _ in found), loops, kernels
 
 
 def test_the_implementation_asked_for_is_the_one_that_runs():
-    assert witness("scan", differentiated=False) == (False, {21})
-    assert witness("chunked", differentiated=False) == (True, {2})
-    assert witness("scan", differentiated=True) == (False, {2, 16})
-    assert witness("chunked", differentiated=True) == (True, {2})
+    assert witness("scan", differentiated=False) == (False, {21}, set())
+    assert witness("chunked", differentiated=False) == (True, {2}, set())
+    assert witness("scan", differentiated=True) == (False, {2, 16}, set())
+    assert witness("chunked", differentiated=True) == (True, {2}, set())
+    assert witness("pallas_tpu", differentiated=False)[2] == {"forward_kernel"}
+    assert witness("pallas_tpu", differentiated=True)[2] == {"forward_kernel", "backward_kernel"}
+    assert witness("pallas_gpu", differentiated=False)[2] == {"forward_kernel"}
+    kernels = {"forward_kernel", "state_kernel", "gradients_kernel"}
+    assert witness("pallas_gpu", differentiated=True)[2] == kernels
 
 
-# The products between the tokens of one chunk, per row and head: only "chunked" has them.
+# The products between the tokens of a chunk, per row and head, as XLA is given them.
 SQUARES = "tensor<3x2x16x16xf32>"
 
 
-@pytest.mark.parametrize(("platform", "chunks"), [("cpu", False), ("tpu", True), ("cuda", True)])
-def test_without_a_name_every_platform_gets_its_own_from_any_machine(platform, chunks):
-    traced = jax.jit(op).trace(INPUTS, STATE)
-    lowered = traced.lower(lowering_platforms=(platform,)).as_text()
-    assert (SQUARES in lowered) == chunks
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda", "rocm"])
+def test_without_a_name_every_platform_gets_its_own_from_any_machine(platform):
+    lowered = jax.jit(op).trace(INPUTS, STATE).lower(lowering_platforms=(platform,)).as_text()
+    assert [name for name, mark in MARKS.items() if mark in lowered] == [
+        name for name in MARKS if name == platform
+    ]
+    assert (SQUARES in lowered) == (platform == "rocm")
+
+
+@pytest.mark.parametrize("case", [Case(1, 21, 2, 24, 40), Case(1, 1, 2)], ids=["sizes", "a token"])
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_what_no_kernel_can_or_should_serve_is_left_to_xla(platform, case):
+    arguments = make_inputs(case)
+    lowered = jax.jit(op).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+    assert MARKS[platform] not in lowered
+
+
+@pytest.mark.parametrize("implementation", [None, "kernel"])
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_a_gradient_is_lowered_for_a_device_that_is_not_here(platform, implementation):
+    name = implementation and {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}[platform]
+
+    def loss(inputs, state):
+        return jnp.sum(pallas_kernels.wkv7(*inputs, state, implementation=name)[0])
+
+    mesh = abstract_devices.mesh("gpu" if platform == "cuda" else platform)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(INPUTS, STATE)
+        lowered = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert lowered.count(MARKS[platform]) >= 2
+    assert SQUARES not in lowered
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_a_program_for_an_accelerator_is_right_on_a_cpu_as_well(platform):
+    def both(inputs, state):
+        (y, end), pull = jax.vjp(op, inputs, state)
+        return y, end, pull((jnp.sin(y), jnp.cos(end)))
+
+    expected = jax.jit(both)(INPUTS, STATE)
+    with jax.sharding.use_abstract_mesh(abstract_devices.mesh(platform)):
+        traced = jax.jit(both).trace(INPUTS, STATE)
+    found = traced.lower(lowering_platforms=("cpu",)).compile()(INPUTS, STATE)
+    for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert_close(left, right, SAME["op"])
+
+
+@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu", "triton"])
+def test_a_kernel_by_name_says_where_it_runs(unchecked, implementation):
+    platform = "tpu" if implementation == "pallas_tpu" else "cuda"
+    with pytest.raises(NotImplementedError) as caught:
+        pallas_kernels.wkv7(*INPUTS, STATE, implementation=implementation)
+    assert str(caught.value) == (
+        f"wkv7: {implementation!r} is made for {platform} devices, this program for cpu; name "
+        f"another implementation or, to lower from here, set an abstract mesh of that device."
+    )
+    assert implementation not in pallas_kernels.available()
+
+
+@pytest.mark.parametrize(
+    ("implementation", "case", "sentence"),
+    [
+        ("pallas_tpu", Case(1, 4, 1, 48, 64), "head sizes that are multiples of 32 up to 256"),
+        ("pallas_gpu", Case(1, 4, 1, 48, 64), "head sizes that are powers of two from 16"),
+        ("pallas_gpu", Case(1, 4, 1, 256, 256), "head sizes that are powers of two from 16"),
+    ],
+)
+def test_a_kernel_by_name_says_which_sizes_it_takes(unchecked, implementation, case, sentence):
+    inputs, state = make_inputs(case)
+    with pytest.raises(NotImplementedError, match=f"wkv7: {implementation!r} takes {sentence}"):
+        pallas_kernels.wkv7(*inputs, state, implementation=implementation, interpret=True)
+
+
+def test_half_precision_is_refused_by_kernels(unchecked):
+    inputs = tuple(x.astype("float16") for x in INPUTS)
+    with pytest.raises(NotImplementedError, match="bfloat16 or float32 tokens and a float32 state"):
+        pallas_kernels.wkv7(*inputs, STATE, implementation="pallas_tpu", interpret=True)
 
 
 def test_one_exported_program_serves_every_platform():
-    exported = jax.export.export(jax.jit(op), platforms=("cpu", "tpu", "cuda"))(INPUTS, STATE)
+    # JAX promises nothing about how long this call's format will be read.
+    allowed = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+    platforms = ("cpu", "tpu", "cuda")
+    export = jax.export.export(jax.jit(op), platforms=platforms, disabled_checks=[allowed])
+    exported = export(INPUTS, STATE)
+    assert all(mark in exported.mlir_module() for mark in MARKS.values())
     for left, right in zip(exported.call(INPUTS, STATE), jax.jit(op)(INPUTS, STATE), strict=True):
         assert_close(left, right, SAME["op"])
 
@@ -141,23 +234,24 @@ def test_the_second_call_does_not_compile(implementation):
         (
             {"implementation": "fast"},
             ValueError,
-            "wkv7: `implementation` must be None or one of scan, chunked; got 'fast'.",
+            "wkv7: `implementation` must be None or one of scan, chunked, pallas_tpu, pallas_gpu, "
+            "triton; got 'fast'.",
         ),
-        ({"chunk": 24}, ValueError, "wkv7: `chunk` must be one of (16, 32, 64); got 24."),
+        ({"chunk": 24}, ValueError, "wkv7: `chunk` must be None or one of (16, 32, 64); got 24."),
         (
             {"k": INPUTS[2][:, :5]},
             ValueError,
-            "wkv7: `k` must have shape (3, 21, 2, 16) beside `r`; got (3, 5, 2, 16).",
+            "wkv7: `k` must have shape (3, 21, 2, 32) beside `r`; got (3, 5, 2, 32).",
         ),
         (
             {"v": INPUTS[3][0]},
             ValueError,
-            "wkv7: `v` must have shape [B T H N]; got (21, 2, 24).",
+            "wkv7: `v` must have shape [B T H N]; got (21, 2, 64).",
         ),
         (
             {"state": STATE.mT},
             ValueError,
-            "wkv7: `state` must have shape [B H Nv Nk] = (3, 2, 24, 16); got (3, 2, 16, 24).",
+            "wkv7: `state` must have shape [B H Nv Nk] = (3, 2, 64, 32); got (3, 2, 32, 64).",
         ),
         (
             {"state": STATE.astype("bfloat16")},

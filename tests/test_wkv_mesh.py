@@ -1,0 +1,73 @@
+"""The op under `shard_map` over batch and heads: every device sees its own rows and heads alone."""
+
+import functools
+
+import abstract_devices
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+from tolerances import SAME, assert_close
+
+import pallas_kernels
+from pallas_kernels.cases import Case, make_inputs
+
+AXES = ("batch", "heads")
+TOKENS, STATES = PartitionSpec("batch", None, "heads"), PartitionSpec(*AXES)
+INPUTS, STATE = make_inputs(Case(2, 40, 4, key_size=32, value_size=32))
+
+
+def op(inputs, state, *, implementation):
+    """The op on a tuple; kernels by name run in the interpreter."""
+    options = {"implementation": implementation, "interpret": implementation is not None}
+    return pallas_kernels.wkv7(*inputs, state, **options)
+
+
+def gradients(run, inputs, state):
+    """y, the last state and the gradients of both."""
+    (y, end), pull = jax.vjp(run, inputs, state)
+    return y, end, pull((jnp.sin(y), jnp.cos(end)))
+
+
+def sharded(run, mesh, **options):
+    """`run` with rows and heads spread over `mesh`."""
+    specs = {"in_specs": ((TOKENS,) * 6, STATES), "out_specs": (TOKENS, STATES)}
+    return jax.shard_map(run, mesh=mesh, **specs, **options)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=AXES)
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        None,
+        "scan",
+        "chunked",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("pallas_tpu", "pallas_gpu")),
+    ],
+)
+def test_spread_over_devices_it_is_the_same(implementation, shape):
+    mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2)
+    run = functools.partial(op, implementation=implementation)
+    # Pallas's interpreter, not its kernels, fails JAX's check of varying axes.
+    over = sharded(run, mesh, check_vma=implementation not in ("pallas_tpu", "pallas_gpu"))
+    found = jax.jit(functools.partial(gradients, over))(INPUTS, STATE)
+    alone = jax.jit(functools.partial(gradients, run))(INPUTS, STATE)
+    for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(alone), strict=True):
+        assert_close(left, right, SAME["op"])
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(("platform", "lowered"), [("tpu", "tpu"), ("gpu", "cuda")])
+def test_spread_over_accelerators_that_are_not_here_it_is_lowered_to_kernels(
+    platform, lowered, named
+):
+    mesh = abstract_devices.mesh(platform, (2, 2), AXES)
+
+    def run(inputs, state):
+        name = f"pallas_{platform}" if named else None
+        return pallas_kernels.wkv7(*inputs, state, implementation=name)
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        program = jax.jit(functools.partial(gradients, sharded(run, mesh)))
+        text = program.trace(INPUTS, STATE).lower(lowering_platforms=(lowered,)).as_text()
+    assert text.count(abstract_devices.MARKS[lowered]) >= 2
