@@ -10,7 +10,7 @@ What is missing or fails keeps its row, and "status" says why.
 Tokens are bfloat16, log_w and states float32. A time is the least of several runs, each of enough
 calls to take over 20 ms. Errors are relative L2 distances to float64, of y and of the worst of
 seven gradients. "of copy" is the share of the time in which a large copy of the same run would have
-moved the bytes of `least_bytes`.
+moved the bytes of `pallas_kernels.bench.least_bytes`.
 """
 
 import argparse
@@ -22,7 +22,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 
 import jax
@@ -31,7 +30,16 @@ import numpy as np
 
 from benchmarks import record
 from benchmarks.sequential_gpu import sequential
-from pallas_kernels.bench import forward_and_gradients, implementations, relative, table, truth
+from pallas_kernels.bench import (
+    copy_bandwidth,
+    forward_and_gradients,
+    implementations,
+    least_bytes,
+    least_ms,
+    relative,
+    table,
+    truth,
+)
 from pallas_kernels.cases import CASES, Case, make_inputs
 
 OURS = "(best)"
@@ -43,47 +51,7 @@ COLUMNS = (
     *("y error", "gradient error", "temp MiB", "status"),
 )
 PACKAGES = ("jax", "jaxlib", "jax-triton", "triton", "torch", "fla-core", "rwkv-ops", "keras")
-RUN_SECONDS = 0.02
 FLA_SECONDS = 300
-
-
-def least_ms(run: Callable, wait: Callable, repeats: int) -> float:
-    """Least milliseconds of a call in `repeats` runs; `wait` returns when its argument is there."""
-
-    def seconds(calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            result = run()
-        wait(result)
-        return time.perf_counter() - start
-
-    wait(run())
-    calls = 1
-    while seconds(calls) < RUN_SECONDS:
-        calls *= 2
-    return 1e3 * min(seconds(calls) for _ in range(repeats)) / calls
-
-
-def copy_bandwidth(repeats: int) -> float:
-    """Bytes a second, read and written, of adding one to a GiB of bfloat16."""
-    x = jnp.ones(2**29, jnp.bfloat16)
-    run = functools.partial(jax.jit(lambda x: x + 1), x)
-    return 2 * x.nbytes / (1e-3 * least_ms(run, jax.block_until_ready, repeats))
-
-
-def least_bytes(case: Case, chunk: int = 32) -> dict[str, int]:
-    """Bytes that the op has to read and write for one token of one head, by pass.
-
-    The forward pass reads the six inputs and writes y and, for the backward pass, a bfloat16 state
-    every `chunk` tokens; the backward pass reads all that, with dy for y, and writes six gradients.
-    Heads of 64: 1,280 and 2,176. A forward pass alone need not keep states: 1,024.
-    """
-    inputs = 2 * (4 * case.key_size + case.value_size) + 4 * case.key_size
-    lone = inputs + 2 * case.value_size
-    forward = lone + 2 * case.key_size * case.value_size // chunk
-    backward = forward + inputs
-    both = forward + backward
-    return {"fwd": forward, "bwd": backward, "fwd+bwd": both, "fwd, no states kept": lone}
 
 
 def make_data(case: Case):
@@ -106,8 +74,8 @@ def measure(op: Callable, data, repeats: int, true=None) -> dict[str, float]:
     row = {"temp MiB": compiled.memory_analysis().temp_size_in_bytes / 2**20}
     if true is not None:
         row |= errors(*both()[::2], true)
-    row["fwd ms"] = least_ms(forward, jax.block_until_ready, repeats)
-    row["fwd+bwd ms"] = least_ms(both, jax.block_until_ready, repeats)
+    row["fwd ms"] = least_ms(forward, repeats=repeats)[0]
+    row["fwd+bwd ms"] = least_ms(both, repeats=repeats)[0]
     return row
 
 
@@ -190,8 +158,8 @@ def fla_child(folder: str, repeats: int) -> None:
     arrays = {"y": y} | dict(zip(NAMES[:7], (*gradients, dstate.mT), strict=True))
     found = {name: x.detach().float().cpu().numpy() for name, x in arrays.items()}
     with torch.no_grad():
-        found["fwd ms"] = least_ms(forward, wait, repeats)
-    found["fwd+bwd ms"] = least_ms(both, wait, repeats)
+        found["fwd ms"] = least_ms(forward, repeats=repeats, wait=wait)[0]
+    found["fwd+bwd ms"] = least_ms(both, repeats=repeats, wait=wait)[0]
     np.savez(f"{folder}/found.npz", **found)
 
 
@@ -211,9 +179,8 @@ def over(above: dict[str, float], below: dict[str, float]) -> dict[str, float]:
 def of_copy(case: Case, row: dict, bandwidth: float) -> dict[str, float]:
     """Time in which a copy moves `least_bytes`, over the time that the row has."""
     per_byte = 1e3 * case.batch * case.tokens * case.heads / bandwidth
-    floors = {name: per_byte * count for name, count in least_bytes(case).items()}
-    times = passes(row)
-    return over(floors, times | {"fwd, no states kept": times["fwd"]} if times else {})
+    floors = {name: per_byte * count for name, count in least_bytes(case, "bfloat16").items()}
+    return over(floors, passes(row))
 
 
 def measure_all(case: Case, bandwidth: float, repeats: int) -> list[dict]:

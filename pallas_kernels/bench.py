@@ -3,7 +3,8 @@
 Time is the least of several runs, by the wall and by the process (all its threads together): a
 machine is seldom idle. Error is the relative L2 distance to the float64 definition, of y and of
 the worst of seven gradients. Memory is what the compiled gradient takes besides its arguments and
-results.
+results. "of copy" is the share of the time in which a large copy of the same run would have moved
+the bytes of `least_bytes`.
 """
 
 import argparse
@@ -11,14 +12,18 @@ import dataclasses
 import functools
 import json
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from .cases import CASES, MODES, Case, make_inputs
+from .dispatch import available
 from .reference import wkv7_reference
-from .wkv7 import IMPLEMENTATIONS, available, wkv7
+from .wkv7 import wkv7
 
+RUN_SECONDS = 0.02
+COPIED_BYTES = 2**28
 # The definition's own autodiff stores every state: beyond this much it is left out.
 STATES_LIMIT_BYTES = 2**32
 
@@ -36,23 +41,60 @@ def implementations(case: Case) -> dict:
     def named(implementation):
         return lambda inputs, state: wkv7(*inputs, state, implementation=implementation)
 
-    ops = {name: named(name) for name in IMPLEMENTATIONS if name in available()}
+    ops = {name: named(name) for name in available()}
     states = 4 * case.batch * case.tokens * case.heads * case.key_size * case.value_size
     if states <= STATES_LIMIT_BYTES:
         ops["definition"] = wkv7_reference
     return {"(best)": named(None), **ops}
 
 
-def least_ms(run, *arguments, repeats: int) -> tuple[float, float]:
-    """Least wall and least process milliseconds of `repeats` runs."""
-    jax.block_until_ready(run(*arguments))
-    walls, processes = [], []
-    for _ in range(repeats):
+def least_ms(
+    run: Callable, *, repeats: int, wait: Callable = jax.block_until_ready
+) -> tuple[float, float]:
+    """Least wall and least process milliseconds of a call.
+
+    Args:
+        run: what is measured, without arguments.
+        repeats: measurements, each of enough calls to take over `RUN_SECONDS`.
+        wait: returns when what `run` returned is there.
+    """
+
+    def seconds(calls: int) -> tuple[float, float]:
         wall, process = time.perf_counter(), time.process_time()
-        jax.block_until_ready(run(*arguments))
-        walls.append(time.perf_counter() - wall)
-        processes.append(time.process_time() - process)
-    return 1e3 * min(walls), 1e3 * min(processes)
+        for _ in range(calls):
+            result = run()
+        wait(result)
+        return time.perf_counter() - wall, time.process_time() - process
+
+    wait(run())
+    calls = 1
+    while seconds(calls)[0] < RUN_SECONDS:
+        calls *= 2
+    walls, processes = zip(*(seconds(calls) for _ in range(repeats)), strict=True)
+    return 1e3 * min(walls) / calls, 1e3 * min(processes) / calls
+
+
+def copy_bandwidth(repeats: int) -> float:
+    """Bytes a second, read and written, of adding one to a large array of bfloat16."""
+    x = jnp.ones(COPIED_BYTES // 2, jnp.bfloat16)
+    run = functools.partial(jax.jit(lambda x: x + 1), x)
+    return 2 * x.nbytes / (1e-3 * least_ms(run, repeats=repeats)[0])
+
+
+def least_bytes(case: Case, dtype: str, chunk: int = 32) -> dict[str, int]:
+    """Bytes that the op has to read and write for one token of one head, by pass.
+
+    The forward pass reads the six inputs and writes y and, for the backward pass, a state every
+    `chunk` tokens in the tokens' dtype; the backward pass reads all that, with dy for y, and writes
+    six gradients. In bfloat16 and for heads of 64: 1,280 and 2,176. A forward pass alone need not
+    keep states: 1,024.
+    """
+    size = jnp.dtype(dtype).itemsize
+    inputs = size * (4 * case.key_size + case.value_size) + 4 * case.key_size
+    lone = inputs + size * case.value_size
+    forward = lone + size * case.key_size * case.value_size // chunk
+    both = 2 * forward + inputs
+    return {"fwd": lone, "fwd saving": forward, "bwd": both - forward, "fwd+bwd": both}
 
 
 def relative(actual, expected) -> float:
@@ -88,13 +130,17 @@ def measure(case: Case, dtype: str, *, repeats: int, others: dict | None = None)
     inputs, state = make_inputs(case, dtype)
     dy, dend = jnp.sin(inputs[3]), jnp.cos(state)
     true_y, _, true_grads = truth((inputs, state, dy, dend))
+    per_byte = 1e3 * case.batch * case.tokens * case.heads / copy_bandwidth(repeats)
+    floors = {name: per_byte * count for name, count in least_bytes(case, dtype).items()}
     rows = []
     for name, op in (implementations(case) | (others or {})).items():
         training = jax.jit(functools.partial(forward_and_gradients, op))
         compiled = training.lower(inputs, state, dy, dend).compile()
-        y, _, grads = compiled(inputs, state, dy, dend)
-        wall, process = least_ms(jax.jit(op), inputs, state, repeats=repeats)
-        both_wall, both_process = least_ms(compiled, inputs, state, dy, dend, repeats=repeats)
+        both = functools.partial(compiled, inputs, state, dy, dend)
+        y, _, grads = both()
+        forward = functools.partial(jax.jit(op), inputs, state)
+        wall, process = least_ms(forward, repeats=repeats)
+        both_wall, both_process = least_ms(both, repeats=repeats)
         rows.append(
             {
                 "implementation": name,
@@ -102,6 +148,8 @@ def measure(case: Case, dtype: str, *, repeats: int, others: dict | None = None)
                 "fwd cpu ms": process,
                 "fwd+bwd ms": both_wall,
                 "fwd+bwd cpu ms": both_process,
+                "fwd of copy": floors["fwd"] / wall,
+                "fwd+bwd of copy": floors["fwd+bwd"] / both_wall,
                 "y error": relative(y, true_y),
                 "gradient error": max(map(relative, grads, true_grads)),
                 "temp MiB": compiled.memory_analysis().temp_size_in_bytes / 2**20,

@@ -87,15 +87,15 @@ def dot(x: Array, y: Array, how: Arithmetic, *, left: int = 1, right: int = 0) -
     return jnp.matmul(x, y, precision="highest")
 
 
-def rounded(x: Array, how: Arithmetic) -> Array:
-    """x with the digits that it has as an operand, in its own dtype.
+def widen(x: Array) -> Array:
+    """bfloat16 as float32, by its bits: XLA may drop a cast there and back."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(bits << 16, jnp.float32)
 
-    Widened by its bits: XLA may drop a cast there and back.
-    """
-    if how.dtype != jnp.bfloat16:
-        return x
-    bits = jax.lax.bitcast_convert_type(x.astype(how.dtype), jnp.uint16)
-    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
+
+def rounded(x: Array, how: Arithmetic) -> Array:
+    """x with the digits that it has as an operand, in its own dtype."""
+    return widen(x.astype(how.dtype)) if how.dtype == jnp.bfloat16 else x
 
 
 def indices(side: int) -> tuple[Array, Array]:
@@ -106,9 +106,9 @@ def indices(side: int) -> tuple[Array, Array]:
 
 def sums(signs: Array, x: Keys, how: Arithmetic) -> Keys:
     """signs [L L] @ x, for signs of -1, 0 and 1; beside bfloat16 operands, 16 bits of x count."""
-    signs, high = signs.astype(x.dtype), rounded(x, how)
+    signs, high = signs.astype(how.dtype), x.astype(how.dtype)
     found = dot(signs, high, how)
-    return found + dot(signs, x - high, how) if how.dtype == jnp.bfloat16 else found
+    return found + dot(signs, x - widen(high), how) if how.dtype == jnp.bfloat16 else found
 
 
 def lower(x: Square, offset: int = 0) -> Square:

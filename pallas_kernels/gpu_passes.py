@@ -72,7 +72,7 @@ class Passes(NamedTuple):
     def _plan(self, inputs: Inputs, chunk: int | None) -> tuple[tuple[Array, ...], tiles.GPU, int]:
         """Whole segments of whole chunks in the kernels' dtypes; their tiles; their number."""
         (batch, tokens, heads, keys), v = inputs[0].shape, inputs[3]
-        choice = tiles.for_gpu(self.table, keys, v.shape[3], v.dtype)
+        choice = tiles.for_gpu(self.table, keys, v.shape[3], v.dtype, tiles.capability())
         choice = choice._replace(chunk=chunk or choice.chunk)
         segments = 1
         while (

@@ -3,8 +3,12 @@
 `python -m pallas_kernels.tune` measures them anew on the device at hand and prints such a table.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from . import platforms
@@ -45,7 +49,7 @@ class TPU(NamedTuple):
 
     Attributes:
         chunk: tokens of a chunk, and of a grid step.
-        groups: tiles of 128 lanes that share a grid step, at most.
+        groups: tiles that share a grid step, at most, where they are 128 lanes wide.
     """
 
     chunk: int
@@ -60,8 +64,8 @@ PALLAS_GPU = {
         256: GPU(16, Tile(8, 2, 128), Tile(8, 1, 128), Tile(8, 1, 256)),
     },
     80: {
-        64: GPU(16, Tile(4, 1, 64), Tile(4, 1, 64), Tile(4, 1, 64)),
-        256: GPU(16, Tile(8, 1, 128), Tile(8, 1, 128), Tile(8, 1, 256)),
+        64: GPU(16, Tile(2, 1, 32), Tile(2, 1, 32), Tile(4, 1, 64)),
+        256: GPU(16, Tile(4, 1, 32), Tile(4, 1, 32), Tile(8, 1, 256)),
     },
 }
 TRITON = {
@@ -76,11 +80,14 @@ TRITON = {
 }
 # float32 products take no tensor cores: small tiles, whatever the device.
 FLOAT32 = GPU(16, Tile(4, 1, 32), Tile(4, 1, 64), Tile(4, 1, 256))
-BFLOAT16_TPU, FLOAT32_TPU = TPU(64, 8), TPU(64, 4)
+BFLOAT16_TPU, FLOAT32_TPU = TPU(64, 8), TPU(64, 2)
 # Tokens of a chunk in what XLA compiles.
 XLA = 16
 # Compute capability of devices that are not at hand, by a part of their kind's name.
 OF_KIND = {"A100": 80, "A800": 80, "A30": 80}
+
+
+_override = contextvars.ContextVar("override", default=None)
 
 
 def capability() -> int:
@@ -93,14 +100,30 @@ def capability() -> int:
     return next(kinds, 90)
 
 
-def for_gpu(table: dict, keys: int, values: int, dtype: jnp.dtype) -> GPU:
-    """The choices of `PALLAS_GPU` or `TRITON` for these heads and tokens."""
-    if dtype != jnp.bfloat16:
+@contextlib.contextmanager
+def override(choice: GPU | TPU) -> Iterator[None]:
+    """This choice instead of the tables', for what is traced inside: to measure it."""
+    token = _override.set(choice)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def for_gpu(
+    table: dict, keys: int, values: int, dtype: jax.typing.DTypeLike, capability: int
+) -> GPU:
+    """The choices of `PALLAS_GPU` or `TRITON` for these heads and tokens on such a GPU."""
+    if _override.get() is not None:
+        return _override.get()
+    if jnp.dtype(dtype) != jnp.bfloat16:
         return FLOAT32
-    rows = table[max(listed for listed in table if listed <= capability())]
+    rows = table[max(listed for listed in table if listed <= capability)]
     return rows[min(size for size in rows if size >= max(keys, values))]
 
 
 def for_tpu(dtype: jnp.dtype) -> TPU:
     """The choices for tokens of this dtype."""
-    return BFLOAT16_TPU if dtype == jnp.bfloat16 else FLOAT32_TPU
+    if _override.get() is not None:
+        return _override.get()
+    return BFLOAT16_TPU if jnp.dtype(dtype) == jnp.bfloat16 else FLOAT32_TPU

@@ -14,18 +14,22 @@ from .platforms import like
 from .reference import Inputs, State
 from .tpu_tiles import Form
 
+Interpret = bool | pltpu.InterpretParams
 LANES = 128
+# What a kernel may take of the fast memory, of which every listed chip has twice that or more.
+VMEM = 32 * 2**20
 # States at the start of every chunk: rows are values, columns the keys of all heads of a tile.
 Starts = Float[Array, "B G C Nv W"]
 
 
-def _form(inputs: Inputs, chunk: int | None) -> Form:
-    """How these inputs are tiled."""
+def form_of(inputs: Inputs, chunk: int | None) -> Form:
+    """How these inputs are tiled: a grid step takes a chunk of `groups` tiles of `heads`."""
     choice = tiles.for_tpu(inputs[3].dtype)
     heads, keys, values = inputs[0].shape[2], inputs[0].shape[3], inputs[3].shape[3]
     shared = math.lcm(LANES // math.gcd(LANES, keys), LANES // math.gcd(LANES, values))
     columns = -(-heads // shared)
-    groups = max(n for n in range(1, choice.groups + 1) if columns % n == 0)
+    most = max(1, choice.groups * LANES // (shared * max(keys, values)))
+    groups = max(n for n in range(1, most + 1) if columns % n == 0)
     dtype = jnp.dtype(jnp.bfloat16 if inputs[3].dtype == jnp.bfloat16 else jnp.float32)
     return Form(chunk or choice.chunk, shared, keys, values, groups, dtype)
 
@@ -77,6 +81,7 @@ def _call(kernel, form: Form, arrays, outputs, *, step, interpret):
     grid = (arrays[0].shape[0], columns // form.groups, arrays[0].shape[1] // form.chunk)
     state = (form.groups, form.heads * form.values, width)
     semantics = ("parallel", "parallel", "arbitrary")
+    params = pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM)
     return pl.pallas_call(
         kernel,
         grid=grid,
@@ -84,14 +89,14 @@ def _call(kernel, form: Form, arrays, outputs, *, step, interpret):
         out_specs=[block(x) for x in outputs],
         out_shape=outputs,
         scratch_shapes=[pltpu.VMEM(state, jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
+        compiler_params=params,
         interpret=interpret,
         name=f"wkv7_{kernel.func.__name__.strip('_')}",
     )(*arrays)
 
 
 def _run_forward(inputs: Inputs, state: State, chunk: int | None, save: bool, interpret):
-    form = _form(inputs, chunk)
+    form = form_of(inputs, chunk)
     tokens, heads = inputs[3].shape[1:3]
     arrays = [_flat(x, form) for x in inputs] + [_wide(state, form)]
     varying = (inputs[3], state)
@@ -108,7 +113,11 @@ def _run_forward(inputs: Inputs, state: State, chunk: int | None, save: bool, in
 
 
 def forward(
-    inputs: Inputs, state: State, *, chunk: int | None = None, interpret: bool = False
+    inputs: Inputs,
+    state: State,
+    *,
+    chunk: int | None = None,
+    interpret: Interpret = False,
 ) -> tuple[Float[Array, "B T H Nv"], State]:
     """What every token reads, and the state behind the last.
 
@@ -123,7 +132,11 @@ def forward(
 
 
 def forward_saving(
-    inputs: Inputs, state: State, *, chunk: int | None = None, interpret: bool = False
+    inputs: Inputs,
+    state: State,
+    *,
+    chunk: int | None = None,
+    interpret: Interpret = False,
 ) -> tuple[Float[Array, "B T H Nv"], State, Starts]:
     """As `forward`, and the states at the start of every chunk."""
     return _run_forward(inputs, state, chunk, True, interpret)
@@ -136,10 +149,10 @@ def backward(
     dend: State,
     *,
     chunk: int | None = None,
-    interpret: bool = False,
+    interpret: Interpret = False,
 ) -> tuple[tuple[Array, ...], State]:
     """Gradients of the six inputs and the start state, from what `forward_saving` kept."""
-    form = _form(inputs, chunk)
+    form = form_of(inputs, chunk)
     tokens, heads = dy.shape[1:3]
     arrays = [*(_flat(x, form) for x in (*inputs, dy)), starts, _wide(dend, form)]
     outputs = [

@@ -75,7 +75,7 @@ def test_kernels_need_jax_alone(path):
     assert level(path) == 0
     allowed = {"jax", "jaxlib", "jaxtyping", "pallas_kernels", *sys.stdlib_module_names}
     optional = {"bench.py": {"matplotlib"}, "triton_op.py": {"jax_triton"}}
-    optional |= {name: {"triton"} for name in ("triton_kernels.py", "triton_report.py")}
+    optional |= {name: {"triton"} for name in ("triton_kernels.py", "gates_gpu.py")}
     assert {name.split(".")[0] for name in imports(path)} <= allowed | optional.get(
         path.name, set()
     )
