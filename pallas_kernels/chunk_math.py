@@ -9,14 +9,17 @@ factors
 and the scaled states S^ = S exp(mid), before the chunk, and S_end = S^_end exp(last - mid), behind
 it, turn the recurrence into matrix products:
 
-    U      = T (ah S^' + Aak V)         T = (I - Aab)^-1, Aab = strictly_lower(ah bh'), Aak alike
-    Y      = rh S^' + Arb U + Ark V     Arb = lower(rh bh'), Ark = lower(rh kh')
-    S^_end = S^ + U' bh + V' kh
+    U      = T (ah S^ + Aak V)          T = (I - Aab)^-1, Aab = strictly_lower(ah bh'), Aak alike
+    Y      = rh S^ + Arb U + Ark V      Arb = lower(rh bh'), Ark = lower(rh kh')
+    S^_end = S^ + bh' U + kh' V
 
 and likewise the gradients, with G^ = dS_end exp(last - mid):
 
-    Z      = T' (Arb' dY + bh G^')
-    dS^    = G^ + dY' rh + Z' ah        dS = dS^ exp(mid)
+    Z      = T' (Arb' dY + bh G^)
+    dS^    = G^ + rh' dY + ah' Z        dS = dS^ exp(mid)
+
+States lie here with keys as rows, the other way round than outside: then a GPU kernel's walk needs
+b and k, or r and a, in one orientation alone.
 
 Centring at the middle halves the exponents: log_w is above -0.6066, so with L = 64 no factor leaves
 e^(+-20). Nothing is divided by the decay. The arrays may carry any leading axes (batch, heads).
@@ -34,9 +37,9 @@ from jaxtyping import Array, Float
 
 Keys = Float[Array, "... L Nk"]
 Values = Float[Array, "... L Nv"]
-Row = Float[Array, "... 1 Nk"]
+Column = Float[Array, "... Nk 1"]
 Square = Float[Array, "... L L"]
-Matrix = Float[Array, "... Nv Nk"]
+Matrix = Float[Array, "... Nk Nv"]
 
 
 class Arithmetic(NamedTuple):
@@ -62,8 +65,8 @@ class Chunk(NamedTuple):
     before: Keys  # exp(cs_{t-1} - mid)
     upto: Keys  # exp(cs_t - mid)
     after: Keys  # exp(mid - cs_t)
-    mid: Row  # exp(mid)
-    rest: Row  # exp(last - mid)
+    mid: Column  # exp(mid)
+    rest: Column  # exp(last - mid)
     inverse: Square  # T
     arb: Square
     how: Arithmetic
@@ -139,7 +142,7 @@ def unit_lower_inverse(a: Square, how: Arithmetic) -> Square:
 
 
 def prepare(
-    r: Keys, log_w: Keys, a: Keys, b: Keys, halves: tuple[Row, Row], how: Arithmetic
+    r: Keys, log_w: Keys, a: Keys, b: Keys, halves: tuple[Column, Column], how: Arithmetic
 ) -> Chunk:
     """The factors and products of a chunk's tokens, all float32 or better.
 
@@ -183,7 +186,7 @@ def write(chunk: Chunk, k: Keys, v: Values) -> Written:
 def removals(chunk: Chunk, written: Written, start: Matrix) -> Values:
     """U: what each token removes from the state's rows, given S^."""
     how = chunk.how
-    read = dot(chunk.ah, start, how, right=1) + dot(written.aak, written.v, how)
+    read = dot(chunk.ah, start, how) + dot(written.aak, written.v, how)
     return dot(chunk.inverse, read, how)
 
 
@@ -191,21 +194,21 @@ def forward(chunk: Chunk, written: Written, start: Matrix) -> tuple[Values, Matr
     """What the chunk's tokens read, and S^_end behind them, given S^."""
     how, (kh, v, _, ark) = chunk.how, written
     u = removals(chunk, written, start)
-    y = dot(chunk.rh, start, how, right=1) + dot(chunk.arb, u, how) + dot(ark, v, how)
-    return y, start + dot(u, chunk.bh, how, left=0) + dot(v, kh, how, left=0)
+    y = dot(chunk.rh, start, how) + dot(chunk.arb, u, how) + dot(ark, v, how)
+    return y, start + dot(chunk.bh, u, how, left=0) + dot(kh, v, how, left=0)
 
 
 def removal_gradients(chunk: Chunk, dy: Values, dend: Matrix) -> Values:
     """Z: the gradients of what each token's removal reads, given G^."""
     how = chunk.how
-    du = dot(chunk.arb, dy, how, left=0) + dot(chunk.bh, dend, how, right=1)
+    du = dot(chunk.arb, dy, how, left=0) + dot(chunk.bh, dend, how)
     return dot(chunk.inverse, du, how, left=0)
 
 
 def state_gradient(chunk: Chunk, z: Values, dy: Values, dend: Matrix) -> Matrix:
     """dS^, given Z and G^."""
     how = chunk.how
-    return dend + dot(dy, chunk.rh, how, left=0) + dot(z, chunk.ah, how, left=0)
+    return dend + dot(chunk.rh, dy, how, left=0) + dot(chunk.ah, z, how, left=0)
 
 
 def gradients(
@@ -222,17 +225,17 @@ def gradients(
     """
     how, (start, dend), (kh, v, aak, ark) = chunk.how, states, written
     ah, rh, bh = chunk.ah, chunk.rh, chunk.bh
-    ends = jnp.sum(start.astype(ah.dtype) * dend.astype(ah.dtype), axis=-2, keepdims=True)
+    ends = jnp.sum(start.astype(ah.dtype) * dend.astype(ah.dtype), axis=-1, keepdims=True).mT
     u = removals(chunk, written, start)
-    dv = dot(ark, dy, how, left=0) + dot(aak, z, how, left=0) + dot(kh, dend, how, right=1)
+    dv = dot(ark, dy, how, left=0) + dot(aak, z, how, left=0) + dot(kh, dend, how)
     yield "v", dv
     rb, rk = lower(dot(dy, u, how, right=1)), lower(dot(dy, v, how, right=1))
-    dr = dot(rb, bh, how) + dot(rk, kh, how) + dot(dy, start, how)
+    dr = dot(rb, bh, how) + dot(rk, kh, how) + dot(dy, start, how, right=1)
     yield "r", dr * chunk.upto
     ab, ak = lower(dot(z, u, how, right=1), -1), lower(dot(z, v, how, right=1), -1)
-    da = dot(ab, bh, how) + dot(ak, kh, how) + dot(z, start, how)
+    da = dot(ab, bh, how) + dot(ak, kh, how) + dot(z, start, how, right=1)
     yield "a", da * chunk.before
-    db, db_end = dot(ab, ah, how, left=0) + dot(rb, rh, how, left=0), dot(u, dend, how)
+    db, db_end = dot(ab, ah, how, left=0) + dot(rb, rh, how, left=0), dot(u, dend, how, right=1)
     yield "b", (db + db_end) * chunk.after
     # The decay's gradient: what a token's decay touches inside the chunk reaches it from behind,
     # what it touches of the end state from before it; written so, the two never cancel. Inside, a
@@ -242,7 +245,7 @@ def gradients(
     near_r, near_a, near_b, near_k = (rounded(x, how) for x in (rh, ah, bh, kh))
     removal = near_a * da
     inside, to_end = near_r * dr + removal - near_b * db, near_b * db_end
-    dk, dk_end = dot(ak, ah, how, left=0) + dot(rk, rh, how, left=0), dot(v, dend, how)
+    dk, dk_end = dot(ak, ah, how, left=0) + dot(rk, rh, how, left=0), dot(v, dend, how, right=1)
     yield "k", (dk + dk_end) * chunk.after
     inside, to_end = inside - near_k * dk, to_end + near_k * dk_end
     row, column = indices(dr.shape[-2])

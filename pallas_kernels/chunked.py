@@ -6,7 +6,8 @@ from jaxtyping import Array, Float
 
 from . import chunk_math, tiles
 from .reference import NAMES, Inputs, State
-from .scan import Starts
+
+Starts = Float[Array, "C B H Nk Nv"]
 
 
 def split(x: Float[Array, "B T H N"], chunk: int) -> Float[Array, "C B H L N"]:
@@ -26,7 +27,7 @@ def _prepare(r, log_w, a, b, inputs: Inputs) -> chunk_math.Chunk:
     """A chunk in float32 or better; products take operands of the tokens' own dtype (v's)."""
     side = log_w.shape[-2] // 2
     halves = tuple(
-        jnp.sum(x, axis=-2, keepdims=True) for x in (log_w[..., :side, :], log_w[..., side:, :])
+        jnp.sum(x, axis=-2)[..., None] for x in (log_w[..., :side, :], log_w[..., side:, :])
     )
     return chunk_math.prepare(r, log_w, a, b, halves, chunk_math.Arithmetic(inputs[3].dtype))
 
@@ -42,10 +43,9 @@ def forward_saving(
         y, end = chunk_math.forward(chunk, chunk_math.write(chunk, k, v), state * chunk.mid)
         return end * chunk.rest, (y.astype(inputs[3].dtype), state)
 
-    end, (y, starts) = jax.lax.scan(
-        walk, state, tuple(split(x, chunk or tiles.XLA) for x in inputs)
-    )
-    return join(y, inputs[3].shape[1]), end, starts
+    chunks = tuple(split(x, chunk or tiles.XLA) for x in inputs)
+    end, (y, starts) = jax.lax.scan(walk, state.mT, chunks)
+    return join(y, inputs[3].shape[1]), end.mT, starts
 
 
 def forward(
@@ -83,5 +83,5 @@ def backward(
         split(dy, chunk or tiles.XLA),
         starts,
     )
-    dstate, grads = jax.lax.scan(walk, dend.astype(starts.dtype), saved, reverse=True)
-    return tuple(join(g, dy.shape[1]) for g in grads), dstate
+    dstate, grads = jax.lax.scan(walk, dend.mT.astype(starts.dtype), saved, reverse=True)
+    return tuple(join(g, dy.shape[1]) for g in grads), dstate.mT

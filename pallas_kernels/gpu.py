@@ -42,7 +42,7 @@ def _walk(kernel, arrays, outputs, choice: tiles.GPU, tile: tiles.Tile, interpre
         "keys": pl.BlockSpec((1, tokens, 1, keys), lambda j, h, b: (b, 0, h, 0)),
         "values": pl.BlockSpec((1, tokens, 1, rows), lambda j, h, b: (b, 0, h, j)),
         "state": pl.BlockSpec((1, 1, rows, keys), lambda j, h, b: (b, h, j, 0)),
-        "states": pl.BlockSpec((1, 1, chunks, rows, keys), lambda j, h, b: (b, h, 0, j, 0)),
+        "states": pl.BlockSpec((1, 1, chunks, keys, rows), lambda j, h, b: (b, h, 0, 0, j)),
     }
     kernel = functools.partial(kernel, chunk=choice.chunk)
     return _call(kernel, (values // rows, heads, batch), blocks, arrays, outputs, tile, interpret)
@@ -50,8 +50,8 @@ def _walk(kernel, arrays, outputs, choice: tiles.GPU, tile: tiles.Tile, interpre
 
 def _states(state: State, v: Array, choice: tiles.GPU) -> jax.ShapeDtypeStruct:
     """One state a chunk, in the tokens' dtype."""
-    batch, heads, *matrix = state.shape
-    return like((batch, heads, v.shape[1] // choice.chunk, *matrix), v.dtype, state, v)
+    batch, heads, values, keys = state.shape
+    return like((batch, heads, v.shape[1] // choice.chunk, keys, values), v.dtype, state, v)
 
 
 def _forward(inputs: Inputs, state: State, choice: tiles.GPU, save: bool | None, interpret):
@@ -77,7 +77,7 @@ def _gradients(inputs: Inputs, dy, starts, ends, choice: tiles.GPU, interpret):
     blocks = {
         "keys": pl.BlockSpec((1, chunk, 1, keys), lambda c, h, b: (b, c, h, 0)),
         "values": pl.BlockSpec((1, chunk, 1, values), lambda c, h, b: (b, c, h, 0)),
-        "states": pl.BlockSpec((1, 1, 1, values, keys), lambda c, h, b: (b, h, c, 0, 0)),
+        "states": pl.BlockSpec((1, 1, 1, keys, values), lambda c, h, b: (b, h, c, 0, 0)),
     }
     arrays = list(
         zip((*INPUTS, "values", "states", "states"), (*inputs, dy, starts, ends), strict=True)

@@ -40,7 +40,7 @@ def _prepare(refs, start, tokens: int, dtype: jnp.dtype, interpret) -> chunk_mat
     # Loaded again by halves: cheaper than sums over a part of what is there.
     halves = _load(refs[1:2], pl.ds(start, tokens // 2))
     halves += _load(refs[1:2], pl.ds(start + tokens // 2, tokens // 2))
-    halves = tuple(jnp.sum(x, axis=0, keepdims=True) for x in halves)
+    halves = tuple(jnp.sum(x, axis=0)[:, None] for x in halves)
     how = chunk_math.Arithmetic(dtype, exp, math.log2(math.e))
     return chunk_math.prepare(*_load(refs, pl.ds(start, tokens)), halves, how)
 
@@ -74,9 +74,9 @@ def forward_kernel(r, log_w, k, v, a, b, start, end, *outputs, chunk: int, inter
             y[0, at, 0, :] = read.astype(y.dtype)
         return state, made.rest
 
-    whole = (start[0, 0], jnp.ones((1, r.shape[3]), jnp.float32))
+    whole = (start[0, 0].T, jnp.ones((r.shape[3], 1), jnp.float32))
     state, rest = jax.lax.fori_loop(0, r.shape[1] // chunk, walk, whole)
-    end[0, 0] = state * rest
+    end[0, 0] = (state * rest).T
 
 
 def state_kernel(r, log_w, a, b, dy, dend, dstart, *outputs, chunk: int, interpret=False) -> None:
@@ -107,9 +107,9 @@ def state_kernel(r, log_w, a, b, dy, dend, dstart, *outputs, chunk: int, interpr
         z = chunk_math.removal_gradients(made, dys, dstate)
         return chunk_math.state_gradient(made, z, dys, dstate), made.mid
 
-    whole = (dend[0, 0], jnp.ones((1, r.shape[3]), jnp.float32))
+    whole = (dend[0, 0].T, jnp.ones((r.shape[3], 1), jnp.float32))
     dstate, mid = jax.lax.fori_loop(0, chunks, walk, whole)
-    dstart[0, 0] = dstate * mid
+    dstart[0, 0] = (dstate * mid).T
 
 
 def gradients_kernel(r, log_w, k, v, a, b, dy, starts, ends, *grads, interpret=False) -> None:

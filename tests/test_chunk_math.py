@@ -15,7 +15,7 @@ EXACT = 1e-12
 
 def prepare(r, log_w, a, b):
     """A chunk with products in its own dtype."""
-    halves = (jnp.sum(x, axis=-2, keepdims=True) for x in jnp.split(log_w, 2, axis=-2))
+    halves = (jnp.sum(x, axis=-2)[..., None] for x in jnp.split(log_w, 2, axis=-2))
     return chunk_math.prepare(r, log_w, a, b, tuple(halves), chunk_math.Arithmetic(log_w.dtype))
 
 
@@ -61,13 +61,15 @@ def one_chunk(inputs, state, dy, dend):
     grads, dstate = pull((dy, dend))
     r, log_w, k, v, a, b, dy = (x.swapaxes(1, 2) for x in (*inputs, dy))
     chunk = prepare(r, log_w, a, b)
-    written, states = chunk_math.write(chunk, k, v), (state * chunk.mid, dend * chunk.rest)
+    written = chunk_math.write(chunk, k, v)
+    states = (state.mT * chunk.mid, dend.mT * chunk.rest)
     y, end = chunk_math.forward(chunk, written, states[0])
     z = chunk_math.removal_gradients(chunk, dy, states[1])
     found = dict(chunk_math.gradients(chunk, written, states, z, dy))
     back = (found[name] for name in NAMES)
     dstart = chunk_math.state_gradient(chunk, z, dy, states[1]) * chunk.mid
-    ours = (y.swapaxes(1, 2), end * chunk.rest, *(x.swapaxes(1, 2) for x in back), dstart)
+    ends = ((end * chunk.rest).mT, *(x.swapaxes(1, 2) for x in back), dstart.mT)
+    ours = (y.swapaxes(1, 2), *ends)
     return ours, (*truth, *grads, dstate)
 
 
