@@ -67,9 +67,19 @@ class Chunk(NamedTuple):
     after: Keys  # exp(mid - cs_t)
     mid: Column  # exp(mid)
     rest: Column  # exp(last - mid)
+    how: Arithmetic
+
+
+class Read(NamedTuple):
+    """What reading tokens meet of removals."""
+
     inverse: Square  # T
     arb: Square
-    how: Arithmetic
+
+    @property
+    def transposed(self) -> "Read":
+        """As `read_backwards` has them."""
+        return Read(self.inverse.mT, self.arb.mT)
 
 
 class Written(NamedTuple):
@@ -123,16 +133,16 @@ def lower(x: Square, offset: int = 0) -> Square:
     return jnp.where(row + offset >= column, x, 0)
 
 
-def unit_lower_inverse(a: Square, how: Arithmetic) -> Square:
-    """(I - a)^-1 of an `a` whose side is a power of two; only what lies below its diagonal counts.
+def unit_inverse(a: Square, how: Arithmetic, *, upper: bool = False) -> Square:
+    """(I - a)^-1 of what lies below the diagonal of `a`, or above it; its side is a power of two.
 
     Pairs of solved diagonal blocks are merged until one is left, so that only true inverses of
     sub-blocks appear. The Neumann product (I + a)(I + a^2)... overflows on repeated keys at L = 64.
     """
-    row, column = indices(a.shape[-1])
+    row, column = indices(a.shape[-1])[:: -1 if upper else 1]
     inverse, block = jnp.where(row == column, jnp.ones_like(a), 0), 1
     while block < a.shape[-1]:
-        # By bits, which are cheaper than quotients: the lower left quarter of each pair of blocks.
+        # By bits, which are cheaper than quotients: the outer quarter of each pair of blocks.
         merged = (row ^ column < 2 * block) & (row & block != 0) & (column & block == 0)
         part = jnp.where(merged, a, 0)
         if block > 1:
@@ -170,10 +180,24 @@ def prepare(
         after=exp_after,
         mid=mid,
         rest=rest,
-        inverse=unit_lower_inverse(dot(ah, bh, how, right=1), how),
-        arb=lower(dot(rh, bh, how, right=1)),
         how=how,
     )
+
+
+def read(chunk: Chunk) -> Read:
+    """T and Arb."""
+    how = chunk.how
+    inverse = unit_inverse(dot(chunk.ah, chunk.bh, how, right=1), how)
+    return Read(inverse, lower(dot(chunk.rh, chunk.bh, how, right=1)))
+
+
+def read_backwards(chunk: Chunk) -> Read:
+    """T and Arb transposed, from products that need a and r in the walk's other orientation."""
+    how = chunk.how
+    inverse = unit_inverse(dot(chunk.bh, chunk.ah, how, right=1), how, upper=True)
+    arb = dot(chunk.bh, chunk.rh, how, right=1)
+    row, column = indices(arb.shape[-1])
+    return Read(inverse, jnp.where(row <= column, arb, 0))
 
 
 def write(chunk: Chunk, k: Keys, v: Values) -> Written:
@@ -183,26 +207,24 @@ def write(chunk: Chunk, k: Keys, v: Values) -> Written:
     return Written(kh=kh, v=v, aak=lower(aak, -1), ark=lower(ark))
 
 
-def removals(chunk: Chunk, written: Written, start: Matrix) -> Values:
+def removals(chunk: Chunk, inverse: Square, written: Written, start: Matrix) -> Values:
     """U: what each token removes from the state's rows, given S^."""
     how = chunk.how
-    read = dot(chunk.ah, start, how) + dot(written.aak, written.v, how)
-    return dot(chunk.inverse, read, how)
+    return dot(inverse, dot(chunk.ah, start, how) + dot(written.aak, written.v, how), how)
 
 
 def forward(chunk: Chunk, written: Written, start: Matrix) -> tuple[Values, Matrix]:
     """What the chunk's tokens read, and S^_end behind them, given S^."""
-    how, (kh, v, _, ark) = chunk.how, written
-    u = removals(chunk, written, start)
-    y = dot(chunk.rh, start, how) + dot(chunk.arb, u, how) + dot(ark, v, how)
+    how, (kh, v, _, ark), (inverse, arb) = chunk.how, written, read(chunk)
+    u = removals(chunk, inverse, written, start)
+    y = dot(chunk.rh, start, how) + dot(arb, u, how) + dot(ark, v, how)
     return y, start + dot(chunk.bh, u, how, left=0) + dot(kh, v, how, left=0)
 
 
-def removal_gradients(chunk: Chunk, dy: Values, dend: Matrix) -> Values:
+def removal_gradients(chunk: Chunk, backwards: Read, dy: Values, dend: Matrix) -> Values:
     """Z: the gradients of what each token's removal reads, given G^."""
     how = chunk.how
-    du = dot(chunk.arb, dy, how, left=0) + dot(chunk.bh, dend, how)
-    return dot(chunk.inverse, du, how, left=0)
+    return dot(backwards.inverse, dot(backwards.arb, dy, how) + dot(chunk.bh, dend, how), how)
 
 
 def state_gradient(chunk: Chunk, z: Values, dy: Values, dend: Matrix) -> Matrix:
@@ -212,21 +234,21 @@ def state_gradient(chunk: Chunk, z: Values, dy: Values, dend: Matrix) -> Matrix:
 
 
 def gradients(
-    chunk: Chunk, written: Written, states: tuple[Matrix, Matrix], z: Values, dy: Values
+    chunk: Chunk, written: Written, u: Values, z: Values, states: tuple[Matrix, Matrix], dy: Values
 ) -> Iterator[tuple[str, Array]]:
     """Gradients of the six inputs by name, each as soon as it is there.
 
     Args:
         chunk: from `prepare`.
         written: from `write`.
-        states: S^ and G^.
+        u: from `removals`.
         z: from `removal_gradients`.
+        states: S^ and G^.
         dy: gradient of what was read.
     """
     how, (start, dend), (kh, v, aak, ark) = chunk.how, states, written
     ah, rh, bh = chunk.ah, chunk.rh, chunk.bh
     ends = jnp.sum(start.astype(ah.dtype) * dend.astype(ah.dtype), axis=-1, keepdims=True).mT
-    u = removals(chunk, written, start)
     dv = dot(ark, dy, how, left=0) + dot(aak, z, how, left=0) + dot(kh, dend, how)
     yield "v", dv
     rb, rk = lower(dot(dy, u, how, right=1)), lower(dot(dy, v, how, right=1))

@@ -71,9 +71,10 @@ def backward(
         r, log_w, k, v, a, b, dy = (x.astype(start.dtype) for x in (*tokens, dy))
         chunk = _prepare(r, log_w, a, b, inputs)
         states = (start * chunk.mid, dstate * chunk.rest)
-        written = chunk_math.write(chunk, k, v)
-        z = chunk_math.removal_gradients(chunk, dy, states[1])
-        grads = dict(chunk_math.gradients(chunk, written, states, z, dy))
+        written, read = chunk_math.write(chunk, k, v), chunk_math.read(chunk)
+        u = chunk_math.removals(chunk, read.inverse, written, states[0])
+        z = chunk_math.removal_gradients(chunk, read.transposed, dy, states[1])
+        grads = dict(chunk_math.gradients(chunk, written, u, z, states, dy))
         dstate = chunk_math.state_gradient(chunk, z, dy, states[1]) * chunk.mid
         named = zip(NAMES, inputs, strict=True)
         return dstate, tuple(grads[name].astype(x.dtype) for name, x in named)

@@ -104,7 +104,7 @@ def state_kernel(r, log_w, a, b, dy, dend, dstart, *outputs, chunk: int, interpr
         for ends in outputs:
             ends[0, 0, i] = dstate.astype(ends.dtype)
         (dys,) = _load([dy], pl.ds(i * chunk, chunk))
-        z = chunk_math.removal_gradients(made, dys, dstate)
+        z = chunk_math.removal_gradients(made, chunk_math.read_backwards(made), dys, dstate)
         return chunk_math.state_gradient(made, z, dys, dstate), made.mid
 
     whole = (dend[0, 0].T, jnp.ones((r.shape[3], 1), jnp.float32))
@@ -129,10 +129,12 @@ def gradients_kernel(r, log_w, k, v, a, b, dy, starts, ends, *grads, interpret=F
         interpret: whether Pallas's interpreter runs this.
     """
     made = _prepare((r, log_w, a, b), 0, r.shape[1], v.dtype, interpret)
+    read = chunk_math.read(made)
     ks, vs, dys = _load((k, v, dy), slice(None))
     states = (starts[0, 0, 0], ends[0, 0, 0])
-    z = chunk_math.removal_gradients(made, dys, states[1])
     written = chunk_math.write(made, ks, vs)
-    for name, grad in chunk_math.gradients(made, written, states, z, dys):
+    u = chunk_math.removals(made, read.inverse, written, states[0])
+    z = chunk_math.removal_gradients(made, read.transposed, dys, states[1])
+    for name, grad in chunk_math.gradients(made, written, u, z, states, dys):
         ref = grads[NAMES.index(name)]
         ref[0, :, 0, :] = grad.astype(ref.dtype)

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 from . import tiles
 from .reference import Inputs, State
 
-# Scaled states, one a chunk of every segment.
-Starts = Float[Array, "BS H C Nv Nk"]
+# Scaled states, one a chunk of every segment, in the orientation that the kernels like.
+Starts = Float[Array, "BS H C N1 N2"]
 Values = Float[Array, "B T H Nv"]
 # Programs that keep a large GPU busy, and the fewest chunks that are worth a segment.
 PROGRAMS, SHORTEST = 256, 8

@@ -23,7 +23,7 @@ def prepare(r, log_w, a, b):
 def test_the_inverse_of_a_unit_lower_triangle_is_numpys(side):
     below = np.tril(np.random.default_rng(0).normal(size=(3, side, side)), -1) / side**0.5
     with jax.enable_x64(True):
-        inverse = chunk_math.unit_lower_inverse(
+        inverse = chunk_math.unit_inverse(
             jnp.asarray(below), chunk_math.Arithmetic(jnp.dtype("float64"))
         )
         inverse = np.asarray(inverse)
@@ -33,7 +33,7 @@ def test_the_inverse_of_a_unit_lower_triangle_is_numpys(side):
 def test_the_inverse_survives_repeated_keys():
     below = np.tril(-np.ones((64, 64), np.float32), -1)  # every product of two equal unit keys
     exact = chunk_math.Arithmetic(jnp.dtype("float32"))
-    inverse = chunk_math.unit_lower_inverse(jnp.asarray(below), exact)
+    inverse = chunk_math.unit_inverse(jnp.asarray(below), exact)
     assert_close(inverse, np.linalg.inv(np.eye(64) - below), 1e-6)
 
 
@@ -64,8 +64,10 @@ def one_chunk(inputs, state, dy, dend):
     written = chunk_math.write(chunk, k, v)
     states = (state.mT * chunk.mid, dend.mT * chunk.rest)
     y, end = chunk_math.forward(chunk, written, states[0])
-    z = chunk_math.removal_gradients(chunk, dy, states[1])
-    found = dict(chunk_math.gradients(chunk, written, states, z, dy))
+    read = chunk_math.read(chunk)
+    u = chunk_math.removals(chunk, read.inverse, written, states[0])
+    z = chunk_math.removal_gradients(chunk, chunk_math.read_backwards(chunk), dy, states[1])
+    found = dict(chunk_math.gradients(chunk, written, u, z, states, dy))
     back = (found[name] for name in NAMES)
     dstart = chunk_math.state_gradient(chunk, z, dy, states[1]) * chunk.mid
     ends = ((end * chunk.rest).mT, *(x.swapaxes(1, 2) for x in back), dstart.mT)
