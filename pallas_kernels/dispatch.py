@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from . import chunked, gpu, platforms, scan, tpu, triton_op
+from . import chunked, gpu, platforms, scan, tiles, tpu, triton_op
 from .reference import Inputs, State
 
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda", "triton": "cuda"}
@@ -50,8 +50,13 @@ def _unfit(name: str, inputs: Inputs, state: State) -> str | None:
     if name == "pallas_tpu":
         if any(size % 32 for size in sizes) or max(sizes) > 256:
             return f"head sizes that are multiples of 32 up to 256; got {sizes}"
-    elif any(size < 16 or size & (size - 1) for size in sizes) or sizes[0] * sizes[1] > 2**14:
+        return None
+    if any(size < 16 or size & (size - 1) for size in sizes) or sizes[0] * sizes[1] > 2**14:
         return f"head sizes that are powers of two from 16, with a product up to 128^2; got {sizes}"
+    if _platform() == "cuda":
+        largest = max(tiles.rows_for(_BY_NAME[name].table, tiles.capability()), default=0)
+        if max(sizes) > largest:
+            return f"head sizes up to {largest} on this GPU; got {sizes}"
     return None
 
 

@@ -200,6 +200,8 @@ def rows() -> Iterator[dict]:
     for device in DEVICES:
         for size in SIZES:
             keys, values, dtype = size
+            if max(keys, values) > max(tiles.rows_for(tiles.PALLAS_GPU, device[1])):
+                continue
             choices = [
                 tiles.for_gpu(table, keys, values, dtype, device[1])
                 for table in (tiles.PALLAS_GPU, tiles.TRITON)

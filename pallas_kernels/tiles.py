@@ -64,8 +64,8 @@ PALLAS_GPU = {
         256: GPU(16, Tile(8, 2, 128), Tile(8, 1, 128), Tile(8, 1, 256)),
     },
     80: {
-        64: GPU(16, Tile(2, 1, 32), Tile(2, 1, 32), Tile(4, 1, 64)),
-        256: GPU(16, Tile(4, 1, 32), Tile(4, 1, 32), Tile(8, 1, 256)),
+        64: GPU(16, Tile(2, 1, 64), Tile(2, 1, 64), Tile(4, 1, 64)),
+        128: GPU(16, Tile(4, 1, 32), Tile(4, 1, 32), Tile(8, 1, 128)),
     },
 }
 TRITON = {
@@ -75,7 +75,7 @@ TRITON = {
     },
     80: {
         64: GPU(16, Tile(2, 1, 32), Tile(2, 1, 32), Tile(4, 1, 64)),
-        256: GPU(16, Tile(4, 1, 32), Tile(4, 1, 32), Tile(8, 1, 256)),
+        128: GPU(16, Tile(4, 1, 32), Tile(4, 1, 32), Tile(8, 1, 128)),
     },
 }
 # float32 products take no tensor cores: small tiles, whatever the device.
@@ -110,6 +110,12 @@ def override(choice: GPU | TPU) -> Iterator[None]:
         _override.reset(token)
 
 
+def rows_for(table: dict, capability: int) -> dict[int, GPU]:
+    """The table's rows for the newest listed GPUs that are no newer; none if all are."""
+    listed = [number for number in table if number <= capability]
+    return table[max(listed)] if listed else {}
+
+
 def for_gpu(
     table: dict, keys: int, values: int, dtype: jax.typing.DTypeLike, capability: int
 ) -> GPU:
@@ -118,7 +124,7 @@ def for_gpu(
         return _override.get()
     if jnp.dtype(dtype) != jnp.bfloat16:
         return FLOAT32
-    rows = table[max(listed for listed in table if listed <= capability)]
+    rows = rows_for(table, capability)
     return rows[min(size for size in rows if size >= max(keys, values))]
 
 

@@ -25,6 +25,7 @@ def test_the_tables_hold_every_chip_size_and_kernel():
         for by in ("pallas", "triton")
         for name in ("forward", "state", "gradients")
         for keys, values, dtype in gates_gpu.SIZES
+        if max(keys, values) <= max(tiles.rows_for(tiles.PALLAS_GPU, device[1]))
     }
     assert set(GPU) == kernels
 
@@ -44,9 +45,9 @@ def test_tpu_kernels_take_few_cycles_spill_little_and_need_no_memory():
         ("triton", "forward", 190, 0),
         ("triton", "state", 165, 0),
         ("triton", "gradients", 430, 128),
-        ("pallas", "forward", 200, 64),
-        ("pallas", "state", 170, 0),
-        ("pallas", "gradients", 440, 128),
+        ("pallas", "forward", 190, 0),
+        ("pallas", "state", 165, 0),
+        ("pallas", "gradients", 430, 128),
     ],
 )
 def test_gpu_kernels_take_few_instructions_and_keep_to_registers(by, kernel, instructions, stack):
@@ -135,7 +136,7 @@ def test_an_overriding_choice_holds_inside_alone():
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 120])
-@pytest.mark.parametrize("sizes", [(16, 16), (64, 64), (64, 256), (128, 128)])
+@pytest.mark.parametrize("sizes", [(16, 16), (64, 64), (64, 128), (128, 128)])
 def test_every_newer_gpu_has_tiles(capability, sizes):
     for table in (tiles.PALLAS_GPU, tiles.TRITON):
         for dtype in ("float32", "bfloat16"):

@@ -13,6 +13,7 @@ from abstract_devices import MARKS
 from tolerances import SAME, assert_close
 
 import pallas_kernels
+from pallas_kernels import tiles
 from pallas_kernels.cases import Case, make_inputs
 from pallas_kernels.reference import NAMES
 
@@ -195,6 +196,16 @@ def test_a_kernel_by_name_says_which_sizes_it_takes(unchecked, implementation, c
     inputs, state = make_inputs(case)
     with pytest.raises(NotImplementedError, match=f"wkv7: {implementation!r} takes {sentence}"):
         pallas_kernels.wkv7(*inputs, state, implementation=implementation, interpret=True)
+
+
+def test_large_heads_are_refused_on_a_gpu_that_has_too_few_registers(unchecked, monkeypatch):
+    inputs, state = make_inputs(Case(1, 4, 1, 256, 64))
+    monkeypatch.setattr(tiles, "capability", lambda: 80)
+    with (
+        jax.sharding.use_abstract_mesh(abstract_devices.mesh("gpu")),
+        pytest.raises(NotImplementedError, match=r"up to 128 on this GPU; got \(256, 64\)"),
+    ):
+        pallas_kernels.wkv7(*inputs, state, implementation="pallas_gpu")
 
 
 def test_half_precision_is_refused_by_kernels(unchecked):
