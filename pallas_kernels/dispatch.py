@@ -55,6 +55,8 @@ def _unfit(name: str, inputs: Inputs, state: State) -> str | None:
         return f"head sizes that are powers of two from 16, with a product up to 128^2; got {sizes}"
     if _platform() == "cuda":
         largest = max(tiles.rows_for(_BY_NAME[name].table, tiles.capability()), default=0)
+        if not largest:
+            return "GPUs of compute capability 8.0 or newer"
         if max(sizes) > largest:
             return f"head sizes up to {largest} on this GPU; got {sizes}"
     return None

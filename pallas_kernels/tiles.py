@@ -71,11 +71,11 @@ PALLAS_GPU = {
 TRITON = {
     90: {
         64: GPU(32, Tile(4, 1, 64), Tile(4, 2, 64), Tile(4, 1, 64)),
-        256: GPU(16, Tile(4, 1, 32), Tile(4, 1, 32), Tile(8, 1, 256)),
+        256: GPU(16, Tile(8, 1, 128), Tile(8, 1, 128), Tile(8, 1, 256)),
     },
     80: {
         64: GPU(16, Tile(2, 1, 32), Tile(2, 1, 32), Tile(4, 1, 64)),
-        128: GPU(16, Tile(4, 1, 32), Tile(4, 1, 32), Tile(8, 1, 128)),
+        128: GPU(16, Tile(4, 1, 64), Tile(4, 1, 64), Tile(8, 1, 128)),
     },
 }
 # float32 products take no tensor cores: small tiles, whatever the device.
@@ -86,7 +86,6 @@ XLA = 16
 # Compute capability of devices that are not at hand, by a part of their kind's name.
 OF_KIND = {"A100": 80, "A800": 80, "A30": 80}
 
-
 _override = contextvars.ContextVar("override", default=None)
 
 
@@ -95,7 +94,7 @@ def capability() -> int:
     device = platforms.target()
     known = getattr(device, "compute_capability", None)
     if known is not None:
-        return int(float(known) * 10)
+        return round(float(known) * 10)
     kinds = (number for name, number in OF_KIND.items() if name in device.device_kind)
     return next(kinds, 90)
 

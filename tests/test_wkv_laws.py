@@ -14,15 +14,16 @@ import pallas_kernels
 from pallas_kernels.cases import MODES, Case, make_inputs
 
 NAMES = ("r", "log_w", "k", "v", "a", "b", "state")
-# Kernels, which run here in Pallas's interpreter.
-INTERPRETED = ("pallas_tpu", "pallas_gpu")
+# Kernels whose device is not here run in Pallas's interpreter. On a GPU or TPU, this file is run by
+# JAX_PLATFORMS=cuda (or tpu) python -m pytest -n 0 -m "slow or not slow" tests/test_wkv_laws.py
+HERE = pallas_kernels.available()
+INTERPRETED = {"pallas_tpu", "pallas_gpu"} - set(HERE)
 # Every implementation at each chunk that changes its arithmetic.
-KERNELS = [
-    pytest.param(*form, marks=pytest.mark.slow)
-    for form in (("pallas_tpu", 32), ("pallas_tpu", 64), ("pallas_gpu", 16), ("pallas_gpu", 32))
-]
+KERNELS = [("pallas_tpu", 32), ("pallas_tpu", 64), ("pallas_gpu", 16), ("pallas_gpu", 32)]
+KERNELS += [("triton", 16), ("triton", 32)] if "triton" in HERE else []
+KERNELS = [pytest.param(*form, marks=pytest.mark.slow) for form in KERNELS]
 FORMS = [("scan", 16), ("chunked", 16), ("chunked", 32), ("chunked", 64), *KERNELS]
-EACH = [("scan", 16), ("chunked", 16), KERNELS[0], KERNELS[2]]
+EACH = [("scan", 16), ("chunked", 16), *KERNELS[::2]]
 WIDE = Case(2, 67, 2, key_size=32, value_size=64)
 FLAT = Case(1, 67, 2, key_size=64, value_size=32)
 ODD = Case(1, 67, 3, key_size=24, value_size=40)
@@ -145,7 +146,7 @@ def test_without_a_name_the_definition_is_met_as_well():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", LARGE, ids=["128x64", "64x256", "256x256"])
 def test_equals_the_float64_definition_with_large_heads(implementation, chunk, case, mode):
-    if implementation == "pallas_gpu" and case.key_size * case.value_size > 2**14:
+    if implementation in ("pallas_gpu", "triton") and case.key_size * case.value_size > 2**14:
         pytest.skip("too large for a GPU's registers")
     if implementation in INTERPRETED and (mode != "fast" or chunk == 64):
         pytest.skip("one mode and chunk show it")
