@@ -4,6 +4,7 @@
 that it is not made for. `only` closes that gap: elsewhere its call becomes zeros that nobody reads.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import jax
@@ -45,6 +46,19 @@ def zeros(like: jax.ShapeDtypeStruct) -> Array:
     return jax.lax.pcast(found, axes, to="varying") if axes else found
 
 
+def _described(platform: str) -> contextlib.AbstractContextManager:
+    """Where a kernel is made for CUDA without any GPU, given or described: an H200.
+
+    Newer versions of Pallas ask for one at lowering, though hardly anything depends on it.
+    """
+    given = not jax.sharding.get_abstract_mesh().empty or target().platform == "gpu"
+    if given or platform != "cuda":
+        return contextlib.nullcontext()
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
 _only = Primitive("only")
 _only.multiple_results = True
 
@@ -59,7 +73,8 @@ def only(platform: str, function: Callable, *arguments):
         function: of pytrees of arrays; not differentiable.
         *arguments: its arguments.
     """
-    traced, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    with _described(platform):
+        traced, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
     leaves = jax.tree.leaves(arguments)
     found = _only.bind(*leaves, traced=traced, platform=platform)
     return jax.tree.unflatten(jax.tree.structure(shapes), found)
