@@ -8,6 +8,7 @@ stored in the tokens' dtype. And sums over tokens are products with matrices of 
 `forward` and `state_gradient` walk the chunks, one program for every head and block of value rows;
 `gradients` has one program for every chunk and head. bfloat16 tokens meet in bfloat16 products,
 float32 ones in IEEE products. Sizes of heads are powers of two from 16 up, and all chunks are full.
+Heads are the grid's first axis, the only one that may have more than 65,535 programs.
 """
 
 import os
@@ -113,9 +114,9 @@ def forward(
 ):  # fmt: skip
     """The end state for `BLOCK` value rows of one head; with `READ` y, with `SAVE` S^ of chunks."""
     DTYPE: tl.constexpr = v.dtype.element_ty
-    head = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0).to(tl.int64)
     time, key = tl.arange(0, CHUNK)[:, None], tl.arange(0, KEYS)[None, :]
-    value = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     by_key, by_value = time * heads * KEYS + key, time * heads * VALUES + value[None, :]
     entry = value[:, None] * KEYS + key
     first = head // heads * tokens * heads + head % heads
@@ -156,9 +157,9 @@ def state_gradient(
 ):  # fmt: skip
     """The start state's gradient for `BLOCK` value rows of one head; with `SAVE` G^ of chunks."""
     DTYPE: tl.constexpr = dy.dtype.element_ty
-    head = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0).to(tl.int64)
     time, key = tl.arange(0, CHUNK)[:, None], tl.arange(0, KEYS)[None, :]
-    value = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     by_key, by_value = time * heads * KEYS + key, time * heads * VALUES + value[None, :]
     entry = value[:, None] * KEYS + key
     first = head // heads * tokens * heads + head % heads
@@ -198,14 +199,14 @@ def gradients(
     The decay's gradient takes the factors as rounded for the products: see `chunk_math.gradients`.
     """
     DTYPE: tl.constexpr = v.dtype.element_ty
-    start, head = tl.program_id(0) * CHUNK, tl.program_id(1).to(tl.int64)
+    start, head = tl.program_id(1) * CHUNK, tl.program_id(0).to(tl.int64)
     time, key = tl.arange(0, CHUNK)[:, None], tl.arange(0, KEYS)[None, :]
     value = tl.arange(0, VALUES)[None, :]
     first = (head // heads * tokens + start) * heads + head % heads
     by_key = first * KEYS + time * heads * KEYS + key
     by_value = first * VALUES + time * heads * VALUES + value
     entry = tl.arange(0, VALUES)[:, None] * KEYS + key
-    entry += (head * tl.cdiv(tokens, CHUNK) + tl.program_id(0)) * VALUES * KEYS
+    entry += (head * tl.cdiv(tokens, CHUNK) + tl.program_id(1)) * VALUES * KEYS
     s, g = tl.load(starts + entry), tl.load(ends + entry)
     whole = tl.sum(s.to(tl.float32) * g.to(tl.float32), 0)
     before, upto, after = _decays(log_w, by_key, CHUNK, DTYPE)

@@ -101,7 +101,7 @@ def _walk(kernel: str, arrays: tuple, outputs: Callable, choice, tile: tiles.Til
     constants |= _constants(arrays, values, choice) | {"BLOCK": block}
 
     def run(*arrays):
-        grid = (values // block, arrays[0].shape[0] * arrays[0].shape[2])
+        grid = (arrays[0].shape[0] * arrays[0].shape[2], values // block)
         return launch(kernel, arrays, outputs(*arrays), grid, tile, **constants)
 
     return _batched(run)(*arrays)
@@ -140,7 +140,7 @@ def _gradients(inputs: Inputs, dy, starts, ends, choice: tiles.GPU, interpret):
     def run(*arrays):
         batch, tokens, heads, _ = arrays[0].shape
         outputs = [like(x.shape, x.dtype, x, arrays[6]) for x in arrays[:6]]
-        grid = (tokens // choice.chunk, batch * heads)
+        grid = (batch * heads, tokens // choice.chunk)
         return launch("gradients", arrays, outputs, grid, choice.gradients, **constants)
 
     return _batched(run)(*inputs, dy, starts, ends)
