@@ -6,10 +6,12 @@ states of the platform that the program is made for (`platforms.target`): on ano
 possible though unusual, its backward pass walks forward once more.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from . import chunked, gpu, platforms, scan, tiles, tpu, triton_op
 from .reference import Inputs, State
@@ -111,15 +113,33 @@ def _kernel(inputs: Inputs, state: State) -> str | None:
     return here
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["states"], meta_fields=["platform"]
+)
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What a backward pass needs of the states between.
+
+    Attributes:
+        states: as the implementation that kept them has them.
+        platform: that of the kernel, where None took one: the backward pass may be traced where
+            the target is another.
+    """
+
+    states: Array
+    platform: str | None = None
+
+
 def forward_saving(
     name: str | None, inputs: Inputs, state: State, *, chunk: int | None, interpret: bool
 ):
-    """y, the last state, and what `backward` needs of the states between."""
-    if name is not None:
-        return _BY_NAME[name].forward_saving(inputs, state, **_options(name, chunk, interpret))
-    platform = _kernel(inputs, state)
+    """y, the last state, and what is `Kept` for `backward`."""
+    platform = _kernel(inputs, state) if name is None else None
     if platform is None:
-        return chunked.forward_saving(inputs, state, chunk=chunk)
+        name = name or "chunked"
+        options = _options(name, chunk, interpret)
+        y, end, states = _BY_NAME[name].forward_saving(inputs, state, **options)
+        return y, end, Kept(states)
     run = functools.partial(_BY_NAME[_KERNELS[platform]].forward_saving, chunk=chunk)
 
     def elsewhere(inputs, state):
@@ -127,7 +147,8 @@ def forward_saving(
         return *chunked.forward(inputs, state, chunk=chunk), kept
 
     here = {platform: functools.partial(platforms.only, platform, run)}
-    return jax.lax.platform_dependent(inputs, state, **here, default=elsewhere)
+    y, end, states = jax.lax.platform_dependent(inputs, state, **here, default=elsewhere)
+    return y, end, Kept(states, platform)
 
 
 def backward(name: str | None, residuals, dy, dend, *, chunk: int | None, interpret: bool):
@@ -141,13 +162,12 @@ def backward(name: str | None, residuals, dy, dend, *, chunk: int | None, interp
         chunk: tokens of a chunk.
         interpret: run kernels in Pallas's interpreter.
     """
-    inputs, state, starts = residuals
-    if name is not None:
+    inputs, state, kept = residuals
+    starts, platform = kept.states, kept.platform
+    if platform is None:
+        name = name or "chunked"
         options = _options(name, chunk, interpret)
         return _BY_NAME[name].backward(inputs, starts, dy, dend, **options)
-    platform = _kernel(inputs, state)
-    if platform is None:
-        return chunked.backward(inputs, starts, dy, dend, chunk=chunk)
     run = functools.partial(_BY_NAME[_KERNELS[platform]].backward, chunk=chunk)
 
     def elsewhere(inputs, state, starts, dy, dend):

@@ -2,7 +2,7 @@
 
 The arithmetic is that of `chunk_math`. `forward_kernel` and `state_kernel` walk the chunks, with
 the state scaled once a chunk; `gradients_kernel` sees one chunk. Blocks of tokens are [1 T 1 N],
-those of states [1 1 Nv Nk], those of chunks' states [1 1 C Nv Nk], all of one head.
+those of states [1 1 Nv Nk], those of chunks' states [1 1 C Nk Nv], all of one head.
 """
 
 import math
@@ -57,7 +57,7 @@ def forward_kernel(r, log_w, k, v, a, b, start, end, *outputs, chunk: int, inter
         b: tokens.
         start: those channels' rows of the state.
         end: as start, written.
-        *outputs: y as v and S^ as chunks' states, both or none.
+        *outputs: nothing; or y, as v; or y and S^, as chunks' states.
         chunk: tokens of a chunk.
         interpret: whether Pallas's interpreter runs this.
     """

@@ -90,7 +90,7 @@ class Passes(NamedTuple):
         return split(jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))), segments)
 
     def _forward(self, inputs: Inputs, state: State, chunk, save: bool, interpret):
-        (batch, tokens, heads, values), dtype = inputs[3].shape, inputs[3].dtype
+        batch, tokens, heads, values = inputs[3].shape
         cut, choice, segments = self._plan(inputs, chunk)
         if segments > 1:
             wide = (*cut[:3], _widen(cut[3], state), *cut[4:])
@@ -99,7 +99,7 @@ class Passes(NamedTuple):
             state = _chain(found, state, reverse=False)
         end, y, *starts = self.forward_kernel(cut, state, choice, save, interpret)
         y = y.reshape(batch, -1, heads, values)[:, :tokens]
-        return y.astype(dtype), end[segments - 1 :: segments], *starts
+        return y, end[segments - 1 :: segments], *starts
 
     def forward(
         self, inputs: Inputs, state: State, *, chunk: int | None = None, interpret: bool = False

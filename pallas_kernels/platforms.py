@@ -39,10 +39,10 @@ def like(
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
 
 
-def zeros(like: jax.ShapeDtypeStruct) -> Array:
-    """An array of zeros that varies over the same mesh axes as `like`."""
-    axes = tuple(like.manual_axis_type.varying) if like.manual_axis_type else ()
-    found = jnp.zeros(like.shape, like.dtype)
+def zeros(kind: jax.ShapeDtypeStruct) -> Array:
+    """Zeros of this shape and dtype that vary over the same mesh axes."""
+    axes = tuple(kind.manual_axis_type.varying) if kind.manual_axis_type else ()
+    found = jnp.zeros(kind.shape, kind.dtype)
     return jax.lax.pcast(found, axes, to="varying") if axes else found
 
 

@@ -20,7 +20,7 @@ class Tile(NamedTuple):
     Attributes:
         warps: of 32 threads a program.
         stages: of the pipelined loads in its loop.
-        values: value rows of a program, at most.
+        values: value rows of a program at most; the gradients' kernel takes all of them.
     """
 
     warps: int

@@ -172,6 +172,16 @@ def test_a_program_for_an_accelerator_is_right_on_a_cpu_as_well(platform):
         assert_close(left, right, SAME["op"])
 
 
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_a_backward_pass_traced_elsewhere_fits_its_forward_pass(platform):
+    with jax.sharding.use_abstract_mesh(abstract_devices.mesh(platform)):
+        (y, end), pull = jax.vjp(op, INPUTS, STATE)
+    cotangents = (jnp.sin(y), jnp.cos(end))
+    expected = jax.vjp(op, INPUTS, STATE)[1](cotangents)
+    for left, right in zip(*map(jax.tree.leaves, (pull(cotangents), expected)), strict=True):
+        assert_close(left, right, SAME["op"])
+
+
 @pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu", "triton"])
 def test_a_kernel_by_name_says_where_it_runs(unchecked, implementation):
     platform = "tpu" if implementation == "pallas_tpu" else "cuda"
