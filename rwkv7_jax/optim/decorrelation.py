@@ -120,7 +120,8 @@ def decorrelate(
 
     def learn(statistics, count, covariance, whitener):
         new = jnp.broadcast_to(jnp.asarray(statistics, jnp.float32), covariance.shape)
-        good = finite(new) & (jnp.trace(new, axis1=-2, axis2=-1) > 0)
+        trace = jnp.trace(new, axis1=-2, axis2=-1)
+        good = finite(new) & (trace > 0) & (trace < jnp.inf)
         kept = jnp.asarray(average, jnp.float32)
         mean = jnp.where(per_matrix(count > 0), kept * covariance + (1 - kept) * new, new)
         covariance = jnp.where(per_matrix(good), mean, covariance)
@@ -251,8 +252,8 @@ def _learnt(learn, updates, stats, state: DecorrelationState) -> DecorrelationSt
 
 def _check_statistics(name: str, leaf, statistics, count) -> None:
     """Raise where they cannot be the covariances of this leaf's inputs."""
-    if not jnp.issubdtype(getattr(statistics, "dtype", None), jnp.floating):
-        kind = getattr(statistics, "dtype", type(statistics).__name__)
+    kind = getattr(statistics, "dtype", type(statistics))
+    if not jnp.issubdtype(kind, jnp.floating):
         raise TypeError(f"decorrelate: `stats`{name} must be a floating array; got {kind}.")
     if _is_masked(count):
         raise ValueError(

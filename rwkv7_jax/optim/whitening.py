@@ -26,13 +26,14 @@ def effective_rank(covariance: Covariance) -> Float[Array, "*heads"]:
     return jnp.where(squares == 0, 0.0, 1.0 / jnp.where(squares == 0, 1.0, squares))
 
 
+@functools.partial(jax.jit, static_argnames="normalise")
 def whitening(
     covariance: Covariance, damping: ArrayLike = 1e-3, *, normalise: bool = True
 ) -> Square:
     """R = (C M / tr C + damping I)^(-1/2), symmetric, float32: z = R x has a covariance near I.
 
-    Matrix products alone, in float32: R C R^T is I to 1e-2 at condition numbers of 1e5 (M up to 256),
-    to 1e-4 at 1e3.
+    Matrix products alone, in float32: R C R^T is I to 1e-2 at condition numbers of 1e5 (M up to
+    256), to 1e-4 at 1e3.
 
     Args:
         covariance: C = E[x x^T], symmetric, any floating dtype; used as float32.
