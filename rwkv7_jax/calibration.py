@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .optim.decorrelation import whitening
+from .optim.whitening import whitening
 from .state import KINDS, Features
 from .upscaling import directions, evaluate
 
