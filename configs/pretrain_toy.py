@@ -14,8 +14,10 @@ programs kept busy as well (2, 4 and 3 programs to a core); idle ones are faster
     small16     136 k     1600      370        .976     .953    1.000      .962
     large       375 k     1200      417        .932     .963     .998      .979
 
-Adam (kind "adamw", learning rate 2e-3) is slower: .914 .968 .915 .829 after 900 steps of `small`,
-where Muon has .965 .962 .984 .870.
+Muon is quick: 1000 steps of it reach what 1600 of Adam do (kind "adamw", rate 2e-3 falling in a
+line, 100 steps of warm-up: .965 .972 1.000 .893). Start states tune more easily on that model,
+though: of 128 facts, 150 steps of Adam at a constant rate store 77 and 79 % (rates 0.3 and 1),
+against 64 and 74 % on the one shipped; one seed.
 """
 
 from ml_collections import ConfigDict
