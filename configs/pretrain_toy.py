@@ -1,7 +1,23 @@
 """The toy base models that ship as assets/toy-*.pth: four tasks over 32 symbols, learnt together.
 
-python train.py --config=configs/pretrain_toy.py:small --workdir=runs/toy-small
-rwkv7 convert runs/toy-small/model.pth assets/toy-small.pth --dtype bfloat16
+    python train.py --config=configs/pretrain_toy.py:small --workdir=runs/toy-small
+    rwkv7 convert runs/toy-small/model.pth assets/toy-small.pth --dtype bfloat16
+
+A quarter of each batch looks up keys in context (dictionary), a quarter applies a random function
+(mapping), the rest calculates (modular) and copies, reverses or advances sequences, of which four
+in ten do not say which (sequence: hence its ceiling below 1). Accuracies on 256 held-out rows of
+the bfloat16 files, seed 0, and the seconds that train.py took on two CPU cores which other
+programs kept busy as well (2, 4 and 3 programs to a core); idle ones are faster.
+
+    size     parameters  steps  seconds  dictionary  mapping  modular  sequence
+    small       136 k     1600      173        .977     .957    1.000      .931
+    small16     136 k     1600      370        .976     .953    1.000      .962
+    large       375 k     1200      417        .932     .963     .998      .979
+
+Muon is quick: 1000 steps of it reach what 1600 of Adam do (kind "adamw", rate 2e-3 falling in a
+line, 100 steps of warm-up: .965 .972 1.000 .893). Start states tune more easily on that model,
+though: of 128 facts, 150 steps of Adam at a constant rate store 77 and 79 % (rates 0.3 and 1),
+against 64 and 74 % on the one shipped; one seed.
 """
 
 from ml_collections import ConfigDict

@@ -84,11 +84,13 @@ def identical(actual, expected):
     return all(jax.tree.leaves(same))
 
 
+ADAMW = optax.with_extra_args_support(optax.adamw(1e-2))
+
+
 # What an update is.
 
 
-@pytest.mark.parametrize("momentum", [None, 0.9])
-def test_steps_on_s_are_plain_sgd_steps_on_s_prime(momentum):
+def test_steps_on_s_are_plain_sgd_steps_on_s_prime(momentum=0.9):
     """In numpy: y = S' R x, squared error, S' = S R^-1 trained by SGD."""
     r, x, goal = skewed(0), noise(1, (*HEADS, M, 20)), noise(2, (*HEADS, N, 20))
     tx = decorrelate(optax.sgd(0.01, momentum))
@@ -106,14 +108,15 @@ def test_steps_on_s_are_plain_sgd_steps_on_s_prime(momentum):
     for _ in range(5):
         s, state = step(s, state)
         z = r @ x
-        trace = (prime @ z - goal) @ z.swapaxes(-1, -2) + (momentum or 0.0) * trace
+        trace = (prime @ z - goal) @ z.swapaxes(-1, -2) + momentum * trace
         prime = prime - 0.01 * trace
     assert_close(s, prime @ r, 1e-5)
     assert float(jnp.max(jnp.abs(s - start))) > 0.1
 
 
-@pytest.mark.parametrize("settings", [{"rate": 0.0}, {"iterations": 0}])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("settings", "dtype"), [({"rate": 0.0}, "float32"), ({"iterations": 0}, "bfloat16")]
+)
 def test_with_r_the_identity_it_is_the_inner_optimizer_bit_for_bit(settings, dtype):
     params = {"s": noise(0, LEAF, dtype), "b": noise(1, (5,), dtype)}
     grads = [jax.tree.map(lambda x, i=i: jnp.sin(x + i), params) for i in range(3)]
@@ -122,7 +125,7 @@ def test_with_r_the_identity_it_is_the_inner_optimizer_bit_for_bit(settings, dty
     expected, inner_state = run(
         optax.with_extra_args_support(inner), params, [(g, None) for g in grads]
     )
-    actual, state = run(decorrelate(inner, **settings), params, [(g, stats) for g in grads])
+    actual, state = run(decorrelate(ADAMW, **settings), params, [(g, stats) for g in grads])
     assert identical(actual, expected)
     assert identical(state.inner, inner_state)
 
@@ -180,7 +183,7 @@ def published(r, c, rate, kappa, *, columns=False):
     return r - rate * ((1 - kappa) * off @ r + kappa * (r * v if columns else np.diag(v) @ r))
 
 
-@pytest.mark.parametrize("kappa", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("kappa", [0.0, 0.3])
 def test_the_online_rule_is_the_published_one(kappa):
     start, c = skewed(0), jnp.asarray(normalised(covariance(1)), jnp.float32)
     plain = {"iterations": 1, "damping": 0, "average": 0, "clip": None, "normalise": False}
@@ -211,7 +214,7 @@ def test_one_step_of_the_online_rule_is_no_longer_than_the_clip():
     settings = {"iterations": 1, "normalise": False, "damping": 0.0}
     move = EYE - learn(100 * covariance(0), clip=0.5, **settings)
     assert_close(np.linalg.norm(move, axis=(-2, -1)), np.full(HEADS, 0.5), 1e-5)
-    short, free = (learn(1e-3 * covariance(0), clip=clip, **settings) for clip in (10.0, None))
+    short, free = (learn(1e-3 * covariance(0), clip=clip, **settings) for clip in (0.5, None))
     assert_close(short, free, FORMULA)
 
 
@@ -222,13 +225,12 @@ def test_the_online_rule_settles_where_outputs_are_decorrelated():
     assert np.max(np.abs(whitened(learn(c, count=2), target) - np.eye(M))) > 0.3
 
 
-def test_the_exact_rule_is_there_at_once_and_ignores_the_scale():
+@pytest.mark.parametrize("mode", ["exact", "whiten"])
+def test_the_closed_forms_are_there_at_once_and_ignore_the_scale(mode):
     c = covariance(0)
-    target = normalised(c) + 1e-3 * np.eye(M)
-    for scale in (1.0, 1e-6, 1e6):
-        for mode in ("exact", "whiten"):
-            r = learn(scale * c, mode=mode)
-            assert np.max(np.abs(whitened(r, target) - np.eye(M))) < 1e-4, (scale, mode)
+    scale = jnp.asarray([1e-12, 1e-6, 1.0, 10.0, 1e6, 1e12]).reshape(*HEADS, 1, 1)
+    error = whitened(learn(scale * c, mode=mode), normalised(c) + 1e-3 * np.eye(M)) - np.eye(M)
+    assert np.max(np.abs(error)) < 1e-4
 
 
 @pytest.mark.parametrize("mode", MODES)
