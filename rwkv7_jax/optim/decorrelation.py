@@ -75,12 +75,12 @@ def decorrelate(
     [..., N, M] (leading axes of size 1 are shared; any floating dtype), or None where there is
     nothing new. R moves first, then the gradient is turned by the new R. Without `stats` R stays,
     and goes on being used. Matrices whose statistics are not finite, or zero, keep C and R for that
-    update. Other extra arguments go to `inner`. R and C are float32; gradients and updates
-    keep their dtypes. With R = I the result is `inner`'s, bit for bit.
+    update. Other extra arguments go to `inner`. R and C are float32; gradients reach `inner`, and
+    its updates come out, in their own dtypes. With R = I the result is `inner`'s, bit for bit.
 
     Put weight decay behind this in a chain: `inner` sees gradients of S' but parameters S.
     Under `optax.MultiSteps` only the statistics of the last micro-batch count.
-    `optax.inject_hyperparams` takes a callable for a schedule unless `static_args` has "mask".
+    `optax.inject_hyperparams` takes a callable `mask` for a schedule unless `static_args` names it.
 
     Args:
         inner: the optimizer of S'.
@@ -103,8 +103,8 @@ def decorrelate(
             fit.
         TypeError: statistics that are no floating arrays.
 
-    Source: arXiv 2405.02385, section 2 (its "standard" rule is `iterations=1, damping=0, average=0,
-        clip=None, normalise=False`); arXiv 2504.05097. Average, damping, clip and scale are ours.
+    Source: arXiv 2405.02385 (its "standard" rule is `iterations=1, damping=0, average=0, clip=None,
+        normalise=False`); arXiv 2504.05097. Average, damping, clip and scale are ours.
     """
     _check_settings(mode, clip, rate, balance, iterations, damping, average, every)
     inner = optax.with_extra_args_support(inner)
@@ -225,7 +225,7 @@ def _turn(equation: str, tree, whitener):
         wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
         return jnp.einsum(equation, wide, matrix, precision="highest").astype(leaf.dtype)
 
-    return jax.tree.map(turn, tree, whitener, is_leaf=_is_masked)
+    return jax.tree.map(turn, tree, whitener)
 
 
 def _learnt(learn, updates, stats, state: DecorrelationState) -> DecorrelationState:
