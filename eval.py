@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import app, logging
 from ml_collections import config_flags
 
-from rwkv7_jax import jobs, pictures
+from rwkv7_jax import job, job_data, pictures
 from rwkv7_jax.evaluation import Score, score, state_after
 from rwkv7_jax.settings import Settings, read_settings
 from rwkv7_jax.state import RWKV7State, init_state
@@ -33,7 +33,7 @@ def starts(settings: Settings, model, params, tokenizer: Tokenizer) -> dict[str,
     if settings.state:
         rows["tuned state"] = load_state(settings.state, config=model.config)
     if settings.evaluation.prompt_tokens:
-        stream = jobs.training_stream(settings, tokenizer)
+        stream = job_data.training_stream(settings, tokenizer)
         for size in settings.evaluation.prompt_tokens:
             prompt = stream if size < 0 else stream[-size:]
             print(f"reading a prompt of {len(prompt):,} tokens", flush=True)
@@ -56,13 +56,13 @@ def table(title: str, scores: dict[str, Score]) -> str:
 
 def evaluate(settings: Settings) -> None:
     """Measure every row on every text; print, and write to config.workdir where it is given."""
-    model, params = jobs.load(settings)
+    model, params = job.load(settings)
     tokenizer = Tokenizer.for_vocabulary(model.config.vocab_size)
     rows = starts(settings, model, params, tokenizer)
-    texts = {"new text": jobs.held_out(settings, tokenizer)}
+    texts = {"new text": job_data.held_out(settings, tokenizer)}
     if settings.evaluation.retention:
         path = settings.evaluation.retention
-        texts["own text"] = jobs.held_out(settings, tokenizer, path=path)
+        texts["own text"] = job_data.held_out(settings, tokenizer, path=path)
     report = {}
     for title, text in texts.items():
         scores = {

@@ -14,9 +14,10 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rwkv7_jax import jobs, pictures
+from rwkv7_jax import job_data, jobs, pictures
 from rwkv7_jax.evaluation import state_after
 from rwkv7_jax.generate import generate
+from rwkv7_jax.job import Job
 from rwkv7_jax.optim.build import build_optimizer, groups, schedule
 from rwkv7_jax.progress import ProgressBar
 from rwkv7_jax.run_folder import RunFolder
@@ -28,7 +29,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", lock_config=False, accept_ne
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; it is made or continued.")
 
 
-def describe(settings: Settings, job: jobs.Job, stream, start_step: int) -> None:
+def describe(settings: Settings, job: Job, stream, start_step: int) -> None:
     """Print what is about to happen."""
     weights = sum(leaf.size for leaf in jax.tree.leaves(job.weights(job.trainables)))
     data = settings.data
@@ -46,7 +47,7 @@ def describe(settings: Settings, job: jobs.Job, stream, start_step: int) -> None
 
 
 def evaluate(
-    settings: Settings, job: jobs.Job, train: TrainState, measures: dict[str, jobs.Measure]
+    settings: Settings, job: Job, train: TrainState, measures: dict[str, jobs.Measure]
 ) -> dict[str, float]:
     """Every measure on held-out data, and sample text on the terminal."""
     weights, start = job.weights(train.params), job.start(train.params)
@@ -69,7 +70,7 @@ def evaluate(
     return numbers
 
 
-def draw(folder: RunFolder, job: jobs.Job, train: TrainState, settings: Settings, stream) -> None:
+def draw(folder: RunFolder, job: Job, train: TrainState, settings: Settings, stream) -> None:
     """The run's pictures."""
     if not pictures.available():
         print("no pictures: matplotlib is missing (pip install 'rwkv7_jax[plot]')")
@@ -98,24 +99,26 @@ def train(settings: Settings, workdir: str) -> None:
         warmup_steps=optimizer.warmup_steps,
         total_steps=settings.steps,
     )
-    tx = build_optimizer(
-        rate,
-        kind=optimizer.kind,
-        weight_decay=optimizer.weight_decay,
-        clip=optimizer.clip,
-        b1=optimizer.b1,
-        b2=optimizer.b2,
-        eps=optimizer.eps,
+    tx = job.optimizer(
+        build_optimizer(
+            rate,
+            kind=optimizer.kind,
+            weight_decay=optimizer.weight_decay,
+            clip=optimizer.clip,
+            b1=optimizer.b1,
+            b2=optimizer.b2,
+            eps=optimizer.eps,
+        )
     )
-    stream = jobs.training_stream(settings, tokenizer)
+    stream = job_data.training_stream(settings, tokenizer)
     measures = jobs.measures(settings, job)
 
     folder = RunFolder(workdir, settings)
     state = folder.restore(TrainState.create(job.trainables, tx))
     start_step = int(state.step)
     describe(settings, job, stream, start_step)
-    batches = jobs.batches(settings, stream, tokenizer, start_step=start_step)
-    step = make_train_step(job.loss, tx, accumulate=optimizer.accumulate)
+    batches = job_data.batches(settings, stream, tokenizer, start_step=start_step)
+    step = make_train_step(job.loss, tx, statistics=job.statistics, accumulate=optimizer.accumulate)
     if start_step == 0:
         folder.log(0, evaluate(settings, job, state, measures))
 
@@ -126,7 +129,8 @@ def train(settings: Settings, workdir: str) -> None:
         time.monotonic(),
     )
     for number in range(start_step + 1, settings.steps + 1):
-        state, metrics = step(state, next(batches))
+        batch = job.batch(state.params, number - 1) if job.batch else next(batches)
+        state, metrics = step(state, batch)
         last = number == settings.steps
         if number % settings.log_every == 0 or last:
             numbers = {name: float(value) for name, value in metrics.items()}

@@ -75,7 +75,8 @@ def calibrate(
         kind: of `KINDS`.
         landmarks: "random" takes read vectors, "kmeans" their centres.
         widths: factors on 1 / the median squared distance, dealt out in turn.
-        prepare: "none", "centre" or "whiten" (also makes the features' covariance the unit matrix).
+        prepare: "none", "centre" (and scaled to a mean variance of 1) or "whiten" (to the unit
+            matrix as covariance).
         damping: added to the covariance, as a share of its mean eigenvalue.
         seed: of the choice.
 
@@ -125,8 +126,8 @@ def _prepared(features: Features, reads: np.ndarray, prepare: str, damping: floa
         moments(jax.tree.map(lambda leaf, i=i: leaf[i], features), x) for i, x in enumerate(reads)
     ]
     mean, products = map(jnp.stack, zip(*layers, strict=True))
-    if prepare == "centre":
-        return features.replace(mean=mean)
     scale = jnp.trace(products, axis1=-2, axis2=-1)[..., None, None] / mean.shape[-1]
     scale = jnp.maximum(scale, 1e-20)
-    return features.replace(mean=mean, map=whitening(products / scale, damping) / jnp.sqrt(scale))
+    unit = jnp.broadcast_to(jnp.eye(mean.shape[-1]), products.shape)
+    turn = whitening(products, damping) if prepare == "whiten" else unit
+    return features.replace(mean=mean, map=turn / jnp.sqrt(scale))

@@ -8,97 +8,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from .config import RWKV7Config
+from .setting_groups import (
+    Data,
+    Decorrelation,
+    Evaluation,
+    Observing,
+    Optimizer,
+    Sample,
+    StateTuning,
+    TestTime,
+    Upscaling,
+)
 
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """What is read.
-
-    Attributes:
-        path: a .jsonl, text or .bin file, a folder of text files, or a built-in corpus, several
-            with commas; or a synthetic task such as "task:copy" (see `tasks`).
-        held_out: share of the documents kept for evaluation, chosen by a hash of their bytes.
-        batch_size: rows of a batch.
-        length: tokens of a row.
-        on_bad: "error" or "skip", for lines of a .jsonl file that cannot be read.
-        evaluation: what evaluation reads instead of the held-out part of `path`; all of it.
-    """
-
-    path: str = ""
-    held_out: float = 0.05
-    batch_size: int = 8
-    length: int = 512
-    on_bad: str = "error"
-    evaluation: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Optimizer:
-    """How trainables move; see `optim.build`."""
-
-    kind: str = "adamw"
-    learning_rate: float = 6e-4
-    final_learning_rate: float = 6e-5
-    schedule: str = "cosine"
-    warmup_steps: int = 10
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
-    b1: float = 0.9
-    b2: float = 0.99
-    eps: float = 1e-18
-    l2wrap: float = 0.0
-    accumulate: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class StateTuning:
-    """What mode "state" adds.
-
-    Attributes:
-        leaves: "wkv", or "all" to tune the token-shift states as well.
-        anchor: weight of KL(base || tuned) on the unlabelled text of `anchor_path`; 0 switches it
-            off.
-        anchor_path: general text, or a task, on which the tuned model shall stay the base model.
-        alpha: factor on the saved state; below 1 it keeps most of the target and forgets less.
-        warn_above: largest entry of the state that passes without a warning.
-    """
-
-    leaves: str = "wkv"
-    anchor: float = 0.0
-    anchor_path: str = ""
-    alpha: float = 1.0
-    warn_above: float = 50.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """What is measured, on held-out text.
-
-    Attributes:
-        every: steps between two evaluations; 0 for one at the end alone.
-        windows: pieces of text.
-        length: tokens of a piece.
-        prompt_tokens: text of the training part that the base model reads as a prompt, for
-            comparison; -1 is all of it.
-        retention: other text, to see what tuning costs there; or tasks such as
-            "task:dictionary,task:mapping".
-    """
-
-    every: int = 0
-    windows: int = 32
-    length: int = 512
-    prompt_tokens: tuple[int, ...] = ()
-    retention: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """Text written at every evaluation; no prompts, no text."""
-
-    prompts: tuple[str, ...] = ()
-    tokens: int = 120
-    temperature: float = 0.8
-    top_p: float = 0.9
+_CHOICES = (
+    ("tuning", "leaves", ("wkv", "all")),
+    ("tuning", "decorrelate", ("none", "dbp", "whiten")),
+    ("test_time", "method", ("grpo", "distil", "expert", "context")),
+    ("test_time", "keep", ("verified", "majority", "all")),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +33,7 @@ class Settings:
     """One run, whole.
 
     Attributes:
-        mode: "pretrain" or "state".
+        mode: "pretrain", "state", "upscaled_state", "observer" or "test_time".
         init: checkpoint to start from; empty for a new model of `model`'s sizes.
         state: tuned start state, for eval.py.
         model: fields of `RWKV7Config` for a new model, or changes (dtype, remat, implementation) to
@@ -117,7 +44,8 @@ class Settings:
         save_every: steps between two checkpoints; 0 for one at the end alone.
         keep: newest checkpoints kept.
         workdir: eval.py's folder for its report; train.py has it as a flag.
-        data, optimizer, tuning, evaluation, sample: see there.
+        data, optimizer, tuning, upscaling, decorrelation, observer, test_time, evaluation, sample:
+            see there.
     """
 
     mode: str = "pretrain"
@@ -130,11 +58,15 @@ class Settings:
     save_every: int = 0
     keep: int = 2
     workdir: str = ""
-    data: Data = Data()
-    optimizer: Optimizer = Optimizer()
-    tuning: StateTuning = StateTuning()
-    evaluation: Evaluation = Evaluation()
-    sample: Sample = Sample()
+    data: Data = dataclasses.field(default_factory=Data)
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    tuning: StateTuning = dataclasses.field(default_factory=StateTuning)
+    upscaling: Upscaling = dataclasses.field(default_factory=Upscaling)
+    decorrelation: Decorrelation = dataclasses.field(default_factory=Decorrelation)
+    observer: Observing = dataclasses.field(default_factory=Observing)
+    test_time: TestTime = dataclasses.field(default_factory=TestTime)
+    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+    sample: Sample = dataclasses.field(default_factory=Sample)
 
     def __post_init__(self):
         """Check what the types cannot say."""
@@ -145,10 +77,11 @@ class Settings:
         for name in ("steps", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`config.{name}` must be at least 1; got {getattr(self, name)}.")
-        if self.tuning.leaves not in ("wkv", "all"):
-            raise ValueError(
-                f"`config.tuning.leaves` must be wkv or all; got {self.tuning.leaves!r}."
-            )
+        for group, name, known in _CHOICES:
+            value = getattr(getattr(self, group), name)
+            if value not in known:
+                known = f"{', '.join(known[:-1])} or {known[-1]}"
+                raise ValueError(f"`config.{group}.{name}` must be {known}; got {value!r}.")
         rows, pieces = self.data.batch_size, self.optimizer.accumulate
         if rows < 1 or pieces < 1 or rows % pieces:
             raise ValueError(

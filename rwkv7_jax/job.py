@@ -1,0 +1,82 @@
+"""What a run trains, and how it gets at the model it trains or tunes. Level 7.
+
+A mode of train.py is a tree of trainables and a loss over them; the loop there knows neither.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from optax import GradientTransformation
+
+from .checkpoint import load_model
+from .config import RWKV7Config
+from .loss import Batch, Loss
+from .model import RWKV7
+from .settings import Settings
+from .shapes import Params
+from .state import RWKV7State, init_state
+from .tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run's work.
+
+    Attributes:
+        model: the shell.
+        tokenizer: of the model's vocabulary.
+        trainables: what is trained, as it starts.
+        trained: how many numbers of it move.
+        loss: of trainables and a batch.
+        weights: the model's weights, from trainables.
+        start: the start state (batch 1), from trainables.
+        save: writes the result into a folder and gives the file's path.
+        optimizer: what the run's optimizer is wrapped in.
+        statistics: of trainables and a batch, for that optimizer; None where it needs none.
+        batch: the batch of a step, counted from 0, where it depends on the trainables; None where
+            batches come from the data alone.
+    """
+
+    model: RWKV7
+    tokenizer: Tokenizer
+    trainables: Any
+    trained: int
+    loss: Loss
+    weights: Callable[[Any], Params]
+    start: Callable[[Any], RWKV7State]
+    save: Callable[[Path, Any], Path]
+    optimizer: Callable[[GradientTransformation], GradientTransformation] = lambda tx: tx
+    statistics: Callable[[Any, Batch], Any] | None = None
+    batch: Callable[[Any, int], Batch] | None = None
+
+
+def count(tree: Any) -> int:
+    """Numbers in a tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def load(settings: Settings) -> tuple[RWKV7, Params]:
+    """The model of `config.init`, changed as `config.model` says, or a new one of those sizes.
+
+    Raises:
+        ValueError: neither is given, or a change that the checkpoint's sizes do not allow.
+    """
+    if settings.init:
+        params, config = load_model(settings.init)
+        fixed = [k for k in settings.model if k not in ("dtype", "remat", "implementation")]
+        if fixed:
+            raise ValueError(
+                f"`config.model.{fixed[0]}` is fixed by the checkpoint {settings.init}; "
+                "only dtype, remat and implementation may be changed."
+            )
+        return RWKV7(dataclasses.replace(config, **settings.model)), params
+    if not settings.model:
+        raise ValueError("`config.init` must name a checkpoint, or `config.model` the new sizes.")
+    model = RWKV7(RWKV7Config(**settings.model))
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    init = jax.jit(lambda key: model.init(key, tokens, init_state(model.config)))
+    return model, init(jax.random.key(settings.seed))["params"]

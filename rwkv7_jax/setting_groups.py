@@ -1,0 +1,204 @@
+"""The groups of settings of a run, each a frozen dataclass with its defaults. Level 1."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What is read.
+
+    Attributes:
+        path: a .jsonl, text or .bin file, a folder of text files, or a built-in corpus, several
+            with commas; or a synthetic task such as "task:copy" (see `tasks`).
+        held_out: share of the documents kept for evaluation, chosen by a hash of their bytes.
+        batch_size: rows of a batch.
+        length: tokens of a row.
+        on_bad: "error" or "skip", for lines of a .jsonl file that cannot be read.
+        evaluation: what evaluation reads instead of the held-out part of `path`; all of it.
+    """
+
+    path: str = ""
+    held_out: float = 0.05
+    batch_size: int = 8
+    length: int = 512
+    on_bad: str = "error"
+    evaluation: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """How trainables move; see `optim.build`."""
+
+    kind: str = "adamw"
+    learning_rate: float = 6e-4
+    final_learning_rate: float = 6e-5
+    schedule: str = "cosine"
+    warmup_steps: int = 10
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    b1: float = 0.9
+    b2: float = 0.99
+    eps: float = 1e-18
+    l2wrap: float = 0.0
+    accumulate: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class StateTuning:
+    """What the modes that tune a state add.
+
+    Attributes:
+        leaves: "wkv", or "all" to tune the token-shift states as well; an upscaled state tunes its
+            memory in their place.
+        decorrelate: "none", "dbp" (decorrelated backpropagation, learnt while tuning) or "whiten"
+            (once: of features on the calibration text, of a start state at the first step).
+        anchor: weight of KL(base || tuned) on the unlabelled text of `anchor_path`; 0 switches it
+            off.
+        anchor_path: general text, or a task, on which the tuned model shall stay the base model.
+        alpha: factor on the saved state; below 1 it keeps most of the target and forgets less.
+        warn_above: largest entry of the state that passes without a warning.
+    """
+
+    leaves: str = "wkv"
+    decorrelate: str = "none"
+    anchor: float = 0.0
+    anchor_path: str = ""
+    alpha: float = 1.0
+    warn_above: float = 50.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Upscaling:
+    """What mode "upscaled_state" adds; see `state_tuning.upscale`.
+
+    Attributes:
+        size: features of a head (M); 0 takes four times the head size.
+        dynamics: "static", "decay", "delta"; "replace" and "replace_raw" are the paper's form.
+        kind: "" (Gaussian), "gaussian", "fourier" or "gaussian_raw".
+        landmarks: "random" or "kmeans".
+        widths: factors on 1 / the median squared distance; empty takes 1, 4 and 16 where features
+            are whitened and 1 elsewhere.
+        prepare: "", "none", "centre" or "whiten"; "" follows `tuning.decorrelate`.
+        rows: rows of the training text that features are calibrated on.
+    """
+
+    size: int = 0
+    dynamics: str = "static"
+    kind: str = ""
+    landmarks: str = "random"
+    widths: tuple[float, ...] = ()
+    prepare: str = ""
+    rows: int = 48
+
+
+@dataclasses.dataclass(frozen=True)
+class Decorrelation:
+    """Numbers of `tuning.decorrelate = "dbp"`; see `optim.decorrelation.decorrelate`.
+
+    Attributes:
+        rate: step of the online rule.
+        balance: between decorrelation (0) and unit variances (1).
+        iterations: steps of the rule per update.
+        damping: added to the covariance, in units of its mean eigenvalue.
+        average: share of the old covariance in its running average.
+        rows: rows of a batch that statistics are taken from.
+    """
+
+    rate: float = 0.2
+    balance: float = 0.5
+    iterations: int = 3
+    damping: float = 1e-3
+    average: float = 0.9
+    rows: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Observing:
+    """What mode "observer" adds; `init` is the teacher.
+
+    Attributes:
+        model: sizes of the observer, fields of `RWKV7Config`; its vocabulary is the teacher's.
+        variance: weight of the states' variance that a proposal leaves unexplained.
+        divergence: weight of KL(teacher || observer) on the prompt.
+        answers: weight of the frozen teacher's loss behind the proposal.
+        least, most: prompts end at positions drawn from this range; 0 for `most` is the row's end.
+    """
+
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    variance: float = 1.0
+    divergence: float = 0.5
+    answers: float = 1.0
+    least: int = 1
+    most: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TestTime:
+    """What mode "test_time" adds.
+
+    Attributes:
+        method: "grpo" (rewards alone), "distil" (a guide's traces), "expert" (the model's own
+            verified answers) or "context" (a long prompt becomes a state).
+        guide: checkpoint of the larger model that writes traces.
+        context: file of the prompt that "context" distils.
+        verifier: "exact", which compares with the known answer, or "module:function", called with
+            the ids of prompt and completion and giving a reward.
+        keep: "verified" traces, the "majority" answer's, or "all".
+        substitute: (what, with what) in the guide's prompts, so that it sees more than the model.
+        hint: text before the guide's prompts.
+        prompts: prompts a step.
+        group: completions of each.
+        tokens: of a completion at most.
+        temperature: of sampling.
+        kl: weight of KL(tuned || base) on what was drawn.
+        traces: prompts that the guide answers in all.
+        stop_reward: held-out reward that is enough.
+    """
+
+    method: str = "grpo"
+    guide: str = ""
+    context: str = ""
+    verifier: str = "exact"
+    keep: str = "verified"
+    substitute: tuple[str, ...] = ()
+    hint: str = ""
+    prompts: int = 8
+    group: int = 8
+    tokens: int = 64
+    temperature: float = 1.0
+    kl: float = 0.0
+    traces: int = 256
+    stop_reward: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What is measured, on held-out text.
+
+    Attributes:
+        every: steps between two evaluations; 0 for one at the end alone.
+        windows: pieces of text.
+        length: tokens of a piece.
+        prompt_tokens: text of the training part that the base model reads as a prompt, for
+            comparison; -1 is all of it.
+        retention: other text, to see what tuning costs there; or tasks such as
+            "task:dictionary,task:mapping".
+    """
+
+    every: int = 0
+    windows: int = 32
+    length: int = 512
+    prompt_tokens: tuple[int, ...] = ()
+    retention: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Text written at every evaluation; no prompts, no text."""
+
+    prompts: tuple[str, ...] = ()
+    tokens: int = 120
+    temperature: float = 0.8
+    top_p: float = 0.9
