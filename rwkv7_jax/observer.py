@@ -58,7 +58,7 @@ class Observer:
         own, other = self.model.config.vocab_size, self.teacher.vocab_size
         if own != other:
             raise ValueError(
-                f"Observer: `model` must have the teacher's {other} tokens of vocabulary; got {own}."
+                f"Observer: `model` must have the teacher's vocab_size {other}; got {own}."
             )
 
     @property

@@ -123,6 +123,9 @@ def load_observer(
     model, _ = load_model(folder / MODEL)
     if model_hash(model, observer.model.config) != card["model_hash"]:
         raise ValueError(f"load_observer: `{folder}` has {MODEL} of another {MAPS}.")
+    # Official files have a value residual in block 0 too, which no model reads.
+    for name in ("v0", "v1", "v2"):
+        model["layer_0"]["att"].pop(name, None)
     params = {"model": model}
     for name, tensor in read_safetensors(folder / MAPS).items():
         array = tensor.read()
