@@ -30,10 +30,11 @@ from rwkv7_jax.state import init_state, repeat, select, stack
 from rwkv7_jax.tensor_files import write_safetensors
 from rwkv7_jax.training import TrainState, make_train_step
 
-RANKS = {"decay_rank": 4, "icl_rank": 4, "value_rank": 3, "gate_rank": 5}
+# The scan compiles fastest; that all implementations agree is test_wkv_laws.py's business.
+REST = {"decay_rank": 4, "icl_rank": 4, "value_rank": 3, "gate_rank": 5, "implementation": "scan"}
 # 2 layers of 2 heads of 16 are proposed from 1 layer of 3 heads of 8.
-TEACHER = RWKV7Config(vocab_size=23, num_layers=2, width=32, head_size=16, **RANKS)
-SMALL = RWKV7Config(vocab_size=23, num_layers=1, width=24, head_size=8, **RANKS)
+TEACHER = RWKV7Config(vocab_size=23, num_layers=2, width=32, head_size=16, **REST)
+SMALL = RWKV7Config(vocab_size=23, num_layers=1, width=24, head_size=8, **REST)
 # Prompts and what is behind them have 4 and 9 inputs: two lengths for the plain model to compile.
 ROWS, LENGTH = 4, 13
 SPLITS = (4, 9, 9, 4)
@@ -363,7 +364,9 @@ def test_an_observer_survives_its_folder_bit_for_bit(made, teacher, tmp_path):
     info = {"base_model": model_hash(teacher[1], TEACHER), "variance": [[0.1, 0.2], [0.3, 0.4]]}
     save_observer(tmp_path / "a" / "b", observer, params, info=info)
     found, loaded = load_observer(tmp_path / "a" / "b", TEACHER, base_model=info["base_model"])
-    assert found == observer
+    # Which implementation runs is the machine's choice, and not in the file.
+    small = dataclasses.replace(SMALL, implementation=None)
+    assert found == dataclasses.replace(observer, model=RWKV7(small))
     assert observer_info(tmp_path / "a" / "b") == info
     assert jax.tree.structure(loaded) == jax.tree.structure(params)
     for one, two in zip(jax.tree.leaves(loaded), jax.tree.leaves(params), strict=True):
