@@ -79,13 +79,27 @@ def cross_entropy(
 
 
 def divergence(
-    x: Activations, base: Activations, head: Float[Array, "V D"], *, chunk: int = CHUNK
+    x: Activations,
+    base: Float[Array, "B T E"],
+    head: Float[Array, "V D"],
+    *,
+    base_head: Float[Array, "V E"] | None = None,
+    chunk: int = CHUNK,
 ) -> PerToken:
-    """KL(base || tuned) in nats at every position, both read out through the same head."""
+    """KL(base || tuned) in nats at every position.
+
+    Args:
+        x: normed activations of the tuned model, from its `hidden`.
+        base: those of the base model.
+        head: the tuned model's output projection.
+        base_head: the base model's, if it has another.
+        chunk: as in `cross_entropy`.
+    """
+    base_head = head if base_head is None else base_head
 
     def per_token(x, base):
         tuned = jax.nn.log_softmax(head_logits(x, head))
-        reference = jax.nn.log_softmax(head_logits(base, head))
+        reference = jax.nn.log_softmax(head_logits(base, base_head))
         return jnp.sum(jnp.exp(reference) * (reference - tuned), axis=-1)
 
     return by_chunks(per_token, x, base, chunk=chunk)

@@ -73,6 +73,20 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return {name: tensor(name) for name in file.keys()}
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The words beside the tensors of a .safetensors file.
+
+    Raises:
+        ValueError: no safetensors file; the sentence has the path.
+    """
+    import safetensors
+
+    try:
+        return dict(safetensors.safe_open(path, framework="numpy").metadata() or {})
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"checkpoint: `{path}` is no safetensors file: {error}.") from None
+
+
 def read_named(path: Path) -> dict[str, Tensor]:
     """The tensors of a .pth, .safetensors or .st file by the names in it; wrappers are taken off.
 
