@@ -73,7 +73,7 @@ def _imitation(
     x: Activations,
     head: Float[Array, "V D"],
     targets: Tokens,
-    guide: Activations,
+    guide: Float[Array, "B T E"],
     guide_head: Float[Array, "V E"],
 ) -> tuple[PerToken, PerToken]:
     """At every position the cross entropy and KL(guide || student), from one set of logits."""

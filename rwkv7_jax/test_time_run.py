@@ -17,7 +17,7 @@ from .model import RWKV7
 from .state import RWKV7State, check_state, init_state
 from .traces import Budget, Trace, inputs_of
 
-Entry = dict[str, float]
+Entry = dict[str, float | int]
 OnStep = Callable[[Entry, RWKV7State], Any]
 
 
@@ -98,7 +98,7 @@ class Goal:
         """
         if self._look is None:
             recent = [past["reward"] for past in run.history[-self._every :]]
-            return last or (len(recent) == self._every and np.mean(recent) >= self._reward)
+            return last or (len(recent) == self._every and float(np.mean(recent)) >= self._reward)
         if last or entry["step"] % self._every == 0:
             entry["held_out"], cost = self._look()
             run.budget += cost

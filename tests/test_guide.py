@@ -3,8 +3,10 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
-from tiny_models import lively, random_state
+from checkpoints import random_params
+from tiny_models import random_state
 
 from rwkv7_jax.config import RWKV7Config
 from rwkv7_jax.generate import generate
@@ -23,7 +25,7 @@ KEY = jax.random.key(4)
 
 @pytest.fixture(scope="module")
 def params():
-    return lively(CONFIG)
+    return random_params(CONFIG, dtype=jnp.float32, scale=0.3)
 
 
 def run(params, prompts=PROMPTS, **choices):
