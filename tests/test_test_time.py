@@ -212,7 +212,7 @@ def test_an_anchor_keeps_the_state_near_the_base_and_is_counted(params):
         updated = [entry for entry in out.history if entry["updated"]]
         drift.append(updated[-1]["anchor_nats"])
         assert updated[-1]["kl_nats"] > 0
-        assert out.budget.gradient_tokens == len(updated) * (40 + 4 * 16)
+        assert out.budget.gradient_tokens == len(updated) * (44 + 4 * 16)
     assert drift[1] < 0.5 * drift[0]
 
 
