@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from rwkv7_jax import jobs, pictures
-from rwkv7_jax.evaluation import score, state_after
+from rwkv7_jax.evaluation import state_after
 from rwkv7_jax.generate import generate
 from rwkv7_jax.optim.build import build_optimizer, groups, schedule
 from rwkv7_jax.progress import ProgressBar
@@ -45,13 +45,12 @@ def describe(settings: Settings, job: jobs.Job, stream, start_step: int) -> None
     )
 
 
-def evaluate(settings: Settings, job: jobs.Job, train: TrainState, texts: dict) -> dict[str, float]:
-    """Held-out bits per byte on every text, and sample text on the terminal."""
+def evaluate(
+    settings: Settings, job: jobs.Job, train: TrainState, measures: dict[str, jobs.Measure]
+) -> dict[str, float]:
+    """Every measure on held-out data, and sample text on the terminal."""
     weights, start = job.weights(train.params), job.start(train.params)
-    numbers = {
-        f"{name}_bits_per_byte": score(job.model, weights, start, text, job.tokenizer).bits_per_byte
-        for name, text in texts.items()
-    }
+    numbers = {name: measure(weights, start) for name, measure in measures.items()}
     line = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items())
     print(f"step {int(train.step)}  {line}")
     sample = settings.sample
@@ -109,9 +108,7 @@ def train(settings: Settings, workdir: str) -> None:
         eps=optimizer.eps,
     )
     stream = jobs.training_stream(settings, tokenizer)
-    texts = {"held_out": jobs.held_out(settings, tokenizer)}
-    if settings.evaluation.retention:
-        texts["retention"] = jobs.held_out(settings, tokenizer, path=settings.evaluation.retention)
+    measures = jobs.measures(settings, job)
 
     folder = RunFolder(workdir, settings)
     state = folder.restore(TrainState.create(job.trainables, tx))
@@ -120,7 +117,7 @@ def train(settings: Settings, workdir: str) -> None:
     batches = jobs.batches(settings, stream, tokenizer, start_step=start_step)
     step = make_train_step(job.loss, tx, accumulate=optimizer.accumulate)
     if start_step == 0:
-        folder.log(0, evaluate(settings, job, state, texts))
+        folder.log(0, evaluate(settings, job, state, measures))
 
     bar = ProgressBar(settings.steps - start_step, settings.mode)
     per_step, warned, since = (
@@ -145,13 +142,13 @@ def train(settings: Settings, workdir: str) -> None:
                     "learning rate, set config.tuning.alpha below 1 or add an anchor."
                 )
         if settings.evaluation.every and number % settings.evaluation.every == 0 and not last:
-            folder.log(number, evaluate(settings, job, state, texts))
+            folder.log(number, evaluate(settings, job, state, measures))
         if settings.save_every and number % settings.save_every == 0 and not last:
             folder.save(state)
     bar.close()
 
     if start_step < settings.steps:
-        folder.log(settings.steps, evaluate(settings, job, state, texts))
+        folder.log(settings.steps, evaluate(settings, job, state, measures))
         folder.save(state)
     if int(state.skipped):
         print(f"warning: {int(state.skipped)} updates were skipped: loss or gradient not finite")

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from . import sampling
 from .shapes import Lengths, Params, Tokens
-from .state import RWKV7State
+from .state import RWKV7State, choose
 
 RUNNING, STOPPED, BROKEN = 0, 1, 2
 
@@ -81,12 +81,8 @@ def stop_rows(
     run: Run, rows: Bool[Array, " B"], *, state: RWKV7State, logits: Float[Array, "B V"]
 ) -> Run:
     """The run with `rows` stopped, at another state and other logits."""
-
-    def choose(new, old):
-        return jnp.where(rows.reshape(1, -1, *[1] * (old.ndim - 2)), new, old)
-
     return run._replace(
-        state=jax.tree.map(choose, state, run.state),
+        state=choose(rows, state, run.state),
         logits=jnp.where(rows[:, None], logits, run.logits),
         status=jnp.where(rows, STOPPED, run.status),
     )

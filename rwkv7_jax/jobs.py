@@ -17,6 +17,7 @@ import numpy as np
 from .checkpoint import load_model, model_hash, save_model
 from .config import RWKV7Config
 from .data import packed, token_stream, windows
+from .evaluation import answers, score
 from .loss import Loss
 from .model import RWKV7
 from .settings import Settings
@@ -179,15 +180,19 @@ def batches(
     data = settings.data
     sizes = {"batch_size": data.batch_size, "length": data.length}
     pack = functools.partial(packed, tokenizer=tokenizer, start_step=start_step, **sizes)
-    if task := _task(data.path):
-        batch = functools.partial(task_batch, task, seed=settings.seed, **sizes)
-        main = map(batch, itertools.count(start_step))
-    else:
-        main = pack(stream, seed=settings.seed)
+
+    def examples(task: str, seed: int) -> Iterator[dict]:
+        batch = functools.partial(task_batch, task, seed=seed, **sizes)
+        return map(batch, itertools.count(start_step))
+
+    seed, task, general = settings.seed, _task(data.path), settings.tuning.anchor_path
+    main = examples(task, seed) if task else pack(stream, seed=seed)
     if not settings.tuning.anchor:
         return main
-    general = _stream(settings, settings.tuning.anchor_path, tokenizer, "train")
-    anchor = pack(general, seed=settings.seed + 1)
+    if task := _task(general):
+        anchor = examples(task, seed + 1)
+    else:
+        anchor = pack(_stream(settings, general, tokenizer, "train"), seed=seed + 1)
     return (one | {"anchor": two["tokens"]} for one, two in zip(main, anchor, strict=True))
 
 
@@ -202,6 +207,38 @@ def held_out(settings: Settings, tokenizer: Tokenizer, *, path: str = "") -> dic
     else:
         stream = _stream(settings, path or settings.data.path, tokenizer, "held_out")
     return windows(stream, measure.length, measure.windows)
+
+
+Measure = Callable[[Params, RWKV7State], float]
+
+
+def _measure(settings: Settings, job: Job, name: str, path: str) -> tuple[str, Measure]:
+    """A number's name and the number, for one path that evaluation reads."""
+    batch = held_out(settings, job.tokenizer, path=path)
+    if _task(path or settings.data.evaluation or settings.data.path):
+        return (
+            f"{name}_accuracy",
+            lambda params, state: answers(job.model, params, state, batch).accuracy,
+        )
+    return (
+        f"{name}_bits_per_byte",
+        lambda params, state: score(job.model, params, state, batch, job.tokenizer).bits_per_byte,
+    )
+
+
+def measures(settings: Settings, job: Job) -> dict[str, Measure]:
+    """What a run watches, by name, each a function of weights and start state (batch 1).
+
+    Of text it is bits per byte, of a synthetic task the accuracy of its answers: `held_out_` of the
+    run's own data, `retention_` of `config.evaluation.retention`. There a list of tasks such as
+    "task:dictionary,task:mapping" gives a number each, called `dictionary_accuracy` and so on.
+    """
+    numbers = [_measure(settings, job, "held_out", "")]
+    paths = [path for path in settings.evaluation.retention.split(",") if path]
+    numbers += [_measure(settings, job, _task(path), path) for path in paths if _task(path)]
+    if text := ",".join(path for path in paths if not _task(path)):
+        numbers.append(_measure(settings, job, "retention", text))
+    return dict(numbers)
 
 
 def first(iterator: Iterator[dict]) -> tuple[dict, Iterator[dict]]:

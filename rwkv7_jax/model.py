@@ -12,15 +12,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-import pallas_kernels
-
-from . import initial, layers
+from . import initial, layers, upscaling
 from .config import RWKV7Config
 from .shapes import Activations, Lengths, Logits, Tokens
 from .state import RWKV7State, check_state, check_tokens
 
 # What `method="trace"` hands out of every block, stacked over layers.
-TRACE = ("residual", "r", "log_w", "k", "v", "a", "b", "y", "gate", "ffn_input", "ffn_hidden")
+RECURRENCE = ("r", "log_w", "k", "v", "a", "b", "icl_rate")
+TRACE = (*RECURRENCE, "y", "gate", "residual", "ffn_input", "ffn_hidden")
 
 
 class Norm(nn.Module):
@@ -92,10 +91,10 @@ class TimeMix(nn.Module):
         return Linear(self.config, draw, name=name)
 
     @nn.compact
-    def __call__(self, x: Activations, shift, wkv, v_first, *, lengths, layer):
-        """The block's contribution, its new shift and WKV state, layer 0's values and the trace."""
+    def __call__(self, x: Activations, state: RWKV7State, v_first, *, lengths, layer):
+        """The block's contribution, its new shift, WKV state and memory, v_first and the trace."""
         config, identity = self.config, lambda u: u
-        mixed = layers.previous_tokens(x, shift)
+        mixed = layers.previous_tokens(x, state.att_shift)
         powers = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
         x_r, x_w, x_k, x_v, x_a, x_g = (
             layers.lerp(x, mixed, self._weight(f"x_{name}", initial.lerp(power), layer))
@@ -118,13 +117,18 @@ class TimeMix(nn.Module):
         k = k * (1 + (rate - 1) * k_a)
         r, log_w, k, v, rate = map(self._heads, (r, layers.log_decay(z), k, v, rate))
         a, b = -removal_key, removal_key * rate
-        y, wkv = pallas_kernels.wkv7(
-            r, log_w, k, v, a, b, wkv, implementation=config.implementation, lengths=lengths
+        trace = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b, "icl_rate": rate}
+        y, *memories = upscaling.recurrence(
+            trace,
+            state.wkv,
+            state.upscaled,
+            implementation=config.implementation,
+            lengths=lengths,
         )
 
         out = self._square("output", 0.0)(self._read_out(y, r, k, v, layer=layer) * gate)
-        trace = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b, "y": y, "gate": gate}
-        return out, layers.last_token(x, shift, lengths), wkv, v_first, trace
+        shift = layers.last_token(x, state.att_shift, lengths)
+        return out, (shift, *memories), v_first, trace | {"y": y, "gate": gate}
 
     def _mix_values(self, x_v: Activations, v, v_first, layer) -> Activations:
         """Values drawn towards layer 0's; layer 0 keeps its own."""
@@ -172,23 +176,18 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Activations, state: RWKV7State, layer, v_first, lengths):
-        """The new residual stream; and the layer's state, layer 0's values and the named arrays."""
-        att, att_shift, wkv, v_first, trace = TimeMix(self.config, self.first, name="att")(
-            Norm(self.config, name="ln1")(x),
-            state.att_shift,
-            state.wkv,
-            v_first,
-            lengths=lengths,
-            layer=layer,
-        )
+        """The new residual stream; the layer's memories, layer 0's values and the named arrays."""
+        att, (att_shift, wkv, memory), v_first, trace = TimeMix(
+            self.config, self.first, name="att"
+        )(Norm(self.config, name="ln1")(x), state, v_first, lengths=lengths, layer=layer)
         ffn_input = Norm(self.config, name="ln2")(x + att)
         ffn, ffn_shift, hidden = ChannelMix(self.config, name="ffn")(
             ffn_input, state.ffn_shift, lengths=lengths, layer=layer
         )
         trace |= {"residual": x, "ffn_input": ffn_input, "ffn_hidden": hidden}
-        state = RWKV7State(att_shift=att_shift, wkv=wkv, ffn_shift=ffn_shift)
         kept = {name: trace[name] for name in self.names}
-        return x + att + ffn, (state, v_first if self.first else (), kept)
+        end = (att_shift, wkv, ffn_shift, memory)
+        return x + att + ffn, (end, v_first if self.first else (), kept)
 
 
 class RWKV7(nn.Module):
@@ -266,6 +265,11 @@ class RWKV7(nn.Module):
         x = Norm(config, name="ln_out")(x)
         if project:
             x = Head(config, name="head")(x)
+        att_shift, wkv, ffn_shift, memory = end
+        upscaled = state.upscaled
+        if upscaled is not None and upscaled.dynamics != "static":
+            upscaled = upscaled.replace(memory=memory)
+        end = RWKV7State(att_shift=att_shift, wkv=wkv, ffn_shift=ffn_shift, upscaled=upscaled)
         return x, end, trace
 
 

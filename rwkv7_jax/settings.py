@@ -16,7 +16,7 @@ class Data:
 
     Attributes:
         path: a .jsonl, text or .bin file, a folder of text files, or a built-in corpus, several
-            with commas; or a synthetic task such as "task:copy".
+            with commas; or a synthetic task such as "task:copy" (see `tasks`).
         held_out: share of the documents kept for evaluation, chosen by a hash of their bytes.
         batch_size: rows of a batch.
         length: tokens of a row.
@@ -58,7 +58,7 @@ class StateTuning:
         leaves: "wkv", or "all" to tune the token-shift states as well.
         anchor: weight of KL(base || tuned) on the unlabelled text of `anchor_path`; 0 switches it
             off.
-        anchor_path: general text on which the tuned model shall stay the base model.
+        anchor_path: general text, or a task, on which the tuned model shall stay the base model.
         alpha: factor on the saved state; below 1 it keeps most of the target and forgets less.
         warn_above: largest entry of the state that passes without a warning.
     """
@@ -80,7 +80,8 @@ class Evaluation:
         length: tokens of a piece.
         prompt_tokens: text of the training part that the base model reads as a prompt, for
             comparison; -1 is all of it.
-        retention: other text, to see what tuning costs there.
+        retention: other text, to see what tuning costs there; or tasks such as
+            "task:dictionary,task:mapping".
     """
 
     every: int = 0

@@ -83,7 +83,11 @@ def _gradients(loss: Loss, params, batch: Batch, accumulate: int):
 
 
 def make_train_step(
-    loss: Loss, tx: optax.GradientTransformation, *, accumulate: int = 1
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    *,
+    statistics: Callable[[Any, Batch], Any] | None = None,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """`step(train, batch) -> (train, metrics)`, compiled; the old `train` must not be used again.
 
@@ -94,14 +98,20 @@ def make_train_step(
         loss: `(params, batch) -> (loss, metrics)`; arrays inside a `Partial` are passed as
             arguments.
         tx: the optimizer.
+        statistics: `(params, batch) -> stats`, which an optimizer such as `decorrelate` gets with
+            every update.
         accumulate: pieces into which a batch is cut; K pieces give the gradient of the whole batch.
     """
     loss = loss if isinstance(loss, Partial) else Partial(loss)
+    if statistics is not None and not isinstance(statistics, Partial):
+        statistics = Partial(statistics)
+    tx = optax.with_extra_args_support(tx)
 
-    @functools.partial(jax.jit, donate_argnums=1)
-    def step(loss: Partial, train: TrainState, batch: Batch):
+    @functools.partial(jax.jit, donate_argnums=2)
+    def step(loss: Partial, statistics: Partial | None, train: TrainState, batch: Batch):
         (value, metrics), grads = _gradients(loss, train.params, batch, accumulate)
-        updates, opt_state = tx.update(grads, train.opt_state, train.params)
+        extra = {} if statistics is None else {"stats": statistics(train.params, batch)}
+        updates, opt_state = tx.update(grads, train.opt_state, train.params, **extra)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
         params, opt_state = jax.tree.map(
@@ -117,7 +127,7 @@ def make_train_step(
         )
         return new, metrics | {"loss": value, "grad_norm": norm}
 
-    return functools.partial(step, loss)
+    return functools.partial(step, loss, statistics)
 
 
 def make_eval_step(loss: Loss) -> Callable[[Any, Batch], Metrics]:

@@ -6,7 +6,7 @@ from importlib.metadata import version
 # Before JAX starts: two CPU devices, and no accelerator that would change these tests' numbers.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is most of the suite's time. LLVM's optimisation is half of it: it is off, except where
-# a test asks for a program as users get it (`AS_USERS` in test_wkv_laws.py). Half of what is left
+# a test asks for a program as users get it (`AS_USERS` in tolerances.py). Half of what is left
 # are jaxlib 0.10's fusion emitters; later versions have no other way and refuse the flag.
 os.environ["XLA_FLAGS"] = " ".join(
     [

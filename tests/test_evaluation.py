@@ -1,14 +1,15 @@
-"""Bits per byte, by hand and by position."""
+"""Bits per byte, by hand and by position; the accuracy of answers."""
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import random_params
 
 from rwkv7_jax.config import RWKV7Config
-from rwkv7_jax.evaluation import score, state_after, token_nats
+from rwkv7_jax.evaluation import answers, score, state_after, token_nats
 from rwkv7_jax.loss import next_token_loss
 from rwkv7_jax.model import RWKV7
 from rwkv7_jax.state import init_state, repeat
@@ -68,3 +69,47 @@ def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(params, batch):
     pieces = state_after(MODEL, params, prompt, chunk=20)
     whole = state_after(MODEL, params, prompt, chunk=64)
     np.testing.assert_allclose(pieces.wkv, whole.wkv, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def likeliest(params, batch):
+    """For every target the likeliest id, and the loss of the target."""
+    tokens = jnp.asarray(batch["tokens"])
+    logits, _ = MODEL.apply({"params": params}, tokens[:, :-1], init_state(CONFIG, 5))
+    nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)[..., 0]
+    return np.asarray(jnp.argmax(logits, axis=-1)), np.asarray(nats)
+
+
+def test_accuracy_counts_scored_positions_whose_likeliest_id_is_the_target(
+    params, batch, likeliest
+):
+    ids, nats = likeliest
+    mask = np.zeros((5, 50), np.float32)
+    mask[[0, 0, 0, 1, 3], [4, 9, 30, 9, 40]] = 1
+    # The last input is never read, so its targets can be made right without changing what is read.
+    mask[:4, 49] = 1
+    tokens = batch["tokens"].copy()
+    tokens[[0, 3], 50] = ids[[0, 3], 49]
+    right = (ids == tokens[:, 1:]) & (mask > 0)
+    got = answers(MODEL, params, init_state(CONFIG), {"tokens": tokens, "mask": mask}, rows=2)
+    assert right.sum() >= 2
+    assert got.accuracy == pytest.approx(right.sum() / 9)
+    exact = [right[row].sum() == mask[row].sum() for row in range(4)]
+    assert got.exact == pytest.approx(np.mean(exact))
+    assert got.by_position.shape == (50,)
+    assert set(np.flatnonzero(~np.isnan(got.by_position))) == {4, 9, 30, 40, 49}
+    assert got.by_position[49] == pytest.approx(right[:, 49].sum() / 4)
+    earlier = {"tokens": tokens, "mask": mask * (np.arange(50) < 49)}
+    nats = nats[earlier["mask"] > 0].mean()
+    assert answers(MODEL, params, init_state(CONFIG), earlier).nats == pytest.approx(nats, rel=1e-4)
+
+
+def test_answers_start_from_the_state(params, batch):
+    state = state_after(MODEL, params, batch["tokens"][0])
+    zero, other = (answers(MODEL, params, s, batch).nats for s in (init_state(CONFIG), state))
+    assert zero != pytest.approx(other, rel=1e-4)
+
+
+def test_a_batch_without_scored_positions_is_refused(params, batch):
+    with pytest.raises(ValueError, match="`batch` must have a scored position"):
+        answers(MODEL, params, init_state(CONFIG), batch | {"mask": batch["mask"] * 0})

@@ -8,11 +8,19 @@ import numpy as np
 import optax
 import pytest
 
+from rwkv7_jax import upscaling
 from rwkv7_jax.config import RWKV7Config
 from rwkv7_jax.loss import next_token_loss
 from rwkv7_jax.model import RWKV7
 from rwkv7_jax.state import RWKV7State, init_state, repeat
-from rwkv7_jax.state_tuning import scaled, spectra, state_loss
+from rwkv7_jax.state_tuning import (
+    moving,
+    scaled,
+    spectra,
+    state_loss,
+    state_statistics,
+    upscale,
+)
 from rwkv7_jax.training import TrainState, make_train_step, pretrain_loss
 
 # Sizes that no activation shares, so that a weight's gradient can be recognised by its shape.
@@ -170,3 +178,64 @@ def test_an_unknown_leaf_is_refused(model, params):
 def test_a_state_survives_the_trees_that_jax_makes_of_it():
     shapes = jax.eval_shape(lambda: init_state(CONFIG, 2))
     assert isinstance(shapes, RWKV7State)
+
+
+@pytest.fixture(scope="module")
+def wide(model, params, batch):
+    """An upscaled state, M of a head apart from N."""
+    return upscale(model, params, batch["tokens"], size=20)
+
+
+def test_tuning_a_memory_moves_it_and_nothing_else(model, params, batch, wide):
+    tx = optax.masked(optax.adam(0.1), moving(wide, ("memory",)))
+    step = make_train_step(state_loss(model, params, leaves=("memory",)), tx)
+    train, first = step(TrainState.create(wide, tx), batch)
+    train, second = step(train, batch)
+    assert float(second["loss_nats"]) < float(first["loss_nats"])
+    assert float(jnp.abs(train.params.upscaled.memory).max()) > 0.05
+    rest = train.params.replace(upscaled=train.params.upscaled.replace(memory=None))
+    before = wide.replace(upscaled=wide.upscaled.replace(memory=None))
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), rest, before))
+
+
+def test_a_memorys_gradient_is_its_finite_difference(model, params, batch, wide):
+    loss = state_loss(model, params, leaves=("memory",))
+    start = perturbed(wide.upscaled.memory, 3, 0.3)
+    direction = perturbed(jnp.zeros_like(start), 4, 1.0)
+
+    @jax.jit
+    def value(memory):
+        return loss(wide.replace(upscaled=wide.upscaled.replace(memory=memory)), batch)[0]
+
+    up, down = float(value(start + 1e-2 * direction)), float(value(start - 1e-2 * direction))
+    product = float(jnp.vdot(jax.jit(jax.grad(value))(start), direction))
+    assert product == pytest.approx((up - down) / 2e-2, rel=1e-2)
+
+
+@pytest.mark.parametrize("leaf", ["wkv", "memory"])
+def test_statistics_are_the_second_moments_of_what_memories_are_read_with(
+    model, params, batch, wide, leaf
+):
+    """In the last layer the logits' input is linear in the memory; the moments are restated."""
+    found = jax.jit(state_statistics(model, params, leaves=(leaf,), rows=1))(wide, batch)
+    *_, trace = model.apply(
+        {"params": params}, batch["tokens"][:1, :-1], repeat(wide, 1), method="trace"
+    )
+    parts = {name: part[2] for name, part in trace.items()}
+    if leaf == "wkv":
+        psi, moments = upscaling.start_reads(parts), found.wkv
+        assert found.upscaled.memory is None
+    else:
+        last = jax.tree.map(lambda x: x[2], wide.upscaled)
+        psi, moments = upscaling.memory_reads(last, parts), found.upscaled.memory
+        assert found.wkv is None
+    psi = np.asarray(psi, np.float64)[0]
+    np.testing.assert_allclose(
+        moments[2, 0], np.einsum("thm,thn->hmn", psi, psi) / TOKENS, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_tuning_a_memory_that_is_not_there_is_refused(model, params, batch):
+    loss = state_loss(model, params, leaves=("memory",))
+    with pytest.raises(ValueError, match="`leaves` has memory, but the state is not upscaled"):
+        loss(init_state(CONFIG), batch)

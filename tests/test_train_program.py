@@ -116,3 +116,18 @@ def test_a_state_is_tuned_saved_and_evaluated(tmp_path):
     assert list(report) == ["base", "tuned state", "prompt 100"]
     assert report["tuned state"]["bits_per_byte"] < report["base"]["bits_per_byte"]
     assert np.isfinite([row["perplexity"] for row in report.values()]).all()
+
+
+@pytest.mark.slow
+def test_a_run_on_a_task_logs_the_accuracy_of_its_answers(tmp_path):
+    done = program(
+        "train.py", "--config=configs/pretrain_toy.py:small", f"--workdir={tmp_path / 'run'}",
+        "--config.steps=30", "--config.data.path=task:steer", "--config.evaluation.every=20",
+        "--config.evaluation.retention=task:copy", "--config.evaluation.length=40",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "held_out_accuracy" in row]
+    assert [row["step"] for row in rows] == [0, 20, 30]
+    assert rows[-1]["held_out_accuracy"] > rows[0]["held_out_accuracy"]
+    assert "copy_accuracy" in rows[0] and "held_out_bits_per_byte" not in rows[0]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import wkv_oracle
-from tolerances import SAME, WKV, assert_close
+from tolerances import AS_USERS, SAME, WKV, assert_close
 
 import pallas_kernels
 from pallas_kernels.cases import MODES, Case, make_inputs
@@ -33,8 +33,6 @@ forms = pytest.mark.parametrize(("implementation", "chunk"), FORMS)
 each = pytest.mark.parametrize(("implementation", "chunk"), EACH)
 
 
-# The suite compiles without LLVM's optimisation; the central comparison compiles as users do.
-AS_USERS = {"xla_backend_optimization_level": 3}
 STATIC = ("implementation", "chunk")
 
 

@@ -79,6 +79,7 @@ def _time_mix(p, x, before, wkv, v_first, config):
     out = out + (r * k * p["r_k"]).sum(-1, keepdims=True) * v
     out = p["output"]["weight"] @ (out.reshape(-1) * gate)
     trace = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b, "y": y, "gate": gate}
+    trace["icl_rate"] = rate
     return out, wkv, v_first, trace
 
 

@@ -1,0 +1,268 @@
+"""Matrices trained in coordinates in which their inputs are decorrelated. Level 2.
+
+A leaf S of shape [..., N, M] acts as y = S x. Where the entries of x are correlated, gradient steps
+are long along few directions and short along the others. With z = R x and y = S' z, S' = S R^-1 is
+trained in place of S: its gradient is G R^T, where G is that of S, and its update u' moves S by
+u' R. R lives in the optimizer's state and never in the model: a new R changes no output, saved
+weights are complete without it, and whoever reads S needs to know nothing of it.
+
+Source: arXiv 2405.02385 (R learnt online); arXiv 2504.05097 (used for RWKV-7's state).
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from .whitening import (
+    adapted,
+    effective_rank,
+    finite,
+    per_matrix,
+    renewed,
+    target_of,
+    whitening,
+)
+
+__all__ = ["MODES", "DecorrelationState", "decorrelate", "effective_rank", "whitening"]
+
+MODES = ("online", "exact", "whiten")
+
+
+class DecorrelationState(NamedTuple):
+    """What `decorrelate` carries from update to update.
+
+    The trees have the structure of the parameters, with `optax.MaskedNode` for leaves that are left
+    alone. For a decorrelated leaf [..., N, M]:
+
+    Attributes:
+        count: how many statistics each matrix has learnt from, int32 [...].
+        covariance: their running average C, in the inputs' own scale, float32 [..., M, M].
+        whitener: R, float32 [..., M, M]; not symmetric in mode "online".
+        inner: the state of the inner optimizer, whose moments belong to S'.
+    """
+
+    count: Any
+    covariance: Any
+    whitener: Any
+    inner: Any
+
+
+def decorrelate(
+    inner: optax.GradientTransformation,
+    *,
+    mode: str = "online",
+    rate: ArrayLike = 0.2,
+    balance: ArrayLike = 0.5,
+    iterations: ArrayLike = 3,
+    damping: ArrayLike = 1e-3,
+    average: ArrayLike = 0.9,
+    clip: ArrayLike | None = 0.5,
+    normalise: bool = True,
+    every: ArrayLike = 25,
+    mask: Any | Callable[[Any], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """`inner` works on S' = S R^-1, in whose inputs z = R x correlations have been removed.
+
+    `update(grads, state, params, *, stats=None, ...)` takes the statistics of the leaves' inputs as
+    `stats`: a tree like the parameters whose leaves are E[x x^T] of shape [..., M, M] for a leaf
+    [..., N, M] (leading axes of size 1 are shared; any floating dtype), or None where there is
+    nothing new. R moves first, then the gradient is turned by the new R. Without `stats` R stays,
+    and goes on being used. Matrices whose statistics are not finite, or zero, keep C and R for that
+    update. Other extra arguments go to `inner`. R and C are float32; gradients and updates
+    keep their dtypes. With R = I the result is `inner`'s, bit for bit.
+
+    Put weight decay behind this in a chain: `inner` sees gradients of S' but parameters S.
+    Under `optax.MultiSteps` only the statistics of the last micro-batch count.
+    `optax.inject_hyperparams` takes a callable for a schedule unless `static_args` has "mask".
+
+    Args:
+        inner: the optimizer of S'.
+        mode: "online" (R follows C by the published rule), "exact" (R is `whitening` of C, renewed
+            now and then) or "whiten" (the same once, at the first statistics, then frozen).
+        rate: step of the online rule, at least 0.
+        balance: kappa in [0, 1]: 0 only decorrelates, 1 only brings variances to 1.
+        iterations: steps of the online rule per update.
+        damping: added to the mean-1 eigenvalues of C; see `whitening`. With 0, online R grows
+            without bound along directions that no input has.
+        average: share of the old C in the running average, in [0, 1]; 0 takes the newest alone.
+        clip: largest Frobenius norm of the online rule's relative step; None for no limit.
+        normalise: whiten C M / tr C, which keeps learning rates comparable, and not C.
+        every: statistics from one renewal to the next in mode "exact".
+        mask: which leaves are decorrelated: a tree of bools (or a prefix of one), or a function
+            from parameters to it. None takes every leaf with two axes or more.
+
+    Raises:
+        ValueError: an unknown mode, a number out of its range, a mask or statistics that do not
+            fit.
+        TypeError: statistics that are no floating arrays.
+
+    Source: arXiv 2405.02385, section 2 (its "standard" rule is `iterations=1, damping=0, average=0,
+        clip=None, normalise=False`); arXiv 2504.05097. Average, damping, clip and scale are ours.
+    """
+    _check_settings(mode, clip, rate, balance, iterations, damping, average, every)
+    inner = optax.with_extra_args_support(inner)
+    online = functools.partial(
+        adapted, rate=rate, balance=balance, iterations=iterations, clip=clip
+    )
+
+    def improve(whitener, target, count, good):
+        if mode == "online":
+            return online(whitener, target)
+        due = good & (count == 0 if mode == "whiten" else count % every == 0)
+        return renewed(whitener, target, due)
+
+    def learn(statistics, count, covariance, whitener):
+        new = jnp.broadcast_to(jnp.asarray(statistics, jnp.float32), covariance.shape)
+        trace = jnp.trace(new, axis1=-2, axis2=-1)
+        good = finite(new) & (trace > 0) & (trace < jnp.inf)
+        kept = jnp.asarray(average, jnp.float32)
+        mean = jnp.where(per_matrix(count > 0), kept * covariance + (1 - kept) * new, new)
+        covariance = jnp.where(per_matrix(good), mean, covariance)
+        moved = improve(whitener, target_of(covariance, damping, normalise), count, good)
+        # A matrix that did not come out well has not been counted: "whiten" tries again next time.
+        good = good & finite(moved)
+        return count + good, covariance, jnp.where(per_matrix(good), moved, whitener)
+
+    def init(params):
+        return _initial(params, mask, inner.init(params))
+
+    def update(updates, state, params=None, *, stats=None, **extra):
+        if stats is not None:
+            state = _learnt(learn, updates, stats, state)
+        turned = _turn("...nm,...km->...nk", updates, state.whitener)
+        turned, inner_state = inner.update(turned, state.inner, params, **extra)
+        back = _turn("...nk,...km->...nm", turned, state.whitener)
+        return back, state._replace(inner=inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_settings(mode, clip, rate, balance, iterations, damping, average, every) -> None:
+    """Raise for the first setting out of its range; traced ones cannot be looked at."""
+    if mode not in MODES:
+        raise ValueError(f"decorrelate: `mode` must be one of {', '.join(MODES)}; got {mode!r}.")
+    ranges = {
+        "rate": (rate, 0, math.inf),
+        "balance": (balance, 0, 1),
+        "iterations": (iterations, 0, math.inf),
+        "damping": (damping, 0, math.inf),
+        "average": (average, 0, 1),
+        "every": (every, 1, math.inf),
+    }
+    for name, (value, low, high) in ranges.items():
+        if isinstance(value, int | float | np.number) and not low <= value <= high:
+            bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise ValueError(f"decorrelate: `{name}` must be {bounds}; got {value}.")
+    if isinstance(clip, int | float | np.number) and not clip > 0:
+        raise ValueError(f"decorrelate: `clip` must be above 0, or None; got {clip}.")
+
+
+def _is_masked(node) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _selected(params, mask):
+    """`mask` as a tree of bools like the parameters; checked."""
+    # A tree without leaves fits any mask: optax masks out all, or asks for the state's structure.
+    if not jax.tree.leaves(params):
+        return params
+    if mask is None:
+        return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+    chosen = mask(params) if callable(mask) else mask
+    try:
+        chosen = jax.tree.map(
+            lambda flag, part: jax.tree.map(lambda _: bool(flag), part), chosen, params
+        )
+    except ValueError:
+        raise ValueError(
+            "decorrelate: `mask` must have the parameters' structure, "
+            f"{jax.tree.structure(params)}; got {jax.tree.structure(chosen)}."
+        ) from None
+    for (path, leaf), flag in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(chosen), strict=True
+    ):
+        if flag and leaf.ndim < 2:
+            raise ValueError(
+                "decorrelate: `mask` must select leaves of two axes or more; got "
+                f"{jax.tree_util.keystr(path)} of shape {leaf.shape}."
+            )
+    return chosen
+
+
+def _initial(params, mask, inner) -> DecorrelationState:
+    """R = I, and nothing learnt."""
+    chosen = _selected(params, mask)
+
+    def for_chosen(make):
+        def one(leaf, flag):
+            return make(leaf.shape[:-2], leaf.shape[-1]) if flag else optax.MaskedNode()
+
+        return jax.tree.map(one, params, chosen)
+
+    return DecorrelationState(
+        count=for_chosen(lambda heads, _: jnp.zeros(heads, jnp.int32)),
+        covariance=for_chosen(lambda heads, m: jnp.zeros((*heads, m, m), jnp.float32)),
+        whitener=for_chosen(
+            lambda heads, m: jnp.broadcast_to(jnp.eye(m, dtype=jnp.float32), (*heads, m, m))
+        ),
+        inner=inner,
+    )
+
+
+def _turn(equation: str, tree, whitener):
+    """Every decorrelated leaf multiplied by its R, in its own dtype."""
+
+    def turn(leaf, matrix):
+        if _is_masked(matrix):
+            return leaf
+        wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        return jnp.einsum(equation, wide, matrix, precision="highest").astype(leaf.dtype)
+
+    return jax.tree.map(turn, tree, whitener, is_leaf=_is_masked)
+
+
+def _learnt(learn, updates, stats, state: DecorrelationState) -> DecorrelationState:
+    """`state` after every leaf that comes with statistics has learnt from them."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_masked)
+    try:
+        stats = tree.flatten_up_to(stats)
+    except ValueError:
+        raise ValueError(
+            "decorrelate: `stats` must have the gradients' structure, "
+            f"{jax.tree.structure(updates)}; got {jax.tree.structure(stats)}."
+        ) from None
+    parts = [tree.flatten_up_to(part) for part in state[:3]]
+    learnt = []
+    for (path, leaf), statistics, *memory in zip(leaves, stats, *parts, strict=True):
+        # Under `optax.masked` the statistics of leaves out of sight come along.
+        if not (_is_masked(leaf) or statistics is None or _is_masked(statistics)):
+            _check_statistics(jax.tree_util.keystr(path), leaf, statistics, memory[0])
+            memory = learn(statistics, *memory)
+        learnt.append(memory)
+    count, covariance, whitener = (tree.unflatten([m[i] for m in learnt]) for i in range(3))
+    return state._replace(count=count, covariance=covariance, whitener=whitener)
+
+
+def _check_statistics(name: str, leaf, statistics, count) -> None:
+    """Raise where they cannot be the covariances of this leaf's inputs."""
+    kind = getattr(statistics, "dtype", type(statistics))
+    if not jnp.issubdtype(kind, jnp.floating):
+        raise TypeError(f"decorrelate: `stats`{name} must be a floating array; got {kind}.")
+    if _is_masked(count):
+        raise ValueError(
+            f"decorrelate: `stats`{name} must be None, for `mask` leaves that one alone; got "
+            f"shape {statistics.shape}."
+        )
+    shape = (*leaf.shape[:-2], leaf.shape[-1], leaf.shape[-1])
+    fits = len(shape) == statistics.ndim and statistics.shape[-2:] == shape[-2:]
+    if not fits or any(a not in (1, b) for a, b in zip(statistics.shape, shape, strict=True)):
+        raise ValueError(
+            f"decorrelate: `stats`{name} must have shape {shape}; got {statistics.shape}."
+        )
