@@ -163,6 +163,7 @@ def _stamp(guide, guide_params, state: RWKV7State | None, key: Array, choices: d
     choices = {name: np.asarray(value).tolist() for name, value in choices.items()}
     return _digest(
         model_hash(guide_params, guide.config),
+        str(jax.tree.structure(state)),
         *(np.asarray(leaf, np.float32).tobytes() for leaf in leaves),
         np.asarray(jax.random.key_data(key)).tobytes(),
         json.dumps(choices, sort_keys=True),

@@ -1,4 +1,4 @@
-"""A start state that learns completions: a guide's, or its own that a reward approved. Level 7."""
+"""A start state that learns completions: a guide's, or its own that a reward approved. Level 8."""
 
 from collections.abc import Callable, Sequence
 
@@ -91,6 +91,7 @@ def expert_iteration(
     length: int | None = None,
     temperature: Number = 1.0,
     stop_ids: StopIds = (0,),
+    leaves: tuple[str, ...] = ("wkv",),
     learning_rate: float = 0.3,
     tx: optax.GradientTransformation | None = None,
     held_out: Sequence[Sequence[int]] = (),
@@ -119,6 +120,7 @@ def expert_iteration(
         length: inputs of a row, as in `rollouts`.
         temperature: of the rollouts.
         stop_ids: ids that end a completion.
+        leaves: what is tuned, of `state_tuning.LEAVES`.
         learning_rate: of Adam with b2 = 0.99.
         tx: another optimizer.
         held_out: prompts that no update sees.
@@ -141,7 +143,7 @@ def expert_iteration(
     for name, function in (("prompts_at", prompts_at), ("reward", reward)):
         check_function(function, f"expert_iteration: `{name}`")
     key = typed_key(key, caller="expert_iteration")
-    loss = distillation_loss(model, params)
+    loss = distillation_loss(model, params, leaves=leaves)
     start = start_state(model, state, caller="expert_iteration")
     tx = optimizer(tx, learning_rate)
     run = Run(make_train_step(loss, tx), TrainState.create(start, tx), on_step)

@@ -1,4 +1,4 @@
-"""A start state that earns a reward, by policy gradients: the weights never move. Level 7.
+"""A start state that earns a reward, by policy gradients: the weights never move. Level 8.
 
 Its parts are public for other loops: `rollouts.policy_batch` makes the batch of one step, and
 `test_time_losses.policy_loss` is a loss for `training.make_train_step`. The other ways to scale a
@@ -41,6 +41,7 @@ def grpo(
     length: int | None = None,
     temperature: Number = 1.0,
     stop_ids: StopIds = (0,),
+    leaves: tuple[str, ...] = ("wkv",),
     learning_rate: float = 0.1,
     tx: optax.GradientTransformation | None = None,
     kl: float = 0.0,
@@ -73,6 +74,7 @@ def grpo(
         length: inputs of a row, as in `rollouts`.
         temperature: of the rollouts, above 0.
         stop_ids: ids that end a completion.
+        leaves: what is tuned, of `state_tuning.LEAVES`.
         learning_rate: of Adam with b2 = 0.99.
         tx: another optimizer.
         kl: weight of KL(tuned || reference) on what is drawn.
@@ -99,9 +101,8 @@ def grpo(
     if bool(anchor) != (anchor_at is not None):
         raise ValueError("grpo: `anchor` and `anchor_at` go together; got one of them.")
     key = typed_key(key, caller="grpo")
-    loss = policy_loss(
-        model, params, temperature=temperature, kl=kl, reference=reference, anchor=anchor
-    )
+    terms = {"kl": kl, "reference": reference, "anchor": anchor, "leaves": leaves}
+    loss = policy_loss(model, params, temperature=temperature, **terms)
     start = start_state(model, state, caller="grpo")
     tx = optimizer(tx, learning_rate)
     run = Run(make_train_step(loss, tx), TrainState.create(start, tx), on_step)

@@ -1,10 +1,9 @@
-"""Losses of the start state alone: imitate a guide, prefer what a reward prefers. Level 6.
+"""Losses of the start state alone: imitate a guide, prefer what a reward prefers. Level 7.
 
 Both read completions: batches of `tokens` [B T+1] and `mask` [B T], above 0 where the target was
 drawn. The weights are frozen; the state has batch 1 and every row starts from it.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -27,19 +26,11 @@ from .model import RWKV7
 from .sampling import Number
 from .shapes import Activations, Params, Tokens
 from .state import RWKV7State, check_state, init_state, repeat
-
-
-def _moving(state: RWKV7State, leaves: tuple[str, ...]) -> RWKV7State:
-    """`state` with gradients stopped at the leaves that are not tuned."""
-    kept = {name: getattr(state, name) for name in leaves}
-    return jax.tree.map(jax.lax.stop_gradient, state).replace(**kept)
+from .state_tuning import check_leaves, frozen
 
 
 def _check(caller: str, leaves: tuple[str, ...], **weights: Number) -> None:
-    names = [field.name for field in dataclasses.fields(RWKV7State)]
-    for name in leaves:
-        if name not in names:
-            raise ValueError(f"{caller}: `leaves` must be among {', '.join(names)}; got {name!r}.")
+    check_leaves(leaves, caller=caller)
     for name, value in weights.items():
         if not 0 <= value < float("inf"):
             raise ValueError(f"{caller}: `{name}` must be finite and at least 0; got {value}.")
@@ -52,8 +43,9 @@ def _hidden(model: RWKV7, params: Params, state: RWKV7State, tokens: Tokens) -> 
 
 
 def _sizes(state: RWKV7State) -> Metrics:
-    """How large the WKV state is."""
-    largest, mean_square = jnp.max(jnp.abs(state.wkv)), jnp.mean(jnp.square(state.wkv))
+    """How large the memory is: the upscaled one, where there is one."""
+    wide = state.wkv if state.upscaled is None else state.upscaled.memory
+    largest, mean_square = jnp.max(jnp.abs(wide)), jnp.mean(jnp.square(wide))
     sizes = {"state_max": largest, "state_rms": jnp.sqrt(mean_square)}
     return jax.lax.stop_gradient(sizes)
 
@@ -136,7 +128,7 @@ def distillation_loss(
         guide_state: what the guide's rows start from (batch 1); None is zeros.
         imitation: weight of the completions' cross entropy.
         kl: weight of the divergence.
-        leaves: what is tuned.
+        leaves: what is tuned, of `state_tuning.LEAVES`.
         anchor: weight of KL(base || tuned) on `batch["anchor"]`, unlabelled tokens [B T+1].
 
     Raises:
@@ -147,7 +139,7 @@ def distillation_loss(
     guide_state = _check_guide(model, guide, guide_params, guide_state)
 
     def loss(params: Params, guide_params, guide_state, state: RWKV7State, batch: Batch):
-        state = _moving(state, tuple(leaves))
+        state = frozen(state, tuple(leaves))
         tokens, weights = jnp.asarray(batch["tokens"]), token_weights(batch)
         inputs, targets, head = tokens[:, :-1], tokens[:, 1:], params["head"]["weight"]
         x = _hidden(model, params, state, inputs)
@@ -195,7 +187,7 @@ def context_distillation(
         model: guide and student.
         params: its weights.
         context: the state behind the prompt (batch 1).
-        leaves: what is tuned.
+        leaves: what is tuned, of `state_tuning.LEAVES`.
     """
     return distillation_loss(
         model,
@@ -233,7 +225,7 @@ def policy_loss(
         temperature: at which the rows were drawn, above 0.
         kl: weight of the divergence.
         reference: a start state (batch 1); None is zeros, the model that was not tuned.
-        leaves: what is tuned.
+        leaves: what is tuned, of `state_tuning.LEAVES`.
         anchor: weight of KL(base || tuned) on `batch["anchor"]`, unlabelled tokens [B T+1].
 
     Raises:
@@ -247,7 +239,7 @@ def policy_loss(
     check_state(reference, 1, model.config, caller=f"{caller}: `reference`")
 
     def loss(params: Params, reference: RWKV7State, state: RWKV7State, batch: Batch):
-        state = _moving(state, tuple(leaves))
+        state = frozen(state, tuple(leaves))
         tokens, weights = jnp.asarray(batch["tokens"]), token_weights(batch)
         hidden = functools.partial(_hidden, model, params, tokens=tokens[:, :-1])
         x = hidden(state)

@@ -13,6 +13,7 @@ from rwkv7_jax.model import RWKV7
 from rwkv7_jax.rewards import advantages
 from rwkv7_jax.rollouts import held_out_reward, policy_batch, rollouts
 from rwkv7_jax.state import init_state
+from rwkv7_jax.state_tuning import upscale
 from rwkv7_jax.test_time import grpo
 from rwkv7_jax.traces import Budget, Trace
 
@@ -214,6 +215,30 @@ def test_an_anchor_keeps_the_state_near_the_base_and_is_counted(params):
         assert updated[-1]["kl_nats"] > 0
         assert out.budget.gradient_tokens == len(updated) * (44 + 4 * 16)
     assert drift[1] < 0.5 * drift[0]
+
+
+@pytest.mark.slow
+def test_an_upscaled_memory_earns_a_reward_while_its_features_stand_still(params):
+    text = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (8, 33)).astype(np.int32)
+    start = upscale(MODEL, params, text, size=24)
+    choices = {"leaves": ("memory",), "learning_rate": 0.5, "stop_reward": 2.0}
+    out = grpo(
+        MODEL,
+        params,
+        prompts_at,
+        sevens,
+        state=start,
+        steps=30,
+        held_out=HELD_OUT,
+        **choices,
+        **LOOP,
+    )
+    seen = [entry["held_out"] for entry in out.history if "held_out" in entry]
+    print(f"held-out reward {seen}")
+    assert seen[-1] > seen[0] + 0.1
+    assert np.abs(out.state.upscaled.memory).max() > 0.5 and not np.any(out.state.wkv)
+    features = start.upscaled.features, out.state.upscaled.features
+    jax.tree.map(np.testing.assert_array_equal, *features)
 
 
 @pytest.mark.parametrize(
