@@ -1,0 +1,173 @@
+"""A start state that learns completions: a guide's, or its own that a reward approved. Level 8."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from .loss import Loss
+from .model import RWKV7
+from .rewards import Judge, check_function, judged
+from .rollouts import held_out_reward, rollouts, typed_key
+from .sampling import Ids as StopIds
+from .sampling import Number, check_count
+from .shapes import Params
+from .state import RWKV7State, check_tokens
+from .test_time_losses import distillation_loss
+from .test_time_run import Goal, OnStep, Result, Run, optimizer, start_state
+from .traces import Trace, trace_batch
+from .training import TrainState, make_train_step
+
+PromptsAt = Callable[[int], Sequence[Sequence[int]]]
+
+
+def distil(
+    model: RWKV7,
+    params: Params,
+    traces: Sequence[Trace],
+    *,
+    steps: int = 60,
+    batch_size: int = 32,
+    length: int | None = None,
+    seed: int = 0,
+    state: RWKV7State | None = None,
+    loss: Loss | None = None,
+    learning_rate: float = 0.3,
+    tx: optax.GradientTransformation | None = None,
+    on_step: OnStep | None = None,
+) -> Result:
+    """A start state that has learned the traces; the weights never move.
+
+    Args:
+        model: the student.
+        params: its weights.
+        traces: at least one.
+        steps: updates.
+        batch_size: rows of an update.
+        length: inputs of a row; None takes the longest trace's.
+        seed: of the traces' order.
+        state: where to start (batch 1); None is zeros.
+        loss: of `test_time_losses`; None is `distillation_loss(model, params)`.
+        learning_rate: of Adam with b2 = 0.99.
+        tx: another optimizer.
+        on_step: called with a step's numbers and the state, which the next update consumes.
+
+    Raises:
+        ValueError: no traces, ids outside the vocabulary, or a trace longer than `length`.
+    """
+    check_count(steps, 0, "distil: `steps`")
+    if not traces:
+        raise ValueError("distil: `traces` must hold a trace; got 0.")
+    for trace in traces:
+        ids = np.array([*trace.prompt, *trace.completion])
+        check_tokens(ids, model.config.vocab_size, caller="distil")
+    longest = max(len(trace.prompt) + len(trace.completion) - 1 for trace in traces)
+    sizes = {"batch_size": batch_size, "length": length or longest, "seed": seed}
+    loss = distillation_loss(model, params) if loss is None else loss
+    start = start_state(model, state, caller="distil")
+    tx = optimizer(tx, learning_rate)
+    run = Run(make_train_step(loss, tx), TrainState.create(start, tx), on_step)
+    for step in range(steps):
+        run.note({"step": step} | run.update(trace_batch(traces, step, **sizes)))
+    return Result(run.state, run.history, run.budget)
+
+
+def expert_iteration(
+    model: RWKV7,
+    params: Params,
+    prompts_at: PromptsAt,
+    reward: Judge,
+    *,
+    tokens: int,
+    key: Array,
+    state: RWKV7State | None = None,
+    rounds: int = 6,
+    group: int = 8,
+    keep_reward: float = 1.0,
+    updates: int = 10,
+    batch_size: int = 32,
+    length: int | None = None,
+    temperature: Number = 1.0,
+    stop_ids: StopIds = (0,),
+    leaves: tuple[str, ...] = ("wkv",),
+    learning_rate: float = 0.3,
+    tx: optax.GradientTransformation | None = None,
+    held_out: Sequence[Sequence[int]] = (),
+    stop_reward: float = 0.97,
+    on_step: OnStep | None = None,
+) -> Result:
+    """A start state that has learned what it wrote itself and the reward approved.
+
+    Round n draws from the current state, keeps the completions whose reward is at least
+    `keep_reward`, each text once, and makes `updates` updates on all that were kept so far. It ends
+    early when the held-out prompts' greedy completions, or else a round's own, earn `stop_reward`.
+
+    Args:
+        model: the student.
+        params: its weights.
+        prompts_at: the prompts of a round.
+        reward: `(prompt, completion) -> number`; the completion holds its stop id.
+        tokens: ids drawn a completion at most.
+        key: one random key.
+        state: where to start (batch 1); None is zeros.
+        rounds: at most.
+        group: completions a prompt.
+        keep_reward: what a completion must earn to be kept.
+        updates: a round.
+        batch_size: rows of an update.
+        length: inputs of a row, as in `rollouts`.
+        temperature: of the rollouts.
+        stop_ids: ids that end a completion.
+        leaves: what is tuned, of `state_tuning.LEAVES`.
+        learning_rate: of Adam with b2 = 0.99.
+        tx: another optimizer.
+        held_out: prompts that no update sees.
+        stop_reward: mean reward that is enough.
+        on_step: called with a round's numbers and the state, which the next update consumes.
+
+    Returns:
+        A history of `step` (the round), `reward`, `kept` (so far), the last update's metrics, and
+        `held_out`; a last entry may hold nothing else. The result's traces are those kept.
+
+    Raises:
+        ValueError: an argument out of its range, or a reward that is no finite number.
+    """
+    for name, value, least in (
+        ("rounds", rounds, 0),
+        ("updates", updates, 1),
+        ("tokens", tokens, 1),
+    ):
+        check_count(value, least, f"expert_iteration: `{name}`")
+    for name, function in (("prompts_at", prompts_at), ("reward", reward)):
+        check_function(function, f"expert_iteration: `{name}`")
+    key = typed_key(key, caller="expert_iteration")
+    loss = distillation_loss(model, params, leaves=leaves)
+    start = start_state(model, state, caller="expert_iteration")
+    tx = optimizer(tx, learning_rate)
+    run = Run(make_train_step(loss, tx), TrainState.create(start, tx), on_step)
+    drawn = {"tokens": tokens, "stop_ids": stop_ids}
+    choices = {"group": group, "length": length, "temperature": temperature, **drawn}
+    look = lambda: held_out_reward(model, params, run.state, held_out, reward, **drawn)  # noqa: E731
+    goal = Goal(look if len(held_out) else None, 1, stop_reward)
+    kept, width = {}, 0
+    for step in range(rounds + 1):
+        entry = {"step": step}
+        if goal.reached(run, entry, last=step == rounds):
+            break
+        now = jax.random.fold_in(key, step)
+        out = rollouts(model, params, run.state, prompts_at(step), key=now, **choices)
+        run.budget += out.budget
+        name = "expert_iteration: `reward`"
+        rewards = judged(reward, out.prompts, out.completions, name=name, group=group)
+        width = max(width, out.mask.shape[1])
+        for row in np.flatnonzero(rewards >= keep_reward):
+            pair = out.prompts[row], out.completions[row]
+            kept[pair] = Trace(*pair, source="student")
+        entry |= {"reward": float(rewards.mean()), "kept": len(kept)}
+        sizes = {"batch_size": batch_size, "length": width, "seed": step}
+        for index in range(updates if kept else 0):
+            entry |= run.update(trace_batch(list(kept.values()), index, **sizes))
+        run.note(entry)
+    return Result(run.state, run.history, run.budget, list(kept.values()))

@@ -1,0 +1,125 @@
+"""A start state on its way through test-time training: updates, costs, when to stop. Level 6.
+
+What turns a batch into an update is handed in, as `training.make_train_step` makes it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from .loss import Batch
+from .model import RWKV7
+from .state import RWKV7State, check_state, init_state
+from .traces import Budget, Trace, inputs_of
+
+Entry = dict[str, float | int]
+OnStep = Callable[[Entry, RWKV7State], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What tuning gave.
+
+    Attributes:
+        state: the tuned start state (batch 1).
+        history: numbers by name, one entry a step or round.
+        budget: what it cost.
+        traces: what it learned from, where those were completions of its own.
+    """
+
+    state: RWKV7State
+    history: list[Entry]
+    budget: Budget
+    traces: list[Trace] = dataclasses.field(default_factory=list)
+
+
+class Run:
+    """A state, how it came about and what that cost.
+
+    Attributes:
+        history: one entry a step.
+        budget: so far.
+    """
+
+    def __init__(self, step: Callable, train: Any, on_step: OnStep | None = None):
+        """A run before its first update.
+
+        Args:
+            step: `(train, batch) -> (train, metrics)`; consumes its input.
+            train: a `TrainState` of a start state.
+            on_step: called with every entry and the state, which the next update consumes.
+        """
+        self._step, self._train, self._on_step = step, train, on_step
+        self.history, self.budget = [], Budget()
+
+    @property
+    def state(self) -> RWKV7State:
+        """As it is now; the next update consumes it."""
+        return self._train.params
+
+    def update(self, batch: Batch) -> Entry:
+        """One update; its metrics."""
+        self._train, metrics = self._step(self._train, batch)
+        spent = inputs_of(batch)
+        if "anchor" in batch:
+            spent += batch["anchor"][:, 1:].size
+        self.budget += Budget(gradient_tokens=spent)
+        return {name: float(value) for name, value in jax.device_get(metrics).items()}
+
+    def note(self, entry: Entry) -> None:
+        """The entry ends a step."""
+        self.history.append(entry)
+        if self._on_step:
+            self._on_step(entry, self.state)
+
+
+class Goal:
+    """The reward that is enough: of held-out prompts where there are some, else of late steps."""
+
+    def __init__(self, look: Callable[[], tuple[float, Budget]] | None, every: int, reward: float):
+        """Nothing has been seen.
+
+        Args:
+            look: gives the held-out reward and what it cost; None where nothing is held out.
+            every: steps between two looks, or over which rewards are averaged.
+            reward: that is enough.
+        """
+        self._look, self._every, self._reward = look, every, reward
+
+    def reached(self, run: Run, entry: Entry, *, last: bool) -> bool:
+        """Whether the run ends before the step of `entry`, which takes the look's `held_out`.
+
+        The run's last look is noted as an entry of its own.
+        """
+        if self._look is None:
+            recent = [past["reward"] for past in run.history[-self._every :]]
+            return last or (len(recent) == self._every and float(np.mean(recent)) >= self._reward)
+        if last or entry["step"] % self._every == 0:
+            entry["held_out"], cost = self._look()
+            run.budget += cost
+        if last or entry.get("held_out", -np.inf) >= self._reward:
+            run.note(entry)
+            return True
+        return False
+
+
+def start_state(model: RWKV7, state: RWKV7State | None, *, caller: str) -> RWKV7State:
+    """The state to tune, zeros by default, in float32.
+
+    Raises:
+        ValueError: it is of another model, or of more than one sequence.
+    """
+    state = init_state(model.config) if state is None else state
+    check_state(state, 1, model.config, caller=caller)
+    shifts = {name: getattr(state, name) for name in ("att_shift", "ffn_shift")}
+    return state.replace(**{name: jnp.asarray(x, jnp.float32) for name, x in shifts.items()})
+
+
+def optimizer(tx: optax.GradientTransformation | None, learning_rate: float):
+    """The given one, or Adam as states like it: large steps and a short memory of their size."""
+    return optax.adam(learning_rate, b2=0.99) if tx is None else tx
