@@ -1,0 +1,164 @@
+"""What the experiments on the toy bases share: models, tuning runs, measures.
+
+A run's learning rate is an argument of the compiled step, so that runs which differ in rate, task
+or seed alone share one program.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+import rwkv7_jax as rwkv
+from rwkv7_jax.evaluation import Answers, answers
+from rwkv7_jax.optim.decorrelation import decorrelate
+from rwkv7_jax.state import RWKV7State
+from rwkv7_jax.state_tuning import moving, state_loss, state_statistics, upscale
+from rwkv7_jax.tasks import task_batch
+
+ASSETS = Path(__file__).parent.parent / "assets"
+ROWS = 32  # of a training batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How a state is tuned.
+
+    Attributes:
+        rate: Adam's peak learning rate.
+        size: features of a head; 0 tunes the start state itself.
+        prepare: of the features.
+        dynamics: of the memory.
+        online: decorrelate while tuning.
+        anchor: weight of KL(base || tuned) on the mixture.
+    """
+
+    rate: float
+    size: int = 0
+    prepare: str = "none"
+    dynamics: str = "static"
+    online: bool = False
+    anchor: float = 0.0
+
+
+STANDARD = Method(rate=1.0)
+RAW = Method(rate=0.3, size=128)
+WHITENED = Method(rate=0.3, size=128, prepare="whiten")
+DBP = Method(rate=1.0, size=128, online=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """A run's result: the state, loss and accuracy by step, and seconds without compiling."""
+
+    state: RWKV7State
+    losses: list[float]
+    seconds: float
+
+
+@functools.cache
+def base(name: str) -> tuple[rwkv.RWKV7, Any]:
+    """A shipped toy model: "small", "small16" or "large"."""
+    params, config = rwkv.load_model(ASSETS / f"toy-{name}.pth", dtype="float32")
+    return rwkv.RWKV7(config), params
+
+
+def length_of(task: str) -> int:
+    """Tokens of a training row: 8 facts, or a row as the bases have seen them."""
+    return 24 if task.startswith("facts") else 32
+
+
+def batch(
+    task: str, step: int, *, seed: int = 0, rows: int = ROWS, length: int = 0, **more
+) -> dict:
+    """Rows of a task."""
+    length = length or length_of(task)
+    return task_batch(task, step, batch_size=rows, length=length, seed=seed, **more)
+
+
+def _adam(learning_rate) -> optax.GradientTransformation:
+    return optax.adam(learning_rate, b1=0.9, b2=0.99, eps=1e-8)
+
+
+@functools.cache
+def _program(name: str, leaves: tuple[str, ...], online: bool, anchor: float):
+    """The optimizer, its rate settable, and the compiled step, for one kind of run."""
+    model, params = base(name)
+    # Weights of the anchor are constants of the loss: there are two or three.
+    loss = state_loss(model, params, leaves=leaves, anchor=anchor)
+
+    def mask(state):
+        return moving(state, leaves)
+
+    def build(learning_rate):
+        adam = _adam(learning_rate)
+        return optax.masked(decorrelate(adam) if online else adam, mask)
+
+    tx = optax.inject_hyperparams(build)(learning_rate=1.0)
+    statistics = state_statistics(model, params, leaves=leaves) if online else None
+    return tx, rwkv.make_train_step(loss, tx, statistics=statistics)
+
+
+def start(name: str, task: str, method: Method, seed: int) -> RWKV7State:
+    """The state before tuning; features are calibrated on 96 rows of the task."""
+    model, params = base(name)
+    if not method.size:
+        return rwkv.init_state(model.config)
+    # Facts that will be asked for are not shown: other facts of the same form are.
+    text = "facts-1024" if task.startswith("facts") else task
+    tokens = batch(text, 0, seed=seed + 1000, rows=96, length=length_of(task))["tokens"][:, :-1]
+    widths = (1.0, 4.0, 16.0) if method.prepare == "whiten" else (1.0,)
+    return upscale(
+        model,
+        params,
+        tokens,
+        size=method.size,
+        dynamics=method.dynamics,
+        prepare=method.prepare,
+        widths=widths,
+        seed=seed,
+    )
+
+
+def rate_at(step: int, steps: int, warmup: int = 10) -> float:
+    """The share of the peak rate: a warm-up, then a cosine to a twentieth."""
+    falling = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return min(1.0, (step + 1) / warmup) * falling
+
+
+def tune(
+    task: str, method: Method, *, name: str = "small", steps: int = 150, seed: int = 0
+) -> Tuned:
+    """A state of a base model tuned on a task."""
+    leaves = ("memory",) if method.size else ("wkv",)
+    tx, step = _program(name, leaves, method.online, method.anchor)
+    train, losses, began = rwkv.TrainState.create(start(name, task, method, seed), tx), [], 0.0
+    for number in range(steps):
+        rows = batch(task, number, seed=seed)
+        if method.anchor:
+            length = rows["tokens"].shape[1] - 1
+            general = batch("mixture", number, seed=seed + 1, rows=16, length=length)
+            rows["anchor"] = general["tokens"]
+        rate = np.float32(method.rate * rate_at(number, steps))
+        train.opt_state.hyperparams["learning_rate"] = jax.numpy.asarray(rate)
+        train, metrics = step(train, rows)
+        losses.append(metrics["loss_nats"])
+        if number == 0:
+            jax.block_until_ready(metrics)
+            began = time.monotonic()
+    return Tuned(train.params, [float(x) for x in losses], time.monotonic() - began)
+
+
+def measure(
+    task: str, state: RWKV7State | None = None, *, name: str = "small", seed: int = 0, **more
+) -> Answers:
+    """Answers to 256 held-out rows of a task, from a state or from none."""
+    model, params = base(name)
+    state = rwkv.init_state(model.config) if state is None else state
+    return answers(model, params, state, batch(task, 0, seed=seed, rows=256, held_out=True, **more))
