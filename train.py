@@ -32,26 +32,26 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; it is made o
 def describe(settings: Settings, job: Job, stream, start_step: int) -> None:
     """Print what is about to happen."""
     weights = sum(leaf.size for leaf in jax.tree.leaves(job.weights(job.trainables)))
-    data = settings.data
+    data, rows = settings.data, settings.data.batch_size
     print(f"devices   {', '.join(str(device) for device in jax.devices())}")
     print(f"model     {job.model.config}")
     print(f"trained   {job.trained:,} numbers in mode {settings.mode}, of a model of {weights:,}")
     if settings.mode == "pretrain":
         labels = sorted(set(jax.tree.leaves(groups(job.trainables))))
         print(f"groups    {', '.join(labels)}")
-    amount = "made as it goes" if data.path.startswith("task:") else f"{len(stream):,} tokens"
+    endless = stream is None or data.path.startswith("task:")
+    amount = "made as it goes" if endless else f"{len(stream):,} tokens"
     print(f"data      {data.path}: {amount}")
-    print(
-        f"steps     {start_step} to {settings.steps}, {data.batch_size * data.length:,} tokens each"
-    )
+    size = f", {rows * data.length:,} tokens each" if stream is not None else ""
+    print(f"steps     {start_step} to {settings.steps}{size}")
 
 
 def evaluate(
-    settings: Settings, job: Job, train: TrainState, measures: dict[str, jobs.Measure]
+    settings: Settings, job: Job, train: TrainState, looks: list[jobs.Look]
 ) -> dict[str, float]:
     """Every measure on held-out data, and sample text on the terminal."""
     weights, start = job.weights(train.params), job.start(train.params)
-    numbers = {name: measure(weights, start) for name, measure in measures.items()}
+    numbers = {name: value for look in looks for name, value in look(train.params).items()}
     line = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items())
     print(f"step {int(train.step)}  {line}")
     sample = settings.sample
@@ -90,7 +90,7 @@ def draw(folder: RunFolder, job: Job, train: TrainState, settings: Settings, str
 
 def train(settings: Settings, workdir: str) -> None:
     """The loop."""
-    job = jobs.make_job(settings)
+    job = jobs.make_job(settings, workdir)
     tokenizer, optimizer = job.tokenizer, settings.optimizer
     rate = schedule(
         optimizer.schedule,
@@ -110,17 +110,17 @@ def train(settings: Settings, workdir: str) -> None:
             eps=optimizer.eps,
         )
     )
-    stream = job_data.training_stream(settings, tokenizer)
-    measures = jobs.measures(settings, job)
+    stream = None if job.batch else job_data.training_stream(settings, tokenizer)
+    looks = jobs.looks(settings, job)
 
     folder = RunFolder(workdir, settings)
     state = folder.restore(TrainState.create(job.trainables, tx))
     start_step = int(state.step)
     describe(settings, job, stream, start_step)
-    batches = job_data.batches(settings, stream, tokenizer, start_step=start_step)
+    batches = job.batch or job_data.batches(settings, stream, tokenizer, start_step=start_step)
     step = make_train_step(job.loss, tx, statistics=job.statistics, accumulate=optimizer.accumulate)
     if start_step == 0:
-        folder.log(0, evaluate(settings, job, state, measures))
+        folder.log(0, evaluate(settings, job, state, looks))
 
     bar = ProgressBar(settings.steps - start_step, settings.mode)
     per_step, warned, since = (
@@ -129,7 +129,10 @@ def train(settings: Settings, workdir: str) -> None:
         time.monotonic(),
     )
     for number in range(start_step + 1, settings.steps + 1):
-        batch = job.batch(state.params, number - 1) if job.batch else next(batches)
+        if job.batch:
+            batch = job.batch(state.params, number - 1)
+        else:
+            batch = job.prepared(next(batches), number - 1)
         state, metrics = step(state, batch)
         last = number == settings.steps
         if number % settings.log_every == 0 or last:
@@ -146,13 +149,13 @@ def train(settings: Settings, workdir: str) -> None:
                     "learning rate, set config.tuning.alpha below 1 or add an anchor."
                 )
         if settings.evaluation.every and number % settings.evaluation.every == 0 and not last:
-            folder.log(number, evaluate(settings, job, state, measures))
+            folder.log(number, evaluate(settings, job, state, looks))
         if settings.save_every and number % settings.save_every == 0 and not last:
             folder.save(state)
     bar.close()
 
     if start_step < settings.steps:
-        folder.log(settings.steps, evaluate(settings, job, state, measures))
+        folder.log(settings.steps, evaluate(settings, job, state, looks))
         folder.save(state)
     if int(state.skipped):
         print(f"warning: {int(state.skipped)} updates were skipped: loss or gradient not finite")

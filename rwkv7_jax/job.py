@@ -39,6 +39,9 @@ class Job:
         statistics: of trainables and a batch, for that optimizer; None where it needs none.
         batch: the batch of a step, counted from 0, where it depends on the trainables; None where
             batches come from the data alone.
+        prepared: a batch of the data with what the mode adds to it at a step.
+        measured: from a batch of held-out data to what is measured of trainables, where that is not
+            how well they predict it; the argument is None where `batch` makes the data.
     """
 
     model: RWKV7
@@ -52,6 +55,8 @@ class Job:
     optimizer: Callable[[GradientTransformation], GradientTransformation] = lambda tx: tx
     statistics: Callable[[Any, Batch], Any] | None = None
     batch: Callable[[Any, int], Batch] | None = None
+    prepared: Callable[[Batch, int], Batch] = lambda batch, step: batch
+    measured: Callable[[Batch | None], Callable[[Any], dict[str, float]]] | None = None
 
 
 def count(tree: Any) -> int:
