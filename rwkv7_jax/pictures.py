@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from .advice import FADED, Diagnosis
+
 _COLOURS = ("#4053d3", "#ddb310", "#b51d14", "#00beff", "#fb49b0", "#00b25d")
 
 
@@ -98,3 +100,39 @@ def states(
     axes[2].set(title="singular values (dotted: typical)", xlabel="rank", ylim=(1e-3, None))
     axes[2].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
+
+
+def diagnosis(path: str | Path, found: Diagnosis) -> None:
+    """A PNG of a tuned state: what is still read of it and the loss by position, and spectra."""
+    figure, axes = _figure(3)
+    for (name, memory), style in zip(found.memories.items(), ("-", "--"), strict=False):
+        axes[0].plot(memory.fading, style, color="black", lw=2, label=f"{name}, all layers")
+        for layer, reads in enumerate(memory.reads):
+            share = reads / (reads[0] or 1.0)
+            axes[0].plot(share, style, color=_COLOURS[layer % 6], lw=0.7, label="")
+        for layer, values in enumerate(memory.spectrum):
+            label = f"{name}, layer {layer}"
+            colour = _COLOURS[layer % 6]
+            axes[2].semilogy(values.mean(0) + 1e-9, style, color=colour, label=label)
+    axes[0].axhline(FADED, color="grey", lw=0.8, ls=":")
+    axes[0].set(title="what is still read of the state", xlabel="position", yscale="log")
+    axes[0].set_ylabel("mean |psi|^2, the first = 1")
+    for name, nats, colour in (
+        ("base", found.base_nats, _COLOURS[0]),
+        ("tuned", found.tuned_nats, _COLOURS[2]),
+    ):
+        place = np.flatnonzero(found.counts)
+        axes[1].plot(place, nats[place], color=colour, alpha=0.25, lw=0.8)
+        axes[1].plot(*_smoothed(place, nats[place]), color=colour, label=name)
+    axes[1].set(title="loss by position", xlabel="position", ylabel="nats per token")
+    top = max(float(memory.spectrum.max()) for memory in found.memories.values()) or 1.0
+    axes[2].set(title="singular values (mean of heads)", xlabel="rank", ylim=(1e-4 * top, 2 * top))
+    for axis in axes:
+        axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def _smoothed(x: np.ndarray, y: np.ndarray, pieces: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """Means of neighbours, at most `pieces` of them."""
+    parts = np.array_split(np.arange(len(x)), min(pieces, len(x)))
+    return tuple(np.array([one[part].mean() for part in parts]) for one in (x, y))
