@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from tiny_models import CONFIG, lively, random_state, restated, tokens
 
-from rwkv7_jax import advice, pictures
+from rwkv7_jax import advice, pictures, upscaling
 from rwkv7_jax.adapters import capacity, mix
 from rwkv7_jax.diagnosis import diagnose, ranks, retention
 from rwkv7_jax.evaluation import answers
 from rwkv7_jax.model import RWKV7
-from rwkv7_jax.state import init_state, repeat
-from rwkv7_jax.state_tuning import scaled, spectra, state_statistics, upscale
+from rwkv7_jax.state import Features, init_state, repeat
+from rwkv7_jax.state_tuning import scaled, spectra, state_statistics
 
 B, T, SIZE = 3, 13, 24
 HEADS = (CONFIG.num_layers, CONFIG.num_heads)
@@ -32,9 +32,17 @@ def params():
 
 
 @pytest.fixture(scope="module")
-def empty(model, params):
-    """An upscaled state whose memory is empty."""
-    return upscale(model, params, tokens(4, 20, seed=5), size=SIZE)
+def empty():
+    """An upscaled state whose memory is empty, read through features that no text was needed for.
+
+    Every test that runs the model takes such states, so that all share the compiled programs.
+    """
+    draws = np.random.default_rng(5).normal(size=(3, 1, 2, SIZE, 32))
+    landmarks = jnp.asarray(draws / np.linalg.norm(draws, axis=-1, keepdims=True), jnp.float32)
+    widths = jnp.ones((3, 1, 2, SIZE))
+    identity = jnp.broadcast_to(jnp.eye(SIZE), (3, 1, 2, SIZE, SIZE))
+    features = Features(landmarks=landmarks, widths=widths, mean=0.2 * widths, map=identity)
+    return init_state(CONFIG).replace(upscaled=upscaling.empty(features))
 
 
 def filled(state, seed=1, size=0.3):
@@ -145,6 +153,13 @@ def found(model, params, empty):
     return state, diagnose(model, params, state, text(scored=10), generic=text(1))
 
 
+@pytest.fixture(scope="module")
+def bare(model, params, empty):
+    """A WKV state with an empty memory beside it, which numpy restates without one."""
+    state = empty.replace(wkv=0.3 * random_state(seed=3).wkv)
+    return state, diagnose(model, params, state, text(scored=10))
+
+
 def psi_of(params, state, ids):
     """The WKV state's psi [L T H N] token by token, float64, of a run from `state`."""
     _, _, trace = restated(params, ids, state.replace(upscaled=None))
@@ -159,10 +174,9 @@ def psi_of(params, state, ids):
     return np.stack(out, 1)
 
 
-def test_the_forgetting_curve_is_the_mean_square_of_psi_relative_to_the_first(model, params):
-    state, batch = scaled(random_state(seed=3), 0.3), text()
-    memory = diagnose(model, params, state, batch).memories["wkv"]
-    psi = np.stack([psi_of(params, state, row[:-1]) for row in batch["tokens"]])
+def test_the_forgetting_curve_is_the_mean_square_of_psi_relative_to_the_first(params, bare):
+    state, memory = bare[0], bare[1].memories["wkv"]
+    psi = np.stack([psi_of(params, state, row[:-1]) for row in text()["tokens"]])
     squares = np.square(psi).sum(-1).mean((0, 1, 3))
     np.testing.assert_allclose(memory.fading, squares / squares[0], rtol=1e-3)
     below = np.flatnonzero(squares < 0.1 * squares[0])
@@ -195,27 +209,28 @@ def test_norms_and_ranks_are_those_of_the_singular_values(found):
     assert not ranks(init_state(CONFIG).wkv).any()
 
 
-def test_a_typical_state_is_the_base_models_behind_the_rows(params, found):
+def test_a_typical_state_is_the_base_models_behind_the_rows(params, bare):
     ends = [restated(params, row[:-1], init_state(CONFIG))[1].wkv for row in text()["tokens"]]
     squares = np.square(np.stack(ends)).sum((-2, -1)).mean(0)
-    np.testing.assert_allclose(found[1].memories["wkv"].typical, np.sqrt(squares), rtol=1e-3)
+    np.testing.assert_allclose(bare[1].memories["wkv"].typical, np.sqrt(squares), rtol=1e-3)
 
 
-def test_losses_by_position_are_those_of_the_models_logits(params, found, model):
-    state, diagnosis = found
+def test_losses_by_position_are_those_of_the_models_logits(params, bare):
+    state, diagnosis = bare
     ids = text()["tokens"]
     for start, came in (
         (init_state(CONFIG), diagnosis.base_nats),
-        (state, diagnosis.tuned_nats),
+        (state.replace(upscaled=None), diagnosis.tuned_nats),
     ):
-        logits, _ = model.apply({"params": params}, ids[:, :-1], repeat(start, B))
-        nats = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), ids[:, 1:, None], -1)
-        np.testing.assert_allclose(came[:10], nats[..., 0].mean(0)[:10], rtol=1e-3)
+        logits = np.stack([restated(params, row[:-1], start)[0] for row in ids])
+        logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        nats = -np.take_along_axis(logs, ids[:, 1:, None], axis=-1)[..., 0]
+        np.testing.assert_allclose(came[:10], nats.mean(0)[:10], rtol=1e-3)
         assert np.isnan(came[10:]).all()
 
 
-def test_the_zero_state_changes_nothing(model, params):
-    (kept,) = retention(model, params, init_state(CONFIG), {"own": text(1)})
+def test_the_zero_state_changes_nothing(model, params, empty):
+    (kept,) = retention(model, params, empty, {"own": text(1)})
     assert abs(kept.divergence) < 1e-6 and kept.base_nats == pytest.approx(kept.tuned_nats)
     assert kept.base_accuracy == kept.tuned_accuracy and kept.tokens == B * T
 
@@ -234,9 +249,9 @@ def test_retention_has_a_row_a_text_with_the_numbers_of_evaluation(model, params
     assert diagnosis.generic.tuned_nats == pytest.approx(rows[1].tuned_nats)
 
 
-def test_more_rows_than_fit_at_once_are_all_counted(model, params):
+def test_more_rows_than_fit_at_once_are_all_counted(model, params, bare):
     many = {name: np.concatenate([x, x, x]) for name, x in text().items()}
-    one, two = (diagnose(model, params, random_state(), batch) for batch in (text(), many))
+    one, two = (diagnose(model, params, bare[0], batch) for batch in (text(), many))
     assert two.own.tokens == 3 * one.own.tokens
     assert two.own.tuned_nats == pytest.approx(one.own.tuned_nats, rel=1e-5)
     for name in ("typical", "read_rank", "reads"):
@@ -257,8 +272,8 @@ def test_another_models_state_is_refused(model, params):
         diagnose(model, params, state.replace(wkv=state.wkv[:, :, :1]), text())
 
 
-def test_a_state_that_drowns_what_is_read_is_called_large(model, params):
-    huge, small = (scaled(random_state(), size) for size in (1000.0, 0.01))
+def test_a_state_that_drowns_what_is_read_is_called_large(model, params, bare):
+    huge, small = (scaled(bare[0], size) for size in (1000.0, 0.01))
     said = [diagnose(model, params, state, text()).advice for state in (huge, small)]
     assert [any("times the norm" in line for line in lines) for lines in said] == [True, False]
 
