@@ -194,14 +194,16 @@ def _mix(options: argparse.Namespace) -> None:
 
 
 def _scale(options: argparse.Namespace) -> None:
-    from .adapters import mix
     from .state_files import load_state, read_sidecar, save_state
+    from .state_tuning import scaled
 
+    if not np.isfinite(options.alpha):
+        raise ValueError(f"state scale: `--alpha` must be finite; got {options.alpha}.")
     state, before = load_state(options.state), read_sidecar(options.state)
     made = f"{options.alpha:g} x {Path(options.state).name}"
     info = {**_base_of([options.state]), "made_of": made}
     info["alpha"] = options.alpha * before.get("alpha", 1.0)
-    save_state(options.target, mix([state], [options.alpha]), info=info)
+    save_state(options.target, scaled(state, options.alpha), info=info)
     print(f"{options.target}: {made}")
 
 

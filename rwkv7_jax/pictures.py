@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from .advice import FADED, Diagnosis
+from .advice import FADED, Diagnosis, Memory
 
 _COLOURS = ("#4053d3", "#ddb310", "#b51d14", "#00beff", "#fb49b0", "#00b25d")
 
@@ -106,17 +106,10 @@ def diagnosis(path: str | Path, found: Diagnosis) -> None:
     """A PNG of a tuned state: what is still read of it and the loss by position, and spectra."""
     figure, axes = _figure(3)
     for (name, memory), style in zip(found.memories.items(), ("-", "--"), strict=False):
-        axes[0].plot(memory.fading, style, color="black", lw=2, label=f"{name}, all layers")
-        for layer, reads in enumerate(memory.reads):
-            share = reads / (reads[0] or 1.0)
-            axes[0].plot(share, style, color=_COLOURS[layer % 6], lw=0.7, label="")
-        for layer, values in enumerate(memory.spectrum):
-            label = f"{name}, layer {layer}"
-            colour = _COLOURS[layer % 6]
-            axes[2].semilogy(values.mean(0) + 1e-9, style, color=colour, label=label)
+        _memory(axes[0], axes[2], name, memory, style)
     axes[0].axhline(FADED, color="grey", lw=0.8, ls=":")
-    axes[0].set(title="what is still read of the state", xlabel="position", yscale="log")
-    axes[0].set_ylabel("mean |psi|^2, the first = 1")
+    axes[0].set(title="what is still read (thin: single layers)", yscale="log")
+    axes[0].set(xlabel="position", ylabel="mean |psi|^2, the first = 1")
     for name, nats, colour in (
         ("base", found.base_nats, _COLOURS[0]),
         ("tuned", found.tuned_nats, _COLOURS[2]),
@@ -127,9 +120,22 @@ def diagnosis(path: str | Path, found: Diagnosis) -> None:
     axes[1].set(title="loss by position", xlabel="position", ylabel="nats per token")
     top = max(float(memory.spectrum.max()) for memory in found.memories.values()) or 1.0
     axes[2].set(title="singular values (mean of heads)", xlabel="rank", ylim=(1e-4 * top, 2 * top))
-    for axis in axes:
-        axis.legend(frameon=False, fontsize=8)
+    for axis, place in zip(axes, ("lower left", "upper right", "lower left"), strict=True):
+        axis.legend(frameon=False, fontsize=8, loc=place)
     figure.savefig(path, dpi=130)
+
+
+def _memory(fading, spectra, name: str, memory: Memory, style: str) -> None:
+    """One memory's lines on the two axes: layers from dark to light, the outermost are named."""
+    from matplotlib import colormaps
+
+    fading.plot(memory.fading, style, color="black", lw=2, label=f"{name}, all layers")
+    last = len(memory.spectrum) - 1
+    for layer, (reads, values) in enumerate(zip(memory.reads, memory.spectrum, strict=True)):
+        colour = colormaps["viridis"](0.9 * layer / max(last, 1))
+        fading.plot(reads / (reads[0] or 1.0), style, color=colour, lw=0.7)
+        label = f"{name}, layer {layer}" if layer in (0, last) else None
+        spectra.semilogy(values.mean(0) + 1e-9, style, color=colour, label=label)
 
 
 def _smoothed(x: np.ndarray, y: np.ndarray, pieces: int = 32) -> tuple[np.ndarray, np.ndarray]:

@@ -133,7 +133,7 @@ def test_doctor_prints_losses_heads_positions_and_advice(folder, capsys, tmp_pat
         ("mix {out} --weights 1", "state mix: needs at least one state"),
         ("mix {a} {wide} {out} --weights 1,1", "mix: `states[1]` must have an upscaled memory if"),
         ("scale {wide} --alpha 1 {out}", "of an upscaled state must end in .safetensors"),
-        ("scale {a} --alpha nan {out}", "mix: `weights` must be finite; got nan."),
+        ("scale {a} --alpha nan {out}", "state scale: `--alpha` must be finite; got nan."),
         ("doctor {a} --model {base} --data task:none", "`name` must be one of copy"),
         ("doctor {a} --model {base} --data nowhere.txt", "`nowhere.txt` is no file, no folder"),
         ("doctor {a} --model {base} --data {text} --windows 0", "`--windows` must be at least 1"),
