@@ -259,6 +259,17 @@ def test_more_rows_than_fit_at_once_are_all_counted(model, params, bare):
         np.testing.assert_allclose(a, b, rtol=1e-3)
 
 
+def test_the_order_of_rows_changes_nothing(model, params, bare):
+    mask = (np.arange(T) < np.arange(1, 13)[:, None]).astype(np.float32)
+    rows = {"tokens": np.asarray(tokens(12, T + 1, seed=9)), "mask": mask}
+    turned = {name: x[::-1] for name, x in rows.items()}
+    one, two = (diagnose(model, params, bare[0], batch) for batch in (rows, turned))
+    assert one.own.tuned_nats == pytest.approx(two.own.tuned_nats, rel=1e-6)
+    for name in ("typical", "read_rank", "reads"):
+        a, b = (getattr(found.memories["wkv"], name) for found in (one, two))
+        np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
 def test_a_text_in_which_nothing_counts_is_refused(model, params):
     with pytest.raises(ValueError, match="`batch` must have a target that counts"):
         diagnose(model, params, init_state(CONFIG), text(scored=0))
