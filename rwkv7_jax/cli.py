@@ -1,4 +1,4 @@
-"""`rwkv7 convert | inspect | doctor | generate`: argument parsing and printing alone. Level 7."""
+"""`rwkv7 convert | inspect | doctor | generate | state`: arguments and printing alone. Level 9."""
 
 import argparse
 import importlib.metadata
@@ -11,6 +11,7 @@ import warnings
 import numpy as np
 
 from .cli_generate import add_generate_command, discard_output
+from .cli_state import add_state_command
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -127,6 +128,7 @@ def parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="versions, devices and what can run here")
     doctor.set_defaults(run=_doctor)
     add_generate_command(commands)
+    add_state_command(commands)
     return top
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from .advice import FADED, Diagnosis, Memory
+
 _COLOURS = ("#4053d3", "#ddb310", "#b51d14", "#00beff", "#fb49b0", "#00b25d")
 
 
@@ -98,3 +100,45 @@ def states(
     axes[2].set(title="singular values (dotted: typical)", xlabel="rank", ylim=(1e-3, None))
     axes[2].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
+
+
+def diagnosis(path: str | Path, found: Diagnosis) -> None:
+    """A PNG of a tuned state: what is still read of it and the loss by position, and spectra."""
+    figure, axes = _figure(3)
+    for (name, memory), style in zip(found.memories.items(), ("-", "--"), strict=False):
+        _memory(axes[0], axes[2], name, memory, style)
+    axes[0].axhline(FADED, color="grey", lw=0.8, ls=":")
+    axes[0].set(title="what is still read (thin: single layers)", yscale="log")
+    axes[0].set(xlabel="position", ylabel="mean |psi|^2, the first = 1")
+    for name, nats, colour in (
+        ("base", found.base_nats, _COLOURS[0]),
+        ("tuned", found.tuned_nats, _COLOURS[2]),
+    ):
+        place = np.flatnonzero(found.counts)
+        axes[1].plot(place, nats[place], color=colour, alpha=0.25, lw=0.8)
+        axes[1].plot(*_smoothed(place, nats[place]), color=colour, label=name)
+    axes[1].set(title="loss by position", xlabel="position", ylabel="nats per token")
+    top = max(float(memory.spectrum.max()) for memory in found.memories.values()) or 1.0
+    axes[2].set(title="singular values (mean of heads)", xlabel="rank", ylim=(1e-4 * top, 2 * top))
+    for axis, place in zip(axes, ("lower left", "upper right", "lower left"), strict=True):
+        axis.legend(frameon=False, fontsize=8, loc=place)
+    figure.savefig(path, dpi=130)
+
+
+def _memory(fading, spectra, name: str, memory: Memory, style: str) -> None:
+    """One memory's lines on the two axes: layers from dark to light, the outermost are named."""
+    from matplotlib import colormaps
+
+    fading.plot(memory.fading, style, color="black", lw=2, label=f"{name}, all layers")
+    last = len(memory.spectrum) - 1
+    for layer, (reads, values) in enumerate(zip(memory.reads, memory.spectrum, strict=True)):
+        colour = colormaps["viridis"](0.9 * layer / max(last, 1))
+        fading.plot(reads / (reads[0] or 1.0), style, color=colour, lw=0.7)
+        label = f"{name}, layer {layer}" if layer in (0, last) else None
+        spectra.semilogy(values.mean(0) + 1e-9, style, color=colour, label=label)
+
+
+def _smoothed(x: np.ndarray, y: np.ndarray, pieces: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """Means of neighbours, at most `pieces` of them."""
+    parts = np.array_split(np.arange(len(x)), min(pieces, len(x)))
+    return tuple(np.array([one[part].mean() for part in parts]) for one in (x, y))
