@@ -3,10 +3,10 @@
     python eval.py --config=configs/eval.py --config.init=model.pth --config.state=poet.pth \
         --config.data.path=poems.jsonl
 
-Rows: the base model from its zero state; the tuned state; and the base after reading a prompt of
-the training text, of each size in config.evaluation.prompt_tokens (-1: all the text that tuning
-could see, the prompt of equal information). The same rows on config.evaluation.retention, other
-text, show the price.
+Rows: the base model from its zero state; the tuned state, or several, with commas; and the base
+after reading a prompt of the training text, of each size in config.evaluation.prompt_tokens (-1:
+all the text that tuning could see, the prompt of equal information). The same rows on
+config.evaluation.retention, other text, show the price.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from absl import app, logging
 from ml_collections import config_flags
 
 from rwkv7_jax import job, job_data, pictures
+from rwkv7_jax.checkpoint import model_hash
 from rwkv7_jax.evaluation import Score, score, state_after
 from rwkv7_jax.settings import Settings, read_settings
 from rwkv7_jax.state import RWKV7State, init_state
@@ -30,8 +31,12 @@ _CONFIG = config_flags.DEFINE_config_file("config", lock_config=False, accept_ne
 def starts(settings: Settings, model, params, tokenizer: Tokenizer) -> dict[str, RWKV7State]:
     """The start states that are compared, by the names of their rows."""
     rows = {"base": init_state(model.config)}
-    if settings.state:
-        rows["tuned state"] = load_state(settings.state, config=model.config)
+    paths = [path for path in settings.state.split(",") if path]
+    own = model_hash(params, model.config) if paths else ""
+    for path in paths:
+        state = load_state(path, config=model.config, base_model=own)
+        label = "tuned state" if state.upscaled is None else "upscaled state"
+        rows[path if label in rows else label] = state
     if settings.evaluation.prompt_tokens:
         stream = job_data.training_stream(settings, tokenizer)
         for size in settings.evaluation.prompt_tokens:

@@ -170,7 +170,7 @@ def _questions(task: str, step: int, count: int, **more):
     return questions, {tuple(q): r for q, r in zip(questions, replies, strict=True)}
 
 
-class _Exact:
+class Exact:
     """A reward: 1 for the right answer. Answers of all prompts that were made are remembered."""
 
     def __init__(self, task: str, seed: int = 0):
@@ -188,7 +188,7 @@ class _Exact:
 
 def policy(seed: int = 0, steps: int = 60) -> Numbers:
     """Rewards alone: .90 of the hidden instructions followed exactly, and the large model + .3."""
-    reward = _Exact("steer", seed)
+    reward = Exact("steer", seed)
     asked = reward.prompts(0, 128, held_out=True)
     exact = {
         name: held_out_reward(*base(name), None, asked, reward, tokens=6)[0]
@@ -205,7 +205,7 @@ def policy(seed: int = 0, steps: int = 60) -> Numbers:
 
 def guidance(seed: int = 0, steps: int = 60) -> Numbers:
     """The large model, told what to do, writes traces; the small one follows .95 of them untold."""
-    reward = _Exact("steer", seed)
+    reward = Exact("steer", seed)
     asked = reward.prompts(0, 128, held_out=True)
     prompts = reward.prompts(1, 512)
     told = ord("R") + 1

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 
 def get_config():
-    """Base, tuned state, and the base after prompts of 1,024 and of 131,072 tokens."""
+    """Base, tuned state, and the base after a prompt of 1,024 tokens."""
     config = ConfigDict()
     config.init = ""
     config.state = ""
@@ -18,7 +18,7 @@ def get_config():
     config.optimizer = ConfigDict()
     config.tuning = ConfigDict()
     config.evaluation = ConfigDict(
-        {"windows": 48, "length": 512, "prompt_tokens": (1024, 131_072), "retention": ""}
+        {"windows": 48, "length": 512, "prompt_tokens": (1024,), "retention": ""}
     )
     config.sample = ConfigDict()
     return config

@@ -37,18 +37,18 @@ def get_config(arg="small"):
     ranks = {"decay_rank": 16, "icl_rank": 16, "value_rank": 16, "gate_rank": 32}
     config = ConfigDict()
     config.mode = "pretrain"
-    config.steps = 1200 if arg == "large" else 1600
+    config.steps = 2400
     config.seed = 0
     config.log_every = 50
     config.model = ConfigDict({"vocab_size": 257, "ffn_width": 3 * size["width"]} | size | ranks)
     config.data = ConfigDict({"path": "task:mixture", "batch_size": 32, "length": 32})
     config.optimizer = ConfigDict(
         {
-            "kind": "muon",
-            "learning_rate": 5e-3,
-            "final_learning_rate": 1e-4,
-            "schedule": "wsd",
-            "warmup_steps": 40,
+            "kind": "adamw",
+            "learning_rate": 2e-3,
+            "final_learning_rate": 4e-5,
+            "schedule": "linear",
+            "warmup_steps": 100,
             "weight_decay": 0.01,
             "clip": 1.0,
             "b2": 0.98,

@@ -47,18 +47,22 @@ def run_generate(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from .checkpoint import load_model
+    from .checkpoint import load_model, model_hash
     from .state_files import load_state
     from .tokenizer import Tokenizer
 
     prompt = _prompt(args)
     params, config = load_model(args.model)
     tokenizer = Tokenizer.for_vocabulary(config.vocab_size)
+    state = None
+    if args.state:
+        own = model_hash(params, config)
+        state = load_state(args.state, config=config, base_model=own)
     out = generate(
         RWKV7(config),
         params,
         tokenizer.encode(prompt) or [0],
-        load_state(args.state) if args.state else None,
+        state,
         tokens=args.tokens,
         key=jax.random.key(args.seed),
         temperature=args.temperature,

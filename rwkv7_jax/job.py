@@ -12,14 +12,17 @@ import jax
 import jax.numpy as jnp
 from optax import GradientTransformation
 
-from .checkpoint import load_model
+from .checkpoint import load_model, model_hash
 from .config import RWKV7Config
 from .loss import Batch, Loss
 from .model import RWKV7
 from .settings import Settings
 from .shapes import Params
 from .state import RWKV7State, init_state
+from .state_files import save_state
+from .state_tuning import scaled
 from .tokenizer import Tokenizer
+from .upscaling import fold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,3 +88,38 @@ def load(settings: Settings) -> tuple[RWKV7, Params]:
     tokens = jnp.zeros((1, 1), jnp.int32)
     init = jax.jit(lambda key: model.init(key, tokens, init_state(model.config)))
     return model, init(jax.random.key(settings.seed))["params"]
+
+
+def frozen_model(settings: Settings) -> tuple[RWKV7, Params]:
+    """The checkpoint whose state is tuned.
+
+    Raises:
+        ValueError: none is named, or an anchor without text.
+    """
+    if not settings.init:
+        raise ValueError("`config.init` must name the checkpoint whose start state is tuned.")
+    if settings.tuning.anchor and not settings.tuning.anchor_path:
+        raise ValueError("`config.tuning.anchor_path` must name the text of the anchor.")
+    return load(settings)
+
+
+def start_state(model: RWKV7) -> RWKV7State:
+    """Zeros in float32, whatever the model computes in."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), init_state(model.config))
+
+
+def saver(
+    settings: Settings, model: RWKV7, params: Params, name: str = "state.pth"
+) -> Callable[[Path, RWKV7State], Path]:
+    """What writes the tuned state, scaled as `config.tuning.alpha` says and without its map."""
+    alpha = settings.tuning.alpha
+
+    def save(folder: Path, tuned: RWKV7State) -> Path:
+        result, path = scaled(tuned, alpha), folder / name
+        if result.upscaled is not None and result.upscaled.dynamics == "static":
+            result = result.replace(upscaled=fold(result.upscaled))
+        info = {"base_model": model_hash(params, model.config), "alpha": alpha}
+        save_state(path, result, config=model.config, info=info)
+        return path
+
+    return save

@@ -11,8 +11,7 @@ import numpy as np
 from .checkpoint import load_model
 from .evaluation import state_after
 from .guide import collect
-from .job import Job
-from .job_tuning import frozen_model, saver, start_state
+from .job import Job, frozen_model, saver, start_state
 from .loss import Batch, Loss
 from .model import RWKV7
 from .progress import ProgressBar

@@ -1,26 +1,23 @@
 """The modes that train weights, a start state or an upscaled state. Level 8."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from .checkpoint import model_hash, save_model
-from .job import Job, count, load
+from .checkpoint import save_model
+from .job import Job, count, frozen_model, load, saver, start_state
 from .job_data import calibration_text
 from .model import RWKV7
 from .optim.decorrelation import decorrelate
 from .settings import Settings
 from .shapes import Params
 from .state import RWKV7State, init_state
-from .state_files import save_state
-from .state_tuning import LEAVES, moving, scaled, state_loss, state_statistics, upscale
+from .state_tuning import LEAVES, moving, state_loss, state_statistics, upscale
 from .tokenizer import Tokenizer
 from .training import pretrain_loss
-from .upscaling import fold
 
 
 def pretrain_job(settings: Settings) -> Job:
@@ -42,41 +39,6 @@ def pretrain_job(settings: Settings) -> Job:
         start=lambda trained: init_state(model.config),
         save=save,
     )
-
-
-def frozen_model(settings: Settings) -> tuple[RWKV7, Params]:
-    """The checkpoint whose state is tuned.
-
-    Raises:
-        ValueError: none is named, or an anchor without text.
-    """
-    if not settings.init:
-        raise ValueError("`config.init` must name the checkpoint whose start state is tuned.")
-    if settings.tuning.anchor and not settings.tuning.anchor_path:
-        raise ValueError("`config.tuning.anchor_path` must name the text of the anchor.")
-    return load(settings)
-
-
-def start_state(model: RWKV7) -> RWKV7State:
-    """Zeros in float32, whatever the model computes in."""
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), init_state(model.config))
-
-
-def saver(
-    settings: Settings, model: RWKV7, params: Params, name: str = "state.pth"
-) -> Callable[[Path, RWKV7State], Path]:
-    """What writes the tuned state, scaled as `config.tuning.alpha` says and without its map."""
-    alpha = settings.tuning.alpha
-
-    def save(folder: Path, tuned: RWKV7State) -> Path:
-        result, path = scaled(tuned, alpha), folder / name
-        if result.upscaled is not None and result.upscaled.dynamics == "static":
-            result = result.replace(upscaled=fold(result.upscaled))
-        info = {"base_model": model_hash(params, model.config), "alpha": alpha}
-        save_state(path, result, config=model.config, info=info)
-        return path
-
-    return save
 
 
 def _optimizer(settings: Settings, start: RWKV7State, leaves: tuple[str, ...]):

@@ -35,7 +35,7 @@ class Settings:
     Attributes:
         mode: "pretrain", "state", "upscaled_state", "observer" or "test_time".
         init: checkpoint to start from; empty for a new model of `model`'s sizes.
-        state: tuned start state, for eval.py.
+        state: tuned start states for eval.py, several with commas.
         model: fields of `RWKV7Config` for a new model, or changes (dtype, remat, implementation) to
             `init`.
         steps: updates.

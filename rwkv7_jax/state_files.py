@@ -11,6 +11,7 @@ backend-python/utils/rwkv.py.
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -175,8 +176,10 @@ def _load_upscaled(tensors: Mapping[str, np.ndarray], path: Path) -> Upscaled | 
 def _check_base(path: Path, base_model: str | None) -> None:
     was = read_sidecar(path).get("base_model")
     if base_model is not None and was is not None and was != base_model:
-        raise ValueError(
-            f"load_state: `{path}` was tuned for the model {was}; got the model {base_model}."
+        warnings.warn(
+            f"load_state: `{path}` was tuned for the model {was}; got the model {base_model}. "
+            "Unless they differ in dtype alone, it means nothing there.",
+            stacklevel=3,
         )
 
 
@@ -205,12 +208,12 @@ def load_state(
     Args:
         path: `.pth`, `.safetensors` or `.st`.
         config: of the model, to refuse a state of another one.
-        base_model: `checkpoint.model_hash` of the model, to refuse a state of other weights where
+        base_model: `checkpoint.model_hash` of the model, to warn of a state of other weights where
             the sidecar says which they were.
 
     Raises:
-        ValueError: no state in the file, layers missing, NaN or Inf, another model's sizes or
-            weights, or a transposed state where that can be told (by the sidecar).
+        ValueError: no state in the file, layers missing, NaN or Inf, another model's sizes, or a
+            transposed state where that can be told (by the sidecar).
     """
     path = Path(path)
     _check_suffix(path, "load_state")

@@ -1,0 +1,239 @@
+"""The table of the method on toy tasks: four ways to tune a frozen model, and what each is worth.
+
+    python -m benchmarks.paper_table --quick      # the gate: a few minutes on two CPU cores
+    python -m benchmarks.paper_table --json benchmarks/results/cpu-paper-table.json \
+        --pictures benchmarks/results
+
+Rows are a small model as it is, a large one as it is, a large one that is told or shown what to do,
+and the small one's state tuned in each way; columns are tasks that the models were not trained for.
+Behind it come the experiments of `benchmarks.experiments`, each with its bar. Every cell is kept in
+a cache as soon as it is known, so that a run which was stopped goes on; a change of the code or of
+the models begins a new one. Exit code 1 if a bar is missed.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+
+from benchmarks import experiments, record
+from benchmarks.lab import DBP, RAW, STANDARD, WHITENED, base, measure, tune
+from rwkv7_jax import pictures
+from rwkv7_jax.atomic import replacing
+from rwkv7_jax.progress import ProgressBar
+from rwkv7_jax.test_time import grpo
+
+TASKS = ("steer", "novel", "modulus-9", "product-7", "facts-256")
+METHODS = {
+    "standard state": STANDARD,
+    "upscaled, raw features": RAW,
+    "upscaled, whitened": WHITENED,
+    "upscaled, DBP": DBP,
+}
+EXPERIMENTS = {
+    "E1 identity": experiments.identity,
+    "E2 linearity": experiments.linearity,
+    "E4 reparametrisation": experiments.reparametrisation,
+    "E6 steering": experiments.steering,
+    "E7 novel functions": experiments.novel_functions,
+    "E8 conditioning": experiments.conditioning,
+    "E9 capacity": lambda: experiments.capacity(seeds=3),
+    "E9b capacity curve": experiments.capacity_curve,
+    "E10 rewards": experiments.policy,
+    "E11 guidance": experiments.guidance,
+    "E12 observer": experiments.observing,
+    "E12 observer, states alone": lambda: experiments.observing(answers=0.0) | {"passed": True},
+    "E13 retention": experiments.retention,
+    "E14 forgetting": experiments.forgetting,
+    "E15 serving": experiments.serving,
+}
+QUICK = ("E1", "E2", "E4", "E6", "E8", "E9 ", "E10", "E11", "E13", "E14", "E15")
+
+
+def fingerprint() -> str:
+    """A hash of the code and the models that results depend on."""
+    root, digest = Path(__file__).parent.parent, hashlib.blake2b(digest_size=8)
+    for pattern in ("rwkv7_jax/**/*.py", "pallas_kernels/*.py", "benchmarks/*.py", "assets/*.pth"):
+        for path in sorted(root.glob(pattern)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class Cells:
+    """Results by name, in a file that is rewritten after each."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"cells-{fingerprint()}.json"
+        self.known = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def get(self, name: str, make: Callable[[], Any]) -> Any:
+        """The result of that name, made now if it is not known; with the seconds it took."""
+        if name not in self.known:
+            began = time.monotonic()
+            found = make()
+            self.known[name] = {"found": found, "seconds": round(time.monotonic() - began, 1)}
+            with replacing(self.path) as file:
+                file.write(json.dumps(self.known).encode())
+        return self.known[name]
+
+
+def informed(task: str, seed: int) -> float:
+    """The large model that is told the instruction, or has seen half a row of examples."""
+    if task == "steer":
+        return measure("reverse", name="large", seed=seed).accuracy
+    by_position = measure(task, name="large", seed=seed, length=64).by_position
+    shares = by_position[~np.isnan(by_position)]
+    return float(shares[len(shares) // 2 :].mean())
+
+
+def rewarded(task: str, seed: int) -> float | None:
+    """The small model tuned by rewards of exact answers; None where questions have no answer."""
+    if task.startswith("facts"):
+        return None
+    reward = experiments.Exact(task, seed)
+    reward.prompts(0)
+    tokens = len(next(iter(reward.known.values())))
+    key = jax.random.key(seed)
+    made = grpo(*base("small"), reward.prompts, reward, tokens=tokens, key=key, stop_reward=2.0)
+    return measure(task, made.state, seed=seed).accuracy
+
+
+def tuned(task: str, method, seed: int) -> float:
+    """The small model from a tuned state."""
+    return measure(task, tune(task, method, seed=seed).state, seed=seed).accuracy
+
+
+def rows() -> dict[str, Callable[[str, int], float | None]]:
+    """How each row of the table is made, from a task and a seed."""
+    made: dict[str, Callable] = {
+        "small, as it is": lambda task, seed: measure(task, seed=seed).accuracy,
+        "large, as it is": lambda task, seed: measure(task, name="large", seed=seed).accuracy,
+        "large, told or shown": informed,
+    }
+    for label, method in METHODS.items():
+        made[label] = lambda task, seed, method=method: tuned(task, method, seed)
+    return made | {"test time, rewards": rewarded}
+
+
+def table(cells: Cells, seeds: int, bar: ProgressBar) -> dict[str, dict[str, list]]:
+    """Accuracies by row and task, one a seed."""
+    found: dict[str, dict[str, list]] = {}
+    done = 0
+    for label, make in rows().items():
+        for task in TASKS:
+            for seed in range(seeds):
+                name = f"{label} | {task} | {seed}"
+                cell = cells.get(name, lambda m=make, t=task, s=seed: m(t, s))
+                found.setdefault(label, {}).setdefault(task, []).append(cell["found"])
+                done += 1
+                bar.update(done, f"{label}, {task}: {cell['seconds']} s")
+    return found
+
+
+def show(found: dict[str, dict[str, list]]) -> str:
+    """The table as lines: means, and half the range over seeds."""
+    lines = ["".join([f"{'':26}", *(f"{task:>16}" for task in TASKS)])]
+    for label, by_task in found.items():
+        line = f"{label:26}"
+        for task in TASKS:
+            values = [value for value in by_task[task] if value is not None]
+            spread = (max(values) - min(values)) / 2 if values else 0.0
+            line += f"{np.mean(values):>9.3f} +-{spread:.3f}" if values else f"{'-':>16}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def draw(folder: Path, cells: Cells) -> None:
+    """Pictures of the loss with and without DBP, of capacity, and of forgetting."""
+    folder.mkdir(parents=True, exist_ok=True)
+    known = {name: cell["found"] for name, cell in cells.known.items()}
+    if losses := known.get("E8 conditioning", {}).get("losses"):
+        lines = {
+            name: [(step + 1, value) for step, value in enumerate(curve)]
+            for name, curve in losses.items()
+        }
+        pictures.curves(folder / "conditioning.png", lines, x="step", y="loss (nats), 128 facts")
+    if points := known.get("E9b capacity curve", {}).get("points"):
+        sizes = [(point["numbers"], max(point["facts"].values())) for point in points.values()]
+        pictures.curves(
+            folder / "capacity.png", {"facts stored in 300 steps": sizes}, x="numbers", y="facts"
+        )
+    if blocks := known.get("E14 forgetting", {}).get("by_eight_facts"):
+        lines = {
+            name: [(8 * i + 4, share) for i, share in enumerate(shares)]
+            for name, shares in blocks.items()
+        }
+        pictures.curves(folder / "forgetting.png", lines, x="fact of the row", y="share right")
+
+
+def verdicts(cells: Cells, chosen: list[str], quick: bool) -> tuple[dict[str, Any], list[str]]:
+    """The experiments' numbers, a line each on the terminal, and those that missed their bar."""
+    report, missed = {}, []
+    for name in chosen:
+        one_seed = quick and name == "E9 capacity"
+        cell = cells.get(name, experiments.capacity if one_seed else EXPERIMENTS[name])
+        shown = {key: value for key, value in cell["found"].items() if key != "losses"}
+        passed = shown.pop("passed")
+        missed += [] if passed else [name]
+        head = f"{name:28}{'met' if passed else 'MISSED':8}{cell['seconds']:>6} s"
+        print(f"{head}  {json.dumps(rounded(shown))}", flush=True)
+        report[name] = cell["found"] | {"seconds": cell["seconds"]}
+    return report, missed
+
+
+def main() -> int:
+    """Run, print, and write what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the experiments of the gate alone")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default="", help="experiments whose names contain this")
+    parser.add_argument("--json", help="file for the numbers")
+    parser.add_argument("--pictures", help="folder for pictures")
+    parser.add_argument("--cells", default="runs/table", help="folder of the results' cache")
+    options = parser.parse_args()
+    began, quick = time.monotonic(), options.quick
+    cells = Cells(Path(options.cells) / ("quick" if quick else "full"))
+    chosen = [
+        name
+        for name in EXPERIMENTS
+        if options.only in name and (not quick or name.startswith(QUICK))
+    ]
+    report: dict[str, Any] = {}
+    if not quick and not options.only:
+        bar = ProgressBar(len(rows()) * len(TASKS) * options.seeds, "table")
+        report["table"] = table(cells, options.seeds, bar)
+        bar.close()
+        print(show(report["table"]))
+    more, missed = verdicts(cells, chosen, quick)
+    met = len(chosen) - len(missed)
+    print(f"{met} of {len(chosen)} bars met, {time.monotonic() - began:.0f} s")
+    if options.pictures:
+        draw(Path(options.pictures), cells)
+    if options.json:
+        packages = ("jax", "flax", "optax", "numpy")
+        record.write(options.json, "benchmarks.paper_table", packages=packages, **report, **more)
+    return 1 if missed else 0
+
+
+def rounded(found: Any) -> Any:
+    """The numbers with four digits."""
+    if isinstance(found, dict):
+        return {str(key): rounded(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [rounded(value) for value in found]
+    return float(f"{found:.4g}") if isinstance(found, float) else found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
