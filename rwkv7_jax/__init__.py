@@ -7,9 +7,10 @@ from .evaluation import score
 from .generate import generate
 from .model import RWKV7
 from .optim.build import build_optimizer
+from .optim.decorrelation import decorrelate
 from .state import RWKV7State, check_state, init_state, repeat, select, stack
 from .state_files import load_state, save_state
-from .state_tuning import scaled, state_loss
+from .state_tuning import scaled, state_loss, upscale
 from .tokenizer import Tokenizer
 from .training import TrainState, make_eval_step, make_train_step, pretrain_loss
 
@@ -22,6 +23,7 @@ __all__ = [
     "build_optimizer",
     "check_state",
     "data",
+    "decorrelate",
     "generate",
     "init_state",
     "load_model",
@@ -37,4 +39,5 @@ __all__ = [
     "select",
     "stack",
     "state_loss",
+    "upscale",
 ]

@@ -57,13 +57,15 @@ def _add_doctor(commands) -> None:
 
 
 def _load_pair(state: str, model: str):
-    """A checkpoint and a state that fits it, by sizes and by the hash in its sidecar."""
+    """A checkpoint, a state whose sizes fit it, and the checkpoint's hash; a warning if another
+    is in the state's sidecar.
+    """
     from .checkpoint import load_model, model_hash
     from .state_files import load_state
 
     params, config = load_model(model)
-    found = load_state(state, config=config, base_model=model_hash(params, config))
-    return params, config, found
+    own = model_hash(params, config)
+    return params, config, load_state(state, config=config, base_model=own), own
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -90,7 +92,7 @@ def _info(options: argparse.Namespace) -> None:
     from .state_files import load_state, read_sidecar
 
     if options.model:
-        *_, state = _load_pair(options.state, options.model)
+        *_, state, own = _load_pair(options.state, options.model)
     else:
         state = load_state(options.state)
     card = read_sidecar(options.state)
@@ -102,7 +104,8 @@ def _info(options: argparse.Namespace) -> None:
     base = card.get("base_model", "not named in the sidecar")
     fits = ""
     if options.model:
-        fits = f"; {options.model} is it" if "base_model" in card else "; the sizes fit"
+        fits = f"; {options.model} is {'it' if base == own else f'another, {own}'}"
+        fits = fits if "base_model" in card else "; the sizes fit"
     print(f"base model: {base}{fits}")
     for name, value in card.items():
         if name not in _OWN_FIELDS:
@@ -234,7 +237,7 @@ def _doctor(options: argparse.Namespace) -> None:
             )
     if options.picture and not pictures.available():
         raise ValueError("state doctor: `--picture` needs matplotlib (the extra `plot`).")
-    params, config, state = _load_pair(options.state, options.model)
+    params, config, state, _ = _load_pair(options.state, options.model)
     tokenizer = Tokenizer.for_vocabulary(config.vocab_size)
     batch = _batch(options, options.data, tokenizer)
     generic = _batch(options, options.generic, tokenizer) if options.generic else None

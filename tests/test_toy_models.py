@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv7_jax import jobs
+from rwkv7_jax import job_data, jobs
 from rwkv7_jax.checkpoint import load_model
 from rwkv7_jax.evaluation import answers
 from rwkv7_jax.model import RWKV7
@@ -57,11 +57,10 @@ def test_a_run_on_a_task_watches_accuracies_and_texts_bits_per_byte():
         }
     )
     job = jobs.make_job(settings)
-    measures = jobs.measures(settings, job)
+    looks = jobs.looks(settings, job)
+    numbers = {name: value for look in looks for name, value in look(job.trainables).items()}
     names = ["held_out_accuracy", "dictionary_accuracy", "modular_accuracy"]
-    assert list(measures) == [*names, "retention_bits_per_byte"]
-    weights, start = job.weights(job.trainables), job.start(job.trainables)
-    numbers = {name: measure(weights, start) for name, measure in measures.items()}
+    assert list(numbers) == [*names, "retention_bits_per_byte"]
     assert numbers["dictionary_accuracy"] == accuracies("small", ["dictionary"])["dictionary"]
     assert 0.3 < numbers["held_out_accuracy"] < numbers["modular_accuracy"] <= 1
     assert numbers["retention_bits_per_byte"] > 1
@@ -75,8 +74,8 @@ def test_a_state_may_be_anchored_on_a_task():
         }
     )
     tokenizer = Tokenizer.bytes()
-    stream = jobs.training_stream(settings, tokenizer)
-    batch = next(jobs.batches(settings, stream, tokenizer, start_step=5))
+    stream = job_data.training_stream(settings, tokenizer)
+    batch = next(job_data.batches(settings, stream, tokenizer, start_step=5))
     sizes = {"batch_size": 4, "length": 24}
     assert (batch["tokens"] == task_batch("facts-64", 5, **sizes)["tokens"]).all()
     assert (batch["anchor"] == task_batch("mixture", 5, seed=1, **sizes)["tokens"]).all()
