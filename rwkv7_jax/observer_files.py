@@ -6,6 +6,7 @@ right and bias; its metadata says which sizes they fit, and what the caller want
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,10 @@ def load_observer(
     check_teacher(observer, teacher_config, caller="load_observer")
     _check_base(card, base_model, folder)
     observer = dataclasses.replace(observer, teacher=teacher_config)
-    model, _ = load_model(folder / MODEL)
+    with warnings.catch_warnings():
+        # Square low-rank matrices have no visible orientation; ours are in the official one.
+        warnings.filterwarnings("ignore", message="the low-rank matrices are square")
+        model, _ = load_model(folder / MODEL)
     if model_hash(model, observer.model.config) != card["model_hash"]:
         raise ValueError(f"load_observer: `{folder}` has {MODEL} of another {MAPS}.")
     # Official files have a value residual in block 0 too, which no model reads.
