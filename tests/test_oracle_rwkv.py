@@ -77,7 +77,12 @@ def check_state(ours: RWKV7State, memory: list) -> None:
         assert np.abs(expected.numpy() - found).max() <= STATES * scale, i
 
 
-@pytest.mark.parametrize("head_size", [32, 64, 128])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "head_size", [pytest.param(32, marks=SLOW), 64, pytest.param(128, marks=SLOW)]
+)
 def test_logits_and_states_of_a_file_are_the_official_packages(official, folder, head_size):
     config = calm_models.config(head_size)
     model, ours, params = pair(official, folder, config)

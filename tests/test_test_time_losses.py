@@ -158,6 +158,7 @@ def test_the_anchor_is_the_divergence_from_the_base_on_text_of_its_own(params, b
         assert "anchor_nats" in assert_value_and_gradient(gradient, by_hand, batch)
 
 
+@pytest.mark.slow
 def test_a_prompt_becomes_a_state(params):
     context = generate(MODEL, params, [7, 3, 9, 9, 1, 12, 4, 2], tokens=0).state
     before, tx = jax.tree.map(np.array, params), optax.adam(0.1, b2=0.99)

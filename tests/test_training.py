@@ -36,7 +36,7 @@ def one_batch():
     return step()(TrainState.create(PARAMS, PLAIN), BATCH)
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("accumulate", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_micro_batches_make_the_gradient_of_the_whole_batch(accumulate):
     train, metrics = step(accumulate)(TrainState.create(PARAMS, PLAIN), BATCH)
     whole, expected = one_batch()

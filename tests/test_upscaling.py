@@ -65,7 +65,10 @@ def run_as_users(model, params):
     return functools.partial(step, params)
 
 
-@pytest.mark.parametrize("dynamics", ADDITIVE)
+@pytest.mark.parametrize(
+    "dynamics",
+    ["static", *(pytest.param(name, marks=pytest.mark.slow) for name in ("decay", "delta"))],
+)
 def test_an_empty_memory_leaves_the_model_what_it_was_bit_for_bit(run_as_users, states, dynamics):
     run = run_as_users
     ids, start = tokens(B, T), random_state(batch=B)
