@@ -1,0 +1,257 @@
+"""Real text: what each way of tuning the small base model gains on a style it has never seen.
+
+    python -m benchmarks.text_table --json benchmarks/results/cpu-text-table.json \
+        --pictures benchmarks/results
+
+Rows are the base, the base after a prompt, a start state, upscaled states (raw features, whitened,
+DBP), LoRA on the four projections and all weights, at equal steps and batches, on three styles and
+three seeds; columns are held-out bits per byte, by position, and on the base's own text. Every cell
+is kept as soon as it is known; a run goes on from there.
+"""
+
+import argparse
+import functools
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import rwkv7_jax as rwkv
+from benchmarks import record
+from benchmarks.lab import ASSETS, ONLINE, rate_at
+from benchmarks.paper_table import Cells, rounded
+from rwkv7_jax import pictures
+from rwkv7_jax.data import batch_at, token_stream, windows
+from rwkv7_jax.evaluation import score, state_after
+from rwkv7_jax.state_tuning import moving, state_loss, state_statistics
+
+STYLES = ("charmaps", "topics-capitals", "c-headers")
+OWN = "stdlib"
+STEPS, ROWS, LENGTH, RANK = 80, 8, 256, 4
+PROJECTIONS = ("receptance", "key", "value", "output")
+
+
+@functools.cache
+def base():
+    """The shipped model of a million parameters, float32."""
+    params, config = rwkv.load_model(ASSETS / "tiny.pth", dtype="float32")
+    return rwkv.RWKV7(config), params
+
+
+@functools.cache
+def stream(style: str, split: str) -> np.ndarray:
+    """A text's ids; a tenth of its documents is held out, of the base's own what it never saw."""
+    share = 0.05 if style == OWN else 0.1
+    return token_stream(style, rwkv.Tokenizer.bytes(), split=split, held_out=share)
+
+
+def start(kind: str, style: str, seed: int):
+    """What is tuned, before it is."""
+    model, params = base()
+    if kind == "start state":
+        return rwkv.init_state(model.config)
+    if kind.startswith("upscaled"):
+        whiten = kind.endswith("whitened")
+        return rwkv.upscale(
+            model,
+            params,
+            windows(stream(style, "train"), LENGTH, 48)["tokens"][:, :-1],
+            prepare="whiten" if whiten else "none",
+            widths=(1.0, 4.0, 16.0) if whiten else (1.0,),
+            seed=seed,
+        )
+    if kind == "all weights":
+        return params
+    keys = iter(jax.random.split(jax.random.key(seed), 16))
+
+    def low_rank(weight):
+        shape = weight.shape
+        down = jax.random.normal(next(keys), (*shape[:-2], RANK, shape[-1]))
+        return {"down": down / math.sqrt(shape[-1]), "up": jnp.zeros((*shape[:-1], RANK))}
+
+    return {
+        part: {name: low_rank(params[part]["att"][name]["weight"]) for name in PROJECTIONS}
+        for part in ("layer_0", "layers")
+    }
+
+
+def with_low_rank(params, adapters):
+    """The weights plus their low-rank changes."""
+    changed = dict(params)
+    for part, by_name in adapters.items():
+        att = dict(params[part]["att"])
+        for name, factors in by_name.items():
+            change = jnp.matmul(factors["up"], factors["down"])
+            att[name] = {"weight": att[name]["weight"] + change}
+        changed[part] = params[part] | {"att": att}
+    return changed
+
+
+RATES = {
+    "start state": 1.0,
+    "upscaled, raw": 0.3,
+    "upscaled, whitened": 0.3,
+    "upscaled, DBP": 0.3,
+    "LoRA": 0.01,
+    "all weights": 0.002,
+}
+
+
+@functools.cache
+def program(kind: str):
+    """The optimizer, its rate settable, the compiled step, and how to score what is tuned."""
+    model, params = base()
+    statistics, leaves = None, ("memory",) if kind.startswith("upscaled") else ("wkv",)
+    if kind == "LoRA":
+        whole = rwkv.pretrain_loss(model, l2wrap=0.0)
+        loss = jax.tree_util.Partial(
+            lambda params, adapters, rows: whole(with_low_rank(params, adapters), rows), params
+        )
+    elif kind == "all weights":
+        loss = rwkv.pretrain_loss(model, l2wrap=0.0)
+    else:
+        loss = state_loss(model, params, leaves=leaves)
+
+    def build(learning_rate):
+        adam = optax.adam(learning_rate, b2=0.99)
+        if kind in ("LoRA", "all weights"):
+            return adam
+        adam = rwkv.decorrelate(adam, **ONLINE) if kind == "upscaled, DBP" else adam
+        return optax.masked(adam, lambda state: moving(state, leaves))
+
+    if kind == "upscaled, DBP":
+        statistics = state_statistics(model, params, leaves=leaves, rows=4)
+    tx = optax.inject_hyperparams(build)(learning_rate=1.0)
+    return tx, rwkv.make_train_step(loss, tx, statistics=statistics)
+
+
+def tuned(kind: str, style: str, seed: int, rate: float) -> dict[str, Any]:
+    """One run: its curve, its size, and its scores."""
+    tx, step = program(kind)
+    train, losses = rwkv.TrainState.create(start(kind, style, seed), tx), []
+    began = time.monotonic()
+    for number in range(STEPS):
+        rows = batch_at(stream(style, "train"), number, batch_size=ROWS, length=LENGTH, seed=seed)
+        now = np.float32(rate * rate_at(number, STEPS))
+        train.opt_state.hyperparams["learning_rate"] = jnp.asarray(now)
+        train, metrics = step(train, rows)
+        losses.append(metrics["loss_nats"])
+    curve = [float(loss) / math.log(2) for loss in losses]
+    seconds = time.monotonic() - began
+    return scores(kind, style, train.params) | {"curve": curve, "tuning_seconds": seconds}
+
+
+def scores(kind: str, style: str, trained) -> dict[str, Any]:
+    """Held-out bits per byte of the style, by position, and of the base's own text."""
+    model, params = base()
+    state = trained if isinstance(trained, rwkv.RWKV7State) else rwkv.init_state(model.config)
+    if kind == "LoRA":
+        params = with_low_rank(params, trained)
+    elif kind == "all weights":
+        params = trained
+    tokenizer = rwkv.Tokenizer.bytes()
+    new, own = (
+        score(model, params, state, windows(stream(name, "held_out"), 512, 48), tokenizer)
+        for name in (style, OWN)
+    )
+    return {
+        "bits_per_byte": new.bits_per_byte,
+        "standard_error": new.standard_error,
+        "by_position": new.by_position,
+        "own_text": own.bits_per_byte,
+    }
+
+
+def untuned(kind: str, style: str) -> dict[str, Any]:
+    """The base, as it is or after a prompt of the style."""
+    model, params = base()
+    state = rwkv.init_state(model.config)
+    if kind == "prompt of 1,024":
+        state = state_after(model, params, stream(style, "train")[-1024:])
+    return scores(kind, style, state)
+
+
+def rows(seeds: int) -> dict[str, list[Callable[[str], tuple[str, Callable]]]]:
+    """By row, for each seed, a cell's name and how it is made, from a style."""
+    made: dict[str, list] = {
+        kind: [lambda style, kind=kind: (f"{kind} | {style}", lambda: untuned(kind, style))]
+        for kind in ("base", "prompt of 1,024")
+    }
+    for kind, rate in RATES.items():
+        made[kind] = [
+            lambda style, kind=kind, seed=seed, rate=rate: (
+                f"{kind} | {style} | {seed} | {rate}",
+                lambda: tuned(kind, style, seed, rate),
+            )
+            for seed in range(seeds)
+        ]
+    return made
+
+
+def table(cells: Cells, seeds: int, styles: tuple[str, ...]) -> dict[str, dict[str, list]]:
+    """Results by row and style, one a seed; a line each on the terminal."""
+    found: dict[str, dict[str, list]] = {}
+    for style in styles:
+        for kind, makers in rows(seeds).items():
+            made = [cells.get(*maker(style)) for maker in makers]
+            results = [cell["found"] for cell in made]
+            found.setdefault(kind, {})[style] = results
+            bits = [one["bits_per_byte"] for one in results]
+            first = np.mean([one["bits_per_byte"] for one in found["base"][style]])
+            own = np.mean([one["own_text"] for one in results])
+            positions = np.mean([[x for *_, x in one["by_position"]] for one in results], axis=0)
+            spread = (max(bits) - min(bits)) / 2
+            print(
+                f"{style:18}{kind:20}{np.mean(bits):7.3f} +-{spread:.3f} "
+                f"{np.mean(bits) / first - 1:+7.1%}  own text {own:.3f}  by position "
+                f"{rounded([float(x) for x in positions])}  "
+                f"{sum(cell['seconds'] for cell in made):.0f} s",
+                flush=True,
+            )
+    return found
+
+
+def draw(folder: Path, found: dict[str, dict[str, list]]) -> None:
+    """The loss over the steps of the first seed, and the loss by position, of each style."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for style in next(iter(found.values())):
+        curves, positions = {}, {}
+        for kind, by_style in found.items():
+            one = by_style[style][0]
+            positions[kind] = one["by_position"]
+            if "curve" in one:
+                curves[kind] = [(i + 1, bits) for i, bits in enumerate(one["curve"])]
+        label = "training loss (bits per byte)"
+        pictures.curves(folder / f"text-{style}-curves.png", curves, x="step", y=label)
+        pictures.by_position(folder / f"text-{style}-positions.png", positions)
+
+
+def main() -> None:
+    """Run, print, and write what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--styles", default=",".join(STYLES))
+    parser.add_argument("--json", help="file for the numbers")
+    parser.add_argument("--pictures", help="folder for pictures")
+    parser.add_argument("--cells", default="runs/text-table", help="folder of the results' cache")
+    options = parser.parse_args()
+    cells = Cells(Path(options.cells))
+    found = table(cells, options.seeds, tuple(options.styles.split(",")))
+    if options.pictures:
+        draw(Path(options.pictures), found)
+    if options.json:
+        packages = ("jax", "flax", "optax", "numpy")
+        record.write(options.json, "benchmarks.text_table", packages=packages, steps=STEPS, **found)
+
+
+if __name__ == "__main__":
+    main()
