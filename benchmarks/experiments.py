@@ -1,6 +1,7 @@
 """The experiments behind the table: what upscaling, decorrelation and guides must show.
 
-Each returns its numbers and `passed`, whether they meet the bar that its docstring states.
+Each returns its numbers and `passed`, whether they meet the bar that its docstring states (None
+where a run is there for comparison alone).
 """
 
 import dataclasses

@@ -52,7 +52,7 @@ EXPERIMENTS = {
     "E10 rewards": experiments.policy,
     "E11 guidance": experiments.guidance,
     "E12 observer": experiments.observing,
-    "E12 observer, states alone": lambda: experiments.observing(answers=0.0) | {"passed": True},
+    "E12 observer, states alone": lambda: experiments.observing(answers=0.0) | {"passed": None},
     "E13 retention": experiments.retention,
     "E14 forgetting": experiments.forgetting,
     "E15 serving": experiments.serving,
@@ -185,8 +185,9 @@ def verdicts(cells: Cells, chosen: list[str], quick: bool) -> tuple[dict[str, An
         cell = cells.get(name, experiments.capacity if one_seed else EXPERIMENTS[name])
         shown = {key: value for key, value in cell["found"].items() if key != "losses"}
         passed = shown.pop("passed")
-        missed += [] if passed else [name]
-        head = f"{name:28}{'met' if passed else 'MISSED':8}{cell['seconds']:>6} s"
+        missed += [name] if passed is False else []
+        verdict = {True: "met", False: "MISSED", None: "no bar"}[passed]
+        head = f"{name:28}{verdict:8}{cell['seconds']:>6} s"
         print(f"{head}  {json.dumps(rounded(shown))}", flush=True)
         report[name] = cell["found"] | {"seconds": cell["seconds"]}
     return report, missed
@@ -216,8 +217,8 @@ def main() -> int:
         bar.close()
         print(show(report["table"]))
     more, missed = verdicts(cells, chosen, quick)
-    met = len(chosen) - len(missed)
-    print(f"{met} of {len(chosen)} bars met, {time.monotonic() - began:.0f} s")
+    bars = sum(one["passed"] is not None for one in more.values())
+    print(f"{bars - len(missed)} of {bars} bars met, {time.monotonic() - began:.0f} s")
     if options.pictures:
         draw(Path(options.pictures), cells)
     if options.json:

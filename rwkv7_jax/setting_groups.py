@@ -154,7 +154,6 @@ class TestTime:
         temperature: of sampling.
         kl: weight of KL(tuned || base) on what was drawn.
         traces: prompts that the guide answers in all.
-        stop_reward: held-out reward that is enough.
     """
 
     method: str = "grpo"
@@ -170,7 +169,6 @@ class TestTime:
     temperature: float = 1.0
     kl: float = 0.0
     traces: int = 256
-    stop_reward: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
