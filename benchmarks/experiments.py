@@ -8,19 +8,16 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 import rwkv7_jax as rwkv
-from benchmarks.lab import DBP, RAW, STANDARD, WHITENED, Method, base, batch, measure, start, tune
-from rwkv7_jax import upscaling
+from benchmarks.lab import DBP, RAW, STANDARD, WHITENED, Method, base, batch, measure, tune
 from rwkv7_jax.guide import collect
 from rwkv7_jax.imitation import distil
 from rwkv7_jax.observer import init_observer, propose, state_moments
 from rwkv7_jax.observer_evaluation import handover
 from rwkv7_jax.observer_training import observer_loss
-from rwkv7_jax.optim.decorrelation import decorrelate
 from rwkv7_jax.rollouts import held_out_reward
 from rwkv7_jax.state_tuning import scaled
 from rwkv7_jax.tasks import question_batch
@@ -28,57 +25,6 @@ from rwkv7_jax.test_time import grpo
 
 Numbers = dict[str, Any]
 SKILLS = ("dictionary", "mapping", "modular", "sequence")
-
-
-def identity() -> Numbers:
-    """Logits with an empty memory are the base model's, bit for bit, for every additive form."""
-    model, params = base("small")
-    ids = batch("mixture", 0, rows=16)["tokens"][:, :-1]
-    run = jax.jit(lambda params, state: model.apply({"params": params}, ids, state)[0])
-    plain, found = run(params, rwkv.init_state(model.config, 16)), {}
-    for dynamics in ("static", "decay", "delta"):
-        wide = start("small", "mixture", dataclasses.replace(WHITENED, dynamics=dynamics), 0)
-        found[dynamics] = float(jnp.abs(run(params, rwkv.repeat(wide, 16)) - plain).max())
-    return {"largest_difference": found, "passed": not any(found.values())}
-
-
-def linearity() -> Numbers:
-    """A start state is read linearly: y(S) - y(0) = S psi, relative error at most 1e-5."""
-    model, params = base("small")
-    ids = batch("mixture", 0, rows=8)["tokens"][:, :-1]
-    zero = rwkv.init_state(model.config, 8)
-    *_, trace = model.apply({"params": params}, ids, zero, method="trace")
-    parts = {name: part[0] for name, part in trace.items()}
-    state = jax.random.normal(jax.random.key(0), zero.wkv[0].shape)
-
-    def read(state):
-        return upscaling.recurrence(parts, state, None, implementation=None, lengths=None)[0]
-
-    wanted = jnp.einsum("bhvk,bthk->bthv", state, upscaling.start_reads(parts), precision="highest")
-    error = jnp.linalg.norm(read(state) - read(0 * state) - wanted) / jnp.linalg.norm(wanted)
-    return {"relative_error": float(error), "passed": float(error) <= 1e-5}
-
-
-def reparametrisation() -> Numbers:
-    """20 steps of SGD on S' = S R^-1 are 20 steps of the transform on S: within 1e-5."""
-    key = jax.random.split(jax.random.key(0), 4)
-    inputs, target = jax.random.normal(key[0], (64, 12)), jax.random.normal(key[1], (64, 7))
-    turn = jnp.eye(12) + 0.2 * jax.random.normal(key[2], (12, 12))
-
-    def loss(matrix):
-        return jnp.mean(jnp.square(inputs @ matrix.T - target))
-
-    tx = decorrelate(optax.sgd(0.05), rate=0.0)
-    one = {"s": jax.random.normal(key[3], (7, 12))}
-    state = tx.init(one)
-    state = state._replace(whitener={"s": turn})
-    two = one["s"] @ jnp.linalg.inv(turn)
-    for _ in range(20):
-        updates, state = tx.update({"s": jax.grad(loss)(one["s"])}, state, one)
-        one = optax.apply_updates(one, updates)
-        two = two - 0.05 * jax.grad(lambda x: loss(x @ turn))(two)
-    error = float(jnp.abs(one["s"] - two @ turn).max())
-    return {"largest_difference": error, "passed": error <= 1e-5}
 
 
 def steering(seed: int = 0) -> Numbers:
@@ -300,18 +246,3 @@ def forgetting(seed: int = 0, steps: int = 250) -> Numbers:
         found[label] = [float(share) for share in shares]
     gain = found["static"][-1] - found["standard"][-1]
     return {"by_eight_facts": found, "gain": gain, "passed": gain >= 0.15}
-
-
-def serving() -> Numbers:
-    """Four tuned states in one batch give what four single runs give: within 1e-5 of the logits."""
-    model, params = base("small")
-    states = [tune("steer", STANDARD, seed=s, steps=5).state for s in range(2)]
-    states += [tune("steer", WHITENED, seed=s, steps=5).state for s in range(2)]
-    ids = batch("sequence", 0, rows=8)["tokens"][:, :-1]
-    which = np.arange(8) % 4
-    run = jax.jit(lambda params, ids, state: model.apply({"params": params}, ids, state)[0])
-    together = run(params, ids, rwkv.select(rwkv.stack(states), which))
-    alone = [run(params, ids[i : i + 1], states[which[i]])[0] for i in range(8)]
-    alone = jnp.stack(alone)
-    error = float(jnp.abs(together - alone).max() / jnp.abs(alone).max())
-    return {"relative_difference": error, "passed": error <= 1e-5}

@@ -47,7 +47,7 @@ class Method:
     anchor: float = 0.0
 
 
-STANDARD = Method(rate=1.0)
+STANDARD = Method(rate=2.0)
 RAW = Method(rate=0.3, size=128)
 WHITENED = Method(rate=0.3, size=128, prepare="whiten")
 DBP = Method(rate=1.0, size=128, online=True)
@@ -129,7 +129,7 @@ def start(name: str, task: str, method: Method, seed: int) -> RWKV7State:
     )
 
 
-def rate_at(step: int, steps: int, warmup: int = 10) -> float:
+def rate_at(step: int, steps: int, warmup: int = 50) -> float:
     """The share of the peak rate: a warm-up, then a cosine to a twentieth."""
     falling = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
     return min(1.0, (step + 1) / warmup) * falling

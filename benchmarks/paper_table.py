@@ -6,9 +6,9 @@
 
 Rows are a small model as it is, a large one as it is, a large one that is told or shown what to do,
 and the small one's state tuned in each way; columns are tasks that the models were not trained for.
-Behind it come the experiments of `benchmarks.experiments`, each with its bar. Every cell is kept in
-a cache as soon as it is known, so that a run which was stopped goes on; a change of the code or of
-the models begins a new one. Exit code 1 if a bar is missed.
+Behind it come `benchmarks.laws` and `benchmarks.experiments`, each with its bar. Every cell is kept
+in a cache as soon as it is known, so that a run which was stopped goes on; a change of the code or
+of the models begins a new one. Exit code 1 if a bar is missed.
 """
 
 import argparse
@@ -26,7 +26,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
-from benchmarks import experiments, record
+from benchmarks import experiments, laws, record
 from benchmarks.lab import DBP, RAW, STANDARD, WHITENED, base, measure, tune
 from rwkv7_jax import pictures
 from rwkv7_jax.atomic import replacing
@@ -41,9 +41,9 @@ METHODS = {
     "upscaled, DBP": DBP,
 }
 EXPERIMENTS = {
-    "E1 identity": experiments.identity,
-    "E2 linearity": experiments.linearity,
-    "E4 reparametrisation": experiments.reparametrisation,
+    "E1 identity": laws.identity,
+    "E2 linearity": laws.linearity,
+    "E4 reparametrisation": laws.reparametrisation,
     "E6 steering": experiments.steering,
     "E7 novel functions": experiments.novel_functions,
     "E8 conditioning": experiments.conditioning,
@@ -55,7 +55,7 @@ EXPERIMENTS = {
     "E12 observer, states alone": lambda: experiments.observing(answers=0.0) | {"passed": None},
     "E13 retention": experiments.retention,
     "E14 forgetting": experiments.forgetting,
-    "E15 serving": experiments.serving,
+    "E15 serving": laws.serving,
 }
 QUICK = ("E1", "E2", "E4", "E6", "E8", "E9", "E10", "E11", "E13", "E14", "E15")
 

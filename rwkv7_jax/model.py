@@ -19,7 +19,10 @@ from .state import RWKV7State, check_state, check_tokens
 
 # What `method="trace"` hands out of every block, stacked over layers.
 RECURRENCE = ("r", "log_w", "k", "v", "a", "b", "icl_rate")
-TRACE = (*RECURRENCE, "y", "gate", "residual", "ffn_input", "ffn_hidden")
+# The last six are what the projections act on.
+TRACE = (*RECURRENCE, "y", "gate", "residual", "ffn_input")
+TRACE += ("receptance_input", "key_input", "value_input", "output_input")
+TRACE += "ffn_key_input", "ffn_hidden"
 
 
 class Norm(nn.Module):
@@ -84,28 +87,25 @@ class TimeMix(nn.Module):
         return raw + layers.per_channel(self._weight(f"{letter}0", bias, layer), raw)
 
     def _square(self, name: str, gain: float) -> Linear:
-        width = self.config.width
-        draw = (
-            initial.orthogonal(gain, width, width) if gain else initial.constant(0.0, width, width)
-        )
+        square = self.config.width, self.config.width
+        draw = initial.orthogonal(gain, *square) if gain else initial.constant(0.0, *square)
         return Linear(self.config, draw, name=name)
 
     @nn.compact
     def __call__(self, x: Activations, state: RWKV7State, v_first, *, lengths, layer):
         """The block's contribution, its new shift, WKV state and memory, v_first and the trace."""
-        config, identity = self.config, lambda u: u
+        config, same = self.config, lambda u: u
         mixed = layers.previous_tokens(x, state.att_shift)
         powers = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
         x_r, x_w, x_k, x_v, x_a, x_g = (
             layers.lerp(x, mixed, self._weight(f"x_{name}", initial.lerp(power), layer))
             for name, power in powers.items()
         )
-        r, k, v = self._square("receptance", 1.0)(x_r), self._square("key", 0.1)(x_k), None
+        r, k = self._square("receptance", 1.0)(x_r), self._square("key", 0.1)(x_k)
         v = self._square("value", 1.0)(x_v)
         z = self._logit(x_w, "w", config.decay_rank, jnp.tanh, bias=initial.decay_bias, layer=layer)
-        rate = jax.nn.sigmoid(
-            self._logit(x_a, "a", config.icl_rank, identity, bias=initial.icl_bias, layer=layer)
-        ).astype(x.dtype)
+        rate = self._logit(x_a, "a", config.icl_rank, same, bias=initial.icl_bias, layer=layer)
+        rate = jax.nn.sigmoid(rate).astype(x.dtype)
         gate = self._low_rank(x_g, "g", config.gate_rank, jax.nn.sigmoid, layer)
         if self.first:
             v_first = v
@@ -126,9 +126,11 @@ class TimeMix(nn.Module):
             lengths=lengths,
         )
 
-        out = self._square("output", 0.0)(self._read_out(y, r, k, v, layer=layer) * gate)
+        read = self._read_out(y, r, k, v, layer=layer) * gate
+        inputs = {"receptance_input": x_r, "key_input": x_k, "value_input": x_v}
+        trace |= inputs | {"output_input": read, "y": y, "gate": gate}
         shift = layers.last_token(x, state.att_shift, lengths)
-        return out, (shift, *memories), v_first, trace | {"y": y, "gate": gate}
+        return self._square("output", 0.0)(read), (shift, *memories), v_first, trace
 
     def _mix_values(self, x_v: Activations, v, v_first, layer) -> Activations:
         """Values drawn towards layer 0's; layer 0 keeps its own."""
@@ -157,14 +159,15 @@ class ChannelMix(nn.Module):
 
     @nn.compact
     def __call__(self, x: Activations, shift, *, lengths, layer):
-        """The block's contribution, its new shift and the hidden activations."""
+        """The block's contribution, its new shift and the trace."""
         width, hidden_width = self.config.width, self.config.ffn_width
         x_k = self.param("x_k", initial.ffn_lerp, layer, self.config)
         mixed = layers.lerp(x, layers.previous_tokens(x, shift), x_k)
         grow = Linear(self.config, initial.orthogonal(1.0, hidden_width, width), name="key")
         shrink = Linear(self.config, initial.constant(0.0, width, hidden_width), name="value")
         hidden = jnp.square(jax.nn.relu(grow(mixed)))
-        return shrink(hidden), layers.last_token(x, shift, lengths), hidden
+        trace = {"ffn_key_input": mixed, "ffn_hidden": hidden}
+        return shrink(hidden), layers.last_token(x, shift, lengths), trace
 
 
 class Block(nn.Module):
@@ -181,10 +184,10 @@ class Block(nn.Module):
             self.config, self.first, name="att"
         )(Norm(self.config, name="ln1")(x), state, v_first, lengths=lengths, layer=layer)
         ffn_input = Norm(self.config, name="ln2")(x + att)
-        ffn, ffn_shift, hidden = ChannelMix(self.config, name="ffn")(
+        ffn, ffn_shift, more = ChannelMix(self.config, name="ffn")(
             ffn_input, state.ffn_shift, lengths=lengths, layer=layer
         )
-        trace |= {"residual": x, "ffn_input": ffn_input, "ffn_hidden": hidden}
+        trace |= more | {"residual": x, "ffn_input": ffn_input}
         kept = {name: trace[name] for name in self.names}
         end = (att_shift, wkv, ffn_shift, memory)
         return x + att + ffn, (end, v_first if self.first else (), kept)

@@ -93,7 +93,7 @@ TASKS: dict[str, Task] = {
     "mixture": Task(toy.mixture, 13, exact=False),
     "reverse": _sequence(b"R", toy.reversed_symbols),
     "steer": _sequence(b"?", toy.reversed_symbols),
-    "novel": _sequence(b"X", lambda symbols: toy.next_symbol(toy.reversed_symbols(symbols))),
+    "novel": _sequence(b"?", lambda symbols: toy.next_symbol(toy.reversed_symbols(symbols))),
     "mqar": Task(toy.mqar, 5),
 }
 

@@ -77,10 +77,11 @@ def _time_mix(p, x, before, wkv, v_first, config):
     weight, bias = (p["ln_x"][n].reshape(shape) for n in ("weight", "bias"))
     out = _norm(y, weight, bias, config.group_norm_eps)
     out = out + (r * k * p["r_k"]).sum(-1, keepdims=True) * v
-    out = p["output"]["weight"] @ (out.reshape(-1) * gate)
+    read = out.reshape(-1) * gate
     trace = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b, "y": y, "gate": gate}
-    trace["icl_rate"] = rate
-    return out, wkv, v_first, trace
+    trace |= {"icl_rate": rate, "output_input": read}
+    trace |= {f"{n}_input": mixed[n[0]] for n in ("receptance", "key", "value")}
+    return p["output"]["weight"] @ read, wkv, v_first, trace
 
 
 def _block(p, x, memory, v_first, config):
@@ -91,7 +92,7 @@ def _block(p, x, memory, v_first, config):
     ffn_input = _norm(x + att, p["ln2"]["weight"], p["ln2"]["bias"], config.norm_eps)
     mixed = ffn_input + (ffn_shift - ffn_input) * p["ffn"]["x_k"]
     hidden = np.maximum(p["ffn"]["key"]["weight"] @ mixed, 0) ** 2
-    trace |= {"residual": x, "ffn_input": ffn_input, "ffn_hidden": hidden}
+    trace |= {"residual": x, "ffn_input": ffn_input, "ffn_key_input": mixed, "ffn_hidden": hidden}
     x = x + att + p["ffn"]["value"]["weight"] @ hidden
     return x, (normed, wkv, ffn_input), v_first, trace
 
