@@ -9,6 +9,7 @@ from jaxtyping import Float
 from .advice import FADED, Diagnosis, Memory
 
 _COLOURS = ("#4053d3", "#ddb310", "#b51d14", "#00beff", "#fb49b0", "#00b25d")
+_COLOURS += ("#7a7a7a", "#8c4f1d", "#9b6bd3", "#1d1d1d")
 
 
 def _figure(columns: int, *, height: float = 3.4):
@@ -60,12 +61,12 @@ def by_position(path: str | Path, scores: Mapping[str, Sequence[tuple[int, int, 
     width = 0.8 / max(len(scores), 1)
     for index, (name, ranges) in enumerate(scores.items()):
         places = np.arange(len(ranges)) + (index - (len(scores) - 1) / 2) * width
-        axis.bar(places, [r[2] for r in ranges], width, label=name, color=_COLOURS[index % 6])
+        axis.bar(places, [r[2] for r in ranges], width, label=name, color=_COLOURS[index % len(_COLOURS)])
         labels = [f"{a}-{b - 1}" for a, b, _ in ranges]
     axis.set_xticks(range(len(labels)), labels)
     axis.set_xlabel("position in the text (tokens)")
     axis.set_ylabel("bits per byte")
-    axis.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
 
 
@@ -94,7 +95,7 @@ def states(
         axis.set_yticks(range(norm.shape[0]))
     figure.colorbar(image, ax=axes[:2])
     for layer in range(before.shape[0]):
-        colour = _COLOURS[layer % 6]
+        colour = _COLOURS[layer % len(_COLOURS)]
         axes[2].semilogy(after[layer].mean(0) + 1e-9, color=colour, label=f"layer {layer}")
         axes[2].semilogy(before[layer].mean(0) + 1e-9, color=colour, ls=":")
     axes[2].set(title="singular values (dotted: typical)", xlabel="rank", ylim=(1e-3, None))
