@@ -61,7 +61,8 @@ def by_position(path: str | Path, scores: Mapping[str, Sequence[tuple[int, int, 
     width = 0.8 / max(len(scores), 1)
     for index, (name, ranges) in enumerate(scores.items()):
         places = np.arange(len(ranges)) + (index - (len(scores) - 1) / 2) * width
-        axis.bar(places, [r[2] for r in ranges], width, label=name, color=_COLOURS[index % len(_COLOURS)])
+        colour = _COLOURS[index % len(_COLOURS)]
+        axis.bar(places, [r[2] for r in ranges], width, label=name, color=colour)
         labels = [f"{a}-{b - 1}" for a, b, _ in ranges]
     axis.set_xticks(range(len(labels)), labels)
     axis.set_xlabel("position in the text (tokens)")
