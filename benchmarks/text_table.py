@@ -4,9 +4,9 @@
         --pictures benchmarks/results
 
 Rows are the base, the base after a prompt, a start state, upscaled states (raw features, whitened,
-DBP), LoRA on the four projections and all weights, at equal steps and batches, on three styles and
-three seeds; columns are held-out bits per byte, by position, and on the base's own text. Every cell
-is kept as soon as it is known; a run goes on from there.
+raw with DBP, centred with DBP), LoRA on the four projections and all weights, at equal steps and
+batches, on three styles and three seeds; columns are held-out bits per byte, by position, and on
+the base's own text. Every cell is kept as soon as it is known; a run goes on from there.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import optax
 
 import rwkv7_jax as rwkv
 from benchmarks import record
-from benchmarks.lab import ASSETS, ONLINE, rate_at
+from benchmarks.lab import ASSETS, rate_at
 from benchmarks.paper_table import Cells, rounded
 from rwkv7_jax import pictures
 from rwkv7_jax.data import batch_at, token_stream, windows
@@ -36,8 +36,18 @@ from rwkv7_jax.state_tuning import moving, state_loss, state_statistics
 
 STYLES = ("charmaps", "topics-capitals", "c-headers")
 OWN = "stdlib"
-STEPS, ROWS, LENGTH, RANK = 80, 8, 256, 4
+STEPS, ROWS, LENGTH, RANK = 80, 4, 256, 4
 PROJECTIONS = ("receptance", "key", "value", "output")
+
+
+# Features of the upscaled states: how they are prepared, their widths, and whether DBP is on.
+_WIDTHS = (1.0, 4.0, 16.0)
+UPSCALED = {
+    "upscaled, raw": ("none", (1.0,), False),
+    "upscaled, whitened": ("whiten", _WIDTHS, False),
+    "upscaled, raw, DBP": ("none", (1.0,), True),
+    "upscaled, centred, DBP": ("centre", _WIDTHS, True),
+}
 
 
 @functools.cache
@@ -59,16 +69,10 @@ def start(kind: str, style: str, seed: int):
     model, params = base()
     if kind == "start state":
         return rwkv.init_state(model.config)
-    if kind.startswith("upscaled"):
-        whiten = kind.endswith("whitened")
-        return rwkv.upscale(
-            model,
-            params,
-            windows(stream(style, "train"), LENGTH, 48)["tokens"][:, :-1],
-            prepare="whiten" if whiten else "none",
-            widths=(1.0, 4.0, 16.0) if whiten else (1.0,),
-            seed=seed,
-        )
+    if kind in UPSCALED:
+        prepare, widths, _ = UPSCALED[kind]
+        text = windows(stream(style, "train"), LENGTH, 48)["tokens"][:, :-1]
+        return rwkv.upscale(model, params, text, prepare=prepare, widths=widths, seed=seed)
     if kind == "all weights":
         return params
     keys = iter(jax.random.split(jax.random.key(seed), 16))
@@ -98,9 +102,7 @@ def with_low_rank(params, adapters):
 
 RATES = {
     "start state": 1.0,
-    "upscaled, raw": 0.3,
-    "upscaled, whitened": 0.3,
-    "upscaled, DBP": 0.3,
+    **dict.fromkeys(UPSCALED, 0.3),
     "LoRA": 0.01,
     "all weights": 0.002,
 }
@@ -110,7 +112,8 @@ RATES = {
 def program(kind: str):
     """The optimizer, its rate settable, the compiled step, and how to score what is tuned."""
     model, params = base()
-    statistics, leaves = None, ("memory",) if kind.startswith("upscaled") else ("wkv",)
+    leaves = ("memory",) if kind in UPSCALED else ("wkv",)
+    online = kind in UPSCALED and UPSCALED[kind][2]
     if kind == "LoRA":
         whole = rwkv.pretrain_loss(model, l2wrap=0.0)
         loss = jax.tree_util.Partial(
@@ -125,11 +128,10 @@ def program(kind: str):
         adam = optax.adam(learning_rate, b2=0.99)
         if kind in ("LoRA", "all weights"):
             return adam
-        adam = rwkv.decorrelate(adam, **ONLINE) if kind == "upscaled, DBP" else adam
+        adam = rwkv.decorrelate(adam) if online else adam
         return optax.masked(adam, lambda state: moving(state, leaves))
 
-    if kind == "upscaled, DBP":
-        statistics = state_statistics(model, params, leaves=leaves, rows=4)
+    statistics = state_statistics(model, params, leaves=leaves, rows=4) if online else None
     tx = optax.inject_hyperparams(build)(learning_rate=1.0)
     return tx, rwkv.make_train_step(loss, tx, statistics=statistics)
 
@@ -141,7 +143,7 @@ def tuned(kind: str, style: str, seed: int, rate: float) -> dict[str, Any]:
     began = time.monotonic()
     for number in range(STEPS):
         rows = batch_at(stream(style, "train"), number, batch_size=ROWS, length=LENGTH, seed=seed)
-        now = np.float32(rate * rate_at(number, STEPS))
+        now = np.float32(rate * rate_at(number, STEPS, 10))
         train.opt_state.hyperparams["learning_rate"] = jnp.asarray(now)
         train, metrics = step(train, rows)
         losses.append(metrics["loss_nats"])
@@ -211,7 +213,7 @@ def table(cells: Cells, seeds: int, styles: tuple[str, ...]) -> dict[str, dict[s
             positions = np.mean([[x for *_, x in one["by_position"]] for one in results], axis=0)
             spread = (max(bits) - min(bits)) / 2
             print(
-                f"{style:18}{kind:20}{np.mean(bits):7.3f} +-{spread:.3f} "
+                f"{style:18}{kind:24}{np.mean(bits):7.3f} +-{spread:.3f} "
                 f"{np.mean(bits) / first - 1:+7.1%}  own text {own:.3f}  by position "
                 f"{rounded([float(x) for x in positions])}  "
                 f"{sum(cell['seconds'] for cell in made):.0f} s",

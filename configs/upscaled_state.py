@@ -5,7 +5,7 @@
 
 Four times the numbers of a start state, read without fading and shared by the whole batch. The
 features are calibrated on the text and whitened there (config.tuning.decorrelate = "whiten");
-"dbp" takes them raw and learns to decorrelate them while tuning; "none" is the paper's kernel step
+"dbp" centres them and learns to decorrelate them while tuning; "none" is the paper's kernel step
 as it stands, which hardly learns.
 """
 

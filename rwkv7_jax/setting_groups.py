@@ -108,9 +108,9 @@ class Decorrelation:
 
     rate: float = 0.2
     balance: float = 0.5
-    iterations: int = 3
-    damping: float = 1e-3
-    average: float = 0.9
+    iterations: int = 6
+    damping: float = 3e-4
+    average: float = 0.7
     rows: int = 8
 
 

@@ -60,9 +60,9 @@ def decorrelate(
     mode: str = "online",
     rate: ArrayLike = 0.2,
     balance: ArrayLike = 0.5,
-    iterations: ArrayLike = 3,
-    damping: ArrayLike = 1e-3,
-    average: ArrayLike = 0.9,
+    iterations: ArrayLike = 6,
+    damping: ArrayLike = 3e-4,
+    average: ArrayLike = 0.7,
     clip: ArrayLike | None = 0.5,
     normalise: bool = True,
     every: ArrayLike = 25,
@@ -77,6 +77,10 @@ def decorrelate(
     and goes on being used. Matrices whose statistics are not finite, or zero, keep C and R for that
     update. Other extra arguments go to `inner`. R and C are float32; gradients reach `inner`, and
     its updates come out, in their own dtypes. With R = I the result is `inner`'s, bit for bit.
+
+    The defaults let R follow within a few updates: tuning one layer's memory changes what the next
+    one reads. Inputs with a common mean are better centred first, where that is possible: the mean
+    is by far their largest direction, and damping is counted in units of the mean eigenvalue.
 
     Put weight decay behind this in a chain: `inner` sees gradients of S' but parameters S.
     Under `optax.MultiSteps` only the statistics of the last micro-batch count.
