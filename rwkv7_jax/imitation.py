@@ -1,5 +1,6 @@
 """A start state that learns completions: a guide's, or its own that a reward approved. Level 8."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -10,15 +11,14 @@ from jaxtyping import Array
 from .loss import Loss
 from .model import RWKV7
 from .rewards import Judge, check_function, judged
-from .rollouts import held_out_reward, rollouts, typed_key
+from .rollouts import Rollouts, held_out_reward, rollouts, typed_key
 from .sampling import Ids as StopIds
 from .sampling import Number, check_count
 from .shapes import Params
 from .state import RWKV7State, check_tokens
 from .test_time_losses import distillation_loss
-from .test_time_run import Goal, OnStep, Result, Run, optimizer, start_state
-from .traces import Trace, trace_batch
-from .training import TrainState, make_train_step
+from .test_time_run import Goal, OnStep, Result, begin
+from .traces import Ids, Trace, trace_batch
 
 PromptsAt = Callable[[int], Sequence[Sequence[int]]]
 
@@ -66,9 +66,8 @@ def distil(
     longest = max(len(trace.prompt) + len(trace.completion) - 1 for trace in traces)
     sizes = {"batch_size": batch_size, "length": length or longest, "seed": seed}
     loss = distillation_loss(model, params) if loss is None else loss
-    start = start_state(model, state, caller="distil")
-    tx = optimizer(tx, learning_rate)
-    run = Run(make_train_step(loss, tx), TrainState.create(start, tx), on_step)
+    running = {"tx": tx, "learning_rate": learning_rate, "on_step": on_step}
+    run = begin(model, loss, state, **running, caller="distil")
     for step in range(steps):
         run.note({"step": step} | run.update(trace_batch(traces, step, **sizes)))
     return Result(run.state, run.history, run.budget)
@@ -134,40 +133,39 @@ def expert_iteration(
     Raises:
         ValueError: an argument out of its range, or a reward that is no finite number.
     """
-    for name, value, least in (
-        ("rounds", rounds, 0),
-        ("updates", updates, 1),
-        ("tokens", tokens, 1),
-    ):
-        check_count(value, least, f"expert_iteration: `{name}`")
+    caller = "expert_iteration"
+    counts = {"rounds": (rounds, 0), "updates": (updates, 1), "tokens": (tokens, 1)}
+    for name, (value, least) in counts.items():
+        check_count(value, least, f"{caller}: `{name}`")
     for name, function in (("prompts_at", prompts_at), ("reward", reward)):
-        check_function(function, f"expert_iteration: `{name}`")
-    key = typed_key(key, caller="expert_iteration")
+        check_function(function, f"{caller}: `{name}`")
+    key = typed_key(key, caller=caller)
     loss = distillation_loss(model, params, leaves=leaves)
-    start = start_state(model, state, caller="expert_iteration")
-    tx = optimizer(tx, learning_rate)
-    run = Run(make_train_step(loss, tx), TrainState.create(start, tx), on_step)
+    running = {"tx": tx, "learning_rate": learning_rate, "on_step": on_step}
+    run = begin(model, loss, state, **running, caller=caller)
     drawn = {"tokens": tokens, "stop_ids": stop_ids}
     choices = {"group": group, "length": length, "temperature": temperature, **drawn}
-    look = lambda: held_out_reward(model, params, run.state, held_out, reward, **drawn)  # noqa: E731
+    asked = {"prompts": held_out, "reward": reward, **drawn}
+    look = functools.partial(held_out_reward, model, params, **asked)
     goal = Goal(look if len(held_out) else None, 1, stop_reward)
     kept, width = {}, 0
-    for step in range(rounds + 1):
-        entry = {"step": step}
-        if goal.reached(run, entry, last=step == rounds):
-            break
+    for entry in goal.steps(run, rounds):
+        step = entry["step"]
         now = jax.random.fold_in(key, step)
         out = rollouts(model, params, run.state, prompts_at(step), key=now, **choices)
         run.budget += out.budget
-        name = "expert_iteration: `reward`"
+        name = f"{caller}: `reward`"
         rewards = judged(reward, out.prompts, out.completions, name=name, group=group)
         width = max(width, out.mask.shape[1])
-        for row in np.flatnonzero(rewards >= keep_reward):
-            pair = out.prompts[row], out.completions[row]
-            kept[pair] = Trace(*pair, source="student")
+        kept |= _approved(out, rewards >= keep_reward)
         entry |= {"reward": float(rewards.mean()), "kept": len(kept)}
         sizes = {"batch_size": batch_size, "length": width, "seed": step}
         for index in range(updates if kept else 0):
             entry |= run.update(trace_batch(list(kept.values()), index, **sizes))
-        run.note(entry)
     return Result(run.state, run.history, run.budget, list(kept.values()))
+
+
+def _approved(out: Rollouts, good: np.ndarray) -> dict[tuple[Ids, Ids], Trace]:
+    """Traces of the good rows, by prompt and completion: each text once."""
+    pairs = [(out.prompts[row], out.completions[row]) for row in np.flatnonzero(good)]
+    return {pair: Trace(*pair, source="student") for pair in pairs}

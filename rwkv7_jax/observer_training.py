@@ -51,6 +51,12 @@ def _check(weights: dict[str, float]) -> None:
         raise ValueError(f"observer_loss: one of {', '.join(weights)} must be above 0.")
 
 
+def _check_batch(batch: Batch, vocab_size: int, *, compared: bool) -> None:
+    check_split(batch, vocab_size, caller="observer_loss")
+    if compared and batch["tokens"].shape[0] < 2:
+        raise ValueError("observer_loss: `batch` must have at least two rows, for their variance.")
+
+
 def observer_loss(
     observer: Observer,
     teacher: RWKV7,
@@ -91,11 +97,7 @@ def observer_loss(
 
     def loss(teacher_params: Params, params: Params, batch: Batch):
         check_maps(observer, params, caller="observer_loss")
-        check_split(batch, teacher.config.vocab_size, caller="observer_loss")
-        if variance and batch["tokens"].shape[0] < 2:
-            raise ValueError(
-                "observer_loss: `batch` must have at least two rows, for their variance."
-            )
+        _check_batch(batch, teacher.config.vocab_size, compared=bool(variance))
         teacher_params = jax.lax.stop_gradient(teacher_params)
         inputs, split = jnp.asarray(batch["tokens"])[:, :-1], jnp.asarray(batch["split"])
         x, proposed = read(observer, params, inputs, split)
@@ -109,8 +111,7 @@ def observer_loss(
             heads = params["model"]["head"]["weight"], teacher_params["head"]["weight"]
             terms["divergence_nats"] = divergence, _divergence(x, heads, base, split)
         if answers:
-            nats = _answers(teacher, teacher_params, proposed, batch)
-            terms["answer_nats"] = answers, nats
+            terms["answer_nats"] = answers, _answers(teacher, teacher_params, proposed, batch)
         total = sum(weight * value for weight, value in terms.values())
         metrics = {name: value for name, (_, value) in terms.items()}
         return total, metrics | {"loss_nats": metrics.get("answer_nats", total)}

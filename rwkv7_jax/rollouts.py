@@ -106,20 +106,9 @@ def rollouts(
     if key is None and temperature > 0:
         raise ValueError(f"{caller}: `key` must be given unless `temperature` is 0; got None.")
     keys = _row_keys(key, len(rows) * group)
-    read = generate(model, params, rows, state, tokens=0)
-    tiled = np.repeat(np.arange(len(rows)), group)
-    out = generate(
-        model,
-        params,
-        [[]] * len(tiled),
-        select(read.state, tiled),
-        logits=read.logits[tiled],
-        tokens=tokens,
-        key=keys,
-        **choices,
-    )
+    out = _continued(model, params, rows, state, group=group, tokens=tokens, key=keys, **choices)
     completions = _with_stops(out, keys, options)
-    repeated = [tuple(rows[index]) for index in tiled]
+    repeated = [tuple(row) for row in rows for _ in range(group)]
     spent = sum(map(len, rows)) + sum(map(len, completions))
     return Rollouts(
         **completion_rows(repeated, completions, length=length, caller=caller),
@@ -185,6 +174,14 @@ def _row_keys(key: Array | None, rows: int) -> Array:
     if key.ndim:
         return key
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(rows))
+
+
+def _continued(model, params, rows: list[list[int]], state, *, group: int, **choices) -> Generation:
+    """Every prompt read once and continued `group` times."""
+    read = generate(model, params, rows, state, tokens=0)
+    tiled = np.repeat(np.arange(len(rows)), group)
+    start = select(read.state, tiled)
+    return generate(model, params, [[]] * len(tiled), start, logits=read.logits[tiled], **choices)
 
 
 @jax.jit

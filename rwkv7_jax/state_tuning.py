@@ -11,9 +11,9 @@ from jaxtyping import Array, Float
 
 from . import upscaling
 from .calibration import calibrate
-from .loss import Batch, Loss, divergence, next_token_loss, token_weights
+from .loss import Batch, Loss, Metrics, divergence, next_token_loss, token_weights
 from .model import RECURRENCE, RWKV7
-from .shapes import Params, Tokens
+from .shapes import Activations, Params, Tokens
 from .state import (
     DYNAMICS,
     RWKV7State,
@@ -70,14 +70,45 @@ def moving(state: RWKV7State, leaves: tuple[str, ...]) -> RWKV7State:
     return _with_parts(jax.tree.map(lambda _: False, state), flags)
 
 
-def _anchor(model: RWKV7, params: Params, state: RWKV7State, tokens: Array) -> Float[Array, ""]:
-    """Mean KL(base || tuned) per token of unlabelled text."""
-    rows = tokens.shape[0]
-    hidden = functools.partial(model.apply, {"params": params}, tokens[:, :-1], method="hidden")
-    tuned, _ = hidden(repeat(state, rows))
-    base, _ = hidden(init_state(model.config, rows))
-    base = jax.lax.stop_gradient(base)
-    return jnp.mean(divergence(tuned, base, params["head"]["weight"]))
+def hidden_from(model: RWKV7, params: Params, state: RWKV7State, tokens: Tokens) -> Activations:
+    """The normed activations of rows that all start from `state`."""
+    start = repeat(state, tokens.shape[0])
+    return model.apply({"params": params}, tokens, start, method="hidden")[0]
+
+
+def watched(
+    model: RWKV7,
+    params: Params,
+    state: RWKV7State,
+    batch: Batch,
+    *,
+    anchor: float,
+    value: Float[Array, ""],
+    metrics: Metrics,
+) -> tuple[Float[Array, ""], Metrics]:
+    """A loss kept near the base model, with metrics of how far it went and of the state's size.
+
+    Args:
+        model: the shell around `params`.
+        params: all weights.
+        state: the start state that is tuned (batch 1).
+        batch: holds unlabelled tokens [B T+1] as `anchor` where the weight is not 0.
+        anchor: weight of the mean KL(base || tuned) on them.
+        value: the loss so far.
+        metrics: so far; `anchor_nats`, `state_max` and `state_rms` come beside them, the sizes
+            being the upscaled memory's where there is one.
+    """
+    if anchor:
+        tokens = jnp.asarray(batch["anchor"])[:, :-1]
+        base = hidden_from(model, params, init_state(model.config), tokens)
+        tuned = hidden_from(model, params, state, tokens)
+        apart = divergence(tuned, jax.lax.stop_gradient(base), params["head"]["weight"])
+        drift = jnp.mean(apart)
+        value, metrics = value + anchor * drift, metrics | {"anchor_nats": drift}
+    wide = state.wkv if state.upscaled is None else state.upscaled.memory
+    largest, mean_square = jnp.max(jnp.abs(wide)), jnp.mean(jnp.square(wide))
+    sizes = {"state_max": largest, "state_rms": jnp.sqrt(mean_square)}
+    return value, metrics | jax.lax.stop_gradient(sizes)
 
 
 def state_loss(
@@ -111,15 +142,7 @@ def state_loss(
         state = frozen(state, tuple(leaves))
         start = repeat(state, batch["tokens"].shape[0])
         value, metrics = next_token_loss(model, params, start, batch, l2wrap=l2wrap)
-        if anchor:
-            drift = _anchor(model, params, state, jnp.asarray(batch["anchor"]))
-            value, metrics = value + anchor * drift, metrics | {"anchor_nats": drift}
-        wide = state.wkv if state.upscaled is None else state.upscaled.memory
-        size = {
-            "state_max": jnp.max(jnp.abs(wide)),
-            "state_rms": jnp.sqrt(jnp.mean(jnp.square(wide))),
-        }
-        return value, metrics | jax.lax.stop_gradient(size)
+        return watched(model, params, state, batch, anchor=anchor, value=value, metrics=metrics)
 
     return Partial(loss, params)
 

@@ -6,6 +6,7 @@ small model at test time are `guide.collect` with `imitation.distil`, and
 `imitation.expert_iteration`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -21,8 +22,7 @@ from .sampling import Number, check_count
 from .shapes import Params
 from .state import RWKV7State
 from .test_time_losses import policy_loss
-from .test_time_run import Goal, OnStep, Result, Run, optimizer, start_state
-from .training import TrainState, make_train_step
+from .test_time_run import Goal, OnStep, Result, begin
 
 PromptsAt = Callable[[int], Sequence[Sequence[int]]]
 
@@ -103,17 +103,15 @@ def grpo(
     key = typed_key(key, caller="grpo")
     terms = {"kl": kl, "reference": reference, "anchor": anchor, "leaves": leaves}
     loss = policy_loss(model, params, temperature=temperature, **terms)
-    start = start_state(model, state, caller="grpo")
-    tx = optimizer(tx, learning_rate)
-    run = Run(make_train_step(loss, tx), TrainState.create(start, tx), on_step)
+    running = {"tx": tx, "learning_rate": learning_rate, "on_step": on_step}
+    run = begin(model, loss, state, **running, caller="grpo")
     drawn = {"tokens": tokens, "stop_ids": stop_ids}
     choices = {"group": group, "length": length, "temperature": temperature, **drawn}
-    look = lambda: held_out_reward(model, params, run.state, held_out, reward, **drawn)  # noqa: E731
+    asked = {"prompts": held_out, "reward": reward, **drawn}
+    look = functools.partial(held_out_reward, model, params, **asked)
     goal = Goal(look if len(held_out) else None, evaluate_every, stop_reward)
-    for step in range(steps + 1):
-        entry = {"step": step}
-        if goal.reached(run, entry, last=step == steps):
-            break
+    for entry in goal.steps(run, steps):
+        step = entry["step"]
         now = jax.random.fold_in(key, step)
         made = policy_batch(model, params, run.state, prompts_at(step), reward, key=now, **choices)
         run.budget += made.budget
@@ -121,5 +119,4 @@ def grpo(
         if not made.uniform:
             more = {"anchor": anchor_at(step)} if anchor else {}
             entry |= run.update(made.batch | more)
-        run.note(entry)
     return Result(run.state, run.history, run.budget)

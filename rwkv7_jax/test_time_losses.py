@@ -15,18 +15,16 @@ from .layers import head_logits
 from .loss import (
     Batch,
     Loss,
-    Metrics,
     PerToken,
     by_chunks,
     cross_entropy,
-    divergence,
     token_weights,
 )
 from .model import RWKV7
 from .sampling import Number
 from .shapes import Activations, Params, Tokens
-from .state import RWKV7State, check_state, init_state, repeat
-from .state_tuning import check_leaves, frozen
+from .state import RWKV7State, check_state, init_state
+from .state_tuning import check_leaves, frozen, hidden_from, watched
 
 
 def _check(caller: str, leaves: tuple[str, ...], **weights: Number) -> None:
@@ -34,31 +32,6 @@ def _check(caller: str, leaves: tuple[str, ...], **weights: Number) -> None:
     for name, value in weights.items():
         if not 0 <= value < float("inf"):
             raise ValueError(f"{caller}: `{name}` must be finite and at least 0; got {value}.")
-
-
-def _hidden(model: RWKV7, params: Params, state: RWKV7State, tokens: Tokens) -> Activations:
-    """The normed activations of rows that all start from `state`."""
-    start = repeat(state, tokens.shape[0])
-    return model.apply({"params": params}, tokens, start, method="hidden")[0]
-
-
-def _sizes(state: RWKV7State) -> Metrics:
-    """How large the memory is: the upscaled one, where there is one."""
-    wide = state.wkv if state.upscaled is None else state.upscaled.memory
-    largest, mean_square = jnp.max(jnp.abs(wide)), jnp.mean(jnp.square(wide))
-    sizes = {"state_max": largest, "state_rms": jnp.sqrt(mean_square)}
-    return jax.lax.stop_gradient(sizes)
-
-
-def _anchored(model, params, state: RWKV7State, batch: Batch, *, anchor: float, value, metrics):
-    """The loss plus `anchor` times the mean KL(base || tuned) on `batch["anchor"]`."""
-    if not anchor:
-        return value, metrics | _sizes(state)
-    inputs = jnp.asarray(batch["anchor"])[:, :-1]
-    base = _hidden(model, params, init_state(model.config), inputs)
-    tuned = _hidden(model, params, state, inputs)
-    drift = jnp.mean(divergence(tuned, jax.lax.stop_gradient(base), params["head"]["weight"]))
-    return value + anchor * drift, metrics | {"anchor_nats": drift} | _sizes(state)
 
 
 def _imitation(
@@ -142,16 +115,16 @@ def distillation_loss(
         state = frozen(state, tuple(leaves))
         tokens, weights = jnp.asarray(batch["tokens"]), token_weights(batch)
         inputs, targets, head = tokens[:, :-1], tokens[:, 1:], params["head"]["weight"]
-        x = _hidden(model, params, state, inputs)
+        x = hidden_from(model, params, state, inputs)
         if guide is None:
             nats = jnp.sum(weights * cross_entropy(x, head, targets)[0])
             value, metrics = imitation * nats, {"loss_nats": nats}
         else:
-            wanted = jax.lax.stop_gradient(_hidden(guide, guide_params, guide_state, inputs))
+            wanted = jax.lax.stop_gradient(hidden_from(guide, guide_params, guide_state, inputs))
             parts = _imitation(x, head, targets, wanted, guide_params["head"]["weight"])
             nats, apart = (jnp.sum(weights * part) for part in parts)
             value, metrics = imitation * nats + kl * apart, {"loss_nats": nats, "kl_nats": apart}
-        return _anchored(model, params, state, batch, anchor=anchor, value=value, metrics=metrics)
+        return watched(model, params, state, batch, anchor=anchor, value=value, metrics=metrics)
 
     return Partial(loss, params, guide_params, guide_state)
 
@@ -241,7 +214,7 @@ def policy_loss(
     def loss(params: Params, reference: RWKV7State, state: RWKV7State, batch: Batch):
         state = frozen(state, tuple(leaves))
         tokens, weights = jnp.asarray(batch["tokens"]), token_weights(batch)
-        hidden = functools.partial(_hidden, model, params, tokens=tokens[:, :-1])
+        hidden = functools.partial(hidden_from, model, params, tokens=tokens[:, :-1])
         x = hidden(state)
         base = jax.lax.stop_gradient(hidden(reference)) if kl else x
         likelihood = functools.partial(_likelihood, temperature=temperature, kl=bool(kl))
@@ -252,6 +225,6 @@ def policy_loss(
         if kl:
             drift = jnp.sum(weights * apart)
             value, metrics = value + kl * drift, metrics | {"kl_nats": drift}
-        return _anchored(model, params, state, batch, anchor=anchor, value=value, metrics=metrics)
+        return watched(model, params, state, batch, anchor=anchor, value=value, metrics=metrics)
 
     return Partial(loss, params, reference)

@@ -1,10 +1,7 @@
-"""A start state on its way through test-time training: updates, costs, when to stop. Level 6.
-
-What turns a batch into an update is handed in, as `training.make_train_step` makes it.
-"""
+"""A start state on its way through test-time training: updates, costs, when to stop. Level 7."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .loss import Batch
+from .loss import Batch, Loss
 from .model import RWKV7
 from .state import RWKV7State, check_state, init_state
 from .traces import Budget, Trace, inputs_of
+from .training import TrainState, make_train_step
 
 Entry = dict[str, float | int]
 OnStep = Callable[[Entry, RWKV7State], Any]
@@ -81,17 +79,31 @@ class Run:
 class Goal:
     """The reward that is enough: of held-out prompts where there are some, else of late steps."""
 
-    def __init__(self, look: Callable[[], tuple[float, Budget]] | None, every: int, reward: float):
+    def __init__(
+        self, look: Callable[[RWKV7State], tuple[float, Budget]] | None, every: int, reward: float
+    ):
         """Nothing has been seen.
 
         Args:
-            look: gives the held-out reward and what it cost; None where nothing is held out.
+            look: gives a state's held-out reward and what it cost; None where nothing is held out.
             every: steps between two looks, or over which rewards are averaged.
             reward: that is enough.
         """
         self._look, self._every, self._reward = look, every, reward
 
-    def reached(self, run: Run, entry: Entry, *, last: bool) -> bool:
+    def steps(self, run: Run, count: int) -> Iterator[Entry]:
+        """Entries of at most `count` steps, each noted once its step is done, until it is enough.
+
+        An entry comes with its `step`, and with the look's `held_out` where there was one.
+        """
+        for step in range(count + 1):
+            entry = {"step": step}
+            if self._reached(run, entry, last=step == count):
+                return
+            yield entry
+            run.note(entry)
+
+    def _reached(self, run: Run, entry: Entry, *, last: bool) -> bool:
         """Whether the run ends before the step of `entry`, which takes the look's `held_out`.
 
         The run's last look is noted as an entry of its own.
@@ -100,7 +112,7 @@ class Goal:
             recent = [past["reward"] for past in run.history[-self._every :]]
             return last or (len(recent) == self._every and float(np.mean(recent)) >= self._reward)
         if last or entry["step"] % self._every == 0:
-            entry["held_out"], cost = self._look()
+            entry["held_out"], cost = self._look(run.state)
             run.budget += cost
         if last or entry.get("held_out", -np.inf) >= self._reward:
             run.note(entry)
@@ -108,18 +120,37 @@ class Goal:
         return False
 
 
-def start_state(model: RWKV7, state: RWKV7State | None, *, caller: str) -> RWKV7State:
-    """The state to tune, zeros by default, in float32.
+def begin(
+    model: RWKV7,
+    loss: Loss,
+    state: RWKV7State | None,
+    *,
+    tx: optax.GradientTransformation | None,
+    learning_rate: float,
+    on_step: OnStep | None,
+    caller: str,
+) -> Run:
+    """A run of a start state before its first update.
+
+    Args:
+        model: the student.
+        loss: of the start state.
+        state: where to start (batch 1), zeros by default; it is tuned in float32.
+        tx: the optimizer; None is Adam as states like it, with a short memory of their size.
+        learning_rate: of that Adam, large.
+        on_step: called with every entry and the state, which the next update consumes.
+        caller: for messages.
 
     Raises:
-        ValueError: it is of another model, or of more than one sequence.
+        ValueError: the state is of another model, or of more than one sequence.
     """
+    start = _start(model, state, caller=caller)
+    tx = optax.adam(learning_rate, b2=0.99) if tx is None else tx
+    return Run(make_train_step(loss, tx), TrainState.create(start, tx), on_step)
+
+
+def _start(model: RWKV7, state: RWKV7State | None, *, caller: str) -> RWKV7State:
     state = init_state(model.config) if state is None else state
     check_state(state, 1, model.config, caller=caller)
     shifts = {name: getattr(state, name) for name in ("att_shift", "ffn_shift")}
     return state.replace(**{name: jnp.asarray(x, jnp.float32) for name, x in shifts.items()})
-
-
-def optimizer(tx: optax.GradientTransformation | None, learning_rate: float):
-    """The given one, or Adam as states like it: large steps and a short memory of their size."""
-    return optax.adam(learning_rate, b2=0.99) if tx is None else tx

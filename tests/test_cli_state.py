@@ -111,7 +111,7 @@ def doctor(folder, *words, name="a.pth"):
 
 
 def test_doctor_prints_losses_heads_positions_and_advice(folder, capsys, tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
     picture = tmp_path / "state.png"
     words = ("--data", folder / "text.txt", "--generic", "task:mapping", "--picture", picture)
     said = run(capsys, *doctor(folder, *words))

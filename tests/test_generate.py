@@ -89,10 +89,10 @@ def test_a_batch_of_prompts_of_different_lengths_equals_one_by_one(params):
 
 
 def test_penalties_and_bans_are_those_of_the_official_loop(params):
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason="the oracle extra is not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        utils = pytest.importorskip("rwkv.utils")
+        utils = pytest.importorskip("rwkv.utils", reason="the oracle extra is not installed")
         import torch
     drawn = []
 

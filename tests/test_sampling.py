@@ -28,10 +28,10 @@ def probabilities(logits, *, temperature, top_p=1.0, top_k=0) -> np.ndarray:
 @pytest.fixture(scope="module")
 def official():
     """The distribution that the official package draws from, caught where it draws."""
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason="the oracle extra is not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        utils = pytest.importorskip("rwkv.utils")
+        utils = pytest.importorskip("rwkv.utils", reason="the oracle extra is not installed")
         import torch
 
     def distribution(logits, **choices):

@@ -1,4 +1,4 @@
-"""The op's public door: lengths, choice of implementation, messages, other platforms."""
+"""The op's public door: choice of implementation, messages, no second compilation."""
 
 import functools
 
@@ -7,83 +7,13 @@ import jax
 import jax.export
 import jax.extend.core
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from abstract_devices import MARKS
-from tolerances import SAME, assert_close
+from wkv_inputs import INPUTS, STATE, each, op
 
 import pallas_kernels
-from pallas_kernels import platforms, tiles
+from pallas_kernels import tiles
 from pallas_kernels.cases import Case, make_inputs
 from pallas_kernels.reference import NAMES
-
-CASE = Case(3, 21, 2, key_size=32, value_size=64)
-LENGTHS = (21, 9, 0)
-INPUTS, STATE = make_inputs(CASE)
-# Kernels run here in Pallas's interpreter; Triton's has tests of its own.
-INTERPRETED = ("pallas_tpu", "pallas_gpu")
-each = pytest.mark.parametrize("implementation", ("scan", "chunked", *INTERPRETED))
-
-
-def op(inputs, state, *, implementation=None, **options):
-    """The op on a tuple."""
-    interpret = implementation in INTERPRETED
-    options |= {"implementation": implementation, "interpret": interpret}
-    return pallas_kernels.wkv7(*inputs, state, **options)
-
-
-@functools.partial(jax.jit, static_argnames="implementation")
-def gradients(inputs, state, lengths, *, implementation):
-    """y, the last state and the gradients of a sum over both."""
-
-    def loss(inputs, state):
-        y, end = op(inputs, state, lengths=lengths, implementation=implementation)
-        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(end)), (y, end)
-
-    grads, (y, end) = jax.grad(loss, argnums=(0, 1), has_aux=True)(inputs, state)
-    return y, end, grads
-
-
-@each
-def test_lengths_make_a_row_in_a_batch_equal_the_row_alone(implementation):
-    y, end, (grads, dstate) = gradients(
-        INPUTS, STATE, jnp.array(LENGTHS), implementation=implementation
-    )
-    row, length = slice(1, 2), LENGTHS[1]
-    alone = jax.tree.map(lambda x: x[row, :length], INPUTS)
-    y1, end1, (grads1, dstate1) = gradients(
-        alone, STATE[row], jnp.array([length]), implementation=implementation
-    )
-    assert_close(y[row, :length], y1, SAME["op"], "y")
-    assert_close(end[row], end1, SAME["op"], "end")
-    assert_close(dstate[row], dstate1, SAME["op"], "gradient of state")
-    for left, right in zip(grads, grads1, strict=True):
-        assert_close(left[row, :length], right, 2e-5)
-
-
-@each
-def test_padding_reads_zeros_and_has_no_gradient_even_where_it_is_nan(implementation):
-    lengths = jnp.array(LENGTHS)
-    padding = (jnp.arange(CASE.tokens)[None] >= lengths[:, None])[..., None, None]
-    poisoned = tuple(jnp.where(padding, jnp.nan, x) for x in INPUTS)
-    clean = gradients(INPUTS, STATE, lengths, implementation=implementation)
-    dirty = gradients(poisoned, STATE, lengths, implementation=implementation)
-    for left, right in zip(jax.tree.leaves(dirty), jax.tree.leaves(clean), strict=True):
-        np.testing.assert_array_equal(left, right)
-    y, end, (grads, _) = dirty
-    for x in (y, *grads):
-        assert not np.any(np.where(padding, x, 0))
-    np.testing.assert_array_equal(end[2], STATE[2])
-
-
-@each
-def test_tokens_of_zeros_change_nothing(implementation):
-    padded = tuple(jnp.pad(x, ((0, 0), (0, 11), (0, 0), (0, 0))) for x in INPUTS)
-    run = jax.jit(functools.partial(op, implementation=implementation))
-    (y, end), (same, last) = run(INPUTS, STATE), run(padded, STATE)
-    assert_close(same[:, :21], y, SAME["op"], "y")
-    assert not np.any(same[:, 21:])
-    assert_close(last, end, SAME["op"], "end")
 
 
 def primitives(jaxpr):
@@ -119,70 +49,6 @@ def test_the_implementation_asked_for_is_the_one_that_runs():
     assert witness("pallas_gpu", differentiated=False)[2] == {"forward_kernel"}
     kernels = {"forward_kernel", "state_kernel", "gradients_kernel"}
     assert witness("pallas_gpu", differentiated=True)[2] == kernels
-
-
-# The products between the tokens of a chunk, per row and head, as XLA is given them.
-SQUARES = "tensor<3x2x16x16xf32>"
-
-
-@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda", "rocm"])
-def test_without_a_name_every_platform_gets_its_own_from_any_machine(platform):
-    lowered = jax.jit(op).trace(INPUTS, STATE).lower(lowering_platforms=(platform,)).as_text()
-    assert [name for name, mark in MARKS.items() if mark in lowered] == [
-        name for name in MARKS if name == platform
-    ]
-    assert (SQUARES in lowered) == (platform == "rocm")
-
-
-@pytest.mark.parametrize("case", [Case(1, 21, 2, 24, 40), Case(1, 1, 2)], ids=["sizes", "a token"])
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_what_no_kernel_can_or_should_serve_is_left_to_xla(platform, case):
-    arguments = make_inputs(case)
-    lowered = jax.jit(op).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
-    assert MARKS[platform] not in lowered
-
-
-@pytest.mark.parametrize("implementation", [None, "kernel"])
-@pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_a_gradient_is_lowered_for_a_device_that_is_not_here(platform, implementation):
-    name = implementation and {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}[platform]
-
-    def loss(inputs, state):
-        return jnp.sum(pallas_kernels.wkv7(*inputs, state, implementation=name)[0])
-
-    mesh = abstract_devices.mesh("gpu" if platform == "cuda" else platform)
-    with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(INPUTS, STATE)
-        lowered = traced.lower(lowering_platforms=(platform,)).as_text()
-    assert lowered.count(MARKS[platform]) >= 2
-    assert SQUARES not in lowered
-
-
-@pytest.mark.parametrize("platform", ["tpu", "gpu"])
-def test_a_program_for_an_accelerator_is_right_on_a_cpu_as_well(platform):
-    def both(inputs, state):
-        (y, end), pull = jax.vjp(op, inputs, state)
-        return y, end, pull((jnp.sin(y), jnp.cos(end)))
-
-    expected = jax.jit(both)(INPUTS, STATE)
-    with jax.sharding.use_abstract_mesh(abstract_devices.mesh(platform)):
-        traced = jax.jit(both).trace(INPUTS, STATE)
-    found = traced.lower(lowering_platforms=("cpu",)).compile()(INPUTS, STATE)
-    for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert_close(left, right, SAME["op"])
-
-
-@pytest.mark.parametrize("platform", ["tpu", "gpu"])
-def test_a_backward_pass_traced_elsewhere_fits_its_forward_pass(monkeypatch, platform):
-    """As where `jax.default_device` has changed between the two."""
-    with monkeypatch.context() as context:
-        device = abstract_devices.mesh(platform).abstract_device
-        context.setattr(platforms, "target", lambda: device)
-        (y, end), pull = jax.vjp(op, INPUTS, STATE)
-    cotangents = (jnp.sin(y), jnp.cos(end))
-    expected = jax.vjp(op, INPUTS, STATE)[1](cotangents)
-    for left, right in zip(*map(jax.tree.leaves, (pull(cotangents), expected)), strict=True):
-        assert_close(left, right, SAME["op"])
 
 
 @pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu", "triton"])
@@ -225,17 +91,6 @@ def test_half_precision_is_refused_by_kernels(unchecked):
     inputs = tuple(x.astype("float16") for x in INPUTS)
     with pytest.raises(NotImplementedError, match="bfloat16 or float32 tokens and a float32 state"):
         pallas_kernels.wkv7(*inputs, STATE, implementation="pallas_tpu", interpret=True)
-
-
-def test_one_exported_program_serves_every_platform():
-    # JAX promises nothing about how long this call's format will be read.
-    allowed = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
-    platforms = ("cpu", "tpu", "cuda")
-    export = jax.export.export(jax.jit(op), platforms=platforms, disabled_checks=[allowed])
-    exported = export(INPUTS, STATE)
-    assert all(mark in exported.mlir_module() for mark in MARKS.values())
-    for left, right in zip(exported.call(INPUTS, STATE), jax.jit(op)(INPUTS, STATE), strict=True):
-        assert_close(left, right, SAME["op"])
 
 
 @each

@@ -123,12 +123,7 @@ def decorrelate(
         return renewed(whitener, target, due)
 
     def learn(statistics, count, covariance, whitener):
-        new = jnp.broadcast_to(jnp.asarray(statistics, jnp.float32), covariance.shape)
-        trace = jnp.trace(new, axis1=-2, axis2=-1)
-        good = finite(new) & (trace > 0) & (trace < jnp.inf)
-        kept = jnp.asarray(average, jnp.float32)
-        mean = jnp.where(per_matrix(count > 0), kept * covariance + (1 - kept) * new, new)
-        covariance = jnp.where(per_matrix(good), mean, covariance)
+        covariance, good = _averaged(statistics, covariance, average, fresh=count == 0)
         moved = improve(whitener, target_of(covariance, damping, normalise), count, good)
         # A matrix that did not come out well has not been counted: "whiten" tries again next time.
         good = good & finite(moved)
@@ -218,6 +213,16 @@ def _initial(params, mask, inner) -> DecorrelationState:
         ),
         inner=inner,
     )
+
+
+def _averaged(statistics, covariance, average, *, fresh):
+    """The running average with new statistics in it, and which matrices' could be taken."""
+    new = jnp.broadcast_to(jnp.asarray(statistics, jnp.float32), covariance.shape)
+    trace = jnp.trace(new, axis1=-2, axis2=-1)
+    good = finite(new) & (trace > 0) & (trace < jnp.inf)
+    kept = jnp.asarray(average, jnp.float32)
+    mean = jnp.where(per_matrix(fresh), new, kept * covariance + (1 - kept) * new)
+    return jnp.where(per_matrix(good), mean, covariance), good
 
 
 def _turn(equation: str, tree, whitener):

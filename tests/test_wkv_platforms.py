@@ -1,0 +1,89 @@
+"""What a program holds that is lowered for another platform, from any machine."""
+
+import abstract_devices
+import jax
+import jax.export
+import jax.extend.core
+import jax.numpy as jnp
+import pytest
+from abstract_devices import MARKS
+from tolerances import SAME, assert_close
+from wkv_inputs import INPUTS, STATE, op
+
+import pallas_kernels
+from pallas_kernels import platforms
+from pallas_kernels.cases import Case, make_inputs
+
+# The products between the tokens of a chunk, per row and head, as XLA is given them.
+SQUARES = "tensor<3x2x16x16xf32>"
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda", "rocm"])
+def test_without_a_name_every_platform_gets_its_own_from_any_machine(platform):
+    lowered = jax.jit(op).trace(INPUTS, STATE).lower(lowering_platforms=(platform,)).as_text()
+    assert [name for name, mark in MARKS.items() if mark in lowered] == [
+        name for name in MARKS if name == platform
+    ]
+    assert (SQUARES in lowered) == (platform == "rocm")
+
+
+@pytest.mark.parametrize("case", [Case(1, 21, 2, 24, 40), Case(1, 1, 2)], ids=["sizes", "a token"])
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_what_no_kernel_can_or_should_serve_is_left_to_xla(platform, case):
+    arguments = make_inputs(case)
+    lowered = jax.jit(op).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+    assert MARKS[platform] not in lowered
+
+
+@pytest.mark.parametrize("implementation", [None, "kernel"])
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_a_gradient_is_lowered_for_a_device_that_is_not_here(platform, implementation):
+    name = implementation and {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}[platform]
+
+    def loss(inputs, state):
+        return jnp.sum(pallas_kernels.wkv7(*inputs, state, implementation=name)[0])
+
+    mesh = abstract_devices.mesh("gpu" if platform == "cuda" else platform)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(INPUTS, STATE)
+        lowered = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert lowered.count(MARKS[platform]) >= 2
+    assert SQUARES not in lowered
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_a_program_for_an_accelerator_is_right_on_a_cpu_as_well(platform):
+    def both(inputs, state):
+        (y, end), pull = jax.vjp(op, inputs, state)
+        return y, end, pull((jnp.sin(y), jnp.cos(end)))
+
+    expected = jax.jit(both)(INPUTS, STATE)
+    with jax.sharding.use_abstract_mesh(abstract_devices.mesh(platform)):
+        traced = jax.jit(both).trace(INPUTS, STATE)
+    found = traced.lower(lowering_platforms=("cpu",)).compile()(INPUTS, STATE)
+    for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert_close(left, right, SAME["op"])
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_a_backward_pass_traced_elsewhere_fits_its_forward_pass(monkeypatch, platform):
+    """As where `jax.default_device` has changed between the two."""
+    with monkeypatch.context() as context:
+        device = abstract_devices.mesh(platform).abstract_device
+        context.setattr(platforms, "target", lambda: device)
+        (y, end), pull = jax.vjp(op, INPUTS, STATE)
+    cotangents = (jnp.sin(y), jnp.cos(end))
+    expected = jax.vjp(op, INPUTS, STATE)[1](cotangents)
+    for left, right in zip(*map(jax.tree.leaves, (pull(cotangents), expected)), strict=True):
+        assert_close(left, right, SAME["op"])
+
+
+def test_one_exported_program_serves_every_platform():
+    # JAX promises nothing about how long this call's format will be read.
+    allowed = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+    platforms = ("cpu", "tpu", "cuda")
+    export = jax.export.export(jax.jit(op), platforms=platforms, disabled_checks=[allowed])
+    exported = export(INPUTS, STATE)
+    assert all(mark in exported.mlir_module() for mark in MARKS.values())
+    for left, right in zip(exported.call(INPUTS, STATE), jax.jit(op)(INPUTS, STATE), strict=True):
+        assert_close(left, right, SAME["op"])

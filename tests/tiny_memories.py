@@ -1,0 +1,33 @@
+"""Upscaled memories of tiny models, empty and full."""
+
+import jax.numpy as jnp
+import numpy as np
+from tiny_models import CONFIG
+
+from rwkv7_jax import upscaling
+from rwkv7_jax.state import Features, init_state
+
+ADDITIVE = ("static", "decay", "delta")
+SIZE = 24  # features of a head; its channels are 32
+
+
+def noise(shape, seed=0, size=1.0):
+    """Normal numbers of that standard deviation."""
+    return jnp.asarray(size * np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def filled(state, seed=1, size=0.3, write=0.0):
+    """The same state with something in its memory."""
+    upscaled = state.upscaled
+    memory = noise(upscaled.memory.shape, seed, size)
+    return state.replace(upscaled=upscaled.replace(memory=memory, write=upscaled.write + write))
+
+
+def empty_state():
+    """A state whose empty memory is read through features that no text was needed for."""
+    draws = np.random.default_rng(5).normal(size=(3, 1, 2, SIZE, 32))
+    landmarks = jnp.asarray(draws / np.linalg.norm(draws, axis=-1, keepdims=True), jnp.float32)
+    widths = jnp.ones((3, 1, 2, SIZE))
+    identity = jnp.broadcast_to(jnp.eye(SIZE), (3, 1, 2, SIZE, SIZE))
+    features = Features(landmarks=landmarks, widths=widths, mean=0.2 * widths, map=identity)
+    return init_state(CONFIG).replace(upscaled=upscaling.empty(features))

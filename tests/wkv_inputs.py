@@ -1,0 +1,19 @@
+"""Inputs of the op that tests of its door share: uneven sizes, a length that is not round."""
+
+import pytest
+
+import pallas_kernels
+from pallas_kernels.cases import Case, make_inputs
+
+CASE = Case(3, 21, 2, key_size=32, value_size=64)
+INPUTS, STATE = make_inputs(CASE)
+# Kernels run here in Pallas's interpreter; Triton's has tests of its own.
+INTERPRETED = ("pallas_tpu", "pallas_gpu")
+each = pytest.mark.parametrize("implementation", ("scan", "chunked", *INTERPRETED))
+
+
+def op(inputs, state, *, implementation=None, **options):
+    """The op on a tuple."""
+    interpret = implementation in INTERPRETED
+    options |= {"implementation": implementation, "interpret": interpret}
+    return pallas_kernels.wkv7(*inputs, state, **options)
