@@ -35,12 +35,15 @@ class _Frame(NamedTuple):
     y: tuple[float, float]
     log: bool
 
+    def across(self, x: Number) -> float:
+        """Where an x of the data lies in the picture."""
+        share = (x - self.x[0]) / (self.x[1] - self.x[0])
+        return _LEFT + share * (WIDTH - _LEFT - _RIGHT)
+
     def place(self, x: float, y: float) -> tuple[float, float]:
         """Where a point of the data lies in the picture."""
-        right = (x - self.x[0]) / (self.x[1] - self.x[0])
         up = ((math.log10(y) if self.log else y) - self.y[0]) / (self.y[1] - self.y[0])
-        width, height = WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM
-        return _LEFT + right * width, _TOP + (1 - up) * height
+        return self.across(x), _TOP + (1 - up) * (HEIGHT - _TOP - _BOTTOM)
 
 
 def _drawable(points: Points, log: bool) -> list[tuple[float, float]]:
@@ -63,6 +66,14 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     step = power * next((m for m in (1, 2, 2.5, 5) if m * power >= raw * 0.999), 10)
     first = math.ceil(low / step - 1e-9)
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def short(value: float) -> str:
+    """A number of an axis: 0.0006, 1.5, 12k, 3M."""
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if max(unit, 1e4) <= abs(value) < 1e3 * unit:
+            return f"{value / unit:.4g}{letter}"
+    return f"{value:.4g}"
 
 
 def _pieces(points: list[tuple[float, float]]) -> list[tuple[float, float, float, float]]:
@@ -106,11 +117,11 @@ def _axes(frame: _Frame) -> str:
         _, y = frame.place(frame.x[0], value)
         parts.append(
             f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>'
+            f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>'
         )
     for tick in ticks(*frame.x, 6):
-        x = _LEFT + (tick - frame.x[0]) / (frame.x[1] - frame.x[0]) * (WIDTH - _LEFT - _RIGHT)
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{tick:g}</text>')
+        place = f'x="{frame.across(tick):.1f}" y="{bottom + 16}"'
+        parts.append(f'<text {place} text-anchor="middle">{short(tick)}</text>')
     parts.append(f'<path class="axis" d="M{_LEFT} {_TOP}V{bottom}H{WIDTH - _RIGHT}"/>')
     return "".join(parts)
 
@@ -119,7 +130,7 @@ def _marks(frame: _Frame, marks: Sequence[Mark]) -> str:
     found = []
     for mark in marks:
         if frame.x[0] <= mark.x <= frame.x[1]:
-            x = _LEFT + (mark.x - frame.x[0]) / (frame.x[1] - frame.x[0]) * (WIDTH - _LEFT - _RIGHT)
+            x = frame.across(mark.x)
             found.append(
                 f'<line class="mark {html.escape(mark.kind)}" x1="{x:.1f}" x2="{x:.1f}" '
                 f'y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"><title>{html.escape(mark.text)}</title>'

@@ -170,9 +170,7 @@ class _WandB:
     def __init__(self, package, folder: Path, first: int):
         kept = folder / "wandb.id"
         identity = kept.read_text().strip() if kept.exists() else None
-        self._run = package.init(
-            dir=str(folder), name=folder.name, id=identity, resume="allow", reinit=True
-        )
+        self._run = package.init(dir=str(folder), name=folder.name, id=identity, resume="allow")
         kept.write_text(self._run.id + "\n")
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:

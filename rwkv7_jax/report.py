@@ -28,6 +28,7 @@ _CHARTS = (
 )
 _NO_CHART = ("step", "seconds")
 _MARKED = ("resume", "skipped", "stopped")
+_KEY = "Upright lines: dashed where the run was resumed, red where updates were skipped."
 _EVENTS = 200
 _STYLE = """
 :root{color-scheme:light dark}
@@ -43,7 +44,7 @@ svg{width:100%;height:auto}svg text{font-size:11px;fill:currentColor}
 svg .title{font-size:13px;font-weight:600}
 .grid{stroke:currentColor;opacity:.13}.axis{fill:none;stroke:currentColor;opacity:.6}
 .mark{stroke:#888;stroke-width:1.5;stroke-dasharray:4 3}.skipped{stroke:#b51d14}
-.stopped{stroke:#ddb310}img{max-width:100%;background:#fff}.note{opacity:.7}
+.stopped{stroke-dasharray:1 3}img{max-width:100%;background:#fff}.note{opacity:.7}
 """
 
 
@@ -109,7 +110,8 @@ def _charts(columns: Mapping[str, Points], marks: Sequence[Mark]) -> str:
         found.append(line_chart(title, own, marks=marks, log=log))
     found += [line_chart(name, {name: points}, marks=marks) for name, points in left.items()]
     body = "\n".join(f"<div>{chart}</div>" for chart in found if chart)
-    return f'<div class="charts">{body}</div>' if body else ""
+    note = f'<p class="note">{_KEY}</p>' if marks else ""
+    return f'<div class="charts">{body}</div>{note}' if body else ""
 
 
 def _event_marks(events: Sequence[Mapping[str, Any]]) -> list[Mark]:

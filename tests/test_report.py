@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from rwkv7_jax.charts import HEIGHT, PIECES, WIDTH, Mark, line_chart, ticks
+from rwkv7_jax.charts import HEIGHT, PIECES, WIDTH, Mark, line_chart, short, ticks
 from rwkv7_jax.cli import main
 from rwkv7_jax.report import report_page, write_report
 
@@ -189,3 +189,9 @@ def test_ticks_are_round_and_inside():
     assert ticks(0.0, 1.0, 5) == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert ticks(-7.0, 13.0, 4) == pytest.approx([-5.0, 0.0, 5.0, 10.0])
     assert ticks(1e-6, 9e-6, 4) == pytest.approx([2e-6, 4e-6, 6e-6, 8e-6])
+
+
+def test_numbers_on_axes_are_short():
+    values = (0.0, 6e-4, 1.5, -250.0, 9500.0, 12_500.0, 3e6, 2e9, 5e12)
+    expected = ["0", "0.0006", "1.5", "-250", "9500", "12.5k", "3M", "2G", "5e+12"]
+    assert [short(value) for value in values] == expected
