@@ -157,10 +157,12 @@ class _TensorBoard:
         self._writer = package.SummaryWriter(where, purge_step=first or None)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """The step's numbers are queued."""
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """All are written."""
         self._writer.close()
 
 
@@ -174,9 +176,11 @@ class _WandB:
         kept.write_text(self._run.id + "\n")
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """The step's numbers are queued."""
         self._run.log(dict(numbers), step=step)
 
     def close(self) -> None:
+        """All are written."""
         self._run.finish()
 
 
