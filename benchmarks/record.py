@@ -1,10 +1,7 @@
 """What every result file says: date, command, device, versions, and the numbers."""
 
 import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,15 +16,14 @@ def write(path: str, module: str, *, packages: tuple[str, ...] = ("jax",), **num
         packages: whose versions matter.
         **numbers: what was found.
     """
-    import jax
+    # Children that measure memory import this module as well, and shall not load JAX by it.
+    from rwkv7_jax.system import device_line, versions
 
-    device = jax.devices()[0].device_kind
     record = {
         "date": datetime.date.today().isoformat(),
         "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
-        "device": f"{device}, {platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages},
+        "device": device_line(),
+        "versions": versions(packages),
         **numbers,
     }
     Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -1,10 +1,7 @@
 """`rwkv7 convert | inspect | doctor | generate | state`: arguments and printing alone. Level 9."""
 
 import argparse
-import importlib.metadata
 import importlib.util
-import os
-import platform
 import sys
 import warnings
 
@@ -78,33 +75,24 @@ def _inspect(options: argparse.Namespace) -> None:
         print(f"note: {warning.message}")
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def _doctor(options: argparse.Namespace) -> None:
-    import jax
-
     import pallas_kernels
 
-    print(
-        f"python      {platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores"
-    )
-    for name in ("rwkv7_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
-        print(f"{name:<18}{_version(name)}")
+    from .system import lines, system
+
+    print("\n".join(lines(system())))
     for name, use in (("matplotlib", "pictures"), ("torch", "oracle tests")):
         there = "yes" if importlib.util.find_spec(name) else "no"
         print(f"{name:<18}{there} ({use})")
-    for device in jax.devices():
-        memory = (device.memory_stats() or {}).get("bytes_limit")
-        size = f", {memory / 2**30:.1f} GiB" if memory else ""
-        print(f"device      {device} ({device.device_kind}{size})")
     here = pallas_kernels.available()
     for name in pallas_kernels.IMPLEMENTATIONS:
         print(f"wkv7 {name:<13}{'runs here' if name in here else 'not on this device'}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from .report import write_report
+
+    print(write_report(options.folder))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -127,6 +115,10 @@ def parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="versions, devices and what can run here")
     doctor.set_defaults(run=_doctor)
+
+    report = commands.add_parser("report", help="write report.html into a run's folder")
+    report.add_argument("folder")
+    report.set_defaults(run=_report)
     add_generate_command(commands)
     add_state_command(commands)
     return top

@@ -4,10 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import lively
+from tiny_models import CONFIG, lively
 from tolerances import FORMULA, assert_close
 
-from rwkv7_jax.optim.build import build_optimizer, group, groups, path_name, schedule
+from rwkv7_jax.convert import official_tensors
+from rwkv7_jax.names import shapes
+from rwkv7_jax.optim.build import (
+    build_optimizer,
+    group,
+    group_table,
+    groups,
+    path_name,
+    schedule,
+)
 
 PARAMS = lively()
 MATRICES = {f"att/{name}/weight" for name in ("receptance", "key", "value", "output")}
@@ -44,17 +53,33 @@ def test_the_cosine_schedule_is_the_published_formula(step):
     assert_close(actual(jnp.array(step)), rate, FORMULA)
 
 
+CORNERS = {"first": 0, "warm": 10, "middle": 60, "late": 100, "last": 110, "beyond": 500}
+
+
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("linear", (0.01, 1.0, 0.55, 0.19, 0.1)),
-        ("wsd", (0.01, 1.0, 1.0, 0.55, 0.1)),
-        ("constant", (0.01, 1.0, 1.0, 1.0, 1.0)),
+        ("cosine", (0.01, 1.0, 0.55, 0.1 + 0.45 * (1 + np.cos(0.9 * np.pi)), 0.1, 0.1)),
+        ("linear", (0.01, 1.0, 0.55, 0.19, 0.1, 0.1)),
+        ("wsd", (0.01, 1.0, 1.0, 0.55, 0.1, 0.1)),
+        ("constant", (0.01, 1.0, 1.0, 1.0, 1.0, 1.0)),
     ],
 )
-def test_the_other_schedules_go_through_their_corners(kind, expected):
+def test_every_schedule_goes_through_its_corners(kind, expected):
     rate = schedule(kind, 1.0, 0.1, warmup_steps=10, total_steps=110)
-    assert_close([rate(jnp.array(s)) for s in (0, 10, 60, 100, 110)], expected, FORMULA)
+    for (corner, step), value in zip(CORNERS.items(), expected, strict=True):
+        assert_close(rate(jnp.array(step)), value, FORMULA, corner)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant"])
+def test_without_a_warm_up_the_first_step_has_the_peak_rate(kind):
+    rate = schedule(kind, 1.0, 0.1, warmup_steps=0, total_steps=100)
+    assert float(rate(jnp.array(0))) == 1.0
+
+
+def test_a_run_that_is_all_warm_up_rises_to_the_peak():
+    rate = schedule("wsd", 1.0, 0.1, warmup_steps=10, total_steps=10)
+    assert_close([rate(jnp.array(s)) for s in (0, 5, 9)], (0.01, 0.505, 0.901), FORMULA)
 
 
 def test_unknown_kinds_are_refused_in_one_sentence():
@@ -62,6 +87,51 @@ def test_unknown_kinds_are_refused_in_one_sentence():
         schedule("cos", 1.0, 0.1, warmup_steps=1, total_steps=2)
     with pytest.raises(ValueError, match="build_optimizer: `kind` must be one of adamw, muon; got"):
         build_optimizer(1e-3, kind="sgd")
+
+
+def official_rule(name, shape):
+    """(factor on the rate, decays) of an official tensor, as the published trainer chooses them."""
+    if "att.w0" in name:
+        return 2.0, False
+    return 1.0, ".weight" in name and len([side for side in shape if side > 1]) >= 2
+
+
+def test_every_official_tensor_moves_by_the_published_rule():
+    """With a gradient and weights of one, the first step is the factor plus the decay, down."""
+    rate, decay = 1.0, 0.25
+    tx = build_optimizer(rate, weight_decay=decay, clip=None)
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), PARAMS)
+    updates = jax.jit(lambda params: tx.update(params, tx.init(params), params)[0])(params)
+    moved = dict(official_tensors(updates, CONFIG))
+    assert moved.keys() == shapes(CONFIG).keys()
+    for name, update in moved.items():
+        factor, decays = official_rule(name, update.shape)
+        assert_close(update, np.full(update.shape, -rate * (factor + decay * decays)), 1e-5, name)
+
+
+def test_a_model_inside_another_tree_keeps_its_groups():
+    inside = flat(groups({"model": PARAMS, "bias": jnp.zeros(3)}))
+    expected = {f"model/{name}": label for name, label in flat(groups(PARAMS)).items()}
+    assert inside == expected | {"bias": "rest"}
+
+
+def test_the_table_of_groups_names_every_number_once():
+    lines = group_table(PARAMS).splitlines()
+    assert lines[0].split() == ["group", "rate", "decay", "tensors", "numbers", "pattern"]
+    rows = [line.split()[:5] for line in lines[1:]]
+    assert [row[:3] for row in rows] == [
+        ["fast", "x2", "no"],
+        ["table", "x1", "yes"],
+        ["matrix", "x1", "yes"],
+        ["rest", "x1", "no"],
+    ]
+    leaves = jax.tree.leaves(PARAMS)
+    assert sum(int(row[3]) for row in rows) == len(leaves)
+    assert sum(int(row[4].replace(",", "")) for row in rows) == sum(x.size for x in leaves)
+
+
+def test_groups_without_a_member_are_not_in_the_table():
+    assert len(group_table({"wkv": jnp.zeros(3)}).splitlines()) == 2
 
 
 def gradient(seed, scale):
@@ -89,7 +159,7 @@ def test_two_adam_steps_are_numpys(scale, clip):
             square[name] = b2 * square[name] + (1 - b2) * g**2
             step = mean[name] / (1 - b1**count)
             step = step / (np.sqrt(square[name] / (1 - b2**count)) + eps)
-            decayed = group(name) in ("table", "matrix")
+            decayed = group(name).label in ("table", "matrix")
             step = step + decay * np.asarray(names[name], np.float64) * decayed
             factor = 2.0 if name.endswith("att/w0") else 1.0
             assert_close(actual, -rate * factor * step, 1e-5, f"{name} at step {count}")
@@ -101,7 +171,7 @@ def test_muon_moves_matrices_by_a_fifth_of_the_rate_and_the_rest_as_adam_does():
     updates, _ = jax.jit(muon.update)(grads, muon.init(PARAMS), PARAMS)
     others, _ = jax.jit(adam.update)(grads, adam.init(PARAMS), PARAMS)
     for name, update in flat(updates).items():
-        if group(name) == "matrix":
+        if group(name).label == "matrix":
             size = float(jnp.sqrt(jnp.mean(jnp.square(update))))
             assert size == pytest.approx(0.2 * rate, rel=0.2), name
         else:

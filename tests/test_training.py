@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 from jax.tree_util import Partial
-from tiny_models import lively, tokens
+from tiny_models import lively, random_state, tokens
 from tolerances import SAME, assert_close, assert_trees_close
 
 from rwkv7_jax.config import RWKV7Config
 from rwkv7_jax.model import RWKV7
+from rwkv7_jax.state_tuning import state_loss
 from rwkv7_jax.training import TrainState, make_eval_step, make_train_step, pretrain_loss
 
 CONFIG = RWKV7Config(vocab_size=13, num_layers=2, width=32, head_size=16, ffn_width=48)
@@ -85,6 +86,31 @@ def test_an_update_that_is_not_finite_is_left_out_bit_for_bit(bad):
     assert not np.isfinite(metrics["loss"])
     train, _ = run(train, small(1.0))
     assert not np.array_equal(train.params["x"], before[0]["x"])
+
+
+def test_one_micro_batch_that_is_not_finite_leaves_the_whole_update_out():
+    tx, batch = optax.adam(0.1), small(1.0)
+    batch["tokens"] = batch["tokens"].at[1].set(jnp.nan)
+    run = make_train_step(square, tx, accumulate=2)
+    train, _ = run(TrainState.create({"x": jnp.arange(3.0)}, tx), batch)
+    np.testing.assert_array_equal(train.params["x"], np.arange(3.0))
+    assert (int(train.step), int(train.skipped)) == (1, 1)
+
+
+@pytest.mark.slow
+def test_micro_batches_make_the_gradient_of_an_anchored_state():
+    """The anchor counts every token of its own rows, the loss those of the mask."""
+    model = RWKV7(CONFIG)
+    loss = state_loss(model, PARAMS, anchor=0.5, l2wrap=1e-2)
+    start = random_state(CONFIG)
+    batch = BATCH | {"anchor": tokens(4, 7, CONFIG, seed=1)}
+    ends = []
+    for accumulate in (1, 4):
+        train = TrainState.create(start, PLAIN)
+        train, metrics = make_train_step(loss, PLAIN, accumulate=accumulate)(train, batch)
+        ends.append((start.wkv - train.params.wkv, metrics["loss"], metrics["anchor_nats"]))
+    for whole, pieces in zip(*ends, strict=True):
+        assert_close(pieces, whole, SAME["micro-batches"])
 
 
 def test_the_second_step_does_not_compile_and_large_arrays_are_arguments():

@@ -3,20 +3,37 @@
 import math
 import re
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-# Which group a parameter belongs to, by its path in the tree; the first match counts.
+
+class Group(NamedTuple):
+    """Parameters that move by the same rule.
+
+    Attributes:
+        label: the group's name.
+        pattern: a regular expression that finds its members' paths in the tree.
+        rate: factor on the learning rate.
+        decays: whether weight decay pulls them.
+    """
+
+    label: str
+    pattern: str
+    rate: float
+    decays: bool
+
+
+# The first match counts.
 # Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/model.py:793-831.
 GROUPS = (
-    ("fast", r"att/w0$"),  # learning rate doubled, no weight decay
-    ("table", r"^(emb|head)/weight$"),  # weight decay
-    ("matrix", r"(receptance|key|value|output)/weight$"),  # weight decay; Muon's share
-    ("rest", r""),
+    Group("fast", r"att/w0$", 2.0, False),
+    Group("table", r"(^|/)(emb|head)/weight$", 1.0, True),
+    Group("matrix", r"(receptance|key|value|output)/weight$", 1.0, True),  # Muon's share
+    Group("rest", r"", 1.0, False),
 )
-DECAYED = ("table", "matrix")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 KINDS = ("adamw", "muon")
 # Muon's updates get the root mean square that Adam's typically have, so one learning rate serves
@@ -30,14 +47,34 @@ def path_name(path) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
 
 
-def group(name: str) -> str:
+def group(name: str) -> Group:
     """The group of the parameter with this path."""
-    return next(label for label, pattern in GROUPS if re.search(pattern, name))
+    return next(one for one in GROUPS if re.search(one.pattern, name))
 
 
 def groups(params) -> dict:
-    """The tree of group names."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: group(path_name(path)), params)
+    """The tree of the groups' labels."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: group(path_name(path)).label, params)
+
+
+def group_table(params: Any) -> str:
+    """Which group each parameter is in and what that means, as lines to print.
+
+    Args:
+        params: the trainables; groups without a member are left out.
+    """
+    members: dict[str, list] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        members.setdefault(group(path_name(path)).label, []).append(leaf.size)
+    lines = [f"{'group':<8}{'rate':>5}{'decay':>7}{'tensors':>9}{'numbers':>16}  pattern"]
+    for one in GROUPS:
+        if sizes := members.get(one.label):
+            decay, pattern = "yes" if one.decays else "no", one.pattern or "(what is left)"
+            lines.append(
+                f"{one.label:<8}{f'x{one.rate:g}':>5}{decay:>7}{len(sizes):>9}{sum(sizes):>16,}"
+                f"  {pattern}"
+            )
+    return "\n".join(lines)
 
 
 def schedule(
@@ -48,8 +85,8 @@ def schedule(
     Args:
         kind: "cosine", "linear", "wsd" (constant, then linear over the last fifth) or "constant".
         peak: at the end of the warm-up, which starts at a hundredth of it.
-        final: at `total_steps` and behind.
-        warmup_steps: steps of the warm-up.
+        final: at `total_steps` and behind; "constant" stays at `peak`.
+        warmup_steps: steps of the warm-up; 0 for none.
         total_steps: steps of the whole run.
 
     Raises:
@@ -69,7 +106,8 @@ def schedule(
             "wsd": jnp.minimum(1.0, 5.0 * (1.0 - done)),
             "constant": 1.0,
         }[kind]
-        warm = jnp.minimum(1.0, 0.01 + 0.99 * step / max(warmup_steps, 1))
+        warm = 0.01 + 0.99 * step / max(warmup_steps, 1)
+        warm = jnp.where(step < warmup_steps, warm, 1.0)
         return warm * (final + (peak - final) * remaining)
 
     return rate
@@ -92,7 +130,7 @@ def _moments(kind: str, b1: float, b2: float, eps: float) -> optax.GradientTrans
     muon = optax.contrib.scale_by_muon(
         weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: last_two, tree)
     )
-    by_group = {label: adam for label, _ in GROUPS} | {"matrix": optax.chain(muon, _scale_to_rms())}
+    by_group = {one.label: adam for one in GROUPS} | {"matrix": optax.chain(muon, _scale_to_rms())}
     return optax.partition(by_group, groups)
 
 
@@ -112,7 +150,7 @@ def build_optimizer(
         learning_rate: a number or a schedule.
         kind: "adamw", or "muon" for orthogonalised momentum on the blocks' matrices and Adam
             elsewhere.
-        weight_decay: of the groups `DECAYED`.
+        weight_decay: of the groups that decay.
         clip: largest global norm of the gradient; None switches clipping off.
         b1: decay of the first moment.
         b2: decay of the second moment.
@@ -128,13 +166,16 @@ def build_optimizer(
             f"build_optimizer: `kind` must be one of {', '.join(KINDS)}; got {kind!r}."
         )
 
-    def in_groups(*labels):
+    def where(chosen: Callable[[Group], bool]):
+        labels = [one.label for one in GROUPS if chosen(one)]
         return lambda params: jax.tree.map(lambda label: label in labels, groups(params))
 
+    rates = sorted({one.rate for one in GROUPS} - {1.0})
+    faster = [optax.masked(optax.scale(x), where(lambda one, x=x: one.rate == x)) for x in rates]
     return optax.chain(
         optax.clip_by_global_norm(clip) if clip is not None else optax.identity(),
         _moments(kind, b1, b2, eps),
-        optax.add_decayed_weights(weight_decay, mask=in_groups(*DECAYED)),
-        optax.masked(optax.scale(2.0), in_groups("fast")),
+        optax.add_decayed_weights(weight_decay, mask=where(lambda one: one.decays)),
+        *faster,
         optax.scale_by_learning_rate(learning_rate),
     )
