@@ -1,4 +1,4 @@
-"""`rwkv7 convert | inspect | doctor | generate | state`: arguments and printing alone. Level 9."""
+"""`rwkv7 convert | inspect | doctor | data | generate | state`: arguments, printing. Level 9."""
 
 import argparse
 import importlib.metadata
@@ -10,6 +10,7 @@ import warnings
 
 import numpy as np
 
+from .cli_data import add_data_command
 from .cli_generate import add_generate_command, discard_output
 from .cli_state import add_state_command
 
@@ -127,6 +128,7 @@ def parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="versions, devices and what can run here")
     doctor.set_defaults(run=_doctor)
+    add_data_command(commands)
     add_generate_command(commands)
     add_state_command(commands)
     return top
