@@ -7,7 +7,7 @@ import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .conversations import document_of
 from .documents import Document, Piece
@@ -16,6 +16,7 @@ _SKIPPED_FOLDERS = frozenset(
     "site-packages test tests idle_test encodings pydoc_data lib2to3 __pycache__".split()
 )
 ON_BAD = ("error", "skip")
+Parsed = TypeVar("Parsed")
 
 
 def _stdlib() -> Iterator[bytes]:
@@ -108,21 +109,39 @@ def _record(line: bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def _jsonl(path: Path, on_bad: str, reading: Reading) -> Iterator[Document]:
-    with path.open("rb") as file:
+def json_lines(
+    path: str | Path,
+    parse: Callable[[Any], Parsed],
+    *,
+    on_bad: str = "error",
+    reading: Reading | None = None,
+) -> Iterator[Parsed]:
+    """What `parse` makes of each line's object; blank lines are nothing.
+
+    Args:
+        path: of a .jsonl file.
+        parse: raises ValueError with a reason where an object is not what it shall be.
+        on_bad: "error", or "skip" for lines that are no JSON or cannot be parsed.
+        reading: counts what is read and skipped.
+
+    Raises:
+        ValueError: a bad line, as `file:line: reason`.
+    """
+    reading = reading or Reading()
+    with Path(path).open("rb") as file:
         for number, line in enumerate(file, 1):
             reading.bytes += len(line)
             if not line.strip():
                 continue
             try:
-                document = document_of(_record(line))
+                parsed = parse(_record(line))
             except ValueError as error:
                 reason = f"{path}:{number}: {error}"
                 if on_bad == "error":
                     raise ValueError(reason) from None
                 reading.skipped, reading.first = reading.skipped + 1, reading.first or reason
                 continue
-            yield document
+            yield parsed
 
 
 def _files(source: str | Path) -> list[Path]:
@@ -171,7 +190,7 @@ def documents(
     told, reading = reading is not None, reading or Reading()
     for path in _files(source):
         if path.suffix == ".jsonl":
-            yield from _jsonl(path, on_bad, reading)
+            yield from json_lines(path, document_of, on_bad=on_bad, reading=reading)
             continue
         yield Document((Piece(path),))
         reading.bytes += path.stat().st_size

@@ -12,6 +12,7 @@ from tiny_models import CONFIG
 from rwkv7_jax.data import token_stream
 from rwkv7_jax.generate import generate
 from rwkv7_jax.model import RWKV7
+from rwkv7_jax.questions import read_questions
 from rwkv7_jax.sources import Reading, documents
 from rwkv7_jax.token_cache import write_cache
 from rwkv7_jax.tokenizer import Tokenizer
@@ -84,6 +85,25 @@ def test_f10_bad_lines_are_skipped_when_asked_for_and_counted(file, fault):
         assert len(token_stream(path, BYTES, on_bad="skip")) == 5 * (3 - lost)
 
 
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"prompt": 7}\n', 'no object with a text "prompt"'),
+        (b'{"prompt": ""}\n', '"prompt" must hold a token; got none'),
+        (b'{"prompt": "\\ud800"}\n', "lone surrogate at character 0"),
+        (b'{"prompt": \xff}\n', "not UTF-8 at byte 11"),
+        (b"oops\n", "not one JSON object"),
+    ],
+)
+def test_f10_a_bad_question_is_named_by_file_and_number(file, line, reason):
+    # A line separator inside of a string ends no line.
+    path = file('{"prompt": "1\u2028"}\n'.encode() + line)
+    with pytest.raises(ValueError) as caught:
+        read_questions(path, BYTES)
+    assert str(caught.value).startswith(f"{path}:2: ") and reason in str(caught.value)
+
+
+@pytest.mark.slow
 def test_f10_crlf_blank_lines_and_a_line_of_fifty_megabytes_are_fine(file):
     long = "x" * 50_000_000
     path = file(b'{"text": "a\\r\\n"}\r\n\r\n  \n' + json.dumps({"text": long}).encode())
