@@ -61,7 +61,7 @@ def token_stream(
 
     Args:
         source: what `sources.documents` reads, a `.bin` file (see `token_cache`), several of these,
-            or an array of ids.
+            or an array of ids; a stream is given back as it is, whatever the split.
         tokenizer: makes ids of documents.
         split: "all"; or "train" and "held_out", which part whole documents by a hash of their bytes
             (an array, or a .bin file of other tools, by position: its end is held out).
