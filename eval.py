@@ -40,7 +40,7 @@ def starts(settings: Settings, model, params, tokenizer: Tokenizer) -> dict[str,
     if settings.evaluation.prompt_tokens:
         stream = job_data.training_stream(settings, tokenizer)
         for size in settings.evaluation.prompt_tokens:
-            prompt = stream if size < 0 else stream[-size:]
+            prompt = stream[:] if size < 0 else stream[-size:]
             print(f"reading a prompt of {len(prompt):,} tokens", flush=True)
             rows[f"prompt {len(prompt):,}"] = state_after(model, params, prompt)
     return rows

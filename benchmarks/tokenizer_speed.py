@@ -47,7 +47,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", help="file to write")
     args = parser.parse_args()
-    text = b"\n".join(documents("stdlib")).decode(errors="replace")[: int(args.megabytes * 1e6)]
+    text = b"\n".join(document.text() for document in documents("stdlib")).decode(errors="replace")[
+        : int(args.megabytes * 1e6)
+    ]
     size, ids, rows = len(text.encode()), None, []
     for name, encode in encoders().items():
         found = list(encode(text))

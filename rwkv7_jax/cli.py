@@ -1,4 +1,4 @@
-"""`rwkv7 convert | inspect | doctor | generate | state`: arguments and printing alone. Level 9."""
+"""`rwkv7 convert | inspect | doctor | data | generate | state`: arguments, printing. Level 9."""
 
 import argparse
 import importlib.util
@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 
+from .cli_data import add_data_command
 from .cli_generate import add_generate_command, discard_output
 from .cli_state import add_state_command
 
@@ -119,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write report.html into a run's folder")
     report.add_argument("folder")
     report.set_defaults(run=_report)
+    add_data_command(commands)
     add_generate_command(commands)
     add_state_command(commands)
     return top

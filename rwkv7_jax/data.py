@@ -1,54 +1,52 @@
-"""Batches of tokens whose order is a pure function of the seed and the step. Level 5."""
+"""From a path to batches whose order is a pure function of the seed and the step. Level 5."""
 
 import functools
-import hashlib
 import itertools
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from .binidx import read_binidx
-from .sources import documents
+from .documents import held_out_below
+from .rows import Batch, batch_at, host_rows, left_out, windows
+from .sources import Reading, documents
+from .token_cache import SPLITS, by_position, check_vocabulary, open_cache
+from .token_streams import Tokens, TokenStream, data_hash
 from .tokenizer import Tokenizer
 
-Source = str | Path | Sequence[str | Path] | np.ndarray
-SPLITS = ("all", "train", "held_out")
+__all__ = [
+    "batch_at",
+    "data_hash",
+    "host_rows",
+    "left_out",
+    "packed",
+    "token_stream",
+    "windows",
+]
+Source = str | Path | Sequence[str | Path] | np.ndarray | TokenStream
 
 
-def is_held_out(document: bytes, share: float) -> bool:
-    """Whether a document belongs to the held-out part: decided by its bytes alone, in any order."""
-    digest = hashlib.blake2b(document, digest_size=8).digest()
-    return int.from_bytes(digest, "big") < share * 2**64
-
-
-def _checked(ids: np.ndarray, vocab_size: int, name: str) -> np.ndarray:
-    """`ids`, if all are inside the vocabulary."""
-    for first in range(0, len(ids), 1 << 24):
-        piece = ids[first : first + (1 << 24)]
-        wrong = np.flatnonzero((piece < 0) | (piece >= vocab_size))
-        if len(wrong):
-            place = first + int(wrong[0])
-            raise ValueError(
-                f"token_stream: `{name}` must hold ids below {vocab_size}; "
-                f"got {int(ids[place])} at position {place}."
-            )
-    return ids
-
-
-def _by_position(ids: np.ndarray, split: str, held_out: float) -> np.ndarray:
-    border = len(ids) - int(len(ids) * held_out)
-    return {"all": ids, "train": ids[:border], "held_out": ids[border:]}[split]
-
-
-def _parts(source: str | Path, tokenizer: Tokenizer, split: str, held_out: float, on_bad: str):
-    if Path(source).suffix in (".bin", ".idx"):
-        ids = _checked(read_binidx(source), tokenizer.vocab_size, str(source))
-        yield _by_position(ids, split, held_out)
-        return
-    for document in documents(source, on_bad=on_bad):
-        if split == "all" or is_held_out(document, held_out) == (split == "held_out"):
-            yield np.asarray([*tokenizer.encode(document), 0], np.uint16)
+def _tokenized(source: str | Path, tokenizer: Tokenizer, *, below, on_bad: str) -> TokenStream:
+    """Documents of a source in memory; `below` parts them: (keys below it, or from it on)."""
+    reading, ids, runs, sizes = Reading(), [], [], []
+    for document in documents(source, on_bad=on_bad, reading=reading):
+        if below is not None and (document.key() < below[0]) != below[1]:
+            continue
+        size = 0
+        for piece, learnt in document.ids(tokenizer):
+            ids.append(piece)
+            runs.append(learnt)
+            size += len(piece)
+        sizes.append(size)
+    if reading.skipped:
+        left = f"{reading.skipped} lines of {source} were skipped"
+        warnings.warn(f"{left}; the first: {reading.first}", stacklevel=4)
+    learnt = None if all(runs) else np.repeat(np.array(runs, np.uint8), [len(p) for p in ids])
+    row = np.concatenate([np.zeros(0, np.uint16), *ids])
+    return TokenStream.whole(
+        Tokens(row, learnt, np.concatenate([[0], np.cumsum(sizes, dtype=int)]))
+    )
 
 
 def token_stream(
@@ -58,71 +56,44 @@ def token_stream(
     split: str = "all",
     held_out: float = 0.05,
     on_bad: str = "error",
-) -> np.ndarray:
+) -> TokenStream:
     """All ids of `source` in one row, token 0 behind every document.
 
     Args:
-        source: what `sources.documents` reads, a `.bin` file, several of these, or an array of ids.
+        source: what `sources.documents` reads, a `.bin` file (see `token_cache`), several of these,
+            or an array of ids; a stream is given back as it is, whatever the split.
         tokenizer: makes ids of documents.
         split: "all"; or "train" and "held_out", which part whole documents by a hash of their bytes
-            (an array or a .bin file by position: its end is held out).
+            (an array, or a .bin file of other tools, by position: its end is held out).
         held_out: the share held out.
-        on_bad: "error" or "skip", for bad lines of .jsonl files.
+        on_bad: "error" or "skip", for bad lines of .jsonl files; a warning counts them.
 
     Raises:
+        TypeError: an array of something else than integers.
         ValueError: an unknown split, nothing to read, a bad line, or an id outside the vocabulary.
     """
     if split not in SPLITS:
         raise ValueError(f"token_stream: `split` must be one of {SPLITS}; got {split!r}.")
+    if isinstance(source, TokenStream):
+        return source
     if isinstance(source, np.ndarray):
-        ids = _checked(source, tokenizer.vocab_size, "source")
-        return _by_position(ids, split, held_out)
+        if not np.issubdtype(source.dtype, np.integer):
+            raise TypeError(f"token_stream: `source` must hold integers; got {source.dtype}.")
+        check_vocabulary(source, tokenizer.vocab_size, "source")
+        return by_position(Tokens(source), split, held_out)
     sources = [source] if isinstance(source, (str, Path)) else list(source)
-    parts = [p for s in sources for p in _parts(s, tokenizer, split, held_out, on_bad)]
-    stream = parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.uint16), *parts])
+    below = None if split == "all" else (held_out_below(held_out), split == "held_out")
+    streams = [
+        open_cache(one, tokenizer, split=split, held_out=held_out)
+        if Path(one).suffix in (".bin", ".idx")
+        else _tokenized(one, tokenizer, below=below, on_bad=on_bad)
+        for one in sources
+    ]
+    stream = TokenStream.joined(streams)
     if not len(stream):
         names = ", ".join(map(str, sources))
         raise ValueError(f"token_stream: `{names}` has no document in its part {split!r}.")
     return stream
-
-
-@functools.lru_cache(maxsize=4)
-def _epoch(seed: int, epoch: int, windows: int, length: int) -> tuple[int, np.ndarray]:
-    """Where an epoch's first window begins, and the order in which its windows come."""
-    rng = np.random.default_rng([seed, epoch])
-    return int(rng.integers(length)), rng.permutation(windows)
-
-
-def batch_at(
-    stream: np.ndarray, step: int, *, batch_size: int, length: int, seed: int = 0
-) -> dict[str, np.ndarray]:
-    """The batch of one step: tokens [B T+1] int32, mask [B T] of ones.
-
-    In every epoch each window of `length` tokens comes once, in an order drawn from (seed, epoch);
-    the windows' borders move from epoch to epoch.
-
-    Args:
-        stream: ids.
-        step: from 0.
-        batch_size: rows (B).
-        length: inputs of a row (T); it also holds the last one's target.
-        seed: of the order.
-
-    Raises:
-        ValueError: the stream is shorter than two windows.
-    """
-    windows = (len(stream) - length) // length
-    if windows < 1:
-        raise ValueError(
-            f"batch_at: `stream` must have at least {2 * length} tokens; got {len(stream)}."
-        )
-    rows = []
-    for index in range(step * batch_size, (step + 1) * batch_size):
-        phase, order = _epoch(seed, index // windows, windows, length)
-        first = phase + int(order[index % windows]) * length
-        rows.append(stream[first : first + length + 1])
-    mask = np.ones((batch_size, length), np.float32)
-    return {"tokens": np.stack(rows).astype(np.int32), "mask": mask}
 
 
 def packed(
@@ -135,30 +106,31 @@ def packed(
     split: str = "all",
     held_out: float = 0.05,
     start_step: int = 0,
-) -> Iterator[dict[str, np.ndarray]]:
+    order: str = "shuffled",
+    packing: str = "stream",
+    rows: slice = slice(None),
+) -> Iterator[Batch]:
     """Batches without end, from `start_step` on; see `token_stream` and `batch_at`.
 
-    Rows are cut from one row of all documents: a row may begin inside a document and hold the end
-    of one and the start of the next, with token 0 between them.
+    With packing "documents" a warning says how much of longer documents is left out.
     """
     tokenizer = tokenizer or Tokenizer.world()
     stream = token_stream(source, tokenizer, split=split, held_out=held_out)
-    batch = functools.partial(batch_at, stream, batch_size=batch_size, length=length, seed=seed)
+    batch = functools.partial(
+        batch_at,
+        stream,
+        batch_size=batch_size,
+        length=length,
+        seed=seed,
+        order=order,
+        packing=packing,
+        rows=rows,
+    )
     batch(start_step)
-    return map(batch, itertools.count(start_step))
-
-
-def windows(stream: np.ndarray, length: int, count: int) -> dict[str, np.ndarray]:
-    """At most `count` windows for evaluation, evenly spread over the stream, as one batch.
-
-    Raises:
-        ValueError: the stream is shorter than one window.
-    """
-    if len(stream) <= length:
-        raise ValueError(
-            f"windows: `stream` must have more than {length} tokens; got {len(stream)}."
+    if packing == "documents" and (cut := left_out(stream, length))[0]:
+        warnings.warn(
+            f"{cut[0]:,} documents are longer than {length + 1} tokens: {cut[1]:,} of "
+            f"{len(stream):,} tokens are never read",
+            stacklevel=2,
         )
-    count = max(1, min(count, (len(stream) - 1) // length))
-    starts = np.linspace(0, len(stream) - length - 1, count).astype(int)
-    tokens = np.stack([stream[i : i + length + 1] for i in starts]).astype(np.int32)
-    return {"tokens": tokens, "mask": np.ones((count, length), np.float32)}
+    return map(batch, itertools.count(start_step))

@@ -10,10 +10,11 @@ from jaxtyping import Int
 from .data import packed, token_stream, windows
 from .settings import Settings
 from .tasks import task_batch
+from .token_streams import TokenStream, as_stream
 from .tokenizer import Tokenizer
 
 
-def stream_of(settings: Settings, path: str, tokenizer: Tokenizer, split: str) -> np.ndarray:
+def stream_of(settings: Settings, path: str, tokenizer: Tokenizer, split: str) -> TokenStream:
     """The ids of one part of what a path names.
 
     Raises:
@@ -32,12 +33,15 @@ def task_of(path: str) -> str:
     return path.removeprefix("task:") if path.startswith("task:") else ""
 
 
-def training_stream(settings: Settings, tokenizer: Tokenizer) -> np.ndarray:
-    """The ids that a run trains on; of a synthetic task, which has no end, some examples."""
+def training_stream(settings: Settings, tokenizer: Tokenizer) -> TokenStream:
+    """The ids that a run trains on; of a synthetic task, which has no end, some examples.
+
+    `data.data_hash` of it is what a run can store, to know its data again.
+    """
     data = settings.data
     if task := task_of(data.path):
         some = task_batch(task, 0, batch_size=64, length=data.length, seed=settings.seed)
-        return some["tokens"].reshape(-1)
+        return as_stream(some["tokens"].reshape(-1))
     return stream_of(settings, data.path, tokenizer, "train")
 
 
@@ -52,19 +56,33 @@ def calibration_text(settings: Settings, tokenizer: Tokenizer) -> Int[np.ndarray
 
 
 def batches(
-    settings: Settings, stream: np.ndarray, tokenizer: Tokenizer, *, start_step: int = 0
+    settings: Settings,
+    stream: TokenStream,
+    tokenizer: Tokenizer,
+    *,
+    start_step: int = 0,
+    rows: slice = slice(None),
 ) -> Iterator[dict]:
-    """The batches from `start_step` on: a pure function of the seed and the step."""
-    data = settings.data
+    """The batches from `start_step` on: a pure function of the seed and the step.
+
+    Args:
+        settings: of the run.
+        stream: what it trains on, from `training_stream`.
+        tokenizer: of the model's vocabulary.
+        start_step: of the first batch, from 0.
+        rows: those of the global batch that this host makes; see `data.host_rows`.
+    """
+    data, general = settings.data, settings.tuning.anchor_path
     sizes = {"batch_size": data.batch_size, "length": data.length}
-    pack = functools.partial(packed, tokenizer=tokenizer, start_step=start_step, **sizes)
+    choices = {"packing": data.packing, "order": data.order}
+    pack = functools.partial(packed, tokenizer=tokenizer, start_step=start_step, rows=rows, **sizes)
 
     def examples(task: str, seed: int) -> Iterator[dict]:
-        batch = functools.partial(task_batch, task, seed=seed, **sizes)
-        return map(batch, itertools.count(start_step))
+        whole = (task_batch(task, step, seed=seed, **sizes) for step in itertools.count(start_step))
+        return ({name: array[rows] for name, array in batch.items()} for batch in whole)
 
-    seed, task, general = settings.seed, task_of(data.path), settings.tuning.anchor_path
-    main = examples(task, seed) if task else pack(stream, seed=seed)
+    seed, task = settings.seed, task_of(data.path)
+    main = examples(task, seed) if task else pack(stream, seed=seed, **choices)
     if not settings.tuning.anchor:
         return main
     if task := task_of(general):
@@ -75,7 +93,10 @@ def batches(
 
 
 def held_out(settings: Settings, tokenizer: Tokenizer, *, path: str = "") -> dict:
-    """Windows of `path`, else of `config.data.evaluation`, else of the held-out documents."""
+    """Rows of `path`, else of `config.data.evaluation`, else of the held-out documents.
+
+    They are packed as the run packs.
+    """
     measure, own = settings.evaluation, settings.data.evaluation
     if task := task_of(path or own or settings.data.path):
         sizes = {"batch_size": measure.windows, "length": measure.length}
@@ -84,4 +105,4 @@ def held_out(settings: Settings, tokenizer: Tokenizer, *, path: str = "") -> dic
         stream = stream_of(settings, own, tokenizer, "all")
     else:
         stream = stream_of(settings, path or settings.data.path, tokenizer, "held_out")
-    return windows(stream, measure.length, measure.windows)
+    return windows(stream, measure.length, measure.windows, packing=settings.data.packing)

@@ -84,7 +84,7 @@ def _context(settings: Settings, model: RWKV7, params: Params, tokenizer: Tokeni
     path = settings.test_time.context
     if not path:
         raise ValueError("`config.test_time.context` must name the file that becomes a state.")
-    ids = [i for document in documents(path) for i in tokenizer.encode(document)]
+    ids = [i for document in documents(path) for i in tokenizer.encode(document.text())]
     return context_distillation(model, params, state_after(model, params, np.asarray(ids)))
 
 

@@ -1,12 +1,14 @@
-"""Questions whose answers can be checked: of synthetic tasks, or of a file. Level 3."""
+"""Questions whose answers can be checked: of synthetic tasks, or of a file. Level 4."""
 
+import functools
 import importlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from .sources import json_lines
 from .tasks import question_batch
 from .tokenizer import Tokenizer
 
@@ -19,23 +21,19 @@ def read_questions(path: str | Path, tokenizer: Tokenizer) -> list[tuple[list[in
     Raises:
         ValueError: a line that is no object with a "prompt", as `file:line: reason`.
     """
-    found = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: no JSON: {error}.") from None
-        if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
-            raise ValueError(f'{path}:{number}: must be an object with a text "prompt".')
-        ids = tokenizer.encode(fields["prompt"])
-        if not ids:
-            raise ValueError(f'{path}:{number}: "prompt" must hold a token; got none.')
-        found.append((ids, str(fields.get("answer", ""))))
+    found = list(json_lines(path, functools.partial(_question, tokenizer)))
     if not found:
         raise ValueError(f"read_questions: `{path}` must hold a question; got none.")
     return found
+
+
+def _question(tokenizer: Tokenizer, fields: Any) -> tuple[list[int], str]:
+    if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
+        raise ValueError('no object with a text "prompt"')
+    ids = tokenizer.encode(fields["prompt"])
+    if not ids:
+        raise ValueError('"prompt" must hold a token; got none')
+    return ids, str(fields.get("answer", ""))
 
 
 class Questions:

@@ -10,12 +10,19 @@ class Data:
     """What is read.
 
     Attributes:
-        path: a .jsonl, text or .bin file, a folder of text files, or a built-in corpus, several
-            with commas; or a synthetic task such as "task:copy" (see `tasks`).
+        path: a .jsonl file of texts, questions with answers or conversations (see
+            `conversations`), a text file, a folder of these, a built-in corpus, or a .bin file that
+            `rwkv7 data` or RWKV's tools made of them; several with commas; or a synthetic task such
+            as "task:copy" (see `tasks`).
         held_out: share of the documents kept for evaluation, chosen by a hash of their bytes.
-        batch_size: rows of a batch.
+        batch_size: rows of a batch, on all hosts together.
         length: tokens of a row.
         on_bad: "error" or "skip", for lines of a .jsonl file that cannot be read.
+        packing: "stream" cuts rows from all documents joined: nothing is left out, and the state
+            leaks from one document into the next of the same row, as in RWKV's own training;
+            "documents" gives each a row of its own, cut or filled up to `length`: nothing leaks.
+        order: "shuffled" by the seed, anew in every epoch, or "cubic", that of RWKV's own trainer,
+            which has no seed and is the same in every epoch (for packing "stream").
         evaluation: what evaluation reads instead of the held-out part of `path`; all of it.
     """
 
@@ -24,6 +31,8 @@ class Data:
     batch_size: int = 8
     length: int = 512
     on_bad: str = "error"
+    packing: str = "stream"
+    order: str = "shuffled"
     evaluation: str = ""
 
 

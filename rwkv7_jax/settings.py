@@ -21,6 +21,9 @@ from .setting_groups import (
 )
 
 _CHOICES = (
+    ("data", "on_bad", ("error", "skip")),
+    ("data", "packing", ("stream", "documents")),
+    ("data", "order", ("shuffled", "cubic")),
     ("tuning", "leaves", ("wkv", "all")),
     ("tuning", "decorrelate", ("none", "dbp", "whiten")),
     ("test_time", "method", ("grpo", "distil", "expert", "context")),
@@ -82,6 +85,11 @@ class Settings:
             if value not in known:
                 known = f"{', '.join(known[:-1])} or {known[-1]}"
                 raise ValueError(f"`config.{group}.{name}` must be {known}; got {value!r}.")
+        if (self.data.order, self.data.packing) == ("cubic", "documents"):
+            raise ValueError(
+                '`config.data.order` must be "shuffled" where `config.data.packing` is '
+                '"documents"; got "cubic".'
+            )
         rows, pieces = self.data.batch_size, self.optimizer.accumulate
         if rows < 1 or pieces < 1 or rows % pieces:
             raise ValueError(

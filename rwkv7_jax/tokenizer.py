@@ -4,7 +4,7 @@ import ast
 import functools
 import hashlib
 import lzma
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +59,7 @@ class Tokenizer:
         self.vocab_size = vocab_size
         self._entries = {END_OF_TEXT: b"", **entries}
         self._ids = {entry: number for number, entry in entries.items()}
+        self._longest_entry = max(map(len, entries.values()))
         self._lengths = _lengths_by_prefix(entries.values()) if name != "bytes" else []
 
     @classmethod
@@ -130,6 +131,25 @@ class Tokenizer:
                 place += length
                 break
         return out
+
+    def encode_chunks(self, chunks: Iterable[Bytes]) -> Iterator[np.ndarray]:
+        """The ids of all chunks joined, as uint16 arrays; one chunk is held at a time.
+
+        A token is certain when as many bytes as the longest entry has are known from its first on.
+        """
+        held = b""
+        for chunk in chunks:
+            # Of `held` more follows: its last tokens may become others.
+            ids, place = self.encode(held), len(held)
+            certain, count = max(place - self._longest_entry, 0), len(ids)
+            while place > certain:
+                count -= 1
+                place -= len(self._entries[ids[count]])
+            if count:
+                yield np.asarray(ids[:count], np.uint16)
+            held = held[place:] + chunk
+        if held:
+            yield np.asarray(self.encode(held), np.uint16)
 
     def token_bytes(self, token: int) -> Bytes:
         """What one id stands for; nothing, for ids of the vocabulary that have no entry.

@@ -68,9 +68,22 @@ def test_ids_are_those_of_the_official_package_and_of_the_rust_one():
 
 
 @pytest.mark.parametrize("tokenizer", [WORLD, Tokenizer.bytes()], ids=["world", "bytes"])
-def test_ten_thousand_random_byte_strings_come_back(tokenizer):
+def test_f11_ten_thousand_random_byte_strings_come_back(tokenizer):
     for data in random_bytes(10_000, seed=2):
         assert tokenizer.decode_bytes(tokenizer.encode(data)) == data
+
+
+@pytest.mark.parametrize("tokenizer", [WORLD, Tokenizer.bytes()], ids=["world", "bytes"])
+def test_ids_do_not_depend_on_how_the_bytes_were_cut(tokenizer):
+    random = np.random.default_rng(3)
+    # Long runs of spaces and marks are single ids: a cut inside of one must not show.
+    text = b"".join(random.choice([b" " * 130, b"the words ", b"-" * 70, b"\xff\xe2", b"\n"], 99))
+    for _ in range(20):
+        cuts = np.sort(random.integers(0, len(text), random.integers(1, 40)))
+        chunks = [part.tobytes() for part in np.split(np.frombuffer(text, np.uint8), cuts)]
+        found = list(tokenizer.encode_chunks(chunks))
+        assert np.concatenate(found).tolist() == tokenizer.encode(text)
+    assert list(tokenizer.encode_chunks([])) == list(tokenizer.encode_chunks([b""])) == []
 
 
 @settings(max_examples=200, deadline=None)
