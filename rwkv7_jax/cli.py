@@ -1,4 +1,4 @@
-"""`rwkv7 convert | inspect | doctor | data | generate | state`: arguments, printing. Level 9."""
+"""`rwkv7 convert | inspect | doctor | data | generate | state | report`: arguments. Level 9."""
 
 import argparse
 import importlib.util
