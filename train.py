@@ -162,7 +162,9 @@ def train(settings: Settings, folder: RunFolder, stop: StopSignals) -> None:
     """The loop."""
     with stop.interruptible():
         run = set_up(settings, folder)
+        # A restored state is bound to its device; a fresh one, too, so that both run one program.
         fresh = TrainState.create(run.job.trainables, run.tx)
+        fresh = jax.device_put(fresh, jax.local_devices()[0])
         state, course = folder.restore(fresh, run.identity)
         number = start = int(state.step)
         describe(run, state, course)
