@@ -80,9 +80,11 @@ class _Quiet:
             return len(arguments[0]) if arguments else None
 
     def write(self, text: str) -> int:
+        """As the stream's, until it breaks."""
         return self._silenced(self._stream.write, text)
 
     def flush(self) -> None:
+        """As the stream's, until it breaks."""
         self._silenced(self._stream.flush)
 
 

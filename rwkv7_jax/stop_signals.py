@@ -43,7 +43,8 @@ class StopSignals:
             if signal.getsignal(number) != signal.SIG_IGN:
                 self._old[number] = signal.signal(number, self._handle)
         self._old_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
         return self
 
     def __exit__(self, *error) -> None:
@@ -53,6 +54,8 @@ class StopSignals:
             signal.signal(number, old)
         self._seen.set()
         self._writer.close()
+        self._watcher.join()
+        self._reader.close()
 
     def _handle(self, number: int, frame) -> None:
         self.requested = self.requested or signal.Signals(number).name
