@@ -6,6 +6,7 @@ numbers were not finite; 5 the disk.
 
 import contextlib
 import errno
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -49,7 +50,13 @@ def exit_code(error: BaseException) -> int | None:
 
 @contextlib.contextmanager
 def ending(program: str) -> Iterator[None]:
-    """Errors that users cause end the program in one line; others keep their traceback."""
+    """Errors that users cause end the program in one line; others keep their traceback.
+
+    What has been told is not told again: reads and writes that fail leave futures behind, over
+    which asyncio complains when the program is about to end, behind its reason.
+    """
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _all_but_closed_loops
     try:
         yield
     except BaseException as error:
@@ -59,6 +66,11 @@ def ending(program: str) -> Iterator[None]:
         sys.stdout.flush()
         print(f"{program}: {error}", file=sys.stderr, flush=True)
         sys.exit(code)
+
+
+def _all_but_closed_loops(unraisable) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 class _Quiet:

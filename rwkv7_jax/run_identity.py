@@ -68,7 +68,7 @@ def identity_of(
         "settings": flat_settings(settings),
         "model": model,
         "inputs": {
-            "weights of `init`": "none" if frozen is None else whole(frozen),
+            "weights of init": "none" if frozen is None else whole(frozen),
             "tokenizer": f"{tokenizer.name} {vocabulary}",
             "data": data,
         },

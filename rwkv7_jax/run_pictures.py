@@ -38,5 +38,5 @@ def draw(
 
 def _points(rows: list[dict], name: str, label: str, *, scale: float = 1.0) -> dict:
     """The line of a number in the log, if it is there."""
-    points = [(row["step"], row[name] * scale) for row in rows if name in row]
+    points = [(float(row["step"]), row[name] * scale) for row in rows if name in row]
     return {label: points} if points else {}

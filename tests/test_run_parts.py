@@ -23,6 +23,13 @@ from rwkv7_jax.setting_groups import Evaluation, Optimizer
 from rwkv7_jax.settings import Settings
 from rwkv7_jax.stop_signals import StopSignals
 
+
+@pytest.fixture(autouse=True)
+def _hook(monkeypatch):
+    """A program may change what Python does with errors that nobody can take; a test may not."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+
+
 HERE = socket.gethostname()
 
 
