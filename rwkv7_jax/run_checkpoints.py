@@ -15,7 +15,7 @@ import jax
 
 from . import step_folders
 from .course import Course
-from .fingerprint import damaged
+from .fingerprint import damaged, fingerprints
 from .run_ends import DiskError, NoValidCheckpoint, warn
 from .run_identity import refuse_other_run
 from .run_record import Identity, listed, make_record, not_finite, refuse_other_leaves, wrong_with
@@ -179,6 +179,9 @@ class Checkpoints:
                 f"no checkpoint in {self.folder} is whole (see {bad}), and a new run would write "
                 "over an old one. Take another --workdir to begin anew."
             )
+        # Between a signal and the end there is no time for imports and compilations.
+        self._checkpointer()
+        fingerprints(train)
         return train, Course()
 
     def _load(self, number: int, train: TrainState, identity: Identity):

@@ -40,7 +40,7 @@ class StopSignals:
         for name in _NAMES:
             number = getattr(signal, name)
             # A run under nohup shall stay deaf to SIGHUP.
-            if signal.getsignal(number) != signal.SIG_IGN:
+            if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
                 self._old[number] = signal.signal(number, self._handle)
         self._old_wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._watcher = threading.Thread(target=self._watch, daemon=True)

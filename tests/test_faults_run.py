@@ -194,7 +194,8 @@ def test_f25_a_reader_that_goes_away_does_not_end_a_run(tmp_path):
     process = run(tmp_path, steps=5)
     assert process.stdout.readline().startswith("devices")
     process.stdout.close()
-    error = process.stderr.read()
+    with process.stderr:
+        error = process.stderr.read()
     assert process.wait(300) == 0 and error == ""
     assert step_numbers(tmp_path / "checkpoints") == [5]
 
