@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FILES = "files.json"
@@ -48,16 +49,15 @@ def _canonical(table: dict[str, str]) -> str:
 
 def seal(folder: Path) -> None:
     """The list of the folder's files is in it, and all of them are on the disk itself."""
-    table = {}
-    for name, path in _files(folder).items():
-        table[name] = _digest(path)
-        _synced(path)
+    files = _files(folder)
+    table = {name: _digest(path) for name, path in files.items()}
     text = _canonical(table)
     own = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     (folder / FILES).write_text(f"{own}\n{text}\n")
-    _synced(folder / FILES)
-    for inner in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
-        _synced(inner)
+    inner = [path for path in folder.rglob("*") if path.is_dir()]
+    # Together: one after the other, each would wait for the disk.
+    with ThreadPoolExecutor(max_workers=16) as threads:
+        list(threads.map(_synced, [*files.values(), folder / FILES, *inner, folder]))
 
 
 def _synced(path: Path) -> None:
