@@ -141,3 +141,11 @@ def test_f17_other_data_or_another_base_is_refused_before_anything_compiles(tmp_
             train_here(settings, tmp_path / "run")
     finally:
         base.write_bytes(before)
+
+
+def test_a_run_that_is_good_enough_ends_early_and_some_steps_are_profiled(tmp_path, base, capsys):
+    changes = {"evaluation__measure": "held_out_accuracy", "evaluation__enough": 0.0}
+    train_here(settings_of("pretrain", base, steps=9, profile_steps="1:2"), tmp_path / "one")
+    assert list((tmp_path / "one" / "profile").rglob("*.xplane.pb"))
+    train_here(settings_of("pretrain", base, steps=9, **changes), tmp_path / "two")
+    assert "ends early at step 0: held_out_accuracy reached" in capsys.readouterr().out
