@@ -3,58 +3,120 @@
     python train.py --config=configs/state_tuning.py --workdir=runs/poet \
         --config.init=model.pth --config.data.path=poems.jsonl
 
-A killed run continues from its newest checkpoint when the same command is given again.
+A run that was stopped or killed goes on from its newest whole checkpoint when the same command is
+given again, and ends as the unbroken one does. Exit codes: 0 done, or saved on a signal; 2 bad
+settings or data; 3 no valid checkpoint; 4 stopped on NaN; 5 disk.
 """
 
-import math
+import contextlib
+import dataclasses
 import sys
-import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import numpy as np
+import optax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rwkv7_jax import job_data, jobs, pictures
-from rwkv7_jax.evaluation import state_after
+from rwkv7_jax import compile_cache, job_data, jobs
+from rwkv7_jax.course import Course
 from rwkv7_jax.generate import generate
 from rwkv7_jax.job import Job
 from rwkv7_jax.optim.build import build_optimizer, groups, schedule
-from rwkv7_jax.progress import ProgressBar
+from rwkv7_jax.profile_window import ProfileWindow
+from rwkv7_jax.run_ends import Stopped, ending, outlive_readers
+from rwkv7_jax.run_feed import Feed
 from rwkv7_jax.run_folder import RunFolder
-from rwkv7_jax.settings import Settings, read_settings
-from rwkv7_jax.state_tuning import spectra
+from rwkv7_jax.run_identity import digest_of, identity_of
+from rwkv7_jax.run_log import RunLog
+from rwkv7_jax.run_pictures import draw
+from rwkv7_jax.settings import Settings, profiled, read_settings
+from rwkv7_jax.stop_signals import StopSignals
 from rwkv7_jax.training import TrainState, make_train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=False, accept_new_attributes=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; it is made or continued.")
 
 
-def describe(settings: Settings, job: Job, stream, start_step: int) -> None:
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run works with.
+
+    Attributes:
+        settings: as they were given.
+        job: what is trained, and its loss.
+        rate: the learning rate at a step.
+        tx: the optimizer.
+        stream: the ids that it reads; None where batches are made of the trainables.
+        looks: what is measured.
+        identity: what a continuation must share.
+    """
+
+    settings: Settings
+    job: Job
+    rate: Callable[[Any], Any]
+    tx: optax.GradientTransformation
+    stream: np.ndarray | None
+    looks: list[jobs.Look]
+    identity: dict[str, dict[str, str]]
+
+
+def set_up(settings: Settings, folder: RunFolder) -> Run:
+    """Model, optimizer and data of a run."""
+    job, optimizer = jobs.make_job(settings, folder.path), settings.optimizer
+    rate = schedule(
+        optimizer.schedule,
+        optimizer.learning_rate,
+        optimizer.final_learning_rate,
+        warmup_steps=optimizer.warmup_steps,
+        total_steps=settings.steps,
+    )
+    names = ("kind", "weight_decay", "clip", "b1", "b2", "eps")
+    choices = {name: getattr(optimizer, name) for name in names}
+    stream = None if job.batch else job_data.training_stream(settings, job.tokenizer)
+    frozen = None if settings.mode == "pretrain" else job.weights(job.trainables)
+    data = digest_of(settings.data.path, stream)
+    return Run(
+        settings=settings,
+        job=job,
+        rate=rate,
+        tx=job.optimizer(build_optimizer(rate, **choices)),
+        stream=stream,
+        looks=jobs.looks(settings, job),
+        identity=identity_of(settings, job.model.config, job.tokenizer, frozen=frozen, data=data),
+    )
+
+
+def describe(run: Run, state: TrainState, course: Course) -> None:
     """Print what is about to happen."""
+    settings, job, start = run.settings, run.job, int(state.step)
     weights = sum(leaf.size for leaf in jax.tree.leaves(job.weights(job.trainables)))
-    data, rows = settings.data, settings.data.batch_size
+    size, rows = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), settings.data.batch_size
     print(f"devices   {', '.join(str(device) for device in jax.devices())}")
     print(f"model     {job.model.config}")
     print(f"trained   {job.trained:,} numbers in mode {settings.mode}, of a model of {weights:,}")
+    print(f"memory    {size / 2**20:,.1f} MiB for what is trained and its moments")
     if settings.mode == "pretrain":
         labels = sorted(set(jax.tree.leaves(groups(job.trainables))))
         print(f"groups    {', '.join(labels)}")
-    endless = stream is None or data.path.startswith("task:")
-    amount = "made as it goes" if endless else f"{len(stream):,} tokens"
-    print(f"data      {data.path}: {amount}")
-    size = f", {rows * data.length:,} tokens each" if stream is not None else ""
-    print(f"steps     {start_step} to {settings.steps}{size}")
+    endless = run.stream is None or settings.data.path.startswith("task:")
+    amount = "made as it goes" if endless else f"{len(run.stream):,} tokens"
+    print(f"data      {settings.data.path}: {amount}, hash {run.identity['inputs']['data']}")
+    size = f", {rows * settings.data.length:,} tokens each" if run.stream is not None else ""
+    print(f"steps     {start} to {settings.steps}{size}")
+    best = f"; best so far: {course.best[0][0]:.4g} at {course.best[0][1]}" if course.best else ""
+    print(f"resume    {f'from step {start}{best}' if start else 'no: a new run'}", flush=True)
 
 
-def evaluate(
-    settings: Settings, job: Job, train: TrainState, looks: list[jobs.Look]
-) -> dict[str, float]:
+def evaluate(run: Run, state: TrainState) -> dict[str, float]:
     """Every measure on held-out data, and sample text on the terminal."""
-    weights, start = job.weights(train.params), job.start(train.params)
-    numbers = {name: value for look in looks for name, value in look(train.params).items()}
+    job, sample = run.job, run.settings.sample
+    weights, start = job.weights(state.params), job.start(state.params)
+    numbers = {name: value for look in run.looks for name, value in look(state.params).items()}
     line = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items())
-    print(f"step {int(train.step)}  {line}")
-    sample = settings.sample
+    print(f"step {int(state.step)}  {line}", flush=True)
     for prompt in sample.prompts:
         out = generate(
             job.model,
@@ -64,119 +126,91 @@ def evaluate(
             tokens=sample.tokens,
             temperature=sample.temperature,
             top_p=sample.top_p,
-            key=jax.random.key(settings.seed),
+            key=jax.random.key(run.settings.seed),
         )
-        print(f"--- {prompt!r}\n{prompt}{job.tokenizer.decode(out.tokens[0])}\n---")
+        print(f"--- {prompt!r}\n{prompt}{job.tokenizer.decode(out.tokens[0])}\n---", flush=True)
     return numbers
 
 
-def draw(folder: RunFolder, job: Job, train: TrainState, settings: Settings, stream) -> None:
-    """The run's pictures."""
-    if not pictures.available():
-        print("no pictures: matplotlib is missing (pip install 'rwkv7_jax[plot]')")
-        return
-    lines = {}
-    for name in ("loss_nats", "held_out_bits_per_byte"):
-        scale = 1 / math.log(2) if name == "loss_nats" else 1.0
-        points = [(row["step"], row[name] * scale) for row in folder.rows() if name in row]
-        label = "training (bits per token)" if name == "loss_nats" else "held out (bits per byte)"
-        lines |= {label: points} if points else {}
-    pictures.curves(folder.path / "loss.png", lines, x="step", y="bits")
-    if settings.mode == "state":
-        typical = state_after(job.model, job.weights(train.params), stream[: settings.data.length])
-        tuned = job.start(train.params)
-        pictures.states(folder.path / "state.png", spectra(typical), spectra(tuned))
+def look_and_save(
+    run: Run, state: TrainState, number: int, folder: RunFolder, log: RunLog, stop: StopSignals
+) -> bool:
+    """What is due behind an update has been done; gives whether the run ends there."""
+    settings, last = run.settings, number == run.settings.steps
+    every = settings.evaluation.every
+    due = number == 0 or last or (every and number % every == 0)
+    if due and log.course.evaluated != number:
+        # A signal ends the evaluation; it is made up for when the run goes on.
+        with log.paused(), contextlib.suppress(Stopped), stop.interruptible():
+            log.evaluated(number, evaluate(run, state))
+    early = log.course.ended_early(settings.evaluation) if log.course.evaluated == number else ""
+    if early and not last:
+        print(f"ends early at step {number}: {early}")
+    ends = bool(last or early or stop.seen())
+    best = number in log.course.best_steps(settings.keep_best)
+    regular = settings.save_every and number % settings.save_every == 0
+    if stop.unsaved and (ends or best or regular):
+        with log.paused():
+            folder.checkpoints.save(state, log.course, run.identity)
+    if ends:
+        folder.checkpoints.close()
+        stop.unsaved = False
+    return ends
 
 
-def train(settings: Settings, workdir: str) -> None:
+def train(settings: Settings, folder: RunFolder, stop: StopSignals) -> None:
     """The loop."""
-    job = jobs.make_job(settings, workdir)
-    tokenizer, optimizer = job.tokenizer, settings.optimizer
-    rate = schedule(
-        optimizer.schedule,
-        optimizer.learning_rate,
-        optimizer.final_learning_rate,
-        warmup_steps=optimizer.warmup_steps,
-        total_steps=settings.steps,
-    )
-    tx = job.optimizer(
-        build_optimizer(
-            rate,
-            kind=optimizer.kind,
-            weight_decay=optimizer.weight_decay,
-            clip=optimizer.clip,
-            b1=optimizer.b1,
-            b2=optimizer.b2,
-            eps=optimizer.eps,
-        )
-    )
-    stream = None if job.batch else job_data.training_stream(settings, tokenizer)
-    looks = jobs.looks(settings, job)
+    with stop.interruptible():
+        run = set_up(settings, folder)
+        # A restored state is bound to its device; a fresh one, too, so that both run one program.
+        fresh = TrainState.create(run.job.trainables, run.tx)
+        fresh = jax.device_put(fresh, jax.local_devices()[0])
+        state, course = folder.restore(fresh, run.identity)
+        number = start = int(state.step)
+        describe(run, state, course)
+        feed = Feed(settings, run.job, run.stream, start)
+    job, accumulate = run.job, settings.optimizer.accumulate
+    step = make_train_step(job.loss, run.tx, statistics=job.statistics, accumulate=accumulate)
+    log = RunLog(folder, settings, course, start_step=start, feed=feed, rate=run.rate)
+    profile = ProfileWindow(profiled(settings.profile_steps), folder.path / "profile")
+    with contextlib.closing(feed), contextlib.closing(log), contextlib.closing(profile):
+        while not look_and_save(run, state, number, folder, log, stop):
+            profile.before(number + 1)
+            batch, placed = feed(number, state.params)
+            stop.unsaved = True
+            if batch is None:
+                state, metrics = state.replace(step=state.step + 1), None
+            else:
+                state, metrics = step(state, placed)
+            number += 1
+            log.note(number, metrics, batch)
+            profile.after(number, state)
+            folder.checkpoints.poll()
 
-    folder = RunFolder(workdir, settings)
-    state = folder.restore(TrainState.create(job.trainables, tx))
-    start_step = int(state.step)
-    describe(settings, job, stream, start_step)
-    batches = job.batch or job_data.batches(settings, stream, tokenizer, start_step=start_step)
-    step = make_train_step(job.loss, tx, statistics=job.statistics, accumulate=optimizer.accumulate)
-    if start_step == 0:
-        folder.log(0, evaluate(settings, job, state, looks))
-
-    bar = ProgressBar(settings.steps - start_step, settings.mode)
-    per_step, warned, since = (
-        settings.data.batch_size * settings.data.length,
-        False,
-        time.monotonic(),
-    )
-    for number in range(start_step + 1, settings.steps + 1):
-        if job.batch:
-            batch = job.batch(state.params, number - 1)
-        else:
-            batch = job.prepared(next(batches), number - 1)
-        state, metrics = step(state, batch)
-        last = number == settings.steps
-        if number % settings.log_every == 0 or last:
-            numbers = {name: float(value) for name, value in metrics.items()}
-            seconds, since = time.monotonic() - since, time.monotonic()
-            numbers["learning_rate"] = float(rate(number - 1))
-            numbers["tokens_per_second"] = settings.log_every * per_step / seconds
-            folder.log(number, numbers)
-            bar.update(number - start_step, f"loss {numbers['loss_nats'] / math.log(2):.3f} bits")
-            if numbers.get("state_max", 0.0) > settings.tuning.warn_above and not warned:
-                warned = True
-                print(
-                    f"warning: the state's largest entry is {numbers['state_max']:.0f}; lower the "
-                    "learning rate, set config.tuning.alpha below 1 or add an anchor."
-                )
-        if settings.evaluation.every and number % settings.evaluation.every == 0 and not last:
-            folder.log(number, evaluate(settings, job, state, looks))
-        if settings.save_every and number % settings.save_every == 0 and not last:
-            folder.save(state)
-    bar.close()
-
-    if start_step < settings.steps:
-        folder.log(settings.steps, evaluate(settings, job, state, looks))
-        folder.save(state)
     if int(state.skipped):
         print(f"warning: {int(state.skipped)} updates were skipped: loss or gradient not finite")
-    print(f"saved {job.save(folder.path, state.params)}")
-    draw(folder, job, state, settings, stream)
-    folder.close()
+    if stop.seen():
+        said = f"step {number} is saved" if number else "nothing was to save"
+        raise Stopped(f"stopped by {stop.requested}; {said}. The same command goes on from there.")
+    with stop.interruptible():
+        print(f"saved {job.save(folder.path, state.params)}")
+        draw(folder, settings, job, state.params, run.stream)
 
 
 def main(arguments: list[str]) -> None:
-    """Read the flags; bad settings and bad data end in one line and exit code 2."""
+    """Read the flags; what users can set right ends in one line and an exit code of its own."""
     logging.set_verbosity(logging.ERROR)
-    if len(arguments) > 1:
-        sys.exit(f"train.py: unknown argument {arguments[1]!r}.")
-    try:
+    outlive_readers()
+    with ending("train.py"):
+        if len(arguments) > 1:
+            raise ValueError(f"unknown argument {arguments[1]!r}.")
         if not _WORKDIR.value:
             raise ValueError("`--workdir` must name the run's folder.")
-        train(read_settings(_CONFIG.value.to_dict()), _WORKDIR.value)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        settings = read_settings(_CONFIG.value.to_dict())
+        with StopSignals() as stop, RunFolder(_WORKDIR.value, settings) as folder:
+            compile_cache.keep_programs(compile_cache.user_folder())
+            train(settings, folder, stop)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(app.run(main))

@@ -40,8 +40,8 @@ class Job:
         save: writes the result into a folder and gives the file's path.
         optimizer: what the run's optimizer is wrapped in.
         statistics: of trainables and a batch, for that optimizer; None where it needs none.
-        batch: the batch of a step, counted from 0, where it depends on the trainables; None where
-            batches come from the data alone.
+        batch: the batch of a step, counted from 0, where it depends on the trainables, or None for
+            a step that has nothing to learn from; None where batches come from the data alone.
         prepared: a batch of the data with what the mode adds to it at a step.
         measured: from a batch of held-out data to what is measured of trainables, where that is not
             how well they predict it; the argument is None where `batch` makes the data.
@@ -57,7 +57,7 @@ class Job:
     save: Callable[[Path, Any], Path]
     optimizer: Callable[[GradientTransformation], GradientTransformation] = lambda tx: tx
     statistics: Callable[[Any, Batch], Any] | None = None
-    batch: Callable[[Any, int], Batch] | None = None
+    batch: Callable[[Any, int], Batch | None] | None = None
     prepared: Callable[[Batch, int], Batch] = lambda batch, step: batch
     measured: Callable[[Batch | None], Callable[[Any], dict[str, float]]] | None = None
 
@@ -74,7 +74,7 @@ def load(settings: Settings) -> tuple[RWKV7, Params]:
         ValueError: neither is given, or a change that the checkpoint's sizes do not allow.
     """
     if settings.init:
-        params, config = load_model(settings.init)
+        params, config = load_model(settings.init, allow_nan=settings.allow_nan)
         fixed = [k for k in settings.model if k not in ("dtype", "remat", "implementation")]
         if fixed:
             raise ValueError(

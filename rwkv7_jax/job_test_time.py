@@ -90,8 +90,12 @@ def _context(settings: Settings, model: RWKV7, params: Params, tokenizer: Tokeni
 
 def _drawn(
     settings: Settings, model, params, questions: Questions, judge: Judge, state, step: int
-) -> Batch:
-    """What the model writes at a step from its present state, with what it earned."""
+) -> Batch | None:
+    """What the model writes at a step from its present state, with what it earned.
+
+    None where nothing tells better completions from worse ones: an update would only carry on with
+    old momentum.
+    """
     choices = settings.test_time
     prompts = questions.prompts(step, choices.prompts)
     key = jax.random.fold_in(jax.random.key(settings.seed), step)
@@ -102,10 +106,13 @@ def _drawn(
         "temperature": choices.temperature,
     }
     if choices.method == "grpo":
-        return policy_batch(model, params, state, prompts, judge, **drawing).batch
+        made = policy_batch(model, params, state, prompts, judge, **drawing)
+        return None if made.uniform else made.batch
     drawn = rollouts(model, params, state, prompts, **drawing)
     pairs = list(zip(drawn.prompts, drawn.completions, strict=True))
     weights = [float(judge(tuple(prompt), tuple(done))) for prompt, done in pairs]
+    if not any(weights):
+        return None
     length = drawn.tokens.shape[1] - 1
     return completion_rows(drawn.prompts, drawn.completions, length=length, weights=weights)
 
@@ -136,7 +143,7 @@ def _traces(
     choices = settings.test_time
     if not choices.guide:
         raise ValueError("`config.test_time.guide` must name the larger model's checkpoint.")
-    guide_params, config = load_model(choices.guide)
+    guide_params, config = load_model(choices.guide, allow_nan=settings.allow_nan)
     verify = judge if choices.keep == "verified" else None
     vote = (lambda completion: tuple(completion), 0.25) if choices.keep == "majority" else None
     folder.mkdir(parents=True, exist_ok=True)

@@ -32,15 +32,31 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def curves(
-    path: str | Path, lines: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str
-) -> None:
-    """A PNG of named lines; each is a sequence of (x, y)."""
+Lines = Mapping[str, Sequence[tuple[float, float]]]
+
+
+def curves(path: str | Path, lines: Lines, *, x: str, y: str, shares: Lines | None = None) -> None:
+    """A PNG of named lines; each is a sequence of (x, y).
+
+    Args:
+        path: the file.
+        lines: on the left axis.
+        x: its label.
+        y: label of the left axis.
+        shares: lines from 0 to 1, such as accuracies, which get an axis on the right.
+    """
     figure, (axis,) = _figure(1)
-    for colour, (name, points) in zip(_COLOURS, lines.items(), strict=False):
+    shares = shares or {}
+    places = [(axis, *line) for line in lines.items()]
+    if shares:
+        right = axis.twinx() if lines else axis
+        right.set(ylim=(0, 1), ylabel="share")
+        right.spines["top"].set_visible(False)
+        places += [(right, *line) for line in shares.items()]
+    for colour, (place, name, points) in zip(_COLOURS, places, strict=False):
         points = np.asarray(points, dtype=float).reshape(-1, 2)
         many = len(points) > 40
-        axis.plot(
+        place.plot(
             *points.T,
             color=colour,
             label=name,
@@ -49,9 +65,10 @@ def curves(
             ms=3,
         )
     axis.set_xlabel(x)
-    axis.set_ylabel(y)
+    if lines:
+        axis.set_ylabel(y)
     axis.grid(alpha=0.25)
-    axis.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
 
 

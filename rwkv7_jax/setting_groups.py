@@ -192,6 +192,10 @@ class Evaluation:
             comparison; -1 is all of it.
         retention: other text, to see what tuning costs there; or tasks such as
             "task:dictionary,task:mapping".
+        measure: which number tells the best step, such as "held_out_accuracy"; empty takes the
+            first that is measured.
+        patience: evaluations in a row without a new best one after which a run ends; 0 for none.
+        enough: value of the measure at which a run ends; None for none.
     """
 
     every: int = 0
@@ -199,6 +203,9 @@ class Evaluation:
     length: int = 512
     prompt_tokens: tuple[int, ...] = ()
     retention: str = ""
+    measure: str = ""
+    patience: int = 0
+    enough: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,6 +46,12 @@ class Settings:
         log_every: steps between two lines of the log.
         save_every: steps between two checkpoints; 0 for one at the end alone.
         keep: newest checkpoints kept.
+        keep_every: checkpoints of multiples of this are kept for good; 0 for none.
+        keep_best: checkpoints kept because they measured best; evaluations save them.
+        stop_after_bad: updates in a row with a loss or gradient that is not finite, all of them
+            left out, at which the run stops; 0 for never.
+        allow_nan: take a checkpoint that holds NaN or Inf.
+        profile_steps: "first:last", steps of which a profile is written; empty for none.
         workdir: eval.py's folder for its report; train.py has it as a flag.
         data, optimizer, tuning, upscaling, decorrelation, observer, test_time, evaluation, sample:
             see there.
@@ -60,6 +66,11 @@ class Settings:
     log_every: int = 10
     save_every: int = 0
     keep: int = 2
+    keep_every: int = 0
+    keep_best: int = 0
+    stop_after_bad: int = 10
+    allow_nan: bool = False
+    profile_steps: str = ""
     workdir: str = ""
     data: Data = dataclasses.field(default_factory=Data)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
@@ -80,6 +91,10 @@ class Settings:
         for name in ("steps", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`config.{name}` must be at least 1; got {getattr(self, name)}.")
+        for name in ("save_every", "keep_every", "keep_best", "stop_after_bad"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`config.{name}` must be at least 0; got {getattr(self, name)}.")
+        profiled(self.profile_steps)
         for group, name, known in _CHOICES:
             value = getattr(getattr(self, group), name)
             if value not in known:
@@ -96,6 +111,22 @@ class Settings:
                 "`config.data.batch_size` must be a multiple of `config.optimizer.accumulate`; "
                 f"got {rows} and {pieces}."
             )
+
+
+def profiled(steps: str) -> tuple[int, int] | None:
+    """The first and the last step that `config.profile_steps` names; None where it is empty.
+
+    Raises:
+        ValueError: it is no such pair.
+    """
+    if not steps:
+        return None
+    first, _, last = steps.partition(":")
+    if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
+        return int(first), int(last)
+    raise ValueError(
+        f'`config.profile_steps` must be "first:last", steps from 1 on; got {steps!r}.'
+    )
 
 
 def _unknown(where: str, key: str, known: list[str]) -> str:

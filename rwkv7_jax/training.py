@@ -92,7 +92,8 @@ def make_train_step(
     """`step(train, batch) -> (train, metrics)`, compiled; the old `train` must not be used again.
 
     An update whose loss or gradient is not finite is left out: parameters and moments stay as they
-    are, bit for bit, and `skipped` counts it. Metrics stay on the device.
+    are, bit for bit, `skipped` counts it and the metric `updated` is 0 in place of 1. Metrics stay
+    on the device.
 
     Args:
         loss: `(params, batch) -> (loss, metrics)`; arrays inside a `Partial` are passed as
@@ -113,7 +114,8 @@ def make_train_step(
         extra = {} if statistics is None else {"stats": statistics(train.params, batch)}
         updates, opt_state = tx.update(grads, train.opt_state, train.params, **extra)
         norm = optax.tree.norm(grads)
-        good = jnp.isfinite(value) & jnp.isfinite(norm)
+        # A finite gradient may still make an update that is not, under a rate out of all bounds.
+        good = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old),
             (optax.apply_updates(train.params, updates), opt_state),
@@ -125,7 +127,8 @@ def make_train_step(
             opt_state=opt_state,
             skipped=train.skipped + jnp.where(good, 0, 1),
         )
-        return new, metrics | {"loss": value, "grad_norm": norm}
+        updated = good.astype(jnp.float32)
+        return new, metrics | {"loss": value, "grad_norm": norm, "updated": updated}
 
     return functools.partial(step, loss, statistics)
 

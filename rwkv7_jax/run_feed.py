@@ -1,0 +1,57 @@
+"""The batches of a run, one a step, on the device before they are needed. Level 8."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from . import job_data
+from .job import Job
+from .loss import Batch
+from .prefetch import Prefetch
+from .settings import Settings
+
+
+class Feed:
+    """Gives each step its batch: of the data, made ahead by a thread, or of the trainables.
+
+    Attributes:
+        waited: seconds that the loop has waited for batches.
+    """
+
+    def __init__(self, settings: Settings, job: Job, stream: np.ndarray | None, start_step: int):
+        """Batches from `start_step` on are being made.
+
+        Raises:
+            ValueError: the data cannot give a batch.
+        """
+        self._job, self.waited, self._ahead = job, 0.0, None
+        if job.batch is None:
+            batches = job_data.batches(settings, stream, job.tokenizer, start_step=start_step)
+            self._ahead = Prefetch(self._placed(batches, start_step))
+
+    def _placed(self, batches: Iterator[Batch], start_step: int) -> Iterator[tuple]:
+        for step, batch in enumerate(batches, start_step):
+            prepared = self._job.prepared(batch, step)
+            yield prepared, jax.device_put(prepared)
+
+    def __call__(self, step: int, trainables: Any) -> tuple[Batch | None, Batch | None]:
+        """The batch of a step, counted from 0: on the host, and on the device.
+
+        Both are None where the step has nothing to learn from.
+        """
+        began = time.monotonic()
+        if self._ahead is not None:
+            pair = next(self._ahead)
+        else:
+            batch = self._job.batch(trainables, step)
+            pair = batch, batch
+        self.waited += time.monotonic() - began
+        return pair
+
+    def close(self) -> None:
+        """No batch is being made."""
+        if self._ahead is not None:
+            self._ahead.close()
