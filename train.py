@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -24,7 +23,8 @@ from rwkv7_jax import compile_cache, job_data, jobs
 from rwkv7_jax.course import Course
 from rwkv7_jax.generate import generate
 from rwkv7_jax.job import Job
-from rwkv7_jax.optim.build import build_optimizer, groups, schedule
+from rwkv7_jax.job_costs import memory_line, step_flops
+from rwkv7_jax.optim.build import build_optimizer, group_table, schedule
 from rwkv7_jax.profile_window import ProfileWindow
 from rwkv7_jax.run_ends import Stopped, ending, outlive_readers
 from rwkv7_jax.run_feed import Feed
@@ -34,6 +34,7 @@ from rwkv7_jax.run_log import RunLog
 from rwkv7_jax.run_pictures import draw
 from rwkv7_jax.settings import Settings, profiled, read_settings
 from rwkv7_jax.stop_signals import StopSignals
+from rwkv7_jax.token_streams import TokenStream
 from rwkv7_jax.training import TrainState, make_train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=False, accept_new_attributes=True)
@@ -58,7 +59,7 @@ class Run:
     job: Job
     rate: Callable[[Any], Any]
     tx: optax.GradientTransformation
-    stream: np.ndarray | None
+    stream: TokenStream | None
     looks: list[jobs.Look]
     identity: dict[str, dict[str, str]]
 
@@ -93,14 +94,14 @@ def describe(run: Run, state: TrainState, course: Course) -> None:
     """Print what is about to happen."""
     settings, job, start = run.settings, run.job, int(state.step)
     weights = sum(leaf.size for leaf in jax.tree.leaves(job.weights(job.trainables)))
-    size, rows = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), settings.data.batch_size
+    rows = settings.data.batch_size
     print(f"devices   {', '.join(str(device) for device in jax.devices())}")
     print(f"model     {job.model.config}")
     print(f"trained   {job.trained:,} numbers in mode {settings.mode}, of a model of {weights:,}")
-    print(f"memory    {size / 2**20:,.1f} MiB for what is trained and its moments")
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    print(f"memory    {memory_line(settings, job.model.config, held)}")
     if settings.mode == "pretrain":
-        labels = sorted(set(jax.tree.leaves(groups(job.trainables))))
-        print(f"groups    {', '.join(labels)}")
+        print(group_table(job.trainables))
     endless = run.stream is None or settings.data.path.startswith("task:")
     amount = "made as it goes" if endless else f"{len(run.stream):,} tokens"
     print(f"data      {settings.data.path}: {amount}, hash {run.identity['inputs']['data']}")
@@ -110,7 +111,7 @@ def describe(run: Run, state: TrainState, course: Course) -> None:
     print(f"resume    {f'from step {start}{best}' if start else 'no: a new run'}", flush=True)
 
 
-def evaluate(run: Run, state: TrainState) -> dict[str, float]:
+def evaluate(run: Run, state: TrainState, folder: RunFolder) -> dict[str, float]:
     """Every measure on held-out data, and sample text on the terminal."""
     job, sample = run.job, run.settings.sample
     weights, start = job.weights(state.params), job.start(state.params)
@@ -128,7 +129,9 @@ def evaluate(run: Run, state: TrainState) -> dict[str, float]:
             top_p=sample.top_p,
             key=jax.random.key(run.settings.seed),
         )
-        print(f"--- {prompt!r}\n{prompt}{job.tokenizer.decode(out.tokens[0])}\n---", flush=True)
+        text = job.tokenizer.decode(out.tokens[0])
+        print(f"--- {prompt!r}\n{prompt}{text}\n---", flush=True)
+        folder.note_sample(int(state.step), prompt, text)
     return numbers
 
 
@@ -142,7 +145,7 @@ def look_and_save(
     if due and log.course.evaluated != number:
         # A signal ends the evaluation; it is made up for when the run goes on.
         with log.paused(), contextlib.suppress(Stopped), stop.interruptible():
-            log.evaluated(number, evaluate(run, state))
+            log.evaluated(number, evaluate(run, state, folder))
     early = log.course.ended_early(settings.evaluation) if log.course.evaluated == number else ""
     if early and not last:
         print(f"ends early at step {number}: {early}")
@@ -171,7 +174,8 @@ def train(settings: Settings, folder: RunFolder, stop: StopSignals) -> None:
         feed = Feed(settings, run.job, run.stream, start)
     job, accumulate = run.job, settings.optimizer.accumulate
     step = make_train_step(job.loss, run.tx, statistics=job.statistics, accumulate=accumulate)
-    log = RunLog(folder, settings, course, start_step=start, feed=feed, rate=run.rate)
+    known = {"rate": run.rate, "flops": step_flops(settings, job.model.config)}
+    log = RunLog(folder, settings, course, start_step=start, feed=feed, **known)
     profile = ProfileWindow(profiled(settings.profile_steps), folder.path / "profile")
     with contextlib.closing(feed), contextlib.closing(log), contextlib.closing(profile):
         while not look_and_save(run, state, number, folder, log, stop):
@@ -191,10 +195,12 @@ def train(settings: Settings, folder: RunFolder, stop: StopSignals) -> None:
         print(f"warning: {int(state.skipped)} updates were skipped: loss or gradient not finite")
     if stop.seen():
         said = f"step {number} is saved" if number else "nothing was to save"
+        folder.note_event(number, "stopped", f"by {stop.requested}")
         raise Stopped(f"stopped by {stop.requested}; {said}. The same command goes on from there.")
     with stop.interruptible():
         print(f"saved {job.save(folder.path, state.params)}")
         draw(folder, settings, job, state.params, run.stream)
+        folder.note_event(number, "finished")
 
 
 def main(arguments: list[str]) -> None:

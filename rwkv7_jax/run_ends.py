@@ -45,7 +45,7 @@ def exit_code(error: BaseException) -> int | None:
         return 4
     if isinstance(error, DiskError) or (isinstance(error, OSError) and error.errno in _DISK):
         return 5
-    return 2 if isinstance(error, ValueError | TypeError | OSError) else None
+    return 2 if isinstance(error, ValueError | TypeError | OSError | ImportError) else None
 
 
 @contextlib.contextmanager

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
 from . import job_data
 from .job import Job
 from .loss import Batch
 from .prefetch import Prefetch
 from .settings import Settings
+from .token_streams import TokenStream
 
 
 class Feed:
@@ -21,7 +21,7 @@ class Feed:
         waited: seconds that the loop has waited for batches.
     """
 
-    def __init__(self, settings: Settings, job: Job, stream: np.ndarray | None, start_step: int):
+    def __init__(self, settings: Settings, job: Job, stream: TokenStream | None, start_step: int):
         """Batches from `start_step` on are being made.
 
         Raises:

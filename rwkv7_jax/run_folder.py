@@ -1,11 +1,10 @@
 """A run's folder: settings, metrics, checkpoints, and the lock that keeps others out. Level 8."""
 
-import csv
 import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ import numpy as np
 
 from .atomic import replacing
 from .course import Course
+from .metric_files import JSONL, MetricFiles, json_lines
+from .report import write_report
 from .run_checkpoints import Checkpoints
 from .run_ends import DiskError, warn
 from .run_identity import flat_settings, refuse_other_run
@@ -20,25 +21,18 @@ from .run_lock import RunLock
 from .run_record import Identity
 from .settings import Settings
 from .step_folders import step_numbers
+from .system import system
 from .training import TrainState
 
-_COLUMNS = (
-    "step",
-    "seconds",
-    "loss_nats",
-    "learning_rate",
-    "grad_norm",
-    "tokens_per_second",
-    "held_out_bits_per_byte",
-)
-_METRICS, _TABLE, _BAD = "metrics.jsonl", "metrics.csv", "bad_batches.jsonl"
+_BAD, _SAMPLES, _EVENTS = "bad_batches.jsonl", "samples.jsonl", "events.jsonl"
 
 
 class RunFolder:
     """Everything that a run leaves behind, under one path, for one process at a time.
 
-    `settings.json`, `metrics.jsonl` (all numbers), `metrics.csv` (the main ones),
-    `bad_batches.jsonl` (what updates were left out for), `checkpoints/`.
+    `settings.json`, `system.json`, `metrics.jsonl` and `metrics.csv` (all numbers),
+    `samples.jsonl`, `events.jsonl`, `bad_batches.jsonl` (what updates were left out for),
+    `checkpoints/`, and when the run has ended, `report.html`.
 
     Attributes:
         path: of the folder.
@@ -49,7 +43,9 @@ class RunFolder:
         """The folder is there and ours; nothing slow has happened yet.
 
         Raises:
-            ValueError: it belongs to a run with other settings, or another process works in it.
+            ValueError: it belongs to a run with other settings, or another process works in it, or
+                an unknown tracker.
+            ImportError: a tracker that is not installed.
             DiskError: it cannot be written.
         """
         self.path = Path(path).absolute()
@@ -82,6 +78,7 @@ class RunFolder:
         text = json.dumps(dataclasses.asdict(settings), indent=1)
         with replacing(old) as file:
             file.write(f"{text}\n".encode())
+        self._metrics = MetricFiles(self.path, also=settings.trackers)
         self.checkpoints = Checkpoints(places, settings)
 
     def __enter__(self) -> "RunFolder":
@@ -89,83 +86,71 @@ class RunFolder:
         return self
 
     def __exit__(self, *error) -> None:
-        """No save is under way, and others may come."""
+        """No save is under way, the report is written, and others may come."""
         self.checkpoints.wait()
+        self._metrics.close()
+        if self._metrics.rows():
+            self._tried("report.html", write_report, self.path)
         self._lock.release()
 
     def restore(self, train: TrainState, identity: Identity) -> tuple[TrainState, Course]:
         """What `Checkpoints.restore` finds; metrics of steps behind it are gone from the files."""
         train, course = self.checkpoints.restore(train, identity)
-        rows = self._cut(_METRICS, int(train.step))
-        self._cut(_BAD, int(train.step))
-        self._began -= max((row.get("seconds", 0.0) for row in rows), default=0.0)
-        if rows or (self.path / _TABLE).exists():
-            with replacing(self.path / _TABLE) as file:
-                file.write(_table(rows).encode())
+        # What step 0 said is said again by a run that has no checkpoint.
+        step = int(train.step) or -1
+        self._metrics.truncate_after(step)
+        for name in (_BAD, _SAMPLES):
+            self._cut(name, step)
+        self._began -= max((row.get("seconds", 0.0) for row in self.rows()), default=0.0)
+        self.note_event(int(train.step), "resume" if step > 0 else "start")
+        with replacing(self.path / "system.json") as file:
+            file.write(json.dumps(system(), indent=1).encode())
         return train, course
 
-    def _cut(self, name: str, last_step: int) -> list[dict]:
-        """Lines of steps behind `last_step` are gone, and a last one that broke off; gives rows."""
+    def _cut(self, name: str, last_step: int) -> None:
+        """Lines of steps behind `last_step` are gone, and a last one that broke off."""
         path = self.path / name
-        if not path.exists():
-            return []
-        rows = [row for row in _rows(path) if row["step"] <= last_step]
-        with replacing(path) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-        return rows
+        rows = [row for row in json_lines(path) if row.get("step", 0) <= last_step]
+        if path.exists():
+            with replacing(path) as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
-        """Append one line to the metrics files."""
-        row = {"step": step, "seconds": round(time.monotonic() - self._began, 3), **numbers}
-        new = not (self.path / _TABLE).exists()
-        self._append(_METRICS, json.dumps(row) + "\n")
-        self._append(_TABLE, _table([row], head=new))
+        """The numbers of a step are in the metrics files."""
+        row = {"seconds": round(time.monotonic() - self._began, 3), **numbers}
+        self._tried(JSONL, self._metrics.write, step, row)
+
+    def note_event(self, step: int, event: str, detail: str = "") -> None:
+        """What happened at a step is kept: start, resume, skipped, stopped, finished."""
+        self._append(_EVENTS, {"step": step, "event": event, "detail": detail})
+
+    def note_sample(self, step: int, prompt: str, text: str) -> None:
+        """What the model wrote behind a prompt is kept."""
+        self._append(_SAMPLES, {"step": step, "prompt": prompt, "text": text})
 
     def log_bad(self, step: int, numbers: Mapping[str, float], tokens: np.ndarray) -> None:
         """Append what an update was left out for, with the ids of its batch."""
         said = {name: str(value) for name, value in numbers.items()}
-        row = {"step": step, **said, "tokens": np.asarray(tokens).tolist()}
-        self._append(_BAD, json.dumps(row) + "\n")
+        self._append(_BAD, {"step": step, **said, "tokens": np.asarray(tokens).tolist()})
+        self.note_event(step, "skipped", f"loss {said['loss']}, gradient norm {said['grad_norm']}")
 
-    def _append(self, name: str, text: str) -> None:
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        self._tried(name, _add_line, self.path / name, json.dumps(row) + "\n")
+
+    def _tried(self, name: str, write: Callable, *arguments: Any) -> None:
         """A line of a log is not worth a run: a full disk is said once."""
         try:
-            with (self.path / name).open("a", newline="") as file:
-                file.write(text)
+            write(*arguments)
         except OSError as error:
             if not self._silent:
                 warn(f"{self.path / name} cannot be written: {error}; training goes on")
             self._silent = True
 
     def rows(self) -> list[dict]:
-        """All metrics so far, from resumed runs as well."""
-        path = self.path / _METRICS
-        return _rows(path) if path.exists() else []
+        """All metrics so far, one row a step, from resumed runs as well."""
+        return self._metrics.rows()
 
 
-def _rows(path: Path) -> list[dict]:
-    """The lines of a log; one that broke off is left out."""
-    found = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            found.append(row)
-    return found
-
-
-class _Lines(list):
-    """What `csv` writes to."""
-
-    write = list.append
-
-
-def _table(rows: list[dict], *, head: bool = True) -> str:
-    lines = _Lines()
-    writer = csv.DictWriter(lines, _COLUMNS, extrasaction="ignore")
-    if head:
-        writer.writeheader()
-    writer.writerows(rows)
-    return "".join(lines)
+def _add_line(path: Path, line: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line)

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .config import RWKV7Config
 from .fingerprint import whole
 from .settings import Settings
+from .token_streams import TokenStream, data_hash
 from .tokenizer import Tokenizer
 
 # Settings that may differ between a run and its continuation.
@@ -25,13 +24,11 @@ FREE = (
     "stop_after_bad",
     "allow_nan",
     "profile_steps",
+    "trackers",
     "evaluation",
     "sample",
     "workdir",
 )
-_PIECE = 1 << 20
-# Larger streams are known by their length and as many pieces.
-_PIECES = 1024
 
 
 def flat_settings(settings: Settings | Mapping[str, Any]) -> dict[str, str]:
@@ -75,17 +72,12 @@ def identity_of(
     }
 
 
-def digest_of(path: str, stream: np.ndarray | None) -> str:
+def digest_of(path: str, stream: TokenStream | None) -> str:
     """A digest of the ids that a run reads, or, where it reads none, of the file at `path`."""
-    digest = hashlib.blake2b(path.encode(), digest_size=16)
     if stream is not None:
-        digest = hashlib.blake2b(f"{len(stream)} {stream.dtype}".encode(), digest_size=16)
-        pieces = -(-len(stream) // _PIECE)
-        chosen = np.unique(np.linspace(0, max(pieces - 1, 0), min(pieces, _PIECES)).astype(int))
-        for piece in chosen:
-            part = stream[piece * _PIECE : (piece + 1) * _PIECE]
-            digest.update(np.ascontiguousarray(part).view(np.uint8))
-    elif Path(path).is_file():
+        return data_hash(stream)
+    digest = hashlib.blake2b(path.encode(), digest_size=16)
+    if Path(path).is_file():
         digest.update(Path(path).read_bytes())
     return digest.hexdigest()
 

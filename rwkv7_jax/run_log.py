@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from .compile_cache import CompileClock
+from .costs import mfu
 from .course import Course
 from .loss import Batch
 from .progress import ProgressBar
@@ -18,6 +19,7 @@ from .run_ends import NotFinite, warn
 from .run_feed import Feed
 from .run_folder import RunFolder
 from .settings import Settings
+from .system import peak_memory
 
 # Steps that the device may be ahead of what is looked at: it never waits for the log.
 _BEHIND = 2
@@ -39,6 +41,7 @@ class RunLog:
         start_step: int,
         feed: Feed,
         rate: Callable[[int], float],
+        flops: float | None = None,
     ):
         """Nothing has been said.
 
@@ -49,9 +52,10 @@ class RunLog:
             start_step: where the run begins or goes on.
             feed: knows how long batches were waited for.
             rate: the learning rate at a step, counted from 0.
+            flops: operations of a step per token; None where nobody counted them.
         """
         self.course, self._folder, self._settings = course, folder, settings
-        self._start, self._feed, self._rate = start_step, feed, rate
+        self._start, self._feed, self._rate, self._flops = start_step, feed, rate, flops
         self._bar = ProgressBar(settings.steps - start_step, settings.mode)
         self._pending, self._compiling = collections.deque(), CompileClock()
         self._tokens, self._paused, self._warned = 0, 0.0, False
@@ -120,6 +124,7 @@ class RunLog:
         numbers["tokens_per_second"] = self._tokens / seconds
         numbers["waiting_share"] = min(waited / seconds, 1.0)
         numbers["compile_seconds"] = round(self._compiling.seconds, 3)
+        numbers |= self._used(numbers["tokens_per_second"])
         self._since, self._paused, self._tokens = time.monotonic(), 0.0, 0
         self._folder.log(step, numbers)
         loss = numbers.get("loss_nats", math.nan) / math.log(2)
@@ -131,6 +136,16 @@ class RunLog:
                 f"the state's largest entry is {numbers['state_max']:.0f}; lower the learning "
                 "rate, set config.tuning.alpha below 1 or add an anchor"
             )
+
+    def _used(self, tokens_per_second: float) -> dict[str, float]:
+        """The share of the devices' peak where it is known, and the most memory ever in use."""
+        peak = peak_memory()
+        found = {f"{peak.of}_peak_mib": round(peak.bytes / 2**20, 1)}
+        if self._flops is None:
+            return found
+        kind, count = jax.devices()[0].device_kind, jax.device_count()
+        share = mfu(tokens_per_second, self._flops, device_kind=kind, devices=count)
+        return found if share is None else found | {"mfu": share}
 
     def evaluated(self, step: int, measures: Mapping[str, float]) -> None:
         """An evaluation is logged, and counts for what is best.

@@ -3,20 +3,19 @@
 import math
 from typing import Any
 
-import numpy as np
-
 from . import pictures
 from .evaluation import state_after
 from .job import Job
 from .run_folder import RunFolder
 from .settings import Settings
 from .state_tuning import spectra
+from .token_streams import TokenStream
 
 _SHARES = ("accuracy", "reward")
 
 
 def draw(
-    folder: RunFolder, settings: Settings, job: Job, trained: Any, stream: np.ndarray | None
+    folder: RunFolder, settings: Settings, job: Job, trained: Any, stream: TokenStream | None
 ) -> None:
     """The loss over the steps, with what evaluations measured; of a start state its spectra too."""
     if not pictures.available():

@@ -52,6 +52,7 @@ class Settings:
             left out, at which the run stops; 0 for never.
         allow_nan: take a checkpoint that holds NaN or Inf.
         profile_steps: "first:last", steps of which a profile is written; empty for none.
+        trackers: where numbers go beside the run's files: "tensorboard", "wandb".
         workdir: eval.py's folder for its report; train.py has it as a flag.
         data, optimizer, tuning, upscaling, decorrelation, observer, test_time, evaluation, sample:
             see there.
@@ -71,6 +72,7 @@ class Settings:
     stop_after_bad: int = 10
     allow_nan: bool = False
     profile_steps: str = ""
+    trackers: tuple[str, ...] = ()
     workdir: str = ""
     data: Data = dataclasses.field(default_factory=Data)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)

@@ -52,7 +52,7 @@ def group(name: str) -> Group:
     return next(one for one in GROUPS if re.search(one.pattern, name))
 
 
-def groups(params) -> dict:
+def groups(params) -> Any:
     """The tree of the groups' labels."""
     return jax.tree_util.tree_map_with_path(lambda path, _: group(path_name(path)).label, params)
 
