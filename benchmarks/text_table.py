@@ -223,16 +223,20 @@ def table(cells: Cells, seeds: int, styles: tuple[str, ...]) -> dict[str, dict[s
 
 
 def draw(folder: Path, found: dict[str, dict[str, list]]) -> None:
-    """The loss over the steps of the first seed, and the loss by position, of each style."""
+    """The loss over the steps and by position, of each style; means of the seeds."""
     folder.mkdir(parents=True, exist_ok=True)
     for style in next(iter(found.values())):
         curves, positions = {}, {}
         for kind, by_style in found.items():
-            one = by_style[style][0]
-            positions[kind] = one["by_position"]
-            if "curve" in one:
-                curves[kind] = [(i + 1, bits) for i, bits in enumerate(one["curve"])]
-        label = "training loss (bits per byte)"
+            runs = by_style[style]
+            bits = np.mean([[x for *_, x in run["by_position"]] for run in runs], axis=0)
+            places = [place[:2] for place in runs[0]["by_position"]]
+            positions[kind] = [(*place, x) for place, x in zip(places, bits, strict=True)]
+            if "curve" in runs[0]:
+                curve = np.mean([run["curve"] for run in runs], axis=0)
+                smooth = np.convolve(curve, np.ones(8) / 8, "valid")
+                curves[kind] = [(i + 8, x) for i, x in enumerate(smooth)]
+        label = "training loss (bits per byte, mean of eight steps)"
         pictures.curves(folder / f"text-{style}-curves.png", curves, x="step", y=label)
         pictures.by_position(folder / f"text-{style}-positions.png", positions)
 

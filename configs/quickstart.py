@@ -35,7 +35,7 @@ def get_config(arg="state"):
             "eps": 1e-8,
         }
     )
-    config.tuning = ConfigDict({"decorrelate": "whiten" if wide else "none"})
+    config.tuning = ConfigDict({"decorrelate": "dbp" if wide else "none"})
     config.upscaling = ConfigDict()
     config.evaluation = ConfigDict({"every": 0, "windows": 48, "length": 512})
     config.sample = ConfigDict({"prompts": ("decoding",), "tokens": 120})

@@ -4,9 +4,9 @@
         --config.init=model.pth --config.data.path=poems.jsonl
 
 Four times the numbers of a start state, read without fading and shared by the whole batch. The
-features are calibrated on the text and whitened there (config.tuning.decorrelate = "whiten");
-"dbp" centres them and learns to decorrelate them while tuning; "none" is the paper's kernel step
-as it stands, which hardly learns.
+features are taken from the text and decorrelated while tuning (config.tuning.decorrelate = "dbp");
+"whiten" does that once, before tuning, which costs nothing per step and makes the model forget more
+of what it knew; "none" is the paper's kernel step as it stands, which hardly learns.
 """
 
 from ml_collections import ConfigDict
@@ -33,7 +33,7 @@ def get_config():
         }
     )
     config.tuning = ConfigDict(
-        {"decorrelate": "whiten", "anchor": 0.0, "anchor_path": "", "alpha": 1.0}
+        {"decorrelate": "dbp", "anchor": 0.0, "anchor_path": "", "alpha": 1.0}
     )
     config.upscaling = ConfigDict({"size": 0, "dynamics": "static"})
     config.decorrelation = ConfigDict()

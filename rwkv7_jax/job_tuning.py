@@ -101,8 +101,8 @@ def upscaled_job(settings: Settings) -> Job:
     choices = dataclasses.asdict(settings.upscaling)
     choices.pop("rows")
     literal = choices["dynamics"].startswith("replace")
-    prepared = {"whiten": "whiten", "dbp": "centre"}.get(settings.tuning.decorrelate, "none")
-    choices["prepare"] = choices["prepare"] or ("none" if literal else prepared)
+    whiten = settings.tuning.decorrelate == "whiten" and not literal
+    choices["prepare"] = choices["prepare"] or ("whiten" if whiten else "none")
     raw = choices["prepare"] == "none"
     choices["widths"] = choices["widths"] or ((1.0,) if raw else (1.0, 4.0, 16.0))
     text = calibration_text(settings, tokenizer)

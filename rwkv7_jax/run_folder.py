@@ -96,16 +96,20 @@ class RunFolder:
     def restore(self, train: TrainState, identity: Identity) -> tuple[TrainState, Course]:
         """What `Checkpoints.restore` finds; metrics of steps behind it are gone from the files."""
         train, course = self.checkpoints.restore(train, identity)
+        self.restored(int(train.step))
+        return train, course
+
+    def restored(self, step: int) -> None:
+        """The run goes on at a step: what was said of later ones is gone, and it is noted."""
+        self.note_event(step, "resume" if step else "start")
         # What step 0 said is said again by a run that has no checkpoint.
-        step = int(train.step) or -1
+        step = step or -1
         self._metrics.truncate_after(step)
         for name in (_BAD, _SAMPLES):
             self._cut(name, step)
         self._began -= max((row.get("seconds", 0.0) for row in self.rows()), default=0.0)
-        self.note_event(int(train.step), "resume" if step > 0 else "start")
         with replacing(self.path / "system.json") as file:
             file.write(json.dumps(system(), indent=1).encode())
-        return train, course
 
     def _cut(self, name: str, last_step: int) -> None:
         """Lines of steps behind `last_step` are gone, and a last one that broke off."""
@@ -132,7 +136,7 @@ class RunFolder:
         """Append what an update was left out for, with the ids of its batch."""
         said = {name: str(value) for name, value in numbers.items()}
         self._append(_BAD, {"step": step, **said, "tokens": np.asarray(tokens).tolist()})
-        self.note_event(step, "skipped", f"loss {said['loss']}, gradient norm {said['grad_norm']}")
+        self.note_event(step, "skipped", ", ".join(f"{k} {v}" for k, v in said.items()))
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         self._tried(name, _add_line, self.path / name, json.dumps(row) + "\n")

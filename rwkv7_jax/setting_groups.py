@@ -120,7 +120,7 @@ class Decorrelation:
     iterations: int = 6
     damping: float = 3e-4
     average: float = 0.7
-    rows: int = 8
+    rows: int = 4
 
 
 @dataclasses.dataclass(frozen=True)

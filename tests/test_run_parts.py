@@ -14,6 +14,7 @@ import pytest
 
 from rwkv7_jax import compile_cache, run_lock, step_folders
 from rwkv7_jax.course import Course
+from rwkv7_jax.metric_files import json_lines
 from rwkv7_jax.prefetch import Prefetch
 from rwkv7_jax.run_ends import DiskError, NotFinite, NoValidCheckpoint, Stopped, ending
 from rwkv7_jax.run_folder import RunFolder
@@ -22,6 +23,7 @@ from rwkv7_jax.run_lock import RunLock
 from rwkv7_jax.setting_groups import Evaluation, Optimizer
 from rwkv7_jax.settings import Settings
 from rwkv7_jax.stop_signals import StopSignals
+from rwkv7_jax.token_streams import as_stream
 
 
 @pytest.fixture(autouse=True)
@@ -203,9 +205,14 @@ def test_metrics_behind_the_restored_step_are_cut_and_broken_lines_forgiven(tmp_
         file.write('{"step": 4, "lo')
     with RunFolder(tmp_path, Settings()) as folder:
         assert [row["step"] for row in folder.rows()] == [1, 2, 3]
-        assert [row["step"] for row in folder._cut("metrics.jsonl", 2)] == [1, 2]
-        assert folder._cut("bad_batches.jsonl", 2) == []
+        folder.restored(2)
         assert [row["step"] for row in folder.rows()] == [1, 2]
+        assert json_lines(tmp_path / "bad_batches.jsonl") == []
+        assert [row["event"] for row in json_lines(tmp_path / "events.jsonl")] == [
+            "skipped",
+            "resume",
+        ]
+    assert "resume" in (tmp_path / "report.html").read_text()
 
 
 def test_f17_a_folder_of_other_settings_is_refused_by_the_setting(tmp_path):
@@ -228,7 +235,8 @@ def test_the_datas_digest_sees_each_id_and_the_files_bytes(tmp_path):
     ids = np.arange(5000, dtype=np.uint16)
     other = ids.copy()
     other[4321] += 1
-    assert digest_of("a", ids) == digest_of("b", ids) != digest_of("a", other)
+    one, two = as_stream(ids), as_stream(other)
+    assert digest_of("a", one) == digest_of("b", one) != digest_of("a", two)
     digests = []
     for text in ("one", "two"):
         (tmp_path / "q.jsonl").write_text(text)

@@ -79,8 +79,7 @@ def decorrelate(
     its updates come out, in their own dtypes. With R = I the result is `inner`'s, bit for bit.
 
     The defaults let R follow within a few updates: tuning one layer's memory changes what the next
-    one reads. Inputs with a common mean are better centred first, where that is possible: the mean
-    is by far their largest direction, and damping is counted in units of the mean eigenvalue.
+    one reads.
 
     Put weight decay behind this in a chain: `inner` sees gradients of S' but parameters S.
     Under `optax.MultiSteps` only the statistics of the last micro-batch count.
