@@ -236,7 +236,7 @@ def draw(folder: Path, found: dict[str, dict[str, list]]) -> None:
                 curve = np.mean([run["curve"] for run in runs], axis=0)
                 smooth = np.convolve(curve, np.ones(8) / 8, "valid")
                 curves[kind] = [(i + 8, x) for i, x in enumerate(smooth)]
-        label = "training loss (bits per byte, mean of eight steps)"
+        label = "training loss (bits per byte)"
         pictures.curves(folder / f"text-{style}-curves.png", curves, x="step", y=label)
         pictures.by_position(folder / f"text-{style}-positions.png", positions)
 
