@@ -249,15 +249,21 @@ def test_a_memorys_gradient_is_its_finite_difference(model, params, batch, wide)
     assert product == pytest.approx((up - down) / 2e-2, rel=1e-2)
 
 
+@pytest.fixture(scope="module")
+def traced(model, params, batch, wide):
+    """What the layers did with the first row."""
+    read = jax.jit(functools.partial(model.apply, method="trace"))
+    *_, trace = read({"params": params}, batch["tokens"][:1, :-1], repeat(wide, 1))
+    return trace
+
+
 @pytest.mark.parametrize("leaf", ["wkv", "memory"])
 def test_statistics_are_the_second_moments_of_what_memories_are_read_with(
-    model, params, batch, wide, leaf
+    model, params, batch, wide, traced, leaf
 ):
     """In the last layer the logits' input is linear in the memory; the moments are restated."""
     found = jax.jit(state_statistics(model, params, leaves=(leaf,), rows=1))(wide, batch)
-    read = jax.jit(functools.partial(model.apply, method="trace"))
-    *_, trace = read({"params": params}, batch["tokens"][:1, :-1], repeat(wide, 1))
-    parts = {name: part[2] for name, part in trace.items()}
+    parts = {name: part[2] for name, part in traced.items()}
     if leaf == "wkv":
         psi, moments = upscaling.start_reads(parts), found.wkv
         assert found.upscaled.memory is None
