@@ -1,6 +1,5 @@
 """A model with an upscaled memory: what an empty one leaves alone, what a full one reads."""
 
-import dataclasses
 import functools
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_memories import ADDITIVE, SIZE, empty_state, filled
-from tiny_models import CONFIG, SCANNED, lively, random_state, tokens
+from tiny_models import CONFIG, SCANNED, SHALLOW, lively, random_state, tokens
 from tolerances import AS_USERS
 
 from rwkv7_jax import upscaling
@@ -18,8 +17,6 @@ from rwkv7_jax.state import init_state, repeat, select, stack
 from rwkv7_jax.state_tuning import scaled, upscale
 
 B, T = 2, 19
-# A model without layers to scan over compiles in half the time.
-SHALLOW = dataclasses.replace(CONFIG, num_layers=1)
 depths = pytest.mark.parametrize(
     "config", [SHALLOW, pytest.param(CONFIG, marks=pytest.mark.slow)], ids=["shallow", "deep"]
 )
