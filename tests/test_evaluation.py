@@ -15,7 +15,8 @@ from rwkv7_jax.model import RWKV7
 from rwkv7_jax.state import init_state, repeat
 from rwkv7_jax.tokenizer import Tokenizer
 
-CONFIG = RWKV7Config(vocab_size=257, num_layers=2, width=32, head_size=16)
+# One layer compiles fastest.
+CONFIG = RWKV7Config(vocab_size=257, num_layers=1, width=32, head_size=16)
 MODEL = RWKV7(CONFIG)
 
 

@@ -9,7 +9,7 @@ from rwkv7_jax.generate import generate
 from rwkv7_jax.model import RWKV7
 from rwkv7_jax.state import init_state
 
-CONFIG = RWKV7Config(vocab_size=257, num_layers=2, width=32, head_size=16)
+CONFIG = RWKV7Config(vocab_size=257, num_layers=2, width=32, head_size=16, implementation="scan")
 MODEL = RWKV7(CONFIG)
 
 

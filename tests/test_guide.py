@@ -16,7 +16,14 @@ from rwkv7_jax.state import select
 from rwkv7_jax.traces import Budget
 
 CONFIG = RWKV7Config(
-    vocab_size=13, num_layers=2, width=32, head_size=16, decay_rank=8, icl_rank=6, value_rank=5
+    vocab_size=13,
+    num_layers=2,
+    width=32,
+    head_size=16,
+    decay_rank=8,
+    icl_rank=6,
+    value_rank=5,
+    implementation="scan",
 )
 GUIDE = RWKV7(CONFIG)
 PROMPTS = [[1, 2], [3, 4, 5], [6], [1, 2]]

@@ -16,11 +16,6 @@ from rwkv7_jax.checkpoint import load_model, save_model
 from rwkv7_jax.model import RWKV7
 from rwkv7_jax.state import RWKV7State
 
-pytest.importorskip("torch", reason="the oracle extra is not installed")
-pytest.importorskip("rwkv", reason="the oracle extra is not installed")
-
-import torch
-
 LOGITS, STATES, BFLOAT16_RMS = 1e-4, 1e-5, 0.02
 LENGTH = 19
 
@@ -28,6 +23,9 @@ LENGTH = 19
 @pytest.fixture(scope="module")
 def official():
     """`official(path)` is the package's model of a .pth file."""
+    # Here and not above: importing takes seconds, also of those who only collect.
+    for package in ("torch", "rwkv"):
+        pytest.importorskip(package, reason="the oracle extra is not installed")
     os.environ |= {"RWKV_V7_ON": "1", "RWKV_CUDA_ON": "0", "RWKV_JIT_ON": "0"}
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -56,6 +54,8 @@ def pair(official, folder, config, *, dtype="float32"):
 
 def as_list(state: RWKV7State, *, transpose: bool = False) -> list:
     """A batch-1 state in the package's layout."""
+    import torch
+
     parts = []
     for att, wkv, ffn in zip(state.att_shift, state.wkv, state.ffn_shift, strict=True):
         wkv = wkv.mT if transpose else wkv

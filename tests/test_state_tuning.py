@@ -1,5 +1,7 @@
 """Tuning a start state: what moves, what cannot."""
 
+import dataclasses
+import functools
 import re
 
 import jax
@@ -25,6 +27,8 @@ from rwkv7_jax.training import TrainState, make_train_step, pretrain_loss
 
 # Sizes that no activation shares, so that a weight's gradient can be recognised by its shape.
 CONFIG = RWKV7Config(vocab_size=75, num_layers=3, width=48, head_size=16, ffn_width=136)
+# A gradient through one layer compiles three times as fast as through layers that are scanned.
+SHALLOW = dataclasses.replace(CONFIG, num_layers=1)
 ROWS, TOKENS = 2, 21
 
 
@@ -37,30 +41,51 @@ def perturbed(tree, seed: int, size: float):
     return jax.tree.unflatten(form, draws)
 
 
+@functools.cache
+def weights(config):
+    tokens, start = jnp.zeros((1, 1), jnp.int32), init_state(config)
+    init = jax.jit(lambda key: RWKV7(config).init(key, tokens, start)["params"])
+    return perturbed(init(jax.random.key(0)), 1, 0.1)
+
+
 @pytest.fixture(scope="module")
 def model():
     return RWKV7(CONFIG)
 
 
 @pytest.fixture(scope="module")
-def params(model):
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    init = jax.jit(lambda key: model.init(key, tokens, init_state(CONFIG))["params"])
-    return perturbed(init(jax.random.key(0)), 1, 0.1)
+def params():
+    return weights(CONFIG)
 
 
 @pytest.fixture(scope="module")
-def batch():
+def shallow():
+    """A model of one layer and its weights."""
+    return RWKV7(SHALLOW), weights(SHALLOW)
+
+
+def rows():
     tokens = np.random.default_rng(2).integers(0, CONFIG.vocab_size, (ROWS, TOKENS + 1))
     return {"tokens": tokens.astype(np.int32), "mask": np.ones((ROWS, TOKENS), np.float32)}
 
 
 @pytest.fixture(scope="module")
-def tuned(model, params, batch):
+def batch():
+    return rows()
+
+
+TX = optax.adam(0.1)
+
+
+@pytest.fixture(scope="module")
+def step(model, params):
+    return make_train_step(state_loss(model, params), TX)
+
+
+@pytest.fixture(scope="module")
+def tuned(step, batch):
     """Two steps of tuning, with the metrics of the second."""
-    tx = optax.adam(0.1)
-    step = make_train_step(state_loss(model, params), tx)
-    train = TrainState.create(init_state(CONFIG), tx)
+    train = TrainState.create(init_state(CONFIG), TX)
     train, _ = step(train, batch)
     return step(train, batch)
 
@@ -72,23 +97,21 @@ def test_only_the_wkv_state_moves(tuned):
     assert float(jnp.abs(train.params.ffn_shift).max()) == 0.0
 
 
-def test_the_shift_states_move_when_they_are_asked_to(model, params, batch):
-    loss = state_loss(model, params, leaves=("wkv", "att_shift", "ffn_shift"))
-    grads = jax.grad(lambda s: loss(s, batch)[0])(init_state(CONFIG))
+def test_the_shift_states_move_when_they_are_asked_to(shallow, batch):
+    loss = state_loss(*shallow, leaves=("wkv", "att_shift", "ffn_shift"))
+    grads = jax.jit(jax.grad(lambda s: loss(s, batch)[0]))(init_state(SHALLOW))
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(grads))
 
 
-def test_tuning_leaves_the_weights_bit_equal(model, params, batch):
+def test_tuning_leaves_the_weights_bit_equal(step, params, batch):
     before = jax.tree.map(lambda leaf: np.array(leaf, copy=True), params)
-    tx = optax.adam(0.1)
-    step = make_train_step(state_loss(model, params), tx)
-    step(TrainState.create(init_state(CONFIG), tx), batch)
+    step(TrainState.create(init_state(CONFIG), TX), batch)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before, params))
 
 
 def test_the_loss_falls(model, params, batch, tuned):
     _, metrics = tuned
-    base, _ = state_loss(model, params)(init_state(CONFIG), batch)
+    base, _ = jax.jit(state_loss(model, params))(init_state(CONFIG), batch)
     assert float(metrics["loss_nats"]) < float(base)
 
 
@@ -105,19 +128,19 @@ def test_a_states_gradient_is_its_finite_difference(model, params, batch):
     assert product == pytest.approx(difference, rel=1e-2)
 
 
-def test_the_gradient_is_the_sum_over_rows(model, params, batch):
-    loss = state_loss(model, params)
-    whole = jax.grad(lambda s: loss(s, batch)[0])(init_state(CONFIG)).wkv
-    start = repeat(init_state(CONFIG), ROWS)
-    by_row = jax.grad(lambda s: next_token_loss(model, params, s, batch)[0])(start).wkv
+def test_the_gradient_is_the_sum_over_rows(shallow, batch):
+    loss = state_loss(*shallow)
+    whole = jax.jit(jax.grad(lambda s: loss(s, batch)[0]))(init_state(SHALLOW)).wkv
+    start = repeat(init_state(SHALLOW), ROWS)
+    by_row = jax.jit(jax.grad(lambda s: next_token_loss(*shallow, s, batch)[0]))(start).wkv
     np.testing.assert_allclose(by_row.sum(1, keepdims=True), whole, rtol=1e-4, atol=1e-8)
 
 
-def test_the_anchor_is_zero_at_the_base_and_positive_elsewhere(model, params, batch):
+def test_the_anchor_is_zero_at_the_base_and_positive_elsewhere(shallow, batch):
     batch = batch | {"anchor": batch["tokens"]}
-    loss = state_loss(model, params, anchor=1.0)
-    at_base = loss(init_state(CONFIG), batch)[1]["anchor_nats"]
-    away = loss(perturbed(init_state(CONFIG), 5, 0.5), batch)[1]["anchor_nats"]
+    loss = jax.jit(state_loss(*shallow, anchor=1.0))
+    at_base = loss(init_state(SHALLOW), batch)[1]["anchor_nats"]
+    away = loss(perturbed(init_state(SHALLOW), 5, 0.5), batch)[1]["anchor_nats"]
     assert abs(float(at_base)) < 1e-6
     assert float(away) > 1e-4
 
@@ -131,19 +154,32 @@ def compiled_text(loss, trainables, batch) -> tuple[str, int]:
     return compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
 
 
+@functools.cache
+def program(config):
+    """The compiled step of state tuning, as `compiled_text` gives it."""
+    loss = state_loss(RWKV7(config), weights(config))
+    return compiled_text(loss, init_state(config), rows())
+
+
+sizes = pytest.mark.parametrize(
+    "config", [SHALLOW, pytest.param(CONFIG, marks=pytest.mark.slow)], ids=["shallow", "deep"]
+)
+
+
 def makes_weight_shapes(text: str) -> list[str]:
     """Matrix products of the program whose result has the shape of a feed-forward weight."""
     shapes = r"f32\[(?:\d+,)?(?:136,48|48,136)\]"
     return re.findall(rf"= {shapes}\S* dot\(", text)
 
 
-def test_the_compiled_step_holds_no_weight_gradient(model, params, batch):
-    text, temp = compiled_text(state_loss(model, params), init_state(CONFIG), batch)
-    control, control_temp = compiled_text(pretrain_loss(model), params, batch)
+@sizes
+def test_the_compiled_step_holds_no_weight_gradient(config):
+    (text, temp), params = program(config), weights(config)
+    control, control_temp = compiled_text(pretrain_loss(RWKV7(config)), params, rows())
     assert makes_weight_shapes(control), "the control program must make weight gradients"
     assert not makes_weight_shapes(text)
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    assert control_temp - temp > 0.5 * weights
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert control_temp - temp > 0.5 * size
 
 
 def test_moments_exist_for_the_state_alone():
@@ -153,8 +189,9 @@ def test_moments_exist_for_the_state_alone():
     assert shapes <= {(), *(leaf.shape for leaf in jax.tree.leaves(init_state(CONFIG)))}
 
 
-def test_weights_are_arguments_of_the_compiled_step_not_constants(model, params, batch):
-    text, _ = compiled_text(state_loss(model, params), init_state(CONFIG), batch)
+@sizes
+def test_weights_are_arguments_of_the_compiled_step_not_constants(config):
+    text, _ = program(config)
     assert not re.search(r"f32\[(?:\d+,)?136,48\]\S* constant\(", text)
 
 
@@ -212,16 +249,21 @@ def test_a_memorys_gradient_is_its_finite_difference(model, params, batch, wide)
     assert product == pytest.approx((up - down) / 2e-2, rel=1e-2)
 
 
+@pytest.fixture(scope="module")
+def traced(model, params, batch, wide):
+    """What the layers did with the first row."""
+    read = jax.jit(functools.partial(model.apply, method="trace"))
+    *_, trace = read({"params": params}, batch["tokens"][:1, :-1], repeat(wide, 1))
+    return trace
+
+
 @pytest.mark.parametrize("leaf", ["wkv", "memory"])
 def test_statistics_are_the_second_moments_of_what_memories_are_read_with(
-    model, params, batch, wide, leaf
+    model, params, batch, wide, traced, leaf
 ):
     """In the last layer the logits' input is linear in the memory; the moments are restated."""
     found = jax.jit(state_statistics(model, params, leaves=(leaf,), rows=1))(wide, batch)
-    *_, trace = model.apply(
-        {"params": params}, batch["tokens"][:1, :-1], repeat(wide, 1), method="trace"
-    )
-    parts = {name: part[2] for name, part in trace.items()}
+    parts = {name: part[2] for name, part in traced.items()}
     if leaf == "wkv":
         psi, moments = upscaling.start_reads(parts), found.wkv
         assert found.upscaled.memory is None

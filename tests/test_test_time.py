@@ -18,7 +18,14 @@ from rwkv7_jax.test_time import grpo
 from rwkv7_jax.traces import Budget, Trace
 
 CONFIG = RWKV7Config(
-    vocab_size=13, num_layers=2, width=32, head_size=16, decay_rank=8, icl_rank=6, value_rank=5
+    vocab_size=13,
+    num_layers=2,
+    width=32,
+    head_size=16,
+    decay_rank=8,
+    icl_rank=6,
+    value_rank=5,
+    implementation="scan",
 )
 MODEL = RWKV7(CONFIG)
 KEY = jax.random.key(4)

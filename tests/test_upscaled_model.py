@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_memories import ADDITIVE, SIZE, filled
-from tiny_models import CONFIG, lively, random_state, tokens
+from tiny_memories import ADDITIVE, SIZE, empty_state, filled
+from tiny_models import CONFIG, SCANNED, SHALLOW, lively, random_state, tokens
 from tolerances import AS_USERS
 
 from rwkv7_jax import upscaling
@@ -17,11 +17,14 @@ from rwkv7_jax.state import init_state, repeat, select, stack
 from rwkv7_jax.state_tuning import scaled, upscale
 
 B, T = 2, 19
+depths = pytest.mark.parametrize(
+    "config", [SHALLOW, pytest.param(CONFIG, marks=pytest.mark.slow)], ids=["shallow", "deep"]
+)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return RWKV7(CONFIG)
+    return RWKV7(SCANNED)
 
 
 @pytest.fixture(scope="module")
@@ -37,30 +40,40 @@ def states(model, params):
 
 
 @pytest.fixture(scope="module")
-def run(model, params):
-    return functools.partial(jax.jit(functools.partial(_apply, model)), params)
+def run(params):
+    return functools.partial(plainly(SCANNED), params)
 
 
 def _apply(model, params, ids, state):
     return model.apply({"params": params}, ids, state)
 
 
-@pytest.fixture(scope="module")
-def run_as_users(model, params):
+@functools.cache
+def plainly(config):
+    """The model of weights, tokens and a state, compiled."""
+    return jax.jit(functools.partial(_apply, RWKV7(config)))
+
+
+@functools.cache
+def as_users(config):
     """Weights are arguments, else they would be folded, and rounded, with what is near them."""
-    step = jax.jit(functools.partial(_apply, model), compiler_options=AS_USERS)
-    return functools.partial(step, params)
+    step = jax.jit(functools.partial(_apply, RWKV7(config)), compiler_options=AS_USERS)
+    return functools.partial(step, lively(config))
 
 
 @pytest.mark.parametrize(
-    "dynamics",
-    ["static", *(pytest.param(name, marks=pytest.mark.slow) for name in ("decay", "delta"))],
+    ("config", "dynamics"),
+    [
+        (SHALLOW, "static"),
+        *(pytest.param(CONFIG, name, marks=pytest.mark.slow) for name in ADDITIVE),
+    ],
+    ids=["shallow", *ADDITIVE],
 )
-def test_an_empty_memory_leaves_the_model_what_it_was_bit_for_bit(run_as_users, states, dynamics):
-    run = run_as_users
-    ids, start = tokens(B, T), random_state(batch=B)
+def test_an_empty_memory_leaves_the_model_what_it_was_bit_for_bit(config, dynamics):
+    run = as_users(config)
+    ids, start = tokens(B, T), random_state(config, batch=B)
     base, end = run(ids, start)
-    state = start.replace(upscaled=repeat(states[dynamics], B).upscaled)
+    state = start.replace(upscaled=repeat(empty_state(config, dynamics), B).upscaled)
     logits, wide_end = run(ids, state)
     assert (logits == base).all()
     assert (wide_end.wkv == end.wkv).all() and (wide_end.ffn_shift == end.ffn_shift).all()
@@ -70,12 +83,8 @@ def test_an_empty_memory_leaves_the_model_what_it_was_bit_for_bit(run_as_users, 
 @pytest.mark.parametrize("dynamics", ADDITIVE)
 def test_a_full_memory_changes_the_logits(run, states, dynamics):
     ids = tokens(1, T)
-    assert (
-        float(
-            jnp.abs(run(ids, filled(states[dynamics]))[0] - run(ids, init_state(CONFIG))[0]).max()
-        )
-        > 0.01
-    )
+    base, changed = (run(ids, state)[0] for state in (init_state(CONFIG), filled(states[dynamics])))
+    assert float(jnp.abs(changed - base).max()) > 0.01
 
 
 def test_upscaling_in_the_papers_form_warns_that_it_may_diverge(model, params):
@@ -86,9 +95,15 @@ def test_upscaling_in_the_papers_form_warns_that_it_may_diverge(model, params):
     assert state.upscaled.memory.shape == (3, 1, 2, 64, 64)
 
 
-@pytest.mark.parametrize(("dynamics", "cut"), [("static", 7), ("decay", 16), ("delta", 1)])
-def test_cutting_a_sequence_changes_nothing(run, states, dynamics, cut):
-    ids, start = tokens(B, 17), repeat(filled(states[dynamics], write=0.3), B)
+@depths
+@pytest.mark.parametrize(
+    ("dynamics", "cut", "length"), [("static", 7, 14), ("decay", 9, 18), ("delta", 1, 17)]
+)
+def test_cutting_a_sequence_changes_nothing(config, dynamics, cut, length):
+    """Equal halves share a program."""
+    run = functools.partial(plainly(config), lively(config))
+    state = filled(empty_state(config, dynamics), write=0.3)
+    ids, start = tokens(B, length), repeat(state, B)
     whole, end = run(ids, start)
     one, middle = run(ids[:, :cut], start)
     two, last = run(ids[:, cut:], middle)
@@ -129,10 +144,12 @@ def test_memories_of_different_forms_are_not_stacked(states, model, params):
         stack([states["static"], states["delta"]])
 
 
+@depths
 @pytest.mark.parametrize("dynamics", [pytest.param("static", marks=pytest.mark.slow), "delta"])
-def test_generation_goes_on_from_an_upscaled_state(model, params, run, states, dynamics):
-    state = filled(states[dynamics])
-    out = generate(model, params, [[3, 4, 5], [7]], state, tokens=4, temperature=0)
+def test_generation_goes_on_from_an_upscaled_state(config, dynamics):
+    params, state = lively(config), filled(empty_state(config, dynamics))
+    run = functools.partial(plainly(config), params)
+    out = generate(RWKV7(config), params, [[3, 4, 5], [7]], state, tokens=4, temperature=0)
     ids, current = jnp.array([[3, 4, 5]]), state
     for token in out.tokens[0]:
         logits, current = run(ids, current)
@@ -140,10 +157,11 @@ def test_generation_goes_on_from_an_upscaled_state(model, params, run, states, d
         ids = jnp.array([[token]])
 
 
-def test_a_state_scaled_to_nothing_is_the_base_model(run_as_users, states):
-    run, ids = run_as_users, tokens(B, T)
-    state = repeat(scaled(filled(states["static"]), 0.0), B)
-    assert (run(ids, state)[0] == run(ids, init_state(CONFIG, B))[0]).all()
+@depths
+def test_a_state_scaled_to_nothing_is_the_base_model(config):
+    run, ids = as_users(config), tokens(B, T)
+    state = repeat(scaled(filled(empty_state(config)), 0.0), B)
+    assert (run(ids, state)[0] == run(ids, init_state(config, B))[0]).all()
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,12 @@ def filled(state, seed=1, size=0.3, write=0.0):
     return state.replace(upscaled=upscaled.replace(memory=memory, write=upscaled.write + write))
 
 
-def empty_state():
+def empty_state(config=CONFIG, dynamics="static"):
     """A state whose empty memory is read through features that no text was needed for."""
-    draws = np.random.default_rng(5).normal(size=(3, 1, 2, SIZE, 32))
+    places = (config.num_layers, 1, config.num_heads, SIZE)
+    draws = np.random.default_rng(5).normal(size=(*places, config.head_size))
     landmarks = jnp.asarray(draws / np.linalg.norm(draws, axis=-1, keepdims=True), jnp.float32)
-    widths = jnp.ones((3, 1, 2, SIZE))
-    identity = jnp.broadcast_to(jnp.eye(SIZE), (3, 1, 2, SIZE, SIZE))
+    widths = jnp.ones(places)
+    identity = jnp.broadcast_to(jnp.eye(SIZE), (*places, SIZE))
     features = Features(landmarks=landmarks, widths=widths, mean=0.2 * widths, map=identity)
-    return init_state(CONFIG).replace(upscaled=upscaling.empty(features))
+    return init_state(config).replace(upscaled=upscaling.empty(features, dynamics=dynamics))

@@ -3,6 +3,7 @@
 A new model's output matrices are zero: it would pass tests that a broken one should fail.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -16,6 +17,11 @@ from rwkv7_jax.state import RWKV7State, init_state
 CONFIG = RWKV7Config(
     vocab_size=29, num_layers=3, width=64, head_size=32, decay_rank=8, icl_rank=6, value_rank=5
 )
+# Tracing and compiling are most of what a test costs, and least of it with the scan. That all
+# implementations agree, also inside of a model, is the business of test_wkv_laws.py, test_model.py.
+SCANNED = dataclasses.replace(CONFIG, implementation="scan")
+# Without layers to scan over a model compiles in half the time, and its gradient in a third.
+SHALLOW = dataclasses.replace(CONFIG, num_layers=1)
 
 
 @functools.cache

@@ -33,6 +33,7 @@ def alive(params, seed):
     return jax.tree.map(lambda x: jnp.asarray(draw(x), jnp.float32), params)
 
 
+@functools.cache
 def mirror():
     """An observer that is the teacher."""
     observer, params = init_observer(TEACHER, TEACHER, jax.random.key(0))
@@ -45,6 +46,7 @@ def teacher(mirror):
     return observer.model, params["model"]
 
 
+@functools.cache
 def made():
     """An observer whose parameters are all alive."""
     bias = 0.1 * jax.random.normal(jax.random.key(4), (2, 2, 16, 16))
