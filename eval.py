@@ -6,7 +6,8 @@
 Rows: the base model from its zero state; the tuned state, or several, with commas; and the base
 after reading a prompt of the training text, of each size in config.evaluation.prompt_tokens (-1:
 all the text that tuning could see, the prompt of equal information). The same rows on
-config.evaluation.retention, other text, show the price.
+config.evaluation.retention, other text, show the price. Of a synthetic task ("task:steer") it is
+the share of right answers that is shown, of each task that retention names, too.
 """
 
 import dataclasses
@@ -14,12 +15,13 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 from absl import app, logging
 from ml_collections import config_flags
 
 from rwkv7_jax import job, job_data, pictures
 from rwkv7_jax.checkpoint import model_hash
-from rwkv7_jax.evaluation import Score, score, state_after
+from rwkv7_jax.evaluation import Answers, Score, answers, score, state_after
 from rwkv7_jax.settings import Settings, read_settings
 from rwkv7_jax.state import RWKV7State, init_state
 from rwkv7_jax.state_files import load_state
@@ -59,28 +61,54 @@ def table(title: str, scores: dict[str, Score]) -> str:
     return "\n".join([*lines, f"{'':16}{first.tokens:,} tokens, +-{first.standard_error:.3f}"])
 
 
+def task_table(title: str, found: dict[str, Answers]) -> str:
+    """The answers as lines for a terminal."""
+    lines = [f"{title:<16}{'accuracy':>10}{'all right':>11}{'nats':>9}"]
+    for name, one in found.items():
+        lines.append(f"{name:<16}{one.accuracy:>10.4f}{one.exact:>11.4f}{one.nats:>9.3f}")
+    return "\n".join(lines)
+
+
+def plain(scores: dict[str, Score | Answers]) -> dict[str, dict]:
+    """The numbers of a table, fit for JSON."""
+    found = {name: dataclasses.asdict(one) for name, one in scores.items()}
+    for numbers in found.values():
+        if isinstance(places := numbers["by_position"], np.ndarray):
+            numbers["by_position"] = [None if np.isnan(x) else float(x) for x in places]
+    return found
+
+
+def subjects(settings: Settings) -> dict[str, str]:
+    """What is measured, by its title: the run's own data (an empty path), then what shall stay."""
+    found = {"new task" if job_data.task_of(settings.data.path) else "new text": ""}
+    paths = [path for path in settings.evaluation.retention.split(",") if path]
+    found |= {job_data.task_of(path): path for path in paths if job_data.task_of(path)}
+    if text := ",".join(path for path in paths if not job_data.task_of(path)):
+        found["own text"] = text
+    return found
+
+
 def evaluate(settings: Settings) -> None:
     """Measure every row on every text; print, and write to config.workdir where it is given."""
     model, params = job.load(settings)
     tokenizer = Tokenizer.for_vocabulary(model.config.vocab_size)
     rows = starts(settings, model, params, tokenizer)
-    texts = {"new text": job_data.held_out(settings, tokenizer)}
-    if settings.evaluation.retention:
-        path = settings.evaluation.retention
-        texts["own text"] = job_data.held_out(settings, tokenizer, path=path)
     report = {}
-    for title, text in texts.items():
-        scores = {
-            name: score(model, params, start, text, tokenizer) for name, start in rows.items()
-        }
-        print(table(title, scores), flush=True)
-        report[title] = scores
+    for title, path in subjects(settings).items():
+        batch = job_data.held_out(settings, tokenizer, path=path)
+        if job_data.task_of(path or settings.data.evaluation or settings.data.path):
+            found = {name: answers(model, params, start, batch) for name, start in rows.items()}
+            print(task_table(title, found), flush=True)
+        else:
+            found = {n: score(model, params, start, batch, tokenizer) for n, start in rows.items()}
+            print(table(title, found), flush=True)
+        report[title] = found
     if settings.workdir:
         folder = Path(settings.workdir)
         folder.mkdir(parents=True, exist_ok=True)
-        plain = {t: {n: dataclasses.asdict(s) for n, s in r.items()} for t, r in report.items()}
-        (folder / "eval.json").write_text(json.dumps(plain, indent=1) + "\n")
-        if pictures.available():
+        numbers = {title: plain(found) for title, found in report.items()}
+        (folder / "eval.json").write_text(json.dumps(numbers, indent=1) + "\n")
+        if "new text" in report and pictures.available():
             shown = {name: one.by_position for name, one in report["new text"].items()}
             pictures.by_position(folder / "by_position.png", shown)
         print(f"wrote {folder / 'eval.json'}")

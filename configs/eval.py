@@ -18,7 +18,7 @@ def get_config():
     config.optimizer = ConfigDict()
     config.tuning = ConfigDict()
     config.evaluation = ConfigDict(
-        {"windows": 48, "length": 512, "prompt_tokens": (1024,), "retention": ""}
+        {"windows": 24, "length": 512, "prompt_tokens": (1024,), "retention": ""}
     )
     config.sample = ConfigDict()
     return config

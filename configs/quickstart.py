@@ -37,6 +37,6 @@ def get_config(arg="state"):
     )
     config.tuning = ConfigDict({"decorrelate": "dbp" if wide else "none"})
     config.upscaling = ConfigDict()
-    config.evaluation = ConfigDict({"every": 0, "windows": 48, "length": 512})
+    config.evaluation = ConfigDict({"every": 0, "windows": 24, "length": 512})
     config.sample = ConfigDict({"prompts": ("decoding",), "tokens": 120})
     return config

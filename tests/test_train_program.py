@@ -131,3 +131,18 @@ def test_a_run_on_a_task_logs_the_accuracy_of_its_answers(tmp_path):
     assert [row["step"] for row in rows] == [0, 20, 30]
     assert rows[-1]["held_out_accuracy"] > rows[0]["held_out_accuracy"]
     assert "copy_accuracy" in rows[0] and "held_out_bits_per_byte" not in rows[0]
+
+
+@pytest.mark.slow
+def test_tasks_are_compared_by_the_share_of_right_answers(tmp_path):
+    done = program(
+        "eval.py", "--config=configs/eval.py", "--config.init=assets/toy-small.pth",
+        "--config.data.path=task:steer", "--config.evaluation.retention=task:modular,pydoc-topics",
+        "--config.evaluation.length=32", "--config.evaluation.windows=4",
+        "--config.evaluation.prompt_tokens=()", f"--config.workdir={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "eval.json").read_text())
+    assert list(report) == ["new task", "modular", "own text"]
+    assert report["modular"]["base"]["accuracy"] > 0.9
+    assert report["own text"]["base"]["bits_per_byte"] > 1
