@@ -91,9 +91,9 @@ def capacity_curve(steps: int = 300) -> Numbers:
     wide = {size: dataclasses.replace(DBP, size=size) for size in (64, 128, 256)}
     runs = {
         "N=16": ("small16", STANDARD, (64, 128)),
-        "N=32": ("small", STANDARD, (64, 128, 256)),
+        "N=32": ("small", STANDARD, (64, 128, 256, 320)),
         "M=64": ("small", wide[64], (256, 512)),
-        "M=128": ("small", wide[128], (512, 1024)),
+        "M=128": ("small", wide[128], (512, 768, 1024)),
         "M=256": ("small", wide[256], (1024,)),
     }
     points = {}

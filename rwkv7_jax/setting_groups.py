@@ -117,8 +117,8 @@ class Decorrelation:
 
     rate: float = 0.2
     balance: float = 0.5
-    iterations: int = 6
-    damping: float = 3e-4
+    iterations: int = 12
+    damping: float = 1e-4
     average: float = 0.7
     rows: int = 4
 

@@ -51,7 +51,7 @@ COMPANY = {
         mask_compatible_extra_args=True,
     ),
     "injected": lambda: optax.inject_hyperparams(decorrelate)(
-        ADAM, rate=lambda _: jnp.float32(0.2), damping=jnp.float32(3e-4)
+        ADAM, rate=lambda _: jnp.float32(0.2), damping=jnp.float32(1e-4)
     ),
     "apply_if_finite": lambda: optax.apply_if_finite(decorrelate(ADAM), 5),
 }
