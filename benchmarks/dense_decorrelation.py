@@ -38,11 +38,11 @@ SIZES |= {"vocab_size": 257, "num_layers": 2, "width": 64, "head_size": 32, "ffn
 PUBLISHED = {"iterations": 1, "damping": 0.0, "average": 0.0, "clip": None, "normalise": False}
 # Inner optimizer, decorrelation (None for none), learning rates.
 METHODS: dict[str, tuple[str, dict | None, tuple[float, ...]]] = {
-    "SGD": ("sgd", None, (1.0, 3.0)),
-    "SGD, DBP": ("sgd", {}, (0.3, 1.0)),
-    "Adam": ("adam", None, (4e-3, 8e-3)),
-    "Adam, DBP": ("adam", {}, (2e-3, 4e-3)),
-    "Adam, DBP as published": ("adam", PUBLISHED | {"rate": 1e-3}, (4e-3, 8e-3)),
+    "SGD": ("sgd", None, (0.3, 1.0)),
+    "SGD, DBP": ("sgd", {}, (0.1, 0.3)),
+    "Adam": ("adam", None, (2e-3, 4e-3, 8e-3)),
+    "Adam, DBP": ("adam", {}, (1e-3, 2e-3, 4e-3)),
+    "Adam, DBP as published": ("adam", PUBLISHED | {"rate": 1e-3}, (2e-3, 4e-3, 8e-3)),
 }
 JOBS = ("mixture", "stdlib")
 
