@@ -156,7 +156,7 @@ def test_only_the_wkv_state_moves(improved):
 
 
 def test_the_budget_of_grpo_is_what_was_read_drawn_and_differentiated(improved):
-    updates = sum(entry.get("updated", 0) for entry in improved[0].history)
+    updates = int(sum(entry.get("updated", 0) for entry in improved[0].history))
     assert updates > 10
     expected = Budget(
         rollout_tokens=15 * STEP_TOKENS + 4 * LOOK_TOKENS,
