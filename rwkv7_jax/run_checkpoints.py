@@ -126,7 +126,7 @@ class Checkpoints:
 
     def _give_up(self, step: int, size: int) -> None:
         error, self._error, self._orbax = self._error, None, None
-        shutil.rmtree(self.folder / step_folders.SAVING, ignore_errors=True)
+        step_folders.discard_saving(self.folder)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         free = shutil.disk_usage(self.folder).free
         older = step_folders.step_numbers(self.folder)

@@ -90,7 +90,10 @@ class RunFolder:
         self.checkpoints.wait()
         self._metrics.close()
         if self._metrics.rows():
-            self._tried("report.html", write_report, self.path)
+            try:
+                write_report(self.path)
+            except OSError as error:
+                warn(f"the report of {self.path} cannot be written: {error}")
         self._lock.release()
 
     def restore(self, train: TrainState, identity: Identity) -> tuple[TrainState, Course]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -119,3 +120,12 @@ def discard(folder: Path, number: int) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.rename(folder / str(number), doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def discard_saving(folder: Path) -> None:
+    """What a failed save left is gone; threads of it that still write are given two seconds."""
+    for _ in range(40):
+        shutil.rmtree(folder / SAVING, ignore_errors=True)
+        time.sleep(0.05)
+        if not (folder / SAVING).exists():
+            return

@@ -20,7 +20,7 @@ from rwkv7_jax.settings import read_settings
 # Runs as users have them: signatures are looked at elsewhere.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]
 STEPS = 5
-TIMES = ("seconds", "tokens_per_second", "waiting_share", "compile_seconds")
+TIMES = ("seconds", "tokens_per_second", "waiting_share", "compile_seconds", "process_peak_mib")
 TASK = {"data.path": "task:mapping", "data.length": 24, "data.batch_size": 2}
 STEER = {"data.path": "task:steer", "test_time.tokens": 6, "test_time.prompts": 2}
 STEER |= {"test_time.group": 4, "evaluation.length": 40}
