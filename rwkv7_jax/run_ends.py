@@ -52,11 +52,11 @@ def exit_code(error: BaseException) -> int | None:
 def ending(program: str) -> Iterator[None]:
     """Errors that users cause end the program in one line; others keep their traceback.
 
-    What has been told is not told again: reads and writes that fail leave futures behind, over
-    which asyncio complains when the program is about to end, behind its reason.
+    What has been told is not told again: reads and writes that fail leave futures and coroutines
+    behind, which complain when they are collected, at any time up to behind the program's reason.
     """
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    sys.unraisablehook = _all_but_closed_loops
+    sys.unraisablehook = _tell_what_is_new
     try:
         yield
     except BaseException as error:
@@ -68,8 +68,10 @@ def ending(program: str) -> Iterator[None]:
         sys.exit(code)
 
 
-def _all_but_closed_loops(unraisable) -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
+def _tell_what_is_new(unraisable) -> None:
+    source = getattr(unraisable.object, "cr_code", None)
+    forsaken = source is not None and "/orbax/" in source.co_filename
+    if not forsaken and str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 
