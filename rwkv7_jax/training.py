@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Int
 
 from .loss import Batch, Loss, Metrics, next_token_loss, token_weights
 from .model import RWKV7
+from .parallel import DATA, across, everywhere, laid
 from .shapes import Params
 from .state import init_state
 
@@ -72,6 +74,7 @@ def _gradients(loss: Loss, params, batch: Batch, accumulate: int):
     if accumulate == 1:
         return grad(params, batch)
     pieces = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+    pieces = laid(pieces, None, DATA)
     outs = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], pieces))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outs)
 
@@ -88,6 +91,7 @@ def make_train_step(
     *,
     statistics: Callable[[Any, Batch], Any] | None = None,
     accumulate: int = 1,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """`step(train, batch) -> (train, metrics)`, compiled; the old `train` must not be used again.
 
@@ -102,14 +106,15 @@ def make_train_step(
         statistics: `(params, batch) -> stats`, which an optimizer such as `decorrelate` gets with
             every update.
         accumulate: pieces into which a batch is cut; K pieces give the gradient of the whole batch.
+        mesh: devices over which the rows of `batch` are spread while `train` and the arrays of
+            `loss` and `statistics` are on all of them; see `parallel`.
     """
     loss = loss if isinstance(loss, Partial) else Partial(loss)
     if statistics is not None and not isinstance(statistics, Partial):
         statistics = Partial(statistics)
     tx = optax.with_extra_args_support(tx)
 
-    @functools.partial(jax.jit, donate_argnums=2)
-    def step(loss: Partial, statistics: Partial | None, train: TrainState, batch: Batch):
+    def update(loss: Partial, statistics: Partial | None, train: TrainState, batch: Batch):
         (value, metrics), grads = _gradients(loss, train.params, batch, accumulate)
         extra = {} if statistics is None else {"stats": statistics(train.params, batch)}
         updates, opt_state = tx.update(grads, train.opt_state, train.params, **extra)
@@ -130,6 +135,12 @@ def make_train_step(
         updated = good.astype(jnp.float32)
         return new, metrics | {"loss": value, "grad_norm": norm, "updated": updated}
 
+    @functools.partial(jax.jit, donate_argnums=2)
+    def step(loss: Partial, statistics: Partial | None, train: TrainState, batch: Batch):
+        with across(mesh):
+            return laid(update(loss, statistics, train, batch))
+
+    loss, statistics = everywhere(mesh, (loss, statistics)) if mesh else (loss, statistics)
     return functools.partial(step, loss, statistics)
 
 

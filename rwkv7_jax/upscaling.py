@@ -6,7 +6,7 @@ Source: arXiv 2504.05097, section 3.2 (the kernel method); the additive forms ar
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 import pallas_kernels
 
+from .parallel import by_rows
 from .shapes import Heads, Lengths
 from .state import Features, Upscaled
 
@@ -97,6 +98,15 @@ def _replaced_inputs(upscaled: Upscaled, parts: Parts) -> dict[str, Array]:
     }
 
 
+def _wkv7(inputs: Sequence[Heads], state, *, implementation: str | None, lengths=None):
+    """The op, on each device with its rows."""
+
+    def op(inputs, state, lengths):
+        return pallas_kernels.wkv7(*inputs, state, implementation=implementation, lengths=lengths)
+
+    return by_rows(op, tuple(inputs), state, lengths)
+
+
 def recurrence(
     parts: Parts,
     wkv: Float[Array, "B H Nv Nk"],
@@ -117,7 +127,7 @@ def recurrence(
 
     def run(inputs, state):
         ordered = [inputs[name] for name in ("r", "log_w", "k", "v", "a", "b")]
-        return pallas_kernels.wkv7(*ordered, state, implementation=implementation, lengths=lengths)
+        return _wkv7(ordered, state, implementation=implementation, lengths=lengths)
 
     if upscaled is None:
         return *run(parts, wkv), None
@@ -142,7 +152,7 @@ def start_reads(parts: Parts, *, implementation: str | None = None) -> Float[Arr
     start = jnp.broadcast_to(jnp.eye(size), (rows, heads, size, size))
     nothing = jnp.zeros_like(parts["r"])
     inputs = (parts["r"], parts["log_w"], nothing, nothing, parts["a"], parts["b"])
-    return pallas_kernels.wkv7(*inputs, start, implementation=implementation)[0]
+    return _wkv7(inputs, start, implementation=implementation)[0]
 
 
 def memory_reads(
