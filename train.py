@@ -5,7 +5,7 @@
 
 A run that was stopped or killed goes on from its newest whole checkpoint when the same command is
 given again, and ends as the unbroken one does. Exit codes: 0 done, or saved on a signal; 2 bad
-settings or data; 3 no valid checkpoint; 4 stopped on NaN; 5 disk.
+settings or data; 3 no valid checkpoint; 4 stopped on NaN; 5 disk; 6 another process was lost.
 """
 
 import contextlib
@@ -19,19 +19,20 @@ import optax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rwkv7_jax import compile_cache, job_data, jobs
+from rwkv7_jax import compile_cache, job_data, jobs, parallel, processes
 from rwkv7_jax.course import Course
 from rwkv7_jax.generate import generate
 from rwkv7_jax.job import Job
-from rwkv7_jax.job_costs import memory_line, step_flops
+from rwkv7_jax.job_costs import memory_line, step_flops, step_rows
 from rwkv7_jax.optim.build import build_optimizer, group_table, schedule
 from rwkv7_jax.profile_window import ProfileWindow
 from rwkv7_jax.run_ends import Stopped, ending, outlive_readers
 from rwkv7_jax.run_feed import Feed
-from rwkv7_jax.run_folder import RunFolder
+from rwkv7_jax.run_folder import Folder
 from rwkv7_jax.run_identity import digest_of, identity_of
 from rwkv7_jax.run_log import RunLog
 from rwkv7_jax.run_pictures import draw
+from rwkv7_jax.run_together import opened, restored
 from rwkv7_jax.settings import Settings, profiled, read_settings
 from rwkv7_jax.stop_signals import StopSignals
 from rwkv7_jax.token_streams import TokenStream
@@ -39,6 +40,9 @@ from rwkv7_jax.training import TrainState, make_train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=False, accept_new_attributes=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; it is made or continued.")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "First process's address:port, or auto.")
+_PROCESSES = flags.DEFINE_integer("processes", 1, "Processes that make the run, unless auto.")
+_PROCESS = flags.DEFINE_integer("process", 0, "Which one this is, from 0, unless auto.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Run:
         stream: the ids that it reads; None where batches are made of the trainables.
         looks: what is measured.
         identity: what a continuation must share.
+        mesh: the devices that share a step's rows; None for a single one.
     """
 
     settings: Settings
@@ -62,10 +67,12 @@ class Run:
     stream: TokenStream | None
     looks: list[jobs.Look]
     identity: dict[str, dict[str, str]]
+    mesh: jax.sharding.Mesh | None
 
 
-def set_up(settings: Settings, folder: RunFolder) -> Run:
+def set_up(settings: Settings, folder: Folder) -> Run:
     """Model, optimizer and data of a run."""
+    mesh = parallel.data_mesh(step_rows(settings))
     job, optimizer = jobs.make_job(settings, folder.path), settings.optimizer
     rate = schedule(
         optimizer.schedule,
@@ -87,6 +94,7 @@ def set_up(settings: Settings, folder: RunFolder) -> Run:
         stream=stream,
         looks=jobs.looks(settings, job),
         identity=identity_of(settings, job.model.config, job.tokenizer, frozen=frozen, data=data),
+        mesh=mesh,
     )
 
 
@@ -95,11 +103,12 @@ def describe(run: Run, state: TrainState, course: Course) -> None:
     settings, job, start = run.settings, run.job, int(state.step)
     weights = sum(leaf.size for leaf in jax.tree.leaves(job.weights(job.trainables)))
     rows = settings.data.batch_size
-    print(f"devices   {', '.join(str(device) for device in jax.devices())}")
+    used = run.mesh.size if run.mesh else 1
+    print(f"devices   {used} of {jax.device_count()}: {jax.devices()[0].device_kind}")
     print(f"model     {job.model.config}")
     print(f"trained   {job.trained:,} numbers in mode {settings.mode}, of a model of {weights:,}")
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    print(f"memory    {memory_line(settings, job.model.config, held)}")
+    print(f"memory    {memory_line(settings, job.model.config, held, devices=used)}")
     if settings.mode == "pretrain":
         print(group_table(job.trainables))
     endless = run.stream is None or settings.data.path.startswith("task:")
@@ -111,11 +120,11 @@ def describe(run: Run, state: TrainState, course: Course) -> None:
     print(f"resume    {f'from step {start}{best}' if start else 'no: a new run'}", flush=True)
 
 
-def evaluate(run: Run, state: TrainState, folder: RunFolder) -> dict[str, float]:
+def evaluate(run: Run, state: TrainState, folder: Folder) -> dict[str, float]:
     """Every measure on held-out data, and sample text on the terminal."""
-    job, sample = run.job, run.settings.sample
-    weights, start = job.weights(state.params), job.start(state.params)
-    numbers = {name: value for look in run.looks for name, value in look(state.params).items()}
+    job, sample, params = run.job, run.settings.sample, parallel.here(run.mesh, state.params)
+    weights, start = job.weights(params), job.start(params)
+    numbers = {name: value for look in run.looks for name, value in look(params).items()}
     line = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items())
     print(f"step {int(state.step)}  {line}", flush=True)
     for prompt in sample.prompts:
@@ -136,15 +145,17 @@ def evaluate(run: Run, state: TrainState, folder: RunFolder) -> dict[str, float]
 
 
 def look_and_save(
-    run: Run, state: TrainState, number: int, folder: RunFolder, log: RunLog, stop: StopSignals
+    run: Run, state: TrainState, number: int, folder: Folder, log: RunLog, stop: StopSignals
 ) -> bool:
     """What is due behind an update has been done; gives whether the run ends there."""
     settings, last = run.settings, number == run.settings.steps
     every = settings.evaluation.every
     due = number == 0 or last or (every and number % every == 0)
     if due and log.course.evaluated != number:
-        # A signal ends the evaluation; it is made up for when the run goes on.
-        with log.paused(), contextlib.suppress(Stopped), stop.interruptible():
+        # A signal ends the evaluation; it is made up for when the run goes on. Several processes
+        # have to agree first, behind it.
+        alone = stop.interruptible() if jax.process_count() == 1 else contextlib.nullcontext()
+        with log.paused(), contextlib.suppress(Stopped), alone:
             log.evaluated(number, evaluate(run, state, folder))
     early = log.course.ended_early(settings.evaluation) if log.course.evaluated == number else ""
     if early and not last:
@@ -154,33 +165,36 @@ def look_and_save(
     regular = settings.save_every and number % settings.save_every == 0
     if stop.unsaved and (ends or best or regular):
         with log.paused():
-            folder.checkpoints.save(state, log.course, run.identity)
+            folder.checkpoints.save(parallel.here(run.mesh, state), log.course, run.identity)
     if ends:
         folder.checkpoints.close()
         stop.unsaved = False
     return ends
 
 
-def train(settings: Settings, folder: RunFolder, stop: StopSignals) -> None:
+def train(settings: Settings, folder: Folder, stop: StopSignals) -> None:
     """The loop."""
     with stop.interruptible():
         run = set_up(settings, folder)
+        job, mesh, pieces = run.job, run.mesh, settings.optimizer.accumulate
         # A restored state is bound to its device; a fresh one, too, so that both run one program.
-        fresh = TrainState.create(run.job.trainables, run.tx)
-        fresh = jax.device_put(fresh, jax.local_devices()[0])
-        state, course = folder.restore(fresh, run.identity)
+        fresh = parallel.everywhere(None, TrainState.create(job.trainables, run.tx))
+        state, course = restored(folder, fresh, run.identity)
         number = start = int(state.step)
         describe(run, state, course)
-        feed = Feed(settings, run.job, run.stream, start)
-    job, accumulate = run.job, settings.optimizer.accumulate
-    step = make_train_step(job.loss, run.tx, statistics=job.statistics, accumulate=accumulate)
+        state = parallel.everywhere(mesh, state)
+        feed = Feed(settings, job, run.stream, start_step=start, mesh=mesh)
+        stop.vote = processes.Vote(mesh)
+    choices = {"statistics": job.statistics, "accumulate": pieces, "mesh": mesh}
+    step = make_train_step(job.loss, run.tx, **choices)
     known = {"rate": run.rate, "flops": step_flops(settings, job.model.config)}
+    known["devices"] = mesh.size if mesh else 1
     log = RunLog(folder, settings, course, start_step=start, feed=feed, **known)
     profile = ProfileWindow(profiled(settings.profile_steps), folder.path / "profile")
     with contextlib.closing(feed), contextlib.closing(log), contextlib.closing(profile):
         while not look_and_save(run, state, number, folder, log, stop):
             profile.before(number + 1)
-            batch, placed = feed(number, state.params)
+            batch, placed = feed(number, parallel.here(mesh, state.params))
             stop.unsaved = True
             if batch is None:
                 state, metrics = state.replace(step=state.step + 1), None
@@ -191,15 +205,19 @@ def train(settings: Settings, folder: RunFolder, stop: StopSignals) -> None:
             profile.after(number, state)
             folder.checkpoints.poll()
 
+    processes.part()
     if int(state.skipped):
         print(f"warning: {int(state.skipped)} updates were skipped: loss or gradient not finite")
-    if stop.seen():
+    if stop.requested:
         said = f"step {number} is saved" if number else "nothing was to save"
         folder.note_event(number, "stopped", f"by {stop.requested}")
         raise Stopped(f"stopped by {stop.requested}; {said}. The same command goes on from there.")
+    if not processes.first():
+        return
     with stop.interruptible():
-        print(f"saved {job.save(folder.path, state.params)}")
-        draw(folder, settings, job, state.params, run.stream)
+        params = parallel.here(mesh, state.params)
+        print(f"saved {job.save(folder.path, params)}")
+        draw(folder, settings, job, params, run.stream)
         folder.note_event(number, "finished")
 
 
@@ -207,13 +225,15 @@ def main(arguments: list[str]) -> None:
     """Read the flags; what users can set right ends in one line and an exit code of its own."""
     logging.set_verbosity(logging.ERROR)
     outlive_readers()
-    with ending("train.py"):
+    with processes.leaving(), ending("train.py"):
         if len(arguments) > 1:
             raise ValueError(f"unknown argument {arguments[1]!r}.")
         if not _WORKDIR.value:
             raise ValueError("`--workdir` must name the run's folder.")
         settings = read_settings(_CONFIG.value.to_dict())
-        with StopSignals() as stop, RunFolder(_WORKDIR.value, settings) as folder:
+        which = {"processes": _PROCESSES.value, "process": _PROCESS.value}
+        processes.join(_COORDINATOR.value, **which)
+        with StopSignals() as stop, opened(_WORKDIR.value, settings) as folder:
             compile_cache.keep_programs(compile_cache.user_folder())
             train(settings, folder, stop)
 

@@ -73,7 +73,7 @@ def bare(program: dict, settings: Settings) -> Mark:
     with tempfile.TemporaryDirectory() as folder, RunFolder(folder, settings) as place:
         run = program["set_up"](settings, place)
     step = make_train_step(run.job.loss, run.tx)
-    feed = Feed(settings, run.job, run.stream, 0)
+    feed = Feed(settings, run.job, run.stream, start_step=0)
     _, batch = feed(0, None)
     feed.close()
     state = TrainState.create(run.job.trainables, run.tx)

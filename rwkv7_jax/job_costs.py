@@ -17,13 +17,22 @@ def step_flops(settings: Settings, config: RWKV7Config) -> float | None:
     return flops.training if trained == "weights" else flops.state
 
 
-def memory_line(settings: Settings, config: RWKV7Config, held: int) -> str:
-    """One step's memory in words: what is held, and in all where that can be estimated.
+def step_rows(settings: Settings) -> int:
+    """Rows that a step computes at once."""
+    asked = settings.test_time
+    if settings.mode == "test_time" and asked.method in ("grpo", "expert"):
+        return asked.prompts * asked.group
+    return settings.data.batch_size // settings.optimizer.accumulate
+
+
+def memory_line(settings: Settings, config: RWKV7Config, held: int, *, devices: int = 1) -> str:
+    """One step's memory on one device in words: what is held, and in all where one can tell.
 
     Args:
         settings: of the run.
         config: of its model.
         held: bytes of what is trained and its moments.
+        devices: over which a step's rows are spread.
     """
     said = f"{held / 2**20:,.1f} MiB for what is trained and its moments"
     trained = _TRAINED.get(settings.mode)
@@ -31,7 +40,7 @@ def memory_line(settings: Settings, config: RWKV7Config, held: int) -> str:
         return said
     need = training_memory(
         config,
-        batch=settings.data.batch_size,
+        batch=settings.data.batch_size // devices,
         length=settings.data.length,
         trained=trained,
         accumulate=settings.optimizer.accumulate,

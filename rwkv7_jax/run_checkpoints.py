@@ -35,6 +35,11 @@ def _orbax():
     return ocp
 
 
+def _held(train: TrainState) -> TrainState:
+    """The arrays as orbax takes them from the first of several processes: in its own memory."""
+    return train if jax.process_count() == 1 else jax.device_get(train)
+
+
 class Checkpoints:
     """The steps under one folder.
 
@@ -62,15 +67,18 @@ class Checkpoints:
     def _checkpointer(self):
         if self._orbax is None:
             ocp = _orbax()
+            alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
             handler = ocp.CompositeCheckpointHandler(
-                train=ocp.StandardCheckpointHandler(), record=ocp.JsonCheckpointHandler()
+                train=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+                record=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+                composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
             )
-            self._orbax = ocp.AsyncCheckpointer(handler)
+            self._orbax = ocp.AsyncCheckpointer(handler, multiprocessing_options=alone)
         return self._orbax
 
     def save(self, train: TrainState, course: Course, identity: Identity) -> None:
         """`train` is being written in the background; see `poll` for how that ended."""
-        step = int(train.step)
+        step, train = int(train.step), _held(train)
         self.wait()
         if step == self._newest:
             return
@@ -191,7 +199,7 @@ class Checkpoints:
         for group, fields in identity.items():
             refuse_other_run(workdir, record["identity"].get(group, {}), fields)
         refuse_other_leaves(workdir, record["leaves"], train)
-        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, train)
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, _held(train))
         args = ocp.args.Composite(train=ocp.args.StandardRestore(like))
         try:
             found = self._checkpointer().restore(place, args=args).train

@@ -1,7 +1,7 @@
 """How a program of runs ends: its exit codes, with the reason as the last line on stderr. Level 1.
 
 0 done, or saved on a signal; 2 bad settings or data; 3 no valid checkpoint; 4 stopped because
-numbers were not finite; 5 the disk.
+numbers were not finite; 5 the disk; 6 another process of the run was lost.
 """
 
 import contextlib
@@ -26,6 +26,15 @@ class DiskError(OSError):
     """What must be kept could not be written."""
 
 
+class EndedElsewhere(RuntimeError):
+    """The first of several processes ended the run."""
+
+    def __init__(self, reason: str, code: int):
+        """Why, and with which exit code."""
+        super().__init__(reason)
+        self.code = code
+
+
 class Stopped(BaseException):
     """A signal asked the run to end; like KeyboardInterrupt, no `except Exception` takes it."""
 
@@ -39,10 +48,14 @@ def exit_code(error: BaseException) -> int | None:
     """The exit code that an error stands for; None for one that is a fault of the program."""
     if isinstance(error, Stopped):
         return 0
+    if isinstance(error, EndedElsewhere):
+        return error.code
     if isinstance(error, NoValidCheckpoint):
         return 3
     if isinstance(error, NotFinite):
         return 4
+    if "Gloo" in str(error):  # what CPUs that make one run talk through; JAX has no class for it
+        return 6
     if isinstance(error, DiskError) or (isinstance(error, OSError) and error.errno in _DISK):
         return 5
     return 2 if isinstance(error, ValueError | TypeError | OSError | ImportError) else None

@@ -4,11 +4,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import jax
+from jax.sharding import Mesh
 
 from . import job_data
 from .job import Job
 from .loss import Batch
+from .parallel import spread
 from .prefetch import Prefetch
 from .settings import Settings
 from .token_streams import TokenStream
@@ -21,13 +22,21 @@ class Feed:
         waited: seconds that the loop has waited for batches.
     """
 
-    def __init__(self, settings: Settings, job: Job, stream: TokenStream | None, start_step: int):
-        """Batches from `start_step` on are being made.
+    def __init__(
+        self,
+        settings: Settings,
+        job: Job,
+        stream: TokenStream | None,
+        *,
+        start_step: int,
+        mesh: Mesh | None = None,
+    ):
+        """Batches from `start_step` on are being made, each spread over the mesh.
 
         Raises:
             ValueError: the data cannot give a batch.
         """
-        self._job, self.waited, self._ahead = job, 0.0, None
+        self._job, self._mesh, self.waited, self._ahead = job, mesh, 0.0, None
         if job.batch is None:
             batches = job_data.batches(settings, stream, job.tokenizer, start_step=start_step)
             self._ahead = Prefetch(self._placed(batches, start_step))
@@ -35,7 +44,7 @@ class Feed:
     def _placed(self, batches: Iterator[Batch], start_step: int) -> Iterator[tuple]:
         for step, batch in enumerate(batches, start_step):
             prepared = self._job.prepared(batch, step)
-            yield prepared, jax.device_put(prepared)
+            yield prepared, spread(self._mesh, prepared)
 
     def __call__(self, step: int, trainables: Any) -> tuple[Batch | None, Batch | None]:
         """The batch of a step, counted from 0: on the host, and on the device.
@@ -47,7 +56,7 @@ class Feed:
             pair = next(self._ahead)
         else:
             batch = self._job.batch(trainables, step)
-            pair = batch, batch
+            pair = batch, batch and spread(self._mesh, batch)
         self.waited += time.monotonic() - began
         return pair
 

@@ -158,6 +158,27 @@ class RunFolder:
         return self._metrics.rows()
 
 
+class Follower:
+    """What stands for the folder where another process has it; what is said here is kept there.
+
+    Attributes:
+        path: a folder to work in, for as long as the run lasts.
+        checkpoints: itself.
+    """
+
+    def __init__(self, path: Path):
+        """Nothing is kept."""
+        self.path, self.checkpoints = path, self
+
+    def _nothing(self, *said: Any) -> None:
+        """The first process does it."""
+
+    log = log_bad = note_event = note_sample = save = poll = close = _nothing
+
+
+Folder = RunFolder | Follower
+
+
 def _add_line(path: Path, line: str) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(line)

@@ -17,7 +17,7 @@ from .loss import Batch
 from .progress import ProgressBar
 from .run_ends import NotFinite, warn
 from .run_feed import Feed
-from .run_folder import RunFolder
+from .run_folder import Folder
 from .settings import Settings
 from .system import peak_memory
 
@@ -34,7 +34,7 @@ class RunLog:
 
     def __init__(
         self,
-        folder: RunFolder,
+        folder: Folder,
         settings: Settings,
         course: Course,
         *,
@@ -42,6 +42,7 @@ class RunLog:
         feed: Feed,
         rate: Callable[[int], float],
         flops: float | None = None,
+        devices: int = 1,
     ):
         """Nothing has been said.
 
@@ -53,9 +54,11 @@ class RunLog:
             feed: knows how long batches were waited for.
             rate: the learning rate at a step, counted from 0.
             flops: operations of a step per token; None where nobody counted them.
+            devices: over which a step's rows are spread.
         """
         self.course, self._folder, self._settings = course, folder, settings
-        self._start, self._feed, self._rate, self._flops = start_step, feed, rate, flops
+        self._start, self._feed, self._rate = start_step, feed, rate
+        self._flops, self._devices = flops, devices
         self._bar = ProgressBar(settings.steps - start_step, settings.mode)
         self._pending, self._compiling = collections.deque(), CompileClock()
         self._tokens, self._paused, self._warned = 0, 0.0, False
@@ -143,7 +146,7 @@ class RunLog:
         found = {f"{peak.of}_peak_mib": round(peak.bytes / 2**20, 1)}
         if self._flops is None:
             return found
-        kind, count = jax.devices()[0].device_kind, jax.device_count()
+        kind, count = jax.devices()[0].device_kind, self._devices
         share = mfu(tokens_per_second, self._flops, device_kind=kind, devices=count)
         return found if share is None else found | {"mfu": share}
 

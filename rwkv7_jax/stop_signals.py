@@ -25,11 +25,13 @@ class StopSignals:
     Attributes:
         requested: the first signal's name; empty before.
         unsaved: whether updates have been made that are on no disk.
+        vote: from whether there is a request here to whether the run shall end: several processes
+            have to do so behind the same step.
     """
 
     def __init__(self):
         """Nothing has been requested; `with` listens."""
-        self.requested, self.unsaved = "", False
+        self.requested, self.unsaved, self.vote = "", False, bool
         self._seen, self._at_once = threading.Event(), False
 
     def __enter__(self) -> "StopSignals":
@@ -96,10 +98,12 @@ class StopSignals:
             self._at_once = False
 
     def seen(self) -> bool:
-        """Whether there is a request; if so, the caller is about to save and end."""
-        if self.requested:
-            self._seen.set()
-        return bool(self.requested)
+        """Whether the caller is about to save and end."""
+        if not self.vote(bool(self.requested)):
+            return False
+        self.requested = self.requested or "a signal to another process"
+        self._seen.set()
+        return True
 
 
 def _leave(code: int, reason: str) -> None:

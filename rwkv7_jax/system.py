@@ -49,9 +49,10 @@ def _memory() -> int | None:
 def _devices() -> list[dict[str, Any]]:
     """Each kind of device, and how many of it there are."""
     found: dict[tuple, dict[str, Any]] = {}
+    local = jax.local_devices()  # others do not say what memory they have
+    limits = {d.device_kind: (d.memory_stats() or {}).get("bytes_limit") for d in local}
     for device in jax.devices():
-        limit = (device.memory_stats() or {}).get("bytes_limit")
-        kind = (device.platform, device.device_kind, limit)
+        kind = (device.platform, device.device_kind, limits.get(device.device_kind))
         one = dict(zip(("platform", "kind", "memory_bytes"), kind, strict=True)) | {"count": 0}
         found.setdefault(kind, one)["count"] += 1
     return list(found.values())
@@ -97,7 +98,7 @@ def peak_memory(device: jax.Device | None = None) -> Peak:
     Args:
         device: the first one if None.
     """
-    stats = (device or jax.devices()[0]).memory_stats() or {}
+    stats = (device or jax.local_devices()[0]).memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return Peak(stats["peak_bytes_in_use"], "device")
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

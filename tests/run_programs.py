@@ -33,10 +33,13 @@ def arguments(workdir: Path, config: str, **settings) -> list[str]:
     return ["train.py", f"--config=configs/{config}.py", f"--workdir={workdir}", *flags]
 
 
-def start(workdir: Path, config: str = "pretrain_toy", *, extra=(), child=(), **settings):
+def start(
+    workdir: Path, config: str = "pretrain_toy", *, extra=(), child=(), environment=(), **settings
+):
     """The program, running; `child` runs in its place and gets its command line."""
     words = [sys.executable, *child, *arguments(workdir, config, **settings), *extra]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "MPLBACKEND": "agg"}
+    paths = f"{ROOT}:{ROOT / 'tests'}"
+    environment = {**os.environ, "PYTHONPATH": paths, "MPLBACKEND": "agg", **dict(environment)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(words, cwd=ROOT, env=environment, **pipes)
 

@@ -1,0 +1,151 @@
+"""Several processes that make one run: they join, they agree, and the first one speaks. Level 2.
+
+A process that dies takes the others with it. Where what they wait for does not fail by itself, JAX
+ends them with SIGABRT within the heartbeat's time, and says why on stderr. All go on from the first
+one's newest checkpoint when they are started again.
+"""
+
+import collections
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from .parallel import spread
+from .run_ends import EndedElsewhere, exit_code
+
+# Silence after which a process counts as lost.
+HEARTBEAT_SECONDS = 30
+
+
+def join(coordinator: str, *, processes: int, process: int) -> None:
+    """This process is one of several; nothing happens where no coordinator is named.
+
+    To be called before anything asks for a device.
+
+    Args:
+        coordinator: address and port of the first process, or "auto" where the cluster (Cloud TPU,
+            Slurm, ...) tells all.
+        processes: how many, unless "auto".
+        process: which one this is, from 0, unless "auto".
+
+    Raises:
+        ValueError: one of several processes, and not said which.
+    """
+    if not coordinator:
+        return
+    told = {}
+    if coordinator != "auto":
+        if not 0 <= process < processes:
+            raise ValueError(
+                f"`--process` must be at least 0 and below `--processes`; got {process} of "
+                f"{processes}."
+            )
+        told = {
+            "coordinator_address": coordinator,
+            "num_processes": processes,
+            "process_id": process,
+        }
+    jax.distributed.initialize(**told, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+
+
+def _alone() -> bool:
+    """Known without asking for a device, which takes seconds."""
+    return not jax.distributed.is_initialized()
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """A process that leaves before all `part` is gone at once: JAX would wait for the others."""
+    try:
+        yield
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) else 1
+        if _alone():
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def part() -> None:
+    """All have come this far, and none needs another any more."""
+    if not _alone():
+        jax.distributed.shutdown()
+
+
+def first() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return jax.process_index() == 0
+
+
+def _shared(array: np.ndarray) -> np.ndarray:
+    """The first process's array; all have its shape and dtype. Bits are sent, not numbers."""
+    array = np.asarray(array)
+    raw = np.frombuffer(array.tobytes(), np.uint8)
+    sent = np.asarray(multihost_utils.broadcast_one_to_all(raw))
+    return np.frombuffer(sent.tobytes(), array.dtype).reshape(array.shape)
+
+
+def _shared_text(text: str) -> str:
+    raw = np.frombuffer(text.encode(), np.uint8)
+    size = int(_shared(np.int32(len(raw))))
+    return _shared(np.resize(raw, size) if first() else np.zeros(size, np.uint8)).tobytes().decode()
+
+
+def by_first(call: Callable[[], str]) -> str:
+    """The text that `call` gives in the first process, where alone it runs.
+
+    Raises:
+        EndedElsewhere: it raised what ends a run; the first process raises just that.
+    """
+    if _alone():
+        return call()
+    text, error = "", None
+    if first():
+        try:
+            text = call()
+        except Exception as caught:
+            error = caught
+    said = {"text": text, "error": str(error or ""), "code": error and (exit_code(error) or 1)}
+    said = json.loads(_shared_text(json.dumps(said)))
+    if error is not None:
+        raise error
+    if said["code"] is not None:
+        raise EndedElsewhere(said["error"], said["code"])
+    return said["text"]
+
+
+def of_first(tree: Any) -> Any:
+    """The arrays of the first process, bit for bit; the others' have the same shapes."""
+    return tree if _alone() else jax.tree.map(_shared, tree)
+
+
+class Vote:
+    """Whether any process wishes something, known to all behind the same step.
+
+    Nobody waits for an answer: it is looked at some steps later.
+    """
+
+    def __init__(self, mesh: Mesh | None, *, behind: int = 2):
+        """Nobody wishes anything."""
+        self._mesh, self._behind, self._asked = mesh, behind, collections.deque()
+        self._any = jax.jit(lambda flags: flags.any())
+
+    def __call__(self, wish: bool) -> bool:
+        """This process's wish at a step goes out; what all wished `behind` steps ago comes back."""
+        if _alone():
+            return wish
+        mine = np.full(len(jax.devices()), wish)
+        self._asked.append(self._any(spread(self._mesh, {"wish": mine})["wish"]))
+        return len(self._asked) > self._behind and bool(self._asked.popleft())
