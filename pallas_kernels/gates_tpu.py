@@ -32,6 +32,8 @@ SIZES = (
     (64, 64, "float32"),
 )
 BATCH, TOKENS, CHANNELS = 8, 4096, 2048
+# Times that one tries for libtpu, which serves a single process of a machine.
+PATIENCE = 40
 FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=true"
 # Slots of a bundle in the utilisation file's columns; the ninth is that of spilled registers.
 SLOTS, SPILLED = (4, 3, 4, 2, 1, 3, 3, 1, 1, 2), 8
@@ -139,12 +141,15 @@ def rows() -> Iterator[dict]:
         with tempfile.TemporaryDirectory() as folder:
             flags = {"LIBTPU_INIT_ARGS": FLAGS.format(folder), "TPU_SKIP_MDS_QUERY": "1"}
             command = [sys.executable, "-m", __name__, chip, folder]
-            done = subprocess.run(
-                command, env=os.environ | flags | {"JAX_PLATFORMS": "cpu"}, capture_output=True
-            )
+            environment = os.environ | flags | {"JAX_PLATFORMS": "cpu"}
+            for _ in range(PATIENCE):
+                done = subprocess.run(command, env=environment, capture_output=True, text=True)
+                if not done.returncode or "lockfile" not in done.stderr:
+                    break
+                time.sleep(3)
             if done.returncode:
-                raise RuntimeError(done.stderr.decode()[-2000:])
-            yield from map(json.loads, done.stdout.decode().splitlines())
+                raise RuntimeError(done.stderr[-2000:])
+            yield from map(json.loads, done.stdout.splitlines())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Several devices do together what one does alone, each with its own rows."""
 
+import dataclasses
 import functools
 import re
 
@@ -8,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tiny_models import SHALLOW, lively, random_state, tokens
 from tolerances import SAME, assert_trees_close
 
-from rwkv7_jax import parallel
+from rwkv7_jax import parallel, training
 from rwkv7_jax.model import RWKV7
 from rwkv7_jax.optim.decorrelation import decorrelate
 from rwkv7_jax.state_tuning import LEAVES, moving, state_loss, state_statistics, upscale
@@ -103,6 +105,40 @@ def test_rows_go_to_their_devices_or_to_all_of_them(rows):
     found = program(*parallel.everywhere(mesh, (x, lengths)))
     np.testing.assert_array_equal(found, op(x, lengths))
     assert seen[0] == (2 if rows == 4 else 3)
+
+
+def _chips(name):
+    """Chips that one can compile for and not run on."""
+    pytest.importorskip("libtpu")
+    try:
+        chips = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except jax.errors.JaxRuntimeError as error:
+        if "lockfile" in str(error):
+            pytest.skip("libtpu serves another process")
+        raise
+    return Mesh(np.array(chips), (parallel.DATA,), axis_types=(AxisType.Auto,))
+
+
+@pytest.mark.slow
+def test_four_chips_share_a_step_with_a_kernel_on_each(monkeypatch):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    mesh = _chips("v5e:2x2")
+    whole, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (parallel.DATA,)))
+    monkeypatch.setattr(training, "everywhere", lambda mesh, tree: tree)
+    model = RWKV7(dataclasses.replace(SHALLOW, num_layers=2, implementation="pallas_tpu"))
+    config, tx = dataclasses.replace(model.config, implementation="scan"), optax.sgd(1.0)
+    step = make_train_step(state_loss(model, lively(config)), tx, mesh=mesh)
+
+    def described(tree, sharding):
+        make = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+        return jax.tree.map(lambda leaf: make(leaf.shape, leaf.dtype), tree)
+
+    train = described(TrainState.create(random_state(config), tx), whole)
+    batch = described({name: np.repeat(x, 2, axis=0) for name, x in BATCH.items()}, rows)
+    traced = step.func.trace(*described(step.args, whole), train, batch)
+    program = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    assert program.count("tpu_custom_call") >= 4 and "all-reduce" in program
+    assert "all-gather" not in program
 
 
 def test_nothing_changes_where_there_is_one_device():
