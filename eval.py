@@ -12,22 +12,19 @@ the share of right answers that is shown, of each task that retention names, too
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
-from absl import app, logging
-from ml_collections import config_flags
+from absl import logging
 
-from rwkv7_jax import job, job_data, pictures
+from rwkv7_jax import command_line, job, job_data, pictures
 from rwkv7_jax.checkpoint import model_hash
 from rwkv7_jax.evaluation import Answers, Score, answers, score, state_after
+from rwkv7_jax.run_ends import ending
 from rwkv7_jax.settings import Settings, read_settings
 from rwkv7_jax.state import RWKV7State, init_state
 from rwkv7_jax.state_files import load_state
 from rwkv7_jax.tokenizer import Tokenizer
-
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=False, accept_new_attributes=True)
 
 
 def starts(settings: Settings, model, params, tokenizer: Tokenizer) -> dict[str, RWKV7State]:
@@ -117,14 +114,11 @@ def evaluate(settings: Settings) -> None:
 def main(arguments: list[str]) -> None:
     """Read the flags; bad settings and bad data end in one line and exit code 2."""
     logging.set_verbosity(logging.ERROR)
-    if len(arguments) > 1:
-        sys.exit(f"eval.py: unknown argument {arguments[1]!r}.")
-    try:
-        evaluate(read_settings(_CONFIG.value.to_dict()))
-    except (ValueError, TypeError, OSError) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    with ending("eval.py"):
+        if len(arguments) > 1:
+            raise ValueError(f"unknown argument {arguments[1]!r}.")
+        evaluate(read_settings(command_line.config_values()))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run("eval.py", main)

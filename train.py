@@ -10,16 +10,14 @@ settings or data; 3 no valid checkpoint; 4 stopped on NaN; 5 disk; 6 another pro
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags, logging
 
-from rwkv7_jax import compile_cache, job_data, jobs, parallel, processes
+from rwkv7_jax import command_line, compile_cache, job_data, jobs, parallel, processes
 from rwkv7_jax.course import Course
 from rwkv7_jax.generate import generate
 from rwkv7_jax.job import Job
@@ -38,7 +36,6 @@ from rwkv7_jax.stop_signals import StopSignals
 from rwkv7_jax.token_streams import TokenStream
 from rwkv7_jax.training import TrainState, make_train_step
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=False, accept_new_attributes=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; it is made or continued.")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "First process's address:port, or auto.")
 _PROCESSES = flags.DEFINE_integer("processes", 1, "Processes that make the run, unless auto.")
@@ -230,7 +227,7 @@ def main(arguments: list[str]) -> None:
             raise ValueError(f"unknown argument {arguments[1]!r}.")
         if not _WORKDIR.value:
             raise ValueError("`--workdir` must name the run's folder.")
-        settings = read_settings(_CONFIG.value.to_dict())
+        settings = read_settings(command_line.config_values())
         which = {"processes": _PROCESSES.value, "process": _PROCESS.value}
         processes.join(_COORDINATOR.value, **which)
         with StopSignals() as stop, opened(_WORKDIR.value, settings) as folder:
@@ -239,4 +236,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    command_line.run("train.py", main)
