@@ -27,11 +27,17 @@ __all__ = [
 Source = str | Path | Sequence[str | Path] | np.ndarray | TokenStream
 
 
-def _tokenized(source: str | Path, tokenizer: Tokenizer, *, below, on_bad: str) -> TokenStream:
-    """Documents of a source in memory; `below` parts them: (keys below it, or from it on)."""
+def _tokenized(
+    source: str | Path, tokenizer: Tokenizer, *, split: str, held_out: float, on_bad: str
+) -> TokenStream:
+    """One part of the documents of a source, in memory."""
     reading, ids, runs, sizes = Reading(), [], [], []
-    for document in documents(source, on_bad=on_bad, reading=reading):
-        if below is not None and (document.key() < below[0]) != below[1]:
+    found = documents(source, on_bad=on_bad, reading=reading)
+    first = list(itertools.islice(found, 2))
+    whole = split == "all" or len(first) == 1
+    below = held_out_below(held_out)
+    for document in itertools.chain(first, found):
+        if not whole and (document.key() < below) != (split == "held_out"):
             continue
         size = 0
         for piece, learnt in document.ids(tokenizer):
@@ -44,9 +50,8 @@ def _tokenized(source: str | Path, tokenizer: Tokenizer, *, below, on_bad: str) 
         warnings.warn(f"{left}; the first: {reading.first}", stacklevel=4)
     learnt = None if all(runs) else np.repeat(np.array(runs, np.uint8), [len(p) for p in ids])
     row = np.concatenate([np.zeros(0, np.uint16), *ids])
-    return TokenStream.whole(
-        Tokens(row, learnt, np.concatenate([[0], np.cumsum(sizes, dtype=int)]))
-    )
+    tokens = Tokens(row, learnt, np.concatenate([[0], np.cumsum(sizes, dtype=int)]))
+    return by_position(tokens, split, held_out) if whole else TokenStream.whole(tokens)
 
 
 def token_stream(
@@ -64,7 +69,8 @@ def token_stream(
             or an array of ids; a stream is given back as it is, whatever the split.
         tokenizer: makes ids of documents.
         split: "all"; or "train" and "held_out", which part whole documents by a hash of their bytes
-            (an array, or a .bin file of other tools, by position: its end is held out).
+            (a single document, an array, or a .bin file of other tools, by position: its end is
+            held out).
         held_out: the share held out.
         on_bad: "error" or "skip", for bad lines of .jsonl files; a warning counts them.
 
@@ -82,17 +88,20 @@ def token_stream(
         check_vocabulary(source, tokenizer.vocab_size, "source")
         return by_position(Tokens(source), split, held_out)
     sources = [source] if isinstance(source, (str, Path)) else list(source)
-    below = None if split == "all" else (held_out_below(held_out), split == "held_out")
+    choices = {"split": split, "held_out": held_out}
     streams = [
-        open_cache(one, tokenizer, split=split, held_out=held_out)
+        open_cache(one, tokenizer, **choices)
         if Path(one).suffix in (".bin", ".idx")
-        else _tokenized(one, tokenizer, below=below, on_bad=on_bad)
+        else _tokenized(one, tokenizer, on_bad=on_bad, **choices)
         for one in sources
     ]
     stream = TokenStream.joined(streams)
     if not len(stream):
         names = ", ".join(map(str, sources))
-        raise ValueError(f"token_stream: `{names}` has no document in its part {split!r}.")
+        raise ValueError(
+            f"token_stream: `{names}` has no document in its part {split!r}, of a share {held_out} "
+            "held out: take another share, or 0 and other text for evaluation."
+        )
     return stream
 
 

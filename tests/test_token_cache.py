@@ -156,3 +156,17 @@ def test_a_card_says_what_it_was_told(tmp_path):
     card, reading = write_cache([tmp_path / "a.txt"], tmp_path / "x.bin", BYTES)
     assert card == Card("bytes", documents=1, tokens=3, learnt=3, bytes=2, skipped=0)
     assert reading.bytes == 2 and read_card(tmp_path / "x.bin") == card
+
+
+def test_of_a_single_document_the_end_is_held_out_from_file_and_cache_alike(tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text("It was a day like others, and longer. " * 50)
+    write_cache([book], tmp_path / "book.bin", BYTES)
+    for source in (book, tmp_path / "book.bin"):
+        parts = [
+            token_stream(source, BYTES, split=split, held_out=0.1)[:]
+            for split in ("train", "held_out")
+        ]
+        whole = token_stream(source, BYTES)[:]
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+        assert len(parts[1]) == len(whole) // 10
