@@ -27,7 +27,7 @@ from rwkv7_jax.profile_window import ProfileWindow
 from rwkv7_jax.run_ends import Stopped, ending, outlive_readers
 from rwkv7_jax.run_feed import Feed
 from rwkv7_jax.run_folder import Folder
-from rwkv7_jax.run_identity import digest_of, identity_of
+from rwkv7_jax.run_identity import identity_of
 from rwkv7_jax.run_log import RunLog
 from rwkv7_jax.run_pictures import draw
 from rwkv7_jax.run_together import opened, restored
@@ -52,6 +52,7 @@ class Run:
         rate: the learning rate at a step.
         tx: the optimizer.
         stream: the ids that it reads; None where batches are made of the trainables.
+        anchor: general text that it reads beside them.
         looks: what is measured.
         identity: what a continuation must share.
         mesh: the devices that share a step's rows; None for a single one.
@@ -62,6 +63,7 @@ class Run:
     rate: Callable[[Any], Any]
     tx: optax.GradientTransformation
     stream: TokenStream | None
+    anchor: TokenStream | None
     looks: list[jobs.Look]
     identity: dict[str, dict[str, str]]
     mesh: jax.sharding.Mesh | None
@@ -81,16 +83,18 @@ def set_up(settings: Settings, folder: Folder) -> Run:
     names = ("kind", "weight_decay", "clip", "b1", "b2", "eps")
     choices = {name: getattr(optimizer, name) for name in names}
     stream = None if job.batch else job_data.training_stream(settings, job.tokenizer)
+    anchor = None if job.batch else job_data.anchor_stream(settings, job.tokenizer)
     frozen = None if settings.mode == "pretrain" else job.weights(job.trainables)
-    data = digest_of(settings.data.path, stream)
+    inputs = {"frozen": frozen, "read": job_data.what_is_read(settings, stream, anchor)}
     return Run(
         settings=settings,
         job=job,
         rate=rate,
         tx=job.optimizer(build_optimizer(rate, **choices)),
         stream=stream,
+        anchor=anchor,
         looks=jobs.looks(settings, job),
-        identity=identity_of(settings, job.model.config, job.tokenizer, frozen=frozen, data=data),
+        identity=identity_of(settings, job.model.config, job.tokenizer, **inputs),
         mesh=mesh,
     )
 
@@ -158,7 +162,7 @@ def look_and_save(
     if early and not last:
         print(f"ends early at step {number}: {early}")
     ends = bool(last or early or stop.seen())
-    best = number in log.course.best_steps(settings.keep_best)
+    best = number in log.course.best_steps(settings.kept_best)
     regular = settings.save_every and number % settings.save_every == 0
     if stop.unsaved and (ends or best or regular):
         with log.paused():
@@ -167,6 +171,15 @@ def look_and_save(
         folder.checkpoints.close()
         stop.unsaved = False
     return ends
+
+
+def result(run: Run, state: TrainState, course: Course, folder: Folder) -> Any:
+    """The trainables that a run ends with: the last ones, or with patience the best ones."""
+    best = course.best[0][1] if run.settings.evaluation.patience and course.best else None
+    if best in (None, int(state.step)):
+        return state.params
+    print(f"step {best} measured best: the result is what it was then")
+    return folder.checkpoints.load(best, state, run.identity).params if best else run.job.trainables
 
 
 def train(settings: Settings, folder: Folder, stop: StopSignals) -> None:
@@ -180,7 +193,8 @@ def train(settings: Settings, folder: Folder, stop: StopSignals) -> None:
         number = start = int(state.step)
         describe(run, state, course)
         state = parallel.everywhere(mesh, state)
-        feed = Feed(settings, job, run.stream, start_step=start, mesh=mesh)
+        ahead = {"start_step": start, "anchor": run.anchor, "mesh": mesh}
+        feed = Feed(settings, job, run.stream, **ahead)
         stop.vote = processes.Vote(mesh)
     choices = {"statistics": job.statistics, "accumulate": pieces, "mesh": mesh}
     step = make_train_step(job.loss, run.tx, **choices)
@@ -212,7 +226,7 @@ def train(settings: Settings, folder: Folder, stop: StopSignals) -> None:
     if not processes.first():
         return
     with stop.interruptible():
-        params = parallel.here(mesh, state.params)
+        params = result(run, parallel.here(mesh, state), log.course, folder)
         print(f"saved {job.save(folder.path, params)}")
         draw(folder, settings, job, params, run.stream)
         folder.note_event(number, "finished")

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from .data import packed, token_stream, windows
+from .run_identity import digest_of
 from .settings import Settings
 from .tasks import task_batch
 from .token_streams import TokenStream, as_stream
@@ -45,6 +46,32 @@ def training_stream(settings: Settings, tokenizer: Tokenizer) -> TokenStream:
     return stream_of(settings, data.path, tokenizer, "train")
 
 
+def anchor_stream(settings: Settings, tokenizer: Tokenizer) -> TokenStream | None:
+    """The general text that an anchored run reads; None for one without, or with a task's."""
+    general = settings.tuning.anchor_path
+    if not settings.tuning.anchor or task_of(general):
+        return None
+    return stream_of(settings, general, tokenizer, "train")
+
+
+def what_is_read(
+    settings: Settings, stream: TokenStream | None, anchor: TokenStream | None
+) -> dict[str, str]:
+    """Digests of what a run reads, by name.
+
+    Args:
+        settings: of the run.
+        stream: from `training_stream`; None where the run reads no ids.
+        anchor: from `anchor_stream`.
+    """
+    found = {"data": digest_of(settings.data.path, stream)}
+    if anchor is not None:
+        found["anchor"] = digest_of(settings.tuning.anchor_path, anchor)
+    if settings.mode == "test_time" and settings.test_time.method == "context":
+        found["context"] = digest_of(settings.test_time.context, None)
+    return found
+
+
 def calibration_text(settings: Settings, tokenizer: Tokenizer) -> Int[np.ndarray, "R T"]:
     """Rows of what a run trains on, for features to be fitted to."""
     rows, data = settings.upscaling.rows, settings.data
@@ -60,6 +87,7 @@ def batches(
     stream: TokenStream,
     tokenizer: Tokenizer,
     *,
+    anchor: TokenStream | None = None,
     start_step: int = 0,
     rows: slice = slice(None),
 ) -> Iterator[dict]:
@@ -69,10 +97,11 @@ def batches(
         settings: of the run.
         stream: what it trains on, from `training_stream`.
         tokenizer: of the model's vocabulary.
+        anchor: what an anchored run reads beside it, from `anchor_stream`.
         start_step: of the first batch, from 0.
         rows: those of the global batch that this host makes; see `data.host_rows`.
     """
-    data, general = settings.data, settings.tuning.anchor_path
+    data = settings.data
     sizes = {"batch_size": data.batch_size, "length": data.length}
     choices = {"packing": data.packing, "order": data.order}
     pack = functools.partial(packed, tokenizer=tokenizer, start_step=start_step, rows=rows, **sizes)
@@ -85,11 +114,9 @@ def batches(
     main = examples(task, seed) if task else pack(stream, seed=seed, **choices)
     if not settings.tuning.anchor:
         return main
-    if task := task_of(general):
-        anchor = examples(task, seed + 1)
-    else:
-        anchor = pack(stream_of(settings, general, tokenizer, "train"), seed=seed + 1)
-    return (one | {"anchor": two["tokens"]} for one, two in zip(main, anchor, strict=True))
+    task = task_of(settings.tuning.anchor_path)
+    beside = examples(task, seed + 1) if task else pack(anchor, seed=seed + 1)
+    return (one | {"anchor": two["tokens"]} for one, two in zip(main, beside, strict=True))
 
 
 def held_out(settings: Settings, tokenizer: Tokenizer, *, path: str = "") -> dict:

@@ -88,7 +88,7 @@ class Checkpoints:
             record=ocp.args.JsonSave(make_record(step, train, course, identity)),
         )
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(train))
-        best = course.best_steps(self._settings.keep_best)
+        best = course.best_steps(self._settings.kept_best)
         try:
             place.parent.mkdir(exist_ok=True)
             self._checkpointer().save(place, args=args)
@@ -191,6 +191,17 @@ class Checkpoints:
         self._checkpointer()
         fingerprints(train)
         return train, Course()
+
+    def load(self, number: int, train: TrainState, identity: Identity) -> TrainState:
+        """The step of this number, which a run with such a state has saved.
+
+        Raises:
+            NoValidCheckpoint: it is damaged.
+        """
+        try:
+            return self._load(number, train, identity)[0]
+        except _Damaged as error:
+            raise NoValidCheckpoint(f"step {number} is damaged: {error}") from None
 
     def _load(self, number: int, train: TrainState, identity: Identity):
         place, ocp = self.folder / str(number), _orbax()

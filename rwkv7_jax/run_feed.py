@@ -29,16 +29,26 @@ class Feed:
         stream: TokenStream | None,
         *,
         start_step: int,
+        anchor: TokenStream | None = None,
         mesh: Mesh | None = None,
     ):
         """Batches from `start_step` on are being made, each spread over the mesh.
+
+        Args:
+            settings: of the run.
+            job: its work.
+            stream: what it trains on.
+            start_step: of the first batch, from 0.
+            anchor: general text that it reads beside that.
+            mesh: the devices that share a batch's rows.
 
         Raises:
             ValueError: the data cannot give a batch.
         """
         self._job, self._mesh, self.waited, self._ahead = job, mesh, 0.0, None
         if job.batch is None:
-            batches = job_data.batches(settings, stream, job.tokenizer, start_step=start_step)
+            choices = {"anchor": anchor, "start_step": start_step}
+            batches = job_data.batches(settings, stream, job.tokenizer, **choices)
             self._ahead = Prefetch(self._placed(batches, start_step))
 
     def _placed(self, batches: Iterator[Batch], start_step: int) -> Iterator[tuple]:

@@ -47,7 +47,12 @@ def _flat(fields: Mapping[str, Any], before: str = ""):
 
 
 def identity_of(
-    settings: Settings, config: RWKV7Config, tokenizer: Tokenizer, *, frozen: Any, data: str
+    settings: Settings,
+    config: RWKV7Config,
+    tokenizer: Tokenizer,
+    *,
+    frozen: Any,
+    read: Mapping[str, str],
 ) -> dict[str, dict[str, str]]:
     """What a run is, as flat texts in groups; can be JSON.
 
@@ -56,7 +61,7 @@ def identity_of(
         config: of the model.
         tokenizer: of the data.
         frozen: weights that the run does not train; None where there are none.
-        data: a digest of what it reads.
+        read: digests of what it reads, by name.
     """
     model = {name: str(value) for name, value in dataclasses.asdict(config).items()}
     entries = (tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size))
@@ -67,7 +72,7 @@ def identity_of(
         "inputs": {
             "weights of init": "none" if frozen is None else whole(frozen),
             "tokenizer": f"{tokenizer.name} {vocabulary}",
-            "data": data,
+            **read,
         },
     }
 

@@ -157,7 +157,7 @@ class RunLog:
             ValueError: the measure that counts was not taken.
         """
         self._folder.log(step, measures)
-        kept, evaluation = self._settings.keep_best, self._settings.evaluation
+        kept, evaluation = self._settings.kept_best, self._settings.evaluation
         self.course = self.course.after(step, measures, evaluation, kept=kept)
 
     def close(self) -> None:

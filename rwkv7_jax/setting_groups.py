@@ -14,7 +14,8 @@ class Data:
             `conversations`), a text file, a folder of these, a built-in corpus, or a .bin file that
             `rwkv7 data` or RWKV's tools made of them; several with commas; or a synthetic task such
             as "task:copy" (see `tasks`).
-        held_out: share of the documents kept for evaluation, chosen by a hash of their bytes.
+        held_out: share of the documents kept for evaluation, chosen by a hash of their bytes; of a
+            single document its end.
         batch_size: rows of a batch, on all hosts together.
         length: tokens of a row.
         on_bad: "error" or "skip", for lines of a .jsonl file that cannot be read.
@@ -195,6 +196,7 @@ class Evaluation:
         measure: which number tells the best step, such as "held_out_accuracy"; empty takes the
             first that is measured.
         patience: evaluations in a row without a new best one after which a run ends; 0 for none.
+            Where there is patience, the result is the best step's and not the last one's.
         enough: value of the measure at which a run ends; None for none.
     """
 

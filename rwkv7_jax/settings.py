@@ -114,6 +114,11 @@ class Settings:
                 f"got {rows} and {pieces}."
             )
 
+    @property
+    def kept_best(self) -> int:
+        """Checkpoints kept because they measured best; patience needs one to go back to."""
+        return max(self.keep_best, 1 if self.evaluation.patience else 0)
+
 
 def profiled(steps: str) -> tuple[int, int] | None:
     """The first and the last step that `config.profile_steps` names; None where it is empty.

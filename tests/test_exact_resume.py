@@ -10,12 +10,14 @@ import pytest
 from run_programs import MODEL, SMALLEST, train_here
 from tiny_models import lively
 
+from rwkv7_jax import jobs
 from rwkv7_jax.checkpoint import save_model
 from rwkv7_jax.config import RWKV7Config
 from rwkv7_jax.rollouts import PolicyBatch
 from rwkv7_jax.run_ends import Stopped
 from rwkv7_jax.run_feed import Feed
 from rwkv7_jax.settings import read_settings
+from rwkv7_jax.state_files import load_state
 
 # Runs as users have them: signatures are looked at elsewhere.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]
@@ -149,3 +151,17 @@ def test_a_run_that_is_good_enough_ends_early_and_some_steps_are_profiled(tmp_pa
     assert list((tmp_path / "one" / "profile").rglob("*.xplane.pb"))
     train_here(settings_of("pretrain", base, steps=9, **changes), tmp_path / "two")
     assert "ends early at step 0: held_out_accuracy reached" in capsys.readouterr().out
+
+
+def test_with_patience_the_result_is_the_best_steps(tmp_path, base, monkeypatch, capsys):
+    def ended_with(values, folder, **changes):
+        left = iter(values)
+        monkeypatch.setattr(jobs, "looks", lambda *_: [lambda _: {"held_out_nats": next(left)}])
+        train_here(settings_of("state", base, evaluation__every=1, **changes), tmp_path / folder)
+        return (tmp_path / folder / "state.pth").read_bytes()
+
+    expected = ended_with([5.0, 3.0], "short", steps=1, evaluation__patience=0)
+    assert ended_with([5.0, 3.0, 4.0], "long", evaluation__patience=1) == expected
+    assert "step 1 measured best: the result is what it was then" in capsys.readouterr().out
+    untouched = ended_with([1.0, 3.0, 4.0], "never", evaluation__patience=2)
+    assert not load_state(tmp_path / "never" / "state.pth").wkv.any() and untouched != expected

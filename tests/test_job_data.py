@@ -108,3 +108,22 @@ def test_unknown_choices_are_said_in_a_sentence(name, reason):
 def test_the_cubic_order_is_refused_for_rows_of_documents():
     with pytest.raises(ValueError, match=r'`config\.data\.order` must be "shuffled" where'):
         settings_of("x", order="cubic", packing="documents")
+
+
+def test_what_is_read_is_known_by_its_ids(tmp_path):
+    general = tmp_path / "general.txt"
+    read = []
+    for text in ("calm and collected " * 40, "calm and colourful " * 40):
+        general.write_text(text)
+        settings = read_settings(
+            {
+                "data": {"path": "task:mapping", "length": 8, "held_out": 0.0},
+                "tuning": {"anchor": 1.0, "anchor_path": str(general)},
+            }
+        )
+        stream, anchor = (
+            make(settings, BYTES) for make in (job_data.training_stream, job_data.anchor_stream)
+        )
+        read.append(job_data.what_is_read(settings, stream, anchor))
+    one, two = read
+    assert one["data"] == two["data"] and one["anchor"] != two["anchor"]
