@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from .parallel import spread
-from .run_ends import EndedElsewhere, exit_code
+from .run_ends import EndedElsewhere, Stopped, exit_code
 
 # Silence after which a process counts as lost.
 HEARTBEAT_SECONDS = 30
@@ -64,12 +64,16 @@ def _alone() -> bool:
 
 @contextlib.contextmanager
 def leaving() -> Iterator[None]:
-    """A process that leaves before all `part` is gone at once: JAX would wait for the others."""
+    """Some ends are at once, without Python's clearing up.
+
+    Where one of several processes leaves before all `part`, JAX would wait for the others. Where a
+    signal broke into a compilation, its threads would crash on what is cleared up under them.
+    """
     try:
         yield
     except BaseException as error:
         code = error.code if isinstance(error, SystemExit) else 1
-        if _alone():
+        if _alone() and not isinstance(error.__context__, Stopped):
             raise
         if not isinstance(error, SystemExit):
             traceback.print_exc()

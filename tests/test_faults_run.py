@@ -22,11 +22,11 @@ STEPS = 24
 CHILD = ("tests/fault_child.py",)
 
 
-def run(workdir: Path, *, fault: str = "", **settings):
+def run(workdir: Path, *, fault: str = "", environment=(), **settings):
     """The smallest run, started."""
     child = CHILD if fault else ()
     os.environ["FAULT"] = fault
-    return start(workdir, child=child, **SMALLEST, **settings)
+    return start(workdir, child=child, environment=environment, **(SMALLEST | settings))
 
 
 def rows(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
@@ -111,9 +111,14 @@ def test_f2_a_signal_saves_the_last_finished_step_within_five_seconds(tmp_path, 
     print(f"{name}: {seconds:.2f} s")
 
 
-def test_f2_a_signal_while_nothing_is_to_be_saved_ends_the_run_as_well(tmp_path):
-    process = run(tmp_path, steps=5)
-    wait_for(lambda: (tmp_path / "checkpoints").exists(), process)
+@pytest.mark.parametrize("seconds", [0, 2])
+def test_f2_a_signal_while_nothing_is_to_be_saved_ends_the_run_as_well(tmp_path, seconds):
+    # Two seconds later the first evaluation is being compiled: no program may be there already.
+    large = {"model.num_layers": 3, "model.width": 64, "sample.prompts": "('one',)"}
+    process = run(tmp_path, steps=5, environment={"XDG_CACHE_HOME": str(tmp_path)}, **large)
+    mark = "system.json" if seconds else "checkpoints"
+    wait_for(lambda: (tmp_path / mark).exists(), process)
+    time.sleep(seconds)
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     _, error = finish(process, 0)
