@@ -1,5 +1,6 @@
 """A run that was stopped and goes on is the unbroken one, bit for bit, in every mode."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -131,6 +132,8 @@ def test_f17_other_data_or_another_base_is_refused_before_anything_compiles(tmp_
     changes = {"data__path": str(text), "steps": 1, "evaluation__patience": 0}
     settings = settings_of("state", base, data__evaluation="task:mapping", **changes)
     train_here(settings, tmp_path / "run")
+    with pytest.raises(ValueError, match="holds a run whose `seed` is 0; got 1"):
+        train_here(dataclasses.replace(settings, seed=1), tmp_path / "run")
     text.write_text("six five four three two one nought " * 40)
     with pytest.raises(ValueError, match=r"holds a run whose `data` is [0-9a-f]{32}; got"):
         train_here(settings, tmp_path / "run")
