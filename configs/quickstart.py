@@ -38,5 +38,5 @@ def get_config(arg="state"):
     config.tuning = ConfigDict({"decorrelate": "dbp" if wide else "none"})
     config.upscaling = ConfigDict()
     config.evaluation = ConfigDict({"every": 0, "windows": 24, "length": 512})
-    config.sample = ConfigDict({"prompts": ("decoding",), "tokens": 120})
+    config.sample = ConfigDict()
     return config
