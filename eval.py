@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from rwkv7_jax import command_line, job, job_data, pictures
+from rwkv7_jax import command_line, compile_cache, job, job_data, pictures
 from rwkv7_jax.checkpoint import model_hash
 from rwkv7_jax.evaluation import Answers, Score, answers, score, state_after
 from rwkv7_jax.run_ends import ending
@@ -117,7 +117,9 @@ def main(arguments: list[str]) -> None:
     with ending("eval.py"):
         if len(arguments) > 1:
             raise ValueError(f"unknown argument {arguments[1]!r}.")
-        evaluate(read_settings(command_line.config_values()))
+        settings = read_settings(command_line.config_values())
+        compile_cache.keep_programs(compile_cache.user_folder())
+        evaluate(settings)
 
 
 if __name__ == "__main__":

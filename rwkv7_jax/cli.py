@@ -10,6 +10,7 @@ import numpy as np
 from .cli_data import add_data_command
 from .cli_generate import add_generate_command, discard_output
 from .cli_state import add_state_command
+from .compile_cache import keep_programs, user_folder
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -130,6 +131,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; bad input ends in one line and exit code 2, a closed pipe in silence."""
     options = parser().parse_args(arguments)
     try:
+        if arguments is None and getattr(options, "compiles", False):
+            keep_programs(user_folder())
         options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:

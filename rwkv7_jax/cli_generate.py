@@ -32,7 +32,7 @@ def add_generate_command(subparsers) -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="the same seed gives the same text (%(default)s)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
     add("--json", action="store_true", help="one JSON object at the end instead of a stream")
-    parser.set_defaults(run=run_generate)
+    parser.set_defaults(run=run_generate, compiles=True)
     return parser
 
 

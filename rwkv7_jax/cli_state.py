@@ -53,7 +53,7 @@ def _add_doctor(commands) -> None:
     add("--held-out", type=float, default=0.0, help="read held-out documents: the run's share")
     add("--seed", type=int, default=0, help="the run's, which chooses a task's facts")
     add("--picture", help="a PNG of fading, loss by position and spectra")
-    doctor.set_defaults(run=_doctor)
+    doctor.set_defaults(run=_doctor, compiles=True)
 
 
 def _load_pair(state: str, model: str):

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float
 
 from . import decoding, sampling
@@ -125,13 +126,13 @@ def generate(
     _check_text(tokenizer, stop_strings, on_text)
     prompts = _check_prompts(prompts, model.config.vocab_size, allow_empty=logits is not None)
     keys = _row_keys(key, len(prompts), needed=bool(tokens > 0 and options.temperature > 0))
-    state, logits = _start(model, state, logits, batch=len(prompts))
+    state, logits = _beside((params, state), _start(model, state, logits, batch=len(prompts)))
     state, logits = _read(model, params, state, logits=logits, rows=prompts, chunk=prefill_chunk)
     rows = [Row(tokenizer, stop_strings) for _ in prompts]
     run = continue_rows(
         functools.partial(decoding.decode, model, params, keys=keys, options=options),
         functools.partial(_read, model, params, chunk=_NARROWEST),
-        decoding.start(state, logits),
+        _beside(logits, decoding.start(state, logits)),
         rows=rows,
         total=tokens,
         watched=bool(stop_strings or on_text),
@@ -203,6 +204,17 @@ def _start(model: RWKV7, state, logits, *, batch: int) -> tuple[RWKV7State, Arra
     if logits.shape not in (shape, (1, config.vocab_size)):
         raise ValueError(f"generate: `logits` must have shape {shape}; got {logits.shape}.")
     return state, jnp.broadcast_to(logits, shape)
+
+
+def _beside(arrays: Any, fresh: Any) -> Any:
+    """`fresh`, bound to the device that one of `arrays` is bound to, if there is such a one.
+
+    What comes back from a program is bound then, and a program that was made for arrays which are
+    not would be compiled once more.
+    """
+    bound = (x for x in jax.tree.leaves(arrays) if getattr(x, "committed", False))
+    places = [x.sharding for x in bound if isinstance(x.sharding, SingleDeviceSharding)]
+    return jax.device_put(fresh, places[0]) if places else fresh
 
 
 def _chunks(total: int, chunk: int) -> Iterator[tuple[int, int]]:

@@ -260,6 +260,15 @@ def test_no_call_of_the_same_shapes_compiles_again(params):
     assert [program._cache_size() for program in programs] == before
 
 
+def test_weights_bound_to_a_device_compile_each_program_once(params):
+    bound = jax.device_put(params, jax.devices()[1])
+    watch = {"tokenizer": BYTES, "on_text": lambda piece, row: None, "temperature": 0}
+    programs = (decoding.read, decoding.follow, decoding.decode)
+    before = [program._cache_size() for program in programs]
+    run(bound, list(range(1, 40)), tokens=12, prefill_chunk=16, **watch)
+    assert [p._cache_size() - n for p, n in zip(programs, before, strict=True)] == [1, 1, 1]
+
+
 def test_the_state_given_is_repeated_for_every_row_and_left_alone(params):
     start, _ = state_behind(params, [3, 4, 5])
     copy = jax.tree.map(np.array, start)
