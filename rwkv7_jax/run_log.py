@@ -125,6 +125,8 @@ class RunLog:
         waited, self._waited = self._feed.waited - self._waited, self._feed.waited
         numbers["learning_rate"] = float(self._rate(step - 1))
         numbers["tokens_per_second"] = self._tokens / seconds
+        if self._devices > 1:
+            numbers["tokens_per_second_per_device"] = self._tokens / seconds / self._devices
         numbers["waiting_share"] = min(waited / seconds, 1.0)
         numbers["compile_seconds"] = round(self._compiling.seconds, 3)
         numbers |= self._used(numbers["tokens_per_second"])

@@ -23,7 +23,8 @@ from rwkv7_jax.state_files import load_state
 # Runs as users have them: signatures are looked at elsewhere.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]
 STEPS = 5
-TIMES = ("seconds", "tokens_per_second", "waiting_share", "compile_seconds", "process_peak_mib")
+TIMES = ("seconds", "tokens_per_second", "tokens_per_second_per_device", "waiting_share")
+TIMES += ("compile_seconds", "process_peak_mib")
 TASK = {"data.path": "task:mapping", "data.length": 24, "data.batch_size": 2}
 STEER = {"data.path": "task:steer", "test_time.tokens": 6, "test_time.prompts": 2}
 STEER |= {"test_time.group": 4, "evaluation.length": 40}
