@@ -26,7 +26,8 @@ from rwkv7_jax.state_tuning import (
 from rwkv7_jax.training import TrainState, make_train_step, pretrain_loss
 
 # Sizes that no activation shares, so that a weight's gradient can be recognised by its shape.
-CONFIG = RWKV7Config(vocab_size=75, num_layers=3, width=48, head_size=16, ffn_width=136)
+SIZES = {"vocab_size": 75, "num_layers": 3, "width": 48, "head_size": 16, "ffn_width": 136}
+CONFIG = RWKV7Config(**SIZES, implementation="scan")
 # A gradient through one layer compiles three times as fast as through layers that are scanned.
 SHALLOW = dataclasses.replace(CONFIG, num_layers=1)
 ROWS, TOKENS = 2, 21

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_memories import ADDITIVE, SIZE, empty_state, filled
-from tiny_models import CONFIG, SCANNED, SHALLOW, lively, random_state, tokens
+from tiny_models import CONFIG, QUICK, SCANNED, SHALLOW, lively, random_state, tokens
 from tolerances import AS_USERS
 
 from rwkv7_jax import upscaling
@@ -18,7 +18,7 @@ from rwkv7_jax.state_tuning import scaled, upscale
 
 B, T = 2, 19
 depths = pytest.mark.parametrize(
-    "config", [SHALLOW, pytest.param(CONFIG, marks=pytest.mark.slow)], ids=["shallow", "deep"]
+    "config", [QUICK, pytest.param(CONFIG, marks=pytest.mark.slow)], ids=["shallow", "deep"]
 )
 
 
@@ -157,7 +157,9 @@ def test_generation_goes_on_from_an_upscaled_state(config, dynamics):
         ids = jnp.array([[token]])
 
 
-@depths
+@pytest.mark.parametrize(
+    "config", [SHALLOW, pytest.param(CONFIG, marks=pytest.mark.slow)], ids=["shallow", "deep"]
+)
 def test_a_state_scaled_to_nothing_is_the_base_model(config):
     run, ids = as_users(config), tokens(B, T)
     state = repeat(scaled(filled(empty_state(config)), 0.0), B)
