@@ -139,6 +139,7 @@ def test_the_implementation_a_user_gets_has_the_definitions_gradients():
     assert_trees_close(found, wanted, SAME["gradient"])
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_no_gradient():
     again = gradients(lively(), STATE, dataclasses.replace(CONFIG, remat="block"))
     assert_trees_close(again, gradients(lively(), STATE, CONFIG), SAME["model"])

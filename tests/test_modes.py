@@ -117,8 +117,16 @@ def test_a_guides_verified_traces_steer_a_model(tmp_path):
     ("changes", "sentence"),
     [
         (["--config.test_time.method=magic"], "`config.test_time.method` must be grpo, distil,"),
-        (["--config.test_time.method=distil"], "`config.test_time.guide` must name the larger"),
-        (["--config.test_time.verifier=nothing:there"], "must be exact or module:function; got"),
+        pytest.param(
+            ["--config.test_time.method=distil"],
+            "`config.test_time.guide` must name the larger",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--config.test_time.verifier=nothing:there"],
+            "must be exact or module:function; got",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_settings_that_a_mode_cannot_work_with_end_in_one_line(tmp_path, changes, sentence):

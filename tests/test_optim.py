@@ -136,7 +136,9 @@ def test_groups_without_a_member_are_not_in_the_table():
 def gradient(seed, scale):
     """A tree of noise like the parameters."""
     noise = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(scale * noise.normal(size=x.shape), x.dtype), lively())
+    return jax.tree.map(
+        lambda x: jnp.asarray(scale * noise.normal(size=x.shape), x.dtype), lively()
+    )
 
 
 @pytest.mark.parametrize(("scale", "clip"), [(1.0, 1.0), (1e-12, None)])

@@ -119,6 +119,7 @@ def test_token_by_token_and_cut_at_every_place(official, folder):
         check_state(end, memory)
 
 
+@pytest.mark.slow
 def test_their_tokens_one_by_one_are_our_prefill(official, folder):
     config = calm_models.config(32)
     model, ours, params = pair(official, folder, config)
@@ -131,6 +132,7 @@ def test_their_tokens_one_by_one_are_our_prefill(official, folder):
     check_state(end, memory)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_within_the_references_own_noise(official, folder):
     config = calm_models.config()
     model, _, params = pair(official, folder, config, dtype="bfloat16")

@@ -61,7 +61,9 @@ def test_the_step_descends_along_the_gradient_of_the_loss():
     train, metrics = one_batch()
     (value, _), grads = jax.jit(jax.value_and_grad(LOSS, has_aux=True))(lively(CONFIG), BATCH)
     assert_close(metrics["loss"], value, SAME["model"], "loss")
-    assert_trees_close(train.params, jax.tree.map(jnp.subtract, lively(CONFIG), grads), SAME["model"])
+    assert_trees_close(
+        train.params, jax.tree.map(jnp.subtract, lively(CONFIG), grads), SAME["model"]
+    )
     assert (int(train.step), int(train.skipped)) == (1, 0)
 
 
