@@ -76,4 +76,4 @@ def test_training_by_dbp_follows_and_keeps_what_is_no_projection_on_its_inner_op
         one, last = step(one, BATCH)
     assert float(last["loss"]) < float(first["loss"])
     whitener = one.opt_state.whitener[block]["att"]["key"]["weight"]
-    assert np.abs(whitener - np.eye(config.width)).max() > 0.01
+    assert np.abs(np.asarray(whitener) - np.eye(config.width)).max() > 0.01
