@@ -7,13 +7,16 @@ from importlib.metadata import version
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is most of the suite's time. LLVM's optimisation is half of it: it is off, except where
 # a test asks for a program as users get it (`AS_USERS` in tolerances.py). Half of what is left
-# are jaxlib 0.10's fusion emitters; later versions have no other way and refuse the flag.
+# are jaxlib 0.10's fusion emitters; later versions have no other way and refuse the flag. A third
+# of the rest is cutting programs into pieces for more cores than a test worker has.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=2",
         "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else "",
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        if version("jaxlib").startswith("0.10.")
+        else "",
     ]
 )
 

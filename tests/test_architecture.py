@@ -1,6 +1,7 @@
 """The plan of the house: who may import whom, what is public, what importing costs."""
 
 import ast
+import functools
 import inspect
 import pathlib
 import re
@@ -28,6 +29,7 @@ def name_of(path):
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
+@functools.cache
 def tree_of(path):
     """The file's syntax."""
     return ast.parse(path.read_text())
@@ -40,8 +42,13 @@ def level(path):
     return int(found[1])
 
 
+@functools.cache
 def imports(path):
     """Dotted names that a file imports; relative ones resolved, members named too."""
+    return tuple(_imports(path))
+
+
+def _imports(path):
     parts = name_of(path).split(".")
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):

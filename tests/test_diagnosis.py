@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 from tiny_memories import empty_state, filled
-from tiny_models import CONFIG, SCANNED, lively, random_state, restated, tokens
+from tiny_models import SCANNED as CONFIG
+from tiny_models import lively, random_state, restated, tokens
 
 from rwkv7_jax import pictures
 from rwkv7_jax.diagnosis import diagnose, ranks, retention
@@ -18,7 +19,7 @@ B, T = 3, 13
 
 @pytest.fixture(scope="module")
 def model():
-    return RWKV7(SCANNED)
+    return RWKV7(CONFIG)
 
 
 @pytest.fixture(scope="module")

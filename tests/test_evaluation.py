@@ -16,7 +16,7 @@ from rwkv7_jax.state import init_state, repeat
 from rwkv7_jax.tokenizer import Tokenizer
 
 # One layer compiles fastest.
-CONFIG = RWKV7Config(vocab_size=257, num_layers=1, width=32, head_size=16)
+CONFIG = RWKV7Config(vocab_size=257, num_layers=1, width=32, head_size=16, implementation="scan")
 MODEL = RWKV7(CONFIG)
 
 

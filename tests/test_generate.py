@@ -15,7 +15,7 @@ from rwkv7_jax.model import RWKV7
 from rwkv7_jax.state import init_state, select
 from rwkv7_jax.tokenizer import Tokenizer
 
-CONFIG = RWKV7Config(vocab_size=257, num_layers=2, width=32, head_size=16)
+CONFIG = RWKV7Config(vocab_size=257, num_layers=2, width=32, head_size=16, implementation="scan")
 MODEL = RWKV7(CONFIG)
 BYTES = Tokenizer.bytes()
 # Up to 17 tokens and runs of up to 8 share a few compiled programs; streaming runs may be longer.

@@ -7,7 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny_models import SHALLOW, lively, tokens
+from tiny_models import QUICK, lively, tokens
 from tolerances import SAME, assert_close, assert_trees_close
 
 from rwkv7_jax.loss import cross_entropy, divergence, next_token_loss, token_weights
@@ -21,7 +21,7 @@ HEAD = jnp.asarray(_NOISE.normal(size=(VOCAB, WIDTH)), jnp.float32)
 TARGETS = jnp.asarray(_NOISE.integers(0, VOCAB, (BATCH, LENGTH)), jnp.int32)
 WEIGHTS = jnp.asarray(_NOISE.uniform(size=(BATCH, LENGTH)), jnp.float32)
 
-MODEL, PARAMS = RWKV7(SHALLOW), lively(SHALLOW)
+MODEL = RWKV7(QUICK)
 IDS = tokens(2, 6)
 MASK = jnp.array([[1, 1, 0, 1, 0], [0, 0, 1, 0, 0]])
 
@@ -94,12 +94,12 @@ def test_weights_are_the_mask_over_its_sum_unless_the_batch_brings_its_own():
 def losses(params, mask, l2wrap):
     """Loss and metrics of the tiny model."""
     batch = {"tokens": IDS, "mask": mask}
-    return next_token_loss(MODEL, params, init_state(SHALLOW, 2), batch, l2wrap=l2wrap)
+    return next_token_loss(MODEL, params, init_state(QUICK, 2), batch, l2wrap=l2wrap)
 
 
 def test_masked_targets_do_not_count():
-    loss, metrics = losses(PARAMS, MASK, 0.0)
-    logits, _ = jax.jit(MODEL.apply)({"params": PARAMS}, IDS[:, :-1], init_state(SHALLOW, 2))
+    loss, metrics = losses(lively(QUICK), MASK, 0.0)
+    logits, _ = jax.jit(MODEL.apply)({"params": lively(QUICK)}, IDS[:, :-1], init_state(QUICK, 2))
     nats = -np.take_along_axis(jax.nn.log_softmax(logits), np.asarray(IDS)[:, 1:, None], -1)[..., 0]
     expected = np.sum(nats * np.asarray(MASK)) / 4
     assert_close(loss, expected, SAME["model"], "loss")
@@ -110,20 +110,20 @@ def test_l2wrap_pulls_the_largest_logit_of_every_position_and_is_not_reported():
     """Its gradient on the logits is factor / (B T) times the largest logit, at that logit alone."""
     factor = 0.3
     gradient = jax.jit(jax.grad(losses, has_aux=True), static_argnums=2)
-    (with_, metrics), (without, _) = (gradient(PARAMS, MASK, x) for x in (factor, 0.0))
-    assert_close(metrics["loss_nats"], losses(PARAMS, MASK, 0.0)[0], SAME["model"])
-    state = init_state(SHALLOW, 2)
+    (with_, metrics), (without, _) = (gradient(lively(QUICK), MASK, x) for x in (factor, 0.0))
+    assert_close(metrics["loss_nats"], losses(lively(QUICK), MASK, 0.0)[0], SAME["model"])
+    state = init_state(QUICK, 2)
     apply = jax.jit(lambda p: MODEL.apply({"params": p}, IDS[:, :-1], state)[0])
-    logits, pull = jax.vjp(apply, PARAMS)
-    top = jax.nn.one_hot(jnp.argmax(logits, axis=-1), SHALLOW.vocab_size)
+    logits, pull = jax.vjp(apply, lively(QUICK))
+    top = jax.nn.one_hot(jnp.argmax(logits, axis=-1), QUICK.vocab_size)
     (expected,) = pull(factor / (2 * 5) * top * logits)
     difference = jax.tree.map(jnp.subtract, with_, without)
     assert_trees_close(difference, expected, SAME["gradient"])
 
 
 def test_bfloat16_activations_still_give_a_float32_loss():
-    model = RWKV7(dataclasses.replace(SHALLOW, dtype="bfloat16"))
+    model = RWKV7(dataclasses.replace(QUICK, dtype="bfloat16"))
     batch, state = {"tokens": IDS, "mask": MASK}, init_state(model.config, 2)
-    loss, _ = jax.jit(lambda params: next_token_loss(model, params, state, batch))(PARAMS)
+    loss, _ = jax.jit(lambda params: next_token_loss(model, params, state, batch))(lively(QUICK))
     assert loss.dtype == jnp.float32
-    assert_close(loss, losses(PARAMS, MASK, 0.0)[0], 3e-2)
+    assert_close(loss, losses(lively(QUICK), MASK, 0.0)[0], 3e-2)

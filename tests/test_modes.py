@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from checkpoints import differing
 from test_train_program import program
 
 from rwkv7_jax.checkpoint import load_model
@@ -16,6 +15,7 @@ BASE = ROOT / "assets" / "toy-small.pth"
 TOY = [
     f"--config.init={BASE}",
     "--config.model.dtype=float32",
+    "--config.model.implementation=scan",  # it compiles fastest
     "--config.evaluation.every=0",
     "--config.evaluation.windows=32",
 ]
@@ -42,23 +42,21 @@ def facts(batch: int = 16) -> list[str]:
 
 
 @pytest.mark.slow
-def test_an_upscaled_state_is_tuned_by_dbp_and_resumes(tmp_path):
-    choices = [
+def test_an_upscaled_state_is_tuned_by_dbp(tmp_path):
+    rows = run(
+        "upscaled_state",
+        tmp_path,
         *facts(),
         "--config.tuning.decorrelate=dbp",
         "--config.optimizer.schedule=constant",
         "--config.upscaling.rows=16",
-    ]
-    rows = run("upscaled_state", tmp_path / "one", *choices, "--config.steps=20")
+        "--config.steps=20",
+    )
     assert rows[-1]["held_out_accuracy"] > rows[0]["held_out_accuracy"] + 0.05
-    one = load_state(tmp_path / "one" / "state.safetensors")
+    one = load_state(tmp_path / "state.safetensors")
     assert one.upscaled.memory.shape == (2, 1, 2, 32, 128)
     assert one.upscaled.features.map is None
-    assert len(read_sidecar(tmp_path / "one" / "state.safetensors")["base_model"]) == 32
-
-    run("upscaled_state", tmp_path / "two", *choices, "--config.steps=10")
-    run("upscaled_state", tmp_path / "two", *choices, "--config.steps=20")
-    assert differing(one, load_state(tmp_path / "two" / "state.safetensors")) == []
+    assert len(read_sidecar(tmp_path / "state.safetensors")["base_model"]) == 32
 
 
 @pytest.mark.slow
@@ -72,7 +70,7 @@ def test_an_observer_is_trained_and_watched_by_what_its_proposals_are_worth(tmp_
         "--config.evaluation.length=32",
         "--config.observer.least=25",
         "--config.observer.most=25",
-        "--config.steps=60",
+        "--config.steps=40",
     )
     assert rows[-1]["proposal_nats"] < rows[0]["proposal_nats"]
     assert rows[0]["own_state_accuracy"] > rows[0]["no_state_accuracy"] + 0.3
@@ -117,8 +115,16 @@ def test_a_guides_verified_traces_steer_a_model(tmp_path):
     ("changes", "sentence"),
     [
         (["--config.test_time.method=magic"], "`config.test_time.method` must be grpo, distil,"),
-        (["--config.test_time.method=distil"], "`config.test_time.guide` must name the larger"),
-        (["--config.test_time.verifier=nothing:there"], "must be exact or module:function; got"),
+        pytest.param(
+            ["--config.test_time.method=distil"],
+            "`config.test_time.guide` must name the larger",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--config.test_time.verifier=nothing:there"],
+            "must be exact or module:function; got",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_settings_that_a_mode_cannot_work_with_end_in_one_line(tmp_path, changes, sentence):

@@ -18,7 +18,6 @@ from rwkv7_jax.optim.build import (
     schedule,
 )
 
-PARAMS = lively()
 MATRICES = {f"att/{name}/weight" for name in ("receptance", "key", "value", "output")}
 MATRICES |= {"ffn/key/weight", "ffn/value/weight"}
 REST = {f"att/x_{name}" for name in "rwkvag"} | {"att/a0", "att/k_k", "att/k_a", "att/r_k"}
@@ -40,7 +39,7 @@ def test_every_weight_is_in_its_group_by_name():
         expected |= {f"{block}/{name}": "rest" for name in rest}
         expected |= {f"{block}/{name}": "matrix" for name in MATRICES}
         expected[f"{block}/att/w0"] = "fast"
-    assert flat(groups(PARAMS)) == expected
+    assert flat(groups(lively())) == expected
 
 
 @pytest.mark.parametrize("step", [0, 1, 5, 10, 11, 60, 99, 110, 500])
@@ -100,7 +99,7 @@ def test_every_official_tensor_moves_by_the_published_rule():
     """With a gradient and weights of one, the first step is the factor plus the decay, down."""
     rate, decay = 1.0, 0.25
     tx = build_optimizer(rate, weight_decay=decay, clip=None)
-    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), PARAMS)
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), lively())
     updates = jax.jit(lambda params: tx.update(params, tx.init(params), params)[0])(params)
     moved = dict(official_tensors(updates, CONFIG))
     assert moved.keys() == shapes(CONFIG).keys()
@@ -110,13 +109,13 @@ def test_every_official_tensor_moves_by_the_published_rule():
 
 
 def test_a_model_inside_another_tree_keeps_its_groups():
-    inside = flat(groups({"model": PARAMS, "bias": jnp.zeros(3)}))
-    expected = {f"model/{name}": label for name, label in flat(groups(PARAMS)).items()}
+    inside = flat(groups({"model": lively(), "bias": jnp.zeros(3)}))
+    expected = {f"model/{name}": label for name, label in flat(groups(lively())).items()}
     assert inside == expected | {"bias": "rest"}
 
 
 def test_the_table_of_groups_names_every_number_once():
-    lines = group_table(PARAMS).splitlines()
+    lines = group_table(lively()).splitlines()
     assert lines[0].split() == ["group", "rate", "decay", "tensors", "numbers", "pattern"]
     rows = [line.split()[:5] for line in lines[1:]]
     assert [row[:3] for row in rows] == [
@@ -125,7 +124,7 @@ def test_the_table_of_groups_names_every_number_once():
         ["matrix", "x1", "yes"],
         ["rest", "x1", "no"],
     ]
-    leaves = jax.tree.leaves(PARAMS)
+    leaves = jax.tree.leaves(lively())
     assert sum(int(row[3]) for row in rows) == len(leaves)
     assert sum(int(row[4].replace(",", "")) for row in rows) == sum(x.size for x in leaves)
 
@@ -137,7 +136,9 @@ def test_groups_without_a_member_are_not_in_the_table():
 def gradient(seed, scale):
     """A tree of noise like the parameters."""
     noise = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(scale * noise.normal(size=x.shape), x.dtype), PARAMS)
+    return jax.tree.map(
+        lambda x: jnp.asarray(scale * noise.normal(size=x.shape), x.dtype), lively()
+    )
 
 
 @pytest.mark.parametrize(("scale", "clip"), [(1.0, 1.0), (1e-12, None)])
@@ -145,12 +146,12 @@ def test_two_adam_steps_are_numpys(scale, clip):
     """Clipped to norm 1; epsilon so small that tiny gradients still move by the learning rate."""
     rate, decay, b1, b2, eps = 1e-3, 0.1, 0.9, 0.99, 1e-18
     tx = build_optimizer(rate, weight_decay=decay, clip=clip)
-    update, state = jax.jit(tx.update), tx.init(PARAMS)
-    mean = dict.fromkeys(flat(PARAMS), 0.0)
-    square, names = dict(mean), flat(PARAMS)
+    update, state = jax.jit(tx.update), tx.init(lively())
+    mean = dict.fromkeys(flat(lively()), 0.0)
+    square, names = dict(mean), flat(lively())
     for count in (1, 2):
         tree = gradient(count, scale)
-        updates, state = update(tree, state, PARAMS)
+        updates, state = update(tree, state, lively())
         grads = {name: np.asarray(x, np.float64) for name, x in flat(tree).items()}
         norm = np.sqrt(sum(np.sum(x**2) for x in grads.values()))
         for name, actual in flat(updates).items():
@@ -168,8 +169,8 @@ def test_two_adam_steps_are_numpys(scale, clip):
 def test_muon_moves_matrices_by_a_fifth_of_the_rate_and_the_rest_as_adam_does():
     rate, grads = 1e-2, gradient(0, 1.0)
     muon, adam = (build_optimizer(rate, kind=kind, clip=None) for kind in ("muon", "adamw"))
-    updates, _ = jax.jit(muon.update)(grads, muon.init(PARAMS), PARAMS)
-    others, _ = jax.jit(adam.update)(grads, adam.init(PARAMS), PARAMS)
+    updates, _ = jax.jit(muon.update)(grads, muon.init(lively()), lively())
+    others, _ = jax.jit(adam.update)(grads, adam.init(lively()), lively())
     for name, update in flat(updates).items():
         if group(name).label == "matrix":
             size = float(jnp.sqrt(jnp.mean(jnp.square(update))))

@@ -1,7 +1,7 @@
 """Fifty steps from scratch beside plain PyTorch, which restates model, loss and optimizer."""
 
-import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,17 @@ from rwkv7_jax.optim.build import build_optimizer, schedule
 from rwkv7_jax.state import init_state
 from rwkv7_jax.training import TrainState, make_train_step, pretrain_loss
 
-torch = pytest.importorskip("torch", reason="the oracle extra is not installed")
-torch_oracle = pytest.importorskip("torch_oracle")
-
 pytestmark = pytest.mark.slow
 CONFIG = RWKV7Config(vocab_size=61, num_layers=3, width=64, head_size=32)
-RULES = torch_oracle.Rules()
 # Measured: losses 1.2e-6 apart at most; a wrong rule makes it 2.6e-4 at least.
 LOSSES, MOVES = 3e-5, 1e-2
+
+
+@functools.cache
+def oracle():
+    """The restatement in PyTorch; importing that takes seconds, also of those who only collect."""
+    pytest.importorskip("torch", reason="the oracle extra is not installed")
+    return importlib.import_module("torch_oracle")
 
 
 @functools.cache
@@ -32,7 +35,7 @@ def batches():
     """Ids [steps, B, T + 1] of a text that can be learnt: short jumps around a circle."""
     random = np.random.default_rng(0)
     text = np.cumsum(random.choice([1, 2, 7], size=20_000, p=[0.6, 0.3, 0.1])) % CONFIG.vocab_size
-    starts = random.integers(0, len(text) - 13, (RULES.steps, 4, 1))
+    starts = random.integers(0, len(text) - 13, (oracle().Rules().steps, 4, 1))
     return text[starts + np.arange(13)]
 
 
@@ -47,11 +50,12 @@ def new():
 @functools.cache
 def ours():
     """The losses before each step, and the weights behind the last by official name."""
+    rules = oracle().Rules()
     rate = schedule(
-        "cosine", RULES.first, RULES.last, warmup_steps=RULES.warmup, total_steps=RULES.steps
+        "cosine", rules.first, rules.last, warmup_steps=rules.warmup, total_steps=rules.steps
     )
-    tx = build_optimizer(rate, weight_decay=RULES.decay, clip=RULES.clip, eps=RULES.eps)
-    step = make_train_step(pretrain_loss(RWKV7(CONFIG), l2wrap=RULES.l2wrap), tx)
+    tx = build_optimizer(rate, weight_decay=rules.decay, clip=rules.clip, eps=rules.eps)
+    step = make_train_step(pretrain_loss(RWKV7(CONFIG), l2wrap=rules.l2wrap), tx)
     train, losses = TrainState.create(new(), tx), []
     for tokens in batches():
         batch = {"tokens": jnp.asarray(tokens, jnp.int32), "mask": jnp.ones((4, 12))}
@@ -63,6 +67,7 @@ def ours():
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """The same weights as PyTorch reads them from our file, without block 0's dummies."""
+    torch = oracle().torch
     path = tmp_path_factory.mktemp("new") / "new.pth"
     save_model(path, new(), CONFIG)
     dummies = [f"blocks.0.att.v{i}" for i in range(3)]
@@ -75,8 +80,8 @@ def theirs(weights):
     """`theirs(**changes)`: the oracle's losses and weights under changed rules."""
 
     def run(**changes):
-        rules = dataclasses.replace(RULES, **changes)
-        losses, end = torch_oracle.train(weights, torch.tensor(batches()), rules)
+        rules, ids = oracle().Rules(**changes), oracle().torch.tensor(batches())
+        losses, end = oracle().train(weights, ids, rules)
         return np.array(losses), end
 
     return run

@@ -28,6 +28,7 @@ def run(case):
     return data, jax.jit(functools.partial(forward_and_gradients, op))(*data)
 
 
+@pytest.mark.slow
 def test_values_states_and_gradients_are_the_definitions():
     data, (y, end, gradients) = run(CASE)
     true_y, true_end, true_gradients = wkv_oracle.both(*data)
@@ -39,12 +40,14 @@ def test_values_states_and_gradients_are_the_definitions():
         assert_close(found, true, bars["gradient"], f"gradient of {name}")
 
 
+@pytest.mark.slow
 def test_without_a_gradient_values_are_the_same():
     (inputs, state, *_), (y, end, _) = run(CASE)
     for found, same in zip(sequential(inputs, state, interpret=True), (y, end), strict=True):
         np.testing.assert_allclose(found, same, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_dividing_by_the_strongest_decay_loses_the_digits_that_it_loses_in_numpy():
     data, (*_, ours) = run(FAST)
     *_, true = wkv_oracle.both(*data)

@@ -26,10 +26,14 @@ from rwkv7_jax.state_tuning import (
 from rwkv7_jax.training import TrainState, make_train_step, pretrain_loss
 
 # Sizes that no activation shares, so that a weight's gradient can be recognised by its shape.
-CONFIG = RWKV7Config(vocab_size=75, num_layers=3, width=48, head_size=16, ffn_width=136)
+SIZES = {"vocab_size": 75, "num_layers": 3, "width": 48, "head_size": 16, "ffn_width": 136}
+CONFIG = RWKV7Config(**SIZES, implementation="scan")
 # A gradient through one layer compiles three times as fast as through layers that are scanned.
 SHALLOW = dataclasses.replace(CONFIG, num_layers=1)
 ROWS, TOKENS = 2, 21
+sizes = pytest.mark.parametrize(
+    "config", [SHALLOW, pytest.param(CONFIG, marks=pytest.mark.slow)], ids=["shallow", "deep"]
+)
 
 
 def perturbed(tree, seed: int, size: float):
@@ -46,16 +50,6 @@ def weights(config):
     tokens, start = jnp.zeros((1, 1), jnp.int32), init_state(config)
     init = jax.jit(lambda key: RWKV7(config).init(key, tokens, start)["params"])
     return perturbed(init(jax.random.key(0)), 1, 0.1)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return RWKV7(CONFIG)
-
-
-@pytest.fixture(scope="module")
-def params():
-    return weights(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +72,14 @@ TX = optax.adam(0.1)
 
 
 @pytest.fixture(scope="module")
-def step(model, params):
-    return make_train_step(state_loss(model, params), TX)
+def step(shallow):
+    return make_train_step(state_loss(*shallow), TX)
 
 
 @pytest.fixture(scope="module")
 def tuned(step, batch):
     """Two steps of tuning, with the metrics of the second."""
-    train = TrainState.create(init_state(CONFIG), TX)
+    train = TrainState.create(init_state(SHALLOW), TX)
     train, _ = step(train, batch)
     return step(train, batch)
 
@@ -103,25 +97,26 @@ def test_the_shift_states_move_when_they_are_asked_to(shallow, batch):
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(grads))
 
 
-def test_tuning_leaves_the_weights_bit_equal(step, params, batch):
-    before = jax.tree.map(lambda leaf: np.array(leaf, copy=True), params)
-    step(TrainState.create(init_state(CONFIG), TX), batch)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before, params))
+def test_tuning_leaves_the_weights_bit_equal(step, shallow, batch):
+    before = jax.tree.map(lambda leaf: np.array(leaf, copy=True), shallow[1])
+    step(TrainState.create(init_state(SHALLOW), TX), batch)
+    jax.tree.map(np.testing.assert_array_equal, before, shallow[1])
 
 
-def test_the_loss_falls(model, params, batch, tuned):
+def test_the_loss_falls(shallow, batch, tuned):
     _, metrics = tuned
-    base, _ = jax.jit(state_loss(model, params))(init_state(CONFIG), batch)
+    base, _ = jax.jit(state_loss(*shallow))(init_state(SHALLOW), batch)
     assert float(metrics["loss_nats"]) < float(base)
 
 
-def test_a_states_gradient_is_its_finite_difference(model, params, batch):
-    loss = state_loss(model, params)
-    start = perturbed(init_state(CONFIG), 3, 0.3)
+@sizes
+def test_a_states_gradient_is_its_finite_difference(config, batch):
+    loss = state_loss(RWKV7(config), weights(config))
+    start = perturbed(init_state(config), 3, 0.3)
     value = jax.jit(lambda s: loss(s, batch)[0])
     grads = jax.jit(jax.grad(lambda s: loss(s, batch)[0]))(start)
     direction = perturbed(jax.tree.map(jnp.zeros_like, start), 4, 1.0)
-    direction = init_state(CONFIG).replace(wkv=direction.wkv)
+    direction = init_state(config).replace(wkv=direction.wkv)
     move = lambda size: jax.tree.map(lambda x, d: x + size * d, start, direction)  # noqa: E731
     difference = (float(value(move(1e-2))) - float(value(move(-1e-2)))) / 2e-2
     product = float(jnp.vdot(grads.wkv, direction.wkv))
@@ -159,11 +154,6 @@ def program(config):
     """The compiled step of state tuning, as `compiled_text` gives it."""
     loss = state_loss(RWKV7(config), weights(config))
     return compiled_text(loss, init_state(config), rows())
-
-
-sizes = pytest.mark.parametrize(
-    "config", [SHALLOW, pytest.param(CONFIG, marks=pytest.mark.slow)], ids=["shallow", "deep"]
-)
 
 
 def makes_weight_shapes(text: str) -> list[str]:
@@ -207,9 +197,9 @@ def test_spectra_are_the_singular_values():
     assert spectra(state).shape == (3, 3, 16)
 
 
-def test_an_unknown_leaf_is_refused(model, params):
+def test_an_unknown_leaf_is_refused(shallow):
     with pytest.raises(ValueError, match=r"state_loss: `leaves` must be among wkv, .*; got 'kv'"):
-        state_loss(model, params, leaves=("kv",))
+        state_loss(*shallow, leaves=("kv",))
 
 
 def test_a_state_survives_the_trees_that_jax_makes_of_it():
@@ -217,26 +207,29 @@ def test_a_state_survives_the_trees_that_jax_makes_of_it():
     assert isinstance(shapes, RWKV7State)
 
 
-@pytest.fixture(scope="module")
-def wide(model, params, batch):
+@functools.cache
+def widened(config):
     """An upscaled state, M of a head apart from N."""
-    return upscale(model, params, batch["tokens"], size=20)
+    return upscale(RWKV7(config), weights(config), rows()["tokens"], size=20)
 
 
-def test_tuning_a_memory_moves_it_and_nothing_else(model, params, batch, wide):
+def test_tuning_a_memory_moves_it_and_nothing_else(shallow, batch):
+    wide = widened(SHALLOW)
     tx = optax.masked(optax.adam(0.1), moving(wide, ("memory",)))
-    step = make_train_step(state_loss(model, params, leaves=("memory",)), tx)
+    step = make_train_step(state_loss(*shallow, leaves=("memory",)), tx)
     train, first = step(TrainState.create(wide, tx), batch)
     train, second = step(train, batch)
     assert float(second["loss_nats"]) < float(first["loss_nats"])
     assert float(jnp.abs(train.params.upscaled.memory).max()) > 0.05
     rest = train.params.replace(upscaled=train.params.upscaled.replace(memory=None))
     before = wide.replace(upscaled=wide.upscaled.replace(memory=None))
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), rest, before))
+    jax.tree.map(np.testing.assert_array_equal, rest, before)
 
 
-def test_a_memorys_gradient_is_its_finite_difference(model, params, batch, wide):
-    loss = state_loss(model, params, leaves=("memory",))
+@sizes
+def test_a_memorys_gradient_is_its_finite_difference(config, batch):
+    wide = widened(config)
+    loss = state_loss(RWKV7(config), weights(config), leaves=("memory",))
     start = perturbed(wide.upscaled.memory, 3, 0.3)
     direction = perturbed(jnp.zeros_like(start), 4, 1.0)
 
@@ -249,35 +242,37 @@ def test_a_memorys_gradient_is_its_finite_difference(model, params, batch, wide)
     assert product == pytest.approx((up - down) / 2e-2, rel=1e-2)
 
 
-@pytest.fixture(scope="module")
-def traced(model, params, batch, wide):
+@functools.cache
+def traced(config):
     """What the layers did with the first row."""
-    read = jax.jit(functools.partial(model.apply, method="trace"))
-    *_, trace = read({"params": params}, batch["tokens"][:1, :-1], repeat(wide, 1))
+    read = jax.jit(functools.partial(RWKV7(config).apply, method="trace"))
+    ids = rows()["tokens"][:1, :-1]
+    *_, trace = read({"params": weights(config)}, ids, repeat(widened(config), 1))
     return trace
 
 
+@sizes
 @pytest.mark.parametrize("leaf", ["wkv", "memory"])
-def test_statistics_are_the_second_moments_of_what_memories_are_read_with(
-    model, params, batch, wide, traced, leaf
-):
+def test_statistics_are_the_second_moments_of_what_memories_are_read_with(batch, leaf, config):
     """In the last layer the logits' input is linear in the memory; the moments are restated."""
-    found = jax.jit(state_statistics(model, params, leaves=(leaf,), rows=1))(wide, batch)
-    parts = {name: part[2] for name, part in traced.items()}
+    wide, model = widened(config), RWKV7(config)
+    statistics = state_statistics(model, weights(config), leaves=(leaf,), rows=1)
+    found = jax.jit(statistics)(wide, batch)
+    parts = {name: part[-1] for name, part in traced(config).items()}
     if leaf == "wkv":
         psi, moments = upscaling.start_reads(parts), found.wkv
         assert found.upscaled.memory is None
     else:
-        last = jax.tree.map(lambda x: x[2], wide.upscaled)
+        last = jax.tree.map(lambda x: x[-1], wide.upscaled)
         psi, moments = upscaling.memory_reads(last, parts), found.upscaled.memory
         assert found.wkv is None
     psi = np.asarray(psi, np.float64)[0]
     np.testing.assert_allclose(
-        moments[2, 0], np.einsum("thm,thn->hmn", psi, psi) / TOKENS, rtol=1e-4, atol=1e-5
+        moments[-1, 0], np.einsum("thm,thn->hmn", psi, psi) / TOKENS, rtol=1e-4, atol=1e-5
     )
 
 
-def test_tuning_a_memory_that_is_not_there_is_refused(model, params, batch):
-    loss = state_loss(model, params, leaves=("memory",))
+def test_tuning_a_memory_that_is_not_there_is_refused(shallow, batch):
+    loss = state_loss(*shallow, leaves=("memory",))
     with pytest.raises(ValueError, match="`leaves` has memory, but the state is not upscaled"):
-        loss(init_state(CONFIG), batch)
+        loss(init_state(SHALLOW), batch)

@@ -22,6 +22,7 @@ from rwkv7_jax.test_time_losses import context_distillation, distillation_loss, 
 from rwkv7_jax.training import TrainState, make_train_step
 
 SIZES = {"vocab_size": 13, "head_size": 16, "decay_rank": 8, "icl_rank": 6, "value_rank": 5}
+SIZES |= {"implementation": "scan"}
 CONFIG = RWKV7Config(num_layers=2, width=32, **SIZES)
 LARGE = RWKV7Config(num_layers=3, width=48, **SIZES)
 MODEL = RWKV7(CONFIG)

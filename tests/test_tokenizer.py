@@ -53,6 +53,7 @@ def test_ids_are_the_longest_entries():
         assert WORLD.encode(data) == brute_force(data)
 
 
+@pytest.mark.slow
 def test_ids_are_those_of_the_official_package_and_of_the_rust_one():
     pytest.importorskip("rwkv", reason="the oracle extra is not installed")
     fast = pytest.importorskip("pyrwkv_tokenizer", reason="the oracle extra is not installed")
@@ -67,7 +68,11 @@ def test_ids_are_those_of_the_official_package_and_of_the_rust_one():
         assert WORLD.encode(data) == trie.encodeBytes(data)
 
 
-@pytest.mark.parametrize("tokenizer", [WORLD, Tokenizer.bytes()], ids=["world", "bytes"])
+@pytest.mark.parametrize(
+    "tokenizer",
+    [WORLD, pytest.param(Tokenizer.bytes(), marks=pytest.mark.slow)],
+    ids=["world", "bytes"],
+)
 def test_f11_ten_thousand_random_byte_strings_come_back(tokenizer):
     for data in random_bytes(10_000, seed=2):
         assert tokenizer.decode_bytes(tokenizer.encode(data)) == data

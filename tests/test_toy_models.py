@@ -43,6 +43,7 @@ def test_the_other_models_know_the_four_tasks(name, least):
     assert min(known.values()) >= least, known
 
 
+@pytest.mark.slow
 def test_a_run_on_a_task_watches_accuracies_and_texts_bits_per_byte():
     settings = read_settings(
         {

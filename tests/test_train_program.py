@@ -44,7 +44,11 @@ def program(name: str, *arguments: str) -> subprocess.CompletedProcess:
             "`config.optimizer.learning_rate`.",
         ),
         (["--config.model.width=33"], "`width` must be a multiple of `head_size`; got 33 and 16."),
-        (["--config.data.path=nothing.jsonl"], "`nothing.jsonl` is no file, no folder and none of"),
+        pytest.param(
+            ["--config.data.path=nothing.jsonl"],
+            "`nothing.jsonl` is no file, no folder and none of",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_f16_bad_settings_end_in_one_line_and_exit_code_2(tmp_path, changes, sentence):

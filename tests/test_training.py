@@ -17,9 +17,10 @@ from rwkv7_jax.state_tuning import state_loss
 from rwkv7_jax.training import TrainState, make_eval_step, make_train_step, pretrain_loss
 
 # One layer: gradients through scanned layers take three times as long to compile.
-CONFIG = RWKV7Config(vocab_size=13, num_layers=1, width=32, head_size=16, ffn_width=48)
+CONFIG = RWKV7Config(
+    vocab_size=13, num_layers=1, width=32, head_size=16, ffn_width=48, implementation="scan"
+)
 LOSS = pretrain_loss(RWKV7(CONFIG))
-PARAMS = lively(CONFIG)
 # Rows that count 6, 1, 0 and 3 targets: micro-batches of different weight, one of them empty.
 MASK = jnp.asarray([[1] * 6, [0, 1, 0, 0, 0, 0], [0] * 6, [1, 0, 1, 0, 1, 0]], jnp.float32)
 BATCH = {"tokens": tokens(4, 7, CONFIG), "mask": MASK}
@@ -35,14 +36,14 @@ def step(accumulate=1):
 @functools.cache
 def one_batch():
     """The state and metrics after one step on the batch in one piece."""
-    return step()(TrainState.create(PARAMS, PLAIN), BATCH)
+    return step()(TrainState.create(lively(CONFIG), PLAIN), BATCH)
 
 
 @pytest.mark.parametrize("accumulate", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_micro_batches_make_the_gradient_of_the_whole_batch(accumulate):
-    train, metrics = step(accumulate)(TrainState.create(PARAMS, PLAIN), BATCH)
+    train, metrics = step(accumulate)(TrainState.create(lively(CONFIG), PLAIN), BATCH)
     whole, expected = one_batch()
-    gradients = [jax.tree.map(jnp.subtract, PARAMS, x.params) for x in (train, whole)]
+    gradients = [jax.tree.map(jnp.subtract, lively(CONFIG), x.params) for x in (train, whole)]
     flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in gradients]
     assert_close(*flat, SAME["micro-batches"], "gradient")
     for name in ("loss", "loss_nats", "grad_norm"):
@@ -52,15 +53,17 @@ def test_micro_batches_make_the_gradient_of_the_whole_batch(accumulate):
 def test_accumulation_that_does_not_divide_the_batch_is_refused():
     sentence = "make_train_step: `accumulate` must divide the batch of 4 rows; got 3."
     with pytest.raises(ValueError) as caught:
-        step(3)(TrainState.create(PARAMS, PLAIN), BATCH)
+        step(3)(TrainState.create(lively(CONFIG), PLAIN), BATCH)
     assert str(caught.value) == sentence
 
 
 def test_the_step_descends_along_the_gradient_of_the_loss():
     train, metrics = one_batch()
-    (value, _), grads = jax.jit(jax.value_and_grad(LOSS, has_aux=True))(PARAMS, BATCH)
+    (value, _), grads = jax.jit(jax.value_and_grad(LOSS, has_aux=True))(lively(CONFIG), BATCH)
     assert_close(metrics["loss"], value, SAME["model"], "loss")
-    assert_trees_close(train.params, jax.tree.map(jnp.subtract, PARAMS, grads), SAME["model"])
+    assert_trees_close(
+        train.params, jax.tree.map(jnp.subtract, lively(CONFIG), grads), SAME["model"]
+    )
     assert (int(train.step), int(train.skipped)) == (1, 0)
 
 
@@ -102,7 +105,7 @@ def test_one_micro_batch_that_is_not_finite_leaves_the_whole_update_out():
 def test_micro_batches_make_the_gradient_of_an_anchored_state():
     """The anchor counts every token of its own rows, the loss those of the mask."""
     model = RWKV7(CONFIG)
-    loss = state_loss(model, PARAMS, anchor=0.5, l2wrap=1e-2)
+    loss = state_loss(model, lively(CONFIG), anchor=0.5, l2wrap=1e-2)
     start = random_state(CONFIG)
     batch = BATCH | {"anchor": tokens(4, 7, CONFIG, seed=1)}
     ends = []
@@ -137,5 +140,5 @@ def test_create_copies_so_that_the_callers_weights_survive_the_step():
 
 def test_evaluation_reports_the_metrics_of_the_same_loss():
     assert_close(
-        make_eval_step(LOSS)(PARAMS, BATCH)["loss_nats"], one_batch()[1]["loss_nats"], 1e-6
+        make_eval_step(LOSS)(lively(CONFIG), BATCH)["loss_nats"], one_batch()[1]["loss_nats"], 1e-6
     )

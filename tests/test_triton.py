@@ -1,5 +1,6 @@
 """The Triton kernels against the float64 definition, in Triton's interpreter."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -14,9 +15,6 @@ from tolerances import WKV, assert_close
 
 from pallas_kernels.cases import Case, make_inputs
 
-for package in ("torch", "triton"):
-    pytest.importorskip(package, reason="the oracle extra is not installed")
-
 pytestmark = pytest.mark.slow
 NAMES = ("y", "state", "r", "log_w", "k", "v", "a", "b", "start state")
 CHILD = Path(__file__).with_name("triton_child.py")
@@ -29,41 +27,54 @@ def _data(case, dtype):
     return inputs, state, jnp.sin(inputs[3]), dend
 
 
-def _run(folder, data, *settings):
-    """What the child makes of the data."""
+def _write(path, data):
+    """A file of the data, as the child reads it."""
     inputs, state, dy, dend = data
     arrays = {f"inputs.{i}": x for i, x in enumerate(inputs)}
     arrays |= {"state": state, "dy": dy, "dend": dend}
-    arrays = {name: np.asarray(x, np.float32) for name, x in arrays.items()}
-    np.savez(folder / "in.npz", **arrays)
+    np.savez(path, **{name: np.asarray(x, np.float32) for name, x in arrays.items()})
+
+
+# Case, chunk, capability of the device.
+RUNS = [
+    (Case(2, 37, 2, 32, 64, "real"), 16, 90),
+    (Case(1, 70, 2, 64, 32, "fast"), 32, 90),
+    (Case(1, 45, 1, 64, 64, "slow"), 16, 80),
+    (Case(1, 96, 1, 64, 64, "repeated"), 32, 90),
+    (Case(1, 5, 3, 16, 128, "real"), 32, 80),
+    (Case(1, 300, 1, 32, 16, "slow"), 16, 90),  # in two segments
+]
+DTYPES = ("float32", "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What the child made of every run and dtype; it is started once, which takes seconds."""
+    if not all(map(importlib.util.find_spec, ("torch", "triton"))):
+        pytest.skip("the oracle extra is not installed")
+    folder, words = tmp_path_factory.mktemp("runs"), []
+    for dtype in DTYPES:
+        for i, (case, chunk, capability) in enumerate(RUNS):
+            given, found = (folder / f"{side}-{i}-{dtype}.npz" for side in ("in", "out"))
+            _write(given, _data(case, dtype))
+            words += [given, found, str(chunk), dtype, str(capability)]
     done = subprocess.run(
-        [sys.executable, CHILD, folder / "in.npz", folder / "out.npz", *map(str, settings)],
+        [sys.executable, CHILD, *words],
         capture_output=True,
         text=True,
         check=False,
         env=os.environ | {"PYTHONPATH": str(CHILD.parents[1])},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    with np.load(folder / "out.npz") as out:
-        return [out[name] for name in out.files]
+    return folder
 
 
-@pytest.mark.parametrize(
-    ("case", "chunk", "capability"),
-    [
-        (Case(2, 37, 2, 32, 64, "real"), 16, 90),
-        (Case(1, 70, 2, 64, 32, "fast"), 32, 90),
-        (Case(1, 45, 1, 64, 64, "slow"), 16, 80),
-        (Case(1, 96, 1, 64, 64, "repeated"), 32, 90),
-        (Case(1, 5, 3, 16, 128, "real"), 32, 80),
-        (Case(1, 300, 1, 32, 16, "slow"), 16, 90),  # in two segments
-    ],
-    ids=lambda x: x.mode if isinstance(x, Case) else None,
-)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_equals_the_float64_definition(tmp_path, case, chunk, capability, dtype):
-    data = _data(case, dtype)
-    found = _run(tmp_path, data, chunk, dtype, capability)
+@pytest.mark.parametrize("run", range(len(RUNS)), ids=[case.mode for case, *_ in RUNS])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_the_float64_definition(results, run, dtype):
+    case, data = RUNS[run][0], _data(RUNS[run][0], dtype)
+    with np.load(results / f"out-{run}-{dtype}.npz") as out:
+        found = [out[name] for name in out.files]
     y, end, grads = wkv_oracle.both(*data)
     bars = WKV[dtype]
     for name, actual, expected in zip(NAMES, found, (y, end, *grads), strict=True):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import differing
-from tiny_models import CONFIG, lively, random_state, tokens
+from tiny_models import SCANNED as CONFIG
+from tiny_models import lively, random_state, tokens
 
 from rwkv7_jax.checkpoint import model_hash
 from rwkv7_jax.model import RWKV7

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_memories import ADDITIVE, SIZE, empty_state, filled
-from tiny_models import CONFIG, SCANNED, SHALLOW, lively, random_state, tokens
+from tiny_models import CONFIG, QUICK, SCANNED, SHALLOW, lively, random_state, tokens
 from tolerances import AS_USERS
 
 from rwkv7_jax import upscaling
@@ -18,7 +18,12 @@ from rwkv7_jax.state_tuning import scaled, upscale
 
 B, T = 2, 19
 depths = pytest.mark.parametrize(
-    "config", [SHALLOW, pytest.param(CONFIG, marks=pytest.mark.slow)], ids=["shallow", "deep"]
+    "config", [QUICK, pytest.param(SCANNED, marks=pytest.mark.slow)], ids=["shallow", "deep"]
+)
+
+# Decay alone is what delta does too, beside erasing.
+kinds = pytest.mark.parametrize(
+    "dynamics", ["static", pytest.param("decay", marks=pytest.mark.slow), "delta"]
 )
 
 
@@ -80,7 +85,7 @@ def test_an_empty_memory_leaves_the_model_what_it_was_bit_for_bit(config, dynami
     assert not np.any(wide_end.upscaled.memory)
 
 
-@pytest.mark.parametrize("dynamics", ADDITIVE)
+@kinds
 def test_a_full_memory_changes_the_logits(run, states, dynamics):
     ids = tokens(1, T)
     base, changed = (run(ids, state)[0] for state in (init_state(CONFIG), filled(states[dynamics])))
@@ -124,7 +129,7 @@ def test_a_delta_memory_cannot_be_folded(states):
         upscaling.fold(states["delta"].upscaled)
 
 
-@pytest.mark.parametrize("dynamics", ADDITIVE)
+@kinds
 def test_a_batch_of_different_states_equals_single_runs(run, states, dynamics):
     plain = random_state(seed=4)
     many = [filled(states[dynamics], seed) for seed in range(3)] + [plain]
@@ -157,7 +162,9 @@ def test_generation_goes_on_from_an_upscaled_state(config, dynamics):
         ids = jnp.array([[token]])
 
 
-@depths
+@pytest.mark.parametrize(
+    "config", [SHALLOW, pytest.param(CONFIG, marks=pytest.mark.slow)], ids=["shallow", "deep"]
+)
 def test_a_state_scaled_to_nothing_is_the_base_model(config):
     run, ids = as_users(config), tokens(B, T)
     state = repeat(scaled(filled(empty_state(config)), 0.0), B)

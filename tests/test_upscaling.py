@@ -36,6 +36,9 @@ def recurrence(one, wkv, upscaled):
     return upscaling.recurrence(one, wkv, upscaled, implementation=None, lengths=None)
 
 
+compiled = jax.jit(recurrence)
+
+
 def wanted(upscaled, one):
     """The additive read-out in numpy, token by token, float64; and the memory behind."""
     phi = lambda x: np.asarray(upscaling.evaluate(upscaled.features, x), np.float64)  # noqa: E731
@@ -77,14 +80,14 @@ def test_a_memory_is_read_linearly_with_psi(dynamics):
     psi = upscaling.memory_reads(upscaled, one)
     memory = jnp.broadcast_to(upscaled.memory, (B, H, N, SIZE))
     read = jnp.einsum("bhvm,bthm->bthv", memory, psi)
-    change = recurrence(one, nothing, upscaled)[0] - recurrence(one, nothing, None)[0]
+    change = compiled(one, nothing, upscaled)[0] - compiled(one, nothing, None)[0]
     np.testing.assert_allclose(change, read, atol=2e-5, rtol=1e-4)
 
 
 def test_a_wkv_start_state_is_read_linearly_with_psi():
     one, state = parts(), noise((B, H, N, N), 3)
     read = jnp.einsum("bhvk,bthk->bthv", state, upscaling.start_reads(one))
-    change = recurrence(one, state, None)[0] - recurrence(one, 0 * state, None)[0]
+    change = compiled(one, state, None)[0] - compiled(one, 0 * state, None)[0]
     np.testing.assert_allclose(change, read, atol=2e-5, rtol=1e-4)
 
 
@@ -95,7 +98,7 @@ def test_delta_memories_never_grow_however_long_the_sequence():
     sizes = [jnp.linalg.norm(upscaled.memory)]
     for first in range(0, 10_000, 500):
         piece = {name: x[:, first : first + 500] for name, x in one.items()}
-        _, _, memory = recurrence(piece, jnp.zeros((1, H, N, N)), upscaled)
+        _, _, memory = compiled(piece, jnp.zeros((1, H, N, N)), upscaled)
         upscaled = upscaled.replace(memory=memory)
         sizes.append(jnp.linalg.norm(memory))
     assert (np.diff(sizes) <= 1e-5 * float(sizes[0])).all()
@@ -106,7 +109,7 @@ def test_the_papers_form_diverges_unless_its_removal_keys_have_length_1_and_the_
     for dynamics in ("replace", "replace_raw"):
         upscaled = layer(dynamics, size=64, kind="gaussian_raw", prepare="none", widths=(0.1,))
         excess[dynamics] = float(upscaling.removal_excess(upscaled, one))
-        _, _, memory = recurrence(one, jnp.zeros((B, H, N, N)), upscaled)
+        _, _, memory = compiled(one, jnp.zeros((B, H, N, N)), upscaled)
         growth[dynamics] = np.abs(np.asarray(memory)).max()
     assert excess["replace"] <= 1 and growth["replace"] < 1e3
     assert excess["replace_raw"] > 1 and not growth["replace_raw"] < 1e6

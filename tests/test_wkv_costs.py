@@ -10,8 +10,10 @@ from tolerances import relative_error
 import pallas_kernels
 from pallas_kernels.cases import Case, make_inputs
 
+KERNELS = [pytest.param(name, marks=pytest.mark.slow) for name in ("pallas_tpu", "pallas_gpu")]
 
-@pytest.mark.parametrize("implementation", ["scan", "chunked", "pallas_tpu", "pallas_gpu"])
+
+@pytest.mark.parametrize("implementation", ["scan", "chunked", *KERNELS])
 def test_gradients_are_a_hundred_times_nearer_than_by_dividing_by_the_decay(implementation):
     inputs, state = make_inputs(Case(1, 64, 2, mode="fast"))
     dy, dend = jnp.sin(inputs[3]), jnp.cos(state)

@@ -7,10 +7,13 @@ import jax.export
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from tolerances import SAME, assert_close
-from wkv_inputs import CASE, INPUTS, STATE, each, op
+from wkv_inputs import CASE, INPUTS, INTERPRETED, STATE, op
 
 LENGTHS = (21, 9, 0)
+KERNELS = [pytest.param(name, marks=pytest.mark.slow) for name in INTERPRETED]
+each = pytest.mark.parametrize("implementation", ["scan", "chunked", *KERNELS])
 
 
 @functools.partial(jax.jit, static_argnames="implementation")

@@ -22,11 +22,21 @@ CONFIG = RWKV7Config(
 SCANNED = dataclasses.replace(CONFIG, implementation="scan")
 # Without layers to scan over a model compiles in half the time, and its gradient in a third.
 SHALLOW = dataclasses.replace(CONFIG, num_layers=1)
+# What a test takes whose law is neither about depth nor about the op.
+QUICK = dataclasses.replace(SCANNED, num_layers=1)
+
+
+def lively(config=CONFIG, seed=0):
+    """Weights drawn as new ones are, plus noise on every leaf.
+
+    They are made once, whatever implementation reads them. Drawing takes seconds: in a test or a
+    fixture, not while a module is imported, for every process of a run imports all modules.
+    """
+    return _lively(dataclasses.replace(config, implementation="scan"), seed)
 
 
 @functools.cache
-def lively(config=CONFIG, seed=0):
-    """Weights drawn as new ones are, plus noise on every leaf."""
+def _lively(config, seed):
     state = init_state(config)
     key = jax.random.key(seed)
     draw = jax.jit(lambda key: RWKV7(config).init(key, jnp.zeros((1, 1), int), state)["params"])

@@ -1,7 +1,8 @@
 """The Triton kernels in Triton's interpreter, as a process apart: it has to be chosen first.
 
-`python tests/triton_child.py IN.npz OUT.npz CHUNK DTYPE CAPABILITY`: y, the end state and the seven
-gradients for `inputs.0` to `inputs.5`, `state`, `dy` and `dend`.
+`python tests/triton_child.py IN.npz OUT.npz CHUNK DTYPE CAPABILITY`, the five words as often as
+there are runs: y, the end state and the seven gradients for `inputs.0` to `inputs.5`, `state`, `dy`
+and `dend`.
 """
 
 import os
@@ -78,4 +79,5 @@ def main(given: str, found: str, chunk: str, dtype: str, capability: str) -> Non
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for run in zip(*[iter(sys.argv[1:])] * 5, strict=True):
+        main(*run)
