@@ -42,6 +42,7 @@ def config_values() -> dict[str, Any]:
 def _parsed(program: str, words: list[str]) -> list[str]:
     """The words that are no flags; flags have been read."""
     with ending(program):
+        words = _joined(words)
         rest = [word for word in words if not _FILE.fullmatch(word)]
         files = [found[1] for word in words if (found := _FILE.fullmatch(word))]
         if files:
@@ -54,6 +55,18 @@ def _parsed(program: str, words: list[str]) -> list[str]:
             return flags.FLAGS(rest)
         except flags.Error as error:
             raise ValueError(str(error).replace("\n", " ").strip()) from None
+
+
+def _joined(words: list[str]) -> list[str]:
+    """The words, values of the config in the same ones as their flags."""
+    found: list[str] = []
+    for word in words:
+        open_ended = found and re.fullmatch(r"--?config[\w.]*", found[-1])
+        if open_ended and not word.startswith("-"):
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
 
 
 def _loaded(file: str) -> ConfigDict:

@@ -44,6 +44,13 @@ def test_a_file_its_argument_and_changes_make_the_settings(parse):
     assert (settings.data.held_out, settings.data.length) == (0.25, 64)
 
 
+def test_values_may_stand_apart_from_their_flags(parse):
+    words = "--config FILE:3 --config.data.length 64 --config.sample.tokens 5 --config.allow_nan"
+    settings = parse(*words.split())
+    assert settings.allow_nan
+    assert (settings.steps, settings.data.length, settings.sample.tokens) == (3, 64, 5)
+
+
 def test_groups_that_the_file_does_not_mention_can_be_set(parse):
     settings = parse("--config=FILE", "--config.sample.tokens=3", "--config.observer.model.width=8")
     assert settings.sample.tokens == 3
