@@ -172,9 +172,11 @@ def open_cache(
         )
     learnt = None if card.learnt == card.tokens else _beside(path, ".mask", "u1", len(ids))
     tokens = Tokens(ids, learnt, starts)
-    if split == "all" or card.documents == 1:
-        return by_position(tokens, split, held_out)
+    if split == "all":
+        return TokenStream.whole(tokens)
     keys, below = _beside(path, ".keys", "<u8", card.documents), held_out_below(held_out)
+    if card.documents == 1:
+        return by_position(tokens, split, held_out)
     held = keys < np.uint64(below) if below < KEYS else np.ones(len(keys), bool)
     return TokenStream.chosen(tokens, held if split == "held_out" else ~held)
 
