@@ -9,6 +9,7 @@ import collections
 import contextlib
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -38,12 +39,18 @@ def join(coordinator: str, *, processes: int, process: int) -> None:
         process: which one this is, from 0, unless "auto".
 
     Raises:
-        ValueError: one of several processes, and not said which.
+        ValueError: one of several processes, and not said which or where the first one is.
     """
     if not coordinator:
+        if (processes, process) != (1, 0):
+            raise ValueError("`--coordinator` must say where the first of `--processes` is.")
         return
     told = {}
     if coordinator != "auto":
+        if not re.fullmatch(r".+:\d+", coordinator):
+            raise ValueError(
+                f"`--coordinator` must be auto or an address and port; got {coordinator!r}."
+            )
         if not 0 <= process < processes:
             raise ValueError(
                 f"`--process` must be at least 0 and below `--processes`; got {process} of "

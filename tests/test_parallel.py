@@ -109,7 +109,7 @@ def test_rows_go_to_their_devices_or_to_all_of_them(rows):
 
 def _chips(name):
     """Chips that one can compile for and not run on."""
-    pytest.importorskip("libtpu")
+    pytest.importorskip("libtpu", reason="libtpu, the compiler for TPUs, is not installed")
     try:
         chips = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except jax.errors.JaxRuntimeError as error:

@@ -61,6 +61,7 @@ def broken(tmp_path_factory):
 @pytest.mark.slow
 def test_f27_a_process_whose_other_is_lost_ends_with_a_reason(broken):
     _, code, error, seconds = broken
+    print(f"{seconds:.1f} s, exit code {code}")
     assert seconds < 60
     assert code in (6, -signal.SIGABRT)
     assert re.search("Gloo|distributed service", error)
@@ -100,9 +101,17 @@ def test_what_ends_the_first_process_ends_the_others_alike(tmp_path):
         assert "5 rows must be a multiple of the 2 devices" in last_line(finish(process, 2)[1])
 
 
-def test_a_process_that_does_not_say_which_it_is_is_refused():
-    with pytest.raises(ValueError, match=r"`--process` must be at least 0 and below .* 2 of 2\."):
-        join("localhost:1", processes=2, process=2)
+@pytest.mark.parametrize(
+    ("coordinator", "process", "sentence"),
+    [
+        ("localhost:1", 2, r"`--process` must be at least 0 and below .* 2 of 2\."),
+        ("localhost", 0, "`--coordinator` must be auto or an address and port; got 'localhost'."),
+        ("", 0, "`--coordinator` must say where the first of `--processes` is."),
+    ],
+)
+def test_a_process_that_does_not_say_which_it_is_is_refused(coordinator, process, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        join(coordinator, processes=2, process=process)
 
 
 def test_a_single_process_asks_nobody():
