@@ -17,14 +17,19 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from rwkv7_jax import command_line, compile_cache, job, job_data, pictures
-from rwkv7_jax.checkpoint import model_hash
-from rwkv7_jax.evaluation import Answers, Score, answers, score, state_after
-from rwkv7_jax.run_ends import ending
-from rwkv7_jax.settings import Settings, read_settings
-from rwkv7_jax.state import RWKV7State, init_state
-from rwkv7_jax.state_files import load_state
-from rwkv7_jax.tokenizer import Tokenizer
+from rwkv7_jax.checkpoints.model_files import model_hash
+from rwkv7_jax.checkpoints.state_files import load_state
+from rwkv7_jax.evaluation.scoring import Answers, Score, answers, score
+from rwkv7_jax.generation.prefill import state_after
+from rwkv7_jax.model.state import RWKV7State, init_state
+from rwkv7_jax.reports import plots as pictures
+from rwkv7_jax.runs import compilation_cache as compile_cache
+from rwkv7_jax.runs import config_flags as command_line
+from rwkv7_jax.runs import datasets as job_data
+from rwkv7_jax.runs.exit_codes import ending
+from rwkv7_jax.runs.modes import base as job
+from rwkv7_jax.runs.settings import Settings, read_settings
+from rwkv7_jax.text.tokenizer import Tokenizer
 
 
 def starts(settings: Settings, model, params, tokenizer: Tokenizer) -> dict[str, RWKV7State]:

@@ -17,24 +17,29 @@ import jax
 import optax
 from absl import flags, logging
 
-from rwkv7_jax import command_line, compile_cache, job_data, jobs, parallel, processes
-from rwkv7_jax.course import Course
-from rwkv7_jax.generate import generate
-from rwkv7_jax.job import Job
-from rwkv7_jax.job_costs import memory_line, step_flops, step_rows
-from rwkv7_jax.optim.build import build_optimizer, group_table, schedule
-from rwkv7_jax.profile_window import ProfileWindow
-from rwkv7_jax.run_ends import Stopped, ending, outlive_readers
-from rwkv7_jax.run_feed import Feed
-from rwkv7_jax.run_folder import Folder
-from rwkv7_jax.run_identity import identity_of
-from rwkv7_jax.run_log import RunLog
-from rwkv7_jax.run_pictures import draw
-from rwkv7_jax.run_together import opened, restored
-from rwkv7_jax.settings import Settings, profiled, read_settings
-from rwkv7_jax.stop_signals import StopSignals
-from rwkv7_jax.token_streams import TokenStream
-from rwkv7_jax.training import TrainState, make_train_step
+from rwkv7_jax import sharding as parallel
+from rwkv7_jax.data.token_streams import TokenStream
+from rwkv7_jax.generation.generate import generate
+from rwkv7_jax.optim.optimizer import build_optimizer, group_table, schedule
+from rwkv7_jax.runs import compilation_cache as compile_cache
+from rwkv7_jax.runs import config_flags as command_line
+from rwkv7_jax.runs import datasets as job_data
+from rwkv7_jax.runs import evaluators as jobs
+from rwkv7_jax.runs import multihost as processes
+from rwkv7_jax.runs.early_stopping import Course
+from rwkv7_jax.runs.exit_codes import Stopped, ending, outlive_readers
+from rwkv7_jax.runs.input_pipeline import Feed
+from rwkv7_jax.runs.metrics_logger import RunLog
+from rwkv7_jax.runs.modes.base import Job, memory_line, step_flops, step_rows
+from rwkv7_jax.runs.modes.registry import make_job
+from rwkv7_jax.runs.multihost import opened, restored
+from rwkv7_jax.runs.profiler import ProfileWindow
+from rwkv7_jax.runs.resume.run_identity import identity_of
+from rwkv7_jax.runs.run_directory import Folder
+from rwkv7_jax.runs.run_plots import draw
+from rwkv7_jax.runs.settings import Settings, profiled, read_settings
+from rwkv7_jax.runs.signals import StopSignals
+from rwkv7_jax.training.train_step import TrainState, make_train_step
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; it is made or continued.")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "First process's address:port, or auto.")
@@ -72,7 +77,7 @@ class Run:
 def set_up(settings: Settings, folder: Folder) -> Run:
     """Model, optimizer and data of a run."""
     mesh = parallel.data_mesh(step_rows(settings))
-    job, optimizer = jobs.make_job(settings, folder.path), settings.optimizer
+    job, optimizer = make_job(settings, folder.path), settings.optimizer
     rate = schedule(
         optimizer.schedule,
         optimizer.learning_rate,

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import record
-from rwkv7_jax.data import data_hash, packed, token_stream
-from rwkv7_jax.tokenizer import Tokenizer
+from rwkv7_jax.data.loading import data_hash, packed, token_stream
+from rwkv7_jax.text.tokenizer import Tokenizer
 
 SHAPES = ((16, 4096), (8, 512), (64, 128))
 CHOICES = {
@@ -30,8 +30,8 @@ CHOICES = {
 
 def write(folder: Path, tokens: int) -> Path:
     """A cache of about so many tokens, as `rwkv7 data` would write it."""
-    from rwkv7_jax.binidx import BinidxWriter
-    from rwkv7_jax.token_cache import FORMAT
+    from rwkv7_jax.data.binidx import BinidxWriter
+    from rwkv7_jax.data.token_cache import FORMAT
 
     random, path = np.random.default_rng(0), folder / "x.bin"
     numbers = {"documents": 0, "tokens": 0, "learnt": 0}

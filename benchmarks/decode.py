@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import record
-from rwkv7_jax.config import RWKV7Config
-from rwkv7_jax.generate import generate
-from rwkv7_jax.model import RWKV7
-from rwkv7_jax.state import init_state
+from rwkv7_jax.generation.generate import generate
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import init_state
 
 CONTEXTS = (64, 512, 4096)
 BATCHES = (1, 8, 32)

@@ -27,11 +27,11 @@ import optax
 import rwkv7_jax as rwkv
 from benchmarks import record
 from benchmarks.lab import rate_at
-from rwkv7_jax import pictures
-from rwkv7_jax.data import batch_at, token_stream
-from rwkv7_jax.layer_statistics import layer_statistics, projections
-from rwkv7_jax.progress import ProgressBar
-from rwkv7_jax.tasks import task_batch
+from rwkv7_jax.data.loading import batch_at, token_stream
+from rwkv7_jax.data.synthetic_tasks import task_batch
+from rwkv7_jax.reports import plots as pictures
+from rwkv7_jax.runs.progress_bar import ProgressBar
+from rwkv7_jax.training.projection_statistics import layer_statistics, projections
 
 SIZES = {"decay_rank": 16, "icl_rank": 16, "value_rank": 16, "gate_rank": 32}
 SIZES |= {"vocab_size": 257, "num_layers": 2, "width": 64, "head_size": 32, "ffn_width": 192}

@@ -13,15 +13,15 @@ import optax
 
 import rwkv7_jax as rwkv
 from benchmarks.lab import DBP, RAW, STANDARD, WHITENED, Method, base, batch, measure, tune
-from rwkv7_jax.guide import collect
-from rwkv7_jax.imitation import distil
-from rwkv7_jax.observer import init_observer, propose, state_moments
-from rwkv7_jax.observer_evaluation import handover
-from rwkv7_jax.observer_training import observer_loss
-from rwkv7_jax.rollouts import held_out_reward
-from rwkv7_jax.state_tuning import scaled
-from rwkv7_jax.tasks import question_batch
-from rwkv7_jax.test_time import grpo
+from rwkv7_jax.data.synthetic_tasks import question_batch
+from rwkv7_jax.observer.evaluation import handover
+from rwkv7_jax.observer.loss import observer_loss
+from rwkv7_jax.observer.observer import init_observer, propose, state_moments
+from rwkv7_jax.test_time.distillation import distil
+from rwkv7_jax.test_time.grpo import grpo
+from rwkv7_jax.test_time.rollouts import held_out_reward
+from rwkv7_jax.test_time.teacher import collect
+from rwkv7_jax.tuning.state_arithmetic import scaled
 
 Numbers = dict[str, Any]
 SKILLS = ("dictionary", "mapping", "modular", "sequence")

@@ -16,11 +16,13 @@ import numpy as np
 import optax
 
 import rwkv7_jax as rwkv
-from rwkv7_jax.evaluation import Answers, answers
+from rwkv7_jax.data.synthetic_tasks import task_batch
+from rwkv7_jax.evaluation.scoring import Answers, answers
+from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.optim.decorrelation import decorrelate
-from rwkv7_jax.state import RWKV7State
-from rwkv7_jax.state_tuning import moving, state_loss, state_statistics, upscale
-from rwkv7_jax.tasks import task_batch
+from rwkv7_jax.tuning.read_statistics import state_statistics
+from rwkv7_jax.tuning.state_tuning import moving, state_loss
+from rwkv7_jax.tuning.upscaling import upscale
 
 ASSETS = Path(__file__).parent.parent / "assets"
 ROWS = 32  # of a training batch

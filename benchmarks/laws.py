@@ -13,8 +13,9 @@ import optax
 
 import rwkv7_jax as rwkv
 from benchmarks.lab import STANDARD, WHITENED, base, batch, start, tune
-from rwkv7_jax import upscaling
+from rwkv7_jax.model import recurrence as upscaling
 from rwkv7_jax.optim.decorrelation import decorrelate
+from rwkv7_jax.tuning.read_statistics import start_reads
 
 Numbers = dict[str, Any]
 
@@ -43,7 +44,7 @@ def linearity() -> Numbers:
     def read(state):
         return upscaling.recurrence(parts, state, None, implementation=None, lengths=None)[0]
 
-    wanted = jnp.einsum("bhvk,bthk->bthv", state, upscaling.start_reads(parts), precision="highest")
+    wanted = jnp.einsum("bhvk,bthk->bthv", state, start_reads(parts), precision="highest")
     error = jnp.linalg.norm(read(state) - read(0 * state) - wanted) / jnp.linalg.norm(wanted)
     return {"relative_error": float(error), "passed": float(error) <= 1e-5}
 

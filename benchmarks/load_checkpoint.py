@@ -19,9 +19,9 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks import record
-from rwkv7_jax import names
-from rwkv7_jax.config import RWKV7Config
-from rwkv7_jax.pth import write_pth
+from rwkv7_jax.checkpoints import tensor_names as names
+from rwkv7_jax.checkpoints.pth import write_pth
+from rwkv7_jax.model.config import RWKV7Config
 
 _ENDING = """
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -32,7 +32,7 @@ PROGRAMS = {
     "load_model": """
 import sys, time, jax
 jax.devices()
-from rwkv7_jax.checkpoint import load_model
+from rwkv7_jax.checkpoints.model_files import load_model
 begun = time.perf_counter()
 jax.block_until_ready(load_model(sys.argv[1])[0])
 seconds = time.perf_counter() - begun
@@ -54,7 +54,7 @@ found = {name: tensor.clone() for name, tensor in found.items()}
 seconds = time.perf_counter() - begun
 """,
     "imports alone": """
-import jax, rwkv7_jax.checkpoint
+import jax, rwkv7_jax.checkpoints.model_files
 jax.devices()
 seconds = 0.0
 """,

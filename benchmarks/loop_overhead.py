@@ -16,12 +16,12 @@ from typing import NamedTuple
 import jax
 
 from benchmarks import record
-from rwkv7_jax import compile_cache
-from rwkv7_jax.run_feed import Feed
-from rwkv7_jax.run_folder import RunFolder
-from rwkv7_jax.settings import Settings, read_settings
-from rwkv7_jax.stop_signals import StopSignals
-from rwkv7_jax.training import TrainState, make_train_step
+from rwkv7_jax.runs import compilation_cache as compile_cache
+from rwkv7_jax.runs.input_pipeline import Feed
+from rwkv7_jax.runs.run_directory import RunFolder
+from rwkv7_jax.runs.settings import Settings, read_settings
+from rwkv7_jax.runs.signals import StopSignals
+from rwkv7_jax.training.train_step import TrainState, make_train_step
 
 WARM = 10
 

@@ -28,10 +28,10 @@ import numpy as np
 
 from benchmarks import experiments, laws, record
 from benchmarks.lab import DBP, RAW, STANDARD, WHITENED, base, measure, tune
-from rwkv7_jax import pictures
-from rwkv7_jax.atomic import replacing
-from rwkv7_jax.progress import ProgressBar
-from rwkv7_jax.test_time import grpo
+from rwkv7_jax.atomic_write import replacing
+from rwkv7_jax.reports import plots as pictures
+from rwkv7_jax.runs.progress_bar import ProgressBar
+from rwkv7_jax.test_time.grpo import grpo
 
 TASKS = ("steer", "novel", "modulus-9", "product-7", "facts-256")
 METHODS = {
@@ -63,7 +63,8 @@ QUICK = ("E1", "E2", "E4", "E6", "E8", "E9", "E10", "E11", "E13", "E14", "E15")
 def fingerprint() -> str:
     """A hash of the code and the models that results depend on."""
     root, digest = Path(__file__).parent.parent, hashlib.blake2b(digest_size=8)
-    for pattern in ("rwkv7_jax/**/*.py", "pallas_kernels/*.py", "benchmarks/*.py", "assets/*.pth"):
+    code = ("rwkv7_jax/**/*.py", "pallas_kernels/**/*.py", "benchmarks/*.py")
+    for pattern in (*code, "assets/*.pth"):
         for path in sorted(root.glob(pattern)):
             digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -17,7 +17,7 @@ def write(path: str, module: str, *, packages: tuple[str, ...] = ("jax",), **num
         **numbers: what was found.
     """
     # Children that measure memory import this module as well, and shall not load JAX by it.
-    from rwkv7_jax.system import device_line, versions
+    from rwkv7_jax.reports.system_info import device_line, versions
 
     record = {
         "date": datetime.date.today().isoformat(),

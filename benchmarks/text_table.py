@@ -29,10 +29,12 @@ import rwkv7_jax as rwkv
 from benchmarks import record
 from benchmarks.lab import ASSETS, rate_at
 from benchmarks.paper_table import Cells, rounded
-from rwkv7_jax import pictures
-from rwkv7_jax.data import batch_at, token_stream, windows
-from rwkv7_jax.evaluation import score, state_after
-from rwkv7_jax.state_tuning import moving, state_loss, state_statistics
+from rwkv7_jax.data.loading import batch_at, token_stream, windows
+from rwkv7_jax.evaluation.scoring import score
+from rwkv7_jax.generation.prefill import state_after
+from rwkv7_jax.reports import plots as pictures
+from rwkv7_jax.tuning.read_statistics import state_statistics
+from rwkv7_jax.tuning.state_tuning import moving, state_loss
 
 STYLES = ("charmaps", "topics-capitals", "c-headers")
 OWN = "stdlib"

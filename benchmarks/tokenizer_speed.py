@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 
 from benchmarks import record
-from rwkv7_jax.sources import documents
-from rwkv7_jax.tokenizer import Tokenizer
+from rwkv7_jax.data.readers import documents
+from rwkv7_jax.text.tokenizer import Tokenizer
 
 
 def encoders() -> dict[str, Callable[[str], list[int]]]:

@@ -1,4 +1,4 @@
-"""`python -m pallas_kernels.bench [case]`: time, error, memory of every implementation. Level 0.
+"""`python -m pallas_kernels.bench [case]`: time, error, memory of every implementation.
 
 Time is the least of several runs, by the wall and by the process (all its threads together): a
 machine is seldom idle. Error is the relative L2 distance to the float64 definition, of y and of
@@ -17,10 +17,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from .cases import CASES, MODES, Case, make_inputs
-from .dispatch import available
-from .reference import wkv7_reference
-from .wkv7 import wkv7
+from pallas_kernels.cases import CASES, MODES, Case, make_inputs
+from pallas_kernels.dispatch import available
+from pallas_kernels.reference import wkv7_reference
+from pallas_kernels.wkv7 import wkv7
 
 RUN_SECONDS = 0.02
 COPIED_BYTES = 2**28

@@ -1,4 +1,4 @@
-"""Named shapes and data that tests, benchmarks and the README's table share. Level 0.
+"""Named shapes and data that tests, benchmarks and the README's table share.
 
 Four modes of data. "real" is what a trained model sends. The others are the edges: "fast", every
 channel decays as quickly as it can; "slow", next to no decay, so errors have time to grow;
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .reference import Inputs, State
+from pallas_kernels.reference import Inputs, State
 
 MODES = ("real", "fast", "slow", "repeated")
 # log_w is this times a sigmoid: no decay is faster than exp of it.

@@ -1,4 +1,4 @@
-"""The arithmetic of one chunk of L tokens, forward and backward, on plain arrays. Level 0.
+"""The arithmetic of one chunk of L tokens, forward and backward, on plain arrays.
 
 With cs the running sum of log_w inside the chunk and mid its value at the chunk's middle, the
 factors

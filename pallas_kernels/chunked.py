@@ -1,11 +1,11 @@
-"""WKV-7 chunk by chunk in plain JAX: matrix products in a chunk, a scan over chunks. Level 0."""
+"""WKV-7 chunk by chunk in plain JAX: matrix products in a chunk, a scan over chunks."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from . import chunk_math, tiles
-from .reference import NAMES, Inputs, State
+from pallas_kernels import chunk_math, tiles
+from pallas_kernels.reference import NAMES, Inputs, State
 
 Starts = Float[Array, "C B H Nk Nv"]
 

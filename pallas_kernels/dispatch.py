@@ -1,4 +1,4 @@
-"""Which implementation serves a call. Level 0.
+"""Which implementation serves a call.
 
 Every implementation has `forward`, `forward_saving` and `backward`. A named one runs or raises.
 Without a name each platform that a program is lowered for gets its own, and a gradient keeps the
@@ -13,8 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from . import chunked, gpu, platforms, scan, tiles, tpu, triton_op
-from .reference import Inputs, State
+from pallas_kernels import chunked, platforms, scan, tiles
+from pallas_kernels.gpu import pallas_calls as gpu
+from pallas_kernels.gpu import triton_calls as triton_op
+from pallas_kernels.reference import Inputs, State
+from pallas_kernels.tpu import pallas_calls as tpu
 
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda", "triton": "cuda"}
 IMPLEMENTATIONS = ("scan", "chunked", *PLATFORMS)

@@ -1,4 +1,4 @@
-"""Kernels of one platform inside programs that are lowered for several. Level 0.
+"""Kernels of one platform inside programs that are lowered for several.
 
 `jax.lax.platform_dependent` lowers every branch for every platform, and a Pallas call refuses those
 that it is not made for. `only` closes that gap: elsewhere its call becomes zeros that nobody reads.

@@ -1,4 +1,4 @@
-"""The WKV-7 recurrence as its definition reads; every other form is compared with it. Level 0."""
+"""The WKV-7 recurrence as its definition reads; every other form is compared with it."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""WKV-7 token by token; its backward pass recomputes states instead of storing them all. Level 0.
+"""WKV-7 token by token; its backward pass recomputes states instead of storing them all.
 
 A state is kept at the start of every chunk; the backward pass walks each chunk forward once more
 from there. Rebuilding states by dividing by the decay, as several kernels do, loses three to five
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from . import tiles
-from .reference import Inputs, State, step, wkv7_reference
+from pallas_kernels import tiles
+from pallas_kernels.reference import Inputs, State, step, wkv7_reference
 
 Starts = Float[Array, "C B H Nv Nk"]
 

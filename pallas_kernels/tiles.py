@@ -1,4 +1,4 @@
-"""Tile choices: one small table for every kind of device. Level 0.
+"""Tile choices: one small table for every kind of device.
 
 `python -m pallas_kernels.tune` measures them anew on the device at hand and prints such a table.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from . import platforms
+from pallas_kernels import platforms
 
 
 class Tile(NamedTuple):

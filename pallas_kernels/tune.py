@@ -1,4 +1,4 @@
-"""`python -m pallas_kernels.tune`: measure tiles on the device at hand, print a table. Level 0.
+"""`python -m pallas_kernels.tune`: measure tiles on the device at hand, print a table.
 
 What it prints goes into `tiles`, where the op reads it: nothing is ever measured while a program is
 traced. One kernel's tile is changed at a time, the others stay at their best so far.
@@ -12,10 +12,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from . import dispatch, tiles
-from .bench import least_ms
-from .cases import CASES, make_inputs
-from .wkv7 import CHUNKS
+from pallas_kernels import dispatch, tiles
+from pallas_kernels.bench import least_ms
+from pallas_kernels.cases import CASES, make_inputs
+from pallas_kernels.wkv7 import CHUNKS
 
 GROUPS = (1, 2, 4, 8)
 WARPS, STAGES, VALUES = (2, 4, 8), (1, 2, 3), (16, 32, 64, 128)

@@ -1,4 +1,4 @@
-"""The public WKV-7 op: checks, choice of implementation, one `custom_vjp`. Level 0."""
+"""The public WKV-7 op: checks, choice of implementation, one `custom_vjp`."""
 
 import functools
 
@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from . import dispatch
-from .reference import NAMES, Inputs, State
+from pallas_kernels import dispatch
+from pallas_kernels.reference import NAMES, Inputs, State
 
 CHUNKS = (16, 32, 64)
 

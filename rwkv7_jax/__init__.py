@@ -1,18 +1,21 @@
-"""RWKV-7 in JAX, with the state as a first-class thing: tuned, observed, saved, served. Level 6."""
+"""RWKV-7 in JAX, with the state as a first-class thing: tuned, observed, saved, served."""
 
-from . import data
-from .checkpoint import load_model, save_model
-from .config import RWKV7Config
-from .evaluation import score
-from .generate import generate
-from .model import RWKV7
-from .optim.build import build_optimizer
-from .optim.decorrelation import decorrelate
-from .state import RWKV7State, check_state, init_state, repeat, select, stack
-from .state_files import load_state, save_state
-from .state_tuning import scaled, state_loss, upscale
-from .tokenizer import Tokenizer
-from .training import TrainState, make_eval_step, make_train_step, pretrain_loss
+from rwkv7_jax import data
+from rwkv7_jax.checkpoints.model_files import load_model, save_model
+from rwkv7_jax.checkpoints.state_files import load_state, save_state
+from rwkv7_jax.evaluation.scoring import score
+from rwkv7_jax.generation.generate import generate
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import RWKV7State, check_state, init_state, repeat, select, stack
+from rwkv7_jax.optim.decorrelation import decorrelate
+from rwkv7_jax.optim.optimizer import build_optimizer
+from rwkv7_jax.text.tokenizer import Tokenizer
+from rwkv7_jax.training.losses import pretrain_loss
+from rwkv7_jax.training.train_step import TrainState, make_eval_step, make_train_step
+from rwkv7_jax.tuning.state_arithmetic import scaled
+from rwkv7_jax.tuning.state_tuning import state_loss
+from rwkv7_jax.tuning.upscaling import upscale
 
 __all__ = [
     "RWKV7",

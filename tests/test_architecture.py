@@ -4,7 +4,6 @@ import ast
 import functools
 import inspect
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -20,8 +19,6 @@ MODULES = sorted(
     if path.name != "__init__.py"
 )
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
-# Neighbours on one level that may use each other: (module, what it imports), each with its reason.
-SIDEWAYS: set[tuple[str, str]] = set()
 
 
 def name_of(path):
@@ -33,13 +30,6 @@ def name_of(path):
 def tree_of(path):
     """The file's syntax."""
     return ast.parse(path.read_text())
-
-
-def level(path):
-    """The level that the module's docstring states."""
-    found = re.search(r"\bLevel (\d)\.", ast.get_docstring(tree_of(path)) or "")
-    assert found, f"{name_of(path)}: the docstring must end its first line with its level."
-    return int(found[1])
 
 
 @functools.cache
@@ -60,29 +50,13 @@ def _imports(path):
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def ours(path):
-    """Files of ours that a file imports."""
-    known = {name_of(module): module for module in MODULES}
-    return sorted({known[name] for name in imports(path) if name in known})
-
-
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_a_module_imports_lower_levels_only(path):
-    if "pallas_kernels" in path.parts:
-        assert not any(name.startswith("rwkv7_jax") for name in imports(path))
-        return
-    for other in ours(path):
-        pair = (name_of(path), name_of(other))
-        below = level(other) < level(path)
-        assert below or pair in SIDEWAYS, f"{pair[0]} (level {level(path)}) imports {pair[1]}"
-
-
 @pytest.mark.parametrize("path", [p for p in MODULES if "pallas_kernels" in p.parts], ids=name_of)
 def test_kernels_need_jax_alone(path):
-    assert level(path) == 0
     allowed = {"jax", "jaxlib", "jaxtyping", "pallas_kernels", *sys.stdlib_module_names}
-    optional = {"bench.py": {"matplotlib"}, "triton_op.py": {"jax_triton"}}
-    optional |= {name: {"triton"} for name in ("triton_kernels.py", "gates_gpu.py")}
+    optional = {"bench.py": {"matplotlib"}, "triton_calls.py": {"jax_triton"}}
+    optional |= {"triton_kernels.py": {"triton"}}
+    if "compile_checks" in path.parts:
+        optional["gpu.py"] = {"triton"}
     assert {name.split(".")[0] for name in imports(path)} <= allowed | optional.get(
         path.name, set()
     )
@@ -102,7 +76,7 @@ def test_folders_that_are_no_packages_have_no_init(folder):
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_files_and_functions_stay_short_and_public_ones_say_what_they_do(path):
-    assert len(path.read_text().splitlines()) <= 300
+    assert len(path.read_text().splitlines()) <= 500
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             body = node.end_lineno - node.body[0].lineno + 1

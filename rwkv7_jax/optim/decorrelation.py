@@ -1,4 +1,4 @@
-"""Matrices trained in coordinates in which their inputs are decorrelated. Level 2.
+"""Matrices trained in coordinates in which their inputs are decorrelated.
 
 A leaf S of shape [..., N, M] acts as y = S x. Where the entries of x are correlated, gradient steps
 are long along few directions and short along the others. With z = R x and y = S' z, S' = S R^-1 is
@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from .whitening import (
+from rwkv7_jax.optim.whitening import (
     adapted,
     effective_rank,
     finite,

@@ -1,4 +1,4 @@
-"""Covariances, and the matrices that whiten what they describe. Level 1."""
+"""Covariances, and the matrices that whiten what they describe."""
 
 import functools
 
@@ -9,11 +9,14 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 Covariance = Float[Array | np.ndarray, "*heads M M"]
+
 Square = Float[Array, "*heads M M"]
+
 Flags = Bool[Array, "*heads"]
 
 # A GPU or a TPU would shorten float32 operands; R's small directions would not survive that.
 _matmul = functools.partial(jnp.matmul, precision="highest")
+
 # Newton-Schulz multiplies the smallest eigenvalue by up to 2.25 a step: 40 steps reach 1 from
 # 1e-14, far below what float32 resolves. The last steps, all errors below a tenth, are quadratic.
 _MOST_STEPS, _LAST_STEPS, _NEAR = 40, 3, 0.1

@@ -1,0 +1,243 @@
+"""WKV-7 for NVIDIA GPUs, as three Triton kernels on arrays [B T H N] as they lie.
+
+The mathematics is that of `chunk_math`, with two changes that save instructions. Carried from chunk
+to chunk are the scaled state S^ = S exp(mid) and, backwards, the scaled gradient
+G^ = dS exp(last - mid): one scaling a chunk each, and they are what the products read, so they are
+stored in the tokens' dtype. And sums over tokens are products with matrices of zeros and ones.
+
+`forward` and `state_gradient` walk the chunks, one program for every head and block of value rows;
+`gradients` has one program for every chunk and head. bfloat16 tokens meet in bfloat16 products,
+float32 ones in IEEE products. Sizes of heads are powers of two from 16 up, and all chunks are full.
+Heads are the grid's first axis, the only one that may have more than 65,535 programs.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def _exp2(x):
+    """2^x without the instructions that would keep subnormal results."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _dot(x, y, acc=None):
+    """x @ y + acc in float32, both operands in x's dtype."""
+    return tl.dot(x, y.to(x.dtype), acc=acc, input_precision="ieee")
+
+
+@triton.jit
+def _sums(chosen, x, DTYPE: tl.constexpr):
+    """chosen @ x for a float32 x and a matrix of -1, 0, 1; beside bfloat16, 16 bits of x count."""
+    if DTYPE == tl.float32:
+        return _dot(chosen.to(tl.float32), x)
+    chosen, high = chosen.to(tl.bfloat16), x.to(tl.bfloat16)
+    return _dot(chosen, high, _dot(chosen, x - high.to(tl.float32)))
+
+
+@triton.jit
+def _times(pointer, offsets, factor, DTYPE: tl.constexpr):
+    """A tile of tokens times a float32 factor, as an operand."""
+    return (tl.load(pointer + offsets).to(tl.float32) * factor).to(DTYPE)
+
+
+@triton.jit
+def _decays(log_w, offsets, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
+    """exp(cs_{t-1} - mid), exp(cs_t - mid) and exp(mid - cs_t) of the tile's tokens."""
+    row, column = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+    x = tl.load(log_w + offsets) * LOG2E
+    centred = tl.where(column <= row, 1.0, 0.0) - tl.where(column < CHUNK // 2, 1.0, 0.0)
+    c = _sums(centred, x, DTYPE)
+    return _exp2(c - x), _exp2(c), _exp2(-c)
+
+
+@triton.jit
+def _halves(log_w, key, stride, CHUNK: tl.constexpr):
+    """exp(mid) and exp(last - mid) of the chunk at `log_w`."""
+    offsets = tl.arange(0, CHUNK // 2)[:, None] * stride + key
+    middle = tl.sum(tl.load(log_w + offsets), 0)
+    rest = tl.sum(tl.load(log_w + CHUNK // 2 * stride + offsets), 0)
+    return _exp2(middle * LOG2E), _exp2(rest * LOG2E)
+
+
+@triton.jit
+def _lower(x, DTYPE: tl.constexpr):
+    """`x` with what lies above its diagonal zeroed, in `DTYPE`."""
+    row, column = tl.arange(0, x.shape[0])[:, None], tl.arange(0, x.shape[0])[None, :]
+    return tl.where(row >= column, x, 0.0).to(DTYPE)
+
+
+@triton.jit
+def _below(x, DTYPE: tl.constexpr):
+    """`x` with its diagonal and what lies above it zeroed, in `DTYPE`."""
+    row, column = tl.arange(0, x.shape[0])[:, None], tl.arange(0, x.shape[0])[None, :]
+    return tl.where(row > column, x, 0.0).to(DTYPE)
+
+
+@triton.jit
+def _merge(inverse, a, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    """Join pairs of solved diagonal blocks of `BLOCK` rows; all of it is float32."""
+    row, column = tl.arange(0, a.shape[0])[:, None], tl.arange(0, a.shape[0])[None, :]
+    pair = row // (2 * BLOCK) == column // (2 * BLOCK)
+    below = pair & (row // BLOCK % 2 == 1) & (column // BLOCK % 2 == 0)
+    solved = inverse.to(DTYPE)
+    return _dot(solved, _dot(tl.where(below, a, 0.0).to(DTYPE), solved), inverse)
+
+
+@triton.jit
+def _inverse(a, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
+    """(I - a)^-1 of what lies below a's diagonal, only from inverses of diagonal blocks."""
+    row, column = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+    pair = (row // 2 == column // 2) & (row > column)
+    inverse = tl.where(row == column, 1.0, tl.where(pair, a, 0.0))
+    for level in tl.static_range(1, 7):
+        if 2**level < CHUNK:
+            inverse = _merge(inverse, a, 2**level, DTYPE)
+    return inverse.to(DTYPE)
+
+
+@triton.jit
+def forward(
+    r, log_w, k, v, a, b, state, tokens, heads, end, y, starts,
+    CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
+    READ: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
+    """The end state for `BLOCK` value rows of one head; with `READ` y, with `SAVE` S^ of chunks."""
+    DTYPE: tl.constexpr = v.dtype.element_ty
+    head = tl.program_id(0).to(tl.int64)
+    time, key = tl.arange(0, CHUNK)[:, None], tl.arange(0, KEYS)[None, :]
+    value = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    by_key, by_value = time * heads * KEYS + key, time * heads * VALUES + value[None, :]
+    entry = value[:, None] * KEYS + key
+    first = head // heads * tokens * heads + head % heads
+    scaled = tl.load(state + head * VALUES * KEYS + entry)
+    starts += head * tl.cdiv(tokens, CHUNK) * VALUES * KEYS
+    rest = tl.full((1, KEYS), 1.0, tl.float32)
+    for start in range(0, tokens, CHUNK):
+        at = (first + start * heads) * KEYS
+        to = (first + start * heads) * VALUES
+        before, upto, after = _decays(log_w + at, by_key, CHUNK, DTYPE)
+        ah = _times(a + at, by_key, before, DTYPE)
+        rh = _times(r + at, by_key, upto, DTYPE)
+        bh = _times(b + at, by_key, after, DTYPE)
+        kh = _times(k + at, by_key, after, DTYPE)
+        vs = tl.load(v + to + by_value)
+        inverse = _inverse(_dot(ah, bh.T), CHUNK, DTYPE)
+        aak, ark = _below(_dot(ah, kh.T), DTYPE), _lower(_dot(rh, kh.T), DTYPE)
+        arb = _lower(_dot(rh, bh.T), DTYPE)
+        middle, next_rest = _halves(log_w + at, key, heads * KEYS, CHUNK)
+        scaled *= rest * middle[None, :]
+        operand = scaled.to(DTYPE)
+        u = _dot(inverse, _dot(aak, vs, _dot(ah, operand.T))).to(DTYPE)
+        if READ:
+            ys = _dot(ark, vs, _dot(arb, u, _dot(rh, operand.T)))
+            tl.store(y + to + by_value, ys)
+        if SAVE:
+            tl.store(starts + start // CHUNK * VALUES * KEYS + entry, operand)
+        scaled = _dot(vs.T, kh, _dot(u.T, bh, scaled))
+        rest = next_rest[None, :]
+    tl.store(end + head * VALUES * KEYS + entry, scaled * rest)
+
+
+@triton.jit
+def state_gradient(
+    r, log_w, a, b, dy, dend, tokens, heads, dstate, ends,
+    CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
+    SAVE: tl.constexpr,
+):  # fmt: skip
+    """The start state's gradient for `BLOCK` value rows of one head; with `SAVE` G^ of chunks."""
+    DTYPE: tl.constexpr = dy.dtype.element_ty
+    head = tl.program_id(0).to(tl.int64)
+    time, key = tl.arange(0, CHUNK)[:, None], tl.arange(0, KEYS)[None, :]
+    value = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    by_key, by_value = time * heads * KEYS + key, time * heads * VALUES + value[None, :]
+    entry = value[:, None] * KEYS + key
+    first = head // heads * tokens * heads + head % heads
+    scaled = tl.load(dend + head * VALUES * KEYS + entry)
+    chunks = tl.cdiv(tokens, CHUNK)
+    ends += head * chunks * VALUES * KEYS
+    middle = tl.full((1, KEYS), 1.0, tl.float32)
+    for done in range(0, chunks):
+        chunk = chunks - 1 - done
+        start = chunk * CHUNK
+        at = (first + start * heads) * KEYS
+        before, upto, after = _decays(log_w + at, by_key, CHUNK, DTYPE)
+        ah = _times(a + at, by_key, before, DTYPE)
+        rh = _times(r + at, by_key, upto, DTYPE)
+        bh = _times(b + at, by_key, after, DTYPE)
+        dys = tl.load(dy + (first + start * heads) * VALUES + by_value)
+        inverse = _inverse(_dot(ah, bh.T), CHUNK, DTYPE)
+        arb = _lower(_dot(rh, bh.T), DTYPE)
+        next_middle, rest = _halves(log_w + at, key, heads * KEYS, CHUNK)
+        scaled *= middle * rest[None, :]
+        operand = scaled.to(DTYPE)
+        if SAVE:
+            tl.store(ends + chunk * VALUES * KEYS + entry, operand)
+        z = _dot(inverse.T, _dot(arb.T, dys, _dot(bh, operand.T))).to(DTYPE)
+        scaled = _dot(z.T, ah, _dot(dys.T, rh, scaled))
+        middle = next_middle[None, :]
+    tl.store(dstate + head * VALUES * KEYS + entry, scaled * middle)
+
+
+@triton.jit
+def gradients(
+    r, log_w, k, v, a, b, dy, starts, ends, tokens, heads, dr, dlog_w, dk, dv, da, db,
+    CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one chunk's tokens of one head, from its S^ and G^.
+
+    The decay's gradient takes the factors as rounded for the products: see `chunk_math.gradients`.
+    """
+    DTYPE: tl.constexpr = v.dtype.element_ty
+    start, head = tl.program_id(1) * CHUNK, tl.program_id(0).to(tl.int64)
+    time, key = tl.arange(0, CHUNK)[:, None], tl.arange(0, KEYS)[None, :]
+    value = tl.arange(0, VALUES)[None, :]
+    first = (head // heads * tokens + start) * heads + head % heads
+    by_key = first * KEYS + time * heads * KEYS + key
+    by_value = first * VALUES + time * heads * VALUES + value
+    entry = tl.arange(0, VALUES)[:, None] * KEYS + key
+    entry += (head * tl.cdiv(tokens, CHUNK) + tl.program_id(1)) * VALUES * KEYS
+    s, g = tl.load(starts + entry), tl.load(ends + entry)
+    whole = tl.sum(s.to(tl.float32) * g.to(tl.float32), 0)
+    before, upto, after = _decays(log_w, by_key, CHUNK, DTYPE)
+    ah = _times(a, by_key, before, DTYPE)
+    rh = _times(r, by_key, upto, DTYPE)
+    bh = _times(b, by_key, after, DTYPE)
+    kh = _times(k, by_key, after, DTYPE)
+    vs, dys = tl.load(v + by_value), tl.load(dy + by_value)
+    inverse = _inverse(_dot(ah, bh.T), CHUNK, DTYPE)
+    aak, arb = _below(_dot(ah, kh.T), DTYPE), _lower(_dot(rh, bh.T), DTYPE)
+    u = _dot(inverse, _dot(aak, vs, _dot(ah, s.T))).to(DTYPE)
+    z = _dot(inverse.T, _dot(arb.T, dys, _dot(bh, g.T))).to(DTYPE)
+    ark = _lower(_dot(rh, kh.T), DTYPE)
+    tl.store(dv + by_value, _dot(ark.T, dys, _dot(aak.T, z, _dot(kh, g.T))))
+    drb, drk = _lower(_dot(dys, u.T), DTYPE), _lower(_dot(dys, vs.T), DTYPE)
+    near = _dot(drk, kh, _dot(drb, bh, _dot(dys, s)))
+    tl.store(dr + by_key, near * upto)
+    behind = rh.to(tl.float32) * near
+    dab, dak = _below(_dot(z, u.T), DTYPE), _below(_dot(z, vs.T), DTYPE)
+    near = _dot(dak, kh, _dot(dab, bh, _dot(z, s)))
+    tl.store(da + by_key, near * before)
+    removal = ah.to(tl.float32) * near
+    near, far = _dot(drb.T, rh, _dot(dab.T, ah)), _dot(u, g)
+    tl.store(db + by_key, (near + far) * after)
+    behind += removal - bh.to(tl.float32) * near
+    ahead = bh.to(tl.float32) * far
+    near, far = _dot(drk.T, rh, _dot(dak.T, ah)), _dot(vs, g)
+    tl.store(dk + by_key, (near + far) * after)
+    behind -= kh.to(tl.float32) * near
+    ahead += kh.to(tl.float32) * far
+    row, column = time, tl.arange(0, CHUNK)[None, :]
+    change = _sums(tl.where(column >= row, 1.0, 0.0), behind, DTYPE) - removal
+    change += _sums(tl.where(column < row, 1.0, 0.0), ahead, DTYPE) + whole[None, :]
+    tl.store(dlog_w + by_key, change)

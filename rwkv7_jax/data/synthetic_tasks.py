@@ -1,0 +1,216 @@
+"""Synthetic tasks as batches: questions to read, answers to be scored.
+
+Some are lines of text such as `copy kqz = kqz`, of which answers and the line's end count; the
+others are the toy tasks of `toy_tasks`. All are in the ids that single bytes have in both
+vocabularies (byte + 1), so that every model can read them.
+"""
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Callable
+
+import numpy as np
+
+from rwkv7_jax.data import toy_tasks as toy
+
+Example = tuple[str, str]
+
+_LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+
+
+def _copy(rng: np.random.Generator) -> Example:
+    word = "".join(rng.choice(_LETTERS, rng.integers(3, 13)))
+    return f"copy {word} = ", word
+
+
+def _recall(rng: np.random.Generator) -> Example:
+    """Multi-query associative recall: some pairs, then the value of one key."""
+    keys = rng.permutation(_LETTERS)[: rng.integers(2, 9)]
+    values = rng.integers(0, 10, len(keys))
+    pairs = " ".join(f"{key}{value}" for key, value in zip(keys, values, strict=True))
+    asked = rng.integers(len(keys))
+    return f"recall {pairs} {keys[asked]} = ", str(values[asked])
+
+
+def _parity(rng: np.random.Generator) -> Example:
+    bits = rng.integers(0, 2, rng.integers(1, 25))
+    return f"parity {''.join(map(str, bits))} = ", str(bits.sum() % 2)
+
+
+def _addition(rng: np.random.Generator) -> Example:
+    one, two = (int(rng.integers(10 ** rng.integers(1, 5))) for _ in range(2))
+    return f"add {one} {two} = ", str(one + two)
+
+
+def _lines(
+    rng: np.random.Generator, rows: int, length: int, *, example: Callable
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of token 0 and then lines, cut at the end; and which ids belong to an answer."""
+    tokens, scored = [], []
+    for _ in range(rows):
+        ids, counts = [0], [0]
+        while len(ids) <= length:
+            question, answer = (part.encode() for part in example(rng))
+            ids += [byte + 1 for byte in question + answer + b"\n"]
+            counts += [0] * len(question) + [1] * (len(answer) + 1)
+        tokens.append(ids[: length + 1])
+        scored.append(counts[: length + 1])
+    return np.array(tokens, np.int64), np.array(scored, np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """How a task's rows are made.
+
+    Attributes:
+        rows: (rng, rows, length) -> ids and what is scored, both [rows, length + 1].
+        shortest: inputs (T) that are enough for one example.
+        exact: whether a row's first question has one right answer.
+    """
+
+    rows: Callable[[np.random.Generator, int, int], tuple[np.ndarray, np.ndarray]]
+    shortest: int
+    exact: bool = True
+
+
+def _line(example: Callable, longest: int) -> Task:
+    return Task(functools.partial(_lines, example=example), longest)
+
+
+def _sequence(letter: bytes, change: toy.Change) -> Task:
+    return Task(functools.partial(toy.one_sequence, letter=letter, change=change), 13)
+
+
+TASKS: dict[str, Task] = {
+    "copy": _line(_copy, 33),
+    "recall": _line(_recall, 38),
+    "parity": _line(_parity, 36),
+    "addition": _line(_addition, 23),
+    "dictionary": Task(toy.dictionary, 6, exact=False),
+    "mapping": Task(toy.mapping, 4, exact=False),
+    "modular": Task(toy.modular, 5),
+    "sequence": Task(toy.sequence, 13, exact=False),
+    "mixture": Task(toy.mixture, 13, exact=False),
+    "reverse": _sequence(b"R", toy.reversed_symbols),
+    "steer": _sequence(b"?", toy.reversed_symbols),
+    "novel": _sequence(b"?", lambda symbols: toy.next_symbol(toy.reversed_symbols(symbols))),
+    "mqar": Task(toy.mqar, 5),
+}
+
+
+def _modulus(number: int, seed: int) -> Task:
+    rows = functools.partial(toy.one_modulus, modulus=number, letter=b"A", operation=np.add)
+    return Task(rows, 5)
+
+
+def _product(number: int, seed: int) -> Task:
+    rows = functools.partial(toy.one_modulus, modulus=number, letter=b"P", operation=np.multiply)
+    return Task(rows, 5)
+
+
+def _facts(number: int, seed: int) -> Task:
+    return Task(functools.partial(toy.facts, count=number, seed=seed), 3)
+
+
+def _swaps(number: int, seed: int) -> Task:
+    return Task(functools.partial(toy.swaps, objects=number), number + 3)
+
+
+# Tasks with a number behind their name: the task of (number, seed), and the numbers there are.
+FAMILIES: dict[str, tuple[Callable[[int, int], Task], int, int]] = {
+    "modulus": (_modulus, 2, len(toy.SYMBOLS) - 1),
+    "product": (_product, 2, len(toy.SYMBOLS) - 1),
+    "facts": (_facts, 1, toy.KEYS),
+    "swaps": (_swaps, 2, len(toy.SYMBOLS)),
+}
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name.split("-")[0], [*TASKS, *FAMILIES], n=1, cutoff=0.6)
+    hint = f" (the nearest is {near[0]})" if near else ""
+    families = ", ".join(f"{one}-{low} to {one}-{high}" for one, (_, low, high) in FAMILIES.items())
+    return f"`name` must be one of {', '.join(TASKS)}, {families}; got {name!r}{hint}."
+
+
+def find_task(name: str, *, seed: int = 0) -> Task:
+    """The task of that name; `seed` chooses the facts of "facts-F".
+
+    Raises:
+        ValueError: no such name, or a number that its family does not have.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    family, _, number = name.partition("-")
+    if family in FAMILIES and number.isascii() and number.isdigit():
+        make, low, high = FAMILIES[family]
+        if low <= int(number) <= high and number == str(int(number)):
+            return make(int(number), seed)
+    raise ValueError(f"find_task: {_unknown(name)}")
+
+
+def task_batch(
+    name: str, step: int, *, batch_size: int, length: int, seed: int = 0, held_out: bool = False
+) -> dict[str, np.ndarray]:
+    """The batch of one step: tokens [B T+1] int32, mask [B T], 1 where the target is an answer's.
+
+    Rows in which no further example fits end in zeros that do not count.
+
+    Args:
+        name: of `TASKS`, or of `FAMILIES` with a number behind it, such as "facts-256".
+        step: from 0.
+        batch_size: rows (B).
+        length: inputs of a row (T).
+        seed: with the step, all that the batch depends on. Facts depend on it alone.
+        held_out: draw from a stream of examples of its own; facts are the same.
+
+    Raises:
+        ValueError: no task of that name, or a row too short for one example.
+    """
+    task = find_task(name, seed=seed)
+    if length < task.shortest:
+        raise ValueError(
+            f"task_batch: `length` must be at least {task.shortest} for {name}; got {length}."
+        )
+    rng = np.random.default_rng([seed, step, held_out])
+    tokens, scored = task.rows(rng, batch_size, length)
+    return {"tokens": tokens.astype(np.int32), "mask": scored[:, 1:].astype(np.float32)}
+
+
+def question_batch(
+    name: str,
+    step: int,
+    *,
+    batch_size: int,
+    length: int | None = None,
+    seed: int = 0,
+    held_out: bool = False,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Single questions and their exact answers, as lists of ids to compare what is generated with.
+
+    Answers of line tasks end with the line's end. Questions are a function of the arguments alone.
+
+    Args:
+        name: of a task whose questions have one right answer.
+        step: from 0.
+        batch_size: questions.
+        length: of the rows whose first questions these are, where that makes them harder (swaps,
+            mqar); None for the shortest.
+        seed: as in `task_batch`.
+        held_out: draw from a stream of questions of its own.
+
+    Raises:
+        ValueError: no task of that name, or one whose answers need examples before them.
+    """
+    task = find_task(name, seed=seed)
+    if not task.exact:
+        raise ValueError(f"question_batch: {name} has no question with one right answer by itself.")
+    rng = np.random.default_rng([seed, step, held_out, 1])
+    tokens, scored = task.rows(rng, batch_size, max(length or 0, task.shortest))
+    questions, answers = [], []
+    for ids, counts in zip(tokens.tolist(), scored.tolist(), strict=True):
+        begin = counts.index(1)
+        end = [*counts, 0].index(0, begin)
+        questions.append(ids[:begin])
+        answers.append(ids[begin:end])
+    return questions, answers

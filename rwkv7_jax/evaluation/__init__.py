@@ -1,0 +1,1 @@
+"""Numbers about a model and a state, and what to do about them. Never trains."""

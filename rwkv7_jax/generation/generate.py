@@ -1,0 +1,243 @@
+"""Prompts and a state in; new tokens, their text and the state behind them out."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+from jaxtyping import Array, Float
+
+from rwkv7_jax.array_types import Params
+from rwkv7_jax.checks import check_count, check_ids
+from rwkv7_jax.generation import decode_loop as decoding
+from rwkv7_jax.generation import sampling
+from rwkv7_jax.generation.streaming import Row, continue_rows, power_of_two
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import RWKV7State, check_state, init_state, repeat
+from rwkv7_jax.text.detokenizer import Vocabulary, check_stop_strings
+
+# The narrowest program for reading a prompt's tail; wider ones are powers of two up to the chunk.
+_NARROWEST = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `generate` returns, one entry a row.
+
+    `state` has read the prompt and exactly `tokens`: neither the token that ended the row nor a
+    stop string. So a further turn goes on with `generate(model, params, turn, out.state)`, and an
+    answer that ended at its length with `generate(..., [], out.state, logits=out.logits)`.
+
+    Attributes:
+        tokens: new ids. Where a stop string begins inside a token, the ids that spell the rest of
+            it stand in that token's place, so the text is always what the tokens spell.
+        finished: "stop" (a stop id or a stop string) or "length".
+        state: behind the last of `tokens`.
+        logits: for the token that would come next.
+        texts: what `tokens` spell, with U+FFFD for bytes that are no UTF-8; None without a
+            tokenizer.
+    """
+
+    tokens: list[list[int]]
+    finished: list[str]
+    state: RWKV7State
+    logits: Float[Array, "B V"]
+    texts: list[str] | None
+
+
+def generate(
+    model: RWKV7,
+    params: Params,
+    prompts: Any,
+    state: RWKV7State | None = None,
+    *,
+    tokens: int = 256,
+    key: Array | None = None,
+    temperature: sampling.Number = 1.0,
+    top_p: sampling.Number = 1.0,
+    top_k: sampling.Number = 0,
+    presence_penalty: sampling.Number = 0.0,
+    frequency_penalty: sampling.Number = 0.0,
+    penalty_decay: sampling.Number = 0.996,
+    penalty_exempt: sampling.Ids = (),
+    banned: sampling.Ids = (),
+    stop_ids: sampling.Ids = (0,),
+    stop_strings: Sequence[str] = (),
+    tokenizer: Vocabulary | None = None,
+    on_text: Callable[[str, int], Any] | None = None,
+    logits: Array | None = None,
+    prefill_chunk: int = 256,
+) -> Generation:
+    """Every prompt is continued until a stop id, a stop string or the length; rows are independent.
+
+    Penalties come first and count new tokens only, then softmax, `top_p`, `top_k` and last
+    `temperature`: the order of RWKV's official package (see `sampling`). The same key gives the
+    same tokens. Programs are compiled per batch, width of the prompt's chunks and power of two
+    above `tokens`; all else is traced.
+
+    Args:
+        model: static.
+        params: the weights.
+        prompts: a list of ids, or a list of such lists, of any lengths; arrays likewise. Begin a
+            text with [0] where there is nothing else to begin with.
+        state: memory to start from, of one sequence (every row starts from it) or of one a row;
+            None is that of a model that has read nothing. It is not changed.
+        tokens: new ids a row at most; 0 only reads the prompts.
+        key: one random key, folded with the row's number, or a key a row. Not needed at
+            temperature 0.
+        temperature: 0 takes the most probable token.
+        top_p: probability mass to keep.
+        top_k: tokens to keep; 0 for no limit.
+        presence_penalty: taken off the logit of ids that were generated.
+        frequency_penalty: taken off once more for every time they were.
+        penalty_decay: factor on those counts at every token.
+        penalty_exempt: ids that are not counted; officially `sampling.exempt_ids(tokenizer)`.
+        banned: ids that are never generated.
+        stop_ids: ids that end a row; they are not part of it.
+        stop_strings: strings that end a row, wherever tokens begin and end; they are not part of
+            it.
+        tokenizer: needed for text: `encode` and `token_bytes` are used.
+        on_text: called with a piece of text and its row as soon as it is certain; the pieces of a
+            row make up its text.
+        logits: of an earlier run, beside its state; then prompts may be empty.
+        prefill_chunk: tokens of a prompt that are read at once.
+
+    Raises:
+        ValueError: an argument out of its range, or weights or a state that give no finite logits.
+        TypeError: ids that are no integers, or an argument of the wrong kind.
+    """
+    options = sampling.make_options(
+        model.config.vocab_size,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        penalty_decay=penalty_decay,
+        penalty_exempt=penalty_exempt,
+        banned=banned,
+        stop_ids=stop_ids,
+        caller="generate",
+    )
+    for name, value, least in (("tokens", tokens, 0), ("prefill_chunk", prefill_chunk, 1)):
+        check_count(value, least, f"generate: `{name}`")
+    _check_text(tokenizer, stop_strings, on_text)
+    prompts = _check_prompts(prompts, model.config.vocab_size, allow_empty=logits is not None)
+    keys = _row_keys(key, len(prompts), needed=bool(tokens > 0 and options.temperature > 0))
+    state, logits = _beside((params, state), _start(model, state, logits, batch=len(prompts)))
+    state, logits = _read(model, params, state, logits=logits, rows=prompts, chunk=prefill_chunk)
+    rows = [Row(tokenizer, stop_strings) for _ in prompts]
+    run = continue_rows(
+        functools.partial(decoding.decode, model, params, keys=keys, options=options),
+        functools.partial(_read, model, params, chunk=_NARROWEST),
+        _beside(logits, decoding.start(state, logits)),
+        rows=rows,
+        total=tokens,
+        watched=bool(stop_strings or on_text),
+        on_text=on_text or (lambda piece, row: None),
+    )
+    return Generation(
+        tokens=[row.tokens for row in rows],
+        finished=[row.finished for row in rows],
+        state=run.state,
+        logits=run.logits,
+        texts=None if tokenizer is None else [row.text for row in rows],
+    )
+
+
+def _check_text(tokenizer, stop_strings, on_text) -> None:
+    check_stop_strings(stop_strings, caller="generate")
+    if tokenizer is None and (stop_strings or on_text):
+        name = "stop_strings" if stop_strings else "on_text"
+        raise ValueError(f"generate: `tokenizer` must be given with `{name}`; got None.")
+
+
+def _check_prompts(prompts, vocab_size: int, *, allow_empty: bool) -> list[list[int]]:
+    """The prompts as a list of rows."""
+    if isinstance(prompts, str | bytes):
+        kind = type(prompts).__name__
+        raise TypeError(f"generate: `prompts` must be ids, as from a tokenizer; got {kind}.")
+    nested = len(prompts) > 0 and np.ndim(prompts[0]) > 0
+    rows = []
+    for index, ids in enumerate(prompts if nested else [prompts]):
+        subject = "generate: `prompts`" + (f" row {index}" if nested else "")
+        rows.append(check_ids(ids, vocab_size, subject).tolist())
+        if not rows[-1] and not allow_empty:
+            raise ValueError(
+                f"{subject} must hold an id ([0] begins a text) unless `logits` are given; got 0."
+            )
+    return rows
+
+
+def _row_keys(key: Array | None, batch: int, *, needed: bool) -> Array:
+    """A typed key a row."""
+    if key is None:
+        if needed:
+            raise ValueError("generate: `key` must be given unless `temperature` is 0; got None.")
+        key = jax.random.key(0)
+    if not isinstance(key, jax.Array):
+        raise TypeError(f"generate: `key` must be a random key; got {type(key).__name__}.")
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.ndim == 0:
+        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
+    if key.shape != (batch,):
+        raise ValueError(f"generate: `key` must be one key or {batch}; got shape {key.shape}.")
+    return key
+
+
+def _start(model: RWKV7, state, logits, *, batch: int) -> tuple[RWKV7State, Array]:
+    """The state and the logits of every row before its prompt."""
+    config = model.config
+    state = init_state(config) if state is None else state
+    held = 1 if getattr(state, "batch", batch) == 1 else batch
+    check_state(state, held, config, caller="generate")
+    state = repeat(state, batch) if held == 1 else state
+    state = state.replace(
+        att_shift=state.att_shift.astype(config.dtype),
+        ffn_shift=state.ffn_shift.astype(config.dtype),
+    )
+    shape = (batch, config.vocab_size)
+    logits = jnp.zeros(shape, jnp.float32) if logits is None else jnp.asarray(logits, jnp.float32)
+    if logits.shape not in (shape, (1, config.vocab_size)):
+        raise ValueError(f"generate: `logits` must have shape {shape}; got {logits.shape}.")
+    return state, jnp.broadcast_to(logits, shape)
+
+
+def _beside(arrays: Any, fresh: Any) -> Any:
+    """`fresh`, bound to the device that one of `arrays` is bound to, if there is such a one.
+
+    What comes back from a program is bound then, and a program that was made for arrays which are
+    not would be compiled once more.
+    """
+    bound = (x for x in jax.tree.leaves(arrays) if getattr(x, "committed", False))
+    places = [x.sharding for x in bound if isinstance(x.sharding, SingleDeviceSharding)]
+    return jax.device_put(fresh, places[0]) if places else fresh
+
+
+def _chunks(total: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """Where each piece of `total` tokens begins, and the width of the program that reads it."""
+    for first in range(0, total, chunk):
+        yield first, min(chunk, max(_NARROWEST, power_of_two(total - first)))
+
+
+def _read(model, params, state, *, logits, rows: list[list[int]], chunk: int):
+    """The state behind each row's tokens and the logits that follow; unchanged for an empty row.
+
+    The head runs for each row's last token alone: logits of a whole chunk would be the largest
+    array here.
+    """
+    lengths = np.array([len(row) for row in rows], np.int32)
+    for first, width in _chunks(max(map(len, rows)) - 1, chunk):
+        tokens = np.zeros((len(rows), width), np.int32)
+        for index, row in enumerate(rows):
+            piece = row[:-1][first : first + width]
+            tokens[index, : len(piece)] = piece
+        count = np.clip(lengths - 1 - first, 0, width)
+        state = decoding.read(model, params, state, tokens=tokens, lengths=count)
+    last = np.array([row[-1] if row else 0 for row in rows], np.int32)
+    return decoding.follow(model, params, state, logits=logits, tokens=last, live=lengths > 0)

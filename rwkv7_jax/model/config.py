@@ -1,0 +1,147 @@
+"""The sizes and run-time choices of one RWKV-7 model."""
+
+import dataclasses
+import math
+
+_DTYPES = ("float32", "bfloat16")
+
+_REMAT = ("none", "block")
+
+# Published models: layers, width, then the low ranks of decay, in-context rate, value, gate. The
+# ranks follow no one rule, so they are written out.
+# Source: the specification's audit of the G1 files; 0.4B in BlinkDL/RWKV-LM@524481d.
+_PRESETS = {
+    "0.1b": (12, 768, 64, 64, 32, 128),
+    "0.4b": (24, 1024, 64, 64, 32, 128),
+    "1.5b": (24, 2048, 96, 96, 64, 256),
+    "2.9b": (32, 2560, 96, 96, 64, 320),
+    "7.2b": (32, 4096, 128, 128, 96, 480),
+    "13.3b": (61, 4096, 192, 192, 128, 384),
+}
+
+
+def _rank(factor: float, width: int) -> int:
+    """The rank that BlinkDL's trainer gives a low-rank map of a new model.
+
+    Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/model.py:547-563.
+    """
+    return max(32, 32 * round(factor * math.sqrt(width) / 32))
+
+
+@dataclasses.dataclass(frozen=True)
+class RWKV7Config:
+    """An RWKV-7 model's sizes, checked; hashable, so it can be a static argument of `jax.jit`.
+
+    Sizes left at 0 take the rule of new models: `ffn_width` 4 * `width`, ranks by `width`.
+
+    Attributes:
+        vocab_size: rows of the embedding and of the head (V).
+        num_layers: blocks (L).
+        width: channels of the residual stream (D).
+        head_size: channels of a head (N); `width` is a multiple of it.
+        ffn_width: hidden channels of the channel mix (F).
+        decay_rank: low rank of the decay map (w1, w2).
+        icl_rank: low rank of the in-context learning rate map (a1, a2).
+        value_rank: low rank of the value residual's gate (v1, v2).
+        gate_rank: low rank of the output gate (g1, g2).
+        norm_eps: epsilon of the layer norms.
+        group_norm_eps: epsilon of the per-head norm. 64e-5 in official files, whatever the head
+            size; `head_size * norm_eps` in HF folders.
+        dtype: activations, "float32" or "bfloat16". Logits, losses and the WKV state are float32
+            always.
+        remat: "none", or "block" to recompute each block in the backward pass.
+        implementation: of the WKV op (`pallas_kernels.IMPLEMENTATIONS`), or None for the best there
+            is.
+
+    Raises:
+        ValueError: a size is no positive integer, or the sizes do not fit each other.
+    """
+
+    vocab_size: int
+    num_layers: int
+    width: int
+    head_size: int = 64
+    ffn_width: int = 0
+    decay_rank: int = 0
+    icl_rank: int = 0
+    value_rank: int = 0
+    gate_rank: int = 0
+    norm_eps: float = 1e-5
+    group_norm_eps: float = 64e-5
+    dtype: str = "float32"
+    remat: str = "none"
+    implementation: str | None = None
+
+    def __post_init__(self):
+        """Fill the sizes left at 0, then check everything."""
+        self._check_positive("vocab_size", "num_layers", "width", "head_size")
+        defaults = {
+            "ffn_width": 4 * self.width,
+            "decay_rank": _rank(2.5, self.width),
+            "icl_rank": _rank(2.5, self.width),
+            "value_rank": _rank(1.7, self.width),
+            "gate_rank": _rank(5.0, self.width),
+        }
+        for name, value in defaults.items():
+            if getattr(self, name) == 0:
+                object.__setattr__(self, name, value)
+        self._check_positive(*defaults)
+        if self.width % self.head_size:
+            raise ValueError(
+                f"RWKV7Config: `width` must be a multiple of `head_size`; "
+                f"got {self.width} and {self.head_size}."
+            )
+        for name in ("norm_eps", "group_norm_eps"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(
+                    f"RWKV7Config: `{name}` must lie between 0 and 1; got {getattr(self, name)}."
+                )
+        self._check_choice("dtype", _DTYPES)
+        self._check_choice("remat", _REMAT)
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(
+                    f"RWKV7Config: `{name}` must be a positive integer; got {value!r}."
+                )
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise ValueError(
+                f"RWKV7Config: `{name}` must be one of {', '.join(choices)}; "
+                f"got {getattr(self, name)!r}."
+            )
+
+    @property
+    def num_heads(self) -> int:
+        """Heads (H)."""
+        return self.width // self.head_size
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "RWKV7Config":
+        """The config of a published size: "0.1b", "0.4b", "1.5b", "2.9b", "7.2b" or "13.3b".
+
+        Args:
+            name: the size, in any case.
+            **changes: fields that shall differ, such as `dtype="bfloat16"`.
+
+        Raises:
+            ValueError: no such size.
+        """
+        if name.lower() not in _PRESETS:
+            raise ValueError(
+                f"RWKV7Config.preset: `name` must be one of {', '.join(_PRESETS)}; got {name!r}."
+            )
+        layers, width, decay, icl, value, gate = _PRESETS[name.lower()]
+        sizes = {
+            "vocab_size": 65536,
+            "num_layers": layers,
+            "width": width,
+            "decay_rank": decay,
+            "icl_rank": icl,
+            "value_rank": value,
+            "gate_rank": gate,
+        }
+        return cls(**(sizes | changes))

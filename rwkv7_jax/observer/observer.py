@@ -1,0 +1,244 @@
+"""An observer: a small RWKV-7 that proposes start states of a large, frozen one.
+
+The large model is the teacher. The observer reads a prompt in its place; what it then remembers,
+its WKV states S_j of every layer and head, becomes the state that the teacher starts from:
+
+    proposal[l, h] = sum over j of left[l, h, j] S_j right[l, h, j]^T + bias[l, h]
+
+Its parameters are one tree: "model" (the small RWKV-7's own), "left" [L H J Nv n], "right"
+[L H J Nk n] and "bias" [L H Nv Nk]. L, H, N are the teacher's; J counts the observer's heads of all
+layers, layer by layer, and n is their size.
+
+The small model remains a language model: `observer.model.apply({"params": params["model"]}, ...)`
+gives its logits, and with the divergence term in its training it drafts for the teacher.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from rwkv7_jax.array_types import Activations, Lengths, Params, Tokens
+from rwkv7_jax.checks import check_lengths, check_tokens
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import RWKV7State, init_state
+
+WKV = Float[Array, "L B H Nv Nk"]
+
+# What two models must share for the proposals to one to fit the other.
+SIZES = ("vocab_size", "num_layers", "width", "head_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class Observer:
+    """The two models' shells; hashable, so it can be a static argument of `jax.jit`.
+
+    Attributes:
+        model: the small one's.
+        teacher: sizes of the model whose states are proposed.
+
+    Raises:
+        TypeError: not a model and a config.
+        ValueError: the vocabularies differ.
+    """
+
+    model: RWKV7
+    teacher: RWKV7Config
+
+    def __post_init__(self):
+        """Check that both read the same tokens."""
+        if not isinstance(self.model, RWKV7) or not isinstance(self.teacher, RWKV7Config):
+            raise TypeError(
+                "Observer: `model` must be an RWKV7 and `teacher` an RWKV7Config; got "
+                f"{type(self.model).__name__} and {type(self.teacher).__name__}."
+            )
+        own, other = self.model.config.vocab_size, self.teacher.vocab_size
+        if own != other:
+            raise ValueError(
+                f"Observer: `model` must have the teacher's vocab_size {other}; got {own}."
+            )
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of left, right and bias."""
+        config, teacher = self.model.config, self.teacher
+        places = (teacher.num_layers, teacher.num_heads)
+        sources, size = config.num_layers * config.num_heads, teacher.head_size
+        maps = (*places, sources, size, config.head_size)
+        return {"left": maps, "right": maps, "bias": (*places, size, size)}
+
+
+class Moments(NamedTuple):
+    """Statistics of a teacher's WKV states over rows.
+
+    Attributes:
+        mean: the bias that a new observer should start from.
+        variance: of every layer and head, averaged over the state's entries.
+    """
+
+    mean: Float[Array, "L H Nv Nk"]
+    variance: Float[Array, "L H"]
+
+
+def init_observer(
+    config: RWKV7Config,
+    teacher_config: RWKV7Config,
+    key: Shaped[Array, "..."],
+    *,
+    bias: Float[Array, "L H Nv Nk"] | None = None,
+) -> tuple[Observer, Params]:
+    """A new observer and its parameters, float32; its states arrive in about their own size.
+
+    Args:
+        config: of the small model.
+        teacher_config: of the large one; width, heads and layers may differ.
+        key: a random key.
+        bias: what is proposed before anything is read: the teacher's mean state, from
+            `state_moments`. Zeros if it is not given.
+
+    Raises:
+        ValueError: the vocabularies differ, or a bias of other sizes.
+    """
+    observer = Observer(RWKV7(config), teacher_config)
+    shapes = observer.shapes
+    bias = jnp.zeros(shapes["bias"]) if bias is None else jnp.asarray(bias, jnp.float32)
+    if bias.shape != shapes["bias"]:
+        raise ValueError(
+            f"init_observer: `bias` must have [layers, heads, value, key] = {shapes['bias']}; "
+            f"got {bias.shape}."
+        )
+    keys, tokens = jax.random.split(key, 3), jnp.zeros((1, 1), jnp.int32)
+    init = jax.jit(lambda key: observer.model.init(key, tokens, init_state(config))["params"])
+    # A sum over J products of two maps, each of which sums over n.
+    scale = (config.head_size * shapes["left"][2] ** 0.5) ** -0.5
+    left, right = (scale * jax.random.normal(k, shapes["left"]) for k in keys[1:])
+    return observer, {"model": init(keys[0]), "left": left, "right": right, "bias": bias}
+
+
+def check_teacher(observer: Observer, config: RWKV7Config, *, caller: str) -> None:
+    """Return if `config` is of a model that `observer` proposes states for.
+
+    Raises:
+        ValueError: a size differs.
+    """
+    for name in SIZES:
+        wanted, came = getattr(observer.teacher, name), getattr(config, name)
+        if wanted != came:
+            raise ValueError(
+                f"{caller}: `teacher` must have {name} {wanted}, as the observer's; got {came}."
+            )
+
+
+def check_maps(observer: Observer, params: Params, *, caller: str) -> None:
+    """Return if `params` hold a model and maps of the observer's sizes.
+
+    Raises:
+        ValueError: a part is missing, unknown or misshapen.
+    """
+    wanted = {"model", *observer.shapes}
+    if set(params) != wanted:
+        raise ValueError(
+            f"{caller}: `params` must hold {', '.join(sorted(wanted))}; "
+            f"got {', '.join(sorted(params))}."
+        )
+    for name, shape in observer.shapes.items():
+        if (came := tuple(params[name].shape)) != shape:
+            raise ValueError(f"{caller}: `params[{name!r}]` must have shape {shape}; got {came}.")
+
+
+def _mapped(params: Params, wkv: Float[Array, "K B G n n"]) -> WKV:
+    """The observer's states in the teacher's sizes; one layer of the teacher at a time."""
+    sources = jnp.moveaxis(wkv, 1, 0).reshape(wkv.shape[1], -1, *wkv.shape[3:])
+    product = functools.partial(jnp.einsum, precision="highest")
+
+    # Recomputed in the backward pass: one layer's halves are J n / N times as large as its states.
+    @jax.checkpoint
+    def layer(maps):
+        left, right, bias = (leaf.astype(jnp.float32) for leaf in maps)
+        half = product("hjvm,bjmp->bhjvp", left, sources)
+        return product("bhjvp,hjkp->bhvk", half, right) + bias[None]
+
+    return jax.lax.map(layer, (params["left"], params["right"], params["bias"]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def read_prompts(
+    model: RWKV7, params: Params, tokens: Tokens, lengths: Lengths | None = None
+) -> tuple[Activations, RWKV7State]:
+    """What a model makes of the prompts: its normed activations, and its state behind them."""
+    start = init_state(model.config, tokens.shape[0])
+    return model.apply({"params": params}, tokens, start, lengths, method="hidden")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def read(
+    observer: Observer, params: Params, tokens: Tokens, lengths: Lengths | None = None
+) -> tuple[Activations, WKV]:
+    """As `propose`: the small model's normed activations, and the proposed WKV states alone."""
+    x, end = read_prompts(observer.model, params["model"], tokens, lengths)
+    return x, _mapped(params, end.wkv)
+
+
+def propose(
+    observer: Observer, params: Params, tokens: Tokens, lengths: Lengths | None = None
+) -> RWKV7State:
+    """The teacher's start state for each row that the observer read; token shifts are zero.
+
+    Args:
+        observer: which models; a static argument where this is called under `jax.jit`.
+        params: the observer's.
+        tokens: prompts.
+        lengths: tokens of each row that count, from the left; those behind have no influence.
+
+    Raises:
+        TypeError: ids or lengths that are no integers.
+        ValueError: ids or lengths out of range, or parameters of another observer.
+    """
+    check_maps(observer, params, caller="propose")
+    check_tokens(tokens, observer.teacher.vocab_size, caller="propose")
+    if lengths is not None:
+        check_lengths(lengths, tuple(tokens.shape), caller="propose")
+    _, wkv = read(observer, params, tokens, lengths)
+    return init_state(observer.teacher, tokens.shape[0]).replace(wkv=wkv)
+
+
+def moments(wkv: WKV) -> Moments:
+    """Mean and variance of states over their rows."""
+    mean = jnp.mean(wkv, axis=1)
+    return Moments(mean, jnp.mean(jnp.square(wkv - mean[:, None]), axis=(1, 3, 4)))
+
+
+def unexplained(proposed: WKV, own: WKV, variance: Float[Array, "L H"]) -> Float[Array, " B"]:
+    """Each row's squared error over the variance, averaged over layers and heads.
+
+    Its mean over rows is the fraction of variance unexplained if the variance is theirs. A head
+    whose states hardly vary counts as if it had a millionth of the average variance.
+    """
+    floor = jnp.maximum(1e-6 * jnp.mean(variance), 1e-12)
+    error = jnp.mean(jnp.square(proposed - own), axis=(3, 4))
+    return jnp.mean(error / jnp.maximum(variance, floor)[:, None], axis=(0, 2))
+
+
+def state_moments(
+    teacher: RWKV7, teacher_params: Params, tokens: Tokens, lengths: Lengths | None = None
+) -> Moments:
+    """Mean and variance of the teacher's own states behind some typical prompts.
+
+    Args:
+        teacher: the shell around `teacher_params`.
+        teacher_params: all weights.
+        tokens: prompts, as many as there is memory for.
+        lengths: tokens of each row that count, from the left.
+
+    Raises:
+        TypeError: ids or lengths that are no integers.
+        ValueError: ids or lengths out of range.
+    """
+    check_tokens(tokens, teacher.config.vocab_size, caller="state_moments")
+    if lengths is not None:
+        check_lengths(lengths, tuple(tokens.shape), caller="state_moments")
+    return moments(read_prompts(teacher, teacher_params, tokens, lengths)[1].wkv)

@@ -1,0 +1,1 @@
+"""What people read after a run. Reads a run's files; imports no training."""

@@ -1,0 +1,1 @@
+"""Checkpoints of a run: what is written, what is checked, which are kept."""

@@ -1,0 +1,69 @@
+"""What a plain function says of completions, and how it compares those of one prompt.
+
+A reward is a function `(prompt, completion) -> number` of two tuples of ids. The completion holds
+every id that was drawn, the stop id included, so that a reward can tell an answer that ended from
+one that was cut; token 0 decodes to nothing.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+Judge = Callable[[tuple[int, ...], tuple[int, ...]], Any]
+
+
+def judged(
+    judge: Judge,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    *,
+    name: str,
+    group: int = 1,
+    first: int = 0,
+) -> np.ndarray:
+    """What a plain function says of each completion, float64.
+
+    Args:
+        judge: `(prompt, completion) -> number`; a bool counts as 0 or 1.
+        prompts: one a completion.
+        completions: ids.
+        name: how messages begin: the public function, and the argument in backticks.
+        group: completions a prompt, to tell the prompt's number.
+        first: the number of the first prompt.
+
+    Raises:
+        ValueError: it raised, or gave no finite number; the message has the prompt's number.
+    """
+    values = []
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        place = f"{name} of prompt {first + row // group}"
+        try:
+            value = judge(tuple(prompt), tuple(completion))
+        except Exception as error:
+            raise ValueError(f"{place} raised {type(error).__name__}: {error}") from error
+        if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
+            value = value.item()
+        if not isinstance(value, bool | int | float | np.number | np.bool_):
+            raise ValueError(f"{place} must be a number; got {type(value).__name__}.")
+        if not math.isfinite(value):
+            raise ValueError(f"{place} must be finite; got {value}.")
+        values.append(float(value))
+    return np.array(values)
+
+
+def advantages(rewards: Float[np.ndarray, "P K"]) -> Float[np.ndarray, "P K"]:
+    """`(reward - mean) / (std + 1e-4)` of each group; exactly 0 where all rewards are equal.
+
+    Args:
+        rewards: of P prompts, K completions each.
+
+    Source: group-relative advantages, DeepSeekMath (arXiv 2402.03300) section 4.1.2.
+    """
+    rewards = np.asarray(rewards, np.float64)
+    centred = rewards - rewards.mean(axis=1, keepdims=True)
+    scaled = centred / (rewards.std(axis=1, keepdims=True) + 1e-4)
+    return np.where(np.ptp(rewards, axis=1, keepdims=True) > 0, scaled, 0.0)

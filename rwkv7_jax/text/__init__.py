@@ -1,0 +1,1 @@
+"""Strings and bytes to token ids and back, at once or as a stream. Imports nothing of ours."""

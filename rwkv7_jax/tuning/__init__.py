@@ -1,0 +1,1 @@
+"""The start state as trainable parameters: losses, masks, upscaled states, state arithmetic."""

@@ -1,0 +1,289 @@
+"""Models as files: bit-exact both ways, and one clear sentence or table for every fault."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_checkpoints import CONFIG, differing, random_params
+
+from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
+from rwkv7_jax.checkpoints.param_tree import official_tensors
+from rwkv7_jax.checkpoints.pth import write_pth
+from rwkv7_jax.checkpoints.tensor_files import read_named, write_safetensors
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import init_state
+
+HF_CONFIG = dataclasses.replace(CONFIG, group_norm_eps=CONFIG.head_size * CONFIG.norm_eps)
+DUMMIES = ("v0", "v1", "v2")
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params()
+
+
+def official(params, config=CONFIG) -> dict[str, np.ndarray]:
+    """The flat official dict, vectors of time and channel mix shaped [1, 1, D]."""
+    found = {}
+    for name, array in official_tensors(params, config):
+        vector = array.ndim == 1 and not any(s in name for s in ("ln", "emb", "head"))
+        found[name] = array.reshape(1, 1, -1) if vector else array
+    return found
+
+
+def without_dummies(params):
+    att = {k: v for k, v in params["layer_0"]["att"].items() if k not in DUMMIES}
+    return params | {"layer_0": params["layer_0"] | {"att": att}}
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors", "folder"])
+def test_a_round_trip_is_bit_exact(params, tmp_path, name):
+    save_model(tmp_path / name, params, CONFIG)
+    again, config = load_model(tmp_path / name)
+    assert config == CONFIG
+    assert differing(params, without_dummies(again)) == []
+
+
+def test_pth_to_orbax_to_pth_keeps_every_bit_of_the_first_file(params, tmp_path):
+    rng = np.random.default_rng(1)
+    dummies = {
+        "blocks.0.att.v0": rng.normal(size=(1, 1, 64)),
+        "blocks.0.att.v1": rng.normal(size=(64, 24)),
+        "blocks.0.att.v2": rng.normal(size=(24, 64)),
+    }
+    first = official(params) | {n: x.astype(jnp.bfloat16) for n, x in dummies.items()}
+    write_pth(tmp_path / "a.pth", first.items())
+    save_model(tmp_path / "orbax", *load_model(tmp_path / "a.pth"))
+    save_model(tmp_path / "b.pth", *load_model(tmp_path / "orbax"))
+    last = {name: t.read() for name, t in read_named(tmp_path / "b.pth").items()}
+    assert differing(first, last) == []
+
+
+def test_hf_to_orbax_to_hf_keeps_every_bit(params, tmp_path):
+    save_model(tmp_path / "hf", params, HF_CONFIG, format="hf")
+    save_model(tmp_path / "orbax", *load_model(tmp_path / "hf"))
+    save_model(tmp_path / "hf2", *load_model(tmp_path / "orbax"), format="hf")
+    one, two = (
+        {n: t.read() for n, t in read_named(tmp_path / f / "model.safetensors").items()}
+        for f in ("hf", "hf2")
+    )
+    assert differing(one, two) == []
+    assert load_model(tmp_path / "hf2")[1] == HF_CONFIG
+
+
+def test_web_rwkv_files_are_half_precision_transposed_and_recognised(params, tmp_path):
+    save_model(tmp_path / "m.st", params, CONFIG)
+    stored = {name: t for name, t in read_named(tmp_path / "m.st").items()}
+    assert stored["blocks.1.att.w1"].shape == (8, 64)
+    assert {t.dtype for t in stored.values()} == {np.dtype(np.float16)}
+    again, config = load_model(tmp_path / "m.st")
+    assert config == CONFIG
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), params)
+    assert differing(half, without_dummies(again)) == []
+
+
+def test_every_format_gives_the_same_fingerprint(params, tmp_path):
+    hashes = set()
+    for name, kwargs in (
+        ("m.pth", {}),
+        ("m.safetensors", {}),
+        ("orbax", {}),
+        ("hf", {"format": "hf"}),
+    ):
+        save_model(tmp_path / name, params, HF_CONFIG, **kwargs)
+        hashes.add(model_hash(*load_model(tmp_path / name)))
+    assert len(hashes) == 1
+    assert model_hash(random_params(seed=1), CONFIG) not in hashes
+
+
+def test_a_file_without_the_dummies_of_block_0_loads_and_gains_zeros(params, tmp_path):
+    write_pth(tmp_path / "a.pth", official(params).items())
+    loaded, config = load_model(tmp_path / "a.pth")
+    assert not any(name in loaded["layer_0"]["att"] for name in DUMMIES)
+    save_model(tmp_path / "b.pth", loaded, config)
+    v1 = read_named(tmp_path / "b.pth")["blocks.0.att.v1"]
+    assert v1.shape == (64, 24) and not v1.read().any()
+
+
+def test_dummies_do_not_change_the_logits(params, tmp_path):
+    save_model(tmp_path / "a.pth", params, CONFIG)
+    loaded, _ = load_model(tmp_path / "a.pth")
+    assert "v1" in loaded["layer_0"]["att"]
+    tokens = jnp.arange(7)[None]
+    apply = jax.jit(RWKV7(dataclasses.replace(CONFIG, implementation="scan")).apply)
+    one, two = (apply({"params": p}, tokens, init_state(CONFIG))[0] for p in (params, loaded))
+    np.testing.assert_array_equal(one, two)
+
+
+def test_prefixes_and_wrappers_of_trainers_are_taken_off(params, tmp_path):
+    named = {f"_forward_module.{name}": array for name, array in official(params).items()}
+    write_pth(tmp_path / "a.pth", named.items())
+    assert differing(params, load_model(tmp_path / "a.pth")[0]) == []
+
+
+def test_mixed_dtypes_are_kept_by_leaf_and_promoted_within_a_stack(params, tmp_path):
+    named = official(params)
+    named["blocks.2.att.w0"] = named["blocks.2.att.w0"].astype(np.float32)
+    named["head.weight"] = named["head.weight"].astype(np.float32)
+    write_pth(tmp_path / "a.pth", named.items())
+    loaded, _ = load_model(tmp_path / "a.pth")
+    assert loaded["head"]["weight"].dtype == jnp.float32
+    assert loaded["layers"]["att"]["w0"].dtype == jnp.float32
+    assert loaded["layers"]["att"]["a0"].dtype == jnp.bfloat16
+    expected = np.asarray(params["layers"]["att"]["w0"], np.float32)
+    np.testing.assert_array_equal(loaded["layers"]["att"]["w0"], expected)
+
+
+def test_old_hf_files_with_packed_lerps_load(params, tmp_path):
+    save_model(tmp_path / "hf", params, HF_CONFIG, format="hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    named = {n: t.read() for n, t in read_named(file).items()}
+    for layer in range(3):
+        stem = f"model.layers.{layer}.attn."
+        packed = np.stack([named.pop(f"{stem}x_{c}").reshape(-1) for c in "rwkvag"])
+        named[f"{stem}x_x"] = packed.reshape(6, 1, 1, 64)
+    write_safetensors(file, named.items())
+    assert differing(params, load_model(tmp_path / "hf")[0]) == []
+
+
+def test_wrong_metadata_of_an_hf_folder_is_ignored(params, tmp_path):
+    save_model(tmp_path / "hf", params, HF_CONFIG, format="hf")
+    card = tmp_path / "hf" / "config.json"
+    wrong = {"num_heads": 32, "bos_token_id": 1, "eos_token_id": 2, "hidden_size": 4096}
+    card.write_text(json.dumps(json.loads(card.read_text()) | wrong))
+    assert load_model(tmp_path / "hf")[1] == HF_CONFIG
+
+
+def test_all_faults_come_in_one_table(params, tmp_path):
+    named = official(params)
+    del named["blocks.1.att.k_k"], named["ln_out.bias"]
+    named["blocks.2.ffn.key.weight"] = named["blocks.2.ffn.key.weight"].T
+    named["blocks.1.att.novel"] = named["blocks.1.att.k_a"]
+    write_pth(tmp_path / "a.pth", named.items())
+    with pytest.raises(ValueError, match=r"4 differences") as caught:
+        load_model(tmp_path / "a.pth")
+    text = str(caught.value)
+    assert "blocks.1.att.k_k" in text and "ln_out.bias" in text and "missing" in text
+    assert "(136, 64)" in text and "(64, 136)" in text
+    assert "blocks.1.att.novel" in text and "extra" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("blocks.0.ffn.s_emb.weight", "rwkv7a"),
+        ("blocks.0.qkv.qq.weight", "rwkv7b"),
+        ("blocks.0.ffn.enn.weight", "RWKV-8"),
+        ("blocks.0.att.time_decay", "RWKV-6"),
+    ],
+)
+def test_variants_are_refused_by_name(params, tmp_path, name, sentence):
+    named = official(params) | {name: np.zeros((3, 3), np.float32)}
+    write_pth(tmp_path / "a.pth", named.items())
+    with pytest.raises(ValueError, match=sentence) as caught:
+        load_model(tmp_path / "a.pth")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.pth", "folder"])
+def test_nan_is_refused_with_the_tensors_name_unless_asked_for(params, tmp_path, name):
+    leaf = params["layers"]["att"]["a0"].at[1, 5].set(jnp.nan)
+    att = params["layers"]["att"] | {"a0": leaf}
+    bad = params | {"layers": params["layers"] | {"att": att}}
+    save_model(tmp_path / name, bad, CONFIG)
+    with pytest.raises(ValueError, match=r"NaN or Inf in blocks\.2\.att\.a0"):
+        load_model(tmp_path / name)
+    loaded, _ = load_model(tmp_path / name, allow_nan=True)
+    assert bool(jnp.isnan(loaded["layers"]["att"]["a0"][1, 5]))
+
+
+def test_a_merged_state_is_announced_not_dropped_in_silence(params, tmp_path):
+    named = official(params) | {"blocks.0.att.time_state": np.zeros((2, 32, 32), np.float32)}
+    write_pth(tmp_path / "a.pth", named.items())
+    with pytest.warns(UserWarning, match=r"tuned state as well; load_state"):
+        load_model(tmp_path / "a.pth")
+
+
+def good_safetensors(tmp_path) -> bytes:
+    write_safetensors(tmp_path / "good.safetensors", [("a", np.arange(6, dtype=np.float32))])
+    return (tmp_path / "good.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda good: good[:-3],
+        lambda good: good + b"xyz",
+        lambda good: (2**40).to_bytes(8, "little") + good[8:],
+        lambda good: good[:8] + b"{" * (len(good) - 8),
+        lambda good: good.replace(b"[0,24]", b"[0,99]"),
+        lambda good: b"",
+        lambda good: b"<!DOCTYPE html><html><body>404</body></html>",
+    ],
+    ids=["truncated", "trailing", "huge header", "bad json", "lying offsets", "empty", "html"],
+)
+def test_a_malformed_safetensors_file_is_one_sentence_with_its_path(tmp_path, spoil):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(spoil(good_safetensors(tmp_path)))
+    with pytest.raises(ValueError, match=r"bad\.safetensors") as caught:
+        load_model(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [("none.pth", "does not exist"), ("model.bin", "must end in"), ("plain", "no checkpoint")],
+)
+def test_a_path_that_is_no_checkpoint_is_one_sentence(tmp_path, path, sentence):
+    (tmp_path / "model.bin").write_bytes(b"x")
+    (tmp_path / "plain").mkdir()
+    with pytest.raises(ValueError, match=sentence):
+        load_model(tmp_path / path)
+
+
+def test_saving_never_replaces_a_folder_with_other_files(params, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="holds other files"):
+        save_model(tmp_path / "mine", params, CONFIG)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_saving_a_tree_of_other_shapes_names_the_leaf(params, tmp_path):
+    with pytest.raises(ValueError, match=r"`params` must hold head/weight of shape \(75, 64\)"):
+        save_model(tmp_path / "m.pth", params | {"head": {"weight": jnp.zeros((3, 64))}}, CONFIG)
+    assert not (tmp_path / "m.pth").exists()
+
+
+def test_an_hf_folder_cannot_hold_two_norm_epsilons(params, tmp_path):
+    with pytest.raises(ValueError, match="one `norm_eps` for all norms"):
+        save_model(tmp_path / "hf", params, CONFIG, format="hf")
+
+
+def test_a_single_layer_model_round_trips(tmp_path):
+    config = RWKV7Config(vocab_size=20, num_layers=1, width=32, head_size=16)
+    params = random_params(config)
+    save_model(tmp_path / "m.pth", params, config)
+    again, inferred = load_model(tmp_path / "m.pth")
+    assert inferred == config
+    assert differing(params, without_dummies(again)) == []
+
+
+def test_gradients_go_through_the_same_door(params, tmp_path):
+    difference = jax.tree.map(lambda x: x - x, params)
+    save_model(tmp_path / "difference.pth", difference, CONFIG)
+    assert differing(difference, without_dummies(load_model(tmp_path / "difference.pth")[0])) == []
+
+
+def test_torch_loads_our_pth_with_weights_only(params, tmp_path):
+    torch = pytest.importorskip("torch", reason="the oracle extra is not installed")
+    save_model(tmp_path / "m.pth", params, CONFIG)
+    loaded = torch.load(tmp_path / "m.pth", weights_only=True)
+    assert loaded["blocks.0.att.x_r"].shape == (1, 1, 64)
+    for name, array in official(params).items():
+        ours = np.asarray(array, np.float32)
+        np.testing.assert_array_equal(loaded[name].float().numpy(), ours)

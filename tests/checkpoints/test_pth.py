@@ -1,0 +1,99 @@
+"""PyTorch's zip checkpoints: ours are read by torch, torch's by us."""
+
+import os
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from rwkv7_jax.checkpoints.pth import read_pth, write_pth
+
+DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8")
+
+
+def arrays() -> dict[str, np.ndarray]:
+    """One array of each dtype, of odd shapes, an empty one and a scalar among them."""
+    rng = np.random.default_rng(0)
+    found = {d: (rng.normal(size=(3, 5)) * 9).astype(np.dtype(d)) for d in DTYPES}
+    flags = np.array([True, False, True])
+    return found | {"flags": flags, "empty": np.zeros((0, 7), np.float32), "one": np.float32(3.5)}
+
+
+def same(one: dict, two: dict) -> bool:
+    return one.keys() == two.keys() and all(
+        np.asarray(one[n]).dtype == two[n].dtype
+        and np.asarray(one[n]).shape == two[n].shape
+        and np.asarray(one[n]).tobytes() == two[n].tobytes()
+        for n in one
+    )
+
+
+def test_what_is_written_is_read_bit_for_bit(tmp_path):
+    write_pth(tmp_path / "a.pth", ((n, np.asarray(x)) for n, x in arrays().items()))
+    assert same(arrays(), read_pth(tmp_path / "a.pth"))
+
+
+def test_arrays_are_read_only_views_of_the_file(tmp_path):
+    write_pth(tmp_path / "a.pth", [("x", np.arange(7.0))])
+    x = read_pth(tmp_path / "a.pth")["x"]
+    assert not x.flags.writeable and not x.flags.owndata
+
+
+def test_data_begin_at_multiples_of_64_bytes(tmp_path):
+    write_pth(tmp_path / "a.pth", [(n, np.arange(7.0)) for n in ("x", "a longer name", "y")])
+    for array in read_pth(tmp_path / "a.pth").values():
+        assert array.ctypes.data % 64 == 0
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    write_pth(tmp_path / "a.pth", [("x", np.arange(7.0))])
+    before = (tmp_path / "a.pth").read_bytes()
+    with pytest.raises(ValueError, match="`y` has dtype complex64"):
+        write_pth(tmp_path / "a.pth", [("x", np.ones(3)), ("y", np.ones(2, np.complex64))])
+    assert (tmp_path / "a.pth").read_bytes() == before
+    assert os.listdir(tmp_path) == ["a.pth"]
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_torch_reads_our_files_with_weights_only_and_mapped(tmp_path, mapped):
+    torch = pytest.importorskip("torch", reason="the oracle extra is not installed")
+    write_pth(tmp_path / "a.pth", ((n, np.asarray(x)) for n, x in arrays().items()))
+    loaded = torch.load(tmp_path / "a.pth", weights_only=True, mmap=mapped)
+    assert list(loaded) == list(arrays())
+    for name, ours in arrays().items():
+        theirs = loaded[name]
+        assert tuple(theirs.shape) == ours.shape
+        if theirs.dtype == torch.bfloat16:
+            assert theirs.view(torch.int16).numpy().tobytes() == ours.tobytes()
+        else:
+            assert theirs.numpy().tobytes() == ours.tobytes()
+
+
+def test_we_read_files_of_torch_whatever_the_strides_and_storages(tmp_path):
+    torch = pytest.importorskip("torch", reason="the oracle extra is not installed")
+    base = torch.arange(24.0).reshape(4, 6)
+    tensors = {
+        "plain": base,
+        "transposed": base.T,
+        "sliced": base[1:3, ::2],
+        "half": base.half(),
+        "brain": base.bfloat16(),
+        "parameter": torch.nn.Parameter(base + 1),
+        "scalar": torch.tensor(7),
+        "flags": torch.tensor([True, False]),
+    }
+    torch.save({"state_dict": tensors, "step": 3, "name": "x"}, tmp_path / "a.pth")
+    found = read_pth(tmp_path / "a.pth")
+    assert (found["step"], found["name"]) == (3, "x")
+    for name, tensor in tensors.items():
+        ours = found["state_dict"][name]
+        assert ours.shape == tuple(tensor.shape)
+        np.testing.assert_array_equal(ours.astype(np.float32), tensor.detach().float().numpy())
+    assert found["state_dict"]["brain"].dtype == ml_dtypes.bfloat16
+
+
+def test_we_read_a_modules_state_dict_of_torch(tmp_path):
+    torch = pytest.importorskip("torch", reason="the oracle extra is not installed")
+    module = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.LayerNorm(5))
+    torch.save(module.state_dict(), tmp_path / "a.pth")
+    assert list(read_pth(tmp_path / "a.pth")) == list(module.state_dict())

@@ -1,0 +1,71 @@
+"""Upscaled states as files."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_checkpoints import differing
+from tiny_models import SCANNED as CONFIG
+from tiny_models import lively, random_state, tokens
+
+from rwkv7_jax.checkpoints.model_files import model_hash
+from rwkv7_jax.checkpoints.state_files import load_state, save_state, sidecar
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.tuning.upscaling import upscale
+
+
+@pytest.fixture(scope="module")
+def state():
+    """Non-square memories with something in them, beside a WKV state that is not zero either."""
+    wide = upscale(RWKV7(CONFIG), lively(), tokens(3, 40), size=20, dynamics="decay")
+    filled = jax.tree.map(lambda x: x + 0.25, wide.upscaled)
+    return random_state().replace(upscaled=filled)
+
+
+def test_an_upscaled_state_round_trips_bit_for_bit(tmp_path, state):
+    save_state(tmp_path / "s.safetensors", state, config=CONFIG)
+    back = load_state(tmp_path / "s.safetensors", config=CONFIG)
+    assert differing(state, back) == []
+    assert back.upscaled.dynamics == "decay" and back.upscaled.features.kind == "gaussian"
+
+
+def test_features_without_a_map_stay_without_one(tmp_path, state):
+    plain = state.upscaled.features.replace(map=None)
+    state = state.replace(upscaled=state.upscaled.replace(features=plain))
+    save_state(tmp_path / "s.safetensors", state)
+    assert load_state(tmp_path / "s.safetensors").upscaled.features.map is None
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".st"])
+def test_formats_of_other_tools_cannot_hold_one(tmp_path, state, suffix):
+    with pytest.raises(ValueError, match=r"must end in .safetensors; got"):
+        save_state(tmp_path / f"s{suffix}", state)
+    assert not (tmp_path / f"s{suffix}").exists()
+
+
+def test_a_state_tuned_for_other_weights_gives_a_warning(tmp_path, state):
+    own = model_hash(lively(), CONFIG)
+    other = model_hash(jax.tree.map(lambda x: x + 1, lively()), CONFIG)
+    save_state(tmp_path / "s.safetensors", state, info={"base_model": own})
+    load_state(tmp_path / "s.safetensors", base_model=own)
+    with pytest.warns(UserWarning, match=f"tuned for the model {own}; got the model {other}"):
+        load_state(tmp_path / "s.safetensors", base_model=other)
+
+
+def test_what_is_missing_or_not_finite_is_named(tmp_path, state):
+    path = tmp_path / "s.safetensors"
+    memory = np.asarray(state.upscaled.memory).copy()
+    memory[1, 0, 1, 3, 2] = np.nan
+    save_state(path, state.replace(upscaled=state.upscaled.replace(memory=jnp.asarray(memory))))
+    with pytest.raises(ValueError, match=r"NaN or Inf in upscaled.memory"):
+        load_state(path)
+    save_state(path, state)
+    card = json.loads(sidecar(path).read_text())
+    sidecar(path).write_text(json.dumps(card | {"dynamics": "still"}))
+    with pytest.raises(ValueError, match=r"`state.upscaled.dynamics` must be one of static, decay"):
+        load_state(path, config=CONFIG)
+    sidecar(path).unlink()
+    with pytest.raises(ValueError, match=r"must give the upscaled state's dynamics; got none"):
+        load_state(path)

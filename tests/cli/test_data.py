@@ -1,0 +1,79 @@
+"""`rwkv7 data`: what it writes, counts, shows and refuses."""
+
+import numpy as np
+import pytest
+
+from rwkv7_jax.cli.data import marked
+from rwkv7_jax.cli.main import main
+from rwkv7_jax.data.loading import token_stream
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+LINES = (
+    '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}\n'
+    '{"prompt": "2+2=", "answer": "4"}\nbad\n{"text": "The sea is deep."}\n'
+)
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "x.jsonl").write_text(LINES)
+    return str(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize("name", ["out", "out.bin", "new/v1.5"])
+def test_text_becomes_a_cache_and_is_counted(file, tmp_path, capsys, name):
+    target = str(tmp_path / name)
+    assert main(["data", file, target, "--vocabulary", "bytes", "--on-bad", "skip"]) == 0
+    path = target if target.endswith(".bin") else f"{target}.bin"
+    said = capsys.readouterr().out
+    assert f"{path}: 3 documents, 47 bytes tokens (23 learnt) of 44 bytes" in said
+    assert f"lines skipped: 1; the first: {file}:3: not one JSON object" in said
+    assert len(token_stream(path, Tokenizer.bytes())) == 47
+
+
+def test_rows_are_shown_with_what_is_only_read_marked(file, tmp_path, capsys):
+    cache = str(tmp_path / "x.bin")
+    main(["data", file, cache, "--vocabulary", "bytes", "--on-bad", "skip"])
+    capsys.readouterr()
+    shown = []
+    for options in ([cache], [file, "--vocabulary", "bytes", "--on-bad", "skip"]):
+        rows = ["--show", "3", "--length", "30", "--packing", "documents"]
+        if options[0] == file:
+            with pytest.warns(UserWarning, match="1 lines of"):
+                assert main(["data", *options, *rows]) == 0
+        else:
+            assert main(["data", *options, *rows]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert "3 documents, 47 bytes tokens, 23 learnt; hash " in shown[0]
+    for text in (
+        "targets learnt, 7 tokens of filling\n[[User: Hi\n\nAssistant:]] Ho<0>\n",
+        "2 targets learnt, 25 tokens of filling\n[[2+2=]]4<0>\n",
+        "[[T]]he sea is deep.<0>\n",
+    ):
+        assert text in shown[0]
+
+
+def test_marks_stand_around_every_stretch_that_is_only_read():
+    tokens = np.array([0, 98, 99, 100, 0, 101, 0, 0])
+    mask = np.array([0, 1, 1, 0, 0, 0, 0])
+    assert marked(tokens, mask, Tokenizer.bytes()) == ("[[<0>a]]bc[[<0>d]]", 2)
+    assert marked(tokens[:4], mask[:3], Tokenizer.bytes()) == ("[[<0>a]]bc", 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["{file}", "{folder}/out"], "x.jsonl:3: not one JSON object"),
+        (["{file}"], "`OUT` must be given, or `--show`; got neither"),
+        (["nowhere", "{folder}/out"], "`nowhere` is no file, no folder"),
+        (["{folder}/x.bin", "{folder}/out"], "`SOURCE` must be text; got the ids of"),
+        (["{folder}/x.bin", "--show", "1"], "x.bin` does not exist"),
+        (["{file}", "--show", "0"], "`--show` must be at least 1; got 0"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_exit_code_2(file, tmp_path, capsys, words, reason):
+    assert main(["data", *(word.format(file=file, folder=tmp_path) for word in words)]) == 2
+    said = capsys.readouterr().err
+    assert reason in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]

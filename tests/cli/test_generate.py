@@ -1,0 +1,74 @@
+"""What `rwkv7 generate` writes: a stream or one object, any bytes in, quiet on a closed pipe."""
+
+import argparse
+import io
+import json
+import os
+import sys
+
+import jax.numpy as jnp
+import pytest
+from random_checkpoints import random_params
+
+from rwkv7_jax.checkpoints.model_files import save_model
+from rwkv7_jax.checkpoints.state_files import save_state
+from rwkv7_jax.cli.generate import add_generate_command
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.state import init_state
+
+# One layer compiles fastest.
+CONFIG = RWKV7Config(vocab_size=257, num_layers=1, width=32, head_size=16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model and a state on disk."""
+    folder = tmp_path_factory.mktemp("files")
+    save_model(folder / "m.pth", random_params(CONFIG, dtype=jnp.float32, scale=0.3), CONFIG)
+    save_state(folder / "s.pth", init_state(CONFIG))
+    return folder
+
+
+@pytest.fixture
+def command(folder, monkeypatch):
+    """`command(*words)` runs `rwkv7 generate` on the tiny model, among its files."""
+    monkeypatch.chdir(folder)
+    parser = argparse.ArgumentParser()
+    add_generate_command(parser.add_subparsers())
+
+    def call(*words):
+        args = parser.parse_args(["generate", "--model", "m.pth", "--tokens", "12", *words])
+        return args.run(args)
+
+    return call
+
+
+def test_the_command_streams_the_text_that_json_reports(command, capsys):
+    assert command("--prompt", "Hä", "--state", "s.pth", "--seed", "3") == 0
+    streamed = capsys.readouterr().out
+    assert command("--prompt", "Hä", "--json", "--seed", "3") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert streamed == report["text"] + "\n"
+    assert report["prompt"] == "Hä" and report["prompt_tokens"] == 3
+    assert report["finished"] in ("stop", "length") and len(report["tokens"]) <= 12
+
+
+def test_the_command_reads_any_bytes_from_standard_input_and_wraps_a_chat(
+    command, capsys, monkeypatch
+):
+    stdin = io.TextIOWrapper(io.BytesIO(b" \xff\xfe \n"))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    command("--prompt", "-", "--chat", "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert report["prompt"] == "User: \ufffd\ufffd\n\nAssistant:"
+    command("--prompt", "", "--json")
+    assert json.loads(capsys.readouterr().out)["prompt_tokens"] == 1
+
+
+def test_the_command_is_quiet_when_its_reader_has_gone(command, capfd, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", encoding="utf-8") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert command("--prompt", "a") == 0
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,79 @@
+"""`rwkv7 convert | inspect | doctor`, as a user types them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from random_checkpoints import CONFIG, differing, random_params, random_state
+
+from rwkv7_jax.checkpoints.model_files import load_model, save_model
+from rwkv7_jax.checkpoints.state_files import save_state
+from rwkv7_jax.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "m.pth"
+    save_model(path, random_params(), CONFIG)
+    return path
+
+
+def test_convert_writes_the_other_format_and_says_what_it_was(model, tmp_path, capsys):
+    assert main(["convert", str(model), str(tmp_path / "m.safetensors")]) == 0
+    said = capsys.readouterr().out
+    assert "reading 100%" in said and "writing 100%" in said
+    assert "3 layers, width 64, 2 heads of 32, vocabulary 75" in said
+    one, two = load_model(model)[0], load_model(tmp_path / "m.safetensors")[0]
+    assert differing(one, two) == []
+
+
+def test_convert_changes_the_dtype_when_asked(model, tmp_path):
+    assert main(["convert", str(model), str(tmp_path / "m.pth"), "--dtype", "float32"]) == 0
+    assert load_model(tmp_path / "m.pth")[0]["emb"]["weight"].dtype == "float32"
+
+
+def test_inspect_shows_every_tensor_with_its_size_and_dtype(model, capsys):
+    assert main(["inspect", str(model)]) == 0
+    said = capsys.readouterr().out
+    assert "blocks.2.att.receptance.weight" in said and "bfloat16" in said
+    assert "group_norm_eps=0.00064" in said
+
+
+def test_inspect_shows_a_state_head_by_head(tmp_path, capsys):
+    save_state(tmp_path / "s.pth", random_state())
+    assert main(["inspect", "--state", str(tmp_path / "s.pth")]) == 0
+    assert "layer 2 head 1" in capsys.readouterr().out
+
+
+def test_doctor_names_versions_devices_and_implementations(capsys):
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("jaxlib", "orbax", "device", "wkv7 scan", "runs here"))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["convert", "none.pth", "out"], "load_model: `none.pth` does not exist."),
+        (["inspect", "none.pth"], "load_model: `none.pth` does not exist."),
+        (["inspect", "--state", "none.pth"], "load_state: `none.pth` does not exist."),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(words, sentence, capsys):
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"rwkv7: {sentence}\n"
+
+
+def test_a_closed_pipe_is_quiet(model):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "rwkv7_jax.cli", "inspect", str(model)],
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (0, b"")

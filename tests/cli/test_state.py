@@ -1,0 +1,156 @@
+"""`rwkv7 state info | mix | scale | doctor`, as a user types them."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import lively
+
+from rwkv7_jax.checkpoints.model_files import model_hash, save_model
+from rwkv7_jax.checkpoints.state_files import load_state, read_sidecar, save_state
+from rwkv7_jax.cli.main import main
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.state import Features, init_state
+from rwkv7_jax.tuning.upscaling import empty
+
+# One layer compiles fastest; 257 ids are single bytes.
+CONFIG = RWKV7Config(vocab_size=257, num_layers=1, width=64, head_size=32, decay_rank=8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, two states of it, one of another model, and some text."""
+    folder, params = tmp_path_factory.mktemp("states"), lively(CONFIG)
+    save_model(folder / "base.pth", params, CONFIG)
+    base = model_hash(params, CONFIG)
+    for name, seed, info in (
+        ("a", 1, {"base_model": base, "alpha": 0.5}),
+        ("b", 2, {"base_model": base}),
+        ("other", 3, {"base_model": "another"}),
+        ("unnamed", 4, {}),
+    ):
+        save_state(folder / f"{name}.pth", state(seed), info=info)
+    save_state(folder / "wide.safetensors", wide(), info={"base_model": base})
+    draws = np.random.default_rng(0).integers(97, 123, 600)
+    (folder / "text.txt").write_bytes(bytes(draws.tolist()))
+    return folder
+
+
+def state(seed):
+    draws = np.random.default_rng(seed).normal(size=init_state(CONFIG).wkv.shape)
+    return init_state(CONFIG).replace(wkv=jnp.asarray(draws, jnp.float32))
+
+
+def wide():
+    """An upscaled state with something in its memory."""
+    landmarks = jnp.asarray(np.random.default_rng(5).normal(size=(1, 1, 2, 24, 32)), jnp.float32)
+    ones = jnp.ones((1, 1, 2, 24))
+    upscaled = empty(Features(landmarks=landmarks, widths=ones, mean=0 * ones, map=None))
+    return init_state(CONFIG).replace(upscaled=upscaled.replace(memory=upscaled.memory + 0.1))
+
+
+def run(capsys, *words):
+    assert main(["state", *map(str, words)]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def test_info_shows_sizes_norms_ranks_and_capacity(folder, capsys):
+    said = run(capsys, "info", folder / "a.pth")
+    assert "1 layers, 2 heads of 32 x 32, without shift states, float32" in said
+    assert "alpha: 0.5" in said and "trained numbers: 2,048 (WKV 2,048, upscaled 0)" in said
+    assert "about 58 to 102 facts of 5 bits (toy tasks, 300 to 1000 steps)" in said
+    norm = np.linalg.norm(state(1).wkv[0, 0, 1])
+    row = next(line for line in said.splitlines() if line.split()[:2] == ["0", "1"])
+    assert row.split()[2] == f"{norm:.3g}" and len(row.split()) == 5
+
+
+def test_info_of_an_upscaled_state_shows_its_memory(folder, capsys):
+    said = run(capsys, "info", folder / "wide.safetensors")
+    assert "upscaled memory: static, 24 gaussian features a head" in said
+    assert "upscaled rank" in said and "(WKV 2,048, upscaled 1,536)" in said
+
+
+def test_info_says_whether_the_model_is_the_states_own(folder, capsys):
+    model = folder / "base.pth"
+    assert f"{model} is it" in run(capsys, "info", folder / "a.pth", "--model", model)
+    assert "the sizes fit" in run(capsys, "info", folder / "unnamed.pth", "--model", model)
+    with pytest.warns(UserWarning, match="was tuned for the model another; got the model"):
+        assert f"{model} is another" in run(capsys, "info", folder / "other.pth", "--model", model)
+
+
+@pytest.mark.parametrize("order", ["a b -- o", "a b o --", "-- a b o"])
+def test_mix_writes_the_sum_and_what_it_is_made_of(folder, tmp_path, capsys, order):
+    files = {"a": folder / "a.pth", "b": folder / "b.pth", "o": tmp_path / "out.pth"}
+    words = [x for part in order.split() for x in ([files[part]] if part in files else [*WEIGHTS])]
+    run(capsys, "mix", *words)
+    mixed, card = load_state(tmp_path / "out.pth"), read_sidecar(tmp_path / "out.pth")
+    np.testing.assert_allclose(mixed.wkv, 0.25 * state(1).wkv + 0.75 * state(2).wkv, rtol=1e-6)
+    assert card["base_model"] == read_sidecar(folder / "a.pth")["base_model"]
+    assert card["made_of"] == "0.25 x a.pth + 0.75 x b.pth"
+
+
+WEIGHTS = ("--weights", "0.25,0.75")
+
+
+def test_scale_writes_the_product_and_the_alpha_of_both(folder, tmp_path, capsys):
+    run(capsys, "scale", folder / "a.pth", "--alpha", "0.5", tmp_path / "half.safetensors")
+    half, card = (read(tmp_path / "half.safetensors") for read in (load_state, read_sidecar))
+    np.testing.assert_array_equal(half.wkv, 0.5 * state(1).wkv)
+    assert (card["alpha"], card["made_of"]) == (0.25, "0.5 x a.pth")
+    assert card["base_model"] == read_sidecar(folder / "a.pth")["base_model"]
+
+
+def test_an_upscaled_state_is_scaled_and_stays_readable(folder, tmp_path, capsys):
+    target = tmp_path / "half.safetensors"
+    run(capsys, "scale", folder / "wide.safetensors", "--alpha", "0.5", target)
+    np.testing.assert_allclose(load_state(target).upscaled.memory, 0.05, rtol=1e-6)
+
+
+def doctor(folder, *words, name="a.pth"):
+    sizes = ("--length", "24", "--windows", "4")
+    return ("doctor", folder / name, "--model", folder / "base.pth", *sizes, *words)
+
+
+def test_doctor_prints_losses_heads_positions_and_advice(folder, capsys, tmp_path):
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    picture = tmp_path / "state.png"
+    words = ("--data", folder / "text.txt", "--generic", "task:mapping", "--picture", picture)
+    said = run(capsys, *doctor(folder, *words))
+    for word in ("base nats", "tuned nats", "KL", "task:mapping", "typical norm", "read rank"):
+        assert word in said
+    assert "WKV state, 32 channels a head" in said and "16-23" in said
+    assert "wkv: below 10 % of the first read" in said
+    assert "\n- " in said or "Nothing to advise." in said
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("info none.pth", "load_state: `none.pth` does not exist."),
+        ("mix {a} {other} {out} --weights 1,1", "states must be of one base model; `{a}` was"),
+        ("mix {a} {b} {out} --weights 1,x", "`--weights` must be numbers with commas between them"),
+        ("mix {a} {b} {out} --weights 1", "mix: `weights` must be one a state"),
+        ("mix {out} --weights 1", "state mix: needs at least one state"),
+        ("mix {a} {wide} {out} --weights 1,1", "mix: `states[1]` must have an upscaled memory if"),
+        ("scale {wide} --alpha 1 {out}", "of an upscaled state must end in .safetensors"),
+        ("scale {a} --alpha nan {out}", "state scale: `--alpha` must be finite; got nan."),
+        ("doctor {a} --model {base} --data task:none", "`name` must be one of copy"),
+        ("doctor {a} --model {base} --data nowhere.txt", "`nowhere.txt` is no file, no folder"),
+        ("doctor {a} --model {base} --data {text} --windows 0", "`--windows` must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(folder, tmp_path, capsys, words, sentence):
+    files = {name: folder / f"{name}.pth" for name in ("a", "b", "other", "base")}
+    files |= {"text": folder / "text.txt", "wide": folder / "wide.safetensors"}
+    files["out"] = tmp_path / "out.pth"
+    assert main(["state", *words.format(**files).split()]) == 2
+    said = capsys.readouterr().err
+    assert sentence.format(**files) in said and said.count("\n") == 1
+    assert not files["out"].exists()
+
+
+def test_a_picture_without_matplotlib_is_refused_before_the_work(folder, capsys, monkeypatch):
+    monkeypatch.setattr("rwkv7_jax.reports.plots.available", lambda: False)
+    words = doctor(folder, "--data", folder / "text.txt", "--picture", "out.png")
+    assert main(["state", *map(str, words)]) == 2
+    assert "`--picture` needs matplotlib" in capsys.readouterr().err

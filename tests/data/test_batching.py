@@ -1,0 +1,112 @@
+"""Rows with masks, rows of single documents, and batches that several hosts make together."""
+
+import concurrent.futures
+
+import numpy as np
+import pytest
+
+from rwkv7_jax.data.loading import batch_at, host_rows, left_out, packed, token_stream, windows
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+BYTES = Tokenizer.bytes()
+LINES = (
+    '{"prompt": "ab", "answer": "cd"}\n{"text": "efghijkl"}\n{"text": ""}\n'
+    '{"prompt": "m", "answer": "n"}\n{"messages": [{"role": "assistant", "content": "o"}]}\n'
+)
+
+
+@pytest.fixture
+def stream(tmp_path):
+    (tmp_path / "x.jsonl").write_text(LINES)
+    return token_stream(tmp_path / "x.jsonl", BYTES)
+
+
+def spelt(row):
+    return "".join(chr(i - 1) if i else "." for i in row)
+
+
+def read(batch):
+    """Each row's text, and the targets that count."""
+    rows = zip(batch["tokens"], batch["mask"], strict=True)
+    return [
+        (spelt(tokens), spelt(np.where(mask == 1, tokens[1:], 33 + 1)).replace("!", "-"))
+        for tokens, mask in rows
+    ]
+
+
+def test_masks_follow_their_tokens_into_every_window(stream):
+    text, learnt = spelt(stream[:]), "--cd.efghijkl..-n.---------- o."
+    assert text == "abcd.efghijkl..mn.Assistant: o."
+    for step in range(20):
+        for row, mask in read(batch_at(stream, step, batch_size=2, length=6)):
+            place = text.index(row)
+            assert mask == learnt[place + 1 : place + 7]
+
+
+def test_a_row_of_packing_documents_is_one_document_cut_or_filled(stream):
+    expected = {
+        ("abcd...", "-cd.--"),
+        ("efghijk", "fghijk"),
+        ("mn.....", "n.----"),
+        ("Assista", "------"),
+    }
+    epochs = [
+        read(batch_at(stream, step, batch_size=4, length=6, packing="documents"))
+        for step in range(5)
+    ]
+    assert all(set(epoch) == expected and len(epoch) == 4 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert set(read(windows(stream, 6, 9, packing="documents"))) == expected
+    assert left_out(stream, 6) == (2, 2 + 6)
+
+
+def test_what_packing_documents_leaves_out_is_said(stream):
+    sizes = {"batch_size": 2, "length": 6, "tokenizer": BYTES, "packing": "documents"}
+    with pytest.warns(UserWarning, match="2 documents are longer than 7 tokens: 8 of 31 tokens"):
+        next(packed(stream, **sizes))
+    next(packed(stream, **sizes | {"length": 30}))
+
+
+@pytest.mark.parametrize(
+    "choices", [{}, {"order": "cubic"}, {"packing": "documents"}], ids=["stream", "cubic", "docs"]
+)
+def test_hosts_make_the_rows_of_the_global_batch_between_them(stream, choices):
+    choices = {"batch_size": 6, "length": 7, "seed": 3, **choices}
+    for step in (0, 7, 1000):
+        whole = batch_at(stream, step, **choices)
+        for hosts in (1, 2, 3, 6):
+            parts = [
+                batch_at(stream, step, rows=host_rows(6, host, hosts), **choices)
+                for host in range(hosts)
+            ]
+            for name, array in whole.items():
+                np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), array)
+
+
+@pytest.mark.parametrize("choices", [{}, {"order": "cubic"}, {"packing": "documents"}])
+def test_batches_made_ahead_by_several_threads_are_those_made_in_order(stream, choices):
+    def batch(step):
+        return batch_at(stream, step, batch_size=4, length=6, seed=1, **choices)
+
+    in_order = [batch(step) for step in range(50)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        ahead = list(pool.map(batch, reversed(range(50))))[::-1]
+    for one, two in zip(in_order, ahead, strict=True):
+        np.testing.assert_array_equal(one["tokens"], two["tokens"])
+        np.testing.assert_array_equal(one["mask"], two["mask"])
+
+
+def test_unknown_choices_and_sizes_that_do_not_fit_are_said_in_a_sentence(stream):
+    for choices, reason in (
+        ({"order": "sorted"}, "`order` must be shuffled or cubic; got 'sorted'"),
+        ({"packing": "none"}, "`packing` must be stream or documents; got 'none'"),
+        ({"order": "cubic", "packing": "documents"}, '`order` must be "shuffled" where'),
+        ({"order": "cubic", "length": 11}, "at least 33 for windows of 11; got 31"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            batch_at(stream, 0, **{"batch_size": 1, "length": 6} | choices)
+    with pytest.raises(ValueError, match="a document of at least 2 tokens; got none"):
+        batch_at(np.zeros(9, np.uint16), 0, batch_size=1, length=2, packing="documents")
+    for host, hosts in ((0, 4), (2, 2), (-1, 2)):
+        with pytest.raises(ValueError, match="`hosts` must divide the batch of 6 rows"):
+            host_rows(6, host, hosts)

@@ -1,0 +1,37 @@
+"""Documents from files and folders; what is wrong with a line is tested with the faults."""
+
+import pytest
+
+from rwkv7_jax.data.builtin_corpora import BUILT_IN
+from rwkv7_jax.data.jsonl import Reading
+from rwkv7_jax.data.readers import documents, size_of
+
+
+def texts(source, **choices):
+    return [document.text() for document in documents(source, **choices)]
+
+
+def test_a_folder_is_its_files_by_path_and_other_files_are_one_document(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "one.txt").write_bytes(b"\xff two")
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n')
+    reading = Reading()
+    assert texts(tmp_path, reading=reading) == [b"good", b"\xff two"]
+    assert reading == Reading(bytes=size_of(tmp_path))
+
+
+def test_what_is_nowhere_is_named():
+    with pytest.raises(ValueError, match="`nowhere` is no file, no folder and none of stdlib"):
+        texts("nowhere")
+    with pytest.raises(ValueError, match="`on_bad` must be error or skip; got 'ignore'"):
+        texts("stdlib", on_bad="ignore")
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_texts_that_python_carries_come_in_the_same_order_each_time(name):
+    try:
+        first = texts(name)
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert len(first) > 20 and all(first)
+    assert first == texts(name)

@@ -1,0 +1,53 @@
+"""Orders of samples: permutations, and RWKV's own one restated."""
+
+import math
+
+import pytest
+
+from rwkv7_jax.data.shuffling import cubic_windows, is_prime, magic_prime, shuffled
+
+
+def test_primes_are_those_that_nothing_divides():
+    found = [n for n in range(200) if is_prime(n)]
+    assert found == [n for n in range(2, 200) if all(n % d for d in range(2, n))]
+    assert is_prime(2**31 - 1) and not is_prime((2**31 - 1) * 3)
+
+
+def test_the_magic_prime_is_the_largest_that_fits():
+    for windows in range(3, 300):
+        expected = max(n for n in range(2, windows) if n % 3 == 2 and is_prime(n))
+        assert magic_prime(windows * 16 + 15, 16) == expected
+    # Said by the official tool of a published data set (minipile, 1498226207 tokens).
+    assert magic_prime(1498226207, 512) == 2926181
+    with pytest.raises(ValueError, match="`tokens` must be at least 48 for windows of 16; got 47"):
+        magic_prime(47, 16)
+
+
+def test_the_cubic_order_reads_every_window_below_the_prime_once():
+    tokens, length = 100 * 8, 8
+    prime = magic_prime(tokens, length)
+    assert prime == 89
+    epoch = cubic_windows(range(prime), tokens=tokens, length=length)
+    assert sorted(epoch) == [i * length for i in range(prime)]
+    assert cubic_windows(range(prime, 2 * prime), tokens=tokens, length=length) == epoch
+
+
+def test_the_cubic_order_is_the_trainers_whatever_the_batch_and_the_devices():
+    """Restated from the trainer: mini-epochs of 40320 samples, dealt to ranks one by one."""
+    tokens, length, world, per_device = 300_000 * 4, 4, 2, 3
+    prime = magic_prime(tokens, length)
+    for batch in (0, 5, 6719, 6720, 20_000):
+        epoch, place = divmod(batch * world * per_device, 40320)
+        expected = set()
+        for rank in range(world):
+            for index in range(place // world, place // world + per_device):
+                ii = 1 + epoch * 40320 + index * world + rank
+                factor = int(prime * ((math.sqrt(5) - 1) / 2))
+                expected.add(((factor * ii * ii * ii) % prime) * length)
+        samples = range(batch * 6, batch * 6 + 6)
+        assert set(cubic_windows(samples, tokens=tokens, length=length)) == expected
+
+
+def test_a_shuffled_epoch_holds_everything_once_and_differs_from_the_next():
+    one, two = (shuffled(range(a, a + 50), seed=1, count=50) for a in (0, 50))
+    assert sorted(one) == sorted(two) == list(range(50)) and one != two

@@ -1,0 +1,249 @@
+"""Synthetic tasks: answers are right, alone counted, and the same for the same seed and step."""
+
+import re
+
+import numpy as np
+import pytest
+
+from rwkv7_jax.data.synthetic_tasks import TASKS, find_task, question_batch, task_batch
+from rwkv7_jax.data.toy_tasks import fact_table
+
+SIZES = {"batch_size": 4, "length": 120}
+LINES = {
+    "copy": lambda words: words[0],
+    "recall": lambda words: dict(words[:-1])[words[-1]],
+    "parity": lambda words: str(words[0].count("1") % 2),
+    "addition": lambda words: str(int(words[0]) + int(words[1])),
+}
+SEQUENCES = {
+    "C": lambda word: word,
+    "R": lambda word: word[::-1],
+    "N": lambda word: "".join(digit((number(s) + 1) % 32) for s in word),
+    "X": lambda word: SEQUENCES["N"](word[::-1]),
+}
+ARITHMETIC = {
+    "A": lambda a, b: a + b,
+    "S": lambda a, b: a - b,
+    "P": lambda a, b: a * b,
+}
+NAMES = [*TASKS, "modulus-9", "product-7", "facts-64", "swaps-3", "swaps-5"]
+
+
+def text(ids) -> str:
+    return bytes(i - 1 for i in ids if i).decode()
+
+
+def number(symbol: str) -> int:
+    return int(symbol, 32)
+
+
+def digit(value: int) -> str:
+    return "0123456789abcdefghijklmnopqrstuv"[value]
+
+
+def rows(name, **changes):
+    """Each row's text and, per character, whether it counts; zeros come last and do not count."""
+    batch = task_batch(name, 3, **(SIZES | {"batch_size": 12} | changes))
+    for ids, mask in zip(batch["tokens"], batch["mask"], strict=True):
+        size = np.count_nonzero(ids)
+        assert not ids[size:].any() and not mask[size - 1 :].any()
+        yield text(ids), [False, *mask[: size - 1].astype(bool)]
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_answers_of_lines_are_right_and_they_alone_count(name):
+    batch = task_batch(name, 3, **SIZES)
+    assert batch["tokens"].shape == (4, 121) and batch["mask"].shape == (4, 120)
+    for row, mask in zip(batch["tokens"], batch["mask"], strict=True):
+        lines = text(row).split("\n")[:-1]
+        assert len(lines) > 2
+        answers = []
+        for line in lines:
+            question, answer = line.split(" = ")
+            assert LINES[name](question.split(" ")[1:]) == answer
+            answers.append(answer + "\n")
+        counted = text(row[1:] * mask.astype(int))
+        assert re.fullmatch(re.escape("".join(answers)) + r"\w*", counted)
+
+
+@pytest.mark.parametrize(("name", "width"), [("dictionary", 2), ("mapping", 1)])
+def test_a_key_keeps_its_value_and_counts_from_its_second_time_on(name, width):
+    sizes = set()
+    for row, counts in rows(name, batch_size=200):
+        assert row[0] == name[0].upper() and not counts[0]
+        known = {}
+        for first in range(1, len(row), width + 1):
+            key, value = row[first : first + width], row[first + width]
+            assert counts[first : first + width + 1] == [False] * width + [key in known]
+            assert known.setdefault(key, value) == value
+        sizes.add(len(known))
+    assert sizes == set(range(2, 9) if name == "dictionary" else range(4, 14))
+
+
+def check_arithmetic(row, counts):
+    modulus = number(row[1])
+    assert (len(row) - 2) % 4 == 0
+    assert counts == [False] * 2 + [False, False, False, True] * ((len(row) - 2) // 4)
+    for a, b, equals, c in zip(*(row[2 + i :: 4] for i in range(4)), strict=True):
+        assert equals == "=" and max(number(a), number(b)) < modulus
+        assert number(c) == ARITHMETIC[row[0]](number(a), number(b)) % modulus
+
+
+@pytest.mark.parametrize(
+    ("name", "leads"),
+    [
+        ("modular", {letter + modulus for letter in "AS" for modulus in "57bd"}),
+        ("modulus-9", {"A9"}),
+        ("product-7", {"P7"}),
+    ],
+)
+def test_results_of_arithmetic_are_right_and_they_alone_count(name, leads):
+    found = list(rows(name, batch_size=100))
+    for row, counts in found:
+        check_arithmetic(row, counts)
+    assert {row[:2] for row, _ in found} == leads
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("sequence", "CRN"), ("steer", "R"), ("novel", "X"), ("reverse", "R")],
+)
+def test_sequences_are_changed_as_their_letter_says(name, changes):
+    letters = set()
+    for row, counts in rows(name, batch_size=100):
+        examples = re.findall(r"(.)(\w{6})>(\w{6})", row)
+        assert len(examples) * 14 == len(row) == 112
+        assert counts == ([False] * 8 + [True] * 6) * 8
+        hidden = [c for c in changes if all(SEQUENCES[c](x) == y for _, x, y in examples)]
+        assert len(hidden) == 1
+        assert {letter for letter, *_ in examples} in ({"?"}, {hidden[0]})
+        letters.add(row[0])
+    expected = {"sequence": set("?CRN"), "steer": {"?"}, "novel": {"?"}}
+    assert letters == expected.get(name, set(changes))
+
+
+def test_a_mixture_is_a_quarter_of_each():
+    leads = [row[0] for row, _ in rows("mixture", batch_size=42)]
+    assert leads[:20] == ["D"] * 10 + ["M"] * 10
+    assert set(leads[20:30]) == set("AS") and set(leads[30:]) == set("?CRN")
+
+
+def test_facts_are_those_of_the_seed_and_come_once_in_a_row():
+    keys, values = fact_table(64, 0)
+    facts = {
+        digit(key // 32) + digit(key % 32): digit(value)
+        for key, value in zip(keys, values, strict=True)
+    }
+    assert len(facts) == 64
+    for changes in ({}, {"held_out": True}, {"length": 25, "batch_size": 8}):
+        seen = []
+        for row, counts in rows("facts-64", **changes):
+            assert row[0] == "F" and counts == [False] + [False, False, True] * (len(row) // 3)
+            found = re.findall(r"(\w\w)(\w)", row[1:])
+            assert all(facts[key] == value for key, value in found)
+            assert len({key for key, _ in found}) == len(found)
+            assert len(found) == changes.get("length", 120) // 3
+            seen += [key for key, _ in found]
+        assert set(seen) == set(facts), "every batch that is large enough goes through all facts"
+    assert set(fact_table(64, 1)[0]) != set(keys)
+    assert all(fact_table(256, 0)[0][:64] == keys) and all(fact_table(256, 0)[1][:64] == values)
+
+
+def test_fewer_facts_than_fit_leave_the_rest_of_a_row_empty():
+    assert all(len(row) == 1 + 3 * 5 for row, _ in rows("facts-5"))
+
+
+def test_every_query_has_the_value_of_its_pair():
+    for row, counts in rows("mqar"):
+        pairs, queries = row[1:].split(">")
+        known = dict(zip(pairs[::2], pairs[1::2], strict=True))
+        assert row[0] == "Q" and len(known) * 2 == len(pairs) == 58
+        assert all(known[k] == v for k, v in zip(queries[::2], queries[1::2], strict=True))
+        assert counts == [False] * 60 + [False, True] * (len(queries) // 2)
+        assert len(row) > 119
+
+
+@pytest.mark.parametrize("objects", [3, 5])
+def test_the_order_behind_the_swaps_is_right(objects):
+    sizes = set()
+    for row, counts in rows(f"swaps-{objects}", batch_size=200):
+        swaps, answer = row[1:].split("=")
+        order = list(range(objects))
+        for one, two in zip(swaps[::2], swaps[1::2], strict=True):
+            assert one != two
+            one, two = int(one), int(two)
+            order[one], order[two] = order[two], order[one]
+        assert row[0] == "W" and answer == "".join(map(str, order))
+        assert counts == [False] * (len(row) - objects) + [True] * objects
+        sizes.add(len(swaps) // 2)
+    assert min(sizes) == 1 and max(sizes) == (121 - 2 - objects) // 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_is_a_function_of_seed_step_and_part(name):
+    batches = {
+        (seed, step, held): task_batch(name, step, seed=seed, held_out=held, **SIZES)["tokens"]
+        for seed in (0, 1)
+        for step in (0, 1)
+        for held in (False, True)
+    }
+    assert len({batch.tobytes() for batch in batches.values()}) == 8
+    again = task_batch(name, 1, seed=1, held_out=True, **SIZES)["tokens"]
+    np.testing.assert_array_equal(again, batches[1, 1, True])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_shortest_row_holds_one_example_and_a_shorter_one_is_refused(name):
+    shortest = find_task(name).shortest
+    task_batch(name, 0, batch_size=2, length=shortest)
+    if find_task(name).exact:
+        questions, answers = question_batch(name, 0, batch_size=50)
+        assert len(questions) == len(answers) == 50 and all(map(len, answers))
+        assert all(len(q) + len(a) <= shortest + 1 for q, a in zip(questions, answers, strict=True))
+    with pytest.raises(ValueError, match=f"`length` must be at least {shortest} for {name}; got"):
+        task_batch(name, 0, batch_size=2, length=shortest - 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "question", "right"),
+    [
+        ("steer", r"\?(\w{6})>", lambda word: word[::-1]),
+        ("reverse", r"R(\w{6})>", lambda word: word[::-1]),
+        ("novel", r"\?(\w{6})>", SEQUENCES["X"]),
+        ("modulus-9", r"A9(\d)(\d)=", lambda a, b: str((int(a) + int(b)) % 9)),
+        ("product-7", r"P7(\d)(\d)=", lambda a, b: str(int(a) * int(b) % 7)),
+        ("copy", r"copy (\w+) = ", lambda word: word + "\n"),
+        ("addition", r"add (\d+) (\d+) = ", lambda a, b: f"{int(a) + int(b)}\n"),
+    ],
+)
+def test_a_question_has_its_exact_answer(name, question, right):
+    one, two = (question_batch(name, step, batch_size=20) for step in (0, 1))
+    assert one != two and one == question_batch(name, 0, batch_size=20)
+    for ids, answer in zip(*one, strict=True):
+        assert text(answer) == right(*re.fullmatch(question, text(ids)).groups())
+
+
+def test_longer_rows_ask_harder_questions():
+    short, long = (question_batch("swaps-5", 0, batch_size=50, length=n)[0] for n in (None, 60))
+    assert max(map(len, short)) == 4 and max(map(len, long)) > 40
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("x", "one of copy, recall, .*, facts-1 to facts-1024, .*; got 'x'.$"),
+        ("stear", r"got 'stear' \(the nearest is steer\).$"),
+        ("facts-0", "facts-1 to facts-1024, .*; got 'facts-0'"),
+        ("facts-1025", "got 'facts-1025'"),
+        ("modulus-09", "got 'modulus-09'"),
+        ("swaps", r"got 'swaps' \(the nearest is swaps\)."),
+    ],
+)
+def test_an_unknown_task_or_number_is_refused(name, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        task_batch(name, 0, **SIZES)
+
+
+def test_a_task_without_exact_answers_has_no_questions():
+    with pytest.raises(ValueError, match="mapping has no question with one right answer"):
+        question_batch("mapping", 0, batch_size=1)

@@ -1,0 +1,171 @@
+"""The cache of a source: the same batches, the same hash, and files that other tools read."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from programs import ROOT
+
+from rwkv7_jax.data.binidx import read_binidx
+from rwkv7_jax.data.loading import batch_at, data_hash, packed, token_stream, windows
+from rwkv7_jax.data.token_cache import Card, read_card, write_cache
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+BYTES, WORLD = Tokenizer.bytes(), Tokenizer.world()
+CHOICES = [{}, {"order": "cubic"}, {"packing": "documents"}]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Texts and answered questions, some of them odd."""
+    random, lines = np.random.default_rng(0), []
+    for i in range(300):
+        text = "".join(random.choice(list("abc \n"), random.integers(0, 90)))
+        answered = {"prompt": text, "answer": f" {i}"}
+        lines.append(json.dumps(answered if i % 3 == 0 else {"text": text}))
+    path = tmp_path_factory.mktemp("source") / "x.jsonl"
+    path.write_text("\n".join([*lines, "bad", ""]))
+    return path
+
+
+@pytest.fixture(scope="module", params=[BYTES, WORLD], ids=["bytes", "world"])
+def pair(request, source, tmp_path_factory):
+    """A source, its cache and their tokenizer."""
+    cache = tmp_path_factory.mktemp("cache") / "x.bin"
+    write_cache([source], cache, request.param, on_bad="skip")
+    return source, cache, request.param
+
+
+def streams(pair, **choices):
+    *paths, tokenizer = pair
+    with pytest.warns(UserWarning, match="1 lines of"):
+        source = token_stream(paths[0], tokenizer, on_bad="skip", **choices)
+    return source, token_stream(paths[1], tokenizer, **choices)
+
+
+def assert_equal(one, two):
+    for name in ("tokens", "mask"):
+        np.testing.assert_array_equal(one[name], two[name])
+
+
+@pytest.mark.parametrize("split", ["all", "train", "held_out"])
+def test_batches_of_a_cache_are_those_of_its_source(pair, split):
+    one, two = streams(pair, split=split, held_out=0.2)
+    assert len(one) == len(two) and one.masked and two.masked
+    for choices in CHOICES:
+        for step in (0, 1, 30, 1000):
+            sizes = {"batch_size": 5, "length": 24, "seed": 2}
+            assert_equal(
+                batch_at(one, step, **sizes, **choices), batch_at(two, step, **sizes, **choices)
+            )
+    for packing in ("stream", "documents"):
+        assert_equal(windows(one, 24, 9, packing=packing), windows(two, 24, 9, packing=packing))
+
+
+@pytest.mark.parametrize("split", ["all", "train"])
+def test_a_cache_has_the_hash_of_its_source(pair, split):
+    one, two = streams(pair, split=split, held_out=0.2)
+    assert data_hash(one) == data_hash(two)
+
+
+def test_the_contracts_door_takes_a_cache(pair):
+    _, cache, tokenizer = pair
+    batch = next(packed(cache, batch_size=2, length=16, seed=0, tokenizer=tokenizer))
+    assert batch["tokens"].shape == (2, 17) and batch["mask"].shape == (2, 16)
+
+
+def test_a_card_counts_what_is_in_the_files(pair):
+    _, cache, tokenizer = pair
+    card, (ids, starts) = read_card(cache), read_binidx(cache)
+    assert (card.documents, card.tokens, card.skipped) == (300, len(ids), 1) and card.tokens > 5000
+    assert card.vocabulary == tokenizer.name and len(starts) == 301
+    assert card.learnt == int((cache.with_suffix(".mask").read_bytes()).count(1)) < card.tokens
+    assert card.bytes == len(tokenizer.decode_bytes(ids.tolist()))
+
+
+def test_a_cache_of_texts_alone_needs_no_masks_and_removes_old_ones(tmp_path, pair):
+    *_, tokenizer = pair
+    (tmp_path / "a.txt").write_bytes(b"abc")
+    (tmp_path / "x.mask").write_bytes(b"old")
+    card, _ = write_cache([tmp_path / "a.txt"], tmp_path / "x.bin", tokenizer)
+    assert card.learnt == card.tokens and not (tmp_path / "x.mask").exists()
+    assert not token_stream(tmp_path / "x.bin", tokenizer).masked
+    assert sorted(p.suffix for p in tmp_path.glob("x.*")) == [".bin", ".idx", ".json", ".keys"]
+
+
+def test_several_sources_and_caches_may_be_mixed(tmp_path, pair, source):
+    _, cache, tokenizer = pair
+    (tmp_path / "a.txt").write_bytes(b"abc")
+    write_cache([source, tmp_path / "a.txt"], tmp_path / "x.bin", tokenizer, on_bad="skip")
+    one = token_stream([cache, tmp_path / "a.txt"], tokenizer)
+    two = token_stream(tmp_path / "x.bin", tokenizer)
+    assert data_hash(one) == data_hash(two)
+    np.testing.assert_array_equal(one[:], two[:])
+
+
+def test_a_failed_writing_leaves_the_old_cache(tmp_path, source):
+    (tmp_path / "a.txt").write_bytes(b"abc")
+    write_cache([tmp_path / "a.txt"], tmp_path / "x.bin", BYTES)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"x\.jsonl:301: not one JSON object"):
+        write_cache([source], tmp_path / "x.bin", BYTES)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"empty\.jsonl` has no document"):
+        write_cache([tmp_path / "empty.jsonl"], tmp_path / "x.bin", BYTES)
+    (tmp_path / "empty.jsonl").unlink()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+MEMORY = """
+import resource, sys
+from rwkv7_jax.data.token_cache import write_cache
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+for path in sys.argv[1:]:
+    write_cache([path], "x.bin", Tokenizer.bytes())
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("suffix", "text"), [("txt", "x" * 999), ("jsonl", '{"text": "a b"}')])
+def test_memory_does_not_grow_with_the_text(tmp_path, suffix, text):
+    """In a process of its own: the checks of these tests would be measured as well."""
+    paths = [tmp_path / f"{lines}.{suffix}" for lines in (3_000, 60_000)]
+    for path in paths:
+        with path.open("w") as file:
+            file.writelines(f"{text}\n" for _ in range(int(path.stem)))
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, *map(str, paths)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    small, large = map(int, done.stdout.split())
+    assert large < small + 2_000, "KiB; the index takes four bytes a document"
+
+
+def test_a_card_says_what_it_was_told(tmp_path):
+    (tmp_path / "a.txt").write_bytes("é".encode())
+    card, reading = write_cache([tmp_path / "a.txt"], tmp_path / "x.bin", BYTES)
+    assert card == Card("bytes", documents=1, tokens=3, learnt=3, bytes=2, skipped=0)
+    assert reading.bytes == 2 and read_card(tmp_path / "x.bin") == card
+
+
+def test_of_a_single_document_the_end_is_held_out_from_file_and_cache_alike(tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text("It was a day like others, and longer. " * 50)
+    write_cache([book], tmp_path / "book.bin", BYTES)
+    for source in (book, tmp_path / "book.bin"):
+        parts = [
+            token_stream(source, BYTES, split=split, held_out=0.1)[:]
+            for split in ("train", "held_out")
+        ]
+        whole = token_stream(source, BYTES)[:]
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+        assert len(parts[1]) == len(whole) // 10

@@ -1,0 +1,96 @@
+"""Streams: one row of ids wherever they lie, and a hash that sees each change."""
+
+import numpy as np
+import pytest
+
+from rwkv7_jax.data import token_streams
+from rwkv7_jax.data.token_streams import Tokens, TokenStream, as_stream, data_hash
+
+IDS = np.arange(1, 41, dtype=np.uint16)
+STARTS = np.array([0, 4, 4, 5, 17, 40])
+
+
+def pieced(learnt=None):
+    """Documents 0, 2 and 4 of five, of which one is empty, behind another array's middle."""
+    tokens = Tokens(IDS, learnt, STARTS)
+    chosen = TokenStream.chosen(tokens, np.array([True, False, True, False, True]))
+    return TokenStream.joined([TokenStream.between(Tokens(IDS + 100), 3, 9), chosen])
+
+
+EXPECTED = [*range(104, 110), 1, 2, 3, 4, 5, *range(18, 41)]
+
+
+def test_a_stream_reads_as_one_row():
+    stream = pieced()
+    assert stream[:].tolist() == np.asarray(stream).tolist() == EXPECTED and len(stream) == 34
+    for first in range(len(EXPECTED) + 1):
+        for behind in range(len(EXPECTED) + 2):
+            assert stream[first:behind].tolist() == EXPECTED[first:behind]
+    assert stream[-5:].tolist() == EXPECTED[-5:]
+    with pytest.raises(ValueError, match="a slice must have no step; got 2"):
+        stream[::2]
+
+
+def test_documents_begin_where_they_did_and_where_a_stretch_cuts_them():
+    assert pieced().starts.tolist() == [0, 6, 10, 11, 34]
+    assert pieced().documents.tolist() == [0, 1, 3]
+    cut = TokenStream.between(Tokens(IDS, starts=STARTS), 2, 20)
+    assert cut.starts.tolist() == [0, 2, 3, 15, 18]
+
+
+def test_where_documents_begin_is_found_from_token_0(monkeypatch):
+    monkeypatch.setattr(token_streams, "_CHUNK", 3)
+    ids = np.array([5, 0, 0, 7, 8, 9, 0, 3])
+    assert as_stream(ids).starts.tolist() == [0, 2, 3, 7, 8]
+    assert as_stream(ids[:-1]).starts.tolist() == [0, 2, 3, 7]
+
+
+def test_a_filled_row_has_the_masks_of_its_ids():
+    learnt = (IDS % 3 > 0).astype(np.uint8)
+    stream, wanted = pieced(learnt), [*[1] * 6, *(i % 3 > 0 for i in EXPECTED[6:])]
+    for first in range(34):
+        for size in range(1, 34 - first):
+            tokens, mask = np.zeros(size, np.int32), np.full(size - 1, 7.0)
+            stream.fill(first, tokens, mask)
+            assert tokens.tolist() == EXPECTED[first : first + size]
+            assert mask.tolist() == wanted[first + 1 : first + size]
+    assert stream.count_learnt() == sum(wanted) and pieced().count_learnt() == 34
+
+
+def test_the_hash_does_not_depend_on_where_the_ids_lie():
+    one = TokenStream.whole(Tokens(np.array(EXPECTED, np.int64), starts=pieced().starts))
+    assert data_hash(one) == data_hash(pieced())
+    ones = TokenStream.whole(Tokens(one[:], np.ones(34, bool), one.starts))
+    assert data_hash(one) == data_hash(ones)
+
+
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+def test_the_hash_sees_every_id_mask_and_border(monkeypatch, chunk):
+    monkeypatch.setattr(token_streams, "_CHUNK", chunk)
+    ids, learnt, starts = np.arange(30), np.ones(30, np.uint8), np.array([0, 9, 30])
+    seen = [data_hash(TokenStream.whole(Tokens(ids, learnt, starts)))]
+    for place in range(30):
+        other, mask, border = ids.copy(), learnt.copy(), starts.copy()
+        other[place] += 1
+        mask[place] = 0
+        border[1] = place
+        for tokens in ((other, learnt, starts), (ids, mask, starts), (ids, learnt, border)):
+            seen.append(data_hash(TokenStream.whole(Tokens(*tokens))))
+    seen.append(data_hash(TokenStream.whole(Tokens(ids[:-1], learnt, starts))))
+    # One of the changed borders is the old one.
+    assert len(set(seen)) == len(seen) - 1
+
+
+def test_large_data_is_hashed_by_its_size_and_by_blocks(monkeypatch):
+    for name, value in (("_CHUNK", 8), ("WHOLE", 99), ("_SAMPLES", 3)):
+        monkeypatch.setattr(token_streams, name, value)
+    ids = np.arange(1, 101)
+    own = data_hash(ids)
+    changed = set()
+    for place in range(100):
+        other = ids.copy()
+        other[place] += 500
+        if data_hash(other) != own:
+            changed.add(place)
+    assert changed == {*range(8), *range(46, 54), *range(92, 100)}
+    assert data_hash(np.append(ids, 7)) != own

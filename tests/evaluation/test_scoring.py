@@ -1,0 +1,117 @@
+"""Bits per byte, by hand and by position; the accuracy of answers."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_checkpoints import random_params
+
+from rwkv7_jax.evaluation.scoring import answers, score, token_nats
+from rwkv7_jax.generation.prefill import state_after
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import init_state, repeat
+from rwkv7_jax.text.tokenizer import Tokenizer
+from rwkv7_jax.training.losses import next_token_loss
+
+# One layer compiles fastest.
+CONFIG = RWKV7Config(vocab_size=257, num_layers=1, width=32, head_size=16, implementation="scan")
+MODEL = RWKV7(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(CONFIG, dtype=jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    tokens = np.random.default_rng(0).integers(1, 257, (5, 51)).astype(np.int32)
+    tokens[1, 20] = 0
+    return {"tokens": tokens, "mask": np.ones((5, 50), np.float32)}
+
+
+@pytest.fixture(scope="module")
+def result(params, batch):
+    return score(MODEL, params, init_state(CONFIG), batch, Tokenizer.bytes())
+
+
+def test_bits_per_byte_is_the_loss_over_the_bytes(params, batch, result):
+    loss, _ = next_token_loss(MODEL, params, repeat(init_state(CONFIG), 5), batch)
+    # One of the 250 targets is the end of text: it costs bits and is no byte.
+    assert result.bits_per_byte == pytest.approx(float(loss) / math.log(2) * 250 / 249, rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(float(loss)), rel=1e-4)
+    assert result.tokens == 250
+
+
+def test_positions_add_up_to_the_whole(result):
+    assert [(a, b) for a, b, _ in result.by_position] == [(0, 32), (32, 50)]
+    bits = 5 * 32 - 1, 5 * 18
+    total = sum(n * rate for n, (*_, rate) in zip(bits, result.by_position, strict=True))
+    assert total == pytest.approx(result.bits_per_byte * 249, rel=1e-5)
+
+
+def test_masked_targets_do_not_count(params, batch, result):
+    mask = batch["mask"].copy()
+    mask[:, 32:] = 0
+    half = score(MODEL, params, init_state(CONFIG), batch | {"mask": mask}, Tokenizer.bytes())
+    assert half.bits_per_byte == pytest.approx(result.by_position[0][2], rel=1e-6)
+
+
+def test_the_number_of_rows_at_a_time_changes_nothing(params, batch):
+    one = token_nats(MODEL, params, init_state(CONFIG), batch["tokens"], rows=2)
+    two = token_nats(MODEL, params, init_state(CONFIG), batch["tokens"], rows=8)
+    np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(params, batch):
+    prompt = batch["tokens"][0]
+    pieces = state_after(MODEL, params, prompt, chunk=20)
+    whole = state_after(MODEL, params, prompt, chunk=64)
+    np.testing.assert_allclose(pieces.wkv, whole.wkv, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def likeliest(params, batch):
+    """For every target the likeliest id, and the loss of the target."""
+    tokens = jnp.asarray(batch["tokens"])
+    logits, _ = MODEL.apply({"params": params}, tokens[:, :-1], init_state(CONFIG, 5))
+    nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)[..., 0]
+    return np.asarray(jnp.argmax(logits, axis=-1)), np.asarray(nats)
+
+
+def test_accuracy_counts_scored_positions_whose_likeliest_id_is_the_target(
+    params, batch, likeliest
+):
+    ids, nats = likeliest
+    mask = np.zeros((5, 50), np.float32)
+    mask[[0, 0, 0, 1, 3], [4, 9, 30, 9, 40]] = 1
+    # The last input is never read, so its targets can be made right without changing what is read.
+    mask[:4, 49] = 1
+    tokens = batch["tokens"].copy()
+    tokens[[0, 3], 50] = ids[[0, 3], 49]
+    right = (ids == tokens[:, 1:]) & (mask > 0)
+    got = answers(MODEL, params, init_state(CONFIG), {"tokens": tokens, "mask": mask}, rows=2)
+    assert right.sum() >= 2
+    assert got.accuracy == pytest.approx(right.sum() / 9)
+    exact = [right[row].sum() == mask[row].sum() for row in range(4)]
+    assert got.exact == pytest.approx(np.mean(exact))
+    assert got.by_position.shape == (50,)
+    assert set(np.flatnonzero(~np.isnan(got.by_position))) == {4, 9, 30, 40, 49}
+    assert got.by_position[49] == pytest.approx(right[:, 49].sum() / 4)
+    earlier = {"tokens": tokens, "mask": mask * (np.arange(50) < 49)}
+    nats = nats[earlier["mask"] > 0].mean()
+    assert answers(MODEL, params, init_state(CONFIG), earlier).nats == pytest.approx(nats, rel=1e-4)
+
+
+def test_answers_start_from_the_state(params, batch):
+    state = state_after(MODEL, params, batch["tokens"][0])
+    zero, other = (answers(MODEL, params, s, batch).nats for s in (init_state(CONFIG), state))
+    assert zero != pytest.approx(other, rel=1e-4)
+
+
+def test_a_batch_without_scored_positions_is_refused(params, batch):
+    with pytest.raises(ValueError, match="`batch` must have a scored position"):
+        answers(MODEL, params, init_state(CONFIG), batch | {"mask": batch["mask"] * 0})

@@ -1,0 +1,189 @@
+"""What is measured of a state: reads, norms, ranks, losses by position, what it forgets."""
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import SCANNED as CONFIG
+from tiny_models import lively, random_state, restated, tokens
+from upscaled_states import empty_state, filled
+
+from rwkv7_jax.evaluation.scoring import answers
+from rwkv7_jax.evaluation.state_diagnosis import diagnose, ranks, retention
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import init_state
+from rwkv7_jax.reports import plots as pictures
+from rwkv7_jax.tuning.read_statistics import state_statistics
+from rwkv7_jax.tuning.state_arithmetic import scaled, spectra
+
+B, T = 3, 13
+
+
+@pytest.fixture(scope="module")
+def model():
+    return RWKV7(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return lively()
+
+
+@pytest.fixture(scope="module")
+def empty():
+    """Every test takes such states, so that all share the compiled programs."""
+    return empty_state()
+
+
+def text(seed=0, scored=T):
+    mask = np.zeros((B, T), np.float32)
+    mask[:, :scored] = 1
+    return {"tokens": np.asarray(tokens(B, T + 1, seed=seed)), "mask": mask}
+
+
+@pytest.fixture(scope="module")
+def found(model, params, empty):
+    """A full upscaled state on a text, of which the first ten targets count, and on another."""
+    state = filled(empty).replace(wkv=random_state(seed=3).wkv)
+    return state, diagnose(model, params, state, text(scored=10), generic=text(1))
+
+
+@pytest.fixture(scope="module")
+def bare(model, params, empty):
+    """A WKV state with an empty memory beside it, which numpy restates without one."""
+    state = empty.replace(wkv=0.3 * random_state(seed=3).wkv)
+    return state, diagnose(model, params, state, text(scored=10))
+
+
+def psi_of(params, state, ids):
+    """The WKV state's psi [L T H N] token by token, float64, of a run from `state`."""
+    _, _, trace = restated(params, ids, state.replace(upscaled=None))
+    log_w, a, b, r = (trace[name] for name in ("log_w", "a", "b", "r"))
+    layers, length, heads, size = r.shape
+    start = np.broadcast_to(np.eye(size), (layers, heads, size, size))
+    out = []
+    for t in range(length):
+        erased = np.einsum("lhvk,lhk->lhv", start, a[:, t])
+        start = start * np.exp(log_w[:, t])[:, :, None] + erased[..., None] * b[:, t, :, None]
+        out.append(np.einsum("lhvk,lhk->lhv", start, r[:, t]))
+    return np.stack(out, 1)
+
+
+def test_the_forgetting_curve_is_the_mean_square_of_psi_relative_to_the_first(params, bare):
+    state, memory = bare[0], bare[1].memories["wkv"]
+    psi = np.stack([psi_of(params, state, row[:-1]) for row in text()["tokens"]])
+    squares = np.square(psi).sum(-1).mean((0, 1, 3))
+    np.testing.assert_allclose(memory.fading, squares / squares[0], rtol=1e-3)
+    below = np.flatnonzero(squares < 0.1 * squares[0])
+    assert memory.faded == (below[0] if len(below) else None)
+
+
+def test_a_static_memorys_reads_do_not_fade(found):
+    _, diagnosis = found
+    assert diagnosis.memories["memory"].fading.min() > 0.3
+
+
+def test_ranks_are_those_of_the_statistics_that_tuning_uses(model, params, found):
+    state, diagnosis = found
+    statistics = state_statistics(model, params, leaves=("wkv", "memory"), rows=B)
+    moments = jax.jit(statistics)(state, text(scored=10))
+    for name, matrix in (("wkv", moments.wkv), ("memory", moments.upscaled.memory)):
+        values = np.linalg.eigvalsh(np.asarray(matrix[:, 0], np.float64))
+        rank = np.square(values.sum(-1)) / np.square(values).sum(-1)
+        np.testing.assert_allclose(diagnosis.memories[name].read_rank, rank, rtol=1e-2)
+
+
+def test_norms_and_ranks_are_those_of_the_singular_values(found):
+    state, diagnosis = found
+    values = spectra(state).astype(np.float64)
+    memory = diagnosis.memories["wkv"]
+    np.testing.assert_allclose(memory.norms, np.sqrt(np.square(values).sum(-1)), rtol=1e-4)
+    rank = np.square(np.square(values).sum(-1)) / (values**4).sum(-1)
+    np.testing.assert_allclose(memory.rank, rank, rtol=1e-4)
+    np.testing.assert_allclose(ranks(state.wkv), rank, rtol=1e-4)
+    assert not ranks(init_state(CONFIG).wkv).any()
+
+
+def test_a_typical_state_is_the_base_models_behind_the_rows(params, bare):
+    ends = [restated(params, row[:-1], init_state(CONFIG))[1].wkv for row in text()["tokens"]]
+    squares = np.square(np.stack(ends)).sum((-2, -1)).mean(0)
+    np.testing.assert_allclose(bare[1].memories["wkv"].typical, np.sqrt(squares), rtol=1e-3)
+
+
+def test_losses_by_position_are_those_of_the_models_logits(params, bare):
+    state, diagnosis = bare
+    ids = text()["tokens"]
+    for start, came in (
+        (init_state(CONFIG), diagnosis.base_nats),
+        (state.replace(upscaled=None), diagnosis.tuned_nats),
+    ):
+        logits = np.stack([restated(params, row[:-1], start)[0] for row in ids])
+        logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        nats = -np.take_along_axis(logs, ids[:, 1:, None], axis=-1)[..., 0]
+        np.testing.assert_allclose(came[:10], nats.mean(0)[:10], rtol=1e-3)
+        assert np.isnan(came[10:]).all()
+
+
+def test_the_zero_state_changes_nothing(model, params, empty):
+    (kept,) = retention(model, params, empty, {"own": text(1)})
+    assert abs(kept.divergence) < 1e-6 and kept.base_nats == pytest.approx(kept.tuned_nats)
+    assert kept.base_accuracy == kept.tuned_accuracy and kept.tokens == B * T
+
+
+def test_retention_has_a_row_a_text_with_the_numbers_of_evaluation(model, params, found):
+    state, diagnosis = found
+    texts = {"some": text(2, scored=5), "other": text(1)}
+    rows = retention(model, params, state, texts)
+    assert [row.name for row in rows] == ["some", "other"]
+    for row, batch in zip(rows, texts.values(), strict=True):
+        one, two = (answers(model, params, s, batch) for s in (init_state(CONFIG), state))
+        wanted = [one.nats, two.nats, one.accuracy, two.accuracy]
+        came = [row.base_nats, row.tuned_nats, row.base_accuracy, row.tuned_accuracy]
+        np.testing.assert_allclose(came, wanted, rtol=1e-4)
+        assert row.divergence > 1e-3
+    assert diagnosis.generic.tuned_nats == pytest.approx(rows[1].tuned_nats)
+
+
+def test_more_rows_than_fit_at_once_are_all_counted(model, params, bare):
+    many = {name: np.concatenate([x, x, x]) for name, x in text().items()}
+    one, two = (diagnose(model, params, bare[0], batch) for batch in (text(), many))
+    assert two.own.tokens == 3 * one.own.tokens
+    assert two.own.tuned_nats == pytest.approx(one.own.tuned_nats, rel=1e-5)
+    for name in ("typical", "read_rank", "reads"):
+        a, b = (getattr(found.memories["wkv"], name) for found in (one, two))
+        np.testing.assert_allclose(a, b, rtol=1e-3)
+
+
+def test_the_order_of_rows_changes_nothing(model, params, bare):
+    mask = (np.arange(T) < np.arange(1, 13)[:, None]).astype(np.float32)
+    rows = {"tokens": np.asarray(tokens(12, T + 1, seed=9)), "mask": mask}
+    turned = {name: x[::-1] for name, x in rows.items()}
+    one, two = (diagnose(model, params, bare[0], batch) for batch in (rows, turned))
+    assert one.own.tuned_nats == pytest.approx(two.own.tuned_nats, rel=1e-6)
+    for name in ("typical", "read_rank", "reads"):
+        a, b = (getattr(found.memories["wkv"], name) for found in (one, two))
+        np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
+def test_a_text_in_which_nothing_counts_is_refused(model, params):
+    with pytest.raises(ValueError, match="`batch` must have a target that counts"):
+        diagnose(model, params, init_state(CONFIG), text(scored=0))
+    with pytest.raises(ValueError, match="retention: `other` must have a target that counts"):
+        retention(model, params, init_state(CONFIG), {"other": text(scored=0)})
+
+
+def test_another_models_state_is_refused(model, params):
+    state = random_state()
+    with pytest.raises(ValueError, match=r"diagnose: `state.wkv` must have shape"):
+        diagnose(model, params, state.replace(wkv=state.wkv[:, :, :1]), text())
+
+
+def test_a_state_that_drowns_what_is_read_is_called_large(model, params, bare):
+    huge, small = (scaled(bare[0], size) for size in (1000.0, 0.01))
+    said = [diagnose(model, params, state, text()).advice for state in (huge, small)]
+    assert [any("times the norm" in line for line in lines) for lines in said] == [True, False]
+
+
+def test_a_diagnosis_becomes_a_picture(found, tmp_path):
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    pictures.diagnosis(tmp_path / "state.png", found[1])
+    assert (tmp_path / "state.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,293 @@
+"""Laws of generation: exact states behind what was kept, independent rows, whole text."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_checkpoints import random_params
+
+from rwkv7_jax.generation import decode_loop as decoding
+from rwkv7_jax.generation import sampling
+from rwkv7_jax.generation.generate import generate
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import init_state, select
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+CONFIG = RWKV7Config(vocab_size=257, num_layers=2, width=32, head_size=16, implementation="scan")
+MODEL = RWKV7(CONFIG)
+BYTES = Tokenizer.bytes()
+# Up to 17 tokens and runs of up to 8 share a few compiled programs; streaming runs may be longer.
+PROMPTS = [[84, 105, 102], list(range(40, 54)), [9]]
+
+
+class Pairs:
+    """Ids from 128 on spell two bytes, so that a stop string can begin inside a token."""
+
+    encode = BYTES.encode
+
+    def token_bytes(self, token):
+        if token < 128:
+            return BYTES.token_bytes(token)
+        return bytes([97 + (token - 128) // 12, 97 + (token - 128) % 12])
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(CONFIG, dtype=jnp.float32, scale=0.3)
+
+
+@pytest.fixture(scope="module")
+def text(params):
+    """Twelve tokens behind the first prompt, in blocks of eight and four."""
+    watch = {"tokenizer": BYTES, "on_text": lambda piece, row: None}
+    return run(params, PROMPTS[0], tokens=12, key=jax.random.key(3), **watch)
+
+
+def run(params, prompts, state=None, **choices):
+    return generate(MODEL, params, prompts, state, **({"tokens": 8} | choices))
+
+
+@jax.jit
+def _apply(params, tokens, state):
+    return MODEL.apply({"params": params}, tokens, state)
+
+
+def state_behind(params, ids, state=None):
+    """The state and the last logits of a plain loop over the ids."""
+    state = init_state(CONFIG) if state is None else state
+    for token in ids:
+        logits, state = _apply(params, jnp.array([[token]]), state)
+    return state, logits[:, 0]
+
+
+def assert_close(ours, theirs):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), ours, theirs)
+
+
+def test_greedy_generation_equals_a_plain_loop(params):
+    out = run(params, PROMPTS[1], temperature=0, stop_ids=())
+    state, logits = state_behind(params, PROMPTS[1])
+    expected = []
+    for _ in range(8):
+        expected.append(int(logits.argmax()))
+        state, logits = state_behind(params, expected[-1:], state)
+    assert out.tokens == [expected] and out.finished == ["length"] and out.texts is None
+    assert_close(out.state, state)
+    assert_close(out.logits, logits)
+
+
+def test_a_batch_of_prompts_of_different_lengths_equals_one_by_one(params):
+    key = jax.random.key(7)
+    together = run(params, PROMPTS, key=key, top_p=0.9, presence_penalty=0.5)
+    for row, prompt in enumerate(PROMPTS):
+        own = jax.random.fold_in(key, row)[None]
+        alone = run(params, prompt, key=own, top_p=0.9, presence_penalty=0.5)
+        assert alone.tokens[0] == together.tokens[row]
+        assert_close(alone.state, select(together.state, row))
+
+
+def test_penalties_and_bans_are_those_of_the_official_loop(params):
+    pytest.importorskip("torch", reason="the oracle extra is not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        utils = pytest.importorskip("rwkv.utils", reason="the oracle extra is not installed")
+        import torch
+    drawn = []
+
+    class Official(utils.PIPELINE):
+        """The official loop around this model."""
+
+        def __init__(self):
+            self.model, self.tokenizer = self, BYTES
+
+        def forward(self, tokens, state):
+            state, logits = state_behind(params, tokens, state)
+            return torch.tensor(np.array(logits[0])), state
+
+        def encode(self, text):
+            return list(text)
+
+        def decode(self, ids):
+            return bytes(i - 1 for i in ids).decode(errors="replace")
+
+        def sample_logits(self, logits, **choices):
+            drawn.append(super().sample_logits(logits, **choices))
+            return drawn[-1]
+
+    banned, spared = [0, 7, 93], sampling.exempt_ids(BYTES)
+    official = utils.PIPELINE_ARGS(0.0, 0.85, 0, 4.0, 2.0, 0.9, banned)
+    Official().generate(PROMPTS[0], 24, official)
+    watch = {"tokenizer": BYTES, "on_text": lambda piece, row: None}
+    choices = {"presence_penalty": 2.0, "frequency_penalty": 4.0, "penalty_decay": 0.9}
+    choices |= {"penalty_exempt": spared, "banned": banned, "temperature": 0}
+    out = run(params, PROMPTS[0], tokens=24, **choices, **watch)
+    assert out.tokens[0] == drawn and len(set(drawn)) > 8
+
+
+def test_the_same_key_gives_the_same_tokens_and_another_gives_others(params):
+    first, again, other = (run(params, PROMPTS[0], key=jax.random.key(i)) for i in (1, 1, 2))
+    assert first.tokens == again.tokens != other.tokens
+
+
+def test_a_conversation_in_turns_equals_one_read_through(params):
+    out = run(params, PROMPTS, key=jax.random.key(5))
+    turn = [[7, 8], [11], list(range(60, 74))]
+    after = run(params, turn, out.state, tokens=0)
+    for row in range(3):
+        ids = PROMPTS[row] + out.tokens[row] + turn[row]
+        state, logits = state_behind(params, ids)
+        assert_close(select(after.state, row), state)
+        assert_close(after.logits[row : row + 1], logits)
+
+
+def test_an_answer_cut_at_its_length_goes_on_from_state_and_logits(params):
+    whole = run(params, PROMPTS[0], temperature=0, stop_ids=())
+    first = run(params, PROMPTS[0], temperature=0, stop_ids=(), tokens=5)
+    rest = run(params, [], first.state, logits=first.logits, temperature=0, stop_ids=(), tokens=3)
+    assert first.tokens[0] + rest.tokens[0] == whole.tokens[0]
+
+
+def test_a_prompt_may_be_read_in_chunks_of_any_size(params):
+    expected = state_behind(params, PROMPTS[1])
+    for chunk in (7, 16):
+        out = run(params, PROMPTS[1], tokens=0, prefill_chunk=chunk)
+        assert_close((out.state, out.logits), expected)
+        assert out.tokens == [[]] and out.finished == ["length"]
+
+
+def test_a_stop_id_ends_its_row_alone_and_is_not_read(params):
+    free = run(params, PROMPTS, key=jax.random.key(5))
+    stop = free.tokens[0][4]
+    out = run(params, PROMPTS, key=jax.random.key(5), stop_ids=[stop])
+    kept = free.tokens[0][: free.tokens[0].index(stop)]
+    assert out.tokens[0] == kept and out.finished[0] == "stop"
+    assert_close(select(out.state, 0), state_behind(params, PROMPTS[0] + kept)[0])
+    for row in (1, 2):
+        assert out.tokens[row] == free.tokens[row] or stop in free.tokens[row]
+
+
+@pytest.mark.parametrize("first, last", [(0, 1), (2, 5), (6, 10), (9, 12)])
+def test_a_stop_string_is_found_across_tokens_and_blocks_and_the_state_is_before_it(
+    params, text, first, last
+):
+    ids = text.tokens[0]
+    stop = _ascii(ids)[first:last]
+    out = _as_text(params, stop_strings=[stop, "never seen"])
+    kept = _ascii(ids).index(stop)
+    assert out.finished == ["stop"]
+    assert out.texts == [_ascii(ids)[:kept]] and out.tokens == [ids[:kept]]
+    state, logits = state_behind(params, PROMPTS[0] + ids[:kept])
+    assert_close(out.state, state)
+    assert_close(out.logits, logits)
+
+
+def _ascii(ids) -> str:
+    """Every id as one printable character, most of them different."""
+    return "".join(chr(33 + i % 90) for i in ids)
+
+
+class _Ascii(Pairs):
+    def token_bytes(self, token):
+        return chr(33 + token % 90).encode()
+
+
+def _as_text(params, **choices):
+    key = jax.random.key(3)
+    return run(params, PROMPTS[0], tokens=12, key=key, tokenizer=_Ascii(), **choices)
+
+
+def test_a_token_that_a_stop_string_cuts_is_replaced_by_what_stands_before_it(params):
+    banned = range(128)  # only tokens of two bytes
+    free = run(params, PROMPTS[0], key=jax.random.key(3), banned=banned, tokenizer=Pairs())
+    stop = free.texts[0][11:14]
+    assert free.texts[0].index(stop) == 11
+    out = run(
+        params,
+        PROMPTS[0],
+        key=jax.random.key(3),
+        banned=banned,
+        tokenizer=Pairs(),
+        stop_strings=[stop],
+    )
+    assert out.texts == [free.texts[0][:11]]
+    assert out.tokens == [free.tokens[0][:5] + Pairs().encode(free.texts[0][10])]
+    assert_close(out.state, state_behind(params, PROMPTS[0] + out.tokens[0])[0])
+
+
+def test_rows_of_a_batch_stop_at_their_own_strings(params):
+    choices = {"tokens": 12, "key": jax.random.key(5), "tokenizer": _Ascii(), "stop_ids": ()}
+    free = run(params, PROMPTS, stop_strings=["never"], **choices).texts
+    pieces, stops = ["", "", ""], [free[0][3:5], free[1][9:11]]
+
+    def collect(piece, row):
+        pieces[row] += piece
+
+    out = run(params, PROMPTS, stop_strings=stops, on_text=collect, **choices)
+    assert pieces == out.texts
+    for row, prompt in enumerate(PROMPTS):
+        ends = [at for stop in stops if (at := free[row].find(stop)) >= 0]
+        assert out.texts[row] == free[row][: min(ends, default=None)]
+        assert_close(select(out.state, row), state_behind(params, prompt + out.tokens[row])[0])
+
+
+def test_streamed_pieces_make_up_the_text(params, text):
+    pieces = []
+    out = run(
+        params,
+        PROMPTS[0],
+        tokens=12,
+        key=jax.random.key(3),
+        tokenizer=BYTES,
+        on_text=lambda piece, row: pieces.append(piece),
+    )
+    assert out.tokens == text.tokens
+    assert all(pieces) and "".join(pieces) == out.texts[0]
+    spelled = b"".join(BYTES.token_bytes(i) for i in out.tokens[0])
+    assert out.texts[0] == spelled.decode(errors="replace")
+
+
+def test_no_call_of_the_same_shapes_compiles_again(params):
+    def call(**choices):
+        run(params, PROMPTS, key=jax.random.key(0), **choices)
+
+    call()
+    programs = decoding.decode, decoding.read, decoding.follow
+    before = [program._cache_size() for program in programs]
+    call(temperature=0, tokens=7, banned=[3], stop_ids=(1, 2), top_k=4)
+    call(temperature=0.5, top_p=0.2, presence_penalty=1.0, frequency_penalty=2, tokens=5)
+    assert [program._cache_size() for program in programs] == before
+
+
+def test_weights_bound_to_a_device_compile_each_program_once(params):
+    bound = jax.device_put(params, jax.devices()[1])
+    watch = {"tokenizer": BYTES, "on_text": lambda piece, row: None, "temperature": 0}
+    programs = (decoding.read, decoding.follow, decoding.decode)
+    before = [program._cache_size() for program in programs]
+    run(bound, list(range(1, 40)), tokens=12, prefill_chunk=16, **watch)
+    assert [p._cache_size() - n for p, n in zip(programs, before, strict=True)] == [1, 1, 1]
+
+
+def test_the_state_given_is_repeated_for_every_row_and_left_alone(params):
+    start, _ = state_behind(params, [3, 4, 5])
+    copy = jax.tree.map(np.array, start)
+    out = run(params, PROMPTS, start, temperature=0)
+    jax.tree.map(np.testing.assert_array_equal, start, copy)
+    alone = run(params, PROMPTS[2], start, temperature=0)
+    assert alone.tokens[0] == out.tokens[2]
+
+
+@pytest.mark.parametrize("size", [-3e38, 3e38])
+def test_huge_penalties_end_in_tokens(params, size):
+    out = run(
+        params, PROMPTS[0], key=jax.random.key(0), presence_penalty=size, frequency_penalty=size
+    )
+    assert np.isfinite(np.asarray(out.logits)).all() and len(out.tokens[0]) <= 8
+
+
+def test_weights_that_give_no_numbers_are_reported(params):
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
+    with pytest.raises(ValueError, match=r"generate: .* finite logits; row 0 got others behind"):
+        run(broken, PROMPTS[0], key=jax.random.key(0))

@@ -1,0 +1,206 @@
+"""The kernels' gates, tables and tuning: what they find is checked here, without compiling."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import dispatch, tiles, tune
+from pallas_kernels.cases import CASES
+from pallas_kernels.compile_checks import __main__ as gates
+from pallas_kernels.compile_checks import gpu as gates_gpu
+from pallas_kernels.compile_checks import tpu as gates_tpu
+from pallas_kernels.gpu import triton_calls as triton_op
+
+TPU, GPU = (json.loads(gates.table_path(name).read_text())["cases"] for name in ("tpu", "gpu"))
+
+
+def test_the_tables_hold_every_chip_size_and_kernel():
+    kernels = {
+        f"{chip} {passed} {keys}x{values} {dtype}"
+        for chip in gates_tpu.CHIPS
+        for keys, values, dtype in gates_tpu.SIZES
+        for passed in ("forward", "backward")
+    }
+    assert set(TPU) == kernels
+    kernels = {
+        f"{device[0]} {by} {name} {keys}x{values} {dtype}"
+        for device in gates_gpu.DEVICES
+        for by in ("pallas", "triton")
+        for name in ("forward", "state", "gradients")
+        for keys, values, dtype in gates_gpu.SIZES
+        if max(keys, values) <= max(tiles.rows_for(tiles.PALLAS_GPU, device[1]))
+    }
+    assert set(GPU) == kernels
+
+
+def test_tpu_kernels_take_few_cycles_spill_little_and_need_no_memory():
+    bundles = {case: row["bundles"] for case, row in TPU.items()}
+    assert bundles["v5e forward 64x64 bfloat16"] <= 9
+    assert bundles["v5e backward 64x64 bfloat16"] <= 14
+    assert bundles["v5e forward 128x128 bfloat16"] <= 15
+    assert all(row["spills"] <= 5 for row in TPU.values())
+    assert not any(row["temporary"] for case, row in TPU.items() if case.startswith("v5e"))
+
+
+@pytest.mark.parametrize(
+    ("by", "kernel", "instructions", "stack"),
+    [
+        ("triton", "forward", 190, 0),
+        ("triton", "state", 165, 0),
+        ("triton", "gradients", 430, 128),
+        ("pallas", "forward", 190, 0),
+        ("pallas", "state", 165, 0),
+        ("pallas", "gradients", 430, 128),
+    ],
+)
+def test_gpu_kernels_take_few_instructions_and_keep_to_registers(by, kernel, instructions, stack):
+    row = GPU[f"NVIDIA H200 {by} {kernel} 64x64 bfloat16"]
+    assert row["instructions"] <= instructions
+    assert row["stack"] <= stack
+    assert row["shared"] <= 113 * 1024
+    assert row["registers"] <= 255
+
+
+def test_the_gate_names_what_grew_and_what_is_new():
+    before = {"bundles": 6.29, "spills": 0.0}
+    assert gates.compare({"bundles": 6.5, "spills": 0.0}, before) == []
+    grown = gates.compare({"bundles": 6.7, "spills": 0.0}, before)
+    assert grown == ["bundles grew from 6.29 to 6.7"]
+    grown = gates.compare({"bundles": 6.29, "spills": 0.1}, before)
+    assert grown == ["spills grew from 0.0 to 0.1"]
+    assert gates.compare({"bundles": 6.29}, None) == ["not in the table"]
+
+
+def fake_gate(monkeypatch, tmp_path, rows, cases):
+    """Make the TPU gate find `rows` and read `cases` from its table."""
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"versions": {"libtpu": "1"}, "cases": cases}))
+    monkeypatch.setattr(gates, "table_path", lambda platform: path)
+    monkeypatch.setattr(gates, "versions", lambda platform: {"libtpu": "1"})
+    monkeypatch.setitem(gates.ROWS, "tpu", lambda: iter([dict(row) for row in rows]))
+    return path
+
+
+def test_the_gate_fails_on_a_slower_kernel_and_on_one_that_is_gone(monkeypatch, tmp_path):
+    rows = [{"case": "a", "bundles": 8.0, "seconds": 1.0}]
+    path = fake_gate(monkeypatch, tmp_path, rows, {"a": {"bundles": 7.0}, "b": {"bundles": 1.0}})
+    with pytest.raises(SystemExit) as caught:
+        gates.main(["tpu"])
+    assert str(caught.value) == "a: bundles grew from 7.0 to 8.0\nb: gone"
+    gates.main(["tpu", "--write"])
+    assert json.loads(path.read_text())["cases"] == {"a": {"bundles": 8.0}}
+    gates.main(["tpu"])
+
+
+def test_the_gate_refuses_another_compilers_table(monkeypatch, tmp_path):
+    fake_gate(monkeypatch, tmp_path, [], {})
+    monkeypatch.setattr(gates, "versions", lambda platform: {"libtpu": "2"})
+    with pytest.raises(SystemExit, match=r"the table is for .*1.*; installed are .*2"):
+        gates.main(["tpu"])
+
+
+def test_instructions_are_those_of_the_longest_loop():
+    code = """
+        /*0000*/ MOV R1, R2 ;
+        /*0010*/ FADD R1, R2, R3 ;
+        /*0020*/ NOP ;
+        /*0030*/ FMUL R1, R2, R3 ;
+        /*0040*/ @P0 BRA 0x10 ;
+        /*0050*/ BRA 0x50 ;
+    """
+    assert gates_gpu.count(code, loops=True) == 3
+    assert gates_gpu.count(code, loops=False) == 5
+
+
+def test_tuning_keeps_the_fastest_tile_of_every_kernel(monkeypatch):
+    best = tiles.GPU(32, tiles.Tile(2, 3, 16), tiles.Tile(8, 2, 32), tiles.Tile(8, 1, 64))
+
+    def milliseconds(make, choice, repeats):
+        return 1 + sum(x != y for x, y in zip(choice, best, strict=True))
+
+    monkeypatch.setattr(tune, "milliseconds", milliseconds)
+    assert tune.tune_gpu((print, print), 64, 1) == best
+    tpu = tiles.TPU(32, 4)
+    monkeypatch.setattr(tune, "milliseconds", lambda make, choice, repeats: choice != tpu)
+    assert tune.tune_tpu((print, print), 1) == tpu
+
+
+def test_tuning_says_that_there_is_no_kernel_on_a_cpu():
+    with pytest.raises(SystemExit, match="tune: no kernel to tune on cpu"):
+        tune.main([])
+
+
+def test_an_overriding_choice_holds_inside_alone():
+    usual = tiles.for_gpu(tiles.TRITON, 64, 64, jnp.bfloat16, 90)
+    other = usual._replace(chunk=16)
+    with tiles.override(other):
+        assert tiles.for_gpu(tiles.TRITON, 64, 64, "bfloat16", 90) == other
+    assert tiles.for_gpu(tiles.TRITON, 64, 64, "bfloat16", 90) == usual
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 120])
+@pytest.mark.parametrize("sizes", [(16, 16), (64, 64), (64, 128), (128, 128)])
+def test_every_newer_gpu_has_tiles(capability, sizes):
+    for table in (tiles.PALLAS_GPU, tiles.TRITON):
+        for dtype in ("float32", "bfloat16"):
+            assert tiles.for_gpu(table, *sizes, dtype, capability).chunk in (16, 32)
+
+
+def packages(monkeypatch, **installed):
+    """Pretend that these versions, by name with underscores, are installed."""
+
+    def version(name):
+        if name.replace("-", "_") in installed:
+            return installed[name.replace("-", "_")]
+        raise triton_op.PackageNotFoundError(name)
+
+    monkeypatch.setattr(triton_op, "version", version)
+
+
+@pytest.mark.parametrize(
+    ("installed", "error", "sentence"),
+    [
+        (
+            {"jax": "0.9.1"},
+            RuntimeError,
+            "The Triton kernels need jax 0.10 or 0.11; installed is jax 0.9.",
+        ),
+        (
+            {"jax": "0.10.2", "triton": "3.7.1"},
+            ImportError,
+            "The Triton kernels need jax-triton 0.3.1 with triton 3.6 or 3.7 beside jax 0.10; "
+            "jax-triton is missing.",
+        ),
+        (
+            {"jax": "0.10.2", "jax_triton": "0.3.1", "triton": "3.9.0"},
+            RuntimeError,
+            "The Triton kernels need jax-triton 0.3.1 with triton 3.6 or 3.7 beside jax 0.10; "
+            "installed are 0.3.1 and 3.9.0.",
+        ),
+    ],
+)
+def test_a_wrong_pair_of_packages_is_one_sentence(monkeypatch, installed, error, sentence):
+    packages(monkeypatch, **installed)
+    with pytest.raises(error) as caught:
+        triton_op.check_versions()
+    assert str(caught.value) == sentence
+    assert triton_op.missing()
+
+
+def test_a_fitting_pair_is_accepted(monkeypatch):
+    packages(monkeypatch, jax="0.10.2", jax_triton="0.3.1", triton="3.6.0")
+    triton_op.check_versions()
+    assert not triton_op.missing()
+
+
+def test_the_benchmark_counts_bytes_and_names_every_implementation_here():
+    from pallas_kernels import bench
+
+    found = bench.least_bytes(CASES["h200"], "bfloat16")
+    assert found == {"fwd": 1024, "fwd saving": 1280, "bwd": 2176, "fwd+bwd": 3456}
+    assert [name for name in bench.implementations(CASES["tiny"])] == [
+        "(best)",
+        *dispatch.available(),
+        "definition",
+    ]

@@ -1,0 +1,56 @@
+"""Pallas's race detector over the TPU kernels, and over one that races."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+import wkv_reference as wkv_oracle
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from tolerances import WKV, assert_close
+
+from pallas_kernels.cases import Case, make_inputs
+from pallas_kernels.tpu import pallas_calls as tpu
+
+pytestmark = pytest.mark.slow
+DETECTING = pltpu.InterpretParams(detect_races=True)
+
+
+def racing_kernel(source, target, buffer, semaphore):
+    """Reads what a copy may not yet have written."""
+    copy = pltpu.make_async_copy(source, buffer, semaphore)
+    copy.start()
+    target[...] = buffer[...]
+    copy.wait()
+
+
+def test_a_kernel_that_races_is_found(capfd):
+    """By a printed line up to JAX 0.10, by an error later."""
+    x, raised = jnp.ones((8, 128)), ""
+    run = pl.pallas_call(
+        racing_kernel,
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+        scratch_shapes=[pltpu.VMEM(x.shape, x.dtype), pltpu.SemaphoreType.DMA],
+        interpret=DETECTING,
+    )
+    try:
+        run(x).block_until_ready()
+    except jax.errors.JaxRuntimeError as error:
+        raised = str(error)
+    assert "RACE DETECTED" in raised + "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_kernels_do_not_race(capfd, dtype):
+    """Two chunks and two groups of tiles, both passes."""
+    case = Case(2, 90, 4)
+    inputs, state = make_inputs(case, dtype)
+    dy, dend = jnp.sin(inputs[3]), jnp.cos(state)
+    y, end, starts = tpu.forward_saving(inputs, state, interpret=DETECTING)
+    grads, dstate = tpu.backward(inputs, starts, dy, dend, interpret=DETECTING)
+    true_y, true_end, true_grads = wkv_oracle.both(inputs, state, dy, dend)
+    assert_close(y, true_y, WKV[dtype]["y"], "y")
+    assert_close(end, true_end, WKV[dtype]["state"], "end")
+    for left, right in zip((*grads, dstate), true_grads, strict=True):
+        assert_close(left, right, WKV[dtype]["gradient"])
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())

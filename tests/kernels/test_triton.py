@@ -1,0 +1,82 @@
+"""The Triton kernels against the float64 definition, in Triton's interpreter."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import wkv_reference as wkv_oracle
+from programs import ROOT
+from tolerances import WKV, assert_close
+
+from pallas_kernels.cases import Case, make_inputs
+
+pytestmark = pytest.mark.slow
+NAMES = ("y", "state", "r", "log_w", "k", "v", "a", "b", "start state")
+CHILD = ROOT / "tests" / "support" / "triton_process.py"
+
+
+def _data(case, dtype):
+    """Inputs, start state, and gradients from y and the end; dy resembles v, which is hardest."""
+    inputs, state = make_inputs(case, dtype)
+    dend = jax.random.normal(jax.random.key(1), state.shape)
+    return inputs, state, jnp.sin(inputs[3]), dend
+
+
+def _write(path, data):
+    """A file of the data, as the child reads it."""
+    inputs, state, dy, dend = data
+    arrays = {f"inputs.{i}": x for i, x in enumerate(inputs)}
+    arrays |= {"state": state, "dy": dy, "dend": dend}
+    np.savez(path, **{name: np.asarray(x, np.float32) for name, x in arrays.items()})
+
+
+# Case, chunk, capability of the device.
+RUNS = [
+    (Case(2, 37, 2, 32, 64, "real"), 16, 90),
+    (Case(1, 70, 2, 64, 32, "fast"), 32, 90),
+    (Case(1, 45, 1, 64, 64, "slow"), 16, 80),
+    (Case(1, 96, 1, 64, 64, "repeated"), 32, 90),
+    (Case(1, 5, 3, 16, 128, "real"), 32, 80),
+    (Case(1, 300, 1, 32, 16, "slow"), 16, 90),  # in two segments
+]
+DTYPES = ("float32", "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What the child made of every run and dtype; it is started once, which takes seconds."""
+    if not all(map(importlib.util.find_spec, ("torch", "triton"))):
+        pytest.skip("the oracle extra is not installed")
+    folder, words = tmp_path_factory.mktemp("runs"), []
+    for dtype in DTYPES:
+        for i, (case, chunk, capability) in enumerate(RUNS):
+            given, found = (folder / f"{side}-{i}-{dtype}.npz" for side in ("in", "out"))
+            _write(given, _data(case, dtype))
+            words += [given, found, str(chunk), dtype, str(capability)]
+    done = subprocess.run(
+        [sys.executable, CHILD, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("run", range(len(RUNS)), ids=[case.mode for case, *_ in RUNS])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_the_float64_definition(results, run, dtype):
+    case, data = RUNS[run][0], _data(RUNS[run][0], dtype)
+    with np.load(results / f"out-{run}-{dtype}.npz") as out:
+        found = [out[name] for name in out.files]
+    y, end, grads = wkv_oracle.both(*data)
+    bars = WKV[dtype]
+    for name, actual, expected in zip(NAMES, found, (y, end, *grads), strict=True):
+        bar = bars.get(f"gradient of {name}, {case.mode} keys", bars["gradient"])
+        assert_close(actual, expected, bars.get(name, bar), name)

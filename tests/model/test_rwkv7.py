@@ -1,0 +1,190 @@
+"""The model against its equations in numpy, and against itself."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import CONFIG as AS_SHIPPED
+from tiny_models import SCANNED as CONFIG
+from tiny_models import lively, random_state, restated, tokens
+from tolerances import MODEL_BFLOAT16, SAME, assert_close, assert_trees_close
+
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.rwkv7 import RWKV7, TRACE
+from rwkv7_jax.model.state import init_state, select
+
+LENGTH = 6
+IDS, STATE = tokens(3, LENGTH), random_state(batch=3)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "method"))
+def run(params, ids, state, lengths=None, *, config=CONFIG, method=None):
+    """The model's call, or another of its methods, compiled."""
+    return RWKV7(config).apply({"params": params}, ids, state, lengths, method=method)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Logits and state of one pass."""
+    return run(lively(), IDS, STATE)
+
+
+def check_restated(params, ids, state, config=CONFIG):
+    """Compare row 0's logits, state and trace with numpy's."""
+    logits, end, trace = run(params, ids, state, config=config, method="trace")
+    true_logits, true_end, true_trace = restated(params, ids[0], select(state, 0), config)
+    assert_close(logits[0], true_logits, SAME["model"], "logits")
+    for name in ("att_shift", "wkv", "ffn_shift"):
+        assert_close(getattr(end, name)[:, 0], getattr(true_end, name), SAME["model"], name)
+    for name in TRACE:
+        assert_close(trace[name][:, 0], true_trace[name], SAME["model"], name)
+
+
+def test_logits_state_and_trace_are_the_equations():
+    check_restated(lively(), IDS, STATE)
+
+
+@pytest.mark.parametrize("head_size", [64, 128])  # 32 is what all others have
+def test_a_single_layer_of_any_head_size_is_the_equations(head_size):
+    sizes = {"vocab_size": 11, "num_layers": 1, "width": 128, "ffn_width": 32}
+    config = RWKV7Config(**sizes, head_size=head_size, implementation="scan")
+    state = random_state(config)
+    check_restated(lively(config), tokens(1, LENGTH, config), state, config)
+
+
+def test_a_transposed_state_is_found_out():
+    turned = STATE.replace(wkv=STATE.wkv.mT)
+    logits, _ = run(lively(), IDS, turned)
+    true_logits, _, _ = restated(lively(), IDS[0], select(STATE, 0))
+    with pytest.raises(AssertionError, match="relative L2 error"):
+        assert_close(logits[0], true_logits, SAME["model"], "logits")
+
+
+def test_trace_stacks_every_name_over_layers_and_changes_no_logit(whole):
+    logits, _, trace = run(lively(), IDS, STATE, method="trace")
+    assert set(trace) == set(TRACE)
+    assert_close(logits, whole[0], SAME["op"], "logits")
+    heads, wide = (3, 3, LENGTH, 2, 32), (3, 3, LENGTH, CONFIG.width)
+    for name in ("r", "log_w", "k", "v", "a", "b", "y"):
+        assert trace[name].shape == heads
+    for name in ("residual", "gate", "ffn_input"):
+        assert trace[name].shape == wide
+    assert trace["ffn_hidden"].shape == (3, 3, LENGTH, CONFIG.ffn_width)
+    assert trace["log_w"].dtype == jnp.float32
+
+
+def test_hidden_stops_just_before_the_head(whole):
+    x, _ = run(lively(), IDS, STATE, method="hidden")
+    assert_close(x @ lively()["head"]["weight"].T, whole[0], SAME["model"], "logits")
+
+
+@pytest.mark.parametrize("cut", range(1, LENGTH))
+def test_cutting_anywhere_changes_nothing(whole, cut):
+    left, middle = run(lively(), IDS[:, :cut], STATE)
+    right, end = run(lively(), IDS[:, cut:], middle)
+    assert_close(jnp.concatenate([left, right], axis=1), whole[0], SAME["model"], "logits")
+    assert_trees_close(end, whole[1], SAME["model"])
+
+
+def test_prefill_then_token_by_token_is_one_pass(whole):
+    logits, state = run(lively(), IDS[:, :3], STATE)
+    for t in range(3, LENGTH):
+        step, state = run(lively(), IDS[:, t : t + 1], state)
+        logits = jnp.concatenate([logits, step], axis=1)
+    assert_close(logits, whole[0], SAME["model"], "logits")
+    assert_trees_close(state, whole[1], SAME["model"])
+
+
+def test_no_tokens_give_no_logits_and_the_same_state():
+    logits, end = run(lively(), IDS[:, :0], STATE)
+    assert logits.shape == (3, 0, CONFIG.vocab_size)
+    jax.tree.map(np.testing.assert_array_equal, end, STATE)
+
+
+def test_rows_of_a_batch_do_not_see_each_other(whole):
+    other = IDS.at[1:].set((IDS[1:] + 1) % CONFIG.vocab_size)
+    logits, end = run(lively(), other, STATE)
+    np.testing.assert_array_equal(logits[0], whole[0][0])
+    jax.tree.map(np.testing.assert_array_equal, select(end, 0), select(whole[1], 0))
+
+
+@pytest.mark.parametrize(("row", "length"), [(1, 2), (2, 0)])
+def test_a_row_in_a_ragged_batch_equals_the_row_alone(row, length):
+    logits, end = run(lively(), IDS, STATE, jnp.array([LENGTH, 2, 0]))
+    alone, last = run(lively(), IDS[row : row + 1, :length], select(STATE, row))
+    assert_close(logits[row, :length], alone[0], SAME["model"], "logits")
+    assert_trees_close(select(end, row), last, SAME["model"])
+
+
+@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.grad, argnums=(0, 1))
+def gradients(params, state, config):
+    """Of a loss on logits and end state."""
+    logits, end = run(params, IDS, state, config=config)
+    return jnp.mean(jnp.square(logits)) + jnp.mean(jnp.square(end.wkv))
+
+
+def test_the_implementation_a_user_gets_reads_as_the_definition_does():
+    lengths = jnp.array([LENGTH, 2, 0])
+    found, wanted = (run(lively(), IDS, STATE, lengths, config=x) for x in (AS_SHIPPED, CONFIG))
+    assert_trees_close(found, wanted, SAME["model"])
+
+
+@pytest.mark.slow
+def test_the_implementation_a_user_gets_has_the_definitions_gradients():
+    found, wanted = (gradients(lively(), STATE, x) for x in (AS_SHIPPED, CONFIG))
+    assert_trees_close(found, wanted, SAME["gradient"])
+
+
+@pytest.mark.slow
+def test_rematerialisation_changes_no_gradient():
+    again = gradients(lively(), STATE, dataclasses.replace(CONFIG, remat="block"))
+    assert_trees_close(again, gradients(lively(), STATE, CONFIG), SAME["model"])
+
+
+def test_every_weight_and_the_state_have_a_gradient():
+    for path, grad in jax.tree_util.tree_leaves_with_path(gradients(lively(), STATE, CONFIG)):
+        assert float(jnp.abs(grad).max()) > 0, jax.tree_util.keystr(path)
+
+
+def test_bfloat16_activations_stay_near_float32(whole):
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    state = random_state(config, batch=3)
+    logits, end = run(lively(), IDS, state, config=config)
+    assert (logits.dtype, end.wkv.dtype) == (jnp.float32, jnp.float32)
+    assert (end.att_shift.dtype, end.ffn_shift.dtype) == (jnp.bfloat16, jnp.bfloat16)
+    assert_close(logits, whole[0], MODEL_BFLOAT16, "logits")
+
+
+@pytest.mark.parametrize(("bad", "position"), [(CONFIG.vocab_size, (1, 4)), (-1, (0, 0))])
+def test_an_id_outside_the_vocabulary_is_named_with_its_position(bad, position):
+    with pytest.raises(ValueError) as caught:
+        RWKV7(CONFIG).apply({"params": lively()}, IDS.at[position].set(bad), STATE)
+    assert str(caught.value) == (
+        f"RWKV7: `tokens` must be at least 0 and below 29; got {bad} at position {position}."
+    )
+
+
+def test_ids_that_are_no_integers_are_refused(unchecked):
+    with pytest.raises(TypeError, match="RWKV7: `tokens` must be integers; got float32"):
+        RWKV7(CONFIG).apply({"params": lively()}, IDS.astype(float), STATE)
+
+
+def refuse(state, error):
+    """The message with which a state is refused."""
+    with pytest.raises(error) as caught:
+        RWKV7(CONFIG).apply({"params": lively()}, IDS, state)
+    return str(caught.value)
+
+
+def test_a_state_that_does_not_fit_is_refused_in_one_sentence(unchecked):
+    assert refuse(init_state(CONFIG, 2), ValueError) == (
+        "RWKV7: `state.att_shift` must have shape (3, 3, 64) (layers 3, batch 3, ...); "
+        "got (3, 2, 64)."
+    )
+    half = STATE.replace(wkv=STATE.wkv.astype("bfloat16"))
+    assert refuse(half, TypeError) == "RWKV7: `state.wkv` must be float32; got bfloat16."
+    assert refuse(STATE.wkv, TypeError).startswith("RWKV7: `state` must be an RWKV7State; got ")

@@ -1,0 +1,196 @@
+"""A model with an upscaled memory: what an empty one leaves alone, what a full one reads."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import CONFIG, QUICK, SCANNED, SHALLOW, lively, random_state, tokens
+from tolerances import AS_USERS
+from upscaled_states import ADDITIVE, SIZE, empty_state, filled
+
+from rwkv7_jax.generation.generate import generate
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import init_state, repeat, select, stack
+from rwkv7_jax.tuning.state_arithmetic import scaled
+from rwkv7_jax.tuning.upscaling import fold, upscale
+
+B, T = 2, 19
+depths = pytest.mark.parametrize(
+    "config", [QUICK, pytest.param(SCANNED, marks=pytest.mark.slow)], ids=["shallow", "deep"]
+)
+
+# Decay alone is what delta does too, beside erasing.
+kinds = pytest.mark.parametrize(
+    "dynamics", ["static", pytest.param("decay", marks=pytest.mark.slow), "delta"]
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return RWKV7(SCANNED)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return lively()
+
+
+@pytest.fixture(scope="module")
+def states(model, params):
+    """An empty upscaled state of every additive kind."""
+    text = tokens(6, 40, seed=5)
+    return {name: upscale(model, params, text, size=SIZE, dynamics=name) for name in ADDITIVE}
+
+
+@pytest.fixture(scope="module")
+def run(params):
+    return functools.partial(plainly(SCANNED), params)
+
+
+def _apply(model, params, ids, state):
+    return model.apply({"params": params}, ids, state)
+
+
+@functools.cache
+def plainly(config):
+    """The model of weights, tokens and a state, compiled."""
+    return jax.jit(functools.partial(_apply, RWKV7(config)))
+
+
+@functools.cache
+def as_users(config):
+    """Weights are arguments, else they would be folded, and rounded, with what is near them."""
+    step = jax.jit(functools.partial(_apply, RWKV7(config)), compiler_options=AS_USERS)
+    return functools.partial(step, lively(config))
+
+
+@pytest.mark.parametrize(
+    ("config", "dynamics"),
+    [
+        (SHALLOW, "static"),
+        *(pytest.param(CONFIG, name, marks=pytest.mark.slow) for name in ADDITIVE),
+    ],
+    ids=["shallow", *ADDITIVE],
+)
+def test_an_empty_memory_leaves_the_model_what_it_was_bit_for_bit(config, dynamics):
+    run = as_users(config)
+    ids, start = tokens(B, T), random_state(config, batch=B)
+    base, end = run(ids, start)
+    state = start.replace(upscaled=repeat(empty_state(config, dynamics), B).upscaled)
+    logits, wide_end = run(ids, state)
+    assert (logits == base).all()
+    assert (wide_end.wkv == end.wkv).all() and (wide_end.ffn_shift == end.ffn_shift).all()
+    assert not np.any(wide_end.upscaled.memory)
+
+
+@kinds
+def test_a_full_memory_changes_the_logits(run, states, dynamics):
+    ids = tokens(1, T)
+    base, changed = (run(ids, state)[0] for state in (init_state(CONFIG), filled(states[dynamics])))
+    assert float(jnp.abs(changed - base).max()) > 0.01
+
+
+def test_upscaling_in_the_papers_form_warns_that_it_may_diverge(model, params):
+    with pytest.warns(UserWarning, match=r"removes up to .* times what keeps"):
+        state = upscale(
+            model, params, tokens(2, 30), size=64, dynamics="replace_raw", widths=(0.01,)
+        )
+    assert state.upscaled.memory.shape == (3, 1, 2, 64, 64)
+
+
+@depths
+@pytest.mark.parametrize(
+    ("dynamics", "cut", "length"), [("static", 7, 14), ("decay", 9, 18), ("delta", 1, 17)]
+)
+def test_cutting_a_sequence_changes_nothing(config, dynamics, cut, length):
+    """Equal halves share a program."""
+    run = functools.partial(plainly(config), lively(config))
+    state = filled(empty_state(config, dynamics), write=0.3)
+    ids, start = tokens(B, length), repeat(state, B)
+    whole, end = run(ids, start)
+    one, middle = run(ids[:, :cut], start)
+    two, last = run(ids[:, cut:], middle)
+    np.testing.assert_allclose(jnp.concatenate([one, two], 1), whole, atol=2e-4)
+    np.testing.assert_allclose(last.upscaled.memory, end.upscaled.memory, atol=1e-4)
+
+
+@pytest.mark.parametrize("dynamics", ["static", "decay"])
+def test_folding_the_map_into_the_memory_changes_nothing(run, states, dynamics):
+    ids, state = tokens(1, T), filled(states[dynamics])
+    folded = state.replace(upscaled=fold(state.upscaled))
+    assert folded.upscaled.features.map is None
+    np.testing.assert_allclose(run(ids, folded)[0], run(ids, state)[0], atol=2e-4)
+
+
+def test_a_delta_memory_cannot_be_folded(states):
+    with pytest.raises(ValueError, match=r"fold: `upscaled` must be static.*got delta"):
+        fold(states["delta"].upscaled)
+
+
+@kinds
+def test_a_batch_of_different_states_equals_single_runs(run, states, dynamics):
+    plain = random_state(seed=4)
+    many = [filled(states[dynamics], seed) for seed in range(3)] + [plain]
+    ids = jnp.broadcast_to(tokens(1, T), (5, T))
+    rows = [2, 0, 3, 1, 2]
+    logits, _ = run(ids, select(stack(many), jnp.array(rows)))
+    for row, which in enumerate(rows):
+        alone, _ = run(ids[:1], many[which])
+        np.testing.assert_allclose(logits[row], alone[0], atol=1e-4)
+
+
+def test_memories_of_different_forms_are_not_stacked(states, model, params):
+    other = upscale(model, params, tokens(2, 30), size=SIZE // 2)
+    with pytest.raises(ValueError, match=r"one form; got static gaussian with 24 .* with 12"):
+        stack([states["static"], other])
+    with pytest.raises(ValueError, match=r"one form; got static .* and delta"):
+        stack([states["static"], states["delta"]])
+
+
+@depths
+@pytest.mark.parametrize("dynamics", [pytest.param("static", marks=pytest.mark.slow), "delta"])
+def test_generation_goes_on_from_an_upscaled_state(config, dynamics):
+    params, state = lively(config), filled(empty_state(config, dynamics))
+    run = functools.partial(plainly(config), params)
+    out = generate(RWKV7(config), params, [[3, 4, 5], [7]], state, tokens=4, temperature=0)
+    ids, current = jnp.array([[3, 4, 5]]), state
+    for token in out.tokens[0]:
+        logits, current = run(ids, current)
+        assert int(logits[0, -1].argmax()) == token
+        ids = jnp.array([[token]])
+
+
+@pytest.mark.parametrize(
+    "config", [SHALLOW, pytest.param(CONFIG, marks=pytest.mark.slow)], ids=["shallow", "deep"]
+)
+def test_a_state_scaled_to_nothing_is_the_base_model(config):
+    run, ids = as_users(config), tokens(B, T)
+    state = repeat(scaled(filled(empty_state(config)), 0.0), B)
+    assert (run(ids, state)[0] == run(ids, init_state(config, B))[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("choice", "sentence"),
+    [
+        ({"kind": "cubic"}, "calibrate: `kind` must be one of gaussian, fourier, gaussian_raw"),
+        ({"landmarks": "grid"}, "`landmarks` must be one of random, kmeans; got 'grid'"),
+        ({"prepare": "wash"}, "`prepare` must be one of none, centre, whiten; got 'wash'"),
+        ({"dynamics": "still"}, "upscale: `dynamics` must be one of static, decay"),
+        ({"size": -4}, "`size` must be at least 1"),
+    ],
+)
+def test_choices_that_do_not_exist_are_named(model, params, choice, sentence):
+    with pytest.raises(ValueError) as caught:
+        upscale(model, params, tokens(1, 20), **choice)
+    assert sentence in str(caught.value)
+
+
+def test_a_memory_of_another_shape_is_refused_at_the_models_door(run, states):
+    upscaled = states["static"].upscaled
+    short = upscaled.replace(memory=upscaled.memory[..., :-1])
+    with pytest.raises(ValueError, match=r"`state.upscaled.landmarks|`state.upscaled.features"):
+        run(tokens(1, T), states["static"].replace(upscaled=short))
+    with pytest.raises(ValueError, match=r"`state.upscaled.memory` must have shape"):
+        run(tokens(B, T), repeat(init_state(CONFIG), B).replace(upscaled=states["delta"].upscaled))

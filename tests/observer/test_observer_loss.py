@@ -1,0 +1,189 @@
+"""What moves an observer, and what it is worth: losses, gradients, handover, drift."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny_observers
+from tiny_observers import LENGTH, ROWS, SPLITS, TEACHER, by_rows
+
+from rwkv7_jax.model.state import init_state
+from rwkv7_jax.observer.evaluation import drift, handover
+from rwkv7_jax.observer.loss import observer_loss
+from rwkv7_jax.observer.observer import state_moments
+from rwkv7_jax.training.losses import divergence
+from rwkv7_jax.training.train_step import TrainState, make_train_step
+
+mirror = pytest.fixture(tiny_observers.mirror, scope="module")
+teacher = pytest.fixture(tiny_observers.teacher, scope="module")
+made = pytest.fixture(tiny_observers.made, scope="module")
+batch = pytest.fixture(tiny_observers.batch, scope="module")
+own = pytest.fixture(tiny_observers.own, scope="module")
+proposed = pytest.fixture(tiny_observers.proposed, scope="module")
+
+
+@pytest.fixture(scope="module")
+def step(made, teacher):
+    """`(params, batch)` -> the loss and its metrics, and of each the gradients, teacher's first."""
+    loss = observer_loss(made[0], *teacher)
+    assert jax.tree.structure(loss.args[0]) == jax.tree.structure(teacher[1])
+
+    @jax.jit
+    def run(frozen, params, batch):
+        def numbers(frozen, params):
+            value, metrics = loss.func(frozen, params, batch)
+            numbers = metrics | {"loss": value}
+            return numbers, numbers
+
+        gradients, numbers = jax.jacrev(numbers, argnums=(0, 1), has_aux=True)(frozen, params)
+        return numbers, gradients
+
+    # In numpy, for every new shape of an operation outside of a program is compiled anew.
+    return lambda params, batch: jax.tree.map(np.asarray, run(teacher[1], params, batch))
+
+
+@pytest.fixture(scope="module")
+def result(step, made, batch):
+    return step(made[1], batch)
+
+
+def test_every_part_of_an_observer_learns(result):
+    _, gradients = result
+    _, grads = gradients["loss"]
+    for path, leaf in jax.tree.leaves_with_path(grads):
+        assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("term", ["fvu", "answer_nats"])
+def test_each_term_reaches_the_model_through_the_maps(term, result):
+    _, gradients = result
+    _, grads = gradients[term]
+    for leaf in (grads["left"], grads["right"], grads["bias"], grads["model"]["emb"]["weight"]):
+        assert np.abs(leaf).max() > 0
+
+
+def test_the_divergence_moves_the_small_model_alone(result):
+    _, gradients = result
+    _, grads = gradients["divergence_nats"]
+    assert np.abs(grads["model"]["head"]["weight"]).max() > 0
+    assert not any(grads[name].any() for name in ("left", "right", "bias"))
+
+
+def test_no_gradient_reaches_the_teacher(result):
+    _, gradients = result
+    for frozen, _ in gradients.values():
+        assert all(not leaf.any() for leaf in jax.tree.leaves(frozen))
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms(result):
+    found, _ = result
+    total = found["fvu"] + 0.5 * found["divergence_nats"] + found["answer_nats"]
+    assert float(found["loss"]) == pytest.approx(float(total), rel=1e-6)
+    assert float(found["loss_nats"]) == float(found["answer_nats"])
+
+
+def test_states_are_compared_at_the_splits_as_of_rows_read_alone(own, proposed, result):
+    wanted, came = (np.asarray(state.wkv, np.float64) for _, state in (own, proposed))
+    variance = wanted.var(axis=1).mean(axis=(2, 3))
+    error = np.square(came - wanted).mean(axis=(1, 3, 4))
+    assert float(result[0]["fvu"]) == pytest.approx((error / variance).mean(), rel=1e-5)
+
+
+def test_answers_are_those_of_rows_continued_alone(teacher, batch, proposed, result):
+    nats, _ = by_rows(teacher, proposed[1], batch)
+    assert float(result[0]["answer_nats"]) == pytest.approx(nats, rel=1e-5)
+
+
+def test_the_divergence_is_the_mean_over_prompts(own, proposed, result):
+    total = 0.0
+    for base, tuned in zip(own[0], proposed[0], strict=True):
+        base, tuned = jax.nn.log_softmax(base), jax.nn.log_softmax(tuned)
+        total += float(jnp.sum(jnp.exp(base) * (base - tuned)))
+    assert float(result[0]["divergence_nats"]) == pytest.approx(total / sum(SPLITS), rel=1e-5)
+
+
+def test_models_of_other_widths_diverge_by_their_own_heads():
+    x, base, head, other = (
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate([(2, 3, 4), (2, 3, 6), (5, 4), (5, 6)])
+    )
+    tuned, reference = jax.nn.log_softmax(x @ head.T), jax.nn.log_softmax(base @ other.T)
+    wanted = jnp.sum(jnp.exp(reference) * (reference - tuned), -1)
+    found = divergence(x, base, head, base_head=other, chunk=2)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_without_answers_what_is_behind_the_splits_has_no_influence(made, teacher, batch):
+    loss = jax.jit(observer_loss(made[0], *teacher, answers=0.0))
+    behind = np.arange(LENGTH + 1)[None] >= batch["split"][:, None]
+    other = batch | {"tokens": np.where(behind, (batch["tokens"] + 7) % 23, batch["tokens"])}
+    other |= {"mask": 1 - batch["mask"]}
+    one, metrics = loss(made[1], batch)
+    two, _ = loss(made[1], other)
+    assert float(one) == float(two)
+    assert set(metrics) == {"fvu", "divergence_nats", "loss_nats"}
+    assert float(metrics["loss_nats"]) == float(one)
+
+
+def test_masked_targets_and_those_in_the_prompt_do_not_count(step, made, batch, result):
+    prompt = np.arange(LENGTH)[None] < batch["split"][:, None]
+    other, _ = step(made[1], batch | {"mask": np.where(prompt, np.float32(5), batch["mask"])})
+    assert float(other["answer_nats"]) == pytest.approx(float(result[0]["answer_nats"]), rel=1e-6)
+
+
+def test_a_batch_without_answers_costs_nothing(step, made, batch):
+    found, gradients = step(made[1], batch | {"mask": np.zeros_like(batch["mask"])})
+    assert float(found["answer_nats"]) == 0.0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+def test_drift_is_the_unexplained_variance_row_by_row(made, teacher, batch, result):
+    tokens, lengths = batch["tokens"][:, :-1], batch["split"]
+    rows = drift(*made, *teacher, tokens, lengths=lengths)
+    assert float(rows.mean()) == pytest.approx(float(result[0]["fvu"]), rel=1e-5)
+    variance = np.asarray(state_moments(*teacher, tokens, lengths).variance)
+    alone = drift(*made, *teacher, tokens[2:3, :9], variance=variance)
+    assert float(alone[0]) == pytest.approx(float(rows[2]), rel=1e-4)
+
+
+def test_the_handover_is_four_continuations(teacher, batch, own, proposed):
+    found = handover(*teacher, proposed[1], batch)
+    zero = init_state(TEACHER, ROWS)
+    starts = {"zero": zero, "wkv": zero.replace(wkv=own[1].wkv), "own": own[1]}
+    assert set(found) == {*starts, "proposed"}
+    for name, start in (starts | {"proposed": proposed[1]}).items():
+        nats, accuracy = by_rows(teacher, start, batch)
+        assert found[name].nats == pytest.approx(nats, rel=1e-5), name
+        assert found[name].accuracy == pytest.approx(accuracy, rel=1e-6), name
+
+
+def test_one_start_state_is_handed_to_all_rows(teacher, batch):
+    found = handover(*teacher, init_state(TEACHER), batch)
+    assert found["proposed"] == found["zero"]
+
+
+def test_a_few_steps_down_the_gradient_lower_the_loss(step, made, batch, result):
+    params = made[1]
+    for _ in range(4):
+        _, grads = step(params, batch)[1]["loss"]
+        params = jax.tree.map(lambda leaf, grad: np.asarray(leaf) - 0.02 * grad, params, grads)
+    assert float(step(params, batch)[0]["loss"]) < float(result[0]["loss"])
+
+
+@pytest.mark.slow
+def test_training_lowers_every_term_and_leaves_the_teacher_bit_equal(made, teacher, batch):
+    before = jax.tree.map(lambda leaf: np.array(leaf, copy=True), teacher[1])
+    tx = optax.adam(1e-2)
+    step, train = (
+        make_train_step(observer_loss(made[0], *teacher), tx),
+        TrainState.create(made[1], tx),
+    )
+    seen = []
+    for _ in range(60):
+        train, metrics = step(train, batch)
+        seen.append(metrics)
+    for name in ("loss", "fvu", "divergence_nats", "answer_nats"):
+        assert float(seen[-1][name]) < 0.8 * float(seen[0][name]), name
+    assert int(train.skipped) == 0
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before, teacher[1]))

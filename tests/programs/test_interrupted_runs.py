@@ -1,0 +1,214 @@
+"""Faults injected into train.py as a program: killed, signalled, out of disk, not finite."""
+
+import json
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from programs import SMALLEST, finish, last_line, start
+
+from rwkv7_jax.data.synthetic_tasks import task_batch
+from rwkv7_jax.runs.resume.step_directories import BAD, SAVING, step_numbers
+
+pytestmark = pytest.mark.slow
+# The gate takes a few random moments; RWKV7_FAULT_SEEDS=20 is for nights.
+SEEDS = range(int(os.environ.get("RWKV7_FAULT_SEEDS", "3")))
+STEPS = 24
+CHILD = ("tests/support/faulty_train.py",)
+
+
+def run(workdir: Path, *, fault: str = "", environment=(), **settings):
+    """The smallest run, started."""
+    child = CHILD if fault else ()
+    os.environ["FAULT"] = fault
+    return start(workdir, child=child, environment=environment, **(SMALLEST | settings))
+
+
+def rows(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
+    path = workdir / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for(what, process, seconds: float = 300.0) -> None:
+    """Until `what()` is true, or the program has ended."""
+    end = time.monotonic() + seconds
+    while not what() and process.poll() is None:
+        assert time.monotonic() < end, "the program never came that far"
+        time.sleep(0.002)
+
+
+def training(workdir: Path, process, step: int = 3) -> None:
+    """The run has made some steps."""
+    wait_for(lambda: (workdir / "metrics.csv").exists() and _last(workdir) >= step, process)
+
+
+def _last(workdir: Path) -> int:
+    lines = (workdir / "metrics.csv").read_text().splitlines()[1:]
+    return int(lines[-1].split(",")[0] or 0) if lines else 0
+
+
+def record(workdir: Path, step: int) -> dict:
+    """What the checkpoint of a step says of itself."""
+    return json.loads((workdir / "checkpoints" / str(step) / "record" / "metadata").read_text())
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The last record of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    finish(run(folder, steps=STEPS, save_every=2))
+    return record(folder, STEPS)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_f1_a_run_killed_at_a_random_moment_ends_with_the_same_bits(tmp_path, unbroken, seed):
+    draw, kills = random.Random(seed), 0
+    while True:
+        process = run(tmp_path, steps=STEPS, save_every=2)
+        if kills < 2:
+            before = max(step_numbers(tmp_path / "checkpoints"), default=0)
+            saving = tmp_path / "checkpoints" / SAVING
+            if (seed + kills) % 2:
+                training(tmp_path, process, before + 1)
+                wait_for(lambda s=saving: s.exists() and any(s.iterdir()), process)
+                time.sleep(draw.random() * 0.15)
+            else:
+                training(tmp_path, process, before + 1)
+                time.sleep(draw.random() * 2)
+            process.kill()
+        _, error = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, error
+        kills += 1
+    assert kills, "the run was over before it could be killed"
+    assert not (tmp_path / "checkpoints" / BAD).exists()
+    found = record(tmp_path, STEPS)
+    assert found["leaves"] == unbroken["leaves"] and found["course"] == unbroken["course"]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_f2_a_signal_saves_the_last_finished_step_within_five_seconds(tmp_path, name):
+    process = run(tmp_path, steps=1_000_000)
+    training(tmp_path, process)
+    if name == "SIGTERM":  # f9: in the meantime nobody else may work here
+        second = run(tmp_path, steps=1_000_000)
+        said = last_line(finish(second, 2)[1])
+        assert f"is in use by process {process.pid} on " in said
+    began = time.monotonic()
+    process.send_signal(getattr(signal, name))
+    _, error = finish(process, 0)
+    seconds = time.monotonic() - began
+    step = rows(tmp_path)[-1]["step"]
+    assert step_numbers(tmp_path / "checkpoints") == [step]
+    assert last_line(error).startswith(f"train.py: stopped by {name}; step {step} is saved.")
+    assert seconds < 5
+    print(f"{name}: {seconds:.2f} s")
+
+
+@pytest.mark.parametrize("seconds", [0, 2])
+def test_f2_a_signal_while_nothing_is_to_be_saved_ends_the_run_as_well(tmp_path, seconds):
+    # Two seconds later the first evaluation is being compiled: no program may be there already.
+    large = {"model.num_layers": 3, "model.width": 64, "sample.prompts": "('one',)"}
+    process = run(tmp_path, steps=5, environment={"XDG_CACHE_HOME": str(tmp_path)}, **large)
+    mark = "system.json" if seconds else "checkpoints"
+    wait_for(lambda: (tmp_path / mark).exists(), process)
+    time.sleep(seconds)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, error = finish(process, 0)
+    assert time.monotonic() - began < 5
+    assert "stopped by SIGTERM" in last_line(error)
+    assert step_numbers(tmp_path / "checkpoints") == []
+
+
+def test_f3_a_second_interrupt_leaves_at_once_and_the_older_checkpoint_is_whole(tmp_path):
+    process = run(tmp_path, fault="slow:60", steps=1_000_000, save_every=5)
+    wait_for(lambda: 5 in step_numbers(tmp_path / "checkpoints"), process)
+    training(tmp_path, process, 10)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, error = finish(process, 130)
+    assert time.monotonic() - began < 2
+    assert "left at once" in last_line(error)
+    out, _ = finish(run(tmp_path, steps=6))
+    assert "resume    from step 5" in out
+
+
+def test_f7_a_full_disk_costs_checkpoints_and_not_the_run(tmp_path):
+    finish(run(tmp_path, steps=4))
+    before = record(tmp_path, 4)
+    _, error = finish(run(tmp_path, fault="size:12000", steps=12, save_every=4), 5)
+    assert error.count("training goes on") == 2
+    said = last_line(error)
+    assert said.startswith("train.py: the checkpoint of step 12 could not be written: it needs ")
+    assert "the newest one is of step 4" in said
+    assert not (tmp_path / "checkpoints" / SAVING).exists()
+    assert step_numbers(tmp_path / "checkpoints") == [4] and record(tmp_path, 4) == before
+    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == list(range(1, 13))
+    out, _ = finish(run(tmp_path, steps=12, save_every=4))
+    assert "resume    from step 4" in out and 12 in step_numbers(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize(("workdir", "code"), [("file/run", 5), ("", 2)])
+def test_f8_a_workdir_that_cannot_be_ends_the_run_before_anything_compiles(tmp_path, workdir, code):
+    (tmp_path / "file").write_text("")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    place = tmp_path / workdir if workdir else ""
+    _, error = finish(run(place, steps=1), code)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert len(error.strip().splitlines()) == 1 and "`--workdir`" in error
+    # Of the processor's time, which does not depend on what else the machine does.
+    assert seconds < 3
+    print(f"{seconds:.2f} s")
+
+
+def test_f14_updates_that_are_not_finite_are_left_out_bit_for_bit_and_written_down(tmp_path):
+    choices = {"save_every": 1, "keep": 9, "steps": 6}
+    out, _ = finish(run(tmp_path, fault="nan:3,4", **choices))
+    assert "2 updates were skipped" in out
+    leaves = {step: record(tmp_path, step)["leaves"] for step in range(1, 7)}
+    counters = ("step", "skipped")
+    moved = [
+        sum(leaves[step][name] != leaf for name, leaf in leaves[step - 1].items()
+            if name not in counters)
+        for step in range(2, 7)
+    ]  # fmt: skip
+    assert moved[1:3] == [0, 0] and all(moved[i] > 20 for i in (0, 3, 4))
+    bad = rows(tmp_path, "bad_batches.jsonl")
+    assert [row["step"] for row in bad] == [3, 4] and bad[0]["loss"] == "nan"
+    batch = task_batch("mapping", 2, batch_size=2, length=24, seed=0)
+    assert np.array_equal(bad[0]["tokens"], batch["tokens"])
+    assert [row["updated"] for row in rows(tmp_path) if "updated" in row] == [1, 1, 0, 0, 1, 1]
+
+    _, error = finish(run(tmp_path / "all", fault="nan:", stop_after_bad=3, steps=50), 4)
+    assert last_line(error).startswith("train.py: 3 updates in a row, up to step 3, had a loss")
+    assert step_numbers(tmp_path / "all" / "checkpoints") == []
+
+
+def test_f25_a_reader_that_goes_away_does_not_end_a_run(tmp_path):
+    process = run(tmp_path, steps=5)
+    assert process.stdout.readline().startswith("devices")
+    process.stdout.close()
+    with process.stderr:
+        error = process.stderr.read()
+    assert process.wait(300) == 0 and error == ""
+    assert step_numbers(tmp_path / "checkpoints") == [5]
+
+
+def test_f26_no_home_and_no_folder_for_temporary_files_is_a_warning(tmp_path, monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
+    _, error = finish(run(tmp_path / "run", steps=2))
+    assert "warning: programs are compiled anew each time: neither HOME nor" in error
+    assert step_numbers(tmp_path / "run" / "checkpoints") == [2]

@@ -1,0 +1,197 @@
+"""A run's report: one whole page, whatever the folder holds."""
+
+import base64
+import html.parser
+import json
+import re
+
+import pytest
+
+from rwkv7_jax.cli.main import main
+from rwkv7_jax.reports.html_report import report_page, write_report
+from rwkv7_jax.reports.svg_charts import HEIGHT, PIECES, WIDTH, Mark, line_chart, short, ticks
+
+# The smallest picture there is: one grey pixel.
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
+)
+VOID = {"meta", "img", "br"}
+HOSTILE = "<script>alert('x')</script> & \"quotes\""
+
+
+class Page(html.parser.HTMLParser):
+    """Fails at tags that do not match; collects tags, addresses and text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.links, self.texts = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder as a resumed run leaves it, with text that would break a careless page."""
+    rows = [{"step": s, "loss_nats": 3.0 / s, "grad_norm": 1.0 / s} for s in range(1, 20)]
+    rows += [{"step": 20, "loss_nats": float("nan"), "grad_norm": 0.0}]
+    rows += [{"step": s, "held_out_bits_per_byte": 2.0 - s / 40} for s in (0, 10, 20)]
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    write_lines(
+        tmp_path / "samples.jsonl",
+        [{"step": s, "prompt": HOSTILE, "text": f"text {s} {HOSTILE}"} for s in (10, 20)],
+    )
+    write_lines(
+        tmp_path / "events.jsonl",
+        [
+            {"step": 0, "event": "start", "detail": ""},
+            {"step": 7, "event": "resume", "detail": HOSTILE},
+            {"step": 9, "event": "skipped", "detail": "loss not finite"},
+            {"step": 20, "event": "stopped", "detail": None},
+        ],
+    )
+    settings = {"mode": "state", "data": {"path": HOSTILE, "length": 64}, "model": {}}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    device = {"kind": "NVIDIA H200", "platform": "gpu", "count": 8}
+    info = {"devices": [device], "versions": {"python": "3.11.2", "jax": "0.10.2"}, "cores": 16}
+    (tmp_path / "system.json").write_text(json.dumps(info))
+    (tmp_path / "loss.png").write_bytes(PNG)
+    return tmp_path
+
+
+def test_the_page_has_every_section_and_needs_nothing_beside_itself(run):
+    page = Page(report_page(run))
+    text = "".join(page.texts)
+    for words in ("Curves", "Numbers", "Samples", "Pictures", "Events", "Settings", "System"):
+        assert words in page.texts
+    assert "8 x NVIDIA H200" in text and "jax" in text and "mode state" in text
+    assert "data.length" in text and "last event: stopped" in text
+    assert page.tags.count("svg") == 3
+    assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert base64.b64decode(page.links[0].split(",")[1]) == PNG
+
+
+def test_what_users_and_models_write_stays_text(run):
+    page = Page(report_page(run))
+    assert not {"script", "iframe", "object", "link"} & set(page.tags)
+    assert "".join(page.texts).count("<script>") >= 5
+
+
+def test_resumes_and_skipped_updates_are_marked_in_every_chart(run):
+    text = report_page(run)
+    assert text.count('class="mark resume"') == 3
+    assert text.count('class="mark skipped"') == 3
+    assert 'class="mark start"' not in text
+
+
+def test_the_same_folder_gives_the_same_page(run):
+    first = write_report(run).read_bytes()
+    assert write_report(run).read_bytes() == first
+    assert (run / "report.html").read_text() == report_page(run)
+
+
+@pytest.mark.parametrize(
+    ("missing", "section"),
+    [
+        ("metrics.jsonl", "Curves"),
+        ("samples.jsonl", "Samples"),
+        ("events.jsonl", "Events"),
+        ("settings.json", "Settings"),
+        ("system.json", "System"),
+        ("loss.png", "Pictures"),
+    ],
+)
+def test_what_is_missing_makes_no_section(run, missing, section):
+    (run / missing).unlink()
+    assert section not in Page(report_page(run)).texts
+
+
+def test_an_empty_folder_still_gives_a_page(tmp_path):
+    page = Page(report_page(tmp_path))
+    assert tmp_path.name in page.texts and "h2" not in page.tags
+
+
+def test_broken_files_do_not_break_the_page(run):
+    for name in ("settings.json", "system.json", "samples.jsonl", "loss.png"):
+        (run / name).write_bytes(b'\xff{"step": 1, "pro')
+    (run / "events.jsonl").write_text('[1]\n{"step": "x"}\n{"step": true}\nnull\n')
+    page = Page(report_page(run))
+    assert "Curves" in page.texts
+    assert not {"Samples", "Settings", "System", "Pictures", "Events"} & set(page.texts)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path, capsys):
+    with pytest.raises(ValueError, match="`folder` must be a run's folder; got"):
+        report_page(tmp_path / "none")
+    assert main(["report", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.startswith("rwkv7: report_page: `folder` must be")
+
+
+def test_the_command_writes_the_report_and_says_where(run, capsys):
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+
+
+def points_of(svg, shape):
+    """The numbers of the shape's points."""
+    found = re.findall(rf'<{shape} points="([^"]+)"', svg)
+    return [[tuple(map(float, p.split(","))) for p in line.split()] for line in found]
+
+
+def test_a_curve_keeps_its_order_and_stays_inside_the_picture():
+    (line,) = points_of(line_chart("t", {"a": [(0, 1.0), (5, 3.0), (10, 2.0)]}), "polyline")
+    assert [x for x, _ in line] == sorted(x for x, _ in line)
+    assert line[1][1] < line[2][1] < line[0][1]
+    assert all(0 < x < WIDTH and 0 < y < HEIGHT for x, y in line)
+
+
+def test_a_long_curve_is_thinned_to_means_over_its_range():
+    svg = line_chart("t", {"a": [(x, x % 2) for x in range(10 * PIECES)]})
+    (line,), (band,) = points_of(svg, "polyline"), points_of(svg, "polygon")
+    assert len(line) == PIECES and len(band) == 2 * PIECES
+    middle = {y for _, y in line}
+    assert len(middle) == 1 and min(y for _, y in band) < middle.pop() < max(y for _, y in band)
+
+
+@pytest.mark.parametrize("value", [0.0, 7.0, -3.0, 1e-9, 1e12])
+def test_a_single_point_and_a_constant_have_a_place(value):
+    for points in ([(3, value)], [(0, value), (1, value)]):
+        svg = line_chart("t", {"a": points})
+        assert "nan" not in svg and "circle" in svg
+
+
+def test_what_has_no_place_makes_no_chart():
+    assert line_chart("t", {"a": [(1, float("nan"))]}) == ""
+    assert line_chart("t", {"a": [(1, 0.0)]}, log=True) == ""
+    assert line_chart("t", {}, marks=[Mark(1, "resume", "")]) == ""
+
+
+def test_ticks_are_round_and_inside():
+    assert ticks(0.0, 1.0, 5) == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert ticks(-7.0, 13.0, 4) == pytest.approx([-5.0, 0.0, 5.0, 10.0])
+    assert ticks(1e-6, 9e-6, 4) == pytest.approx([2e-6, 4e-6, 6e-6, 8e-6])
+
+
+def test_numbers_on_axes_are_short():
+    values = (0.0, 6e-4, 1.5, -250.0, 9500.0, 12_500.0, 3e6, 2e9, 5e12)
+    expected = ["0", "0.0006", "1.5", "-250", "9500", "12.5k", "3M", "2G", "5e+12"]
+    assert [short(value) for value in values] == expected

@@ -1,0 +1,160 @@
+"""A run's numbers in files and trackers: nothing lost, nothing twice."""
+
+import csv
+import json
+import sys
+import types
+
+import pytest
+
+from rwkv7_jax.reports.metric_writers import MetricFiles
+
+
+def table(folder):
+    """The CSV's rows, empty cells left out."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_both_files_hold_every_number_as_soon_as_it_is_written(tmp_path):
+    files = MetricFiles(tmp_path / "run")
+    files.write(1, {"loss": 2.5})
+    files.write(2, {"loss": 2.25, "accuracy": 0.5})
+    assert lines(tmp_path / "run") == [
+        {"step": 1, "loss": 2.5},
+        {"step": 2, "loss": 2.25, "accuracy": 0.5},
+    ]
+    assert table(tmp_path / "run") == [
+        {"step": "1", "loss": "2.5"},
+        {"step": "2", "loss": "2.25", "accuracy": "0.5"},
+    ]
+
+
+def test_rows_are_one_a_step_and_the_last_number_counts(tmp_path):
+    files = MetricFiles(tmp_path)
+    for step, numbers in [(2, {"loss": 1.0}), (1, {"loss": 3.0}), (2, {"held_out": 4.0})]:
+        files.write(step, numbers)
+    files.write(2, {"loss": 0.5})
+    expected = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 0.5, "held_out": 4.0}]
+    assert files.rows() == MetricFiles(tmp_path).rows() == expected
+
+
+def test_a_resumed_run_has_no_step_twice(tmp_path):
+    first = MetricFiles(tmp_path)
+    for step in range(6):
+        first.write(step, {"loss": float(step)})
+    second = MetricFiles(tmp_path)
+    second.truncate_after(3)
+    for step in (4, 5):
+        second.write(step, {"loss": 10.0 + step})
+    losses = [0.0, 1.0, 2.0, 3.0, 14.0, 15.0]
+    assert [row["loss"] for row in lines(tmp_path)] == losses
+    assert [float(row["loss"]) for row in table(tmp_path)] == losses
+    second.truncate_after(-1)
+    assert second.rows() == lines(tmp_path) == table(tmp_path) == []
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped_and_the_next_one_whole(tmp_path):
+    MetricFiles(tmp_path).write(1, {"loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    files = MetricFiles(tmp_path)
+    files.write(3, {"loss": 3.0})
+    assert [row["step"] for row in lines(tmp_path)] == [1, 3]
+    assert [row["step"] for row in table(tmp_path)] == ["1", "3"]
+
+
+def test_an_unknown_tracker_is_refused(tmp_path):
+    with pytest.raises(ValueError) as caught:
+        MetricFiles(tmp_path, also=("tensorbord",))
+    sentence = "MetricFiles: `also` must be of tensorboard, wandb; got 'tensorbord'."
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(("name", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
+def test_a_missing_package_is_one_sentence_with_its_extra(tmp_path, monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError) as caught:
+        MetricFiles(tmp_path, also=(name,))
+    assert str(caught.value) == (
+        f"MetricFiles: `also` names '{name}', which needs the package {package}: "
+        f"pip install 'rwkv7_jax[{name}]'."
+    )
+
+
+def test_trackers_are_imported_only_when_asked_for(tmp_path, monkeypatch):
+    for package in ("tensorboardX", "wandb"):
+        monkeypatch.setitem(sys.modules, package, None)
+    MetricFiles(tmp_path).write(1, {"loss": 1.0})
+
+
+class FakeRun:
+    """A run of Weights & Biases that remembers."""
+
+    def __init__(self, calls, **how):
+        self.id, self._calls = how["id"] or "abc", calls
+        calls.append(how)
+
+    def log(self, numbers, step):
+        self._calls.append((step, numbers))
+
+    def finish(self):
+        self._calls.append("finished")
+
+
+def test_a_resumed_process_goes_on_with_the_same_run_of_wandb(tmp_path, monkeypatch):
+    calls = []
+    fake = types.SimpleNamespace(init=lambda **how: FakeRun(calls, **how))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    first = MetricFiles(tmp_path, also=("wandb",))
+    assert calls == []
+    first.write(1, {"loss": 1.0, "note": "text"})
+    first.close()
+    second = MetricFiles(tmp_path, also=("wandb",))
+    second.truncate_after(1)
+    second.write(2, {"loss": 0.5})
+    assert [call["id"] for call in calls if isinstance(call, dict)] == [None, "abc"]
+    assert calls[1:3] == [(1, {"loss": 1.0}), "finished"]
+    assert calls[-1] == (2, {"loss": 0.5})
+
+
+def test_tensorboard_gets_every_number_and_hides_what_a_resumed_run_does_again(
+    tmp_path, monkeypatch
+):
+    calls = []
+
+    class Writer:
+        def __init__(self, where, purge_step):
+            calls.append((where, purge_step))
+
+        def add_scalar(self, *call):
+            calls.append(call)
+
+        def close(self):
+            calls.append("closed")
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=Writer))
+    files = MetricFiles(tmp_path, also=("tensorboard",))
+    files.write(1, {"loss": 1.0, "rate": 0.5})
+    files.write(2, {"loss": 0.9})
+    files.truncate_after(1)
+    files.write(2, {"loss": 0.8})
+    files.close()
+    where = str(tmp_path / "tensorboard")
+    assert calls == [
+        (where, 1), ("loss", 1.0, 1), ("rate", 0.5, 1), ("loss", 0.9, 2), "closed",
+        (where, 2), ("loss", 0.8, 2), "closed",
+    ]  # fmt: skip
+
+
+def test_real_tensorboard_files_are_written(tmp_path):
+    pytest.importorskip("tensorboardX", reason="the tensorboard extra is not installed")
+    files = MetricFiles(tmp_path, also=("tensorboard",))
+    files.write(1, {"loss": 1.5})
+    files.close()
+    (events,) = (tmp_path / "tensorboard").glob("events*")
+    assert b"loss" in events.read_bytes()

@@ -1,0 +1,38 @@
+"""What a result says of the machine that it comes from."""
+
+import json
+import types
+
+from rwkv7_jax.reports.system_info import device_line, lines, peak_memory, system, versions
+
+
+def test_the_system_goes_through_json_and_names_devices_and_versions():
+    info = json.loads(json.dumps(system()))
+    assert info == system()
+    (device,) = info["devices"]
+    assert (device["platform"], device["count"]) == ("cpu", 2)
+    assert info["versions"]["jax"].split(".")[0].isdigit()
+    assert info["cores"] >= 1
+
+
+def test_lines_say_it_and_pass_over_what_is_missing():
+    info = {"versions": {"python": "3.11", "jax": "0.10"}, "cores": 4, "platform": "here"}
+    device = {"kind": "TPU v4", "platform": "tpu", "count": 8, "memory_bytes": 32 * 2**30}
+    assert lines(info | {"devices": [device], "memory_bytes": 2**30}) == [
+        "python      3.11 on here, 4 cores, 1.0 GiB",
+        "jax               0.10",
+        "device      8 x TPU v4 (tpu, 32.0 GiB)",
+    ]
+    assert lines({}) == ["python      ? on ?, ? cores"]
+
+
+def test_a_package_that_is_not_there_is_said_to_be_not_installed():
+    assert versions(("no-such-package",))["no-such-package"] == "not installed"
+    assert device_line().startswith("cpu, ")
+
+
+def test_peak_memory_is_the_devices_where_it_says_so_else_the_processes(unchecked):
+    own = peak_memory()
+    assert own.of == "process" and 50e6 < own.bytes < 1e12
+    device = types.SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 7})
+    assert peak_memory(device) == (7, "device")

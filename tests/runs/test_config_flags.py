@@ -1,0 +1,89 @@
+"""What users type behind `python train.py` becomes settings, or one sentence."""
+
+import sys
+
+import pytest
+from absl import flags
+
+from rwkv7_jax.runs.config_flags import _parsed, config_values
+from rwkv7_jax.runs.settings import read_settings
+
+FILE = """
+from ml_collections import ConfigDict
+
+
+def get_config(size="1"):
+    config = ConfigDict()
+    config.steps = int(size)
+    config.data = ConfigDict({"path": "stdlib", "held_out": 0.1})
+    return config
+"""
+
+
+@pytest.fixture
+def parse(tmp_path, monkeypatch):
+    """From words to settings, `FILE` standing for the config's file; each time with new flags."""
+    path = tmp_path / "config.py"
+    path.write_text(FILE)
+    (tmp_path / "empty.py").write_text("")
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+
+    def parse(*words):
+        monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
+        words = [word.replace("FILE", str(path)) for word in words]
+        words = [word.replace("EMPTY", str(tmp_path / "empty.py")) for word in words]
+        assert _parsed("train.py", ["train.py", *words]) == ["train.py"]
+        return read_settings(config_values())
+
+    return parse
+
+
+def test_a_file_its_argument_and_changes_make_the_settings(parse):
+    settings = parse("--config=FILE:7", "--config.data.held_out=0.25", "--config.data.length=64")
+    assert (settings.steps, settings.data.path) == (7, "stdlib")
+    assert (settings.data.held_out, settings.data.length) == (0.25, 64)
+
+
+def test_values_may_stand_apart_from_their_flags(parse):
+    words = "--config FILE:3 --config.data.length 64 --config.sample.tokens 5 --config.allow_nan"
+    settings = parse(*words.split())
+    assert settings.allow_nan
+    assert (settings.steps, settings.data.length, settings.sample.tokens) == (3, 64, 5)
+
+
+def test_groups_that_the_file_does_not_mention_can_be_set(parse):
+    settings = parse("--config=FILE", "--config.sample.tokens=3", "--config.observer.model.width=8")
+    assert settings.sample.tokens == 3
+    assert settings.observer.model == {"width": 8}
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--config=FILE", "--config.steps=many"], "flag --config.steps=many: invalid literal"),
+        (["--config=FILE", "--workdri=x"], "Unknown command line flag 'workdri'"),
+        (["--config=FILE", "--config.steps.x=3"], "`steps` is one setting, not a group of them."),
+        (["--config=FILE:many"], "invalid literal for int() with base 10: 'many'"),
+        (["--config=none.py"], "`--config` must name a file; there is no 'none.py'."),
+        (["--config=EMPTY"], "empty.py must define `get_config`."),
+    ],
+)
+def test_what_cannot_be_read_ends_the_program_in_one_line(parse, capsys, words, sentence):
+    with pytest.raises(SystemExit) as ended:
+        parse(*words)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("train.py: ") and said.count("\n") == 1 and sentence in said
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--config=FILE", "--config.optimzer.b1=0.5"], "nearest is `config.optimizer`"),
+        (["--config=FILE", "--config.sample.tokens=x"], "`config.sample.tokens` must be int"),
+        ([], "`--config` must name a file, such as"),
+    ],
+)
+def test_settings_that_do_not_exist_are_named(parse, words, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        parse(*words)

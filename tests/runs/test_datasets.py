@@ -1,0 +1,129 @@
+"""A run's data from its settings: the same batches from a source, its cache and several hosts."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from rwkv7_jax.data.loading import data_hash, host_rows
+from rwkv7_jax.data.token_cache import write_cache
+from rwkv7_jax.runs import datasets as job_data
+from rwkv7_jax.runs.settings import read_settings
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+BYTES = Tokenizer.bytes()
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    """Answered questions, and their cache."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = [json.dumps({"prompt": f"{i} + {i} =", "answer": f" {2 * i}"}) for i in range(200)]
+    (folder / "x.jsonl").write_text("\n".join(lines))
+    write_cache([folder / "x.jsonl"], folder / "x.bin", BYTES)
+    return str(folder / "x.jsonl"), str(folder / "x.bin")
+
+
+def settings_of(path, **changes):
+    data = {"path": path, "batch_size": 6, "length": 20, "held_out": 0.2}
+    tuning = changes.pop("tuning", {})
+    measure = {"windows": 5, "length": 20}
+    return read_settings({"data": data | changes, "tuning": tuning, "evaluation": measure})
+
+
+def batches(settings, count=4, **choices):
+    stream = job_data.training_stream(settings, BYTES)
+    found = job_data.batches(settings, stream, BYTES, **choices)
+    return [next(found) for _ in range(count)]
+
+
+def assert_equal(one, two):
+    assert set(one) == set(two)
+    for name in one:
+        np.testing.assert_array_equal(one[name], two[name])
+
+
+CHOICES = ({}, {"order": "cubic"}, {"packing": "documents"})
+
+
+@pytest.mark.parametrize("choices", CHOICES, ids=["stream", "cubic", "documents"])
+def test_a_run_on_a_cache_reads_what_it_reads_on_the_source(paths, choices):
+    one, two = (settings_of(path, **choices) for path in paths)
+    hashes = [data_hash(job_data.training_stream(s, BYTES)) for s in (one, two)]
+    assert hashes[0] == hashes[1]
+    for pair in zip(batches(one), batches(two), strict=True):
+        assert_equal(*pair)
+        assert 0 < pair[0]["mask"].mean() < 1
+    assert_equal(job_data.held_out(one, BYTES), job_data.held_out(two, BYTES))
+
+
+def test_held_out_rows_are_packed_as_training_rows_are(paths):
+    held = job_data.held_out(settings_of(paths[0], packing="documents"), BYTES)
+    assert held["tokens"].shape == (5, 21)
+    for tokens, mask in zip(held["tokens"], held["mask"], strict=True):
+        text = BYTES.decode(tokens.tolist())
+        number = int(text.split(" ")[0])
+        assert text == f"{number} + {number} = {2 * number}"
+        assert BYTES.decode((tokens[1:] * (mask > 0)).tolist()) == f" {2 * number}"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *CHOICES,
+        {"path": "task:copy"},
+        {"tuning": {"anchor": 1.0, "anchor_path": "task:copy"}},
+    ],
+    ids=["stream", "cubic", "documents", "task", "anchor"],
+)
+def test_hosts_make_the_global_batch_between_them_from_any_step_on(paths, changes):
+    settings = settings_of(**{"path": paths[1], **changes, "length": 48})
+    whole = batches(settings, count=6)
+    for start, hosts in itertools.product((0, 4), (2, 3)):
+        parts = [
+            batches(settings, count=2, start_step=start, rows=host_rows(6, host, hosts))
+            for host in range(hosts)
+        ]
+        for step in range(2):
+            joined = {
+                name: np.concatenate([part[step][name] for part in parts]) for name in whole[0]
+            }
+            assert_equal(joined, whole[start + step])
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("packing", "`config.data.packing` must be stream or documents; got 'x'"),
+        ("order", "`config.data.order` must be shuffled or cubic; got 'x'"),
+        ("on_bad", "`config.data.on_bad` must be error or skip; got 'x'"),
+    ],
+)
+def test_unknown_choices_are_said_in_a_sentence(name, reason):
+    with pytest.raises(ValueError, match=reason):
+        read_settings({"data": {name: "x"}})
+
+
+def test_the_cubic_order_is_refused_for_rows_of_documents():
+    with pytest.raises(ValueError, match=r'`config\.data\.order` must be "shuffled" where'):
+        settings_of("x", order="cubic", packing="documents")
+
+
+def test_what_is_read_is_known_by_its_ids(tmp_path):
+    general = tmp_path / "general.txt"
+    read = []
+    for text in ("calm and collected " * 40, "calm and colourful " * 40):
+        general.write_text(text)
+        settings = read_settings(
+            {
+                "data": {"path": "task:mapping", "length": 8, "held_out": 0.0},
+                "tuning": {"anchor": 1.0, "anchor_path": str(general)},
+            }
+        )
+        stream, anchor = (
+            make(settings, BYTES) for make in (job_data.training_stream, job_data.anchor_stream)
+        )
+        read.append(job_data.what_is_read(settings, stream, anchor))
+    one, two = read
+    assert one["data"] == two["data"] and one["anchor"] != two["anchor"]

@@ -1,0 +1,119 @@
+"""Several processes make one run: together, when one is lost, and when one is told to stop."""
+
+import json
+import os
+import re
+import signal
+import socket
+import time
+
+import pytest
+from programs import SMALLEST, finish, last_line, start
+
+from rwkv7_jax.runs.exit_codes import EndedElsewhere, exit_code
+from rwkv7_jax.runs.multihost import HEARTBEAT_SECONDS, by_first, join
+from rwkv7_jax.runs.resume.step_directories import step_numbers
+
+RUN = {**SMALLEST, "data.batch_size": 4, "save_every": 20}
+# Two processes of one device, where other tests have one of two: both add two gradients.
+ONE = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}
+
+
+def pair(workdir, **settings):
+    """Both processes of a run, started."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    words = [f"--coordinator=localhost:{port}", "--processes=2"]
+    run = {**RUN, **settings, "environment": ONE}
+    return [start(workdir, extra=[*words, f"--process={index}"], **run) for index in range(2)]
+
+
+def record(workdir, step):
+    return json.loads((workdir / "checkpoints" / str(step) / "record" / "metadata").read_text())
+
+
+def lines(workdir):
+    return (workdir / "metrics.csv").read_text().splitlines()
+
+
+def saved(workdir, processes):
+    """Wait for a checkpoint."""
+    end = time.monotonic() + 200
+    while not step_numbers(workdir / "checkpoints"):
+        assert time.monotonic() < end and all(p.poll() is None for p in processes)
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """A run that lost its second process; its folder, and how the first one ended."""
+    folder = tmp_path_factory.mktemp("broken")
+    one, other = pair(folder, steps=1_000_000)
+    saved(folder, (one, other))
+    other.kill()
+    began = time.monotonic()
+    _, error = one.communicate(timeout=HEARTBEAT_SECONDS + 30)
+    other.communicate()
+    return folder, one.returncode, error, time.monotonic() - began
+
+
+@pytest.mark.slow
+def test_f27_a_process_whose_other_is_lost_ends_with_a_reason(broken):
+    _, code, error, seconds = broken
+    print(f"{seconds:.1f} s, exit code {code}")
+    assert seconds < 60
+    assert code in (6, -signal.SIGABRT)
+    assert re.search("Gloo|distributed service", error)
+
+
+@pytest.mark.slow
+def test_f27_both_go_on_from_the_first_ones_checkpoint_to_the_unbroken_runs_bits(broken, tmp_path):
+    folder = broken[0]
+    before = step_numbers(folder / "checkpoints")[0]
+    out, quiet = (finish(process)[0] for process in pair(folder, steps=before + 20))
+    assert f"from step {before}" in out and "resume" not in quiet
+    assert not (folder / "checkpoints" / "bad").exists()
+    finish(start(tmp_path, steps=before + 20, **RUN))
+    found, expected = record(folder, before + 20), record(tmp_path, before + 20)
+    assert found["leaves"] == expected["leaves"] and found["course"] == expected["course"]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_saves_one_step_and_ends_both(tmp_path):
+    processes = pair(tmp_path, steps=1_000_000, save_every=0, log_every=5)
+    while not (tmp_path / "metrics.csv").exists() or len(lines(tmp_path)) < 3:
+        assert processes[0].poll() is None
+        time.sleep(0.05)
+    processes[1].terminate()
+    ends = [last_line(finish(process)[1]) for process in processes]
+    (step,) = step_numbers(tmp_path / "checkpoints")
+    assert ends[0].startswith(f"train.py: stopped by a signal to another process; step {step} is")
+    assert ends[1].startswith(f"train.py: stopped by SIGTERM; step {step} is saved.")
+
+
+@pytest.mark.slow
+def test_what_ends_the_first_process_ends_the_others_alike(tmp_path):
+    (tmp_path / "taken").write_text("")
+    for process in pair(tmp_path / "taken"):
+        assert "taken cannot be written" in last_line(finish(process, 5)[1])
+    for process in pair(tmp_path / "run", data__batch_size=5):
+        assert "5 rows must be a multiple of the 2 devices" in last_line(finish(process, 2)[1])
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "process", "sentence"),
+    [
+        ("localhost:1", 2, r"`--process` must be at least 0 and below .* 2 of 2\."),
+        ("localhost", 0, "`--coordinator` must be auto or an address and port; got 'localhost'."),
+        ("", 0, "`--coordinator` must say where the first of `--processes` is."),
+    ],
+)
+def test_a_process_that_does_not_say_which_it_is_is_refused(coordinator, process, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        join(coordinator, processes=2, process=process)
+
+
+def test_a_single_process_asks_nobody():
+    assert by_first(lambda: "done") == "done"
+    assert exit_code(EndedElsewhere("no", 3)) == 3

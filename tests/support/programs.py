@@ -1,0 +1,79 @@
+"""train.py for tests: as a program of its own, or driven from inside this process."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+from rwkv7_jax.runs.run_directory import RunFolder
+from rwkv7_jax.runs.settings import Settings
+from rwkv7_jax.runs.signals import StopSignals
+
+ROOT = Path(__file__).parents[2]
+# A model of a layer on a task: what is left is what the machinery costs.
+MODEL = {"vocab_size": 257, "num_layers": 1, "width": 16, "head_size": 16, "ffn_width": 16}
+MODEL |= {"decay_rank": 2, "icl_rank": 2, "value_rank": 2, "gate_rank": 2}
+SMALLEST = {
+    **{f"model.{name}": size for name, size in MODEL.items()},
+    "data.path": "task:mapping",
+    "data.length": 24,
+    "data.batch_size": 2,
+    "evaluation.windows": 2,
+    "evaluation.length": 24,
+    "optimizer.schedule": "constant",
+    "log_every": 1,
+}
+
+
+def arguments(workdir: Path, config: str, **settings) -> list[str]:
+    """The command line of a run; settings by dotted names, whose dots may be `__`."""
+    named = {name.replace("__", "."): value for name, value in settings.items()}
+    flags = [f"--config.{name}={value}" for name, value in named.items()]
+    return ["train.py", f"--config=configs/{config}.py", f"--workdir={workdir}", *flags]
+
+
+def program(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    """A program that has run to its end."""
+    return subprocess.run(
+        [sys.executable, name, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "MPLBACKEND": "agg"},
+    )
+
+
+def start(
+    workdir: Path, config: str = "pretrain_toy", *, extra=(), child=(), environment=(), **settings
+):
+    """The program, running; `child` runs in its place and gets its command line."""
+    words = [sys.executable, *child, *arguments(workdir, config, **settings), *extra]
+    paths = f"{ROOT}:{ROOT / 'tests' / 'support'}"
+    environment = {**os.environ, "PYTHONPATH": paths, "MPLBACKEND": "agg", **dict(environment)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, cwd=ROOT, env=environment, **pipes)
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
+    """Output and errors of a program that ended as it should."""
+    out, error = process.communicate(timeout=600)
+    assert process.returncode == code, f"exit code {process.returncode}: {error[-3000:]}"
+    return out, error
+
+
+def last_line(error: str) -> str:
+    """The reason that a program ended for."""
+    return [line for line in error.splitlines() if line.strip()][-1]
+
+
+_PROGRAM: dict = {}
+
+
+def train_here(settings: Settings, workdir: Path) -> None:
+    """One run by train.py's own functions, in this process."""
+    if not _PROGRAM:
+        _PROGRAM.update(runpy.run_path(str(ROOT / "train.py"), run_name="train_program"))
+    with StopSignals() as stop, RunFolder(workdir, settings) as folder:
+        _PROGRAM["train"](settings, folder, stop)

@@ -1,0 +1,172 @@
+"""Records of completions: files that survive a kill, batches, budgets; the algebra of rewards."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rwkv7_jax.test_time.completion_cache import CompletionCache
+from rwkv7_jax.test_time.rewards import advantages, judged
+from rwkv7_jax.test_time.traces import (
+    Budget,
+    Trace,
+    completion_rows,
+    inputs_of,
+    read_traces,
+    trace_batch,
+    write_traces,
+)
+
+TRACES = [Trace((1, 2), (3, 4, 0), 0.5, "large"), Trace((5,), (6,)), Trace((7, 8, 9), (1, 0), 2.0)]
+
+
+def test_traces_survive_the_way_to_disk_and_back(tmp_path):
+    path = tmp_path / "traces.jsonl"
+    write_traces(path, TRACES)
+    assert read_traces(path) == TRACES
+    assert len(path.read_text().splitlines()) == len(TRACES)
+
+
+def test_ids_of_any_integer_kind_become_the_same_trace():
+    ids = np.array([1, 2], np.uint16)
+    assert Trace(ids, [3, np.int64(4), 0], 0.5, "large") == TRACES[0]
+
+
+def test_a_last_line_that_breaks_off_is_dropped_with_a_warning(tmp_path):
+    path = tmp_path / "traces.jsonl"
+    write_traces(path, TRACES)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.warns(UserWarning, match=r"traces\.jsonl:3: dropped"):
+        assert read_traces(path) == TRACES[:2]
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ("{", "no JSON"),
+        ("[1]", "must be an object; got list"),
+        ('{"prompt": [1]}', "`completion` is missing"),
+        ('{"prompt": [], "completion": [1]}', "`prompt` must hold an id"),
+        ('{"prompt": [1.5], "completion": [1]}', "`prompt` must hold integers"),
+        ('{"prompt": [1], "completion": [-1]}', "`completion` must hold integers"),
+        ('{"prompt": "a", "completion": [1]}', "`prompt` must be a list of ids; got str"),
+        ('{"prompt": [1], "completion": [1], "weight": NaN}', "`weight` must be finite"),
+        ('{"prompt": [1], "completion": [1], "weight": "1"}', "`weight` must be a number"),
+        ('{"prompt": [1], "completion": [1], "source": 3}', "`source` must be a string"),
+        ('{"prompt": [1], "completion": [1], "wieght": 1}', "unknown field 'wieght'"),
+    ],
+)
+def test_a_line_that_is_no_trace_is_named_with_its_reason(tmp_path, line, reason):
+    path = tmp_path / "traces.jsonl"
+    good = json.dumps(dataclasses.asdict(TRACES[0]))
+    path.write_text(f"{good}\n{line}\n{good}\n")
+    with pytest.raises(ValueError, match=rf"traces\.jsonl:2: .*{reason}"):
+        read_traces(path)
+
+
+def test_the_cache_holds_what_was_put_and_appends_behind_a_half_line(tmp_path):
+    path = tmp_path / "cache.jsonl"
+    cache = CompletionCache(path)
+    cache.put("a", (1, 2), [(3, 0), (4, 5)])
+    cache.put("b", (6,), [(7,)])
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.warns(UserWarning, match=r"cache\.jsonl:2: dropped"):
+        again = CompletionCache(path)
+    assert again.get("a") == [(3, 0), (4, 5)] and again.get("b") is None
+    again.put("b", (6,), [(8,)])
+    assert CompletionCache(path).get("b") == [(8,)]
+
+
+def test_a_cache_that_lost_its_last_line_feed_alone_loses_nothing(tmp_path):
+    path = tmp_path / "cache.jsonl"
+    CompletionCache(path).put("a", (1,), [(2,)])
+    path.write_bytes(path.read_bytes()[:-1])
+    CompletionCache(path).put("b", (1,), [(3,)])
+    both = CompletionCache(path)
+    assert both.get("a") == [(2,)] and both.get("b") == [(3,)]
+
+
+def test_a_file_that_is_no_cache_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / "traces.jsonl"
+    write_traces(path, TRACES)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"traces\.jsonl:1: an entry has key"):
+        CompletionCache(path)
+    assert path.read_bytes() == before
+    with pytest.raises(ValueError, match=r"the folder of .* does not exist"):
+        CompletionCache(tmp_path / "none" / "cache.jsonl")
+
+
+def test_the_mask_is_the_weight_at_completions_targets_and_the_rest_is_zero():
+    batch = completion_rows([(1, 2), (5,)], [(3, 4, 0), (6,)], length=5, weights=[0.5, 2])
+    assert batch["tokens"].tolist() == [[1, 2, 3, 4, 0, 0], [5, 6, 0, 0, 0, 0]]
+    assert batch["mask"].tolist() == [[0, 0.5, 0.5, 0.5, 0], [2, 0, 0, 0, 0]]
+    assert inputs_of(batch) == 4 + 1
+
+
+def test_every_trace_comes_once_an_epoch_and_a_batch_depends_on_its_step_alone():
+    sizes = {"batch_size": 2, "length": 4, "seed": 3}
+    rows = [row for step in range(3) for row in trace_batch(TRACES, step, **sizes)["tokens"]]
+    epochs = [sorted(tuple(map(int, row)) for row in rows[i : i + 3]) for i in (0, 3)]
+    assert epochs[0] == epochs[1] and len(set(epochs[0])) == 3
+    again = trace_batch(TRACES, 1, **sizes)["tokens"]
+    np.testing.assert_array_equal(again, np.stack(rows[2:4]))
+
+
+def test_traces_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match=r"`length` must be at least 4 for trace \d; got 3"):
+        trace_batch(TRACES, 0, batch_size=3, length=3)
+    with pytest.raises(ValueError, match="`traces` must hold a trace"):
+        trace_batch([], 0, batch_size=3, length=3)
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1"):
+        trace_batch(TRACES, 0, batch_size=0, length=3)
+
+
+def test_budgets_add_up_and_fit_on_a_line():
+    total = Budget(1, 2, 3) + Budget(guide_tokens=10_000)
+    assert total == Budget(10_001, 2, 3)
+    assert str(total) == "10,001 guide, 2 rollout and 3 gradient tokens"
+
+
+def test_advantages_have_no_mean_unit_size_and_vanish_in_uniform_groups():
+    rewards = np.array([[0.0, 1, 0, 0, 1], [0.1, 0.1, 0.1, 0.1, 0.1], [3.0, -7, 2, 2, 0]])
+    found = advantages(rewards)
+    np.testing.assert_allclose(found.sum(1), 0, atol=1e-12)
+    np.testing.assert_array_equal(found[1], 0)
+    np.testing.assert_allclose(found[[0, 2]].std(1), 1, atol=1e-3)
+    np.testing.assert_allclose(advantages(rewards + 5), found, atol=1e-9)
+    np.testing.assert_allclose(found[0, 1], 0.6 / (np.sqrt(0.24) + 1e-4))
+
+
+@pytest.mark.parametrize("value", [1, True, 0.5, np.float32(2), np.bool_(True), np.array(3.0)])
+def test_numbers_of_every_kind_are_rewards(value):
+    assert judged(lambda p, c: value, [(1,)], [(2,)], name="f: `reward`") == [float(value)]
+
+
+def test_arrays_of_the_device_are_rewards():
+    assert judged(lambda p, c: jnp.float32(2), [(1,)], [(2,)], name="f: `reward`") == [2.0]
+
+
+@pytest.mark.parametrize(
+    "value, reason",
+    [
+        (float("nan"), "must be finite; got nan"),
+        (float("inf"), "must be finite; got inf"),
+        (None, "must be a number; got NoneType"),
+        ("1", "must be a number; got str"),
+        (np.zeros(2), "must be a number; got ndarray"),
+    ],
+)
+def test_a_reward_that_is_no_number_is_named_with_its_prompt(value, reason):
+    def reward(prompt, completion):
+        return value if prompt == (4,) else 0.0
+
+    with pytest.raises(ValueError, match=rf"f: `reward` of prompt 1 {reason}"):
+        judged(reward, [(1,), (1,), (4,)], [(2,)] * 3, name="f: `reward`", group=2)
+
+
+def test_a_reward_that_raises_is_named_with_its_prompt():
+    with pytest.raises(ValueError, match="prompt 7 raised ZeroDivisionError: division by zero"):
+        judged(lambda p, c: 1 / 0, [(1,)], [(2,)], name="f: `reward`", first=7)

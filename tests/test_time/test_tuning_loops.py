@@ -1,0 +1,290 @@
+"""Scaling at test time: rollouts in groups, and rewards that rise."""
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import lively, random_state
+
+from rwkv7_jax.generation import decode_loop as decoding
+from rwkv7_jax.generation.generate import generate
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import init_state
+from rwkv7_jax.test_time.distillation import distil
+from rwkv7_jax.test_time.expert_iteration import expert_iteration
+from rwkv7_jax.test_time.grpo import grpo
+from rwkv7_jax.test_time.rewards import advantages
+from rwkv7_jax.test_time.rollouts import held_out_reward, policy_batch, rollouts
+from rwkv7_jax.test_time.traces import Budget, Trace
+from rwkv7_jax.tuning.upscaling import upscale
+
+CONFIG = RWKV7Config(
+    vocab_size=13,
+    num_layers=2,
+    width=32,
+    head_size=16,
+    decay_rank=8,
+    icl_rank=6,
+    value_rank=5,
+    implementation="scan",
+)
+MODEL = RWKV7(CONFIG)
+KEY = jax.random.key(4)
+# Two prompts, four completions each; held-out prompts as many as these rows, so that they share
+# programs.
+PROMPTS, GROUP, TOKENS = [[1, 2], [3, 4, 5]], 4, 6
+HELD_OUT = [[1 + n, 2, 1 + n] for n in range(8)]
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Weights whose time mixing speaks loudly: what a state says is heard."""
+
+    def louder(path, leaf):
+        return leaf * 8 if "['att']['output']" in jax.tree_util.keystr(path) else leaf
+
+    return jax.tree_util.tree_map_with_path(louder, lively(CONFIG))
+
+
+def draw(params, state=None, prompts=PROMPTS, **choices):
+    choices = {"group": GROUP, "tokens": TOKENS, "key": KEY} | choices
+    return rollouts(MODEL, params, state, prompts, **choices)
+
+
+@pytest.fixture(scope="module")
+def endless(params):
+    return draw(params, stop_ids=())
+
+
+def test_rollouts_behind_one_reading_are_those_of_every_prompt_read_for_each(params, endless):
+    repeated = [prompt for prompt in PROMPTS for _ in range(GROUP)]
+    out = generate(MODEL, params, repeated, tokens=TOKENS, key=KEY, stop_ids=())
+    assert [list(c) for c in endless.completions] == out.tokens
+    assert len(set(map(tuple, out.tokens))) > GROUP
+    assert endless.prompts == [tuple(p) for p in repeated]
+
+
+def test_a_completion_ends_with_the_stop_id_that_was_drawn(params, endless):
+    stops = (4, 8, 1)
+    stopped = draw(params, stop_ids=stops).completions
+    cut = [next((n for n, i in enumerate(c) if i in stops), 5) + 1 for c in endless.completions]
+    assert stopped == [c[:end] for c, end in zip(endless.completions, cut, strict=True)]
+    assert len({c[-1] for c in stopped} & set(stops)) > 1
+
+
+def test_tokens_and_mask_are_the_rows_and_the_budget_counts_each_prompt_once(params):
+    out = draw(params, stop_ids=(4, 8))
+    assert out.tokens.shape == (8, 17) and out.mask.shape == (8, 16)
+    for row, (prompt, completion) in enumerate(zip(out.prompts, out.completions, strict=True)):
+        ids = [*prompt, *completion]
+        assert out.tokens[row].tolist() == ids + [0] * (17 - len(ids))
+        counted = [0] * (len(prompt) - 1) + [1] * len(completion)
+        assert out.mask[row].tolist() == counted + [0] * (16 - len(counted))
+    drawn = sum(map(len, out.completions))
+    assert out.budget == Budget(rollout_tokens=2 + 3 + drawn)
+
+
+def test_a_key_decides_and_nothing_compiles_again(params, endless):
+    programs = decoding.decode, decoding.read, decoding.follow
+    before = [program._cache_size() for program in programs]
+    again, other = (draw(params, stop_ids=(), key=jax.random.key(k)) for k in (4, 5))
+    assert again.completions == endless.completions != other.completions
+    draw(params, random_state(CONFIG), [[5, 6, 7, 8], [9]], tokens=3, temperature=0.5)
+    assert [program._cache_size() for program in programs] == before
+
+
+def test_the_held_out_reward_is_that_of_greedy_completions(params):
+    reward = lambda prompt, completion: completion[0]  # noqa: E731
+    choices = {"tokens": TOKENS, "stop_ids": ()}
+    value, budget = held_out_reward(MODEL, params, None, HELD_OUT, reward, **choices)
+    out = generate(MODEL, params, HELD_OUT, temperature=0, **choices)
+    assert value == np.mean([row[0] for row in out.tokens])
+    assert budget == Budget(rollout_tokens=8 * (3 + TOKENS))
+
+
+def test_a_policy_batch_has_the_advantages_of_its_rewards(params, endless):
+    reward = lambda prompt, completion: completion.count(8)  # noqa: E731
+    made = policy_batch(
+        MODEL, params, None, PROMPTS, reward, group=GROUP, tokens=TOKENS, key=KEY, stop_ids=()
+    )
+    expected = np.array([c.count(8) for c in endless.completions], float).reshape(2, GROUP)
+    np.testing.assert_array_equal(made.rewards, expected)
+    np.testing.assert_allclose(
+        made.batch["advantages"], advantages(expected).ravel(), rtol=1e-6, atol=1e-7
+    )
+    np.testing.assert_array_equal(made.batch["tokens"], endless.tokens)
+    assert made.budget == endless.budget and not made.uniform
+
+
+def sevens(prompt, completion):
+    """How much of a completion is the id 7."""
+    return completion.count(7) / len(completion)
+
+
+def prompts_at(step):
+    return [[1 + step % 12, 2], [1 + (5 * step) % 12, 3, 2]]
+
+
+LOOP = {"tokens": 4, "key": KEY, "group": GROUP, "stop_ids": ()}
+STEP_TOKENS = 2 + 3 + 8 * 4
+LOOK_TOKENS = 8 * (3 + 4)
+
+
+@pytest.fixture(scope="module")
+def improved(params):
+    """Fifteen steps of GRPO, and the states behind them."""
+    states = []
+    keep = lambda entry, state: states.append(jax.tree.map(np.array, state))  # noqa: E731
+    choices = {"held_out": HELD_OUT, "evaluate_every": 5, "learning_rate": 0.5, "on_step": keep}
+    before = jax.tree.map(np.array, params)
+    out = grpo(MODEL, params, prompts_at, sevens, steps=15, stop_reward=2.0, **choices, **LOOP)
+    jax.tree.map(np.testing.assert_array_equal, before, params)
+    return out, states
+
+
+def test_grpo_raises_a_reward_that_can_be_checked(improved):
+    history = improved[0].history
+    seen = [entry["held_out"] for entry in history if "held_out" in entry]
+    print(f"held-out reward {seen}; {improved[0].budget}")
+    assert [entry["step"] for entry in history if "held_out" in entry] == [0, 5, 10, 15]
+    assert seen[-1] > seen[0] + 0.4
+
+
+def test_only_the_wkv_state_moves(improved):
+    state = improved[0].state
+    assert np.abs(state.wkv).max() > 0.5
+    assert not np.any(state.att_shift) and not np.any(state.ffn_shift)
+
+
+def test_the_budget_of_grpo_is_what_was_read_drawn_and_differentiated(improved):
+    updates = int(sum(entry.get("updated", 0) for entry in improved[0].history))
+    assert updates > 10
+    expected = Budget(
+        rollout_tokens=15 * STEP_TOKENS + 4 * LOOK_TOKENS,
+        gradient_tokens=updates * 4 * (2 + 4 - 1 + 3 + 4 - 1),
+    )
+    assert improved[0].budget == expected
+
+
+def test_a_step_depends_on_the_key_its_number_and_the_state_alone(params, improved):
+    out, states = improved
+    choices = LOOP | {"key": jax.random.fold_in(KEY, 3)}
+    again = policy_batch(MODEL, params, states[2], prompts_at(3), sevens, **choices)
+    assert again.rewards.mean() == out.history[3]["reward"] > 0
+
+
+def test_uniform_groups_make_no_update(params):
+    same = lambda prompt, completion: len(prompt)  # noqa: E731
+    out = grpo(MODEL, params, prompts_at, same, steps=3, stop_reward=9.0, **LOOP)
+    assert [entry["updated"] for entry in out.history] == [0, 0, 0]
+    assert not np.any(out.state.wkv)
+    assert out.budget == Budget(rollout_tokens=3 * STEP_TOKENS)
+
+
+def test_grpo_ends_when_the_reward_is_enough(params):
+    enough = lambda prompt, completion: 1.0  # noqa: E731
+    out = grpo(MODEL, params, prompts_at, enough, evaluate_every=3, **LOOP)
+    assert len(out.history) == 3
+    out = grpo(MODEL, params, prompts_at, enough, held_out=HELD_OUT, **LOOP)
+    assert out.history == [{"step": 0, "held_out": 1.0}]
+    assert out.budget == Budget(rollout_tokens=LOOK_TOKENS)
+
+
+def test_expert_iteration_learns_what_it_wrote_itself_and_the_reward_approved(params):
+    choices = {"rounds": 5, "keep_reward": 0.5, "updates": 5, "batch_size": 8}
+    choices |= {"held_out": HELD_OUT, "learning_rate": 0.5}
+    out = expert_iteration(MODEL, params, prompts_at, sevens, **choices, **LOOP)
+    seen = [entry["held_out"] for entry in out.history]
+    print(f"held-out reward {seen}; {out.budget}")
+    assert seen[-1] > seen[0] + 0.2
+    assert len(set(out.traces)) == len(out.traces) == out.history[-2]["kept"]
+    assert all(sevens(trace.prompt, trace.completion) >= 0.5 for trace in out.traces)
+    assert out.budget.rollout_tokens == 5 * STEP_TOKENS + 6 * LOOK_TOKENS
+
+
+def test_a_state_distils_traces(params):
+    traces = [Trace((1, n), (7, n, 7, 0)) for n in range(2, 9)]
+    out = distil(MODEL, params, traces, steps=30, batch_size=8, length=16)
+    nats = [entry["loss_nats"] for entry in out.history]
+    print(f"nats {nats[0]:.3g} -> {nats[-1]:.3g}")
+    assert nats[-1] < 0.6 * nats[0]
+    assert out.budget == Budget(gradient_tokens=30 * 8 * 5)
+
+
+@pytest.mark.slow
+def test_an_anchor_keeps_the_state_near_the_base_and_is_counted(params):
+    rng, drift = np.random.default_rng(0), []
+    text = rng.integers(0, CONFIG.vocab_size, (4, 17)).astype(np.int32)
+    for weight in (1e-6, 10.0):
+        anchor = {"anchor": weight, "anchor_at": lambda step: text, "learning_rate": 0.5}
+        out = grpo(MODEL, params, prompts_at, sevens, steps=8, kl=0.01, **anchor, **LOOP)
+        updated = [entry for entry in out.history if entry["updated"]]
+        drift.append(updated[-1]["anchor_nats"])
+        assert updated[-1]["kl_nats"] > 0
+        assert out.budget.gradient_tokens == len(updated) * (44 + 4 * 16)
+    assert drift[1] < 0.5 * drift[0]
+
+
+@pytest.mark.slow
+def test_an_upscaled_memory_earns_a_reward_while_its_features_stand_still(params):
+    text = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (8, 33)).astype(np.int32)
+    start = upscale(MODEL, params, text, size=24)
+    choices = {"leaves": ("memory",), "learning_rate": 0.5, "stop_reward": 2.0}
+    out = grpo(
+        MODEL,
+        params,
+        prompts_at,
+        sevens,
+        state=start,
+        steps=30,
+        held_out=HELD_OUT,
+        **choices,
+        **LOOP,
+    )
+    seen = [entry["held_out"] for entry in out.history if "held_out" in entry]
+    print(f"held-out reward {seen}")
+    assert seen[-1] > seen[0] + 0.1
+    assert np.abs(out.state.upscaled.memory).max() > 0.5 and not np.any(out.state.wkv)
+    features = start.upscaled.features, out.state.upscaled.features
+    jax.tree.map(np.testing.assert_array_equal, *features)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"group": 0}, ValueError, "`group` must be at least 1"),
+        ({"tokens": 0}, ValueError, "`tokens` must be at least 1"),
+        ({"length": 7}, ValueError, "`length` must be at least 8"),
+        ({"key": None}, ValueError, "`key` must be given unless `temperature` is 0"),
+        ({"key": 7}, TypeError, "`key` must be a random key; got int"),
+        ({"temperature": -1.0}, ValueError, "`temperature` must be from 0"),
+        ({"stop_ids": (13,)}, ValueError, "`stop_ids` must hold ids .* got 13"),
+        ({"prompts": [[1], [2, -1]]}, ValueError, "`prompts` row 1 must hold ids"),
+        ({"prompts": [[1.5]]}, TypeError, "`prompts` row 0 must hold integers"),
+    ],
+)
+def test_rollouts_that_cannot_be_are_refused(params, unchecked, change, error, message):
+    with pytest.raises(error, match=f"rollouts: {message}"):
+        draw(params, **change)
+
+
+def test_loops_that_cannot_be_are_refused(params, unchecked):
+    for change, error, message in [
+        ({"group": 1}, ValueError, "`group` must be at least 2"),
+        ({"steps": -1}, ValueError, "`steps` must be at least 0"),
+        ({"anchor": 1.0}, ValueError, "`anchor` and `anchor_at` go together"),
+        ({"reward": 3}, TypeError, "`reward` must be a function; got int"),
+        ({"prompts_at": [[1]]}, TypeError, "`prompts_at` must be a function; got list"),
+        ({"state": init_state(CONFIG, 2)}, ValueError, r"`state\.att_shift` must have shape"),
+    ]:
+        arguments = {"prompts_at": prompts_at, "reward": sevens} | LOOP | change
+        with pytest.raises(error, match=f"grpo: {message}"):
+            grpo(MODEL, params, **arguments)
+    with pytest.raises(ValueError, match="`reward` of prompt 1 must be finite; got nan"):
+        grpo(MODEL, params, prompts_at, lambda p, c: 1.0 if len(p) == 2 else np.nan, **LOOP)
+    with pytest.raises(ValueError, match="expert_iteration: `updates` must be at least 1"):
+        expert_iteration(MODEL, params, prompts_at, sevens, updates=0, **LOOP)
+    with pytest.raises(ValueError, match=r"distil: `tokens` must be .* got 13"):
+        distil(MODEL, params, [Trace((1,), (13,))])
+    with pytest.raises(ValueError, match="distil: `traces` must hold a trace"):
+        distil(MODEL, params, [])

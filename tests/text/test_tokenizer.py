@@ -1,0 +1,167 @@
+"""Both vocabularies: ids against two other tokenizers and brute force, any bytes both ways."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rwkv7_jax.text.tokenizer import Tokenizer, parse_vocabulary
+
+WORLD = Tokenizer.world()
+TEXTS = [
+    "",
+    " ",
+    "Hello, world!",
+    "\r\n\t\n\n\n",
+    "The quick brown fox   jumps over 12345 lazy dogs.",
+    "def f(x):\n    return x ** 2\n",
+    "Käse, façade, naïve, Ωmega, Привет, 你好,世界, 日本語のテキスト, 한국어, العربية",
+    "👩‍👩‍👧‍👦🏳️‍🌈 emoji",
+    "User: hi\n\nAssistant:",
+    "a" * 100 + " " * 100 + "-" * 100,
+    "\x00\x01\x7f",
+    "<|endoftext|>",
+]
+
+
+ENTRIES = {WORLD.token_bytes(i): i for i in range(1, 65530)}
+LONGEST = max(map(len, ENTRIES))
+
+
+def brute_force(data: bytes) -> list[int]:
+    """The longest entry at every place, by trying all lengths."""
+    out, place = [], 0
+    while place < len(data):
+        size = next(n for n in range(LONGEST, 0, -1) if data[place : place + n] in ENTRIES)
+        out.append(ENTRIES[data[place : place + size]])
+        place += size
+    return out
+
+
+def random_bytes(count: int, seed: int):
+    """Strings of bytes, of pieces of entries, and of both."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        pieces = [rng.bytes(rng.integers(1, 9)) for _ in range(rng.integers(1, 9))]
+        pieces += [WORLD.token_bytes(int(i)) for i in rng.integers(1, 65530, rng.integers(9))]
+        rng.shuffle(pieces)
+        yield b"".join(pieces)
+
+
+def test_ids_are_the_longest_entries():
+    for data in [text.encode() for text in TEXTS] + list(random_bytes(50, seed=0)):
+        assert WORLD.encode(data) == brute_force(data)
+
+
+@pytest.mark.slow
+def test_ids_are_those_of_the_official_package_and_of_the_rust_one():
+    pytest.importorskip("rwkv", reason="the oracle extra is not installed")
+    fast = pytest.importorskip("pyrwkv_tokenizer", reason="the oracle extra is not installed")
+    import rwkv
+    from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
+
+    trie = TRIE_TOKENIZER(f"{rwkv.__path__[0]}/rwkv_vocab_v20230424.txt")
+    rust = fast.RWKVTokenizer()
+    for text in TEXTS:
+        assert WORLD.encode(text) == trie.encode(text) == list(rust.encode(text))
+    for data in random_bytes(300, seed=1):
+        assert WORLD.encode(data) == trie.encodeBytes(data)
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [WORLD, pytest.param(Tokenizer.bytes(), marks=pytest.mark.slow)],
+    ids=["world", "bytes"],
+)
+def test_f11_ten_thousand_random_byte_strings_come_back(tokenizer):
+    for data in random_bytes(10_000, seed=2):
+        assert tokenizer.decode_bytes(tokenizer.encode(data)) == data
+
+
+@pytest.mark.parametrize("tokenizer", [WORLD, Tokenizer.bytes()], ids=["world", "bytes"])
+def test_ids_do_not_depend_on_how_the_bytes_were_cut(tokenizer):
+    random = np.random.default_rng(3)
+    # Long runs of spaces and marks are single ids: a cut inside of one must not show.
+    text = b"".join(random.choice([b" " * 130, b"the words ", b"-" * 70, b"\xff\xe2", b"\n"], 99))
+    for _ in range(20):
+        cuts = np.sort(random.integers(0, len(text), random.integers(1, 40)))
+        chunks = [part.tobytes() for part in np.split(np.frombuffer(text, np.uint8), cuts)]
+        found = list(tokenizer.encode_chunks(chunks))
+        assert np.concatenate(found).tolist() == tokenizer.encode(text)
+    assert list(tokenizer.encode_chunks([])) == list(tokenizer.encode_chunks([b""])) == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_any_text_comes_back(text):
+    assert WORLD.decode(WORLD.encode(text)) == text
+
+
+def test_the_vocabulary_is_whole():
+    assert WORLD.vocab_size == 65536
+    spelt = [WORLD.token_bytes(i) for i in range(65536)]
+    assert spelt[0] == b"" and spelt[1:257] == [bytes([i]) for i in range(256)]
+    assert len(set(spelt[1:65530])) == 65529 and not any(spelt[65530:])
+    assert WORLD.encode("\n\n") == [261]
+
+
+def test_small_models_have_the_first_ids_of_the_large_vocabulary():
+    small = Tokenizer.bytes()
+    assert small.encode("Hé") == [73, 196, 170]
+    assert all(small.token_bytes(i) == WORLD.token_bytes(i) for i in range(257))
+    with pytest.raises(ValueError, match="below 257; got 257"):
+        small.token_bytes(257)
+
+
+def test_bytes_that_are_no_utf8_are_replaced_in_text():
+    assert WORLD.decode(WORLD.encode(b"a\xffb")) == "a\ufffdb"
+
+
+def test_token_0_is_never_encoded_and_spells_nothing():
+    assert 0 not in WORLD.encode(b"\x00" * 9)
+    assert WORLD.decode([0, 34, 0]) == WORLD.decode([34])
+
+
+@pytest.mark.parametrize("wrong", [-1, 65530, 65535, 65536, 10**9])
+def test_an_id_without_an_entry_is_named_with_its_position(wrong):
+    with pytest.raises(ValueError, match=rf"got {wrong} at position 2"):
+        WORLD.decode([33, 34, wrong, 35])
+
+
+@pytest.mark.parametrize("text", [None, 3, ["a"]])
+def test_only_text_is_encoded(text, unchecked):
+    with pytest.raises(TypeError, match="`text` must be str or bytes; got"):
+        WORLD.encode(text)
+
+
+def test_half_a_surrogate_pair_is_refused():
+    with pytest.raises(ValueError, match="lone surrogate at character 2"):
+        WORLD.encode("ab\ud800")
+
+
+@pytest.mark.parametrize(
+    ("size", "name"), [(257, "bytes"), (65536, "world"), (65530, "world"), (65529, "world")]
+)
+def test_a_models_vocabulary_gives_its_tokenizer(size, name):
+    if size == 65529:
+        with pytest.raises(ValueError, match="got 65529"):
+            Tokenizer.for_vocabulary(size)
+    else:
+        assert Tokenizer.for_vocabulary(size).name == name
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        ("1 'a' 1\nx 'b' 1", "line 2 is no entry"),
+        ("1 'a' 2", "line 1 says 2 bytes; got 1"),
+        ("1 'ä' 1", "line 1 says 1 bytes; got 2"),
+    ],
+)
+def test_a_damaged_vocabulary_file_is_refused(lines, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        parse_vocabulary(lines)
+
+
+def test_entries_are_text_or_bytes_and_line_ends_do_not_matter():
+    assert parse_vocabulary("1 'ä b' 4\r\n2 b'\\xff' 1\r\n") == {1: "ä b".encode(), 2: b"\xff"}

@@ -1,0 +1,80 @@
+"""Decorrelated training of weights: whose inputs are looked at, and that it learns."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_models import QUICK, lively, tokens
+from tiny_models import SCANNED as CONFIG
+from tolerances import SAME, assert_close
+
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import init_state
+from rwkv7_jax.optim.decorrelation import decorrelate
+from rwkv7_jax.training.losses import pretrain_loss
+from rwkv7_jax.training.projection_statistics import INPUTS, layer_statistics, projections
+from rwkv7_jax.training.train_step import TrainState, make_train_step
+
+MODEL = RWKV7(CONFIG)
+BATCH = {"tokens": np.asarray(tokens(5, 24)), "mask": np.ones((5, 23), np.float32)}
+STATISTICS = jax.jit(layer_statistics(MODEL, rows=3))
+
+
+@pytest.fixture(scope="module")
+def found():
+    """The statistics of one batch."""
+    return STATISTICS(lively(), BATCH)
+
+
+def test_exactly_the_projections_have_statistics(found):
+    flags = jax.tree.leaves(projections(lively()))
+    given = jax.tree.structure(lively()).flatten_up_to(found)
+    assert flags == [leaf is not None for leaf in given]
+    assert sum(flags) == 2 * len(INPUTS)
+
+
+def test_a_second_moment_is_that_of_what_the_matrix_multiplies(found):
+    # Adding a matrix to a projection's weight changes its outputs by that matrix times its inputs;
+    # the mean square of the change is tr(A C A^T).
+    ids, start = jnp.asarray(BATCH["tokens"][:3, :-1]), init_state(CONFIG, 3)
+    change = jax.random.normal(jax.random.key(0), (CONFIG.ffn_width, CONFIG.width))
+    apply = jax.jit(MODEL.apply, static_argnames="method")
+    *_, trace = apply({"params": lively()}, ids, start, method="trace")
+    moved = jnp.einsum("oi,lbti->lbto", change, trace["ffn_key_input"])
+    moments = jnp.concatenate(
+        [
+            found["layer_0"]["ffn"]["key"]["weight"][None],
+            found["layers"]["ffn"]["key"]["weight"],
+        ]
+    )
+    expected = jnp.einsum("oi,lij,oj->l", change, moments, change)
+    assert_close(jnp.mean(jnp.sum(moved**2, -1), (1, 2)), expected, SAME["model"], "square")
+
+
+@pytest.mark.parametrize(
+    ("config", "block"),
+    [(QUICK, "layer_0"), pytest.param(CONFIG, "layers", marks=pytest.mark.slow)],
+    ids=["shallow", "deep"],
+)
+def test_training_by_dbp_follows_and_keeps_what_is_no_projection_on_its_inner_optimizer(
+    config, block
+):
+    tx = decorrelate(optax.sgd(1e-2), mask=projections)
+    model, params = RWKV7(config), lively(config)
+    statistics, loss = layer_statistics(model, rows=3), pretrain_loss(model, l2wrap=0.0)
+    step = make_train_step(loss, tx, statistics=statistics)
+    plain = make_train_step(loss, optax.sgd(1e-2))
+    one, first = step(TrainState.create(params, tx), BATCH)
+    two, _ = plain(TrainState.create(params, optax.sgd(1e-2)), BATCH)
+    same = jax.tree.map(
+        lambda a, b: np.allclose(a, b, rtol=1e-5, atol=1e-6), one.params, two.params
+    )
+    # Where the gradient is turned it differs, and nowhere else.
+    turned = jax.tree.map(lambda equal: not equal, same)
+    assert jax.tree.leaves(turned) == jax.tree.leaves(projections(params))
+    for _ in range(5):
+        one, last = step(one, BATCH)
+    assert float(last["loss"]) < float(first["loss"])
+    whitener = one.opt_state.whitener[block]["att"]["key"]["weight"]
+    assert np.abs(np.asarray(whitener) - np.eye(config.width)).max() > 0.01

@@ -1,0 +1,145 @@
+"""The training step: accumulation, skipped updates, no second compilation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.tree_util import Partial
+from tiny_models import lively, random_state, tokens
+from tolerances import SAME, assert_close, assert_trees_close
+
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.training.losses import pretrain_loss
+from rwkv7_jax.training.train_step import TrainState, make_eval_step, make_train_step
+from rwkv7_jax.tuning.state_tuning import state_loss
+
+# One layer: gradients through scanned layers take three times as long to compile.
+CONFIG = RWKV7Config(
+    vocab_size=13, num_layers=1, width=32, head_size=16, ffn_width=48, implementation="scan"
+)
+LOSS = pretrain_loss(RWKV7(CONFIG))
+# Rows that count 6, 1, 0 and 3 targets: micro-batches of different weight, one of them empty.
+MASK = jnp.asarray([[1] * 6, [0, 1, 0, 0, 0, 0], [0] * 6, [1, 0, 1, 0, 1, 0]], jnp.float32)
+BATCH = {"tokens": tokens(4, 7, CONFIG), "mask": MASK}
+PLAIN = optax.sgd(1.0)
+
+
+@functools.cache
+def step(accumulate=1):
+    """A step whose update is minus the gradient."""
+    return make_train_step(LOSS, PLAIN, accumulate=accumulate)
+
+
+@functools.cache
+def one_batch():
+    """The state and metrics after one step on the batch in one piece."""
+    return step()(TrainState.create(lively(CONFIG), PLAIN), BATCH)
+
+
+@pytest.mark.parametrize("accumulate", [pytest.param(2, marks=pytest.mark.slow), 4])
+def test_micro_batches_make_the_gradient_of_the_whole_batch(accumulate):
+    train, metrics = step(accumulate)(TrainState.create(lively(CONFIG), PLAIN), BATCH)
+    whole, expected = one_batch()
+    gradients = [jax.tree.map(jnp.subtract, lively(CONFIG), x.params) for x in (train, whole)]
+    flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in gradients]
+    assert_close(*flat, SAME["micro-batches"], "gradient")
+    for name in ("loss", "loss_nats", "grad_norm"):
+        assert_close(metrics[name], expected[name], SAME["micro-batches"], name)
+
+
+def test_accumulation_that_does_not_divide_the_batch_is_refused():
+    sentence = "make_train_step: `accumulate` must divide the batch of 4 rows; got 3."
+    with pytest.raises(ValueError) as caught:
+        step(3)(TrainState.create(lively(CONFIG), PLAIN), BATCH)
+    assert str(caught.value) == sentence
+
+
+def test_the_step_descends_along_the_gradient_of_the_loss():
+    train, metrics = one_batch()
+    (value, _), grads = jax.jit(jax.value_and_grad(LOSS, has_aux=True))(lively(CONFIG), BATCH)
+    assert_close(metrics["loss"], value, SAME["model"], "loss")
+    assert_trees_close(
+        train.params, jax.tree.map(jnp.subtract, lively(CONFIG), grads), SAME["model"]
+    )
+    assert (int(train.step), int(train.skipped)) == (1, 0)
+
+
+def square(params, batch):
+    """A loss that is not finite where the batch is not."""
+    loss = jnp.sum(jnp.square(params["x"])) * jnp.mean(batch["tokens"])
+    return loss, {"loss_nats": loss}
+
+
+def small(value):
+    """A batch of two rows of numbers."""
+    return {"tokens": jnp.full((2, 3), value, jnp.float32), "mask": jnp.ones((2, 2))}
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_an_update_that_is_not_finite_is_left_out_bit_for_bit(bad):
+    tx = optax.adam(0.1)
+    run = make_train_step(square, tx)
+    train, _ = run(TrainState.create({"x": jnp.arange(3.0)}, tx), small(1.0))
+    before = jax.tree.map(np.asarray, (train.params, train.opt_state))
+    train, metrics = run(train, small(bad))
+    jax.tree.map(np.testing.assert_array_equal, (train.params, train.opt_state), before)
+    assert (int(train.step), int(train.skipped)) == (2, 1)
+    assert not np.isfinite(metrics["loss"])
+    train, _ = run(train, small(1.0))
+    assert not np.array_equal(train.params["x"], before[0]["x"])
+
+
+def test_one_micro_batch_that_is_not_finite_leaves_the_whole_update_out():
+    tx, batch = optax.adam(0.1), small(1.0)
+    batch["tokens"] = batch["tokens"].at[1].set(jnp.nan)
+    run = make_train_step(square, tx, accumulate=2)
+    train, _ = run(TrainState.create({"x": jnp.arange(3.0)}, tx), batch)
+    np.testing.assert_array_equal(train.params["x"], np.arange(3.0))
+    assert (int(train.step), int(train.skipped)) == (1, 1)
+
+
+@pytest.mark.slow
+def test_micro_batches_make_the_gradient_of_an_anchored_state():
+    """The anchor counts every token of its own rows, the loss those of the mask."""
+    model = RWKV7(CONFIG)
+    loss = state_loss(model, lively(CONFIG), anchor=0.5, l2wrap=1e-2)
+    start = random_state(CONFIG)
+    batch = BATCH | {"anchor": tokens(4, 7, CONFIG, seed=1)}
+    ends = []
+    for accumulate in (1, 4):
+        train = TrainState.create(start, PLAIN)
+        train, metrics = make_train_step(loss, PLAIN, accumulate=accumulate)(train, batch)
+        ends.append((start.wkv - train.params.wkv, metrics["loss"], metrics["anchor_nats"]))
+    for whole, pieces in zip(*ends, strict=True):
+        assert_close(pieces, whole, SAME["micro-batches"])
+
+
+def test_the_second_step_does_not_compile_and_large_arrays_are_arguments():
+    traces = []
+
+    def loss(frozen, params, batch):
+        traces.append(1)
+        return square({"x": params["x"] * frozen}, batch)
+
+    tx = optax.adam(0.1)
+    run = make_train_step(Partial(loss, jnp.ones(3)), tx)
+    train = TrainState.create({"x": jnp.ones(3)}, tx)
+    for value in (1.0, 2.0, 3.0):
+        train, _ = run(train, small(value))
+    assert len(traces) == 1
+
+
+def test_create_copies_so_that_the_callers_weights_survive_the_step():
+    params = {"x": jnp.arange(3.0)}
+    make_train_step(square, PLAIN)(TrainState.create(params, PLAIN), small(1.0))
+    np.testing.assert_array_equal(params["x"], np.arange(3.0))
+
+
+def test_evaluation_reports_the_metrics_of_the_same_loss():
+    assert_close(
+        make_eval_step(LOSS)(lively(CONFIG), BATCH)["loss_nats"], one_batch()[1]["loss_nats"], 1e-6
+    )

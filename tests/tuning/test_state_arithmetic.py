@@ -1,0 +1,105 @@
+"""Start states as adapters: what mixtures are, and what holds something."""
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import CONFIG, random_state
+from upscaled_states import SIZE, empty_state, filled
+
+from rwkv7_jax.model.state import init_state, repeat
+from rwkv7_jax.tuning.state_arithmetic import capacity, mix, scaled
+
+
+@pytest.fixture(scope="module")
+def empty():
+    """Every test takes such states, so that all share the compiled programs."""
+    return empty_state()
+
+
+def equal(one, two):
+    return jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), one, two))
+
+
+def test_a_mixture_of_one_is_the_state_itself(empty):
+    for state in (random_state(), filled(empty)):
+        assert equal(mix([state], [1.0]), state)
+
+
+def test_an_interpolation_ends_at_its_states(empty):
+    one, two = filled(empty, 1), filled(empty, 2)
+    assert equal(mix([one, two], [1.0, 0.0]), one) and equal(mix([one, two], [0.0, 1.0]), two)
+
+
+def test_mixtures_are_linear():
+    one, two, three = (random_state(seed=seed) for seed in range(3))
+    at_once = mix([one, two, three], [0.5, -0.25, 2.0])
+    nested = mix([mix([one, two], [1.0, -0.5]), three], [0.5, 2.0])
+    for a, b in zip(jax.tree.leaves(at_once), jax.tree.leaves(nested), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_a_scaled_state_is_a_mixture_of_one(empty):
+    for state in (random_state(), filled(empty)):
+        assert equal(mix([state], [0.3]), scaled(state, 0.3))
+
+
+def test_memories_are_mixed_and_their_features_stay(empty):
+    one, two = filled(empty, 1), filled(empty, 2)
+    mixed = mix([one, two], [0.5, 0.5]).upscaled
+    wanted = 0.5 * (one.upscaled.memory + two.upscaled.memory)
+    np.testing.assert_allclose(mixed.memory, wanted, rtol=1e-6, atol=1e-7)
+    assert equal(mixed.features, empty.upscaled.features)
+
+
+def with_upscaled(state, **changes):
+    return state.replace(upscaled=state.upscaled.replace(**changes))
+
+
+def with_features(state, **changes):
+    return with_upscaled(state, features=state.upscaled.features.replace(**changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda s: s.replace(upscaled=None), r"`states\[1\]` must have an upscaled memory if and"),
+        (lambda s: s.replace(wkv=s.wkv[:2]), r"`states\[1\].wkv` must have the shape of"),
+        (lambda s: repeat(s, 2), r"`states\[1\]` must hold one sequence; got 2"),
+        (lambda s: with_upscaled(s, dynamics="decay"), r"dynamics` must be .*static; got decay"),
+        (lambda s: with_features(s, kind="fourier"), r"kind` must be .*gaussian; got fourier"),
+        (
+            lambda s: with_features(s, landmarks=s.upscaled.features.landmarks + 1),
+            r"`states\[1\].upscaled.features.landmarks` must equal states\[0\]'s; it differs",
+        ),
+        (lambda s: with_features(s, map=None), r"features.map` must equal states\[0\]'s"),
+        (
+            lambda s: with_upscaled(s, memory=s.upscaled.memory[..., :-1]),
+            r"`states\[1\].upscaled.memory` must be states\[0\]'s, \(3, 1, 2, 32, 24\)",
+        ),
+    ],
+)
+def test_states_that_do_not_fit_are_refused_by_name(empty, change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        mix([empty, change(empty)], [0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("states", "weights", "sentence"),
+    [
+        (1, [], "got 0 weights and 1 states"),
+        (0, [], "got 0 weights and 0 states"),
+        (1, [float("nan")], "`weights` must be finite; got nan"),
+    ],
+)
+def test_weights_are_one_a_state_and_finite(states, weights, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        mix([random_state()] * states, weights)
+
+
+def test_capacity_counts_what_holds_something(empty):
+    wkv, memory = 3 * 2 * 32 * 32, 3 * 2 * 32 * SIZE
+    assert capacity(random_state()).trained == capacity(init_state(CONFIG)).trained == wkv
+    assert capacity(empty).trained == capacity(filled(empty)).trained == memory
+    both = capacity(filled(empty).replace(wkv=random_state().wkv))
+    assert (both.wkv, both.memory, both.trained) == (wkv, memory, wkv + memory)
+    assert both.facts == ((wkv + memory) // 35, (wkv + memory) // 20)

@@ -1,0 +1,273 @@
+"""Tuning a start state: what moves, what cannot."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import RWKV7State, init_state, repeat
+from rwkv7_jax.training.losses import next_token_loss, pretrain_loss
+from rwkv7_jax.training.train_step import TrainState, make_train_step
+from rwkv7_jax.tuning.read_statistics import memory_reads, start_reads, state_statistics
+from rwkv7_jax.tuning.state_arithmetic import scaled, spectra
+from rwkv7_jax.tuning.state_tuning import moving, state_loss
+from rwkv7_jax.tuning.upscaling import upscale
+
+# Sizes that no activation shares, so that a weight's gradient can be recognised by its shape.
+SIZES = {"vocab_size": 75, "num_layers": 3, "width": 48, "head_size": 16, "ffn_width": 136}
+CONFIG = RWKV7Config(**SIZES, implementation="scan")
+# A gradient through one layer compiles three times as fast as through layers that are scanned.
+SHALLOW = dataclasses.replace(CONFIG, num_layers=1)
+ROWS, TOKENS = 2, 21
+sizes = pytest.mark.parametrize(
+    "config", [SHALLOW, pytest.param(CONFIG, marks=pytest.mark.slow)], ids=["shallow", "deep"]
+)
+
+
+def perturbed(tree, seed: int, size: float):
+    leaves, form = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    draws = [
+        x + size * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(form, draws)
+
+
+@functools.cache
+def weights(config):
+    tokens, start = jnp.zeros((1, 1), jnp.int32), init_state(config)
+    init = jax.jit(lambda key: RWKV7(config).init(key, tokens, start)["params"])
+    return perturbed(init(jax.random.key(0)), 1, 0.1)
+
+
+@pytest.fixture(scope="module")
+def shallow():
+    """A model of one layer and its weights."""
+    return RWKV7(SHALLOW), weights(SHALLOW)
+
+
+def rows():
+    tokens = np.random.default_rng(2).integers(0, CONFIG.vocab_size, (ROWS, TOKENS + 1))
+    return {"tokens": tokens.astype(np.int32), "mask": np.ones((ROWS, TOKENS), np.float32)}
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return rows()
+
+
+TX = optax.adam(0.1)
+
+
+@pytest.fixture(scope="module")
+def step(shallow):
+    return make_train_step(state_loss(*shallow), TX)
+
+
+@pytest.fixture(scope="module")
+def tuned(step, batch):
+    """Two steps of tuning, with the metrics of the second."""
+    train = TrainState.create(init_state(SHALLOW), TX)
+    train, _ = step(train, batch)
+    return step(train, batch)
+
+
+def test_only_the_wkv_state_moves(tuned):
+    train, _ = tuned
+    assert float(jnp.abs(train.params.wkv).max()) > 0.05
+    assert float(jnp.abs(train.params.att_shift).max()) == 0.0
+    assert float(jnp.abs(train.params.ffn_shift).max()) == 0.0
+
+
+def test_the_shift_states_move_when_they_are_asked_to(shallow, batch):
+    loss = state_loss(*shallow, leaves=("wkv", "att_shift", "ffn_shift"))
+    grads = jax.jit(jax.grad(lambda s: loss(s, batch)[0]))(init_state(SHALLOW))
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(grads))
+
+
+def test_tuning_leaves_the_weights_bit_equal(step, shallow, batch):
+    before = jax.tree.map(lambda leaf: np.array(leaf, copy=True), shallow[1])
+    step(TrainState.create(init_state(SHALLOW), TX), batch)
+    jax.tree.map(np.testing.assert_array_equal, before, shallow[1])
+
+
+def test_the_loss_falls(shallow, batch, tuned):
+    _, metrics = tuned
+    base, _ = jax.jit(state_loss(*shallow))(init_state(SHALLOW), batch)
+    assert float(metrics["loss_nats"]) < float(base)
+
+
+@sizes
+def test_a_states_gradient_is_its_finite_difference(config, batch):
+    loss = state_loss(RWKV7(config), weights(config))
+    start = perturbed(init_state(config), 3, 0.3)
+    value = jax.jit(lambda s: loss(s, batch)[0])
+    grads = jax.jit(jax.grad(lambda s: loss(s, batch)[0]))(start)
+    direction = perturbed(jax.tree.map(jnp.zeros_like, start), 4, 1.0)
+    direction = init_state(config).replace(wkv=direction.wkv)
+    move = lambda size: jax.tree.map(lambda x, d: x + size * d, start, direction)  # noqa: E731
+    difference = (float(value(move(1e-2))) - float(value(move(-1e-2)))) / 2e-2
+    product = float(jnp.vdot(grads.wkv, direction.wkv))
+    assert product == pytest.approx(difference, rel=1e-2)
+
+
+def test_the_gradient_is_the_sum_over_rows(shallow, batch):
+    loss = state_loss(*shallow)
+    whole = jax.jit(jax.grad(lambda s: loss(s, batch)[0]))(init_state(SHALLOW)).wkv
+    start = repeat(init_state(SHALLOW), ROWS)
+    by_row = jax.jit(jax.grad(lambda s: next_token_loss(*shallow, s, batch)[0]))(start).wkv
+    np.testing.assert_allclose(by_row.sum(1, keepdims=True), whole, rtol=1e-4, atol=1e-8)
+
+
+def test_the_anchor_is_zero_at_the_base_and_positive_elsewhere(shallow, batch):
+    batch = batch | {"anchor": batch["tokens"]}
+    loss = jax.jit(state_loss(*shallow, anchor=1.0))
+    at_base = loss(init_state(SHALLOW), batch)[1]["anchor_nats"]
+    away = loss(perturbed(init_state(SHALLOW), 5, 0.5), batch)[1]["anchor_nats"]
+    assert abs(float(at_base)) < 1e-6
+    assert float(away) > 1e-4
+
+
+def compiled_text(loss, trainables, batch) -> tuple[str, int]:
+    """The optimised program of a training step, and its temporary bytes."""
+    tx = optax.adam(0.1)
+    step = make_train_step(loss, tx)
+    train = TrainState.create(trainables, tx)
+    compiled = step.func.lower(*step.args, train, batch).compile()
+    return compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
+
+
+@functools.cache
+def program(config):
+    """The compiled step of state tuning, as `compiled_text` gives it."""
+    loss = state_loss(RWKV7(config), weights(config))
+    return compiled_text(loss, init_state(config), rows())
+
+
+def makes_weight_shapes(text: str) -> list[str]:
+    """Matrix products of the program whose result has the shape of a feed-forward weight."""
+    shapes = r"f32\[(?:\d+,)?(?:136,48|48,136)\]"
+    return re.findall(rf"= {shapes}\S* dot\(", text)
+
+
+@sizes
+def test_the_compiled_step_holds_no_weight_gradient(config):
+    (text, temp), params = program(config), weights(config)
+    control, control_temp = compiled_text(pretrain_loss(RWKV7(config)), params, rows())
+    assert makes_weight_shapes(control), "the control program must make weight gradients"
+    assert not makes_weight_shapes(text)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert control_temp - temp > 0.5 * size
+
+
+def test_moments_exist_for_the_state_alone():
+    tx = optax.adam(0.1)
+    train = TrainState.create(init_state(CONFIG), tx)
+    shapes = {leaf.shape for leaf in jax.tree.leaves(train.opt_state)}
+    assert shapes <= {(), *(leaf.shape for leaf in jax.tree.leaves(init_state(CONFIG)))}
+
+
+@sizes
+def test_weights_are_arguments_of_the_compiled_step_not_constants(config):
+    text, _ = program(config)
+    assert not re.search(r"f32\[(?:\d+,)?136,48\]\S* constant\(", text)
+
+
+def test_a_state_scales_between_base_and_tuned():
+    state = perturbed(init_state(CONFIG), 6, 1.0)
+    np.testing.assert_array_equal(scaled(state, 0.25).wkv, 0.25 * state.wkv)
+
+
+def test_spectra_are_the_singular_values():
+    wkv = jnp.zeros_like(init_state(CONFIG).wkv).at[1, 0, 2].set(jnp.diag(jnp.arange(16.0)))
+    state = init_state(CONFIG).replace(wkv=wkv)
+    np.testing.assert_allclose(spectra(state)[1, 2], np.arange(16.0)[::-1])
+    assert spectra(state).shape == (3, 3, 16)
+
+
+def test_an_unknown_leaf_is_refused(shallow):
+    with pytest.raises(ValueError, match=r"state_loss: `leaves` must be among wkv, .*; got 'kv'"):
+        state_loss(*shallow, leaves=("kv",))
+
+
+def test_a_state_survives_the_trees_that_jax_makes_of_it():
+    shapes = jax.eval_shape(lambda: init_state(CONFIG, 2))
+    assert isinstance(shapes, RWKV7State)
+
+
+@functools.cache
+def widened(config):
+    """An upscaled state, M of a head apart from N."""
+    return upscale(RWKV7(config), weights(config), rows()["tokens"], size=20)
+
+
+def test_tuning_a_memory_moves_it_and_nothing_else(shallow, batch):
+    wide = widened(SHALLOW)
+    tx = optax.masked(optax.adam(0.1), moving(wide, ("memory",)))
+    step = make_train_step(state_loss(*shallow, leaves=("memory",)), tx)
+    train, first = step(TrainState.create(wide, tx), batch)
+    train, second = step(train, batch)
+    assert float(second["loss_nats"]) < float(first["loss_nats"])
+    assert float(jnp.abs(train.params.upscaled.memory).max()) > 0.05
+    rest = train.params.replace(upscaled=train.params.upscaled.replace(memory=None))
+    before = wide.replace(upscaled=wide.upscaled.replace(memory=None))
+    jax.tree.map(np.testing.assert_array_equal, rest, before)
+
+
+@sizes
+def test_a_memorys_gradient_is_its_finite_difference(config, batch):
+    wide = widened(config)
+    loss = state_loss(RWKV7(config), weights(config), leaves=("memory",))
+    start = perturbed(wide.upscaled.memory, 3, 0.3)
+    direction = perturbed(jnp.zeros_like(start), 4, 1.0)
+
+    @jax.jit
+    def value(memory):
+        return loss(wide.replace(upscaled=wide.upscaled.replace(memory=memory)), batch)[0]
+
+    up, down = float(value(start + 1e-2 * direction)), float(value(start - 1e-2 * direction))
+    product = float(jnp.vdot(jax.jit(jax.grad(value))(start), direction))
+    assert product == pytest.approx((up - down) / 2e-2, rel=1e-2)
+
+
+@functools.cache
+def traced(config):
+    """What the layers did with the first row."""
+    read = jax.jit(functools.partial(RWKV7(config).apply, method="trace"))
+    ids = rows()["tokens"][:1, :-1]
+    *_, trace = read({"params": weights(config)}, ids, repeat(widened(config), 1))
+    return trace
+
+
+@sizes
+@pytest.mark.parametrize("leaf", ["wkv", "memory"])
+def test_statistics_are_the_second_moments_of_what_memories_are_read_with(batch, leaf, config):
+    """In the last layer the logits' input is linear in the memory; the moments are restated."""
+    wide, model = widened(config), RWKV7(config)
+    statistics = state_statistics(model, weights(config), leaves=(leaf,), rows=1)
+    found = jax.jit(statistics)(wide, batch)
+    parts = {name: part[-1] for name, part in traced(config).items()}
+    if leaf == "wkv":
+        psi, moments = start_reads(parts), found.wkv
+        assert found.upscaled.memory is None
+    else:
+        last = jax.tree.map(lambda x: x[-1], wide.upscaled)
+        psi, moments = memory_reads(last, parts), found.upscaled.memory
+        assert found.wkv is None
+    psi = np.asarray(psi, np.float64)[0]
+    np.testing.assert_allclose(
+        moments[-1, 0], np.einsum("thm,thn->hmn", psi, psi) / TOKENS, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_tuning_a_memory_that_is_not_there_is_refused(shallow, batch):
+    loss = state_loss(*shallow, leaves=("memory",))
+    with pytest.raises(ValueError, match="`leaves` has memory, but the state is not upscaled"):
+        loss(init_state(SHALLOW), batch)
