@@ -19,14 +19,14 @@ from absl import logging
 
 from rwkv7_jax.checkpoints.model_files import model_hash
 from rwkv7_jax.checkpoints.state_files import load_state
-from rwkv7_jax.evaluation.scoring import Answers, Score, answers, score
-from rwkv7_jax.generation.prefill import state_after
+from rwkv7_jax.evaluation.scoring import Answers, Score, score, score_answers
+from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.model.state import RWKV7State, init_state
 from rwkv7_jax.reports import plots as pictures
 from rwkv7_jax.runs import compilation_cache as compile_cache
 from rwkv7_jax.runs import config_flags as command_line
 from rwkv7_jax.runs import datasets as job_data
-from rwkv7_jax.runs.exit_codes import ending
+from rwkv7_jax.runs.exit_codes import exit_with_code
 from rwkv7_jax.runs.modes import base as job
 from rwkv7_jax.runs.settings import Settings, read_settings
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ def starts(settings: Settings, model, params, tokenizer: Tokenizer) -> dict[str,
         for size in settings.evaluation.prompt_tokens:
             prompt = stream[:] if size < 0 else stream[-size:]
             print(f"reading a prompt of {len(prompt):,} tokens", flush=True)
-            rows[f"prompt {len(prompt):,}"] = state_after(model, params, prompt)
+            rows[f"prompt {len(prompt):,}"] = prefill_state(model, params, prompt)
     return rows
 
 
@@ -99,7 +99,9 @@ def evaluate(settings: Settings) -> None:
     for title, path in subjects(settings).items():
         batch = job_data.held_out(settings, tokenizer, path=path)
         if job_data.task_of(path or settings.data.evaluation or settings.data.path):
-            found = {name: answers(model, params, start, batch) for name, start in rows.items()}
+            found = {
+                name: score_answers(model, params, start, batch) for name, start in rows.items()
+            }
             print(task_table(title, found), flush=True)
         else:
             found = {n: score(model, params, start, batch, tokenizer) for n, start in rows.items()}
@@ -119,11 +121,11 @@ def evaluate(settings: Settings) -> None:
 def main(arguments: list[str]) -> None:
     """Read the flags; bad settings and bad data end in one line and exit code 2."""
     logging.set_verbosity(logging.ERROR)
-    with ending("eval.py"):
+    with exit_with_code("eval.py"):
         if len(arguments) > 1:
             raise ValueError(f"unknown argument {arguments[1]!r}.")
         settings = read_settings(command_line.config_values())
-        compile_cache.keep_programs(compile_cache.user_folder())
+        compile_cache.enable_compilation_cache(compile_cache.user_folder())
         evaluate(settings)
 
 

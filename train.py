@@ -20,19 +20,19 @@ from absl import flags, logging
 from rwkv7_jax import sharding as parallel
 from rwkv7_jax.data.token_streams import TokenStream
 from rwkv7_jax.generation.generate import generate
-from rwkv7_jax.optim.optimizer import build_optimizer, group_table, schedule
+from rwkv7_jax.optim.optimizer import build_optimizer, group_table, learning_rate_schedule
 from rwkv7_jax.runs import compilation_cache as compile_cache
 from rwkv7_jax.runs import config_flags as command_line
 from rwkv7_jax.runs import datasets as job_data
 from rwkv7_jax.runs import evaluators as jobs
 from rwkv7_jax.runs import multihost as processes
-from rwkv7_jax.runs.early_stopping import Course
-from rwkv7_jax.runs.exit_codes import Stopped, ending, outlive_readers
-from rwkv7_jax.runs.input_pipeline import Feed
+from rwkv7_jax.runs.early_stopping import RunProgress
+from rwkv7_jax.runs.exit_codes import Stopped, exit_with_code, ignore_broken_pipe
+from rwkv7_jax.runs.input_pipeline import InputPipeline
 from rwkv7_jax.runs.metrics_logger import RunLog
 from rwkv7_jax.runs.modes.base import Job, memory_line, step_flops, step_rows
 from rwkv7_jax.runs.modes.registry import make_job
-from rwkv7_jax.runs.multihost import opened, restored
+from rwkv7_jax.runs.multihost import open_run_directory, restore_and_broadcast
 from rwkv7_jax.runs.profiler import ProfileWindow
 from rwkv7_jax.runs.resume.run_identity import identity_of
 from rwkv7_jax.runs.run_directory import Folder
@@ -69,16 +69,16 @@ class Run:
     tx: optax.GradientTransformation
     stream: TokenStream | None
     anchor: TokenStream | None
-    looks: list[jobs.Look]
+    looks: list[jobs.Evaluator]
     identity: dict[str, dict[str, str]]
     mesh: jax.sharding.Mesh | None
 
 
 def set_up(settings: Settings, folder: Folder) -> Run:
     """Model, optimizer and data of a run."""
-    mesh = parallel.data_mesh(step_rows(settings))
+    mesh = parallel.make_data_mesh(step_rows(settings))
     job, optimizer = make_job(settings, folder.path), settings.optimizer
-    rate = schedule(
+    rate = learning_rate_schedule(
         optimizer.schedule,
         optimizer.learning_rate,
         optimizer.final_learning_rate,
@@ -98,13 +98,13 @@ def set_up(settings: Settings, folder: Folder) -> Run:
         tx=job.optimizer(build_optimizer(rate, **choices)),
         stream=stream,
         anchor=anchor,
-        looks=jobs.looks(settings, job),
+        looks=jobs.make_evaluators(settings, job),
         identity=identity_of(settings, job.model.config, job.tokenizer, **inputs),
         mesh=mesh,
     )
 
 
-def describe(run: Run, state: TrainState, course: Course) -> None:
+def describe(run: Run, state: TrainState, course: RunProgress) -> None:
     """Print what is about to happen."""
     settings, job, start = run.settings, run.job, int(state.step)
     weights = sum(leaf.size for leaf in jax.tree.leaves(job.weights(job.trainables)))
@@ -128,7 +128,11 @@ def describe(run: Run, state: TrainState, course: Course) -> None:
 
 def evaluate(run: Run, state: TrainState, folder: Folder) -> dict[str, float]:
     """Every measure on held-out data, and sample text on the terminal."""
-    job, sample, params = run.job, run.settings.sample, parallel.here(run.mesh, state.params)
+    job, sample, params = (
+        run.job,
+        run.settings.sample,
+        parallel.local_replica(run.mesh, state.params),
+    )
     weights, start = job.weights(params), job.start(params)
     numbers = {name: value for look in run.looks for name, value in look(params).items()}
     line = "  ".join(f"{name} {value:.4f}" for name, value in numbers.items())
@@ -171,14 +175,16 @@ def look_and_save(
     regular = settings.save_every and number % settings.save_every == 0
     if stop.unsaved and (ends or best or regular):
         with log.paused():
-            folder.checkpoints.save(parallel.here(run.mesh, state), log.course, run.identity)
+            folder.checkpoints.save(
+                parallel.local_replica(run.mesh, state), log.course, run.identity
+            )
     if ends:
         folder.checkpoints.close()
         stop.unsaved = False
     return ends
 
 
-def result(run: Run, state: TrainState, course: Course, folder: Folder) -> Any:
+def result(run: Run, state: TrainState, course: RunProgress, folder: Folder) -> Any:
     """The trainables that a run ends with: the last ones, or with patience the best ones."""
     best = course.best[0][1] if run.settings.evaluation.patience and course.best else None
     if best in (None, int(state.step)):
@@ -193,14 +199,14 @@ def train(settings: Settings, folder: Folder, stop: StopSignals) -> None:
         run = set_up(settings, folder)
         job, mesh, pieces = run.job, run.mesh, settings.optimizer.accumulate
         # A restored state is bound to its device; a fresh one, too, so that both run one program.
-        fresh = parallel.everywhere(None, TrainState.create(job.trainables, run.tx))
-        state, course = restored(folder, fresh, run.identity)
+        fresh = parallel.replicate(None, TrainState.create(job.trainables, run.tx))
+        state, course = restore_and_broadcast(folder, fresh, run.identity)
         number = start = int(state.step)
         describe(run, state, course)
-        state = parallel.everywhere(mesh, state)
+        state = parallel.replicate(mesh, state)
         ahead = {"start_step": start, "anchor": run.anchor, "mesh": mesh}
-        feed = Feed(settings, job, run.stream, **ahead)
-        stop.vote = processes.Vote(mesh)
+        feed = InputPipeline(settings, job, run.stream, **ahead)
+        stop.vote = processes.AnyProcess(mesh)
     choices = {"statistics": job.statistics, "accumulate": pieces, "mesh": mesh}
     step = make_train_step(job.loss, run.tx, **choices)
     known = {"rate": run.rate, "flops": step_flops(settings, job.model.config)}
@@ -210,7 +216,7 @@ def train(settings: Settings, folder: Folder, stop: StopSignals) -> None:
     with contextlib.closing(feed), contextlib.closing(log), contextlib.closing(profile):
         while not look_and_save(run, state, number, folder, log, stop):
             profile.before(number + 1)
-            batch, placed = feed(number, parallel.here(mesh, state.params))
+            batch, placed = feed(number, parallel.local_replica(mesh, state.params))
             stop.unsaved = True
             if batch is None:
                 state, metrics = state.replace(step=state.step + 1), None
@@ -221,17 +227,17 @@ def train(settings: Settings, folder: Folder, stop: StopSignals) -> None:
             profile.after(number, state)
             folder.checkpoints.poll()
 
-    processes.part()
+    processes.shutdown()
     if int(state.skipped):
         print(f"warning: {int(state.skipped)} updates were skipped: loss or gradient not finite")
     if stop.requested:
         said = f"step {number} is saved" if number else "nothing was to save"
         folder.note_event(number, "stopped", f"by {stop.requested}")
         raise Stopped(f"stopped by {stop.requested}; {said}. The same command goes on from there.")
-    if not processes.first():
+    if not processes.is_process_0():
         return
     with stop.interruptible():
-        params = result(run, parallel.here(mesh, state), log.course, folder)
+        params = result(run, parallel.local_replica(mesh, state), log.course, folder)
         print(f"saved {job.save(folder.path, params)}")
         draw(folder, settings, job, params, run.stream)
         folder.note_event(number, "finished")
@@ -240,8 +246,8 @@ def train(settings: Settings, folder: Folder, stop: StopSignals) -> None:
 def main(arguments: list[str]) -> None:
     """Read the flags; what users can set right ends in one line and an exit code of its own."""
     logging.set_verbosity(logging.ERROR)
-    outlive_readers()
-    with processes.leaving(), ending("train.py"):
+    ignore_broken_pipe()
+    with processes.exit_on_failure(), exit_with_code("train.py"):
         if len(arguments) > 1:
             raise ValueError(f"unknown argument {arguments[1]!r}.")
         if not _WORKDIR.value:
@@ -249,8 +255,8 @@ def main(arguments: list[str]) -> None:
         settings = read_settings(command_line.config_values())
         which = {"processes": _PROCESSES.value, "process": _PROCESS.value}
         processes.join(_COORDINATOR.value, **which)
-        with StopSignals() as stop, opened(_WORKDIR.value, settings) as folder:
-            compile_cache.keep_programs(compile_cache.user_folder())
+        with StopSignals() as stop, open_run_directory(_WORKDIR.value, settings) as folder:
+            compile_cache.enable_compilation_cache(compile_cache.user_folder())
             train(settings, folder, stop)
 
 

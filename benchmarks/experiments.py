@@ -14,13 +14,13 @@ import optax
 import rwkv7_jax as rwkv
 from benchmarks.lab import DBP, RAW, STANDARD, WHITENED, Method, base, batch, measure, tune
 from rwkv7_jax.data.synthetic_tasks import question_batch
-from rwkv7_jax.observer.evaluation import handover
+from rwkv7_jax.observer.evaluation import evaluate_handover
 from rwkv7_jax.observer.loss import observer_loss
 from rwkv7_jax.observer.observer import init_observer, propose, state_moments
-from rwkv7_jax.test_time.distillation import distil
+from rwkv7_jax.test_time.distillation import distill
 from rwkv7_jax.test_time.grpo import grpo
 from rwkv7_jax.test_time.rollouts import held_out_reward
-from rwkv7_jax.test_time.teacher import collect
+from rwkv7_jax.test_time.teacher import collect_traces
 from rwkv7_jax.tuning.state_arithmetic import scaled
 
 Numbers = dict[str, Any]
@@ -156,7 +156,7 @@ def guidance(seed: int = 0, steps: int = 60) -> Numbers:
     asked = reward.prompts(0, 128, held_out=True)
     prompts = reward.prompts(1, 512)
     told = ord("R") + 1
-    traces, cost = collect(
+    traces, cost = collect_traces(
         *base("large"),
         prompts,
         tokens=6,
@@ -166,7 +166,7 @@ def guidance(seed: int = 0, steps: int = 60) -> Numbers:
         temperature=0.0,
         at_once=128,
     )
-    made = distil(*base("small"), traces, steps=steps, batch_size=64, seed=seed)
+    made = distill(*base("small"), traces, steps=steps, batch_size=64, seed=seed)
     tuned, _ = held_out_reward(*base("small"), made.state, asked, reward, tokens=6)
     budget = dataclasses.asdict(cost + made.budget)
     kept = len(traces) / len(prompts)
@@ -202,7 +202,8 @@ def observing(steps: int = 1000, seed: int = 0, answers: float = 1.0) -> Numbers
     asked = rows(0, rows=256, held_out=True)
     proposed = propose(observer, train.params, asked["tokens"][:, :-1], asked["split"])
     table = {
-        name: found.accuracy for name, found in handover(teacher, weights, proposed, asked).items()
+        name: found.accuracy
+        for name, found in evaluate_handover(teacher, weights, proposed, asked).items()
     }
     unexplained = float(loss(train.params, asked)[1]["fvu"])
     ratio = table["proposed"] / table["wkv"]

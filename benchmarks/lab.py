@@ -17,11 +17,11 @@ import optax
 
 import rwkv7_jax as rwkv
 from rwkv7_jax.data.synthetic_tasks import task_batch
-from rwkv7_jax.evaluation.scoring import Answers, answers
+from rwkv7_jax.evaluation.scoring import Answers, score_answers
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.optim.decorrelation import decorrelate
 from rwkv7_jax.tuning.read_statistics import state_statistics
-from rwkv7_jax.tuning.state_tuning import moving, state_loss
+from rwkv7_jax.tuning.state_tuning import state_loss, trainable_mask
 from rwkv7_jax.tuning.upscaling import upscale
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -96,7 +96,7 @@ def _program(name: str, leaves: tuple[str, ...], online: bool, anchor: float):
     loss = state_loss(model, params, leaves=leaves, anchor=anchor)
 
     def mask(state):
-        return moving(state, leaves)
+        return trainable_mask(state, leaves)
 
     def build(learning_rate):
         adam = _adam(learning_rate)
@@ -163,4 +163,6 @@ def measure(
     """Answers to 256 held-out rows of a task, from a state or from none."""
     model, params = base(name)
     state = rwkv.init_state(model.config) if state is None else state
-    return answers(model, params, state, batch(task, 0, seed=seed, rows=256, held_out=True, **more))
+    return score_answers(
+        model, params, state, batch(task, 0, seed=seed, rows=256, held_out=True, **more)
+    )

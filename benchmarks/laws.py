@@ -15,7 +15,7 @@ import rwkv7_jax as rwkv
 from benchmarks.lab import STANDARD, WHITENED, base, batch, start, tune
 from rwkv7_jax.model import recurrence as upscaling
 from rwkv7_jax.optim.decorrelation import decorrelate
-from rwkv7_jax.tuning.read_statistics import start_reads
+from rwkv7_jax.tuning.read_statistics import initial_state_read_vectors
 
 Numbers = dict[str, Any]
 
@@ -44,7 +44,9 @@ def linearity() -> Numbers:
     def read(state):
         return upscaling.recurrence(parts, state, None, implementation=None, lengths=None)[0]
 
-    wanted = jnp.einsum("bhvk,bthk->bthv", state, start_reads(parts), precision="highest")
+    wanted = jnp.einsum(
+        "bhvk,bthk->bthv", state, initial_state_read_vectors(parts), precision="highest"
+    )
     error = jnp.linalg.norm(read(state) - read(0 * state) - wanted) / jnp.linalg.norm(wanted)
     return {"relative_error": float(error), "passed": float(error) <= 1e-5}
 

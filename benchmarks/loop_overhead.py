@@ -17,7 +17,7 @@ import jax
 
 from benchmarks import record
 from rwkv7_jax.runs import compilation_cache as compile_cache
-from rwkv7_jax.runs.input_pipeline import Feed
+from rwkv7_jax.runs.input_pipeline import InputPipeline
 from rwkv7_jax.runs.run_directory import RunFolder
 from rwkv7_jax.runs.settings import Settings, read_settings
 from rwkv7_jax.runs.signals import StopSignals
@@ -52,19 +52,19 @@ def settings_of(steps: int) -> Settings:
 
 def in_loop(program: dict, settings: Settings) -> Mark:
     """A step's clocks inside train.py's loop: marks are set where it asks for batches."""
-    marks, asked = [], Feed.__call__
+    marks, asked = [], InputPipeline.__call__
 
     def ask(feed, step, trainables):
         marks.append(Mark.now())
         return asked(feed, step, trainables)
 
-    Feed.__call__ = ask
+    InputPipeline.__call__ = ask
     try:
         with tempfile.TemporaryDirectory() as folder:
             with StopSignals() as stop, RunFolder(folder, settings) as place:
                 program["train"](settings, place, stop)
     finally:
-        Feed.__call__ = asked
+        InputPipeline.__call__ = asked
     return marks[WARM - 1].per_step(marks[-1], len(marks) - WARM)
 
 
@@ -73,7 +73,7 @@ def bare(program: dict, settings: Settings) -> Mark:
     with tempfile.TemporaryDirectory() as folder, RunFolder(folder, settings) as place:
         run = program["set_up"](settings, place)
     step = make_train_step(run.job.loss, run.tx)
-    feed = Feed(settings, run.job, run.stream, start_step=0)
+    feed = InputPipeline(settings, run.job, run.stream, start_step=0)
     _, batch = feed(0, None)
     feed.close()
     state = TrainState.create(run.job.trainables, run.tx)
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", default="")
     options = parser.parse_args()
-    compile_cache.keep_programs(compile_cache.user_folder())
+    compile_cache.enable_compilation_cache(compile_cache.user_folder())
     program = runpy.run_path(str(Path("train.py").absolute()), run_name="train_program")
     settings = settings_of(options.steps)
     pairs = [(bare(program, settings), in_loop(program, settings)) for _ in range(options.rounds)]

@@ -28,7 +28,7 @@ import numpy as np
 
 from benchmarks import experiments, laws, record
 from benchmarks.lab import DBP, RAW, STANDARD, WHITENED, base, measure, tune
-from rwkv7_jax.atomic_write import replacing
+from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.reports import plots as pictures
 from rwkv7_jax.runs.progress_bar import ProgressBar
 from rwkv7_jax.test_time.grpo import grpo
@@ -84,7 +84,7 @@ class Cells:
             began = time.monotonic()
             found = make()
             self.known[name] = {"found": found, "seconds": round(time.monotonic() - began, 1)}
-            with replacing(self.path) as file:
+            with atomic_write(self.path) as file:
                 file.write(json.dumps(self.known).encode())
         return self.known[name]
 

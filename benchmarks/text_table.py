@@ -31,10 +31,10 @@ from benchmarks.lab import ASSETS, rate_at
 from benchmarks.paper_table import Cells, rounded
 from rwkv7_jax.data.loading import batch_at, token_stream, windows
 from rwkv7_jax.evaluation.scoring import score
-from rwkv7_jax.generation.prefill import state_after
+from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.reports import plots as pictures
 from rwkv7_jax.tuning.read_statistics import state_statistics
-from rwkv7_jax.tuning.state_tuning import moving, state_loss
+from rwkv7_jax.tuning.state_tuning import state_loss, trainable_mask
 
 STYLES = ("charmaps", "topics-capitals", "c-headers")
 OWN = "stdlib"
@@ -131,7 +131,7 @@ def program(kind: str):
         if kind in ("LoRA", "all weights"):
             return adam
         adam = rwkv.decorrelate(adam) if online else adam
-        return optax.masked(adam, lambda state: moving(state, leaves))
+        return optax.masked(adam, lambda state: trainable_mask(state, leaves))
 
     statistics = state_statistics(model, params, leaves=leaves, rows=4) if online else None
     tx = optax.inject_hyperparams(build)(learning_rate=1.0)
@@ -180,7 +180,7 @@ def untuned(kind: str, style: str) -> dict[str, Any]:
     model, params = base()
     state = rwkv.init_state(model.config)
     if kind == "prompt of 1,024":
-        state = state_after(model, params, stream(style, "train")[-1024:])
+        state = prefill_state(model, params, stream(style, "train")[-1024:])
     return scores(kind, style, state)
 
 

@@ -47,7 +47,7 @@ def available() -> tuple[str, ...]:
     return tuple(names)
 
 
-def _unfit(name: str, inputs: Inputs, state: State) -> str | None:
+def unsupported_reason(name: str, inputs: Inputs, state: State) -> str | None:
     """What about these arrays a kernel cannot take, if anything."""
     sizes, dtype = (inputs[0].shape[3], inputs[3].shape[3]), inputs[3].dtype
     if dtype not in (jnp.bfloat16, jnp.float32) or state.dtype != jnp.float32:
@@ -83,7 +83,7 @@ def check(name: str, inputs: Inputs, state: State, interpret: bool) -> None:
             f"wkv7: {name!r} is made for {wanted} devices, this program for {_platform()}; name "
             f"another implementation or, to lower from here, set an abstract mesh of that device."
         )
-    unfit = _unfit(name, inputs, state)
+    unfit = unsupported_reason(name, inputs, state)
     if unfit:
         raise NotImplementedError(f"wkv7: {name!r} takes {unfit}.")
     if name == "triton":
@@ -102,16 +102,20 @@ def forward(name: str | None, inputs: Inputs, state: State, *, chunk: int | None
         return scan.forward(inputs, state)
     branches = {"cpu": scan.forward, "default": functools.partial(chunked.forward, chunk=chunk)}
     for platform, kernel in _KERNELS.items():
-        if not _unfit(kernel, inputs, state):
+        if not unsupported_reason(kernel, inputs, state):
             run = functools.partial(_BY_NAME[kernel].forward, chunk=chunk)
-            branches[platform] = functools.partial(platforms.only, platform, run)
+            branches[platform] = functools.partial(platforms.lower_only_on, platform, run)
     return jax.lax.platform_dependent(inputs, state, **branches)
 
 
 def _kernel(inputs: Inputs, state: State) -> str | None:
     """The platform whose kernel serves a differentiated call without a name, if there is one."""
     here = _platform()
-    if here not in _KERNELS or inputs[0].shape[1] == 1 or _unfit(_KERNELS[here], inputs, state):
+    if (
+        here not in _KERNELS
+        or inputs[0].shape[1] == 1
+        or unsupported_reason(_KERNELS[here], inputs, state)
+    ):
         return None
     return here
 
@@ -120,7 +124,7 @@ def _kernel(inputs: Inputs, state: State) -> str | None:
     jax.tree_util.register_dataclass, data_fields=["states"], meta_fields=["platform"]
 )
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class Residuals:
     """What a backward pass needs of the states between.
 
     Attributes:
@@ -142,16 +146,16 @@ def forward_saving(
         name = name or "chunked"
         options = _options(name, chunk, interpret)
         y, end, states = _BY_NAME[name].forward_saving(inputs, state, **options)
-        return y, end, Kept(states)
+        return y, end, Residuals(states)
     run = functools.partial(_BY_NAME[_KERNELS[platform]].forward_saving, chunk=chunk)
 
     def elsewhere(inputs, state):
         kept = platforms.zeros(jax.eval_shape(run, inputs, state)[2])
         return *chunked.forward(inputs, state, chunk=chunk), kept
 
-    here = {platform: functools.partial(platforms.only, platform, run)}
+    here = {platform: functools.partial(platforms.lower_only_on, platform, run)}
     y, end, states = jax.lax.platform_dependent(inputs, state, **here, default=elsewhere)
-    return y, end, Kept(states, platform)
+    return y, end, Residuals(states, platform)
 
 
 def backward(name: str | None, residuals, dy, dend, *, chunk: int | None, interpret: bool):
@@ -178,7 +182,7 @@ def backward(name: str | None, residuals, dy, dend, *, chunk: int | None, interp
         return chunked.backward(inputs, kept, dy, dend, chunk=chunk)
 
     def kernel(inputs, state, starts, dy, dend):
-        return platforms.only(platform, run, inputs, starts, dy, dend)
+        return platforms.lower_only_on(platform, run, inputs, starts, dy, dend)
 
     return jax.lax.platform_dependent(
         inputs, state, starts, dy, dend, **{platform: kernel}, default=elsewhere

@@ -30,7 +30,7 @@ def target():
     return jax.devices(default)[0]
 
 
-def like(
+def output_like(
     shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *arrays: Array
 ) -> jax.ShapeDtypeStruct:
     """A kernel's output that varies over the mesh axes over which any of its arrays does."""
@@ -63,7 +63,7 @@ _only = Primitive("only")
 _only.multiple_results = True
 
 
-def only(platform: str, function: Callable, *arguments):
+def lower_only_on(platform: str, function: Callable, *arguments):
     """`function(*arguments)` in programs for `platform`; zeros of the same shapes elsewhere.
 
     To be used in that platform's branch of `jax.lax.platform_dependent`.
@@ -109,7 +109,7 @@ def _lowering(here: str) -> Callable:
 def _batch(leaves, axes, *, traced: ClosedJaxpr, platform: str):
     """A batch of calls is one call of the batched function."""
     batched = jax.vmap(jaxpr_as_fun(traced), in_axes=axes)
-    found = only(platform, batched, *leaves)
+    found = lower_only_on(platform, batched, *leaves)
     return found, [0] * len(found)
 
 

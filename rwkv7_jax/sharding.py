@@ -14,10 +14,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 # The mesh axis over which rows are spread.
-DATA = "data"
+BATCH_AXIS = "data"
 
 
-def data_mesh(rows: int) -> Mesh | None:
+def make_data_mesh(rows: int) -> Mesh | None:
     """As many devices as can share `rows` rows alike; None for a single one.
 
     Raises:
@@ -33,25 +33,25 @@ def data_mesh(rows: int) -> Mesh | None:
         )
     if count == 1:
         return None
-    return Mesh(np.array(devices[:count]), (DATA,), axis_types=(AxisType.Auto,))
+    return Mesh(np.array(devices[:count]), (BATCH_AXIS,), axis_types=(AxisType.Auto,))
 
 
-def everywhere(mesh: Mesh | None, tree: Any) -> Any:
+def replicate(mesh: Mesh | None, tree: Any) -> Any:
     """The arrays of a tree, whole on each device; on this process's first one without a mesh."""
     place = jax.local_devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
     return jax.device_put(tree, place)
 
 
-def here(mesh: Mesh | None, tree: Any) -> Any:
+def local_replica(mesh: Mesh | None, tree: Any) -> Any:
     """The arrays that are `everywhere`, on this process's first device; without a copy."""
     return tree if mesh is None else jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
 
-def spread(mesh: Mesh | None, batch: dict[str, Any]) -> dict[str, Array]:
+def shard_batch(mesh: Mesh | None, batch: dict[str, Any]) -> dict[str, Array]:
     """The whole batch, which each process has, with its rows on their devices."""
     if mesh is None:
         return jax.device_put(batch)
-    rows = NamedSharding(mesh, PartitionSpec(DATA))
+    rows = NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
 
     def placed(array: np.ndarray) -> Array:
         return jax.make_array_from_callback(array.shape, rows, lambda index: array[index])
@@ -59,7 +59,7 @@ def spread(mesh: Mesh | None, batch: dict[str, Any]) -> dict[str, Array]:
     return {name: placed(np.asarray(array)) for name, array in batch.items()}
 
 
-def across(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     """What is traced inside knows the mesh."""
     if mesh is None:
         return contextlib.nullcontext()
@@ -70,17 +70,17 @@ def _devices() -> int:
     """Those over which the rows of what is being traced are spread."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return mesh.shape[DATA] if kinds.get(DATA) == AxisType.Auto else 1
+    return mesh.shape[BATCH_AXIS] if kinds.get(BATCH_AXIS) == AxisType.Auto else 1
 
 
-def laid(tree: Any, *axes: str | None) -> Any:
+def constrain_sharding(tree: Any, *axes: str | None) -> Any:
     """The arrays of a tree with their leading axes over these axes of the mesh, if there is one."""
     if _devices() == 1:
         return tree
     return jax.lax.with_sharding_constraint(tree, PartitionSpec(*axes))
 
 
-def by_rows(function: Callable, *arrays: Any) -> Any:
+def shard_map_batch(function: Callable, *arrays: Any) -> Any:
     """`function(*arrays)`, each device calling it with its share of the rows: the leading axis.
 
     All arrays have that axis, and so has what the function gives. Rows that cannot be shared alike
@@ -90,5 +90,5 @@ def by_rows(function: Callable, *arrays: Any) -> Any:
     if count == 1:
         return function(*arrays)
     shared = jax.tree.leaves(arrays)[0].shape[0] % count == 0
-    spec = PartitionSpec(DATA) if shared else PartitionSpec()
+    spec = PartitionSpec(BATCH_AXIS) if shared else PartitionSpec()
     return jax.shard_map(function, in_specs=spec, out_specs=spec)(*arrays)

@@ -10,8 +10,8 @@ from jaxtyping import Array
 
 from pallas_kernels import tiles
 from pallas_kernels.gpu import kernel_bodies as kernels
-from pallas_kernels.gpu.segmented_passes import Passes
-from pallas_kernels.platforms import like
+from pallas_kernels.gpu.segmented_passes import KernelSet
+from pallas_kernels.platforms import output_like
 from pallas_kernels.reference import Inputs, State
 
 INPUTS = ("keys", "keys", "keys", "values", "keys", "keys")
@@ -51,14 +51,14 @@ def _walk(kernel, arrays, outputs, choice: tiles.GPU, tile: tiles.Tile, interpre
 def _states(state: State, v: Array, choice: tiles.GPU) -> jax.ShapeDtypeStruct:
     """One state a chunk, in the tokens' dtype."""
     batch, heads, values, keys = state.shape
-    return like((batch, heads, v.shape[1] // choice.chunk, keys, values), v.dtype, state, v)
+    return output_like((batch, heads, v.shape[1] // choice.chunk, keys, values), v.dtype, state, v)
 
 
 def _forward(inputs: Inputs, state: State, choice: tiles.GPU, save: bool | None, interpret):
     v, arrays = inputs[3], [*zip(INPUTS, inputs, strict=True), ("state", state)]
-    outputs = [("state", like(state.shape, jnp.float32, state, v))]
+    outputs = [("state", output_like(state.shape, jnp.float32, state, v))]
     if save is not None:
-        outputs.append(("values", like(v.shape, v.dtype, state, v)))
+        outputs.append(("values", output_like(v.shape, v.dtype, state, v)))
     if save:
         outputs.append(("states", _states(state, v, choice)))
     return _walk(kernels.forward_kernel, arrays, outputs, choice, choice.forward, interpret)
@@ -66,7 +66,7 @@ def _forward(inputs: Inputs, state: State, choice: tiles.GPU, save: bool | None,
 
 def _state(r, log_w, a, b, dy, dend: State, choice: tiles.GPU, save: bool, interpret):
     arrays = [("keys", x) for x in (r, log_w, a, b)] + [("values", dy), ("state", dend)]
-    outputs = [("state", like(dend.shape, jnp.float32, dend, dy))]
+    outputs = [("state", output_like(dend.shape, jnp.float32, dend, dy))]
     if save:
         outputs.append(("states", _states(dend, dy, choice)))
     return _walk(kernels.state_kernel, arrays, outputs, choice, choice.state, interpret)
@@ -82,11 +82,11 @@ def _gradients(inputs: Inputs, dy, starts, ends, choice: tiles.GPU, interpret):
     arrays = list(
         zip((*INPUTS, "values", "states", "states"), (*inputs, dy, starts, ends), strict=True)
     )
-    outputs = [(kind, like(x.shape, x.dtype, x, dy)) for kind, x in arrays[:6]]
+    outputs = [(kind, output_like(x.shape, x.dtype, x, dy)) for kind, x in arrays[:6]]
     grid = (tokens // chunk, heads, batch)
     return _call(
         kernels.gradients_kernel, grid, blocks, arrays, outputs, choice.gradients, interpret
     )
 
 
-passes = Passes(tiles.PALLAS_GPU, _forward, _state, _gradients)
+passes = KernelSet(tiles.PALLAS_GPU, _forward, _state, _gradients)

@@ -38,7 +38,7 @@ def _widen(x: Float[Array, "BS TS H Nv"], state: State) -> Float[Array, "BS TS H
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, state.shape[3])))
 
 
-def _chain(
+def chain_segments(
     found: Float[Array, "BS H NvNk Nk"], state: State, *, reverse: bool
 ) -> Float[Array, "BS H Nv Nk"]:
     """Every segment's start, from `state` and what the segments make of `_probes`."""
@@ -52,7 +52,7 @@ def _chain(
     return starts.swapaxes(0, 1).reshape(-1, *state.shape[1:])
 
 
-class Passes(NamedTuple):
+class KernelSet(NamedTuple):
     """Three kernels and how they are tiled.
 
     Attributes:
@@ -96,7 +96,7 @@ class Passes(NamedTuple):
             wide = (*cut[:3], _widen(cut[3], state), *cut[4:])
             probes = _probes(state, segments)
             (found,) = self.forward_kernel(wide, probes, choice, None, interpret)
-            state = _chain(found, state, reverse=False)
+            state = chain_segments(found, state, reverse=False)
         end, y, *starts = self.forward_kernel(cut, state, choice, save, interpret)
         y = y.reshape(batch, -1, heads, values)[:, :tokens]
         return y, end[segments - 1 :: segments], *starts
@@ -138,7 +138,7 @@ class Passes(NamedTuple):
         if segments > 1:
             wide, probes = _widen(dy, dend), _probes(dend, segments)
             (found,) = self.state_kernel(*read, wide, probes, choice, False, interpret)
-            dend = _chain(found, dend, reverse=True)
+            dend = chain_segments(found, dend, reverse=True)
         dstart, ends = self.state_kernel(*read, dy, dend, choice, True, interpret)
         grads = self.gradients_kernel(cut, dy, starts, ends, choice, interpret)
         whole = (x.reshape(batch, -1, heads, x.shape[3])[:, :tokens] for x in grads)

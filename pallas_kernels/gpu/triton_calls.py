@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels import tiles
-from pallas_kernels.gpu.segmented_passes import Passes
-from pallas_kernels.platforms import like
+from pallas_kernels.gpu.segmented_passes import KernelSet
+from pallas_kernels.platforms import output_like
 from pallas_kernels.reference import Inputs, State
 
 # What goes together, by jax's minor version: jax-triton, and triton's minor versions.
@@ -111,13 +111,13 @@ def _states(state: State, v: Array, choice: tiles.GPU, save: bool | None):
     """One state a chunk in the tokens' dtype, or next to nothing."""
     batch, heads, *matrix = state.shape
     shape = (batch, heads, v.shape[1] // choice.chunk, *matrix) if save else (batch,)
-    return like(shape, v.dtype, state, v)
+    return output_like(shape, v.dtype, state, v)
 
 
 def _forward(inputs: Inputs, state: State, choice: tiles.GPU, save: bool | None, interpret):
     def outputs(r, log_w, k, v, a, b, state):
-        y = like(v.shape if save is not None else v.shape[:1], v.dtype, state, v)
-        end = like(state.shape, jnp.float32, state, v)
+        y = output_like(v.shape if save is not None else v.shape[:1], v.dtype, state, v)
+        end = output_like(state.shape, jnp.float32, state, v)
         return [end, y, _states(state, v, choice, save)]
 
     constants = {"READ": save is not None, "SAVE": bool(save)}
@@ -127,7 +127,7 @@ def _forward(inputs: Inputs, state: State, choice: tiles.GPU, save: bool | None,
 
 def _state(r, log_w, a, b, dy, dend: State, choice: tiles.GPU, save: bool, interpret):
     def outputs(r, log_w, a, b, dy, dend):
-        return [like(dend.shape, jnp.float32, dend, dy), _states(dend, dy, choice, save)]
+        return [output_like(dend.shape, jnp.float32, dend, dy), _states(dend, dy, choice, save)]
 
     arrays = (r, log_w, a, b, dy, dend)
     found = _walk("state_gradient", arrays, outputs, choice, choice.state, SAVE=save)
@@ -139,11 +139,11 @@ def _gradients(inputs: Inputs, dy, starts, ends, choice: tiles.GPU, interpret):
 
     def run(*arrays):
         batch, tokens, heads, _ = arrays[0].shape
-        outputs = [like(x.shape, x.dtype, x, arrays[6]) for x in arrays[:6]]
+        outputs = [output_like(x.shape, x.dtype, x, arrays[6]) for x in arrays[:6]]
         grid = (batch * heads, tokens // choice.chunk)
         return launch("gradients", arrays, outputs, grid, choice.gradients, **constants)
 
     return _batched(run)(*inputs, dy, starts, ends)
 
 
-passes = Passes(tiles.TRITON, _forward, _state, _gradients)
+passes = KernelSet(tiles.TRITON, _forward, _state, _gradients)

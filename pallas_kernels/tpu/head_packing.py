@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 
-class Form(NamedTuple):
+class TileLayout(NamedTuple):
     """Sizes of one kernel; `heads` share a tile, `groups` of tiles a grid step."""
 
     chunk: int
@@ -40,7 +40,7 @@ def iota(shape: tuple[int, int], axis: int) -> Array:
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
-def make_masks(form: Form) -> Masks:
+def make_masks(form: TileLayout) -> Masks:
     """The masks of a kernel, by bits: chunks are powers of two, and heads begin at multiples."""
     square = (form.rows, form.rows)
     row, column = iota(square, 0), iota(square, 1)
@@ -73,7 +73,7 @@ def dot(x: Array, y: Array, *, left: int = 1, right: int = 0) -> Array:
     return jax.lax.dot_general(x, y, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
-def sums(signs: Array, x: Array, form: Form) -> Array:
+def sums(signs: Array, x: Array, form: TileLayout) -> Array:
     """signs @ x for entries of -1, 0, 1: exact products, in two halves of 8 bits for bfloat16."""
     if form.dtype != jnp.bfloat16:
         return dot(signs, x)
@@ -85,18 +85,18 @@ def sums(signs: Array, x: Array, form: Form) -> Array:
     return dot(jnp.concatenate([signs, signs], 1), halves)
 
 
-def stack(x: Array, head: Array, form: Form) -> Array:
+def stack(x: Array, head: Array, form: TileLayout) -> Array:
     """The rows of each head one above the other, without the other heads' lanes."""
     parts = [jnp.where(head == h, x, 0.0) for h in range(form.heads)] if form.heads > 1 else [x]
     return jnp.concatenate(parts, 0).astype(form.dtype)
 
 
-def repeat(x: Array, form: Form) -> Array:
+def repeat(x: Array, form: TileLayout) -> Array:
     """The rows once for each head, all lanes; products with a stack leave the right ones."""
     return jnp.concatenate([x.astype(form.dtype)] * form.heads, 0)
 
 
-def unstack(x: Array, head: Array, form: Form) -> Array:
+def unstack(x: Array, head: Array, form: TileLayout) -> Array:
     """From each head's rows that head's lanes: the inverse of `stack`, blind to other lanes."""
     out = x[: form.chunk]
     for h in range(1, form.heads):
@@ -104,23 +104,23 @@ def unstack(x: Array, head: Array, form: Form) -> Array:
     return out
 
 
-def expand(x: Array, masks: Masks, form: Form) -> Array:
+def expand(x: Array, masks: Masks, form: TileLayout) -> Array:
     """[Nv, heads*Nk] as a block-diagonal matrix."""
     return jnp.where(masks.blocks, jnp.concatenate([x] * form.heads, 0), 0.0)
 
 
-def compact(x: Array, form: Form) -> Array:
+def compact(x: Array, form: TileLayout) -> Array:
     """The inverse of `expand`."""
     return sum(x[h * form.values : (h + 1) * form.values] for h in range(form.heads))
 
 
-def in_turns(groups: list[Iterator]) -> None:
+def interleave(groups: list[Iterator]) -> None:
     """Every group's next stage before any group's second next: the scheduler mixes them."""
     while groups:
         groups = [group for group in groups if next(group, StopIteration) is not StopIteration]
 
 
-def load(refs, g: int, form: Form) -> list[Array]:
+def load(refs, g: int, form: TileLayout) -> list[Array]:
     """Group g's lanes of each block, in float32."""
     sizes = (form.keys,) * 3 + (form.values,) + (form.keys,) * 2 + (form.values,)
     widths = [form.heads * size for size in sizes[: len(refs)]]

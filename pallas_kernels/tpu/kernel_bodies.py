@@ -15,12 +15,12 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from pallas_kernels.tpu.head_packing import (
-    Form,
     Masks,
+    TileLayout,
     compact,
     dot,
     expand,
-    in_turns,
+    interleave,
     iota,
     load,
     make_masks,
@@ -42,7 +42,7 @@ class Factors(NamedTuple):
     rest: Array
 
 
-def _factors(log_w: Array, form: Form) -> Factors:
+def _factors(log_w: Array, form: TileLayout) -> Factors:
     square = (form.chunk, form.chunk)
     row, column = iota(square, 0), iota(square, 1)
     upto_row = (row >= column).astype(jnp.float32)
@@ -56,7 +56,7 @@ def _factors(log_w: Array, form: Form) -> Factors:
     )
 
 
-def _inverse(aab: Array, masks: Masks, form: Form) -> Iterator[Array | None]:
+def _inverse(aab: Array, masks: Masks, form: TileLayout) -> Iterator[Array | None]:
     """(I - aab)^-1 by merging solved blocks; a stage each, the last one's is the result."""
     square = (form.rows, form.rows)
     inverse = (iota(square, 0) == iota(square, 1)).astype(jnp.float32)
@@ -85,7 +85,7 @@ class Chunk(NamedTuple):
     ark: Array
 
 
-def _prepare(tokens, masks: Masks, form: Form) -> Iterator[Chunk | None]:
+def _prepare(tokens, masks: Masks, form: TileLayout) -> Iterator[Chunk | None]:
     """What a chunk's tokens determine without a state, stage by stage."""
     r, log_w, k, v, a, b = tokens
     factors = _factors(log_w, form)
@@ -118,7 +118,7 @@ def _prepare(tokens, masks: Masks, form: Form) -> Iterator[Chunk | None]:
     )
 
 
-def _forward_group(g: int, refs, state, masks: Masks, form: Form) -> Iterator[None]:
+def _forward_group(g: int, refs, state, masks: Masks, form: TileLayout) -> Iterator[None]:
     *inputs, y_ref, starts_ref = refs
     chunk = None
     for chunk in _prepare(load(inputs, g, form), masks, form):
@@ -141,7 +141,7 @@ def _forward_group(g: int, refs, state, masks: Masks, form: Form) -> Iterator[No
     state[g] = jnp.where(masks.blocks, end, 0.0) * chunk.factors.rest
 
 
-def forward_kernel(*refs, form: Form, save: bool) -> None:
+def forward_kernel(*refs, form: TileLayout, save: bool) -> None:
     """One chunk of some groups: what its tokens read, and the state behind them."""
     *tokens, start_ref, y_ref, end_ref, rest = *refs[:9], refs[9:]
     starts_ref, state = rest if save else (None, *rest)
@@ -153,7 +153,7 @@ def forward_kernel(*refs, form: Form, save: bool) -> None:
             state[g] = expand(start_ref[0, g], masks, form)
 
     refs = (*tokens, y_ref, starts_ref)
-    in_turns([_forward_group(g, refs, state, masks, form) for g in range(form.groups)])
+    interleave([_forward_group(g, refs, state, masks, form) for g in range(form.groups)])
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
@@ -161,7 +161,7 @@ def forward_kernel(*refs, form: Form, save: bool) -> None:
             end_ref[0, g] = compact(state[g], form)
 
 
-def _backward_group(g: int, refs, dstate, masks: Masks, form: Form) -> Iterator[None]:
+def _backward_group(g: int, refs, dstate, masks: Masks, form: TileLayout) -> Iterator[None]:
     *inputs, dy_ref, starts_ref = refs[:8]
     tokens = load((*inputs, dy_ref), g, form)
     chunk = None
@@ -198,7 +198,7 @@ def _backward_group(g: int, refs, dstate, masks: Masks, form: Form) -> Iterator[
     store(refs[9], g, decay)
 
 
-def _key_gradients(chunk: Chunk, products, operands, masks: Masks, form: Form):
+def _key_gradients(chunk: Chunk, products, operands, masks: Masks, form: TileLayout):
     """Of rh, kh, ah, bh each: the part from tokens of the chunk, and that from its two states."""
     u, z, dy, start, dend = operands
     rows = form.rows
@@ -221,7 +221,7 @@ def _key_gradients(chunk: Chunk, products, operands, masks: Masks, form: Form):
     return [tuple(unstack(x, masks.key_head, form) for x in pair) for pair in pairs]
 
 
-def _decay_gradient(chunk: Chunk, grads, ends: Array, masks: Masks, form: Form) -> Array:
+def _decay_gradient(chunk: Chunk, grads, ends: Array, masks: Masks, form: TileLayout) -> Array:
     """Of log_w; `chunk_math.backward` says why the factors are the operands themselves."""
     (dr, dr_start), (dk, dk_end), (da, da_start), (db, db_end) = grads
     stacks = (chunk.rh, chunk.kh, chunk.ah, chunk.bh)
@@ -236,7 +236,7 @@ def _decay_gradient(chunk: Chunk, grads, ends: Array, masks: Masks, form: Form) 
     return sums(signs, jnp.concatenate([inside, to_end], 0), form) - removal + ends
 
 
-def backward_kernel(*refs, form: Form) -> None:
+def backward_kernel(*refs, form: TileLayout) -> None:
     """One chunk of some groups, the last chunk first: gradients of its inputs and start state."""
     inputs, dend_ref, outputs, dstart_ref, dstate = refs[:8], refs[8], refs[9:15], *refs[15:]
     masks, step = make_masks(form), pl.program_id(2)
@@ -247,7 +247,7 @@ def backward_kernel(*refs, form: Form) -> None:
             dstate[g] = expand(dend_ref[0, g], masks, form)
 
     group_refs = (*inputs, *outputs)
-    in_turns([_backward_group(g, group_refs, dstate, masks, form) for g in range(form.groups)])
+    interleave([_backward_group(g, group_refs, dstate, masks, form) for g in range(form.groups)])
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():

@@ -9,10 +9,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import tiles
-from pallas_kernels.platforms import like
+from pallas_kernels.platforms import output_like
 from pallas_kernels.reference import Inputs, State
 from pallas_kernels.tpu import kernel_bodies as kernels
-from pallas_kernels.tpu.head_packing import Form
+from pallas_kernels.tpu.head_packing import TileLayout
 
 Interpret = bool | pltpu.InterpretParams
 LANES = 128
@@ -22,7 +22,7 @@ VMEM = 32 * 2**20
 Starts = Float[Array, "B G C Nv W"]
 
 
-def form_of(inputs: Inputs, chunk: int | None) -> Form:
+def form_of(inputs: Inputs, chunk: int | None) -> TileLayout:
     """How these inputs are tiled: a grid step takes a chunk of `groups` tiles of `heads`."""
     choice = tiles.for_tpu(inputs[3].dtype)
     heads, keys, values = inputs[0].shape[2], inputs[0].shape[3], inputs[3].shape[3]
@@ -31,16 +31,16 @@ def form_of(inputs: Inputs, chunk: int | None) -> Form:
     most = max(1, choice.groups * LANES // (shared * max(keys, values)))
     groups = max(n for n in range(1, most + 1) if columns % n == 0)
     dtype = jnp.dtype(jnp.bfloat16 if inputs[3].dtype == jnp.bfloat16 else jnp.float32)
-    return Form(chunk or choice.chunk, shared, keys, values, groups, dtype)
+    return TileLayout(chunk or choice.chunk, shared, keys, values, groups, dtype)
 
 
-def _flat(x: Float[Array, "B T H N"], form: Form) -> Float[Array, "B TC HGN"]:
+def _flat(x: Float[Array, "B T H N"], form: TileLayout) -> Float[Array, "B TC HGN"]:
     """Whole chunks of whole tiles; zeros fill both, and change nothing."""
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % form.chunk), (0, -x.shape[2] % form.heads), (0, 0)))
     return x.reshape(*x.shape[:2], -1)
 
 
-def _wide(state: State, form: Form) -> Float[Array, "B G Nv W"]:
+def _wide(state: State, form: TileLayout) -> Float[Array, "B G Nv W"]:
     """The heads of a tile side by side."""
     state = jnp.pad(state, ((0, 0), (0, -state.shape[1] % form.heads), (0, 0), (0, 0)))
     batch, heads, values, keys = state.shape
@@ -48,14 +48,14 @@ def _wide(state: State, form: Form) -> Float[Array, "B G Nv W"]:
     return state.swapaxes(2, 3).reshape(batch, -1, values, form.heads * keys)
 
 
-def _narrow(state: Float[Array, "B G Nv W"], heads: int, form: Form) -> State:
+def _narrow(state: Float[Array, "B G Nv W"], heads: int, form: TileLayout) -> State:
     """The inverse of `_wide`."""
     batch, columns, values, _ = state.shape
     state = state.reshape(batch, columns, values, form.heads, form.keys).swapaxes(2, 3)
     return state.reshape(batch, -1, values, form.keys)[:, :heads]
 
 
-def _call(kernel, form: Form, arrays, outputs, *, step, interpret):
+def _call(kernel, form: TileLayout, arrays, outputs, *, step, interpret):
     """`pl.pallas_call` over (batch, groups of tiles, chunks); `step` maps a grid step to its chunk.
 
     Args:
@@ -100,12 +100,12 @@ def _run_forward(inputs: Inputs, state: State, chunk: int | None, save: bool, in
     tokens, heads = inputs[3].shape[1:3]
     arrays = [_flat(x, form) for x in inputs] + [_wide(state, form)]
     varying = (inputs[3], state)
-    outputs = [like(arrays[3].shape, inputs[3].dtype, *varying)]
-    outputs.append(like(arrays[6].shape, jnp.float32, *varying))
+    outputs = [output_like(arrays[3].shape, inputs[3].dtype, *varying)]
+    outputs.append(output_like(arrays[6].shape, jnp.float32, *varying))
     if save:
         batch, columns, *block = arrays[6].shape
         shape = (batch, columns, arrays[0].shape[1] // form.chunk, *block)
-        outputs.append(like(shape, jnp.float32, *varying))
+        outputs.append(output_like(shape, jnp.float32, *varying))
     kernel = functools.partial(kernels.forward_kernel, form=form, save=save)
     y, end, *starts = _call(kernel, form, arrays, outputs, step=lambda c: c, interpret=interpret)
     y = y.reshape(*y.shape[:2], -1, form.values)[:, :tokens, :heads]
@@ -156,9 +156,10 @@ def backward(
     tokens, heads = dy.shape[1:3]
     arrays = [*(_flat(x, form) for x in (*inputs, dy)), starts, _wide(dend, form)]
     outputs = [
-        like(x.shape, given.dtype, given, dy) for x, given in zip(arrays[:6], inputs, strict=True)
+        output_like(x.shape, given.dtype, given, dy)
+        for x, given in zip(arrays[:6], inputs, strict=True)
     ]
-    outputs.append(like(arrays[8].shape, jnp.float32, dend, dy))
+    outputs.append(output_like(arrays[8].shape, jnp.float32, dend, dy))
     last = starts.shape[2] - 1
     kernel = functools.partial(kernels.backward_kernel, form=form)
     *grads, dstate = _call(

@@ -72,7 +72,7 @@ def read_hf(folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     return official, {"norm_eps": norm_eps, "group_norm_eps": head_size * norm_eps}
 
 
-def hf_card(params: Params, config: RWKV7Config) -> dict[str, Any]:
+def hf_config(params: Params, config: RWKV7Config) -> dict[str, Any]:
     """The config.json of a model, in both spellings of the dtype."""
     dtype = str(params["emb"]["weight"].dtype)
     return {

@@ -11,7 +11,7 @@ import numpy as np
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints import tensor_names as names
-from rwkv7_jax.checkpoints.huggingface import CARD, WEIGHTS, hf_card, read_hf
+from rwkv7_jax.checkpoints.huggingface import CARD, WEIGHTS, hf_config, read_hf
 from rwkv7_jax.checkpoints.orbax_folder import _load_orbax, _replace_folder, _save_orbax
 from rwkv7_jax.checkpoints.param_tree import (
     Progress,
@@ -54,7 +54,7 @@ def load_model(
         named, changes = read_hf(path)
     else:
         named, changes = names.from_official(read_named(path), suffix=path.suffix), {}
-    names.refuse_variants(named, str(path))
+    names.reject_other_architectures(named, str(path))
     named, states = names.split_states(named)
     if states and not named:
         raise ValueError(f"load_model: `{path}` is a start state; load_state reads it.")
@@ -75,7 +75,7 @@ def _with_dummies(params: Params, config: RWKV7Config) -> Iterator[tuple[str, np
         seen.add(name)
         dtype = array.dtype
         yield name, array
-    for name, shape in names.dummy_shapes(config).items():
+    for name, shape in names.unused_value_residual_shapes(config).items():
         if name not in seen:
             yield name, np.zeros(shape, dtype)
 
@@ -93,7 +93,7 @@ def _official_items(params: Params, config: RWKV7Config, format: str):
     """Names and arrays as the format writes them."""
     if format == "hf":
         for name, array in official_tensors(params, config):
-            if name not in names.dummy_shapes(config):
+            if name not in names.unused_value_residual_shapes(config):
                 array = array.swapaxes(-1, -2) if names.LOW_RANK.search(name) else array
                 yield names.to_hf(name), array.reshape(names.hf_shape(name, array.shape))
         return
@@ -150,7 +150,7 @@ def save_model(
         def fill(folder: Path) -> None:
             folder.mkdir()
             write_safetensors(folder / WEIGHTS, items(), metadata={"format": "pt"})
-            card = json.dumps(hf_card(params, config), indent=2)
+            card = json.dumps(hf_config(params, config), indent=2)
             (folder / CARD).write_text(card + "\n")
 
         _replace_folder(path.absolute(), {CARD, WEIGHTS}, fill)
@@ -162,7 +162,7 @@ def save_model(
 def model_hash(params: Params, config: RWKV7Config) -> str:
     """A fingerprint of names, shapes, dtypes and bytes, whatever format the model came in."""
     digest = hashlib.blake2b(digest_size=16)
-    skip = names.dummy_shapes(config)
+    skip = names.unused_value_residual_shapes(config)
     for name, array in sorted(official_tensors(params, config), key=lambda item: item[0]):
         if name not in skip:
             digest.update(f"{name} {array.shape} {array.dtype}\n".encode())

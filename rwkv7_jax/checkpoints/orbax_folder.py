@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.huggingface import read_json
-from rwkv7_jax.checkpoints.param_tree import official_tensors, refuse_nan
+from rwkv7_jax.checkpoints.param_tree import official_tensors, require_finite
 from rwkv7_jax.model.config import RWKV7Config
 
 _CARD = "rwkv7_jax.json"  # beside an orbax tree: sizes and the version of the layout
@@ -49,7 +49,7 @@ def _load_orbax(folder: Path, dtype, allow_nan: bool) -> tuple[Params, RWKV7Conf
         params = checkpointer.restore(folder / "params", like)
     if not allow_nan:
         for name, array in official_tensors(params, config):
-            refuse_nan(array, name, str(folder))
+            require_finite(array, name, str(folder))
     return jax.tree.map(lambda x: x.astype(dtype), params) if dtype else params, config
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints import tensor_names as names
-from rwkv7_jax.checkpoints.tensor_files import forget
+from rwkv7_jax.checkpoints.tensor_files import release_pages
 from rwkv7_jax.checkpoints.tensor_names import Named, Tensor
 from rwkv7_jax.model.config import RWKV7Config
 
@@ -80,7 +80,7 @@ def check_names(named: Named, config: RWKV7Config, path: str) -> None:
     Raises:
         ValueError: a table of every missing, extra and misshapen tensor.
     """
-    wanted, dummies = names.shapes(config), names.dummy_shapes(config)
+    wanted, dummies = names.shapes(config), names.unused_value_residual_shapes(config)
     rows = []
     for name, shape in (wanted | dummies).items():
         if name not in named:
@@ -129,7 +129,7 @@ def is_finite(array: np.ndarray) -> bool:
     return all(((piece & infinity) != infinity).all() for piece in pieces)
 
 
-def refuse_nan(array: np.ndarray, name: str, path: str) -> None:
+def require_finite(array: np.ndarray, name: str, path: str) -> None:
     """Return if every number is finite.
 
     Raises:
@@ -158,9 +158,9 @@ def _leaf(parts: list[tuple[str, Tensor]], shape, dtype, path: str, allow_nan: b
     for row, (name, tensor) in zip(out, parts, strict=True):
         array = tensor.read().reshape(shape)
         if not allow_nan:
-            refuse_nan(array, name, path)
+            require_finite(array, name, path)
         row[...] = array
-        forget(array)
+        release_pages(array)
     return out
 
 
@@ -186,7 +186,7 @@ def build_tree(
     Raises:
         ValueError: NaN or Inf in a tensor, which the sentence names.
     """
-    extra = {n: s for n, s in names.dummy_shapes(config).items() if n in named}
+    extra = {n: s for n, s in names.unused_value_residual_shapes(config).items() if n in named}
     leaves: dict[tuple[str, ...], list[tuple[str, Tensor]]] = {}
     shapes = names.shapes(config) | extra
     for name in shapes:
@@ -214,7 +214,11 @@ def official_tensors(params: Params, config: RWKV7Config) -> Iterator[tuple[str,
         tuple(key.key for key in path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    dummies = {n: s for n, s in names.dummy_shapes(config).items() if _tree_path(n) in given}
+    dummies = {
+        n: s
+        for n, s in names.unused_value_residual_shapes(config).items()
+        if _tree_path(n) in given
+    }
     wanted = names.shapes(config) | dummies
     extra = given.keys() - {_tree_path(name) for name in wanted}
     if extra:

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from rwkv7_jax.atomic_write import replacing
-from rwkv7_jax.checkpoints.restricted_unpickler import STORAGE_NAMES, Machine
+from rwkv7_jax.atomic_write import atomic_write
+from rwkv7_jax.checkpoints.restricted_unpickler import STORAGE_NAMES, RestrictedUnpickler
 
 # A 13B model's pickle has some 200 kB; what is larger is no checkpoint.
 _PICKLE_LIMIT = 16 << 20
@@ -93,7 +93,7 @@ def read_pth(path: str | Path) -> Any:
         if bytes(entries.get("byteorder", b"little")) != b"little":
             raise ValueError("it is not in little-endian order")
         storages = {n.removeprefix("data/"): v for n, v in entries.items() if n.startswith("data/")}
-        return Machine(storages).run(program)
+        return RestrictedUnpickler(storages).run(program)
     except (ValueError, zipfile.BadZipFile, NotImplementedError) as error:
         raise ValueError(f"read_pth: `{path}` is refused: {_shown(error)}.") from None
     except (LookupError, TypeError, AttributeError, OverflowError, struct.error):
@@ -149,7 +149,7 @@ def write_pth(path: str | Path, tensors: Iterable[tuple[str, np.ndarray]]) -> No
     Raises:
         ValueError: a dtype that has no PyTorch storage, or a folder that does not exist.
     """
-    with replacing(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
+    with atomic_write(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
         program = [b"\x80\x02}("]
         for number, (name, array) in enumerate(tensors):
             if array.dtype not in STORAGE_NAMES:

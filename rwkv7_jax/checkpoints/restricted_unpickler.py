@@ -60,7 +60,7 @@ class _Storage(NamedTuple):
 _MARK = object()
 
 
-class Machine:
+class RestrictedUnpickler:
     """The part of a pickle machine that checkpoints need; any other opcode is refused."""
 
     def __init__(self, storages: dict[str, memoryview]):

@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from rwkv7_jax.atomic_write import replacing
+from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.checkpoints.pth import read_pth
 from rwkv7_jax.checkpoints.tensor_names import Tensor
 
@@ -112,7 +112,7 @@ def read_named(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def forget(array: np.ndarray) -> None:
+def release_pages(array: np.ndarray) -> None:
     """The pages that reading `array` brought in are given back, if it is a view of a mapped file.
 
     Otherwise they count as this process's memory beside the copy that was made of them.
@@ -143,5 +143,5 @@ def write_safetensors(
     for name, array in arrays.items():
         if array.dtype not in _DTYPES.values():
             raise ValueError(f"write_safetensors: `{name}` has dtype {array.dtype}, unknown there.")
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(safetensors.numpy.save(arrays, metadata=metadata))

@@ -109,7 +109,7 @@ def outer_shapes(config: RWKV7Config) -> dict[str, Shape]:
     return {"emb.weight": table, **shapes, "head.weight": table}
 
 
-def dummy_shapes(config: RWKV7Config) -> dict[str, Shape]:
+def unused_value_residual_shapes(config: RWKV7Config) -> dict[str, Shape]:
     """The value residual of block 0, which official trainers write and nobody reads."""
     d, rank = config.width, config.value_rank
     return {"blocks.0.att.v0": (d,), "blocks.0.att.v1": (d, rank), "blocks.0.att.v2": (rank, d)}
@@ -219,7 +219,7 @@ def split_states(named: Named) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return {name: t for name, t in named.items() if name not in states}, states
 
 
-def refuse_variants(named: Named, path: str) -> None:
+def reject_other_architectures(named: Named, path: str) -> None:
     """Return if this is a plain RWKV-7.
 
     Raises:

@@ -10,7 +10,7 @@ import numpy as np
 from rwkv7_jax.cli.data import add_data_command
 from rwkv7_jax.cli.generate import add_generate_command, discard_output
 from rwkv7_jax.cli.state import add_state_command
-from rwkv7_jax.runs.compilation_cache import keep_programs, user_folder
+from rwkv7_jax.runs.compilation_cache import enable_compilation_cache, user_folder
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         if arguments is None and getattr(options, "compiles", False):
-            keep_programs(user_folder())
+            enable_compilation_cache(user_folder())
         options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:

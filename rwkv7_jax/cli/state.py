@@ -184,14 +184,14 @@ def _weights(text: str) -> list[float]:
 
 def _mix(options: argparse.Namespace) -> None:
     from rwkv7_jax.checkpoints.state_files import load_state, save_state
-    from rwkv7_jax.tuning.state_arithmetic import mix
+    from rwkv7_jax.tuning.state_arithmetic import weighted_sum
 
     weights = _weights(options.weights[0])
     *sources, target = [*options.files, *options.weights[1:]] or [""]
     if not sources:
         raise ValueError("state mix: needs at least one state, and a file for the result.")
     base = _base_of(sources)
-    mixed = mix([load_state(path) for path in sources], weights)
+    mixed = weighted_sum([load_state(path) for path in sources], weights)
     parts = [f"{w:g} x {Path(p).name}" for w, p in zip(weights, sources, strict=True)]
     save_state(target, mixed, info={**base, "made_of": " + ".join(parts)})
     print(f"{target}: {' + '.join(parts)}")

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from rwkv7_jax.atomic_write import replacing
+from rwkv7_jax.atomic_write import atomic_write
 
 _MAGIC = b"MMIDIDX\x00\x00"
 
@@ -108,8 +108,8 @@ class BinidxWriter:
 
     def __enter__(self) -> "BinidxWriter":
         """The files are begun under other names."""
-        self._index = self._stack.enter_context(replacing(self._path.with_suffix(".idx")))
-        self._data = self._stack.enter_context(replacing(self._path.with_suffix(".bin")))
+        self._index = self._stack.enter_context(atomic_write(self._path.with_suffix(".idx")))
+        self._data = self._stack.enter_context(atomic_write(self._path.with_suffix(".bin")))
         return self
 
     def __exit__(self, *error) -> None:
@@ -121,7 +121,7 @@ class BinidxWriter:
 
     def beside(self, suffix: str) -> BinaryIO:
         """A further file of the same name, which is there when the others are."""
-        return self._stack.enter_context(replacing(self._path.with_suffix(suffix)))
+        return self._stack.enter_context(atomic_write(self._path.with_suffix(suffix)))
 
     def add(self, ids: np.ndarray) -> None:
         """Some ids of the sequence that is being written.

@@ -27,7 +27,7 @@ class Encoder(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class Segment:
     """A stretch of a document.
 
     Attributes:
@@ -59,7 +59,7 @@ class Document:
     So a prompt has the same ids here as when it is given to a model, where no answer follows it.
     """
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Segment, ...]
 
     def text(self) -> bytes:
         """All its bytes."""
@@ -85,6 +85,6 @@ class Document:
         yield np.zeros(1, np.uint16), True
 
 
-def held_out_below(share: float) -> int:
+def held_out_threshold(share: float) -> int:
     """Documents whose key is below this number are held out: a share of all, in any order."""
     return min(max(math.ceil(share * KEYS), 0), KEYS)

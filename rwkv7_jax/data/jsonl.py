@@ -27,14 +27,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rwkv7_jax.data.documents import Document, Piece
+from rwkv7_jax.data.documents import Document, Segment
 
 NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
 
 _KINDS = ("text", "prompt", "messages")
 
 
-def document_of(record: Any) -> Document:
+def parse_record(record: Any) -> Document:
     """The document that one line describes.
 
     Raises:
@@ -48,7 +48,7 @@ def document_of(record: Any) -> Document:
     if len(kinds) > 1:
         raise ValueError(f'"{kinds[0]}" and "{kinds[1]}" in one object')
     if kinds == ["text"]:
-        return Document((Piece(_bytes(record, "text")),))
+        return Document((Segment(_bytes(record, "text")),))
     if kinds == ["prompt"]:
         return _answered(record)
     return conversation(record["messages"])
@@ -70,7 +70,7 @@ def _answered(record: Mapping[str, Any]) -> Document:
     answer = _bytes(record, "answer")
     if not answer:
         raise ValueError('"answer" is empty')
-    return Document((Piece(_bytes(record, "prompt"), learnt=False), Piece(answer)))
+    return Document((Segment(_bytes(record, "prompt"), learnt=False), Segment(answer)))
 
 
 def conversation(messages: Any) -> Document:
@@ -90,7 +90,7 @@ def conversation(messages: Any) -> Document:
             continue
         if not content:
             raise ValueError(f"message {number}: an empty answer")
-        pieces += [Piece(read.encode(), learnt=False), Piece(f" {content}".encode())]
+        pieces += [Segment(read.encode(), learnt=False), Segment(f" {content}".encode())]
         read = ""
     if read:
         raise ValueError('"messages" do not end with an answer of the assistant')
@@ -114,7 +114,7 @@ Parsed = TypeVar("Parsed")
 
 
 @dataclasses.dataclass
-class Reading:
+class ReadStats:
     """How far reading is; it changes while documents are taken.
 
     Attributes:
@@ -155,7 +155,7 @@ def json_lines(
     parse: Callable[[Any], Parsed],
     *,
     on_bad: str = "error",
-    reading: Reading | None = None,
+    reading: ReadStats | None = None,
 ) -> Iterator[Parsed]:
     """What `parse` makes of each line's object; blank lines are nothing.
 
@@ -168,7 +168,7 @@ def json_lines(
     Raises:
         ValueError: a bad line, as `file:line: reason`.
     """
-    reading = reading or Reading()
+    reading = reading or ReadStats()
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, 1):
             reading.bytes += len(line)

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from rwkv7_jax.data.batching import Batch, batch_at, host_rows, left_out, windows
-from rwkv7_jax.data.documents import held_out_below
-from rwkv7_jax.data.jsonl import Reading
+from rwkv7_jax.data.documents import held_out_threshold
+from rwkv7_jax.data.jsonl import ReadStats
 from rwkv7_jax.data.readers import documents
-from rwkv7_jax.data.token_cache import SPLITS, by_position, check_vocabulary, open_cache
-from rwkv7_jax.data.token_streams import Tokens, TokenStream, data_hash
+from rwkv7_jax.data.token_cache import SPLITS, check_vocabulary, open_cache, split_by_position
+from rwkv7_jax.data.token_streams import TokenArray, TokenStream, data_hash
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -33,11 +33,11 @@ def _tokenized(
     source: str | Path, tokenizer: Tokenizer, *, split: str, held_out: float, on_bad: str
 ) -> TokenStream:
     """One part of the documents of a source, in memory."""
-    reading, ids, runs, sizes = Reading(), [], [], []
+    reading, ids, runs, sizes = ReadStats(), [], [], []
     found = documents(source, on_bad=on_bad, reading=reading)
     first = list(itertools.islice(found, 2))
     whole = split == "all" or len(first) == 1
-    below = held_out_below(held_out)
+    below = held_out_threshold(held_out)
     for document in itertools.chain(first, found):
         if not whole and (document.key() < below) != (split == "held_out"):
             continue
@@ -52,8 +52,8 @@ def _tokenized(
         warnings.warn(f"{left}; the first: {reading.first}", stacklevel=4)
     learnt = None if all(runs) else np.repeat(np.array(runs, np.uint8), [len(p) for p in ids])
     row = np.concatenate([np.zeros(0, np.uint16), *ids])
-    tokens = Tokens(row, learnt, np.concatenate([[0], np.cumsum(sizes, dtype=int)]))
-    return by_position(tokens, split, held_out) if whole else TokenStream.whole(tokens)
+    tokens = TokenArray(row, learnt, np.concatenate([[0], np.cumsum(sizes, dtype=int)]))
+    return split_by_position(tokens, split, held_out) if whole else TokenStream.whole(tokens)
 
 
 def token_stream(
@@ -88,7 +88,7 @@ def token_stream(
         if not np.issubdtype(source.dtype, np.integer):
             raise TypeError(f"token_stream: `source` must hold integers; got {source.dtype}.")
         check_vocabulary(source, tokenizer.vocab_size, "source")
-        return by_position(Tokens(source), split, held_out)
+        return split_by_position(TokenArray(source), split, held_out)
     sources = [source] if isinstance(source, (str, Path)) else list(source)
     choices = {"split": split, "held_out": held_out}
     streams = [

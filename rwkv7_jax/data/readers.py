@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rwkv7_jax.data.builtin_corpora import BUILT_IN
-from rwkv7_jax.data.documents import Document, Piece
-from rwkv7_jax.data.jsonl import Reading, document_of, json_lines
+from rwkv7_jax.data.documents import Document, Segment
+from rwkv7_jax.data.jsonl import ReadStats, json_lines, parse_record
 
 ON_BAD = ("error", "skip")
 
@@ -35,7 +35,7 @@ def size_of(source: str | Path) -> int:
 
 
 def documents(
-    source: str | Path, *, on_bad: str = "error", reading: Reading | None = None
+    source: str | Path, *, on_bad: str = "error", reading: ReadStats | None = None
 ) -> Iterator[Document]:
     """The documents of `source`, one after the other; no more than one is held at a time.
 
@@ -52,14 +52,14 @@ def documents(
     if on_bad not in ON_BAD:
         raise ValueError(f"documents: `on_bad` must be error or skip; got {on_bad!r}.")
     if source in BUILT_IN:
-        yield from (Document((Piece(text),)) for text in BUILT_IN[source]())
+        yield from (Document((Segment(text),)) for text in BUILT_IN[source]())
         return
-    told, reading = reading is not None, reading or Reading()
+    told, reading = reading is not None, reading or ReadStats()
     for path in _files(source):
         if path.suffix == ".jsonl":
-            yield from json_lines(path, document_of, on_bad=on_bad, reading=reading)
+            yield from json_lines(path, parse_record, on_bad=on_bad, reading=reading)
             continue
-        yield Document((Piece(path),))
+        yield Document((Segment(path),))
         reading.bytes += path.stat().st_size
     if reading.skipped and not told:
         left = f"{reading.skipped} lines of {source} were skipped"

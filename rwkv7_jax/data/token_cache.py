@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from rwkv7_jax.data.binidx import BinidxWriter, read_binidx
-from rwkv7_jax.data.documents import KEYS, Document, held_out_below
-from rwkv7_jax.data.jsonl import Reading
+from rwkv7_jax.data.documents import KEYS, Document, held_out_threshold
+from rwkv7_jax.data.jsonl import ReadStats
 from rwkv7_jax.data.readers import documents, size_of
-from rwkv7_jax.data.token_streams import Tokens, TokenStream
+from rwkv7_jax.data.token_streams import TokenArray, TokenStream
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 FORMAT = "rwkv7_jax tokens 1"
@@ -31,7 +31,7 @@ SPLITS = ("all", "train", "held_out")
 
 
 @dataclasses.dataclass(frozen=True)
-class Card:
+class CacheMetadata:
     """What a cache holds.
 
     Attributes:
@@ -60,7 +60,7 @@ def write_cache(
     *,
     on_bad: str = "error",
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Card, Reading]:
+) -> tuple[CacheMetadata, ReadStats]:
     """The cache `path` holds all documents of the sources; nothing grows in memory with the text.
 
     Args:
@@ -76,12 +76,12 @@ def write_cache(
     Raises:
         ValueError: nothing to read, a bad line, or no folder to write to.
     """
-    reading, path = Reading(), Path(path)
+    reading, path = ReadStats(), Path(path)
     total = sum(size_of(source) for source in sources)
     found = (d for s in sources for d in documents(s, on_bad=on_bad, reading=reading))
     with BinidxWriter(path) as writer:
         numbers = _write(writer, found, tokenizer, lambda: progress(reading.bytes, total))
-        card = Card(vocabulary=tokenizer.name, skipped=reading.skipped, **numbers)
+        card = CacheMetadata(vocabulary=tokenizer.name, skipped=reading.skipped, **numbers)
         if not card.documents:
             raise ValueError(f"write_cache: `{', '.join(map(str, sources))}` has no document.")
         # Made last and so exchanged first: old files beside a new card are never believed.
@@ -111,7 +111,7 @@ def _write(
     return numbers
 
 
-def read_card(path: str | Path) -> Card | None:
+def read_card(path: str | Path) -> CacheMetadata | None:
     """What `x.card.json` beside the file says; None where there is none.
 
     Raises:
@@ -124,12 +124,12 @@ def read_card(path: str | Path) -> Card | None:
         fields = json.loads(file.read_bytes())
         if fields.get("format") != FORMAT:
             raise ValueError(f"its format is {fields.get('format')!r}")
-        return Card(**fields)
+        return CacheMetadata(**fields)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"read_card: `{file}` must be of {FORMAT!r}: {error}.") from None
 
 
-def _beside(path: Path, suffix: str, dtype: str, size: int) -> np.ndarray:
+def _sibling(path: Path, suffix: str, dtype: str, size: int) -> np.ndarray:
     """A mapped file of the cache, which must have `size` entries."""
     file, width = path.with_suffix(suffix), np.dtype(dtype).itemsize
     held = file.stat().st_size if file.exists() else 0
@@ -166,24 +166,24 @@ def open_cache(
         )
     check_vocabulary(ids, tokenizer.vocab_size, str(path))
     if card is None:
-        return by_position(Tokens(ids, starts=starts), split, held_out)
+        return split_by_position(TokenArray(ids, starts=starts), split, held_out)
     if (card.documents, card.tokens) != (counts := (len(starts) - 1, len(ids))):
         raise ValueError(
             f"open_cache: `{path.with_suffix('.card.json')}` must count {counts[0]} documents and "
             f"{counts[1]} tokens, as the index does; got {card.documents} and {card.tokens}."
         )
-    learnt = None if card.learnt == card.tokens else _beside(path, ".mask", "u1", len(ids))
-    tokens = Tokens(ids, learnt, starts)
+    learnt = None if card.learnt == card.tokens else _sibling(path, ".mask", "u1", len(ids))
+    tokens = TokenArray(ids, learnt, starts)
     if split == "all":
         return TokenStream.whole(tokens)
-    keys, below = _beside(path, ".keys", "<u8", card.documents), held_out_below(held_out)
+    keys, below = _sibling(path, ".keys", "<u8", card.documents), held_out_threshold(held_out)
     if card.documents == 1:
-        return by_position(tokens, split, held_out)
+        return split_by_position(tokens, split, held_out)
     held = keys < np.uint64(below) if below < KEYS else np.ones(len(keys), bool)
     return TokenStream.chosen(tokens, held if split == "held_out" else ~held)
 
 
-def by_position(tokens: Tokens, split: str, held_out: float) -> TokenStream:
+def split_by_position(tokens: TokenArray, split: str, held_out: float) -> TokenStream:
     """One part of ids of which nothing else is known: the end is held out."""
     size = len(tokens.ids)
     border = size - int(size * held_out)

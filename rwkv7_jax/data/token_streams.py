@@ -17,7 +17,7 @@ _SAMPLES = 1 << 9
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Tokens:
+class TokenArray:
     """Ids as they lie in one array or file.
 
     Attributes:
@@ -51,7 +51,7 @@ class TokenStream:
         stretches: [S 3] int64: which part, its first id, the one behind its last.
     """
 
-    def __init__(self, parts: Sequence[Tokens], stretches: np.ndarray):
+    def __init__(self, parts: Sequence[TokenArray], stretches: np.ndarray):
         """The stream of these stretches."""
         self.parts, self.stretches = tuple(parts), stretches
         sizes = stretches[:, 2] - stretches[:, 1]
@@ -59,17 +59,17 @@ class TokenStream:
         self.masked = any(part.learnt is not None for part in self.parts)
 
     @classmethod
-    def whole(cls, tokens: Tokens) -> "TokenStream":
+    def whole(cls, tokens: TokenArray) -> "TokenStream":
         """All of one array."""
         return cls.between(tokens, 0, len(tokens.ids))
 
     @classmethod
-    def between(cls, tokens: Tokens, first: int, behind: int) -> "TokenStream":
+    def between(cls, tokens: TokenArray, first: int, behind: int) -> "TokenStream":
         """One stretch of one array."""
         return cls([tokens], np.array([[0, first, behind]], np.int64))
 
     @classmethod
-    def chosen(cls, tokens: Tokens, documents: np.ndarray) -> "TokenStream":
+    def chosen(cls, tokens: TokenArray, documents: np.ndarray) -> "TokenStream":
         """The documents at which a row of booleans is true; neighbours become one stretch."""
         starts = tokens.known_starts()
         edges = np.diff(np.concatenate([[0], documents.astype(np.int8), [0]]))
@@ -153,7 +153,7 @@ class TokenStream:
 
 def as_stream(ids: np.ndarray | TokenStream) -> TokenStream:
     """A stream of an array of ids; a stream as it is."""
-    return ids if isinstance(ids, TokenStream) else TokenStream.whole(Tokens(ids))
+    return ids if isinstance(ids, TokenStream) else TokenStream.whole(TokenArray(ids))
 
 
 def data_hash(stream: np.ndarray | TokenStream) -> str:

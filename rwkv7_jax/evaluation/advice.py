@@ -32,7 +32,7 @@ NARROW = 0.25
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Memory:
+class MemoryStatistics:
     """One memory of a start state: the WKV state, or the upscaled one.
 
     Attributes:
@@ -75,7 +75,7 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class RetentionScore:
     """What a model makes of some text, from nothing (base) and from a start state (tuned).
 
     Attributes:
@@ -117,12 +117,12 @@ class Diagnosis:
         advice: sentences; none where nothing is wrong.
     """
 
-    memories: Mapping[str, Memory]
+    memories: Mapping[str, MemoryStatistics]
     base_nats: PerTarget
     tuned_nats: PerTarget
     counts: PerTarget
-    own: Kept
-    generic: Kept | None
+    own: RetentionScore
+    generic: RetentionScore | None
     advice: tuple[str, ...] = ()
 
 
@@ -133,7 +133,7 @@ def advise(found: Diagnosis) -> tuple[str, ...]:
     return tuple(sentence for sentence in sentences if sentence)
 
 
-def _useless(own: Kept) -> str:
+def _useless(own: RetentionScore) -> str:
     if own.tuned_nats < own.base_nats:
         return ""
     return (
@@ -158,7 +158,7 @@ def _large(found: Diagnosis) -> str:
     )
 
 
-def _forgetful(generic: Kept | None) -> str:
+def _forgetful(generic: RetentionScore | None) -> str:
     if generic is None or not generic.lost:
         return ""
     return (
@@ -182,7 +182,7 @@ def _fading(found: Diagnosis) -> str:
     )
 
 
-def _narrow(name: str, memory: Memory) -> str:
+def _narrow(name: str, memory: MemoryStatistics) -> str:
     share = float(np.median(memory.read_rank)) / memory.channels
     if memory.empty or share >= NARROW:
         return ""

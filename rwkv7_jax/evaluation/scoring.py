@@ -15,7 +15,7 @@ from rwkv7_jax.model.layers import head_logits
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, repeat
 from rwkv7_jax.text.tokenizer import Tokenizer
-from rwkv7_jax.training.losses import by_chunks, cross_entropy
+from rwkv7_jax.training.losses import cross_entropy, map_token_chunks
 
 # Borders of the ranges of positions that are reported apart.
 POSITIONS = (0, 32, 128, 512, 2048, 8192)
@@ -57,7 +57,7 @@ def _nats_and_right(model: RWKV7, params: Params, state: RWKV7State, tokens):
         right = jnp.argmax(logits, axis=-1) == targets
         return jax.nn.logsumexp(logits, axis=-1) - chosen, right
 
-    return by_chunks(per_token, x, tokens[:, 1:])
+    return map_token_chunks(per_token, x, tokens[:, 1:])
 
 
 def _by_rows(per_token, state: RWKV7State, tokens: np.ndarray, rows: int):
@@ -133,7 +133,7 @@ class Answers:
     by_position: Float[np.ndarray, " T"]
 
 
-def answers(
+def score_answers(
     model: RWKV7, params: Params, state: RWKV7State, batch: dict, *, rows: int = 32
 ) -> Answers:
     """What the model, started from `state`, makes of a task's batch.
@@ -150,7 +150,7 @@ def answers(
     """
     tokens, scored = np.asarray(batch["tokens"]), np.asarray(batch["mask"]) > 0
     if not scored.any():
-        raise ValueError("answers: `batch` must have a scored position; its mask is all 0.")
+        raise ValueError("score_answers: `batch` must have a scored position; its mask is all 0.")
     nats, right = _by_rows(functools.partial(_nats_and_right, model, params), state, tokens, rows)
     count = scored.sum(0)
     by_position = np.where(count, (right & scored).sum(0) / np.maximum(count, 1), np.nan)

@@ -10,13 +10,17 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Params
-from rwkv7_jax.evaluation.advice import Diagnosis, Kept, Memory, advise
+from rwkv7_jax.evaluation.advice import Diagnosis, MemoryStatistics, RetentionScore, advise
 from rwkv7_jax.model.layers import head_logits
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state, repeat
 from rwkv7_jax.optim.whitening import effective_rank
-from rwkv7_jax.training.losses import Batch, by_chunks
-from rwkv7_jax.tuning.read_statistics import covariance, memory_reads, start_reads
+from rwkv7_jax.training.losses import Batch, map_token_chunks
+from rwkv7_jax.tuning.read_statistics import (
+    initial_state_read_vectors,
+    memory_read_vectors,
+    second_moment,
+)
 
 # Rows read at the same time.
 ROWS = 8
@@ -49,7 +53,7 @@ def _compare(model: RWKV7, params: Params, base: RWKV7State, tuned: RWKV7State, 
         kl = jnp.sum(jnp.exp(logs[0]) * (logs[0] - logs[1]), axis=-1)
         return dict(zip(_COMPARED, (*nats, *right, kl), strict=True))
 
-    return by_chunks(per_token, hidden(base), hidden(tuned), tokens[:, 1:])
+    return map_token_chunks(per_token, hidden(base), hidden(tuned), tokens[:, 1:])
 
 
 def _compared(model: RWKV7, params: Params, state: RWKV7State, batch: Batch) -> dict:
@@ -63,9 +67,9 @@ def _compared(model: RWKV7, params: Params, state: RWKV7State, batch: Batch) -> 
     }
 
 
-def _kept(name: str, found: Mapping[str, np.ndarray], mask: np.ndarray) -> Kept:
+def _kept(name: str, found: Mapping[str, np.ndarray], mask: np.ndarray) -> RetentionScore:
     means = {key: float((x * mask).sum() / mask.sum()) for key, x in found.items()}
-    return Kept(
+    return RetentionScore(
         name=name,
         base_nats=means["base_nats"],
         tuned_nats=means["tuned_nats"],
@@ -85,7 +89,7 @@ def _mask(batch: Batch, name: str, caller: str) -> np.ndarray:
 
 def retention(
     model: RWKV7, params: Params, state: RWKV7State, batches: Mapping[str, Batch]
-) -> tuple[Kept, ...]:
+) -> tuple[RetentionScore, ...]:
     """What the model loses, or gains, on other texts and tasks when it starts from `state`.
 
     Args:
@@ -119,13 +123,13 @@ def _reads(
 
     def summary(psi: Float[Array, "B T H M"]) -> dict[str, Array]:
         squares = jnp.einsum("bthm,bthm,b->t", psi, psi, rows) / (jnp.sum(rows) * psi.shape[2])
-        return {"moments": covariance(psi, weights)[0], "reads": squares}
+        return {"moments": second_moment(psi, weights)[0], "reads": squares}
 
     def plain(layer) -> dict[str, Array]:
-        return summary(start_reads(layer[0], implementation=implementation))
+        return summary(initial_state_read_vectors(layer[0], implementation=implementation))
 
     def wide(layer) -> dict[str, Array]:
-        return summary(memory_reads(layer[1], layer[0], implementation=implementation))
+        return summary(memory_read_vectors(layer[1], layer[0], implementation=implementation))
 
     layers, found = (trace, state.upscaled), {}
     if state.upscaled is None or state.upscaled.readout is None:
@@ -144,7 +148,7 @@ def _end(model: RWKV7, params: Params, start: RWKV7State, tokens: Array, rows: A
     return jnp.einsum("lbh,b->lh", squares, rows) / jnp.sum(rows)
 
 
-def _typical(model: RWKV7, params: Params, batch: Batch) -> Float[np.ndarray, "L H"]:
+def _reference_norm(model: RWKV7, params: Params, batch: Batch) -> Float[np.ndarray, "L H"]:
     """Root mean square norms of the base model's WKV states when it has read the batch's rows."""
     start, squares = init_state(model.config), 0.0
     for tokens, _, rows in _pieces(batch):
@@ -168,11 +172,13 @@ def _read_statistics(model: RWKV7, params: Params, state: RWKV7State, batch: Bat
     }
 
 
-def _memory(held: Array, found: Mapping[str, np.ndarray], dynamics: str, typical=None) -> Memory:
+def _memory(
+    held: Array, found: Mapping[str, np.ndarray], dynamics: str, typical=None
+) -> MemoryStatistics:
     """The numbers of one memory [L 1 H Nv M] from how it is read."""
     values = spectrum(held)
     squares = np.square(values)
-    return Memory(
+    return MemoryStatistics(
         dynamics=dynamics,
         spectrum=values,
         norms=np.sqrt(squares.sum(-1)),
@@ -219,7 +225,7 @@ def diagnose(
     mask = _mask(batch, "batch", "diagnose")
     reads, memories = _read_statistics(model, params, state, batch), {}
     if "wkv" in reads:
-        typical = _typical(model, params, batch)
+        typical = _reference_norm(model, params, batch)
         memories["wkv"] = _memory(state.wkv, reads["wkv"], "recurrent", typical)
     if "memory" in reads:
         upscaled = state.upscaled

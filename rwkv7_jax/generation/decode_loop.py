@@ -15,12 +15,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rwkv7_jax.array_types import Lengths, Params, Tokens
 from rwkv7_jax.generation import sampling
-from rwkv7_jax.model.state import RWKV7State, choose
+from rwkv7_jax.model.state import RWKV7State, where_rows
 
 RUNNING, STOPPED, BROKEN = 0, 1, 2
 
 
-class Run(NamedTuple):
+class DecodeState(NamedTuple):
     """A batch in the middle of generating.
 
     Attributes:
@@ -38,9 +38,9 @@ class Run(NamedTuple):
     step: Array
 
 
-def start(state: RWKV7State, logits: Float[Array, "B V"]) -> Run:
+def init_decode_state(state: RWKV7State, logits: Float[Array, "B V"]) -> DecodeState:
     """Every row runs and has generated nothing."""
-    return Run(
+    return DecodeState(
         state=state,
         logits=logits,
         status=jnp.full(logits.shape[0], RUNNING, jnp.int32),
@@ -50,7 +50,7 @@ def start(state: RWKV7State, logits: Float[Array, "B V"]) -> Run:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def read(
+def prefill(
     model: nn.Module, params: Params, state: RWKV7State, *, tokens: Tokens, lengths: Lengths
 ) -> RWKV7State:
     """The state behind the first `lengths` tokens of each row; no logits are made."""
@@ -63,7 +63,7 @@ def _follow(model, params, state, *, logits, tokens, live):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def follow(
+def decode_one(
     model: nn.Module,
     params: Params,
     state: RWKV7State,
@@ -78,21 +78,21 @@ def follow(
 
 @jax.jit
 def stop_rows(
-    run: Run, rows: Bool[Array, " B"], *, state: RWKV7State, logits: Float[Array, "B V"]
-) -> Run:
+    run: DecodeState, rows: Bool[Array, " B"], *, state: RWKV7State, logits: Float[Array, "B V"]
+) -> DecodeState:
     """The run with `rows` stopped, at another state and other logits."""
     return run._replace(
-        state=choose(rows, state, run.state),
+        state=where_rows(rows, state, run.state),
         logits=jnp.where(rows[:, None], logits, run.logits),
         status=jnp.where(rows, STOPPED, run.status),
     )
 
 
 def _advance(
-    model, params, run: Run, *, keys, options: sampling.Options
-) -> tuple[Run, Array, Array]:
+    model, params, run: DecodeState, *, keys, options: sampling.SamplingParams
+) -> tuple[DecodeState, Array, Array]:
     """The run one token later, the tokens, and the rows that keep theirs."""
-    logits = sampling.penalise(run.logits, run.occurrences, options)
+    logits = sampling.apply_penalties(run.logits, run.occurrences, options)
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, run.step)
     tokens = sampling.sample(keys, logits, options)
     # A maximum is finite exactly if nothing is NaN and not all logits are infinite.
@@ -102,20 +102,20 @@ def _advance(
     live = status == RUNNING
     state, after = _follow(model, params, run.state, logits=run.logits, tokens=tokens, live=live)
     occurrences = sampling.count(run.occurrences, tokens, options)
-    return Run(state, after, status, occurrences, run.step + 1), tokens, live
+    return DecodeState(state, after, status, occurrences, run.step + 1), tokens, live
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="capacity")
 def decode(
     model: nn.Module,
     params: Params,
-    run: Run,
+    run: DecodeState,
     *,
     keys: Array,
-    options: sampling.Options,
+    options: sampling.SamplingParams,
     limit: Int[Array, ""],
     capacity: int,
-) -> tuple[Run, Int[Array, "B C"], Int[Array, " B"]]:
+) -> tuple[DecodeState, Int[Array, "B C"], Int[Array, " B"]]:
     """The run at most `limit` tokens later, these tokens, and how many of each row's are kept.
 
     One program on the device; it ends early when every row has stopped. A row that stops keeps the

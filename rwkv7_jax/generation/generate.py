@@ -15,7 +15,7 @@ from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import check_count, check_ids
 from rwkv7_jax.generation import decode_loop as decoding
 from rwkv7_jax.generation import sampling
-from rwkv7_jax.generation.streaming import Row, continue_rows, power_of_two
+from rwkv7_jax.generation.streaming import RowText, decode_with_stop_strings, power_of_two
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state, repeat
 from rwkv7_jax.text.detokenizer import Vocabulary, check_stop_strings
@@ -128,13 +128,13 @@ def generate(
     _check_text(tokenizer, stop_strings, on_text)
     prompts = _check_prompts(prompts, model.config.vocab_size, allow_empty=logits is not None)
     keys = _row_keys(key, len(prompts), needed=bool(tokens > 0 and options.temperature > 0))
-    state, logits = _beside((params, state), _start(model, state, logits, batch=len(prompts)))
+    state, logits = commit_like((params, state), _start(model, state, logits, batch=len(prompts)))
     state, logits = _read(model, params, state, logits=logits, rows=prompts, chunk=prefill_chunk)
-    rows = [Row(tokenizer, stop_strings) for _ in prompts]
-    run = continue_rows(
+    rows = [RowText(tokenizer, stop_strings) for _ in prompts]
+    run = decode_with_stop_strings(
         functools.partial(decoding.decode, model, params, keys=keys, options=options),
         functools.partial(_read, model, params, chunk=_NARROWEST),
-        _beside(logits, decoding.start(state, logits)),
+        commit_like(logits, decoding.init_decode_state(state, logits)),
         rows=rows,
         total=tokens,
         watched=bool(stop_strings or on_text),
@@ -208,7 +208,7 @@ def _start(model: RWKV7, state, logits, *, batch: int) -> tuple[RWKV7State, Arra
     return state, jnp.broadcast_to(logits, shape)
 
 
-def _beside(arrays: Any, fresh: Any) -> Any:
+def commit_like(arrays: Any, fresh: Any) -> Any:
     """`fresh`, bound to the device that one of `arrays` is bound to, if there is such a one.
 
     What comes back from a program is bound then, and a program that was made for arrays which are
@@ -238,6 +238,6 @@ def _read(model, params, state, *, logits, rows: list[list[int]], chunk: int):
             piece = row[:-1][first : first + width]
             tokens[index, : len(piece)] = piece
         count = np.clip(lengths - 1 - first, 0, width)
-        state = decoding.read(model, params, state, tokens=tokens, lengths=count)
+        state = decoding.prefill(model, params, state, tokens=tokens, lengths=count)
     last = np.array([row[-1] if row else 0 for row in rows], np.int32)
-    return decoding.follow(model, params, state, logits=logits, tokens=last, live=lengths > 0)
+    return decoding.decode_one(model, params, state, logits=logits, tokens=last, live=lengths > 0)

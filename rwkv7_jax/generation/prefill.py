@@ -12,11 +12,11 @@ from rwkv7_jax.model.state import RWKV7State, init_state
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _read(model: RWKV7, params: Params, state: RWKV7State, tokens):
+def _prefill(model: RWKV7, params: Params, state: RWKV7State, tokens):
     return model.apply({"params": params}, tokens, state, method="hidden")[1]
 
 
-def state_after(
+def prefill_state(
     model: RWKV7, params: Params, tokens: Int[np.ndarray, " T"], *, chunk: int = 1024
 ) -> RWKV7State:
     """The state (batch 1) behind a prompt of any length, read in pieces from the zero state."""
@@ -24,5 +24,5 @@ def state_after(
     whole = len(tokens) // chunk * chunk
     for piece in [*np.split(tokens[:whole], max(whole // chunk, 1)), tokens[whole:]]:
         if len(piece):
-            state = _read(model, params, state, np.asarray(piece, np.int32)[None])
+            state = _prefill(model, params, state, np.asarray(piece, np.int32)[None])
     return state

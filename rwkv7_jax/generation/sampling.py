@@ -44,7 +44,7 @@ class Occurrences(NamedTuple):
     counts: Array
 
 
-class Options(NamedTuple):
+class SamplingParams(NamedTuple):
     """The choices of one run as arrays: changing one compiles nothing; from `make_options`.
 
     Attributes:
@@ -83,7 +83,7 @@ def make_options(
     banned: Ids = (),
     stop_ids: Ids = (0,),
     caller: str = "make_options",
-) -> Options:
+) -> SamplingParams:
     """Checked options, as arrays of fixed dtypes.
 
     Args:
@@ -119,7 +119,7 @@ def make_options(
     masks = {name: _mask(ids, vocab_size, f"{caller}: `{name}`") for name, ids in sets.items()}
     if masks["banned"].all():
         raise ValueError(f"{caller}: `banned` must leave one id; got all {vocab_size}.")
-    return Options(
+    return SamplingParams(
         **{name: np.float32(value) for name, (value, _, _) in numbers.items()},
         top_k=np.int32(min(top_k, vocab_size)),
         weights=np.where(masks["penalty_exempt"], 0, 1).astype(np.float32),
@@ -150,7 +150,9 @@ def no_occurrences(batch: int, vocab_size: int) -> Occurrences:
     return Occurrences(seen=jnp.zeros(shape, bool), counts=jnp.zeros(shape, jnp.float32))
 
 
-def count(occurrences: Occurrences, tokens: Int[Array, " B"], options: Options) -> Occurrences:
+def count(
+    occurrences: Occurrences, tokens: Int[Array, " B"], options: SamplingParams
+) -> Occurrences:
     """The occurrences one token later: all counts decay, then each row's token adds its weight."""
     rows = jnp.arange(tokens.shape[0])
     weights = jnp.asarray(options.weights)[tokens]
@@ -160,7 +162,7 @@ def count(occurrences: Occurrences, tokens: Int[Array, " B"], options: Options) 
     )
 
 
-def penalise(logits: Scores, occurrences: Occurrences, options: Options) -> Scores:
+def apply_penalties(logits: Scores, occurrences: Occurrences, options: SamplingParams) -> Scores:
     """Logits less the penalties; banned ids are at minus infinity, all others finite."""
     penalty = options.presence_penalty + occurrences.counts * options.frequency_penalty
     logits = logits - jnp.where(occurrences.seen, penalty, 0)
@@ -230,7 +232,7 @@ def log_probabilities(
     return jax.nn.log_softmax(scaled, axis=-1)
 
 
-def sample(keys: Array, logits: Scores, options: Options) -> Int[Array, " B"]:
+def sample(keys: Array, logits: Scores, options: SamplingParams) -> Int[Array, " B"]:
     """One id a row, drawn with the row's own key, so that no row's draw depends on another's.
 
     Args:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from rwkv7_jax.generation import decode_loop as decoding
-from rwkv7_jax.text.detokenizer import TextStream, Vocabulary, whole_tokens
+from rwkv7_jax.text.detokenizer import StreamingDetokenizer, Vocabulary, whole_tokens
 
 # Tokens between two looks of the host, where text is streamed or stop strings are searched.
 _BLOCK = 8
@@ -14,11 +14,11 @@ _BLOCK = 8
 OnText = Callable[[str, int], object]
 
 
-class Row:
+class RowText:
     """One row as the host sees it: tokens, certain text, and why it ended."""
 
     def __init__(self, tokenizer: Vocabulary | None, stop_strings: Sequence[str]):
-        self.tokenizer, self.stream = tokenizer, TextStream(stop_strings)
+        self.tokenizer, self.stream = tokenizer, StreamingDetokenizer(stop_strings)
         self.tokens, self.text, self.finished = [], "", None
         # Leading tokens that the model generated and that no stop string can cut any more.
         self.whole = 0
@@ -51,16 +51,16 @@ class Row:
         return piece
 
 
-def continue_rows(
+def decode_with_stop_strings(
     decode: Callable,
     read: Callable,
-    run: decoding.Run,
+    run: decoding.DecodeState,
     *,
-    rows: list[Row],
+    rows: list[RowText],
     total: int,
     watched: bool,
     on_text: OnText,
-) -> decoding.Run:
+) -> decoding.DecodeState:
     """The run after all rows have ended; `rows` hold their tokens, text and reasons.
 
     Runs at the beginning of earlier blocks are kept while a stop string may still cut into them.
@@ -105,7 +105,7 @@ def _emit(on_text, piece: str, row: int) -> None:
         on_text(piece, row)
 
 
-def _take(rows: list[Row], run: decoding.Run, *, new, lengths, on_text) -> np.ndarray:
+def _take(rows: list[RowText], run: decoding.DecodeState, *, new, lengths, on_text) -> np.ndarray:
     """The rows take their new tokens; which of them a stop string has ended."""
     new, lengths, status = jax.device_get((new, lengths, run.status))
     cut = np.zeros(len(rows), bool)
@@ -124,7 +124,9 @@ def _take(rows: list[Row], run: decoding.Run, *, new, lengths, on_text) -> np.nd
     return cut
 
 
-def _reread(read, run: decoding.Run, starts: list, *, rows, cut: np.ndarray) -> decoding.Run:
+def _reread(
+    read, run: decoding.DecodeState, starts: list, *, rows, cut: np.ndarray
+) -> decoding.DecodeState:
     """The run with the rows that a stop string has cut stopped behind the tokens that they keep."""
     safe = min(row.whole for row, hit in zip(rows, cut, strict=True) if hit)
     done, before = _from(starts, safe)[0]

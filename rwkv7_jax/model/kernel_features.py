@@ -20,19 +20,19 @@ def _apply(maps: Float[Array, "B H O I"], x: Float[Array, "b T H I"]) -> Float[A
     return jnp.einsum("bthi,bhoi->btho", x, maps, precision="highest")
 
 
-def directions(x: Float[Array, "... N"]) -> Float[Array, "... N"]:
+def unit_vectors(x: Float[Array, "... N"]) -> Float[Array, "... N"]:
     """x / |x| in float32."""
     x = x.astype(jnp.float32)
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(square, _SHORTEST**2))
 
 
-def evaluate(features: Features, x: Heads) -> Float[Array, "B T H M"]:
+def kernel_features(features: Features, x: Heads) -> Float[Array, "B T H M"]:
     """phi(x) of one layer, float32: Gaussians around landmarks, or cosines; centred and mapped.
 
     Source: arXiv 2504.05097, section 3.2; Rahimi and Recht 2007 for the cosines.
     """
-    x = x.astype(jnp.float32) if features.kind == "gaussian_raw" else directions(x)
+    x = x.astype(jnp.float32) if features.kind == "gaussian_raw" else unit_vectors(x)
     inner = _apply(features.landmarks, x)
     widths = features.widths[:, None]
     if features.kind == "fourier":

@@ -12,9 +12,9 @@ from jaxtyping import Array, Float
 
 import pallas_kernels
 from rwkv7_jax.array_types import Heads, Lengths
-from rwkv7_jax.model.kernel_features import _apply, _unit, evaluate
+from rwkv7_jax.model.kernel_features import _apply, _unit, kernel_features
 from rwkv7_jax.model.state import Upscaled
-from rwkv7_jax.sharding import by_rows
+from rwkv7_jax.sharding import shard_map_batch
 
 Parts = Mapping[str, Array]
 
@@ -25,8 +25,8 @@ def _per_head(parts: Parts, name: str) -> Float[Array, "B T H 1"]:
 
 def _features_inputs(upscaled: Upscaled, parts: Parts) -> dict[str, Array]:
     """The inputs of the WKV op whose state is the memory, under "decay" and "delta"."""
-    r = evaluate(upscaled.features, parts["r"])
-    key = _unit(evaluate(upscaled.features, -parts["a"]))
+    r = kernel_features(upscaled.features, parts["r"])
+    key = _unit(kernel_features(upscaled.features, -parts["a"]))
     log_w = jnp.log(_per_head({"w": jnp.exp(parts["log_w"].astype(jnp.float32))}, "w"))
     rate = _per_head(parts, "icl_rate") if upscaled.dynamics == "delta" else 0.0
     return {
@@ -39,11 +39,11 @@ def _features_inputs(upscaled: Upscaled, parts: Parts) -> dict[str, Array]:
     }
 
 
-def _replaced_inputs(upscaled: Upscaled, parts: Parts) -> dict[str, Array]:
+def _paper_inputs(upscaled: Upscaled, parts: Parts) -> dict[str, Array]:
     """The paper's inputs: every vector of the recurrence as features of itself."""
     rate, w = parts["icl_rate"], jnp.exp(parts["log_w"].astype(jnp.float32))
     r, k, v, rate, w = (
-        evaluate(upscaled.features, x) for x in (parts["r"], parts["k"], parts["v"], rate, w)
+        kernel_features(upscaled.features, x) for x in (parts["r"], parts["k"], parts["v"], rate, w)
     )
     key = _unit(k) if upscaled.dynamics == "replace" else k
     return {
@@ -62,7 +62,7 @@ def _wkv7(inputs: Sequence[Heads], state, *, implementation: str | None, lengths
     def op(inputs, state, lengths):
         return pallas_kernels.wkv7(*inputs, state, implementation=implementation, lengths=lengths)
 
-    return by_rows(op, tuple(inputs), state, lengths)
+    return shard_map_batch(op, tuple(inputs), state, lengths)
 
 
 def recurrence(
@@ -90,11 +90,11 @@ def recurrence(
     if upscaled is None:
         return *run(parts, wkv), None
     if upscaled.readout is not None:
-        y, memory = run(_replaced_inputs(upscaled, parts), upscaled.memory)
+        y, memory = run(_paper_inputs(upscaled, parts), upscaled.memory)
         return _apply(upscaled.readout, y).astype(parts["r"].dtype), wkv, memory
     y, wkv = run(parts, wkv)
     if upscaled.dynamics == "static":
-        read, memory = _apply(upscaled.memory, evaluate(upscaled.features, parts["r"])), None
+        read, memory = _apply(upscaled.memory, kernel_features(upscaled.features, parts["r"])), None
     else:
         read, memory = run(_features_inputs(upscaled, parts), upscaled.memory)
     return y + read.astype(y.dtype), wkv, memory

@@ -160,7 +160,7 @@ def _check_upscaled(upscaled: Upscaled, heads: tuple[int, ...], caller: str) -> 
             )
 
 
-def _map_rows(change: Callable, state: RWKV7State, *others: RWKV7State) -> RWKV7State:
+def _map_batch(change: Callable, state: RWKV7State, *others: RWKV7State) -> RWKV7State:
     """`change` on every leaf that has a row for each sequence; what all share stays as it is."""
     parts = (state, *others)
     new = {
@@ -190,7 +190,7 @@ def repeat(state: RWKV7State, batch: int) -> RWKV7State:
     """
     if state.batch != 1:
         raise ValueError(f"repeat: `state` must hold one sequence; got {state.batch}.")
-    return _map_rows(lambda x: jnp.broadcast_to(x, (x.shape[0], batch, *x.shape[2:])), state)
+    return _map_batch(lambda x: jnp.broadcast_to(x, (x.shape[0], batch, *x.shape[2:])), state)
 
 
 def select(state: RWKV7State, rows) -> RWKV7State:
@@ -200,19 +200,19 @@ def select(state: RWKV7State, rows) -> RWKV7State:
     whose row i starts from state ids[i].
     """
     rows = jnp.atleast_1d(jnp.arange(state.batch)[rows])
-    return _map_rows(lambda x: x[:, rows], state)
+    return _map_batch(lambda x: x[:, rows], state)
 
 
-def choose(rows: Bool[Array, " B"], state: RWKV7State, other: RWKV7State) -> RWKV7State:
+def where_rows(rows: Bool[Array, " B"], state: RWKV7State, other: RWKV7State) -> RWKV7State:
     """The sequences `rows` from `state`, the rest from `other`."""
 
     def pick(new, old):
         return jnp.where(rows.reshape(1, -1, *[1] * (old.ndim - 2)), new, old)
 
-    return _map_rows(pick, state, other)
+    return _map_batch(pick, state, other)
 
 
-def map_memory(change: Callable, state: RWKV7State, *others: RWKV7State) -> RWKV7State:
+def map_linear_leaves(change: Callable, state: RWKV7State, *others: RWKV7State) -> RWKV7State:
     """`change` on what a state remembers: shifts, WKV states, upscaled memories, their writes.
 
     The features through which an upscaled memory is read are not memory and stay `state`'s.

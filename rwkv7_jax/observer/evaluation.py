@@ -17,13 +17,13 @@ from rwkv7_jax.observer.observer import (
     Observer,
     check_maps,
     check_teacher,
+    fraction_of_variance_unexplained,
     moments,
-    read,
+    propose_wkv,
     read_prompts,
-    unexplained,
 )
-from rwkv7_jax.observer.prompt_splits import check_split, tails
-from rwkv7_jax.training.losses import Batch, by_chunks, token_weights
+from rwkv7_jax.observer.prompt_splits import check_split, continuations
+from rwkv7_jax.training.losses import Batch, loss_weights, map_token_chunks
 
 
 class Answers(NamedTuple):
@@ -40,7 +40,7 @@ class Answers(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _answers(teacher: RWKV7, params: Params, start: RWKV7State, batch: Batch):
-    inputs, targets, shares = tails(batch["tokens"], batch["split"], token_weights(batch))
+    inputs, targets, shares = continuations(batch["tokens"], batch["split"], loss_weights(batch))
     x, _ = teacher.apply({"params": params}, inputs, start, method="hidden")
 
     def per_token(x, targets):
@@ -49,11 +49,11 @@ def _answers(teacher: RWKV7, params: Params, start: RWKV7State, batch: Batch):
         right = jnp.argmax(logits, axis=-1) == targets
         return right.astype(jnp.float32), jax.nn.logsumexp(logits, axis=-1) - chosen
 
-    right, nats = by_chunks(per_token, x, targets)
+    right, nats = map_token_chunks(per_token, x, targets)
     return jnp.sum(shares * right), jnp.sum(shares * nats)
 
 
-def handover(
+def evaluate_handover(
     teacher: RWKV7, teacher_params: Params, state: RWKV7State, batch: Batch
 ) -> dict[str, Answers]:
     """How the teacher answers behind each row's split, by the state that it starts from.
@@ -73,11 +73,11 @@ def handover(
         TypeError: ids or splits that are no integers, or a WKV state that is not float32.
         ValueError: a batch or a state of other sizes.
     """
-    check_split(batch, teacher.config.vocab_size, caller="handover")
+    check_split(batch, teacher.config.vocab_size, caller="evaluate_handover")
     rows = batch["tokens"].shape[0]
     if isinstance(state, RWKV7State) and state.batch == 1:
         state = repeat(state, rows)
-    check_state(state, rows, teacher.config, caller="handover")
+    check_state(state, rows, teacher.config, caller="evaluate_handover")
     batch = {name: batch[name] for name in ("tokens", "mask", "split")}
     zero = init_state(teacher.config, rows)
     _, own = read_prompts(teacher, teacher_params, batch["tokens"][:, :-1], batch["split"])
@@ -88,7 +88,7 @@ def handover(
     return {name: Answers(*map(float, pair)) for name, pair in answers.items()}
 
 
-def drift(
+def proposal_error(
     observer: Observer,
     params: Params,
     teacher: RWKV7,
@@ -123,15 +123,13 @@ def drift(
     if lengths is not None:
         check_lengths(lengths, tuple(tokens.shape), caller=caller)
     if variance is None and tokens.shape[0] < 2:
-        raise ValueError(
-            "drift: `variance` must be given for one row; state_moments has that of typical ones."
-        )
+        raise ValueError("proposal_error: `variance` must be given for one row; see state_moments.")
     if variance is not None and tuple(variance.shape) != observer.shapes["bias"][:2]:
         raise ValueError(
-            f"drift: `variance` must have [layers, heads] = {observer.shapes['bias'][:2]}; "
+            f"proposal_error: `variance` must be [layers, heads] = {observer.shapes['bias'][:2]}; "
             f"got {tuple(variance.shape)}."
         )
-    _, proposed = read(observer, params, tokens, lengths)
+    _, proposed = propose_wkv(observer, params, tokens, lengths)
     _, own = read_prompts(teacher, teacher_params, tokens, lengths)
     variance = moments(own.wkv).variance if variance is None else jnp.asarray(variance)
-    return unexplained(proposed, own.wkv, variance)
+    return fraction_of_variance_unexplained(proposed, own.wkv, variance)

@@ -15,12 +15,12 @@ from rwkv7_jax.observer.observer import (
     Observer,
     check_maps,
     check_teacher,
+    fraction_of_variance_unexplained,
     moments,
-    read,
+    propose_wkv,
     read_prompts,
-    unexplained,
 )
-from rwkv7_jax.observer.prompt_splits import check_split, tails
+from rwkv7_jax.observer.prompt_splits import check_split, continuations
 from rwkv7_jax.training import losses
 from rwkv7_jax.training.losses import Batch, Loss
 
@@ -29,14 +29,16 @@ Scalar = Float[Array, ""]
 
 def _divergence(x: Activations, heads: tuple, base: Array, split: Array) -> Scalar:
     """Mean KL(teacher || observer) of the predictions inside the prompts."""
-    nats = losses.divergence(x, base, heads[0], base_head=heads[1])
+    nats = losses.kl_divergence(x, base, heads[0], base_head=heads[1])
     inside = (jnp.arange(x.shape[1])[None] < split[:, None]).astype(nats.dtype)
     return jnp.sum(nats * inside) / jnp.maximum(jnp.sum(inside), 1.0)
 
 
 def _answers(teacher: RWKV7, params: Params, wkv: WKV, batch: Batch) -> Scalar:
     """The teacher's mean loss behind the splits, started from `wkv` and zero token shifts."""
-    inputs, targets, shares = tails(batch["tokens"], batch["split"], losses.token_weights(batch))
+    inputs, targets, shares = continuations(
+        batch["tokens"], batch["split"], losses.loss_weights(batch)
+    )
     start = init_state(teacher.config, inputs.shape[0]).replace(wkv=wkv)
     x, _ = teacher.apply({"params": params}, inputs, start, method="hidden")
     nats, _ = losses.cross_entropy(x, params["head"]["weight"], targets)
@@ -100,12 +102,12 @@ def observer_loss(
         _check_batch(batch, teacher.config.vocab_size, compared=bool(variance))
         teacher_params = jax.lax.stop_gradient(teacher_params)
         inputs, split = jnp.asarray(batch["tokens"])[:, :-1], jnp.asarray(batch["split"])
-        x, proposed = read(observer, params, inputs, split)
+        x, proposed = propose_wkv(observer, params, inputs, split)
         terms = {}
         if variance or divergence:
             base, own = jax.lax.stop_gradient(read_prompts(teacher, teacher_params, inputs, split))
         if variance:
-            rows = unexplained(proposed, own.wkv, moments(own.wkv).variance)
+            rows = fraction_of_variance_unexplained(proposed, own.wkv, moments(own.wkv).variance)
             terms["fvu"] = variance, jnp.mean(rows)
         if divergence:
             heads = params["model"]["head"]["weight"], teacher_params["head"]["weight"]

@@ -175,7 +175,7 @@ def read_prompts(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def read(
+def propose_wkv(
     observer: Observer, params: Params, tokens: Tokens, lengths: Lengths | None = None
 ) -> tuple[Activations, WKV]:
     """As `propose`: the small model's normed activations, and the proposed WKV states alone."""
@@ -202,7 +202,7 @@ def propose(
     check_tokens(tokens, observer.teacher.vocab_size, caller="propose")
     if lengths is not None:
         check_lengths(lengths, tuple(tokens.shape), caller="propose")
-    _, wkv = read(observer, params, tokens, lengths)
+    _, wkv = propose_wkv(observer, params, tokens, lengths)
     return init_state(observer.teacher, tokens.shape[0]).replace(wkv=wkv)
 
 
@@ -212,7 +212,9 @@ def moments(wkv: WKV) -> Moments:
     return Moments(mean, jnp.mean(jnp.square(wkv - mean[:, None]), axis=(1, 3, 4)))
 
 
-def unexplained(proposed: WKV, own: WKV, variance: Float[Array, "L H"]) -> Float[Array, " B"]:
+def fraction_of_variance_unexplained(
+    proposed: WKV, own: WKV, variance: Float[Array, "L H"]
+) -> Float[Array, " B"]:
     """Each row's squared error over the variance, averaged over layers and heads.
 
     Its mean over rows is the fraction of variance unexplained if the variance is theirs. A head

@@ -19,7 +19,7 @@ from rwkv7_jax.checks import check_lengths, check_tokens
 _STREAM = 7919
 
 
-def split_batch(
+def add_prompt_splits(
     batch: Mapping[str, Any], seed: int, step: int, *, least: int = 1, most: int | None = None
 ) -> dict[str, Any]:
     """The batch with a `split` for every row, drawn evenly from `least` to `most`, both included.
@@ -38,7 +38,7 @@ def split_batch(
     most = length - 1 if most is None else most
     if not 0 <= least <= most <= length:
         raise ValueError(
-            f"split_batch: `least` and `most` must be in order between 0 and {length}, "
+            f"add_prompt_splits: `least` and `most` must be in order between 0 and {length}, "
             f"the row's inputs; got {least} and {most}."
         )
     draw = np.random.default_rng([seed, step, _STREAM]).integers(least, most + 1, rows)
@@ -67,7 +67,7 @@ def check_split(batch: Mapping[str, Any], vocab_size: int, *, caller: str) -> No
     check_lengths(batch["split"], inputs, caller=caller, name="batch['split']")
 
 
-def tails(
+def continuations(
     tokens: Tokens, split: Lengths, weights: Float[Array, "B C"]
 ) -> tuple[Int[Array, "B C"], Int[Array, "B C"], Float[Array, "B C"]]:
     """What is behind every row's split, moved to the front: inputs, targets, shares of the loss.

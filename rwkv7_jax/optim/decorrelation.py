@@ -21,12 +21,12 @@ import optax
 from jax.typing import ArrayLike
 
 from rwkv7_jax.optim.whitening import (
-    adapted,
+    damped_covariance,
     effective_rank,
     finite,
+    online_update,
     per_matrix,
-    renewed,
-    target_of,
+    recompute,
     whitening,
 )
 
@@ -112,18 +112,18 @@ def decorrelate(
     _check_settings(mode, clip, rate, balance, iterations, damping, average, every)
     inner = optax.with_extra_args_support(inner)
     online = functools.partial(
-        adapted, rate=rate, balance=balance, iterations=iterations, clip=clip
+        online_update, rate=rate, balance=balance, iterations=iterations, clip=clip
     )
 
     def improve(whitener, target, count, good):
         if mode == "online":
             return online(whitener, target)
         due = good & (count == 0 if mode == "whiten" else count % every == 0)
-        return renewed(whitener, target, due)
+        return recompute(whitener, target, due)
 
     def learn(statistics, count, covariance, whitener):
         covariance, good = _averaged(statistics, covariance, average, fresh=count == 0)
-        moved = improve(whitener, target_of(covariance, damping, normalise), count, good)
+        moved = improve(whitener, damped_covariance(covariance, damping, normalise), count, good)
         # A matrix that did not come out well has not been counted: "whiten" tries again next time.
         good = good & finite(moved)
         return count + good, covariance, jnp.where(per_matrix(good), moved, whitener)

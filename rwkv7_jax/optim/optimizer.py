@@ -55,7 +55,7 @@ def group(name: str) -> Group:
     return next(one for one in GROUPS if re.search(one.pattern, name))
 
 
-def groups(params) -> Any:
+def group_labels(params) -> Any:
     """The tree of the groups' labels."""
     return jax.tree_util.tree_map_with_path(lambda path, _: group(path_name(path)).label, params)
 
@@ -80,7 +80,7 @@ def group_table(params: Any) -> str:
     return "\n".join(lines)
 
 
-def schedule(
+def learning_rate_schedule(
     kind: str, peak: float, final: float, *, warmup_steps: int, total_steps: int
 ) -> Callable[[jax.Array], jax.Array]:
     """The learning rate at a step.
@@ -134,7 +134,7 @@ def _moments(kind: str, b1: float, b2: float, eps: float) -> optax.GradientTrans
         weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: last_two, tree)
     )
     by_group = {one.label: adam for one in GROUPS} | {"matrix": optax.chain(muon, _scale_to_rms())}
-    return optax.partition(by_group, groups)
+    return optax.partition(by_group, group_labels)
 
 
 def build_optimizer(
@@ -171,7 +171,7 @@ def build_optimizer(
 
     def where(chosen: Callable[[Group], bool]):
         labels = [one.label for one in GROUPS if chosen(one)]
-        return lambda params: jax.tree.map(lambda label: label in labels, groups(params))
+        return lambda params: jax.tree.map(lambda label: label in labels, group_labels(params))
 
     rates = sorted({one.rate for one in GROUPS} - {1.0})
     faster = [optax.masked(optax.scale(x), where(lambda one, x=x: one.rate == x)) for x in rates]

@@ -52,12 +52,12 @@ def whitening(
     Source: the coupled Newton-Schulz iteration in Higham, Functions of Matrices (2008), eq. 6.35.
     """
     covariance = jnp.asarray(covariance, jnp.float32)
-    root = inverse_root(target_of(covariance, damping, normalise))
+    root = inverse_root(damped_covariance(covariance, damping, normalise))
     empty = jnp.trace(covariance, axis1=-2, axis2=-1) == 0
     return jnp.where((empty & normalise)[..., None, None], _eye(root), root)
 
 
-def target_of(covariance: Square, damping: ArrayLike, normalise: bool) -> Square:
+def damped_covariance(covariance: Square, damping: ArrayLike, normalise: bool) -> Square:
     """The positive definite matrix that R is to whiten."""
     scale = jnp.ones((*covariance.shape[:-2], 1, 1), jnp.float32)
     if normalise:
@@ -91,7 +91,7 @@ def inverse_root(matrix: Square) -> Square:
     return jnp.where(_norm(error) <= _NEAR, inverse, jnp.nan)
 
 
-def renewed(whitener: Square, target: Square, due: Flags) -> Square:
+def recompute(whitener: Square, target: Square, due: Flags) -> Square:
     """R with the matrices that are due computed anew; where none is, nothing is computed."""
     due = per_matrix(due)
     # What is not due might never converge, and would keep the others waiting.
@@ -101,7 +101,7 @@ def renewed(whitener: Square, target: Square, due: Flags) -> Square:
     )
 
 
-def adapted(
+def online_update(
     whitener: Square,
     target: Square,
     *,

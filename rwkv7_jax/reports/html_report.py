@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rwkv7_jax.atomic_write import replacing
+from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.reports.metric_writers import JSONL, json_lines, merged
 from rwkv7_jax.reports.svg_charts import Mark, Points, line_chart
 from rwkv7_jax.reports.system_info import lines
@@ -216,6 +216,6 @@ def write_report(folder: str | Path) -> Path:
         ValueError: no such folder.
     """
     page, path = report_page(folder), Path(folder) / "report.html"
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(page.encode("utf-8", "replace"))
     return path

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from rwkv7_jax.atomic_write import replacing
+from rwkv7_jax.atomic_write import atomic_write
 
 JSONL, CSV = "metrics.jsonl", "metrics.csv"
 
@@ -114,7 +114,7 @@ class MetricFiles:
         self.close()
 
     def _rewrite(self) -> None:
-        with replacing(self._jsonl) as file:
+        with atomic_write(self._jsonl) as file:
             file.write("".join(json.dumps(row) + "\n" for row in self._rows).encode())
         self._write_table()
 
@@ -123,7 +123,7 @@ class MetricFiles:
         writer = csv.DictWriter(text, self._columns)
         writer.writeheader()
         writer.writerows(self._rows)
-        with replacing(self._folder / CSV) as file:
+        with atomic_write(self._folder / CSV) as file:
             file.write(text.getvalue().encode())
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from rwkv7_jax.evaluation.advice import FADED, Diagnosis, Memory
+from rwkv7_jax.evaluation.advice import FADED, Diagnosis, MemoryStatistics
 
 _COLOURS = ("#4053d3", "#ddb310", "#b51d14", "#00beff", "#fb49b0", "#00b25d")
 
@@ -145,7 +145,7 @@ def diagnosis(path: str | Path, found: Diagnosis) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _memory(fading, spectra, name: str, memory: Memory, style: str) -> None:
+def _memory(fading, spectra, name: str, memory: MemoryStatistics, style: str) -> None:
     """One memory's lines on the two axes: layers from dark to light, the outermost are named."""
     from matplotlib import colormaps
 

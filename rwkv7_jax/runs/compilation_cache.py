@@ -23,7 +23,7 @@ def user_folder() -> Path | None:
     return Path(caches or Path(home) / ".cache") / "rwkv7_jax" / f"jax-{jax.__version__}"
 
 
-def keep_programs(folder: Path | None) -> Path | None:
+def enable_compilation_cache(folder: Path | None) -> Path | None:
     """Compiled programs are read from and written to `folder`, which is given back.
 
     Where it cannot be written, or none is known, a warning says so and None comes back.

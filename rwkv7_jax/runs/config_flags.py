@@ -14,7 +14,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from rwkv7_jax.runs.exit_codes import ending
+from rwkv7_jax.runs.exit_codes import exit_with_code
 
 _FILE = re.compile(r"--?config=(.*)", re.DOTALL)
 
@@ -42,7 +42,7 @@ def config_values() -> dict[str, Any]:
 
 def _parsed(program: str, words: list[str]) -> list[str]:
     """The words that are no flags; flags have been read."""
-    with ending(program):
+    with exit_with_code(program):
         words = _joined(words)
         rest = [word for word in words if not _FILE.fullmatch(word)]
         files = [found[1] for word in words if (found := _FILE.fullmatch(word))]

@@ -15,7 +15,7 @@ _LESS_IS_BETTER = ("bits_per_byte", "nats", "perplexity")
 
 
 @dataclasses.dataclass(frozen=True)
-class Course:
+class RunProgress:
     """Where a run stands.
 
     Attributes:
@@ -33,14 +33,14 @@ class Course:
     bad: int = 0
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "Course":
+    def from_json(cls, fields: Mapping[str, Any]) -> "RunProgress":
         """The course that `dataclasses.asdict` made these fields of."""
         best = tuple((value, step) for value, step in fields["best"])
         return cls(**{**fields, "best": best})
 
     def after(
         self, step: int, measures: Mapping[str, float], evaluation: Evaluation, *, kept: int
-    ) -> "Course":
+    ) -> "RunProgress":
         """The course after the evaluation of a step.
 
         Args:

@@ -3,16 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-from rwkv7_jax.evaluation.scoring import answers, score
+from rwkv7_jax.evaluation.scoring import score, score_answers
 from rwkv7_jax.runs.datasets import held_out, task_of
 from rwkv7_jax.runs.modes.base import Job
 from rwkv7_jax.runs.settings import Settings
 
 # From trainables to numbers by name.
-Look = Callable[[Any], dict[str, float]]
+Evaluator = Callable[[Any], dict[str, float]]
 
 
-def _look(settings: Settings, job: Job, name: str, path: str) -> Look:
+def _look(settings: Settings, job: Job, name: str, path: str) -> Evaluator:
     """How well one path that evaluation reads is predicted."""
     batch = held_out(settings, job.tokenizer, path=path)
     task = task_of(path or settings.data.evaluation or settings.data.path)
@@ -20,14 +20,14 @@ def _look(settings: Settings, job: Job, name: str, path: str) -> Look:
     def look(trained: Any) -> dict[str, float]:
         weights, start = job.weights(trained), job.start(trained)
         if task:
-            return {f"{name}_accuracy": answers(job.model, weights, start, batch).accuracy}
+            return {f"{name}_accuracy": score_answers(job.model, weights, start, batch).accuracy}
         found = score(job.model, weights, start, batch, job.tokenizer)
         return {f"{name}_bits_per_byte": found.bits_per_byte}
 
     return look
 
 
-def looks(settings: Settings, job: Job) -> list[Look]:
+def make_evaluators(settings: Settings, job: Job) -> list[Evaluator]:
     """What a run watches.
 
     Of text it is bits per byte, of a synthetic task the accuracy of its answers: `held_out_` of the

@@ -62,7 +62,7 @@ def exit_code(error: BaseException) -> int | None:
 
 
 @contextlib.contextmanager
-def ending(program: str) -> Iterator[None]:
+def exit_with_code(program: str) -> Iterator[None]:
     """Errors that users cause end the program in one line; others keep their traceback.
 
     What has been told is not told again: reads and writes that fail leave futures and coroutines
@@ -115,6 +115,6 @@ class _Quiet:
         self._silenced(self._stream.flush)
 
 
-def outlive_readers() -> None:
+def ignore_broken_pipe() -> None:
     """Output goes on into nothing when the pipe that it went into is closed: a run does not end."""
     sys.stdout, sys.stderr = _Quiet(sys.stdout), _Quiet(sys.stderr)

@@ -11,11 +11,11 @@ from rwkv7_jax.data.token_streams import TokenStream
 from rwkv7_jax.runs import datasets as job_data
 from rwkv7_jax.runs.modes.base import Job
 from rwkv7_jax.runs.settings import Settings
-from rwkv7_jax.sharding import spread
+from rwkv7_jax.sharding import shard_batch
 from rwkv7_jax.training.losses import Batch
 
 
-class Feed:
+class InputPipeline:
     """Gives each step its batch: of the data, made ahead by a thread, or of the trainables.
 
     Attributes:
@@ -54,7 +54,7 @@ class Feed:
     def _placed(self, batches: Iterator[Batch], start_step: int) -> Iterator[tuple]:
         for step, batch in enumerate(batches, start_step):
             prepared = self._job.prepared(batch, step)
-            yield prepared, spread(self._mesh, prepared)
+            yield prepared, shard_batch(self._mesh, prepared)
 
     def __call__(self, step: int, trainables: Any) -> tuple[Batch | None, Batch | None]:
         """The batch of a step, counted from 0: on the host, and on the device.
@@ -66,7 +66,7 @@ class Feed:
             pair = next(self._ahead)
         else:
             batch = self._job.batch(trainables, step)
-            pair = batch, batch and spread(self._mesh, batch)
+            pair = batch, batch and shard_batch(self._mesh, batch)
         self.waited += time.monotonic() - began
         return pair
 

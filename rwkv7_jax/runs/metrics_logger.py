@@ -12,9 +12,9 @@ import numpy as np
 
 from rwkv7_jax.reports.system_info import peak_memory
 from rwkv7_jax.runs.compilation_cache import CompileClock
-from rwkv7_jax.runs.early_stopping import Course
+from rwkv7_jax.runs.early_stopping import RunProgress
 from rwkv7_jax.runs.exit_codes import NotFinite, warn
-from rwkv7_jax.runs.input_pipeline import Feed
+from rwkv7_jax.runs.input_pipeline import InputPipeline
 from rwkv7_jax.runs.progress_bar import ProgressBar
 from rwkv7_jax.runs.run_directory import Folder
 from rwkv7_jax.runs.settings import Settings
@@ -36,10 +36,10 @@ class RunLog:
         self,
         folder: Folder,
         settings: Settings,
-        course: Course,
+        course: RunProgress,
         *,
         start_step: int,
-        feed: Feed,
+        feed: InputPipeline,
         rate: Callable[[int], float],
         flops: float | None = None,
         devices: int = 1,

@@ -23,12 +23,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from rwkv7_jax.runs.early_stopping import Course
+from rwkv7_jax.runs.early_stopping import RunProgress
 from rwkv7_jax.runs.exit_codes import EndedElsewhere, Stopped, exit_code
 from rwkv7_jax.runs.resume.checkpoint_record import Identity
-from rwkv7_jax.runs.run_directory import Folder, Follower, RunFolder
+from rwkv7_jax.runs.run_directory import Folder, NullRunDirectory, RunFolder
 from rwkv7_jax.runs.settings import Settings
-from rwkv7_jax.sharding import spread
+from rwkv7_jax.sharding import shard_batch
 from rwkv7_jax.training.train_step import TrainState
 
 # Silence after which a process counts as lost.
@@ -78,7 +78,7 @@ def _alone() -> bool:
 
 
 @contextlib.contextmanager
-def leaving() -> Iterator[None]:
+def exit_on_failure() -> Iterator[None]:
     """Some ends are at once, without Python's clearing up.
 
     Where one of several processes leaves before all `part`, JAX would wait for the others. Where a
@@ -97,13 +97,13 @@ def leaving() -> Iterator[None]:
         os._exit(code)
 
 
-def part() -> None:
+def shutdown() -> None:
     """All have come this far, and none needs another any more."""
     if not _alone():
         jax.distributed.shutdown()
 
 
-def first() -> bool:
+def is_process_0() -> bool:
     """Whether this is the process that writes and speaks."""
     return jax.process_index() == 0
 
@@ -119,10 +119,14 @@ def _shared(array: np.ndarray) -> np.ndarray:
 def _shared_text(text: str) -> str:
     raw = np.frombuffer(text.encode(), np.uint8)
     size = int(_shared(np.int32(len(raw))))
-    return _shared(np.resize(raw, size) if first() else np.zeros(size, np.uint8)).tobytes().decode()
+    return (
+        _shared(np.resize(raw, size) if is_process_0() else np.zeros(size, np.uint8))
+        .tobytes()
+        .decode()
+    )
 
 
-def by_first(call: Callable[[], str]) -> str:
+def run_on_process_0(call: Callable[[], str]) -> str:
     """The text that `call` gives in the first process, where alone it runs.
 
     Raises:
@@ -131,7 +135,7 @@ def by_first(call: Callable[[], str]) -> str:
     if _alone():
         return call()
     text, error = "", None
-    if first():
+    if is_process_0():
         try:
             text = call()
         except Exception as caught:
@@ -145,12 +149,12 @@ def by_first(call: Callable[[], str]) -> str:
     return said["text"]
 
 
-def of_first(tree: Any) -> Any:
+def broadcast_from_0(tree: Any) -> Any:
     """The arrays of the first process, bit for bit; the others' have the same shapes."""
     return tree if _alone() else jax.tree.map(_shared, tree)
 
 
-class Vote:
+class AnyProcess:
     """Whether any process wishes something, known to all behind the same step.
 
     Nobody waits for an answer: it is looked at some steps later.
@@ -166,12 +170,12 @@ class Vote:
         if _alone():
             return wish
         mine = np.full(len(jax.devices()), wish)
-        self._asked.append(self._any(spread(self._mesh, {"wish": mine})["wish"]))
+        self._asked.append(self._any(shard_batch(self._mesh, {"wish": mine})["wish"]))
         return len(self._asked) > self._behind and bool(self._asked.popleft())
 
 
 @contextlib.contextmanager
-def opened(workdir: str | Path, settings: Settings) -> Iterator[Folder]:
+def open_run_directory(workdir: str | Path, settings: Settings) -> Iterator[Folder]:
     """The run's folder; the first process alone writes, and alone is heard on stdout.
 
     Raises:
@@ -185,27 +189,29 @@ def opened(workdir: str | Path, settings: Settings) -> Iterator[Folder]:
             taken.append(stack.enter_context(RunFolder(workdir, settings)))
             return ""
 
-        by_first(take)
+        run_on_process_0(take)
         if not taken:
-            taken.append(Follower(Path(stack.enter_context(tempfile.TemporaryDirectory()))))
+            taken.append(NullRunDirectory(Path(stack.enter_context(tempfile.TemporaryDirectory()))))
             silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(silence))
         yield taken[0]
 
 
-def restored(folder: Folder, fresh: TrainState, identity: Identity) -> tuple[TrainState, Course]:
+def restore_and_broadcast(
+    folder: Folder, fresh: TrainState, identity: Identity
+) -> tuple[TrainState, RunProgress]:
     """What `RunFolder.restore` finds in the first process, in all of them.
 
     Raises:
         NoValidCheckpoint, ValueError: as it, in the first process.
         EndedElsewhere: in the others, then.
     """
-    state, course = fresh, Course()
+    state, course = fresh, RunProgress()
 
     def read() -> str:
         nonlocal state, course
         state, course = folder.restore(fresh, identity)
         return json.dumps(dataclasses.asdict(course))
 
-    course = Course.from_json(json.loads(by_first(read)))
-    return of_first(state), course
+    course = RunProgress.from_json(json.loads(run_on_process_0(read)))
+    return broadcast_from_0(state), course

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from rwkv7_jax.atomic_write import replacing
+from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.reports.html_report import write_report
 from rwkv7_jax.reports.metric_writers import JSONL, MetricFiles, json_lines
 from rwkv7_jax.reports.system_info import system
-from rwkv7_jax.runs.early_stopping import Course
+from rwkv7_jax.runs.early_stopping import RunProgress
 from rwkv7_jax.runs.exit_codes import DiskError, warn
 from rwkv7_jax.runs.resume.checkpoint_record import Identity
 from rwkv7_jax.runs.resume.checkpointer import Checkpoints
-from rwkv7_jax.runs.resume.run_identity import flat_settings, refuse_other_run
+from rwkv7_jax.runs.resume.run_identity import flat_settings, require_same_run
 from rwkv7_jax.runs.resume.step_directories import step_numbers
 from rwkv7_jax.runs.run_lock import RunLock
 from rwkv7_jax.runs.settings import Settings
@@ -74,9 +74,9 @@ class RunFolder:
             except (ValueError, AttributeError):
                 warn(f"{old} cannot be read; what the checkpoints say counts")
                 was = {}
-            refuse_other_run(self.path, was, flat_settings(settings))
+            require_same_run(self.path, was, flat_settings(settings))
         text = json.dumps(dataclasses.asdict(settings), indent=1)
-        with replacing(old) as file:
+        with atomic_write(old) as file:
             file.write(f"{text}\n".encode())
         self._metrics = MetricFiles(self.path, also=settings.trackers)
         self.checkpoints = Checkpoints(places, settings)
@@ -96,7 +96,7 @@ class RunFolder:
                 warn(f"the report of {self.path} cannot be written: {error}")
         self._lock.release()
 
-    def restore(self, train: TrainState, identity: Identity) -> tuple[TrainState, Course]:
+    def restore(self, train: TrainState, identity: Identity) -> tuple[TrainState, RunProgress]:
         """What `Checkpoints.restore` finds; metrics of steps behind it are gone from the files."""
         train, course = self.checkpoints.restore(train, identity)
         self.restored(int(train.step))
@@ -111,7 +111,7 @@ class RunFolder:
         for name in (_BAD, _SAMPLES):
             self._cut(name, step)
         self._began -= max((row.get("seconds", 0.0) for row in self.rows()), default=0.0)
-        with replacing(self.path / "system.json") as file:
+        with atomic_write(self.path / "system.json") as file:
             file.write(json.dumps(system(), indent=1).encode())
 
     def _cut(self, name: str, last_step: int) -> None:
@@ -119,7 +119,7 @@ class RunFolder:
         path = self.path / name
         rows = [row for row in json_lines(path) if row.get("step", 0) <= last_step]
         if path.exists():
-            with replacing(path) as file:
+            with atomic_write(path) as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
@@ -158,7 +158,7 @@ class RunFolder:
         return self._metrics.rows()
 
 
-class Follower:
+class NullRunDirectory:
     """What stands for the folder where another process has it; what is said here is kept there.
 
     Attributes:
@@ -176,7 +176,7 @@ class Follower:
     log = log_bad = note_event = note_sample = save = poll = close = _nothing
 
 
-Folder = RunFolder | Follower
+Folder = RunFolder | NullRunDirectory
 
 
 def _add_line(path: Path, line: str) -> None:

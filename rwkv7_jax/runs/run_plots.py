@@ -4,12 +4,12 @@ import math
 from typing import Any
 
 from rwkv7_jax.data.token_streams import TokenStream
-from rwkv7_jax.generation.prefill import state_after
+from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.reports import plots as pictures
 from rwkv7_jax.runs.modes.base import Job
 from rwkv7_jax.runs.run_directory import RunFolder
 from rwkv7_jax.runs.settings import Settings
-from rwkv7_jax.tuning.state_arithmetic import spectra
+from rwkv7_jax.tuning.state_arithmetic import singular_values
 
 _SHARES = ("accuracy", "reward")
 
@@ -31,8 +31,10 @@ def draw(
             shares |= _points(rows, name, name.replace("_", " "))
     pictures.curves(folder.path / "loss.png", lines, x="step", y="bits", shares=shares)
     if settings.mode == "state":
-        typical = state_after(job.model, job.weights(trained), stream[: settings.data.length])
-        pictures.states(folder.path / "state.png", spectra(typical), spectra(job.start(trained)))
+        typical = prefill_state(job.model, job.weights(trained), stream[: settings.data.length])
+        pictures.states(
+            folder.path / "state.png", singular_values(typical), singular_values(job.start(trained))
+        )
 
 
 def _points(rows: list[dict], name: str, label: str, *, scale: float = 1.0) -> dict:

@@ -11,13 +11,13 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.test_time.losses import distillation_loss
 from rwkv7_jax.test_time.traces import Trace, trace_batch
-from rwkv7_jax.test_time.tuning_loop import OnStep, Result, begin
+from rwkv7_jax.test_time.tuning_loop import OnStep, Result, start_tuning
 from rwkv7_jax.training.losses import Loss
 
 PromptsAt = Callable[[int], Sequence[Sequence[int]]]
 
 
-def distil(
+def distill(
     model: RWKV7,
     params: Params,
     traces: Sequence[Trace],
@@ -51,17 +51,17 @@ def distil(
     Raises:
         ValueError: no traces, ids outside the vocabulary, or a trace longer than `length`.
     """
-    check_count(steps, 0, "distil: `steps`")
+    check_count(steps, 0, "distill: `steps`")
     if not traces:
-        raise ValueError("distil: `traces` must hold a trace; got 0.")
+        raise ValueError("distill: `traces` must hold a trace; got 0.")
     for trace in traces:
         ids = np.array([*trace.prompt, *trace.completion])
-        check_tokens(ids, model.config.vocab_size, caller="distil")
+        check_tokens(ids, model.config.vocab_size, caller="distill")
     longest = max(len(trace.prompt) + len(trace.completion) - 1 for trace in traces)
     sizes = {"batch_size": batch_size, "length": length or longest, "seed": seed}
     loss = distillation_loss(model, params) if loss is None else loss
     running = {"tx": tx, "learning_rate": learning_rate, "on_step": on_step}
-    run = begin(model, loss, state, **running, caller="distil")
+    run = start_tuning(model, loss, state, **running, caller="distill")
     for step in range(steps):
         run.note({"step": step} | run.update(trace_batch(traces, step, **sizes)))
     return Result(run.state, run.history, run.budget)

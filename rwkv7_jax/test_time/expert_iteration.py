@@ -16,17 +16,17 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.test_time.distillation import PromptsAt
 from rwkv7_jax.test_time.losses import distillation_loss
-from rwkv7_jax.test_time.rewards import Judge, judged
+from rwkv7_jax.test_time.rewards import RewardFunction, evaluate_rewards
 from rwkv7_jax.test_time.rollouts import Rollouts, held_out_reward, rollouts
 from rwkv7_jax.test_time.traces import Ids, Trace, trace_batch
-from rwkv7_jax.test_time.tuning_loop import Goal, OnStep, Result, begin
+from rwkv7_jax.test_time.tuning_loop import OnStep, Result, RewardTarget, start_tuning
 
 
 def expert_iteration(
     model: RWKV7,
     params: Params,
     prompts_at: PromptsAt,
-    reward: Judge,
+    reward: RewardFunction,
     *,
     tokens: int,
     key: Array,
@@ -91,12 +91,12 @@ def expert_iteration(
     key = typed_key(key, caller=caller)
     loss = distillation_loss(model, params, leaves=leaves)
     running = {"tx": tx, "learning_rate": learning_rate, "on_step": on_step}
-    run = begin(model, loss, state, **running, caller=caller)
+    run = start_tuning(model, loss, state, **running, caller=caller)
     drawn = {"tokens": tokens, "stop_ids": stop_ids}
     choices = {"group": group, "length": length, "temperature": temperature, **drawn}
     asked = {"prompts": held_out, "reward": reward, **drawn}
     look = functools.partial(held_out_reward, model, params, **asked)
-    goal = Goal(look if len(held_out) else None, 1, stop_reward)
+    goal = RewardTarget(look if len(held_out) else None, 1, stop_reward)
     kept, width = {}, 0
     for entry in goal.steps(run, rounds):
         step = entry["step"]
@@ -104,7 +104,7 @@ def expert_iteration(
         out = rollouts(model, params, run.state, prompts_at(step), key=now, **choices)
         run.budget += out.budget
         name = f"{caller}: `reward`"
-        rewards = judged(reward, out.prompts, out.completions, name=name, group=group)
+        rewards = evaluate_rewards(reward, out.prompts, out.completions, name=name, group=group)
         width = max(width, out.mask.shape[1])
         kept |= _approved(out, rewards >= keep_reward)
         entry |= {"reward": float(rewards.mean()), "kept": len(kept)}

@@ -21,9 +21,9 @@ from rwkv7_jax.generation.sampling import Number
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.test_time.losses import policy_loss
-from rwkv7_jax.test_time.rewards import Judge
+from rwkv7_jax.test_time.rewards import RewardFunction
 from rwkv7_jax.test_time.rollouts import held_out_reward, policy_batch
-from rwkv7_jax.test_time.tuning_loop import Goal, OnStep, Result, begin
+from rwkv7_jax.test_time.tuning_loop import OnStep, Result, RewardTarget, start_tuning
 
 PromptsAt = Callable[[int], Sequence[Sequence[int]]]
 
@@ -32,7 +32,7 @@ def grpo(
     model: RWKV7,
     params: Params,
     prompts_at: PromptsAt,
-    reward: Judge,
+    reward: RewardFunction,
     *,
     tokens: int,
     key: Array,
@@ -105,12 +105,12 @@ def grpo(
     terms = {"kl": kl, "reference": reference, "anchor": anchor, "leaves": leaves}
     loss = policy_loss(model, params, temperature=temperature, **terms)
     running = {"tx": tx, "learning_rate": learning_rate, "on_step": on_step}
-    run = begin(model, loss, state, **running, caller="grpo")
+    run = start_tuning(model, loss, state, **running, caller="grpo")
     drawn = {"tokens": tokens, "stop_ids": stop_ids}
     choices = {"group": group, "length": length, "temperature": temperature, **drawn}
     asked = {"prompts": held_out, "reward": reward, **drawn}
     look = functools.partial(held_out_reward, model, params, **asked)
-    goal = Goal(look if len(held_out) else None, evaluate_every, stop_reward)
+    goal = RewardTarget(look if len(held_out) else None, evaluate_every, stop_reward)
     for entry in goal.steps(run, steps):
         step = entry["step"]
         now = jax.random.fold_in(key, step)

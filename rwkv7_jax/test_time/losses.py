@@ -16,8 +16,20 @@ from rwkv7_jax.generation.sampling import Number
 from rwkv7_jax.model.layers import head_logits
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state
-from rwkv7_jax.training.losses import Batch, Loss, PerToken, by_chunks, cross_entropy, token_weights
-from rwkv7_jax.tuning.state_tuning import check_leaves, frozen, hidden_from, watched
+from rwkv7_jax.training.losses import (
+    Batch,
+    Loss,
+    PerToken,
+    cross_entropy,
+    loss_weights,
+    map_token_chunks,
+)
+from rwkv7_jax.tuning.state_tuning import (
+    add_anchor_and_metrics,
+    check_leaves,
+    hidden_states_from,
+    stop_gradient_except,
+)
 
 
 def _check(caller: str, leaves: tuple[str, ...], **weights: Number) -> None:
@@ -42,7 +54,7 @@ def _imitation(
         nats = -jnp.take_along_axis(student, targets[..., None], axis=-1)[..., 0]
         return nats, jnp.sum(jnp.exp(wanted) * (wanted - student), axis=-1)
 
-    return by_chunks(per_token, x, targets, guide)
+    return map_token_chunks(per_token, x, targets, guide)
 
 
 def _likelihood(
@@ -65,7 +77,7 @@ def _likelihood(
         tuned, base = jax.nn.log_softmax(logits), jax.nn.log_softmax(head_logits(reference, head))
         return chosen, jnp.sum(jnp.exp(tuned) * (tuned - base), axis=-1)
 
-    return by_chunks(per_token, x, targets, reference)
+    return map_token_chunks(per_token, x, targets, reference)
 
 
 def distillation_loss(
@@ -105,19 +117,23 @@ def distillation_loss(
     guide_state = _check_guide(model, guide, guide_params, guide_state)
 
     def loss(params: Params, guide_params, guide_state, state: RWKV7State, batch: Batch):
-        state = frozen(state, tuple(leaves))
-        tokens, weights = jnp.asarray(batch["tokens"]), token_weights(batch)
+        state = stop_gradient_except(state, tuple(leaves))
+        tokens, weights = jnp.asarray(batch["tokens"]), loss_weights(batch)
         inputs, targets, head = tokens[:, :-1], tokens[:, 1:], params["head"]["weight"]
-        x = hidden_from(model, params, state, inputs)
+        x = hidden_states_from(model, params, state, inputs)
         if guide is None:
             nats = jnp.sum(weights * cross_entropy(x, head, targets)[0])
             value, metrics = imitation * nats, {"loss_nats": nats}
         else:
-            wanted = jax.lax.stop_gradient(hidden_from(guide, guide_params, guide_state, inputs))
+            wanted = jax.lax.stop_gradient(
+                hidden_states_from(guide, guide_params, guide_state, inputs)
+            )
             parts = _imitation(x, head, targets, wanted, guide_params["head"]["weight"])
             nats, apart = (jnp.sum(weights * part) for part in parts)
             value, metrics = imitation * nats + kl * apart, {"loss_nats": nats, "kl_nats": apart}
-        return watched(model, params, state, batch, anchor=anchor, value=value, metrics=metrics)
+        return add_anchor_and_metrics(
+            model, params, state, batch, anchor=anchor, value=value, metrics=metrics
+        )
 
     return Partial(loss, params, guide_params, guide_state)
 
@@ -205,9 +221,9 @@ def policy_loss(
     check_state(reference, 1, model.config, caller=f"{caller}: `reference`")
 
     def loss(params: Params, reference: RWKV7State, state: RWKV7State, batch: Batch):
-        state = frozen(state, tuple(leaves))
-        tokens, weights = jnp.asarray(batch["tokens"]), token_weights(batch)
-        hidden = functools.partial(hidden_from, model, params, tokens=tokens[:, :-1])
+        state = stop_gradient_except(state, tuple(leaves))
+        tokens, weights = jnp.asarray(batch["tokens"]), loss_weights(batch)
+        hidden = functools.partial(hidden_states_from, model, params, tokens=tokens[:, :-1])
         x = hidden(state)
         base = jax.lax.stop_gradient(hidden(reference)) if kl else x
         likelihood = functools.partial(_likelihood, temperature=temperature, kl=bool(kl))
@@ -218,6 +234,8 @@ def policy_loss(
         if kl:
             drift = jnp.sum(weights * apart)
             value, metrics = value + kl * drift, metrics | {"kl_nats": drift}
-        return watched(model, params, state, batch, anchor=anchor, value=value, metrics=metrics)
+        return add_anchor_and_metrics(
+            model, params, state, batch, anchor=anchor, value=value, metrics=metrics
+        )
 
     return Partial(loss, params, reference)

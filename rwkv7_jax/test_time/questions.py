@@ -36,7 +36,7 @@ def _question(tokenizer: Tokenizer, fields: Any) -> tuple[list[int], str]:
     return ids, str(fields.get("answer", ""))
 
 
-class Questions:
+class QuestionSet:
     """Prompts by step, and the reward of a completion: 1 for the known answer, 0 for another."""
 
     def __init__(self, path: str, tokenizer: Tokenizer, *, seed: int = 0, held_out: float = 0.1):

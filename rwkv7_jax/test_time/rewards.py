@@ -13,11 +13,11 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-Judge = Callable[[tuple[int, ...], tuple[int, ...]], Any]
+RewardFunction = Callable[[tuple[int, ...], tuple[int, ...]], Any]
 
 
-def judged(
-    judge: Judge,
+def evaluate_rewards(
+    judge: RewardFunction,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     *,

@@ -15,8 +15,8 @@ from rwkv7_jax.generation import sampling
 from rwkv7_jax.generation.generate import Generation, generate
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, select
-from rwkv7_jax.test_time.rewards import Judge, advantages, judged
-from rwkv7_jax.test_time.traces import Budget, Ids, completion_rows
+from rwkv7_jax.test_time.rewards import RewardFunction, advantages, evaluate_rewards
+from rwkv7_jax.test_time.traces import Ids, TokenBudget, completion_rows
 
 # Rows are filled up to a multiple of this, so that few widths are ever compiled.
 _WIDTH = 16
@@ -38,7 +38,7 @@ class Rollouts:
     mask: Float[np.ndarray, "B T"]
     prompts: list[Ids]
     completions: list[Ids]
-    budget: Budget
+    budget: TokenBudget
 
 
 class PolicyBatch(NamedTuple):
@@ -52,7 +52,7 @@ class PolicyBatch(NamedTuple):
 
     batch: dict[str, np.ndarray]
     rewards: np.ndarray
-    budget: Budget
+    budget: TokenBudget
 
     @property
     def uniform(self) -> bool:
@@ -115,7 +115,7 @@ def rollouts(
         **completion_rows(repeated, completions, length=length, caller=caller),
         prompts=repeated,
         completions=completions,
-        budget=Budget(rollout_tokens=spent),
+        budget=TokenBudget(rollout_tokens=spent),
     )
 
 
@@ -149,7 +149,7 @@ def _continued(model, params, rows: list[list[int]], state, *, group: int, **cho
 
 
 @jax.jit
-def _endings(keys: Array, steps: Array, logits: Array, options: sampling.Options) -> Array:
+def _endings(keys: Array, steps: Array, logits: Array, options: sampling.SamplingParams) -> Array:
     """The stop id that each row drew: the draw of that step, among the stop ids alone.
 
     The noise is the one that `decoding` drew with, so the most favoured of all ids, which was a
@@ -158,10 +158,10 @@ def _endings(keys: Array, steps: Array, logits: Array, options: sampling.Options
     keys = jax.vmap(jax.random.fold_in)(keys, steps)
     options = options._replace(banned=~options.stops)
     nothing = sampling.no_occurrences(*logits.shape)
-    return sampling.sample(keys, sampling.penalise(logits, nothing, options), options)
+    return sampling.sample(keys, sampling.apply_penalties(logits, nothing, options), options)
 
 
-def _with_stops(out: Generation, keys: Array, options: sampling.Options) -> list[Ids]:
+def _with_stops(out: Generation, keys: Array, options: sampling.SamplingParams) -> list[Ids]:
     """The tokens of each row and the id that ended it, which `generate` leaves out."""
     stopped = [reason == "stop" for reason in out.finished]
     if not any(stopped):
@@ -177,7 +177,7 @@ def policy_batch(
     params: Params,
     state: RWKV7State | None,
     prompts: Sequence[Sequence[int]],
-    reward: Judge,
+    reward: RewardFunction,
     *,
     group: int,
     **choices: Any,
@@ -203,7 +203,7 @@ def policy_batch(
     check_function(reward, "policy_batch: `reward`")
     drawn = rollouts(model, params, state, prompts, group=group, **choices)
     name = "policy_batch: `reward`"
-    rewards = judged(reward, drawn.prompts, drawn.completions, name=name, group=group)
+    rewards = evaluate_rewards(reward, drawn.prompts, drawn.completions, name=name, group=group)
     rewards = rewards.reshape(-1, group)
     batch = {
         "tokens": drawn.tokens,
@@ -218,11 +218,11 @@ def held_out_reward(
     params: Params,
     state: RWKV7State | None,
     prompts: Sequence[Sequence[int]],
-    reward: Judge,
+    reward: RewardFunction,
     *,
     tokens: int,
     stop_ids: sampling.Ids = (0,),
-) -> tuple[float, Budget]:
+) -> tuple[float, TokenBudget]:
     """The mean reward of the most probable completions, and what it cost to know.
 
     Args:
@@ -237,4 +237,6 @@ def held_out_reward(
     choices = {"group": 1, "temperature": 0, "tokens": tokens, "stop_ids": stop_ids}
     drawn = rollouts(model, params, state, prompts, **choices)
     name = "held_out_reward: `reward`"
-    return float(judged(reward, drawn.prompts, drawn.completions, name=name).mean()), drawn.budget
+    return float(
+        evaluate_rewards(reward, drawn.prompts, drawn.completions, name=name).mean()
+    ), drawn.budget

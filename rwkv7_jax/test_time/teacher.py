@@ -22,14 +22,14 @@ from rwkv7_jax.generation.sampling import Number
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.test_time.completion_cache import CompletionCache
-from rwkv7_jax.test_time.rewards import Judge, judged
+from rwkv7_jax.test_time.rewards import RewardFunction, evaluate_rewards
 from rwkv7_jax.test_time.rollouts import rollouts
-from rwkv7_jax.test_time.traces import Budget, Ids, Trace
+from rwkv7_jax.test_time.traces import Ids, TokenBudget, Trace
 
 Extract = Callable[[Ids], Hashable]
 
 
-def collect(
+def collect_traces(
     guide: RWKV7,
     guide_params: Params,
     prompts: Sequence[Sequence[int]],
@@ -39,7 +39,7 @@ def collect(
     samples: int = 1,
     state: RWKV7State | None = None,
     template: Callable[[Ids], Sequence[int]] | None = None,
-    verify: Judge | None = None,
+    verify: RewardFunction | None = None,
     vote: tuple[Extract, float] | None = None,
     temperature: Number = 1.0,
     stop_ids: StopIds = (0,),
@@ -47,7 +47,7 @@ def collect(
     cache: str | Path | None = None,
     at_once: int = 8,
     on_progress: Callable[[int, int], Any] | None = None,
-) -> tuple[list[Trace], Budget]:
+) -> tuple[list[Trace], TokenBudget]:
     """Traces of what the guide wrote and a judge kept, in the prompts' order, and what they cost.
 
     The guide reads each prompt once. A prompt's completions depend on the key, on its own ids and
@@ -82,11 +82,11 @@ def collect(
             in the cache stays there.
     """
     for name, value in (("tokens", tokens), ("samples", samples), ("at_once", at_once)):
-        check_count(value, 1, f"collect: `{name}`")
+        check_count(value, 1, f"collect_traces: `{name}`")
     keep = _keeper(verify, vote, source)
-    key = typed_key(key, caller="collect")
+    key = typed_key(key, caller="collect_traces")
     if key.ndim:
-        raise ValueError(f"collect: `key` must be one key; got shape {key.shape}.")
+        raise ValueError(f"collect_traces: `key` must be one key; got shape {key.shape}.")
     questions = _questions(guide, prompts, template)
     choices = {"tokens": tokens, "temperature": temperature, "stop_ids": stop_ids}
     draw = functools.partial(
@@ -106,7 +106,7 @@ def collect(
             spent += len(question.asked) + sum(map(len, completions))
         if on_progress:
             on_progress(first + len(part), len(questions))
-    return traces, Budget(guide_tokens=spent)
+    return traces, TokenBudget(guide_tokens=spent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +128,12 @@ class _Question:
 
 def _questions(guide: RWKV7, prompts: Any, template) -> list[_Question]:
     """The prompts with what the guide reads for them."""
-    check = functools.partial(check_prompts, vocab_size=guide.config.vocab_size, caller="collect")
+    check = functools.partial(
+        check_prompts, vocab_size=guide.config.vocab_size, caller="collect_traces"
+    )
     rows = asked = check(prompts)
     if template is not None:
-        check_function(template, "collect: `template`")
+        check_function(template, "collect_traces: `template`")
         asked = []
         for index, row in enumerate(rows):
             try:
@@ -139,7 +141,7 @@ def _questions(guide: RWKV7, prompts: Any, template) -> list[_Question]:
             except Exception as error:
                 kind = type(error).__name__
                 raise ValueError(
-                    f"collect: `template` of prompt {index} raised {kind}: {error}"
+                    f"collect_traces: `template` of prompt {index} raised {kind}: {error}"
                 ) from error
         asked = check(asked, name="template")
     questions, before = [], collections.Counter()
@@ -200,7 +202,7 @@ def _answered(part, draw, width: int, store: CompletionCache | None, stamp: str)
 def _keeper(verify, vote, source: str) -> Callable[[_Question, list[Ids]], list[Trace]]:
     """What makes traces of a question's completions."""
     if verify is not None and vote is not None:
-        raise ValueError("collect: `verify` and `vote` exclude each other; got both.")
+        raise ValueError("collect_traces: `verify` and `vote` exclude each other; got both.")
     weigh = functools.partial(_verified, verify)
     if vote is not None:
         extract, margin = _checked_vote(vote)
@@ -208,7 +210,7 @@ def _keeper(verify, vote, source: str) -> Callable[[_Question, list[Ids]], list[
     elif verify is None:
         weigh = _everything
     else:
-        check_function(verify, "collect: `verify`")
+        check_function(verify, "collect_traces: `verify`")
 
     def keep(question, completions):
         weights = weigh(question, completions)
@@ -224,20 +226,23 @@ def _everything(question: _Question, completions: list[Ids]) -> list[float]:
 
 def _checked_vote(vote: Any) -> tuple[Extract, float]:
     if not (isinstance(vote, tuple) and len(vote) == 2 and callable(vote[0])):
-        raise TypeError(f"collect: `vote` must be a function and a margin; got {vote!r}.")
+        raise TypeError(f"collect_traces: `vote` must be a function and a margin; got {vote!r}.")
     if not 0 <= vote[1] <= 1:
-        raise ValueError(f"collect: `vote` must have a margin from 0 to 1; got {vote[1]}.")
+        raise ValueError(f"collect_traces: `vote` must have a margin from 0 to 1; got {vote[1]}.")
     return vote
 
 
-def _verified(verify: Judge, question: _Question, completions: list[Ids]) -> list[float]:
+def _verified(verify: RewardFunction, question: _Question, completions: list[Ids]) -> list[float]:
     """What the verifier says of each."""
     prompts = [question.prompt] * len(completions)
     many = {"group": len(completions), "first": question.index}
-    weights = judged(verify, prompts, completions, name="collect: `verify`", **many)
+    weights = evaluate_rewards(
+        verify, prompts, completions, name="collect_traces: `verify`", **many
+    )
     if (weights < 0).any():
         raise ValueError(
-            f"collect: `verify` of prompt {question.index} must be at least 0; got {weights.min()}."
+            f"collect_traces: `verify` of prompt {question.index} must be at least 0; "
+            f"got {weights.min()}."
         )
     return weights.tolist()
 
@@ -253,7 +258,8 @@ def _majority(
             votes[answers[-1]] += 1
         except Exception as error:
             raise ValueError(
-                f"collect: `vote` of prompt {question.index} raised {type(error).__name__}: {error}"
+                f"collect_traces: `vote` of prompt {question.index} raised "
+                f"{type(error).__name__}: {error}"
             ) from error
     del votes[None]
     (best, most), (_, second) = [*votes.most_common(2), (None, 0), (None, 0)][:2]

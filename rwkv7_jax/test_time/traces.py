@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rwkv7_jax.atomic_write import replacing
+from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.checks import check_count
 
 Ids = tuple[int, ...]
@@ -56,7 +56,7 @@ class Trace:
 
 
 @dataclasses.dataclass(frozen=True)
-class Budget:
+class TokenBudget:
     """Tokens that something cost; budgets add up.
 
     Attributes:
@@ -69,10 +69,10 @@ class Budget:
     rollout_tokens: int = 0
     gradient_tokens: int = 0
 
-    def __add__(self, other: "Budget") -> "Budget":
+    def __add__(self, other: "TokenBudget") -> "TokenBudget":
         """Both together."""
         names = [field.name for field in dataclasses.fields(self)]
-        return Budget(**{name: getattr(self, name) + getattr(other, name) for name in names})
+        return TokenBudget(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
     def __str__(self) -> str:
         """One line."""
@@ -99,7 +99,7 @@ def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
     Raises:
         ValueError: the file's folder does not exist.
     """
-    with replacing(Path(path)) as file:
+    with atomic_write(Path(path)) as file:
         for trace in traces:
             file.write(json.dumps(dataclasses.asdict(trace)).encode() + b"\n")
 
@@ -229,7 +229,7 @@ def trace_batch(
     )
 
 
-def inputs_of(batch: dict[str, np.ndarray]) -> int:
+def gradient_tokens(batch: dict[str, np.ndarray]) -> int:
     """Inputs up to the last target of each row that counts: what a gradient costs."""
     counted = np.asarray(batch["mask"]) > 0
     last = counted.shape[1] - np.argmax(counted[:, ::-1], axis=1)

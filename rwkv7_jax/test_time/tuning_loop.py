@@ -11,7 +11,7 @@ import optax
 
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state
-from rwkv7_jax.test_time.traces import Budget, Trace, inputs_of
+from rwkv7_jax.test_time.traces import TokenBudget, Trace, gradient_tokens
 from rwkv7_jax.training.losses import Batch, Loss
 from rwkv7_jax.training.train_step import TrainState, make_train_step
 
@@ -33,11 +33,11 @@ class Result:
 
     state: RWKV7State
     history: list[Entry]
-    budget: Budget
+    budget: TokenBudget
     traces: list[Trace] = dataclasses.field(default_factory=list)
 
 
-class Run:
+class TuningLoop:
     """A state, how it came about and what that cost.
 
     Attributes:
@@ -54,7 +54,7 @@ class Run:
             on_step: called with every entry and the state, which the next update consumes.
         """
         self._step, self._train, self._on_step = step, train, on_step
-        self.history, self.budget = [], Budget()
+        self.history, self.budget = [], TokenBudget()
 
     @property
     def state(self) -> RWKV7State:
@@ -64,10 +64,10 @@ class Run:
     def update(self, batch: Batch) -> Entry:
         """One update; its metrics."""
         self._train, metrics = self._step(self._train, batch)
-        spent = inputs_of(batch)
+        spent = gradient_tokens(batch)
         if "anchor" in batch:
             spent += batch["anchor"][:, 1:].size
-        self.budget += Budget(gradient_tokens=spent)
+        self.budget += TokenBudget(gradient_tokens=spent)
         return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
     def note(self, entry: Entry) -> None:
@@ -77,11 +77,14 @@ class Run:
             self._on_step(entry, self.state)
 
 
-class Goal:
+class RewardTarget:
     """The reward that is enough: of held-out prompts where there are some, else of late steps."""
 
     def __init__(
-        self, look: Callable[[RWKV7State], tuple[float, Budget]] | None, every: int, reward: float
+        self,
+        look: Callable[[RWKV7State], tuple[float, TokenBudget]] | None,
+        every: int,
+        reward: float,
     ):
         """Nothing has been seen.
 
@@ -92,7 +95,7 @@ class Goal:
         """
         self._look, self._every, self._reward = look, every, reward
 
-    def steps(self, run: Run, count: int) -> Iterator[Entry]:
+    def steps(self, run: TuningLoop, count: int) -> Iterator[Entry]:
         """Entries of at most `count` steps, each noted once its step is done, until it is enough.
 
         An entry comes with its `step`, and with the look's `held_out` where there was one.
@@ -104,7 +107,7 @@ class Goal:
             yield entry
             run.note(entry)
 
-    def _reached(self, run: Run, entry: Entry, *, last: bool) -> bool:
+    def _reached(self, run: TuningLoop, entry: Entry, *, last: bool) -> bool:
         """Whether the run ends before the step of `entry`, which takes the look's `held_out`.
 
         The run's last look is noted as an entry of its own.
@@ -121,7 +124,7 @@ class Goal:
         return False
 
 
-def begin(
+def start_tuning(
     model: RWKV7,
     loss: Loss,
     state: RWKV7State | None,
@@ -130,7 +133,7 @@ def begin(
     learning_rate: float,
     on_step: OnStep | None,
     caller: str,
-) -> Run:
+) -> TuningLoop:
     """A run of a start state before its first update.
 
     Args:
@@ -147,7 +150,7 @@ def begin(
     """
     start = _start(model, state, caller=caller)
     tx = optax.adam(learning_rate, b2=0.99) if tx is None else tx
-    return Run(make_train_step(loss, tx), TrainState.create(start, tx), on_step)
+    return TuningLoop(make_train_step(loss, tx), TrainState.create(start, tx), on_step)
 
 
 def _start(model: RWKV7, state: RWKV7State | None, *, caller: str) -> RWKV7State:

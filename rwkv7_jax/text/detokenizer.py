@@ -16,7 +16,7 @@ class Vocabulary(Protocol):
         """The bytes that one id stands for."""
 
 
-class TextStream:
+class StreamingDetokenizer:
     """Bytes go in as they come, text comes out as soon as it is certain.
 
     An incomplete character and the beginning of a possible stop string are held back. The result

@@ -31,7 +31,7 @@ PerToken = Float[Array, "B T"]
 CHUNK = 512
 
 
-def token_weights(batch: Batch) -> PerToken:
+def loss_weights(batch: Batch) -> PerToken:
     """Each target's share of the loss: the batch's `weights`, else its mask over the mask's sum."""
     if "weights" in batch:
         return jnp.asarray(batch["weights"])
@@ -39,7 +39,7 @@ def token_weights(batch: Batch) -> PerToken:
     return mask / jnp.maximum(jnp.sum(mask), 1.0)
 
 
-def by_chunks(per_token, *arrays: Shaped[Array, "B T ..."], chunk: int = CHUNK):
+def map_token_chunks(per_token, *arrays: Shaped[Array, "B T ..."], chunk: int = CHUNK):
     """`per_token(*pieces)` over pieces of `chunk` tokens, joined; recomputed in the backward pass.
 
     Args:
@@ -78,10 +78,10 @@ def cross_entropy(
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.max(logits, axis=-1)
 
-    return by_chunks(per_token, x, targets, chunk=chunk)
+    return map_token_chunks(per_token, x, targets, chunk=chunk)
 
 
-def divergence(
+def kl_divergence(
     x: Activations,
     base: Float[Array, "B T E"],
     head: Float[Array, "V D"],
@@ -105,7 +105,7 @@ def divergence(
         reference = jax.nn.log_softmax(head_logits(base, base_head))
         return jnp.sum(jnp.exp(reference) * (reference - tuned), axis=-1)
 
-    return by_chunks(per_token, x, base, chunk=chunk)
+    return map_token_chunks(per_token, x, base, chunk=chunk)
 
 
 def next_token_loss(
@@ -128,7 +128,7 @@ def next_token_loss(
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     x, _ = model.apply({"params": params}, inputs, state, method="hidden")
     nats, largest = cross_entropy(x, params["head"]["weight"], targets)
-    loss = jnp.sum(token_weights(batch) * nats)
+    loss = jnp.sum(loss_weights(batch) * nats)
     return loss + 0.5 * l2wrap * jnp.mean(jnp.square(largest)), {"loss_nats": loss}
 
 

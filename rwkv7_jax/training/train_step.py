@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Int
 
-from rwkv7_jax.sharding import DATA, across, everywhere, laid
-from rwkv7_jax.training.losses import Batch, Loss, Metrics, token_weights
+from rwkv7_jax.sharding import BATCH_AXIS, constrain_sharding, replicate, use_mesh
+from rwkv7_jax.training.losses import Batch, Loss, Metrics, loss_weights
 
 
 @typing.no_type_check
@@ -57,11 +57,11 @@ def _gradients(loss: Loss, params, batch: Batch, accumulate: int):
         )
     # Weights are shares of the whole batch; a piece's are blown up so that the pieces' mean is
     # exact.
-    batch = {**batch, "weights": token_weights(batch) * accumulate}
+    batch = {**batch, "weights": loss_weights(batch) * accumulate}
     if accumulate == 1:
         return grad(params, batch)
     pieces = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
-    pieces = laid(pieces, None, DATA)
+    pieces = constrain_sharding(pieces, None, BATCH_AXIS)
     outs = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], pieces))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outs)
 
@@ -124,10 +124,10 @@ def make_train_step(
 
     @functools.partial(jax.jit, donate_argnums=2)
     def step(loss: Partial, statistics: Partial | None, train: TrainState, batch: Batch):
-        with across(mesh):
-            return laid(update(loss, statistics, train, batch))
+        with use_mesh(mesh):
+            return constrain_sharding(update(loss, statistics, train, batch))
 
-    loss, statistics = everywhere(mesh, (loss, statistics)) if mesh else (loss, statistics)
+    loss, statistics = replicate(mesh, (loss, statistics)) if mesh else (loss, statistics)
     return functools.partial(step, loss, statistics)
 
 

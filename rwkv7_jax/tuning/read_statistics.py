@@ -6,15 +6,17 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Params
-from rwkv7_jax.model.kernel_features import evaluate
-from rwkv7_jax.model.recurrence import Parts, _features_inputs, _replaced_inputs, _wkv7
+from rwkv7_jax.model.kernel_features import kernel_features
+from rwkv7_jax.model.recurrence import Parts, _features_inputs, _paper_inputs, _wkv7
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, Upscaled, repeat
-from rwkv7_jax.training.losses import Batch, token_weights
+from rwkv7_jax.training.losses import Batch, loss_weights
 from rwkv7_jax.tuning.state_tuning import check_leaves
 
 
-def start_reads(parts: Parts, *, implementation: str | None = None) -> Float[Array, "B T H Nk"]:
+def initial_state_read_vectors(
+    parts: Parts, *, implementation: str | None = None
+) -> Float[Array, "B T H Nk"]:
     """psi, with which a WKV start state is read at every token: y_t = S_0 psi_t + what is not S_0.
 
     psi_t is the product of all transitions up to t, times r_t: what the op reads from the unit
@@ -27,17 +29,17 @@ def start_reads(parts: Parts, *, implementation: str | None = None) -> Float[Arr
     return _wkv7(inputs, start, implementation=implementation)[0]
 
 
-def memory_reads(
+def memory_read_vectors(
     upscaled: Upscaled, parts: Parts, *, implementation: str | None = None
 ) -> Float[Array, "B T H M"]:
     """psi of the upscaled memory: phi(r) where it is static, faded and erased elsewhere."""
     if upscaled.dynamics == "static":
-        return evaluate(upscaled.features, parts["r"])
-    make = _features_inputs if upscaled.readout is None else _replaced_inputs
-    return start_reads(make(upscaled, parts), implementation=implementation)
+        return kernel_features(upscaled.features, parts["r"])
+    make = _features_inputs if upscaled.readout is None else _paper_inputs
+    return initial_state_read_vectors(make(upscaled, parts), implementation=implementation)
 
 
-def covariance(
+def second_moment(
     psi: Float[Array, "B T H M"], weights: Float[Array, "B T"]
 ) -> Float[Array, "1 H M M"]:
     """E[psi psi^T] per head over tokens weighted by `weights`, not centred."""
@@ -70,17 +72,17 @@ def state_statistics(
 
     def statistics(params: Params, state: RWKV7State, batch: Batch) -> RWKV7State:
         tokens = jnp.asarray(batch["tokens"])[:rows, :-1]
-        weights = token_weights(batch)[:rows]
+        weights = loss_weights(batch)[:rows]
         start = repeat(state, tokens.shape[0])
         *_, trace = model.apply({"params": params}, tokens, start, method="trace")
 
         def plain(parts, upscaled):
-            reads = start_reads(parts, implementation=implementation)
-            return covariance(reads, weights)
+            reads = initial_state_read_vectors(parts, implementation=implementation)
+            return second_moment(reads, weights)
 
         def wide(parts, upscaled):
-            reads = memory_reads(upscaled, parts, implementation=implementation)
-            return covariance(reads, weights)
+            reads = memory_read_vectors(upscaled, parts, implementation=implementation)
+            return second_moment(reads, weights)
 
         def by_layer(one):
             return jax.lax.map(lambda layer: one(*layer), (trace, state.upscaled))

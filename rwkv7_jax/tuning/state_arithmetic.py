@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from rwkv7_jax.model.state import RWKV7State, Upscaled, map_memory
+from rwkv7_jax.model.state import RWKV7State, Upscaled, map_linear_leaves
 
 # Trained numbers for each fact of 5 bits that tuning of 300 to 1000 steps stored in toy models:
 # 64 facts in 2,048 numbers, 129 in 4,096, 394 in 8,192, 628 in 16,384, 876 in 32,768. Bounds around
@@ -55,7 +55,7 @@ def capacity(state: RWKV7State) -> Capacity:
     return Capacity(wkv=wkv, memory=memory, trained=trained, facts=(fewest, most))
 
 
-def mix(states: Sequence[RWKV7State], weights: Sequence[float]) -> RWKV7State:
+def weighted_sum(states: Sequence[RWKV7State], weights: Sequence[float]) -> RWKV7State:
     """The weighted sum of start states of one model.
 
     [0.5, 0.5] averages, [1 - t, t] interpolates, [1, -1] takes what the other knows away. What a
@@ -74,12 +74,12 @@ def mix(states: Sequence[RWKV7State], weights: Sequence[float]) -> RWKV7State:
     states, weights = list(states), [float(weight) for weight in weights]
     if not states or len(states) != len(weights):
         raise ValueError(
-            "mix: `weights` must be one a state, at least one; "
+            "weighted_sum: `weights` must be one a state, at least one; "
             f"got {len(weights)} weights and {len(states)} states."
         )
     for weight in weights:
         if not np.isfinite(weight):
-            raise ValueError(f"mix: `weights` must be finite; got {weight}.")
+            raise ValueError(f"weighted_sum: `weights` must be finite; got {weight}.")
     for index, state in enumerate(states):
         _check_single(state, f"states[{index}]", "mix")
         _check_alike(states[0], state, f"states[{index}]")
@@ -88,7 +88,7 @@ def mix(states: Sequence[RWKV7State], weights: Sequence[float]) -> RWKV7State:
         terms = [x * jnp.asarray(w, x.dtype) for x, w in zip(leaves, weights, strict=True)]
         return sum(terms[1:], terms[0]).astype(leaves[0].dtype)
 
-    return map_memory(weighted, *states)
+    return map_linear_leaves(weighted, *states)
 
 
 def _check_single(state: RWKV7State, name: str, caller: str) -> None:
@@ -104,13 +104,14 @@ def _check_alike(first: RWKV7State, other: RWKV7State, name: str) -> None:
         wanted, came = (tuple(getattr(state, leaf).shape) for state in (first, other))
         if came != wanted:
             raise ValueError(
-                f"mix: `{name}.{leaf}` must have the shape of states[0]'s, {wanted}; got {came}."
+                f"weighted_sum: `{name}.{leaf}` must have the shape of states[0]'s, "
+                f"{wanted}; got {came}."
             )
     without = [state.upscaled is None for state in (first, other)]
     if without[0] != without[1]:
         held = {True: "none", False: "one"}
         raise ValueError(
-            f"mix: `{name}` must have an upscaled memory if and only if states[0] has; "
+            f"weighted_sum: `{name}` must have an upscaled memory if and only if states[0] has; "
             f"got {held[without[1]]} and {held[without[0]]}."
         )
     if not without[0]:
@@ -125,12 +126,14 @@ def _check_same_reading(first: Upscaled, other: Upscaled, name: str) -> None:
         ("memory", tuple(first.memory.shape), tuple(other.memory.shape)),
     ):
         if came != wanted:
-            raise ValueError(f"mix: `{name}.{what}` must be states[0]'s, {wanted}; got {came}.")
+            raise ValueError(
+                f"weighted_sum: `{name}.{what}` must be states[0]'s, {wanted}; got {came}."
+            )
     fixed = [f"features.{leaf}" for leaf in ("landmarks", "widths", "mean", "map")]
     for what in [*fixed, "readout"]:
         one, two = (functools.reduce(getattr, what.split("."), memory) for memory in (first, other))
         if not _equal(one, two):
-            raise ValueError(f"mix: `{name}.{what}` must equal states[0]'s; it differs.")
+            raise ValueError(f"weighted_sum: `{name}.{what}` must equal states[0]'s; it differs.")
 
 
 def _equal(one: jax.Array | None, two: jax.Array | None) -> bool:
@@ -141,9 +144,9 @@ def _equal(one: jax.Array | None, two: jax.Array | None) -> bool:
 
 def scaled(state: RWKV7State, alpha: float) -> RWKV7State:
     """`alpha` times the state: between the base model at 0 and the tuned one at 1."""
-    return map_memory(lambda leaf: leaf * jnp.asarray(alpha, leaf.dtype), state)
+    return map_linear_leaves(lambda leaf: leaf * jnp.asarray(alpha, leaf.dtype), state)
 
 
-def spectra(state: RWKV7State) -> Float[np.ndarray, "L H N"]:
+def singular_values(state: RWKV7State) -> Float[np.ndarray, "L H N"]:
     """The singular values of every layer's and head's WKV state, largest first; batch 1."""
     return np.linalg.svd(np.asarray(state.wkv[:, 0]), compute_uv=False)

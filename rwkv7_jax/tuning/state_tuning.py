@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from rwkv7_jax.array_types import Activations, Params, Tokens
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state, repeat
-from rwkv7_jax.training.losses import Batch, Loss, Metrics, divergence, next_token_loss
+from rwkv7_jax.training.losses import Batch, Loss, Metrics, kl_divergence, next_token_loss
 
 LEAVES = ("wkv", "att_shift", "ffn_shift", "memory")
 
@@ -44,25 +44,27 @@ def _with_parts(state: RWKV7State, parts: dict) -> RWKV7State:
     return state.replace(**outer)
 
 
-def frozen(state: RWKV7State, leaves: tuple[str, ...]) -> RWKV7State:
+def stop_gradient_except(state: RWKV7State, leaves: tuple[str, ...]) -> RWKV7State:
     """`state` with gradients stopped at everything but `leaves`."""
     kept = {name: part for leaf in leaves for name, part in _part(state, leaf).items()}
     return _with_parts(jax.lax.stop_gradient(state), kept)
 
 
-def moving(state: RWKV7State, leaves: tuple[str, ...]) -> RWKV7State:
+def trainable_mask(state: RWKV7State, leaves: tuple[str, ...]) -> RWKV7State:
     """The tree of which arrays are tuned: a mask for `optax.masked` and `decorrelate`."""
     flags = {name: True for leaf in leaves for name in _part(state, leaf)}
     return _with_parts(jax.tree.map(lambda _: False, state), flags)
 
 
-def hidden_from(model: RWKV7, params: Params, state: RWKV7State, tokens: Tokens) -> Activations:
+def hidden_states_from(
+    model: RWKV7, params: Params, state: RWKV7State, tokens: Tokens
+) -> Activations:
     """The normed activations of rows that all start from `state`."""
     start = repeat(state, tokens.shape[0])
     return model.apply({"params": params}, tokens, start, method="hidden")[0]
 
 
-def watched(
+def add_anchor_and_metrics(
     model: RWKV7,
     params: Params,
     state: RWKV7State,
@@ -86,9 +88,9 @@ def watched(
     """
     if anchor:
         tokens = jnp.asarray(batch["anchor"])[:, :-1]
-        base = hidden_from(model, params, init_state(model.config), tokens)
-        tuned = hidden_from(model, params, state, tokens)
-        apart = divergence(tuned, jax.lax.stop_gradient(base), params["head"]["weight"])
+        base = hidden_states_from(model, params, init_state(model.config), tokens)
+        tuned = hidden_states_from(model, params, state, tokens)
+        apart = kl_divergence(tuned, jax.lax.stop_gradient(base), params["head"]["weight"])
         drift = jnp.mean(apart)
         value, metrics = value + anchor * drift, metrics | {"anchor_nats": drift}
     wide = state.wkv if state.upscaled is None else state.upscaled.memory
@@ -125,9 +127,11 @@ def state_loss(
     check_leaves(leaves, caller="state_loss")
 
     def loss(params: Params, state: RWKV7State, batch: Batch):
-        state = frozen(state, tuple(leaves))
+        state = stop_gradient_except(state, tuple(leaves))
         start = repeat(state, batch["tokens"].shape[0])
         value, metrics = next_token_loss(model, params, start, batch, l2wrap=l2wrap)
-        return watched(model, params, state, batch, anchor=anchor, value=value, metrics=metrics)
+        return add_anchor_and_metrics(
+            model, params, state, batch, anchor=anchor, value=value, metrics=metrics
+        )
 
     return Partial(loss, params)

@@ -11,25 +11,25 @@ from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Params, Tokens
 from rwkv7_jax.checks import check_tokens
-from rwkv7_jax.model.kernel_features import directions, evaluate
-from rwkv7_jax.model.recurrence import Parts, _replaced_inputs
+from rwkv7_jax.model.kernel_features import kernel_features, unit_vectors
+from rwkv7_jax.model.recurrence import Parts, _paper_inputs
 from rwkv7_jax.model.rwkv7 import RECURRENCE, RWKV7
 from rwkv7_jax.model.state import DYNAMICS, KINDS, Features, RWKV7State, Upscaled, init_state
 from rwkv7_jax.optim.whitening import whitening
 
 
-def removal_excess(upscaled: Upscaled, parts: Parts) -> Float[Array, ""]:
+def stability_ratio(upscaled: Upscaled, parts: Parts) -> Float[Array, ""]:
     """How far the removal of "replace" exceeds what one step may remove: above 1 it can diverge.
 
     One step's matrix diag(phi(w)) - phi(k) (phi(a) phi(k))^T has its eigenvalues inside the unit
     circle if sum_m phi_m(a) phi_m(k)^2 <= 1 + min_m phi_m(w).
     """
-    inputs = _replaced_inputs(upscaled, parts)
+    inputs = _paper_inputs(upscaled, parts)
     removed = -jnp.sum(inputs["a"] * inputs["b"], axis=-1)
     return jnp.max(removed / (1 + jnp.min(jnp.exp(inputs["log_w"]), axis=-1)))
 
 
-def empty(features: Features, *, dynamics: str = "static", seed: int = 0) -> Upscaled:
+def empty_memory(features: Features, *, dynamics: str = "static", seed: int = 0) -> Upscaled:
     """A memory of zeros, batch 1, read through `features` [L 1 H M N]."""
     layers, _, heads, width, size = features.landmarks.shape
     lead, literal = (layers, 1, heads), dynamics.startswith("replace")
@@ -44,7 +44,7 @@ def empty(features: Features, *, dynamics: str = "static", seed: int = 0) -> Ups
     )
 
 
-def fold(upscaled: Upscaled) -> Upscaled:
+def fold_feature_map(upscaled: Upscaled) -> Upscaled:
     """The same reads without the map: it is multiplied into the memory.
 
     Raises:
@@ -54,7 +54,7 @@ def fold(upscaled: Upscaled) -> Upscaled:
         return upscaled
     if upscaled.dynamics not in ("static", "decay") or np.any(upscaled.write):
         raise ValueError(
-            "fold: `upscaled` must be static, or decay without writes; "
+            "fold_feature_map: `upscaled` must be static, or decay without writes; "
             f"got {upscaled.dynamics}, whose keys are mapped features."
         )
     memory = jnp.matmul(upscaled.memory, upscaled.features.map, precision="highest")
@@ -151,7 +151,7 @@ def calibrate(
             f"calibrate: `size` must be at least 1 and `widths` positive; got {size}, {widths}."
         )
     reads, rng = np.asarray(reads, np.float32), np.random.default_rng(seed)
-    seen = reads if kind == "gaussian_raw" else np.asarray(directions(jnp.asarray(reads)))
+    seen = reads if kind == "gaussian_raw" else np.asarray(unit_vectors(jnp.asarray(reads)))
     choices = {"kind": kind, "landmarks": landmarks, "widths": widths}
     pairs = [_head_map(x, size, rng, **choices) for layer in seen for x in layer.swapaxes(0, 1)]
     lead = (reads.shape[0], 1, reads.shape[2])
@@ -170,7 +170,7 @@ def _prepared(features: Features, reads: np.ndarray, prepare: str, damping: floa
 
     @jax.jit
     def moments(one: Features, x):
-        phi = evaluate(one, x[None])[0]
+        phi = kernel_features(one, x[None])[0]
         mean = jnp.mean(phi, axis=0, keepdims=True)
         centred = phi - mean
         products = jnp.einsum("rhm,rhn->hmn", centred, centred, precision="highest")
@@ -254,14 +254,14 @@ def upscale(
         prepare=prepare or ("none" if literal else "whiten"),
         seed=seed,
     )
-    upscaled = empty(features, dynamics=dynamics, seed=seed)
+    upscaled = empty_memory(features, dynamics=dynamics, seed=seed)
     if literal:
         _warn_of_growth(upscaled, _parts(model, params, tokens[:8]))
     return init_state(config).replace(upscaled=upscaled)
 
 
 def _warn_of_growth(upscaled: Upscaled, parts: dict[str, Array]) -> None:
-    excess = float(jnp.max(jax.lax.map(lambda layer: removal_excess(*layer), (upscaled, parts))))
+    excess = float(jnp.max(jax.lax.map(lambda layer: stability_ratio(*layer), (upscaled, parts))))
     if excess > 1:
         warnings.warn(
             f"upscale: `dynamics` {upscaled.dynamics} removes up to {excess:.3g} times what keeps "

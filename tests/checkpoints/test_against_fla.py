@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import trained_scale_models as calm_models
-from programs import ROOT
+from run_programs import ROOT
 
 from rwkv7_jax.checkpoints.model_files import load_model, save_model
 from rwkv7_jax.checkpoints.tensor_files import read_named

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import ROOT
+from run_programs import ROOT
 
 from rwkv7_jax.checkpoints.pth import read_pth, write_pth
 

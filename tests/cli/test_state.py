@@ -10,7 +10,7 @@ from rwkv7_jax.checkpoints.state_files import load_state, read_sidecar, save_sta
 from rwkv7_jax.cli.main import main
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import Features, init_state
-from rwkv7_jax.tuning.upscaling import empty
+from rwkv7_jax.tuning.upscaling import empty_memory
 
 # One layer compiles fastest; 257 ids are single bytes.
 CONFIG = RWKV7Config(vocab_size=257, num_layers=1, width=64, head_size=32, decay_rank=8)
@@ -44,7 +44,7 @@ def wide():
     """An upscaled state with something in its memory."""
     landmarks = jnp.asarray(np.random.default_rng(5).normal(size=(1, 1, 2, 24, 32)), jnp.float32)
     ones = jnp.ones((1, 1, 2, 24))
-    upscaled = empty(Features(landmarks=landmarks, widths=ones, mean=0 * ones, map=None))
+    upscaled = empty_memory(Features(landmarks=landmarks, widths=ones, mean=0 * ones, map=None))
     return init_state(CONFIG).replace(upscaled=upscaled.replace(memory=upscaled.memory + 0.1))
 
 
@@ -129,9 +129,12 @@ def test_doctor_prints_losses_heads_positions_and_advice(folder, capsys, tmp_pat
         ("info none.pth", "load_state: `none.pth` does not exist."),
         ("mix {a} {other} {out} --weights 1,1", "states must be of one base model; `{a}` was"),
         ("mix {a} {b} {out} --weights 1,x", "`--weights` must be numbers with commas between them"),
-        ("mix {a} {b} {out} --weights 1", "mix: `weights` must be one a state"),
+        ("mix {a} {b} {out} --weights 1", "weighted_sum: `weights` must be one a state"),
         ("mix {out} --weights 1", "state mix: needs at least one state"),
-        ("mix {a} {wide} {out} --weights 1,1", "mix: `states[1]` must have an upscaled memory if"),
+        (
+            "mix {a} {wide} {out} --weights 1,1",
+            "weighted_sum: `states[1]` must have an upscaled memory if",
+        ),
         ("scale {wide} --alpha 1 {out}", "of an upscaled state must end in .safetensors"),
         ("scale {a} --alpha nan {out}", "state scale: `--alpha` must be finite; got nan."),
         ("doctor {a} --model {base} --data task:none", "`name` must be one of copy"),

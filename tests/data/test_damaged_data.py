@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_models import CONFIG
 
-from rwkv7_jax.data.jsonl import Reading
+from rwkv7_jax.data.jsonl import ReadStats
 from rwkv7_jax.data.loading import token_stream
 from rwkv7_jax.data.readers import documents
 from rwkv7_jax.data.token_cache import write_cache
@@ -76,7 +76,7 @@ def test_f10_a_bad_line_is_named_by_file_and_number(file, fault):
 
 @pytest.mark.parametrize("fault", BAD)
 def test_f10_bad_lines_are_skipped_when_asked_for_and_counted(file, fault):
-    path, reading = file(GOOD + BAD[fault][0] + GOOD), Reading()
+    path, reading = file(GOOD + BAD[fault][0] + GOOD), ReadStats()
     # UTF-16's second byte of the line's end is the next line's first.
     lost = 2 if fault == "UTF-16" else 1
     found = list(documents(path, on_bad="skip", reading=reading))

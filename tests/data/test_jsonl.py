@@ -2,13 +2,13 @@
 
 import pytest
 
-from rwkv7_jax.data.jsonl import document_of
+from rwkv7_jax.data.jsonl import parse_record
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 
 def marked(record):
     """The document's text, what is only read in square brackets."""
-    pieces = document_of(record).pieces
+    pieces = parse_record(record).pieces
     return "".join(p.text.decode() if p.learnt else f"[{p.text.decode()}]" for p in pieces)
 
 
@@ -40,6 +40,6 @@ def test_blank_lines_inside_a_turn_go_since_one_ends_it(blank):
 def test_a_prompt_has_the_ids_that_it_has_without_its_answer(tokenizer):
     prompt = "User: Hi\n\nAssistant:"
     for record in (say(("user", "Hi"), ("assistant", "Ho")), {"prompt": prompt, "answer": " Ho"}):
-        found = [(ids.tolist(), learnt) for ids, learnt in document_of(record).ids(tokenizer)]
+        found = [(ids.tolist(), learnt) for ids, learnt in parse_record(record).ids(tokenizer)]
         answer = tokenizer.encode(" Ho")
         assert found == [(tokenizer.encode(prompt), False), (answer, True), ([0], True)]

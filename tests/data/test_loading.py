@@ -6,7 +6,7 @@ import binidx_files
 import numpy as np
 import pytest
 
-from rwkv7_jax.data.documents import Document, Piece, held_out_below
+from rwkv7_jax.data.documents import Document, Segment, held_out_threshold
 from rwkv7_jax.data.loading import batch_at, packed, token_stream, windows
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -85,8 +85,8 @@ def test_documents_are_parted_by_their_bytes_and_end_with_token_0(folder):
     (folder / "new.txt").write_text("new")
     again = text_of(token_stream(folder, BYTES, split="held_out", held_out=0.2)[:])
     assert set(text_of(held)) <= set(again) | {b"new"}
-    key = Document((Piece(b"new"),)).key()
-    assert held_out_below(0.0) <= key < held_out_below(1.0)
+    key = Document((Segment(b"new"),)).key()
+    assert held_out_threshold(0.0) <= key < held_out_threshold(1.0)
 
 
 def test_arrays_and_token_files_are_parted_by_position(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from rwkv7_jax.data.builtin_corpora import BUILT_IN
-from rwkv7_jax.data.jsonl import Reading
+from rwkv7_jax.data.jsonl import ReadStats
 from rwkv7_jax.data.readers import documents, size_of
 
 
@@ -15,9 +15,9 @@ def test_a_folder_is_its_files_by_path_and_other_files_are_one_document(tmp_path
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "one.txt").write_bytes(b"\xff two")
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n')
-    reading = Reading()
+    reading = ReadStats()
     assert texts(tmp_path, reading=reading) == [b"good", b"\xff two"]
-    assert reading == Reading(bytes=size_of(tmp_path))
+    assert reading == ReadStats(bytes=size_of(tmp_path))
 
 
 def test_what_is_nowhere_is_named():

@@ -7,11 +7,11 @@ import sys
 
 import numpy as np
 import pytest
-from programs import ROOT
+from run_programs import ROOT
 
 from rwkv7_jax.data.binidx import read_binidx
 from rwkv7_jax.data.loading import batch_at, data_hash, packed, token_stream, windows
-from rwkv7_jax.data.token_cache import Card, read_card, write_cache
+from rwkv7_jax.data.token_cache import CacheMetadata, read_card, write_cache
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 BYTES, WORLD = Tokenizer.bytes(), Tokenizer.world()
@@ -153,7 +153,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path, suffix, text):
 def test_a_card_says_what_it_was_told(tmp_path):
     (tmp_path / "a.txt").write_bytes("é".encode())
     card, reading = write_cache([tmp_path / "a.txt"], tmp_path / "x.bin", BYTES)
-    assert card == Card("bytes", documents=1, tokens=3, learnt=3, bytes=2, skipped=0)
+    assert card == CacheMetadata("bytes", documents=1, tokens=3, learnt=3, bytes=2, skipped=0)
     assert reading.bytes == 2 and read_card(tmp_path / "x.bin") == card
 
 

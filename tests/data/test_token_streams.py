@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rwkv7_jax.data import token_streams
-from rwkv7_jax.data.token_streams import Tokens, TokenStream, as_stream, data_hash
+from rwkv7_jax.data.token_streams import TokenArray, TokenStream, as_stream, data_hash
 
 IDS = np.arange(1, 41, dtype=np.uint16)
 STARTS = np.array([0, 4, 4, 5, 17, 40])
@@ -12,9 +12,9 @@ STARTS = np.array([0, 4, 4, 5, 17, 40])
 
 def pieced(learnt=None):
     """Documents 0, 2 and 4 of five, of which one is empty, behind another array's middle."""
-    tokens = Tokens(IDS, learnt, STARTS)
+    tokens = TokenArray(IDS, learnt, STARTS)
     chosen = TokenStream.chosen(tokens, np.array([True, False, True, False, True]))
-    return TokenStream.joined([TokenStream.between(Tokens(IDS + 100), 3, 9), chosen])
+    return TokenStream.joined([TokenStream.between(TokenArray(IDS + 100), 3, 9), chosen])
 
 
 EXPECTED = [*range(104, 110), 1, 2, 3, 4, 5, *range(18, 41)]
@@ -34,7 +34,7 @@ def test_a_stream_reads_as_one_row():
 def test_documents_begin_where_they_did_and_where_a_stretch_cuts_them():
     assert pieced().starts.tolist() == [0, 6, 10, 11, 34]
     assert pieced().documents.tolist() == [0, 1, 3]
-    cut = TokenStream.between(Tokens(IDS, starts=STARTS), 2, 20)
+    cut = TokenStream.between(TokenArray(IDS, starts=STARTS), 2, 20)
     assert cut.starts.tolist() == [0, 2, 3, 15, 18]
 
 
@@ -58,9 +58,9 @@ def test_a_filled_row_has_the_masks_of_its_ids():
 
 
 def test_the_hash_does_not_depend_on_where_the_ids_lie():
-    one = TokenStream.whole(Tokens(np.array(EXPECTED, np.int64), starts=pieced().starts))
+    one = TokenStream.whole(TokenArray(np.array(EXPECTED, np.int64), starts=pieced().starts))
     assert data_hash(one) == data_hash(pieced())
-    ones = TokenStream.whole(Tokens(one[:], np.ones(34, bool), one.starts))
+    ones = TokenStream.whole(TokenArray(one[:], np.ones(34, bool), one.starts))
     assert data_hash(one) == data_hash(ones)
 
 
@@ -68,15 +68,15 @@ def test_the_hash_does_not_depend_on_where_the_ids_lie():
 def test_the_hash_sees_every_id_mask_and_border(monkeypatch, chunk):
     monkeypatch.setattr(token_streams, "_CHUNK", chunk)
     ids, learnt, starts = np.arange(30), np.ones(30, np.uint8), np.array([0, 9, 30])
-    seen = [data_hash(TokenStream.whole(Tokens(ids, learnt, starts)))]
+    seen = [data_hash(TokenStream.whole(TokenArray(ids, learnt, starts)))]
     for place in range(30):
         other, mask, border = ids.copy(), learnt.copy(), starts.copy()
         other[place] += 1
         mask[place] = 0
         border[1] = place
         for tokens in ((other, learnt, starts), (ids, mask, starts), (ids, learnt, border)):
-            seen.append(data_hash(TokenStream.whole(Tokens(*tokens))))
-    seen.append(data_hash(TokenStream.whole(Tokens(ids[:-1], learnt, starts))))
+            seen.append(data_hash(TokenStream.whole(TokenArray(*tokens))))
+    seen.append(data_hash(TokenStream.whole(TokenArray(ids[:-1], learnt, starts))))
     # One of the changed borders is the old one.
     assert len(set(seen)) == len(seen) - 1
 

@@ -11,7 +11,7 @@ from rwkv7_jax.evaluation import advice
 
 HEADS = (CONFIG.num_layers, CONFIG.num_heads)
 # A diagnosis with nothing wrong, and what each advice takes.
-WELL = advice.Memory(
+WELL = advice.MemoryStatistics(
     dynamics="recurrent",
     spectrum=np.ones((*HEADS, 32)),
     norms=np.ones(HEADS),
@@ -21,7 +21,7 @@ WELL = advice.Memory(
     reads=np.ones((3, 20)),
     channels=32,
 )
-KEPT = advice.Kept("own", 2.0, 1.0, 0.5, 0.6, 0.1, 100)
+KEPT = advice.RetentionScore("own", 2.0, 1.0, 0.5, 0.6, 0.1, 100)
 GOOD = advice.Diagnosis(
     memories={"wkv": WELL},
     base_nats=np.full(20, 2.0),

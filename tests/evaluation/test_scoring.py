@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from random_checkpoints import random_params
 
-from rwkv7_jax.evaluation.scoring import answers, score, token_nats
-from rwkv7_jax.generation.prefill import state_after
+from rwkv7_jax.evaluation.scoring import score, score_answers, token_nats
+from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state, repeat
@@ -68,8 +68,8 @@ def test_the_number_of_rows_at_a_time_changes_nothing(params, batch):
 
 def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(params, batch):
     prompt = batch["tokens"][0]
-    pieces = state_after(MODEL, params, prompt, chunk=20)
-    whole = state_after(MODEL, params, prompt, chunk=64)
+    pieces = prefill_state(MODEL, params, prompt, chunk=20)
+    whole = prefill_state(MODEL, params, prompt, chunk=64)
     np.testing.assert_allclose(pieces.wkv, whole.wkv, rtol=1e-4, atol=1e-4)
 
 
@@ -93,7 +93,7 @@ def test_accuracy_counts_scored_positions_whose_likeliest_id_is_the_target(
     tokens = batch["tokens"].copy()
     tokens[[0, 3], 50] = ids[[0, 3], 49]
     right = (ids == tokens[:, 1:]) & (mask > 0)
-    got = answers(MODEL, params, init_state(CONFIG), {"tokens": tokens, "mask": mask}, rows=2)
+    got = score_answers(MODEL, params, init_state(CONFIG), {"tokens": tokens, "mask": mask}, rows=2)
     assert right.sum() >= 2
     assert got.accuracy == pytest.approx(right.sum() / 9)
     exact = [right[row].sum() == mask[row].sum() for row in range(4)]
@@ -103,15 +103,17 @@ def test_accuracy_counts_scored_positions_whose_likeliest_id_is_the_target(
     assert got.by_position[49] == pytest.approx(right[:, 49].sum() / 4)
     earlier = {"tokens": tokens, "mask": mask * (np.arange(50) < 49)}
     nats = nats[earlier["mask"] > 0].mean()
-    assert answers(MODEL, params, init_state(CONFIG), earlier).nats == pytest.approx(nats, rel=1e-4)
+    assert score_answers(MODEL, params, init_state(CONFIG), earlier).nats == pytest.approx(
+        nats, rel=1e-4
+    )
 
 
 def test_answers_start_from_the_state(params, batch):
-    state = state_after(MODEL, params, batch["tokens"][0])
-    zero, other = (answers(MODEL, params, s, batch).nats for s in (init_state(CONFIG), state))
+    state = prefill_state(MODEL, params, batch["tokens"][0])
+    zero, other = (score_answers(MODEL, params, s, batch).nats for s in (init_state(CONFIG), state))
     assert zero != pytest.approx(other, rel=1e-4)
 
 
 def test_a_batch_without_scored_positions_is_refused(params, batch):
     with pytest.raises(ValueError, match="`batch` must have a scored position"):
-        answers(MODEL, params, init_state(CONFIG), batch | {"mask": batch["mask"] * 0})
+        score_answers(MODEL, params, init_state(CONFIG), batch | {"mask": batch["mask"] * 0})

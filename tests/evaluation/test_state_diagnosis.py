@@ -7,13 +7,13 @@ from tiny_models import SCANNED as CONFIG
 from tiny_models import lively, random_state, restated, tokens
 from upscaled_states import empty_state, filled
 
-from rwkv7_jax.evaluation.scoring import answers
+from rwkv7_jax.evaluation.scoring import score_answers
 from rwkv7_jax.evaluation.state_diagnosis import diagnose, ranks, retention
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.reports import plots as pictures
 from rwkv7_jax.tuning.read_statistics import state_statistics
-from rwkv7_jax.tuning.state_arithmetic import scaled, spectra
+from rwkv7_jax.tuning.state_arithmetic import scaled, singular_values
 
 B, T = 3, 13
 
@@ -94,7 +94,7 @@ def test_ranks_are_those_of_the_statistics_that_tuning_uses(model, params, found
 
 def test_norms_and_ranks_are_those_of_the_singular_values(found):
     state, diagnosis = found
-    values = spectra(state).astype(np.float64)
+    values = singular_values(state).astype(np.float64)
     memory = diagnosis.memories["wkv"]
     np.testing.assert_allclose(memory.norms, np.sqrt(np.square(values).sum(-1)), rtol=1e-4)
     rank = np.square(np.square(values).sum(-1)) / (values**4).sum(-1)
@@ -135,7 +135,7 @@ def test_retention_has_a_row_a_text_with_the_numbers_of_evaluation(model, params
     rows = retention(model, params, state, texts)
     assert [row.name for row in rows] == ["some", "other"]
     for row, batch in zip(rows, texts.values(), strict=True):
-        one, two = (answers(model, params, s, batch) for s in (init_state(CONFIG), state))
+        one, two = (score_answers(model, params, s, batch) for s in (init_state(CONFIG), state))
         wanted = [one.nats, two.nats, one.accuracy, two.accuracy]
         came = [row.base_nats, row.tuned_nats, row.base_accuracy, row.tuned_accuracy]
         np.testing.assert_allclose(came, wanted, rtol=1e-4)

@@ -141,7 +141,7 @@ def test_penalties_count_decay_and_spare_the_exempt():
         seen = sampling.count(seen, jnp.array([token]), options)
     # Token 1 was counted once and once more a step later, then all counts halved: (0.5 + 1) / 2.
     expected = [[0, -(0.25 + 0.5 * 0.75), -0.25, 0, -np.inf]]
-    np.testing.assert_allclose(sampling.penalise(jnp.zeros((1, 5)), seen, options), expected)
+    np.testing.assert_allclose(sampling.apply_penalties(jnp.zeros((1, 5)), seen, options), expected)
 
 
 @pytest.mark.parametrize("size", [-3e38, 3e38])
@@ -149,7 +149,7 @@ def test_huge_penalties_leave_a_distribution(size):
     options = sampling.make_options(VOCAB, presence_penalty=size, frequency_penalty=size)
     seen = jnp.ones((1, VOCAB), bool)
     counts = jnp.arange(float(VOCAB))[None]
-    logits = sampling.penalise(random_logits(), sampling.Occurrences(seen, counts), options)
+    logits = sampling.apply_penalties(random_logits(), sampling.Occurrences(seen, counts), options)
     assert np.isfinite(np.asarray(logits)).all()
     assert 0 <= sample(jax.random.split(jax.random.key(0), 1), logits, options)[0] < VOCAB
 

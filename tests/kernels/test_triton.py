@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import wkv_reference as wkv_oracle
-from programs import ROOT
+from run_programs import ROOT
 from tolerances import WKV, assert_close
 
 from pallas_kernels.cases import Case, make_inputs

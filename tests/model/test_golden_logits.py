@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from programs import ROOT
+from run_programs import ROOT
 
 from rwkv7_jax.checkpoints.model_files import load_model
 from rwkv7_jax.model.rwkv7 import RWKV7

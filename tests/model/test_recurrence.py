@@ -7,9 +7,9 @@ import pytest
 from upscaled_states import ADDITIVE, SIZE, noise
 
 from rwkv7_jax.model import recurrence as upscaling
-from rwkv7_jax.model.kernel_features import evaluate
-from rwkv7_jax.tuning.read_statistics import memory_reads, start_reads
-from rwkv7_jax.tuning.upscaling import calibrate, empty, removal_excess
+from rwkv7_jax.model.kernel_features import kernel_features
+from rwkv7_jax.tuning.read_statistics import initial_state_read_vectors, memory_read_vectors
+from rwkv7_jax.tuning.upscaling import calibrate, empty_memory, stability_ratio
 
 B, T, H, N = 2, 19, 3, 8
 
@@ -28,7 +28,7 @@ def layer(dynamics, seed=0, size=SIZE, write=0.0, **choices):
     """One layer's upscaled memory with something in it, B rows of it unless static."""
     reads = noise((1, 300, H, N), seed + 10)
     features = calibrate(reads, size=size, **choices)
-    one = jax.tree.map(lambda x: x[0], empty(features, dynamics=dynamics))
+    one = jax.tree.map(lambda x: x[0], empty_memory(features, dynamics=dynamics))
     rows = 1 if dynamics == "static" else B
     shape = (rows, *one.memory.shape[1:])
     return one.replace(memory=noise(shape, seed + 11, 0.2), write=one.write + write)
@@ -43,7 +43,7 @@ compiled = jax.jit(recurrence)
 
 def wanted(upscaled, one):
     """The additive read-out in numpy, token by token, float64; and the memory behind."""
-    phi = lambda x: np.asarray(evaluate(upscaled.features, x), np.float64)  # noqa: E731
+    phi = lambda x: np.asarray(kernel_features(upscaled.features, x), np.float64)  # noqa: E731
     reads, keys = phi(one["r"]), phi(-one["a"])
     keys = keys / np.linalg.norm(keys, axis=-1, keepdims=True)
     w = np.exp(np.asarray(one["log_w"], np.float64)).mean(-1)
@@ -79,7 +79,7 @@ def test_the_memory_is_read_erased_and_written_as_its_equations_say(dynamics, wr
 def test_a_memory_is_read_linearly_with_psi(dynamics):
     one, upscaled = parts(), layer(dynamics)
     nothing = jnp.zeros((B, H, N, N))
-    psi = memory_reads(upscaled, one)
+    psi = memory_read_vectors(upscaled, one)
     memory = jnp.broadcast_to(upscaled.memory, (B, H, N, SIZE))
     read = jnp.einsum("bhvm,bthm->bthv", memory, psi)
     change = compiled(one, nothing, upscaled)[0] - compiled(one, nothing, None)[0]
@@ -88,7 +88,7 @@ def test_a_memory_is_read_linearly_with_psi(dynamics):
 
 def test_a_wkv_start_state_is_read_linearly_with_psi():
     one, state = parts(), noise((B, H, N, N), 3)
-    read = jnp.einsum("bhvk,bthk->bthv", state, start_reads(one))
+    read = jnp.einsum("bhvk,bthk->bthv", state, initial_state_read_vectors(one))
     change = compiled(one, state, None)[0] - compiled(one, 0 * state, None)[0]
     np.testing.assert_allclose(change, read, atol=2e-5, rtol=1e-4)
 
@@ -110,7 +110,7 @@ def test_the_papers_form_diverges_unless_its_removal_keys_have_length_1_and_the_
     one, growth, excess = parts(length=200), {}, {}
     for dynamics in ("replace", "replace_raw"):
         upscaled = layer(dynamics, size=64, kind="gaussian_raw", prepare="none", widths=(0.1,))
-        excess[dynamics] = float(removal_excess(upscaled, one))
+        excess[dynamics] = float(stability_ratio(upscaled, one))
         _, _, memory = compiled(one, jnp.zeros((B, H, N, N)), upscaled)
         growth[dynamics] = np.abs(np.asarray(memory)).max()
     assert excess["replace"] <= 1 and growth["replace"] < 1e3

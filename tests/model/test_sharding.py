@@ -21,7 +21,7 @@ from rwkv7_jax.training import train_step as training
 from rwkv7_jax.training.losses import pretrain_loss
 from rwkv7_jax.training.train_step import TrainState, make_train_step
 from rwkv7_jax.tuning.read_statistics import state_statistics
-from rwkv7_jax.tuning.state_tuning import LEAVES, moving, state_loss
+from rwkv7_jax.tuning.state_tuning import LEAVES, state_loss, trainable_mask
 from rwkv7_jax.tuning.upscaling import upscale
 
 ROWS, LENGTH = 6, 11
@@ -36,17 +36,17 @@ def stepped(mesh, loss, params, **choices):
     """One step of plain gradient descent; the compiled program too."""
     tx = choices.pop("tx", optax.sgd(1.0))
     step = make_train_step(loss, tx, mesh=mesh, **choices)
-    train = parallel.everywhere(mesh, TrainState.create(params, tx))
-    batch = parallel.spread(mesh, BATCH)
+    train = parallel.replicate(mesh, TrainState.create(params, tx))
+    batch = parallel.shard_batch(mesh, BATCH)
     program = step.func.lower(*step.args, train, batch).compile()
     after, metrics = program(*step.args, train, batch)
-    return parallel.here(mesh, (after, metrics)), program.as_text()
+    return parallel.local_replica(mesh, (after, metrics)), program.as_text()
 
 
 def test_a_mesh_has_as_many_devices_as_share_the_rows_alike():
     assert jax.device_count() == 2
-    assert parallel.data_mesh(6).shape == {"data": 2}
-    assert parallel.data_mesh(7) is None
+    assert parallel.make_data_mesh(6).shape == {"data": 2}
+    assert parallel.make_data_mesh(7) is None
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -54,7 +54,7 @@ def test_two_devices_make_the_step_of_one_with_half_the_rows_each(accumulate):
     loss = state_loss(MODEL, lively(SHALLOW), leaves=LEAVES[:3])
     make = functools.partial(stepped, loss=loss, params=random_state(SHALLOW))
     alone, _ = make(None, accumulate=accumulate)
-    together, program = make(parallel.data_mesh(ROWS // accumulate), accumulate=accumulate)
+    together, program = make(parallel.make_data_mesh(ROWS // accumulate), accumulate=accumulate)
     assert_trees_close(together, alone, SAME["op"])
     rows = ROWS // accumulate
     of_all, of_one = (rf"f32\[{n},{LENGTH},{SHALLOW.width}\]" for n in (rows, rows // 2))
@@ -66,7 +66,7 @@ def test_two_devices_make_the_step_of_one_with_half_the_rows_each(accumulate):
 def test_two_devices_train_weights_as_one_does():
     make = functools.partial(stepped, loss=pretrain_loss(MODEL), params=lively(SHALLOW))
     alone, _ = make(None)
-    together, _ = make(parallel.data_mesh(ROWS))
+    together, _ = make(parallel.make_data_mesh(ROWS))
     assert_trees_close(together, alone, SAME["op"])
 
 
@@ -74,27 +74,27 @@ def test_two_devices_train_weights_as_one_does():
 def test_two_devices_decorrelate_as_one_does():
     params, read = lively(SHALLOW), {"leaves": ("memory",)}
     wide = upscale(MODEL, params, BATCH["tokens"], size=48, prepare="whiten")
-    tx = optax.masked(decorrelate(optax.sgd(1.0)), moving(wide, ("memory",)))
+    tx = optax.masked(decorrelate(optax.sgd(1.0)), trainable_mask(wide, ("memory",)))
     choices = {"statistics": state_statistics(MODEL, params, **read), "tx": tx}
     make = functools.partial(stepped, loss=state_loss(MODEL, params, **read), params=wide)
     alone, _ = make(None, **choices)
-    together, _ = make(parallel.data_mesh(ROWS), **choices)
+    together, _ = make(parallel.make_data_mesh(ROWS), **choices)
     assert_trees_close(together[0].params, alone[0].params, SAME["gradient"])
 
 
 def test_what_a_step_leaves_is_whole_on_each_device():
-    mesh = parallel.data_mesh(ROWS)
+    mesh = parallel.make_data_mesh(ROWS)
     tx = optax.sgd(1.0)
     step = make_train_step(pretrain_loss(MODEL), tx, mesh=mesh)
-    train = parallel.everywhere(mesh, TrainState.create(lively(SHALLOW), tx))
-    left = step(train, parallel.spread(mesh, BATCH))
+    train = parallel.replicate(mesh, TrainState.create(lively(SHALLOW), tx))
+    left = step(train, parallel.shard_batch(mesh, BATCH))
     whole = NamedSharding(mesh, PartitionSpec())
     assert all(leaf.sharding.is_equivalent_to(whole, leaf.ndim) for leaf in jax.tree.leaves(left))
 
 
 @pytest.mark.parametrize("rows", [4, 3])
 def test_rows_go_to_their_devices_or_to_all_of_them(rows):
-    mesh, seen = parallel.data_mesh(2), []
+    mesh, seen = parallel.make_data_mesh(2), []
 
     def op(x, lengths):
         seen.append(x.shape[0])
@@ -102,11 +102,11 @@ def test_rows_go_to_their_devices_or_to_all_of_them(rows):
 
     @jax.jit
     def program(x, lengths):
-        with parallel.across(mesh):
-            return parallel.by_rows(op, x, lengths)
+        with parallel.use_mesh(mesh):
+            return parallel.shard_map_batch(op, x, lengths)
 
     x, lengths = jnp.arange(rows * 5.0).reshape(rows, 5), jnp.arange(float(rows))
-    found = program(*parallel.everywhere(mesh, (x, lengths)))
+    found = program(*parallel.replicate(mesh, (x, lengths)))
     np.testing.assert_array_equal(found, op(x, lengths))
     assert seen[0] == (2 if rows == 4 else 3)
 
@@ -120,15 +120,17 @@ def _chips(name):
         if "lockfile" in str(error):
             pytest.skip("libtpu serves another process")
         raise
-    return Mesh(np.array(chips), (parallel.DATA,), axis_types=(AxisType.Auto,))
+    return Mesh(np.array(chips), (parallel.BATCH_AXIS,), axis_types=(AxisType.Auto,))
 
 
 @pytest.mark.slow
 def test_four_chips_share_a_step_with_a_kernel_on_each(monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     mesh = _chips("v5e:2x2")
-    whole, rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (parallel.DATA,)))
-    monkeypatch.setattr(training, "everywhere", lambda mesh, tree: tree)
+    whole, rows = (
+        NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (parallel.BATCH_AXIS,))
+    )
+    monkeypatch.setattr(training, "replicate", lambda mesh, tree: tree)
     model = RWKV7(dataclasses.replace(SHALLOW, num_layers=2, implementation="pallas_tpu"))
     config, tx = dataclasses.replace(model.config, implementation="scan"), optax.sgd(1.0)
     step = make_train_step(state_loss(model, lively(config)), tx, mesh=mesh)
@@ -147,6 +149,6 @@ def test_four_chips_share_a_step_with_a_kernel_on_each(monkeypatch):
 
 def test_nothing_changes_where_there_is_one_device():
     x = jnp.ones((2, 3))
-    assert parallel.by_rows(lambda x: x, x) is x
-    assert parallel.laid(x, None, "data") is x
-    assert parallel.here(None, x) is x
+    assert parallel.shard_map_batch(lambda x: x, x) is x
+    assert parallel.constrain_sharding(x, None, "data") is x
+    assert parallel.local_replica(None, x) is x

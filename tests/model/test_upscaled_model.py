@@ -14,7 +14,7 @@ from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state, repeat, select, stack
 from rwkv7_jax.tuning.state_arithmetic import scaled
-from rwkv7_jax.tuning.upscaling import fold, upscale
+from rwkv7_jax.tuning.upscaling import fold_feature_map, upscale
 
 B, T = 2, 19
 depths = pytest.mark.parametrize(
@@ -119,14 +119,14 @@ def test_cutting_a_sequence_changes_nothing(config, dynamics, cut, length):
 @pytest.mark.parametrize("dynamics", ["static", "decay"])
 def test_folding_the_map_into_the_memory_changes_nothing(run, states, dynamics):
     ids, state = tokens(1, T), filled(states[dynamics])
-    folded = state.replace(upscaled=fold(state.upscaled))
+    folded = state.replace(upscaled=fold_feature_map(state.upscaled))
     assert folded.upscaled.features.map is None
     np.testing.assert_allclose(run(ids, folded)[0], run(ids, state)[0], atol=2e-4)
 
 
 def test_a_delta_memory_cannot_be_folded(states):
-    with pytest.raises(ValueError, match=r"fold: `upscaled` must be static.*got delta"):
-        fold(states["delta"].upscaled)
+    with pytest.raises(ValueError, match=r"fold_feature_map: `upscaled` must be static.*got delta"):
+        fold_feature_map(states["delta"].upscaled)
 
 
 @kinds

@@ -9,7 +9,12 @@ import pytest
 import tiny_observers
 from tiny_observers import LENGTH, ROWS, TEACHER
 
-from rwkv7_jax.observer.observer import moments, propose, state_moments, unexplained
+from rwkv7_jax.observer.observer import (
+    fraction_of_variance_unexplained,
+    moments,
+    propose,
+    state_moments,
+)
 
 mirror = pytest.fixture(tiny_observers.mirror, scope="module")
 teacher = pytest.fixture(tiny_observers.teacher, scope="module")
@@ -75,17 +80,19 @@ def test_a_new_observer_proposes_states_of_about_the_size_of_its_own(mirror, bat
 def test_a_right_proposal_leaves_nothing_unexplained_and_the_mean_everything(own):
     wkv = own[1].wkv
     mean, variance = moments(wkv)
-    assert float(unexplained(wkv, wkv, variance).max()) == 0.0
+    assert float(fraction_of_variance_unexplained(wkv, wkv, variance).max()) == 0.0
     constant = jnp.broadcast_to(mean[:, None], wkv.shape)
-    assert float(unexplained(constant, wkv, variance).mean()) == pytest.approx(1.0, rel=1e-5)
+    assert float(fraction_of_variance_unexplained(constant, wkv, variance).mean()) == pytest.approx(
+        1.0, rel=1e-5
+    )
 
 
 def test_a_head_that_does_not_vary_is_no_infinite_loss(own):
     wkv = own[1].wkv.at[1, :, 0].set(0.25)
-    found = unexplained(wkv + 1e-4, wkv, moments(wkv).variance)
+    found = fraction_of_variance_unexplained(wkv + 1e-4, wkv, moments(wkv).variance)
     assert float(found.max()) < 10
     still = jnp.ones_like(wkv)
-    assert not unexplained(still, still, moments(still).variance).any()
+    assert not fraction_of_variance_unexplained(still, still, moments(still).variance).any()
 
 
 def test_moments_of_prompts_are_those_of_the_rows_states(teacher, batch, own):

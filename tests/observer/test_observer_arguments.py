@@ -11,10 +11,10 @@ from tiny_observers import LENGTH, ROWS, SMALL, TEACHER
 
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state, repeat
-from rwkv7_jax.observer.evaluation import drift, handover
+from rwkv7_jax.observer.evaluation import evaluate_handover, proposal_error
 from rwkv7_jax.observer.loss import observer_loss
 from rwkv7_jax.observer.observer import Observer, init_observer, propose
-from rwkv7_jax.observer.prompt_splits import split_batch
+from rwkv7_jax.observer.prompt_splits import add_prompt_splits
 
 mirror = pytest.fixture(tiny_observers.mirror, scope="module")
 teacher = pytest.fixture(tiny_observers.teacher, scope="module")
@@ -59,7 +59,7 @@ def test_a_batch_that_does_not_fit_is_refused(change, sentence, made, teacher, b
     with pytest.raises(ValueError, match=f"observer_loss: {sentence}"):
         observer_loss(made[0], *teacher)(made[1], batch)
     with pytest.raises(ValueError, match=f"handover: {sentence}"):
-        handover(*teacher, init_state(TEACHER), batch)
+        evaluate_handover(*teacher, init_state(TEACHER), batch)
 
 
 def test_calls_that_do_not_fit_are_refused(made, teacher, batch):
@@ -74,14 +74,16 @@ def test_calls_that_do_not_fit_are_refused(made, teacher, batch):
     with pytest.raises(ValueError, match="observer_loss: `batch` must have at least two rows"):
         row = {name: part[:1] for name, part in batch.items()}
         observer_loss(observer, *teacher)(params, row)
-    with pytest.raises(ValueError, match="drift: `variance` must be given for one row"):
-        drift(*made, *teacher, tokens[:1])
-    with pytest.raises(ValueError, match=r"drift: `variance` must .* \(2, 2\); got \(2, 3\)"):
-        drift(*made, *teacher, tokens, variance=jnp.ones((2, 3)))
-    with pytest.raises(ValueError, match=r"handover: `state.att_shift` must have shape"):
-        handover(*teacher, repeat(init_state(TEACHER), 3), batch)
-    with pytest.raises(ValueError, match=r"split_batch: `least` and `most` must be in order"):
-        split_batch(batch, 0, 0, least=5, most=4)
+    with pytest.raises(ValueError, match="proposal_error: `variance` must be given for one row"):
+        proposal_error(*made, *teacher, tokens[:1])
+    with pytest.raises(
+        ValueError, match=r"proposal_error: `variance` must .* \(2, 2\); got \(2, 3\)"
+    ):
+        proposal_error(*made, *teacher, tokens, variance=jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"evaluate_handover: `state.att_shift` must have shape"):
+        evaluate_handover(*teacher, repeat(init_state(TEACHER), 3), batch)
+    with pytest.raises(ValueError, match=r"add_prompt_splits: `least` and `most` must be in order"):
+        add_prompt_splits(batch, 0, 0, least=5, most=4)
 
 
 def test_arguments_of_another_kind_are_refused(unchecked, made, batch):

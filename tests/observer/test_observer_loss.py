@@ -9,10 +9,10 @@ import tiny_observers
 from tiny_observers import LENGTH, ROWS, SPLITS, TEACHER, by_rows
 
 from rwkv7_jax.model.state import init_state
-from rwkv7_jax.observer.evaluation import drift, handover
+from rwkv7_jax.observer.evaluation import evaluate_handover, proposal_error
 from rwkv7_jax.observer.loss import observer_loss
 from rwkv7_jax.observer.observer import state_moments
-from rwkv7_jax.training.losses import divergence
+from rwkv7_jax.training.losses import kl_divergence
 from rwkv7_jax.training.train_step import TrainState, make_train_step
 
 mirror = pytest.fixture(tiny_observers.mirror, scope="module")
@@ -110,7 +110,7 @@ def test_models_of_other_widths_diverge_by_their_own_heads():
     )
     tuned, reference = jax.nn.log_softmax(x @ head.T), jax.nn.log_softmax(base @ other.T)
     wanted = jnp.sum(jnp.exp(reference) * (reference - tuned), -1)
-    found = divergence(x, base, head, base_head=other, chunk=2)
+    found = kl_divergence(x, base, head, base_head=other, chunk=2)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
 
 
@@ -140,15 +140,15 @@ def test_a_batch_without_answers_costs_nothing(step, made, batch):
 
 def test_drift_is_the_unexplained_variance_row_by_row(made, teacher, batch, result):
     tokens, lengths = batch["tokens"][:, :-1], batch["split"]
-    rows = drift(*made, *teacher, tokens, lengths=lengths)
+    rows = proposal_error(*made, *teacher, tokens, lengths=lengths)
     assert float(rows.mean()) == pytest.approx(float(result[0]["fvu"]), rel=1e-5)
     variance = np.asarray(state_moments(*teacher, tokens, lengths).variance)
-    alone = drift(*made, *teacher, tokens[2:3, :9], variance=variance)
+    alone = proposal_error(*made, *teacher, tokens[2:3, :9], variance=variance)
     assert float(alone[0]) == pytest.approx(float(rows[2]), rel=1e-4)
 
 
 def test_the_handover_is_four_continuations(teacher, batch, own, proposed):
-    found = handover(*teacher, proposed[1], batch)
+    found = evaluate_handover(*teacher, proposed[1], batch)
     zero = init_state(TEACHER, ROWS)
     starts = {"zero": zero, "wkv": zero.replace(wkv=own[1].wkv), "own": own[1]}
     assert set(found) == {*starts, "proposed"}
@@ -159,7 +159,7 @@ def test_the_handover_is_four_continuations(teacher, batch, own, proposed):
 
 
 def test_one_start_state_is_handed_to_all_rows(teacher, batch):
-    found = handover(*teacher, init_state(TEACHER), batch)
+    found = evaluate_handover(*teacher, init_state(TEACHER), batch)
     assert found["proposed"] == found["zero"]
 
 

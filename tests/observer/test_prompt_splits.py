@@ -6,14 +6,14 @@ import pytest
 import tiny_observers
 from tiny_observers import LENGTH
 
-from rwkv7_jax.observer.prompt_splits import split_batch, tails
+from rwkv7_jax.observer.prompt_splits import add_prompt_splits, continuations
 
 batch = pytest.fixture(tiny_observers.batch, scope="module")
 
 
 def test_a_tail_is_rolled_to_the_front():
     tokens = jnp.arange(10).reshape(2, 5)
-    inputs, targets, shares = tails(tokens, jnp.array([1, 3]), jnp.ones((2, 4)))
+    inputs, targets, shares = continuations(tokens, jnp.array([1, 3]), jnp.ones((2, 4)))
     np.testing.assert_array_equal(inputs[0, :3], [1, 2, 3])
     np.testing.assert_array_equal(targets[0, :3], [2, 3, 4])
     assert (int(inputs[1, 0]), int(targets[1, 0])) == (8, 9)
@@ -21,10 +21,10 @@ def test_a_tail_is_rolled_to_the_front():
 
 
 def test_splits_depend_on_seed_and_step_alone(batch):
-    one, two, three = (split_batch(batch, 1, step)["split"] for step in (5, 5, 6))
+    one, two, three = (add_prompt_splits(batch, 1, step)["split"] for step in (5, 5, 6))
     np.testing.assert_array_equal(one, two)
     assert (one != three).any()
     many = {"tokens": np.zeros((400, LENGTH + 1), np.int32)}
-    drawn = split_batch(many, 0, 0, least=2, most=5)["split"]
+    drawn = add_prompt_splits(many, 0, 0, least=2, most=5)["split"]
     assert set(drawn.tolist()) == {2, 3, 4, 5}
-    assert set(split_batch(many, 0, 0)["split"].tolist()) == set(range(1, LENGTH))
+    assert set(add_prompt_splits(many, 0, 0)["split"].tolist()) == set(range(1, LENGTH))

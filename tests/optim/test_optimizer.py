@@ -12,10 +12,10 @@ from rwkv7_jax.checkpoints.tensor_names import shapes
 from rwkv7_jax.optim.optimizer import (
     build_optimizer,
     group,
+    group_labels,
     group_table,
-    groups,
+    learning_rate_schedule,
     path_name,
-    schedule,
 )
 
 MATRICES = {f"att/{name}/weight" for name in ("receptance", "key", "value", "output")}
@@ -39,7 +39,7 @@ def test_every_weight_is_in_its_group_by_name():
         expected |= {f"{block}/{name}": "rest" for name in rest}
         expected |= {f"{block}/{name}": "matrix" for name in MATRICES}
         expected[f"{block}/att/w0"] = "fast"
-    assert flat(groups(lively())) == expected
+    assert flat(group_labels(lively())) == expected
 
 
 @pytest.mark.parametrize("step", [0, 1, 5, 10, 11, 60, 99, 110, 500])
@@ -48,7 +48,7 @@ def test_the_cosine_schedule_is_the_published_formula(step):
     done, ratio = np.clip((step - warmup) / (total - warmup), 0, 1), last / first
     rate = first * ((0.5 + ratio / 2) + (0.5 - ratio / 2) * np.cos(np.pi * done))
     rate *= 0.01 + 0.99 * step / warmup if step < warmup else 1.0
-    actual = schedule("cosine", first, last, warmup_steps=warmup, total_steps=total)
+    actual = learning_rate_schedule("cosine", first, last, warmup_steps=warmup, total_steps=total)
     assert_close(actual(jnp.array(step)), rate, FORMULA)
 
 
@@ -65,25 +65,25 @@ CORNERS = {"first": 0, "warm": 10, "middle": 60, "late": 100, "last": 110, "beyo
     ],
 )
 def test_every_schedule_goes_through_its_corners(kind, expected):
-    rate = schedule(kind, 1.0, 0.1, warmup_steps=10, total_steps=110)
+    rate = learning_rate_schedule(kind, 1.0, 0.1, warmup_steps=10, total_steps=110)
     for (corner, step), value in zip(CORNERS.items(), expected, strict=True):
         assert_close(rate(jnp.array(step)), value, FORMULA, corner)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant"])
 def test_without_a_warm_up_the_first_step_has_the_peak_rate(kind):
-    rate = schedule(kind, 1.0, 0.1, warmup_steps=0, total_steps=100)
+    rate = learning_rate_schedule(kind, 1.0, 0.1, warmup_steps=0, total_steps=100)
     assert float(rate(jnp.array(0))) == 1.0
 
 
 def test_a_run_that_is_all_warm_up_rises_to_the_peak():
-    rate = schedule("wsd", 1.0, 0.1, warmup_steps=10, total_steps=10)
+    rate = learning_rate_schedule("wsd", 1.0, 0.1, warmup_steps=10, total_steps=10)
     assert_close([rate(jnp.array(s)) for s in (0, 5, 9)], (0.01, 0.505, 0.901), FORMULA)
 
 
 def test_unknown_kinds_are_refused_in_one_sentence():
     with pytest.raises(ValueError, match=r"schedule: `kind` must be one of cosine, .*; got 'cos'"):
-        schedule("cos", 1.0, 0.1, warmup_steps=1, total_steps=2)
+        learning_rate_schedule("cos", 1.0, 0.1, warmup_steps=1, total_steps=2)
     with pytest.raises(ValueError, match="build_optimizer: `kind` must be one of adamw, muon; got"):
         build_optimizer(1e-3, kind="sgd")
 
@@ -109,8 +109,8 @@ def test_every_official_tensor_moves_by_the_published_rule():
 
 
 def test_a_model_inside_another_tree_keeps_its_groups():
-    inside = flat(groups({"model": lively(), "bias": jnp.zeros(3)}))
-    expected = {f"model/{name}": label for name, label in flat(groups(lively())).items()}
+    inside = flat(group_labels({"model": lively(), "bias": jnp.zeros(3)}))
+    expected = {f"model/{name}": label for name, label in flat(group_labels(lively())).items()}
     assert inside == expected | {"bias": "rest"}
 
 

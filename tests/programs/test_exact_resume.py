@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import MODEL, SMALLEST, train_here
+from run_programs import MODEL, SMALLEST, train_here
 from tiny_models import lively
 
 from rwkv7_jax.checkpoints.model_files import save_model
@@ -16,7 +16,7 @@ from rwkv7_jax.checkpoints.state_files import load_state
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.runs import evaluators as jobs
 from rwkv7_jax.runs.exit_codes import Stopped
-from rwkv7_jax.runs.input_pipeline import Feed
+from rwkv7_jax.runs.input_pipeline import InputPipeline
 from rwkv7_jax.runs.settings import read_settings
 from rwkv7_jax.test_time.rollouts import PolicyBatch
 
@@ -71,14 +71,14 @@ def settings_of(mode: str, base: Path, **changes):
 
 def stopped_at(monkeypatch, step: int):
     """The process gets SIGTERM while the batch behind this step is being asked for."""
-    asked = Feed.__call__
+    asked = InputPipeline.__call__
 
     def ask(feed, number, trainables):
         if number == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return asked(feed, number, trainables)
 
-    monkeypatch.setattr(Feed, "__call__", ask)
+    monkeypatch.setattr(InputPipeline, "__call__", ask)
 
 
 def ended(folder: Path) -> tuple[dict, list[dict]]:
@@ -160,7 +160,9 @@ def test_a_run_that_is_good_enough_ends_early_and_some_steps_are_profiled(tmp_pa
 def test_with_patience_the_result_is_the_best_steps(tmp_path, base, monkeypatch, capsys):
     def ended_with(values, folder, **changes):
         left = iter(values)
-        monkeypatch.setattr(jobs, "looks", lambda *_: [lambda _: {"held_out_nats": next(left)}])
+        monkeypatch.setattr(
+            jobs, "make_evaluators", lambda *_: [lambda _: {"held_out_nats": next(left)}]
+        )
         train_here(settings_of("state", base, evaluation__every=1, **changes), tmp_path / folder)
         return (tmp_path / folder / "state.pth").read_bytes()
 

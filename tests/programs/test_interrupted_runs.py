@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import SMALLEST, finish, last_line, start
+from run_programs import SMALLEST, finish, last_line, start
 
 from rwkv7_jax.data.synthetic_tasks import task_batch
 from rwkv7_jax.runs.resume.step_directories import BAD, SAVING, step_numbers

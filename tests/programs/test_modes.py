@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from programs import ROOT, program
+from run_programs import ROOT, program
 
 from rwkv7_jax.checkpoints.model_files import load_model
 from rwkv7_jax.checkpoints.state_files import load_state, read_sidecar

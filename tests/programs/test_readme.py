@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from programs import ROOT
+from run_programs import ROOT
 
 BLOCKS = re.findall(
     r"^```(\w+)( quickstart)?\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S

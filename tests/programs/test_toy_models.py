@@ -1,11 +1,11 @@
 """The toy base models that ship: what they have learnt, what they have not, and what a run logs."""
 
 import pytest
-from programs import ROOT
+from run_programs import ROOT
 
 from rwkv7_jax.checkpoints.model_files import load_model
 from rwkv7_jax.data.synthetic_tasks import task_batch
-from rwkv7_jax.evaluation.scoring import answers
+from rwkv7_jax.evaluation.scoring import score_answers
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.runs import datasets as job_data
@@ -25,7 +25,7 @@ def accuracies(name, tasks):
     params, config = load_model(path)
     model, start = RWKV7(config), init_state(config)
     return {
-        task: answers(model, params, start, task_batch(task, 0, **ROWS), rows=64).accuracy
+        task: score_answers(model, params, start, task_batch(task, 0, **ROWS), rows=64).accuracy
         for task in tasks
     }
 
@@ -59,7 +59,7 @@ def test_a_run_on_a_task_watches_accuracies_and_texts_bits_per_byte():
         }
     )
     job = make_job(settings)
-    looks = jobs.looks(settings, job)
+    looks = jobs.make_evaluators(settings, job)
     numbers = {name: value for look in looks for name, value in look(job.trainables).items()}
     names = ["held_out_accuracy", "dictionary_accuracy", "modular_accuracy"]
     assert list(numbers) == [*names, "retention_bits_per_byte"]

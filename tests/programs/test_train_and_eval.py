@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import program
+from run_programs import program
 
 SMALL = [
     "--config.model.width=32",

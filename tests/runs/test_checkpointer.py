@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from random_checkpoints import differing
 
-from rwkv7_jax.runs.early_stopping import Course
+from rwkv7_jax.runs.early_stopping import RunProgress
 from rwkv7_jax.runs.exit_codes import DiskError, NoValidCheckpoint
 from rwkv7_jax.runs.resume import step_directories as step_folders
 from rwkv7_jax.runs.resume.checkpointer import Checkpoints
@@ -21,7 +21,7 @@ from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.training.train_step import TrainState
 
 IDENTITY = {"settings": {"seed": "0"}, "model": {"width": "32"}}
-COURSE = Course(evaluated=2, measure="nats", best=((0.5, 2),), bad=1)
+COURSE = RunProgress(evaluated=2, measure="nats", best=((0.5, 2),), bad=1)
 
 
 def train(step):
@@ -53,7 +53,7 @@ def restored_step(folder, **settings):
     """The step that is found, which must be the one that was saved, bit for bit."""
     found, course = opened(folder, **settings).restore(train(0), IDENTITY)
     assert differing(found, train(int(found.step))) == []
-    assert course == (Course() if int(found.step) == 0 else COURSE)
+    assert course == (RunProgress() if int(found.step) == 0 else COURSE)
     return int(found.step)
 
 
@@ -212,7 +212,7 @@ def test_f15_a_step_with_nan_counts_only_where_that_is_asked_for(folder, capfd):
 
 
 def test_the_last_every_kth_and_the_best_stay(tmp_path):
-    course = Course(best=((0.1, 5), (0.2, 2)))
+    course = RunProgress(best=((0.1, 5), (0.2, 2)))
     folder = saved(tmp_path / "steps", range(1, 10), course, keep=2, keep_every=4, keep_best=1)
     assert step_folders.step_numbers(folder) == [9, 8, 5, 4]
 
@@ -222,7 +222,7 @@ def test_a_save_that_fails_says_what_it_needs_and_leaves_the_old_ones(folder, ca
         raise OSError(28, "No space left on device")
 
     checkpoints = opened(folder)
-    monkeypatch.setattr(step_folders, "seal", full)
+    monkeypatch.setattr(step_folders, "write_manifest", full)
     checkpoints.save(train(9), COURSE, IDENTITY)
     with pytest.raises(DiskError, match=r"step 9 could not be written: it needs 7,\d\d\d bytes"):
         checkpoints.close()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv7_jax.runs.resume.checksums import damaged, fingerprints, whole
+from rwkv7_jax.runs.resume.checksums import changed_leaves, fingerprints, tree_checksum
 
 DTYPES = ("float32", "bfloat16", "float16", "int32", "uint8", "bool")
 SHAPES = ((), (2, 1, 4))
@@ -90,14 +90,14 @@ def test_a_random_key_counts_by_its_data():
 def test_damage_is_named_by_leaf_with_missing_and_further_ones():
     tree = {"a": jnp.ones(3), "b": [jnp.zeros(2), jnp.ones((), jnp.int32)]}
     before = fingerprints(tree)
-    assert damaged(before, tree) == []
-    assert damaged(before, tree | {"a": jnp.ones(3).at[1].set(2)}) == ["a"]
-    assert damaged(before, tree | {"a": jnp.ones(3, jnp.int32)}) == ["a"]
-    assert damaged(before, tree | {"a": jnp.ones((3, 1))}) == ["a"]
-    assert damaged(before, {"b": tree["b"], "c": jnp.ones(1)}) == ["a", "c"]
+    assert changed_leaves(before, tree) == []
+    assert changed_leaves(before, tree | {"a": jnp.ones(3).at[1].set(2)}) == ["a"]
+    assert changed_leaves(before, tree | {"a": jnp.ones(3, jnp.int32)}) == ["a"]
+    assert changed_leaves(before, tree | {"a": jnp.ones((3, 1))}) == ["a"]
+    assert changed_leaves(before, {"b": tree["b"], "c": jnp.ones(1)}) == ["a", "c"]
 
 
 def test_the_whole_tree_has_one_that_names_and_bits_change():
     trees = [{"a": jnp.ones(3)}, {"b": jnp.ones(3)}, {"a": jnp.ones(3).at[0].set(0)}]
-    assert len({whole(tree) for tree in trees}) == 3
-    assert whole(trees[0]) == whole({"a": np.ones(3, np.float32)})
+    assert len({tree_checksum(tree) for tree in trees}) == 3
+    assert tree_checksum(trees[0]) == tree_checksum({"a": np.ones(3, np.float32)})

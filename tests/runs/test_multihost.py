@@ -8,10 +8,10 @@ import socket
 import time
 
 import pytest
-from programs import SMALLEST, finish, last_line, start
+from run_programs import SMALLEST, finish, last_line, start
 
 from rwkv7_jax.runs.exit_codes import EndedElsewhere, exit_code
-from rwkv7_jax.runs.multihost import HEARTBEAT_SECONDS, by_first, join
+from rwkv7_jax.runs.multihost import HEARTBEAT_SECONDS, join, run_on_process_0
 from rwkv7_jax.runs.resume.step_directories import step_numbers
 
 RUN = {**SMALLEST, "data.batch_size": 4, "save_every": 20}
@@ -115,5 +115,5 @@ def test_a_process_that_does_not_say_which_it_is_is_refused(coordinator, process
 
 
 def test_a_single_process_asks_nobody():
-    assert by_first(lambda: "done") == "done"
+    assert run_on_process_0(lambda: "done") == "done"
     assert exit_code(EndedElsewhere("no", 3)) == 3

@@ -18,8 +18,14 @@ from rwkv7_jax.reports.metric_writers import json_lines
 from rwkv7_jax.runs import compilation_cache as compile_cache
 from rwkv7_jax.runs import run_lock
 from rwkv7_jax.runs.datasets import digest_of
-from rwkv7_jax.runs.early_stopping import Course
-from rwkv7_jax.runs.exit_codes import DiskError, NotFinite, NoValidCheckpoint, Stopped, ending
+from rwkv7_jax.runs.early_stopping import RunProgress
+from rwkv7_jax.runs.exit_codes import (
+    DiskError,
+    NotFinite,
+    NoValidCheckpoint,
+    Stopped,
+    exit_with_code,
+)
 from rwkv7_jax.runs.resume import step_directories as step_folders
 from rwkv7_jax.runs.run_directory import RunFolder
 from rwkv7_jax.runs.run_lock import RunLock
@@ -108,14 +114,14 @@ def test_a_signal_is_a_request_and_ends_what_may_be_interrupted():
     ],
 )
 def test_each_end_has_its_code_and_says_why_on_the_last_line(error, code, capfd):
-    with pytest.raises(SystemExit) as caught, ending("train.py"):
+    with pytest.raises(SystemExit) as caught, exit_with_code("train.py"):
         raise error
     assert caught.value.code == code
     assert capfd.readouterr().err == f"train.py: {error}\n"
 
 
 def test_a_fault_of_the_program_keeps_its_traceback():
-    with pytest.raises(KeyError), ending("train.py"):
+    with pytest.raises(KeyError), exit_with_code("train.py"):
         raise KeyError("x")
 
 
@@ -143,7 +149,7 @@ def test_no_more_is_made_ahead_than_was_asked_for_and_closing_ends_it():
 
 
 def measured(values, name="held_out_bits_per_byte", kept=1, **choices):
-    evaluation, course = Evaluation(**choices), Course()
+    evaluation, course = Evaluation(**choices), RunProgress()
     for step, value in enumerate(values):
         course = course.after(10 * step, {name: value, "other": 0.0}, evaluation, kept=kept)
     return course, evaluation
@@ -177,11 +183,11 @@ def test_steps_are_sealed_with_all_their_files(tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("a", "in/b"):
         (tmp_path / name).write_text(name)
-    step_folders.seal(tmp_path)
-    assert step_folders.broken_files(tmp_path) == []
+    step_folders.write_manifest(tmp_path)
+    assert step_folders.verify_manifest(tmp_path) == []
     (tmp_path / "in/b").write_text("c")
     (tmp_path / "further").write_text("")
-    assert step_folders.broken_files(tmp_path) == ["in/b", "further"]
+    assert step_folders.verify_manifest(tmp_path) == ["in/b", "further"]
 
 
 def test_f26_without_a_home_or_a_folder_for_programs_a_warning_is_all(monkeypatch, capfd, tmp_path):
@@ -189,10 +195,10 @@ def test_f26_without_a_home_or_a_folder_for_programs_a_warning_is_all(monkeypatc
     monkeypatch.setattr(compile_cache.jax.config, "update", lambda *pair: changed.append(pair))
     for name in ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
-    assert compile_cache.keep_programs(compile_cache.user_folder()) is None
+    assert compile_cache.enable_compilation_cache(compile_cache.user_folder()) is None
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert compile_cache.keep_programs(compile_cache.user_folder()) is None
+    assert compile_cache.enable_compilation_cache(compile_cache.user_folder()) is None
     assert changed == [("jax_enable_compilation_cache", False)] * 2
     assert capfd.readouterr().err.count("warning: programs are compiled anew each time") == 2
 

@@ -50,7 +50,7 @@ def slowed(seal):
 if NAME == "nan":
     make_job = poisoned(make_job)
 elif NAME == "slow":
-    step_folders.seal = slowed(step_folders.seal)
+    step_folders.write_manifest = slowed(step_folders.write_manifest)
 elif NAME == "size":
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(NUMBERS), resource.RLIM_INFINITY))
 sys.argv = sys.argv[1:]

@@ -5,7 +5,7 @@ import numpy as np
 from tiny_models import CONFIG
 
 from rwkv7_jax.model.state import Features, init_state
-from rwkv7_jax.tuning.upscaling import empty
+from rwkv7_jax.tuning.upscaling import empty_memory
 
 ADDITIVE = ("static", "decay", "delta")
 SIZE = 24  # features of a head; its channels are 32
@@ -31,4 +31,4 @@ def empty_state(config=CONFIG, dynamics="static"):
     widths = jnp.ones(places)
     identity = jnp.broadcast_to(jnp.eye(SIZE), (*places, SIZE))
     features = Features(landmarks=landmarks, widths=widths, mean=0.2 * widths, map=identity)
-    return init_state(config).replace(upscaled=empty(features, dynamics=dynamics))
+    return init_state(config).replace(upscaled=empty_memory(features, dynamics=dynamics))

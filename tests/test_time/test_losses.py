@@ -18,7 +18,7 @@ from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.test_time.losses import context_distillation, distillation_loss, policy_loss
-from rwkv7_jax.training.losses import token_weights
+from rwkv7_jax.training.losses import loss_weights
 from rwkv7_jax.training.train_step import TrainState, make_train_step
 
 SIZES = {"vocab_size": 13, "head_size": 16, "decay_rank": 8, "icl_rank": 6, "value_rank": 5}
@@ -108,13 +108,13 @@ def reinforce(params):
 
 
 def test_without_advantages_and_divergence_there_is_no_gradient(reinforce, batch):
-    batch = batch | {"weights": np.asarray(token_weights(batch))}
+    batch = batch | {"weights": np.asarray(loss_weights(batch))}
     _, grads = reinforce(random_state(CONFIG), batch | {"advantages": np.zeros(3, np.float32)})
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
 def test_pieces_of_a_policy_batch_add_up_to_the_whole(reinforce, batch):
-    state, weights = random_state(CONFIG), np.asarray(token_weights(batch))
+    state, weights = random_state(CONFIG), np.asarray(loss_weights(batch))
     (whole, _), grads = reinforce(state, batch | {"weights": weights})
     # Weights are shares of the whole batch, zero for the other pieces.
     pieces = [weights * (np.arange(3) == row)[:, None] for row in range(3)]

@@ -12,8 +12,8 @@ from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import select
-from rwkv7_jax.test_time.teacher import collect
-from rwkv7_jax.test_time.traces import Budget
+from rwkv7_jax.test_time.teacher import collect_traces
+from rwkv7_jax.test_time.traces import TokenBudget
 
 CONFIG = RWKV7Config(
     vocab_size=13,
@@ -37,7 +37,7 @@ def params():
 
 def run(params, prompts=PROMPTS, **choices):
     choices = {"tokens": 4, "samples": 3, "key": KEY, "at_once": 2} | choices
-    return collect(GUIDE, params, prompts, **choices)
+    return collect_traces(GUIDE, params, prompts, **choices)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_without_a_judge_all_completions_are_kept_in_the_prompts_order(plain):
 def test_the_budget_is_each_prompt_once_and_all_that_was_drawn(plain):
     traces, budget = plain
     drawn = sum(len(trace.completion) for trace in traces)
-    assert budget == Budget(guide_tokens=sum(map(len, PROMPTS)) + drawn)
+    assert budget == TokenBudget(guide_tokens=sum(map(len, PROMPTS)) + drawn)
 
 
 def test_a_prompt_that_comes_twice_is_answered_anew(plain):
@@ -155,7 +155,7 @@ def test_a_judge_that_fails_names_its_prompt_and_costs_no_completion(params, tmp
         (lambda p, c: c[9] if p == (3, 4, 5) else 1, "raised IndexError"),
         (lambda p, c: -1 if p == (3, 4, 5) else 1, "must be at least 0; got -1.0"),
     ]:
-        with pytest.raises(ValueError, match=f"collect: `verify` of prompt 1 {reason}"):
+        with pytest.raises(ValueError, match=f"collect_traces: `verify` of prompt 1 {reason}"):
             run(params, cache=cache, verify=verify)
         assert len(cache.read_text().splitlines()) == 2
     with pytest.raises(ValueError, match="`vote` of prompt 0 raised TypeError"):
@@ -186,5 +186,5 @@ def test_a_judge_that_fails_names_its_prompt_and_costs_no_completion(params, tmp
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(params, unchecked, change, error, message):
-    with pytest.raises(error, match=rf"(collect|rollouts): {message}"):
+    with pytest.raises(error, match=rf"(collect_traces|rollouts): {message}"):
         run(params, **change)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from rwkv7_jax.test_time.completion_cache import CompletionCache
-from rwkv7_jax.test_time.rewards import advantages, judged
+from rwkv7_jax.test_time.rewards import advantages, evaluate_rewards
 from rwkv7_jax.test_time.traces import (
-    Budget,
+    TokenBudget,
     Trace,
     completion_rows,
-    inputs_of,
+    gradient_tokens,
     read_traces,
     trace_batch,
     write_traces,
@@ -103,7 +103,7 @@ def test_the_mask_is_the_weight_at_completions_targets_and_the_rest_is_zero():
     batch = completion_rows([(1, 2), (5,)], [(3, 4, 0), (6,)], length=5, weights=[0.5, 2])
     assert batch["tokens"].tolist() == [[1, 2, 3, 4, 0, 0], [5, 6, 0, 0, 0, 0]]
     assert batch["mask"].tolist() == [[0, 0.5, 0.5, 0.5, 0], [2, 0, 0, 0, 0]]
-    assert inputs_of(batch) == 4 + 1
+    assert gradient_tokens(batch) == 4 + 1
 
 
 def test_every_trace_comes_once_an_epoch_and_a_batch_depends_on_its_step_alone():
@@ -125,8 +125,8 @@ def test_traces_that_do_not_fit_are_named():
 
 
 def test_budgets_add_up_and_fit_on_a_line():
-    total = Budget(1, 2, 3) + Budget(guide_tokens=10_000)
-    assert total == Budget(10_001, 2, 3)
+    total = TokenBudget(1, 2, 3) + TokenBudget(guide_tokens=10_000)
+    assert total == TokenBudget(10_001, 2, 3)
     assert str(total) == "10,001 guide, 2 rollout and 3 gradient tokens"
 
 
@@ -142,11 +142,15 @@ def test_advantages_have_no_mean_unit_size_and_vanish_in_uniform_groups():
 
 @pytest.mark.parametrize("value", [1, True, 0.5, np.float32(2), np.bool_(True), np.array(3.0)])
 def test_numbers_of_every_kind_are_rewards(value):
-    assert judged(lambda p, c: value, [(1,)], [(2,)], name="f: `reward`") == [float(value)]
+    assert evaluate_rewards(lambda p, c: value, [(1,)], [(2,)], name="f: `reward`") == [
+        float(value)
+    ]
 
 
 def test_arrays_of_the_device_are_rewards():
-    assert judged(lambda p, c: jnp.float32(2), [(1,)], [(2,)], name="f: `reward`") == [2.0]
+    assert evaluate_rewards(lambda p, c: jnp.float32(2), [(1,)], [(2,)], name="f: `reward`") == [
+        2.0
+    ]
 
 
 @pytest.mark.parametrize(
@@ -164,9 +168,9 @@ def test_a_reward_that_is_no_number_is_named_with_its_prompt(value, reason):
         return value if prompt == (4,) else 0.0
 
     with pytest.raises(ValueError, match=rf"f: `reward` of prompt 1 {reason}"):
-        judged(reward, [(1,), (1,), (4,)], [(2,)] * 3, name="f: `reward`", group=2)
+        evaluate_rewards(reward, [(1,), (1,), (4,)], [(2,)] * 3, name="f: `reward`", group=2)
 
 
 def test_a_reward_that_raises_is_named_with_its_prompt():
     with pytest.raises(ValueError, match="prompt 7 raised ZeroDivisionError: division by zero"):
-        judged(lambda p, c: 1 / 0, [(1,)], [(2,)], name="f: `reward`", first=7)
+        evaluate_rewards(lambda p, c: 1 / 0, [(1,)], [(2,)], name="f: `reward`", first=7)

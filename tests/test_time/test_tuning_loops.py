@@ -10,12 +10,12 @@ from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
-from rwkv7_jax.test_time.distillation import distil
+from rwkv7_jax.test_time.distillation import distill
 from rwkv7_jax.test_time.expert_iteration import expert_iteration
 from rwkv7_jax.test_time.grpo import grpo
 from rwkv7_jax.test_time.rewards import advantages
 from rwkv7_jax.test_time.rollouts import held_out_reward, policy_batch, rollouts
-from rwkv7_jax.test_time.traces import Budget, Trace
+from rwkv7_jax.test_time.traces import TokenBudget, Trace
 from rwkv7_jax.tuning.upscaling import upscale
 
 CONFIG = RWKV7Config(
@@ -81,11 +81,11 @@ def test_tokens_and_mask_are_the_rows_and_the_budget_counts_each_prompt_once(par
         counted = [0] * (len(prompt) - 1) + [1] * len(completion)
         assert out.mask[row].tolist() == counted + [0] * (16 - len(counted))
     drawn = sum(map(len, out.completions))
-    assert out.budget == Budget(rollout_tokens=2 + 3 + drawn)
+    assert out.budget == TokenBudget(rollout_tokens=2 + 3 + drawn)
 
 
 def test_a_key_decides_and_nothing_compiles_again(params, endless):
-    programs = decoding.decode, decoding.read, decoding.follow
+    programs = decoding.decode, decoding.prefill, decoding.decode_one
     before = [program._cache_size() for program in programs]
     again, other = (draw(params, stop_ids=(), key=jax.random.key(k)) for k in (4, 5))
     assert again.completions == endless.completions != other.completions
@@ -99,7 +99,7 @@ def test_the_held_out_reward_is_that_of_greedy_completions(params):
     value, budget = held_out_reward(MODEL, params, None, HELD_OUT, reward, **choices)
     out = generate(MODEL, params, HELD_OUT, temperature=0, **choices)
     assert value == np.mean([row[0] for row in out.tokens])
-    assert budget == Budget(rollout_tokens=8 * (3 + TOKENS))
+    assert budget == TokenBudget(rollout_tokens=8 * (3 + TOKENS))
 
 
 def test_a_policy_batch_has_the_advantages_of_its_rewards(params, endless):
@@ -159,7 +159,7 @@ def test_only_the_wkv_state_moves(improved):
 def test_the_budget_of_grpo_is_what_was_read_drawn_and_differentiated(improved):
     updates = int(sum(entry.get("updated", 0) for entry in improved[0].history))
     assert updates > 10
-    expected = Budget(
+    expected = TokenBudget(
         rollout_tokens=15 * STEP_TOKENS + 4 * LOOK_TOKENS,
         gradient_tokens=updates * 4 * (2 + 4 - 1 + 3 + 4 - 1),
     )
@@ -178,7 +178,7 @@ def test_uniform_groups_make_no_update(params):
     out = grpo(MODEL, params, prompts_at, same, steps=3, stop_reward=9.0, **LOOP)
     assert [entry["updated"] for entry in out.history] == [0, 0, 0]
     assert not np.any(out.state.wkv)
-    assert out.budget == Budget(rollout_tokens=3 * STEP_TOKENS)
+    assert out.budget == TokenBudget(rollout_tokens=3 * STEP_TOKENS)
 
 
 def test_grpo_ends_when_the_reward_is_enough(params):
@@ -187,7 +187,7 @@ def test_grpo_ends_when_the_reward_is_enough(params):
     assert len(out.history) == 3
     out = grpo(MODEL, params, prompts_at, enough, held_out=HELD_OUT, **LOOP)
     assert out.history == [{"step": 0, "held_out": 1.0}]
-    assert out.budget == Budget(rollout_tokens=LOOK_TOKENS)
+    assert out.budget == TokenBudget(rollout_tokens=LOOK_TOKENS)
 
 
 def test_expert_iteration_learns_what_it_wrote_itself_and_the_reward_approved(params):
@@ -204,11 +204,11 @@ def test_expert_iteration_learns_what_it_wrote_itself_and_the_reward_approved(pa
 
 def test_a_state_distils_traces(params):
     traces = [Trace((1, n), (7, n, 7, 0)) for n in range(2, 9)]
-    out = distil(MODEL, params, traces, steps=30, batch_size=8, length=16)
+    out = distill(MODEL, params, traces, steps=30, batch_size=8, length=16)
     nats = [entry["loss_nats"] for entry in out.history]
     print(f"nats {nats[0]:.3g} -> {nats[-1]:.3g}")
     assert nats[-1] < 0.6 * nats[0]
-    assert out.budget == Budget(gradient_tokens=30 * 8 * 5)
+    assert out.budget == TokenBudget(gradient_tokens=30 * 8 * 5)
 
 
 @pytest.mark.slow
@@ -284,7 +284,7 @@ def test_loops_that_cannot_be_are_refused(params, unchecked):
         grpo(MODEL, params, prompts_at, lambda p, c: 1.0 if len(p) == 2 else np.nan, **LOOP)
     with pytest.raises(ValueError, match="expert_iteration: `updates` must be at least 1"):
         expert_iteration(MODEL, params, prompts_at, sevens, updates=0, **LOOP)
-    with pytest.raises(ValueError, match=r"distil: `tokens` must be .* got 13"):
-        distil(MODEL, params, [Trace((1,), (13,))])
-    with pytest.raises(ValueError, match="distil: `traces` must hold a trace"):
-        distil(MODEL, params, [])
+    with pytest.raises(ValueError, match=r"distill: `tokens` must be .* got 13"):
+        distill(MODEL, params, [Trace((1,), (13,))])
+    with pytest.raises(ValueError, match="distill: `traces` must hold a trace"):
+        distill(MODEL, params, [])

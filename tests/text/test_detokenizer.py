@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rwkv7_jax.text.detokenizer import TextStream, check_stop_strings, whole_tokens
+from rwkv7_jax.text.detokenizer import StreamingDetokenizer, check_stop_strings, whole_tokens
 
 
 class Sizes:
@@ -21,10 +21,10 @@ def test_text_does_not_depend_on_how_its_bytes_were_cut(seed):
     random = np.random.default_rng(seed)
     data = "aéa\n\nb€b\n\nUser: 𝄞".encode() + random.bytes(6) + b"x\n\nUser:y"[:seed]
     stops = ("\n\nUser:", "b\n\nU", "€b\n\nX")
-    whole = TextStream(stops)
+    whole = StreamingDetokenizer(stops)
     expected = whole.push(data) + whole.close()
     cuts = np.sort(random.integers(0, len(data), 9))
-    stream, pieces = TextStream(stops), []
+    stream, pieces = StreamingDetokenizer(stops), []
     for piece in np.split(np.frombuffer(data, np.uint8), cuts):
         pieces.append(stream.push(piece.tobytes()))
     pieces.append(stream.close())
@@ -35,14 +35,14 @@ def test_text_does_not_depend_on_how_its_bytes_were_cut(seed):
 def test_random_bytes_become_what_the_decoder_makes_of_them():
     random = np.random.default_rng(0)
     for _ in range(300):
-        data, stream = random.bytes(20), TextStream(["no such end"])
+        data, stream = random.bytes(20), StreamingDetokenizer(["no such end"])
         text = "".join(stream.push(bytes([byte])) for byte in data) + stream.close()
         assert text == data.decode(errors="replace")
         text.encode()
 
 
 def test_an_incomplete_character_and_a_possible_stop_string_are_held_back():
-    stream = TextStream(["\n\nUser:"])
+    stream = StreamingDetokenizer(["\n\nUser:"])
     given = [stream.push(piece) for piece in (b"a\xe2\x82", b"\xac\n", b"\nUse", b"d", b"\xe2")]
     assert given == ["a", "€", "", "\n\nUsed", ""]
     assert stream.close() == "\ufffd"
@@ -55,8 +55,8 @@ def test_whole_tokens_counts_from_the_end():
 
 
 def test_of_two_stop_strings_the_first_complete_counts_and_of_equal_ends_the_longer():
-    assert TextStream(["bcd", "c"]).push(b"abcd") == "ab"
-    assert TextStream(["c", "bc"]).push(b"abcd") == "a"
+    assert StreamingDetokenizer(["bcd", "c"]).push(b"abcd") == "ab"
+    assert StreamingDetokenizer(["c", "bc"]).push(b"abcd") == "a"
 
 
 def test_stop_strings_are_checked():

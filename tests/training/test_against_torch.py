@@ -14,7 +14,7 @@ from rwkv7_jax.checkpoints.param_tree import official_tensors
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
-from rwkv7_jax.optim.optimizer import build_optimizer, schedule
+from rwkv7_jax.optim.optimizer import build_optimizer, learning_rate_schedule
 from rwkv7_jax.training.losses import pretrain_loss
 from rwkv7_jax.training.train_step import TrainState, make_train_step
 
@@ -52,7 +52,7 @@ def new():
 def ours():
     """The losses before each step, and the weights behind the last by official name."""
     rules = oracle().Rules()
-    rate = schedule(
+    rate = learning_rate_schedule(
         "cosine", rules.first, rules.last, warmup_steps=rules.warmup, total_steps=rules.steps
     )
     tx = build_optimizer(rate, weight_decay=rules.decay, clip=rules.clip, eps=rules.eps)

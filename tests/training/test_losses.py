@@ -12,7 +12,7 @@ from tolerances import SAME, assert_close, assert_trees_close
 
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
-from rwkv7_jax.training.losses import cross_entropy, divergence, next_token_loss, token_weights
+from rwkv7_jax.training.losses import cross_entropy, kl_divergence, loss_weights, next_token_loss
 
 BATCH, LENGTH, WIDTH, VOCAB, CHUNK = 2, 21, 8, 37, 4
 _NOISE = np.random.default_rng(0)
@@ -77,17 +77,17 @@ def test_no_program_holds_the_logits_of_all_tokens():
 
 def test_divergence_is_that_of_the_two_distributions():
     p, q = (np.asarray(jax.nn.softmax(x @ HEAD.T), np.float64) for x in (BASE, X))
-    actual = jax.jit(lambda *x: divergence(*x, chunk=CHUNK))(X, BASE, HEAD)
+    actual = jax.jit(lambda *x: kl_divergence(*x, chunk=CHUNK))(X, BASE, HEAD)
     assert_close(actual, np.sum(p * np.log(p / q), axis=-1), SAME["model"])
-    assert_close(jax.jit(divergence)(X, X, HEAD), np.zeros((BATCH, LENGTH)), SAME["op"])
+    assert_close(jax.jit(kl_divergence)(X, X, HEAD), np.zeros((BATCH, LENGTH)), SAME["op"])
 
 
 def test_weights_are_the_mask_over_its_sum_unless_the_batch_brings_its_own():
     batch = {"tokens": IDS, "mask": MASK}
-    assert_close(token_weights(batch), np.asarray(MASK) / 4, SAME["op"])
+    assert_close(loss_weights(batch), np.asarray(MASK) / 4, SAME["op"])
     own = jnp.full((2, 5), 0.25)
-    np.testing.assert_array_equal(token_weights(batch | {"weights": own}), own)
-    np.testing.assert_array_equal(token_weights(batch | {"mask": 0 * MASK}), np.zeros((2, 5)))
+    np.testing.assert_array_equal(loss_weights(batch | {"weights": own}), own)
+    np.testing.assert_array_equal(loss_weights(batch | {"mask": 0 * MASK}), np.zeros((2, 5)))
 
 
 @functools.partial(jax.jit, static_argnums=2)

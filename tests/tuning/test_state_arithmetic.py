@@ -7,7 +7,7 @@ from tiny_models import CONFIG, random_state
 from upscaled_states import SIZE, empty_state, filled
 
 from rwkv7_jax.model.state import init_state, repeat
-from rwkv7_jax.tuning.state_arithmetic import capacity, mix, scaled
+from rwkv7_jax.tuning.state_arithmetic import capacity, scaled, weighted_sum
 
 
 @pytest.fixture(scope="module")
@@ -22,30 +22,32 @@ def equal(one, two):
 
 def test_a_mixture_of_one_is_the_state_itself(empty):
     for state in (random_state(), filled(empty)):
-        assert equal(mix([state], [1.0]), state)
+        assert equal(weighted_sum([state], [1.0]), state)
 
 
 def test_an_interpolation_ends_at_its_states(empty):
     one, two = filled(empty, 1), filled(empty, 2)
-    assert equal(mix([one, two], [1.0, 0.0]), one) and equal(mix([one, two], [0.0, 1.0]), two)
+    assert equal(weighted_sum([one, two], [1.0, 0.0]), one) and equal(
+        weighted_sum([one, two], [0.0, 1.0]), two
+    )
 
 
 def test_mixtures_are_linear():
     one, two, three = (random_state(seed=seed) for seed in range(3))
-    at_once = mix([one, two, three], [0.5, -0.25, 2.0])
-    nested = mix([mix([one, two], [1.0, -0.5]), three], [0.5, 2.0])
+    at_once = weighted_sum([one, two, three], [0.5, -0.25, 2.0])
+    nested = weighted_sum([weighted_sum([one, two], [1.0, -0.5]), three], [0.5, 2.0])
     for a, b in zip(jax.tree.leaves(at_once), jax.tree.leaves(nested), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_a_scaled_state_is_a_mixture_of_one(empty):
     for state in (random_state(), filled(empty)):
-        assert equal(mix([state], [0.3]), scaled(state, 0.3))
+        assert equal(weighted_sum([state], [0.3]), scaled(state, 0.3))
 
 
 def test_memories_are_mixed_and_their_features_stay(empty):
     one, two = filled(empty, 1), filled(empty, 2)
-    mixed = mix([one, two], [0.5, 0.5]).upscaled
+    mixed = weighted_sum([one, two], [0.5, 0.5]).upscaled
     wanted = 0.5 * (one.upscaled.memory + two.upscaled.memory)
     np.testing.assert_allclose(mixed.memory, wanted, rtol=1e-6, atol=1e-7)
     assert equal(mixed.features, empty.upscaled.features)
@@ -80,7 +82,7 @@ def with_features(state, **changes):
 )
 def test_states_that_do_not_fit_are_refused_by_name(empty, change, sentence):
     with pytest.raises(ValueError, match=sentence):
-        mix([empty, change(empty)], [0.5, 0.5])
+        weighted_sum([empty, change(empty)], [0.5, 0.5])
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_states_that_do_not_fit_are_refused_by_name(empty, change, sentence):
 )
 def test_weights_are_one_a_state_and_finite(states, weights, sentence):
     with pytest.raises(ValueError, match=sentence):
-        mix([random_state()] * states, weights)
+        weighted_sum([random_state()] * states, weights)
 
 
 def test_capacity_counts_what_holds_something(empty):

@@ -15,9 +15,13 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state, repeat
 from rwkv7_jax.training.losses import next_token_loss, pretrain_loss
 from rwkv7_jax.training.train_step import TrainState, make_train_step
-from rwkv7_jax.tuning.read_statistics import memory_reads, start_reads, state_statistics
-from rwkv7_jax.tuning.state_arithmetic import scaled, spectra
-from rwkv7_jax.tuning.state_tuning import moving, state_loss
+from rwkv7_jax.tuning.read_statistics import (
+    initial_state_read_vectors,
+    memory_read_vectors,
+    state_statistics,
+)
+from rwkv7_jax.tuning.state_arithmetic import scaled, singular_values
+from rwkv7_jax.tuning.state_tuning import state_loss, trainable_mask
 from rwkv7_jax.tuning.upscaling import upscale
 
 # Sizes that no activation shares, so that a weight's gradient can be recognised by its shape.
@@ -188,8 +192,8 @@ def test_a_state_scales_between_base_and_tuned():
 def test_spectra_are_the_singular_values():
     wkv = jnp.zeros_like(init_state(CONFIG).wkv).at[1, 0, 2].set(jnp.diag(jnp.arange(16.0)))
     state = init_state(CONFIG).replace(wkv=wkv)
-    np.testing.assert_allclose(spectra(state)[1, 2], np.arange(16.0)[::-1])
-    assert spectra(state).shape == (3, 3, 16)
+    np.testing.assert_allclose(singular_values(state)[1, 2], np.arange(16.0)[::-1])
+    assert singular_values(state).shape == (3, 3, 16)
 
 
 def test_an_unknown_leaf_is_refused(shallow):
@@ -210,7 +214,7 @@ def widened(config):
 
 def test_tuning_a_memory_moves_it_and_nothing_else(shallow, batch):
     wide = widened(SHALLOW)
-    tx = optax.masked(optax.adam(0.1), moving(wide, ("memory",)))
+    tx = optax.masked(optax.adam(0.1), trainable_mask(wide, ("memory",)))
     step = make_train_step(state_loss(*shallow, leaves=("memory",)), tx)
     train, first = step(TrainState.create(wide, tx), batch)
     train, second = step(train, batch)
@@ -255,11 +259,11 @@ def test_statistics_are_the_second_moments_of_what_memories_are_read_with(batch,
     found = jax.jit(statistics)(wide, batch)
     parts = {name: part[-1] for name, part in traced(config).items()}
     if leaf == "wkv":
-        psi, moments = start_reads(parts), found.wkv
+        psi, moments = initial_state_read_vectors(parts), found.wkv
         assert found.upscaled.memory is None
     else:
         last = jax.tree.map(lambda x: x[-1], wide.upscaled)
-        psi, moments = memory_reads(last, parts), found.upscaled.memory
+        psi, moments = memory_read_vectors(last, parts), found.upscaled.memory
         assert found.wkv is None
     psi = np.asarray(psi, np.float64)[0]
     np.testing.assert_allclose(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from upscaled_states import noise
 
-from rwkv7_jax.model.kernel_features import directions, evaluate
+from rwkv7_jax.model.kernel_features import kernel_features, unit_vectors
 from rwkv7_jax.tuning.upscaling import calibrate
 
 H, N = 3, 8
@@ -16,7 +16,7 @@ H, N = 3, 8
 def test_whitened_features_have_unit_covariance_on_the_calibration_text(kind):
     reads = noise((2, 500, H, N), 7) * np.arange(1, N + 1).reshape(1, 1, 1, N)
     features = calibrate(reads, size=16, kind=kind, damping=1e-6)
-    phi = evaluate(jax.tree.map(lambda x: x[1], features), reads[1][None])[0]
+    phi = kernel_features(jax.tree.map(lambda x: x[1], features), reads[1][None])[0]
     for head in range(H):
         np.testing.assert_allclose(phi[:, head].mean(0), 0, atol=1e-3)
         np.testing.assert_allclose(np.cov(phi[:, head].T), np.eye(16), atol=0.02)
@@ -27,13 +27,13 @@ def test_centred_features_have_mean_0_and_size_1_and_raw_ones_are_the_kernel():
     raw = calibrate(reads, size=16, prepare="none", widths=(1.0,))
     centred = calibrate(reads, size=16, prepare="centre", widths=(1.0,))
     phi = {
-        name: np.asarray(evaluate(jax.tree.map(lambda x: x[0], one), reads)[0])
+        name: np.asarray(kernel_features(jax.tree.map(lambda x: x[0], one), reads)[0])
         for name, one in (("raw", raw), ("centred", centred))
     }
     apart = phi["raw"] - phi["raw"].mean(0)
     apart = apart / np.sqrt(np.mean(apart**2, axis=(0, 2), keepdims=True))
     np.testing.assert_allclose(phi["centred"], apart, atol=1e-4)
-    unit = np.asarray(directions(reads[0]))
+    unit = np.asarray(unit_vectors(reads[0]))
     apart = unit[:, :, None] - np.asarray(raw.landmarks[0, 0])
     kernel = np.exp(-np.asarray(raw.widths[0, 0]) * np.sum(np.square(apart), -1))
     np.testing.assert_allclose(phi["raw"], kernel, atol=1e-5)
@@ -42,8 +42,8 @@ def test_centred_features_have_mean_0_and_size_1_and_raw_ones_are_the_kernel():
 def test_cosine_features_approximate_the_gaussian_kernel():
     reads = noise((1, 300, 1, N), 7)
     features = calibrate(reads, size=4096, kind="fourier", prepare="none", widths=(1.0,))
-    phi = np.asarray(evaluate(jax.tree.map(lambda x: x[0], features), reads)[0, :, 0])
-    unit = np.asarray(directions(reads[0, :, 0]))
+    phi = np.asarray(kernel_features(jax.tree.map(lambda x: x[0], features), reads)[0, :, 0])
+    unit = np.asarray(unit_vectors(reads[0, :, 0]))
     square = np.sum((unit[:, None] - unit) ** 2, -1)
     gamma = 1 / np.median(square)
     np.testing.assert_allclose(phi @ phi.T, np.exp(-gamma * square), atol=0.15)
@@ -51,7 +51,7 @@ def test_cosine_features_approximate_the_gaussian_kernel():
 
 def test_kmeans_landmarks_lie_nearer_to_the_reads_than_random_ones():
     reads = noise((1, 400, 1, N), 7)
-    unit = np.asarray(directions(reads[0, :, 0]))
+    unit = np.asarray(unit_vectors(reads[0, :, 0]))
     far = {}
     for method in ("random", "kmeans"):
         centres = np.asarray(calibrate(reads, size=12, landmarks=method).landmarks[0, 0, 0])

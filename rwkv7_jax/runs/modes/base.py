@@ -23,7 +23,7 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.training.costs import flops_per_token, training_memory
 from rwkv7_jax.training.losses import Batch, Loss
 from rwkv7_jax.tuning.state_arithmetic import scaled
-from rwkv7_jax.tuning.upscaling import fold
+from rwkv7_jax.tuning.upscaling import fold_feature_map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ def saver(
     def save(folder: Path, tuned: RWKV7State) -> Path:
         result, path = scaled(tuned, alpha), folder / name
         if result.upscaled is not None and result.upscaled.dynamics == "static":
-            result = result.replace(upscaled=fold(result.upscaled))
+            result = result.replace(upscaled=fold_feature_map(result.upscaled))
         info = {"base_model": model_hash(params, model.config), "alpha": alpha}
         save_state(path, result, config=model.config, info=info)
         return path

@@ -12,11 +12,11 @@ from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import model_hash
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import init_state
-from rwkv7_jax.observer.evaluation import handover
+from rwkv7_jax.observer.evaluation import evaluate_handover
 from rwkv7_jax.observer.files import save_observer
 from rwkv7_jax.observer.loss import observer_loss
 from rwkv7_jax.observer.observer import Observer, init_observer, propose, state_moments
-from rwkv7_jax.observer.prompt_splits import split_batch
+from rwkv7_jax.observer.prompt_splits import add_prompt_splits
 from rwkv7_jax.runs.datasets import calibration_text
 from rwkv7_jax.runs.modes.base import Job, count, load
 from rwkv7_jax.runs.settings import Settings
@@ -80,7 +80,7 @@ def _split(settings: Settings, batch: dict, step: int) -> dict:
     """The batch with the places at which its prompts end."""
     choices = settings.observer
     most = choices.most or batch["tokens"].shape[1] - 2
-    return split_batch(batch, settings.seed, step, least=choices.least, most=most)
+    return add_prompt_splits(batch, settings.seed, step, least=choices.least, most=most)
 
 
 def _watch(
@@ -92,7 +92,7 @@ def _watch(
 
     def look(params: Params) -> dict[str, float]:
         proposal = propose(observer, params, prompts, batch["split"])
-        found = handover(teacher, weights, proposal, batch)
+        found = evaluate_handover(teacher, weights, proposal, batch)
         return {
             f"{label}_{field}": getattr(found[name], field)
             for name, label in _WATCHED.items()

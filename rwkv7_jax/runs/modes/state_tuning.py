@@ -14,13 +14,13 @@ from rwkv7_jax.runs.modes.base import Job, frozen_model, saver, start_state
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.tuning.read_statistics import state_statistics
-from rwkv7_jax.tuning.state_tuning import LEAVES, moving, state_loss
+from rwkv7_jax.tuning.state_tuning import LEAVES, state_loss, trainable_mask
 from rwkv7_jax.tuning.upscaling import upscale
 
 
 def _optimizer(settings: Settings, start: RWKV7State, leaves: tuple[str, ...]):
     """What wraps the optimizer: it sees the tuned arrays alone, decorrelated if that is asked."""
-    mask, numbers = moving(start, leaves), settings.decorrelation
+    mask, numbers = trainable_mask(start, leaves), settings.decorrelation
     mode = {"dbp": "online", "whiten": "whiten"}.get(settings.tuning.decorrelate)
     if mode is None or (mode == "whiten" and "memory" in leaves):
         return lambda tx: optax.masked(tx, mask)
@@ -28,14 +28,14 @@ def _optimizer(settings: Settings, start: RWKV7State, leaves: tuple[str, ...]):
         name: getattr(numbers, name)
         for name in ("rate", "balance", "iterations", "damping", "average")
     }
-    read = moving(start, tuple(set(leaves) & {"wkv", "memory"}))
+    read = trainable_mask(start, tuple(set(leaves) & {"wkv", "memory"}))
     if "memory" in leaves:
         read = read.replace(upscaled=read.upscaled.replace(write=False))
     return lambda tx: optax.masked(decorrelate(tx, mode=mode, mask=read, **choices), mask)
 
 
 def _tuning(settings: Settings, model: RWKV7, params: Params, start, leaves) -> Job:
-    parts = moving(start, leaves)
+    parts = trainable_mask(start, leaves)
     trained = sum(x.size for x, on in zip(*map(jax.tree.leaves, (start, parts)), strict=True) if on)
     wide = start.upscaled is not None
     decorrelated = settings.tuning.decorrelate == "dbp" or (

@@ -11,17 +11,17 @@ import numpy as np
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import load_model
 from rwkv7_jax.data.readers import documents
-from rwkv7_jax.generation.prefill import state_after
+from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.runs.modes.base import Job, frozen_model, saver, start_state
 from rwkv7_jax.runs.progress_bar import ProgressBar
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.test_time.losses import context_distillation, distillation_loss, policy_loss
-from rwkv7_jax.test_time.questions import Questions, find_verifier
-from rwkv7_jax.test_time.rewards import Judge
+from rwkv7_jax.test_time.questions import QuestionSet, find_verifier
+from rwkv7_jax.test_time.rewards import RewardFunction
 from rwkv7_jax.test_time.rollouts import held_out_reward, policy_batch, rollouts
-from rwkv7_jax.test_time.teacher import collect
+from rwkv7_jax.test_time.teacher import collect_traces
 from rwkv7_jax.test_time.traces import Trace, completion_rows, trace_batch
 from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.training.losses import Batch, Loss
@@ -35,7 +35,7 @@ def test_time_job(settings: Settings, folder: Path) -> Job:
         return _job(
             settings, model, params, tokenizer, _context(settings, model, params, tokenizer)
         )
-    questions = Questions(
+    questions = QuestionSet(
         settings.data.path, tokenizer, seed=settings.seed, held_out=settings.data.held_out
     )
     verifier = settings.test_time.verifier
@@ -85,11 +85,17 @@ def _context(settings: Settings, model: RWKV7, params: Params, tokenizer: Tokeni
     if not path:
         raise ValueError("`config.test_time.context` must name the file that becomes a state.")
     ids = [i for document in documents(path) for i in tokenizer.encode(document.text())]
-    return context_distillation(model, params, state_after(model, params, np.asarray(ids)))
+    return context_distillation(model, params, prefill_state(model, params, np.asarray(ids)))
 
 
 def _drawn(
-    settings: Settings, model, params, questions: Questions, judge: Judge, state, step: int
+    settings: Settings,
+    model,
+    params,
+    questions: QuestionSet,
+    judge: RewardFunction,
+    state,
+    step: int,
 ) -> Batch | None:
     """What the model writes at a step from its present state, with what it earned.
 
@@ -137,7 +143,11 @@ def _template(settings: Settings, tokenizer: Tokenizer) -> Callable:
 
 
 def _traces(
-    settings: Settings, folder: Path, tokenizer: Tokenizer, questions: Questions, judge: Judge
+    settings: Settings,
+    folder: Path,
+    tokenizer: Tokenizer,
+    questions: QuestionSet,
+    judge: RewardFunction,
 ) -> list[Trace]:
     """What the guide wrote and was kept; what it wrote stays in the run's folder."""
     choices = settings.test_time
@@ -148,7 +158,7 @@ def _traces(
     vote = (lambda completion: tuple(completion), 0.25) if choices.keep == "majority" else None
     folder.mkdir(parents=True, exist_ok=True)
     bar = ProgressBar(choices.traces, "guide")
-    traces, budget = collect(
+    traces, budget = collect_traces(
         RWKV7(config),
         guide_params,
         questions.prompts(0, choices.traces),

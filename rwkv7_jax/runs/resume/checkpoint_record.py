@@ -11,16 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rwkv7_jax.runs.early_stopping import Course
+from rwkv7_jax.runs.early_stopping import RunProgress
 from rwkv7_jax.runs.resume.checksums import fingerprints, leaf_name
-from rwkv7_jax.runs.resume.run_identity import refuse_other_run
+from rwkv7_jax.runs.resume.run_identity import require_same_run
 
 Identity = Mapping[str, Mapping[str, str]]
 
 _VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
-def make_record(step: int, train: Any, course: Course, identity: Identity) -> dict:
+def make_record(step: int, train: Any, course: RunProgress, identity: Identity) -> dict:
     """What a checkpoint says of itself; can be JSON."""
     record = {
         "step": step,
@@ -37,7 +37,7 @@ def _digest(record: dict) -> str:
     return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
-def wrong_with(record: Mapping[str, Any], step: int) -> str:
+def validation_error(record: Mapping[str, Any], step: int) -> str:
     """Why a record cannot be that of a step; empty if it can."""
     record = dict(record)
     if record.pop("digest", "") != _digest(record):
@@ -61,7 +61,7 @@ def refuse_other_leaves(workdir: Path, leaves: Mapping[str, list], train: Any) -
     now = {leaf_name(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in flat}
     was = {name: f"{dtype}{shape}" for name, (shape, dtype, _) in leaves.items()}
     names = dict.fromkeys([*was, *now])
-    refuse_other_run(
+    require_same_run(
         workdir,
         {name: was.get(name, "absent") for name in names},
         {name: now.get(name, "absent") for name in names},

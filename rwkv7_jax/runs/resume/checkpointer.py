@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from rwkv7_jax.runs.early_stopping import Course
+from rwkv7_jax.runs.early_stopping import RunProgress
 from rwkv7_jax.runs.exit_codes import DiskError, NoValidCheckpoint, warn
 from rwkv7_jax.runs.resume import step_directories as step_folders
 from rwkv7_jax.runs.resume.checkpoint_record import (
@@ -22,10 +22,10 @@ from rwkv7_jax.runs.resume.checkpoint_record import (
     make_record,
     not_finite,
     refuse_other_leaves,
-    wrong_with,
+    validation_error,
 )
-from rwkv7_jax.runs.resume.checksums import damaged, fingerprints
-from rwkv7_jax.runs.resume.run_identity import refuse_other_run
+from rwkv7_jax.runs.resume.checksums import changed_leaves, fingerprints
+from rwkv7_jax.runs.resume.run_identity import require_same_run
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.training.train_step import TrainState
 
@@ -66,7 +66,7 @@ class Checkpoints:
         if saving.exists() and any(saving.iterdir()):
             warn(f"{saving} held a checkpoint that was never finished; it is removed")
         shutil.rmtree(saving, ignore_errors=True)
-        for name in step_folders.strangers(folder):
+        for name in step_folders.unknown_entries(folder):
             warn(f"{folder / name} is no checkpoint; it is ignored")
         self._newest, self._thread, self._error = -1, None, None
         self._orbax = None
@@ -83,7 +83,7 @@ class Checkpoints:
             self._orbax = ocp.AsyncCheckpointer(handler, multiprocessing_options=alone)
         return self._orbax
 
-    def save(self, train: TrainState, course: Course, identity: Identity) -> None:
+    def save(self, train: TrainState, course: RunProgress, identity: Identity) -> None:
         """`train` is being written in the background; see `poll` for how that ended."""
         step, train = int(train.step), _held(train)
         self.wait()
@@ -111,11 +111,11 @@ class Checkpoints:
         """The thread: the step gets its number when it is whole and sealed."""
         try:
             self._checkpointer().wait_until_finished()
-            step_folders.seal(place)
+            step_folders.write_manifest(place)
             os.rename(place, self.folder / str(step))
             numbers = step_folders.step_numbers(self.folder)
             choices = self._settings
-            stay = step_folders.kept(
+            stay = step_folders.steps_to_keep(
                 numbers, newest=choices.keep, every=choices.keep_every, best=best
             )
             for number in set(numbers) - stay:
@@ -162,7 +162,7 @@ class Checkpoints:
         if self.failure:
             raise DiskError(self.failure)
 
-    def restore(self, train: TrainState, identity: Identity) -> tuple[TrainState, Course]:
+    def restore(self, train: TrainState, identity: Identity) -> tuple[TrainState, RunProgress]:
         """The newest step that is whole, or `train` itself where there has never been one.
 
         Args:
@@ -183,7 +183,7 @@ class Checkpoints:
             try:
                 found = self._load(number, train, identity)
             except _Damaged as error:
-                aside = step_folders.set_aside(self.folder, number)
+                aside = step_folders.quarantine(self.folder, number)
                 warn(f"step {number} is damaged: {error}; it lies in {aside} now")
                 continue
             self._newest = number
@@ -197,7 +197,7 @@ class Checkpoints:
         # Between a signal and the end there is no time for imports and compilations.
         self._checkpointer()
         fingerprints(train)
-        return train, Course()
+        return train, RunProgress()
 
     def load(self, number: int, train: TrainState, identity: Identity) -> TrainState:
         """The step of this number, which a run with such a state has saved.
@@ -215,24 +215,24 @@ class Checkpoints:
         record = self._record(number)
         workdir = self.folder.parent
         for group, fields in identity.items():
-            refuse_other_run(workdir, record["identity"].get(group, {}), fields)
+            require_same_run(workdir, record["identity"].get(group, {}), fields)
         refuse_other_leaves(workdir, record["leaves"], train)
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, _held(train))
         args = ocp.args.Composite(train=ocp.args.StandardRestore(like))
         try:
             found = self._checkpointer().restore(place, args=args).train
         except Exception as error:
-            broken = step_folders.broken_files(place)
+            broken = step_folders.verify_manifest(place)
             if not broken:
                 raise
             raise _Damaged(f"it cannot be read; {listed('files', broken)}") from error
-        if names := damaged(record["leaves"], found):
+        if names := changed_leaves(record["leaves"], found):
             raise _Damaged(listed("leaves", names))
-        if names := step_folders.broken_files(place):
+        if names := step_folders.verify_manifest(place):
             raise _Damaged(listed("files", names))
         if not self._settings.allow_nan and (names := not_finite(found.params)):
             raise _Damaged(f"NaN or Inf in it (config.allow_nan takes it); {listed('in', names)}")
-        return found, Course.from_json(record["course"])
+        return found, RunProgress.from_json(record["course"])
 
     def _record(self, number: int) -> dict:
         ocp = _orbax()
@@ -240,9 +240,9 @@ class Checkpoints:
         try:
             record = self._checkpointer().restore(self.folder / str(number), args=args).record
         except Exception:
-            broken = step_folders.broken_files(self.folder / str(number))
+            broken = step_folders.verify_manifest(self.folder / str(number))
             also = f"; {listed('files', broken)}" if broken else ""
             raise _Damaged(f"its record cannot be read{also}") from None
-        if reason := wrong_with(record, number):
+        if reason := validation_error(record, number):
             raise _Damaged(reason)
         return record

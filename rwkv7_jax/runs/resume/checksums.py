@@ -74,13 +74,13 @@ def fingerprints(tree: Any) -> dict[str, list]:
     }
 
 
-def whole(tree: Any) -> str:
+def tree_checksum(tree: Any) -> str:
     """One fingerprint of a tree: of its leaves' paths, shapes, dtypes and bits."""
     text = repr(sorted(fingerprints(tree).items())).encode()
     return "".join(f"{int(lane):08x}" for lane in _sums(np.frombuffer(text, np.uint8)))
 
 
-def damaged(expected: Mapping[str, list], tree: Any) -> list[str]:
+def changed_leaves(expected: Mapping[str, list], tree: Any) -> list[str]:
     """The leaves of `tree` that are not what `expected`, from `fingerprints`, says; in order."""
     found = fingerprints(tree)
     names = dict.fromkeys([*expected, *found])

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.runs.resume.checksums import whole
+from rwkv7_jax.runs.resume.checksums import tree_checksum
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 # Settings that may differ between a run and its continuation.
-FREE = (
+MAY_CHANGE_ON_RESUME = (
     "steps",
     "log_every",
     "save_every",
@@ -34,7 +34,11 @@ def flat_settings(settings: Settings | Mapping[str, Any]) -> dict[str, str]:
     """The settings that a continuation must share, by dotted names."""
     if isinstance(settings, Settings):
         settings = dataclasses.asdict(settings)
-    return {name: text for name, text in _flat(settings) if name.split(".")[0] not in FREE}
+    return {
+        name: text
+        for name, text in _flat(settings)
+        if name.split(".")[0] not in MAY_CHANGE_ON_RESUME
+    }
 
 
 def _flat(fields: Mapping[str, Any], before: str = ""):
@@ -69,14 +73,14 @@ def identity_of(
         "settings": flat_settings(settings),
         "model": model,
         "inputs": {
-            "weights of init": "none" if frozen is None else whole(frozen),
+            "weights of init": "none" if frozen is None else tree_checksum(frozen),
             "tokenizer": f"{tokenizer.name} {vocabulary}",
             **read,
         },
     }
 
 
-def refuse_other_run(folder: Path, was: Mapping[str, str], now: Mapping[str, str]) -> None:
+def require_same_run(folder: Path, was: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Return if both describe the same run.
 
     Raises:

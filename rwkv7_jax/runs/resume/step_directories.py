@@ -29,7 +29,7 @@ def step_numbers(folder: Path) -> list[int]:
     return sorted((int(f.name) for f in folder.iterdir() if f.name.isdecimal()), reverse=True)
 
 
-def strangers(folder: Path) -> list[str]:
+def unknown_entries(folder: Path) -> list[str]:
     """Names in the folder that are nothing of ours."""
     ours = {BAD, SAVING}
     names = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
@@ -50,7 +50,7 @@ def _canonical(table: dict[str, str]) -> str:
     return json.dumps(table, sort_keys=True, indent=1)
 
 
-def seal(folder: Path) -> None:
+def write_manifest(folder: Path) -> None:
     """The list of the folder's files is in it, and all of them are on the disk itself."""
     files = _files(folder)
     table = {name: _digest(path) for name, path in files.items()}
@@ -71,7 +71,7 @@ def _synced(path: Path) -> None:
         os.close(handle)
 
 
-def broken_files(folder: Path) -> list[str]:
+def verify_manifest(folder: Path) -> list[str]:
     """The files that are not what the folder's list says, the list itself included."""
     files = _files(folder)
     try:
@@ -87,7 +87,7 @@ def broken_files(folder: Path) -> list[str]:
     return [name for name in names if name not in files or table.get(name) != _digest(files[name])]
 
 
-def set_aside(folder: Path, number: int) -> Path:
+def quarantine(folder: Path, number: int) -> Path:
     """The step lies under "bad", where nobody takes it for a checkpoint; gives its new place."""
     bad = folder / BAD
     bad.mkdir(exist_ok=True)
@@ -98,7 +98,7 @@ def set_aside(folder: Path, number: int) -> Path:
     return place
 
 
-def kept(
+def steps_to_keep(
     numbers: Iterable[int], *, newest: int, every: int = 0, best: Iterable[int] = ()
 ) -> set[int]:
     """The steps that stay.
