@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -14,20 +13,13 @@ import jax.numpy as jnp
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.huggingface import read_json
+from rwkv7_jax.checkpoints.orbax_import import import_orbax
 from rwkv7_jax.checkpoints.param_tree import official_tensors, require_finite
 from rwkv7_jax.model.config import RWKV7Config
 
 _CARD = "rwkv7_jax.json"  # beside an orbax tree: sizes and the version of the layout
 
 _LAYOUT = 1
-
-
-def _orbax():
-    """The library, imported when it is needed (it takes seconds), without its chatter."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    import orbax.checkpoint as ocp
-
-    return ocp
 
 
 def _load_orbax(folder: Path, dtype, allow_nan: bool) -> tuple[Params, RWKV7Config]:
@@ -41,7 +33,7 @@ def _load_orbax(folder: Path, dtype, allow_nan: bool) -> tuple[Params, RWKV7Conf
     except (KeyError, TypeError) as error:
         raise ValueError(f"load_model: `{folder / _CARD}` has no such config: {error}.") from None
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with _orbax().StandardCheckpointer() as checkpointer:
+    with import_orbax().StandardCheckpointer() as checkpointer:
         stored = checkpointer.metadata(folder / "params").item_metadata.tree
         like = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), stored
@@ -78,7 +70,7 @@ def _replace_folder(path: Path, ours: set[str], fill: Callable[[Path], None]) ->
 def _save_orbax(path: Path, params: Params, config: RWKV7Config) -> None:
     def fill(folder: Path) -> None:
         folder.mkdir()
-        with _orbax().StandardCheckpointer() as checkpointer:
+        with import_orbax().StandardCheckpointer() as checkpointer:
             checkpointer.save(folder / "params", jax.tree.map(jnp.asarray, params))
         card = {"layout": _LAYOUT, "config": dataclasses.asdict(config)}
         (folder / _CARD).write_text(json.dumps(card, indent=1) + "\n")
