@@ -1,5 +1,7 @@
 """The WKV-7 recurrence as its definition reads; every other form is compared with it."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -14,6 +16,32 @@ Inputs = tuple[
     Float[Array, "B T H Nk"],
     Float[Array, "B T H Nk"],
 ]
+
+
+class WKVInputs(NamedTuple):
+    """The six token arrays of the WKV-7 recurrence, as `wkv7` takes them.
+
+    A plain tuple of the six in this order is accepted wherever the op takes one. The fields have
+    no shape annotations that are checked: `tree.map` also builds this class of things that are no
+    arrays, such as shardings.
+
+    Attributes:
+        r: receptance, [B T H Nk].
+        log_w: natural logarithm of the decay, [B T H Nk].
+        k: key, [B T H Nk].
+        v: value, [B T H Nv].
+        a: removal key, [B T H Nk].
+        b: removal key times in-context learning rate, [B T H Nk].
+    """
+
+    r: Array
+    log_w: Array
+    k: Array
+    v: Array
+    a: Array
+    b: Array
+
+
 State = Float[Array, "B H Nv Nk"]
 
 
