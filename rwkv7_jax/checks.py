@@ -1,8 +1,14 @@
-"""Argument checks shared by the public functions."""
+"""Argument checks shared by the public functions.
 
+A check knows the argument and not the function that the user called: its message begins with the
+argument in backticks. The public function adds its own name, once, with `prefix_errors`.
+"""
+
+import contextlib
+import contextvars
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,153 +18,233 @@ from jaxtyping import Array, Int
 
 from rwkv7_jax.array_types import Lengths
 
+_inside = contextvars.ContextVar("a `prefix_errors` block is active", default=False)
 
-def check_function(value: Any, subject: str) -> None:
-    """Return if `value` can be called; `subject` begins the message about another.
+
+@contextlib.contextmanager
+def prefix_errors(function: str) -> Iterator[None]:
+    """Puts "function: " before the message of an error that an argument check raises.
+
+    Put it around the checks at the top of a public function, not around its work: whatever fails
+    later should name the function in which it fails. The outermost block wins, so a public function
+    may check its arguments with the help of another one. Type and traceback stay as they are.
+
+    Args:
+        function: the name of the public function, for messages.
+    """
+    if _inside.get():
+        yield
+        return
+    token = _inside.set(True)
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        # Subclasses such as UnicodeDecodeError make their message from other arguments.
+        if type(error) in (TypeError, ValueError):
+            error.args = (f"{function}: {error}", *error.args[1:])
+        raise
+    finally:
+        _inside.reset(token)
+
+
+def _prefix(caller: str | None) -> str:
+    return "" if caller is None else f"{caller}: "
+
+
+def check_function(value: Any, argument: str) -> None:
+    """Checks that a value can be called.
+
+    Args:
+        value: the value to check.
+        argument: the argument in backticks; the message begins with it.
 
     Raises:
-        TypeError: it cannot.
+        TypeError: the value cannot be called.
     """
     if not callable(value):
-        raise TypeError(f"{subject} must be a function; got {type(value).__name__}.")
+        raise TypeError(f"{argument} must be a function; got {type(value).__name__}.")
 
 
-def _check_number(value: Any, low: float, high: float, *, subject: str) -> None:
+def check_number(value: Any, low: float, high: float, argument: str) -> None:
+    """Checks that a value is a finite number in a closed interval.
+
+    Args:
+        value: the value to check.
+        low: the smallest allowed number.
+        high: the largest allowed number.
+        argument: the argument in backticks; the message begins with it.
+
+    Raises:
+        TypeError: the value is not a number.
+        ValueError: the number is outside the interval, or not finite.
+    """
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{subject} must be a number; got {type(value).__name__}.") from None
+        raise TypeError(f"{argument} must be a number; got {type(value).__name__}.") from None
     if not (math.isfinite(number) and low <= number <= high):
-        raise ValueError(f"{subject} must be from {low:g} to {high:g}; got {number:g}.")
+        raise ValueError(f"{argument} must be from {low:g} to {high:g}; got {number:g}.")
 
 
-def check_count(value: Any, least: int, subject: str) -> int:
-    """The integer, at least `least`; `subject` begins the message about another.
+def _check_number(value: Any, low: float, high: float, *, subject: str) -> None:
+    check_number(value, low, high, subject)
+
+
+def check_count(value: Any, least: int, argument: str) -> int:
+    """Returns a value as an integer of at least `least`.
+
+    Args:
+        value: the value to check.
+        least: the smallest allowed integer.
+        argument: the argument in backticks; the message begins with it.
 
     Raises:
-        TypeError: no integer.
-        ValueError: too small.
+        TypeError: the value is not an integer.
+        ValueError: the integer is too small.
     """
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{subject} must be an integer; got {type(value).__name__}.") from None
+        raise TypeError(f"{argument} must be an integer; got {type(value).__name__}.") from None
     if number < least:
-        raise ValueError(f"{subject} must be at least {least}; got {number}.")
+        raise ValueError(f"{argument} must be at least {least}; got {number}.")
     return number
 
 
-def check_ids(ids: Any, vocab_size: int, subject: str) -> np.ndarray:
-    """The ids as a vector of int32, all inside the vocabulary.
+def check_ids(ids: Any, vocab_size: int, argument: str) -> np.ndarray:
+    """Returns token ids as an int32 vector, all of them inside the vocabulary.
 
     Args:
-        ids: what shall be checked, on the host.
-        vocab_size: ids of the model.
-        subject: how the message begins: the function, and the argument in backticks.
+        ids: a flat sequence of ids, on the host.
+        vocab_size: the number of ids that the model has.
+        argument: the argument in backticks; the message begins with it.
 
     Raises:
-        TypeError: not integers.
-        ValueError: not a vector, or an id out of range; the message has its position.
+        TypeError: the ids are not integers.
+        ValueError: the ids are not flat, or one is out of range; the message gives its position.
     """
+    # NumPy makes an empty list float64, so the empty case needs its dtype by hand.
     array = np.asarray(ids) if len(ids) else np.zeros(0, np.int32)
     if not np.issubdtype(array.dtype, np.integer):
-        raise TypeError(f"{subject} must hold integers; got {array.dtype}.")
+        raise TypeError(f"{argument} must hold integers; got {array.dtype}.")
     if array.ndim != 1:
-        raise ValueError(f"{subject} must be a flat list of ids; got shape {array.shape}.")
+        raise ValueError(f"{argument} must be a flat list of ids; got shape {array.shape}.")
     wrong = np.flatnonzero((array < 0) | (array >= vocab_size))
     if len(wrong):
+        position = wrong[0]
         raise ValueError(
-            f"{subject} must hold ids at least 0 and below {vocab_size}; "
-            f"got {array[wrong[0]]} at position {wrong[0]}."
+            f"{argument} must hold ids at least 0 and below {vocab_size}; "
+            f"got {array[position]} at position {position}."
         )
     return array.astype(np.int32)
 
 
-def check_tokens(tokens: Int[Array | np.ndarray, "..."], vocab_size: int, *, caller: str) -> None:
-    """Return if the ids are integers and, where they are known, inside the vocabulary.
+def check_tokens(
+    tokens: Int[Array | np.ndarray, "..."], vocab_size: int, *, caller: str | None = None
+) -> None:
+    """Checks that token ids are integers inside the vocabulary.
+
+    The values of traced ids are unknown: of these only the dtype is checked.
 
     Raises:
-        TypeError: not integers.
-        ValueError: an id is out of range; the message has its position.
+        TypeError: the ids are not integers.
+        ValueError: an id is out of range; the message gives its position.
     """
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise TypeError(f"{caller}: `tokens` must be integers; got {tokens.dtype}.")
+        raise TypeError(f"{_prefix(caller)}`tokens` must be integers; got {tokens.dtype}.")
     if isinstance(tokens, jax.core.Tracer):
         return
     ids = np.asarray(tokens)
     wrong = np.argwhere((ids < 0) | (ids >= vocab_size))
     if len(wrong):
-        position = tuple(int(i) for i in wrong[0])
+        position = tuple(wrong[0].tolist())
         raise ValueError(
-            f"{caller}: `tokens` must be at least 0 and below {vocab_size}; "
+            f"{_prefix(caller)}`tokens` must be at least 0 and below {vocab_size}; "
             f"got {ids[position]} at position {position}."
         )
 
 
 def check_lengths(
-    lengths: Lengths, tokens: tuple[int, int], *, caller: str, name: str = "lengths"
+    lengths: Lengths,
+    tokens: tuple[int, int],
+    *,
+    caller: str | None = None,
+    name: str = "lengths",
 ) -> None:
-    """Return if `lengths` are integers, one a row and, where they are known, inside the rows.
+    """Checks that `lengths` has one integer for each row, none of them longer than the rows.
 
     Args:
-        lengths: tokens that count.
-        tokens: rows and tokens of a row.
+        lengths: the number of tokens of each row that count.
+        tokens: the number of rows and the number of tokens in a row.
         caller: the public function's name, for the message.
-        name: the argument's.
+        name: the argument's name, for the message.
 
     Raises:
-        TypeError: not integers.
-        ValueError: another number of rows, or a length that the rows do not have.
+        TypeError: the lengths are not integers.
+        ValueError: there is not one length for each row, or one is out of range.
     """
+    rows, tokens_per_row = tokens
+    argument = f"{_prefix(caller)}`{name}`"
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise TypeError(f"{caller}: `{name}` must be integers; got {lengths.dtype}.")
-    if tuple(lengths.shape) != tokens[:1]:
+        raise TypeError(f"{argument} must be integers; got {lengths.dtype}.")
+    if tuple(lengths.shape) != (rows,):
         raise ValueError(
-            f"{caller}: `{name}` must have one number for each of {tokens[0]} rows; "
+            f"{argument} must have one number for each of {rows} rows; "
             f"got shape {tuple(lengths.shape)}."
         )
     if isinstance(lengths, jax.core.Tracer):
         return
-    wrong = np.flatnonzero((np.asarray(lengths) < 0) | (np.asarray(lengths) > tokens[1]))
+    values = np.asarray(lengths)
+    wrong = np.flatnonzero((values < 0) | (values > tokens_per_row))
     if len(wrong):
+        row = wrong[0]
         raise ValueError(
-            f"{caller}: `{name}` must lie between 0 and {tokens[1]}; "
-            f"got {int(lengths[wrong[0]])} in row {wrong[0]}."
+            f"{argument} must lie between 0 and {tokens_per_row}; got {values[row]} in row {row}."
         )
 
 
 def check_prompts(
-    prompts: Any, vocab_size: int, *, caller: str, name: str = "prompts"
+    prompts: Any, vocab_size: int, *, caller: str | None = None, name: str = "prompts"
 ) -> list[list[int]]:
-    """The prompts as lists of ids; `name` is the argument's in messages.
+    """Returns prompts as lists of ids.
+
+    Args:
+        prompts: a list of prompts; each one is a list of ids that is not empty.
+        vocab_size: the number of ids that the model has.
+        caller: the public function's name, for the message.
+        name: the argument's name, for the message.
 
     Raises:
-        ValueError: none, an empty one, or an id outside the vocabulary.
-        TypeError: ids that are no integers, or one flat list.
+        ValueError: there is no prompt, one is empty, or an id is outside the vocabulary.
+        TypeError: the ids are not integers, or there is one flat list.
     """
+    argument = f"{_prefix(caller)}`{name}`"
     if not isinstance(prompts, Sequence | np.ndarray) or isinstance(prompts, str | bytes):
         kind = type(prompts).__name__
-        raise TypeError(f"{caller}: `{name}` must be a list of lists of ids; got {kind}.")
+        raise TypeError(f"{argument} must be a list of lists of ids; got {kind}.")
     if not len(prompts):
-        raise ValueError(f"{caller}: `{name}` must hold a prompt; got 0.")
+        raise ValueError(f"{argument} must hold a prompt; got 0.")
     rows = []
     for index, ids in enumerate(prompts):
-        subject = f"{caller}: `{name}` row {index}"
+        row = f"{argument} row {index}"
         if isinstance(ids, str | bytes) or not isinstance(ids, Sequence | np.ndarray | Array):
-            raise TypeError(f"{subject} must be a list of ids; got {type(ids).__name__}.")
-        rows.append(check_ids(ids, vocab_size, subject).tolist())
-        if not rows[-1]:
-            raise ValueError(f"{subject} must hold an id ([0] begins a text); got 0.")
+            raise TypeError(f"{row} must be a list of ids; got {type(ids).__name__}.")
+        checked = check_ids(ids, vocab_size, row).tolist()
+        if not checked:
+            raise ValueError(f"{row} must hold an id ([0] begins a text); got 0.")
+        rows.append(checked)
     return rows
 
 
-def typed_key(key: Any, *, caller: str) -> Array:
-    """The random key or keys, typed.
+def typed_key(key: Any, *, caller: str | None = None) -> Array:
+    """Returns a random key, or an array of keys, as a typed key array.
 
     Raises:
-        TypeError: no array.
+        TypeError: the key is not an array.
     """
     if not isinstance(key, jax.Array):
-        raise TypeError(f"{caller}: `key` must be a random key; got {type(key).__name__}.")
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return key if typed else jax.random.wrap_key_data(key)
+        kind = type(key).__name__
+        raise TypeError(f"{_prefix(caller)}`key` must be a random key; got {kind}.")
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.wrap_key_data(key)

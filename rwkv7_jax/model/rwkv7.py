@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Activations, Lengths, Logits, Tokens
-from rwkv7_jax.checks import check_tokens
+from rwkv7_jax.checks import check_tokens, prefix_errors
 from rwkv7_jax.model import initializers as initial
 from rwkv7_jax.model import layers
 from rwkv7_jax.model import recurrence as upscaling
@@ -243,8 +243,9 @@ class RWKV7(nn.Module):
     @nn.compact
     def _run(self, tokens, state, lengths, *, names=(), project=True):
         config = self.config
-        check_tokens(tokens, config.vocab_size, caller="RWKV7")
-        check_state(state, tokens.shape[0], config, caller="RWKV7")
+        with prefix_errors("RWKV7"):
+            check_tokens(tokens, config.vocab_size)
+            check_state(state, tokens.shape[0], config)
         emb = Embedding(config, name="emb")(tokens).astype(config.dtype)
         x = Norm(config, name="ln0")(emb)
 

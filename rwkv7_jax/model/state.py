@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
+from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.model.config import RWKV7Config
 
 # How the memory of an upscaled state changes from token to token; see `upscaling`.
@@ -98,36 +99,45 @@ def init_state(config: RWKV7Config, batch: int = 1) -> RWKV7State:
     )
 
 
-def check_state(state: RWKV7State, batch: int, config: RWKV7Config, *, caller: str) -> None:
-    """Return if `state` belongs to this model and batch; works on arrays, tracers and shapes alike.
+def check_state(
+    state: RWKV7State, batch: int, config: RWKV7Config, *, caller: str | None = None
+) -> None:
+    """Checks that a state fits a model and a batch; works on arrays, tracers and shapes alike.
 
     Args:
-        state: what shall be checked.
-        batch: sequences it has to hold.
-        config: the model's.
-        caller: the public function's name, for the message.
+        state: the state to check.
+        batch: the number of sequences it must hold.
+        config: the model's configuration.
+        caller: the function whose name begins the message; by default this one, or that of the
+            `prefix_errors` block around the call.
 
     Raises:
         TypeError: not an `RWKV7State`, or the WKV state is not float32.
         ValueError: a leaf has the wrong shape.
     """
+    with prefix_errors("check_state" if caller is None else caller):
+        _check_state(state, batch, config)
+
+
+def _check_state(state: RWKV7State, batch: int, config: RWKV7Config) -> None:
     if not isinstance(state, RWKV7State):
-        raise TypeError(f"{caller}: `state` must be an RWKV7State; got {type(state).__name__}.")
+        raise TypeError(f"`state` must be an RWKV7State; got {type(state).__name__}.")
     shift = (config.num_layers, batch, config.width)
     heads = (config.num_layers, batch, config.num_heads, config.head_size, config.head_size)
     for name, shape in (("att_shift", shift), ("wkv", heads), ("ffn_shift", shift)):
-        if (came := tuple(getattr(state, name).shape)) != shape:
+        came = tuple(getattr(state, name).shape)
+        if came != shape:
             raise ValueError(
-                f"{caller}: `state.{name}` must have shape {shape} "
+                f"`state.{name}` must have shape {shape} "
                 f"(layers {config.num_layers}, batch {batch}, ...); got {came}."
             )
     if state.wkv.dtype != jnp.float32:
-        raise TypeError(f"{caller}: `state.wkv` must be float32; got {state.wkv.dtype}.")
+        raise TypeError(f"`state.wkv` must be float32; got {state.wkv.dtype}.")
     if state.upscaled is not None:
-        _check_upscaled(state.upscaled, heads, caller)
+        _check_upscaled(state.upscaled, heads)
 
 
-def _check_upscaled(upscaled: Upscaled, heads: tuple[int, ...], caller: str) -> None:
+def _check_upscaled(upscaled: Upscaled, heads: tuple[int, ...]) -> None:
     layers, batch, count, size, _ = heads
     for name, value, known in (
         ("dynamics", upscaled.dynamics, DYNAMICS),
@@ -135,8 +145,7 @@ def _check_upscaled(upscaled: Upscaled, heads: tuple[int, ...], caller: str) -> 
     ):
         if value not in known:
             raise ValueError(
-                f"{caller}: `state.upscaled.{name}` must be one of {', '.join(known)}; "
-                f"got {value!r}."
+                f"`state.upscaled.{name}` must be one of {', '.join(known)}; got {value!r}."
             )
     width = upscaled.memory.shape[-1]
     lead, replaced = (layers, batch, count), upscaled.readout is not None
@@ -155,9 +164,7 @@ def _check_upscaled(upscaled: Upscaled, heads: tuple[int, ...], caller: str) -> 
         own_rows = name == "memory" and upscaled.dynamics != "static"
         shared = (layers, 1, *wanted[2:])
         if came is not None and came != wanted and (own_rows or came != shared):
-            raise ValueError(
-                f"{caller}: `state.upscaled.{name}` must have shape {wanted}; got {came}."
-            )
+            raise ValueError(f"`state.upscaled.{name}` must have shape {wanted}; got {came}.")
 
 
 def _map_batch(change: Callable, state: RWKV7State, *others: RWKV7State) -> RWKV7State:

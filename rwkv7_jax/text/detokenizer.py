@@ -86,16 +86,15 @@ def whole_tokens(tokens: Sequence[int], drop: int, vocabulary: Vocabulary) -> tu
     return count, -drop
 
 
-def check_stop_strings(stop_strings: Sequence[str], *, caller: str) -> None:
-    """Return if these are strings that can stop a text.
+def check_stop_strings(stop_strings: Sequence[str], *, caller: str | None = None) -> None:
+    """Checks that these are strings that can stop a text.
 
     Raises:
         TypeError: one string instead of a list, or something else in it.
-        ValueError: an empty one.
+        ValueError: an empty string.
     """
+    prefix = "" if caller is None else f"{caller}: "
     if isinstance(stop_strings, str) or not all(isinstance(stop, str) for stop in stop_strings):
-        raise TypeError(
-            f"{caller}: `stop_strings` must be a list of strings; got {stop_strings!r}."
-        )
+        raise TypeError(f"{prefix}`stop_strings` must be a list of strings; got {stop_strings!r}.")
     if "" in stop_strings:
-        raise ValueError(f"{caller}: `stop_strings` must hold no empty string; got one.")
+        raise ValueError(f"{prefix}`stop_strings` must hold no empty string; got one.")
