@@ -1,1 +1,28 @@
-"""Optax transformations. Knows trees and paths, nothing of RWKV but its parameter groups."""
+"""Optax transformations. Knows trees and paths, nothing of RWKV but its parameter groups.
+
+The function `whitening` is imported from `rwkv7_jax.optim.whitening`: as an attribute of this
+package its name would hide the module's.
+"""
+
+from rwkv7_jax.optim.decorrelation import DecorrelationState, decorrelate
+from rwkv7_jax.optim.optimizer import (
+    build_optimizer,
+    group,
+    group_labels,
+    group_table,
+    learning_rate_schedule,
+    path_name,
+)
+from rwkv7_jax.optim.whitening import effective_rank
+
+__all__ = [
+    "DecorrelationState",
+    "build_optimizer",
+    "decorrelate",
+    "effective_rank",
+    "group",
+    "group_labels",
+    "group_table",
+    "learning_rate_schedule",
+    "path_name",
+]

@@ -4,7 +4,7 @@ A leaf S of shape [..., N, M] acts as y = S x. Where the entries of x are correl
 are long along few directions and short along the others. With z = R x and y = S' z, S' = S R^-1 is
 trained in place of S: its gradient is G R^T, where G is that of S, and its update u' moves S by
 u' R. R lives in the optimizer's state and never in the model: a new R changes no output, saved
-weights are complete without it, and whoever reads S needs to know nothing of it.
+weights are complete without it, and code that reads S needs to know nothing of it.
 
 Source: arXiv 2405.02385 (R learnt online); arXiv 2504.05097 (used for RWKV-7's state).
 """
@@ -36,10 +36,10 @@ MODES = ("online", "exact", "whiten")
 
 
 class DecorrelationState(NamedTuple):
-    """What `decorrelate` carries from update to update.
+    """The state that `decorrelate` carries from update to update.
 
-    The trees have the structure of the parameters, with `optax.MaskedNode` for leaves that are left
-    alone. For a decorrelated leaf [..., N, M]:
+    The trees have the structure of the parameters, with `optax.MaskedNode` for leaves that are not
+    decorrelated. For a decorrelated leaf [..., N, M]:
 
     Attributes:
         count: how many statistics each matrix has learnt from, int32 [...].
@@ -68,27 +68,28 @@ def decorrelate(
     every: ArrayLike = 25,
     mask: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner` works on S' = S R^-1, in whose inputs z = R x correlations have been removed.
+    """Runs `inner` on S' = S R^-1, whose inputs z = R x are decorrelated.
 
     `update(grads, state, params, *, stats=None, ...)` takes the statistics of the leaves' inputs as
     `stats`: a tree like the parameters whose leaves are E[x x^T] of shape [..., M, M] for a leaf
-    [..., N, M] (leading axes of size 1 are shared; any floating dtype), or None where there is
-    nothing new. R moves first, then the gradient is turned by the new R. Without `stats` R stays,
-    and goes on being used. Matrices whose statistics are not finite, or zero, keep C and R for that
+    [..., N, M] (leading axes of size 1 are shared; any floating dtype), or None if there are no new
+    ones. R moves first, then the gradient is turned by the new R. Without `stats` R stays as it is
+    and remains in use. Matrices whose statistics are not finite, or zero, keep C and R for that
     update. Other extra arguments go to `inner`. R and C are float32; gradients reach `inner`, and
-    its updates come out, in their own dtypes. With R = I the result is `inner`'s, bit for bit.
+    its updates are returned, in their own dtypes. With R = I the result is `inner`'s, bit for bit.
 
-    The defaults let R follow within a few updates: tuning one layer's memory changes what the next
-    one reads.
+    The defaults let R follow within a few updates: tuning one layer's memory changes the inputs of
+    the next one.
 
-    Put weight decay behind this in a chain: `inner` sees gradients of S' but parameters S.
+    In a chain, put weight decay after this: `inner` sees gradients of S' but parameters S.
     Under `optax.MultiSteps` only the statistics of the last micro-batch count.
     `optax.inject_hyperparams` takes a callable `mask` for a schedule unless `static_args` names it.
 
     Args:
         inner: the optimizer of S'.
-        mode: "online" (R follows C by the published rule), "exact" (R is `whitening` of C, renewed
-            now and then) or "whiten" (the same once, at the first statistics, then frozen).
+        mode: "online" (R follows C by the published rule), "exact" (R is `whitening` of C, computed
+            again every `every` statistics) or "whiten" (R is `whitening` of the first statistics,
+            then frozen).
         rate: step of the online rule, at least 0.
         balance: kappa in [0, 1]: 0 only decorrelates, 1 only brings variances to 1.
         iterations: steps of the online rule per update.
@@ -97,53 +98,70 @@ def decorrelate(
         average: share of the old C in the running average, in [0, 1]; 0 takes the newest alone.
         clip: largest Frobenius norm of the online rule's relative step; None for no limit.
         normalise: whiten C M / tr C, which keeps learning rates comparable, and not C.
-        every: statistics from one renewal to the next in mode "exact".
+        every: statistics between two computations of R in mode "exact".
         mask: which leaves are decorrelated: a tree of bools (or a prefix of one), or a function
             from parameters to it. None takes every leaf with two axes or more.
 
     Raises:
         ValueError: an unknown mode, a number out of its range, a mask or statistics that do not
             fit.
-        TypeError: statistics that are no floating arrays.
+        TypeError: statistics that are not floating-point arrays.
 
     Source: arXiv 2405.02385 (its "standard" rule is `iterations=1, damping=0, average=0, clip=None,
         normalise=False`); arXiv 2504.05097. Average, damping, clip and scale are ours.
     """
-    _check_settings(mode, clip, rate, balance, iterations, damping, average, every)
+    _check_settings(
+        mode,
+        clip,
+        rate=rate,
+        balance=balance,
+        iterations=iterations,
+        damping=damping,
+        average=average,
+        every=every,
+    )
     inner = optax.with_extra_args_support(inner)
     online = functools.partial(
-        online_update, rate=rate, balance=balance, iterations=iterations, clip=clip
+        online_update,
+        rate=rate,
+        balance=balance,
+        iterations=iterations,
+        clip=clip,
     )
 
-    def improve(whitener, target, count, good):
+    def next_whitener(whitener, target, count, usable):
         if mode == "online":
             return online(whitener, target)
-        due = good & (count == 0 if mode == "whiten" else count % every == 0)
+        if mode == "whiten":
+            due = usable & (count == 0)
+        else:
+            due = usable & (count % every == 0)
         return recompute(whitener, target, due)
 
     def learn(statistics, count, covariance, whitener):
-        covariance, good = _averaged(statistics, covariance, average, fresh=count == 0)
-        moved = improve(whitener, damped_covariance(covariance, damping, normalise), count, good)
-        # A matrix that did not come out well has not been counted: "whiten" tries again next time.
-        good = good & finite(moved)
-        return count + good, covariance, jnp.where(per_matrix(good), moved, whitener)
+        covariance, usable = _running_average(statistics, covariance, average, fresh=count == 0)
+        target = damped_covariance(covariance, damping, normalise)
+        moved = next_whitener(whitener, target, count, usable)
+        # A matrix whose R is not finite is not counted: "whiten" tries again at the next update.
+        usable = usable & finite(moved)
+        return count + usable, covariance, jnp.where(per_matrix(usable), moved, whitener)
 
     def init(params):
-        return _initial(params, mask, inner.init(params))
+        return _init_state(params, mask, inner.init(params))
 
     def update(updates, state, params=None, *, stats=None, **extra):
         if stats is not None:
-            state = _learnt(learn, updates, stats, state)
-        turned = _turn("...nm,...km->...nk", updates, state.whitener)
+            state = _learn_from(learn, updates, stats, state)
+        turned = _multiply_by_whitener("...nm,...km->...nk", updates, state.whitener)
         turned, inner_state = inner.update(turned, state.inner, params, **extra)
-        back = _turn("...nk,...km->...nm", turned, state.whitener)
-        return back, state._replace(inner=inner_state)
+        moves = _multiply_by_whitener("...nk,...km->...nm", turned, state.whitener)
+        return moves, state._replace(inner=inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_settings(mode, clip, rate, balance, iterations, damping, average, every) -> None:
-    """Raise for the first setting out of its range; traced ones cannot be looked at."""
+def _check_settings(mode, clip, *, rate, balance, iterations, damping, average, every) -> None:
+    """Raises for the first setting out of its range; traced values cannot be checked."""
     if mode not in MODES:
         raise ValueError(f"decorrelate: `mode` must be one of {', '.join(MODES)}; got {mode!r}.")
     ranges = {
@@ -155,6 +173,7 @@ def _check_settings(mode, clip, rate, balance, iterations, damping, average, eve
         "every": (every, 1, math.inf),
     }
     for name, (value, low, high) in ranges.items():
+        # Written as `not ... <=`, so that NaN is refused too.
         if isinstance(value, int | float | np.number) and not low <= value <= high:
             bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
             raise ValueError(f"decorrelate: `{name}` must be {bounds}; got {value}.")
@@ -166,78 +185,81 @@ def _is_masked(node) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def _selected(params, mask):
-    """`mask` as a tree of bools like the parameters; checked."""
+def _mask_tree(params, mask):
+    """Expands `mask` to a tree of bools with the parameters' structure, and checks it."""
     # A tree without leaves fits any mask: optax masks out all, or asks for the state's structure.
     if not jax.tree.leaves(params):
         return params
     if mask is None:
         return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
-    chosen = mask(params) if callable(mask) else mask
+    flags = mask(params) if callable(mask) else mask
+
+    def spread(flag, part):
+        return jax.tree.map(lambda _: bool(flag), part)
+
     try:
-        chosen = jax.tree.map(
-            lambda flag, part: jax.tree.map(lambda _: bool(flag), part), chosen, params
-        )
+        flags = jax.tree.map(spread, flags, params)
     except ValueError:
         raise ValueError(
             "decorrelate: `mask` must have the parameters' structure, "
-            f"{jax.tree.structure(params)}; got {jax.tree.structure(chosen)}."
+            f"{jax.tree.structure(params)}; got {jax.tree.structure(flags)}."
         ) from None
-    for (path, leaf), flag in zip(
-        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(chosen), strict=True
-    ):
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), flag in zip(leaves, jax.tree.leaves(flags), strict=True):
         if flag and leaf.ndim < 2:
             raise ValueError(
                 "decorrelate: `mask` must select leaves of two axes or more; got "
                 f"{jax.tree_util.keystr(path)} of shape {leaf.shape}."
             )
-    return chosen
+    return flags
 
 
-def _initial(params, mask, inner) -> DecorrelationState:
-    """R = I, and nothing learnt."""
-    chosen = _selected(params, mask)
+def _init_state(params, mask, inner) -> DecorrelationState:
+    """Makes the state before the first statistics: R = I, C = 0."""
+    flags = _mask_tree(params, mask)
 
-    def for_chosen(make):
+    def for_decorrelated(make):
         def one(leaf, flag):
             return make(leaf.shape[:-2], leaf.shape[-1]) if flag else optax.MaskedNode()
 
-        return jax.tree.map(one, params, chosen)
+        return jax.tree.map(one, params, flags)
+
+    def identity(heads, m):
+        return jnp.broadcast_to(jnp.eye(m, dtype=jnp.float32), (*heads, m, m))
 
     return DecorrelationState(
-        count=for_chosen(lambda heads, _: jnp.zeros(heads, jnp.int32)),
-        covariance=for_chosen(lambda heads, m: jnp.zeros((*heads, m, m), jnp.float32)),
-        whitener=for_chosen(
-            lambda heads, m: jnp.broadcast_to(jnp.eye(m, dtype=jnp.float32), (*heads, m, m))
-        ),
+        count=for_decorrelated(lambda heads, _: jnp.zeros(heads, jnp.int32)),
+        covariance=for_decorrelated(lambda heads, m: jnp.zeros((*heads, m, m), jnp.float32)),
+        whitener=for_decorrelated(identity),
         inner=inner,
     )
 
 
-def _averaged(statistics, covariance, average, *, fresh):
-    """The running average with new statistics in it, and which matrices' could be taken."""
+def _running_average(statistics, covariance, average, *, fresh):
+    """Adds new statistics to the running average; tells for which matrices they were usable."""
     new = jnp.broadcast_to(jnp.asarray(statistics, jnp.float32), covariance.shape)
     trace = jnp.trace(new, axis1=-2, axis2=-1)
-    good = finite(new) & (trace > 0) & (trace < jnp.inf)
-    kept = jnp.asarray(average, jnp.float32)
-    mean = jnp.where(per_matrix(fresh), new, kept * covariance + (1 - kept) * new)
-    return jnp.where(per_matrix(good), mean, covariance), good
+    # Finite entries are not enough: the trace of entries near 1e38 overflows.
+    usable = finite(new) & (trace > 0) & (trace < jnp.inf)
+    old_share = jnp.asarray(average, jnp.float32)
+    mean = jnp.where(per_matrix(fresh), new, old_share * covariance + (1 - old_share) * new)
+    return jnp.where(per_matrix(usable), mean, covariance), usable
 
 
-def _turn(equation: str, tree, whitener):
-    """Every decorrelated leaf multiplied by its R, in its own dtype."""
+def _multiply_by_whitener(equation: str, tree, whitener):
+    """Multiplies every decorrelated leaf by its R; each leaf keeps its dtype."""
 
-    def turn(leaf, matrix):
+    def multiply(leaf, matrix):
         if _is_masked(matrix):
             return leaf
         wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
         return jnp.einsum(equation, wide, matrix, precision="highest").astype(leaf.dtype)
 
-    return jax.tree.map(turn, tree, whitener)
+    return jax.tree.map(multiply, tree, whitener)
 
 
-def _learnt(learn, updates, stats, state: DecorrelationState) -> DecorrelationState:
-    """`state` after every leaf that comes with statistics has learnt from them."""
+def _learn_from(learn, updates, stats, state: DecorrelationState) -> DecorrelationState:
+    """Applies `learn` to every leaf that comes with statistics."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_masked)
     try:
         stats = tree.flatten_up_to(stats)
@@ -246,26 +268,39 @@ def _learnt(learn, updates, stats, state: DecorrelationState) -> DecorrelationSt
             "decorrelate: `stats` must have the gradients' structure, "
             f"{jax.tree.structure(updates)}; got {jax.tree.structure(stats)}."
         ) from None
-    parts = [tree.flatten_up_to(part) for part in state[:3]]
-    learnt = []
-    for (path, leaf), statistics, *memory in zip(leaves, stats, *parts, strict=True):
-        # Under `optax.masked` the statistics of leaves out of sight come along.
+    old = zip(
+        tree.flatten_up_to(state.count),
+        tree.flatten_up_to(state.covariance),
+        tree.flatten_up_to(state.whitener),
+        strict=True,
+    )
+    counts = []
+    covariances = []
+    whiteners = []
+    for (path, leaf), statistics, carried in zip(leaves, stats, old, strict=True):
+        # Under `optax.masked` the statistics of masked leaves come along.
         if not (_is_masked(leaf) or statistics is None or _is_masked(statistics)):
-            _check_statistics(jax.tree_util.keystr(path), leaf, statistics, memory[0])
-            memory = learn(statistics, *memory)
-        learnt.append(memory)
-    count, covariance, whitener = (tree.unflatten([m[i] for m in learnt]) for i in range(3))
-    return state._replace(count=count, covariance=covariance, whitener=whitener)
+            _check_statistics(jax.tree_util.keystr(path), leaf, statistics, carried[0])
+            carried = learn(statistics, *carried)
+        count, covariance, whitener = carried
+        counts.append(count)
+        covariances.append(covariance)
+        whiteners.append(whitener)
+    return state._replace(
+        count=tree.unflatten(counts),
+        covariance=tree.unflatten(covariances),
+        whitener=tree.unflatten(whiteners),
+    )
 
 
 def _check_statistics(name: str, leaf, statistics, count) -> None:
-    """Raise where they cannot be the covariances of this leaf's inputs."""
+    """Raises unless the statistics can be the covariances of this leaf's inputs."""
     kind = getattr(statistics, "dtype", type(statistics))
     if not jnp.issubdtype(kind, jnp.floating):
         raise TypeError(f"decorrelate: `stats`{name} must be a floating array; got {kind}.")
     if _is_masked(count):
         raise ValueError(
-            f"decorrelate: `stats`{name} must be None, for `mask` leaves that one alone; got "
+            f"decorrelate: `stats`{name} must be None, because `mask` leaves that leaf out; got "
             f"shape {statistics.shape}."
         )
     shape = (*leaf.shape[:-2], leaf.shape[-1], leaf.shape[-1])

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +11,13 @@ import optax
 
 
 class Group(NamedTuple):
-    """Parameters that move by the same rule.
+    """Parameters that share one update rule.
 
     Attributes:
         label: the group's name.
         pattern: a regular expression that finds its members' paths in the tree.
         rate: factor on the learning rate.
-        decays: whether weight decay pulls them.
+        decays: whether weight decay applies.
     """
 
     label: str
@@ -31,7 +31,8 @@ class Group(NamedTuple):
 GROUPS = (
     Group("fast", r"att/w0$", 2.0, False),
     Group("table", r"(^|/)(emb|head)/weight$", 1.0, True),
-    Group("matrix", r"(receptance|key|value|output)/weight$", 1.0, True),  # Muon's share
+    # The matrices that "muon" orthogonalises.
+    Group("matrix", r"(receptance|key|value|output)/weight$", 1.0, True),
     Group("rest", r"", 1.0, False),
 )
 
@@ -46,49 +47,53 @@ _MUON_RMS = 0.2
 
 
 def path_name(path) -> str:
-    """A parameter's path as one string, such as "layers/att/w0"."""
-    return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+    """Joins a parameter's path into one string, such as "layers/att/w0"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def group(name: str) -> Group:
-    """The group of the parameter with this path."""
+    """Finds the group of the parameter with this path."""
     return next(one for one in GROUPS if re.search(one.pattern, name))
 
 
 def group_labels(params) -> Any:
-    """The tree of the groups' labels."""
+    """Labels every leaf of the tree with its group."""
     return jax.tree_util.tree_map_with_path(lambda path, _: group(path_name(path)).label, params)
 
 
 def group_table(params: Any) -> str:
-    """Which group each parameter is in and what that means, as lines to print.
+    """Formats the parameter groups as lines to print.
 
     Args:
-        params: the trainables; groups without a member are left out.
+        params: the trainable parameters; groups without a member are left out.
     """
-    members: dict[str, list] = {}
+    sizes: dict[str, list[int]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        members.setdefault(group(path_name(path)).label, []).append(leaf.size)
+        label = group(path_name(path)).label
+        sizes.setdefault(label, []).append(leaf.size)
     lines = [f"{'group':<8}{'rate':>5}{'decay':>7}{'tensors':>9}{'numbers':>16}  pattern"]
     for one in GROUPS:
-        if sizes := members.get(one.label):
-            decay, pattern = "yes" if one.decays else "no", one.pattern or "(what is left)"
-            lines.append(
-                f"{one.label:<8}{f'x{one.rate:g}':>5}{decay:>7}{len(sizes):>9}{sum(sizes):>16,}"
-                f"  {pattern}"
-            )
+        if one.label not in sizes:
+            continue
+        members = sizes[one.label]
+        rate = f"x{one.rate:g}"
+        decay = "yes" if one.decays else "no"
+        pattern = one.pattern or "(all others)"
+        lines.append(
+            f"{one.label:<8}{rate:>5}{decay:>7}{len(members):>9}{sum(members):>16,}  {pattern}"
+        )
     return "\n".join(lines)
 
 
 def learning_rate_schedule(
     kind: str, peak: float, final: float, *, warmup_steps: int, total_steps: int
-) -> Callable[[jax.Array], jax.Array]:
-    """The learning rate at a step.
+) -> optax.Schedule:
+    """Makes the function from a step to its learning rate.
 
     Args:
         kind: "cosine", "linear", "wsd" (constant, then linear over the last fifth) or "constant".
         peak: at the end of the warm-up, which starts at a hundredth of it.
-        final: at `total_steps` and behind; "constant" stays at `peak`.
+        final: from `total_steps` on; "constant" stays at `peak`.
         warmup_steps: steps of the warm-up; 0 for none.
         total_steps: steps of the whole run.
 
@@ -98,7 +103,9 @@ def learning_rate_schedule(
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/trainer.py:18-56.
     """
     if kind not in SCHEDULES:
-        raise ValueError(f"schedule: `kind` must be one of {', '.join(SCHEDULES)}; got {kind!r}.")
+        raise ValueError(
+            f"learning_rate_schedule: `kind` must be one of {', '.join(SCHEDULES)}; got {kind!r}."
+        )
 
     def rate(step):
         done = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
@@ -117,28 +124,31 @@ def learning_rate_schedule(
 
 
 def _scale_to_rms() -> optax.GradientTransformation:
-    """Orthogonal matrices scaled to the root mean square `_MUON_RMS`."""
-    return optax.stateless(
-        lambda updates, _: jax.tree.map(
-            lambda u: u * _MUON_RMS * math.sqrt(max(u.shape[-2:])), updates
-        )
-    )
+    """Scales orthogonal matrices to the root mean square `_MUON_RMS`."""
+
+    def scale(update):
+        return update * _MUON_RMS * math.sqrt(max(update.shape[-2:]))
+
+    return optax.stateless(lambda updates, _: jax.tree.map(scale, updates))
 
 
-def _moments(kind: str, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+def _scale_by_moments(kind: str, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Chooses Adam for all groups, or Muon for the matrices and Adam for the rest."""
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
     if kind == "adamw":
         return adam
+    # Layers are stacked in the leading axis, so a weight's own axes are its last two.
     last_two = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
     muon = optax.contrib.scale_by_muon(
         weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: last_two, tree)
     )
-    by_group = {one.label: adam for one in GROUPS} | {"matrix": optax.chain(muon, _scale_to_rms())}
+    by_group: dict[Hashable, optax.GradientTransformation] = {one.label: adam for one in GROUPS}
+    by_group["matrix"] = optax.chain(muon, _scale_to_rms())
     return optax.partition(by_group, group_labels)
 
 
 def build_optimizer(
-    learning_rate: float | Callable[[jax.Array], jax.Array],
+    learning_rate: float | optax.Schedule,
     *,
     kind: str = "adamw",
     weight_decay: float = 0.0,
@@ -147,7 +157,9 @@ def build_optimizer(
     b2: float = 0.99,
     eps: float = 1e-18,
 ) -> optax.GradientTransformation:
-    """RWKV's optimizer: Adam, decoupled weight decay on the matrices, a doubled rate for `att.w0`.
+    """Builds RWKV's optimizer: Adam, weight decay on the matrices, a doubled rate for `att.w0`.
+
+    Weight decay is decoupled: it does not pass through the moments.
 
     Args:
         learning_rate: a number or a schedule.
@@ -169,16 +181,20 @@ def build_optimizer(
             f"build_optimizer: `kind` must be one of {', '.join(KINDS)}; got {kind!r}."
         )
 
-    def where(chosen: Callable[[Group], bool]):
-        labels = [one.label for one in GROUPS if chosen(one)]
+    def mask_of(labels: list[str]):
         return lambda params: jax.tree.map(lambda label: label in labels, group_labels(params))
 
-    rates = sorted({one.rate for one in GROUPS} - {1.0})
-    faster = [optax.masked(optax.scale(x), where(lambda one, x=x: one.rate == x)) for x in rates]
-    return optax.chain(
-        optax.clip_by_global_norm(clip) if clip is not None else optax.identity(),
-        _moments(kind, b1, b2, eps),
-        optax.add_decayed_weights(weight_decay, mask=where(lambda one: one.decays)),
-        *faster,
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    decaying = [one.label for one in GROUPS if one.decays]
+    clipping = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
+    transforms = [
+        clipping,
+        _scale_by_moments(kind, b1, b2, eps),
+        optax.add_decayed_weights(weight_decay, mask=mask_of(decaying)),
+    ]
+    # One scaling for each factor, in rising order: the order is part of the state's structure in
+    # checkpoints.
+    for rate in sorted({one.rate for one in GROUPS} - {1.0}):
+        members = [one.label for one in GROUPS if one.rate == rate]
+        transforms.append(optax.masked(optax.scale(rate), mask_of(members)))
+    transforms.append(optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(*transforms)

@@ -82,7 +82,9 @@ def test_a_run_that_is_all_warm_up_rises_to_the_peak():
 
 
 def test_unknown_kinds_are_refused_in_one_sentence():
-    with pytest.raises(ValueError, match=r"schedule: `kind` must be one of cosine, .*; got 'cos'"):
+    with pytest.raises(
+        ValueError, match=r"learning_rate_schedule: `kind` must be one of cosine, .*; got 'cos'"
+    ):
         learning_rate_schedule("cos", 1.0, 0.1, warmup_steps=1, total_steps=2)
     with pytest.raises(ValueError, match="build_optimizer: `kind` must be one of adamw, muon; got"):
         build_optimizer(1e-3, kind="sgd")
