@@ -1,4 +1,4 @@
-"""The README's blocks run as they stand; the quickstart's and pip's are the gate's own steps."""
+"""The blocks of README and guide run as they stand; pip and the quickstart are the gate's own steps."""
 
 import os
 import re
@@ -8,17 +8,19 @@ import sys
 import pytest
 from run_programs import ROOT
 
-BLOCKS = re.findall(
-    r"^```(\w+)( quickstart)?\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S
-)
-PYTHON = [code for language, _, code in BLOCKS if language == "python"]
-COMMANDS = [
-    line
-    for language, quickstart, code in BLOCKS
-    if language == "bash" and not quickstart
-    for line in code.splitlines()
-    if not line.startswith("pip ")
-]
+PAGES = ("README.md", "docs/guide.md")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The code blocks of a page in one language, without the quickstart."""
+    text = (ROOT / page).read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+
+
+def commands(page: str) -> list[str]:
+    """The commands of a page, without those that install."""
+    lines = "".join(blocks(page, "bash")).splitlines()
+    return [line for line in lines if not line.startswith("pip ")]
 
 
 @pytest.fixture(scope="module")
@@ -31,29 +33,34 @@ def clone(tmp_path_factory):
     return folder
 
 
-def run(clone, *words: str, **changes) -> str:
+def run(clone, *words: str) -> str:
+    """The output of a command that must succeed."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
     done = subprocess.run(
-        words, cwd=clone, capture_output=True, text=True, check=False, env=environment | changes
+        words, cwd=clone, capture_output=True, text=True, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 def test_there_is_a_quickstart_and_each_job_has_a_block():
-    assert [quickstart for _, quickstart, _ in BLOCKS].count(" quickstart") == 1
-    assert len(PYTHON) >= 3 and len(COMMANDS) >= 5
+    assert (ROOT / "README.md").read_text().count("```bash quickstart\n") == 1
+    assert len(blocks("README.md", "python")) == 1
+    assert len(blocks("docs/guide.md", "python")) >= 4
+    assert len(commands("docs/guide.md")) >= 5
 
 
 @pytest.mark.slow
-def test_the_python_blocks_run_one_after_the_other(clone):
-    assert run(clone, sys.executable, "-c", "\n".join(PYTHON)).strip()
+@pytest.mark.parametrize("page", PAGES)
+def test_the_python_blocks_run_one_after_the_other(clone, page):
+    (clone / "runs" / "charmaps.pth").unlink(missing_ok=True)
+    assert run(clone, sys.executable, "-c", "\n".join(blocks(page, "python"))).strip()
     assert (clone / "runs" / "charmaps.pth").stat().st_size > 0
 
 
 @pytest.mark.slow
-def test_the_commands_run_one_after_the_other(clone):
-    for command in COMMANDS:
+def test_the_commands_of_the_guide_run_one_after_the_other(clone):
+    for command in commands("docs/guide.md"):
         words = command.split()
         assert words[0] in ("python", "rwkv7"), command
         start = [sys.executable, "-m", "rwkv7_jax.cli"] if words[0] == "rwkv7" else [sys.executable]
