@@ -3,8 +3,8 @@
     python train.py --config=configs/pretrain_tiny.py --workdir=runs/tiny
 
 Seed 0; 9.8 million tokens, about 50 minutes on two CPU cores. Expect 1.27 bits per byte on held-out
-documents of CPython 3.11 (2.00 after a twelfth of it); docs/images/tiny-loss.png is the curve. Other
-versions of Python carry slightly other texts.
+documents of CPython 3.11 (2.00 after a twelfth of it); docs/images/tiny-loss.png is the curve.
+Other versions of Python carry slightly other texts.
 """
 
 from ml_collections import ConfigDict

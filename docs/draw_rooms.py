@@ -1,6 +1,6 @@
 """Draws the picture of the rooms from the contract in setup.cfg.
 
-    python docs/draw_rooms.py           writes docs/images/rooms.svg
+python docs/draw_rooms.py           writes docs/images/rooms.svg
 """
 
 import configparser

@@ -1,4 +1,4 @@
-"""The blocks of README and guide run as they stand; pip and the quickstart are the gate's own steps."""
+"""The blocks of README and guide run as they stand; pip and the quickstart are steps of the gate."""
 
 import os
 import re
