@@ -1,4 +1,4 @@
-"""The blocks of README and guide run as they stand; pip and the quickstart are steps of the gate."""
+"""The blocks of README and guide run as they stand; the quickstart is a step of the gate."""
 
 import os
 import re
