@@ -1,4 +1,4 @@
-"""Reading and generating tokens on the device, in a few compiled programs.
+"""Compiled programs that read and generate tokens on the device, and the state they carry.
 
 The model is any module with RWKV-7's calls, a static argument; weights are ordinary arguments.
 Programs depend on the batch, on a width and on nothing else: limits, temperatures and masks are
@@ -6,60 +6,118 @@ traced.
 """
 
 import functools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rwkv7_jax.array_types import Lengths, Params, Tokens
 from rwkv7_jax.generation import sampling
 from rwkv7_jax.model.state import RWKV7State, where_rows
 
-RUNNING, STOPPED, BROKEN = 0, 1, 2
+# Values of `DecodeState.status`.
+RUNNING = 0
+STOPPED = 1
+BROKEN = 2
+
+# Stands in `DecodeState.stop_tokens` where no stop id was drawn; an array cannot hold None.
+NO_TOKEN = -1
+
+# Width of the narrowest program that reads known tokens; wider ones are powers of two.
+_NARROWEST = 16
 
 
 class DecodeState(NamedTuple):
     """A batch in the middle of generating.
 
     Attributes:
-        state: has read every token that was kept.
-        logits: [B V] float32, for the token behind it.
+        state: memory that has read every token that was kept.
+        logits: [B V] float32, for the token that comes next.
         status: [B], RUNNING, STOPPED, or BROKEN when the logits held a NaN or an infinity.
-        occurrences: what was generated, for the penalties.
+        stop_tokens: [B] int32, the stop id that ended the row, or NO_TOKEN.
+        occurrences: ids generated so far, for the penalties.
         step: tokens generated so far, the same for every running row.
     """
 
     state: RWKV7State
     logits: Array
     status: Array
+    stop_tokens: Array
     occurrences: sampling.Occurrences
     step: Array
 
+    @classmethod
+    def create(cls, state: RWKV7State, logits: Float[Array, "B V"]) -> "DecodeState":
+        """Starts every row with no token generated."""
+        batch = logits.shape[0]
+        return cls(
+            state=state,
+            logits=logits,
+            status=jnp.full(batch, RUNNING, jnp.int32),
+            stop_tokens=jnp.full(batch, NO_TOKEN, jnp.int32),
+            occurrences=sampling.no_occurrences(*logits.shape),
+            step=jnp.zeros((), jnp.int32),
+        )
 
-def init_decode_state(state: RWKV7State, logits: Float[Array, "B V"]) -> DecodeState:
-    """Every row runs and has generated nothing."""
-    return DecodeState(
-        state=state,
-        logits=logits,
-        status=jnp.full(logits.shape[0], RUNNING, jnp.int32),
-        occurrences=sampling.no_occurrences(*logits.shape),
-        step=jnp.zeros((), jnp.int32),
-    )
+    def advance(
+        self, model: nn.Module, params: Params, *, keys: Array, options: sampling.SamplingParams
+    ) -> tuple["DecodeState", Int[Array, " B"], Bool[Array, " B"]]:
+        """Samples one token a row; returns the next state, the tokens and which rows keep theirs.
+
+        A row that stops here keeps the state and the logits it had.
+        """
+        logits = sampling.apply_penalties(self.logits, self.occurrences, options)
+        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, self.step)
+        tokens = sampling.sample(step_keys, logits, options)
+        is_stop = jnp.asarray(options.stops)[tokens]
+        # A maximum is finite exactly if nothing is NaN and not all logits are infinite.
+        finite = jnp.isfinite(jnp.max(self.logits, axis=-1))
+        sampled_status = jnp.where(finite, jnp.where(is_stop, STOPPED, RUNNING), BROKEN)
+        running = self.status == RUNNING
+        status = jnp.where(running, sampled_status, self.status)
+        live = status == RUNNING
+        state, next_logits = _decode_one(
+            model, params, self.state, logits=self.logits, tokens=tokens, live=live
+        )
+        following = DecodeState(
+            state=state,
+            logits=next_logits,
+            status=status,
+            stop_tokens=jnp.where(running & (status == STOPPED), tokens, self.stop_tokens),
+            occurrences=sampling.count(self.occurrences, tokens, options),
+            step=self.step + 1,
+        )
+        return following, tokens, live
+
+    @jax.jit
+    def stop_rows(self, rows: Bool[Array, " B"], earlier: "DecodeState") -> "DecodeState":
+        """Stops `rows` with the state and the logits of `earlier`."""
+        return self._replace(
+            state=where_rows(rows, earlier.state, self.state),
+            logits=jnp.where(rows[:, None], earlier.logits, self.logits),
+            status=jnp.where(rows, STOPPED, self.status),
+            # A stop string cut these rows before any stop id that they may have drawn later.
+            stop_tokens=jnp.where(rows, NO_TOKEN, self.stop_tokens),
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def prefill(
     model: nn.Module, params: Params, state: RWKV7State, *, tokens: Tokens, lengths: Lengths
 ) -> RWKV7State:
-    """The state behind the first `lengths` tokens of each row; no logits are made."""
+    """Reads the first `lengths` tokens of each row; computes no logits."""
     return model.apply({"params": params}, tokens, state, lengths, method="hidden")[1]
 
 
-def _follow(model, params, state, *, logits, tokens, live):
-    after, state = model.apply({"params": params}, tokens[:, None], state, live.astype(jnp.int32))
-    return state, jnp.where(live[:, None], after[:, 0], logits)
+def _decode_one(model, params, state, *, logits, tokens, live):
+    next_logits, state = model.apply(
+        {"params": params}, tokens[:, None], state, live.astype(jnp.int32)
+    )
+    return state, jnp.where(live[:, None], next_logits[:, 0], logits)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -72,37 +130,8 @@ def decode_one(
     tokens: Int[Array, " B"],
     live: Bool[Array, " B"],
 ) -> tuple[RWKV7State, Float[Array, "B V"]]:
-    """The state and the logits one token later in the live rows, both unchanged in the others."""
-    return _follow(model, params, state, logits=logits, tokens=tokens, live=live)
-
-
-@jax.jit
-def stop_rows(
-    run: DecodeState, rows: Bool[Array, " B"], *, state: RWKV7State, logits: Float[Array, "B V"]
-) -> DecodeState:
-    """The run with `rows` stopped, at another state and other logits."""
-    return run._replace(
-        state=where_rows(rows, state, run.state),
-        logits=jnp.where(rows[:, None], logits, run.logits),
-        status=jnp.where(rows, STOPPED, run.status),
-    )
-
-
-def _advance(
-    model, params, run: DecodeState, *, keys, options: sampling.SamplingParams
-) -> tuple[DecodeState, Array, Array]:
-    """The run one token later, the tokens, and the rows that keep theirs."""
-    logits = sampling.apply_penalties(run.logits, run.occurrences, options)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, run.step)
-    tokens = sampling.sample(keys, logits, options)
-    # A maximum is finite exactly if nothing is NaN and not all logits are infinite.
-    finite = jnp.isfinite(jnp.max(run.logits, axis=-1))
-    ending = jnp.where(finite, jnp.where(options.stops[tokens], STOPPED, RUNNING), BROKEN)
-    status = jnp.where(run.status == RUNNING, ending, run.status)
-    live = status == RUNNING
-    state, after = _follow(model, params, run.state, logits=run.logits, tokens=tokens, live=live)
-    occurrences = sampling.count(run.occurrences, tokens, options)
-    return DecodeState(state, after, status, occurrences, run.step + 1), tokens, live
+    """Reads one token in the live rows; state and logits of the other rows do not change."""
+    return _decode_one(model, params, state, logits=logits, tokens=tokens, live=live)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="capacity")
@@ -116,19 +145,22 @@ def decode(
     limit: Int[Array, ""],
     capacity: int,
 ) -> tuple[DecodeState, Int[Array, "B C"], Int[Array, " B"]]:
-    """The run at most `limit` tokens later, these tokens, and how many of each row's are kept.
+    """Generates up to `limit` tokens in one program on the device.
 
-    One program on the device; it ends early when every row has stopped. A row that stops keeps the
-    state and the logits it had: neither the token that stopped it nor any later one is read.
+    It ends early when every row has stopped. A row that stops keeps the state and the logits it
+    had: neither the token that stopped it nor any later one is read.
 
     Args:
         model: static.
         params: the weights.
-        run: where to go on.
-        keys: [B], one a row; token number t uses the key folded with t.
-        options: how to choose.
+        run: the state to continue.
+        keys: [B], one for each row; token number t uses the key folded with t.
+        options: how to sample.
         limit: tokens to generate, at most `capacity`.
         capacity: width of the returned tokens, static.
+
+    Returns:
+        The state afterwards, the tokens, and how many of each row's tokens are kept.
     """
     batch = run.logits.shape[0]
 
@@ -138,11 +170,88 @@ def decode(
 
     def one_token(loop):
         run, tokens, lengths, index = loop
-        run, token, live = _advance(model, params, run, keys=keys, options=options)
-        tokens = tokens.at[:, index].set(jnp.where(live, token, 0))
+        run, sampled, live = run.advance(model, params, keys=keys, options=options)
+        tokens = tokens.at[:, index].set(jnp.where(live, sampled, 0))
         return run, tokens, lengths + live, index + 1
 
-    empty = jnp.zeros((batch, capacity), jnp.int32)
-    loop = (run, empty, jnp.zeros(batch, jnp.int32), jnp.zeros((), jnp.int32))
+    no_tokens = jnp.zeros((batch, capacity), jnp.int32)
+    loop = (run, no_tokens, jnp.zeros(batch, jnp.int32), jnp.zeros((), jnp.int32))
     run, tokens, lengths, _ = jax.lax.while_loop(unfinished, one_token, loop)
     return run, tokens, lengths
+
+
+class Decoder:
+    """The model, weights, keys and sampling options that stay the same while a batch decodes.
+
+    They are not fields of `DecodeState`: a compiled loop returns everything it carries, so the
+    weights would be copied.
+    """
+
+    def __init__(
+        self, model: nn.Module, params: Params, *, keys: Array, options: sampling.SamplingParams
+    ):
+        """Binds what every program of one call needs.
+
+        Args:
+            model: static.
+            params: the weights.
+            keys: [B] typed random keys.
+            options: how to sample.
+        """
+        self._model = model
+        self._params = params
+        self._keys = keys
+        self._options = options
+
+    def read(
+        self, run: DecodeState, rows: Sequence[Sequence[int]], *, chunk: int = _NARROWEST
+    ) -> DecodeState:
+        """Reads known tokens, `chunk` at a time; an empty row does not change.
+
+        The head runs for each row's last token alone: logits of a whole chunk would be the largest
+        array here.
+        """
+        lengths = np.array([len(row) for row in rows], np.int32)
+        state = run.state
+        for first, width in _chunks(max(map(len, rows)) - 1, chunk):
+            tokens = np.zeros((len(rows), width), np.int32)
+            for index, row in enumerate(rows):
+                piece = row[:-1][first : first + width]
+                tokens[index, : len(piece)] = piece
+            counts = np.clip(lengths - 1 - first, 0, width)
+            state = prefill(self._model, self._params, state, tokens=tokens, lengths=counts)
+        last_tokens = np.array([row[-1] if row else 0 for row in rows], np.int32)
+        state, logits = decode_one(
+            self._model,
+            self._params,
+            state,
+            logits=run.logits,
+            tokens=last_tokens,
+            live=lengths > 0,
+        )
+        return run._replace(state=state, logits=logits)
+
+    def decode(
+        self, run: DecodeState, *, limit: int, capacity: int
+    ) -> tuple[DecodeState, Int[Array, "B C"], Int[Array, " B"]]:
+        """Generates up to `limit` tokens, as the function `decode` does."""
+        return decode(
+            self._model,
+            self._params,
+            run,
+            keys=self._keys,
+            options=self._options,
+            limit=np.int32(limit),
+            capacity=capacity,
+        )
+
+
+def _chunks(total: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """Yields where each piece of `total` tokens begins and the width of the program it needs."""
+    for first in range(0, total, chunk):
+        yield first, min(chunk, max(_NARROWEST, power_of_two(total - first)))
+
+
+def power_of_two(least: int) -> int:
+    """Returns the smallest power of two that is at least `least`."""
+    return 1 << max(least - 1, 0).bit_length()

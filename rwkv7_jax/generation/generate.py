@@ -1,8 +1,7 @@
 """Prompts and a state in; new tokens, their text and the state behind them out."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,15 +12,12 @@ from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import check_count, check_ids
-from rwkv7_jax.generation import decode_loop as decoding
 from rwkv7_jax.generation import sampling
-from rwkv7_jax.generation.streaming import RowText, decode_with_stop_strings, power_of_two
+from rwkv7_jax.generation.decode_loop import Decoder, DecodeState
+from rwkv7_jax.generation.streaming import Ending, RowText, decode_with_stop_strings
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state, repeat
 from rwkv7_jax.text.detokenizer import Vocabulary, check_stop_strings
-
-# The narrowest program for reading a prompt's tail; wider ones are powers of two up to the chunk.
-_NARROWEST = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +36,8 @@ class Generation:
         logits: for the token that would come next.
         texts: what `tokens` spell, with U+FFFD for bytes that are no UTF-8; None without a
             tokenizer.
+        ended: "stop_id", "stop_string" or "length".
+        stop_tokens: the stop id that ended the row; None where none did.
     """
 
     tokens: list[list[int]]
@@ -47,6 +45,8 @@ class Generation:
     state: RWKV7State
     logits: Float[Array, "B V"]
     texts: list[str] | None
+    ended: list[Ending]
+    stop_tokens: list[int | None]
 
 
 def generate(
@@ -128,24 +128,27 @@ def generate(
     _check_text(tokenizer, stop_strings, on_text)
     prompts = _check_prompts(prompts, model.config.vocab_size, allow_empty=logits is not None)
     keys = _row_keys(key, len(prompts), needed=bool(tokens > 0 and options.temperature > 0))
-    state, logits = commit_like((params, state), _start(model, state, logits, batch=len(prompts)))
-    state, logits = _read(model, params, state, logits=logits, rows=prompts, chunk=prefill_chunk)
+    decoder = Decoder(model, params, keys=keys, options=options)
+    start = DecodeState.create(*_start(model, state, logits, batch=len(prompts)))
+    start = commit_like((params, state, logits), start)
+    start = decoder.read(start, prompts, chunk=prefill_chunk)
     rows = [RowText(tokenizer, stop_strings) for _ in prompts]
     run = decode_with_stop_strings(
-        functools.partial(decoding.decode, model, params, keys=keys, options=options),
-        functools.partial(_read, model, params, chunk=_NARROWEST),
-        commit_like(logits, decoding.init_decode_state(state, logits)),
-        rows=rows,
+        decoder,
+        start,
+        rows,
         total=tokens,
         watched=bool(stop_strings or on_text),
         on_text=on_text or (lambda piece, row: None),
     )
     return Generation(
         tokens=[row.tokens for row in rows],
-        finished=[row.finished for row in rows],
+        finished=["length" if row.ended == "length" else "stop" for row in rows],
         state=run.state,
         logits=run.logits,
         texts=None if tokenizer is None else [row.text for row in rows],
+        ended=[row.ended for row in rows],
+        stop_tokens=[row.stop_token for row in rows],
     )
 
 
@@ -209,35 +212,13 @@ def _start(model: RWKV7, state, logits, *, batch: int) -> tuple[RWKV7State, Arra
 
 
 def commit_like(arrays: Any, fresh: Any) -> Any:
-    """`fresh`, bound to the device that one of `arrays` is bound to, if there is such a one.
+    """Commits `fresh` to the device of the first committed array, to avoid a second compilation.
 
-    What comes back from a program is bound then, and a program that was made for arrays which are
-    not would be compiled once more.
+    Outputs of a program with a committed input are committed. A program that was compiled for
+    uncommitted arrays would be compiled once more for them.
     """
-    bound = (x for x in jax.tree.leaves(arrays) if getattr(x, "committed", False))
-    places = [x.sharding for x in bound if isinstance(x.sharding, SingleDeviceSharding)]
-    return jax.device_put(fresh, places[0]) if places else fresh
-
-
-def _chunks(total: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Where each piece of `total` tokens begins, and the width of the program that reads it."""
-    for first in range(0, total, chunk):
-        yield first, min(chunk, max(_NARROWEST, power_of_two(total - first)))
-
-
-def _read(model, params, state, *, logits, rows: list[list[int]], chunk: int):
-    """The state behind each row's tokens and the logits that follow; unchanged for an empty row.
-
-    The head runs for each row's last token alone: logits of a whole chunk would be the largest
-    array here.
-    """
-    lengths = np.array([len(row) for row in rows], np.int32)
-    for first, width in _chunks(max(map(len, rows)) - 1, chunk):
-        tokens = np.zeros((len(rows), width), np.int32)
-        for index, row in enumerate(rows):
-            piece = row[:-1][first : first + width]
-            tokens[index, : len(piece)] = piece
-        count = np.clip(lengths - 1 - first, 0, width)
-        state = decoding.prefill(model, params, state, tokens=tokens, lengths=count)
-    last = np.array([row[-1] if row else 0 for row in rows], np.int32)
-    return decoding.decode_one(model, params, state, logits=logits, tokens=last, live=lengths > 0)
+    for array in jax.tree.leaves(arrays):
+        committed = getattr(array, "committed", False)
+        if committed and isinstance(array.sharding, SingleDeviceSharding):
+            return jax.device_put(fresh, array.sharding)
+    return fresh

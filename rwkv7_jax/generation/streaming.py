@@ -1,11 +1,18 @@
-"""The host's side of generating: blocks of tokens become text, stop strings cut rows."""
+"""The host's side of decoding: blocks of tokens become text, and stop strings cut rows."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from rwkv7_jax.generation import decode_loop as decoding
+from rwkv7_jax.generation.decode_loop import (
+    BROKEN,
+    STOPPED,
+    Decoder,
+    DecodeState,
+    power_of_two,
+)
 from rwkv7_jax.text.detokenizer import StreamingDetokenizer, Vocabulary, whole_tokens
 
 # Tokens between two looks of the host, where text is streamed or stop strings are searched.
@@ -13,63 +20,84 @@ _BLOCK = 8
 
 OnText = Callable[[str, int], object]
 
+Ending = Literal["stop_id", "stop_string", "length"]
+
 
 class RowText:
-    """One row as the host sees it: tokens, certain text, and why it ended."""
+    """One row as the host sees it.
+
+    Attributes:
+        tokens: ids that are kept.
+        text: what is certain of their text.
+        ended: how the row ended; None while it runs.
+        stop_token: the stop id that ended the row; None where none did.
+        settled: leading tokens that the model generated and that no stop string can cut any more.
+    """
 
     def __init__(self, tokenizer: Vocabulary | None, stop_strings: Sequence[str]):
-        self.tokenizer, self.stream = tokenizer, StreamingDetokenizer(stop_strings)
-        self.tokens, self.text, self.finished = [], "", None
-        # Leading tokens that the model generated and that no stop string can cut any more.
-        self.whole = 0
+        """Starts without tokens; without a tokenizer there is no text and no stop string."""
+        self.tokens: list[int] = []
+        self.text = ""
+        self.ended: Ending | None = None
+        self.stop_token: int | None = None
+        self.settled = 0
+        self._tokenizer = tokenizer
+        self._detokenizer = StreamingDetokenizer(stop_strings)
 
-    def take(self, tokens: Sequence[int]) -> str:
-        """Keep new tokens up to a stop string; the text that is certain now."""
-        if self.tokenizer is None:
+    def append(self, tokens: Sequence[int]) -> str:
+        """Keeps new tokens up to a stop string; returns the text that became certain."""
+        if self._tokenizer is None:
             self.tokens.extend(tokens)
-            self.whole = len(self.tokens)
+            self.settled = len(self.tokens)
             return ""
         piece = ""
         for token in tokens:
             self.tokens.append(token)
-            piece += self.stream.push(self.tokenizer.token_bytes(token))
-            if self.stream.stopped:
+            piece += self._detokenizer.push(self._tokenizer.token_bytes(token))
+            if self._detokenizer.stopped:
                 break
-        self.whole, left = whole_tokens(self.tokens, self.stream.held, self.tokenizer)
-        if self.stream.stopped:
-            self.finished = "stop"
-            rest = self.tokenizer.token_bytes(self.tokens[self.whole])[:left]
-            self.tokens[self.whole :] = self.tokenizer.encode(rest)
+        self.settled, left = whole_tokens(self.tokens, self._detokenizer.held, self._tokenizer)
+        if self._detokenizer.stopped:
+            self.ended = "stop_string"
+            # The stop string began inside a token: other ids spell the bytes in front of it.
+            rest = self._tokenizer.token_bytes(self.tokens[self.settled])[:left]
+            self.tokens[self.settled :] = self._tokenizer.encode(rest)
         self.text += piece
         return piece
 
-    def finish(self, reason: str) -> str:
-        """The row has ended; the text that was held back."""
-        self.finished = reason
-        piece = self.stream.close()
+    def end(self, ending: Ending, stop_token: int | None = None) -> str:
+        """Ends the row; returns the text that was held back."""
+        self.ended = ending
+        self.stop_token = stop_token
+        piece = self._detokenizer.close()
         self.text += piece
         return piece
+
+
+class _Snapshot(NamedTuple):
+    """A run at the beginning of a block, and the tokens generated before it."""
+
+    done: int
+    run: DecodeState
 
 
 def decode_with_stop_strings(
-    decode: Callable,
-    read: Callable,
-    run: decoding.DecodeState,
-    *,
+    decoder: Decoder,
+    run: DecodeState,
     rows: list[RowText],
+    *,
     total: int,
     watched: bool,
     on_text: OnText,
-) -> decoding.DecodeState:
-    """The run after all rows have ended; `rows` hold their tokens, text and reasons.
+) -> DecodeState:
+    """Decodes until all rows have ended; `rows` take their tokens, text and endings.
 
-    Runs at the beginning of earlier blocks are kept while a stop string may still cut into them.
+    Snapshots of earlier blocks are kept while a stop string may still cut into them.
 
     Args:
-        decode: `decoding.decode` with everything but the run, `limit` and `capacity`.
-        read: `(state, logits=, rows=) -> (state, logits)`, reads known tokens.
+        decoder: the model and its choices.
         run: where to start.
-        rows: one a row, fresh.
+        rows: one for each row of the batch, fresh.
         total: tokens a row at most.
         watched: the host looks at the tokens every few steps; otherwise once, at the end.
         on_text: called with every piece of certain text and its row.
@@ -78,63 +106,78 @@ def decode_with_stop_strings(
         ValueError: the model's logits are not finite.
     """
     block = min(_BLOCK, total) if watched else total
-    starts, done, capacity = [], 0, power_of_two(max(block, _BLOCK))
-    while done < total and not all(row.finished for row in rows):
-        starts.append((done, run))
+    capacity = power_of_two(max(block, _BLOCK))
+    snapshots: list[_Snapshot] = []
+    done = 0
+    while done < total and not all(row.ended for row in rows):
+        snapshots.append(_Snapshot(done, run))
         limit = min(block, total - done)
-        run, new, lengths = decode(run, limit=np.int32(limit), capacity=capacity)
+        run, tokens, lengths = decoder.decode(run, limit=limit, capacity=capacity)
         done += limit
-        cut = _take(rows, run, new=new, lengths=lengths, on_text=on_text)
+        cut = _append(rows, run, tokens, lengths, on_text=on_text)
         if cut.any():
-            run = _reread(read, run, starts, rows=rows, cut=cut)
-        safe = min((row.whole for row in rows if not row.finished), default=done)
-        starts = _from(starts, safe)
+            run = _cut_rows(decoder, run, snapshots, rows=rows, cut=cut)
+        settled = min((row.settled for row in rows if not row.ended), default=done)
+        snapshots = _still_needed(snapshots, settled)
     for index, row in enumerate(rows):
-        if not row.finished:
-            _emit(on_text, row.finish("length"), index)
+        if not row.ended:
+            _emit(on_text, row.end("length"), index)
     return run
 
 
-def _from(starts: list, safe: int) -> list:
-    """The starts beginning with the last one that no row can be cut before."""
-    return starts[max(i for i, (done, _) in enumerate(starts) if done <= safe) :]
+def _still_needed(snapshots: list[_Snapshot], settled: int) -> list[_Snapshot]:
+    """Drops snapshots older than the last one that lies within the `settled` tokens."""
+    newest = 0
+    for index, snapshot in enumerate(snapshots):
+        if snapshot.done <= settled:
+            newest = index
+    return snapshots[newest:]
 
 
-def _emit(on_text, piece: str, row: int) -> None:
+def _emit(on_text: OnText, piece: str, row: int) -> None:
     if piece:
         on_text(piece, row)
 
 
-def _take(rows: list[RowText], run: decoding.DecodeState, *, new, lengths, on_text) -> np.ndarray:
-    """The rows take their new tokens; which of them a stop string has ended."""
-    new, lengths, status = jax.device_get((new, lengths, run.status))
+def _append(
+    rows: list[RowText], run: DecodeState, tokens, lengths, *, on_text: OnText
+) -> np.ndarray:
+    """Gives the rows their new tokens; returns which of them a stop string has ended."""
+    tokens, lengths, status, stop_tokens = jax.device_get(
+        (tokens, lengths, run.status, run.stop_tokens)
+    )
     cut = np.zeros(len(rows), bool)
     for index, row in enumerate(rows):
-        if row.finished:
+        if row.ended:
             continue
-        if status[index] == decoding.BROKEN:
+        if status[index] == BROKEN:
             raise ValueError(
                 f"generate: `params` and `state` must give finite logits; "
-                f"row {index} got others behind new token {len(row.tokens) + lengths[index]}."
+                f"row {index} got others after new token {len(row.tokens) + lengths[index]}."
             )
-        _emit(on_text, row.take(new[index, : lengths[index]].tolist()), index)
-        cut[index] = row.finished is not None
-        if status[index] == decoding.STOPPED and not cut[index]:
-            _emit(on_text, row.finish("stop"), index)
+        piece = row.append(tokens[index, : lengths[index]].tolist())
+        _emit(on_text, piece, index)
+        cut[index] = row.ended is not None
+        if status[index] == STOPPED and not cut[index]:
+            _emit(on_text, row.end("stop_id", int(stop_tokens[index])), index)
     return cut
 
 
-def _reread(
-    read, run: decoding.DecodeState, starts: list, *, rows, cut: np.ndarray
-) -> decoding.DecodeState:
-    """The run with the rows that a stop string has cut stopped behind the tokens that they keep."""
-    safe = min(row.whole for row, hit in zip(rows, cut, strict=True) if hit)
-    done, before = _from(starts, safe)[0]
-    again = [row.tokens[done:] if hit else [] for row, hit in zip(rows, cut, strict=True)]
-    state, logits = read(before.state, logits=before.logits, rows=again)
-    return decoding.stop_rows(run, cut, state=state, logits=logits)
+def _cut_rows(
+    decoder: Decoder,
+    run: DecodeState,
+    snapshots: list[_Snapshot],
+    *,
+    rows: list[RowText],
+    cut: np.ndarray,
+) -> DecodeState:
+    """Stops the rows in `cut` after exactly the tokens that they keep.
 
-
-def power_of_two(least: int) -> int:
-    """The smallest power of two that is at least `least`."""
-    return 1 << max(least - 1, 0).bit_length()
+    A state cannot be rolled back, so these rows read their last tokens again from a snapshot.
+    """
+    settled = min(row.settled for row, is_cut in zip(rows, cut, strict=True) if is_cut)
+    before = _still_needed(snapshots, settled)[0]
+    again: list[list[int]] = []
+    for row, is_cut in zip(rows, cut, strict=True):
+        again.append(row.tokens[before.done :] if is_cut else [])
+    return run.stop_rows(cut, decoder.read(before.run, again))

@@ -289,5 +289,5 @@ def test_huge_penalties_end_in_tokens(params, size):
 
 def test_weights_that_give_no_numbers_are_reported(params):
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
-    with pytest.raises(ValueError, match=r"generate: .* finite logits; row 0 got others behind"):
+    with pytest.raises(ValueError, match=r"generate: .* finite logits; row 0 got others after"):
         run(broken, PROMPTS[0], key=jax.random.key(0))
