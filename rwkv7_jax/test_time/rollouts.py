@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -102,13 +100,25 @@ def rollouts(
     for name, value in (("group", group), ("tokens", tokens)):
         check_count(value, 1, f"{caller}: `{name}`")
     length = _length(rows, tokens, length, caller=caller)
-    choices = {"temperature": temperature, "stop_ids": stop_ids}
-    options = sampling.make_options(model.config.vocab_size, **choices, caller=caller)
+    # Checks the options here, so that messages do not name a function that the caller did not call.
+    sampling.make_options(
+        model.config.vocab_size, temperature=temperature, stop_ids=stop_ids, caller=caller
+    )
     if key is None and temperature > 0:
         raise ValueError(f"{caller}: `key` must be given unless `temperature` is 0; got None.")
-    keys = _row_keys(key, len(rows) * group)
-    out = _continued(model, params, rows, state, group=group, tokens=tokens, key=keys, **choices)
-    completions = _with_stops(out, keys, options)
+    key = None if key is None else typed_key(key, caller=caller)
+    out = _continued(
+        model,
+        params,
+        rows,
+        state,
+        group=group,
+        tokens=tokens,
+        key=key,
+        temperature=temperature,
+        stop_ids=stop_ids,
+    )
+    completions = _completions(out)
     repeated = [tuple(row) for row in rows for _ in range(group)]
     spent = sum(map(len, rows)) + sum(map(len, completions))
     return Rollouts(
@@ -132,14 +142,6 @@ def _length(rows: list[list[int]], tokens: int, length: int | None, *, caller: s
     return length
 
 
-def _row_keys(key: Array | None, rows: int) -> Array:
-    """A key a row, as `generate` makes them; keys that are one a row already pass."""
-    key = jax.random.key(0) if key is None else typed_key(key, caller="rollouts")
-    if key.ndim:
-        return key
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(rows))
-
-
 def _continued(model, params, rows: list[list[int]], state, *, group: int, **choices) -> Generation:
     """Every prompt read once and continued `group` times."""
     read = generate(model, params, rows, state, tokens=0)
@@ -148,28 +150,13 @@ def _continued(model, params, rows: list[list[int]], state, *, group: int, **cho
     return generate(model, params, [[]] * len(tiled), start, logits=read.logits[tiled], **choices)
 
 
-@jax.jit
-def _endings(keys: Array, steps: Array, logits: Array, options: sampling.SamplingParams) -> Array:
-    """The stop id that each row drew: the draw of that step, among the stop ids alone.
-
-    The noise is the one that `decoding` drew with, so the most favoured of all ids, which was a
-    stop id, is the most favoured of these.
-    """
-    keys = jax.vmap(jax.random.fold_in)(keys, steps)
-    options = options._replace(banned=~options.stops)
-    nothing = sampling.no_occurrences(*logits.shape)
-    return sampling.sample(keys, sampling.apply_penalties(logits, nothing, options), options)
-
-
-def _with_stops(out: Generation, keys: Array, options: sampling.SamplingParams) -> list[Ids]:
-    """The tokens of each row and the id that ended it, which `generate` leaves out."""
-    stopped = [reason == "stop" for reason in out.finished]
-    if not any(stopped):
-        return [tuple(row) for row in out.tokens]
-    steps = jnp.asarray([len(row) for row in out.tokens], jnp.int32)
-    ends = np.asarray(_endings(keys, steps, out.logits, options)).tolist()
-    rows = zip(out.tokens, stopped, ends, strict=True)
-    return [(*row, end) if hit else tuple(row) for row, hit, end in rows]
+def _completions(out: Generation) -> list[Ids]:
+    """Returns the tokens of each row with the stop id that ended it."""
+    completions: list[Ids] = []
+    for tokens, stop_token in zip(out.tokens, out.stop_tokens, strict=True):
+        ending = () if stop_token is None else (stop_token,)
+        completions.append((*tokens, *ending))
+    return completions
 
 
 def policy_batch(
