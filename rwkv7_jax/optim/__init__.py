@@ -4,7 +4,7 @@ The function `whitening` is imported from `rwkv7_jax.optim.whitening`: as an att
 package its name would hide the module's.
 """
 
-from rwkv7_jax.optim.decorrelation import DecorrelationState, decorrelate
+from rwkv7_jax.optim.decorrelation import DecorrelationState, Decorrelator, decorrelate
 from rwkv7_jax.optim.optimizer import (
     build_optimizer,
     group,
@@ -17,6 +17,7 @@ from rwkv7_jax.optim.whitening import effective_rank
 
 __all__ = [
     "DecorrelationState",
+    "Decorrelator",
     "build_optimizer",
     "decorrelate",
     "effective_rank",

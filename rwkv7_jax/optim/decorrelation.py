@@ -30,9 +30,20 @@ from rwkv7_jax.optim.whitening import (
     whitening,
 )
 
-__all__ = ["MODES", "DecorrelationState", "decorrelate", "effective_rank", "whitening"]
+__all__ = [
+    "METHODS",
+    "MODES",
+    "DecorrelationState",
+    "Decorrelator",
+    "decorrelate",
+    "effective_rank",
+    "whitening",
+]
 
 MODES = ("online", "exact", "whiten")
+
+# The modes by the words that settings use for them; None trains without decorrelation.
+METHODS = {"none": None, "dbp": "online", "whiten": "whiten"}
 
 
 class DecorrelationState(NamedTuple):
@@ -54,6 +65,19 @@ class DecorrelationState(NamedTuple):
     inner: Any
 
 
+class Decorrelator(NamedTuple):
+    """A decorrelated optimizer's two halves, made together so that they always agree.
+
+    Attributes:
+        wrap: takes the optimizer and returns the one to train with.
+        statistics: `(params, batch) -> stats`, for `make_train_step`; None if the wrapped optimizer
+            takes no statistics.
+    """
+
+    wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation]
+    statistics: Callable[[Any, Any], Any] | None = None
+
+
 def decorrelate(
     inner: optax.GradientTransformation,
     *,
@@ -67,6 +91,7 @@ def decorrelate(
     normalise: bool = True,
     every: ArrayLike = 25,
     mask: Any | Callable[[Any], Any] | None = None,
+    turn_params: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs `inner` on S' = S R^-1, whose inputs z = R x are decorrelated.
 
@@ -81,7 +106,8 @@ def decorrelate(
     The defaults let R follow within a few updates: tuning one layer's memory changes the inputs of
     the next one.
 
-    In a chain, put weight decay after this: `inner` sees gradients of S' but parameters S.
+    In a chain, put weight decay after this: `inner` sees gradients of S' but parameters S. If it
+    has to stay inside, set `turn_params`.
     Under `optax.MultiSteps` only the statistics of the last micro-batch count.
     `optax.inject_hyperparams` takes a callable `mask` for a schedule unless `static_args` names it.
 
@@ -101,6 +127,8 @@ def decorrelate(
         every: statistics between two computations of R in mode "exact".
         mask: which leaves are decorrelated: a tree of bools (or a prefix of one), or a function
             from parameters to it. None takes every leaf with two axes or more.
+        turn_params: whether `inner` sees the parameters S' = S R^-1 as well, so that its weight
+            decay shrinks S as it does without decorrelation. Costs a linear solve per matrix.
 
     Raises:
         ValueError: an unknown mode, a number out of its range, a mask or statistics that do not
@@ -153,6 +181,8 @@ def decorrelate(
         if stats is not None:
             state = _learn_from(learn, updates, stats, state)
         turned = _multiply_by_whitener("...nm,...km->...nk", updates, state.whitener)
+        if turn_params and params is not None:
+            params = _divide_by_whitener(params, state.whitener)
         turned, inner_state = inner.update(turned, state.inner, params, **extra)
         moves = _multiply_by_whitener("...nk,...km->...nm", turned, state.whitener)
         return moves, state._replace(inner=inner_state)
@@ -256,6 +286,18 @@ def _multiply_by_whitener(equation: str, tree, whitener):
         return jnp.einsum(equation, wide, matrix, precision="highest").astype(leaf.dtype)
 
     return jax.tree.map(multiply, tree, whitener)
+
+
+def _divide_by_whitener(tree, whitener):
+    """Solves S' R = S for every decorrelated leaf S; each leaf keeps its dtype."""
+
+    def divide(leaf, matrix):
+        if _is_masked(matrix):
+            return leaf
+        wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        return jnp.linalg.solve(matrix.mT, wide.mT).mT.astype(leaf.dtype)
+
+    return jax.tree.map(divide, tree, whitener)
 
 
 def _learn_from(learn, updates, stats, state: DecorrelationState) -> DecorrelationState:

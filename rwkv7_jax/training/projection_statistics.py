@@ -1,17 +1,20 @@
-"""How the inputs of the projections correlate, for training weights by DBP."""
+"""Second moments of the projections' inputs, for training weights by DBP."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
+from rwkv7_jax.optim.decorrelation import METHODS, Decorrelator, decorrelate
 from rwkv7_jax.training.losses import Batch
 
-# What each projection of a block acts on: its name in the model's trace.
+# For each projection of a block, the name in the model's trace of the vectors it multiplies.
 INPUTS = {
     ("att", "receptance"): "receptance_input",
     ("att", "key"): "key_input",
@@ -23,33 +26,34 @@ INPUTS = {
 
 
 def projections(params: Params) -> Params:
-    """The tree of which weights are projections inside a block: a mask for `decorrelate`."""
+    """Builds the mask of the blocks' projections, for `decorrelate`."""
 
-    def chosen(path, _) -> bool:
+    def is_projection(path, _) -> bool:
         block, *inside = (key.key for key in path)
         return block in ("layer_0", "layers") and tuple(inside[:2]) in INPUTS
 
-    return jax.tree_util.tree_map_with_path(chosen, params)
+    return jax.tree_util.tree_map_with_path(is_projection, params)
 
 
-def _moment(x: Float[Array, "L B T I"]) -> Float[Array, "L I I"]:
-    """E[x x^T] of every layer over rows and tokens, not centred."""
+def _second_moment(x: Float[Array, "L B T I"]) -> Float[Array, "L I I"]:
+    """Averages x x^T of every layer over rows and tokens; not centred."""
     x = x.astype(jnp.float32)
     total = jnp.einsum("lbti,lbtj->lij", x, x, precision="highest")
     return total / (x.shape[1] * x.shape[2])
 
 
 def layer_statistics(model: RWKV7, *, rows: int = 8) -> Callable[[Params, Batch], Params]:
-    """`statistics(params, batch)` for `decorrelate`: second moments of the projections' inputs.
+    """Makes the function that measures the second moments of the projections' inputs.
 
-    The result is a tree like the weights, with E[x x^T] for the six projections of every block and
-    None elsewhere (tables, norms and low-rank maps). It costs a second forward pass over `rows`
-    rows. With `decorrelate(..., mask=projections)` this is decorrelated backpropagation for
-    training weights; unlike there, a new R does not change what the model computes.
+    It is called as `statistics(params, batch)` and returns a tree like the weights, with E[x x^T]
+    for the six projections of every block and None elsewhere (tables, norms and low-rank maps). It
+    costs a second forward pass over `rows` rows. With `decorrelate(..., mask=projections)` this is
+    decorrelated backpropagation for training weights; unlike in the paper, a new R does not change
+    the outputs of the model.
 
     Args:
         model: the shell around the weights.
-        rows: rows of the batch that are looked at.
+        rows: rows of the batch that are read.
 
     Source: arXiv 2405.02385.
     """
@@ -58,12 +62,43 @@ def layer_statistics(model: RWKV7, *, rows: int = 8) -> Callable[[Params, Batch]
         tokens = jnp.asarray(batch["tokens"])[:rows, :-1]
         start = init_state(model.config, tokens.shape[0])
         *_, trace = model.apply({"params": params}, tokens, start, method="trace")
-        found = jax.tree.map(lambda _: None, params)
+        moments: Any = jax.tree.map(lambda _: None, params)
         for (part, name), source in INPUTS.items():
-            moment = _moment(trace[source])
-            found["layer_0"][part][name] = {"weight": moment[0]}
-            if "layers" in found:
-                found["layers"][part][name] = {"weight": moment[1:]}
-        return jax.lax.stop_gradient(found)
+            moment = _second_moment(trace[source])
+            moments["layer_0"][part][name] = {"weight": moment[0]}
+            if "layers" in moments:
+                moments["layers"][part][name] = {"weight": moment[1:]}
+        return jax.lax.stop_gradient(moments)
 
     return statistics
+
+
+def weight_decorrelator(
+    model: RWKV7, *, method: str = "dbp", rows: int = 8, **numbers: Any
+) -> Decorrelator:
+    """Prepares decorrelated training of all weights: the optimizer's wrapper and its statistics.
+
+    The projections of the blocks are decorrelated, all other weights move as they do without this.
+    The wrapped optimizer may contain weight decay, which acts on the weights themselves.
+
+    Args:
+        model: the shell around the weights.
+        method: "none", "dbp" (learnt online) or "whiten" (once, from the first batch).
+        rows: rows of the batch that are read.
+        **numbers: further settings of `decorrelate`, such as `rate` and `damping`.
+
+    Raises:
+        ValueError: an unknown method; from `wrap`, a number out of its range.
+    """
+    if method not in METHODS:
+        raise ValueError(
+            f"weight_decorrelator: `method` must be one of {', '.join(METHODS)}; got {method!r}."
+        )
+    mode = METHODS[method]
+    if mode is None:
+        return Decorrelator(wrap=lambda tx: tx)
+
+    def wrap(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+        return decorrelate(tx, mode=mode, mask=projections, turn_params=True, **numbers)
+
+    return Decorrelator(wrap, layer_statistics(model, rows=rows))

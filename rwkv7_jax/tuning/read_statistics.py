@@ -1,7 +1,10 @@
-"""How tuned memories are read: effective read vectors and their second moments."""
+"""Statistics of how tuned memories are read: effective read vectors and their second moments."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
@@ -10,19 +13,21 @@ from rwkv7_jax.model.kernel_features import kernel_features
 from rwkv7_jax.model.recurrence import Parts, _features_inputs, _paper_inputs, _wkv7
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, Upscaled, repeat
+from rwkv7_jax.optim.decorrelation import METHODS, Decorrelator, decorrelate
 from rwkv7_jax.training.losses import Batch, loss_weights
-from rwkv7_jax.tuning.state_tuning import check_leaves
+from rwkv7_jax.tuning.state_tuning import check_leaves, trainable_mask
 
 
 def initial_state_read_vectors(
     parts: Parts, *, implementation: str | None = None
 ) -> Float[Array, "B T H Nk"]:
-    """psi, with which a WKV start state is read at every token: y_t = S_0 psi_t + what is not S_0.
+    """Computes the effective read vector psi of the initial state at every token.
 
-    psi_t is the product of all transitions up to t, times r_t: what the op reads from the unit
-    matrix when nothing is written.
+    y_t = S_0 psi_t + terms independent of S_0. psi_t is the product of all transitions up to t,
+    times r_t.
     """
     rows, _, heads, size = parts["r"].shape
+    # Started from the identity and with nothing written (k = v = 0), the op returns psi itself.
     start = jnp.broadcast_to(jnp.eye(size), (rows, heads, size, size))
     nothing = jnp.zeros_like(parts["r"])
     inputs = (parts["r"], parts["log_w"], nothing, nothing, parts["a"], parts["b"])
@@ -32,17 +37,20 @@ def initial_state_read_vectors(
 def memory_read_vectors(
     upscaled: Upscaled, parts: Parts, *, implementation: str | None = None
 ) -> Float[Array, "B T H M"]:
-    """psi of the upscaled memory: phi(r) where it is static, faded and erased elsewhere."""
+    """Computes the effective read vector psi of the upscaled memory at every token.
+
+    A static memory is read with phi(r) itself; elsewhere psi has decay and removals in it.
+    """
     if upscaled.dynamics == "static":
         return kernel_features(upscaled.features, parts["r"])
-    make = _features_inputs if upscaled.readout is None else _paper_inputs
-    return initial_state_read_vectors(make(upscaled, parts), implementation=implementation)
+    make_inputs = _features_inputs if upscaled.readout is None else _paper_inputs
+    return initial_state_read_vectors(make_inputs(upscaled, parts), implementation=implementation)
 
 
 def second_moment(
     psi: Float[Array, "B T H M"], weights: Float[Array, "B T"]
 ) -> Float[Array, "1 H M M"]:
-    """E[psi psi^T] per head over tokens weighted by `weights`, not centred."""
+    """Averages psi psi^T per head over tokens, weighted by `weights`; not centred."""
     psi = psi.astype(jnp.float32)
     total = jnp.einsum("bthm,bthn,bt->hmn", psi, psi, weights, precision="highest")
     return (total / jnp.maximum(jnp.sum(weights), 1e-9))[None]
@@ -51,18 +59,18 @@ def second_moment(
 def state_statistics(
     model: RWKV7, params: Params, *, leaves: tuple[str, ...] = ("wkv",), rows: int = 8
 ) -> Partial:
-    """`statistics(state, batch)` for `decorrelate`: how the tuned memories are read.
+    """Makes the function that measures how the tuned memories are read, for `decorrelate`.
 
-    A memory is read linearly, y_t = S_0 psi_t + what does not depend on S_0 in this layer, so that
-    E[psi psi^T] over the targets that count is what makes its tuning well or badly conditioned. The
-    result is a state whose "wkv" [L 1 H Nk Nk] and "memory" [L 1 H M M] hold it where they are
-    tuned, and None elsewhere.
+    It is called as `statistics(state, batch)`. A memory is read linearly, y_t = S_0 psi_t + terms
+    that do not depend on S_0 in this layer, so E[psi psi^T] over the targets that count decides how
+    well its tuning is conditioned. The result is a state whose "wkv" [L 1 H Nk Nk] and "memory"
+    [L 1 H M M] are these moments if they are tuned, and None elsewhere.
 
     Args:
         model: the shell around `params`.
         params: all weights.
-        leaves: what is tuned, of `LEAVES`.
-        rows: rows of the batch that are looked at.
+        leaves: the tuned arrays, of `LEAVES`.
+        rows: rows of the batch that are read.
 
     Raises:
         ValueError: an unknown leaf.
@@ -76,22 +84,71 @@ def state_statistics(
         start = repeat(state, tokens.shape[0])
         *_, trace = model.apply({"params": params}, tokens, start, method="trace")
 
-        def plain(parts, upscaled):
+        def wkv_moments(layer):
+            parts, _ = layer
             reads = initial_state_read_vectors(parts, implementation=implementation)
             return second_moment(reads, weights)
 
-        def wide(parts, upscaled):
+        def memory_moments(layer):
+            parts, upscaled = layer
             reads = memory_read_vectors(upscaled, parts, implementation=implementation)
             return second_moment(reads, weights)
 
-        def by_layer(one):
-            return jax.lax.map(lambda layer: one(*layer), (trace, state.upscaled))
-
-        found = jax.tree.map(lambda _: None, state)
+        # One layer at a time: the read vectors of all layers would not fit beside the model.
+        layers = (trace, state.upscaled)
+        moments = jax.tree.map(lambda _: None, state)
         if "wkv" in leaves:
-            found = found.replace(wkv=by_layer(plain))
+            moments = moments.replace(wkv=jax.lax.map(wkv_moments, layers))
         if "memory" in leaves:
-            found = found.replace(upscaled=found.upscaled.replace(memory=by_layer(wide)))
-        return jax.lax.stop_gradient(found)
+            memory = jax.lax.map(memory_moments, layers)
+            moments = moments.replace(upscaled=moments.upscaled.replace(memory=memory))
+        return jax.lax.stop_gradient(moments)
 
     return Partial(statistics, params)
+
+
+def state_decorrelator(
+    model: RWKV7,
+    params: Params,
+    start: RWKV7State,
+    *,
+    leaves: tuple[str, ...] = ("wkv",),
+    method: str = "none",
+    rows: int = 8,
+    **numbers: Any,
+) -> Decorrelator:
+    """Prepares the optimizer of a start state: masked to the tuned arrays, decorrelated if asked.
+
+    Args:
+        model: the shell around `params`.
+        params: all weights.
+        start: the state before tuning (batch 1).
+        leaves: the tuned arrays, of `LEAVES`.
+        method: "none", "dbp" (learnt online) or "whiten" (once, from the first batch). An upscaled
+            memory is whitened by its features instead, when they are calibrated, so "whiten" leaves
+            its optimizer as it is.
+        rows: rows of the batch that are read.
+        **numbers: further settings of `decorrelate`, such as `rate` and `damping`.
+
+    Raises:
+        ValueError: an unknown method or leaf; from `wrap`, a number out of its range.
+    """
+    check_leaves(leaves, caller="state_decorrelator")
+    if method not in METHODS:
+        raise ValueError(
+            f"state_decorrelator: `method` must be one of {', '.join(METHODS)}; got {method!r}."
+        )
+    tuned = trainable_mask(start, leaves)
+    mode = METHODS[method]
+    if mode is None or (mode == "whiten" and "memory" in leaves):
+        return Decorrelator(wrap=lambda tx: optax.masked(tx, tuned))
+    # Token shifts, and the strength of writes, are not read linearly: they have no statistics.
+    linear = [name for name in leaves if name in ("wkv", "memory")]
+    mask = trainable_mask(start, tuple(linear))
+    if "memory" in leaves:
+        mask = mask.replace(upscaled=mask.upscaled.replace(write=False))
+
+    def wrap(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+        return optax.masked(decorrelate(tx, mode=mode, mask=mask, **numbers), tuned)
+
+    return Decorrelator(wrap, state_statistics(model, params, leaves=leaves, rows=rows))

@@ -15,6 +15,7 @@ from decorrelation_problems import (
     identical,
     noise,
     run,
+    skewed,
 )
 from tolerances import FORMULA, assert_close
 
@@ -126,3 +127,16 @@ def test_the_second_call_does_not_compile_and_donated_states_are_whole(mode):
         _, state = step(state)
     assert step._cache_size() == 1
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == structure
+
+
+def test_weight_decay_inside_shrinks_the_weights_themselves_where_parameters_are_turned():
+    """Without a gradient only the decay moves S, and it must not depend on R."""
+    decay = optax.chain(optax.add_decayed_weights(0.1), optax.scale(-1.0))
+    nothing = jnp.zeros(LEAF)
+    moves = {}
+    for turned in (True, False):
+        tx = decorrelate(decay, turn_params=turned)
+        state = tx.init(PARAMS["s"])._replace(whitener=skewed(0))
+        moves[turned], _ = tx.update(nothing, state, PARAMS["s"])
+    assert_close(moves[True], -0.1 * PARAMS["s"], 1e-5)
+    assert float(jnp.max(jnp.abs(moves[False] + 0.1 * PARAMS["s"]))) > 0.01

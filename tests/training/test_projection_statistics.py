@@ -12,8 +12,14 @@ from tolerances import SAME, assert_close
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.optim.decorrelation import decorrelate
+from rwkv7_jax.optim.optimizer import build_optimizer
 from rwkv7_jax.training.losses import pretrain_loss
-from rwkv7_jax.training.projection_statistics import INPUTS, layer_statistics, projections
+from rwkv7_jax.training.projection_statistics import (
+    INPUTS,
+    layer_statistics,
+    projections,
+    weight_decorrelator,
+)
 from rwkv7_jax.training.train_step import TrainState, make_train_step
 
 MODEL = RWKV7(CONFIG)
@@ -78,3 +84,46 @@ def test_training_by_dbp_follows_and_keeps_what_is_no_projection_on_its_inner_op
     assert float(last["loss"]) < float(first["loss"])
     whitener = one.opt_state.whitener[block]["att"]["key"]["weight"]
     assert np.abs(np.asarray(whitener) - np.eye(config.width)).max() > 0.01
+
+
+def off_diagonal_share(matrices):
+    """The share of each matrix's squared entries that are not on its diagonal."""
+    matrices = np.asarray(matrices, np.float64)
+    squares = np.square(matrices)
+    on_diagonal = np.square(np.diagonal(matrices, axis1=-2, axis2=-1)).sum(-1)
+    return 1 - on_diagonal / squares.sum((-2, -1))
+
+
+def test_pretraining_steps_with_the_decorrelator_decorrelate_the_projections_inputs():
+    decorrelator = weight_decorrelator(RWKV7(QUICK), rows=3, damping=1e-2)
+    tx = decorrelator.wrap(build_optimizer(1e-3, weight_decay=0.1))
+    loss = pretrain_loss(RWKV7(QUICK))
+    step = make_train_step(loss, tx, statistics=decorrelator.statistics)
+    train = TrainState.create(lively(QUICK), tx)
+    losses = []
+    for _ in range(6):
+        train, metrics = step(train, BATCH)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+    assert int(train.skipped) == 0
+    layer = train.opt_state.whitener["layer_0"]
+    moments = train.opt_state.covariance["layer_0"]
+    for part, name in INPUTS:
+        r = np.asarray(layer[part][name]["weight"], np.float64)
+        c = np.asarray(moments[part][name]["weight"], np.float64)
+        before = off_diagonal_share(c)
+        after = off_diagonal_share(r @ c @ r.T)
+        assert after < 0.5 * before, (part, name, before, after)
+
+
+def test_without_decorrelation_the_optimizer_stays_as_it_is_and_takes_no_statistics():
+    tx = optax.sgd(1e-2)
+    decorrelator = weight_decorrelator(MODEL, method="none")
+    assert decorrelator.wrap(tx) is tx
+    assert decorrelator.statistics is None
+
+
+def test_an_unknown_method_is_refused_in_one_sentence():
+    sentence = "weight_decorrelator: `method` must be one of none, dbp, whiten; got 'online'"
+    with pytest.raises(ValueError, match=sentence):
+        weight_decorrelator(MODEL, method="online")

@@ -18,6 +18,7 @@ from rwkv7_jax.training.train_step import TrainState, make_train_step
 from rwkv7_jax.tuning.read_statistics import (
     initial_state_read_vectors,
     memory_read_vectors,
+    state_decorrelator,
     state_statistics,
 )
 from rwkv7_jax.tuning.state_arithmetic import scaled, singular_values
@@ -275,3 +276,36 @@ def test_tuning_a_memory_that_is_not_there_is_refused(shallow, batch):
     loss = state_loss(*shallow, leaves=("memory",))
     with pytest.raises(ValueError, match="`leaves` has memory, but the state is not upscaled"):
         loss(init_state(SHALLOW), batch)
+
+
+@pytest.mark.parametrize(
+    ("leaves", "method", "decorrelated"),
+    [
+        (("wkv",), "none", False),
+        (("wkv",), "dbp", True),
+        (("wkv", "att_shift", "ffn_shift"), "whiten", True),
+        (("memory",), "none", False),
+        (("memory",), "dbp", True),
+        # Whitened by its features already.
+        (("memory",), "whiten", False),
+    ],
+)
+def test_an_optimizer_has_whiteners_if_and_only_if_it_gets_statistics(
+    shallow, leaves, method, decorrelated
+):
+    start = widened(SHALLOW) if "memory" in leaves else init_state(SHALLOW)
+    decorrelator = state_decorrelator(*shallow, start, leaves=leaves, method=method, rate=0.1)
+    tx = decorrelator.wrap(optax.adam(0.1))
+    state = jax.eval_shape(tx.init, start)
+    whiteners = []
+    for _, tree in optax.tree.get_all_with_path(state, "whitener"):
+        whiteners += jax.tree.leaves(tree)
+    assert (decorrelator.statistics is not None) == decorrelated
+    # One for the memory or the WKV state; shifts and writes have none.
+    assert len(whiteners) == int(decorrelated)
+
+
+def test_an_unknown_method_of_decorrelation_is_refused(shallow):
+    sentence = "state_decorrelator: `method` must be one of none, dbp, whiten; got 'exact'"
+    with pytest.raises(ValueError, match=sentence):
+        state_decorrelator(*shallow, init_state(SHALLOW), method="exact")
