@@ -15,7 +15,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from absl import logging
 
 from rwkv7_jax.checkpoints.model_files import model_hash
 from rwkv7_jax.checkpoints.state_files import load_state
@@ -26,7 +25,7 @@ from rwkv7_jax.reports import plots as pictures
 from rwkv7_jax.runs import compilation_cache as compile_cache
 from rwkv7_jax.runs import config_flags as command_line
 from rwkv7_jax.runs import datasets as job_data
-from rwkv7_jax.runs.exit_codes import exit_with_code
+from rwkv7_jax.runs import process
 from rwkv7_jax.runs.modes import base as job
 from rwkv7_jax.runs.settings import Settings, read_settings
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -120,8 +119,7 @@ def evaluate(settings: Settings) -> None:
 
 def main(arguments: list[str]) -> None:
     """Read the flags; bad settings and bad data end in one line and exit code 2."""
-    logging.set_verbosity(logging.ERROR)
-    with exit_with_code("eval.py"):
+    with process.program("eval.py"):
         if len(arguments) > 1:
             raise ValueError(f"unknown argument {arguments[1]!r}.")
         settings = read_settings(command_line.config_values())

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import optax
-from absl import flags, logging
+from absl import flags
 
 from rwkv7_jax import sharding as parallel
 from rwkv7_jax.data.token_streams import TokenStream
@@ -26,19 +26,20 @@ from rwkv7_jax.runs import config_flags as command_line
 from rwkv7_jax.runs import datasets as job_data
 from rwkv7_jax.runs import evaluators as jobs
 from rwkv7_jax.runs import multihost as processes
+from rwkv7_jax.runs import process
 from rwkv7_jax.runs.early_stopping import RunProgress
-from rwkv7_jax.runs.exit_codes import Stopped, exit_with_code, ignore_broken_pipe
+from rwkv7_jax.runs.exit_codes import Stopped
 from rwkv7_jax.runs.input_pipeline import InputPipeline
 from rwkv7_jax.runs.metrics_logger import RunLog
 from rwkv7_jax.runs.modes.base import Job, memory_line, step_flops, step_rows
 from rwkv7_jax.runs.modes.registry import make_job
 from rwkv7_jax.runs.multihost import open_run_directory, restore_and_broadcast
+from rwkv7_jax.runs.process import StopSignals
 from rwkv7_jax.runs.profiler import ProfileWindow
 from rwkv7_jax.runs.resume.run_identity import identity_of
 from rwkv7_jax.runs.run_directory import Folder
 from rwkv7_jax.runs.run_plots import draw
 from rwkv7_jax.runs.settings import Settings, profiled, read_settings
-from rwkv7_jax.runs.signals import StopSignals
 from rwkv7_jax.training.train_step import TrainState, make_train_step
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; it is made or continued.")
@@ -170,17 +171,17 @@ def look_and_save(
     early = log.course.ended_early(settings.evaluation) if log.course.evaluated == number else ""
     if early and not last:
         print(f"ends early at step {number}: {early}")
-    ends = bool(last or early or stop.seen())
+    ends = bool(last or early or stop.should_stop())
     best = number in log.course.best_steps(settings.kept_best)
     regular = settings.save_every and number % settings.save_every == 0
-    if stop.unsaved and (ends or best or regular):
+    if stop.has_unsaved_updates and (ends or best or regular):
         with log.paused():
             folder.checkpoints.save(
                 parallel.local_replica(run.mesh, state), log.course, run.identity
             )
     if ends:
         folder.checkpoints.close()
-        stop.unsaved = False
+        stop.saved()
     return ends
 
 
@@ -206,7 +207,7 @@ def train(settings: Settings, folder: Folder, stop: StopSignals) -> None:
         state = parallel.replicate(mesh, state)
         ahead = {"start_step": start, "anchor": run.anchor, "mesh": mesh}
         feed = InputPipeline(settings, job, run.stream, **ahead)
-        stop.vote = processes.AnyProcess(mesh)
+        stop.agree_with(processes.AnyProcess(mesh))
     choices = {"statistics": job.statistics, "accumulate": pieces, "mesh": mesh}
     step = make_train_step(job.loss, run.tx, **choices)
     known = {"rate": run.rate, "flops": step_flops(settings, job.model.config)}
@@ -217,7 +218,7 @@ def train(settings: Settings, folder: Folder, stop: StopSignals) -> None:
         while not look_and_save(run, state, number, folder, log, stop):
             profile.before(number + 1)
             batch, placed = feed(number, parallel.local_replica(mesh, state.params))
-            stop.unsaved = True
+            stop.updated()
             if batch is None:
                 state, metrics = state.replace(step=state.step + 1), None
             else:
@@ -245,9 +246,7 @@ def train(settings: Settings, folder: Folder, stop: StopSignals) -> None:
 
 def main(arguments: list[str]) -> None:
     """Read the flags; what users can set right ends in one line and an exit code of its own."""
-    logging.set_verbosity(logging.ERROR)
-    ignore_broken_pipe()
-    with processes.exit_on_failure(), exit_with_code("train.py"):
+    with process.program("train.py"):
         if len(arguments) > 1:
             raise ValueError(f"unknown argument {arguments[1]!r}.")
         if not _WORKDIR.value:

@@ -18,9 +18,9 @@ import jax
 from benchmarks import record
 from rwkv7_jax.runs import compilation_cache as compile_cache
 from rwkv7_jax.runs.input_pipeline import InputPipeline
+from rwkv7_jax.runs.process import StopSignals
 from rwkv7_jax.runs.run_directory import RunFolder
 from rwkv7_jax.runs.settings import Settings, read_settings
-from rwkv7_jax.runs.signals import StopSignals
 from rwkv7_jax.training.train_step import TrainState, make_train_step
 
 WARM = 10

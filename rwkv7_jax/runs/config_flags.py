@@ -14,7 +14,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from rwkv7_jax.runs.exit_codes import exit_with_code
+from rwkv7_jax.runs.process import exit_with_code
 
 _FILE = re.compile(r"--?config=(.*)", re.DOTALL)
 

@@ -11,9 +11,7 @@ import dataclasses
 import json
 import os
 import re
-import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from rwkv7_jax.runs.early_stopping import RunProgress
-from rwkv7_jax.runs.exit_codes import EndedElsewhere, Stopped, exit_code
+from rwkv7_jax.runs.exit_codes import EndedElsewhere, exit_code
 from rwkv7_jax.runs.resume.checkpoint_record import Identity
 from rwkv7_jax.runs.run_directory import Folder, NullRunDirectory, RunFolder
 from rwkv7_jax.runs.settings import Settings
@@ -75,26 +73,6 @@ def join(coordinator: str, *, processes: int, process: int) -> None:
 def _alone() -> bool:
     """Known without asking for a device, which takes seconds."""
     return not jax.distributed.is_initialized()
-
-
-@contextlib.contextmanager
-def exit_on_failure() -> Iterator[None]:
-    """Some ends are at once, without Python's clearing up.
-
-    Where one of several processes leaves before all `part`, JAX would wait for the others. Where a
-    signal broke into a compilation, its threads would crash on what is cleared up under them.
-    """
-    try:
-        yield
-    except BaseException as error:
-        code = error.code if isinstance(error, SystemExit) else 1
-        if _alone() and not isinstance(error.__context__, Stopped):
-            raise
-        if not isinstance(error, SystemExit):
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 def shutdown() -> None:

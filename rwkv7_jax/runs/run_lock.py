@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""The lock that lets one process at a time work in a run's directory."""
 
 import contextlib
 import fcntl
@@ -8,53 +8,62 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
-# The holder touches its file every so many seconds: on other machines nothing else tells its life.
-BEAT = 5.0
+# Seconds between two touches of the lock file by its holder. Other machines have no other sign of
+# its life.
+HEARTBEAT_SECONDS = 5.0
 
-_BEATS = 3
+# Heartbeats to wait for before a holder on another machine counts as gone.
+_HEARTBEATS = 3
 
 
 class RunLock:
-    """A file that names the process which works in a folder, held by it until it ends.
+    """A lock file that names the process which holds it.
 
-    The kernel's lock on the file ends with the process, however it ends. Where another machine
-    holds it, or the file system knows no locks, one has to watch for some seconds whether the
-    holder still touches it (the two clocks need not agree). The file stays behind empty: taking it
-    away would let two others in at once.
+    The kernel releases its lock on the file when the process ends, however it ends. Where another
+    machine holds the lock, or the file system has no locks, the new process watches for some
+    seconds whether the holder still touches the file (so the two clocks need not agree). The file
+    stays there, empty, after a release: if it were deleted, two waiting processes could lock two
+    files of the same name.
+
+    The package `filelock` is no substitute: it says neither who holds a lock nor that the last
+    holder died with it, and it knows no heartbeat for file systems without locks.
 
     Attributes:
-        stale: who held it and is gone without having released it; empty if nobody.
+        stale: the holder that ended without releasing the lock; empty if there was none.
     """
 
     def __init__(self, path: Path):
-        """The lock is held.
+        """Takes the lock.
 
         Raises:
             ValueError: another process holds it.
             OSError: the file cannot be written.
         """
-        self._path, self.stale = path, ""
+        self._path = path
+        self.stale = ""
         self._file = path.open("a+")
         self._file.seek(0)
         text = self._file.read()
-        holder = _holder(text)
-        locked = self._lock_in_kernel()
-        elsewhere = holder.get("host") != socket.gethostname()
+        holder = _parse_holder(text)
         who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
-        doubtful = bool(text) and (elsewhere or locked is None)
-        if locked is False or (doubtful and _touched(path, who)):
+        locked = self._lock_in_kernel()
+        on_other_machine = holder.get("host") != socket.gethostname()
+        must_watch = bool(text) and (on_other_machine or locked is None)
+        if locked is False or (must_watch and _is_touched(path, who)):
             self._file.close()
             raise ValueError(
                 f"`{path.parent}` is in use by {who}; wait for it or take another folder."
             )
-        self.stale = who if text else ""
+        if text:
+            self.stale = who
         self._write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
-        self._done = threading.Event()
+        self._released = threading.Event()
         threading.Thread(target=self._beat, daemon=True).start()
 
     def _lock_in_kernel(self) -> bool | None:
-        """Whether the kernel gave the lock; None where it has none to give."""
+        """Returns whether the kernel gave the lock; None where the file system has no locks."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -69,32 +78,35 @@ class RunLock:
         self._file.flush()
 
     def _beat(self) -> None:
-        while not self._done.wait(BEAT):
+        while not self._released.wait(HEARTBEAT_SECONDS):
+            # A network file system may be away for a moment.
             with contextlib.suppress(OSError):
                 os.utime(self._path)
 
     def release(self) -> None:
-        """Others may come."""
-        self._done.set()
+        """Releases the lock."""
+        self._released.set()
         with contextlib.suppress(OSError):
             self._write("")
         self._file.close()
 
 
-def _holder(text: str) -> dict:
+def _parse_holder(text: str) -> dict[str, Any]:
+    """Returns what the file says about its holder; nothing of a damaged file."""
     try:
-        found = json.loads(text or "{}")
+        holder = json.loads(text or "{}")
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return holder if isinstance(holder, dict) else {}
 
 
-def _touched(path: Path, who: str) -> bool:
-    """Whether the file is touched within the next beats."""
-    print(f"waiting {_BEATS * BEAT:.0f} s to see whether {who} still works here", flush=True)
+def _is_touched(path: Path, who: str) -> bool:
+    """Watches the file for some heartbeats and tells whether its holder touches it."""
+    seconds = _HEARTBEATS * HEARTBEAT_SECONDS
+    print(f"waiting {seconds:.0f} s to see whether {who} still works here", flush=True)
     before = path.stat().st_mtime_ns
-    for _ in range(_BEATS):
-        time.sleep(BEAT)
+    for _ in range(_HEARTBEATS):
+        time.sleep(HEARTBEAT_SECONDS)
         if path.stat().st_mtime_ns != before:
             return True
     return False

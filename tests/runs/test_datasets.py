@@ -8,6 +8,7 @@ import pytest
 
 from rwkv7_jax.data.loading import data_hash, host_rows
 from rwkv7_jax.data.token_cache import write_cache
+from rwkv7_jax.data.token_streams import as_stream
 from rwkv7_jax.runs import datasets as job_data
 from rwkv7_jax.runs.settings import read_settings
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -127,3 +128,18 @@ def test_what_is_read_is_known_by_its_ids(tmp_path):
         read.append(job_data.what_is_read(settings, stream, anchor))
     one, two = read
     assert one["data"] == two["data"] and one["anchor"] != two["anchor"]
+
+
+def test_the_datas_digest_sees_each_id_and_the_files_bytes(tmp_path):
+    ids = np.arange(5000, dtype=np.uint16)
+    other = ids.copy()
+    other[4321] += 1
+    one, two = as_stream(ids), as_stream(other)
+    assert (
+        job_data.digest_of("a", one) == job_data.digest_of("b", one) != job_data.digest_of("a", two)
+    )
+    digests = []
+    for text in ("one", "two"):
+        (tmp_path / "q.jsonl").write_text(text)
+        digests.append(job_data.digest_of(str(tmp_path / "q.jsonl"), None))
+    assert digests[0] != digests[1]

@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from rwkv7_jax.runs.process import StopSignals
 from rwkv7_jax.runs.run_directory import RunFolder
 from rwkv7_jax.runs.settings import Settings
-from rwkv7_jax.runs.signals import StopSignals
 
 ROOT = Path(__file__).parents[2]
 # A model of a layer on a task: what is left is what the machinery costs.

@@ -1,0 +1,300 @@
+"""Side effects of train.py and eval.py on their process: signals, exit codes, streams and hooks.
+
+`main` installs all of them once, with `program`. The rest of the package never replaces a hook, a
+stream or a signal handler: it raises the errors of `exit_codes` and asks `StopSignals.should_stop`.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, TextIO
+
+import jax
+from absl import logging as absl_logging
+
+from rwkv7_jax.runs.exit_codes import Stopped, exit_code
+
+_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
+
+# Seconds that the loop has to notice a signal: longer than one step should take, and within the
+# five seconds after which cluster schedulers begin to kill.
+_GRACE_SECONDS = 3.0
+
+
+@contextlib.contextmanager
+def program(name: str) -> Iterator[None]:
+    """Runs the body of `main` with every side effect on the process in place.
+
+    The stream proxies and the hook stay installed when the block ends: Python flushes the streams
+    and collects what failed reads left behind only after that.
+
+    Args:
+        name: how the last line on stderr begins, such as "train.py".
+
+    Raises:
+        SystemExit: the user caused an error; the code is from `exit_codes`.
+    """
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    ignore_broken_pipe()
+    ignore_abandoned_reads()
+    with exit_on_failure(), exit_with_code(name):
+        yield
+
+
+@contextlib.contextmanager
+def exit_with_code(name: str) -> Iterator[None]:
+    """Ends the program in one line and with an exit code where the user can mend the cause.
+
+    Args:
+        name: how that line begins.
+
+    Raises:
+        SystemExit: an error that has an exit code. Others keep their traceback.
+    """
+    try:
+        yield
+    # Also `Stopped` and KeyboardInterrupt, which are no `Exception`.
+    except BaseException as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        sys.stdout.flush()
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        sys.exit(code)
+
+
+@contextlib.contextmanager
+def exit_on_failure() -> Iterator[None]:
+    """Exits with `os._exit` where Python's own clean-up would hang or crash.
+
+    * One of several processes fails: the `atexit` hook of JAX (0.10 to 0.12) waits at a barrier for
+      the others, which wait for this process in a collective operation.
+    * A signal interrupted a compilation: XLA's threads still run, and crash when the interpreter
+      frees what they use (segmentation faults with jaxlib 0.10).
+    """
+    try:
+        yield
+    # SystemExit from `exit_with_code` is the usual case here.
+    except BaseException as error:
+        distributed = jax.distributed.is_initialized()
+        interrupted = isinstance(error.__context__, Stopped)
+        if not distributed and not interrupted:
+            raise
+        code = 1
+        if isinstance(error, SystemExit) and isinstance(error.code, int):
+            code = error.code
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ignore_abandoned_reads() -> None:
+    """Hides the complaints about coroutines and futures that a failed Orbax read leaves behind.
+
+    Orbax (0.11 to 0.12) starts one asynchronous read per array and does not await the others when
+    one fails. They complain whenever they are collected, up to the end of the process: tens of
+    lines after the one line that tells the user what is wrong. The error itself is always raised.
+    """
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _show_unless_abandoned
+
+
+def is_abandoned_read(unraisable: Any) -> bool:
+    """Tells whether an unraisable error comes from what Orbax did not await.
+
+    Args:
+        unraisable: as `sys.unraisablehook` gets it.
+    """
+    code = getattr(unraisable.object, "cr_code", None)
+    if code is not None and "/orbax/" in code.co_filename:
+        return True
+    # TensorStore's threads report to the event loop of a read that has ended. Nothing in this error
+    # names its origin.
+    return str(unraisable.exc_value) == "Event loop is closed"
+
+
+def _show_unless_abandoned(unraisable: Any) -> None:
+    if not is_abandoned_read(unraisable):
+        sys.__unraisablehook__(unraisable)
+
+
+class _QuietStream:
+    """A text stream that swallows BrokenPipeError and writes to /dev/null from then on."""
+
+    def __init__(self, stream: TextIO):
+        """Wraps a stream that has a file descriptor."""
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _discard(self) -> None:
+        # Python flushes once more when it exits: the descriptor itself has to lead nowhere.
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), self._stream.fileno())
+
+    def write(self, text: str) -> int:
+        """Writes the text, or drops it once nobody reads the stream."""
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._discard()
+            return len(text)
+
+    def flush(self) -> None:
+        """Flushes the stream, or does nothing once nobody reads it."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._discard()
+
+
+def ignore_broken_pipe() -> None:
+    """Lets the program go on when the pipe that its output goes into is closed.
+
+    A run must not end because `| head` has seen enough. Ignoring SIGPIPE does not help: Python
+    ignores it already, and raises BrokenPipeError instead.
+    """
+    sys.stdout = _QuietStream(sys.stdout)
+    sys.stderr = _QuietStream(sys.stderr)
+
+
+class StopSignals:
+    """SIGTERM, SIGINT and SIGHUP as a request that the training loop asks for.
+
+    The loop calls `updated` and `saved`, and asks `should_stop` after each step. A second SIGINT
+    ends the process at once.
+
+    Python runs signal handlers only between two of its own instructions, and a compilation is one
+    long instruction. So a thread watches, too: it ends the process at a second SIGINT, and also
+    where nothing has to be saved and the loop does not ask in time. (JAX's preemption service does
+    not notice any signal in a run of one process.)
+    """
+
+    def __init__(self):
+        """Starts without a request; `with` begins to listen."""
+        self._requested = ""
+        self._unsaved = False
+        self._raise_at_once = False
+        self._noticed = threading.Event()
+        self._agree: Callable[[bool], bool] = bool
+
+    def __enter__(self) -> "StopSignals":
+        """Installs the handlers and starts the thread."""
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._old_handlers: dict[int, Any] = {}
+        for name in _SIGNALS:
+            number = getattr(signal, name)
+            # A run under nohup has to stay deaf to SIGHUP.
+            if name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
+                continue
+            self._old_handlers[number] = signal.signal(number, self._handle)
+        # Python writes a byte per signal into this socket from C, however busy its main thread is.
+        writer = self._writer.fileno()
+        self._old_wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        """Puts the old handlers back."""
+        signal.set_wakeup_fd(self._old_wakeup)
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._noticed.set()
+        self._writer.close()
+        self._watcher.join()
+        self._reader.close()
+
+    @property
+    def requested(self) -> str:
+        """The name of the first signal; empty before."""
+        return self._requested
+
+    @property
+    def has_unsaved_updates(self) -> bool:
+        """Whether updates have been made since the last save."""
+        return self._unsaved
+
+    def updated(self) -> None:
+        """Notes that an update is about to be made, which is on no disk yet."""
+        self._unsaved = True
+
+    def saved(self) -> None:
+        """Notes that all updates are on disk."""
+        self._unsaved = False
+
+    def agree_with(self, vote: Callable[[bool], bool]) -> None:
+        """Lets several processes decide together, so that all stop after the same step.
+
+        Args:
+            vote: from whether this process wants to stop to whether all do, as `AnyProcess`.
+        """
+        self._agree = vote
+
+    def should_stop(self) -> bool:
+        """Tells whether to save and end now."""
+        if not self._agree(bool(self._requested)):
+            return False
+        self._requested = self._requested or "a signal to another process"
+        self._noticed.set()
+        return True
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Lets a signal end the block at once, also one that came before it.
+
+        Raises:
+            Stopped: there is a request.
+        """
+        self._raise_at_once = True
+        try:
+            if self._requested:
+                self._raise()
+            yield
+        finally:
+            self._raise_at_once = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._requested = self._requested or signal.Signals(number).name
+        if self._raise_at_once:
+            self._raise()
+
+    def _raise(self) -> None:
+        self._noticed.set()
+        raise Stopped(f"stopped by {self._requested}.")
+
+    def _watch(self) -> None:
+        """Reads one byte per signal; the body of the thread."""
+        requests = 0
+        while received := self._reader.recv(1):
+            requests += 1
+            if requests > 1 and received[0] == signal.SIGINT:
+                _exit_at_once(130, "left at once; the newest checkpoint is what counts.")
+            if requests == 1:
+                threading.Thread(target=self._exit_if_ignored, daemon=True).start()
+
+    def _exit_if_ignored(self) -> None:
+        noticed = self._noticed.wait(_GRACE_SECONDS)
+        if not noticed and not self._unsaved:
+            _exit_at_once(0, f"stopped by {self._requested}; nothing was left to save.")
+
+
+def _exit_at_once(code: int, reason: str) -> None:
+    """Ends the process from a thread, without clean-up."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    # Not through sys.stderr: the main thread may hold its lock.
+    line = f"\n{os.path.basename(sys.argv[0])}: {reason}\n"
+    os.write(2, line.encode())
+    os._exit(code)

@@ -1,0 +1,31 @@
+"""Batches made ahead of their use: their order, their error, their number."""
+
+import itertools
+import time
+
+import pytest
+
+from rwkv7_jax.data.prefetch import Prefetch
+
+
+def test_batches_made_ahead_keep_their_order_and_their_error():
+    def numbers():
+        yield from range(50)
+        raise ValueError("at 50")
+
+    ahead = Prefetch(numbers())
+    assert [next(ahead) for _ in range(50)] == list(range(50))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="at 50"):
+            next(ahead)
+    ahead.close()
+
+
+def test_no_more_is_made_ahead_than_was_asked_for_and_closing_ends_it():
+    made = []
+    ahead = Prefetch((made.append(n) or n for n in itertools.count()), ahead=3)
+    assert next(ahead) == 0
+    time.sleep(0.1)
+    assert len(made) <= 5
+    ahead.close()
+    assert not ahead._thread.is_alive()

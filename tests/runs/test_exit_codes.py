@@ -1,0 +1,38 @@
+"""The exit codes of the programs, and the reason as the last line on stderr."""
+
+import jax
+import pytest
+
+from rwkv7_jax.runs.exit_codes import DiskError, NotFinite, NoValidCheckpoint, Stopped, exit_code
+from rwkv7_jax.runs.process import exit_with_code
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("no"), 2),
+        (FileNotFoundError(2, "no", "x"), 2),
+        (NoValidCheckpoint("no"), 3),
+        (NotFinite("no"), 4),
+        (DiskError("no"), 5),
+        (OSError(28, "No space left on device"), 5),
+        (ValueError("Gloo all-reduce failed"), 6),
+        (Stopped("no"), 0),
+    ],
+)
+def test_each_end_has_its_code_and_says_why_on_the_last_line(error, code, capfd):
+    with pytest.raises(SystemExit) as caught, exit_with_code("train.py"):
+        raise error
+    assert caught.value.code == code
+    assert capfd.readouterr().err == f"train.py: {error}\n"
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(KeyError), exit_with_code("train.py"):
+        raise KeyError("x")
+
+
+def test_jax_still_has_no_class_for_a_lost_process():
+    # When this fails, `exit_code` can ask for that class in place of the word Gloo in the message.
+    assert jax.errors.JaxRuntimeError.__subclasses__() == []
+    assert exit_code(jax.errors.JaxRuntimeError("Gloo all-reduce failed")) == 6

@@ -1,0 +1,157 @@
+"""Signals, streams and hooks of a program, and whether each workaround is still needed."""
+
+import gc
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from jax.experimental import multihost_utils
+from run_programs import ROOT
+from saved_steps import IDENTITY, open_checkpoints, save_steps, train_state
+
+from rwkv7_jax.runs import process
+from rwkv7_jax.runs.exit_codes import NoValidCheckpoint, Stopped
+from rwkv7_jax.runs.process import StopSignals
+
+
+def run_python(code: str, **options) -> subprocess.Popen:
+    """Starts Python with a few lines of code."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_a_signal_is_a_request_and_ends_what_may_be_interrupted():
+    with StopSignals() as stop:
+        assert not stop.should_stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.should_stop() and stop.requested == "SIGTERM"
+        with pytest.raises(Stopped, match="stopped by SIGTERM"), stop.interruptible():
+            raise AssertionError("a request that is there already ends the block before it begins")
+    with StopSignals() as stop, pytest.raises(Stopped), stop.interruptible():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_what_is_not_saved_is_known_until_it_is():
+    stop = StopSignals()
+    assert not stop.has_unsaved_updates
+    stop.updated()
+    assert stop.has_unsaved_updates
+    stop.saved()
+    assert not stop.has_unsaved_updates
+
+
+def test_several_processes_stop_when_their_vote_says_so():
+    wishes = []
+
+    def vote(wish: bool) -> bool:
+        wishes.append(wish)
+        return len(wishes) == 2
+
+    stop = StopSignals()
+    stop.agree_with(vote)
+    assert [stop.should_stop(), stop.should_stop()] == [False, True]
+    assert wishes == [False, False]
+    assert stop.requested == "a signal to another process"
+
+
+BUSY = """
+import hashlib
+from rwkv7_jax.runs.process import StopSignals
+with StopSignals():
+    print("busy", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)
+"""
+
+
+def test_a_second_interrupt_ends_a_program_that_runs_no_python():
+    # Its main thread is inside one call of C, as while it compiles: no signal handler runs there.
+    child = run_python(BUSY)
+    assert child.stdout.readline() == "busy\n"
+    for _ in range(2):
+        child.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    _, error = child.communicate(timeout=30)
+    assert child.returncode == 130 and "left at once" in error
+
+
+def test_a_first_signal_ends_a_program_that_does_not_ask_and_has_nothing_to_save():
+    child = run_python(BUSY)
+    assert child.stdout.readline() == "busy\n"
+    child.send_signal(signal.SIGTERM)
+    _, error = child.communicate(timeout=30)
+    assert child.returncode == 0
+    assert "stopped by" in error and "nothing was left to save" in error
+
+
+def test_jax_still_notices_no_signal_in_a_run_of_one_process():
+    # When this fails, JAX's preemption service could take the place of our signal handlers.
+    with StopSignals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not multihost_utils.reached_preemption_sync_point(1)
+
+
+PRINT_ON = """
+import sys
+from rwkv7_jax.runs.process import ignore_broken_pipe
+if {quiet}:
+    ignore_broken_pipe()
+print("first", flush=True)
+sys.stdin.readline()
+for _ in range(3):
+    print("more", flush=True)
+"""
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_output_that_nobody_reads_does_not_end_a_program(quiet):
+    child = run_python(PRINT_ON.format(quiet=quiet), stdin=subprocess.PIPE)
+    assert child.stdout.readline() == "first\n"
+    child.stdout.close()
+    child.stdin.close()
+    error = child.stderr.read()
+    child.stderr.close()
+    if quiet:
+        assert child.wait(60) == 0 and error == ""
+    else:
+        # Python's own way; when this fails, the stream proxies are not needed any more.
+        assert child.wait(60) != 0 and "BrokenPipeError" in error
+
+
+@pytest.fixture
+def unraisable(monkeypatch):
+    """What Python's hook for errors that nobody can catch is called with."""
+    found = []
+    monkeypatch.setattr(sys, "unraisablehook", found.append)
+    yield found
+    gc.collect()
+
+
+@pytest.mark.slow
+def test_orbax_still_abandons_reads_when_one_of_them_fails(tmp_path, unraisable):
+    # When this fails, `ignore_abandoned_reads` is not needed any more.
+    save_steps(tmp_path / "saved", [3])
+    data = tmp_path / "saved" / "3" / "train"
+    files = [path for path in data.rglob("*") if path.is_file()]
+    for path in sorted(files):
+        raw = path.read_bytes()
+        for damaged in (raw[: len(raw) // 2], bytes(len(raw))):
+            shutil.copytree(tmp_path / "saved", tmp_path / "copy")
+            (tmp_path / "copy" / path.relative_to(tmp_path / "saved")).write_bytes(damaged)
+            with pytest.raises(NoValidCheckpoint):
+                open_checkpoints(tmp_path / "copy").restore(train_state(0), IDENTITY)
+            shutil.rmtree(tmp_path / "copy")
+    gc.collect()
+    assert unraisable
+    assert all(process.is_abandoned_read(one) for one in unraisable)

@@ -1,0 +1,42 @@
+"""The directory of a run: what is cut on a resume, and which directories are refused."""
+
+import numpy as np
+import pytest
+
+from rwkv7_jax.reports.metric_writers import json_lines
+from rwkv7_jax.runs.exit_codes import DiskError
+from rwkv7_jax.runs.run_directory import RunFolder
+from rwkv7_jax.runs.settings import Optimizer, Settings
+
+
+def test_metrics_after_the_restored_step_are_cut_and_broken_lines_forgiven(tmp_path):
+    with RunFolder(tmp_path, Settings()) as folder:
+        for step in (1, 2, 3):
+            folder.log(step, {"loss_nats": 0.5 * step, "learning_rate": 0.1})
+        folder.log_bad(3, {"loss": float("nan")}, np.ones((1, 2), int))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    with RunFolder(tmp_path, Settings()) as folder:
+        assert [row["step"] for row in folder.rows()] == [1, 2, 3]
+        folder.restored(2)
+        assert [row["step"] for row in folder.rows()] == [1, 2]
+        assert json_lines(tmp_path / "bad_batches.jsonl") == []
+        events = [row["event"] for row in json_lines(tmp_path / "events.jsonl")]
+        assert events == ["skipped", "resume"]
+    assert "resume" in (tmp_path / "report.html").read_text()
+
+
+def test_a_directory_of_other_settings_is_refused_by_the_setting(tmp_path):
+    with RunFolder(tmp_path, Settings()):
+        (tmp_path / "checkpoints" / "5").mkdir()
+    other = Settings(optimizer=Optimizer(learning_rate=0.5), log_every=3)
+    with pytest.raises(ValueError, match=r"`optimizer\.learning_rate` is 0\.0006; got 0\.5"):
+        RunFolder(tmp_path, other)
+    with RunFolder(tmp_path, Settings(log_every=3)):
+        pass
+
+
+def test_a_directory_that_cannot_be_made_is_an_error_of_the_disk(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match=r"`--workdir` .*/run cannot be written"):
+        RunFolder(tmp_path / "file" / "run", Settings())

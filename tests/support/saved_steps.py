@@ -1,0 +1,43 @@
+"""Small training states, saved as the checkpoints of a run."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from rwkv7_jax.runs.early_stopping import RunProgress
+from rwkv7_jax.runs.resume.checkpointer import Checkpoints
+from rwkv7_jax.runs.settings import Settings
+from rwkv7_jax.training.train_step import TrainState
+
+IDENTITY = {"settings": {"seed": "0"}, "model": {"width": "32"}}
+PROGRESS = RunProgress(evaluated=2, measure="nats", best=((0.5, 2),), bad=1)
+
+
+def train_state(step: int) -> TrainState:
+    """Makes a state with leaves of several sizes, dtypes and numbers of axes."""
+    noise = np.random.default_rng(step)
+    params = {
+        "matrix": jnp.asarray(noise.normal(size=(24, 40)), jnp.float32),
+        "half": jnp.asarray(noise.normal(size=(7,)), jnp.bfloat16),
+    }
+    moments = {"mu": jnp.asarray(noise.normal(size=(24, 40)), jnp.float32)}
+    count = jnp.asarray(step, jnp.int32)
+    return TrainState(step=count, params=params, opt_state=(moments, count), skipped=count)
+
+
+def open_checkpoints(folder: Path, **settings) -> Checkpoints:
+    """Opens the folder as a run with these settings does."""
+    return Checkpoints(folder, Settings(**settings))
+
+
+def save_steps(
+    folder: Path, steps: Iterable[int], progress: RunProgress = PROGRESS, **settings
+) -> Path:
+    """Saves these steps into the folder and returns it."""
+    checkpoints = open_checkpoints(folder, **settings)
+    for step in steps:
+        checkpoints.save(train_state(step), progress, IDENTITY)
+    checkpoints.close()
+    return folder
