@@ -27,6 +27,7 @@ import optax
 import rwkv7_jax as rwkv
 from benchmarks import record
 from benchmarks.lab import rate_at
+from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.loading import batch_at, token_stream
 from rwkv7_jax.data.synthetic_tasks import task_batch
 from rwkv7_jax.reports import plots as pictures
@@ -53,7 +54,7 @@ def text() -> np.ndarray:
     return token_stream("stdlib", rwkv.Tokenizer.bytes(), split="train")
 
 
-def batch(job: str, step: int) -> dict[str, np.ndarray]:
+def batch(job: str, step: int) -> Batch:
     """Rows of the mixture of tasks, or of text."""
     if job == "mixture":
         return task_batch(job, step, batch_size=32, length=32, seed=0)

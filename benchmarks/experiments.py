@@ -185,10 +185,10 @@ def observing(steps: int = 1000, seed: int = 0, answers: float = 1.0) -> Numbers
 
     def rows(step, **more):
         found = batch(task, step, seed=seed, length=length, **more)
-        return found | {"split": np.full(len(found["tokens"]), split, np.int32)}
+        return found.replace(split=np.full(len(found.tokens), split, np.int32))
 
     prompts = rows(0, rows=256)
-    bias = state_moments(teacher, weights, prompts["tokens"][:, :-1], prompts["split"]).mean
+    bias = state_moments(teacher, weights, prompts.tokens[:, :-1], prompts.split).mean
     key = jax.random.key(seed)
     observer, params = init_observer(config, teacher.config, key, bias=bias)
     tx = optax.chain(
@@ -200,7 +200,7 @@ def observing(steps: int = 1000, seed: int = 0, answers: float = 1.0) -> Numbers
     for number in range(steps):
         train, _ = step(train, rows(number))
     asked = rows(0, rows=256, held_out=True)
-    proposed = propose(observer, train.params, asked["tokens"][:, :-1], asked["split"])
+    proposed = propose(observer, train.params, asked.tokens[:, :-1], asked.split)
     table = {
         name: found.accuracy
         for name, found in evaluate_handover(teacher, weights, proposed, asked).items()

@@ -114,7 +114,7 @@ def start(name: str, task: str, method: Method, seed: int) -> RWKV7State:
         return rwkv.init_state(model.config)
     # Facts that will be asked for are not shown: other facts of the same form are.
     text = "facts-1024" if task.startswith("facts") else task
-    tokens = batch(text, 0, seed=seed + 1000, rows=96, length=length_of(task))["tokens"][:, :-1]
+    tokens = batch(text, 0, seed=seed + 1000, rows=96, length=length_of(task)).tokens[:, :-1]
     widths = (1.0, 4.0, 16.0) if method.prepare == "whiten" else (1.0,)
     return upscale(
         model,
@@ -144,9 +144,9 @@ def tune(
     for number in range(steps):
         rows = batch(task, number, seed=seed)
         if method.anchor:
-            length = rows["tokens"].shape[1] - 1
+            length = rows.tokens.shape[1] - 1
             general = batch("mixture", number, seed=seed + 1, rows=16, length=length)
-            rows["anchor"] = general["tokens"]
+            rows = rows.replace(anchor=general.tokens)
         rate = np.float32(method.rate * rate_at(number, steps))
         train.opt_state.hyperparams["learning_rate"] = jax.numpy.asarray(rate)
         train, metrics = step(train, rows)

@@ -23,7 +23,7 @@ Numbers = dict[str, Any]
 def identity() -> Numbers:
     """Logits with an empty memory are the base model's, bit for bit, for every additive form."""
     model, params = base("small")
-    ids = batch("mixture", 0, rows=16)["tokens"][:, :-1]
+    ids = batch("mixture", 0, rows=16).tokens[:, :-1]
     run = jax.jit(lambda params, state: model.apply({"params": params}, ids, state)[0])
     plain, found = run(params, rwkv.init_state(model.config, 16)), {}
     for dynamics in ("static", "decay", "delta"):
@@ -35,7 +35,7 @@ def identity() -> Numbers:
 def linearity() -> Numbers:
     """A start state is read linearly: y(S) - y(0) = S psi, relative error at most 1e-5."""
     model, params = base("small")
-    ids = batch("mixture", 0, rows=8)["tokens"][:, :-1]
+    ids = batch("mixture", 0, rows=8).tokens[:, :-1]
     zero = rwkv.init_state(model.config, 8)
     *_, trace = model.apply({"params": params}, ids, zero, method="trace")
     parts = {name: part[0] for name, part in trace.items()}
@@ -78,7 +78,7 @@ def serving() -> Numbers:
     model, params = base("small")
     states = [tune("steer", STANDARD, seed=s, steps=5).state for s in range(2)]
     states += [tune("steer", WHITENED, seed=s, steps=5).state for s in range(2)]
-    ids = batch("sequence", 0, rows=8)["tokens"][:, :-1]
+    ids = batch("sequence", 0, rows=8).tokens[:, :-1]
     which = np.arange(8) % 4
     run = jax.jit(lambda params, ids, state: model.apply({"params": params}, ids, state)[0])
     together = run(params, ids, rwkv.select(rwkv.stack(states), which))

@@ -47,16 +47,17 @@ def local_replica(mesh: Mesh | None, tree: Any) -> Any:
     return tree if mesh is None else jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
 
-def shard_batch(mesh: Mesh | None, batch: dict[str, Any]) -> dict[str, Array]:
+def shard_batch(mesh: Mesh | None, batch: Any) -> Any:
     """The whole batch, which each process has, with its rows on their devices."""
     if mesh is None:
         return jax.device_put(batch)
     rows = NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
 
     def placed(array: np.ndarray) -> Array:
+        array = np.asarray(array)
         return jax.make_array_from_callback(array.shape, rows, lambda index: array[index])
 
-    return {name: placed(np.asarray(array)) for name, array in batch.items()}
+    return jax.tree.map(placed, batch)
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:

@@ -95,7 +95,7 @@ def _show(options: argparse.Namespace, sources: list[str], tokenizer) -> None:
         f"{stream.count_learnt():,} learnt; hash {data_hash(stream)}\n"
         "[[only read]], learnt; <0> ends a document"
     )
-    for number, (tokens, mask) in enumerate(zip(batch["tokens"], batch["mask"], strict=True), 1):
+    for number, (tokens, mask) in enumerate(zip(batch.tokens, batch.mask, strict=True), 1):
         text, filling = marked(tokens, mask, tokenizer)
         filled = f", {filling} tokens of filling" if filling else ""
         print(f"\n--- row {number}: {int(mask.sum())} targets learnt{filled}\n{text}")

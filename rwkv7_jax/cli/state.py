@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rwkv7_jax.data.batch import Batch
+
 _OWN_FIELDS = frozenset(
     "format axes layers heads value_size key_size dynamics kind features base_model".split()
 )
@@ -211,7 +213,7 @@ def _scale(options: argparse.Namespace) -> None:
     print(f"{options.target}: {made}")
 
 
-def _batch(options: argparse.Namespace, path: str, tokenizer) -> dict:
+def _batch(options: argparse.Namespace, path: str, tokenizer) -> Batch:
     """Windows of a text, or rows of a task."""
     from rwkv7_jax.data.loading import token_stream, windows
     from rwkv7_jax.data.synthetic_tasks import task_batch

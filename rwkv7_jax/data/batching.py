@@ -8,12 +8,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.shuffling import ORDERS, cubic_windows, shuffled, shuffled_windows
 from rwkv7_jax.data.token_streams import TokenStream, as_stream
 
 Stream = np.ndarray | TokenStream
-
-Batch = dict[str, np.ndarray]
 
 PACKINGS = ("stream", "documents")
 
@@ -40,7 +39,7 @@ def _rows(stream: TokenStream, places: Iterable[tuple[int, int]], length: int) -
     mask = np.zeros((len(places), length), np.float32)
     for row, (first, size) in enumerate(places):
         stream.fill(first, tokens[row, :size], mask[row, : size - 1])
-    return {"tokens": tokens, "mask": mask}
+    return Batch(tokens=tokens, mask=mask)
 
 
 def _candidates(stream: TokenStream, caller: str) -> np.ndarray:

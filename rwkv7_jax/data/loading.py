@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv7_jax.data.batching import Batch, batch_at, host_rows, left_out, windows
+from rwkv7_jax.data.batch import Batch
+from rwkv7_jax.data.batching import batch_at, host_rows, left_out, windows
 from rwkv7_jax.data.documents import held_out_threshold
 from rwkv7_jax.data.jsonl import ReadStats
 from rwkv7_jax.data.readers import documents

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from rwkv7_jax.data import toy_tasks as toy
+from rwkv7_jax.data.batch import Batch
 
 Example = tuple[str, str]
 
@@ -151,7 +152,7 @@ def find_task(name: str, *, seed: int = 0) -> Task:
 
 def task_batch(
     name: str, step: int, *, batch_size: int, length: int, seed: int = 0, held_out: bool = False
-) -> dict[str, np.ndarray]:
+) -> Batch:
     """The batch of one step: tokens [B T+1] int32, mask [B T], 1 where the target is an answer's.
 
     Rows in which no further example fits end in zeros that do not count.
@@ -174,7 +175,7 @@ def task_batch(
         )
     rng = np.random.default_rng([seed, step, held_out])
     tokens, scored = task.rows(rng, batch_size, length)
-    return {"tokens": tokens.astype(np.int32), "mask": scored[:, 1:].astype(np.float32)}
+    return Batch(tokens=tokens.astype(np.int32), mask=scored[:, 1:].astype(np.float32))
 
 
 def question_batch(

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from rwkv7_jax.array_types import Params
+from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.model.layers import head_logits
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, repeat
@@ -83,7 +84,7 @@ def token_nats(
 
 
 def score(
-    model: RWKV7, params: Params, state: RWKV7State, batch: dict, tokenizer: Tokenizer
+    model: RWKV7, params: Params, state: RWKV7State, batch: BatchLike, tokenizer: Tokenizer
 ) -> Score:
     """How well the model, started from `state`, predicts the windows of `batch`.
 
@@ -94,7 +95,8 @@ def score(
         batch: tokens [B T+1] and mask [B T], from `data.windows`.
         tokenizer: tells how many bytes a token stands for.
     """
-    tokens, mask = np.asarray(batch["tokens"]), np.asarray(batch["mask"])
+    batch = Batch.of(batch, "mask", caller="score")
+    tokens, mask = np.asarray(batch.tokens), np.asarray(batch.mask)
     bits = token_nats(model, params, state, tokens) * mask / math.log(2)
     sizes = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
     sizes = sizes[tokens[:, 1:]] * mask
@@ -134,7 +136,7 @@ class Answers:
 
 
 def score_answers(
-    model: RWKV7, params: Params, state: RWKV7State, batch: dict, *, rows: int = 32
+    model: RWKV7, params: Params, state: RWKV7State, batch: BatchLike, *, rows: int = 32
 ) -> Answers:
     """What the model, started from `state`, makes of a task's batch.
 
@@ -148,7 +150,8 @@ def score_answers(
     Raises:
         ValueError: nothing is scored.
     """
-    tokens, scored = np.asarray(batch["tokens"]), np.asarray(batch["mask"]) > 0
+    batch = Batch.of(batch, "mask", caller="score_answers")
+    tokens, scored = np.asarray(batch.tokens), np.asarray(batch.mask) > 0
     if not scored.any():
         raise ValueError("score_answers: `batch` must have a scored position; its mask is all 0.")
     nats, right = _by_rows(functools.partial(_nats_and_right, model, params), state, tokens, rows)

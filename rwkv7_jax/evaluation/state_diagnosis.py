@@ -10,12 +10,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Params
+from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.evaluation.advice import Diagnosis, MemoryStatistics, RetentionScore, advise
 from rwkv7_jax.model.layers import head_logits
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state, repeat
 from rwkv7_jax.optim.whitening import effective_rank
-from rwkv7_jax.training.losses import Batch, map_token_chunks
+from rwkv7_jax.training.losses import map_token_chunks
 from rwkv7_jax.tuning.read_statistics import (
     initial_state_read_vectors,
     memory_read_vectors,
@@ -30,7 +31,7 @@ _COMPARED = ("base_nats", "tuned_nats", "base_right", "tuned_right", "divergence
 
 def _pieces(batch: Batch) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Tokens, mask and which rows are there, `ROWS` rows at a time; the last piece is filled up."""
-    tokens, mask = np.asarray(batch["tokens"]), np.asarray(batch["mask"], np.float32)
+    tokens, mask = np.asarray(batch.tokens), np.asarray(batch.mask, np.float32)
     for first in range(0, len(tokens), ROWS):
         piece = slice(first, first + ROWS)
         missing = ROWS - len(tokens[piece])
@@ -60,7 +61,7 @@ def _compared(model: RWKV7, params: Params, state: RWKV7State, batch: Batch) -> 
     """`_compare` on every row of the batch: float64 arrays [B T] by name."""
     base = init_state(model.config)
     found = [_compare(model, params, base, state, tokens) for tokens, _, _ in _pieces(batch)]
-    rows = len(batch["tokens"])
+    rows = len(batch.tokens)
     return {
         name: np.concatenate([np.asarray(one[name], np.float64) for one in found])[:rows]
         for name in _COMPARED
@@ -81,14 +82,14 @@ def _kept(name: str, found: Mapping[str, np.ndarray], mask: np.ndarray) -> Reten
 
 
 def _mask(batch: Batch, name: str, caller: str) -> np.ndarray:
-    mask = np.asarray(batch["mask"], np.float64)
+    mask = np.asarray(batch.mask, np.float64)
     if not mask.any():
         raise ValueError(f"{caller}: `{name}` must have a target that counts; its mask is all 0.")
     return mask
 
 
 def retention(
-    model: RWKV7, params: Params, state: RWKV7State, batches: Mapping[str, Batch]
+    model: RWKV7, params: Params, state: RWKV7State, batches: Mapping[str, BatchLike]
 ) -> tuple[RetentionScore, ...]:
     """What the model loses, or gains, on other texts and tasks when it starts from `state`.
 
@@ -104,6 +105,7 @@ def retention(
     check_state(state, 1, model.config, caller="retention")
     rows = []
     for name, batch in batches.items():
+        batch = Batch.of(batch, "mask", caller="retention")
         mask = _mask(batch, name, "retention")
         rows.append(_kept(name, _compared(model, params, state, batch), mask))
     return tuple(rows)
@@ -153,7 +155,7 @@ def _reference_norm(model: RWKV7, params: Params, batch: Batch) -> Float[np.ndar
     start, squares = init_state(model.config), 0.0
     for tokens, _, rows in _pieces(batch):
         squares += rows.sum() * np.asarray(_end(model, params, start, tokens, rows), np.float64)
-    return np.sqrt(squares / len(batch["tokens"]))
+    return np.sqrt(squares / len(batch.tokens))
 
 
 def _read_statistics(model: RWKV7, params: Params, state: RWKV7State, batch: Batch) -> dict:
@@ -165,9 +167,9 @@ def _read_statistics(model: RWKV7, params: Params, state: RWKV7State, batch: Bat
             total = totals.setdefault(name, dict.fromkeys(parts, 0.0))
             for key, part in parts.items():
                 total[key] = total[key] + float(share[key]) * np.asarray(part, np.float64)
-    targets = float(np.asarray(batch["mask"], np.float64).sum())
+    targets = float(np.asarray(batch.mask, np.float64).sum())
     return {
-        name: {"moments": t["moments"] / targets, "reads": t["reads"] / len(batch["tokens"])}
+        name: {"moments": t["moments"] / targets, "reads": t["reads"] / len(batch.tokens)}
         for name, t in totals.items()
     }
 
@@ -207,7 +209,12 @@ def ranks(held: Array) -> Float[np.ndarray, "L H"]:
 
 
 def diagnose(
-    model: RWKV7, params: Params, state: RWKV7State, batch: Batch, *, generic: Batch | None = None
+    model: RWKV7,
+    params: Params,
+    state: RWKV7State,
+    batch: BatchLike,
+    *,
+    generic: BatchLike | None = None,
 ) -> Diagnosis:
     """Everything that can be read off a tuned start state and two texts, and what to do about it.
 
@@ -222,6 +229,7 @@ def diagnose(
         ValueError: another model's state, or a batch in which no target counts.
     """
     check_state(state, 1, model.config, caller="diagnose")
+    batch = Batch.of(batch, "mask", caller="diagnose")
     mask = _mask(batch, "batch", "diagnose")
     reads, memories = _read_statistics(model, params, state, batch), {}
     if "wkv" in reads:

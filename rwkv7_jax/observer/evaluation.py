@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Lengths, Params, Tokens
 from rwkv7_jax.checks import check_lengths, check_tokens
+from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.model.layers import head_logits
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state, repeat
@@ -23,7 +24,7 @@ from rwkv7_jax.observer.observer import (
     read_prompts,
 )
 from rwkv7_jax.observer.prompt_splits import check_split, continuations
-from rwkv7_jax.training.losses import Batch, loss_weights, map_token_chunks
+from rwkv7_jax.training.losses import loss_weights, map_token_chunks
 
 
 class Answers(NamedTuple):
@@ -40,7 +41,7 @@ class Answers(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _answers(teacher: RWKV7, params: Params, start: RWKV7State, batch: Batch):
-    inputs, targets, shares = continuations(batch["tokens"], batch["split"], loss_weights(batch))
+    inputs, targets, shares = continuations(batch.tokens, batch.split, loss_weights(batch))
     x, _ = teacher.apply({"params": params}, inputs, start, method="hidden")
 
     def per_token(x, targets):
@@ -54,7 +55,7 @@ def _answers(teacher: RWKV7, params: Params, start: RWKV7State, batch: Batch):
 
 
 def evaluate_handover(
-    teacher: RWKV7, teacher_params: Params, state: RWKV7State, batch: Batch
+    teacher: RWKV7, teacher_params: Params, state: RWKV7State, batch: BatchLike
 ) -> dict[str, Answers]:
     """How the teacher answers behind each row's split, by the state that it starts from.
 
@@ -65,7 +66,7 @@ def evaluate_handover(
     Args:
         teacher: the shell around `teacher_params`.
         teacher_params: all weights.
-        state: what `propose(observer, params, batch["tokens"][:, :-1], batch["split"])` gives,
+        state: what `propose(observer, params, batch.tokens[:, :-1], batch.split)` gives,
             or any other start state, such as a tuned one of batch 1.
         batch: tokens [B T+1], mask [B T] and split [B]; masked targets do not count.
 
@@ -73,14 +74,14 @@ def evaluate_handover(
         TypeError: ids or splits that are no integers, or a WKV state that is not float32.
         ValueError: a batch or a state of other sizes.
     """
-    check_split(batch, teacher.config.vocab_size, caller="evaluate_handover")
-    rows = batch["tokens"].shape[0]
+    batch = check_split(batch, teacher.config.vocab_size, caller="evaluate_handover")
+    rows = batch.tokens.shape[0]
     if isinstance(state, RWKV7State) and state.batch == 1:
         state = repeat(state, rows)
     check_state(state, rows, teacher.config, caller="evaluate_handover")
-    batch = {name: batch[name] for name in ("tokens", "mask", "split")}
+    batch = Batch(tokens=batch.tokens, mask=batch.mask, split=batch.split)
     zero = init_state(teacher.config, rows)
-    _, own = read_prompts(teacher, teacher_params, batch["tokens"][:, :-1], batch["split"])
+    _, own = read_prompts(teacher, teacher_params, batch.tokens[:, :-1], batch.split)
     starts = {"zero": zero, "wkv": zero.replace(wkv=own.wkv), "own": own, "proposed": state}
     answers = {
         name: _answers(teacher, teacher_params, start, batch) for name, start in starts.items()

@@ -8,6 +8,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Activations, Params
+from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.observer.observer import (
@@ -22,7 +23,7 @@ from rwkv7_jax.observer.observer import (
 )
 from rwkv7_jax.observer.prompt_splits import check_split, continuations
 from rwkv7_jax.training import losses
-from rwkv7_jax.training.losses import Batch, Loss
+from rwkv7_jax.training.losses import Loss
 
 Scalar = Float[Array, ""]
 
@@ -36,9 +37,7 @@ def _divergence(x: Activations, heads: tuple, base: Array, split: Array) -> Scal
 
 def _answers(teacher: RWKV7, params: Params, wkv: WKV, batch: Batch) -> Scalar:
     """The teacher's mean loss behind the splits, started from `wkv` and zero token shifts."""
-    inputs, targets, shares = continuations(
-        batch["tokens"], batch["split"], losses.loss_weights(batch)
-    )
+    inputs, targets, shares = continuations(batch.tokens, batch.split, losses.loss_weights(batch))
     start = init_state(teacher.config, inputs.shape[0]).replace(wkv=wkv)
     x, _ = teacher.apply({"params": params}, inputs, start, method="hidden")
     nats, _ = losses.cross_entropy(x, params["head"]["weight"], targets)
@@ -53,10 +52,11 @@ def _check(weights: dict[str, float]) -> None:
         raise ValueError(f"observer_loss: one of {', '.join(weights)} must be above 0.")
 
 
-def _check_batch(batch: Batch, vocab_size: int, *, compared: bool) -> None:
-    check_split(batch, vocab_size, caller="observer_loss")
-    if compared and batch["tokens"].shape[0] < 2:
+def _check_batch(batch: BatchLike, vocab_size: int, *, compared: bool) -> Batch:
+    batch = check_split(batch, vocab_size, caller="observer_loss")
+    if compared and batch.tokens.shape[0] < 2:
         raise ValueError("observer_loss: `batch` must have at least two rows, for their variance.")
+    return batch
 
 
 def observer_loss(
@@ -97,11 +97,11 @@ def observer_loss(
     weights = {"variance": variance, "divergence": divergence, "answers": answers}
     _check(weights)
 
-    def loss(teacher_params: Params, params: Params, batch: Batch):
+    def loss(teacher_params: Params, params: Params, batch: BatchLike):
         check_maps(observer, params, caller="observer_loss")
-        _check_batch(batch, teacher.config.vocab_size, compared=bool(variance))
+        batch = _check_batch(batch, teacher.config.vocab_size, compared=bool(variance))
         teacher_params = jax.lax.stop_gradient(teacher_params)
-        inputs, split = jnp.asarray(batch["tokens"])[:, :-1], jnp.asarray(batch["split"])
+        inputs, split = jnp.asarray(batch.tokens)[:, :-1], jnp.asarray(batch.split)
         x, proposed = propose_wkv(observer, params, inputs, split)
         terms = {}
         if variance or divergence:

@@ -5,23 +5,21 @@ reads on from there: inputs from position `split` on, their targets one later. T
 first token behind the prompt is still the prompt's.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rwkv7_jax.array_types import Lengths, Tokens
 from rwkv7_jax.checks import check_lengths, check_tokens
+from rwkv7_jax.data.batch import Batch, BatchLike
 
 # Keeps these draws apart from those that a task makes of the same seed and step.
 _STREAM = 7919
 
 
 def add_prompt_splits(
-    batch: Mapping[str, Any], seed: int, step: int, *, least: int = 1, most: int | None = None
-) -> dict[str, Any]:
+    batch: BatchLike, seed: int, step: int, *, least: int = 1, most: int | None = None
+) -> Batch:
     """The batch with a `split` for every row, drawn evenly from `least` to `most`, both included.
 
     Args:
@@ -34,7 +32,8 @@ def add_prompt_splits(
     Raises:
         ValueError: bounds outside of 0 to T, or in the wrong order.
     """
-    rows, length = batch["tokens"].shape[0], batch["tokens"].shape[1] - 1
+    batch = Batch.of(batch, caller="add_prompt_splits")
+    rows, length = batch.tokens.shape[0], batch.tokens.shape[1] - 1
     most = length - 1 if most is None else most
     if not 0 <= least <= most <= length:
         raise ValueError(
@@ -42,29 +41,28 @@ def add_prompt_splits(
             f"the row's inputs; got {least} and {most}."
         )
     draw = np.random.default_rng([seed, step, _STREAM]).integers(least, most + 1, rows)
-    return {**batch, "split": draw.astype(np.int32)}
+    return batch.replace(split=draw.astype(np.int32))
 
 
-def check_split(batch: Mapping[str, Any], vocab_size: int, *, caller: str) -> None:
-    """Return if `batch` has tokens [B T+1], a mask [B T] and a split [B] that fit each other.
+def check_split(batch: BatchLike, vocab_size: int, *, caller: str) -> Batch:
+    """Checks that `batch` has tokens [B T+1], a mask [B T] and a split [B] that fit each other.
 
     Raises:
         TypeError: ids or splits that are no integers.
         ValueError: a part is missing or misshapen, or an id or a split is out of range.
     """
-    for name in ("tokens", "mask", "split"):
-        if name not in batch:
-            raise ValueError(f"{caller}: `batch` must hold {name!r}; it has {', '.join(batch)}.")
-    shape = tuple(batch["tokens"].shape)
+    batch = Batch.of(batch, "mask", "split", caller=caller)
+    shape = tuple(batch.tokens.shape)
     if len(shape) != 2 or shape[1] < 2:
         raise ValueError(
             f"{caller}: `batch['tokens']` must be [B T+1] with T at least 1; got shape {shape}."
         )
     inputs = (shape[0], shape[1] - 1)
-    if (came := tuple(batch["mask"].shape)) != inputs:
+    if (came := tuple(batch.mask.shape)) != inputs:
         raise ValueError(f"{caller}: `batch['mask']` must have shape {inputs}; got {came}.")
-    check_tokens(batch["tokens"], vocab_size, caller=caller)
-    check_lengths(batch["split"], inputs, caller=caller, name="batch['split']")
+    check_tokens(batch.tokens, vocab_size, caller=caller)
+    check_lengths(batch.split, inputs, caller=caller, name="batch['split']")
+    return batch
 
 
 def continuations(

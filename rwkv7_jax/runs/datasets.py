@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.loading import packed, token_stream, windows
 from rwkv7_jax.data.synthetic_tasks import task_batch
 from rwkv7_jax.data.token_streams import TokenStream, as_stream, data_hash
@@ -53,7 +54,7 @@ def training_stream(settings: Settings, tokenizer: Tokenizer) -> TokenStream:
     data = settings.data
     if task := task_of(data.path):
         some = task_batch(task, 0, batch_size=64, length=data.length, seed=settings.seed)
-        return as_stream(some["tokens"].reshape(-1))
+        return as_stream(some.tokens.reshape(-1))
     return stream_of(settings, data.path, tokenizer, "train")
 
 
@@ -90,7 +91,7 @@ def calibration_text(settings: Settings, tokenizer: Tokenizer) -> Int[np.ndarray
         some = task_batch(task, 0, batch_size=rows, length=data.length, seed=settings.seed)
     else:
         some = windows(training_stream(settings, tokenizer), data.length, rows)
-    return some["tokens"][:, :-1]
+    return some.tokens[:, :-1]
 
 
 def batches(
@@ -101,7 +102,7 @@ def batches(
     anchor: TokenStream | None = None,
     start_step: int = 0,
     rows: slice = slice(None),
-) -> Iterator[dict]:
+) -> Iterator[Batch]:
     """The batches from `start_step` on: a pure function of the seed and the step.
 
     Args:
@@ -117,9 +118,9 @@ def batches(
     choices = {"packing": data.packing, "order": data.order}
     pack = functools.partial(packed, tokenizer=tokenizer, start_step=start_step, rows=rows, **sizes)
 
-    def examples(task: str, seed: int) -> Iterator[dict]:
+    def examples(task: str, seed: int) -> Iterator[Batch]:
         whole = (task_batch(task, step, seed=seed, **sizes) for step in itertools.count(start_step))
-        return ({name: array[rows] for name, array in batch.items()} for batch in whole)
+        return (batch.select_rows(rows) for batch in whole)
 
     seed, task = settings.seed, task_of(data.path)
     main = examples(task, seed) if task else pack(stream, seed=seed, **choices)
@@ -127,10 +128,10 @@ def batches(
         return main
     task = task_of(settings.tuning.anchor_path)
     beside = examples(task, seed + 1) if task else pack(anchor, seed=seed + 1)
-    return (one | {"anchor": two["tokens"]} for one, two in zip(main, beside, strict=True))
+    return (one.replace(anchor=two.tokens) for one, two in zip(main, beside, strict=True))
 
 
-def held_out(settings: Settings, tokenizer: Tokenizer, *, path: str = "") -> dict:
+def held_out(settings: Settings, tokenizer: Tokenizer, *, path: str = "") -> Batch:
     """Rows of `path`, else of `config.data.evaluation`, else of the held-out documents.
 
     They are packed as the run packs.

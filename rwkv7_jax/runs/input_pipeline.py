@@ -6,13 +6,13 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.prefetch import Prefetch
 from rwkv7_jax.data.token_streams import TokenStream
 from rwkv7_jax.runs import datasets as job_data
 from rwkv7_jax.runs.modes.base import Job
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.sharding import shard_batch
-from rwkv7_jax.training.losses import Batch
 
 
 class InputPipeline:
@@ -66,7 +66,7 @@ class InputPipeline:
             pair = next(self._ahead)
         else:
             batch = self._job.batch(trainables, step)
-            pair = batch, batch and shard_batch(self._mesh, batch)
+            pair = batch, None if batch is None else shard_batch(self._mesh, batch)
         self.waited += time.monotonic() - began
         return pair
 

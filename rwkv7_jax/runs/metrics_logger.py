@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 import numpy as np
 
+from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.reports.system_info import peak_memory
 from rwkv7_jax.runs.compilation_cache import CompileClock
 from rwkv7_jax.runs.early_stopping import RunProgress
@@ -19,7 +20,6 @@ from rwkv7_jax.runs.progress_bar import ProgressBar
 from rwkv7_jax.runs.run_directory import Folder
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.training.costs import mfu
-from rwkv7_jax.training.losses import Batch
 
 # Steps that the device may be ahead of what is looked at: it never waits for the log.
 _BEHIND = 2
@@ -96,7 +96,7 @@ class RunLog:
 
     def _look(self, step: int, metrics: Mapping | None, batch: Batch | None) -> None:
         if metrics is not None:
-            self._tokens += batch["tokens"][:, 1:].size
+            self._tokens += batch.tokens[:, 1:].size
             self._judge(step, metrics, batch)
         if step % self._settings.log_every == 0 or step == self._settings.steps:
             self._write(step, {"updated": 0.0} if metrics is None else jax.device_get(metrics))
@@ -109,7 +109,7 @@ class RunLog:
             return
         self.course = dataclasses.replace(self.course, bad=self.course.bad + 1)
         numbers = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
-        self._folder.log_bad(step, numbers, np.asarray(batch["tokens"]))
+        self._folder.log_bad(step, numbers, np.asarray(batch.tokens))
         if self.course.bad == self._settings.stop_after_bad:
             raise NotFinite(
                 f"{self.course.bad} updates in a row, up to step {step}, had a loss or gradient "

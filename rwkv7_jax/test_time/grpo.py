@@ -118,6 +118,8 @@ def grpo(
         run.budget += made.budget
         entry |= {"reward": float(made.rewards.mean()), "updated": int(not made.uniform)}
         if not made.uniform:
-            more = {"anchor": anchor_at(step)} if anchor else {}
-            entry |= run.update(made.batch | more)
+            batch = made.batch
+            if anchor:
+                batch = batch.replace(anchor=anchor_at(step))
+            entry |= run.update(batch)
     return Result(run.state, run.history, run.budget)

@@ -12,12 +12,12 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Activations, Params, Tokens
+from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.generation.sampling import Number
 from rwkv7_jax.model.layers import head_logits
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state
 from rwkv7_jax.training.losses import (
-    Batch,
     Loss,
     PerToken,
     cross_entropy,
@@ -107,7 +107,7 @@ def distillation_loss(
         imitation: weight of the completions' cross entropy.
         kl: weight of the divergence.
         leaves: what is tuned, of `state_tuning.LEAVES`.
-        anchor: weight of KL(base || tuned) on `batch["anchor"]`, unlabelled tokens [B T+1].
+        anchor: weight of KL(base || tuned) on `batch.anchor`, unlabelled tokens [B T+1].
 
     Raises:
         ValueError: vocabularies differ, a guide without weights or the reverse, an unknown leaf, a
@@ -116,9 +116,10 @@ def distillation_loss(
     _check("distillation_loss", leaves, imitation=imitation, kl=kl, anchor=anchor)
     guide_state = _check_guide(model, guide, guide_params, guide_state)
 
-    def loss(params: Params, guide_params, guide_state, state: RWKV7State, batch: Batch):
+    def loss(params: Params, guide_params, guide_state, state: RWKV7State, batch: BatchLike):
+        batch = Batch.of(batch, caller="distillation_loss")
         state = stop_gradient_except(state, tuple(leaves))
-        tokens, weights = jnp.asarray(batch["tokens"]), loss_weights(batch)
+        tokens, weights = jnp.asarray(batch.tokens), loss_weights(batch)
         inputs, targets, head = tokens[:, :-1], tokens[:, 1:], params["head"]["weight"]
         x = hidden_states_from(model, params, state, inputs)
         if guide is None:
@@ -208,7 +209,7 @@ def policy_loss(
         kl: weight of the divergence.
         reference: a start state (batch 1); None is zeros, the model that was not tuned.
         leaves: what is tuned, of `state_tuning.LEAVES`.
-        anchor: weight of KL(base || tuned) on `batch["anchor"]`, unlabelled tokens [B T+1].
+        anchor: weight of KL(base || tuned) on `batch.anchor`, unlabelled tokens [B T+1].
 
     Raises:
         ValueError: an unknown leaf, a negative weight or a temperature of 0.
@@ -220,15 +221,16 @@ def policy_loss(
     reference = init_state(model.config) if reference is None else reference
     check_state(reference, 1, model.config, caller=f"{caller}: `reference`")
 
-    def loss(params: Params, reference: RWKV7State, state: RWKV7State, batch: Batch):
+    def loss(params: Params, reference: RWKV7State, state: RWKV7State, batch: BatchLike):
+        batch = Batch.of(batch, "advantages", caller=caller)
         state = stop_gradient_except(state, tuple(leaves))
-        tokens, weights = jnp.asarray(batch["tokens"]), loss_weights(batch)
+        tokens, weights = jnp.asarray(batch.tokens), loss_weights(batch)
         hidden = functools.partial(hidden_states_from, model, params, tokens=tokens[:, :-1])
         x = hidden(state)
         base = jax.lax.stop_gradient(hidden(reference)) if kl else x
         likelihood = functools.partial(_likelihood, temperature=temperature, kl=bool(kl))
         logp, apart = likelihood(x, params["head"]["weight"], tokens[:, 1:], base)
-        advantages = jnp.asarray(batch["advantages"], jnp.float32)[:, None]
+        advantages = jnp.asarray(batch.advantages, jnp.float32)[:, None]
         value, nats = -jnp.sum(weights * advantages * logp), -jnp.sum(weights * logp)
         metrics = {"policy_loss": value, "loss_nats": nats}
         if kl:

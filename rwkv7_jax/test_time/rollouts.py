@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import check_count, check_function, check_prompts, typed_key
+from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.generation import sampling
 from rwkv7_jax.generation.generate import Generation, generate
 from rwkv7_jax.model.rwkv7 import RWKV7
@@ -48,14 +49,14 @@ class PolicyBatch(NamedTuple):
         budget: what the rollouts cost.
     """
 
-    batch: dict[str, np.ndarray]
+    batch: Batch
     rewards: np.ndarray
     budget: TokenBudget
 
     @property
     def uniform(self) -> bool:
         """No group tells a better completion from a worse one: there is nothing to learn."""
-        return not self.batch["advantages"].any()
+        return not self.batch.advantages.any()
 
 
 def rollouts(
@@ -192,11 +193,11 @@ def policy_batch(
     name = "policy_batch: `reward`"
     rewards = evaluate_rewards(reward, drawn.prompts, drawn.completions, name=name, group=group)
     rewards = rewards.reshape(-1, group)
-    batch = {
-        "tokens": drawn.tokens,
-        "mask": drawn.mask,
-        "advantages": advantages(rewards).reshape(-1).astype(np.float32),
-    }
+    batch = Batch(
+        tokens=drawn.tokens,
+        mask=drawn.mask,
+        advantages=advantages(rewards).reshape(-1).astype(np.float32),
+    )
     return PolicyBatch(batch=batch, rewards=rewards, budget=drawn.budget)
 
 

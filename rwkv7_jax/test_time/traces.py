@@ -18,6 +18,7 @@ import numpy as np
 
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.checks import check_count
+from rwkv7_jax.data.batch import Batch
 
 Ids = tuple[int, ...]
 
@@ -154,7 +155,7 @@ def completion_rows(
     length: int,
     weights: Sequence[float | int] | None = None,
     caller: str = "completion_rows",
-) -> dict[str, np.ndarray]:
+) -> Batch:
     """Rows of a prompt, its completion and zeros; the mask is the weight at completions' targets.
 
     Args:
@@ -181,7 +182,7 @@ def completion_rows(
             )
         tokens[row, :end] = [*prompt, *completion]
         mask[row, begin - 1 : end - 1] = 1.0 if weights is None else weights[row]
-    return {"tokens": tokens, "mask": mask}
+    return Batch(tokens=tokens, mask=mask)
 
 
 @functools.lru_cache(maxsize=4)
@@ -191,7 +192,7 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 def trace_batch(
     traces: Sequence[Trace], step: int, *, batch_size: int, length: int, seed: int = 0
-) -> dict[str, np.ndarray]:
+) -> Batch:
     """The batch of one step: tokens [B T+1] int32, mask [B T], a trace's weight at its completion.
 
     Every trace comes once before any comes again, in an order drawn from the seed and the epoch.
@@ -229,8 +230,8 @@ def trace_batch(
     )
 
 
-def gradient_tokens(batch: dict[str, np.ndarray]) -> int:
+def gradient_tokens(batch: Batch) -> int:
     """Inputs up to the last target of each row that counts: what a gradient costs."""
-    counted = np.asarray(batch["mask"]) > 0
+    counted = np.asarray(batch.mask) > 0
     last = counted.shape[1] - np.argmax(counted[:, ::-1], axis=1)
     return int(np.sum(np.where(counted.any(1), last, 0)))

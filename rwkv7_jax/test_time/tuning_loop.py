@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state
 from rwkv7_jax.test_time.traces import TokenBudget, Trace, gradient_tokens
-from rwkv7_jax.training.losses import Batch, Loss
+from rwkv7_jax.training.losses import Loss
 from rwkv7_jax.training.train_step import TrainState, make_train_step
 
 Entry = dict[str, float | int]
@@ -65,8 +66,8 @@ class TuningLoop:
         """One update; its metrics."""
         self._train, metrics = self._step(self._train, batch)
         spent = gradient_tokens(batch)
-        if "anchor" in batch:
-            spent += batch["anchor"][:, 1:].size
+        if batch.anchor is not None:
+            spent += batch.anchor[:, 1:].size
         self.budget += TokenBudget(gradient_tokens=spent)
         return {name: float(value) for name, value in jax.device_get(metrics).items()}
 

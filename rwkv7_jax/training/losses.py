@@ -1,9 +1,8 @@
 """Next-token losses that never hold all logits at once.
 
-A batch is a dict of `tokens` [B T+1] (int32: inputs and, one later, targets) and `mask` [B T] (1
-where a target counts). Losses are weighted sums over positions whose weights add up to 1 over the
-whole batch, so that micro-batches of any make-up add up to the same gradient as the batch in one
-piece.
+A batch is a `data.Batch`, or a mapping of its fields. Losses are weighted sums over positions
+whose weights add up to 1 over the whole batch, so that micro-batches of any make-up add up to the
+same gradient as the batch in one piece.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,16 +13,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from rwkv7_jax.array_types import Activations, Params, Tokens
+from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.model.layers import head_logits
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
 
-# Arrays of the host or of the device.
-Batch = Mapping[str, Any]
-
 Metrics = dict[str, Float[Array, ""]]
 
-Loss = Callable[[Any, Batch], tuple[Float[Array, ""], Metrics]]
+# Of the trainables and a batch. A user's own loss may read a mapping of its own; see
+# `make_train_step`.
+Loss = Callable[[Any, Any], tuple[Float[Array, ""], Metrics]]
 
 PerToken = Float[Array, "B T"]
 
@@ -31,7 +30,7 @@ PerToken = Float[Array, "B T"]
 CHUNK = 512
 
 
-def loss_weights(batch: Batch) -> PerToken:
+def loss_weights(batch: Mapping[str, Any]) -> PerToken:
     """Each target's share of the loss: the batch's `weights`, else its mask over the mask's sum."""
     if "weights" in batch:
         return jnp.asarray(batch["weights"])
@@ -109,7 +108,7 @@ def kl_divergence(
 
 
 def next_token_loss(
-    model: RWKV7, params: Params, state: RWKV7State, batch: Batch, *, l2wrap: float = 0.0
+    model: RWKV7, params: Params, state: RWKV7State, batch: BatchLike, *, l2wrap: float = 0.0
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The weighted cross entropy plus L2Wrap's penalty; the metrics report the cross entropy alone.
 
@@ -124,7 +123,8 @@ def next_token_loss(
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/model.py:758-771.
     """
-    tokens = jnp.asarray(batch["tokens"])
+    batch = Batch.of(batch, caller="next_token_loss")
+    tokens = jnp.asarray(batch.tokens)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     x, _ = model.apply({"params": params}, inputs, state, method="hidden")
     nats, largest = cross_entropy(x, params["head"]["weight"], targets)
@@ -135,8 +135,9 @@ def next_token_loss(
 def pretrain_loss(model: RWKV7, *, l2wrap: float = 1e-4) -> Loss:
     """The loss as a function of all weights; every row starts from the zero state."""
 
-    def loss(params: Params, batch: Batch):
-        state = init_state(model.config, batch["tokens"].shape[0])
+    def loss(params: Params, batch: BatchLike):
+        batch = Batch.of(batch, caller="pretrain_loss")
+        state = init_state(model.config, batch.tokens.shape[0])
         return next_token_loss(model, params, state, batch, l2wrap=l2wrap)
 
     return loss

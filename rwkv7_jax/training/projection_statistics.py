@@ -9,10 +9,10 @@ import optax
 from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Params
+from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.optim.decorrelation import METHODS, Decorrelator, decorrelate
-from rwkv7_jax.training.losses import Batch
 
 # For each projection of a block, the name in the model's trace of the vectors it multiplies.
 INPUTS = {
@@ -42,7 +42,7 @@ def _second_moment(x: Float[Array, "L B T I"]) -> Float[Array, "L I I"]:
     return total / (x.shape[1] * x.shape[2])
 
 
-def layer_statistics(model: RWKV7, *, rows: int = 8) -> Callable[[Params, Batch], Params]:
+def layer_statistics(model: RWKV7, *, rows: int = 8) -> Callable[[Params, BatchLike], Params]:
     """Makes the function that measures the second moments of the projections' inputs.
 
     It is called as `statistics(params, batch)` and returns a tree like the weights, with E[x x^T]
@@ -58,8 +58,9 @@ def layer_statistics(model: RWKV7, *, rows: int = 8) -> Callable[[Params, Batch]
     Source: arXiv 2405.02385.
     """
 
-    def statistics(params: Params, batch: Batch) -> Params:
-        tokens = jnp.asarray(batch["tokens"])[:rows, :-1]
+    def statistics(params: Params, batch: BatchLike) -> Params:
+        batch = Batch.of(batch, caller="layer_statistics")
+        tokens = jnp.asarray(batch.tokens)[:rows, :-1]
         start = init_state(model.config, tokens.shape[0])
         *_, trace = model.apply({"params": params}, tokens, start, method="trace")
         moments: Any = jax.tree.map(lambda _: None, params)

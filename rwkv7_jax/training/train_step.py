@@ -7,7 +7,7 @@ arguments instead of holding them as constants.
 
 import functools
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,8 +18,9 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Int
 
+from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.sharding import BATCH_AXIS, constrain_sharding, replicate, use_mesh
-from rwkv7_jax.training.losses import Batch, Loss, Metrics, loss_weights
+from rwkv7_jax.training.losses import Loss, Metrics, loss_weights
 
 
 @typing.no_type_check
@@ -47,7 +48,7 @@ class TrainState:
         return cls(step=step, params=params, opt_state=tx.init(params), skipped=skipped)
 
 
-def _gradients(loss: Loss, params, batch: Batch, accumulate: int):
+def _gradients(loss: Loss, params, batch: Mapping[str, Any], accumulate: int):
     """The batch's loss, metrics and gradient, in `accumulate` pieces one after the other."""
     grad = jax.value_and_grad(lambda params, piece: loss(params, piece), has_aux=True)
     rows = batch["tokens"].shape[0]
@@ -57,7 +58,12 @@ def _gradients(loss: Loss, params, batch: Batch, accumulate: int):
         )
     # Weights are shares of the whole batch; a piece's are blown up so that the pieces' mean is
     # exact.
-    batch = {**batch, "weights": loss_weights(batch) * accumulate}
+    weights = loss_weights(batch) * accumulate
+    # A mapping with names of its own stays a mapping: it belongs to the user's loss.
+    if isinstance(batch, Batch):
+        batch = batch.replace(weights=weights)
+    else:
+        batch = {**batch, "weights": weights}
     if accumulate == 1:
         return grad(params, batch)
     pieces = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
@@ -76,15 +82,19 @@ def make_train_step(
     loss: Loss,
     tx: optax.GradientTransformation,
     *,
-    statistics: Callable[[Any, Batch], Any] | None = None,
+    statistics: Callable[[Any, Any], Any] | None = None,
     accumulate: int = 1,
     mesh: Mesh | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Metrics]]:
     """`step(train, batch) -> (train, metrics)`, compiled; the old `train` must not be used again.
 
     An update whose loss or gradient is not finite is left out: parameters and moments stay as they
     are, bit for bit, `skipped` counts it and the metric `updated` is 0 in place of 1. Metrics stay
     on the device.
+
+    A batch is a `data.Batch` or a mapping. A mapping may hold arrays of its own for the caller's
+    own loss, which gets a mapping with `weights` added; it must hold `tokens`, and `mask` or
+    `weights`. The losses of this package take a mapping of `Batch`'s fields alone.
 
     Args:
         loss: `(params, batch) -> (loss, metrics)`; arrays inside a `Partial` are passed as
@@ -101,7 +111,7 @@ def make_train_step(
         statistics = Partial(statistics)
     tx = optax.with_extra_args_support(tx)
 
-    def update(loss: Partial, statistics: Partial | None, train: TrainState, batch: Batch):
+    def update(loss: Partial, statistics: Partial | None, train: TrainState, batch: Any):
         (value, metrics), grads = _gradients(loss, train.params, batch, accumulate)
         extra = {} if statistics is None else {"stats": statistics(train.params, batch)}
         updates, opt_state = tx.update(grads, train.opt_state, train.params, **extra)
@@ -123,7 +133,7 @@ def make_train_step(
         return new, metrics | {"loss": value, "grad_norm": norm, "updated": updated}
 
     @functools.partial(jax.jit, donate_argnums=2)
-    def step(loss: Partial, statistics: Partial | None, train: TrainState, batch: Batch):
+    def step(loss: Partial, statistics: Partial | None, train: TrainState, batch: Any):
         with use_mesh(mesh):
             return constrain_sharding(update(loss, statistics, train, batch))
 
@@ -131,7 +141,7 @@ def make_train_step(
     return functools.partial(step, loss, statistics)
 
 
-def make_eval_step(loss: Loss) -> Callable[[Any, Batch], Metrics]:
+def make_eval_step(loss: Loss) -> Callable[[Any, Any], Metrics]:
     """`evaluate(params, batch) -> metrics`, compiled, without gradients."""
     loss = loss if isinstance(loss, Partial) else Partial(loss)
     run = jax.jit(lambda loss, params, batch: loss(params, batch)[1])

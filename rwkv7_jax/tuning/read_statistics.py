@@ -9,12 +9,13 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Params
+from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.model.kernel_features import kernel_features
 from rwkv7_jax.model.recurrence import Parts, _features_inputs, _paper_inputs, _wkv7
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, Upscaled, repeat
 from rwkv7_jax.optim.decorrelation import METHODS, Decorrelator, decorrelate
-from rwkv7_jax.training.losses import Batch, loss_weights
+from rwkv7_jax.training.losses import loss_weights
 from rwkv7_jax.tuning.state_tuning import check_leaves, trainable_mask
 
 
@@ -78,8 +79,9 @@ def state_statistics(
     check_leaves(leaves, caller="state_statistics")
     implementation = model.config.implementation
 
-    def statistics(params: Params, state: RWKV7State, batch: Batch) -> RWKV7State:
-        tokens = jnp.asarray(batch["tokens"])[:rows, :-1]
+    def statistics(params: Params, state: RWKV7State, batch: BatchLike) -> RWKV7State:
+        batch = Batch.of(batch, caller="state_statistics")
+        tokens = jnp.asarray(batch.tokens)[:rows, :-1]
         weights = loss_weights(batch)[:rows]
         start = repeat(state, tokens.shape[0])
         *_, trace = model.apply({"params": params}, tokens, start, method="trace")

@@ -6,9 +6,10 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Activations, Params, Tokens
+from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state, repeat
-from rwkv7_jax.training.losses import Batch, Loss, Metrics, kl_divergence, next_token_loss
+from rwkv7_jax.training.losses import Loss, Metrics, kl_divergence, next_token_loss
 
 LEAVES = ("wkv", "att_shift", "ffn_shift", "memory")
 
@@ -87,7 +88,8 @@ def add_anchor_and_metrics(
             being the upscaled memory's where there is one.
     """
     if anchor:
-        tokens = jnp.asarray(batch["anchor"])[:, :-1]
+        batch = Batch.of(batch, "anchor", caller="loss")
+        tokens = jnp.asarray(batch.anchor)[:, :-1]
         base = hidden_states_from(model, params, init_state(model.config), tokens)
         tuned = hidden_states_from(model, params, state, tokens)
         apart = kl_divergence(tuned, jax.lax.stop_gradient(base), params["head"]["weight"])
@@ -117,7 +119,7 @@ def state_loss(
         model: the shell around `params`.
         params: all weights.
         leaves: what is tuned, of `LEAVES`.
-        anchor: weight of KL(base || tuned) on `batch["anchor"]`, unlabelled tokens [B T+1] on which
+        anchor: weight of KL(base || tuned) on `batch.anchor`, unlabelled tokens [B T+1] on which
             the tuned model shall stay what it was.
         l2wrap: as in `next_token_loss`.
 
@@ -126,9 +128,10 @@ def state_loss(
     """
     check_leaves(leaves, caller="state_loss")
 
-    def loss(params: Params, state: RWKV7State, batch: Batch):
+    def loss(params: Params, state: RWKV7State, batch: BatchLike):
+        batch = Batch.of(batch, caller="state_loss")
         state = stop_gradient_except(state, tuple(leaves))
-        start = repeat(state, batch["tokens"].shape[0])
+        start = repeat(state, batch.tokens.shape[0])
         value, metrics = next_token_loss(model, params, start, batch, l2wrap=l2wrap)
         return add_anchor_and_metrics(
             model, params, state, batch, anchor=anchor, value=value, metrics=metrics

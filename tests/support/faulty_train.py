@@ -28,7 +28,7 @@ def poisoned(make):
 
         def prepared(batch, step):
             bad = step in steps or not steps
-            return {**batch, "mask": batch["mask"] * math.nan} if bad else batch
+            return batch.replace(mask=batch.mask * math.nan) if bad else batch
 
         return dataclasses.replace(job, prepared=prepared)
 

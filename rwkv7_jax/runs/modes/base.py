@@ -15,13 +15,14 @@ from optax import GradientTransformation
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash
 from rwkv7_jax.checkpoints.state_files import save_state
+from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.training.costs import flops_per_token, training_memory
-from rwkv7_jax.training.losses import Batch, Loss
+from rwkv7_jax.training.losses import Loss
 from rwkv7_jax.tuning.state_arithmetic import scaled
 from rwkv7_jax.tuning.upscaling import fold_feature_map
 

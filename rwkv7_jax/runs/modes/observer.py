@@ -10,6 +10,7 @@ import numpy as np
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import model_hash
+from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.observer.evaluation import evaluate_handover
@@ -76,22 +77,22 @@ def _sizes(settings: Settings, teacher: RWKV7Config) -> RWKV7Config:
         raise ValueError(f"`config.observer.model` has an unknown size: {error}.") from None
 
 
-def _split(settings: Settings, batch: dict, step: int) -> dict:
+def _split(settings: Settings, batch: Batch, step: int) -> Batch:
     """The batch with the places at which its prompts end."""
     choices = settings.observer
-    most = choices.most or batch["tokens"].shape[1] - 2
+    most = choices.most or batch.tokens.shape[1] - 2
     return add_prompt_splits(batch, settings.seed, step, least=choices.least, most=most)
 
 
 def _watch(
-    settings: Settings, observer: Observer, teacher, weights: Params, held_out: dict
+    settings: Settings, observer: Observer, teacher, weights: Params, held_out: Batch
 ) -> Callable[[Any], dict[str, float]]:
     """What the teacher makes of the tails behind held-out prompts, by where it starts from."""
     batch = _split(settings, held_out, 0)
-    prompts = np.asarray(batch["tokens"])[:, :-1]
+    prompts = np.asarray(batch.tokens)[:, :-1]
 
     def look(params: Params) -> dict[str, float]:
-        proposal = propose(observer, params, prompts, batch["split"])
+        proposal = propose(observer, params, prompts, batch.split)
         found = evaluate_handover(teacher, weights, proposal, batch)
         return {
             f"{label}_{field}": getattr(found[name], field)

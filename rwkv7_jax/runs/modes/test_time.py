@@ -10,6 +10,7 @@ import numpy as np
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import load_model
+from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.readers import documents
 from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.model.rwkv7 import RWKV7
@@ -24,7 +25,7 @@ from rwkv7_jax.test_time.rollouts import held_out_reward, policy_batch, rollouts
 from rwkv7_jax.test_time.teacher import collect_traces
 from rwkv7_jax.test_time.traces import Trace, completion_rows, trace_batch
 from rwkv7_jax.text.tokenizer import Tokenizer
-from rwkv7_jax.training.losses import Batch, Loss
+from rwkv7_jax.training.losses import Loss
 
 
 def test_time_job(settings: Settings, folder: Path) -> Job:

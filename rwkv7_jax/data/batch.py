@@ -1,0 +1,112 @@
+"""The batch that every loss, metric and evaluation reads."""
+
+import difflib
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import struct
+from jaxtyping import Float, Int
+
+# A batch is NumPy's on the host and JAX's on the device and under `jit`.
+ArrayOfEither = np.ndarray | jax.Array
+
+
+# As in `model/state.py`: shaped fields would be checked whenever JAX rebuilds the tree with other
+# leaves (under `vmap`, `scan`, `eval_shape`), so here they are documentation.
+@typing.no_type_check
+@struct.dataclass
+class Batch(Mapping[str, Any]):
+    """Rows of tokens, and how much each target counts.
+
+    A pytree whose absent fields are None. The fields can also be read by name (`batch["tokens"]`,
+    `"anchor" in batch`, `batch.keys()`), and `batch | {"mask": mask}` is a copy with other fields.
+
+    Attributes:
+        tokens: ids; row by row the T inputs and, one later, their T targets.
+        mask: 1 where a target counts in the loss, 0 where it does not; other weights are allowed.
+            None where every reader of the batch only needs tokens or has `weights`.
+        weights: each target's share of the loss, used in place of the mask over its sum. Gradient
+            accumulation sets it, because a piece of a batch cannot know the sum of the whole mask.
+        anchor: ids of general text on which a tuned state must stay close to the base model. Its
+            rows may be fewer, and longer or shorter.
+        split: tokens of each row's prompt; only what follows it is an answer (observers).
+        advantages: of each row's completion over those of the same prompt (GRPO).
+    """
+
+    tokens: Int[ArrayOfEither, "B T1"]
+    mask: Float[ArrayOfEither, "B T"] | None = None
+    weights: Float[ArrayOfEither, "B T"] | None = None
+    anchor: Int[ArrayOfEither, "B A1"] | None = None
+    split: Int[ArrayOfEither, " B"] | None = None
+    advantages: Float[ArrayOfEither, " B"] | None = None
+
+    if typing.TYPE_CHECKING:  # `struct.dataclass` adds it where type checkers cannot see it.
+
+        def replace(self, **changes: Any) -> "Batch": ...
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any], *needed: str, caller: str = "Batch.of") -> "Batch":
+        """Converts a mapping at a public door; a `Batch` is returned as it is.
+
+        Args:
+            batch: a `Batch`, or a mapping of its fields' names to arrays.
+            *needed: names of further fields, besides `tokens`, that the caller reads.
+            caller: the public function's name, for messages.
+
+        Raises:
+            TypeError: no mapping.
+            ValueError: a name that is no field, or a missing field.
+        """
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"{caller}: `batch` must be a Batch or a mapping; got {type(batch).__name__}."
+            )
+        for name in ("tokens", *needed):
+            if name not in batch:
+                raise ValueError(
+                    f"{caller}: `batch` must hold {name!r}; it has {', '.join(batch)}."
+                )
+        if isinstance(batch, Batch):
+            return batch
+        for name in batch:
+            if name not in _FIELDS:
+                nearest = difflib.get_close_matches(str(name), _FIELDS, n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"{caller}: `batch` must hold no field {name!r}; the nearest is {nearest!r}, "
+                    f"and all are {', '.join(_FIELDS)}."
+                )
+        return cls(**batch)
+
+    def __getitem__(self, name: str) -> Any:
+        """Returns a field that is there, by its name."""
+        value = getattr(self, name) if name in _FIELDS else None
+        if value is None:
+            raise KeyError(name)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterates over the names of the fields that are there."""
+        return (name for name in _FIELDS if getattr(self, name) is not None)
+
+    def __len__(self) -> int:
+        """Counts the fields that are there, as a dict does; the rows are `tokens.shape[0]`."""
+        return sum(1 for _ in self)
+
+    def __or__(self, fields: Mapping[str, Any]) -> "Batch":
+        """Returns a copy in which `fields` replace those of the same name."""
+        if not isinstance(fields, Mapping):
+            return NotImplemented
+        return Batch.of({**self, **fields})
+
+    def select_rows(self, rows: slice) -> "Batch":
+        """Returns a part of the rows, of every field."""
+        return jax.tree.map(lambda array: array[rows], self)
+
+
+# What public functions accept: a batch, or a mapping of its fields that `Batch.of` converts.
+BatchLike = Batch | Mapping[str, Any]
+
+_FIELDS = tuple(Batch.__dataclass_fields__)

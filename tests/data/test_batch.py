@@ -1,0 +1,84 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rwkv7_jax.data.batch import Batch
+
+TOKENS = np.arange(12, dtype=np.int32).reshape(3, 4)
+MASK = np.ones((3, 3), np.float32)
+BATCH = Batch(tokens=TOKENS, mask=MASK)
+
+
+def test_fields_are_read_by_name_as_from_a_dict():
+    assert BATCH["tokens"] is TOKENS
+    assert list(BATCH) == list(BATCH.keys()) == ["tokens", "mask"]
+    assert dict(BATCH).keys() == {"tokens", "mask"}
+    assert "mask" in BATCH
+
+
+def test_an_absent_field_is_no_key():
+    assert BATCH.anchor is None
+    assert "anchor" not in BATCH
+    assert BATCH.get("anchor") is None
+    with pytest.raises(KeyError, match="anchor"):
+        BATCH["anchor"]
+
+
+def test_a_mapping_becomes_a_batch_and_a_batch_stays_itself():
+    converted = Batch.of({"tokens": TOKENS, "mask": MASK})
+    assert converted.tokens is TOKENS
+    assert converted.mask is MASK
+    assert Batch.of(BATCH) is BATCH
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_field():
+    with pytest.raises(ValueError, match=r"score: `batch` .* field 'maks'; the nearest is 'mask'"):
+        Batch.of({"tokens": TOKENS, "maks": MASK}, caller="score")
+
+
+@pytest.mark.parametrize("batch", [{"mask": MASK}, {}], ids=["mask alone", "empty"])
+def test_tokens_must_be_there(batch):
+    with pytest.raises(ValueError, match=r"Batch.of: `batch` must hold 'tokens'"):
+        Batch.of(batch)
+
+
+def test_a_field_that_the_caller_needs_must_be_there():
+    with pytest.raises(ValueError, match=r"score: `batch` must hold 'mask'; it has tokens\."):
+        Batch.of(Batch(tokens=TOKENS), "mask", caller="score")
+
+
+def test_something_else_than_a_mapping_is_refused():
+    with pytest.raises(TypeError, match=r"`batch` must be a Batch or a mapping; got ndarray"):
+        Batch.of(TOKENS)
+
+
+def test_fields_are_replaced_in_a_copy():
+    changed = BATCH | {"mask": 2 * MASK}
+    assert changed.tokens is TOKENS
+    assert changed.mask.max() == 2
+    assert BATCH.mask.max() == 1
+    with pytest.raises(ValueError, match="nearest is 'anchor'"):
+        BATCH | {"anchr": TOKENS}
+    with pytest.raises(AttributeError, match=r"frozen|assign"):
+        BATCH.mask = MASK
+
+
+def test_a_batch_goes_through_jit_vmap_and_eval_shape():
+    @jax.jit
+    def doubled(batch):
+        return batch.replace(mask=2 * batch.mask)
+
+    out = doubled(BATCH)
+    assert isinstance(out, Batch)
+    assert out.anchor is None
+    np.testing.assert_array_equal(out.mask, 2 * MASK)
+    sums = jax.vmap(lambda row: jnp.sum(row.tokens))(BATCH)
+    np.testing.assert_array_equal(sums, TOKENS.sum(1))
+    assert jax.eval_shape(doubled, BATCH).tokens.shape == (3, 4)
+
+
+def test_rows_are_selected_from_every_field():
+    part = BATCH.select_rows(slice(1, 3))
+    np.testing.assert_array_equal(part.tokens, TOKENS[1:3])
+    assert part.mask.shape == (2, 3)
