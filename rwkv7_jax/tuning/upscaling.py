@@ -1,8 +1,9 @@
-"""Kernel features fitted to the vectors that a model reads with."""
+"""Upscaled start states: kernel features fitted to the vectors that a model reads with."""
 
 import functools
 import math
 import warnings
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +11,30 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Params, Tokens
-from rwkv7_jax.checks import check_tokens
+from rwkv7_jax.checks import check_tokens, prefix_errors
 from rwkv7_jax.model.kernel_features import kernel_features, unit_vectors
 from rwkv7_jax.model.recurrence import Parts, _paper_inputs
 from rwkv7_jax.model.rwkv7 import RECURRENCE, RWKV7
 from rwkv7_jax.model.state import DYNAMICS, KINDS, Features, RWKV7State, Upscaled, init_state
 from rwkv7_jax.optim.whitening import whitening
 
+LANDMARKS = ("random", "kmeans")
+
+PREPARATIONS = ("none", "centre", "whiten")
+
+# Rows of calibration text that the model reads at once.
+_ROWS = 8
+
+# Distinct read vectors of a head among which landmarks are placed.
+_MAX_POINTS = 4096
+
+# Points and landmarks between which distances are measured for the median.
+_DISTANCE_POINTS = 512
+_DISTANCE_LANDMARKS = 64
+
 
 def stability_ratio(upscaled: Upscaled, parts: Parts) -> Float[Array, ""]:
-    """How far the removal of "replace" exceeds what one step may remove: above 1 it can diverge.
+    """Measures the removal under "replace" in units of the stable limit; above 1 it can diverge.
 
     One step's matrix diag(phi(w)) - phi(k) (phi(a) phi(k))^T has its eigenvalues inside the unit
     circle if sum_m phi_m(a) phi_m(k)^2 <= 1 + min_m phi_m(w).
@@ -30,13 +45,18 @@ def stability_ratio(upscaled: Upscaled, parts: Parts) -> Float[Array, ""]:
 
 
 def empty_memory(features: Features, *, dynamics: str = "static", seed: int = 0) -> Upscaled:
-    """A memory of zeros, batch 1, read through `features` [L 1 H M N]."""
+    """Makes a memory of zeros, batch 1, that is read through `features` [L 1 H M N]."""
     layers, _, heads, width, size = features.landmarks.shape
-    lead, literal = (layers, 1, heads), dynamics.startswith("replace")
-    key = jax.random.key(seed)
-    readout = jax.random.normal(key, (*lead, size, width)) / math.sqrt(width) if literal else None
+    lead = (layers, 1, heads)
+    readout = None
+    rows = size
+    if _replaces_wkv(dynamics):
+        # In the paper's form the values are features as well, and a fixed random map reads them.
+        rows = width
+        noise = jax.random.normal(jax.random.key(seed), (*lead, size, width))
+        readout = noise / math.sqrt(width)
     return Upscaled(
-        memory=jnp.zeros((*lead, width if literal else size, width)),
+        memory=jnp.zeros((*lead, rows, width)),
         write=jnp.zeros(lead),
         features=features,
         readout=readout,
@@ -45,7 +65,7 @@ def empty_memory(features: Features, *, dynamics: str = "static", seed: int = 0)
 
 
 def fold_feature_map(upscaled: Upscaled) -> Upscaled:
-    """The same reads without the map: it is multiplied into the memory.
+    """Multiplies the feature map into the memory, so that reads are the same without it.
 
     Raises:
         ValueError: a memory that changes in context, where keys need the map themselves.
@@ -61,16 +81,57 @@ def fold_feature_map(upscaled: Upscaled) -> Upscaled:
     return upscaled.replace(memory=memory, features=upscaled.features.replace(map=None))
 
 
-LANDMARKS = ("random", "kmeans")
+def _replaces_wkv(dynamics: str) -> bool:
+    """Tells whether the memory takes the WKV state's place, as in the paper."""
+    return dynamics.startswith("replace")
 
-PREPARATIONS = ("none", "centre", "whiten")
 
-# Distinct read vectors of a head that are looked at, and distances that are measured.
-_MOST, _PAIRS = 4096, 512
+class FeatureSettings(NamedTuple):
+    """How features are made, without anything left open.
+
+    Attributes:
+        kind: of `KINDS`.
+        prepare: of `PREPARATIONS`.
+        widths: factors on 1 / the median squared distance.
+    """
+
+    kind: str
+    prepare: str
+    widths: tuple[float, ...]
+
+
+def resolve_features(
+    dynamics: str,
+    *,
+    kind: str | None = None,
+    prepare: str | None = None,
+    widths: tuple[float, ...] | None = None,
+    whiten: bool = True,
+) -> FeatureSettings:
+    """Fills in the settings of features that are left open; nothing else knows these defaults.
+
+    A setting is left open by None, or by "" or () in config files.
+
+    Args:
+        dynamics: of the memory, of `DYNAMICS`.
+        kind: by default "gaussian", or "gaussian_raw" under "replace".
+        prepare: by default "whiten", or "none" under "replace" and where `whiten` is off.
+        widths: by default 1, 4 and 16; 1 alone where `prepare` is "none".
+        whiten: whether features are whitened if `prepare` does not say otherwise.
+    """
+    replaces = _replaces_wkv(dynamics)
+    if not kind:
+        kind = "gaussian_raw" if replaces else "gaussian"
+    if not prepare:
+        prepare = "whiten" if whiten and not replaces else "none"
+    if not widths:
+        # Features of very different widths only work together once they are centred and scaled.
+        widths = (1.0,) if prepare == "none" else (1.0, 4.0, 16.0)
+    return FeatureSettings(kind, prepare, tuple(widths))
 
 
 def _kmeans(points: np.ndarray, centres: np.ndarray, rounds: int = 8) -> np.ndarray:
-    """Lloyd's algorithm; a centre that nobody is nearest to stays where it was."""
+    """Moves the centres by Lloyd's algorithm; one nearest to no point stays in its place."""
     for _ in range(rounds):
         distances = np.sum(centres**2, 1) - 2 * points @ centres.T
         nearest = distances.argmin(1)
@@ -81,10 +142,12 @@ def _kmeans(points: np.ndarray, centres: np.ndarray, rounds: int = 8) -> np.ndar
     return centres
 
 
-def _place(points: np.ndarray, count: int, rng: np.random.Generator, method: str) -> np.ndarray:
-    """`count` landmarks among the distinct `points`; some noise on those that are used twice."""
+def _place_landmarks(
+    points: np.ndarray, count: int, rng: np.random.Generator, method: str
+) -> np.ndarray:
+    """Places `count` landmarks among the distinct points, with noise on points used twice."""
     points = np.unique(np.round(points, 4), axis=0)
-    points = points[rng.permutation(len(points))[:_MOST]]
+    points = points[rng.permutation(len(points))[:_MAX_POINTS]]
     centres = points[rng.permutation(len(points))[:count]]
     if len(centres) < count:
         more = points[rng.integers(0, len(points), count - len(centres))]
@@ -92,116 +155,148 @@ def _place(points: np.ndarray, count: int, rng: np.random.Generator, method: str
     return _kmeans(points, centres) if method == "kmeans" else centres
 
 
-def _median_width(points: np.ndarray, centres: np.ndarray, rng: np.random.Generator) -> float:
-    """1 / the median squared distance between points and centres."""
-    one = points[rng.integers(0, len(points), _PAIRS)]
-    two = centres[rng.integers(0, len(centres), 64)]
-    return 1.0 / max(float(np.median(np.sum((one[:, None] - two) ** 2, -1))), 1e-6)
+def _inverse_median_distance(
+    points: np.ndarray, centres: np.ndarray, rng: np.random.Generator
+) -> float:
+    """Computes 1 / the median squared distance between points and centres."""
+    some_points = points[rng.integers(0, len(points), _DISTANCE_POINTS)]
+    some_centres = centres[rng.integers(0, len(centres), _DISTANCE_LANDMARKS)]
+    squares = np.sum((some_points[:, None] - some_centres) ** 2, -1)
+    return 1.0 / max(float(np.median(squares)), 1e-6)
 
 
-def _head_map(points, size, rng, *, kind, landmarks, widths):
-    """Landmarks and widths of one head (or frequencies and phases)."""
-    centres = _place(points, size, rng, landmarks)
-    gamma = _median_width(points, centres, rng)
+def _fit_head(points, size, rng, *, kind, landmarks, widths):
+    """Fits the landmarks and widths of one head (or frequencies and phases)."""
+    centres = _place_landmarks(points, size, rng, landmarks)
+    gamma = _inverse_median_distance(points, centres, rng)
     gammas = gamma * np.asarray(widths)[np.arange(size) % len(widths)]
     if kind != "fourier":
         return centres, gammas
+    # The Fourier transform of exp(-gamma d^2) is a Gaussian of variance 2 gamma.
     frequencies = rng.normal(size=centres.shape) * np.sqrt(2 * gammas)[:, None]
     return frequencies, rng.uniform(0, 2 * np.pi, size)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"calibrate: `{name}` must be one of {', '.join(choices)}; got {value!r}.")
 
 
 def calibrate(
     reads: Float[Array | np.ndarray, "L R H N"],
     *,
     size: int,
-    kind: str = "gaussian",
+    kind: str | None = None,
     landmarks: str = "random",
-    widths: tuple[float, ...] = (1.0, 4.0, 16.0),
-    prepare: str = "whiten",
+    widths: tuple[float, ...] | None = None,
+    prepare: str | None = None,
     damping: float = 1e-3,
     seed: int = 0,
 ) -> Features:
-    """Features fitted to the read vectors r of calibration text.
+    """Fits features to the read vectors r of calibration text.
 
     Args:
         reads: R vectors of each layer and head, finite.
         size: features of a head (M).
-        kind: of `KINDS`.
+        kind: of `KINDS`; None takes "gaussian".
         landmarks: "random" takes read vectors, "kmeans" their centres.
-        widths: factors on 1 / the median squared distance, dealt out in turn.
-        prepare: "none", "centre" (and scaled to a mean variance of 1) or "whiten" (to the unit
-            matrix as covariance).
+        widths: factors on 1 / the median squared distance, given to the features in turn; None
+            takes the default of `resolve_features`.
+        prepare: "none", "centre" (and scale to a mean variance of 1) or "whiten" (to the unit
+            matrix as covariance); None takes "whiten".
         damping: added to the covariance, as a share of its mean eigenvalue.
-        seed: of the choice.
+        seed: of the random choices.
 
     Raises:
         ValueError: an unknown choice, or a size below 1.
     """
-    for name, value, known in (
-        ("kind", kind, KINDS),
-        ("landmarks", landmarks, LANDMARKS),
-        ("prepare", prepare, PREPARATIONS),
-    ):
-        if value not in known:
-            raise ValueError(
-                f"calibrate: `{name}` must be one of {', '.join(known)}; got {value!r}."
-            )
-    if size < 1 or not widths or min(widths) <= 0:
+    kind, prepare, widths = resolve_features("static", kind=kind, prepare=prepare, widths=widths)
+    _check_choice("kind", kind, KINDS)
+    _check_choice("landmarks", landmarks, LANDMARKS)
+    _check_choice("prepare", prepare, PREPARATIONS)
+    if size < 1 or min(widths) <= 0:
         raise ValueError(
             f"calibrate: `size` must be at least 1 and `widths` positive; got {size}, {widths}."
         )
-    reads, rng = np.asarray(reads, np.float32), np.random.default_rng(seed)
+    reads = np.asarray(reads, np.float32)
+    rng = np.random.default_rng(seed)
     seen = reads if kind == "gaussian_raw" else np.asarray(unit_vectors(jnp.asarray(reads)))
-    choices = {"kind": kind, "landmarks": landmarks, "widths": widths}
-    pairs = [_head_map(x, size, rng, **choices) for layer in seen for x in layer.swapaxes(0, 1)]
+    points = []
+    gammas = []
+    for layer in seen:
+        for head in layer.swapaxes(0, 1):
+            one, two = _fit_head(
+                head,
+                size,
+                rng,
+                kind=kind,
+                landmarks=landmarks,
+                widths=widths,
+            )
+            points.append(one)
+            gammas.append(two)
     lead = (reads.shape[0], 1, reads.shape[2])
-    points, gammas = (
-        jnp.asarray(np.stack(part).reshape(*lead, *part[0].shape), jnp.float32)
-        for part in zip(*pairs, strict=True)
+    size_of_read = reads.shape[3]
+    features = Features(
+        landmarks=jnp.asarray(np.stack(points).reshape(*lead, size, size_of_read), jnp.float32),
+        widths=jnp.asarray(np.stack(gammas).reshape(*lead, size), jnp.float32),
+        mean=jnp.zeros((*lead, size)),
+        map=None,
+        kind=kind,
     )
-    plain = Features(
-        landmarks=points, widths=gammas, mean=jnp.zeros(gammas.shape), map=None, kind=kind
-    )
-    return plain if prepare == "none" else _prepared(plain, reads, prepare, damping)
+    return features if prepare == "none" else _prepare(features, reads, prepare, damping)
 
 
-def _prepared(features: Features, reads: np.ndarray, prepare: str, damping: float) -> Features:
-    """`features` centred on `reads`, and whitened there if that is asked for."""
+def _prepare(features: Features, reads: np.ndarray, prepare: str, damping: float) -> Features:
+    """Centres the features on `reads`, and whitens them if asked."""
 
     @jax.jit
-    def moments(one: Features, x):
-        phi = kernel_features(one, x[None])[0]
+    def moments(layer: Features, x):
+        phi = kernel_features(layer, x[None])[0]
         mean = jnp.mean(phi, axis=0, keepdims=True)
         centred = phi - mean
         products = jnp.einsum("rhm,rhn->hmn", centred, centred, precision="highest")
         return mean, products[None] / len(x)
 
-    layers = [
-        moments(jax.tree.map(lambda leaf, i=i: leaf[i], features), x) for i, x in enumerate(reads)
-    ]
-    mean, products = map(jnp.stack, zip(*layers, strict=True))
-    scale = jnp.trace(products, axis1=-2, axis2=-1)[..., None, None] / mean.shape[-1]
+    means = []
+    covariances = []
+    # One layer at a time: the features of all reads of all layers may not fit.
+    for index, x in enumerate(reads):
+        layer = jax.tree.map(lambda leaf, index=index: leaf[index], features)
+        mean, covariance = moments(layer, x)
+        means.append(mean)
+        covariances.append(covariance)
+    mean = jnp.stack(means)
+    covariance = jnp.stack(covariances)
+    scale = jnp.trace(covariance, axis1=-2, axis2=-1)[..., None, None] / mean.shape[-1]
     scale = jnp.maximum(scale, 1e-20)
-    unit = jnp.broadcast_to(jnp.eye(mean.shape[-1]), products.shape)
-    turn = whitening(products, damping) if prepare == "whiten" else unit
+    if prepare == "whiten":
+        turn = whitening(covariance, damping)
+    else:
+        turn = jnp.broadcast_to(jnp.eye(mean.shape[-1]), covariance.shape)
     return features.replace(mean=mean, map=turn / jnp.sqrt(scale))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _parts(model: RWKV7, params: Params, tokens: Array) -> dict[str, Array]:
+def _recurrence_inputs(model: RWKV7, params: Params, tokens: Array) -> dict[str, Array]:
+    """Traces the inputs of every layer's recurrence."""
     start = init_state(model.config, tokens.shape[0])
     *_, trace = model.apply({"params": params}, tokens, start, method="trace")
     return {name: trace[name] for name in RECURRENCE}
 
 
-def _reads(model: RWKV7, params: Params, tokens: np.ndarray, keys: bool) -> np.ndarray:
-    """The read vectors [L R H N] of some text, and its removal keys where those are read too."""
+def _read_vectors(
+    model: RWKV7, params: Params, tokens: np.ndarray, *, with_keys: bool
+) -> np.ndarray:
+    """Collects the read vectors [L R H N] of some text, and on request its removal keys too."""
     pieces = []
-    for first in range(0, len(tokens), 8):
-        parts = _parts(model, params, tokens[first : first + 8])
-        pieces += [np.asarray(parts["r"], np.float32)]
-        pieces += [-np.asarray(parts["a"], np.float32)] if keys else []
-    return np.concatenate([p.reshape(len(p), -1, *p.shape[3:]) for p in pieces], axis=1)
+    for first in range(0, len(tokens), _ROWS):
+        parts = _recurrence_inputs(model, params, tokens[first : first + _ROWS])
+        pieces.append(np.asarray(parts["r"], np.float32))
+        if with_keys:
+            pieces.append(-np.asarray(parts["a"], np.float32))
+    flat = [piece.reshape(len(piece), -1, *piece.shape[3:]) for piece in pieces]
+    return np.concatenate(flat, axis=1)
 
 
 def upscale(
@@ -211,16 +306,16 @@ def upscale(
     *,
     size: int = 0,
     dynamics: str = "static",
-    kind: str = "",
+    kind: str | None = None,
     landmarks: str = "random",
-    widths: tuple[float, ...] = (1.0, 4.0, 16.0),
-    prepare: str = "",
+    widths: tuple[float, ...] | None = None,
+    prepare: str | None = None,
     seed: int = 0,
 ) -> RWKV7State:
-    """A start state, batch 1, with an empty memory read through features fitted to some text.
+    """Makes a start state, batch 1, with an empty memory read through features fitted to some text.
 
-    With empty memory the model is what it was, bit for bit, unless dynamics "replace" throw its own
-    state away (the paper's form, kept for comparison).
+    An empty memory leaves the model's outputs as they were, bit for bit, unless dynamics "replace"
+    discard its own state (the paper's form, kept for comparison).
 
     Args:
         model: the shell around `params`.
@@ -229,10 +324,11 @@ def upscale(
         size: features of a head (M); 0 takes four times the head size.
         dynamics: of `state.DYNAMICS`. "static" never fades and is shared by all sequences; "decay"
             fades with the mean decay; "delta" is erased where the context writes.
-        kind: of `state.KINDS`; "" takes "gaussian", or "gaussian_raw" under "replace".
+        kind: of `state.KINDS`; None takes "gaussian", or "gaussian_raw" under "replace".
         landmarks: "random" or "kmeans".
-        widths: factors on 1 / the median squared distance, dealt out to the landmarks in turn.
-        prepare: "none", "centre" or "whiten"; "" takes "whiten", or "none" under "replace".
+        widths: factors on 1 / the median squared distance, given to the landmarks in turn; None
+            takes 1, 4 and 16, or 1 alone where `prepare` is "none".
+        prepare: "none", "centre" or "whiten"; None takes "whiten", or "none" under "replace".
         seed: of the landmarks.
 
     Raises:
@@ -242,29 +338,33 @@ def upscale(
         raise ValueError(
             f"upscale: `dynamics` must be one of {', '.join(DYNAMICS)}; got {dynamics!r}."
         )
-    config, literal = model.config, dynamics.startswith("replace")
     tokens = np.asarray(tokens)
-    check_tokens(tokens, config.vocab_size, caller="upscale")
+    with prefix_errors("upscale"):
+        check_tokens(tokens, model.config.vocab_size)
+    settings = resolve_features(dynamics, kind=kind, prepare=prepare, widths=widths)
     features = calibrate(
-        _reads(model, params, tokens, keys=dynamics == "delta"),
-        size=size or 4 * config.head_size,
-        kind=kind or ("gaussian_raw" if literal else "gaussian"),
+        # Under "delta" the memory is also addressed by removal keys.
+        _read_vectors(model, params, tokens, with_keys=dynamics == "delta"),
+        size=size or 4 * model.config.head_size,
+        kind=settings.kind,
         landmarks=landmarks,
-        widths=widths,
-        prepare=prepare or ("none" if literal else "whiten"),
+        widths=settings.widths,
+        prepare=settings.prepare,
         seed=seed,
     )
     upscaled = empty_memory(features, dynamics=dynamics, seed=seed)
-    if literal:
-        _warn_of_growth(upscaled, _parts(model, params, tokens[:8]))
-    return init_state(config).replace(upscaled=upscaled)
+    if _replaces_wkv(dynamics):
+        _warn_of_growth(upscaled, _recurrence_inputs(model, params, tokens[:_ROWS]))
+    return init_state(model.config).replace(upscaled=upscaled)
 
 
 def _warn_of_growth(upscaled: Upscaled, parts: dict[str, Array]) -> None:
-    excess = float(jnp.max(jax.lax.map(lambda layer: stability_ratio(*layer), (upscaled, parts))))
+    """Warns if one step can make the state grow."""
+    ratios = jax.lax.map(lambda layer: stability_ratio(*layer), (upscaled, parts))
+    excess = float(jnp.max(ratios))
     if excess > 1:
         warnings.warn(
-            f"upscale: `dynamics` {upscaled.dynamics} removes up to {excess:.3g} times what keeps "
-            "one step from growing the state; it may diverge.",
+            f"upscale: `dynamics` {upscaled.dynamics} removes up to {excess:.3g} times what a "
+            "step may remove without making the state grow; it may diverge.",
             stacklevel=3,
         )

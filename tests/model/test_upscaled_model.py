@@ -93,7 +93,7 @@ def test_a_full_memory_changes_the_logits(run, states, dynamics):
 
 
 def test_upscaling_in_the_papers_form_warns_that_it_may_diverge(model, params):
-    with pytest.warns(UserWarning, match=r"removes up to .* times what keeps"):
+    with pytest.warns(UserWarning, match=r"removes up to .* times what a step may"):
         state = upscale(
             model, params, tokens(2, 30), size=64, dynamics="replace_raw", widths=(0.01,)
         )

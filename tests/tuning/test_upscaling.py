@@ -7,7 +7,7 @@ import pytest
 from upscaled_states import noise
 
 from rwkv7_jax.model.kernel_features import kernel_features, unit_vectors
-from rwkv7_jax.tuning.upscaling import calibrate
+from rwkv7_jax.tuning.upscaling import calibrate, resolve_features
 
 H, N = 3, 8
 
@@ -63,3 +63,24 @@ def test_more_features_than_distinct_reads_get_landmarks_of_their_own():
     reads = jnp.tile(noise((1, 5, 1, N), 7), (1, 20, 1, 1))
     centres = np.asarray(calibrate(reads, size=16).landmarks[0, 0, 0])
     assert len(np.unique(centres, axis=0)) == 16 and np.isfinite(centres).all()
+
+
+@pytest.mark.parametrize(
+    ("dynamics", "whiten", "given", "expected"),
+    [
+        ("static", True, {}, ("gaussian", "whiten", (1.0, 4.0, 16.0))),
+        ("delta", False, {}, ("gaussian", "none", (1.0,))),
+        ("replace", True, {}, ("gaussian_raw", "none", (1.0,))),
+        ("static", True, {"prepare": "none"}, ("gaussian", "none", (1.0,))),
+        ("static", False, {"prepare": "centre"}, ("gaussian", "centre", (1.0, 4.0, 16.0))),
+        ("static", False, {"widths": (2.0, 3.0)}, ("gaussian", "none", (2.0, 3.0))),
+        ("replace", True, {"kind": "fourier"}, ("fourier", "none", (1.0,))),
+    ],
+)
+def test_settings_that_are_left_open_get_their_defaults_in_one_place(
+    dynamics, whiten, given, expected
+):
+    assert resolve_features(dynamics, whiten=whiten, **given) == expected
+    # Config files, and the records of old runs, spell an open setting "" or ().
+    written = {"kind": "", "prepare": "", "widths": ()} | given
+    assert resolve_features(dynamics, whiten=whiten, **written) == expected
