@@ -64,7 +64,7 @@ seconds = 0.0
 def random_tensors(config: RWKV7Config) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of a model by official name, made one at a time."""
     random = np.random.default_rng(0)
-    for name, shape in (names.shapes(config) | names.unused_value_residual_shapes(config)).items():
+    for name, shape in names.accepted_shapes(config).items():
         numbers = 0.02 * random.standard_normal(shape, np.float32)
         yield name, numbers.astype(ml_dtypes.bfloat16).reshape(names.file_shape(name, shape))
 

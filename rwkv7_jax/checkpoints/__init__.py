@@ -1,4 +1,42 @@
 """Names, shapes and layouts of every file format, read safely and written atomically.
 
-The only room that knows what a file is called inside.
+The only room that knows what a tensor is called inside a file. Models are in `model_files`, start
+states in `state_files`; the other modules are what these two are made of.
 """
+
+from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
+from rwkv7_jax.checkpoints.orbax_import import import_orbax
+from rwkv7_jax.checkpoints.param_tree import is_finite, official_tensors
+from rwkv7_jax.checkpoints.pth import read_pth, write_pth
+from rwkv7_jax.checkpoints.state_files import load_state, read_sidecar, save_state, sidecar
+from rwkv7_jax.checkpoints.tensor_files import (
+    read_metadata,
+    read_safetensors,
+    read_tensors,
+    write_safetensors,
+)
+from rwkv7_jax.checkpoints.tensor_names import accepted_shapes, outer_shapes, shapes
+from rwkv7_jax.checkpoints.unused_value_residual import without_unused_value_residual
+
+__all__ = [
+    "accepted_shapes",
+    "import_orbax",
+    "is_finite",
+    "load_model",
+    "load_state",
+    "model_hash",
+    "official_tensors",
+    "outer_shapes",
+    "read_metadata",
+    "read_pth",
+    "read_safetensors",
+    "read_sidecar",
+    "read_tensors",
+    "save_model",
+    "save_state",
+    "shapes",
+    "sidecar",
+    "without_unused_value_residual",
+    "write_pth",
+    "write_safetensors",
+]

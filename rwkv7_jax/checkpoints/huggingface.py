@@ -1,79 +1,121 @@
-"""HF folders of RWKV-7 (fla's layout): what is in one, and the card that goes in."""
+"""HF folders of RWKV-7 in fla's layout: their tensors and their config.json."""
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rwkv7_jax.array_types import Params
-from rwkv7_jax.checkpoints import tensor_names as names
-from rwkv7_jax.checkpoints.tensor_files import read_safetensors
+from rwkv7_jax.checkpoints import tensor_names
+from rwkv7_jax.checkpoints.model_folder import read_json, replace_folder
+from rwkv7_jax.checkpoints.tensor_files import read_safetensors, write_safetensors
 from rwkv7_jax.checkpoints.tensor_names import Tensor
+from rwkv7_jax.checkpoints.unused_value_residual import drop_unused_value_residual
 from rwkv7_jax.model.config import RWKV7Config
 
-CARD, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_CONFIG_FILE = "config.json"
+
+_WEIGHTS_FILE = "model.safetensors"
+
+_INDEX_FILE = "model.safetensors.index.json"
+
+# fla's, for a config.json without one.
+_DEFAULT_NORM_EPS = 1e-5
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The table in a JSON file.
-
-    Raises:
-        ValueError: the file is no JSON, or holds no table.
-    """
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise ValueError(f"load_model: `{path}` is no JSON.") from None
-    if not isinstance(table, dict):
-        raise ValueError(f"load_model: `{path}` holds no table.")
-    return table
-
-
-def _files(folder: Path) -> list[Path]:
-    """The folder's weight files: those of its index, else the one."""
-    if not (folder / INDEX).exists():
-        return [folder / WEIGHTS] if (folder / WEIGHTS).exists() else []
-    shards = read_json(folder / INDEX).get("weight_map")
-    found = set(shards.values()) if isinstance(shards, dict) else set()
-    for shard in found:
-        # An index that points elsewhere would make us read files that nobody named.
+def _weight_files(folder: Path) -> list[Path]:
+    """Lists the folder's weight files: those of its index, else the single one."""
+    if not (folder / _INDEX_FILE).exists():
+        single = folder / _WEIGHTS_FILE
+        return [single] if single.exists() else []
+    weight_map = read_json(folder / _INDEX_FILE).get("weight_map")
+    shards = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    for shard in shards:
+        # An index that points elsewhere would make us read files that the user never named.
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ValueError(f"load_model: `{folder / INDEX}` names {shard!r}, no file beside it.")
+            raise ValueError(
+                f"load_model: `{folder / _INDEX_FILE}` names {shard!r}, which is not next to it."
+            )
         if not (folder / shard).exists():
             raise ValueError(f"load_model: `{folder}` lacks the shard {shard}.")
-    return [folder / shard for shard in sorted(found)]
+    return [folder / shard for shard in sorted(shards)]
 
 
-def read_hf(folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """An HF folder's tensors by official name, and what only its config.json tells.
+def read_hf(folder: Path) -> tuple[dict[str, Tensor], float]:
+    """Opens an HF folder's tensors by official name, and reads the norms' epsilon.
 
-    Its head count and its token ids are not read: published ones are wrong.
-    Source: fla-org/flash-linear-attention@bc3b101 fla/layers/rwkv7.py:128 (the norm's epsilon).
+    Nothing else is read from config.json: published ones have wrong head counts and token ids.
 
     Raises:
         ValueError: not RWKV-7, a hybrid, or files that are missing or broken.
     """
-    card = read_json(folder / CARD)
-    if card.get("model_type") != "rwkv7":
+    table = read_json(folder / _CONFIG_FILE)
+    if table.get("model_type") != "rwkv7":
         raise ValueError(
-            f"load_model: `{folder}` must have model_type rwkv7; got {card.get('model_type')!r}."
+            f"load_model: `{folder}` must have model_type rwkv7; got {table.get('model_type')!r}."
         )
-    if card.get("attn"):
-        raise ValueError(f"load_model: `{folder}` mixes attention layers in, which RWKV-7 has not.")
-    files = _files(folder)
+    if table.get("attn"):
+        raise ValueError(f"load_model: `{folder}` has attention layers, which RWKV-7 does not.")
+    files = _weight_files(folder)
     if not files:
         raise ValueError(f"load_model: `{folder}` has no .safetensors file.")
-    named = {n: tensor for file in files for n, tensor in read_safetensors(file).items()}
-    official = names.from_hf(named)
-    norm_eps = card.get("norm_eps", 1e-5)
+    tensors = {}
+    for file in files:
+        tensors |= read_safetensors(file)
+    norm_eps = table.get("norm_eps", _DEFAULT_NORM_EPS)
     if not isinstance(norm_eps, float):
-        raise ValueError(f"load_model: `{folder}` has norm_eps {norm_eps!r}, no number.")
-    heads = official["blocks.0.att.r_k"].shape if "blocks.0.att.r_k" in official else ()
-    head_size = heads[-1] if heads else 64
-    return official, {"norm_eps": norm_eps, "group_norm_eps": head_size * norm_eps}
+        raise ValueError(
+            f"load_model: `{folder}` has norm_eps {norm_eps!r}, which is not a number."
+        )
+    return tensor_names.from_hf(tensors), norm_eps
+
+
+def _hf_tensors(
+    tensors: Iterable[tuple[str, np.ndarray]],
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields official tensors by HF's names, in HF's orientation and shapes."""
+    for name, array in drop_unused_value_residual(tensors):
+        if tensor_names.LOW_RANK.search(name):
+            array = array.swapaxes(-1, -2)
+        yield tensor_names.to_hf(name), array.reshape(tensor_names.hf_shape(name, array.shape))
+
+
+def save_hf(
+    path: Path,
+    params: Params,
+    config: RWKV7Config,
+    tensors: Iterable[tuple[str, np.ndarray]],
+) -> None:
+    """Writes an HF folder completely, or leaves what was there before.
+
+    Args:
+        path: of the folder.
+        params: the parameter tree; config.json tells its dtype.
+        config: its sizes.
+        tensors: `official_tensors` of the tree, taken one at a time.
+
+    Raises:
+        ValueError: epsilons that config.json cannot express, or a folder with other files.
+    """
+    if not np.isclose(config.group_norm_eps, config.head_size * config.norm_eps):
+        raise ValueError(
+            "save_model: an HF folder has one `norm_eps` for all norms, and the per-head norm's is "
+            f"head_size times it; got {config.norm_eps} and {config.group_norm_eps}."
+        )
+
+    def fill(folder: Path) -> None:
+        folder.mkdir()
+        write_safetensors(folder / _WEIGHTS_FILE, _hf_tensors(tensors), metadata={"format": "pt"})
+        table = json.dumps(hf_config(params, config), indent=2)
+        (folder / _CONFIG_FILE).write_text(table + "\n")
+
+    replace_folder(path.absolute(), {_CONFIG_FILE, _WEIGHTS_FILE}, fill)
 
 
 def hf_config(params: Params, config: RWKV7Config) -> dict[str, Any]:
-    """The config.json of a model, in both spellings of the dtype."""
+    """Makes the config.json of a model, with the dtype in both spellings."""
     dtype = str(params["emb"]["weight"].dtype)
     return {
         "architectures": ["RWKV7ForCausalLM"],

@@ -1,78 +1,83 @@
-"""Model checkpoints as Orbax folders."""
+"""Model checkpoints as Orbax folders: a tree of arrays, and a JSON file with the sizes."""
 
 import dataclasses
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from rwkv7_jax.array_types import Params
-from rwkv7_jax.checkpoints.huggingface import read_json
+from rwkv7_jax.checkpoints.model_folder import read_json, replace_folder
 from rwkv7_jax.checkpoints.orbax_import import import_orbax
-from rwkv7_jax.checkpoints.param_tree import official_tensors, require_finite
+from rwkv7_jax.checkpoints.param_tree import check_params, official_tensors, require_finite
 from rwkv7_jax.model.config import RWKV7Config
 
-_CARD = "rwkv7_jax.json"  # beside an orbax tree: sizes and the version of the layout
+_CONFIG_FILE = "rwkv7_jax.json"
 
+_ARRAYS = "params"
+
+# Of the folder, not of the package. A change of names or shapes in the tree needs a new number.
 _LAYOUT = 1
 
 
-def _load_orbax(folder: Path, dtype, allow_nan: bool) -> tuple[Params, RWKV7Config]:
-    if not (folder / _CARD).exists():
-        raise ValueError(f"load_model: `{folder}` is no checkpoint: it has no {_CARD}.")
-    card = read_json(folder / _CARD)
-    if card.get("layout") != _LAYOUT:
-        raise ValueError(f"load_model: `{folder}` has layout {card.get('layout')}, not {_LAYOUT}.")
-    try:
-        config = RWKV7Config(**card["config"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"load_model: `{folder / _CARD}` has no such config: {error}.") from None
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+def load_orbax(folder: Path, *, dtype=None, allow_nan: bool = False) -> tuple[Params, RWKV7Config]:
+    """Loads the parameters and the config of an Orbax folder.
+
+    Args:
+        folder: absolute, as Orbax wants it.
+        dtype: of all leaves; None keeps the folder's.
+        allow_nan: accept NaN and Inf.
+
+    Raises:
+        ValueError: not such a folder, a tree of other leaves than the config's, or NaN.
+    """
+    config = _read_config(folder)
+    # The folder may come from a machine with another mesh: everything goes to one device.
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def on_one_device(leaf) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+
     with import_orbax().StandardCheckpointer() as checkpointer:
-        stored = checkpointer.metadata(folder / "params").item_metadata.tree
-        like = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), stored
-        )
-        params = checkpointer.restore(folder / "params", like)
+        stored = checkpointer.metadata(folder / _ARRAYS).item_metadata.tree
+        params = checkpointer.restore(folder / _ARRAYS, jax.tree.map(on_one_device, stored))
+    check_params(params, config, caller="load_model")
     if not allow_nan:
         for name, array in official_tensors(params, config):
             require_finite(array, name, str(folder))
-    return jax.tree.map(lambda x: x.astype(dtype), params) if dtype else params, config
+    if dtype is not None:
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    return params, config
 
 
-def _replace_folder(path: Path, ours: set[str], fill: Callable[[Path], None]) -> None:
-    """`path` filled by `fill`, whole or not at all; only a folder of `ours` alone is replaced."""
-    others = sorted({item.name for item in path.iterdir()} - ours) if path.exists() else []
-    if others:
-        raise ValueError(
-            f"save_model: `{path}` holds other files, {others[0]} for one; "
-            "give an empty or a new folder."
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+def _read_config(folder: Path) -> RWKV7Config:
+    """Reads the sizes that the folder's tree was saved with."""
+    path = folder / _CONFIG_FILE
+    if not path.exists():
+        raise ValueError(f"load_model: `{folder}` is not a checkpoint: it has no {_CONFIG_FILE}.")
+    table = read_json(path)
+    if table.get("layout") != _LAYOUT:
+        raise ValueError(f"load_model: `{folder}` has layout {table.get('layout')}, not {_LAYOUT}.")
     try:
-        fill(partial / "new")
-        # Two renames, so that there is no moment in which only half a folder is left.
-        if path.exists():
-            os.replace(path, partial / "old")
-        os.replace(partial / "new", path)
-    finally:
-        if not path.exists() and (partial / "old").exists():
-            os.replace(partial / "old", path)
-        shutil.rmtree(partial, ignore_errors=True)
+        return RWKV7Config(**table["config"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"load_model: `{path}` has an unknown config: {error}.") from None
 
 
-def _save_orbax(path: Path, params: Params, config: RWKV7Config) -> None:
+def save_orbax(path: Path, params: Params, config: RWKV7Config) -> None:
+    """Writes an Orbax folder completely, or leaves what was there before.
+
+    Raises:
+        ValueError: a leaf is missing or misshapen, or a folder with other files.
+    """
+    check_params(params, config, caller="save_model")
+
     def fill(folder: Path) -> None:
         folder.mkdir()
         with import_orbax().StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder / "params", jax.tree.map(jnp.asarray, params))
-        card = {"layout": _LAYOUT, "config": dataclasses.asdict(config)}
-        (folder / _CARD).write_text(json.dumps(card, indent=1) + "\n")
+            checkpointer.save(folder / _ARRAYS, jax.tree.map(jnp.asarray, params))
+        table = {"layout": _LAYOUT, "config": dataclasses.asdict(config)}
+        (folder / _CONFIG_FILE).write_text(json.dumps(table, indent=1) + "\n")
 
-    _replace_folder(path.absolute(), {"params", _CARD}, fill)
+    replace_folder(path.absolute(), {_ARRAYS, _CONFIG_FILE}, fill)

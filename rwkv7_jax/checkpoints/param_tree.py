@@ -1,5 +1,6 @@
-"""Named tensors to the parameter tree and back, with every fault in one table."""
+"""Conversion between named tensors and the parameter tree, with every fault in one table."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -10,23 +11,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from rwkv7_jax.array_types import Params
-from rwkv7_jax.checkpoints import tensor_names as names
+from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.checkpoints.tensor_files import release_pages
-from rwkv7_jax.checkpoints.tensor_names import Named, Tensor
+from rwkv7_jax.checkpoints.tensor_names import Shape, Tensor, Tensors
 from rwkv7_jax.model.config import RWKV7Config
 
-# Called with bytes done and bytes in all.
+# Called with the bytes done and the bytes in all.
 Progress = Callable[[int, int], None] | None
 
-# Exponents of NaN and Inf, whose bits are all ones.
-_INFINITY = {
+TreePath = tuple[str, ...]
+
+# The integer type to view a float as, and the exponent of NaN and Inf, whose bits are all ones.
+_EXPONENT_OF_INFINITY = {
     np.dtype(jnp.bfloat16): (np.uint16, 0x7F80),
     np.dtype(np.float16): (np.uint16, 0x7C00),
     np.dtype(np.float32): (np.uint32, 0x7F800000),
 }
 
-_PIECE = 1 << 20
+# Numbers that are looked at together: their comparison should stay in the cache.
+_SCAN_SIZE = 1 << 20
 
+# What XLA wants on CPU to use a buffer of NumPy's as it is.
+_JAX_ALIGNMENT = 64
+
+# No size can be inferred without these.
 _ESSENTIAL = (
     "emb.weight",
     "blocks.0.att.r_k",
@@ -37,103 +45,149 @@ _ESSENTIAL = (
 )
 
 
-def infer_config(named: Named, path: str, **changes) -> RWKV7Config:
-    """The sizes that the tensors have; names and shapes are all that is looked at.
+def infer_config(tensors: Tensors, path: str, *, norm_eps: float | None = None) -> RWKV7Config:
+    """Infers the config from names and shapes alone; no number is read.
+
+    Source: fla-org/flash-linear-attention@bc3b101 fla/layers/rwkv7.py:128 (the per-head epsilon).
 
     Args:
-        named: official names and orientation.
+        tensors: in official names and orientation.
         path: for the message.
-        **changes: further fields, such as `group_norm_eps`.
+        norm_eps: epsilon of the norms in an HF folder, which also tells the per-head norm's; None
+            leaves both to the config's defaults, the official ones.
 
     Raises:
-        ValueError: tensors without which no size can be told are missing.
+        ValueError: a tensor is missing or misshapen without which no size can be inferred.
     """
-    missing = [name for name in _ESSENTIAL if name not in named]
-    if missing:
-        raise ValueError(f"load_model: `{path}` is no RWKV-7 checkpoint: it has no {missing[0]}.")
-    size = {name: named[name].shape for name in _ESSENTIAL}
-    flat = [name for name in _ESSENTIAL if len(size[name]) != 2 or 0 in size[name]]
-    if flat:
-        raise ValueError(f"load_model: `{path}` has {flat[0]} of shape {size[flat[0]]}, no matrix.")
-    blocks = {int(found[1]) for n in named if (found := re.match(r"blocks\.(\d+)\.", n))}
-    # A single tensor named blocks.999999999 shall not cost a table of a billion rows.
+    for name in _ESSENTIAL:
+        if name not in tensors:
+            raise ValueError(f"load_model: `{path}` is not an RWKV-7 checkpoint: it has no {name}.")
+        shape = tensors[name].shape
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(f"load_model: `{path}` has {name} of shape {shape}, not a matrix.")
+    vocab_size, width = tensors["emb.weight"].shape
+    config = RWKV7Config(
+        vocab_size=vocab_size,
+        num_layers=_count_layers(tensors, path),
+        width=width,
+        head_size=tensors["blocks.0.att.r_k"].shape[-1],
+        ffn_width=tensors["blocks.0.ffn.key.weight"].shape[0],
+        decay_rank=tensors["blocks.0.att.w1"].shape[-1],
+        icl_rank=tensors["blocks.0.att.a1"].shape[-1],
+        gate_rank=tensors["blocks.0.att.g1"].shape[-1],
+        value_rank=_infer_value_rank(tensors),
+    )
+    if norm_eps is None:
+        return config
+    group_norm_eps = config.head_size * norm_eps
+    return dataclasses.replace(config, norm_eps=norm_eps, group_norm_eps=group_norm_eps)
+
+
+def _count_layers(tensors: Tensors, path: str) -> int:
+    """Counts the blocks by the largest number in a name."""
+    blocks = set()
+    for name in tensors:
+        match = re.match(r"blocks\.(\d+)\.", name)
+        if match:
+            blocks.add(int(match[1]))
+    # A single tensor named blocks.999999999 must not cost a table of a billion rows.
     if max(blocks) > 2 * len(blocks):
         raise ValueError(f"load_model: `{path}` has blocks.{max(blocks)} but {len(blocks)} blocks.")
-    gates = [named[f"blocks.{i}.att.v1"] for i in (1, 0) if f"blocks.{i}.att.v1" in named]
-    return RWKV7Config(
-        vocab_size=size["emb.weight"][0],
-        num_layers=1 + max(blocks),
-        width=size["emb.weight"][1],
-        head_size=size["blocks.0.att.r_k"][-1],
-        ffn_width=size["blocks.0.ffn.key.weight"][0],
-        decay_rank=size["blocks.0.att.w1"][-1],
-        icl_rank=size["blocks.0.att.a1"][-1],
-        gate_rank=size["blocks.0.att.g1"][-1],
-        value_rank=gates[0].shape[-1] if gates and gates[0].shape else 0,
-        **changes,
-    )
+    return 1 + max(blocks)
 
 
-def check_names(named: Named, config: RWKV7Config, path: str) -> None:
-    """Return if exactly the model's tensors are there, each of its shape.
+def _infer_value_rank(tensors: Tensors) -> int:
+    """Infers the rank of the value residual; 0 where a file has none, as with one layer."""
+    for layer in (1, 0):
+        tensor = tensors.get(f"blocks.{layer}.att.v1")
+        if tensor is not None:
+            return tensor.shape[-1] if tensor.shape else 0
+    return 0
+
+
+def check_names(tensors: Tensors, config: RWKV7Config, path: str) -> None:
+    """Raises unless exactly the model's tensors are there, each of its shape.
 
     Raises:
         ValueError: a table of every missing, extra and misshapen tensor.
     """
-    wanted, dummies = names.shapes(config), names.unused_value_residual_shapes(config)
+    required = tensor_names.shapes(config)
+    accepted = tensor_names.accepted_shapes(config)
     rows = []
-    for name, shape in (wanted | dummies).items():
-        if name not in named:
-            rows += [(name, shape, "missing")] if name in wanted else []
-        elif np.prod(named[name].shape) != np.prod(shape) or (
-            len(shape) > 1 and tuple(named[name].shape) != shape
-        ):
-            rows.append((name, shape, str(tuple(named[name].shape))))
-        elif not jnp.issubdtype(named[name].dtype, jnp.floating):
-            rows.append((name, shape, str(named[name].dtype)))
-    rows += [
-        (n, "-", f"extra {tuple(t.shape)}") for n, t in named.items() if n not in wanted | dummies
-    ]
-    if rows:
-        lines = [f"  {name:<40} {shape!s:<20} {came}" for name, shape, came in rows]
-        head = f"  {'tensor':<40} {'expected':<20} found"
-        raise ValueError(
-            f"load_model: `{path}` does not hold the tensors of its sizes "
-            f"({len(rows)} differences):\n" + "\n".join([head, *lines])
-        )
+    for name, shape in accepted.items():
+        if name in tensors:
+            fault = _fault(tensors[name], shape)
+        else:
+            fault = "missing" if name in required else None
+        if fault is not None:
+            rows.append((name, str(shape), fault))
+    for name, tensor in tensors.items():
+        if name not in accepted:
+            rows.append((name, "-", f"extra {tuple(tensor.shape)}"))
+    if not rows:
+        return
+    lines = [f"  {'tensor':<40} {'expected':<20} found"]
+    for name, expected, fault in rows:
+        lines.append(f"  {name:<40} {expected:<20} {fault}")
+    raise ValueError(
+        f"load_model: `{path}` does not hold the tensors of its sizes "
+        f"({len(rows)} differences):\n" + "\n".join(lines)
+    )
 
 
-def _tree_path(name: str) -> tuple[str, ...]:
-    """Where an official tensor lives: blocks behind the first are stacked under `layers`."""
+def _fault(tensor: Tensor, shape: Shape) -> str | None:
+    """Describes what is wrong with a tensor, or returns None."""
+    is_misshapen = math.prod(tensor.shape) != math.prod(shape)
+    # Vectors may carry axes of size 1: official files have [1, 1, D].
+    if len(shape) > 1:
+        is_misshapen |= tuple(tensor.shape) != shape
+    if is_misshapen:
+        return str(tuple(tensor.shape))
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        return str(tensor.dtype)
+    return None
+
+
+def tree_path(name: str) -> TreePath:
+    """Returns where an official tensor is in the tree: blocks after the first are stacked."""
     if name.startswith("blocks.0.ln0."):
+        # The norm belongs to the embedding, only its name to block 0.
         return ("ln0", name.rpartition(".")[2])
-    found = re.match(r"blocks\.(\d+)\.(.+)", name)
-    if not found:
+    match = re.match(r"blocks\.(\d+)\.(.+)", name)
+    if not match:
         return tuple(name.split("."))
-    return ("layer_0" if found[1] == "0" else "layers", *found[2].split("."))
+    layer, inside = match.groups()
+    return ("layer_0" if layer == "0" else "layers", *inside.split("."))
 
 
-def _put(tree: Params, path: tuple[str, ...], leaf) -> None:
+def _insert(tree: Params, path: TreePath, leaf: jax.Array) -> None:
+    """Puts a leaf into nested dicts, which are made where they are missing."""
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = leaf
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether no number is NaN or Inf; by bits, 20 times faster for bfloat16 than `np.isfinite`."""
-    if array.dtype not in _INFINITY:
+    """Returns whether no number is NaN or Inf.
+
+    It compares bits, which for bfloat16 is 20 times faster than `np.isfinite`.
+    """
+    if array.dtype not in _EXPONENT_OF_INFINITY:
         return bool(np.isfinite(array).all())
-    bits, infinity = _INFINITY[array.dtype]
-    flat = array.reshape(-1).view(bits)
-    pieces = (flat[i : i + _PIECE] for i in range(0, flat.size, _PIECE))
-    return all(((piece & infinity) != infinity).all() for piece in pieces)
+    integer, infinity = _EXPONENT_OF_INFINITY[array.dtype]
+    bits = array.reshape(-1).view(integer)
+    for start in range(0, bits.size, _SCAN_SIZE):
+        exponents = bits[start : start + _SCAN_SIZE] & infinity
+        if (exponents == infinity).any():
+            return False
+    return True
 
 
 def require_finite(array: np.ndarray, name: str, path: str) -> None:
-    """Return if every number is finite.
+    """Raises unless every number is finite.
 
     Raises:
-        ValueError: NaN or Inf; the sentence has the tensor's official name.
+        ValueError: NaN or Inf; the message has the tensor's official name.
     """
     if not is_finite(array):
         raise ValueError(
@@ -142,30 +196,33 @@ def require_finite(array: np.ndarray, name: str, path: str) -> None:
         )
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that JAX takes over on CPU instead of copying it."""
+def _aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """Allocates memory that JAX takes over on CPU instead of copying it."""
     size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    first = -raw.ctypes.data % 64
-    return raw[first : first + size].view(dtype).reshape(shape)
+    raw = np.empty(size + _JAX_ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _JAX_ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _leaf(parts: list[tuple[str, Tensor]], shape, dtype, path: str, allow_nan: bool) -> np.ndarray:
-    """The tensors one above the other; different dtypes are promoted without loss."""
-    kinds = [tensor.dtype for _, tensor in parts]
-    wanted = np.dtype(dtype or functools.reduce(jnp.promote_types, kinds))
-    out = _aligned((len(parts), *shape), wanted)
-    for row, (name, tensor) in zip(out, parts, strict=True):
-        array = tensor.read().reshape(shape)
+def _stack(
+    tensors: Tensors, names: list[str], shape: Shape, dtype, path: str, allow_nan: bool
+) -> np.ndarray:
+    """Reads tensors into one array with a leading axis; mixed dtypes are promoted without loss."""
+    if dtype is None:
+        dtypes = [tensors[name].dtype for name in names]
+        dtype = functools.reduce(jnp.promote_types, dtypes)
+    stacked = _aligned_empty((len(names), *shape), np.dtype(dtype))
+    for row, name in zip(stacked, names, strict=True):
+        array = tensors[name].read().reshape(shape)
         if not allow_nan:
             require_finite(array, name, path)
         row[...] = array
         release_pages(array)
-    return out
+    return stacked
 
 
 def build_tree(
-    named: Named,
+    tensors: Tensors,
     config: RWKV7Config,
     path: str,
     *,
@@ -173,65 +230,107 @@ def build_tree(
     allow_nan: bool = False,
     progress: Progress = None,
 ) -> Params:
-    """The parameter tree of checked tensors, as arrays on the default device.
+    """Reads checked tensors into a parameter tree of arrays on the default device.
 
     Args:
-        named: official names and orientation.
+        tensors: in official names and orientation.
         config: their sizes.
         path: for messages.
-        dtype: of all leaves; None keeps what the file has.
-        allow_nan: take NaN and Inf as they are.
-        progress: called with bytes done and bytes in all.
+        dtype: of all leaves; None keeps the file's.
+        allow_nan: accept NaN and Inf.
+        progress: called with the bytes done and the bytes in all.
 
     Raises:
-        ValueError: NaN or Inf in a tensor, which the sentence names.
+        ValueError: NaN or Inf in a tensor, which the message names.
     """
-    extra = {n: s for n, s in names.unused_value_residual_shapes(config).items() if n in named}
-    leaves: dict[tuple[str, ...], list[tuple[str, Tensor]]] = {}
-    shapes = names.shapes(config) | extra
+    shapes = tensor_names.accepted_shapes(config)
+    names_by_path: dict[TreePath, list[str]] = {}
     for name in shapes:
-        leaves.setdefault(_tree_path(name), []).append((name, named[name]))
-    total = sum(int(np.prod(t.shape)) * t.dtype.itemsize for t in named.values())
-    tree, done = {}, 0
-    for place, parts in leaves.items():
-        leaf = _leaf(parts, shapes[parts[0][0]], dtype, path, allow_nan)
-        # Nobody else holds the buffer, so JAX may keep it; a view of the file it may not.
-        leaf = jax.device_put(leaf if place[0] == "layers" else leaf[0], may_alias=True)
-        _put(tree, place, leaf)
-        done += sum(int(np.prod(t.shape)) * t.dtype.itemsize for _, t in parts)
+        if name in tensors:
+            names_by_path.setdefault(tree_path(name), []).append(name)
+    total = sum(map(_num_bytes, tensors.values()))
+    done = 0
+    tree: Params = {}
+    for place, names in names_by_path.items():
+        array = _stack(tensors, names, shapes[names[0]], dtype, path, allow_nan)
+        if place[0] != "layers":
+            array = array[0]
+        # Nothing else refers to the buffer, so JAX may keep it; a view of the file it may not.
+        _insert(tree, place, jax.device_put(array, may_alias=True))
+        for name in names:
+            done += _num_bytes(tensors[name])
         if progress:
             progress(done, total)
     return tree
 
 
-def official_tensors(params: Params, config: RWKV7Config) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of a tree by official name, in the tree's shapes; views where that is possible.
+def _num_bytes(tensor: Tensor) -> int:
+    """Returns the size of a tensor in its file."""
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def _leaves(params: Params) -> dict[TreePath, jax.Array]:
+    """Returns the leaves of nested dicts by path."""
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        leaves[tuple(key.key for key in path)] = leaf
+    return leaves
+
+
+def check_params(params: Params, config: RWKV7Config, *, caller: str) -> None:
+    """Raises unless a tree holds exactly the model's leaves, each of its shape.
 
     Raises:
-        ValueError: the tree lacks a leaf, has one more, or one has the wrong shape.
+        ValueError: the tree lacks a leaf, has an extra one, or one has the wrong shape.
+        TypeError: a leaf is not floating-point.
     """
-    given = {
-        tuple(key.key for key in path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-    dummies = {
-        n: s
-        for n, s in names.unused_value_residual_shapes(config).items()
-        if _tree_path(n) in given
-    }
-    wanted = names.shapes(config) | dummies
-    extra = given.keys() - {_tree_path(name) for name in wanted}
+    leaves = _leaves(params)
+    required = tensor_names.shapes(config)
+    expected: dict[TreePath, Shape] = {}
+    for name, shape in tensor_names.accepted_shapes(config).items():
+        place = tree_path(name)
+        if name not in required and place not in leaves:
+            continue
+        if place[0] == "layers":
+            shape = (config.num_layers - 1, *shape)
+        expected[place] = shape
+    extra = leaves.keys() - expected.keys()
     if extra:
-        place = "/".join(map(str, sorted(extra)[0]))
-        raise ValueError(f"save_model: `params` must hold RWKV-7's leaves alone; got {place} too.")
-    for name, shape in wanted.items():
-        place = _tree_path(name)
-        stacked = place[0] == "layers"
-        expected = (config.num_layers - 1, *shape) if stacked else shape
-        came = tuple(given[place].shape) if place in given else None
-        if came != expected:
+        place = "/".join(map(str, min(extra)))
+        raise ValueError(f"{caller}: `params` must hold RWKV-7's leaves alone; got {place} too.")
+    for place, shape in expected.items():
+        leaf = leaves.get(place)
+        came = None if leaf is None else tuple(leaf.shape)
+        if leaf is None or came != shape:
             raise ValueError(
-                f"save_model: `params` must hold {'/'.join(place)} of shape {expected}; got {came}."
+                f"{caller}: `params` must hold {'/'.join(place)} of shape {shape}; got {came}."
             )
-        array = np.asarray(given[place])
-        yield name, array[int(name.split(".")[1]) - 1] if stacked else array
+        # The loader refuses such a file, so the writer must not make one.
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"{caller}: `params` must be floating-point; got {'/'.join(place)} {leaf.dtype}."
+            )
+
+
+def official_tensors(params: Params, config: RWKV7Config) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields every tensor of a tree by official name, in the order of official files.
+
+    The arrays have the shapes of the tree, without the axis over layers. They are views where that
+    is possible.
+
+    Raises:
+        ValueError: the tree lacks a leaf, has an extra one, or one has the wrong shape.
+        TypeError: a leaf is not floating-point.
+    """
+    check_params(params, config, caller="save_model")
+    leaves = _leaves(params)
+    for name in tensor_names.accepted_shapes(config):
+        place = tree_path(name)
+        if place not in leaves:
+            continue
+        array = np.asarray(leaves[place])
+        if place[0] == "layers":
+            # Row 0 of the stack is block 1.
+            layer = int(name.split(".")[1])
+            array = array[layer - 1]
+        yield name, array

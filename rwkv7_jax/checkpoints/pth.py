@@ -1,6 +1,6 @@
-"""PyTorch's zip checkpoints: read by memory map, running nothing, and written.
+"""PyTorch's zip checkpoints: read by memory map without running anything, and written.
 
-A `.pth` file is a zip with one pickle and one entry per storage.
+A `.pth` file is a zip with one pickle and one entry for each storage.
 Source: pytorch/pytorch torch/serialization.py (the layout).
 """
 
@@ -20,55 +20,81 @@ import numpy as np
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.checkpoints.restricted_unpickler import STORAGE_NAMES, RestrictedUnpickler
 
-# A 13B model's pickle has some 200 kB; what is larger is no checkpoint.
+# A 13B model's pickle has some 200 kB; a much larger one is not a checkpoint.
 _PICKLE_LIMIT = 16 << 20
 
+# Bytes of the zip's list of entries.
 _DIRECTORY_LIMIT = 2 << 20
 
+# Of the data in the file, so that memory maps of it are aligned for every dtype.
 _ALIGNMENT = 64
 
-_SHOWN = 160
+# Characters of a reason that reach the terminal.
+_MESSAGE_LIMIT = 160
+
+# Bytes of an entry's own header, in front of its name.
+_LOCAL_HEADER = 30
 
 
-class _ShortReads(io.FileIO):
-    """A file for `zipfile`, which reads the whole list of entries at once, however long it is."""
+class _LimitedReads(io.FileIO):
+    """File for `zipfile`, which reads the list of entries at once, however long it is."""
 
-    def read(self, size: int = -1) -> bytes:
-        """At most the limit, or an error; the few open-ended reads begin near the file's end."""
-        if size > _DIRECTORY_LIMIT:
+    def read(self, size: int | None = -1) -> bytes:
+        """Reads at most the limit; the few reads without a size begin near the file's end."""
+        if size is not None and size > _DIRECTORY_LIMIT:
             raise ValueError("its list of entries is longer than any checkpoint's")
         return super().read(size)
 
 
 def _entries(path: Path, data: mmap.mmap) -> dict[str, memoryview]:
-    """The zip's entries as views of the mapped file, by the name behind the archive's folder."""
-    views, spans, whole, folders = {}, [], memoryview(data), set()
-    with _ShortReads(path) as file, zipfile.ZipFile(file) as archive:
+    """Maps each entry's name, without the archive's folder, to a view of the mapped file."""
+    content = memoryview(data)
+    views: dict[str, memoryview] = {}
+    spans = []
+    folders = set()
+    with _LimitedReads(path) as file, zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
-            parts = info.filename.split("/")
-            if ".." in parts or not parts[0] or "\\" in info.filename or len(parts) < 2:
-                raise ValueError(f"its entry {info.filename!r} is no place inside the archive")
-            folders.add(parts[0])
-            if "/".join(parts[1:]) in views or len(folders) > 1:
-                raise ValueError(f"its entry {info.filename!r} is there twice or apart")
-            if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-                raise ValueError(f"its entry {info.filename!r} is compressed or encrypted")
-            head = data[info.header_offset : info.header_offset + 30]
-            if len(head) < 30 or head[:4] != b"PK\x03\x04":
-                raise ValueError(f"its entry {info.filename!r} has no header")
-            first = info.header_offset + 30 + sum(struct.unpack("<HH", head[26:30]))
-            if first + info.file_size > len(data) or info.file_size != info.compress_size:
-                raise ValueError(f"its entry {info.filename!r} reaches out of the file")
-            views["/".join(parts[1:])] = whole[first : first + info.file_size]
-            spans.append((info.header_offset, first + info.file_size))
+            folder, name = _split_name(info.filename)
+            folders.add(folder)
+            if name in views or len(folders) > 1:
+                raise ValueError(f"its entry {info.filename!r} is there twice or in another folder")
+            start, end = _data_span(info, data)
+            views[name] = content[start:end]
+            spans.append((info.header_offset, end))
+    # Overlapping entries are how a small file unfolds into a large one.
     spans.sort()
-    if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):
-        raise ValueError("its entries overlap")
+    for (_, end), (next_start, _) in itertools.pairwise(spans):
+        if end > next_start:
+            raise ValueError("its entries overlap")
     return views
 
 
+def _split_name(filename: str) -> tuple[str, str]:
+    """Splits an entry's name into the archive's folder and the rest."""
+    folder, *rest = filename.split("/")
+    if not folder or not rest or "\\" in filename or ".." in (folder, *rest):
+        raise ValueError(f"its entry {filename!r} is not a path inside the archive")
+    return folder, "/".join(rest)
+
+
+def _data_span(info: zipfile.ZipInfo, data: mmap.mmap) -> tuple[int, int]:
+    """Finds where an entry's data begin and end in the file."""
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+        raise ValueError(f"its entry {info.filename!r} is compressed or encrypted")
+    header = data[info.header_offset : info.header_offset + _LOCAL_HEADER]
+    if len(header) < _LOCAL_HEADER or header[:4] != b"PK\x03\x04":
+        raise ValueError(f"its entry {info.filename!r} has no header")
+    # The lengths in the list of entries may differ from those in the entry's own header.
+    name_length, extra_length = struct.unpack("<HH", header[26:30])
+    start = info.header_offset + _LOCAL_HEADER + name_length + extra_length
+    end = start + info.file_size
+    if end > len(data) or info.file_size != info.compress_size:
+        raise ValueError(f"its entry {info.filename!r} extends past the end of the file")
+    return start, end
+
+
 def read_pth(path: str | Path) -> Any:
-    """What the file holds, a flat or nested dict; tensors are read-only views of the mapped file.
+    """Reads a PyTorch checkpoint: flat or nested dicts with read-only views of the mapped file.
 
     bfloat16 comes as `ml_dtypes.bfloat16`; parameters as plain arrays, ordered dicts as dicts.
 
@@ -76,75 +102,102 @@ def read_pth(path: str | Path) -> Any:
         path: a file that `torch.save` wrote in its zip format (PyTorch 1.6 and newer).
 
     Raises:
-        ValueError: anything else; a forbidden name in the pickle is in the sentence.
+        ValueError: any other file; a forbidden name in the pickle is in the message.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"read_pth: `{path}` is no file.")
+        raise ValueError(f"read_pth: `{path}` is not a file.")
     try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("it is no zip file; files of PyTorch before 1.6 must be saved anew")
-        with path.open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        entries = _entries(path, data)
-        program = bytes(entries.get("data.pkl", b"")[: _PICKLE_LIMIT + 1])
-        if not program or len(program) > _PICKLE_LIMIT:
-            raise ValueError("it has no data.pkl of a sensible size")
-        if bytes(entries.get("byteorder", b"little")) != b"little":
-            raise ValueError("it is not in little-endian order")
-        storages = {n.removeprefix("data/"): v for n, v in entries.items() if n.startswith("data/")}
-        return RestrictedUnpickler(storages).run(program)
+        return _read(path)
     except (ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise ValueError(f"read_pth: `{path}` is refused: {_shown(error)}.") from None
+        raise ValueError(f"read_pth: `{path}` is refused: {_printable(error)}.") from None
+    # What the unpickler's stack and memo raise when a program does not fit them.
     except (LookupError, TypeError, AttributeError, OverflowError, struct.error):
         raise ValueError(f"read_pth: `{path}` is refused: its pickle is broken.") from None
 
 
-def _shown(error: Exception) -> str:
-    """The reason on one line of sensible length: names in a hostile file may hold anything."""
-    text = "".join(c if c.isprintable() else "?" for c in str(error)[:_SHOWN])
+def _read(path: Path) -> Any:
+    """Reads a checkpoint; the messages of its errors are reasons alone."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is not a zip file; files of PyTorch before 1.6 must be saved anew")
+    with path.open("rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    entries = _entries(path, data)
+    program = bytes(entries.get("data.pkl", b"")[: _PICKLE_LIMIT + 1])
+    if not program or len(program) > _PICKLE_LIMIT:
+        raise ValueError("it has no data.pkl of a sensible size")
+    if bytes(entries.get("byteorder", b"little")) != b"little":
+        raise ValueError("it is not in little-endian order")
+    storages = {}
+    for name, view in entries.items():
+        if name.startswith("data/"):
+            storages[name.removeprefix("data/")] = view
+    return RestrictedUnpickler(storages).run(program)
+
+
+def _printable(error: Exception) -> str:
+    """Shortens a reason to one printable line: names in a hostile file may hold anything."""
+    text = ""
+    for character in str(error)[:_MESSAGE_LIMIT]:
+        text += character if character.isprintable() else "?"
     return text.rstrip(".")
 
 
 def _pickled(value: str | int | bool) -> bytes:
+    """Pickles one value without the protocol's opcode in front and the stop opcode at the end."""
     return pickle.dumps(value, 2)[2:-1]
 
 
 def _pickled_tuple(values: Iterable[int]) -> bytes:
+    """Pickles a tuple of any length: a mark, the values, the opcode that gathers them."""
     return b"(" + b"".join(map(_pickled, values)) + b"t"
 
 
 def _pickled_tensor(key: str, array: np.ndarray) -> bytes:
-    """The call that rebuilds a contiguous tensor from its storage."""
-    storage = STORAGE_NAMES[array.dtype].encode()
-    strides = [math.prod(array.shape[i + 1 :]) for i in range(array.ndim)]
-    where = [_pickled("storage"), b"ctorch\n" + storage + b"\n", *map(_pickled, (key, "cpu"))]
+    """Pickles the call that rebuilds a contiguous tensor from its storage."""
+    strides = [math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
+    storage_type = STORAGE_NAMES[array.dtype].encode()
     return b"".join(
         [
-            b"ctorch._utils\n_rebuild_tensor_v2\n((",
-            *where,
-            _pickled(array.size) + b"tQ" + _pickled(0),
-            _pickled_tuple(array.shape) + _pickled_tuple(strides),
-            _pickled(False) + b"ccollections\nOrderedDict\n)RtR",
+            b"ctorch._utils\n_rebuild_tensor_v2\n(",
+            # The storage, as a persistent id: ("storage", type, key, device, count).
+            b"(",
+            _pickled("storage"),
+            b"ctorch\n" + storage_type + b"\n",
+            _pickled(key),
+            _pickled("cpu"),
+            _pickled(array.size),
+            b"tQ",
+            # Then the offset, the shape, the strides, requires_grad and the backward hooks.
+            _pickled(0),
+            _pickled_tuple(array.shape),
+            _pickled_tuple(strides),
+            _pickled(False),
+            b"ccollections\nOrderedDict\n)R",
+            b"tR",
         ]
     )
 
 
-def _put(archive: zipfile.ZipFile, name: str, data) -> None:
-    """One stored entry whose data begin at a multiple of the alignment, for memory maps."""
+def _add_entry(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> None:
+    """Adds one stored entry whose data begin at a multiple of the alignment, for memory maps."""
     info = zipfile.ZipInfo(f"archive/{name}")
-    # The margin is the one by which `zipfile` decides that an entry is a long one.
-    long = 20 if len(data) * 1.05 > zipfile.ZIP64_LIMIT else 0
-    begin = archive.fp.tell() + 30 + len(info.filename) + 4 + long
-    padding = -begin % _ALIGNMENT
+    assert archive.fp is not None
+    # `zipfile` gives an entry a longer header by the same margin.
+    is_long = len(data) * 1.05 > zipfile.ZIP64_LIMIT
+    header = _LOCAL_HEADER + len(info.filename) + (20 if is_long else 0)
+    # The padding is an extra field, which begins with two bytes of name and two of length.
+    start = archive.fp.tell() + header + 4
+    padding = -start % _ALIGNMENT
     info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
     archive.writestr(info, data)
 
 
 def write_pth(path: str | Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """A file that `torch.load(weights_only=True)` reads, also with `mmap`; whole or not at all.
+    """Writes a file that `torch.load(weights_only=True)` reads, also with `mmap`.
 
-    Arrays are taken from `tensors` one at a time, so that a lazy iterable needs memory for one.
+    A write that fails leaves what was there before. Arrays are taken from `tensors` one at a time,
+    so that a lazy iterable needs memory for one.
 
     Raises:
         ValueError: a dtype that has no PyTorch storage, or a folder that does not exist.
@@ -153,10 +206,15 @@ def write_pth(path: str | Path, tensors: Iterable[tuple[str, np.ndarray]]) -> No
         program = [b"\x80\x02}("]
         for number, (name, array) in enumerate(tensors):
             if array.dtype not in STORAGE_NAMES:
-                raise ValueError(f"write_pth: `{name}` has dtype {array.dtype}, unknown there.")
-            shape, array = array.shape, np.ascontiguousarray(array)
-            _put(archive, f"data/{number}", memoryview(array.reshape(-1).view(np.uint8)))
-            program.append(_pickled(name) + _pickled_tensor(str(number), array.reshape(shape)))
-        _put(archive, "data.pkl", b"".join([*program, b"u."]))
-        _put(archive, "byteorder", b"little")
-        _put(archive, "version", b"3\n")
+                raise ValueError(
+                    f"write_pth: `{name}` must have a dtype of PyTorch's; got {array.dtype}."
+                )
+            # `ascontiguousarray` would make a scalar a vector of one; the shape is kept apart.
+            contiguous = np.ascontiguousarray(array)
+            _add_entry(archive, f"data/{number}", contiguous.reshape(-1).view(np.uint8).data)
+            program.append(_pickled(name))
+            program.append(_pickled_tensor(str(number), contiguous.reshape(array.shape)))
+        program.append(b"u.")
+        _add_entry(archive, "data.pkl", b"".join(program))
+        _add_entry(archive, "byteorder", b"little")
+        _add_entry(archive, "version", b"3\n")

@@ -1,18 +1,19 @@
-"""The pickles inside PyTorch checkpoints, walked without running what they say.
+"""The pickles inside PyTorch checkpoints, interpreted without running what they say.
 
-A pickle is a program. Here it goes opcode by opcode, and the only names it may use are those of
-tensors, storages and ordered dicts; nothing it names is ever imported or called.
+A pickle is a program. Here it is interpreted opcode by opcode. The only names that it may use are
+those of tensors, storages and ordered dicts, and nothing that it names is ever imported or called.
 """
 
 import io
 import math
 import pickletools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-# What a storage of each PyTorch type holds.
+# The dtype of each of PyTorch's storage classes.
 STORAGES = {
     "DoubleStorage": np.dtype(np.float64),
     "FloatStorage": np.dtype(np.float32),
@@ -31,28 +32,42 @@ STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
 # A 13B model takes some 75,000 steps; without a limit a file of 16 MB builds 1.3 GB of empty dicts.
 _STEP_LIMIT = 250_000
 
-# Tied weights share a storage; a few bytes that pose as thousands of matrices are a bomb.
+# Tensors may together have this many times the bytes of all storages. Tied weights share a storage;
+# a few bytes that pose as thousands of matrices are a bomb.
 _SHARING_LIMIT = 8
 
-_SMALL = 64 << 20
+# Bytes that tensors may have however small the storages are.
+_ALWAYS_ALLOWED = 64 << 20
 
-_TENSOR = ("torch._utils", "_rebuild_tensor_v2")
+_MAX_AXES = 16
 
-_PARAMETER = ("torch._utils", "_rebuild_parameter")
+# Larger sizes, offsets and strides would overflow NumPy's.
+_MAX_NUMBER = 1 << 62
 
-_ORDERED = ("collections", "OrderedDict")
+_REBUILD_TENSOR = ("torch._utils", "_rebuild_tensor_v2")
 
-_ALLOWED = {_TENSOR, _PARAMETER, _ORDERED, *(("torch", name) for name in STORAGES)}
+_REBUILD_PARAMETER = ("torch._utils", "_rebuild_parameter")
+
+_ORDERED_DICT = ("collections", "OrderedDict")
+
+_ALLOWED_NAMES = {
+    _REBUILD_TENSOR,
+    _REBUILD_PARAMETER,
+    _ORDERED_DICT,
+    *(("torch", name) for name in STORAGES),
+}
 
 
 class _Global(NamedTuple):
-    """A name that the pickle used; never looked up."""
+    """A name that the pickle used; it is never looked up."""
 
     module: str
     name: str
 
 
 class _Storage(NamedTuple):
+    """A storage as a flat array over the file."""
+
     dtype: np.dtype
     array: np.ndarray
 
@@ -61,85 +76,151 @@ _MARK = object()
 
 
 class RestrictedUnpickler:
-    """The part of a pickle machine that checkpoints need; any other opcode is refused."""
+    """The part of a pickle interpreter that checkpoints need; other opcodes are refused.
+
+    Stack and memo may underflow in a broken program: the caller has to catch `LookupError`.
+    """
 
     def __init__(self, storages: dict[str, memoryview]):
+        """Starts with an empty stack.
+
+        Args:
+            storages: the bytes of each storage by key.
+        """
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self._storages = storages
-        self._room = max(_SMALL, _SHARING_LIMIT * sum(map(len, storages.values())))
+        num_bytes = sum(map(len, storages.values()))
+        self._bytes_left = max(_ALWAYS_ALLOWED, _SHARING_LIMIT * num_bytes)
 
     def run(self, program: bytes) -> Any:
-        """What the program builds, or a ValueError that says what is wrong with it."""
+        """Interprets a program and returns what it builds.
+
+        Raises:
+            ValueError: the reason alone, for the caller to complete.
+        """
         file = io.BytesIO(program)
         for _ in range(_STEP_LIMIT):
             code = file.read(1)
             if code not in _OPCODES:
-                found = _ALL_OPCODES.get(code, code.hex() or "nothing at its end")
-                raise ValueError(f"its pickle uses {found}, which no checkpoint needs")
+                name = _ALL_OPCODE_NAMES.get(code, code.hex() or "nothing at its end")
+                raise ValueError(f"its pickle uses {name}, which no checkpoint needs")
             opcode = _OPCODES[code]
             if opcode.name == "STOP":
                 return self._stack.pop()
-            reader = _read_name if opcode.name == "GLOBAL" else opcode.arg and opcode.arg.reader
-            self._step(opcode.name, reader and reader(file))
+            argument = None
+            if opcode.name == "GLOBAL":
+                argument = _read_global(file)
+            elif opcode.arg is not None:
+                argument = opcode.arg.reader(file)
+            self._step(opcode.name, argument)
         raise ValueError(f"its pickle takes more than {_STEP_LIMIT} steps")
 
     def _step(self, name: str, argument: Any) -> None:
-        push, pop = self._stack.append, self._stack.pop
+        """Interprets one opcode."""
         if name in _CONSTANTS:
-            push(_CONSTANTS[name]())
+            self._stack.append(_CONSTANTS[name]())
         elif name in _LITERALS:
-            push(argument)
-        elif name in ("BINPUT", "LONG_BINPUT"):
-            self._memo[argument] = self._stack[-1]
-        elif name == "MEMOIZE":
-            self._memo[len(self._memo)] = self._stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            push(self._memo[argument])
-        elif name == "GLOBAL":
-            push(_allowed(*argument))
-        elif name == "STACK_GLOBAL":
-            inner, outer = pop(), pop()
-            push(_allowed(outer, inner))
-        elif name in _TUPLES:
-            push(tuple(reversed([pop() for _ in range(_TUPLES[name])])))
-        elif name == "TUPLE":
-            push(tuple(self._since_mark()))
-        elif name == "BINPERSID":
-            push(self._storage(pop()))
-        elif name == "REDUCE":
-            arguments = pop()
-            push(self._build(pop(), arguments))
-        elif name == "BUILD":
-            pop()  # The attributes of an ordered dict (its `_metadata`) are of no use here.
-            if not isinstance(self._stack[-1], dict):
-                raise ValueError("it sets the attributes of something that is no dict")
-        elif name in _FILLERS:
-            self._fill(name)
-
-    def _since_mark(self) -> list[Any]:
-        items = []
-        while (item := self._stack.pop()) is not _MARK:
-            items.append(item)
-        return items[::-1]
-
-    def _fill(self, name: str) -> None:
-        many = name in ("SETITEMS", "APPENDS")
-        size = 2 if name == "SETITEM" else 1
-        items = self._since_mark() if many else [self._stack.pop() for _ in range(size)][::-1]
-        target = self._stack[-1]
-        if name.startswith("APPEND") and isinstance(target, list):
-            target.extend(items)
-        elif name.startswith("SETITEM") and isinstance(target, dict) and len(items) % 2 == 0:
-            keys = items[::2]
-            # Hashing a deeply nested tuple would exhaust the C stack.
-            if not all(isinstance(key, (str, int)) for key in keys):
-                raise ValueError("it has a dict whose keys are no names")
-            target.update(zip(keys, items[1::2], strict=True))
+            self._stack.append(argument)
+        elif name in _TUPLE_SIZES:
+            self._stack.append(tuple(self._pop_many(_TUPLE_SIZES[name])))
         else:
-            raise ValueError("its pickle fills something that is no list or dict")
+            _HANDLERS[name](self, argument)
+
+    def _pop_many(self, count: int) -> list[Any]:
+        """Takes some values off the stack, in the order in which they were pushed."""
+        values = [self._stack.pop() for _ in range(count)]
+        return values[::-1]
+
+    def _pop_to_mark(self) -> list[Any]:
+        """Takes the values after the last mark off the stack, and the mark."""
+        values = []
+        value = self._stack.pop()
+        while value is not _MARK:
+            values.append(value)
+            value = self._stack.pop()
+        return values[::-1]
+
+    def _nothing(self, _: Any) -> None:
+        """Ignores the opcode: protocol and frames say nothing that matters here."""
+
+    def _put(self, key: int) -> None:
+        """Remembers the top of the stack under a number."""
+        self._memo[key] = self._stack[-1]
+
+    def _memoize(self, _: Any) -> None:
+        """Remembers the top of the stack under the next number."""
+        self._memo[len(self._memo)] = self._stack[-1]
+
+    def _get(self, key: int) -> None:
+        """Pushes what was remembered under a number."""
+        self._stack.append(self._memo[key])
+
+    def _global(self, name: tuple[str, str]) -> None:
+        """Pushes a name that is written in the program."""
+        self._stack.append(_allowed(*name))
+
+    def _stack_global(self, _: Any) -> None:
+        """Pushes a name whose two parts are on the stack."""
+        module, name = self._pop_many(2)
+        self._stack.append(_allowed(module, name))
+
+    def _tuple(self, _: Any) -> None:
+        """Gathers the values after the last mark."""
+        self._stack.append(tuple(self._pop_to_mark()))
+
+    def _persistent_id(self, _: Any) -> None:
+        """Replaces a description by its storage."""
+        self._stack.append(self._storage(self._stack.pop()))
+
+    def _reduce(self, _: Any) -> None:
+        """Replaces a name and its arguments by what the call would give."""
+        function, arguments = self._pop_many(2)
+        self._stack.append(self._call(function, arguments))
+
+    def _build(self, _: Any) -> None:
+        """Drops the attributes of an ordered dict: its `_metadata` is of no use here."""
+        self._stack.pop()
+        if not isinstance(self._stack[-1], dict):
+            raise ValueError("it sets the attributes of something that is not a dict")
+
+    def _append(self, _: Any) -> None:
+        """Appends one value to a list."""
+        self._extend_list(self._pop_many(1))
+
+    def _appends(self, _: Any) -> None:
+        """Appends the values after the last mark to a list."""
+        self._extend_list(self._pop_to_mark())
+
+    def _set_item(self, _: Any) -> None:
+        """Puts one item into a dict."""
+        self._update_dict(self._pop_many(2))
+
+    def _set_items(self, _: Any) -> None:
+        """Puts the items after the last mark into a dict."""
+        self._update_dict(self._pop_to_mark())
+
+    def _extend_list(self, values: list[Any]) -> None:
+        """Appends to the list on top of the stack."""
+        target = self._stack[-1]
+        if not isinstance(target, list):
+            raise ValueError("its pickle appends to something that is not a list")
+        target.extend(values)
+
+    def _update_dict(self, items: list[Any]) -> None:
+        """Puts keys and values, which alternate, into the dict on top of the stack."""
+        target = self._stack[-1]
+        if not isinstance(target, dict) or len(items) % 2:
+            raise ValueError("its pickle sets items of something that is not a dict")
+        keys = items[::2]
+        for key in keys:
+            # Hashing a deeply nested tuple would exhaust the C stack.
+            if not isinstance(key, (str, int)):
+                raise ValueError("it has a dict whose keys are not names")
+        target.update(zip(keys, items[1::2], strict=True))
 
     def _storage(self, description: Any) -> _Storage:
+        """Finds the storage that a persistent id describes."""
         if not (isinstance(description, tuple) and len(description) == 5):
             raise ValueError("it describes a storage in an unknown way")
         _, kind, key, _, count = description
@@ -153,23 +234,30 @@ class RestrictedUnpickler:
             raise ValueError(f"data/{key} is too small for {count} numbers")
         return _Storage(dtype, np.frombuffer(data, dtype, count))
 
-    def _build(self, function: Any, arguments: Any) -> Any:
+    def _call(self, function: Any, arguments: Any) -> Any:
+        """Returns what one of the three known functions would return."""
         if not isinstance(function, _Global) or not isinstance(arguments, tuple):
-            raise ValueError("it calls something that is no name")
-        if function == _ORDERED and arguments in ((), ([],)):
+            raise ValueError("it calls something that is not a name")
+        if function == _ORDERED_DICT and arguments in ((), ([],)):
             return {}
-        if function == _PARAMETER and arguments and isinstance(arguments[0], np.ndarray):
+        if function == _REBUILD_PARAMETER and arguments and isinstance(arguments[0], np.ndarray):
             return arguments[0]
-        if function == _TENSOR and len(arguments) >= 4 and isinstance(arguments[0], _Storage):
-            tensor = _tensor(*arguments[:4])
-            self._room -= tensor.nbytes
-            if self._room < 0:
-                raise ValueError("its tensors overlap so often that they unfold to many times it")
-            return tensor
+        if function == _REBUILD_TENSOR and len(arguments) >= 4:
+            storage, offset, shape, strides = arguments[:4]
+            if isinstance(storage, _Storage):
+                return self._tensor(storage, offset, shape, strides)
         raise ValueError(f"it calls `{function.module}.{function.name}` in an unknown way")
 
+    def _tensor(self, storage: _Storage, offset: Any, shape: Any, strides: Any) -> np.ndarray:
+        """Returns a read-only view of a storage, and counts its bytes."""
+        tensor = _strided_view(storage, offset, shape, strides)
+        self._bytes_left -= tensor.nbytes
+        if self._bytes_left < 0:
+            raise ValueError("its tensors overlap so often that they unfold to many times it")
+        return tensor
 
-_CONSTANTS = {
+
+_CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_DICT": dict,
     "EMPTY_LIST": list,
     "EMPTY_TUPLE": tuple,
@@ -180,53 +268,96 @@ _CONSTANTS = {
 }
 
 _LITERALS = frozenset(
-    "BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8".split()
+    {
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "LONG1",
+        "BINFLOAT",
+        "BINUNICODE",
+        "SHORT_BINUNICODE",
+        "BINUNICODE8",
+    }
 )
 
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-
-_FILLERS = frozenset("SETITEM SETITEMS APPEND APPENDS".split())
-
-_OTHERS = frozenset(
-    "PROTO FRAME BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL TUPLE BINPERSID"
-    " REDUCE BUILD STOP".split()
-)
-
-# The argument of an opcode that is not known here is not even read: some readers parse long texts.
-_OPCODES = {
-    opcode.code.encode("latin-1"): opcode
-    for opcode in pickletools.opcodes
-    if opcode.name in {*_CONSTANTS, *_LITERALS, *_TUPLES, *_FILLERS, *_OTHERS}
+_TUPLE_SIZES = {
+    "TUPLE1": 1,
+    "TUPLE2": 2,
+    "TUPLE3": 3,
 }
 
-_ALL_OPCODES = {o.code.encode("latin-1"): o.name for o in pickletools.opcodes}
+_HANDLERS: dict[str, Callable[[RestrictedUnpickler, Any], None]] = {
+    "PROTO": RestrictedUnpickler._nothing,
+    "FRAME": RestrictedUnpickler._nothing,
+    "BINPUT": RestrictedUnpickler._put,
+    "LONG_BINPUT": RestrictedUnpickler._put,
+    "MEMOIZE": RestrictedUnpickler._memoize,
+    "BINGET": RestrictedUnpickler._get,
+    "LONG_BINGET": RestrictedUnpickler._get,
+    "GLOBAL": RestrictedUnpickler._global,
+    "STACK_GLOBAL": RestrictedUnpickler._stack_global,
+    "TUPLE": RestrictedUnpickler._tuple,
+    "BINPERSID": RestrictedUnpickler._persistent_id,
+    "REDUCE": RestrictedUnpickler._reduce,
+    "BUILD": RestrictedUnpickler._build,
+    "APPEND": RestrictedUnpickler._append,
+    "APPENDS": RestrictedUnpickler._appends,
+    "SETITEM": RestrictedUnpickler._set_item,
+    "SETITEMS": RestrictedUnpickler._set_items,
+}
+
+_SUPPORTED = {"STOP", *_CONSTANTS, *_LITERALS, *_TUPLE_SIZES, *_HANDLERS}
+
+# The argument of an opcode that is not supported is not even read: some readers parse long texts.
+_OPCODES: dict[bytes, pickletools.OpcodeInfo] = {}
+
+_ALL_OPCODE_NAMES: dict[bytes, str] = {}
+
+for _opcode in pickletools.opcodes:
+    _code = _opcode.code.encode("latin-1")
+    _ALL_OPCODE_NAMES[_code] = _opcode.name
+    if _opcode.name in _SUPPORTED:
+        _OPCODES[_code] = _opcode
 
 
-def _read_name(file: io.BytesIO) -> tuple[str, str]:
-    """Two lines as they are: the standard reader would undo escapes."""
-    module, name = (file.readline().rstrip(b"\n").decode("latin-1") for _ in range(2))
+def _read_global(file: io.BytesIO) -> tuple[str, str]:
+    """Reads two lines as they are: the standard reader would undo escapes."""
+    module = file.readline().rstrip(b"\n").decode("latin-1")
+    name = file.readline().rstrip(b"\n").decode("latin-1")
     return module, name
 
 
 def _allowed(module: Any, name: Any) -> _Global:
-    # Printing what is no name could unfold a memo bomb.
+    """Returns a name, or refuses one that checkpoints do not need."""
+    # Printing what is not a name could unfold a memo bomb.
     if not (isinstance(module, str) and isinstance(name, str)):
-        raise ValueError("it asks for something that is no name")
-    if (module, name) not in _ALLOWED:
+        raise ValueError("it asks for something that is not a name")
+    if (module, name) not in _ALLOWED_NAMES:
         raise ValueError(f"it asks for `{module}.{name}`, which is not allowed in a checkpoint")
     return _Global(module, name)
 
 
-def _tensor(storage: _Storage, offset: Any, shape: Any, strides: Any) -> np.ndarray:
-    """A read-only view of a storage."""
-    numbers = (offset, *shape, *strides) if isinstance(shape, tuple) else ()
-    whole = all(isinstance(n, int) and 0 <= n < 1 << 62 for n in numbers)
-    if not numbers or not whole or len(shape) != len(strides) or len(shape) > 16:
-        raise ValueError("a tensor's shape is no row of sizes")
-    last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+def _is_size(number: Any) -> bool:
+    """Returns whether a value can be a size, an offset or a stride."""
+    return isinstance(number, int) and 0 <= number < _MAX_NUMBER
+
+
+def _strided_view(storage: _Storage, offset: Any, shape: Any, strides: Any) -> np.ndarray:
+    """Returns a read-only view of a storage; offset and strides count numbers, not bytes."""
+    if not isinstance(shape, tuple) or not isinstance(strides, tuple):
+        raise ValueError("a tensor's shape is not a tuple of sizes")
+    if len(shape) != len(strides) or len(shape) > _MAX_AXES:
+        raise ValueError("a tensor's shape is not a tuple of sizes")
+    if not all(map(_is_size, (offset, *shape, *strides))):
+        raise ValueError("a tensor's shape is not a tuple of sizes")
+    last = offset
+    for size, stride in zip(shape, strides, strict=True):
+        last += (size - 1) * stride
     count = math.prod(shape)
-    if count and (last >= len(storage.array) or count > len(storage.array)):
-        raise ValueError(f"a tensor of shape {shape} reaches out of its storage")
-    steps = tuple(s * storage.dtype.itemsize for s in strides)
-    base = storage.array[offset:] if count else storage.array
-    return np.lib.stride_tricks.as_strided(base, shape, steps, writeable=False)
+    available = len(storage.array)
+    # The second: strides of 0 would make any number of elements of one.
+    if count and (last >= available or count > available):
+        raise ValueError(f"a tensor of shape {shape} extends past the end of its storage")
+    steps = [stride * storage.dtype.itemsize for stride in strides]
+    start = storage.array[offset:] if count else storage.array
+    return np.lib.stride_tricks.as_strided(start, shape, steps, writeable=False)

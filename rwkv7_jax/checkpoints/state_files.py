@@ -19,26 +19,38 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from rwkv7_jax.checkpoints import tensor_names as names
+from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.checkpoints.pth import write_pth
-from rwkv7_jax.checkpoints.tensor_files import read_named, write_safetensors
+from rwkv7_jax.checkpoints.tensor_files import read_tensors, write_safetensors
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import Features, RWKV7State, Upscaled, check_state
 
 SUFFIXES = (".pth", ".safetensors", ".st")
 
-_ORDERS = {".st": "head, key, value"}
+# What a sidecar says of the axes of `time_state`.
+_AXES = "head, value, key"
 
-_ORDER = "head, value, key"
+_TRANSPOSED_AXES = "head, key, value"
 
-_FEATURES = ("landmarks", "widths", "mean", "map")
+_UPSCALED = "upscaled."
 
-_MEMORY = ("memory", "write", "readout")
+# Leaves of `Upscaled.features` and of `Upscaled`, by their names in the file.
+_FEATURE_LEAVES = ("landmarks", "widths", "mean", "map")
+
+_MEMORY_LEAVES = ("memory", "write", "readout")
+
+_REQUIRED_LEAVES = ("memory", "write", "landmarks", "widths", "mean")
 
 
 def _check_suffix(path: Path, caller: str) -> None:
+    """Raises unless the path names a format that can hold a state."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{caller}: `path` must end in {', '.join(SUFFIXES)}; got {path}.")
+
+
+def _usual_axes(path: Path) -> str:
+    """Returns the axes that files of this suffix hold."""
+    return _TRANSPOSED_AXES if path.suffix == ".st" else _AXES
 
 
 def save_state(
@@ -49,14 +61,14 @@ def save_state(
     info: Mapping[str, Any] | None = None,
     dtype="float32",
 ) -> None:
-    """The state at `path`, and its sidecar; a write that fails leaves what was there before.
+    """Saves a start state and its sidecar; a write that fails leaves what was there before.
 
     Args:
         path: `.pth`, `.safetensors` or `.st`; an upscaled state needs `.safetensors`.
         state: batch 1.
         config: of the model, to refuse a state of another one.
         info: further entries of the sidecar: the base model's hash, a score.
-        dtype: of the tensors.
+        dtype: of the WKV tensors; the others are float32.
 
     Raises:
         ValueError: more than one sequence, another model's state, or an unknown suffix.
@@ -71,140 +83,201 @@ def save_state(
         raise ValueError(
             f"save_state: `path` of an upscaled state must end in .safetensors; got {path}."
         )
-    tensors = {} if state.upscaled is None else _upscaled_tensors(state.upscaled)
-    for layer, wkv in enumerate(np.asarray(state.wkv[:, 0])):
-        wkv = wkv.swapaxes(-1, -2) if path.suffix == ".st" else wkv
-        tensors[f"blocks.{layer}.att.time_state"] = np.ascontiguousarray(wkv).astype(
-            jnp.dtype(dtype)
-        )
-    for part, leaf in (("att", state.att_shift), ("ffn", state.ffn_shift)):
-        if np.any(leaf):
-            rows = np.asarray(leaf[:, 0]).astype(np.float32)
-            tensors |= {f"blocks.{i}.{part}.shift_state": row for i, row in enumerate(rows)}
+    tensors = _state_tensors(state, path, jnp.dtype(dtype))
     path.parent.mkdir(parents=True, exist_ok=True)
-    (write_pth if path.suffix == ".pth" else write_safetensors)(path, tensors.items())
-    layers, heads, values, keys = state.wkv[:, 0].shape
-    card = {
+    if path.suffix == ".pth":
+        write_pth(path, tensors.items())
+    else:
+        write_safetensors(path, tensors.items())
+    table = _sidecar_table(state, path)
+    table.update(info or {})
+    sidecar(path).write_text(json.dumps(table, indent=1) + "\n")
+
+
+def _state_tensors(state: RWKV7State, path: Path, dtype: np.dtype) -> dict[str, np.ndarray]:
+    """Returns a state's tensors as a file of this suffix has them, in the file's order."""
+    tensors = {}
+    if state.upscaled is not None:
+        tensors.update(_upscaled_tensors(state.upscaled))
+    for layer, wkv in enumerate(np.asarray(state.wkv[:, 0])):
+        if _usual_axes(path) == _TRANSPOSED_AXES:
+            wkv = wkv.swapaxes(-1, -2)
+        tensors[f"blocks.{layer}.att.time_state"] = np.ascontiguousarray(wkv).astype(dtype)
+    for part, shift in (("att", state.att_shift), ("ffn", state.ffn_shift)):
+        # Other tools do not know these names: a file has them only where they matter.
+        if not np.any(shift):
+            continue
+        rows = np.asarray(shift[:, 0]).astype(np.float32)
+        for layer, row in enumerate(rows):
+            tensors[f"blocks.{layer}.{part}.shift_state"] = row
+    return tensors
+
+
+def _upscaled_leaves(upscaled: Upscaled) -> dict[str, Any]:
+    """Returns all leaves of an upscaled memory by their names in a file; some are None."""
+    leaves = {}
+    for name in _FEATURE_LEAVES:
+        leaves[name] = getattr(upscaled.features, name)
+    for name in _MEMORY_LEAVES:
+        leaves[name] = getattr(upscaled, name)
+    return leaves
+
+
+def _upscaled_tensors(upscaled: Upscaled) -> dict[str, np.ndarray]:
+    """Returns the tensors of an upscaled memory, without the batch axis."""
+    tensors = {}
+    for name, leaf in _upscaled_leaves(upscaled).items():
+        if leaf is not None:
+            tensors[_UPSCALED + name] = np.ascontiguousarray(leaf[:, 0], np.float32)
+    return tensors
+
+
+def _sidecar_table(state: RWKV7State, path: Path) -> dict[str, Any]:
+    """Describes a state for its sidecar."""
+    layers, _, heads, values, keys = state.wkv.shape
+    table: dict[str, Any] = {
         "format": "rwkv7 start state",
-        "axes": _ORDERS.get(path.suffix, _ORDER),
+        "axes": _usual_axes(path),
         "layers": layers,
         "heads": heads,
         "value_size": values,
         "key_size": keys,
-        **(_upscaled_card(state.upscaled) if state.upscaled is not None else {}),
-        **(info or {}),
     }
-    sidecar(path).write_text(json.dumps(card, indent=1) + "\n")
-
-
-def _upscaled_tensors(upscaled: Upscaled) -> dict[str, np.ndarray]:
-    leaves = {name: getattr(upscaled.features, name) for name in _FEATURES}
-    leaves |= {name: getattr(upscaled, name) for name in _MEMORY}
-    return {
-        f"upscaled.{name}": np.ascontiguousarray(leaf[:, 0], np.float32)
-        for name, leaf in leaves.items()
-        if leaf is not None
-    }
-
-
-def _upscaled_card(upscaled: Upscaled) -> dict[str, Any]:
-    size = upscaled.memory.shape[-1]
-    return {"dynamics": upscaled.dynamics, "kind": upscaled.features.kind, "features": size}
+    upscaled = state.upscaled
+    if upscaled is not None:
+        table["dynamics"] = upscaled.dynamics
+        table["kind"] = upscaled.features.kind
+        table["features"] = upscaled.memory.shape[-1]
+    return table
 
 
 def sidecar(path: str | Path) -> Path:
-    """Where a state's description lies."""
+    """Returns the path of a state's sidecar."""
     return Path(f"{path}.json")
 
 
-def _check_sizes(wkv: np.ndarray, config: RWKV7Config, caller: str, what: str) -> None:
-    wanted = (config.num_layers, config.num_heads, config.head_size, config.head_size)
-    if wkv.shape != wanted:
+def read_sidecar(path: str | Path) -> dict[str, Any]:
+    """Reads a state's sidecar; empty where there is none.
+
+    Raises:
+        ValueError: the sidecar is not JSON, or holds no object.
+    """
+    place = sidecar(path)
+    if not place.exists():
+        return {}
+    try:
+        table = json.loads(place.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"read_sidecar: `{place}` is not JSON.") from None
+    if not isinstance(table, dict):
+        raise ValueError(f"read_sidecar: `{place}` holds no JSON object.")
+    return table
+
+
+def _check_sizes(wkv: np.ndarray, config: RWKV7Config, caller: str, subject: str) -> None:
+    """Raises unless WKV states [layers, heads, value, key] have a model's sizes."""
+    expected = (config.num_layers, config.num_heads, config.head_size, config.head_size)
+    if wkv.shape != expected:
         raise ValueError(
-            f"{caller}: `{what}` must have [layers, heads, value, key] = {wanted} for this model; "
-            f"got {wkv.shape}."
+            f"{caller}: `{subject}` must have [layers, heads, value, key] = {expected} for this "
+            f"model; got {wkv.shape}."
         )
 
 
-def _stacked(tensors: Mapping[str, np.ndarray], suffix: str, path: Path) -> np.ndarray | None:
-    """Blocks 0, 1, ... of one kind of tensor, or None where there are none."""
-    found = {
-        int(m[1]): array
-        for n, array in tensors.items()
-        if (m := re.match(rf"blocks\.(\d+)\.{suffix}$", n))
-    }
-    if not found:
+def _stack_layers(tensors: Mapping[str, np.ndarray], name: str, path: Path) -> np.ndarray | None:
+    """Stacks `blocks.0.{name}`, `blocks.1.{name}`, ... as float32; None where there are none."""
+    by_layer: dict[int, np.ndarray] = {}
+    for tensor_name, array in tensors.items():
+        match = re.fullmatch(rf"blocks\.(\d+)\.{re.escape(name)}", tensor_name)
+        if match:
+            by_layer[int(match[1])] = np.asarray(array, np.float32)
+    if not by_layer:
         return None
-    for layer in range(max(found) + 1):
-        if layer not in found:
-            raise ValueError(f"load_state: `{path}` has no blocks.{layer}.{suffix}.")
-    rows = [np.asarray(found[layer], np.float32) for layer in range(len(found))]
+    # Layers count up from 0: with as many numbers as layers, the first gap is below their count.
+    for layer in range(len(by_layer)):
+        if layer not in by_layer:
+            raise ValueError(f"load_state: `{path}` has no blocks.{layer}.{name}.")
+    rows = [by_layer[layer] for layer in range(len(by_layer))]
     if len({row.shape for row in rows}) > 1:
-        raise ValueError(f"load_state: `{path}` has blocks whose {suffix} differ in shape.")
+        raise ValueError(f"load_state: `{path}` has blocks whose {name} differ in shape.")
     return np.stack(rows)
 
 
-def read_sidecar(path: str | Path) -> dict[str, Any]:
-    """What a state's description says; nothing where there is none."""
-    return json.loads(sidecar(path).read_text()) if sidecar(path).exists() else {}
+def _require_finite(array: np.ndarray, name: str, path: Path) -> None:
+    """Raises unless every number is finite."""
+    if not np.isfinite(array).all():
+        raise ValueError(f"load_state: `{path}` has NaN or Inf in a {name}.")
 
 
 def _load_upscaled(tensors: Mapping[str, np.ndarray], path: Path) -> Upscaled | None:
-    """The upscaled memory of a file, or None where there is none."""
-    leaves = {
-        name.removeprefix("upscaled."): jnp.asarray(array, jnp.float32)[:, None]
-        for name, array in tensors.items()
-        if name.startswith("upscaled.")
-    }
-    if not leaves:
+    """Builds the upscaled memory of a file; None where there is none.
+
+    Args:
+        tensors: by name without the prefix, without a batch axis.
+        path: of the file, for its sidecar and for messages.
+    """
+    if not tensors:
         return None
-    card = read_sidecar(path)
-    for name in ("dynamics", "kind"):
-        if name not in card:
+    table = read_sidecar(path)
+    for field in ("dynamics", "kind"):
+        if field not in table:
             raise ValueError(
-                f"load_state: `{sidecar(path)}` must give the upscaled state's {name}; got none."
+                f"load_state: `{sidecar(path)}` must give the upscaled state's {field}; got none."
             )
-    for name in ("memory", "write", "landmarks", "widths", "mean"):
-        if name not in leaves:
-            raise ValueError(f"load_state: `{path}` has no upscaled.{name}.")
-    for name, leaf in leaves.items():
-        if not np.isfinite(leaf).all():
-            raise ValueError(f"load_state: `{path}` has NaN or Inf in upscaled.{name}.")
-    features = {name: leaves.get(name) for name in _FEATURES}
-    memory = {name: leaves.get(name) for name in _MEMORY}
+    for name in _REQUIRED_LEAVES:
+        if name not in tensors:
+            raise ValueError(f"load_state: `{path}` has no {_UPSCALED}{name}.")
+    leaves: dict[str, Any] = {}
+    for name, array in tensors.items():
+        if not np.isfinite(array).all():
+            raise ValueError(f"load_state: `{path}` has NaN or Inf in {_UPSCALED}{name}.")
+        leaves[name] = jnp.asarray(array, jnp.float32)[:, None]
+    features = Features(
+        landmarks=leaves["landmarks"],
+        widths=leaves["widths"],
+        mean=leaves["mean"],
+        map=leaves.get("map"),
+        kind=table["kind"],
+    )
     return Upscaled(
-        **memory, features=Features(**features, kind=card["kind"]), dynamics=card["dynamics"]
+        memory=leaves["memory"],
+        write=leaves["write"],
+        readout=leaves.get("readout"),
+        features=features,
+        dynamics=table["dynamics"],
     )
 
 
-def _check_base(path: Path, base_model: str | None) -> None:
-    was = read_sidecar(path).get("base_model")
-    if base_model is not None and was is not None and was != base_model:
-        warnings.warn(
-            f"load_state: `{path}` was tuned for the model {was}; got the model {base_model}. "
-            "Unless they differ in dtype alone, it means nothing there.",
-            stacklevel=3,
-        )
+def _warn_of_other_weights(path: Path, base_model: str | None) -> None:
+    """Warns if the sidecar says that the state was tuned for another model."""
+    stored = read_sidecar(path).get("base_model")
+    if base_model is None or stored is None or stored == base_model:
+        return
+    # No error: the same weights in another dtype have another hash.
+    warnings.warn(
+        f"load_state: `{path}` was tuned for the model {stored}; got the model {base_model}. "
+        "Unless they differ in dtype alone, it means nothing there.",
+        stacklevel=3,
+    )
 
 
-def _axes(path: Path) -> str:
-    """The axis order of the file: its sidecar's, else its kind's."""
-    usual = _ORDERS.get(path.suffix, _ORDER)
+def _check_axes(path: Path) -> None:
+    """Raises if the sidecar says that the file's axes are not those of its suffix."""
+    usual = _usual_axes(path)
     axes = read_sidecar(path).get("axes", usual)
-    if axes not in (_ORDER, *_ORDERS.values()):
+    if axes not in (_AXES, _TRANSPOSED_AXES):
         raise ValueError(f"load_state: `{sidecar(path)}` says axes {axes!r}, which is unknown.")
     if axes != usual:
         raise ValueError(
             f"load_state: `{path}` is transposed: its sidecar says axes {axes!r}, "
             f"but {path.suffix} files hold {usual!r}."
         )
-    return axes
 
 
 def load_state(
     path: str | Path, *, config: RWKV7Config | None = None, base_model: str | None = None
 ) -> RWKV7State:
-    """The start state of a file, batch 1, float32.
+    """Loads a start state, batch 1, float32.
 
     Takes files of RWKV-PEFT, RWKV-Runner, web-rwkv and Ai00, and model checkpoints with a merged
     state.
@@ -212,8 +285,8 @@ def load_state(
     Args:
         path: `.pth`, `.safetensors` or `.st`.
         config: of the model, to refuse a state of another one.
-        base_model: `checkpoint.model_hash` of the model, to warn of a state of other weights where
-            the sidecar says which they were.
+        base_model: `model_hash` of the model, to warn of a state of other weights where the sidecar
+            says which they were.
 
     Raises:
         ValueError: no state in the file, layers missing, NaN or Inf, another model's sizes, or a
@@ -223,31 +296,48 @@ def load_state(
     _check_suffix(path, "load_state")
     if not path.exists():
         raise ValueError(f"load_state: `{path}` does not exist.")
-    _check_base(path, base_model)
-    named = read_named(path)
-    wide = {name: named.pop(name).read() for name in list(named) if name.startswith("upscaled.")}
-    _, states = names.split_states(names.from_official(named))
-    tensors = {name: tensor.read() for name, tensor in states.items()}
-    wkv = _stacked(tensors, r"att\.time_state", path)
+    _warn_of_other_weights(path, base_model)
+    tensors, upscaled = _read_state_tensors(path)
+    wkv = _stack_layers(tensors, "att.time_state", path)
     if wkv is None or wkv.ndim != 4:
         raise ValueError(f"load_state: `{path}` holds no blocks.0.att.time_state [H, value, key].")
-    if _axes(path) != _ORDER:
+    _check_axes(path)
+    if _usual_axes(path) == _TRANSPOSED_AXES:
         wkv = wkv.swapaxes(-1, -2)
     if config is not None:
         _check_sizes(wkv, config, "load_state", str(path))
+    _require_finite(wkv, "time_state", path)
     layers, heads, values, _ = wkv.shape
-    nothing = np.zeros((layers, heads * values), np.float32)
-    shifts = [_stacked(tensors, rf"{part}\.shift_state", path) for part in ("att", "ffn")]
-    att, ffn = (nothing if shift is None else shift for shift in shifts)
-    for name, array in (("time_state", wkv), ("shift_state", att), ("shift_state", ffn)):
-        if not np.isfinite(array).all():
-            raise ValueError(f"load_state: `{path}` has NaN or Inf in a {name}.")
+    shifts = {}
+    for part in ("att", "ffn"):
+        shift = _stack_layers(tensors, f"{part}.shift_state", path)
+        if shift is None:
+            shift = np.zeros((layers, heads * values), np.float32)
+        shifts[part] = shift
+        _require_finite(shift, "shift_state", path)
+    # Files hold no batch axis; the state's is the second.
     state = RWKV7State(
-        att_shift=jnp.asarray(att[:, None]),
+        att_shift=jnp.asarray(shifts["att"][:, None]),
         wkv=jnp.asarray(wkv[:, None]),
-        ffn_shift=jnp.asarray(ffn[:, None]),
-        upscaled=_load_upscaled(wide, path),
+        ffn_shift=jnp.asarray(shifts["ffn"][:, None]),
+        upscaled=_load_upscaled(upscaled, path),
     )
     if config is not None:
         check_state(state, 1, config, caller="load_state")
     return state
+
+
+def _read_state_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Reads the tensors of a state, and those of its upscaled memory without their prefix.
+
+    A model's own tensors in the same file are not read.
+    """
+    upscaled = {}
+    others = {}
+    for name, tensor in read_tensors(path).items():
+        if name.startswith(_UPSCALED):
+            upscaled[name.removeprefix(_UPSCALED)] = tensor.read()
+        else:
+            others[name] = tensor
+    _, state = tensor_names.split_states(tensor_names.from_official(others))
+    return {name: tensor.read() for name, tensor in state.items()}, upscaled

@@ -3,16 +3,23 @@
 import mmap
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import ml_dtypes
 import numpy as np
+import safetensors
+import safetensors.numpy
 
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.checkpoints.pth import read_pth
 from rwkv7_jax.checkpoints.tensor_names import Tensor
 
-FORMATS = ("pth", "safetensors", "st", "hf", "orbax")
+Format = Literal["pth", "safetensors", "st", "hf", "orbax"]
+
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+# The formats of single files; each is called like its suffix.
+_FILE_FORMATS: tuple[Format, ...] = ("pth", "safetensors", "st")
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -28,120 +35,141 @@ _DTYPES = {
 }
 
 
-def format_of(path: str | Path, *, format: str | None = None) -> str:
-    """The format that a path means: by suffix, or by what a folder holds.
+def format_of(path: str | Path, *, format: str | None = None) -> Format:
+    """Tells the format of a path by its suffix, or by what the folder holds.
+
+    Args:
+        path: need not exist.
+        format: a name that takes precedence over the path.
 
     Raises:
         ValueError: an unknown name or suffix.
     """
-    path = Path(path)
-    if format is None:
-        if (path / "config.json").exists():
-            return "hf"
-        format = path.suffix[1:] if path.suffix in (".pth", ".safetensors", ".st") else "orbax"
-        # The ".4b" of a folder called "model-0.4b" is no suffix.
-        if format == "orbax" and path.suffix[1:2].isalpha() and not path.is_dir():
-            raise ValueError(
-                f"checkpoint: `{path}` must end in .pth, .safetensors or .st, or be a folder."
-            )
-    if format not in FORMATS:
+    if format is not None:
+        for known in FORMATS:
+            if format == known:
+                return known
         raise ValueError(
             f"checkpoint: `format` must be one of {', '.join(FORMATS)}; got {format!r}."
         )
-    return format
+    path = Path(path)
+    if (path / "config.json").exists():
+        return "hf"
+    for known in _FILE_FORMATS:
+        if path.suffix == f".{known}":
+            return known
+    # The ".4b" of a folder called "model-0.4b" is not a suffix.
+    has_suffix = path.suffix[1:2].isalpha()
+    if has_suffix and not path.is_dir():
+        raise ValueError(
+            f"checkpoint: `{path}` must end in .pth, .safetensors or .st, or be a folder."
+        )
+    return "orbax"
+
+
+def _open_safetensors(path: Path) -> Any:
+    """Opens a file; its header is checked, and no tensor is read."""
+    try:
+        return safetensors.safe_open(path, framework="numpy")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"checkpoint: `{path}` is not a safetensors file: {error}.") from None
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, each read when it is wanted.
+    """Opens a .safetensors file, whose tensors are read one by one when they are needed.
 
     Raises:
-        ValueError: no safetensors file; the sentence has the path.
+        ValueError: not a safetensors file; the message has the path.
     """
-    import safetensors
+    file = _open_safetensors(path)
 
-    try:
-        file = safetensors.safe_open(path, framework="numpy")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"checkpoint: `{path}` is no safetensors file: {error}.") from None
+    def describe(name: str) -> Tensor:
+        view = file.get_slice(name)
+        dtype = view.get_dtype()
+        if dtype not in _DTYPES:
+            raise ValueError(f"checkpoint: `{path}` has {name!r} of dtype {dtype}.")
+        shape = tuple(view.get_shape())
+        return Tensor(shape, _DTYPES[dtype], lambda: file.get_tensor(name))
 
-    def tensor(name: str) -> Tensor:
-        part = file.get_slice(name)
-        if part.get_dtype() not in _DTYPES:
-            raise ValueError(f"checkpoint: `{path}` has {name!r} of dtype {part.get_dtype()}.")
-        shape, dtype = tuple(part.get_shape()), _DTYPES[part.get_dtype()]
-        return Tensor(shape, dtype, lambda: file.get_tensor(name))
-
-    return {name: tensor(name) for name in file.keys()}
+    return {name: describe(name) for name in file.keys()}
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The words beside the tensors of a .safetensors file.
+    """Reads the strings that a .safetensors file holds besides its tensors.
 
     Raises:
-        ValueError: no safetensors file; the sentence has the path.
+        ValueError: not a safetensors file; the message has the path.
     """
-    import safetensors
-
-    try:
-        return dict(safetensors.safe_open(path, framework="numpy").metadata() or {})
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"checkpoint: `{path}` is no safetensors file: {error}.") from None
+    return dict(_open_safetensors(path).metadata() or {})
 
 
-def read_named(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .pth, .safetensors or .st file by the names in it; wrappers are taken off.
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Opens a .pth, .safetensors or .st file and returns its tensors by the names in it.
+
+    Dicts that trainers wrap around the tensors are taken off.
 
     Raises:
-        ValueError: not such a file, or not a flat dict of tensors.
+        ValueError: not such a file, or no flat dict of tensors in it.
     """
-    if path.suffix != ".pth":
-        tensors = read_safetensors(path)
+    if path.suffix == ".pth":
+        tensors = _pth_tensors(read_pth(path))
     else:
-        found = read_pth(path)
-        for wrapper in ("state_dict", "module", "model"):
-            if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
-                found = found[wrapper]
-        items = found.items() if isinstance(found, dict) else ()
-        tensors = {
-            name: Tensor(array.shape, array.dtype, lambda array=array: array)
-            for name, array in items
-            if isinstance(name, str) and isinstance(array, np.ndarray)
-        }
+        tensors = read_safetensors(path)
     if not tensors:
         raise ValueError(f"checkpoint: `{path}` holds no tensors by name.")
     return tensors
 
 
-def release_pages(array: np.ndarray) -> None:
-    """The pages that reading `array` brought in are given back, if it is a view of a mapped file.
+def _pth_tensors(content: Any) -> dict[str, Tensor]:
+    """Picks the arrays out of what a .pth file holds; step counts and the like are left out."""
+    for wrapper in ("state_dict", "module", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    tensors = {}
+    if isinstance(content, dict):
+        for name, value in content.items():
+            if isinstance(name, str) and isinstance(value, np.ndarray):
+                # The default binds this loop's array; a plain closure would see the last one.
+                tensors[name] = Tensor(value.shape, value.dtype, lambda array=value: array)
+    return tensors
 
-    Otherwise they count as this process's memory beside the copy that was made of them.
+
+def release_pages(array: np.ndarray) -> None:
+    """Gives back the pages that reading `array` brought in, if it is a view of a mapped file.
+
+    Otherwise they would count as this process's memory besides the copy that was made of them.
     """
     owner: Any = array
     while owner is not None and not isinstance(owner, mmap.mmap):
-        owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
+        # A memoryview calls its parent `obj`, an array calls it `base`.
+        if isinstance(owner, memoryview):
+            owner = owner.obj
+        else:
+            owner = getattr(owner, "base", None)
+    # Windows has no madvise.
     if owner is not None and hasattr(mmap, "MADV_DONTNEED"):
         owner.madvise(mmap.MADV_DONTNEED)
 
 
 def write_safetensors(
     path: Path,
-    items: Iterable[tuple[str, np.ndarray]],
+    tensors: Iterable[tuple[str, np.ndarray]],
     *,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """The arrays as a .safetensors file; whole or not at all.
+    """Writes a .safetensors file completely, or leaves what was there before.
 
     The package wants all arrays at once and copies them: this takes twice the file's size.
 
     Raises:
         ValueError: a dtype that the format does not have, or a folder that does not exist.
     """
-    import safetensors.numpy
-
-    arrays = {name: np.ascontiguousarray(array) for name, array in items}
-    for name, array in arrays.items():
+    arrays = {}
+    for name, array in tensors:
         if array.dtype not in _DTYPES.values():
-            raise ValueError(f"write_safetensors: `{name}` has dtype {array.dtype}, unknown there.")
+            raise ValueError(
+                f"write_safetensors: `{name}` must have a dtype of the format; got {array.dtype}."
+            )
+        arrays[name] = np.ascontiguousarray(array)
     with atomic_write(path) as file:
         file.write(safetensors.numpy.save(arrays, metadata=metadata))

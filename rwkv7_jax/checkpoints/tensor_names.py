@@ -1,6 +1,6 @@
-"""What the tensors of RWKV-7 are called, and shaped, in each kind of checkpoint.
+"""Names and shapes of RWKV-7's tensors in each kind of checkpoint.
 
-The official names are the language that all others are translated to and from.
+The official names are the language that all other names are translated to and from.
 Source: BlinkDL/RWKV-LM@524481d RWKV-v7 (official); fla-org/flash-linear-attention@bc3b101
 utils/convert_from_rwkv7.py (HF); cryscan/web-rwkv@3c7d546 assets/scripts/convert_safetensors.py
 (.st).
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rwkv7_jax.checkpoints.unused_value_residual import unused_value_residual_shapes
 from rwkv7_jax.model.config import RWKV7Config
 
 Shape = tuple[int, ...]
@@ -20,13 +21,17 @@ Shape = tuple[int, ...]
 # The low-rank matrices, which HF and .st files hold transposed.
 LOW_RANK = re.compile(r"\.att\.[wavg][12]$")
 
+# The order of the six lerps of time mix, in our files and in HF's packed tensor.
+_LERPS = "rwkvag"
+
 _BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
 
 _HF_BLOCK = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
 
 _STATE = re.compile(r"^blocks\.\d+\.(att\.time_state|att\.shift_state|ffn\.shift_state)$")
 
-_VARIANTS = (
+# A tensor that only one other member of the family has, and that member's name.
+_OTHER_ARCHITECTURES = (
     (r"ffn\.enn\.weight$", "RWKV-8 (x080)"),
     (r"qkv\.qq\.weight$", "rwkv7b (DeepEmbedAttention)"),
     (r"ffn\.s_emb\.weight$", "rwkv7a (DeepEmbed)"),
@@ -42,16 +47,32 @@ _HF_OUTSIDE = {
 }
 
 _HF_INSIDE = {
-    **{
-        f"{a}.{p}": f"{b}.{p}"
-        for a, b in (("ln1", "attn_norm"), ("ln2", "ffn_norm"), ("att.ln_x", "attn.g_norm"))
-        for p in ("weight", "bias")
-    },
-    **{f"att.x_{c}": f"attn.x_{c}" for c in "rwkvag"},
-    **{f"att.{c}0": f"attn.{c}_lora.lora.2.bias" for c in "wav"},
-    **{f"att.{c}1": f"attn.{c}_lora.lora.0.weight" for c in "wavg"},
-    **{f"att.{c}2": f"attn.{c}_lora.lora.2.weight" for c in "wavg"},
-    **{f"att.{name}": f"attn.{name}" for name in ("k_k", "k_a", "r_k")},
+    "ln1.weight": "attn_norm.weight",
+    "ln1.bias": "attn_norm.bias",
+    "ln2.weight": "ffn_norm.weight",
+    "ln2.bias": "ffn_norm.bias",
+    "att.ln_x.weight": "attn.g_norm.weight",
+    "att.ln_x.bias": "attn.g_norm.bias",
+    "att.x_r": "attn.x_r",
+    "att.x_w": "attn.x_w",
+    "att.x_k": "attn.x_k",
+    "att.x_v": "attn.x_v",
+    "att.x_a": "attn.x_a",
+    "att.x_g": "attn.x_g",
+    "att.w0": "attn.w_lora.lora.2.bias",
+    "att.w1": "attn.w_lora.lora.0.weight",
+    "att.w2": "attn.w_lora.lora.2.weight",
+    "att.a0": "attn.a_lora.lora.2.bias",
+    "att.a1": "attn.a_lora.lora.0.weight",
+    "att.a2": "attn.a_lora.lora.2.weight",
+    "att.v0": "attn.v_lora.lora.2.bias",
+    "att.v1": "attn.v_lora.lora.0.weight",
+    "att.v2": "attn.v_lora.lora.2.weight",
+    "att.g1": "attn.g_lora.lora.0.weight",
+    "att.g2": "attn.g_lora.lora.2.weight",
+    "att.k_k": "attn.k_k",
+    "att.k_a": "attn.k_a",
+    "att.r_k": "attn.r_k",
     "att.receptance.weight": "attn.r_proj.weight",
     "att.key.weight": "attn.k_proj.weight",
     "att.value.weight": "attn.v_proj.weight",
@@ -61,25 +82,38 @@ _HF_INSIDE = {
     "ffn.value.weight": "ffn.value.weight",
 }
 
-_OFFICIAL_OUTSIDE = {hf: name for name, hf in _HF_OUTSIDE.items()}
+_OFFICIAL_OUTSIDE = {hf: official for official, hf in _HF_OUTSIDE.items()}
 
-_OFFICIAL_INSIDE = {hf: name for name, hf in _HF_INSIDE.items()}
+_OFFICIAL_INSIDE = {hf: official for official, hf in _HF_INSIDE.items()}
 
 
 class Tensor(NamedTuple):
-    """A tensor of a file that is read when it is wanted."""
+    """A tensor of a file, whose numbers are read when `read` is called."""
 
     shape: Shape
     dtype: np.dtype
     read: Callable[[], np.ndarray]
 
 
-Named = Mapping[str, Tensor]
+Tensors = Mapping[str, Tensor]
 
 
+# `jax.eval_shape` of the model's `init` knows the same shapes. It takes 0.2 to 0.5 s for each file,
+# where this table takes 1 ms, and it has lost the order of the official files. A test compares the
+# two, so that they cannot drift apart.
 def block_shapes(config: RWKV7Config, layer: int) -> dict[str, Shape]:
-    """The tensors of one block by the name behind `blocks.{layer}.`, as the tree shapes them."""
-    d, f, heads = config.width, config.ffn_width, (config.num_heads, config.head_size)
+    """Returns the shapes in the parameter tree of one block's tensors, in the files' order.
+
+    The names are those after `blocks.{layer}.`.
+    """
+    width = config.width
+    ffn_width = config.ffn_width
+    shapes: dict[str, Shape] = {}
+    for norm in ("ln1", "ln2", "att.ln_x"):
+        shapes[f"{norm}.weight"] = (width,)
+        shapes[f"{norm}.bias"] = (width,)
+    for letter in _LERPS:
+        shapes[f"att.x_{letter}"] = (width,)
     ranks = {
         "w": config.decay_rank,
         "a": config.icl_rank,
@@ -87,124 +121,162 @@ def block_shapes(config: RWKV7Config, layer: int) -> dict[str, Shape]:
         "g": config.gate_rank,
     }
     if layer == 0:
+        # The values of block 0 are those that all others are mixed with.
         del ranks["v"]
-    shapes: dict[str, Shape] = {}
-    for norm in ("ln1", "ln2", "att.ln_x"):
-        shapes |= {f"{norm}.weight": (d,), f"{norm}.bias": (d,)}
-    shapes |= {f"att.x_{c}": (d,) for c in "rwkvag"}
     for letter, rank in ranks.items():
         if letter != "g":
-            shapes[f"att.{letter}0"] = (d,)
-        shapes |= {f"att.{letter}1": (d, rank), f"att.{letter}2": (rank, d)}
-    shapes |= {"att.k_k": (d,), "att.k_a": (d,), "att.r_k": heads}
-    shapes |= {f"att.{n}.weight": (d, d) for n in ("receptance", "key", "value", "output")}
-    return shapes | {"ffn.x_k": (d,), "ffn.key.weight": (f, d), "ffn.value.weight": (d, f)}
+            # The gate has no bias.
+            shapes[f"att.{letter}0"] = (width,)
+        shapes[f"att.{letter}1"] = (width, rank)
+        shapes[f"att.{letter}2"] = (rank, width)
+    shapes["att.k_k"] = (width,)
+    shapes["att.k_a"] = (width,)
+    shapes["att.r_k"] = (config.num_heads, config.head_size)
+    for projection in ("receptance", "key", "value", "output"):
+        shapes[f"att.{projection}.weight"] = (width, width)
+    shapes["ffn.x_k"] = (width,)
+    shapes["ffn.key.weight"] = (ffn_width, width)
+    shapes["ffn.value.weight"] = (width, ffn_width)
+    return shapes
 
 
 def outer_shapes(config: RWKV7Config) -> dict[str, Shape]:
-    """The tensors outside the blocks, by official name."""
-    d, table = config.width, (config.vocab_size, config.width)
-    norms = ("blocks.0.ln0", "ln_out")
-    shapes = {f"{norm}.{part}": (d,) for norm in norms for part in ("weight", "bias")}
-    return {"emb.weight": table, **shapes, "head.weight": table}
-
-
-def unused_value_residual_shapes(config: RWKV7Config) -> dict[str, Shape]:
-    """The value residual of block 0, which official trainers write and nobody reads."""
-    d, rank = config.width, config.value_rank
-    return {"blocks.0.att.v0": (d,), "blocks.0.att.v1": (d, rank), "blocks.0.att.v2": (rank, d)}
+    """Returns the shapes of the tensors outside the blocks, by official name."""
+    width = config.width
+    return {
+        "emb.weight": (config.vocab_size, width),
+        "blocks.0.ln0.weight": (width,),
+        "blocks.0.ln0.bias": (width,),
+        "ln_out.weight": (width,),
+        "ln_out.bias": (width,),
+        "head.weight": (config.vocab_size, width),
+    }
 
 
 def shapes(config: RWKV7Config) -> dict[str, Shape]:
-    """Every tensor of a model by official name, without block 0's dummies."""
-    blocks = {
-        f"blocks.{layer}.{name}": shape
-        for layer in range(config.num_layers)
-        for name, shape in block_shapes(config, layer).items()
-    }
-    return outer_shapes(config) | blocks
+    """Returns the shapes of all tensors that a model must have, by official name."""
+    required = outer_shapes(config)
+    for layer in range(config.num_layers):
+        for name, shape in block_shapes(config, layer).items():
+            required[f"blocks.{layer}.{name}"] = shape
+    return required
+
+
+def accepted_shapes(config: RWKV7Config) -> dict[str, Shape]:
+    """Returns `shapes` and those of the tensors that a model may have but does not read."""
+    return shapes(config) | unused_value_residual_shapes(config)
 
 
 def file_shape(name: str, shape: Shape) -> Shape:
-    """How official files shape a tensor: the vectors of time and channel mix are [1, 1, D]."""
-    plain = name.startswith(("emb", "head", "ln_out")) or ".ln" in name
-    return (1, 1, *shape) if len(shape) == 1 and not plain else shape
+    """Returns a tensor's shape in official files: vectors of time and channel mix are [1, 1, D]."""
+    is_plain = name.startswith(("emb", "head", "ln_out")) or ".ln" in name
+    if len(shape) == 1 and not is_plain:
+        return (1, 1, *shape)
+    return shape
 
 
 def hf_shape(name: str, shape: Shape) -> Shape:
-    """How HF files shape a tensor: only the six lerps of time mix are [1, 1, D]."""
-    return (1, 1, *shape) if ".att.x_" in name else shape
+    """Returns a tensor's shape in HF files: only the six lerps of time mix are [1, 1, D]."""
+    if ".att.x_" in name:
+        return (1, 1, *shape)
+    return shape
 
 
 def to_hf(name: str) -> str:
-    """The HF name of an official one."""
+    """Translates an official name into HF's."""
     if name in _HF_OUTSIDE:
         return _HF_OUTSIDE[name]
-    layer, inside = _BLOCK.match(name).groups()
+    match = _BLOCK.match(name)
+    assert match is not None, name
+    layer, inside = match.groups()
     return f"model.layers.{layer}.{_HF_INSIDE[inside]}"
 
 
+def _to_official(name: str) -> str:
+    """Translates an HF name; a name that HF files do not have stays as it is."""
+    if name in _OFFICIAL_OUTSIDE:
+        return _OFFICIAL_OUTSIDE[name]
+    match = _HF_BLOCK.match(name)
+    if match is None or match[2] not in _OFFICIAL_INSIDE:
+        return name
+    return f"blocks.{match[1]}.{_OFFICIAL_INSIDE[match[2]]}"
+
+
 def _unpack_lerps(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Old HF files hold the six lerps as one tensor, in the order r, w, k, v, a, g."""
+    """Splits the tensor in which old HF files hold all six lerps."""
     width = tensor.shape[-1]
 
-    def part(index):
+    def reader(index: int) -> Callable[[], np.ndarray]:
         return lambda: tensor.read().reshape(6, width)[index]
 
     stem = name.removesuffix("x_x")
-    return {f"{stem}x_{c}": Tensor((width,), tensor.dtype, part(i)) for i, c in enumerate("rwkvag")}
+    lerps = {}
+    for index, letter in enumerate(_LERPS):
+        lerps[f"{stem}x_{letter}"] = Tensor((width,), tensor.dtype, reader(index))
+    return lerps
 
 
-def transposed(tensor: Tensor) -> Tensor:
-    """The tensor with its last two axes swapped."""
+def _transposed(tensor: Tensor) -> Tensor:
+    """Swaps the last two axes, now in the shape and later in the numbers."""
     shape = (*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2])
     return Tensor(shape, tensor.dtype, lambda: tensor.read().swapaxes(-1, -2))
 
 
-def from_hf(named: Named) -> dict[str, Tensor]:
-    """Official names and orientation; names that HF files do not have stay as they are."""
-    flat: dict[str, Tensor] = {}
-    for name, tensor in named.items():
+def _transpose_low_rank(tensors: Tensors) -> dict[str, Tensor]:
+    """Transposes the low-rank matrices among tensors that have official names."""
+    transposed = {}
+    for name, tensor in tensors.items():
+        if LOW_RANK.search(name):
+            tensor = _transposed(tensor)
+        transposed[name] = tensor
+    return transposed
+
+
+def from_hf(tensors: Tensors) -> dict[str, Tensor]:
+    """Gives an HF file's tensors official names and orientation.
+
+    Names that HF files do not have stay as they are, so that the check of names reports them.
+    """
+    official: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        parts = {name: tensor}
         if name.endswith(".attn.x_x") and tensor.shape[0] == 6:
-            flat |= _unpack_lerps(name, tensor)
-        else:
-            flat[name] = tensor
-    official = {}
-    for name, tensor in flat.items():
-        if name in _OFFICIAL_OUTSIDE:
-            name = _OFFICIAL_OUTSIDE[name]
-        elif (found := _HF_BLOCK.match(name)) and found[2] in _OFFICIAL_INSIDE:
-            name = f"blocks.{found[1]}.{_OFFICIAL_INSIDE[found[2]]}"
-        official[name] = transposed(tensor) if LOW_RANK.search(name) else tensor
-    return official
+            parts = _unpack_lerps(name, tensor)
+        for part_name, part in parts.items():
+            official[_to_official(part_name)] = part
+    return _transpose_low_rank(official)
 
 
-def from_official(named: Named, *, suffix: str = "") -> dict[str, Tensor]:
-    """Official names without the prefixes that trainers leave, and in official orientation.
+def from_official(tensors: Tensors, *, suffix: str = "") -> dict[str, Tensor]:
+    """Removes the prefixes that trainers leave, and gives web-rwkv's files official orientation.
 
     Args:
-        named: names as a file has them.
-        suffix: the file's; it decides where the shapes do not: `.st` means web-rwkv's orientation.
+        tensors: by the names in the file.
+        suffix: of the file; it decides where the shapes do not: `.st` means web-rwkv's orientation.
     """
     plain = {}
-    for name, tensor in named.items():
+    for name, tensor in tensors.items():
         plain[name.removeprefix("_forward_module.").removeprefix("model.")] = tensor
     if _is_transposed(plain, suffix):
-        return {n: transposed(t) if LOW_RANK.search(n) else t for n, t in plain.items()}
+        return _transpose_low_rank(plain)
     return plain
 
 
-def _is_transposed(named: Named, suffix: str) -> bool:
-    """Whether the low-rank matrices are [rank, D], as in web-rwkv's files.
+def _is_transposed(tensors: Tensors, suffix: str) -> bool:
+    """Returns whether the low-rank matrices are [rank, D], as in web-rwkv's files.
 
-    The first that is not square tells; where all ranks equal the width, the suffix does.
+    The first matrix that is not square tells. Where all ranks equal the width, the suffix decides.
     """
-    width = named["emb.weight"].shape[-1:] if "emb.weight" in named else ()
-    for letter in "wag":
-        shape = named[f"blocks.0.att.{letter}1"].shape if f"blocks.0.att.{letter}1" in named else ()
-        if len(shape) == 2 and shape[0] != shape[1] and width and width[0] in shape:
-            return shape[1] == width[0]
-    if suffix == ".safetensors" and "blocks.0.att.w1" in named:
+    if "emb.weight" in tensors:
+        width = tensors["emb.weight"].shape[-1:]
+        for letter in "wag":
+            tensor = tensors.get(f"blocks.0.att.{letter}1")
+            if tensor is None or len(tensor.shape) != 2 or not width:
+                continue
+            rows, columns = tensor.shape
+            if rows != columns and width[0] in tensor.shape:
+                return columns == width[0]
+    if suffix == ".safetensors" and "blocks.0.att.w1" in tensors:
         warnings.warn(
             "the low-rank matrices are square, so that their orientation cannot be told; "
             "the official one is assumed (web-rwkv's files must end in .st)",
@@ -213,25 +285,30 @@ def _is_transposed(named: Named, suffix: str) -> bool:
     return suffix == ".st"
 
 
-def split_states(named: Named) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The model's tensors, and those of a tuned start state that was merged into the file."""
-    states = {name: tensor for name, tensor in named.items() if _STATE.match(name)}
-    return {name: t for name, t in named.items() if name not in states}, states
+def split_states(tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Separates the model's tensors from those of a start state that was merged into the file."""
+    model = {}
+    state = {}
+    for name, tensor in tensors.items():
+        part = state if _STATE.match(name) else model
+        part[name] = tensor
+    return model, state
 
 
-def reject_other_architectures(named: Named, path: str) -> None:
-    """Return if this is a plain RWKV-7.
+def reject_other_architectures(tensors: Tensors, path: str) -> None:
+    """Raises unless this can be a plain RWKV-7.
 
     Raises:
-        ValueError: another member of the family; the sentence names it.
+        ValueError: another member of the family; the message names it.
     """
-    for pattern, variant in _VARIANTS:
-        found = next((name for name in named if re.search(pattern, name)), None)
-        if found:
+    for name in tensors:
+        for pattern, architecture in _OTHER_ARCHITECTURES:
+            if re.search(pattern, name):
+                raise ValueError(
+                    f"load_model: `{path}` is a {architecture} checkpoint (it has {name}); "
+                    "only plain RWKV-7 (x070) is supported."
+                )
+        if name.endswith((".att.time_decay", ".att.time_faaaa")):
             raise ValueError(
-                f"load_model: `{path}` is a {variant} checkpoint (it has {found}); "
-                "only plain RWKV-7 (x070) is supported."
+                f"load_model: `{path}` is RWKV-6 or older (it has {name}), not RWKV-7."
             )
-    old = next((n for n in named if n.endswith((".att.time_decay", ".att.time_faaaa"))), None)
-    if old:
-        raise ValueError(f"load_model: `{path}` is RWKV-6 or older (it has {old}), not RWKV-7.")

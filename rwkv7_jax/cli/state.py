@@ -127,9 +127,9 @@ def _sizes(state) -> str:
 
 
 def _dtypes(path: str) -> str:
-    from rwkv7_jax.checkpoints.tensor_files import read_named
+    from rwkv7_jax.checkpoints.tensor_files import read_tensors
 
-    named = read_named(Path(path))
+    named = read_tensors(Path(path))
     found = {str(t.dtype) for name, t in named.items() if name.endswith("time_state")}
     return " and ".join(sorted(found))
 

@@ -12,7 +12,7 @@ import trained_scale_models as calm_models
 from run_programs import ROOT
 
 from rwkv7_jax.checkpoints.model_files import load_model, save_model
-from rwkv7_jax.checkpoints.tensor_files import read_named
+from rwkv7_jax.checkpoints.tensor_files import read_tensors
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.training.losses import next_token_loss
@@ -74,7 +74,7 @@ def test_gradients_of_every_weight_with_l2wrap_are_flas(both, tmp_path):
     assert abs(float(metrics["loss_nats"]) - float(theirs["loss"])) <= 1e-5
     wanted = {n.removeprefix("grad."): g for n, g in theirs.items() if n.startswith("grad.")}
     save_model(tmp_path / "grads", grads, CONFIG, format="hf")
-    ours = read_named(tmp_path / "grads" / "model.safetensors")
+    ours = read_tensors(tmp_path / "grads" / "model.safetensors")
     assert ours.keys() == wanted.keys()
     for name, tensor in ours.items():
         expected = wanted[name]

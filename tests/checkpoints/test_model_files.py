@@ -12,7 +12,7 @@ from random_checkpoints import CONFIG, differing, random_params
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
 from rwkv7_jax.checkpoints.param_tree import official_tensors
 from rwkv7_jax.checkpoints.pth import write_pth
-from rwkv7_jax.checkpoints.tensor_files import read_named, write_safetensors
+from rwkv7_jax.checkpoints.tensor_files import read_tensors, write_safetensors
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
@@ -59,7 +59,7 @@ def test_pth_to_orbax_to_pth_keeps_every_bit_of_the_first_file(params, tmp_path)
     write_pth(tmp_path / "a.pth", first.items())
     save_model(tmp_path / "orbax", *load_model(tmp_path / "a.pth"))
     save_model(tmp_path / "b.pth", *load_model(tmp_path / "orbax"))
-    last = {name: t.read() for name, t in read_named(tmp_path / "b.pth").items()}
+    last = {name: t.read() for name, t in read_tensors(tmp_path / "b.pth").items()}
     assert differing(first, last) == []
 
 
@@ -68,7 +68,7 @@ def test_hf_to_orbax_to_hf_keeps_every_bit(params, tmp_path):
     save_model(tmp_path / "orbax", *load_model(tmp_path / "hf"))
     save_model(tmp_path / "hf2", *load_model(tmp_path / "orbax"), format="hf")
     one, two = (
-        {n: t.read() for n, t in read_named(tmp_path / f / "model.safetensors").items()}
+        {n: t.read() for n, t in read_tensors(tmp_path / f / "model.safetensors").items()}
         for f in ("hf", "hf2")
     )
     assert differing(one, two) == []
@@ -77,7 +77,7 @@ def test_hf_to_orbax_to_hf_keeps_every_bit(params, tmp_path):
 
 def test_web_rwkv_files_are_half_precision_transposed_and_recognised(params, tmp_path):
     save_model(tmp_path / "m.st", params, CONFIG)
-    stored = {name: t for name, t in read_named(tmp_path / "m.st").items()}
+    stored = {name: t for name, t in read_tensors(tmp_path / "m.st").items()}
     assert stored["blocks.1.att.w1"].shape == (8, 64)
     assert {t.dtype for t in stored.values()} == {np.dtype(np.float16)}
     again, config = load_model(tmp_path / "m.st")
@@ -105,7 +105,7 @@ def test_a_file_without_the_dummies_of_block_0_loads_and_gains_zeros(params, tmp
     loaded, config = load_model(tmp_path / "a.pth")
     assert not any(name in loaded["layer_0"]["att"] for name in DUMMIES)
     save_model(tmp_path / "b.pth", loaded, config)
-    v1 = read_named(tmp_path / "b.pth")["blocks.0.att.v1"]
+    v1 = read_tensors(tmp_path / "b.pth")["blocks.0.att.v1"]
     assert v1.shape == (64, 24) and not v1.read().any()
 
 
@@ -141,7 +141,7 @@ def test_mixed_dtypes_are_kept_by_leaf_and_promoted_within_a_stack(params, tmp_p
 def test_old_hf_files_with_packed_lerps_load(params, tmp_path):
     save_model(tmp_path / "hf", params, HF_CONFIG, format="hf")
     file = tmp_path / "hf" / "model.safetensors"
-    named = {n: t.read() for n, t in read_named(file).items()}
+    named = {n: t.read() for n, t in read_tensors(file).items()}
     for layer in range(3):
         stem = f"model.layers.{layer}.attn."
         packed = np.stack([named.pop(f"{stem}x_{c}").reshape(-1) for c in "rwkvag"])
@@ -236,7 +236,7 @@ def test_a_malformed_safetensors_file_is_one_sentence_with_its_path(tmp_path, sp
 
 @pytest.mark.parametrize(
     ("path", "sentence"),
-    [("none.pth", "does not exist"), ("model.bin", "must end in"), ("plain", "no checkpoint")],
+    [("none.pth", "does not exist"), ("model.bin", "must end in"), ("plain", "not a checkpoint")],
 )
 def test_a_path_that_is_no_checkpoint_is_one_sentence(tmp_path, path, sentence):
     (tmp_path / "model.bin").write_bytes(b"x")

@@ -48,7 +48,7 @@ def test_data_begin_at_multiples_of_64_bytes(tmp_path):
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     write_pth(tmp_path / "a.pth", [("x", np.arange(7.0))])
     before = (tmp_path / "a.pth").read_bytes()
-    with pytest.raises(ValueError, match="`y` has dtype complex64"):
+    with pytest.raises(ValueError, match="`y` must have a dtype of PyTorch's; got complex64"):
         write_pth(tmp_path / "a.pth", [("x", np.ones(3)), ("y", np.ones(2, np.complex64))])
     assert (tmp_path / "a.pth").read_bytes() == before
     assert os.listdir(tmp_path) == ["a.pth"]

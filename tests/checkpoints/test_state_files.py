@@ -10,7 +10,7 @@ from random_checkpoints import CONFIG, differing, random_params, random_state
 
 from rwkv7_jax.checkpoints.pth import write_pth
 from rwkv7_jax.checkpoints.state_files import load_state, save_state, sidecar
-from rwkv7_jax.checkpoints.tensor_files import read_named, write_safetensors
+from rwkv7_jax.checkpoints.tensor_files import read_tensors, write_safetensors
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
@@ -38,7 +38,7 @@ def test_shift_states_travel_when_they_are_not_zero(tmp_path):
 def test_rows_are_values_in_official_files_and_keys_in_st_files(tmp_path, suffix, swapped):
     state = random_state()
     save_state(tmp_path / f"s{suffix}", state)
-    stored = read_named(tmp_path / f"s{suffix}")["blocks.1.att.time_state"].read()
+    stored = read_tensors(tmp_path / f"s{suffix}")["blocks.1.att.time_state"].read()
     ours = np.asarray(state.wkv[1, 0])
     np.testing.assert_array_equal(stored, ours.swapaxes(-1, -2) if swapped else ours)
 
@@ -62,7 +62,7 @@ def test_a_state_of_another_model_is_refused(tmp_path):
 
 def test_a_file_whose_sidecar_says_the_other_order_is_refused(tmp_path):
     save_state(tmp_path / "s.st", random_state())
-    named = {n: t.read() for n, t in read_named(tmp_path / "s.st").items()}
+    named = {n: t.read() for n, t in read_tensors(tmp_path / "s.st").items()}
     write_pth(tmp_path / "s.pth", named.items())
     sidecar(tmp_path / "s.pth").write_text(sidecar(tmp_path / "s.st").read_text())
     with pytest.raises(ValueError, match=r"s\.pth` is transposed"):
