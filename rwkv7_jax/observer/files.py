@@ -18,6 +18,7 @@ from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
 from rwkv7_jax.checkpoints.param_tree import is_finite
 from rwkv7_jax.checkpoints.tensor_files import read_metadata, read_safetensors, write_safetensors
+from rwkv7_jax.checkpoints.unused_value_residual import without_unused_value_residual
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.observer.observer import SIZES, Observer, check_maps, check_teacher
@@ -128,10 +129,7 @@ def load_observer(
         model, _ = load_model(folder / MODEL)
     if model_hash(model, observer.model.config) != card["model_hash"]:
         raise ValueError(f"load_observer: `{folder}` has {MODEL} of another {MAPS}.")
-    # Official files have a value residual in block 0 too, which no model reads.
-    for name in ("v0", "v1", "v2"):
-        model["layer_0"]["att"].pop(name, None)
-    params = {"model": model}
+    params = {"model": without_unused_value_residual(model)}
     for name, tensor in read_safetensors(folder / MAPS).items():
         array = tensor.read()
         if not is_finite(array):
