@@ -1,4 +1,4 @@
-"""Prompts and a state in; new tokens, their text and the state behind them out."""
+"""The public `generate`: prompts and a state in; new tokens, their text and the new state out."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Params
-from rwkv7_jax.checks import check_count, check_ids
+from rwkv7_jax.checks import check_count, check_ids, prefix_errors, typed_key
 from rwkv7_jax.generation import sampling
 from rwkv7_jax.generation.decode_loop import Decoder, DecodeState
 from rwkv7_jax.generation.streaming import Ending, RowText, decode_with_stop_strings
@@ -22,19 +22,19 @@ from rwkv7_jax.text.detokenizer import Vocabulary, check_stop_strings
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What `generate` returns, one entry a row.
+    """Result of `generate`, one entry for each row.
 
     `state` has read the prompt and exactly `tokens`: neither the token that ended the row nor a
-    stop string. So a further turn goes on with `generate(model, params, turn, out.state)`, and an
+    stop string. So a further turn continues with `generate(model, params, turn, out.state)`, and an
     answer that ended at its length with `generate(..., [], out.state, logits=out.logits)`.
 
     Attributes:
         tokens: new ids. Where a stop string begins inside a token, the ids that spell the rest of
             it stand in that token's place, so the text is always what the tokens spell.
         finished: "stop" (a stop id or a stop string) or "length".
-        state: behind the last of `tokens`.
+        state: memory after the last of `tokens`.
         logits: for the token that would come next.
-        texts: what `tokens` spell, with U+FFFD for bytes that are no UTF-8; None without a
+        texts: the text of `tokens`, with U+FFFD for bytes that are not UTF-8; None without a
             tokenizer.
         ended: "stop_id", "stop_string" or "length".
         stop_tokens: the stop id that ended the row; None where none did.
@@ -72,143 +72,158 @@ def generate(
     logits: Array | None = None,
     prefill_chunk: int = 256,
 ) -> Generation:
-    """Every prompt is continued until a stop id, a stop string or the length; rows are independent.
+    """Continues every prompt until a stop id, a stop string or the length; rows are independent.
 
     Penalties come first and count new tokens only, then softmax, `top_p`, `top_k` and last
     `temperature`: the order of RWKV's official package (see `sampling`). The same key gives the
-    same tokens. Programs are compiled per batch, width of the prompt's chunks and power of two
-    above `tokens`; all else is traced.
+    same tokens. Programs are compiled for each batch, width of the prompt's chunks and power of two
+    above `tokens`; everything else is traced.
 
     Args:
         model: static.
         params: the weights.
-        prompts: a list of ids, or a list of such lists, of any lengths; arrays likewise. Begin a
-            text with [0] where there is nothing else to begin with.
-        state: memory to start from, of one sequence (every row starts from it) or of one a row;
-            None is that of a model that has read nothing. It is not changed.
-        tokens: new ids a row at most; 0 only reads the prompts.
-        key: one random key, folded with the row's number, or a key a row. Not needed at
+        prompts: a list of ids, or a list of such lists, of any lengths; arrays too. Begin a text
+            with [0] where there is nothing else to begin with.
+        state: memory to start from, of one sequence (every row starts from it) or of one for each
+            row; None is a model that has read nothing. It is not changed.
+        tokens: new ids of a row at most; 0 only reads the prompts.
+        key: one random key, folded with the row's number, or one key for each row. Not needed at
             temperature 0.
         temperature: 0 takes the most probable token.
         top_p: probability mass to keep.
         top_k: tokens to keep; 0 for no limit.
-        presence_penalty: taken off the logit of ids that were generated.
-        frequency_penalty: taken off once more for every time they were.
+        presence_penalty: subtracted from the logit of ids that were generated.
+        frequency_penalty: subtracted once more for every time they were generated.
         penalty_decay: factor on those counts at every token.
         penalty_exempt: ids that are not counted; officially `sampling.exempt_ids(tokenizer)`.
         banned: ids that are never generated.
         stop_ids: ids that end a row; they are not part of it.
-        stop_strings: strings that end a row, wherever tokens begin and end; they are not part of
-            it.
+        stop_strings: strings that end a row, wherever tokens begin and end; not part of the row.
         tokenizer: needed for text: `encode` and `token_bytes` are used.
         on_text: called with a piece of text and its row as soon as it is certain; the pieces of a
             row make up its text.
-        logits: of an earlier run, beside its state; then prompts may be empty.
+        logits: of an earlier run, together with its state; then prompts may be empty.
         prefill_chunk: tokens of a prompt that are read at once.
 
     Raises:
         ValueError: an argument out of its range, or weights or a state that give no finite logits.
-        TypeError: ids that are no integers, or an argument of the wrong kind.
+        TypeError: ids that are not integers, or an argument of the wrong kind.
     """
-    options = sampling.make_options(
-        model.config.vocab_size,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        penalty_decay=penalty_decay,
-        penalty_exempt=penalty_exempt,
-        banned=banned,
-        stop_ids=stop_ids,
-        caller="generate",
-    )
-    for name, value, least in (("tokens", tokens, 0), ("prefill_chunk", prefill_chunk, 1)):
-        check_count(value, least, f"generate: `{name}`")
-    _check_text(tokenizer, stop_strings, on_text)
-    prompts = _check_prompts(prompts, model.config.vocab_size, allow_empty=logits is not None)
-    keys = _row_keys(key, len(prompts), needed=bool(tokens > 0 and options.temperature > 0))
-    decoder = Decoder(model, params, keys=keys, options=options)
-    start = DecodeState.create(*_start(model, state, logits, batch=len(prompts)))
+    with prefix_errors("generate"):
+        options = sampling.make_options(
+            model.config.vocab_size,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            penalty_decay=penalty_decay,
+            penalty_exempt=penalty_exempt,
+            banned=banned,
+            stop_ids=stop_ids,
+        )
+        check_count(tokens, 0, "`tokens`")
+        check_count(prefill_chunk, 1, "`prefill_chunk`")
+        _check_text(tokenizer, stop_strings, on_text)
+        rows = _check_prompts(prompts, model.config.vocab_size, allow_empty=logits is not None)
+        samples = tokens > 0 and options.temperature > 0
+        keys = _row_keys(key, len(rows), needed=bool(samples))
+        start = _start(model, state, logits, batch=len(rows))
+    # Before the first program runs: see `commit_like`.
     start = commit_like((params, state, logits), start)
-    start = decoder.read(start, prompts, chunk=prefill_chunk)
-    rows = [RowText(tokenizer, stop_strings) for _ in prompts]
+    decoder = Decoder(model, params, keys=keys, options=options)
+    start = decoder.read(start, rows, chunk=prefill_chunk)
+    row_texts = [RowText(tokenizer, stop_strings) for _ in rows]
     run = decode_with_stop_strings(
         decoder,
         start,
-        rows,
+        row_texts,
         total=tokens,
         watched=bool(stop_strings or on_text),
-        on_text=on_text or (lambda piece, row: None),
+        on_text=on_text or _ignore_text,
     )
+    return _generation(run, row_texts, spelled=tokenizer is not None)
+
+
+def _ignore_text(piece: str, row: int) -> None:
+    del piece, row
+
+
+def _generation(run: DecodeState, rows: list[RowText], *, spelled: bool) -> Generation:
+    finished = ["length" if row.ended == "length" else "stop" for row in rows]
     return Generation(
         tokens=[row.tokens for row in rows],
-        finished=["length" if row.ended == "length" else "stop" for row in rows],
+        finished=finished,
         state=run.state,
         logits=run.logits,
-        texts=None if tokenizer is None else [row.text for row in rows],
+        texts=[row.text for row in rows] if spelled else None,
         ended=[row.ended for row in rows],
         stop_tokens=[row.stop_token for row in rows],
     )
 
 
-def _check_text(tokenizer, stop_strings, on_text) -> None:
-    check_stop_strings(stop_strings, caller="generate")
+def _check_text(
+    tokenizer: Vocabulary | None, stop_strings: Sequence[str], on_text: Callable | None
+) -> None:
+    check_stop_strings(stop_strings)
     if tokenizer is None and (stop_strings or on_text):
         name = "stop_strings" if stop_strings else "on_text"
-        raise ValueError(f"generate: `tokenizer` must be given with `{name}`; got None.")
+        raise ValueError(f"`tokenizer` must be given with `{name}`; got None.")
 
 
-def _check_prompts(prompts, vocab_size: int, *, allow_empty: bool) -> list[list[int]]:
-    """The prompts as a list of rows."""
+def _check_prompts(prompts: Any, vocab_size: int, *, allow_empty: bool) -> list[list[int]]:
+    """Returns the prompts as a list of rows."""
     if isinstance(prompts, str | bytes):
         kind = type(prompts).__name__
-        raise TypeError(f"generate: `prompts` must be ids, as from a tokenizer; got {kind}.")
+        raise TypeError(f"`prompts` must be ids, as from a tokenizer; got {kind}.")
     nested = len(prompts) > 0 and np.ndim(prompts[0]) > 0
-    rows = []
+    rows: list[list[int]] = []
     for index, ids in enumerate(prompts if nested else [prompts]):
-        subject = "generate: `prompts`" + (f" row {index}" if nested else "")
-        rows.append(check_ids(ids, vocab_size, subject).tolist())
-        if not rows[-1] and not allow_empty:
+        argument = f"`prompts` row {index}" if nested else "`prompts`"
+        row = check_ids(ids, vocab_size, argument).tolist()
+        if not row and not allow_empty:
             raise ValueError(
-                f"{subject} must hold an id ([0] begins a text) unless `logits` are given; got 0."
+                f"{argument} must hold an id ([0] begins a text) unless `logits` are given; got 0."
             )
+        rows.append(row)
     return rows
 
 
 def _row_keys(key: Array | None, batch: int, *, needed: bool) -> Array:
-    """A typed key a row."""
+    """Returns one typed key for each row."""
     if key is None:
         if needed:
-            raise ValueError("generate: `key` must be given unless `temperature` is 0; got None.")
+            raise ValueError("`key` must be given unless `temperature` is 0; got None.")
         key = jax.random.key(0)
-    if not isinstance(key, jax.Array):
-        raise TypeError(f"generate: `key` must be a random key; got {type(key).__name__}.")
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
+    key = typed_key(key)
     if key.ndim == 0:
         return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
     if key.shape != (batch,):
-        raise ValueError(f"generate: `key` must be one key or {batch}; got shape {key.shape}.")
+        raise ValueError(f"`key` must be one key or {batch}; got shape {key.shape}.")
     return key
 
 
-def _start(model: RWKV7, state, logits, *, batch: int) -> tuple[RWKV7State, Array]:
-    """The state and the logits of every row before its prompt."""
+def _start(model: RWKV7, state: Any, logits: Any, *, batch: int) -> DecodeState:
+    """Makes the state of every row before its prompt."""
     config = model.config
-    state = init_state(config) if state is None else state
-    held = 1 if getattr(state, "batch", batch) == 1 else batch
-    check_state(state, held, config, caller="generate")
-    state = repeat(state, batch) if held == 1 else state
+    if state is None:
+        state = init_state(config)
+    # Whatever is no state is refused by `check_state`, so its batch does not matter here.
+    one_for_all = getattr(state, "batch", batch) == 1
+    check_state(state, 1 if one_for_all else batch, config)
+    if one_for_all:
+        state = repeat(state, batch)
     state = state.replace(
         att_shift=state.att_shift.astype(config.dtype),
         ffn_shift=state.ffn_shift.astype(config.dtype),
     )
     shape = (batch, config.vocab_size)
-    logits = jnp.zeros(shape, jnp.float32) if logits is None else jnp.asarray(logits, jnp.float32)
+    if logits is None:
+        logits = jnp.zeros(shape, jnp.float32)
+    logits = jnp.asarray(logits, jnp.float32)
     if logits.shape not in (shape, (1, config.vocab_size)):
-        raise ValueError(f"generate: `logits` must have shape {shape}; got {logits.shape}.")
-    return state, jnp.broadcast_to(logits, shape)
+        raise ValueError(f"`logits` must have shape {shape}; got {logits.shape}.")
+    return DecodeState.create(state, jnp.broadcast_to(logits, shape))
 
 
 def commit_like(arrays: Any, fresh: Any) -> Any:

@@ -1,8 +1,8 @@
-"""From logits to the next token: penalties, top-p, top-k, temperature, as pure functions.
+"""Sampling of the next token: penalties, top-p, top-k and temperature, as pure functions.
 
-The order is that of the official package, because users compare outputs: top-p and top-k look at
-the probabilities at temperature 1, temperature comes last. Cutoffs are found by bisection over the
-bits of the probabilities: a sort of 65,536 of them costs 20 times as much on a CPU.
+The order is that of the official package, because users compare outputs: top-p and top-k use the
+probabilities at temperature 1, temperature comes last. Cutoffs are found by bisection over the bits
+of the probabilities: a sort of 65,536 of them costs 20 times as much on a CPU.
 Source: BlinkDL's `rwkv` 0.8.32 on PyPI, rwkv/utils.py:55-88 and 113-143.
 """
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from rwkv7_jax.checks import _check_number, check_count, check_ids
+from rwkv7_jax.checks import check_count, check_ids, check_number, prefix_errors
 from rwkv7_jax.text.detokenizer import Vocabulary
 
 Scores = Float[Array, "B V"]
@@ -23,20 +23,21 @@ Number = float | int | Array | np.ndarray | np.generic
 
 Ids = Sequence[int] | Array | np.ndarray
 
-# Penalised logits stay inside: beyond, all of them could be infinite, and a softmax of that is NaN.
+# Penalized logits are clipped to this: if all of them were infinite, their softmax would be NaN.
 _LOGIT_LIMIT = 1e30
 
 # Below this a temperature is greedy: 1 / temperature would leave float32's range.
 _COLDEST = 1e-6
 
+# Bits of the smallest float32 above 1, as an integer.
 _BITS_ABOVE_ONE = 0x3F800001
 
 
 class Occurrences(NamedTuple):
-    """What each row has generated so far, for the penalties.
+    """Ids that each row has generated so far, for the penalties.
 
     Attributes:
-        seen: [B V], ids that came up, whatever they add to the counts.
+        seen: [B V], ids that were generated, whatever they add to the counts.
         counts: [B V] float32, how often, decayed.
     """
 
@@ -45,16 +46,16 @@ class Occurrences(NamedTuple):
 
 
 class SamplingParams(NamedTuple):
-    """The choices of one run as arrays: changing one compiles nothing; from `make_options`.
+    """Sampling options as arrays, so that changing one compiles nothing; from `make_options`.
 
     Attributes:
         temperature: exponent 1/temperature; 0 takes the most probable token.
-        top_p: mass to keep.
+        top_p: probability mass to keep.
         top_k: tokens to keep; 0 keeps all.
-        presence_penalty: taken off the logit of every id that came up.
-        frequency_penalty: taken off once more for every time it did.
+        presence_penalty: subtracted from the logit of every id that was generated.
+        frequency_penalty: subtracted once more for every time it was generated.
         penalty_decay: factor on all counts at every token.
-        weights: [V], what an id adds to its count.
+        weights: [V], the number an id adds to its count.
         banned: [V], ids that are never generated.
         stops: [V], ids that end a row.
     """
@@ -82,9 +83,8 @@ def make_options(
     penalty_exempt: Ids = (),
     banned: Ids = (),
     stop_ids: Ids = (0,),
-    caller: str = "make_options",
 ) -> SamplingParams:
-    """Checked options, as arrays of fixed dtypes.
+    """Checks the options and makes arrays of fixed dtypes of them.
 
     Args:
         vocab_size: ids of the model.
@@ -92,60 +92,65 @@ def make_options(
         top_p: between 0 and 1; 0 keeps the most probable token and its equals.
         top_k: at least 0; 0 means no limit.
         presence_penalty: any finite number; negative ones encourage repetition.
-        frequency_penalty: likewise.
+        frequency_penalty: any finite number.
         penalty_decay: between 0 and 1.
         penalty_exempt: ids that add 0 to their count, such as `exempt_ids(tokenizer)`; the presence
             penalty applies to them all the same.
         banned: ids that are never generated; at least one other has to be left.
         stop_ids: ids that end a row.
-        caller: the public function's name, for messages.
 
     Raises:
         ValueError: a number out of its range, or an id outside the vocabulary.
-        TypeError: ids that are no integers.
+        TypeError: ids that are not integers.
     """
     highest = float(jnp.finfo(jnp.float32).max)
-    numbers = {
-        "temperature": (temperature, 0.0, highest),
-        "top_p": (top_p, 0.0, 1.0),
-        "presence_penalty": (presence_penalty, -highest, highest),
-        "frequency_penalty": (frequency_penalty, -highest, highest),
-        "penalty_decay": (penalty_decay, 0.0, 1.0),
-    }
-    for name, (value, low, high) in numbers.items():
-        _check_number(value, low, high, subject=f"{caller}: `{name}`")
-    top_k = check_count(top_k, 0, f"{caller}: `top_k`")
-    sets = {"penalty_exempt": penalty_exempt, "banned": banned, "stop_ids": stop_ids}
-    masks = {name: _mask(ids, vocab_size, f"{caller}: `{name}`") for name, ids in sets.items()}
-    if masks["banned"].all():
-        raise ValueError(f"{caller}: `banned` must leave one id; got all {vocab_size}.")
+    with prefix_errors("make_options"):
+        check_number(temperature, 0.0, highest, "`temperature`")
+        check_number(top_p, 0.0, 1.0, "`top_p`")
+        check_number(presence_penalty, -highest, highest, "`presence_penalty`")
+        check_number(frequency_penalty, -highest, highest, "`frequency_penalty`")
+        check_number(penalty_decay, 0.0, 1.0, "`penalty_decay`")
+        top_k = check_count(top_k, 0, "`top_k`")
+        is_exempt = _mask(penalty_exempt, vocab_size, "`penalty_exempt`")
+        is_banned = _mask(banned, vocab_size, "`banned`")
+        is_stop = _mask(stop_ids, vocab_size, "`stop_ids`")
+        if is_banned.all():
+            raise ValueError(f"`banned` must leave one id; got all {vocab_size}.")
     return SamplingParams(
-        **{name: np.float32(value) for name, (value, _, _) in numbers.items()},
+        temperature=np.float32(temperature),
+        top_p=np.float32(top_p),
         top_k=np.int32(min(top_k, vocab_size)),
-        weights=np.where(masks["penalty_exempt"], 0, 1).astype(np.float32),
-        banned=masks["banned"],
-        stops=masks["stop_ids"],
+        presence_penalty=np.float32(presence_penalty),
+        frequency_penalty=np.float32(frequency_penalty),
+        penalty_decay=np.float32(penalty_decay),
+        weights=np.where(is_exempt, 0, 1).astype(np.float32),
+        banned=is_banned,
+        stops=is_stop,
     )
 
 
-def _mask(ids: Ids, vocab_size: int, subject: str) -> np.ndarray:
-    """True at the ids; `subject` begins the message about a bad one."""
+def _mask(ids: Ids, vocab_size: int, argument: str) -> np.ndarray:
+    """Returns a vector that is True at the ids."""
     mask = np.zeros(vocab_size, bool)
     if len(ids):
-        mask[check_ids(ids, vocab_size, subject)] = True
+        mask[check_ids(ids, vocab_size, argument)] = True
     return mask
 
 
 def exempt_ids(tokenizer: Vocabulary) -> tuple[int, ...]:
-    """The ids that the official penalty does not count: what is spelled inside " \\t0123456789"."""
+    """Returns the ids that the official penalty does not count: those inside " \\t0123456789"."""
     marks = " \t0123456789"
-    runs = {marks[i:j] for i in range(len(marks)) for j in range(i + 1, len(marks) + 1)}
-    spelled = (tokenizer.encode(run) for run in runs)
-    return tuple(sorted(ids[0] for ids in spelled if len(ids) == 1))
+    exempt: set[int] = set()
+    for start in range(len(marks)):
+        for stop in range(start + 1, len(marks) + 1):
+            ids = tokenizer.encode(marks[start:stop])
+            if len(ids) == 1:
+                exempt.add(ids[0])
+    return tuple(sorted(exempt))
 
 
 def no_occurrences(batch: int, vocab_size: int) -> Occurrences:
-    """Nothing has come up."""
+    """Starts a count with no id generated."""
     shape = (batch, vocab_size)
     return Occurrences(seen=jnp.zeros(shape, bool), counts=jnp.zeros(shape, jnp.float32))
 
@@ -153,7 +158,7 @@ def no_occurrences(batch: int, vocab_size: int) -> Occurrences:
 def count(
     occurrences: Occurrences, tokens: Int[Array, " B"], options: SamplingParams
 ) -> Occurrences:
-    """The occurrences one token later: all counts decay, then each row's token adds its weight."""
+    """Decays all counts, then adds the weight of each row's token."""
     rows = jnp.arange(tokens.shape[0])
     weights = jnp.asarray(options.weights)[tokens]
     return Occurrences(
@@ -163,7 +168,7 @@ def count(
 
 
 def apply_penalties(logits: Scores, occurrences: Occurrences, options: SamplingParams) -> Scores:
-    """Logits less the penalties; banned ids are at minus infinity, all others finite."""
+    """Subtracts the penalties; banned ids are at minus infinity, all others stay finite."""
     penalty = options.presence_penalty + occurrences.counts * options.frequency_penalty
     logits = logits - jnp.where(occurrences.seen, penalty, 0)
     logits = jnp.clip(logits, -_LOGIT_LIMIT, _LOGIT_LIMIT)
@@ -171,10 +176,17 @@ def apply_penalties(logits: Scores, occurrences: Occurrences, options: SamplingP
 
 
 def _cutoff(probs: Scores, enough: Callable[[Bool[Array, "B V"]], Bool[Array, " B"]]) -> Array:
-    """Each row's largest c such that the probabilities >= c are enough, 0 if all are not; [B 1]."""
-    bits = jax.lax.bitcast_convert_type(
-        probs, jnp.int32
-    )  # ordered like the numbers: none is negative
+    """Finds each row's largest c such that the probabilities >= c are enough.
+
+    Args:
+        probs: no negative number.
+        enough: from a mask of kept ids to which rows keep enough of them.
+
+    Returns:
+        [B 1]; 0 where even all probabilities are not enough.
+    """
+    # The bits of floats that are not negative are ordered like the numbers.
+    bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
 
     def halve(_, bounds):
         low, high = bounds
@@ -188,14 +200,16 @@ def _cutoff(probs: Scores, enough: Callable[[Bool[Array, "B V"]], Bool[Array, " 
 
 
 def _truncate(probs: Scores, top_p: Number, top_k: Number) -> Bool[Array, "B V"]:
-    """Which tokens may be drawn."""
+    """Returns a mask of the tokens that may be drawn."""
     by_mass = _cutoff(probs, lambda kept: jnp.sum(jnp.where(kept, probs, 0), axis=-1) >= top_p)
-    # Rounding lets part of the tokens have all the mass, so 1 is no limit at all.
+    # Rounding can give a part of the tokens all the mass, so 1 has to mean no limit at all.
     by_mass = jnp.where(top_p >= 1, 0, by_mass)
     kept = probs >= jnp.minimum(by_mass, jnp.max(probs, axis=-1, keepdims=True))
     top_k = jnp.where(top_k == 0, probs.shape[1], top_k)
     by_rank = _cutoff(probs, lambda kept: jnp.sum(kept, axis=-1) >= top_k)
-    above, equal = probs > by_rank, probs == by_rank
+    above = probs > by_rank
+    equal = probs == by_rank
+    # Of equal probabilities at the cutoff only as many stay as there is room for.
     room = top_k - jnp.sum(above, axis=-1, keepdims=True)
     return kept & (above | (equal & (jnp.cumsum(equal, axis=-1) <= room)))
 
@@ -203,17 +217,17 @@ def _truncate(probs: Scores, top_p: Number, top_k: Number) -> Bool[Array, "B V"]
 def log_probabilities(
     logits: Scores, *, temperature: Number, top_p: Number = 1.0, top_k: Number = 0
 ) -> Scores:
-    """The distribution that the next token is drawn from; dropped tokens are at minus infinity.
+    """Computes the log distribution of the next token; dropped tokens are at minus infinity.
 
-    Softmax in float32 at temperature 1; the cutoff is the probability at which the descending
-    cumulative sum reaches `top_p`, and what lies below it is dropped (equals stay); then all but
-    the `top_k` most probable are dropped (of equals the lower ids stay); what is left is raised to
-    1/temperature and normalised. Where the official code lets rounding decide, this does not:
-    `top_p` 1 keeps all tokens (officially one, if the sum stays below 1), and temperature 0 takes
-    the lowest id of equals.
+    Softmax in float32 at temperature 1. The cutoff is the probability at which the descending
+    cumulative sum reaches `top_p`; lower probabilities are dropped (equal ones stay). Then all but
+    the `top_k` most probable tokens are dropped (of equal ones the lower ids stay). The rest is
+    raised to 1/temperature and normalised. Where the official code lets rounding decide, this does
+    not: `top_p` 1 keeps all tokens (officially one, if the sum stays below 1), and temperature 0
+    takes the lowest id of equal ones.
 
     Args:
-        logits: float32; penalties are already in them.
+        logits: float32, with penalties already applied.
         temperature: 0 puts all mass on the most probable token.
         top_p: between 0 and 1.
         top_k: 0 for no limit.
@@ -225,20 +239,21 @@ def log_probabilities(
         keep_all, lambda: jnp.ones(probs.shape, bool), lambda: _truncate(probs, top_p, top_k)
     )
     best = jnp.argmax(logits, axis=-1, keepdims=True)
-    one = jnp.arange(logits.shape[1])[None] == best
-    cold = jnp.asarray(temperature) < _COLDEST
+    is_best = jnp.arange(logits.shape[1])[None] == best
+    greedy = jnp.asarray(temperature) < _COLDEST
+    # Relative to the maximum, so that a low temperature cannot overflow.
     scaled = (logp - jnp.max(logp, axis=-1, keepdims=True)) / jnp.maximum(temperature, _COLDEST)
-    scaled = jnp.where(kept & (one | ~cold), scaled, -jnp.inf)
+    scaled = jnp.where(kept & (is_best | ~greedy), scaled, -jnp.inf)
     return jax.nn.log_softmax(scaled, axis=-1)
 
 
 def sample(keys: Array, logits: Scores, options: SamplingParams) -> Int[Array, " B"]:
-    """One id a row, drawn with the row's own key, so that no row's draw depends on another's.
+    """Draws one id for each row with the row's own key, so that rows are independent.
 
     Args:
         keys: [B] random keys, each used once.
-        logits: float32, penalised.
-        options: temperature, top-p and top-k are read.
+        logits: float32, with penalties already applied.
+        options: temperature, top-p and top-k are used.
     """
 
     def draw():

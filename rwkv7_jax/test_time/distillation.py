@@ -1,20 +1,56 @@
 """Distillation of collected completions into a start state."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import optax
 
 from rwkv7_jax.array_types import Params
-from rwkv7_jax.checks import check_count, check_tokens
+from rwkv7_jax.checks import check_count, check_tokens, prefix_errors
+from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.test_time.losses import distillation_loss
-from rwkv7_jax.test_time.traces import Trace, trace_batch
-from rwkv7_jax.test_time.tuning_loop import OnStep, Result, start_tuning
+from rwkv7_jax.test_time.traces import Trace, longest_trace, trace_batch
+from rwkv7_jax.test_time.tuning_loop import BatchSource, OnStep, Result, start_tuning
 from rwkv7_jax.training.losses import Loss
 
-PromptsAt = Callable[[int], Sequence[Sequence[int]]]
+
+class TraceBatches(BatchSource):
+    """Batches of given traces, every trace once an epoch; they do not depend on the state."""
+
+    def __init__(
+        self,
+        traces: Sequence[Trace],
+        *,
+        batch_size: int = 32,
+        length: int | None = None,
+        seed: int = 0,
+    ):
+        """Sets the traces and their order.
+
+        Args:
+            traces: at least one, in a fixed order.
+            batch_size: rows of a batch.
+            length: inputs of a row; None takes the longest trace's.
+            seed: of the traces' order.
+        """
+        super().__init__()
+        self._traces = traces
+        self._batch_size = batch_size
+        self._length = length or longest_trace(traces)
+        self._seed = seed
+
+    def batch(self, state: RWKV7State, step: int) -> Batch:
+        """Makes the batch of a step, a function of the step and the seed alone."""
+        del state
+        return trace_batch(
+            self._traces,
+            step,
+            batch_size=self._batch_size,
+            length=self._length,
+            seed=self._seed,
+        )
 
 
 def distill(
@@ -32,7 +68,7 @@ def distill(
     tx: optax.GradientTransformation | None = None,
     on_step: OnStep | None = None,
 ) -> Result:
-    """A start state that has learned the traces; the weights never move.
+    """Tunes a start state on the traces; the weights never move.
 
     Args:
         model: the student.
@@ -43,7 +79,7 @@ def distill(
         length: inputs of a row; None takes the longest trace's.
         seed: of the traces' order.
         state: where to start (batch 1); None is zeros.
-        loss: of `test_time_losses`; None is `distillation_loss(model, params)`.
+        loss: of `test_time.losses`; None is `distillation_loss(model, params)`.
         learning_rate: of Adam with b2 = 0.99.
         tx: another optimizer.
         on_step: called with a step's numbers and the state, which the next update consumes.
@@ -51,17 +87,23 @@ def distill(
     Raises:
         ValueError: no traces, ids outside the vocabulary, or a trace longer than `length`.
     """
-    check_count(steps, 0, "distill: `steps`")
-    if not traces:
-        raise ValueError("distill: `traces` must hold a trace; got 0.")
-    for trace in traces:
-        ids = np.array([*trace.prompt, *trace.completion])
-        check_tokens(ids, model.config.vocab_size, caller="distill")
-    longest = max(len(trace.prompt) + len(trace.completion) - 1 for trace in traces)
-    sizes = {"batch_size": batch_size, "length": length or longest, "seed": seed}
-    loss = distillation_loss(model, params) if loss is None else loss
-    running = {"tx": tx, "learning_rate": learning_rate, "on_step": on_step}
-    run = start_tuning(model, loss, state, **running, caller="distill")
-    for step in range(steps):
-        run.note({"step": step} | run.update(trace_batch(traces, step, **sizes)))
-    return Result(run.state, run.history, run.budget)
+    with prefix_errors("distill"):
+        check_count(steps, 0, "`steps`")
+        if not traces:
+            raise ValueError("`traces` must hold a trace; got 0.")
+        for trace in traces:
+            ids = np.array([*trace.prompt, *trace.completion])
+            check_tokens(ids, model.config.vocab_size)
+    if loss is None:
+        loss = distillation_loss(model, params)
+    loop = start_tuning(
+        model,
+        loss,
+        state,
+        tx=tx,
+        learning_rate=learning_rate,
+        on_step=on_step,
+        caller="distill",
+    )
+    source = TraceBatches(traces, batch_size=batch_size, length=length, seed=seed)
+    return loop.run(source, steps)

@@ -1,6 +1,6 @@
-"""A start state that learns completions: a guide's, or its own that a reward approved."""
+"""Expert iteration: a start state imitates those of its own completions that earn a reward."""
 
-import functools
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -9,17 +9,152 @@ import optax
 from jaxtyping import Array
 
 from rwkv7_jax.array_types import Params
-from rwkv7_jax.checks import check_count, check_function, typed_key
+from rwkv7_jax.checks import check_count, check_function, prefix_errors, typed_key
+from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.generation.sampling import Ids as StopIds
 from rwkv7_jax.generation.sampling import Number
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
-from rwkv7_jax.test_time.distillation import PromptsAt
 from rwkv7_jax.test_time.losses import distillation_loss
 from rwkv7_jax.test_time.rewards import RewardFunction, evaluate_rewards
-from rwkv7_jax.test_time.rollouts import Rollouts, held_out_reward, rollouts
-from rwkv7_jax.test_time.traces import Ids, Trace, trace_batch
-from rwkv7_jax.test_time.tuning_loop import OnStep, Result, RewardTarget, start_tuning
+from rwkv7_jax.test_time.rollouts import PromptsAt, RolloutSampler, Rollouts, held_out_reward
+from rwkv7_jax.test_time.traces import Ids, Trace, completion_rows, trace_batch
+from rwkv7_jax.test_time.tuning_loop import (
+    BatchSource,
+    OnStep,
+    Result,
+    RewardTarget,
+    start_tuning,
+)
+
+
+class ExpertBatches(BatchSource):
+    """Batches of the model's own completions, weighted by what a reward function says of them.
+
+    Every `updates` steps a round draws completions from the current state. With `replay` the
+    batches of a round come from all completions that were kept so far, each text once. Without it
+    every batch of a round is what that round drew, in the order of the draws; it then depends on
+    the key, the step and the state alone, so with `updates` 1 an interrupted run goes on with the
+    same batches. train.py uses that form, `expert_iteration` the other one by default.
+
+    `metrics` has the mean `reward` of the last round and, with `replay`, the number `kept`.
+    """
+
+    def __init__(
+        self,
+        sampler: RolloutSampler,
+        prompts_at: PromptsAt,
+        reward: RewardFunction,
+        *,
+        key: Array,
+        keep_reward: float | None = None,
+        replay: bool = False,
+        updates: int = 1,
+        batch_size: int = 32,
+    ):
+        """Sets what is drawn and which completions count.
+
+        Args:
+            sampler: draws the completions.
+            prompts_at: the prompts of a round.
+            reward: `(prompt, completion) -> number`; the completion holds its stop id.
+            key: one random key; round n uses the key folded with n.
+            keep_reward: the reward from which a completion counts, with weight 1. None takes the
+                reward itself as the weight, which then must not be negative.
+            replay: whether completions of earlier rounds are used again.
+            updates: batches of a round.
+            batch_size: rows of a batch with `replay`; without it all rows of the round.
+        """
+        super().__init__()
+        self._sampler = sampler
+        self._prompts_at = prompts_at
+        self._reward = reward
+        self._key = key
+        self._keep_reward = keep_reward
+        self._replay = replay
+        self._updates = updates
+        self._batch_size = batch_size
+        self._round: int | None = None
+        self._round_batch: Batch | None = None
+        self._kept: dict[tuple[Ids, Ids], Trace] = {}
+        self._length = 0
+
+    @property
+    def traces(self) -> list[Trace]:
+        """The completions that were kept, with `replay`."""
+        return list(self._kept.values())
+
+    def batch(self, state: RWKV7State, step: int) -> Batch | None:
+        """Makes the batch of a step; None where no completion has earned anything.
+
+        Raises:
+            ValueError: a reward that is not a finite number or, where it is the weight, negative;
+                or a step inside a round that this source did not begin.
+        """
+        round_number, index = divmod(step, self._updates)
+        if index == 0:
+            self._begin_round(state, round_number)
+        elif round_number != self._round:
+            raise ValueError(
+                f"expert_iteration: step {step} must follow the first step of its round, "
+                f"{round_number * self._updates}."
+            )
+        if not self._replay:
+            return self._round_batch
+        if not self._kept:
+            return None
+        return trace_batch(
+            self.traces,
+            index,
+            batch_size=self._batch_size,
+            length=self._length,
+            seed=round_number,
+        )
+
+    def _begin_round(self, state: RWKV7State, round_number: int) -> None:
+        """Draws the completions of a round and weighs them."""
+        key = jax.random.fold_in(self._key, round_number)
+        drawn = self._sampler.draw(state, self._prompts_at(round_number), key)
+        self.budget += drawn.budget
+        rewards = evaluate_rewards(
+            self._reward,
+            drawn.prompts,
+            drawn.completions,
+            name="expert_iteration: `reward`",
+            group=self._sampler.group,
+            # A negative weight would push the state away from a completion without any bound.
+            least=0.0 if self._keep_reward is None else None,
+        )
+        if self._keep_reward is None:
+            weights = rewards
+        else:
+            weights = (rewards >= self._keep_reward).astype(np.float64)
+        self._round = round_number
+        self.metrics = {"reward": float(rewards.mean())}
+        if self._replay:
+            self._keep(drawn, weights)
+            self.metrics["kept"] = len(self._kept)
+        else:
+            self._round_batch = _weighted_rows(drawn, weights)
+
+    def _keep(self, drawn: Rollouts, weights: np.ndarray) -> None:
+        """Adds the completions with a weight to those of earlier rounds, each text once."""
+        self._length = max(self._length, drawn.mask.shape[1])
+        for row in np.flatnonzero(weights):
+            pair = (drawn.prompts[row], drawn.completions[row])
+            self._kept[pair] = Trace(*pair, weight=float(weights[row]), source="student")
+
+
+def _weighted_rows(drawn: Rollouts, weights: np.ndarray) -> Batch | None:
+    """Makes a batch of all rows that were drawn; None where none has a weight."""
+    if not weights.any():
+        return None
+    return completion_rows(
+        drawn.prompts,
+        drawn.completions,
+        length=drawn.mask.shape[1],
+        weights=weights.tolist(),
+    )
 
 
 def expert_iteration(
@@ -33,7 +168,8 @@ def expert_iteration(
     state: RWKV7State | None = None,
     rounds: int = 6,
     group: int = 8,
-    keep_reward: float = 1.0,
+    keep_reward: float | None = 1.0,
+    replay: bool = True,
     updates: int = 10,
     batch_size: int = 32,
     length: int | None = None,
@@ -46,29 +182,33 @@ def expert_iteration(
     stop_reward: float = 0.97,
     on_step: OnStep | None = None,
 ) -> Result:
-    """A start state that has learned what it wrote itself and the reward approved.
+    """Tunes a start state on those of its own completions that the reward approves.
 
     Round n draws from the current state, keeps the completions whose reward is at least
     `keep_reward`, each text once, and makes `updates` updates on all that were kept so far. It ends
-    early when the held-out prompts' greedy completions, or else a round's own, earn `stop_reward`.
+    early when the greedy completions of the held-out prompts, or else a round's own completions,
+    earn `stop_reward`.
 
     Args:
         model: the student.
         params: its weights.
         prompts_at: the prompts of a round.
         reward: `(prompt, completion) -> number`; the completion holds its stop id.
-        tokens: ids drawn a completion at most.
+        tokens: ids drawn for a completion at most.
         key: one random key.
         state: where to start (batch 1); None is zeros.
         rounds: at most.
-        group: completions a prompt.
-        keep_reward: what a completion must earn to be kept.
-        updates: a round.
-        batch_size: rows of an update.
+        group: completions of each prompt.
+        keep_reward: what a completion must earn to be kept, then with weight 1. None keeps
+            everything above 0 with the reward as its weight; no reward may be negative then.
+        replay: False learns in each round from its own completions only, all of them in one batch,
+            as train.py does.
+        updates: of each round.
+        batch_size: rows of an update with `replay`.
         length: inputs of a row, as in `rollouts`.
         temperature: of the rollouts.
         stop_ids: ids that end a completion.
-        leaves: what is tuned, of `state_tuning.LEAVES`.
+        leaves: the trainable parameters, of `state_tuning.LEAVES`.
         learning_rate: of Adam with b2 = 0.99.
         tx: another optimizer.
         held_out: prompts that no update sees.
@@ -76,45 +216,54 @@ def expert_iteration(
         on_step: called with a round's numbers and the state, which the next update consumes.
 
     Returns:
-        A history of `step` (the round), `reward`, `kept` (so far), the last update's metrics, and
-        `held_out`; a last entry may hold nothing else. The result's traces are those kept.
+        A history of `step` (the round), `reward`, `kept` (so far, with `replay`), the last update's
+        metrics, and `held_out`; a last entry may hold nothing else. The result's traces are those
+        that were kept.
 
     Raises:
-        ValueError: an argument out of its range, or a reward that is no finite number.
+        ValueError: an argument out of its range, or a reward that is not a finite number.
     """
-    caller = "expert_iteration"
-    counts = {"rounds": (rounds, 0), "updates": (updates, 1), "tokens": (tokens, 1)}
-    for name, (value, least) in counts.items():
-        check_count(value, least, f"{caller}: `{name}`")
-    for name, function in (("prompts_at", prompts_at), ("reward", reward)):
-        check_function(function, f"{caller}: `{name}`")
-    key = typed_key(key, caller=caller)
-    loss = distillation_loss(model, params, leaves=leaves)
-    running = {"tx": tx, "learning_rate": learning_rate, "on_step": on_step}
-    run = start_tuning(model, loss, state, **running, caller=caller)
-    drawn = {"tokens": tokens, "stop_ids": stop_ids}
-    choices = {"group": group, "length": length, "temperature": temperature, **drawn}
-    asked = {"prompts": held_out, "reward": reward, **drawn}
-    look = functools.partial(held_out_reward, model, params, **asked)
-    goal = RewardTarget(look if len(held_out) else None, 1, stop_reward)
-    kept, width = {}, 0
-    for entry in goal.steps(run, rounds):
-        step = entry["step"]
-        now = jax.random.fold_in(key, step)
-        out = rollouts(model, params, run.state, prompts_at(step), key=now, **choices)
-        run.budget += out.budget
-        name = f"{caller}: `reward`"
-        rewards = evaluate_rewards(reward, out.prompts, out.completions, name=name, group=group)
-        width = max(width, out.mask.shape[1])
-        kept |= _approved(out, rewards >= keep_reward)
-        entry |= {"reward": float(rewards.mean()), "kept": len(kept)}
-        sizes = {"batch_size": batch_size, "length": width, "seed": step}
-        for index in range(updates if kept else 0):
-            entry |= run.update(trace_batch(list(kept.values()), index, **sizes))
-    return Result(run.state, run.history, run.budget, list(kept.values()))
+    with prefix_errors("expert_iteration"):
+        check_count(rounds, 0, "`rounds`")
+        check_count(updates, 1, "`updates`")
+        check_count(tokens, 1, "`tokens`")
+        check_function(prompts_at, "`prompts_at`")
+        check_function(reward, "`reward`")
+        key = typed_key(key)
+    loop = start_tuning(
+        model,
+        distillation_loss(model, params, leaves=leaves),
+        state,
+        tx=tx,
+        learning_rate=learning_rate,
+        on_step=on_step,
+        caller="expert_iteration",
+    )
+    sampler = RolloutSampler(
+        model,
+        params,
+        group=group,
+        tokens=tokens,
+        temperature=temperature,
+        stop_ids=stop_ids,
+        length=length,
+    )
+    source = ExpertBatches(
+        sampler,
+        prompts_at,
+        reward,
+        key=key,
+        keep_reward=keep_reward,
+        replay=replay,
+        updates=updates,
+        batch_size=batch_size,
+    )
 
+    def evaluate(state: RWKV7State):
+        return held_out_reward(
+            model, params, state, held_out, reward, tokens=tokens, stop_ids=stop_ids
+        )
 
-def _approved(out: Rollouts, good: np.ndarray) -> dict[tuple[Ids, Ids], Trace]:
-    """Traces of the good rows, by prompt and completion: each text once."""
-    pairs = [(out.prompts[row], out.completions[row]) for row in np.flatnonzero(good)]
-    return {pair: Trace(*pair, source="student") for pair in pairs}
+    target = RewardTarget(evaluate if len(held_out) else None, 1, stop_reward)
+    result = loop.run(source, rounds, updates=updates, target=target)
+    return dataclasses.replace(result, traces=source.traces)

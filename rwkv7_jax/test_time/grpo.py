@@ -1,12 +1,11 @@
-"""A start state that earns a reward, by policy gradients: the weights never move.
+"""Group-relative policy gradients on a start state; the weights never move.
 
-Its parts are public for other loops: `rollouts.policy_batch` makes the batch of one step, and
-`test_time_losses.policy_loss` is a loss for `training.make_train_step`. The other ways to scale a
-small model at test time are `guide.collect` with `imitation.distil`, and
-`imitation.expert_iteration`.
+The parts serve other loops too: `PolicyBatches` makes the batch of a step, and
+`losses.policy_loss` is a loss for `training.make_train_step`. The other ways to tune a small model
+at test time are `teacher.collect_traces` with `distillation.distill`, and
+`expert_iteration.expert_iteration`.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -15,17 +14,76 @@ import optax
 from jaxtyping import Array
 
 from rwkv7_jax.array_types import Params
-from rwkv7_jax.checks import check_count, check_function, typed_key
+from rwkv7_jax.checks import check_count, check_function, prefix_errors, typed_key
+from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.generation.sampling import Ids as StopIds
 from rwkv7_jax.generation.sampling import Number
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.test_time.losses import policy_loss
 from rwkv7_jax.test_time.rewards import RewardFunction
-from rwkv7_jax.test_time.rollouts import held_out_reward, policy_batch
-from rwkv7_jax.test_time.tuning_loop import OnStep, Result, RewardTarget, start_tuning
+from rwkv7_jax.test_time.rollouts import (
+    PromptsAt,
+    RolloutSampler,
+    held_out_reward,
+    make_policy_batch,
+)
+from rwkv7_jax.test_time.tuning_loop import (
+    BatchSource,
+    OnStep,
+    Result,
+    RewardTarget,
+    start_tuning,
+)
 
-PromptsAt = Callable[[int], Sequence[Sequence[int]]]
+
+class PolicyBatches(BatchSource):
+    """Batches of the model's own completions with their group-relative advantages.
+
+    A batch depends on the key, the step and the state alone, so an interrupted run goes on with the
+    same draws. `metrics` has the mean `reward` and `updated`, 0 where a step has no batch.
+    """
+
+    def __init__(
+        self,
+        sampler: RolloutSampler,
+        prompts_at: PromptsAt,
+        reward: RewardFunction,
+        *,
+        key: Array,
+        anchor_at: Callable[[int], np.ndarray] | None = None,
+    ):
+        """Sets what is drawn and how it is rewarded.
+
+        Args:
+            sampler: draws the completions, at least 2 for each prompt.
+            prompts_at: the prompts of a step.
+            reward: `(prompt, completion) -> number`; the completion holds its stop id.
+            key: one random key; step n uses the key folded with n.
+            anchor_at: unlabelled text of a step, ids [B T+1], for the loss's anchor term.
+        """
+        super().__init__()
+        self._sampler = sampler
+        self._prompts_at = prompts_at
+        self._reward = reward
+        self._key = key
+        self._anchor_at = anchor_at
+
+    def batch(self, state: RWKV7State, step: int) -> Batch | None:
+        """Draws the batch of a step from `state`; None where every group is uniform."""
+        key = jax.random.fold_in(self._key, step)
+        drawn = self._sampler.draw(state, self._prompts_at(step), key)
+        made = make_policy_batch(drawn, self._reward, group=self._sampler.group)
+        self.budget += made.budget
+        self.metrics = {
+            "reward": float(made.rewards.mean()),
+            "updated": int(not made.uniform),
+        }
+        if made.uniform:
+            return None
+        if self._anchor_at is None:
+            return made.batch
+        return made.batch.replace(anchor=self._anchor_at(step))
 
 
 def grpo(
@@ -54,31 +112,32 @@ def grpo(
     stop_reward: float = 0.97,
     on_step: OnStep | None = None,
 ) -> Result:
-    """A start state whose completions earn more, by group-relative policy gradients.
+    """Tunes a start state by group-relative policy gradients until its completions earn enough.
 
     Step n draws `group` completions of every prompt of `prompts_at(n)` with the key folded with n,
     from the current state, and makes one update; it depends on the key, n and that state alone. A
-    step whose groups are all uniform makes none. It ends early when `stop_reward` is reached: by
-    the held-out prompts' greedy completions, looked at every `evaluate_every` steps, the first time
-    before any update; without such prompts by the mean reward of the last `evaluate_every` steps.
+    step whose groups are all uniform makes none. Tuning ends early when `stop_reward` is reached:
+    by the greedy completions of the held-out prompts, evaluated every `evaluate_every` steps and
+    before the first update; without such prompts by the mean reward of the last `evaluate_every`
+    steps.
 
     Args:
         model: the student.
         params: its weights.
-        prompts_at: the prompts of a step; as many each time, lest programs are compiled again.
+        prompts_at: the prompts of a step; as many each time, or programs are compiled again.
         reward: `(prompt, completion) -> number`; the completion holds its stop id.
-        tokens: ids drawn a completion at most.
+        tokens: ids drawn for a completion at most.
         key: one random key.
         state: where to start (batch 1); None is zeros.
         steps: at most.
-        group: completions a prompt, at least 2.
+        group: completions of each prompt, at least 2.
         length: inputs of a row, as in `rollouts`.
         temperature: of the rollouts, above 0.
         stop_ids: ids that end a completion.
-        leaves: what is tuned, of `state_tuning.LEAVES`.
+        leaves: the trainable parameters, of `state_tuning.LEAVES`.
         learning_rate: of Adam with b2 = 0.99.
         tx: another optimizer.
-        kl: weight of KL(tuned || reference) on what is drawn.
+        kl: weight of KL(tuned || reference) on the drawn tokens.
         reference: its state; None is zeros.
         anchor: weight of KL(base || tuned) on unlabelled text.
         anchor_at: that text of a step, ids [B T+1].
@@ -89,37 +148,54 @@ def grpo(
 
     Returns:
         A history of `step`, `reward` and `updated` (0 or 1), with the update's metrics, and
-        `held_out` where it was looked at; a last entry may hold nothing else.
+        `held_out` where the state was evaluated; a last entry may hold nothing else.
 
     Raises:
-        ValueError: an argument out of its range, or a reward that is no finite number.
+        ValueError: an argument out of its range, or a reward that is not a finite number.
     """
-    counts = {"steps": (steps, 0), "evaluate_every": (evaluate_every, 1)}
-    for name, (value, least) in (counts | {"group": (group, 2), "tokens": (tokens, 1)}).items():
-        check_count(value, least, f"grpo: `{name}`")
-    for name, function in (("prompts_at", prompts_at), ("reward", reward)):
-        check_function(function, f"grpo: `{name}`")
-    if bool(anchor) != (anchor_at is not None):
-        raise ValueError("grpo: `anchor` and `anchor_at` go together; got one of them.")
-    key = typed_key(key, caller="grpo")
-    terms = {"kl": kl, "reference": reference, "anchor": anchor, "leaves": leaves}
-    loss = policy_loss(model, params, temperature=temperature, **terms)
-    running = {"tx": tx, "learning_rate": learning_rate, "on_step": on_step}
-    run = start_tuning(model, loss, state, **running, caller="grpo")
-    drawn = {"tokens": tokens, "stop_ids": stop_ids}
-    choices = {"group": group, "length": length, "temperature": temperature, **drawn}
-    asked = {"prompts": held_out, "reward": reward, **drawn}
-    look = functools.partial(held_out_reward, model, params, **asked)
-    goal = RewardTarget(look if len(held_out) else None, evaluate_every, stop_reward)
-    for entry in goal.steps(run, steps):
-        step = entry["step"]
-        now = jax.random.fold_in(key, step)
-        made = policy_batch(model, params, run.state, prompts_at(step), reward, key=now, **choices)
-        run.budget += made.budget
-        entry |= {"reward": float(made.rewards.mean()), "updated": int(not made.uniform)}
-        if not made.uniform:
-            batch = made.batch
-            if anchor:
-                batch = batch.replace(anchor=anchor_at(step))
-            entry |= run.update(batch)
-    return Result(run.state, run.history, run.budget)
+    with prefix_errors("grpo"):
+        check_count(steps, 0, "`steps`")
+        check_count(evaluate_every, 1, "`evaluate_every`")
+        check_count(group, 2, "`group`")
+        check_count(tokens, 1, "`tokens`")
+        check_function(prompts_at, "`prompts_at`")
+        check_function(reward, "`reward`")
+        if bool(anchor) != (anchor_at is not None):
+            raise ValueError("`anchor` and `anchor_at` go together; got one of them.")
+        key = typed_key(key)
+    loss = policy_loss(
+        model,
+        params,
+        temperature=temperature,
+        kl=kl,
+        reference=reference,
+        anchor=anchor,
+        leaves=leaves,
+    )
+    loop = start_tuning(
+        model,
+        loss,
+        state,
+        tx=tx,
+        learning_rate=learning_rate,
+        on_step=on_step,
+        caller="grpo",
+    )
+    sampler = RolloutSampler(
+        model,
+        params,
+        group=group,
+        tokens=tokens,
+        temperature=temperature,
+        stop_ids=stop_ids,
+        length=length,
+    )
+    source = PolicyBatches(sampler, prompts_at, reward, key=key, anchor_at=anchor_at)
+
+    def evaluate(state: RWKV7State):
+        return held_out_reward(
+            model, params, state, held_out, reward, tokens=tokens, stop_ids=stop_ids
+        )
+
+    target = RewardTarget(evaluate if len(held_out) else None, evaluate_every, stop_reward)
+    return loop.run(source, steps, target=target)

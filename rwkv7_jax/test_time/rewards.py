@@ -1,8 +1,8 @@
-"""What a plain function says of completions, and how it compares those of one prompt.
+"""Reward evaluation and group-relative advantages.
 
 A reward is a function `(prompt, completion) -> number` of two tuples of ids. The completion holds
 every id that was drawn, the stop id included, so that a reward can tell an answer that ended from
-one that was cut; token 0 decodes to nothing.
+one that was cut. Token 0 decodes to nothing.
 """
 
 import math
@@ -24,39 +24,51 @@ def evaluate_rewards(
     name: str,
     group: int = 1,
     first: int = 0,
+    least: float | None = None,
 ) -> np.ndarray:
-    """What a plain function says of each completion, float64.
+    """Calls a reward function for each completion and checks what it returns.
 
     Args:
         judge: `(prompt, completion) -> number`; a bool counts as 0 or 1.
-        prompts: one a completion.
+        prompts: one for each completion.
         completions: ids.
         name: how messages begin: the public function, and the argument in backticks.
-        group: completions a prompt, to tell the prompt's number.
+        group: completions of each prompt, to find the prompt's number.
         first: the number of the first prompt.
+        least: the smallest reward that is allowed; None allows every finite one.
+
+    Returns:
+        The rewards, float64.
 
     Raises:
-        ValueError: it raised, or gave no finite number; the message has the prompt's number.
+        ValueError: the function raised, or its result is not a finite number or is below `least`;
+            the message has the prompt's number.
     """
-    values = []
+    rewards = []
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         place = f"{name} of prompt {first + row // group}"
         try:
             value = judge(tuple(prompt), tuple(completion))
         except Exception as error:
             raise ValueError(f"{place} raised {type(error).__name__}: {error}") from error
-        if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
-            value = value.item()
-        if not isinstance(value, bool | int | float | np.number | np.bool_):
-            raise ValueError(f"{place} must be a number; got {type(value).__name__}.")
-        if not math.isfinite(value):
-            raise ValueError(f"{place} must be finite; got {value}.")
-        values.append(float(value))
-    return np.array(values)
+        rewards.append(_checked_reward(value, least, place))
+    return np.array(rewards)
+
+
+def _checked_reward(value: Any, least: float | None, place: str) -> float:
+    if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if not isinstance(value, bool | int | float | np.number | np.bool_):
+        raise ValueError(f"{place} must be a number; got {type(value).__name__}.")
+    if not math.isfinite(value):
+        raise ValueError(f"{place} must be finite; got {value}.")
+    if least is not None and value < least:
+        raise ValueError(f"{place} must be at least {least:g}; got {float(value)}.")
+    return float(value)
 
 
 def advantages(rewards: Float[np.ndarray, "P K"]) -> Float[np.ndarray, "P K"]:
-    """`(reward - mean) / (std + 1e-4)` of each group; exactly 0 where all rewards are equal.
+    """Computes `(reward - mean) / (std + 1e-4)` within each group; 0 where all rewards are equal.
 
     Args:
         rewards: of P prompts, K completions each.
@@ -66,4 +78,5 @@ def advantages(rewards: Float[np.ndarray, "P K"]) -> Float[np.ndarray, "P K"]:
     rewards = np.asarray(rewards, np.float64)
     centred = rewards - rewards.mean(axis=1, keepdims=True)
     scaled = centred / (rewards.std(axis=1, keepdims=True) + 1e-4)
+    # A mean of equal numbers can differ from them by rounding, so test for equality itself.
     return np.where(np.ptp(rewards, axis=1, keepdims=True) > 0, scaled, 0.0)

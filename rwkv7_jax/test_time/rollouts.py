@@ -1,14 +1,20 @@
-"""Completions that a model draws from its own start state, in groups."""
+"""Groups of completions that a model draws from its own start state."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rwkv7_jax.array_types import Params
-from rwkv7_jax.checks import check_count, check_function, check_prompts, typed_key
+from rwkv7_jax.checks import (
+    check_count,
+    check_function,
+    check_prompts,
+    prefix_errors,
+    typed_key,
+)
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.generation import sampling
 from rwkv7_jax.generation.generate import Generation, generate
@@ -17,8 +23,10 @@ from rwkv7_jax.model.state import RWKV7State, select
 from rwkv7_jax.test_time.rewards import RewardFunction, advantages, evaluate_rewards
 from rwkv7_jax.test_time.traces import Ids, TokenBudget, completion_rows
 
-# Rows are filled up to a multiple of this, so that few widths are ever compiled.
-_WIDTH = 16
+# Row lengths are rounded up to a multiple of this, so that few widths are ever compiled.
+_LENGTH_MULTIPLE = 16
+
+PromptsAt = Callable[[int], Sequence[Sequence[int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +36,9 @@ class Rollouts:
     Attributes:
         tokens: prompt, completion, zeros: inputs and, one later, targets ([B T+1]).
         mask: [B T], 1 where the target was drawn.
-        prompts: one a row.
-        completions: one a row, every id that was drawn.
-        budget: each prompt read once, and all that was drawn.
+        prompts: one for each row.
+        completions: one for each row, every id that was drawn.
+        budget: each prompt read once, and every drawn token.
     """
 
     tokens: Int[np.ndarray, "B inputs_and_target"]
@@ -41,12 +49,12 @@ class Rollouts:
 
 
 class PolicyBatch(NamedTuple):
-    """A batch for `policy_loss`, and what it was made of.
+    """A batch for `policy_loss`, with its rewards and its cost.
 
     Attributes:
-        batch: tokens [B T+1], mask [B T], advantages [B].
+        batch: with tokens, mask and advantages.
         rewards: [P K], of prompts and their completions.
-        budget: what the rollouts cost.
+        budget: tokens of the rollouts.
     """
 
     batch: Batch
@@ -55,8 +63,8 @@ class PolicyBatch(NamedTuple):
 
     @property
     def uniform(self) -> bool:
-        """No group tells a better completion from a worse one: there is nothing to learn."""
-        return not self.batch.advantages.any()
+        """Whether all completions of every prompt earned the same: there is nothing to learn."""
+        return not self.batch["advantages"].any()
 
 
 def rollouts(
@@ -72,20 +80,20 @@ def rollouts(
     stop_ids: sampling.Ids = (0,),
     length: int | None = None,
 ) -> Rollouts:
-    """`group` completions of every prompt, which is read once; the same key gives the same ones.
+    """Draws `group` completions of every prompt, which is read once.
 
-    They are those of `generate` on every prompt `group` times over, with the same key. Programs
-    depend on the number of prompts, `group`, `length` and powers of two above the longest prompt
-    and `tokens`.
+    The same key gives the same completions: those of `generate` for every prompt repeated `group`
+    times. Programs depend on the number of prompts, `group`, `length` and powers of two above the
+    longest prompt and `tokens`.
 
     Args:
         model: static.
         params: its weights.
-        state: what every row starts from (batch 1); None is a model that has read nothing.
+        state: where every row starts (batch 1); None is a model that has read nothing.
         prompts: lists of ids, none empty.
-        group: completions a prompt (K).
-        tokens: ids drawn a row at most, at least 1.
-        key: one random key, folded with the row's number, or a key a row; not needed at
+        group: completions of each prompt (K).
+        tokens: ids drawn for a row at most, at least 1.
+        key: one random key, folded with the row's number, or one key for each row; not needed at
             temperature 0.
         temperature: of the sampling.
         stop_ids: ids that end a row.
@@ -94,61 +102,59 @@ def rollouts(
 
     Raises:
         ValueError: an argument out of its range, or rows that do not fit.
-        TypeError: ids that are no integers.
+        TypeError: ids that are not integers.
     """
-    caller = "rollouts"
-    rows = check_prompts(prompts, model.config.vocab_size, caller=caller)
-    for name, value in (("group", group), ("tokens", tokens)):
-        check_count(value, 1, f"{caller}: `{name}`")
-    length = _length(rows, tokens, length, caller=caller)
-    # Checks the options here, so that messages do not name a function that the caller did not call.
-    sampling.make_options(
-        model.config.vocab_size, temperature=temperature, stop_ids=stop_ids, caller=caller
-    )
-    if key is None and temperature > 0:
-        raise ValueError(f"{caller}: `key` must be given unless `temperature` is 0; got None.")
-    key = None if key is None else typed_key(key, caller=caller)
-    out = _continued(
+    vocab_size = model.config.vocab_size
+    with prefix_errors("rollouts"):
+        rows = check_prompts(prompts, vocab_size)
+        check_count(group, 1, "`group`")
+        check_count(tokens, 1, "`tokens`")
+        length = _row_length(rows, tokens, length)
+        # Checked here too, so that messages name the function that was called.
+        sampling.make_options(vocab_size, temperature=temperature, stop_ids=stop_ids)
+        if key is not None:
+            key = typed_key(key)
+        elif temperature > 0:
+            raise ValueError("`key` must be given unless `temperature` is 0; got None.")
+    # The prompts are read once; then their states are repeated and continued without a prompt.
+    read = generate(model, params, rows, state, tokens=0)
+    repeats = np.repeat(np.arange(len(rows)), group)
+    out = generate(
         model,
         params,
-        rows,
-        state,
-        group=group,
+        [[]] * len(repeats),
+        select(read.state, repeats),
+        logits=read.logits[repeats],
         tokens=tokens,
         key=key,
         temperature=temperature,
         stop_ids=stop_ids,
     )
     completions = _completions(out)
-    repeated = [tuple(row) for row in rows for _ in range(group)]
+    repeated_prompts = [tuple(rows[row]) for row in repeats]
+    batch = completion_rows(repeated_prompts, completions, length=length, caller="rollouts")
     spent = sum(map(len, rows)) + sum(map(len, completions))
     return Rollouts(
-        **completion_rows(repeated, completions, length=length, caller=caller),
-        prompts=repeated,
+        tokens=batch["tokens"],
+        mask=batch["mask"],
+        prompts=repeated_prompts,
         completions=completions,
         budget=TokenBudget(rollout_tokens=spent),
     )
 
 
-def _length(rows: list[list[int]], tokens: int, length: int | None, *, caller: str) -> int:
-    """Inputs of a row."""
+def _row_length(rows: list[list[int]], tokens: int, length: int | None) -> int:
+    """Returns the number of inputs of a row."""
+    # The last token of a row is a target only.
     least = max(map(len, rows)) + tokens - 1
     if length is None:
-        return -(-least // _WIDTH) * _WIDTH
-    if check_count(length, 1, f"{caller}: `length`") < least:
+        return -(-least // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+    if check_count(length, 1, "`length`") < least:
         raise ValueError(
-            f"{caller}: `length` must be at least {least}, the longest prompt and `tokens` "
-            f"less one; got {length}."
+            f"`length` must be at least {least}, the longest prompt and `tokens` less one; "
+            f"got {length}."
         )
     return length
-
-
-def _continued(model, params, rows: list[list[int]], state, *, group: int, **choices) -> Generation:
-    """Every prompt read once and continued `group` times."""
-    read = generate(model, params, rows, state, tokens=0)
-    tiled = np.repeat(np.arange(len(rows)), group)
-    start = select(read.state, tiled)
-    return generate(model, params, [[]] * len(tiled), start, logits=read.logits[tiled], **choices)
 
 
 def _completions(out: Generation) -> list[Ids]:
@@ -158,6 +164,36 @@ def _completions(out: Generation) -> list[Ids]:
         ending = () if stop_token is None else (stop_token,)
         completions.append((*tokens, *ending))
     return completions
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutSampler:
+    """A model with the settings of its rollouts; the attributes are the arguments of `rollouts`."""
+
+    model: RWKV7
+    params: Params
+    group: int
+    tokens: int
+    temperature: sampling.Number = 1.0
+    stop_ids: sampling.Ids = (0,)
+    length: int | None = None
+
+    def draw(
+        self, state: RWKV7State | None, prompts: Sequence[Sequence[int]], key: Array
+    ) -> Rollouts:
+        """Draws completions from `state`, as `rollouts` does."""
+        return rollouts(
+            self.model,
+            self.params,
+            state,
+            prompts,
+            group=self.group,
+            tokens=self.tokens,
+            key=key,
+            temperature=self.temperature,
+            stop_ids=self.stop_ids,
+            length=self.length,
+        )
 
 
 def policy_batch(
@@ -170,29 +206,48 @@ def policy_batch(
     group: int,
     **choices: Any,
 ) -> PolicyBatch:
-    """Rollouts from `state` and their advantages, as a batch of `policy_loss`.
+    """Draws rollouts from `state` and makes a batch of `policy_loss` with their advantages.
 
-    All is a function of the arguments: with `key = jax.random.fold_in(key, n)` step n of a run
-    depends on the seed, n and the state alone.
+    The result is a function of the arguments: with `key = jax.random.fold_in(key, n)` step n of a
+    run depends on the seed, n and the state alone.
 
     Args:
         model: static.
         params: its weights.
-        state: what every row starts from (batch 1).
+        state: where every row starts (batch 1).
         prompts: lists of ids.
         reward: of a prompt and a completion.
-        group: completions a prompt, at least 2.
+        group: completions of each prompt, at least 2.
         **choices: `tokens`, `key`, `temperature`, `stop_ids` and `length` of `rollouts`.
 
     Raises:
-        ValueError: as `rollouts`; or a reward that is no finite number.
+        ValueError: as `rollouts`; or a reward that is not a finite number.
     """
-    check_count(group, 2, "policy_batch: `group`")
-    check_function(reward, "policy_batch: `reward`")
+    with prefix_errors("policy_batch"):
+        check_count(group, 2, "`group`")
+        check_function(reward, "`reward`")
     drawn = rollouts(model, params, state, prompts, group=group, **choices)
-    name = "policy_batch: `reward`"
-    rewards = evaluate_rewards(reward, drawn.prompts, drawn.completions, name=name, group=group)
-    rewards = rewards.reshape(-1, group)
+    return make_policy_batch(drawn, reward, group=group)
+
+
+def make_policy_batch(drawn: Rollouts, reward: RewardFunction, *, group: int) -> PolicyBatch:
+    """Rewards rollouts and makes a batch of `policy_loss` of them.
+
+    Args:
+        drawn: groups of completions.
+        reward: of a prompt and a completion.
+        group: completions of each prompt.
+
+    Raises:
+        ValueError: a reward that is not a finite number.
+    """
+    rewards = evaluate_rewards(
+        reward,
+        drawn.prompts,
+        drawn.completions,
+        name="policy_batch: `reward`",
+        group=group,
+    ).reshape(-1, group)
     batch = Batch(
         tokens=drawn.tokens,
         mask=drawn.mask,
@@ -211,20 +266,31 @@ def held_out_reward(
     tokens: int,
     stop_ids: sampling.Ids = (0,),
 ) -> tuple[float, TokenBudget]:
-    """The mean reward of the most probable completions, and what it cost to know.
+    """Returns the mean reward of the greedy completions, and the tokens it cost.
 
     Args:
         model: static.
         params: its weights.
-        state: what every row starts from (batch 1).
+        state: where every row starts (batch 1).
         prompts: lists of ids that no update sees.
         reward: of a prompt and a completion.
-        tokens: ids drawn a row at most.
+        tokens: ids drawn for a row at most.
         stop_ids: ids that end a row.
+
+    Raises:
+        ValueError: as `rollouts`; or a reward that is not a finite number.
     """
-    choices = {"group": 1, "temperature": 0, "tokens": tokens, "stop_ids": stop_ids}
-    drawn = rollouts(model, params, state, prompts, **choices)
-    name = "held_out_reward: `reward`"
-    return float(
-        evaluate_rewards(reward, drawn.prompts, drawn.completions, name=name).mean()
-    ), drawn.budget
+    drawn = rollouts(
+        model,
+        params,
+        state,
+        prompts,
+        group=1,
+        temperature=0,
+        tokens=tokens,
+        stop_ids=stop_ids,
+    )
+    rewards = evaluate_rewards(
+        reward, drawn.prompts, drawn.completions, name="held_out_reward: `reward`"
+    )
+    return float(rewards.mean()), drawn.budget

@@ -1,5 +1,6 @@
-"""A start state on its way through test-time training: updates, costs, when to stop."""
+"""The loop that tunes a start state on the batches of a source, and when it stops."""
 
+import abc
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state
@@ -21,15 +23,42 @@ Entry = dict[str, float | int]
 OnStep = Callable[[Entry, RWKV7State], Any]
 
 
+class BatchSource(abc.ABC):
+    """The batches of one tuning method; `TuningLoop` and train.py both ask it for them.
+
+    Attributes:
+        budget: tokens that making the batches has cost so far.
+        metrics: numbers about the batch that was made last.
+    """
+
+    def __init__(self):
+        """Starts with nothing spent."""
+        self.budget = TokenBudget()
+        self.metrics: Entry = {}
+
+    @abc.abstractmethod
+    def batch(self, state: RWKV7State, step: int) -> Batch | None:
+        """Makes the batch of a step.
+
+        Args:
+            state: the start state as it is before the update (batch 1).
+            step: the number of the update, from 0.
+
+        Returns:
+            The batch, or None where the step has nothing to learn from. Then no update must be
+            made: with a batch of zero weights the optimizer would still move by old momentum.
+        """
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What tuning gave.
+    """A tuned state and how it came about.
 
     Attributes:
         state: the tuned start state (batch 1).
-        history: numbers by name, one entry a step or round.
-        budget: what it cost.
-        traces: what it learned from, where those were completions of its own.
+        history: numbers by name, one entry for each step or round.
+        budget: tokens that it cost.
+        traces: the completions it learned from, where those were its own.
     """
 
     state: RWKV7State
@@ -39,31 +68,66 @@ class Result:
 
 
 class TuningLoop:
-    """A state, how it came about and what that cost.
+    """A start state with its optimizer, its history and what the updates have cost.
 
     Attributes:
-        history: one entry a step.
-        budget: so far.
+        history: one entry for each step.
+        budget: tokens of the updates and of evaluations so far; a source counts its own.
     """
 
-    def __init__(self, step: Callable, train: Any, on_step: OnStep | None = None):
-        """A run before its first update.
+    def __init__(self, step: Callable, train: TrainState, on_step: OnStep | None = None):
+        """Starts before the first update.
 
         Args:
             step: `(train, batch) -> (train, metrics)`; consumes its input.
-            train: a `TrainState` of a start state.
+            train: the training state of a start state.
             on_step: called with every entry and the state, which the next update consumes.
         """
-        self._step, self._train, self._on_step = step, train, on_step
-        self.history, self.budget = [], TokenBudget()
+        self.history: list[Entry] = []
+        self.budget = TokenBudget()
+        self._step = step
+        self._train = train
+        self._on_step = on_step
 
     @property
     def state(self) -> RWKV7State:
-        """As it is now; the next update consumes it."""
+        """The current state; the next update consumes it."""
         return self._train.params
 
+    def run(
+        self,
+        source: BatchSource,
+        steps: int,
+        *,
+        updates: int = 1,
+        target: "RewardTarget | None" = None,
+    ) -> Result:
+        """Tunes on the source's batches.
+
+        Args:
+            source: where the batches come from.
+            steps: entries of the history at most.
+            updates: batches that each of them covers.
+            target: what ends the loop early.
+        """
+        entries = self._entries(steps) if target is None else target.entries(self, steps)
+        for entry in entries:
+            first = int(entry["step"]) * updates
+            for number in range(first, first + updates):
+                batch = source.batch(self.state, number)
+                entry |= source.metrics
+                if batch is not None:
+                    entry |= self.update(batch)
+        return Result(self.state, self.history, self.budget + source.budget)
+
+    def _entries(self, steps: int) -> Iterator[Entry]:
+        for step in range(steps):
+            entry: Entry = {"step": step}
+            yield entry
+            self.record(entry)
+
     def update(self, batch: Batch) -> Entry:
-        """One update; its metrics."""
+        """Makes one update; returns its metrics."""
         self._train, metrics = self._step(self._train, batch)
         spent = gradient_tokens(batch)
         if batch.anchor is not None:
@@ -71,56 +135,61 @@ class TuningLoop:
         self.budget += TokenBudget(gradient_tokens=spent)
         return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
-    def note(self, entry: Entry) -> None:
-        """The entry ends a step."""
+    def record(self, entry: Entry) -> None:
+        """Adds the entry of a finished step to the history."""
         self.history.append(entry)
         if self._on_step:
             self._on_step(entry, self.state)
 
 
 class RewardTarget:
-    """The reward that is enough: of held-out prompts where there are some, else of late steps."""
+    """The mean reward that is enough: held-out, or a moving average where nothing is held out."""
 
     def __init__(
         self,
-        look: Callable[[RWKV7State], tuple[float, TokenBudget]] | None,
+        evaluate: Callable[[RWKV7State], tuple[float, TokenBudget]] | None,
         every: int,
         reward: float,
     ):
-        """Nothing has been seen.
+        """Sets the target.
 
         Args:
-            look: gives a state's held-out reward and what it cost; None where nothing is held out.
-            every: steps between two looks, or over which rewards are averaged.
-            reward: that is enough.
+            evaluate: gives a state's held-out reward and what it cost; None where nothing is held
+                out.
+            every: steps between two evaluations, or of the moving average.
+            reward: the mean reward that is enough.
         """
-        self._look, self._every, self._reward = look, every, reward
+        self._evaluate = evaluate
+        self._every = every
+        self._reward = reward
 
-    def steps(self, run: TuningLoop, count: int) -> Iterator[Entry]:
-        """Entries of at most `count` steps, each noted once its step is done, until it is enough.
+    def entries(self, loop: TuningLoop, count: int) -> Iterator[Entry]:
+        """Yields an entry for each step until the target is reached, and records it afterwards.
 
-        An entry comes with its `step`, and with the look's `held_out` where there was one.
+        An entry has its `step`, and `held_out` where the state was evaluated before that step.
         """
+        # One more than `count`: the state after the last step is evaluated too.
         for step in range(count + 1):
-            entry = {"step": step}
-            if self._reached(run, entry, last=step == count):
+            entry: Entry = {"step": step}
+            if self._reached(loop, entry, last=step == count):
                 return
             yield entry
-            run.note(entry)
+            loop.record(entry)
 
-    def _reached(self, run: TuningLoop, entry: Entry, *, last: bool) -> bool:
-        """Whether the run ends before the step of `entry`, which takes the look's `held_out`.
+    def _reached(self, loop: TuningLoop, entry: Entry, *, last: bool) -> bool:
+        """Returns whether the loop ends before the step of `entry`; may add `held_out` to it.
 
-        The run's last look is noted as an entry of its own.
+        The last evaluation is recorded as an entry of its own.
         """
-        if self._look is None:
-            recent = [past["reward"] for past in run.history[-self._every :]]
-            return last or (len(recent) == self._every and float(np.mean(recent)) >= self._reward)
+        if self._evaluate is None:
+            recent = [past["reward"] for past in loop.history[-self._every :]]
+            enough = len(recent) == self._every and float(np.mean(recent)) >= self._reward
+            return last or enough
         if last or entry["step"] % self._every == 0:
-            entry["held_out"], cost = self._look(run.state)
-            run.budget += cost
+            entry["held_out"], cost = self._evaluate(loop.state)
+            loop.budget += cost
         if last or entry.get("held_out", -np.inf) >= self._reward:
-            run.note(entry)
+            loop.record(entry)
             return True
         return False
 
@@ -135,27 +204,29 @@ def start_tuning(
     on_step: OnStep | None,
     caller: str,
 ) -> TuningLoop:
-    """A run of a start state before its first update.
+    """Makes the loop of a start state, before its first update.
 
     Args:
         model: the student.
         loss: of the start state.
         state: where to start (batch 1), zeros by default; it is tuned in float32.
-        tx: the optimizer; None is Adam as states like it, with a short memory of their size.
-        learning_rate: of that Adam, large.
+        tx: the optimizer. None is Adam with a short second-moment memory (b2 = 0.99), because a
+            state takes large steps and few of them.
+        learning_rate: of that Adam.
         on_step: called with every entry and the state, which the next update consumes.
-        caller: for messages.
+        caller: the public function's name, for messages.
 
     Raises:
         ValueError: the state is of another model, or of more than one sequence.
     """
-    start = _start(model, state, caller=caller)
-    tx = optax.adam(learning_rate, b2=0.99) if tx is None else tx
-    return TuningLoop(make_train_step(loss, tx), TrainState.create(start, tx), on_step)
-
-
-def _start(model: RWKV7, state: RWKV7State | None, *, caller: str) -> RWKV7State:
     state = init_state(model.config) if state is None else state
-    check_state(state, 1, model.config, caller=caller)
-    shifts = {name: getattr(state, name) for name in ("att_shift", "ffn_shift")}
-    return state.replace(**{name: jnp.asarray(x, jnp.float32) for name, x in shifts.items()})
+    with prefix_errors(caller):
+        check_state(state, 1, model.config)
+    # In bfloat16 small updates would round to nothing.
+    start = state.replace(
+        att_shift=jnp.asarray(state.att_shift, jnp.float32),
+        ffn_shift=jnp.asarray(state.ffn_shift, jnp.float32),
+    )
+    if tx is None:
+        tx = optax.adam(learning_rate, b2=0.99)
+    return TuningLoop(make_train_step(loss, tx), TrainState.create(start, tx), on_step)
