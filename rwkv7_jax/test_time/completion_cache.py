@@ -5,42 +5,42 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rwkv7_jax.test_time.traces import Ids, _ids, _objects
+from rwkv7_jax.test_time.traces import Ids, check_trace_ids, json_objects
 
 
 class CompletionCache:
-    """Completions on disk, found by a key: each line is whole before the next prompt is drawn.
+    """Completions on disk, found by a key; each line is complete before the next prompt is drawn.
 
-    They are kept as they were drawn, before anyone has judged them, so that neither a kill nor a
-    judge that fails costs any.
+    They are kept as they were drawn, before a verifier or a vote, so that neither a kill nor a
+    verifier that fails loses any.
     """
 
     def __init__(self, path: str | Path):
-        """What the file holds; a last line that breaks off is cut away with a warning.
+        """Reads the file, if there is one; a last line that breaks off is removed with a warning.
 
         Raises:
-            ValueError: the folder does not exist, or a line is no entry.
+            ValueError: the folder does not exist, or a line is not an entry.
         """
         self.path = Path(path)
         if not self.path.parent.is_dir():
             raise ValueError(f"CompletionCache: the folder of `{path}` does not exist.")
         self.path.touch()
-        self._found: dict[str, list[Ids]] = {}
-        for number, fields in _objects(self.path):
+        self._completions: dict[str, list[Ids]] = {}
+        for number, fields in json_objects(self.path):
             if set(fields) != {"key", "prompt", "completions"}:
                 raise ValueError(
                     f"{path}:{number}: an entry has key, prompt and completions; "
                     f"got {', '.join(fields) or 'none'}."
                 )
             try:
-                drawn = [_ids(ids, "completion") for ids in fields["completions"]]
-                self._found[fields["key"]] = drawn
+                completions = [check_trace_ids(ids, "completion") for ids in fields["completions"]]
+                self._completions[fields["key"]] = completions
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
-        self._end_whole()
+        self._end_last_line()
 
-    def _end_whole(self) -> None:
-        """The file ends with a line feed, so that a further line stands alone."""
+    def _end_last_line(self) -> None:
+        """Makes the file end with a line feed, so that the next entry gets a line of its own."""
         text = self.path.read_bytes()
         if not text or text.endswith(b"\n"):
             return
@@ -48,20 +48,25 @@ class CompletionCache:
         try:
             json.loads(text[start:])
         except ValueError:
+            # A killed writer left half an entry; its completions will be drawn again.
             os.truncate(self.path, start)
             return
         with self.path.open("ab") as file:
             file.write(b"\n")
 
     def get(self, key: str) -> list[Ids] | None:
-        """The completions of `key`; None where there are none."""
-        return self._found.get(key)
+        """Returns the completions of `key`; None where there are none."""
+        return self._completions.get(key)
 
     def put(self, key: str, prompt: Sequence[int], completions: Sequence[Ids]) -> None:
-        """The completions are on disk."""
-        entry = {"key": key, "prompt": list(prompt), "completions": [list(c) for c in completions]}
+        """Appends completions; they are on disk when it returns."""
+        entry = {
+            "key": key,
+            "prompt": list(prompt),
+            "completions": [list(completion) for completion in completions],
+        }
         with self.path.open("ab") as file:
             file.write(json.dumps(entry).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        self._found[key] = list(completions)
+        self._completions[key] = list(completions)

@@ -17,7 +17,7 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.test_time.losses import distillation_loss
 from rwkv7_jax.test_time.rewards import RewardFunction, evaluate_rewards
-from rwkv7_jax.test_time.rollouts import PromptsAt, RolloutSampler, Rollouts, held_out_reward
+from rwkv7_jax.test_time.rollouts import PromptsAt, Rollouts, RolloutSampler, held_out_reward
 from rwkv7_jax.test_time.traces import Ids, Trace, completion_rows, trace_batch
 from rwkv7_jax.test_time.tuning_loop import (
     BatchSource,

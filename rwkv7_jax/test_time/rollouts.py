@@ -64,7 +64,7 @@ class PolicyBatch(NamedTuple):
     @property
     def uniform(self) -> bool:
         """Whether all completions of every prompt earned the same: there is nothing to learn."""
-        return not self.batch["advantages"].any()
+        return not self.batch.advantages.any()
 
 
 def rollouts(
@@ -132,11 +132,11 @@ def rollouts(
     )
     completions = _completions(out)
     repeated_prompts = [tuple(rows[row]) for row in repeats]
-    batch = completion_rows(repeated_prompts, completions, length=length, caller="rollouts")
+    batch = completion_rows(repeated_prompts, completions, length=length)
     spent = sum(map(len, rows)) + sum(map(len, completions))
     return Rollouts(
-        tokens=batch["tokens"],
-        mask=batch["mask"],
+        tokens=batch.tokens,
+        mask=batch.mask,
         prompts=repeated_prompts,
         completions=completions,
         budget=TokenBudget(rollout_tokens=spent),

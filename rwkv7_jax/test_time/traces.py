@@ -1,7 +1,7 @@
-"""What a model wrote behind prompts: records, their files, their batches, what they cost.
+"""Traces: completions to learn from, their files, their batches and the tokens they cost.
 
-A completion is every id that was drawn, the id that ended it included: a student shall learn where
-to stop.
+A completion is every id that was drawn, with the id that ended it: a student has to learn where to
+stop.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from rwkv7_jax.atomic_write import atomic_write
-from rwkv7_jax.checks import check_count
+from rwkv7_jax.checks import check_count, prefix_errors
 from rwkv7_jax.data.batch import Batch
 
 Ids = tuple[int, ...]
@@ -30,10 +30,10 @@ class Trace:
     """A completion to learn from.
 
     Attributes:
-        prompt: ids as the student shall see them.
-        completion: ids behind it, the one that ended it included.
+        prompt: ids as the student sees them.
+        completion: ids after it, with the one that ended it.
         weight: how much each of them counts; at least 0.
-        source: who wrote it.
+        source: the name of the model that wrote it.
     """
 
     prompt: Ids
@@ -42,9 +42,15 @@ class Trace:
     source: str = ""
 
     def __post_init__(self):
-        """Return if the fields are what they shall be; ids become tuples of int."""
-        for name in ("prompt", "completion"):
-            object.__setattr__(self, name, _ids(getattr(self, name), name))
+        """Checks the fields; ids become tuples of int.
+
+        Raises:
+            TypeError: a field of the wrong kind.
+            ValueError: no ids, a negative id, or a weight out of its range.
+        """
+        # The dataclass is frozen, so that traces can be keys of sets and dicts.
+        object.__setattr__(self, "prompt", check_trace_ids(self.prompt, "prompt"))
+        object.__setattr__(self, "completion", check_trace_ids(self.completion, "completion"))
         if type(self.weight) is bool or not isinstance(self.weight, int | float | np.number):
             kind = type(self.weight).__name__
             raise TypeError(f"Trace: `weight` must be a number; got {kind}.")
@@ -55,13 +61,18 @@ class Trace:
             kind = type(self.source).__name__
             raise TypeError(f"Trace: `source` must be a string; got {kind}.")
 
+    @property
+    def inputs(self) -> int:
+        """Inputs of a row that holds the trace; the last id is a target only."""
+        return len(self.prompt) + len(self.completion) - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenBudget:
-    """Tokens that something cost; budgets add up.
+    """Tokens that a piece of work cost; budgets add up.
 
     Attributes:
-        guide_tokens: read or drawn by a guide.
+        guide_tokens: read or drawn by a teacher; result files have this name.
         rollout_tokens: read or drawn by the student.
         gradient_tokens: inputs of the rows that a gradient went through, padding not counted.
     """
@@ -71,31 +82,39 @@ class TokenBudget:
     gradient_tokens: int = 0
 
     def __add__(self, other: "TokenBudget") -> "TokenBudget":
-        """Both together."""
-        names = [field.name for field in dataclasses.fields(self)]
-        return TokenBudget(**{name: getattr(self, name) + getattr(other, name) for name in names})
+        """Adds two budgets."""
+        return TokenBudget(
+            guide_tokens=self.guide_tokens + other.guide_tokens,
+            rollout_tokens=self.rollout_tokens + other.rollout_tokens,
+            gradient_tokens=self.gradient_tokens + other.gradient_tokens,
+        )
 
     def __str__(self) -> str:
-        """One line."""
+        """Formats the budget on one line."""
         return (
-            f"{self.guide_tokens:,} guide, {self.rollout_tokens:,} rollout and "
+            f"{self.guide_tokens:,} teacher, {self.rollout_tokens:,} rollout and "
             f"{self.gradient_tokens:,} gradient tokens"
         )
 
 
-def _ids(values: Any, name: str) -> Ids:
-    """The ids as a tuple of int."""
+def check_trace_ids(values: Any, name: str) -> Ids:
+    """Checks ids and returns them as a tuple of int."""
     if isinstance(values, str | bytes) or not isinstance(values, Sequence | np.ndarray):
         raise TypeError(f"Trace: `{name}` must be a list of ids; got {type(values).__name__}.")
     if not len(values):
         raise ValueError(f"Trace: `{name}` must hold an id; got 0.")
-    if any(isinstance(v, bool) or not isinstance(v, int | np.integer) or v < 0 for v in values):
-        raise ValueError(f"Trace: `{name}` must hold integers of at least 0 alone.")
-    return tuple(int(v) for v in values)
+    ids = []
+    for value in values:
+        # A bool is an int in Python, but `true` in a file is a mistake.
+        is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not is_integer or value < 0:
+            raise ValueError(f"Trace: `{name}` must hold only integers of at least 0.")
+        ids.append(int(value))
+    return tuple(ids)
 
 
 def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
-    """The file holds these traces, one JSON object a line, or is what it was before.
+    """Writes traces to a file, one JSON object a line; a file in the way is replaced at once.
 
     Raises:
         ValueError: the file's folder does not exist.
@@ -106,14 +125,17 @@ def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
 
 
 def read_traces(path: str | Path) -> list[Trace]:
-    """The traces of a file; `weight` and `source` may be missing.
+    """Reads the traces of a file; `weight` and `source` may be missing.
 
     A last line that breaks off, as a killed writer leaves it, is dropped with a warning.
 
     Raises:
-        ValueError: a line is no trace; the message begins with `file:line`.
+        ValueError: a line is not a trace; the message begins with `file:line`.
     """
-    return [_trace(fields, f"{path}:{number}") for number, fields in _objects(Path(path))]
+    traces = []
+    for number, fields in json_objects(Path(path)):
+        traces.append(_trace(fields, f"{path}:{number}"))
+    return traces
 
 
 def _trace(fields: dict, place: str) -> Trace:
@@ -130,8 +152,8 @@ def _trace(fields: dict, place: str) -> Trace:
         raise ValueError(f"{place}: {error}") from None
 
 
-def _objects(path: Path) -> Iterator[tuple[int, dict]]:
-    """The objects of a JSONL file and their lines' numbers; a last half line is dropped."""
+def json_objects(path: Path) -> Iterator[tuple[int, dict]]:
+    """Yields the objects of a JSONL file with their line numbers; drops a last half line."""
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -142,7 +164,7 @@ def _objects(path: Path) -> Iterator[tuple[int, dict]]:
             if number == len(lines):
                 warnings.warn(f"{path}:{number}: dropped; the line breaks off.", stacklevel=3)
                 return
-            raise ValueError(f"{path}:{number}: no JSON: {error}.") from None
+            raise ValueError(f"{path}:{number}: not JSON: {error}.") from None
         if not isinstance(fields, dict):
             raise ValueError(f"{path}:{number}: must be an object; got {type(fields).__name__}.")
         yield number, fields
@@ -154,19 +176,17 @@ def completion_rows(
     *,
     length: int,
     weights: Sequence[float | int] | None = None,
-    caller: str = "completion_rows",
 ) -> Batch:
-    """Rows of a prompt, its completion and zeros; the mask is the weight at completions' targets.
+    """Makes rows of a prompt, its completion and zeros; the mask is the weight of the completion.
 
     Args:
         prompts: none empty.
-        completions: one a prompt.
+        completions: one for each prompt.
         length: inputs of a row (T).
-        weights: one a row; 1 by default.
-        caller: the public function's name, for messages.
+        weights: one for each row; 1 by default.
 
     Returns:
-        tokens [B T+1] int32 and mask [B T] float32.
+        A batch of tokens [B T+1] int32 and mask [B T] float32.
 
     Raises:
         ValueError: a row does not fit.
@@ -174,15 +194,23 @@ def completion_rows(
     tokens = np.zeros((len(prompts), length + 1), np.int32)
     mask = np.zeros((len(prompts), length), np.float32)
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        begin, end = len(prompt), len(prompt) + len(completion)
+        start = len(prompt)
+        end = start + len(completion)
         if end > length + 1:
-            raise ValueError(
-                f"{caller}: `length` must be at least {end - 1} for row {row} (a prompt of {begin} "
-                f"ids and a completion of {len(completion)}); got {length}."
-            )
+            with prefix_errors("completion_rows"):
+                raise ValueError(
+                    f"`length` must be at least {end - 1} for row {row} (a prompt of {start} "
+                    f"ids and a completion of {len(completion)}); got {length}."
+                )
         tokens[row, :end] = [*prompt, *completion]
-        mask[row, begin - 1 : end - 1] = 1.0 if weights is None else weights[row]
+        # The target of position t is token t + 1, so the mask begins one place earlier.
+        mask[row, start - 1 : end - 1] = 1.0 if weights is None else weights[row]
     return Batch(tokens=tokens, mask=mask)
+
+
+def longest_trace(traces: Sequence[Trace]) -> int:
+    """Returns the inputs of the longest trace, the smallest `length` that holds them all."""
+    return max(trace.inputs for trace in traces)
 
 
 @functools.lru_cache(maxsize=4)
@@ -193,10 +221,10 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 def trace_batch(
     traces: Sequence[Trace], step: int, *, batch_size: int, length: int, seed: int = 0
 ) -> Batch:
-    """The batch of one step: tokens [B T+1] int32, mask [B T], a trace's weight at its completion.
+    """Makes the batch of one step; its mask is each trace's weight at its completion.
 
     Every trace comes once before any comes again, in an order drawn from the seed and the epoch.
-    Ids are not compared with a vocabulary; whoever trains on them does so once.
+    Ids are not compared with a vocabulary: whoever trains on them does so once.
 
     Args:
         traces: in a fixed order.
@@ -205,23 +233,28 @@ def trace_batch(
         length: inputs of a row (T); shorter rows are filled with zeros that do not count.
         seed: of the order.
 
+    Returns:
+        A batch of tokens [B T+1] int32 and mask [B T].
+
     Raises:
         ValueError: no traces, or one that does not fit.
     """
-    for name, value, least in (("step", step, 0), ("batch_size", batch_size, 1)):
-        check_count(value, least, f"trace_batch: `{name}`")
-    check_count(length, 1, "trace_batch: `length`")
-    if not traces:
-        raise ValueError("trace_batch: `traces` must hold a trace; got 0.")
-    places = range(step * batch_size, (step + 1) * batch_size)
-    picked = [_order(seed, i // len(traces), len(traces))[i % len(traces)] for i in places]
-    for index in picked:
-        trace = traces[index]
-        if (least := len(trace.prompt) + len(trace.completion) - 1) > length:
-            raise ValueError(
-                f"trace_batch: `length` must be at least {least} for trace {index}; got {length}."
-            )
-    rows = [traces[index] for index in picked]
+    with prefix_errors("trace_batch"):
+        check_count(step, 0, "`step`")
+        check_count(batch_size, 1, "`batch_size`")
+        check_count(length, 1, "`length`")
+        if not traces:
+            raise ValueError("`traces` must hold a trace; got 0.")
+        rows: list[Trace] = []
+        for place in range(step * batch_size, (step + 1) * batch_size):
+            epoch, position = divmod(place, len(traces))
+            index = _order(seed, epoch, len(traces))[position]
+            trace = traces[index]
+            if trace.inputs > length:
+                raise ValueError(
+                    f"`length` must be at least {trace.inputs} for trace {index}; got {length}."
+                )
+            rows.append(trace)
     return completion_rows(
         [trace.prompt for trace in rows],
         [trace.completion for trace in rows],
@@ -231,7 +264,7 @@ def trace_batch(
 
 
 def gradient_tokens(batch: Batch) -> int:
-    """Inputs up to the last target of each row that counts: what a gradient costs."""
+    """Counts the inputs up to the last target of each row that counts: what a gradient costs."""
     counted = np.asarray(batch.mask) > 0
     last = counted.shape[1] - np.argmax(counted[:, ::-1], axis=1)
     return int(np.sum(np.where(counted.any(1), last, 0)))

@@ -45,12 +45,12 @@ def test_a_last_line_that_breaks_off_is_dropped_with_a_warning(tmp_path):
 @pytest.mark.parametrize(
     "line, reason",
     [
-        ("{", "no JSON"),
+        ("{", "not JSON"),
         ("[1]", "must be an object; got list"),
         ('{"prompt": [1]}', "`completion` is missing"),
         ('{"prompt": [], "completion": [1]}', "`prompt` must hold an id"),
-        ('{"prompt": [1.5], "completion": [1]}', "`prompt` must hold integers"),
-        ('{"prompt": [1], "completion": [-1]}', "`completion` must hold integers"),
+        ('{"prompt": [1.5], "completion": [1]}', "`prompt` must hold only integers"),
+        ('{"prompt": [1], "completion": [-1]}', "`completion` must hold only integers"),
         ('{"prompt": "a", "completion": [1]}', "`prompt` must be a list of ids; got str"),
         ('{"prompt": [1], "completion": [1], "weight": NaN}', "`weight` must be finite"),
         ('{"prompt": [1], "completion": [1], "weight": "1"}', "`weight` must be a number"),
@@ -127,7 +127,7 @@ def test_traces_that_do_not_fit_are_named():
 def test_budgets_add_up_and_fit_on_a_line():
     total = TokenBudget(1, 2, 3) + TokenBudget(guide_tokens=10_000)
     assert total == TokenBudget(10_001, 2, 3)
-    assert str(total) == "10,001 guide, 2 rollout and 3 gradient tokens"
+    assert str(total) == "10,001 teacher, 2 rollout and 3 gradient tokens"
 
 
 def test_advantages_have_no_mean_unit_size_and_vanish_in_uniform_groups():
