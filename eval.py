@@ -26,7 +26,7 @@ from rwkv7_jax.runs import compilation_cache as compile_cache
 from rwkv7_jax.runs import config_flags as command_line
 from rwkv7_jax.runs import datasets as job_data
 from rwkv7_jax.runs import process
-from rwkv7_jax.runs.modes import base as job
+from rwkv7_jax.runs.modes.base import load_or_init
 from rwkv7_jax.runs.settings import Settings, read_settings
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ def starts(settings: Settings, model, params, tokenizer: Tokenizer) -> dict[str,
         label = "tuned state" if state.upscaled is None else "upscaled state"
         rows[path if label in rows else label] = state
     if settings.evaluation.prompt_tokens:
-        stream = job_data.training_stream(settings, tokenizer)
+        stream = job_data.training_stream(settings.data, tokenizer, seed=settings.seed)
         for size in settings.evaluation.prompt_tokens:
             prompt = stream[:] if size < 0 else stream[-size:]
             print(f"reading a prompt of {len(prompt):,} tokens", flush=True)
@@ -91,12 +91,23 @@ def subjects(settings: Settings) -> dict[str, str]:
 
 def evaluate(settings: Settings) -> None:
     """Measure every row on every text; print, and write to config.workdir where it is given."""
-    model, params = job.load(settings)
+    model, params = load_or_init(
+        settings.init,
+        settings.model,
+        seed=settings.seed,
+        allow_nan=settings.allow_nan,
+    )
     tokenizer = Tokenizer.for_vocabulary(model.config.vocab_size)
     rows = starts(settings, model, params, tokenizer)
     report = {}
     for title, path in subjects(settings).items():
-        batch = job_data.held_out(settings, tokenizer, path=path)
+        batch = job_data.held_out(
+            settings.data,
+            settings.evaluation,
+            tokenizer,
+            seed=settings.seed,
+            path=path,
+        )
         if job_data.task_of(path or settings.data.evaluation or settings.data.path):
             found = {
                 name: score_answers(model, params, start, batch) for name, start in rows.items()

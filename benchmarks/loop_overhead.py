@@ -72,11 +72,11 @@ def bare(program: dict, settings: Settings) -> Mark:
     """A step's clocks with nothing around it: one batch that is on the device already."""
     with tempfile.TemporaryDirectory() as folder, RunFolder(folder, settings) as place:
         run = program["set_up"](settings, place)
-    step = make_train_step(run.job.loss, run.tx)
-    feed = InputPipeline(settings, run.job, run.stream, start_step=0)
-    _, batch = feed(0, None)
+    step = make_train_step(run.mode.loss, run.tx)
+    feed = InputPipeline(run.mode.batches(0, None))
+    batch = feed(0, None).device
     feed.close()
-    state = TrainState.create(run.job.trainables, run.tx)
+    state = TrainState.create(run.mode.init_trainables(), run.tx)
     state = jax.device_put(state, jax.local_devices()[0])
     for number in range(settings.steps):
         if number == WARM:

@@ -1,6 +1,5 @@
 """The data of a run: what it trains on, and what it is measured on."""
 
-import functools
 import hashlib
 import itertools
 from collections.abc import Iterator
@@ -13,12 +12,15 @@ from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.loading import packed, token_stream, windows
 from rwkv7_jax.data.synthetic_tasks import task_batch
 from rwkv7_jax.data.token_streams import TokenStream, as_stream, data_hash
-from rwkv7_jax.runs.settings import Settings
+from rwkv7_jax.runs.settings import DataSettings, EvaluationSettings
 from rwkv7_jax.text.tokenizer import Tokenizer
+
+# Examples of a synthetic task, which has no end, that stand for its data in digests.
+_TASK_EXAMPLES = 64
 
 
 def digest_of(path: str, stream: TokenStream | None) -> str:
-    """A digest of the ids that a run reads, or, where it reads none, of the file at `path`."""
+    """Hashes the ids that a run reads or, where there is no stream, the file at `path`."""
     if stream is not None:
         return data_hash(stream)
     digest = hashlib.blake2b(path.encode(), digest_size=16)
@@ -27,121 +29,190 @@ def digest_of(path: str, stream: TokenStream | None) -> str:
     return digest.hexdigest()
 
 
-def stream_of(settings: Settings, path: str, tokenizer: Tokenizer, split: str) -> TokenStream:
-    """The ids of one part of what a path names.
+def task_of(path: str) -> str | None:
+    """Gives the name of the synthetic task in a path such as "task:copy"; None for other paths."""
+    return path.removeprefix("task:") if path.startswith("task:") else None
+
+
+def read_stream(data: DataSettings, path: str, tokenizer: Tokenizer, split: str) -> TokenStream:
+    """Reads the ids of one split of the files that a path names.
 
     Raises:
         ValueError: no path.
     """
     if not path:
         raise ValueError("`config.data.path` must name what to read.")
-    data = settings.data
     return token_stream(
-        path.split(","), tokenizer, split=split, held_out=data.held_out, on_bad=data.on_bad
+        path.split(","),
+        tokenizer,
+        split=split,
+        held_out=data.held_out,
+        on_bad=data.on_bad,
     )
 
 
-def task_of(path: str) -> str:
-    """The synthetic task that a path names, or nothing."""
-    return path.removeprefix("task:") if path.startswith("task:") else ""
+def training_stream(data: DataSettings, tokenizer: Tokenizer, *, seed: int) -> TokenStream:
+    """Reads the ids that a run trains on; for a synthetic task, some of its examples.
 
-
-def training_stream(settings: Settings, tokenizer: Tokenizer) -> TokenStream:
-    """The ids that a run trains on; of a synthetic task, which has no end, some examples.
-
-    `data.data_hash` of it is what a run can store, to know its data again.
+    `data_hash` of the stream is what a run stores to recognise its data.
     """
-    data = settings.data
-    if task := task_of(data.path):
-        some = task_batch(task, 0, batch_size=64, length=data.length, seed=settings.seed)
-        return as_stream(some.tokens.reshape(-1))
-    return stream_of(settings, data.path, tokenizer, "train")
+    task = task_of(data.path)
+    if task is None:
+        return read_stream(data, data.path, tokenizer, "train")
+    examples = task_batch(task, 0, batch_size=_TASK_EXAMPLES, length=data.length, seed=seed)
+    return as_stream(examples.tokens.reshape(-1))
 
 
-def anchor_stream(settings: Settings, tokenizer: Tokenizer) -> TokenStream | None:
-    """The general text that an anchored run reads; None for one without, or with a task's."""
-    general = settings.tuning.anchor_path
-    if not settings.tuning.anchor or task_of(general):
-        return None
-    return stream_of(settings, general, tokenizer, "train")
+class TrainingData:
+    """The rows that a run trains on, and the general text of its anchor.
 
-
-def what_is_read(
-    settings: Settings, stream: TokenStream | None, anchor: TokenStream | None
-) -> dict[str, str]:
-    """Digests of what a run reads, by name.
-
-    Args:
-        settings: of the run.
-        stream: from `training_stream`; None where the run reads no ids.
-        anchor: from `anchor_stream`.
+    Attributes:
+        stream: the ids that it trains on; see `training_stream`.
+        anchor: the ids of the anchor; None without one, and where it is a synthetic task.
     """
-    found = {"data": digest_of(settings.data.path, stream)}
-    if anchor is not None:
-        found["anchor"] = digest_of(settings.tuning.anchor_path, anchor)
-    if settings.mode == "test_time" and settings.test_time.method == "context":
-        found["context"] = digest_of(settings.test_time.context, None)
-    return found
+
+    def __init__(
+        self,
+        data: DataSettings,
+        tokenizer: Tokenizer,
+        *,
+        seed: int,
+        anchor_path: str | None = None,
+    ):
+        """Opens the data.
+
+        Args:
+            data: the group of settings.
+            tokenizer: of the model's vocabulary.
+            seed: of the order of rows, and of synthetic tasks.
+            anchor_path: general text or a task whose rows go next to the training rows; None for a
+                run without an anchor.
+
+        Raises:
+            ValueError: there is nothing to read.
+        """
+        self._data = data
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._anchor_path = anchor_path
+        self.stream = training_stream(data, tokenizer, seed=seed)
+        self.anchor = None
+        if anchor_path is not None and task_of(anchor_path) is None:
+            self.anchor = read_stream(data, anchor_path, tokenizer, "train")
+
+    def digests(self) -> dict[str, str]:
+        """Hashes what the run reads, by name: "data" and, with an anchor's text, "anchor"."""
+        digests = {"data": digest_of(self._data.path, self.stream)}
+        if self._anchor_path is not None and self.anchor is not None:
+            digests["anchor"] = digest_of(self._anchor_path, self.anchor)
+        return digests
+
+    def describe(self) -> str:
+        """Names the data and its size."""
+        if task_of(self._data.path) is not None:
+            return f"{self._data.path}: made as it goes"
+        return f"{self._data.path}: {len(self.stream):,} tokens"
+
+    def calibration_text(self, rows: int) -> Int[np.ndarray, "R T"]:
+        """Gives rows of the training text, to which features and moments are fitted."""
+        length = self._data.length
+        task = task_of(self._data.path)
+        if task is None:
+            batch = windows(self.stream, length, rows)
+        else:
+            batch = task_batch(task, 0, batch_size=rows, length=length, seed=self._seed)
+        return batch.tokens[:, :-1]
+
+    def batches(self, *, start_step: int = 0, rows: slice = slice(None)) -> Iterator[Batch]:
+        """Makes the batches from a step on, as a pure function of the seed and the step.
+
+        Args:
+            start_step: of the first batch, from 0.
+            rows: the part of the global batch that this host makes; see `data.host_rows`.
+        """
+        task = task_of(self._data.path)
+        if task is None:
+            batches = self._packed(
+                self.stream,
+                seed=self._seed,
+                start_step=start_step,
+                rows=rows,
+                order=self._data.order,
+                packing=self._data.packing,
+            )
+        else:
+            batches = self._examples(task, seed=self._seed, start_step=start_step, rows=rows)
+        if self._anchor_path is None:
+            return batches
+        return self._with_anchor(batches, self._anchor_path, start_step=start_step, rows=rows)
+
+    def _packed(self, stream: TokenStream, **choices) -> Iterator[Batch]:
+        return packed(
+            stream,
+            tokenizer=self._tokenizer,
+            batch_size=self._data.batch_size,
+            length=self._data.length,
+            **choices,
+        )
+
+    def _examples(self, task: str, *, seed: int, start_step: int, rows: slice) -> Iterator[Batch]:
+        """Makes batches of a synthetic task."""
+        for step in itertools.count(start_step):
+            batch = task_batch(
+                task,
+                step,
+                seed=seed,
+                batch_size=self._data.batch_size,
+                length=self._data.length,
+            )
+            yield batch.select_rows(rows)
+
+    def _with_anchor(
+        self, batches: Iterator[Batch], anchor_path: str, *, start_step: int, rows: slice
+    ) -> Iterator[Batch]:
+        """Adds the anchor's rows to each batch."""
+        # Another seed: an anchor of the same task must not repeat the training rows.
+        seed = self._seed + 1
+        task = task_of(anchor_path)
+        if task is None:
+            assert self.anchor is not None
+            anchors = self._packed(self.anchor, seed=seed, start_step=start_step, rows=rows)
+        else:
+            anchors = self._examples(task, seed=seed, start_step=start_step, rows=rows)
+        for batch, anchor in zip(batches, anchors, strict=True):
+            yield batch.replace(anchor=anchor.tokens)
 
 
-def calibration_text(settings: Settings, tokenizer: Tokenizer) -> Int[np.ndarray, "R T"]:
-    """Rows of what a run trains on, for features to be fitted to."""
-    rows, data = settings.upscaling.rows, settings.data
-    if task := task_of(data.path):
-        some = task_batch(task, 0, batch_size=rows, length=data.length, seed=settings.seed)
-    else:
-        some = windows(training_stream(settings, tokenizer), data.length, rows)
-    return some.tokens[:, :-1]
-
-
-def batches(
-    settings: Settings,
-    stream: TokenStream,
+def held_out(
+    data: DataSettings,
+    evaluation: EvaluationSettings,
     tokenizer: Tokenizer,
     *,
-    anchor: TokenStream | None = None,
-    start_step: int = 0,
-    rows: slice = slice(None),
-) -> Iterator[Batch]:
-    """The batches from `start_step` on: a pure function of the seed and the step.
+    seed: int,
+    path: str | None = None,
+) -> Batch:
+    """Makes the rows that evaluations read, packed as the run packs its own.
 
     Args:
-        settings: of the run.
-        stream: what it trains on, from `training_stream`.
+        data: the group of settings.
+        evaluation: says how many rows and how long.
         tokenizer: of the model's vocabulary.
-        anchor: what an anchored run reads beside it, from `anchor_stream`.
-        start_step: of the first batch, from 0.
-        rows: those of the global batch that this host makes; see `data.host_rows`.
+        seed: of synthetic tasks.
+        path: what to read; None takes `config.data.evaluation`, and without that the held-out
+            documents of `config.data.path`.
     """
-    data = settings.data
-    sizes = {"batch_size": data.batch_size, "length": data.length}
-    choices = {"packing": data.packing, "order": data.order}
-    pack = functools.partial(packed, tokenizer=tokenizer, start_step=start_step, rows=rows, **sizes)
-
-    def examples(task: str, seed: int) -> Iterator[Batch]:
-        whole = (task_batch(task, step, seed=seed, **sizes) for step in itertools.count(start_step))
-        return (batch.select_rows(rows) for batch in whole)
-
-    seed, task = settings.seed, task_of(data.path)
-    main = examples(task, seed) if task else pack(stream, seed=seed, **choices)
-    if not settings.tuning.anchor:
-        return main
-    task = task_of(settings.tuning.anchor_path)
-    beside = examples(task, seed + 1) if task else pack(anchor, seed=seed + 1)
-    return (one.replace(anchor=two.tokens) for one, two in zip(main, beside, strict=True))
-
-
-def held_out(settings: Settings, tokenizer: Tokenizer, *, path: str = "") -> Batch:
-    """Rows of `path`, else of `config.data.evaluation`, else of the held-out documents.
-
-    They are packed as the run packs.
-    """
-    measure, own = settings.evaluation, settings.data.evaluation
-    if task := task_of(path or own or settings.data.path):
-        sizes = {"batch_size": measure.windows, "length": measure.length}
-        return task_batch(task, 0, seed=settings.seed, held_out=True, **sizes)
-    if not path and own:
-        stream = stream_of(settings, own, tokenizer, "all")
+    task = task_of(path or data.evaluation or data.path)
+    if task is not None:
+        return task_batch(
+            task,
+            0,
+            seed=seed,
+            held_out=True,
+            batch_size=evaluation.windows,
+            length=evaluation.length,
+        )
+    if not path and data.evaluation:
+        stream = read_stream(data, data.evaluation, tokenizer, "all")
     else:
-        stream = stream_of(settings, path or settings.data.path, tokenizer, "held_out")
-    return windows(stream, measure.length, measure.windows, packing=settings.data.packing)
+        stream = read_stream(data, path or data.path, tokenizer, "held_out")
+    return windows(stream, evaluation.length, evaluation.windows, packing=data.packing)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rwkv7_jax.runs.settings import Evaluation
+from rwkv7_jax.runs.settings import EvaluationSettings
 
 # How the names of measures end of which less is better; of others more is.
 _LESS_IS_BETTER = ("bits_per_byte", "nats", "perplexity")
@@ -39,7 +39,7 @@ class RunProgress:
         return cls(**{**fields, "best": best})
 
     def after(
-        self, step: int, measures: Mapping[str, float], evaluation: Evaluation, *, kept: int
+        self, step: int, measures: Mapping[str, float], evaluation: EvaluationSettings, *, kept: int
     ) -> "RunProgress":
         """The course after the evaluation of a step.
 
@@ -66,7 +66,7 @@ class RunProgress:
         """The steps whose checkpoints stay because they measured best."""
         return tuple(step for _, step in self.best[:kept])
 
-    def ended_early(self, evaluation: Evaluation) -> str:
+    def ended_early(self, evaluation: EvaluationSettings) -> str:
         """Why the run ends before its last step; empty if it does not."""
         if evaluation.patience and self.waited >= evaluation.patience:
             value, step = self.best[0] if self.best else (math.nan, 0)
@@ -79,7 +79,7 @@ class RunProgress:
         return ""
 
 
-def measure_of(measures: Mapping[str, float], evaluation: Evaluation) -> str:
+def measure_of(measures: Mapping[str, float], evaluation: EvaluationSettings) -> str:
     """The name of the measure that counts: the one that is named, or the first.
 
     Raises:

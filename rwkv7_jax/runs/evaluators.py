@@ -1,47 +1,68 @@
-"""What each mode of train.py trains, and what is measured of it."""
+"""Evaluators of a run: how well a model predicts held-out rows, by the name of the metric."""
 
-from collections.abc import Callable
-from typing import Any
-
+from rwkv7_jax.array_types import Params
 from rwkv7_jax.evaluation.scoring import score, score_answers
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.runs.datasets import held_out, task_of
-from rwkv7_jax.runs.modes.base import Job
-from rwkv7_jax.runs.settings import Settings
-
-# From trainables to numbers by name.
-Evaluator = Callable[[Any], dict[str, float]]
+from rwkv7_jax.runs.settings import DataSettings, EvaluationSettings
+from rwkv7_jax.text.tokenizer import Tokenizer
 
 
-def _look(settings: Settings, job: Job, name: str, path: str) -> Evaluator:
-    """How well one path that evaluation reads is predicted."""
-    batch = held_out(settings, job.tokenizer, path=path)
-    task = task_of(path or settings.data.evaluation or settings.data.path)
+class PredictionEvaluator:
+    """Measures how well rows are predicted: bits per byte of text, accuracy of a task's answers."""
 
-    def look(trained: Any) -> dict[str, float]:
-        weights, start = job.weights(trained), job.start(trained)
-        if task:
-            return {f"{name}_accuracy": score_answers(job.model, weights, start, batch).accuracy}
-        found = score(job.model, weights, start, batch, job.tokenizer)
-        return {f"{name}_bits_per_byte": found.bits_per_byte}
+    def __init__(
+        self,
+        name: str,
+        model: RWKV7,
+        tokenizer: Tokenizer,
+        *,
+        data: DataSettings,
+        evaluation: EvaluationSettings,
+        seed: int,
+        path: str | None = None,
+    ):
+        """Reads the rows.
 
-    return look
+        Args:
+            name: the first part of the metric's name, such as "held_out".
+            model: the shell of the weights that will be measured.
+            tokenizer: of its vocabulary.
+            data: the group of settings.
+            evaluation: says how many rows and how long.
+            seed: of synthetic tasks.
+            path: what to read; None for the run's own held-out data.
+        """
+        self._name = name
+        self._model = model
+        self._tokenizer = tokenizer
+        self._batch = held_out(data, evaluation, tokenizer, seed=seed, path=path)
+        self._is_task = task_of(path or data.evaluation or data.path) is not None
+
+    def __call__(self, weights: Params, start: RWKV7State) -> dict[str, float]:
+        """Measures a model and its start state."""
+        if self._is_task:
+            answers = score_answers(self._model, weights, start, self._batch)
+            return {f"{self._name}_accuracy": answers.accuracy}
+        text = score(self._model, weights, start, self._batch, self._tokenizer)
+        return {f"{self._name}_bits_per_byte": text.bits_per_byte}
 
 
-def make_evaluators(settings: Settings, job: Job) -> list[Evaluator]:
-    """What a run watches.
+def retention_paths(retention: str) -> dict[str, str]:
+    """Splits `config.evaluation.retention` into paths to measure, by the names of their metrics.
 
-    Of text it is bits per byte, of a synthetic task the accuracy of its answers: `held_out_` of the
-    run's own data, `retention_` of `config.evaluation.retention`. There a list of tasks such as
-    "task:dictionary,task:mapping" gives a number each, called `dictionary_accuracy` and so on. An
-    observer is watched by what its proposals are worth, test-time tuning by its reward.
+    Each task of a list such as "task:dictionary,task:mapping" is measured by itself, under the
+    task's name; all other text is measured together, under "retention".
     """
-    if job.measured is None:
-        found = [_look(settings, job, "held_out", "")]
-    else:
-        data = None if job.batch else held_out(settings, job.tokenizer)
-        found = [job.measured(data)]
-    paths = [path for path in settings.evaluation.retention.split(",") if path]
-    found += [_look(settings, job, task_of(path), path) for path in paths if task_of(path)]
-    if text := ",".join(path for path in paths if not task_of(path)):
-        found.append(_look(settings, job, "retention", text))
-    return found
+    paths: dict[str, str] = {}
+    texts: list[str] = []
+    for path in retention.split(","):
+        task = task_of(path)
+        if task is not None:
+            paths[task] = path
+        elif path:
+            texts.append(path)
+    if texts:
+        paths["retention"] = ",".join(texts)
+    return paths

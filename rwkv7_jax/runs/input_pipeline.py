@@ -1,76 +1,111 @@
 """The batches of a run, one a step, on the device before they are needed."""
 
+import abc
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.prefetch import Prefetch
-from rwkv7_jax.data.token_streams import TokenStream
-from rwkv7_jax.runs import datasets as job_data
-from rwkv7_jax.runs.modes.base import Job
-from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.sharding import shard_batch
 
 
+class PlacedBatch(NamedTuple):
+    """One batch in two places.
+
+    Attributes:
+        host: NumPy arrays, for the log.
+        device: the same rows on the run's devices.
+    """
+
+    host: Batch
+    device: Batch
+
+
+class BatchSource(abc.ABC):
+    """The batches of a run, asked for in the order of its steps."""
+
+    @abc.abstractmethod
+    def batch(self, step: int, trainables: Any) -> PlacedBatch | None:
+        """Gives the batch of a step, or None where the step has nothing to learn from.
+
+        Args:
+            step: counted from 0.
+            trainables: as they are before the step; only some sources look at them.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Stops making batches."""
+
+
+class PrefetchedBatches(BatchSource):
+    """Batches that depend on the data alone: a thread makes and places them ahead of their use."""
+
+    def __init__(self, batches: Iterator[Batch], mesh: Mesh | None):
+        """Starts the thread.
+
+        Args:
+            batches: one for each step, in order.
+            mesh: the devices that share a batch's rows.
+        """
+        self._prefetch = Prefetch(PlacedBatch(batch, shard_batch(mesh, batch)) for batch in batches)
+
+    def batch(self, step: int, trainables: Any) -> PlacedBatch:
+        """Gives the next batch as soon as it is ready."""
+        return next(self._prefetch)
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._prefetch.close()
+
+
+class DrawnBatches(BatchSource):
+    """Batches that are made from the present trainables, such as completions of the tuned model."""
+
+    def __init__(self, draw: Callable[[Any, int], Batch | None], mesh: Mesh | None):
+        """Keeps the function that makes them.
+
+        Args:
+            draw: from trainables and a step, counted from 0, to its batch, or to None where the
+                step has nothing to learn from.
+            mesh: the devices that share a batch's rows.
+        """
+        self._draw = draw
+        self._mesh = mesh
+
+    def batch(self, step: int, trainables: Any) -> PlacedBatch | None:
+        """Makes the batch of a step."""
+        batch = self._draw(trainables, step)
+        if batch is None:
+            return None
+        return PlacedBatch(batch, shard_batch(self._mesh, batch))
+
+    def close(self) -> None:
+        """Does nothing: no batch is made ahead."""
+
+
 class InputPipeline:
-    """Gives each step its batch: of the data, made ahead by a thread, or of the trainables.
+    """Gives each step its batch and measures how long the loop waits for it.
 
     Attributes:
         waited: seconds that the loop has waited for batches.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        job: Job,
-        stream: TokenStream | None,
-        *,
-        start_step: int,
-        anchor: TokenStream | None = None,
-        mesh: Mesh | None = None,
-    ):
-        """Batches from `start_step` on are being made, each spread over the mesh.
+    def __init__(self, source: BatchSource):
+        """Takes the batches from `source`, and closes it at the end."""
+        self._source = source
+        self.waited = 0.0
 
-        Args:
-            settings: of the run.
-            job: its work.
-            stream: what it trains on.
-            start_step: of the first batch, from 0.
-            anchor: general text that it reads beside that.
-            mesh: the devices that share a batch's rows.
-
-        Raises:
-            ValueError: the data cannot give a batch.
-        """
-        self._job, self._mesh, self.waited, self._ahead = job, mesh, 0.0, None
-        if job.batch is None:
-            choices = {"anchor": anchor, "start_step": start_step}
-            batches = job_data.batches(settings, stream, job.tokenizer, **choices)
-            self._ahead = Prefetch(self._placed(batches, start_step))
-
-    def _placed(self, batches: Iterator[Batch], start_step: int) -> Iterator[tuple]:
-        for step, batch in enumerate(batches, start_step):
-            prepared = self._job.prepared(batch, step)
-            yield prepared, shard_batch(self._mesh, prepared)
-
-    def __call__(self, step: int, trainables: Any) -> tuple[Batch | None, Batch | None]:
-        """The batch of a step, counted from 0: on the host, and on the device.
-
-        Both are None where the step has nothing to learn from.
-        """
+    def __call__(self, step: int, trainables: Any) -> PlacedBatch | None:
+        """Gives the batch of a step, counted from 0; None where there is nothing to learn from."""
         began = time.monotonic()
-        if self._ahead is not None:
-            pair = next(self._ahead)
-        else:
-            batch = self._job.batch(trainables, step)
-            pair = batch, None if batch is None else shard_batch(self._mesh, batch)
+        placed = self._source.batch(step, trainables)
         self.waited += time.monotonic() - began
-        return pair
+        return placed
 
     def close(self) -> None:
-        """No batch is being made."""
-        if self._ahead is not None:
-            self._ahead.close()
+        """Stops making batches."""
+        self._source.close()

@@ -3,21 +3,18 @@
 import math
 from typing import Any
 
-from rwkv7_jax.data.token_streams import TokenStream
 from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.reports import plots as pictures
-from rwkv7_jax.runs.modes.base import Job
+from rwkv7_jax.runs.modes.base import TrainingMode
+from rwkv7_jax.runs.modes.state_tuning import StateMode, UpscaledStateMode
 from rwkv7_jax.runs.run_directory import RunFolder
-from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.tuning.state_arithmetic import singular_values
 
 _SHARES = ("accuracy", "reward")
 
 
-def draw(
-    folder: RunFolder, settings: Settings, job: Job, trained: Any, stream: TokenStream | None
-) -> None:
-    """The loss over the steps, with what evaluations measured; of a start state its spectra too."""
+def draw(folder: RunFolder, mode: TrainingMode, trained: Any) -> None:
+    """Draws the loss and the metrics over the steps; of a start state also its singular values."""
     if not pictures.available():
         print("no pictures: matplotlib is missing (pip install 'rwkv7_jax[plot]')")
         return
@@ -30,10 +27,13 @@ def draw(
         for name in list(names)[:4]:
             shares |= _points(rows, name, name.replace("_", " "))
     pictures.curves(folder.path / "loss.png", lines, x="step", y="bits", shares=shares)
-    if settings.mode == "state":
-        typical = prefill_state(job.model, job.weights(trained), stream[: settings.data.length])
+    if isinstance(mode, StateMode) and not isinstance(mode, UpscaledStateMode):
+        prompt = mode.data.stream[: mode.settings.data.length]
+        typical = prefill_state(mode.model, mode.frozen, prompt)
         pictures.states(
-            folder.path / "state.png", singular_values(typical), singular_values(job.start(trained))
+            folder.path / "state.png",
+            singular_values(typical),
+            singular_values(trained),
         )
 
 

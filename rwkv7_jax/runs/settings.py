@@ -11,7 +11,7 @@ from rwkv7_jax.model.config import RWKV7Config
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
+class DataSettings:
     """What is read.
 
     Attributes:
@@ -43,7 +43,7 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
-class Optimizer:
+class OptimizerSettings:
     """How trainables move; see `optim.build`."""
 
     kind: str = "adamw"
@@ -61,7 +61,7 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class StateTuning:
+class TuningSettings:
     """What the modes that tune a state add.
 
     Attributes:
@@ -85,7 +85,7 @@ class StateTuning:
 
 
 @dataclasses.dataclass(frozen=True)
-class Upscaling:
+class UpscalingSettings:
     """What mode "upscaled_state" adds; see `state_tuning.upscale`.
 
     Attributes:
@@ -109,7 +109,7 @@ class Upscaling:
 
 
 @dataclasses.dataclass(frozen=True)
-class Decorrelation:
+class DecorrelationSettings:
     """Numbers of `tuning.decorrelate = "dbp"`; see `optim.decorrelation.decorrelate`.
 
     Attributes:
@@ -130,7 +130,7 @@ class Decorrelation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Observing:
+class ObserverSettings:
     """What mode "observer" adds; `init` is the teacher.
 
     Attributes:
@@ -150,7 +150,7 @@ class Observing:
 
 
 @dataclasses.dataclass(frozen=True)
-class TestTime:
+class TestTimeSettings:
     """What mode "test_time" adds.
 
     Attributes:
@@ -187,7 +187,7 @@ class TestTime:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class EvaluationSettings:
     """What is measured, on held-out text.
 
     Attributes:
@@ -216,7 +216,7 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class SampleSettings:
     """Text written at every evaluation; no prompts, no text."""
 
     prompts: tuple[str, ...] = ()
@@ -279,15 +279,15 @@ class Settings:
     profile_steps: str = ""
     trackers: tuple[str, ...] = ()
     workdir: str = ""
-    data: Data = dataclasses.field(default_factory=Data)
-    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
-    tuning: StateTuning = dataclasses.field(default_factory=StateTuning)
-    upscaling: Upscaling = dataclasses.field(default_factory=Upscaling)
-    decorrelation: Decorrelation = dataclasses.field(default_factory=Decorrelation)
-    observer: Observing = dataclasses.field(default_factory=Observing)
-    test_time: TestTime = dataclasses.field(default_factory=TestTime)
-    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
-    sample: Sample = dataclasses.field(default_factory=Sample)
+    data: DataSettings = dataclasses.field(default_factory=DataSettings)
+    optimizer: OptimizerSettings = dataclasses.field(default_factory=OptimizerSettings)
+    tuning: TuningSettings = dataclasses.field(default_factory=TuningSettings)
+    upscaling: UpscalingSettings = dataclasses.field(default_factory=UpscalingSettings)
+    decorrelation: DecorrelationSettings = dataclasses.field(default_factory=DecorrelationSettings)
+    observer: ObserverSettings = dataclasses.field(default_factory=ObserverSettings)
+    test_time: TestTimeSettings = dataclasses.field(default_factory=TestTimeSettings)
+    evaluation: EvaluationSettings = dataclasses.field(default_factory=EvaluationSettings)
+    sample: SampleSettings = dataclasses.field(default_factory=SampleSettings)
 
     def __post_init__(self):
         """Check what the types cannot say."""

@@ -14,9 +14,9 @@ from tiny_models import lively
 from rwkv7_jax.checkpoints.model_files import save_model
 from rwkv7_jax.checkpoints.state_files import load_state
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.runs import evaluators as jobs
 from rwkv7_jax.runs.exit_codes import Stopped
 from rwkv7_jax.runs.input_pipeline import InputPipeline
+from rwkv7_jax.runs.modes.state_tuning import StateMode
 from rwkv7_jax.runs.settings import read_settings
 from rwkv7_jax.test_time.rollouts import PolicyBatch
 
@@ -161,7 +161,7 @@ def test_with_patience_the_result_is_the_best_steps(tmp_path, base, monkeypatch,
     def ended_with(values, folder, **changes):
         left = iter(values)
         monkeypatch.setattr(
-            jobs, "make_evaluators", lambda *_: [lambda _: {"held_out_nats": next(left)}]
+            StateMode, "evaluate", lambda mode, params: {"held_out_nats": next(left)}
         )
         train_here(settings_of("state", base, evaluation__every=1, **changes), tmp_path / folder)
         return (tmp_path / folder / "state.pth").read_bytes()

@@ -8,9 +8,8 @@ from rwkv7_jax.data.synthetic_tasks import task_batch
 from rwkv7_jax.evaluation.scoring import score_answers
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
-from rwkv7_jax.runs import datasets as job_data
-from rwkv7_jax.runs import evaluators as jobs
-from rwkv7_jax.runs.modes.registry import make_job
+from rwkv7_jax.runs.datasets import TrainingData
+from rwkv7_jax.runs.modes.registry import make_mode
 from rwkv7_jax.runs.settings import read_settings
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -58,9 +57,8 @@ def test_a_run_on_a_task_watches_accuracies_and_texts_bits_per_byte():
             },
         }
     )
-    job = make_job(settings)
-    looks = jobs.make_evaluators(settings, job)
-    numbers = {name: value for look in looks for name, value in look(job.trainables).items()}
+    mode = make_mode(settings)
+    numbers = mode.evaluate(mode.init_trainables())
     names = ["held_out_accuracy", "dictionary_accuracy", "modular_accuracy"]
     assert list(numbers) == [*names, "retention_bits_per_byte"]
     assert numbers["dictionary_accuracy"] == accuracies("small", ["dictionary"])["dictionary"]
@@ -76,8 +74,8 @@ def test_a_state_may_be_anchored_on_a_task():
         }
     )
     tokenizer = Tokenizer.bytes()
-    stream = job_data.training_stream(settings, tokenizer)
-    batch = next(job_data.batches(settings, stream, tokenizer, start_step=5))
+    data = TrainingData(settings.data, tokenizer, seed=0, anchor_path=settings.tuning.anchor_path)
+    batch = next(data.batches(start_step=5))
     sizes = {"batch_size": 4, "length": 24}
     assert (batch["tokens"] == task_batch("facts-64", 5, **sizes)["tokens"]).all()
     assert (batch["anchor"] == task_batch("mixture", 5, seed=1, **sizes)["tokens"]).all()

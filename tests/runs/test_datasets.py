@@ -9,7 +9,7 @@ import pytest
 from rwkv7_jax.data.loading import data_hash, host_rows
 from rwkv7_jax.data.token_cache import write_cache
 from rwkv7_jax.data.token_streams import as_stream
-from rwkv7_jax.runs import datasets as job_data
+from rwkv7_jax.runs.datasets import TrainingData, digest_of, held_out
 from rwkv7_jax.runs.settings import read_settings
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -33,10 +33,18 @@ def settings_of(path, **changes):
     return read_settings({"data": data | changes, "tuning": tuning, "evaluation": measure})
 
 
+def data_of(settings):
+    anchor_path = settings.tuning.anchor_path if settings.tuning.anchor else None
+    return TrainingData(settings.data, BYTES, seed=settings.seed, anchor_path=anchor_path)
+
+
 def batches(settings, count=4, **choices):
-    stream = job_data.training_stream(settings, BYTES)
-    found = job_data.batches(settings, stream, BYTES, **choices)
+    found = data_of(settings).batches(**choices)
     return [next(found) for _ in range(count)]
+
+
+def held_out_rows(settings):
+    return held_out(settings.data, settings.evaluation, BYTES, seed=settings.seed)
 
 
 def assert_equal(one, two):
@@ -51,16 +59,16 @@ CHOICES = ({}, {"order": "cubic"}, {"packing": "documents"})
 @pytest.mark.parametrize("choices", CHOICES, ids=["stream", "cubic", "documents"])
 def test_a_run_on_a_cache_reads_what_it_reads_on_the_source(paths, choices):
     one, two = (settings_of(path, **choices) for path in paths)
-    hashes = [data_hash(job_data.training_stream(s, BYTES)) for s in (one, two)]
+    hashes = [data_hash(data_of(settings).stream) for settings in (one, two)]
     assert hashes[0] == hashes[1]
     for pair in zip(batches(one), batches(two), strict=True):
         assert_equal(*pair)
         assert 0 < pair[0]["mask"].mean() < 1
-    assert_equal(job_data.held_out(one, BYTES), job_data.held_out(two, BYTES))
+    assert_equal(held_out_rows(one), held_out_rows(two))
 
 
 def test_held_out_rows_are_packed_as_training_rows_are(paths):
-    held = job_data.held_out(settings_of(paths[0], packing="documents"), BYTES)
+    held = held_out_rows(settings_of(paths[0], packing="documents"))
     assert held["tokens"].shape == (5, 21)
     for tokens, mask in zip(held["tokens"], held["mask"], strict=True):
         text = BYTES.decode(tokens.tolist())
@@ -122,10 +130,7 @@ def test_what_is_read_is_known_by_its_ids(tmp_path):
                 "tuning": {"anchor": 1.0, "anchor_path": str(general)},
             }
         )
-        stream, anchor = (
-            make(settings, BYTES) for make in (job_data.training_stream, job_data.anchor_stream)
-        )
-        read.append(job_data.what_is_read(settings, stream, anchor))
+        read.append(data_of(settings).digests())
     one, two = read
     assert one["data"] == two["data"] and one["anchor"] != two["anchor"]
 
@@ -135,11 +140,9 @@ def test_the_datas_digest_sees_each_id_and_the_files_bytes(tmp_path):
     other = ids.copy()
     other[4321] += 1
     one, two = as_stream(ids), as_stream(other)
-    assert (
-        job_data.digest_of("a", one) == job_data.digest_of("b", one) != job_data.digest_of("a", two)
-    )
+    assert digest_of("a", one) == digest_of("b", one) != digest_of("a", two)
     digests = []
     for text in ("one", "two"):
         (tmp_path / "q.jsonl").write_text(text)
-        digests.append(job_data.digest_of(str(tmp_path / "q.jsonl"), None))
+        digests.append(digest_of(str(tmp_path / "q.jsonl"), None))
     assert digests[0] != digests[1]

@@ -3,11 +3,11 @@
 import pytest
 
 from rwkv7_jax.runs.early_stopping import RunProgress
-from rwkv7_jax.runs.settings import Evaluation
+from rwkv7_jax.runs.settings import EvaluationSettings
 
 
 def measured(values, name="held_out_bits_per_byte", kept=1, **choices):
-    evaluation, course = Evaluation(**choices), RunProgress()
+    evaluation, course = EvaluationSettings(**choices), RunProgress()
     for step, value in enumerate(values):
         course = course.after(10 * step, {name: value, "other": 0.0}, evaluation, kept=kept)
     return course, evaluation

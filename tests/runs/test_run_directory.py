@@ -6,7 +6,7 @@ import pytest
 from rwkv7_jax.reports.metric_writers import json_lines
 from rwkv7_jax.runs.exit_codes import DiskError
 from rwkv7_jax.runs.run_directory import RunFolder
-from rwkv7_jax.runs.settings import Optimizer, Settings
+from rwkv7_jax.runs.settings import OptimizerSettings, Settings
 
 
 def test_metrics_after_the_restored_step_are_cut_and_broken_lines_forgiven(tmp_path):
@@ -29,7 +29,7 @@ def test_metrics_after_the_restored_step_are_cut_and_broken_lines_forgiven(tmp_p
 def test_a_directory_of_other_settings_is_refused_by_the_setting(tmp_path):
     with RunFolder(tmp_path, Settings()):
         (tmp_path / "checkpoints" / "5").mkdir()
-    other = Settings(optimizer=Optimizer(learning_rate=0.5), log_every=3)
+    other = Settings(optimizer=OptimizerSettings(learning_rate=0.5), log_every=3)
     with pytest.raises(ValueError, match=r"`optimizer\.learning_rate` is 0\.0006; got 0\.5"):
         RunFolder(tmp_path, other)
     with RunFolder(tmp_path, Settings(log_every=3)):

@@ -5,7 +5,6 @@ slow:30     every save but the first takes so many seconds longer
 size:20000  no file may grow beyond so many bytes
 """
 
-import dataclasses
 import math
 import os
 import resource
@@ -13,26 +12,23 @@ import runpy
 import sys
 import time
 
-from rwkv7_jax.runs.modes.registry import make_job
+from rwkv7_jax.runs.datasets import TrainingData
 from rwkv7_jax.runs.resume import step_directories as step_folders
 
 NAME, _, NUMBERS = os.environ["FAULT"].partition(":")
 
 
-def poisoned(make):
-    """The same job, with a mask of NaN in the batches of the named steps."""
+def poisoned(batches):
+    """Puts a mask of NaN into the batches of the named steps."""
     steps = {int(number) - 1 for number in NUMBERS.split(",") if number}
 
-    def make_job(*arguments):
-        job = make(*arguments)
-
-        def prepared(batch, step):
+    def poisoned_batches(data, *, start_step=0, **choices):
+        clean = batches(data, start_step=start_step, **choices)
+        for step, batch in enumerate(clean, start_step):
             bad = step in steps or not steps
-            return batch.replace(mask=batch.mask * math.nan) if bad else batch
+            yield batch.replace(mask=batch.mask * math.nan) if bad else batch
 
-        return dataclasses.replace(job, prepared=prepared)
-
-    return make_job
+    return poisoned_batches
 
 
 def slowed(seal):
@@ -48,7 +44,7 @@ def slowed(seal):
 
 
 if NAME == "nan":
-    make_job = poisoned(make_job)
+    TrainingData.batches = poisoned(TrainingData.batches)
 elif NAME == "slow":
     step_folders.write_manifest = slowed(step_folders.write_manifest)
 elif NAME == "size":

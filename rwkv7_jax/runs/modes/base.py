@@ -1,15 +1,14 @@
-"""What a run trains, and how it gets at the model it trains or tunes.
+"""The interface between the loop of train.py and what one run trains."""
 
-A mode of train.py is a tree of trainables and a loss over them; the loop there knows neither.
-"""
-
+import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from optax import GradientTransformation
 
 from rwkv7_jax.array_types import Params
@@ -19,6 +18,9 @@ from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
+from rwkv7_jax.runs.datasets import TrainingData
+from rwkv7_jax.runs.evaluators import PredictionEvaluator, retention_paths
+from rwkv7_jax.runs.input_pipeline import BatchSource, PrefetchedBatches
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.training.costs import flops_per_token, training_memory
@@ -26,146 +28,307 @@ from rwkv7_jax.training.losses import Loss
 from rwkv7_jax.tuning.state_arithmetic import scaled
 from rwkv7_jax.tuning.upscaling import fold_feature_map
 
+# Settings of a model that its checkpoint does not fix.
+_CHANGEABLE = ("dtype", "remat", "implementation")
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One run's work.
+
+class TrainingMode(abc.ABC):
+    """What one run of train.py trains: a tree of trainables, a loss over it, and its batches.
+
+    The loop knows nothing else of a mode. A subclass loads its model and makes its loss in
+    `set_up`, and reads its own group of settings there.
 
     Attributes:
-        model: the shell.
+        settings: of the run.
+        folder: of the run.
+        model: the shell of the model that is trained or whose state is tuned.
         tokenizer: of the model's vocabulary.
-        trainables: what is trained, as it starts.
-        trained: how many numbers of it move.
+        frozen: the weights that the run reads and never changes; None where weights are trained.
         loss: of trainables and a batch.
-        weights: the model's weights, from trainables.
-        start: the start state (batch 1), from trainables.
-        save: writes the result into a folder and gives the file's path.
-        optimizer: what the run's optimizer is wrapped in.
-        statistics: of trainables and a batch, for that optimizer; None where it needs none.
-        batch: the batch of a step, counted from 0, where it depends on the trainables, or None for
-            a step that has nothing to learn from; None where batches come from the data alone.
-        prepared: a batch of the data with what the mode adds to it at a step.
-        measured: from a batch of held-out data to what is measured of trainables, where that is not
-            how well they predict it; the argument is None where `batch` makes the data.
+        statistics: of trainables and a batch, for an optimizer that needs them; None where it does
+            not.
     """
+
+    # What a step's gradients are of, where a step is one pass of one model. None for modes whose
+    # steps read more than they learn from: nobody has counted their operations and memory.
+    gradients_of: ClassVar[Literal["weights", "state"] | None] = None
 
     model: RWKV7
     tokenizer: Tokenizer
-    trainables: Any
-    trained: int
+    frozen: Params | None = None
     loss: Loss
-    weights: Callable[[Any], Params]
-    start: Callable[[Any], RWKV7State]
-    save: Callable[[Path, Any], Path]
-    optimizer: Callable[[GradientTransformation], GradientTransformation] = lambda tx: tx
     statistics: Callable[[Any, Batch], Any] | None = None
-    batch: Callable[[Any, int], Batch | None] | None = None
-    prepared: Callable[[Batch, int], Batch] = lambda batch, step: batch
-    measured: Callable[[Batch | None], Callable[[Any], dict[str, float]]] | None = None
+
+    def __init__(self, settings: Settings, folder: Path):
+        """Loads what the mode works with.
+
+        Args:
+            settings: of the run.
+            folder: of the run, for what a mode writes besides its result.
+
+        Raises:
+            ValueError: settings or data that the mode cannot work with.
+        """
+        self.settings = settings
+        self.folder = folder
+        self.set_up()
+        self._retention = [
+            self.prediction_evaluator(name, path)
+            for name, path in retention_paths(settings.evaluation.retention).items()
+        ]
+
+    @abc.abstractmethod
+    def set_up(self) -> None:
+        """Loads the model and the data and makes the loss; called once, by the constructor."""
+
+    @abc.abstractmethod
+    def init_trainables(self) -> Any:
+        """Makes the trainables that a new run starts from; the same bits at every call."""
+
+    @abc.abstractmethod
+    def trained_count(self, trainables: Any) -> int:
+        """Counts the numbers in the trainables that move."""
+
+    @abc.abstractmethod
+    def weights(self, trainables: Any) -> Params:
+        """Gives the weights of the model that is measured."""
+
+    @abc.abstractmethod
+    def start_state(self, trainables: Any) -> RWKV7State:
+        """Gives the start state, of batch 1, of the model that is measured."""
+
+    @abc.abstractmethod
+    def save(self, folder: Path, trainables: Any) -> Path:
+        """Writes the result of the run into a folder and gives the path of the file."""
+
+    @abc.abstractmethod
+    def batches(self, start_step: int, mesh: Mesh | None) -> BatchSource:
+        """Opens the source of the batches from a step on.
+
+        Args:
+            start_step: of the first batch, from 0.
+            mesh: the devices that share a batch's rows.
+
+        Raises:
+            ValueError: the data cannot give a batch.
+        """
+
+    @abc.abstractmethod
+    def held_out_metrics(self, trainables: Any) -> dict[str, float]:
+        """Measures trainables on the run's held-out data, by the metrics' names."""
+
+    @abc.abstractmethod
+    def input_digests(self) -> dict[str, str]:
+        """Hashes what the run reads besides weights; a continued run must read the same."""
+
+    @abc.abstractmethod
+    def describe_data(self) -> str:
+        """Names the data and its size, for the terminal."""
+
+    @property
+    def rows_per_step(self) -> int:
+        """The rows that a step computes at once."""
+        return self.settings.data.batch_size // self.settings.optimizer.accumulate
+
+    @property
+    def tokens_per_step(self) -> int | None:
+        """The tokens that a step reads; None where that is not known before."""
+        return self.settings.data.batch_size * self.settings.data.length
+
+    @property
+    def flops_per_token(self) -> float | None:
+        """The operations of a step per token; None where they have not been counted."""
+        if self.gradients_of is None or self.settings.tuning.anchor:
+            return None
+        flops = flops_per_token(self.model.config)
+        return flops.training if self.gradients_of == "weights" else flops.state
+
+    def wrap_optimizer(self, tx: GradientTransformation) -> GradientTransformation:
+        """Wraps the run's optimizer in what the mode needs around it."""
+        return tx
+
+    def describe_memory(self, held: int, *, devices: int = 1) -> str:
+        """Describes one step's memory on one device: what is held and, where known, the total.
+
+        Args:
+            held: bytes of the trainables and their moments.
+            devices: over which a step's rows are sharded.
+        """
+        text = f"{held / 2**20:,.1f} MiB for what is trained and its moments"
+        if self.gradients_of is None:
+            return text
+        need = training_memory(
+            self.model.config,
+            batch=self.settings.data.batch_size // devices,
+            length=self.settings.data.length,
+            trained=self.gradients_of,
+            accumulate=self.settings.optimizer.accumulate,
+        )
+        return f"{text}, about {need.total / 2**20:,.0f} MiB in all"
+
+    def evaluate(self, trainables: Any) -> dict[str, float]:
+        """Measures trainables on held-out data and on what they must not forget.
+
+        The held-out metrics come first. `config.evaluation.retention` adds one metric for each of
+        its tasks and one for its text.
+        """
+        metrics = self.held_out_metrics(trainables)
+        for evaluator in self._retention:
+            metrics |= evaluator(self.weights(trainables), self.start_state(trainables))
+        return metrics
+
+    def prediction_evaluator(self, name: str, path: str | None = None) -> PredictionEvaluator:
+        """Makes an evaluator of the mode's model; without a path, on the run's held-out data."""
+        return PredictionEvaluator(
+            name,
+            self.model,
+            self.tokenizer,
+            data=self.settings.data,
+            evaluation=self.settings.evaluation,
+            seed=self.settings.seed,
+            path=path,
+        )
+
+
+class DatasetMode(TrainingMode):
+    """A mode whose batches come from the run's data alone.
+
+    Attributes:
+        data: what the run reads.
+    """
+
+    data: TrainingData
+
+    def open_data(self) -> None:
+        """Opens the run's data and its held-out rows; `set_up` calls it once the model is there."""
+        tuning = self.settings.tuning
+        self.data = TrainingData(
+            self.settings.data,
+            self.tokenizer,
+            seed=self.settings.seed,
+            anchor_path=tuning.anchor_path if tuning.anchor else None,
+        )
+
+    def batches(self, start_step: int, mesh: Mesh | None) -> BatchSource:
+        """Makes batches of the data ahead of their use."""
+        return PrefetchedBatches(self.data.batches(start_step=start_step), mesh)
+
+    def input_digests(self) -> dict[str, str]:
+        """Hashes the data."""
+        return self.data.digests()
+
+    def describe_data(self) -> str:
+        """Names the data and its size."""
+        return self.data.describe()
+
+
+class StateTuningMode(TrainingMode):
+    """A mode that tunes a start state of a frozen model.
+
+    Attributes:
+        result_name: of the file with the tuned state.
+    """
+
+    result_name: ClassVar[str] = "state.pth"
+
+    frozen: Params
+
+    def load_frozen_model(self) -> None:
+        """Loads the model whose state is tuned.
+
+        Raises:
+            ValueError: no checkpoint is named, or an anchor has no text.
+        """
+        settings = self.settings
+        if not settings.init:
+            raise ValueError("`config.init` must name the checkpoint whose start state is tuned.")
+        if settings.tuning.anchor and not settings.tuning.anchor_path:
+            raise ValueError("`config.tuning.anchor_path` must name the text of the anchor.")
+        self.model, self.frozen = load_or_init(
+            settings.init,
+            settings.model,
+            seed=settings.seed,
+            allow_nan=settings.allow_nan,
+        )
+        self.tokenizer = Tokenizer.for_vocabulary(self.model.config.vocab_size)
+
+    def init_trainables(self) -> RWKV7State:
+        """Makes a state of zeros, in float32 whatever the model computes in."""
+        zeros = init_state(self.model.config)
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), zeros)
+
+    def trained_count(self, trainables: RWKV7State) -> int:
+        """Counts the numbers of the WKV state."""
+        return trainables.wkv.size
+
+    def weights(self, trainables: RWKV7State) -> Params:
+        """Gives the frozen weights."""
+        return self.frozen
+
+    def start_state(self, trainables: RWKV7State) -> RWKV7State:
+        """Gives the tuned state."""
+        return trainables
+
+    def save(self, folder: Path, trainables: RWKV7State) -> Path:
+        """Writes the tuned state, scaled by `config.tuning.alpha`, and gives the file's path."""
+        alpha = self.settings.tuning.alpha
+        result = scaled(trainables, alpha)
+        if result.upscaled is not None and result.upscaled.dynamics == "static":
+            result = result.replace(upscaled=fold_feature_map(result.upscaled))
+        path = folder / self.result_name
+        info = {"base_model": model_hash(self.frozen, self.model.config), "alpha": alpha}
+        save_state(path, result, config=self.model.config, info=info)
+        return path
 
 
 def count(tree: Any) -> int:
-    """Numbers in a tree."""
+    """Counts the numbers in a tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def load(settings: Settings) -> tuple[RWKV7, Params]:
-    """The model of `config.init`, changed as `config.model` says, or a new one of those sizes.
-
-    Raises:
-        ValueError: neither is given, or a change that the checkpoint's sizes do not allow.
-    """
-    if settings.init:
-        params, config = load_model(settings.init, allow_nan=settings.allow_nan)
-        fixed = [k for k in settings.model if k not in ("dtype", "remat", "implementation")]
-        if fixed:
-            raise ValueError(
-                f"`config.model.{fixed[0]}` is fixed by the checkpoint {settings.init}; "
-                "only dtype, remat and implementation may be changed."
-            )
-        return RWKV7(dataclasses.replace(config, **settings.model)), params
-    if not settings.model:
-        raise ValueError("`config.init` must name a checkpoint, or `config.model` the new sizes.")
-    model = RWKV7(RWKV7Config(**settings.model))
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    init = jax.jit(lambda key: model.init(key, tokens, init_state(model.config)))
-    return model, init(jax.random.key(settings.seed))["params"]
-
-
-def frozen_model(settings: Settings) -> tuple[RWKV7, Params]:
-    """The checkpoint whose state is tuned.
-
-    Raises:
-        ValueError: none is named, or an anchor without text.
-    """
-    if not settings.init:
-        raise ValueError("`config.init` must name the checkpoint whose start state is tuned.")
-    if settings.tuning.anchor and not settings.tuning.anchor_path:
-        raise ValueError("`config.tuning.anchor_path` must name the text of the anchor.")
-    return load(settings)
-
-
-def start_state(model: RWKV7) -> RWKV7State:
-    """Zeros in float32, whatever the model computes in."""
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), init_state(model.config))
-
-
-def saver(
-    settings: Settings, model: RWKV7, params: Params, name: str = "state.pth"
-) -> Callable[[Path, RWKV7State], Path]:
-    """What writes the tuned state, scaled as `config.tuning.alpha` says and without its map."""
-    alpha = settings.tuning.alpha
-
-    def save(folder: Path, tuned: RWKV7State) -> Path:
-        result, path = scaled(tuned, alpha), folder / name
-        if result.upscaled is not None and result.upscaled.dynamics == "static":
-            result = result.replace(upscaled=fold_feature_map(result.upscaled))
-        info = {"base_model": model_hash(params, model.config), "alpha": alpha}
-        save_state(path, result, config=model.config, info=info)
-        return path
-
-    return save
-
-
-# Modes whose steps are one pass of one model, and what their gradients are of.
-_TRAINED = {"pretrain": "weights", "state": "state", "upscaled_state": "state"}
-
-
-def step_flops(settings: Settings, config: RWKV7Config) -> float | None:
-    """Operations of a step per token; None for modes whose steps read more than they learn."""
-    trained = _TRAINED.get(settings.mode)
-    if trained is None or settings.tuning.anchor:
-        return None
-    flops = flops_per_token(config)
-    return flops.training if trained == "weights" else flops.state
-
-
-def step_rows(settings: Settings) -> int:
-    """Rows that a step computes at once."""
-    asked = settings.test_time
-    if settings.mode == "test_time" and asked.method in ("grpo", "expert"):
-        return asked.prompts * asked.group
-    return settings.data.batch_size // settings.optimizer.accumulate
-
-
-def memory_line(settings: Settings, config: RWKV7Config, held: int, *, devices: int = 1) -> str:
-    """One step's memory on one device in words: what is held, and in all where one can tell.
+def load_or_init(
+    init: str, changes: Mapping[str, Any], *, seed: int, allow_nan: bool
+) -> tuple[RWKV7, Params]:
+    """Loads the model of a checkpoint, or makes a new one where no checkpoint is named.
 
     Args:
-        settings: of the run.
-        config: of its model.
-        held: bytes of what is trained and its moments.
-        devices: over which a step's rows are spread.
+        init: path of the checkpoint; empty for a new model.
+        changes: `config.model`: the sizes of a new model, or what the checkpoint does not fix.
+        seed: of new weights.
+        allow_nan: accept a checkpoint with NaN or Inf.
+
+    Raises:
+        ValueError: neither a checkpoint nor sizes are given, or sizes that the checkpoint fixes.
     """
-    said = f"{held / 2**20:,.1f} MiB for what is trained and its moments"
-    trained = _TRAINED.get(settings.mode)
-    if trained is None:
-        return said
-    need = training_memory(
-        config,
-        batch=settings.data.batch_size // devices,
-        length=settings.data.length,
-        trained=trained,
-        accumulate=settings.optimizer.accumulate,
-    )
-    return f"{said}, about {need.total / 2**20:,.0f} MiB in all"
+    if not init:
+        model = new_model(changes)
+        return model, init_weights(model, seed)
+    params, config = load_model(init, allow_nan=allow_nan)
+    fixed = [name for name in changes if name not in _CHANGEABLE]
+    if fixed:
+        raise ValueError(
+            f"`config.model.{fixed[0]}` is fixed by the checkpoint {init}; "
+            "only dtype, remat and implementation may be changed."
+        )
+    return RWKV7(dataclasses.replace(config, **changes)), params
+
+
+def new_model(sizes: Mapping[str, Any]) -> RWKV7:
+    """Makes the shell of a new model.
+
+    Raises:
+        ValueError: no sizes.
+    """
+    if not sizes:
+        raise ValueError("`config.init` must name a checkpoint, or `config.model` the new sizes.")
+    return RWKV7(RWKV7Config(**sizes))
+
+
+def init_weights(model: RWKV7, seed: int) -> Params:
+    """Makes new weights."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+
+    def init(key):
+        return model.init(key, tokens, init_state(model.config))
+
+    return jax.jit(init)(jax.random.key(seed))["params"]

@@ -1,103 +1,134 @@
 """The mode that trains an observer of a frozen teacher."""
 
-import functools
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import model_hash
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.model.state import init_state
+from rwkv7_jax.model.state import RWKV7State, init_state
 from rwkv7_jax.observer.evaluation import evaluate_handover
 from rwkv7_jax.observer.files import save_observer
 from rwkv7_jax.observer.loss import observer_loss
-from rwkv7_jax.observer.observer import Observer, init_observer, propose, state_moments
+from rwkv7_jax.observer.observer import init_observer, propose, state_moments
 from rwkv7_jax.observer.prompt_splits import add_prompt_splits
-from rwkv7_jax.runs.datasets import calibration_text
-from rwkv7_jax.runs.modes.base import Job, count, load
-from rwkv7_jax.runs.settings import Settings
+from rwkv7_jax.runs.datasets import held_out
+from rwkv7_jax.runs.input_pipeline import BatchSource, PrefetchedBatches
+from rwkv7_jax.runs.modes.base import DatasetMode, count, load_or_init
 from rwkv7_jax.text.tokenizer import Tokenizer
 
-# Numbers of a hand-over that the log holds, under these names.
-_WATCHED = {"proposed": "proposal", "wkv": "own_state", "zero": "no_state"}
+# The start states whose continuations are measured, and the names they have in the log.
+_LOG_NAMES = {"proposed": "proposal", "wkv": "own_state", "zero": "no_state"}
 
 
-def observer_job(settings: Settings) -> Job:
-    """A small model learns to propose start states of the one that `config.init` names."""
-    if not settings.init:
-        raise ValueError("`config.init` must name the checkpoint whose states are observed.")
-    teacher, weights = load(settings)
-    choices, tokenizer = settings.observer, Tokenizer.for_vocabulary(teacher.config.vocab_size)
-    config = _sizes(settings, teacher.config)
-    bias = state_moments(teacher, weights, calibration_text(settings, tokenizer)).mean
-    key = jax.random.key(settings.seed)
-    observer, params = init_observer(config, teacher.config, key, bias=bias)
+class ObserverMode(DatasetMode):
+    """Trains a small model to propose start states of the frozen teacher that `init` names."""
 
-    def save(folder: Path, trained: Params) -> Path:
-        info = {"base_model": model_hash(weights, teacher.config)}
-        save_observer(folder / "observer", observer, trained, info=info)
-        return folder / "observer"
+    frozen: Params
 
-    return Job(
-        model=teacher,
-        tokenizer=tokenizer,
-        trainables=params,
-        trained=count(params),
-        loss=observer_loss(
-            observer,
-            teacher,
-            weights,
-            variance=choices.variance,
-            divergence=choices.divergence,
-            answers=choices.answers,
-        ),
-        weights=lambda trained: weights,
-        start=lambda trained: init_state(teacher.config),
-        save=save,
-        prepared=functools.partial(_split, settings),
-        measured=functools.partial(_watch, settings, observer, teacher, weights),
-    )
-
-
-def _sizes(settings: Settings, teacher: RWKV7Config) -> RWKV7Config:
-    if "vocab_size" in settings.observer.model:
-        raise ValueError("`config.observer.model.vocab_size` is the teacher's; leave it out.")
-    sizes = {"num_layers": 1, "width": teacher.width // 2, "head_size": teacher.head_size}
-    try:
-        return RWKV7Config(
-            vocab_size=teacher.vocab_size,
-            **{"dtype": teacher.dtype} | sizes | dict(settings.observer.model),
+    def set_up(self) -> None:
+        """Loads the teacher, opens the data and makes the loss."""
+        settings = self.settings
+        if not settings.init:
+            raise ValueError("`config.init` must name the checkpoint whose states are observed.")
+        self.model, self.frozen = load_or_init(
+            settings.init,
+            settings.model,
+            seed=settings.seed,
+            allow_nan=settings.allow_nan,
         )
-    except TypeError as error:
-        raise ValueError(f"`config.observer.model` has an unknown size: {error}.") from None
+        teacher = self.model.config
+        self.tokenizer = Tokenizer.for_vocabulary(teacher.vocab_size)
+        config = self._observer_config(teacher)
+        self.open_data()
+        text = self.data.calibration_text(settings.upscaling.rows)
+        bias = state_moments(self.model, self.frozen, text).mean
+        key = jax.random.key(settings.seed)
+        self._observer, self._initial = init_observer(config, teacher, key, bias=bias)
+        self.loss = observer_loss(
+            self._observer,
+            self.model,
+            self.frozen,
+            variance=settings.observer.variance,
+            divergence=settings.observer.divergence,
+            answers=settings.observer.answers,
+        )
+        rows = held_out(settings.data, settings.evaluation, self.tokenizer, seed=settings.seed)
+        self._held_out = self._split_prompts(rows, 0)
 
-
-def _split(settings: Settings, batch: Batch, step: int) -> Batch:
-    """The batch with the places at which its prompts end."""
-    choices = settings.observer
-    most = choices.most or batch.tokens.shape[1] - 2
-    return add_prompt_splits(batch, settings.seed, step, least=choices.least, most=most)
-
-
-def _watch(
-    settings: Settings, observer: Observer, teacher, weights: Params, held_out: Batch
-) -> Callable[[Any], dict[str, float]]:
-    """What the teacher makes of the tails behind held-out prompts, by where it starts from."""
-    batch = _split(settings, held_out, 0)
-    prompts = np.asarray(batch.tokens)[:, :-1]
-
-    def look(params: Params) -> dict[str, float]:
-        proposal = propose(observer, params, prompts, batch.split)
-        found = evaluate_handover(teacher, weights, proposal, batch)
-        return {
-            f"{label}_{field}": getattr(found[name], field)
-            for name, label in _WATCHED.items()
-            for field in ("accuracy", "nats")
+    def _observer_config(self, teacher: RWKV7Config) -> RWKV7Config:
+        """Sizes the observer: by default one layer of half the teacher's width."""
+        changes = self.settings.observer.model
+        if "vocab_size" in changes:
+            raise ValueError("`config.observer.model.vocab_size` is the teacher's; leave it out.")
+        sizes = {
+            "vocab_size": teacher.vocab_size,
+            "num_layers": 1,
+            "width": teacher.width // 2,
+            "head_size": teacher.head_size,
+            "dtype": teacher.dtype,
         }
+        try:
+            return RWKV7Config(**{**sizes, **changes})
+        except TypeError as error:
+            raise ValueError(f"`config.observer.model` has an unknown size: {error}.") from None
 
-    return look
+    def _split_prompts(self, batch: Batch, step: int) -> Batch:
+        """Adds the positions at which the batch's prompts end."""
+        settings = self.settings.observer
+        # The last target of a row belongs to its continuation.
+        most = settings.most or batch.tokens.shape[1] - 2
+        return add_prompt_splits(
+            batch,
+            self.settings.seed,
+            step,
+            least=settings.least,
+            most=most,
+        )
+
+    def init_trainables(self) -> Params:
+        """Gives the weights of a new observer."""
+        return self._initial
+
+    def trained_count(self, trainables: Params) -> int:
+        """Counts the observer's weights."""
+        return count(trainables)
+
+    def weights(self, trainables: Params) -> Params:
+        """Gives the teacher's weights."""
+        return self.frozen
+
+    def start_state(self, trainables: Params) -> RWKV7State:
+        """Gives a state of zeros: samples are the teacher's own."""
+        return init_state(self.model.config)
+
+    def batches(self, start_step: int, mesh: Mesh | None) -> BatchSource:
+        """Makes batches of the data, with the positions at which prompts end."""
+        return PrefetchedBatches(self._batches_with_splits(start_step), mesh)
+
+    def _batches_with_splits(self, start_step: int) -> Iterator[Batch]:
+        for step, batch in enumerate(self.data.batches(start_step=start_step), start_step):
+            yield self._split_prompts(batch, step)
+
+    def held_out_metrics(self, trainables: Params) -> dict[str, float]:
+        """Measures what the teacher makes of held-out continuations, by where it starts from."""
+        prompts = np.asarray(self._held_out.tokens)[:, :-1]
+        proposal = propose(self._observer, trainables, prompts, self._held_out.split)
+        handover = evaluate_handover(self.model, self.frozen, proposal, self._held_out)
+        metrics: dict[str, float] = {}
+        for name, log_name in _LOG_NAMES.items():
+            metrics[f"{log_name}_accuracy"] = handover[name].accuracy
+            metrics[f"{log_name}_nats"] = handover[name].nats
+        return metrics
+
+    def save(self, folder: Path, trainables: Params) -> Path:
+        """Writes the observer and gives the path of its folder."""
+        path = folder / "observer"
+        info = {"base_model": model_hash(self.frozen, self.model.config)}
+        save_observer(path, self._observer, trainables, info=info)
+        return path

@@ -2,34 +2,36 @@
 
 from pathlib import Path
 
-from rwkv7_jax.runs.modes.base import Job
-from rwkv7_jax.runs.modes.observer import observer_job
-from rwkv7_jax.runs.modes.pretrain import pretrain_job
-from rwkv7_jax.runs.modes.state_tuning import state_job, upscaled_job
-from rwkv7_jax.runs.modes.test_time import test_time_job
+from rwkv7_jax.runs.modes.base import TrainingMode
+from rwkv7_jax.runs.modes.observer import ObserverMode
+from rwkv7_jax.runs.modes.pretrain import PretrainMode
+from rwkv7_jax.runs.modes.state_tuning import StateMode, UpscaledStateMode
+from rwkv7_jax.runs.modes.test_time import ContextMode, TestTimeMode
 from rwkv7_jax.runs.settings import Settings
 
-MODES = {
-    "pretrain": pretrain_job,
-    "state": state_job,
-    "upscaled_state": upscaled_job,
-    "observer": observer_job,
+MODES: dict[str, type[TrainingMode]] = {
+    "pretrain": PretrainMode,
+    "state": StateMode,
+    "upscaled_state": UpscaledStateMode,
+    "observer": ObserverMode,
+    "test_time": TestTimeMode,
 }
 
 
-def make_job(settings: Settings, folder: str | Path = ".") -> Job:
-    """The work of `settings.mode`.
+def make_mode(settings: Settings, folder: str | Path = ".") -> TrainingMode:
+    """Makes the mode that `config.mode` names.
 
     Args:
         settings: of the run.
-        folder: where mode "test_time" keeps what a guide wrote.
+        folder: of the run, where mode "test_time" keeps a teacher's completions.
 
     Raises:
         ValueError: an unknown mode, or settings that the mode cannot work with.
     """
-    if settings.mode == "test_time":
-        return test_time_job(settings, Path(folder))
-    if settings.mode not in MODES:
-        known = ", ".join([*MODES, "test_time"])
-        raise ValueError(f"`config.mode` must be one of {known}; got {settings.mode!r}.")
-    return MODES[settings.mode](settings)
+    mode = MODES.get(settings.mode)
+    if mode is None:
+        raise ValueError(f"`config.mode` must be one of {', '.join(MODES)}; got {settings.mode!r}.")
+    # The one method of test-time tuning that reads text in place of questions.
+    if settings.mode == "test_time" and settings.test_time.method == "context":
+        mode = ContextMode
+    return mode(settings, Path(folder))
