@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pallas_triton
 from jaxtyping import Array, Float
 
-from pallas_kernels.reference import Inputs, State
+from pallas_kernels.reference import State, WKVInputs
 
 # Tokens between two kept states.
 KEPT_EVERY = 16
@@ -107,7 +107,7 @@ def _like(x: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _forward(inputs: Inputs, state: State, *, save: bool, rows: int, interpret: bool):
+def _forward(inputs: WKVInputs, state: State, *, save: bool, rows: int, interpret: bool):
     """y and the last state; with `save` also what each token removes and every 16th state."""
     v = inputs[3]
     batch, tokens, heads, values = v.shape
@@ -135,7 +135,7 @@ def _forward(inputs: Inputs, state: State, *, save: bool, rows: int, interpret: 
 
 
 def _backward(
-    inputs: Inputs,
+    inputs: WKVInputs,
     removed: Removed,
     kept: Kept,
     dy: Float[Array, "B T H Nv"],
@@ -164,25 +164,25 @@ def _backward(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _op(rows: int, warps: int, interpret: bool, inputs: Inputs, state: State):
+def _op(rows: int, warps: int, interpret: bool, inputs: WKVInputs, state: State):
     return tuple(_forward(inputs, state, save=False, rows=rows, interpret=interpret))
 
 
-def _op_forward(rows: int, warps: int, interpret: bool, inputs: Inputs, state: State):
+def _op_forward(rows: int, warps: int, interpret: bool, inputs: WKVInputs, state: State):
     y, end, *saved = _forward(inputs, state, save=True, rows=rows, interpret=interpret)
     return (y, end), (inputs, *saved)
 
 
 def _op_backward(rows: int, warps: int, interpret: bool, residuals, cotangents):
     *six, dstate = _backward(*residuals, *cotangents, warps=warps, interpret=interpret)
-    return tuple(six), dstate
+    return WKVInputs(*six), dstate
 
 
 _op.defvjp(_op_forward, _op_backward)
 
 
 def sequential(
-    inputs: Inputs, state: State, *, rows: int = 16, warps: int = 4, interpret: bool = False
+    inputs: WKVInputs, state: State, *, rows: int = 16, warps: int = 4, interpret: bool = False
 ) -> tuple[Float[Array, "B T H Nv"], State]:
     """What every token reads and the state behind the last one; all seven inputs have gradients.
 

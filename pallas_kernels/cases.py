@@ -1,8 +1,9 @@
 """Named shapes and data that tests, benchmarks and the README's table share.
 
-Four modes of data. "real" is what a trained model sends. The others are the edges: "fast", every
-channel decays as quickly as it can; "slow", next to no decay, so errors have time to grow;
-"repeated", one key over and over with full removal, where naive inverses overflow.
+There are four modes of data. "real" resembles what a trained model sends. The others are edge
+cases: in "fast" every channel decays as quickly as it can; in "slow" there is next to no decay, so
+that errors have time to grow; "repeated" has one key over and over with full removal, where naive
+inverses overflow.
 """
 
 import dataclasses
@@ -11,17 +12,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.reference import Inputs, State
+from pallas_kernels.reference import State, WKVInputs
 
 MODES = ("real", "fast", "slow", "repeated")
-# log_w is this times a sigmoid: no decay is faster than exp of it.
+# -exp(-0.5). log_w is this times a sigmoid, as in the model: no decay is faster than its exp.
 _LOG_W = -0.6065306597126334
+# Logits of that sigmoid in the modes that have one decay everywhere.
 _LOGIT = {"fast": 20.0, "slow": -12.0, "repeated": -8.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """The sizes of one call and the kind of data in it.
+    """Sizes of one call and the kind of data in it.
 
     Attributes:
         batch: sequences (B).
@@ -51,12 +53,15 @@ CASES = {
 }
 
 
-def _normal(key: Array, *shape: int) -> Float[Array, "..."]:
-    return jax.random.normal(key, shape, jnp.float32)
+def _make_logits(case: Case, noise: Float[Array, "B T H Nk"]) -> Float[Array, "B T H Nk"]:
+    """Makes the decay's logits, spread as in a trained model or constant, as the mode says."""
+    if case.mode in _LOGIT:
+        return jnp.full_like(noise, _LOGIT[case.mode])
+    return 2.5 * noise - 0.5
 
 
-def make_inputs(case: Case, dtype: str = "float32", seed: int = 0) -> tuple[Inputs, State]:
-    """The six token arrays and a start state of `case`, the same for the same seed.
+def make_inputs(case: Case, dtype: str = "float32", seed: int = 0) -> tuple[WKVInputs, State]:
+    """Makes the six token arrays and a start state of `case`, the same for the same seed.
 
     Args:
         case: sizes and mode.
@@ -70,20 +75,29 @@ def make_inputs(case: Case, dtype: str = "float32", seed: int = 0) -> tuple[Inpu
         raise ValueError(
             f"make_inputs: `case.mode` must be one of {', '.join(MODES)}; got {case.mode!r}."
         )
-    tokens, heads = (case.batch, case.tokens, case.heads), (case.batch, case.heads)
-    keys = iter(jax.random.split(jax.random.key(seed), 7))
-    shape = (*tokens, case.key_size)
-    r, k, direction = (_normal(next(keys), *shape) for _ in range(3))
-    rate = jax.nn.sigmoid(1.5 * _normal(next(keys), *shape))
-    logit = 2.5 * _normal(next(keys), *shape) - 0.5
-    v = _normal(next(keys), *tokens, case.value_size)
-    state = 0.3 * _normal(next(keys), *heads, case.value_size, case.key_size)
-    if case.mode in _LOGIT:
-        logit = jnp.full_like(logit, _LOGIT[case.mode])
+    keys = jax.random.split(jax.random.key(seed), 7)
+    shape = (case.batch, case.tokens, case.heads, case.key_size)
+    v_shape = (case.batch, case.tokens, case.heads, case.value_size)
+    state_shape = (case.batch, case.heads, case.value_size, case.key_size)
+    r = jax.random.normal(keys[0], shape, jnp.float32)
+    k = jax.random.normal(keys[1], shape, jnp.float32)
+    direction = jax.random.normal(keys[2], shape, jnp.float32)
+    rate = jax.nn.sigmoid(1.5 * jax.random.normal(keys[3], shape, jnp.float32))
+    logit = _make_logits(case, jax.random.normal(keys[4], shape, jnp.float32))
+    v = jax.random.normal(keys[5], v_shape, jnp.float32)
+    state = 0.3 * jax.random.normal(keys[6], state_shape, jnp.float32)
     if case.mode == "repeated":
-        k, direction = (jnp.broadcast_to(x[:, :1], x.shape) for x in (k, direction))
+        k = jnp.broadcast_to(k[:, :1], shape)
+        direction = jnp.broadcast_to(direction[:, :1], shape)
         rate = jnp.full_like(rate, jax.nn.sigmoid(8.0))
     direction = direction / jnp.linalg.norm(direction, axis=-1, keepdims=True)
     k = k * (0.5 + 0.5 * rate)
-    r, k, v, a, b = (x.astype(dtype) for x in (r, k, v, -direction, direction * rate))
-    return (r, _LOG_W * jax.nn.sigmoid(logit), k, v, a, b), state
+    inputs = WKVInputs(
+        r=r.astype(dtype),
+        log_w=_LOG_W * jax.nn.sigmoid(logit),
+        k=k.astype(dtype),
+        v=v.astype(dtype),
+        a=(-direction).astype(dtype),
+        b=(direction * rate).astype(dtype),
+    )
+    return inputs, state

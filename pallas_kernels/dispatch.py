@@ -1,189 +1,273 @@
-"""Which implementation serves a call.
+"""The choice of an implementation for a call.
 
-Every implementation has `forward`, `forward_saving` and `backward`. A named one runs or raises.
-Without a name each platform that a program is lowered for gets its own, and a gradient keeps the
-states of the platform that the program is made for (`platforms.target`): on another one, which is
-possible though unusual, its backward pass walks forward once more.
+A named implementation runs or raises. Without a name, the kernel of the platform that the program
+is made for (`platforms.target`) runs if it can take the arrays; otherwise XLA compiles "scan" or
+"chunked". The choice happens when the call is traced.
+
+The program may still be lowered for another platform: by `jit` on arrays that are committed to
+another device, by the AOT interface, or because `jax.default_device` changed between the forward
+and the backward pass. `jax.lax.platform_dependent` covers these cases: the kernel's branch is
+lowered for the kernel's platform alone, all others compute in plain JAX. One program that is
+lowered for several platforms at once needs `multi_platform_export`.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels import chunked, platforms, scan, tiles
-from pallas_kernels.gpu import pallas_calls as gpu
-from pallas_kernels.gpu import triton_calls as triton_op
-from pallas_kernels.reference import Inputs, State
-from pallas_kernels.tpu import pallas_calls as tpu
+from pallas_kernels.gpu import pallas_calls as pallas_gpu
+from pallas_kernels.gpu import triton_calls as triton
+from pallas_kernels.reference import State, WKVInputs
+from pallas_kernels.tpu import pallas_calls as pallas_tpu
+
+
+class Implementation(Protocol):
+    """The three functions that every implementation has."""
+
+    def forward(
+        self, inputs: WKVInputs, state: State, *, chunk: int | None = None, interpret: bool = False
+    ) -> tuple[Array, State]:
+        """Computes y and the state after the last token."""
+        ...
+
+    def forward_saving(
+        self, inputs: WKVInputs, state: State, *, chunk: int | None = None, interpret: bool = False
+    ) -> tuple[Array, State, Array]:
+        """Computes y, the state after the last token, and the states that `backward` reads."""
+        ...
+
+    def backward(
+        self,
+        inputs: WKVInputs,
+        starts: Array,
+        dy: Array,
+        dend: State,
+        *,
+        chunk: int | None = None,
+        interpret: bool = False,
+    ) -> tuple[WKVInputs, State]:
+        """Computes the gradients of the six inputs and of the start state."""
+        ...
+
 
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda", "triton": "cuda"}
 IMPLEMENTATIONS = ("scan", "chunked", *PLATFORMS)
-_BY_NAME = {
+_BY_NAME: dict[str, Implementation] = {
     "scan": scan,
     "chunked": chunked,
-    "pallas_tpu": tpu,
-    "pallas_gpu": gpu.passes,
-    "triton": triton_op.passes,
+    "pallas_tpu": pallas_tpu,
+    "pallas_gpu": pallas_gpu.KERNELS,
+    "triton": triton.KERNELS,
 }
-# What None takes where a kernel can serve.
-_KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
-
-
-def _platform() -> str:
-    """The target's platform by the name that lowering gives it."""
-    device = platforms.target()
-    return "cuda" if device.platform == "gpu" else device.platform
+# The kernel that None takes on each platform, where it can take the arrays.
+_BEST_KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
 
 
 def available() -> tuple[str, ...]:
-    """The implementations that run on this process's default device, in their listed order."""
-    here = _platform()
-    names = [name for name in IMPLEMENTATIONS if PLATFORMS.get(name, here) == here]
-    if "triton" in names and triton_op.missing():
-        names.remove("triton")
+    """Lists the implementations that run on this process's default device."""
+    platform = platforms.target_platform()
+    names = []
+    for name in IMPLEMENTATIONS:
+        if PLATFORMS.get(name, platform) != platform:
+            continue
+        if name == "triton" and triton.missing():
+            continue
+        names.append(name)
     return tuple(names)
 
 
-def unsupported_reason(name: str, inputs: Inputs, state: State) -> str | None:
-    """What about these arrays a kernel cannot take, if anything."""
-    sizes, dtype = (inputs[0].shape[3], inputs[3].shape[3]), inputs[3].dtype
+def unsupported_reason(name: str, inputs: WKVInputs, state: State) -> str | None:
+    """Says what a kernel would take instead of these arrays; None if it takes them."""
+    dtype = inputs.v.dtype
+    sizes = (inputs.r.shape[3], inputs.v.shape[3])
     if dtype not in (jnp.bfloat16, jnp.float32) or state.dtype != jnp.float32:
         return f"bfloat16 or float32 tokens and a float32 state; got {dtype} and {state.dtype}"
     if name == "pallas_tpu":
         if any(size % 32 for size in sizes) or max(sizes) > 256:
             return f"head sizes that are multiples of 32 up to 256; got {sizes}"
         return None
+    return _unsupported_gpu_reason(name, sizes)
+
+
+def _unsupported_gpu_reason(name: str, sizes: tuple[int, int]) -> str | None:
+    """Says which head sizes or GPUs a GPU kernel takes; None if it takes these."""
+    # Triton's blocks are powers of two, and a head's state must fit into one program's registers.
     if any(size < 16 or size & (size - 1) for size in sizes) or sizes[0] * sizes[1] > 2**14:
         return f"head sizes that are powers of two from 16, with a product up to 128^2; got {sizes}"
-    if _platform() == "cuda":
-        largest = max(tiles.rows_for(_BY_NAME[name].table, tiles.capability()), default=0)
-        if not largest:
-            return "GPUs of compute capability 8.0 or newer"
-        if max(sizes) > largest:
-            return f"head sizes up to {largest} on this GPU; got {sizes}"
+    if platforms.target_platform() != "cuda":
+        return None
+    table = tiles.TRITON if name == "triton" else tiles.PALLAS_GPU
+    largest = max(tiles.rows_for(table, tiles.capability()), default=0)
+    if not largest:
+        return "GPUs of compute capability 8.0 or newer"
+    if max(sizes) > largest:
+        return f"head sizes up to {largest} on this GPU; got {sizes}"
     return None
 
 
-def check(name: str, inputs: Inputs, state: State, interpret: bool) -> None:
-    """Raise unless the implementation of this name can serve the call.
+def check(name: str, inputs: WKVInputs, state: State, interpret: bool) -> None:
+    """Raises unless the implementation of this name can serve the call.
 
     Raises:
         NotImplementedError: its platform is not the target's, or it cannot take these arrays.
         ImportError: a package is missing.
-        RuntimeError: packages do not fit together.
+        RuntimeError: the packages' versions do not fit together.
     """
     wanted = PLATFORMS.get(name)
     if wanted is None:
         return
-    if _platform() != wanted and not interpret:
+    platform = platforms.target_platform()
+    if platform != wanted and not interpret:
         raise NotImplementedError(
-            f"wkv7: {name!r} is made for {wanted} devices, this program for {_platform()}; name "
+            f"wkv7: {name!r} is made for {wanted} devices, this program for {platform}; name "
             f"another implementation or, to lower from here, set an abstract mesh of that device."
         )
-    unfit = unsupported_reason(name, inputs, state)
-    if unfit:
-        raise NotImplementedError(f"wkv7: {name!r} takes {unfit}.")
+    reason = unsupported_reason(name, inputs, state)
+    if reason:
+        raise NotImplementedError(f"wkv7: {name!r} takes {reason}.")
     if name == "triton":
-        triton_op.check_versions()
+        triton.check_versions()
 
 
-def _options(name: str, chunk: int | None, interpret: bool) -> dict:
-    return {"chunk": chunk} | ({"interpret": interpret} if name in PLATFORMS else {})
+def _takes_kernel(platform: str, inputs: WKVInputs, state: State) -> bool:
+    """Whether a call without a name takes this platform's kernel."""
+    if platform not in _BEST_KERNELS:
+        return False
+    # One token, as in decoding, is a few small products: XLA fuses them, a kernel only adds a call.
+    if inputs.r.shape[1] == 1:
+        return False
+    return not unsupported_reason(_BEST_KERNELS[platform], inputs, state)
 
 
-def forward(name: str | None, inputs: Inputs, state: State, *, chunk: int | None, interpret: bool):
-    """y and the last state."""
+def _kernel_branch(platform: str, function: Callable) -> Callable:
+    """Returns a kernel's branch, wrapped where a program is lowered for several platforms."""
+    wrapper = platforms.kernel_wrapper.get()
+    if wrapper is None:
+        return function
+    return functools.partial(wrapper, platform, function)
+
+
+def forward(
+    name: str | None, inputs: WKVInputs, state: State, *, chunk: int | None, interpret: bool
+) -> tuple[Array, State]:
+    """Computes y and the state after the last token."""
     if name is not None:
-        return _BY_NAME[name].forward(inputs, state, **_options(name, chunk, interpret))
-    if inputs[0].shape[1] == 1:
+        return _BY_NAME[name].forward(inputs, state, chunk=chunk, interpret=interpret)
+    if inputs.r.shape[1] == 1:
         return scan.forward(inputs, state)
-    branches = {"cpu": scan.forward, "default": functools.partial(chunked.forward, chunk=chunk)}
-    for platform, kernel in _KERNELS.items():
-        if not unsupported_reason(kernel, inputs, state):
+    branches: dict[str, Callable] = {}
+    exports_all = platforms.kernel_wrapper.get() is not None
+    for platform, kernel in _BEST_KERNELS.items():
+        # A kernel that no platform will use is not even traced: that takes 0.1 to 0.2 seconds.
+        is_wanted = exports_all or platform == platforms.target_platform()
+        if is_wanted and _takes_kernel(platform, inputs, state):
             run = functools.partial(_BY_NAME[kernel].forward, chunk=chunk)
-            branches[platform] = functools.partial(platforms.lower_only_on, platform, run)
-    return jax.lax.platform_dependent(inputs, state, **branches)
-
-
-def _kernel(inputs: Inputs, state: State) -> str | None:
-    """The platform whose kernel serves a differentiated call without a name, if there is one."""
-    here = _platform()
-    if (
-        here not in _KERNELS
-        or inputs[0].shape[1] == 1
-        or unsupported_reason(_KERNELS[here], inputs, state)
-    ):
-        return None
-    return here
+            branches[platform] = _kernel_branch(platform, run)
+    return jax.lax.platform_dependent(
+        inputs,
+        state,
+        cpu=scan.forward,
+        default=functools.partial(chunked.forward, chunk=chunk),
+        **branches,
+    )
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["states"], meta_fields=["platform"]
+    jax.tree_util.register_dataclass,
+    data_fields=["inputs", "state", "starts"],
+    meta_fields=["platform"],
 )
 @dataclasses.dataclass(frozen=True)
 class Residuals:
-    """What a backward pass needs of the states between.
+    """What the forward pass keeps for the backward pass.
 
     Attributes:
-        states: as the implementation that kept them has them.
-        platform: that of the kernel, where None took one: the backward pass may be traced where
-            the target is another.
+        inputs: the six inputs.
+        state: the start state.
+        starts: states between, in the layout of the implementation that kept them.
+        platform: the platform of the kernel that kept them; None if a named implementation or
+            "chunked" did. The backward pass may be traced where the target is another.
     """
 
-    states: Array
+    # No array types: `tree.map` also builds this class from things that are not arrays.
+    inputs: Any
+    state: Any
+    starts: Any
     platform: str | None = None
 
 
+def _zeros_like(shape: jax.ShapeDtypeStruct) -> Array:
+    """Returns zeros of this shape and dtype that vary over the same mesh axes."""
+    zeros = jnp.zeros(shape.shape, shape.dtype)
+    axes = tuple(shape.manual_axis_type.varying) if shape.manual_axis_type else ()
+    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
+
+
 def forward_saving(
-    name: str | None, inputs: Inputs, state: State, *, chunk: int | None, interpret: bool
-):
-    """y, the last state, and what is `Kept` for `backward`."""
-    platform = _kernel(inputs, state) if name is None else None
-    if platform is None:
-        name = name or "chunked"
-        options = _options(name, chunk, interpret)
-        y, end, states = _BY_NAME[name].forward_saving(inputs, state, **options)
-        return y, end, Residuals(states)
-    run = functools.partial(_BY_NAME[_KERNELS[platform]].forward_saving, chunk=chunk)
+    name: str | None, inputs: WKVInputs, state: State, *, chunk: int | None, interpret: bool
+) -> tuple[Array, State, Residuals]:
+    """Computes y, the state after the last token, and what `backward` needs."""
+    platform = platforms.target_platform()
+    if name is not None or not _takes_kernel(platform, inputs, state):
+        implementation = _BY_NAME[name or "chunked"]
+        y, end, starts = implementation.forward_saving(
+            inputs, state, chunk=chunk, interpret=interpret
+        )
+        return y, end, Residuals(inputs, state, starts)
+    kernel = _BY_NAME[_BEST_KERNELS[platform]]
+    run = functools.partial(kernel.forward_saving, chunk=chunk)
 
-    def elsewhere(inputs, state):
-        kept = platforms.zeros(jax.eval_shape(run, inputs, state)[2])
-        return *chunked.forward(inputs, state, chunk=chunk), kept
+    def other_platforms(inputs, state):
+        # All branches return the same shapes; `backward` on these platforms does not read them.
+        starts = _zeros_like(jax.eval_shape(run, inputs, state)[2])
+        return *chunked.forward(inputs, state, chunk=chunk), starts
 
-    here = {platform: functools.partial(platforms.lower_only_on, platform, run)}
-    y, end, states = jax.lax.platform_dependent(inputs, state, **here, default=elsewhere)
-    return y, end, Residuals(states, platform)
+    branches = {platform: _kernel_branch(platform, run)}
+    y, end, starts = jax.lax.platform_dependent(inputs, state, default=other_platforms, **branches)
+    return y, end, Residuals(inputs, state, starts, platform)
 
 
-def backward(name: str | None, residuals, dy, dend, *, chunk: int | None, interpret: bool):
-    """Gradients of the six inputs and of the start state.
+def backward(
+    name: str | None,
+    residuals: Residuals,
+    dy: Array,
+    dend: State,
+    *,
+    chunk: int | None,
+    interpret: bool,
+) -> tuple[WKVInputs, State]:
+    """Computes the gradients of the six inputs and of the start state.
 
     Args:
-        name: the implementation.
-        residuals: the inputs, the start state and what `forward_saving` kept.
+        name: the implementation, or None, as given to `forward_saving`.
+        residuals: what `forward_saving` kept.
         dy: gradient of y.
         dend: gradient of the last state.
         chunk: tokens of a chunk.
         interpret: run kernels in Pallas's interpreter.
     """
-    inputs, state, kept = residuals
-    starts, platform = kept.states, kept.platform
+    platform = residuals.platform
     if platform is None:
-        name = name or "chunked"
-        options = _options(name, chunk, interpret)
-        return _BY_NAME[name].backward(inputs, starts, dy, dend, **options)
-    run = functools.partial(_BY_NAME[_KERNELS[platform]].backward, chunk=chunk)
+        return _BY_NAME[name or "chunked"].backward(
+            residuals.inputs, residuals.starts, dy, dend, chunk=chunk, interpret=interpret
+        )
+    run = functools.partial(_BY_NAME[_BEST_KERNELS[platform]].backward, chunk=chunk)
+    run = _kernel_branch(platform, run)
 
-    def elsewhere(inputs, state, starts, dy, dend):
-        *_, kept = chunked.forward_saving(inputs, state, chunk=chunk)
-        return chunked.backward(inputs, kept, dy, dend, chunk=chunk)
+    def kernel_branch(residuals, dy, dend):
+        return run(residuals.inputs, residuals.starts, dy, dend)
 
-    def kernel(inputs, state, starts, dy, dend):
-        return platforms.lower_only_on(platform, run, inputs, starts, dy, dend)
+    def other_platforms(residuals, dy, dend):
+        # The kept states are zeros here: walk forward once more.
+        *_, starts = chunked.forward_saving(residuals.inputs, residuals.state, chunk=chunk)
+        return chunked.backward(residuals.inputs, starts, dy, dend, chunk=chunk)
 
     return jax.lax.platform_dependent(
-        inputs, state, starts, dy, dend, **{platform: kernel}, default=elsewhere
+        residuals, dy, dend, default=other_platforms, **{platform: kernel_branch}
     )

@@ -1,4 +1,4 @@
-"""The WKV-7 recurrence as its definition reads; every other form is compared with it."""
+"""The WKV-7 recurrence as its definition has it; all implementations are compared with it."""
 
 from typing import NamedTuple
 
@@ -6,24 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# Tokens of one call, by name.
-NAMES = ("r", "log_w", "k", "v", "a", "b")
-Inputs = tuple[
-    Float[Array, "B T H Nk"],
-    Float[Array, "B T H Nk"],
-    Float[Array, "B T H Nk"],
-    Float[Array, "B T H Nv"],
-    Float[Array, "B T H Nk"],
-    Float[Array, "B T H Nk"],
-]
+State = Float[Array, "B H Nv Nk"]
 
 
 class WKVInputs(NamedTuple):
-    """The six token arrays of the WKV-7 recurrence, as `wkv7` takes them.
+    """The six token arrays of the WKV-7 recurrence, in the order in which `wkv7` takes them.
 
-    A plain tuple of the six in this order is accepted wherever the op takes one. The fields have
-    no shape annotations that are checked: `tree.map` also builds this class of things that are no
-    arrays, such as shardings.
+    The fields carry no checked shapes: `jax.tree.map` also builds this class from things that are
+    not arrays, such as shardings.
 
     Attributes:
         r: receptance, [B T H Nk].
@@ -42,17 +32,17 @@ class WKVInputs(NamedTuple):
     b: Array
 
 
-State = Float[Array, "B H Nv Nk"]
+NAMES = WKVInputs._fields
 
 
-def step(state: State, token) -> tuple[State, Float[Array, "B H Nv"]]:
-    """The state after one token and what is read from it.
+def step(state: State, token: WKVInputs) -> tuple[State, Float[Array, "B H Nv"]]:
+    """Computes the state after one token and reads from it.
 
     S <- S (diag(w) + a b^T) + v k^T, then y = S r: the removal reads the old state, y the new one.
 
     Args:
         state: float32 or float64; rows are value channels, columns key channels.
-        token: r, log_w, k, v, a, b of one token, each [B H N*], in the state's dtype.
+        token: the six inputs of one token, each [B H N*], in the state's dtype.
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_numpy.py:39-40; cuda/rwkv7_clampw.cu:48-63.
     """
@@ -66,11 +56,21 @@ def step(state: State, token) -> tuple[State, Float[Array, "B H Nv"]]:
     return state, jnp.einsum("bhvk,bhk->bhv", state, r, precision="highest")
 
 
-def wkv7_reference(inputs: Inputs, state: State) -> tuple[Float[Array, "B T H Nv"], State]:
-    """What every token reads and the state behind the last one, one token after the other.
+def wkv7_reference(
+    inputs: WKVInputs | tuple[Array, ...], state: State
+) -> tuple[Float[Array, "B T H Nv"], State]:
+    """Runs the recurrence token by token.
 
-    All arithmetic happens in the state's dtype (float64 where x64 is on); y comes back in v's.
+    All arithmetic happens in the state's dtype (float64 where x64 is on).
+
+    Args:
+        inputs: r, log_w, k, v, a, b.
+        state: the start state.
+
+    Returns:
+        y in v's dtype, and the state after the last token.
     """
-    tokens = tuple(jnp.moveaxis(x, 1, 0).astype(state.dtype) for x in inputs)
+    inputs = WKVInputs(*inputs)
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0).astype(state.dtype), inputs)
     end, y = jax.lax.scan(step, state, tokens)
-    return jnp.moveaxis(y, 0, 1).astype(inputs[3].dtype), end
+    return jnp.moveaxis(y, 0, 1).astype(inputs.v.dtype), end

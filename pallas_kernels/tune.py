@@ -30,15 +30,15 @@ def passes(name: str, case, dtype: str) -> tuple[Callable, Callable]:
     def forward(inputs, state):
         return dispatch.forward_saving(name, inputs, state, **options)
 
-    def backward(inputs, state, starts, dy, dend):
-        return dispatch.backward(name, (inputs, state, starts), dy, dend, **options)
+    def backward(residuals, dy, dend):
+        return dispatch.backward(name, residuals, dy, dend, **options)
 
     def run_forward():
         return jax.jit(forward).lower(inputs, state).compile(), (inputs, state)
 
     def run_backward():
-        starts = jax.jit(forward)(inputs, state)[2]
-        arguments = (inputs, state, starts, dy, dend)
+        residuals = jax.jit(forward)(inputs, state)[2]
+        arguments = (residuals, dy, dend)
         return jax.jit(backward).lower(*arguments).compile(), arguments
 
     return run_forward, run_backward

@@ -20,7 +20,7 @@ from jax.experimental import topologies
 
 from pallas_kernels import tiles
 from pallas_kernels.gpu import pallas_calls as gpu
-from pallas_kernels.reference import NAMES
+from pallas_kernels.reference import WKVInputs
 
 # Device kind, compute capability, multiprocessors, shared memory of a program at most.
 DEVICES = (
@@ -106,14 +106,19 @@ def _passes(keys: int, values: int, dtype: str, sharding) -> Iterator[tuple]:
     def array(kind, *shape):
         return jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
 
-    inputs = tuple(
-        array("float32" if name == "log_w" else dtype, BATCH, TOKENS, heads, size)
-        for name, size in ((name, values if name == "v" else keys) for name in NAMES)
+    shape = (BATCH, TOKENS, heads, keys)
+    inputs = WKVInputs(
+        r=array(dtype, *shape),
+        log_w=array("float32", *shape),
+        k=array(dtype, *shape),
+        v=array(dtype, *shape[:3], values),
+        a=array(dtype, *shape),
+        b=array(dtype, *shape),
     )
     state = array("float32", BATCH, heads, values, keys)
-    starts = jax.eval_shape(gpu.passes.forward_saving, inputs, state)[2]
-    yield gpu.passes.forward_saving, (inputs, state)
-    yield gpu.passes.backward, (inputs, array(starts.dtype, *starts.shape), inputs[3], state)
+    starts = jax.eval_shape(gpu.KERNELS.forward_saving, inputs, state)[2]
+    yield gpu.KERNELS.forward_saving, (inputs, state)
+    yield gpu.KERNELS.backward, (inputs, array(starts.dtype, *starts.shape), inputs.v, state)
 
 
 def child(kind: str, capability: str, cores: str, shared: str, *size: str) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 from jax.experimental import topologies
 
-from pallas_kernels.reference import NAMES
+from pallas_kernels.reference import WKVInputs
 from pallas_kernels.tpu import pallas_calls as tpu
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -46,15 +46,19 @@ def _program(passed: str, keys: int, values: int, dtype: str, sharding):
     def array(kind, *shape):
         return jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
 
-    widths = {name: heads * (values if name == "v" else keys) for name in NAMES}
-    tokens = tuple(
-        array("float32" if name == "log_w" else dtype, BATCH, TOKENS, width)
-        for name, width in widths.items()
+    key_array = array(dtype, BATCH, TOKENS, heads * keys)
+    tokens = WKVInputs(
+        r=key_array,
+        log_w=array("float32", BATCH, TOKENS, heads * keys),
+        k=key_array,
+        v=array(dtype, BATCH, TOKENS, heads * values),
+        a=key_array,
+        b=key_array,
     )
     state = array("float32", BATCH, heads, values, keys)
 
     def split(arrays):
-        return tuple(x.reshape(BATCH, TOKENS, heads, -1) for x in arrays)
+        return jax.tree.map(lambda x: x.reshape(BATCH, TOKENS, heads, -1), arrays)
 
     def flat(x):
         return x.reshape(BATCH, TOKENS, -1)
@@ -64,22 +68,21 @@ def _program(passed: str, keys: int, values: int, dtype: str, sharding):
         return flat(y), *rest
 
     def backward(tokens, starts, dy, dend):
-        grads, dstate = tpu.backward(split(tokens), starts, *split([dy]), dend)
-        return tuple(map(flat, grads)), dstate
+        grads, dstate = tpu.backward(split(tokens), starts, split(dy), dend)
+        return jax.tree.map(flat, grads), dstate
 
     if passed == "forward":
         return forward, (tokens, state)
     starts = jax.eval_shape(forward, tokens, state)[2]
-    return backward, (tokens, array(starts.dtype, *starts.shape), tokens[3], state)
+    return backward, (tokens, array(starts.dtype, *starts.shape), tokens.v, state)
 
 
 def _form(keys: int, values: int, dtype: str):
     """How the kernel tiles these."""
-    shapes = [
-        jax.ShapeDtypeStruct((BATCH, TOKENS, CHANNELS // keys, n), dtype)
-        for n in (keys, keys, keys, values, keys, keys)
-    ]
-    return tpu.form_of(shapes, None)
+    key_shape = jax.ShapeDtypeStruct((BATCH, TOKENS, CHANNELS // keys, keys), dtype)
+    value_shape = jax.ShapeDtypeStruct((BATCH, TOKENS, CHANNELS // keys, values), dtype)
+    shapes = WKVInputs(key_shape, key_shape, key_shape, value_shape, key_shape, key_shape)
+    return tpu.choose_layout(shapes, None)
 
 
 def _read(folder: Path) -> dict:

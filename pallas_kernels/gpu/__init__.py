@@ -1,1 +1,1 @@
-"""The kernels for NVIDIA GPUs: Pallas's and Triton's."""
+"""Kernels for NVIDIA GPUs, in Pallas and in Triton."""

@@ -1,6 +1,7 @@
-"""WKV-7 on NVIDIA GPUs: the kernels' calls in Pallas, through its Triton lowering."""
+"""WKV-7 on NVIDIA GPUs: the calls of the Pallas kernels, which Pallas lowers through Triton."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,26 @@ from pallas_kernels import tiles
 from pallas_kernels.gpu import kernel_bodies as kernels
 from pallas_kernels.gpu.segmented_passes import KernelSet
 from pallas_kernels.platforms import output_like
-from pallas_kernels.reference import Inputs, State
+from pallas_kernels.reference import State, WKVInputs
 
-INPUTS = ("keys", "keys", "keys", "values", "keys", "keys")
+# The kind of block that each input is cut into. A kernel may take some value channels alone.
+INPUTS = WKVInputs(r="keys", log_w="keys", k="keys", v="values", a="keys", b="keys")
+
+# A kind of block and an array, or the shape of an output.
+Operand = tuple[str, Array]
+Output = tuple[str, jax.ShapeDtypeStruct]
 
 
-def _call(kernel, grid, blocks: dict, arrays, outputs, tile: tiles.Tile, interpret):
-    """`pl.pallas_call` on pairs of a kind of block and an array, or its shape."""
+def _call(
+    kernel,
+    grid: tuple[int, ...],
+    blocks: dict[str, pl.BlockSpec],
+    arrays: Sequence[Operand],
+    outputs: Sequence[Output],
+    tile: tiles.Tile,
+    interpret: bool,
+) -> Sequence[Array]:
+    """Calls `pl.pallas_call`, whose specs follow from the arrays' and outputs' kinds of block."""
     return pl.pallas_call(
         functools.partial(kernel, interpret=interpret),
         grid=grid,
@@ -31,9 +45,19 @@ def _call(kernel, grid, blocks: dict, arrays, outputs, tile: tiles.Tile, interpr
     )(*(x for _, x in arrays))
 
 
-def _walk(kernel, arrays, outputs, choice: tiles.GPU, tile: tiles.Tile, interpret):
-    """A program for every head and block of value rows."""
-    (batch, tokens, heads, keys), values = arrays[0][1].shape, arrays[-1][1].shape[2]
+def _walk(
+    kernel,
+    arrays: Sequence[Operand],
+    outputs: Sequence[Output],
+    choice: tiles.GPU,
+    tile: tiles.Tile,
+    interpret: bool,
+) -> Sequence[Array]:
+    """Runs one program for every head and block of value rows, which walks all chunks."""
+    _, first = arrays[0]
+    _, state = arrays[-1]
+    batch, tokens, heads, keys = first.shape
+    values = state.shape[2]
     rows = tile.values
     while values % rows:
         rows //= 2
@@ -48,45 +72,64 @@ def _walk(kernel, arrays, outputs, choice: tiles.GPU, tile: tiles.Tile, interpre
     return _call(kernel, (values // rows, heads, batch), blocks, arrays, outputs, tile, interpret)
 
 
-def _states(state: State, v: Array, choice: tiles.GPU) -> jax.ShapeDtypeStruct:
-    """One state a chunk, in the tokens' dtype."""
+def _chunk_states(state: State, v: Array, choice: tiles.GPU) -> jax.ShapeDtypeStruct:
+    """Describes one state for each chunk, in the tokens' dtype."""
     batch, heads, values, keys = state.shape
-    return output_like((batch, heads, v.shape[1] // choice.chunk, keys, values), v.dtype, state, v)
+    chunks = v.shape[1] // choice.chunk
+    return output_like((batch, heads, chunks, keys, values), v.dtype, state, v)
 
 
-def _forward(inputs: Inputs, state: State, choice: tiles.GPU, save: bool | None, interpret):
-    v, arrays = inputs[3], [*zip(INPUTS, inputs, strict=True), ("state", state)]
+def _forward(
+    inputs: WKVInputs, state: State, choice: tiles.GPU, save: bool | None, interpret: bool
+) -> Sequence[Array]:
+    """Calls the forward kernel; see `segmented_passes.ForwardKernel`."""
+    v = inputs.v
+    arrays = [*zip(INPUTS, inputs, strict=True), ("state", state)]
     outputs = [("state", output_like(state.shape, jnp.float32, state, v))]
     if save is not None:
         outputs.append(("values", output_like(v.shape, v.dtype, state, v)))
     if save:
-        outputs.append(("states", _states(state, v, choice)))
+        outputs.append(("states", _chunk_states(state, v, choice)))
     return _walk(kernels.forward_kernel, arrays, outputs, choice, choice.forward, interpret)
 
 
-def _state(r, log_w, a, b, dy, dend: State, choice: tiles.GPU, save: bool, interpret):
-    arrays = [("keys", x) for x in (r, log_w, a, b)] + [("values", dy), ("state", dend)]
+def _state(
+    inputs: WKVInputs, dy: Array, dend: State, choice: tiles.GPU, save: bool, interpret: bool
+) -> Sequence[Array]:
+    """Calls the state's kernel; see `segmented_passes.StateKernel`."""
+    arrays = [
+        ("keys", inputs.r),
+        ("keys", inputs.log_w),
+        ("keys", inputs.a),
+        ("keys", inputs.b),
+        ("values", dy),
+        ("state", dend),
+    ]
     outputs = [("state", output_like(dend.shape, jnp.float32, dend, dy))]
     if save:
-        outputs.append(("states", _states(dend, dy, choice)))
+        outputs.append(("states", _chunk_states(dend, dy, choice)))
     return _walk(kernels.state_kernel, arrays, outputs, choice, choice.state, interpret)
 
 
-def _gradients(inputs: Inputs, dy, starts, ends, choice: tiles.GPU, interpret):
-    (batch, tokens, heads, keys), values, chunk = inputs[0].shape, dy.shape[3], choice.chunk
+def _gradients(
+    inputs: WKVInputs, dy: Array, starts: Array, ends: Array, choice: tiles.GPU, interpret: bool
+) -> Sequence[Array]:
+    """Calls the gradients' kernel; see `segmented_passes.GradientsKernel`."""
+    batch, tokens, heads, keys = inputs.r.shape
+    values = dy.shape[3]
+    chunk = choice.chunk
     blocks = {
         "keys": pl.BlockSpec((1, chunk, 1, keys), lambda c, h, b: (b, c, h, 0)),
         "values": pl.BlockSpec((1, chunk, 1, values), lambda c, h, b: (b, c, h, 0)),
         "states": pl.BlockSpec((1, 1, 1, keys, values), lambda c, h, b: (b, h, c, 0, 0)),
     }
-    arrays = list(
-        zip((*INPUTS, "values", "states", "states"), (*inputs, dy, starts, ends), strict=True)
-    )
-    outputs = [(kind, output_like(x.shape, x.dtype, x, dy)) for kind, x in arrays[:6]]
+    six = list(zip(INPUTS, inputs, strict=True))
+    arrays = [*six, ("values", dy), ("states", starts), ("states", ends)]
+    outputs = [(kind, output_like(x.shape, x.dtype, x, dy)) for kind, x in six]
     grid = (tokens // chunk, heads, batch)
     return _call(
         kernels.gradients_kernel, grid, blocks, arrays, outputs, choice.gradients, interpret
     )
 
 
-passes = KernelSet(tiles.PALLAS_GPU, _forward, _state, _gradients)
+KERNELS = KernelSet(tiles.PALLAS_GPU, _forward, _state, _gradients)

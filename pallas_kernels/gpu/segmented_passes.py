@@ -1,77 +1,155 @@
-"""Forward and backward passes from three GPU kernels, whoever wrote these.
+"""Forward and backward passes made of three GPU kernels, Pallas's or Triton's.
 
-A head of a sequence is one program's work, chunk by chunk. Where there are too few heads to fill a
+One program handles one head of a sequence, chunk by chunk. Where there are too few heads to fill a
 GPU, the sequence is cut into segments that are walked at the same time: a first walk finds what
-each segment makes of zeros and of the identity, which gives every segment its own start.
+each segment makes of zeros and of the identity, which gives every segment its own start state.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import tiles
-from pallas_kernels.reference import Inputs, State
+from pallas_kernels.reference import State, WKVInputs
 
-# Scaled states, one a chunk of every segment, in the orientation that the kernels like.
+# Scaled states, one for each chunk of every segment, in the orientation that the kernels prefer.
 Starts = Float[Array, "BS H C N1 N2"]
 Values = Float[Array, "B T H Nv"]
-# Programs that keep a large GPU busy, and the fewest chunks that are worth a segment.
-PROGRAMS, SHORTEST = 256, 8
+# Programs that keep a large GPU busy.
+PROGRAMS = 256
+# Fewer chunks than this are not worth a segment.
+SHORTEST = 8
 
 
 def split(x: Float[Array, "B T H N"], segments: int) -> Float[Array, "BS TS H N"]:
-    """Segments as rows of the batch."""
-    return x.reshape(x.shape[0] * segments, x.shape[1] // segments, *x.shape[2:])
+    """Turns the segments of each row into rows of the batch."""
+    batch, tokens = x.shape[:2]
+    return x.reshape(batch * segments, tokens // segments, *x.shape[2:])
 
 
-def _probes(state: State, segments: int) -> Float[Array, "BS H NvNk Nk"]:
-    """Zeros and the identity, one above the other, as every segment's start."""
-    rows = jnp.eye(state.shape[2] + state.shape[3], state.shape[3], -state.shape[2])
-    return jnp.broadcast_to(rows, (state.shape[0] * segments, state.shape[1], *rows.shape))
+def _make_probes(state: State, segments: int) -> Float[Array, "BS H NvNk Nk"]:
+    """Stacks zeros [Nv Nk] on the identity [Nk Nk], as the start state of every segment."""
+    batch, heads, values, keys = state.shape
+    rows = jnp.eye(values + keys, keys, -values)
+    return jnp.broadcast_to(rows, (batch * segments, heads, *rows.shape))
 
 
-def _widen(x: Float[Array, "BS TS H Nv"], state: State) -> Float[Array, "BS TS H NvNk"]:
-    """Zeros for the identity's rows, into which no token writes."""
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, state.shape[3])))
+def _pad_values(x: Float[Array, "BS TS H Nv"], state: State) -> Float[Array, "BS TS H NvNk"]:
+    """Appends zeros for the identity's rows, into which no token writes."""
+    keys = state.shape[3]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, keys)))
 
 
 def chain_segments(
-    found: Float[Array, "BS H NvNk Nk"], state: State, *, reverse: bool
+    probe_ends: Float[Array, "BS H NvNk Nk"], state: State, *, reverse: bool
 ) -> Float[Array, "BS H Nv Nk"]:
-    """Every segment's start, from `state` and what the segments make of `_probes`."""
+    """Computes every segment's start state from the first one's.
 
-    def step(state, found):
-        written, kept = jnp.split(found, [state.shape[2]], axis=2)
+    Args:
+        probe_ends: what the segments make of the states of `_make_probes`.
+        state: the first segment's start state; with `reverse` the last one's end gradient.
+        reverse: walk from the last segment to the first.
+    """
+    values = state.shape[2]
+
+    def step(state, probe_end):
+        # A segment is affine: its tokens write `written`, and turn a start state S into S kept.
+        written, kept = jnp.split(probe_end, [values], axis=2)
         return jnp.matmul(state, kept, precision="highest") + written, state
 
-    by_segment = found.reshape(state.shape[0], -1, *found.shape[1:]).swapaxes(0, 1)
+    by_segment = probe_ends.reshape(state.shape[0], -1, *probe_ends.shape[1:]).swapaxes(0, 1)
     _, starts = jax.lax.scan(step, state, by_segment, reverse=reverse)
     return starts.swapaxes(0, 1).reshape(-1, *state.shape[1:])
 
 
+class ForwardKernel(Protocol):
+    """The kernel that walks the chunks forward."""
+
+    def __call__(
+        self, inputs: WKVInputs, state: State, choice: tiles.GPU, save: bool | None, interpret: bool
+    ) -> Sequence[Array]:
+        """Returns the end state; unless `save` is None also y; if it is true also each S^."""
+        ...
+
+
+class StateKernel(Protocol):
+    """The kernel that walks the chunks backward."""
+
+    def __call__(
+        self,
+        inputs: WKVInputs,
+        dy: Array,
+        dend: State,
+        choice: tiles.GPU,
+        save: bool,
+        interpret: bool,
+    ) -> Sequence[Array]:
+        """Returns the start state's gradient and, with `save`, each chunk's G^."""
+        ...
+
+
+class GradientsKernel(Protocol):
+    """The kernel for the gradients of the inputs, one program for each chunk."""
+
+    def __call__(
+        self,
+        inputs: WKVInputs,
+        dy: Array,
+        starts: Array,
+        ends: Array,
+        choice: tiles.GPU,
+        interpret: bool,
+    ) -> Sequence[Array]:
+        """Returns the six gradients, from each chunk's S^ and G^."""
+        ...
+
+
+class _Plan(NamedTuple):
+    """How one call is cut.
+
+    Attributes:
+        choice: tiles, with the chunk that the call asks for.
+        segments: segments of each sequence, a power of two.
+    """
+
+    choice: tiles.GPU
+    segments: int
+
+    def cut(self, x: Array) -> Array:
+        """Pads with zeros to full segments of full chunks, and splits into segments."""
+        # A token of zeros changes neither the state nor a gradient.
+        missing = -x.shape[1] % (self.choice.chunk * self.segments)
+        return split(jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))), self.segments)
+
+    def cut_inputs(self, inputs: WKVInputs) -> WKVInputs:
+        """Casts the inputs to the kernels' dtypes and cuts them."""
+        dtype = inputs.v.dtype
+        dtypes = WKVInputs(dtype, jnp.float32, dtype, dtype, dtype, dtype)
+        return jax.tree.map(lambda x, kind: self.cut(x.astype(kind)), inputs, dtypes)
+
+
 class KernelSet(NamedTuple):
-    """Three kernels and how they are tiled.
+    """Three kernels and how they are tiled: an implementation of the op.
 
     Attributes:
         table: of `tiles`.
-        forward_kernel: (inputs, state, choice, save, interpret) to the end state and, unless `save`
-            is None, y and, if it is true, S^ of every chunk.
-        state_kernel: (r, log_w, a, b, dy, dend, choice, save, interpret) to the start state's
-            gradient and, if `save`, G^ of every chunk.
-        gradients_kernel: (inputs, dy, S^, G^, choice, interpret) to the six gradients.
+        forward_kernel: walks the chunks forward.
+        state_kernel: walks them backward.
+        gradients_kernel: computes the inputs' gradients.
     """
 
     table: dict
-    forward_kernel: Callable
-    state_kernel: Callable
-    gradients_kernel: Callable
+    forward_kernel: ForwardKernel
+    state_kernel: StateKernel
+    gradients_kernel: GradientsKernel
 
-    def _plan(self, inputs: Inputs, chunk: int | None) -> tuple[tuple[Array, ...], tiles.GPU, int]:
-        """Whole segments of whole chunks in the kernels' dtypes; their tiles; their number."""
-        (batch, tokens, heads, keys), v = inputs[0].shape, inputs[3]
+    def _plan(self, inputs: WKVInputs, chunk: int | None) -> _Plan:
+        """Chooses the tiles and the number of segments."""
+        batch, tokens, heads, keys = inputs.r.shape
+        v = inputs.v
         choice = tiles.for_gpu(self.table, keys, v.shape[3], v.dtype, tiles.capability())
         choice = choice._replace(chunk=chunk or choice.chunk)
         segments = 1
@@ -80,67 +158,82 @@ class KernelSet(NamedTuple):
             and tokens >= 2 * segments * SHORTEST * choice.chunk
         ):
             segments *= 2
-        r, log_w, *rest = inputs
-        arrays = (r.astype(v.dtype), log_w.astype(jnp.float32), *(x.astype(v.dtype) for x in rest))
-        return tuple(self._cut(x, choice, segments) for x in arrays), choice, segments
+        return _Plan(choice, segments)
 
-    def _cut(self, x: Array, choice: tiles.GPU, segments: int) -> Array:
-        """Padded with zeros, which change nothing, and split."""
-        missing = -x.shape[1] % (choice.chunk * segments)
-        return split(jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))), segments)
-
-    def _forward(self, inputs: Inputs, state: State, chunk, save: bool, interpret):
-        batch, tokens, heads, values = inputs[3].shape
-        cut, choice, segments = self._plan(inputs, chunk)
+    def _forward(
+        self, inputs: WKVInputs, state: State, chunk: int | None, save: bool, interpret: bool
+    ) -> tuple[Array, ...]:
+        batch, tokens, heads, values = inputs.v.shape
+        plan = self._plan(inputs, chunk)
+        choice, segments = plan
+        cut = plan.cut_inputs(inputs)
         if segments > 1:
-            wide = (*cut[:3], _widen(cut[3], state), *cut[4:])
-            probes = _probes(state, segments)
-            (found,) = self.forward_kernel(wide, probes, choice, None, interpret)
-            state = chain_segments(found, state, reverse=False)
+            wide = cut._replace(v=_pad_values(cut.v, state))
+            probes = _make_probes(state, segments)
+            (probe_ends,) = self.forward_kernel(wide, probes, choice, None, interpret)
+            state = chain_segments(probe_ends, state, reverse=False)
         end, y, *starts = self.forward_kernel(cut, state, choice, save, interpret)
         y = y.reshape(batch, -1, heads, values)[:, :tokens]
+        # The end state of a sequence is that of its last segment.
         return y, end[segments - 1 :: segments], *starts
 
     def forward(
-        self, inputs: Inputs, state: State, *, chunk: int | None = None, interpret: bool = False
+        self, inputs: WKVInputs, state: State, *, chunk: int | None = None, interpret: bool = False
     ) -> tuple[Values, State]:
-        """What every token reads, and the state behind the last.
+        """Computes y and the state after the last token.
 
         Args:
-            inputs: r, log_w, k, v, a, b; bfloat16 or float32 by v, of which products are made.
+            inputs: bfloat16 or float32; matrix products take operands of v's dtype.
             state: float32.
             chunk: tokens of a chunk; None takes the table's.
             interpret: run in Pallas's interpreter, for tests.
         """
-        return self._forward(inputs, state, chunk, False, interpret)
+        y, end = self._forward(inputs, state, chunk, False, interpret)
+        return y, end
 
     def forward_saving(
-        self, inputs: Inputs, state: State, *, chunk: int | None = None, interpret: bool = False
+        self, inputs: WKVInputs, state: State, *, chunk: int | None = None, interpret: bool = False
     ) -> tuple[Values, State, Starts]:
-        """As `forward`, and the scaled states of every chunk."""
-        return self._forward(inputs, state, chunk, True, interpret)
+        """Computes what `forward` does, and the scaled state of every chunk."""
+        y, end, starts = self._forward(inputs, state, chunk, True, interpret)
+        return y, end, starts
 
     def backward(
         self,
-        inputs: Inputs,
+        inputs: WKVInputs,
         starts: Starts,
         dy: Values,
         dend: State,
         *,
         chunk: int | None = None,
         interpret: bool = False,
-    ) -> tuple[tuple[Array, ...], State]:
-        """Gradients of the six inputs and the start state, from what `forward_saving` kept."""
+    ) -> tuple[WKVInputs, State]:
+        """Computes the gradients of the six inputs and of the start state.
+
+        Args:
+            inputs: as given to `forward_saving`.
+            starts: the states that `forward_saving` returned.
+            dy: gradient of y.
+            dend: gradient of the last state.
+            chunk: as given to `forward_saving`.
+            interpret: run in Pallas's interpreter, for tests.
+        """
         batch, tokens, heads, _ = dy.shape
-        cut, choice, segments = self._plan(inputs, chunk)
-        dy = self._cut(dy.astype(cut[3].dtype), choice, segments)
-        read = (cut[0], cut[1], cut[4], cut[5])
+        plan = self._plan(inputs, chunk)
+        choice, segments = plan
+        cut = plan.cut_inputs(inputs)
+        dy = plan.cut(dy.astype(cut.v.dtype))
         if segments > 1:
-            wide, probes = _widen(dy, dend), _probes(dend, segments)
-            (found,) = self.state_kernel(*read, wide, probes, choice, False, interpret)
-            dend = chain_segments(found, dend, reverse=True)
-        dstart, ends = self.state_kernel(*read, dy, dend, choice, True, interpret)
+            wide = _pad_values(dy, dend)
+            probes = _make_probes(dend, segments)
+            (probe_ends,) = self.state_kernel(cut, wide, probes, choice, False, interpret)
+            dend = chain_segments(probe_ends, dend, reverse=True)
+        dstart, ends = self.state_kernel(cut, dy, dend, choice, True, interpret)
         grads = self.gradients_kernel(cut, dy, starts, ends, choice, interpret)
-        whole = (x.reshape(batch, -1, heads, x.shape[3])[:, :tokens] for x in grads)
-        pairs = zip(whole, inputs, strict=True)
-        return tuple(g.astype(x.dtype) for g, x in pairs), dstart[::segments]
+
+        def join(grad, x):
+            joined = grad.reshape(batch, -1, heads, grad.shape[3])
+            return joined[:, :tokens].astype(x.dtype)
+
+        grads = jax.tree.map(join, WKVInputs(*grads), inputs)
+        return grads, dstart[::segments]

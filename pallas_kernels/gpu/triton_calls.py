@@ -1,6 +1,6 @@
-"""WKV-7 on NVIDIA GPUs: the Triton kernels' calls, through jax-triton."""
+"""WKV-7 on NVIDIA GPUs: the calls of the Triton kernels, through jax-triton."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import jax
@@ -10,9 +10,9 @@ from jaxtyping import Array
 from pallas_kernels import tiles
 from pallas_kernels.gpu.segmented_passes import KernelSet
 from pallas_kernels.platforms import output_like
-from pallas_kernels.reference import Inputs, State
+from pallas_kernels.reference import State, WKVInputs
 
-# What goes together, by jax's minor version: jax-triton, and triton's minor versions.
+# Versions that work together, by jax's minor version: jax-triton, and triton's minor versions.
 FITTING = {"0.10": ("0.3.1", ("3.6", "3.7")), "0.11": ("0.4.1", ("3.7",))}
 
 
@@ -21,25 +21,31 @@ def _minor(name: str) -> str:
 
 
 def check_versions() -> None:
-    """Raise unless the installed jax, jax-triton and triton are known to work together.
+    """Raises unless the installed jax, jax-triton and triton are known to work together.
 
     Raises:
         ImportError: one of them is missing.
-        RuntimeError: they do not fit.
+        RuntimeError: their versions do not fit.
     """
-    found, (bridge, compilers) = _minor("jax"), FITTING.get(_minor("jax"), (None, ()))
-    if bridge is None:
+    jax_minor = _minor("jax")
+    if jax_minor not in FITTING:
         raise RuntimeError(
-            f"The Triton kernels need jax {' or '.join(FITTING)}; installed is jax {found}."
+            f"The Triton kernels need jax {' or '.join(FITTING)}; installed is jax {jax_minor}."
         )
-    wanted = f"jax-triton {bridge} with triton {' or '.join(compilers)} beside jax {found}"
+    jax_triton_version, triton_minors = FITTING[jax_minor]
+    needed = (
+        f"jax-triton {jax_triton_version} with triton {' or '.join(triton_minors)} "
+        f"for jax {jax_minor}"
+    )
     try:
-        pair = version("jax-triton"), version("triton")
+        installed_jax_triton = version("jax-triton")
+        installed_triton = version("triton")
     except PackageNotFoundError as error:
-        raise ImportError(f"The Triton kernels need {wanted}; {error.name} is missing.") from error
-    if pair[0] != bridge or _minor("triton") not in compilers:
+        raise ImportError(f"The Triton kernels need {needed}; {error.name} is missing.") from error
+    if installed_jax_triton != jax_triton_version or _minor("triton") not in triton_minors:
         raise RuntimeError(
-            f"The Triton kernels need {wanted}; installed are {pair[0]} and {pair[1]}."
+            f"The Triton kernels need {needed}; "
+            f"installed are {installed_jax_triton} and {installed_triton}."
         )
 
 
@@ -52,15 +58,34 @@ def missing() -> bool:
     return False
 
 
-def launch(kernel: str, arrays: tuple, outputs: list, grid: tuple, tile, **constants) -> list:
-    """Run the kernel of this name on the arrays, their tokens and heads; returns its outputs."""
+def launch(
+    kernel: str,
+    arrays: Sequence[Array],
+    outputs: list[jax.ShapeDtypeStruct],
+    grid: tuple[int, ...],
+    tile: tiles.Tile,
+    **constants,
+) -> Sequence[Array]:
+    """Runs a Triton kernel.
+
+    Args:
+        kernel: its name in `triton_kernels`.
+        arrays: its arrays; the first one's numbers of tokens and heads are passed after them.
+        outputs: shapes of what it writes.
+        grid: its programs.
+        tile: how it is compiled.
+        **constants: its compile-time constants.
+    """
+    # Optional packages: jax_triton is an extra, and triton is slow to import.
     import jax_triton
 
     from pallas_kernels.gpu import triton_kernels
 
+    tokens, heads = arrays[0].shape[1:3]
     return jax_triton.triton_call(
         *arrays,
-        *arrays[0].shape[1:3],
+        tokens,
+        heads,
         kernel=getattr(triton_kernels, kernel),
         out_shape=outputs,
         grid=grid,
@@ -70,80 +95,130 @@ def launch(kernel: str, arrays: tuple, outputs: list, grid: tuple, tile, **const
     )
 
 
-def _batched(function: Callable) -> Callable:
-    """A function of arrays [B ...] for `jax.vmap`, which gets one call on a larger batch."""
+def _fold_vmap_into_batch(function: Callable) -> Callable:
+    """Gives a function of arrays [B ...] a `jax.vmap` rule: one call on a larger batch.
+
+    jax-triton's own call has no batching rule.
+    """
     run = jax.custom_batching.custom_vmap(function)
 
     @run.def_vmap
     def _(size: int, batched: list, *arrays: Array):
-        whole = [
-            x if mapped else jnp.broadcast_to(x, (size, *x.shape))
-            for x, mapped in zip(arrays, batched, strict=True)
-        ]
-        found = run(*(x.reshape(-1, *x.shape[2:]) for x in whole))
-        parts = [x.reshape(size, -1, *x.shape[1:]) for x in found]
-        return parts, [True] * len(parts)
+        folded = []
+        for x, is_batched in zip(arrays, batched, strict=True):
+            full = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+            folded.append(full.reshape(-1, *full.shape[2:]))
+        outputs = [x.reshape(size, -1, *x.shape[1:]) for x in run(*folded)]
+        return outputs, [True] * len(outputs)
 
     return run
 
 
-def _constants(inputs: tuple, values: int, choice: tiles.GPU) -> dict:
-    """The sizes that every kernel is compiled for; segments and padding leave whole chunks."""
-    return {"CHUNK": choice.chunk, "KEYS": inputs[0].shape[3], "VALUES": values}
-
-
-def _walk(kernel: str, arrays: tuple, outputs: Callable, choice, tile: tiles.Tile, **constants):
-    """Launch a kernel that walks the chunks, a program for every head and block of values."""
+def _walk(
+    kernel: str,
+    arrays: Sequence[Array],
+    describe_outputs: Callable,
+    choice: tiles.GPU,
+    tile: tiles.Tile,
+    **constants: bool,
+) -> Sequence[Array]:
+    """Launches a kernel that walks the chunks, a program for every head and block of values."""
+    keys = arrays[0].shape[3]
     values = arrays[-1].shape[2]
     block = tile.values
     while values % block:
         block //= 2
-    constants |= _constants(arrays, values, choice) | {"BLOCK": block}
 
     def run(*arrays):
-        grid = (arrays[0].shape[0] * arrays[0].shape[2], values // block)
-        return launch(kernel, arrays, outputs(*arrays), grid, tile, **constants)
+        batch, _, heads, _ = arrays[0].shape
+        return launch(
+            kernel,
+            arrays,
+            describe_outputs(*arrays),
+            (batch * heads, values // block),
+            tile,
+            **constants,
+            CHUNK=choice.chunk,
+            KEYS=keys,
+            VALUES=values,
+            BLOCK=block,
+        )
 
-    return _batched(run)(*arrays)
+    return _fold_vmap_into_batch(run)(*arrays)
 
 
-def _states(state: State, v: Array, choice: tiles.GPU, save: bool | None):
-    """One state a chunk in the tokens' dtype, or next to nothing."""
-    batch, heads, *matrix = state.shape
-    shape = (batch, heads, v.shape[1] // choice.chunk, *matrix) if save else (batch,)
+def _chunk_states(
+    state: State, v: Array, choice: tiles.GPU, save: bool | None
+) -> jax.ShapeDtypeStruct:
+    """Describes one state for each chunk, in the tokens' dtype; without `save` a placeholder."""
+    batch, heads, values, keys = state.shape
+    # A Triton kernel's arguments are fixed: an output that is not written is one number a row.
+    shape = (batch, heads, v.shape[1] // choice.chunk, values, keys) if save else (batch,)
     return output_like(shape, v.dtype, state, v)
 
 
-def _forward(inputs: Inputs, state: State, choice: tiles.GPU, save: bool | None, interpret):
-    def outputs(r, log_w, k, v, a, b, state):
-        y = output_like(v.shape if save is not None else v.shape[:1], v.dtype, state, v)
+def _forward(
+    inputs: WKVInputs, state: State, choice: tiles.GPU, save: bool | None, interpret: bool
+) -> Sequence[Array]:
+    """Launches the forward kernel; see `segmented_passes.ForwardKernel`."""
+
+    def describe_outputs(r, log_w, k, v, a, b, state):
+        y_shape = v.shape if save is not None else v.shape[:1]
         end = output_like(state.shape, jnp.float32, state, v)
-        return [end, y, _states(state, v, choice, save)]
+        y = output_like(y_shape, v.dtype, state, v)
+        return [end, y, _chunk_states(state, v, choice, save)]
 
-    constants = {"READ": save is not None, "SAVE": bool(save)}
-    found = _walk("forward", (*inputs, state), outputs, choice, choice.forward, **constants)
-    return found[: 1 if save is None else 2 + save]
+    end, y, starts = _walk(
+        "forward",
+        (*inputs, state),
+        describe_outputs,
+        choice,
+        choice.forward,
+        READ=save is not None,
+        SAVE=bool(save),
+    )
+    if save is None:
+        return [end]
+    return [end, y, starts] if save else [end, y]
 
 
-def _state(r, log_w, a, b, dy, dend: State, choice: tiles.GPU, save: bool, interpret):
-    def outputs(r, log_w, a, b, dy, dend):
-        return [output_like(dend.shape, jnp.float32, dend, dy), _states(dend, dy, choice, save)]
+def _state(
+    inputs: WKVInputs, dy: Array, dend: State, choice: tiles.GPU, save: bool, interpret: bool
+) -> Sequence[Array]:
+    """Launches the state's kernel; see `segmented_passes.StateKernel`."""
 
-    arrays = (r, log_w, a, b, dy, dend)
-    found = _walk("state_gradient", arrays, outputs, choice, choice.state, SAVE=save)
-    return found[: 1 + save]
+    def describe_outputs(r, log_w, a, b, dy, dend):
+        dstart = output_like(dend.shape, jnp.float32, dend, dy)
+        return [dstart, _chunk_states(dend, dy, choice, save)]
+
+    arrays = (inputs.r, inputs.log_w, inputs.a, inputs.b, dy, dend)
+    dstart, ends = _walk(
+        "state_gradient", arrays, describe_outputs, choice, choice.state, SAVE=save
+    )
+    return [dstart, ends] if save else [dstart]
 
 
-def _gradients(inputs: Inputs, dy, starts, ends, choice: tiles.GPU, interpret):
-    constants = _constants(inputs, dy.shape[3], choice)
+def _gradients(
+    inputs: WKVInputs, dy: Array, starts: Array, ends: Array, choice: tiles.GPU, interpret: bool
+) -> Sequence[Array]:
+    """Launches the gradients' kernel; see `segmented_passes.GradientsKernel`."""
 
     def run(*arrays):
-        batch, tokens, heads, _ = arrays[0].shape
-        outputs = [output_like(x.shape, x.dtype, x, arrays[6]) for x in arrays[:6]]
-        grid = (batch * heads, tokens // choice.chunk)
-        return launch("gradients", arrays, outputs, grid, choice.gradients, **constants)
+        inputs = WKVInputs(*arrays[:6])
+        dy = arrays[6]
+        batch, tokens, heads, keys = inputs.r.shape
+        return launch(
+            "gradients",
+            arrays,
+            [output_like(x.shape, x.dtype, x, dy) for x in inputs],
+            (batch * heads, tokens // choice.chunk),
+            choice.gradients,
+            CHUNK=choice.chunk,
+            KEYS=keys,
+            VALUES=dy.shape[3],
+        )
 
-    return _batched(run)(*inputs, dy, starts, ends)
+    return _fold_vmap_into_batch(run)(*inputs, dy, starts, ends)
 
 
-passes = KernelSet(tiles.TRITON, _forward, _state, _gradients)
+KERNELS = KernelSet(tiles.TRITON, _forward, _state, _gradients)

@@ -1,1 +1,1 @@
-"""The kernels for Cloud TPUs."""
+"""Kernels for Cloud TPUs."""

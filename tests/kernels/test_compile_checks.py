@@ -169,13 +169,13 @@ def packages(monkeypatch, **installed):
         (
             {"jax": "0.10.2", "triton": "3.7.1"},
             ImportError,
-            "The Triton kernels need jax-triton 0.3.1 with triton 3.6 or 3.7 beside jax 0.10; "
+            "The Triton kernels need jax-triton 0.3.1 with triton 3.6 or 3.7 for jax 0.10; "
             "jax-triton is missing.",
         ),
         (
             {"jax": "0.10.2", "jax_triton": "0.3.1", "triton": "3.9.0"},
             RuntimeError,
-            "The Triton kernels need jax-triton 0.3.1 with triton 3.6 or 3.7 beside jax 0.10; "
+            "The Triton kernels need jax-triton 0.3.1 with triton 3.6 or 3.7 for jax 0.10; "
             "installed are 0.3.1 and 3.9.0.",
         ),
     ],

@@ -1,4 +1,6 @@
-"""What a program holds that is lowered for another platform, from any machine."""
+"""What a program for another platform holds, lowered on any machine."""
+
+import contextlib
 
 import abstract_devices
 import jax
@@ -13,25 +15,61 @@ from wkv_inputs import INPUTS, STATE, op
 import pallas_kernels
 from pallas_kernels import platforms
 from pallas_kernels.cases import Case, make_inputs
+from pallas_kernels.multi_platform_export import kernels_of_all_platforms
 
 # The products between the tokens of a chunk, per row and head, as XLA is given them.
 SQUARES = "tensor<3x2x16x16xf32>"
 
 
+def targeting(platform):
+    """A context in which programs are made for the platform; this machine's own needs none."""
+    if platform == "cpu":
+        return contextlib.nullcontext()
+    name = "gpu" if platform == "cuda" else platform
+    return jax.sharding.use_abstract_mesh(abstract_devices.mesh(name))
+
+
+def lower(platform, inputs=INPUTS, state=STATE):
+    """The text of a fresh program of the op, lowered for the platform."""
+    # A fresh function: JAX would take the trace that another context has left.
+    traced = jax.jit(lambda *arguments: op(*arguments)).trace(inputs, state)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def kernels_in(lowered):
+    """The platforms whose kernels a lowered program holds."""
+    return [name for name, mark in MARKS.items() if mark in lowered]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_without_a_name_the_targets_kernel_is_taken(platform):
+    with targeting(platform):
+        lowered = lower(platform)
+    assert kernels_in(lowered) == [name for name in MARKS if name == platform]
+    assert SQUARES not in lowered
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda", "rocm"])
+def test_a_program_for_a_cpu_is_lowered_for_other_platforms_without_kernels(platform):
+    lowered = lower(platform)
+    assert kernels_in(lowered) == []
+    assert SQUARES in lowered
+
+
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda", "rocm"])
-def test_without_a_name_every_platform_gets_its_own_from_any_machine(platform):
-    lowered = jax.jit(op).trace(INPUTS, STATE).lower(lowering_platforms=(platform,)).as_text()
-    assert [name for name, mark in MARKS.items() if mark in lowered] == [
-        name for name in MARKS if name == platform
-    ]
+def test_in_the_export_context_every_platform_gets_its_own_from_any_machine(platform):
+    with kernels_of_all_platforms():
+        lowered = lower(platform)
+    assert kernels_in(lowered) == [name for name in MARKS if name == platform]
     assert (SQUARES in lowered) == (platform == "rocm")
 
 
 @pytest.mark.parametrize("case", [Case(1, 21, 2, 24, 40), Case(1, 1, 2)], ids=["sizes", "a token"])
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_what_no_kernel_can_or_should_serve_is_left_to_xla(platform, case):
-    arguments = make_inputs(case)
-    lowered = jax.jit(op).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+@pytest.mark.parametrize("exports", [False, True], ids=["targeted", "exported"])
+def test_what_no_kernel_can_or_should_serve_is_left_to_xla(platform, case, exports):
+    with kernels_of_all_platforms() if exports else targeting(platform):
+        lowered = lower(platform, *make_inputs(case))
     assert MARKS[platform] not in lowered
 
 
@@ -43,22 +81,23 @@ def test_a_gradient_is_lowered_for_a_device_that_is_not_here(platform, implement
     def loss(inputs, state):
         return jnp.sum(pallas_kernels.wkv7(*inputs, state, implementation=name)[0])
 
-    mesh = abstract_devices.mesh("gpu" if platform == "cuda" else platform)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with targeting(platform):
         traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(INPUTS, STATE)
         lowered = traced.lower(lowering_platforms=(platform,)).as_text()
     assert lowered.count(MARKS[platform]) >= 2
     assert SQUARES not in lowered
 
 
-@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_a_program_for_an_accelerator_is_right_on_a_cpu_as_well(platform):
+    """As where arrays are committed to a CPU next to the accelerator."""
+
     def both(inputs, state):
         (y, end), pull = jax.vjp(op, inputs, state)
         return y, end, pull((jnp.sin(y), jnp.cos(end)))
 
     expected = jax.jit(both)(INPUTS, STATE)
-    with jax.sharding.use_abstract_mesh(abstract_devices.mesh(platform)):
+    with targeting(platform):
         traced = jax.jit(both).trace(INPUTS, STATE)
     found = traced.lower(lowering_platforms=("cpu",)).compile()(INPUTS, STATE)
     for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -81,9 +120,19 @@ def test_a_backward_pass_traced_elsewhere_fits_its_forward_pass(monkeypatch, pla
 def test_one_exported_program_serves_every_platform():
     # JAX promises nothing about how long this call's format will be read.
     allowed = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
-    platforms = ("cpu", "tpu", "cuda")
-    export = jax.export.export(jax.jit(op), platforms=platforms, disabled_checks=[allowed])
-    exported = export(INPUTS, STATE)
+    export = jax.export.export(
+        jax.jit(lambda *arguments: op(*arguments)),
+        platforms=("cpu", "tpu", "cuda"),
+        disabled_checks=[allowed],
+    )
+    with kernels_of_all_platforms():
+        exported = export(INPUTS, STATE)
     assert all(mark in exported.mlir_module() for mark in MARKS.values())
     for left, right in zip(exported.call(INPUTS, STATE), jax.jit(op)(INPUTS, STATE), strict=True):
         assert_close(left, right, SAME["op"])
+
+
+def test_the_export_context_ends_with_its_block():
+    with kernels_of_all_platforms():
+        pass
+    assert kernels_in(lower("tpu")) == []

@@ -120,7 +120,7 @@ def test_the_second_call_does_not_compile(implementation):
         (
             {"k": INPUTS[2][:, :5]},
             ValueError,
-            "wkv7: `k` must have shape (3, 21, 2, 32) beside `r`; got (3, 5, 2, 32).",
+            "wkv7: `k` must have shape (3, 21, 2, 32) to fit `r`; got (3, 5, 2, 32).",
         ),
         (
             {"v": INPUTS[3][0]},

@@ -31,7 +31,7 @@ def gradients(run, inputs, state):
 
 def sharded(run, mesh, **options):
     """`run` with rows and heads spread over `mesh`."""
-    specs = {"in_specs": ((TOKENS,) * 6, STATES), "out_specs": (TOKENS, STATES)}
+    specs = {"in_specs": (TOKENS, STATES), "out_specs": (TOKENS, STATES)}
     return jax.shard_map(run, mesh=mesh, **specs, **options)
 
 

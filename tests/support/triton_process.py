@@ -20,6 +20,7 @@ from triton.runtime import interpreter
 from pallas_kernels import tiles
 from pallas_kernels.gpu import triton_calls as triton_op
 from pallas_kernels.gpu import triton_kernels
+from pallas_kernels.reference import WKVInputs
 
 BITS = np.dtype(np.uint16)
 
@@ -68,9 +69,9 @@ def _launch(kernel, arrays, outputs, grid, tile, **constants):
 def main(given: str, found: str, chunk: str, dtype: str, capability: str) -> None:
     """Run both passes and write what they gave."""
     triton_op.launch, tiles.capability = _launch, lambda: int(capability)
-    chunk, arrays, passes = int(chunk), np.load(given), triton_op.passes
+    chunk, arrays, passes = int(chunk), np.load(given), triton_op.KERNELS
     inputs = [jnp.asarray(arrays[f"inputs.{i}"]) for i in range(6)]
-    inputs = tuple(x if i == 1 else x.astype(dtype) for i, x in enumerate(inputs))
+    inputs = WKVInputs(*(x if i == 1 else x.astype(dtype) for i, x in enumerate(inputs)))
     state, dy, dend = (jnp.asarray(arrays[name]) for name in ("state", "dy", "dend"))
     y, end, starts = passes.forward_saving(inputs, state, chunk=chunk)
     alone = passes.forward(inputs, state, chunk=chunk)
