@@ -75,14 +75,14 @@ def test_folders_that_are_no_packages_have_no_init(folder):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_files_and_functions_stay_short_and_public_ones_say_what_they_do(path):
+def test_files_and_functions_stay_short(path):
+    """Statements and not lines, so that nobody is tempted to write several of them in one."""
     assert len(path.read_text().splitlines()) <= 500
+    most = 60 if "pallas_kernels" in path.parts else 40
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            body = node.end_lineno - node.body[0].lineno + 1
-            if ast.get_docstring(node):
-                body -= node.body[0].end_lineno - node.body[0].lineno + 1
-            assert body <= 60 if "pallas_kernels" in path.parts else body <= 40, node.name
+            statements = sum(isinstance(part, ast.stmt) for part in ast.walk(node)) - 1
+            assert statements <= most, node.name
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
