@@ -13,7 +13,7 @@ import optax
 
 import rwkv7_jax as rwkv
 from benchmarks.lab import STANDARD, WHITENED, base, batch, start, tune
-from rwkv7_jax.model import recurrence as upscaling
+from rwkv7_jax.model.recurrence import wkv7_sharded, wkv_inputs_of
 from rwkv7_jax.optim.decorrelation import decorrelate
 from rwkv7_jax.tuning.read_statistics import initial_state_read_vectors
 
@@ -42,7 +42,7 @@ def linearity() -> Numbers:
     state = jax.random.normal(jax.random.key(0), zero.wkv[0].shape)
 
     def read(state):
-        return upscaling.recurrence(parts, state, None, implementation=None, lengths=None)[0]
+        return wkv7_sharded(wkv_inputs_of(parts), state)[0]
 
     wanted = jnp.einsum(
         "bhvk,bthk->bthv", state, initial_state_read_vectors(parts), precision="highest"

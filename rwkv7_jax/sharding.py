@@ -1,7 +1,8 @@
-"""One program on many devices: a batch's rows are spread over them, the rest is on all.
+"""One program on many devices: the rows of a batch are sharded, everything else is replicated.
 
-A program is written as for one device. Its compiler is told where arrays lie, and spreads the rest;
-only what it cannot see into, the WKV op's kernels, is called on each device by `by_rows`.
+A program is written as for one device. The compiler is told where the arrays lie and partitions the
+program itself. It cannot look into the kernels of the WKV op: those are called on each device by
+`shard_map_batch`.
 """
 
 import contextlib
@@ -13,18 +14,20 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-# The mesh axis over which rows are spread.
+# The mesh axis along which rows are sharded.
 BATCH_AXIS = "data"
 
 
 def make_data_mesh(rows: int) -> Mesh | None:
-    """As many devices as can share `rows` rows alike; None for a single one.
+    """Makes a mesh of as many devices as divide `rows` evenly; None if that is one device.
 
     Raises:
-        ValueError: there are several processes, and their devices cannot.
+        ValueError: there are several processes, and their devices do not divide the rows evenly.
     """
     devices = jax.devices()
-    count = max(n for n in range(1, len(devices) + 1) if rows % n == 0)
+    count = len(devices)
+    while rows % count:
+        count -= 1
     if jax.process_count() > 1 and count < len(devices):
         raise ValueError(
             f"a step's {rows} rows must be a multiple of the {len(devices)} devices of "
@@ -37,59 +40,71 @@ def make_data_mesh(rows: int) -> Mesh | None:
 
 
 def replicate(mesh: Mesh | None, tree: Any) -> Any:
-    """The arrays of a tree, whole on each device; on this process's first one without a mesh."""
-    place = jax.local_devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
-    return jax.device_put(tree, place)
+    """Copies the arrays of a tree to every device; without a mesh, to the first local device."""
+    if mesh is None:
+        return jax.device_put(tree, jax.local_devices()[0])
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def local_replica(mesh: Mesh | None, tree: Any) -> Any:
-    """The arrays that are `everywhere`, on this process's first device; without a copy."""
-    return tree if mesh is None else jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+    """Returns replicated arrays as they lie on this process's first device; without a copy."""
+    if mesh is None:
+        return tree
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
 
 def shard_batch(mesh: Mesh | None, batch: Any) -> Any:
-    """The whole batch, which each process has, with its rows on their devices."""
+    """Shards the rows of a batch, all of which every process has."""
     if mesh is None:
         return jax.device_put(batch)
     rows = NamedSharding(mesh, PartitionSpec(BATCH_AXIS))
 
-    def placed(array: np.ndarray) -> Array:
-        array = np.asarray(array)
+    def shard(values: Any) -> Array:
+        # Each process puts only its own rows on its devices.
+        array = np.asarray(values)
         return jax.make_array_from_callback(array.shape, rows, lambda index: array[index])
 
-    return jax.tree.map(placed, batch)
+    return jax.tree.map(shard, batch)
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """What is traced inside knows the mesh."""
+    """Makes the mesh known to everything that is traced inside the block."""
     if mesh is None:
         return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def _devices() -> int:
-    """Those over which the rows of what is being traced are spread."""
+def _batch_shards() -> int:
+    """Returns over how many devices the program that is being traced shards its rows."""
     mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return mesh.shape[BATCH_AXIS] if kinds.get(BATCH_AXIS) == AxisType.Auto else 1
+    axis_types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    # Inside `shard_map` the axis is Manual: there the program sees only its own rows already.
+    if axis_types.get(BATCH_AXIS) != AxisType.Auto:
+        return 1
+    return mesh.shape[BATCH_AXIS]
 
 
 def constrain_sharding(tree: Any, *axes: str | None) -> Any:
-    """The arrays of a tree with their leading axes over these axes of the mesh, if there is one."""
-    if _devices() == 1:
+    """Shards the leading axes of a tree's arrays along these mesh axes, if there is a mesh."""
+    if _batch_shards() == 1:
         return tree
     return jax.lax.with_sharding_constraint(tree, PartitionSpec(*axes))
 
 
-def shard_map_batch(function: Callable, *arrays: Any) -> Any:
-    """`function(*arrays)`, each device calling it with its share of the rows: the leading axis.
+def shard_map_batch(function: Callable, *arrays: Any, **named_arrays: Any) -> Any:
+    """Calls a function on each device with the device's share of the rows.
 
-    All arrays have that axis, and so has what the function gives. Rows that cannot be shared alike
-    are computed on every device.
+    The leading axis of all arguments and results is the rows. Every device computes all rows where
+    the devices do not divide them evenly.
     """
-    count = _devices()
-    if count == 1:
-        return function(*arrays)
-    shared = jax.tree.leaves(arrays)[0].shape[0] % count == 0
-    spec = PartitionSpec(BATCH_AXIS) if shared else PartitionSpec()
-    return jax.shard_map(function, in_specs=spec, out_specs=spec)(*arrays)
+    shards = _batch_shards()
+    if shards == 1:
+        return function(*arrays, **named_arrays)
+    rows = jax.tree.leaves(arrays)[0].shape[0]
+    spec = PartitionSpec(BATCH_AXIS) if rows % shards == 0 else PartitionSpec()
+
+    # `jax.shard_map` has no keyword arguments.
+    def call(arrays, named_arrays):
+        return function(*arrays, **named_arrays)
+
+    return jax.shard_map(call, in_specs=spec, out_specs=spec)(arrays, named_arrays)

@@ -1,49 +1,89 @@
 """Kernel features of vectors: Gaussians around landmarks, or random Fourier features."""
 
 import math
+import typing
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Heads
-from rwkv7_jax.model.state import Features
 
-# Directions are x / max(|x|, this).
-_SHORTEST = 1e-6
+KINDS = ("gaussian", "fourier", "gaussian_raw")
+
+# The length by which shorter vectors are divided instead of by their own.
+_SHORTEST_VECTOR = 1e-6
+_SHORTEST_FEATURES = 1e-12
 
 
-def _apply(maps: Float[Array, "B H O I"], x: Float[Array, "b T H I"]) -> Float[Array, "b T H O"]:
-    """Each head's matrix times its vectors; one matrix may serve all rows."""
+# The shaped fields would be checked whenever JAX rebuilds the tree with other leaves (under `vmap`,
+# `scan`, `eval_shape`), so they are documentation here and checked by `check_state` instead.
+@typing.no_type_check
+@struct.dataclass
+class Features:
+    """A fixed nonlinear map of read vectors, for each layer and head; float32.
+
+    Attributes:
+        landmarks: points in the space of the read vectors; for Fourier features, the frequencies.
+        widths: inverse squared widths of the Gaussians; for Fourier features, the phases.
+        mean: the mean on calibration text, which is subtracted.
+        map: a matrix by which the centred features are multiplied from the left, or None.
+        kind: one of `KINDS`; all but "gaussian_raw" see only the direction of a vector.
+    """
+
+    landmarks: Float[Array, "L B H M N"]
+    widths: Float[Array, "L B H M"]
+    mean: Float[Array, "L B H M"]
+    map: Float[Array, "L B H M M"] | None
+    kind: str = struct.field(pytree_node=False, default="gaussian")
+
+
+def apply_per_head(
+    maps: Float[Array, "B H O I"], x: Float[Array, "b T H I"]
+) -> Float[Array, "b T H O"]:
+    """Multiplies the vectors of each head by its matrix; with B = 1 all rows share the matrices."""
     if maps.shape[0] == 1:
         return jnp.einsum("bthi,hoi->btho", x, maps[0], precision="highest")
     return jnp.einsum("bthi,bhoi->btho", x, maps, precision="highest")
 
 
 def unit_vectors(x: Float[Array, "... N"]) -> Float[Array, "... N"]:
-    """x / |x| in float32."""
+    """Scales vectors to length 1, in float32."""
     x = x.astype(jnp.float32)
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(square, _SHORTEST**2))
+    return x * jax.lax.rsqrt(jnp.maximum(square, _SHORTEST_VECTOR**2))
+
+
+def unit_features(phi: Float[Array, "... M"]) -> Float[Array, "... M"]:
+    """Scales feature vectors to length 1."""
+    square = jnp.sum(phi * phi, axis=-1, keepdims=True)
+    return phi * jax.lax.rsqrt(jnp.maximum(square, _SHORTEST_FEATURES**2))
 
 
 def kernel_features(features: Features, x: Heads) -> Float[Array, "B T H M"]:
-    """phi(x) of one layer, float32: Gaussians around landmarks, or cosines; centred and mapped.
+    """Computes phi(x), float32, with the features of one layer (without the axis L).
+
+    Gaussians are exp(-width |x - landmark|^2), cosines sqrt(2 / M) cos(frequency x + phase). Both
+    are then centred and multiplied by the map.
 
     Source: arXiv 2504.05097, section 3.2; Rahimi and Recht 2007 for the cosines.
     """
-    x = x.astype(jnp.float32) if features.kind == "gaussian_raw" else unit_vectors(x)
-    inner = _apply(features.landmarks, x)
+    if features.kind == "gaussian_raw":
+        x = x.astype(jnp.float32)
+    else:
+        x = unit_vectors(x)
+    inner = apply_per_head(features.landmarks, x)
     widths = features.widths[:, None]
     if features.kind == "fourier":
-        phi = math.sqrt(2 / widths.shape[-1]) * jnp.cos(inner + widths)
+        count = widths.shape[-1]
+        phi = math.sqrt(2 / count) * jnp.cos(inner + widths)
     else:
-        lengths = jnp.sum(jnp.square(features.landmarks), axis=-1)[:, None]
-        square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-        phi = jnp.exp(-widths * (square + lengths - 2 * inner))
+        # |x - landmark|^2 from its three terms: the difference itself would be [B T H M N].
+        landmarks_squared = jnp.sum(jnp.square(features.landmarks), axis=-1)[:, None]
+        x_squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+        phi = jnp.exp(-widths * (x_squared + landmarks_squared - 2 * inner))
     phi = phi - features.mean[:, None]
-    return phi if features.map is None else _apply(features.map, phi)
-
-
-def _unit(x: Float[Array, "... M"]) -> Float[Array, "... M"]:
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
+    if features.map is None:
+        return phi
+    return apply_per_head(features.map, phi)

@@ -2,43 +2,72 @@
 
 Parameter paths are the official checkpoint names and matrices keep their official orientation:
 `.weight` is [out, in] and acts as x W^T; w1, a1, v1, g1 are [D, R] and w2, ... [R, D], acting
-as x w1.
+as x w1. The equations in the comments are the paper's, with the names of its symbols written out.
 
-Source of the equations: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_demo.py:260-372.
+Source: arXiv 2503.14456, section 4; BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_demo.py:260-372.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rwkv7_jax.array_types import Activations, Lengths, Logits, Tokens
+from pallas_kernels import WKVInputs
+from rwkv7_jax.array_types import Activations, Heads, Lengths, Logits, Tokens
 from rwkv7_jax.checks import check_tokens, prefix_errors
 from rwkv7_jax.model import initializers as initial
 from rwkv7_jax.model import layers
-from rwkv7_jax.model import recurrence as upscaling
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.model.state import RWKV7State, check_state
+from rwkv7_jax.model.recurrence import recurrence
+from rwkv7_jax.model.state import LayerState, RWKV7State, check_state, layer_states
 
-# What `method="trace"` hands out of every block, stacked over layers.
-RECURRENCE = ("r", "log_w", "k", "v", "a", "b", "icl_rate")
+# The vectors of the recurrence, which `method="trace"` returns for every block.
+RECURRENCE = (*WKVInputs._fields, "icl_rate")
 
-# The last six are what the projections act on.
-TRACE = (*RECURRENCE, "y", "gate", "residual", "ffn_input")
+# The inputs of the projections.
+PROJECTION_INPUTS = (
+    "receptance_input",
+    "key_input",
+    "value_input",
+    "output_input",
+    "ffn_key_input",
+    "ffn_hidden",
+)
 
-TRACE += ("receptance_input", "key_input", "value_input", "output_input")
+TRACE = (*RECURRENCE, "y", "gate", "residual", "ffn_input", *PROJECTION_INPUTS)
 
-TRACE += "ffn_key_input", "ffn_hidden"
+
+class LayerMemories(NamedTuple):
+    """What one layer remembers after the last token; stacked over layers by the scan.
+
+    Attributes:
+        att_shift: the last token's input of the time mix, [B D].
+        wkv: the WKV state, [B H Nv Nk].
+        ffn_shift: the last token's input of the channel mix, [B D].
+        memory: the upscaled memory, or None where it is absent or never changes.
+    """
+
+    att_shift: Array
+    wkv: Array
+    ffn_shift: Array
+    memory: Array | None
+
+
+def _identity(x: Array) -> Array:
+    return x
 
 
 class Norm(nn.Module):
-    """A layer norm's weight and bias."""
+    """The weight and bias of a layer norm."""
 
     config: RWKV7Config
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """Layer norm."""
+        """Applies the layer norm."""
         width = self.config.width
         weight = self.param("weight", initial.constant(1.0, width), 0, self.config)
         bias = self.param("bias", initial.constant(0.0, width), 0, self.config)
@@ -53,18 +82,18 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        """x W^T."""
+        """Computes x W^T."""
         return layers.linear(x, self.param("weight", self.initial, 0, self.config))
 
 
 class HeadNorm(nn.Module):
-    """The per-head norm behind the recurrence."""
+    """The norm of each head after the recurrence."""
 
     config: RWKV7Config
 
     @nn.compact
-    def __call__(self, y: Float[Array, "B T H N"], layer) -> Float[Array, "B T H N"]:
-        """Group norm with one group a head."""
+    def __call__(self, y: Heads, layer) -> Heads:
+        """Applies a group norm with one group per head."""
         zeros = initial.constant(0.0, self.config.width)
         weight = self.param("weight", initial.group_norm_weight, layer, self.config)
         bias = self.param("bias", zeros, layer, self.config)
@@ -72,105 +101,198 @@ class HeadNorm(nn.Module):
 
 
 class TimeMix(nn.Module):
-    """Attention's place: token shift, projections, the recurrence, norm, bonus, gate."""
+    """The attention half of a block: token shift, projections, recurrence, norm, bonus, gate.
+
+    `layer` is the block's index, which the initial values depend on. It is traced inside the scan,
+    so it is an argument and not a field.
+    """
 
     config: RWKV7Config
     first: bool
 
-    def _weight(self, name: str, draw: initial.Initial, layer) -> Array:
-        return self.param(name, draw, layer, self.config)
-
-    def _low_rank(self, x: Activations, letter: str, rank: int, activation, layer) -> Activations:
-        """x w1 -> activation -> w2, in x's dtype."""
-        width = self.config.width
-        down = self._weight(f"{letter}1", initial.constant(0.0, width, rank), layer)
-        up = self._weight(f"{letter}2", initial.low_rank_out(rank, width), layer)
-        return layers.project(activation(layers.project(x, down)), up)
-
-    def _logit(self, x: Activations, letter: str, rank: int, activation, *, bias, layer):
-        """A low-rank map plus its bias, float32."""
-        raw = self._low_rank(x, letter, rank, activation, layer).astype(jnp.float32)
-        return raw + layers.per_channel(self._weight(f"{letter}0", bias, layer), raw)
-
-    def _square(self, name: str, gain: float) -> Linear:
-        square = self.config.width, self.config.width
-        draw = initial.orthogonal(gain, *square) if gain else initial.constant(0.0, *square)
-        return Linear(self.config, draw, name=name)
-
     @nn.compact
-    def __call__(self, x: Activations, state: RWKV7State, v_first, *, lengths, layer):
-        """The block's contribution, its new shift, WKV state and memory, v_first and the trace."""
-        config, same = self.config, lambda u: u
-        mixed = layers.previous_tokens(x, state.att_shift)
-        powers = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
-        x_r, x_w, x_k, x_v, x_a, x_g = (
-            layers.lerp(x, mixed, self._weight(f"x_{name}", initial.lerp(power), layer))
-            for name, power in powers.items()
-        )
-        r, k = self._square("receptance", 1.0)(x_r), self._square("key", 0.1)(x_k)
+    def __call__(self, x: Activations, state: LayerState, v_first, *, lengths, layer):
+        """Computes the contribution to the residual stream.
+
+        Returns:
+            The contribution; the new shift, WKV state and upscaled memory; the first layer's
+            values; and the trace.
+        """
+        config = self.config
+
+        # Token shift: x_c = lerp(x_t, x_{t-1}, mu_c), with one mu for each of r, w, k, v, a, g.
+        previous = layers.previous_tokens(x, state.att_shift)
+        x_r = self._token_shift("x_r", 0.2, x, previous, layer)
+        x_w = self._token_shift("x_w", 0.9, x, previous, layer)
+        x_k = self._token_shift("x_k", 0.7, x, previous, layer)
+        x_v = self._token_shift("x_v", 0.7, x, previous, layer)
+        x_a = self._token_shift("x_a", 0.9, x, previous, layer)
+        x_g = self._token_shift("x_g", 0.2, x, previous, layer)
+
+        # r = x_r W_r,  k = x_k W_k,  v = x_v W_v
+        r = self._square("receptance", 1.0)(x_r)
+        k = self._square("key", 0.1)(x_k)
         v = self._square("value", 1.0)(x_v)
-        z = self._logit(x_w, "w", config.decay_rank, jnp.tanh, bias=initial.decay_bias, layer=layer)
-        rate = self._logit(x_a, "a", config.icl_rank, same, bias=initial.icl_bias, layer=layer)
-        rate = jax.nn.sigmoid(rate).astype(x.dtype)
+
+        # d = loramlp_d(tanh, x_w),  log w = -exp(-1/2) sigmoid(d)
+        d = self._low_rank_logit(
+            x_w,
+            "w",
+            rank=config.decay_rank,
+            activation=jnp.tanh,
+            bias=initial.decay_bias,
+            layer=layer,
+        )
+        log_w = layers.log_decay(d)
+
+        # a = sigmoid(loramlp_a(identity, x_a)), the in-context learning rate
+        icl_logit = self._low_rank_logit(
+            x_a,
+            "a",
+            rank=config.icl_rank,
+            activation=_identity,
+            bias=initial.icl_bias,
+            layer=layer,
+        )
+        icl_rate = jax.nn.sigmoid(icl_logit).astype(x.dtype)
+
+        # g = loramlp_g(sigmoid, x_g), without a bias
         gate = self._low_rank(x_g, "g", config.gate_rank, jax.nn.sigmoid, layer)
+
+        # v = lerp(v, v of layer 0, nu): the value residual
         if self.first:
             v_first = v
-        v = self._mix_values(x_v, v, v_first, layer)
-        k_k = layers.per_channel(self._weight("k_k", initial.removal_scale, layer), x)
-        k_a = self._weight("k_a", initial.constant(1.02, config.width), layer)
-        k_a = layers.per_channel(k_a, x)
-        removal_key = layers.unit_heads(self._heads(k * k_k))  # uses k before the next line
-        k = k * (1 + (rate - 1) * k_a)
-        r, log_w, k, v, rate = map(self._heads, (r, layers.log_decay(z), k, v, rate))
-        a, b = -removal_key, removal_key * rate
-        trace = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b, "icl_rate": rate}
-        y, *memories = upscaling.recurrence(
-            trace,
+        else:
+            v = self._value_residual(x_v, v, v_first, layer)
+
+        # kappa^ = (k * xi) / |k * xi| for each head, the removal key; k is not yet the one below
+        xi = layers.per_channel(self._weight("k_k", initial.removal_scale, layer), x)
+        alpha = self._weight("k_a", initial.constant(1.02, config.width), layer)
+        alpha = layers.per_channel(alpha, x)
+        removal_key = layers.unit_heads(self._heads(k * xi))
+
+        # k~ = k * lerp(1, a, alpha), the replacement key
+        k = k * (1 + (icl_rate - 1) * alpha)
+
+        # S_t = S_{t-1} (diag(w) - kappa^^T (a * kappa^)) + v^T k~,  y = r S_t^T
+        icl_rate = self._heads(icl_rate)
+        inputs = WKVInputs(
+            r=self._heads(r),
+            log_w=self._heads(log_w),
+            k=self._heads(k),
+            v=self._heads(v),
+            a=-removal_key,
+            b=removal_key * icl_rate,
+        )
+        y, wkv, memory = recurrence(
+            inputs,
+            icl_rate,
             state.wkv,
             state.upscaled,
             implementation=config.implementation,
             lengths=lengths,
         )
 
-        read = self._read_out(y, r, k, v, layer=layer) * gate
-        inputs = {"receptance_input": x_r, "key_input": x_k, "value_input": x_v}
-        trace |= inputs | {"output_input": read, "y": y, "gate": gate}
-        shift = layers.last_token(x, state.att_shift, lengths)
-        return self._square("output", 0.0)(read), (shift, *memories), v_first, trace
+        # o = (g * p) W_o, with p = norm(y) + bonus
+        gated = self._normed_with_bonus(y, inputs, layer) * gate
+        out = self._square("output", 0.0)(gated)
 
-    def _mix_values(self, x_v: Activations, v, v_first, layer) -> Activations:
-        """Values drawn towards layer 0's; layer 0 keeps its own."""
-        if self.first:
-            return v
-        rank, bias = self.config.value_rank, initial.value_bias
-        mix = self._logit(x_v, "v", rank, lambda u: u, bias=bias, layer=layer)
-        return v + (v_first - v) * jax.nn.sigmoid(mix).astype(v.dtype)
+        att_shift = layers.last_token(x, state.att_shift, lengths)
+        trace = {
+            **inputs._asdict(),
+            "icl_rate": icl_rate,
+            "y": y,
+            "gate": gate,
+            "receptance_input": x_r,
+            "key_input": x_k,
+            "value_input": x_v,
+            "output_input": gated,
+        }
+        return out, (att_shift, wkv, memory), v_first, trace
 
-    def _read_out(self, y, r, k, v, *, layer) -> Activations:
-        """What was read, normed per head, plus the bonus of the current token."""
+    # Linen draws a parameter from the number of draws before it in the same module: a new model has
+    # other weights when the order of these calls changes.
+    def _weight(self, name: str, draw: initial.Initial, layer) -> Array:
+        return self.param(name, draw, layer, self.config)
+
+    def _token_shift(
+        self, name: str, power: float, x: Activations, previous: Activations, layer
+    ) -> Activations:
+        coefficient = self._weight(name, initial.lerp(power), layer)
+        return layers.lerp(x, previous, coefficient)
+
+    def _square(self, name: str, gain: float) -> Linear:
+        """Makes a D x D projection; a gain of 0 starts it from zeros."""
+        width = self.config.width
+        if gain:
+            draw = initial.orthogonal(gain, width, width)
+        else:
+            draw = initial.constant(0.0, width, width)
+        return Linear(self.config, draw, name=name)
+
+    def _low_rank(
+        self, x: Activations, letter: str, rank: int, activation: Callable, layer
+    ) -> Activations:
+        """Computes activation(x w1) w2, in x's dtype."""
+        width = self.config.width
+        down = self._weight(f"{letter}1", initial.constant(0.0, width, rank), layer)
+        up = self._weight(f"{letter}2", initial.low_rank_out(rank, width), layer)
+        return layers.project(activation(layers.project(x, down)), up)
+
+    def _low_rank_logit(
+        self,
+        x: Activations,
+        letter: str,
+        *,
+        rank: int,
+        activation: Callable,
+        bias: initial.Initial,
+        layer,
+    ) -> Float[Array, "B T D"]:
+        """Computes activation(x w1) w2 + w0, in float32 from the sum on."""
+        raw = self._low_rank(x, letter, rank, activation, layer).astype(jnp.float32)
+        return raw + layers.per_channel(self._weight(f"{letter}0", bias, layer), raw)
+
+    def _value_residual(self, x_v: Activations, v, v_first, layer) -> Activations:
+        """Moves the values towards layer 0's by nu = sigmoid(loramlp_nu(identity, x_v))."""
+        logit = self._low_rank_logit(
+            x_v,
+            "v",
+            rank=self.config.value_rank,
+            activation=_identity,
+            bias=initial.value_bias,
+            layer=layer,
+        )
+        return v + (v_first - v) * jax.nn.sigmoid(logit).astype(v.dtype)
+
+    def _normed_with_bonus(self, y: Heads, inputs: WKVInputs, layer) -> Activations:
+        """Computes p = norm(y) + u, with the bonus u = (r . (rho * k~)) v of the current token."""
+        r, k, v = inputs.r, inputs.k, inputs.v
         sizes = (self.config.num_heads, self.config.head_size)
-        r_k = self._weight("r_k", initial.constant(-0.04, *sizes), layer)
-        out = HeadNorm(self.config, name="ln_x")(y, layer)
-        bonus = jnp.sum(r * k * layers.per_channel(r_k, r), axis=-1, keepdims=True) * v
-        return (out + bonus).reshape(*y.shape[:2], self.config.width)
+        rho = self._weight("r_k", initial.constant(-0.04, *sizes), layer)
+        normed = HeadNorm(self.config, name="ln_x")(y, layer)
+        bonus = jnp.sum(r * k * layers.per_channel(rho, r), axis=-1, keepdims=True) * v
+        return (normed + bonus).reshape(*y.shape[:2], self.config.width)
 
-    def _heads(self, x: Activations) -> Float[Array, "B T H N"]:
+    def _heads(self, x: Activations) -> Heads:
         return x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_size)
 
 
 class ChannelMix(nn.Module):
-    """The feed-forward half: token shift, squared relu."""
+    """The feed-forward half of a block: token shift, squared ReLU."""
 
     config: RWKV7Config
 
     @nn.compact
     def __call__(self, x: Activations, shift, *, lengths, layer):
-        """The block's contribution, its new shift and the trace."""
-        width, hidden_width = self.config.width, self.config.ffn_width
+        """Computes the contribution to the residual stream, the new shift and the trace."""
+        width = self.config.width
+        hidden_width = self.config.ffn_width
         x_k = self.param("x_k", initial.ffn_lerp, layer, self.config)
         mixed = layers.lerp(x, layers.previous_tokens(x, shift), x_k)
         grow = Linear(self.config, initial.orthogonal(1.0, hidden_width, width), name="key")
         shrink = Linear(self.config, initial.constant(0.0, width, hidden_width), name="value")
+        # o = relu(x_k W_k)^2 W_v
         hidden = jnp.square(jax.nn.relu(grow(mixed)))
         trace = {"ffn_key_input": mixed, "ffn_hidden": hidden}
         return shrink(hidden), layers.last_token(x, shift, lengths), trace
@@ -184,25 +306,36 @@ class Block(nn.Module):
     names: tuple[str, ...]
 
     @nn.compact
-    def __call__(self, x: Activations, state: RWKV7State, layer, v_first, lengths):
-        """The new residual stream; the layer's memories, layer 0's values and the named arrays."""
-        att, (att_shift, wkv, memory), v_first, trace = TimeMix(
-            self.config, self.first, name="att"
-        )(Norm(self.config, name="ln1")(x), state, v_first, lengths=lengths, layer=layer)
+    def __call__(self, x: Activations, state: LayerState, layer, v_first, lengths):
+        """Computes the new residual stream.
+
+        Returns:
+            The residual stream; then the layer's memories, the first layer's values (only from the
+            first layer), and the arrays of the trace that `names` asks for.
+        """
+        att_input = Norm(self.config, name="ln1")(x)
+        time_mix = TimeMix(self.config, self.first, name="att")
+        att, (att_shift, wkv, memory), v_first, att_trace = time_mix(
+            att_input, state, v_first, lengths=lengths, layer=layer
+        )
+
         ffn_input = Norm(self.config, name="ln2")(x + att)
-        ffn, ffn_shift, more = ChannelMix(self.config, name="ffn")(
+        channel_mix = ChannelMix(self.config, name="ffn")
+        ffn, ffn_shift, ffn_trace = channel_mix(
             ffn_input, state.ffn_shift, lengths=lengths, layer=layer
         )
-        trace |= more | {"residual": x, "ffn_input": ffn_input}
-        kept = {name: trace[name] for name in self.names}
-        end = (att_shift, wkv, ffn_shift, memory)
-        return x + att + ffn, (end, v_first if self.first else (), kept)
+
+        trace = {**att_trace, **ffn_trace, "residual": x, "ffn_input": ffn_input}
+        # Under the scan every array that is returned is stacked over layers, so return no others.
+        trace = {name: trace[name] for name in self.names}
+        memories = LayerMemories(att_shift=att_shift, wkv=wkv, ffn_shift=ffn_shift, memory=memory)
+        return x + att + ffn, (memories, v_first if self.first else (), trace)
 
 
 class RWKV7(nn.Module):
     """The model: `apply({"params": params}, tokens, state) -> (logits, state)`.
 
-    Nothing is mutable: memory goes in and comes back as an `RWKV7State`. Activations have
+    Nothing is mutable: memory is passed in and comes back as an `RWKV7State`. Activations have
     `config.dtype`; logits and the WKV state are float32.
     """
 
@@ -211,18 +344,18 @@ class RWKV7(nn.Module):
     def __call__(
         self, tokens: Tokens, state: RWKV7State, lengths: Lengths | None = None
     ) -> tuple[Logits, RWKV7State]:
-        """Next-token logits at every position, and the state behind the last token.
+        """Computes the next-token logits at every position and the state after the last token.
 
         Args:
             tokens: ids below `config.vocab_size`; T may be 0. Concrete ids are checked here, traced
                 ones cannot be: JAX clamps those that are out of range.
-            state: one row per row of `tokens`.
-            lengths: tokens of each row that count, from the left; a row's logits behind its length
-                mean nothing, its state is the one at its length.
+            state: the start state, with one row for each row of `tokens`.
+            lengths: the number of tokens of each row that count, from the left. Logits after them
+                mean nothing; the state returned is the one after the last token that counts.
 
         Raises:
             ValueError: ids out of range, or a state of another batch or model.
-            TypeError: ids that are no integers, or a WKV state that is not float32.
+            TypeError: ids that are not integers, or a WKV state that is not float32.
         """
         logits, state, _ = self._run(tokens, state, lengths)
         return logits, state
@@ -230,14 +363,14 @@ class RWKV7(nn.Module):
     def hidden(
         self, tokens: Tokens, state: RWKV7State, lengths: Lengths | None = None
     ) -> tuple[Activations, RWKV7State]:
-        """As the call, stopped before the head: the normed activations that logits are made of."""
+        """Works as the call, but stops before the head and returns its normed input."""
         x, state, _ = self._run(tokens, state, lengths, project=False)
         return x, state
 
     def trace(
         self, tokens: Tokens, state: RWKV7State, lengths: Lengths | None = None
     ) -> tuple[Logits, RWKV7State, dict[str, Array]]:
-        """As the call, and the arrays named in `TRACE`, each stacked over layers: [L B T ...]."""
+        """Works as the call, and returns the arrays named in `TRACE` as well: [L B T ...]."""
         return self._run(tokens, state, lengths, names=TRACE)
 
     @nn.compact
@@ -246,41 +379,59 @@ class RWKV7(nn.Module):
         with prefix_errors("RWKV7"):
             check_tokens(tokens, config.vocab_size)
             check_state(state, tokens.shape[0], config)
-        emb = Embedding(config, name="emb")(tokens).astype(config.dtype)
-        x = Norm(config, name="ln0")(emb)
 
-        block = nn.remat(Block, prevent_cse=False) if config.remat == "block" else Block
-        first = jax.tree.map(lambda leaf: leaf[0], state)
-        x, (end, v_first, trace) = block(config, True, names, name="layer_0")(
-            x, first, 0, None, lengths
-        )
-        end, trace = jax.tree.map(lambda leaf: leaf[None], (end, trace))
-        if config.num_layers > 1:
-            # v_first is closed over, not carried: a carry would be saved once per layer.
-            stacked = nn.scan(
-                block,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(0, 0, nn.broadcast, nn.broadcast),
-                length=config.num_layers - 1,
-            )
-            rest = jax.tree.map(lambda leaf: leaf[1:], state)
-            index = jnp.arange(1, config.num_layers)
-            x, (rest, _, more) = stacked(config, False, names, name="layers")(
-                x, rest, index, v_first, lengths
-            )
-            end, trace = jax.tree.map(
-                lambda head, tail: jnp.concatenate([head, tail]), (end, trace), (rest, more)
-            )
+        x = Embedding(config, name="emb")(tokens).astype(config.dtype)
+        x = Norm(config, name="ln0")(x)
+        x, memories, trace = self._blocks(x, layer_states(state), lengths, names)
         x = Norm(config, name="ln_out")(x)
         if project:
             x = Head(config, name="head")(x)
-        att_shift, wkv, ffn_shift, memory = end
+
         upscaled = state.upscaled
-        if upscaled is not None and upscaled.dynamics != "static":
-            upscaled = upscaled.replace(memory=memory)
-        end = RWKV7State(att_shift=att_shift, wkv=wkv, ffn_shift=ffn_shift, upscaled=upscaled)
+        if upscaled is not None and memories.memory is not None:
+            upscaled = upscaled.replace(memory=memories.memory)
+        end = RWKV7State(
+            att_shift=memories.att_shift,
+            wkv=memories.wkv,
+            ffn_shift=memories.ffn_shift,
+            upscaled=upscaled,
+        )
         return x, end, trace
+
+    def _blocks(self, x: Activations, states: LayerState, lengths, names: tuple[str, ...]):
+        """Runs all layers: the first one, then a scan over the others' stacked weights.
+
+        Returns:
+            The residual stream, and stacked over layers the memories and the trace.
+        """
+        config = self.config
+        block = nn.remat(Block, prevent_cse=False) if config.remat == "block" else Block
+
+        first_state = jax.tree.map(lambda leaf: leaf[0], states)
+        first_block = block(config, True, names, name="layer_0")
+        x, (first_memories, v_first, first_trace) = first_block(x, first_state, 0, None, lengths)
+        stacked = jax.tree.map(lambda leaf: leaf[None], (first_memories, first_trace))
+        if config.num_layers == 1:
+            return x, *stacked
+
+        # v_first is closed over, not carried: a carry would be saved once per layer.
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast, nn.broadcast),
+            length=config.num_layers - 1,
+        )
+        other_states = jax.tree.map(lambda leaf: leaf[1:], states)
+        other_blocks = scanned(config, False, names, name="layers")
+        index = jnp.arange(1, config.num_layers)
+        x, (other_memories, _, other_trace) = other_blocks(x, other_states, index, v_first, lengths)
+        memories, trace = jax.tree.map(
+            lambda first, others: jnp.concatenate([first, others]),
+            stacked,
+            (other_memories, other_trace),
+        )
+        return x, memories, trace
 
 
 class Embedding(nn.Module):
@@ -290,7 +441,7 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Tokens) -> Activations:
-        """Rows of the table."""
+        """Looks up the tokens' rows of the table."""
         shape = (self.config.vocab_size, self.config.width)
         return self.param("weight", initial.uniform(1e-4, *shape), 0, self.config)[tokens]
 
@@ -302,6 +453,6 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x: Activations) -> Logits:
-        """Float32 logits."""
+        """Computes float32 logits."""
         shape = (self.config.vocab_size, self.config.width)
         return layers.head_logits(x, self.param("weight", initial.head(*shape), 0, self.config))

@@ -1,12 +1,13 @@
-"""What an RWKV-7 remembers between tokens: a pytree passed in and handed back.
+"""The state, which is all that an RWKV-7 remembers: a pytree passed in and handed back.
 
-Every leaf is [L B ...]. What all sequences share, such as a static upscaled memory, may have B = 1
-in a larger batch.
+Every leaf is [L B ...]. Leaves that all sequences share, such as a static upscaled memory, may have
+B = 1 in a larger batch.
 """
 
-import functools
+import operator
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,56 +16,28 @@ from jaxtyping import Array, Bool, Float
 
 from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.kernel_features import KINDS, Features
+from rwkv7_jax.model.upscaled_memory import DYNAMICS, Upscaled
 
-# How the memory of an upscaled state changes from token to token; see `upscaling`.
-DYNAMICS = ("static", "decay", "delta", "replace", "replace_raw")
-
-KINDS = ("gaussian", "fourier", "gaussian_raw")
-
-
-# The shaped fields would be checked whenever JAX rebuilds the tree with other leaves (under `vmap`,
-# `scan`, `eval_shape`), so they are documentation here and checked by `check_state` instead.
-@typing.no_type_check
-@struct.dataclass
-class Features:
-    """A frozen nonlinear map of read vectors per layer and head; float32; B is 1 or the batch.
-
-    Attributes:
-        landmarks: points in read space; of Fourier features, the frequencies.
-        widths: inverse squared widths of the Gaussians; of Fourier features, the phases.
-        mean: what is taken off, measured on calibration text.
-        map: what is multiplied from the left then, or None.
-        kind: of `KINDS`; all but "gaussian_raw" see the vector's direction alone.
-    """
-
-    landmarks: Float[Array, "L B H M N"]
-    widths: Float[Array, "L B H M"]
-    mean: Float[Array, "L B H M"]
-    map: Float[Array, "L B H M M"] | None
-    kind: str = struct.field(pytree_node=False, default="gaussian")
+__all__ = [
+    "DYNAMICS",
+    "KINDS",
+    "Features",
+    "LayerState",
+    "RWKV7State",
+    "Upscaled",
+    "check_state",
+    "init_state",
+    "layer_states",
+    "map_linear_leaves",
+    "repeat",
+    "select",
+    "stack",
+    "where_rows",
+]
 
 
-@typing.no_type_check
-@struct.dataclass
-class Upscaled:
-    """A memory beside the WKV state that is read through M features instead of N channels; float32.
-
-    Attributes:
-        memory: what is tuned; B is 1 where dynamics are "static" and all sequences share it. Under
-            "replace" it takes the WKV state's place and its rows are features as well (M, not Nv).
-        write: strength of the writes in context under "decay" and "delta"; 0 writes nothing.
-        features: of the read vectors.
-        readout: under "replace", the fixed map of rows to value channels; else None.
-        dynamics: of `DYNAMICS`.
-    """
-
-    memory: Float[Array, "L B H Nv M"]
-    write: Float[Array, "L B H"]
-    features: Features
-    readout: Float[Array, "L B H Nv M"] | None = None
-    dynamics: str = struct.field(pytree_node=False, default="static")
-
-
+# Not checked at run time, for the reason given at `Features`; `check_state` does it instead.
 @typing.no_type_check
 @struct.dataclass
 class RWKV7State:
@@ -84,12 +57,40 @@ class RWKV7State:
 
     @property
     def batch(self) -> int:
-        """Sequences held (B)."""
+        """The number of sequences (B)."""
         return self.wkv.shape[1]
 
 
+class LayerState(NamedTuple):
+    """The part of a state that one layer reads: the same leaves without the axis L.
+
+    `RWKV7` scans over such a tuple whose leaves are all layers' and still have the axis L.
+
+    Attributes:
+        att_shift: [B D].
+        wkv: [B H Nv Nk].
+        ffn_shift: [B D].
+        upscaled: the upscaled memory, each leaf without the axis L; or None.
+    """
+
+    att_shift: Array
+    wkv: Array
+    ffn_shift: Array
+    upscaled: Upscaled | None
+
+
+def layer_states(state: RWKV7State) -> LayerState:
+    """Returns the leaves of a state in the form that layers read, still stacked over layers."""
+    return LayerState(
+        att_shift=state.att_shift,
+        wkv=state.wkv,
+        ffn_shift=state.ffn_shift,
+        upscaled=state.upscaled,
+    )
+
+
 def init_state(config: RWKV7Config, batch: int = 1) -> RWKV7State:
-    """The state of `batch` sequences that have read nothing: zeros."""
+    """Makes the state of `batch` sequences that have read nothing: zeros."""
     shift = (config.num_layers, batch, config.width)
     heads = (config.num_layers, batch, config.num_heads, config.head_size, config.head_size)
     return RWKV7State(
@@ -113,7 +114,7 @@ def check_state(
 
     Raises:
         TypeError: not an `RWKV7State`, or the WKV state is not float32.
-        ValueError: a leaf has the wrong shape.
+        ValueError: a leaf has the wrong shape, or an upscaled memory is of an unknown form.
     """
     with prefix_errors("check_state" if caller is None else caller):
         _check_state(state, batch, config)
@@ -138,19 +139,26 @@ def _check_state(state: RWKV7State, batch: int, config: RWKV7Config) -> None:
 
 
 def _check_upscaled(upscaled: Upscaled, heads: tuple[int, ...]) -> None:
-    layers, batch, count, size, _ = heads
-    for name, value, known in (
+    for name, value, choices in (
         ("dynamics", upscaled.dynamics, DYNAMICS),
         ("features.kind", upscaled.features.kind, KINDS),
     ):
-        if value not in known:
+        if value not in choices:
             raise ValueError(
-                f"`state.upscaled.{name}` must be one of {', '.join(known)}; got {value!r}."
+                f"`state.upscaled.{name}` must be one of {', '.join(choices)}; got {value!r}."
             )
+    form = upscaled.form
+    if (upscaled.readout is not None) != form.replaces_wkv:
+        needed = "given" if form.replaces_wkv else "None"
+        raise ValueError(
+            f"`state.upscaled.readout` must be {needed} where dynamics are {upscaled.dynamics}."
+        )
+
+    layers, batch, count, size, _ = heads
     width = upscaled.memory.shape[-1]
-    lead, replaced = (layers, batch, count), upscaled.readout is not None
+    lead = (layers, batch, count)
     shapes = {
-        "memory": (*lead, width if replaced else size, width),
+        "memory": (*lead, width if form.replaces_wkv else size, width),
         "write": lead,
         "readout": (*lead, size, width),
         "features.landmarks": (*lead, width, size),
@@ -159,38 +167,51 @@ def _check_upscaled(upscaled: Upscaled, heads: tuple[int, ...]) -> None:
         "features.map": (*lead, width, width),
     }
     for name, wanted in shapes.items():
-        leaf = functools.reduce(getattr, name.split("."), upscaled)
-        came = None if leaf is None else tuple(leaf.shape)
-        own_rows = name == "memory" and upscaled.dynamics != "static"
+        leaf = operator.attrgetter(name)(upscaled)
+        if leaf is None:
+            continue
+        came = tuple(leaf.shape)
         shared = (layers, 1, *wanted[2:])
-        if came is not None and came != wanted and (own_rows or came != shared):
-            raise ValueError(f"`state.upscaled.{name}` must have shape {wanted}; got {came}.")
+        may_be_shared = name != "memory" or not form.has_own_rows
+        if came == wanted or (may_be_shared and came == shared):
+            continue
+        raise ValueError(f"`state.upscaled.{name}` must have shape {wanted}; got {came}.")
 
 
 def _map_batch(change: Callable, state: RWKV7State, *others: RWKV7State) -> RWKV7State:
-    """`change` on every leaf that has a row for each sequence; what all share stays as it is."""
-    parts = (state, *others)
-    new = {
-        name: change(*(getattr(part, name) for part in parts))
-        for name in ("att_shift", "wkv", "ffn_shift")
-    }
-    if state.upscaled is not None:
-        batch, moving = state.batch, state.upscaled.dynamics != "static"
+    """Applies `change` to every leaf with a row for each sequence; shared leaves stay as they are.
 
-        def own(leaf, *more):
-            shared = leaf.shape[1] != batch or batch == 1
-            return leaf if shared else change(leaf, *more)
+    `change` takes one leaf of each state.
+    """
+    states = (state, *others)
+    return RWKV7State(
+        att_shift=change(*(part.att_shift for part in states)),
+        wkv=change(*(part.wkv for part in states)),
+        ffn_shift=change(*(part.ffn_shift for part in states)),
+        upscaled=_map_batch_upscaled(change, states),
+    )
 
-        upscaled = jax.tree.map(own, *(part.upscaled for part in parts))
-        if moving:
-            memory = change(*(part.upscaled.memory for part in parts))
-            upscaled = upscaled.replace(memory=memory)
-        new["upscaled"] = upscaled
-    return RWKV7State(**new)
+
+def _map_batch_upscaled(change: Callable, states: Sequence[RWKV7State]) -> Upscaled | None:
+    state = states[0]
+    if state.upscaled is None:
+        return None
+
+    # In a batch of one, shared leaves cannot be told from others by their shape. They are left
+    # alone, since rows that are added later can share them; a memory that changes cannot be shared.
+    def change_own(leaf, *more):
+        is_shared = leaf.shape[1] != state.batch or state.batch == 1
+        return leaf if is_shared else change(leaf, *more)
+
+    memories = [part.upscaled for part in states]
+    upscaled = jax.tree.map(change_own, *memories)
+    if state.upscaled.form.has_own_rows:
+        upscaled = upscaled.replace(memory=change(*(each.memory for each in memories)))
+    return upscaled
 
 
 def repeat(state: RWKV7State, batch: int) -> RWKV7State:
-    """`batch` sequences that all start from the one that `state` holds.
+    """Makes a batch whose sequences all start from the one that `state` holds.
 
     Raises:
         ValueError: `state` holds more than one sequence.
@@ -201,7 +222,7 @@ def repeat(state: RWKV7State, batch: int) -> RWKV7State:
 
 
 def select(state: RWKV7State, rows) -> RWKV7State:
-    """The sequences `rows` (an index, a slice or many indices) of `state`; the batch axis stays.
+    """Selects the sequences `rows` (an index, a slice or many indices); the batch axis stays.
 
     With `stack`, this serves many tuned states at once: `select(stack(states), ids)` is a batch
     whose row i starts from state ids[i].
@@ -211,7 +232,7 @@ def select(state: RWKV7State, rows) -> RWKV7State:
 
 
 def where_rows(rows: Bool[Array, " B"], state: RWKV7State, other: RWKV7State) -> RWKV7State:
-    """The sequences `rows` from `state`, the rest from `other`."""
+    """Takes the sequences where `rows` is true from `state`, the rest from `other`."""
 
     def pick(new, old):
         return jnp.where(rows.reshape(1, -1, *[1] * (old.ndim - 2)), new, old)
@@ -220,51 +241,29 @@ def where_rows(rows: Bool[Array, " B"], state: RWKV7State, other: RWKV7State) ->
 
 
 def map_linear_leaves(change: Callable, state: RWKV7State, *others: RWKV7State) -> RWKV7State:
-    """`change` on what a state remembers: shifts, WKV states, upscaled memories, their writes.
+    """Applies `change` to the shifts, WKV states, upscaled memories and their write strengths.
 
-    The features through which an upscaled memory is read are not memory and stay `state`'s.
+    These are the leaves that may be added and averaged. The features through which an upscaled
+    memory is read are taken from `state` as they are.
     """
-    parts = (state, *others)
-
-    def mapped(holder, name: str):
-        return change(*(getattr(part, name) for part in holder))
-
-    new = {name: mapped(parts, name) for name in ("att_shift", "wkv", "ffn_shift")}
-    if state.upscaled is None:
-        return RWKV7State(**new)
-    memories = [part.upscaled for part in parts]
-    new_memory = {name: mapped(memories, name) for name in ("memory", "write")}
-    return RWKV7State(**new, upscaled=state.upscaled.replace(**new_memory))
-
-
-def _with_upscaled(state: RWKV7State, like: Upscaled) -> RWKV7State:
-    """`state` with an upscaled memory of its own rows: its own, or an empty one read as `like`."""
+    states = (state, *others)
     upscaled = state.upscaled
-    if upscaled is None:
-        memory, write = (jnp.zeros_like(leaf[:, :1]) for leaf in (like.memory, like.write))
-        features, readout = jax.tree.map(lambda x: x[:, :1], (like.features, like.readout))
-        upscaled = like.replace(memory=memory, write=write, features=features, readout=readout)
-    forms = [jax.tree.map(lambda x: (x.shape[0], x.shape[2:]), u) for u in (upscaled, like)]
-    if forms[0] != forms[1]:
-        raise ValueError(
-            "stack: `states` must have upscaled memories of one form; got "
-            f"{_form(like)} and {_form(upscaled)}."
+    if upscaled is not None:
+        memories = [part.upscaled for part in states]
+        upscaled = upscaled.replace(
+            memory=change(*(each.memory for each in memories)),
+            write=change(*(each.write for each in memories)),
         )
-
-    def own(x):
-        return jnp.broadcast_to(x, (x.shape[0], state.batch, *x.shape[2:]))
-
-    return state.replace(upscaled=jax.tree.map(own, upscaled))
-
-
-def _form(upscaled: Upscaled) -> str:
-    kind, width = upscaled.features.kind, upscaled.memory.shape[-1]
-    mapped = "no map" if upscaled.features.map is None else "a map"
-    return f"{upscaled.dynamics} {kind} with {width} features and {mapped}"
+    return RWKV7State(
+        att_shift=change(*(part.att_shift for part in states)),
+        wkv=change(*(part.wkv for part in states)),
+        ffn_shift=change(*(part.ffn_shift for part in states)),
+        upscaled=upscaled,
+    )
 
 
 def stack(states: list[RWKV7State]) -> RWKV7State:
-    """One batch of all the sequences in `states`, in their order.
+    """Makes one batch of all the sequences in `states`, in their order.
 
     A state without an upscaled memory gets an empty one where others have one, which reads nothing.
 
@@ -275,3 +274,38 @@ def stack(states: list[RWKV7State]) -> RWKV7State:
     if like is not None:
         states = [_with_upscaled(state, like) for state in states]
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *states)
+
+
+def _with_upscaled(state: RWKV7State, like: Upscaled) -> RWKV7State:
+    """Gives every sequence of `state` a memory of its own: its present one, or an empty one.
+
+    Empty ones are read through the same features as `like`.
+    """
+    upscaled = state.upscaled
+    if upscaled is None:
+        one_row = jax.tree.map(lambda leaf: leaf[:, :1], like)
+        upscaled = one_row.replace(
+            memory=jnp.zeros_like(one_row.memory), write=jnp.zeros_like(one_row.write)
+        )
+    if _shapes_without_batch(upscaled) != _shapes_without_batch(like):
+        raise ValueError(
+            "stack: `states` must have upscaled memories of one form; got "
+            f"{_description(like)} and {_description(upscaled)}."
+        )
+
+    def own_rows(leaf):
+        return jnp.broadcast_to(leaf, (leaf.shape[0], state.batch, *leaf.shape[2:]))
+
+    return state.replace(upscaled=jax.tree.map(own_rows, upscaled))
+
+
+def _shapes_without_batch(upscaled: Upscaled) -> Upscaled:
+    # The comparison of these trees includes their static fields, dynamics and kind.
+    return jax.tree.map(lambda leaf: (leaf.shape[0], leaf.shape[2:]), upscaled)
+
+
+def _description(upscaled: Upscaled) -> str:
+    kind = upscaled.features.kind
+    width = upscaled.memory.shape[-1]
+    mapped = "no map" if upscaled.features.map is None else "a map"
+    return f"{upscaled.dynamics} {kind} with {width} features and {mapped}"

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from rwkv7_jax.array_types import Lengths, Params, Tokens
 from rwkv7_jax.checks import check_lengths, check_tokens
 from rwkv7_jax.data.batch import Batch, BatchLike
+from rwkv7_jax.model.layers import head_logits
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state, repeat
 from rwkv7_jax.observer.observer import (
@@ -23,7 +24,7 @@ from rwkv7_jax.observer.observer import (
     read_prompts,
 )
 from rwkv7_jax.observer.prompt_splits import check_split, continuations
-from rwkv7_jax.training.losses import loss_weights, token_statistics
+from rwkv7_jax.training.losses import loss_weights, map_token_chunks
 
 
 class Answers(NamedTuple):
@@ -42,8 +43,15 @@ class Answers(NamedTuple):
 def _answers(teacher: RWKV7, params: Params, start: RWKV7State, batch: Batch):
     inputs, targets, shares = continuations(batch.tokens, batch.split, loss_weights(batch))
     x, _ = teacher.apply({"params": params}, inputs, start, method="hidden")
-    found = token_statistics(x, params["head"]["weight"], targets)
-    return jnp.sum(shares * found.correct), jnp.sum(shares * found.nats)
+
+    def per_token(x, targets):
+        logits = head_logits(x, params["head"]["weight"])
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        right = jnp.argmax(logits, axis=-1) == targets
+        return right.astype(jnp.float32), jax.nn.logsumexp(logits, axis=-1) - chosen
+
+    right, nats = map_token_chunks(per_token, x, targets)
+    return jnp.sum(shares * right), jnp.sum(shares * nats)
 
 
 def evaluate_handover(

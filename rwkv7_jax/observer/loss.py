@@ -30,14 +30,7 @@ Scalar = Float[Array, ""]
 
 def _divergence(x: Activations, heads: tuple, base: Array, split: Array) -> Scalar:
     """Mean KL(teacher || observer) of the predictions inside the prompts."""
-    statistics = losses.token_statistics(
-        x,
-        heads[0],
-        None,
-        reference=base,
-        reference_head=heads[1],
-    )
-    nats = statistics.kl
+    nats = losses.kl_divergence(x, base, heads[0], base_head=heads[1])
     inside = (jnp.arange(x.shape[1])[None] < split[:, None]).astype(nats.dtype)
     return jnp.sum(nats * inside) / jnp.maximum(jnp.sum(inside), 1.0)
 
@@ -47,7 +40,7 @@ def _answers(teacher: RWKV7, params: Params, wkv: WKV, batch: Batch) -> Scalar:
     inputs, targets, shares = continuations(batch.tokens, batch.split, losses.loss_weights(batch))
     start = init_state(teacher.config, inputs.shape[0]).replace(wkv=wkv)
     x, _ = teacher.apply({"params": params}, inputs, start, method="hidden")
-    nats = losses.token_statistics(x, params["head"]["weight"], targets).nats
+    nats, _ = losses.cross_entropy(x, params["head"]["weight"], targets)
     return jnp.sum(shares * nats)
 
 

@@ -8,44 +8,51 @@ import optax
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
+from pallas_kernels import WKVInputs
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.model.kernel_features import kernel_features
-from rwkv7_jax.model.recurrence import Parts, _features_inputs, _paper_inputs, _wkv7
+from rwkv7_jax.model.recurrence import LayerTrace, wkv7_sharded, wkv_inputs_of
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, Upscaled, repeat
+from rwkv7_jax.model.upscaled_memory import RecurrentMemory
 from rwkv7_jax.optim.decorrelation import METHODS, Decorrelator, decorrelate
 from rwkv7_jax.training.losses import loss_weights
 from rwkv7_jax.tuning.state_tuning import check_leaves, trainable_mask
 
 
 def initial_state_read_vectors(
-    parts: Parts, *, implementation: str | None = None
+    parts: LayerTrace, *, implementation: str | None = None
 ) -> Float[Array, "B T H Nk"]:
     """Computes the effective read vector psi of the initial state at every token.
 
     y_t = S_0 psi_t + terms independent of S_0. psi_t is the product of all transitions up to t,
     times r_t.
     """
-    rows, _, heads, size = parts["r"].shape
-    # Started from the identity and with nothing written (k = v = 0), the op returns psi itself.
-    start = jnp.broadcast_to(jnp.eye(size), (rows, heads, size, size))
-    nothing = jnp.zeros_like(parts["r"])
-    inputs = (parts["r"], parts["log_w"], nothing, nothing, parts["a"], parts["b"])
-    return _wkv7(inputs, start, implementation=implementation)[0]
+    return _read_vectors(wkv_inputs_of(parts), implementation)
 
 
 def memory_read_vectors(
-    upscaled: Upscaled, parts: Parts, *, implementation: str | None = None
+    upscaled: Upscaled, parts: LayerTrace, *, implementation: str | None = None
 ) -> Float[Array, "B T H M"]:
     """Computes the effective read vector psi of the upscaled memory at every token.
 
     A static memory is read with phi(r) itself; elsewhere psi has decay and removals in it.
     """
-    if upscaled.dynamics == "static":
+    form = upscaled.form
+    if not isinstance(form, RecurrentMemory):
         return kernel_features(upscaled.features, parts["r"])
-    make_inputs = _features_inputs if upscaled.readout is None else _paper_inputs
-    return initial_state_read_vectors(make_inputs(upscaled, parts), implementation=implementation)
+    inputs = form.wkv_inputs(upscaled, wkv_inputs_of(parts), parts["icl_rate"])
+    return _read_vectors(inputs, implementation)
+
+
+def _read_vectors(inputs: WKVInputs, implementation: str | None) -> Float[Array, "B T H Nk"]:
+    rows, _, heads, size = inputs.r.shape
+    # Started from the identity and with nothing written (k = v = 0), the op returns psi itself.
+    start = jnp.broadcast_to(jnp.eye(size), (rows, heads, size, size))
+    nothing = jnp.zeros_like(inputs.r)
+    inputs = inputs._replace(k=nothing, v=nothing)
+    return wkv7_sharded(inputs, start, implementation=implementation)[0]
 
 
 def second_moment(

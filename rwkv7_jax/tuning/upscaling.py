@@ -13,9 +13,10 @@ from jaxtyping import Array, Float
 from rwkv7_jax.array_types import Params, Tokens
 from rwkv7_jax.checks import check_tokens, prefix_errors
 from rwkv7_jax.model.kernel_features import kernel_features, unit_vectors
-from rwkv7_jax.model.recurrence import Parts, _paper_inputs
+from rwkv7_jax.model.recurrence import LayerTrace, wkv_inputs_of
 from rwkv7_jax.model.rwkv7 import RECURRENCE, RWKV7
 from rwkv7_jax.model.state import DYNAMICS, KINDS, Features, RWKV7State, Upscaled, init_state
+from rwkv7_jax.model.upscaled_memory import MEMORY_FORMS, RecurrentMemory
 from rwkv7_jax.optim.whitening import whitening
 
 LANDMARKS = ("random", "kmeans")
@@ -33,15 +34,17 @@ _DISTANCE_POINTS = 512
 _DISTANCE_LANDMARKS = 64
 
 
-def stability_ratio(upscaled: Upscaled, parts: Parts) -> Float[Array, ""]:
+def stability_ratio(upscaled: Upscaled, parts: LayerTrace) -> Float[Array, ""]:
     """Measures the removal under "replace" in units of the stable limit; above 1 it can diverge.
 
     One step's matrix diag(phi(w)) - phi(k) (phi(a) phi(k))^T has its eigenvalues inside the unit
     circle if sum_m phi_m(a) phi_m(k)^2 <= 1 + min_m phi_m(w).
     """
-    inputs = _paper_inputs(upscaled, parts)
-    removed = -jnp.sum(inputs["a"] * inputs["b"], axis=-1)
-    return jnp.max(removed / (1 + jnp.min(jnp.exp(inputs["log_w"]), axis=-1)))
+    form = upscaled.form
+    assert isinstance(form, RecurrentMemory)
+    inputs = form.wkv_inputs(upscaled, wkv_inputs_of(parts), parts["icl_rate"])
+    removed = -jnp.sum(inputs.a * inputs.b, axis=-1)
+    return jnp.max(removed / (1 + jnp.min(jnp.exp(inputs.log_w), axis=-1)))
 
 
 def empty_memory(features: Features, *, dynamics: str = "static", seed: int = 0) -> Upscaled:
@@ -50,7 +53,7 @@ def empty_memory(features: Features, *, dynamics: str = "static", seed: int = 0)
     lead = (layers, 1, heads)
     readout = None
     rows = size
-    if _replaces_wkv(dynamics):
+    if MEMORY_FORMS[dynamics].replaces_wkv:
         # In the paper's form the values are features as well, and a fixed random map reads them.
         rows = width
         noise = jax.random.normal(jax.random.key(seed), (*lead, size, width))
@@ -72,18 +75,13 @@ def fold_feature_map(upscaled: Upscaled) -> Upscaled:
     """
     if upscaled.features.map is None:
         return upscaled
-    if upscaled.dynamics not in ("static", "decay") or np.any(upscaled.write):
+    if upscaled.form.erases or np.any(upscaled.write):
         raise ValueError(
             "fold_feature_map: `upscaled` must be static, or decay without writes; "
             f"got {upscaled.dynamics}, whose keys are mapped features."
         )
     memory = jnp.matmul(upscaled.memory, upscaled.features.map, precision="highest")
     return upscaled.replace(memory=memory, features=upscaled.features.replace(map=None))
-
-
-def _replaces_wkv(dynamics: str) -> bool:
-    """Tells whether the memory takes the WKV state's place, as in the paper."""
-    return dynamics.startswith("replace")
 
 
 class FeatureSettings(NamedTuple):
@@ -119,7 +117,7 @@ def resolve_features(
         widths: by default 1, 4 and 16; 1 alone where `prepare` is "none".
         whiten: whether features are whitened if `prepare` does not say otherwise.
     """
-    replaces = _replaces_wkv(dynamics)
+    replaces = MEMORY_FORMS[dynamics].replaces_wkv
     if not kind:
         kind = "gaussian_raw" if replaces else "gaussian"
     if not prepare:
@@ -338,13 +336,14 @@ def upscale(
         raise ValueError(
             f"upscale: `dynamics` must be one of {', '.join(DYNAMICS)}; got {dynamics!r}."
         )
+    form = MEMORY_FORMS[dynamics]
     tokens = np.asarray(tokens)
     with prefix_errors("upscale"):
         check_tokens(tokens, model.config.vocab_size)
     settings = resolve_features(dynamics, kind=kind, prepare=prepare, widths=widths)
     features = calibrate(
-        # Under "delta" the memory is also addressed by removal keys.
-        _read_vectors(model, params, tokens, with_keys=dynamics == "delta"),
+        # An additive memory that is erased is also addressed by removal keys.
+        _read_vectors(model, params, tokens, with_keys=form.erases and not form.replaces_wkv),
         size=size or 4 * model.config.head_size,
         kind=settings.kind,
         landmarks=landmarks,
@@ -353,7 +352,7 @@ def upscale(
         seed=seed,
     )
     upscaled = empty_memory(features, dynamics=dynamics, seed=seed)
-    if _replaces_wkv(dynamics):
+    if form.replaces_wkv:
         _warn_of_growth(upscaled, _recurrence_inputs(model, params, tokens[:_ROWS]))
     return init_state(model.config).replace(upscaled=upscaled)
 

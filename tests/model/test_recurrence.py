@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from upscaled_states import ADDITIVE, SIZE, noise
 
-from rwkv7_jax.model import recurrence as upscaling
+from rwkv7_jax.model import recurrence as model_recurrence
 from rwkv7_jax.model.kernel_features import kernel_features
 from rwkv7_jax.tuning.read_statistics import initial_state_read_vectors, memory_read_vectors
 from rwkv7_jax.tuning.upscaling import calibrate, empty_memory, stability_ratio
@@ -35,7 +35,15 @@ def layer(dynamics, seed=0, size=SIZE, write=0.0, **choices):
 
 
 def recurrence(one, wkv, upscaled):
-    return upscaling.recurrence(one, wkv, upscaled, implementation=None, lengths=None)
+    """The layer's recurrence, of the arrays that a trace has."""
+    return model_recurrence.recurrence(
+        model_recurrence.wkv_inputs_of(one),
+        one["icl_rate"],
+        wkv,
+        upscaled,
+        implementation=None,
+        lengths=None,
+    )
 
 
 compiled = jax.jit(recurrence)

@@ -12,7 +12,7 @@ from rwkv7_jax.model.state import init_state
 from rwkv7_jax.observer.evaluation import evaluate_handover, proposal_error
 from rwkv7_jax.observer.loss import observer_loss
 from rwkv7_jax.observer.observer import state_moments
-from rwkv7_jax.training.losses import token_statistics
+from rwkv7_jax.training.losses import kl_divergence
 from rwkv7_jax.training.train_step import TrainState, make_train_step
 
 mirror = pytest.fixture(tiny_observers.mirror, scope="module")
@@ -110,7 +110,7 @@ def test_models_of_other_widths_diverge_by_their_own_heads():
     )
     tuned, reference = jax.nn.log_softmax(x @ head.T), jax.nn.log_softmax(base @ other.T)
     wanted = jnp.sum(jnp.exp(reference) * (reference - tuned), -1)
-    found = token_statistics(x, head, None, reference=base, reference_head=other, chunk=2).kl
+    found = kl_divergence(x, base, head, base_head=other, chunk=2)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
 
 

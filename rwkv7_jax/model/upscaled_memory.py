@@ -1,0 +1,197 @@
+"""The upscaled memory: M > N columns per head, read through kernel features; and its forms.
+
+The additive forms leave the model as it was: y = S r + S~ phi(r), and an empty memory S~ = 0
+changes nothing, bit for bit. They differ in what happens to S~ from token to token. The form that
+replaces the WKV state is the paper's; its equations are in `paper_form`.
+
+Source: arXiv 2504.05097, section 3.2 (the kernel method); the additive forms are this project's.
+"""
+
+import abc
+import typing
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+from pallas_kernels import WKVInputs
+from rwkv7_jax.array_types import Heads
+from rwkv7_jax.model.kernel_features import (
+    Features,
+    apply_per_head,
+    kernel_features,
+    unit_features,
+)
+from rwkv7_jax.model.paper_form import paper_inputs
+
+# The WKV op with its implementation and lengths bound: (inputs, state) -> (y, end state).
+Op = Callable[[WKVInputs, Array], tuple[Array, Array]]
+
+
+class MemoryForm(abc.ABC):
+    """How an upscaled memory is read, and how it changes from token to token.
+
+    The arguments `upscaled` are one layer's, without the axis L.
+
+    Attributes:
+        has_own_rows: the memory changes in context, so each sequence of a batch needs its own.
+        replaces_wkv: the memory takes the place of the WKV state instead of adding to its reads.
+        erases: what the context writes removes something from the memory.
+    """
+
+    has_own_rows: bool = True
+    replaces_wkv: bool = False
+    erases: bool = False
+
+    @abc.abstractmethod
+    def read(
+        self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads, op: Op
+    ) -> tuple[Float[Array, "B T H Nv"], Array | None]:
+        """Reads the memory at every token.
+
+        Args:
+            upscaled: the layer's memory.
+            inputs: the layer's own inputs of the WKV op, with N channels a head.
+            icl_rate: the in-context learning rate.
+            op: runs the WKV op.
+
+        Returns:
+            The values read, and the memory after the last token; None where it never changes.
+        """
+
+
+class StaticMemory(MemoryForm):
+    """A memory that never changes, which all sequences may share: S~_t = S~_0."""
+
+    has_own_rows = False
+
+    def read(
+        self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads, op: Op
+    ) -> tuple[Float[Array, "B T H Nv"], Array | None]:
+        """Reads S~_0 phi(r), which needs no recurrence."""
+        phi = kernel_features(upscaled.features, inputs.r)
+        return apply_per_head(upscaled.memory, phi), None
+
+
+class RecurrentMemory(MemoryForm):
+    """A memory that is the state of a WKV op of its own, over features instead of channels."""
+
+    @abc.abstractmethod
+    def wkv_inputs(self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads) -> WKVInputs:
+        """Computes the inputs of the WKV op whose state is the memory.
+
+        Args:
+            upscaled: the layer's memory.
+            inputs: the layer's own inputs, with N channels a head.
+            icl_rate: the in-context learning rate.
+        """
+
+    def read(
+        self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads, op: Op
+    ) -> tuple[Float[Array, "B T H Nv"], Array | None]:
+        """Reads and updates the memory with the WKV op."""
+        return op(self.wkv_inputs(upscaled, inputs, icl_rate), upscaled.memory)
+
+
+class DecayMemory(RecurrentMemory):
+    """A memory that fades: S~_t = w S~_{t-1} + c v phi(k)^T, with the head's mean decay w.
+
+    phi(k) are the features of the removal key, scaled to length 1; c is `Upscaled.write`.
+    """
+
+    def wkv_inputs(self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads) -> WKVInputs:
+        """Computes the features of r and of the key, with one decay for all of them."""
+        r = kernel_features(upscaled.features, inputs.r)
+        # `a` is the negative of the removal key.
+        key = unit_features(kernel_features(upscaled.features, -inputs.a))
+        # The decay belongs to key channels, and features are not channels: only a scalar carries
+        # over. With a scalar, the matrix of one step has norm at most 1 under "delta" as well.
+        log_w = jnp.log(_head_mean(jnp.exp(inputs.log_w.astype(jnp.float32))))
+        return WKVInputs(
+            r=r,
+            log_w=jnp.broadcast_to(log_w, r.shape),
+            k=key * upscaled.write[:, None, :, None],
+            v=inputs.v.astype(jnp.float32),
+            a=-key,
+            b=key * self._removal_rate(icl_rate),
+        )
+
+    def _removal_rate(self, icl_rate: Heads) -> Float[Array, "B T H 1"] | float:
+        return 0.0
+
+
+class DeltaMemory(DecayMemory):
+    """A memory that fades and is erased where the context writes.
+
+    S~_t = S~_{t-1} (w I - eta phi(k) phi(k)^T) + c v phi(k)^T, with the head's mean rate eta.
+    """
+
+    erases = True
+
+    def _removal_rate(self, icl_rate: Heads) -> Float[Array, "B T H 1"] | float:
+        return _head_mean(icl_rate)
+
+
+class PaperMemory(RecurrentMemory):
+    """A memory in the place of the WKV state, whose rows are features as well; see `paper_form`."""
+
+    replaces_wkv = True
+    erases = True
+
+    def __init__(self, *, unit_keys: bool):
+        self.unit_keys = unit_keys
+
+    def wkv_inputs(self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads) -> WKVInputs:
+        """Computes the features of all vectors of the recurrence."""
+        return paper_inputs(upscaled.features, inputs, icl_rate, unit_keys=self.unit_keys)
+
+    def read(
+        self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads, op: Op
+    ) -> tuple[Float[Array, "B T H Nv"], Array | None]:
+        """Reads the memory and maps its M rows to value channels."""
+        y, memory = super().read(upscaled, inputs, icl_rate, op)
+        return apply_per_head(upscaled.readout, y), memory
+
+
+def _head_mean(x: Heads) -> Float[Array, "B T H 1"]:
+    return jnp.mean(x.astype(jnp.float32), axis=-1, keepdims=True)
+
+
+# The one place where a name of `Upscaled.dynamics` gets its meaning.
+MEMORY_FORMS: dict[str, MemoryForm] = {
+    "static": StaticMemory(),
+    "decay": DecayMemory(),
+    "delta": DeltaMemory(),
+    "replace": PaperMemory(unit_keys=True),
+    "replace_raw": PaperMemory(unit_keys=False),
+}
+
+DYNAMICS = tuple(MEMORY_FORMS)
+
+
+# Not checked at run time, for the reason given at `Features`.
+@typing.no_type_check
+@struct.dataclass
+class Upscaled:
+    """A memory next to the WKV state, read through M features instead of N channels; float32.
+
+    Attributes:
+        memory: the trainable memory; B may be 1 where it is static and all sequences share it. In
+            the paper's form its rows are features as well (M, not Nv).
+        write: strength of the writes in context under "decay" and "delta"; 0 writes nothing.
+        features: the features of the read vectors.
+        readout: in the paper's form, the fixed map of rows to value channels; else None.
+        dynamics: one of `DYNAMICS`.
+    """
+
+    memory: Float[Array, "L B H Nv M"]
+    write: Float[Array, "L B H"]
+    features: Features
+    readout: Float[Array, "L B H Nv M"] | None = None
+    dynamics: str = struct.field(pytree_node=False, default="static")
+
+    @property
+    def form(self) -> MemoryForm:
+        """How this memory is read and how it changes."""
+        return MEMORY_FORMS[self.dynamics]
