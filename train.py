@@ -31,7 +31,7 @@ from rwkv7_jax.runs.multihost import open_run_directory, restore_and_broadcast
 from rwkv7_jax.runs.process import StopSignals
 from rwkv7_jax.runs.profiler import ProfileWindow
 from rwkv7_jax.runs.resume.run_identity import identity_of
-from rwkv7_jax.runs.run_directory import Folder
+from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.run_plots import draw
 from rwkv7_jax.runs.settings import Settings, profiled, read_settings
 from rwkv7_jax.training.train_step import TrainState, make_train_step
@@ -63,7 +63,7 @@ class Run:
     mesh: jax.sharding.Mesh | None
 
 
-def set_up(settings: Settings, folder: Folder) -> Run:
+def set_up(settings: Settings, folder: RunDirectory) -> Run:
     """Loads the model and the data of a run and makes its optimizer."""
     mode = make_mode(settings, folder.path)
     optimizer = settings.optimizer
@@ -129,7 +129,7 @@ def describe(run: Run, state: TrainState, progress: RunProgress) -> None:
     print(f"resume    from step {start}{best}", flush=True)
 
 
-def evaluate(run: Run, state: TrainState, folder: Folder) -> dict[str, float]:
+def evaluate(run: Run, state: TrainState, folder: RunDirectory) -> dict[str, float]:
     """Measures the trainables on held-out data and prints sample text."""
     mode = run.mode
     sample = run.settings.sample
@@ -156,7 +156,7 @@ def evaluate(run: Run, state: TrainState, folder: Folder) -> dict[str, float]:
 
 
 def look_and_save(
-    run: Run, state: TrainState, number: int, folder: Folder, log: RunLog, stop: StopSignals
+    run: Run, state: TrainState, number: int, folder: RunDirectory, log: RunLog, stop: StopSignals
 ) -> bool:
     """What is due behind an update has been done; gives whether the run ends there."""
     settings, last = run.settings, number == run.settings.steps
@@ -185,7 +185,7 @@ def look_and_save(
     return ends
 
 
-def result(run: Run, state: TrainState, course: RunProgress, folder: Folder) -> Any:
+def result(run: Run, state: TrainState, course: RunProgress, folder: RunDirectory) -> Any:
     """The trainables that a run ends with: the last ones, or with patience the best ones."""
     best = course.best[0][1] if run.settings.evaluation.patience and course.best else None
     if best in (None, int(state.step)):
@@ -196,7 +196,7 @@ def result(run: Run, state: TrainState, course: RunProgress, folder: Folder) -> 
     return folder.checkpoints.load(best, state, run.identity).params
 
 
-def train(settings: Settings, folder: Folder, stop: StopSignals) -> None:
+def train(settings: Settings, folder: RunDirectory, stop: StopSignals) -> None:
     """Runs the loop."""
     with stop.interruptible():
         run = set_up(settings, folder)

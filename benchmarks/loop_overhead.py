@@ -19,7 +19,7 @@ from benchmarks import record
 from rwkv7_jax.runs import compilation_cache as compile_cache
 from rwkv7_jax.runs.input_pipeline import InputPipeline
 from rwkv7_jax.runs.process import StopSignals
-from rwkv7_jax.runs.run_directory import RunFolder
+from rwkv7_jax.runs.run_directory import OwnedRunDirectory
 from rwkv7_jax.runs.settings import Settings, read_settings
 from rwkv7_jax.training.train_step import TrainState, make_train_step
 
@@ -61,7 +61,7 @@ def in_loop(program: dict, settings: Settings) -> Mark:
     InputPipeline.__call__ = ask
     try:
         with tempfile.TemporaryDirectory() as folder:
-            with StopSignals() as stop, RunFolder(folder, settings) as place:
+            with StopSignals() as stop, OwnedRunDirectory(folder, settings) as place:
                 program["train"](settings, place, stop)
     finally:
         InputPipeline.__call__ = asked
@@ -70,7 +70,7 @@ def in_loop(program: dict, settings: Settings) -> Mark:
 
 def bare(program: dict, settings: Settings) -> Mark:
     """A step's clocks with nothing around it: one batch that is on the device already."""
-    with tempfile.TemporaryDirectory() as folder, RunFolder(folder, settings) as place:
+    with tempfile.TemporaryDirectory() as folder, OwnedRunDirectory(folder, settings) as place:
         run = program["set_up"](settings, place)
     step = make_train_step(run.mode.loss, run.tx)
     feed = InputPipeline(run.mode.batches(0, None))

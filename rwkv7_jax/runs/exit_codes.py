@@ -66,6 +66,6 @@ def exit_code(error: BaseException) -> int | None:
 
 
 def _is_lost_process(error: BaseException) -> bool:
-    # JAX (0.10 to 0.12) has one class for all runtime errors, and raises it or ValueError here.
+    # JAX (0.10.2) has no class of its own for this, and raises ValueError as well.
     # Gloo is what CPU processes talk through; on other platforms JAX ends the process itself.
     return "Gloo" in str(error)

@@ -17,7 +17,7 @@ from rwkv7_jax.runs.early_stopping import RunProgress
 from rwkv7_jax.runs.exit_codes import NotFinite, warn
 from rwkv7_jax.runs.input_pipeline import InputPipeline
 from rwkv7_jax.runs.progress_bar import ProgressBar
-from rwkv7_jax.runs.run_directory import Folder
+from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.training.costs import mfu
 
@@ -34,7 +34,7 @@ class RunLog:
 
     def __init__(
         self,
-        folder: Folder,
+        folder: RunDirectory,
         settings: Settings,
         course: RunProgress,
         *,

@@ -1,8 +1,8 @@
-"""Several processes that make one run: they join, they agree, and the first one speaks.
+"""Runs of several processes: how they join, agree and share what process 0 restores.
 
-A process that dies takes the others with it. Where what they wait for does not fail by itself, JAX
-ends them with SIGABRT within the heartbeat's time, and says why on stderr. All go on from the first
-one's newest checkpoint when they are started again.
+A process that dies ends the others. Where the call that waits for it does not fail by itself, JAX
+ends them with SIGABRT after `HEARTBEAT_SECONDS` and prints the reason. Started again, all go on
+from the newest checkpoint of process 0.
 """
 
 import collections
@@ -23,8 +23,8 @@ from jax.sharding import Mesh
 
 from rwkv7_jax.runs.early_stopping import RunProgress
 from rwkv7_jax.runs.exit_codes import EndedElsewhere, exit_code
-from rwkv7_jax.runs.resume.checkpoint_record import Identity
-from rwkv7_jax.runs.run_directory import Folder, NullRunDirectory, RunFolder
+from rwkv7_jax.runs.resume.run_identity import Identity
+from rwkv7_jax.runs.run_directory import NullRunDirectory, OwnedRunDirectory, RunDirectory
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.sharding import shard_batch
 from rwkv7_jax.training.train_step import TrainState
@@ -34,162 +34,183 @@ HEARTBEAT_SECONDS = 30
 
 
 def join(coordinator: str, *, processes: int, process: int) -> None:
-    """This process is one of several; nothing happens where no coordinator is named.
+    """Joins the other processes of the run; does nothing without a coordinator.
 
-    To be called before anything asks for a device.
+    Must be called before anything asks for a device.
 
     Args:
-        coordinator: address and port of the first process, or "auto" where the cluster (Cloud TPU,
-            Slurm, ...) tells all.
-        processes: how many, unless "auto".
+        coordinator: address and port of process 0, or "auto" where the cluster (Cloud TPU, Slurm,
+            ...) knows it and the other two.
+        processes: how many there are, unless "auto".
         process: which one this is, from 0, unless "auto".
 
     Raises:
-        ValueError: one of several processes, and not said which or where the first one is.
+        ValueError: there are several processes, and it is not said which one this is or where
+            process 0 is.
     """
     if not coordinator:
         if (processes, process) != (1, 0):
             raise ValueError("`--coordinator` must say where the first of `--processes` is.")
         return
-    told = {}
-    if coordinator != "auto":
-        if not re.fullmatch(r".+:\d+", coordinator):
-            raise ValueError(
-                f"`--coordinator` must be auto or an address and port; got {coordinator!r}."
-            )
-        if not 0 <= process < processes:
-            raise ValueError(
-                f"`--process` must be at least 0 and below `--processes`; got {process} of "
-                f"{processes}."
-            )
-        told = {
-            "coordinator_address": coordinator,
-            "num_processes": processes,
-            "process_id": process,
-        }
-    jax.distributed.initialize(**told, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    if coordinator == "auto":
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        return
+    if not re.fullmatch(r".+:\d+", coordinator):
+        raise ValueError(
+            f"`--coordinator` must be auto or an address and port; got {coordinator!r}."
+        )
+    if not 0 <= process < processes:
+        raise ValueError(
+            f"`--process` must be at least 0 and below `--processes`; got {process} of {processes}."
+        )
+    jax.distributed.initialize(
+        coordinator_address=coordinator,
+        num_processes=processes,
+        process_id=process,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    )
 
 
-def _alone() -> bool:
-    """Known without asking for a device, which takes seconds."""
+def _is_single_process() -> bool:
+    # `jax.process_count()` would start the backend, which takes seconds.
     return not jax.distributed.is_initialized()
 
 
 def shutdown() -> None:
-    """All have come this far, and none needs another any more."""
-    if not _alone():
+    """Waits for the other processes and leaves them; nothing may be shared afterwards."""
+    if not _is_single_process():
         jax.distributed.shutdown()
 
 
 def is_process_0() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Returns whether this is the process that writes and prints."""
     return jax.process_index() == 0
 
 
-def _shared(array: np.ndarray) -> np.ndarray:
-    """The first process's array; all have its shape and dtype. Bits are sent, not numbers."""
+def _broadcast_array(array: np.ndarray) -> np.ndarray:
+    """Returns the array of process 0; those of the others only have its shape and dtype."""
     array = np.asarray(array)
+    # As bytes: JAX would turn float64 into float32, and NaN payloads must survive.
     raw = np.frombuffer(array.tobytes(), np.uint8)
-    sent = np.asarray(multihost_utils.broadcast_one_to_all(raw))
-    return np.frombuffer(sent.tobytes(), array.dtype).reshape(array.shape)
+    received = np.asarray(multihost_utils.broadcast_one_to_all(raw))
+    return np.frombuffer(received.tobytes(), array.dtype).reshape(array.shape)
 
 
-def _shared_text(text: str) -> str:
+def _broadcast_text(text: str) -> str:
+    """Returns the text of process 0."""
     raw = np.frombuffer(text.encode(), np.uint8)
-    size = int(_shared(np.int32(len(raw))))
-    return (
-        _shared(np.resize(raw, size) if is_process_0() else np.zeros(size, np.uint8))
-        .tobytes()
-        .decode()
-    )
+    # The others have to know the size first: an array of another shape would hang.
+    size = int(_broadcast_array(np.asarray(len(raw), np.int32)))
+    if not is_process_0():
+        raw = np.zeros(size, np.uint8)
+    return _broadcast_array(raw).tobytes().decode()
 
 
 def run_on_process_0(call: Callable[[], str]) -> str:
-    """The text that `call` gives in the first process, where alone it runs.
+    """Calls a function in process 0 only and returns its text in all processes.
+
+    An error of `call` is raised in process 0 as it is.
 
     Raises:
-        EndedElsewhere: it raised what ends a run; the first process raises just that.
+        EndedElsewhere: in the other processes, if `call` raised.
     """
-    if _alone():
+    if _is_single_process():
         return call()
-    text, error = "", None
+    text = ""
+    error: Exception | None = None
     if is_process_0():
         try:
             text = call()
+        # Whatever it is, the others wait for an answer.
         except Exception as caught:
             error = caught
-    said = {"text": text, "error": str(error or ""), "code": error and (exit_code(error) or 1)}
-    said = json.loads(_shared_text(json.dumps(said)))
+    code = None if error is None else exit_code(error) or 1
+    answer = {"text": text, "error": str(error or ""), "code": code}
+    answer = json.loads(_broadcast_text(json.dumps(answer)))
     if error is not None:
         raise error
-    if said["code"] is not None:
-        raise EndedElsewhere(said["error"], said["code"])
-    return said["text"]
+    if answer["code"] is not None:
+        raise EndedElsewhere(answer["error"], answer["code"])
+    return answer["text"]
 
 
 def broadcast_from_0(tree: Any) -> Any:
-    """The arrays of the first process, bit for bit; the others' have the same shapes."""
-    return tree if _alone() else jax.tree.map(_shared, tree)
+    """Returns the arrays of process 0, bit for bit; those of the others have the same shapes."""
+    return tree if _is_single_process() else jax.tree.map(_broadcast_array, tree)
 
 
 class AnyProcess:
-    """Whether any process wishes something, known to all behind the same step.
+    """Cross-process OR of a flag, read with a delay so that no step blocks on it."""
 
-    Nobody waits for an answer: it is looked at some steps later.
-    """
+    def __init__(self, mesh: Mesh | None, *, delay: int = 2):
+        """Takes the mesh of all processes' devices.
 
-    def __init__(self, mesh: Mesh | None, *, behind: int = 2):
-        """Nobody wishes anything."""
-        self._mesh, self._behind, self._asked = mesh, behind, collections.deque()
+        Args:
+            mesh: of the run; None for a single device.
+            delay: steps after which a flag is read.
+        """
+        self._mesh = mesh
+        self._delay = delay
+        self._pending: collections.deque[jax.Array] = collections.deque()
         self._any = jax.jit(lambda flags: flags.any())
 
-    def __call__(self, wish: bool) -> bool:
-        """This process's wish at a step goes out; what all wished `behind` steps ago comes back."""
-        if _alone():
-            return wish
-        mine = np.full(len(jax.devices()), wish)
-        self._asked.append(self._any(shard_batch(self._mesh, {"wish": mine})["wish"]))
-        return len(self._asked) > self._behind and bool(self._asked.popleft())
+    def __call__(self, flag: bool) -> bool:
+        """Sends this process's flag and returns the OR of all flags sent `delay` steps ago."""
+        if _is_single_process():
+            return flag
+        flags = np.full(len(jax.devices()), flag)
+        sharded = shard_batch(self._mesh, {"flag": flags})["flag"]
+        self._pending.append(self._any(sharded))
+        if len(self._pending) <= self._delay:
+            return False
+        return bool(self._pending.popleft())
 
 
 @contextlib.contextmanager
-def open_run_directory(workdir: str | Path, settings: Settings) -> Iterator[Folder]:
-    """The run's folder; the first process alone writes, and alone is heard on stdout.
+def open_run_directory(workdir: str | Path, settings: Settings) -> Iterator[RunDirectory]:
+    """Opens the run directory in process 0; the others get a null one and a silent stdout.
 
     Raises:
-        ValueError, ImportError, DiskError: as `RunFolder`, in the first process.
+        ValueError, ImportError, DiskError: as `OwnedRunDirectory`, in process 0.
         EndedElsewhere: in the others, then.
     """
     with contextlib.ExitStack() as stack:
-        taken: list[Folder] = []
+        owned: list[RunDirectory] = []
 
-        def take() -> str:
-            taken.append(stack.enter_context(RunFolder(workdir, settings)))
+        def open_it() -> str:
+            owned.append(stack.enter_context(OwnedRunDirectory(workdir, settings)))
             return ""
 
-        run_on_process_0(take)
-        if not taken:
-            taken.append(NullRunDirectory(Path(stack.enter_context(tempfile.TemporaryDirectory()))))
-            silence = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(contextlib.redirect_stdout(silence))
-        yield taken[0]
+        run_on_process_0(open_it)
+        if owned:
+            yield owned[0]
+            return
+        temporary = stack.enter_context(tempfile.TemporaryDirectory())
+        nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+        stack.enter_context(contextlib.redirect_stdout(nowhere))
+        yield NullRunDirectory(Path(temporary))
 
 
 def restore_and_broadcast(
-    folder: Folder, fresh: TrainState, identity: Identity
+    directory: RunDirectory, fresh: TrainState, identity: Identity
 ) -> tuple[TrainState, RunProgress]:
-    """What `RunFolder.restore` finds in the first process, in all of them.
+    """Restores the newest checkpoint in process 0 and sends it to all.
+
+    Args:
+        directory: of the run.
+        fresh: the state of a new run, which is returned where there is no checkpoint.
+        identity: of the run.
 
     Raises:
-        NoValidCheckpoint, ValueError: as it, in the first process.
+        NoValidCheckpoint, ValueError: as `RunDirectory.restore`, in process 0.
         EndedElsewhere: in the others, then.
     """
-    state, course = fresh, RunProgress()
+    state = fresh
 
-    def read() -> str:
-        nonlocal state, course
-        state, course = folder.restore(fresh, identity)
-        return json.dumps(dataclasses.asdict(course))
+    def restore() -> str:
+        nonlocal state
+        state, progress = directory.restore(fresh, identity)
+        return json.dumps(dataclasses.asdict(progress))
 
-    course = RunProgress.from_json(json.loads(run_on_process_0(read)))
-    return broadcast_from_0(state), course
+    progress = RunProgress.from_json(json.loads(run_on_process_0(restore)))
+    return broadcast_from_0(state), progress

@@ -74,10 +74,10 @@ def exit_with_code(name: str) -> Iterator[None]:
 def exit_on_failure() -> Iterator[None]:
     """Exits with `os._exit` where Python's own clean-up would hang or crash.
 
-    * One of several processes fails: the `atexit` hook of JAX (0.10 to 0.12) waits at a barrier for
-      the others, which wait for this process in a collective operation.
+    * One of several processes fails: the `atexit` hook of JAX (0.10.2) waits at a barrier for the
+      others, which wait for this process in a collective operation.
     * A signal interrupted a compilation: XLA's threads still run, and crash when the interpreter
-      frees what they use (segmentation faults with jaxlib 0.10).
+      frees what they use (jaxlib 0.10.2).
     """
     try:
         yield
@@ -100,7 +100,7 @@ def exit_on_failure() -> Iterator[None]:
 def ignore_abandoned_reads() -> None:
     """Hides the complaints about coroutines and futures that a failed Orbax read leaves behind.
 
-    Orbax (0.11 to 0.12) starts one asynchronous read per array and does not await the others when
+    Orbax (0.12.8) starts one asynchronous read per array and does not await the others when
     one fails. They complain whenever they are collected, up to the end of the process: tens of
     lines after the one line that tells the user what is wrong. The error itself is always raised.
     """
@@ -176,8 +176,8 @@ class StopSignals:
 
     Python runs signal handlers only between two of its own instructions, and a compilation is one
     long instruction. So a thread watches, too: it ends the process at a second SIGINT, and also
-    where nothing has to be saved and the loop does not ask in time. (JAX's preemption service does
-    not notice any signal in a run of one process.)
+    where nothing has to be saved and the loop does not ask in time. (The preemption
+    service of JAX 0.10.2 notices no signal in a run of one process.)
     """
 
     def __init__(self):

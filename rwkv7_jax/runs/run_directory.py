@@ -1,5 +1,7 @@
-"""A run's folder: settings, metrics, checkpoints, and the lock that keeps others out."""
+"""The run directory: settings, metrics, checkpoints, and the lock that keeps others out."""
 
+import abc
+import contextlib
 import dataclasses
 import json
 import tempfile
@@ -16,36 +18,85 @@ from rwkv7_jax.reports.metric_writers import JSONL, MetricFiles, json_lines
 from rwkv7_jax.reports.system_info import system
 from rwkv7_jax.runs.early_stopping import RunProgress
 from rwkv7_jax.runs.exit_codes import DiskError, warn
-from rwkv7_jax.runs.resume.checkpoint_record import Identity
+from rwkv7_jax.runs.resume.checkpoint_store import CheckpointStore, NullCheckpoints
 from rwkv7_jax.runs.resume.checkpointer import Checkpoints
-from rwkv7_jax.runs.resume.run_identity import flat_settings, require_same_run
+from rwkv7_jax.runs.resume.run_identity import Identity, flat_settings, require_same_run
 from rwkv7_jax.runs.resume.step_directories import step_numbers
 from rwkv7_jax.runs.run_lock import RunLock
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.training.train_step import TrainState
 
-_BAD, _SAMPLES, _EVENTS = "bad_batches.jsonl", "samples.jsonl", "events.jsonl"
+_BAD_BATCHES = "bad_batches.jsonl"
+
+_SAMPLES = "samples.jsonl"
+
+_EVENTS = "events.jsonl"
 
 
-class RunFolder:
-    """Everything that a run leaves behind, under one path, for one process at a time.
-
-    `settings.json`, `system.json`, `metrics.jsonl` and `metrics.csv` (all numbers),
-    `samples.jsonl`, `events.jsonl`, `bad_batches.jsonl` (what updates were left out for),
-    `checkpoints/`, and when the run has ended, `report.html`.
+class RunDirectory(abc.ABC):
+    """The place for everything that a run leaves.
 
     Attributes:
-        path: of the folder.
-        checkpoints: the steps in it.
+        path: a directory to work in.
+        checkpoints: of the run.
+    """
+
+    path: Path
+    checkpoints: CheckpointStore
+
+    @abc.abstractmethod
+    def restore(self, train: TrainState, identity: Identity) -> tuple[TrainState, RunProgress]:
+        """Restores the newest intact checkpoint, and cuts the logs back to its step.
+
+        Args:
+            train: as a fresh run has it; returned itself where there is no checkpoint.
+            identity: of the run, from `identity_of`.
+
+        Raises:
+            NoValidCheckpoint: there are checkpoints, or have been, and all are damaged.
+            ValueError: the checkpoints are of another run.
+        """
+
+    @abc.abstractmethod
+    def log(self, step: int, numbers: Mapping[str, Any]) -> None:
+        """Writes the numbers of a step to the metrics files."""
+
+    @abc.abstractmethod
+    def log_bad(self, step: int, numbers: Mapping[str, float], tokens: np.ndarray) -> None:
+        """Notes why an update was skipped, with the ids of its batch."""
+
+    @abc.abstractmethod
+    def note_event(self, step: int, event: str, detail: str = "") -> None:
+        """Notes what happened at a step: start, resume, skipped, stopped or finished."""
+
+    @abc.abstractmethod
+    def note_sample(self, step: int, prompt: str, text: str) -> None:
+        """Notes what the model wrote after a prompt."""
+
+    @abc.abstractmethod
+    def rows(self) -> list[dict]:
+        """Returns all metrics so far, one row a step, those before a resume included."""
+
+
+class OwnedRunDirectory(RunDirectory):
+    """The run directory on disk, which one process at a time owns.
+
+    `settings.json`, `system.json`, `metrics.jsonl` and `metrics.csv` (all numbers),
+    `samples.jsonl`, `events.jsonl`, `bad_batches.jsonl` (why updates were skipped), `checkpoints/`,
+    and at the end of the run `report.html`.
     """
 
     def __init__(self, path: str | Path, settings: Settings):
-        """The folder is there and ours; nothing slow has happened yet.
+        """Makes or opens the directory and takes its lock; nothing here is slow.
+
+        Args:
+            path: of the directory.
+            settings: of the run.
 
         Raises:
-            ValueError: it belongs to a run with other settings, or another process works in it, or
-                an unknown tracker.
-            ImportError: a tracker that is not installed.
+            ValueError: it holds a run with other settings, or another process works in it, or a
+                tracker is unknown.
+            ImportError: a tracker is not installed.
             DiskError: it cannot be written.
         """
         self.path = Path(path).absolute()
@@ -58,35 +109,41 @@ class RunFolder:
             raise DiskError(f"`--workdir` {self.path} cannot be written: {error}.") from None
         if self._lock.stale:
             warn(f"{self._lock.stale} ended without releasing {self.path}; its lock is taken over")
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._lock.release)
+            places = self.path / "checkpoints"
+            self._require_same_settings(places, settings)
+            self._write_settings(settings)
+            self._metrics = MetricFiles(self.path, also=settings.trackers)
+            self.checkpoints = Checkpoints(places, settings)
+            # Nothing failed: the lock is ours until `__exit__`.
+            on_failure.pop_all()
+        self._began = time.monotonic()
+        self._warned = False
+
+    def _require_same_settings(self, places: Path, settings: Settings) -> None:
+        path = self.path / "settings.json"
+        # A run without a checkpoint has nothing that other settings could spoil.
+        if not path.exists() or not step_numbers(places):
+            return
         try:
-            self._take(settings)
-        except BaseException:
-            self._lock.release()
-            raise
-        self._began, self._silent = time.monotonic(), False
+            was = flat_settings(json.loads(path.read_text()))
+        except (ValueError, AttributeError):
+            warn(f"{path} cannot be read; what the checkpoints say counts")
+            return
+        require_same_run(self.path, was, flat_settings(settings))
 
-    def _take(self, settings: Settings) -> None:
-        """The folder's settings are these."""
-        old, places = self.path / "settings.json", self.path / "checkpoints"
-        if old.exists() and step_numbers(places):
-            try:
-                was = flat_settings(json.loads(old.read_text()))
-            except (ValueError, AttributeError):
-                warn(f"{old} cannot be read; what the checkpoints say counts")
-                was = {}
-            require_same_run(self.path, was, flat_settings(settings))
+    def _write_settings(self, settings: Settings) -> None:
         text = json.dumps(dataclasses.asdict(settings), indent=1)
-        with atomic_write(old) as file:
+        with atomic_write(self.path / "settings.json") as file:
             file.write(f"{text}\n".encode())
-        self._metrics = MetricFiles(self.path, also=settings.trackers)
-        self.checkpoints = Checkpoints(places, settings)
 
-    def __enter__(self) -> "RunFolder":
-        """Itself."""
+    def __enter__(self) -> "OwnedRunDirectory":
+        """Returns itself."""
         return self
 
     def __exit__(self, *error) -> None:
-        """No save is under way, the report is written, and others may come."""
+        """Waits for a save, writes the report and releases the lock."""
         self.checkpoints.wait()
         self._metrics.close()
         if self._metrics.rows():
@@ -97,88 +154,116 @@ class RunFolder:
         self._lock.release()
 
     def restore(self, train: TrainState, identity: Identity) -> tuple[TrainState, RunProgress]:
-        """What `Checkpoints.restore` finds; metrics of steps behind it are gone from the files."""
-        train, course = self.checkpoints.restore(train, identity)
-        self.restored(int(train.step))
-        return train, course
+        """Restores the newest intact checkpoint, and cuts the logs back to its step.
 
-    def restored(self, step: int) -> None:
-        """The run goes on at a step: what was said of later ones is gone, and it is noted."""
+        Args:
+            train: as a fresh run has it; returned itself where there is no checkpoint.
+            identity: of the run, from `identity_of`.
+
+        Raises:
+            NoValidCheckpoint: there are checkpoints, or have been, and all are damaged.
+            ValueError: the checkpoints are of another run.
+        """
+        train, progress = self.checkpoints.restore(train, identity)
+        self.resume_at(int(train.step))
+        return train, progress
+
+    def resume_at(self, step: int) -> None:
+        """Cuts the logs back to a step, from which the run goes on.
+
+        Args:
+            step: the restored one; 0 starts anew.
+        """
         self.note_event(step, "resume" if step else "start")
-        # What step 0 said is said again by a run that has no checkpoint.
-        step = step or -1
-        self._metrics.truncate_after(step)
-        for name in (_BAD, _SAMPLES):
-            self._cut(name, step)
-        self._began -= max((row.get("seconds", 0.0) for row in self.rows()), default=0.0)
+        # A run without a checkpoint repeats step 0, too.
+        last_step = step or -1
+        self._metrics.truncate_after(last_step)
+        for name in (_BAD_BATCHES, _SAMPLES):
+            self._truncate_after(last_step, name)
+        spent = [row.get("seconds", 0.0) for row in self.rows()]
+        self._began -= max(spent, default=0.0)
         with atomic_write(self.path / "system.json") as file:
             file.write(json.dumps(system(), indent=1).encode())
 
-    def _cut(self, name: str, last_step: int) -> None:
-        """Lines of steps behind `last_step` are gone, and a last one that broke off."""
+    def _truncate_after(self, last_step: int, name: str) -> None:
+        """Drops the lines of later steps, and a last line that a killed process left unfinished."""
         path = self.path / name
-        rows = [row for row in json_lines(path) if row.get("step", 0) <= last_step]
-        if path.exists():
-            with atomic_write(path) as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        if not path.exists():
+            return
+        kept = []
+        for row in json_lines(path):
+            if row.get("step", 0) <= last_step:
+                kept.append(json.dumps(row) + "\n")
+        with atomic_write(path) as file:
+            file.write("".join(kept).encode())
 
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
-        """The numbers of a step are in the metrics files."""
-        row = {"seconds": round(time.monotonic() - self._began, 3), **numbers}
-        self._tried(JSONL, self._metrics.write, step, row)
+        """Writes the numbers of a step to the metrics files."""
+        seconds = round(time.monotonic() - self._began, 3)
+        self._try(JSONL, self._metrics.write, step, {"seconds": seconds, **numbers})
 
     def note_event(self, step: int, event: str, detail: str = "") -> None:
-        """What happened at a step is kept: start, resume, skipped, stopped, finished."""
+        """Notes what happened at a step: start, resume, skipped, stopped or finished."""
         self._append(_EVENTS, {"step": step, "event": event, "detail": detail})
 
     def note_sample(self, step: int, prompt: str, text: str) -> None:
-        """What the model wrote behind a prompt is kept."""
+        """Notes what the model wrote after a prompt."""
         self._append(_SAMPLES, {"step": step, "prompt": prompt, "text": text})
 
     def log_bad(self, step: int, numbers: Mapping[str, float], tokens: np.ndarray) -> None:
-        """Append what an update was left out for, with the ids of its batch."""
-        said = {name: str(value) for name, value in numbers.items()}
-        self._append(_BAD, {"step": step, **said, "tokens": np.asarray(tokens).tolist()})
-        self.note_event(step, "skipped", ", ".join(f"{k} {v}" for k, v in said.items()))
+        """Notes why an update was skipped, with the ids of its batch."""
+        # As text: JSON has no NaN.
+        texts = {name: str(value) for name, value in numbers.items()}
+        self._append(_BAD_BATCHES, {"step": step, **texts, "tokens": np.asarray(tokens).tolist()})
+        detail = ", ".join(f"{name} {text}" for name, text in texts.items())
+        self.note_event(step, "skipped", detail)
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
-        self._tried(name, _add_line, self.path / name, json.dumps(row) + "\n")
+        self._try(name, _append_line, self.path / name, json.dumps(row) + "\n")
 
-    def _tried(self, name: str, write: Callable, *arguments: Any) -> None:
-        """A line of a log is not worth a run: a full disk is said once."""
+    def _try(self, name: str, write: Callable[..., None], *arguments: Any) -> None:
+        """Calls `write`; warns once about a full disk, which must not end a run for a log line."""
         try:
             write(*arguments)
         except OSError as error:
-            if not self._silent:
+            if not self._warned:
                 warn(f"{self.path / name} cannot be written: {error}; training goes on")
-            self._silent = True
+            self._warned = True
 
     def rows(self) -> list[dict]:
-        """All metrics so far, one row a step, from resumed runs as well."""
+        """Returns all metrics so far, one row a step, those before a resume included."""
         return self._metrics.rows()
 
 
-class NullRunDirectory:
-    """What stands for the folder where another process has it; what is said here is kept there.
-
-    Attributes:
-        path: a folder to work in, for as long as the run lasts.
-        checkpoints: itself.
-    """
+class NullRunDirectory(RunDirectory):
+    """No run directory: that of a process other than process 0, which alone writes."""
 
     def __init__(self, path: Path):
-        """Nothing is kept."""
-        self.path, self.checkpoints = path, self
+        """Takes a directory for temporary files."""
+        self.path = path
+        self.checkpoints = NullCheckpoints()
 
-    def _nothing(self, *said: Any) -> None:
-        """The first process does it."""
+    def restore(self, train: TrainState, identity: Identity) -> tuple[TrainState, RunProgress]:
+        """Returns `train`: process 0 broadcasts what it restores."""
+        return self.checkpoints.restore(train, identity)
 
-    log = log_bad = note_event = note_sample = save = poll = close = _nothing
+    def log(self, step: int, numbers: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def log_bad(self, step: int, numbers: Mapping[str, float], tokens: np.ndarray) -> None:
+        """Does nothing."""
+
+    def note_event(self, step: int, event: str, detail: str = "") -> None:
+        """Does nothing."""
+
+    def note_sample(self, step: int, prompt: str, text: str) -> None:
+        """Does nothing."""
+
+    def rows(self) -> list[dict]:
+        """Returns no rows."""
+        return []
 
 
-Folder = RunFolder | NullRunDirectory
-
-
-def _add_line(path: Path, line: str) -> None:
+def _append_line(path: Path, line: str) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(line)

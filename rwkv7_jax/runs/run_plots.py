@@ -7,13 +7,13 @@ from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.reports import plots as pictures
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.state_tuning import StateMode, UpscaledStateMode
-from rwkv7_jax.runs.run_directory import RunFolder
+from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.tuning.state_arithmetic import singular_values
 
 _SHARES = ("accuracy", "reward")
 
 
-def draw(folder: RunFolder, mode: TrainingMode, trained: Any) -> None:
+def draw(folder: RunDirectory, mode: TrainingMode, trained: Any) -> None:
     """Draws the loss and the metrics over the steps; of a start state also its singular values."""
     if not pictures.available():
         print("no pictures: matplotlib is missing (pip install 'rwkv7_jax[plot]')")

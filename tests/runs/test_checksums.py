@@ -1,5 +1,7 @@
 """Fingerprints: what changes them, and what does not."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -8,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv7_jax.runs.resume.checksums import changed_leaves, fingerprints, tree_checksum
+from rwkv7_jax.runs.resume.checksums import changed_leaves, leaf_checksums, leaf_name, tree_checksum
+from rwkv7_jax.training.train_step import TrainState
 
 DTYPES = ("float32", "bfloat16", "float16", "int32", "uint8", "bool")
 SHAPES = ((), (2, 1, 4))
@@ -29,7 +32,7 @@ def flipped(array: np.ndarray, bit: int) -> np.ndarray:
 
 
 def lanes(array) -> str:
-    return fingerprints({"x": jnp.asarray(array)})["x"][2]
+    return leaf_checksums({"x": jnp.asarray(array)})["x"][2]
 
 
 @settings(max_examples=150, deadline=None)
@@ -83,13 +86,13 @@ def test_an_array_spread_over_devices_has_the_same_fingerprint():
 
 
 def test_a_random_key_counts_by_its_data():
-    keys = [fingerprints(jax.random.key(seed)) for seed in (0, 1, 0)]
+    keys = [leaf_checksums(jax.random.key(seed)) for seed in (0, 1, 0)]
     assert keys[0] == keys[2] != keys[1]
 
 
 def test_damage_is_named_by_leaf_with_missing_and_further_ones():
     tree = {"a": jnp.ones(3), "b": [jnp.zeros(2), jnp.ones((), jnp.int32)]}
-    before = fingerprints(tree)
+    before = leaf_checksums(tree)
     assert changed_leaves(before, tree) == []
     assert changed_leaves(before, tree | {"a": jnp.ones(3).at[1].set(2)}) == ["a"]
     assert changed_leaves(before, tree | {"a": jnp.ones(3, jnp.int32)}) == ["a"]
@@ -101,3 +104,26 @@ def test_the_whole_tree_has_one_that_names_and_bits_change():
     trees = [{"a": jnp.ones(3)}, {"b": jnp.ones(3)}, {"a": jnp.ones(3).at[0].set(0)}]
     assert len({tree_checksum(tree) for tree in trees}) == 3
     assert tree_checksum(trees[0]) == tree_checksum({"a": np.ones(3, np.float32)})
+
+
+class Pair(NamedTuple):
+    first: jax.Array
+    second: dict
+
+
+def test_leaves_are_named_by_their_path_without_brackets_or_quotes():
+    count = jnp.zeros(())
+    params = {"layers": {"w0": jnp.ones(2)}, "head": (jnp.ones(1), [jnp.ones(3)])}
+    train = TrainState(
+        step=count, params=params, opt_state=Pair(count, {"mu": count}), skipped=count
+    )
+    names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(train)]
+    assert names == [
+        "step",
+        "params/head/0",
+        "params/head/1/0",
+        "params/layers/w0",
+        "opt_state/first",
+        "opt_state/second/mu",
+        "skipped",
+    ]

@@ -5,20 +5,20 @@ import pytest
 
 from rwkv7_jax.reports.metric_writers import json_lines
 from rwkv7_jax.runs.exit_codes import DiskError
-from rwkv7_jax.runs.run_directory import RunFolder
+from rwkv7_jax.runs.run_directory import OwnedRunDirectory
 from rwkv7_jax.runs.settings import OptimizerSettings, Settings
 
 
 def test_metrics_after_the_restored_step_are_cut_and_broken_lines_forgiven(tmp_path):
-    with RunFolder(tmp_path, Settings()) as folder:
+    with OwnedRunDirectory(tmp_path, Settings()) as folder:
         for step in (1, 2, 3):
             folder.log(step, {"loss_nats": 0.5 * step, "learning_rate": 0.1})
         folder.log_bad(3, {"loss": float("nan")}, np.ones((1, 2), int))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
-    with RunFolder(tmp_path, Settings()) as folder:
+    with OwnedRunDirectory(tmp_path, Settings()) as folder:
         assert [row["step"] for row in folder.rows()] == [1, 2, 3]
-        folder.restored(2)
+        folder.resume_at(2)
         assert [row["step"] for row in folder.rows()] == [1, 2]
         assert json_lines(tmp_path / "bad_batches.jsonl") == []
         events = [row["event"] for row in json_lines(tmp_path / "events.jsonl")]
@@ -27,16 +27,16 @@ def test_metrics_after_the_restored_step_are_cut_and_broken_lines_forgiven(tmp_p
 
 
 def test_a_directory_of_other_settings_is_refused_by_the_setting(tmp_path):
-    with RunFolder(tmp_path, Settings()):
+    with OwnedRunDirectory(tmp_path, Settings()):
         (tmp_path / "checkpoints" / "5").mkdir()
     other = Settings(optimizer=OptimizerSettings(learning_rate=0.5), log_every=3)
     with pytest.raises(ValueError, match=r"`optimizer\.learning_rate` is 0\.0006; got 0\.5"):
-        RunFolder(tmp_path, other)
-    with RunFolder(tmp_path, Settings(log_every=3)):
+        OwnedRunDirectory(tmp_path, other)
+    with OwnedRunDirectory(tmp_path, Settings(log_every=3)):
         pass
 
 
 def test_a_directory_that_cannot_be_made_is_an_error_of_the_disk(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match=r"`--workdir` .*/run cannot be written"):
-        RunFolder(tmp_path / "file" / "run", Settings())
+        OwnedRunDirectory(tmp_path / "file" / "run", Settings())

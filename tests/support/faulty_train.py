@@ -13,7 +13,7 @@ import sys
 import time
 
 from rwkv7_jax.runs.datasets import TrainingData
-from rwkv7_jax.runs.resume import step_directories as step_folders
+from rwkv7_jax.runs.resume import step_directories
 
 NAME, _, NUMBERS = os.environ["FAULT"].partition(":")
 
@@ -46,7 +46,7 @@ def slowed(seal):
 if NAME == "nan":
     TrainingData.batches = poisoned(TrainingData.batches)
 elif NAME == "slow":
-    step_folders.write_manifest = slowed(step_folders.write_manifest)
+    step_directories.write_manifest = slowed(step_directories.write_manifest)
 elif NAME == "size":
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(NUMBERS), resource.RLIM_INFINITY))
 sys.argv = sys.argv[1:]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from rwkv7_jax.runs.process import StopSignals
-from rwkv7_jax.runs.run_directory import RunFolder
+from rwkv7_jax.runs.run_directory import OwnedRunDirectory
 from rwkv7_jax.runs.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -75,5 +75,5 @@ def train_here(settings: Settings, workdir: Path) -> None:
     """One run by train.py's own functions, in this process."""
     if not _PROGRAM:
         _PROGRAM.update(runpy.run_path(str(ROOT / "train.py"), run_name="train_program"))
-    with StopSignals() as stop, RunFolder(workdir, settings) as folder:
+    with StopSignals() as stop, OwnedRunDirectory(workdir, settings) as folder:
         _PROGRAM["train"](settings, folder, stop)

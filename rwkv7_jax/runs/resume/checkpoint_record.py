@@ -1,9 +1,9 @@
-"""What a checkpoint says of itself, and whether it is true."""
+"""Checkpoint metadata and its validation."""
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,69 +12,89 @@ import jax
 import jax.numpy as jnp
 
 from rwkv7_jax.runs.early_stopping import RunProgress
-from rwkv7_jax.runs.resume.checksums import fingerprints, leaf_name
-from rwkv7_jax.runs.resume.run_identity import require_same_run
+from rwkv7_jax.runs.resume.checksums import leaf_checksums, leaf_name
+from rwkv7_jax.runs.resume.run_identity import Identity, require_same_run
 
-Identity = Mapping[str, Mapping[str, str]]
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
-_VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+# Names in a message; the others are counted.
+_NAMES_SHOWN = 4
 
 
-def make_record(step: int, train: Any, course: RunProgress, identity: Identity) -> dict:
-    """What a checkpoint says of itself; can be JSON."""
+def make_record(step: int, train: Any, progress: RunProgress, identity: Identity) -> dict[str, Any]:
+    """Describes a checkpoint; fit for JSON.
+
+    Args:
+        step: of the checkpoint.
+        train: the arrays that are saved.
+        progress: of the run, up to this step.
+        identity: from `identity_of`.
+    """
     record = {
         "step": step,
-        "course": dataclasses.asdict(course),
+        "course": dataclasses.asdict(progress),
         "identity": {group: dict(fields) for group, fields in identity.items()},
-        "leaves": fingerprints(train),
-        "versions": {name: version(name) for name in _VERSIONS},
+        "leaves": leaf_checksums(train),
+        "versions": {name: version(name) for name in _PACKAGES},
     }
-    return record | {"digest": _digest(record)}
+    record["digest"] = _digest(record)
+    return record
 
 
-def _digest(record: dict) -> str:
+def _digest(record: Mapping[str, Any]) -> str:
     text = json.dumps(record, sort_keys=True).encode()
     return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
 def validation_error(record: Mapping[str, Any], step: int) -> str:
-    """Why a record cannot be that of a step; empty if it can."""
-    record = dict(record)
-    if record.pop("digest", "") != _digest(record):
+    """Returns why a record cannot be that of a step; empty if it can."""
+    fields = dict(record)
+    digest = fields.pop("digest", "")
+    if digest != _digest(fields):
         return "its record is not the one that was written"
-    return "" if record["step"] == step else f"it is a copy of step {record['step']}"
+    if fields["step"] != step:
+        return f"it is a copy of step {fields['step']}"
+    return ""
 
 
-def listed(kind: str, names: list[str]) -> str:
-    """The kind and the first names."""
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"{kind} {', '.join(names[:4])}{more}"
+def list_names(kind: str, names: Sequence[str]) -> str:
+    """Returns the kind and the first names, for a message."""
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    hidden = len(names) - _NAMES_SHOWN
+    more = f" and {hidden} more" if hidden > 0 else ""
+    return f"{kind} {shown}{more}"
 
 
-def refuse_other_leaves(workdir: Path, leaves: Mapping[str, list], train: Any) -> None:
-    """Return if `train` has the leaves, shapes and dtypes that a record has.
+def require_same_leaves(workdir: Path, leaves: Mapping[str, list], train: Any) -> None:
+    """Checks that a state has the leaves, shapes and dtypes of a record.
+
+    Args:
+        workdir: of the run, for the message.
+        leaves: of the record.
+        train: the state; its leaves may be abstract.
 
     Raises:
         ValueError: it has others; the message has every difference.
     """
-    flat = jax.tree_util.tree_leaves_with_path(train)
-    now = {leaf_name(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in flat}
     was = {name: f"{dtype}{shape}" for name, (shape, dtype, _) in leaves.items()}
-    names = dict.fromkeys([*was, *now])
-    require_same_run(
-        workdir,
-        {name: was.get(name, "absent") for name in names},
-        {name: now.get(name, "absent") for name in names},
-    )
+    now = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(train):
+        now[leaf_name(path)] = f"{leaf.dtype}{list(leaf.shape)}"
+    # A missing leaf has to count as a difference: `require_same_run` skips names of one side.
+    for name in dict.fromkeys([*was, *now]):
+        was.setdefault(name, "absent")
+        now.setdefault(name, "absent")
+    require_same_run(workdir, was, now)
 
 
 @jax.jit
-def _finite(leaf: Any) -> Any:
+def _all_finite(leaf: Any) -> Any:
     return jnp.all(jnp.isfinite(leaf)) if jnp.issubdtype(leaf.dtype, jnp.inexact) else True
 
 
-def not_finite(params: Any) -> list[str]:
-    """The leaves that hold NaN or Inf."""
+def nonfinite_leaves(params: Any) -> list[str]:
+    """Returns the names of leaves that hold NaN or Inf."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    fine = jax.device_get([_finite(leaf) for _, leaf in leaves])
-    return [leaf_name(path) for (path, _), one in zip(leaves, fine, strict=True) if not one]
+    # All are started before the first is waited for.
+    finite = jax.device_get([_all_finite(leaf) for _, leaf in leaves])
+    return [leaf_name(path) for (path, _), one in zip(leaves, finite, strict=True) if not one]

@@ -1,79 +1,100 @@
-"""A run's checkpoints: written in the background, checked whenever they are read.
+"""A run's checkpoints: saved in the background, verified whenever they are read.
 
-A step is trusted when its record says so itself, every array has the fingerprint that it had on the
-device when it was saved, and every file is the one that was written. One that is not lies under
-"bad" from then on, and the next older one counts.
+A step is valid when its record is consistent, every array has the checksum that it had on the
+device when it was saved, and every file is the one that was written. A damaged step is moved to
+"bad", and the next older one is used.
+
+Orbax writes and reads the arrays. Its CheckpointManager is not used: it changes files of a step
+after the last hook in which a manifest could be written, so a kill at the wrong moment would leave
+an intact step that counts as damaged (docs/decisions-checkpoints.md has the experiment).
 """
 
-import logging
+import dataclasses
 import os
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import jax
 
+from rwkv7_jax.checkpoints.orbax_import import import_orbax
 from rwkv7_jax.runs.early_stopping import RunProgress
 from rwkv7_jax.runs.exit_codes import DiskError, NoValidCheckpoint, warn
-from rwkv7_jax.runs.resume import step_directories as step_folders
+from rwkv7_jax.runs.resume import step_directories
 from rwkv7_jax.runs.resume.checkpoint_record import (
-    Identity,
-    listed,
+    list_names,
     make_record,
-    not_finite,
-    refuse_other_leaves,
+    nonfinite_leaves,
+    require_same_leaves,
     validation_error,
 )
-from rwkv7_jax.runs.resume.checksums import changed_leaves, fingerprints
-from rwkv7_jax.runs.resume.run_identity import require_same_run
+from rwkv7_jax.runs.resume.checkpoint_store import CheckpointStore
+from rwkv7_jax.runs.resume.checksums import changed_leaves, leaf_checksums
+from rwkv7_jax.runs.resume.run_identity import Identity, require_same_run
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.training.train_step import TrainState
 
+# An error of Orbax or TensorStore can have pages; the first line, up to here, says what it is.
+_REASON_CHARACTERS = 200
+
 
 class _Damaged(Exception):
-    """A step is not what was saved."""
+    """A step that is not what was saved."""
 
 
-def _orbax():
-    """The library, imported when it is needed (it takes seconds), without its chatter."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    import orbax.checkpoint as ocp
-
-    return ocp
-
-
-def _held(train: TrainState) -> TrainState:
-    """The arrays as orbax takes them from the first of several processes: in its own memory."""
-    return train if jax.process_count() == 1 else jax.device_get(train)
-
-
-class Checkpoints:
-    """The steps under one folder.
+@dataclasses.dataclass
+class SaveJob:
+    """A save in the background.
 
     Attributes:
+        step: of the checkpoint.
+        size: bytes of its arrays.
+        best: steps that retention has to keep because of their evaluation.
+        error: why the save failed; None while it has not.
+        thread: finishes the save; None if it failed before there was a thread.
+    """
+
+    step: int
+    size: int
+    best: tuple[int, ...]
+    error: Exception | None = None
+    thread: threading.Thread | None = None
+
+
+class Checkpoints(CheckpointStore):
+    """Checkpoints in the numbered directories of one folder.
+
+    Attributes:
+        folder: with the step directories.
         failure: why the newest save failed; empty if it did not.
     """
 
     def __init__(self, folder: Path, settings: Settings):
-        """The folder is there, and what an ended process left half written is gone.
+        """Makes the folder and deletes what an ended process left half written.
 
         Raises:
             OSError: it cannot be written.
         """
-        self.folder, self._settings, self.failure = folder, settings, ""
+        self.folder = folder
+        self.failure = ""
+        self._settings = settings
+        self._newest: int | None = None
+        self._job: SaveJob | None = None
+        self._orbax: Any = None
         folder.mkdir(parents=True, exist_ok=True)
-        saving = folder / step_folders.SAVING
+        saving = folder / step_directories.SAVING
         if saving.exists() and any(saving.iterdir()):
             warn(f"{saving} held a checkpoint that was never finished; it is removed")
         shutil.rmtree(saving, ignore_errors=True)
-        for name in step_folders.unknown_entries(folder):
+        for name in step_directories.unknown_entries(folder):
             warn(f"{folder / name} is no checkpoint; it is ignored")
-        self._newest, self._thread, self._error = -1, None, None
-        self._orbax = None
 
-    def _checkpointer(self):
+    def _checkpointer(self) -> Any:
+        """Returns Orbax's checkpointer, made when it is first needed and after a failure."""
         if self._orbax is None:
-            ocp = _orbax()
+            ocp = import_orbax()
+            # Process 0 saves alone: without this Orbax would wait for the others at a barrier.
             alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
             handler = ocp.CompositeCheckpointHandler(
                 train=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
@@ -83,77 +104,94 @@ class Checkpoints:
             self._orbax = ocp.AsyncCheckpointer(handler, multiprocessing_options=alone)
         return self._orbax
 
-    def save(self, train: TrainState, course: RunProgress, identity: Identity) -> None:
-        """`train` is being written in the background; see `poll` for how that ended."""
-        step, train = int(train.step), _held(train)
+    def save(self, train: TrainState, progress: RunProgress, identity: Identity) -> None:
+        """Starts to save a step in the background; `poll` and `close` tell how it ended."""
         self.wait()
+        step = int(train.step)
         if step == self._newest:
             return
-        ocp, place = _orbax(), self.folder / step_folders.SAVING / str(step)
+        train = _addressable(train)
+        job = SaveJob(
+            step=step,
+            size=sum(leaf.nbytes for leaf in jax.tree.leaves(train)),
+            best=progress.best_steps(self._settings.kept_best),
+        )
+        ocp = import_orbax()
         args = ocp.args.Composite(
             train=ocp.args.StandardSave(train),
-            record=ocp.args.JsonSave(make_record(step, train, course, identity)),
+            record=ocp.args.JsonSave(make_record(step, train, progress, identity)),
         )
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(train))
-        best = course.best_steps(self._settings.kept_best)
+        place = self.folder / step_directories.SAVING / str(step)
         try:
             place.parent.mkdir(exist_ok=True)
+            # Copies the arrays to the host before it returns; writes them afterwards.
             self._checkpointer().save(place, args=args)
         except Exception as error:
-            self._thread, self._error = None, error
-            self._give_up(step, size)
+            job.error = error
+            self._give_up(job)
             return
-        self._thread = threading.Thread(target=self._finish, args=(place, step, best))
-        self._thread.step, self._thread.size = step, size
-        self._thread.start()
+        job.thread = threading.Thread(target=self._finish, args=(job, place))
+        job.thread.start()
+        self._job = job
 
-    def _finish(self, place: Path, step: int, best: tuple[int, ...]) -> None:
-        """The thread: the step gets its number when it is whole and sealed."""
+    def _finish(self, job: SaveJob, place: Path) -> None:
+        """Gives the step its number once it is complete, and deletes old ones; the thread."""
         try:
             self._checkpointer().wait_until_finished()
-            step_folders.write_manifest(place)
-            os.rename(place, self.folder / str(step))
-            numbers = step_folders.step_numbers(self.folder)
-            choices = self._settings
-            stay = step_folders.steps_to_keep(
-                numbers, newest=choices.keep, every=choices.keep_every, best=best
+            step_directories.write_manifest(place)
+            os.rename(place, self.folder / str(job.step))
+            numbers = step_directories.step_numbers(self.folder)
+            keep = step_directories.steps_to_keep(
+                numbers,
+                newest=self._settings.keep,
+                every=self._settings.keep_every,
+                best=job.best,
             )
-            for number in set(numbers) - stay:
-                step_folders.discard(self.folder, number)
-        except BaseException as error:
-            self._error = error
+            for number in set(numbers) - keep:
+                step_directories.discard(self.folder, number)
+        # Any failure to write, in whatever class of Orbax, TensorStore or the system. The main
+        # thread reports it; only there can signals and KeyboardInterrupt occur.
+        except Exception as error:
+            job.error = error
 
     def poll(self) -> None:
-        """A save that has ended in the meantime is accounted for; training goes on either way."""
-        if self._thread is not None and not self._thread.is_alive():
-            self.wait()
+        """Reports a save that has ended in the meantime; training goes on either way."""
+        if self._job is not None and self._job.thread is not None:
+            if not self._job.thread.is_alive():
+                self.wait()
 
     def wait(self) -> None:
-        """No save is under way."""
-        thread, self._thread = self._thread, None
-        if thread is None:
+        """Waits for the save that is under way, and reports how it ended."""
+        if self._job is None:
             return
-        thread.join()
-        if self._error is None:
-            self._newest, self.failure = thread.step, ""
+        job = self._job
+        self._job = None
+        if job.thread is not None:
+            job.thread.join()
+        if job.error is None:
+            self._newest = job.step
+            self.failure = ""
         else:
-            self._give_up(thread.step, thread.size)
+            self._give_up(job)
 
-    def _give_up(self, step: int, size: int) -> None:
-        error, self._error, self._orbax = self._error, None, None
-        step_folders.discard_saving(self.folder)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    def _give_up(self, job: SaveJob) -> None:
+        """Cleans up after a failed save and prints why it failed."""
+        # The checkpointer would raise the same error once more at its next use.
+        self._orbax = None
+        step_directories.discard_saving(self.folder)
+        lines = str(job.error).strip().splitlines()
+        reason = lines[0] if lines else type(job.error).__name__
         free = shutil.disk_usage(self.folder).free
-        older = step_folders.step_numbers(self.folder)
+        older = step_directories.step_numbers(self.folder)
         newest = f"the newest one is of step {older[0]}" if older else "there is none yet"
         self.failure = (
-            f"the checkpoint of step {step} could not be written: it needs {size:,} bytes, "
-            f"{free:,} are free in {self.folder}; {newest} ({reason})"
+            f"the checkpoint of step {job.step} could not be written: it needs {job.size:,} bytes, "
+            f"{free:,} are free in {self.folder}; {newest} ({reason[:_REASON_CHARACTERS]})"
         )
         warn(f"{self.failure}; training goes on")
 
     def close(self) -> None:
-        """All that was saved is on disk.
+        """Waits until everything is on disk.
 
         Raises:
             DiskError: the newest save failed.
@@ -163,44 +201,48 @@ class Checkpoints:
             raise DiskError(self.failure)
 
     def restore(self, train: TrainState, identity: Identity) -> tuple[TrainState, RunProgress]:
-        """The newest step that is whole, or `train` itself where there has never been one.
+        """Restores the newest intact step, or returns `train` itself where there is no step.
 
         Args:
             train: as a fresh run has it.
             identity: of the run, from `identity_of`.
 
         Raises:
-            NoValidCheckpoint: there are steps, or have been, and none is whole.
+            NoValidCheckpoint: there are steps, or have been, and all are damaged.
             ValueError: the steps are of another run.
         """
-        numbers = step_folders.step_numbers(self.folder)
-        for number in numbers:
+        for number in step_directories.step_numbers(self.folder):
             place = self.folder / str(number)
             if not any(place.iterdir()):
                 place.rmdir()
                 warn(f"{place} was an empty folder; it is removed")
                 continue
             try:
-                found = self._load(number, train, identity)
+                restored = self._load(number, train, identity)
             except _Damaged as error:
-                aside = step_folders.quarantine(self.folder, number)
-                warn(f"step {number} is damaged: {error}; it lies in {aside} now")
+                moved = step_directories.quarantine(self.folder, number)
+                warn(f"step {number} is damaged: {error}; it lies in {moved} now")
                 continue
             self._newest = number
-            return found
-        bad = self.folder / step_folders.BAD
+            return restored
+        bad = self.folder / step_directories.BAD
         if bad.is_dir() and any(bad.iterdir()):
             raise NoValidCheckpoint(
-                f"no checkpoint in {self.folder} is whole (see {bad}), and a new run would write "
+                f"no checkpoint in {self.folder} is intact (see {bad}), and a new run would write "
                 "over an old one. Take another --workdir to begin anew."
             )
-        # Between a signal and the end there is no time for imports and compilations.
+        # Import and compile now: between a signal and the end of the process there is no time.
         self._checkpointer()
-        fingerprints(train)
+        leaf_checksums(train)
         return train, RunProgress()
 
     def load(self, number: int, train: TrainState, identity: Identity) -> TrainState:
-        """The step of this number, which a run with such a state has saved.
+        """Loads one step of this run.
+
+        Args:
+            number: the step.
+            train: a state of the same shapes and dtypes.
+            identity: of the run.
 
         Raises:
             NoValidCheckpoint: it is damaged.
@@ -210,39 +252,58 @@ class Checkpoints:
         except _Damaged as error:
             raise NoValidCheckpoint(f"step {number} is damaged: {error}") from None
 
-    def _load(self, number: int, train: TrainState, identity: Identity):
-        place, ocp = self.folder / str(number), _orbax()
-        record = self._record(number)
+    def _load(
+        self, number: int, train: TrainState, identity: Identity
+    ) -> tuple[TrainState, RunProgress]:
+        place = self.folder / str(number)
         workdir = self.folder.parent
+        record = self._read_record(number)
         for group, fields in identity.items():
             require_same_run(workdir, record["identity"].get(group, {}), fields)
-        refuse_other_leaves(workdir, record["leaves"], train)
-        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, _held(train))
-        args = ocp.args.Composite(train=ocp.args.StandardRestore(like))
-        try:
-            found = self._checkpointer().restore(place, args=args).train
-        except Exception as error:
-            broken = step_folders.verify_manifest(place)
-            if not broken:
-                raise
-            raise _Damaged(f"it cannot be read; {listed('files', broken)}") from error
-        if names := changed_leaves(record["leaves"], found):
-            raise _Damaged(listed("leaves", names))
-        if names := step_folders.verify_manifest(place):
-            raise _Damaged(listed("files", names))
-        if not self._settings.allow_nan and (names := not_finite(found.params)):
-            raise _Damaged(f"NaN or Inf in it (config.allow_nan takes it); {listed('in', names)}")
-        return found, RunProgress.from_json(record["course"])
+        require_same_leaves(workdir, record["leaves"], train)
+        restored = self._read_arrays(place, train)
+        # The arrays first: the name of a leaf tells a user more than the name of a file.
+        if leaves := changed_leaves(record["leaves"], restored):
+            raise _Damaged(list_names("leaves", leaves))
+        if files := step_directories.verify_manifest(place):
+            raise _Damaged(list_names("files", files))
+        if not self._settings.allow_nan and (leaves := nonfinite_leaves(restored.params)):
+            found = list_names("in", leaves)
+            raise _Damaged(f"NaN or Inf in it (config.allow_nan takes it); {found}")
+        return restored, RunProgress.from_json(record["course"])
 
-    def _record(self, number: int) -> dict:
-        ocp = _orbax()
+    def _read_record(self, number: int) -> dict[str, Any]:
+        ocp = import_orbax()
+        place = self.folder / str(number)
         args = ocp.args.Composite(record=ocp.args.JsonRestore())
         try:
-            record = self._checkpointer().restore(self.folder / str(number), args=args).record
+            record = self._checkpointer().restore(place, args=args).record
+        # Damaged metadata fails in many classes, down to KeyError and UnicodeDecodeError.
         except Exception:
-            broken = step_folders.verify_manifest(self.folder / str(number))
-            also = f"; {listed('files', broken)}" if broken else ""
-            raise _Damaged(f"its record cannot be read{also}") from None
+            files = step_directories.verify_manifest(place)
+            broken = f"; {list_names('files', files)}" if files else ""
+            raise _Damaged(f"its record cannot be read{broken}") from None
         if reason := validation_error(record, number):
             raise _Damaged(reason)
         return record
+
+    def _read_arrays(self, place: Path, train: TrainState) -> TrainState:
+        ocp = import_orbax()
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _addressable(train))
+        args = ocp.args.Composite(train=ocp.args.StandardRestore(abstract))
+        try:
+            return self._checkpointer().restore(place, args=args).train
+        except Exception as error:
+            files = step_directories.verify_manifest(place)
+            # With intact files it is no damage, but memory or a bug, and must not move the step.
+            if not files:
+                raise
+            raise _Damaged(f"it cannot be read; {list_names('files', files)}") from error
+
+
+def _addressable(train: TrainState) -> TrainState:
+    """Returns the state in host memory if there are several processes.
+
+    Orbax saves a `jax.Array` of such a run together with all processes; here process 0 saves alone.
+    """
+    return train if jax.process_count() == 1 else jax.device_get(train)

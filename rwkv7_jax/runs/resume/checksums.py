@@ -1,9 +1,8 @@
-"""Fingerprints of arrays, made where they lie, which any flipped bit changes.
+"""Checksums of arrays, computed on their device, which any flipped bit changes.
 
-A leaf's fingerprint is two sums modulo 2^32 over its words, each word hashed together with its
-place. Sums modulo 2^32 do not depend on their order, so however an array is spread over devices it
-has the same fingerprint; and as the hash of a word is one to one at its place, one changed word
-always changes both sums.
+The checksum of a leaf is two sums modulo 2^32 over its words, each word hashed together with its
+position. Sums modulo 2^32 do not depend on their order, so an array has the same checksum however
+it is sharded. The hash is one-to-one at each position, so one changed word changes both sums.
 """
 
 from collections.abc import Mapping
@@ -14,24 +13,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt32
 
-# Odd, so that multiplying is one to one: those of MurmurHash3's finaliser, and two more for lanes.
-_SPREAD = (0x85EBCA6B, 0xC2B2AE35)
+# Multipliers of MurmurHash3's finaliser. They are odd, so that multiplying is one-to-one.
+_MULTIPLIERS = (0x85EBCA6B, 0xC2B2AE35)
 
-_LANES = (0x9E3779B1, 0x7FEB352D)
+# One seed for each of the two sums; the first also spreads the indices of an axis.
+_SEEDS = (0x9E3779B1, 0x7FEB352D)
 
 
-def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """A permutation of the 32-bit words that spreads every bit over all.
+def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """Permutes the 32-bit words so that every bit of the input affects all of the output.
 
     Source: MurmurHash3 (public domain), `fmix32`.
     """
-    x = (x ^ (x >> 16)) * jnp.uint32(_SPREAD[0])
-    x = (x ^ (x >> 13)) * jnp.uint32(_SPREAD[1])
+    x = (x ^ (x >> 16)) * jnp.uint32(_MULTIPLIERS[0])
+    x = (x ^ (x >> 13)) * jnp.uint32(_MULTIPLIERS[1])
     return x ^ (x >> 16)
 
 
 def _words(leaf: Array) -> UInt32[Array, "..."]:
-    """The bits of an array as words of at most 32, in an axis more where its numbers are longer."""
+    """Returns the bits of an array as 32-bit words; 64-bit numbers get one more axis, of two."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     if leaf.dtype == jnp.bool_:
@@ -39,49 +39,58 @@ def _words(leaf: Array) -> UInt32[Array, "..."]:
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         leaf = jnp.stack([leaf.real, leaf.imag], axis=-1)
     bits = min(8 * leaf.dtype.itemsize, 32)
-    kind = jnp.dtype(f"uint{bits}")
-    return jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32)
+    words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{bits}"))
+    return words.astype(jnp.uint32)
 
 
 @jax.jit
 def _sums(leaf: Array) -> UInt32[Array, "2"]:
     words = _words(leaf)
-    place = jnp.zeros(words.shape, jnp.uint32)
-    # Places are hashed axis by axis: a running number would need more than 32 bits for large ones.
+    position = jnp.zeros(words.shape, jnp.uint32)
+    # Positions are hashed axis by axis: a running index of a large array needs more than 32 bits.
     for axis in range(words.ndim):
-        along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        place = _mixed(place + along * jnp.uint32(_LANES[0]) + jnp.uint32(axis + 1))
-    lanes = [
-        jnp.sum(_mixed(words ^ _mixed(place + jnp.uint32(seed))), dtype=jnp.uint32)
-        for seed in _LANES
-    ]
-    return jnp.stack(lanes)
+        index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        position = _mix(position + index * jnp.uint32(_SEEDS[0]) + jnp.uint32(axis + 1))
+    sums = []
+    for seed in _SEEDS:
+        hashed = _mix(words ^ _mix(position + jnp.uint32(seed)))
+        sums.append(jnp.sum(hashed, dtype=jnp.uint32))
+    return jnp.stack(sums)
+
+
+def _hex(sums: np.ndarray) -> str:
+    return f"{int(sums[0]):08x}{int(sums[1]):08x}"
 
 
 def leaf_name(path: tuple) -> str:
-    """A leaf's path as one string, such as "params/layers/att/w0"."""
-    parts = (getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))) for k in path)
-    return "/".join(map(str, parts))
+    """Returns a leaf's path as one string, such as "params/layers/att/w0"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def fingerprints(tree: Any) -> dict[str, list]:
-    """Shape, dtype and fingerprint (16 hex digits) of every leaf, by its path; can be JSON."""
-    leaves = [(leaf_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+def leaf_checksums(tree: Any) -> dict[str, list]:
+    """Returns [shape, dtype, checksum in 16 hex digits] of each leaf by its name, fit for JSON."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    # All are started before the first is waited for.
     sums = jax.device_get([_sums(leaf) for _, leaf in leaves])
-    return {
-        name: [list(leaf.shape), str(leaf.dtype), "".join(f"{int(lane):08x}" for lane in lanes)]
-        for (name, leaf), lanes in zip(leaves, sums, strict=True)
-    }
+    checksums = {}
+    for (path, leaf), one in zip(leaves, sums, strict=True):
+        checksums[leaf_name(path)] = [list(leaf.shape), str(leaf.dtype), _hex(one)]
+    return checksums
 
 
 def tree_checksum(tree: Any) -> str:
-    """One fingerprint of a tree: of its leaves' paths, shapes, dtypes and bits."""
-    text = repr(sorted(fingerprints(tree).items())).encode()
-    return "".join(f"{int(lane):08x}" for lane in _sums(np.frombuffer(text, np.uint8)))
+    """Returns one checksum of a tree: of its leaves' names, shapes, dtypes and bits."""
+    text = repr(sorted(leaf_checksums(tree).items())).encode()
+    return _hex(np.asarray(_sums(np.frombuffer(text, np.uint8))))
 
 
 def changed_leaves(expected: Mapping[str, list], tree: Any) -> list[str]:
-    """The leaves of `tree` that are not what `expected`, from `fingerprints`, says; in order."""
-    found = fingerprints(tree)
-    names = dict.fromkeys([*expected, *found])
-    return [name for name in names if expected.get(name) != found.get(name)]
+    """Returns the names of leaves that differ, are missing or are new.
+
+    Args:
+        expected: from `leaf_checksums`.
+        tree: the tree to compare with it.
+    """
+    actual = leaf_checksums(tree)
+    names = dict.fromkeys([*expected, *actual])
+    return [name for name in names if expected.get(name) != actual.get(name)]

@@ -1,9 +1,9 @@
-"""What makes a run the run that it is, and how another one differs from it."""
+"""Settings, model and data that must be the same for a run to be resumed."""
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,10 @@ from rwkv7_jax.runs.resume.checksums import tree_checksum
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.text.tokenizer import Tokenizer
 
-# Settings that may differ between a run and its continuation.
+# Texts by name, in the groups "settings", "model" and "inputs".
+Identity = Mapping[str, Mapping[str, str]]
+
+# Settings, and groups of them, that may differ between a run and its continuation.
 MAY_CHANGE_ON_RESUME = (
     "steps",
     "log_every",
@@ -31,22 +34,23 @@ MAY_CHANGE_ON_RESUME = (
 
 
 def flat_settings(settings: Settings | Mapping[str, Any]) -> dict[str, str]:
-    """The settings that a continuation must share, by dotted names."""
+    """Returns the settings that a continuation must share, by dotted names."""
     if isinstance(settings, Settings):
         settings = dataclasses.asdict(settings)
-    return {
-        name: text
-        for name, text in _flat(settings)
-        if name.split(".")[0] not in MAY_CHANGE_ON_RESUME
-    }
+    shared = {}
+    for name, text in _flatten(settings):
+        group = name.split(".")[0]
+        if group not in MAY_CHANGE_ON_RESUME:
+            shared[name] = text
+    return shared
 
 
-def _flat(fields: Mapping[str, Any], before: str = ""):
+def _flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, value in fields.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{name}.")
+            yield from _flatten(value, f"{prefix}{name}.")
         else:
-            yield before + name, value if isinstance(value, str) else json.dumps(value)
+            yield prefix + name, value if isinstance(value, str) else json.dumps(value)
 
 
 def identity_of(
@@ -57,40 +61,52 @@ def identity_of(
     frozen: Any,
     read: Mapping[str, str],
 ) -> dict[str, dict[str, str]]:
-    """What a run is, as flat texts in groups; can be JSON.
+    """Describes a run by what a continuation must share, as texts in groups, fit for JSON.
 
     Args:
         settings: of the run.
         config: of the model.
         tokenizer: of the data.
-        frozen: weights that the run does not train; None where there are none.
-        read: digests of what it reads, by name.
+        frozen: weights that the run does not train; None if it trains all.
+        read: digests of the data, by name.
     """
     model = {name: str(value) for name, value in dataclasses.asdict(config).items()}
-    entries = (tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size))
-    vocabulary = hashlib.blake2b(repr(list(entries)).encode(), digest_size=16).hexdigest()
     return {
         "settings": flat_settings(settings),
         "model": model,
         "inputs": {
             "weights of init": "none" if frozen is None else tree_checksum(frozen),
-            "tokenizer": f"{tokenizer.name} {vocabulary}",
+            "tokenizer": f"{tokenizer.name} {_vocabulary_digest(tokenizer)}",
             **read,
         },
     }
 
 
+def _vocabulary_digest(tokenizer: Tokenizer) -> str:
+    entries = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+    # Of the printed list and not of the bytes: the digest is in the checkpoints of older runs.
+    return hashlib.blake2b(repr(entries).encode(), digest_size=16).hexdigest()
+
+
 def require_same_run(folder: Path, was: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Return if both describe the same run.
+    """Checks that two descriptions are of the same run.
+
+    Names that only one of them has do not count: a setting that is new in this version must not
+    keep an older run from being resumed.
+
+    Args:
+        folder: of the run, for the message.
+        was: what the folder says.
+        now: what the command says.
 
     Raises:
-        ValueError: they do not; the message has every difference. What only one of them knows does
-            not count, so that new settings do not part a run from its past.
+        ValueError: they differ; the message has every difference.
     """
-    names = [name for name in now if name in was and was[name] != now[name]]
-    if not names:
+    changed = [name for name in now if name in was and was[name] != now[name]]
+    if not changed:
         return
-    said = "; ".join(f"`{name}` is {was[name]}; got {now[name]}" for name in names)
+    differences = "; ".join(f"`{name}` is {was[name]}; got {now[name]}" for name in changed)
     raise ValueError(
-        f"`{folder}` holds a run whose {said}. Take another --workdir, or what it was to resume."
+        f"`{folder}` holds a run whose {differences}. "
+        "Take another --workdir, or what it was to resume."
     )

@@ -1,8 +1,8 @@
-"""A folder of numbered steps: which there are, whether their files are whole, which stay.
+"""A folder of numbered step directories: which there are, whether they are intact, which to keep.
 
-Every step holds a list of its files with their digests. It is written last, into a folder of
-another name, which takes its number only then: what has a number and no list, or another list than
-its files, was damaged later.
+Each step has a manifest: its files with their digests. It is written last, while the directory
+still has another name. So a directory with a number but without a manifest, or with other files
+than the manifest says, was damaged after it had been saved.
 """
 
 import contextlib
@@ -15,55 +15,69 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-FILES = "files.json"
+MANIFEST = "files.json"
 
+# Damaged steps are moved here.
 BAD = "bad"
 
+# A step is written, and discarded, in here.
 SAVING = ".saving"
+
+_SYNC_THREADS = 16
 
 
 def step_numbers(folder: Path) -> list[int]:
-    """The steps that the folder has something of, the newest first; whole or not."""
+    """Returns the numbers of the step directories, intact or not, the newest first."""
     if not folder.is_dir():
         return []
-    return sorted((int(f.name) for f in folder.iterdir() if f.name.isdecimal()), reverse=True)
+    numbers = [int(item.name) for item in folder.iterdir() if item.name.isdecimal()]
+    return sorted(numbers, reverse=True)
 
 
 def unknown_entries(folder: Path) -> list[str]:
-    """Names in the folder that are nothing of ours."""
-    ours = {BAD, SAVING}
-    names = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
-    return sorted(name for name in names - ours if not name.isdecimal())
+    """Returns the names in the folder that no run of ours made."""
+    if not folder.is_dir():
+        return []
+    names = {item.name for item in folder.iterdir()} - {BAD, SAVING}
+    return sorted(name for name in names if not name.isdecimal())
 
 
-def _digest(path: Path) -> str:
+def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+def _text_digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def _files(folder: Path) -> dict[str, Path]:
-    inside = (path for path in sorted(folder.rglob("*")) if path.is_file() or path.is_symlink())
-    return {str(path.relative_to(folder)): path for path in inside}
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() or path.is_symlink():
+            files[str(path.relative_to(folder))] = path
+    return files
 
 
-def _canonical(table: dict[str, str]) -> str:
-    return json.dumps(table, sort_keys=True, indent=1)
+def _canonical(digests: dict[str, str]) -> str:
+    return json.dumps(digests, sort_keys=True, indent=1)
 
 
 def write_manifest(folder: Path) -> None:
-    """The list of the folder's files is in it, and all of them are on the disk itself."""
+    """Writes the manifest, and waits until the disk has it and all the other files."""
     files = _files(folder)
-    table = {name: _digest(path) for name, path in files.items()}
-    text = _canonical(table)
-    own = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-    (folder / FILES).write_text(f"{own}\n{text}\n")
-    inner = [path for path in folder.rglob("*") if path.is_dir()]
-    # Together: one after the other, each would wait for the disk.
-    with ThreadPoolExecutor(max_workers=16) as threads:
-        list(threads.map(_synced, [*files.values(), folder / FILES, *inner, folder]))
+    text = _canonical({name: _file_digest(path) for name, path in files.items()})
+    # The first line is the digest of the rest: the manifest itself may be damaged, too.
+    (folder / MANIFEST).write_text(f"{_text_digest(text)}\n{text}\n")
+    directories = [path for path in folder.rglob("*") if path.is_dir()]
+    # In parallel: one after the other, each call would wait for the disk.
+    with ThreadPoolExecutor(max_workers=_SYNC_THREADS) as threads:
+        synced = threads.map(_fsync, [*files.values(), folder / MANIFEST, *directories, folder])
+        # Drawing the results raises what a thread raised.
+        list(synced)
 
 
-def _synced(path: Path) -> None:
+def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -72,28 +86,44 @@ def _synced(path: Path) -> None:
 
 
 def verify_manifest(folder: Path) -> list[str]:
-    """The files that are not what the folder's list says, the list itself included."""
+    """Returns the files that differ from the manifest, are missing or are new."""
     files = _files(folder)
+    digests = _read_manifest(folder)
+    files.pop(MANIFEST, None)
+    if digests is None:
+        return [MANIFEST]
+    broken = []
+    for name in dict.fromkeys([*digests, *files]):
+        if name not in files or digests.get(name) != _file_digest(files[name]):
+            broken.append(name)
+    return broken
+
+
+def _read_manifest(folder: Path) -> dict[str, str] | None:
+    """Returns the digests by file name; None of a manifest that is missing or damaged."""
     try:
-        own, _, text = files.pop(FILES).read_text().partition("\n")
-        table = json.loads(text)
-        whole = text == _canonical(table) + "\n"
-        digest = hashlib.blake2b(text[:-1].encode(), digest_size=16).hexdigest()
-    except (OSError, ValueError, KeyError, TypeError):
-        return [FILES]
-    if not whole or own != digest:
-        return [FILES]
-    names = dict.fromkeys([*table, *files])
-    return [name for name in names if name not in files or table.get(name) != _digest(files[name])]
+        first_line, _, text = (folder / MANIFEST).read_text().partition("\n")
+        digests = json.loads(text)
+        canonical = _canonical(digests)
+    except (OSError, ValueError, TypeError):
+        return None
+    if not isinstance(digests, dict):
+        return None
+    # Only the exact text counts: JSON forgives changed white space, a damaged file must not.
+    if text != canonical + "\n" or first_line != _text_digest(canonical):
+        return None
+    return digests
 
 
 def quarantine(folder: Path, number: int) -> Path:
-    """The step lies under "bad", where nobody takes it for a checkpoint; gives its new place."""
+    """Moves a damaged step out of the way and returns its new path."""
     bad = folder / BAD
     bad.mkdir(exist_ok=True)
-    place, again = bad / str(number), 1
+    place = bad / str(number)
+    attempt = 0
     while place.exists():
-        place, again = bad / f"{number}.{again}", again + 1
+        attempt += 1
+        place = bad / f"{number}.{attempt}"
     os.rename(folder / str(number), place)
     return place
 
@@ -101,21 +131,27 @@ def quarantine(folder: Path, number: int) -> Path:
 def steps_to_keep(
     numbers: Iterable[int], *, newest: int, every: int = 0, best: Iterable[int] = ()
 ) -> set[int]:
-    """The steps that stay.
+    """Returns the steps that retention keeps.
 
     Args:
-        numbers: all there are.
-        newest: how many of the last ones, at least 1.
-        every: multiples of this stay for good; 0 for none.
-        best: steps that stay for what they are.
+        numbers: all steps.
+        newest: how many of the last ones are kept, at least 1.
+        every: multiples of this are kept for good; 0 for none.
+        best: steps that are kept because of their evaluation.
     """
     ordered = sorted(numbers)
-    stay = set(ordered[-newest:]) | (set(best) & set(ordered))
-    return stay | {number for number in ordered if every and number % every == 0}
+    keep = set(ordered[-newest:])
+    keep |= set(best) & set(ordered)
+    if every:
+        keep |= {number for number in ordered if number % every == 0}
+    return keep
 
 
 def discard(folder: Path, number: int) -> None:
-    """The step is gone; a kill in between leaves no half of it under its number."""
+    """Deletes a step.
+
+    It is renamed first: a process killed half-way must not leave half a step under its number.
+    """
     doomed = folder / SAVING / f"old.{number}"
     doomed.parent.mkdir(exist_ok=True)
     shutil.rmtree(doomed, ignore_errors=True)
@@ -125,7 +161,7 @@ def discard(folder: Path, number: int) -> None:
 
 
 def discard_saving(folder: Path) -> None:
-    """What a failed save left is gone; threads of it that still write are given two seconds."""
+    """Deletes what a failed save left; gives its threads, which may still write, two seconds."""
     for _ in range(40):
         shutil.rmtree(folder / SAVING, ignore_errors=True)
         time.sleep(0.05)
