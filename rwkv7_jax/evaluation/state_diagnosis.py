@@ -22,6 +22,7 @@ from rwkv7_jax.tuning.read_statistics import (
     memory_read_vectors,
     second_moment,
 )
+from rwkv7_jax.tuning.state_arithmetic import singular_values
 
 # Rows read at the same time.
 ROWS = 8
@@ -178,7 +179,7 @@ def _memory(
     held: Array, found: Mapping[str, np.ndarray], dynamics: str, typical=None
 ) -> MemoryStatistics:
     """The numbers of one memory [L 1 H Nv M] from how it is read."""
-    values = spectrum(held)
+    values = singular_values(held)
     squares = np.square(values)
     return MemoryStatistics(
         dynamics=dynamics,
@@ -192,11 +193,6 @@ def _memory(
     )
 
 
-def spectrum(held: Array) -> Float[np.ndarray, "L H R"]:
-    """The singular values of a memory [L 1 H Nv M], largest first."""
-    return np.linalg.svd(np.asarray(held[:, 0], np.float64), compute_uv=False)
-
-
 def _rank(squares: Float[np.ndarray, "... R"]) -> Float[np.ndarray, "..."]:
     """(sum s^2)^2 / sum s^4, as `whitening.effective_rank` of S S^T; 0 of a zero state."""
     total, fourth = squares.sum(-1), np.square(squares).sum(-1)
@@ -205,7 +201,7 @@ def _rank(squares: Float[np.ndarray, "... R"]) -> Float[np.ndarray, "..."]:
 
 def ranks(held: Array) -> Float[np.ndarray, "L H"]:
     """How many directions carry a memory [L 1 H Nv M], per layer and head."""
-    return _rank(np.square(spectrum(held)))
+    return _rank(np.square(singular_values(held)))
 
 
 def diagnose(

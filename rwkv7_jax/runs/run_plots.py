@@ -32,8 +32,8 @@ def draw(folder: RunDirectory, mode: TrainingMode, trained: Any) -> None:
         typical = prefill_state(mode.model, mode.frozen, prompt)
         pictures.states(
             folder.path / "state.png",
-            singular_values(typical),
-            singular_values(trained),
+            singular_values(typical.wkv),
+            singular_values(trained.wkv),
         )
 
 

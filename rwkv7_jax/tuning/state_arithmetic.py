@@ -1,4 +1,4 @@
-"""Start states as adapters: mixed, and how much they can hold."""
+"""Arithmetic of start states: weighted sums, scaling, capacity and singular values."""
 
 import dataclasses
 import functools
@@ -7,25 +7,26 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
+from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.model.state import RWKV7State, Upscaled, map_linear_leaves
 
 # Trained numbers for each fact of 5 bits that tuning of 300 to 1000 steps stored in toy models:
 # 64 facts in 2,048 numbers, 129 in 4,096, 394 in 8,192, 628 in 16,384, 876 in 32,768. Bounds around
-# what was seen, which depends on steps and optimiser, and no law.
+# these measurements, which depend on steps and optimiser; not a law.
 NUMBERS_PER_FACT = (20, 35)
 
 
 @dataclasses.dataclass(frozen=True)
 class Capacity:
-    """How much a start state can hold.
+    """Estimate of how much a start state can hold.
 
     Attributes:
         wkv: numbers of its WKV states.
-        memory: numbers of its upscaled memory; 0 where there is none.
-        trained: those of the parts that hold anything; of a new state, of the part that is usually
-            tuned, the upscaled memory where there is one.
+        memory: numbers of its upscaled memory; 0 if there is none.
+        trained: numbers of the parts that are not zero; of a new state, of the part that is usually
+            tuned, the upscaled memory if there is one.
         facts: the fewest and the most facts of 5 bits to expect in them, by `NUMBERS_PER_FACT`:
             measured on toy tasks, after 300 to 1000 steps of tuning.
     """
@@ -37,103 +38,129 @@ class Capacity:
 
 
 def capacity(state: RWKV7State) -> Capacity:
-    """The numbers that were, or can be, trained in a state of batch 1, and what they may hold.
+    """Counts the numbers that were, or can be, trained in a state, and estimates the facts in them.
 
     Shift states are not counted: they are few, and were not measured.
+
+    Args:
+        state: batch 1.
 
     Raises:
         ValueError: more than one sequence.
     """
-    _check_single(state, "state", "capacity")
+    with prefix_errors("capacity"):
+        _check_single(state, "state")
     wkv = state.wkv.size
-    memory = 0 if state.upscaled is None else state.upscaled.memory.size
     trained = wkv if np.any(state.wkv) else 0
-    if memory and np.any(state.upscaled.memory):
-        trained += memory
+    memory = 0
+    if state.upscaled is not None:
+        memory = state.upscaled.memory.size
+        if np.any(state.upscaled.memory):
+            trained += memory
     trained = trained or memory or wkv
-    most, fewest = (trained // each for each in NUMBERS_PER_FACT)
-    return Capacity(wkv=wkv, memory=memory, trained=trained, facts=(fewest, most))
+    least, most = NUMBERS_PER_FACT
+    return Capacity(
+        wkv=wkv,
+        memory=memory,
+        trained=trained,
+        facts=(trained // most, trained // least),
+    )
 
 
 def weighted_sum(states: Sequence[RWKV7State], weights: Sequence[float]) -> RWKV7State:
-    """The weighted sum of start states of one model.
+    """Computes the weighted sum of start states of one model.
 
-    [0.5, 0.5] averages, [1 - t, t] interpolates, [1, -1] takes what the other knows away. What a
-    state adds to a layer's read-out is linear in it; what is made of that is not, so a mixture of
-    two states may lose some of what either could do.
+    [0.5, 0.5] averages, [1 - t, t] interpolates, [1, -1] subtracts the second state. What a state
+    adds to a layer's read-out is linear in the state; the layers that follow are not, so a mixture
+    of two states may lose abilities of both.
 
     Args:
         states: batch 1; upscaled ones only together, with the same features and dynamics.
-        weights: one a state.
+        weights: one for each state.
 
     Raises:
-        TypeError: something that is no `RWKV7State`.
+        TypeError: an element that is not an `RWKV7State`.
         ValueError: no states, another number of weights, a weight that is not finite, or states
             that do not fit each other.
     """
-    states, weights = list(states), [float(weight) for weight in weights]
-    if not states or len(states) != len(weights):
-        raise ValueError(
-            "weighted_sum: `weights` must be one a state, at least one; "
-            f"got {len(weights)} weights and {len(states)} states."
-        )
-    for weight in weights:
-        if not np.isfinite(weight):
-            raise ValueError(f"weighted_sum: `weights` must be finite; got {weight}.")
-    for index, state in enumerate(states):
-        _check_single(state, f"states[{index}]", "mix")
-        _check_alike(states[0], state, f"states[{index}]")
+    states = list(states)
+    weights = [float(weight) for weight in weights]
+    with prefix_errors("weighted_sum"):
+        _check_weights(weights, len(states))
+        for index, state in enumerate(states):
+            _check_single(state, f"states[{index}]")
+            _check_alike(states[0], state, f"states[{index}]")
 
     def weighted(*leaves):
-        terms = [x * jnp.asarray(w, x.dtype) for x, w in zip(leaves, weights, strict=True)]
-        return sum(terms[1:], terms[0]).astype(leaves[0].dtype)
+        first, *others = leaves
+        total = first * jnp.asarray(weights[0], first.dtype)
+        for leaf, weight in zip(others, weights[1:], strict=True):
+            total = total + leaf * jnp.asarray(weight, leaf.dtype)
+        return total.astype(first.dtype)
 
     return map_linear_leaves(weighted, *states)
 
 
-def _check_single(state: RWKV7State, name: str, caller: str) -> None:
+def _check_weights(weights: list[float], count: int) -> None:
+    if not count or count != len(weights):
+        raise ValueError(
+            "`weights` must be one for each state, at least one; "
+            f"got {len(weights)} weights and {count} states."
+        )
+    for weight in weights:
+        if not np.isfinite(weight):
+            raise ValueError(f"`weights` must be finite; got {weight}.")
+
+
+def _check_single(state: RWKV7State, name: str) -> None:
     if not isinstance(state, RWKV7State):
-        raise TypeError(f"{caller}: `{name}` must be an RWKV7State; got {type(state).__name__}.")
+        raise TypeError(f"`{name}` must be an RWKV7State; got {type(state).__name__}.")
     if state.batch != 1:
-        raise ValueError(f"{caller}: `{name}` must hold one sequence; got {state.batch}.")
+        raise ValueError(f"`{name}` must hold one sequence; got {state.batch}.")
 
 
 def _check_alike(first: RWKV7State, other: RWKV7State, name: str) -> None:
-    """Return if the two are states of one model, read in the same way."""
+    """Raises unless both states belong to one model and are read in the same way."""
     for leaf in ("att_shift", "wkv", "ffn_shift"):
-        wanted, came = (tuple(getattr(state, leaf).shape) for state in (first, other))
-        if came != wanted:
+        expected = tuple(getattr(first, leaf).shape)
+        shape = tuple(getattr(other, leaf).shape)
+        if shape != expected:
             raise ValueError(
-                f"weighted_sum: `{name}.{leaf}` must have the shape of states[0]'s, "
-                f"{wanted}; got {came}."
+                f"`{name}.{leaf}` must have the shape of states[0]'s, {expected}; got {shape}."
             )
-    without = [state.upscaled is None for state in (first, other)]
-    if without[0] != without[1]:
-        held = {True: "none", False: "one"}
-        raise ValueError(
-            f"weighted_sum: `{name}` must have an upscaled memory if and only if states[0] has; "
-            f"got {held[without[1]]} and {held[without[0]]}."
-        )
-    if not without[0]:
+    if first.upscaled is not None and other.upscaled is not None:
         _check_same_reading(first.upscaled, other.upscaled, f"{name}.upscaled")
+    elif first.upscaled is not None or other.upscaled is not None:
+        count = {True: "none", False: "one"}
+        raise ValueError(
+            f"`{name}` must have an upscaled memory if and only if states[0] has; "
+            f"got {count[other.upscaled is None]} and {count[first.upscaled is None]}."
+        )
 
 
 def _check_same_reading(first: Upscaled, other: Upscaled, name: str) -> None:
-    """Return if two memories are read through the same features and change in the same way."""
-    for what, wanted, came in (
+    """Raises unless two memories are read through the same features and have the same dynamics."""
+    properties = (
         ("dynamics", first.dynamics, other.dynamics),
         ("features.kind", first.features.kind, other.features.kind),
         ("memory", tuple(first.memory.shape), tuple(other.memory.shape)),
-    ):
-        if came != wanted:
-            raise ValueError(
-                f"weighted_sum: `{name}.{what}` must be states[0]'s, {wanted}; got {came}."
-            )
-    fixed = [f"features.{leaf}" for leaf in ("landmarks", "widths", "mean", "map")]
-    for what in [*fixed, "readout"]:
-        one, two = (functools.reduce(getattr, what.split("."), memory) for memory in (first, other))
-        if not _equal(one, two):
-            raise ValueError(f"weighted_sum: `{name}.{what}` must equal states[0]'s; it differs.")
+    )
+    for field, expected, value in properties:
+        if value != expected:
+            raise ValueError(f"`{name}.{field}` must be states[0]'s, {expected}; got {value}.")
+    frozen = (
+        "features.landmarks",
+        "features.widths",
+        "features.mean",
+        "features.map",
+        "readout",
+    )
+    for field in frozen:
+        path = field.split(".")
+        if not _equal(
+            functools.reduce(getattr, path, first), functools.reduce(getattr, path, other)
+        ):
+            raise ValueError(f"`{name}.{field}` must equal states[0]'s; it differs.")
 
 
 def _equal(one: jax.Array | None, two: jax.Array | None) -> bool:
@@ -143,10 +170,16 @@ def _equal(one: jax.Array | None, two: jax.Array | None) -> bool:
 
 
 def scaled(state: RWKV7State, alpha: float) -> RWKV7State:
-    """`alpha` times the state: between the base model at 0 and the tuned one at 1."""
+    """Multiplies a state by `alpha`: 0 gives the base model's zeros, 1 the tuned state."""
     return map_linear_leaves(lambda leaf: leaf * jnp.asarray(alpha, leaf.dtype), state)
 
 
-def singular_values(state: RWKV7State) -> Float[np.ndarray, "L H N"]:
-    """The singular values of every layer's and head's WKV state, largest first; batch 1."""
-    return np.linalg.svd(np.asarray(state.wkv[:, 0]), compute_uv=False)
+def singular_values(
+    memory: Float[Array | np.ndarray, "L 1 H Nv M"],
+) -> Float[np.ndarray, "L H R"]:
+    """Computes the singular values of every layer's and head's matrix, largest first, in float64.
+
+    Args:
+        memory: `state.wkv` or `state.upscaled.memory` of a state of batch 1.
+    """
+    return np.linalg.svd(np.asarray(memory[:, 0], np.float64), compute_uv=False)

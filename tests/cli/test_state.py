@@ -129,7 +129,7 @@ def test_doctor_prints_losses_heads_positions_and_advice(folder, capsys, tmp_pat
         ("info none.pth", "load_state: `none.pth` does not exist."),
         ("mix {a} {other} {out} --weights 1,1", "states must be of one base model; `{a}` was"),
         ("mix {a} {b} {out} --weights 1,x", "`--weights` must be numbers with commas between them"),
-        ("mix {a} {b} {out} --weights 1", "weighted_sum: `weights` must be one a state"),
+        ("mix {a} {b} {out} --weights 1", "weighted_sum: `weights` must be one for each state"),
         ("mix {out} --weights 1", "state mix: needs at least one state"),
         (
             "mix {a} {wide} {out} --weights 1,1",

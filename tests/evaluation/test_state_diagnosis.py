@@ -94,7 +94,7 @@ def test_ranks_are_those_of_the_statistics_that_tuning_uses(model, params, found
 
 def test_norms_and_ranks_are_those_of_the_singular_values(found):
     state, diagnosis = found
-    values = singular_values(state).astype(np.float64)
+    values = singular_values(state.wkv)
     memory = diagnosis.memories["wkv"]
     np.testing.assert_allclose(memory.norms, np.sqrt(np.square(values).sum(-1)), rtol=1e-4)
     rank = np.square(np.square(values).sum(-1)) / (values**4).sum(-1)

@@ -1,13 +1,14 @@
 """Start states as adapters: what mixtures are, and what holds something."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import CONFIG, random_state
 from upscaled_states import SIZE, empty_state, filled
 
 from rwkv7_jax.model.state import init_state, repeat
-from rwkv7_jax.tuning.state_arithmetic import capacity, scaled, weighted_sum
+from rwkv7_jax.tuning.state_arithmetic import capacity, scaled, singular_values, weighted_sum
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +106,13 @@ def test_capacity_counts_what_holds_something(empty):
     both = capacity(filled(empty).replace(wkv=random_state().wkv))
     assert (both.wkv, both.memory, both.trained) == (wkv, memory, wkv + memory)
     assert both.facts == ((wkv + memory) // 35, (wkv + memory) // 20)
+
+
+def test_singular_values_come_by_layer_and_head_with_the_largest_first():
+    values = jnp.arange(32.0)
+    wkv = jnp.zeros_like(init_state(CONFIG).wkv).at[1, 0, 1].set(jnp.diag(values))
+    found = singular_values(wkv)
+    assert found.shape == (3, 2, 32)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found[1, 1], values[::-1])
+    assert not found[[0, 2]].any()

@@ -21,7 +21,7 @@ from rwkv7_jax.tuning.read_statistics import (
     state_decorrelator,
     state_statistics,
 )
-from rwkv7_jax.tuning.state_arithmetic import scaled, singular_values
+from rwkv7_jax.tuning.state_arithmetic import scaled
 from rwkv7_jax.tuning.state_tuning import state_loss, trainable_mask
 from rwkv7_jax.tuning.upscaling import upscale
 
@@ -188,13 +188,6 @@ def test_weights_are_arguments_of_the_compiled_step_not_constants(config):
 def test_a_state_scales_between_base_and_tuned():
     state = perturbed(init_state(CONFIG), 6, 1.0)
     np.testing.assert_array_equal(scaled(state, 0.25).wkv, 0.25 * state.wkv)
-
-
-def test_spectra_are_the_singular_values():
-    wkv = jnp.zeros_like(init_state(CONFIG).wkv).at[1, 0, 2].set(jnp.diag(jnp.arange(16.0)))
-    state = init_state(CONFIG).replace(wkv=wkv)
-    np.testing.assert_allclose(singular_values(state)[1, 2], np.arange(16.0)[::-1])
-    assert singular_values(state).shape == (3, 3, 16)
 
 
 def test_an_unknown_leaf_is_refused(shallow):
