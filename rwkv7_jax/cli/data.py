@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rwkv7_jax.data.choices import ON_BAD, PACKINGS
+
 _SOURCE = "a .jsonl or text file, a folder, a built-in text, or several with commas"
 
 
@@ -19,10 +21,10 @@ def add_data_command(subparsers) -> None:
     add("source", metavar="SOURCE", help=_SOURCE)
     add("target", metavar="OUT", nargs="?", help="OUT.bin and its neighbours; left out with --show")
     add("--vocabulary", choices=("world", "bytes"), help="world; of a .bin its own")
-    add("--on-bad", choices=("error", "skip"), default="error", help="bad lines (%(default)s)")
+    add("--on-bad", choices=ON_BAD, default="error", help="bad lines (%(default)s)")
     add("--show", type=int, metavar="N", help="print N rows of what PATH names and write nothing")
     add("--length", type=int, default=128, help="tokens of a row that is shown (%(default)s)")
-    add("--packing", choices=("stream", "documents"), default="stream", help="(%(default)s)")
+    add("--packing", choices=PACKINGS, default="stream", help="(%(default)s)")
     add("--seed", type=int, default=0, help="of the rows that are shown (%(default)s)")
     parser.set_defaults(run=run_data)
 
@@ -63,7 +65,7 @@ def _write(options: argparse.Namespace, sources: list[str], tokenizer) -> None:
         bar.update(done, f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
 
     try:
-        card, reading = write_cache(sources, path, tokenizer, on_bad=options.on_bad, progress=tell)
+        card, stats = write_cache(sources, path, tokenizer, on_bad=options.on_bad, progress=tell)
     finally:
         bar.close()
     learnt = "all" if card.learnt == card.tokens else f"{card.learnt:,}"
@@ -71,7 +73,7 @@ def _write(options: argparse.Namespace, sources: list[str], tokenizer) -> None:
         f"{path}: {card.documents:,} documents, {card.tokens:,} {card.vocabulary} tokens "
         f"({learnt} learnt) of {card.bytes:,} bytes"
     )
-    first = f"; the first: {reading.first}" if reading.first else ""
+    first = f"; the first: {stats.first_error}" if stats.first_error else ""
     print(f"lines skipped: {card.skipped:,}{first}")
 
 
@@ -92,7 +94,7 @@ def _show(options: argparse.Namespace, sources: list[str], tokenizer) -> None:
     )
     print(
         f"{len(stream.starts) - 1:,} documents, {len(stream):,} {tokenizer.name} tokens, "
-        f"{stream.count_learnt():,} learnt; hash {data_hash(stream)}\n"
+        f"{stream.count_in_loss():,} learnt; hash {data_hash(stream)}\n"
         "[[only read]], learnt; <0> ends a document"
     )
     for number, (tokens, mask) in enumerate(zip(batch.tokens, batch.mask, strict=True), 1):

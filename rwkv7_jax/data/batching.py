@@ -1,24 +1,26 @@
-"""Rows of a stream: what a batch holds, as a pure function of the seed and the step.
+"""Batches of a stream, as a pure function of the seed and the step.
 
-So a run goes on where it was without a position to save, on any number of hosts, and batches may
-be made ahead, late or twice.
+A run can therefore continue without a saved position, on any number of hosts, and batches may be
+made ahead, late or twice.
 """
 
-from collections.abc import Iterable
+import functools
+import itertools
+import warnings
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from rwkv7_jax.data.batch import Batch
-from rwkv7_jax.data.shuffling import ORDERS, cubic_windows, shuffled, shuffled_windows
+from rwkv7_jax.data.choices import ORDERS, PACKINGS, check_choice
+from rwkv7_jax.data.shuffling import cubic_windows, shuffled, shuffled_windows
 from rwkv7_jax.data.token_streams import TokenStream, as_stream
 
-Stream = np.ndarray | TokenStream
-
-PACKINGS = ("stream", "documents")
+IdsOrStream = np.ndarray | TokenStream
 
 
 def host_rows(batch_size: int, host: int, hosts: int) -> slice:
-    """The rows of the global batch that one of several hosts makes.
+    """Returns the rows of the global batch that one of several hosts makes.
 
     Raises:
         ValueError: the hosts do not divide the batch, or there is no such host.
@@ -32,31 +34,45 @@ def host_rows(batch_size: int, host: int, hosts: int) -> slice:
     return slice(host * share, (host + 1) * share)
 
 
-def _rows(stream: TokenStream, places: Iterable[tuple[int, int]], length: int) -> Batch:
-    """Rows from (first id, ids); what is missing to T+1 is token 0 and does not count."""
-    places = list(places)
-    tokens = np.zeros((len(places), length + 1), np.int32)
-    mask = np.zeros((len(places), length), np.float32)
-    for row, (first, size) in enumerate(places):
+def _fill_rows(stream: TokenStream, spans: Sequence[tuple[int, int]], length: int) -> Batch:
+    """Makes a row of each span of the stream.
+
+    Args:
+        stream: where the ids are.
+        spans: first id and number of ids, at most `length` + 1.
+        length: inputs of a row (T). Token 0 fills shorter rows; it is not in the loss.
+    """
+    tokens = np.zeros((len(spans), length + 1), np.int32)
+    mask = np.zeros((len(spans), length), np.float32)
+    for row, (first, size) in enumerate(spans):
         stream.fill(first, tokens[row, :size], mask[row, : size - 1])
     return Batch(tokens=tokens, mask=mask)
 
 
-def _candidates(stream: TokenStream, caller: str) -> np.ndarray:
-    """The documents that can be rows."""
+def _window_spans(firsts: Sequence[int], length: int) -> list[tuple[int, int]]:
+    """Returns the spans of full rows: T inputs and the last one's target."""
+    return [(first, length + 1) for first in firsts]
+
+
+def _document_spans(
+    stream: TokenStream, documents: Sequence[int] | np.ndarray, length: int
+) -> list[tuple[int, int]]:
+    """Returns the spans of some documents, cut where they are longer than a row."""
+    numbers = np.asarray(documents)
+    starts = stream.starts[numbers]
+    sizes = np.minimum(stream.starts[numbers + 1] - starts, length + 1)
+    return list(zip(starts.tolist(), sizes.tolist(), strict=True))
+
+
+def _usable_documents(stream: TokenStream, caller: str) -> np.ndarray:
+    """Returns the numbers of the documents that can be rows, or raises if there are none."""
     if not len(stream.documents):
         raise ValueError(f"{caller}: `stream` must have a document of at least 2 tokens; got none.")
     return stream.documents
 
 
-def _places(stream: TokenStream, found, length: int) -> list[tuple[int, int]]:
-    """Where documents begin, and how much of each a row takes."""
-    starts, behind = stream.starts[found], stream.starts[np.asarray(found) + 1]
-    return list(zip(starts.tolist(), np.minimum(behind - starts, length + 1).tolist(), strict=True))
-
-
 def batch_at(
-    stream: Stream,
+    stream: IdsOrStream,
     step: int,
     *,
     batch_size: int,
@@ -66,14 +82,14 @@ def batch_at(
     packing: str = "stream",
     rows: slice = slice(None),
 ) -> Batch:
-    """The batch of one step: tokens [B T+1] int32; mask [B T], 1 where a target counts.
+    """Makes the batch of one step: tokens [B T+1] int32; mask [B T], 1 where a target counts.
 
-    Packing "stream" cuts rows from all documents joined: no padding, nothing is left out. What was
-    read of one document is still in the state when the next begins in the same row, as in RWKV's
-    own training; and a row may begin in the middle of a document, or between a prompt and its
-    answer. Packing "documents" gives each document a row of its own: nothing leaks from one to
-    another, every row begins where a document does, and the end of one that is longer than T+1
-    tokens is never read.
+    Packing "stream" cuts rows from all documents joined: no padding, nothing is left out. The state
+    still holds what was read of one document when the next begins in the same row, as in RWKV's own
+    training; and a row may begin in the middle of a document, or between a prompt and its answer.
+    Packing "documents" gives each document a row of its own: nothing leaks from one to another,
+    every row begins where a document does, and the end of one that is longer than T+1 tokens is
+    never read.
 
     Args:
         stream: from `token_stream`, or an array of ids.
@@ -82,8 +98,8 @@ def batch_at(
         length: inputs of a row (T); it also holds the last one's target.
         seed: of the order.
         order: "shuffled": in every epoch each window, or document, comes once, in an order drawn
-            from (seed, epoch), the windows' borders moving from epoch to epoch. "cubic": that of
-            RWKV's own trainer, for packing "stream"; the seed does nothing.
+            from (seed, epoch), and the windows' borders move from epoch to epoch. "cubic": that of
+            RWKV's own trainer, for packing "stream"; the seed has no effect.
         packing: "stream" or "documents".
         rows: those of the global batch that are wanted; see `host_rows`.
 
@@ -94,40 +110,83 @@ def batch_at(
     stream = as_stream(stream)
     samples = range(step * batch_size, (step + 1) * batch_size)[rows]
     if packing == "documents":
-        found = _candidates(stream, "batch_at")
-        picked = shuffled(samples, seed=seed, count=len(found))
-        return _rows(stream, _places(stream, found[picked], length), length)
-    size = len(stream)
+        documents = _usable_documents(stream, "batch_at")
+        picked = shuffled(samples, seed=seed, count=len(documents))
+        return _fill_rows(stream, _document_spans(stream, documents[picked], length), length)
     if order == "cubic":
-        firsts = cubic_windows(samples, tokens=size, length=length)
+        firsts = cubic_windows(samples, tokens=len(stream), length=length)
     else:
-        firsts = shuffled_windows(samples, seed=seed, tokens=size, length=length, caller="batch_at")
-    return _rows(stream, [(first, length + 1) for first in firsts], length)
+        firsts = shuffled_windows(
+            samples,
+            seed=seed,
+            tokens=len(stream),
+            length=length,
+            caller="batch_at",
+        )
+    return _fill_rows(stream, _window_spans(firsts, length), length)
+
+
+def batches_from(
+    stream: TokenStream,
+    *,
+    batch_size: int,
+    length: int,
+    seed: int = 0,
+    start_step: int = 0,
+    order: str = "shuffled",
+    packing: str = "stream",
+    rows: slice = slice(None),
+) -> Iterator[Batch]:
+    """Makes the batches of all steps from `start_step` on, without end; see `batch_at`.
+
+    With packing "documents" a warning says how much of longer documents is left out.
+    """
+    make = functools.partial(
+        batch_at,
+        stream,
+        batch_size=batch_size,
+        length=length,
+        seed=seed,
+        order=order,
+        packing=packing,
+        rows=rows,
+    )
+    # A first batch at once: faults are raised here and not at the first `next`, in another thread.
+    make(start_step)
+    if packing == "documents":
+        documents, tokens = left_out(stream, length)
+        if documents:
+            warnings.warn(
+                f"{documents:,} documents are longer than {length + 1} tokens: {tokens:,} of "
+                f"{len(stream):,} tokens are never read",
+                stacklevel=3,
+            )
+    return map(make, itertools.count(start_step))
 
 
 def check_choices(order: str, packing: str, *, caller: str) -> None:
-    """Return if these are known and go together.
+    """Checks that an order and a packing exist and can be combined.
 
     Raises:
-        ValueError: they are or do not.
+        ValueError: they do not, or cannot.
     """
-    for name, value, known in (("order", order, ORDERS), ("packing", packing, PACKINGS)):
-        if value not in known:
-            raise ValueError(f"{caller}: `{name}` must be {' or '.join(known)}; got {value!r}.")
+    check_choice(order, ORDERS, argument="order", caller=caller)
+    check_choice(packing, PACKINGS, argument="packing", caller=caller)
     if order == "cubic" and packing == "documents":
         raise ValueError(
             f'{caller}: `order` must be "shuffled" where `packing` is "documents"; got "cubic".'
         )
 
 
-def left_out(stream: Stream, length: int) -> tuple[int, int]:
-    """Documents too long for a row of packing "documents", and their tokens that are never read."""
-    longer = np.diff(as_stream(stream).starts) - (length + 1)
-    return int((longer > 0).sum()), int(longer[longer > 0].sum())
+def left_out(stream: IdsOrStream, length: int) -> tuple[int, int]:
+    """Counts documents too long for a row of packing "documents", and their tokens never read."""
+    excess = np.diff(as_stream(stream).starts) - (length + 1)
+    too_long = excess > 0
+    return int(too_long.sum()), int(excess[too_long].sum())
 
 
-def windows(stream: Stream, length: int, count: int, *, packing: str = "stream") -> Batch:
-    """At most `count` rows for evaluation, evenly spread over the stream, as one batch.
+def windows(stream: IdsOrStream, length: int, count: int, *, packing: str = "stream") -> Batch:
+    """Makes one batch for evaluation, of at most `count` rows spread evenly over the stream.
 
     Args:
         stream: as in `batch_at`.
@@ -141,13 +200,14 @@ def windows(stream: Stream, length: int, count: int, *, packing: str = "stream")
     check_choices("shuffled", packing, caller="windows")
     stream = as_stream(stream)
     if packing == "documents":
-        found = _candidates(stream, "windows")
-        picked = found[np.linspace(0, len(found) - 1, min(count, len(found))).astype(int)]
-        return _rows(stream, _places(stream, picked, length), length)
+        documents = _usable_documents(stream, "windows")
+        places = np.linspace(0, len(documents) - 1, min(count, len(documents))).astype(int)
+        return _fill_rows(stream, _document_spans(stream, documents[places], length), length)
     if len(stream) <= length:
         raise ValueError(
             f"windows: `stream` must have more than {length} tokens; got {len(stream)}."
         )
+    # Windows do not overlap, so a short stream gives fewer than were wanted.
     count = max(1, min(count, (len(stream) - 1) // length))
-    starts = np.linspace(0, len(stream) - length - 1, count).astype(int).tolist()
-    return _rows(stream, [(first, length + 1) for first in starts], length)
+    firsts = np.linspace(0, len(stream) - length - 1, count).astype(int).tolist()
+    return _fill_rows(stream, _window_spans(firsts, length), length)

@@ -1,29 +1,38 @@
-"""Texts that every CPython installation carries, as corpora."""
+"""Corpora that every CPython installation carries."""
 
 import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Installed packages, tests (which embed odd encodings) and generated tables are no prose.
 _SKIPPED_FOLDERS = frozenset(
     "site-packages test tests idle_test encodings pydoc_data lib2to3 __pycache__".split()
 )
 
+# Bytes of the smallest and the largest source file that is a document.
+_SMALLEST = 2_000
+_LARGEST = 200_000
+
 
 def _stdlib() -> Iterator[bytes]:
-    """The standard library's own sources of 2 to 200 kB, one document a file, by relative path."""
+    """Yields the standard library's own sources, one document a file, by relative path."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
+    sources = []
     for folder, folders, files in os.walk(root):
+        # Changed in place: `os.walk` descends only into what is left in the list.
         folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
-        paths = (Path(folder) / name for name in files if name.endswith(".py"))
-        found += [p for p in paths if 2_000 <= p.stat().st_size <= 200_000]
-    for path in sorted(found, key=lambda p: p.relative_to(root).as_posix()):
+        for name in files:
+            path = Path(folder) / name
+            if path.suffix == ".py" and _SMALLEST <= path.stat().st_size <= _LARGEST:
+                sources.append(path)
+    for path in sorted(sources, key=lambda path: path.relative_to(root).as_posix()):
         yield path.read_bytes()
 
 
 def _topics() -> Iterator[bytes]:
-    """The reference documentation that `help()` shows, one document a topic."""
+    """Yields the reference documentation that `help()` shows, one document a topic."""
+    # Half a megabyte of text, and missing in some builds of Python: imported only when it is read.
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
@@ -31,26 +40,27 @@ def _topics() -> Iterator[bytes]:
 
 
 def _capitals() -> Iterator[bytes]:
-    """The same in capitals."""
+    """Yields the same topics in capitals."""
     for text in _topics():
         yield text.decode().upper().encode()
 
 
 def _charmaps() -> Iterator[bytes]:
-    """The code pages' tables: one character a line, its number and its Unicode name."""
+    """Yields the code pages' tables: one character a line, its number and its Unicode name."""
     folder = Path(sysconfig.get_paths()["stdlib"]) / "encodings"
     for path in sorted(folder.glob("*.py")):
-        if b"decoding_table = (" in (text := path.read_bytes()):
+        text = path.read_bytes()
+        if b"decoding_table = (" in text:
             yield text
 
 
 def _headers() -> Iterator[bytes]:
-    """CPython's own C headers, one document a file."""
+    """Yields CPython's own C headers, one document a file."""
     folder = Path(sysconfig.get_paths()["include"])
-    found = sorted(folder.rglob("*.h"))
-    if not found:
+    headers = sorted(folder.rglob("*.h"))
+    if not headers:
         raise ValueError(f"documents: this Python has no C headers in `{folder}` (python3-dev).")
-    for path in found:
+    for path in headers:
         yield path.read_bytes()
 
 

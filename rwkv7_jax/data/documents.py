@@ -1,6 +1,6 @@
-"""A document: bytes in pieces, of which some are learnt and others only read.
+"""Documents as byte segments, each with a loss-mask flag.
 
-Every document ends with token 0, which is learnt: a model shall know where to stop.
+Every document ends with token 0, which counts in the loss: a model must learn where to stop.
 """
 
 import dataclasses
@@ -12,34 +12,35 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-# Bytes of a file that are held at once.
+# Bytes of a file that are held in memory at once.
 CHUNK = 1 << 16
 
-KEYS = 2**64
+# Content hashes lie below this number.
+HASH_RANGE = 2**64
 
 
 @runtime_checkable
 class Encoder(Protocol):
-    """What making ids of a document asks of a tokenizer."""
+    """A tokenizer, as far as documents need one."""
 
     def encode_chunks(self, chunks: Iterable[bytes]) -> Iterator[np.ndarray]:
-        """The ids of all chunks joined."""
+        """Encodes all chunks joined, some ids at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """A stretch of a document.
+    """A part of a document.
 
     Attributes:
         text: its bytes, or the file that holds them.
-        learnt: whether its tokens count as targets.
+        in_loss: whether its tokens count as targets.
     """
 
     text: bytes | Path
-    learnt: bool = True
+    in_loss: bool = True
 
     def chunks(self) -> Iterator[bytes]:
-        """The bytes, some at a time."""
+        """Reads the bytes, some at a time."""
         if isinstance(self.text, bytes):
             yield self.text
             return
@@ -48,43 +49,55 @@ class Segment:
                 yield chunk
 
     def size(self) -> int:
-        """Bytes."""
-        return len(self.text) if isinstance(self.text, bytes) else self.text.stat().st_size
+        """Counts the bytes."""
+        if isinstance(self.text, bytes):
+            return len(self.text)
+        return self.text.stat().st_size
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text in pieces; each is turned into ids for itself.
+    """A text in segments, each of which is tokenized separately.
 
-    So a prompt has the same ids here as when it is given to a model, where no answer follows it.
+    A prompt therefore has the same ids here as when a model is given it without its answer.
+
+    Attributes:
+        segments: in the order of the text.
     """
 
-    pieces: tuple[Segment, ...]
+    segments: tuple[Segment, ...]
 
     def text(self) -> bytes:
-        """All its bytes."""
-        return b"".join(chunk for piece in self.pieces for chunk in piece.chunks())
+        """Reads all bytes."""
+        return b"".join(self._chunks())
 
     def size(self) -> int:
-        """Bytes of the text."""
-        return sum(piece.size() for piece in self.pieces)
+        """Counts the bytes of the text."""
+        return sum(segment.size() for segment in self.segments)
 
-    def key(self) -> int:
-        """A number below 2**64 that depends on its bytes alone; it decides what is held out."""
+    def content_hash(self) -> int:
+        """Computes a number below 2**64 from the bytes alone; it decides what is held out."""
         digest = hashlib.blake2b(digest_size=8)
-        for piece in self.pieces:
-            for chunk in piece.chunks():
-                digest.update(chunk)
+        for chunk in self._chunks():
+            digest.update(chunk)
         return int.from_bytes(digest.digest(), "big")
 
     def ids(self, tokenizer: Encoder) -> Iterator[tuple[np.ndarray, bool]]:
-        """Its ids and at last token 0, some at a time, with whether they are learnt."""
-        for piece in self.pieces:
-            for ids in tokenizer.encode_chunks(piece.chunks()):
-                yield ids, piece.learnt
+        """Yields the ids and finally token 0, some at a time, with whether they are in the loss."""
+        for segment in self.segments:
+            for ids in tokenizer.encode_chunks(segment.chunks()):
+                yield ids, segment.in_loss
         yield np.zeros(1, np.uint16), True
+
+    def _chunks(self) -> Iterator[bytes]:
+        for segment in self.segments:
+            yield from segment.chunks()
 
 
 def held_out_threshold(share: float) -> int:
-    """Documents whose key is below this number are held out: a share of all, in any order."""
-    return min(max(math.ceil(share * KEYS), 0), KEYS)
+    """Computes the number below which a content hash means "held out".
+
+    Args:
+        share: of all documents that is held out, whatever their order.
+    """
+    return min(max(math.ceil(share * HASH_RANGE), 0), HASH_RANGE)

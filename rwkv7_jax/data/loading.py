@@ -1,24 +1,24 @@
-"""From a path to batches whose order is a pure function of the seed and the step."""
+"""From paths to a stream of ids, and from there to batches."""
 
-import functools
 import itertools
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from rwkv7_jax.data.batch import Batch
-from rwkv7_jax.data.batching import batch_at, host_rows, left_out, windows
-from rwkv7_jax.data.documents import held_out_threshold
+from rwkv7_jax.data.batching import batch_at, batches_from, host_rows, left_out, windows
+from rwkv7_jax.data.choices import SPLITS, Split
+from rwkv7_jax.data.documents import Document, Encoder, held_out_threshold
 from rwkv7_jax.data.jsonl import ReadStats
-from rwkv7_jax.data.readers import documents
-from rwkv7_jax.data.token_cache import SPLITS, check_vocabulary, open_cache, split_by_position
+from rwkv7_jax.data.readers import documents, warn_of_skipped
+from rwkv7_jax.data.token_cache import check_vocabulary, open_cache, split_by_position
 from rwkv7_jax.data.token_streams import TokenArray, TokenStream, data_hash
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 __all__ = [
     "batch_at",
+    "batches_from",
     "data_hash",
     "host_rows",
     "left_out",
@@ -27,53 +27,73 @@ __all__ = [
     "windows",
 ]
 
-Source = str | Path | Sequence[str | Path] | np.ndarray | TokenStream
+# What `token_stream` and `packed` accept; `token_stream` alone tells these kinds apart.
+PathsOrIds = str | Path | Sequence[str | Path] | np.ndarray | TokenStream
 
 
-def _tokenized(
-    source: str | Path, tokenizer: Tokenizer, *, split: str, held_out: float, on_bad: str
-) -> TokenStream:
-    """One part of the documents of a source, in memory."""
-    reading, ids, runs, sizes = ReadStats(), [], [], []
-    found = documents(source, on_bad=on_bad, reading=reading)
-    first = list(itertools.islice(found, 2))
-    whole = split == "all" or len(first) == 1
-    below = held_out_threshold(held_out)
-    for document in itertools.chain(first, found):
-        if not whole and (document.key() < below) != (split == "held_out"):
-            continue
+def _encode(found: Iterable[Document], tokenizer: Encoder) -> TokenArray:
+    """Encodes documents into one array in memory."""
+    # An empty array first, so that no documents at all give no ids.
+    pieces = [np.zeros(0, np.uint16)]
+    # One flag for each piece; a mask of all ids is only made where it is needed.
+    flags = [True]
+    sizes = []
+    for document in found:
         size = 0
-        for piece, learnt in document.ids(tokenizer):
-            ids.append(piece)
-            runs.append(learnt)
-            size += len(piece)
+        for ids, in_loss in document.ids(tokenizer):
+            pieces.append(ids)
+            flags.append(in_loss)
+            size += len(ids)
         sizes.append(size)
-    if reading.skipped:
-        left = f"{reading.skipped} lines of {source} were skipped"
-        warnings.warn(f"{left}; the first: {reading.first}", stacklevel=4)
-    learnt = None if all(runs) else np.repeat(np.array(runs, np.uint8), [len(p) for p in ids])
-    row = np.concatenate([np.zeros(0, np.uint16), *ids])
-    tokens = TokenArray(row, learnt, np.concatenate([[0], np.cumsum(sizes, dtype=int)]))
-    return split_by_position(tokens, split, held_out) if whole else TokenStream.whole(tokens)
+    mask = None
+    if not all(flags):
+        mask = np.repeat(np.array(flags, np.uint8), [len(ids) for ids in pieces])
+    starts = np.concatenate([[0], np.cumsum(sizes, dtype=int)])
+    return TokenArray(np.concatenate(pieces), mask, starts)
+
+
+def _read(
+    source: str | Path, tokenizer: Tokenizer, *, split: Split, held_out: float, on_bad: str
+) -> TokenStream:
+    """Reads one part of the documents of a source into memory."""
+    stats = ReadStats()
+    found: Iterator[Document] = documents(source, on_bad=on_bad, stats=stats)
+    # A single document is split by position, and only the second one shows that it is not single.
+    first_two = list(itertools.islice(found, 2))
+    found = itertools.chain(first_two, found)
+    by_document = split != "all" and len(first_two) != 1
+    if by_document:
+        threshold = held_out_threshold(held_out)
+        wants_held_out = split == "held_out"
+        found = (
+            document
+            for document in found
+            if (document.content_hash() < threshold) == wants_held_out
+        )
+    tokens = _encode(found, tokenizer)
+    warn_of_skipped(source, stats, stacklevel=4)
+    if by_document:
+        return TokenStream.of_array(tokens)
+    return split_by_position(tokens, split, held_out)
 
 
 def token_stream(
-    source: Source,
+    source: PathsOrIds,
     tokenizer: Tokenizer,
     *,
     split: str = "all",
     held_out: float = 0.05,
     on_bad: str = "error",
 ) -> TokenStream:
-    """All ids of `source` in one row, token 0 behind every document.
+    """Opens all ids of `source` as one row, token 0 after every document.
 
     Args:
-        source: what `sources.documents` reads, a `.bin` file (see `token_cache`), several of these,
-            or an array of ids; a stream is given back as it is, whatever the split.
-        tokenizer: makes ids of documents.
-        split: "all"; or "train" and "held_out", which part whole documents by a hash of their bytes
-            (a single document, an array, or a .bin file of other tools, by position: its end is
-            held out).
+        source: what `readers.documents` reads, a `.bin` file (see `token_cache`), several of these,
+            or an array of ids; a stream is returned as it is, whatever the split.
+        tokenizer: encodes documents.
+        split: "all"; or "train" and "held_out", into which documents are divided by a hash of their
+            bytes (a single document, an array, or a .bin file of other tools is divided by
+            position: its end is held out).
         held_out: the share held out.
         on_bad: "error" or "skip", for bad lines of .jsonl files; a warning counts them.
 
@@ -90,17 +110,16 @@ def token_stream(
             raise TypeError(f"token_stream: `source` must hold integers; got {source.dtype}.")
         check_vocabulary(source, tokenizer.vocab_size, "source")
         return split_by_position(TokenArray(source), split, held_out)
-    sources = [source] if isinstance(source, (str, Path)) else list(source)
-    choices = {"split": split, "held_out": held_out}
-    streams = [
-        open_cache(one, tokenizer, **choices)
-        if Path(one).suffix in (".bin", ".idx")
-        else _tokenized(one, tokenizer, on_bad=on_bad, **choices)
-        for one in sources
-    ]
-    stream = TokenStream.joined(streams)
+    paths = [source] if isinstance(source, (str, Path)) else list(source)
+    streams = []
+    for path in paths:
+        if Path(path).suffix in (".bin", ".idx"):
+            streams.append(open_cache(path, tokenizer, split=split, held_out=held_out))
+        else:
+            streams.append(_read(path, tokenizer, split=split, held_out=held_out, on_bad=on_bad))
+    stream = TokenStream.concatenate(streams)
     if not len(stream):
-        names = ", ".join(map(str, sources))
+        names = ", ".join(map(str, paths))
         raise ValueError(
             f"token_stream: `{names}` has no document in its part {split!r}, of a share {held_out} "
             "held out: take another share, or 0 and other text for evaluation."
@@ -109,7 +128,7 @@ def token_stream(
 
 
 def packed(
-    source: Source,
+    source: PathsOrIds,
     *,
     batch_size: int,
     length: int,
@@ -122,27 +141,15 @@ def packed(
     packing: str = "stream",
     rows: slice = slice(None),
 ) -> Iterator[Batch]:
-    """Batches without end, from `start_step` on; see `token_stream` and `batch_at`.
-
-    With packing "documents" a warning says how much of longer documents is left out.
-    """
+    """Makes batches of a source, without end; see `token_stream`, `batch_at` and `batches_from`."""
     tokenizer = tokenizer or Tokenizer.world()
-    stream = token_stream(source, tokenizer, split=split, held_out=held_out)
-    batch = functools.partial(
-        batch_at,
-        stream,
+    return batches_from(
+        token_stream(source, tokenizer, split=split, held_out=held_out),
         batch_size=batch_size,
         length=length,
         seed=seed,
+        start_step=start_step,
         order=order,
         packing=packing,
         rows=rows,
     )
-    batch(start_step)
-    if packing == "documents" and (cut := left_out(stream, length))[0]:
-        warnings.warn(
-            f"{cut[0]:,} documents are longer than {length + 1} tokens: {cut[1]:,} of "
-            f"{len(stream):,} tokens are never read",
-            stacklevel=2,
-        )
-    return map(batch, itertools.count(start_step))

@@ -1,59 +1,64 @@
-"""Items made ahead of their use by a thread, in order."""
+"""A thread that makes items before they are needed."""
 
 import queue
 import threading
 from collections.abc import Iterator
 from typing import Any
 
-_WAIT = 0.1
+# Seconds after which a thread that waits for room looks whether it is still needed.
+_POLL_SECONDS = 0.1
 
 
 class Prefetch:
-    """An iterator over what another one gives; up to `ahead` of its items are ready before asked.
+    """An iterator over the items of another one, up to `ahead` of which are ready in advance.
 
-    One thread draws, so the order is the iterator's own. Its error, or its end, comes where the
+    A single thread takes the items, so their order is kept. An error or the end is raised where the
     item would have come.
     """
 
     def __init__(self, items: Iterator[Any], *, ahead: int = 2):
-        """Drawing begins."""
-        self._items, self._ready = items, queue.Queue(maxsize=ahead)
+        """Starts the thread."""
+        self._items = items
+        # Pairs of an item and None, or of None and the error that ends the iteration.
+        self._ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=ahead)
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._draw, name="prefetch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
         self._thread.start()
 
-    def _draw(self) -> None:
+    def _run(self) -> None:
         try:
             for item in self._items:
-                if not self._hand_over((item, None)):
+                if not self._put(item, None):
                     return
-            self._hand_over((None, StopIteration()))
+            self._put(None, StopIteration())
+        # Whatever it is, it belongs to the thread that asks for the item.
         except BaseException as error:
-            self._hand_over((None, error))
+            self._put(None, error)
 
-    def _hand_over(self, pair: tuple) -> bool:
-        """Whether there was room before the end."""
+    def _put(self, item: Any, error: BaseException | None) -> bool:
+        """Waits for room in the queue; returns whether there was any before `close`."""
         while not self._closed.is_set():
             try:
-                self._ready.put(pair, timeout=_WAIT)
+                self._ready.put((item, error), timeout=_POLL_SECONDS)
                 return True
             except queue.Full:
                 continue
         return False
 
     def __iter__(self) -> "Prefetch":
-        """Itself."""
+        """Returns itself."""
         return self
 
     def __next__(self) -> Any:
-        """The next item, as soon as it is there."""
+        """Returns the next item, as soon as it is ready."""
         item, error = self._ready.get()
         if error is not None:
+            # Put back, so that every later call ends in the same way instead of waiting forever.
             self._ready.put((None, error))
             raise error
         return item
 
     def close(self) -> None:
-        """Drawing has ended."""
+        """Stops the thread and waits for its end."""
         self._closed.set()
         self._thread.join()

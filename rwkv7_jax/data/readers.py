@@ -1,21 +1,20 @@
-"""Documents from files, folders and texts that every CPython carries."""
+"""Documents from files, folders and the built-in corpora."""
 
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from rwkv7_jax.data.builtin_corpora import BUILT_IN
+from rwkv7_jax.data.choices import ON_BAD, check_choice
 from rwkv7_jax.data.documents import Document, Segment
-from rwkv7_jax.data.jsonl import ReadStats, json_lines, parse_record
-
-ON_BAD = ("error", "skip")
+from rwkv7_jax.data.jsonl import ReadStats, parse_record, read_jsonl
 
 
 def _files(source: str | Path) -> list[Path]:
-    """The files of a path, or a ValueError that names what is not there."""
+    """Lists the files of a path, or raises ValueError if there is nothing of that name."""
     path = Path(source)
     if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.is_file())
+        return sorted(file for file in path.rglob("*") if file.is_file())
     if not path.exists():
         raise ValueError(
             f"documents: `{source}` is no file, no folder and none of {', '.join(BUILT_IN)}."
@@ -24,43 +23,50 @@ def _files(source: str | Path) -> list[Path]:
 
 
 def size_of(source: str | Path) -> int:
-    """Bytes of the files of a source; 0 of a built-in text.
+    """Counts the bytes of the files of a source; 0 for a built-in corpus.
 
     Raises:
         ValueError: nothing of that name.
     """
     if source in BUILT_IN:
         return 0
-    return sum(path.stat().st_size for path in _files(source))
+    return sum(file.stat().st_size for file in _files(source))
 
 
 def documents(
-    source: str | Path, *, on_bad: str = "error", reading: ReadStats | None = None
+    source: str | Path, *, on_bad: str = "error", stats: ReadStats | None = None
 ) -> Iterator[Document]:
-    """The documents of `source`, one after the other; no more than one is held at a time.
+    """Yields the documents of `source`; no more than one is in memory at a time.
 
     Args:
-        source: a `.jsonl` file (see `conversations` for what a line may be), any other file (one
-            document, whatever its bytes), a folder (every file below it, by path), or a name of
-            `BUILT_IN`.
+        source: a `.jsonl` file (`jsonl` says what a line may be), any other file (one document,
+            whatever its bytes), a folder (every file below it, by path), or a name of `BUILT_IN`.
         on_bad: what to do with a bad line of a .jsonl file: "error", or "skip".
-        reading: counts what is read and skipped; without it, one warning says what was skipped.
+        stats: counts what is read and skipped; without it, one warning says what was skipped.
 
     Raises:
         ValueError: nothing of that name, or a bad line, as `file:line: reason`.
     """
-    if on_bad not in ON_BAD:
-        raise ValueError(f"documents: `on_bad` must be error or skip; got {on_bad!r}.")
+    check_choice(on_bad, ON_BAD, argument="on_bad", caller="documents")
     if source in BUILT_IN:
-        yield from (Document((Segment(text),)) for text in BUILT_IN[source]())
+        for text in BUILT_IN[str(source)]():
+            yield Document((Segment(text),))
         return
-    told, reading = reading is not None, reading or ReadStats()
-    for path in _files(source):
-        if path.suffix == ".jsonl":
-            yield from json_lines(path, parse_record, on_bad=on_bad, reading=reading)
+    counted = stats if stats is not None else ReadStats()
+    for file in _files(source):
+        if file.suffix == ".jsonl":
+            yield from read_jsonl(file, parse_record, on_bad=on_bad, stats=counted)
             continue
-        yield Document((Segment(path),))
-        reading.bytes += path.stat().st_size
-    if reading.skipped and not told:
-        left = f"{reading.skipped} lines of {source} were skipped"
-        warnings.warn(f"{left}; the first: {reading.first}", stacklevel=2)
+        yield Document((Segment(file),))
+        counted.bytes += file.stat().st_size
+    if stats is None:
+        warn_of_skipped(source, counted, stacklevel=3)
+
+
+def warn_of_skipped(source: str | Path, stats: ReadStats, *, stacklevel: int) -> None:
+    """Warns once about all lines of a source that were skipped, if there are any."""
+    if stats.skipped:
+        warnings.warn(
+            f"{stats.skipped} lines of {source} were skipped; the first: {stats.first_error}",
+            stacklevel=stacklevel,
+        )

@@ -1,4 +1,4 @@
-"""In which order a run reads its data: pure functions of a sample's number."""
+"""The order in which a run reads its data: pure functions of a sample's number."""
 
 import functools
 import math
@@ -6,46 +6,60 @@ from collections.abc import Iterable
 
 import numpy as np
 
-ORDERS = ("shuffled", "cubic")
-
 
 @functools.lru_cache(maxsize=4)
 def _epoch(seed: int, epoch: int, count: int, length: int) -> tuple[int, np.ndarray]:
-    """Where an epoch's first window begins, and the order in which its windows come."""
+    """Draws the start of an epoch's first window, and the order of its windows."""
     rng = np.random.default_rng([seed, epoch])
     phase = int(rng.integers(length))
-    # In place, in the narrowest type that fits: the table of 10^9 windows takes 4 GB.
+    # Shuffled in place, in the narrowest type that fits: the table of 10^9 windows takes 4 GB.
     order = np.arange(count, dtype=np.uint32 if count < 2**32 else np.uint64)
     rng.shuffle(order)
     return phase, order
 
 
 def shuffled(samples: Iterable[int], *, seed: int, count: int) -> list[int]:
-    """Which of `count` things each sample is: all come once an epoch, drawn from (seed, epoch)."""
-    return [int(_epoch(seed, i // count, count, 1)[1][i % count]) for i in samples]
+    """Picks one of `count` things for each sample; in an epoch each comes once.
+
+    Args:
+        samples: their numbers, from 0.
+        seed: with the epoch, all that the order depends on.
+        count: things there are.
+    """
+    picked = []
+    for sample in samples:
+        epoch, place = divmod(sample, count)
+        _, order = _epoch(seed, epoch, count, 1)
+        picked.append(int(order[place]))
+    return picked
 
 
 def shuffled_windows(
     samples: Iterable[int], *, seed: int, tokens: int, length: int, caller: str
 ) -> list[int]:
-    """Where each sample's window begins: all windows come once an epoch.
+    """Computes where each sample's window begins; in an epoch every window comes once.
 
-    Their borders move from epoch to epoch.
+    The windows' borders move from epoch to epoch, so that no token is always the last of a row.
 
     Raises:
         ValueError: the stream is shorter than two windows.
     """
+    # One window less than would fit: the phase moves the last one by up to `length` - 1.
     count = (tokens - length) // length
     if count < 1:
         raise ValueError(
             f"{caller}: `stream` must have at least {2 * length} tokens; got {tokens}."
         )
-    epochs = [(_epoch(seed, i // count, count, length), i % count) for i in samples]
-    return [phase + int(order[place]) * length for (phase, order), place in epochs]
+    firsts = []
+    for sample in samples:
+        epoch, place = divmod(sample, count)
+        phase, order = _epoch(seed, epoch, count, length)
+        firsts.append(phase + int(order[place]) * length)
+    return firsts
 
 
 def is_prime(number: int) -> bool:
-    """Whether a number below 10^18 is prime."""
+    """Tests whether a number below 10^18 is prime, by trial division."""
     if number < 4:
         return number > 1
     divisors = np.arange(3, math.isqrt(number) + 1, 2)
@@ -54,7 +68,7 @@ def is_prime(number: int) -> bool:
 
 @functools.lru_cache(maxsize=16)
 def magic_prime(tokens: int, length: int) -> int:
-    """The largest prime p with p % 3 == 2 that is at most tokens // length - 1.
+    """Finds the largest prime p with p % 3 == 2 that is at most tokens // length - 1.
 
     Cubing permutes the numbers modulo such a prime.
 
@@ -73,10 +87,10 @@ def magic_prime(tokens: int, length: int) -> int:
 
 
 def cubic_windows(samples: Iterable[int], *, tokens: int, length: int) -> list[int]:
-    """Where each sample's window begins in the order of RWKV's own trainer; there is no seed.
+    """Computes where each sample's window begins in the order of RWKV's own trainer.
 
-    Of every p samples in a row each of the first p windows is one, p being `magic_prime`; the order
-    is the same in every epoch.
+    There is no seed. Any p samples in a row are the first p windows, p being `magic_prime`; the
+    order is the same in every epoch.
 
     Source: BlinkDL/RWKV-LM@d07df1c RWKV-v7/train_temp/src/dataset.py:49-61.
 
@@ -85,5 +99,5 @@ def cubic_windows(samples: Iterable[int], *, tokens: int, length: int) -> list[i
     """
     prime = magic_prime(tokens, length)
     factor = int(prime * ((math.sqrt(5) - 1) / 2))
-    # Python's integers: a cube soon leaves 64 bits.
-    return [factor * (i + 1) ** 3 % prime * length for i in samples]
+    # Python's integers and not NumPy's: a cube soon exceeds 64 bits.
+    return [factor * (sample + 1) ** 3 % prime * length for sample in samples]

@@ -1,6 +1,6 @@
 """Synthetic tasks as batches: questions to read, answers to be scored.
 
-Some are lines of text such as `copy kqz = kqz`, of which answers and the line's end count; the
+Some are lines of text such as `copy kqz = kqz`, in which the answer and the line's end count; the
 others are the toy tasks of `toy_tasks`. All are in the ids that single bytes have in both
 vocabularies (byte + 1), so that every model can read them.
 """
@@ -15,6 +15,7 @@ import numpy as np
 from rwkv7_jax.data import toy_tasks as toy
 from rwkv7_jax.data.batch import Batch
 
+# A question and its answer.
 Example = tuple[str, str]
 
 _LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
@@ -26,12 +27,12 @@ def _copy(rng: np.random.Generator) -> Example:
 
 
 def _recall(rng: np.random.Generator) -> Example:
-    """Multi-query associative recall: some pairs, then the value of one key."""
+    """Makes associative recall: some pairs, then the value of one key."""
     keys = rng.permutation(_LETTERS)[: rng.integers(2, 9)]
     values = rng.integers(0, 10, len(keys))
     pairs = " ".join(f"{key}{value}" for key, value in zip(keys, values, strict=True))
-    asked = rng.integers(len(keys))
-    return f"recall {pairs} {keys[asked]} = ", str(values[asked])
+    queried = rng.integers(len(keys))
+    return f"recall {pairs} {keys[queried]} = ", str(values[queried])
 
 
 def _parity(rng: np.random.Generator) -> Example:
@@ -39,22 +40,30 @@ def _parity(rng: np.random.Generator) -> Example:
     return f"parity {''.join(map(str, bits))} = ", str(bits.sum() % 2)
 
 
+def _summand(rng: np.random.Generator) -> int:
+    """Draws a number of 1 to 4 digits, each length as often."""
+    return int(rng.integers(10 ** rng.integers(1, 5)))
+
+
 def _addition(rng: np.random.Generator) -> Example:
-    one, two = (int(rng.integers(10 ** rng.integers(1, 5))) for _ in range(2))
+    one = _summand(rng)
+    two = _summand(rng)
     return f"add {one} {two} = ", str(one + two)
 
 
-def _lines(
-    rng: np.random.Generator, rows: int, length: int, *, example: Callable
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of token 0 and then lines, cut at the end; and which ids belong to an answer."""
-    tokens, scored = [], []
+def _lines(rng: np.random.Generator, rows: int, length: int, *, example: Callable) -> toy.Rows:
+    """Makes rows of token 0 and then lines, cut at the end, and scores the answers."""
+    tokens = []
+    scored = []
     for _ in range(rows):
-        ids, counts = [0], [0]
+        ids = [0]
+        counts = [0]
         while len(ids) <= length:
-            question, answer = (part.encode() for part in example(rng))
-            ids += [byte + 1 for byte in question + answer + b"\n"]
-            counts += [0] * len(question) + [1] * (len(answer) + 1)
+            question, answer = example(rng)
+            line = f"{question}{answer}\n".encode()
+            ids += [byte + 1 for byte in line]
+            # Questions are ASCII: as many bytes as characters. The line's end is scored too.
+            counts += [0] * len(question) + [1] * (len(line) - len(question))
         tokens.append(ids[: length + 1])
         scored.append(counts[: length + 1])
     return np.array(tokens, np.int64), np.array(scored, np.int64)
@@ -62,15 +71,16 @@ def _lines(
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """How a task's rows are made.
+    """A synthetic task.
 
     Attributes:
-        rows: (rng, rows, length) -> ids and what is scored, both [rows, length + 1].
+        rows: makes rows: (rng, rows, length) -> ids and 1 for each scored id, both
+            [rows, length + 1].
         shortest: inputs (T) that are enough for one example.
         exact: whether a row's first question has one right answer.
     """
 
-    rows: Callable[[np.random.Generator, int, int], tuple[np.ndarray, np.ndarray]]
+    rows: Callable[[np.random.Generator, int, int], toy.Rows]
     shortest: int
     exact: bool = True
 
@@ -118,7 +128,7 @@ def _swaps(number: int, seed: int) -> Task:
     return Task(functools.partial(toy.swaps, objects=number), number + 3)
 
 
-# Tasks with a number behind their name: the task of (number, seed), and the numbers there are.
+# Tasks whose name ends with a number: the task of (number, seed), and the least and largest number.
 FAMILIES: dict[str, tuple[Callable[[int, int], Task], int, int]] = {
     "modulus": (_modulus, 2, len(toy.SYMBOLS) - 1),
     "product": (_product, 2, len(toy.SYMBOLS) - 1),
@@ -127,15 +137,18 @@ FAMILIES: dict[str, tuple[Callable[[int, int], Task], int, int]] = {
 }
 
 
-def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name.split("-")[0], [*TASKS, *FAMILIES], n=1, cutoff=0.6)
-    hint = f" (the nearest is {near[0]})" if near else ""
-    families = ", ".join(f"{one}-{low} to {one}-{high}" for one, (_, low, high) in FAMILIES.items())
-    return f"`name` must be one of {', '.join(TASKS)}, {families}; got {name!r}{hint}."
+def _unknown_name(name: str) -> str:
+    """Writes the sentence that refuses a name."""
+    nearest = difflib.get_close_matches(name.split("-")[0], [*TASKS, *FAMILIES], n=1, cutoff=0.6)
+    hint = f" (the nearest is {nearest[0]})" if nearest else ""
+    names = list(TASKS)
+    for family, (_, low, high) in FAMILIES.items():
+        names.append(f"{family}-{low} to {family}-{high}")
+    return f"`name` must be one of {', '.join(names)}; got {name!r}{hint}."
 
 
 def find_task(name: str, *, seed: int = 0) -> Task:
-    """The task of that name; `seed` chooses the facts of "facts-F".
+    """Returns the task of that name; `seed` chooses the facts of "facts-F".
 
     Raises:
         ValueError: no such name, or a number that its family does not have.
@@ -145,20 +158,21 @@ def find_task(name: str, *, seed: int = 0) -> Task:
     family, _, number = name.partition("-")
     if family in FAMILIES and number.isascii() and number.isdigit():
         make, low, high = FAMILIES[family]
+        # One spelling a task: "modulus-09" is refused.
         if low <= int(number) <= high and number == str(int(number)):
             return make(int(number), seed)
-    raise ValueError(f"find_task: {_unknown(name)}")
+    raise ValueError(f"find_task: {_unknown_name(name)}")
 
 
 def task_batch(
     name: str, step: int, *, batch_size: int, length: int, seed: int = 0, held_out: bool = False
 ) -> Batch:
-    """The batch of one step: tokens [B T+1] int32, mask [B T], 1 where the target is an answer's.
+    """Makes the batch of one step: tokens [B T+1] int32; mask [B T], 1 at targets in answers.
 
     Rows in which no further example fits end in zeros that do not count.
 
     Args:
-        name: of `TASKS`, or of `FAMILIES` with a number behind it, such as "facts-256".
+        name: of `TASKS`, or of `FAMILIES` followed by a number, such as "facts-256".
         step: from 0.
         batch_size: rows (B).
         length: inputs of a row (T).
@@ -187,7 +201,7 @@ def question_batch(
     seed: int = 0,
     held_out: bool = False,
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Single questions and their exact answers, as lists of ids to compare what is generated with.
+    """Makes single questions and their exact answers, as lists of ids to compare completions with.
 
     Answers of line tasks end with the line's end. Questions are a function of the arguments alone.
 
@@ -206,11 +220,14 @@ def question_batch(
     task = find_task(name, seed=seed)
     if not task.exact:
         raise ValueError(f"question_batch: {name} has no question with one right answer by itself.")
+    # The fourth number keeps questions apart from the examples of `task_batch`.
     rng = np.random.default_rng([seed, step, held_out, 1])
     tokens, scored = task.rows(rng, batch_size, max(length or 0, task.shortest))
-    questions, answers = [], []
+    questions = []
+    answers = []
     for ids, counts in zip(tokens.tolist(), scored.tolist(), strict=True):
         begin = counts.index(1)
+        # The zero at the end stops the search where the answer ends the row.
         end = [*counts, 0].index(0, begin)
         questions.append(ids[:begin])
         answers.append(ids[begin:end])

@@ -1,25 +1,26 @@
-"""Documents as ids in files that are mapped, not read: written once, trained on often.
+"""A cache of tokenized documents in files that are mapped, not read: written once, read often.
 
-A cache `x` is a pair of files that RWKV's own trainer reads, with two or three beside it:
+A cache `x` is a pair of files that RWKV's own trainer reads, with two or three next to it:
 
-    x.bin, x.idx   ids as uint16 and where documents lie (see `binidx`); token 0 ends each
+    x.bin, x.idx   ids as uint16 and where documents are (see `binidx`); token 0 ends each
     x.card.json    what made it: vocabulary, numbers of documents, ids, bytes and skipped lines
-    x.keys         8 bytes a document (little-endian), by which it is held out or not
-    x.mask         one byte an id, 1 where it is learnt and 0 where it is only read; there only
-                   where something is only read
+    x.keys         8 bytes a document (little-endian): its content hash, by which it is held out
+    x.mask         one byte an id, 1 where it is in the loss and 0 where it is not; the file is only
+                   there where some ids are not
 
-Without a card the pair is what another tool made: every id is learnt, and held out is its end.
+Without a card the pair is what another tool made: every id is in the loss, and held out is its end.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from rwkv7_jax.data.binidx import BinidxWriter, read_binidx
-from rwkv7_jax.data.documents import KEYS, Document, held_out_threshold
+from rwkv7_jax.data.choices import Split
+from rwkv7_jax.data.documents import HASH_RANGE, Document, held_out_threshold
 from rwkv7_jax.data.jsonl import ReadStats
 from rwkv7_jax.data.readers import documents, size_of
 from rwkv7_jax.data.token_streams import TokenArray, TokenStream
@@ -27,21 +28,22 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 
 FORMAT = "rwkv7_jax tokens 1"
 
-SPLITS = ("all", "train", "held_out")
+# Ids that are compared with the vocabulary at once.
+_CHUNK = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheMetadata:
-    """What a cache holds.
+    """The card of a cache. The names of its fields are those in `x.card.json`.
 
     Attributes:
         vocabulary: the tokenizer's name.
-        documents: of the source.
-        tokens: ids, token 0 behind every document included.
-        learnt: of them, those that count as targets.
+        documents: in the cache.
+        tokens: ids, including the token 0 after every document.
+        learnt: how many of them are in the loss.
         bytes: of the documents' text.
         skipped: lines that could not be read.
-        format: what these files are.
+        format: of these files.
     """
 
     vocabulary: str
@@ -53,6 +55,16 @@ class CacheMetadata:
     format: str = FORMAT
 
 
+@dataclasses.dataclass
+class _Counts:
+    """What has been written so far."""
+
+    documents: int = 0
+    tokens: int = 0
+    in_loss: int = 0
+    bytes: int = 0
+
+
 def write_cache(
     sources: Sequence[str | Path],
     path: str | Path,
@@ -61,12 +73,12 @@ def write_cache(
     on_bad: str = "error",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[CacheMetadata, ReadStats]:
-    """The cache `path` holds all documents of the sources; nothing grows in memory with the text.
+    """Writes all documents of the sources to a cache; memory does not grow with the text.
 
     Args:
-        sources: what `sources.documents` reads, one behind the other.
+        sources: what `readers.documents` reads, one after the other.
         path: of the `.bin` file.
-        tokenizer: makes ids of documents.
+        tokenizer: encodes documents.
         on_bad: "error" or "skip", for bad lines of .jsonl files.
         progress: called with bytes read and bytes in all (0 where that is not known).
 
@@ -76,43 +88,58 @@ def write_cache(
     Raises:
         ValueError: nothing to read, a bad line, or no folder to write to.
     """
-    reading, path = ReadStats(), Path(path)
+    path = Path(path)
+    stats = ReadStats()
     total = sum(size_of(source) for source in sources)
-    found = (d for s in sources for d in documents(s, on_bad=on_bad, reading=reading))
+
+    def all_documents() -> Iterable[Document]:
+        for source in sources:
+            for document in documents(source, on_bad=on_bad, stats=stats):
+                yield document
+                progress(stats.bytes, total)
+
     with BinidxWriter(path) as writer:
-        numbers = _write(writer, found, tokenizer, lambda: progress(reading.bytes, total))
-        card = CacheMetadata(vocabulary=tokenizer.name, skipped=reading.skipped, **numbers)
-        if not card.documents:
+        counts = _write_documents(writer, all_documents(), tokenizer)
+        if not counts.documents:
             raise ValueError(f"write_cache: `{', '.join(map(str, sources))}` has no document.")
-        # Made last and so exchanged first: old files beside a new card are never believed.
-        writer.beside(".card.json").write(json.dumps(dataclasses.asdict(card), indent=1).encode())
+        card = CacheMetadata(
+            vocabulary=tokenizer.name,
+            documents=counts.documents,
+            tokens=counts.tokens,
+            learnt=counts.in_loss,
+            bytes=counts.bytes,
+            skipped=stats.skipped,
+        )
+        # Files are replaced in reverse order, so the card comes first: after a crash in between the
+        # stale data files fail the size check of the new card.
+        writer.sibling(".card.json").write(json.dumps(dataclasses.asdict(card), indent=1).encode())
     if card.learnt == card.tokens:
         path.with_suffix(".mask").unlink()
-    return card, reading
+    return card, stats
 
 
-def _write(
-    writer: BinidxWriter, found: Iterator[Document], tokenizer: Tokenizer, tell: Callable
-) -> dict[str, int]:
-    """All documents are in the files; how many, how long, and of how many bytes."""
-    keys, mask = writer.beside(".keys"), writer.beside(".mask")
-    numbers = {"documents": 0, "tokens": 0, "learnt": 0, "bytes": 0}
+def _write_documents(
+    writer: BinidxWriter, found: Iterable[Document], tokenizer: Tokenizer
+) -> _Counts:
+    """Writes ids, masks and content hashes, and counts them."""
+    hashes = writer.sibling(".keys")
+    mask = writer.sibling(".mask")
+    counts = _Counts()
     for document in found:
-        keys.write(document.key().to_bytes(8, "little"))
-        for ids, learnt in document.ids(tokenizer):
+        hashes.write(document.content_hash().to_bytes(8, "little"))
+        for ids, in_loss in document.ids(tokenizer):
             writer.add(ids)
-            mask.write(bytes([learnt]) * len(ids))
-            numbers["tokens"] += len(ids)
-            numbers["learnt"] += len(ids) * learnt
+            mask.write(bytes([in_loss]) * len(ids))
+            counts.tokens += len(ids)
+            counts.in_loss += len(ids) * in_loss
         writer.end()
-        numbers["bytes"] += document.size()
-        numbers["documents"] += 1
-        tell()
-    return numbers
+        counts.bytes += document.size()
+        counts.documents += 1
+    return counts
 
 
 def read_card(path: str | Path) -> CacheMetadata | None:
-    """What `x.card.json` beside the file says; None where there is none.
+    """Reads `x.card.json` next to the file; returns None where there is none.
 
     Raises:
         ValueError: another format, or a damaged file.
@@ -129,26 +156,27 @@ def read_card(path: str | Path) -> CacheMetadata | None:
         raise ValueError(f"read_card: `{file}` must be of {FORMAT!r}: {error}.") from None
 
 
-def _sibling(path: Path, suffix: str, dtype: str, size: int) -> np.ndarray:
-    """A mapped file of the cache, which must have `size` entries."""
-    file, width = path.with_suffix(suffix), np.dtype(dtype).itemsize
-    held = file.stat().st_size if file.exists() else 0
-    if held != size * width:
+def _map_sibling(path: Path, suffix: str, dtype: str, size: int) -> np.ndarray:
+    """Maps a further file of the cache, which must have `size` entries."""
+    file = path.with_suffix(suffix)
+    wanted = size * np.dtype(dtype).itemsize
+    actual = file.stat().st_size if file.exists() else 0
+    if actual != wanted:
         raise ValueError(
-            f"open_cache: `{file}` must have {size * width} bytes, says its index; it has {held}."
+            f"open_cache: `{file}` must have {wanted} bytes, says its index; it has {actual}."
         )
     return np.asarray(np.memmap(file, dtype, "r"))
 
 
 def open_cache(
-    path: str | Path, tokenizer: Tokenizer, *, split: str = "all", held_out: float = 0.05
+    path: str | Path, tokenizer: Tokenizer, *, split: Split = "all", held_out: float = 0.05
 ) -> TokenStream:
-    """The ids of a `.bin` file or of one part of it, mapped.
+    """Maps the ids of a `.bin` file, or of one part of it.
 
     Args:
         path: of the `.bin` or `.idx` file.
         tokenizer: of the model; a cache that another one made is refused.
-        split: one of `SPLITS`; documents are parted as those of the source are, files without a
+        split: one of `SPLITS`; documents are divided as those of the source are, files without a
             card by position.
         held_out: the share held out.
 
@@ -167,41 +195,55 @@ def open_cache(
     check_vocabulary(ids, tokenizer.vocab_size, str(path))
     if card is None:
         return split_by_position(TokenArray(ids, starts=starts), split, held_out)
-    if (card.documents, card.tokens) != (counts := (len(starts) - 1, len(ids))):
+    count = len(starts) - 1
+    if card.documents != count or card.tokens != len(ids):
         raise ValueError(
-            f"open_cache: `{path.with_suffix('.card.json')}` must count {counts[0]} documents and "
-            f"{counts[1]} tokens, as the index does; got {card.documents} and {card.tokens}."
+            f"open_cache: `{path.with_suffix('.card.json')}` must count {count} documents and "
+            f"{len(ids)} tokens, as the index does; got {card.documents} and {card.tokens}."
         )
-    learnt = None if card.learnt == card.tokens else _sibling(path, ".mask", "u1", len(ids))
-    tokens = TokenArray(ids, learnt, starts)
+    mask = None
+    if card.learnt != card.tokens:
+        mask = _map_sibling(path, ".mask", "u1", len(ids))
+    tokens = TokenArray(ids, mask, starts)
     if split == "all":
-        return TokenStream.whole(tokens)
-    keys, below = _sibling(path, ".keys", "<u8", card.documents), held_out_threshold(held_out)
-    if card.documents == 1:
+        return TokenStream.of_array(tokens)
+    hashes = _map_sibling(path, ".keys", "<u8", count)
+    if count == 1:
         return split_by_position(tokens, split, held_out)
-    held = keys < np.uint64(below) if below < KEYS else np.ones(len(keys), bool)
-    return TokenStream.chosen(tokens, held if split == "held_out" else ~held)
+    is_held_out = _below(hashes, held_out_threshold(held_out))
+    return TokenStream.of_documents(tokens, is_held_out if split == "held_out" else ~is_held_out)
 
 
-def split_by_position(tokens: TokenArray, split: str, held_out: float) -> TokenStream:
-    """One part of ids of which nothing else is known: the end is held out."""
+def _below(hashes: np.ndarray, threshold: int) -> np.ndarray:
+    """Compares 64-bit hashes with a threshold that may be 2**64, which uint64 cannot hold."""
+    if threshold == HASH_RANGE:
+        return np.ones(len(hashes), bool)
+    return hashes < np.uint64(threshold)
+
+
+def split_by_position(tokens: TokenArray, split: Split, held_out: float) -> TokenStream:
+    """Returns one part of ids without known documents: the end is held out."""
     size = len(tokens.ids)
     border = size - int(size * held_out)
-    ranges = {"all": (0, size), "train": (0, border), "held_out": (border, size)}
-    return TokenStream.between(tokens, *ranges[split])
+    if split == "train":
+        return TokenStream.of_range(tokens, 0, border)
+    if split == "held_out":
+        return TokenStream.of_range(tokens, border, size)
+    return TokenStream.of_range(tokens, 0, size)
 
 
 def check_vocabulary(ids: np.ndarray, vocab_size: int, name: str) -> None:
-    """Return if all ids are inside the vocabulary.
+    """Checks that all ids are inside the vocabulary.
 
     Raises:
         ValueError: one is not; the message has its position.
     """
     limits = np.iinfo(ids.dtype)
+    # An id that the dtype cannot hold need not be searched for.
     if limits.min >= 0 and limits.max < vocab_size:
         return
-    for first in range(0, len(ids), 1 << 24):
-        piece = ids[first : first + (1 << 24)]
+    for first in range(0, len(ids), _CHUNK):
+        piece = ids[first : first + _CHUNK]
         if piece.max() < vocab_size and piece.min() >= 0:
             continue
         place = first + int(np.flatnonzero((piece < 0) | (piece >= vocab_size))[0])

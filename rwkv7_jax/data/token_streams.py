@@ -1,4 +1,4 @@
-"""Documents' ids as one long row, in memory or in files that stay on the disk."""
+"""The ids of documents as one long row, in memory or in files that stay on the disk."""
 
 import dataclasses
 import functools
@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-# Ids that are looked at together where all are looked at.
+# Ids that are processed at once where all ids of a stream are.
 _CHUNK = 1 << 20
 
-# Above so many ids (1 GiB of them, at two bytes each) a hash takes samples.
-WHOLE = 1 << 29
+# A longer stream (1 GiB at two bytes an id) is hashed by samples.
+HASHED_IN_FULL = 1 << 29
 
-_SAMPLES = 1 << 9
+# Blocks of `_CHUNK` ids that are hashed of a longer stream.
+_HASHED_BLOCKS = 1 << 9
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,128 +23,154 @@ class TokenArray:
 
     Attributes:
         ids: integers; may be memory-mapped.
-        learnt: 1 for every id that counts as a target, else 0; None where all do.
+        in_loss: 1 for every id that counts as a target, else 0; None where all do.
         starts: where each document begins, and last where the ids end; None where they are not
             known, and token 0 says where documents end.
     """
 
     ids: np.ndarray
-    learnt: np.ndarray | None = None
+    in_loss: np.ndarray | None = None
     starts: np.ndarray | None = None
 
-    def known_starts(self) -> np.ndarray:
-        """`starts`, found from tokens 0 where they are not given."""
+    def find_starts(self) -> np.ndarray:
+        """Returns `starts`, searched for tokens 0 where they are not known."""
         if self.starts is not None:
             return self.starts
         size = len(self.ids)
-        ends = [
-            first + 1 + np.flatnonzero(self.ids[first : first + _CHUNK] == 0)
-            for first in range(0, size, _CHUNK)
-        ]
-        return np.unique(np.concatenate([[0, size], *ends])).astype(np.int64)
+        borders = [np.array([0, size])]
+        # In chunks: a comparison of all ids at once would need as many bytes again.
+        for first in range(0, size, _CHUNK):
+            zeros = np.flatnonzero(self.ids[first : first + _CHUNK] == 0)
+            borders.append(first + 1 + zeros)
+        return np.unique(np.concatenate(borders)).astype(np.int64)
 
 
 class TokenStream:
-    """Stretches of ids, one behind the other, which are read as one row and never joined in memory.
+    """Spans of arrays that read as one row of ids and are never joined in memory.
 
     Attributes:
-        parts: where the ids lie.
-        stretches: [S 3] int64: which part, its first id, the one behind its last.
+        arrays: where the ids are.
+        spans: [S 3] int64: number of the array, first id, end (one more than the last id).
+        masked: whether an array has ids that are not in the loss.
     """
 
-    def __init__(self, parts: Sequence[TokenArray], stretches: np.ndarray):
-        """The stream of these stretches."""
-        self.parts, self.stretches = tuple(parts), stretches
-        sizes = stretches[:, 2] - stretches[:, 1]
+    def __init__(self, arrays: Sequence[TokenArray], spans: np.ndarray):
+        """Makes a stream of these spans, in their order."""
+        self.arrays = tuple(arrays)
+        self.spans = spans
+        sizes = spans[:, 2] - spans[:, 1]
         self._offsets = np.concatenate([[0], np.cumsum(sizes)])
-        self.masked = any(part.learnt is not None for part in self.parts)
+        self.masked = any(array.in_loss is not None for array in self.arrays)
 
     @classmethod
-    def whole(cls, tokens: TokenArray) -> "TokenStream":
-        """All of one array."""
-        return cls.between(tokens, 0, len(tokens.ids))
+    def of_array(cls, tokens: TokenArray) -> "TokenStream":
+        """Makes a stream of all ids of one array."""
+        return cls.of_range(tokens, 0, len(tokens.ids))
 
     @classmethod
-    def between(cls, tokens: TokenArray, first: int, behind: int) -> "TokenStream":
-        """One stretch of one array."""
-        return cls([tokens], np.array([[0, first, behind]], np.int64))
+    def of_range(cls, tokens: TokenArray, first: int, end: int) -> "TokenStream":
+        """Makes a stream of one span of one array."""
+        return cls([tokens], np.array([[0, first, end]], np.int64))
 
     @classmethod
-    def chosen(cls, tokens: TokenArray, documents: np.ndarray) -> "TokenStream":
-        """The documents at which a row of booleans is true; neighbours become one stretch."""
-        starts = tokens.known_starts()
-        edges = np.diff(np.concatenate([[0], documents.astype(np.int8), [0]]))
-        first, behind = starts[np.flatnonzero(edges > 0)], starts[np.flatnonzero(edges < 0)]
-        return cls([tokens], np.stack([np.zeros_like(first), first, behind], axis=1))
+    def of_documents(cls, tokens: TokenArray, chosen: np.ndarray) -> "TokenStream":
+        """Makes a stream of some documents of one array.
+
+        Args:
+            tokens: the array.
+            chosen: a boolean for each document. Neighbours become one span.
+        """
+        starts = tokens.find_starts()
+        # +1 where a run of chosen documents begins, -1 where it has ended.
+        edges = np.diff(np.concatenate([[0], chosen.astype(np.int8), [0]]))
+        firsts = starts[np.flatnonzero(edges > 0)]
+        ends = starts[np.flatnonzero(edges < 0)]
+        return cls([tokens], np.stack([np.zeros_like(firsts), firsts, ends], axis=1))
 
     @classmethod
-    def joined(cls, streams: Sequence["TokenStream"]) -> "TokenStream":
-        """Several, one behind the other."""
-        parts, stretches = [], [np.zeros((0, 3), np.int64)]
+    def concatenate(cls, streams: Sequence["TokenStream"]) -> "TokenStream":
+        """Joins streams, one after the other, without copying ids."""
+        arrays: list[TokenArray] = []
+        spans = [np.zeros((0, 3), np.int64)]
         for stream in streams:
-            stretches.append(stream.stretches + np.array([[len(parts), 0, 0]]))
-            parts += stream.parts
-        return cls(parts, np.concatenate(stretches))
+            # The stream's arrays get the numbers after those that are already there.
+            spans.append(stream.spans + np.array([[len(arrays), 0, 0]]))
+            arrays += stream.arrays
+        return cls(arrays, np.concatenate(spans))
 
     def __len__(self) -> int:
-        """Ids."""
+        """Counts the ids."""
         return int(self._offsets[-1])
 
     def __getitem__(self, place: slice) -> np.ndarray:
-        """The ids of a slice without a step."""
-        first, behind, step = place.indices(len(self))
+        """Returns the ids of a slice without a step."""
+        first, end, step = place.indices(len(self))
         if step != 1:
             raise ValueError(f"TokenStream: a slice must have no step; got {step}.")
-        pieces = [ids for ids, _ in self.pieces(first, max(first, behind))]
-        return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.uint16), *pieces])
+        pieces = [ids for ids, _ in self.pieces(first, max(first, end))]
+        if len(pieces) == 1:
+            return pieces[0]
+        return np.concatenate([np.zeros(0, np.uint16), *pieces])
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        """All ids in memory."""
+        """Copies all ids into memory."""
         return np.array(self[:], dtype)
 
-    def pieces(self, first: int, behind: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """The ids of a range, and which of them are learnt, in as few pieces as they lie in."""
-        stretch = int(np.searchsorted(self._offsets, first, "right")) - 1
-        while first < behind:
-            number, begin, _ = self.stretches[stretch].tolist()
-            offset, end = self._offsets[stretch : stretch + 2].tolist()
-            last = min(behind, end)
-            place = slice(begin + first - offset, begin + last - offset)
-            part = self.parts[number]
-            yield part.ids[place], None if part.learnt is None else part.learnt[place]
-            first, stretch = last, stretch + 1
+    def pieces(self, first: int, end: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Yields the ids of a range with their loss mask (or None), one piece for each span."""
+        span = int(np.searchsorted(self._offsets, first, "right")) - 1
+        while first < end:
+            number, span_first, _ = self.spans[span].tolist()
+            offset, span_end = self._offsets[span : span + 2].tolist()
+            stop = min(end, span_end)
+            # From positions in the stream to positions in the array.
+            place = slice(span_first + first - offset, span_first + stop - offset)
+            array = self.arrays[number]
+            yield array.ids[place], None if array.in_loss is None else array.in_loss[place]
+            first = stop
+            span += 1
 
     def fill(self, first: int, tokens: np.ndarray, mask: np.ndarray) -> None:
-        """Write a row: ids from `first` on, and 1 or 0 for all but the first of them."""
+        """Fills a row in place.
+
+        Args:
+            first: position in the stream of the row's first id.
+            tokens: [N], gets the ids.
+            mask: [N - 1], gets 1 or 0 for all ids but the first, which is no target.
+        """
         place = 0
-        for ids, learnt in self.pieces(first, first + len(tokens)):
+        for ids, in_loss in self.pieces(first, first + len(tokens)):
             end = place + len(ids)
             tokens[place:end] = ids
             if end > 1:
                 low = max(place, 1)
-                mask[low - 1 : end - 1] = 1 if learnt is None else learnt[low - place :]
+                mask[low - 1 : end - 1] = 1 if in_loss is None else in_loss[low - place :]
             place = end
 
     @functools.cached_property
     def starts(self) -> np.ndarray:
-        """Where each document begins, empty ones left out, and last where the stream ends."""
-        known = [np.unique(part.known_starts()) for part in self.parts]
-        found = [np.zeros(0, np.int64)]
-        for (part, first, behind), offset in zip(self.stretches, self._offsets, strict=False):
-            starts = known[part]
-            low, high = np.searchsorted(starts, [first, behind], "left")
+        """Where each document begins, without empty ones, and last where the stream ends."""
+        array_starts = [np.unique(array.find_starts()) for array in self.arrays]
+        stream_starts = [np.zeros(0, np.int64)]
+        for (number, first, end), offset in zip(self.spans, self._offsets[:-1], strict=True):
+            starts = array_starts[number]
+            low, high = np.searchsorted(starts, [first, end], "left")
             inside = starts[low:high]
-            if behind > first and (not len(inside) or inside[0] != first):
+            # A span that begins inside a document still begins a document of the stream.
+            begins_inside = not len(inside) or inside[0] != first
+            if end > first and begins_inside:
                 inside = np.concatenate([[first], inside])
-            found.append(inside - first + offset)
-        return np.concatenate([*found, [len(self)]])
+            stream_starts.append(inside - first + offset)
+        return np.concatenate([*stream_starts, [len(self)]])
 
-    def count_learnt(self) -> int:
-        """Ids that count as targets."""
+    def count_in_loss(self) -> int:
+        """Counts the ids that are in the loss."""
         if not self.masked:
             return len(self)
-        found = self.pieces(0, len(self))
-        return sum(len(ids) if one is None else int(np.count_nonzero(one)) for ids, one in found)
+        total = 0
+        for ids, in_loss in self.pieces(0, len(self)):
+            total += len(ids) if in_loss is None else int(np.count_nonzero(in_loss))
+        return total
 
     @functools.cached_property
     def documents(self) -> np.ndarray:
@@ -152,33 +179,41 @@ class TokenStream:
 
 
 def as_stream(ids: np.ndarray | TokenStream) -> TokenStream:
-    """A stream of an array of ids; a stream as it is."""
-    return ids if isinstance(ids, TokenStream) else TokenStream.whole(TokenArray(ids))
+    """Wraps an array of ids in a stream; returns a stream as it is."""
+    if isinstance(ids, TokenStream):
+        return ids
+    return TokenStream.of_array(TokenArray(ids))
+
+
+def _hashed_blocks(size: int) -> Sequence[int]:
+    """Returns where the blocks begin that are hashed of a stream of `size` ids."""
+    if size <= HASHED_IN_FULL:
+        return range(0, size, _CHUNK)
+    return np.linspace(0, size - _CHUNK, _HASHED_BLOCKS).astype(np.int64).tolist()
 
 
 def data_hash(stream: np.ndarray | TokenStream) -> str:
-    """32 hexadecimal digits that change when an id, a mask or a document's border does.
+    """Computes 32 hexadecimal digits that change when an id, a mask or a document's border does.
 
-    The same documents have the same hash however they are kept. Of more than 2**29 ids only their
-    number and 512 blocks of 2**20 ids (masks and borders in them likewise) are hashed, evenly
-    spread with the first and the last among them: a change elsewhere passes unnoticed.
+    The same documents have the same hash however they are stored. Of more than 2**29 ids only their
+    number and 512 blocks of 2**20 ids (with the masks and borders in them) are hashed, evenly
+    spread, the first and the last ids included: a change elsewhere is not noticed.
     """
     stream = as_stream(stream)
+    starts = stream.starts
     digest = hashlib.blake2b(digest_size=16)
-    size, starts = len(stream), stream.starts
-    digest.update(np.array([size, len(starts)], "<i8").tobytes())
-    blocks = range(0, size, _CHUNK)
-    if size > WHOLE:
-        blocks = np.linspace(0, size - _CHUNK, _SAMPLES).astype(np.int64).tolist()
-    for first in blocks:
-        behind = min(first + _CHUNK, size)
-        low, high = np.searchsorted(starts, [first, behind])
+    digest.update(np.array([len(stream), len(starts)], "<i8").tobytes())
+    for first in _hashed_blocks(len(stream)):
+        end = min(first + _CHUNK, len(stream))
+        low, high = np.searchsorted(starts, [first, end])
         digest.update((starts[low:high] - first).astype("<u4").tobytes())
-        unlearnt = [np.zeros(0, np.int64)]
-        for ids, learnt in stream.pieces(first, behind):
+        # Positions that are not in the loss: an all-ones mask must hash as no mask does.
+        not_in_loss = [np.zeros(0, np.int64)]
+        position = first
+        for ids, in_loss in stream.pieces(first, end):
             digest.update(ids.astype("<u4").tobytes())
-            if learnt is not None:
-                unlearnt.append(first + np.flatnonzero(np.equal(learnt, 0)))
-            first += len(ids)
-        digest.update(b"|" + np.concatenate(unlearnt).astype("<i8").tobytes())
+            if in_loss is not None:
+                not_in_loss.append(position + np.flatnonzero(np.equal(in_loss, 0)))
+            position += len(ids)
+        digest.update(b"|" + np.concatenate(not_in_loss).astype("<i8").tobytes())
     return digest.hexdigest()

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rwkv7_jax.atomic_write import atomic_write
-from rwkv7_jax.reports.metric_writers import JSONL, json_lines, merged
+from rwkv7_jax.data.jsonl import read_log
+from rwkv7_jax.reports.metric_writers import JSONL, merged
 from rwkv7_jax.reports.svg_charts import Mark, Points, line_chart
 from rwkv7_jax.reports.system_info import lines
 
@@ -68,7 +69,7 @@ def _json(path: Path) -> dict | None:
 
 def _stepped(path: Path) -> list[dict]:
     """The lines that have a step."""
-    found = [row for row in json_lines(path) if isinstance(row.get("step"), int)]
+    found = [row for row in read_log(path) if isinstance(row.get("step"), int)]
     return [row for row in found if not isinstance(row["step"], bool)]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rwkv7_jax.atomic_write import atomic_write
+from rwkv7_jax.data.jsonl import read_log
 
 JSONL, CSV = "metrics.jsonl", "metrics.csv"
 
@@ -21,24 +22,6 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """Send what is left."""
-
-
-def json_lines(path: Path) -> list[dict]:
-    """The objects of a file with one a line; none where it is missing.
-
-    A line that a killed process left half written is passed over.
-    """
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            found.append(row)
-    return found
 
 
 def merged(rows: Iterable[Mapping[str, Any]]) -> list[dict]:
@@ -69,7 +52,7 @@ class MetricFiles:
         """
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._rows = [row for row in json_lines(self._jsonl) if "step" in row]
+        self._rows = [row for row in read_log(self._jsonl) if "step" in row]
         self._columns = _columns(self._rows)
         if self._jsonl.exists():
             self._rewrite()  # without a half line, to which the next write would be glued

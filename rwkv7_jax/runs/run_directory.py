@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from rwkv7_jax.atomic_write import atomic_write
+from rwkv7_jax.data.jsonl import read_log
 from rwkv7_jax.reports.html_report import write_report
-from rwkv7_jax.reports.metric_writers import JSONL, MetricFiles, json_lines
+from rwkv7_jax.reports.metric_writers import JSONL, MetricFiles
 from rwkv7_jax.reports.system_info import system
 from rwkv7_jax.runs.early_stopping import RunProgress
 from rwkv7_jax.runs.exit_codes import DiskError, warn
@@ -191,7 +192,7 @@ class OwnedRunDirectory(RunDirectory):
         if not path.exists():
             return
         kept = []
-        for row in json_lines(path):
+        for row in read_log(path):
             if row.get("step", 0) <= last_step:
                 kept.append(json.dumps(row) + "\n")
         with atomic_write(path) as file:

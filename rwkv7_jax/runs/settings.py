@@ -7,6 +7,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from rwkv7_jax.data.choices import ON_BAD, ORDERS, PACKINGS
 from rwkv7_jax.model.config import RWKV7Config
 
 
@@ -226,9 +227,9 @@ class SampleSettings:
 
 
 _CHOICES = (
-    ("data", "on_bad", ("error", "skip")),
-    ("data", "packing", ("stream", "documents")),
-    ("data", "order", ("shuffled", "cubic")),
+    ("data", "on_bad", ON_BAD),
+    ("data", "packing", PACKINGS),
+    ("data", "order", ORDERS),
     ("tuning", "leaves", ("wkv", "all")),
     ("tuning", "decorrelate", ("none", "dbp", "whiten")),
     ("test_time", "method", ("grpo", "distil", "expert", "context")),

@@ -4,8 +4,24 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from rwkv7_jax.test_time.traces import Ids, check_trace_ids, json_objects
+from rwkv7_jax.data.jsonl import check_object, read_jsonl
+from rwkv7_jax.test_time.traces import Ids, check_trace_ids
+
+
+def _entry(record: Any) -> tuple[str, list[Ids]]:
+    """Parses a line of the file: a key and its completions."""
+    fields = check_object(record)
+    if set(fields) != {"key", "prompt", "completions"}:
+        raise ValueError(
+            f"an entry has key, prompt and completions; got {', '.join(fields) or 'none'}."
+        )
+    try:
+        completions = [check_trace_ids(ids, "completion") for ids in fields["completions"]]
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    return fields["key"], completions
 
 
 class CompletionCache:
@@ -26,17 +42,8 @@ class CompletionCache:
             raise ValueError(f"CompletionCache: the folder of `{path}` does not exist.")
         self.path.touch()
         self._completions: dict[str, list[Ids]] = {}
-        for number, fields in json_objects(self.path):
-            if set(fields) != {"key", "prompt", "completions"}:
-                raise ValueError(
-                    f"{path}:{number}: an entry has key, prompt and completions; "
-                    f"got {', '.join(fields) or 'none'}."
-                )
-            try:
-                completions = [check_trace_ids(ids, "completion") for ids in fields["completions"]]
-                self._completions[fields["key"]] = completions
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}:{number}: {error}") from None
+        entries = read_jsonl(self.path, _entry, drop_torn_end=True, allow_nan=True)
+        self._completions.update(entries)
         self._end_last_line()
 
     def _end_last_line(self) -> None:

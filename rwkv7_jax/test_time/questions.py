@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rwkv7_jax.data.jsonl import json_lines
+from rwkv7_jax.data.jsonl import read_jsonl
 from rwkv7_jax.data.synthetic_tasks import question_batch
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -21,7 +21,7 @@ def read_questions(path: str | Path, tokenizer: Tokenizer) -> list[tuple[list[in
     Raises:
         ValueError: a line that is no object with a "prompt", as `file:line: reason`.
     """
-    found = list(json_lines(path, functools.partial(_question, tokenizer)))
+    found = list(read_jsonl(path, functools.partial(_question, tokenizer)))
     if not found:
         raise ValueError(f"read_questions: `{path}` must hold a question; got none.")
     return found

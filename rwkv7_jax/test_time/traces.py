@@ -9,8 +9,7 @@ import functools
 import json
 import math
 import typing
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.checks import check_count, prefix_errors
 from rwkv7_jax.data.batch import Batch
+from rwkv7_jax.data.jsonl import check_object, read_jsonl
 
 Ids = tuple[int, ...]
 
@@ -132,42 +132,21 @@ def read_traces(path: str | Path) -> list[Trace]:
     Raises:
         ValueError: a line is not a trace; the message begins with `file:line`.
     """
-    traces = []
-    for number, fields in json_objects(Path(path)):
-        traces.append(_trace(fields, f"{path}:{number}"))
-    return traces
+    return list(read_jsonl(path, _trace, drop_torn_end=True, allow_nan=True))
 
 
-def _trace(fields: dict, place: str) -> Trace:
+def _trace(record: Any) -> Trace:
     names = [field.name for field in dataclasses.fields(Trace)]
-    for name in fields:
+    for name in check_object(record):
         if name not in names:
-            raise ValueError(f"{place}: unknown field {name!r}; a trace has {', '.join(names)}.")
+            raise ValueError(f"unknown field {name!r}; a trace has {', '.join(names)}.")
     for name in ("prompt", "completion"):
-        if name not in fields:
-            raise ValueError(f"{place}: `{name}` is missing.")
+        if name not in record:
+            raise ValueError(f"`{name}` is missing.")
     try:
-        return Trace(**fields)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{place}: {error}") from None
-
-
-def json_objects(path: Path) -> Iterator[tuple[int, dict]]:
-    """Yields the objects of a JSONL file with their line numbers; drops a last half line."""
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                warnings.warn(f"{path}:{number}: dropped; the line breaks off.", stacklevel=3)
-                return
-            raise ValueError(f"{path}:{number}: not JSON: {error}.") from None
-        if not isinstance(fields, dict):
-            raise ValueError(f"{path}:{number}: must be an object; got {type(fields).__name__}.")
-        yield number, fields
+        return Trace(**record)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def completion_rows(

@@ -22,12 +22,12 @@ BYTES, WORLD = Tokenizer.bytes(), Tokenizer.world()
 GOOD = b'{"text": "good"}\n'
 BAD = {
     "bad JSON": (b'{"text": "a\n', "not one JSON object"),
-    "no object": (b"[1]\n", "no object but list"),
-    "missing key": (b'{"txt": "a"}\n', 'no object with a "text"'),
-    "not a string": (b'{"text": 7}\n', '"text" is no string but int'),
-    "null": (b'{"text": null}\n', '"text" is no string but NoneType'),
-    "NaN": (b'{"text": "a", "score": NaN}\n', "NaN is no JSON number"),
-    "NaN as text": (b'{"text": NaN}\n', "NaN is no JSON number"),
+    "no object": (b"[1]\n", "must be an object; got list"),
+    "missing key": (b'{"txt": "a"}\n', 'must have a "text"'),
+    "not a string": (b'{"text": 7}\n', '"text" must be a string; got int'),
+    "null": (b'{"text": null}\n', '"text" must be a string; got NoneType'),
+    "NaN": (b'{"text": "a", "score": NaN}\n', "NaN is not a JSON number"),
+    "NaN as text": (b'{"text": NaN}\n', "NaN is not a JSON number"),
     "lone surrogate": (b'{"text": "ab\\ud800"}\n', "lone surrogate at character 2"),
     "byte order mark": (b'\xef\xbb\xbf{"text": "a"}\n', "byte order mark"),
     "UTF-16": ('{"text": "a"}\n'.encode("utf-16"), "as UTF-16 does"),
@@ -39,11 +39,11 @@ BAD = {
     "no answer": (b'{"prompt": "a"}\n', 'no "answer"'),
     "empty answer": (b'{"prompt": "a", "answer": ""}\n', '"answer" is empty'),
     "surrogate in an answer": (b'{"prompt": "a", "answer": "\\udc00"}\n', '"answer" has a lone'),
-    "no messages": (b'{"messages": {}}\n', '"messages" is no list of messages'),
+    "no messages": (b'{"messages": {}}\n', '"messages" must be a list of messages'),
     "unknown role": (b'{"messages": [{"role": "tool"}]}\n', "message 1: role must be system, user"),
     "role of no kind": (b'{"messages": [{"role": []}]}\n', "message 1: role must be system, user"),
     "no content": (b'{"messages": [{"role": "user"}]}\n', 'message 1: no "content"'),
-    "no message": (b'{"messages": ["hi"]}\n', "message 1: no object but str"),
+    "no message": (b'{"messages": ["hi"]}\n', "message 1: must be an object; got str"),
     "question last": (
         b'{"messages": [{"role": "user", "content": "a"}]}\n',
         '"messages" do not end with an answer',
@@ -76,12 +76,12 @@ def test_f10_a_bad_line_is_named_by_file_and_number(file, fault):
 
 @pytest.mark.parametrize("fault", BAD)
 def test_f10_bad_lines_are_skipped_when_asked_for_and_counted(file, fault):
-    path, reading = file(GOOD + BAD[fault][0] + GOOD), ReadStats()
+    path, stats = file(GOOD + BAD[fault][0] + GOOD), ReadStats()
     # UTF-16's second byte of the line's end is the next line's first.
     lost = 2 if fault == "UTF-16" else 1
-    found = list(documents(path, on_bad="skip", reading=reading))
+    found = list(documents(path, on_bad="skip", stats=stats))
     assert {document.text() for document in found} == {b"good"} and len(found) == 3 - lost
-    assert reading.skipped == lost and reading.first.startswith(f"{path}:2: ")
+    assert stats.skipped == lost and stats.first_error.startswith(f"{path}:2: ")
     with pytest.warns(UserWarning, match=rf"{lost} lines of .*x\.jsonl were skipped; .*:2: "):
         assert len(token_stream(path, BYTES, on_bad="skip")) == 5 * (3 - lost)
 

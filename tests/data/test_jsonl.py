@@ -8,8 +8,8 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 
 def marked(record):
     """The document's text, what is only read in square brackets."""
-    pieces = parse_record(record).pieces
-    return "".join(p.text.decode() if p.learnt else f"[{p.text.decode()}]" for p in pieces)
+    pieces = parse_record(record).segments
+    return "".join(p.text.decode() if p.in_loss else f"[{p.text.decode()}]" for p in pieces)
 
 
 def say(*turns):

@@ -13,8 +13,8 @@ STARTS = np.array([0, 4, 4, 5, 17, 40])
 def pieced(learnt=None):
     """Documents 0, 2 and 4 of five, of which one is empty, behind another array's middle."""
     tokens = TokenArray(IDS, learnt, STARTS)
-    chosen = TokenStream.chosen(tokens, np.array([True, False, True, False, True]))
-    return TokenStream.joined([TokenStream.between(TokenArray(IDS + 100), 3, 9), chosen])
+    chosen = TokenStream.of_documents(tokens, np.array([True, False, True, False, True]))
+    return TokenStream.concatenate([TokenStream.of_range(TokenArray(IDS + 100), 3, 9), chosen])
 
 
 EXPECTED = [*range(104, 110), 1, 2, 3, 4, 5, *range(18, 41)]
@@ -34,7 +34,7 @@ def test_a_stream_reads_as_one_row():
 def test_documents_begin_where_they_did_and_where_a_stretch_cuts_them():
     assert pieced().starts.tolist() == [0, 6, 10, 11, 34]
     assert pieced().documents.tolist() == [0, 1, 3]
-    cut = TokenStream.between(TokenArray(IDS, starts=STARTS), 2, 20)
+    cut = TokenStream.of_range(TokenArray(IDS, starts=STARTS), 2, 20)
     assert cut.starts.tolist() == [0, 2, 3, 15, 18]
 
 
@@ -54,13 +54,13 @@ def test_a_filled_row_has_the_masks_of_its_ids():
             stream.fill(first, tokens, mask)
             assert tokens.tolist() == EXPECTED[first : first + size]
             assert mask.tolist() == wanted[first + 1 : first + size]
-    assert stream.count_learnt() == sum(wanted) and pieced().count_learnt() == 34
+    assert stream.count_in_loss() == sum(wanted) and pieced().count_in_loss() == 34
 
 
 def test_the_hash_does_not_depend_on_where_the_ids_lie():
-    one = TokenStream.whole(TokenArray(np.array(EXPECTED, np.int64), starts=pieced().starts))
+    one = TokenStream.of_array(TokenArray(np.array(EXPECTED, np.int64), starts=pieced().starts))
     assert data_hash(one) == data_hash(pieced())
-    ones = TokenStream.whole(TokenArray(one[:], np.ones(34, bool), one.starts))
+    ones = TokenStream.of_array(TokenArray(one[:], np.ones(34, bool), one.starts))
     assert data_hash(one) == data_hash(ones)
 
 
@@ -68,21 +68,21 @@ def test_the_hash_does_not_depend_on_where_the_ids_lie():
 def test_the_hash_sees_every_id_mask_and_border(monkeypatch, chunk):
     monkeypatch.setattr(token_streams, "_CHUNK", chunk)
     ids, learnt, starts = np.arange(30), np.ones(30, np.uint8), np.array([0, 9, 30])
-    seen = [data_hash(TokenStream.whole(TokenArray(ids, learnt, starts)))]
+    seen = [data_hash(TokenStream.of_array(TokenArray(ids, learnt, starts)))]
     for place in range(30):
         other, mask, border = ids.copy(), learnt.copy(), starts.copy()
         other[place] += 1
         mask[place] = 0
         border[1] = place
         for tokens in ((other, learnt, starts), (ids, mask, starts), (ids, learnt, border)):
-            seen.append(data_hash(TokenStream.whole(TokenArray(*tokens))))
-    seen.append(data_hash(TokenStream.whole(TokenArray(ids[:-1], learnt, starts))))
+            seen.append(data_hash(TokenStream.of_array(TokenArray(*tokens))))
+    seen.append(data_hash(TokenStream.of_array(TokenArray(ids[:-1], learnt, starts))))
     # One of the changed borders is the old one.
     assert len(set(seen)) == len(seen) - 1
 
 
 def test_large_data_is_hashed_by_its_size_and_by_blocks(monkeypatch):
-    for name, value in (("_CHUNK", 8), ("WHOLE", 99), ("_SAMPLES", 3)):
+    for name, value in (("_CHUNK", 8), ("HASHED_IN_FULL", 99), ("_HASHED_BLOCKS", 3)):
         monkeypatch.setattr(token_streams, name, value)
     ids = np.arange(1, 101)
     own = data_hash(ids)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rwkv7_jax.reports.metric_writers import json_lines
+from rwkv7_jax.data.jsonl import read_log
 from rwkv7_jax.runs.exit_codes import DiskError
 from rwkv7_jax.runs.run_directory import OwnedRunDirectory
 from rwkv7_jax.runs.settings import OptimizerSettings, Settings
@@ -20,8 +20,8 @@ def test_metrics_after_the_restored_step_are_cut_and_broken_lines_forgiven(tmp_p
         assert [row["step"] for row in folder.rows()] == [1, 2, 3]
         folder.resume_at(2)
         assert [row["step"] for row in folder.rows()] == [1, 2]
-        assert json_lines(tmp_path / "bad_batches.jsonl") == []
-        events = [row["event"] for row in json_lines(tmp_path / "events.jsonl")]
+        assert read_log(tmp_path / "bad_batches.jsonl") == []
+        events = [row["event"] for row in read_log(tmp_path / "events.jsonl")]
         assert events == ["skipped", "resume"]
     assert "resume" in (tmp_path / "report.html").read_text()
 

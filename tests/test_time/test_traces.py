@@ -45,7 +45,7 @@ def test_a_last_line_that_breaks_off_is_dropped_with_a_warning(tmp_path):
 @pytest.mark.parametrize(
     "line, reason",
     [
-        ("{", "not JSON"),
+        ("{", "not one JSON object"),
         ("[1]", "must be an object; got list"),
         ('{"prompt": [1]}', "`completion` is missing"),
         ('{"prompt": [], "completion": [1]}', "`prompt` must hold an id"),
