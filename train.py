@@ -204,7 +204,7 @@ def train(settings: Settings, folder: RunDirectory, stop: StopSignals) -> None:
         mesh = run.mesh
         # A restored state is bound to its device; a fresh one, too, so that both run one program.
         fresh = sharding.replicate(None, TrainState.create(mode.init_trainables(), run.tx))
-        state, course = restore_and_broadcast(folder, fresh, run.identity)
+        state, course = restore_and_broadcast(folder, fresh, run.identity, lambda: fresh)
         number = start = int(state.step)
         describe(run, state, course)
         state = sharding.replicate(mesh, state)

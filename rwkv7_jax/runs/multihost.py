@@ -192,25 +192,32 @@ def open_run_directory(workdir: str | Path, settings: Settings) -> Iterator[RunD
 
 
 def restore_and_broadcast(
-    directory: RunDirectory, fresh: TrainState, identity: Identity
+    directory: RunDirectory,
+    abstract: TrainState,
+    identity: Identity,
+    init: Callable[[], TrainState],
 ) -> tuple[TrainState, RunProgress]:
     """Restores the newest checkpoint in process 0 and sends it to all.
 
     Args:
         directory: of the run.
-        fresh: the state of a new run, which is returned where there is no checkpoint.
+        abstract: shapes and dtypes of the state.
         identity: of the run.
+        init: makes the state of a new run; called only in process 0, where there is no checkpoint.
 
     Raises:
         NoValidCheckpoint, ValueError: as `RunDirectory.restore`, in process 0.
         EndedElsewhere: in the others, then.
     """
-    state = fresh
+    state: TrainState | None = None
 
     def restore() -> str:
         nonlocal state
-        state, progress = directory.restore(fresh, identity)
+        state, progress = directory.restore(abstract, identity, init)
         return json.dumps(dataclasses.asdict(progress))
 
     progress = RunProgress.from_json(json.loads(run_on_process_0(restore)))
+    if state is None:
+        # Of the other processes' arrays only the shapes and dtypes count.
+        state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
     return broadcast_from_0(state), progress

@@ -46,12 +46,15 @@ class RunDirectory(abc.ABC):
     checkpoints: CheckpointStore
 
     @abc.abstractmethod
-    def restore(self, train: TrainState, identity: Identity) -> tuple[TrainState, RunProgress]:
+    def restore(
+        self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
+    ) -> tuple[TrainState, RunProgress]:
         """Restores the newest intact checkpoint, and cuts the logs back to its step.
 
         Args:
-            train: as a fresh run has it; returned itself where there is no checkpoint.
+            abstract: shapes and dtypes of the state.
             identity: of the run, from `identity_of`.
+            init: makes the state of a new run; called only where there is nothing to restore.
 
         Raises:
             NoValidCheckpoint: there are checkpoints, or have been, and all are damaged.
@@ -154,18 +157,21 @@ class OwnedRunDirectory(RunDirectory):
                 warn(f"the report of {self.path} cannot be written: {error}")
         self._lock.release()
 
-    def restore(self, train: TrainState, identity: Identity) -> tuple[TrainState, RunProgress]:
+    def restore(
+        self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
+    ) -> tuple[TrainState, RunProgress]:
         """Restores the newest intact checkpoint, and cuts the logs back to its step.
 
         Args:
-            train: as a fresh run has it; returned itself where there is no checkpoint.
+            abstract: shapes and dtypes of the state.
             identity: of the run, from `identity_of`.
+            init: makes the state of a new run; called only where there is nothing to restore.
 
         Raises:
             NoValidCheckpoint: there are checkpoints, or have been, and all are damaged.
             ValueError: the checkpoints are of another run.
         """
-        train, progress = self.checkpoints.restore(train, identity)
+        train, progress = self.checkpoints.restore(abstract, identity, init)
         self.resume_at(int(train.step))
         return train, progress
 
@@ -244,9 +250,11 @@ class NullRunDirectory(RunDirectory):
         self.path = path
         self.checkpoints = NullCheckpoints()
 
-    def restore(self, train: TrainState, identity: Identity) -> tuple[TrainState, RunProgress]:
-        """Returns `train`: process 0 broadcasts what it restores."""
-        return self.checkpoints.restore(train, identity)
+    def restore(
+        self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
+    ) -> tuple[TrainState, RunProgress]:
+        """Makes the first state: process 0 broadcasts what it restores."""
+        return self.checkpoints.restore(abstract, identity, init)
 
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
         """Does nothing."""

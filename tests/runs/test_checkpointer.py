@@ -8,10 +8,11 @@ import random
 import shutil
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
 import pytest
 from random_checkpoints import differing
-from saved_steps import IDENTITY, PROGRESS, open_checkpoints, save_steps, train_state
+from saved_steps import IDENTITY, PROGRESS, new_state, open_checkpoints, save_steps, train_state
 
 from rwkv7_jax.checkpoints.orbax_import import import_orbax
 from rwkv7_jax.runs.early_stopping import RunProgress
@@ -22,7 +23,9 @@ from rwkv7_jax.runs.resume.checkpoint_store import NullCheckpoints
 
 def restored_step(folder, **settings):
     """The step that is found, which must be the one that was saved, bit for bit."""
-    found, progress = open_checkpoints(folder, **settings).restore(train_state(0), IDENTITY)
+    found, progress = open_checkpoints(folder, **settings).restore(
+        train_state(0), IDENTITY, new_state
+    )
     assert differing(found, train_state(int(found.step))) == []
     assert progress == (RunProgress() if int(found.step) == 0 else PROGRESS)
     return int(found.step)
@@ -124,7 +127,7 @@ def test_a_wrong_number_in_intact_files_is_named_by_its_leaf(folder, capfd):
     checkpoints._read_record = lambda number: (
         _changed(fields) if number == 6 else _real(folder, number)
     )
-    found, _ = checkpoints.restore(train_state(0), IDENTITY)
+    found, _ = checkpoints.restore(train_state(0), IDENTITY, new_state)
     assert int(found.step) == 3
     assert "step 6 is damaged: leaves params/matrix; it lies in" in capfd.readouterr().err
 
@@ -158,17 +161,17 @@ def test_no_new_run_begins_where_every_step_is_damaged(folder):
         damage(folder, folder / str(step) / "record" / "metadata", "zero")
     for _ in range(2):  # the second time, all of them lie aside already
         with pytest.raises(NoValidCheckpoint, match=r"no checkpoint in .* is intact"):
-            open_checkpoints(folder).restore(train_state(0), IDENTITY)
+            open_checkpoints(folder).restore(train_state(0), IDENTITY, new_state)
     assert sorted(p.name for p in (folder / step_directories.BAD).iterdir()) == ["3", "6"]
 
 
 def test_another_model_is_refused_with_the_difference_and_nothing_moves(folder):
     other = IDENTITY | {"model": {"width": "64"}}
     with pytest.raises(ValueError, match="holds a run whose `width` is 32; got 64"):
-        open_checkpoints(folder).restore(train_state(0), other)
+        open_checkpoints(folder).restore(train_state(0), other, new_state)
     grown = train_state(0).replace(params=train_state(0).params | {"half": jnp.zeros(8)})
     with pytest.raises(ValueError, match=r"`params/half` is bfloat16\[7\]; got float32\[8\]"):
-        open_checkpoints(folder).restore(grown, IDENTITY)
+        open_checkpoints(folder).restore(grown, IDENTITY, new_state)
     assert step_directories.step_numbers(folder) == [6, 3]
 
 
@@ -178,7 +181,7 @@ def test_a_step_with_nan_counts_only_where_that_is_asked_for(folder, capfd):
     checkpoints = open_checkpoints(folder)
     checkpoints.save(bad, PROGRESS, IDENTITY)
     checkpoints.close()
-    found, _ = open_checkpoints(folder, allow_nan=True).restore(train_state(0), IDENTITY)
+    found, _ = open_checkpoints(folder, allow_nan=True).restore(train_state(0), IDENTITY, new_state)
     assert int(found.step) == 9
     assert restored_step(folder) == 6
     assert "NaN or Inf in it (config.allow_nan takes it); in half" in capfd.readouterr().err
@@ -234,7 +237,17 @@ def test_a_process_without_checkpoints_saves_nothing_and_loads_nothing():
     checkpoints.save(state, PROGRESS, IDENTITY)
     checkpoints.poll()
     checkpoints.close()
-    restored, progress = checkpoints.restore(state, IDENTITY)
+    restored, progress = checkpoints.restore(state, IDENTITY, lambda: state)
     assert restored is state and progress == RunProgress()
     with pytest.raises(NoValidCheckpoint, match="step 3 can only be loaded by process 0"):
         checkpoints.load(3, state, IDENTITY)
+
+
+def test_a_state_is_restored_from_its_shapes_alone_and_a_new_one_is_not_made(folder):
+    def make_no_state():
+        raise AssertionError("there is a step to restore")
+
+    abstract = jax.eval_shape(new_state)
+    found, _ = open_checkpoints(folder).restore(abstract, IDENTITY, make_no_state)
+    assert differing(found, train_state(6)) == []
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found))

@@ -11,7 +11,7 @@ import time
 import pytest
 from jax.experimental import multihost_utils
 from run_programs import ROOT
-from saved_steps import IDENTITY, open_checkpoints, save_steps, train_state
+from saved_steps import IDENTITY, new_state, open_checkpoints, save_steps, train_state
 
 from rwkv7_jax.runs import process
 from rwkv7_jax.runs.exit_codes import NoValidCheckpoint, Stopped
@@ -150,7 +150,7 @@ def test_orbax_still_abandons_reads_when_one_of_them_fails(tmp_path, unraisable)
             shutil.copytree(tmp_path / "saved", tmp_path / "copy")
             (tmp_path / "copy" / path.relative_to(tmp_path / "saved")).write_bytes(damaged)
             with pytest.raises(NoValidCheckpoint):
-                open_checkpoints(tmp_path / "copy").restore(train_state(0), IDENTITY)
+                open_checkpoints(tmp_path / "copy").restore(train_state(0), IDENTITY, new_state)
             shutil.rmtree(tmp_path / "copy")
     gc.collect()
     assert unraisable

@@ -27,6 +27,11 @@ def train_state(step: int) -> TrainState:
     return TrainState(step=count, params=params, opt_state=(moments, count), skipped=count)
 
 
+def new_state() -> TrainState:
+    """Makes the state of a run that has not made a step."""
+    return train_state(0)
+
+
 def open_checkpoints(folder: Path, **settings) -> Checkpoints:
     """Opens the folder as a run with these settings does."""
     return Checkpoints(folder, Settings(**settings))

@@ -1,6 +1,7 @@
 """The interface of a run's checkpoints, and its implementation where another process keeps them."""
 
 import abc
+from collections.abc import Callable
 
 from rwkv7_jax.runs.early_stopping import RunProgress
 from rwkv7_jax.runs.exit_codes import NoValidCheckpoint
@@ -35,12 +36,15 @@ class CheckpointStore(abc.ABC):
         """
 
     @abc.abstractmethod
-    def restore(self, train: TrainState, identity: Identity) -> tuple[TrainState, RunProgress]:
-        """Restores the newest intact step, or returns `train` itself where there is no step.
+    def restore(
+        self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
+    ) -> tuple[TrainState, RunProgress]:
+        """Restores the newest intact step, or makes the first state where there is no step.
 
         Args:
-            train: as a fresh run has it.
+            abstract: shapes and dtypes of the state.
             identity: of the run, from `identity_of`.
+            init: makes the state of a new run; called only where there is nothing to restore.
 
         Raises:
             NoValidCheckpoint: there are steps, or have been, and all are damaged.
@@ -53,7 +57,7 @@ class CheckpointStore(abc.ABC):
 
         Args:
             number: the step.
-            train: a state of the same shapes and dtypes.
+            train: a state of the same shapes and dtypes; it may be abstract.
             identity: of the run.
 
         Raises:
@@ -76,9 +80,11 @@ class NullCheckpoints(CheckpointStore):
     def close(self) -> None:
         """Does nothing."""
 
-    def restore(self, train: TrainState, identity: Identity) -> tuple[TrainState, RunProgress]:
-        """Returns `train`: there is no step here."""
-        return train, RunProgress()
+    def restore(
+        self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
+    ) -> tuple[TrainState, RunProgress]:
+        """Makes the first state: there is no step here."""
+        return init(), RunProgress()
 
     def load(self, number: int, train: TrainState, identity: Identity) -> TrainState:
         """Refuses: there is no step here.

@@ -13,6 +13,7 @@ import dataclasses
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -200,12 +201,15 @@ class Checkpoints(CheckpointStore):
         if self.failure:
             raise DiskError(self.failure)
 
-    def restore(self, train: TrainState, identity: Identity) -> tuple[TrainState, RunProgress]:
-        """Restores the newest intact step, or returns `train` itself where there is no step.
+    def restore(
+        self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
+    ) -> tuple[TrainState, RunProgress]:
+        """Restores the newest intact step, or makes the first state where there is no step.
 
         Args:
-            train: as a fresh run has it.
+            abstract: shapes and dtypes of the state.
             identity: of the run, from `identity_of`.
+            init: makes the state of a new run; called only where there is nothing to restore.
 
         Raises:
             NoValidCheckpoint: there are steps, or have been, and all are damaged.
@@ -218,7 +222,7 @@ class Checkpoints(CheckpointStore):
                 warn(f"{place} was an empty folder; it is removed")
                 continue
             try:
-                restored = self._load(number, train, identity)
+                restored = self._load(number, abstract, identity)
             except _Damaged as error:
                 moved = step_directories.quarantine(self.folder, number)
                 warn(f"step {number} is damaged: {error}; it lies in {moved} now")
@@ -233,6 +237,7 @@ class Checkpoints(CheckpointStore):
             )
         # Import and compile now: between a signal and the end of the process there is no time.
         self._checkpointer()
+        train = init()
         leaf_checksums(train)
         return train, RunProgress()
 
@@ -241,7 +246,7 @@ class Checkpoints(CheckpointStore):
 
         Args:
             number: the step.
-            train: a state of the same shapes and dtypes.
+            train: a state of the same shapes and dtypes; it may be abstract.
             identity: of the run.
 
         Raises:
@@ -289,8 +294,7 @@ class Checkpoints(CheckpointStore):
 
     def _read_arrays(self, place: Path, train: TrainState) -> TrainState:
         ocp = import_orbax()
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _addressable(train))
-        args = ocp.args.Composite(train=ocp.args.StandardRestore(abstract))
+        args = ocp.args.Composite(train=ocp.args.StandardRestore(_restore_target(train)))
         try:
             return self._checkpointer().restore(place, args=args).train
         except Exception as error:
@@ -299,6 +303,24 @@ class Checkpoints(CheckpointStore):
             if not files:
                 raise
             raise _Damaged(f"it cannot be read; {list_names('files', files)}") from error
+
+
+def _restore_target(train: TrainState) -> TrainState:
+    """Describes the arrays that Orbax restores, and the device for each.
+
+    With several processes they are restored into host memory, from where they are broadcast.
+    """
+    single_process = jax.process_count() == 1
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def target(leaf: Any) -> jax.ShapeDtypeStruct:
+        if not single_process:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        if isinstance(leaf, jax.Array):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+
+    return jax.tree.map(target, train)
 
 
 def _addressable(train: TrainState) -> TrainState:
