@@ -1,14 +1,14 @@
-"""One step of training, for any loss and any tree of trainables.
+"""One step of training, for any loss and any tree of trainable parameters.
 
-A loss is a function of the trainables and a batch. One that needs large frozen arrays, such as a
-model's weights, is a `jax.tree_util.Partial` over them: the compiled step then takes them as
-arguments instead of holding them as constants.
+A loss is a function of the trainable parameters and a batch. One that needs large frozen arrays,
+such as a model's weights, is a `jax.tree_util.Partial` over them: the compiled step then takes them
+as arguments instead of holding them as constants.
 """
 
 import functools
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +22,18 @@ from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.sharding import BATCH_AXIS, constrain_sharding, replicate, use_mesh
 from rwkv7_jax.training.losses import Loss, Metrics, loss_weights
 
+# A step's function: from the training state and a batch to the next state and the metrics.
+TrainStep = Callable[["TrainState", Mapping[str, Any]], tuple["TrainState", Metrics]]
+
 
 @typing.no_type_check
 @struct.dataclass
 class TrainState:
-    """What training carries from step to step.
+    """The state that training carries from step to step.
 
     Attributes:
         step: updates tried so far.
-        params: the trainables: weights, or the start state.
+        params: the trainable parameters: weights, or the start state.
         opt_state: optax's.
         skipped: updates left out because the loss or a gradient was not finite.
     """
@@ -42,22 +45,88 @@ class TrainState:
 
     @classmethod
     def create(cls, params: Any, tx: optax.GradientTransformation) -> "TrainState":
-        """The state before the first step; `params` are copied, for steps consume their input."""
+        """Makes the state before the first step.
+
+        `params` are copied, because a step donates its input and the caller's arrays would be gone.
+        """
         params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
-        step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-        return cls(step=step, params=params, opt_state=tx.init(params), skipped=skipped)
+        return cls(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=tx.init(params),
+            skipped=jnp.zeros((), jnp.int32),
+        )
 
 
-def _gradients(loss: Loss, params, batch: Mapping[str, Any], accumulate: int):
-    """The batch's loss, metrics and gradient, in `accumulate` pieces one after the other."""
-    grad = jax.value_and_grad(lambda params, piece: loss(params, piece), has_aux=True)
+class LossWithTotals(Protocol):
+    """A loss with terms that a piece of a batch cannot compute from its own rows.
+
+    A sum over targets needs nothing of this kind: `loss_weights` are shares of the whole batch. A
+    variance over rows, or a mean over other positions than the targets, does.
+    """
+
+    def __call__(self, *arguments: Any, totals: Any = None) -> tuple[Any, Metrics]:
+        """Computes the loss; `totals` is None where the batch comes in one piece."""
+        ...
+
+    def batch_totals(self, *arguments: Any) -> Any:
+        """Computes what every piece must know, from the frozen arguments and the pieces.
+
+        The pieces are a batch whose arrays have a further leading axis.
+        """
+        ...
+
+
+def _cut(batch: Any, accumulate: int) -> Any:
+    """Cuts the rows of every array into `accumulate` pieces, along a new leading axis."""
+
+    def cut(array):
+        return array.reshape(accumulate, -1, *array.shape[1:])
+
+    return constrain_sharding(jax.tree.map(cut, batch), None, BATCH_AXIS)
+
+
+def _check_rows(batch: Any, accumulate: int) -> None:
     rows = batch["tokens"].shape[0]
     if rows % accumulate:
         raise ValueError(
             f"make_train_step: `accumulate` must divide the batch of {rows} rows; got {accumulate}."
         )
-    # Weights are shares of the whole batch; a piece's are blown up so that the pieces' mean is
-    # exact.
+    for path, array in jax.tree_util.tree_leaves_with_path(batch):
+        if array.shape[0] % accumulate:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"make_train_step: `accumulate` must divide the {array.shape[0]} rows of the "
+                f"batch's {name}; got {accumulate}."
+            )
+
+
+def _check_reads_weights(jaxpr: Any, piece: Any) -> None:
+    """Raises for a loss that reads the mask of a piece and not its weights.
+
+    Such a loss divides by the piece's own count of targets, and the mean over pieces is then not
+    the loss of the batch. A loss that reads neither takes means over all positions, which is right.
+    """
+    names = []
+    for path, _ in jax.tree_util.tree_leaves_with_path(piece):
+        names.append(jax.tree_util.keystr(path, simple=True, separator="/"))
+    used = {id(variable) for equation in jaxpr.eqns for variable in equation.invars}
+    # The piece is the last argument.
+    inputs = jaxpr.invars[len(jaxpr.invars) - len(names) :]
+    is_read = {name: id(one) in used for name, one in zip(names, inputs, strict=True)}
+    if is_read.get("mask") and not is_read["weights"]:
+        raise ValueError(
+            "make_train_step: `loss` must weigh targets by `loss_weights(batch)` where "
+            "`accumulate` is above 1, because a piece cannot know the sum of the batch's mask; "
+            "it reads the mask alone."
+        )
+
+
+def _gradients(loss: Partial, params, batch: Mapping[str, Any], accumulate: int):
+    """Computes the batch's loss, metrics and gradient, in `accumulate` pieces one by one."""
+    _check_rows(batch, accumulate)
+    # Weights are shares of the whole batch. They are multiplied by the number of pieces, so that
+    # the mean over pieces is the sum over the batch.
     weights = loss_weights(batch) * accumulate
     # A mapping with names of its own stays a mapping: it belongs to the user's loss.
     if isinstance(batch, Batch):
@@ -65,17 +134,25 @@ def _gradients(loss: Loss, params, batch: Mapping[str, Any], accumulate: int):
     else:
         batch = {**batch, "weights": weights}
     if accumulate == 1:
+        grad = jax.value_and_grad(lambda params, whole: loss(params, whole), has_aux=True)
         return grad(params, batch)
-    pieces = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
-    pieces = constrain_sharding(pieces, None, BATCH_AXIS)
-    outs = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], pieces))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outs)
+
+    pieces = _cut(batch, accumulate)
+    totals = {}
+    if hasattr(loss.func, "batch_totals"):
+        totals["totals"] = loss.func.batch_totals(*loss.args, pieces)
+    grad = jax.value_and_grad(lambda params, piece: loss(params, piece, **totals), has_aux=True)
+
+    first = jax.tree.map(lambda array: array[0], pieces)
+    traced, shapes = jax.make_jaxpr(grad, return_shape=True)(params, first)
+    _check_reads_weights(traced.jaxpr, first)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     def add(total, piece):
         return jax.tree.map(jnp.add, total, grad(params, piece)), None
 
     total, _ = jax.lax.scan(add, zeros, pieces)
-    return jax.tree.map(lambda x: x / accumulate, total)
+    return jax.tree.map(lambda leaf: leaf / accumulate, total)
 
 
 def make_train_step(
@@ -85,8 +162,8 @@ def make_train_step(
     statistics: Callable[[Any, Any], Any] | None = None,
     accumulate: int = 1,
     mesh: Mesh | None = None,
-) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Metrics]]:
-    """`step(train, batch) -> (train, metrics)`, compiled; the old `train` must not be used again.
+) -> TrainStep:
+    """Compiles `step(train, batch) -> (train, metrics)`; the old `train` must not be used again.
 
     An update whose loss or gradient is not finite is left out: parameters and moments stay as they
     are, bit for bit, `skipped` counts it and the metric `updated` is 0 in place of 1. Metrics stay
@@ -98,13 +175,17 @@ def make_train_step(
 
     Args:
         loss: `(params, batch) -> (loss, metrics)`; arrays inside a `Partial` are passed as
-            arguments.
+            arguments. A loss with terms that are not sums over targets may be a `LossWithTotals`.
         tx: the optimizer.
         statistics: `(params, batch) -> stats`, which an optimizer such as `decorrelate` gets with
-            every update.
+            every update; always from the whole batch.
         accumulate: pieces into which a batch is cut; K pieces give the gradient of the whole batch.
-        mesh: devices over which the rows of `batch` are spread while `train` and the arrays of
-            `loss` and `statistics` are on all of them; see `parallel`.
+        mesh: devices over which the rows of `batch` are sharded, while `train` and the arrays of
+            `loss` and `statistics` are replicated; see `sharding`.
+
+    Raises:
+        ValueError: from the step: rows that `accumulate` does not divide, or a loss that divides by
+            the mask of a piece.
     """
     loss = loss if isinstance(loss, Partial) else Partial(loss)
     if statistics is not None and not isinstance(statistics, Partial):
@@ -113,13 +194,16 @@ def make_train_step(
 
     def update(loss: Partial, statistics: Partial | None, train: TrainState, batch: Any):
         (value, metrics), grads = _gradients(loss, train.params, batch, accumulate)
-        extra = {} if statistics is None else {"stats": statistics(train.params, batch)}
+        extra = {}
+        if statistics is not None:
+            extra["stats"] = statistics(train.params, batch)
         updates, opt_state = tx.update(grads, train.opt_state, train.params, **extra)
         norm = optax.tree.norm(grads)
-        # A finite gradient may still make an update that is not, under a rate out of all bounds.
-        good = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
+        # A finite gradient can still give an update that is not finite: the learning rate may
+        # overflow it.
+        finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
         params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old),
+            lambda new, old: jnp.where(finite, new, old),
             (optax.apply_updates(train.params, updates), opt_state),
             (train.params, train.opt_state),
         )
@@ -127,22 +211,31 @@ def make_train_step(
             step=train.step + 1,
             params=params,
             opt_state=opt_state,
-            skipped=train.skipped + jnp.where(good, 0, 1),
+            skipped=train.skipped + jnp.where(finite, 0, 1),
         )
-        updated = good.astype(jnp.float32)
-        return new, metrics | {"loss": value, "grad_norm": norm, "updated": updated}
+        step_metrics = {
+            "loss": value,
+            "grad_norm": norm,
+            "updated": finite.astype(jnp.float32),
+        }
+        return new, metrics | step_metrics
 
     @functools.partial(jax.jit, donate_argnums=2)
     def step(loss: Partial, statistics: Partial | None, train: TrainState, batch: Any):
         with use_mesh(mesh):
             return constrain_sharding(update(loss, statistics, train, batch))
 
-    loss, statistics = replicate(mesh, (loss, statistics)) if mesh else (loss, statistics)
+    if mesh is not None:
+        loss, statistics = replicate(mesh, (loss, statistics))
     return functools.partial(step, loss, statistics)
 
 
-def make_eval_step(loss: Loss) -> Callable[[Any, Any], Metrics]:
-    """`evaluate(params, batch) -> metrics`, compiled, without gradients."""
+def make_eval_step(loss: Loss) -> Callable[[Any, Mapping[str, Any]], Metrics]:
+    """Compiles `evaluate(params, batch) -> metrics`, without gradients."""
     loss = loss if isinstance(loss, Partial) else Partial(loss)
-    run = jax.jit(lambda loss, params, batch: loss(params, batch)[1])
-    return functools.partial(run, loss)
+
+    def evaluate(loss: Partial, params: Any, batch: Mapping[str, Any]) -> Metrics:
+        _, metrics = loss(params, batch)
+        return metrics
+
+    return functools.partial(jax.jit(evaluate), loss)

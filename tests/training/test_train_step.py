@@ -58,6 +58,52 @@ def test_accumulation_that_does_not_divide_the_batch_is_refused():
     assert str(caught.value) == sentence
 
 
+def test_accumulation_that_does_not_divide_the_anchors_rows_is_refused():
+    batch = BATCH | {"anchor": tokens(3, 7, CONFIG)}
+    sentence = "`accumulate` must divide the 3 rows of the batch's anchor; got 2"
+    with pytest.raises(ValueError, match=sentence):
+        step(2)(TrainState.create(lively(CONFIG), PLAIN), batch)
+
+
+def test_a_loss_that_divides_by_the_mask_of_a_piece_is_refused():
+    def forgetful(params, batch):
+        mask = batch["mask"]
+        loss = jnp.sum(mask) * jnp.sum(jnp.square(params["x"])) / jnp.maximum(jnp.sum(mask), 1.0)
+        return loss, {}
+
+    batch = {"tokens": BATCH["tokens"], "mask": MASK}
+    train = TrainState.create({"x": jnp.ones(3)}, PLAIN)
+    make_train_step(forgetful, PLAIN)(train, batch)
+    sentence = "make_train_step: `loss` must weigh targets by `loss_weights.*reads the mask alone"
+    with pytest.raises(ValueError, match=sentence):
+        train = TrainState.create({"x": jnp.ones(3)}, PLAIN)
+        make_train_step(forgetful, PLAIN, accumulate=2)(train, batch)
+
+
+class Spread:
+    """A loss of the tokens' spread around the mean over all rows, which no piece knows."""
+
+    def __call__(self, params, batch, totals=None):
+        x = params["x"][None] * batch["tokens"]
+        mean = jnp.mean(batch["tokens"]) if totals is None else totals
+        return jnp.mean(jnp.square(x - mean)), {}
+
+    def batch_totals(self, pieces):
+        return jnp.mean(pieces["tokens"])
+
+
+def test_totals_over_the_batch_make_pieces_add_up_to_it():
+    batch = {"tokens": jnp.arange(12.0).reshape(4, 3) ** 2, "mask": jnp.ones((4, 2))}
+    ends = []
+    for accumulate in (1, 2, 4):
+        train = TrainState.create({"x": jnp.ones(3)}, PLAIN)
+        train, metrics = make_train_step(Spread(), PLAIN, accumulate=accumulate)(train, batch)
+        ends.append((metrics["loss"], train.params["x"]))
+    for loss, x in ends[1:]:
+        assert_close(loss, ends[0][0], SAME["micro-batches"])
+        assert_close(x, ends[0][1], SAME["micro-batches"])
+
+
 def test_the_step_descends_along_the_gradient_of_the_loss():
     train, metrics = one_batch()
     (value, _), grads = jax.jit(jax.value_and_grad(LOSS, has_aux=True))(lively(CONFIG), BATCH)
