@@ -12,11 +12,11 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.test_time.losses import distillation_loss
 from rwkv7_jax.test_time.traces import Trace, longest_trace, trace_batch
-from rwkv7_jax.test_time.tuning_loop import BatchSource, OnStep, Result, start_tuning
+from rwkv7_jax.test_time.tuning_loop import OnStep, Result, StateBatchSource, start_tuning
 from rwkv7_jax.training.losses import Loss
 
 
-class TraceBatches(BatchSource):
+class TraceBatches(StateBatchSource):
     """Batches of given traces, every trace once an epoch; they do not depend on the state."""
 
     def __init__(

@@ -20,15 +20,15 @@ from rwkv7_jax.test_time.rewards import RewardFunction, evaluate_rewards
 from rwkv7_jax.test_time.rollouts import PromptsAt, Rollouts, RolloutSampler, held_out_reward
 from rwkv7_jax.test_time.traces import Ids, Trace, completion_rows, trace_batch
 from rwkv7_jax.test_time.tuning_loop import (
-    BatchSource,
     OnStep,
     Result,
     RewardTarget,
+    StateBatchSource,
     start_tuning,
 )
 
 
-class ExpertBatches(BatchSource):
+class ExpertBatches(StateBatchSource):
     """Batches of the model's own completions, weighted by what a reward function says of them.
 
     Every `updates` steps a round draws completions from the current state. With `replay` the

@@ -29,15 +29,15 @@ from rwkv7_jax.test_time.rollouts import (
     make_policy_batch,
 )
 from rwkv7_jax.test_time.tuning_loop import (
-    BatchSource,
     OnStep,
     Result,
     RewardTarget,
+    StateBatchSource,
     start_tuning,
 )
 
 
-class PolicyBatches(BatchSource):
+class PolicyBatches(StateBatchSource):
     """Batches of the model's own completions with their group-relative advantages.
 
     A batch depends on the key, the step and the state alone, so an interrupted run goes on with the

@@ -1,8 +1,7 @@
-"""A larger model's completions of prompts that nobody has answered, as traces."""
+"""Collection of completions from a teacher model, filtered by a verifier or a majority vote."""
 
 import collections
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Sequence
@@ -15,54 +14,62 @@ import numpy as np
 from jaxtyping import Array
 
 from rwkv7_jax.array_types import Params
-from rwkv7_jax.checkpoints.model_files import model_hash
-from rwkv7_jax.checks import check_count, check_function, check_prompts, typed_key
+from rwkv7_jax.checks import (
+    check_count,
+    check_function,
+    check_prompts,
+    prefix_errors,
+    typed_key,
+)
 from rwkv7_jax.generation.sampling import Ids as StopIds
 from rwkv7_jax.generation.sampling import Number
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.test_time.completion_cache import CompletionCache
 from rwkv7_jax.test_time.rewards import RewardFunction, evaluate_rewards
-from rwkv7_jax.test_time.rollouts import rollouts
+from rwkv7_jax.test_time.rollouts import RolloutSampler
 from rwkv7_jax.test_time.traces import Ids, TokenBudget, Trace
 
 Extract = Callable[[Ids], Hashable]
 
+Template = Callable[[Ids], Sequence[int]]
+
 
 def collect_traces(
-    guide: RWKV7,
-    guide_params: Params,
+    teacher: RWKV7,
+    teacher_params: Params,
     prompts: Sequence[Sequence[int]],
     *,
     tokens: int,
     key: Array,
     samples: int = 1,
     state: RWKV7State | None = None,
-    template: Callable[[Ids], Sequence[int]] | None = None,
+    template: Template | None = None,
     verify: RewardFunction | None = None,
     vote: tuple[Extract, float] | None = None,
     temperature: Number = 1.0,
     stop_ids: StopIds = (0,),
-    source: str = "guide",
+    source: str = "teacher",
     cache: str | Path | None = None,
+    teacher_hash: str | None = None,
     at_once: int = 8,
     on_progress: Callable[[int, int], Any] | None = None,
 ) -> tuple[list[Trace], TokenBudget]:
-    """Traces of what the guide wrote and a judge kept, in the prompts' order, and what they cost.
+    """Lets the teacher complete prompts; keeps the completions that a verifier or a vote approves.
 
-    The guide reads each prompt once. A prompt's completions depend on the key, on its own ids and
+    The teacher reads each prompt once. A prompt's completions depend on the key, on its own ids and
     on how often it came before, not on its neighbours; so with `cache` a run that was killed goes
     on where it stopped and ends with the same traces and the same budget.
 
     Args:
-        guide: the larger model, or the student itself.
-        guide_params: its weights.
-        prompts: lists of ids as the student shall see them.
-        tokens: ids drawn a completion at most.
+        teacher: the larger model, or the student itself.
+        teacher_params: its weights.
+        prompts: lists of ids as the student sees them.
+        tokens: ids drawn for a completion at most.
         key: one random key.
-        samples: completions a prompt.
-        state: what the guide starts from (batch 1).
-        template: from a prompt to what the guide reads in its place: an instruction, a hint, a
+        samples: completions of each prompt.
+        state: where the teacher starts (batch 1).
+        template: from a prompt to what the teacher reads in its place: an instruction, a hint, a
             demand to think aloud. The traces keep the student's prompt.
         verify: `(prompt, completion) -> number` of the student's prompt; above 0 keeps the
             completion, and is its weight (a bool counts as 0 or 1).
@@ -71,39 +78,53 @@ def collect_traces(
             least `margin`, a share of `samples`, and by one. An answer of None does not vote.
         temperature: of the sampling.
         stop_ids: ids that end a completion; they are part of it.
-        source: who wrote the traces.
+        source: the teacher's name in the traces.
         cache: a file to which completions are appended before they are judged, and from which
-            those of the same guide, state, prompt, key and choices are taken.
+            those of the same teacher, state, prompt, key and options are taken.
+        teacher_hash: identifies the teacher's weights in the cache, such as `model_hash` of
+            `checkpoints`; needed with `cache`.
         at_once: prompts in one batch.
         on_progress: called with the number of prompts done and of all.
 
+    Returns:
+        The traces in the prompts' order, and the tokens they cost.
+
     Raises:
-        ValueError: an argument out of its range, or a judge that raised or gave no number; what is
-            in the cache stays there.
+        ValueError: an argument out of its range, or a verifier or a vote that raised or gave no
+            number; completions in the cache stay there.
     """
-    for name, value in (("tokens", tokens), ("samples", samples), ("at_once", at_once)):
-        check_count(value, 1, f"collect_traces: `{name}`")
-    keep = _keeper(verify, vote, source)
-    key = typed_key(key, caller="collect_traces")
-    if key.ndim:
-        raise ValueError(f"collect_traces: `key` must be one key; got shape {key.shape}.")
-    questions = _questions(guide, prompts, template)
-    choices = {"tokens": tokens, "temperature": temperature, "stop_ids": stop_ids}
-    draw = functools.partial(
-        _draw, guide, guide_params, state, key=key, samples=samples, choices=choices
+    with prefix_errors("collect_traces"):
+        check_count(tokens, 1, "`tokens`")
+        check_count(samples, 1, "`samples`")
+        check_count(at_once, 1, "`at_once`")
+        judge = _make_judge(verify, vote)
+        key = typed_key(key)
+        if key.ndim:
+            raise ValueError(f"`key` must be one key; got shape {key.shape}.")
+        if cache is not None and teacher_hash is None:
+            raise ValueError("`teacher_hash` must be given with `cache`; got None.")
+        questions = _questions(prompts, teacher.config.vocab_size, template)
+    sampler = RolloutSampler(
+        teacher,
+        teacher_params,
+        group=samples,
+        tokens=tokens,
+        temperature=temperature,
+        stop_ids=stop_ids,
     )
-    store, stamp = None, ""
-    if cache is not None:
-        store = CompletionCache(cache)
-        stamp = _stamp(guide, guide_params, state, key, {"samples": samples, **choices})
-    traces, spent, width = [], 0, min(at_once, len(questions))
+    answers = _TeacherAnswers(sampler, state, key, rows=min(at_once, len(questions)))
+    if cache is not None and teacher_hash is not None:
+        answers.use_cache(CompletionCache(cache), teacher_hash)
+    traces: list[Trace] = []
+    spent = 0
     for first in range(0, len(questions), at_once):
         part = questions[first : first + at_once]
-        for question, completions in zip(
-            part, _answered(part, draw, width, store, stamp), strict=True
-        ):
-            traces += keep(question, completions)
-            spent += len(question.asked) + sum(map(len, completions))
+        for question, completions in zip(part, answers.complete(part), strict=True):
+            spent += len(question.teacher_prompt) + sum(map(len, completions))
+            weights = judge.weights(question, completions)
+            for completion, weight in zip(completions, weights, strict=True):
+                if weight > 0:
+                    traces.append(Trace(question.prompt, completion, weight, source))
         if on_progress:
             on_progress(first + len(part), len(questions))
     return traces, TokenBudget(guide_tokens=spent)
@@ -116,153 +137,204 @@ class _Question:
     Attributes:
         index: its place.
         prompt: as the student sees it.
-        asked: what the guide reads.
+        teacher_prompt: what the teacher reads in its place.
         identity: a digest of both and of how often they came before.
     """
 
     index: int
     prompt: Ids
-    asked: list[int]
+    teacher_prompt: list[int]
     identity: str
 
 
-def _questions(guide: RWKV7, prompts: Any, template) -> list[_Question]:
-    """The prompts with what the guide reads for them."""
-    check = functools.partial(
-        check_prompts, vocab_size=guide.config.vocab_size, caller="collect_traces"
-    )
-    rows = asked = check(prompts)
+def _questions(prompts: Any, vocab_size: int, template: Template | None) -> list[_Question]:
+    """Checks the prompts and applies the template to them."""
+    rows = check_prompts(prompts, vocab_size)
+    teacher_rows = rows
     if template is not None:
-        check_function(template, "collect_traces: `template`")
-        asked = []
-        for index, row in enumerate(rows):
-            try:
-                asked.append(template(tuple(row)))
-            except Exception as error:
-                kind = type(error).__name__
-                raise ValueError(
-                    f"collect_traces: `template` of prompt {index} raised {kind}: {error}"
-                ) from error
-        asked = check(asked, name="template")
-    questions, before = [], collections.Counter()
-    for index, pair in enumerate(zip(rows, asked, strict=True)):
-        text = json.dumps(pair)
-        identity = _digest(text, str(before[text]))
-        before[text] += 1
-        questions.append(_Question(index, tuple(pair[0]), pair[1], identity))
+        check_function(template, "`template`")
+        filled = [_fill(template, index, row) for index, row in enumerate(rows)]
+        teacher_rows = check_prompts(filled, vocab_size, name="template")
+    questions: list[_Question] = []
+    times_seen: collections.Counter[str] = collections.Counter()
+    for index, (row, teacher_row) in enumerate(zip(rows, teacher_rows, strict=True)):
+        text = json.dumps((row, teacher_row))
+        identity = _digest(text, str(times_seen[text]))
+        times_seen[text] += 1
+        questions.append(_Question(index, tuple(row), teacher_row, identity))
     return questions
+
+
+def _fill(template: Template, index: int, row: list[int]) -> Sequence[int]:
+    try:
+        return template(tuple(row))
+    except Exception as error:
+        kind = type(error).__name__
+        raise ValueError(f"`template` of prompt {index} raised {kind}: {error}") from error
 
 
 def _digest(*parts: str | bytes) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
-        part = part.encode() if isinstance(part, str) else part
-        digest.update(len(part).to_bytes(8, "big") + part)
+        data = part.encode() if isinstance(part, str) else part
+        # With the length, so that two parts cannot be divided in another way.
+        digest.update(len(data).to_bytes(8, "big") + data)
     return digest.hexdigest()
 
 
-def _stamp(guide, guide_params, state: RWKV7State | None, key: Array, choices: dict) -> str:
-    """A digest of all that completions depend on beside their question."""
-    leaves = [] if state is None else jax.tree.leaves(state)
-    choices = {name: np.asarray(value).tolist() for name, value in choices.items()}
-    return _digest(
-        model_hash(guide_params, guide.config),
-        str(jax.tree.structure(state)),
-        *(np.asarray(leaf, np.float32).tobytes() for leaf in leaves),
-        np.asarray(jax.random.key_data(key)).tobytes(),
-        json.dumps(choices, sort_keys=True),
-    )
+class _TeacherAnswers:
+    """The teacher's completions of questions, drawn or taken from a cache."""
 
+    def __init__(self, sampler: RolloutSampler, state: RWKV7State | None, key: Array, *, rows: int):
+        """Draws every completion anew until `use_cache` is called.
 
-def _draw(guide, guide_params, state, part, *, width: int, key, samples: int, choices: dict):
-    """Each question's completions; `width` questions are drawn, so that one program serves all."""
-    filled = [*part, *[part[-1]] * (width - len(part))]
-    folds = jnp.asarray([int(question.identity[:8], 16) for question in filled], jnp.uint32)
-    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    keys = jax.vmap(fold, in_axes=(0, None))(fold(key, folds), jnp.arange(samples))
-    asked = [question.asked for question in filled]
-    drawn = rollouts(
-        guide, guide_params, state, asked, group=samples, key=keys.reshape(-1), **choices
-    )
-    return [drawn.completions[i * samples : (i + 1) * samples] for i in range(len(part))]
+        Args:
+            sampler: the teacher and its options.
+            state: where it starts.
+            key: one random key.
+            rows: questions of a batch.
+        """
+        self._sampler = sampler
+        self._state = state
+        self._key = key
+        self._rows = rows
+        self._cache: CompletionCache | None = None
+        self._stamp = ""
 
-
-def _answered(part, draw, width: int, store: CompletionCache | None, stamp: str) -> list[list[Ids]]:
-    """Each question's completions, from the store where it has them; new ones are stored."""
-    if store is None:
-        return draw(part, width=width)
-    keys = {question.index: _digest(stamp, question.identity) for question in part}
-    new = [question for question in part if store.get(keys[question.index]) is None]
-    if new:
-        for question, completions in zip(new, draw(new, width=width), strict=True):
-            store.put(keys[question.index], question.prompt, completions)
-    return [store.get(keys[question.index]) for question in part]
-
-
-def _keeper(verify, vote, source: str) -> Callable[[_Question, list[Ids]], list[Trace]]:
-    """What makes traces of a question's completions."""
-    if verify is not None and vote is not None:
-        raise ValueError("collect_traces: `verify` and `vote` exclude each other; got both.")
-    weigh = functools.partial(_verified, verify)
-    if vote is not None:
-        extract, margin = _checked_vote(vote)
-        weigh = functools.partial(_majority, extract, margin)
-    elif verify is None:
-        weigh = _everything
-    else:
-        check_function(verify, "collect_traces: `verify`")
-
-    def keep(question, completions):
-        weights = weigh(question, completions)
-        pairs = zip(completions, weights, strict=True)
-        return [Trace(question.prompt, ids, weight, source) for ids, weight in pairs if weight > 0]
-
-    return keep
-
-
-def _everything(question: _Question, completions: list[Ids]) -> list[float]:
-    return [1.0] * len(completions)
-
-
-def _checked_vote(vote: Any) -> tuple[Extract, float]:
-    if not (isinstance(vote, tuple) and len(vote) == 2 and callable(vote[0])):
-        raise TypeError(f"collect_traces: `vote` must be a function and a margin; got {vote!r}.")
-    if not 0 <= vote[1] <= 1:
-        raise ValueError(f"collect_traces: `vote` must have a margin from 0 to 1; got {vote[1]}.")
-    return vote
-
-
-def _verified(verify: RewardFunction, question: _Question, completions: list[Ids]) -> list[float]:
-    """What the verifier says of each."""
-    prompts = [question.prompt] * len(completions)
-    many = {"group": len(completions), "first": question.index}
-    weights = evaluate_rewards(
-        verify, prompts, completions, name="collect_traces: `verify`", **many
-    )
-    if (weights < 0).any():
-        raise ValueError(
-            f"collect_traces: `verify` of prompt {question.index} must be at least 0; "
-            f"got {weights.min()}."
+    def use_cache(self, cache: CompletionCache, teacher_hash: str) -> None:
+        """Takes completions from a cache where it has them, and adds new ones to it."""
+        self._cache = cache
+        # Everything that completions depend on besides their question. Caches on disk have it in
+        # their keys, so it must stay as it is.
+        options = {
+            "samples": self._sampler.group,
+            "tokens": self._sampler.tokens,
+            "temperature": np.asarray(self._sampler.temperature).tolist(),
+            "stop_ids": np.asarray(self._sampler.stop_ids).tolist(),
+        }
+        leaves = [] if self._state is None else jax.tree.leaves(self._state)
+        self._stamp = _digest(
+            teacher_hash,
+            str(jax.tree.structure(self._state)),
+            *(np.asarray(leaf, np.float32).tobytes() for leaf in leaves),
+            np.asarray(jax.random.key_data(self._key)).tobytes(),
+            json.dumps(options, sort_keys=True),
         )
-    return weights.tolist()
+
+    def complete(self, questions: list[_Question]) -> list[list[Ids]]:
+        """Returns the completions of each question; new ones are in the cache before that."""
+        cache = self._cache
+        if cache is None:
+            return self._draw(questions)
+        keys = [_digest(self._stamp, question.identity) for question in questions]
+        missing: dict[str, _Question] = {}
+        for key, question in zip(keys, questions, strict=True):
+            if cache.get(key) is None:
+                missing[key] = question
+        if missing:
+            drawn = self._draw(list(missing.values()))
+            for (key, question), completions in zip(missing.items(), drawn, strict=True):
+                cache.put(key, question.prompt, completions)
+        answers: list[list[Ids]] = []
+        for key in keys:
+            completions = cache.get(key)
+            assert completions is not None
+            answers.append(completions)
+        return answers
+
+    def _draw(self, questions: list[_Question]) -> list[list[Ids]]:
+        """Draws completions; each question has keys of its own, whatever its neighbours are."""
+        samples = self._sampler.group
+        # Filled up with the last question, so that one compiled program serves every batch.
+        filled = [*questions, *[questions[-1]] * (self._rows - len(questions))]
+        numbers = [int(question.identity[:8], 16) for question in filled]
+        fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+        question_keys = fold(self._key, jnp.asarray(numbers, jnp.uint32))
+        keys = jax.vmap(fold, in_axes=(0, None))(question_keys, jnp.arange(samples))
+        drawn = self._sampler.draw(
+            self._state, [question.teacher_prompt for question in filled], keys.reshape(-1)
+        )
+        completions: list[list[Ids]] = []
+        for index in range(len(questions)):
+            first = index * samples
+            completions.append(drawn.completions[first : first + samples])
+        return completions
 
 
-def _majority(
-    extract: Extract, margin: float, question: _Question, completions: list[Ids]
-) -> list[float]:
-    """1 for those that give the most frequent answer, if it leads by enough; else 0."""
-    answers, votes = [], collections.Counter()
-    for completion in completions:
+class _KeepAll:
+    """Judge that keeps every completion."""
+
+    def weights(self, question: _Question, completions: list[Ids]) -> list[float]:
+        """Returns weight 1 for each completion."""
+        del question
+        return [1.0] * len(completions)
+
+
+class _Verifier:
+    """Judge that weighs each completion by a function of it and its prompt."""
+
+    def __init__(self, verify: RewardFunction):
+        """Checks the function."""
+        check_function(verify, "`verify`")
+        self._verify = verify
+
+    def weights(self, question: _Question, completions: list[Ids]) -> list[float]:
+        """Returns what the function says of each completion, at least 0."""
+        return evaluate_rewards(
+            self._verify,
+            [question.prompt] * len(completions),
+            completions,
+            name="collect_traces: `verify`",
+            group=len(completions),
+            first=question.index,
+            least=0.0,
+        ).tolist()
+
+
+class _MajorityVote:
+    """Judge that keeps the completions with the most frequent answer, if it leads by enough."""
+
+    def __init__(self, vote: Any):
+        """Checks the pair of a function and a margin."""
+        if not (isinstance(vote, tuple) and len(vote) == 2 and callable(vote[0])):
+            raise TypeError(f"`vote` must be a function and a margin; got {vote!r}.")
+        self._extract, self._margin = vote
+        if not 0 <= self._margin <= 1:
+            raise ValueError(f"`vote` must have a margin from 0 to 1; got {self._margin}.")
+
+    def weights(self, question: _Question, completions: list[Ids]) -> list[float]:
+        """Returns weight 1 for the completions that are kept, else 0."""
+        answers = [self._answer(question, completion) for completion in completions]
+        votes = collections.Counter(answer for answer in answers if answer is not None)
+        ranking = votes.most_common(2)
+        if not ranking:
+            return [0.0] * len(completions)
+        best, most = ranking[0]
+        second = ranking[1][1] if len(ranking) > 1 else 0
+        lead = most - second
+        enough = lead > 0 and lead / len(completions) >= self._margin
+        return [float(enough and answer == best) for answer in answers]
+
+    def _answer(self, question: _Question, completion: Ids) -> Hashable:
         try:
-            answers.append(extract(completion))
-            votes[answers[-1]] += 1
+            answer = self._extract(completion)
+            hash(answer)
         except Exception as error:
             raise ValueError(
                 f"collect_traces: `vote` of prompt {question.index} raised "
                 f"{type(error).__name__}: {error}"
             ) from error
-    del votes[None]
-    (best, most), (_, second) = [*votes.most_common(2), (None, 0), (None, 0)][:2]
-    lead = most - second
-    enough = lead > 0 and lead / len(completions) >= margin
-    return [float(enough and answer == best) for answer in answers]
+        return answer
+
+
+_Judge = _KeepAll | _Verifier | _MajorityVote
+
+
+def _make_judge(verify: RewardFunction | None, vote: Any) -> _Judge:
+    if verify is not None and vote is not None:
+        raise ValueError("`verify` and `vote` exclude each other; got both.")
+    if vote is not None:
+        return _MajorityVote(vote)
+    if verify is not None:
+        return _Verifier(verify)
+    return _KeepAll()

@@ -23,7 +23,7 @@ Entry = dict[str, float | int]
 OnStep = Callable[[Entry, RWKV7State], Any]
 
 
-class BatchSource(abc.ABC):
+class StateBatchSource(abc.ABC):
     """The batches of one tuning method; `TuningLoop` and train.py both ask it for them.
 
     Attributes:
@@ -96,7 +96,7 @@ class TuningLoop:
 
     def run(
         self,
-        source: BatchSource,
+        source: StateBatchSource,
         steps: int,
         *,
         updates: int = 1,

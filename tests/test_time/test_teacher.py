@@ -1,13 +1,16 @@
-"""Collecting a guide's completions: what is kept, what it costs, what a kill leaves."""
+"""Collecting a teacher's completions: which are kept, what they cost, what a kill leaves."""
 
+import hashlib
 import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from random_checkpoints import random_params
 from tiny_models import random_state
 
+from rwkv7_jax.checkpoints.model_files import model_hash
 from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
@@ -25,7 +28,7 @@ CONFIG = RWKV7Config(
     value_rank=5,
     implementation="scan",
 )
-GUIDE = RWKV7(CONFIG)
+TEACHER = RWKV7(CONFIG)
 PROMPTS = [[1, 2], [3, 4, 5], [6], [1, 2]]
 KEY = jax.random.key(4)
 
@@ -37,7 +40,9 @@ def params():
 
 def run(params, prompts=PROMPTS, **choices):
     choices = {"tokens": 4, "samples": 3, "key": KEY, "at_once": 2} | choices
-    return collect_traces(GUIDE, params, prompts, **choices)
+    if "cache" in choices and "teacher_hash" not in choices:
+        choices["teacher_hash"] = model_hash(params, CONFIG)
+    return collect_traces(TEACHER, params, prompts, **choices)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +57,7 @@ def by_prompt(traces, samples=3):
 def test_without_a_judge_all_completions_are_kept_in_the_prompts_order(plain):
     traces, _ = plain
     assert [trace.prompt for trace in traces] == [tuple(p) for p in PROMPTS for _ in range(3)]
-    assert {trace.weight for trace in traces} == {1.0} and traces[0].source == "guide"
+    assert {trace.weight for trace in traces} == {1.0} and traces[0].source == "teacher"
     assert all(1 <= len(trace.completion) <= 4 for trace in traces)
 
 
@@ -78,7 +83,7 @@ def greedy(params, prompts, **choices):
     return [trace.completion for trace in traces], [trace.prompt for trace in traces], budget
 
 
-def test_a_template_is_read_by_the_guide_and_unseen_in_the_traces(params):
+def test_a_template_is_read_by_the_teacher_and_unseen_in_the_traces(params):
     prompts = [[1, 2], [4]]
     drawn, kept, budget = greedy(params, prompts, template=lambda p: [9, 9, *p, 8])
     read = greedy(params, [[9, 9, 1, 2, 8], [9, 9, 4, 8]])
@@ -87,8 +92,8 @@ def test_a_template_is_read_by_the_guide_and_unseen_in_the_traces(params):
     assert kept == [(1, 2)] * 3 + [(4,)] * 3
 
 
-def test_a_state_is_where_the_guide_starts(params):
-    state = select(generate(GUIDE, params, [[9, 9, 9]] * 2, tokens=0).state, 0)
+def test_a_state_is_where_the_teacher_starts(params):
+    state = select(generate(TEACHER, params, [[9, 9, 9]] * 2, tokens=0).state, 0)
     drawn = greedy(params, [[1, 2], [4]], state=state)[0]
     assert drawn == greedy(params, [[9, 9, 9, 1, 2], [9, 9, 9, 4]])[0]
 
@@ -148,6 +153,32 @@ def test_other_choices_weights_states_and_keys_find_nothing_in_the_cache(params,
     assert len(entries) == 2 * len(changes) == len({entry["key"] for entry in entries})
 
 
+def test_a_cache_written_before_the_teachers_hash_was_an_argument_still_serves(params, tmp_path):
+    """The keys of the file are those of earlier versions, which computed the hash themselves."""
+    cache = tmp_path / "cache.jsonl"
+    state = random_state(CONFIG)
+    run(params, PROMPTS[:1], cache=cache, state=state)
+    options = {"samples": 3, "tokens": 4, "temperature": 1.0, "stop_ids": [0]}
+    stamp = digest(
+        model_hash(params, CONFIG).encode(),
+        str(jax.tree.structure(state)).encode(),
+        *(np.asarray(leaf, np.float32).tobytes() for leaf in jax.tree.leaves(state)),
+        np.asarray(jax.random.key_data(KEY)).tobytes(),
+        json.dumps(options, sort_keys=True).encode(),
+    )
+    question = digest(json.dumps([[1, 2], [1, 2]]).encode(), b"0")
+    entry = json.loads(cache.read_text())
+    assert entry["key"] == digest(stamp.encode(), question.encode())
+
+
+def digest(*parts: bytes) -> str:
+    """Hashes the parts and their lengths."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        hasher.update(len(part).to_bytes(8, "big") + part)
+    return hasher.hexdigest()
+
+
 def test_a_judge_that_fails_names_its_prompt_and_costs_no_completion(params, tmp_path):
     cache = tmp_path / "cache.jsonl"
     for verify, reason in [
@@ -182,6 +213,11 @@ def test_a_judge_that_fails_names_its_prompt_and_costs_no_completion(params, tmp
         ({"vote": (len, 0), "verify": len}, ValueError, "`verify` and `vote` exclude"),
         ({"key": jax.random.split(KEY, 3)}, ValueError, "`key` must be one key"),
         ({"key": 3}, TypeError, "`key` must be a random key; got int"),
+        (
+            {"cache": "x.jsonl", "teacher_hash": None},
+            ValueError,
+            "`teacher_hash` must be given with `cache`; got None",
+        ),
         ({"temperature": -1}, ValueError, "`temperature` must be from 0"),
     ],
 )
