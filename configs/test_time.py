@@ -62,6 +62,8 @@ def get_config():
             "temperature": 1.0,
             "kl": 0.0,
             "traces": 256,
+            "at_once": 64,
+            "vote_margin": 0.25,
         }
     )
     config.evaluation = ConfigDict({"every": 20, "windows": 64, "length": 512, "retention": ""})

@@ -157,7 +157,7 @@ class TestTimeSettings:
     Attributes:
         method: "grpo" (rewards alone), "distil" (a guide's traces), "expert" (the model's own
             verified answers) or "context" (a long prompt becomes a state).
-        guide: checkpoint of the larger model that writes traces.
+        guide: checkpoint of the larger model that writes traces, or a .jsonl file of traces.
         context: file of the prompt that "context" distils.
         verifier: "exact", which compares with the known answer, or "module:function", called with
             the ids of prompt and completion and giving a reward.
@@ -170,6 +170,8 @@ class TestTimeSettings:
         temperature: of sampling.
         kl: weight of KL(tuned || base) on what was drawn.
         traces: prompts that the guide answers in all.
+        at_once: prompts that it answers at the same time.
+        vote_margin: share of a prompt's completions by which the "majority" answer must lead.
     """
 
     method: str = "grpo"
@@ -185,6 +187,8 @@ class TestTimeSettings:
     temperature: float = 1.0
     kl: float = 0.0
     traces: int = 256
+    at_once: int = 64
+    vote_margin: float = 0.25
 
 
 @dataclasses.dataclass(frozen=True)

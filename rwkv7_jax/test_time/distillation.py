@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import optax
 
 from rwkv7_jax.array_types import Params
-from rwkv7_jax.checks import check_count, check_tokens, prefix_errors
+from rwkv7_jax.checks import check_count, prefix_errors
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.test_time.losses import distillation_loss
-from rwkv7_jax.test_time.traces import Trace, longest_trace, trace_batch
+from rwkv7_jax.test_time.traces import Trace, check_trace_tokens, longest_trace, trace_batch
 from rwkv7_jax.test_time.tuning_loop import OnStep, Result, StateBatchSource, start_tuning
 from rwkv7_jax.training.losses import Loss
 
@@ -89,11 +88,7 @@ def distill(
     """
     with prefix_errors("distill"):
         check_count(steps, 0, "`steps`")
-        if not traces:
-            raise ValueError("`traces` must hold a trace; got 0.")
-        for trace in traces:
-            ids = np.array([*trace.prompt, *trace.completion])
-            check_tokens(ids, model.config.vocab_size)
+        check_trace_tokens(traces, model.config.vocab_size)
     if loss is None:
         loss = distillation_loss(model, params)
     loop = start_tuning(

@@ -66,6 +66,9 @@ class ExpertBatches(StateBatchSource):
             batch_size: rows of a batch with `replay`; without it all rows of the round.
         """
         super().__init__()
+        with prefix_errors("expert_iteration"):
+            check_count(updates, 1, "`updates`")
+            check_function(reward, "`reward`")
         self._sampler = sampler
         self._prompts_at = prompts_at
         self._reward = reward

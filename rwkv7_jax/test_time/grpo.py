@@ -61,8 +61,14 @@ class PolicyBatches(StateBatchSource):
             reward: `(prompt, completion) -> number`; the completion holds its stop id.
             key: one random key; step n uses the key folded with n.
             anchor_at: unlabelled text of a step, ids [B T+1], for the loss's anchor term.
+
+        Raises:
+            ValueError: groups of less than 2, in which nothing can be better than the rest.
         """
         super().__init__()
+        with prefix_errors("grpo"):
+            check_count(sampler.group, 2, "`group`")
+            check_function(reward, "`reward`")
         self._sampler = sampler
         self._prompts_at = prompts_at
         self._reward = reward

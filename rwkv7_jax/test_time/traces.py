@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from rwkv7_jax.atomic_write import atomic_write
-from rwkv7_jax.checks import check_count, prefix_errors
+from rwkv7_jax.checks import check_count, check_tokens, prefix_errors
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.jsonl import check_object, read_jsonl
 
@@ -185,6 +185,18 @@ def completion_rows(
         # The target of position t is token t + 1, so the mask begins one place earlier.
         mask[row, start - 1 : end - 1] = 1.0 if weights is None else weights[row]
     return Batch(tokens=tokens, mask=mask)
+
+
+def check_trace_tokens(traces: Sequence[Trace], vocab_size: int) -> None:
+    """Checks that there are traces and that their ids are inside the vocabulary.
+
+    Raises:
+        ValueError: there are none, or an id is out of range.
+    """
+    if not traces:
+        raise ValueError("`traces` must hold a trace; got 0.")
+    for trace in traces:
+        check_tokens(np.array([*trace.prompt, *trace.completion]), vocab_size)
 
 
 def longest_trace(traces: Sequence[Trace]) -> int:

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rwkv7_jax.checkpoints.model_files import load_model
-from rwkv7_jax.data.batch import Batch
+from rwkv7_jax.checkpoints.model_files import load_model, model_hash
+from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.data.readers import documents
 from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.model.rwkv7 import RWKV7
@@ -17,18 +17,16 @@ from rwkv7_jax.runs.input_pipeline import BatchSource, DrawnBatches
 from rwkv7_jax.runs.modes.base import DatasetMode, StateTuningMode
 from rwkv7_jax.runs.progress_bar import ProgressBar
 from rwkv7_jax.runs.settings import TestTimeSettings
+from rwkv7_jax.test_time.distillation import TraceBatches
+from rwkv7_jax.test_time.expert_iteration import ExpertBatches
+from rwkv7_jax.test_time.grpo import PolicyBatches
 from rwkv7_jax.test_time.losses import context_distillation, distillation_loss, policy_loss
 from rwkv7_jax.test_time.questions import QuestionSet, find_verifier
-from rwkv7_jax.test_time.rollouts import held_out_reward, policy_batch, rollouts
+from rwkv7_jax.test_time.rollouts import RolloutSampler, held_out_reward
 from rwkv7_jax.test_time.teacher import collect_traces
-from rwkv7_jax.test_time.traces import Trace, completion_rows, trace_batch
+from rwkv7_jax.test_time.traces import Trace, check_trace_tokens, read_traces
+from rwkv7_jax.test_time.tuning_loop import StateBatchSource
 from rwkv7_jax.text.tokenizer import Tokenizer
-
-# Share of a question's votes by which its majority answer must lead.
-_VOTE_MARGIN = 0.25
-
-# Prompts that the teacher answers at the same time.
-_TEACHER_ROWS = 64
 
 
 class ContextMode(DatasetMode, StateTuningMode):
@@ -77,9 +75,7 @@ class TestTimeMode(StateTuningMode):
         verifier = settings.test_time.verifier
         self._reward = self._questions.reward if verifier == "exact" else find_verifier(verifier)
         self._held_out = self._questions.prompts(0, settings.evaluation.windows, held_out=True)
-        self._traces: list[Trace] = []
-        if settings.test_time.method == "distil":
-            self._traces = self._collect_traces()
+        self._source = self._make_source()
         if settings.test_time.method == "grpo":
             self.loss = policy_loss(
                 self.model,
@@ -105,68 +101,32 @@ class TestTimeMode(StateTuningMode):
 
     def batches(self, start_step: int, mesh: Mesh | None) -> BatchSource:
         """Makes batches of the teacher's traces, or of what the model writes from its state."""
-        draw = {
-            "distil": self._trace_batch,
-            "grpo": self._policy_batch,
-            "expert": self._expert_batch,
-        }[self.settings.test_time.method]
-        return DrawnBatches(draw, mesh)
+        return DrawnBatches(self._source.batch, mesh)
 
-    def _policy_batch(self, state: RWKV7State, step: int) -> Batch | None:
-        """Draws completions and their advantages; None where all of them earned the same."""
+    def _make_source(self) -> StateBatchSource:
+        """Makes the method's source; its draws depend on the seed, the step and the state alone."""
         settings = self.settings.test_time
-        drawn = policy_batch(
+        if settings.method == "distil":
+            return TraceBatches(
+                self._collect_traces(),
+                batch_size=self.settings.data.batch_size,
+                seed=self.settings.seed,
+            )
+        sampler = RolloutSampler(
             self.model,
             self.frozen,
-            state,
-            self._questions.prompts(step, settings.prompts),
-            self._reward,
             group=settings.group,
             tokens=settings.tokens,
-            key=self._key(step),
             temperature=settings.temperature,
         )
-        # An update without advantages would only carry on with old momentum.
-        return None if drawn.uniform else drawn.batch
+        key = jax.random.key(self.settings.seed)
+        if settings.method == "grpo":
+            return PolicyBatches(sampler, self._prompts_at, self._reward, key=key)
+        # Without replay, which a checkpoint would have to hold to be resumed.
+        return ExpertBatches(sampler, self._prompts_at, self._reward, key=key)
 
-    def _expert_batch(self, state: RWKV7State, step: int) -> Batch | None:
-        """Draws completions, weighted by what they earned; None where none earned anything."""
-        settings = self.settings.test_time
-        drawn = rollouts(
-            self.model,
-            self.frozen,
-            state,
-            self._questions.prompts(step, settings.prompts),
-            group=settings.group,
-            tokens=settings.tokens,
-            key=self._key(step),
-            temperature=settings.temperature,
-        )
-        weights: list[float] = []
-        for prompt, completion in zip(drawn.prompts, drawn.completions, strict=True):
-            weights.append(float(self._reward(tuple(prompt), tuple(completion))))
-        if not any(weights):
-            return None
-        return completion_rows(
-            drawn.prompts,
-            drawn.completions,
-            length=drawn.tokens.shape[1] - 1,
-            weights=weights,
-        )
-
-    def _trace_batch(self, state: RWKV7State, step: int) -> Batch:
-        """Gives a batch of the teacher's traces."""
-        longest = max(len(trace.prompt) + len(trace.completion) - 1 for trace in self._traces)
-        return trace_batch(
-            self._traces,
-            step,
-            batch_size=self.settings.data.batch_size,
-            length=longest,
-            seed=self.settings.seed,
-        )
-
-    def _key(self, step: int) -> jax.Array:
-        return jax.random.fold_in(jax.random.key(self.settings.seed), step)
+    def _prompts_at(self, step: int) -> list[list[int]]:
+        return self._questions.prompts(step, self.settings.test_time.prompts)
 
     def held_out_metrics(self, trainables: RWKV7State) -> dict[str, float]:
         """Measures the mean reward of the most probable answers to held-out questions."""
@@ -189,10 +149,18 @@ class TestTimeMode(StateTuningMode):
         return f"{self.settings.data.path}: made as it goes"
 
     def _collect_traces(self) -> list[Trace]:
-        """Lets the teacher answer; its completions stay in the run's folder."""
+        """Lets the teacher answer, or reads what it has answered elsewhere.
+
+        Completions of a teacher that answers here stay in the run's folder.
+        """
         settings = self.settings.test_time
         if not settings.guide:
             raise ValueError("`config.test_time.guide` must name the larger model's checkpoint.")
+        if settings.guide.endswith(".jsonl"):
+            traces = read_traces(settings.guide)
+            with prefix_errors("config.test_time.guide"):
+                check_trace_tokens(traces, self.model.config.vocab_size)
+            return traces
         teacher_params, config = load_model(settings.guide, allow_nan=self.settings.allow_nan)
         verified = settings.keep == "verified"
         majority = settings.keep == "majority"
@@ -207,11 +175,12 @@ class TestTimeMode(StateTuningMode):
             samples=settings.group if majority else 1,
             template=_teacher_template(settings, self.tokenizer),
             verify=self._reward if verified else None,
-            vote=(tuple, _VOTE_MARGIN) if majority else None,
+            vote=(tuple, settings.vote_margin) if majority else None,
             temperature=settings.temperature,
             source=settings.guide,
             cache=self.folder / "traces.jsonl",
-            at_once=_TEACHER_ROWS,
+            teacher_hash=model_hash(teacher_params, config),
+            at_once=settings.at_once,
             on_progress=lambda done, total: bar.update(done, "prompts"),
         )
         bar.close()

@@ -1,0 +1,251 @@
+"""Sources of batches: the library's loop and train.py's mode use the same ones."""
+
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from run_programs import MODEL as SIZES
+from run_programs import SMALLEST, train_here
+from tiny_models import lively
+
+from rwkv7_jax.checkpoints.model_files import load_model, save_model
+from rwkv7_jax.checkpoints.state_files import load_state
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import init_state
+from rwkv7_jax.optim.optimizer import build_optimizer
+from rwkv7_jax.runs.modes.registry import make_mode
+from rwkv7_jax.runs.settings import read_settings
+from rwkv7_jax.test_time.distillation import distill
+from rwkv7_jax.test_time.expert_iteration import ExpertBatches, expert_iteration
+from rwkv7_jax.test_time.grpo import PolicyBatches, grpo
+from rwkv7_jax.test_time.questions import QuestionSet
+from rwkv7_jax.test_time.rollouts import RolloutSampler, rollouts
+from rwkv7_jax.test_time.traces import Trace, completion_rows, read_traces, write_traces
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+CONFIG = RWKV7Config(**SIZES)
+SEED = 3
+STEPS = 4
+LEARNING_RATE = 0.05
+TRACES = [Trace((1, n), (7, n, 7, 0), weight=float(n % 3)) for n in range(2, 9)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model of one layer."""
+    path = tmp_path_factory.mktemp("base") / "model.pth"
+    save_model(path, lively(CONFIG), CONFIG)
+    return path
+
+
+@pytest.fixture(scope="module")
+def params(base):
+    return load_model(base)[0]
+
+
+def settings_of(base: Path, **test_time):
+    flat = {name: value for name, value in SMALLEST.items() if not name.startswith("model.")}
+    flat |= {"mode": "test_time", "init": str(base), "seed": SEED, "steps": STEPS}
+    flat |= {"data.path": "task:steer", "evaluation.length": 40, "evaluation.every": 0}
+    flat |= {"optimizer.learning_rate": LEARNING_RATE, "optimizer.warmup_steps": 0}
+    sizes = {"tokens": 6, "prompts": 2, "group": 4}
+    flat |= {f"test_time.{name}": value for name, value in (sizes | test_time).items()}
+    nested: dict = {}
+    for name, value in flat.items():
+        group, _, key = name.rpartition(".")
+        (nested.setdefault(group, {}) if group else nested)[key] = value
+    return read_settings(nested)
+
+
+def questions():
+    return QuestionSet("task:steer", Tokenizer.bytes(), seed=SEED)
+
+
+def sevens(prompt, completion):
+    """How much of a completion is a number below 100."""
+    return sum(token < 100 for token in completion) / len(completion)
+
+
+def not_a_number(prompt, completion):
+    return float("nan")
+
+
+def negative(prompt, completion):
+    return -1.0
+
+
+def infinite(prompt, completion):
+    return float("inf")
+
+
+def text_reward(prompt, completion):
+    return "1"
+
+
+def optimizer_of(settings):
+    """The optimizer that train.py makes of its settings."""
+    optimizer = settings.optimizer
+    return build_optimizer(
+        LEARNING_RATE,
+        kind=optimizer.kind,
+        weight_decay=optimizer.weight_decay,
+        clip=optimizer.clip,
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+        eps=optimizer.eps,
+    )
+
+
+def in_library(method: str, params, traces, tx):
+    """The state that the library's loop gives."""
+    model = RWKV7(CONFIG)
+    asked = questions()
+    arguments = (model, params, lambda step: asked.prompts(step, 2), sevens)
+    choices = {"tokens": 6, "group": 4, "key": jax.random.key(SEED), "stop_reward": 2.0}
+    choices["tx"] = tx
+    if method == "grpo":
+        return grpo(*arguments, steps=STEPS, **choices).state
+    if method == "expert":
+        own = {"keep_reward": None, "replay": False, "updates": 1}
+        return expert_iteration(*arguments, rounds=STEPS, **own, **choices).state
+    return distill(model, params, traces, steps=STEPS, batch_size=2, seed=SEED, tx=tx).state
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("method", ["grpo", "expert", "distil"])
+def test_train_py_and_the_librarys_loop_tune_the_same_state(tmp_path, base, params, method):
+    guide = tmp_path / "guide.jsonl"
+    write_traces(guide, TRACES)
+    verifier = f"{__name__}:sevens"
+    settings = settings_of(base, method=method, guide=str(guide), verifier=verifier)
+    train_here(settings, tmp_path / "run")
+    theirs = load_state(tmp_path / "run" / "state.pth").wkv
+    ours = in_library(method, params, read_traces(guide), optimizer_of(settings)).wkv
+    assert np.abs(ours).max() > 0.01
+    # train.py adds up the gradients of two devices.
+    np.testing.assert_allclose(theirs, ours, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["grpo", "expert"])
+@pytest.mark.parametrize(
+    ("reward", "reason"),
+    [
+        (not_a_number, "must be finite; got nan"),
+        (infinite, "must be finite; got inf"),
+        (text_reward, "must be a number; got str"),
+    ],
+)
+def test_a_reward_that_is_no_number_ends_a_run_of_train_py(
+    tmp_path, base, method, reward, reason, unchecked
+):
+    verifier = f"{__name__}:{reward.__name__}"
+    mode = make_mode(settings_of(base, method=method, verifier=verifier), tmp_path)
+    source = mode.batches(0, None)
+    with pytest.raises(ValueError, match=f"`reward` of prompt 0 {reason}"):
+        source.batch(0, mode.init_trainables())
+
+
+def test_a_negative_reward_never_becomes_a_weight_in_train_py(tmp_path, base, unchecked):
+    verifier = f"{__name__}:negative"
+    mode = make_mode(settings_of(base, method="expert", verifier=verifier), tmp_path)
+    source = mode.batches(0, None)
+    with pytest.raises(ValueError, match="`reward` of prompt 0 must be at least 0; got -1"):
+        source.batch(0, mode.init_trainables())
+
+
+def test_groups_of_one_are_refused_before_anything_is_drawn(tmp_path, base):
+    with pytest.raises(ValueError, match="grpo: `group` must be at least 2; got 1"):
+        make_mode(settings_of(base, method="grpo", group=1), tmp_path)
+
+
+def sampler(params, **choices):
+    return RolloutSampler(RWKV7(CONFIG), params, **({"group": 4, "tokens": 6} | choices))
+
+
+def prompts_at(step):
+    return [[1 + step % 12, 2], [1 + (5 * step) % 12, 3, 2]]
+
+
+def test_without_replay_a_batch_is_what_the_step_drew_weighted_by_its_rewards(params, unchecked):
+    key = jax.random.key(7)
+    state = init_state(CONFIG)
+    source = ExpertBatches(sampler(params), prompts_at, sevens, key=key)
+    batch = source.batch(state, 5)
+    drawn = rollouts(
+        RWKV7(CONFIG),
+        params,
+        state,
+        prompts_at(5),
+        group=4,
+        tokens=6,
+        key=jax.random.fold_in(key, 5),
+    )
+    weights = [sevens(*pair) for pair in zip(drawn.prompts, drawn.completions, strict=True)]
+    expected = completion_rows(
+        drawn.prompts, drawn.completions, length=drawn.mask.shape[1], weights=weights
+    )
+    np.testing.assert_array_equal(batch.tokens, expected.tokens)
+    np.testing.assert_array_equal(batch.mask, expected.mask)
+    assert source.traces == [] and source.budget == drawn.budget
+    assert source.metrics == {"reward": float(np.mean(weights))}
+
+
+def test_a_batch_of_an_earlier_step_comes_again_from_a_new_source(params, unchecked):
+    make = functools.partial(ExpertBatches, sampler(params), prompts_at, sevens)
+    first = make(key=jax.random.key(7))
+    state = init_state(CONFIG)
+    for step in range(3):
+        expected = first.batch(state, step)
+    again = make(key=jax.random.key(7)).batch(state, 2)
+    np.testing.assert_array_equal(again.tokens, expected.tokens)
+    np.testing.assert_array_equal(again.mask, expected.mask)
+
+
+def test_a_step_without_any_reward_has_no_batch(params, unchecked):
+    nothing = lambda prompt, completion: 0.0  # noqa: E731
+    key = jax.random.key(7)
+    state = init_state(CONFIG)
+    for replay in (False, True):
+        source = ExpertBatches(sampler(params), prompts_at, nothing, key=key, replay=replay)
+        assert source.batch(state, 0) is None
+    source = PolicyBatches(sampler(params), prompts_at, nothing, key=key)
+    assert source.batch(state, 0) is None
+    assert source.metrics == {"reward": 0.0, "updated": 0}
+
+
+def test_a_threshold_replays_every_approved_text_once(params, unchecked):
+    source = ExpertBatches(
+        sampler(params),
+        prompts_at,
+        sevens,
+        key=jax.random.key(7),
+        keep_reward=0.3,
+        replay=True,
+        updates=2,
+        batch_size=3,
+    )
+    state = init_state(CONFIG)
+    shapes = {source.batch(state, step).tokens.shape for step in range(6)}
+    assert shapes == {(3, 17)}
+    assert len(set(source.traces)) == len(source.traces) == source.metrics["kept"] > 0
+    assert all(sevens(trace.prompt, trace.completion) >= 0.3 for trace in source.traces)
+    assert {trace.weight for trace in source.traces} == {1.0}
+
+
+def test_a_source_with_a_memory_is_not_entered_inside_a_round(params):
+    key = jax.random.key(7)
+    source = ExpertBatches(sampler(params), prompts_at, sevens, key=key, replay=True, updates=2)
+    with pytest.raises(ValueError, match="step 3 must follow the first step of its round, 2"):
+        source.batch(init_state(CONFIG), 3)
+
+
+def test_traces_of_another_vocabulary_are_refused_by_train_py(tmp_path, base, unchecked):
+    guide = tmp_path / "guide.jsonl"
+    write_traces(guide, [Trace((1,), (300,))])
+    settings = settings_of(base, method="distil", guide=str(guide))
+    with pytest.raises(ValueError, match=r"config\.test_time\.guide: `tokens` must .* got 300"):
+        make_mode(settings, tmp_path)
