@@ -18,6 +18,7 @@ import numpy as np
 
 from rwkv7_jax.checkpoints.model_files import model_hash
 from rwkv7_jax.checkpoints.state_files import load_state
+from rwkv7_jax.data.sources import TaskSource, parse_source, parse_sources
 from rwkv7_jax.evaluation.scoring import Answers, Score, score, score_answers
 from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.model.state import RWKV7State, init_state
@@ -81,11 +82,13 @@ def plain(scores: dict[str, Score | Answers]) -> dict[str, dict]:
 
 def subjects(settings: Settings) -> dict[str, str]:
     """What is measured, by its title: the run's own data (an empty path), then what shall stay."""
-    found = {"new task" if job_data.task_of(settings.data.path) else "new text": ""}
-    paths = [path for path in settings.evaluation.retention.split(",") if path]
-    found |= {job_data.task_of(path): path for path in paths if job_data.task_of(path)}
-    if text := ",".join(path for path in paths if not job_data.task_of(path)):
-        found["own text"] = text
+    tasks, texts = parse_sources(settings.evaluation.retention)
+    is_task = isinstance(parse_source(settings.data.path), TaskSource)
+    found = {"new task" if is_task else "new text": ""}
+    for task in tasks:
+        found[task.name] = str(task)
+    if texts.paths:
+        found["own text"] = str(texts)
     return found
 
 
@@ -108,7 +111,7 @@ def evaluate(settings: Settings) -> None:
             seed=settings.seed,
             path=path,
         )
-        if job_data.task_of(path or settings.data.evaluation or settings.data.path):
+        if isinstance(job_data.held_out_source(settings.data, path), TaskSource):
             found = {
                 name: score_answers(model, params, start, batch) for name, start in rows.items()
             }

@@ -19,6 +19,10 @@ class TaskSource:
 
     name: str
 
+    def __str__(self) -> str:
+        """Writes the path that names this task."""
+        return f"{TASK_PREFIX}{self.name}"
+
 
 @dataclasses.dataclass(frozen=True)
 class TextSource:
@@ -58,5 +62,6 @@ def parse_sources(path: str) -> tuple[list[TaskSource], TextSource]:
         if isinstance(source, TaskSource):
             tasks.append(source)
         else:
+            # A trailing comma names nothing.
             texts += source.paths
     return tasks, TextSource(tuple(texts))

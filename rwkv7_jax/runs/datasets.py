@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Int
 
 from rwkv7_jax.data.batch import Batch
-from rwkv7_jax.data.loading import packed, token_stream, windows
+from rwkv7_jax.data.loading import batches_from, token_stream, windows
+from rwkv7_jax.data.sources import Source, TaskSource, TextSource, parse_source
 from rwkv7_jax.data.synthetic_tasks import task_batch
 from rwkv7_jax.data.token_streams import TokenStream, as_stream, data_hash
 from rwkv7_jax.runs.settings import DataSettings, EvaluationSettings
@@ -29,21 +30,18 @@ def digest_of(path: str, stream: TokenStream | None) -> str:
     return digest.hexdigest()
 
 
-def task_of(path: str) -> str | None:
-    """Gives the name of the synthetic task in a path such as "task:copy"; None for other paths."""
-    return path.removeprefix("task:") if path.startswith("task:") else None
-
-
-def read_stream(data: DataSettings, path: str, tokenizer: Tokenizer, split: str) -> TokenStream:
-    """Reads the ids of one split of the files that a path names.
+def read_stream(
+    data: DataSettings, source: TextSource, tokenizer: Tokenizer, split: str
+) -> TokenStream:
+    """Reads the ids of one split of some texts.
 
     Raises:
         ValueError: no path.
     """
-    if not path:
+    if not source.paths:
         raise ValueError("`config.data.path` must name what to read.")
     return token_stream(
-        path.split(","),
+        source.paths,
         tokenizer,
         split=split,
         held_out=data.held_out,
@@ -56,10 +54,16 @@ def training_stream(data: DataSettings, tokenizer: Tokenizer, *, seed: int) -> T
 
     `data_hash` of the stream is what a run stores to recognise its data.
     """
-    task = task_of(data.path)
-    if task is None:
-        return read_stream(data, data.path, tokenizer, "train")
-    examples = task_batch(task, 0, batch_size=_TASK_EXAMPLES, length=data.length, seed=seed)
+    source = parse_source(data.path)
+    if isinstance(source, TextSource):
+        return read_stream(data, source, tokenizer, "train")
+    examples = task_batch(
+        source.name,
+        0,
+        batch_size=_TASK_EXAMPLES,
+        length=data.length,
+        seed=seed,
+    )
     return as_stream(examples.tokens.reshape(-1))
 
 
@@ -94,11 +98,13 @@ class TrainingData:
         self._data = data
         self._tokenizer = tokenizer
         self._seed = seed
+        self._source = parse_source(data.path)
         self._anchor_path = anchor_path
+        self._anchor_source = None if anchor_path is None else parse_source(anchor_path)
         self.stream = training_stream(data, tokenizer, seed=seed)
         self.anchor = None
-        if anchor_path is not None and task_of(anchor_path) is None:
-            self.anchor = read_stream(data, anchor_path, tokenizer, "train")
+        if isinstance(self._anchor_source, TextSource):
+            self.anchor = read_stream(data, self._anchor_source, tokenizer, "train")
 
     def digests(self) -> dict[str, str]:
         """Hashes what the run reads, by name: "data" and, with an anchor's text, "anchor"."""
@@ -109,18 +115,23 @@ class TrainingData:
 
     def describe(self) -> str:
         """Names the data and its size."""
-        if task_of(self._data.path) is not None:
+        if isinstance(self._source, TaskSource):
             return f"{self._data.path}: made as it goes"
         return f"{self._data.path}: {len(self.stream):,} tokens"
 
     def calibration_text(self, rows: int) -> Int[np.ndarray, "R T"]:
         """Gives rows of the training text, to which features and moments are fitted."""
         length = self._data.length
-        task = task_of(self._data.path)
-        if task is None:
+        if isinstance(self._source, TextSource):
             batch = windows(self.stream, length, rows)
         else:
-            batch = task_batch(task, 0, batch_size=rows, length=length, seed=self._seed)
+            batch = task_batch(
+                self._source.name,
+                0,
+                batch_size=rows,
+                length=length,
+                seed=self._seed,
+            )
         return batch.tokens[:, :-1]
 
     def batches(self, *, start_step: int = 0, rows: slice = slice(None)) -> Iterator[Batch]:
@@ -130,8 +141,7 @@ class TrainingData:
             start_step: of the first batch, from 0.
             rows: the part of the global batch that this host makes; see `data.host_rows`.
         """
-        task = task_of(self._data.path)
-        if task is None:
+        if isinstance(self._source, TextSource):
             batches = self._packed(
                 self.stream,
                 seed=self._seed,
@@ -141,25 +151,36 @@ class TrainingData:
                 packing=self._data.packing,
             )
         else:
-            batches = self._examples(task, seed=self._seed, start_step=start_step, rows=rows)
-        if self._anchor_path is None:
+            batches = self._examples(
+                self._source,
+                seed=self._seed,
+                start_step=start_step,
+                rows=rows,
+            )
+        if self._anchor_source is None:
             return batches
-        return self._with_anchor(batches, self._anchor_path, start_step=start_step, rows=rows)
+        return self._with_anchor(
+            batches,
+            self._anchor_source,
+            start_step=start_step,
+            rows=rows,
+        )
 
     def _packed(self, stream: TokenStream, **choices) -> Iterator[Batch]:
-        return packed(
+        return batches_from(
             stream,
-            tokenizer=self._tokenizer,
             batch_size=self._data.batch_size,
             length=self._data.length,
             **choices,
         )
 
-    def _examples(self, task: str, *, seed: int, start_step: int, rows: slice) -> Iterator[Batch]:
+    def _examples(
+        self, task: TaskSource, *, seed: int, start_step: int, rows: slice
+    ) -> Iterator[Batch]:
         """Makes batches of a synthetic task."""
         for step in itertools.count(start_step):
             batch = task_batch(
-                task,
+                task.name,
                 step,
                 seed=seed,
                 batch_size=self._data.batch_size,
@@ -168,19 +189,23 @@ class TrainingData:
             yield batch.select_rows(rows)
 
     def _with_anchor(
-        self, batches: Iterator[Batch], anchor_path: str, *, start_step: int, rows: slice
+        self, batches: Iterator[Batch], source: Source, *, start_step: int, rows: slice
     ) -> Iterator[Batch]:
         """Adds the anchor's rows to each batch."""
         # Another seed: an anchor of the same task must not repeat the training rows.
         seed = self._seed + 1
-        task = task_of(anchor_path)
-        if task is None:
+        if isinstance(source, TextSource):
             assert self.anchor is not None
             anchors = self._packed(self.anchor, seed=seed, start_step=start_step, rows=rows)
         else:
-            anchors = self._examples(task, seed=seed, start_step=start_step, rows=rows)
+            anchors = self._examples(source, seed=seed, start_step=start_step, rows=rows)
         for batch, anchor in zip(batches, anchors, strict=True):
             yield batch.replace(anchor=anchor.tokens)
+
+
+def held_out_source(data: DataSettings, path: str | None = None) -> Source:
+    """Parses what `held_out` reads."""
+    return parse_source(path or data.evaluation or data.path)
 
 
 def held_out(
@@ -201,18 +226,17 @@ def held_out(
         path: what to read; None takes `config.data.evaluation`, and without that the held-out
             documents of `config.data.path`.
     """
-    task = task_of(path or data.evaluation or data.path)
-    if task is not None:
+    source = held_out_source(data, path)
+    if isinstance(source, TaskSource):
         return task_batch(
-            task,
+            source.name,
             0,
             seed=seed,
             held_out=True,
             batch_size=evaluation.windows,
             length=evaluation.length,
         )
-    if not path and data.evaluation:
-        stream = read_stream(data, data.evaluation, tokenizer, "all")
-    else:
-        stream = read_stream(data, path or data.path, tokenizer, "held_out")
+    # Data that is only for evaluation is read in full; nothing of it was trained on.
+    split = "all" if not path and data.evaluation else "held_out"
+    stream = read_stream(data, source, tokenizer, split)
     return windows(stream, evaluation.length, evaluation.windows, packing=data.packing)

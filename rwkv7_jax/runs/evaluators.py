@@ -1,10 +1,11 @@
 """Evaluators of a run: how well a model predicts held-out rows, by the name of the metric."""
 
 from rwkv7_jax.array_types import Params
+from rwkv7_jax.data.sources import TaskSource, parse_sources
 from rwkv7_jax.evaluation.scoring import score, score_answers
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
-from rwkv7_jax.runs.datasets import held_out, task_of
+from rwkv7_jax.runs.datasets import held_out, held_out_source
 from rwkv7_jax.runs.settings import DataSettings, EvaluationSettings
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -38,7 +39,7 @@ class PredictionEvaluator:
         self._model = model
         self._tokenizer = tokenizer
         self._batch = held_out(data, evaluation, tokenizer, seed=seed, path=path)
-        self._is_task = task_of(path or data.evaluation or data.path) is not None
+        self._is_task = isinstance(held_out_source(data, path), TaskSource)
 
     def __call__(self, weights: Params, start: RWKV7State) -> dict[str, float]:
         """Measures a model and its start state."""
@@ -55,14 +56,8 @@ def retention_paths(retention: str) -> dict[str, str]:
     Each task of a list such as "task:dictionary,task:mapping" is measured by itself, under the
     task's name; all other text is measured together, under "retention".
     """
-    paths: dict[str, str] = {}
-    texts: list[str] = []
-    for path in retention.split(","):
-        task = task_of(path)
-        if task is not None:
-            paths[task] = path
-        elif path:
-            texts.append(path)
-    if texts:
-        paths["retention"] = ",".join(texts)
+    tasks, texts = parse_sources(retention)
+    paths = {task.name: str(task) for task in tasks}
+    if texts.paths:
+        paths["retention"] = str(texts)
     return paths

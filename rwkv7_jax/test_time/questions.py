@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rwkv7_jax.data.jsonl import read_jsonl
+from rwkv7_jax.data.sources import TaskSource, parse_source
 from rwkv7_jax.data.synthetic_tasks import question_batch
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -51,10 +52,12 @@ class QuestionSet:
         Raises:
             ValueError: a bad file, or a task without questions.
         """
-        self._task, self._tokenizer, self._seed = path.removeprefix("task:"), tokenizer, seed
+        self._source = parse_source(path)
+        self._tokenizer = tokenizer
+        self._seed = seed
         self._answers: dict[tuple[int, ...], str | list[int]] = {}
-        self._parts = None
-        if not path.startswith("task:"):
+        self._parts: dict[bool, list[list[int]]] = {}
+        if not isinstance(self._source, TaskSource):
             everything = read_questions(path, tokenizer)
             self._answers = {tuple(prompt): answer for prompt, answer in everything}
             order = np.random.default_rng(seed).permutation(len(everything))
@@ -64,11 +67,11 @@ class QuestionSet:
 
     def prompts(self, step: int, count: int, *, held_out: bool = False) -> list[list[int]]:
         """`count` prompts of a step; a pure function of its arguments and the seed."""
-        if self._parts is not None:
+        if not isinstance(self._source, TaskSource):
             part = self._parts[held_out]
             return [part[(step * count + i) % len(part)] for i in range(count)]
         asked, replies = question_batch(
-            self._task, step, batch_size=count, seed=self._seed, held_out=held_out
+            self._source.name, step, batch_size=count, seed=self._seed, held_out=held_out
         )
         self._answers |= {tuple(q): reply for q, reply in zip(asked, replies, strict=True)}
         return asked

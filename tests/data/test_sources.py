@@ -1,0 +1,24 @@
+import pytest
+
+from rwkv7_jax.data.sources import TaskSource, TextSource, parse_source, parse_sources
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("task:copy", TaskSource("copy")),
+        ("a.jsonl", TextSource(("a.jsonl",))),
+        ("a.jsonl,stdlib", TextSource(("a.jsonl", "stdlib"))),
+        ("", TextSource(())),
+    ],
+)
+def test_a_path_names_a_task_or_texts_and_is_written_back(path, source):
+    assert parse_source(path) == source
+    assert str(source) == path
+
+
+def test_tasks_of_a_list_are_told_apart_from_its_texts():
+    tasks, texts = parse_sources("task:copy,a.txt,task:mqar,,b.txt,")
+    assert tasks == [TaskSource("copy"), TaskSource("mqar")]
+    assert texts == TextSource(("a.txt", "b.txt"))
+    assert parse_sources("") == ([], TextSource(()))
