@@ -8,7 +8,13 @@ from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
 from rwkv7_jax.checkpoints.orbax_import import import_orbax
 from rwkv7_jax.checkpoints.param_tree import is_finite, official_tensors
 from rwkv7_jax.checkpoints.pth import read_pth, write_pth
-from rwkv7_jax.checkpoints.state_files import load_state, read_sidecar, save_state, sidecar
+from rwkv7_jax.checkpoints.state_files import (
+    common_base_model,
+    load_state,
+    read_sidecar,
+    save_state,
+    sidecar,
+)
 from rwkv7_jax.checkpoints.tensor_files import (
     read_metadata,
     read_safetensors,
@@ -20,6 +26,7 @@ from rwkv7_jax.checkpoints.unused_value_residual import without_unused_value_res
 
 __all__ = [
     "accepted_shapes",
+    "common_base_model",
     "import_orbax",
     "is_finite",
     "load_model",

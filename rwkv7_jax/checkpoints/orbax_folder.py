@@ -11,6 +11,7 @@ from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_folder import read_json, replace_folder
 from rwkv7_jax.checkpoints.orbax_import import import_orbax
 from rwkv7_jax.checkpoints.param_tree import check_params, official_tensors, require_finite
+from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.model.config import RWKV7Config
 
 _CONFIG_FILE = "rwkv7_jax.json"
@@ -42,7 +43,8 @@ def load_orbax(folder: Path, *, dtype=None, allow_nan: bool = False) -> tuple[Pa
     with import_orbax().StandardCheckpointer() as checkpointer:
         stored = checkpointer.metadata(folder / _ARRAYS).item_metadata.tree
         params = checkpointer.restore(folder / _ARRAYS, jax.tree.map(on_one_device, stored))
-    check_params(params, config, caller="load_model")
+    with prefix_errors("load_model"):
+        check_params(params, config)
     if not allow_nan:
         for name, array in official_tensors(params, config):
             require_finite(array, name, str(folder))
@@ -71,7 +73,8 @@ def save_orbax(path: Path, params: Params, config: RWKV7Config) -> None:
     Raises:
         ValueError: a leaf is missing or misshapen, or a folder with other files.
     """
-    check_params(params, config, caller="save_model")
+    with prefix_errors("save_model"):
+        check_params(params, config)
 
     def fill(folder: Path) -> None:
         folder.mkdir()

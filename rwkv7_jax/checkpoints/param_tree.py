@@ -14,6 +14,7 @@ from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.checkpoints.tensor_files import release_pages
 from rwkv7_jax.checkpoints.tensor_names import Shape, Tensor, Tensors
+from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.model.config import RWKV7Config
 
 # Called with the bytes done and the bytes in all.
@@ -277,7 +278,7 @@ def _leaves(params: Params) -> dict[TreePath, jax.Array]:
     return leaves
 
 
-def check_params(params: Params, config: RWKV7Config, *, caller: str) -> None:
+def check_params(params: Params, config: RWKV7Config) -> None:
     """Raises unless a tree holds exactly the model's leaves, each of its shape.
 
     Raises:
@@ -297,19 +298,15 @@ def check_params(params: Params, config: RWKV7Config, *, caller: str) -> None:
     extra = leaves.keys() - expected.keys()
     if extra:
         place = "/".join(map(str, min(extra)))
-        raise ValueError(f"{caller}: `params` must hold RWKV-7's leaves alone; got {place} too.")
+        raise ValueError(f"`params` must hold RWKV-7's leaves alone; got {place} too.")
     for place, shape in expected.items():
         leaf = leaves.get(place)
         came = None if leaf is None else tuple(leaf.shape)
         if leaf is None or came != shape:
-            raise ValueError(
-                f"{caller}: `params` must hold {'/'.join(place)} of shape {shape}; got {came}."
-            )
+            raise ValueError(f"`params` must hold {'/'.join(place)} of shape {shape}; got {came}.")
         # The loader refuses such a file, so the writer must not make one.
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(
-                f"{caller}: `params` must be floating-point; got {'/'.join(place)} {leaf.dtype}."
-            )
+            raise TypeError(f"`params` must be floating-point; got {'/'.join(place)} {leaf.dtype}.")
 
 
 def official_tensors(params: Params, config: RWKV7Config) -> Iterator[tuple[str, np.ndarray]]:
@@ -322,7 +319,8 @@ def official_tensors(params: Params, config: RWKV7Config) -> Iterator[tuple[str,
         ValueError: the tree lacks a leaf, has an extra one, or one has the wrong shape.
         TypeError: a leaf is not floating-point.
     """
-    check_params(params, config, caller="save_model")
+    with prefix_errors("save_model"):
+        check_params(params, config)
     leaves = _leaves(params)
     for name in tensor_names.accepted_shapes(config):
         place = tree_path(name)

@@ -12,7 +12,7 @@ backend-python/utils/rwkv.py.
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.checkpoints.pth import write_pth
 from rwkv7_jax.checkpoints.tensor_files import read_tensors, write_safetensors
+from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import Features, RWKV7State, Upscaled, check_state
 
@@ -42,10 +43,10 @@ _MEMORY_LEAVES = ("memory", "write", "readout")
 _REQUIRED_LEAVES = ("memory", "write", "landmarks", "widths", "mean")
 
 
-def _check_suffix(path: Path, caller: str) -> None:
+def _check_suffix(path: Path) -> None:
     """Raises unless the path names a format that can hold a state."""
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"{caller}: `path` must end in {', '.join(SUFFIXES)}; got {path}.")
+        raise ValueError(f"`path` must end in {', '.join(SUFFIXES)}; got {path}.")
 
 
 def _usual_axes(path: Path) -> str:
@@ -74,15 +75,14 @@ def save_state(
         ValueError: more than one sequence, another model's state, or an unknown suffix.
     """
     path = Path(path)
-    _check_suffix(path, "save_state")
-    if state.batch != 1:
-        raise ValueError(f"save_state: `state` must hold one sequence; got {state.batch}.")
-    if config is not None:
-        _check_sizes(np.asarray(state.wkv[:, 0]), config, "save_state", "state")
-    if state.upscaled is not None and path.suffix != ".safetensors":
-        raise ValueError(
-            f"save_state: `path` of an upscaled state must end in .safetensors; got {path}."
-        )
+    with prefix_errors("save_state"):
+        _check_suffix(path)
+        if state.batch != 1:
+            raise ValueError(f"`state` must hold one sequence; got {state.batch}.")
+        if config is not None:
+            _check_sizes(np.asarray(state.wkv[:, 0]), config, "state")
+        if state.upscaled is not None and path.suffix != ".safetensors":
+            raise ValueError(f"`path` of an upscaled state must end in .safetensors; got {path}.")
     tensors = _state_tensors(state, path, jnp.dtype(dtype))
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".pth":
@@ -174,12 +174,33 @@ def read_sidecar(path: str | Path) -> dict[str, Any]:
     return table
 
 
-def _check_sizes(wkv: np.ndarray, config: RWKV7Config, caller: str, subject: str) -> None:
+def common_base_model(paths: Sequence[str | Path]) -> str | None:
+    """Returns the base model that states were tuned for, by their sidecars; None if none says.
+
+    Raises:
+        ValueError: the sidecars name different models.
+    """
+    first_path: dict[str, str | Path] = {}
+    for path in paths:
+        base = read_sidecar(path).get("base_model")
+        if base is not None:
+            first_path.setdefault(base, path)
+    if len(first_path) > 1:
+        (one, one_path), (two, two_path) = list(first_path.items())[:2]
+        with prefix_errors("common_base_model"):
+            raise ValueError(
+                f"states must be of one base model; `{one_path}` was tuned for {one}, "
+                f"`{two_path}` for {two}."
+            )
+    return next(iter(first_path), None)
+
+
+def _check_sizes(wkv: np.ndarray, config: RWKV7Config, subject: str) -> None:
     """Raises unless WKV states [layers, heads, value, key] have a model's sizes."""
     expected = (config.num_layers, config.num_heads, config.head_size, config.head_size)
     if wkv.shape != expected:
         raise ValueError(
-            f"{caller}: `{subject}` must have [layers, heads, value, key] = {expected} for this "
+            f"`{subject}` must have [layers, heads, value, key] = {expected} for this "
             f"model; got {wkv.shape}."
         )
 
@@ -293,9 +314,10 @@ def load_state(
             transposed state where that can be told (by the sidecar).
     """
     path = Path(path)
-    _check_suffix(path, "load_state")
-    if not path.exists():
-        raise ValueError(f"load_state: `{path}` does not exist.")
+    with prefix_errors("load_state"):
+        _check_suffix(path)
+        if not path.exists():
+            raise ValueError(f"`{path}` does not exist.")
     _warn_of_other_weights(path, base_model)
     tensors, upscaled = _read_state_tensors(path)
     wkv = _stack_layers(tensors, "att.time_state", path)
@@ -305,7 +327,8 @@ def load_state(
     if _usual_axes(path) == _TRANSPOSED_AXES:
         wkv = wkv.swapaxes(-1, -2)
     if config is not None:
-        _check_sizes(wkv, config, "load_state", str(path))
+        with prefix_errors("load_state"):
+            _check_sizes(wkv, config, str(path))
     _require_finite(wkv, "time_state", path)
     layers, heads, values, _ = wkv.shape
     shifts = {}
@@ -323,7 +346,8 @@ def load_state(
         upscaled=_load_upscaled(upscaled, path),
     )
     if config is not None:
-        check_state(state, 1, config, caller="load_state")
+        with prefix_errors("load_state"):
+            check_state(state, 1, config)
     return state
 
 

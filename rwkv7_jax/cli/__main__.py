@@ -1,5 +1,7 @@
-"""`python -m rwkv7_jax.cli`: the `rwkv7` command."""
+"""The `rwkv7` command as `python -m rwkv7_jax.cli`."""
+
+import sys
 
 from rwkv7_jax.cli.main import main
 
-main()
+sys.exit(main())

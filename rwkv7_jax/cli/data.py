@@ -6,23 +6,36 @@ from pathlib import Path
 import numpy as np
 
 from rwkv7_jax.data.choices import ON_BAD, PACKINGS
+from rwkv7_jax.data.loading import batch_at, data_hash, token_stream
+from rwkv7_jax.data.readers import size_of
+from rwkv7_jax.data.row_preview import preview_row
+from rwkv7_jax.data.token_cache import read_card, write_cache
+from rwkv7_jax.runs.progress_bar import ProgressBar
+from rwkv7_jax.text.tokenizer import Tokenizer
 
-_SOURCE = "a .jsonl or text file, a folder, a built-in text, or several with commas"
+_SOURCE_HELP = "a .jsonl or text file, a folder, a built-in text, or several with commas"
+
+_CACHE_SUFFIXES = (".bin", ".idx")
 
 
 def add_data_command(subparsers) -> None:
-    """The parser of `data`, added to those of `rwkv7`."""
+    """Adds the parser of `data` to those of `rwkv7`."""
     parser = subparsers.add_parser(
         "data",
         help="turn text into ids on the disk, or show rows of either",
         usage="%(prog)s [-h] SOURCE OUT [options]  or  %(prog)s --show N PATH [options]",
     )
     add = parser.add_argument
-    add("source", metavar="SOURCE", help=_SOURCE)
-    add("target", metavar="OUT", nargs="?", help="OUT.bin and its neighbours; left out with --show")
+    add("source", metavar="SOURCE", help=_SOURCE_HELP)
+    add(
+        "target",
+        metavar="OUT",
+        nargs="?",
+        help="OUT.bin and the files next to it; left out with --show",
+    )
     add("--vocabulary", choices=("world", "bytes"), help="world; of a .bin its own")
     add("--on-bad", choices=ON_BAD, default="error", help="bad lines (%(default)s)")
-    add("--show", type=int, metavar="N", help="print N rows of what PATH names and write nothing")
+    add("--show", type=int, metavar="N", help="print N rows of PATH and write nothing")
     add("--length", type=int, default=128, help="tokens of a row that is shown (%(default)s)")
     add("--packing", choices=PACKINGS, default="stream", help="(%(default)s)")
     add("--seed", type=int, default=0, help="of the rows that are shown (%(default)s)")
@@ -30,16 +43,9 @@ def add_data_command(subparsers) -> None:
 
 
 def run_data(options: argparse.Namespace) -> None:
-    """A cache is written, or rows are printed."""
-    from rwkv7_jax.data.token_cache import read_card
-    from rwkv7_jax.text.tokenizer import Tokenizer
-
+    """Writes a cache, or prints rows."""
     sources = [part for part in options.source.split(",") if part]
-    # A cache knows its vocabulary.
-    cards = [read_card(part) for part in sources if part.endswith((".bin", ".idx"))]
-    own = next((card.vocabulary for card in cards if card), "world")
-    name = options.vocabulary or own
-    tokenizer = Tokenizer.bytes() if name == "bytes" else Tokenizer.world()
+    tokenizer = _tokenizer(options.vocabulary, sources)
     if options.show is not None:
         _show(options, sources, tokenizer)
     elif options.target is None:
@@ -48,41 +54,54 @@ def run_data(options: argparse.Namespace) -> None:
         _write(options, sources, tokenizer)
 
 
-def _write(options: argparse.Namespace, sources: list[str], tokenizer) -> None:
-    from rwkv7_jax.data.readers import size_of
-    from rwkv7_jax.data.token_cache import write_cache
-    from rwkv7_jax.runs.progress_bar import ProgressBar
+def _tokenizer(vocabulary: str | None, sources: list[str]) -> Tokenizer:
+    """Returns the tokenizer that was asked for, else that of the first cache, else World's."""
+    if vocabulary is None:
+        vocabulary = "world"
+        for source in sources:
+            card = read_card(source) if source.endswith(_CACHE_SUFFIXES) else None
+            if card is not None:
+                vocabulary = card.vocabulary
+                break
+    return Tokenizer.bytes() if vocabulary == "bytes" else Tokenizer.world()
 
+
+def _write(options: argparse.Namespace, sources: list[str], tokenizer: Tokenizer) -> None:
+    """Tokenizes the sources into one cache."""
     for source in sources:
-        if source.endswith((".bin", ".idx")):
+        if source.endswith(_CACHE_SUFFIXES):
             raise ValueError(f"data: `SOURCE` must be text; got the ids of {source}.")
-    target = Path(options.target)
-    path = target if target.suffix == ".bin" else Path(f"{target}.bin")
+    path = Path(options.target)
+    # `with_suffix` would cut the ".5" of a name such as "v1.5".
+    if path.suffix != ".bin":
+        path = Path(f"{path}.bin")
     path.parent.mkdir(parents=True, exist_ok=True)
     bar = ProgressBar(sum(map(size_of, sources)), "tokenizing")
 
-    def tell(done: int, total: int) -> None:
+    def report(done: int, total: int) -> None:
         bar.update(done, f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
 
     try:
-        card, stats = write_cache(sources, path, tokenizer, on_bad=options.on_bad, progress=tell)
+        card, stats = write_cache(sources, path, tokenizer, on_bad=options.on_bad, progress=report)
     finally:
         bar.close()
-    learnt = "all" if card.learnt == card.tokens else f"{card.learnt:,}"
+    in_loss = "all" if card.learnt == card.tokens else f"{card.learnt:,}"
     print(
         f"{path}: {card.documents:,} documents, {card.tokens:,} {card.vocabulary} tokens "
-        f"({learnt} learnt) of {card.bytes:,} bytes"
+        f"({in_loss} in the loss) of {card.bytes:,} bytes"
     )
-    first = f"; the first: {stats.first_error}" if stats.first_error else ""
-    print(f"lines skipped: {card.skipped:,}{first}")
+    line = f"lines skipped: {card.skipped:,}"
+    if stats.first_error:
+        line += f"; the first: {stats.first_error}"
+    print(line)
 
 
-def _show(options: argparse.Namespace, sources: list[str], tokenizer) -> None:
-    from rwkv7_jax.data.loading import batch_at, data_hash, token_stream
-
+def _show(options: argparse.Namespace, sources: list[str], tokenizer: Tokenizer) -> None:
+    """Prints rows of the first batch."""
     for name in ("show", "length"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"data: `--{name}` must be at least 1; got {getattr(options, name)}.")
+        value = getattr(options, name)
+        if value < 1:
+            raise ValueError(f"data: `--{name}` must be at least 1; got {value}.")
     stream = token_stream(sources, tokenizer, on_bad=options.on_bad)
     batch = batch_at(
         stream,
@@ -94,27 +113,14 @@ def _show(options: argparse.Namespace, sources: list[str], tokenizer) -> None:
     )
     print(
         f"{len(stream.starts) - 1:,} documents, {len(stream):,} {tokenizer.name} tokens, "
-        f"{stream.count_in_loss():,} learnt; hash {data_hash(stream)}\n"
-        "[[only read]], learnt; <0> ends a document"
+        f"{stream.count_in_loss():,} in the loss; hash {data_hash(stream)}\n"
+        "[[not in the loss]], in the loss; <0> ends a document"
     )
-    for number, (tokens, mask) in enumerate(zip(batch.tokens, batch.mask, strict=True), 1):
-        text, filling = marked(tokens, mask, tokenizer)
-        filled = f", {filling} tokens of filling" if filling else ""
-        print(f"\n--- row {number}: {int(mask.sum())} targets learnt{filled}\n{text}")
-
-
-def marked(tokens: np.ndarray, mask: np.ndarray, tokenizer) -> tuple[str, int]:
-    """A row's text with what is only read in double brackets, and its filling.
-
-    The first token of a row is an input alone, never a target. Filling is tokens 0 at the end that
-    do not count.
-    """
-    learnt = np.concatenate([[False], mask > 0])
-    used = len(tokens) - int(np.argmax((tokens[::-1] != 0) | learnt[::-1]))
-    edges = np.flatnonzero(np.diff(learnt[:used])) + 1
-    text = ""
-    for ids in np.split(np.arange(used), edges):
-        spelt = b"".join(tokenizer.token_bytes(int(i)) or b"<%d>" % i for i in tokens[ids])
-        piece = spelt.decode("utf-8", errors="replace")
-        text += piece if learnt[ids[0]] else f"[[{piece}]]"
-    return text, len(tokens) - used
+    tokens = np.asarray(batch.tokens)
+    mask = np.asarray(batch.mask)
+    for row in range(len(tokens)):
+        text, padding = preview_row(tokens[row], mask[row], tokenizer)
+        title = f"row {row + 1}: {int(mask[row].sum())} targets in the loss"
+        if padding:
+            title += f", {padding} tokens of padding"
+        print(f"\n--- {title}\n{text}")

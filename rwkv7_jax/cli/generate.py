@@ -6,22 +6,34 @@ import os
 import sys
 
 import jax
+import numpy as np
 
+from rwkv7_jax.cli.inputs import MODEL_HELP, PROMPT_HELP, LoadedModel, read_model, read_prompt
 from rwkv7_jax.generation.generate import Generation, generate
 from rwkv7_jax.generation.sampling import exempt_ids
-from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.text.detokenizer import Vocabulary
+from rwkv7_jax.model.state import RWKV7State
+from rwkv7_jax.observer.files import load_observer
+from rwkv7_jax.observer.observer import propose
+from rwkv7_jax.text.chat_template import CHAT_STOP, chat_prompt
+from rwkv7_jax.text.tokenizer import Tokenizer
 
-_CHAT_STOP = "\n\nUser:"
+# Token 0 ends documents, so it is what a text without a prompt begins after.
+_EMPTY_PROMPT = [0]
 
 
 def add_generate_command(subparsers) -> argparse.ArgumentParser:
-    """The parser of `generate`, added to those of `rwkv7`; it runs `run_generate`."""
+    """Adds the parser of `generate` to those of `rwkv7`."""
     parser = subparsers.add_parser("generate", help="continue a text or answer a message")
     add = parser.add_argument
-    add("--model", required=True, help="checkpoint: .pth, .safetensors or a folder")
-    add("--state", help="tuned state to start from")
-    add("--prompt", required=True, help="text to continue; - reads standard input")
+    add("--model", required=True, help=MODEL_HELP)
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--state", help="tuned state to start from")
+    start.add_argument(
+        "--observer",
+        metavar="FOLDER",
+        help="observer that reads the prompt in the model's place and proposes its start state",
+    )
+    add("--prompt", required=True, help=f"text to continue; {PROMPT_HELP}")
     add("--chat", action="store_true", help="the prompt is a user's message to answer")
     add("--tokens", type=int, default=256, help="longest answer, in tokens (%(default)s)")
     add("--temperature", type=float, default=0.8, help="0 is greedy (%(default)s)")
@@ -36,55 +48,67 @@ def add_generate_command(subparsers) -> argparse.ArgumentParser:
     return parser
 
 
-def run_generate(args: argparse.Namespace) -> int:
-    """The exit code, after the text was written; a reader that has gone away is no error."""
+def run_generate(options: argparse.Namespace) -> int:
+    """Writes the text and returns the exit code; a reader that has gone away is no error."""
     try:
-        _run(args)
+        _run(options)
         sys.stdout.flush()
     except BrokenPipeError:
         discard_output()
     return 0
 
 
-def _run(args: argparse.Namespace) -> None:
-    from rwkv7_jax.checkpoints.model_files import load_model, model_hash
-    from rwkv7_jax.checkpoints.state_files import load_state
-    from rwkv7_jax.text.tokenizer import Tokenizer
-
-    prompt = _prompt(args)
-    params, config = load_model(args.model)
-    tokenizer = Tokenizer.for_vocabulary(config.vocab_size)
+def _run(options: argparse.Namespace) -> None:
+    """Generates, and prints while or after it does."""
+    prompt = read_prompt(options.prompt)
+    stop_strings = list(options.stop)
+    if options.chat:
+        prompt = chat_prompt(prompt)
+        stop_strings.append(CHAT_STOP)
+    model = read_model(options.model)
+    tokenizer = Tokenizer.for_vocabulary(model.config.vocab_size)
+    prompt_ids = tokenizer.encode(prompt) or _EMPTY_PROMPT
+    unread = prompt_ids
     state = None
-    if args.state:
-        own = model_hash(params, config)
-        state = load_state(args.state, config=config, base_model=own)
+    if options.state:
+        state = model.load_state(options.state)
+    elif options.observer:
+        # As in training: the last token stays for the model, which needs one to give logits.
+        state = _propose(options.observer, model, prompt_ids[:-1])
+        unread = prompt_ids[-1:]
     out = generate(
-        RWKV7(config),
-        params,
-        tokenizer.encode(prompt) or [0],
+        model.module,
+        model.params,
+        unread,
         state,
-        tokens=args.tokens,
-        key=jax.random.key(args.seed),
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        presence_penalty=args.presence_penalty,
-        frequency_penalty=args.frequency_penalty,
+        tokens=options.tokens,
+        key=jax.random.key(options.seed),
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
         penalty_exempt=exempt_ids(tokenizer),
-        stop_strings=[*args.stop, *([_CHAT_STOP] if args.chat else [])],
+        stop_strings=stop_strings,
         tokenizer=tokenizer,
-        on_text=None if args.json else _write,
+        on_text=None if options.json else _write,
     )
-    print(_as_json(out, prompt, tokenizer) if args.json else "")
+    if options.json:
+        print(_to_json(out, prompt, len(prompt_ids)))
+    else:
+        print()
 
 
-def _prompt(args: argparse.Namespace) -> bytes:
-    """The prompt's bytes as they were given, whether or not they are UTF-8."""
-    given = sys.stdin.buffer.read() if args.prompt == "-" else os.fsencode(args.prompt)
-    return b"User: " + given.strip() + b"\n\nAssistant:" if args.chat else given
+def _propose(folder: str, model: LoadedModel, ids: list[int]) -> RWKV7State:
+    """Lets an observer read the ids and propose the model's start state."""
+    if not ids:
+        raise ValueError("generate: `--prompt` must have at least two tokens with `--observer`.")
+    observer, params = load_observer(folder, model.config, base_model=model.hash)
+    return propose(observer, params, np.asarray([ids], np.int32))
 
 
 def _write(piece: str, row: int) -> None:
+    """Writes a piece of text at once; there is one row."""
     del row
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     # A terminal of another encoding shows a question mark rather than ending the run.
@@ -92,11 +116,13 @@ def _write(piece: str, row: int) -> None:
     sys.stdout.flush()
 
 
-def _as_json(out: Generation, prompt: bytes, tokenizer: Vocabulary) -> str:
+def _to_json(out: Generation, prompt: bytes, prompt_tokens: int) -> str:
+    """Describes the result as one JSON object."""
+    assert out.texts is not None
     fields = {
         "prompt": prompt.decode(errors="replace"),
         "text": out.texts[0],
-        "prompt_tokens": len(tokenizer.encode(prompt) or [0]),
+        "prompt_tokens": prompt_tokens,
         "tokens": out.tokens[0],
         "finished": out.finished[0],
     }
@@ -104,9 +130,10 @@ def _as_json(out: Generation, prompt: bytes, tokenizer: Vocabulary) -> str:
 
 
 def discard_output() -> None:
-    """What is still buffered goes nowhere: the interpreter's last flush is quiet as well."""
+    """Sends what is still buffered nowhere, so that the interpreter's last flush is quiet."""
     try:
         descriptor = sys.stdout.fileno()
     except (OSError, ValueError):
+        # A test or another program has replaced the stream.
         return
     os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

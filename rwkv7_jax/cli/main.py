@@ -1,103 +1,130 @@
-"""`rwkv7 convert | inspect | doctor | data | generate | state | report`: arguments."""
+"""The `rwkv7` command: the parser of all commands, and those that need no file of their own."""
 
 import argparse
 import importlib.util
 import sys
 import warnings
+from collections.abc import Callable
 
+import jax
 import numpy as np
 
+import pallas_kernels
+from rwkv7_jax.array_types import Params
+from rwkv7_jax.checkpoints import load_model, load_state, official_tensors, save_model
 from rwkv7_jax.cli.data import add_data_command
 from rwkv7_jax.cli.generate import add_generate_command, discard_output
+from rwkv7_jax.cli.observe import add_observe_command
 from rwkv7_jax.cli.state import add_state_command
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.reports.html_report import write_report
+from rwkv7_jax.reports.system_info import lines, system
 from rwkv7_jax.runs.compilation_cache import enable_compilation_cache, user_folder
+from rwkv7_jax.runs.progress_bar import ProgressBar
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from rwkv7_jax.checkpoints.model_files import load_model, save_model
-    from rwkv7_jax.runs.progress_bar import ProgressBar
-
-    bars = {}
-
-    def show(label):
-        def progress(done: int, total: int) -> None:
-            bar = bars.setdefault(label, ProgressBar(total, label))
-            bar.update(done, f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
-            if done == total:
-                bar.close()
-
-        return progress
-
+    """Reads a checkpoint and writes it in another format."""
     params, config = load_model(
-        options.source, dtype=options.dtype, allow_nan=options.allow_nan, progress=show("reading")
+        options.source,
+        dtype=options.dtype,
+        allow_nan=options.allow_nan,
+        progress=_progress("reading"),
     )
-    save_model(options.target, params, config, format=options.format, progress=show("writing"))
+    save_model(
+        options.target,
+        params,
+        config,
+        format=options.format,
+        progress=_progress("writing"),
+    )
     print(f"{options.target}: {_count(params):,} parameters, {_sizes(config)}")
 
 
-def _count(params) -> int:
-    import jax
+def _progress(label: str) -> Callable[[int, int], None]:
+    """Returns a function that draws a bar, from its first call on: only that call has the total."""
+    bar: ProgressBar | None = None
 
+    def report(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = ProgressBar(total, label)
+        bar.update(done, f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
+        if done == total:
+            bar.close()
+
+    return report
+
+
+def _count(params: Params) -> int:
+    """Counts the numbers in a parameter tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _sizes(config) -> str:
+def _sizes(config: RWKV7Config) -> str:
+    """Describes the sizes that people compare models by."""
     return (
         f"{config.num_layers} layers, width {config.width}, {config.num_heads} heads of "
         f"{config.head_size}, vocabulary {config.vocab_size}"
     )
 
 
-def _row(name: str, array: np.ndarray) -> str:
-    wide = np.asarray(array, np.float32)
-    rms = float(np.sqrt(np.mean(np.square(wide)))) if wide.size else 0.0
-    top = float(np.abs(wide).max(initial=0.0))
-    return f"{name:<38}{array.shape!s:>18}  {array.dtype!s:<10}{rms:>12.4g}{top:>12.4g}"
+def _tensor_row(name: str, array: np.ndarray) -> str:
+    """Formats a tensor's shape, dtype, root mean square and largest entry."""
+    values = np.asarray(array, np.float32)
+    # The mean of an empty tensor would be NaN, with a warning.
+    rms = float(np.sqrt(np.mean(np.square(values)))) if values.size else 0.0
+    largest = float(np.abs(values).max(initial=0.0))
+    return f"{name:<38}{array.shape!s:>18}  {array.dtype!s:<10}{rms:>12.4g}{largest:>12.4g}"
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from rwkv7_jax.checkpoints.model_files import load_model
-    from rwkv7_jax.checkpoints.param_tree import official_tensors
-    from rwkv7_jax.checkpoints.state_files import load_state
-
+    """Prints a table of the tensors in a file."""
     print(f"{'tensor':<38}{'shape':>18}  {'dtype':<10}{'rms':>12}{'max':>12}")
     if options.state:
-        state = load_state(options.path)
-        for layer, wkv in enumerate(np.asarray(state.wkv[:, 0])):
-            for head, one in enumerate(wkv):
-                print(_row(f"layer {layer} head {head}", one))
-        return
+        _inspect_state(options.path)
+    else:
+        _inspect_model(options.path)
+
+
+def _inspect_state(path: str) -> None:
+    """Prints one row for each head."""
+    state = load_state(path)
+    for layer, heads in enumerate(np.asarray(state.wkv[:, 0])):
+        for head, matrix in enumerate(heads):
+            print(_tensor_row(f"layer {layer} head {head}", matrix))
+
+
+def _inspect_model(path: str) -> None:
+    """Prints one row for each tensor, the config, and what the loader warned of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        params, config = load_model(options.path, allow_nan=True)
+        params, config = load_model(path, allow_nan=True)
     for name, array in official_tensors(params, config):
-        print(_row(name, array))
+        print(_tensor_row(name, array))
     print(f"{_count(params):,} parameters, {_sizes(config)}\n{config}")
     for warning in caught:
         print(f"note: {warning.message}")
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    import pallas_kernels
-    from rwkv7_jax.reports.system_info import lines, system
-
+    """Prints versions, devices, optional packages and which kernels run."""
     print("\n".join(lines(system())))
     for name, use in (("matplotlib", "pictures"), ("torch", "oracle tests")):
-        there = "yes" if importlib.util.find_spec(name) else "no"
-        print(f"{name:<18}{there} ({use})")
-    here = pallas_kernels.available()
+        installed = "yes" if importlib.util.find_spec(name) else "no"
+        print(f"{name:<18}{installed} ({use})")
+    available = pallas_kernels.available()
     for name in pallas_kernels.IMPLEMENTATIONS:
-        print(f"wkv7 {name:<13}{'runs here' if name in here else 'not on this device'}")
+        print(f"wkv7 {name:<13}{'runs here' if name in available else 'not on this device'}")
 
 
 def _report(options: argparse.Namespace) -> None:
-    from rwkv7_jax.reports.html_report import write_report
-
+    """Writes the report of a run and prints its path."""
     print(write_report(options.folder))
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Builds the parser of the command line."""
     top = argparse.ArgumentParser(prog="rwkv7", description="RWKV-7 checkpoints and states.")
     commands = top.add_subparsers(required=True, metavar="command")
 
@@ -106,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("target", help="format by suffix; a folder is orbax")
     convert.add_argument("--format", choices=("hf",), help="write an HF folder")
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    convert.add_argument("--allow-nan", action="store_true", help="take NaN and Inf as they are")
+    convert.add_argument("--allow-nan", action="store_true", help="accept NaN and Inf")
     convert.set_defaults(run=_convert)
 
     inspect = commands.add_parser("inspect", help="sizes, dtypes and norms of a file's tensors")
@@ -122,14 +149,22 @@ def parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report)
     add_data_command(commands)
     add_generate_command(commands)
+    add_observe_command(commands)
     add_state_command(commands)
     return top
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; bad input ends in one line and exit code 2, a closed pipe in silence."""
+    """Runs one command and returns the exit code.
+
+    Bad input ends in one line and exit code 2, a closed pipe in silence.
+
+    Args:
+        arguments: without the program's name; None takes them from the command line.
+    """
     options = parser().parse_args(arguments)
     try:
+        # Not in tests, which call this function and must not write to the user's cache.
         if arguments is None and getattr(options, "compiles", False):
             enable_compilation_cache(user_folder())
         options.run(options)

@@ -6,18 +6,9 @@ A line of data is one object with one of
     {"prompt": ..., "answer": ...}                        as they stand; the answer is in the loss
     {"messages": [{"role": ..., "content": ...}, ...]}    World's chat; the assistant is in the loss
 
-and a conversation reads, up to token 0,
-
-    System: ...
-
-    User: ...
-
-    Assistant: ...
-
-    User: ...
-
-A blank line ends a turn, so blank lines inside a turn are removed. In the loss are the assistant's
-words, from the space after its name, and token 0.
+and a conversation is written as `text.chat_template` says, up to token 0. A blank line ends a turn,
+so blank lines inside a turn are removed. In the loss are the assistant's words, from the space
+after its name, and token 0.
 """
 
 import dataclasses
@@ -30,8 +21,7 @@ from typing import Any, TypeVar
 
 from rwkv7_jax.data.choices import ON_BAD, check_choice
 from rwkv7_jax.data.documents import Document, Segment
-
-NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
+from rwkv7_jax.text.chat_template import SPEAKERS, TURN_END, turn_start
 
 _KINDS = ("text", "prompt", "messages")
 
@@ -206,8 +196,8 @@ def conversation(messages: Any) -> Document:
     for number, message in enumerate(messages, 1):
         role, content = _message(message, number)
         if number > 1:
-            prompt += "\n\n"
-        prompt += f"{NAMES[role]}:"
+            prompt += TURN_END
+        prompt += turn_start(role)
         if role != "assistant":
             prompt += f" {content}"
             continue
@@ -226,8 +216,8 @@ def _message(message: Any, number: int) -> tuple[str, str]:
     if not isinstance(message, Mapping):
         raise ValueError(f"message {number}: must be an object; got {type(message).__name__}")
     role = message.get("role")
-    if not isinstance(role, str) or role not in NAMES:
-        raise ValueError(f"message {number}: role must be {', '.join(NAMES)}; got {role!r}")
+    if not isinstance(role, str) or role not in SPEAKERS:
+        raise ValueError(f"message {number}: role must be {', '.join(SPEAKERS)}; got {role!r}")
     try:
         content = _field(message, "content").decode()
     except ValueError as error:

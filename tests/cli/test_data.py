@@ -1,9 +1,7 @@
 """`rwkv7 data`: what it writes, counts, shows and refuses."""
 
-import numpy as np
 import pytest
 
-from rwkv7_jax.cli.data import marked
 from rwkv7_jax.cli.main import main
 from rwkv7_jax.data.loading import token_stream
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -26,7 +24,7 @@ def test_text_becomes_a_cache_and_is_counted(file, tmp_path, capsys, name):
     assert main(["data", file, target, "--vocabulary", "bytes", "--on-bad", "skip"]) == 0
     path = target if target.endswith(".bin") else f"{target}.bin"
     said = capsys.readouterr().out
-    assert f"{path}: 3 documents, 47 bytes tokens (23 learnt) of 44 bytes" in said
+    assert f"{path}: 3 documents, 47 bytes tokens (23 in the loss) of 44 bytes" in said
     assert f"lines skipped: 1; the first: {file}:3: not one JSON object" in said
     assert len(token_stream(path, Tokenizer.bytes())) == 47
 
@@ -45,20 +43,13 @@ def test_rows_are_shown_with_what_is_only_read_marked(file, tmp_path, capsys):
             assert main(["data", *options, *rows]) == 0
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1]
-    assert "3 documents, 47 bytes tokens, 23 learnt; hash " in shown[0]
+    assert "3 documents, 47 bytes tokens, 23 in the loss; hash " in shown[0]
     for text in (
-        "targets learnt, 7 tokens of filling\n[[User: Hi\n\nAssistant:]] Ho<0>\n",
-        "2 targets learnt, 25 tokens of filling\n[[2+2=]]4<0>\n",
+        "targets in the loss, 7 tokens of padding\n[[User: Hi\n\nAssistant:]] Ho<0>\n",
+        "2 targets in the loss, 25 tokens of padding\n[[2+2=]]4<0>\n",
         "[[T]]he sea is deep.<0>\n",
     ):
         assert text in shown[0]
-
-
-def test_marks_stand_around_every_stretch_that_is_only_read():
-    tokens = np.array([0, 98, 99, 100, 0, 101, 0, 0])
-    mask = np.array([0, 1, 1, 0, 0, 0, 0])
-    assert marked(tokens, mask, Tokenizer.bytes()) == ("[[<0>a]]bc[[<0>d]]", 2)
-    assert marked(tokens[:4], mask[:3], Tokenizer.bytes()) == ("[[<0>a]]bc", 0)
 
 
 @pytest.mark.parametrize(

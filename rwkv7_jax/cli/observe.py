@@ -1,0 +1,113 @@
+"""`rwkv7 observe`: an observer's proposal for a prompt, as a file or compared with the teacher."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from rwkv7_jax.checkpoints import save_state
+from rwkv7_jax.cli.inputs import MODEL_HELP, PROMPT_HELP, LoadedModel, read_model, read_prompt
+from rwkv7_jax.data.loading import token_stream, windows
+from rwkv7_jax.observer.evaluation import proposal_error
+from rwkv7_jax.observer.files import load_observer, observer_info
+from rwkv7_jax.observer.observer import Observer, propose, state_moments
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+
+def add_observe_command(subparsers) -> None:
+    """Adds the parser of `observe` to those of `rwkv7`."""
+    parser = subparsers.add_parser(
+        "observe", help="propose a start state for a prompt, or judge the proposal"
+    )
+    add = parser.add_argument
+    add("observer", metavar="OBSERVER", help="an observer's folder")
+    add("--model", required=True, help=f"the teacher's {MODEL_HELP}")
+    add("--prompt", required=True, help=f"text to observe; {PROMPT_HELP}")
+    add("--out", metavar="STATE", help="write the proposed state: .pth, .safetensors or .st")
+    add(
+        "--text",
+        help="compare the proposal with the teacher's own state, by how much such states vary in "
+        "this text: a file, a folder, or a built-in text",
+    )
+    add("--length", type=int, default=128, help="tokens of a window of --text (%(default)s)")
+    add("--windows", type=int, default=16, help="windows of --text, at least 2 (%(default)s)")
+    parser.set_defaults(run=run_observe, compiles=True)
+
+
+def run_observe(options: argparse.Namespace) -> None:
+    """Writes the proposal, prints its error, or both."""
+    _check_options(options)
+    model = read_model(options.model)
+    observer, params = load_observer(options.observer, model.config, base_model=model.hash)
+    tokenizer = Tokenizer.for_vocabulary(model.config.vocab_size)
+    ids = tokenizer.encode(read_prompt(options.prompt))
+    if not ids:
+        raise ValueError("observe: `--prompt` must not be empty.")
+    tokens = np.asarray([ids], np.int32)
+    print(f"{options.observer}: {_sizes(observer)}")
+    print(f"teacher: {observer_info(options.observer)['base_model']}")
+    print(f"prompt: {len(ids):,} tokens")
+    if options.text:
+        error = _error(options, model, observer, params, tokens, tokenizer)
+        print(
+            f"proposal error: {error:.4f} of the variance in {options.text} "
+            "(0 is the teacher's own state, 1 as bad as the mean state)"
+        )
+    if options.out:
+        info = {
+            "base_model": model.hash,
+            "made_of": f"proposed by {Path(options.observer).name}",
+        }
+        state = propose(observer, params, tokens)
+        save_state(options.out, state, config=model.config, info=info)
+        print(f"wrote {options.out}")
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Raises for options that would only be refused after minutes of reading."""
+    if not options.out and not options.text:
+        raise ValueError("observe: `--out` or `--text` must be given; got neither.")
+    # One window has no variance.
+    for name, least in (("length", 1), ("windows", 2)):
+        value = getattr(options, name)
+        if value < least:
+            raise ValueError(f"observe: `--{name}` must be at least {least}; got {value}.")
+
+
+def _sizes(observer: Observer) -> str:
+    """Describes the sizes of both models."""
+    own = observer.model.config
+    teacher = observer.teacher
+    return (
+        f"{own.num_layers} layers with {own.num_heads} heads of {own.head_size}, for a teacher's "
+        f"{teacher.num_layers} layers with {teacher.num_heads} heads of {teacher.head_size}"
+    )
+
+
+def _error(
+    options: argparse.Namespace,
+    model: LoadedModel,
+    observer: Observer,
+    params,
+    tokens: np.ndarray,
+    tokenizer: Tokenizer,
+) -> float:
+    """Computes how far the proposal is from the state of a teacher that reads the prompt itself."""
+    stream = token_stream(options.text, tokenizer)
+    batch = windows(stream, options.length, options.windows)
+    if len(batch.tokens) < 2:
+        raise ValueError(
+            f"observe: `--text` must have two windows of {options.length} tokens; got "
+            f"{len(stream):,} tokens."
+        )
+    # The prompt is a single row, so its own variance would be zero.
+    variance = state_moments(model.module, model.params, batch.tokens).variance
+    error = proposal_error(
+        observer,
+        params,
+        model.module,
+        model.params,
+        tokens,
+        variance=variance,
+    )
+    return float(error[0])

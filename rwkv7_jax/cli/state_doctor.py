@@ -1,0 +1,151 @@
+"""`rwkv7 state doctor`: what a tuned state does, what it costs, and advice."""
+
+import argparse
+import itertools
+
+import numpy as np
+
+from rwkv7_jax.cli.inputs import MODEL_HELP, read_model
+from rwkv7_jax.cli.tables import format_heads, format_table
+from rwkv7_jax.data.batch import Batch
+from rwkv7_jax.data.loading import token_stream, windows
+from rwkv7_jax.data.sources import TaskSource, parse_source
+from rwkv7_jax.data.synthetic_tasks import task_batch
+from rwkv7_jax.evaluation.advice import Diagnosis, RetentionScore
+from rwkv7_jax.evaluation.state_diagnosis import diagnose
+from rwkv7_jax.reports import plots
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+_TEXT_HELP = "a file, a folder, a built-in text, or task:NAME"
+
+
+def add_doctor_command(subparsers) -> None:
+    """Adds the parser of `doctor` to those of `rwkv7 state`."""
+    parser = subparsers.add_parser("doctor", help="what a state does, what it costs, and advice")
+    add = parser.add_argument
+    add("state", help=".pth, .safetensors or .st")
+    add("--model", required=True, help=MODEL_HELP)
+    add("--data", required=True, help=f"what it was tuned for: {_TEXT_HELP}")
+    add("--generic", help=f"text on which the model must not change: {_TEXT_HELP}")
+    add("--length", type=int, default=256, help="tokens of a window (%(default)s)")
+    add("--windows", type=int, default=16, help="windows of each text (%(default)s)")
+    add("--held-out", type=float, default=0.0, help="read held-out documents: the run's share")
+    add("--seed", type=int, default=0, help="the run's seed, which chooses a task's facts")
+    add("--picture", help="a PNG of fading, loss by position and spectra")
+    parser.set_defaults(run=_doctor, compiles=True)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    """Examines a state and prints what it found."""
+    for name in ("length", "windows"):
+        value = getattr(options, name)
+        if value < 1:
+            raise ValueError(f"state doctor: `--{name}` must be at least 1; got {value}.")
+    # Before the work of minutes, not after it.
+    if options.picture and not plots.available():
+        raise ValueError("state doctor: `--picture` needs matplotlib (the extra `plot`).")
+    model = read_model(options.model)
+    state = model.load_state(options.state)
+    tokenizer = Tokenizer.for_vocabulary(model.config.vocab_size)
+    batch = _batch(options, options.data, tokenizer)
+    generic = None
+    if options.generic:
+        generic = _batch(options, options.generic, tokenizer)
+    diagnosis = diagnose(model.module, model.params, state, batch, generic=generic)
+    _print_diagnosis(options, diagnosis)
+    if options.picture:
+        plots.diagnosis(options.picture, diagnosis)
+        print(f"wrote {options.picture}")
+
+
+def _batch(options: argparse.Namespace, path: str, tokenizer: Tokenizer) -> Batch:
+    """Reads windows of a text, or rows of a task."""
+    source = parse_source(path)
+    if isinstance(source, TaskSource):
+        return task_batch(
+            source.name,
+            0,
+            batch_size=options.windows,
+            length=options.length,
+            seed=options.seed,
+            held_out=True,
+        )
+    if options.held_out:
+        stream = token_stream(path, tokenizer, split="held_out", held_out=options.held_out)
+    else:
+        stream = token_stream(path, tokenizer)
+    return windows(stream, options.length, options.windows)
+
+
+def _print_diagnosis(options: argparse.Namespace, diagnosis: Diagnosis) -> None:
+    """Prints losses, memories head by head, losses by position, and advice."""
+    rows = [_text_row(options.data, diagnosis.own)]
+    if diagnosis.generic is not None:
+        rows.append(_text_row(options.generic, diagnosis.generic))
+    head = ["text", "base nats", "tuned nats", "base right", "tuned right", "KL", "tokens"]
+    print(format_table(head, rows))
+    for name, memory in diagnosis.memories.items():
+        columns = {
+            "norm": memory.norms,
+            "rank": memory.rank,
+            "read rank": memory.read_rank,
+        }
+        if memory.typical is not None:
+            columns["typical norm"] = memory.typical
+        title = "WKV state"
+        if name != "wkv":
+            title = f"upscaled memory ({memory.dynamics})"
+        print(f"\n{title}, {memory.channels} channels a head")
+        print(format_heads(columns))
+    print(f"\n{_positions(diagnosis)}\n")
+    if not diagnosis.advice:
+        print("Nothing to advise.")
+    for line in diagnosis.advice:
+        print(f"- {line}")
+
+
+def _text_row(name: str, score: RetentionScore) -> list[str]:
+    """Formats the numbers of one text."""
+    numbers = (
+        score.base_nats,
+        score.tuned_nats,
+        score.base_accuracy,
+        score.tuned_accuracy,
+        score.divergence,
+    )
+    return [name, *(f"{number:.4f}" for number in numbers), f"{score.tokens:,}"]
+
+
+def _positions(diagnosis: Diagnosis) -> str:
+    """Formats losses, and how much of each memory is still read, by ranges of positions."""
+    head = ["position", "base nats", "tuned nats"]
+    for name in diagnosis.memories:
+        head.append(f"{name} read")
+    rows = []
+    for start, stop in itertools.pairwise(_range_borders(len(diagnosis.counts))):
+        part = slice(start, stop)
+        count = diagnosis.counts[part]
+        row = [str(start) if stop == start + 1 else f"{start}-{stop - 1}"]
+        for nats in (diagnosis.base_nats, diagnosis.tuned_nats):
+            # A position where no target counts has a loss of NaN.
+            total = np.nan_to_num(nats[part]) @ count
+            row.append(f"{total / count.sum():.4f}" if count.any() else "-")
+        for memory in diagnosis.memories.values():
+            row.append(f"{memory.fading[part].mean():.1%}")
+        rows.append(row)
+    lines = [format_table(head, rows)]
+    for name, memory in diagnosis.memories.items():
+        place = "nowhere" if memory.faded is None else f"at position {memory.faded}"
+        lines.append(f"{name}: below 10 % of the first read {place}")
+    return "\n".join(lines)
+
+
+def _range_borders(length: int) -> list[int]:
+    """Returns the borders of ranges that double: a state fades by factors, not by steps."""
+    borders = [0]
+    border = 1
+    while border < length:
+        borders.append(border)
+        border *= 2
+    borders.append(length)
+    return borders

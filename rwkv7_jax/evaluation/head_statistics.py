@@ -1,0 +1,27 @@
+"""Sizes of a state's matrices, head by head."""
+
+import numpy as np
+from jaxtyping import Float
+
+from rwkv7_jax.evaluation.state_diagnosis import ranks
+from rwkv7_jax.model.state import RWKV7State
+
+
+def head_statistics(state: RWKV7State) -> dict[str, Float[np.ndarray, "L H"]]:
+    """Computes norm, largest entry and effective rank of each head of a state of batch 1.
+
+    Returns:
+        "norm", "max" and "rank" of the WKV state, and for an upscaled state also "upscaled norm",
+        "upscaled max" and "upscaled rank" of its memory.
+    """
+    matrices = {"": state.wkv}
+    if state.upscaled is not None:
+        matrices["upscaled "] = state.upscaled.memory
+    statistics = {}
+    for prefix, matrix in matrices.items():
+        # Squares of float32 entries below 1e-19 would vanish.
+        heads = np.asarray(matrix[:, 0], np.float64)
+        statistics[f"{prefix}norm"] = np.sqrt(np.square(heads).sum((-2, -1)))
+        statistics[f"{prefix}max"] = np.abs(heads).max((-2, -1))
+        statistics[f"{prefix}rank"] = ranks(matrix)
+    return statistics
