@@ -49,7 +49,7 @@ def forward_saving(
     def walk(state, tokens):
         tokens = jax.tree.map(lambda x: x.astype(state.dtype), tokens)
         prepared = _prepare(tokens, dtype)
-        written = chunk_math.write(prepared, tokens.k, tokens.v)
+        written = chunk_math.write_products(prepared, tokens.k, tokens.v)
         y, end = chunk_math.forward(prepared, written, state * prepared.mid)
         return end * prepared.rest, (y.astype(dtype), state)
 
@@ -92,8 +92,8 @@ def backward(
         tokens, dy, start = jax.tree.map(lambda x: x.astype(starts.dtype), saved)
         prepared = _prepare(tokens, dtype)
         states = (start * prepared.mid, dstate * prepared.rest)
-        written = chunk_math.write(prepared, tokens.k, tokens.v)
-        read = chunk_math.read(prepared)
+        written = chunk_math.write_products(prepared, tokens.k, tokens.v)
+        read = chunk_math.read_products(prepared)
         u = chunk_math.removals(prepared, read.inverse, written, states[0])
         z = chunk_math.removal_gradients(prepared, read.transposed, dy, states[1])
         by_name = dict(chunk_math.gradients(prepared, written, u, z, states, dy))

@@ -78,7 +78,7 @@ def forward_kernel(r, log_w, k, v, a, b, start, end, *outputs, chunk: int, inter
         state = state * (rest * prepared.mid)
         for starts in outputs[1:]:
             starts[0, 0, i] = state.astype(starts.dtype)
-        written = chunk_math.write(prepared, _load(k, at), _load(v, at))
+        written = chunk_math.write_products(prepared, _load(k, at), _load(v, at))
         read, state = chunk_math.forward(prepared, written, state)
         for y in outputs[:1]:
             y[0, at, 0, :] = read.astype(y.dtype)
@@ -115,7 +115,7 @@ def state_kernel(r, log_w, a, b, dy, dend, dstart, *outputs, chunk: int, interpr
         for ends in outputs:
             ends[0, 0, i] = dstate.astype(ends.dtype)
         dys = _load(dy, pl.ds(i * chunk, chunk))
-        read = chunk_math.read_backwards(prepared)
+        read = chunk_math.transposed_read_products(prepared)
         z = chunk_math.removal_gradients(prepared, read, dys, dstate)
         return chunk_math.state_gradient(prepared, z, dys, dstate), prepared.mid
 
@@ -141,13 +141,13 @@ def gradients_kernel(r, log_w, k, v, a, b, dy, starts, ends, *grads, interpret=F
         interpret: whether Pallas's interpreter runs this.
     """
     prepared = _prepare(r, log_w, a, b, 0, r.shape[1], v.dtype, interpret)
-    read = chunk_math.read(prepared)
+    read = chunk_math.read_products(prepared)
     everything = slice(None)
     ks = _load(k, everything)
     vs = _load(v, everything)
     dys = _load(dy, everything)
     states = (starts[0, 0, 0], ends[0, 0, 0])
-    written = chunk_math.write(prepared, ks, vs)
+    written = chunk_math.write_products(prepared, ks, vs)
     u = chunk_math.removals(prepared, read.inverse, written, states[0])
     z = chunk_math.removal_gradients(prepared, read.transposed, dys, states[1])
     # Each gradient is stored as soon as it is there, which frees its registers.

@@ -1,14 +1,17 @@
-"""WKV-7 for NVIDIA GPUs, as three Triton kernels on arrays [B T H N] as they lie.
+"""WKV-7 for NVIDIA GPUs, as three Triton kernels on arrays [B T H N] as they lie in memory.
 
-The mathematics is that of `chunk_math`, with two changes that save instructions. Carried from chunk
-to chunk are the scaled state S^ = S exp(mid) and, backwards, the scaled gradient
-G^ = dS exp(last - mid): one scaling a chunk each, and they are what the products read, so they are
-stored in the tokens' dtype. And sums over tokens are products with matrices of zeros and ones.
+The mathematics is that of `chunk_math`, with two changes that save instructions. The scaled state
+S^ = S exp(mid) and, backwards, the scaled gradient G^ = dS exp(last - mid) are carried from chunk
+to chunk: one scaling a chunk each. The products read them, so they are stored in the tokens' dtype.
+And sums over tokens are products with matrices of zeros and ones.
 
 `forward` and `state_gradient` walk the chunks, one program for every head and block of value rows;
 `gradients` has one program for every chunk and head. bfloat16 tokens meet in bfloat16 products,
-float32 ones in IEEE products. Sizes of heads are powers of two from 16 up, and all chunks are full.
+float32 ones in IEEE products. Head sizes are powers of two from 16 on, and all chunks are full.
 Heads are the grid's first axis, the only one that may have more than 65,535 programs.
+
+The order of the statements is tuned: it decides how many registers are alive at a time.
+`python -m pallas_kernels.compile_checks gpu` counts them.
 """
 
 import os
@@ -22,7 +25,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def _exp2(x):
-    """2^x without the instructions that would keep subnormal results."""
+    """Computes 2^x without the instructions that would keep subnormal results."""
     if INTERPRETED:
         return tl.exp2(x)
     return tl.inline_asm_elementwise(
@@ -32,29 +35,34 @@ def _exp2(x):
 
 @triton.jit
 def _dot(x, y, acc=None):
-    """x @ y + acc in float32, both operands in x's dtype."""
+    """Computes x @ y + acc in float32, with both operands in x's dtype."""
     return tl.dot(x, y.to(x.dtype), acc=acc, input_precision="ieee")
 
 
 @triton.jit
 def _sums(chosen, x, DTYPE: tl.constexpr):
-    """chosen @ x for a float32 x and a matrix of -1, 0, 1; beside bfloat16, 16 bits of x count."""
+    """Computes chosen @ x for a float32 x and a matrix of -1, 0 and 1.
+
+    With bfloat16 operands x is split into two of them, so that 16 bits of it count.
+    """
     if DTYPE == tl.float32:
         return _dot(chosen.to(tl.float32), x)
-    chosen, high = chosen.to(tl.bfloat16), x.to(tl.bfloat16)
+    chosen = chosen.to(tl.bfloat16)
+    high = x.to(tl.bfloat16)
     return _dot(chosen, high, _dot(chosen, x - high.to(tl.float32)))
 
 
 @triton.jit
 def _times(pointer, offsets, factor, DTYPE: tl.constexpr):
-    """A tile of tokens times a float32 factor, as an operand."""
+    """Loads a tile of tokens and multiplies it by a float32 factor, as an operand."""
     return (tl.load(pointer + offsets).to(tl.float32) * factor).to(DTYPE)
 
 
 @triton.jit
 def _decays(log_w, offsets, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
-    """exp(cs_{t-1} - mid), exp(cs_t - mid) and exp(mid - cs_t) of the tile's tokens."""
-    row, column = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+    """Computes exp(cs_{t-1} - mid), exp(cs_t - mid) and exp(mid - cs_t) of the tile's tokens."""
+    row = tl.arange(0, CHUNK)[:, None]
+    column = tl.arange(0, CHUNK)[None, :]
     x = tl.load(log_w + offsets) * LOG2E
     centred = tl.where(column <= row, 1.0, 0.0) - tl.where(column < CHUNK // 2, 1.0, 0.0)
     c = _sums(centred, x, DTYPE)
@@ -63,7 +71,7 @@ def _decays(log_w, offsets, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _halves(log_w, key, stride, CHUNK: tl.constexpr):
-    """exp(mid) and exp(last - mid) of the chunk at `log_w`."""
+    """Computes exp(mid) and exp(last - mid) of the chunk at `log_w`."""
     offsets = tl.arange(0, CHUNK // 2)[:, None] * stride + key
     middle = tl.sum(tl.load(log_w + offsets), 0)
     rest = tl.sum(tl.load(log_w + CHUNK // 2 * stride + offsets), 0)
@@ -72,22 +80,25 @@ def _halves(log_w, key, stride, CHUNK: tl.constexpr):
 
 @triton.jit
 def _lower(x, DTYPE: tl.constexpr):
-    """`x` with what lies above its diagonal zeroed, in `DTYPE`."""
-    row, column = tl.arange(0, x.shape[0])[:, None], tl.arange(0, x.shape[0])[None, :]
+    """Zeroes the entries above the diagonal, and casts to `DTYPE`."""
+    row = tl.arange(0, x.shape[0])[:, None]
+    column = tl.arange(0, x.shape[0])[None, :]
     return tl.where(row >= column, x, 0.0).to(DTYPE)
 
 
 @triton.jit
 def _below(x, DTYPE: tl.constexpr):
-    """`x` with its diagonal and what lies above it zeroed, in `DTYPE`."""
-    row, column = tl.arange(0, x.shape[0])[:, None], tl.arange(0, x.shape[0])[None, :]
+    """Zeroes the entries on and above the diagonal, and casts to `DTYPE`."""
+    row = tl.arange(0, x.shape[0])[:, None]
+    column = tl.arange(0, x.shape[0])[None, :]
     return tl.where(row > column, x, 0.0).to(DTYPE)
 
 
 @triton.jit
 def _merge(inverse, a, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
-    """Join pairs of solved diagonal blocks of `BLOCK` rows; all of it is float32."""
-    row, column = tl.arange(0, a.shape[0])[:, None], tl.arange(0, a.shape[0])[None, :]
+    """Joins pairs of solved diagonal blocks of `BLOCK` rows; arguments and result are float32."""
+    row = tl.arange(0, a.shape[0])[:, None]
+    column = tl.arange(0, a.shape[0])[None, :]
     pair = row // (2 * BLOCK) == column // (2 * BLOCK)
     below = pair & (row // BLOCK % 2 == 1) & (column // BLOCK % 2 == 0)
     solved = inverse.to(DTYPE)
@@ -96,8 +107,9 @@ def _merge(inverse, a, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _inverse(a, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
-    """(I - a)^-1 of what lies below a's diagonal, only from inverses of diagonal blocks."""
-    row, column = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+    """Computes (I - a)^-1 from the entries below a's diagonal; see `chunk_math.unit_inverse`."""
+    row = tl.arange(0, CHUNK)[:, None]
+    column = tl.arange(0, CHUNK)[None, :]
     pair = (row // 2 == column // 2) & (row > column)
     inverse = tl.where(row == column, 1.0, tl.where(pair, a, 0.0))
     for level in tl.static_range(1, 7):
@@ -112,12 +124,18 @@ def forward(
     CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
     READ: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    """The end state for `BLOCK` value rows of one head; with `READ` y, with `SAVE` S^ of chunks."""
+    """Writes the end state for `BLOCK` value rows of one head.
+
+    With `READ` it also writes y, with `SAVE` the S^ of every chunk.
+    """
     DTYPE: tl.constexpr = v.dtype.element_ty
+    # 64 bits: offsets of large batches pass 2^31.
     head = tl.program_id(0).to(tl.int64)
-    time, key = tl.arange(0, CHUNK)[:, None], tl.arange(0, KEYS)[None, :]
+    time = tl.arange(0, CHUNK)[:, None]
+    key = tl.arange(0, KEYS)[None, :]
     value = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    by_key, by_value = time * heads * KEYS + key, time * heads * VALUES + value[None, :]
+    by_key = time * heads * KEYS + key
+    by_value = time * heads * VALUES + value[None, :]
     entry = value[:, None] * KEYS + key
     first = head // heads * tokens * heads + head % heads
     scaled = tl.load(state + head * VALUES * KEYS + entry)
@@ -133,9 +151,12 @@ def forward(
         kh = _times(k + at, by_key, after, DTYPE)
         vs = tl.load(v + to + by_value)
         inverse = _inverse(_dot(ah, bh.T), CHUNK, DTYPE)
-        aak, ark = _below(_dot(ah, kh.T), DTYPE), _lower(_dot(rh, kh.T), DTYPE)
+        aak = _below(_dot(ah, kh.T), DTYPE)
+        ark = _lower(_dot(rh, kh.T), DTYPE)
         arb = _lower(_dot(rh, bh.T), DTYPE)
+        # Loading log_w again is cheaper than summing halves of a tile.
         middle, next_rest = _halves(log_w + at, key, heads * KEYS, CHUNK)
+        # The last chunk's rest and this one's mid are one product: the state is scaled once.
         scaled *= rest * middle[None, :]
         operand = scaled.to(DTYPE)
         u = _dot(inverse, _dot(aak, vs, _dot(ah, operand.T))).to(DTYPE)
@@ -155,12 +176,18 @@ def state_gradient(
     CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
     SAVE: tl.constexpr,
 ):  # fmt: skip
-    """The start state's gradient for `BLOCK` value rows of one head; with `SAVE` G^ of chunks."""
+    """Writes the start state's gradient for `BLOCK` value rows of one head.
+
+    With `SAVE` it also writes the G^ of every chunk.
+    """
     DTYPE: tl.constexpr = dy.dtype.element_ty
+    # 64 bits: offsets of large batches pass 2^31.
     head = tl.program_id(0).to(tl.int64)
-    time, key = tl.arange(0, CHUNK)[:, None], tl.arange(0, KEYS)[None, :]
+    time = tl.arange(0, CHUNK)[:, None]
+    key = tl.arange(0, KEYS)[None, :]
     value = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    by_key, by_value = time * heads * KEYS + key, time * heads * VALUES + value[None, :]
+    by_key = time * heads * KEYS + key
+    by_value = time * heads * VALUES + value[None, :]
     entry = value[:, None] * KEYS + key
     first = head // heads * tokens * heads + head % heads
     scaled = tl.load(dend + head * VALUES * KEYS + entry)
@@ -194,50 +221,61 @@ def gradients(
     r, log_w, k, v, a, b, dy, starts, ends, tokens, heads, dr, dlog_w, dk, dv, da, db,
     CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one chunk's tokens of one head, from its S^ and G^.
+    """Writes the gradients of one chunk's tokens of one head, from the chunk's S^ and G^.
 
-    The decay's gradient takes the factors as rounded for the products: see `chunk_math.gradients`.
+    "near" comes from tokens of the chunk, "far" from its end state. The decay's gradient takes the
+    factors as rounded for the products: see `chunk_math.gradients`.
     """
     DTYPE: tl.constexpr = v.dtype.element_ty
-    start, head = tl.program_id(1) * CHUNK, tl.program_id(0).to(tl.int64)
-    time, key = tl.arange(0, CHUNK)[:, None], tl.arange(0, KEYS)[None, :]
+    start = tl.program_id(1) * CHUNK
+    head = tl.program_id(0).to(tl.int64)
+    time = tl.arange(0, CHUNK)[:, None]
+    key = tl.arange(0, KEYS)[None, :]
     value = tl.arange(0, VALUES)[None, :]
     first = (head // heads * tokens + start) * heads + head % heads
     by_key = first * KEYS + time * heads * KEYS + key
     by_value = first * VALUES + time * heads * VALUES + value
     entry = tl.arange(0, VALUES)[:, None] * KEYS + key
     entry += (head * tl.cdiv(tokens, CHUNK) + tl.program_id(1)) * VALUES * KEYS
-    s, g = tl.load(starts + entry), tl.load(ends + entry)
-    whole = tl.sum(s.to(tl.float32) * g.to(tl.float32), 0)
+    s = tl.load(starts + entry)
+    g = tl.load(ends + entry)
+    start_to_end = tl.sum(s.to(tl.float32) * g.to(tl.float32), 0)
     before, upto, after = _decays(log_w, by_key, CHUNK, DTYPE)
     ah = _times(a, by_key, before, DTYPE)
     rh = _times(r, by_key, upto, DTYPE)
     bh = _times(b, by_key, after, DTYPE)
     kh = _times(k, by_key, after, DTYPE)
-    vs, dys = tl.load(v + by_value), tl.load(dy + by_value)
+    vs = tl.load(v + by_value)
+    dys = tl.load(dy + by_value)
     inverse = _inverse(_dot(ah, bh.T), CHUNK, DTYPE)
-    aak, arb = _below(_dot(ah, kh.T), DTYPE), _lower(_dot(rh, bh.T), DTYPE)
+    aak = _below(_dot(ah, kh.T), DTYPE)
+    arb = _lower(_dot(rh, bh.T), DTYPE)
     u = _dot(inverse, _dot(aak, vs, _dot(ah, s.T))).to(DTYPE)
     z = _dot(inverse.T, _dot(arb.T, dys, _dot(bh, g.T))).to(DTYPE)
     ark = _lower(_dot(rh, kh.T), DTYPE)
     tl.store(dv + by_value, _dot(ark.T, dys, _dot(aak.T, z, _dot(kh, g.T))))
-    drb, drk = _lower(_dot(dys, u.T), DTYPE), _lower(_dot(dys, vs.T), DTYPE)
+    drb = _lower(_dot(dys, u.T), DTYPE)
+    drk = _lower(_dot(dys, vs.T), DTYPE)
     near = _dot(drk, kh, _dot(drb, bh, _dot(dys, s)))
     tl.store(dr + by_key, near * upto)
-    behind = rh.to(tl.float32) * near
-    dab, dak = _below(_dot(z, u.T), DTYPE), _below(_dot(z, vs.T), DTYPE)
+    inside = rh.to(tl.float32) * near
+    dab = _below(_dot(z, u.T), DTYPE)
+    dak = _below(_dot(z, vs.T), DTYPE)
     near = _dot(dak, kh, _dot(dab, bh, _dot(z, s)))
     tl.store(da + by_key, near * before)
     removal = ah.to(tl.float32) * near
-    near, far = _dot(drb.T, rh, _dot(dab.T, ah)), _dot(u, g)
+    near = _dot(drb.T, rh, _dot(dab.T, ah))
+    far = _dot(u, g)
     tl.store(db + by_key, (near + far) * after)
-    behind += removal - bh.to(tl.float32) * near
-    ahead = bh.to(tl.float32) * far
-    near, far = _dot(drk.T, rh, _dot(dak.T, ah)), _dot(vs, g)
+    inside += removal - bh.to(tl.float32) * near
+    to_end = bh.to(tl.float32) * far
+    near = _dot(drk.T, rh, _dot(dak.T, ah))
+    far = _dot(vs, g)
     tl.store(dk + by_key, (near + far) * after)
-    behind -= kh.to(tl.float32) * near
-    ahead += kh.to(tl.float32) * far
-    row, column = time, tl.arange(0, CHUNK)[None, :]
-    change = _sums(tl.where(column >= row, 1.0, 0.0), behind, DTYPE) - removal
-    change += _sums(tl.where(column < row, 1.0, 0.0), ahead, DTYPE) + whole[None, :]
+    inside -= kh.to(tl.float32) * near
+    to_end += kh.to(tl.float32) * far
+    row = time
+    column = tl.arange(0, CHUNK)[None, :]
+    change = _sums(tl.where(column >= row, 1.0, 0.0), inside, DTYPE) - removal
+    change += _sums(tl.where(column < row, 1.0, 0.0), to_end, DTYPE) + start_to_end[None, :]
     tl.store(dlog_w + by_key, change)

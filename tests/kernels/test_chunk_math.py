@@ -61,12 +61,14 @@ def one_chunk(inputs, state, dy, dend):
     grads, dstate = pull((dy, dend))
     r, log_w, k, v, a, b, dy = (x.swapaxes(1, 2) for x in (*inputs, dy))
     chunk = prepare(r, log_w, a, b)
-    written = chunk_math.write(chunk, k, v)
+    written = chunk_math.write_products(chunk, k, v)
     states = (state.mT * chunk.mid, dend.mT * chunk.rest)
     y, end = chunk_math.forward(chunk, written, states[0])
-    read = chunk_math.read(chunk)
+    read = chunk_math.read_products(chunk)
     u = chunk_math.removals(chunk, read.inverse, written, states[0])
-    z = chunk_math.removal_gradients(chunk, chunk_math.read_backwards(chunk), dy, states[1])
+    z = chunk_math.removal_gradients(
+        chunk, chunk_math.transposed_read_products(chunk), dy, states[1]
+    )
     found = dict(chunk_math.gradients(chunk, written, u, z, states, dy))
     back = (found[name] for name in NAMES)
     dstart = chunk_math.state_gradient(chunk, z, dy, states[1]) * chunk.mid
