@@ -1,13 +1,14 @@
 """The TPU kernels' arithmetic, a restatement of `chunk_math`, against it on plain arrays.
 
-No Pallas: one chunk of the heads of one tile, both written out from the two files' functions.
+No Pallas: one chunk of the heads of one tile, composed from the functions of each file. The TPU's
+arithmetic is float32; `chunk_math` computes in float64 here, where it equals the definition.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tolerances import SAME, WKV, assert_close
+from tolerances import WKV, assert_close
 
 from pallas_kernels import chunk_math
 from pallas_kernels.cases import MODES, Case, make_inputs
@@ -110,12 +111,18 @@ def test_one_chunk_is_the_same_as_by_chunk_math(case, mode):
     inputs, state = make_inputs(Case(**(vars(case) | {"mode": mode})))
     dy, dend = jnp.sin(inputs.v), jnp.cos(state)
     ours = by_packed_chunk_math(inputs, state, dy, dend, layout_of(case))
-    theirs = by_chunk_math(inputs, state, dy, dend)
-    for left, right, name in zip(ours[:2], theirs[:2], ("y", "end"), strict=True):
-        assert_close(left, right, SAME["op"], name)
-    for left, right, name in zip(ours[2], theirs[2], NAMES, strict=True):
-        assert_close(left, right, WKV["float32"]["gradient"], f"gradient of {name}")
-    assert_close(ours[3], theirs[3], WKV["float32"]["gradient"], "gradient of the start state")
+    arrays = jax.tree.map(lambda x: np.asarray(x, np.float64), (inputs, state, dy, dend))
+    with jax.enable_x64(True):
+        arrays = jax.tree.map(jnp.asarray, arrays)
+        theirs = jax.tree.map(np.asarray, by_chunk_math(*arrays))
+    bars = WKV["float32"]
+    y, end, grads, dstart = ours
+    true_y, true_end, true_grads, true_dstart = theirs
+    assert_close(y, true_y, bars["y"], "y")
+    assert_close(end, true_end, bars["state"], "end")
+    for name, grad, true in zip(NAMES, grads, true_grads, strict=True):
+        assert_close(grad, true, bars["gradient"], f"gradient of {name}")
+    assert_close(dstart, true_dstart, bars["gradient"], "gradient of the start state")
 
 
 @pytest.mark.parametrize("case", CASES, ids=["two heads", "four heads", "one head"])
