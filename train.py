@@ -24,7 +24,7 @@ from rwkv7_jax.runs import compilation_cache, config_flags, multihost, process
 from rwkv7_jax.runs.early_stopping import RunProgress
 from rwkv7_jax.runs.exit_codes import Stopped
 from rwkv7_jax.runs.input_pipeline import InputPipeline
-from rwkv7_jax.runs.metrics_logger import RunLog
+from rwkv7_jax.runs.metrics_logger import MetricsLogger
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.registry import make_mode
 from rwkv7_jax.runs.multihost import open_run_directory, restore_and_broadcast
@@ -156,28 +156,35 @@ def evaluate(run: Run, state: TrainState, folder: RunDirectory) -> dict[str, flo
 
 
 def look_and_save(
-    run: Run, state: TrainState, number: int, folder: RunDirectory, log: RunLog, stop: StopSignals
+    run: Run,
+    state: TrainState,
+    number: int,
+    folder: RunDirectory,
+    log: MetricsLogger,
+    stop: StopSignals,
 ) -> bool:
     """What is due behind an update has been done; gives whether the run ends there."""
     settings, last = run.settings, number == run.settings.steps
     every = settings.evaluation.every
     due = number == 0 or last or (every and number % every == 0)
-    if due and log.course.evaluated != number:
+    if due and log.progress.evaluated != number:
         # A signal ends the evaluation; it is made up for when the run goes on. Several processes
         # have to agree first, behind it.
         alone = stop.interruptible() if jax.process_count() == 1 else contextlib.nullcontext()
         with log.paused(), contextlib.suppress(Stopped), alone:
-            log.evaluated(number, evaluate(run, state, folder))
-    early = log.course.ended_early(settings.evaluation) if log.course.evaluated == number else ""
+            log.log_evaluation(number, evaluate(run, state, folder))
+    early = (
+        log.progress.ended_early(settings.evaluation) if log.progress.evaluated == number else ""
+    )
     if early and not last:
         print(f"ends early at step {number}: {early}")
     ends = bool(last or early or stop.should_stop())
-    best = number in log.course.best_steps(settings.kept_best)
+    best = number in log.progress.best_steps(settings.kept_best)
     regular = settings.save_every and number % settings.save_every == 0
     if stop.has_unsaved_updates and (ends or best or regular):
         with log.paused():
             folder.checkpoints.save(
-                sharding.local_replica(run.mesh, state), log.course, run.identity
+                sharding.local_replica(run.mesh, state), log.progress, run.identity
             )
     if ends:
         folder.checkpoints.close()
@@ -217,7 +224,7 @@ def train(settings: Settings, folder: RunDirectory, stop: StopSignals) -> None:
         accumulate=settings.optimizer.accumulate,
         mesh=mesh,
     )
-    log = RunLog(
+    log = MetricsLogger(
         folder,
         settings,
         course,
@@ -236,10 +243,10 @@ def train(settings: Settings, folder: RunDirectory, stop: StopSignals) -> None:
             number += 1
             if batch is None:
                 state = state.replace(step=state.step + 1)
-                log.note(number, None, None)
+                log.log_step(number, None, None)
             else:
                 state, metrics = step(state, batch.device)
-                log.note(number, metrics, batch.host)
+                log.log_step(number, metrics, batch.host)
             profile.after(number, state)
             folder.checkpoints.poll()
 
@@ -253,7 +260,7 @@ def train(settings: Settings, folder: RunDirectory, stop: StopSignals) -> None:
     if not multihost.is_process_0():
         return
     with stop.interruptible():
-        params = result(run, sharding.local_replica(mesh, state), log.course, folder)
+        params = result(run, sharding.local_replica(mesh, state), log.progress, folder)
         print(f"saved {run.mode.save(folder.path, params)}")
         draw(folder, run.mode, params)
         folder.note_event(number, "finished")

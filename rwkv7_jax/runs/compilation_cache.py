@@ -1,4 +1,4 @@
-"""Compiled programs kept from run to run, and how long compiling took."""
+"""Compiled programs that are kept from run to run, and the time that compiling takes."""
 
 import os
 import tempfile
@@ -9,24 +9,30 @@ import jax
 from rwkv7_jax.runs.exit_codes import warn
 
 # Programs that compile faster than this are not worth a file.
-_SECONDS = 0.2
+_MIN_COMPILE_SECONDS = 0.2
 
 
 def user_folder() -> Path | None:
-    """Where this user's programs are kept; None where no place is known."""
+    """Returns the folder of this user's programs; None where there is no place for it."""
     if named := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return Path(named)
     caches = os.environ.get("XDG_CACHE_HOME")
     home = os.environ.get("HOME")
     if not caches and not home:
         return None
-    return Path(caches or Path(home) / ".cache") / "rwkv7_jax" / f"jax-{jax.__version__}"
+    root = Path(caches) if caches else Path(home or "") / ".cache"
+    # One folder a version: JAX never deletes programs of others.
+    return root / "rwkv7_jax" / f"jax-{jax.__version__}"
 
 
 def enable_compilation_cache(folder: Path | None) -> Path | None:
-    """Compiled programs are read from and written to `folder`, which is given back.
+    """Lets JAX read compiled programs from a folder and write them to it.
 
-    Where it cannot be written, or none is known, a warning says so and None comes back.
+    Args:
+        folder: from `user_folder`; None for none.
+
+    Returns:
+        The folder, or None, after a warning, where it cannot be written.
     """
     try:
         if folder is None:
@@ -39,20 +45,21 @@ def enable_compilation_cache(folder: Path | None) -> Path | None:
         jax.config.update("jax_enable_compilation_cache", False)
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", _SECONDS)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
     return folder
 
 
 class CompileClock:
-    """Counts the seconds that compiling takes in this process.
+    """The seconds that this process has spent compiling.
 
     Attributes:
         seconds: since the clock was made.
     """
 
     def __init__(self):
-        """Counting begins."""
+        """Begins to count."""
         self.seconds = 0.0
+        # JAX keeps its listeners for good: make one clock a run.
         jax.monitoring.register_event_duration_secs_listener(self._add)
 
     def _add(self, event: str, seconds: float, **_) -> None:

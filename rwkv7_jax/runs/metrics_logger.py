@@ -1,4 +1,4 @@
-"""What a run says of its steps, without ever waiting for the newest."""
+"""Metrics logger that lags two steps behind, so that the host never blocks on the device."""
 
 import collections
 import contextlib
@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,22 +22,30 @@ from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.training.costs import mfu
 
-# Steps that the device may be ahead of what is looked at: it never waits for the log.
-_BEHIND = 2
+# Steps that may be under way on the device while an older one is logged.
+_LAG = 2
 
 
-class RunLog:
-    """Metrics, progress and updates gone wrong; steps are looked at when later ones are under way.
+class _Step(NamedTuple):
+    """A step under way; metrics and batch are None where it had nothing to learn from."""
+
+    number: int
+    metrics: Mapping[str, Any] | None
+    batch: Batch | None
+
+
+class MetricsLogger:
+    """Logs steps and evaluations, and counts updates that were skipped.
 
     Attributes:
-        course: where the run stands, up to the last step that was looked at.
+        progress: of the run, up to the last step that was logged.
     """
 
     def __init__(
         self,
-        folder: RunDirectory,
+        directory: RunDirectory,
         settings: Settings,
-        course: RunProgress,
+        progress: RunProgress,
         *,
         start_step: int,
         feed: InputPipeline,
@@ -44,49 +53,59 @@ class RunLog:
         flops: float | None = None,
         devices: int = 1,
     ):
-        """Nothing has been said.
+        """Starts the clocks and the progress bar.
 
         Args:
-            folder: takes the metrics.
+            directory: takes the metrics.
             settings: of the run.
-            course: as it was restored.
+            progress: as it was restored.
             start_step: where the run begins or goes on.
             feed: knows how long batches were waited for.
-            rate: the learning rate at a step, counted from 0.
-            flops: operations of a step per token; None where nobody counted them.
-            devices: over which a step's rows are spread.
+            rate: from a step, counted from 0, to its learning rate.
+            flops: operations of a step per token; None where they have not been counted.
+            devices: how many share the rows of a step.
         """
-        self.course, self._folder, self._settings = course, folder, settings
-        self._start, self._feed, self._rate = start_step, feed, rate
-        self._flops, self._devices = flops, devices
+        self.progress = progress
+        self._directory = directory
+        self._settings = settings
+        self._start_step = start_step
+        self._feed = feed
+        self._rate = rate
+        self._flops = flops
+        self._devices = devices
         self._bar = ProgressBar(settings.steps - start_step, settings.mode)
-        self._pending, self._compiling = collections.deque(), CompileClock()
-        self._tokens, self._paused, self._warned = 0, 0.0, False
-        self._since, self._waited = time.monotonic(), 0.0
+        self._compile_clock = CompileClock()
+        self._pending: collections.deque[_Step] = collections.deque()
+        self._warned = False
+        # Since the last line of the log:
+        self._began = time.monotonic()
+        self._paused = 0.0
+        self._tokens = 0
+        self._waited_before = 0.0
 
-    def note(self, step: int, metrics: Mapping | None, batch: Batch | None) -> None:
-        """The step is under way; an earlier one is looked at.
+    def log_step(self, number: int, metrics: Mapping | None, batch: Batch | None) -> None:
+        """Takes a step that is under way, and logs an older one.
 
         Args:
-            step: counted from 1.
+            number: of the step, counted from 1.
             metrics: of its update, on the device; None where it had nothing to learn from.
             batch: on the host.
 
         Raises:
-            NotFinite: too many updates in a row went wrong.
+            NotFinite: too many updates in a row were skipped.
         """
-        self._pending.append((step, metrics, batch))
-        while len(self._pending) > _BEHIND:
-            self._look(*self._pending.popleft())
+        self._pending.append(_Step(number, metrics, batch))
+        while len(self._pending) > _LAG:
+            self._log_oldest()
 
     def drain(self) -> None:
-        """All steps have been looked at."""
+        """Logs all steps that were taken, which waits for the device."""
         while self._pending:
-            self._look(*self._pending.popleft())
+            self._log_oldest()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """All steps have been looked at; the block's time is none of the training's."""
+        """Logs all steps; the time of the block does not count as training."""
         self.drain()
         began = time.monotonic()
         try:
@@ -94,74 +113,109 @@ class RunLog:
         finally:
             self._paused += time.monotonic() - began
 
-    def _look(self, step: int, metrics: Mapping | None, batch: Batch | None) -> None:
-        if metrics is not None:
-            self._tokens += batch.tokens[:, 1:].size
-            self._judge(step, metrics, batch)
-        if step % self._settings.log_every == 0 or step == self._settings.steps:
-            self._write(step, {"updated": 0.0} if metrics is None else jax.device_get(metrics))
+    def _log_oldest(self) -> None:
+        step = self._pending.popleft()
+        if step.metrics is not None and step.batch is not None:
+            # The last id of a row is only a target.
+            self._tokens += step.batch.tokens[:, 1:].size
+            self._count_skipped(step.number, step.metrics, step.batch)
+        if step.number % self._settings.log_every == 0 or step.number == self._settings.steps:
+            metrics = {"updated": 0.0} if step.metrics is None else jax.device_get(step.metrics)
+            self._write(step.number, metrics)
 
-    def _judge(self, step: int, metrics: Mapping, batch: Batch) -> None:
-        """Count the update as good or bad."""
+    def _count_skipped(self, number: int, metrics: Mapping[str, Any], batch: Batch) -> None:
+        """Counts how many updates in a row were skipped, and ends the run after too many."""
         if float(metrics["updated"]):
-            if self.course.bad:
-                self.course = dataclasses.replace(self.course, bad=0)
+            if self.progress.bad:
+                self.progress = dataclasses.replace(self.progress, bad=0)
             return
-        self.course = dataclasses.replace(self.course, bad=self.course.bad + 1)
-        numbers = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
-        self._folder.log_bad(step, numbers, np.asarray(batch.tokens))
-        if self.course.bad == self._settings.stop_after_bad:
+        bad = self.progress.bad + 1
+        self.progress = dataclasses.replace(self.progress, bad=bad)
+        loss = float(metrics["loss"])
+        grad_norm = float(metrics["grad_norm"])
+        numbers = {"loss": loss, "grad_norm": grad_norm}
+        self._directory.log_bad(number, numbers, np.asarray(batch.tokens))
+        if bad == self._settings.stop_after_bad:
             raise NotFinite(
-                f"{self.course.bad} updates in a row, up to step {step}, had a loss or gradient "
-                f"that is not finite (loss {numbers['loss']}, gradient norm "
-                f"{numbers['grad_norm']}); none was made. Their batches are in "
-                f"{self._folder.path / 'bad_batches.jsonl'}."
+                f"{bad} updates in a row, up to step {number}, had a loss or gradient that is not "
+                f"finite (loss {loss}, gradient norm {grad_norm}); none was made. Their batches "
+                f"are in {self._directory.path / 'bad_batches.jsonl'}."
             )
 
-    def _write(self, step: int, metrics: Mapping) -> None:
-        """One line of the log."""
+    def _write(self, number: int, metrics: Mapping[str, Any]) -> None:
+        """Writes one line of the log and moves the progress bar."""
         numbers = {name: float(value) for name, value in metrics.items()}
-        seconds = max(time.monotonic() - self._since - self._paused, 1e-9)
-        waited, self._waited = self._feed.waited - self._waited, self._feed.waited
-        numbers["learning_rate"] = float(self._rate(step - 1))
-        numbers["tokens_per_second"] = self._tokens / seconds
+        numbers["learning_rate"] = float(self._rate(number - 1))
+        numbers |= self._speed()
+        numbers |= self._use_of_devices(numbers["tokens_per_second"])
+        self._directory.log(number, numbers)
+        self._show(number, numbers)
+        self._warn_of_large_state(numbers)
+
+    def _speed(self) -> dict[str, float]:
+        """Returns what the clocks say since the last line, and restarts them."""
+        now = time.monotonic()
+        # A clock may not have moved since the last line.
+        seconds = max(now - self._began - self._paused, 1e-9)
+        waited = self._feed.waited - self._waited_before
+        numbers = {"tokens_per_second": self._tokens / seconds}
         if self._devices > 1:
             numbers["tokens_per_second_per_device"] = self._tokens / seconds / self._devices
         numbers["waiting_share"] = min(waited / seconds, 1.0)
-        numbers["compile_seconds"] = round(self._compiling.seconds, 3)
-        numbers |= self._used(numbers["tokens_per_second"])
-        self._since, self._paused, self._tokens = time.monotonic(), 0.0, 0
-        self._folder.log(step, numbers)
-        loss = numbers.get("loss_nats", math.nan) / math.log(2)
-        text = "nothing to learn" if math.isnan(loss) else f"loss {loss:.3f} bits"
-        self._bar.update(step - self._start, f"{text}  {numbers['tokens_per_second']:.0f} tokens/s")
-        if numbers.get("state_max", 0.0) > self._settings.tuning.warn_above and not self._warned:
-            self._warned = True
-            warn(
-                f"the state's largest entry is {numbers['state_max']:.0f}; lower the learning "
-                "rate, set config.tuning.alpha below 1 or add an anchor"
-            )
+        numbers["compile_seconds"] = round(self._compile_clock.seconds, 3)
+        self._began = now
+        self._paused = 0.0
+        self._tokens = 0
+        self._waited_before = self._feed.waited
+        return numbers
 
-    def _used(self, tokens_per_second: float) -> dict[str, float]:
-        """The share of the devices' peak where it is known, and the most memory ever in use."""
+    def _use_of_devices(self, tokens_per_second: float) -> dict[str, float]:
+        """Returns the peak of memory, and the share of the peak FLOPs where it is known."""
         peak = peak_memory()
-        found = {f"{peak.of}_peak_mib": round(peak.bytes / 2**20, 1)}
+        numbers = {f"{peak.of}_peak_mib": round(peak.bytes / 2**20, 1)}
         if self._flops is None:
-            return found
-        kind, count = jax.devices()[0].device_kind, self._devices
-        share = mfu(tokens_per_second, self._flops, device_kind=kind, devices=count)
-        return found if share is None else found | {"mfu": share}
+            return numbers
+        share = mfu(
+            tokens_per_second,
+            self._flops,
+            device_kind=jax.devices()[0].device_kind,
+            devices=self._devices,
+        )
+        if share is not None:
+            numbers["mfu"] = share
+        return numbers
 
-    def evaluated(self, step: int, measures: Mapping[str, float]) -> None:
-        """An evaluation is logged, and counts for what is best.
+    def _show(self, number: int, numbers: Mapping[str, float]) -> None:
+        bits = numbers.get("loss_nats", math.nan) / math.log(2)
+        text = "nothing to learn" if math.isnan(bits) else f"loss {bits:.3f} bits"
+        speed = f"{numbers['tokens_per_second']:.0f} tokens/s"
+        self._bar.update(number - self._start_step, f"{text}  {speed}")
+
+    def _warn_of_large_state(self, numbers: Mapping[str, float]) -> None:
+        largest = numbers.get("state_max", 0.0)
+        if self._warned or largest <= self._settings.tuning.warn_above:
+            return
+        self._warned = True
+        warn(
+            f"the state's largest entry is {largest:.0f}; lower the learning rate, set "
+            "config.tuning.alpha below 1 or add an anchor"
+        )
+
+    def log_evaluation(self, number: int, metrics: Mapping[str, float]) -> None:
+        """Logs an evaluation, and notes whether it is the best so far.
+
+        Args:
+            number: the step that was evaluated.
+            metrics: of the evaluation, by name.
 
         Raises:
-            ValueError: the measure that counts was not taken.
+            ValueError: the metric that counts is not among them.
         """
-        self._folder.log(step, measures)
-        kept, evaluation = self._settings.kept_best, self._settings.evaluation
-        self.course = self.course.after(step, measures, evaluation, kept=kept)
+        self._directory.log(number, metrics)
+        self.progress = self.progress.after(
+            number, metrics, self._settings.evaluation, kept=self._settings.kept_best
+        )
 
     def close(self) -> None:
-        """The progress bar's line has ended."""
+        """Ends the line of the progress bar."""
         self._bar.close()

@@ -7,27 +7,34 @@ import jax
 
 
 class ProfileWindow:
-    """Traces the steps from the first to the last of a pair into a folder; None traces nothing."""
+    """A trace of the steps from the first to the last of a pair, written into a folder."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path):
-        """Nothing is traced yet."""
-        self._steps, self._folder, self._open = steps, folder, False
+        """Takes the steps to trace; None traces nothing."""
+        self._steps = steps
+        self._folder = folder
+        self._last_step: int | None = None
 
     def before(self, step: int) -> None:
-        """Tracing has begun if this is the first step of the window."""
+        """Begins to trace if this is the first step of the window."""
         if self._steps is not None and step == self._steps[0]:
             jax.profiler.start_trace(str(self._folder))
-            self._open = True
+            self._last_step = self._steps[1]
 
     def after(self, step: int, result: Any) -> None:
-        """Tracing has ended, with `result` there, if this was the last step of the window."""
-        if self._open and step >= self._steps[1]:
+        """Ends the trace if this was the last step of the window.
+
+        Args:
+            step: the one that was dispatched.
+            result: its arrays, which are waited for: the device may still compute them.
+        """
+        if self._last_step is not None and step >= self._last_step:
             jax.block_until_ready(result)
             self.close()
 
     def close(self) -> None:
-        """Nothing is traced; what was is in the folder."""
-        if self._open:
-            self._open = False
+        """Writes the trace, if there is one."""
+        if self._last_step is not None:
+            self._last_step = None
             jax.profiler.stop_trace()
             print(f"profile   {self._folder}")

@@ -1,50 +1,87 @@
-"""How far a long piece of work is."""
+"""The progress of a long piece of work."""
 
 import sys
 import time
+from typing import Any
+
+_BAR_CHARACTERS = 24
+
+# Seconds between two drawings on a terminal, and between two lines elsewhere.
+_REDRAW_SECONDS = 0.1
+_LINE_SECONDS = 2.0
 
 
 class ProgressBar:
-    """A line with a bar, the time left and a text; it rewrites itself on a terminal.
+    """A line with a bar, the time left and a text, which rewrites itself on a terminal.
 
-    Elsewhere (a file, a pipe) it prints plain lines: one at most for every tenth of the work and
-    every few seconds, and one at the end.
+    In a file or a pipe it prints plain lines: at most one for every tenth of the work and every few
+    seconds, and one at the end.
+
+    Not `rich.progress`: it replaces `sys.stdout` and `sys.stderr` while its bar is shown and
+    redraws from a thread, and it has nothing between a bar and silence where output is no terminal.
     """
 
-    def __init__(self, total: int, label: str, *, file=None):
-        """Begin work of `total` units."""
-        self._total, self._label = max(total, 1), label
+    def __init__(self, total: int, label: str, *, file: Any = None):
+        """Begins work of `total` units.
+
+        Args:
+            total: units of work; 0 counts as 1.
+            label: begins the line.
+            file: the text stream to write to; None for stdout.
+        """
+        self._total = max(total, 1)
+        self._label = label
         self._file = file or sys.stdout
+        self._is_terminal = self._file.isatty()
         self._began = time.monotonic()
-        self._live = self._file.isatty()
-        self._tenth, self._drawn, self._open = 0, self._began, False
+        self._drawn = self._began
+        self._tenth = 0
+        self._line_is_open = False
 
     def update(self, done: int, text: str = "") -> None:
-        """Show that `done` units are done."""
+        """Shows that `done` units are done."""
         share = min(done / self._total, 1.0)
-        now = time.monotonic()
-        left = (now - self._began) * (1 - share) / share if share else 0.0
+        elapsed = time.monotonic() - self._began
+        left = elapsed * (1 - share) / share if share else 0.0
         line = f"{self._label} {share:4.0%}  {_clock(left)} left  {text}"
-        if self._live:
-            if not self._open or now - self._drawn > 0.1 or share == 1.0:
-                filled = round(24 * share)
-                bar = "#" * filled + "." * (24 - filled)
-                self._file.write(f"\r[{bar}] {line}\x1b[K")
-                self._drawn, self._open = now, True
-        elif int(10 * share) > self._tenth and (now - self._drawn > 2 or share == 1.0):
-            self._tenth, self._drawn = int(10 * share), now
-            self._file.write(line.rstrip() + "\n")
+        if self._is_terminal:
+            self._redraw(share, line)
+        else:
+            self._print(share, line)
         self._file.flush()
 
+    def _redraw(self, share: float, line: str) -> None:
+        now = time.monotonic()
+        due = now - self._drawn > _REDRAW_SECONDS
+        if self._line_is_open and not due and share < 1.0:
+            return
+        filled = round(_BAR_CHARACTERS * share)
+        bar = "#" * filled + "." * (_BAR_CHARACTERS - filled)
+        # Carriage return before the line, "erase to the end of the line" after it.
+        self._file.write(f"\r[{bar}] {line}\x1b[K")
+        self._drawn = now
+        self._line_is_open = True
+
+    def _print(self, share: float, line: str) -> None:
+        now = time.monotonic()
+        tenth = int(10 * share)
+        due = now - self._drawn > _LINE_SECONDS
+        if tenth > self._tenth and (due or share == 1.0):
+            self._file.write(line.rstrip() + "\n")
+            self._drawn = now
+            self._tenth = tenth
+
     def close(self) -> None:
-        """End the line."""
-        if self._open:
+        """Ends the line."""
+        if self._line_is_open:
             self._file.write("\n")
             self._file.flush()
-            self._open = False
+            self._line_is_open = False
 
 
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    if hours:
+        return f"{hours}:{minutes:02}:{seconds:02}"
+    return f"{minutes}:{seconds:02}"

@@ -1,0 +1,51 @@
+"""Progress on a terminal, and as plain lines elsewhere."""
+
+import io
+
+import pytest
+
+from rwkv7_jax.runs import progress_bar
+from rwkv7_jax.runs.progress_bar import ProgressBar
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds, which the test sets."""
+    now = [0.0]
+    monkeypatch.setattr(progress_bar.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_terminal_gets_one_line_that_is_rewritten(clock):
+    terminal = Terminal()
+    bar = ProgressBar(4, "train", file=terminal)
+    for done in range(1, 5):
+        clock[0] = float(done)
+        bar.update(done, "loss 1")
+    bar.close()
+    drawn = terminal.getvalue()
+    assert drawn.count("\r") == 4 and drawn.count("\n") == 1
+    assert drawn.startswith("\r[######..................] train  25%  0:03 left  loss 1")
+
+
+def test_a_file_gets_a_plain_line_a_tenth_and_every_few_seconds(clock):
+    file = io.StringIO()
+    bar = ProgressBar(100, "train", file=file)
+    for done in range(1, 101):
+        clock[0] = done / 10
+        bar.update(done)
+    bar.close()
+    lines = file.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["21%", "42%", "63%", "84%", "100%"]
+    assert "\r" not in file.getvalue() and "\x1b" not in file.getvalue()
+
+
+def test_nothing_to_do_is_done(clock):
+    file = io.StringIO()
+    ProgressBar(0, "read", file=file).update(1)
+    assert file.getvalue() == "read 100%  0:00 left\n"
