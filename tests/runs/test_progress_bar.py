@@ -37,11 +37,11 @@ def test_a_file_gets_a_plain_line_a_tenth_and_every_few_seconds(clock):
     file = io.StringIO()
     bar = ProgressBar(100, "train", file=file)
     for done in range(1, 101):
-        clock[0] = done / 10
+        clock[0] = done / 8
         bar.update(done)
     bar.close()
     lines = file.getvalue().splitlines()
-    assert [line.split()[1] for line in lines] == ["21%", "42%", "63%", "84%", "100%"]
+    assert [line.split()[1] for line in lines] == ["17%", "34%", "51%", "68%", "85%", "100%"]
     assert "\r" not in file.getvalue() and "\x1b" not in file.getvalue()
 
 
