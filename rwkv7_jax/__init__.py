@@ -1,4 +1,4 @@
-"""RWKV-7 in JAX, with the state as a first-class thing: tuned, observed, saved, served."""
+"""RWKV-7 in JAX, with a first-class state that can be tuned, observed, saved and served."""
 
 from rwkv7_jax import data
 from rwkv7_jax.checkpoints.model_files import load_model, save_model

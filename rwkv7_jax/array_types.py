@@ -1,4 +1,4 @@
-"""The axis letters of every shape in this package, and the aliases used everywhere.
+"""Axis letters of all shapes in this package, and the aliases used everywhere.
 
 B batch, T tokens, L layers, D width, H heads, N head size, `Nk` key channels (columns of a state),
 `Nv` value channels (rows of a state), F feed-forward width, R low rank, C chunk, V vocabulary,
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 # Ids may come straight from the host.
 Tokens = Int[Array | np.ndarray, "B T"]
 
+# The number of tokens of each row that count; the rest of the row is padding on the right.
 Lengths = Int[Array | np.ndarray, " B"]
 
 Activations = Float[Array, "B T D"]
@@ -21,6 +22,6 @@ Heads = Float[Array, "B T H N"]
 
 Logits = Float[Array, "B T V"]
 
-# The inner tree of weights: nested dicts whose paths are the official checkpoint names, `layer_0`
-# apart and the blocks behind it stacked under `layers`.
+# The inner tree of weights: nested dicts whose paths are the official checkpoint names, with the
+# first block under `layer_0` and the other blocks stacked under `layers`.
 Params = dict[str, Any]

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writing: a file appears complete or not at all."""
 
 import contextlib
 import os
@@ -10,18 +10,19 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends well, and vanishes when it fails.
+    """Opens a file that replaces `path` when the block ends, and is deleted when the block fails.
 
     Raises:
         ValueError: the folder of `path` does not exist.
     """
     if not path.parent.is_dir():
-        raise ValueError(f"replacing: the folder of `{path}` does not exist.")
+        raise ValueError(f"atomic_write: the folder of `{path}` does not exist.")
+    # In the same folder: `os.replace` is atomic only within one file system.
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
-        # Temporary files are their owner's alone; a checkpoint is as readable as other files.
+        # Temporary files are readable by their owner alone; other files by everyone.
         Path(partial).chmod(0o644)
         os.replace(partial, path)
     finally:

@@ -56,7 +56,9 @@ class RowText:
             piece += self._detokenizer.push(self._tokenizer.token_bytes(token))
             if self._detokenizer.stopped:
                 break
-        self.settled, left = whole_tokens(self.tokens, self._detokenizer.held, self._tokenizer)
+        self.settled, left = whole_tokens(
+            self.tokens, self._detokenizer.pending_bytes, self._tokenizer
+        )
         if self._detokenizer.stopped:
             self.ended = "stop_string"
             # The stop string began inside a token: other ids spell the bytes in front of it.

@@ -1,4 +1,40 @@
-"""The network. Pure functions and a thin Linen shell; the state goes in and comes back.
+"""The network. Pure functions and a thin Linen shell; the state is passed in and handed back.
 
-Imports kernels, checks and sharding. Knows no file, no loss, no loop.
+Imports kernels, checks and sharding. Knows no file, no loss, no training loop.
 """
+
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.kernel_features import KINDS, Features
+from rwkv7_jax.model.rwkv7 import RECURRENCE, RWKV7, TRACE
+from rwkv7_jax.model.state import (
+    RWKV7State,
+    check_state,
+    init_state,
+    map_linear_leaves,
+    repeat,
+    select,
+    stack,
+    where_rows,
+)
+from rwkv7_jax.model.upscaled_memory import DYNAMICS, MEMORY_FORMS, MemoryForm, Upscaled
+
+__all__ = [
+    "DYNAMICS",
+    "KINDS",
+    "MEMORY_FORMS",
+    "RECURRENCE",
+    "RWKV7",
+    "TRACE",
+    "Features",
+    "MemoryForm",
+    "RWKV7Config",
+    "RWKV7State",
+    "Upscaled",
+    "check_state",
+    "init_state",
+    "map_linear_leaves",
+    "repeat",
+    "select",
+    "stack",
+    "where_rows",
+]

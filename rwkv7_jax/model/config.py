@@ -2,26 +2,36 @@
 
 import dataclasses
 import math
+from typing import Any, NamedTuple
 
 _DTYPES = ("float32", "bfloat16")
 
 _REMAT = ("none", "block")
 
-# Published models: layers, width, then the low ranks of decay, in-context rate, value, gate. The
-# ranks follow no one rule, so they are written out.
+
+class _Preset(NamedTuple):
+    num_layers: int
+    width: int
+    decay_rank: int
+    icl_rank: int
+    value_rank: int
+    gate_rank: int
+
+
+# Published models. Their ranks follow no single rule, so they are written out.
 # Source: the specification's audit of the G1 files; 0.4B in BlinkDL/RWKV-LM@524481d.
 _PRESETS = {
-    "0.1b": (12, 768, 64, 64, 32, 128),
-    "0.4b": (24, 1024, 64, 64, 32, 128),
-    "1.5b": (24, 2048, 96, 96, 64, 256),
-    "2.9b": (32, 2560, 96, 96, 64, 320),
-    "7.2b": (32, 4096, 128, 128, 96, 480),
-    "13.3b": (61, 4096, 192, 192, 128, 384),
+    "0.1b": _Preset(12, 768, 64, 64, 32, 128),
+    "0.4b": _Preset(24, 1024, 64, 64, 32, 128),
+    "1.5b": _Preset(24, 2048, 96, 96, 64, 256),
+    "2.9b": _Preset(32, 2560, 96, 96, 64, 320),
+    "7.2b": _Preset(32, 4096, 128, 128, 96, 480),
+    "13.3b": _Preset(61, 4096, 192, 192, 128, 384),
 }
 
 
 def _rank(factor: float, width: int) -> int:
-    """The rank that BlinkDL's trainer gives a low-rank map of a new model.
+    """Computes the rank that BlinkDL's trainer gives a low-rank map of a new model.
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/model.py:547-563.
     """
@@ -30,7 +40,7 @@ def _rank(factor: float, width: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class RWKV7Config:
-    """An RWKV-7 model's sizes, checked; hashable, so it can be a static argument of `jax.jit`.
+    """The checked sizes of a model; hashable, so it can be a static argument of `jax.jit`.
 
     Sizes left at 0 take the rule of new models: `ffn_width` 4 * `width`, ranks by `width`.
 
@@ -47,14 +57,14 @@ class RWKV7Config:
         norm_eps: epsilon of the layer norms.
         group_norm_eps: epsilon of the per-head norm. 64e-5 in official files, whatever the head
             size; `head_size * norm_eps` in HF folders.
-        dtype: activations, "float32" or "bfloat16". Logits, losses and the WKV state are float32
-            always.
+        dtype: dtype of the activations, "float32" or "bfloat16". Logits, losses and the WKV state
+            are always float32.
         remat: "none", or "block" to recompute each block in the backward pass.
-        implementation: of the WKV op (`pallas_kernels.IMPLEMENTATIONS`), or None for the best there
-            is.
+        implementation: implementation of the WKV op (one of `pallas_kernels.IMPLEMENTATIONS`), or
+            None for the best one available.
 
     Raises:
-        ValueError: a size is no positive integer, or the sizes do not fit each other.
+        ValueError: a size is not a positive integer, or the sizes do not fit each other.
     """
 
     vocab_size: int
@@ -73,7 +83,7 @@ class RWKV7Config:
     implementation: str | None = None
 
     def __post_init__(self):
-        """Fill the sizes left at 0, then check everything."""
+        """Fills in the sizes left at 0, then checks everything."""
         self._check_positive("vocab_size", "num_layers", "width", "head_size")
         defaults = {
             "ffn_width": 4 * self.width,
@@ -84,6 +94,7 @@ class RWKV7Config:
         }
         for name, value in defaults.items():
             if getattr(self, name) == 0:
+                # The dataclass is frozen, also for itself.
                 object.__setattr__(self, name, value)
         self._check_positive(*defaults)
         if self.width % self.head_size:
@@ -102,6 +113,7 @@ class RWKV7Config:
     def _check_positive(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
+            # To Python, True is an int.
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(
                     f"RWKV7Config: `{name}` must be a positive integer; got {value!r}."
@@ -116,16 +128,16 @@ class RWKV7Config:
 
     @property
     def num_heads(self) -> int:
-        """Heads (H)."""
+        """The number of heads (H)."""
         return self.width // self.head_size
 
     @classmethod
-    def preset(cls, name: str, **changes) -> "RWKV7Config":
-        """The config of a published size: "0.1b", "0.4b", "1.5b", "2.9b", "7.2b" or "13.3b".
+    def preset(cls, name: str, **changes: Any) -> "RWKV7Config":
+        """Makes the config of a published size.
 
         Args:
-            name: the size, in any case.
-            **changes: fields that shall differ, such as `dtype="bfloat16"`.
+            name: "0.1b", "0.4b", "1.5b", "2.9b", "7.2b" or "13.3b", in upper or lower case.
+            **changes: fields that differ from the published model, such as `dtype="bfloat16"`.
 
         Raises:
             ValueError: no such size.
@@ -134,14 +146,7 @@ class RWKV7Config:
             raise ValueError(
                 f"RWKV7Config.preset: `name` must be one of {', '.join(_PRESETS)}; got {name!r}."
             )
-        layers, width, decay, icl, value, gate = _PRESETS[name.lower()]
-        sizes = {
-            "vocab_size": 65536,
-            "num_layers": layers,
-            "width": width,
-            "decay_rank": decay,
-            "icl_rank": icl,
-            "value_rank": value,
-            "gate_rank": gate,
-        }
-        return cls(**(sizes | changes))
+        fields: dict[str, Any] = {"vocab_size": 65536}
+        fields.update(_PRESETS[name.lower()]._asdict())
+        fields.update(changes)
+        return cls(**fields)

@@ -1,9 +1,10 @@
-"""What every parameter of a new model starts from.
+"""Initial values of every parameter of a new model.
 
 Each function takes a random key, the block's index (which may be traced: blocks are initialised
-inside a scan) and the config, and gives a float32 array. Source: BlinkDL/RWKV-LM@524481d
-RWKV-v7/train_temp/src/model.py:510-581, 713-723, 892-975, where the second stage overrides the
-constructors; checked there against flash-linear-attention 0.6.0.
+inside a scan) and the config, and returns a float32 array.
+
+Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/model.py:510-581, 713-723, 892-975, where the
+second stage overrides the constructors; checked there against flash-linear-attention 0.6.0.
 """
 
 from collections.abc import Callable
@@ -18,29 +19,31 @@ Initial = Callable[[Array, int | Array, RWKV7Config], Array]
 
 
 def _ramp(config: RWKV7Config) -> Array:
-    """n / (D - 1) for each channel n."""
+    """Computes n / (D - 1) for each channel n."""
     return jnp.linspace(0.0, 1.0, config.width)
 
 
 def _zigzag(config: RWKV7Config) -> Array:
-    """From -1 to 1 inside each head, bent towards zero."""
+    """Computes a ramp from -1 to 1 inside each head, bent towards zero."""
     size = config.head_size
-    side = (jnp.arange(config.width) % size - (size - 1) / 2) / max((size - 1) / 2, 0.5)
+    middle = (size - 1) / 2
+    # At least 0.5: a head of one channel must not divide by zero.
+    side = (jnp.arange(config.width) % size - middle) / max(middle, 0.5)
     return side * jnp.abs(side)
 
 
 def _depth(layer, config: RWKV7Config):
-    """0 at the first block, 1 at the last."""
+    """Computes the relative depth: 0 at the first block, 1 at the last."""
     return layer / max(config.num_layers - 1, 1)
 
 
 def _remaining(layer, config: RWKV7Config):
-    """1 at the first block, falling to 1 / L at the last."""
+    """Computes the remaining depth: 1 at the first block, 1 / L at the last."""
     return 1.0 - layer / config.num_layers
 
 
 def lerp(power: float) -> Initial:
-    """Token-shift coefficients of time mix: 1 - (n / D)^(power * remaining depth)."""
+    """Makes the token-shift coefficients of time mix: 1 - (n / D)^(power * remaining depth)."""
 
     def initial(key, layer, config):
         channel = jnp.arange(config.width) / config.width
@@ -50,60 +53,63 @@ def lerp(power: float) -> Initial:
 
 
 def ffn_lerp(key, layer, config):
-    """Token-shift coefficients of channel mix."""
+    """Computes the token-shift coefficients of channel mix."""
     channel = jnp.arange(config.width) / config.width
     return 1.0 - channel ** (_remaining(layer, config) ** 4)
 
 
 def decay_bias(key, layer, config):
-    """w0: slow decay in the first channels, fast in the last, steeper in deeper blocks."""
+    """Computes w0: slow decay in the first channels, fast in the last, steeper in deeper blocks."""
     ramp = _ramp(config) ** (1.0 + _depth(layer, config) ** 0.3)
     return -6.0 + 6.0 * ramp + 0.5 + 2.5 * _zigzag(config)
 
 
 def icl_bias(key, layer, config):
-    """a0."""
+    """Computes a0."""
     return -0.19 + 0.3 * _zigzag(config) + 0.4 * (_ramp(config) - 0.5)
 
 
 def value_bias(key, layer, config):
-    """v0."""
+    """Computes v0."""
     return 0.73 - 0.4 * (_ramp(config) - 0.5)
 
 
 def removal_scale(key, layer, config):
-    """k_k."""
+    """Computes k_k."""
     return 0.71 - 0.1 * (_ramp(config) - 0.5)
 
 
 def group_norm_weight(key, layer, config):
-    """ln_x.weight, growing with depth."""
+    """Computes ln_x.weight, which grows with depth."""
     return jnp.full((config.width,), 1.0) * ((1 + layer) / config.num_layers) ** 0.7
 
 
 def constant(value: float, *shape: int) -> Initial:
-    """The same number everywhere."""
+    """Makes an initializer of one number everywhere."""
     return lambda key, layer, config: jnp.full(shape, value, jnp.float32)
 
 
 def uniform(limit: float, *shape: int) -> Initial:
-    """Independent draws between -limit and limit."""
+    """Makes an initializer of independent draws between -limit and limit."""
     return lambda key, layer, config: jax.random.uniform(
         key, shape, jnp.float32, minval=-limit, maxval=limit
     )
 
 
 def orthogonal(gain: float, rows: int, columns: int) -> Initial:
-    """A matrix whose rows or columns, whichever are fewer, are orthogonal with norm `gain`."""
+    """Makes an initializer of matrices whose rows are orthogonal with norm `gain`.
+
+    Where there are more rows than columns, it is the columns that are orthogonal.
+    """
     draw = jax.nn.initializers.orthogonal(gain)
     return lambda key, layer, config: draw(key, (rows, columns), jnp.float32)
 
 
 def low_rank_out(rank: int, width: int) -> Initial:
-    """w2, a2, v2, g2: orthogonal and small, larger where the rank exceeds the width."""
+    """Makes w2, a2, v2, g2: orthogonal and small, larger where the rank exceeds the width."""
     return orthogonal(0.1 * max(1.0, (rank / width) ** 0.5), rank, width)
 
 
 def head(vocab_size: int, width: int) -> Initial:
-    """The output projection."""
+    """Makes the output projection."""
     return orthogonal(0.5 * max(1.0, (vocab_size / width) ** 0.5), vocab_size, width)

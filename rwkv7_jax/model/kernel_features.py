@@ -2,6 +2,7 @@
 
 import math
 import typing
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,13 @@ class Features:
     mean: Float[Array, "L B H M"]
     map: Float[Array, "L B H M M"] | None
     kind: str = struct.field(pytree_node=False, default="gaussian")
+
+    # `struct.dataclass` adds this method at run time, where type checkers do not see it.
+    if typing.TYPE_CHECKING:
+
+        def replace(self, **changes: Any) -> "Features":
+            """Returns a copy with other values of some fields."""
+            ...
 
 
 def apply_per_head(

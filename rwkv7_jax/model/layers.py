@@ -9,29 +9,35 @@ from rwkv7_jax.array_types import Activations, Heads, Lengths
 # The largest decay rate: w = exp(-DECAY_RATE * sigmoid(z)) stays above 0.5452.
 DECAY_RATE = 0.6065306597126334  # exp(-1/2)
 
+# The length by which shorter heads are divided instead of by their own.
+_SHORTEST_HEAD = 1e-12
+
 
 def linear(x: Float[Array, "... I"], weight: Float[Array, "O I"]) -> Float[Array, "... O"]:
-    """x W^T in x's dtype; float32 means float32 on every device."""
+    """Computes x W^T in x's dtype; float32 means float32 on every device."""
     return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype), precision=precision(x.dtype))
 
 
 def project(x: Float[Array, "... I"], weight: Float[Array, "I O"]) -> Float[Array, "... O"]:
-    """x W in x's dtype, for the low-rank matrices, which act from the right."""
+    """Computes x W in x's dtype, for the low-rank matrices, which act from the right."""
     return jnp.matmul(x, weight.astype(x.dtype), precision=precision(x.dtype))
 
 
 def precision(dtype) -> str:
-    """Full precision for float32, which GPU and TPU would shorten; one pass for 16-bit operands."""
+    """Returns the precision of products: full for float32, one pass for 16-bit operands.
+
+    Left alone, GPU and TPU would shorten float32 operands to TF32 or bfloat16.
+    """
     return "highest" if dtype == jnp.float32 else "default"
 
 
 def per_channel(vector: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`vector` in x's dtype and rank, to act along x's last axes."""
+    """Brings a vector to x's dtype and rank, so that it acts along x's last axes."""
     return jax.lax.broadcast_to_rank(vector.astype(x.dtype), x.ndim)
 
 
 def standardise(x: Float[Array, "... N"], eps: float) -> Float[Array, "... N"]:
-    """Zero mean, unit variance (biased) over the last axis, in float32."""
+    """Scales to zero mean and unit variance (biased) over the last axis, in float32."""
     wide = x.astype(jnp.float32)
     wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     return wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
@@ -40,40 +46,43 @@ def standardise(x: Float[Array, "... N"], eps: float) -> Float[Array, "... N"]:
 def layer_norm(
     x: Float[Array, "... D"], weight: Float[Array, " D"], bias: Float[Array, " D"], eps: float
 ) -> Float[Array, "... D"]:
-    """Standardised over the last axis, then scaled and shifted; statistics in float32."""
+    """Normalises over the last axis, then scales and shifts; all of it in float32."""
     wide = standardise(x, eps)
     return (wide * per_channel(weight, wide) + per_channel(bias, wide)).astype(x.dtype)
 
 
 def group_norm(y: Heads, weight: Float[Array, " D"], bias: Float[Array, " D"], eps: float) -> Heads:
-    """Each head of each token normalised on its own; the affine part runs over all channels.
+    """Normalises each head of each token on its own; scale and shift run over all channels.
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_demo.py:285.
     """
     wide = standardise(y, eps)
-    weight, bias = (per_channel(u.reshape(y.shape[-2:]), wide) for u in (weight, bias))
-    return (wide * weight + bias).astype(y.dtype)
+    heads = y.shape[-2:]
+    scale = per_channel(weight.reshape(heads), wide)
+    shift = per_channel(bias.reshape(heads), wide)
+    return (wide * scale + shift).astype(y.dtype)
 
 
 def unit_heads(x: Heads) -> Heads:
-    """Every head scaled to length 1; a head shorter than 1e-12 is divided by 1e-12.
+    """Scales every head to length 1; a head shorter than 1e-12 is divided by 1e-12.
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_numpy.py:37 (torch's `normalize`).
     """
     wide = x.astype(jnp.float32)
     square = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))).astype(x.dtype)
+    return (wide * jax.lax.rsqrt(jnp.maximum(square, _SHORTEST_HEAD**2))).astype(x.dtype)
 
 
 def previous_tokens(x: Activations, before: Float[Array, "B D"]) -> Activations:
-    """Each token's predecessor; the first one's is `before`, from the state."""
+    """Shifts by one token; the first one's predecessor is `before`, from the state."""
     return jnp.concatenate([before[:, None].astype(x.dtype), x], axis=1)[:, : x.shape[1]]
 
 
 def last_token(
     x: Activations, before: Float[Array, "B D"], lengths: Lengths | None
 ) -> Float[Array, "B D"]:
-    """The last token that counts of every row; `before` where none does."""
+    """Takes the last token that counts of every row; `before` where none does."""
+    # With `before` in front, position n holds the last of n tokens, also for n = 0.
     both = jnp.concatenate([before[:, None].astype(x.dtype), x], axis=1)
     if lengths is None:
         return both[:, -1]
@@ -81,12 +90,12 @@ def last_token(
 
 
 def lerp(x: Activations, shifted: Activations, coefficient: Float[Array, " D"]) -> Activations:
-    """x where the coefficient is 0, the previous token where it is 1."""
+    """Interpolates: x where the coefficient is 0, the previous token where it is 1."""
     return x + (shifted - x) * per_channel(coefficient, x)
 
 
 def log_decay(z: Float[Array, "..."]) -> Float[Array, "..."]:
-    """log w of the raw decay logit, float32, in (-0.6066, 0).
+    """Computes log w from the raw decay logit, float32, in (-0.6066, 0).
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/cuda/rwkv7_clampw.cu:16,42.
     """
@@ -94,7 +103,7 @@ def log_decay(z: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def head_logits(x: Float[Array, "... D"], weight: Float[Array, "V D"]) -> Float[Array, "... V"]:
-    """Float32 logits of activations, from operands in the activations' dtype."""
+    """Computes float32 logits from operands in the activations' dtype."""
     return jnp.einsum(
         "...d,vd->...v",
         x,

@@ -8,7 +8,7 @@ Source: arXiv 2503.14456, section 4; BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_dem
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -414,12 +414,14 @@ class RWKV7(nn.Module):
         if config.num_layers == 1:
             return x, *stacked
 
-        # v_first is closed over, not carried: a carry would be saved once per layer.
+        # The state and the layer's index are scanned over. v_first is closed over, not carried: a
+        # carry would be saved once per layer.
+        in_axes: Any = (0, 0, nn.broadcast, nn.broadcast)
         scanned = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast),
+            in_axes=in_axes,
             length=config.num_layers - 1,
         )
         other_states = jax.tree.map(lambda leaf: leaf[1:], states)

@@ -7,7 +7,7 @@ B = 1 in a larger batch.
 import operator
 import typing
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,12 @@ class RWKV7State:
     wkv: Float[Array, "L B H Nv Nk"]
     ffn_shift: Float[Array, "L B D"]
     upscaled: Upscaled | None = None
+
+    if typing.TYPE_CHECKING:
+
+        def replace(self, **changes: Any) -> "RWKV7State":
+            """Returns a copy with other values of some fields."""
+            ...
 
     @property
     def batch(self) -> int:
@@ -203,11 +209,19 @@ def _map_batch_upscaled(change: Callable, states: Sequence[RWKV7State]) -> Upsca
         is_shared = leaf.shape[1] != state.batch or state.batch == 1
         return leaf if is_shared else change(leaf, *more)
 
-    memories = [part.upscaled for part in states]
+    memories = _upscaled_of(states)
     upscaled = jax.tree.map(change_own, *memories)
     if state.upscaled.form.has_own_rows:
         upscaled = upscaled.replace(memory=change(*(each.memory for each in memories)))
     return upscaled
+
+
+def _upscaled_of(states: Sequence[RWKV7State]) -> list[Upscaled]:
+    memories = []
+    for state in states:
+        assert state.upscaled is not None, "All states must have an upscaled memory, or none."
+        memories.append(state.upscaled)
+    return memories
 
 
 def repeat(state: RWKV7State, batch: int) -> RWKV7State:
@@ -249,7 +263,7 @@ def map_linear_leaves(change: Callable, state: RWKV7State, *others: RWKV7State) 
     states = (state, *others)
     upscaled = state.upscaled
     if upscaled is not None:
-        memories = [part.upscaled for part in states]
+        memories = _upscaled_of(states)
         upscaled = upscaled.replace(
             memory=change(*(each.memory for each in memories)),
             write=change(*(each.write for each in memories)),

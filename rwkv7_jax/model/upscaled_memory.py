@@ -10,6 +10,7 @@ Source: arXiv 2504.05097, section 3.2 (the kernel method); the additive forms ar
 import abc
 import typing
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from flax import struct
@@ -150,6 +151,7 @@ class PaperMemory(RecurrentMemory):
         self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads, op: Op
     ) -> tuple[Float[Array, "B T H Nv"], Array | None]:
         """Reads the memory and maps its M rows to value channels."""
+        assert upscaled.readout is not None
         y, memory = super().read(upscaled, inputs, icl_rate, op)
         return apply_per_head(upscaled.readout, y), memory
 
@@ -190,6 +192,12 @@ class Upscaled:
     features: Features
     readout: Float[Array, "L B H Nv M"] | None = None
     dynamics: str = struct.field(pytree_node=False, default="static")
+
+    if typing.TYPE_CHECKING:
+
+        def replace(self, **changes: Any) -> "Upscaled":
+            """Returns a copy with other values of some fields."""
+            ...
 
     @property
     def form(self) -> MemoryForm:

@@ -1,4 +1,4 @@
-"""Text from the bytes of tokens: whole characters only, up to the first stop string."""
+"""Text from the bytes of tokens: only complete characters, up to the first stop string."""
 
 import codecs
 from collections.abc import Sequence
@@ -7,77 +7,97 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Vocabulary(Protocol):
-    """What turning ids into text asks of a tokenizer."""
+    """The part of a tokenizer that turning ids into text needs."""
 
     def encode(self, text: str | bytes) -> list[int]:
-        """The ids that spell `text`."""
+        """Encodes a text."""
+        ...
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that one id stands for."""
+        """Returns the bytes of one id."""
+        ...
 
 
 class StreamingDetokenizer:
-    """Bytes go in as they come, text comes out as soon as it is certain.
+    """A decoder that takes bytes as they come and returns text as soon as it is certain.
 
     An incomplete character and the beginning of a possible stop string are held back. The result
-    does not depend on how the bytes were cut: the stop string that is complete first counts, of
-    two that end together the longer one. Bytes that are no UTF-8 become U+FFFD.
+    does not depend on how the bytes were cut: the stop string that is complete first counts, and
+    the longer one of two that end together. Bytes that are not UTF-8 become U+FFFD.
 
     Attributes:
         stopped: a stop string was found; the text ends before it.
-        held: bytes that went in and are not text so far: what may become a stop string, or, once
-            stopped, the stop string and what follows it.
     """
 
     def __init__(self, stop_strings: Sequence[str] = ()):
-        """Nothing has come in."""
+        # A stop string may come from `decode` and contain lone surrogates, which have no UTF-8.
         self._stops = tuple(stop.encode("utf-8", "surrogateescape") for stop in stop_strings)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._pending = b""
         self.stopped = False
 
     @property
-    def held(self) -> int:
-        """See the class."""
+    def pending_bytes(self) -> int:
+        """The number of bytes that are not text so far.
+
+        They may become a stop string or, once stopped, are the stop string and what follows it.
+        """
         return len(self._pending)
 
     def push(self, data: bytes) -> str:
-        """The text that `data` makes certain; empty once stopped."""
+        """Adds bytes and returns the text that they make certain; empty once stopped."""
         self._pending += data
         if self.stopped:
             return ""
-        found = [
-            (at + len(stop), at) for stop in self._stops if (at := self._pending.find(stop)) >= 0
-        ]
-        if found:
+        begin = self._find_stop()
+        if begin is not None:
             self.stopped = True
-            return self._release(min(found)[1], final=True)
+            return self._release(begin, final=True)
         return self._release(len(self._pending) - self._possible_stop(), final=False)
 
     def close(self) -> str:
-        """The rest of the text, when no more bytes will come."""
-        return "" if self.stopped else self._release(len(self._pending), final=True)
+        """Returns the rest of the text, when no more bytes will come."""
+        if self.stopped:
+            return ""
+        return self._release(len(self._pending), final=True)
 
     def _release(self, size: int, *, final: bool) -> str:
-        text, self._pending = self._pending[:size], self._pending[size:]
+        text = self._pending[:size]
+        self._pending = self._pending[size:]
         return self._decoder.decode(text, final)
 
+    def _find_stop(self) -> int | None:
+        """Finds where the stop string begins that ends first, the longer one of two."""
+        ends = []
+        for stop in self._stops:
+            begin = self._pending.find(stop)
+            if begin >= 0:
+                ends.append((begin + len(stop), begin))
+        if not ends:
+            return None
+        _, begin = min(ends)
+        return begin
+
     def _possible_stop(self) -> int:
-        """The length of the longest end of the pending bytes with which a stop string begins."""
+        """Measures the longest end of the pending bytes with which a stop string begins."""
         longest = max(map(len, self._stops), default=1) - 1
         for size in range(min(longest, len(self._pending)), 0, -1):
-            if any(stop.startswith(self._pending[-size:]) for stop in self._stops):
+            end = self._pending[-size:]
+            if any(stop.startswith(end) for stop in self._stops):
                 return size
         return 0
 
 
 def whole_tokens(tokens: Sequence[int], drop: int, vocabulary: Vocabulary) -> tuple[int, int]:
-    """Tokens that stay whole when the last `drop` bytes go, and bytes of the next one that stay.
+    """Counts the tokens that stay whole when the last `drop` bytes are removed.
 
     Args:
-        tokens: ids that spell at least `drop` bytes.
-        drop: bytes to take away from the end.
+        tokens: ids of at least `drop` bytes.
+        drop: bytes to remove from the end.
         vocabulary: the tokenizer.
+
+    Returns:
+        The number of whole tokens, and of bytes that stay of the next one.
     """
     count = len(tokens)
     while drop > 0:

@@ -1,4 +1,4 @@
-"""Text as ids and back: the World vocabulary, and single bytes for small models."""
+"""Text to token ids and back: the World vocabulary, and single bytes for small models."""
 
 import ast
 import functools
@@ -11,29 +11,30 @@ import numpy as np
 
 END_OF_TEXT = 0
 
-# Named outside the class, where `bytes` is one of its constructors.
-Text = str | bytes
-
-Bytes = bytes
-
-_FILE = "rwkv_vocab_v20230424.txt"
+_VOCABULARY_FILE = "rwkv_vocab_v20230424.txt"
 
 _SHA256 = "e6dee3d4e31b4d5c40ac99508ac6c701ceef4bed681bf2167ce9a908552bca89"
 
-# Entries of at least this many bytes are found by their first so many bytes, longest prefix first.
-_PREFIXES = (16, 8, 4, 1)
+# An entry is found by its first bytes: by the longest of these prefix sizes that it has. One table
+# of single first bytes would hold thousands of entries that begin with a space.
+_PREFIX_SIZES = (16, 8, 4, 1)
+
+# For each prefix size, from a prefix to the lengths of the entries that begin with it.
+PrefixTables = list[tuple[int, dict[bytes, tuple[int, ...]]]]
 
 
 def parse_vocabulary(text: str) -> dict[int, bytes]:
-    """The entries of a vocabulary file: each line an id, a Python literal and a byte count.
+    """Parses a vocabulary file: each line is an id, a Python literal and a byte count.
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_vocab_v20230424.txt (the format).
 
     Raises:
-        ValueError: a line is no entry, or its literal has another length than it says.
+        ValueError: a line is not an entry, or its literal has another length than it says.
     """
+    numbers = []
+    literals = []
+    sizes = []
     lines = [line for line in text.splitlines() if line]
-    numbers, literals, sizes = [], [], []
     for row, line in enumerate(lines, 1):
         number, _, rest = line.partition(" ")
         literal, _, size = rest.rpartition(" ")
@@ -42,50 +43,51 @@ def parse_vocabulary(text: str) -> dict[int, bytes]:
         numbers.append(int(number))
         literals.append(literal)
         sizes.append(int(size))
+
     # One literal for the whole list: a parser call for each of 65529 lines would take seconds.
-    entries = ast.literal_eval("[" + ",".join(literals) + "]")
-    entries = [e.encode() if isinstance(e, str) else e for e in entries]
-    for row, (entry, size) in enumerate(zip(entries, sizes, strict=True), 1):
+    values = ast.literal_eval("[" + ",".join(literals) + "]")
+    entries = {}
+    rows = zip(numbers, values, sizes, strict=True)
+    for row, (number, value, size) in enumerate(rows, 1):
+        entry = value.encode() if isinstance(value, str) else value
         if len(entry) != size:
             raise ValueError(f"parse_vocabulary: line {row} says {size} bytes; got {len(entry)}.")
-    return dict(zip(numbers, entries, strict=True))
+        entries[number] = entry
+    return entries
 
 
 class Tokenizer:
     """A vocabulary: `encode` takes the longest entry at every place, `decode` joins entries.
 
     Token 0 is the end of text: it is never encoded, and stands for no bytes. Every single byte is
-    an entry (id = byte + 1), so that any bytes at all survive the way there and back.
+    an entry (id = byte + 1), so any bytes survive encoding and decoding.
     """
 
-    def __init__(self, entries: dict[int, Bytes], *, vocab_size: int, name: str):
-        """A tokenizer of these entries; `world` and `bytes` make the usual ones."""
+    def __init__(self, entries: dict[int, bytes], *, vocab_size: int, name: str):
+        """Makes a tokenizer of these entries; `world` and `bytes` make the usual ones."""
         self.name = name
         self.vocab_size = vocab_size
         self._entries = {END_OF_TEXT: b"", **entries}
         self._ids = {entry: number for number, entry in entries.items()}
         self._longest_entry = max(map(len, entries.values()))
-        self._lengths = _lengths_by_prefix(entries.values()) if name != "bytes" else []
+        # Without tables every byte is an entry of its own.
+        self._tables = _prefix_tables(entries.values()) if name != "bytes" else []
 
     @classmethod
     @functools.cache
     def world(cls) -> "Tokenizer":
-        """The vocabulary of the published World and G1 models: 65529 entries, ids below 65536."""
+        """Loads the vocabulary of the World and G1 models: 65529 entries, ids below 65536."""
         folder = Path(__file__).with_name("vocabulary")
-        raw = lzma.decompress((folder / f"{_FILE}.xz").read_bytes())
+        raw = lzma.decompress((folder / f"{_VOCABULARY_FILE}.xz").read_bytes())
         if hashlib.sha256(raw).hexdigest() != _SHA256:
-            raise ValueError(f"Tokenizer.world: `{_FILE}` is damaged; reinstall the package.")
+            raise ValueError(
+                f"Tokenizer.world: `{_VOCABULARY_FILE}` is damaged; reinstall the package."
+            )
         return cls(parse_vocabulary(raw.decode()), vocab_size=65536, name="world")
 
     @classmethod
-    @functools.cache
-    def bytes(cls) -> "Tokenizer":
-        """Single bytes: id = byte + 1, 257 ids; the first 257 ids of the World vocabulary."""
-        return cls({i + 1: bytes([i]) for i in range(256)}, vocab_size=257, name="bytes")
-
-    @classmethod
     def for_vocabulary(cls, vocab_size: int) -> "Tokenizer":
-        """The tokenizer of a model with so many ids.
+        """Returns the tokenizer of a model with this many ids.
 
         Raises:
             ValueError: neither vocabulary has that size.
@@ -99,8 +101,8 @@ class Tokenizer:
             f"got {vocab_size}."
         )
 
-    def encode(self, text: Text) -> list[int]:
-        """The ids of `text`, the longest entry at every place.
+    def encode(self, text: str | bytes) -> list[int]:
+        """Encodes a text, taking the longest entry at every place.
 
         Raises:
             TypeError: neither str nor bytes.
@@ -118,46 +120,54 @@ class Tokenizer:
             raise TypeError(
                 f"Tokenizer.encode: `text` must be str or bytes; got {type(text).__name__}."
             )
-        if not self._lengths:
+        if not self._tables:
             return (np.frombuffer(text, np.uint8).astype(np.int64) + 1).tolist()
-        return self._longest(bytes(text))
+        return self._encode_longest(bytes(text))
 
-    def _longest(self, text: Bytes) -> list[int]:
-        find, tables, out, place = self._ids.get, self._lengths, [], 0
+    def _encode_longest(self, text: bytes) -> list[int]:
+        # This loop is all that encoding costs: names are looked up outside of it.
+        id_of = self._ids.get
+        tables = self._tables
+        ids = []
+        place = 0
         while place < len(text):
+            token = None
+            # Longer prefixes come first, so the first entry that fits is the longest one.
             for size, table in tables:
                 for length in table.get(text[place : place + size], ()):
-                    token = find(text[place : place + length])
+                    token = id_of(text[place : place + length])
                     if token is not None:
                         break
                 else:
                     continue
-                out.append(token)
+                ids.append(token)
                 place += length
                 break
-        return out
+        return ids
 
-    def encode_chunks(self, chunks: Iterable[Bytes]) -> Iterator[np.ndarray]:
-        """The ids of all chunks joined, as uint16 arrays; one chunk is held at a time.
+    def encode_chunks(self, chunks: Iterable[bytes]) -> Iterator[np.ndarray]:
+        """Encodes all chunks joined, as uint16 arrays; one chunk at a time is in memory.
 
-        A token is certain when as many bytes as the longest entry has are known from its first on.
+        A token is certain once as many bytes as the longest entry has are known from its first
+        byte on; the others wait for the next chunk, with which they may become other tokens.
         """
-        held = b""
+        pending = b""
         for chunk in chunks:
-            # Of `held` more follows: its last tokens may become others.
-            ids, place = self.encode(held), len(held)
-            certain, count = max(place - self._longest_entry, 0), len(ids)
-            while place > certain:
+            ids = self.encode(pending)
+            end = len(pending)
+            count = len(ids)
+            certain = max(end - self._longest_entry, 0)
+            while end > certain:
                 count -= 1
-                place -= len(self._entries[ids[count]])
+                end -= len(self._entries[ids[count]])
             if count:
                 yield np.asarray(ids[:count], np.uint16)
-            held = held[place:] + chunk
-        if held:
-            yield np.asarray(self.encode(held), np.uint16)
+            pending = pending[end:] + chunk
+        if pending:
+            yield np.asarray(self.encode(pending), np.uint16)
 
-    def token_bytes(self, token: int) -> Bytes:
-        """What one id stands for; nothing, for ids of the vocabulary that have no entry.
+    def token_bytes(self, token: int) -> bytes:
+        """Returns the bytes of one id; none for ids of the vocabulary that have no entry.
 
         Raises:
             ValueError: outside the vocabulary.
@@ -169,38 +179,49 @@ class Tokenizer:
             )
         return self._entries.get(token, b"")
 
-    def decode_bytes(self, ids: Iterable[int]) -> Bytes:
-        """The bytes of `ids`.
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Joins the bytes of ids.
 
         Raises:
-            ValueError: an id without an entry; the message has its position.
+            ValueError: an id without an entry; the message gives its position.
         """
         ids = list(ids)
         try:
-            return b"".join([self._entries[i] for i in ids])
+            return b"".join([self._entries[number] for number in ids])
         except KeyError:
-            place = next(n for n, i in enumerate(ids) if i not in self._entries)
+            place = next(n for n, number in enumerate(ids) if number not in self._entries)
             raise ValueError(
                 f"Tokenizer.decode: `ids` must be entries of the {self.name} vocabulary; "
                 f"got {ids[place]} at position {place}."
             ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are no UTF-8 become U+FFFD.
+        """Decodes ids to text; bytes that are not UTF-8 become U+FFFD.
 
         Raises:
-            ValueError: an id without an entry; the message has its position.
+            ValueError: an id without an entry; the message gives its position.
         """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    # The last name in the class: in all annotations above, `bytes` still is the built-in type.
+    @classmethod
+    @functools.cache
+    def bytes(cls) -> "Tokenizer":
+        """Makes the byte vocabulary: id = byte + 1, 257 ids; the first 257 ids of World."""
+        entries = {byte + 1: bytes([byte]) for byte in range(256)}
+        return cls(entries, vocab_size=257, name="bytes")
 
-def _lengths_by_prefix(entries: Iterable[bytes]) -> list[tuple[int, dict[bytes, tuple[int, ...]]]]:
-    """For each prefix size, the lengths (longest first) of the entries that begin with a prefix."""
-    tables: dict[int, dict[bytes, set[int]]] = {size: {} for size in _PREFIXES}
+
+def _prefix_tables(entries: Iterable[bytes]) -> PrefixTables:
+    """Sorts the lengths of entries, longest first, by the prefix by which they are found."""
+    lengths: dict[int, dict[bytes, set[int]]] = {size: {} for size in _PREFIX_SIZES}
     for entry in entries:
-        size = next(size for size in _PREFIXES if len(entry) >= size)
-        tables[size].setdefault(entry[:size], set()).add(len(entry))
-    return [
-        (size, {prefix: tuple(sorted(found, reverse=True)) for prefix, found in table.items()})
-        for size, table in tables.items()
-    ]
+        size = next(size for size in _PREFIX_SIZES if len(entry) >= size)
+        lengths[size].setdefault(entry[:size], set()).add(len(entry))
+    tables = []
+    for size, by_prefix in lengths.items():
+        table = {}
+        for prefix, found in by_prefix.items():
+            table[prefix] = tuple(sorted(found, reverse=True))
+        tables.append((size, table))
+    return tables

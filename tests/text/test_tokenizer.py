@@ -73,7 +73,7 @@ def test_ids_are_those_of_the_official_package_and_of_the_rust_one():
     [WORLD, pytest.param(Tokenizer.bytes(), marks=pytest.mark.slow)],
     ids=["world", "bytes"],
 )
-def test_f11_ten_thousand_random_byte_strings_come_back(tokenizer):
+def test_ten_thousand_random_byte_strings_come_back(tokenizer):
     for data in random_bytes(10_000, seed=2):
         assert tokenizer.decode_bytes(tokenizer.encode(data)) == data
 
