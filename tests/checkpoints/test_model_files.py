@@ -13,12 +13,14 @@ from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
 from rwkv7_jax.checkpoints.param_tree import official_tensors
 from rwkv7_jax.checkpoints.pth import write_pth
 from rwkv7_jax.checkpoints.tensor_files import read_tensors, write_safetensors
+from rwkv7_jax.checkpoints.unused_value_residual import without_unused_value_residual
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 
 HF_CONFIG = dataclasses.replace(CONFIG, group_norm_eps=CONFIG.head_size * CONFIG.norm_eps)
-DUMMIES = ("v0", "v1", "v2")
+# The value residual of block 0, which official files have and no model reads.
+UNUSED = ("v0", "v1", "v2")
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +29,15 @@ def params():
 
 
 def official(params, config=CONFIG) -> dict[str, np.ndarray]:
-    """The flat official dict, vectors of time and channel mix shaped [1, 1, D]."""
-    found = {}
+    """The flat official dict, with the vectors of time and channel mix shaped [1, 1, D]."""
+    tensors = {}
     for name, array in official_tensors(params, config):
-        vector = array.ndim == 1 and not any(s in name for s in ("ln", "emb", "head"))
-        found[name] = array.reshape(1, 1, -1) if vector else array
-    return found
-
-
-def without_dummies(params):
-    att = {k: v for k, v in params["layer_0"]["att"].items() if k not in DUMMIES}
-    return params | {"layer_0": params["layer_0"] | {"att": att}}
+        is_vector = array.ndim == 1
+        is_norm = any(part in name for part in ("ln", "emb", "head"))
+        if is_vector and not is_norm:
+            array = array.reshape(1, 1, -1)
+        tensors[name] = array
+    return tensors
 
 
 @pytest.mark.parametrize("name", ["model.pth", "model.safetensors", "folder"])
@@ -45,17 +45,17 @@ def test_a_round_trip_is_bit_exact(params, tmp_path, name):
     save_model(tmp_path / name, params, CONFIG)
     again, config = load_model(tmp_path / name)
     assert config == CONFIG
-    assert differing(params, without_dummies(again)) == []
+    assert differing(params, without_unused_value_residual(again)) == []
 
 
 def test_pth_to_orbax_to_pth_keeps_every_bit_of_the_first_file(params, tmp_path):
     rng = np.random.default_rng(1)
-    dummies = {
+    unused = {
         "blocks.0.att.v0": rng.normal(size=(1, 1, 64)),
         "blocks.0.att.v1": rng.normal(size=(64, 24)),
         "blocks.0.att.v2": rng.normal(size=(24, 64)),
     }
-    first = official(params) | {n: x.astype(jnp.bfloat16) for n, x in dummies.items()}
+    first = official(params) | {n: x.astype(jnp.bfloat16) for n, x in unused.items()}
     write_pth(tmp_path / "a.pth", first.items())
     save_model(tmp_path / "orbax", *load_model(tmp_path / "a.pth"))
     save_model(tmp_path / "b.pth", *load_model(tmp_path / "orbax"))
@@ -83,7 +83,7 @@ def test_web_rwkv_files_are_half_precision_transposed_and_recognised(params, tmp
     again, config = load_model(tmp_path / "m.st")
     assert config == CONFIG
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), params)
-    assert differing(half, without_dummies(again)) == []
+    assert differing(half, without_unused_value_residual(again)) == []
 
 
 def test_every_format_gives_the_same_fingerprint(params, tmp_path):
@@ -100,16 +100,16 @@ def test_every_format_gives_the_same_fingerprint(params, tmp_path):
     assert model_hash(random_params(seed=1), CONFIG) not in hashes
 
 
-def test_a_file_without_the_dummies_of_block_0_loads_and_gains_zeros(params, tmp_path):
+def test_a_file_without_block_0s_unused_tensors_loads_and_gains_zeros(params, tmp_path):
     write_pth(tmp_path / "a.pth", official(params).items())
     loaded, config = load_model(tmp_path / "a.pth")
-    assert not any(name in loaded["layer_0"]["att"] for name in DUMMIES)
+    assert not any(name in loaded["layer_0"]["att"] for name in UNUSED)
     save_model(tmp_path / "b.pth", loaded, config)
     v1 = read_tensors(tmp_path / "b.pth")["blocks.0.att.v1"]
     assert v1.shape == (64, 24) and not v1.read().any()
 
 
-def test_dummies_do_not_change_the_logits(params, tmp_path):
+def test_the_unused_value_residual_does_not_change_the_logits(params, tmp_path):
     save_model(tmp_path / "a.pth", params, CONFIG)
     loaded, _ = load_model(tmp_path / "a.pth")
     assert "v1" in loaded["layer_0"]["att"]
@@ -253,10 +253,32 @@ def test_saving_never_replaces_a_folder_with_other_files(params, tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
-def test_saving_a_tree_of_other_shapes_names_the_leaf(params, tmp_path):
-    with pytest.raises(ValueError, match=r"`params` must hold head/weight of shape \(75, 64\)"):
-        save_model(tmp_path / "m.pth", params | {"head": {"weight": jnp.zeros((3, 64))}}, CONFIG)
-    assert not (tmp_path / "m.pth").exists()
+@pytest.mark.parametrize(("name", "format"), [("m.pth", None), ("orbax", None), ("hf", "hf")])
+def test_saving_a_tree_of_other_shapes_names_the_leaf(params, tmp_path, name, format):
+    wrong = params | {"head": {"weight": jnp.zeros((3, 64))}}
+    sentence = r"save_model: `params` must hold head/weight of shape \(75, 64\); got \(3, 64\)"
+    with pytest.raises(ValueError, match=sentence):
+        save_model(tmp_path / name, wrong, HF_CONFIG, format=format)
+    assert not (tmp_path / name).exists()
+
+
+def test_a_number_that_half_precision_cannot_hold_is_refused(params, tmp_path):
+    large = params | {"head": {"weight": params["head"]["weight"].at[3, 5].set(1e5)}}
+    sentence = "must be within 65504; got larger ones in head.weight"
+    with pytest.raises(ValueError, match=sentence):
+        save_model(tmp_path / "m.st", large, CONFIG)
+    assert not (tmp_path / "m.st").exists()
+
+
+def test_an_orbax_folder_with_another_config_is_refused(params, tmp_path):
+    save_model(tmp_path / "orbax", params, CONFIG)
+    card = tmp_path / "orbax" / "rwkv7_jax.json"
+    table = json.loads(card.read_text())
+    table["config"]["vocab_size"] = 76
+    card.write_text(json.dumps(table))
+    sentence = r"load_model: `params` must hold emb/weight of shape \(76, 64\); got \(75, 64\)"
+    with pytest.raises(ValueError, match=sentence):
+        load_model(tmp_path / "orbax", allow_nan=True)
 
 
 def test_an_hf_folder_cannot_hold_two_norm_epsilons(params, tmp_path):
@@ -270,13 +292,18 @@ def test_a_single_layer_model_round_trips(tmp_path):
     save_model(tmp_path / "m.pth", params, config)
     again, inferred = load_model(tmp_path / "m.pth")
     assert inferred == config
-    assert differing(params, without_dummies(again)) == []
+    assert differing(params, without_unused_value_residual(again)) == []
 
 
-def test_gradients_go_through_the_same_door(params, tmp_path):
+def test_differences_of_parameters_are_saved_like_parameters(params, tmp_path):
     difference = jax.tree.map(lambda x: x - x, params)
     save_model(tmp_path / "difference.pth", difference, CONFIG)
-    assert differing(difference, without_dummies(load_model(tmp_path / "difference.pth")[0])) == []
+    assert (
+        differing(
+            difference, without_unused_value_residual(load_model(tmp_path / "difference.pth")[0])
+        )
+        == []
+    )
 
 
 def test_torch_loads_our_pth_with_weights_only(params, tmp_path):

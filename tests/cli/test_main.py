@@ -66,6 +66,17 @@ def test_bad_input_is_one_line_and_exit_code_2(words, sentence, capsys):
     assert captured.err == f"rwkv7: {sentence}\n"
 
 
+def test_the_module_gives_its_exit_code_to_the_shell():
+    done = subprocess.run(
+        [sys.executable, "-m", "rwkv7_jax.cli", "inspect", "none.pth"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "rwkv7: load_model: `none.pth` does not exist.\n"
+
+
 def test_a_closed_pipe_is_quiet(model):
     reader, writer = os.pipe()
     os.close(reader)

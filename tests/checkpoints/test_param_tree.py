@@ -1,0 +1,207 @@
+"""Named tensors and the parameter tree: the table of names, inferred sizes, bit-exact copies."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from random_checkpoints import CONFIG, differing, random_params
+
+from rwkv7_jax.checkpoints import tensor_names
+from rwkv7_jax.checkpoints.param_tree import (
+    build_tree,
+    check_names,
+    check_params,
+    infer_config,
+    is_finite,
+    official_tensors,
+    tree_path,
+)
+from rwkv7_jax.checkpoints.tensor_names import Tensor
+from rwkv7_jax.checkpoints.unused_value_residual import unused_value_residual_shapes
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import init_state
+
+SINGLE_LAYER = dataclasses.replace(CONFIG, num_layers=1)
+CONFIGS = {
+    "three layers": CONFIG,
+    "two layers": dataclasses.replace(CONFIG, num_layers=2),
+    "one layer": SINGLE_LAYER,
+    "heads of 64": RWKV7Config(vocab_size=20, num_layers=2, width=128, head_size=64),
+}
+
+
+def initialized_shapes(config):
+    """Shapes of what `model.init` makes, by path in the tree."""
+
+    def init(key):
+        return RWKV7(config).init(key, jnp.zeros((1, 1), jnp.int32), init_state(config))["params"]
+
+    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(init, jax.random.key(0)))
+    return {tuple(key.key for key in path): leaf.shape for path, leaf in leaves}
+
+
+def listed_shapes(config):
+    """Shapes of the table of names, stacked as the tree stacks them."""
+    shapes = {}
+    for name, shape in tensor_names.shapes(config).items():
+        path = tree_path(name)
+        shapes[path] = (config.num_layers - 1, *shape) if path[0] == "layers" else shape
+    return shapes
+
+
+def tensors_of(params, config, *, wrap=lambda array: array):
+    """A file's tensors in memory."""
+    tensors = {}
+    for name, array in official_tensors(params, config):
+        array = wrap(array)
+        tensors[name] = Tensor(array.shape, array.dtype, lambda array=array: array)
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params()
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_the_table_of_names_lists_exactly_what_the_model_initializes(config):
+    assert listed_shapes(config) == initialized_shapes(config)
+
+
+def test_every_name_has_an_hf_name_of_its_own_that_leads_back():
+    names = list(tensor_names.shapes(CONFIG))
+    hf = {tensor_names.to_hf(name): name for name in names}
+    assert len(hf) == len(names)
+    tensors = {name: Tensor((2, 2), np.dtype(np.float32), lambda: np.eye(2)) for name in hf}
+    assert set(tensor_names.from_hf(tensors)) == set(names)
+
+
+def test_only_block_0_has_an_unused_value_residual():
+    unused = unused_value_residual_shapes(CONFIG)
+    assert set(unused) == {"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"}
+    assert not set(unused) & set(tensor_names.shapes(CONFIG))
+    # Their shapes are those that other blocks' have.
+    for name, shape in unused.items():
+        assert tensor_names.shapes(CONFIG)[name.replace("blocks.0", "blocks.1")] == shape
+
+
+def test_blocks_after_the_first_are_stacked_in_their_order(params):
+    tensors = dict(official_tensors(params, CONFIG))
+    for layer in (1, 2):
+        stacked = params["layers"]["att"]["w1"][layer - 1]
+        np.testing.assert_array_equal(tensors[f"blocks.{layer}.att.w1"], stacked)
+    first = params["layer_0"]["att"]["w1"]
+    np.testing.assert_array_equal(tensors["blocks.0.att.w1"], first)
+
+
+def test_a_tree_comes_back_from_its_tensors_bit_for_bit(params):
+    tree = build_tree(tensors_of(params, CONFIG), CONFIG, "a file")
+    assert differing(tree, params) == []
+
+
+def test_arrays_of_the_tree_do_not_change_with_the_file(params):
+    """JAX may use a buffer of NumPy's as it is, so it must be one of the tree's own."""
+    arrays = {name: np.array(array) for name, array in official_tensors(params, CONFIG)}
+    tensors = {n: Tensor(x.shape, x.dtype, lambda x=x: x) for n, x in arrays.items()}
+    tree = build_tree(tensors, CONFIG, "a file")
+    for array in arrays.values():
+        array[...] = 0
+    assert differing(tree, params) == []
+
+
+def test_progress_ends_with_all_bytes(params):
+    calls = []
+    tensors = tensors_of(params, CONFIG)
+    build_tree(tensors, CONFIG, "a file", progress=lambda done, total: calls.append((done, total)))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert calls[-1] == (size, size)
+    assert calls == sorted(calls)
+
+
+def test_a_dtype_that_is_asked_for_is_the_dtype_of_every_leaf(params):
+    tree = build_tree(tensors_of(params, CONFIG), CONFIG, "a file", dtype="float32")
+    assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_sizes_are_inferred_from_shapes_alone(config):
+    def refuse():
+        raise AssertionError("a number was read")
+
+    tensors = {}
+    for name, shape in tensor_names.accepted_shapes(config).items():
+        tensors[name] = Tensor(shape, np.dtype(np.float32), refuse)
+    assert infer_config(tensors, "a file") == config
+    check_names(tensors, config, "a file")
+
+
+def test_the_norms_epsilon_of_an_hf_folder_tells_that_of_the_heads():
+    shapes = tensor_names.shapes(CONFIG).items()
+    tensors = {n: Tensor(s, np.dtype(np.float32), lambda: np.zeros(())) for n, s in shapes}
+    config = infer_config(tensors, "a file", norm_eps=1e-4)
+    assert config.norm_eps == 1e-4
+    assert config.group_norm_eps == CONFIG.head_size * 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "sentence"),
+    [
+        ("emb.weight", None, "is not an RWKV-7 checkpoint: it has no emb.weight"),
+        ("emb.weight", (75,), r"has emb.weight of shape \(75,\), not a matrix"),
+        ("blocks.0.att.w1", (64, 0), r"has blocks.0.att.w1 of shape \(64, 0\), not a matrix"),
+        ("blocks.999999999.att.w1", (64, 8), "has blocks.999999999 but 4 blocks"),
+    ],
+)
+def test_sizes_that_cannot_be_inferred_are_one_sentence(params, name, shape, sentence):
+    tensors = tensors_of(params, CONFIG)
+    tensors.pop(name, None)
+    if shape is not None:
+        tensors[name] = Tensor(shape, np.dtype(np.float32), lambda: np.zeros(shape))
+    with pytest.raises(ValueError, match=sentence):
+        infer_config(tensors, "a file")
+
+
+def test_tensors_of_integers_are_a_difference(params):
+    tensors = tensors_of(params, CONFIG)
+    integers = np.zeros((75, 64), np.int32)
+    tensors["head.weight"] = Tensor((75, 64), integers.dtype, lambda: integers)
+    with pytest.raises(ValueError, match=r"1 differences(.|\n)*head.weight.*int32"):
+        check_names(tensors, CONFIG, "a file")
+
+
+def test_a_tree_of_integers_is_refused_as_a_file_of_integers_is(params):
+    integers = params | {"head": {"weight": jnp.zeros((75, 64), jnp.int32)}}
+    with pytest.raises(TypeError, match="`params` must be floating-point; got head/weight int32"):
+        check_params(integers, CONFIG)
+
+
+def test_a_tree_with_a_further_leaf_is_refused(params):
+    more = params | {"extra": {"weight": jnp.zeros(3)}}
+    with pytest.raises(ValueError, match="leaves alone; got extra/weight too"):
+        check_params(more, CONFIG)
+
+
+def test_a_tree_that_lacks_a_leaf_is_refused(params):
+    less = {name: leaf for name, leaf in params.items() if name != "ln_out"}
+    with pytest.raises(ValueError, match=r"must hold ln_out/weight of shape \(64,\); got None"):
+        check_params(less, CONFIG)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(dtype, value):
+    # Longer than one of the pieces in which the bits are compared.
+    array = np.ones((1 << 20) + 7, np.dtype(dtype))
+    largest = ml_dtypes.finfo(array.dtype).max
+    array[3] = largest
+    array[4] = -largest
+    assert is_finite(array)
+    for place in (0, 1 << 20, -1):
+        spoiled = array.copy()
+        spoiled[place] = value
+        assert not is_finite(spoiled)
