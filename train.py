@@ -94,10 +94,31 @@ def set_up(settings: Settings, folder: RunDirectory) -> Run:
         settings=settings,
         mode=mode,
         learning_rate=learning_rate,
-        tx=mode.wrap_optimizer(tx),
+        tx=mode.decorrelator.wrap(tx),
         identity=identity,
         mesh=sharding.make_data_mesh(mode.rows_per_step),
     )
+
+
+def restore_or_init(run: Run, folder: RunDirectory) -> tuple[TrainState, RunProgress]:
+    """Restores the newest checkpoint, or makes the first state where there is none.
+
+    Neither way keeps a second copy of the trainables or of their moments alive.
+    """
+
+    def create(trainables: Any) -> TrainState:
+        return TrainState.create(trainables, run.tx)
+
+    def init() -> TrainState:
+        # `create` copies; donated, the trainables become the copy.
+        state = jax.jit(create, donate_argnums=0)(run.mode.init_trainables())
+        # A restored state is bound to its device; a new one, too, so that both run one program.
+        return sharding.replicate(None, state)
+
+    abstract = jax.eval_shape(create, run.mode.abstract_trainables)
+    state, progress = restore_and_broadcast(folder, abstract, run.identity, init)
+    run.mode.release_initial()
+    return state, progress
 
 
 def describe(run: Run, state: TrainState, progress: RunProgress) -> None:
@@ -209,9 +230,7 @@ def train(settings: Settings, folder: RunDirectory, stop: StopSignals) -> None:
         run = set_up(settings, folder)
         mode = run.mode
         mesh = run.mesh
-        # A restored state is bound to its device; a fresh one, too, so that both run one program.
-        fresh = sharding.replicate(None, TrainState.create(mode.init_trainables(), run.tx))
-        state, course = restore_and_broadcast(folder, fresh, run.identity, lambda: fresh)
+        state, course = restore_or_init(run, folder)
         number = start = int(state.step)
         describe(run, state, course)
         state = sharding.replicate(mesh, state)
@@ -220,7 +239,7 @@ def train(settings: Settings, folder: RunDirectory, stop: StopSignals) -> None:
     step = make_train_step(
         mode.loss,
         run.tx,
-        statistics=mode.statistics,
+        statistics=mode.decorrelator.statistics,
         accumulate=settings.optimizer.accumulate,
         mesh=mesh,
     )

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_programs import MODEL, SMALLEST, train_here
+from run_programs import MODEL, train_here
+from smallest_runs import MODES, STEPS, mode_settings
 from tiny_models import lively
 
 from rwkv7_jax.checkpoints.model_files import save_model
@@ -17,56 +18,12 @@ from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.runs.exit_codes import Stopped
 from rwkv7_jax.runs.input_pipeline import InputPipeline
 from rwkv7_jax.runs.modes.state_tuning import StateMode
-from rwkv7_jax.runs.settings import read_settings
 from rwkv7_jax.test_time.rollouts import PolicyBatch
 
 # Runs as users have them: signatures are looked at elsewhere.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]
-STEPS = 5
 TIMES = ("seconds", "tokens_per_second", "tokens_per_second_per_device", "waiting_share")
 TIMES += ("compile_seconds", "process_peak_mib")
-TASK = {"data.path": "task:mapping", "data.length": 24, "data.batch_size": 2}
-STEER = {"data.path": "task:steer", "test_time.tokens": 6, "test_time.prompts": 2}
-STEER |= {"test_time.group": 4, "evaluation.length": 40}
-HALF = {"observer.model": {"head_size": 8}}
-MODES = {
-    "pretrain": {"optimizer.weight_decay": 0.1},
-    "state": TASK | {"tuning.anchor": 1.0, "tuning.anchor_path": "task:facts-8"},
-    "upscaled_state": TASK | {"tuning.decorrelate": "dbp", "upscaling.rows": 4},
-    "observer": TASK
-    | {"observer.least": 4, "observer.most": 8, "observer.model": {"head_size": 8}},
-    "grpo": STEER,
-    "expert": STEER | {"test_time.method": "expert"},
-    "distil": STEER | {"test_time.method": "distil", "test_time.keep": "all"},
-    "context": TASK | {"test_time.method": "context"},
-}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A model of one layer."""
-    path = tmp_path_factory.mktemp("base") / "model.pth"
-    config = RWKV7Config(**MODEL)
-    save_model(path, lively(config), config)
-    return path
-
-
-def settings_of(mode: str, base: Path, **changes):
-    """The smallest run of a mode."""
-    flat = dict(SMALLEST) | {"mode": mode, "steps": STEPS, "save_every": 2, "log_every": 1}
-    flat |= {"optimizer.learning_rate": 0.05, "evaluation.every": 2, "evaluation.patience": 9}
-    flat |= MODES[mode] | {name.replace("__", "."): value for name, value in changes.items()}
-    if mode != "pretrain":
-        flat = {name: v for name, v in flat.items() if not name.startswith("model.")}
-        flat |= {"init": str(base)}
-    if mode in ("grpo", "expert", "distil", "context"):
-        flat |= {"mode": "test_time", "test_time.traces": 8, "test_time.guide": str(base)}
-        flat |= {"test_time.context": str(Path(__file__))}
-    nested: dict = {}
-    for name, value in flat.items():
-        group, _, key = name.rpartition(".")
-        (nested.setdefault(group, {}) if group else nested)[key] = value
-    return read_settings(nested)
 
 
 def stopped_at(monkeypatch, step: int):
@@ -90,10 +47,10 @@ def ended(folder: Path) -> tuple[dict, list[dict]]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_f2_a_run_stopped_by_a_signal_goes_on_as_if_it_had_not_been(
-    tmp_path, base, mode, monkeypatch, capsys
+    tmp_path, base_model, mode, monkeypatch, capsys
 ):
     # Behind step 2 an evaluation is due, which the signal ends and the continuation makes up for.
-    settings, stop = settings_of(mode, base), 3 if mode in ("pretrain", "grpo") else 2
+    settings, stop = mode_settings(mode, base_model), 3 if mode in ("pretrain", "grpo") else 2
     train_here(settings, tmp_path / "one")
     with monkeypatch.context() as patches:
         stopped_at(patches, stop)
@@ -108,13 +65,13 @@ def test_f2_a_run_stopped_by_a_signal_goes_on_as_if_it_had_not_been(
 
 
 def test_a_step_whose_groups_are_all_alike_moves_nothing_not_even_by_momentum(
-    tmp_path, base, monkeypatch
+    tmp_path, base_model, monkeypatch
 ):
     drawn = PolicyBatch.uniform.fget
     counts = iter(range(100))
     uniform = property(lambda made: next(counts) >= 2 or drawn(made))
     monkeypatch.setattr(PolicyBatch, "uniform", uniform)
-    train_here(settings_of("grpo", base, keep=9, save_every=1), tmp_path)
+    train_here(mode_settings("grpo", base_model, keep=9, save_every=1), tmp_path)
     leaves = []
     for step in range(1, STEPS + 1):
         place = tmp_path / "checkpoints" / str(step) / "record" / "metadata"
@@ -127,11 +84,11 @@ def test_a_step_whose_groups_are_all_alike_moves_nothing_not_even_by_momentum(
     assert all("loss_nats" not in row and np.isfinite(row["learning_rate"]) for row in idle)
 
 
-def test_f17_other_data_or_another_base_is_refused_before_anything_compiles(tmp_path, base):
+def test_f17_other_data_or_another_base_is_refused_before_anything_compiles(tmp_path, base_model):
     text = tmp_path / "text.txt"
     text.write_text("one two three four five six seven " * 40)
     changes = {"data__path": str(text), "steps": 1, "evaluation__patience": 0}
-    settings = settings_of("state", base, data__evaluation="task:mapping", **changes)
+    settings = mode_settings("state", base_model, data__evaluation="task:mapping", **changes)
     train_here(settings, tmp_path / "run")
     with pytest.raises(ValueError, match="holds a run whose `seed` is 0; got 1"):
         train_here(dataclasses.replace(settings, seed=1), tmp_path / "run")
@@ -140,30 +97,36 @@ def test_f17_other_data_or_another_base_is_refused_before_anything_compiles(tmp_
         train_here(settings, tmp_path / "run")
     text.write_text("one two three four five six seven " * 40)
     config = RWKV7Config(**MODEL)
-    before = base.read_bytes()
-    save_model(base, lively(config, seed=1), config)
+    before = base_model.read_bytes()
+    save_model(base_model, lively(config, seed=1), config)
     try:
         with pytest.raises(ValueError, match=r"whose `weights of init` is [0-9a-f]{16}; got"):
             train_here(settings, tmp_path / "run")
     finally:
-        base.write_bytes(before)
+        base_model.write_bytes(before)
 
 
-def test_a_run_that_is_good_enough_ends_early_and_some_steps_are_profiled(tmp_path, base, capsys):
+def test_a_run_that_is_good_enough_ends_early_and_some_steps_are_profiled(
+    tmp_path, base_model, capsys
+):
     changes = {"evaluation__measure": "held_out_accuracy", "evaluation__enough": 0.0}
-    train_here(settings_of("pretrain", base, steps=9, profile_steps="1:2"), tmp_path / "one")
+    train_here(
+        mode_settings("pretrain", base_model, steps=9, profile_steps="1:2"), tmp_path / "one"
+    )
     assert list((tmp_path / "one" / "profile").rglob("*.xplane.pb"))
-    train_here(settings_of("pretrain", base, steps=9, **changes), tmp_path / "two")
+    train_here(mode_settings("pretrain", base_model, steps=9, **changes), tmp_path / "two")
     assert "ends early at step 0: held_out_accuracy reached" in capsys.readouterr().out
 
 
-def test_with_patience_the_result_is_the_best_steps(tmp_path, base, monkeypatch, capsys):
+def test_with_patience_the_result_is_the_best_steps(tmp_path, base_model, monkeypatch, capsys):
     def ended_with(values, folder, **changes):
         left = iter(values)
         monkeypatch.setattr(
             StateMode, "evaluate", lambda mode, params: {"held_out_nats": next(left)}
         )
-        train_here(settings_of("state", base, evaluation__every=1, **changes), tmp_path / folder)
+        train_here(
+            mode_settings("state", base_model, evaluation__every=1, **changes), tmp_path / folder
+        )
         return (tmp_path / folder / "state.pth").read_bytes()
 
     expected = ended_with([5.0, 3.0], "short", steps=1, evaluation__patience=0)

@@ -2,22 +2,21 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from optax import GradientTransformation
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash
 from rwkv7_jax.checkpoints.state_files import save_state
-from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
+from rwkv7_jax.optim.decorrelation import Decorrelator
 from rwkv7_jax.runs.datasets import TrainingData
 from rwkv7_jax.runs.evaluators import PredictionEvaluator, retention_paths
 from rwkv7_jax.runs.input_pipeline import BatchSource, PrefetchedBatches
@@ -45,8 +44,8 @@ class TrainingMode(abc.ABC):
         tokenizer: of the model's vocabulary.
         frozen: the weights that the run reads and never changes; None where weights are trained.
         loss: of trainables and a batch.
-        statistics: of trainables and a batch, for an optimizer that needs them; None where it does
-            not.
+        decorrelator: wraps the run's optimizer in what the mode needs around it.
+        abstract_trainables: shapes and dtypes of the trainables, without their numbers.
     """
 
     # What a step's gradients are of, where a step is one pass of one model. None for modes whose
@@ -57,7 +56,12 @@ class TrainingMode(abc.ABC):
     tokenizer: Tokenizer
     frozen: Params | None = None
     loss: Loss
-    statistics: Callable[[Any, Batch], Any] | None = None
+    decorrelator: Decorrelator = Decorrelator(wrap=lambda tx: tx)
+    abstract_trainables: Any
+
+    # Made while setting up, by modes that learn the shapes only by making them. Nothing here may
+    # keep trainables alive during the run: they would cost a copy of the weights.
+    _initial: Any = None
 
     def __init__(self, settings: Settings, folder: Path):
         """Loads what the mode works with.
@@ -72,6 +76,7 @@ class TrainingMode(abc.ABC):
         self.settings = settings
         self.folder = folder
         self.set_up()
+        self.abstract_trainables = self._describe_trainables()
         self._retention = [
             self.prediction_evaluator(name, path)
             for name, path in retention_paths(settings.evaluation.retention).items()
@@ -82,7 +87,7 @@ class TrainingMode(abc.ABC):
         """Loads the model and the data and makes the loss; called once, by the constructor."""
 
     @abc.abstractmethod
-    def init_trainables(self) -> Any:
+    def make_trainables(self) -> Any:
         """Makes the trainables that a new run starts from; the same bits at every call."""
 
     @abc.abstractmethod
@@ -143,9 +148,23 @@ class TrainingMode(abc.ABC):
         flops = flops_per_token(self.model.config)
         return flops.training if self.gradients_of == "weights" else flops.state
 
-    def wrap_optimizer(self, tx: GradientTransformation) -> GradientTransformation:
-        """Wraps the run's optimizer in what the mode needs around it."""
-        return tx
+    def init_trainables(self) -> Any:
+        """Hands over the trainables that a new run starts from; the caller alone holds them."""
+        initial = self._initial
+        self._initial = None
+        return self.make_trainables() if initial is None else initial
+
+    def release_initial(self) -> None:
+        """Frees trainables that were made while setting up and that nobody has taken."""
+        self._initial = None
+
+    def _describe_trainables(self) -> Any:
+        """Gives the shapes and dtypes of the trainables, by tracing where none have been made."""
+        if self._initial is None:
+            return jax.eval_shape(self.make_trainables)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._initial
+        )
 
     def describe_memory(self, held: int, *, devices: int = 1) -> str:
         """Describes one step's memory on one device: what is held and, where known, the total.
@@ -252,7 +271,7 @@ class StateTuningMode(TrainingMode):
         )
         self.tokenizer = Tokenizer.for_vocabulary(self.model.config.vocab_size)
 
-    def init_trainables(self) -> RWKV7State:
+    def make_trainables(self) -> RWKV7State:
         """Makes a state of zeros, in float32 whatever the model computes in."""
         zeros = init_state(self.model.config)
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), zeros)

@@ -6,16 +6,18 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import model_hash
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
 from rwkv7_jax.observer.evaluation import evaluate_handover
 from rwkv7_jax.observer.files import save_observer
 from rwkv7_jax.observer.loss import observer_loss
-from rwkv7_jax.observer.observer import init_observer, propose, state_moments
+from rwkv7_jax.observer.observer import Observer, init_observer, propose, state_moments
 from rwkv7_jax.observer.prompt_splits import add_prompt_splits
 from rwkv7_jax.runs.datasets import held_out
 from rwkv7_jax.runs.input_pipeline import BatchSource, PrefetchedBatches
@@ -44,12 +46,8 @@ class ObserverMode(DatasetMode):
         )
         teacher = self.model.config
         self.tokenizer = Tokenizer.for_vocabulary(teacher.vocab_size)
-        config = self._observer_config(teacher)
+        self._observer = Observer(RWKV7(self._observer_config(teacher)), teacher)
         self.open_data()
-        text = self.data.calibration_text(settings.upscaling.rows)
-        bias = state_moments(self.model, self.frozen, text).mean
-        key = jax.random.key(settings.seed)
-        self._observer, self._initial = init_observer(config, teacher, key, bias=bias)
         self.loss = observer_loss(
             self._observer,
             self.model,
@@ -91,9 +89,20 @@ class ObserverMode(DatasetMode):
             most=most,
         )
 
-    def init_trainables(self) -> Params:
-        """Gives the weights of a new observer."""
-        return self._initial
+    def make_trainables(self) -> Params:
+        """Makes the weights of a new observer, which proposes the teacher's mean state."""
+        text = self.data.calibration_text(self.settings.upscaling.rows)
+        bias = state_moments(self.model, self.frozen, text).mean
+        return self._init_observer(bias)
+
+    def _init_observer(self, bias: Float[Array, "L H Nv Nk"] | None = None) -> Params:
+        config = self._observer.model.config
+        key = jax.random.key(self.settings.seed)
+        return init_observer(config, self.model.config, key, bias=bias)[1]
+
+    def _describe_trainables(self) -> Params:
+        """Gives the shapes and dtypes, without measuring the teacher's states."""
+        return jax.eval_shape(self._init_observer)
 
     def trained_count(self, trainables: Params) -> int:
         """Counts the observer's weights."""

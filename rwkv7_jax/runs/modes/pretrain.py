@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import save_model
+from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
-from rwkv7_jax.runs.modes.base import DatasetMode, count, load_or_init
+from rwkv7_jax.runs.modes.base import DatasetMode, count, init_weights, load_or_init, new_model
 from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.training.losses import pretrain_loss
 
@@ -21,21 +22,30 @@ class PretrainMode(DatasetMode):
     def set_up(self) -> None:
         """Loads or makes the weights and opens the data."""
         settings = self.settings
-        self.model, params = load_or_init(
-            settings.init,
-            settings.model,
-            seed=settings.seed,
-            allow_nan=settings.allow_nan,
-        )
-        self._initial = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+        if settings.init:
+            self.model, params = self._load()
+            self._initial = _in_float32(params)
+        else:
+            self.model = new_model(settings.model)
         self.tokenizer = Tokenizer.for_vocabulary(self.model.config.vocab_size)
         self.loss = pretrain_loss(self.model, l2wrap=settings.optimizer.l2wrap)
         self.open_data()
         self._held_out = self.prediction_evaluator("held_out")
 
-    def init_trainables(self) -> Params:
-        """Gives the weights in float32."""
-        return self._initial
+    def _load(self) -> tuple[RWKV7, Params]:
+        settings = self.settings
+        return load_or_init(
+            settings.init,
+            settings.model,
+            seed=settings.seed,
+            allow_nan=settings.allow_nan,
+        )
+
+    def make_trainables(self) -> Params:
+        """Makes new weights, or reads the checkpoint's; in float32."""
+        if self.settings.init:
+            return _in_float32(self._load()[1])
+        return _in_float32(init_weights(self.model, self.settings.seed))
 
     def trained_count(self, trainables: Params) -> int:
         """Counts all weights."""
@@ -58,3 +68,7 @@ class PretrainMode(DatasetMode):
         path = folder / "model.pth"
         save_model(path, trainables, self.model.config)
         return path
+
+
+def _in_float32(params: Params) -> Params:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)

@@ -1,14 +1,14 @@
 """The modes that tune a start state or an upscaled state on text."""
 
+import dataclasses
+
 import jax
-import optax
 
 from rwkv7_jax.model.state import RWKV7State
-from rwkv7_jax.optim.decorrelation import decorrelate
 from rwkv7_jax.runs.modes.base import DatasetMode, StateTuningMode
-from rwkv7_jax.tuning.read_statistics import state_statistics
+from rwkv7_jax.tuning.read_statistics import state_decorrelator
 from rwkv7_jax.tuning.state_tuning import LEAVES, state_loss, trainable_mask
-from rwkv7_jax.tuning.upscaling import upscale
+from rwkv7_jax.tuning.upscaling import resolve_features, upscale
 
 
 class StateMode(DatasetMode, StateTuningMode):
@@ -36,13 +36,15 @@ class StateMode(DatasetMode, StateTuningMode):
             anchor=settings.tuning.anchor,
             l2wrap=settings.optimizer.l2wrap,
         )
-        if self._decorrelation_mode() is not None:
-            self.statistics = state_statistics(
-                self.model,
-                self.frozen,
-                leaves=self.leaves,
-                rows=settings.decorrelation.rows,
-            )
+        self._initial = self.make_trainables()
+        self.decorrelator = state_decorrelator(
+            self.model,
+            self.frozen,
+            self._initial,
+            leaves=self.leaves,
+            method=settings.tuning.decorrelate,
+            **dataclasses.asdict(settings.decorrelation),
+        )
 
     def tuned_leaves(self) -> tuple[str, ...]:
         """Names the tuned leaves: the WKV state, and the token-shift states where asked for."""
@@ -58,78 +60,37 @@ class StateMode(DatasetMode, StateTuningMode):
         """Measures how well the held-out rows are predicted from the tuned state."""
         return self._held_out(self.frozen, trainables)
 
-    def wrap_optimizer(self, tx: optax.GradientTransformation) -> optax.GradientTransformation:
-        """Lets the optimizer see the tuned leaves alone, decorrelated where that is asked for."""
-        start = self.init_trainables()
-        mask = trainable_mask(start, self.leaves)
-        mode = self._decorrelation_mode()
-        if mode is None:
-            return optax.masked(tx, mask)
-        decorrelation = self.settings.decorrelation
-        # Token-shift states are vectors that nothing reads linearly over many tokens.
-        matrices = tuple(leaf for leaf in self.leaves if leaf in ("wkv", "memory"))
-        read = trainable_mask(start, matrices)
-        if read.upscaled is not None:
-            read = read.replace(upscaled=read.upscaled.replace(write=False))
-        decorrelated = decorrelate(
-            tx,
-            mode=mode,
-            mask=read,
-            rate=decorrelation.rate,
-            balance=decorrelation.balance,
-            iterations=decorrelation.iterations,
-            damping=decorrelation.damping,
-            average=decorrelation.average,
-        )
-        return optax.masked(decorrelated, mask)
-
-    def _decorrelation_mode(self) -> str | None:
-        """Names the mode of `decorrelate`, or gives None where it is off."""
-        decorrelate_by = self.settings.tuning.decorrelate
-        if decorrelate_by == "dbp":
-            return "online"
-        # Features of a memory are whitened once, when it is made, and not by the optimizer.
-        if decorrelate_by == "whiten" and "memory" not in self.leaves:
-            return "whiten"
-        return None
-
 
 class UpscaledStateMode(StateMode):
     """Tunes a memory read through kernel features; the start state itself stays zero."""
 
     result_name = "state.safetensors"
 
-    def set_up(self) -> None:
-        """Loads the frozen model, opens the data and fits the features."""
-        super().set_up()
-        self._initial = self._fit_features()
-
     def tuned_leaves(self) -> tuple[str, ...]:
         """Names the memory, the only tuned leaf."""
         return ("memory",)
 
-    def init_trainables(self) -> RWKV7State:
-        """Gives a state of zeros with an empty memory."""
-        return self._initial
-
-    def _fit_features(self) -> RWKV7State:
+    def make_trainables(self) -> RWKV7State:
+        """Makes a state of zeros with an empty memory, its features fitted to the run's text."""
         settings = self.settings.upscaling
-        literal = settings.dynamics.startswith("replace")
-        whiten = self.settings.tuning.decorrelate == "whiten" and not literal
-        prepare = settings.prepare or ("whiten" if whiten else "none")
-        widths = settings.widths
-        if not widths:
-            widths = (1.0,) if prepare == "none" else (1.0, 4.0, 16.0)
+        features = resolve_features(
+            settings.dynamics,
+            kind=settings.kind,
+            prepare=settings.prepare,
+            widths=settings.widths,
+            # Without it, DBP learns the decorrelation while tuning.
+            whiten=self.settings.tuning.decorrelate == "whiten",
+        )
         upscaled = upscale(
             self.model,
             self.frozen,
             self.data.calibration_text(settings.rows),
             size=settings.size,
             dynamics=settings.dynamics,
-            kind=settings.kind,
             landmarks=settings.landmarks,
-            widths=widths,
-            prepare=prepare,
+            kind=features.kind,
+            prepare=features.prepare,
+            widths=features.widths,
             seed=self.settings.seed,
         ).upscaled
-        return super().init_trainables().replace(upscaled=upscaled)
+        return super().make_trainables().replace(upscaled=upscaled)

@@ -1,0 +1,91 @@
+"""Arrays that are alive during a run: a continued run holds what a new one does, in every mode."""
+
+import gc
+import time
+
+import jax
+import pytest
+from run_programs import train_here
+from smallest_runs import MODES, mode_settings
+
+from rwkv7_jax.runs.input_pipeline import InputPipeline
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]
+
+# A run that goes on from step 2 has as many unwritten metrics at step 5 as a new one.
+RESUMED_STEP = 2
+MEASURED_STEP = 5
+# Long enough for the thread that makes batches ahead to fill its queue.
+SETTLE_SECONDS = 0.5
+
+
+def live_buffers() -> dict[int, int]:
+    """Gives the size of each live buffer on the first device, by its address."""
+    device = jax.local_devices()[0]
+    buffers = {}
+    for array in jax.live_arrays():
+        for shard in array.addressable_shards:
+            if shard.device == device:
+                buffers[shard.data.unsafe_buffer_pointer()] = shard.data.nbytes
+    return buffers
+
+
+def measure(monkeypatch, settings, folder) -> tuple[int, int]:
+    """Runs train.py and gives the live bytes of the run and those of its trained parameters."""
+    gc.collect()
+    # Held until the end: an address that is freed could be taken by an array of the run.
+    earlier_arrays = jax.live_arrays()
+    earlier = set(live_buffers())
+    measured = []
+    original = InputPipeline.__call__
+
+    def measuring(pipeline, step, params):
+        if step == MEASURED_STEP:
+            time.sleep(SETTLE_SECONDS)
+            gc.collect()
+            buffers = live_buffers()
+            new = sum(buffers[address] for address in buffers.keys() - earlier)
+            measured.append((new, sum(leaf.nbytes for leaf in jax.tree.leaves(params))))
+        return original(pipeline, step, params)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(InputPipeline, "__call__", measuring)
+        train_here(settings, folder)
+    del earlier_arrays
+    return measured[0]
+
+
+def quiet_settings(mode, base_model, **changes):
+    """Makes the settings of a run that saves and evaluates nothing on its way."""
+    return mode_settings(
+        mode,
+        base_model,
+        save_every=0,
+        evaluation__every=0,
+        evaluation__patience=0,
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_continued_run_holds_as_many_bytes_as_a_new_one(tmp_path, base_model, mode, monkeypatch):
+    short = quiet_settings(mode, base_model, steps=RESUMED_STEP)
+    long = quiet_settings(mode, base_model, steps=MEASURED_STEP + 1)
+    train_here(short, tmp_path / "continued")
+    new, _ = measure(monkeypatch, long, tmp_path / "new")
+    continued, _ = measure(monkeypatch, long, tmp_path / "continued")
+    assert continued == new
+
+
+@pytest.mark.parametrize("continued", [False, True], ids=["new", "continued"])
+@pytest.mark.parametrize("init", [False, True], ids=["new weights", "from a checkpoint"])
+def test_training_with_adamw_holds_three_times_the_weights(
+    tmp_path, base_model, monkeypatch, continued, init
+):
+    changes = {"init": str(base_model)} if init else {}
+    short = quiet_settings("pretrain", base_model, steps=RESUMED_STEP, **changes)
+    long = quiet_settings("pretrain", base_model, steps=MEASURED_STEP + 1, **changes)
+    if continued:
+        train_here(short, tmp_path)
+    held, weights = measure(monkeypatch, long, tmp_path)
+    assert 3 * weights <= held <= 3.1 * weights
