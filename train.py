@@ -18,6 +18,7 @@ import optax
 from absl import flags
 
 from rwkv7_jax import sharding
+from rwkv7_jax.evaluation.metric import Metric
 from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.optim.optimizer import build_optimizer, group_table, learning_rate_schedule
 from rwkv7_jax.runs import compilation_cache, config_flags, multihost, process
@@ -150,14 +151,14 @@ def describe(run: Run, state: TrainState, progress: RunProgress) -> None:
     print(f"resume    from step {start}{best}", flush=True)
 
 
-def evaluate(run: Run, state: TrainState, folder: RunDirectory) -> dict[str, float]:
+def evaluate(run: Run, state: TrainState, folder: RunDirectory) -> dict[str, Metric]:
     """Measures the trainables on held-out data and prints sample text."""
     mode = run.mode
     sample = run.settings.sample
     step = int(state.step)
     params = sharding.local_replica(run.mesh, state.params)
     metrics = mode.evaluate(params)
-    line = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    line = "  ".join(f"{name} {metric.value:.4f}" for name, metric in metrics.items())
     print(f"step {step}  {line}", flush=True)
     for prompt in sample.prompts:
         out = generate(
@@ -194,9 +195,9 @@ def look_and_save(
         alone = stop.interruptible() if jax.process_count() == 1 else contextlib.nullcontext()
         with log.paused(), contextlib.suppress(Stopped), alone:
             log.log_evaluation(number, evaluate(run, state, folder))
-    early = (
-        log.progress.ended_early(settings.evaluation) if log.progress.evaluated == number else ""
-    )
+    early = None
+    if log.progress.evaluated == number:
+        early = log.progress.stop_reason(settings.evaluation)
     if early and not last:
         print(f"ends early at step {number}: {early}")
     ends = bool(last or early or stop.should_stop())

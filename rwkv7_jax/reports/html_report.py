@@ -16,6 +16,7 @@ from typing import Any
 
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.data.jsonl import read_log
+from rwkv7_jax.evaluation.metric import log_name
 from rwkv7_jax.reports.metric_writers import JSONL, merged
 from rwkv7_jax.reports.svg_charts import Mark, Points, line_chart
 from rwkv7_jax.reports.system_info import lines
@@ -23,8 +24,8 @@ from rwkv7_jax.reports.system_info import lines
 # Charts that hold several numbers: title, names, logarithmic. Every other number has its own.
 _CHARTS = (
     ("loss (nats per token)", r"^(loss_nats|loss)$", False),
-    ("bits per byte", r"_bits_per_byte$", False),
-    ("accuracy", r"_accuracy$", False),
+    ("bits per byte", log_name("", "bits_per_byte") + "$", False),
+    ("accuracy", log_name("", "accuracy") + "$", False),
     ("gradient norm", r"^grad_norm$", True),
 )
 

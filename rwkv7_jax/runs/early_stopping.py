@@ -1,6 +1,6 @@
-"""What a run knows of itself beside what it trains: evaluations, updates gone wrong.
+"""The progress of a run besides its trainables: evaluations, and updates that were not finite.
 
-All of it is in every checkpoint, so that a run which was killed decides as the unbroken one does.
+All of it is in every checkpoint, so that a run which was killed decides as an unbroken one does.
 """
 
 import dataclasses
@@ -8,24 +8,24 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from rwkv7_jax.evaluation.metric import Metric, logged_metric
 from rwkv7_jax.runs.settings import EvaluationSettings
-
-# How the names of measures end of which less is better; of others more is.
-_LESS_IS_BETTER = ("bits_per_byte", "nats", "perplexity")
 
 
 @dataclasses.dataclass(frozen=True)
 class RunProgress:
-    """Where a run stands.
+    """The progress of a run, as its checkpoints hold it.
 
     Attributes:
         evaluated: the step of the last evaluation; -1 before the first.
-        measure: the name of what counts in evaluations.
+        measure: the name of the metric that decides; "" before the first evaluation.
         waited: evaluations since the best one.
-        best: pairs of the measure and its step, the best first; as many as are kept, at least one.
+        best: pairs of the metric's value and its step, the best first; as many as are kept, and at
+            least one.
         bad: updates in a row that were not finite.
     """
 
+    # These names are keys in checkpoints.
     evaluated: int = -1
     measure: str = ""
     waited: int = 0
@@ -34,60 +34,77 @@ class RunProgress:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "RunProgress":
-        """The course that `dataclasses.asdict` made these fields of."""
+        """Reads the fields that `dataclasses.asdict` gave and JSON stored."""
         best = tuple((value, step) for value, step in fields["best"])
         return cls(**{**fields, "best": best})
 
-    def after(
-        self, step: int, measures: Mapping[str, float], evaluation: EvaluationSettings, *, kept: int
+    def with_evaluation(
+        self,
+        step: int,
+        metrics: Mapping[str, Metric],
+        evaluation: EvaluationSettings,
+        *,
+        kept: int,
     ) -> "RunProgress":
-        """The course after the evaluation of a step.
+        """Gives the progress after the evaluation of a step.
 
         Args:
-            step: which.
-            measures: what was measured, by name.
-            evaluation: says which measure counts.
+            step: of the evaluation.
+            metrics: of the evaluation, by name.
+            evaluation: says which metric decides.
             kept: how many best steps are remembered.
 
         Raises:
-            ValueError: the measure that counts was not taken.
+            ValueError: the metric that decides is not among them.
         """
-        name = measure_of(measures, evaluation)
-        value = measures.get(name, math.nan)
-        if math.isnan(value):
+        name = deciding_metric(metrics, evaluation)
+        metric = metrics.get(name)
+        if metric is None or math.isnan(metric.value):
             return dataclasses.replace(self, evaluated=step, measure=name, waited=self.waited + 1)
-        sign = 1 if name.endswith(_LESS_IS_BETTER) else -1
-        ranked = sorted([*self.best, (value, step)], key=lambda pair: (sign * pair[0], pair[1]))
-        waited = 0 if ranked[0][1] == step else self.waited + 1
-        best = tuple(ranked[: max(kept, 1)])
-        return dataclasses.replace(self, evaluated=step, measure=name, waited=waited, best=best)
+        sign = -1 if metric.higher_is_better else 1
+        # Of equal values the earlier step is the better one.
+        ranked = sorted(
+            [*self.best, (metric.value, step)],
+            key=lambda pair: (sign * pair[0], pair[1]),
+        )
+        is_best = ranked[0][1] == step
+        return dataclasses.replace(
+            self,
+            evaluated=step,
+            measure=name,
+            waited=0 if is_best else self.waited + 1,
+            best=tuple(ranked[: max(kept, 1)]),
+        )
 
     def best_steps(self, kept: int) -> tuple[int, ...]:
-        """The steps whose checkpoints stay because they measured best."""
+        """Lists the best steps, whose checkpoints are kept."""
         return tuple(step for _, step in self.best[:kept])
 
-    def ended_early(self, evaluation: EvaluationSettings) -> str:
-        """Why the run ends before its last step; empty if it does not."""
+    def stop_reason(self, evaluation: EvaluationSettings) -> str | None:
+        """Tells why the run ends before its last step; None if it does not."""
         if evaluation.patience and self.waited >= evaluation.patience:
             value, step = self.best[0] if self.best else (math.nan, 0)
             return f"no better than {value:.4g} of step {step} in {self.waited} evaluations"
-        if evaluation.enough is not None and self.best and self.waited == 0:
-            value, step = self.best[0]
-            less = self.measure.endswith(_LESS_IS_BETTER)
-            if value <= evaluation.enough if less else value >= evaluation.enough:
-                return f"{self.measure} reached {value:.4g}"
-        return ""
+        if evaluation.enough is None or not self.best or self.waited:
+            return None
+        # A checkpoint holds the metric's name and not its unit.
+        metric = logged_metric(self.measure, self.best[0][0])
+        if metric.higher_is_better:
+            reached = metric.value >= evaluation.enough
+        else:
+            reached = metric.value <= evaluation.enough
+        return f"{self.measure} reached {metric.value:.4g}" if reached else None
 
 
-def measure_of(measures: Mapping[str, float], evaluation: EvaluationSettings) -> str:
-    """The name of the measure that counts: the one that is named, or the first.
+def deciding_metric(metrics: Mapping[str, Metric], evaluation: EvaluationSettings) -> str:
+    """Names the metric that decides: `config.evaluation.measure`, or the first; "" without any.
 
     Raises:
         ValueError: the named one is not among them.
     """
-    if evaluation.measure and evaluation.measure not in measures:
+    if evaluation.measure and evaluation.measure not in metrics:
         raise ValueError(
-            f"`config.evaluation.measure` must be one of {', '.join(measures)}; "
+            f"`config.evaluation.measure` must be one of {', '.join(metrics)}; "
             f"got {evaluation.measure!r}."
         )
-    return evaluation.measure or next(iter(measures), "")
+    return evaluation.measure or next(iter(metrics), "")

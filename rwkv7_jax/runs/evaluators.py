@@ -2,6 +2,7 @@
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.data.sources import TaskSource, parse_sources
+from rwkv7_jax.evaluation.metric import Metric, log_name
 from rwkv7_jax.evaluation.scoring import score, score_answers
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
@@ -41,13 +42,14 @@ class PredictionEvaluator:
         self._batch = held_out(data, evaluation, tokenizer, seed=seed, path=path)
         self._is_task = isinstance(held_out_source(data, path), TaskSource)
 
-    def __call__(self, weights: Params, start: RWKV7State) -> dict[str, float]:
+    def __call__(self, weights: Params, start: RWKV7State) -> dict[str, Metric]:
         """Measures a model and its start state."""
         if self._is_task:
             answers = score_answers(self._model, weights, start, self._batch)
-            return {f"{self._name}_accuracy": answers.accuracy}
+            return {log_name(self._name, "accuracy"): Metric.of(answers.accuracy, "accuracy")}
         text = score(self._model, weights, start, self._batch, self._tokenizer)
-        return {f"{self._name}_bits_per_byte": text.bits_per_byte}
+        bits = Metric.of(text.bits_per_byte, "bits_per_byte")
+        return {log_name(self._name, "bits_per_byte"): bits}
 
 
 def retention_paths(retention: str) -> dict[str, str]:

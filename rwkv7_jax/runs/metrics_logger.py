@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from rwkv7_jax.data.batch import Batch
+from rwkv7_jax.evaluation.metric import Metric
 from rwkv7_jax.reports.system_info import peak_memory
 from rwkv7_jax.runs.compilation_cache import CompileClock
 from rwkv7_jax.runs.early_stopping import RunProgress
@@ -201,7 +202,7 @@ class MetricsLogger:
             "config.tuning.alpha below 1 or add an anchor"
         )
 
-    def log_evaluation(self, number: int, metrics: Mapping[str, float]) -> None:
+    def log_evaluation(self, number: int, metrics: Mapping[str, Metric]) -> None:
         """Logs an evaluation, and notes whether it is the best so far.
 
         Args:
@@ -211,8 +212,8 @@ class MetricsLogger:
         Raises:
             ValueError: the metric that counts is not among them.
         """
-        self._directory.log(number, metrics)
-        self.progress = self.progress.after(
+        self._directory.log(number, {name: metric.value for name, metric in metrics.items()})
+        self.progress = self.progress.with_evaluation(
             number, metrics, self._settings.evaluation, kept=self._settings.kept_best
         )
 

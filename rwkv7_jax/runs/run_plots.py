@@ -3,14 +3,13 @@
 import math
 from typing import Any
 
+from rwkv7_jax.evaluation.metric import SHARES, unit_of
 from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.reports import plots as pictures
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.state_tuning import StateMode, UpscaledStateMode
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.tuning.state_arithmetic import singular_values
-
-_SHARES = ("accuracy", "reward")
 
 
 def draw(folder: RunDirectory, mode: TrainingMode, trained: Any) -> None:
@@ -23,7 +22,7 @@ def draw(folder: RunDirectory, mode: TrainingMode, trained: Any) -> None:
     lines |= _points(rows, "held_out_bits_per_byte", "held out (bits per byte)")
     shares = {}
     if "held out (bits per byte)" not in lines:
-        names = dict.fromkeys(name for row in rows for name in row if name.endswith(_SHARES))
+        names = dict.fromkeys(name for row in rows for name in row if unit_of(name) in SHARES)
         for name in list(names)[:4]:
             shares |= _points(rows, name, name.replace("_", " "))
     pictures.curves(folder.path / "loss.png", lines, x="step", y="bits", shares=shares)

@@ -14,6 +14,7 @@ from tiny_models import lively
 
 from rwkv7_jax.checkpoints.model_files import save_model
 from rwkv7_jax.checkpoints.state_files import load_state
+from rwkv7_jax.evaluation.metric import Metric
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.runs.exit_codes import Stopped
 from rwkv7_jax.runs.input_pipeline import InputPipeline
@@ -122,7 +123,9 @@ def test_with_patience_the_result_is_the_best_steps(tmp_path, base_model, monkey
     def ended_with(values, folder, **changes):
         left = iter(values)
         monkeypatch.setattr(
-            StateMode, "evaluate", lambda mode, params: {"held_out_nats": next(left)}
+            StateMode,
+            "evaluate",
+            lambda mode, params: {"held_out_nats": Metric.of(next(left), "nats")},
         )
         train_here(
             mode_settings("state", base_model, evaluation__every=1, **changes), tmp_path / folder

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash
 from rwkv7_jax.checkpoints.state_files import save_state
+from rwkv7_jax.evaluation.metric import Metric
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
@@ -119,7 +120,7 @@ class TrainingMode(abc.ABC):
         """
 
     @abc.abstractmethod
-    def held_out_metrics(self, trainables: Any) -> dict[str, float]:
+    def held_out_metrics(self, trainables: Any) -> dict[str, Metric]:
         """Measures trainables on the run's held-out data, by the metrics' names."""
 
     @abc.abstractmethod
@@ -185,7 +186,7 @@ class TrainingMode(abc.ABC):
         )
         return f"{text}, about {need.total / 2**20:,.0f} MiB in all"
 
-    def evaluate(self, trainables: Any) -> dict[str, float]:
+    def evaluate(self, trainables: Any) -> dict[str, Metric]:
         """Measures trainables on held-out data and on what they must not forget.
 
         The held-out metrics come first. `config.evaluation.retention` adds one metric for each of

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import model_hash
 from rwkv7_jax.data.batch import Batch
+from rwkv7_jax.evaluation.metric import Metric, log_name
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
@@ -124,15 +125,16 @@ class ObserverMode(DatasetMode):
         for step, batch in enumerate(self.data.batches(start_step=start_step), start_step):
             yield self._split_prompts(batch, step)
 
-    def held_out_metrics(self, trainables: Params) -> dict[str, float]:
+    def held_out_metrics(self, trainables: Params) -> dict[str, Metric]:
         """Measures what the teacher makes of held-out continuations, by where it starts from."""
         prompts = np.asarray(self._held_out.tokens)[:, :-1]
         proposal = propose(self._observer, trainables, prompts, self._held_out.split)
         handover = evaluate_handover(self.model, self.frozen, proposal, self._held_out)
-        metrics: dict[str, float] = {}
-        for name, log_name in _LOG_NAMES.items():
-            metrics[f"{log_name}_accuracy"] = handover[name].accuracy
-            metrics[f"{log_name}_nats"] = handover[name].nats
+        metrics: dict[str, Metric] = {}
+        for name, subject in _LOG_NAMES.items():
+            answers = handover[name]
+            metrics[log_name(subject, "accuracy")] = Metric.of(answers.accuracy, "accuracy")
+            metrics[log_name(subject, "nats")] = Metric.of(answers.nats, "nats")
         return metrics
 
     def save(self, folder: Path, trainables: Params) -> Path:

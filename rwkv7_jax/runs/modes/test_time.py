@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash
 from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.data.readers import documents
+from rwkv7_jax.evaluation.metric import Metric, log_name
 from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
@@ -51,7 +52,7 @@ class ContextMode(DatasetMode, StateTuningMode):
         context = digest_of(self.settings.test_time.context, None)
         return {**self.data.digests(), "context": context}
 
-    def held_out_metrics(self, trainables: RWKV7State) -> dict[str, float]:
+    def held_out_metrics(self, trainables: RWKV7State) -> dict[str, Metric]:
         """Measures how well the held-out rows are predicted from the tuned state."""
         return self._held_out(self.frozen, trainables)
 
@@ -128,7 +129,7 @@ class TestTimeMode(StateTuningMode):
     def _prompts_at(self, step: int) -> list[list[int]]:
         return self._questions.prompts(step, self.settings.test_time.prompts)
 
-    def held_out_metrics(self, trainables: RWKV7State) -> dict[str, float]:
+    def held_out_metrics(self, trainables: RWKV7State) -> dict[str, Metric]:
         """Measures the mean reward of the most probable answers to held-out questions."""
         reward, _ = held_out_reward(
             self.model,
@@ -138,7 +139,7 @@ class TestTimeMode(StateTuningMode):
             self._reward,
             tokens=self.settings.test_time.tokens,
         )
-        return {"held_out_reward": reward}
+        return {log_name("held_out", "reward"): Metric.of(reward, "reward")}
 
     def input_digests(self) -> dict[str, str]:
         """Hashes the questions."""

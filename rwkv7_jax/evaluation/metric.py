@@ -1,0 +1,67 @@
+"""Metrics with their units, and the names that logs give them."""
+
+import dataclasses
+from typing import Literal, get_args
+
+Unit = Literal["bits_per_byte", "nats", "perplexity", "accuracy", "reward"]
+
+UNITS: tuple[Unit, ...] = get_args(Unit)
+
+_HIGHER_IS_BETTER: dict[Unit, bool] = {
+    "bits_per_byte": False,
+    "nats": False,
+    "perplexity": False,
+    "accuracy": True,
+    "reward": True,
+}
+
+# Units of numbers between 0 and 1 (a reward usually is one), which share an axis.
+SHARES: tuple[Unit, ...] = ("accuracy", "reward")
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """One number that an evaluator measured.
+
+    Attributes:
+        value: the number.
+        unit: what it counts.
+        higher_is_better: which of two values is the better one.
+    """
+
+    value: float
+    unit: Unit
+    higher_is_better: bool
+
+    @classmethod
+    def of(cls, value: float, unit: Unit) -> "Metric":
+        """Makes a metric of which the unit says what is better."""
+        return cls(float(value), unit, _HIGHER_IS_BETTER[unit])
+
+
+def log_name(subject: str, unit: Unit) -> str:
+    """Names a metric in logs and settings, such as "held_out_accuracy"."""
+    return f"{subject}_{unit}"
+
+
+def unit_of(name: str) -> Unit | None:
+    """Reads the unit off a name in a log; None for numbers that no evaluator made.
+
+    Logs and checkpoints hold names and values alone. Readers of them ask here, and nowhere else
+    does a name say what a number means.
+    """
+    for unit in UNITS:
+        if name.endswith(unit):
+            return unit
+    return None
+
+
+def logged_metric(name: str, value: float) -> Metric:
+    """Makes the metric that a log or a checkpoint holds under a name.
+
+    A number without a known unit counts as a score, of which more is better.
+    """
+    unit = unit_of(name)
+    if unit is None:
+        return Metric(value, "reward", higher_is_better=True)
+    return Metric.of(value, unit)
