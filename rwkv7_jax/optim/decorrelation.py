@@ -12,7 +12,7 @@ Source: arXiv 2405.02385 (R learnt online); arXiv 2504.05097 (used for RWKV-7's 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,8 @@ __all__ = [
 MODES = ("online", "exact", "whiten")
 
 # The modes by the words that settings use for them; None trains without decorrelation.
-METHODS = {"none": None, "dbp": "online", "whiten": "whiten"}
+Method = Literal["none", "dbp", "whiten"]
+METHODS: dict[Method, str | None] = {"none": None, "dbp": "online", "whiten": "whiten"}
 
 
 class DecorrelationState(NamedTuple):

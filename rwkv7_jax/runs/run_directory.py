@@ -2,7 +2,6 @@
 
 import abc
 import contextlib
-import dataclasses
 import json
 import tempfile
 import time
@@ -24,7 +23,7 @@ from rwkv7_jax.runs.resume.checkpointer import Checkpoints
 from rwkv7_jax.runs.resume.run_identity import Identity, flat_settings, require_same_run
 from rwkv7_jax.runs.resume.step_directories import step_numbers
 from rwkv7_jax.runs.run_lock import RunLock
-from rwkv7_jax.runs.settings import Settings
+from rwkv7_jax.runs.settings import Settings, as_config
 from rwkv7_jax.training.train_step import TrainState
 
 _BAD_BATCHES = "bad_batches.jsonl"
@@ -138,7 +137,7 @@ class OwnedRunDirectory(RunDirectory):
         require_same_run(self.path, was, flat_settings(settings))
 
     def _write_settings(self, settings: Settings) -> None:
-        text = json.dumps(dataclasses.asdict(settings), indent=1)
+        text = json.dumps(as_config(settings), indent=1)
         with atomic_write(self.path / "settings.json") as file:
             file.write(f"{text}\n".encode())
 

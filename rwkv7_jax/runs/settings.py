@@ -1,25 +1,41 @@
-"""The groups of settings of a run, each a frozen dataclass with its defaults."""
+"""The groups of settings of a run, each a frozen dataclass with its defaults.
+
+Inside the program an absent value is None. Config files and run folders spell some of them "", 0 or
+(), which older runs hold and users type; `read_settings` and `as_config` convert between the two.
+The reader is ours because a library would not say `config.optimizer.learnig_rate` is no setting,
+nor name the nearest one.
+"""
 
 import dataclasses
 import difflib
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-from rwkv7_jax.data.choices import ON_BAD, ORDERS, PACKINGS
+from rwkv7_jax.data.choices import OnBad, Order, Packing
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.optim.decorrelation import Method as DecorrelationMethod
+
+Mode = Literal["pretrain", "state", "upscaled_state", "observer", "test_time"]
+
+TestTimeMethod = Literal["grpo", "distil", "expert", "context"]
+
+
+def _absent(spelling: Any) -> Any:
+    """Makes a field that is None by default, which config files may also spell otherwise."""
+    return dataclasses.field(default=None, metadata={"absent": spelling})
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    """What is read.
+    """The data of a run.
 
     Attributes:
         path: a .jsonl file of texts, questions with answers or conversations (see
-            `conversations`), a text file, a folder of these, a built-in corpus, or a .bin file that
+            `data.jsonl`), a text file, a folder of these, a built-in corpus, or a .bin file that
             `rwkv7 data` or RWKV's tools made of them; several with commas; or a synthetic task such
-            as "task:copy" (see `tasks`).
+            as "task:copy" (see `data.synthetic_tasks`).
         held_out: share of the documents kept for evaluation, chosen by a hash of their bytes; of a
             single document its end.
         batch_size: rows of a batch, on all hosts together.
@@ -37,15 +53,31 @@ class DataSettings:
     held_out: float = 0.05
     batch_size: int = 8
     length: int = 512
-    on_bad: str = "error"
-    packing: str = "stream"
-    order: str = "shuffled"
-    evaluation: str = ""
+    on_bad: OnBad = "error"
+    packing: Packing = "stream"
+    order: Order = "shuffled"
+    evaluation: str | None = _absent("")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
-    """How trainables move; see `optim.build`."""
+    """The optimizer of the trainables; see `optim.optimizer`.
+
+    Attributes:
+        kind: "adamw" or "muon".
+        learning_rate: the highest one, after the warm-up.
+        final_learning_rate: the one of the last step, under schedules that fall.
+        schedule: "cosine", "linear", "wsd" or "constant"; see `learning_rate_schedule`.
+        warmup_steps: updates of the warm-up.
+        weight_decay: of the groups that decay.
+        clip: largest norm of the gradient; None for no limit.
+        b1, b2, eps: of Adam.
+        l2wrap: weight of RWKV's penalty on the largest logit.
+        accumulate: pieces in which a batch is computed.
+        decorrelate: of mode "pretrain": "none", "dbp" (decorrelated backpropagation of the blocks'
+            projections) or "whiten" (once, from the first batch). It costs a second forward pass
+            over `config.decorrelation.rows` rows.
+    """
 
     kind: str = "adamw"
     learning_rate: float = 6e-4
@@ -59,11 +91,12 @@ class OptimizerSettings:
     eps: float = 1e-18
     l2wrap: float = 0.0
     accumulate: int = 1
+    decorrelate: DecorrelationMethod = "none"
 
 
 @dataclasses.dataclass(frozen=True)
 class TuningSettings:
-    """What the modes that tune a state add.
+    """The settings of the modes that tune a state.
 
     Attributes:
         leaves: "wkv", or "all" to tune the token-shift states as well; an upscaled state tunes its
@@ -72,13 +105,13 @@ class TuningSettings:
             (once: of features on the calibration text, of a start state at the first step).
         anchor: weight of KL(base || tuned) on the unlabelled text of `anchor_path`; 0 switches it
             off.
-        anchor_path: general text, or a task, on which the tuned model shall stay the base model.
+        anchor_path: general text, or a task, on which the tuned model must stay close to the base.
         alpha: factor on the saved state; below 1 it keeps most of the target and forgets less.
         warn_above: largest entry of the state that passes without a warning.
     """
 
-    leaves: str = "wkv"
-    decorrelate: str = "none"
+    leaves: Literal["wkv", "all"] = "wkv"
+    decorrelate: DecorrelationMethod = "none"
     anchor: float = 0.0
     anchor_path: str = ""
     alpha: float = 1.0
@@ -87,31 +120,31 @@ class TuningSettings:
 
 @dataclasses.dataclass(frozen=True)
 class UpscalingSettings:
-    """What mode "upscaled_state" adds; see `state_tuning.upscale`.
+    """The settings of mode "upscaled_state"; see `tuning.upscaling.upscale`.
 
     Attributes:
-        size: features of a head (M); 0 takes four times the head size.
+        size: features of a head (M); by default four times the head size.
         dynamics: "static", "decay", "delta"; "replace" and "replace_raw" are the paper's form.
-        kind: "" (Gaussian), "gaussian", "fourier" or "gaussian_raw".
+        kind: "gaussian" (by default), "fourier" or "gaussian_raw".
         landmarks: "random" or "kmeans".
-        widths: factors on 1 / the median squared distance; empty takes 1, 4 and 16 where features
+        widths: factors on 1 / the median squared distance; by default 1, 4 and 16 where features
             are whitened and 1 elsewhere.
-        prepare: "", "none", "centre" or "whiten"; "" follows `tuning.decorrelate`.
+        prepare: "none", "centre" or "whiten"; by default as `tuning.decorrelate` says.
         rows: rows of the training text that features are calibrated on.
     """
 
-    size: int = 0
+    size: int | None = _absent(0)
     dynamics: str = "static"
-    kind: str = ""
+    kind: str | None = _absent("")
     landmarks: str = "random"
-    widths: tuple[float, ...] = ()
-    prepare: str = ""
+    widths: tuple[float, ...] | None = _absent(())
+    prepare: str | None = _absent("")
     rows: int = 48
 
 
 @dataclasses.dataclass(frozen=True)
 class DecorrelationSettings:
-    """Numbers of `tuning.decorrelate = "dbp"`; see `optim.decorrelation.decorrelate`.
+    """Numbers of `tuning.decorrelate` and `optimizer.decorrelate`; see `optim.decorrelation`.
 
     Attributes:
         rate: step of the online rule.
@@ -132,14 +165,14 @@ class DecorrelationSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ObserverSettings:
-    """What mode "observer" adds; `init` is the teacher.
+    """The settings of mode "observer"; `init` is the teacher.
 
     Attributes:
         model: sizes of the observer, fields of `RWKV7Config`; its vocabulary is the teacher's.
         variance: weight of the states' variance that a proposal leaves unexplained.
         divergence: weight of KL(teacher || observer) on the prompt.
-        answers: weight of the frozen teacher's loss behind the proposal.
-        least, most: prompts end at positions drawn from this range; 0 for `most` is the row's end.
+        answers: weight of the frozen teacher's loss after the proposal.
+        least, most: prompts end at positions drawn from this range; by default up to the row's end.
     """
 
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -147,12 +180,12 @@ class ObserverSettings:
     divergence: float = 0.5
     answers: float = 1.0
     least: int = 1
-    most: int = 0
+    most: int | None = _absent(0)
 
 
 @dataclasses.dataclass(frozen=True)
 class TestTimeSettings:
-    """What mode "test_time" adds.
+    """The settings of mode "test_time".
 
     Attributes:
         method: "grpo" (rewards alone), "distil" (a guide's traces), "expert" (the model's own
@@ -174,11 +207,11 @@ class TestTimeSettings:
         vote_margin: share of a prompt's completions by which the "majority" answer must lead.
     """
 
-    method: str = "grpo"
-    guide: str = ""
-    context: str = ""
+    method: TestTimeMethod = "grpo"
+    guide: str | None = _absent("")
+    context: str | None = _absent("")
     verifier: str = "exact"
-    keep: str = "verified"
+    keep: Literal["verified", "majority", "all"] = "verified"
     substitute: tuple[str, ...] = ()
     hint: str = ""
     prompts: int = 8
@@ -193,7 +226,7 @@ class TestTimeSettings:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured, on held-out text.
+    """The evaluations of a run, on held-out data.
 
     Attributes:
         every: steps between two evaluations; 0 for one at the end alone.
@@ -203,8 +236,8 @@ class EvaluationSettings:
             comparison; -1 is all of it.
         retention: other text, to see what tuning costs there; or tasks such as
             "task:dictionary,task:mapping".
-        measure: which number tells the best step, such as "held_out_accuracy"; empty takes the
-            first that is measured.
+        measure: the metric that decides which step is best, such as "held_out_accuracy"; by default
+            the first one.
         patience: evaluations in a row without a new best one after which a run ends; 0 for none.
             Where there is patience, the result is the best step's and not the last one's.
         enough: value of the measure at which a run ends; None for none.
@@ -215,14 +248,14 @@ class EvaluationSettings:
     length: int = 512
     prompt_tokens: tuple[int, ...] = ()
     retention: str = ""
-    measure: str = ""
+    measure: str | None = _absent("")
     patience: int = 0
     enough: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleSettings:
-    """Text written at every evaluation; no prompts, no text."""
+    """Sample text, written at every evaluation after each of the prompts."""
 
     prompts: tuple[str, ...] = ()
     tokens: int = 120
@@ -230,24 +263,13 @@ class SampleSettings:
     top_p: float = 0.9
 
 
-_CHOICES = (
-    ("data", "on_bad", ON_BAD),
-    ("data", "packing", PACKINGS),
-    ("data", "order", ORDERS),
-    ("tuning", "leaves", ("wkv", "all")),
-    ("tuning", "decorrelate", ("none", "dbp", "whiten")),
-    ("test_time", "method", ("grpo", "distil", "expert", "context")),
-    ("test_time", "keep", ("verified", "majority", "all")),
-)
-
-
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """One run, whole.
+    """All settings of one run.
 
     Attributes:
         mode: "pretrain", "state", "upscaled_state", "observer" or "test_time".
-        init: checkpoint to start from; empty for a new model of `model`'s sizes.
+        init: checkpoint to start from; None for a new model of `model`'s sizes.
         state: tuned start states for eval.py, several with commas.
         model: fields of `RWKV7Config` for a new model, or changes (dtype, remat, implementation) to
             `init`.
@@ -256,20 +278,20 @@ class Settings:
         log_every: steps between two lines of the log.
         save_every: steps between two checkpoints; 0 for one at the end alone.
         keep: newest checkpoints kept.
-        keep_every: checkpoints of multiples of this are kept for good; 0 for none.
-        keep_best: checkpoints kept because they measured best; evaluations save them.
-        stop_after_bad: updates in a row with a loss or gradient that is not finite, all of them
-            left out, at which the run stops; 0 for never.
+        keep_every: checkpoints whose step is a multiple of this are never removed; 0 for none.
+        keep_best: how many of the best checkpoints are kept; evaluations save them.
+        stop_after_bad: the run stops after so many updates in a row whose loss or gradient was not
+            finite; such updates are skipped. 0 for never.
         allow_nan: take a checkpoint that holds NaN or Inf.
-        profile_steps: "first:last", steps of which a profile is written; empty for none.
-        trackers: where numbers go beside the run's files: "tensorboard", "wandb".
+        profile_steps: "first:last", steps of which a profile is written.
+        trackers: where metrics go besides the run's files: "tensorboard", "wandb".
         workdir: eval.py's folder for its report; train.py has it as a flag.
         data, optimizer, tuning, upscaling, decorrelation, observer, test_time, evaluation, sample:
-            see there.
+            groups of settings; see their classes.
     """
 
-    mode: str = "pretrain"
-    init: str = ""
+    mode: Mode = "pretrain"
+    init: str | None = _absent("")
     state: str = ""
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     steps: int = 1000
@@ -281,9 +303,9 @@ class Settings:
     keep_best: int = 0
     stop_after_bad: int = 10
     allow_nan: bool = False
-    profile_steps: str = ""
+    profile_steps: str | None = _absent("")
     trackers: tuple[str, ...] = ()
-    workdir: str = ""
+    workdir: str | None = _absent("")
     data: DataSettings = dataclasses.field(default_factory=DataSettings)
     optimizer: OptimizerSettings = dataclasses.field(default_factory=OptimizerSettings)
     tuning: TuningSettings = dataclasses.field(default_factory=TuningSettings)
@@ -295,11 +317,11 @@ class Settings:
     sample: SampleSettings = dataclasses.field(default_factory=SampleSettings)
 
     def __post_init__(self):
-        """Check what the types cannot say."""
-        known = [field.name for field in dataclasses.fields(RWKV7Config)]
+        """Checks what the types cannot say."""
+        fields = [field.name for field in dataclasses.fields(RWKV7Config)]
         for key in self.model:
-            if key not in known:
-                raise ValueError(_unknown("config.model", key, known))
+            if key not in fields:
+                raise ValueError(_unknown_key("config.model", key, fields))
         for name in ("steps", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`config.{name}` must be at least 1; got {getattr(self, name)}.")
@@ -307,11 +329,11 @@ class Settings:
             if getattr(self, name) < 0:
                 raise ValueError(f"`config.{name}` must be at least 0; got {getattr(self, name)}.")
         profiled(self.profile_steps)
-        for group, name, known in _CHOICES:
-            value = getattr(getattr(self, group), name)
-            if value not in known:
-                known = f"{', '.join(known[:-1])} or {known[-1]}"
-                raise ValueError(f"`config.{group}.{name}` must be {known}; got {value!r}.")
+        if self.optimizer.decorrelate != "none" and self.mode != "pretrain":
+            raise ValueError(
+                '`config.optimizer.decorrelate` must be "none" outside mode "pretrain", where '
+                f"`config.tuning.decorrelate` has its place; got {self.optimizer.decorrelate!r}."
+            )
         if (self.data.order, self.data.packing) == ("cubic", "documents"):
             raise ValueError(
                 '`config.data.order` must be "shuffled" where `config.data.packing` is '
@@ -326,17 +348,17 @@ class Settings:
 
     @property
     def kept_best(self) -> int:
-        """Checkpoints kept because they measured best; patience needs one to go back to."""
+        """How many best checkpoints are kept; with patience at least one, to go back to."""
         return max(self.keep_best, 1 if self.evaluation.patience else 0)
 
 
-def profiled(steps: str) -> tuple[int, int] | None:
-    """The first and the last step that `config.profile_steps` names; None where it is empty.
+def profiled(steps: str | None) -> tuple[int, int] | None:
+    """Parses `config.profile_steps` into the first and the last step; None where it is absent.
 
     Raises:
-        ValueError: it is no such pair.
+        ValueError: it is not "first:last".
     """
-    if not steps:
+    if steps is None:
         return None
     first, _, last = steps.partition(":")
     if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
@@ -346,47 +368,85 @@ def profiled(steps: str) -> tuple[int, int] | None:
     )
 
 
-def _unknown(where: str, key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-    return f"`{where}.{key}` is no setting; the nearest is `{where}.{near}`."
+def read_settings(values: Mapping[str, Any]) -> Settings:
+    """Reads the settings that a nested mapping holds; keys left out take their defaults.
+
+    Raises:
+        ValueError: an unknown key (the message names the nearest known one), a value of the wrong
+            type, or one that is not allowed.
+    """
+    return _from_dict(Settings, values, "config")
 
 
-def _value(where: str, kind, value):
-    """`value` as the field's type, or an error that names the field."""
-    if dataclasses.is_dataclass(kind):
-        return _from_dict(kind, value, where)
-    choices = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    for choice in choices:
-        origin = typing.get_origin(choice) or choice
-        if value is None and choice is type(None):
-            return None
-        if origin is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if origin is tuple and isinstance(value, (list, tuple)):
-            return tuple(value)
-        if origin is not type(None) and isinstance(value, origin):
-            if not (origin is int and isinstance(value, bool)):
-                return value
-    wanted = " or ".join(getattr(choice, "__name__", str(choice)) for choice in choices)
-    raise ValueError(f"`{where}` must be {wanted}; got {value!r}.")
+def as_config(settings: Any) -> dict[str, Any]:
+    """Gives the nested mapping that `read_settings` reads, spelled as in config files."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            value = as_config(value)
+        elif value is None:
+            # Run folders of older versions hold this spelling, and are compared with it.
+            value = field.metadata.get("absent")
+        values[field.name] = value
+    return values
+
+
+def _unknown_key(where: str, key: str, fields: list[str]) -> str:
+    nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
+    return f"`{where}.{key}` is no setting; the nearest is `{where}.{nearest}`."
 
 
 def _from_dict(cls, values: Any, where: str):
     if not isinstance(values, Mapping):
         raise ValueError(f"`{where}` must be a group of settings; got {values!r}.")
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            raise ValueError(_unknown(where, key, list(fields)))
     hints = typing.get_type_hints(cls)
-    return cls(**{key: _value(f"{where}.{key}", hints[key], v) for key, v in values.items()})
+    arguments = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise ValueError(_unknown_key(where, key, list(fields)))
+        metadata = fields[key].metadata
+        if "absent" in metadata and _is_spelling(value, metadata["absent"]):
+            arguments[key] = None
+        else:
+            arguments[key] = _convert(f"{where}.{key}", hints[key], value)
+    return cls(**arguments)
 
 
-def read_settings(values: Mapping[str, Any]) -> Settings:
-    """The run that a nested mapping describes; keys left out take their defaults.
+def _is_spelling(value: Any, absent: Any) -> bool:
+    """Tells whether a config's value is the spelling of an absent one; `False` is not 0."""
+    if isinstance(value, list):
+        value = tuple(value)
+    return type(value) is type(absent) and value == absent
 
-    Raises:
-        ValueError: an unknown key (the message names the nearest known one), a value of the wrong
-            type, or one that cannot be.
-    """
-    return _from_dict(Settings, values, "config")
+
+def _convert(where: str, kind: Any, value: Any) -> Any:
+    """Converts a value to the field's type, or raises an error that names the field."""
+    if dataclasses.is_dataclass(kind):
+        return _from_dict(kind, value, where)
+    if typing.get_origin(kind) is Literal:
+        return _choose(where, typing.get_args(kind), value)
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    for option in options:
+        origin = typing.get_origin(option) or option
+        if value is None and option is type(None):
+            return None
+        # In Python `True` is an integer; in a config it is a mistake.
+        if isinstance(value, bool) and origin in (int, float):
+            continue
+        if origin is float and isinstance(value, int):
+            return float(value)
+        if origin is tuple and isinstance(value, list | tuple):
+            return tuple(value)
+        if origin is not type(None) and isinstance(value, origin):
+            return value
+    wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+    raise ValueError(f"`{where}` must be {wanted}; got {value!r}.")
+
+
+def _choose(where: str, choices: tuple[str, ...], value: Any) -> str:
+    if value in choices:
+        return value
+    listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
+    raise ValueError(f"`{where}` must be {listed}; got {value!r}.")

@@ -65,6 +65,19 @@ def test_f2_a_run_stopped_by_a_signal_goes_on_as_if_it_had_not_been(
     assert one[1] == two[1]
 
 
+def test_weights_trained_by_dbp_move_otherwise_and_a_run_of_them_is_resumed(tmp_path, base_model):
+    plain = mode_settings("pretrain", base_model, evaluation__patience=0)
+    train_here(plain, tmp_path / "plain")
+    changes = {"optimizer__decorrelate": "dbp", "evaluation__patience": 0}
+    train_here(mode_settings("pretrain", base_model, steps=3, **changes), tmp_path / "two")
+    for name in ("one", "two"):
+        train_here(mode_settings("pretrain", base_model, **changes), tmp_path / name)
+    one, two, plain = (ended(tmp_path / name)[0]["leaves"] for name in ("one", "two", "plain"))
+    assert one == two
+    name = "params/layer_0/att/key/weight"
+    assert one[name] != plain[name]
+
+
 def test_a_step_whose_groups_are_all_alike_moves_nothing_not_even_by_momentum(
     tmp_path, base_model, monkeypatch
 ):

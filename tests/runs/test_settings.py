@@ -1,8 +1,12 @@
 """What train.py and eval.py accept as settings."""
 
+import json
+import typing
+
 import pytest
 
-from rwkv7_jax.runs.settings import Settings, read_settings
+from rwkv7_jax.runs.modes.registry import MODES
+from rwkv7_jax.runs.settings import Mode, Settings, as_config, read_settings
 
 
 def test_an_empty_mapping_gives_the_defaults():
@@ -35,6 +39,7 @@ def test_a_list_of_prompts_becomes_a_tuple():
         ({"optimizer": {"clip": "no"}}, r"`config.optimizer.clip` must be float or NoneType"),
         ({"data": 3}, r"`config.data` must be a group of settings; got 3"),
         ({"steps": 0}, r"`config.steps` must be at least 1; got 0"),
+        ({"mode": "magic"}, r"`config.mode` must be pretrain, state, upscaled_state, observer or"),
         ({"tuning": {"leaves": "emb"}}, r"`config.tuning.leaves` must be wkv or all"),
         (
             {"data": {"batch_size": 8}, "optimizer": {"accumulate": 3}},
@@ -46,3 +51,37 @@ def test_a_bad_setting_is_one_sentence_that_names_it(values, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         read_settings(values)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"init": ""},
+        {"profile_steps": "", "workdir": ""},
+        {"upscaling": {"size": 0, "widths": [], "kind": "", "prepare": ""}},
+        {"observer": {"most": 0}},
+        {"test_time": {"guide": "", "context": ""}},
+        {"data": {"evaluation": ""}, "evaluation": {"measure": ""}},
+    ],
+)
+def test_an_absent_value_may_be_spelled_as_in_older_configs(values):
+    assert read_settings(values) == Settings()
+
+
+def test_settings_are_written_as_config_files_spell_them():
+    written = as_config(Settings())
+    assert written["init"] == ""
+    assert written["upscaling"]["widths"] == () and written["upscaling"]["size"] == 0
+    assert written["optimizer"]["clip"] == 1.0 and written["evaluation"]["enough"] is None
+    assert read_settings(json.loads(json.dumps(written))) == Settings()
+
+
+def test_weights_are_decorrelated_in_mode_pretrain_alone():
+    with pytest.raises(
+        ValueError, match=r"`config.optimizer.decorrelate` must be \"none\" outside"
+    ):
+        read_settings({"mode": "state", "optimizer": {"decorrelate": "dbp"}})
+
+
+def test_every_mode_of_the_settings_has_its_class():
+    assert set(MODES) == set(typing.get_args(Mode))

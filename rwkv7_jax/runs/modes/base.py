@@ -307,12 +307,12 @@ def count(tree: Any) -> int:
 
 
 def load_or_init(
-    init: str, changes: Mapping[str, Any], *, seed: int, allow_nan: bool
+    init: str | None, changes: Mapping[str, Any], *, seed: int, allow_nan: bool
 ) -> tuple[RWKV7, Params]:
     """Loads the model of a checkpoint, or makes a new one where no checkpoint is named.
 
     Args:
-        init: path of the checkpoint; empty for a new model.
+        init: path of the checkpoint; None for a new model.
         changes: `config.model`: the sizes of a new model, or what the checkpoint does not fix.
         seed: of new weights.
         allow_nan: accept a checkpoint with NaN or Inf.

@@ -1,5 +1,6 @@
 """The mode that trains all weights."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from rwkv7_jax.model.state import RWKV7State, init_state
 from rwkv7_jax.runs.modes.base import DatasetMode, count, init_weights, load_or_init, new_model
 from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.training.losses import pretrain_loss
+from rwkv7_jax.training.projection_statistics import weight_decorrelator
 
 
 class PretrainMode(DatasetMode):
@@ -30,6 +32,11 @@ class PretrainMode(DatasetMode):
             self.model = new_model(settings.model)
         self.tokenizer = Tokenizer.for_vocabulary(self.model.config.vocab_size)
         self.loss = pretrain_loss(self.model, l2wrap=settings.optimizer.l2wrap)
+        self.decorrelator = weight_decorrelator(
+            self.model,
+            method=settings.optimizer.decorrelate,
+            **dataclasses.asdict(settings.decorrelation),
+        )
         self.open_data()
         self._held_out = self.prediction_evaluator("held_out")
 

@@ -7,9 +7,9 @@ from rwkv7_jax.runs.modes.observer import ObserverMode
 from rwkv7_jax.runs.modes.pretrain import PretrainMode
 from rwkv7_jax.runs.modes.state_tuning import StateMode, UpscaledStateMode
 from rwkv7_jax.runs.modes.test_time import ContextMode, TestTimeMode
-from rwkv7_jax.runs.settings import Settings
+from rwkv7_jax.runs.settings import Mode, Settings
 
-MODES: dict[str, type[TrainingMode]] = {
+MODES: dict[Mode, type[TrainingMode]] = {
     "pretrain": PretrainMode,
     "state": StateMode,
     "upscaled_state": UpscaledStateMode,
@@ -26,11 +26,9 @@ def make_mode(settings: Settings, folder: str | Path = ".") -> TrainingMode:
         folder: of the run, where mode "test_time" keeps a teacher's completions.
 
     Raises:
-        ValueError: an unknown mode, or settings that the mode cannot work with.
+        ValueError: settings that the mode cannot work with.
     """
-    mode = MODES.get(settings.mode)
-    if mode is None:
-        raise ValueError(f"`config.mode` must be one of {', '.join(MODES)}; got {settings.mode!r}.")
+    mode = MODES[settings.mode]
     # The one method of test-time tuning that reads text in place of questions.
     if settings.mode == "test_time" and settings.test_time.method == "context":
         mode = ContextMode

@@ -86,7 +86,7 @@ class UpscaledStateMode(StateMode):
             self.model,
             self.frozen,
             self.data.calibration_text(settings.rows),
-            size=settings.size,
+            size=settings.size or 0,
             dynamics=settings.dynamics,
             landmarks=settings.landmarks,
             kind=features.kind,

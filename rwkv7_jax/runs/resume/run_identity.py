@@ -9,7 +9,7 @@ from typing import Any
 
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.runs.resume.checksums import tree_checksum
-from rwkv7_jax.runs.settings import Settings
+from rwkv7_jax.runs.settings import Settings, as_config
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 # Texts by name, in the groups "settings", "model" and "inputs".
@@ -36,7 +36,7 @@ MAY_CHANGE_ON_RESUME = (
 def flat_settings(settings: Settings | Mapping[str, Any]) -> dict[str, str]:
     """Returns the settings that a continuation must share, by dotted names."""
     if isinstance(settings, Settings):
-        settings = dataclasses.asdict(settings)
+        settings = as_config(settings)
     shared = {}
     for name, text in _flatten(settings):
         group = name.split(".")[0]
