@@ -236,7 +236,7 @@ def repeat(state: RWKV7State, batch: int) -> RWKV7State:
 
 
 def select(state: RWKV7State, rows) -> RWKV7State:
-    """Selects the sequences `rows` (an index, a slice or many indices); the batch axis stays.
+    """Selects the sequences `rows` (an index, a slice or an array of indices); keeps the axis B.
 
     With `stack`, this serves many tuned states at once: `select(stack(states), ids)` is a batch
     whose row i starts from state ids[i].

@@ -141,14 +141,6 @@ def test_a_batch_of_different_states_equals_single_runs(run, states, dynamics):
         np.testing.assert_allclose(logits[row], alone[0], atol=1e-4)
 
 
-def test_memories_of_different_forms_are_not_stacked(states, model, params):
-    other = upscale(model, params, tokens(2, 30), size=SIZE // 2)
-    with pytest.raises(ValueError, match=r"one form; got static gaussian with 24 .* with 12"):
-        stack([states["static"], other])
-    with pytest.raises(ValueError, match=r"one form; got static .* and delta"):
-        stack([states["static"], states["delta"]])
-
-
 @depths
 @pytest.mark.parametrize("dynamics", [pytest.param("static", marks=pytest.mark.slow), "delta"])
 def test_generation_goes_on_from_an_upscaled_state(config, dynamics):
