@@ -1,10 +1,10 @@
-"""`python -m pallas_kernels.bench [case]`: time, error, memory of every implementation.
+"""`python -m pallas_kernels.bench [case]`: time, error and memory of every implementation.
 
-Time is the least of several runs, by the wall and by the process (all its threads together): a
-machine is seldom idle. Error is the relative L2 distance to the float64 definition, of y and of
-the worst of seven gradients. Memory is what the compiled gradient takes besides its arguments and
-results. "of copy" is the share of the time in which a large copy of the same run would have moved
-the bytes of `least_bytes`.
+Time is the least of several runs, by the wall clock and by the process (all its threads together),
+since a machine is seldom idle. Error is the relative L2 distance to the float64 definition, of y
+and of the worst of the seven gradients. Memory is what the compiled gradient takes besides its
+arguments and results. "of copy" is the share of the time in which the bytes of `least_bytes` could
+have been copied, at the bandwidth that a large copy reaches in the same run.
 """
 
 import argparse
@@ -16,56 +16,67 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from pallas_kernels.cases import CASES, MODES, Case, make_inputs
 from pallas_kernels.dispatch import available
-from pallas_kernels.reference import wkv7_reference
+from pallas_kernels.reference import State, WKVInputs, wkv7_reference
 from pallas_kernels.wkv7 import wkv7
 
+# Calls are repeated until a measurement takes this long.
 RUN_SECONDS = 0.02
 COPIED_BYTES = 2**28
-# The definition's own autodiff stores every state: beyond this much it is left out.
+# The definition's own autodiff stores every state: with more than this it is left out.
 STATES_LIMIT_BYTES = 2**32
 
+# A function of the inputs and the start state, to y and the last state.
+Op = Callable
 
-def forward_and_gradients(op, inputs, state, dy, dend):
-    """y, the last state and the gradients of all seven inputs."""
+
+def forward_and_gradients(
+    op: Op, inputs: WKVInputs, state: State, dy: Array, dend: Array
+) -> tuple[Array, Array, tuple[Array, ...]]:
+    """Computes y, the last state and the gradients of all seven arrays."""
     (y, end), pull = jax.vjp(op, inputs, state)
     grads, dstate = pull((dy.astype(y.dtype), dend.astype(end.dtype)))
     return y, end, (*grads, dstate)
 
 
-def implementations(case: Case) -> dict:
-    """What runs here, by name: the named ones, what None takes, and the definition if it fits."""
+def implementations(case: Case) -> dict[str, Op]:
+    """Returns what runs here by name: None's choice, the named ones, the definition if it fits."""
 
     def named(implementation):
         return lambda inputs, state: wkv7(*inputs, state, implementation=implementation)
 
-    ops = {name: named(name) for name in available()}
+    ops = {"(best)": named(None)}
+    for name in available():
+        ops[name] = named(name)
     states = 4 * case.batch * case.tokens * case.heads * case.key_size * case.value_size
     if states <= STATES_LIMIT_BYTES:
         ops["definition"] = wkv7_reference
-    return {"(best)": named(None), **ops}
+    return ops
 
 
 def least_ms(
     run: Callable, *, repeats: int, wait: Callable = jax.block_until_ready
 ) -> tuple[float, float]:
-    """Least wall and least process milliseconds of a call.
+    """Measures the least wall and process time of a call, in milliseconds.
 
     Args:
-        run: what is measured, without arguments.
+        run: the function, without arguments.
         repeats: measurements, each of enough calls to take over `RUN_SECONDS`.
-        wait: returns when what `run` returned is there.
+        wait: waits until the result of `run` is ready.
     """
 
     def seconds(calls: int) -> tuple[float, float]:
-        wall, process = time.perf_counter(), time.process_time()
+        wall = time.perf_counter()
+        process = time.process_time()
         for _ in range(calls):
             result = run()
         wait(result)
         return time.perf_counter() - wall, time.process_time() - process
 
+    # The first call compiles.
     wait(run())
     calls = 1
     while seconds(calls)[0] < RUN_SECONDS:
@@ -75,14 +86,15 @@ def least_ms(
 
 
 def copy_bandwidth(repeats: int) -> float:
-    """Bytes a second, read and written, of adding one to a large array of bfloat16."""
+    """Measures the bytes a second, read and written, of adding one to a large bfloat16 array."""
     x = jnp.ones(COPIED_BYTES // 2, jnp.bfloat16)
     run = functools.partial(jax.jit(lambda x: x + 1), x)
-    return 2 * x.nbytes / (1e-3 * least_ms(run, repeats=repeats)[0])
+    wall, _ = least_ms(run, repeats=repeats)
+    return 2 * x.nbytes / (1e-3 * wall)
 
 
 def least_bytes(case: Case, dtype: str, chunk: int = 32) -> dict[str, int]:
-    """Bytes that the op has to read and write for one token of one head, by pass.
+    """Counts the bytes that the op has to read and write for one token of one head, by pass.
 
     The forward pass reads the six inputs and writes y and, for the backward pass, a state every
     `chunk` tokens in the tokens' dtype; the backward pass reads all that, with dy for y, and writes
@@ -90,22 +102,29 @@ def least_bytes(case: Case, dtype: str, chunk: int = 32) -> dict[str, int]:
     keep states: 1,024.
     """
     size = jnp.dtype(dtype).itemsize
+    # log_w stays float32.
     inputs = size * (4 * case.key_size + case.value_size) + 4 * case.key_size
-    lone = inputs + size * case.value_size
-    forward = lone + size * case.key_size * case.value_size // chunk
-    both = 2 * forward + inputs
-    return {"fwd": lone, "fwd saving": forward, "bwd": both - forward, "fwd+bwd": both}
+    forward = inputs + size * case.value_size
+    forward_saving = forward + size * case.key_size * case.value_size // chunk
+    both = 2 * forward_saving + inputs
+    return {
+        "fwd": forward,
+        "fwd saving": forward_saving,
+        "bwd": both - forward_saving,
+        "fwd+bwd": both,
+    }
 
 
-def relative(actual, expected) -> float:
-    """Relative L2 distance, in float64."""
+def relative(actual: Array, expected: Array) -> float:
+    """Computes the relative L2 distance, in float64."""
     with jax.enable_x64(True):
-        actual, expected = (jnp.asarray(x).astype(jnp.float64) for x in (actual, expected))
+        actual = jnp.asarray(actual).astype(jnp.float64)
+        expected = jnp.asarray(expected).astype(jnp.float64)
         return float(jnp.linalg.norm((actual - expected).ravel()) / jnp.linalg.norm(expected))
 
 
-def truth(arguments):
-    """y, last state and gradients token by token in float64.
+def truth(arguments: tuple) -> tuple[Array, Array, tuple[Array, ...]]:
+    """Computes y, the last state and the gradients token by token in float64.
 
     By "scan", whose backward pass recomputes states; autodiff of the definition would store all.
     """
@@ -118,29 +137,34 @@ def truth(arguments):
         return jax.jit(functools.partial(forward_and_gradients, op))(*wide)
 
 
-def measure(case: Case, dtype: str, *, repeats: int, others: dict | None = None) -> list[dict]:
-    """One row of numbers for every implementation.
+def measure(
+    case: Case, dtype: str, *, repeats: int, others: dict[str, Op] | None = None
+) -> list[dict]:
+    """Measures every implementation; returns a row of numbers for each.
 
     Args:
         case: sizes and data.
         dtype: of the tokens.
-        repeats: runs of which the fastest counts.
-        others: further ones by name: functions of the tokens and the state, as `wkv7` is.
+        repeats: runs, of which the fastest counts.
+        others: further implementations by name, as functions of the inputs and the state.
     """
     inputs, state = make_inputs(case, dtype)
-    dy, dend = jnp.sin(inputs[3]), jnp.cos(state)
-    true_y, _, true_grads = truth((inputs, state, dy, dend))
-    per_byte = 1e3 * case.batch * case.tokens * case.heads / copy_bandwidth(repeats)
-    floors = {name: per_byte * count for name, count in least_bytes(case, dtype).items()}
+    dy = jnp.sin(inputs.v)
+    dend = jnp.cos(state)
+    arguments = (inputs, state, dy, dend)
+    true_y, _, true_grads = truth(arguments)
+    # Milliseconds in which all tokens of all heads could be copied, for each byte of one of them.
+    ms_per_byte = 1e3 * case.batch * case.tokens * case.heads / copy_bandwidth(repeats)
+    counts = least_bytes(case, dtype)
     rows = []
     for name, op in (implementations(case) | (others or {})).items():
         training = jax.jit(functools.partial(forward_and_gradients, op))
-        compiled = training.lower(inputs, state, dy, dend).compile()
-        both = functools.partial(compiled, inputs, state, dy, dend)
-        y, _, grads = both()
-        forward = functools.partial(jax.jit(op), inputs, state)
-        wall, process = least_ms(forward, repeats=repeats)
-        both_wall, both_process = least_ms(both, repeats=repeats)
+        compiled = training.lower(*arguments).compile()
+        run_both = functools.partial(compiled, *arguments)
+        y, _, grads = run_both()
+        run_forward = functools.partial(jax.jit(op), inputs, state)
+        wall, process = least_ms(run_forward, repeats=repeats)
+        both_wall, both_process = least_ms(run_both, repeats=repeats)
         rows.append(
             {
                 "implementation": name,
@@ -148,8 +172,8 @@ def measure(case: Case, dtype: str, *, repeats: int, others: dict | None = None)
                 "fwd cpu ms": process,
                 "fwd+bwd ms": both_wall,
                 "fwd+bwd cpu ms": both_process,
-                "fwd of copy": floors["fwd"] / wall,
-                "fwd+bwd of copy": floors["fwd+bwd"] / both_wall,
+                "fwd of copy": ms_per_byte * counts["fwd"] / wall,
+                "fwd+bwd of copy": ms_per_byte * counts["fwd+bwd"] / both_wall,
                 "y error": relative(y, true_y),
                 "gradient error": max(map(relative, grads, true_grads)),
                 "temp MiB": compiled.memory_analysis().temp_size_in_bytes / 2**20,
@@ -158,24 +182,28 @@ def measure(case: Case, dtype: str, *, repeats: int, others: dict | None = None)
     return rows
 
 
+def _format_cell(value) -> str:
+    if not isinstance(value, float):
+        return "-" if value is None else str(value)
+    return f"{value:.1e}" if value < 1e-2 else f"{value:.1f}"
+
+
 def table(rows: list[dict]) -> str:
-    """The rows as text in columns."""
-
-    def cell(value):
-        if not isinstance(value, float):
-            return "-" if value is None else str(value)
-        return f"{value:.1e}" if value < 1e-2 else f"{value:.1f}"
-
-    lines = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
+    """Formats the rows as text in columns."""
+    lines = [list(rows[0])]
+    for row in rows:
+        lines.append([_format_cell(value) for value in row.values()])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True))
-        for line in lines
-    )
+    texts = []
+    for line in lines:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        texts.append("  ".join(cells))
+    return "\n".join(texts)
 
 
 def plot(case: Case, dtype: str, path: str, *, repeats: int) -> None:
-    """A picture of time and gradient error against length, up to that of `case`."""
+    """Draws time and gradient error against length, up to the length of `case`."""
+    # Optional: the plot extra.
     import matplotlib
 
     matplotlib.use("Agg")
@@ -189,20 +217,22 @@ def plot(case: Case, dtype: str, path: str, *, repeats: int) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     for axis, key in zip(axes, ("fwd+bwd ms", "gradient error"), strict=True):
         for name, rows in by_name.items():
-            axis.loglog([r["tokens"] for r in rows], [r[key] for r in rows], "o-", label=name)
+            x = [row["tokens"] for row in rows]
+            y = [row[key] for row in rows]
+            axis.loglog(x, y, "o-", label=name)
         axis.set(xlabel="tokens", ylabel=key)
     axes[0].legend()
     figure.savefig(path)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure one case; print a table, write what was asked for."""
+    """Measures one case, prints a table and writes the files that flags name."""
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench")
     parser.add_argument("case", nargs="?", default="tiny", choices=CASES)
     parser.add_argument("--mode", default="real", choices=MODES)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", metavar="PATH", help="also write the numbers there")
+    parser.add_argument("--json", metavar="PATH", help="also write the numbers to this file")
     parser.add_argument("--plot", metavar="PATH", help="also draw time and error against length")
     flags = parser.parse_args(arguments)
     case = dataclasses.replace(CASES[flags.case], mode=flags.mode)
@@ -211,8 +241,13 @@ def main(arguments: list[str] | None = None) -> None:
     rows = measure(case, flags.dtype, repeats=flags.repeats)
     print(table(rows))
     if flags.json:
-        record = {"case": dataclasses.asdict(case), "dtype": flags.dtype, "rows": rows}
-        record |= {"device": device.device_kind, "jax": jax.__version__}
+        record = {
+            "case": dataclasses.asdict(case),
+            "dtype": flags.dtype,
+            "rows": rows,
+            "device": device.device_kind,
+            "jax": jax.__version__,
+        }
         with open(flags.json, "w") as file:
             json.dump(record, file, indent=1)
     if flags.plot:

@@ -1,6 +1,6 @@
-"""Tile choices: one small table for every kind of device.
+"""Tables of tile sizes for every kind of device.
 
-`python -m pallas_kernels.tune` measures them anew on the device at hand and prints such a table.
+`python -m pallas_kernels.tune` measures tiles on this machine's device and prints a row for them.
 """
 
 import contextlib
@@ -15,12 +15,12 @@ from pallas_kernels import platforms
 
 
 class Tile(NamedTuple):
-    """How one GPU kernel is compiled.
+    """Compile options and size of one GPU kernel.
 
     Attributes:
-        warps: of 32 threads a program.
-        stages: of the pipelined loads in its loop.
-        values: value rows of a program at most; the gradients' kernel takes all of them.
+        warps: warps of 32 threads in a program.
+        stages: stages of the pipelined loads in its loop.
+        values: most value rows of a program; the gradients' kernel takes all of them.
     """
 
     warps: int
@@ -29,13 +29,13 @@ class Tile(NamedTuple):
 
 
 class GPU(NamedTuple):
-    """The choices for one size of heads on one kind of GPU.
+    """Choices for one head size on one kind of GPU.
 
     Attributes:
         chunk: tokens of a chunk.
         forward: the forward kernel's tile.
-        state: that of the kernel for the states' gradients.
-        gradients: that of the kernel for everything else.
+        state: the tile of the kernel for the states' gradients.
+        gradients: the tile of the kernel for the inputs' gradients.
     """
 
     chunk: int
@@ -45,19 +45,19 @@ class GPU(NamedTuple):
 
 
 class TPU(NamedTuple):
-    """The choices for one dtype on TPU.
+    """Choices for one dtype on TPU.
 
     Attributes:
         chunk: tokens of a chunk, and of a grid step.
-        groups: tiles that share a grid step, at most, where they are 128 lanes wide.
+        groups: most tiles that share a grid step, where they are 128 lanes wide.
     """
 
     chunk: int
     groups: int
 
 
-# By compute capability, then by the larger head size up to which a row holds. Chosen by registers,
-# spills and instructions as the compilers report them, see `gates`.
+# By compute capability, then by the largest head size that a row is for. Chosen by registers,
+# spills and instructions as the compilers report them: see `compile_checks`.
 PALLAS_GPU = {
     90: {
         64: GPU(32, Tile(4, 2, 64), Tile(4, 2, 64), Tile(4, 1, 64)),
@@ -78,30 +78,33 @@ TRITON = {
         128: GPU(16, Tile(4, 1, 64), Tile(4, 1, 64), Tile(8, 1, 128)),
     },
 }
-# float32 products take no tensor cores: small tiles, whatever the device.
+# float32 products do not use tensor cores: small tiles, whatever the device.
 FLOAT32 = GPU(16, Tile(4, 1, 32), Tile(4, 1, 64), Tile(4, 1, 256))
-BFLOAT16_TPU, FLOAT32_TPU = TPU(64, 8), TPU(64, 2)
+BFLOAT16_TPU = TPU(64, 8)
+FLOAT32_TPU = TPU(64, 2)
 # Tokens of a chunk in what XLA compiles.
 XLA = 16
-# Compute capability of devices that are not at hand, by a part of their kind's name.
-OF_KIND = {"A100": 80, "A800": 80, "A30": 80}
+# Compute capability of abstract devices, which do not tell it, by a part of their kind's name.
+CAPABILITY_BY_KIND = {"A100": 80, "A800": 80, "A30": 80}
 
-_override = contextvars.ContextVar("override", default=None)
+_override: contextvars.ContextVar = contextvars.ContextVar("override", default=None)
 
 
 def capability() -> int:
-    """The compute capability, 90 for 9.0, of the GPU that a program is made for; 90 if unknown."""
+    """Returns the target GPU's compute capability, 90 for 9.0; 90 if it is unknown."""
     device = platforms.target()
-    known = getattr(device, "compute_capability", None)
-    if known is not None:
-        return round(float(known) * 10)
-    kinds = (number for name, number in OF_KIND.items() if name in device.device_kind)
-    return next(kinds, 90)
+    version = getattr(device, "compute_capability", None)
+    if version is not None:
+        return round(float(version) * 10)
+    for name, number in CAPABILITY_BY_KIND.items():
+        if name in device.device_kind:
+            return number
+    return 90
 
 
 @contextlib.contextmanager
 def override(choice: GPU | TPU) -> Iterator[None]:
-    """This choice instead of the tables', for what is traced inside: to measure it."""
+    """Replaces the tables' choice in what is traced inside, to measure it."""
     token = _override.set(choice)
     try:
         yield
@@ -110,7 +113,7 @@ def override(choice: GPU | TPU) -> Iterator[None]:
 
 
 def rows_for(table: dict, capability: int) -> dict[int, GPU]:
-    """The table's rows for the newest listed GPUs that are no newer; none if all are."""
+    """Returns the table's rows for the newest GPUs that are no newer than this; {} if all are."""
     listed = [number for number in table if number <= capability]
     return table[max(listed)] if listed else {}
 
@@ -118,9 +121,18 @@ def rows_for(table: dict, capability: int) -> dict[int, GPU]:
 def for_gpu(
     table: dict, keys: int, values: int, dtype: jax.typing.DTypeLike, capability: int
 ) -> GPU:
-    """The choices of `PALLAS_GPU` or `TRITON` for these heads and tokens on such a GPU."""
-    if _override.get() is not None:
-        return _override.get()
+    """Returns the choices for these heads and tokens on such a GPU.
+
+    Args:
+        table: `PALLAS_GPU` or `TRITON`.
+        keys: key channels of a head.
+        values: value channels of a head.
+        dtype: of the tokens.
+        capability: compute capability, 90 for 9.0.
+    """
+    replaced = _override.get()
+    if replaced is not None:
+        return replaced
     if jnp.dtype(dtype) != jnp.bfloat16:
         return FLOAT32
     rows = rows_for(table, capability)
@@ -128,7 +140,8 @@ def for_gpu(
 
 
 def for_tpu(dtype: jnp.dtype) -> TPU:
-    """The choices for tokens of this dtype."""
-    if _override.get() is not None:
-        return _override.get()
+    """Returns the choices for tokens of this dtype."""
+    replaced = _override.get()
+    if replaced is not None:
+        return replaced
     return BFLOAT16_TPU if jnp.dtype(dtype) == jnp.bfloat16 else FLOAT32_TPU

@@ -1,1 +1,1 @@
-"""Compiles the kernels for devices that are not here and holds them to a table."""
+"""Checks that compile the kernels for absent devices and compare the result with a table."""

@@ -1,8 +1,8 @@
-"""What the compilers make of the GPU kernels, told without a GPU.
+"""What the compilers report of the GPU kernels, without a GPU.
 
 Pallas's kernels are compiled by XLA for a described device in a process of its own, and the PTX
 that it dumps is assembled here; Triton's are compiled by Triton. NVIDIA's tools, which come with
-Triton, tell the registers, stack and instructions of both.
+Triton, report the registers, the stack and the instructions of both.
 """
 
 import dataclasses
@@ -12,24 +12,50 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
 
 from pallas_kernels import tiles
-from pallas_kernels.gpu import pallas_calls as gpu
+from pallas_kernels.gpu import pallas_calls
 from pallas_kernels.reference import WKVInputs
 
-# Device kind, compute capability, multiprocessors, shared memory of a program at most.
+
+class Device(NamedTuple):
+    """A GPU: kind, compute capability, multiprocessors, most shared memory of a program."""
+
+    kind: str
+    capability: int
+    cores: int
+    shared: int
+
+
+class Size(NamedTuple):
+    """Key and value channels of a head, and the tokens' dtype."""
+
+    keys: int
+    values: int
+    dtype: str
+
+
 DEVICES = (
-    ("NVIDIA H200", 90, 132, 232448),
-    ("NVIDIA A100-SXM4-80GB", 80, 108, 166912),
+    Device("NVIDIA H200", 90, 132, 232448),
+    Device("NVIDIA A100-SXM4-80GB", 80, 108, 166912),
 )
-# Key size, value size, dtype; the channels of a layer are shared out among heads.
-SIZES = ((64, 64, "bfloat16"), (128, 128, "bfloat16"), (256, 64, "bfloat16"), (64, 64, "float32"))
-BATCH, TOKENS, CHANNELS = 32, 4096, 2048
+SIZES = (
+    Size(64, 64, "bfloat16"),
+    Size(128, 128, "bfloat16"),
+    Size(256, 64, "bfloat16"),
+    Size(64, 64, "float32"),
+)
+KERNELS = ("forward", "state", "gradients")
+BATCH = 32
+TOKENS = 4096
+# The channels of a layer, which are divided among heads.
+CHANNELS = 2048
 # XLA's description of a device, as far as compiling these kernels asks for it.
 DESCRIPTION = """
 gpu_device_info {{
@@ -44,12 +70,20 @@ gpu_device_info {{
 platform_name: "CUDA" runtime_version {{ major: 13 }} dnn_version_info {{ major: 9 minor: 10 }}
 device_description_str: "{kind}"
 """
+# Arguments of the Triton kernels that are float32 whatever the tokens are.
 FLOAT32 = ("log_w", "dlog_w", "state", "end", "dend", "dstate")
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel: name, threads and bytes of shared memory of a program, machine code."""
+    """A compiled kernel.
+
+    Attributes:
+        name: of the kernel.
+        threads: of a program.
+        shared: bytes of shared memory of a program.
+        cubin: machine code.
+    """
 
     name: str
     threads: int
@@ -57,8 +91,21 @@ class Kernel:
     cubin: bytes
 
 
-def _tool(name: str, *arguments) -> str:
-    """What one of NVIDIA's tools prints."""
+def _find(pattern: str, text: str) -> re.Match:
+    """Returns the first match.
+
+    Raises:
+        RuntimeError: there is none, as where a compiler's output has changed.
+    """
+    match = re.search(pattern, text)
+    if match is None:
+        raise RuntimeError(f"The compiler's output has no match for {pattern!r}.")
+    return match
+
+
+def _run_tool(name: str, *arguments: str | Path) -> str:
+    """Runs one of NVIDIA's tools and returns what it prints."""
+    # Optional: triton is an extra.
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
@@ -69,101 +116,126 @@ def _tool(name: str, *arguments) -> str:
 
 
 def count(code: str, loops: bool) -> int:
-    """Instructions of one chunk: of the longest loop with `loops`, else of the whole program."""
-    listed = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", code)
-    lines = [(int(address, 16), text) for address, text in listed if not text.startswith("NOP")]
+    """Counts a chunk's instructions: the longest loop's with `loops`, else the program's."""
+    lines = []
+    for address, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", code):
+        if not text.startswith("NOP"):
+            lines.append((int(address, 16), text))
     if not loops:
         return len(lines)
-    jumps = [(address, re.search(r"BRA.*?0x([0-9a-f]+)", text)) for address, text in lines]
-    spans = [(int(jump[1], 16), address) for address, jump in jumps if jump]
+    spans = []
+    for address, text in lines:
+        jump = re.search(r"BRA.*?0x([0-9a-f]+)", text)
+        if jump:
+            spans.append((int(jump[1], 16), address))
+    # A jump backwards closes a loop; one forwards has a negative length.
     first, last = max(spans, key=lambda span: span[1] - span[0])
     return sum(first <= address <= last for address, _ in lines)
 
 
-def _row(case: str, kernel: Kernel, size: tuple, chunk: int, tile: tiles.Tile) -> dict:
-    """A kernel's numbers; instructions are those of all warps for one token of one head."""
+def _measure(case: str, kernel: Kernel, size: Size, chunk: int, tile: tiles.Tile) -> dict:
+    """Returns a kernel's numbers; instructions are of all warps for one token of one head."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.cubin)
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        code = _tool("cuobjdump", "-sass", file.name)
-    whole = "gradients" in kernel.name
-    programs = 1 if whole else size[1] // min(size[1], tile.values)
-    found = count(code, loops=not whole) * programs * kernel.threads // 32
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+        usage = _run_tool("cuobjdump", "-res-usage", file.name)
+        code = _run_tool("cuobjdump", "-sass", file.name)
+    # The other kernels walk the chunks in a loop, once for every block of value rows.
+    is_one_chunk = "gradients" in kernel.name
+    programs = 1 if is_one_chunk else size.values // min(size.values, tile.values)
+    instructions = count(code, loops=not is_one_chunk) * programs * kernel.threads // 32
     return {
         "case": case,
-        "instructions": round(found / chunk, 1),
-        "registers": registers,
-        "stack": stack,
+        "instructions": round(instructions / chunk, 1),
+        "registers": int(_find(r"REG:(\d+)", usage)[1]),
+        "stack": int(_find(r"STACK:(\d+)", usage)[1]),
         "shared": kernel.shared,
     }
 
 
-def _passes(keys: int, values: int, dtype: str, sharding) -> Iterator[tuple]:
-    """Both passes in Pallas, with the shapes of their arguments."""
-    heads = CHANNELS // keys
+def _make_passes(size: Size, sharding) -> Iterator[tuple[Callable, tuple]]:
+    """Yields both passes in Pallas, with the shapes of their arguments."""
+    heads = CHANNELS // size.keys
 
     def array(kind, *shape):
         return jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
 
-    shape = (BATCH, TOKENS, heads, keys)
+    key_array = array(size.dtype, BATCH, TOKENS, heads, size.keys)
     inputs = WKVInputs(
-        r=array(dtype, *shape),
-        log_w=array("float32", *shape),
-        k=array(dtype, *shape),
-        v=array(dtype, *shape[:3], values),
-        a=array(dtype, *shape),
-        b=array(dtype, *shape),
+        r=key_array,
+        log_w=array("float32", BATCH, TOKENS, heads, size.keys),
+        k=key_array,
+        v=array(size.dtype, BATCH, TOKENS, heads, size.values),
+        a=key_array,
+        b=key_array,
     )
-    state = array("float32", BATCH, heads, values, keys)
-    starts = jax.eval_shape(gpu.KERNELS.forward_saving, inputs, state)[2]
-    yield gpu.KERNELS.forward_saving, (inputs, state)
-    yield gpu.KERNELS.backward, (inputs, array(starts.dtype, *starts.shape), inputs.v, state)
+    state = array("float32", BATCH, heads, size.values, size.keys)
+    kernels = pallas_calls.KERNELS
+    starts = jax.eval_shape(kernels.forward_saving, inputs, state)[2]
+    yield kernels.forward_saving, (inputs, state)
+    yield kernels.backward, (inputs, array(starts.dtype, *starts.shape), inputs.v, state)
 
 
-def child(kind: str, capability: str, cores: str, shared: str, *size: str) -> None:
-    """Compile Pallas's kernels for a device; XLA's flags say where it dumps what it made."""
-    major, minor = divmod(int(capability), 10)
+def compile_for_device(device: Device, size: Size) -> None:
+    """Compiles Pallas's kernels for a device.
+
+    It runs in a process of its own, whose environment tells XLA where to dump the results.
+    """
+    major, minor = divmod(device.capability, 10)
     description = DESCRIPTION.format(
-        kind=kind, major=major, minor=minor, cores=cores, shared=shared
+        kind=device.kind, major=major, minor=minor, cores=device.cores, shared=device.shared
     )
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="described", target_config=description, topology="1x1x1"
     )
-    abstract = jax.sharding.AbstractDevice(device_kind=kind, num_cores=int(cores), platform="gpu")
+    abstract = jax.sharding.AbstractDevice(
+        device_kind=device.kind, num_cores=device.cores, platform="gpu"
+    )
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=abstract)
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
     with jax.sharding.use_abstract_mesh(mesh):
-        for run, arguments in _passes(int(size[0]), int(size[1]), size[2], sharding):
+        for run, arguments in _make_passes(size, sharding):
             jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
 
 
-def _pallas(device: tuple, size: tuple) -> Iterator[Kernel]:
-    """What XLA makes of Pallas's kernels."""
+def _compile_pallas(device: Device, size: Size) -> Iterator[Kernel]:
+    """Yields what XLA makes of Pallas's kernels."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = {"XLA_FLAGS": f"--xla_dump_to={folder}", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
         command = [sys.executable, "-m", __name__, *map(str, (*device, *size))]
-        done = subprocess.run(
-            command, env=os.environ | flags | {"JAX_PLATFORMS": "cpu"}, capture_output=True
-        )
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+            "XLA_FLAGS": f"--xla_dump_to={folder}",
+        }
+        done = subprocess.run(command, env=environment, capture_output=True)
         if done.returncode:
             raise RuntimeError(done.stderr.decode()[-2000:])
-        listed = "".join(p.read_text() for p in Path(folder).glob("*thunk_sequence.txt"))
+        thunks = "".join(p.read_text() for p in Path(folder).glob("*thunk_sequence.txt"))
         for path in sorted(Path(folder).glob("*.ptx")):
             text = path.read_text()
-            found = re.search(r"\.entry (wkv7_\w+)", text)
-            if found is None:
-                continue
-            name, arch = found[1], re.search(r"\.target (\w+)", text)[1]
-            line = next(line for line in listed.splitlines() if f" {name} " in line)
-            threads, shared = re.search(r"threads: \[(\d+).*shared_memory: (\d+)", line).groups()
-            _tool("ptxas-blackwell", "-arch", arch, path, "-o", f"{folder}/out.cubin")
-            cubin = Path(folder, "out.cubin").read_bytes()
-            yield Kernel(name.removeprefix("wkv7_"), int(threads), int(shared), cubin)
+            entry = re.search(r"\.entry (wkv7_\w+)", text)
+            # XLA's own kernels, such as copies, have other names.
+            if entry is not None:
+                yield _assemble(entry[1], path, text, thunks)
 
 
-def _triton(name: str, capability: int, size: tuple, chunk: int, tile: tiles.Tile) -> Kernel:
-    """What Triton makes of its kernel; arrays lie at multiples of 16 bytes, as in JAX."""
+def _assemble(name: str, path: Path, ptx: str, thunks: str) -> Kernel:
+    """Assembles a kernel from the PTX at `path`; XLA's list of thunks has its launch."""
+    arch = _find(r"\.target (\w+)", ptx)[1]
+    line = next(line for line in thunks.splitlines() if f" {name} " in line)
+    launch = _find(r"threads: \[(\d+).*shared_memory: (\d+)", line)
+    target = path.with_name("out.cubin")
+    _run_tool("ptxas-blackwell", "-arch", arch, path, "-o", target)
+    return Kernel(
+        name=name.removeprefix("wkv7_"),
+        threads=int(launch[1]),
+        shared=int(launch[2]),
+        cubin=target.read_bytes(),
+    )
+
+
+def _compile_triton(name: str, capability: int, size: Size, chunk: int, tile: tiles.Tile) -> Kernel:
+    """Returns what Triton makes of the kernel of this name."""
+    # Optional: triton is an extra, and slow to import.
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -171,26 +243,61 @@ def _triton(name: str, capability: int, size: tuple, chunk: int, tile: tiles.Til
     from pallas_kernels.gpu import triton_kernels
 
     kernel = getattr(triton_kernels, name)
-    sizes = {"CHUNK": chunk, "KEYS": size[0], "VALUES": size[1], "READ": True, "SAVE": True}
-    sizes["BLOCK"] = min(tile.values, size[1])
-    constants = {name: sizes[name] for name in kernel.arg_names if name in sizes}
-    other = "*bf16" if size[2] == "bfloat16" else "*fp32"
-    kinds = {"tokens": "i32", "heads": "i32"} | dict.fromkeys(constants, "constexpr")
-    kinds |= dict.fromkeys(FLOAT32, "*fp32")
-    signature = {name: kinds.get(name, other) for name in kernel.arg_names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, kind in enumerate(signature.values())
-        if kind.startswith("*")
+    settings = {
+        "CHUNK": chunk,
+        "KEYS": size.keys,
+        "VALUES": size.values,
+        "BLOCK": min(tile.values, size.values),
+        "READ": True,
+        "SAVE": True,
     }
-    source = ASTSource(kernel, signature, constants, aligned)
+    constants = {}
+    signature = {}
+    alignment = {}
+    for i, argument in enumerate(kernel.arg_names):
+        if argument in settings:
+            constants[argument] = settings[argument]
+            signature[argument] = "constexpr"
+        elif argument in ("tokens", "heads"):
+            signature[argument] = "i32"
+        else:
+            is_float32 = argument in FLOAT32 or size.dtype == "float32"
+            signature[argument] = "*fp32" if is_float32 else "*bf16"
+            # JAX's arrays begin at multiples of 16 bytes.
+            alignment[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, alignment)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    made = triton.compile(source, GPUTarget("cuda", capability, 32), options)
-    return Kernel(name, 32 * tile.warps, made.metadata.shared, made.asm["cubin"])
+    compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options)
+    return Kernel(
+        name=name,
+        threads=32 * tile.warps,
+        shared=compiled.metadata.shared,
+        cubin=compiled.asm["cubin"],
+    )
+
+
+def _measure_pallas(device: Device, size: Size) -> Iterator[dict]:
+    """Yields the rows of Pallas's kernels of one size on one device."""
+    choice = tiles.for_gpu(tiles.PALLAS_GPU, *size, device.capability)
+    for kernel in _compile_pallas(device, size):
+        name = next(name for name in KERNELS if kernel.name.startswith(name))
+        case = f"{device.kind} pallas {name} {size.keys}x{size.values} {size.dtype}"
+        yield _measure(case, kernel, size, choice.chunk, getattr(choice, name))
+
+
+def _measure_triton(device: Device, size: Size) -> Iterator[dict]:
+    """Yields the rows of Triton's kernels of one size on one device."""
+    choice = tiles.for_gpu(tiles.TRITON, *size, device.capability)
+    for name in KERNELS:
+        tile = getattr(choice, name)
+        function = "state_gradient" if name == "state" else name
+        kernel = _compile_triton(function, device.capability, size, choice.chunk, tile)
+        case = f"{device.kind} triton {name} {size.keys}x{size.values} {size.dtype}"
+        yield _measure(case, kernel, size, choice.chunk, tile)
 
 
 def rows() -> Iterator[dict]:
-    """One row a device, implementation, kernel and size.
+    """Yields one row for each device, implementation, kernel and size.
 
     Yields:
         case; instructions of all warps for one token of one head; registers and bytes of stack of a
@@ -200,31 +307,23 @@ def rows() -> Iterator[dict]:
         ModuleNotFoundError: a package is not installed.
         RuntimeError: a kernel does not compile.
     """
-    for package, command in (("jax_plugins.xla_cuda13", "jax-cuda13-plugin"), ("triton", "triton")):
-        if importlib.util.find_spec(package) is None:
-            raise ModuleNotFoundError(f"{package} is not installed: pip install {command}")
+    for module, package in (
+        ("jax_plugins.xla_cuda13", "jax-cuda13-plugin"),
+        ("triton", "triton"),
+    ):
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f"{module} is not installed: pip install {package}")
     for device in DEVICES:
+        largest = max(tiles.rows_for(tiles.PALLAS_GPU, device.capability))
         for size in SIZES:
-            keys, values, dtype = size
-            if max(keys, values) > max(tiles.rows_for(tiles.PALLAS_GPU, device[1])):
-                continue
-            choices = [
-                tiles.for_gpu(table, keys, values, dtype, device[1])
-                for table in (tiles.PALLAS_GPU, tiles.TRITON)
-            ]
-            names = ("forward", "state", "gradients")
-            for kernel in _pallas(device, size):
-                name = next(name for name in names if kernel.name.startswith(name))
-                case = f"{device[0]} pallas {name} {keys}x{values} {dtype}"
-                tile = getattr(choices[0], name)
-                yield _row(case, kernel, size, choices[0].chunk, tile)
-            for name in names:
-                tile, chunk = getattr(choices[1], name), choices[1].chunk
-                twin = "state_gradient" if name == "state" else name
-                kernel = _triton(twin, device[1], size, chunk, tile)
-                case = f"{device[0]} triton {name} {keys}x{values} {dtype}"
-                yield _row(case, kernel, size, chunk, tile)
+            if max(size.keys, size.values) <= largest:
+                yield from _measure_pallas(device, size)
+                yield from _measure_triton(device, size)
 
 
 if __name__ == "__main__":
-    child(*sys.argv[1:])
+    _kind, _capability, _cores, _shared, _keys, _values, _dtype = sys.argv[1:]
+    compile_for_device(
+        Device(_kind, int(_capability), int(_cores), int(_shared)),
+        Size(int(_keys), int(_values), _dtype),
+    )

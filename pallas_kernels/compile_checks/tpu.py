@@ -1,8 +1,8 @@
-"""What libtpu makes of the TPU kernels, told without a TPU.
+"""What libtpu reports of the TPU kernels, without a TPU.
 
 Each chip's kernels are compiled ahead of time in a process of its own, since libtpu serves one
-process and one set of flags. Its final schedule says how many bundles, about as many cycles, a grid
-step takes, and how often which slot of them is used.
+process and one set of flags. Its final schedule says how many bundles, which take about a cycle
+each, a grid step takes, and how often each slot of them is used.
 """
 
 import importlib.util
@@ -13,17 +13,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 from jax.experimental import topologies
 
 from pallas_kernels.reference import WKVInputs
-from pallas_kernels.tpu import pallas_calls as tpu
+from pallas_kernels.tpu import pallas_calls
+from pallas_kernels.tpu.head_packing import TileLayout
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-# Key size, value size, dtype; the channels of a layer are shared out among heads.
+# Key size, value size, dtype; the channels of a layer are divided among heads.
 SIZES = (
     (64, 64, "bfloat16"),
     (128, 128, "bfloat16"),
@@ -31,16 +32,30 @@ SIZES = (
     (256, 64, "bfloat16"),
     (64, 64, "float32"),
 )
-BATCH, TOKENS, CHANNELS = 8, 4096, 2048
-# Times that one tries for libtpu, which serves a single process of a machine.
-PATIENCE = 40
+BATCH = 8
+TOKENS = 4096
+CHANNELS = 2048
+# Attempts to get libtpu, which serves a single process of a machine, three seconds apart.
+ATTEMPTS = 40
 FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=true"
-# Slots of a bundle in the utilisation file's columns; the ninth is that of spilled registers.
-SLOTS, SPILLED = (4, 3, 4, 2, 1, 3, 3, 1, 1, 2), 8
+# Slots of a bundle in each column of the utilisation file.
+SLOTS = (4, 3, 4, 2, 1, 3, 3, 1, 1, 2)
+# The column of spilled registers.
+SPILLED = 8
 
 
-def _program(passed: str, keys: int, values: int, dtype: str, sharding):
-    """A function of arrays as a model has them, [B T C], and their shapes."""
+def _make_program(
+    kernel: str, keys: int, values: int, dtype: str, sharding
+) -> tuple[Callable, tuple]:
+    """Makes a function of arrays as a model has them, [B T C], and describes its arguments.
+
+    Args:
+        kernel: "forward" or "backward".
+        keys: key channels of a head.
+        values: value channels of a head.
+        dtype: of the tokens.
+        sharding: of all arrays.
+    """
     heads = CHANNELS // keys
 
     def array(kind, *shape):
@@ -64,74 +79,114 @@ def _program(passed: str, keys: int, values: int, dtype: str, sharding):
         return x.reshape(BATCH, TOKENS, -1)
 
     def forward(tokens, state):
-        y, *rest = tpu.forward_saving(split(tokens), state)
-        return flat(y), *rest
+        y, end, starts = pallas_calls.forward_saving(split(tokens), state)
+        return flat(y), end, starts
 
     def backward(tokens, starts, dy, dend):
-        grads, dstate = tpu.backward(split(tokens), starts, split(dy), dend)
+        grads, dstate = pallas_calls.backward(split(tokens), starts, split(dy), dend)
         return jax.tree.map(flat, grads), dstate
 
-    if passed == "forward":
+    if kernel == "forward":
         return forward, (tokens, state)
     starts = jax.eval_shape(forward, tokens, state)[2]
     return backward, (tokens, array(starts.dtype, *starts.shape), tokens.v, state)
 
 
-def _form(keys: int, values: int, dtype: str):
-    """How the kernel tiles these."""
-    key_shape = jax.ShapeDtypeStruct((BATCH, TOKENS, CHANNELS // keys, keys), dtype)
-    value_shape = jax.ShapeDtypeStruct((BATCH, TOKENS, CHANNELS // keys, values), dtype)
-    shapes = WKVInputs(key_shape, key_shape, key_shape, value_shape, key_shape, key_shape)
-    return tpu.choose_layout(shapes, None)
+def _choose_layout(keys: int, values: int, dtype: str) -> TileLayout:
+    """Returns the layout that the kernels choose for these sizes."""
+    heads = CHANNELS // keys
+    key_array = jax.ShapeDtypeStruct((BATCH, TOKENS, heads, keys), dtype)
+    value_array = jax.ShapeDtypeStruct((BATCH, TOKENS, heads, values), dtype)
+    inputs = WKVInputs(
+        r=key_array, log_w=key_array, k=key_array, v=value_array, a=key_array, b=key_array
+    )
+    return pallas_calls.choose_layout(inputs, None)
 
 
-def _read(folder: Path) -> dict:
-    """Bundles of a grid step and the share of spilling slots, from the newest dumped schedule."""
+def _read_schedule(folder: Path) -> tuple[int, float]:
+    """Reads the bundles of a grid step and the share of spilling slots from libtpu's dump."""
     (schedule,) = folder.glob("*-wkv7*schedule-analysis_final_bundles.txt")
     (usage,) = folder.glob("*-wkv7*final_hlo-static*util*")
-    bundles = int(re.search(r"total scheduled bundles:\s+(\d+)", schedule.read_text())[1])
-    rows = [line.split() for line in usage.read_text().splitlines() if line[:1].isdigit()]
-    spills = sum(int(row[SPILLED]) for row in rows if len(row) == len(SLOTS))
-    return {"bundles": bundles, "spills": spills / bundles / sum(SLOTS)}
+    total = re.search(r"total scheduled bundles:\s+(\d+)", schedule.read_text())
+    if total is None:
+        raise RuntimeError(f"{schedule.name} does not say how many bundles there are.")
+    bundles = int(total[1])
+    spills = 0
+    for line in usage.read_text().splitlines():
+        columns = line.split()
+        if line[:1].isdigit() and len(columns) == len(SLOTS):
+            spills += int(columns[SPILLED])
+    return bundles, spills / bundles / sum(SLOTS)
 
 
-def _row(name: str, passed: str, size: tuple, sharding, folder: Path) -> dict:
-    """One kernel, compiled and measured."""
+def _measure(chip: str, kernel: str, size: tuple[int, int, str], sharding, folder: Path) -> dict:
+    """Compiles one kernel; returns its numbers for one token of one head."""
     for path in folder.iterdir():
         path.unlink()
     began = time.monotonic()
-    program, arguments = _program(passed, *size, sharding)
+    program, arguments = _make_program(kernel, *size, sharding)
     compiled = jax.jit(program).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
     seconds = time.monotonic() - began
-    found, form = _read(folder), _form(*size)
+    bundles, spills = _read_schedule(folder)
+    layout = _choose_layout(*size)
+    keys, values, dtype = size
     return {
-        "case": f"{name} {passed} {size[0]}x{size[1]} {size[2]}",
-        "bundles": round(found["bundles"] / (form.chunk * form.heads * form.groups), 2),
-        "spills": round(100 * found["spills"], 2),
+        "case": f"{chip} {kernel} {keys}x{values} {dtype}",
+        "bundles": round(bundles / (layout.chunk * layout.heads * layout.groups), 2),
+        "spills": round(100 * spills, 2),
         "temporary": compiled.memory_analysis().temp_size_in_bytes,
         "seconds": round(seconds, 1),
     }
 
 
-def child(chip: str, folder: str) -> None:
-    """Compile every case for a chip and print a JSON line each; its flags must be in place."""
+def compile_for_chip(chip: str, folder: str) -> None:
+    """Compiles every case for a chip and prints a JSON line for each.
+
+    It runs in a process of its own, which was started with libtpu's flags in its environment.
+    """
     device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices[0]
     abstract = jax.sharding.AbstractDevice(
         device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu"
     )
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=abstract)
+    sharding = jax.sharding.SingleDeviceSharding(device)
     with jax.sharding.use_abstract_mesh(mesh):
         for size in SIZES:
-            for passed in ("forward", "backward"):
-                sharding = jax.sharding.SingleDeviceSharding(device)
-                print(json.dumps(_row(chip, passed, size, sharding, Path(folder))), flush=True)
+            for kernel in ("forward", "backward"):
+                row = _measure(chip, kernel, size, sharding, Path(folder))
+                print(json.dumps(row), flush=True)
+
+
+def _run_process(chip: str) -> str:
+    """Runs `compile_for_chip` in a new process and returns what it prints.
+
+    Raises:
+        RuntimeError: it fails, or another process holds libtpu for too long.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", __name__, chip, folder]
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "LIBTPU_INIT_ARGS": FLAGS.format(folder),
+            "TPU_SKIP_MDS_QUERY": "1",
+        }
+        error = ""
+        for _ in range(ATTEMPTS):
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode == 0:
+                return done.stdout
+            error = done.stderr
+            if "lockfile" not in error:
+                break
+            time.sleep(3)
+        raise RuntimeError(error[-2000:])
 
 
 def rows() -> Iterator[dict]:
-    """One row a chip, pass and size.
+    """Yields one row for each chip, kernel and size.
 
     Yields:
-        case; bundles for one token of one head; spills, per cent of all slots; temporary, bytes of
+        case; bundles for one token of one head; spills, percent of all slots; temporary, bytes of
         HBM besides arguments and results; seconds that lowering and compiling took.
 
     Raises:
@@ -141,19 +196,9 @@ def rows() -> Iterator[dict]:
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError("libtpu is not installed: pip install 'jax[tpu]'")
     for chip in CHIPS:
-        with tempfile.TemporaryDirectory() as folder:
-            flags = {"LIBTPU_INIT_ARGS": FLAGS.format(folder), "TPU_SKIP_MDS_QUERY": "1"}
-            command = [sys.executable, "-m", __name__, chip, folder]
-            environment = os.environ | flags | {"JAX_PLATFORMS": "cpu"}
-            for _ in range(PATIENCE):
-                done = subprocess.run(command, env=environment, capture_output=True, text=True)
-                if not done.returncode or "lockfile" not in done.stderr:
-                    break
-                time.sleep(3)
-            if done.returncode:
-                raise RuntimeError(done.stderr[-2000:])
-            yield from map(json.loads, done.stdout.splitlines())
+        for line in _run_process(chip).splitlines():
+            yield json.loads(line)
 
 
 if __name__ == "__main__":
-    child(*sys.argv[1:])
+    compile_for_chip(*sys.argv[1:])

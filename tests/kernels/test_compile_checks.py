@@ -1,35 +1,37 @@
-"""The kernels' gates, tables and tuning: what they find is checked here, without compiling."""
+"""The kernels' compile checks, tables and tuning, without compiling anything."""
 
 import json
 
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import dispatch, tiles, tune
+from pallas_kernels import bench, dispatch, tiles, tune
 from pallas_kernels.cases import CASES
-from pallas_kernels.compile_checks import __main__ as gates
-from pallas_kernels.compile_checks import gpu as gates_gpu
-from pallas_kernels.compile_checks import tpu as gates_tpu
-from pallas_kernels.gpu import triton_calls as triton_op
+from pallas_kernels.compile_checks import __main__ as compile_checks
+from pallas_kernels.compile_checks import gpu as gpu_checks
+from pallas_kernels.compile_checks import tpu as tpu_checks
+from pallas_kernels.gpu import triton_calls
 
-TPU, GPU = (json.loads(gates.table_path(name).read_text())["cases"] for name in ("tpu", "gpu"))
+TPU, GPU = (
+    json.loads(compile_checks.table_path(name).read_text())["cases"] for name in ("tpu", "gpu")
+)
 
 
 def test_the_tables_hold_every_chip_size_and_kernel():
     kernels = {
         f"{chip} {passed} {keys}x{values} {dtype}"
-        for chip in gates_tpu.CHIPS
-        for keys, values, dtype in gates_tpu.SIZES
+        for chip in tpu_checks.CHIPS
+        for keys, values, dtype in tpu_checks.SIZES
         for passed in ("forward", "backward")
     }
     assert set(TPU) == kernels
     kernels = {
-        f"{device[0]} {by} {name} {keys}x{values} {dtype}"
-        for device in gates_gpu.DEVICES
+        f"{device.kind} {by} {name} {keys}x{values} {dtype}"
+        for device in gpu_checks.DEVICES
         for by in ("pallas", "triton")
         for name in ("forward", "state", "gradients")
-        for keys, values, dtype in gates_gpu.SIZES
-        if max(keys, values) <= max(tiles.rows_for(tiles.PALLAS_GPU, device[1]))
+        for keys, values, dtype in gpu_checks.SIZES
+        if max(keys, values) <= max(tiles.rows_for(tiles.PALLAS_GPU, device.capability))
     }
     assert set(GPU) == kernels
 
@@ -62,42 +64,42 @@ def test_gpu_kernels_take_few_instructions_and_keep_to_registers(by, kernel, ins
     assert row["registers"] <= 255
 
 
-def test_the_gate_names_what_grew_and_what_is_new():
+def test_the_check_names_what_grew_and_what_is_new():
     before = {"bundles": 6.29, "spills": 0.0}
-    assert gates.compare({"bundles": 6.5, "spills": 0.0}, before) == []
-    grown = gates.compare({"bundles": 6.7, "spills": 0.0}, before)
+    assert compile_checks.compare({"bundles": 6.5, "spills": 0.0}, before) == []
+    grown = compile_checks.compare({"bundles": 6.7, "spills": 0.0}, before)
     assert grown == ["bundles grew from 6.29 to 6.7"]
-    grown = gates.compare({"bundles": 6.29, "spills": 0.1}, before)
+    grown = compile_checks.compare({"bundles": 6.29, "spills": 0.1}, before)
     assert grown == ["spills grew from 0.0 to 0.1"]
-    assert gates.compare({"bundles": 6.29}, None) == ["not in the table"]
+    assert compile_checks.compare({"bundles": 6.29}, None) == ["not in the table"]
 
 
-def fake_gate(monkeypatch, tmp_path, rows, cases):
-    """Make the TPU gate find `rows` and read `cases` from its table."""
+def fake_check(monkeypatch, tmp_path, rows, cases):
+    """Makes the TPU check find `rows` and read `cases` from its table."""
     path = tmp_path / "table.json"
     path.write_text(json.dumps({"versions": {"libtpu": "1"}, "cases": cases}))
-    monkeypatch.setattr(gates, "table_path", lambda platform: path)
-    monkeypatch.setattr(gates, "versions", lambda platform: {"libtpu": "1"})
-    monkeypatch.setitem(gates.ROWS, "tpu", lambda: iter([dict(row) for row in rows]))
+    monkeypatch.setattr(compile_checks, "table_path", lambda platform: path)
+    monkeypatch.setattr(compile_checks, "versions", lambda platform: {"libtpu": "1"})
+    monkeypatch.setitem(compile_checks.ROWS, "tpu", lambda: iter([dict(row) for row in rows]))
     return path
 
 
-def test_the_gate_fails_on_a_slower_kernel_and_on_one_that_is_gone(monkeypatch, tmp_path):
+def test_the_check_fails_on_a_slower_kernel_and_on_one_that_is_gone(monkeypatch, tmp_path):
     rows = [{"case": "a", "bundles": 8.0, "seconds": 1.0}]
-    path = fake_gate(monkeypatch, tmp_path, rows, {"a": {"bundles": 7.0}, "b": {"bundles": 1.0}})
+    path = fake_check(monkeypatch, tmp_path, rows, {"a": {"bundles": 7.0}, "b": {"bundles": 1.0}})
     with pytest.raises(SystemExit) as caught:
-        gates.main(["tpu"])
+        compile_checks.main(["tpu"])
     assert str(caught.value) == "a: bundles grew from 7.0 to 8.0\nb: gone"
-    gates.main(["tpu", "--write"])
+    compile_checks.main(["tpu", "--write"])
     assert json.loads(path.read_text())["cases"] == {"a": {"bundles": 8.0}}
-    gates.main(["tpu"])
+    compile_checks.main(["tpu"])
 
 
-def test_the_gate_refuses_another_compilers_table(monkeypatch, tmp_path):
-    fake_gate(monkeypatch, tmp_path, [], {})
-    monkeypatch.setattr(gates, "versions", lambda platform: {"libtpu": "2"})
+def test_the_check_refuses_another_compilers_table(monkeypatch, tmp_path):
+    fake_check(monkeypatch, tmp_path, [], {})
+    monkeypatch.setattr(compile_checks, "versions", lambda platform: {"libtpu": "2"})
     with pytest.raises(SystemExit, match=r"the table is for .*1.*; installed are .*2"):
-        gates.main(["tpu"])
+        compile_checks.main(["tpu"])
 
 
 def test_instructions_are_those_of_the_longest_loop():
@@ -109,8 +111,8 @@ def test_instructions_are_those_of_the_longest_loop():
         /*0040*/ @P0 BRA 0x10 ;
         /*0050*/ BRA 0x50 ;
     """
-    assert gates_gpu.count(code, loops=True) == 3
-    assert gates_gpu.count(code, loops=False) == 5
+    assert gpu_checks.count(code, loops=True) == 3
+    assert gpu_checks.count(code, loops=False) == 5
 
 
 def test_tuning_keeps_the_fastest_tile_of_every_kernel(monkeypatch):
@@ -153,9 +155,9 @@ def packages(monkeypatch, **installed):
     def version(name):
         if name.replace("-", "_") in installed:
             return installed[name.replace("-", "_")]
-        raise triton_op.PackageNotFoundError(name)
+        raise triton_calls.PackageNotFoundError(name)
 
-    monkeypatch.setattr(triton_op, "version", version)
+    monkeypatch.setattr(triton_calls, "version", version)
 
 
 @pytest.mark.parametrize(
@@ -183,20 +185,18 @@ def packages(monkeypatch, **installed):
 def test_a_wrong_pair_of_packages_is_one_sentence(monkeypatch, installed, error, sentence):
     packages(monkeypatch, **installed)
     with pytest.raises(error) as caught:
-        triton_op.check_versions()
+        triton_calls.check_versions()
     assert str(caught.value) == sentence
-    assert triton_op.missing()
+    assert triton_calls.missing()
 
 
 def test_a_fitting_pair_is_accepted(monkeypatch):
     packages(monkeypatch, jax="0.10.2", jax_triton="0.3.1", triton="3.6.0")
-    triton_op.check_versions()
-    assert not triton_op.missing()
+    triton_calls.check_versions()
+    assert not triton_calls.missing()
 
 
 def test_the_benchmark_counts_bytes_and_names_every_implementation_here():
-    from pallas_kernels import bench
-
     found = bench.least_bytes(CASES["h200"], "bfloat16")
     assert found == {"fwd": 1024, "fwd saving": 1280, "bwd": 2176, "fwd+bwd": 3456}
     assert [name for name in bench.implementations(CASES["tiny"])] == [
