@@ -7,7 +7,7 @@ traced.
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -64,24 +64,37 @@ class DecodeState(NamedTuple):
         )
 
     def advance(
-        self, model: nn.Module, params: Params, *, keys: Array, options: sampling.SamplingParams
+        self,
+        model: nn.Module,
+        params: Params,
+        *,
+        keys: Array,
+        options: sampling.SamplingParams,
     ) -> tuple["DecodeState", Int[Array, " B"], Bool[Array, " B"]]:
         """Samples one token a row; returns the next state, the tokens and which rows keep theirs.
 
         A row that stops here keeps the state and the logits it had.
         """
         logits = sampling.apply_penalties(self.logits, self.occurrences, options)
+        # By the step and not by splitting: a row's draws do not depend on the length of a block.
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, self.step)
         tokens = sampling.sample(step_keys, logits, options)
         is_stop = jnp.asarray(options.stops)[tokens]
         # A maximum is finite exactly if nothing is NaN and not all logits are infinite.
         finite = jnp.isfinite(jnp.max(self.logits, axis=-1))
-        sampled_status = jnp.where(finite, jnp.where(is_stop, STOPPED, RUNNING), BROKEN)
+        sampled_status = jnp.where(is_stop, STOPPED, RUNNING)
+        sampled_status = jnp.where(finite, sampled_status, BROKEN)
+        # Rows that have ended still compute, since shapes are fixed, but nothing of theirs changes.
         running = self.status == RUNNING
         status = jnp.where(running, sampled_status, self.status)
         live = status == RUNNING
         state, next_logits = _decode_one(
-            model, params, self.state, logits=self.logits, tokens=tokens, live=live
+            model,
+            params,
+            self.state,
+            logits=self.logits,
+            tokens=tokens,
+            live=live,
         )
         following = DecodeState(
             state=state,
@@ -107,16 +120,23 @@ class DecodeState(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def prefill(
-    model: nn.Module, params: Params, state: RWKV7State, *, tokens: Tokens, lengths: Lengths
+    model: nn.Module,
+    params: Params,
+    state: RWKV7State,
+    *,
+    tokens: Tokens,
+    lengths: Lengths,
 ) -> RWKV7State:
     """Reads the first `lengths` tokens of each row; computes no logits."""
-    return model.apply({"params": params}, tokens, state, lengths, method="hidden")[1]
+    outputs: Any = model.apply({"params": params}, tokens, state, lengths, method="hidden")
+    return outputs[1]
 
 
-def _decode_one(model, params, state, *, logits, tokens, live):
-    next_logits, state = model.apply(
-        {"params": params}, tokens[:, None], state, live.astype(jnp.int32)
-    )
+def _decode_one(model, params, state, *, logits, tokens, live) -> tuple[RWKV7State, Array]:
+    # A row of length 0 keeps its state.
+    lengths = live.astype(jnp.int32)
+    outputs: Any = model.apply({"params": params}, tokens[:, None], state, lengths)
+    next_logits, state = outputs
     return state, jnp.where(live[:, None], next_logits[:, 0], logits)
 
 
@@ -162,6 +182,7 @@ def decode(
     Returns:
         The state afterwards, the tokens, and how many of each row's tokens are kept.
     """
+    # The batch's size is known when the program is traced; only `limit` is not.
     batch = run.logits.shape[0]
 
     def unfinished(loop):
@@ -175,7 +196,8 @@ def decode(
         return run, tokens, lengths + live, index + 1
 
     no_tokens = jnp.zeros((batch, capacity), jnp.int32)
-    loop = (run, no_tokens, jnp.zeros(batch, jnp.int32), jnp.zeros((), jnp.int32))
+    no_lengths = jnp.zeros(batch, jnp.int32)
+    loop = (run, no_tokens, no_lengths, jnp.zeros((), jnp.int32))
     run, tokens, lengths, _ = jax.lax.while_loop(unfinished, one_token, loop)
     return run, tokens, lengths
 
@@ -188,7 +210,12 @@ class Decoder:
     """
 
     def __init__(
-        self, model: nn.Module, params: Params, *, keys: Array, options: sampling.SamplingParams
+        self,
+        model: nn.Module,
+        params: Params,
+        *,
+        keys: Array,
+        options: sampling.SamplingParams,
     ):
         """Binds what every program of one call needs.
 
@@ -204,7 +231,11 @@ class Decoder:
         self._options = options
 
     def read(
-        self, run: DecodeState, rows: Sequence[Sequence[int]], *, chunk: int = _NARROWEST
+        self,
+        run: DecodeState,
+        rows: Sequence[Sequence[int]],
+        *,
+        chunk: int = _NARROWEST,
     ) -> DecodeState:
         """Reads known tokens, `chunk` at a time; an empty row does not change.
 
@@ -213,6 +244,7 @@ class Decoder:
         """
         lengths = np.array([len(row) for row in rows], np.int32)
         state = run.state
+        # All but the last token of each row; rows that are shorter wait with a length of 0.
         for first, width in _chunks(max(map(len, rows)) - 1, chunk):
             tokens = np.zeros((len(rows), width), np.int32)
             for index, row in enumerate(rows):
@@ -220,6 +252,7 @@ class Decoder:
                 tokens[index, : len(piece)] = piece
             counts = np.clip(lengths - 1 - first, 0, width)
             state = prefill(self._model, self._params, state, tokens=tokens, lengths=counts)
+        # An empty row gets a token too, which `live` keeps it from reading.
         last_tokens = np.array([row[-1] if row else 0 for row in rows], np.int32)
         state, logits = decode_one(
             self._model,

@@ -126,12 +126,14 @@ def generate(
         check_count(prefill_chunk, 1, "`prefill_chunk`")
         _check_text(tokenizer, stop_strings, on_text)
         rows = _check_prompts(prompts, model.config.vocab_size, allow_empty=logits is not None)
+        # Greedy decoding draws nothing, so it needs no key.
         samples = tokens > 0 and options.temperature > 0
         keys = _row_keys(key, len(rows), needed=bool(samples))
         start = _start(model, state, logits, batch=len(rows))
     # Before the first program runs: see `commit_like`.
     start = commit_like((params, state, logits), start)
     decoder = Decoder(model, params, keys=keys, options=options)
+    # The same call reads the prompts here and, after a stop string, the tokens that a row keeps.
     start = decoder.read(start, rows, chunk=prefill_chunk)
     row_texts = [RowText(tokenizer, stop_strings) for _ in rows]
     run = decode_with_stop_strings(
@@ -150,16 +152,25 @@ def _ignore_text(piece: str, row: int) -> None:
 
 
 def _generation(run: DecodeState, rows: list[RowText], *, spelled: bool) -> Generation:
-    finished = ["length" if row.ended == "length" else "stop" for row in rows]
-    return Generation(
-        tokens=[row.tokens for row in rows],
-        finished=finished,
+    """Collects what the rows hold, one list for each field."""
+    result = Generation(
+        tokens=[],
+        finished=[],
         state=run.state,
         logits=run.logits,
-        texts=[row.text for row in rows] if spelled else None,
-        ended=[row.ended for row in rows],
-        stop_tokens=[row.stop_token for row in rows],
+        texts=[] if spelled else None,
+        ended=[],
+        stop_tokens=[],
     )
+    for row in rows:
+        assert row.ended is not None
+        result.tokens.append(row.tokens)
+        result.finished.append("length" if row.ended == "length" else "stop")
+        result.ended.append(row.ended)
+        result.stop_tokens.append(row.stop_token)
+        if result.texts is not None:
+            result.texts.append(row.text)
+    return result
 
 
 def _check_text(
@@ -176,6 +187,7 @@ def _check_prompts(prompts: Any, vocab_size: int, *, allow_empty: bool) -> list[
     if isinstance(prompts, str | bytes):
         kind = type(prompts).__name__
         raise TypeError(f"`prompts` must be ids, as from a tokenizer; got {kind}.")
+    # One prompt is a flat list of ids.
     nested = len(prompts) > 0 and np.ndim(prompts[0]) > 0
     rows: list[list[int]] = []
     for index, ids in enumerate(prompts if nested else [prompts]):
@@ -194,9 +206,11 @@ def _row_keys(key: Array | None, batch: int, *, needed: bool) -> Array:
     if key is None:
         if needed:
             raise ValueError("`key` must be given unless `temperature` is 0; got None.")
+        # It is never drawn with, but the compiled loop has the argument.
         key = jax.random.key(0)
     key = typed_key(key)
     if key.ndim == 0:
+        # By the row's number, so that a row does not depend on how many others there are.
         return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
     if key.shape != (batch,):
         raise ValueError(f"`key` must be one key or {batch}; got shape {key.shape}.")
@@ -213,6 +227,7 @@ def _start(model: RWKV7, state: Any, logits: Any, *, batch: int) -> DecodeState:
     check_state(state, 1 if one_for_all else batch, config)
     if one_for_all:
         state = repeat(state, batch)
+    # As the model returns them: a loop's carry must keep its types.
     state = state.replace(
         att_shift=state.att_shift.astype(config.dtype),
         ffn_shift=state.ffn_shift.astype(config.dtype),

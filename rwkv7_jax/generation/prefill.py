@@ -1,4 +1,4 @@
-"""Reading a long prompt into a state."""
+"""Prefill of one long prompt into a state."""
 
 import functools
 
@@ -11,6 +11,7 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
 
 
+# Not `decode_loop.prefill`: without lengths there is no mask to apply at every token.
 @functools.partial(jax.jit, static_argnums=0)
 def _prefill(model: RWKV7, params: Params, state: RWKV7State, tokens):
     return model.apply({"params": params}, tokens, state, method="hidden")[1]
@@ -19,10 +20,20 @@ def _prefill(model: RWKV7, params: Params, state: RWKV7State, tokens):
 def prefill_state(
     model: RWKV7, params: Params, tokens: Int[np.ndarray, " T"], *, chunk: int = 1024
 ) -> RWKV7State:
-    """The state (batch 1) behind a prompt of any length, read in pieces from the zero state."""
+    """Reads a prompt of any length from the zero state, in chunks; computes no logits.
+
+    Args:
+        model: static.
+        params: its weights.
+        tokens: ids; none at all give the zero state.
+        chunk: tokens that are read at once.
+
+    Returns:
+        The state after the prompt (batch 1).
+    """
     state = init_state(model.config)
-    whole = len(tokens) // chunk * chunk
-    for piece in [*np.split(tokens[:whole], max(whole // chunk, 1)), tokens[whole:]]:
-        if len(piece):
-            state = _prefill(model, params, state, np.asarray(piece, np.int32)[None])
+    # At most two programs are compiled: one for full chunks and one for the rest.
+    for first in range(0, len(tokens), chunk):
+        piece = np.asarray(tokens[first : first + chunk], np.int32)
+        state = _prefill(model, params, state, piece[None])
     return state

@@ -19,9 +19,12 @@ from rwkv7_jax.text.detokenizer import Vocabulary
 
 Scores = Float[Array, "B V"]
 
-Number = float | int | Array | np.ndarray | np.generic
+Number = float | int | Array | np.ndarray | np.number
 
 Ids = Sequence[int] | Array | np.ndarray
+
+# Options are made on the host; inside a compiled program they are tracers.
+HostOrDevice = Array | np.ndarray | np.number
 
 # Penalized logits are clipped to this: if all of them were infinite, their softmax would be NaN.
 _LOGIT_LIMIT = 1e30
@@ -60,15 +63,15 @@ class SamplingParams(NamedTuple):
         stops: [V], ids that end a row.
     """
 
-    temperature: Array
-    top_p: Array
-    top_k: Array
-    presence_penalty: Array
-    frequency_penalty: Array
-    penalty_decay: Array
-    weights: Array
-    banned: Array
-    stops: Array
+    temperature: HostOrDevice
+    top_p: HostOrDevice
+    top_k: HostOrDevice
+    presence_penalty: HostOrDevice
+    frequency_penalty: HostOrDevice
+    penalty_decay: HostOrDevice
+    weights: HostOrDevice
+    banned: HostOrDevice
+    stops: HostOrDevice
 
 
 def make_options(
@@ -119,6 +122,7 @@ def make_options(
     return SamplingParams(
         temperature=np.float32(temperature),
         top_p=np.float32(top_p),
+        # More than the vocabulary may not fit into int32.
         top_k=np.int32(min(top_k, vocab_size)),
         presence_penalty=np.float32(presence_penalty),
         frequency_penalty=np.float32(frequency_penalty),
@@ -138,9 +142,10 @@ def _mask(ids: Ids, vocab_size: int, argument: str) -> np.ndarray:
 
 
 def exempt_ids(tokenizer: Vocabulary) -> tuple[int, ...]:
-    """Returns the ids that the official penalty does not count: those inside " \\t0123456789"."""
+    """Returns the ids that the official penalty does not count: blanks, tabs and digits."""
     marks = " \t0123456789"
     exempt: set[int] = set()
+    # Officially an id is exempt if its text lies inside this string, so "12" is and "21" is not.
     for start in range(len(marks)):
         for stop in range(start + 1, len(marks) + 1):
             ids = tokenizer.encode(marks[start:stop])
@@ -161,9 +166,11 @@ def count(
     """Decays all counts, then adds the weight of each row's token."""
     rows = jnp.arange(tokens.shape[0])
     weights = jnp.asarray(options.weights)[tokens]
+    decayed = occurrences.counts * options.penalty_decay
     return Occurrences(
+        # Exempt ids are seen too: the presence penalty applies to them.
         seen=occurrences.seen.at[rows, tokens].set(True),
-        counts=(occurrences.counts * options.penalty_decay).at[rows, tokens].add(weights),
+        counts=decayed.at[rows, tokens].add(weights),
     )
 
 
@@ -188,6 +195,7 @@ def _cutoff(probs: Scores, enough: Callable[[Bool[Array, "B V"]], Bool[Array, " 
     # The bits of floats that are not negative are ordered like the numbers.
     bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
 
+    # `low` is 0 or keeps enough; the answer lies between the two.
     def halve(_, bounds):
         low, high = bounds
         middle = low + (high - low) // 2
@@ -195,7 +203,9 @@ def _cutoff(probs: Scores, enough: Callable[[Bool[Array, "B V"]], Bool[Array, " 
         return jnp.where(kept, middle, low), jnp.where(kept, high, middle)
 
     low = jnp.zeros((probs.shape[0], 1), jnp.int32)
-    low, _ = jax.lax.fori_loop(0, 31, halve, (low, jnp.full_like(low, _BITS_ABOVE_ONE)))
+    high = jnp.full_like(low, _BITS_ABOVE_ONE)
+    # 31 halvings: one for each bit of a float32 but the sign.
+    low, _ = jax.lax.fori_loop(0, 31, halve, (low, high))
     return jax.lax.bitcast_convert_type(low, jnp.float32)
 
 
@@ -204,7 +214,9 @@ def _truncate(probs: Scores, top_p: Number, top_k: Number) -> Bool[Array, "B V"]
     by_mass = _cutoff(probs, lambda kept: jnp.sum(jnp.where(kept, probs, 0), axis=-1) >= top_p)
     # Rounding can give a part of the tokens all the mass, so 1 has to mean no limit at all.
     by_mass = jnp.where(top_p >= 1, 0, by_mass)
+    # With `top_p` 0 every cutoff is enough, even one above the most probable token, which stays.
     kept = probs >= jnp.minimum(by_mass, jnp.max(probs, axis=-1, keepdims=True))
+    # 0 means no limit.
     top_k = jnp.where(top_k == 0, probs.shape[1], top_k)
     by_rank = _cutoff(probs, lambda kept: jnp.sum(kept, axis=-1) >= top_k)
     above = probs > by_rank
@@ -234,9 +246,12 @@ def log_probabilities(
     """
     logp = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     probs = jnp.exp(logp)
+    # The bisections are most of the cost, so they are skipped at run time where nothing is cut.
     keep_all = (jnp.asarray(top_p) >= 1) & (jnp.asarray(top_k) == 0)
     kept = jax.lax.cond(
-        keep_all, lambda: jnp.ones(probs.shape, bool), lambda: _truncate(probs, top_p, top_k)
+        keep_all,
+        lambda: jnp.ones(probs.shape, bool),
+        lambda: _truncate(probs, top_p, top_k),
     )
     best = jnp.argmax(logits, axis=-1, keepdims=True)
     is_best = jnp.arange(logits.shape[1])[None] == best
@@ -258,7 +273,10 @@ def sample(keys: Array, logits: Scores, options: SamplingParams) -> Int[Array, "
 
     def draw():
         logp = log_probabilities(
-            logits, temperature=options.temperature, top_p=options.top_p, top_k=options.top_k
+            logits,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
         )
         return jax.vmap(jax.random.categorical)(keys, logp).astype(jnp.int32)
 

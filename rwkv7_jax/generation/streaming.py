@@ -47,6 +47,7 @@ class RowText:
     def append(self, tokens: Sequence[int]) -> str:
         """Keeps new tokens up to a stop string; returns the text that became certain."""
         if self._tokenizer is None:
+            # No text, so no stop string can reach back into these tokens.
             self.tokens.extend(tokens)
             self.settled = len(self.tokens)
             return ""
@@ -107,7 +108,9 @@ def decode_with_stop_strings(
     Raises:
         ValueError: the model's logits are not finite.
     """
+    # A larger block costs tokens that a stop string cuts off again, a smaller one costs waiting.
     block = min(_BLOCK, total) if watched else total
+    # A power of two above the block, so that few widths are ever compiled.
     capacity = power_of_two(max(block, _BLOCK))
     snapshots: list[_Snapshot] = []
     done = 0
@@ -121,6 +124,7 @@ def decode_with_stop_strings(
             run = _cut_rows(decoder, run, snapshots, rows=rows, cut=cut)
         settled = min((row.settled for row in rows if not row.ended), default=done)
         snapshots = _still_needed(snapshots, settled)
+    # The text that was held back in case a stop string would follow.
     for index, row in enumerate(rows):
         if not row.ended:
             _emit(on_text, row.end("length"), index)
@@ -145,12 +149,14 @@ def _append(
     rows: list[RowText], run: DecodeState, tokens, lengths, *, on_text: OnText
 ) -> np.ndarray:
     """Gives the rows their new tokens; returns which of them a stop string has ended."""
+    # One transfer: each waits for the device.
     tokens, lengths, status, stop_tokens = jax.device_get(
         (tokens, lengths, run.status, run.stop_tokens)
     )
     cut = np.zeros(len(rows), bool)
     for index, row in enumerate(rows):
         if row.ended:
+            # It has stopped on the device too, so nothing of it is new.
             continue
         if status[index] == BROKEN:
             raise ValueError(
@@ -159,6 +165,7 @@ def _append(
             )
         piece = row.append(tokens[index, : lengths[index]].tolist())
         _emit(on_text, piece, index)
+        # A stop string in these tokens comes before the stop id that ended them on the device.
         cut[index] = row.ended is not None
         if status[index] == STOPPED and not cut[index]:
             _emit(on_text, row.end("stop_id", int(stop_tokens[index])), index)

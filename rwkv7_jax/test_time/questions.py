@@ -11,26 +11,27 @@ import numpy as np
 from rwkv7_jax.data.jsonl import read_jsonl
 from rwkv7_jax.data.sources import TaskSource, parse_source
 from rwkv7_jax.data.synthetic_tasks import question_batch
+from rwkv7_jax.test_time.rewards import RewardFunction
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 Ids = Sequence[int]
 
 
 def read_questions(path: str | Path, tokenizer: Tokenizer) -> list[tuple[list[int], str]]:
-    """The prompts of a .jsonl file as ids, and their answers; "" where a line has none.
+    """Reads the prompts of a .jsonl file as ids, with their answers; "" where a line has none.
 
     Raises:
-        ValueError: a line that is no object with a "prompt", as `file:line: reason`.
+        ValueError: a line that is not an object with a "prompt", as `file:line: reason`.
     """
-    found = list(read_jsonl(path, functools.partial(_question, tokenizer)))
-    if not found:
+    questions = list(read_jsonl(path, functools.partial(_parse_question, tokenizer)))
+    if not questions:
         raise ValueError(f"read_questions: `{path}` must hold a question; got none.")
-    return found
+    return questions
 
 
-def _question(tokenizer: Tokenizer, fields: Any) -> tuple[list[int], str]:
+def _parse_question(tokenizer: Tokenizer, fields: Any) -> tuple[list[int], str]:
     if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
-        raise ValueError('no object with a text "prompt"')
+        raise ValueError('not an object with a text "prompt"')
     ids = tokenizer.encode(fields["prompt"])
     if not ids:
         raise ValueError('"prompt" must hold a token; got none')
@@ -41,13 +42,13 @@ class QuestionSet:
     """Prompts by step, and the reward of a completion: 1 for the known answer, 0 for another."""
 
     def __init__(self, path: str, tokenizer: Tokenizer, *, seed: int = 0, held_out: float = 0.1):
-        """The questions of a path.
+        """Reads the questions of a file, or prepares those of a task.
 
         Args:
             path: "task:name", or a .jsonl file of {"prompt": ..., "answer": ...}.
             tokenizer: of the model's vocabulary.
             seed: of tasks, and of the order of a file's questions.
-            held_out: share of a file's questions that is only asked for measuring.
+            held_out: share of a file's questions that are used for evaluation only.
 
         Raises:
             ValueError: a bad file, or a task without questions.
@@ -56,46 +57,59 @@ class QuestionSet:
         self._tokenizer = tokenizer
         self._seed = seed
         self._answers: dict[tuple[int, ...], str | list[int]] = {}
-        self._parts: dict[bool, list[list[int]]] = {}
+        self._training: list[list[int]] = []
+        self._held_out: list[list[int]] = []
         if not isinstance(self._source, TaskSource):
-            everything = read_questions(path, tokenizer)
-            self._answers = {tuple(prompt): answer for prompt, answer in everything}
-            order = np.random.default_rng(seed).permutation(len(everything))
-            prompts = [everything[i][0] for i in order]
-            border = max(1, int(len(prompts) * held_out))
-            self._parts = {True: prompts[:border], False: prompts[border:] or prompts}
+            self._split(read_questions(path, tokenizer), held_out)
+
+    def _split(self, questions: list[tuple[list[int], str]], held_out: float) -> None:
+        """Shuffles a file's questions and divides them into training and held-out ones."""
+        prompts: list[list[int]] = []
+        for index in np.random.default_rng(self._seed).permutation(len(questions)):
+            prompt, answer = questions[index]
+            prompts.append(prompt)
+            self._answers[tuple(prompt)] = answer
+        border = max(1, int(len(prompts) * held_out))
+        self._held_out = prompts[:border]
+        # A file of one question serves both parts.
+        self._training = prompts[border:] or prompts
 
     def prompts(self, step: int, count: int, *, held_out: bool = False) -> list[list[int]]:
-        """`count` prompts of a step; a pure function of its arguments and the seed."""
+        """Returns `count` prompts of a step, a pure function of the arguments and the seed."""
         if not isinstance(self._source, TaskSource):
-            part = self._parts[held_out]
-            return [part[(step * count + i) % len(part)] for i in range(count)]
-        asked, replies = question_batch(
+            part = self._held_out if held_out else self._training
+            first = step * count
+            return [part[place % len(part)] for place in range(first, first + count)]
+        prompts, answers = question_batch(
             self._source.name, step, batch_size=count, seed=self._seed, held_out=held_out
         )
-        self._answers |= {tuple(q): reply for q, reply in zip(asked, replies, strict=True)}
-        return asked
+        # A task makes its questions as they are needed, so `reward` learns the answers here.
+        for prompt, answer in zip(prompts, answers, strict=True):
+            self._answers[tuple(prompt)] = answer
+        return prompts
 
     def reward(self, prompt: Ids, completion: Ids) -> float:
-        """1.0 if the completion begins with the known answer, else 0.0."""
-        wanted = self._answers[tuple(prompt)]
-        if isinstance(wanted, str):
-            text = self._tokenizer.decode([i for i in completion if i])
-            return float(bool(wanted.strip()) and text.strip().startswith(wanted.strip()))
-        return float(list(completion[: len(wanted)]) == wanted)
+        """Returns 1.0 if the completion begins with the known answer, else 0.0."""
+        answer = self._answers[tuple(prompt)]
+        if isinstance(answer, str):
+            # Token 0 only ends a text; it spells nothing.
+            text = self._tokenizer.decode([token for token in completion if token])
+            expected = answer.strip()
+            # Every text begins with the empty string, so a line without an answer earns nothing.
+            return float(bool(expected) and text.strip().startswith(expected))
+        return float(list(completion[: len(answer)]) == answer)
 
 
-def find_verifier(name: str):
-    """The function that "module:function" names.
+def find_verifier(name: str) -> RewardFunction:
+    """Imports the function that "module:function" names.
 
     Raises:
         ValueError: no such module or function.
     """
     module, _, function = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
+        return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"`config.test_time.verifier` must be exact or module:function; got {name!r}: {error}."
         ) from None
-    return found

@@ -89,7 +89,7 @@ def test_f10_bad_lines_are_skipped_when_asked_for_and_counted(file, fault):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"prompt": 7}\n', 'no object with a text "prompt"'),
+        (b'{"prompt": 7}\n', 'not an object with a text "prompt"'),
         (b'{"prompt": ""}\n', '"prompt" must hold a token; got none'),
         (b'{"prompt": "\\ud800"}\n', "lone surrogate at character 0"),
         (b'{"prompt": \xff}\n', "not UTF-8 at byte 11"),
