@@ -43,9 +43,12 @@ class Batch(Mapping[str, Any]):
     split: Int[ArrayOfEither, " B"] | None = None
     advantages: Float[ArrayOfEither, " B"] | None = None
 
-    if typing.TYPE_CHECKING:  # `struct.dataclass` adds it where type checkers cannot see it.
+    # `struct.dataclass` adds `replace` where type checkers cannot see it.
+    if typing.TYPE_CHECKING:
 
-        def replace(self, **changes: Any) -> "Batch": ...
+        def replace(self, **changes: Any) -> "Batch":
+            """Returns a copy with other fields."""
+            ...
 
     @classmethod
     def of(cls, batch: Mapping[str, Any], *needed: str, caller: str = "Batch.of") -> "Batch":
@@ -69,11 +72,17 @@ class Batch(Mapping[str, Any]):
                 raise ValueError(
                     f"{caller}: `batch` must hold {name!r}; it has {', '.join(batch)}."
                 )
+        # All names of a Batch are fields.
         if isinstance(batch, Batch):
             return batch
         for name in batch:
             if name not in _FIELDS:
-                nearest = difflib.get_close_matches(str(name), _FIELDS, n=1, cutoff=0.0)[0]
+                nearest = difflib.get_close_matches(
+                    str(name),
+                    _FIELDS,
+                    n=1,
+                    cutoff=0.0,
+                )[0]
                 raise ValueError(
                     f"{caller}: `batch` must hold no field {name!r}; the nearest is {nearest!r}, "
                     f"and all are {', '.join(_FIELDS)}."
@@ -82,6 +91,7 @@ class Batch(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         """Returns a field that is there, by its name."""
+        # Other attributes are no keys, and an absent field is none either.
         value = getattr(self, name) if name in _FIELDS else None
         if value is None:
             raise KeyError(name)
@@ -103,6 +113,7 @@ class Batch(Mapping[str, Any]):
 
     def select_rows(self, rows: slice) -> "Batch":
         """Returns a part of the rows, of every field."""
+        # Over the tree: absent fields are None, which JAX takes for an empty subtree.
         return jax.tree.map(lambda array: array[rows], self)
 
 

@@ -31,7 +31,8 @@ def host_rows(batch_size: int, host: int, hosts: int) -> slice:
             f"them; got {hosts} and {host}."
         )
     share = batch_size // hosts
-    return slice(host * share, (host + 1) * share)
+    first = host * share
+    return slice(first, first + share)
 
 
 def _fill_rows(stream: TokenStream, spans: Sequence[tuple[int, int]], length: int) -> Batch:
@@ -45,6 +46,7 @@ def _fill_rows(stream: TokenStream, spans: Sequence[tuple[int, int]], length: in
     tokens = np.zeros((len(spans), length + 1), np.int32)
     mask = np.zeros((len(spans), length), np.float32)
     for row, (first, size) in enumerate(spans):
+        # Views of the batch, filled in place: no row is copied.
         stream.fill(first, tokens[row, :size], mask[row, : size - 1])
     return Batch(tokens=tokens, mask=mask)
 
@@ -108,7 +110,9 @@ def batch_at(
     """
     check_choices(order, packing, caller="batch_at")
     stream = as_stream(stream)
-    samples = range(step * batch_size, (step + 1) * batch_size)[rows]
+    # Samples are numbered through all steps; a host makes those of its rows.
+    first = step * batch_size
+    samples = range(first, first + batch_size)[rows]
     if packing == "documents":
         documents = _usable_documents(stream, "batch_at")
         picked = shuffled(samples, seed=seed, count=len(documents))
@@ -170,8 +174,18 @@ def check_choices(order: str, packing: str, *, caller: str) -> None:
     Raises:
         ValueError: they do not, or cannot.
     """
-    check_choice(order, ORDERS, argument="order", caller=caller)
-    check_choice(packing, PACKINGS, argument="packing", caller=caller)
+    check_choice(
+        order,
+        ORDERS,
+        argument="order",
+        caller=caller,
+    )
+    check_choice(
+        packing,
+        PACKINGS,
+        argument="packing",
+        caller=caller,
+    )
     if order == "cubic" and packing == "documents":
         raise ValueError(
             f'{caller}: `order` must be "shuffled" where `packing` is "documents"; got "cubic".'
@@ -180,12 +194,19 @@ def check_choices(order: str, packing: str, *, caller: str) -> None:
 
 def left_out(stream: IdsOrStream, length: int) -> tuple[int, int]:
     """Counts documents too long for a row of packing "documents", and their tokens never read."""
-    excess = np.diff(as_stream(stream).starts) - (length + 1)
+    sizes = np.diff(as_stream(stream).starts)
+    excess = sizes - (length + 1)
     too_long = excess > 0
     return int(too_long.sum()), int(excess[too_long].sum())
 
 
-def windows(stream: IdsOrStream, length: int, count: int, *, packing: str = "stream") -> Batch:
+def windows(
+    stream: IdsOrStream,
+    length: int,
+    count: int,
+    *,
+    packing: str = "stream",
+) -> Batch:
     """Makes one batch for evaluation, of at most `count` rows spread evenly over the stream.
 
     Args:
@@ -201,13 +222,16 @@ def windows(stream: IdsOrStream, length: int, count: int, *, packing: str = "str
     stream = as_stream(stream)
     if packing == "documents":
         documents = _usable_documents(stream, "windows")
-        places = np.linspace(0, len(documents) - 1, min(count, len(documents))).astype(int)
+        rows = min(count, len(documents))
+        places = np.linspace(0, len(documents) - 1, rows).astype(int)
         return _fill_rows(stream, _document_spans(stream, documents[places], length), length)
     if len(stream) <= length:
         raise ValueError(
             f"windows: `stream` must have more than {length} tokens; got {len(stream)}."
         )
     # Windows do not overlap, so a short stream gives fewer than were wanted.
-    count = max(1, min(count, (len(stream) - 1) // length))
-    firsts = np.linspace(0, len(stream) - length - 1, count).astype(int).tolist()
-    return _fill_rows(stream, _window_spans(firsts, length), length)
+    most = (len(stream) - 1) // length
+    rows = max(1, min(count, most))
+    last = len(stream) - length - 1
+    firsts = np.linspace(0, last, rows).astype(int)
+    return _fill_rows(stream, _window_spans(firsts.tolist(), length), length)

@@ -13,6 +13,7 @@ import numpy as np
 
 from rwkv7_jax.atomic_write import atomic_write
 
+# What every `.idx` file begins with.
 _MAGIC = b"MMIDIDX\x00\x00"
 
 # Version, code of the dtype, number of sequences, number of documents.
@@ -22,7 +23,15 @@ _HEADER = struct.Struct("<QBQQ")
 # the documents as numbers of sequences (int64).
 _BODY = len(_MAGIC) + _HEADER.size
 
-_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+# Codes 6 and 7 are floats, which hold no ids.
+_DTYPES = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    8: np.uint16,
+}
 
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 
@@ -54,7 +63,8 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
     if len(negative):
         place = _BODY + 4 * int(negative[0])
         raise ValueError(f"read_binidx: `{path}` at byte {place}: a sequence of negative size.")
-    gaps = np.flatnonzero(offsets != (np.cumsum(sizes) - sizes) * dtype.itemsize)
+    starts = np.cumsum(sizes) - sizes
+    gaps = np.flatnonzero(offsets != starts * dtype.itemsize)
     if len(gaps):
         place = _BODY + 4 * sequences + 8 * int(gaps[0])
         raise ValueError(
@@ -118,8 +128,10 @@ class BinidxWriter:
         """
         if np.dtype(dtype) not in _CODES:
             raise ValueError(f"BinidxWriter: `dtype` must be an integer's; got {dtype!r}.")
-        self.dtype = np.dtype(dtype).newbyteorder("<")
-        self._code = _CODES[np.dtype(dtype)]
+        native: np.dtype = np.dtype(dtype)
+        # The format is little-endian on every machine.
+        self.dtype = native.newbyteorder("<")
+        self._code = _CODES[native]
         self._path = Path(path)
         self._stack = contextlib.ExitStack()
         self._sizes = array.array("i")
@@ -129,14 +141,15 @@ class BinidxWriter:
     def __enter__(self) -> "BinidxWriter":
         """Opens the files under temporary names."""
         # The stack closes the last file first: the index is replaced after the data.
-        self._index = self._stack.enter_context(atomic_write(self._path.with_suffix(".idx")))
-        self._data = self._stack.enter_context(atomic_write(self._path.with_suffix(".bin")))
+        self._index = self.sibling(".idx")
+        self._data = self.sibling(".bin")
         return self
 
     def __exit__(self, *error) -> None:
         """Replaces the files, or after an error leaves those that were there before."""
         if error[0] is None:
             self._write_index(self._index)
+            # A reader that comes between the two replacements finds no index, not a wrong one.
             self._path.with_suffix(".idx").unlink(missing_ok=True)
         self._stack.__exit__(*error)
 
@@ -151,11 +164,16 @@ class BinidxWriter:
             ValueError: an id that the dtype cannot hold.
         """
         limits = np.iinfo(self.dtype)
-        if len(ids) and not (limits.min <= ids.min() and ids.max() <= limits.max):
+        if len(ids) == 0:
+            return
+        least = ids.min()
+        largest = ids.max()
+        # A cast would wrap around without a word.
+        if least < limits.min or largest > limits.max:
             raise ValueError(
-                f"BinidxWriter: `ids` must fit {self.dtype.name}; got {ids.min()} to {ids.max()}."
+                f"BinidxWriter: `ids` must fit {self.dtype.name}; got {least} to {largest}."
             )
-        self._data.write(np.ascontiguousarray(ids, self.dtype))
+        self._data.write(ids.astype(self.dtype).tobytes())
         self._size += len(ids)
 
     def end(self) -> None:
@@ -167,8 +185,10 @@ class BinidxWriter:
         sizes = np.frombuffer(self._sizes, np.int32)
         count = len(sizes)
         file.write(_MAGIC + _HEADER.pack(1, self._code, count, count + 1))
-        file.write(sizes.astype("<i4"))
+        file.write(sizes.astype("<i4").tobytes())
         # In int64: the sum of many int32 sizes exceeds int32.
         ends = np.cumsum(sizes, dtype=np.int64)
-        file.write(((ends - sizes) * self.dtype.itemsize).astype("<i8"))
-        file.write(np.arange(count + 1, dtype="<i8"))
+        offsets = (ends - sizes) * self.dtype.itemsize
+        file.write(offsets.astype("<i8").tobytes())
+        # Every sequence is a document of its own.
+        file.write(np.arange(count + 1, dtype="<i8").tobytes())

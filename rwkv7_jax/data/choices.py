@@ -26,7 +26,13 @@ OnBad = Literal["error", "skip"]
 ON_BAD: tuple[OnBad, ...] = typing.get_args(OnBad)
 
 
-def check_choice(value: str, choices: tuple[Choice, ...], *, argument: str, caller: str) -> Choice:
+def check_choice(
+    value: str,
+    choices: tuple[Choice, ...],
+    *,
+    argument: str,
+    caller: str,
+) -> Choice:
     """Returns `value` if it is one of `choices`.
 
     Args:

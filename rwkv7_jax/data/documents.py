@@ -25,6 +25,7 @@ class Encoder(Protocol):
 
     def encode_chunks(self, chunks: Iterable[bytes]) -> Iterator[np.ndarray]:
         """Encodes all chunks joined, some ids at a time."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Segment:
             yield self.text
             return
         with self.text.open("rb") as file:
+            # A file may be larger than memory.
             while chunk := file.read(CHUNK):
                 yield chunk
 
@@ -77,6 +79,7 @@ class Document:
 
     def content_hash(self) -> int:
         """Computes a number below 2**64 from the bytes alone; it decides what is held out."""
+        # Of the bytes and not the ids: the same documents are held out with every tokenizer.
         digest = hashlib.blake2b(digest_size=8)
         for chunk in self._chunks():
             digest.update(chunk)
@@ -87,6 +90,7 @@ class Document:
         for segment in self.segments:
             for ids in tokenizer.encode_chunks(segment.chunks()):
                 yield ids, segment.in_loss
+        # Token 0 ends the document.
         yield np.zeros(1, np.uint16), True
 
     def _chunks(self) -> Iterator[bytes]:
@@ -100,4 +104,6 @@ def held_out_threshold(share: float) -> int:
     Args:
         share: of all documents that is held out, whatever their order.
     """
-    return min(max(math.ceil(share * HASH_RANGE), 0), HASH_RANGE)
+    # Shares of 0 and 1 must hold out nothing and everything, whatever the rounding.
+    threshold = math.ceil(share * HASH_RANGE)
+    return min(max(threshold, 0), HASH_RANGE)

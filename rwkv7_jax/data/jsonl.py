@@ -71,7 +71,12 @@ def read_jsonl(
     Raises:
         ValueError: a bad line, as `file:line: reason`.
     """
-    check_choice(on_bad, ON_BAD, argument="on_bad", caller="read_jsonl")
+    check_choice(
+        on_bad,
+        ON_BAD,
+        argument="on_bad",
+        caller="read_jsonl",
+    )
     stats = stats or ReadStats()
     # Lines are split as bytes: a line separator such as U+2028 inside a string ends no line.
     with Path(path).open("rb") as file:
@@ -103,7 +108,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    return list(read_jsonl(path, check_object, on_bad="skip", allow_nan=True))
+    return list(
+        read_jsonl(
+            path,
+            check_object,
+            on_bad="skip",
+            allow_nan=True,
+        )
+    )
 
 
 def _report(reason: str, on_bad: str, stats: ReadStats) -> None:

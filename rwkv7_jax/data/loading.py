@@ -47,13 +47,20 @@ def _encode(found: Iterable[Document], tokenizer: Encoder) -> TokenArray:
         sizes.append(size)
     mask = None
     if not all(flags):
-        mask = np.repeat(np.array(flags, np.uint8), [len(ids) for ids in pieces])
-    starts = np.concatenate([[0], np.cumsum(sizes, dtype=int)])
+        lengths = [len(ids) for ids in pieces]
+        mask = np.repeat(np.array(flags, np.uint8), lengths)
+    ends = np.cumsum(sizes, dtype=int)
+    starts = np.concatenate([[0], ends])
     return TokenArray(np.concatenate(pieces), mask, starts)
 
 
 def _read(
-    source: str | Path, tokenizer: Tokenizer, *, split: Split, held_out: float, on_bad: str
+    source: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    split: Split,
+    held_out: float,
+    on_bad: str,
 ) -> TokenStream:
     """Reads one part of the documents of a source into memory."""
     stats = ReadStats()
@@ -114,9 +121,24 @@ def token_stream(
     streams = []
     for path in paths:
         if Path(path).suffix in (".bin", ".idx"):
-            streams.append(open_cache(path, tokenizer, split=split, held_out=held_out))
+            streams.append(
+                open_cache(
+                    path,
+                    tokenizer,
+                    split=split,
+                    held_out=held_out,
+                )
+            )
         else:
-            streams.append(_read(path, tokenizer, split=split, held_out=held_out, on_bad=on_bad))
+            streams.append(
+                _read(
+                    path,
+                    tokenizer,
+                    split=split,
+                    held_out=held_out,
+                    on_bad=on_bad,
+                )
+            )
     stream = TokenStream.concatenate(streams)
     if not len(stream):
         names = ", ".join(map(str, paths))
@@ -144,7 +166,12 @@ def packed(
     """Makes batches of a source, without end; see `token_stream`, `batch_at` and `batches_from`."""
     tokenizer = tokenizer or Tokenizer.world()
     return batches_from(
-        token_stream(source, tokenizer, split=split, held_out=held_out),
+        token_stream(
+            source,
+            tokenizer,
+            split=split,
+            held_out=held_out,
+        ),
         batch_size=batch_size,
         length=length,
         seed=seed,

@@ -22,7 +22,11 @@ class Prefetch:
         # Pairs of an item and None, or of None and the error that ends the iteration.
         self._ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=ahead)
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run,
+            name="prefetch",
+            daemon=True,
+        )
         self._thread.start()
 
     def _run(self) -> None:

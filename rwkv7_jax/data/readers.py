@@ -47,7 +47,12 @@ def documents(
     Raises:
         ValueError: nothing of that name, or a bad line, as `file:line: reason`.
     """
-    check_choice(on_bad, ON_BAD, argument="on_bad", caller="documents")
+    check_choice(
+        on_bad,
+        ON_BAD,
+        argument="on_bad",
+        caller="documents",
+    )
     if source in BUILT_IN:
         for text in BUILT_IN[str(source)]():
             yield Document((Segment(text),))
@@ -55,7 +60,12 @@ def documents(
     counted = stats if stats is not None else ReadStats()
     for file in _files(source):
         if file.suffix == ".jsonl":
-            yield from read_jsonl(file, parse_record, on_bad=on_bad, stats=counted)
+            yield from read_jsonl(
+                file,
+                parse_record,
+                on_bad=on_bad,
+                stats=counted,
+            )
             continue
         yield Document((Segment(file),))
         counted.bytes += file.stat().st_size

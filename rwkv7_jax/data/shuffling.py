@@ -7,13 +7,20 @@ from collections.abc import Iterable
 import numpy as np
 
 
+# Several are cached: a batch may reach into the next epoch, and an anchor has its own seed.
 @functools.lru_cache(maxsize=4)
-def _epoch(seed: int, epoch: int, count: int, length: int) -> tuple[int, np.ndarray]:
+def _epoch(
+    seed: int,
+    epoch: int,
+    count: int,
+    length: int,
+) -> tuple[int, np.ndarray]:
     """Draws the start of an epoch's first window, and the order of its windows."""
     rng = np.random.default_rng([seed, epoch])
     phase = int(rng.integers(length))
     # Shuffled in place, in the narrowest type that fits: the table of 10^9 windows takes 4 GB.
-    order = np.arange(count, dtype=np.uint32 if count < 2**32 else np.uint64)
+    dtype = np.uint32 if count < 2**32 else np.uint64
+    order = np.arange(count, dtype=dtype)
     rng.shuffle(order)
     return phase, order
 
@@ -35,7 +42,12 @@ def shuffled(samples: Iterable[int], *, seed: int, count: int) -> list[int]:
 
 
 def shuffled_windows(
-    samples: Iterable[int], *, seed: int, tokens: int, length: int, caller: str
+    samples: Iterable[int],
+    *,
+    seed: int,
+    tokens: int,
+    length: int,
+    caller: str,
 ) -> list[int]:
     """Computes where each sample's window begins; in an epoch every window comes once.
 
@@ -62,8 +74,10 @@ def is_prime(number: int) -> bool:
     """Tests whether a number below 10^18 is prime, by trial division."""
     if number < 4:
         return number > 1
-    divisors = np.arange(3, math.isqrt(number) + 1, 2)
-    return bool(number % 2 and (number % divisors).all())
+    if number % 2 == 0:
+        return False
+    odd = np.arange(3, math.isqrt(number) + 1, 2)
+    return bool((number % odd).all())
 
 
 @functools.lru_cache(maxsize=16)
@@ -98,6 +112,7 @@ def cubic_windows(samples: Iterable[int], *, tokens: int, length: int) -> list[i
         ValueError: the stream is shorter than three windows.
     """
     prime = magic_prime(tokens, length)
-    factor = int(prime * ((math.sqrt(5) - 1) / 2))
+    golden = (math.sqrt(5) - 1) / 2
+    factor = int(prime * golden)
     # Python's integers and not NumPy's: a cube soon exceeds 64 bits.
     return [factor * (sample + 1) ** 3 % prime * length for sample in samples]

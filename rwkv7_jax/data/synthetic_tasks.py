@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 
 import numpy as np
+from numpy.random import Generator
 
 from rwkv7_jax.data import toy_tasks as toy
 from rwkv7_jax.data.batch import Batch
@@ -21,37 +22,47 @@ Example = tuple[str, str]
 _LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
 
 
-def _copy(rng: np.random.Generator) -> Example:
-    word = "".join(rng.choice(_LETTERS, rng.integers(3, 13)))
+def _copy(rng: Generator) -> Example:
+    size = rng.integers(3, 13)
+    word = "".join(rng.choice(_LETTERS, size))
     return f"copy {word} = ", word
 
 
-def _recall(rng: np.random.Generator) -> Example:
+def _recall(rng: Generator) -> Example:
     """Makes associative recall: some pairs, then the value of one key."""
-    keys = rng.permutation(_LETTERS)[: rng.integers(2, 9)]
+    letters = rng.permutation(_LETTERS)
+    keys = letters[: rng.integers(2, 9)]
     values = rng.integers(0, 10, len(keys))
-    pairs = " ".join(f"{key}{value}" for key, value in zip(keys, values, strict=True))
+    pairs = [f"{key}{value}" for key, value in zip(keys, values, strict=True)]
     queried = rng.integers(len(keys))
-    return f"recall {pairs} {keys[queried]} = ", str(values[queried])
+    return f"recall {' '.join(pairs)} {keys[queried]} = ", str(values[queried])
 
 
-def _parity(rng: np.random.Generator) -> Example:
-    bits = rng.integers(0, 2, rng.integers(1, 25))
+def _parity(rng: Generator) -> Example:
+    size = rng.integers(1, 25)
+    bits = rng.integers(0, 2, size)
     return f"parity {''.join(map(str, bits))} = ", str(bits.sum() % 2)
 
 
-def _summand(rng: np.random.Generator) -> int:
+def _summand(rng: Generator) -> int:
     """Draws a number of 1 to 4 digits, each length as often."""
-    return int(rng.integers(10 ** rng.integers(1, 5)))
+    digits = rng.integers(1, 5)
+    return int(rng.integers(10**digits))
 
 
-def _addition(rng: np.random.Generator) -> Example:
+def _addition(rng: Generator) -> Example:
     one = _summand(rng)
     two = _summand(rng)
     return f"add {one} {two} = ", str(one + two)
 
 
-def _lines(rng: np.random.Generator, rows: int, length: int, *, example: Callable) -> toy.Rows:
+def _lines(
+    rng: Generator,
+    rows: int,
+    length: int,
+    *,
+    example: Callable,
+) -> toy.Rows:
     """Makes rows of token 0 and then lines, cut at the end, and scores the answers."""
     tokens = []
     scored = []
@@ -63,7 +74,8 @@ def _lines(rng: np.random.Generator, rows: int, length: int, *, example: Callabl
             line = f"{question}{answer}\n".encode()
             ids += [byte + 1 for byte in line]
             # Questions are ASCII: as many bytes as characters. The line's end is scored too.
-            counts += [0] * len(question) + [1] * (len(line) - len(question))
+            counts += [0] * len(question)
+            counts += [1] * (len(line) - len(question))
         tokens.append(ids[: length + 1])
         scored.append(counts[: length + 1])
     return np.array(tokens, np.int64), np.array(scored, np.int64)
@@ -80,17 +92,23 @@ class Task:
         exact: whether a row's first question has one right answer.
     """
 
-    rows: Callable[[np.random.Generator, int, int], toy.Rows]
+    rows: Callable[[Generator, int, int], toy.Rows]
     shortest: int
     exact: bool = True
 
 
 def _line(example: Callable, longest: int) -> Task:
+    """Makes a task of lines, whose rows must have room for the longest line."""
     return Task(functools.partial(_lines, example=example), longest)
 
 
 def _sequence(letter: bytes, change: toy.Change) -> Task:
-    return Task(functools.partial(toy.one_sequence, letter=letter, change=change), 13)
+    rows = functools.partial(toy.one_sequence, letter=letter, change=change)
+    return Task(rows, 13)
+
+
+def _next_of_reversed(symbols: np.ndarray) -> np.ndarray:
+    return toy.next_symbol(toy.reversed_symbols(symbols))
 
 
 TASKS: dict[str, Task] = {
@@ -105,27 +123,39 @@ TASKS: dict[str, Task] = {
     "mixture": Task(toy.mixture, 13, exact=False),
     "reverse": _sequence(b"R", toy.reversed_symbols),
     "steer": _sequence(b"?", toy.reversed_symbols),
-    "novel": _sequence(b"?", lambda symbols: toy.next_symbol(toy.reversed_symbols(symbols))),
+    "novel": _sequence(b"?", _next_of_reversed),
     "mqar": Task(toy.mqar, 5),
 }
 
 
 def _modulus(number: int, seed: int) -> Task:
-    rows = functools.partial(toy.one_modulus, modulus=number, letter=b"A", operation=np.add)
+    rows = functools.partial(
+        toy.one_modulus,
+        modulus=number,
+        letter=b"A",
+        operation=np.add,
+    )
     return Task(rows, 5)
 
 
 def _product(number: int, seed: int) -> Task:
-    rows = functools.partial(toy.one_modulus, modulus=number, letter=b"P", operation=np.multiply)
+    rows = functools.partial(
+        toy.one_modulus,
+        modulus=number,
+        letter=b"P",
+        operation=np.multiply,
+    )
     return Task(rows, 5)
 
 
 def _facts(number: int, seed: int) -> Task:
-    return Task(functools.partial(toy.facts, count=number, seed=seed), 3)
+    rows = functools.partial(toy.facts, count=number, seed=seed)
+    return Task(rows, 3)
 
 
 def _swaps(number: int, seed: int) -> Task:
-    return Task(functools.partial(toy.swaps, objects=number), number + 3)
+    rows = functools.partial(toy.swaps, objects=number)
+    return Task(rows, number + 3)
 
 
 # Tasks whose name ends with a number: the task of (number, seed), and the least and largest number.
@@ -139,7 +169,12 @@ FAMILIES: dict[str, tuple[Callable[[int, int], Task], int, int]] = {
 
 def _unknown_name(name: str) -> str:
     """Writes the sentence that refuses a name."""
-    nearest = difflib.get_close_matches(name.split("-")[0], [*TASKS, *FAMILIES], n=1, cutoff=0.6)
+    nearest = difflib.get_close_matches(
+        name.split("-")[0],
+        [*TASKS, *FAMILIES],
+        n=1,
+        cutoff=0.6,
+    )
     hint = f" (the nearest is {nearest[0]})" if nearest else ""
     names = list(TASKS)
     for family, (_, low, high) in FAMILIES.items():
@@ -165,7 +200,13 @@ def find_task(name: str, *, seed: int = 0) -> Task:
 
 
 def task_batch(
-    name: str, step: int, *, batch_size: int, length: int, seed: int = 0, held_out: bool = False
+    name: str,
+    step: int,
+    *,
+    batch_size: int,
+    length: int,
+    seed: int = 0,
+    held_out: bool = False,
 ) -> Batch:
     """Makes the batch of one step: tokens [B T+1] int32; mask [B T], 1 at targets in answers.
 
@@ -189,7 +230,9 @@ def task_batch(
         )
     rng = np.random.default_rng([seed, step, held_out])
     tokens, scored = task.rows(rng, batch_size, length)
-    return Batch(tokens=tokens.astype(np.int32), mask=scored[:, 1:].astype(np.float32))
+    # The first id of a row is no target.
+    mask = scored[:, 1:]
+    return Batch(tokens=tokens.astype(np.int32), mask=mask.astype(np.float32))
 
 
 def question_batch(
@@ -222,7 +265,9 @@ def question_batch(
         raise ValueError(f"question_batch: {name} has no question with one right answer by itself.")
     # The fourth number keeps questions apart from the examples of `task_batch`.
     rng = np.random.default_rng([seed, step, held_out, 1])
-    tokens, scored = task.rows(rng, batch_size, max(length or 0, task.shortest))
+    # A family's shortest row may be longer than what was asked for.
+    length = max(length or 0, task.shortest)
+    tokens, scored = task.rows(rng, batch_size, length)
     questions = []
     answers = []
     for ids, counts in zip(tokens.tolist(), scored.tolist(), strict=True):

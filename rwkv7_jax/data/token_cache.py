@@ -112,7 +112,9 @@ def write_cache(
         )
         # Files are replaced in reverse order, so the card comes first: after a crash in between the
         # stale data files fail the size check of the new card.
-        writer.sibling(".card.json").write(json.dumps(dataclasses.asdict(card), indent=1).encode())
+        text = json.dumps(dataclasses.asdict(card), indent=1)
+        writer.sibling(".card.json").write(text.encode())
+    # A mask of ones says nothing; readers take its absence for it.
     if card.learnt == card.tokens:
         path.with_suffix(".mask").unlink()
     return card, stats
@@ -156,7 +158,12 @@ def read_card(path: str | Path) -> CacheMetadata | None:
         raise ValueError(f"read_card: `{file}` must be of {FORMAT!r}: {error}.") from None
 
 
-def _map_sibling(path: Path, suffix: str, dtype: str, size: int) -> np.ndarray:
+def _map_sibling(
+    path: Path,
+    suffix: str,
+    dtype: str,
+    size: int,
+) -> np.ndarray:
     """Maps a further file of the cache, which must have `size` entries."""
     file = path.with_suffix(suffix)
     wanted = size * np.dtype(dtype).itemsize
@@ -169,7 +176,11 @@ def _map_sibling(path: Path, suffix: str, dtype: str, size: int) -> np.ndarray:
 
 
 def open_cache(
-    path: str | Path, tokenizer: Tokenizer, *, split: Split = "all", held_out: float = 0.05
+    path: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    split: Split = "all",
+    held_out: float = 0.05,
 ) -> TokenStream:
     """Maps the ids of a `.bin` file, or of one part of it.
 
@@ -208,6 +219,7 @@ def open_cache(
     if split == "all":
         return TokenStream.of_array(tokens)
     hashes = _map_sibling(path, ".keys", "<u8", count)
+    # A single document is split by position, as in a source that is no cache.
     if count == 1:
         return split_by_position(tokens, split, held_out)
     is_held_out = _below(hashes, held_out_threshold(held_out))
@@ -246,7 +258,8 @@ def check_vocabulary(ids: np.ndarray, vocab_size: int, name: str) -> None:
         piece = ids[first : first + _CHUNK]
         if piece.max() < vocab_size and piece.min() >= 0:
             continue
-        place = first + int(np.flatnonzero((piece < 0) | (piece >= vocab_size))[0])
+        outside = np.flatnonzero((piece < 0) | (piece >= vocab_size))
+        place = first + int(outside[0])
         raise ValueError(
             f"token_stream: `{name}` must hold ids from 0 and below {vocab_size}; "
             f"got {int(ids[place])} at position {place}."

@@ -59,6 +59,7 @@ class TokenStream:
         self.arrays = tuple(arrays)
         self.spans = spans
         sizes = spans[:, 2] - spans[:, 1]
+        # Where each span begins in the stream, and last where the stream ends.
         self._offsets = np.concatenate([[0], np.cumsum(sizes)])
         self.masked = any(array.in_loss is not None for array in self.arrays)
 
@@ -70,7 +71,8 @@ class TokenStream:
     @classmethod
     def of_range(cls, tokens: TokenArray, first: int, end: int) -> "TokenStream":
         """Makes a stream of one span of one array."""
-        return cls([tokens], np.array([[0, first, end]], np.int64))
+        span = np.array([[0, first, end]], np.int64)
+        return cls([tokens], span)
 
     @classmethod
     def of_documents(cls, tokens: TokenArray, chosen: np.ndarray) -> "TokenStream":
@@ -82,10 +84,12 @@ class TokenStream:
         """
         starts = tokens.find_starts()
         # +1 where a run of chosen documents begins, -1 where it has ended.
-        edges = np.diff(np.concatenate([[0], chosen.astype(np.int8), [0]]))
+        flags = chosen.astype(np.int8)
+        edges = np.diff(flags, prepend=0, append=0)
         firsts = starts[np.flatnonzero(edges > 0)]
         ends = starts[np.flatnonzero(edges < 0)]
-        return cls([tokens], np.stack([np.zeros_like(firsts), firsts, ends], axis=1))
+        numbers = np.zeros_like(firsts)
+        return cls([tokens], np.stack([numbers, firsts, ends], axis=1))
 
     @classmethod
     def concatenate(cls, streams: Sequence["TokenStream"]) -> "TokenStream":
@@ -94,7 +98,7 @@ class TokenStream:
         spans = [np.zeros((0, 3), np.int64)]
         for stream in streams:
             # The stream's arrays get the numbers after those that are already there.
-            spans.append(stream.spans + np.array([[len(arrays), 0, 0]]))
+            spans.append(stream.spans + np.array([len(arrays), 0, 0]))
             arrays += stream.arrays
         return cls(arrays, np.concatenate(spans))
 
@@ -108,6 +112,7 @@ class TokenStream:
         if step != 1:
             raise ValueError(f"TokenStream: a slice must have no step; got {step}.")
         pieces = [ids for ids, _ in self.pieces(first, max(first, end))]
+        # Most rows lie in one span: a view is enough.
         if len(pieces) == 1:
             return pieces[0]
         return np.concatenate([np.zeros(0, np.uint16), *pieces])
@@ -126,7 +131,8 @@ class TokenStream:
             # From positions in the stream to positions in the array.
             place = slice(span_first + first - offset, span_first + stop - offset)
             array = self.arrays[number]
-            yield array.ids[place], None if array.in_loss is None else array.in_loss[place]
+            in_loss = None if array.in_loss is None else array.in_loss[place]
+            yield array.ids[place], in_loss
             first = stop
             span += 1
 
@@ -143,8 +149,10 @@ class TokenStream:
             end = place + len(ids)
             tokens[place:end] = ids
             if end > 1:
+                # Target i is id i + 1 of the row, so the mask is one place ahead.
                 low = max(place, 1)
-                mask[low - 1 : end - 1] = 1 if in_loss is None else in_loss[low - place :]
+                flags = 1 if in_loss is None else in_loss[low - place :]
+                mask[low - 1 : end - 1] = flags
             place = end
 
     @functools.cached_property
@@ -152,7 +160,8 @@ class TokenStream:
         """Where each document begins, without empty ones, and last where the stream ends."""
         array_starts = [np.unique(array.find_starts()) for array in self.arrays]
         stream_starts = [np.zeros(0, np.int64)]
-        for (number, first, end), offset in zip(self.spans, self._offsets[:-1], strict=True):
+        for span, offset in zip(self.spans, self._offsets[:-1], strict=True):
+            number, first, end = span
             starts = array_starts[number]
             low, high = np.searchsorted(starts, [first, end], "left")
             inside = starts[low:high]
@@ -169,7 +178,10 @@ class TokenStream:
             return len(self)
         total = 0
         for ids, in_loss in self.pieces(0, len(self)):
-            total += len(ids) if in_loss is None else int(np.count_nonzero(in_loss))
+            if in_loss is None:
+                total += len(ids)
+            else:
+                total += int(np.count_nonzero(in_loss))
         return total
 
     @functools.cached_property
@@ -189,7 +201,8 @@ def _hashed_blocks(size: int) -> Sequence[int]:
     """Returns where the blocks begin that are hashed of a stream of `size` ids."""
     if size <= HASHED_IN_FULL:
         return range(0, size, _CHUNK)
-    return np.linspace(0, size - _CHUNK, _HASHED_BLOCKS).astype(np.int64).tolist()
+    firsts = np.linspace(0, size - _CHUNK, _HASHED_BLOCKS)
+    return firsts.astype(np.int64).tolist()
 
 
 def data_hash(stream: np.ndarray | TokenStream) -> str:
@@ -202,18 +215,23 @@ def data_hash(stream: np.ndarray | TokenStream) -> str:
     stream = as_stream(stream)
     starts = stream.starts
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(np.array([len(stream), len(starts)], "<i8").tobytes())
+    # Little-endian and of fixed widths throughout, so that all machines agree.
+    sizes = np.array([len(stream), len(starts)], "<i8")
+    digest.update(sizes.tobytes())
     for first in _hashed_blocks(len(stream)):
         end = min(first + _CHUNK, len(stream))
         low, high = np.searchsorted(starts, [first, end])
-        digest.update((starts[low:high] - first).astype("<u4").tobytes())
+        borders = starts[low:high] - first
+        digest.update(borders.astype("<u4").tobytes())
         # Positions that are not in the loss: an all-ones mask must hash as no mask does.
         not_in_loss = [np.zeros(0, np.int64)]
         position = first
         for ids, in_loss in stream.pieces(first, end):
             digest.update(ids.astype("<u4").tobytes())
             if in_loss is not None:
-                not_in_loss.append(position + np.flatnonzero(np.equal(in_loss, 0)))
+                zeros = np.flatnonzero(np.equal(in_loss, 0))
+                not_in_loss.append(position + zeros)
             position += len(ids)
-        digest.update(b"|" + np.concatenate(not_in_loss).astype("<i8").tobytes())
+        masked = np.concatenate(not_in_loss).astype("<i8")
+        digest.update(b"|" + masked.tobytes())
     return digest.hexdigest()

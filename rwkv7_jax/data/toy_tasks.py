@@ -10,6 +10,7 @@ The order of the random draws is part of each task: another order makes other ex
 from collections.abc import Callable
 
 import numpy as np
+from numpy.random import Generator
 
 Rows = tuple[np.ndarray, np.ndarray]
 
@@ -29,10 +30,17 @@ _HIDDEN = 0.4  # share of sequence rows whose instruction is "?"
 
 
 def _ids(text: bytes) -> np.ndarray:
+    """Returns the ids of ASCII text, which are those of its bytes in both vocabularies."""
     return np.frombuffer(text, np.uint8).astype(np.int64) + 1
 
 
+# The id of each symbol by its value: indexed with numbers, it spells them.
 _SYMBOL = _ids(SYMBOLS)
+
+# Masks of one example, by the ids that it consists of.
+_SCORE_SECOND = np.array([0, 1])
+_SCORE_THIRD = np.array([0, 0, 1])
+_SCORE_FOURTH = np.array([0, 0, 0, 1])
 
 
 def _repeat_lead(letter: bytes, rows: int) -> np.ndarray:
@@ -40,7 +48,12 @@ def _repeat_lead(letter: bytes, rows: int) -> np.ndarray:
     return np.tile(_ids(letter), (rows, 1))
 
 
-def _layout(lead: np.ndarray, examples: np.ndarray, scored: np.ndarray, length: int) -> Rows:
+def _layout(
+    lead: np.ndarray,
+    examples: np.ndarray,
+    scored: np.ndarray,
+    length: int,
+) -> Rows:
     """Lays out rows: the lead, all examples, and 0 up to the end.
 
     Args:
@@ -49,22 +62,38 @@ def _layout(lead: np.ndarray, examples: np.ndarray, scored: np.ndarray, length: 
         scored: 1 or 0, broadcast to the examples' shape.
         length: inputs of a row (T).
     """
-    rows, columns = lead.shape
-    end = columns + examples.shape[1] * examples.shape[2]
+    rows, begin = lead.shape
+    _, count, size = examples.shape
+    end = begin + count * size
+    # Sizes spelled out: -1 is not allowed where there are no rows.
+    flat = examples.reshape(rows, count * size)
+    flat_scored = np.broadcast_to(scored, examples.shape).reshape(rows, count * size)
     tokens = np.zeros((rows, length + 1), np.int64)
     counts = np.zeros((rows, length + 1), np.int64)
-    tokens[:, :columns] = lead
-    tokens[:, columns:end] = examples.reshape(rows, end - columns)
-    counts[:, columns:end] = np.broadcast_to(scored, examples.shape).reshape(rows, end - columns)
+    tokens[:, :begin] = lead
+    tokens[:, begin:end] = flat
+    counts[:, begin:end] = flat_scored
     return tokens, counts
 
 
-def _distinct(rng: np.random.Generator, rows: int, count: int, below: int) -> np.ndarray:
+def _distinct(
+    rng: Generator,
+    rows: int,
+    count: int,
+    below: int,
+) -> np.ndarray:
     """Draws `count` different numbers below `below` in each row."""
-    return np.argsort(rng.random((rows, below)), axis=1)[:, :count]
+    # The ranks of random numbers are a permutation of each row.
+    permutations = np.argsort(rng.random((rows, below)), axis=1)
+    return permutations[:, :count]
 
 
-def _visits(rng: np.random.Generator, rows: int, count: int, keys: np.ndarray) -> Rows:
+def _visits(
+    rng: Generator,
+    rows: int,
+    count: int,
+    keys: np.ndarray,
+) -> Rows:
     """Draws the key of each example.
 
     Args:
@@ -77,24 +106,33 @@ def _visits(rng: np.random.Generator, rows: int, count: int, keys: np.ndarray) -
         Numbers of keys [B E], and whether the row had the key before [B E].
     """
     keys_of = rng.integers(0, keys[:, None], (rows, count))
+    # Compared with all examples [B E E]; below the diagonal are those before.
     same = keys_of[:, :, None] == keys_of[:, None, :]
-    return keys_of, np.tril(same, -1).any(axis=2)
+    earlier = np.tril(same, -1)
+    return keys_of, earlier.any(axis=2)
 
 
-def dictionary(rng: np.random.Generator, rows: int, length: int) -> Rows:
+def _spell_keys(keys: np.ndarray) -> list[np.ndarray]:
+    """Splits keys below `KEYS` into the values of their two symbols."""
+    high, low = np.divmod(keys, len(SYMBOLS))
+    return [high, low]
+
+
+def dictionary(rng: Generator, rows: int, length: int) -> Rows:
     """Makes 2 to 8 keys of two symbols and their values; values of keys seen before count."""
+    # Every row draws 8 keys, of which it uses as many as its size says.
     keys = _distinct(rng, rows, 8, KEYS)
     values = rng.integers(0, len(SYMBOLS), keys.shape)
     sizes = rng.integers(2, 9, rows)
     visited, repeated = _visits(rng, rows, length // 3, sizes)
     key = np.take_along_axis(keys, visited, axis=1)
     value = np.take_along_axis(values, visited, axis=1)
-    examples = _SYMBOL[np.stack([*np.divmod(key, len(SYMBOLS)), value], axis=-1)]
-    scored = repeated[..., None] * np.array([0, 0, 1])
-    return _layout(_repeat_lead(b"D", rows), examples, scored, length)
+    examples = np.stack([*_spell_keys(key), value], axis=-1)  # [B E 3]
+    scored = repeated[..., None] * _SCORE_THIRD
+    return _layout(_repeat_lead(b"D", rows), _SYMBOL[examples], scored, length)
 
 
-def mapping(rng: np.random.Generator, rows: int, length: int) -> Rows:
+def mapping(rng: Generator, rows: int, length: int) -> Rows:
     """Makes a random function of one symbol at 4 to 13 places; places seen before count."""
     places = _distinct(rng, rows, 13, len(SYMBOLS))
     images = rng.integers(0, len(SYMBOLS), places.shape)
@@ -102,33 +140,42 @@ def mapping(rng: np.random.Generator, rows: int, length: int) -> Rows:
     visited, repeated = _visits(rng, rows, length // 2, sizes)
     place = np.take_along_axis(places, visited, axis=1)
     image = np.take_along_axis(images, visited, axis=1)
-    examples = _SYMBOL[np.stack([place, image], axis=-1)]
-    scored = repeated[..., None] * np.array([0, 1])
-    return _layout(_repeat_lead(b"M", rows), examples, scored, length)
+    examples = np.stack([place, image], axis=-1)  # [B E 2]
+    scored = repeated[..., None] * _SCORE_SECOND
+    return _layout(_repeat_lead(b"M", rows), _SYMBOL[examples], scored, length)
 
 
 def _arithmetic(
-    rng: np.random.Generator, lead: np.ndarray, modulus: np.ndarray, operation: Operation, length
+    rng: Generator,
+    lead: np.ndarray,
+    modulus: np.ndarray,
+    operation: Operation,
+    length,
 ) -> Rows:
     """Makes rows of the lead (letter and modulus), then `ab=c` again and again."""
-    left, right = rng.integers(0, modulus[:, None], (2, len(lead), (length - 1) // 4))
-    result = _SYMBOL[operation(left, right) % modulus[:, None]]
+    count = (length - 1) // 4
+    by_row = modulus[:, None]
+    left, right = rng.integers(0, by_row, (2, len(lead), count))
+    result = operation(left, right) % by_row
     equals = np.full_like(left, _ids(b"=")[0])
-    examples = np.stack([_SYMBOL[left], _SYMBOL[right], equals, result], axis=-1)
-    return _layout(lead, examples, np.array([0, 0, 0, 1]), length)
+    parts = [_SYMBOL[left], _SYMBOL[right], equals, _SYMBOL[result]]
+    examples = np.stack(parts, axis=-1)  # [B E 4]
+    return _layout(lead, examples, _SCORE_FOURTH, length)
 
 
-def modular(rng: np.random.Generator, rows: int, length: int) -> Rows:
+def modular(rng: Generator, rows: int, length: int) -> Rows:
     """Makes additions (A) or subtractions (S) by one modulus a row, of `MODULI`."""
-    modulus = np.array(MODULI)[rng.integers(0, len(MODULI), rows)]
+    number = rng.integers(0, len(MODULI), rows)
+    modulus = np.array(MODULI)[number]
     subtracts = rng.integers(0, 2, rows)
-    lead = np.stack([_ids(b"AS")[subtracts], _SYMBOL[modulus]], axis=1)
+    letter = _ids(b"AS")[subtracts]
+    lead = np.stack([letter, _SYMBOL[modulus]], axis=1)
     sign = 1 - 2 * subtracts[:, None]
     return _arithmetic(rng, lead, modulus, lambda a, b: a + sign * b, length)
 
 
 def one_modulus(
-    rng: np.random.Generator,
+    rng: Generator,
     rows: int,
     length: int,
     *,
@@ -137,14 +184,20 @@ def one_modulus(
     operation: Operation,
 ) -> Rows:
     """Makes one operation by one modulus, in every row."""
-    lead = np.tile([_ids(letter)[0], _SYMBOL[modulus]], (rows, 1))
+    lead = np.tile([*_ids(letter), _SYMBOL[modulus]], (rows, 1))
     return _arithmetic(rng, lead, np.full(rows, modulus), operation, length)
 
 
-def _sequences(rng: np.random.Generator, letter: np.ndarray, change: Change, length: int) -> Rows:
+def _sequences(
+    rng: Generator,
+    letter: np.ndarray,
+    change: Change,
+    length: int,
+) -> Rows:
     """Makes rows of a letter, six symbols, `>` and the changed symbols, again and again."""
     count = (length + 1) // (2 * ITEMS + 2)
-    symbols = rng.integers(0, len(SYMBOLS), (len(letter), count, ITEMS))
+    shape = (len(letter), count, ITEMS)
+    symbols = rng.integers(0, len(SYMBOLS), shape)
     mark = np.full_like(symbols[..., :1], _ids(b">")[0])
     first = np.broadcast_to(letter[:, None, None], mark.shape)
     parts = [first, _SYMBOL[symbols], mark, _SYMBOL[change(symbols)]]
@@ -164,12 +217,13 @@ def reversed_symbols(symbols: np.ndarray) -> np.ndarray:
     return symbols[..., ::-1]
 
 
-def sequence(rng: np.random.Generator, rows: int, length: int) -> Rows:
+def sequence(rng: Generator, rows: int, length: int) -> Rows:
     """Makes copy (C), reverse (R) or next symbol (N), one a row; "?" hides which in some rows."""
     task = rng.integers(0, 3, rows)
-    letter = np.where(rng.random(rows) < _HIDDEN, _ids(b"?"), _ids(b"CRN")[task])
+    hidden = rng.random(rows) < _HIDDEN
+    letter = np.where(hidden, _ids(b"?"), _ids(b"CRN")[task])
 
-    def change(symbols):
+    def change(symbols: np.ndarray) -> np.ndarray:
         changed = (symbols, reversed_symbols(symbols), next_symbol(symbols))
         return np.choose(task[:, None, None], changed)
 
@@ -177,15 +231,21 @@ def sequence(rng: np.random.Generator, rows: int, length: int) -> Rows:
 
 
 def one_sequence(
-    rng: np.random.Generator, rows: int, length: int, *, letter: bytes, change: Change
+    rng: Generator,
+    rows: int,
+    length: int,
+    *,
+    letter: bytes,
+    change: Change,
 ) -> Rows:
     """Makes one letter that always means the same change."""
     return _sequences(rng, np.repeat(_ids(letter), rows), change, length)
 
 
-def mixture(rng: np.random.Generator, rows: int, length: int) -> Rows:
+def mixture(rng: Generator, rows: int, length: int) -> Rows:
     """Makes a quarter of the rows each: dictionary, mapping, modular, sequence, in this order."""
     quarter = rows // 4
+    # The last part takes what the division leaves.
     parts = [
         dictionary(rng, quarter, length),
         mapping(rng, quarter, length),
@@ -204,20 +264,28 @@ def fact_table(count: int, seed: int) -> Rows:
     return keys[:count], values[:count]
 
 
-def facts(rng: np.random.Generator, rows: int, length: int, *, count: int, seed: int) -> Rows:
+def facts(
+    rng: Generator,
+    rows: int,
+    length: int,
+    *,
+    count: int,
+    seed: int,
+) -> Rows:
     """Makes fixed facts as key and value, none twice in a row; all values count.
 
     The rows of a batch go through all facts in a random order, again and again.
     """
     keys, values = fact_table(count, seed)
     facts_a_row = min(length // 3, count)
+    # One walk through a permutation, cut into rows: a row is shorter than the walk's period.
     places = np.arange(rows * facts_a_row).reshape(rows, facts_a_row)
     picked = rng.permutation(count)[places % count]
-    examples = np.stack([*np.divmod(keys[picked], len(SYMBOLS)), values[picked]], axis=-1)
-    return _layout(_repeat_lead(b"F", rows), _SYMBOL[examples], np.array([0, 0, 1]), length)
+    examples = np.stack([*_spell_keys(keys[picked]), values[picked]], axis=-1)
+    return _layout(_repeat_lead(b"F", rows), _SYMBOL[examples], _SCORE_THIRD, length)
 
 
-def mqar(rng: np.random.Generator, rows: int, length: int) -> Rows:
+def mqar(rng: Generator, rows: int, length: int) -> Rows:
     """Makes multi-query associative recall: pairs, `>`, then queries whose values count.
 
     Half of the row is pairs, 32 at most; queries fill the rest.
@@ -225,18 +293,24 @@ def mqar(rng: np.random.Generator, rows: int, length: int) -> Rows:
     pairs = min((length - 1) // 4, len(SYMBOLS))
     keys = _distinct(rng, rows, pairs, len(SYMBOLS))
     values = rng.integers(0, len(SYMBOLS), keys.shape)
-    queried = rng.integers(0, pairs, (rows, (length - 1) // 2 - pairs))
-    queries = np.stack(
-        [np.take_along_axis(keys, queried, axis=1), np.take_along_axis(values, queried, axis=1)],
-        axis=-1,
-    )
-    shown = _SYMBOL[np.stack([keys, values], axis=-1)].reshape(rows, 2 * pairs)
-    parts = [_repeat_lead(b"Q", rows), shown, _repeat_lead(b">", rows)]
+    count = (length - 1) // 2 - pairs
+    queried = rng.integers(0, pairs, (rows, count))
+    queried_keys = np.take_along_axis(keys, queried, axis=1)
+    queried_values = np.take_along_axis(values, queried, axis=1)
+    queries = np.stack([queried_keys, queried_values], axis=-1)  # [B E 2]
+    shown = np.stack([keys, values], axis=-1).reshape(rows, 2 * pairs)
+    parts = [_repeat_lead(b"Q", rows), _SYMBOL[shown], _repeat_lead(b">", rows)]
     lead = np.concatenate(parts, axis=1)
-    return _layout(lead, _SYMBOL[queries], np.array([0, 1]), length)
+    return _layout(lead, _SYMBOL[queries], _SCORE_SECOND, length)
 
 
-def swaps(rng: np.random.Generator, rows: int, length: int, *, objects: int) -> Rows:
+def swaps(
+    rng: Generator,
+    rows: int,
+    length: int,
+    *,
+    objects: int,
+) -> Rows:
     """Makes swaps of two places each, `=` and the order of 0, 1, 2 ... after them; it counts.
 
     A row has 1 swap or more, up to as many as fit: later answers come after more swaps.
@@ -253,11 +327,15 @@ def swaps(rng: np.random.Generator, rows: int, length: int, *, objects: int) -> 
         pairs = _distinct(rng, rows, 2, objects)
         active = all_rows[number < count]
         pair = pairs[active]
-        tokens[active, 1 + 2 * number : 3 + 2 * number] = _SYMBOL[pair]
-        order[active[:, None], pair] = order[active[:, None], pair[:, ::-1]]
+        place = 1 + 2 * number
+        tokens[active, place : place + 2] = _SYMBOL[pair]
+        # A column of row numbers next to [B 2] places: NumPy pairs each row with its two places.
+        row = active[:, None]
+        order[row, pair] = order[row, pair[:, ::-1]]
     end = 1 + 2 * count
     tokens[all_rows, end] = _ids(b"=")
     places = end[:, None] + 1 + np.arange(objects)
-    tokens[all_rows[:, None], places] = _SYMBOL[order]
-    scored[all_rows[:, None], places] = 1
+    row = all_rows[:, None]
+    tokens[row, places] = _SYMBOL[order]
+    scored[row, places] = 1
     return tokens, scored
