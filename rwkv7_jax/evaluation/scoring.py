@@ -6,17 +6,15 @@ import itertools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.data.batch import Batch, BatchLike
-from rwkv7_jax.model.layers import head_logits
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, repeat
 from rwkv7_jax.text.tokenizer import Tokenizer
-from rwkv7_jax.training.losses import cross_entropy, map_token_chunks
+from rwkv7_jax.training.losses import token_statistics
 
 # Borders of the ranges of positions that are reported apart.
 POSITIONS = (0, 32, 128, 512, 2048, 8192)
@@ -44,21 +42,15 @@ class Score:
 @functools.partial(jax.jit, static_argnums=0)
 def _nats(model: RWKV7, params: Params, state: RWKV7State, tokens):
     x, _ = model.apply({"params": params}, tokens[:, :-1], state, method="hidden")
-    return cross_entropy(x, params["head"]["weight"], tokens[:, 1:])[0]
+    return token_statistics(x, params["head"]["weight"], tokens[:, 1:]).nats
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _nats_and_right(model: RWKV7, params: Params, state: RWKV7State, tokens):
     """The loss of every target, and whether it is the likeliest id."""
     x, _ = model.apply({"params": params}, tokens[:, :-1], state, method="hidden")
-
-    def per_token(x, targets):
-        logits = head_logits(x, params["head"]["weight"])
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        right = jnp.argmax(logits, axis=-1) == targets
-        return jax.nn.logsumexp(logits, axis=-1) - chosen, right
-
-    return map_token_chunks(per_token, x, tokens[:, 1:])
+    found = token_statistics(x, params["head"]["weight"], tokens[:, 1:])
+    return found.nats, found.correct
 
 
 def _by_rows(per_token, state: RWKV7State, tokens: np.ndarray, rows: int):

@@ -12,11 +12,10 @@ from jaxtyping import Array, Float
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.evaluation.advice import Diagnosis, MemoryStatistics, RetentionScore, advise
-from rwkv7_jax.model.layers import head_logits
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state, repeat
 from rwkv7_jax.optim.whitening import effective_rank
-from rwkv7_jax.training.losses import map_token_chunks
+from rwkv7_jax.training.losses import token_statistics
 from rwkv7_jax.tuning.read_statistics import (
     initial_state_read_vectors,
     memory_read_vectors,
@@ -48,14 +47,18 @@ def _compare(model: RWKV7, params: Params, base: RWKV7State, tuned: RWKV7State, 
         start = repeat(start, tokens.shape[0])
         return model.apply({"params": params}, tokens[:, :-1], start, method="hidden")[0]
 
-    def per_token(x, y, targets):
-        logs = [jax.nn.log_softmax(head_logits(z, params["head"]["weight"])) for z in (x, y)]
-        nats = [-jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0] for z in logs]
-        right = [jnp.argmax(z, axis=-1) == targets for z in logs]
-        kl = jnp.sum(jnp.exp(logs[0]) * (logs[0] - logs[1]), axis=-1)
-        return dict(zip(_COMPARED, (*nats, *right, kl), strict=True))
-
-    return map_token_chunks(per_token, hidden(base), hidden(tuned), tokens[:, 1:])
+    targets = tokens[:, 1:]
+    head = params["head"]["weight"]
+    base_hidden = hidden(base)
+    before = token_statistics(base_hidden, head, targets)
+    after = token_statistics(hidden(tuned), head, targets, reference=base_hidden)
+    return {
+        "base_nats": before.nats,
+        "tuned_nats": after.nats,
+        "base_right": before.correct,
+        "tuned_right": after.correct,
+        "divergence": after.kl,
+    }
 
 
 def _compared(model: RWKV7, params: Params, state: RWKV7State, batch: Batch) -> dict:

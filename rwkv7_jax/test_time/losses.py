@@ -9,21 +9,13 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
-from jaxtyping import Array, Float
 
-from rwkv7_jax.array_types import Activations, Params, Tokens
+from rwkv7_jax.array_types import Params
 from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.generation.sampling import Number
-from rwkv7_jax.model.layers import head_logits
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state
-from rwkv7_jax.training.losses import (
-    Loss,
-    PerToken,
-    cross_entropy,
-    loss_weights,
-    map_token_chunks,
-)
+from rwkv7_jax.training.losses import Loss, loss_weights, token_statistics
 from rwkv7_jax.tuning.state_tuning import (
     add_anchor_and_metrics,
     check_leaves,
@@ -37,47 +29,6 @@ def _check(caller: str, leaves: tuple[str, ...], **weights: Number) -> None:
     for name, value in weights.items():
         if not 0 <= value < float("inf"):
             raise ValueError(f"{caller}: `{name}` must be finite and at least 0; got {value}.")
-
-
-def _imitation(
-    x: Activations,
-    head: Float[Array, "V D"],
-    targets: Tokens,
-    guide: Float[Array, "B T E"],
-    guide_head: Float[Array, "V E"],
-) -> tuple[PerToken, PerToken]:
-    """At every position the cross entropy and KL(guide || student), from one set of logits."""
-
-    def per_token(x, targets, guide):
-        student = jax.nn.log_softmax(head_logits(x, head))
-        wanted = jax.nn.log_softmax(head_logits(guide, guide_head))
-        nats = -jnp.take_along_axis(student, targets[..., None], axis=-1)[..., 0]
-        return nats, jnp.sum(jnp.exp(wanted) * (wanted - student), axis=-1)
-
-    return map_token_chunks(per_token, x, targets, guide)
-
-
-def _likelihood(
-    x: Activations,
-    head: Float[Array, "V D"],
-    targets: Tokens,
-    reference: Activations,
-    *,
-    temperature: Number,
-    kl: bool,
-) -> tuple[PerToken, PerToken]:
-    """At every position log p(target) at a temperature, and KL(tuned || reference) at 1."""
-
-    def per_token(x, targets, reference):
-        logits = head_logits(x, head)
-        logp = jax.nn.log_softmax(logits / temperature)
-        chosen = jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
-        if not kl:
-            return chosen, jnp.zeros_like(chosen)
-        tuned, base = jax.nn.log_softmax(logits), jax.nn.log_softmax(head_logits(reference, head))
-        return chosen, jnp.sum(jnp.exp(tuned) * (tuned - base), axis=-1)
-
-    return map_token_chunks(per_token, x, targets, reference)
 
 
 def distillation_loss(
@@ -123,14 +74,21 @@ def distillation_loss(
         inputs, targets, head = tokens[:, :-1], tokens[:, 1:], params["head"]["weight"]
         x = hidden_states_from(model, params, state, inputs)
         if guide is None:
-            nats = jnp.sum(weights * cross_entropy(x, head, targets)[0])
+            nats = jnp.sum(weights * token_statistics(x, head, targets).nats)
             value, metrics = imitation * nats, {"loss_nats": nats}
         else:
             wanted = jax.lax.stop_gradient(
                 hidden_states_from(guide, guide_params, guide_state, inputs)
             )
-            parts = _imitation(x, head, targets, wanted, guide_params["head"]["weight"])
-            nats, apart = (jnp.sum(weights * part) for part in parts)
+            found = token_statistics(
+                x,
+                head,
+                targets,
+                reference=wanted,
+                reference_head=guide_params["head"]["weight"],
+            )
+            nats = jnp.sum(weights * found.nats)
+            apart = jnp.sum(weights * found.kl)
             value, metrics = imitation * nats + kl * apart, {"loss_nats": nats, "kl_nats": apart}
         return add_anchor_and_metrics(
             model, params, state, batch, anchor=anchor, value=value, metrics=metrics
@@ -227,14 +185,20 @@ def policy_loss(
         tokens, weights = jnp.asarray(batch.tokens), loss_weights(batch)
         hidden = functools.partial(hidden_states_from, model, params, tokens=tokens[:, :-1])
         x = hidden(state)
-        base = jax.lax.stop_gradient(hidden(reference)) if kl else x
-        likelihood = functools.partial(_likelihood, temperature=temperature, kl=bool(kl))
-        logp, apart = likelihood(x, params["head"]["weight"], tokens[:, 1:], base)
+        found = token_statistics(
+            x,
+            params["head"]["weight"],
+            tokens[:, 1:],
+            reference=jax.lax.stop_gradient(hidden(reference)) if kl else None,
+            reverse_kl=True,
+            temperature=temperature,
+        )
+        logp = -found.nats
         advantages = jnp.asarray(batch.advantages, jnp.float32)[:, None]
         value, nats = -jnp.sum(weights * advantages * logp), -jnp.sum(weights * logp)
         metrics = {"policy_loss": value, "loss_nats": nats}
         if kl:
-            drift = jnp.sum(weights * apart)
+            drift = jnp.sum(weights * found.kl)
             value, metrics = value + kl * drift, metrics | {"kl_nats": drift}
         return add_anchor_and_metrics(
             model, params, state, batch, anchor=anchor, value=value, metrics=metrics

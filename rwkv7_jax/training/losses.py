@@ -6,11 +6,12 @@ same gradient as the batch in one piece.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Shaped
 
 from rwkv7_jax.array_types import Activations, Params, Tokens
 from rwkv7_jax.data.batch import Batch, BatchLike
@@ -20,7 +21,7 @@ from rwkv7_jax.model.state import RWKV7State, init_state
 
 Metrics = dict[str, Float[Array, ""]]
 
-# Of the trainables and a batch. A user's own loss may read a mapping of its own; see
+# Of the trainable parameters and a batch. A user's own loss may read a mapping of its own; see
 # `make_train_step`.
 Loss = Callable[[Any, Any], tuple[Float[Array, ""], Metrics]]
 
@@ -31,7 +32,7 @@ CHUNK = 512
 
 
 def loss_weights(batch: Mapping[str, Any]) -> PerToken:
-    """Each target's share of the loss: the batch's `weights`, else its mask over the mask's sum."""
+    """Returns each target's share of the loss: the batch's `weights`, or its mask over the sum."""
     if "weights" in batch:
         return jnp.asarray(batch["weights"])
     mask = jnp.asarray(batch["mask"], jnp.float32)
@@ -39,83 +40,121 @@ def loss_weights(batch: Mapping[str, Any]) -> PerToken:
 
 
 def map_token_chunks(per_token, *arrays: Shaped[Array, "B T ..."], chunk: int = CHUNK):
-    """`per_token(*pieces)` over pieces of `chunk` tokens, joined; recomputed in the backward pass.
+    """Applies `per_token` to chunks of the sequence one after the other, and joins the results.
+
+    A chunk's intermediate values are not stored but computed again in the backward pass.
 
     Args:
         per_token: maps arrays [B C ...] to a tree of arrays [B C].
-        *arrays: what is cut along T; zeros fill the last piece.
+        *arrays: arrays to cut along T; zeros fill the last chunk.
         chunk: C.
     """
     tokens = arrays[0].shape[1]
     chunk = max(min(chunk, tokens), 1)
 
     def cut(x):
-        x = jnp.pad(x, ((0, 0), (0, -tokens % chunk), *((0, 0),) * (x.ndim - 2)))
+        padding = ((0, 0), (0, -tokens % chunk), *((0, 0),) * (x.ndim - 2))
+        x = jnp.pad(x, padding)
         return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
     def join(x):
         return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :tokens]
 
-    pieces = jax.lax.map(lambda xs: jax.checkpoint(per_token)(*xs), tuple(map(cut, arrays)))
-    return jax.tree.map(join, pieces)
+    per_chunk = jax.checkpoint(per_token)
+    chunks = tuple(cut(x) for x in arrays)
+    results = jax.lax.map(lambda xs: per_chunk(*xs), chunks)
+    return jax.tree.map(join, results)
 
 
-def cross_entropy(
-    x: Activations, head: Float[Array, "V D"], targets: Tokens, *, chunk: int = CHUNK
-) -> tuple[PerToken, PerToken]:
-    """The loss in nats and the largest logit at every position.
+class TokenStatistics(NamedTuple):
+    """Statistics of the predictions at every position.
+
+    Attributes:
+        nats: cross entropy of the target; None without targets.
+        correct: whether the target has the largest logit; None without targets.
+        largest: the largest logit.
+        kl: divergence between the model and the reference in nats; None without a reference.
+    """
+
+    nats: PerToken | None
+    correct: Bool[Array, "B T"] | None
+    largest: PerToken
+    kl: PerToken | None
+
+
+def _cross_entropy(logits, targets):
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def _kl_divergence(p_logits, q_logits):
+    """Computes KL(p || q) over the vocabulary."""
+    p = jax.nn.log_softmax(p_logits)
+    q = jax.nn.log_softmax(q_logits)
+    return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+
+
+def token_statistics(
+    hidden: Activations,
+    head: Float[Array, "V D"],
+    targets: Tokens | None,
+    *,
+    reference: Float[Array, "B T E"] | None = None,
+    reference_head: Float[Array, "V E"] | None = None,
+    reverse_kl: bool = False,
+    temperature: ArrayLike | None = None,
+    chunk: int = CHUNK,
+) -> TokenStatistics:
+    """Computes loss, accuracy and divergence per token, without holding the logits of all tokens.
+
+    Fields that a caller does not use cost nothing in the forward pass: XLA removes them.
 
     Args:
-        x: normed activations, from the model's `hidden`.
+        hidden: normed activations, from the model's `hidden`.
         head: its output projection.
-        targets: ids.
+        targets: ids; None for the divergence alone.
+        reference: normed activations of another model, or of this one from another state.
+        reference_head: the reference's output projection, if it is not `head`.
+        reverse_kl: whether the divergence is KL(model || reference) in place of
+            KL(reference || model).
+        temperature: of the distribution in which the targets' `nats` are measured; None for 1. The
+            divergence is always that at 1.
         chunk: tokens of a sequence whose logits exist at the same time.
     """
+    reference_head = head if reference_head is None else reference_head
+    # Absent inputs are absent from the tuple: a None cannot be cut along T.
+    arrays = {"hidden": hidden, "targets": targets, "reference": reference}
+    given = {name: jnp.asarray(x) for name, x in arrays.items() if x is not None}
 
-    def per_token(x, targets):
-        logits = head_logits(x, head)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.max(logits, axis=-1)
+    def per_token(*chunks):
+        x = dict(zip(given, chunks, strict=True))
+        logits = head_logits(x["hidden"], head)
+        nats = None
+        correct = None
+        kl = None
+        if targets is not None:
+            scaled = logits if temperature is None else logits / temperature
+            nats = _cross_entropy(scaled, x["targets"])
+            correct = jnp.argmax(logits, axis=-1) == x["targets"]
+        if reference is not None:
+            others = head_logits(x["reference"], reference_head)
+            kl = _kl_divergence(logits, others) if reverse_kl else _kl_divergence(others, logits)
+        return TokenStatistics(nats, correct, jnp.max(logits, axis=-1), kl)
 
-    return map_token_chunks(per_token, x, targets, chunk=chunk)
-
-
-def kl_divergence(
-    x: Activations,
-    base: Float[Array, "B T E"],
-    head: Float[Array, "V D"],
-    *,
-    base_head: Float[Array, "V E"] | None = None,
-    chunk: int = CHUNK,
-) -> PerToken:
-    """KL(base || tuned) in nats at every position.
-
-    Args:
-        x: normed activations of the tuned model, from its `hidden`.
-        base: those of the base model.
-        head: the tuned model's output projection.
-        base_head: the base model's, if it has another.
-        chunk: as in `cross_entropy`.
-    """
-    base_head = head if base_head is None else base_head
-
-    def per_token(x, base):
-        tuned = jax.nn.log_softmax(head_logits(x, head))
-        reference = jax.nn.log_softmax(head_logits(base, base_head))
-        return jnp.sum(jnp.exp(reference) * (reference - tuned), axis=-1)
-
-    return map_token_chunks(per_token, x, base, chunk=chunk)
+    return map_token_chunks(per_token, *given.values(), chunk=chunk)
 
 
 def next_token_loss(
     model: RWKV7, params: Params, state: RWKV7State, batch: BatchLike, *, l2wrap: float = 0.0
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The weighted cross entropy plus L2Wrap's penalty; the metrics report the cross entropy alone.
+) -> tuple[Float[Array, ""], Metrics]:
+    """Computes the weighted cross entropy plus L2Wrap's penalty.
+
+    The metric `loss_nats` is the cross entropy alone.
 
     Args:
         model: the shell around `params`.
         params: all weights.
-        state: what every row starts from.
+        state: the start state of every row.
         batch: tokens and mask.
         l2wrap: pull of the largest logit of every position towards zero; its gradient is
             `l2wrap / (B T)` times that logit, masked positions included. Official training uses
@@ -125,15 +164,17 @@ def next_token_loss(
     """
     batch = Batch.of(batch, caller="next_token_loss")
     tokens = jnp.asarray(batch.tokens)
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    inputs = tokens[:, :-1]
+    targets = tokens[:, 1:]
     x, _ = model.apply({"params": params}, inputs, state, method="hidden")
-    nats, largest = cross_entropy(x, params["head"]["weight"], targets)
-    loss = jnp.sum(loss_weights(batch) * nats)
-    return loss + 0.5 * l2wrap * jnp.mean(jnp.square(largest)), {"loss_nats": loss}
+    statistics = token_statistics(x, params["head"]["weight"], targets)
+    loss = jnp.sum(loss_weights(batch) * statistics.nats)
+    penalty = 0.5 * l2wrap * jnp.mean(jnp.square(statistics.largest))
+    return loss + penalty, {"loss_nats": loss}
 
 
 def pretrain_loss(model: RWKV7, *, l2wrap: float = 1e-4) -> Loss:
-    """The loss as a function of all weights; every row starts from the zero state."""
+    """Makes the loss of all weights, in which every row starts from the zero state."""
 
     def loss(params: Params, batch: BatchLike):
         batch = Batch.of(batch, caller="pretrain_loss")

@@ -1,4 +1,4 @@
-"""Tuning the start state of a frozen model."""
+"""The loss of a start state of a frozen model, and masks of what is tuned."""
 
 import jax
 import jax.numpy as jnp
@@ -9,58 +9,69 @@ from rwkv7_jax.array_types import Activations, Params, Tokens
 from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state, repeat
-from rwkv7_jax.training.losses import Loss, Metrics, kl_divergence, next_token_loss
+from rwkv7_jax.training.losses import Loss, Metrics, next_token_loss, token_statistics
 
 LEAVES = ("wkv", "att_shift", "ffn_shift", "memory")
 
+# The arrays of an upscaled state that the name "memory" stands for.
+_MEMORY_PARTS = ("memory", "write")
 
-def check_leaves(leaves: tuple[str, ...], *, caller: str) -> None:
-    """Return if all are among `LEAVES`.
+
+def check_leaves(leaves: tuple[str, ...], *, caller: str | None = None) -> None:
+    """Checks that all names are among `LEAVES`.
 
     Raises:
         ValueError: one is not.
     """
+    prefix = "" if caller is None else f"{caller}: "
     for name in leaves:
         if name not in LEAVES:
-            raise ValueError(f"{caller}: `leaves` must be among {', '.join(LEAVES)}; got {name!r}.")
+            raise ValueError(f"{prefix}`leaves` must be among {', '.join(LEAVES)}; got {name!r}.")
 
 
-def _part(state: RWKV7State, leaf: str) -> dict:
-    """The tuned arrays that a name of `LEAVES` stands for, by their names in the state."""
-    if leaf != "memory":
-        return {leaf: getattr(state, leaf)}
-    if state.upscaled is None:
-        raise ValueError(
-            "state_loss: `leaves` has memory, but the state is not upscaled (see `upscale`)."
-        )
-    return {name: getattr(state.upscaled, name) for name in ("memory", "write")}
+def _tuned_parts(state: RWKV7State, leaves: tuple[str, ...]) -> dict[str, Array]:
+    """Collects the tuned arrays by their names in the state."""
+    parts: dict[str, Array] = {}
+    for leaf in leaves:
+        if leaf != "memory":
+            parts[leaf] = getattr(state, leaf)
+            continue
+        if state.upscaled is None:
+            raise ValueError(
+                "state_loss: `leaves` has memory, but the state is not upscaled (see `upscale`)."
+            )
+        for name in _MEMORY_PARTS:
+            parts[name] = getattr(state.upscaled, name)
+    return parts
 
 
-def _with_parts(state: RWKV7State, parts: dict) -> RWKV7State:
-    """`state` with some of its arrays exchanged."""
-    inner = {name: parts[name] for name in ("memory", "write") if name in parts}
-    outer = {name: part for name, part in parts.items() if name not in inner}
+def _replace_parts(state: RWKV7State, parts: dict) -> RWKV7State:
+    """Replaces arrays of the state, those of its upscaled memory included."""
+    inner = {}
+    outer = {}
+    for name, part in parts.items():
+        target = inner if name in _MEMORY_PARTS else outer
+        target[name] = part
     if inner:
         outer["upscaled"] = state.upscaled.replace(**inner)
     return state.replace(**outer)
 
 
 def stop_gradient_except(state: RWKV7State, leaves: tuple[str, ...]) -> RWKV7State:
-    """`state` with gradients stopped at everything but `leaves`."""
-    kept = {name: part for leaf in leaves for name, part in _part(state, leaf).items()}
-    return _with_parts(jax.lax.stop_gradient(state), kept)
+    """Stops gradients at all arrays but those of `leaves`."""
+    return _replace_parts(jax.lax.stop_gradient(state), _tuned_parts(state, leaves))
 
 
 def trainable_mask(state: RWKV7State, leaves: tuple[str, ...]) -> RWKV7State:
-    """The tree of which arrays are tuned: a mask for `optax.masked` and `decorrelate`."""
-    flags = {name: True for leaf in leaves for name in _part(state, leaf)}
-    return _with_parts(jax.tree.map(lambda _: False, state), flags)
+    """Builds the mask of the tuned arrays, for `optax.masked` and `decorrelate`."""
+    tuned = dict.fromkeys(_tuned_parts(state, leaves), True)
+    return _replace_parts(jax.tree.map(lambda _: False, state), tuned)
 
 
 def hidden_states_from(
     model: RWKV7, params: Params, state: RWKV7State, tokens: Tokens
 ) -> Activations:
-    """The normed activations of rows that all start from `state`."""
+    """Computes the normed activations of rows that all start from `state`."""
     start = repeat(state, tokens.shape[0])
     return model.apply({"params": params}, tokens, start, method="hidden")[0]
 
@@ -75,29 +86,37 @@ def add_anchor_and_metrics(
     value: Float[Array, ""],
     metrics: Metrics,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """A loss kept near the base model, with metrics of how far it went and of the state's size.
+    """Adds the KL-to-base penalty to a loss; logs the KL and the state's largest entry and RMS.
 
     Args:
         model: the shell around `params`.
         params: all weights.
         state: the start state that is tuned (batch 1).
-        batch: holds unlabelled tokens [B T+1] as `anchor` where the weight is not 0.
+        batch: holds unlabelled tokens [B T+1] as `anchor` if the weight is not 0.
         anchor: weight of the mean KL(base || tuned) on them.
         value: the loss so far.
-        metrics: so far; `anchor_nats`, `state_max` and `state_rms` come beside them, the sizes
-            being the upscaled memory's where there is one.
+        metrics: the metrics so far; `anchor_nats`, `state_max` and `state_rms` are added. The
+            sizes are the upscaled memory's if there is one.
     """
     if anchor:
         batch = Batch.of(batch, "anchor", caller="loss")
         tokens = jnp.asarray(batch.anchor)[:, :-1]
         base = hidden_states_from(model, params, init_state(model.config), tokens)
         tuned = hidden_states_from(model, params, state, tokens)
-        apart = kl_divergence(tuned, jax.lax.stop_gradient(base), params["head"]["weight"])
-        drift = jnp.mean(apart)
-        value, metrics = value + anchor * drift, metrics | {"anchor_nats": drift}
-    wide = state.wkv if state.upscaled is None else state.upscaled.memory
-    largest, mean_square = jnp.max(jnp.abs(wide)), jnp.mean(jnp.square(wide))
-    sizes = {"state_max": largest, "state_rms": jnp.sqrt(mean_square)}
+        statistics = token_statistics(
+            tuned,
+            params["head"]["weight"],
+            None,
+            reference=jax.lax.stop_gradient(base),
+        )
+        divergence = jnp.mean(statistics.kl)
+        value = value + anchor * divergence
+        metrics = metrics | {"anchor_nats": divergence}
+    tuned_memory = state.wkv if state.upscaled is None else state.upscaled.memory
+    sizes = {
+        "state_max": jnp.max(jnp.abs(tuned_memory)),
+        "state_rms": jnp.sqrt(jnp.mean(jnp.square(tuned_memory))),
+    }
     return value, metrics | jax.lax.stop_gradient(sizes)
 
 
@@ -109,18 +128,18 @@ def state_loss(
     anchor: float = 0.0,
     l2wrap: float = 0.0,
 ) -> Loss:
-    """The loss as a function of a start state of batch 1 alone; the weights are frozen arguments.
+    """Makes the loss of a start state of batch 1; the weights are frozen arguments of it.
 
     Every row of a batch starts from that state, so its gradient is the sum over rows. The metrics
     watch the state: `state_max` is its largest entry, `state_rms` its root mean square. Above a few
-    tens the norm behind the read-out has made the early tokens insensitive to the state's size.
+    tens, the norm after the read-out has made the early tokens insensitive to the state's size.
 
     Args:
         model: the shell around `params`.
         params: all weights.
-        leaves: what is tuned, of `LEAVES`.
-        anchor: weight of KL(base || tuned) on `batch.anchor`, unlabelled tokens [B T+1] on which
-            the tuned model shall stay what it was.
+        leaves: the tuned arrays, of `LEAVES`.
+        anchor: weight of KL(base || tuned) on `batch["anchor"]`, unlabelled tokens [B T+1] on which
+            the tuned model should stay close to the base model.
         l2wrap: as in `next_token_loss`.
 
     Raises:
@@ -134,7 +153,13 @@ def state_loss(
         start = repeat(state, batch.tokens.shape[0])
         value, metrics = next_token_loss(model, params, start, batch, l2wrap=l2wrap)
         return add_anchor_and_metrics(
-            model, params, state, batch, anchor=anchor, value=value, metrics=metrics
+            model,
+            params,
+            state,
+            batch,
+            anchor=anchor,
+            value=value,
+            metrics=metrics,
         )
 
     return Partial(loss, params)

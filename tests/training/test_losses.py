@@ -12,7 +12,7 @@ from tolerances import SAME, assert_close, assert_trees_close
 
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
-from rwkv7_jax.training.losses import cross_entropy, kl_divergence, loss_weights, next_token_loss
+from rwkv7_jax.training.losses import loss_weights, next_token_loss, token_statistics
 
 BATCH, LENGTH, WIDTH, VOCAB, CHUNK = 2, 21, 8, 37, 4
 _NOISE = np.random.default_rng(0)
@@ -35,7 +35,8 @@ def plain(x, head):
 
 def chunked(x, head):
     """The package's, in six pieces of which the last is short."""
-    return cross_entropy(x, head, TARGETS, chunk=CHUNK)
+    found = token_statistics(x, head, TARGETS, chunk=CHUNK)
+    return found.nats, found.largest
 
 
 def total(function):
@@ -75,11 +76,44 @@ def test_no_program_holds_the_logits_of_all_tokens():
     assert max(np.prod(s) for s in shapes_with_vocabulary(plain)) == BATCH * LENGTH * VOCAB
 
 
+def divergence(x, base, **changes):
+    """The package's divergence between the model and a reference with the same head."""
+    return token_statistics(x, HEAD, None, reference=base, chunk=CHUNK, **changes)
+
+
 def test_divergence_is_that_of_the_two_distributions():
     p, q = (np.asarray(jax.nn.softmax(x @ HEAD.T), np.float64) for x in (BASE, X))
-    actual = jax.jit(lambda *x: kl_divergence(*x, chunk=CHUNK))(X, BASE, HEAD)
-    assert_close(actual, np.sum(p * np.log(p / q), axis=-1), SAME["model"])
-    assert_close(jax.jit(kl_divergence)(X, X, HEAD), np.zeros((BATCH, LENGTH)), SAME["op"])
+    found = jax.jit(divergence)(X, BASE)
+    assert found.nats is None and found.correct is None
+    assert_close(found.kl, np.sum(p * np.log(p / q), axis=-1), SAME["model"])
+    assert_close(jax.jit(divergence)(X, X).kl, np.zeros((BATCH, LENGTH)), SAME["op"])
+
+
+def test_the_reverse_divergence_exchanges_the_two_distributions():
+    forward = jax.jit(divergence)(X, BASE).kl
+    reverse = jax.jit(lambda x, base: divergence(base, x, reverse_kl=True))(X, BASE).kl
+    assert_close(reverse, forward, SAME["op"])
+    assert float(jnp.max(jnp.abs(divergence(X, BASE, reverse_kl=True).kl - forward))) > 0.01
+
+
+def test_the_temperature_is_that_of_the_targets_alone():
+    logits = X @ HEAD.T
+    found = jax.jit(
+        lambda t: token_statistics(X, HEAD, TARGETS, reference=BASE, temperature=t, chunk=CHUNK)
+    )(0.5)
+    scaled = jax.nn.log_softmax(logits / 0.5)
+    nats = -jnp.take_along_axis(scaled, TARGETS[..., None], -1)[..., 0]
+    assert_close(found.nats, nats, SAME["model"])
+    assert_close(found.largest, jnp.max(logits, axis=-1), SAME["model"])
+    assert_close(found.kl, divergence(X, BASE).kl, SAME["model"])
+
+
+def test_a_target_is_correct_where_its_logit_is_the_largest():
+    best = jnp.argmax(X @ HEAD.T, axis=-1)
+    mixed = jnp.where(jnp.arange(LENGTH) % 2 == 0, best, TARGETS).astype(jnp.int32)
+    found = jax.jit(lambda ids: token_statistics(X, HEAD, ids, chunk=CHUNK).correct)(mixed)
+    np.testing.assert_array_equal(found, mixed == best)
+    assert found.dtype == jnp.bool_
 
 
 def test_weights_are_the_mask_over_its_sum_unless_the_batch_brings_its_own():
