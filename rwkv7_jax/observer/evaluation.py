@@ -1,4 +1,4 @@
-"""What an observer is worth: the teacher's answers from its proposals, and its drift."""
+"""Evaluation of an observer: the teacher's answers from its proposals, and their error."""
 
 import functools
 from typing import NamedTuple
@@ -9,14 +9,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Lengths, Params, Tokens
-from rwkv7_jax.checks import check_lengths, check_tokens
+from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.data.batch import Batch, BatchLike
-from rwkv7_jax.model.layers import head_logits
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state, repeat
 from rwkv7_jax.observer.observer import (
     Observer,
     check_maps,
+    check_prompt_tokens,
     check_teacher,
     fraction_of_variance_unexplained,
     moments,
@@ -24,11 +24,11 @@ from rwkv7_jax.observer.observer import (
     read_prompts,
 )
 from rwkv7_jax.observer.prompt_splits import check_split, continuations
-from rwkv7_jax.training.losses import loss_weights, map_token_chunks
+from rwkv7_jax.training.losses import loss_weights, token_statistics
 
 
 class Answers(NamedTuple):
-    """How well a model answers behind the splits, over all targets that count.
+    """Quality of the answers after the splits, over all targets that count.
 
     Attributes:
         accuracy: share of targets that had the largest logit.
@@ -40,53 +40,55 @@ class Answers(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _answers(teacher: RWKV7, params: Params, start: RWKV7State, batch: Batch):
+def _score_answers(teacher: RWKV7, params: Params, start: RWKV7State, batch: Batch):
+    """Computes the teacher's accuracy and mean loss after the splits, from its start states."""
     inputs, targets, shares = continuations(batch.tokens, batch.split, loss_weights(batch))
     x, _ = teacher.apply({"params": params}, inputs, start, method="hidden")
-
-    def per_token(x, targets):
-        logits = head_logits(x, params["head"]["weight"])
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        right = jnp.argmax(logits, axis=-1) == targets
-        return right.astype(jnp.float32), jax.nn.logsumexp(logits, axis=-1) - chosen
-
-    right, nats = map_token_chunks(per_token, x, targets)
-    return jnp.sum(shares * right), jnp.sum(shares * nats)
+    statistics = token_statistics(x, params["head"]["weight"], targets)
+    return jnp.sum(shares * statistics.correct), jnp.sum(shares * statistics.nats)
 
 
 def evaluate_handover(
     teacher: RWKV7, teacher_params: Params, state: RWKV7State, batch: BatchLike
 ) -> dict[str, Answers]:
-    """How the teacher answers behind each row's split, by the state that it starts from.
+    """Measures the teacher's answers after each row's split, by the state that it starts from.
 
-    The keys: `zero`, where the prompt is unknown; `wkv`, its own WKV states at the split with zero
-    token shifts, the most that a proposal can be; `own`, its own whole state, as if it had read on;
-    `proposed`, what is given.
+    The keys: `zero`, with the prompt unknown; `wkv`, its own WKV states at the split with zero
+    token shifts, the most that a proposal can be; `own`, its own state with token shifts, as if it
+    had read on; `proposed`, the given state.
 
     Args:
         teacher: the shell around `teacher_params`.
         teacher_params: all weights.
-        state: what `propose(observer, params, batch.tokens[:, :-1], batch.split)` gives,
+        state: the result of `propose(observer, params, batch["tokens"][:, :-1], batch["split"])`,
             or any other start state, such as a tuned one of batch 1.
         batch: tokens [B T+1], mask [B T] and split [B]; masked targets do not count.
 
     Raises:
-        TypeError: ids or splits that are no integers, or a WKV state that is not float32.
+        TypeError: ids or splits that are not integers, or a WKV state that is not float32.
         ValueError: a batch or a state of other sizes.
     """
     batch = check_split(batch, teacher.config.vocab_size, caller="evaluate_handover")
     rows = batch.tokens.shape[0]
     if isinstance(state, RWKV7State) and state.batch == 1:
         state = repeat(state, rows)
-    check_state(state, rows, teacher.config, caller="evaluate_handover")
+    with prefix_errors("evaluate_handover"):
+        check_state(state, rows, teacher.config)
+    # Other fields would be arguments of the compiled program, which compiles anew for each set.
     batch = Batch(tokens=batch.tokens, mask=batch.mask, split=batch.split)
     zero = init_state(teacher.config, rows)
     _, own = read_prompts(teacher, teacher_params, batch.tokens[:, :-1], batch.split)
-    starts = {"zero": zero, "wkv": zero.replace(wkv=own.wkv), "own": own, "proposed": state}
-    answers = {
-        name: _answers(teacher, teacher_params, start, batch) for name, start in starts.items()
+    starts = {
+        "zero": zero,
+        "wkv": zero.replace(wkv=own.wkv),
+        "own": own,
+        "proposed": state,
     }
-    return {name: Answers(*map(float, pair)) for name, pair in answers.items()}
+    answers = {}
+    for name, start in starts.items():
+        accuracy, nats = _score_answers(teacher, teacher_params, start, batch)
+        answers[name] = Answers(float(accuracy), float(nats))
+    return answers
 
 
 def proposal_error(
@@ -99,37 +101,36 @@ def proposal_error(
     lengths: Lengths | None = None,
     variance: Float[Array | np.ndarray, "L H"] | None = None,
 ) -> Float[Array, " B"]:
-    """How far each row's proposal is from the teacher's state: 0 is right, 1 as bad as the mean.
+    """Measures the error of each row's proposal: 0 is exact, 1 is as bad as the mean state.
 
-    Live traffic is judged by the variance of typical prompts, `state_moments(...).variance`: one
-    row has none of its own, and one that drifts would excuse itself with it.
+    Live traffic is judged by the variance of typical prompts, `state_moments(...).variance`: a
+    single row has no variance, and normalising by a drifting batch's own variance would hide the
+    drift.
 
     Args:
-        observer: which models.
+        observer: the shells of both models.
         params: the observer's.
         teacher: the shell around `teacher_params`.
         teacher_params: all weights.
-        tokens: what was read.
+        tokens: prompts.
         lengths: tokens of each row that count, from the left.
         variance: of the teacher's states in typical prompts; the rows' own if it is not given.
 
     Raises:
-        TypeError: ids or lengths that are no integers.
+        TypeError: ids or lengths that are not integers.
         ValueError: models, ids or lengths that do not fit, or one row without a variance.
     """
-    caller = "drift"
-    check_teacher(observer, teacher.config, caller=caller)
-    check_maps(observer, params, caller=caller)
-    check_tokens(tokens, teacher.config.vocab_size, caller=caller)
-    if lengths is not None:
-        check_lengths(lengths, tuple(tokens.shape), caller=caller)
-    if variance is None and tokens.shape[0] < 2:
-        raise ValueError("proposal_error: `variance` must be given for one row; see state_moments.")
-    if variance is not None and tuple(variance.shape) != observer.shapes["bias"][:2]:
-        raise ValueError(
-            f"proposal_error: `variance` must be [layers, heads] = {observer.shapes['bias'][:2]}; "
-            f"got {tuple(variance.shape)}."
-        )
+    with prefix_errors("proposal_error"):
+        check_teacher(observer, teacher.config)
+        check_maps(observer, params)
+        check_prompt_tokens(tokens, lengths, teacher.config.vocab_size)
+        if variance is None and tokens.shape[0] < 2:
+            raise ValueError("`variance` must be given for one row; see state_moments.")
+        shape = observer.shapes["bias"][:2]
+        if variance is not None and tuple(variance.shape) != shape:
+            raise ValueError(
+                f"`variance` must be [layers, heads] = {shape}; got {tuple(variance.shape)}."
+            )
     _, proposed = propose_wkv(observer, params, tokens, lengths)
     _, own = read_prompts(teacher, teacher_params, tokens, lengths)
     variance = moments(own.wkv).variance if variance is None else jnp.asarray(variance)

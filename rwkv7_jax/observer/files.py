@@ -1,7 +1,7 @@
 """Observers as folders: a checkpoint of the small model, and its maps.
 
-`model.safetensors` is a model like any other, in the official names. `maps.safetensors` holds left,
-right and bias; its metadata says which sizes they fit, and what the caller wants remembered.
+`model.safetensors` is a model checkpoint in the official names. `maps.safetensors` holds left,
+right and bias; its metadata has the sizes that they fit, and the caller's own information.
 """
 
 import dataclasses
@@ -19,11 +19,14 @@ from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
 from rwkv7_jax.checkpoints.param_tree import is_finite
 from rwkv7_jax.checkpoints.tensor_files import read_metadata, read_safetensors, write_safetensors
 from rwkv7_jax.checkpoints.unused_value_residual import without_unused_value_residual
+from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.observer.observer import SIZES, Observer, check_maps, check_teacher
 
-MODEL, MAPS = "model.safetensors", "maps.safetensors"
+MODEL = "model.safetensors"
+
+MAPS = "maps.safetensors"
 
 _MARK = "rwkv7 observer"
 
@@ -35,20 +38,22 @@ def save_observer(
     *,
     info: Mapping[str, Any] | None = None,
 ) -> None:
-    """The observer in `folder`, dtypes kept.
+    """Saves an observer to a folder; dtypes are kept.
 
     Args:
         folder: made if it does not exist; an observer in it is replaced.
-        observer: which models.
+        observer: the shells of both models.
         params: the observer's.
-        info: what JSON can say and `observer_info` gives back: `base_model`, the teacher's
-            `model_hash`, which `load_observer` can compare; the `variance` that `drift` wants.
+        info: JSON values that `observer_info` returns: `base_model`, the teacher's `model_hash`,
+            which `load_observer` can compare; the `variance` for `proposal_error`.
 
     Raises:
         ValueError: parameters of another observer.
     """
-    check_maps(observer, params, caller="save_observer")
-    folder, config = Path(folder), observer.model.config
+    with prefix_errors("save_observer"):
+        check_maps(observer, params)
+    folder = Path(folder)
+    config = observer.model.config
     card = {
         "mark": _MARK,
         # The implementation is the machine's choice, not the observer's.
@@ -64,49 +69,54 @@ def save_observer(
     write_safetensors(folder / MAPS, maps, metadata=metadata)
 
 
-def _card(folder: Path, caller: str) -> dict[str, Any]:
-    """What `save_observer` wrote about the observer."""
+def _read_card(folder: Path) -> dict[str, Any]:
+    """Reads the description that `save_observer` wrote."""
     for name in (MODEL, MAPS):
         if not (folder / name).is_file():
-            raise ValueError(f"{caller}: `{folder}` is no observer: it has no {name}.")
+            raise ValueError(f"`{folder}` is no observer: it has no {name}.")
+    metadata = read_metadata(folder / MAPS)
     try:
-        card = {name: json.loads(word) for name, word in read_metadata(folder / MAPS).items()}
+        card = {name: json.loads(text) for name, text in metadata.items()}
     except json.JSONDecodeError:
+        # Some other program's metadata; the mark below is missing then.
         card = {}
     if card.get("mark") != _MARK:
-        raise ValueError(f"{caller}: `{folder / MAPS}` does not say that it is an observer's.")
+        raise ValueError(f"`{folder / MAPS}` does not say that it is an observer's.")
     return card
 
 
 def observer_info(folder: str | Path) -> dict[str, Any]:
-    """What was given to `save_observer` as `info`.
+    """Returns the `info` that was given to `save_observer`.
 
     Raises:
         ValueError: no observer's folder.
     """
-    return _card(Path(folder), "observer_info")["info"]
+    with prefix_errors("observer_info"):
+        return _read_card(Path(folder))["info"]
 
 
-def _observer(card: Mapping[str, Any], folder: Path) -> Observer:
-    """The shells that the card describes."""
+def _observer_of(card: Mapping[str, Any], folder: Path) -> Observer:
+    """Makes the shells that the card describes."""
     try:
-        small, teacher = (RWKV7Config(**card[name]) for name in ("observer", "teacher"))
+        config = RWKV7Config(**card["observer"])
+        teacher = RWKV7Config(**card["teacher"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"load_observer: `{folder / MAPS}` has no such sizes: {error}.") from None
-    return Observer(RWKV7(small), teacher)
+        raise ValueError(f"`{folder / MAPS}` has no such sizes: {error}.") from None
+    return Observer(RWKV7(config), teacher)
 
 
 def _check_base(card: Mapping[str, Any], base_model: str | None, folder: Path) -> None:
+    """Raises if the caller names a teacher and the observer belongs to another one."""
     stored = card["info"].get("base_model")
     if base_model is not None and stored != base_model:
-        known = f"belongs to {stored}" if stored else "does not say which teacher it belongs to"
-        raise ValueError(f"load_observer: `{folder}` {known}; `base_model` is {base_model}.")
+        origin = f"belongs to {stored}" if stored else "does not say which teacher it belongs to"
+        raise ValueError(f"`{folder}` {origin}; `base_model` is {base_model}.")
 
 
 def load_observer(
     folder: str | Path, teacher_config: RWKV7Config, *, base_model: str | None = None
 ) -> tuple[Observer, Params]:
-    """The observer of a folder and its parameters, in the files' dtypes.
+    """Loads an observer and its parameters, in the files' dtypes.
 
     Args:
         folder: from `save_observer`.
@@ -118,13 +128,14 @@ def load_observer(
             teacher of other sizes or weights.
     """
     folder = Path(folder)
-    card = _card(folder, "load_observer")
-    observer = _observer(card, folder)
-    check_teacher(observer, teacher_config, caller="load_observer")
-    _check_base(card, base_model, folder)
+    with prefix_errors("load_observer"):
+        card = _read_card(folder)
+        observer = _observer_of(card, folder)
+        check_teacher(observer, teacher_config)
+        _check_base(card, base_model, folder)
     observer = dataclasses.replace(observer, teacher=teacher_config)
     with warnings.catch_warnings():
-        # Square low-rank matrices have no visible orientation; ours are in the official one.
+        # The orientation of square low-rank matrices is ambiguous; ours are in the official one.
         warnings.filterwarnings("ignore", message="the low-rank matrices are square")
         model, _ = load_model(folder / MODEL)
     if model_hash(model, observer.model.config) != card["model_hash"]:
@@ -135,5 +146,6 @@ def load_observer(
         if not is_finite(array):
             raise ValueError(f"load_observer: `{folder / MAPS}` has NaN or Inf in {name}.")
         params[name] = jnp.asarray(array)
-    check_maps(observer, params, caller="load_observer")
+    with prefix_errors("load_observer"):
+        check_maps(observer, params)
     return observer, params

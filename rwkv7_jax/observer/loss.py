@@ -1,13 +1,16 @@
-"""What an observer learns from: the teacher's states, its logits, and its answers."""
+"""The loss of an observer: the teacher's states, its logits, and its answers."""
 
+import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from rwkv7_jax.array_types import Activations, Params
+from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
@@ -21,42 +24,183 @@ from rwkv7_jax.observer.observer import (
     propose_wkv,
     read_prompts,
 )
-from rwkv7_jax.observer.prompt_splits import check_split, continuations
-from rwkv7_jax.training import losses
-from rwkv7_jax.training.losses import Loss
+from rwkv7_jax.observer.prompt_splits import after_split, check_split, continuations
+from rwkv7_jax.training.losses import Loss, Metrics, loss_weights, token_statistics
 
 Scalar = Float[Array, ""]
 
 
-def _divergence(x: Activations, heads: tuple, base: Array, split: Array) -> Scalar:
-    """Mean KL(teacher || observer) of the predictions inside the prompts."""
-    nats = losses.kl_divergence(x, base, heads[0], base_head=heads[1])
-    inside = (jnp.arange(x.shape[1])[None] < split[:, None]).astype(nats.dtype)
-    return jnp.sum(nats * inside) / jnp.maximum(jnp.sum(inside), 1.0)
+class BatchTotals(NamedTuple):
+    """Totals over a batch, which its pieces need under gradient accumulation.
+
+    Attributes:
+        variance: of the teacher's states over all rows; None if states are not compared.
+        prompt_tokens: positions inside the prompts, averaged over the pieces.
+        answer_weight: summed loss weights of the targets after the splits, averaged over the
+            pieces.
+    """
+
+    variance: Float[Array, "L H"] | None
+    prompt_tokens: Scalar
+    answer_weight: Scalar
 
 
-def _answers(teacher: RWKV7, params: Params, wkv: WKV, batch: Batch) -> Scalar:
-    """The teacher's mean loss behind the splits, started from `wkv` and zero token shifts."""
-    inputs, targets, shares = continuations(batch.tokens, batch.split, losses.loss_weights(batch))
+def _inside_prompt(split: Int[Array, " B"], length: int) -> Float[Array, "B T"]:
+    inside = jnp.arange(length)[None] < split[:, None]
+    return inside.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class ObserverLoss:
+    """The loss of an observer's parameters, called with the teacher's weights in front.
+
+    Attributes:
+        observer: the shells of both models.
+        teacher: the shell of the teacher.
+        variance: weight of the states' term.
+        divergence: weight of the logits' term.
+        answers: weight of the answers' term.
+    """
+
+    observer: Observer
+    teacher: RWKV7
+    variance: float
+    divergence: float
+    answers: float
+
+    def __call__(
+        self,
+        teacher_params: Params,
+        params: Params,
+        batch: BatchLike,
+        totals: BatchTotals | None = None,
+    ) -> tuple[Scalar, Metrics]:
+        """Computes the weighted sum of the terms, and each of them as a metric.
+
+        Args:
+            teacher_params: all weights of the teacher.
+            params: the observer's.
+            batch: tokens, mask and split.
+            totals: of the batch that this is a piece of; None for a batch in one piece.
+        """
+        batch = check_split(batch, self.teacher.config.vocab_size, caller="observer_loss")
+        with prefix_errors("observer_loss"):
+            check_maps(self.observer, params)
+            if totals is None:
+                self._check_rows(batch.tokens.shape[0])
+        teacher_params = jax.lax.stop_gradient(teacher_params)
+        inputs = jnp.asarray(batch.tokens)[:, :-1]
+        split = jnp.asarray(batch.split)
+        x, proposed = propose_wkv(self.observer, params, inputs, split)
+        # Weight and value of each term; a term of weight 0 is not computed.
+        terms: dict[str, tuple[float, Scalar]] = {}
+        if self.variance or self.divergence:
+            teacher_x, own = read_prompts(self.teacher, teacher_params, inputs, split)
+            teacher_x = jax.lax.stop_gradient(teacher_x)
+            own_wkv = jax.lax.stop_gradient(own.wkv)
+            if self.variance:
+                variance = moments(own_wkv).variance if totals is None else totals.variance
+                rows = fraction_of_variance_unexplained(proposed, own_wkv, variance)
+                terms["fvu"] = (self.variance, jnp.mean(rows))
+            if self.divergence:
+                heads = (params["model"]["head"]["weight"], teacher_params["head"]["weight"])
+                value = _mean_divergence(x, teacher_x, heads, split, totals)
+                terms["divergence_nats"] = (self.divergence, value)
+        if self.answers:
+            value = _answer_loss(self.teacher, teacher_params, proposed, batch, totals)
+            terms["answer_nats"] = (self.answers, value)
+        total = jnp.zeros(())
+        metrics = {}
+        for name, (weight, value) in terms.items():
+            total = total + weight * value
+            metrics[name] = value
+        if self.answers:
+            metrics["loss_nats"] = metrics["answer_nats"]
+        return total, metrics
+
+    def batch_totals(self, teacher_params: Params, pieces: BatchLike) -> BatchTotals:
+        """Computes the totals of a batch that is cut into pieces along a further leading axis.
+
+        The states' variance takes one more pass of the teacher over the prompts.
+        """
+        pieces = Batch.of(pieces, "weights", "split", caller="observer_loss")
+        with prefix_errors("observer_loss"):
+            count, rows, _ = pieces.tokens.shape
+            self._check_rows(count * rows)
+        inputs = jnp.asarray(pieces.tokens)[:, :, :-1]
+        split = jnp.asarray(pieces.split)
+        length = inputs.shape[2]
+        prompt_tokens = jnp.maximum(jnp.sum(jnp.minimum(split, length)), 1) / count
+        counts = jax.vmap(lambda split: after_split(split, length))(split)
+        answer_weight = jnp.sum(pieces.weights * counts) / count
+        if not self.variance:
+            return BatchTotals(None, prompt_tokens, answer_weight)
+
+        def of_piece(piece):
+            _, own = read_prompts(self.teacher, teacher_params, *piece)
+            return moments(own.wkv)
+
+        # Pieces have equally many rows, so the variance over all rows is the mean variance inside
+        # the pieces plus the variance of their means. No more than one piece's states are held.
+        means, variances = jax.lax.map(of_piece, (inputs, split))
+        between = jnp.mean(jnp.square(means - jnp.mean(means, axis=0)[None]), axis=(0, 3, 4))
+        return BatchTotals(jnp.mean(variances, axis=0) + between, prompt_tokens, answer_weight)
+
+    def _check_rows(self, rows: int) -> None:
+        if self.variance and rows < 2:
+            raise ValueError("`batch` must have at least two rows, for their variance.")
+
+
+def _mean_divergence(
+    x: Activations,
+    teacher_x: Float[Array, "B T E"],
+    heads: tuple[Array, Array],
+    split: Int[Array, " B"],
+    totals: BatchTotals | None,
+) -> Scalar:
+    """Averages KL(teacher || observer) over the predictions inside the prompts."""
+    head, teacher_head = heads
+    statistics = token_statistics(
+        x,
+        head,
+        None,
+        reference=teacher_x,
+        reference_head=teacher_head,
+    )
+    inside = _inside_prompt(split, x.shape[1])
+    if totals is None:
+        count = jnp.maximum(jnp.sum(inside), 1.0)
+    else:
+        count = totals.prompt_tokens
+    return jnp.sum(statistics.kl * inside) / count
+
+
+def _answer_loss(
+    teacher: RWKV7,
+    params: Params,
+    wkv: WKV,
+    batch: Batch,
+    totals: BatchTotals | None,
+) -> Scalar:
+    """Averages the teacher's loss after the splits, started from `wkv` and zero token shifts."""
+    inputs, targets, shares = continuations(
+        batch.tokens,
+        batch.split,
+        loss_weights(batch),
+        total=None if totals is None else totals.answer_weight,
+    )
     start = init_state(teacher.config, inputs.shape[0]).replace(wkv=wkv)
     x, _ = teacher.apply({"params": params}, inputs, start, method="hidden")
-    nats, _ = losses.cross_entropy(x, params["head"]["weight"], targets)
-    return jnp.sum(shares * nats)
+    statistics = token_statistics(x, params["head"]["weight"], targets)
+    return jnp.sum(shares * statistics.nats)
 
 
-def _check(weights: dict[str, float]) -> None:
+def _check_weights(weights: dict[str, float]) -> None:
     for name, weight in weights.items():
         if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"observer_loss: `{name}` must be at least 0; got {weight}.")
+            raise ValueError(f"`{name}` must be at least 0; got {weight}.")
     if not any(weights.values()):
-        raise ValueError(f"observer_loss: one of {', '.join(weights)} must be above 0.")
-
-
-def _check_batch(batch: BatchLike, vocab_size: int, *, compared: bool) -> Batch:
-    batch = check_split(batch, vocab_size, caller="observer_loss")
-    if compared and batch.tokens.shape[0] < 2:
-        raise ValueError("observer_loss: `batch` must have at least two rows, for their variance.")
-    return batch
+        raise ValueError(f"one of {', '.join(weights)} must be above 0.")
 
 
 def observer_loss(
@@ -68,54 +212,35 @@ def observer_loss(
     divergence: float = 0.5,
     answers: float = 1.0,
 ) -> Loss:
-    """The loss as a function of an observer's parameters; the teacher's are frozen arguments.
+    """Makes the loss of an observer's parameters; the teacher's weights are frozen arguments of it.
 
     A batch has tokens [B T+1], mask [B T] and `split` [B], each row's prompt in tokens, such as
-    `split_batch` draws them: states are compared, and answers begin, at the splits. Only targets
-    behind the split whose mask is 1 are answers. A term of weight 0 is not computed and has no
-    metric. Micro-batches count alike, each with a variance of its own.
+    `add_prompt_splits` draws them: states are compared, and answers begin, at the splits. Only
+    targets after the split whose mask is 1 are answers. A term of weight 0 is not computed and has
+    no metric. Under gradient accumulation all terms are those of the batch in one piece.
 
-    The metrics are `fvu`, `divergence_nats`, `answer_nats` and, for the loop, `loss_nats`: the
-    answers' where they are trained, else the whole loss. The first alone says little: an observer
-    that explains half the variance may have lost all that the teacher reads.
+    The metrics are `fvu`, `divergence_nats` and `answer_nats`. `loss_nats` is the answers' loss
+    again, under the name that all language model losses have; without answers there is none. The
+    first term alone says little: an observer that explains half the variance may have lost
+    everything that the teacher reads.
 
     Args:
-        observer: which models.
+        observer: the shells of both models.
         teacher: the shell around `teacher_params`.
         teacher_params: all weights.
         variance: weight of the fraction of variance unexplained (FVU) of the teacher's own states,
             for each layer and head by its variance over the batch's rows: at least two.
         divergence: weight of KL(teacher || observer) of the logits inside the prompts.
-        answers: weight of the teacher's cross entropy behind the prompts, started from the
+        answers: weight of the teacher's cross entropy after the prompts, started from the
             proposals; its gradient passes through the frozen teacher.
 
     Raises:
         ValueError: another teacher than the observer's, or weights below 0 or all 0; from the loss,
             a batch or parameters that do not fit.
     """
-    check_teacher(observer, teacher.config, caller="observer_loss")
     weights = {"variance": variance, "divergence": divergence, "answers": answers}
-    _check(weights)
-
-    def loss(teacher_params: Params, params: Params, batch: BatchLike):
-        check_maps(observer, params, caller="observer_loss")
-        batch = _check_batch(batch, teacher.config.vocab_size, compared=bool(variance))
-        teacher_params = jax.lax.stop_gradient(teacher_params)
-        inputs, split = jnp.asarray(batch.tokens)[:, :-1], jnp.asarray(batch.split)
-        x, proposed = propose_wkv(observer, params, inputs, split)
-        terms = {}
-        if variance or divergence:
-            base, own = jax.lax.stop_gradient(read_prompts(teacher, teacher_params, inputs, split))
-        if variance:
-            rows = fraction_of_variance_unexplained(proposed, own.wkv, moments(own.wkv).variance)
-            terms["fvu"] = variance, jnp.mean(rows)
-        if divergence:
-            heads = params["model"]["head"]["weight"], teacher_params["head"]["weight"]
-            terms["divergence_nats"] = divergence, _divergence(x, heads, base, split)
-        if answers:
-            terms["answer_nats"] = answers, _answers(teacher, teacher_params, proposed, batch)
-        total = sum(weight * value for weight, value in terms.values())
-        metrics = {name: value for name, (_, value) in terms.items()}
-        return total, metrics | {"loss_nats": metrics.get("answer_nats", total)}
-
+    with prefix_errors("observer_loss"):
+        check_teacher(observer, teacher.config)
+        _check_weights(weights)
+    loss = ObserverLoss(observer, teacher, variance, divergence, answers)
     return Partial(loss, teacher_params)

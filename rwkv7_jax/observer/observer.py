@@ -1,7 +1,7 @@
 """An observer: a small RWKV-7 that proposes start states of a large, frozen one.
 
-The large model is the teacher. The observer reads a prompt in its place; what it then remembers,
-its WKV states S_j of every layer and head, becomes the state that the teacher starts from:
+The large model is the teacher. The observer reads a prompt in its place; the observer's WKV states
+S_j after the prompt, of every layer and head, are mapped to the state that the teacher starts from:
 
     proposal[l, h] = sum over j of left[l, h, j] S_j right[l, h, j]^T + bias[l, h]
 
@@ -22,20 +22,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from rwkv7_jax.array_types import Activations, Lengths, Params, Tokens
-from rwkv7_jax.checks import check_lengths, check_tokens
+from rwkv7_jax.checks import check_lengths, check_tokens, prefix_errors
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
 
 WKV = Float[Array, "L B H Nv Nk"]
 
-# What two models must share for the proposals to one to fit the other.
+# The sizes that two teachers must share for one observer to propose states for both.
 SIZES = ("vocab_size", "num_layers", "width", "head_size")
 
 
 @dataclasses.dataclass(frozen=True)
 class Observer:
-    """The two models' shells; hashable, so it can be a static argument of `jax.jit`.
+    """The shells of both models; hashable, so it can be a static argument of `jax.jit`.
 
     Attributes:
         model: the small one's.
@@ -50,13 +50,14 @@ class Observer:
     teacher: RWKV7Config
 
     def __post_init__(self):
-        """Check that both read the same tokens."""
+        """Checks that both read the same tokens."""
         if not isinstance(self.model, RWKV7) or not isinstance(self.teacher, RWKV7Config):
             raise TypeError(
                 "Observer: `model` must be an RWKV7 and `teacher` an RWKV7Config; got "
                 f"{type(self.model).__name__} and {type(self.teacher).__name__}."
             )
-        own, other = self.model.config.vocab_size, self.teacher.vocab_size
+        own = self.model.config.vocab_size
+        other = self.teacher.vocab_size
         if own != other:
             raise ValueError(
                 f"Observer: `model` must have the teacher's vocab_size {other}; got {own}."
@@ -65,11 +66,16 @@ class Observer:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of left, right and bias."""
-        config, teacher = self.model.config, self.teacher
-        places = (teacher.num_layers, teacher.num_heads)
-        sources, size = config.num_layers * config.num_heads, teacher.head_size
-        maps = (*places, sources, size, config.head_size)
-        return {"left": maps, "right": maps, "bias": (*places, size, size)}
+        config = self.model.config
+        teacher = self.teacher
+        heads = (teacher.num_layers, teacher.num_heads)
+        sources = config.num_layers * config.num_heads
+        maps = (*heads, sources, teacher.head_size, config.head_size)
+        return {
+            "left": maps,
+            "right": maps,
+            "bias": (*heads, teacher.head_size, teacher.head_size),
+        }
 
 
 class Moments(NamedTuple):
@@ -91,14 +97,16 @@ def init_observer(
     *,
     bias: Float[Array, "L H Nv Nk"] | None = None,
 ) -> tuple[Observer, Params]:
-    """A new observer and its parameters, float32; its states arrive in about their own size.
+    """Makes a new observer and its parameters, float32.
+
+    The maps are scaled so that proposals have about the size of the observer's own states.
 
     Args:
         config: of the small model.
         teacher_config: of the large one; width, heads and layers may differ.
         key: a random key.
-        bias: what is proposed before anything is read: the teacher's mean state, from
-            `state_moments`. Zeros if it is not given.
+        bias: the proposal before anything is read: the teacher's mean state, from `state_moments`.
+            Zeros if it is not given.
 
     Raises:
         ValueError: the vocabularies differ, or a bias of other sizes.
@@ -111,51 +119,58 @@ def init_observer(
             f"init_observer: `bias` must have [layers, heads, value, key] = {shapes['bias']}; "
             f"got {bias.shape}."
         )
-    keys, tokens = jax.random.split(key, 3), jnp.zeros((1, 1), jnp.int32)
+    model_key, left_key, right_key = jax.random.split(key, 3)
+    tokens = jnp.zeros((1, 1), jnp.int32)
     init = jax.jit(lambda key: observer.model.init(key, tokens, init_state(config))["params"])
-    # A sum over J products of two maps, each of which sums over n.
+    # A proposal is a sum over J products of two maps, each of which sums over n.
     scale = (config.head_size * shapes["left"][2] ** 0.5) ** -0.5
-    left, right = (scale * jax.random.normal(k, shapes["left"]) for k in keys[1:])
-    return observer, {"model": init(keys[0]), "left": left, "right": right, "bias": bias}
+    params = {
+        "model": init(model_key),
+        "left": scale * jax.random.normal(left_key, shapes["left"]),
+        "right": scale * jax.random.normal(right_key, shapes["right"]),
+        "bias": bias,
+    }
+    return observer, params
 
 
-def check_teacher(observer: Observer, config: RWKV7Config, *, caller: str) -> None:
-    """Return if `config` is of a model that `observer` proposes states for.
+def check_teacher(observer: Observer, config: RWKV7Config) -> None:
+    """Checks that `config` is of a model that `observer` proposes states for.
 
     Raises:
         ValueError: a size differs.
     """
     for name in SIZES:
-        wanted, came = getattr(observer.teacher, name), getattr(config, name)
-        if wanted != came:
+        expected = getattr(observer.teacher, name)
+        size = getattr(config, name)
+        if size != expected:
             raise ValueError(
-                f"{caller}: `teacher` must have {name} {wanted}, as the observer's; got {came}."
+                f"`teacher` must have {name} {expected}, as the observer's; got {size}."
             )
 
 
-def check_maps(observer: Observer, params: Params, *, caller: str) -> None:
-    """Return if `params` hold a model and maps of the observer's sizes.
+def check_maps(observer: Observer, params: Params) -> None:
+    """Checks that `params` hold a model and maps of the observer's sizes.
 
     Raises:
         ValueError: a part is missing, unknown or misshapen.
     """
-    wanted = {"model", *observer.shapes}
-    if set(params) != wanted:
+    expected = {"model", *observer.shapes}
+    if set(params) != expected:
         raise ValueError(
-            f"{caller}: `params` must hold {', '.join(sorted(wanted))}; "
-            f"got {', '.join(sorted(params))}."
+            f"`params` must hold {', '.join(sorted(expected))}; got {', '.join(sorted(params))}."
         )
     for name, shape in observer.shapes.items():
-        if (came := tuple(params[name].shape)) != shape:
-            raise ValueError(f"{caller}: `params[{name!r}]` must have shape {shape}; got {came}.")
+        found = tuple(params[name].shape)
+        if found != shape:
+            raise ValueError(f"`params[{name!r}]` must have shape {shape}; got {found}.")
 
 
-def _mapped(params: Params, wkv: Float[Array, "K B G n n"]) -> WKV:
-    """The observer's states in the teacher's sizes; one layer of the teacher at a time."""
+def _map_states(params: Params, wkv: Float[Array, "K B G n n"]) -> WKV:
+    """Maps the observer's states to the teacher's sizes, one layer of the teacher at a time."""
     sources = jnp.moveaxis(wkv, 1, 0).reshape(wkv.shape[1], -1, *wkv.shape[3:])
     product = functools.partial(jnp.einsum, precision="highest")
 
-    # Recomputed in the backward pass: one layer's halves are J n / N times as large as its states.
+    # Recomputed in the backward pass: one layer's `half` is J n / N times as large as its states.
     @jax.checkpoint
     def layer(maps):
         left, right, bias = (leaf.astype(jnp.float32) for leaf in maps)
@@ -169,53 +184,69 @@ def _mapped(params: Params, wkv: Float[Array, "K B G n n"]) -> WKV:
 def read_prompts(
     model: RWKV7, params: Params, tokens: Tokens, lengths: Lengths | None = None
 ) -> tuple[Activations, RWKV7State]:
-    """What a model makes of the prompts: its normed activations, and its state behind them."""
+    """Computes a model's normed activations in the prompts, and its state after them."""
     start = init_state(model.config, tokens.shape[0])
-    return model.apply({"params": params}, tokens, start, lengths, method="hidden")
+    x, end = model.apply({"params": params}, tokens, start, lengths, method="hidden")
+    return x, end
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def propose_wkv(
     observer: Observer, params: Params, tokens: Tokens, lengths: Lengths | None = None
 ) -> tuple[Activations, WKV]:
-    """As `propose`: the small model's normed activations, and the proposed WKV states alone."""
+    """Computes the small model's normed activations, and the proposed WKV states alone."""
     x, end = read_prompts(observer.model, params["model"], tokens, lengths)
-    return x, _mapped(params, end.wkv)
+    return x, _map_states(params, end.wkv)
 
 
 def propose(
     observer: Observer, params: Params, tokens: Tokens, lengths: Lengths | None = None
 ) -> RWKV7State:
-    """The teacher's start state for each row that the observer read; token shifts are zero.
+    """Proposes the teacher's start state for each row that the observer reads.
+
+    Token shifts are zero.
 
     Args:
-        observer: which models; a static argument where this is called under `jax.jit`.
+        observer: the shells of both models; a static argument if this is called under `jax.jit`.
         params: the observer's.
         tokens: prompts.
-        lengths: tokens of each row that count, from the left; those behind have no influence.
+        lengths: tokens of each row that count, from the left; later ones have no influence.
 
     Raises:
-        TypeError: ids or lengths that are no integers.
+        TypeError: ids or lengths that are not integers.
         ValueError: ids or lengths out of range, or parameters of another observer.
     """
-    check_maps(observer, params, caller="propose")
-    check_tokens(tokens, observer.teacher.vocab_size, caller="propose")
-    if lengths is not None:
-        check_lengths(lengths, tuple(tokens.shape), caller="propose")
+    with prefix_errors("propose"):
+        check_maps(observer, params)
+        check_prompt_tokens(tokens, lengths, observer.teacher.vocab_size)
     _, wkv = propose_wkv(observer, params, tokens, lengths)
     return init_state(observer.teacher, tokens.shape[0]).replace(wkv=wkv)
 
 
+def check_prompt_tokens(tokens: Tokens, lengths: Lengths | None, vocab_size: int) -> None:
+    """Checks prompts and, if they are given, their lengths.
+
+    Raises:
+        TypeError: ids or lengths that are not integers.
+        ValueError: ids or lengths out of range.
+    """
+    check_tokens(tokens, vocab_size)
+    if lengths is not None:
+        rows, length = tokens.shape
+        check_lengths(lengths, (rows, length))
+
+
 def moments(wkv: WKV) -> Moments:
-    """Mean and variance of states over their rows."""
+    """Computes mean and variance of states over their rows."""
     mean = jnp.mean(wkv, axis=1)
-    return Moments(mean, jnp.mean(jnp.square(wkv - mean[:, None]), axis=(1, 3, 4)))
+    variance = jnp.mean(jnp.square(wkv - mean[:, None]), axis=(1, 3, 4))
+    return Moments(mean, variance)
 
 
 def fraction_of_variance_unexplained(
     proposed: WKV, own: WKV, variance: Float[Array, "L H"]
 ) -> Float[Array, " B"]:
-    """Each row's squared error over the variance, averaged over layers and heads.
+    """Divides each row's squared error by the variance, averaged over layers and heads.
 
     Its mean over rows is the fraction of variance unexplained if the variance is theirs. A head
     whose states hardly vary counts as if it had a millionth of the average variance.
@@ -228,7 +259,7 @@ def fraction_of_variance_unexplained(
 def state_moments(
     teacher: RWKV7, teacher_params: Params, tokens: Tokens, lengths: Lengths | None = None
 ) -> Moments:
-    """Mean and variance of the teacher's own states behind some typical prompts.
+    """Measures mean and variance of the teacher's own states after some typical prompts.
 
     Args:
         teacher: the shell around `teacher_params`.
@@ -237,10 +268,10 @@ def state_moments(
         lengths: tokens of each row that count, from the left.
 
     Raises:
-        TypeError: ids or lengths that are no integers.
+        TypeError: ids or lengths that are not integers.
         ValueError: ids or lengths out of range.
     """
-    check_tokens(tokens, teacher.config.vocab_size, caller="state_moments")
-    if lengths is not None:
-        check_lengths(lengths, tuple(tokens.shape), caller="state_moments")
-    return moments(read_prompts(teacher, teacher_params, tokens, lengths)[1].wkv)
+    with prefix_errors("state_moments"):
+        check_prompt_tokens(tokens, lengths, teacher.config.vocab_size)
+    _, end = read_prompts(teacher, teacher_params, tokens, lengths)
+    return moments(end.wkv)

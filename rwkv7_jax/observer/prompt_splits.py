@@ -1,8 +1,8 @@
-"""Rows cut in two: a prompt that is read, and the tokens behind it that are answered.
+"""Prompt/continuation splits; only the continuation counts in the loss.
 
-`split` [B] counts the tokens of each row's prompt. The answers are what the model says when it
+`split` [B] counts the tokens of each row's prompt. The answers are the predictions of a model that
 reads on from there: inputs from position `split` on, their targets one later. The prediction of the
-first token behind the prompt is still the prompt's.
+first token after the prompt still belongs to the prompt.
 """
 
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rwkv7_jax.array_types import Lengths, Tokens
-from rwkv7_jax.checks import check_lengths, check_tokens
+from rwkv7_jax.checks import check_lengths, check_tokens, prefix_errors
 from rwkv7_jax.data.batch import Batch, BatchLike
 
 # Keeps these draws apart from those that a task makes of the same seed and step.
@@ -20,71 +20,91 @@ _STREAM = 7919
 def add_prompt_splits(
     batch: BatchLike, seed: int, step: int, *, least: int = 1, most: int | None = None
 ) -> Batch:
-    """The batch with a `split` for every row, drawn evenly from `least` to `most`, both included.
+    """Draws a `split` for every row, uniformly from `least` to `most`, both included.
 
     Args:
-        batch: tokens [B T+1] and what else it holds.
-        seed: with the step, all that the draw depends on.
+        batch: tokens [B T+1], and any other fields.
+        seed: the draw depends on it and the step alone.
         step: from 0.
         least: tokens of the shortest prompt.
-        most: of the longest; T - 1, which leaves one answer, where it is not given.
+        most: tokens of the longest; None for T - 1, which leaves one answer.
 
     Raises:
         ValueError: bounds outside of 0 to T, or in the wrong order.
     """
     batch = Batch.of(batch, caller="add_prompt_splits")
     rows, length = batch.tokens.shape[0], batch.tokens.shape[1] - 1
-    most = length - 1 if most is None else most
-    if not 0 <= least <= most <= length:
+    longest = length - 1 if most is None else most
+    if not 0 <= least <= longest <= length:
         raise ValueError(
             f"add_prompt_splits: `least` and `most` must be in order between 0 and {length}, "
-            f"the row's inputs; got {least} and {most}."
+            f"the row's inputs; got {least} and {longest}."
         )
-    draw = np.random.default_rng([seed, step, _STREAM]).integers(least, most + 1, rows)
-    return batch.replace(split=draw.astype(np.int32))
+    rng = np.random.default_rng([seed, step, _STREAM])
+    split = rng.integers(least, longest + 1, rows)
+    return batch.replace(split=split.astype(np.int32))
 
 
 def check_split(batch: BatchLike, vocab_size: int, *, caller: str) -> Batch:
     """Checks that `batch` has tokens [B T+1], a mask [B T] and a split [B] that fit each other.
 
     Raises:
-        TypeError: ids or splits that are no integers.
+        TypeError: ids or splits that are not integers.
         ValueError: a part is missing or misshapen, or an id or a split is out of range.
     """
     batch = Batch.of(batch, "mask", "split", caller=caller)
-    shape = tuple(batch.tokens.shape)
-    if len(shape) != 2 or shape[1] < 2:
-        raise ValueError(
-            f"{caller}: `batch['tokens']` must be [B T+1] with T at least 1; got shape {shape}."
-        )
-    inputs = (shape[0], shape[1] - 1)
-    if (came := tuple(batch.mask.shape)) != inputs:
-        raise ValueError(f"{caller}: `batch['mask']` must have shape {inputs}; got {came}.")
-    check_tokens(batch.tokens, vocab_size, caller=caller)
-    check_lengths(batch.split, inputs, caller=caller, name="batch['split']")
+    with prefix_errors(caller):
+        _check_shapes(batch, vocab_size)
     return batch
 
 
-def continuations(
-    tokens: Tokens, split: Lengths, weights: Float[Array, "B C"]
-) -> tuple[Int[Array, "B C"], Int[Array, "B C"], Float[Array, "B C"]]:
-    """What is behind every row's split, moved to the front: inputs, targets, shares of the loss.
+def _check_shapes(batch: Batch, vocab_size: int) -> None:
+    shape = tuple(batch.tokens.shape)
+    if len(shape) != 2 or shape[1] < 2:
+        raise ValueError(f"`batch['tokens']` must be [B T+1] with T at least 1; got shape {shape}.")
+    inputs = (shape[0], shape[1] - 1)
+    mask = tuple(batch.mask.shape)
+    if mask != inputs:
+        raise ValueError(f"`batch['mask']` must have shape {inputs}; got {mask}.")
+    check_tokens(batch.tokens, vocab_size)
+    check_lengths(batch.split, inputs, name="batch['split']")
 
-    The shares are zero behind a tail's end and add up to 1 over the batch; to 0 if nothing counts.
+
+def after_split(split: Lengths, length: int) -> Float[Array, "B T"]:
+    """Marks the targets after each row's split with 1."""
+    place = jnp.arange(length)[None]
+    return (place >= jnp.asarray(split)[:, None]).astype(jnp.float32)
+
+
+def continuations(
+    tokens: Tokens,
+    split: Lengths,
+    weights: Float[Array, "B C"],
+    *,
+    total: Float[Array, ""] | None = None,
+) -> tuple[Int[Array, "B C"], Int[Array, "B C"], Float[Array, "B C"]]:
+    """Moves the part after every row's split to the front: inputs, targets, shares of the loss.
+
+    The shares are zero after the end of a row and add up to 1 over the batch; to 0 if nothing
+    counts.
 
     Args:
         tokens: [B T+1].
         split: tokens of each row's prompt.
         weights: of the T targets, in any scale; those in the prompt do not matter.
+        total: what the shares are taken of; None for the sum of the weights after the splits.
     """
     length = weights.shape[1]
     place = jnp.arange(length)[None] + jnp.asarray(split)[:, None]
-    counts = (place < length).astype(weights.dtype)
+    inside = (place < length).astype(weights.dtype)
     tokens = jnp.asarray(tokens)
-    inputs, targets, weights = (
-        jnp.take_along_axis(x, place % length, axis=1)
-        for x in (tokens[:, :-1], tokens[:, 1:], weights)
-    )
-    weights = weights * counts
-    total = jnp.maximum(jnp.sum(weights), jnp.finfo(weights.dtype).tiny)
-    return inputs, targets, weights / total
+
+    def move(x):
+        # Positions past the end wrap around to the prompt; their share is zero.
+        return jnp.take_along_axis(x, place % length, axis=1)
+
+    weights = move(weights) * inside
+    if total is None:
+        total = jnp.sum(weights)
+    shares = weights / jnp.maximum(total, jnp.finfo(weights.dtype).tiny)
+    return move(tokens[:, :-1]), move(tokens[:, 1:]), shares

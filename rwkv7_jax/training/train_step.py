@@ -72,7 +72,7 @@ class LossWithTotals(Protocol):
     def batch_totals(self, *arguments: Any) -> Any:
         """Computes what every piece must know, from the frozen arguments and the pieces.
 
-        The pieces are a batch whose arrays have a further leading axis.
+        The pieces are a batch with `weights`, whose arrays have a further leading axis.
         """
         ...
 

@@ -7,12 +7,13 @@ import optax
 import pytest
 import tiny_observers
 from tiny_observers import LENGTH, ROWS, SPLITS, TEACHER, by_rows
+from tolerances import SAME, assert_close
 
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.observer.evaluation import evaluate_handover, proposal_error
 from rwkv7_jax.observer.loss import observer_loss
 from rwkv7_jax.observer.observer import state_moments
-from rwkv7_jax.training.losses import kl_divergence
+from rwkv7_jax.training.losses import token_statistics
 from rwkv7_jax.training.train_step import TrainState, make_train_step
 
 mirror = pytest.fixture(tiny_observers.mirror, scope="module")
@@ -110,7 +111,7 @@ def test_models_of_other_widths_diverge_by_their_own_heads():
     )
     tuned, reference = jax.nn.log_softmax(x @ head.T), jax.nn.log_softmax(base @ other.T)
     wanted = jnp.sum(jnp.exp(reference) * (reference - tuned), -1)
-    found = kl_divergence(x, base, head, base_head=other, chunk=2)
+    found = token_statistics(x, head, None, reference=base, reference_head=other, chunk=2).kl
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
 
 
@@ -122,8 +123,10 @@ def test_without_answers_what_is_behind_the_splits_has_no_influence(made, teache
     one, metrics = loss(made[1], batch)
     two, _ = loss(made[1], other)
     assert float(one) == float(two)
-    assert set(metrics) == {"fvu", "divergence_nats", "loss_nats"}
-    assert float(metrics["loss_nats"]) == float(one)
+    # No loss of a language model was computed, so none is reported.
+    assert set(metrics) == {"fvu", "divergence_nats"}
+    total = metrics["fvu"] + 0.5 * metrics["divergence_nats"]
+    assert float(one) == pytest.approx(float(total), rel=1e-6)
 
 
 def test_masked_targets_and_those_in_the_prompt_do_not_count(step, made, batch, result):
@@ -169,6 +172,31 @@ def test_a_few_steps_down_the_gradient_lower_the_loss(step, made, batch, result)
         _, grads = step(params, batch)[1]["loss"]
         params = jax.tree.map(lambda leaf, grad: np.asarray(leaf) - 0.02 * grad, params, grads)
     assert float(step(params, batch)[0]["loss"]) < float(result[0]["loss"])
+
+
+def down(made, teacher, batch, *, accumulate):
+    tx = optax.sgd(1.0)
+    step = make_train_step(observer_loss(made[0], *teacher), tx, accumulate=accumulate)
+    train, metrics = step(TrainState.create(made[1], tx), batch)
+    return metrics, train.params
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_pieces_of_a_batch_make_the_loss_and_the_gradient_of_the_batch(
+    made, teacher, batch, accumulate
+):
+    """Prompts, answers and states differ from piece to piece; of four pieces each is one row."""
+    # Pieces must not be alike in length, or a mean of means would pass.
+    batch = batch | {"split": np.array([2, 9, 12, 4], np.int32)}
+    expected, whole = down(made, teacher, batch, accumulate=1)
+    metrics, pieces = down(made, teacher, batch, accumulate=accumulate)
+    for name in ("loss", "fvu", "divergence_nats", "answer_nats", "loss_nats"):
+        assert float(metrics[name]) == pytest.approx(float(expected[name]), rel=1e-5), name
+    gradients = []
+    for params in (whole, pieces):
+        moves = jax.tree.map(jnp.subtract, made[1], params)
+        gradients.append(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(moves)]))
+    assert_close(gradients[1], gradients[0], SAME["micro-batches"], "gradient")
 
 
 @pytest.mark.slow
