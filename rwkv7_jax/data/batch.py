@@ -51,7 +51,12 @@ class Batch(Mapping[str, Any]):
             ...
 
     @classmethod
-    def of(cls, batch: Mapping[str, Any], *needed: str, caller: str = "Batch.of") -> "Batch":
+    def of(
+        cls,
+        batch: Mapping[str, Any],
+        *needed: str,
+        caller: str = "Batch.of",
+    ) -> "Batch":
         """Converts a mapping at a public door; a `Batch` is returned as it is.
 
         Args:

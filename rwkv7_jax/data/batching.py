@@ -18,6 +18,9 @@ from rwkv7_jax.data.token_streams import TokenStream, as_stream
 
 IdsOrStream = np.ndarray | TokenStream
 
+# First id and number of ids of a row in the stream.
+Span = tuple[int, int]
+
 
 def host_rows(batch_size: int, host: int, hosts: int) -> slice:
     """Returns the rows of the global batch that one of several hosts makes.
@@ -35,7 +38,11 @@ def host_rows(batch_size: int, host: int, hosts: int) -> slice:
     return slice(first, first + share)
 
 
-def _fill_rows(stream: TokenStream, spans: Sequence[tuple[int, int]], length: int) -> Batch:
+def _fill_rows(
+    stream: TokenStream,
+    spans: Sequence[Span],
+    length: int,
+) -> Batch:
     """Makes a row of each span of the stream.
 
     Args:
@@ -51,18 +58,22 @@ def _fill_rows(stream: TokenStream, spans: Sequence[tuple[int, int]], length: in
     return Batch(tokens=tokens, mask=mask)
 
 
-def _window_spans(firsts: Sequence[int], length: int) -> list[tuple[int, int]]:
+def _window_spans(
+    firsts: Sequence[int],
+    length: int,
+) -> list[Span]:
     """Returns the spans of full rows: T inputs and the last one's target."""
     return [(first, length + 1) for first in firsts]
 
 
 def _document_spans(
     stream: TokenStream, documents: Sequence[int] | np.ndarray, length: int
-) -> list[tuple[int, int]]:
+) -> list[Span]:
     """Returns the spans of some documents, cut where they are longer than a row."""
     numbers = np.asarray(documents)
     starts = stream.starts[numbers]
-    sizes = np.minimum(stream.starts[numbers + 1] - starts, length + 1)
+    ends = stream.starts[numbers + 1]
+    sizes = np.minimum(ends - starts, length + 1)
     return list(zip(starts.tolist(), sizes.tolist(), strict=True))
 
 
@@ -168,7 +179,12 @@ def batches_from(
     return map(make, itertools.count(start_step))
 
 
-def check_choices(order: str, packing: str, *, caller: str) -> None:
+def check_choices(
+    order: str,
+    packing: str,
+    *,
+    caller: str,
+) -> None:
     """Checks that an order and a packing exist and can be combined.
 
     Raises:

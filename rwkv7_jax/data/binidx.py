@@ -36,7 +36,10 @@ _DTYPES = {
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 
 
-def _parse_header(index: bytes, path: Path) -> tuple[np.dtype, int]:
+def _parse_header(
+    index: bytes,
+    path: Path,
+) -> tuple[np.dtype, int]:
     """Parses the dtype of the ids and the number of sequences, and checks the file's size."""
     if not index.startswith(_MAGIC):
         raise ValueError(f"read_binidx: `{path}` at byte 0: no MMIDIDX magic.")
@@ -116,7 +119,11 @@ class BinidxWriter:
         dtype: of the ids in the file.
     """
 
-    def __init__(self, path: str | Path, dtype: type = np.uint16):
+    def __init__(
+        self,
+        path: str | Path,
+        dtype: type = np.uint16,
+    ):
         """Prepares the writer; nothing is opened before it is entered.
 
         Args:

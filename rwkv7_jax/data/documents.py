@@ -23,7 +23,10 @@ HASH_RANGE = 2**64
 class Encoder(Protocol):
     """A tokenizer, as far as documents need one."""
 
-    def encode_chunks(self, chunks: Iterable[bytes]) -> Iterator[np.ndarray]:
+    def encode_chunks(
+        self,
+        chunks: Iterable[bytes],
+    ) -> Iterator[np.ndarray]:
         """Encodes all chunks joined, some ids at a time."""
         ...
 
@@ -85,7 +88,10 @@ class Document:
             digest.update(chunk)
         return int.from_bytes(digest.digest(), "big")
 
-    def ids(self, tokenizer: Encoder) -> Iterator[tuple[np.ndarray, bool]]:
+    def ids(
+        self,
+        tokenizer: Encoder,
+    ) -> Iterator[tuple[np.ndarray, bool]]:
         """Yields the ids and finally token 0, some at a time, with whether they are in the loss."""
         for segment in self.segments:
             for ids in tokenizer.encode_chunks(segment.chunks()):

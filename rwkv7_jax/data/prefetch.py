@@ -16,7 +16,12 @@ class Prefetch:
     item would have come.
     """
 
-    def __init__(self, items: Iterator[Any], *, ahead: int = 2):
+    def __init__(
+        self,
+        items: Iterator[Any],
+        *,
+        ahead: int = 2,
+    ):
         """Starts the thread."""
         self._items = items
         # Pairs of an item and None, or of None and the error that ends the iteration.

@@ -73,7 +73,12 @@ def documents(
         warn_of_skipped(source, counted, stacklevel=3)
 
 
-def warn_of_skipped(source: str | Path, stats: ReadStats, *, stacklevel: int) -> None:
+def warn_of_skipped(
+    source: str | Path,
+    stats: ReadStats,
+    *,
+    stacklevel: int,
+) -> None:
     """Warns once about all lines of a source that were skipped, if there are any."""
     if stats.skipped:
         warnings.warn(

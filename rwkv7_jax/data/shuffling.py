@@ -25,7 +25,12 @@ def _epoch(
     return phase, order
 
 
-def shuffled(samples: Iterable[int], *, seed: int, count: int) -> list[int]:
+def shuffled(
+    samples: Iterable[int],
+    *,
+    seed: int,
+    count: int,
+) -> list[int]:
     """Picks one of `count` things for each sample; in an epoch each comes once.
 
     Args:
@@ -100,7 +105,12 @@ def magic_prime(tokens: int, length: int) -> int:
     )
 
 
-def cubic_windows(samples: Iterable[int], *, tokens: int, length: int) -> list[int]:
+def cubic_windows(
+    samples: Iterable[int],
+    *,
+    tokens: int,
+    length: int,
+) -> list[int]:
     """Computes where each sample's window begins in the order of RWKV's own trainer.
 
     There is no seed. Any p samples in a row are the first p windows, p being `magic_prime`; the

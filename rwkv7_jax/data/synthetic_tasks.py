@@ -19,6 +19,9 @@ from rwkv7_jax.data.batch import Batch
 # A question and its answer.
 Example = tuple[str, str]
 
+# Ids of texts of different lengths.
+IdLists = list[list[int]]
+
 _LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
 
 
@@ -158,8 +161,11 @@ def _swaps(number: int, seed: int) -> Task:
     return Task(rows, number + 3)
 
 
-# Tasks whose name ends with a number: the task of (number, seed), and the least and largest number.
-FAMILIES: dict[str, tuple[Callable[[int, int], Task], int, int]] = {
+# The task of (number, seed), and the least and largest number that it can be made with.
+Family = tuple[Callable[[int, int], Task], int, int]
+
+# Tasks whose name ends with a number.
+FAMILIES: dict[str, Family] = {
     "modulus": (_modulus, 2, len(toy.SYMBOLS) - 1),
     "product": (_product, 2, len(toy.SYMBOLS) - 1),
     "facts": (_facts, 1, toy.KEYS),
@@ -232,7 +238,10 @@ def task_batch(
     tokens, scored = task.rows(rng, batch_size, length)
     # The first id of a row is no target.
     mask = scored[:, 1:]
-    return Batch(tokens=tokens.astype(np.int32), mask=mask.astype(np.float32))
+    return Batch(
+        tokens=tokens.astype(np.int32),
+        mask=mask.astype(np.float32),
+    )
 
 
 def question_batch(
@@ -243,7 +252,7 @@ def question_batch(
     length: int | None = None,
     seed: int = 0,
     held_out: bool = False,
-) -> tuple[list[list[int]], list[list[int]]]:
+) -> tuple[IdLists, IdLists]:
     """Makes single questions and their exact answers, as lists of ids to compare completions with.
 
     Answers of line tasks end with the line's end. Questions are a function of the arguments alone.

@@ -244,7 +244,11 @@ def split_by_position(tokens: TokenArray, split: Split, held_out: float) -> Toke
     return TokenStream.of_range(tokens, 0, size)
 
 
-def check_vocabulary(ids: np.ndarray, vocab_size: int, name: str) -> None:
+def check_vocabulary(
+    ids: np.ndarray,
+    vocab_size: int,
+    name: str,
+) -> None:
     """Checks that all ids are inside the vocabulary.
 
     Raises:

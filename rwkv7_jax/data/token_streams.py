@@ -45,6 +45,10 @@ class TokenArray:
         return np.unique(np.concatenate(borders)).astype(np.int64)
 
 
+# Ids, and which of them are in the loss; None where all are.
+Piece = tuple[np.ndarray, np.ndarray | None]
+
+
 class TokenStream:
     """Spans of arrays that read as one row of ids and are never joined in memory.
 
@@ -121,7 +125,11 @@ class TokenStream:
         """Copies all ids into memory."""
         return np.array(self[:], dtype)
 
-    def pieces(self, first: int, end: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    def pieces(
+        self,
+        first: int,
+        end: int,
+    ) -> Iterator[Piece]:
         """Yields the ids of a range with their loss mask (or None), one piece for each span."""
         span = int(np.searchsorted(self._offsets, first, "right")) - 1
         while first < end:
@@ -136,7 +144,12 @@ class TokenStream:
             first = stop
             span += 1
 
-    def fill(self, first: int, tokens: np.ndarray, mask: np.ndarray) -> None:
+    def fill(
+        self,
+        first: int,
+        tokens: np.ndarray,
+        mask: np.ndarray,
+    ) -> None:
         """Fills a row in place.
 
         Args:

@@ -21,29 +21,29 @@ def stream(tmp_path):
     return token_stream(tmp_path / "x.jsonl", BYTES)
 
 
-def spelt(row):
+def spelled(row):
     return "".join(chr(i - 1) if i else "." for i in row)
 
 
 def read(batch):
-    """Each row's text, and the targets that count."""
-    rows = zip(batch["tokens"], batch["mask"], strict=True)
+    """Returns each row's text, and the targets that count."""
+    rows = zip(batch.tokens, batch.mask, strict=True)
     return [
-        (spelt(tokens), spelt(np.where(mask == 1, tokens[1:], 33 + 1)).replace("!", "-"))
+        (spelled(tokens), spelled(np.where(mask == 1, tokens[1:], 33 + 1)).replace("!", "-"))
         for tokens, mask in rows
     ]
 
 
 def test_masks_follow_their_tokens_into_every_window(stream):
-    text, learnt = spelt(stream[:]), "--cd.efghijkl..-n.---------- o."
+    text, counted = spelled(stream[:]), "--cd.efghijkl..-n.---------- o."
     assert text == "abcd.efghijkl..mn.Assistant: o."
     for step in range(20):
         for row, mask in read(batch_at(stream, step, batch_size=2, length=6)):
             place = text.index(row)
-            assert mask == learnt[place + 1 : place + 7]
+            assert mask == counted[place + 1 : place + 7]
 
 
-def test_a_row_of_packing_documents_is_one_document_cut_or_filled(stream):
+def test_with_packing_documents_a_row_is_one_document_cut_or_filled(stream):
     expected = {
         ("abcd...", "-cd.--"),
         ("efghijk", "fghijk"),
@@ -60,7 +60,7 @@ def test_a_row_of_packing_documents_is_one_document_cut_or_filled(stream):
     assert left_out(stream, 6) == (2, 2 + 6)
 
 
-def test_what_packing_documents_leaves_out_is_said(stream):
+def test_packing_documents_warns_of_what_it_leaves_out(stream):
     sizes = {"batch_size": 2, "length": 6, "tokenizer": BYTES, "packing": "documents"}
     with pytest.warns(UserWarning, match="2 documents are longer than 7 tokens: 8 of 31 tokens"):
         next(packed(stream, **sizes))
@@ -92,11 +92,11 @@ def test_batches_made_ahead_by_several_threads_are_those_made_in_order(stream, c
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         ahead = list(pool.map(batch, reversed(range(50))))[::-1]
     for one, two in zip(in_order, ahead, strict=True):
-        np.testing.assert_array_equal(one["tokens"], two["tokens"])
-        np.testing.assert_array_equal(one["mask"], two["mask"])
+        np.testing.assert_array_equal(one.tokens, two.tokens)
+        np.testing.assert_array_equal(one.mask, two.mask)
 
 
-def test_unknown_choices_and_sizes_that_do_not_fit_are_said_in_a_sentence(stream):
+def test_unknown_choices_and_sizes_that_do_not_fit_are_refused(stream):
     for choices, reason in (
         ({"order": "sorted"}, "`order` must be shuffled or cubic; got 'sorted'"),
         ({"packing": "none"}, "`packing` must be stream or documents; got 'none'"),

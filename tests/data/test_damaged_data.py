@@ -1,4 +1,4 @@
-"""Faults in data: what is wrong is said with file and place, before anything reaches a device."""
+"""Damaged data is refused with file and place, before anything reaches a device."""
 
 import json
 import re
@@ -65,7 +65,7 @@ def file(tmp_path):
 
 
 @pytest.mark.parametrize("fault", BAD)
-def test_f10_a_bad_line_is_named_by_file_and_number(file, fault):
+def test_a_bad_line_is_named_by_file_and_number(file, fault):
     line, reason = BAD[fault]
     path = file(GOOD + b"\n" + line + GOOD)
     with pytest.raises(ValueError) as caught:
@@ -75,9 +75,9 @@ def test_f10_a_bad_line_is_named_by_file_and_number(file, fault):
 
 
 @pytest.mark.parametrize("fault", BAD)
-def test_f10_bad_lines_are_skipped_when_asked_for_and_counted(file, fault):
+def test_bad_lines_can_be_skipped_and_are_counted(file, fault):
     path, stats = file(GOOD + BAD[fault][0] + GOOD), ReadStats()
-    # UTF-16's second byte of the line's end is the next line's first.
+    # The line's end has two bytes in UTF-16; the second one is the first of the next line.
     lost = 2 if fault == "UTF-16" else 1
     found = list(documents(path, on_bad="skip", stats=stats))
     assert {document.text() for document in found} == {b"good"} and len(found) == 3 - lost
@@ -96,8 +96,8 @@ def test_f10_bad_lines_are_skipped_when_asked_for_and_counted(file, fault):
         (b"oops\n", "not one JSON object"),
     ],
 )
-def test_f10_a_bad_question_is_named_by_file_and_number(file, line, reason):
-    # A line separator inside of a string ends no line.
+def test_a_bad_question_is_named_by_file_and_number(file, line, reason):
+    # A line separator inside a string ends no line.
     path = file('{"prompt": "1\u2028"}\n'.encode() + line)
     with pytest.raises(ValueError) as caught:
         read_questions(path, BYTES)
@@ -105,7 +105,7 @@ def test_f10_a_bad_question_is_named_by_file_and_number(file, line, reason):
 
 
 @pytest.mark.slow
-def test_f10_crlf_blank_lines_and_a_line_of_fifty_megabytes_are_fine(file):
+def test_crlf_blank_lines_and_a_line_of_fifty_megabytes_are_read(file):
     long = "x" * 50_000_000
     path = file(b'{"text": "a\\r\\n"}\r\n\r\n  \n' + json.dumps({"text": long}).encode())
     with warnings.catch_warnings():
@@ -114,14 +114,14 @@ def test_f10_crlf_blank_lines_and_a_line_of_fifty_megabytes_are_fine(file):
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, WORLD], ids=lambda t: t.name)
-def test_f11_a_text_that_is_no_utf8_is_read_as_its_bytes(tmp_path, tokenizer):
+def test_a_text_that_is_not_utf8_is_read_as_its_bytes(tmp_path, tokenizer):
     data = b"caf\xe9 \xff\xfe\x80 \xed\xa0\x80 \xe2\x82"
     (tmp_path / "latin.txt").write_bytes(data)
     stream = token_stream(tmp_path / "latin.txt", tokenizer)[:].tolist()
     assert stream[-1] == 0 and tokenizer.decode_bytes(stream[:-1]) == data
 
 
-def test_f11_a_prompt_with_half_a_surrogate_pair_is_named_by_its_character():
+def test_half_a_surrogate_pair_in_a_prompt_is_named_with_its_position():
     with pytest.raises(ValueError, match="valid Unicode; got a lone surrogate at character 2"):
         WORLD.encode("ab\udc80c")
 
@@ -139,7 +139,7 @@ def test_f11_a_prompt_with_half_a_surrogate_pair_is_named_by_its_character():
         ("x.idx", 38, b"\xff\xff\xff\xff", r"x\.idx` at byte 38: a sequence of negative size"),
     ],
 )
-def test_f12_a_wrong_field_is_named_by_file_and_offset(tmp_path, file, place, data, reason):
+def test_a_wrong_field_is_named_by_file_and_offset(tmp_path, file, place, data, reason):
     path = binidx_files.write(tmp_path, [[1, 2, 0], [7, 0]])
     whole = bytearray((tmp_path / file).read_bytes())
     whole[place : place + len(data)] = data
@@ -148,7 +148,7 @@ def test_f12_a_wrong_field_is_named_by_file_and_offset(tmp_path, file, place, da
         token_stream(path, WORLD)
 
 
-def test_f12_truncated_files_are_refused_wherever_they_end(tmp_path):
+def test_truncated_files_are_refused_wherever_they_end(tmp_path):
     path = binidx_files.write(tmp_path, [[1, 2, 0], [7, 0]])
     for file in (path, path.with_suffix(".idx")):
         whole = file.read_bytes()
@@ -160,7 +160,7 @@ def test_f12_truncated_files_are_refused_wherever_they_end(tmp_path):
     assert len(token_stream(path, WORLD)) == 5
 
 
-def test_f12_either_file_missing_is_named(tmp_path):
+def test_either_file_missing_is_named(tmp_path):
     path = binidx_files.write(tmp_path, [[1]])
     path.with_suffix(".idx").unlink()
     with pytest.raises(ValueError, match=r"x\.idx` does not exist"):
@@ -171,7 +171,7 @@ def test_f12_either_file_missing_is_named(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".mask", ".keys"])
 @pytest.mark.parametrize("change", ["cut", "missing"])
-def test_f12_a_damaged_file_beside_a_cache_is_named(tmp_path, suffix, change):
+def test_a_damaged_file_of_a_cache_is_named(tmp_path, suffix, change):
     (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "a", "answer": "b"}\n')
     write_cache([tmp_path / "a.jsonl"], tmp_path / "x.bin", BYTES)
     file = tmp_path / f"x{suffix}"
@@ -184,14 +184,14 @@ def test_f12_a_damaged_file_beside_a_cache_is_named(tmp_path, suffix, change):
 
 
 @pytest.mark.parametrize("text", [b"{", b"[]", b'{"format": "other"}', b"\xff"])
-def test_f12_a_card_of_no_cache_is_named(tmp_path, text):
+def test_a_damaged_card_is_named(tmp_path, text):
     path = binidx_files.write(tmp_path, [[1, 0]])
     (tmp_path / "x.card.json").write_bytes(text)
     with pytest.raises(ValueError, match=r"x\.card\.json` must be of 'rwkv7_jax tokens 1': "):
         token_stream(path, BYTES)
 
 
-def test_f12_a_card_of_other_files_and_another_vocabulary_are_refused(tmp_path):
+def test_a_card_of_other_files_or_of_another_vocabulary_is_refused(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"abc")
     write_cache([tmp_path / "a.txt"], tmp_path / "x.bin", BYTES)
     with pytest.raises(ValueError, match="of the model's vocabulary, world; it is of bytes"):
@@ -202,9 +202,7 @@ def test_f12_a_card_of_other_files_and_another_vocabulary_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("wrong", "place"), [(257, 3), (-1, 5), (70_000, 0)])
-def test_f13_an_id_outside_the_vocabulary_is_named_with_its_position_in_data(
-    tmp_path, wrong, place
-):
+def test_an_id_in_data_outside_the_vocabulary_is_named_with_its_position(tmp_path, wrong, place):
     ids = np.arange(9, dtype=np.int32)
     ids[place] = wrong
     path = binidx_files.write(tmp_path, [ids], dtype=np.int32, code=4)
@@ -217,10 +215,8 @@ def test_f13_an_id_outside_the_vocabulary_is_named_with_its_position_in_data(
 
 @pytest.mark.parametrize("name", ["prompts", "stop_ids", "banned", "penalty_exempt"])
 @pytest.mark.parametrize("wrong", [-1, CONFIG.vocab_size])
-def test_f13_an_id_outside_the_vocabulary_is_named_with_its_position_in_a_prompt_and_in_lists(
-    name, wrong
-):
+def test_an_id_in_an_argument_outside_the_vocabulary_is_named_with_its_position(name, wrong):
     ids = {"prompts": [1, 2], name: [3, 4, wrong]}
-    # Without weights nothing can have run on a device.
+    # There are no weights, so nothing can have run on a device.
     with pytest.raises(ValueError, match=rf"`{name}`.*got {re.escape(str(wrong))} at position 2"):
         generate(RWKV7(CONFIG), {}, **ids)

@@ -1,28 +1,33 @@
-"""Lines as documents: World's template, and what of it is learnt."""
+"""Lines as documents: World's template, and which of it is in the loss."""
+
+import json
 
 import pytest
 
-from rwkv7_jax.data.jsonl import parse_record
+from rwkv7_jax.data.jsonl import ReadStats, check_object, parse_record, read_jsonl, read_log
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 
 def marked(record):
-    """The document's text, what is only read in square brackets."""
-    pieces = parse_record(record).segments
-    return "".join(p.text.decode() if p.in_loss else f"[{p.text.decode()}]" for p in pieces)
+    """Returns the document's text, with square brackets around what is not in the loss."""
+    parts = []
+    for segment in parse_record(record).segments:
+        text = segment.text.decode()
+        parts.append(text if segment.in_loss else f"[{text}]")
+    return "".join(parts)
 
 
 def say(*turns):
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
-def test_of_a_text_all_is_learnt_and_of_a_question_the_answer():
+def test_all_of_a_text_is_in_the_loss_and_of_a_question_the_answer():
     assert marked({"text": "a b", "source": 7}) == "a b"
     assert marked({"prompt": "2+2=", "answer": "4"}) == "[2+2=]4"
     assert marked({"prompt": "", "answer": "4"}) == "[]4"
 
 
-def test_a_conversation_is_in_the_template_and_the_assistants_words_are_learnt():
+def test_a_conversation_is_in_the_template_and_the_assistants_words_are_in_the_loss():
     record = say(("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello."))
     record["messages"] += say(("user", "Bye"), ("assistant", "Bye!"))["messages"]
     assert marked(record) == (
@@ -31,7 +36,7 @@ def test_a_conversation_is_in_the_template_and_the_assistants_words_are_learnt()
 
 
 @pytest.mark.parametrize("blank", ["\n\n", "\r\n\r\n", "\n \n", "\n\n\t\n", "  \n\n"])
-def test_blank_lines_inside_a_turn_go_since_one_ends_it(blank):
+def test_blank_lines_inside_a_turn_are_removed_since_one_ends_it(blank):
     record = say(("user", f"\n a{blank}b\n"), ("assistant", f"c{blank}  d{blank}"))
     assert marked(record) == "[User: a\nb\n\nAssistant:] c\n  d"
 
@@ -40,6 +45,41 @@ def test_blank_lines_inside_a_turn_go_since_one_ends_it(blank):
 def test_a_prompt_has_the_ids_that_it_has_without_its_answer(tokenizer):
     prompt = "User: Hi\n\nAssistant:"
     for record in (say(("user", "Hi"), ("assistant", "Ho")), {"prompt": prompt, "answer": " Ho"}):
-        found = [(ids.tolist(), learnt) for ids, learnt in parse_record(record).ids(tokenizer)]
+        pieces = [(ids.tolist(), in_loss) for ids, in_loss in parse_record(record).ids(tokenizer)]
         answer = tokenizer.encode(" Ho")
-        assert found == [(tokenizer.encode(prompt), False), (answer, True), ([0], True)]
+        assert pieces == [(tokenizer.encode(prompt), False), (answer, True), ([0], True)]
+
+
+def test_a_log_is_read_past_lines_that_are_no_objects(tmp_path):
+    path = tmp_path / "log.jsonl"
+    assert read_log(path) == []
+    path.write_text('{"step": 1}\n\n[2]\n{"step": 3, "text": "a\u2028b"}\n{"step": 4, "lo')
+    assert read_log(path) == [{"step": 1}, {"step": 3, "text": "a\u2028b"}]
+
+
+def test_numbers_that_are_not_finite_are_read_from_logs_and_refused_in_data(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text(json.dumps({"loss": float("inf")}))
+    assert read_log(path) == [{"loss": float("inf")}]
+    with pytest.raises(ValueError, match=r"log\.jsonl:1: Infinity is not a JSON number"):
+        list(read_jsonl(path, check_object))
+
+
+def test_a_torn_end_is_dropped_but_a_bad_line_that_ends_is_not(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a": 1}\n{"a"')
+    with pytest.warns(UserWarning, match=r"x\.jsonl:2: dropped; the line breaks off"):
+        assert list(read_jsonl(path, check_object, drop_torn_end=True)) == [{"a": 1}]
+    path.write_text('{"a": 1}\n{"a"\n')
+    with pytest.raises(ValueError, match=r"x\.jsonl:2: not one JSON object"):
+        list(read_jsonl(path, check_object, drop_torn_end=True))
+
+
+def test_skipped_lines_are_counted_and_the_first_is_explained(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('[1]\n{"a": 1}\noops\n')
+    stats = ReadStats()
+    assert list(read_jsonl(path, check_object, on_bad="skip", stats=stats)) == [{"a": 1}]
+    assert stats.skipped == 2
+    assert stats.first_error == f"{path}:1: must be an object; got list"
+    assert stats.bytes == path.stat().st_size

@@ -16,18 +16,18 @@ SIZES = {"batch_size": 3, "length": 16}
 
 
 def rows(steps, **changes):
-    return [batch_at(STREAM, step, **SIZES | changes)["tokens"] for step in steps]
+    return [batch_at(STREAM, step, **SIZES | changes).tokens for step in steps]
 
 
 def test_a_batch_depends_on_the_seed_and_the_step_alone():
     walked = list(itertools.islice(packed(STREAM, tokenizer=BYTES, seed=5, **SIZES), 60))
     jumped = next(packed(STREAM, tokenizer=BYTES, seed=5, start_step=57, **SIZES))
-    np.testing.assert_array_equal(walked[57]["tokens"], jumped["tokens"])
-    np.testing.assert_array_equal(walked[57]["tokens"], rows([57], seed=5)[0])
+    np.testing.assert_array_equal(walked[57].tokens, jumped.tokens)
+    np.testing.assert_array_equal(walked[57].tokens, rows([57], seed=5)[0])
     assert (rows([0], seed=5)[0] != rows([0], seed=6)[0]).any()
 
 
-def test_rows_are_inputs_and_targets_of_one_stretch():
+def test_rows_are_consecutive_inputs_and_targets():
     for batch in rows(range(40)):
         assert batch.shape == (3, 17) and batch.dtype == np.int32
         assert ((batch[:, 1:] - batch[:, :-1]) % 257 == 1).all()
@@ -39,7 +39,7 @@ def test_an_epoch_reads_every_window_once_and_the_next_another_way():
     read = [
         int(row[0])
         for step in range(2 * windows_)
-        for row in batch_at(stream, step, batch_size=1, length=16)["tokens"]
+        for row in batch_at(stream, step, batch_size=1, length=16).tokens
     ]
     first, second = read[:windows_], read[windows_:]
     for epoch in (first, second):
@@ -54,9 +54,9 @@ def test_a_stream_of_less_than_two_windows_is_refused():
 
 def test_windows_are_spread_over_the_whole_stream():
     batch = windows(np.arange(1000), 100, 4)
-    assert batch["tokens"][:, 0].tolist() == [0, 299, 599, 899]
-    assert batch["tokens"].shape == (4, 101) and batch["mask"].shape == (4, 100)
-    assert len(windows(np.arange(1000), 100, 99)["tokens"]) == 9
+    assert batch.tokens[:, 0].tolist() == [0, 299, 599, 899]
+    assert batch.tokens.shape == (4, 101) and batch.mask.shape == (4, 100)
+    assert len(windows(np.arange(1000), 100, 99).tokens) == 9
     with pytest.raises(ValueError, match="more than 100 tokens; got 100"):
         windows(np.arange(100), 100, 4)
 
@@ -72,7 +72,7 @@ def text_of(stream) -> list[bytes]:
     return BYTES.decode_bytes([i or 11 for i in stream.tolist()]).split(b"\n")[:-1]
 
 
-def test_documents_are_parted_by_their_bytes_and_end_with_token_0(folder):
+def test_documents_are_split_by_their_bytes_and_end_with_token_0(folder):
     whole, train, held = (
         token_stream(folder, BYTES, split=split, held_out=0.2)[:]
         for split in ("all", "train", "held_out")
@@ -89,7 +89,7 @@ def test_documents_are_parted_by_their_bytes_and_end_with_token_0(folder):
     assert held_out_threshold(0.0) <= content_hash < held_out_threshold(1.0)
 
 
-def test_arrays_and_token_files_are_parted_by_position(tmp_path):
+def test_arrays_and_token_files_are_split_by_position(tmp_path):
     path = binidx_files.write(tmp_path, [STREAM])
     for source in (STREAM, path):
         parts = [token_stream(source, BYTES, split=s, held_out=0.1) for s in ("train", "held_out")]
@@ -103,7 +103,7 @@ def test_several_sources_follow_one_another(folder, tmp_path):
     assert text_of(stream[:]) == [b"document 1", b"last"]
 
 
-def test_other_mistakes_are_said_in_a_sentence(folder):
+def test_an_unknown_split_and_an_empty_part_are_refused(folder):
     with pytest.raises(ValueError, match="`split` must be one of"):
         token_stream(folder, BYTES, split="test")
     with pytest.raises(ValueError, match="has no document in its part 'held_out'"):

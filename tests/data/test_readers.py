@@ -1,4 +1,4 @@
-"""Documents from files and folders; what is wrong with a line is tested with the faults."""
+"""Documents from files, folders and built-in corpora."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def test_a_folder_is_its_files_by_path_and_other_files_are_one_document(tmp_path
     assert stats == ReadStats(bytes=size_of(tmp_path))
 
 
-def test_what_is_nowhere_is_named():
+def test_a_source_that_does_not_exist_is_named():
     with pytest.raises(ValueError, match="`nowhere` is no file, no folder and none of stdlib"):
         texts("nowhere")
     with pytest.raises(ValueError, match="`on_bad` must be error or skip; got 'ignore'"):
@@ -28,7 +28,7 @@ def test_what_is_nowhere_is_named():
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_texts_that_python_carries_come_in_the_same_order_each_time(name):
+def test_built_in_corpora_have_the_same_order_each_time(name):
     try:
         first = texts(name)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Synthetic tasks: answers are right, alone counted, and the same for the same seed and step."""
+"""Synthetic tasks: answers are right, they alone count, and seed and step fix them."""
 
 import re
 
@@ -42,9 +42,9 @@ def digit(value: int) -> str:
 
 
 def rows(name, **changes):
-    """Each row's text and, per character, whether it counts; zeros come last and do not count."""
+    """Yields each row's text and, for each character, whether it counts; zeros come last."""
     batch = task_batch(name, 3, **(SIZES | {"batch_size": 12} | changes))
-    for ids, mask in zip(batch["tokens"], batch["mask"], strict=True):
+    for ids, mask in zip(batch.tokens, batch.mask, strict=True):
         size = np.count_nonzero(ids)
         assert not ids[size:].any() and not mask[size - 1 :].any()
         yield text(ids), [False, *mask[: size - 1].astype(bool)]
@@ -53,8 +53,8 @@ def rows(name, **changes):
 @pytest.mark.parametrize("name", LINES)
 def test_answers_of_lines_are_right_and_they_alone_count(name):
     batch = task_batch(name, 3, **SIZES)
-    assert batch["tokens"].shape == (4, 121) and batch["mask"].shape == (4, 120)
-    for row, mask in zip(batch["tokens"], batch["mask"], strict=True):
+    assert batch.tokens.shape == (4, 121) and batch.mask.shape == (4, 120)
+    for row, mask in zip(batch.tokens, batch.mask, strict=True):
         lines = text(row).split("\n")[:-1]
         assert len(lines) > 2
         answers = []
@@ -164,7 +164,7 @@ def test_every_query_has_the_value_of_its_pair():
 
 
 @pytest.mark.parametrize("objects", [3, 5])
-def test_the_order_behind_the_swaps_is_right(objects):
+def test_the_order_after_the_swaps_is_right(objects):
     sizes = set()
     for row, counts in rows(f"swaps-{objects}", batch_size=200):
         swaps, answer = row[1:].split("=")
@@ -182,13 +182,13 @@ def test_the_order_behind_the_swaps_is_right(objects):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_is_a_function_of_seed_step_and_part(name):
     batches = {
-        (seed, step, held): task_batch(name, step, seed=seed, held_out=held, **SIZES)["tokens"]
+        (seed, step, held): task_batch(name, step, seed=seed, held_out=held, **SIZES).tokens
         for seed in (0, 1)
         for step in (0, 1)
         for held in (False, True)
     }
     assert len({batch.tobytes() for batch in batches.values()}) == 8
-    again = task_batch(name, 1, seed=1, held_out=True, **SIZES)["tokens"]
+    again = task_batch(name, 1, seed=1, held_out=True, **SIZES).tokens
     np.testing.assert_array_equal(again, batches[1, 1, True])
 
 

@@ -20,7 +20,7 @@ CHOICES = [{}, {"order": "cubic"}, {"packing": "documents"}]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Texts and answered questions, some of them odd."""
+    """Writes texts and answered questions, some of them odd."""
     random, lines = np.random.default_rng(0), []
     for i in range(300):
         text = "".join(random.choice(list("abc \n"), random.integers(0, 90)))
@@ -33,7 +33,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=[BYTES, WORLD], ids=["bytes", "world"])
 def pair(request, source, tmp_path_factory):
-    """A source, its cache and their tokenizer."""
+    """Gives a source, its cache and their tokenizer."""
     cache = tmp_path_factory.mktemp("cache") / "x.bin"
     write_cache([source], cache, request.param, on_bad="skip")
     return source, cache, request.param
@@ -71,10 +71,11 @@ def test_a_cache_has_the_hash_of_its_source(pair, split):
     assert data_hash(one) == data_hash(two)
 
 
-def test_the_contracts_door_takes_a_cache(pair):
+def test_packed_takes_a_cache(pair):
     _, cache, tokenizer = pair
     batch = next(packed(cache, batch_size=2, length=16, seed=0, tokenizer=tokenizer))
-    assert batch["tokens"].shape == (2, 17) and batch["mask"].shape == (2, 16)
+    assert batch.tokens.shape == (2, 17)
+    assert batch.mask.shape == (2, 16)
 
 
 def test_a_card_counts_what_is_in_the_files(pair):
@@ -150,14 +151,14 @@ def test_memory_does_not_grow_with_the_text(tmp_path, suffix, text):
     assert large < small + 2_000, "KiB; the index takes four bytes a document"
 
 
-def test_a_card_says_what_it_was_told(tmp_path):
+def test_a_card_is_read_as_it_was_written(tmp_path):
     (tmp_path / "a.txt").write_bytes("é".encode())
-    card, reading = write_cache([tmp_path / "a.txt"], tmp_path / "x.bin", BYTES)
+    card, stats = write_cache([tmp_path / "a.txt"], tmp_path / "x.bin", BYTES)
     assert card == CacheMetadata("bytes", documents=1, tokens=3, learnt=3, bytes=2, skipped=0)
-    assert reading.bytes == 2 and read_card(tmp_path / "x.bin") == card
+    assert stats.bytes == 2 and read_card(tmp_path / "x.bin") == card
 
 
-def test_of_a_single_document_the_end_is_held_out_from_file_and_cache_alike(tmp_path):
+def test_the_end_of_a_single_document_is_held_out_from_file_and_cache_alike(tmp_path):
     book = tmp_path / "book.txt"
     book.write_text("It was a day like others, and longer. " * 50)
     write_cache([book], tmp_path / "book.bin", BYTES)

@@ -1,4 +1,4 @@
-"""Streams: one row of ids wherever they lie, and a hash that sees each change."""
+"""Streams: one row of ids wherever they are, and a hash that sees each change."""
 
 import numpy as np
 import pytest
@@ -10,9 +10,9 @@ IDS = np.arange(1, 41, dtype=np.uint16)
 STARTS = np.array([0, 4, 4, 5, 17, 40])
 
 
-def pieced(learnt=None):
-    """Documents 0, 2 and 4 of five, of which one is empty, behind another array's middle."""
-    tokens = TokenArray(IDS, learnt, STARTS)
+def joined_stream(in_loss=None):
+    """Joins another array's middle and documents 0, 2 and 4 of five, of which one is empty."""
+    tokens = TokenArray(IDS, in_loss, STARTS)
     chosen = TokenStream.of_documents(tokens, np.array([True, False, True, False, True]))
     return TokenStream.concatenate([TokenStream.of_range(TokenArray(IDS + 100), 3, 9), chosen])
 
@@ -21,19 +21,19 @@ EXPECTED = [*range(104, 110), 1, 2, 3, 4, 5, *range(18, 41)]
 
 
 def test_a_stream_reads_as_one_row():
-    stream = pieced()
+    stream = joined_stream()
     assert stream[:].tolist() == np.asarray(stream).tolist() == EXPECTED and len(stream) == 34
     for first in range(len(EXPECTED) + 1):
-        for behind in range(len(EXPECTED) + 2):
-            assert stream[first:behind].tolist() == EXPECTED[first:behind]
+        for end in range(len(EXPECTED) + 2):
+            assert stream[first:end].tolist() == EXPECTED[first:end]
     assert stream[-5:].tolist() == EXPECTED[-5:]
     with pytest.raises(ValueError, match="a slice must have no step; got 2"):
         stream[::2]
 
 
-def test_documents_begin_where_they_did_and_where_a_stretch_cuts_them():
-    assert pieced().starts.tolist() == [0, 6, 10, 11, 34]
-    assert pieced().documents.tolist() == [0, 1, 3]
+def test_documents_begin_where_they_did_and_where_a_span_cuts_them():
+    assert joined_stream().starts.tolist() == [0, 6, 10, 11, 34]
+    assert joined_stream().documents.tolist() == [0, 1, 3]
     cut = TokenStream.of_range(TokenArray(IDS, starts=STARTS), 2, 20)
     assert cut.starts.tolist() == [0, 2, 3, 15, 18]
 
@@ -46,20 +46,22 @@ def test_where_documents_begin_is_found_from_token_0(monkeypatch):
 
 
 def test_a_filled_row_has_the_masks_of_its_ids():
-    learnt = (IDS % 3 > 0).astype(np.uint8)
-    stream, wanted = pieced(learnt), [*[1] * 6, *(i % 3 > 0 for i in EXPECTED[6:])]
+    in_loss = (IDS % 3 > 0).astype(np.uint8)
+    stream, wanted = joined_stream(in_loss), [*[1] * 6, *(i % 3 > 0 for i in EXPECTED[6:])]
     for first in range(34):
         for size in range(1, 34 - first):
             tokens, mask = np.zeros(size, np.int32), np.full(size - 1, 7.0)
             stream.fill(first, tokens, mask)
             assert tokens.tolist() == EXPECTED[first : first + size]
             assert mask.tolist() == wanted[first + 1 : first + size]
-    assert stream.count_in_loss() == sum(wanted) and pieced().count_in_loss() == 34
+    assert stream.count_in_loss() == sum(wanted) and joined_stream().count_in_loss() == 34
 
 
 def test_the_hash_does_not_depend_on_where_the_ids_lie():
-    one = TokenStream.of_array(TokenArray(np.array(EXPECTED, np.int64), starts=pieced().starts))
-    assert data_hash(one) == data_hash(pieced())
+    one = TokenStream.of_array(
+        TokenArray(np.array(EXPECTED, np.int64), starts=joined_stream().starts)
+    )
+    assert data_hash(one) == data_hash(joined_stream())
     ones = TokenStream.of_array(TokenArray(one[:], np.ones(34, bool), one.starts))
     assert data_hash(one) == data_hash(ones)
 
@@ -67,16 +69,16 @@ def test_the_hash_does_not_depend_on_where_the_ids_lie():
 @pytest.mark.parametrize("chunk", [7, 1 << 20])
 def test_the_hash_sees_every_id_mask_and_border(monkeypatch, chunk):
     monkeypatch.setattr(token_streams, "_CHUNK", chunk)
-    ids, learnt, starts = np.arange(30), np.ones(30, np.uint8), np.array([0, 9, 30])
-    seen = [data_hash(TokenStream.of_array(TokenArray(ids, learnt, starts)))]
+    ids, in_loss, starts = np.arange(30), np.ones(30, np.uint8), np.array([0, 9, 30])
+    seen = [data_hash(TokenStream.of_array(TokenArray(ids, in_loss, starts)))]
     for place in range(30):
-        other, mask, border = ids.copy(), learnt.copy(), starts.copy()
+        other, mask, border = ids.copy(), in_loss.copy(), starts.copy()
         other[place] += 1
         mask[place] = 0
         border[1] = place
-        for tokens in ((other, learnt, starts), (ids, mask, starts), (ids, learnt, border)):
+        for tokens in ((other, in_loss, starts), (ids, mask, starts), (ids, in_loss, border)):
             seen.append(data_hash(TokenStream.of_array(TokenArray(*tokens))))
-    seen.append(data_hash(TokenStream.of_array(TokenArray(ids[:-1], learnt, starts))))
+    seen.append(data_hash(TokenStream.of_array(TokenArray(ids[:-1], in_loss, starts))))
     # One of the changed borders is the old one.
     assert len(set(seen)) == len(seen) - 1
 
