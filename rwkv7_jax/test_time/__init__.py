@@ -1,4 +1,79 @@
 """Start states from rewards or from a teacher.
 
-Every method is a source of batches for one tuning loop.
+Every method is a source of batches (`StateBatchSource`), which the tuning loop of this room and
+train.py's mode both use. The functions `grpo` and `expert_iteration` are imported from the modules
+of the same names: as attributes of this package they would hide these.
 """
+
+from rwkv7_jax.test_time.completion_cache import CompletionCache
+from rwkv7_jax.test_time.distillation import TraceBatches, distill
+from rwkv7_jax.test_time.expert_iteration import ExpertBatches
+from rwkv7_jax.test_time.grpo import PolicyBatches
+from rwkv7_jax.test_time.losses import context_distillation, distillation_loss, policy_loss
+from rwkv7_jax.test_time.questions import QuestionSet, find_verifier, read_questions
+from rwkv7_jax.test_time.rewards import RewardFunction, advantages, evaluate_rewards
+from rwkv7_jax.test_time.rollouts import (
+    PolicyBatch,
+    Rollouts,
+    RolloutSampler,
+    held_out_reward,
+    make_policy_batch,
+    policy_batch,
+)
+from rwkv7_jax.test_time.teacher import collect_traces
+from rwkv7_jax.test_time.traces import (
+    TokenBudget,
+    Trace,
+    check_trace_tokens,
+    completion_rows,
+    gradient_tokens,
+    longest_trace,
+    read_traces,
+    trace_batch,
+    write_traces,
+)
+from rwkv7_jax.test_time.tuning_loop import (
+    Result,
+    RewardTarget,
+    StateBatchSource,
+    TuningLoop,
+    start_tuning,
+)
+
+__all__ = [
+    "CompletionCache",
+    "ExpertBatches",
+    "PolicyBatch",
+    "PolicyBatches",
+    "QuestionSet",
+    "Result",
+    "RewardFunction",
+    "RewardTarget",
+    "RolloutSampler",
+    "Rollouts",
+    "StateBatchSource",
+    "TokenBudget",
+    "Trace",
+    "TraceBatches",
+    "TuningLoop",
+    "advantages",
+    "check_trace_tokens",
+    "collect_traces",
+    "completion_rows",
+    "context_distillation",
+    "distill",
+    "distillation_loss",
+    "evaluate_rewards",
+    "find_verifier",
+    "gradient_tokens",
+    "held_out_reward",
+    "longest_trace",
+    "make_policy_batch",
+    "policy_batch",
+    "policy_loss",
+    "read_questions",
+    "read_traces",
+    "start_tuning",
+    "trace_batch",
+    "write_traces",
+]

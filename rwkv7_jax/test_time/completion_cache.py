@@ -40,6 +40,7 @@ class CompletionCache:
         self.path = Path(path)
         if not self.path.parent.is_dir():
             raise ValueError(f"CompletionCache: the folder of `{path}` does not exist.")
+        # A folder that cannot be written to is noticed before the first completion is drawn.
         self.path.touch()
         self._completions: dict[str, list[Ids]] = {}
         entries = read_jsonl(self.path, _entry, drop_torn_end=True, allow_nan=True)
@@ -74,6 +75,7 @@ class CompletionCache:
         }
         with self.path.open("ab") as file:
             file.write(json.dumps(entry).encode() + b"\n")
+            # Completions of a large teacher are expensive: they must survive a power cut.
             file.flush()
             os.fsync(file.fileno())
         self._completions[key] = list(completions)

@@ -42,6 +42,7 @@ class TraceBatches(StateBatchSource):
 
     def batch(self, state: RWKV7State, step: int) -> Batch:
         """Makes the batch of a step, a function of the step and the seed alone."""
+        # The teacher has written everything before, so nothing here depends on the student.
         del state
         return trace_batch(
             self._traces,
@@ -89,6 +90,7 @@ def distill(
     with prefix_errors("distill"):
         check_count(steps, 0, "`steps`")
         check_trace_tokens(traces, model.config.vocab_size)
+    # Without a teacher in the loss: its completions are all that is left of it here.
     if loss is None:
         loss = distillation_loss(model, params)
     loop = start_tuning(

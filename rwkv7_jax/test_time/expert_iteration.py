@@ -18,7 +18,7 @@ from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.test_time.losses import distillation_loss
 from rwkv7_jax.test_time.rewards import RewardFunction, evaluate_rewards
 from rwkv7_jax.test_time.rollouts import PromptsAt, Rollouts, RolloutSampler, held_out_reward
-from rwkv7_jax.test_time.traces import Ids, Trace, completion_rows, trace_batch
+from rwkv7_jax.test_time.traces import Ids, TokenBudget, Trace, completion_rows, trace_batch
 from rwkv7_jax.test_time.tuning_loop import (
     OnStep,
     Result,
@@ -95,6 +95,7 @@ class ExpertBatches(StateBatchSource):
                 or a step inside a round that this source did not begin.
         """
         round_number, index = divmod(step, self._updates)
+        # Completions are drawn only here, so later batches of a round come from an older state.
         if index == 0:
             self._begin_round(state, round_number)
         elif round_number != self._round:
@@ -105,12 +106,14 @@ class ExpertBatches(StateBatchSource):
         if not self._replay:
             return self._round_batch
         if not self._kept:
+            # No completion of any round so far was good enough.
             return None
         return trace_batch(
             self.traces,
             index,
             batch_size=self._batch_size,
             length=self._length,
+            # Another order in each round; `index` is the step within it.
             seed=round_number,
         )
 
@@ -142,8 +145,10 @@ class ExpertBatches(StateBatchSource):
 
     def _keep(self, drawn: Rollouts, weights: np.ndarray) -> None:
         """Adds the completions with a weight to those of earlier rounds, each text once."""
+        # Never shorter than before: rows of earlier rounds must fit, and a new length compiles.
         self._length = max(self._length, drawn.mask.shape[1])
         for row in np.flatnonzero(weights):
+            # A text that is drawn often would otherwise crowd out the rest.
             pair = (drawn.prompts[row], drawn.completions[row])
             self._kept[pair] = Trace(*pair, weight=float(weights[row]), source="student")
 
@@ -151,7 +156,9 @@ class ExpertBatches(StateBatchSource):
 def _weighted_rows(drawn: Rollouts, weights: np.ndarray) -> Batch | None:
     """Makes a batch of all rows that were drawn; None where none has a weight."""
     if not weights.any():
+        # The mask would sum to 0.
         return None
+    # Rows of weight 0 stay in, so that every step has the same shape.
     return completion_rows(
         drawn.prompts,
         drawn.completions,
@@ -262,11 +269,12 @@ def expert_iteration(
         batch_size=batch_size,
     )
 
-    def evaluate(state: RWKV7State):
+    def evaluate(state: RWKV7State) -> tuple[float, TokenBudget]:
         return held_out_reward(
             model, params, state, held_out, reward, tokens=tokens, stop_ids=stop_ids
         )
 
+    # A round is long, so every one of them is evaluated.
     target = RewardTarget(evaluate if len(held_out) else None, 1, stop_reward)
     result = loop.run(source, rounds, updates=updates, target=target)
     return dataclasses.replace(result, traces=source.traces)

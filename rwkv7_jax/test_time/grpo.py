@@ -28,6 +28,7 @@ from rwkv7_jax.test_time.rollouts import (
     held_out_reward,
     make_policy_batch,
 )
+from rwkv7_jax.test_time.traces import TokenBudget
 from rwkv7_jax.test_time.tuning_loop import (
     OnStep,
     Result,
@@ -77,6 +78,7 @@ class PolicyBatches(StateBatchSource):
 
     def batch(self, state: RWKV7State, step: int) -> Batch | None:
         """Draws the batch of a step from `state`; None where every group is uniform."""
+        # From the step and not from the last key: a run that goes on does not know that one.
         key = jax.random.fold_in(self._key, step)
         drawn = self._sampler.draw(state, self._prompts_at(step), key)
         made = make_policy_batch(drawn, self._reward, group=self._sampler.group)
@@ -86,6 +88,7 @@ class PolicyBatches(StateBatchSource):
             "updated": int(not made.uniform),
         }
         if made.uniform:
+            # All advantages are 0. An update with them would still move the state by momentum.
             return None
         if self._anchor_at is None:
             return made.batch
@@ -166,9 +169,11 @@ def grpo(
         check_count(tokens, 1, "`tokens`")
         check_function(prompts_at, "`prompts_at`")
         check_function(reward, "`reward`")
+        # A weight without text has no effect, and text without a weight costs time for nothing.
         if bool(anchor) != (anchor_at is not None):
             raise ValueError("`anchor` and `anchor_at` go together; got one of them.")
         key = typed_key(key)
+    # The loss needs the temperature of the draws: log p must be that of the drawing distribution.
     loss = policy_loss(
         model,
         params,
@@ -196,9 +201,10 @@ def grpo(
         stop_ids=stop_ids,
         length=length,
     )
+    # The step's random numbers come from the key alone, so evaluations do not shift them.
     source = PolicyBatches(sampler, prompts_at, reward, key=key, anchor_at=anchor_at)
 
-    def evaluate(state: RWKV7State):
+    def evaluate(state: RWKV7State) -> tuple[float, TokenBudget]:
         return held_out_reward(
             model, params, state, held_out, reward, tokens=tokens, stop_ids=stop_ids
         )

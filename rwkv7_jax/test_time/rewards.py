@@ -49,13 +49,14 @@ def evaluate_rewards(
         place = f"{name} of prompt {first + row // group}"
         try:
             value = judge(tuple(prompt), tuple(completion))
-        except Exception as error:
+        except Exception as error:  # Of the user's function, so of any type.
             raise ValueError(f"{place} raised {type(error).__name__}: {error}") from error
         rewards.append(_checked_reward(value, least, place))
     return np.array(rewards)
 
 
 def _checked_reward(value: Any, least: float | None, place: str) -> float:
+    # An array of one number is a number; a longer one is a mistake.
     if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
         value = value.item()
     if not isinstance(value, bool | int | float | np.number | np.bool_):
@@ -75,8 +76,10 @@ def advantages(rewards: Float[np.ndarray, "P K"]) -> Float[np.ndarray, "P K"]:
 
     Source: group-relative advantages, DeepSeekMath (arXiv 2402.03300) section 4.1.2.
     """
+    # In float64, so that small differences between large rewards are not lost.
     rewards = np.asarray(rewards, np.float64)
     centred = rewards - rewards.mean(axis=1, keepdims=True)
+    # The constant keeps a group whose rewards hardly differ from a division by almost 0.
     scaled = centred / (rewards.std(axis=1, keepdims=True) + 1e-4)
     # A mean of equal numbers can differ from them by rounding, so test for equality itself.
     return np.where(np.ptp(rewards, axis=1, keepdims=True) > 0, scaled, 0.0)

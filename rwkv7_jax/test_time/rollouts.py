@@ -64,6 +64,7 @@ class PolicyBatch(NamedTuple):
     @property
     def uniform(self) -> bool:
         """Whether all completions of every prompt earned the same: there is nothing to learn."""
+        assert self.batch.advantages is not None
         return not self.batch.advantages.any()
 
 
@@ -117,7 +118,9 @@ def rollouts(
         elif temperature > 0:
             raise ValueError("`key` must be given unless `temperature` is 0; got None.")
     # The prompts are read once; then their states are repeated and continued without a prompt.
+    # Repeating the prompts instead would read each of them `group` times.
     read = generate(model, params, rows, state, tokens=0)
+    # Completions of one prompt are neighbours: `advantages` reshapes them to [P K].
     repeats = np.repeat(np.arange(len(rows)), group)
     out = generate(
         model,
@@ -133,10 +136,11 @@ def rollouts(
     completions = _completions(out)
     repeated_prompts = [tuple(rows[row]) for row in repeats]
     batch = completion_rows(repeated_prompts, completions, length=length)
+    # Each prompt once, although its state continues `group` times.
     spent = sum(map(len, rows)) + sum(map(len, completions))
     return Rollouts(
-        tokens=batch.tokens,
-        mask=batch.mask,
+        tokens=np.asarray(batch.tokens),
+        mask=np.asarray(batch.mask),
         prompts=repeated_prompts,
         completions=completions,
         budget=TokenBudget(rollout_tokens=spent),
@@ -160,6 +164,7 @@ def _row_length(rows: list[list[int]], tokens: int, length: int | None) -> int:
 def _completions(out: Generation) -> list[Ids]:
     """Returns the tokens of each row with the stop id that ended it."""
     completions: list[Ids] = []
+    # `generate` leaves the stop id out, but a student has to learn it and a reward may look at it.
     for tokens, stop_token in zip(out.tokens, out.stop_tokens, strict=True):
         ending = () if stop_token is None else (stop_token,)
         completions.append((*tokens, *ending))
@@ -251,6 +256,7 @@ def make_policy_batch(drawn: Rollouts, reward: RewardFunction, *, group: int) ->
     batch = Batch(
         tokens=drawn.tokens,
         mask=drawn.mask,
+        # Back to one number for each row.
         advantages=advantages(rewards).reshape(-1).astype(np.float32),
     )
     return PolicyBatch(batch=batch, rewards=rewards, budget=drawn.budget)
@@ -286,6 +292,7 @@ def held_out_reward(
         state,
         prompts,
         group=1,
+        # Greedy: the noise of sampling would hide small improvements.
         temperature=0,
         tokens=tokens,
         stop_ids=stop_ids,

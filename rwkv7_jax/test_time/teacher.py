@@ -104,6 +104,7 @@ def collect_traces(
         if cache is not None and teacher_hash is None:
             raise ValueError("`teacher_hash` must be given with `cache`; got None.")
         questions = _questions(prompts, teacher.config.vocab_size, template)
+    # Outside the block of checks: an error in the work should name where it happened.
     sampler = RolloutSampler(
         teacher,
         teacher_params,
@@ -120,11 +121,14 @@ def collect_traces(
     for first in range(0, len(questions), at_once):
         part = questions[first : first + at_once]
         for question, completions in zip(part, answers.complete(part), strict=True):
+            # The same for completions from the cache: the budget says what the traces have cost,
+            # in this run or in an earlier one.
             spent += len(question.teacher_prompt) + sum(map(len, completions))
             weights = judge.weights(question, completions)
             for completion, weight in zip(completions, weights, strict=True):
                 if weight > 0:
                     traces.append(Trace(question.prompt, completion, weight, source))
+        # After the batch is in the cache, so a callback that raises loses nothing.
         if on_progress:
             on_progress(first + len(part), len(questions))
     return traces, TokenBudget(guide_tokens=spent)
@@ -158,6 +162,8 @@ def _questions(prompts: Any, vocab_size: int, template: Template | None) -> list
     questions: list[_Question] = []
     times_seen: collections.Counter[str] = collections.Counter()
     for index, (row, teacher_row) in enumerate(zip(rows, teacher_rows, strict=True)):
+        # A prompt that comes twice has to be answered anew, so its count is part of its identity.
+        # Its place is not: other prompts may be added before it.
         text = json.dumps((row, teacher_row))
         identity = _digest(text, str(times_seen[text]))
         times_seen[text] += 1
@@ -168,7 +174,7 @@ def _questions(prompts: Any, vocab_size: int, template: Template | None) -> list
 def _fill(template: Template, index: int, row: list[int]) -> Sequence[int]:
     try:
         return template(tuple(row))
-    except Exception as error:
+    except Exception as error:  # Of the user's function, so of any type.
         kind = type(error).__name__
         raise ValueError(f"`template` of prompt {index} raised {kind}: {error}") from error
 
@@ -227,6 +233,7 @@ class _TeacherAnswers:
         if cache is None:
             return self._draw(questions)
         keys = [_digest(self._stamp, question.identity) for question in questions]
+        # In the order of the questions; two questions never have the same key.
         missing: dict[str, _Question] = {}
         for key, question in zip(keys, questions, strict=True):
             if cache.get(key) is None:
@@ -245,8 +252,9 @@ class _TeacherAnswers:
     def _draw(self, questions: list[_Question]) -> list[list[Ids]]:
         """Draws completions; each question has keys of its own, whatever its neighbours are."""
         samples = self._sampler.group
-        # Filled up with the last question, so that one compiled program serves every batch.
+        # Filled with the last question, so that one compiled program serves every batch.
         filled = [*questions, *[questions[-1]] * (self._rows - len(questions))]
+        # From a question's identity, not from its place: then neighbours do not matter.
         numbers = [int(question.identity[:8], 16) for question in filled]
         fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
         question_keys = fold(self._key, jnp.asarray(numbers, jnp.uint32))
@@ -305,6 +313,7 @@ class _MajorityVote:
     def weights(self, question: _Question, completions: list[Ids]) -> list[float]:
         """Returns weight 1 for the completions that are kept, else 0."""
         answers = [self._answer(question, completion) for completion in completions]
+        # None is an answer that could not be read; it must not win.
         votes = collections.Counter(answer for answer in answers if answer is not None)
         ranking = votes.most_common(2)
         if not ranking:
@@ -318,6 +327,7 @@ class _MajorityVote:
     def _answer(self, question: _Question, completion: Ids) -> Hashable:
         try:
             answer = self._extract(completion)
+            # Votes are counted in a dict, where an answer such as a list would raise later.
             hash(answer)
         except Exception as error:
             raise ValueError(

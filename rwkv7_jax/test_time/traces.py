@@ -51,6 +51,7 @@ class Trace:
         # The dataclass is frozen, so that traces can be keys of sets and dicts.
         object.__setattr__(self, "prompt", check_trace_ids(self.prompt, "prompt"))
         object.__setattr__(self, "completion", check_trace_ids(self.completion, "completion"))
+        # True would become weight 1 without a word.
         if type(self.weight) is bool or not isinstance(self.weight, int | float | np.number):
             kind = type(self.weight).__name__
             raise TypeError(f"Trace: `weight` must be a number; got {kind}.")
@@ -170,6 +171,7 @@ def completion_rows(
     Raises:
         ValueError: a row does not fit.
     """
+    # One token more than inputs: the last one is only a target.
     tokens = np.zeros((len(prompts), length + 1), np.int32)
     mask = np.zeros((len(prompts), length), np.float32)
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
@@ -204,6 +206,7 @@ def longest_trace(traces: Sequence[Trace]) -> int:
     return max(trace.inputs for trace in traces)
 
 
+# Steps of an epoch follow each other, so few orders are in use at the same time.
 @functools.lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
@@ -236,6 +239,7 @@ def trace_batch(
         check_count(length, 1, "`length`")
         if not traces:
             raise ValueError("`traces` must hold a trace; got 0.")
+        # Places of an endless sequence of epochs, so that any step can be made without the others.
         rows: list[Trace] = []
         for place in range(step * batch_size, (step + 1) * batch_size):
             epoch, position = divmod(place, len(traces))
@@ -256,6 +260,7 @@ def trace_batch(
 
 def gradient_tokens(batch: Batch) -> int:
     """Counts the inputs up to the last target of each row that counts: what a gradient costs."""
+    # Tokens after the last target do not reach the loss, so they need not be computed.
     counted = np.asarray(batch.mask) > 0
     last = counted.shape[1] - np.argmax(counted[:, ::-1], axis=1)
     return int(np.sum(np.where(counted.any(1), last, 0)))

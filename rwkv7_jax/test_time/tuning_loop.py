@@ -115,6 +115,7 @@ class TuningLoop:
             first = int(entry["step"]) * updates
             for number in range(first, first + updates):
                 batch = source.batch(self.state, number)
+                # First, so that the entry of a step without an update has them too.
                 entry |= source.metrics
                 if batch is not None:
                     entry |= self.update(batch)
@@ -130,9 +131,11 @@ class TuningLoop:
         """Makes one update; returns its metrics."""
         self._train, metrics = self._step(self._train, batch)
         spent = gradient_tokens(batch)
+        # The anchor's rows have no padding: all their inputs count.
         if batch.anchor is not None:
             spent += batch.anchor[:, 1:].size
         self.budget += TokenBudget(gradient_tokens=spent)
+        # One transfer for all of them.
         return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
     def record(self, entry: Entry) -> None:
@@ -182,12 +185,14 @@ class RewardTarget:
         The last evaluation is recorded as an entry of its own.
         """
         if self._evaluate is None:
+            # One step's mean reward is noisy, so only a full window counts.
             recent = [past["reward"] for past in loop.history[-self._every :]]
             enough = len(recent) == self._every and float(np.mean(recent)) >= self._reward
             return last or enough
         if last or entry["step"] % self._every == 0:
             entry["held_out"], cost = self._evaluate(loop.state)
             loop.budget += cost
+        # Without an evaluation at this step there is nothing to compare.
         if last or entry.get("held_out", -np.inf) >= self._reward:
             loop.record(entry)
             return True

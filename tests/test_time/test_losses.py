@@ -123,11 +123,11 @@ def test_pieces_of_a_policy_batch_add_up_to_the_whole(reinforce, batch):
     assert_close(sum(g.wkv for _, g in parts), grads.wkv, SAME["gradient"], "gradient")
 
 
-def test_the_distillation_loss_is_cross_entropy_and_the_guides_divergence(params, batch):
-    guide, start = random_params(LARGE, dtype=jnp.float32, scale=0.3), random_state(LARGE, seed=8)
-    others = {"guide": RWKV7(LARGE), "guide_params": guide, "guide_state": start}
+def test_the_distillation_loss_is_cross_entropy_and_the_teachers_divergence(params, batch):
+    teacher, start = random_params(LARGE, dtype=jnp.float32, scale=0.3), random_state(LARGE, seed=8)
+    others = {"teacher": RWKV7(LARGE), "teacher_params": teacher, "teacher_state": start}
     loss = distillation_loss(MODEL, params, imitation=0.5, kl=2.0, **others)
-    wanted = logps(guide, start, batch, config=LARGE)
+    wanted = logps(teacher, start, batch, config=LARGE)
 
     def by_hand(state):
         logp = logps(params, state, batch)
@@ -177,16 +177,16 @@ def test_a_prompt_becomes_a_state(params):
 
 def test_losses_that_cannot_be_are_refused(params):
     other = RWKV7(RWKV7Config(vocab_size=20, num_layers=2, width=32, head_size=16))
-    both = {"guide": MODEL, "guide_params": params}
+    both = {"teacher": MODEL, "teacher_params": params}
     for change, message in [
         (
-            {"guide": other, "guide_params": params},
-            "`guide` must have the student's 13 ids; got 20",
+            {"teacher": other, "teacher_params": params},
+            "`teacher` must have the student's 13 ids; got 20",
         ),
-        ({"guide": MODEL}, ".*`guide_params` is None"),
-        ({"guide_params": params}, ".*`guide` is None"),
-        ({"guide_state": init_state(CONFIG)}, "`guide_state` needs a `guide`"),
-        (both | {"guide_state": init_state(CONFIG, 2)}, "`guide_state`: .* must have shape"),
+        ({"teacher": MODEL}, ".*`teacher_params` is None"),
+        ({"teacher_params": params}, ".*`teacher` is None"),
+        ({"teacher_state": init_state(CONFIG)}, "`teacher_state` needs a `teacher`"),
+        (both | {"teacher_state": init_state(CONFIG, 2)}, "`teacher_state`: .* must have shape"),
         ({"leaves": ("kv",)}, "`leaves` must be among .*; got 'kv'"),
         ({"kl": -1.0}, "`kl` must be finite and at least 0; got -1"),
     ]:
