@@ -65,7 +65,12 @@ def check_function(value: Any, argument: str) -> None:
         raise TypeError(f"{argument} must be a function; got {type(value).__name__}.")
 
 
-def check_number(value: Any, low: float, high: float, argument: str) -> None:
+def check_number(
+    value: Any,
+    low: float,
+    high: float,
+    argument: str,
+) -> None:
     """Checks that a value is a finite number in a closed interval.
 
     Args:
@@ -86,7 +91,13 @@ def check_number(value: Any, low: float, high: float, argument: str) -> None:
         raise ValueError(f"{argument} must be from {low:g} to {high:g}; got {number:g}.")
 
 
-def _check_number(value: Any, low: float, high: float, *, subject: str) -> None:
+def _check_number(
+    value: Any,
+    low: float,
+    high: float,
+    *,
+    subject: str,
+) -> None:
     check_number(value, low, high, subject)
 
 
@@ -140,7 +151,10 @@ def check_ids(ids: Any, vocab_size: int, argument: str) -> np.ndarray:
 
 
 def check_tokens(
-    tokens: Int[Array | np.ndarray, "..."], vocab_size: int, *, caller: str | None = None
+    tokens: Int[Array | np.ndarray, "..."],
+    vocab_size: int,
+    *,
+    caller: str | None = None,
 ) -> None:
     """Checks that token ids are integers inside the vocabulary.
 
@@ -204,7 +218,11 @@ def check_lengths(
 
 
 def check_prompts(
-    prompts: Any, vocab_size: int, *, caller: str | None = None, name: str = "prompts"
+    prompts: Any,
+    vocab_size: int,
+    *,
+    caller: str | None = None,
+    name: str = "prompts",
 ) -> list[list[int]]:
     """Returns prompts as lists of ids.
 

@@ -47,7 +47,8 @@ def lerp(power: float) -> Initial:
 
     def initial(key, layer, config):
         channel = jnp.arange(config.width) / config.width
-        return 1.0 - channel ** (power * _remaining(layer, config))
+        exponent = power * _remaining(layer, config)
+        return 1.0 - channel**exponent
 
     return initial
 
@@ -55,12 +56,15 @@ def lerp(power: float) -> Initial:
 def ffn_lerp(key, layer, config):
     """Computes the token-shift coefficients of channel mix."""
     channel = jnp.arange(config.width) / config.width
-    return 1.0 - channel ** (_remaining(layer, config) ** 4)
+    exponent = _remaining(layer, config) ** 4
+    return 1.0 - channel**exponent
 
 
 def decay_bias(key, layer, config):
     """Computes w0: slow decay in the first channels, fast in the last, steeper in deeper blocks."""
-    ramp = _ramp(config) ** (1.0 + _depth(layer, config) ** 0.3)
+    steepness = 1.0 + _depth(layer, config) ** 0.3
+    ramp = _ramp(config) ** steepness
+    # The source writes the two constants apart; their sum would round differently.
     return -6.0 + 6.0 * ramp + 0.5 + 2.5 * _zigzag(config)
 
 
@@ -81,7 +85,8 @@ def removal_scale(key, layer, config):
 
 def group_norm_weight(key, layer, config):
     """Computes ln_x.weight, which grows with depth."""
-    return jnp.full((config.width,), 1.0) * ((1 + layer) / config.num_layers) ** 0.7
+    scale = ((1 + layer) / config.num_layers) ** 0.7
+    return jnp.full((config.width,), 1.0) * scale
 
 
 def constant(value: float, *shape: int) -> Initial:
@@ -107,9 +112,11 @@ def orthogonal(gain: float, rows: int, columns: int) -> Initial:
 
 def low_rank_out(rank: int, width: int) -> Initial:
     """Makes w2, a2, v2, g2: orthogonal and small, larger where the rank exceeds the width."""
-    return orthogonal(0.1 * max(1.0, (rank / width) ** 0.5), rank, width)
+    gain = 0.1 * max(1.0, (rank / width) ** 0.5)
+    return orthogonal(gain, rank, width)
 
 
 def head(vocab_size: int, width: int) -> Initial:
     """Makes the output projection."""
-    return orthogonal(0.5 * max(1.0, (vocab_size / width) ** 0.5), vocab_size, width)
+    gain = 0.5 * max(1.0, (vocab_size / width) ** 0.5)
+    return orthogonal(gain, vocab_size, width)

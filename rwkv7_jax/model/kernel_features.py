@@ -48,7 +48,8 @@ class Features:
 
 
 def apply_per_head(
-    maps: Float[Array, "B H O I"], x: Float[Array, "b T H I"]
+    maps: Float[Array, "B H O I"],
+    x: Float[Array, "b T H I"],
 ) -> Float[Array, "b T H O"]:
     """Multiplies the vectors of each head by its matrix; with B = 1 all rows share the matrices."""
     if maps.shape[0] == 1:

@@ -13,14 +13,22 @@ DECAY_RATE = 0.6065306597126334  # exp(-1/2)
 _SHORTEST_HEAD = 1e-12
 
 
-def linear(x: Float[Array, "... I"], weight: Float[Array, "O I"]) -> Float[Array, "... O"]:
+def linear(
+    x: Float[Array, "... I"],
+    weight: Float[Array, "O I"],
+) -> Float[Array, "... O"]:
     """Computes x W^T in x's dtype; float32 means float32 on every device."""
-    return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype), precision=precision(x.dtype))
+    weight = weight.astype(x.dtype)
+    return jnp.einsum("...i,oi->...o", x, weight, precision=precision(x.dtype))
 
 
-def project(x: Float[Array, "... I"], weight: Float[Array, "I O"]) -> Float[Array, "... O"]:
+def project(
+    x: Float[Array, "... I"],
+    weight: Float[Array, "I O"],
+) -> Float[Array, "... O"]:
     """Computes x W in x's dtype, for the low-rank matrices, which act from the right."""
-    return jnp.matmul(x, weight.astype(x.dtype), precision=precision(x.dtype))
+    weight = weight.astype(x.dtype)
+    return jnp.matmul(x, weight, precision=precision(x.dtype))
 
 
 def precision(dtype) -> str:
@@ -31,7 +39,10 @@ def precision(dtype) -> str:
     return "highest" if dtype == jnp.float32 else "default"
 
 
-def per_channel(vector: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
+def per_channel(
+    vector: Float[Array, "..."],
+    x: Float[Array, "..."],
+) -> Float[Array, "..."]:
     """Brings a vector to x's dtype and rank, so that it acts along x's last axes."""
     return jax.lax.broadcast_to_rank(vector.astype(x.dtype), x.ndim)
 
@@ -40,18 +51,29 @@ def standardise(x: Float[Array, "... N"], eps: float) -> Float[Array, "... N"]:
     """Scales to zero mean and unit variance (biased) over the last axis, in float32."""
     wide = x.astype(jnp.float32)
     wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    return wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return wide * jax.lax.rsqrt(variance + eps)
 
 
 def layer_norm(
-    x: Float[Array, "... D"], weight: Float[Array, " D"], bias: Float[Array, " D"], eps: float
+    x: Float[Array, "... D"],
+    weight: Float[Array, " D"],
+    bias: Float[Array, " D"],
+    eps: float,
 ) -> Float[Array, "... D"]:
     """Normalises over the last axis, then scales and shifts; all of it in float32."""
     wide = standardise(x, eps)
-    return (wide * per_channel(weight, wide) + per_channel(bias, wide)).astype(x.dtype)
+    scale = per_channel(weight, wide)
+    shift = per_channel(bias, wide)
+    return (wide * scale + shift).astype(x.dtype)
 
 
-def group_norm(y: Heads, weight: Float[Array, " D"], bias: Float[Array, " D"], eps: float) -> Heads:
+def group_norm(
+    y: Heads,
+    weight: Float[Array, " D"],
+    bias: Float[Array, " D"],
+    eps: float,
+) -> Heads:
     """Normalises each head of each token on its own; scale and shift run over all channels.
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_demo.py:285.
@@ -70,16 +92,20 @@ def unit_heads(x: Heads) -> Heads:
     """
     wide = x.astype(jnp.float32)
     square = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(jnp.maximum(square, _SHORTEST_HEAD**2))).astype(x.dtype)
+    inverse_length = jax.lax.rsqrt(jnp.maximum(square, _SHORTEST_HEAD**2))
+    return (wide * inverse_length).astype(x.dtype)
 
 
 def previous_tokens(x: Activations, before: Float[Array, "B D"]) -> Activations:
     """Shifts by one token; the first one's predecessor is `before`, from the state."""
-    return jnp.concatenate([before[:, None].astype(x.dtype), x], axis=1)[:, : x.shape[1]]
+    both = jnp.concatenate([before[:, None].astype(x.dtype), x], axis=1)
+    return both[:, : x.shape[1]]
 
 
 def last_token(
-    x: Activations, before: Float[Array, "B D"], lengths: Lengths | None
+    x: Activations,
+    before: Float[Array, "B D"],
+    lengths: Lengths | None,
 ) -> Float[Array, "B D"]:
     """Takes the last token that counts of every row; `before` where none does."""
     # With `before` in front, position n holds the last of n tokens, also for n = 0.
@@ -89,9 +115,14 @@ def last_token(
     return jnp.take_along_axis(both, lengths[:, None, None], axis=1)[:, 0]
 
 
-def lerp(x: Activations, shifted: Activations, coefficient: Float[Array, " D"]) -> Activations:
+def lerp(
+    x: Activations,
+    shifted: Activations,
+    coefficient: Float[Array, " D"],
+) -> Activations:
     """Interpolates: x where the coefficient is 0, the previous token where it is 1."""
-    return x + (shifted - x) * per_channel(coefficient, x)
+    coefficient = per_channel(coefficient, x)
+    return x + (shifted - x) * coefficient
 
 
 def log_decay(z: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -99,10 +130,14 @@ def log_decay(z: Float[Array, "..."]) -> Float[Array, "..."]:
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/cuda/rwkv7_clampw.cu:16,42.
     """
-    return -DECAY_RATE * jax.nn.sigmoid(z.astype(jnp.float32))
+    z = z.astype(jnp.float32)
+    return -DECAY_RATE * jax.nn.sigmoid(z)
 
 
-def head_logits(x: Float[Array, "... D"], weight: Float[Array, "V D"]) -> Float[Array, "... V"]:
+def head_logits(
+    x: Float[Array, "... D"],
+    weight: Float[Array, "V D"],
+) -> Float[Array, "... V"]:
     """Computes float32 logits from operands in the activations' dtype."""
     return jnp.einsum(
         "...d,vd->...v",

@@ -21,7 +21,11 @@ _SMALLEST_DECAY = 1e-30
 
 
 def paper_inputs(
-    features: Features, inputs: WKVInputs, icl_rate: Heads, *, unit_keys: bool
+    features: Features,
+    inputs: WKVInputs,
+    icl_rate: Heads,
+    *,
+    unit_keys: bool,
 ) -> WKVInputs:
     """Replaces r, w, k, v and the in-context learning rate by features of themselves.
 

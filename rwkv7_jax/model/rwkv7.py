@@ -111,7 +111,15 @@ class TimeMix(nn.Module):
     first: bool
 
     @nn.compact
-    def __call__(self, x: Activations, state: LayerState, v_first, *, lengths, layer):
+    def __call__(
+        self,
+        x: Activations,
+        state: LayerState,
+        v_first,
+        *,
+        lengths,
+        layer,
+    ):
         """Computes the contribution to the residual stream.
 
         Returns:
@@ -122,12 +130,17 @@ class TimeMix(nn.Module):
 
         # Token shift: x_c = lerp(x_t, x_{t-1}, mu_c), with one mu for each of r, w, k, v, a, g.
         previous = layers.previous_tokens(x, state.att_shift)
-        x_r = self._token_shift("x_r", 0.2, x, previous, layer)
-        x_w = self._token_shift("x_w", 0.9, x, previous, layer)
-        x_k = self._token_shift("x_k", 0.7, x, previous, layer)
-        x_v = self._token_shift("x_v", 0.7, x, previous, layer)
-        x_a = self._token_shift("x_a", 0.9, x, previous, layer)
-        x_g = self._token_shift("x_g", 0.2, x, previous, layer)
+
+        def shifted(name: str, power: float) -> Activations:
+            coefficient = self._weight(name, initial.lerp(power), layer)
+            return layers.lerp(x, previous, coefficient)
+
+        x_r = shifted("x_r", power=0.2)
+        x_w = shifted("x_w", power=0.9)
+        x_k = shifted("x_k", power=0.7)
+        x_v = shifted("x_v", power=0.7)
+        x_a = shifted("x_a", power=0.9)
+        x_g = shifted("x_g", power=0.2)
 
         # r = x_r W_r,  k = x_k W_k,  v = x_v W_v
         r = self._square("receptance", 1.0)(x_r)
@@ -215,12 +228,6 @@ class TimeMix(nn.Module):
     def _weight(self, name: str, draw: initial.Initial, layer) -> Array:
         return self.param(name, draw, layer, self.config)
 
-    def _token_shift(
-        self, name: str, power: float, x: Activations, previous: Activations, layer
-    ) -> Activations:
-        coefficient = self._weight(name, initial.lerp(power), layer)
-        return layers.lerp(x, previous, coefficient)
-
     def _square(self, name: str, gain: float) -> Linear:
         """Makes a D x D projection; a gain of 0 starts it from zeros."""
         width = self.config.width
@@ -231,7 +238,12 @@ class TimeMix(nn.Module):
         return Linear(self.config, draw, name=name)
 
     def _low_rank(
-        self, x: Activations, letter: str, rank: int, activation: Callable, layer
+        self,
+        x: Activations,
+        letter: str,
+        rank: int,
+        activation: Callable,
+        layer,
     ) -> Activations:
         """Computes activation(x w1) w2, in x's dtype."""
         width = self.config.width
@@ -253,7 +265,13 @@ class TimeMix(nn.Module):
         raw = self._low_rank(x, letter, rank, activation, layer).astype(jnp.float32)
         return raw + layers.per_channel(self._weight(f"{letter}0", bias, layer), raw)
 
-    def _value_residual(self, x_v: Activations, v, v_first, layer) -> Activations:
+    def _value_residual(
+        self,
+        x_v: Activations,
+        v,
+        v_first,
+        layer,
+    ) -> Activations:
         """Moves the values towards layer 0's by nu = sigmoid(loramlp_nu(identity, x_v))."""
         logit = self._low_rank_logit(
             x_v,
@@ -284,7 +302,14 @@ class ChannelMix(nn.Module):
     config: RWKV7Config
 
     @nn.compact
-    def __call__(self, x: Activations, shift, *, lengths, layer):
+    def __call__(
+        self,
+        x: Activations,
+        shift,
+        *,
+        lengths,
+        layer,
+    ):
         """Computes the contribution to the residual stream, the new shift and the trace."""
         width = self.config.width
         hidden_width = self.config.ffn_width
@@ -306,7 +331,14 @@ class Block(nn.Module):
     names: tuple[str, ...]
 
     @nn.compact
-    def __call__(self, x: Activations, state: LayerState, layer, v_first, lengths):
+    def __call__(
+        self,
+        x: Activations,
+        state: LayerState,
+        layer,
+        v_first,
+        lengths,
+    ):
         """Computes the new residual stream.
 
         Returns:
@@ -328,7 +360,12 @@ class Block(nn.Module):
         trace = {**att_trace, **ffn_trace, "residual": x, "ffn_input": ffn_input}
         # Under the scan every array that is returned is stacked over layers, so return no others.
         trace = {name: trace[name] for name in self.names}
-        memories = LayerMemories(att_shift=att_shift, wkv=wkv, ffn_shift=ffn_shift, memory=memory)
+        memories = LayerMemories(
+            att_shift=att_shift,
+            wkv=wkv,
+            ffn_shift=ffn_shift,
+            memory=memory,
+        )
         return x + att + ffn, (memories, v_first if self.first else (), trace)
 
 
@@ -374,7 +411,15 @@ class RWKV7(nn.Module):
         return self._run(tokens, state, lengths, names=TRACE)
 
     @nn.compact
-    def _run(self, tokens, state, lengths, *, names=(), project=True):
+    def _run(
+        self,
+        tokens,
+        state,
+        lengths,
+        *,
+        names=(),
+        project=True,
+    ):
         config = self.config
         with prefix_errors("RWKV7"):
             check_tokens(tokens, config.vocab_size)
@@ -398,7 +443,13 @@ class RWKV7(nn.Module):
         )
         return x, end, trace
 
-    def _blocks(self, x: Activations, states: LayerState, lengths, names: tuple[str, ...]):
+    def _blocks(
+        self,
+        x: Activations,
+        states: LayerState,
+        lengths,
+        names: tuple[str, ...],
+    ):
         """Runs all layers: the first one, then a scan over the others' stacked weights.
 
         Returns:

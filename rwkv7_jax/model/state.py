@@ -107,7 +107,11 @@ def init_state(config: RWKV7Config, batch: int = 1) -> RWKV7State:
 
 
 def check_state(
-    state: RWKV7State, batch: int, config: RWKV7Config, *, caller: str | None = None
+    state: RWKV7State,
+    batch: int,
+    config: RWKV7Config,
+    *,
+    caller: str | None = None,
 ) -> None:
     """Checks that a state fits a model and a batch; works on arrays, tracers and shapes alike.
 
@@ -138,6 +142,7 @@ def _check_state(state: RWKV7State, batch: int, config: RWKV7Config) -> None:
                 f"`state.{name}` must have shape {shape} "
                 f"(layers {config.num_layers}, batch {batch}, ...); got {came}."
             )
+    # In bfloat16, products of thousands of decays would lose all precision.
     if state.wkv.dtype != jnp.float32:
         raise TypeError(f"`state.wkv` must be float32; got {state.wkv.dtype}.")
     if state.upscaled is not None:
@@ -178,6 +183,7 @@ def _check_upscaled(upscaled: Upscaled, heads: tuple[int, ...]) -> None:
             continue
         came = tuple(leaf.shape)
         shared = (layers, 1, *wanted[2:])
+        # What never changes in context may be one row for all sequences.
         may_be_shared = name != "memory" or not form.has_own_rows
         if came == wanted or (may_be_shared and came == shared):
             continue
@@ -191,11 +197,16 @@ def _map_batch(change: Callable, state: RWKV7State, *others: RWKV7State) -> RWKV
     """
     states = (state, *others)
     return RWKV7State(
-        att_shift=change(*(part.att_shift for part in states)),
-        wkv=change(*(part.wkv for part in states)),
-        ffn_shift=change(*(part.ffn_shift for part in states)),
+        att_shift=_map_field(change, states, "att_shift"),
+        wkv=_map_field(change, states, "wkv"),
+        ffn_shift=_map_field(change, states, "ffn_shift"),
         upscaled=_map_batch_upscaled(change, states),
     )
+
+
+def _map_field(change: Callable, holders: Sequence[Any], name: str) -> Array:
+    """Calls `change` with one field of every state, or of every upscaled memory."""
+    return change(*[getattr(holder, name) for holder in holders])
 
 
 def _map_batch_upscaled(change: Callable, states: Sequence[RWKV7State]) -> Upscaled | None:
@@ -212,7 +223,7 @@ def _map_batch_upscaled(change: Callable, states: Sequence[RWKV7State]) -> Upsca
     memories = _upscaled_of(states)
     upscaled = jax.tree.map(change_own, *memories)
     if state.upscaled.form.has_own_rows:
-        upscaled = upscaled.replace(memory=change(*(each.memory for each in memories)))
+        upscaled = upscaled.replace(memory=_map_field(change, memories, "memory"))
     return upscaled
 
 
@@ -241,15 +252,22 @@ def select(state: RWKV7State, rows) -> RWKV7State:
     With `stack`, this serves many tuned states at once: `select(stack(states), ids)` is a batch
     whose row i starts from state ids[i].
     """
+    # Indexing a range turns slices and negative indices into row numbers.
     rows = jnp.atleast_1d(jnp.arange(state.batch)[rows])
     return _map_batch(lambda x: x[:, rows], state)
 
 
-def where_rows(rows: Bool[Array, " B"], state: RWKV7State, other: RWKV7State) -> RWKV7State:
+def where_rows(
+    rows: Bool[Array, " B"],
+    state: RWKV7State,
+    other: RWKV7State,
+) -> RWKV7State:
     """Takes the sequences where `rows` is true from `state`, the rest from `other`."""
 
     def pick(new, old):
-        return jnp.where(rows.reshape(1, -1, *[1] * (old.ndim - 2)), new, old)
+        # Leaves are [L B ...]; rank promotion is written out.
+        mask = rows.reshape(1, -1, *[1] * (old.ndim - 2))
+        return jnp.where(mask, new, old)
 
     return _map_batch(pick, state, other)
 
@@ -265,13 +283,13 @@ def map_linear_leaves(change: Callable, state: RWKV7State, *others: RWKV7State) 
     if upscaled is not None:
         memories = _upscaled_of(states)
         upscaled = upscaled.replace(
-            memory=change(*(each.memory for each in memories)),
-            write=change(*(each.write for each in memories)),
+            memory=_map_field(change, memories, "memory"),
+            write=_map_field(change, memories, "write"),
         )
     return RWKV7State(
-        att_shift=change(*(part.att_shift for part in states)),
-        wkv=change(*(part.wkv for part in states)),
-        ffn_shift=change(*(part.ffn_shift for part in states)),
+        att_shift=_map_field(change, states, "att_shift"),
+        wkv=_map_field(change, states, "wkv"),
+        ffn_shift=_map_field(change, states, "ffn_shift"),
         upscaled=upscaled,
     )
 

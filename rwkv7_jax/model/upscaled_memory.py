@@ -47,7 +47,11 @@ class MemoryForm(abc.ABC):
 
     @abc.abstractmethod
     def read(
-        self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads, op: Op
+        self,
+        upscaled: "Upscaled",
+        inputs: WKVInputs,
+        icl_rate: Heads,
+        op: Op,
     ) -> tuple[Float[Array, "B T H Nv"], Array | None]:
         """Reads the memory at every token.
 
@@ -68,7 +72,11 @@ class StaticMemory(MemoryForm):
     has_own_rows = False
 
     def read(
-        self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads, op: Op
+        self,
+        upscaled: "Upscaled",
+        inputs: WKVInputs,
+        icl_rate: Heads,
+        op: Op,
     ) -> tuple[Float[Array, "B T H Nv"], Array | None]:
         """Reads S~_0 phi(r), which needs no recurrence."""
         phi = kernel_features(upscaled.features, inputs.r)
@@ -89,7 +97,11 @@ class RecurrentMemory(MemoryForm):
         """
 
     def read(
-        self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads, op: Op
+        self,
+        upscaled: "Upscaled",
+        inputs: WKVInputs,
+        icl_rate: Heads,
+        op: Op,
     ) -> tuple[Float[Array, "B T H Nv"], Array | None]:
         """Reads and updates the memory with the WKV op."""
         return op(self.wkv_inputs(upscaled, inputs, icl_rate), upscaled.memory)
@@ -148,7 +160,11 @@ class PaperMemory(RecurrentMemory):
         return paper_inputs(upscaled.features, inputs, icl_rate, unit_keys=self.unit_keys)
 
     def read(
-        self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads, op: Op
+        self,
+        upscaled: "Upscaled",
+        inputs: WKVInputs,
+        icl_rate: Heads,
+        op: Op,
     ) -> tuple[Float[Array, "B T H Nv"], Array | None]:
         """Reads the memory and maps its M rows to value channels."""
         assert upscaled.readout is not None

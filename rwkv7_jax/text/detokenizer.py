@@ -88,7 +88,11 @@ class StreamingDetokenizer:
         return 0
 
 
-def whole_tokens(tokens: Sequence[int], drop: int, vocabulary: Vocabulary) -> tuple[int, int]:
+def whole_tokens(
+    tokens: Sequence[int],
+    drop: int,
+    vocabulary: Vocabulary,
+) -> tuple[int, int]:
     """Counts the tokens that stay whole when the last `drop` bytes are removed.
 
     Args:

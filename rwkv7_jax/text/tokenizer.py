@@ -63,7 +63,13 @@ class Tokenizer:
     an entry (id = byte + 1), so any bytes survive encoding and decoding.
     """
 
-    def __init__(self, entries: dict[int, bytes], *, vocab_size: int, name: str):
+    def __init__(
+        self,
+        entries: dict[int, bytes],
+        *,
+        vocab_size: int,
+        name: str,
+    ):
         """Makes a tokenizer of these entries; `world` and `bytes` make the usual ones."""
         self.name = name
         self.vocab_size = vocab_size
