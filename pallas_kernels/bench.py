@@ -30,11 +30,15 @@ COPIED_BYTES = 2**28
 STATES_LIMIT_BYTES = 2**32
 
 # A function of the inputs and the start state, to y and the last state.
-Op = Callable
+Op = Callable[[WKVInputs, State], tuple[Array, State]]
 
 
 def forward_and_gradients(
-    op: Op, inputs: WKVInputs, state: State, dy: Array, dend: Array
+    op: Op,
+    inputs: WKVInputs,
+    state: State,
+    dy: Array,
+    dend: Array,
 ) -> tuple[Array, Array, tuple[Array, ...]]:
     """Computes y, the last state and the gradients of all seven arrays."""
     (y, end), pull = jax.vjp(op, inputs, state)
@@ -45,8 +49,11 @@ def forward_and_gradients(
 def implementations(case: Case) -> dict[str, Op]:
     """Returns what runs here by name: None's choice, the named ones, the definition if it fits."""
 
-    def named(implementation):
-        return lambda inputs, state: wkv7(*inputs, state, implementation=implementation)
+    def named(implementation: str | None) -> Op:
+        def op(inputs: WKVInputs, state: State) -> tuple[Array, State]:
+            return wkv7(*inputs, state, implementation=implementation)
+
+        return op
 
     ops = {"(best)": named(None)}
     for name in available():
@@ -129,7 +136,7 @@ def truth(arguments: tuple) -> tuple[Array, Array, tuple[Array, ...]]:
     By "scan", whose backward pass recomputes states; autodiff of the definition would store all.
     """
 
-    def op(inputs, state):
+    def op(inputs: WKVInputs, state: State) -> tuple[Array, State]:
         return wkv7(*inputs, state, implementation="scan")
 
     with jax.enable_x64(True):
@@ -160,6 +167,7 @@ def measure(
     for name, op in (implementations(case) | (others or {})).items():
         training = jax.jit(functools.partial(forward_and_gradients, op))
         compiled = training.lower(*arguments).compile()
+        memory = compiled.memory_analysis()
         run_both = functools.partial(compiled, *arguments)
         y, _, grads = run_both()
         run_forward = functools.partial(jax.jit(op), inputs, state)
@@ -176,7 +184,7 @@ def measure(
                 "fwd+bwd of copy": ms_per_byte * counts["fwd+bwd"] / both_wall,
                 "y error": relative(y, true_y),
                 "gradient error": max(map(relative, grads, true_grads)),
-                "temp MiB": compiled.memory_analysis().temp_size_in_bytes / 2**20,
+                "temp MiB": memory.temp_size_in_bytes / 2**20 if memory else None,
             }
         )
     return rows
@@ -228,7 +236,12 @@ def plot(case: Case, dtype: str, path: str, *, repeats: int) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Measures one case, prints a table and writes the files that flags name."""
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench")
-    parser.add_argument("case", nargs="?", default="tiny", choices=CASES)
+    parser.add_argument(
+        "case",
+        nargs="?",
+        default="tiny",
+        choices=CASES,
+    )
     parser.add_argument("--mode", default="real", choices=MODES)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--repeats", type=int, default=5)

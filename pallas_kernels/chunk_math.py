@@ -104,7 +104,14 @@ class WriteProducts(NamedTuple):
     ark: Square
 
 
-def dot(x: Array, y: Array, arithmetic: Arithmetic, *, left: int = 1, right: int = 0) -> Array:
+def dot(
+    x: Array,
+    y: Array,
+    arithmetic: Arithmetic,
+    *,
+    left: int = 1,
+    right: int = 0,
+) -> Array:
     """Multiplies matrices over axis `left` of x and axis `right` of y."""
     x = x.astype(arithmetic.dtype)
     y = y.astype(arithmetic.dtype)
@@ -248,7 +255,12 @@ def write_products(chunk: Chunk, k: Keys, v: Values) -> WriteProducts:
     kh = k * chunk.after
     aak = dot(chunk.ah, kh, chunk.arithmetic, right=1)
     ark = dot(chunk.rh, kh, chunk.arithmetic, right=1)
-    return WriteProducts(kh=kh, v=v, aak=lower(aak, -1), ark=lower(ark))
+    return WriteProducts(
+        kh=kh,
+        v=v,
+        aak=lower(aak, -1),
+        ark=lower(ark),
+    )
 
 
 def removals(chunk: Chunk, inverse: Square, written: WriteProducts, start: Matrix) -> Values:

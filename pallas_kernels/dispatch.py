@@ -31,13 +31,23 @@ class Implementation(Protocol):
     """The three functions that every implementation has."""
 
     def forward(
-        self, inputs: WKVInputs, state: State, *, chunk: int | None = None, interpret: bool = False
+        self,
+        inputs: WKVInputs,
+        state: State,
+        *,
+        chunk: int | None = None,
+        interpret: bool = False,
     ) -> tuple[Array, State]:
         """Computes y and the state after the last token."""
         ...
 
     def forward_saving(
-        self, inputs: WKVInputs, state: State, *, chunk: int | None = None, interpret: bool = False
+        self,
+        inputs: WKVInputs,
+        state: State,
+        *,
+        chunk: int | None = None,
+        interpret: bool = False,
     ) -> tuple[Array, State, Array]:
         """Computes y, the state after the last token, and the states that `backward` reads."""
         ...
@@ -154,7 +164,12 @@ def _kernel_branch(platform: str, function: Callable) -> Callable:
 
 
 def forward(
-    name: str | None, inputs: WKVInputs, state: State, *, chunk: int | None, interpret: bool
+    name: str | None,
+    inputs: WKVInputs,
+    state: State,
+    *,
+    chunk: int | None,
+    interpret: bool,
 ) -> tuple[Array, State]:
     """Computes y and the state after the last token."""
     if name is not None:
@@ -210,7 +225,12 @@ def _zeros_like(shape: jax.ShapeDtypeStruct) -> Array:
 
 
 def forward_saving(
-    name: str | None, inputs: WKVInputs, state: State, *, chunk: int | None, interpret: bool
+    name: str | None,
+    inputs: WKVInputs,
+    state: State,
+    *,
+    chunk: int | None,
+    interpret: bool,
 ) -> tuple[Array, State, Residuals]:
     """Computes y, the state after the last token, and what `backward` needs."""
     platform = platforms.target_platform()
@@ -255,7 +275,12 @@ def backward(
     platform = residuals.platform
     if platform is None:
         return _BY_NAME[name or "chunked"].backward(
-            residuals.inputs, residuals.starts, dy, dend, chunk=chunk, interpret=interpret
+            residuals.inputs,
+            residuals.starts,
+            dy,
+            dend,
+            chunk=chunk,
+            interpret=interpret,
         )
     run = functools.partial(_BY_NAME[_BEST_KERNELS[platform]].backward, chunk=chunk)
     run = _kernel_branch(platform, run)
@@ -269,5 +294,9 @@ def backward(
         return chunked.backward(residuals.inputs, starts, dy, dend, chunk=chunk)
 
     return jax.lax.platform_dependent(
-        residuals, dy, dend, default=other_platforms, **{platform: kernel_branch}
+        residuals,
+        dy,
+        dend,
+        default=other_platforms,
+        **{platform: kernel_branch},
     )

@@ -50,7 +50,11 @@ def _describe_gpu(platform: str) -> contextlib.AbstractContextManager:
     is_known = not jax.sharding.get_abstract_mesh().empty or target_platform() == "cuda"
     if is_known or platform != "cuda":
         return contextlib.nullcontext()
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    device = jax.sharding.AbstractDevice(
+        device_kind="NVIDIA H200",
+        num_cores=132,
+        platform="gpu",
+    )
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
     return jax.sharding.use_abstract_mesh(mesh)
 

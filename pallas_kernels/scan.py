@@ -73,7 +73,14 @@ def _step_backward(dstate: State, saved) -> tuple[State, WKVInputs]:
     dremoved = jnp.einsum("bhvk,bhk->bhv", dstate, b, precision="highest")
     da = jnp.einsum("bhvk,bhv->bhk", before, dremoved, precision="highest")
     dstate = dstate * decay[:, :, None, :] + dremoved[..., None] * a[:, :, None, :]
-    return dstate, WKVInputs(r=dr, log_w=dlog_w, k=dk, v=dv, a=da, b=db)
+    return dstate, WKVInputs(
+        r=dr,
+        log_w=dlog_w,
+        k=dk,
+        v=dv,
+        a=da,
+        b=db,
+    )
 
 
 def backward(

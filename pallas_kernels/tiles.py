@@ -119,7 +119,11 @@ def rows_for(table: dict, capability: int) -> dict[int, GPU]:
 
 
 def for_gpu(
-    table: dict, keys: int, values: int, dtype: jax.typing.DTypeLike, capability: int
+    table: dict,
+    keys: int,
+    values: int,
+    dtype: jax.typing.DTypeLike,
+    capability: int,
 ) -> GPU:
     """Returns the choices for these heads and tokens on such a GPU.
 

@@ -37,10 +37,23 @@ def passes(name: str, case: Case, dtype: str) -> tuple[Compile, Compile]:
     dend = jnp.cos(state)
 
     def forward(inputs, state):
-        return dispatch.forward_saving(name, inputs, state, chunk=None, interpret=False)
+        return dispatch.forward_saving(
+            name,
+            inputs,
+            state,
+            chunk=None,
+            interpret=False,
+        )
 
     def backward(residuals, dy, dend):
-        return dispatch.backward(name, residuals, dy, dend, chunk=None, interpret=False)
+        return dispatch.backward(
+            name,
+            residuals,
+            dy,
+            dend,
+            chunk=None,
+            interpret=False,
+        )
 
     def compile_forward():
         return jax.jit(forward).lower(inputs, state).compile(), (inputs, state)
@@ -98,7 +111,12 @@ def tune_gpu(makes: tuple[Compile, Compile], values: int, repeats: int) -> tiles
     totals: dict[tiles.GPU, float] = {}
     for chunk in (16, 32):
         first = tiles.Tile(4, 1, min(64, values))
-        choice = tiles.GPU(chunk, forward=first, state=first, gradients=first)
+        choice = tiles.GPU(
+            chunk,
+            forward=first,
+            state=first,
+            gradients=first,
+        )
         for kernel, make, candidates in plan:
             times: dict[tiles.GPU, float] = {}
             for tile in candidates:
@@ -117,7 +135,12 @@ def main(arguments: list[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.tune")
     parser.add_argument("--case", default="h200", choices=CASES)
-    parser.add_argument("--size", type=int, default=64, help="key and value channels of a head")
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=64,
+        help="key and value channels of a head",
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--implementation", choices=tuple(dispatch.PLATFORMS))
     parser.add_argument("--repeats", type=int, default=5)

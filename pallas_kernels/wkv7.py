@@ -13,20 +13,55 @@ CHUNKS = (16, 32, 64)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _wkv7(implementation: str | None, chunk: int | None, interpret: bool, inputs, state):
-    return dispatch.forward(implementation, inputs, state, chunk=chunk, interpret=interpret)
+def _wkv7(
+    implementation: str | None,
+    chunk: int | None,
+    interpret: bool,
+    inputs,
+    state,
+):
+    return dispatch.forward(
+        implementation,
+        inputs,
+        state,
+        chunk=chunk,
+        interpret=interpret,
+    )
 
 
-def _forward(implementation, chunk, interpret, inputs, state):
+def _forward(
+    implementation,
+    chunk,
+    interpret,
+    inputs,
+    state,
+):
     y, end, residuals = dispatch.forward_saving(
-        implementation, inputs, state, chunk=chunk, interpret=interpret
+        implementation,
+        inputs,
+        state,
+        chunk=chunk,
+        interpret=interpret,
     )
     return (y, end), residuals
 
 
-def _backward(implementation, chunk, interpret, residuals, cotangents):
+def _backward(
+    implementation,
+    chunk,
+    interpret,
+    residuals,
+    cotangents,
+):
     dy, dend = cotangents
-    return dispatch.backward(implementation, residuals, dy, dend, chunk=chunk, interpret=interpret)
+    return dispatch.backward(
+        implementation,
+        residuals,
+        dy,
+        dend,
+        chunk=chunk,
+        interpret=interpret,
+    )
 
 
 _wkv7.defvjp(_forward, _backward)

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -133,7 +133,13 @@ def count(code: str, loops: bool) -> int:
     return sum(first <= address <= last for address, _ in lines)
 
 
-def _measure(case: str, kernel: Kernel, size: Size, chunk: int, tile: tiles.Tile) -> dict:
+def _measure(
+    case: str,
+    kernel: Kernel,
+    size: Size,
+    chunk: int,
+    tile: tiles.Tile,
+) -> dict:
     """Returns a kernel's numbers; instructions are of all warps for one token of one head."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.cubin)
@@ -156,7 +162,7 @@ def _make_passes(size: Size, sharding) -> Iterator[tuple[Callable, tuple]]:
     """Yields both passes in Pallas, with the shapes of their arguments."""
     heads = CHANNELS // size.keys
 
-    def array(kind, *shape):
+    def array(kind, *shape) -> Any:
         return jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
 
     key_array = array(size.dtype, BATCH, TOKENS, heads, size.keys)
@@ -182,13 +188,22 @@ def compile_for_device(device: Device, size: Size) -> None:
     """
     major, minor = divmod(device.capability, 10)
     description = DESCRIPTION.format(
-        kind=device.kind, major=major, minor=minor, cores=device.cores, shared=device.shared
+        kind=device.kind,
+        major=major,
+        minor=minor,
+        cores=device.cores,
+        shared=device.shared,
     )
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="described", target_config=description, topology="1x1x1"
+        platform="cuda",
+        topology_name="described",
+        target_config=description,
+        topology="1x1x1",
     )
     abstract = jax.sharding.AbstractDevice(
-        device_kind=device.kind, num_cores=device.cores, platform="gpu"
+        device_kind=device.kind,
+        num_cores=device.cores,
+        platform="gpu",
     )
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=abstract)
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
@@ -233,7 +248,13 @@ def _assemble(name: str, path: Path, ptx: str, thunks: str) -> Kernel:
     )
 
 
-def _compile_triton(name: str, capability: int, size: Size, chunk: int, tile: tiles.Tile) -> Kernel:
+def _compile_triton(
+    name: str,
+    capability: int,
+    size: Size,
+    chunk: int,
+    tile: tiles.Tile,
+) -> Kernel:
     """Returns what Triton makes of the kernel of this name."""
     # Optional: triton is an extra, and slow to import.
     import triton

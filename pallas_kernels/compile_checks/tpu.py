@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -45,7 +46,11 @@ SPILLED = 8
 
 
 def _make_program(
-    kernel: str, keys: int, values: int, dtype: str, sharding
+    kernel: str,
+    keys: int,
+    values: int,
+    dtype: str,
+    sharding,
 ) -> tuple[Callable, tuple]:
     """Makes a function of arrays as a model has them, [B T C], and describes its arguments.
 
@@ -58,7 +63,7 @@ def _make_program(
     """
     heads = CHANNELS // keys
 
-    def array(kind, *shape):
+    def array(kind, *shape) -> Any:
         return jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
 
     key_array = array(dtype, BATCH, TOKENS, heads * keys)
@@ -95,10 +100,15 @@ def _make_program(
 def _choose_layout(keys: int, values: int, dtype: str) -> TileLayout:
     """Returns the layout that the kernels choose for these sizes."""
     heads = CHANNELS // keys
-    key_array = jax.ShapeDtypeStruct((BATCH, TOKENS, heads, keys), dtype)
-    value_array = jax.ShapeDtypeStruct((BATCH, TOKENS, heads, values), dtype)
+    key_array: Any = jax.ShapeDtypeStruct((BATCH, TOKENS, heads, keys), dtype)
+    value_array: Any = jax.ShapeDtypeStruct((BATCH, TOKENS, heads, values), dtype)
     inputs = WKVInputs(
-        r=key_array, log_w=key_array, k=key_array, v=value_array, a=key_array, b=key_array
+        r=key_array,
+        log_w=key_array,
+        k=key_array,
+        v=value_array,
+        a=key_array,
+        b=key_array,
     )
     return pallas_calls.choose_layout(inputs, None)
 
@@ -119,7 +129,13 @@ def _read_schedule(folder: Path) -> tuple[int, float]:
     return bundles, spills / bundles / sum(SLOTS)
 
 
-def _measure(chip: str, kernel: str, size: tuple[int, int, str], sharding, folder: Path) -> dict:
+def _measure(
+    chip: str,
+    kernel: str,
+    size: tuple[int, int, str],
+    sharding,
+    folder: Path,
+) -> dict:
     """Compiles one kernel; returns its numbers for one token of one head."""
     for path in folder.iterdir():
         path.unlink()
@@ -127,6 +143,9 @@ def _measure(chip: str, kernel: str, size: tuple[int, int, str], sharding, folde
     program, arguments = _make_program(kernel, *size, sharding)
     compiled = jax.jit(program).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
     seconds = time.monotonic() - began
+    memory = compiled.memory_analysis()
+    if memory is None:
+        raise RuntimeError("libtpu does not say how much memory the program takes.")
     bundles, spills = _read_schedule(folder)
     layout = _choose_layout(*size)
     keys, values, dtype = size
@@ -134,7 +153,7 @@ def _measure(chip: str, kernel: str, size: tuple[int, int, str], sharding, folde
         "case": f"{chip} {kernel} {keys}x{values} {dtype}",
         "bundles": round(bundles / (layout.chunk * layout.heads * layout.groups), 2),
         "spills": round(100 * spills, 2),
-        "temporary": compiled.memory_analysis().temp_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
         "seconds": round(seconds, 1),
     }
 
@@ -146,7 +165,9 @@ def compile_for_chip(chip: str, folder: str) -> None:
     """
     device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices[0]
     abstract = jax.sharding.AbstractDevice(
-        device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu"
+        device_kind=device.device_kind,
+        num_cores=device.num_cores,
+        platform="tpu",
     )
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=abstract)
     sharding = jax.sharding.SingleDeviceSharding(device)
@@ -172,7 +193,12 @@ def _run_process(chip: str) -> str:
         }
         error = ""
         for _ in range(ATTEMPTS):
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            done = subprocess.run(
+                command,
+                env=environment,
+                capture_output=True,
+                text=True,
+            )
             if done.returncode == 0:
                 return done.stdout
             error = done.stderr

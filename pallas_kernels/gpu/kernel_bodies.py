@@ -37,7 +37,16 @@ def _load(ref, at) -> Array:
     return ref[0, at, 0, :].astype(jnp.float32)
 
 
-def _prepare(r, log_w, a, b, start, tokens: int, dtype: jnp.dtype, interpret) -> chunk_math.Chunk:
+def _prepare(
+    r,
+    log_w,
+    a,
+    b,
+    start,
+    tokens: int,
+    dtype: jnp.dtype,
+    interpret,
+) -> chunk_math.Chunk:
     """Prepares the chunk of r, log_w, a and b that begins at token `start`."""
     # Loading log_w again by halves is cheaper than summing a part of what is loaded.
     half = tokens // 2
@@ -53,7 +62,19 @@ def _prepare(r, log_w, a, b, start, tokens: int, dtype: jnp.dtype, interpret) ->
     )
 
 
-def forward_kernel(r, log_w, k, v, a, b, start, end, *outputs, chunk: int, interpret=False) -> None:
+def forward_kernel(
+    r,
+    log_w,
+    k,
+    v,
+    a,
+    b,
+    start,
+    end,
+    *outputs,
+    chunk: int,
+    interpret=False,
+) -> None:
     """Writes the state after the last token and, where asked for, y and each chunk's S^.
 
     Args:
@@ -90,7 +111,18 @@ def forward_kernel(r, log_w, k, v, a, b, start, end, *outputs, chunk: int, inter
     end[0, 0] = (state * rest).T
 
 
-def state_kernel(r, log_w, a, b, dy, dend, dstart, *outputs, chunk: int, interpret=False) -> None:
+def state_kernel(
+    r,
+    log_w,
+    a,
+    b,
+    dy,
+    dend,
+    dstart,
+    *outputs,
+    chunk: int,
+    interpret=False,
+) -> None:
     """Writes the start state's gradient and, where asked for, each chunk's G^.
 
     Args:
@@ -124,7 +156,19 @@ def state_kernel(r, log_w, a, b, dy, dend, dstart, *outputs, chunk: int, interpr
     dstart[0, 0] = (dstate * mid).T
 
 
-def gradients_kernel(r, log_w, k, v, a, b, dy, starts, ends, *grads, interpret=False) -> None:
+def gradients_kernel(
+    r,
+    log_w,
+    k,
+    v,
+    a,
+    b,
+    dy,
+    starts,
+    ends,
+    *grads,
+    interpret=False,
+) -> None:
     """Writes the gradients of one chunk's r, log_w, k, v, a and b.
 
     Args:

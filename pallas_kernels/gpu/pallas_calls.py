@@ -15,8 +15,9 @@ from pallas_kernels.gpu.segmented_passes import KernelSet
 from pallas_kernels.platforms import output_like
 from pallas_kernels.reference import State, WKVInputs
 
-# The kind of block that each input is cut into. A kernel may take some value channels alone.
-INPUTS = WKVInputs(r="keys", log_w="keys", k="keys", v="values", a="keys", b="keys")
+# The kind of block that each of the six inputs is cut into. A kernel may take some value channels
+# alone, but needs all key channels.
+INPUTS = ("keys", "keys", "keys", "values", "keys", "keys")
 
 # A kind of block and an array, or the shape of an output.
 Operand = tuple[str, Array]
@@ -80,7 +81,11 @@ def _chunk_states(state: State, v: Array, choice: tiles.GPU) -> jax.ShapeDtypeSt
 
 
 def _forward(
-    inputs: WKVInputs, state: State, choice: tiles.GPU, save: bool | None, interpret: bool
+    inputs: WKVInputs,
+    state: State,
+    choice: tiles.GPU,
+    save: bool | None,
+    interpret: bool,
 ) -> Sequence[Array]:
     """Calls the forward kernel; see `segmented_passes.ForwardKernel`."""
     v = inputs.v
@@ -94,7 +99,12 @@ def _forward(
 
 
 def _state(
-    inputs: WKVInputs, dy: Array, dend: State, choice: tiles.GPU, save: bool, interpret: bool
+    inputs: WKVInputs,
+    dy: Array,
+    dend: State,
+    choice: tiles.GPU,
+    save: bool,
+    interpret: bool,
 ) -> Sequence[Array]:
     """Calls the state's kernel; see `segmented_passes.StateKernel`."""
     arrays = [
@@ -112,7 +122,12 @@ def _state(
 
 
 def _gradients(
-    inputs: WKVInputs, dy: Array, starts: Array, ends: Array, choice: tiles.GPU, interpret: bool
+    inputs: WKVInputs,
+    dy: Array,
+    starts: Array,
+    ends: Array,
+    choice: tiles.GPU,
+    interpret: bool,
 ) -> Sequence[Array]:
     """Calls the gradients' kernel; see `segmented_passes.GradientsKernel`."""
     batch, tokens, heads, keys = inputs.r.shape

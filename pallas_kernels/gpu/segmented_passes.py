@@ -69,7 +69,12 @@ class ForwardKernel(Protocol):
     """The kernel that walks the chunks forward."""
 
     def __call__(
-        self, inputs: WKVInputs, state: State, choice: tiles.GPU, save: bool | None, interpret: bool
+        self,
+        inputs: WKVInputs,
+        state: State,
+        choice: tiles.GPU,
+        save: bool | None,
+        interpret: bool,
     ) -> Sequence[Array]:
         """Returns the end state; unless `save` is None also y; if it is true also each S^."""
         ...
@@ -127,8 +132,14 @@ class _Plan(NamedTuple):
     def cut_inputs(self, inputs: WKVInputs) -> WKVInputs:
         """Casts the inputs to the kernels' dtypes and cuts them."""
         dtype = inputs.v.dtype
-        dtypes = WKVInputs(dtype, jnp.float32, dtype, dtype, dtype, dtype)
-        return jax.tree.map(lambda x, kind: self.cut(x.astype(kind)), inputs, dtypes)
+        return WKVInputs(
+            r=self.cut(inputs.r.astype(dtype)),
+            log_w=self.cut(inputs.log_w.astype(jnp.float32)),
+            k=self.cut(inputs.k.astype(dtype)),
+            v=self.cut(inputs.v),
+            a=self.cut(inputs.a.astype(dtype)),
+            b=self.cut(inputs.b.astype(dtype)),
+        )
 
 
 class KernelSet(NamedTuple):
@@ -161,7 +172,12 @@ class KernelSet(NamedTuple):
         return _Plan(choice, segments)
 
     def _forward(
-        self, inputs: WKVInputs, state: State, chunk: int | None, save: bool, interpret: bool
+        self,
+        inputs: WKVInputs,
+        state: State,
+        chunk: int | None,
+        save: bool,
+        interpret: bool,
     ) -> tuple[Array, ...]:
         batch, tokens, heads, values = inputs.v.shape
         plan = self._plan(inputs, chunk)
@@ -178,7 +194,12 @@ class KernelSet(NamedTuple):
         return y, end[segments - 1 :: segments], *starts
 
     def forward(
-        self, inputs: WKVInputs, state: State, *, chunk: int | None = None, interpret: bool = False
+        self,
+        inputs: WKVInputs,
+        state: State,
+        *,
+        chunk: int | None = None,
+        interpret: bool = False,
     ) -> tuple[Values, State]:
         """Computes y and the state after the last token.
 
@@ -192,7 +213,12 @@ class KernelSet(NamedTuple):
         return y, end
 
     def forward_saving(
-        self, inputs: WKVInputs, state: State, *, chunk: int | None = None, interpret: bool = False
+        self,
+        inputs: WKVInputs,
+        state: State,
+        *,
+        chunk: int | None = None,
+        interpret: bool = False,
     ) -> tuple[Values, State, Starts]:
         """Computes what `forward` does, and the scaled state of every chunk."""
         y, end, starts = self._forward(inputs, state, chunk, True, interpret)

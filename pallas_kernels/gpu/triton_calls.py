@@ -62,7 +62,7 @@ def launch(
     kernel: str,
     arrays: Sequence[Array],
     outputs: list[jax.ShapeDtypeStruct],
-    grid: tuple[int, ...],
+    grid: tuple[int, int],
     tile: tiles.Tile,
     **constants,
 ) -> Sequence[Array]:
@@ -158,11 +158,23 @@ def _chunk_states(
 
 
 def _forward(
-    inputs: WKVInputs, state: State, choice: tiles.GPU, save: bool | None, interpret: bool
+    inputs: WKVInputs,
+    state: State,
+    choice: tiles.GPU,
+    save: bool | None,
+    interpret: bool,
 ) -> Sequence[Array]:
     """Launches the forward kernel; see `segmented_passes.ForwardKernel`."""
 
-    def describe_outputs(r, log_w, k, v, a, b, state):
+    def describe_outputs(
+        r,
+        log_w,
+        k,
+        v,
+        a,
+        b,
+        state,
+    ):
         y_shape = v.shape if save is not None else v.shape[:1]
         end = output_like(state.shape, jnp.float32, state, v)
         y = output_like(y_shape, v.dtype, state, v)
@@ -183,11 +195,23 @@ def _forward(
 
 
 def _state(
-    inputs: WKVInputs, dy: Array, dend: State, choice: tiles.GPU, save: bool, interpret: bool
+    inputs: WKVInputs,
+    dy: Array,
+    dend: State,
+    choice: tiles.GPU,
+    save: bool,
+    interpret: bool,
 ) -> Sequence[Array]:
     """Launches the state's kernel; see `segmented_passes.StateKernel`."""
 
-    def describe_outputs(r, log_w, a, b, dy, dend):
+    def describe_outputs(
+        r,
+        log_w,
+        a,
+        b,
+        dy,
+        dend,
+    ):
         dstart = output_like(dend.shape, jnp.float32, dend, dy)
         return [dstart, _chunk_states(dend, dy, choice, save)]
 
@@ -199,7 +223,12 @@ def _state(
 
 
 def _gradients(
-    inputs: WKVInputs, dy: Array, starts: Array, ends: Array, choice: tiles.GPU, interpret: bool
+    inputs: WKVInputs,
+    dy: Array,
+    starts: Array,
+    ends: Array,
+    choice: tiles.GPU,
+    interpret: bool,
 ) -> Sequence[Array]:
     """Launches the gradients' kernel; see `segmented_passes.GradientsKernel`."""
 

@@ -125,4 +125,6 @@ def expand(x: Array, masks: Masks, layout: TileLayout) -> Array:
 def compact(x: Array, layout: TileLayout) -> Array:
     """Inverts `expand`."""
     values = layout.values
-    return sum(x[h * values : (h + 1) * values] for h in range(layout.heads))
+    # Each column has one block that is not zero.
+    blocks = (x[h * values : (h + 1) * values] for h in range(layout.heads))
+    return sum(blocks)  # pyright: ignore[reportReturnType]

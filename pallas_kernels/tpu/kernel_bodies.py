@@ -56,7 +56,13 @@ def _store(ref, g: int, x: Array) -> None:
 
 
 def _forward_group(
-    g: int, inputs: WKVInputs, y_ref, starts_ref, state, masks: Masks, layout: TileLayout
+    g: int,
+    inputs: WKVInputs,
+    y_ref,
+    starts_ref,
+    state,
+    masks: Masks,
+    layout: TileLayout,
 ) -> Generator[None, None, None]:
     """Computes one group's y and moves its state to the end of the chunk."""
     tokens = _load_inputs(inputs, g, layout)
@@ -72,7 +78,18 @@ def _forward_group(
 
 
 def forward_kernel(
-    r, log_w, k, v, a, b, start_ref, y_ref, end_ref, *rest, layout: TileLayout, save: bool
+    r,
+    log_w,
+    k,
+    v,
+    a,
+    b,
+    start_ref,
+    y_ref,
+    end_ref,
+    *rest,
+    layout: TileLayout,
+    save: bool,
 ) -> None:
     """Writes what one chunk of some groups of heads reads, and their states after it.
 

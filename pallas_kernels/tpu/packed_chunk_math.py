@@ -76,7 +76,13 @@ def dot(x: Array, y: Array, *, left: int = 1, right: int = 0) -> Array:
     """Multiplies over axis `left` of x and `right` of y, summing in float32."""
     precision = None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     axes = (((left,), (right,)), ((), ()))
-    return jax.lax.dot_general(x, y, axes, precision=precision, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        x,
+        y,
+        axes,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def sums(signs: Array, x: Array, layout: TileLayout) -> Array:
@@ -179,7 +185,13 @@ def writes(chunk: Chunk, start: Array, layout: TileLayout) -> Generator[None, No
     return jnp.concatenate([u, chunk.v], 0)
 
 
-def outputs(chunk: Chunk, written: Array, start: Array, masks: Masks, layout: TileLayout) -> Array:
+def outputs(
+    chunk: Chunk,
+    written: Array,
+    start: Array,
+    masks: Masks,
+    layout: TileLayout,
+) -> Array:
     """Computes what the chunk's tokens read, [L Wv]."""
     y = dot(chunk.rh, start, right=1)
     y = y + dot(jnp.concatenate([chunk.arb, chunk.ark], 1), written)
@@ -193,7 +205,11 @@ def end_state(chunk: Chunk, written: Array, scaled: Array, masks: Masks) -> Arra
 
 
 def removals_and_gradients(
-    chunk: Chunk, dy: Array, start: Array, dend: Array, layout: TileLayout
+    chunk: Chunk,
+    dy: Array,
+    start: Array,
+    dend: Array,
+    layout: TileLayout,
 ) -> Generator[None, None, tuple[Array, Array]]:
     """Computes U and Z, the gradients of what each token's removal reads, [R Wv] each.
 
@@ -214,7 +230,12 @@ def removals_and_gradients(
 
 
 def value_gradient(
-    chunk: Chunk, z: Array, dy: Array, dend: Array, masks: Masks, layout: TileLayout
+    chunk: Chunk,
+    z: Array,
+    dy: Array,
+    dend: Array,
+    masks: Masks,
+    layout: TileLayout,
 ) -> Array:
     """Computes the gradient of v, [L Wv]."""
     pairs = jnp.concatenate([chunk.ark, chunk.aak], 0)
@@ -223,7 +244,13 @@ def value_gradient(
     return unstack(dv, masks.value_head, layout)
 
 
-def start_gradient(chunk: Chunk, z: Array, dy: Array, dscaled: Array, masks: Masks) -> Array:
+def start_gradient(
+    chunk: Chunk,
+    z: Array,
+    dy: Array,
+    dscaled: Array,
+    masks: Masks,
+) -> Array:
     """Computes the gradient of the state before the chunk from G^ in float32."""
     arriving = jnp.concatenate([dy, z], 0)
     readers = jnp.concatenate([chunk.rh, chunk.ah], 0)

@@ -129,7 +129,11 @@ def _call(
 
 
 def _run_forward(
-    inputs: WKVInputs, state: State, chunk: int | None, save: bool, interpret: Interpret
+    inputs: WKVInputs,
+    state: State,
+    chunk: int | None,
+    save: bool,
+    interpret: Interpret,
 ) -> tuple[Array, ...]:
     layout = choose_layout(inputs, chunk)
     v = inputs.v
