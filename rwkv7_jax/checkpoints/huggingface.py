@@ -56,12 +56,14 @@ def read_hf(folder: Path) -> tuple[dict[str, Tensor], float]:
         raise ValueError(
             f"load_model: `{folder}` must have model_type rwkv7; got {table.get('model_type')!r}."
         )
+    # fla's configuration allows attention in some layers; those would come without our tensors.
     if table.get("attn"):
         raise ValueError(f"load_model: `{folder}` has attention layers, which RWKV-7 does not.")
     files = _weight_files(folder)
     if not files:
         raise ValueError(f"load_model: `{folder}` has no .safetensors file.")
     tensors = {}
+    # Opening a shard reads its header alone.
     for file in files:
         tensors |= read_safetensors(file)
     norm_eps = table.get("norm_eps", _DEFAULT_NORM_EPS)
@@ -99,6 +101,7 @@ def save_hf(
     Raises:
         ValueError: epsilons that config.json cannot express, or a folder with other files.
     """
+    # fla computes the per-head epsilon, so a different one would be lost without a word.
     if not np.isclose(config.group_norm_eps, config.head_size * config.norm_eps):
         raise ValueError(
             "save_model: an HF folder has one `norm_eps` for all norms, and the per-head norm's is "
@@ -133,6 +136,7 @@ def hf_config(params: Params, config: RWKV7Config) -> dict[str, Any]:
         "a_low_rank_dim": config.icl_rank,
         "v_low_rank_dim": config.value_rank,
         "hidden_act": "sqrelu",
+        # fla's default; RWKV itself has no longest context.
         "max_position_embeddings": 2048,
         "norm_first": True,
         "norm_bias": True,
@@ -141,6 +145,7 @@ def hf_config(params: Params, config: RWKV7Config) -> dict[str, Any]:
         "bos_token_id": 0,
         "eos_token_id": 0,
         "tie_word_embeddings": False,
+        # transformers renamed `torch_dtype` to `dtype`; older versions know the former alone.
         "dtype": dtype,
         "torch_dtype": dtype,
     }

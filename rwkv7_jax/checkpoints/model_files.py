@@ -67,6 +67,7 @@ def load_model(
     # First, so that a file of another architecture is one sentence and not a table of differences.
     tensor_names.reject_other_architectures(tensors, str(path))
     tensors, state = tensor_names.split_states(tensors)
+    # Tools of the RWKV world put states and models under the same suffixes.
     if state and not tensors:
         raise ValueError(f"load_model: `{path}` is a start state; load_state reads it.")
     if state:
@@ -159,6 +160,7 @@ def save_model(
     if kind == "orbax":
         save_orbax(path, params, config)
         return
+    # Everything below is lazy: a tensor is copied to the host when its turn to be written comes.
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     tensors = _count_bytes(official_tensors(params, config), total, progress)
     if kind == "hf":
@@ -180,6 +182,7 @@ def model_hash(params: Params, config: RWKV7Config) -> str:
     digest = hashlib.blake2b(digest_size=16)
     # Not every format has the unused tensors.
     tensors = drop_unused_value_residual(official_tensors(params, config))
+    # Sorted by name: the order must not depend on how a tree was made.
     for name, array in sorted(tensors, key=lambda item: item[0]):
         digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -59,6 +59,7 @@ def _read_config(folder: Path) -> RWKV7Config:
     if not path.exists():
         raise ValueError(f"load_model: `{folder}` is not a checkpoint: it has no {_CONFIG_FILE}.")
     table = read_json(path)
+    # Checked before the config, whose fields may differ in another layout.
     if table.get("layout") != _LAYOUT:
         raise ValueError(f"load_model: `{folder}` has layout {table.get('layout')}, not {_LAYOUT}.")
     try:
@@ -83,4 +84,5 @@ def save_orbax(path: Path, params: Params, config: RWKV7Config) -> None:
         table = {"layout": _LAYOUT, "config": dataclasses.asdict(config)}
         (folder / _CONFIG_FILE).write_text(json.dumps(table, indent=1) + "\n")
 
+    # Orbax refuses relative paths.
     replace_folder(path.absolute(), {_ARRAYS, _CONFIG_FILE}, fill)

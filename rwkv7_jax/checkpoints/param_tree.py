@@ -99,6 +99,7 @@ def _count_layers(tensors: Tensors, path: str) -> int:
 
 def _infer_value_rank(tensors: Tensors) -> int:
     """Infers the rank of the value residual; 0 where a file has none, as with one layer."""
+    # Block 0's is unused but of the same rank, which is all that a model of one layer has.
     for layer in (1, 0):
         tensor = tensors.get(f"blocks.{layer}.att.v1")
         if tensor is not None:
@@ -122,6 +123,7 @@ def check_names(tensors: Tensors, config: RWKV7Config, path: str) -> None:
             fault = "missing" if name in required else None
         if fault is not None:
             rows.append((name, str(shape), fault))
+    # Extra tensors are faults too: ignoring them would hide a model of another kind.
     for name, tensor in tensors.items():
         if name not in accepted:
             rows.append((name, "-", f"extra {tuple(tensor.shape)}"))
@@ -173,6 +175,7 @@ def is_finite(array: np.ndarray) -> bool:
 
     It compares bits, which for bfloat16 is 20 times faster than `np.isfinite`.
     """
+    # float64 occurs in gradients and averages at most; there NumPy's own test is fast.
     if array.dtype not in _EXPONENT_OF_INFINITY:
         return bool(np.isfinite(array).all())
     integer, infinity = _EXPONENT_OF_INFINITY[array.dtype]
@@ -214,6 +217,7 @@ def _stack(
         dtype = functools.reduce(jnp.promote_types, dtypes)
     stacked = _aligned_empty((len(names), *shape), np.dtype(dtype))
     for row, name in zip(stacked, names, strict=True):
+        # Takes off axes of size 1, which official vectors have.
         array = tensors[name].read().reshape(shape)
         if not allow_nan:
             require_finite(array, name, path)
@@ -249,6 +253,7 @@ def build_tree(
     for name in shapes:
         if name in tensors:
             names_by_path.setdefault(tree_path(name), []).append(name)
+    # One leaf after the other, so that the peak is the model and one stack of layers.
     total = sum(map(_num_bytes, tensors.values()))
     done = 0
     tree: Params = {}
@@ -290,11 +295,13 @@ def check_params(params: Params, config: RWKV7Config) -> None:
     expected: dict[TreePath, Shape] = {}
     for name, shape in tensor_names.accepted_shapes(config).items():
         place = tree_path(name)
+        # An optional tensor is expected only where it is.
         if name not in required and place not in leaves:
             continue
         if place[0] == "layers":
             shape = (config.num_layers - 1, *shape)
         expected[place] = shape
+    # A leaf that no file has a name for would be lost in silence.
     extra = leaves.keys() - expected.keys()
     if extra:
         place = "/".join(map(str, min(extra)))

@@ -79,6 +79,7 @@ def _split_name(filename: str) -> tuple[str, str]:
 
 def _data_span(info: zipfile.ZipInfo, data: mmap.mmap) -> tuple[int, int]:
     """Finds where an entry's data begin and end in the file."""
+    # PyTorch stores without compression, and what is compressed could not be mapped.
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise ValueError(f"its entry {info.filename!r} is compressed or encrypted")
     header = data[info.header_offset : info.header_offset + _LOCAL_HEADER]
@@ -121,6 +122,7 @@ def _read(path: Path) -> Any:
     if not zipfile.is_zipfile(path):
         raise ValueError("it is not a zip file; files of PyTorch before 1.6 must be saved anew")
     with path.open("rb") as file:
+        # The arrays keep the map alive; a copy of a 13B model would cost 26 GB.
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     entries = _entries(path, data)
     program = bytes(entries.get("data.pkl", b"")[: _PICKLE_LIMIT + 1])
@@ -203,6 +205,7 @@ def write_pth(path: str | Path, tensors: Iterable[tuple[str, np.ndarray]]) -> No
         ValueError: a dtype that has no PyTorch storage, or a folder that does not exist.
     """
     with atomic_write(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
+        # Protocol 2, an empty dict, a mark; the items follow, and SETITEMS and STOP at the end.
         program = [b"\x80\x02}("]
         for number, (name, array) in enumerate(tensors):
             if array.dtype not in STORAGE_NAMES:
@@ -215,6 +218,7 @@ def write_pth(path: str | Path, tensors: Iterable[tuple[str, np.ndarray]]) -> No
             program.append(_pickled(name))
             program.append(_pickled_tensor(str(number), contiguous.reshape(array.shape)))
         program.append(b"u.")
+        # PyTorch writes the pickle first; readers find entries by name, and we know it only now.
         _add_entry(archive, "data.pkl", b"".join(program))
         _add_entry(archive, "byteorder", b"little")
         _add_entry(archive, "version", b"3\n")

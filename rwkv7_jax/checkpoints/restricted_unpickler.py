@@ -106,6 +106,7 @@ class RestrictedUnpickler:
                 name = _ALL_OPCODE_NAMES.get(code, code.hex() or "nothing at its end")
                 raise ValueError(f"its pickle uses {name}, which no checkpoint needs")
             opcode = _OPCODES[code]
+            # Whatever follows the first STOP is not part of the program.
             if opcode.name == "STOP":
                 return self._stack.pop()
             argument = None
@@ -232,6 +233,7 @@ class RestrictedUnpickler:
         data = self._storages[key]
         if not (isinstance(count, int) and 0 <= count * dtype.itemsize <= len(data)):
             raise ValueError(f"data/{key} is too small for {count} numbers")
+        # The bytes stay in the file until a tensor is used.
         return _Storage(dtype, np.frombuffer(data, dtype, count))
 
     def _call(self, function: Any, arguments: Any) -> Any:
@@ -240,6 +242,7 @@ class RestrictedUnpickler:
             raise ValueError("it calls something that is not a name")
         if function == _ORDERED_DICT and arguments in ((), ([],)):
             return {}
+        # The further arguments are `requires_grad` and hooks.
         if function == _REBUILD_PARAMETER and arguments and isinstance(arguments[0], np.ndarray):
             return arguments[0]
         if function == _REBUILD_TENSOR and len(arguments) >= 4:
@@ -332,6 +335,7 @@ def _allowed(module: Any, name: Any) -> _Global:
     # Printing what is not a name could unfold a memo bomb.
     if not (isinstance(module, str) and isinstance(name, str)):
         raise ValueError("it asks for something that is not a name")
+    # A list of what is allowed: a list of what is dangerous would never be complete.
     if (module, name) not in _ALLOWED_NAMES:
         raise ValueError(f"it asks for `{module}.{name}`, which is not allowed in a checkpoint")
     return _Global(module, name)

@@ -81,6 +81,7 @@ def save_state(
             raise ValueError(f"`state` must hold one sequence; got {state.batch}.")
         if config is not None:
             _check_sizes(np.asarray(state.wkv[:, 0]), config, "state")
+        # Tools that read the other formats would take the WKV part for all of the state.
         if state.upscaled is not None and path.suffix != ".safetensors":
             raise ValueError(f"`path` of an upscaled state must end in .safetensors; got {path}.")
     tensors = _state_tensors(state, path, jnp.dtype(dtype))
@@ -219,6 +220,7 @@ def _stack_layers(tensors: Mapping[str, np.ndarray], name: str, path: Path) -> n
         if layer not in by_layer:
             raise ValueError(f"load_state: `{path}` has no blocks.{layer}.{name}.")
     rows = [by_layer[layer] for layer in range(len(by_layer))]
+    # `np.stack` would say so too, but without the file and the name.
     if len({row.shape for row in rows}) > 1:
         raise ValueError(f"load_state: `{path}` has blocks whose {name} differ in shape.")
     return np.stack(rows)
@@ -324,6 +326,7 @@ def load_state(
     if wkv is None or wkv.ndim != 4:
         raise ValueError(f"load_state: `{path}` holds no blocks.0.att.time_state [H, value, key].")
     _check_axes(path)
+    # Heads are square, so a forgotten swap would load, and only answer badly.
     if _usual_axes(path) == _TRANSPOSED_AXES:
         wkv = wkv.swapaxes(-1, -2)
     if config is not None:

@@ -53,6 +53,7 @@ def format_of(path: str | Path, *, format: str | None = None) -> Format:
             f"checkpoint: `format` must be one of {', '.join(FORMATS)}; got {format!r}."
         )
     path = Path(path)
+    # Before the suffix: the name of an HF folder may end in anything.
     if (path / "config.json").exists():
         return "hf"
     for known in _FILE_FORMATS:
@@ -122,6 +123,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _pth_tensors(content: Any) -> dict[str, Tensor]:
     """Picks the arrays out of what a .pth file holds; step counts and the like are left out."""
+    # In this order, because each may hold the next.
     for wrapper in ("state_dict", "module", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]

@@ -256,6 +256,7 @@ def from_official(tensors: Tensors, *, suffix: str = "") -> dict[str, Tensor]:
     """
     plain = {}
     for name, tensor in tensors.items():
+        # `_forward_module.` is Lightning's.
         plain[name.removeprefix("_forward_module.").removeprefix("model.")] = tensor
     if _is_transposed(plain, suffix):
         return _transpose_low_rank(plain)
@@ -269,6 +270,7 @@ def _is_transposed(tensors: Tensors, suffix: str) -> bool:
     """
     if "emb.weight" in tensors:
         width = tensors["emb.weight"].shape[-1:]
+        # Not "v": block 0 need not have it.
         for letter in "wag":
             tensor = tensors.get(f"blocks.0.att.{letter}1")
             if tensor is None or len(tensor.shape) != 2 or not width:

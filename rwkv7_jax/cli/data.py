@@ -58,6 +58,7 @@ def _tokenizer(vocabulary: str | None, sources: list[str]) -> Tokenizer:
     """Returns the tokenizer that was asked for, else that of the first cache, else World's."""
     if vocabulary is None:
         vocabulary = "world"
+        # A cache knows its vocabulary; ids of another one would be other text.
         for source in sources:
             card = read_card(source) if source.endswith(_CACHE_SUFFIXES) else None
             if card is not None:
@@ -76,11 +77,13 @@ def _write(options: argparse.Namespace, sources: list[str], tokenizer: Tokenizer
     if path.suffix != ".bin":
         path = Path(f"{path}.bin")
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In bytes of text: how many tokens there will be is not known yet.
     bar = ProgressBar(sum(map(size_of, sources)), "tokenizing")
 
     def report(done: int, total: int) -> None:
         bar.update(done, f"{done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
 
+    # The bar is closed before an error is printed, so that the error has a line of its own.
     try:
         card, stats = write_cache(sources, path, tokenizer, on_bad=options.on_bad, progress=report)
     finally:

@@ -68,6 +68,7 @@ def _run(options: argparse.Namespace) -> None:
     model = read_model(options.model)
     tokenizer = Tokenizer.for_vocabulary(model.config.vocab_size)
     prompt_ids = tokenizer.encode(prompt) or _EMPTY_PROMPT
+    # What the model itself reads.
     unread = prompt_ids
     state = None
     if options.state:
@@ -96,6 +97,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.json:
         print(_to_json(out, prompt, len(prompt_ids)))
     else:
+        # The text was streamed; its last line has no end yet.
         print()
 
 
@@ -103,6 +105,7 @@ def _propose(folder: str, model: LoadedModel, ids: list[int]) -> RWKV7State:
     """Lets an observer read the ids and propose the model's start state."""
     if not ids:
         raise ValueError("generate: `--prompt` must have at least two tokens with `--observer`.")
+    # Other weights of the same sizes would be given states that mean nothing to them.
     observer, params = load_observer(folder, model.config, base_model=model.hash)
     return propose(observer, params, np.asarray([ids], np.int32))
 
@@ -136,4 +139,5 @@ def discard_output() -> None:
     except (OSError, ValueError):
         # A test or another program has replaced the stream.
         return
+    # Closing the stream would raise once more, so its descriptor is replaced.
     os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

@@ -43,6 +43,7 @@ def run_observe(options: argparse.Namespace) -> None:
     ids = tokenizer.encode(read_prompt(options.prompt))
     if not ids:
         raise ValueError("observe: `--prompt` must not be empty.")
+    # A batch of one row.
     tokens = np.asarray([ids], np.int32)
     print(f"{options.observer}: {_sizes(observer)}")
     print(f"teacher: {observer_info(options.observer)['base_model']}")
@@ -93,6 +94,7 @@ def _error(
     tokenizer: Tokenizer,
 ) -> float:
     """Computes how far the proposal is from the state of a teacher that reads the prompt itself."""
+    # The windows' own states are what a proposal is compared with, so they must be typical text.
     stream = token_stream(options.text, tokenizer)
     batch = windows(stream, options.length, options.windows)
     if len(batch.tokens) < 2:

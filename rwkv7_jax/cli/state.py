@@ -83,11 +83,13 @@ def _info(options: argparse.Namespace) -> None:
         kind = upscaled.features.kind
         size = upscaled.memory.shape[-1]
         print(f"upscaled memory: {upscaled.dynamics}, {size} {kind} features a head")
+    # Files of other tools have no sidecar, so no base model.
     base = table.get("base_model")
     line = f"base model: {base or 'not named in the sidecar'}"
     if model is not None:
         line += f"; {_fit(options.model, model.hash, base)}"
     print(line)
+    # What the run or the user added: a score, alpha, what the state is made of.
     for name, value in table.items():
         if name not in _DESCRIBED_FIELDS:
             print(f"{name}: {value}")
@@ -154,6 +156,7 @@ def _mix(options: argparse.Namespace) -> None:
     if len(files) < 2:
         raise ValueError("state mix: needs at least one state, and a file for the result.")
     *sources, target = files
+    # Sums of states of different models would be numbers without a meaning.
     with prefix_errors("state mix"):
         base = common_base_model(sources)
     states = [load_state(path) for path in sources]

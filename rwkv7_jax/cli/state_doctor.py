@@ -62,6 +62,7 @@ def _batch(options: argparse.Namespace, path: str, tokenizer: Tokenizer) -> Batc
     """Reads windows of a text, or rows of a task."""
     source = parse_source(path)
     if isinstance(source, TaskSource):
+        # Held-out examples of the run's facts: those that it was tuned on would say little.
         return task_batch(
             source.name,
             0,
@@ -70,6 +71,7 @@ def _batch(options: argparse.Namespace, path: str, tokenizer: Tokenizer) -> Batc
             seed=options.seed,
             held_out=True,
         )
+    # Without a share all of the text is read, also what a run was tuned on.
     if options.held_out:
         stream = token_stream(path, tokenizer, split="held_out", held_out=options.held_out)
     else:
@@ -90,6 +92,7 @@ def _print_diagnosis(options: argparse.Namespace, diagnosis: Diagnosis) -> None:
             "rank": memory.rank,
             "read rank": memory.read_rank,
         }
+        # A memory that starts empty has no typical size of its own.
         if memory.typical is not None:
             columns["typical norm"] = memory.typical
         title = "WKV state"
@@ -124,6 +127,7 @@ def _positions(diagnosis: Diagnosis) -> str:
     rows = []
     for start, stop in itertools.pairwise(_range_borders(len(diagnosis.counts))):
         part = slice(start, stop)
+        # Weighted by how many targets count at a position.
         count = diagnosis.counts[part]
         row = [str(start) if stop == start + 1 else f"{start}-{stop - 1}"]
         for nats in (diagnosis.base_nats, diagnosis.tuned_nats):

@@ -20,6 +20,7 @@ def format_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def format_heads(columns: Mapping[str, Float[np.ndarray, "L H"]]) -> str:
     """Formats one row for each layer and head, with a column for each array."""
+    # All have the same shape.
     layers, heads = next(iter(columns.values())).shape
     rows = []
     for layer, head in itertools.product(range(layers), range(heads)):

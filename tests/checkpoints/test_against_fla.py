@@ -1,4 +1,4 @@
-"""flash-linear-attention on CPU: HF folders that we wrote, and gradients of the whole model."""
+"""flash-linear-attention on CPU: HF folders that we wrote, and gradients of every weight."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""PyTorch's zip checkpoints made to do harm: read by nobody, refused in a sentence."""
+"""PyTorch's zip checkpoints made to do harm: each is refused in one sentence, and nothing runs."""
 
 import json
 import os
@@ -91,12 +91,12 @@ MALICIOUS = {
     "a shape of huge numbers": lambda p: program(tensor((1 << 2000,), (1,))),
     "negative strides": lambda p: program(tensor((2, 3), (-3, 1), 5)),
     "a negative offset": lambda p: program(tensor((2,), (1,), -1)),
-    "an offset behind the end": lambda p: program(tensor((2,), (1,), 5)),
+    "an offset after the end": lambda p: program(tensor((2,), (1,), 5)),
     "one number as many": lambda p: program(tensor((1 << 30,), (0,))),
     "a thousand axes": lambda p: program(tensor((1,) * 1000, (1,) * 1000)),
     "a storage of a lying size": lambda p: program(tensor((2, 3), (3, 1), count=1 << 50)),
     "a storage that is missing": lambda p: program(tensor((2,), (1,), key="../0")),
-    "a shape that is no tuple": lambda p: program(tensor("ab", (1, 1))),
+    "a shape that is not a tuple": lambda p: program(tensor("ab", (1, 1))),
 }
 
 
@@ -195,20 +195,20 @@ def test_an_endless_list_of_entries_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("data", [b"", b"PK", b"\x80\x02}.", b"<html></html>", bytes(1000)])
-def test_what_is_no_zip_file_is_refused(tmp_path, data):
+def test_a_file_that_is_not_a_zip_is_refused(tmp_path, data):
     (tmp_path / "a.pth").write_bytes(data)
     assert "not a zip file" in refused(tmp_path / "a.pth")
 
 
 def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path):
     write_pth(tmp_path / "a.pth", [("x", np.arange(9.0)), ("y", np.arange(99.0))])
-    whole = (tmp_path / "a.pth").read_bytes()
-    for size in range(0, len(whole) - 1, 37):
-        (tmp_path / "b.pth").write_bytes(whole[:size])
+    complete = (tmp_path / "a.pth").read_bytes()
+    for size in range(0, len(complete) - 1, 37):
+        (tmp_path / "b.pth").write_bytes(complete[:size])
         refused(tmp_path / "b.pth")
 
 
-def test_a_spoilt_byte_of_the_pickle_gives_arrays_or_a_refusal(tmp_path):
+def test_a_pickle_with_a_changed_byte_gives_arrays_or_a_refusal(tmp_path):
     good = program(tensor((2, 3), (3, 1)))
     rng = np.random.default_rng(0)
     for _ in range(300):

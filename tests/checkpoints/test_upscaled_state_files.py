@@ -18,7 +18,7 @@ from rwkv7_jax.tuning.upscaling import upscale
 
 @pytest.fixture(scope="module")
 def state():
-    """Non-square memories with something in them, beside a WKV state that is not zero either."""
+    """Non-square memories with something in them, next to a WKV state that is not zero either."""
     wide = upscale(RWKV7(CONFIG), lively(), tokens(3, 40), size=20, dynamics="decay")
     filled = jax.tree.map(lambda x: x + 0.25, wide.upscaled)
     return random_state().replace(upscaled=filled)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rwkv7_jax.cli.main import main
+from rwkv7_jax.cli.commands import main
 from rwkv7_jax.data.loading import token_stream
 from rwkv7_jax.text.tokenizer import Tokenizer
 

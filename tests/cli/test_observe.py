@@ -17,7 +17,7 @@ from rwkv7_jax.checkpoints import (
     save_model,
     save_state,
 )
-from rwkv7_jax.cli.main import main
+from rwkv7_jax.cli.commands import main
 from rwkv7_jax.data.loading import token_stream, windows
 from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.model.config import RWKV7Config

@@ -1,9 +1,9 @@
-"""Write what the official inference package gives.
+"""Writes golden logits: the results of the official inference package.
 
     PYTHONPATH=.:tests/support python tests/golden/make_golden.py
 
-Needs the oracle extra. Beside two random checkpoints that lie in tests/golden, the shipped
-assets/tiny.pth is run on real text. test_golden_logits.py compares with the files alone.
+Needs the oracle extra. It runs two random checkpoints, which are in tests/golden, and the shipped
+assets/tiny.pth on real text. test_golden_logits.py compares with the files alone.
 """
 
 import contextlib
@@ -23,24 +23,29 @@ TEXT = b"def area(radius):\n    return math.pi * radius ** 2\n"
 
 
 def small(head_size: int, width: int):
-    """Sizes of a checkpoint of some hundred kilobytes."""
+    """Returns the sizes of a checkpoint of some hundred kilobytes."""
     config = calm_models.config(head_size, width=width, ffn_width=96, gate_rank=16)
     return dataclasses.replace(config, decay_rank=8, icl_rank=8, value_rank=8)
 
 
 def checkpoints() -> dict[str, tuple[Path, list[int]]]:
-    """The files and the tokens that each of them reads."""
-    found = {"tiny": (GOLDEN.parents[1] / "assets" / "tiny.pth", [0, *(byte + 1 for byte in TEXT)])}
+    """Writes the random checkpoints; returns all files, and the tokens that each of them reads."""
+    # The byte vocabulary: 0 ends a document, byte b has the id b + 1.
+    text = [0]
+    for byte in TEXT:
+        text.append(byte + 1)
+    files = {"tiny": (GOLDEN.parents[1] / "assets" / "tiny.pth", text)}
     for name, head_size, width in (("heads-of-64", 64, 64), ("heads-of-128", 128, 128)):
         config = small(head_size, width)
         path = GOLDEN / f"{name}.pth"
         save_model(path, calm_models.calm(config, dtype="bfloat16"), config)
-        found[name] = path, np.asarray(calm_models.ids(config, 1, 33)[0]).tolist()
-    return found
+        tokens = np.asarray(calm_models.ids(config, 1, 33)[0]).tolist()
+        files[name] = (path, tokens)
+    return files
 
 
 def main() -> None:
-    """Run the package on each checkpoint."""
+    """Runs the package on each checkpoint."""
     os.environ |= {"RWKV_V7_ON": "1", "RWKV_CUDA_ON": "0", "RWKV_JIT_ON": "0"}
     warnings.simplefilter("ignore")
     GOLDEN.mkdir(exist_ok=True)

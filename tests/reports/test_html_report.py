@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from rwkv7_jax.cli.main import main
+from rwkv7_jax.cli.commands import main
 from rwkv7_jax.reports.html_report import report_page, write_report
 from rwkv7_jax.reports.svg_charts import HEIGHT, PIECES, WIDTH, Mark, line_chart, short, ticks
 

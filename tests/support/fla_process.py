@@ -1,4 +1,4 @@
-"""flash-linear-attention on CPU, as a a process apart: Triton's interpreter must be chosen first.
+"""flash-linear-attention on CPU, in its own process: Triton's interpreter must be chosen first.
 
 `python tests/support/fla_process.py FOLDER IN.npz OUT.npz`: the HF folder's logits and last states
 for the tokens `ids`, and the gradients of its loss with L2Wrap for `batch`, by the folder's names.
@@ -17,14 +17,14 @@ from triton.runtime import autotuner
 
 
 class _OneConfig(autotuner.Autotuner):
-    """Timing tiles means nothing in an interpreter: the first will do."""
+    """Autotuner that takes the first tile: in an interpreter, timing means nothing."""
 
     def prune_configs(self, *arguments, **options):
-        """The first configuration that is allowed."""
+        """Keeps the first configuration that is allowed."""
         return super().prune_configs(*arguments, **options)[:1]
 
     def do_bench(self, *arguments, **options):
-        """No time at all."""
+        """Measures nothing."""
         return [0.0]
 
 
@@ -38,9 +38,10 @@ from safetensors.torch import load_file
 
 
 def _recurrence(*, r, w, k, v, a, b, initial_state, output_final_state, **_):
-    """Their definition in PyTorch: the chunk kernel does not run in the interpreter."""
+    """Runs their definition in PyTorch: the chunk kernel does not run in the interpreter."""
     r, w, k, v, a, b = (x.transpose(1, 2) for x in (r, w, k, v, a, b))
-    r = r * r.shape[-1] ** 0.5  # which it divides by
+    # The definition divides by the root of the head size, RWKV-7 does not.
+    r = r * r.shape[-1] ** 0.5
     y, end = dplr_recurrence(r, k, v, a, b, w, initial_state, output_final_state)
     return y.transpose(1, 2), end
 
@@ -48,12 +49,13 @@ def _recurrence(*, r, w, k, v, a, b, initial_state, output_final_state, **_):
 layer.chunk_rwkv7 = _recurrence
 
 
-def main(folder: str, given: str, found: str) -> None:
-    """Run both passes and write what they gave."""
+def main(folder: str, inputs: str, outputs: str) -> None:
+    """Runs both passes and writes their results."""
     config = RWKV7Config.from_pretrained(folder, fuse_cross_entropy=False)
     model = RWKV7ForCausalLM(config)
     model.load_state_dict(load_file(f"{folder}/model.safetensors"))
-    arrays, results = np.load(given), {}
+    arrays = np.load(inputs)
+    results = {}
 
     with torch.no_grad():
         model.eval()
@@ -68,8 +70,9 @@ def main(folder: str, given: str, found: str) -> None:
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
     l2_warp(loss, logits, float(arrays["l2wrap"])).backward()
     results["loss"] = loss.detach().numpy()
-    results |= {f"grad.{n}": p.grad.numpy() for n, p in model.named_parameters()}
-    np.savez(found, **results)
+    for name, parameter in model.named_parameters():
+        results[f"grad.{name}"] = parameter.grad.numpy()
+    np.savez(outputs, **results)
 
 
 if __name__ == "__main__":

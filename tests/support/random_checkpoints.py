@@ -24,29 +24,38 @@ CONFIG = RWKV7Config(
 def random_params(
     config: RWKV7Config = CONFIG, *, seed: int = 0, dtype=jnp.bfloat16, scale: float = 1.0
 ):
-    """The parameter tree with normal entries of that standard deviation."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    shapes = jax.eval_shape(
-        lambda key: RWKV7(config).init(key, tokens, init_state(config))["params"],
-        jax.random.key(0),
-    )
+    """Makes a parameter tree with normal entries of standard deviation `scale`."""
+
+    def init(key):
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return RWKV7(config).init(key, tokens, init_state(config))["params"]
+
+    # A new model's output matrices are zero; only its shapes are of use here.
+    shapes = jax.eval_shape(init, jax.random.key(0))
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: jnp.asarray(scale * rng.normal(size=s.shape), dtype), shapes)
+
+    def draw(leaf):
+        return jnp.asarray(scale * rng.normal(size=leaf.shape), dtype)
+
+    return jax.tree.map(draw, shapes)
 
 
 def random_state(config: RWKV7Config = CONFIG, *, seed: int = 0) -> RWKV7State:
-    """A start state with normal entries in the WKV part, and zero shifts."""
+    """Makes a start state with normal entries in the WKV part, and zero shifts."""
     empty = init_state(config)
     draws = np.random.default_rng(seed).normal(size=empty.wkv.shape)
     return empty.replace(wkv=jnp.asarray(draws, jnp.float32))
 
 
 def differing(one, two) -> list[str]:
-    """Leaves that differ in dtype, shape or any bit; leaves of one tree alone count."""
-    flat = [dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (one, two)]
-    names = {jax.tree_util.keystr(path) for path in flat[0].keys() ^ flat[1].keys()}
-    for path in flat[0].keys() & flat[1].keys():
-        a, b = (np.asarray(tree[path]) for tree in flat)
+    """Lists the leaves that differ in dtype, shape or any bit, or that only one tree has."""
+    ours = dict(jax.tree_util.tree_leaves_with_path(one))
+    theirs = dict(jax.tree_util.tree_leaves_with_path(two))
+    paths = ours.keys() ^ theirs.keys()
+    for path in ours.keys() & theirs.keys():
+        a = np.asarray(ours[path])
+        b = np.asarray(theirs[path])
+        # Bytes, so that NaN equals itself and -0 does not equal 0.
         if a.dtype != b.dtype or a.shape != b.shape or a.tobytes() != b.tobytes():
-            names.add(jax.tree_util.keystr(path))
-    return sorted(names)
+            paths = paths | {path}
+    return sorted(map(jax.tree_util.keystr, paths))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """The published rules, with numbers large enough to show within fifty steps."""
+    """Published training rules, with numbers large enough to show within fifty steps."""
 
     first: float = 4e-3
     last: float = 4e-4
@@ -37,7 +37,7 @@ def _shifted(x):
 
 
 def _time_mix(p, x, v_first, heads):
-    """`p(name)` is the block's tensor; x [B T C]."""
+    """Runs time mix on x [B T C]; `p(name)` is the block's tensor."""
     batch, length, width = x.shape
     before = _shifted(x)
     x_r, x_w, x_k, x_v, x_a, x_g = (_lerp(x, before, p(f"att.x_{c}")) for c in "rwkvag")
@@ -80,11 +80,12 @@ def _norm(x, p, name):
 
 
 def logits(weights, tokens):
-    """[B T V] of ids [B T], from the zero state."""
+    """Computes logits [B T V] of ids [B T], from the zero state."""
     layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
     heads = weights["blocks.0.att.r_k"].shape[0]
     x = F.embedding(tokens, weights["emb.weight"])
-    x, v_first = _norm(x, weights.__getitem__, "blocks.0.ln0"), None
+    x = _norm(x, weights.__getitem__, "blocks.0.ln0")
+    v_first = None
     for layer in range(layers):
 
         def p(name, layer=layer):
@@ -99,7 +100,7 @@ def logits(weights, tokens):
 
 
 class _L2Wrap(torch.autograd.Function):
-    """The loss as it is; its gradient also pulls the largest logit of each position."""
+    """Identity on the loss, whose gradient also pulls the largest logit of each position."""
 
     @staticmethod
     def forward(ctx, loss, y, factor):
@@ -117,7 +118,7 @@ class _L2Wrap(torch.autograd.Function):
 
 
 def rate(rules, step):
-    """The learning rate of a step, counted from 0."""
+    """Computes the learning rate of a step; steps count from 0."""
     ratio = rules.last / rules.first
     done = min(max((step - rules.warmup) / (rules.steps - rules.warmup), 0.0), 1.0)
     value = rules.first * ((0.5 + ratio / 2) + (0.5 - ratio / 2) * math.cos(math.pi * done))
@@ -125,8 +126,10 @@ def rate(rules, step):
 
 
 def _optimizer(weights, rules):
-    """Three groups, chosen by official name and shape."""
-    fast, decayed, rest = [], [], []
+    """Makes AdamW with three groups, chosen by official name and shape."""
+    fast = []
+    decayed = []
+    rest = []
     for name, tensor in weights.items():
         if "att.w0" in name:
             fast.append(tensor)
@@ -147,7 +150,7 @@ def _optimizer(weights, rules):
 
 
 def train(weights, batches, rules):
-    """The cross entropy before each step, and the weights behind the last.
+    """Trains, and returns the cross entropy before each step and the weights after the last one.
 
     Args:
         weights: tensors by official name; they are copied.
@@ -155,7 +158,8 @@ def train(weights, batches, rules):
         rules: of training.
     """
     weights = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
-    optimizer, losses = _optimizer(weights, rules), []
+    optimizer = _optimizer(weights, rules)
+    losses = []
     for step, tokens in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = rate(rules, step) * group["factor"]

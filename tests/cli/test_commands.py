@@ -9,7 +9,7 @@ from random_checkpoints import CONFIG, differing, random_params, random_state
 
 from rwkv7_jax.checkpoints.model_files import load_model, save_model
 from rwkv7_jax.checkpoints.state_files import save_state
-from rwkv7_jax.cli.main import main
+from rwkv7_jax.cli.commands import main
 
 
 @pytest.fixture(scope="module")

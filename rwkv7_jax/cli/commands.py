@@ -50,6 +50,7 @@ def _progress(label: str) -> Callable[[int, int], None]:
         if bar is None:
             bar = ProgressBar(total, label)
         bar.update(done, f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
+        # A reader that raises leaves the bar open, and the error follows on its own line.
         if done == total:
             bar.close()
 
@@ -99,10 +100,12 @@ def _inspect_model(path: str) -> None:
     """Prints one row for each tensor, the config, and what the loader warned of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        # A checkpoint with NaN is what people want to inspect.
         params, config = load_model(path, allow_nan=True)
     for name, array in official_tensors(params, config):
         print(_tensor_row(name, array))
     print(f"{_count(params):,} parameters, {_sizes(config)}\n{config}")
+    # After the table, where they do not scroll out of sight.
     for warning in caught:
         print(f"note: {warning.message}")
 
@@ -111,6 +114,7 @@ def _doctor(options: argparse.Namespace) -> None:
     """Prints versions, devices, optional packages and which kernels run."""
     print("\n".join(lines(system())))
     for name, use in (("matplotlib", "pictures"), ("torch", "oracle tests")):
+        # Importing torch would take seconds; whether it is there is all that is asked.
         installed = "yes" if importlib.util.find_spec(name) else "no"
         print(f"{name:<18}{installed} ({use})")
     available = pallas_kernels.available()
