@@ -1,99 +1,119 @@
-"""Bits per byte, perplexity and loss by position of a model and its tuned state, side by side.
+"""Compares a model and its tuned states: bits per byte, perplexity and loss by position.
 
     python eval.py --config=configs/eval.py --config.init=model.pth --config.state=poet.pth \
         --config.data.path=poems.jsonl
 
-Rows: the base model from its zero state; the tuned state, or several, with commas; and the base
-after reading a prompt of the training text, of each size in config.evaluation.prompt_tokens (-1:
-all the text that tuning could see, the prompt of equal information). The same rows on
-config.evaluation.retention, other text, show the price. Of a synthetic task ("task:steer") it is
-the share of right answers that is shown, of each task that retention names, too.
+Rows: the base model from its zero state; the tuned state, or several, separated by commas; and the
+base after it has read a prompt of the training text, one row for each size in
+config.evaluation.prompt_tokens (-1: all the text that tuning could see, the prompt of equal
+information). The same rows on config.evaluation.retention, other text, show what tuning costs
+there. Of a synthetic task ("task:steer") the share of right answers is shown, also of each task
+that retention names.
 """
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import model_hash
 from rwkv7_jax.checkpoints.state_files import load_state
 from rwkv7_jax.data.sources import TaskSource, parse_source, parse_sources
 from rwkv7_jax.evaluation.scoring import Answers, Score, score, score_answers
 from rwkv7_jax.generation.prefill import prefill_state
+from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
-from rwkv7_jax.reports import plots as pictures
-from rwkv7_jax.runs import compilation_cache as compile_cache
-from rwkv7_jax.runs import config_flags as command_line
-from rwkv7_jax.runs import datasets as job_data
-from rwkv7_jax.runs import process
+from rwkv7_jax.reports import plots
+from rwkv7_jax.runs import compilation_cache, config_flags, process
+from rwkv7_jax.runs.datasets import held_out, held_out_source, training_stream
 from rwkv7_jax.runs.modes.base import load_or_init
 from rwkv7_jax.runs.settings import Settings, read_settings
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 
-def starts(settings: Settings, model, params, tokenizer: Tokenizer) -> dict[str, RWKV7State]:
-    """The start states that are compared, by the names of their rows."""
-    rows = {"base": init_state(model.config)}
-    paths = [path for path in settings.state.split(",") if path]
-    own = model_hash(params, model.config) if paths else ""
+def tuned_states(paths: list[str], model: RWKV7, params: Params) -> dict[str, RWKV7State]:
+    """Loads the tuned states, by the names of their rows."""
+    rows: dict[str, RWKV7State] = {}
+    if not paths:
+        return rows
+    base_model = model_hash(params, model.config)
     for path in paths:
-        state = load_state(path, config=model.config, base_model=own)
+        state = load_state(path, config=model.config, base_model=base_model)
         label = "tuned state" if state.upscaled is None else "upscaled state"
+        # Of several states of a kind, all but the first are named by their files.
         rows[path if label in rows else label] = state
-    if settings.evaluation.prompt_tokens:
-        stream = job_data.training_stream(settings.data, tokenizer, seed=settings.seed)
-        for size in settings.evaluation.prompt_tokens:
-            prompt = stream[:] if size < 0 else stream[-size:]
-            print(f"reading a prompt of {len(prompt):,} tokens", flush=True)
-            rows[f"prompt {len(prompt):,}"] = prefill_state(model, params, prompt)
     return rows
 
 
-def table(title: str, scores: dict[str, Score]) -> str:
-    """The scores as lines for a terminal; percentages are against the first row."""
-    first = next(iter(scores.values()))
-    ranges = [f"{a}-{b - 1}" for a, b, _ in first.by_position]
+def prompt_states(
+    text: np.ndarray, sizes: tuple[int, ...], model: RWKV7, params: Params
+) -> dict[str, RWKV7State]:
+    """Reads the end of the text as prompts of several sizes; -1 reads all of it."""
+    rows: dict[str, RWKV7State] = {}
+    for size in sizes:
+        prompt = text if size < 0 else text[-size:]
+        print(f"reading a prompt of {len(prompt):,} tokens", flush=True)
+        rows[f"prompt {len(prompt):,}"] = prefill_state(model, params, prompt)
+    return rows
+
+
+def subjects(data_path: str, retention: str) -> dict[str, str | None]:
+    """Lists what the rows are measured on: paths by title, None for the run's own data."""
+    own_is_task = isinstance(parse_source(data_path), TaskSource)
+    paths: dict[str, str | None] = {"new task" if own_is_task else "new text": None}
+    tasks, texts = parse_sources(retention)
+    for task in tasks:
+        paths[task.name] = str(task)
+    if texts.paths:
+        paths["own text"] = str(texts)
+    return paths
+
+
+def text_table(title: str, scores: Mapping[str, Score]) -> str:
+    """Formats the scores as lines; percentages are against the first row."""
+    base = next(iter(scores.values()))
     head = f"{title:<16}{'bits/byte':>10}{'change':>9}{'perplexity':>12}"
-    lines = [head + "".join(f"{name:>10}" for name in ranges)]
+    for first, end, _ in base.by_position:
+        head += f"{f'{first}-{end - 1}':>10}"
+    lines = [head]
     for name, one in scores.items():
-        change = one.bits_per_byte / first.bits_per_byte - 1
+        change = one.bits_per_byte / base.bits_per_byte - 1
         line = f"{name:<16}{one.bits_per_byte:>10.4f}{change:>+9.1%}{one.perplexity:>12.3f}"
-        lines.append(line + "".join(f"{value:>10.3f}" for *_, value in one.by_position))
-    return "\n".join([*lines, f"{'':16}{first.tokens:,} tokens, +-{first.standard_error:.3f}"])
+        for _, _, value in one.by_position:
+            line += f"{value:>10.3f}"
+        lines.append(line)
+    lines.append(f"{'':16}{base.tokens:,} tokens, +-{base.standard_error:.3f}")
+    return "\n".join(lines)
 
 
-def task_table(title: str, found: dict[str, Answers]) -> str:
-    """The answers as lines for a terminal."""
+def task_table(title: str, answers: Mapping[str, Answers]) -> str:
+    """Formats the answers as lines."""
     lines = [f"{title:<16}{'accuracy':>10}{'all right':>11}{'nats':>9}"]
-    for name, one in found.items():
+    for name, one in answers.items():
         lines.append(f"{name:<16}{one.accuracy:>10.4f}{one.exact:>11.4f}{one.nats:>9.3f}")
     return "\n".join(lines)
 
 
-def plain(scores: dict[str, Score | Answers]) -> dict[str, dict]:
-    """The numbers of a table, fit for JSON."""
-    found = {name: dataclasses.asdict(one) for name, one in scores.items()}
-    for numbers in found.values():
-        if isinstance(places := numbers["by_position"], np.ndarray):
-            numbers["by_position"] = [None if np.isnan(x) else float(x) for x in places]
-    return found
-
-
-def subjects(settings: Settings) -> dict[str, str]:
-    """What is measured, by its title: the run's own data (an empty path), then what shall stay."""
-    tasks, texts = parse_sources(settings.evaluation.retention)
-    is_task = isinstance(parse_source(settings.data.path), TaskSource)
-    found = {"new task" if is_task else "new text": ""}
-    for task in tasks:
-        found[task.name] = str(task)
-    if texts.paths:
-        found["own text"] = str(texts)
-    return found
+def as_json(scores: Mapping[str, Score] | Mapping[str, Answers]) -> dict[str, dict[str, Any]]:
+    """Converts the rows of a table to what JSON can hold."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, one in scores.items():
+        fields = dataclasses.asdict(one)
+        places = fields["by_position"]
+        if isinstance(places, np.ndarray):
+            # JSON has no NaN, which stands where no answer has a token.
+            fields["by_position"] = [None if np.isnan(x) else float(x) for x in places]
+        rows[name] = fields
+    return rows
 
 
 def evaluate(settings: Settings) -> None:
-    """Measure every row on every text; print, and write to config.workdir where it is given."""
+    """Measures and prints every row on every text, and writes to config.workdir if it is given."""
+    data = settings.data
     model, params = load_or_init(
         settings.init,
         settings.model,
@@ -101,45 +121,49 @@ def evaluate(settings: Settings) -> None:
         allow_nan=settings.allow_nan,
     )
     tokenizer = Tokenizer.for_vocabulary(model.config.vocab_size)
-    rows = starts(settings, model, params, tokenizer)
-    report = {}
-    for title, path in subjects(settings).items():
-        batch = job_data.held_out(
-            settings.data,
-            settings.evaluation,
-            tokenizer,
-            seed=settings.seed,
-            path=path,
-        )
-        if isinstance(job_data.held_out_source(settings.data, path), TaskSource):
-            found = {
-                name: score_answers(model, params, start, batch) for name, start in rows.items()
-            }
-            print(task_table(title, found), flush=True)
-        else:
-            found = {n: score(model, params, start, batch, tokenizer) for n, start in rows.items()}
-            print(table(title, found), flush=True)
-        report[title] = found
-    if settings.workdir:
-        folder = Path(settings.workdir)
-        folder.mkdir(parents=True, exist_ok=True)
-        numbers = {title: plain(found) for title, found in report.items()}
-        (folder / "eval.json").write_text(json.dumps(numbers, indent=1) + "\n")
-        if "new text" in report and pictures.available():
-            shown = {name: one.by_position for name, one in report["new text"].items()}
-            pictures.by_position(folder / "by_position.png", shown)
-        print(f"wrote {folder / 'eval.json'}")
+    rows = {"base": init_state(model.config)}
+    rows |= tuned_states(settings.state_paths, model, params)
+    sizes = settings.evaluation.prompt_tokens
+    if sizes:
+        text = training_stream(data, tokenizer, seed=settings.seed)[:]
+        rows |= prompt_states(text, sizes, model, params)
+    report: dict[str, Any] = {}
+    for title, path in subjects(data.path, settings.evaluation.retention).items():
+        batch = held_out(data, settings.evaluation, tokenizer, seed=settings.seed, path=path)
+        scores: dict[str, Any] = {}
+        is_task = isinstance(held_out_source(data, path), TaskSource)
+        for name, start in rows.items():
+            if is_task:
+                scores[name] = score_answers(model, params, start, batch)
+            else:
+                scores[name] = score(model, params, start, batch, tokenizer)
+        table = task_table(title, scores) if is_task else text_table(title, scores)
+        print(table, flush=True)
+        report[title] = scores
+    if settings.workdir is not None:
+        write_report(Path(settings.workdir), report)
+
+
+def write_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Writes the tables as `eval.json` and draws the loss by position."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = {title: as_json(scores) for title, scores in report.items()}
+    (folder / "eval.json").write_text(json.dumps(tables, indent=1) + "\n")
+    if "new text" in report and plots.available():
+        by_position = {name: one.by_position for name, one in report["new text"].items()}
+        plots.by_position(folder / "by_position.png", by_position)
+    print(f"wrote {folder / 'eval.json'}")
 
 
 def main(arguments: list[str]) -> None:
-    """Read the flags; bad settings and bad data end in one line and exit code 2."""
+    """Reads the flags and evaluates; bad settings and data end in one line and exit code 2."""
     with process.program("eval.py"):
         if len(arguments) > 1:
             raise ValueError(f"unknown argument {arguments[1]!r}.")
-        settings = read_settings(command_line.config_values())
-        compile_cache.enable_compilation_cache(compile_cache.user_folder())
+        settings = read_settings(config_flags.config_values())
+        compilation_cache.enable_compilation_cache(compilation_cache.user_folder())
         evaluate(settings)
 
 
 if __name__ == "__main__":
-    command_line.run("eval.py", main)
+    config_flags.run("eval.py", main)

@@ -64,7 +64,7 @@ def training_stream(data: DataSettings, tokenizer: Tokenizer, *, seed: int) -> T
         length=data.length,
         seed=seed,
     )
-    return as_stream(examples.tokens.reshape(-1))
+    return as_stream(np.asarray(examples.tokens).reshape(-1))
 
 
 class TrainingData:
@@ -132,7 +132,7 @@ class TrainingData:
                 length=length,
                 seed=self._seed,
             )
-        return batch.tokens[:, :-1]
+        return np.asarray(batch.tokens)[:, :-1]
 
     def batches(self, *, start_step: int = 0, rows: slice = slice(None)) -> Iterator[Batch]:
         """Makes the batches from a step on, as a pure function of the seed and the step.

@@ -347,6 +347,11 @@ class Settings:
             )
 
     @property
+    def state_paths(self) -> list[str]:
+        """The files of the tuned start states."""
+        return [path for path in self.state.split(",") if path]
+
+    @property
     def kept_best(self) -> int:
         """How many best checkpoints are kept; with patience at least one, to go back to."""
         return max(self.keep_best, 1 if self.evaluation.patience else 0)

@@ -147,6 +147,6 @@ def test_with_patience_the_result_is_the_best_steps(tmp_path, base_model, monkey
 
     expected = ended_with([5.0, 3.0], "short", steps=1, evaluation__patience=0)
     assert ended_with([5.0, 3.0, 4.0], "long", evaluation__patience=1) == expected
-    assert "step 1 measured best: the result is what it was then" in capsys.readouterr().out
+    assert "step 1 measured best: the result is that of this step" in capsys.readouterr().out
     untouched = ended_with([1.0, 3.0, 4.0], "never", evaluation__patience=2)
     assert not load_state(tmp_path / "never" / "state.pth").wkv.any() and untouched != expected

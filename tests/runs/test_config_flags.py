@@ -1,11 +1,11 @@
-"""What users type behind `python train.py` becomes settings, or one sentence."""
+"""The command line of train.py becomes settings, or one sentence."""
 
 import sys
 
 import pytest
 from absl import flags
 
-from rwkv7_jax.runs.config_flags import _parsed, config_values
+from rwkv7_jax.runs.config_flags import _parse, config_values
 from rwkv7_jax.runs.settings import read_settings
 
 FILE = """
@@ -32,7 +32,7 @@ def parse(tmp_path, monkeypatch):
         monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
         words = [word.replace("FILE", str(path)) for word in words]
         words = [word.replace("EMPTY", str(tmp_path / "empty.py")) for word in words]
-        assert _parsed("train.py", ["train.py", *words]) == ["train.py"]
+        assert _parse("train.py", ["train.py", *words]) == ["train.py"]
         return read_settings(config_values())
 
     return parse

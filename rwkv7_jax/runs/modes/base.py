@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +14,7 @@ from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash
 from rwkv7_jax.checkpoints.state_files import save_state
 from rwkv7_jax.evaluation.metric import Metric
+from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
@@ -197,6 +198,22 @@ class TrainingMode(abc.ABC):
             metrics |= evaluator(self.weights(trainables), self.start_state(trainables))
         return metrics
 
+    def sample_texts(self, trainables: Any) -> Iterator[tuple[str, str]]:
+        """Gives each of the run's prompts and the text that the model writes after it."""
+        sample = self.settings.sample
+        for prompt in sample.prompts:
+            generation = generate(
+                self.model,
+                self.weights(trainables),
+                self.tokenizer.encode(prompt),
+                self.start_state(trainables),
+                tokens=sample.tokens,
+                temperature=sample.temperature,
+                top_p=sample.top_p,
+                key=jax.random.key(self.settings.seed),
+            )
+            yield prompt, self.tokenizer.decode(generation.tokens[0])
+
     def prediction_evaluator(self, name: str, path: str | None = None) -> PredictionEvaluator:
         """Makes an evaluator of the mode's model; without a path, on the run's held-out data."""
         return PredictionEvaluator(
@@ -260,7 +277,7 @@ class StateTuningMode(TrainingMode):
             ValueError: no checkpoint is named, or an anchor has no text.
         """
         settings = self.settings
-        if not settings.init:
+        if settings.init is None:
             raise ValueError("`config.init` must name the checkpoint whose start state is tuned.")
         if settings.tuning.anchor and not settings.tuning.anchor_path:
             raise ValueError("`config.tuning.anchor_path` must name the text of the anchor.")
@@ -320,7 +337,7 @@ def load_or_init(
     Raises:
         ValueError: neither a checkpoint nor sizes are given, or sizes that the checkpoint fixes.
     """
-    if not init:
+    if init is None:
         model = new_model(changes)
         return model, init_weights(model, seed)
     params, config = load_model(init, allow_nan=allow_nan)

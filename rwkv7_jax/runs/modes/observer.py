@@ -37,7 +37,7 @@ class ObserverMode(DatasetMode):
     def set_up(self) -> None:
         """Loads the teacher, opens the data and makes the loss."""
         settings = self.settings
-        if not settings.init:
+        if settings.init is None:
             raise ValueError("`config.init` must name the checkpoint whose states are observed.")
         self.model, self.frozen = load_or_init(
             settings.init,

@@ -36,11 +36,12 @@ class ContextMode(DatasetMode, StateTuningMode):
     def set_up(self) -> None:
         """Loads the model, reads the prompt and opens the data."""
         self.load_frozen_model()
-        path = self.settings.test_time.context
-        if not path:
+        context = self.settings.test_time.context
+        if context is None:
             raise ValueError("`config.test_time.context` must name the file that becomes a state.")
+        self._context = context
         ids: list[int] = []
-        for document in documents(path):
+        for document in documents(context):
             ids += self.tokenizer.encode(document.text())
         prompt = prefill_state(self.model, self.frozen, np.asarray(ids))
         self.loss = context_distillation(self.model, self.frozen, prompt)
@@ -49,8 +50,7 @@ class ContextMode(DatasetMode, StateTuningMode):
 
     def input_digests(self) -> dict[str, str]:
         """Hashes the data and the prompt."""
-        context = digest_of(self.settings.test_time.context, None)
-        return {**self.data.digests(), "context": context}
+        return {**self.data.digests(), "context": digest_of(self._context, None)}
 
     def held_out_metrics(self, trainables: RWKV7State) -> dict[str, Metric]:
         """Measures how well the held-out rows are predicted from the tuned state."""
@@ -155,7 +155,7 @@ class TestTimeMode(StateTuningMode):
         Completions of a teacher that answers here stay in the run's folder.
         """
         settings = self.settings.test_time
-        if not settings.guide:
+        if settings.guide is None:
             raise ValueError("`config.test_time.guide` must name the larger model's checkpoint.")
         if settings.guide.endswith(".jsonl"):
             traces = read_traces(settings.guide)
@@ -211,7 +211,8 @@ def _teacher_template(
     def template(prompt: Sequence[int]) -> list[int]:
         if not settings.substitute:
             return [*hint, *prompt]
-        text = tokenizer.decode(list(prompt)).replace(*settings.substitute)
+        old, new = settings.substitute
+        text = tokenizer.decode(list(prompt)).replace(old, new)
         return [*hint, *tokenizer.encode(text)]
 
     return template

@@ -54,7 +54,7 @@ def _flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def identity_of(
-    settings: Settings,
+    settings: Mapping[str, str],
     config: RWKV7Config,
     tokenizer: Tokenizer,
     *,
@@ -64,7 +64,7 @@ def identity_of(
     """Describes a run by what a continuation must share, as texts in groups, fit for JSON.
 
     Args:
-        settings: of the run.
+        settings: of the run, from `flat_settings`.
         config: of the model.
         tokenizer: of the data.
         frozen: weights that the run does not train; None if it trains all.
@@ -72,7 +72,7 @@ def identity_of(
     """
     model = {name: str(value) for name, value in dataclasses.asdict(config).items()}
     return {
-        "settings": flat_settings(settings),
+        "settings": dict(settings),
         "model": model,
         "inputs": {
             "weights of init": "none" if frozen is None else tree_checksum(frozen),
