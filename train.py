@@ -21,7 +21,6 @@ from absl import flags
 
 from rwkv7_jax import sharding
 from rwkv7_jax.evaluation.metric import Metric
-from rwkv7_jax.optim.optimizer import build_optimizer, learning_rate_schedule
 from rwkv7_jax.runs import compilation_cache, config_flags, multihost, process
 from rwkv7_jax.runs.early_stopping import RunProgress
 from rwkv7_jax.runs.exit_codes import Stopped
@@ -34,6 +33,7 @@ from rwkv7_jax.runs.process import StopSignals
 from rwkv7_jax.runs.profiler import ProfileWindow
 from rwkv7_jax.runs.resume.run_identity import flat_settings, identity_of
 from rwkv7_jax.runs.run_directory import RunDirectory
+from rwkv7_jax.runs.run_optimizer import make_optimizer
 from rwkv7_jax.runs.run_plots import draw
 from rwkv7_jax.runs.run_summary import print_summary
 from rwkv7_jax.runs.settings import Settings, profiled, read_settings
@@ -67,23 +67,7 @@ class Run:
 def set_up(settings: Settings, folder: RunDirectory) -> Run:
     """Loads the model and the data of a run and makes its optimizer."""
     mode = make_mode(settings, folder.path)
-    optimizer = settings.optimizer
-    learning_rate = learning_rate_schedule(
-        optimizer.schedule,
-        optimizer.learning_rate,
-        optimizer.final_learning_rate,
-        warmup_steps=optimizer.warmup_steps,
-        total_steps=settings.steps,
-    )
-    tx = build_optimizer(
-        learning_rate,
-        kind=optimizer.kind,
-        weight_decay=optimizer.weight_decay,
-        clip=optimizer.clip,
-        b1=optimizer.b1,
-        b2=optimizer.b2,
-        eps=optimizer.eps,
-    )
+    learning_rate, tx = make_optimizer(settings.optimizer, total_steps=settings.steps)
     identity = identity_of(
         flat_settings(settings),
         mode.model.config,
@@ -103,27 +87,27 @@ def set_up(settings: Settings, folder: RunDirectory) -> Run:
 def restore_or_init(run: Run, folder: RunDirectory) -> tuple[TrainState, RunProgress]:
     """Restores the newest checkpoint, or makes the first state where there is none.
 
-    Neither way keeps a second copy of the trainables or of their moments alive.
+    Neither way keeps a second copy of the trainable parameters or of their moments alive.
     """
 
-    def create(trainables: Any) -> TrainState:
-        return TrainState.create(trainables, run.tx)
+    def create(params: Any) -> TrainState:
+        return TrainState.create(params, run.tx)
 
     def init() -> TrainState:
         # `create` copies its input, so that it may be donated: the input becomes the copy.
-        state = jax.jit(create, donate_argnums=0)(run.mode.init_trainables())
+        state = jax.jit(create, donate_argnums=0)(run.mode.init_params())
         # A restored state is committed to a device. A new one has to be as well, or the two would
         # run differently compiled programs and end with other bits.
         return sharding.replicate(None, state)
 
-    abstract = jax.eval_shape(create, run.mode.abstract_trainables)
+    abstract = jax.eval_shape(create, run.mode.abstract_params)
     state, progress = restore_and_broadcast(folder, abstract, run.identity, init)
     run.mode.release_initial()
     return state, progress
 
 
 def evaluate(run: Run, state: TrainState, folder: RunDirectory) -> dict[str, Metric]:
-    """Measures the trainables on held-out data and prints sample text."""
+    """Measures the trainable parameters on held-out data and prints sample text."""
     step = int(state.step)
     params = sharding.local_replica(run.mesh, state.params)
     metrics = run.mode.evaluate(params)
@@ -175,7 +159,7 @@ def evaluate_and_save(
 
 
 def final_params(run: Run, state: TrainState, progress: RunProgress, folder: RunDirectory) -> Any:
-    """Gives the trainables that a run ends with: the last, or with patience the best ones."""
+    """Gives the result of a run: the last parameters, or with patience the best ones."""
     if not (run.mode.settings.evaluation.patience and progress.best):
         return state.params
     best = progress.best[0][1]
@@ -184,8 +168,33 @@ def final_params(run: Run, state: TrainState, progress: RunProgress, folder: Run
     print(f"step {best} measured best: the result is that of this step")
     # Step 0 has no checkpoint; it is made again.
     if best == 0:
-        return run.mode.init_trainables()
+        return run.mode.init_params()
     return folder.checkpoints.load(best, state, run.identity).params
+
+
+def finish(
+    run: Run, state: TrainState, progress: RunProgress, folder: RunDirectory, stop: StopSignals
+) -> None:
+    """Saves the result of a run that has ended.
+
+    Raises:
+        Stopped: a signal ended it, and there is no result yet.
+    """
+    step = int(state.step)
+    skipped = int(state.skipped)
+    if skipped:
+        print(f"warning: {skipped} updates were skipped: loss or gradient not finite")
+    if stop.requested:
+        saved = f"step {step} is saved" if step else "there was nothing to save"
+        folder.note_event(step, "stopped", f"by {stop.requested}")
+        raise Stopped(f"stopped by {stop.requested}; {saved}. The same command continues the run.")
+    if not multihost.is_process_0():
+        return
+    with stop.interruptible():
+        params = final_params(run, state, progress, folder)
+        print(f"saved {run.mode.save(folder.path, params)}")
+        draw(folder, run.mode, params)
+        folder.note_event(step, "finished")
 
 
 def train(settings: Settings, folder: RunDirectory, stop: StopSignals) -> None:
@@ -237,18 +246,7 @@ def train(settings: Settings, folder: RunDirectory, stop: StopSignals) -> None:
             folder.checkpoints.poll()
 
     multihost.shutdown()
-    if int(state.skipped):
-        print(f"warning: {int(state.skipped)} updates were skipped: loss or gradient not finite")
-    if stop.requested:
-        saved = f"step {step} is saved" if step else "there was nothing to save"
-        folder.note_event(step, "stopped", f"by {stop.requested}")
-        raise Stopped(f"stopped by {stop.requested}; {saved}. The same command continues the run.")
-    if multihost.is_process_0():
-        with stop.interruptible():
-            params = final_params(run, sharding.local_replica(mesh, state), log.progress, folder)
-            print(f"saved {mode.save(folder.path, params)}")
-            draw(folder, mode, params)
-            folder.note_event(step, "finished")
+    finish(run, sharding.local_replica(mesh, state), log.progress, folder, stop)
 
 
 def main(arguments: list[str]) -> None:

@@ -54,9 +54,9 @@ def in_loop(program: dict, settings: Settings) -> Mark:
     """A step's clocks inside train.py's loop: marks are set where it asks for batches."""
     marks, asked = [], InputPipeline.__call__
 
-    def ask(feed, step, trainables):
+    def ask(feed, step, params):
         marks.append(Mark.now())
-        return asked(feed, step, trainables)
+        return asked(feed, step, params)
 
     InputPipeline.__call__ = ask
     try:
@@ -76,7 +76,7 @@ def bare(program: dict, settings: Settings) -> Mark:
     feed = InputPipeline(run.mode.batches(0, None))
     batch = feed(0, None).device
     feed.close()
-    state = TrainState.create(run.mode.init_trainables(), run.tx)
+    state = TrainState.create(run.mode.init_params(), run.tx)
     state = jax.device_put(state, jax.local_devices()[0])
     for number in range(settings.steps):
         if number == WARM:

@@ -1,4 +1,4 @@
-"""The progress of a run besides its trainables: evaluations, and updates that were not finite.
+"""The progress of a run besides its parameters: evaluations, and updates that were not finite.
 
 All of it is in every checkpoint, so that a run which was killed decides as an unbroken one does.
 """

@@ -28,12 +28,12 @@ class BatchSource(abc.ABC):
     """The batches of a run, asked for in the order of its steps."""
 
     @abc.abstractmethod
-    def batch(self, step: int, trainables: Any) -> PlacedBatch | None:
+    def batch(self, step: int, params: Any) -> PlacedBatch | None:
         """Gives the batch of a step, or None where the step has nothing to learn from.
 
         Args:
             step: counted from 0.
-            trainables: as they are before the step; only some sources look at them.
+            params: as they are before the step; only some sources look at them.
         """
 
     @abc.abstractmethod
@@ -53,7 +53,7 @@ class PrefetchedBatches(BatchSource):
         """
         self._prefetch = Prefetch(PlacedBatch(batch, shard_batch(mesh, batch)) for batch in batches)
 
-    def batch(self, step: int, trainables: Any) -> PlacedBatch:
+    def batch(self, step: int, params: Any) -> PlacedBatch:
         """Gives the next batch as soon as it is ready."""
         return next(self._prefetch)
 
@@ -63,22 +63,22 @@ class PrefetchedBatches(BatchSource):
 
 
 class DrawnBatches(BatchSource):
-    """Batches that are made from the present trainables, such as completions of the tuned model."""
+    """Batches made from the present parameters, such as completions of the tuned model."""
 
     def __init__(self, draw: Callable[[Any, int], Batch | None], mesh: Mesh | None):
         """Keeps the function that makes them.
 
         Args:
-            draw: from trainables and a step, counted from 0, to its batch, or to None where the
+            draw: from the parameters and a step, counted from 0, to its batch, or to None where the
                 step has nothing to learn from.
             mesh: the devices that share a batch's rows.
         """
         self._draw = draw
         self._mesh = mesh
 
-    def batch(self, step: int, trainables: Any) -> PlacedBatch | None:
+    def batch(self, step: int, params: Any) -> PlacedBatch | None:
         """Makes the batch of a step."""
-        batch = self._draw(trainables, step)
+        batch = self._draw(params, step)
         if batch is None:
             return None
         return PlacedBatch(batch, shard_batch(self._mesh, batch))
@@ -99,10 +99,10 @@ class InputPipeline:
         self._source = source
         self.waited = 0.0
 
-    def __call__(self, step: int, trainables: Any) -> PlacedBatch | None:
+    def __call__(self, step: int, params: Any) -> PlacedBatch | None:
         """Gives the batch of a step, counted from 0; None where there is nothing to learn from."""
         began = time.monotonic()
-        placed = self._source.batch(step, trainables)
+        placed = self._source.batch(step, params)
         self.waited += time.monotonic() - began
         return placed
 

@@ -115,8 +115,8 @@ class OwnedRunDirectory(RunDirectory):
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._lock.release)
             places = self.path / "checkpoints"
-            self._require_same_settings(places, settings)
-            self._write_settings(settings)
+            self._require_same_settings(places, flat_settings(settings))
+            self._write_settings(as_config(settings))
             self._metrics = MetricFiles(self.path, also=settings.trackers)
             self.checkpoints = Checkpoints(places, settings)
             # Nothing failed: the lock is ours until `__exit__`.
@@ -124,7 +124,7 @@ class OwnedRunDirectory(RunDirectory):
         self._began = time.monotonic()
         self._warned = False
 
-    def _require_same_settings(self, places: Path, settings: Settings) -> None:
+    def _require_same_settings(self, places: Path, settings: Mapping[str, str]) -> None:
         path = self.path / "settings.json"
         # A run without a checkpoint has nothing that other settings could spoil.
         if not path.exists() or not step_numbers(places):
@@ -134,10 +134,10 @@ class OwnedRunDirectory(RunDirectory):
         except (ValueError, AttributeError):
             warn(f"{path} cannot be read; what the checkpoints say counts")
             return
-        require_same_run(self.path, was, flat_settings(settings))
+        require_same_run(self.path, was, settings)
 
-    def _write_settings(self, settings: Settings) -> None:
-        text = json.dumps(as_config(settings), indent=1)
+    def _write_settings(self, values: Mapping[str, Any]) -> None:
+        text = json.dumps(values, indent=1)
         with atomic_write(self.path / "settings.json") as file:
             file.write(f"{text}\n".encode())
 

@@ -61,7 +61,7 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
-    """The optimizer of the trainables; see `optim.optimizer`.
+    """The optimizer; see `optim.optimizer`.
 
     Attributes:
         kind: "adamw" or "muon".

@@ -31,10 +31,10 @@ def stopped_at(monkeypatch, step: int):
     """The process gets SIGTERM while the batch behind this step is being asked for."""
     asked = InputPipeline.__call__
 
-    def ask(feed, number, trainables):
+    def ask(feed, number, params):
         if number == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return asked(feed, number, trainables)
+        return asked(feed, number, params)
 
     monkeypatch.setattr(InputPipeline, "__call__", ask)
 

@@ -58,7 +58,7 @@ def test_a_run_on_a_task_watches_accuracies_and_texts_bits_per_byte():
         }
     )
     mode = make_mode(settings)
-    metrics = mode.evaluate(mode.init_trainables())
+    metrics = mode.evaluate(mode.init_params())
     numbers = {name: metric.value for name, metric in metrics.items()}
     names = ["held_out_accuracy", "dictionary_accuracy", "modular_accuracy"]
     assert list(numbers) == [*names, "retention_bits_per_byte"]

@@ -146,7 +146,7 @@ def test_a_reward_that_is_no_number_ends_a_run_of_train_py(
     mode = make_mode(settings_of(base, method=method, verifier=verifier), tmp_path)
     source = mode.batches(0, None)
     with pytest.raises(ValueError, match=f"`reward` of prompt 0 {reason}"):
-        source.batch(0, mode.init_trainables())
+        source.batch(0, mode.init_params())
 
 
 def test_a_negative_reward_never_becomes_a_weight_in_train_py(tmp_path, base, unchecked):
@@ -154,7 +154,7 @@ def test_a_negative_reward_never_becomes_a_weight_in_train_py(tmp_path, base, un
     mode = make_mode(settings_of(base, method="expert", verifier=verifier), tmp_path)
     source = mode.batches(0, None)
     with pytest.raises(ValueError, match="`reward` of prompt 0 must be at least 0; got -1"):
-        source.batch(0, mode.init_trainables())
+        source.batch(0, mode.init_params())
 
 
 def test_groups_of_one_are_refused_before_anything_is_drawn(tmp_path, base):

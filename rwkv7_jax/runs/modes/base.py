@@ -34,7 +34,7 @@ _CHANGEABLE = ("dtype", "remat", "implementation")
 
 
 class TrainingMode(abc.ABC):
-    """What one run of train.py trains: a tree of trainables, a loss over it, and its batches.
+    """The trainable parameters of a run, their loss, their batches and their metrics.
 
     The loop knows nothing else of a mode. A subclass loads its model and makes its loss in
     `set_up`, and reads its own group of settings there.
@@ -45,9 +45,9 @@ class TrainingMode(abc.ABC):
         model: the shell of the model that is trained or whose state is tuned.
         tokenizer: of the model's vocabulary.
         frozen: the weights that the run reads and never changes; None where weights are trained.
-        loss: of trainables and a batch.
+        loss: of the trainable parameters and a batch.
         decorrelator: wraps the run's optimizer in what the mode needs around it.
-        abstract_trainables: shapes and dtypes of the trainables, without their numbers.
+        abstract_params: shapes and dtypes of the trainable parameters, without their numbers.
     """
 
     # What a step's gradients are of, where a step is one pass of one model. None for modes whose
@@ -59,10 +59,10 @@ class TrainingMode(abc.ABC):
     frozen: Params | None = None
     loss: Loss
     decorrelator: Decorrelator = Decorrelator(wrap=lambda tx: tx)
-    abstract_trainables: Any
+    abstract_params: Any
 
-    # Made while setting up, by modes that learn the shapes only by making them. Nothing here may
-    # keep trainables alive during the run: they would cost a copy of the weights.
+    # Parameters made while setting up, in modes that learn the shapes only by making them. They are
+    # handed over or freed before the first step: a reference kept here would cost a copy.
     _initial: Any = None
 
     def __init__(self, settings: Settings, folder: Path):
@@ -78,7 +78,7 @@ class TrainingMode(abc.ABC):
         self.settings = settings
         self.folder = folder
         self.set_up()
-        self.abstract_trainables = self._describe_trainables()
+        self.abstract_params = self._describe_params()
         self._retention = [
             self.prediction_evaluator(name, path)
             for name, path in retention_paths(settings.evaluation.retention).items()
@@ -89,23 +89,23 @@ class TrainingMode(abc.ABC):
         """Loads the model and the data and makes the loss; called once, by the constructor."""
 
     @abc.abstractmethod
-    def make_trainables(self) -> Any:
-        """Makes the trainables that a new run starts from; the same bits at every call."""
+    def make_params(self) -> Any:
+        """Makes the parameters that a new run starts from; the same bits at every call."""
 
     @abc.abstractmethod
-    def trained_count(self, trainables: Any) -> int:
-        """Counts the numbers in the trainables that move."""
+    def trained_count(self, params: Any) -> int:
+        """Counts the numbers that the optimizer moves."""
 
     @abc.abstractmethod
-    def weights(self, trainables: Any) -> Params:
+    def weights(self, params: Any) -> Params:
         """Gives the weights of the model that is measured."""
 
     @abc.abstractmethod
-    def start_state(self, trainables: Any) -> RWKV7State:
+    def start_state(self, params: Any) -> RWKV7State:
         """Gives the start state, of batch 1, of the model that is measured."""
 
     @abc.abstractmethod
-    def save(self, folder: Path, trainables: Any) -> Path:
+    def save(self, folder: Path, params: Any) -> Path:
         """Writes the result of the run into a folder and gives the path of the file."""
 
     @abc.abstractmethod
@@ -121,8 +121,8 @@ class TrainingMode(abc.ABC):
         """
 
     @abc.abstractmethod
-    def held_out_metrics(self, trainables: Any) -> dict[str, Metric]:
-        """Measures trainables on the run's held-out data, by the metrics' names."""
+    def held_out_metrics(self, params: Any) -> dict[str, Metric]:
+        """Measures the parameters on the run's held-out data, by the metrics' names."""
 
     @abc.abstractmethod
     def input_digests(self) -> dict[str, str]:
@@ -150,20 +150,20 @@ class TrainingMode(abc.ABC):
         flops = flops_per_token(self.model.config)
         return flops.training if self.gradients_of == "weights" else flops.state
 
-    def init_trainables(self) -> Any:
-        """Hands over the trainables that a new run starts from; the caller alone holds them."""
+    def init_params(self) -> Any:
+        """Hands over the parameters that a new run starts from; only the caller holds them."""
         initial = self._initial
         self._initial = None
-        return self.make_trainables() if initial is None else initial
+        return self.make_params() if initial is None else initial
 
     def release_initial(self) -> None:
-        """Frees trainables that were made while setting up and that nobody has taken."""
+        """Frees parameters that were made while setting up and not handed over."""
         self._initial = None
 
-    def _describe_trainables(self) -> Any:
-        """Gives the shapes and dtypes of the trainables, by tracing where none have been made."""
+    def _describe_params(self) -> Any:
+        """Gives shapes and dtypes, by tracing where no parameters have been made."""
         if self._initial is None:
-            return jax.eval_shape(self.make_trainables)
+            return jax.eval_shape(self.make_params)
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._initial
         )
@@ -172,7 +172,7 @@ class TrainingMode(abc.ABC):
         """Describes one step's memory on one device: what is held and, where known, the total.
 
         Args:
-            held: bytes of the trainables and their moments.
+            held: bytes of the trainable parameters and their moments.
             devices: over which a step's rows are sharded.
         """
         text = f"{held / 2**20:,.1f} MiB for what is trained and its moments"
@@ -187,26 +187,26 @@ class TrainingMode(abc.ABC):
         )
         return f"{text}, about {need.total / 2**20:,.0f} MiB in all"
 
-    def evaluate(self, trainables: Any) -> dict[str, Metric]:
-        """Measures trainables on held-out data and on what they must not forget.
+    def evaluate(self, params: Any) -> dict[str, Metric]:
+        """Measures the parameters on held-out data and on what they must not forget.
 
         The held-out metrics come first. `config.evaluation.retention` adds one metric for each of
         its tasks and one for its text.
         """
-        metrics = self.held_out_metrics(trainables)
+        metrics = self.held_out_metrics(params)
         for evaluator in self._retention:
-            metrics |= evaluator(self.weights(trainables), self.start_state(trainables))
+            metrics |= evaluator(self.weights(params), self.start_state(params))
         return metrics
 
-    def sample_texts(self, trainables: Any) -> Iterator[tuple[str, str]]:
+    def sample_texts(self, params: Any) -> Iterator[tuple[str, str]]:
         """Gives each of the run's prompts and the text that the model writes after it."""
         sample = self.settings.sample
         for prompt in sample.prompts:
             generation = generate(
                 self.model,
-                self.weights(trainables),
+                self.weights(params),
                 self.tokenizer.encode(prompt),
-                self.start_state(trainables),
+                self.start_state(params),
                 tokens=sample.tokens,
                 temperature=sample.temperature,
                 top_p=sample.top_p,
@@ -289,27 +289,27 @@ class StateTuningMode(TrainingMode):
         )
         self.tokenizer = Tokenizer.for_vocabulary(self.model.config.vocab_size)
 
-    def make_trainables(self) -> RWKV7State:
+    def make_params(self) -> RWKV7State:
         """Makes a state of zeros, in float32 whatever the model computes in."""
         zeros = init_state(self.model.config)
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), zeros)
 
-    def trained_count(self, trainables: RWKV7State) -> int:
+    def trained_count(self, params: RWKV7State) -> int:
         """Counts the numbers of the WKV state."""
-        return trainables.wkv.size
+        return params.wkv.size
 
-    def weights(self, trainables: RWKV7State) -> Params:
+    def weights(self, params: RWKV7State) -> Params:
         """Gives the frozen weights."""
         return self.frozen
 
-    def start_state(self, trainables: RWKV7State) -> RWKV7State:
+    def start_state(self, params: RWKV7State) -> RWKV7State:
         """Gives the tuned state."""
-        return trainables
+        return params
 
-    def save(self, folder: Path, trainables: RWKV7State) -> Path:
+    def save(self, folder: Path, params: RWKV7State) -> Path:
         """Writes the tuned state, scaled by `config.tuning.alpha`, and gives the file's path."""
         alpha = self.settings.tuning.alpha
-        result = scaled(trainables, alpha)
+        result = scaled(params, alpha)
         if result.upscaled is not None and result.upscaled.dynamics == "static":
             result = result.replace(upscaled=fold_feature_map(result.upscaled))
         path = folder / self.result_name

@@ -90,7 +90,7 @@ class ObserverMode(DatasetMode):
             most=most,
         )
 
-    def make_trainables(self) -> Params:
+    def make_params(self) -> Params:
         """Makes the weights of a new observer, which proposes the teacher's mean state."""
         text = self.data.calibration_text(self.settings.upscaling.rows)
         bias = state_moments(self.model, self.frozen, text).mean
@@ -101,19 +101,19 @@ class ObserverMode(DatasetMode):
         key = jax.random.key(self.settings.seed)
         return init_observer(config, self.model.config, key, bias=bias)[1]
 
-    def _describe_trainables(self) -> Params:
+    def _describe_params(self) -> Params:
         """Gives the shapes and dtypes, without measuring the teacher's states."""
         return jax.eval_shape(self._init_observer)
 
-    def trained_count(self, trainables: Params) -> int:
+    def trained_count(self, params: Params) -> int:
         """Counts the observer's weights."""
-        return count(trainables)
+        return count(params)
 
-    def weights(self, trainables: Params) -> Params:
+    def weights(self, params: Params) -> Params:
         """Gives the teacher's weights."""
         return self.frozen
 
-    def start_state(self, trainables: Params) -> RWKV7State:
+    def start_state(self, params: Params) -> RWKV7State:
         """Gives a state of zeros: samples are the teacher's own."""
         return init_state(self.model.config)
 
@@ -125,10 +125,10 @@ class ObserverMode(DatasetMode):
         for step, batch in enumerate(self.data.batches(start_step=start_step), start_step):
             yield self._split_prompts(batch, step)
 
-    def held_out_metrics(self, trainables: Params) -> dict[str, Metric]:
+    def held_out_metrics(self, params: Params) -> dict[str, Metric]:
         """Measures what the teacher makes of held-out continuations, by where it starts from."""
         prompts = np.asarray(self._held_out.tokens)[:, :-1]
-        proposal = propose(self._observer, trainables, prompts, self._held_out.split)
+        proposal = propose(self._observer, params, prompts, self._held_out.split)
         handover = evaluate_handover(self.model, self.frozen, proposal, self._held_out)
         metrics: dict[str, Metric] = {}
         for name, subject in _LOG_NAMES.items():
@@ -137,9 +137,9 @@ class ObserverMode(DatasetMode):
             metrics[log_name(subject, "nats")] = Metric.of(answers.nats, "nats")
         return metrics
 
-    def save(self, folder: Path, trainables: Params) -> Path:
+    def save(self, folder: Path, params: Params) -> Path:
         """Writes the observer and gives the path of its folder."""
         path = folder / "observer"
         info = {"base_model": model_hash(self.frozen, self.model.config)}
-        save_observer(path, self._observer, trainables, info=info)
+        save_observer(path, self._observer, params, info=info)
         return path

@@ -49,32 +49,32 @@ class PretrainMode(DatasetMode):
             allow_nan=settings.allow_nan,
         )
 
-    def make_trainables(self) -> Params:
+    def make_params(self) -> Params:
         """Makes new weights, or reads the checkpoint's; in float32."""
         if self.settings.init:
             return _in_float32(self._load()[1])
         return _in_float32(init_weights(self.model, self.settings.seed))
 
-    def trained_count(self, trainables: Params) -> int:
+    def trained_count(self, params: Params) -> int:
         """Counts all weights."""
-        return count(trainables)
+        return count(params)
 
-    def weights(self, trainables: Params) -> Params:
+    def weights(self, params: Params) -> Params:
         """Gives the weights themselves."""
-        return trainables
+        return params
 
-    def start_state(self, trainables: Params) -> RWKV7State:
+    def start_state(self, params: Params) -> RWKV7State:
         """Gives a state of zeros."""
         return init_state(self.model.config)
 
-    def held_out_metrics(self, trainables: Params) -> dict[str, Metric]:
+    def held_out_metrics(self, params: Params) -> dict[str, Metric]:
         """Measures how well the held-out rows are predicted."""
-        return self._held_out(trainables, self.start_state(trainables))
+        return self._held_out(params, self.start_state(params))
 
-    def save(self, folder: Path, trainables: Params) -> Path:
+    def save(self, folder: Path, params: Params) -> Path:
         """Writes the model and gives the file's path."""
         path = folder / "model.pth"
-        save_model(path, trainables, self.model.config)
+        save_model(path, params, self.model.config)
         return path
 
 

@@ -37,7 +37,7 @@ class StateMode(DatasetMode, StateTuningMode):
             anchor=settings.tuning.anchor,
             l2wrap=settings.optimizer.l2wrap,
         )
-        self._initial = self.make_trainables()
+        self._initial = self.make_params()
         self.decorrelator = state_decorrelator(
             self.model,
             self.frozen,
@@ -51,15 +51,15 @@ class StateMode(DatasetMode, StateTuningMode):
         """Names the tuned leaves: the WKV state, and the token-shift states where asked for."""
         return LEAVES[:3] if self.settings.tuning.leaves == "all" else ("wkv",)
 
-    def trained_count(self, trainables: RWKV7State) -> int:
+    def trained_count(self, params: RWKV7State) -> int:
         """Counts the numbers of the tuned leaves."""
-        mask = trainable_mask(trainables, self.leaves)
-        pairs = zip(jax.tree.leaves(trainables), jax.tree.leaves(mask), strict=True)
+        mask = trainable_mask(params, self.leaves)
+        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(mask), strict=True)
         return sum(leaf.size for leaf, tuned in pairs if tuned)
 
-    def held_out_metrics(self, trainables: RWKV7State) -> dict[str, Metric]:
+    def held_out_metrics(self, params: RWKV7State) -> dict[str, Metric]:
         """Measures how well the held-out rows are predicted from the tuned state."""
-        return self._held_out(self.frozen, trainables)
+        return self._held_out(self.frozen, params)
 
 
 class UpscaledStateMode(StateMode):
@@ -71,7 +71,7 @@ class UpscaledStateMode(StateMode):
         """Names the memory, the only tuned leaf."""
         return ("memory",)
 
-    def make_trainables(self) -> RWKV7State:
+    def make_params(self) -> RWKV7State:
         """Makes a state of zeros with an empty memory, its features fitted to the run's text."""
         settings = self.settings.upscaling
         features = resolve_features(
@@ -94,4 +94,4 @@ class UpscaledStateMode(StateMode):
             widths=features.widths,
             seed=self.settings.seed,
         ).upscaled
-        return super().make_trainables().replace(upscaled=upscaled)
+        return super().make_params().replace(upscaled=upscaled)

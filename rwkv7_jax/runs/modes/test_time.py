@@ -52,9 +52,9 @@ class ContextMode(DatasetMode, StateTuningMode):
         """Hashes the data and the prompt."""
         return {**self.data.digests(), "context": digest_of(self._context, None)}
 
-    def held_out_metrics(self, trainables: RWKV7State) -> dict[str, Metric]:
+    def held_out_metrics(self, params: RWKV7State) -> dict[str, Metric]:
         """Measures how well the held-out rows are predicted from the tuned state."""
-        return self._held_out(self.frozen, trainables)
+        return self._held_out(self.frozen, params)
 
 
 class TestTimeMode(StateTuningMode):
@@ -129,12 +129,12 @@ class TestTimeMode(StateTuningMode):
     def _prompts_at(self, step: int) -> list[list[int]]:
         return self._questions.prompts(step, self.settings.test_time.prompts)
 
-    def held_out_metrics(self, trainables: RWKV7State) -> dict[str, Metric]:
+    def held_out_metrics(self, params: RWKV7State) -> dict[str, Metric]:
         """Measures the mean reward of the most probable answers to held-out questions."""
         reward, _ = held_out_reward(
             self.model,
             self.frozen,
-            trainables,
+            params,
             self._held_out,
             self._reward,
             tokens=self.settings.test_time.tokens,
