@@ -1,4 +1,4 @@
-"""Compare a model's start states on held-out text.
+"""Compares a model's start states on held-out text.
 
     python eval.py --config=configs/eval.py --config.init=model.pth --config.state=poet.pth \
         --config.data.path=poems.jsonl
@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 
 def get_config():
-    """Base, tuned state, and the base after a prompt of 1,024 tokens."""
+    """Compares the base, the tuned state, and the base after a prompt of 1,024 tokens."""
     config = ConfigDict()
     config.init = ""
     config.state = ""

@@ -1,10 +1,10 @@
-"""Train an observer: a small model that reads a prompt and proposes the large one's start state.
+"""Trains an observer: a small model that reads a prompt and proposes the large one's start state.
 
     python train.py --config=configs/observer.py --workdir=runs/observer --config.init=model.pth \
         --config.data.path=general.jsonl
 
-The teacher stays frozen. The log shows what it makes of the text behind held-out prompts when it
-starts from nothing (no_state), from its own state (own_state) and from the proposal. On the toy
+The teacher stays frozen. The log shows how well it predicts the text after held-out prompts when it
+starts from zeros (no_state), from its own state (own_state) and from the proposal. On the toy
 base model, from a clone, with
 
     --config.init=assets/toy-small.pth --config.data.path=task:mapping --config.data.length=32 \
@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 
 def get_config():
-    """An observer of one layer and half the teacher's width, if nothing else is said."""
+    """Trains an observer of one layer and half the teacher's width, unless changed."""
     config = ConfigDict()
     config.mode = "observer"
     config.init = ""

@@ -1,16 +1,16 @@
-"""Train a model from scratch by the published recipe.
+"""Trains a model from scratch by the published recipe.
 
     python train.py --config=configs/pretrain.py --workdir=runs/0.1b --config.data.path=corpus.bin
 
 The 0.1B size on tokens in the World vocabulary: learning rate 6e-4 falling to 6e-5, Adam with
-epsilon 1e-18, weight decay on the matrices alone.
+epsilon 1e-18, weight decay on the matrices only.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config():
-    """Sizes of RWKV-7 0.1B."""
+    """Takes the sizes of RWKV-7 0.1B."""
     config = ConfigDict()
     config.mode = "pretrain"
     config.steps = 100_000

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 
 def get_config():
-    """Source code and documentation of the running CPython, 4 layers of width 128."""
+    """Reads source code and documentation of the running CPython; 4 layers of width 128."""
     config = ConfigDict()
     config.mode = "pretrain"
     config.steps = 4800

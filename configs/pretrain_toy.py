@@ -27,7 +27,7 @@ SIZES = {
 
 
 def get_config(arg="small"):
-    """The model of a size of `SIZES`, in the byte vocabulary."""
+    """Takes a size of `SIZES`; the vocabulary is bytes."""
     if arg not in SIZES:
         raise ValueError(f"pretrain_toy: the size must be one of {', '.join(SIZES)}; got {arg!r}.")
     size = SIZES[arg]

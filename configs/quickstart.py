@@ -1,4 +1,4 @@
-"""Tune a state of the small base model on a text it has never seen: CPython's code pages.
+"""Tunes a state of the small base model on a text it has never seen: CPython's code pages.
 
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart
     python train.py --config=configs/quickstart.py:upscaled --workdir=runs/upscaled
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 
 def get_config(arg="state"):
-    """A start state of 16 thousand numbers, or a memory of 66; 1.0 million weights stay."""
+    """Tunes 16 thousand numbers of a start state or 66 thousand of a memory, of 1.0 million."""
     if arg not in ("state", "upscaled"):
         raise ValueError(f"quickstart: the kind must be state or upscaled; got {arg!r}.")
     wide = arg == "upscaled"

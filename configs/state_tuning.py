@@ -1,4 +1,4 @@
-"""Tune the start state of a frozen model on your text.
+"""Tunes the start state of a frozen model on your text.
 
     python train.py --config=configs/state_tuning.py --workdir=runs/poet \
         --config.init=model.pth --config.data.path=poems.jsonl
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 
 def get_config():
-    """The recipe for published checkpoints."""
+    """Follows the recipe for published checkpoints."""
     config = ConfigDict()
     config.mode = "state"
     config.init = ""

@@ -1,4 +1,4 @@
-"""Tune the start state of a frozen model at test time: rewards, a larger model's traces, a prompt.
+"""Tunes the start state of a frozen model at test time: rewards, a larger model's traces, a prompt.
 
     python train.py --config=configs/test_time.py --workdir=runs/steered \
         --config.init=model.pth --config.data.path=questions.jsonl
@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 
 def get_config():
-    """Group-relative policy gradients, eight completions of eight prompts a step."""
+    """Tunes by group-relative policy gradients, eight completions of eight prompts a step."""
     config = ConfigDict()
     config.mode = "test_time"
     config.init = ""

@@ -1,4 +1,4 @@
-"""Tune an upscaled state of a frozen model on your text: a memory read through kernel features.
+"""Tunes an upscaled state of a frozen model on your text: a memory read through kernel features.
 
     python train.py --config=configs/upscaled_state.py --workdir=runs/poet \
         --config.init=model.pth --config.data.path=poems.jsonl
@@ -6,14 +6,14 @@
 Four times the numbers of a start state, read without fading and shared by the whole batch. The
 features are taken from the text and decorrelated while tuning (config.tuning.decorrelate = "dbp");
 "whiten" does that once, before tuning, which costs nothing per step and makes the model forget more
-of what it knew; "none" is the paper's kernel step as it stands, which hardly learns.
+of what it knew; "none" is the kernel step of the paper, which hardly learns.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config():
-    """The recipe for published checkpoints."""
+    """Follows the recipe for published checkpoints."""
     config = ConfigDict()
     config.mode = "upscaled_state"
     config.init = ""

@@ -1,4 +1,4 @@
-"""A run that was stopped and goes on is the unbroken one, bit for bit, in every mode."""
+"""A run that was stopped and continued equals an unbroken one, bit for bit, in every mode."""
 
 import dataclasses
 import json
@@ -21,36 +21,36 @@ from rwkv7_jax.runs.input_pipeline import InputPipeline
 from rwkv7_jax.runs.modes.state_tuning import StateMode
 from rwkv7_jax.test_time.rollouts import PolicyBatch
 
-# Runs as users have them: signatures are looked at elsewhere.
+# Without the checks of array shapes, as users run it.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]
 TIMES = ("seconds", "tokens_per_second", "tokens_per_second_per_device", "waiting_share")
 TIMES += ("compile_seconds", "process_peak_mib")
 
 
 def stopped_at(monkeypatch, step: int):
-    """The process gets SIGTERM while the batch behind this step is being asked for."""
-    asked = InputPipeline.__call__
+    """Sends SIGTERM to this process while the batch after this step is being made."""
+    original = InputPipeline.__call__
 
-    def ask(feed, number, params):
+    def call(feed, number, params):
         if number == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return asked(feed, number, params)
+        return original(feed, number, params)
 
-    monkeypatch.setattr(InputPipeline, "__call__", ask)
+    monkeypatch.setattr(InputPipeline, "__call__", call)
 
 
 def ended(folder: Path) -> tuple[dict, list[dict]]:
-    """The record of the last step, and the metrics without what a clock says."""
+    """Reads the record of the last step, and the metrics without those that a clock measures."""
     record = json.loads((folder / "checkpoints" / str(STEPS) / "record" / "metadata").read_text())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return record, [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_f2_a_run_stopped_by_a_signal_goes_on_as_if_it_had_not_been(
+def test_a_run_stopped_by_a_signal_continues_with_the_same_bits(
     tmp_path, base_model, mode, monkeypatch, capsys
 ):
-    # Behind step 2 an evaluation is due, which the signal ends and the continuation makes up for.
+    # After step 2 an evaluation is due. The signal ends it, and the continued run makes up for it.
     settings, stop = mode_settings(mode, base_model), 3 if mode in ("pretrain", "grpo") else 2
     train_here(settings, tmp_path / "one")
     with monkeypatch.context() as patches:
@@ -78,7 +78,7 @@ def test_weights_trained_by_dbp_move_otherwise_and_a_run_of_them_is_resumed(tmp_
     assert one[name] != plain[name]
 
 
-def test_a_step_whose_groups_are_all_alike_moves_nothing_not_even_by_momentum(
+def test_a_step_whose_rewards_are_all_equal_moves_nothing_not_even_by_momentum(
     tmp_path, base_model, monkeypatch
 ):
     drawn = PolicyBatch.uniform.fget
@@ -98,7 +98,7 @@ def test_a_step_whose_groups_are_all_alike_moves_nothing_not_even_by_momentum(
     assert all("loss_nats" not in row and np.isfinite(row["learning_rate"]) for row in idle)
 
 
-def test_f17_other_data_or_another_base_is_refused_before_anything_compiles(tmp_path, base_model):
+def test_other_data_or_another_base_is_refused_before_anything_compiles(tmp_path, base_model):
     text = tmp_path / "text.txt"
     text.write_text("one two three four five six seven " * 40)
     changes = {"data__path": str(text), "steps": 1, "evaluation__patience": 0}

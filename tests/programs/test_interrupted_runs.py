@@ -1,4 +1,4 @@
-"""Faults injected into train.py as a program: killed, signalled, out of disk, not finite."""
+"""train.py as a program under faults: killed, signalled, out of disk, not finite."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from rwkv7_jax.data.synthetic_tasks import task_batch
 from rwkv7_jax.runs.resume.step_directories import BAD, SAVING, step_numbers
 
 pytestmark = pytest.mark.slow
-# The gate takes a few random moments; RWKV7_FAULT_SEEDS=20 is for nights.
+# A few random moments by default; RWKV7_FAULT_SEEDS=20 takes more of them.
 SEEDS = range(int(os.environ.get("RWKV7_FAULT_SEEDS", "3")))
 STEPS = 24
 CHILD = ("tests/support/faulty_train.py",)
 
 
 def run(workdir: Path, *, fault: str = "", environment=(), **settings):
-    """The smallest run, started."""
+    """Starts the smallest run."""
     child = CHILD if fault else ()
     os.environ["FAULT"] = fault
     return start(workdir, child=child, environment=environment, **(SMALLEST | settings))
@@ -34,16 +34,16 @@ def rows(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_for(what, process, seconds: float = 300.0) -> None:
-    """Until `what()` is true, or the program has ended."""
+def wait_for(condition, process, seconds: float = 300.0) -> None:
+    """Waits until the condition holds or the program has ended."""
     end = time.monotonic() + seconds
-    while not what() and process.poll() is None:
-        assert time.monotonic() < end, "the program never came that far"
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < end, "the condition never held"
         time.sleep(0.002)
 
 
 def training(workdir: Path, process, step: int = 3) -> None:
-    """The run has made some steps."""
+    """Waits until the run has made some steps."""
     wait_for(lambda: (workdir / "metrics.csv").exists() and _last(workdir) >= step, process)
 
 
@@ -53,20 +53,20 @@ def _last(workdir: Path) -> int:
 
 
 def record(workdir: Path, step: int) -> dict:
-    """What the checkpoint of a step says of itself."""
+    """Reads the record of a step's checkpoint."""
     return json.loads((workdir / "checkpoints" / str(step) / "record" / "metadata").read_text())
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """The last record of a run that nothing happened to."""
+    """Gives the last record of a run without faults."""
     folder = tmp_path_factory.mktemp("unbroken")
     finish(run(folder, steps=STEPS, save_every=2))
     return record(folder, STEPS)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_f1_a_run_killed_at_a_random_moment_ends_with_the_same_bits(tmp_path, unbroken, seed):
+def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(tmp_path, unbroken, seed):
     draw, kills = random.Random(seed), 0
     while True:
         process = run(tmp_path, steps=STEPS, save_every=2)
@@ -93,13 +93,13 @@ def test_f1_a_run_killed_at_a_random_moment_ends_with_the_same_bits(tmp_path, un
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_f2_a_signal_saves_the_last_finished_step_within_five_seconds(tmp_path, name):
+def test_a_signal_saves_the_last_finished_step_within_five_seconds(tmp_path, name):
     process = run(tmp_path, steps=1_000_000)
     training(tmp_path, process)
-    if name == "SIGTERM":  # f9: in the meantime nobody else may work here
+    if name == "SIGTERM":  # In the meantime no other process may use the folder.
         second = run(tmp_path, steps=1_000_000)
-        said = last_line(finish(second, 2)[1])
-        assert f"is in use by process {process.pid} on " in said
+        reason = last_line(finish(second, 2)[1])
+        assert f"is in use by process {process.pid} on " in reason
     began = time.monotonic()
     process.send_signal(getattr(signal, name))
     _, error = finish(process, 0)
@@ -112,8 +112,8 @@ def test_f2_a_signal_saves_the_last_finished_step_within_five_seconds(tmp_path, 
 
 
 @pytest.mark.parametrize("seconds", [0, 2])
-def test_f2_a_signal_while_nothing_is_to_be_saved_ends_the_run_as_well(tmp_path, seconds):
-    # Two seconds later the first evaluation is being compiled: no program may be there already.
+def test_a_signal_ends_a_run_that_has_nothing_to_save_as_well(tmp_path, seconds):
+    # Two seconds later the first evaluation is being compiled; the cache of programs must be empty.
     large = {"model.num_layers": 3, "model.width": 64, "sample.prompts": "('one',)"}
     process = run(tmp_path, steps=5, environment={"XDG_CACHE_HOME": str(tmp_path)}, **large)
     mark = "system.json" if seconds else "checkpoints"
@@ -127,7 +127,7 @@ def test_f2_a_signal_while_nothing_is_to_be_saved_ends_the_run_as_well(tmp_path,
     assert step_numbers(tmp_path / "checkpoints") == []
 
 
-def test_f3_a_second_interrupt_leaves_at_once_and_the_older_checkpoint_is_whole(tmp_path):
+def test_a_second_interrupt_leaves_at_once_and_the_older_checkpoint_is_valid(tmp_path):
     process = run(tmp_path, fault="slow:60", steps=1_000_000, save_every=5)
     wait_for(lambda: 5 in step_numbers(tmp_path / "checkpoints"), process)
     training(tmp_path, process, 10)
@@ -143,14 +143,14 @@ def test_f3_a_second_interrupt_leaves_at_once_and_the_older_checkpoint_is_whole(
     assert "resume    from step 5" in out
 
 
-def test_f7_a_full_disk_costs_checkpoints_and_not_the_run(tmp_path):
+def test_a_full_disk_costs_checkpoints_and_not_the_run(tmp_path):
     finish(run(tmp_path, steps=4))
     before = record(tmp_path, 4)
     _, error = finish(run(tmp_path, fault="size:12000", steps=12, save_every=4), 5)
     assert error.count("training goes on") == 2
-    said = last_line(error)
-    assert said.startswith("train.py: the checkpoint of step 12 could not be written: it needs ")
-    assert "the newest one is of step 4" in said
+    reason = last_line(error)
+    assert reason.startswith("train.py: the checkpoint of step 12 could not be written: it needs ")
+    assert "the newest one is of step 4" in reason
     assert not (tmp_path / "checkpoints" / SAVING).exists()
     assert step_numbers(tmp_path / "checkpoints") == [4] and record(tmp_path, 4) == before
     assert [row["step"] for row in rows(tmp_path) if "loss" in row] == list(range(1, 13))
@@ -159,7 +159,7 @@ def test_f7_a_full_disk_costs_checkpoints_and_not_the_run(tmp_path):
 
 
 @pytest.mark.parametrize(("workdir", "code"), [("file/run", 5), ("", 2)])
-def test_f8_a_workdir_that_cannot_be_ends_the_run_before_anything_compiles(tmp_path, workdir, code):
+def test_an_impossible_workdir_ends_the_run_before_anything_compiles(tmp_path, workdir, code):
     (tmp_path / "file").write_text("")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     place = tmp_path / workdir if workdir else ""
@@ -167,12 +167,12 @@ def test_f8_a_workdir_that_cannot_be_ends_the_run_before_anything_compiles(tmp_p
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert len(error.strip().splitlines()) == 1 and "`--workdir`" in error
-    # Of the processor's time, which does not depend on what else the machine does.
+    # Processor time hardly depends on what else the machine does.
     assert seconds < 3
     print(f"{seconds:.2f} s")
 
 
-def test_f14_updates_that_are_not_finite_are_left_out_bit_for_bit_and_written_down(tmp_path):
+def test_updates_that_are_not_finite_are_skipped_bit_for_bit_and_logged(tmp_path):
     choices = {"save_every": 1, "keep": 9, "steps": 6}
     out, _ = finish(run(tmp_path, fault="nan:3,4", **choices))
     assert "2 updates were skipped" in out
@@ -195,7 +195,7 @@ def test_f14_updates_that_are_not_finite_are_left_out_bit_for_bit_and_written_do
     assert step_numbers(tmp_path / "all" / "checkpoints") == []
 
 
-def test_f25_a_reader_that_goes_away_does_not_end_a_run(tmp_path):
+def test_a_reader_that_goes_away_does_not_end_a_run(tmp_path):
     process = run(tmp_path, steps=5)
     assert process.stdout.readline().startswith("devices")
     process.stdout.close()
@@ -205,7 +205,7 @@ def test_f25_a_reader_that_goes_away_does_not_end_a_run(tmp_path):
     assert step_numbers(tmp_path / "checkpoints") == [5]
 
 
-def test_f26_no_home_and_no_folder_for_temporary_files_is_a_warning(tmp_path, monkeypatch):
+def test_no_home_and_no_folder_for_temporary_files_is_a_warning(tmp_path, monkeypatch):
     for name in ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))

@@ -37,7 +37,7 @@ SMALL = [
         ),
     ],
 )
-def test_f16_bad_settings_end_in_one_line_and_exit_code_2(tmp_path, changes, sentence):
+def test_bad_settings_end_in_one_line_and_exit_code_2(tmp_path, changes, sentence):
     config = "--config=configs/pretrain_tiny.py"
     done = program("train.py", config, f"--workdir={tmp_path / 'run'}", *SMALL, *changes)
     assert done.returncode == 2

@@ -1,8 +1,8 @@
 """train.py with a fault in it: `FAULT` names which; the command line is train.py's own.
 
 nan:3,4     the losses of these steps are not finite (nan: is all of them from the first)
-slow:30     every save but the first takes so many seconds longer
-size:20000  no file may grow beyond so many bytes
+slow:30     every save but the first takes 30 seconds longer
+size:20000  no file may grow beyond 20,000 bytes
 """
 
 import math
@@ -31,14 +31,14 @@ def poisoned(batches):
     return poisoned_batches
 
 
-def slowed(seal):
-    """The same, seconds later from the second time on."""
+def slowed(write):
+    """Delays all calls but the first."""
     times = iter(range(1000))
 
     def slow(folder):
         if next(times):
             time.sleep(float(NUMBERS))
-        seal(folder)
+        write(folder)
 
     return slow
 

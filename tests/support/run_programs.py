@@ -1,4 +1,4 @@
-"""train.py for tests: as a program of its own, or driven from inside this process."""
+"""Runs train.py for tests, as a program of its own or inside this process."""
 
 import os
 import runpy
@@ -11,7 +11,7 @@ from rwkv7_jax.runs.run_directory import OwnedRunDirectory
 from rwkv7_jax.runs.settings import Settings
 
 ROOT = Path(__file__).parents[2]
-# A model of a layer on a task: what is left is what the machinery costs.
+# A model of one layer on a task, so that little besides the machinery takes time.
 MODEL = {"vocab_size": 257, "num_layers": 1, "width": 16, "head_size": 16, "ffn_width": 16}
 MODEL |= {"decay_rank": 2, "icl_rank": 2, "value_rank": 2, "gate_rank": 2}
 SMALLEST = {
@@ -27,14 +27,14 @@ SMALLEST = {
 
 
 def arguments(workdir: Path, config: str, **settings) -> list[str]:
-    """The command line of a run; settings by dotted names, whose dots may be `__`."""
+    """Makes the command line of a run; dots in the names of settings may be `__`."""
     named = {name.replace("__", "."): value for name, value in settings.items()}
     flags = [f"--config.{name}={value}" for name, value in named.items()]
     return ["train.py", f"--config=configs/{config}.py", f"--workdir={workdir}", *flags]
 
 
 def program(name: str, *arguments: str) -> subprocess.CompletedProcess:
-    """A program that has run to its end."""
+    """Runs a program to its end."""
     return subprocess.run(
         [sys.executable, name, *arguments],
         cwd=ROOT,
@@ -48,7 +48,7 @@ def program(name: str, *arguments: str) -> subprocess.CompletedProcess:
 def start(
     workdir: Path, config: str = "pretrain_toy", *, extra=(), child=(), environment=(), **settings
 ):
-    """The program, running; `child` runs in its place and gets its command line."""
+    """Starts the program; `child` runs in its place and gets its command line."""
     words = [sys.executable, *child, *arguments(workdir, config, **settings), *extra]
     paths = f"{ROOT}:{ROOT / 'tests' / 'support'}"
     environment = {**os.environ, "PYTHONPATH": paths, "MPLBACKEND": "agg", **dict(environment)}
@@ -57,14 +57,14 @@ def start(
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
-    """Output and errors of a program that ended as it should."""
+    """Waits for a program, checks its exit code and gives its output and errors."""
     out, error = process.communicate(timeout=600)
     assert process.returncode == code, f"exit code {process.returncode}: {error[-3000:]}"
     return out, error
 
 
 def last_line(error: str) -> str:
-    """The reason that a program ended for."""
+    """Gives the last line of the errors: why the program ended."""
     return [line for line in error.splitlines() if line.strip()][-1]
 
 
@@ -72,7 +72,7 @@ _PROGRAM: dict = {}
 
 
 def train_here(settings: Settings, workdir: Path) -> None:
-    """One run by train.py's own functions, in this process."""
+    """Runs train.py's functions in this process."""
     if not _PROGRAM:
         _PROGRAM.update(runpy.run_path(str(ROOT / "train.py"), run_name="train_program"))
     with StopSignals() as stop, OwnedRunDirectory(workdir, settings) as folder:
