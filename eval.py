@@ -40,6 +40,7 @@ def tuned_states(paths: list[str], model: RWKV7, params: Params) -> dict[str, RW
     rows: dict[str, RWKV7State] = {}
     if not paths:
         return rows
+    # `load_state` refuses states that were tuned on other weights.
     base_model = model_hash(params, model.config)
     for path in paths:
         state = load_state(path, config=model.config, base_model=base_model)
@@ -128,6 +129,7 @@ def evaluate(settings: Settings) -> None:
         text = training_stream(data, tokenizer, seed=settings.seed)[:]
         rows |= prompt_states(text, sizes, model, params)
     report: dict[str, Any] = {}
+    # Every row is measured on the same batch, so that differences are the states' own.
     for title, path in subjects(data.path, settings.evaluation.retention).items():
         batch = held_out(data, settings.evaluation, tokenizer, seed=settings.seed, path=path)
         scores: dict[str, Any] = {}
@@ -149,6 +151,7 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tables = {title: as_json(scores) for title, scores in report.items()}
     (folder / "eval.json").write_text(json.dumps(tables, indent=1) + "\n")
+    # Answers of a task have no loss by position.
     if "new text" in report and plots.available():
         by_position = {name: one.by_position for name, one in report["new text"].items()}
         plots.by_position(folder / "by_position.png", by_position)

@@ -132,7 +132,7 @@ def evaluate_and_save(
     is_last = step == settings.steps
     every = settings.evaluation.every
     evaluation_due = step == 0 or is_last or (every and step % every == 0)
-    # A run that goes on from this step may have evaluated it already.
+    # A run that is continued from this step may have evaluated it already.
     if evaluation_due and log.progress.evaluated != step:
         # A signal ends the evaluation; the continued run makes up for it. Several processes first
         # have to agree that they stop, which they do after the evaluation.
@@ -206,6 +206,7 @@ def train(settings: Settings, folder: RunDirectory, stop: StopSignals) -> None:
         devices = mesh.size if mesh else 1
         state, progress = restore_or_init(run, folder)
         first = int(state.step)
+        # Before the state is replicated: it describes what one device holds.
         print_summary(mode, state, progress, identity=run.identity, devices=devices)
         state = sharding.replicate(mesh, state)
         batches = InputPipeline(mode.batches(first, mesh))
@@ -228,6 +229,7 @@ def train(settings: Settings, folder: RunDirectory, stop: StopSignals) -> None:
         devices=devices,
     )
     profile = ProfileWindow(profiled(settings.profile_steps), folder.path / "profile")
+    # Counted on the host: reading `state.step` would wait for the device.
     step = first
     with contextlib.closing(batches), contextlib.closing(log), contextlib.closing(profile):
         while not evaluate_and_save(run, state, step, folder, log, stop):
@@ -245,6 +247,7 @@ def train(settings: Settings, folder: RunDirectory, stop: StopSignals) -> None:
             profile.after(step, state)
             folder.checkpoints.poll()
 
+    # The other processes are needed no longer: process 0 alone writes the result.
     multihost.shutdown()
     finish(run, sharding.local_replica(mesh, state), log.progress, folder, stop)
 

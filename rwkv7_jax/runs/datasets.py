@@ -24,6 +24,7 @@ def digest_of(path: str, stream: TokenStream | None) -> str:
     """Hashes the ids that a run reads or, where there is no stream, the file at `path`."""
     if stream is not None:
         return data_hash(stream)
+    # The path counts as well: it may be a task, whose name says all.
     digest = hashlib.blake2b(path.encode(), digest_size=16)
     if Path(path).is_file():
         digest.update(Path(path).read_bytes())

@@ -61,6 +61,7 @@ class RunProgress:
         metric = metrics.get(name)
         if metric is None or math.isnan(metric.value):
             return dataclasses.replace(self, evaluated=step, measure=name, waited=self.waited + 1)
+        # Sorted upwards, so that the first pair is the best one.
         sign = -1 if metric.higher_is_better else 1
         # Of equal values the earlier step is the better one.
         ranked = sorted(

@@ -39,6 +39,7 @@ class PredictionEvaluator:
         self._name = name
         self._model = model
         self._tokenizer = tokenizer
+        # Read once: all evaluations of a run have to measure on the same rows.
         self._batch = held_out(data, evaluation, tokenizer, seed=seed, path=path)
         self._is_task = isinstance(held_out_source(data, path), TaskSource)
 

@@ -51,6 +51,7 @@ class PrefetchedBatches(BatchSource):
             batches: one for each step, in order.
             mesh: the devices that share a batch's rows.
         """
+        # Placed by the thread, so that the copy to the device overlaps with the step before.
         self._prefetch = Prefetch(PlacedBatch(batch, shard_batch(mesh, batch)) for batch in batches)
 
     def batch(self, step: int, params: Any) -> PlacedBatch:
@@ -101,6 +102,7 @@ class InputPipeline:
 
     def __call__(self, step: int, params: Any) -> PlacedBatch | None:
         """Gives the batch of a step, counted from 0; None where there is nothing to learn from."""
+        # Time in here is time in which the device may have nothing to do.
         began = time.monotonic()
         placed = self._source.batch(step, params)
         self.waited += time.monotonic() - began

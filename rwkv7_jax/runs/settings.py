@@ -291,6 +291,7 @@ class Settings:
     """
 
     mode: Mode = "pretrain"
+    # Names and defaults are keys in config files and in run folders; they cannot change.
     init: str | None = _absent("")
     state: str = ""
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -329,11 +330,13 @@ class Settings:
             if getattr(self, name) < 0:
                 raise ValueError(f"`config.{name}` must be at least 0; got {getattr(self, name)}.")
         profiled(self.profile_steps)
+        # Elsewhere it would silently do nothing.
         if self.optimizer.decorrelate != "none" and self.mode != "pretrain":
             raise ValueError(
                 '`config.optimizer.decorrelate` must be "none" outside mode "pretrain", where '
                 f"`config.tuning.decorrelate` has its place; got {self.optimizer.decorrelate!r}."
             )
+        # The cubic order cuts rows at positions of one long stream; documents have none.
         if (self.data.order, self.data.packing) == ("cubic", "documents"):
             raise ValueError(
                 '`config.data.order` must be "shuffled" where `config.data.packing` is '
@@ -398,6 +401,7 @@ def as_config(settings: Any) -> dict[str, Any]:
 
 
 def _unknown_key(where: str, key: str, fields: list[str]) -> str:
+    # Without a cutoff even a far-off key gets a suggestion.
     nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
     return f"`{where}.{key}` is no setting; the nearest is `{where}.{nearest}`."
 

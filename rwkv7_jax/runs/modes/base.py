@@ -29,7 +29,7 @@ from rwkv7_jax.training.losses import Loss
 from rwkv7_jax.tuning.state_arithmetic import scaled
 from rwkv7_jax.tuning.upscaling import fold_feature_map
 
-# Settings of a model that its checkpoint does not fix.
+# Settings of a model that its checkpoint does not fix: how it computes, not what it is.
 _CHANGEABLE = ("dtype", "remat", "implementation")
 
 
@@ -78,6 +78,7 @@ class TrainingMode(abc.ABC):
         self.settings = settings
         self.folder = folder
         self.set_up()
+        # Described at once: later the parameters may have been handed over.
         self.abstract_params = self._describe_params()
         self._retention = [
             self.prediction_evaluator(name, path)
@@ -145,6 +146,7 @@ class TrainingMode(abc.ABC):
     @property
     def flops_per_token(self) -> float | None:
         """The operations of a step per token; None where they have not been counted."""
+        # An anchored step also reads the anchor, with both the base and the tuned model.
         if self.gradients_of is None or self.settings.tuning.anchor:
             return None
         flops = flops_per_token(self.model.config)
@@ -153,6 +155,7 @@ class TrainingMode(abc.ABC):
     def init_params(self) -> Any:
         """Hands over the parameters that a new run starts from; only the caller holds them."""
         initial = self._initial
+        # The caller donates them: a second call has to make new ones.
         self._initial = None
         return self.make_params() if initial is None else initial
 
@@ -239,6 +242,7 @@ class DatasetMode(TrainingMode):
     def open_data(self) -> None:
         """Opens the run's data and its held-out rows; `set_up` calls it once the model is there."""
         tuning = self.settings.tuning
+        # Without a weight the anchor's text would be read for nothing.
         self.data = TrainingData(
             self.settings.data,
             self.tokenizer,
@@ -310,6 +314,8 @@ class StateTuningMode(TrainingMode):
         """Writes the tuned state, scaled by `config.tuning.alpha`, and gives the file's path."""
         alpha = self.settings.tuning.alpha
         result = scaled(params, alpha)
+        # A static memory is linear in its features, so the map that whitens them folds into it and
+        # the file needs no map.
         if result.upscaled is not None and result.upscaled.dynamics == "static":
             result = result.replace(upscaled=fold_feature_map(result.upscaled))
         path = folder / self.result_name

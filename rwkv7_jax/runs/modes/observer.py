@@ -25,7 +25,8 @@ from rwkv7_jax.runs.input_pipeline import BatchSource, PrefetchedBatches
 from rwkv7_jax.runs.modes.base import DatasetMode, count, load_or_init
 from rwkv7_jax.text.tokenizer import Tokenizer
 
-# The start states whose continuations are measured, and the names they have in the log.
+# The start states whose continuations are measured, and the names they have in logs: of the
+# observer's proposal, of the teacher after it has read the prompt itself, and of zeros.
 _LOG_NAMES = {"proposed": "proposal", "wkv": "own_state", "zero": "no_state"}
 
 
@@ -73,6 +74,7 @@ class ObserverMode(DatasetMode):
             "dtype": teacher.dtype,
         }
         try:
+            # Later entries win: what the user set replaces the defaults.
             return RWKV7Config(**{**sizes, **changes})
         except TypeError as error:
             raise ValueError(f"`config.observer.model` has an unknown size: {error}.") from None

@@ -25,7 +25,9 @@ class PretrainMode(DatasetMode):
     def set_up(self) -> None:
         """Loads or makes the weights and opens the data."""
         settings = self.settings
-        if settings.init:
+        if settings.init is not None:
+            # The sizes are in the checkpoint's tensors, so its weights are read to know them. They
+            # are kept for a new run, which would otherwise read the file a second time.
             self.model, params = self._load()
             self._initial = _in_float32(params)
         else:
@@ -51,7 +53,7 @@ class PretrainMode(DatasetMode):
 
     def make_params(self) -> Params:
         """Makes new weights, or reads the checkpoint's; in float32."""
-        if self.settings.init:
+        if self.settings.init is not None:
             return _in_float32(self._load()[1])
         return _in_float32(init_weights(self.model, self.settings.seed))
 
@@ -79,4 +81,5 @@ class PretrainMode(DatasetMode):
 
 
 def _in_float32(params: Params) -> Params:
+    # Updates of 16-bit weights would be rounded away; the model computes in `config.dtype` anyway.
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)

@@ -37,6 +37,7 @@ class StateMode(DatasetMode, StateTuningMode):
             anchor=settings.tuning.anchor,
             l2wrap=settings.optimizer.l2wrap,
         )
+        # Made here because features are fitted to text: their shapes cannot be traced.
         self._initial = self.make_params()
         self.decorrelator = state_decorrelator(
             self.model,
@@ -49,6 +50,7 @@ class StateMode(DatasetMode, StateTuningMode):
 
     def tuned_leaves(self) -> tuple[str, ...]:
         """Names the tuned leaves: the WKV state, and the token-shift states where asked for."""
+        # The rest of `LEAVES` belongs to upscaled states.
         return LEAVES[:3] if self.settings.tuning.leaves == "all" else ("wkv",)
 
     def trained_count(self, params: RWKV7State) -> int:
@@ -79,7 +81,7 @@ class UpscaledStateMode(StateMode):
             kind=settings.kind,
             prepare=settings.prepare,
             widths=settings.widths,
-            # Without it, DBP learns the decorrelation while tuning.
+            # Under "dbp" the optimizer learns to whiten while tuning; "none" does not whiten.
             whiten=self.settings.tuning.decorrelate == "whiten",
         )
         upscaled = upscale(

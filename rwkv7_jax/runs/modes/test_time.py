@@ -76,6 +76,7 @@ class TestTimeMode(StateTuningMode):
         verifier = settings.test_time.verifier
         self._reward = self._questions.reward if verifier == "exact" else find_verifier(verifier)
         self._held_out = self._questions.prompts(0, settings.evaluation.windows, held_out=True)
+        # "distil" lets the teacher answer here, which takes long: before the first step, not in it.
         self._source = self._make_source()
         if settings.test_time.method == "grpo":
             self.loss = policy_loss(
@@ -91,6 +92,7 @@ class TestTimeMode(StateTuningMode):
     def rows_per_step(self) -> int:
         """The rows that a step computes at once."""
         test_time = self.settings.test_time
+        # Traces are cut into batches as data is; what the model writes is one batch a step.
         if test_time.method == "distil":
             return super().rows_per_step
         return test_time.prompts * test_time.group
@@ -157,6 +159,7 @@ class TestTimeMode(StateTuningMode):
         settings = self.settings.test_time
         if settings.guide is None:
             raise ValueError("`config.test_time.guide` must name the larger model's checkpoint.")
+        # Traces of an earlier run need no teacher.
         if settings.guide.endswith(".jsonl"):
             traces = read_traces(settings.guide)
             with prefix_errors("config.test_time.guide"):
