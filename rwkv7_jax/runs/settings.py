@@ -290,8 +290,8 @@ class Settings:
             groups of settings; see their classes.
     """
 
+    # Names are keys in config files and in checkpoints of older runs; they cannot change.
     mode: Mode = "pretrain"
-    # Names and defaults are keys in config files and in run folders; they cannot change.
     init: str | None = _absent("")
     state: str = ""
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
