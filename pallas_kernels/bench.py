@@ -217,6 +217,7 @@ def plot(case: Case, dtype: str, path: str, *, repeats: int) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    # A case shorter than all of these is drawn as a single point.
     lengths = [n for n in (64, 256, 1024, 4096) if n <= case.tokens] or [case.tokens]
     by_name: dict[str, list[dict]] = {}
     for tokens in lengths:

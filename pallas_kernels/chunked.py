@@ -96,6 +96,7 @@ def backward(
         read = chunk_math.read_products(prepared)
         u = chunk_math.removals(prepared, read.inverse, written, states[0])
         z = chunk_math.removal_gradients(prepared, read.transposed, dy, states[1])
+        # The generator's order suits a kernel's registers; here only the names count.
         by_name = dict(chunk_math.gradients(prepared, written, u, z, states, dy))
         grads = WKVInputs(**by_name)
         dstate = chunk_math.state_gradient(prepared, z, dy, states[1]) * prepared.mid

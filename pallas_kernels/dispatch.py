@@ -99,6 +99,7 @@ def unsupported_reason(name: str, inputs: WKVInputs, state: State) -> str | None
     if dtype not in (jnp.bfloat16, jnp.float32) or state.dtype != jnp.float32:
         return f"bfloat16 or float32 tokens and a float32 state; got {dtype} and {state.dtype}"
     if name == "pallas_tpu":
+        # Heads are packed into tiles of 128 lanes.
         if any(size % 32 for size in sizes) or max(sizes) > 256:
             return f"head sizes that are multiples of 32 up to 256; got {sizes}"
         return None
@@ -130,6 +131,7 @@ def check(name: str, inputs: WKVInputs, state: State, interpret: bool) -> None:
         RuntimeError: the packages' versions do not fit together.
     """
     wanted = PLATFORMS.get(name)
+    # "scan" and "chunked" are plain JAX: they run everywhere.
     if wanted is None:
         return
     platform = platforms.target_platform()
@@ -234,6 +236,7 @@ def forward_saving(
 ) -> tuple[Array, State, Residuals]:
     """Computes y, the state after the last token, and what `backward` needs."""
     platform = platforms.target_platform()
+    # "chunked" also on CPUs, where "scan" is the faster forward pass: its gradient is faster.
     if name is not None or not _takes_kernel(platform, inputs, state):
         implementation = _BY_NAME[name or "chunked"]
         y, end, starts = implementation.forward_saving(
@@ -272,6 +275,7 @@ def backward(
         chunk: tokens of a chunk.
         interpret: run kernels in Pallas's interpreter.
     """
+    # The forward pass has chosen: the target may have changed since.
     platform = residuals.platform
     if platform is None:
         return _BY_NAME[name or "chunked"].backward(

@@ -29,7 +29,7 @@ _PLATFORMS = ("tpu", "cuda", "rocm")
 
 @contextlib.contextmanager
 def kernels_of_all_platforms() -> Iterator[None]:
-    """Makes `wkv7` without a name put every platform's kernel into what is traced inside.
+    """Makes `wkv7` without a name include every platform's kernel in programs traced inside.
 
     JAX caches traces and does not know of this context: export a function that was not traced
     before (a fresh `jax.jit`), or call `jax.clear_caches()` first. With an older trace the export

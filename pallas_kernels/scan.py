@@ -105,10 +105,12 @@ def backward(
 
     def walk(dstate, saved):
         tokens, dy, start = saved
+        # The states before each token of this chunk: C states at a time instead of T.
         _, before = jax.lax.scan(lambda s, token: (step(s, token)[0], s), start, tokens)
         return jax.lax.scan(_step_backward, dstate, (tokens, dy, before), reverse=True)
 
     length = chunk or tiles.XLA
+    # All arithmetic happens in the state's dtype, as in the definition.
     dtype = starts.dtype
     chunks = _split_inputs(inputs, length, dtype)
     saved = (chunks, split(dy, length).astype(dtype), starts)

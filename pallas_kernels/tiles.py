@@ -104,7 +104,9 @@ def capability() -> int:
 
 @contextlib.contextmanager
 def override(choice: GPU | TPU) -> Iterator[None]:
-    """Replaces the tables' choice in what is traced inside, to measure it."""
+    """Replaces the tables' choice while the context lasts, to measure it.
+
+    It counts when a call is traced: JAX's caches must be cleared before and after."""
     token = _override.set(choice)
     try:
         yield

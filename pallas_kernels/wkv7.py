@@ -84,6 +84,7 @@ def _check_arrays(inputs: WKVInputs, state: State) -> None:
     for name, x in inputs._asdict().items():
         if x.ndim != 4:
             raise ValueError(f"wkv7: `{name}` must have shape [B T H N]; got {x.shape}.")
+        # v alone may have another number of channels.
         shape = (*r.shape[:3], v.shape[3]) if name == "v" else r.shape
         if x.shape != shape:
             raise ValueError(f"wkv7: `{name}` must have shape {shape} to fit `r`; got {x.shape}.")
@@ -160,6 +161,7 @@ def wkv7(
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_numpy.py:39-40.
     """
+    # From here on the six go down as one.
     inputs = WKVInputs(
         r=jnp.asarray(r),
         log_w=jnp.asarray(log_w),
@@ -173,6 +175,7 @@ def wkv7(
     _check_arrays(inputs, state)
     if lengths is not None:
         inputs = _mask_padding(inputs, jnp.asarray(lengths))
+    # No implementation has to handle an empty grid or scan.
     if inputs.r.shape[1] == 0:
         return inputs.v, state
     if implementation is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pallas_kernels.compile_checks import gpu, tpu
 
+# Compilers are deterministic, so that any growth is real; a little is not worth a failure.
 TOLERANCE = 1.05
 # The compilers whose versions decide the numbers.
 COMPILERS = {"tpu": ("jaxlib", "libtpu"), "gpu": ("jaxlib", "jax-cuda13-plugin", "triton")}
@@ -37,7 +38,7 @@ def versions(platform: str) -> dict[str, str]:
 
 
 def compare(row: dict, before: dict | None) -> list[str]:
-    """Lists what is worse than before, in words.
+    """Lists the numbers that are worse than before, in words.
 
     Args:
         row: numbers by name, with the case.

@@ -129,6 +129,7 @@ def count(code: str, loops: bool) -> int:
         if jump:
             spans.append((int(jump[1], 16), address))
     # A jump backwards closes a loop; one forwards has a negative length.
+    # The longest is the walk over the chunks.
     first, last = max(spans, key=lambda span: span[1] - span[0])
     return sum(first <= address <= last for address, _ in lines)
 
@@ -207,6 +208,7 @@ def compile_for_device(device: Device, size: Size) -> None:
     )
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=abstract)
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    # The mesh makes `tiles` and Pallas take this device for the target.
     with jax.sharding.use_abstract_mesh(mesh):
         for run, arguments in _make_passes(size, sharding):
             jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()

@@ -80,6 +80,7 @@ def _make_program(
     def split(arrays):
         return jax.tree.map(lambda x: x.reshape(BATCH, TOKENS, heads, -1), arrays)
 
+    # Flat arrays as the model's: reshapes that need a copy would show as temporary memory.
     def flat(x):
         return x.reshape(BATCH, TOKENS, -1)
 
@@ -137,6 +138,7 @@ def _measure(
     folder: Path,
 ) -> dict:
     """Compiles one kernel; returns its numbers for one token of one head."""
+    # The last kernel's dump would be taken for this one's.
     for path in folder.iterdir():
         path.unlink()
     began = time.monotonic()

@@ -48,7 +48,7 @@ def _prepare(
     interpret,
 ) -> chunk_math.Chunk:
     """Prepares the chunk of r, log_w, a and b that begins at token `start`."""
-    # Loading log_w again by halves is cheaper than summing a part of what is loaded.
+    # Loading log_w again by halves is cheaper than summing a part of the tile.
     half = tokens // 2
     first = _load(log_w, pl.ds(start, half))
     second = _load(log_w, pl.ds(start + half, half))
@@ -97,6 +97,7 @@ def forward_kernel(
         prepared = _prepare(r, log_w, a, b, i * chunk, chunk, v.dtype, interpret)
         # The last chunk's rest and this one's mid are one product: the state is scaled once.
         state = state * (rest * prepared.mid)
+        # S^ is what the backward pass's products read, so it is kept in scaled form.
         for starts in outputs[1:]:
             starts[0, 0, i] = state.astype(starts.dtype)
         written = chunk_math.write_products(prepared, _load(k, at), _load(v, at))
@@ -141,6 +142,7 @@ def state_kernel(
 
     def walk(done, carry):
         dstate, mid = carry
+        # The loop only counts upwards.
         i = chunks - 1 - done
         prepared = _prepare(r, log_w, a, b, i * chunk, chunk, dy.dtype, interpret)
         dstate = dstate * (mid * prepared.rest)

@@ -59,6 +59,7 @@ def _walk(
     _, state = arrays[-1]
     batch, tokens, heads, keys = first.shape
     values = state.shape[2]
+    # Halved until it divides the values: with probes there are Nv + Nk of them, such as 320.
     rows = tile.values
     while values % rows:
         rows //= 2
@@ -91,6 +92,7 @@ def _forward(
     v = inputs.v
     arrays = [*zip(INPUTS, inputs, strict=True), ("state", state)]
     outputs = [("state", output_like(state.shape, jnp.float32, state, v))]
+    # `None` asks for the end state alone: the first walk over segments needs no y.
     if save is not None:
         outputs.append(("values", output_like(v.shape, v.dtype, state, v)))
     if save:

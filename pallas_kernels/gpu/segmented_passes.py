@@ -55,6 +55,7 @@ def chain_segments(
     """
     values = state.shape[2]
 
+    # Highest precision: the errors of this product would pass through all later segments.
     def step(state, probe_end):
         # A segment is affine: its tokens write `written`, and turn a start state S into S kept.
         written, kept = jnp.split(probe_end, [values], axis=2)
@@ -163,6 +164,7 @@ class KernelSet(NamedTuple):
         v = inputs.v
         choice = tiles.for_gpu(self.table, keys, v.shape[3], v.dtype, tiles.capability())
         choice = choice._replace(chunk=chunk or choice.chunk)
+        # Doubled while the GPU is not full and each segment is long enough to pay for the probes.
         segments = 1
         while (
             2 * segments * batch * heads <= PROGRAMS
@@ -250,6 +252,7 @@ class KernelSet(NamedTuple):
         cut = plan.cut_inputs(inputs)
         dy = plan.cut(dy.astype(cut.v.dtype))
         if segments > 1:
+            # Probes of the gradient: the walk backwards is affine in it as well.
             wide = _pad_values(dy, dend)
             probes = _make_probes(dend, segments)
             (probe_ends,) = self.state_kernel(cut, wide, probes, choice, False, interpret)

@@ -125,11 +125,13 @@ def _walk(
     """Launches a kernel that walks the chunks, a program for every head and block of values."""
     keys = arrays[0].shape[3]
     values = arrays[-1].shape[2]
+    # Halved until it divides the values: with probes there are Nv + Nk of them, such as 320.
     block = tile.values
     while values % block:
         block //= 2
 
     def run(*arrays):
+        # Not closed over: under `vmap` the batch is larger.
         batch, _, heads, _ = arrays[0].shape
         return launch(
             kernel,

@@ -112,6 +112,7 @@ def forward_kernel(
     masks = make_masks(layout)
     step = pl.program_id(2)
 
+    # The grid's last axis runs in order, so that scratch memory carries the states.
     @pl.when(step == 0)
     def _():
         for g in range(layout.groups):
@@ -152,6 +153,7 @@ def _backward_group(
     _store(grad_refs.v, g, packed.value_gradient(chunk, z, dy, dend, masks, layout))
     dstate[g] = packed.start_gradient(chunk, z, dy, dscaled, masks)
     pairs = packed.pair_gradients(chunk, u, z, dy)
+    # A stage of its own: the product above is the largest.
     yield
     grads = packed.key_gradients(chunk, pairs, u, z, dy, start, dend, masks, layout)
     yield

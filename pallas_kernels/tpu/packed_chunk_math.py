@@ -74,6 +74,7 @@ class KeyGradients(NamedTuple):
 
 def dot(x: Array, y: Array, *, left: int = 1, right: int = 0) -> Array:
     """Multiplies over axis `left` of x and `right` of y, summing in float32."""
+    # HIGHEST: a float32 product would otherwise be one of bfloat16.
     precision = None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     axes = (((left,), (right,)), ((), ()))
     return jax.lax.dot_general(
@@ -110,6 +111,7 @@ def _compute_factors(log_w: Array, layout: TileLayout) -> Factors:
     row = iota(square, 0)
     column = iota(square, 1)
     upto_row = (row >= column).astype(jnp.float32)
+    # Every row takes off the sum over the first half.
     first_half = (column < layout.chunk // 2).astype(jnp.float32)
     # The running sum of log_w less its value at the middle.
     centred = sums(upto_row - first_half, log_w, layout)
@@ -126,6 +128,7 @@ def _invert(aab: Array, masks: Masks, layout: TileLayout) -> Generator[None, Non
     """Computes (I - aab)^-1 by merging solved blocks on the diagonal; see `chunk_math`."""
     square = (layout.rows, layout.rows)
     inverse = (iota(square, 0) == iota(square, 1)).astype(jnp.float32)
+    # Blocks of two rows need no product.
     inverse = inverse + jnp.where(masks.merges[0], aab, 0.0)
     for merge in masks.merges[1:]:
         operand = inverse.astype(layout.dtype)
@@ -154,6 +157,7 @@ def prepare(tokens: WKVInputs, masks: Masks, layout: TileLayout) -> Generator[No
     # Rows are those of ah, then of rh; columns those of bh, then of kh.
     products = dot(jnp.concatenate([ah, rh], 0), jnp.concatenate([bh, kh], 0), right=1)
     yield
+    # float32, not an operand: the inverse is built up from it.
     aab = jnp.where(masks.strict, products[:rows, :rows], 0.0)
     inverse = yield from _invert(aab, masks, layout)
     return Chunk(
@@ -295,6 +299,7 @@ def key_gradients(
     dak = _keep(masks.strict, pairs[:rows, rows:], layout)
     drb = _keep(masks.lower, pairs[rows:, :rows], layout)
     drk = _keep(masks.lower, pairs[rows:, rows:], layout)
+    # Products that share an operand are one.
     writers = jnp.concatenate([chunk.bh, chunk.kh], 0)
     readers = jnp.concatenate([chunk.ah, chunk.rh], 0)
     dr = dot(jnp.concatenate([drb, drk], 1), writers)

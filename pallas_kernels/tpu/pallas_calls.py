@@ -32,8 +32,10 @@ def choose_layout(inputs: WKVInputs, chunk: int | None) -> TileLayout:
     choice = tiles.for_tpu(v.dtype)
     # The fewest heads whose keys fill full lanes, and whose values do.
     shared = math.lcm(LANES // math.gcd(LANES, keys), LANES // math.gcd(LANES, values))
+    # Tiles of all heads, rounded up.
     columns = -(-heads // shared)
     most = max(1, choice.groups * LANES // (shared * max(keys, values)))
+    # The grid has no remainders: groups must divide the tiles.
     groups = max(n for n in range(1, most + 1) if columns % n == 0)
     return TileLayout(
         chunk=chunk or choice.chunk,
@@ -143,6 +145,7 @@ def _run_forward(
         output_like(tokens.v.shape, v.dtype, v, state),
         output_like(packed.shape, jnp.float32, v, state),
     ]
+    # Unlike y the states are float32: the backward pass starts from them.
     if save:
         batch, columns, *block = packed.shape
         chunks = tokens.r.shape[1] // layout.chunk
@@ -217,6 +220,7 @@ def backward(
     for flat, x in zip(tokens, inputs, strict=True):
         outputs.append(output_like(flat.shape, x.dtype, x, dy))
     outputs.append(output_like(packed.shape, jnp.float32, dend, dy))
+    # The walk is backwards: the grid's first step takes the last chunk.
     last = starts.shape[2] - 1
     *flat_grads, dstate = _call(
         functools.partial(kernels.backward_kernel, layout=layout),

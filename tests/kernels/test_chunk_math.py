@@ -1,4 +1,4 @@
-"""One chunk's arithmetic on its own, in float64 and away from every loop."""
+"""The arithmetic of one chunk, in float64 and outside of any loop."""
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,10 @@ EXACT = 1e-12
 
 
 def prepare(r, log_w, a, b):
-    """A chunk with products in its own dtype."""
-    halves = (jnp.sum(x, axis=-2)[..., None] for x in jnp.split(log_w, 2, axis=-2))
-    return chunk_math.prepare(r, log_w, a, b, tuple(halves), chunk_math.Arithmetic(log_w.dtype))
+    """Prepares a chunk whose products take operands of its own dtype."""
+    first, second = (jnp.sum(x, axis=-2)[..., None] for x in jnp.split(log_w, 2, axis=-2))
+    arithmetic = chunk_math.Arithmetic(log_w.dtype)
+    return chunk_math.prepare(r, log_w, a, b, (first, second), arithmetic)
 
 
 @pytest.mark.parametrize("side", [1, 2, 16, 64])
@@ -56,7 +57,7 @@ def test_no_factor_leaves_the_range_of_float32_at_the_strongest_decay():
 
 @jax.jit
 def one_chunk(inputs, state, dy, dend):
-    """Ours and autodiff of the definition: y, end, the gradients of the inputs and of the state."""
+    """Returns y, end and seven gradients by `chunk_math`, and by autodiff of the definition."""
     truth, pull = jax.vjp(wkv7_reference, inputs, state)
     grads, dstate = pull((dy, dend))
     r, log_w, k, v, a, b, dy = (x.swapaxes(1, 2) for x in (*inputs, dy))
@@ -69,8 +70,8 @@ def one_chunk(inputs, state, dy, dend):
     z = chunk_math.removal_gradients(
         chunk, chunk_math.transposed_read_products(chunk), dy, states[1]
     )
-    found = dict(chunk_math.gradients(chunk, written, u, z, states, dy))
-    back = (found[name] for name in NAMES)
+    by_name = dict(chunk_math.gradients(chunk, written, u, z, states, dy))
+    back = (by_name[name] for name in NAMES)
     dstart = chunk_math.state_gradient(chunk, z, dy, states[1]) * chunk.mid
     ends = ((end * chunk.rest).mT, *(x.swapaxes(1, 2) for x in back), dstart.mT)
     ours = (y.swapaxes(1, 2), *ends)

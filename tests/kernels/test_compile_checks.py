@@ -128,12 +128,12 @@ def test_tuning_keeps_the_fastest_tile_of_every_kernel(monkeypatch):
     assert tune.tune_tpu((print, print), 1) == tpu
 
 
-def test_tuning_says_that_there_is_no_kernel_on_a_cpu():
+def test_tuning_on_a_cpu_says_that_there_is_no_kernel():
     with pytest.raises(SystemExit, match="tune: no kernel to tune on cpu"):
         tune.main([])
 
 
-def test_an_overriding_choice_holds_inside_alone():
+def test_an_overriding_choice_ends_with_its_block():
     usual = tiles.for_gpu(tiles.TRITON, 64, 64, jnp.bfloat16, 90)
     other = usual._replace(chunk=16)
     with tiles.override(other):
@@ -150,7 +150,7 @@ def test_every_newer_gpu_has_tiles(capability, sizes):
 
 
 def packages(monkeypatch, **installed):
-    """Pretend that these versions, by name with underscores, are installed."""
+    """Pretends that these versions, by name with underscores, are installed."""
 
     def version(name):
         if name.replace("-", "_") in installed:

@@ -1,4 +1,4 @@
-"""What a program for another platform holds, lowered on any machine."""
+"""Which kernels programs hold that are lowered for other platforms, on any machine."""
 
 import contextlib
 
@@ -22,7 +22,7 @@ SQUARES = "tensor<3x2x16x16xf32>"
 
 
 def targeting(platform):
-    """A context in which programs are made for the platform; this machine's own needs none."""
+    """Returns a context in which programs are made for the platform."""
     if platform == "cpu":
         return contextlib.nullcontext()
     name = "gpu" if platform == "cuda" else platform
@@ -30,14 +30,14 @@ def targeting(platform):
 
 
 def lower(platform, inputs=INPUTS, state=STATE):
-    """The text of a fresh program of the op, lowered for the platform."""
+    """Traces the op anew and lowers it for the platform."""
     # A fresh function: JAX would take the trace that another context has left.
     traced = jax.jit(lambda *arguments: op(*arguments)).trace(inputs, state)
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 def kernels_in(lowered):
-    """The platforms whose kernels a lowered program holds."""
+    """Lists the platforms whose kernels a lowered program holds."""
     return [name for name, mark in MARKS.items() if mark in lowered]
 
 
@@ -67,7 +67,7 @@ def test_in_the_export_context_every_platform_gets_its_own_from_any_machine(plat
 @pytest.mark.parametrize("case", [Case(1, 21, 2, 24, 40), Case(1, 1, 2)], ids=["sizes", "a token"])
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize("exports", [False, True], ids=["targeted", "exported"])
-def test_what_no_kernel_can_or_should_serve_is_left_to_xla(platform, case, exports):
+def test_sizes_that_no_kernel_takes_and_single_tokens_are_left_to_xla(platform, case, exports):
     with kernels_of_all_platforms() if exports else targeting(platform):
         lowered = lower(platform, *make_inputs(case))
     assert MARKS[platform] not in lowered

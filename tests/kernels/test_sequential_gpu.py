@@ -1,6 +1,6 @@
-"""The sequential WKV-7 kernels that ours is measured by: right, and as inexact as is said of them.
+"""The sequential WKV-7 kernels that ours are compared with: right, and as inexact as we claim.
 
-In Pallas' interpreter; nothing here needs a GPU.
+They run in Pallas's interpreter; nothing here needs a GPU.
 """
 
 import functools
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import wkv_reference as wkv_oracle
+import wkv_reference
 from tolerances import WKV, assert_close, relative_error
 
 from benchmarks.sequential_gpu import sequential
@@ -21,7 +21,7 @@ FAST = Case(1, 32, 2, key_size=16, value_size=32, mode="fast")
 
 
 def run(case):
-    """Data, and y, the last state and seven gradients by the kernels."""
+    """Returns data, and y, the last state and seven gradients by the kernels."""
     inputs, state = make_inputs(case)
     data = (inputs, state, jnp.sin(inputs[3]), jnp.cos(state))
     op = functools.partial(sequential, interpret=True)
@@ -31,7 +31,7 @@ def run(case):
 @pytest.mark.slow
 def test_values_states_and_gradients_are_the_definitions():
     data, (y, end, gradients) = run(CASE)
-    true_y, true_end, true_gradients = wkv_oracle.both(*data)
+    true_y, true_end, true_gradients = wkv_reference.both(*data)
     bars = WKV["float32"]
     assert_close(y, true_y, bars["y"], "y")
     assert_close(end, true_end, bars["state"], "last state")
@@ -50,9 +50,9 @@ def test_without_a_gradient_values_are_the_same():
 @pytest.mark.slow
 def test_dividing_by_the_strongest_decay_loses_the_digits_that_it_loses_in_numpy():
     data, (*_, ours) = run(FAST)
-    *_, true = wkv_oracle.both(*data)
-    *_, divided = wkv_oracle.both(*data, dtype=np.float32, eps=0.0)
-    *_, stored = wkv_oracle.both(*data, dtype=np.float32)
+    *_, true = wkv_reference.both(*data)
+    *_, divided = wkv_reference.both(*data, dtype=np.float32, eps=0.0)
+    *_, stored = wkv_reference.both(*data, dtype=np.float32)
     kernel, numpy, exact = (max(map(relative_error, g, true)) for g in (ours, divided, stored))
     assert numpy / 10 <= kernel <= 10 * numpy, f"kernel {kernel:.2g}, numpy {numpy:.2g}"
     assert kernel >= 10 * exact, f"kernel {kernel:.2g}, from stored states {exact:.2g}"

@@ -1,9 +1,9 @@
-"""Pallas's race detector over the TPU kernels, and over one that races."""
+"""Pallas's race detector on the TPU kernels, and on a kernel that races."""
 
 import jax
 import jax.numpy as jnp
 import pytest
-import wkv_reference as wkv_oracle
+import wkv_reference
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from tolerances import WKV, assert_close
@@ -16,7 +16,7 @@ DETECTING = pltpu.InterpretParams(detect_races=True)
 
 
 def racing_kernel(source, target, buffer, semaphore):
-    """Reads what a copy may not yet have written."""
+    """Reads a buffer while a copy into it may still be running."""
     copy = pltpu.make_async_copy(source, buffer, semaphore)
     copy.start()
     target[...] = buffer[...]
@@ -24,8 +24,9 @@ def racing_kernel(source, target, buffer, semaphore):
 
 
 def test_a_kernel_that_races_is_found(capfd):
-    """By a printed line up to JAX 0.10, by an error later."""
-    x, raised = jnp.ones((8, 128)), ""
+    """JAX up to 0.10 prints a line; later versions raise an error."""
+    x = jnp.ones((8, 128))
+    raised = ""
     run = pl.pallas_call(
         racing_kernel,
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
@@ -42,13 +43,13 @@ def test_a_kernel_that_races_is_found(capfd):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_kernels_do_not_race(capfd, dtype):
-    """Two chunks and two groups of tiles, both passes."""
+    """Runs two chunks and two groups of tiles through both passes."""
     case = Case(2, 90, 4)
     inputs, state = make_inputs(case, dtype)
     dy, dend = jnp.sin(inputs[3]), jnp.cos(state)
     y, end, starts = tpu.forward_saving(inputs, state, interpret=DETECTING)
     grads, dstate = tpu.backward(inputs, starts, dy, dend, interpret=DETECTING)
-    true_y, true_end, true_grads = wkv_oracle.both(inputs, state, dy, dend)
+    true_y, true_end, true_grads = wkv_reference.both(inputs, state, dy, dend)
     assert_close(y, true_y, WKV[dtype]["y"], "y")
     assert_close(end, true_end, WKV[dtype]["state"], "end")
     for left, right in zip((*grads, dstate), true_grads, strict=True):

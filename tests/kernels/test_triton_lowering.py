@@ -1,4 +1,4 @@
-"""The Triton kernels in JAX programs for a GPU that is not here, through jax-triton."""
+"""The Triton kernels in JAX programs for a GPU that this machine does not have."""
 
 import functools
 import importlib.util
@@ -24,19 +24,19 @@ INPUTS, STATE = make_inputs(Case(2, 90, 2), "bfloat16")
 
 
 def op(inputs, state):
-    """The op by the Triton kernels."""
+    """Calls the op with the Triton kernels."""
     return pallas_kernels.wkv7(*inputs, state, implementation="triton")
 
 
 def loss(inputs, state, run=op):
-    """A sum over both results."""
+    """Sums both results."""
     y, end = run(inputs, state)
     return jnp.sum(y.astype(jnp.float32)) + jnp.sum(end)
 
 
 @pytest.fixture
 def lower(monkeypatch):
-    """How many kernels a program has when it is lowered for an H200."""
+    """Returns a function that counts the kernels of a program lowered for an H200."""
     # Triton reads its kernels' source, which the tests' checks of shapes would wrap.
     name = "pallas_kernels.gpu.triton_kernels"
     path = Path(pallas_kernels.__file__).parent / "gpu" / "triton_kernels.py"
@@ -69,10 +69,16 @@ def test_vmap_is_one_call_on_a_larger_batch(lower):
     assert lower(jax.vmap(jax.grad(loss, argnums=(0, 1))), inputs, state) == 3
 
 
-def test_it_spreads_over_devices(lower):
+def test_it_shards_over_devices(lower):
     mesh = ((2, 2), ("batch", "heads"))
-    tokens, states = PartitionSpec("batch", None, "heads"), PartitionSpec("batch", "heads")
-    specs = {"in_specs": ((tokens,) * 6, states), "out_specs": (tokens, states)}
-    over = jax.shard_map(op, mesh=abstract_devices.mesh("gpu", *mesh), **specs, check_vma=False)
-    spread = functools.partial(loss, run=over)
-    assert lower(jax.grad(spread, argnums=(0, 1)), INPUTS, STATE, mesh=mesh) == 3
+    tokens = PartitionSpec("batch", None, "heads")
+    states = PartitionSpec("batch", "heads")
+    sharded = jax.shard_map(
+        op,
+        mesh=abstract_devices.mesh("gpu", *mesh),
+        in_specs=(tokens, states),
+        out_specs=(tokens, states),
+        check_vma=False,
+    )
+    sharded_loss = functools.partial(loss, run=sharded)
+    assert lower(jax.grad(sharded_loss, argnums=(0, 1)), INPUTS, STATE, mesh=mesh) == 3

@@ -1,4 +1,4 @@
-"""The op's public door: choice of implementation, messages, no second compilation."""
+"""Arguments of the op: choice of implementation, messages, no second compilation."""
 
 import functools
 
@@ -17,7 +17,7 @@ from pallas_kernels.reference import NAMES
 
 
 def primitives(jaxpr):
-    """Every equation below `jaxpr`, as (name, parameters)."""
+    """Yields every equation of `jaxpr` and of those inside it, as (name, parameters)."""
     for equation in jaxpr.eqns:
         yield equation.primitive.name, equation.params
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
@@ -25,18 +25,21 @@ def primitives(jaxpr):
 
 
 def witness(implementation, differentiated):
-    """Whether tokens of a chunk meet in squares, the lengths of the loops, and the kernels."""
+    """Returns whether there are products between tokens, the lengths of loops, and the kernels."""
     run = functools.partial(op, implementation=implementation)
     if differentiated:
         run = jax.grad(lambda *x: jnp.sum(op(*x, implementation=implementation)[0]))
-    found = list(primitives(jax.make_jaxpr(run)(INPUTS, STATE).jaxpr))
-    loops = {parameters["length"] for name, parameters in found if name == "scan"}
-    kernels = {
-        parameters["name"].removeprefix("wkv7_")
-        for name, parameters in found
-        if name == "pallas_call"
-    }
-    return any(name == "xor" for name, _ in found), loops, kernels
+    has_xor = False
+    loops = set()
+    kernels = set()
+    for name, parameters in primitives(jax.make_jaxpr(run)(INPUTS, STATE).jaxpr):
+        # Only the inverse of a product between tokens uses this operation.
+        has_xor |= name == "xor"
+        if name == "scan":
+            loops.add(parameters["length"])
+        if name == "pallas_call":
+            kernels.add(parameters["name"].removeprefix("wkv7_"))
+    return has_xor, loops, kernels
 
 
 def test_the_implementation_asked_for_is_the_one_that_runs():
@@ -52,7 +55,7 @@ def test_the_implementation_asked_for_is_the_one_that_runs():
 
 
 @pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu", "triton"])
-def test_a_kernel_by_name_says_where_it_runs(unchecked, implementation):
+def test_a_named_kernel_on_another_device_says_where_it_runs(unchecked, implementation):
     platform = "tpu" if implementation == "pallas_tpu" else "cuda"
     with pytest.raises(NotImplementedError) as caught:
         pallas_kernels.wkv7(*INPUTS, STATE, implementation=implementation)
@@ -71,7 +74,7 @@ def test_a_kernel_by_name_says_where_it_runs(unchecked, implementation):
         ("pallas_gpu", Case(1, 4, 1, 256, 256), "head sizes that are powers of two from 16"),
     ],
 )
-def test_a_kernel_by_name_says_which_sizes_it_takes(unchecked, implementation, case, sentence):
+def test_a_named_kernel_says_which_head_sizes_it_takes(unchecked, implementation, case, sentence):
     inputs, state = make_inputs(case)
     with pytest.raises(NotImplementedError, match=f"wkv7: {implementation!r} takes {sentence}"):
         pallas_kernels.wkv7(*inputs, state, implementation=implementation, interpret=True)
@@ -150,7 +153,7 @@ def test_the_second_call_does_not_compile(implementation):
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
-def test_what_does_not_fit_is_named_in_one_sentence(unchecked, change, error, sentence):
+def test_a_wrong_argument_is_named_in_one_sentence(unchecked, change, error, sentence):
     arguments = dict(zip(NAMES, INPUTS, strict=True))
     with pytest.raises(error) as caught:
         pallas_kernels.wkv7(**(arguments | {"state": STATE} | change))

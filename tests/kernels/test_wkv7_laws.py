@@ -1,4 +1,4 @@
-"""What must hold for every implementation of the op, whatever the sizes and the data."""
+"""Laws that hold for every implementation of the op, for all sizes and data."""
 
 import dataclasses
 import functools
@@ -7,21 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import wkv_reference as wkv_oracle
+import wkv_reference
 from tolerances import AS_USERS, SAME, WKV, assert_close
 
 import pallas_kernels
 from pallas_kernels.cases import MODES, Case, make_inputs
 
 NAMES = ("r", "log_w", "k", "v", "a", "b", "state")
-# Kernels whose device is not here run in Pallas's interpreter. On a GPU or TPU, this file is run by
+# Kernels of other devices run in Pallas's interpreter. On a GPU or TPU, run this file by
 # JAX_PLATFORMS=cuda (or tpu) python -m pytest -n 0 -m "slow or not slow" \
 #     tests/kernels/test_wkv7_laws.py
-HERE = pallas_kernels.available()
-INTERPRETED = {"pallas_tpu", "pallas_gpu"} - set(HERE)
+AVAILABLE = pallas_kernels.available()
+INTERPRETED = {"pallas_tpu", "pallas_gpu"} - set(AVAILABLE)
 # Every implementation at each chunk that changes its arithmetic.
 KERNELS = [("pallas_tpu", 32), ("pallas_tpu", 64), ("pallas_gpu", 16), ("pallas_gpu", 32)]
-KERNELS += [("triton", 16), ("triton", 32)] if "triton" in HERE else []
+KERNELS += [("triton", 16), ("triton", 32)] if "triton" in AVAILABLE else []
 KERNELS = [pytest.param(*form, marks=pytest.mark.slow) for form in KERNELS]
 BETWEEN = pytest.param("chunked", 32, marks=pytest.mark.slow)
 FORMS = [("scan", 16), ("chunked", 16), BETWEEN, ("chunked", 64), *KERNELS]
@@ -40,19 +40,26 @@ STATIC = ("implementation", "chunk")
 
 @functools.partial(jax.jit, static_argnames=STATIC)
 def forward(inputs, state, *, implementation, chunk):
-    """y and the last state."""
-    interpret = implementation in INTERPRETED
-    options = {"implementation": implementation, "chunk": chunk, "interpret": interpret}
-    return pallas_kernels.wkv7(*inputs, state, **options)
+    """Returns y and the last state."""
+    return pallas_kernels.wkv7(
+        *inputs,
+        state,
+        implementation=implementation,
+        chunk=chunk,
+        interpret=implementation in INTERPRETED,
+    )
 
 
 def _both(inputs, state, dy, dend, *, implementation, chunk):
-    """y, the last state and the gradients of all seven inputs, for any cotangents."""
+    """Returns y, the last state and the gradients of all seven arrays."""
 
     def op(*arguments):
-        interpret = implementation in INTERPRETED
-        options = {"implementation": implementation, "chunk": chunk, "interpret": interpret}
-        return pallas_kernels.wkv7(*arguments, **options)
+        return pallas_kernels.wkv7(
+            *arguments,
+            implementation=implementation,
+            chunk=chunk,
+            interpret=implementation in INTERPRETED,
+        )
 
     (y, end), pull = jax.vjp(op, *inputs, state)
     return y, end, pull((dy.astype(y.dtype), dend))
@@ -73,7 +80,7 @@ def _draw(case, dtype, seed):
 
 
 def data(case, dtype="float32", seed=0):
-    """Inputs, start state and the gradients that come in through y and through the last state."""
+    """Returns inputs, start state, and the gradients of y and of the last state."""
     inputs, state, dy, dend = _draw(dataclasses.replace(case, tokens=130), dtype, seed)
     inputs, dy = jax.tree.map(lambda x: x[:, : case.tokens], (inputs, dy))
     return jax.tree.map(jnp.asarray, (inputs, state, dy, dend))
@@ -81,18 +88,18 @@ def data(case, dtype="float32", seed=0):
 
 @functools.cache
 def expected(case, dtype="float32"):
-    """The float64 definition's answer to `data`."""
-    return wkv_oracle.both(*data(case, dtype))
+    """Returns the results of the float64 definition on `data`."""
+    return wkv_reference.both(*data(case, dtype))
 
 
 def bar(dtype, name, mode):
-    """The tolerance of a gradient."""
+    """Returns the tolerance of a gradient."""
     special = f"gradient of {name}, {mode} keys"
     return WKV[dtype].get(special, WKV[dtype]["gradient"])
 
 
 def check(case, dtype, run=both, **form):
-    """Compare all nine outputs with the definition."""
+    """Compares all nine outputs with the definition."""
     y, end, grads = run(*data(case, dtype), **form)
     true_y, true_end, true_grads = expected(case, dtype)
     assert_close(y, true_y, WKV[dtype]["y"], "y")
@@ -101,16 +108,16 @@ def check(case, dtype, run=both, **form):
         assert_close(grad, true, bar(dtype, name, case.mode), f"gradient of {name}")
 
 
-def test_the_oracle_agrees_with_autodiff_of_the_definition_in_float64():
+def test_the_numpy_reference_agrees_with_autodiff_of_the_definition_in_float64():
     arguments = jax.tree.map(np.asarray, data(WIDE))
     with jax.enable_x64(True):
         arguments = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), arguments)
         inputs, state, dy, dend = arguments
         (y, end), pull = jax.vjp(pallas_kernels.wkv7_reference, inputs, state)
         grads, dstate = pull((dy, dend))
-        got = [np.asarray(x) for x in (y, end, *grads, dstate)]
+        actuals = [np.asarray(x) for x in (y, end, *grads, dstate)]
     true_y, true_end, true_grads = expected(WIDE)
-    for actual, true in zip(got, (true_y, true_end, *true_grads), strict=True):
+    for actual, true in zip(actuals, (true_y, true_end, *true_grads), strict=True):
         assert_close(actual, true, 1e-13)
 
 
@@ -133,7 +140,7 @@ def test_equals_the_float64_definition_with_odd_sizes(implementation, chunk):
     check(ODD, "float32", quick, implementation=implementation, chunk=chunk)
 
 
-def test_without_a_name_the_definition_is_met_as_well():
+def test_without_a_name_the_op_equals_the_definition():
     inputs, state, *_ = data(WIDE)
     y, end = forward(inputs, state, implementation=None, chunk=16)
     true_y, true_end, _ = expected(WIDE)
@@ -174,7 +181,7 @@ def test_no_removal_and_a_large_state_are_right(implementation, chunk):
     zeros = jnp.zeros_like(inputs[4])
     arguments = ((*inputs[:4], zeros, zeros), 1e4 * state, dy, dend)
     y, end, grads = both(*arguments, implementation=implementation, chunk=chunk)
-    true_y, true_end, true_grads = wkv_oracle.both(*arguments)
+    true_y, true_end, true_grads = wkv_reference.both(*arguments)
     assert_close(y, true_y, WKV["float32"]["y"], "y")
     assert_close(end, true_end, WKV["float32"]["state"], "end")
     for name, grad, true in zip(NAMES, grads, true_grads, strict=True):
@@ -197,15 +204,15 @@ def test_cutting_changes_nothing(implementation, chunk, cut):
 def test_cutting_changes_no_gradient(implementation, chunk):
     inputs, state, dy, dend = data(dataclasses.replace(WIDE, tokens=19))
     run = functools.partial(quick, implementation=implementation, chunk=chunk)
-    *_, whole = run(inputs, state, dy, dend)
+    *_, uncut = run(inputs, state, dy, dend)
     left, right = (tuple(x[:, part] for x in inputs) for part in (slice(3), slice(3, None)))
     _, middle, _ = run(left, state, dy[:, :3], dend)
     *_, (*late, dmiddle) = run(right, middle, dy[:, 3:], dend)
     *_, (*early, dstate) = run(left, state, dy[:, :3], dmiddle)
-    for name, first, second, grad in zip(NAMES, early, late, whole, strict=False):
+    for name, first, second, grad in zip(NAMES, early, late, uncut, strict=False):
         joined = jnp.concatenate([first, second], axis=1)
         assert_close(joined, grad, WKV["float32"]["gradient"], f"gradient of {name}")
-    assert_close(dstate, whole[-1], WKV["float32"]["gradient"], "gradient of state")
+    assert_close(dstate, uncut[-1], WKV["float32"]["gradient"], "gradient of state")
 
 
 @each
@@ -222,7 +229,8 @@ def test_later_tokens_change_nothing_before_them(implementation, chunk):
     inputs, state, *_ = data(WIDE)
     later = tuple(x.at[:, 40:].multiply(0.5) for x in inputs)
     run = functools.partial(forward, implementation=implementation, chunk=chunk)
-    (y, end), (same, other) = run(inputs, state), run(later, state)
+    y, end = run(inputs, state)
+    same, other = run(later, state)
     assert_close(same[:, :40], y[:, :40], SAME["op"], "y")
     assert not np.allclose(end, other)
 
@@ -230,16 +238,19 @@ def test_later_tokens_change_nothing_before_them(implementation, chunk):
 @each
 def test_reading_is_linear_in_state_and_values(implementation, chunk):
     (r, log_w, k, v, a, b), state, *_ = data(WIDE)
-    u, start = v[::-1, ::-1], state[::-1]
+    # A second pair of values and start state.
+    u = v[::-1, ::-1]
+    start = state[::-1]
     run = functools.partial(forward, implementation=implementation, chunk=chunk)
-    first, second = (run((r, log_w, k, x, a, b), s) for x, s in ((v, state), (u, start)))
+    first = run((r, log_w, k, v, a, b), state)
+    second = run((r, log_w, k, u, a, b), start)
     mixed = run((r, log_w, k, 2 * v - 3 * u, a, b), 2 * state - 3 * start)
     for name, left, right, both_ in zip(("y", "end"), first, second, mixed, strict=True):
         assert_close(both_, 2 * left - 3 * right, SAME["op"], name)
 
 
 @each
-def test_no_tokens_hand_the_state_back_with_its_gradient(implementation, chunk):
+def test_without_tokens_the_state_is_returned_with_its_gradient(implementation, chunk):
     inputs, state, dy, dend = data(dataclasses.replace(WIDE, tokens=0))
     y, end, grads = quick(inputs, state, dy, dend, implementation=implementation, chunk=chunk)
     assert y.shape == (2, 0, 2, 64)

@@ -1,4 +1,4 @@
-"""Rows of a batch end where `lengths` says, and zeros change nothing."""
+"""Rows of a batch end at `lengths`, and tokens of zeros change nothing."""
 
 import functools
 
@@ -18,7 +18,7 @@ each = pytest.mark.parametrize("implementation", ["scan", "chunked", *KERNELS])
 
 @functools.partial(jax.jit, static_argnames="implementation")
 def gradients(inputs, state, lengths, *, implementation):
-    """y, the last state and the gradients of a sum over both."""
+    """Returns y, the last state and the gradients of a sum over both."""
 
     def loss(inputs, state):
         y, end = op(inputs, state, lengths=lengths, implementation=implementation)
@@ -33,7 +33,8 @@ def test_lengths_make_a_row_in_a_batch_equal_the_row_alone(implementation):
     y, end, (grads, dstate) = gradients(
         INPUTS, STATE, jnp.array(LENGTHS), implementation=implementation
     )
-    row, length = slice(1, 2), LENGTHS[1]
+    row = slice(1, 2)
+    length = LENGTHS[1]
     alone = jax.tree.map(lambda x: x[row, :length], INPUTS)
     y1, end1, (grads1, dstate1) = gradients(
         alone, STATE[row], jnp.array([length]), implementation=implementation
@@ -64,7 +65,8 @@ def test_padding_reads_zeros_and_has_no_gradient_even_where_it_is_nan(implementa
 def test_tokens_of_zeros_change_nothing(implementation):
     padded = tuple(jnp.pad(x, ((0, 0), (0, 11), (0, 0), (0, 0))) for x in INPUTS)
     run = jax.jit(functools.partial(op, implementation=implementation))
-    (y, end), (same, last) = run(INPUTS, STATE), run(padded, STATE)
+    y, end = run(INPUTS, STATE)
+    same, last = run(padded, STATE)
     assert_close(same[:, :21], y, SAME["op"], "y")
     assert not np.any(same[:, 21:])
     assert_close(last, end, SAME["op"], "end")

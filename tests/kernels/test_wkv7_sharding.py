@@ -1,4 +1,4 @@
-"""The op under `shard_map` over batch and heads: every device sees its own rows and heads alone."""
+"""The op under `shard_map` over batch and heads: each device computes its own rows and heads."""
 
 import functools
 
@@ -13,26 +13,36 @@ import pallas_kernels
 from pallas_kernels.cases import Case, make_inputs
 
 AXES = ("batch", "heads")
-TOKENS, STATES = PartitionSpec("batch", None, "heads"), PartitionSpec(*AXES)
+TOKENS = PartitionSpec("batch", None, "heads")
+STATES = PartitionSpec(*AXES)
 INPUTS, STATE = make_inputs(Case(2, 40, 4, key_size=32, value_size=32))
 
 
 def op(inputs, state, *, implementation):
-    """The op on a tuple; kernels by name run in the interpreter."""
-    options = {"implementation": implementation, "interpret": implementation is not None}
-    return pallas_kernels.wkv7(*inputs, state, **options)
+    """Calls the op; named kernels run in the interpreter."""
+    return pallas_kernels.wkv7(
+        *inputs,
+        state,
+        implementation=implementation,
+        interpret=implementation is not None,
+    )
 
 
 def gradients(run, inputs, state):
-    """y, the last state and the gradients of both."""
+    """Returns y, the last state and the gradients of both."""
     (y, end), pull = jax.vjp(run, inputs, state)
     return y, end, pull((jnp.sin(y), jnp.cos(end)))
 
 
 def sharded(run, mesh, **options):
-    """`run` with rows and heads spread over `mesh`."""
-    specs = {"in_specs": (TOKENS, STATES), "out_specs": (TOKENS, STATES)}
-    return jax.shard_map(run, mesh=mesh, **specs, **options)
+    """Shards `run` over rows and heads."""
+    return jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(TOKENS, STATES),
+        out_specs=(TOKENS, STATES),
+        **options,
+    )
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=AXES)
@@ -45,7 +55,7 @@ def sharded(run, mesh, **options):
         *(pytest.param(k, marks=pytest.mark.slow) for k in ("pallas_tpu", "pallas_gpu")),
     ],
 )
-def test_spread_over_devices_it_is_the_same(implementation, shape):
+def test_sharded_over_devices_the_results_are_the_same(implementation, shape):
     mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2)
     run = functools.partial(op, implementation=implementation)
     # Pallas's interpreter, not its kernels, fails JAX's check of varying axes.
@@ -58,9 +68,7 @@ def test_spread_over_devices_it_is_the_same(implementation, shape):
 
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize(("platform", "lowered"), [("tpu", "tpu"), ("gpu", "cuda")])
-def test_spread_over_accelerators_that_are_not_here_it_is_lowered_to_kernels(
-    platform, lowered, named
-):
+def test_sharded_over_abstract_accelerators_it_is_lowered_to_kernels(platform, lowered, named):
     mesh = abstract_devices.mesh(platform, (2, 2), AXES)
 
     def run(inputs, state):

@@ -1,14 +1,15 @@
-"""Devices that are not here, for lowering."""
+"""Devices that this machine does not have, to lower programs for."""
 
 import jax
 
+# Device kind and number of cores.
 KINDS = {"tpu": ("TPU v5 lite", 1), "gpu": ("NVIDIA H200", 132)}
-# What a kernel looks like to each platform's compiler.
+# How a kernel is named in a lowered program, by platform.
 MARKS = {"tpu": "tpu_custom_call", "cuda": "triton"}
 
 
 def mesh(platform, shape=(1,), names=("x",)):
-    """An abstract mesh of `platform`'s devices."""
+    """Returns an abstract mesh of `platform`'s devices."""
     kind, cores = KINDS[platform]
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=cores, platform=platform)
     axes = (jax.sharding.AxisType.Auto,) * len(shape)

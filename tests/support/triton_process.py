@@ -1,8 +1,8 @@
-"""The Triton kernels in Triton's interpreter, as a process apart: it has to be chosen first.
+"""The Triton kernels in Triton's interpreter, which has to be chosen before Triton is imported.
 
-`python tests/support/triton_process.py IN.npz OUT.npz CHUNK DTYPE CAPABILITY`, the five words as
-often as there are runs: y, the end state and the seven gradients for `inputs.0` to `inputs.5`,
-`state`, `dy` and `dend`.
+`python tests/support/triton_process.py IN.npz OUT.npz CHUNK DTYPE CAPABILITY`, with the five words
+repeated for each run. IN has `inputs.0` to `inputs.5`, `state`, `dy` and `dend`; OUT gets y, the
+end state and the seven gradients.
 """
 
 import os
@@ -18,28 +18,28 @@ import torch
 from triton.runtime import interpreter
 
 from pallas_kernels import tiles
-from pallas_kernels.gpu import triton_calls as triton_op
-from pallas_kernels.gpu import triton_kernels
-from pallas_kernels.reference import WKVInputs
+from pallas_kernels.gpu import triton_calls, triton_kernels
+from pallas_kernels.reference import NAMES, WKVInputs
 
 BITS = np.dtype(np.uint16)
 
 
 def _widen(bits):
-    """The float32 numbers that 16-bit patterns of bfloat16 stand for."""
+    """Converts 16-bit patterns of bfloat16 to float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def _convert(x, source, target, rounding):
-    """Between float32 and bfloat16 as a GPU does it: the interpreter cuts digits off."""
+    """Converts between float32 and bfloat16 as a GPU does; the interpreter would truncate."""
     if target.primitive_bitwidth == 16:
         return x.astype(ml_dtypes.bfloat16).view(BITS)
     return _widen(x)
 
 
 def _product(self, a, b, d, precision, imprecise):
-    """A product in float32: the interpreter multiplies the patterns of bfloat16 as integers."""
-    left, right = (_widen(x.data) if x.data.dtype == BITS else x.data for x in (a, b))
+    """Multiplies in float32; the interpreter would multiply bfloat16 patterns as integers."""
+    left = _widen(a.data) if a.data.dtype == BITS else a.data
+    right = _widen(b.data) if b.data.dtype == BITS else b.data
     return interpreter.TensorHandle(left @ right + d.data, d.dtype.scalar)
 
 
@@ -48,35 +48,43 @@ interpreter.InterpreterBuilder.create_dot = _product
 
 
 def _to_torch(x):
-    """A copy, in the array's dtype."""
+    """Copies an array, in its dtype."""
     tensor = torch.from_numpy(np.array(x, np.float32))
     return tensor.bfloat16() if x.dtype == jnp.bfloat16 else tensor
 
 
 def _launch(kernel, arrays, outputs, grid, tile, **constants):
-    """In `triton_op.launch`'s place; outputs start as NaN, so that a gap shows."""
+    """Replaces `triton_calls.launch`; outputs start as NaN, so that a gap shows."""
 
     def run(*arrays):
-        found = [_to_torch(np.full(x.shape, np.nan, x.dtype)) for x in outputs]
-        sizes = arrays[0].shape[1:3]
-        getattr(triton_kernels, kernel)[grid](*map(_to_torch, arrays), *sizes, *found, **constants)
-        pairs = zip(found, outputs, strict=True)
-        return [x.float().numpy().astype(like.dtype) for x, like in pairs]
+        written = [_to_torch(np.full(x.shape, np.nan, x.dtype)) for x in outputs]
+        tokens, heads = arrays[0].shape[1:3]
+        read = [_to_torch(x) for x in arrays]
+        getattr(triton_kernels, kernel)[grid](*read, tokens, heads, *written, **constants)
+        results = []
+        for x, output in zip(written, outputs, strict=True):
+            results.append(x.float().numpy().astype(output.dtype))
+        return results
 
     return jax.pure_callback(run, outputs, *arrays)
 
 
 def main(given: str, found: str, chunk: str, dtype: str, capability: str) -> None:
-    """Run both passes and write what they gave."""
-    triton_op.launch, tiles.capability = _launch, lambda: int(capability)
-    chunk, arrays, passes = int(chunk), np.load(given), triton_op.KERNELS
-    inputs = [jnp.asarray(arrays[f"inputs.{i}"]) for i in range(6)]
-    inputs = WKVInputs(*(x if i == 1 else x.astype(dtype) for i, x in enumerate(inputs)))
+    """Runs both passes and writes their results."""
+    triton_calls.launch = _launch
+    tiles.capability = lambda: int(capability)
+    kernels = triton_calls.KERNELS
+    arrays = np.load(given)
+    inputs = []
+    for i, name in enumerate(NAMES):
+        x = jnp.asarray(arrays[f"inputs.{i}"])
+        inputs.append(x if name == "log_w" else x.astype(dtype))
+    inputs = WKVInputs(*inputs)
     state, dy, dend = (jnp.asarray(arrays[name]) for name in ("state", "dy", "dend"))
-    y, end, starts = passes.forward_saving(inputs, state, chunk=chunk)
-    alone = passes.forward(inputs, state, chunk=chunk)
+    y, end, starts = kernels.forward_saving(inputs, state, chunk=int(chunk))
+    alone = kernels.forward(inputs, state, chunk=int(chunk))
     assert all(map(np.array_equal, alone, (y, end)))
-    grads, dstate = passes.backward(inputs, starts, dy, dend, chunk=chunk)
+    grads, dstate = kernels.backward(inputs, starts, dy, dend, chunk=int(chunk))
     outputs = jax.tree.map(lambda x: np.asarray(x, np.float32), (y, end, *grads, dstate))
     np.savez(found, *outputs)
 

@@ -1,4 +1,4 @@
-"""Inputs of the op that tests of its door share: uneven sizes, a length that is not round."""
+"""Inputs of the op that several test files share: uneven sizes, a length that is not round."""
 
 import pytest
 
@@ -7,13 +7,17 @@ from pallas_kernels.cases import Case, make_inputs
 
 CASE = Case(3, 21, 2, key_size=32, value_size=64)
 INPUTS, STATE = make_inputs(CASE)
-# Kernels run here in Pallas's interpreter; Triton's has tests of its own.
+# Kernels that run here in Pallas's interpreter; Triton's have tests of their own.
 INTERPRETED = ("pallas_tpu", "pallas_gpu")
 each = pytest.mark.parametrize("implementation", ("scan", "chunked", *INTERPRETED))
 
 
 def op(inputs, state, *, implementation=None, **options):
-    """The op on a tuple."""
-    interpret = implementation in INTERPRETED
-    options |= {"implementation": implementation, "interpret": interpret}
-    return pallas_kernels.wkv7(*inputs, state, **options)
+    """Calls the op on the six inputs as one argument."""
+    return pallas_kernels.wkv7(
+        *inputs,
+        state,
+        implementation=implementation,
+        interpret=implementation in INTERPRETED,
+        **options,
+    )

@@ -1,7 +1,7 @@
-"""The WKV-7 recurrence and its gradients in numpy, float64, one token after the other.
+"""The WKV-7 recurrence and its gradients in NumPy and float64, token by token.
 
-Written from the equations, with none of the package's code. `eps` switches on the algorithm that
-several published kernels use, in float32: states of the past are rebuilt by dividing by the decay.
+It is written from the equations and uses none of the package's code. `eps` selects the algorithm
+of several published kernels, in float32: earlier states are rebuilt by dividing by the decay.
 """
 
 import numpy as np
@@ -12,8 +12,10 @@ def _outer(rows, columns):
 
 
 def forward(inputs, state):
-    """y [B T H Nv], the states S_0 .. S_T and what each token removes."""
-    states, removed, y = [state], [], []
+    """Returns y [B T H Nv], the states S_0 .. S_T and what each token removes."""
+    states = [state]
+    removed = []
+    y = []
     for t in range(inputs[0].shape[1]):
         r, log_w, k, v, a, b = (x[:, t] for x in inputs)
         out = np.einsum("bhvk,bhk->bhv", state, a)
@@ -21,11 +23,12 @@ def forward(inputs, state):
         removed.append(out)
         states.append(state)
         y.append(np.einsum("bhvk,bhk->bhv", state, r))
+    # Without tokens y has the shape of v, which is empty.
     return np.stack(y, 1) if y else inputs[3], states, removed
 
 
 def backward(inputs, states, removed, dy, dend, *, eps=None, restart=16):
-    """Gradients of r, log_w, k, v, a, b and of the start state.
+    """Computes the gradients of r, log_w, k, v, a, b and of the start state.
 
     Args:
         inputs: r, log_w, k, v, a, b.
@@ -37,7 +40,8 @@ def backward(inputs, states, removed, dy, dend, *, eps=None, restart=16):
         restart: tokens between two stored states that rebuilding starts from.
     """
     grads = [np.zeros_like(x) for x in inputs]
-    dstate, after = dend.copy(), states[-1]
+    dstate = dend.copy()
+    after = states[-1]
     for t in reversed(range(inputs[0].shape[1])):
         r, log_w, k, v, a, b = (x[:, t] for x in inputs)
         w = np.exp(log_w)
@@ -50,7 +54,8 @@ def backward(inputs, states, removed, dy, dend, *, eps=None, restart=16):
         dr = np.einsum("bhvk,bhv->bhk", after, dy[:, t])
         dstate = dstate + _outer(dy[:, t], r)
         dw = np.einsum("bhvk,bhvk->bhk", dstate, before)
-        dk, dv = np.einsum("bhvk,bhv->bhk", dstate, v), np.einsum("bhvk,bhk->bhv", dstate, k)
+        dk = np.einsum("bhvk,bhv->bhk", dstate, v)
+        dv = np.einsum("bhvk,bhk->bhv", dstate, k)
         db = np.einsum("bhvk,bhv->bhk", dstate, removed[t])
         dremoved = np.einsum("bhvk,bhk->bhv", dstate, b)
         da = np.einsum("bhvk,bhv->bhk", before, dremoved)
@@ -62,7 +67,8 @@ def backward(inputs, states, removed, dy, dend, *, eps=None, restart=16):
 
 
 def both(inputs, state, dy, dend, *, dtype=np.float64, eps=None):
-    """y, the last state and the seven gradients."""
-    *inputs, state, dy, dend = (np.asarray(x).astype(dtype) for x in (*inputs, state, dy, dend))
+    """Returns y, the last state and the seven gradients."""
+    arrays = [np.asarray(x).astype(dtype) for x in (*inputs, state, dy, dend)]
+    *inputs, state, dy, dend = arrays
     y, states, removed = forward(inputs, state)
     return y, states[-1], backward(inputs, states, removed, dy, dend, eps=eps)
