@@ -3,9 +3,10 @@
 Imports kernels, checks and sharding. Knows no file, no loss, no training loop.
 """
 
+from rwkv7_jax.model.block import RECURRENCE, TRACE
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.kernel_features import KINDS, Features
-from rwkv7_jax.model.rwkv7 import RECURRENCE, RWKV7, TRACE
+from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import (
     RWKV7State,
     check_state,

@@ -12,9 +12,10 @@ from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Params, Tokens
 from rwkv7_jax.checks import check_tokens, prefix_errors
+from rwkv7_jax.model.block import RECURRENCE
 from rwkv7_jax.model.kernel_features import kernel_features, unit_vectors
 from rwkv7_jax.model.recurrence import LayerTrace, wkv_inputs_of
-from rwkv7_jax.model.rwkv7 import RECURRENCE, RWKV7
+from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import DYNAMICS, KINDS, Features, RWKV7State, Upscaled, init_state
 from rwkv7_jax.model.upscaled_memory import MEMORY_FORMS, RecurrentMemory
 from rwkv7_jax.optim.whitening import whitening

@@ -1,0 +1,368 @@
+"""One block of RWKV-7: time mix and channel mix, line by line with the paper's equations.
+
+The equations in the comments are the paper's, with the names of its symbols written out. Parameter
+names are the official checkpoint names and matrices keep their official orientation: `.weight` is
+[out, in] and acts as x W^T; w1, a1, v1, g1 are [D, R] and w2, ... [R, D], acting as x w1.
+
+Source: arXiv 2503.14456, section 4; BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_demo.py:260-372.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import WKVInputs
+from rwkv7_jax.array_types import Activations, Heads
+from rwkv7_jax.model import initializers as initial
+from rwkv7_jax.model import layers
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.recurrence import recurrence
+from rwkv7_jax.model.state import LayerState
+
+# The vectors of the recurrence, which `method="trace"` returns for every block.
+RECURRENCE = (*WKVInputs._fields, "icl_rate")
+
+# The inputs of the projections.
+PROJECTION_INPUTS = (
+    "receptance_input",
+    "key_input",
+    "value_input",
+    "output_input",
+    "ffn_key_input",
+    "ffn_hidden",
+)
+
+TRACE = (*RECURRENCE, "y", "gate", "residual", "ffn_input", *PROJECTION_INPUTS)
+
+
+class LayerMemories(NamedTuple):
+    """What one layer remembers after the last token; stacked over layers by the scan.
+
+    Attributes:
+        att_shift: the last token's input of the time mix, [B D].
+        wkv: the WKV state, [B H Nv Nk].
+        ffn_shift: the last token's input of the channel mix, [B D].
+        memory: the upscaled memory, or None where it is absent or never changes.
+    """
+
+    att_shift: Array
+    wkv: Array
+    ffn_shift: Array
+    memory: Array | None
+
+
+def _identity(x: Array) -> Array:
+    return x
+
+
+class Norm(nn.Module):
+    """The weight and bias of a layer norm."""
+
+    config: RWKV7Config
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Applies the layer norm."""
+        width = self.config.width
+        weight = self.param("weight", initial.constant(1.0, width), 0, self.config)
+        bias = self.param("bias", initial.constant(0.0, width), 0, self.config)
+        return layers.layer_norm(x, weight, bias, self.config.norm_eps)
+
+
+class Linear(nn.Module):
+    """A projection without bias."""
+
+    config: RWKV7Config
+    initial: initial.Initial
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        """Computes x W^T."""
+        return layers.linear(x, self.param("weight", self.initial, 0, self.config))
+
+
+class HeadNorm(nn.Module):
+    """The norm of each head after the recurrence."""
+
+    config: RWKV7Config
+
+    @nn.compact
+    def __call__(self, y: Heads, layer) -> Heads:
+        """Applies a group norm with one group per head."""
+        zeros = initial.constant(0.0, self.config.width)
+        weight = self.param("weight", initial.group_norm_weight, layer, self.config)
+        bias = self.param("bias", zeros, layer, self.config)
+        return layers.group_norm(y, weight, bias, self.config.group_norm_eps)
+
+
+class TimeMix(nn.Module):
+    """The attention half of a block: token shift, projections, recurrence, norm, bonus, gate.
+
+    `layer` is the block's index, which the initial values depend on. It is traced inside the scan,
+    so it is an argument and not a field.
+    """
+
+    config: RWKV7Config
+    first: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Activations,
+        state: LayerState,
+        v_first,
+        *,
+        lengths,
+        layer,
+    ):
+        """Computes the contribution to the residual stream.
+
+        Returns:
+            The contribution; the new shift, WKV state and upscaled memory; the first layer's
+            values; and the trace.
+        """
+        config = self.config
+
+        # Token shift: x_c = lerp(x_t, x_{t-1}, mu_c), with one mu for each of r, w, k, v, a, g.
+        previous = layers.previous_tokens(x, state.att_shift)
+
+        def shifted(name: str, power: float) -> Activations:
+            coefficient = self._weight(name, initial.lerp(power), layer)
+            return layers.lerp(x, previous, coefficient)
+
+        x_r = shifted("x_r", power=0.2)
+        x_w = shifted("x_w", power=0.9)
+        x_k = shifted("x_k", power=0.7)
+        x_v = shifted("x_v", power=0.7)
+        x_a = shifted("x_a", power=0.9)
+        x_g = shifted("x_g", power=0.2)
+
+        # r = x_r W_r,  k = x_k W_k,  v = x_v W_v
+        r = self._square("receptance", 1.0)(x_r)
+        k = self._square("key", 0.1)(x_k)
+        v = self._square("value", 1.0)(x_v)
+
+        # d = loramlp_d(tanh, x_w),  log w = -exp(-1/2) sigmoid(d)
+        d = self._low_rank_logit(
+            x_w,
+            "w",
+            rank=config.decay_rank,
+            activation=jnp.tanh,
+            bias=initial.decay_bias,
+            layer=layer,
+        )
+        log_w = layers.log_decay(d)
+
+        # a = sigmoid(loramlp_a(identity, x_a)), the in-context learning rate
+        icl_logit = self._low_rank_logit(
+            x_a,
+            "a",
+            rank=config.icl_rank,
+            activation=_identity,
+            bias=initial.icl_bias,
+            layer=layer,
+        )
+        icl_rate = jax.nn.sigmoid(icl_logit).astype(x.dtype)
+
+        # g = loramlp_g(sigmoid, x_g), without a bias
+        gate = self._low_rank(x_g, "g", config.gate_rank, jax.nn.sigmoid, layer)
+
+        # v = lerp(v, v of layer 0, nu): the value residual
+        if self.first:
+            v_first = v
+        else:
+            v = self._value_residual(x_v, v, v_first, layer)
+
+        # kappa^ = (k * xi) / |k * xi| for each head, the removal key; k is not yet the one below
+        xi = layers.per_channel(self._weight("k_k", initial.removal_scale, layer), x)
+        alpha = self._weight("k_a", initial.constant(1.02, config.width), layer)
+        alpha = layers.per_channel(alpha, x)
+        removal_key = layers.unit_heads(self._heads(k * xi))
+
+        # k~ = k * lerp(1, a, alpha), the replacement key
+        k = k * (1 + (icl_rate - 1) * alpha)
+
+        # S_t = S_{t-1} (diag(w) - kappa^^T (a * kappa^)) + v^T k~,  y = r S_t^T
+        icl_rate = self._heads(icl_rate)
+        inputs = WKVInputs(
+            r=self._heads(r),
+            log_w=self._heads(log_w),
+            k=self._heads(k),
+            v=self._heads(v),
+            a=-removal_key,
+            b=removal_key * icl_rate,
+        )
+        y, wkv, memory = recurrence(
+            inputs,
+            icl_rate,
+            state.wkv,
+            state.upscaled,
+            implementation=config.implementation,
+            lengths=lengths,
+        )
+
+        # o = (g * p) W_o, with p = norm(y) + bonus
+        gated = self._normed_with_bonus(y, inputs, layer) * gate
+        out = self._square("output", 0.0)(gated)
+
+        att_shift = layers.last_token(x, state.att_shift, lengths)
+        trace = {
+            **inputs._asdict(),
+            "icl_rate": icl_rate,
+            "y": y,
+            "gate": gate,
+            "receptance_input": x_r,
+            "key_input": x_k,
+            "value_input": x_v,
+            "output_input": gated,
+        }
+        return out, (att_shift, wkv, memory), v_first, trace
+
+    # Linen draws a parameter from the number of draws before it in the same module: a new model has
+    # other weights when the order of these calls changes.
+    def _weight(self, name: str, draw: initial.Initial, layer) -> Array:
+        return self.param(name, draw, layer, self.config)
+
+    def _square(self, name: str, gain: float) -> Linear:
+        """Makes a D x D projection; a gain of 0 starts it from zeros."""
+        width = self.config.width
+        if gain:
+            draw = initial.orthogonal(gain, width, width)
+        else:
+            draw = initial.constant(0.0, width, width)
+        return Linear(self.config, draw, name=name)
+
+    def _low_rank(
+        self,
+        x: Activations,
+        letter: str,
+        rank: int,
+        activation: Callable,
+        layer,
+    ) -> Activations:
+        """Computes activation(x w1) w2, in x's dtype."""
+        width = self.config.width
+        down = self._weight(f"{letter}1", initial.constant(0.0, width, rank), layer)
+        up = self._weight(f"{letter}2", initial.low_rank_out(rank, width), layer)
+        return layers.project(activation(layers.project(x, down)), up)
+
+    def _low_rank_logit(
+        self,
+        x: Activations,
+        letter: str,
+        *,
+        rank: int,
+        activation: Callable,
+        bias: initial.Initial,
+        layer,
+    ) -> Float[Array, "B T D"]:
+        """Computes activation(x w1) w2 + w0, in float32 from the sum on."""
+        raw = self._low_rank(x, letter, rank, activation, layer).astype(jnp.float32)
+        return raw + layers.per_channel(self._weight(f"{letter}0", bias, layer), raw)
+
+    def _value_residual(
+        self,
+        x_v: Activations,
+        v,
+        v_first,
+        layer,
+    ) -> Activations:
+        """Moves the values towards layer 0's by nu = sigmoid(loramlp_nu(identity, x_v))."""
+        logit = self._low_rank_logit(
+            x_v,
+            "v",
+            rank=self.config.value_rank,
+            activation=_identity,
+            bias=initial.value_bias,
+            layer=layer,
+        )
+        return v + (v_first - v) * jax.nn.sigmoid(logit).astype(v.dtype)
+
+    def _normed_with_bonus(self, y: Heads, inputs: WKVInputs, layer) -> Activations:
+        """Computes p = norm(y) + u, with the bonus u = (r . (rho * k~)) v of the current token."""
+        r, k, v = inputs.r, inputs.k, inputs.v
+        sizes = (self.config.num_heads, self.config.head_size)
+        rho = self._weight("r_k", initial.constant(-0.04, *sizes), layer)
+        normed = HeadNorm(self.config, name="ln_x")(y, layer)
+        bonus = jnp.sum(r * k * layers.per_channel(rho, r), axis=-1, keepdims=True) * v
+        return (normed + bonus).reshape(*y.shape[:2], self.config.width)
+
+    def _heads(self, x: Activations) -> Heads:
+        return x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_size)
+
+
+class ChannelMix(nn.Module):
+    """The feed-forward half of a block: token shift, squared ReLU."""
+
+    config: RWKV7Config
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Activations,
+        shift,
+        *,
+        lengths,
+        layer,
+    ):
+        """Computes the contribution to the residual stream, the new shift and the trace."""
+        width = self.config.width
+        hidden_width = self.config.ffn_width
+        x_k = self.param("x_k", initial.ffn_lerp, layer, self.config)
+        mixed = layers.lerp(x, layers.previous_tokens(x, shift), x_k)
+        grow = Linear(self.config, initial.orthogonal(1.0, hidden_width, width), name="key")
+        shrink = Linear(self.config, initial.constant(0.0, width, hidden_width), name="value")
+        # o = relu(x_k W_k)^2 W_v
+        hidden = jnp.square(jax.nn.relu(grow(mixed)))
+        trace = {"ffn_key_input": mixed, "ffn_hidden": hidden}
+        return shrink(hidden), layers.last_token(x, shift, lengths), trace
+
+
+class Block(nn.Module):
+    """One layer. The first has no value residual: it makes the values that the others mix in."""
+
+    config: RWKV7Config
+    first: bool
+    names: tuple[str, ...]
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Activations,
+        state: LayerState,
+        layer,
+        v_first,
+        lengths,
+    ):
+        """Computes the new residual stream.
+
+        Returns:
+            The residual stream; then the layer's memories, the first layer's values (only from the
+            first layer), and the arrays of the trace that `names` asks for.
+        """
+        att_input = Norm(self.config, name="ln1")(x)
+        time_mix = TimeMix(self.config, self.first, name="att")
+        att, (att_shift, wkv, memory), v_first, att_trace = time_mix(
+            att_input, state, v_first, lengths=lengths, layer=layer
+        )
+
+        ffn_input = Norm(self.config, name="ln2")(x + att)
+        channel_mix = ChannelMix(self.config, name="ffn")
+        ffn, ffn_shift, ffn_trace = channel_mix(
+            ffn_input, state.ffn_shift, lengths=lengths, layer=layer
+        )
+
+        trace = {**att_trace, **ffn_trace, "residual": x, "ffn_input": ffn_input}
+        # Under the scan every array that is returned is stacked over layers, so return no others.
+        trace = {name: trace[name] for name in self.names}
+        memories = LayerMemories(
+            att_shift=att_shift,
+            wkv=wkv,
+            ffn_shift=ffn_shift,
+            memory=memory,
+        )
+        return x + att + ffn, (memories, v_first if self.first else (), trace)
