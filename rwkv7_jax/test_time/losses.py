@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
+from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import prefix_errors
@@ -16,7 +17,7 @@ from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.generation.sampling import Number
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state
-from rwkv7_jax.training.losses import Loss, loss_weights, token_statistics
+from rwkv7_jax.training.losses import Loss, PerToken, loss_weights, token_statistics
 from rwkv7_jax.tuning.state_tuning import (
     add_anchor_and_metrics,
     check_leaves,
@@ -28,6 +29,12 @@ from rwkv7_jax.tuning.state_tuning import (
 def _check_weight(value: Number, argument: str) -> None:
     if not 0 <= value < float("inf"):
         raise ValueError(f"{argument} must be finite and at least 0; got {value}.")
+
+
+def _weighted_sum(weights: PerToken, values: PerToken | None) -> Float[Array, ""]:
+    # `token_statistics` leaves out only what it has no inputs for.
+    assert values is not None
+    return jnp.sum(weights * values)
 
 
 def distillation_loss(
@@ -82,7 +89,7 @@ def distillation_loss(
         head = params["head"]["weight"]
         x = hidden_states_from(model, params, state, inputs)
         if teacher is None:
-            nats = jnp.sum(weights * token_statistics(x, head, targets).nats)
+            nats = _weighted_sum(weights, token_statistics(x, head, targets).nats)
             value = imitation * nats
             metrics = {"loss_nats": nats}
         else:
@@ -95,8 +102,8 @@ def distillation_loss(
                 reference=jax.lax.stop_gradient(teacher_x),
                 reference_head=teacher_params["head"]["weight"],
             )
-            nats = jnp.sum(weights * tokenwise.nats)
-            divergence = jnp.sum(weights * tokenwise.kl)
+            nats = _weighted_sum(weights, tokenwise.nats)
+            divergence = _weighted_sum(weights, tokenwise.kl)
             value = imitation * nats + kl * divergence
             metrics = {"loss_nats": nats, "kl_nats": divergence}
         return add_anchor_and_metrics(
@@ -225,13 +232,12 @@ def policy_loss(
             reverse_kl=True,
             temperature=temperature,
         )
-        logp = -tokenwise.nats
         # One number for each row, for all of its tokens.
         advantages = jnp.asarray(batch.advantages, jnp.float32)[:, None]
-        value = -jnp.sum(weights * advantages * logp)
-        metrics = {"policy_loss": value, "loss_nats": -jnp.sum(weights * logp)}
+        value = _weighted_sum(weights * advantages, tokenwise.nats)
+        metrics = {"policy_loss": value, "loss_nats": _weighted_sum(weights, tokenwise.nats)}
         if kl:
-            divergence = jnp.sum(weights * tokenwise.kl)
+            divergence = _weighted_sum(weights, tokenwise.kl)
             value = value + kl * divergence
             metrics["kl_nats"] = divergence
         return add_anchor_and_metrics(

@@ -58,7 +58,7 @@ def derived_stop_tokens(out, key, options):
 
 @pytest.mark.parametrize("penalties", [(0.0, 0.0), (0.8, 1.5)])
 @pytest.mark.parametrize("temperature", [0, 0.6, 1.0, 1.7])
-def test_the_stop_ids_are_those_that_the_last_draw_gives_again(params, temperature, penalties):
+def test_the_stop_ids_are_those_that_a_repeated_last_draw_gives(params, temperature, penalties):
     choices = {
         "temperature": temperature,
         "presence_penalty": penalties[0],

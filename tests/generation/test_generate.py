@@ -1,4 +1,4 @@
-"""Laws of generation: exact states behind what was kept, independent rows, whole text."""
+"""Laws of generation: exact states after the kept tokens, independent rows, complete text."""
 
 import warnings
 
@@ -41,7 +41,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def text(params):
-    """Twelve tokens behind the first prompt, in blocks of eight and four."""
+    """Twelve tokens after the first prompt, in blocks of eight and four."""
     watch = {"tokenizer": BYTES, "on_text": lambda piece, row: None}
     return run(params, PROMPTS[0], tokens=12, key=jax.random.key(3), **watch)
 
@@ -55,7 +55,7 @@ def _apply(params, tokens, state):
     return MODEL.apply({"params": params}, tokens, state)
 
 
-def state_behind(params, ids, state=None):
+def state_after(params, ids, state=None):
     """The state and the last logits of a plain loop over the ids."""
     state = init_state(CONFIG) if state is None else state
     for token in ids:
@@ -69,11 +69,11 @@ def assert_close(ours, theirs):
 
 def test_greedy_generation_equals_a_plain_loop(params):
     out = run(params, PROMPTS[1], temperature=0, stop_ids=())
-    state, logits = state_behind(params, PROMPTS[1])
+    state, logits = state_after(params, PROMPTS[1])
     expected = []
     for _ in range(8):
         expected.append(int(logits.argmax()))
-        state, logits = state_behind(params, expected[-1:], state)
+        state, logits = state_after(params, expected[-1:], state)
     assert out.tokens == [expected] and out.finished == ["length"] and out.texts is None
     assert_close(out.state, state)
     assert_close(out.logits, logits)
@@ -104,7 +104,7 @@ def test_penalties_and_bans_are_those_of_the_official_loop(params):
             self.model, self.tokenizer = self, BYTES
 
         def forward(self, tokens, state):
-            state, logits = state_behind(params, tokens, state)
+            state, logits = state_after(params, tokens, state)
             return torch.tensor(np.array(logits[0])), state
 
         def encode(self, text):
@@ -138,7 +138,7 @@ def test_a_conversation_in_turns_equals_one_read_through(params):
     after = run(params, turn, out.state, tokens=0)
     for row in range(3):
         ids = PROMPTS[row] + out.tokens[row] + turn[row]
-        state, logits = state_behind(params, ids)
+        state, logits = state_after(params, ids)
         assert_close(select(after.state, row), state)
         assert_close(after.logits[row : row + 1], logits)
 
@@ -151,7 +151,7 @@ def test_an_answer_cut_at_its_length_goes_on_from_state_and_logits(params):
 
 
 def test_a_prompt_may_be_read_in_chunks_of_any_size(params):
-    expected = state_behind(params, PROMPTS[1])
+    expected = state_after(params, PROMPTS[1])
     for chunk in (7, 16):
         out = run(params, PROMPTS[1], tokens=0, prefill_chunk=chunk)
         assert_close((out.state, out.logits), expected)
@@ -164,7 +164,7 @@ def test_a_stop_id_ends_its_row_alone_and_is_not_read(params):
     out = run(params, PROMPTS, key=jax.random.key(5), stop_ids=[stop])
     kept = free.tokens[0][: free.tokens[0].index(stop)]
     assert out.tokens[0] == kept and out.finished[0] == "stop"
-    assert_close(select(out.state, 0), state_behind(params, PROMPTS[0] + kept)[0])
+    assert_close(select(out.state, 0), state_after(params, PROMPTS[0] + kept)[0])
     for row in (1, 2):
         assert out.tokens[row] == free.tokens[row] or stop in free.tokens[row]
 
@@ -179,7 +179,7 @@ def test_a_stop_string_is_found_across_tokens_and_blocks_and_the_state_is_before
     kept = _ascii(ids).index(stop)
     assert out.finished == ["stop"]
     assert out.texts == [_ascii(ids)[:kept]] and out.tokens == [ids[:kept]]
-    state, logits = state_behind(params, PROMPTS[0] + ids[:kept])
+    state, logits = state_after(params, PROMPTS[0] + ids[:kept])
     assert_close(out.state, state)
     assert_close(out.logits, logits)
 
@@ -199,7 +199,7 @@ def _as_text(params, **choices):
     return run(params, PROMPTS[0], tokens=12, key=key, tokenizer=_Ascii(), **choices)
 
 
-def test_a_token_that_a_stop_string_cuts_is_replaced_by_what_stands_before_it(params):
+def test_a_token_that_a_stop_string_cuts_is_replaced_by_the_bytes_before_the_stop_string(params):
     banned = range(128)  # only tokens of two bytes
     free = run(params, PROMPTS[0], key=jax.random.key(3), banned=banned, tokenizer=Pairs())
     stop = free.texts[0][11:14]
@@ -214,7 +214,7 @@ def test_a_token_that_a_stop_string_cuts_is_replaced_by_what_stands_before_it(pa
     )
     assert out.texts == [free.texts[0][:11]]
     assert out.tokens == [free.tokens[0][:5] + Pairs().encode(free.texts[0][10])]
-    assert_close(out.state, state_behind(params, PROMPTS[0] + out.tokens[0])[0])
+    assert_close(out.state, state_after(params, PROMPTS[0] + out.tokens[0])[0])
 
 
 def test_rows_of_a_batch_stop_at_their_own_strings(params):
@@ -230,7 +230,7 @@ def test_rows_of_a_batch_stop_at_their_own_strings(params):
     for row, prompt in enumerate(PROMPTS):
         ends = [at for stop in stops if (at := free[row].find(stop)) >= 0]
         assert out.texts[row] == free[row][: min(ends, default=None)]
-        assert_close(select(out.state, row), state_behind(params, prompt + out.tokens[row])[0])
+        assert_close(select(out.state, row), state_after(params, prompt + out.tokens[row])[0])
 
 
 def test_streamed_pieces_make_up_the_text(params, text):
@@ -271,7 +271,7 @@ def test_weights_bound_to_a_device_compile_each_program_once(params):
 
 
 def test_the_state_given_is_repeated_for_every_row_and_left_alone(params):
-    start, _ = state_behind(params, [3, 4, 5])
+    start, _ = state_after(params, [3, 4, 5])
     copy = jax.tree.map(np.array, start)
     out = run(params, PROMPTS, start, temperature=0)
     jax.tree.map(np.testing.assert_array_equal, start, copy)

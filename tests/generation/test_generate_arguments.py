@@ -41,13 +41,13 @@ class Spelling:
         ([[1], [2]], {"key": jax.random.split(jax.random.key(0), 3)}, "`key` must be one key or 2"),
     ],
 )
-def test_arguments_are_checked_at_the_door(prompts, choices, message):
+def test_arguments_are_checked_before_anything_is_compiled(prompts, choices, message):
     with pytest.raises(ValueError, match=message) as caught:
         generate(MODEL, {}, prompts, **({"temperature": 0} | choices))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("prompts", ["text", b"bytes", [1.5], [True]])
-def test_prompts_that_are_no_ids_are_refused(prompts):
+def test_prompts_that_are_not_ids_are_refused(prompts):
     with pytest.raises(TypeError, match="generate: `prompts` must"):
         generate(MODEL, {}, prompts, temperature=0)

@@ -184,7 +184,7 @@ def test_exempt_ids_are_those_whose_text_lies_inside_the_official_string():
         ({"penalty_exempt": np.array([[1, 2]])}, "`penalty_exempt` must be a flat list of ids"),
     ],
 )
-def test_choices_out_of_range_are_refused_in_one_sentence(choices, message):
+def test_options_out_of_range_are_refused_in_one_sentence(choices, message):
     with pytest.raises(ValueError, match=message) as caught:
         sampling.make_options(VOCAB, **choices)
     assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
@@ -198,7 +198,7 @@ def test_choices_out_of_range_are_refused_in_one_sentence(choices, message):
         (lambda: check_count(1.5, 0, "f: `x`"), "f: `x` must be an integer; got float."),
     ],
 )
-def test_what_is_no_integer_is_refused_in_one_sentence(call, message):
+def test_a_value_that_is_not_an_integer_is_refused_in_one_sentence(call, message):
     with pytest.raises(TypeError) as caught:
         call()
     assert str(caught.value) == message
@@ -207,6 +207,6 @@ def test_what_is_no_integer_is_refused_in_one_sentence(call, message):
 @pytest.mark.parametrize(
     "choices", [{"temperature": "hot"}, {"top_k": "a"}, {"banned": [1.5]}, {"stop_ids": ["a"]}]
 )
-def test_choices_of_the_wrong_kind_are_refused(choices):
+def test_options_of_the_wrong_kind_are_refused(choices):
     with pytest.raises(TypeError):
         sampling.make_options(VOCAB, **choices)

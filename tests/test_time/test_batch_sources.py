@@ -64,8 +64,8 @@ def questions():
     return QuestionSet("task:steer", Tokenizer.bytes(), seed=SEED)
 
 
-def sevens(prompt, completion):
-    """How much of a completion is a number below 100."""
+def low_ids(prompt, completion):
+    """The share of a completion that is below 100."""
     return sum(token < 100 for token in completion) / len(completion)
 
 
@@ -103,7 +103,7 @@ def in_library(method: str, params, traces, tx):
     """The state that the library's loop gives."""
     model = RWKV7(CONFIG)
     asked = questions()
-    arguments = (model, params, lambda step: asked.prompts(step, 2), sevens)
+    arguments = (model, params, lambda step: asked.prompts(step, 2), low_ids)
     choices = {"tokens": 6, "group": 4, "key": jax.random.key(SEED), "stop_reward": 2.0}
     choices["tx"] = tx
     if method == "grpo":
@@ -120,7 +120,7 @@ def in_library(method: str, params, traces, tx):
 def test_train_py_and_the_librarys_loop_tune_the_same_state(tmp_path, base, params, method):
     guide = tmp_path / "guide.jsonl"
     write_traces(guide, TRACES)
-    verifier = f"{__name__}:sevens"
+    verifier = f"{__name__}:low_ids"
     settings = settings_of(base, method=method, guide=str(guide), verifier=verifier)
     train_here(settings, tmp_path / "run")
     theirs = load_state(tmp_path / "run" / "state.pth").wkv
@@ -139,7 +139,7 @@ def test_train_py_and_the_librarys_loop_tune_the_same_state(tmp_path, base, para
         (text_reward, "must be a number; got str"),
     ],
 )
-def test_a_reward_that_is_no_number_ends_a_run_of_train_py(
+def test_a_reward_that_is_not_a_number_ends_a_run_of_train_py(
     tmp_path, base, method, reward, reason, unchecked
 ):
     verifier = f"{__name__}:{reward.__name__}"
@@ -173,7 +173,7 @@ def prompts_at(step):
 def test_without_replay_a_batch_is_what_the_step_drew_weighted_by_its_rewards(params, unchecked):
     key = jax.random.key(7)
     state = init_state(CONFIG)
-    source = ExpertBatches(sampler(params), prompts_at, sevens, key=key)
+    source = ExpertBatches(sampler(params), prompts_at, low_ids, key=key)
     batch = source.batch(state, 5)
     drawn = rollouts(
         RWKV7(CONFIG),
@@ -184,7 +184,7 @@ def test_without_replay_a_batch_is_what_the_step_drew_weighted_by_its_rewards(pa
         tokens=6,
         key=jax.random.fold_in(key, 5),
     )
-    weights = [sevens(*pair) for pair in zip(drawn.prompts, drawn.completions, strict=True)]
+    weights = [low_ids(*pair) for pair in zip(drawn.prompts, drawn.completions, strict=True)]
     expected = completion_rows(
         drawn.prompts, drawn.completions, length=drawn.mask.shape[1], weights=weights
     )
@@ -195,7 +195,7 @@ def test_without_replay_a_batch_is_what_the_step_drew_weighted_by_its_rewards(pa
 
 
 def test_a_batch_of_an_earlier_step_comes_again_from_a_new_source(params, unchecked):
-    make = functools.partial(ExpertBatches, sampler(params), prompts_at, sevens)
+    make = functools.partial(ExpertBatches, sampler(params), prompts_at, low_ids)
     first = make(key=jax.random.key(7))
     state = init_state(CONFIG)
     for step in range(3):
@@ -221,7 +221,7 @@ def test_a_threshold_replays_every_approved_text_once(params, unchecked):
     source = ExpertBatches(
         sampler(params),
         prompts_at,
-        sevens,
+        low_ids,
         key=jax.random.key(7),
         keep_reward=0.3,
         replay=True,
@@ -232,13 +232,13 @@ def test_a_threshold_replays_every_approved_text_once(params, unchecked):
     shapes = {source.batch(state, step).tokens.shape for step in range(6)}
     assert shapes == {(3, 17)}
     assert len(set(source.traces)) == len(source.traces) == source.metrics["kept"] > 0
-    assert all(sevens(trace.prompt, trace.completion) >= 0.3 for trace in source.traces)
+    assert all(low_ids(trace.prompt, trace.completion) >= 0.3 for trace in source.traces)
     assert {trace.weight for trace in source.traces} == {1.0}
 
 
 def test_a_source_with_a_memory_is_not_entered_inside_a_round(params):
     key = jax.random.key(7)
-    source = ExpertBatches(sampler(params), prompts_at, sevens, key=key, replay=True, updates=2)
+    source = ExpertBatches(sampler(params), prompts_at, low_ids, key=key, replay=True, updates=2)
     with pytest.raises(ValueError, match="step 3 must follow the first step of its round, 2"):
         source.batch(init_state(CONFIG), 3)
 

@@ -1,6 +1,6 @@
 """The losses of test-time training, restated in numpy in float64.
 
-Gradients are compared with finite differences of what is restated.
+Gradients are compared with finite differences of these restatements.
 """
 
 import jax
@@ -113,7 +113,7 @@ def test_without_advantages_and_divergence_there_is_no_gradient(reinforce, batch
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
-def test_pieces_of_a_policy_batch_add_up_to_the_whole(reinforce, batch):
+def test_pieces_of_a_policy_batch_add_up_to_the_full_batch(reinforce, batch):
     state, weights = random_state(CONFIG), np.asarray(loss_weights(batch))
     (whole, _), grads = reinforce(state, batch | {"weights": weights})
     # Weights are shares of the whole batch, zero for the other pieces.
@@ -170,12 +170,12 @@ def test_a_prompt_becomes_a_state(params):
         batch = {"tokens": tokens, "mask": np.ones((8, 8), np.float32)}
         train, metrics = step(train, batch)
         found.append(float(metrics["kl_nats"]))
-    print(f"KL to the model behind the prompt: {found[0]:.3g} -> {np.mean(found[-5:]):.3g}")
+    print(f"KL to the model after the prompt: {found[0]:.3g} -> {np.mean(found[-5:]):.3g}")
     assert np.mean(found[-5:]) < 0.25 * found[0]
     jax.tree.map(np.testing.assert_array_equal, before, params)
 
 
-def test_losses_that_cannot_be_are_refused(params):
+def test_bad_arguments_of_losses_are_refused(params):
     other = RWKV7(RWKV7Config(vocab_size=20, num_layers=2, width=32, head_size=16))
     both = {"teacher": MODEL, "teacher_params": params}
     for change, message in [

@@ -221,6 +221,6 @@ def test_a_judge_that_fails_names_its_prompt_and_costs_no_completion(params, tmp
         ({"temperature": -1}, ValueError, "`temperature` must be from 0"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_sentence(params, unchecked, change, error, message):
+def test_bad_arguments_are_refused_in_one_sentence(params, unchecked, change, error, message):
     with pytest.raises(error, match=rf"(collect_traces|rollouts): {message}"):
         run(params, **change)

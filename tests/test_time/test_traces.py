@@ -58,7 +58,7 @@ def test_a_last_line_that_breaks_off_is_dropped_with_a_warning(tmp_path):
         ('{"prompt": [1], "completion": [1], "wieght": 1}', "unknown field 'wieght'"),
     ],
 )
-def test_a_line_that_is_no_trace_is_named_with_its_reason(tmp_path, line, reason):
+def test_a_line_that_is_not_a_trace_is_named_with_its_reason(tmp_path, line, reason):
     path = tmp_path / "traces.jsonl"
     good = json.dumps(dataclasses.asdict(TRACES[0]))
     path.write_text(f"{good}\n{line}\n{good}\n")
@@ -66,7 +66,7 @@ def test_a_line_that_is_no_trace_is_named_with_its_reason(tmp_path, line, reason
         read_traces(path)
 
 
-def test_the_cache_holds_what_was_put_and_appends_behind_a_half_line(tmp_path):
+def test_the_cache_holds_what_was_put_and_appends_after_a_half_line(tmp_path):
     path = tmp_path / "cache.jsonl"
     cache = CompletionCache(path)
     cache.put("a", (1, 2), [(3, 0), (4, 5)])
@@ -88,7 +88,7 @@ def test_a_cache_that_lost_its_last_line_feed_alone_loses_nothing(tmp_path):
     assert both.get("a") == [(2,)] and both.get("b") == [(3,)]
 
 
-def test_a_file_that_is_no_cache_is_refused_and_left_alone(tmp_path):
+def test_a_file_that_is_not_a_cache_is_refused_and_left_alone(tmp_path):
     path = tmp_path / "traces.jsonl"
     write_traces(path, TRACES)
     before = path.read_bytes()
@@ -163,7 +163,7 @@ def test_arrays_of_the_device_are_rewards():
         (np.zeros(2), "must be a number; got ndarray"),
     ],
 )
-def test_a_reward_that_is_no_number_is_named_with_its_prompt(value, reason):
+def test_a_reward_that_is_not_a_number_is_named_with_its_prompt(value, reason):
     def reward(prompt, completion):
         return value if prompt == (4,) else 0.0
 

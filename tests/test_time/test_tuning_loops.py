@@ -1,4 +1,4 @@
-"""Scaling at test time: rollouts in groups, and rewards that rise."""
+"""Test-time tuning: rollouts in groups, and rewards that rise."""
 
 import jax
 import numpy as np
@@ -56,7 +56,7 @@ def endless(params):
     return draw(params, stop_ids=())
 
 
-def test_rollouts_behind_one_reading_are_those_of_every_prompt_read_for_each(params, endless):
+def test_rollouts_equal_those_of_prompts_that_are_read_for_each_completion(params, endless):
     repeated = [prompt for prompt in PROMPTS for _ in range(GROUP)]
     out = generate(MODEL, params, repeated, tokens=TOKENS, key=KEY, stop_ids=())
     assert [list(c) for c in endless.completions] == out.tokens
@@ -132,7 +132,7 @@ LOOK_TOKENS = 8 * (3 + 4)
 
 @pytest.fixture(scope="module")
 def improved(params):
-    """Fifteen steps of GRPO, and the states behind them."""
+    """Fifteen steps of GRPO, and the states after them."""
     states = []
     keep = lambda entry, state: states.append(jax.tree.map(np.array, state))  # noqa: E731
     choices = {"held_out": HELD_OUT, "evaluate_every": 5, "learning_rate": 0.5, "on_step": keep}
@@ -263,12 +263,12 @@ def test_an_upscaled_memory_earns_a_reward_while_its_features_stand_still(params
         ({"prompts": [[1.5]]}, TypeError, "`prompts` row 0 must hold integers"),
     ],
 )
-def test_rollouts_that_cannot_be_are_refused(params, unchecked, change, error, message):
+def test_bad_arguments_of_rollouts_are_refused(params, unchecked, change, error, message):
     with pytest.raises(error, match=f"rollouts: {message}"):
         draw(params, **change)
 
 
-def test_loops_that_cannot_be_are_refused(params, unchecked):
+def test_bad_arguments_of_the_loops_are_refused(params, unchecked):
     for change, error, message in [
         ({"group": 1}, ValueError, "`group` must be at least 2"),
         ({"steps": -1}, ValueError, "`steps` must be at least 0"),
