@@ -169,7 +169,7 @@ class TestTimeMode(StateTuningMode):
         verified = settings.keep == "verified"
         majority = settings.keep == "majority"
         self.folder.mkdir(parents=True, exist_ok=True)
-        bar = ProgressBar(settings.traces, "guide")
+        bar = ProgressBar(settings.traces, "teacher")
         traces, budget = collect_traces(
             RWKV7(config),
             teacher_params,
@@ -188,9 +188,9 @@ class TestTimeMode(StateTuningMode):
             on_progress=lambda done, total: bar.update(done, "prompts"),
         )
         bar.close()
-        print(f"guide     kept {len(traces)} of {settings.traces} traces; {budget}")
+        print(f"teacher   kept {len(traces)} traces of {settings.traces} prompts; {budget}")
         if not traces:
-            raise ValueError("`config.test_time.keep` leaves no trace of the guide to learn from.")
+            raise ValueError("`config.test_time.keep` leaves no trace of the teacher to learn.")
         return traces
 
 
