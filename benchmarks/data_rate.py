@@ -1,12 +1,13 @@
-"""How fast batches come from a cache, in tokens a second on one core.
+"""The speed of reading batches from a cache, in tokens a second on one core.
 
 Run from the repository's root: `taskset -c 1 python -m benchmarks.data_rate [--json FILE]`. The
 cache holds random ids in documents of 20 to 2,000, a tenth of which is held out and an eighth of
-which is only read; it lies in the page cache. Seconds are process time, the median of several runs;
-filling is not counted.
+which is not in the loss; it is in the page cache. Seconds are process time, the median of several
+runs; padding is not counted.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import statistics
@@ -17,7 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import record
-from rwkv7_jax.data.loading import data_hash, packed, token_stream
+from rwkv7_jax.data.binidx import BinidxWriter
+from rwkv7_jax.data.loading import batches_from, data_hash, token_stream
+from rwkv7_jax.data.token_cache import CacheMetadata
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 SHAPES = ((16, 4096), (8, 512), (64, 128))
@@ -29,43 +32,58 @@ CHOICES = {
 
 
 def write(folder: Path, tokens: int) -> Path:
-    """A cache of about so many tokens, as `rwkv7 data` would write it."""
-    from rwkv7_jax.data.binidx import BinidxWriter
-    from rwkv7_jax.data.token_cache import FORMAT
-
-    random, path = np.random.default_rng(0), folder / "x.bin"
-    numbers = {"documents": 0, "tokens": 0, "learnt": 0}
+    """Writes a cache of about so many random tokens, as `rwkv7 data` would write it."""
+    random = np.random.default_rng(0)
+    path = folder / "x.bin"
+    documents = 0
+    written = 0
+    in_loss = 0
     with BinidxWriter(path) as writer:
-        keys, mask = writer.beside(".keys"), writer.beside(".mask")
-        while numbers["tokens"] < tokens:
-            ids = random.integers(1, 65530, random.integers(20, 2000))
+        hashes = writer.sibling(".keys")
+        masks = writer.sibling(".mask")
+        while written < tokens:
+            size = random.integers(20, 2000)
+            ids = random.integers(1, 65530, size)
             ids[-1] = 0
-            learnt = (np.arange(len(ids)) >= len(ids) // 8).astype(np.uint8)
+            # The first eighth of a document stands for a prompt.
+            mask = (np.arange(size) >= size // 8).astype(np.uint8)
             writer.add(ids)
             writer.end()
-            mask.write(learnt)
-            keys.write(random.bytes(8))
-            numbers["documents"] += 1
-            numbers["tokens"] += len(ids)
-            numbers["learnt"] += int(learnt.sum())
-        card = numbers | {"vocabulary": "world", "bytes": 0, "skipped": 0, "format": FORMAT}
-        writer.beside(".card.json").write(json.dumps(card).encode())
+            masks.write(mask.tobytes())
+            hashes.write(random.bytes(8))
+            documents += 1
+            written += len(ids)
+            in_loss += int(mask.sum())
+        card = CacheMetadata(
+            vocabulary="world",
+            documents=documents,
+            tokens=written,
+            learnt=in_loss,
+            bytes=0,
+            skipped=0,
+        )
+        writer.sibling(".card.json").write(json.dumps(dataclasses.asdict(card)).encode())
     return path
 
 
-def tokens_per_second(batches, tokens: float, steps: int, repeats: int) -> float:
-    """The median of several runs of `steps` batches of so many tokens."""
+def tokens_per_second(
+    batches,
+    tokens: float,
+    steps: int,
+    repeats: int,
+) -> float:
+    """Measures `steps` batches of so many tokens; returns the median of several runs."""
     rates = []
     for _ in range(repeats):
-        begun = time.process_time()
+        began = time.process_time()
         for _ in itertools.islice(batches, steps):
             pass
-        rates.append(steps * tokens / (time.process_time() - begun))
+        rates.append(steps * tokens / (time.process_time() - began))
     return statistics.median(rates)
 
 
 def main() -> None:
-    """Print a table; with `--json`, write it with device, versions, date and command."""
+    """Prints a table; with `--json`, writes it with device, versions, date and command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=100_000_000)
     parser.add_argument("--repeats", type=int, default=5)
@@ -74,20 +92,31 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = write(Path(folder), args.tokens)
-        world, begun = Tokenizer.world(), time.process_time()
-        stream = token_stream(path, world, split="train", held_out=0.1)
-        opened, begun = time.process_time() - begun, time.process_time()
+        world = Tokenizer.world()
+        began = time.process_time()
+        stream = token_stream(
+            path,
+            world,
+            split="train",
+            held_out=0.1,
+        )
+        opened = time.process_time() - began
+        began = time.process_time()
         data_hash(stream)
-        hashed = time.process_time() - begun
+        hashed = time.process_time() - began
         print(f"{len(stream):,} tokens opened in {opened:.2f} s, hashed in {hashed:.2f} s")
         for (batch_size, length), (name, choices) in itertools.product(SHAPES, CHOICES.items()):
-            batches = packed(
-                stream, batch_size=batch_size, length=length, tokenizer=world, **choices
+            batches = batches_from(
+                stream,
+                batch_size=batch_size,
+                length=length,
+                **choices,
             )
             tokens = batch_size * length
             steps = 10_000_000 // tokens
             if name == "documents":
-                tokens *= float(np.minimum(np.diff(stream.starts) - 1, length).mean() / length)
+                targets = np.minimum(np.diff(stream.starts) - 1, length)
+                tokens *= float(targets.mean() / length)
             rate = tokens_per_second(batches, tokens, steps, args.repeats)
             rows.append({"shape": f"{batch_size} x {length}", "what": name, "tokens/s": rate})
             print(f"{batch_size:>3} x {length:<5} {name:<18}{rate / 1e6:>8.1f} million tokens/s")

@@ -1,4 +1,4 @@
-"""What a generated token costs by length of context, which must not matter, and by batch.
+"""The cost of a generated token by length of context, which must not matter, and by batch.
 
 Run from the repository's root: `python -m benchmarks.decode [--json FILE]`. The model is random.
 """
@@ -23,43 +23,75 @@ BATCHES = (1, 8, 32)
 
 
 def random_model(layers: int, width: int, vocab_size: int):
-    """A model and weights that give logits of ordinary size."""
-    config = RWKV7Config(vocab_size=vocab_size, num_layers=layers, width=width)
+    """Makes a model and weights that give logits of ordinary size."""
+    config = RWKV7Config(
+        vocab_size=vocab_size,
+        num_layers=layers,
+        width=width,
+    )
     model = RWKV7(config)
     tokens = jnp.zeros((1, 1), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, init_state(config))["params"]
     random = np.random.default_rng(0)
-    return model, jax.tree.map(
-        lambda leaf: jnp.asarray(0.05 * random.standard_normal(leaf.shape, np.float32)), shapes
-    )
+
+    def draw(leaf):
+        return jnp.asarray(0.05 * random.standard_normal(leaf.shape, np.float32))
+
+    return model, jax.tree.map(draw, shapes)
 
 
-def tokens_per_second(model, params, outs: dict, *, tokens: int, repeats: int) -> dict[int, float]:
-    """For each of `outs`, the median over `repeats` runs of `tokens` tokens a row behind it.
+def tokens_per_second(
+    model,
+    params,
+    outs: dict,
+    *,
+    tokens: int,
+    repeats: int,
+) -> dict[int, float]:
+    """Measures generation after each of `outs`; the median over `repeats` runs of `tokens` tokens.
 
-    The runs take turns, so that a machine that is busy for a while slows all of them alike.
+    The runs take turns, so that a machine that is busy for a while slows all of them equally.
     """
-    options = {"temperature": 0.8, "top_p": 0.9, "key": jax.random.key(0), "stop_ids": ()}
 
     def run(out) -> float:
-        began, prompts = time.perf_counter(), [[]] * out.state.batch
+        prompts = [[]] * out.state.batch
+        began = time.perf_counter()
         end = generate(
-            model, params, prompts, out.state, logits=out.logits, tokens=tokens, **options
+            model,
+            params,
+            prompts,
+            out.state,
+            logits=out.logits,
+            tokens=tokens,
+            temperature=0.8,
+            top_p=0.9,
+            key=jax.random.key(0),
+            stop_ids=(),
         )
         jax.block_until_ready(end.logits)
         return time.perf_counter() - began
 
+    # The first runs compile.
     for out in outs.values():
         run(out)
-    rounds = [{size: run(out) for size, out in outs.items()} for _ in range(repeats)]
-    return {
-        size: out.state.batch * tokens / statistics.median(seconds[size] for seconds in rounds)
-        for size, out in outs.items()
-    }
+    seconds = {size: [] for size in outs}
+    for _ in range(repeats):
+        for size, out in outs.items():
+            seconds[size].append(run(out))
+    rates = {}
+    for size, out in outs.items():
+        rates[size] = out.state.batch * tokens / statistics.median(seconds[size])
+    return rates
 
 
-def measure(model, params, *, tokens: int, repeats: int) -> dict[str, dict[int, float]]:
-    """Tokens per second by context of one row, and by batch behind the shortest context."""
+def measure(
+    model,
+    params,
+    *,
+    tokens: int,
+    repeats: int,
+) -> dict[str, dict[int, float]]:
+    """Measures tokens per second by context of one row, and by batch after the shortest context."""
     ids = np.random.default_rng(1).integers(1, model.config.vocab_size, max(CONTEXTS))
     prompts = {
         "by_context": {context: [ids[:context]] for context in CONTEXTS},
@@ -68,22 +100,38 @@ def measure(model, params, *, tokens: int, repeats: int) -> dict[str, dict[int, 
     rates = {}
     for name, cases in prompts.items():
         outs = {size: generate(model, params, rows, tokens=0) for size, rows in cases.items()}
-        rates[name] = tokens_per_second(model, params, outs, tokens=tokens, repeats=repeats)
+        rates[name] = tokens_per_second(
+            model,
+            params,
+            outs,
+            tokens=tokens,
+            repeats=repeats,
+        )
     return rates
 
 
 def main() -> None:
-    """Print both tables; with `--json`, write them with device, versions, date and command."""
+    """Prints both tables; with `--json`, writes them with device, versions, date and command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=4096)
-    parser.add_argument("--tokens", type=int, default=128, help="a run, per row")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=128,
+        help="a run, per row",
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", help="file to write")
     args = parser.parse_args()
     model, params = random_model(args.layers, args.width, args.vocab)
-    results = measure(model, params, tokens=args.tokens, repeats=args.repeats)
+    results = measure(
+        model,
+        params,
+        tokens=args.tokens,
+        repeats=args.repeats,
+    )
     for name, rates in results.items():
         print(f"{name[3:]:>8}  tokens/s  ratio to first")
         first = next(iter(rates.values()))

@@ -30,6 +30,7 @@ from benchmarks.lab import rate_at
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.loading import batch_at, token_stream
 from rwkv7_jax.data.synthetic_tasks import task_batch
+from rwkv7_jax.data.token_streams import TokenStream
 from rwkv7_jax.reports import plots as pictures
 from rwkv7_jax.runs.progress_bar import ProgressBar
 from rwkv7_jax.training.projection_statistics import layer_statistics, projections
@@ -49,26 +50,38 @@ JOBS = ("mixture", "stdlib")
 
 
 @functools.cache
-def text() -> np.ndarray:
-    """The standard library's sources as bytes."""
+def text() -> TokenStream:
+    """Reads the standard library's sources as bytes."""
     return token_stream("stdlib", rwkv.Tokenizer.bytes(), split="train")
 
 
 def batch(job: str, step: int) -> Batch:
-    """Rows of the mixture of tasks, or of text."""
+    """Makes rows of the mixture of tasks, or of text."""
     if job == "mixture":
-        return task_batch(job, step, batch_size=32, length=32, seed=0)
-    return batch_at(text(), step, batch_size=8, length=128, seed=0)
+        return task_batch(
+            job,
+            step,
+            batch_size=32,
+            length=32,
+            seed=0,
+        )
+    return batch_at(
+        text(),
+        step,
+        batch_size=8,
+        length=128,
+        seed=0,
+    )
 
 
 def optimizer(inner: str, decorrelation: dict | None) -> optax.GradientTransformation:
-    """The optimizer with a settable rate; gradients are clipped at norm 1 as in pretraining."""
+    """Makes an optimizer with a settable rate; clips gradients at norm 1 as pretraining does."""
 
     def build(learning_rate):
-        made = {
-            "sgd": lambda: optax.sgd(learning_rate, momentum=0.9),
-            "adam": lambda: optax.adam(learning_rate, b2=0.98, eps=1e-8),
-        }[inner]()
+        if inner == "sgd":
+            made = optax.sgd(learning_rate, momentum=0.9)
+        else:
+            made = optax.adam(learning_rate, b2=0.98, eps=1e-8)
         if decorrelation is not None:
             made = rwkv.decorrelate(made, mask=projections, **decorrelation)
         return optax.chain(optax.clip_by_global_norm(1.0), made)
@@ -76,24 +89,34 @@ def optimizer(inner: str, decorrelation: dict | None) -> optax.GradientTransform
     return optax.inject_hyperparams(build)(learning_rate=1.0)
 
 
-def learn(job: str, method: str, steps: int, bar: ProgressBar, done: int) -> list[dict[str, Any]]:
-    """A run for each learning rate: its losses (mean over blocks of 20 steps) and its seconds."""
+def learn(
+    job: str,
+    method: str,
+    steps: int,
+    bar: ProgressBar,
+    done: int,
+) -> list[dict[str, Any]]:
+    """Trains once for each learning rate; returns losses (means over 20 steps) and seconds."""
     inner, decorrelation, rates = METHODS[method]
     model = rwkv.RWKV7(rwkv.RWKV7Config(**SIZES))
-    tokens, state = jnp.zeros((1, 1), jnp.int32), rwkv.init_state(model.config)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    state = rwkv.init_state(model.config)
     params = jax.jit(model.init)(jax.random.key(0), tokens, state)["params"]
     tx = optimizer(inner, decorrelation)
     statistics = None if decorrelation is None else layer_statistics(model, rows=4)
     step = rwkv.make_train_step(rwkv.pretrain_loss(model, l2wrap=0.0), tx, statistics=statistics)
     runs = []
     for rate in rates:
-        train, losses, began = rwkv.TrainState.create(params, tx), [], 0.0
+        train = rwkv.TrainState.create(params, tx)
+        losses = []
+        began = 0.0
         for number in range(steps):
             now = np.float32(rate * rate_at(number, steps, 40))
             train.opt_state.hyperparams["learning_rate"] = jnp.asarray(now)
             train, metrics = step(train, batch(job, number))
             losses.append(metrics["loss_nats"])
             if number == 0:
+                # The clock starts after the step that compiles.
                 jax.block_until_ready(metrics)
                 began = time.monotonic()
         losses = [float(loss) for loss in losses]
@@ -106,20 +129,22 @@ def learn(job: str, method: str, steps: int, bar: ProgressBar, done: int) -> lis
 
 
 def best(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The run that ends lowest; one that diverged counts as infinite."""
+    """Returns the run that ends lowest; one that diverged counts as infinite."""
     ends = [run["loss_nats"][-1] for run in runs]
     return runs[int(np.argmin([end if math.isfinite(end) else math.inf for end in ends]))]
 
 
 def main() -> None:
-    """Run, print, and write what was asked for."""
+    """Runs all methods, prints the best runs, and writes files where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--json", help="file for the numbers")
     parser.add_argument("--pictures", help="folder for pictures")
     options = parser.parse_args()
     total = len(JOBS) * sum(len(rates) for *_, rates in METHODS.values())
-    bar, done, found = ProgressBar(total, "runs"), 0, {}
+    bar = ProgressBar(total, "runs")
+    done = 0
+    found = {}
     for job in JOBS:
         found[job] = {}
         for method in METHODS:
@@ -139,7 +164,12 @@ def main() -> None:
                 for method, runs in by_method.items()
             }
             path = Path(options.pictures) / f"dense-decorrelation-{job}.png"
-            pictures.curves(path, lines, x="step", y="loss (nats)")
+            pictures.curves(
+                path,
+                lines,
+                x="step",
+                y="loss (nats)",
+            )
     if options.json:
         packages = ("jax", "flax", "optax", "numpy")
         record.write(

@@ -1,7 +1,7 @@
-"""The experiments behind the table: what upscaling, decorrelation and guides must show.
+"""The experiments of the table: what upscaling, decorrelation and teachers must achieve.
 
 Each returns its numbers and `passed`, whether they meet the bar that its docstring states (None
-where a run is there for comparison alone).
+where a run is only there for comparison).
 """
 
 import dataclasses
@@ -28,25 +28,31 @@ SKILLS = ("dictionary", "mapping", "modular", "sequence")
 
 
 def steering(seed: int = 0) -> Numbers:
-    """A hidden instruction: the tuned small model reaches .97 and passes the untuned large one."""
+    """Tunes for a hidden instruction: the small model reaches .97 and beats the large one."""
     tuned = measure("steer", tune("steer", STANDARD, seed=seed).state).accuracy
-    small, large = (measure("steer", name=name).accuracy for name in ("small", "large"))
+    small = measure("steer", name="small").accuracy
+    large = measure("steer", name="large").accuracy
     passed = tuned >= 0.97 and tuned > large
     return {"small": small, "large": large, "tuned": tuned, "passed": passed}
 
 
 def _mean_accuracy(task: str, method: Method, seeds: int) -> float:
-    """Of states tuned from several seeds."""
-    runs = (measure(task, tune(task, method, seed=s).state, seed=s) for s in range(seeds))
-    return float(np.mean([run.accuracy for run in runs]))
+    """Averages the accuracy of states tuned from several seeds."""
+    accuracies = []
+    for seed in range(seeds):
+        state = tune(task, method, seed=seed).state
+        accuracies.append(measure(task, state, seed=seed).accuracy)
+    return float(np.mean(accuracies))
 
 
 def novel_functions(seeds: int = 3) -> Numbers:
-    """Functions nobody was taught: bars for both states; DBP's errors at most .75 of standard's."""
+    """Tunes for untaught functions: both states pass; DBP's error is .75 of standard's at most."""
     bars = {"novel": (0.80, 0.86), "modulus-9": (0.95, 0.97), "product-7": (0.85, 0.97)}
-    found, passed = {}, True
+    found = {}
+    passed = True
     for task, (low, high) in bars.items():
-        standard, wide = (_mean_accuracy(task, method, seeds) for method in (STANDARD, DBP))
+        standard = _mean_accuracy(task, STANDARD, seeds)
+        wide = _mean_accuracy(task, DBP, seeds)
         found[task] = {"standard": standard, "upscaled_dbp": wide}
         # Where both are perfect up to a thousandth there is no error left to compare.
         better = 1 - wide <= max(0.75 * (1 - standard), 1e-3)
@@ -55,8 +61,9 @@ def novel_functions(seeds: int = 3) -> Numbers:
 
 
 def conditioning(seed: int = 0) -> Numbers:
-    """128 facts through raw features: Adam at most .30, DBP at least .95, loss .5 in 100 steps."""
-    found, curves = {}, {}
+    """Tunes 128 facts through raw features: Adam at most .30, DBP at least .95 and fast."""
+    found = {}
+    curves = {}
     for label, methods in {
         "adam": [dataclasses.replace(RAW, rate=rate) for rate in (0.1, 0.3)],
         "dbp": [DBP],
@@ -73,13 +80,14 @@ def conditioning(seed: int = 0) -> Numbers:
 
 
 def _first_below(losses: list[float], level: float) -> int | None:
-    """The first step at which the mean of five losses lies below a level."""
+    """Finds the first step at which the mean of five losses is below a level."""
     means = np.convolve(losses, np.ones(5) / 5, "valid")
-    return int(np.argmax(means < level)) + 5 if (means < level).any() else None
+    below = means < level
+    return int(np.argmax(below)) + 5 if below.any() else None
 
 
 def capacity(seeds: int = 1) -> Numbers:
-    """256 facts: whitened and DBP states reach .90 and twice the standard state."""
+    """Tunes 256 facts: whitened and DBP states reach .90 and twice the standard state."""
     methods = {"standard": STANDARD, "whitened": WHITENED, "dbp": DBP}
     found = {name: _mean_accuracy("facts-256", method, seeds) for name, method in methods.items()}
     passed = all(found[x] >= max(0.90, 2 * found["standard"]) for x in ("whitened", "dbp"))
@@ -87,7 +95,7 @@ def capacity(seeds: int = 1) -> Numbers:
 
 
 def capacity_curve(steps: int = 300) -> Numbers:
-    """Facts stored grow with the state; four times the columns store at least three times."""
+    """Counts facts by size of the state: four times the columns store at least three times."""
     wide = {size: dataclasses.replace(DBP, size=size) for size in (64, 128, 256)}
     runs = {
         "N=16": ("small16", STANDARD, (64, 128)),
@@ -100,7 +108,12 @@ def capacity_curve(steps: int = 300) -> Numbers:
     for label, (name, method, counts) in runs.items():
         points[label] = {"numbers": 0, "facts": {}}
         for count in counts:
-            run = tune(f"facts-{count}", method, name=name, steps=steps)
+            run = tune(
+                f"facts-{count}",
+                method,
+                name=name,
+                steps=steps,
+            )
             leaf = run.state.upscaled.memory if method.size else run.state.wkv
             share = measure(f"facts-{count}", run.state, name=name).accuracy
             points[label]["numbers"] = int(leaf.size)
@@ -112,80 +125,127 @@ def capacity_curve(steps: int = 300) -> Numbers:
     return {"points": points, "stored": most, "ratio": ratio, "passed": passed}
 
 
-def _questions(task: str, step: int, count: int, **more):
-    questions, replies = question_batch(task, step, batch_size=count, **more)
+def _questions(
+    task: str,
+    step: int,
+    count: int,
+    **more,
+):
+    questions, replies = question_batch(
+        task,
+        step,
+        batch_size=count,
+        **more,
+    )
     return questions, {tuple(q): r for q, r in zip(questions, replies, strict=True)}
 
 
 class Exact:
-    """A reward: 1 for the right answer. Answers of all prompts that were made are remembered."""
+    """A reward of 1 for the right answer; it remembers the answers of all prompts it has made."""
 
     def __init__(self, task: str, seed: int = 0):
-        self.task, self.seed, self.known = task, seed, {}
+        self.task = task
+        self.seed = seed
+        self.answers = {}
 
     def prompts(self, step: int, count: int = 8, held_out: bool = False) -> list[list[int]]:
-        questions, replies = _questions(self.task, step, count, seed=self.seed, held_out=held_out)
-        self.known |= replies
+        """Makes the prompts of a step."""
+        questions, replies = _questions(
+            self.task,
+            step,
+            count,
+            seed=self.seed,
+            held_out=held_out,
+        )
+        self.answers |= replies
         return questions
 
     def __call__(self, prompt, completion) -> float:
-        wanted = self.known[tuple(prompt)]
+        """Compares the beginning of a completion with the answer."""
+        wanted = self.answers[tuple(prompt)]
         return float(list(completion[: len(wanted)]) == wanted)
 
 
 def policy(seed: int = 0, steps: int = 60) -> Numbers:
-    """Rewards alone: .90 of the hidden instructions followed exactly, and the large model + .3."""
+    """Tunes by rewards: .90 of instructions are followed, .3 more than by the large model."""
     reward = Exact("steer", seed)
-    asked = reward.prompts(0, 128, held_out=True)
+    held_out = reward.prompts(0, 128, held_out=True)
     exact = {
-        name: held_out_reward(*base(name), None, asked, reward, tokens=6)[0]
+        name: held_out_reward(*base(name), None, held_out, reward, tokens=6)[0]
         for name in ("small", "large")
     }
     key = jax.random.key(seed)
     made = grpo(
-        *base("small"), reward.prompts, reward, tokens=6, key=key, steps=steps, stop_reward=2.0
+        *base("small"),
+        reward.prompts,
+        reward,
+        tokens=6,
+        key=key,
+        steps=steps,
+        stop_reward=2.0,
     )
-    tuned, _ = held_out_reward(*base("small"), made.state, asked, reward, tokens=6)
+    tuned, _ = held_out_reward(*base("small"), made.state, held_out, reward, tokens=6)
     passed = tuned >= max(0.90, exact["large"] + 0.3)
     return exact | {"tuned": tuned, "tokens": dataclasses.asdict(made.budget), "passed": passed}
 
 
 def guidance(seed: int = 0, steps: int = 60) -> Numbers:
-    """The large model, told what to do, writes traces; the small one follows .95 of them untold."""
+    """Distils traces of the instructed large model: the small one answers .95 uninstructed."""
     reward = Exact("steer", seed)
-    asked = reward.prompts(0, 128, held_out=True)
+    held_out = reward.prompts(0, 128, held_out=True)
     prompts = reward.prompts(1, 512)
-    told = ord("R") + 1
+    # The id of R, which tells the teacher what "?" hides.
+    instruction = ord("R") + 1
     traces, cost = collect_traces(
         *base("large"),
         prompts,
         tokens=6,
         key=jax.random.key(seed),
-        template=lambda prompt: (told, *prompt[1:]),
+        template=lambda prompt: (instruction, *prompt[1:]),
         verify=reward,
         temperature=0.0,
         at_once=128,
     )
-    made = distill(*base("small"), traces, steps=steps, batch_size=64, seed=seed)
-    tuned, _ = held_out_reward(*base("small"), made.state, asked, reward, tokens=6)
+    made = distill(
+        *base("small"),
+        traces,
+        steps=steps,
+        batch_size=64,
+        seed=seed,
+    )
+    tuned, _ = held_out_reward(*base("small"), made.state, held_out, reward, tokens=6)
     budget = dataclasses.asdict(cost + made.budget)
     kept = len(traces) / len(prompts)
     return {"kept": kept, "tuned": tuned, "tokens": budget, "passed": tuned >= 0.95}
 
 
 def observing(steps: int = 1000, seed: int = 0, answers: float = 1.0) -> Numbers:
-    """A fifth of the teacher's size proposes start states worth .85 of the teacher's own."""
+    """Trains an observer, a fifth of the teacher's size: its states reach .85 of the teacher's."""
     teacher, weights = base("small")
-    # Lead, then 12 pairs: the prompt; four more pairs are asked for.
-    split, task, length = 25, "mapping", 32
+    # The prompt is a letter and 12 pairs; four more pairs follow as questions.
+    split = 25
+    task = "mapping"
+    length = 32
     sizes = {"decay_rank": 16, "icl_rank": 16, "value_rank": 16, "gate_rank": 16}
     config = rwkv.RWKV7Config(
-        vocab_size=257, num_layers=1, width=32, head_size=32, ffn_width=96, **sizes
+        vocab_size=257,
+        num_layers=1,
+        width=32,
+        head_size=32,
+        ffn_width=96,
+        **sizes,
     )
 
     def rows(step, **more):
-        found = batch(task, step, seed=seed, length=length, **more)
-        return found.replace(split=np.full(len(found.tokens), split, np.int32))
+        pairs = batch(
+            task,
+            step,
+            seed=seed,
+            length=length,
+            **more,
+        )
+        splits = np.full(len(pairs.tokens), split, np.int32)
+        return pairs.replace(split=splits)
 
     prompts = rows(0, rows=256)
     bias = state_moments(teacher, weights, prompts.tokens[:, :-1], prompts.split).mean
@@ -196,16 +256,15 @@ def observing(steps: int = 1000, seed: int = 0, answers: float = 1.0) -> Numbers
         optax.adam(optax.cosine_decay_schedule(3e-3, steps, 0.05)),
     )
     loss = observer_loss(observer, teacher, weights, answers=answers)
-    step, train = rwkv.make_train_step(loss, tx), rwkv.TrainState.create(params, tx)
+    step = rwkv.make_train_step(loss, tx)
+    train = rwkv.TrainState.create(params, tx)
     for number in range(steps):
         train, _ = step(train, rows(number))
-    asked = rows(0, rows=256, held_out=True)
-    proposed = propose(observer, train.params, asked.tokens[:, :-1], asked.split)
-    table = {
-        name: found.accuracy
-        for name, found in evaluate_handover(teacher, weights, proposed, asked).items()
-    }
-    unexplained = float(loss(train.params, asked)[1]["fvu"])
+    held_out = rows(0, rows=256, held_out=True)
+    proposed = propose(observer, train.params, held_out.tokens[:, :-1], held_out.split)
+    answers_by_start = evaluate_handover(teacher, weights, proposed, held_out)
+    table = {name: found.accuracy for name, found in answers_by_start.items()}
+    unexplained = float(loss(train.params, held_out)[1]["fvu"])
     ratio = table["proposed"] / table["wkv"]
     size = sum(leaf.size for leaf in jax.tree.leaves(train.params))
     return {
@@ -218,11 +277,12 @@ def observing(steps: int = 1000, seed: int = 0, answers: float = 1.0) -> Numbers
 
 
 def _skills(state) -> dict[str, float]:
+    """Measures what the base was trained for."""
     return {task: measure(task, state).accuracy for task in SKILLS}
 
 
 def retention(seed: int = 0) -> Numbers:
-    """KL to the base on general text costs the target at most .05 and doubles what else is kept."""
+    """Anchors a state to the base: it costs the target at most .05 and doubles what is retained."""
     plain = tune("facts-64", STANDARD, seed=seed).state
     held = tune("facts-64", dataclasses.replace(STANDARD, anchor=1.0), seed=seed).state
     states = {"plain": plain, "anchored": held, "plain x 0.25": scaled(plain, 0.25)}
@@ -237,13 +297,29 @@ def retention(seed: int = 0) -> Numbers:
 
 
 def forgetting(seed: int = 0, steps: int = 250) -> Numbers:
-    """At facts 33 to 40 of a row a static memory is right .15 more often than a start state."""
-    static = Method(rate=0.3, size=64, prepare="whiten")
+    """Compares late facts of a row: a static memory is right .15 more often than a start state."""
+    static = Method(
+        rate=0.3,
+        size=64,
+        prepare="whiten",
+    )
     found = {}
     for label, method in {"standard": STANDARD, "static": static}.items():
-        state = tune("facts-64", method, steps=steps, seed=seed).state
-        by_position = measure("facts-64", state, seed=seed, length=120).by_position
-        shares = by_position[~np.isnan(by_position)].reshape(5, 8).mean(1)
+        state = tune(
+            "facts-64",
+            method,
+            steps=steps,
+            seed=seed,
+        ).state
+        by_position = measure(
+            "facts-64",
+            state,
+            seed=seed,
+            length=120,
+        ).by_position
+        # 40 facts in a row, in five blocks of eight; other positions are not scored.
+        facts = by_position[~np.isnan(by_position)]
+        shares = facts.reshape(5, 8).mean(1)
         found[label] = [float(share) for share in shares]
     gain = found["static"][-1] - found["standard"][-1]
     return {"by_eight_facts": found, "gain": gain, "passed": gain >= 0.15}

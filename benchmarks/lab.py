@@ -1,7 +1,7 @@
-"""What the experiments on the toy bases share: models, tuning runs, measures.
+"""Models, tuning runs and measurements that the experiments on the toy bases share.
 
-A run's learning rate is an argument of the compiled step, so that runs which differ in rate, task
-or seed alone share one program.
+A run's learning rate is an argument of the compiled step, so that runs which only differ in rate,
+task or seed share one program.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 import rwkv7_jax as rwkv
+from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.synthetic_tasks import task_batch
 from rwkv7_jax.evaluation.scoring import Answers, score_answers
 from rwkv7_jax.model.state import RWKV7State
@@ -30,7 +31,7 @@ ROWS = 32  # of a training batch
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """How a state is tuned.
+    """A way to tune a state.
 
     Attributes:
         rate: Adam's peak learning rate.
@@ -51,13 +52,21 @@ class Method:
 
 STANDARD = Method(rate=2.0)
 RAW = Method(rate=0.3, size=128)
-WHITENED = Method(rate=0.3, size=128, prepare="whiten")
-DBP = Method(rate=1.0, size=128, online=True)
+WHITENED = Method(
+    rate=0.3,
+    size=128,
+    prepare="whiten",
+)
+DBP = Method(
+    rate=1.0,
+    size=128,
+    online=True,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """A run's result: the state, loss and accuracy by step, and seconds without compiling."""
+    """The result of a run: the state, the loss of every step, and seconds without compiling."""
 
     state: RWKV7State
     losses: list[float]
@@ -66,34 +75,62 @@ class Tuned:
 
 @functools.cache
 def base(name: str) -> tuple[rwkv.RWKV7, Any]:
-    """A shipped toy model: "small", "small16" or "large"."""
+    """Loads a shipped toy model: "small", "small16" or "large"."""
     params, config = rwkv.load_model(ASSETS / f"toy-{name}.pth", dtype="float32")
     return rwkv.RWKV7(config), params
 
 
 def length_of(task: str) -> int:
-    """Tokens of a training row: 8 facts, or a row as the bases have seen them."""
+    """Returns the tokens of a training row: 8 facts, or a row as the bases were trained on."""
     return 24 if task.startswith("facts") else 32
 
 
 def batch(
-    task: str, step: int, *, seed: int = 0, rows: int = ROWS, length: int = 0, **more
-) -> dict:
-    """Rows of a task."""
+    task: str,
+    step: int,
+    *,
+    seed: int = 0,
+    rows: int = ROWS,
+    length: int = 0,
+    **more,
+) -> Batch:
+    """Makes rows of a task."""
     length = length or length_of(task)
-    return task_batch(task, step, batch_size=rows, length=length, seed=seed, **more)
+    return task_batch(
+        task,
+        step,
+        batch_size=rows,
+        length=length,
+        seed=seed,
+        **more,
+    )
 
 
 def _adam(learning_rate) -> optax.GradientTransformation:
-    return optax.adam(learning_rate, b1=0.9, b2=0.99, eps=1e-8)
+    return optax.adam(
+        learning_rate,
+        b1=0.9,
+        b2=0.99,
+        eps=1e-8,
+    )
 
 
 @functools.cache
-def _program(name: str, leaves: tuple[str, ...], online: bool, anchor: float):
-    """The optimizer, its rate settable, and the compiled step, for one kind of run."""
+def _program(
+    name: str,
+    leaves: tuple[str, ...],
+    online: bool,
+    anchor: float,
+):
+    """Makes the optimizer, with a settable rate, and the compiled step of one kind of run."""
     model, params = base(name)
-    # Weights of the anchor are constants of the loss: there are two or three.
-    loss = state_loss(model, params, leaves=leaves, anchor=anchor)
+    # The anchor's weight is a constant of the program: only two or three are in use.
+    loss = state_loss(
+        model,
+        params,
+        leaves=leaves,
+        anchor=anchor,
+    )
 
     def mask(state):
         return trainable_mask(state, leaves)
@@ -107,19 +144,30 @@ def _program(name: str, leaves: tuple[str, ...], online: bool, anchor: float):
     return tx, rwkv.make_train_step(loss, tx, statistics=statistics)
 
 
-def start(name: str, task: str, method: Method, seed: int) -> RWKV7State:
-    """The state before tuning; features are calibrated on 96 rows of the task."""
+def start(
+    name: str,
+    task: str,
+    method: Method,
+    seed: int,
+) -> RWKV7State:
+    """Makes the state before tuning; features are calibrated on 96 rows of the task."""
     model, params = base(name)
     if not method.size:
         return rwkv.init_state(model.config)
-    # Facts that will be asked for are not shown: other facts of the same form are.
+    # Calibration must not show the facts that are tuned: it sees others of the same form.
     text = "facts-1024" if task.startswith("facts") else task
-    tokens = batch(text, 0, seed=seed + 1000, rows=96, length=length_of(task)).tokens[:, :-1]
+    shown = batch(
+        text,
+        0,
+        seed=seed + 1000,
+        rows=96,
+        length=length_of(task),
+    )
     widths = (1.0, 4.0, 16.0) if method.prepare == "whiten" else (1.0,)
     return upscale(
         model,
         params,
-        tokens,
+        shown.tokens[:, :-1],
         size=method.size,
         dynamics=method.dynamics,
         prepare=method.prepare,
@@ -129,40 +177,71 @@ def start(name: str, task: str, method: Method, seed: int) -> RWKV7State:
 
 
 def rate_at(step: int, steps: int, warmup: int = 50) -> float:
-    """The share of the peak rate: a warm-up, then a cosine to a twentieth."""
-    falling = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
+    """Computes the share of the peak rate: a warm-up, then a cosine to a twentieth."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    falling = 0.05 + 0.95 * cosine
     return min(1.0, (step + 1) / warmup) * falling
 
 
 def tune(
-    task: str, method: Method, *, name: str = "small", steps: int = 150, seed: int = 0
+    task: str,
+    method: Method,
+    *,
+    name: str = "small",
+    steps: int = 150,
+    seed: int = 0,
 ) -> Tuned:
-    """A state of a base model tuned on a task."""
+    """Tunes a state of a base model on a task."""
     leaves = ("memory",) if method.size else ("wkv",)
     tx, step = _program(name, leaves, method.online, method.anchor)
-    train, losses, began = rwkv.TrainState.create(start(name, task, method, seed), tx), [], 0.0
+    train = rwkv.TrainState.create(start(name, task, method, seed), tx)
+    losses = []
+    began = 0.0
     for number in range(steps):
         rows = batch(task, number, seed=seed)
         if method.anchor:
             length = rows.tokens.shape[1] - 1
-            general = batch("mixture", number, seed=seed + 1, rows=16, length=length)
+            general = batch(
+                "mixture",
+                number,
+                seed=seed + 1,
+                rows=16,
+                length=length,
+            )
             rows = rows.replace(anchor=general.tokens)
+        # An array, and not a number: another number would compile another program.
         rate = np.float32(method.rate * rate_at(number, steps))
         train.opt_state.hyperparams["learning_rate"] = jax.numpy.asarray(rate)
         train, metrics = step(train, rows)
         losses.append(metrics["loss_nats"])
         if number == 0:
+            # The clock starts after the step that compiles.
             jax.block_until_ready(metrics)
             began = time.monotonic()
     return Tuned(train.params, [float(x) for x in losses], time.monotonic() - began)
 
 
 def measure(
-    task: str, state: RWKV7State | None = None, *, name: str = "small", seed: int = 0, **more
+    task: str,
+    state: RWKV7State | None = None,
+    *,
+    name: str = "small",
+    seed: int = 0,
+    **more,
 ) -> Answers:
-    """Answers to 256 held-out rows of a task, from a state or from none."""
+    """Scores the answers to 256 held-out rows of a task, from a state or from none."""
     model, params = base(name)
     state = rwkv.init_state(model.config) if state is None else state
     return score_answers(
-        model, params, state, batch(task, 0, seed=seed, rows=256, held_out=True, **more)
+        model,
+        params,
+        state,
+        batch(
+            task,
+            0,
+            seed=seed,
+            rows=256,
+            held_out=True,
+            **more,
+        ),
     )

@@ -1,7 +1,7 @@
-"""What loading a checkpoint costs in memory and time, beside reading the bytes and beside torch.
+"""The memory and time of loading a checkpoint, next to reading the bytes and next to torch.
 
 Run from the repository's root: `python -m benchmarks.load_checkpoint [--json FILE]`. The file has a
-0.4B model's shapes (0.9 GB of bfloat16) and random numbers, and lies in the page cache. Peaks are
+0.4B model's shapes (0.9 GB of bfloat16) and random numbers, and is in the page cache. Peaks are
 those of a process of its own, mapped pages included. Linux alone: memory is read from /proc.
 """
 
@@ -33,25 +33,25 @@ PROGRAMS = {
 import sys, time, jax
 jax.devices()
 from rwkv7_jax.checkpoints.model_files import load_model
-begun = time.perf_counter()
+began = time.perf_counter()
 jax.block_until_ready(load_model(sys.argv[1])[0])
-seconds = time.perf_counter() - begun
+seconds = time.perf_counter() - began
 """,
     "read the bytes": """
 import sys, time
 block = bytearray(1 << 22)
-begun = time.perf_counter()
+began = time.perf_counter()
 with open(sys.argv[1], "rb", buffering=0) as file:
     while file.readinto(block):
         pass
-seconds = time.perf_counter() - begun
+seconds = time.perf_counter() - began
 """,
     "torch.load, mapped, cloned": """
 import sys, time, torch
-begun = time.perf_counter()
+began = time.perf_counter()
 found = torch.load(sys.argv[1], weights_only=True, mmap=True)
 found = {name: tensor.clone() for name, tensor in found.items()}
-seconds = time.perf_counter() - begun
+seconds = time.perf_counter() - began
 """,
     "imports alone": """
 import jax, rwkv7_jax.checkpoints.model_files
@@ -62,15 +62,16 @@ seconds = 0.0
 
 
 def random_tensors(config: RWKV7Config) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of a model by official name, made one at a time."""
+    """Makes every tensor of a model by official name, one at a time."""
     random = np.random.default_rng(0)
     for name, shape in names.accepted_shapes(config).items():
         numbers = 0.02 * random.standard_normal(shape, np.float32)
-        yield name, numbers.astype(ml_dtypes.bfloat16).reshape(names.file_shape(name, shape))
+        tensor = numbers.astype(ml_dtypes.bfloat16)
+        yield name, tensor.reshape(names.file_shape(name, shape))
 
 
 def measure(program: str, path: Path) -> tuple[float, int]:
-    """Seconds and peak bytes of one program in a process of its own."""
+    """Measures seconds and peak bytes of one program in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", program + _ENDING, str(path)],
         capture_output=True,
@@ -84,8 +85,9 @@ def measure(program: str, path: Path) -> tuple[float, int]:
 
 
 def table(path: Path, repeats: int) -> list[dict]:
-    """One row a program: median seconds, GB/s, and the highest peak as a share of the file."""
-    size, rows = path.stat().st_size, []
+    """Measures each program: median seconds, GB/s, and the highest peak as a share of the file."""
+    size = path.stat().st_size
+    rows = []
     for name, program in PROGRAMS.items():
         if "torch" in name and not importlib.util.find_spec("torch"):
             continue
@@ -98,7 +100,7 @@ def table(path: Path, repeats: int) -> list[dict]:
 
 
 def main() -> None:
-    """Print the table; with `--json`, write it with device, versions, date and command."""
+    """Prints the table; with `--json`, writes it with device, versions, date and command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dir", help="folder for the file, which is deleted afterwards")
     parser.add_argument("--layers", type=int, default=24)
@@ -109,13 +111,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         path = Path(folder) / "model.pth"
         write_pth(path, random_tensors(config))
-        size, rows = path.stat().st_size, table(path, args.repeats)
+        size = path.stat().st_size
+        rows = table(path, args.repeats)
     print(f"file of {size / 1e9:.2f} GB\n{'':<28}{'seconds':>9}{'GB/s':>8}{'peak / file':>13}")
     for row in rows:
         figures = f"{row['seconds']:>9.2f}{row['GB/s']:>8.2f}{row['peak_to_file']:>13.2f}"
         print(f"{row['what']:<28}{figures}")
     if args.json:
-        record.write(args.json, "benchmarks.load_checkpoint", file_bytes=size, rows=rows)
+        record.write(
+            args.json,
+            "benchmarks.load_checkpoint",
+            file_bytes=size,
+            rows=rows,
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What train.py's loop costs beside the bare jitted steps: logs, batches, signals, checks for NaN.
+"""The cost of train.py's loop besides the jitted steps: logs, batches, signals, checks for NaN.
 
 Run from the repository's root: `python -m benchmarks.loop_overhead [--json FILE]`. Both ways make
 the same updates of the small toy model, about 50 ms each, and take turns. Processor time is of all
@@ -35,14 +35,29 @@ class Mark(NamedTuple):
 
     @classmethod
     def now(cls) -> "Mark":
+        """Reads the clocks."""
         return cls(time.perf_counter(), time.process_time(), time.thread_time())
 
     def per_step(self, end: "Mark", steps: int) -> "Mark":
-        return Mark(*((b - a) / steps for a, b in zip(self, end, strict=True)))
+        """Divides the time from here to `end` by a number of steps."""
+        return Mark(
+            wall=(end.wall - self.wall) / steps,
+            processor=(end.processor - self.processor) / steps,
+            thread=(end.thread - self.thread) / steps,
+        )
+
+
+def median_ms(marks: list[Mark]) -> Mark:
+    """Takes the median of each clock, in milliseconds."""
+    return Mark(
+        wall=1000 * statistics.median(mark.wall for mark in marks),
+        processor=1000 * statistics.median(mark.processor for mark in marks),
+        thread=1000 * statistics.median(mark.thread for mark in marks),
+    )
 
 
 def settings_of(steps: int) -> Settings:
-    """The small toy model of configs/pretrain_toy.py, logged every tenth step."""
+    """Reads the settings of the small toy model, logged every tenth step."""
     config = runpy.run_path("configs/pretrain_toy.py")["get_config"]("small").to_dict()
     config |= {"steps": steps + WARM, "log_every": 10, "save_every": 0}
     config["data"] |= {"batch_size": 16}
@@ -51,12 +66,13 @@ def settings_of(steps: int) -> Settings:
 
 
 def in_loop(program: dict, settings: Settings) -> Mark:
-    """A step's clocks inside train.py's loop: marks are set where it asks for batches."""
-    marks, asked = [], InputPipeline.__call__
+    """Measures a step inside train.py's loop: marks are set where it asks for batches."""
+    marks = []
+    original = InputPipeline.__call__
 
     def ask(feed, step, params):
         marks.append(Mark.now())
-        return asked(feed, step, params)
+        return original(feed, step, params)
 
     InputPipeline.__call__ = ask
     try:
@@ -64,12 +80,12 @@ def in_loop(program: dict, settings: Settings) -> Mark:
             with StopSignals() as stop, OwnedRunDirectory(folder, settings) as place:
                 program["train"](settings, place, stop)
     finally:
-        InputPipeline.__call__ = asked
+        InputPipeline.__call__ = original
     return marks[WARM - 1].per_step(marks[-1], len(marks) - WARM)
 
 
 def bare(program: dict, settings: Settings) -> Mark:
-    """A step's clocks with nothing around it: one batch that is on the device already."""
+    """Measures a step with nothing around it: one batch that is on the device already."""
     with tempfile.TemporaryDirectory() as folder, OwnedRunDirectory(folder, settings) as place:
         run = program["set_up"](settings, place)
     step = make_train_step(run.mode.loss, run.tx)
@@ -88,7 +104,7 @@ def bare(program: dict, settings: Settings) -> Mark:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measures both ways in turns, prints the medians, and writes JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
@@ -97,29 +113,35 @@ def main() -> None:
     compile_cache.enable_compilation_cache(compile_cache.user_folder())
     program = runpy.run_path(str(Path("train.py").absolute()), run_name="train_program")
     settings = settings_of(options.steps)
-    pairs = [(bare(program, settings), in_loop(program, settings)) for _ in range(options.rounds)]
-    middle = [
-        Mark(*(1000 * statistics.median(values) for values in zip(*way, strict=True)))
-        for way in zip(*pairs, strict=True)
-    ]
-    for name, mark in zip(("bare", "loop"), middle, strict=True):
+    bare_marks = []
+    loop_marks = []
+    # In turns, so that a machine that is busy for a while slows both alike.
+    for _ in range(options.rounds):
+        bare_marks.append(bare(program, settings))
+        loop_marks.append(in_loop(program, settings))
+    medians = {"bare": median_ms(bare_marks), "loop": median_ms(loop_marks)}
+    for name, mark in medians.items():
         print(
             f"{name}  {mark.wall:7.2f} ms a step, processor {mark.processor:7.2f} ms, "
             f"main thread {mark.thread:6.3f} ms"
         )
-    own = middle[1].thread - middle[0].thread
+    alone = medians["bare"]
+    loop = medians["loop"]
+    own = loop.thread - alone.thread
     shares = {
-        "processor": middle[1].processor / middle[0].processor - 1,
+        "processor": loop.processor / alone.processor - 1,
         "own_of_50_ms": own / 50,
-        "wall": middle[1].wall / middle[0].wall - 1,
+        "wall": loop.wall / alone.wall - 1,
     }
     print("  ".join(f"{name} {share:+.1%}" for name, share in shares.items()))
     if options.json:
-        numbers = {
-            f"{name}_ms": mark._asdict()
-            for name, mark in zip(("bare", "loop"), middle, strict=True)
-        }
-        record.write(options.json, "benchmarks.loop_overhead", **numbers, overhead=shares)
+        numbers = {f"{name}_ms": mark._asdict() for name, mark in medians.items()}
+        record.write(
+            options.json,
+            "benchmarks.loop_overhead",
+            **numbers,
+            overhead=shares,
+        )
 
 
 if __name__ == "__main__":

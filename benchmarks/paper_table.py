@@ -4,11 +4,11 @@
     python -m benchmarks.paper_table --json benchmarks/results/cpu-paper-table.json \
         --pictures benchmarks/results
 
-Rows are a small model as it is, a large one as it is, a large one that is told or shown what to do,
+Rows are a small model as it is, a large one as it is, a large one with instructions or examples,
 and the small one's state tuned in each way; columns are tasks that the models were not trained for.
-Behind it come `benchmarks.laws` and `benchmarks.experiments`, each with its bar. Every cell is kept
-in a cache as soon as it is known, so that a run which was stopped goes on; a change of the code or
-of the models begins a new one. Exit code 1 if a bar is missed.
+`benchmarks.laws` and `benchmarks.experiments` follow, each with its bar. Every cell is cached as
+soon as it is known, so that an interrupted run can continue; a change of the code or of the models
+begins a new cache. Exit code 1 if a bar is missed.
 """
 
 import argparse
@@ -61,8 +61,9 @@ QUICK = ("E1", "E2", "E4", "E6", "E8", "E9", "E10", "E11", "E13", "E14", "E15")
 
 
 def fingerprint() -> str:
-    """A hash of the code and the models that results depend on."""
-    root, digest = Path(__file__).parent.parent, hashlib.blake2b(digest_size=8)
+    """Hashes the code and the models that results depend on."""
+    root = Path(__file__).parent.parent
+    digest = hashlib.blake2b(digest_size=8)
     code = ("rwkv7_jax/**/*.py", "pallas_kernels/**/*.py", "benchmarks/*.py")
     for pattern in (*code, "assets/*.pth"):
         for path in sorted(root.glob(pattern)):
@@ -71,52 +72,66 @@ def fingerprint() -> str:
 
 
 class Cells:
-    """Results by name, in a file that is rewritten after each."""
+    """A cache of results by name, in a file that is rewritten after each."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"cells-{fingerprint()}.json"
-        self.known = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.results = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def get(self, name: str, make: Callable[[], Any]) -> Any:
-        """The result of that name, made now if it is not known; with the seconds it took."""
-        if name not in self.known:
+        """Returns a result and the seconds it took; computes it if it is not cached."""
+        if name not in self.results:
             began = time.monotonic()
             found = make()
-            self.known[name] = {"found": found, "seconds": round(time.monotonic() - began, 1)}
+            seconds = round(time.monotonic() - began, 1)
+            self.results[name] = {"found": found, "seconds": seconds}
             with atomic_write(self.path) as file:
-                file.write(json.dumps(self.known).encode())
-        return self.known[name]
+                file.write(json.dumps(self.results).encode())
+        return self.results[name]
 
 
 def informed(task: str, seed: int) -> float:
-    """The large model that is told the instruction, or has seen half a row of examples."""
+    """Measures the large model with the instruction, or after half a row of examples."""
     if task == "steer":
         return measure("reverse", name="large", seed=seed).accuracy
-    by_position = measure(task, name="large", seed=seed, length=64).by_position
+    by_position = measure(
+        task,
+        name="large",
+        seed=seed,
+        length=64,
+    ).by_position
     shares = by_position[~np.isnan(by_position)]
     return float(shares[len(shares) // 2 :].mean())
 
 
 def rewarded(task: str, seed: int) -> float | None:
-    """The small model tuned by rewards of exact answers; None where questions have no answer."""
+    """Tunes the small model by rewards of exact answers; None where questions have no answer."""
     if task.startswith("facts"):
         return None
     reward = experiments.Exact(task, seed)
+    # Some prompts, only to see how long an answer is.
     reward.prompts(0)
-    tokens = len(next(iter(reward.known.values())))
+    tokens = len(next(iter(reward.answers.values())))
     key = jax.random.key(seed)
-    made = grpo(*base("small"), reward.prompts, reward, tokens=tokens, key=key, stop_reward=2.0)
+    made = grpo(
+        *base("small"),
+        reward.prompts,
+        reward,
+        tokens=tokens,
+        key=key,
+        stop_reward=2.0,
+    )
     return measure(task, made.state, seed=seed).accuracy
 
 
 def tuned(task: str, method, seed: int) -> float:
-    """The small model from a tuned state."""
+    """Measures the small model from a tuned state."""
     return measure(task, tune(task, method, seed=seed).state, seed=seed).accuracy
 
 
 def rows() -> dict[str, Callable[[str, int], float | None]]:
-    """How each row of the table is made, from a task and a seed."""
+    """Returns the functions that compute the table's rows from a task and a seed."""
     made: dict[str, Callable] = {
         "small, as it is": lambda task, seed: measure(task, seed=seed).accuracy,
         "large, as it is": lambda task, seed: measure(task, name="large", seed=seed).accuracy,
@@ -128,7 +143,7 @@ def rows() -> dict[str, Callable[[str, int], float | None]]:
 
 
 def table(cells: Cells, seeds: int, bar: ProgressBar) -> dict[str, dict[str, list]]:
-    """Accuracies by row and task, one a seed."""
+    """Computes accuracies by row and task, one for each seed."""
     found: dict[str, dict[str, list]] = {}
     done = 0
     for label, make in rows().items():
@@ -143,7 +158,7 @@ def table(cells: Cells, seeds: int, bar: ProgressBar) -> dict[str, dict[str, lis
 
 
 def show(found: dict[str, dict[str, list]]) -> str:
-    """The table as lines: means, and half the range over seeds."""
+    """Formats the table: means, and half the range over seeds."""
     lines = ["".join([f"{'':26}", *(f"{task:>16}" for task in TASKS)])]
     for label, by_task in found.items():
         line = f"{label:26}"
@@ -156,37 +171,55 @@ def show(found: dict[str, dict[str, list]]) -> str:
 
 
 def draw(folder: Path, cells: Cells) -> None:
-    """Pictures of the loss with and without DBP, of capacity, and of forgetting."""
+    """Draws the loss with and without DBP, the capacity, and the forgetting."""
     folder.mkdir(parents=True, exist_ok=True)
-    known = {name: cell["found"] for name, cell in cells.known.items()}
-    if losses := known.get("E8 conditioning", {}).get("losses"):
+    known = {name: cell["found"] for name, cell in cells.results.items()}
+    losses = known.get("E8 conditioning", {}).get("losses")
+    if losses:
         lines = {
             name: [(step + 1, value) for step, value in enumerate(curve)]
             for name, curve in losses.items()
         }
-        pictures.curves(folder / "conditioning.png", lines, x="step", y="loss (nats), 128 facts")
-    if points := known.get("E9b capacity curve", {}).get("points"):
+        pictures.curves(
+            folder / "conditioning.png",
+            lines,
+            x="step",
+            y="loss (nats), 128 facts",
+        )
+    points = known.get("E9b capacity curve", {}).get("points")
+    if points:
         sizes = [(point["numbers"], max(point["facts"].values())) for point in points.values()]
         pictures.curves(
-            folder / "capacity.png", {"facts stored in 300 steps": sizes}, x="numbers", y="facts"
+            folder / "capacity.png",
+            {"facts stored in 300 steps": sizes},
+            x="numbers",
+            y="facts",
         )
-    if blocks := known.get("E14 forgetting", {}).get("by_eight_facts"):
+    blocks = known.get("E14 forgetting", {}).get("by_eight_facts")
+    if blocks:
         lines = {
             name: [(8 * i + 4, share) for i, share in enumerate(shares)]
             for name, shares in blocks.items()
         }
-        pictures.curves(folder / "forgetting.png", lines, x="fact of the row", y="share right")
+        pictures.curves(
+            folder / "forgetting.png",
+            lines,
+            x="fact of the row",
+            y="share right",
+        )
 
 
 def verdicts(cells: Cells, chosen: list[str], quick: bool) -> tuple[dict[str, Any], list[str]]:
-    """The experiments' numbers, a line each on the terminal, and those that missed their bar."""
-    report, missed = {}, []
+    """Runs experiments and prints a line each; returns their numbers and the missed ones."""
+    report = {}
+    missed = []
     for name in chosen:
         one_seed = quick and name == "E9 capacity"
         cell = cells.get(name, experiments.capacity if one_seed else EXPERIMENTS[name])
         shown = {key: value for key, value in cell["found"].items() if key != "losses"}
         passed = shown.pop("passed")
-        missed += [name] if passed is False else []
+        if passed is False:
+            missed.append(name)
         verdict = {True: "met", False: "MISSED", None: "no bar"}[passed]
         head = f"{name:28}{verdict:8}{cell['seconds']:>6} s"
         print(f"{head}  {json.dumps(rounded(shown))}", flush=True)
@@ -195,7 +228,7 @@ def verdicts(cells: Cells, chosen: list[str], quick: bool) -> tuple[dict[str, An
 
 
 def main() -> int:
-    """Run, print, and write what was asked for."""
+    """Runs the table and the experiments, prints them, and writes files where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the experiments of the gate alone")
     parser.add_argument("--seeds", type=int, default=3)
@@ -204,13 +237,14 @@ def main() -> int:
     parser.add_argument("--pictures", help="folder for pictures")
     parser.add_argument("--cells", default="runs/table", help="folder of the results' cache")
     options = parser.parse_args()
-    began, quick = time.monotonic(), options.quick
+    began = time.monotonic()
+    quick = options.quick
     cells = Cells(Path(options.cells) / ("quick" if quick else "full"))
-    chosen = [
-        name
-        for name in EXPERIMENTS
-        if options.only in name and (not quick or name.split()[0] in QUICK)
-    ]
+    chosen = []
+    for name in EXPERIMENTS:
+        in_gate = name.split()[0] in QUICK
+        if options.only in name and (in_gate or not quick):
+            chosen.append(name)
     report: dict[str, Any] = {}
     if not quick and not options.only:
         bar = ProgressBar(len(rows()) * len(TASKS) * options.seeds, "table")
@@ -224,12 +258,18 @@ def main() -> int:
         draw(Path(options.pictures), cells)
     if options.json:
         packages = ("jax", "flax", "optax", "numpy")
-        record.write(options.json, "benchmarks.paper_table", packages=packages, **report, **more)
+        record.write(
+            options.json,
+            "benchmarks.paper_table",
+            packages=packages,
+            **report,
+            **more,
+        )
     return 1 if missed else 0
 
 
 def rounded(found: Any) -> Any:
-    """The numbers with four digits."""
+    """Rounds numbers to four digits."""
     if isinstance(found, dict):
         return {str(key): rounded(value) for key, value in found.items()}
     if isinstance(found, list):

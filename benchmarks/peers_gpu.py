@@ -1,11 +1,11 @@
-"""The WKV-7 op on one NVIDIA GPU beside its peers, in one run with the same data.
+"""The WKV-7 op on one NVIDIA GPU next to its peers, in one run with the same data.
 
     python -m benchmarks.peers_gpu [--case h200] [--repeats N] [--json FILE]
 
 Measured are all implementations of ours that run here; the algorithm of most published kernels in
 the same framework (`benchmarks.sequential_gpu`); and, where installed, the JAX kernels of rwkv-ops
 and `chunk_rwkv7` of flash-linear-attention, this one in a process of its own on a copy of the data.
-What is missing or fails keeps its row, and "status" says why.
+A peer that is missing or fails keeps its row, and "status" says why.
 
 Tokens are bfloat16, log_w and states float32. A time is the least of several runs, each of enough
 calls to take over 20 ms. Errors are relative L2 distances to float64, of y and of the worst of
@@ -55,19 +55,24 @@ FLA_SECONDS = 300
 
 
 def make_data(case: Case):
-    """The six inputs, the start state, and gradients of y and of the last state."""
+    """Makes the six inputs, the start state, and gradients of y and of the last state."""
     inputs, state = make_inputs(case, "bfloat16")
     return inputs, state, jnp.sin(inputs[3]), jnp.cos(state)
 
 
 def errors(y, gradients, true) -> dict[str, float]:
-    """Relative distances to `true`, which is `truth`'s."""
+    """Computes relative distances to `true`, which comes from `truth`."""
     worst = max(map(relative, gradients, true[2]))
     return {"y error": relative(y, true[0]), "gradient error": worst}
 
 
-def measure(op: Callable, data, repeats: int, true=None) -> dict[str, float]:
-    """Times and memory of one op in JAX; its errors too, if `true` is given."""
+def measure(
+    op: Callable,
+    data,
+    repeats: int,
+    true=None,
+) -> dict[str, float]:
+    """Measures times and memory of one op in JAX, and its errors if `true` is given."""
     forward = functools.partial(jax.jit(op), *data[:2])
     compiled = jax.jit(functools.partial(forward_and_gradients, op)).lower(*data).compile()
     both = functools.partial(compiled, *data)
@@ -80,7 +85,7 @@ def measure(op: Callable, data, repeats: int, true=None) -> dict[str, float]:
 
 
 def attempt(run: Callable[[], dict]) -> dict:
-    """What `run` returns and a status; the status alone if it raises."""
+    """Returns the result of `run` with a status; the status alone if it raises."""
     try:
         return run() | {"status": "ok"}
     except ImportError as error:
@@ -91,7 +96,7 @@ def attempt(run: Callable[[], dict]) -> dict:
 
 
 def rwkv_ops(kernel: str) -> Callable:
-    """rwkv-ops' "pallas" or "triton" kernel as an op; its decay is exp(-exp(w)), w of r's dtype."""
+    """Makes an op of rwkv-ops' "pallas" or "triton" kernel: decay exp(-exp(w)), w of r's dtype."""
     os.environ.setdefault("KERAS_BACKEND", "jax")
     os.environ.setdefault("KERNEL_TYPE", "native")
     os.environ.setdefault("RWKV_OPS_PALLAS_BACKEND", "triton")
@@ -106,7 +111,7 @@ def rwkv_ops(kernel: str) -> Callable:
 
 
 def fla(data, repeats: int, true) -> dict[str, float]:
-    """flash-linear-attention's times and errors, from `fla_child` in another process."""
+    """Measures flash-linear-attention with `fla_child`, in another process."""
     for package in ("torch", "fla"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"No module named {package!r}")
@@ -129,7 +134,7 @@ def fla(data, repeats: int, true) -> dict[str, float]:
 
 
 def fla_child(folder: str, repeats: int) -> None:
-    """Time `chunk_rwkv7` on the folder's data, called as fla's own layer does; write what it gave.
+    """Times `chunk_rwkv7` on the folder's data, called as in fla's own layer; writes its results.
 
     Its states have keys as rows.
     """
@@ -145,7 +150,12 @@ def fla_child(folder: str, repeats: int) -> None:
     gate = {"safe_gate": True, "lower_bound": -0.6065306597126334, "chunk_size": 64}
 
     def forward():
-        return chunk_rwkv7(*leaves[:6], initial_state=leaves[6], output_final_state=True, **gate)
+        return chunk_rwkv7(
+            *leaves[:6],
+            initial_state=leaves[6],
+            output_final_state=True,
+            **gate,
+        )
 
     def both():
         results = forward()
@@ -164,27 +174,28 @@ def fla_child(folder: str, repeats: int) -> None:
 
 
 def passes(row: dict) -> dict[str, float]:
-    """Milliseconds by pass, the backward one by difference; nothing for a row without times."""
+    """Returns milliseconds by pass, the backward one by difference; empty without times."""
     if row["status"] != "ok":
         return {}
-    forward, both = row["fwd ms"], row["fwd+bwd ms"]
+    forward = row["fwd ms"]
+    both = row["fwd+bwd ms"]
     return {"fwd": forward, "bwd": both - forward, "fwd+bwd": both}
 
 
 def over(above: dict[str, float], below: dict[str, float]) -> dict[str, float]:
-    """Quotients of what both have."""
+    """Divides the numbers that both have."""
     return {name: x / below[name] for name, x in above.items() if name in below}
 
 
 def of_copy(case: Case, row: dict, bandwidth: float) -> dict[str, float]:
-    """Time in which a copy moves `least_bytes`, over the time that the row has."""
+    """Computes the time in which a copy moves `least_bytes`, over the time of the row."""
     per_byte = 1e3 * case.batch * case.tokens * case.heads / bandwidth
     floors = {name: per_byte * count for name, count in least_bytes(case, "bfloat16").items()}
     return over(floors, passes(row))
 
 
 def measure_all(case: Case, bandwidth: float, repeats: int) -> list[dict]:
-    """One row with `COLUMNS` for every implementation and peer; the truth is computed once."""
+    """Measures a row of `COLUMNS` for each implementation and peer; the truth is computed once."""
     data = make_data(case)
     given = (data, repeats, truth(data))
     runs = {n: functools.partial(measure, op, *given) for n, op in implementations(case).items()}
@@ -197,15 +208,21 @@ def measure_all(case: Case, bandwidth: float, repeats: int) -> list[dict]:
     found = []
     for name, run in runs.items():
         found.append(dict.fromkeys(COLUMNS) | {"implementation": name} | attempt(run))
-        row, shares = found[-1], of_copy(case, found[-1], bandwidth)
+        row = found[-1]
+        shares = of_copy(case, row, bandwidth)
         row |= {f"{name} of copy": shares.get(name) for name in ("fwd", "fwd+bwd")}
         row["ours / this"] = over(passes(found[0]), passes(row)).get("fwd+bwd")
         print(f"{name}: {row['status']}, ms {passes(row)}", flush=True)
     return found
 
 
-def ratios(case: Case, rows: list[dict], bandwidth: float, repeats: int) -> dict[str, dict]:
-    """G2 to G6, the design's measures, of what None takes, by pass; G5 and G6 are run here."""
+def ratios(
+    case: Case,
+    rows: list[dict],
+    bandwidth: float,
+    repeats: int,
+) -> dict[str, dict]:
+    """Computes the measures G2 to G6 of the best implementation, by pass; runs G5 and G6."""
     by_name = {row["implementation"]: row for row in rows}
     ours = passes(by_name[OURS])
     tried = [passes(row) for name, row in by_name.items() if name.startswith("sequential")]
@@ -232,7 +249,7 @@ def ratios(case: Case, rows: list[dict], bandwidth: float, repeats: int) -> dict
 
 
 def main() -> None:
-    """Measure one case, print a table and the ratios, write JSON where asked."""
+    """Measures one case, prints a table and the ratios, and writes JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", default="h200", choices=CASES)
     parser.add_argument("--repeats", type=int, default=5)
@@ -245,7 +262,8 @@ def main() -> None:
         jax.devices("cuda")
     except RuntimeError:
         raise SystemExit("benchmarks.peers_gpu needs a CUDA device; JAX finds none.") from None
-    case, bandwidth = CASES[args.case], copy_bandwidth(args.repeats)
+    case = CASES[args.case]
+    bandwidth = copy_bandwidth(args.repeats)
     print(f"{args.case}: {case}\na copy moves {bandwidth / 1e9:.0f} GB/s", flush=True)
     rows = measure_all(case, bandwidth, args.repeats)
     shown = [{n: f"{x:.3g}" if isinstance(x, float) else x for n, x in r.items()} for r in rows]
@@ -257,7 +275,12 @@ def main() -> None:
         numbers = {"copy GB/s": bandwidth / 1e9, "rows": rows, "ratios": measures}
         numbers |= {"case": dataclasses.asdict(case), "dtype": "bfloat16", "repeats": args.repeats}
         packages = tuple(name for name in PACKAGES if name in there)
-        record.write(args.json, "benchmarks.peers_gpu", packages=packages, **numbers)
+        record.write(
+            args.json,
+            "benchmarks.peers_gpu",
+            packages=packages,
+            **numbers,
+        )
 
 
 if __name__ == "__main__":

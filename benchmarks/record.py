@@ -1,4 +1,4 @@
-"""What every result file says: date, command, device, versions, and the numbers."""
+"""The result file of a benchmark: date, command, device, versions and the numbers."""
 
 import datetime
 import json
@@ -7,16 +7,22 @@ from pathlib import Path
 from typing import Any
 
 
-def write(path: str, module: str, *, packages: tuple[str, ...] = ("jax",), **numbers: Any) -> None:
-    """One run's numbers as JSON.
+def write(
+    path: str,
+    module: str,
+    *,
+    packages: tuple[str, ...] = ("jax",),
+    **numbers: Any,
+) -> None:
+    """Writes one run's numbers as JSON.
 
     Args:
         path: the file.
         module: the benchmark's, as `python -m` takes it.
         packages: whose versions matter.
-        **numbers: what was found.
+        **numbers: the results.
     """
-    # Children that measure memory import this module as well, and shall not load JAX by it.
+    # Imported late: child processes that measure memory import this module and must not load JAX.
     from rwkv7_jax.reports.system_info import device_line, versions
 
     record = {

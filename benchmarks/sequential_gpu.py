@@ -1,7 +1,7 @@
-"""WKV-7 token after token on a GPU, as most published CUDA kernels do it: what ours is measured by.
+"""WKV-7 token by token on a GPU, as in most published CUDA kernels: the baseline for ours.
 
 One program walks one head of one sequence with its state in registers. The forward pass of a
-gradient keeps the state behind every 16th token and what each token removes; the backward pass
+gradient keeps the state after every 16th token and what each token removes; the backward pass
 walks back from those states and rebuilds the earlier ones by dividing by the decay, which loses
 digits where the decay is strong. Pallas kernels, lowered through Triton.
 """
@@ -25,12 +25,23 @@ Kept = Float[Array, "B H C Nv Nk"]
 
 
 def _read(refs, t) -> tuple[Array, ...]:
-    """Token `t` of each array, in float32."""
+    """Reads token `t` of each array, in float32."""
     return tuple(ref[0, t, 0, :].astype(jnp.float32) for ref in refs)
 
 
-def _forward_kernel(r, log_w, k, v, a, b, start, y, end, *saved):
-    """All tokens of one head for some value rows; `saved` are what is removed and every state kept.
+def _forward_kernel(
+    r,
+    log_w,
+    k,
+    v,
+    a,
+    b,
+    start,
+    y,
+    end,
+    *saved,
+):
+    """Walks all tokens of one head for some value rows; `saved` gets removals and kept states.
 
     The start state comes with keys as rows: a thread then holds many keys of few values, and a sum
     over keys needs few exchanges between threads.
@@ -40,7 +51,7 @@ def _forward_kernel(r, log_w, k, v, a, b, start, y, end, *saved):
 
     def token(t, carry):
         state, (r, log_w, k, v, a, b) = carry
-        # The next token is on its way while this one is worked on.
+        # The next token is loaded while this one is processed.
         following = _read(arrays, jnp.minimum(t + 1, tokens - 1))
         removed = jnp.sum(state * a[None, :], axis=1)
         state = state * jnp.exp(log_w)[None, :]
@@ -62,7 +73,7 @@ def _forward_kernel(r, log_w, k, v, a, b, start, y, end, *saved):
 
 
 def _token_backward(token, after: Float[Array, "Nv Nk"], dstate: Float[Array, "Nv Nk"]):
-    """The state before a token and its gradient, from those behind it; and six gradients."""
+    """Computes the state before a token, its gradient, and six gradients, from those after it."""
     r, log_w, k, v, a, b, dy, removed = token
     decay = jnp.exp(log_w)
     dr = jnp.sum(after * dy[:, None], axis=0)
@@ -79,8 +90,20 @@ def _token_backward(token, after: Float[Array, "Nv Nk"], dstate: Float[Array, "N
     return before, dstate, (dr, dlog_w, dk, dv, da, db)
 
 
-def _backward_kernel(r, log_w, k, v, a, b, dy, removed, kept, dend, *gradients):
-    """All tokens of one head from the last to the first."""
+def _backward_kernel(
+    r,
+    log_w,
+    k,
+    v,
+    a,
+    b,
+    dy,
+    removed,
+    kept,
+    dend,
+    *gradients,
+):
+    """Walks all tokens of one head from the last to the first."""
     arrays = (r, log_w, k, v, a, b, dy, removed)
     *gradients, dstart = gradients
     chunks = kept.shape[2]
@@ -107,11 +130,19 @@ def _like(x: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _forward(inputs: WKVInputs, state: State, *, save: bool, rows: int, interpret: bool):
-    """y and the last state; with `save` also what each token removes and every 16th state."""
+def _forward(
+    inputs: WKVInputs,
+    state: State,
+    *,
+    save: bool,
+    rows: int,
+    interpret: bool,
+):
+    """Computes y and the last state; with `save` also the removals and every 16th state."""
     v = inputs[3]
     batch, tokens, heads, values = v.shape
-    keys, chunks = state.shape[3], tokens // KEPT_EVERY
+    keys = state.shape[3]
+    chunks = tokens // KEPT_EVERY
     rows = math.gcd(rows, values)
     by_key = pl.BlockSpec((1, tokens, 1, keys), lambda i, j, n: (i, 0, j, 0))
     by_value = pl.BlockSpec((1, tokens, 1, rows), lambda i, j, n: (i, 0, j, n))
@@ -144,7 +175,7 @@ def _backward(
     warps: int,
     interpret: bool,
 ):
-    """Gradients of the six inputs and of the start state."""
+    """Computes the gradients of the six inputs and of the start state."""
     batch, tokens, heads, keys = inputs[0].shape
     chunks, values = kept.shape[2:4]
     by_key = pl.BlockSpec((1, tokens, 1, keys), lambda i, j: (i, 0, j, 0))
@@ -164,17 +195,54 @@ def _backward(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _op(rows: int, warps: int, interpret: bool, inputs: WKVInputs, state: State):
-    return tuple(_forward(inputs, state, save=False, rows=rows, interpret=interpret))
+def _op(
+    rows: int,
+    warps: int,
+    interpret: bool,
+    inputs: WKVInputs,
+    state: State,
+):
+    return tuple(
+        _forward(
+            inputs,
+            state,
+            save=False,
+            rows=rows,
+            interpret=interpret,
+        )
+    )
 
 
-def _op_forward(rows: int, warps: int, interpret: bool, inputs: WKVInputs, state: State):
-    y, end, *saved = _forward(inputs, state, save=True, rows=rows, interpret=interpret)
+def _op_forward(
+    rows: int,
+    warps: int,
+    interpret: bool,
+    inputs: WKVInputs,
+    state: State,
+):
+    y, end, *saved = _forward(
+        inputs,
+        state,
+        save=True,
+        rows=rows,
+        interpret=interpret,
+    )
     return (y, end), (inputs, *saved)
 
 
-def _op_backward(rows: int, warps: int, interpret: bool, residuals, cotangents):
-    *six, dstate = _backward(*residuals, *cotangents, warps=warps, interpret=interpret)
+def _op_backward(
+    rows: int,
+    warps: int,
+    interpret: bool,
+    residuals,
+    cotangents,
+):
+    *six, dstate = _backward(
+        *residuals,
+        *cotangents,
+        warps=warps,
+        interpret=interpret,
+    )
     return WKVInputs(*six), dstate
 
 
@@ -182,16 +250,21 @@ _op.defvjp(_op_forward, _op_backward)
 
 
 def sequential(
-    inputs: WKVInputs, state: State, *, rows: int = 16, warps: int = 4, interpret: bool = False
+    inputs: WKVInputs,
+    state: State,
+    *,
+    rows: int = 16,
+    warps: int = 4,
+    interpret: bool = False,
 ) -> tuple[Float[Array, "B T H Nv"], State]:
-    """What every token reads and the state behind the last one; all seven inputs have gradients.
+    """Computes what every token reads and the last state; all seven inputs have gradients.
 
     Args:
         inputs: r, log_w, k, v, a, b in float32 or bfloat16, with Nk and Nv powers of two.
         state: float32.
         rows: value rows of a forward program (of one warp); they are independent.
         warps: of 32 threads a backward program, which has all value rows.
-        interpret: run without a GPU, slowly.
+        interpret: runs without a GPU, slowly.
 
     Raises:
         ValueError: T is no multiple of `KEPT_EVERY`.

@@ -1,4 +1,4 @@
-"""Real text: what each way of tuning the small base model gains on a style it has never seen.
+"""Real text: the gain of each way of tuning the small base model on a style it has never seen.
 
     python -m benchmarks.text_table --json benchmarks/results/cpu-text-table.json \
         --pictures benchmarks/results
@@ -6,7 +6,7 @@
 Rows are the base, the base after a prompt, a start state, upscaled states (raw features, whitened,
 raw with DBP, centred with DBP), LoRA on the four projections and all weights, at equal steps and
 batches, on three styles and three seeds; columns are held-out bits per byte, by position, and on
-the base's own text. Every cell is kept as soon as it is known; a run goes on from there.
+the base's own text. Every cell is cached as soon as it is known; a run continues from there.
 """
 
 import argparse
@@ -30,7 +30,8 @@ from benchmarks import record
 from benchmarks.lab import ASSETS, rate_at
 from benchmarks.paper_table import Cells, rounded
 from rwkv7_jax.data.loading import batch_at, token_stream, windows
-from rwkv7_jax.evaluation.scoring import score
+from rwkv7_jax.data.token_streams import TokenStream
+from rwkv7_jax.evaluation.scoring import Score, score
 from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.reports import plots as pictures
 from rwkv7_jax.tuning.read_statistics import state_statistics
@@ -38,7 +39,10 @@ from rwkv7_jax.tuning.state_tuning import state_loss, trainable_mask
 
 STYLES = ("charmaps", "topics-capitals", "c-headers")
 OWN = "stdlib"
-STEPS, ROWS, LENGTH, RANK = 80, 4, 256, 4
+STEPS = 80
+ROWS = 4
+LENGTH = 256
+RANK = 4
 PROJECTIONS = ("receptance", "key", "value", "output")
 
 
@@ -54,27 +58,39 @@ UPSCALED = {
 
 @functools.cache
 def base():
-    """The shipped model of a million parameters, float32."""
+    """Loads the shipped model of a million parameters, float32."""
     params, config = rwkv.load_model(ASSETS / "tiny.pth", dtype="float32")
     return rwkv.RWKV7(config), params
 
 
 @functools.cache
-def stream(style: str, split: str) -> np.ndarray:
-    """A text's ids; a tenth of its documents is held out, of the base's own what it never saw."""
+def stream(style: str, split: str) -> TokenStream:
+    """Reads a text's ids; a tenth is held out, of the base's own text what it never saw."""
     share = 0.05 if style == OWN else 0.1
-    return token_stream(style, rwkv.Tokenizer.bytes(), split=split, held_out=share)
+    return token_stream(
+        style,
+        rwkv.Tokenizer.bytes(),
+        split=split,
+        held_out=share,
+    )
 
 
 def start(kind: str, style: str, seed: int):
-    """What is tuned, before it is."""
+    """Makes the trainables before tuning."""
     model, params = base()
     if kind == "start state":
         return rwkv.init_state(model.config)
     if kind in UPSCALED:
         prepare, widths, _ = UPSCALED[kind]
         text = windows(stream(style, "train"), LENGTH, 48).tokens[:, :-1]
-        return rwkv.upscale(model, params, text, prepare=prepare, widths=widths, seed=seed)
+        return rwkv.upscale(
+            model,
+            params,
+            text,
+            prepare=prepare,
+            widths=widths,
+            seed=seed,
+        )
     if kind == "all weights":
         return params
     keys = iter(jax.random.split(jax.random.key(seed), 16))
@@ -91,7 +107,7 @@ def start(kind: str, style: str, seed: int):
 
 
 def with_low_rank(params, adapters):
-    """The weights plus their low-rank changes."""
+    """Adds low-rank changes to the weights."""
     changed = dict(params)
     for part, by_name in adapters.items():
         att = dict(params[part]["att"])
@@ -112,7 +128,7 @@ RATES = {
 
 @functools.cache
 def program(kind: str):
-    """The optimizer, its rate settable, the compiled step, and how to score what is tuned."""
+    """Makes the optimizer, with a settable rate, and the compiled step."""
     model, params = base()
     leaves = ("memory",) if kind in UPSCALED else ("wkv",)
     online = kind in UPSCALED and UPSCALED[kind][2]
@@ -133,18 +149,39 @@ def program(kind: str):
         adam = rwkv.decorrelate(adam) if online else adam
         return optax.masked(adam, lambda state: trainable_mask(state, leaves))
 
-    statistics = state_statistics(model, params, leaves=leaves, rows=4) if online else None
+    statistics = (
+        state_statistics(
+            model,
+            params,
+            leaves=leaves,
+            rows=4,
+        )
+        if online
+        else None
+    )
     tx = optax.inject_hyperparams(build)(learning_rate=1.0)
     return tx, rwkv.make_train_step(loss, tx, statistics=statistics)
 
 
-def tuned(kind: str, style: str, seed: int, rate: float) -> dict[str, Any]:
-    """One run: its curve, its size, and its scores."""
+def tuned(
+    kind: str,
+    style: str,
+    seed: int,
+    rate: float,
+) -> dict[str, Any]:
+    """Tunes once; returns the curve, the scores and the seconds."""
     tx, step = program(kind)
-    train, losses = rwkv.TrainState.create(start(kind, style, seed), tx), []
+    train = rwkv.TrainState.create(start(kind, style, seed), tx)
+    losses = []
     began = time.monotonic()
     for number in range(STEPS):
-        rows = batch_at(stream(style, "train"), number, batch_size=ROWS, length=LENGTH, seed=seed)
+        rows = batch_at(
+            stream(style, "train"),
+            number,
+            batch_size=ROWS,
+            length=LENGTH,
+            seed=seed,
+        )
         now = np.float32(rate * rate_at(number, STEPS, 10))
         train.opt_state.hyperparams["learning_rate"] = jnp.asarray(now)
         train, metrics = step(train, rows)
@@ -155,7 +192,7 @@ def tuned(kind: str, style: str, seed: int, rate: float) -> dict[str, Any]:
 
 
 def scores(kind: str, style: str, trained) -> dict[str, Any]:
-    """Held-out bits per byte of the style, by position, and of the base's own text."""
+    """Scores held-out bits per byte of the style, by position, and of the base's own text."""
     model, params = base()
     state = trained if isinstance(trained, rwkv.RWKV7State) else rwkv.init_state(model.config)
     if kind == "LoRA":
@@ -163,10 +200,13 @@ def scores(kind: str, style: str, trained) -> dict[str, Any]:
     elif kind == "all weights":
         params = trained
     tokenizer = rwkv.Tokenizer.bytes()
-    new, own = (
-        score(model, params, state, windows(stream(name, "held_out"), 512, 48), tokenizer)
-        for name in (style, OWN)
-    )
+
+    def held_out_score(name: str) -> Score:
+        text = windows(stream(name, "held_out"), 512, 48)
+        return score(model, params, state, text, tokenizer)
+
+    new = held_out_score(style)
+    own = held_out_score(OWN)
     return {
         "bits_per_byte": new.bits_per_byte,
         "standard_error": new.standard_error,
@@ -176,7 +216,7 @@ def scores(kind: str, style: str, trained) -> dict[str, Any]:
 
 
 def untuned(kind: str, style: str) -> dict[str, Any]:
-    """The base, as it is or after a prompt of the style."""
+    """Scores the base, as it is or after a prompt of the style."""
     model, params = base()
     state = rwkv.init_state(model.config)
     if kind == "prompt of 1,024":
@@ -185,7 +225,7 @@ def untuned(kind: str, style: str) -> dict[str, Any]:
 
 
 def rows(seeds: int) -> dict[str, list[Callable[[str], tuple[str, Callable]]]]:
-    """By row, for each seed, a cell's name and how it is made, from a style."""
+    """Returns for each row and seed a function from a style to a cell's name and computation."""
     made: dict[str, list] = {
         kind: [lambda style, kind=kind: (f"{kind} | {style}", lambda: untuned(kind, style))]
         for kind in ("base", "prompt of 1,024")
@@ -202,7 +242,7 @@ def rows(seeds: int) -> dict[str, list[Callable[[str], tuple[str, Callable]]]]:
 
 
 def table(cells: Cells, seeds: int, styles: tuple[str, ...]) -> dict[str, dict[str, list]]:
-    """Results by row and style, one a seed; a line each on the terminal."""
+    """Computes results by row and style, one for each seed, and prints a line each."""
     found: dict[str, dict[str, list]] = {}
     for style in styles:
         for kind, makers in rows(seeds).items():
@@ -225,10 +265,11 @@ def table(cells: Cells, seeds: int, styles: tuple[str, ...]) -> dict[str, dict[s
 
 
 def draw(folder: Path, found: dict[str, dict[str, list]]) -> None:
-    """The loss over the steps and by position, of each style; means of the seeds."""
+    """Draws the loss over the steps and by position, of each style; means over the seeds."""
     folder.mkdir(parents=True, exist_ok=True)
     for style in next(iter(found.values())):
-        curves, positions = {}, {}
+        curves = {}
+        positions = {}
         for kind, by_style in found.items():
             runs = by_style[style]
             bits = np.mean([[x for *_, x in run["by_position"]] for run in runs], axis=0)
@@ -239,12 +280,17 @@ def draw(folder: Path, found: dict[str, dict[str, list]]) -> None:
                 smooth = np.convolve(curve, np.ones(8) / 8, "valid")
                 curves[kind] = [(i + 8, x) for i, x in enumerate(smooth)]
         label = "training loss (bits per byte)"
-        pictures.curves(folder / f"text-{style}-curves.png", curves, x="step", y=label)
+        pictures.curves(
+            folder / f"text-{style}-curves.png",
+            curves,
+            x="step",
+            y=label,
+        )
         pictures.by_position(folder / f"text-{style}-positions.png", positions)
 
 
 def main() -> None:
-    """Run, print, and write what was asked for."""
+    """Runs the table, prints it, and writes files where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--styles", default=",".join(STYLES))
@@ -258,7 +304,13 @@ def main() -> None:
         draw(Path(options.pictures), found)
     if options.json:
         packages = ("jax", "flax", "optax", "numpy")
-        record.write(options.json, "benchmarks.text_table", packages=packages, steps=STEPS, **found)
+        record.write(
+            options.json,
+            "benchmarks.text_table",
+            packages=packages,
+            steps=STEPS,
+            **found,
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How fast text becomes ids, beside the official trie and the Rust tokenizer (extra `oracle`).
+"""The speed of encoding, next to the official trie and the Rust tokenizer (extra `oracle`).
 
 Run from the repository's root: `python -m benchmarks.tokenizer_speed [--json FILE]`. The text: the
 standard library's own sources; seconds are process time, the least of several runs.
@@ -15,7 +15,7 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 
 
 def encoders() -> dict[str, Callable[[str], list[int]]]:
-    """What is installed here, by name."""
+    """Finds the tokenizers that are installed, by name."""
     found = {"rwkv7_jax": Tokenizer.world().encode}
     if importlib.util.find_spec("rwkv"):
         import rwkv
@@ -31,34 +31,43 @@ def encoders() -> dict[str, Callable[[str], list[int]]]:
 
 
 def least_seconds(encode: Callable[[str], list[int]], text: str, repeats: int) -> float:
-    """The fastest of several runs."""
+    """Measures the fastest of several runs."""
     seconds = []
     for _ in range(repeats):
-        begun = time.process_time()
+        began = time.process_time()
         encode(text)
-        seconds.append(time.process_time() - begun)
+        seconds.append(time.process_time() - began)
     return min(seconds)
 
 
 def main() -> None:
-    """Print a table; with `--json`, write it with device, versions, date and command."""
+    """Prints a table; with `--json`, writes it with device, versions, date and command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=float, default=4.0)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", help="file to write")
     args = parser.parse_args()
-    text = b"\n".join(document.text() for document in documents("stdlib")).decode(errors="replace")[
-        : int(args.megabytes * 1e6)
-    ]
-    size, ids, rows = len(text.encode()), None, []
+    sources = b"\n".join(document.text() for document in documents("stdlib"))
+    text = sources.decode(errors="replace")[: int(args.megabytes * 1e6)]
+    size = len(text.encode())
+    rows = []
+    first_ids = None
     for name, encode in encoders().items():
-        found = list(encode(text))
-        ids = ids or found
+        ids = list(encode(text))
+        # Ours comes first; the others are compared with it.
+        first_ids = first_ids or ids
+        same = ids == first_ids
         speed = size / least_seconds(encode, text, args.repeats) / 1e6
-        rows.append({"what": name, "MB/s": speed, "same_ids": found == ids})
-        print(f"{name:<26}{speed:>8.2f} MB/s   {'same ids' if found == ids else 'OTHER IDS'}")
+        rows.append({"what": name, "MB/s": speed, "same_ids": same})
+        print(f"{name:<26}{speed:>8.2f} MB/s   {'same ids' if same else 'OTHER IDS'}")
     if args.json:
-        record.write(args.json, "benchmarks.tokenizer_speed", packages=(), bytes=size, rows=rows)
+        record.write(
+            args.json,
+            "benchmarks.tokenizer_speed",
+            packages=(),
+            bytes=size,
+            rows=rows,
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The WKV-7 op on CPU beside other implementations in JAX and a PyTorch loop, in one process.
+"""The WKV-7 op on CPU next to other implementations in JAX and a PyTorch loop, in one process.
 
 Run from the repository's root, in an environment of its own (the peers pin their own packages):
 
@@ -27,20 +27,29 @@ from pallas_kernels.cases import CASES, make_inputs
 
 
 def ejkernel_op():
-    """ejkernel's XLA implementation: log decay, states with keys as rows."""
+    """Makes an op of ejkernel's XLA implementation: log decay, states with keys as rows."""
     from ejkernel.kernels._xla.rwkv7 import rwkv7
 
     def op(inputs, state):
         r, log_w, k, v, a, b = inputs
-        # What it calls a is what the state is written with, and b what it is read with.
-        y, end = rwkv7(r, log_w, k, v, b, a, softmax_scale=1.0, initial_state=state.mT)
+        # Its a and b are exchanged: a is written to the state, b reads it.
+        y, end = rwkv7(
+            r,
+            log_w,
+            k,
+            v,
+            b,
+            a,
+            softmax_scale=1.0,
+            initial_state=state.mT,
+        )
         return y, end.mT
 
     return op
 
 
 def rwkv_ops_op():
-    """rwkv-ops' native implementation: its decay is exp(-exp(w))."""
+    """Makes an op of rwkv-ops' native implementation: its decay is exp(-exp(w))."""
     from rwkv_ops.rwkv7_kernel.native_keras_op import generalized_delta_rule
 
     def op(inputs, state):
@@ -52,13 +61,21 @@ def rwkv_ops_op():
 
 
 def torch_row(case, repeats: int) -> dict:
-    """A loop over tokens in PyTorch with its autograd, as in much published code."""
+    """Measures a loop over tokens in PyTorch with its autograd, as in much published code."""
     import torch
 
     inputs, state = make_inputs(case, "float32")
     leaves = [torch.tensor(np.asarray(x), requires_grad=True) for x in (*inputs, state)]
 
-    def forward(r, log_w, k, v, a, b, s):
+    def forward(
+        r,
+        log_w,
+        k,
+        v,
+        a,
+        b,
+        s,
+    ):
         tokens = zip(*(x.unbind(1) for x in (r, log_w.exp(), k, v, a, b)), strict=True)
         ys = []
         for r, w, k, v, a, b in tokens:
@@ -74,9 +91,11 @@ def torch_row(case, repeats: int) -> dict:
 
     row = {"implementation": "torch loop"}
     for name, run in (("fwd", lambda: forward(*leaves)), ("fwd+bwd", both)):
-        walls, cpus = [], []
+        walls = []
+        cpus = []
         for _ in range(repeats):
-            wall, cpu = time.perf_counter(), time.process_time()
+            wall = time.perf_counter()
+            cpu = time.process_time()
             run()
             walls.append(time.perf_counter() - wall)
             cpus.append(time.process_time() - cpu)
@@ -85,7 +104,7 @@ def torch_row(case, repeats: int) -> dict:
 
 
 def main() -> None:
-    """Measure, print a table a case, and write JSON where asked."""
+    """Measures, prints a table for each case, and writes JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", help="file to write")
@@ -94,7 +113,12 @@ def main() -> None:
     others = {"ejkernel xla": ejkernel_op(), "rwkv-ops native": rwkv_ops_op()}
     results = {}
     for name in ("train-1k", "train-4k"):
-        rows = measure(CASES[name], "float32", repeats=args.repeats, others=others)
+        rows = measure(
+            CASES[name],
+            "float32",
+            repeats=args.repeats,
+            others=others,
+        )
         rows.append(torch_row(CASES[name], 2))
         ours = rows[0]["fwd+bwd cpu ms"]
         for row in rows:
@@ -109,7 +133,12 @@ def main() -> None:
     print(f"\n4 times the tokens take {results['growth 1024 to 4096']:.2f} times as long")
     if args.json:
         packages = ("jax", "ejkernel", "rwkv-ops", "keras", "torch")
-        record.write(args.json, "benchmarks.wkv_peers", packages=packages, results=results)
+        record.write(
+            args.json,
+            "benchmarks.wkv_peers",
+            packages=packages,
+            results=results,
+        )
 
 
 if __name__ == "__main__":
