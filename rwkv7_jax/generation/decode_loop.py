@@ -132,7 +132,15 @@ def prefill(
     return outputs[1]
 
 
-def _decode_one(model, params, state, *, logits, tokens, live) -> tuple[RWKV7State, Array]:
+def _decode_one(
+    model,
+    params,
+    state,
+    *,
+    logits,
+    tokens,
+    live,
+) -> tuple[RWKV7State, Array]:
     # A row of length 0 keeps its state.
     lengths = live.astype(jnp.int32)
     outputs: Any = model.apply({"params": params}, tokens[:, None], state, lengths)
@@ -151,7 +159,14 @@ def decode_one(
     live: Bool[Array, " B"],
 ) -> tuple[RWKV7State, Float[Array, "B V"]]:
     """Reads one token in the live rows; state and logits of the other rows do not change."""
-    return _decode_one(model, params, state, logits=logits, tokens=tokens, live=live)
+    return _decode_one(
+        model,
+        params,
+        state,
+        logits=logits,
+        tokens=tokens,
+        live=live,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="capacity")
@@ -265,7 +280,11 @@ class Decoder:
         return run._replace(state=state, logits=logits)
 
     def decode(
-        self, run: DecodeState, *, limit: int, capacity: int
+        self,
+        run: DecodeState,
+        *,
+        limit: int,
+        capacity: int,
     ) -> tuple[DecodeState, Int[Array, "B C"], Int[Array, " B"]]:
         """Generates up to `limit` tokens, as the function `decode` does."""
         return decode(

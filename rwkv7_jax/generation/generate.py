@@ -217,7 +217,13 @@ def _row_keys(key: Array | None, batch: int, *, needed: bool) -> Array:
     return key
 
 
-def _start(model: RWKV7, state: Any, logits: Any, *, batch: int) -> DecodeState:
+def _start(
+    model: RWKV7,
+    state: Any,
+    logits: Any,
+    *,
+    batch: int,
+) -> DecodeState:
     """Makes the state of every row before its prompt."""
     config = model.config
     if state is None:

@@ -13,12 +13,21 @@ from rwkv7_jax.model.state import RWKV7State, init_state
 
 # Not `decode_loop.prefill`: without lengths there is no mask to apply at every token.
 @functools.partial(jax.jit, static_argnums=0)
-def _prefill(model: RWKV7, params: Params, state: RWKV7State, tokens):
+def _prefill(
+    model: RWKV7,
+    params: Params,
+    state: RWKV7State,
+    tokens,
+):
     return model.apply({"params": params}, tokens, state, method="hidden")[1]
 
 
 def prefill_state(
-    model: RWKV7, params: Params, tokens: Int[np.ndarray, " T"], *, chunk: int = 1024
+    model: RWKV7,
+    params: Params,
+    tokens: Int[np.ndarray, " T"],
+    *,
+    chunk: int = 1024,
 ) -> RWKV7State:
     """Reads a prompt of any length from the zero state, in chunks; computes no logits.
 

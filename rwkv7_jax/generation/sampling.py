@@ -227,7 +227,11 @@ def _truncate(probs: Scores, top_p: Number, top_k: Number) -> Bool[Array, "B V"]
 
 
 def log_probabilities(
-    logits: Scores, *, temperature: Number, top_p: Number = 1.0, top_k: Number = 0
+    logits: Scores,
+    *,
+    temperature: Number,
+    top_p: Number = 1.0,
+    top_k: Number = 0,
 ) -> Scores:
     """Computes the log distribution of the next token; dropped tokens are at minus infinity.
 

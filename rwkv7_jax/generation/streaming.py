@@ -146,7 +146,12 @@ def _emit(on_text: OnText, piece: str, row: int) -> None:
 
 
 def _append(
-    rows: list[RowText], run: DecodeState, tokens, lengths, *, on_text: OnText
+    rows: list[RowText],
+    run: DecodeState,
+    tokens,
+    lengths,
+    *,
+    on_text: OnText,
 ) -> np.ndarray:
     """Gives the rows their new tokens; returns which of them a stop string has ended."""
     # One transfer: each waits for the device.

@@ -66,7 +66,12 @@ class CompletionCache:
         """Returns the completions of `key`; None where there are none."""
         return self._completions.get(key)
 
-    def put(self, key: str, prompt: Sequence[int], completions: Sequence[Ids]) -> None:
+    def put(
+        self,
+        key: str,
+        prompt: Sequence[int],
+        completions: Sequence[Ids],
+    ) -> None:
         """Appends completions; they are on disk when it returns."""
         entry = {
             "key": key,

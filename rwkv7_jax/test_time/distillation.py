@@ -37,6 +37,7 @@ class TraceBatches(StateBatchSource):
         super().__init__()
         self._traces = traces
         self._batch_size = batch_size
+        # One length for all batches, so that one program is compiled.
         self._length = length or longest_trace(traces)
         self._seed = seed
 
@@ -102,5 +103,10 @@ def distill(
         on_step=on_step,
         caller="distill",
     )
-    source = TraceBatches(traces, batch_size=batch_size, length=length, seed=seed)
+    source = TraceBatches(
+        traces,
+        batch_size=batch_size,
+        length=length,
+        seed=seed,
+    )
     return loop.run(source, steps)

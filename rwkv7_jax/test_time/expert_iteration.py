@@ -99,6 +99,7 @@ class ExpertBatches(StateBatchSource):
         if index == 0:
             self._begin_round(state, round_number)
         elif round_number != self._round:
+            # Its completions came from a state that is gone.
             raise ValueError(
                 f"expert_iteration: step {step} must follow the first step of its round, "
                 f"{round_number * self._updates}."
@@ -131,6 +132,7 @@ class ExpertBatches(StateBatchSource):
             # A negative weight would push the state away from a completion without any bound.
             least=0.0 if self._keep_reward is None else None,
         )
+        # A reward in steps, such as 0 or 1, needs no threshold; a smooth one does.
         if self._keep_reward is None:
             weights = rewards
         else:
@@ -240,6 +242,7 @@ def expert_iteration(
         check_function(prompts_at, "`prompts_at`")
         check_function(reward, "`reward`")
         key = typed_key(key)
+    # The cross entropy alone: there is no teacher to diverge from.
     loop = start_tuning(
         model,
         distillation_loss(model, params, leaves=leaves),
@@ -277,4 +280,5 @@ def expert_iteration(
     # A round is long, so every one of them is evaluated.
     target = RewardTarget(evaluate if len(held_out) else None, 1, stop_reward)
     result = loop.run(source, rounds, updates=updates, target=target)
+    # The loop knows only batches.
     return dataclasses.replace(result, traces=source.traces)

@@ -92,6 +92,7 @@ class PolicyBatches(StateBatchSource):
             return None
         if self._anchor_at is None:
             return made.batch
+        # Other text at each step, or the state would only learn to keep that one.
         return made.batch.replace(anchor=self._anchor_at(step))
 
 

@@ -79,7 +79,13 @@ def distillation_loss(
         teacher_state = _check_teacher(model, teacher, teacher_params, teacher_state)
 
     # Weights are arguments, not closed over: jit would compile closed-over arrays in as constants.
-    def loss(params: Params, teacher_params, teacher_state, state: RWKV7State, batch: BatchLike):
+    def loss(
+        params: Params,
+        teacher_params,
+        teacher_state,
+        state: RWKV7State,
+        batch: BatchLike,
+    ):
         batch = Batch.of(batch, caller="distillation_loss")
         state = stop_gradient_except(state, tuple(leaves))
         tokens = jnp.asarray(batch.tokens)
@@ -107,7 +113,13 @@ def distillation_loss(
             value = imitation * nats + kl * divergence
             metrics = {"loss_nats": nats, "kl_nats": divergence}
         return add_anchor_and_metrics(
-            model, params, state, batch, anchor=anchor, value=value, metrics=metrics
+            model,
+            params,
+            state,
+            batch,
+            anchor=anchor,
+            value=value,
+            metrics=metrics,
         )
 
     return Partial(loss, params, teacher_params, teacher_state)
@@ -148,7 +160,11 @@ def _start_state(state: RWKV7State | None, model: RWKV7, argument: str) -> RWKV7
 
 
 def context_distillation(
-    model: RWKV7, params: Params, context: RWKV7State, *, leaves: tuple[str, ...] = ("wkv",)
+    model: RWKV7,
+    params: Params,
+    context: RWKV7State,
+    *,
+    leaves: tuple[str, ...] = ("wkv",),
 ) -> Loss:
     """Makes KL(the model after `context` || the model from its start state).
 
@@ -214,7 +230,12 @@ def policy_loss(
             raise ValueError(f"`temperature` must be above 0; got {temperature}.")
         reference = _start_state(reference, model, "reference")
 
-    def loss(params: Params, reference: RWKV7State, state: RWKV7State, batch: BatchLike):
+    def loss(
+        params: Params,
+        reference: RWKV7State,
+        state: RWKV7State,
+        batch: BatchLike,
+    ):
         batch = Batch.of(batch, "advantages", caller="policy_loss")
         state = stop_gradient_except(state, tuple(leaves))
         tokens = jnp.asarray(batch.tokens)
@@ -241,7 +262,13 @@ def policy_loss(
             value = value + kl * divergence
             metrics["kl_nats"] = divergence
         return add_anchor_and_metrics(
-            model, params, state, batch, anchor=anchor, value=value, metrics=metrics
+            model,
+            params,
+            state,
+            batch,
+            anchor=anchor,
+            value=value,
+            metrics=metrics,
         )
 
     return Partial(loss, params, reference)

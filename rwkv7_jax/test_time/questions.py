@@ -41,7 +41,14 @@ def _parse_question(tokenizer: Tokenizer, fields: Any) -> tuple[list[int], str]:
 class QuestionSet:
     """Prompts by step, and the reward of a completion: 1 for the known answer, 0 for another."""
 
-    def __init__(self, path: str, tokenizer: Tokenizer, *, seed: int = 0, held_out: float = 0.1):
+    def __init__(
+        self,
+        path: str,
+        tokenizer: Tokenizer,
+        *,
+        seed: int = 0,
+        held_out: float = 0.1,
+    ):
         """Reads the questions of a file, or prepares those of a task.
 
         Args:
@@ -74,14 +81,24 @@ class QuestionSet:
         # A file of one question serves both parts.
         self._training = prompts[border:] or prompts
 
-    def prompts(self, step: int, count: int, *, held_out: bool = False) -> list[list[int]]:
+    def prompts(
+        self,
+        step: int,
+        count: int,
+        *,
+        held_out: bool = False,
+    ) -> list[list[int]]:
         """Returns `count` prompts of a step, a pure function of the arguments and the seed."""
         if not isinstance(self._source, TaskSource):
             part = self._held_out if held_out else self._training
             first = step * count
             return [part[place % len(part)] for place in range(first, first + count)]
         prompts, answers = question_batch(
-            self._source.name, step, batch_size=count, seed=self._seed, held_out=held_out
+            self._source.name,
+            step,
+            batch_size=count,
+            seed=self._seed,
+            held_out=held_out,
         )
         # A task makes its questions as they are needed, so `reward` learns the answers here.
         for prompt, answer in zip(prompts, answers, strict=True):

@@ -151,6 +151,7 @@ def _row_length(rows: list[list[int]], tokens: int, length: int | None) -> int:
     """Returns the number of inputs of a row."""
     # The last token of a row is a target only.
     least = max(map(len, rows)) + tokens - 1
+    # Even completions that end early are padded to it: otherwise each step would compile anew.
     if length is None:
         return -(-least // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
     if check_count(length, 1, "`length`") < least:
@@ -171,6 +172,7 @@ def _completions(out: Generation) -> list[Ids]:
     return completions
 
 
+# An object and not a partial of `rollouts`, because sources read `group` from it.
 @dataclasses.dataclass(frozen=True)
 class RolloutSampler:
     """A model with the settings of its rollouts; the attributes are the arguments of `rollouts`."""
@@ -184,7 +186,10 @@ class RolloutSampler:
     length: int | None = None
 
     def draw(
-        self, state: RWKV7State | None, prompts: Sequence[Sequence[int]], key: Array
+        self,
+        state: RWKV7State | None,
+        prompts: Sequence[Sequence[int]],
+        key: Array,
     ) -> Rollouts:
         """Draws completions from `state`, as `rollouts` does."""
         return rollouts(
@@ -259,7 +264,11 @@ def make_policy_batch(drawn: Rollouts, reward: RewardFunction, *, group: int) ->
         # Back to one number for each row.
         advantages=advantages(rewards).reshape(-1).astype(np.float32),
     )
-    return PolicyBatch(batch=batch, rewards=rewards, budget=drawn.budget)
+    return PolicyBatch(
+        batch=batch,
+        rewards=rewards,
+        budget=drawn.budget,
+    )
 
 
 def held_out_reward(

@@ -30,8 +30,10 @@ from rwkv7_jax.test_time.rewards import RewardFunction, evaluate_rewards
 from rwkv7_jax.test_time.rollouts import RolloutSampler
 from rwkv7_jax.test_time.traces import Ids, TokenBudget, Trace
 
+# From a completion to its answer, which is compared with the other answers.
 Extract = Callable[[Ids], Hashable]
 
+# From the student's prompt to the teacher's.
 Template = Callable[[Ids], Sequence[int]]
 
 
@@ -191,7 +193,14 @@ def _digest(*parts: str | bytes) -> str:
 class _TeacherAnswers:
     """The teacher's completions of questions, drawn or taken from a cache."""
 
-    def __init__(self, sampler: RolloutSampler, state: RWKV7State | None, key: Array, *, rows: int):
+    def __init__(
+        self,
+        sampler: RolloutSampler,
+        state: RWKV7State | None,
+        key: Array,
+        *,
+        rows: int,
+    ):
         """Draws every completion anew until `use_cache` is called.
 
         Args:
@@ -319,6 +328,7 @@ class _MajorityVote:
         if not ranking:
             return [0.0] * len(completions)
         best, most = ranking[0]
+        # A single answer leads by all of its votes.
         second = ranking[1][1] if len(ranking) > 1 else 0
         lead = most - second
         enough = lead > 0 and lead / len(completions) >= self._margin

@@ -102,6 +102,7 @@ def check_trace_ids(values: Any, name: str) -> Ids:
     """Checks ids and returns them as a tuple of int."""
     if isinstance(values, str | bytes) or not isinstance(values, Sequence | np.ndarray):
         raise TypeError(f"Trace: `{name}` must be a list of ids; got {type(values).__name__}.")
+    # Not by truth: that of an array of several ids is undefined.
     if not len(values):
         raise ValueError(f"Trace: `{name}` must hold an id; got 0.")
     ids = []
@@ -145,6 +146,7 @@ def _trace(record: Any) -> Trace:
         if name not in record:
             raise ValueError(f"`{name}` is missing.")
     try:
+        # The constructor checks the kinds and ranges.
         return Trace(**record)
     except TypeError as error:
         raise ValueError(str(error)) from None
@@ -213,7 +215,12 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def trace_batch(
-    traces: Sequence[Trace], step: int, *, batch_size: int, length: int, seed: int = 0
+    traces: Sequence[Trace],
+    step: int,
+    *,
+    batch_size: int,
+    length: int,
+    seed: int = 0,
 ) -> Batch:
     """Makes the batch of one step; its mask is each trace's weight at its completion.
 

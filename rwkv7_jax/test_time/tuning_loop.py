@@ -18,8 +18,10 @@ from rwkv7_jax.test_time.traces import TokenBudget, Trace, gradient_tokens
 from rwkv7_jax.training.losses import Loss
 from rwkv7_jax.training.train_step import TrainState, make_train_step
 
+# One line of a history: metrics by name.
 Entry = dict[str, float | int]
 
+# Its state is a donated buffer after the next update; whoever keeps it must copy it.
 OnStep = Callable[[Entry, RWKV7State], Any]
 
 
@@ -75,7 +77,12 @@ class TuningLoop:
         budget: tokens of the updates and of evaluations so far; a source counts its own.
     """
 
-    def __init__(self, step: Callable, train: TrainState, on_step: OnStep | None = None):
+    def __init__(
+        self,
+        step: Callable,
+        train: TrainState,
+        on_step: OnStep | None = None,
+    ):
         """Starts before the first update.
 
         Args:
@@ -112,6 +119,7 @@ class TuningLoop:
         """
         entries = self._entries(steps) if target is None else target.entries(self, steps)
         for entry in entries:
+            # Sources count updates, the history counts rounds.
             first = int(entry["step"]) * updates
             for number in range(first, first + updates):
                 batch = source.batch(self.state, number)
@@ -119,6 +127,7 @@ class TuningLoop:
                 entry |= source.metrics
                 if batch is not None:
                     entry |= self.update(batch)
+        # The draws are in the source's budget, the updates and evaluations in this one.
         return Result(self.state, self.history, self.budget + source.budget)
 
     def _entries(self, steps: int) -> Iterator[Entry]:
@@ -179,7 +188,13 @@ class RewardTarget:
             yield entry
             loop.record(entry)
 
-    def _reached(self, loop: TuningLoop, entry: Entry, *, last: bool) -> bool:
+    def _reached(
+        self,
+        loop: TuningLoop,
+        entry: Entry,
+        *,
+        last: bool,
+    ) -> bool:
         """Returns whether the loop ends before the step of `entry`; may add `held_out` to it.
 
         The last evaluation is recorded as an entry of its own.
@@ -233,5 +248,6 @@ def start_tuning(
         ffn_shift=jnp.asarray(state.ffn_shift, jnp.float32),
     )
     if tx is None:
+        # A start state has no good scale in advance, so the size of its updates must adapt quickly.
         tx = optax.adam(learning_rate, b2=0.99)
     return TuningLoop(make_train_step(loss, tx), TrainState.create(start, tx), on_step)

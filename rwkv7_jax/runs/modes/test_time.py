@@ -190,7 +190,7 @@ class TestTimeMode(StateTuningMode):
         bar.close()
         print(f"teacher   kept {len(traces)} traces of {settings.traces} prompts; {budget}")
         if not traces:
-            raise ValueError("`config.test_time.keep` leaves no trace of the teacher to learn.")
+            raise ValueError("`config.test_time.keep` must leave a trace to learn from; got none.")
         return traces
 
 
