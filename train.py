@@ -20,7 +20,7 @@ import optax
 from absl import flags
 
 from rwkv7_jax import sharding
-from rwkv7_jax.evaluation.metric import Metric
+from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.runs import compilation_cache, config_flags, multihost, process
 from rwkv7_jax.runs.early_stopping import RunProgress
 from rwkv7_jax.runs.exit_codes import Stopped
@@ -106,7 +106,7 @@ def restore_or_init(run: Run, folder: RunDirectory) -> tuple[TrainState, RunProg
     return state, progress
 
 
-def evaluate(run: Run, state: TrainState, folder: RunDirectory) -> dict[str, Metric]:
+def evaluate(run: Run, state: TrainState, folder: RunDirectory) -> Metrics:
     """Measures the trainable parameters on held-out data and prints sample text."""
     step = int(state.step)
     params = sharding.local_replica(run.mesh, state.params)

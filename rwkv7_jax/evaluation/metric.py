@@ -39,6 +39,10 @@ class Metric:
         return cls(float(value), unit, _HIGHER_IS_BETTER[unit])
 
 
+# By the names that logs give them.
+Metrics = dict[str, Metric]
+
+
 def log_name(subject: str, unit: Unit) -> str:
     """Names a metric in logs and settings, such as "held_out_accuracy"."""
     return f"{subject}_{unit}"

@@ -2,7 +2,7 @@
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.data.sources import TaskSource, parse_sources
-from rwkv7_jax.evaluation.metric import Metric, log_name
+from rwkv7_jax.evaluation.metric import Metric, Metrics, log_name
 from rwkv7_jax.evaluation.scoring import score, score_answers
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
@@ -43,7 +43,7 @@ class PredictionEvaluator:
         self._batch = held_out(data, evaluation, tokenizer, seed=seed, path=path)
         self._is_task = isinstance(held_out_source(data, path), TaskSource)
 
-    def __call__(self, weights: Params, start: RWKV7State) -> dict[str, Metric]:
+    def __call__(self, weights: Params, start: RWKV7State) -> Metrics:
         """Measures a model and its start state."""
         if self._is_task:
             answers = score_answers(self._model, weights, start, self._batch)

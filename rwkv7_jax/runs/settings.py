@@ -22,9 +22,14 @@ Mode = Literal["pretrain", "state", "upscaled_state", "observer", "test_time"]
 TestTimeMethod = Literal["grpo", "distil", "expert", "context"]
 
 
-def _absent(spelling: Any) -> Any:
-    """Makes a field that is None by default, which config files may also spell otherwise."""
-    return dataclasses.field(default=None, metadata={"absent": spelling})
+def _absent(spelling: Any, *, default: Any = None) -> Any:
+    """Makes a field that may be None, which config files spell otherwise.
+
+    Args:
+        spelling: of None in config files.
+        default: of the field.
+    """
+    return dataclasses.field(default=default, metadata={"absent": spelling})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +118,7 @@ class TuningSettings:
     leaves: Literal["wkv", "all"] = "wkv"
     decorrelate: DecorrelationMethod = "none"
     anchor: float = 0.0
-    anchor_path: str = ""
+    anchor_path: str | None = _absent("")
     alpha: float = 1.0
     warn_above: float = 50.0
 
@@ -229,7 +234,8 @@ class EvaluationSettings:
     """The evaluations of a run, on held-out data.
 
     Attributes:
-        every: steps between two evaluations; 0 for one at the end alone.
+        every: steps between two evaluations; by default only the first and the last step are
+            evaluated.
         windows: pieces of text.
         length: tokens of a piece.
         prompt_tokens: text of the training part that the base model reads as a prompt, for
@@ -243,13 +249,13 @@ class EvaluationSettings:
         enough: value of the measure at which a run ends; None for none.
     """
 
-    every: int = 0
+    every: int | None = _absent(0)
     windows: int = 32
     length: int = 512
     prompt_tokens: tuple[int, ...] = ()
     retention: str = ""
     measure: str | None = _absent("")
-    patience: int = 0
+    patience: int | None = _absent(0)
     enough: float | None = None
 
 
@@ -276,12 +282,12 @@ class Settings:
         steps: updates.
         seed: of initialisation and data order.
         log_every: steps between two lines of the log.
-        save_every: steps between two checkpoints; 0 for one at the end alone.
+        save_every: steps between two checkpoints; by default only the end is saved.
         keep: newest checkpoints kept.
-        keep_every: checkpoints whose step is a multiple of this are never removed; 0 for none.
+        keep_every: checkpoints whose step is a multiple of this are never removed.
         keep_best: how many of the best checkpoints are kept; evaluations save them.
         stop_after_bad: the run stops after so many updates in a row whose loss or gradient was not
-            finite; such updates are skipped. 0 for never.
+            finite; such updates are skipped.
         allow_nan: take a checkpoint that holds NaN or Inf.
         profile_steps: "first:last", steps of which a profile is written.
         trackers: where metrics go besides the run's files: "tensorboard", "wandb".
@@ -298,11 +304,11 @@ class Settings:
     steps: int = 1000
     seed: int = 0
     log_every: int = 10
-    save_every: int = 0
+    save_every: int | None = _absent(0)
     keep: int = 2
-    keep_every: int = 0
+    keep_every: int | None = _absent(0)
     keep_best: int = 0
-    stop_after_bad: int = 10
+    stop_after_bad: int | None = _absent(0, default=10)
     allow_nan: bool = False
     profile_steps: str | None = _absent("")
     trackers: tuple[str, ...] = ()
@@ -327,8 +333,9 @@ class Settings:
             if getattr(self, name) < 1:
                 raise ValueError(f"`config.{name}` must be at least 1; got {getattr(self, name)}.")
         for name in ("save_every", "keep_every", "keep_best", "stop_after_bad"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`config.{name}` must be at least 0; got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"`config.{name}` must be at least 0; got {value}.")
         profiled(self.profile_steps)
         # Elsewhere it would silently do nothing.
         if self.optimizer.decorrelate != "none" and self.mode != "pretrain":

@@ -57,6 +57,8 @@ def test_a_bad_setting_is_one_sentence_that_names_it(values, sentence):
     "values",
     [
         {"init": ""},
+        {"save_every": 0, "keep_every": 0, "tuning": {"anchor_path": ""}},
+        {"evaluation": {"every": 0, "patience": 0}},
         {"profile_steps": "", "workdir": ""},
         {"upscaling": {"size": 0, "widths": [], "kind": "", "prepare": ""}},
         {"observer": {"most": 0}},
@@ -66,6 +68,14 @@ def test_a_bad_setting_is_one_sentence_that_names_it(values, sentence):
 )
 def test_an_absent_value_may_be_spelled_as_in_older_configs(values):
     assert read_settings(values) == Settings()
+
+
+def test_absence_is_spelled_with_care():
+    assert read_settings({"stop_after_bad": 0}).stop_after_bad is None
+    with pytest.raises(ValueError, match=r"`config\.save_every` must be int or"):
+        read_settings({"save_every": False})
+    with pytest.raises(ValueError, match=r"`config\.keep_every` must be at least 0; got -1"):
+        read_settings({"keep_every": -1})
 
 
 def test_settings_are_written_as_config_files_spell_them():

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash
 from rwkv7_jax.checkpoints.state_files import save_state
-from rwkv7_jax.evaluation.metric import Metric
+from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
@@ -122,7 +122,7 @@ class TrainingMode(abc.ABC):
         """
 
     @abc.abstractmethod
-    def held_out_metrics(self, params: Any) -> dict[str, Metric]:
+    def held_out_metrics(self, params: Any) -> Metrics:
         """Measures the parameters on the run's held-out data, by the metrics' names."""
 
     @abc.abstractmethod
@@ -190,7 +190,7 @@ class TrainingMode(abc.ABC):
         )
         return f"{text}, about {need.total / 2**20:,.0f} MiB in all"
 
-    def evaluate(self, params: Any) -> dict[str, Metric]:
+    def evaluate(self, params: Any) -> Metrics:
         """Measures the parameters on held-out data and on what they must not forget.
 
         The held-out metrics come first. `config.evaluation.retention` adds one metric for each of
@@ -283,7 +283,7 @@ class StateTuningMode(TrainingMode):
         settings = self.settings
         if settings.init is None:
             raise ValueError("`config.init` must name the checkpoint whose start state is tuned.")
-        if settings.tuning.anchor and not settings.tuning.anchor_path:
+        if settings.tuning.anchor and settings.tuning.anchor_path is None:
             raise ValueError("`config.tuning.anchor_path` must name the text of the anchor.")
         self.model, self.frozen = load_or_init(
             settings.init,

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import model_hash
 from rwkv7_jax.data.batch import Batch
-from rwkv7_jax.evaluation.metric import Metric, log_name
+from rwkv7_jax.evaluation.metric import Metric, Metrics, log_name
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
@@ -127,12 +127,12 @@ class ObserverMode(DatasetMode):
         for step, batch in enumerate(self.data.batches(start_step=start_step), start_step):
             yield self._split_prompts(batch, step)
 
-    def held_out_metrics(self, params: Params) -> dict[str, Metric]:
+    def held_out_metrics(self, params: Params) -> Metrics:
         """Measures what the teacher makes of held-out continuations, by where it starts from."""
         prompts = np.asarray(self._held_out.tokens)[:, :-1]
         proposal = propose(self._observer, params, prompts, self._held_out.split)
         handover = evaluate_handover(self.model, self.frozen, proposal, self._held_out)
-        metrics: dict[str, Metric] = {}
+        metrics: Metrics = {}
         for name, subject in _LOG_NAMES.items():
             answers = handover[name]
             metrics[log_name(subject, "accuracy")] = Metric.of(answers.accuracy, "accuracy")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import save_model
-from rwkv7_jax.evaluation.metric import Metric
+from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
 from rwkv7_jax.runs.modes.base import DatasetMode, count, init_weights, load_or_init, new_model
@@ -69,7 +69,7 @@ class PretrainMode(DatasetMode):
         """Gives a state of zeros."""
         return init_state(self.model.config)
 
-    def held_out_metrics(self, params: Params) -> dict[str, Metric]:
+    def held_out_metrics(self, params: Params) -> Metrics:
         """Measures how well the held-out rows are predicted."""
         return self._held_out(params, self.start_state(params))
 

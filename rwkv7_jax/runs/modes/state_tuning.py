@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from rwkv7_jax.evaluation.metric import Metric
+from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.runs.modes.base import DatasetMode, StateTuningMode
 from rwkv7_jax.tuning.read_statistics import state_decorrelator
@@ -59,7 +59,7 @@ class StateMode(DatasetMode, StateTuningMode):
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(mask), strict=True)
         return sum(leaf.size for leaf, tuned in pairs if tuned)
 
-    def held_out_metrics(self, params: RWKV7State) -> dict[str, Metric]:
+    def held_out_metrics(self, params: RWKV7State) -> Metrics:
         """Measures how well the held-out rows are predicted from the tuned state."""
         return self._held_out(self.frozen, params)
 

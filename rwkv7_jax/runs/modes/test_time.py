@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash
 from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.data.readers import documents
-from rwkv7_jax.evaluation.metric import Metric, log_name
+from rwkv7_jax.evaluation.metric import Metric, Metrics, log_name
 from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
@@ -52,7 +52,7 @@ class ContextMode(DatasetMode, StateTuningMode):
         """Hashes the data and the prompt."""
         return {**self.data.digests(), "context": digest_of(self._context, None)}
 
-    def held_out_metrics(self, params: RWKV7State) -> dict[str, Metric]:
+    def held_out_metrics(self, params: RWKV7State) -> Metrics:
         """Measures how well the held-out rows are predicted from the tuned state."""
         return self._held_out(self.frozen, params)
 
@@ -131,7 +131,7 @@ class TestTimeMode(StateTuningMode):
     def _prompts_at(self, step: int) -> list[list[int]]:
         return self._questions.prompts(step, self.settings.test_time.prompts)
 
-    def held_out_metrics(self, params: RWKV7State) -> dict[str, Metric]:
+    def held_out_metrics(self, params: RWKV7State) -> Metrics:
         """Measures the mean reward of the most probable answers to held-out questions."""
         reward, _ = held_out_reward(
             self.model,

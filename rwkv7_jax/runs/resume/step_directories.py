@@ -129,14 +129,14 @@ def quarantine(folder: Path, number: int) -> Path:
 
 
 def steps_to_keep(
-    numbers: Iterable[int], *, newest: int, every: int = 0, best: Iterable[int] = ()
+    numbers: Iterable[int], *, newest: int, every: int | None = None, best: Iterable[int] = ()
 ) -> set[int]:
     """Returns the steps that retention keeps.
 
     Args:
         numbers: all steps.
         newest: how many of the last ones are kept, at least 1.
-        every: multiples of this are kept for good; 0 for none.
+        every: multiples of this are kept for good; None for none.
         best: steps that are kept because of their evaluation.
     """
     ordered = sorted(numbers)
