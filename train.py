@@ -50,7 +50,7 @@ class Run:
     """The parts of a run that stay the same from its first step to its last.
 
     Attributes:
-        mode: what is trained, its loss and its batches.
+        mode: the parameters, their loss and their batches.
         learning_rate: from a step to its learning rate.
         tx: the optimizer.
         identity: what a continued run must share.

@@ -3,7 +3,7 @@
     python train.py --config=configs/upscaled_state.py --workdir=runs/poet \
         --config.init=model.pth --config.data.path=poems.jsonl
 
-Four times the numbers of a start state, read without fading and shared by the whole batch. The
+Four times the numbers of a start state, read without fading and shared by all rows of a batch. The
 features are taken from the text and decorrelated while tuning (config.tuning.decorrelate = "dbp");
 "whiten" does that once, before tuning, which costs nothing per step and makes the model forget more
 of what it knew; "none" is the kernel step of the paper, which hardly learns.

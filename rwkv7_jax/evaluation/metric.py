@@ -26,7 +26,7 @@ class Metric:
     Attributes:
         value: the number.
         unit: what it counts.
-        higher_is_better: which of two values is the better one.
+        higher_is_better: whether the higher of two values is the better one.
     """
 
     value: float
@@ -35,7 +35,7 @@ class Metric:
 
     @classmethod
     def of(cls, value: float, unit: Unit) -> "Metric":
-        """Makes a metric of which the unit says what is better."""
+        """Makes a metric; whether higher is better follows from the unit."""
         return cls(float(value), unit, _HIGHER_IS_BETTER[unit])
 
 

@@ -1,6 +1,6 @@
-"""The progress of a run besides its parameters: evaluations, and updates that were not finite.
+"""Early stopping and the best checkpoints: bookkeeping that is saved with every checkpoint.
 
-All of it is in every checkpoint, so that a run which was killed decides as an unbroken one does.
+A run that was killed therefore decides as an unbroken one does.
 """
 
 import dataclasses

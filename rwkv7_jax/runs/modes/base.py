@@ -51,7 +51,7 @@ class TrainingMode(abc.ABC):
     """
 
     # What a step's gradients are of, where a step is one pass of one model. None for modes whose
-    # steps read more than they learn from: nobody has counted their operations and memory.
+    # steps read more than they learn from: their operations and memory are not counted.
     gradients_of: ClassVar[Literal["weights", "state"] | None] = None
 
     model: RWKV7
@@ -172,13 +172,13 @@ class TrainingMode(abc.ABC):
         )
 
     def describe_memory(self, held: int, *, devices: int = 1) -> str:
-        """Describes one step's memory on one device: what is held and, where known, the total.
+        """Describes one step's memory on one device: parameters, moments and, if known, the total.
 
         Args:
             held: bytes of the trainable parameters and their moments.
             devices: over which a step's rows are sharded.
         """
-        text = f"{held / 2**20:,.1f} MiB for what is trained and its moments"
+        text = f"{held / 2**20:,.1f} MiB for the trained parameters and their moments"
         if self.gradients_of is None:
             return text
         need = training_memory(

@@ -16,7 +16,7 @@ class StateMode(DatasetMode, StateTuningMode):
     """Tunes a start state.
 
     Attributes:
-        leaves: what is tuned, of `tuning.state_tuning.LEAVES`.
+        leaves: the tuned arrays, of `tuning.state_tuning.LEAVES`.
     """
 
     gradients_of = "state"
@@ -65,7 +65,7 @@ class StateMode(DatasetMode, StateTuningMode):
 
 
 class UpscaledStateMode(StateMode):
-    """Tunes a memory read through kernel features; the start state itself stays zero."""
+    """Tunes a memory read through kernel features; the start state itself remains zero."""
 
     result_name = "state.safetensors"
 
