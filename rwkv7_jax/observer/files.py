@@ -140,7 +140,7 @@ def load_observer(
         model, _ = load_model(folder / MODEL)
     if model_hash(model, observer.model.config) != card["model_hash"]:
         raise ValueError(f"load_observer: `{folder}` has {MODEL} of another {MAPS}.")
-    params = {"model": without_unused_value_residual(model)}
+    params: Params = {"model": without_unused_value_residual(model)}
     for name, tensor in read_safetensors(folder / MAPS).items():
         array = tensor.read()
         if not is_finite(array):

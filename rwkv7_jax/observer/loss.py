@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +34,13 @@ class BatchTotals(NamedTuple):
     """Totals over a batch, which its pieces need under gradient accumulation.
 
     Attributes:
-        variance: of the teacher's states over all rows; None if states are not compared.
+        variance: [L H] of the teacher's states over all rows; None if states are not compared.
         prompt_tokens: positions inside the prompts, averaged over the pieces.
         answer_weight: summed loss weights of the targets after the splits, averaged over the
             pieces.
     """
 
-    variance: Float[Array, "L H"] | None
+    variance: Any
     prompt_tokens: Scalar
     answer_weight: Scalar
 
@@ -132,7 +132,7 @@ class ObserverLoss:
         length = inputs.shape[2]
         prompt_tokens = jnp.maximum(jnp.sum(jnp.minimum(split, length)), 1) / count
         counts = jax.vmap(lambda split: after_split(split, length))(split)
-        answer_weight = jnp.sum(pieces.weights * counts) / count
+        answer_weight = jnp.sum(pieces["weights"] * counts) / count
         if not self.variance:
             return BatchTotals(None, prompt_tokens, answer_weight)
 
@@ -185,7 +185,7 @@ def _answer_loss(
     """Averages the teacher's loss after the splits, started from `wkv` and zero token shifts."""
     inputs, targets, shares = continuations(
         batch.tokens,
-        batch.split,
+        batch["split"],
         loss_weights(batch),
         total=None if totals is None else totals.answer_weight,
     )

@@ -15,7 +15,7 @@ gives its logits, and with the divergence term in its training it drafts for the
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -186,8 +186,8 @@ def read_prompts(
 ) -> tuple[Activations, RWKV7State]:
     """Computes a model's normed activations in the prompts, and its state after them."""
     start = init_state(model.config, tokens.shape[0])
-    x, end = model.apply({"params": params}, tokens, start, lengths, method="hidden")
-    return x, end
+    outputs: Any = model.apply({"params": params}, tokens, start, lengths, method="hidden")
+    return outputs
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -63,11 +63,11 @@ def _check_shapes(batch: Batch, vocab_size: int) -> None:
     if len(shape) != 2 or shape[1] < 2:
         raise ValueError(f"`batch['tokens']` must be [B T+1] with T at least 1; got shape {shape}.")
     inputs = (shape[0], shape[1] - 1)
-    mask = tuple(batch.mask.shape)
+    mask = tuple(batch["mask"].shape)
     if mask != inputs:
         raise ValueError(f"`batch['mask']` must have shape {inputs}; got {mask}.")
     check_tokens(batch.tokens, vocab_size)
-    check_lengths(batch.split, inputs, name="batch['split']")
+    check_lengths(batch["split"], inputs, name="batch['split']")
 
 
 def after_split(split: Lengths, length: int) -> Float[Array, "B T"]:

@@ -2,3 +2,63 @@
 
 A loss is a function of trainable parameters and a batch; a step is a pure function of a TrainState.
 """
+
+from rwkv7_jax.training.costs import (
+    Flops,
+    Memory,
+    flops_per_token,
+    mfu,
+    parameter_count,
+    peak_flops,
+    state_count,
+    training_memory,
+)
+from rwkv7_jax.training.losses import (
+    Loss,
+    Metrics,
+    TokenStatistics,
+    loss_weights,
+    map_token_chunks,
+    next_token_loss,
+    pretrain_loss,
+    token_statistics,
+)
+from rwkv7_jax.training.projection_statistics import (
+    layer_statistics,
+    projections,
+    weight_decorrelator,
+)
+from rwkv7_jax.training.train_step import (
+    LossWithTotals,
+    TrainState,
+    TrainStep,
+    make_eval_step,
+    make_train_step,
+)
+
+__all__ = [
+    "Flops",
+    "Loss",
+    "LossWithTotals",
+    "Memory",
+    "Metrics",
+    "TokenStatistics",
+    "TrainState",
+    "TrainStep",
+    "flops_per_token",
+    "layer_statistics",
+    "loss_weights",
+    "make_eval_step",
+    "make_train_step",
+    "map_token_chunks",
+    "mfu",
+    "next_token_loss",
+    "parameter_count",
+    "peak_flops",
+    "pretrain_loss",
+    "projections",
+    "state_count",
+    "token_statistics",
+    "training_memory",
+    "weight_decorrelator",
+]

@@ -1,24 +1,31 @@
-"""What a model costs by its sizes alone: arithmetic and memory, before anything compiles.
+"""The cost of a model by its sizes alone: arithmetic and memory, before anything compiles.
 
-Arithmetic counts a multiplication and an addition as two, in the matrix products and in the
-recurrence token by token; norms, activations and whatever is computed twice to save memory are left
-out, so that the share of the peak compares with other programs'.
+A multiplication and an addition count as two operations. Counted are the matrix products and the
+recurrence token by token; norms, activations and recomputation to save memory are left out, so
+that the share of the peak can be compared with other programs'.
 """
 
 import dataclasses
-import math
+import functools
 import re
 
-from rwkv7_jax.checkpoints.tensor_names import outer_shapes, shapes
+import jax
+import jax.numpy as jnp
+
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import init_state
 from rwkv7_jax.training.losses import CHUNK
 
-# Operations on a head's N x N state per token, in units of N^2: the recurrence (decay 1, removed 2,
-# its write 2, the value's write 2, read-out 2); and the gradients of its inputs and of the state.
-_RECURRENCE, _RECURRENCE_GRADIENTS = 9, 19
+# Operations on a head's N x N state per token, in units of N^2: decay 1, removal 2 and its write 2,
+# the value's write 2, read-out 2.
+_RECURRENCE = 9
 
-# Dense bfloat16 operations a second of one device, by JAX's name for its kind. A kind that is not
-# here has no peak: the same chip on another board has another.
+# The same for the gradients of the recurrence's inputs and of the state.
+_RECURRENCE_GRADIENTS = 19
+
+# Dense bfloat16 operations a second of one device, by JAX's name for its kind. Other kinds have no
+# entry, even with the same chip: on another board its peak is another one.
 # Source: the makers' data sheets (NVIDIA without sparsity; Google Cloud per chip).
 PEAKS = (
     (r"^NVIDIA H200$", 989.4e12),
@@ -33,12 +40,29 @@ PEAKS = (
 
 TRAINED = ("weights", "state")
 
-# Vectors of the width that a layer keeps for the backward pass per token: in float32, in the
-# activations' dtype. Counted in the traced gradient.
-_KEPT = {"weights": (15, 30), "state": (12, 13)}
 
-# The same outside the layers: embedding, the outer norms, the layers' first values.
-_OUTSIDE = (4, 4)
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """Vectors of the width that are stored for the backward pass, per token.
+
+    Attributes:
+        wide: in float32.
+        narrow: in the activations' dtype.
+    """
+
+    wide: int
+    narrow: int
+
+    def bytes(self, config: RWKV7Config) -> int:
+        """Bytes per token."""
+        return config.width * (4 * self.wide + _activation_bytes(config) * self.narrow)
+
+
+# Of one layer, by what is trained. Counted in the traced gradient.
+_STORED_BY_LAYER = {"weights": _Stored(15, 30), "state": _Stored(12, 13)}
+
+# Outside the layers: embedding, the outer norms, the first layer's values.
+_STORED_OUTSIDE = _Stored(4, 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +70,7 @@ class Flops:
     """Operations per token.
 
     Attributes:
-        forward: of reading.
+        forward: of the forward pass.
         training: of a step on all weights.
         state: of a step on the start state alone: weights have no gradients.
     """
@@ -61,9 +85,9 @@ class Memory:
     """Bytes of one training step.
 
     Attributes:
-        parameters: all weights, and the start state where that is trained.
+        parameters: all weights, and the start state if that is trained.
         moments: the optimizer's.
-        gradients: of what is trained.
+        gradients: of the trained numbers.
         activations: of one micro-batch.
     """
 
@@ -74,92 +98,122 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All together."""
+        """The sum of all."""
         return self.parameters + self.moments + self.gradients + self.activations
 
 
+def _activation_bytes(config: RWKV7Config) -> int:
+    return 2 if config.dtype == "bfloat16" else 4
+
+
+@functools.cache
+def _parameter_counts(config: RWKV7Config) -> tuple[int, int]:
+    """Counts the numbers of a model: all, and those outside the layers."""
+    # A named implementation, so that the count never depends on the machine.
+    model = RWKV7(dataclasses.replace(config, implementation="scan"))
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    init = jax.eval_shape(model.init, jax.random.key(0), tokens, init_state(config))
+    params = init["params"]
+    layers = 0
+    for name in ("layer_0", "layers"):
+        # A model of one layer has no stacked ones.
+        layers += sum(leaf.size for leaf in jax.tree.leaves(params.get(name, {})))
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return total, total - layers
+
+
 def parameter_count(config: RWKV7Config) -> int:
-    """Numbers of a model, without block 0's dummies that official files have."""
-    return sum(math.prod(shape) for shape in shapes(config).values())
+    """Counts the numbers of a model, without block 0's value residual that official files have."""
+    total, _ = _parameter_counts(config)
+    return total
 
 
 def state_count(config: RWKV7Config) -> int:
-    """Numbers of one sequence's recurrent states."""
+    """Counts the numbers of one sequence's recurrent states."""
     return config.num_layers * config.width * config.head_size
 
 
-def _inputs(config: RWKV7Config, *, first: bool) -> int:
-    """Weights of the matrices that a layer's recurrence reads through."""
+def _time_mix_inputs(config: RWKV7Config, *, first: bool) -> int:
+    """Counts the weights of the matrices that make the inputs of a layer's recurrence."""
     ranks = config.decay_rank + config.icl_rank + config.gate_rank
-    ranks += 0 if first else config.value_rank
+    if not first:
+        ranks += config.value_rank
     return 3 * config.width**2 + 2 * config.width * ranks
 
 
 def flops_per_token(config: RWKV7Config) -> Flops:
-    """Operations per token, whatever the implementation; an upscaled memory comes on top."""
-    layers, width = config.num_layers, config.width
-    first = _inputs(config, first=True)
-    inside = first + (layers - 1) * _inputs(config, first=False)
+    """Counts operations per token, for any implementation; an upscaled memory's are not counted."""
+    layers = config.num_layers
+    width = config.width
+    first = _time_mix_inputs(config, first=True)
+    inside = first + (layers - 1) * _time_mix_inputs(config, first=False)
     inside += layers * (width**2 + 2 * width * config.ffn_width)
     products = 2.0 * (inside + config.vocab_size * width)
     states = float(state_count(config))
     forward = products + _RECURRENCE * states
-    through = products + _RECURRENCE_GRADIENTS * states
+    # The gradient of a product's input costs as much as the product; so does that of its weights.
+    input_gradients = products + _RECURRENCE_GRADIENTS * states
     return Flops(
         forward=forward,
-        training=forward + through + products,
-        # Nothing in front of the first recurrence depends on the state.
-        state=forward + through - 2.0 * first,
+        training=forward + input_gradients + products,
+        # The inputs of the first recurrence do not depend on the state.
+        state=forward + input_gradients - 2.0 * first,
     )
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 operations a second of a device of this kind; None where none is known."""
-    return next((peak for kind, peak in PEAKS if re.search(kind, device_kind)), None)
+    """Looks up the dense bfloat16 operations a second of a device; None if they are unknown."""
+    for pattern, peak in PEAKS:
+        if re.search(pattern, device_kind):
+            return peak
+    return None
 
 
 def mfu(
     tokens_per_second: float, flops: float, *, device_kind: str, devices: int = 1
 ) -> float | None:
-    """The share of the devices' peak that does the model's arithmetic; None without a known peak.
+    """Computes the model FLOPs utilisation; None without a known peak.
 
     Args:
         tokens_per_second: of all devices together.
         flops: per token.
         device_kind: as JAX names it.
-        devices: how many.
+        devices: number of devices.
     """
     peak = peak_flops(device_kind)
-    return None if peak is None else tokens_per_second * flops / (peak * devices)
+    if peak is None:
+        return None
+    return tokens_per_second * flops / (peak * devices)
 
 
-def _layer_bytes(config: RWKV7Config, trained: str, size: int, chunk: int) -> float:
-    """Bytes per token that one layer keeps without rematerialisation."""
-    wide, narrow = _KEPT[trained]
-    ffn, low = 1, 2 * config.decay_rank + config.gate_rank
+def _layer_bytes(config: RWKV7Config, trained: str, chunk: int) -> float:
+    """Estimates the bytes per token that one layer stores without rematerialisation."""
+    size = _activation_bytes(config)
+    ffn = 1
+    ranks = 2 * config.decay_rank + config.gate_rank
     if trained == "weights":
-        ffn, low = 2, low + config.icl_rank + config.value_rank + config.gate_rank
-    return (
-        config.width * (4 * wide + size * narrow)
-        + config.ffn_width * (size * ffn + 1)
-        + size * low
-        + 4 * config.width * config.head_size / chunk
-    )
+        ffn = 2
+        ranks += config.icl_rank + config.value_rank + config.gate_rank
+    states = 4 * config.width * config.head_size / chunk
+    vectors = _STORED_BY_LAYER[trained].bytes(config)
+    return vectors + config.ffn_width * (size * ffn + 1) + size * ranks + states
 
 
 def _activations(config: RWKV7Config, trained: str, rows: int, length: int, chunk: int) -> int:
-    """Bytes between the forward and the backward pass, and what the latter works on."""
-    size = 2 if config.dtype == "bfloat16" else 4
-    layer = _layer_bytes(config, trained, size, chunk)
-    kept = config.width * size if config.remat == "block" else layer
-    # The backward pass works on one layer at a time: on its activations, which "block" makes anew,
-    # and on as many gradients.
-    layers = config.num_layers * kept + layer * (2 if config.remat == "block" else 1)
-    wide, narrow = _OUTSIDE
-    per_token = layers + config.width * (4 * wide + size * narrow)
+    """Estimates the bytes stored for the backward pass, and those it works on."""
+    size = _activation_bytes(config)
+    layer = _layer_bytes(config, trained, chunk)
+    # The backward pass works on one layer at a time. With "block" that layer's activations are
+    # computed again, and need as much room as their gradients.
+    if config.remat == "block":
+        layers = config.num_layers * config.width * size + 2 * layer
+    else:
+        layers = config.num_layers * layer + layer
+    per_token = layers + _STORED_OUTSIDE.bytes(config)
     logits = 2 * 4 * config.vocab_size * min(length, CHUNK)
-    table = sum(math.prod(shape) for shape in outer_shapes(config).values())
-    copies = size * (parameter_count(config) - table) if size == 2 else 0
+    total, outside = _parameter_counts(config)
+    # In 16 bit the layers compute with a copy of their weights.
+    copies = size * (total - outside) if size == 2 else 0
     return round(rows * (length * per_token + logits)) + copies
 
 
@@ -173,31 +227,37 @@ def training_memory(
     weight_bytes: int = 4,
     chunk: int = 16,
 ) -> Memory:
-    """An estimate of what one step needs on one device with Adam, before it is compiled.
+    """Estimates the memory of one step on one device with Adam, before it is compiled.
 
-    The compiler may need less by fusing, and more for what it works on.
+    The compiler may need less by fusing, and more for intermediate results.
 
     Args:
         config: sizes, dtype of activations, rematerialisation.
         batch: rows.
         length: tokens of a row.
-        trained: "weights", or "state" where the weights are frozen.
+        trained: "weights", or "state" if the weights are frozen.
         accumulate: pieces of a batch.
         weight_bytes: of a weight: 4, or 2 of frozen ones in 16 bit.
-        chunk: tokens between two states that the recurrence keeps.
+        chunk: tokens between two states that the recurrence stores.
 
     Raises:
-        ValueError: something else is trained.
+        ValueError: an unknown word for what is trained.
     """
     if trained not in TRAINED:
         raise ValueError(
             f"training_memory: `trained` must be one of {', '.join(TRAINED)}; got {trained!r}."
         )
-    weights, state = parameter_count(config), state_count(config)
-    moving = 4 * (weights if trained == "weights" else state)
+    weights = parameter_count(config)
+    parameters = weights * weight_bytes
+    if trained == "weights":
+        trained_bytes = 4 * weights
+    else:
+        trained_bytes = 4 * state_count(config)
+        parameters += trained_bytes
     return Memory(
-        parameters=weights * weight_bytes + (moving if trained == "state" else 0),
-        moments=2 * moving,
-        gradients=moving * (2 if accumulate > 1 else 1),
+        parameters=parameters,
+        moments=2 * trained_bytes,
+        # Under accumulation there is a running sum besides the newest piece's.
+        gradients=trained_bytes * (2 if accumulate > 1 else 1),
         activations=_activations(config, trained, batch // accumulate, length, chunk),
     )

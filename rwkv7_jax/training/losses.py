@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from rwkv7_jax.array_types import Activations, Params, Tokens
 from rwkv7_jax.data.batch import Batch, BatchLike
@@ -76,10 +76,11 @@ class TokenStatistics(NamedTuple):
         kl: divergence between the model and the reference in nats; None without a reference.
     """
 
-    nats: PerToken | None
-    correct: Bool[Array, "B T"] | None
+    # PerToken, bool and PerToken where they are there; a caller knows it from its own arguments.
+    nats: Any
+    correct: Any
     largest: PerToken
-    kl: PerToken | None
+    kl: Any
 
 
 def _cross_entropy(logits, targets):

@@ -62,7 +62,8 @@ def layer_statistics(model: RWKV7, *, rows: int = 8) -> Callable[[Params, BatchL
         batch = Batch.of(batch, caller="layer_statistics")
         tokens = jnp.asarray(batch.tokens)[:rows, :-1]
         start = init_state(model.config, tokens.shape[0])
-        *_, trace = model.apply({"params": params}, tokens, start, method="trace")
+        outputs: Any = model.apply({"params": params}, tokens, start, method="trace")
+        trace = outputs[-1]
         moments: Any = jax.tree.map(lambda _: None, params)
         for (part, name), source in INPUTS.items():
             moment = _second_moment(trace[source])

@@ -154,7 +154,7 @@ def state_decorrelator(
     # Token shifts, and the strength of writes, are not read linearly: they have no statistics.
     linear = [name for name in leaves if name in ("wkv", "memory")]
     mask = trainable_mask(start, tuple(linear))
-    if "memory" in leaves:
+    if mask.upscaled is not None:
         mask = mask.replace(upscaled=mask.upscaled.replace(write=False))
 
     def wrap(tx: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -53,7 +53,9 @@ def _replace_parts(state: RWKV7State, parts: dict) -> RWKV7State:
         target = inner if name in _MEMORY_PARTS else outer
         target[name] = part
     if inner:
-        outer["upscaled"] = state.upscaled.replace(**inner)
+        upscaled = state.upscaled
+        assert upscaled is not None  # `_tuned_parts` refuses a memory that is not there.
+        outer["upscaled"] = upscaled.replace(**inner)
     return state.replace(**outer)
 
 

@@ -3,7 +3,7 @@
 import functools
 import math
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +117,14 @@ def resolve_features(
         prepare: by default "whiten", or "none" under "replace" and where `whiten` is off.
         widths: by default 1, 4 and 16; 1 alone where `prepare` is "none".
         whiten: whether features are whitened if `prepare` does not say otherwise.
+
+    Raises:
+        ValueError: unknown dynamics.
     """
+    if dynamics not in DYNAMICS:
+        raise ValueError(
+            f"upscale: `dynamics` must be one of {', '.join(DYNAMICS)}; got {dynamics!r}."
+        )
     replaces = MEMORY_FORMS[dynamics].replaces_wkv
     if not kind:
         kind = "gaussian_raw" if replaces else "gaussian"
@@ -280,7 +287,8 @@ def _prepare(features: Features, reads: np.ndarray, prepare: str, damping: float
 def _recurrence_inputs(model: RWKV7, params: Params, tokens: Array) -> dict[str, Array]:
     """Traces the inputs of every layer's recurrence."""
     start = init_state(model.config, tokens.shape[0])
-    *_, trace = model.apply({"params": params}, tokens, start, method="trace")
+    outputs: Any = model.apply({"params": params}, tokens, start, method="trace")
+    trace = outputs[-1]
     return {name: trace[name] for name in RECURRENCE}
 
 
@@ -333,15 +341,11 @@ def upscale(
     Raises:
         ValueError: an unknown choice, or ids outside the vocabulary.
     """
-    if dynamics not in DYNAMICS:
-        raise ValueError(
-            f"upscale: `dynamics` must be one of {', '.join(DYNAMICS)}; got {dynamics!r}."
-        )
+    settings = resolve_features(dynamics, kind=kind, prepare=prepare, widths=widths)
     form = MEMORY_FORMS[dynamics]
     tokens = np.asarray(tokens)
     with prefix_errors("upscale"):
         check_tokens(tokens, model.config.vocab_size)
-    settings = resolve_features(dynamics, kind=kind, prepare=prepare, widths=widths)
     features = calibrate(
         # An additive memory that is erased is also addressed by removal keys.
         _read_vectors(model, params, tokens, with_keys=form.erases and not form.replaces_wkv),
