@@ -72,6 +72,7 @@ def evaluate_handover(
     rows = batch.tokens.shape[0]
     if isinstance(state, RWKV7State) and state.batch == 1:
         state = repeat(state, rows)
+    # Checked after repeating, because a state of batch 1 serves all rows.
     with prefix_errors("evaluate_handover"):
         check_state(state, rows, teacher.config)
     # Other fields would be arguments of the compiled program, which compiles anew for each set.

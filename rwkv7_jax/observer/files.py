@@ -63,6 +63,7 @@ def save_observer(
         "info": dict(info or {}),
     }
     metadata = {name: json.dumps(value) for name, value in card.items()}
+    # The maps come last: a crash before leaves old maps, whose `model_hash` does not fit.
     folder.mkdir(parents=True, exist_ok=True)
     save_model(folder / MODEL, params["model"], config)
     maps = [(name, np.asarray(params[name])) for name in observer.shapes]
@@ -133,6 +134,7 @@ def load_observer(
         observer = _observer_of(card, folder)
         check_teacher(observer, teacher_config)
         _check_base(card, base_model, folder)
+    # The file has the teacher's sizes only; dtype and implementation are the caller's.
     observer = dataclasses.replace(observer, teacher=teacher_config)
     with warnings.catch_warnings():
         # The orientation of square low-rank matrices is ambiguous; ours are in the official one.

@@ -88,6 +88,7 @@ class ObserverLoss:
             check_maps(self.observer, params)
             if totals is None:
                 self._check_rows(batch.tokens.shape[0])
+        # Gradients pass through the teacher's computation, never into its weights.
         teacher_params = jax.lax.stop_gradient(teacher_params)
         inputs = jnp.asarray(batch.tokens)[:, :-1]
         split = jnp.asarray(batch.split)
@@ -96,6 +97,7 @@ class ObserverLoss:
         terms: dict[str, tuple[float, Scalar]] = {}
         if self.variance or self.divergence:
             teacher_x, own = read_prompts(self.teacher, teacher_params, inputs, split)
+            # Both are targets here, and the same for every value of the parameters.
             teacher_x = jax.lax.stop_gradient(teacher_x)
             own_wkv = jax.lax.stop_gradient(own.wkv)
             if self.variance:

@@ -119,6 +119,7 @@ def init_observer(
             f"init_observer: `bias` must have [layers, heads, value, key] = {shapes['bias']}; "
             f"got {bias.shape}."
         )
+    # Three keys, in this order: a seed must keep on giving the same observer.
     model_key, left_key, right_key = jax.random.split(key, 3)
     tokens = jnp.zeros((1, 1), jnp.int32)
     init = jax.jit(lambda key: observer.model.init(key, tokens, init_state(config))["params"])
@@ -167,6 +168,7 @@ def check_maps(observer: Observer, params: Params) -> None:
 
 def _map_states(params: Params, wkv: Float[Array, "K B G n n"]) -> WKV:
     """Maps the observer's states to the teacher's sizes, one layer of the teacher at a time."""
+    # [B J n n]: the observer's heads of all layers in one axis, layer by layer.
     sources = jnp.moveaxis(wkv, 1, 0).reshape(wkv.shape[1], -1, *wkv.shape[3:])
     product = functools.partial(jnp.einsum, precision="highest")
 
@@ -238,6 +240,7 @@ def check_prompt_tokens(tokens: Tokens, lengths: Lengths | None, vocab_size: int
 
 def moments(wkv: WKV) -> Moments:
     """Computes mean and variance of states over their rows."""
+    # Not E[x^2] - E[x]^2, which loses its digits where states hardly vary.
     mean = jnp.mean(wkv, axis=1)
     variance = jnp.mean(jnp.square(wkv - mean[:, None]), axis=(1, 3, 4))
     return Moments(mean, variance)
@@ -251,6 +254,7 @@ def fraction_of_variance_unexplained(
     Its mean over rows is the fraction of variance unexplained if the variance is theirs. A head
     whose states hardly vary counts as if it had a millionth of the average variance.
     """
+    # 1e-12 is for a teacher none of whose states vary, as with one repeated prompt.
     floor = jnp.maximum(1e-6 * jnp.mean(variance), 1e-12)
     error = jnp.mean(jnp.square(proposed - own), axis=(3, 4))
     return jnp.mean(error / jnp.maximum(variance, floor)[:, None], axis=(0, 2))

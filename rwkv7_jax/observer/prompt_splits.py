@@ -34,12 +34,14 @@ def add_prompt_splits(
     """
     batch = Batch.of(batch, caller="add_prompt_splits")
     rows, length = batch.tokens.shape[0], batch.tokens.shape[1] - 1
+    # A prompt of T tokens is allowed on request, but leaves no answer.
     longest = length - 1 if most is None else most
     if not 0 <= least <= longest <= length:
         raise ValueError(
             f"add_prompt_splits: `least` and `most` must be in order between 0 and {length}, "
             f"the row's inputs; got {least} and {longest}."
         )
+    # From seed and step alone, so that a resumed run draws the same splits.
     rng = np.random.default_rng([seed, step, _STREAM])
     split = rng.integers(least, longest + 1, rows)
     return batch.replace(split=split.astype(np.int32))
@@ -106,5 +108,6 @@ def continuations(
     weights = move(weights) * inside
     if total is None:
         total = jnp.sum(weights)
+    # Without a target that counts the sum is 0, and 0 / tiny gives shares of 0 and no NaN.
     shares = weights / jnp.maximum(total, jnp.finfo(weights.dtype).tiny)
     return move(tokens[:, :-1]), move(tokens[:, 1:]), shares

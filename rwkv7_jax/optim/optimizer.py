@@ -95,7 +95,7 @@ def learning_rate_schedule(
         peak: at the end of the warm-up, which starts at a hundredth of it.
         final: from `total_steps` on; "constant" stays at `peak`.
         warmup_steps: steps of the warm-up; 0 for none.
-        total_steps: steps of the whole run.
+        total_steps: steps of the run, warm-up included.
 
     Raises:
         ValueError: an unknown kind.

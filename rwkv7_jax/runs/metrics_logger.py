@@ -188,7 +188,14 @@ class MetricsLogger:
 
     def _show(self, number: int, numbers: Mapping[str, float]) -> None:
         bits = numbers.get("loss_nats", math.nan) / math.log(2)
-        text = "nothing to learn" if math.isnan(bits) else f"loss {bits:.3f} bits"
+        # A loss that is no cross entropy, such as an observer's without answers, has no bits.
+        loss = numbers.get("loss", math.nan)
+        if not math.isnan(bits):
+            text = f"loss {bits:.3f} bits"
+        elif not math.isnan(loss):
+            text = f"loss {loss:.3f}"
+        else:
+            text = "nothing to learn"
         speed = f"{numbers['tokens_per_second']:.0f} tokens/s"
         self._bar.update(number - self._start_step, f"{text}  {speed}")
 

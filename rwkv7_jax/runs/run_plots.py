@@ -31,13 +31,18 @@ def draw(folder: RunDirectory, mode: TrainingMode, trained: Any) -> None:
     rows = folder.rows()
     lines: dict[str, Points] = {}
     _add_line(lines, rows, "loss_nats", "training (bits per token)", scale=1 / math.log(2))
+    unit = "bits"
+    if not lines:
+        # A weighted sum of terms, such as an observer's without answers, is not in bits.
+        _add_line(lines, rows, "loss", "training (loss)")
+        unit = "loss"
     _add_line(lines, rows, "held_out_bits_per_byte", "held out (bits per byte)")
     shares: dict[str, Points] = {}
     # Where text is measured, its bits say more than the accuracies of tasks besides it.
     if "held out (bits per byte)" not in lines:
         for name in _share_names(rows)[:_MOST_SHARES]:
             _add_line(shares, rows, name, name.replace("_", " "))
-    plots.curves(folder.path / "loss.png", lines, x="step", y="bits", shares=shares)
+    plots.curves(folder.path / "loss.png", lines, x="step", y=unit, shares=shares)
     if isinstance(mode, StateMode) and not isinstance(mode, UpscaledStateMode):
         prompt = mode.data.stream[: mode.settings.data.length]
         typical = prefill_state(mode.model, mode.frozen, prompt)

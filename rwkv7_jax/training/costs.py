@@ -54,11 +54,11 @@ class _Stored:
     narrow: int
 
     def bytes(self, config: RWKV7Config) -> int:
-        """Bytes per token."""
+        """Computes the bytes per token."""
         return config.width * (4 * self.wide + _activation_bytes(config) * self.narrow)
 
 
-# Of one layer, by what is trained. Counted in the traced gradient.
+# Of one layer, by the trained numbers. Counted in the traced gradient.
 _STORED_BY_LAYER = {"weights": _Stored(15, 30), "state": _Stored(12, 13)}
 
 # Outside the layers: embedding, the outer norms, the first layer's values.
@@ -241,7 +241,7 @@ def training_memory(
         chunk: tokens between two states that the recurrence stores.
 
     Raises:
-        ValueError: an unknown word for what is trained.
+        ValueError: an unknown value of `trained`.
     """
     if trained not in TRAINED:
         raise ValueError(

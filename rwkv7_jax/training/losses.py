@@ -52,6 +52,7 @@ def map_token_chunks(per_token, *arrays: Shaped[Array, "B T ..."], chunk: int = 
     tokens = arrays[0].shape[1]
     chunk = max(min(chunk, tokens), 1)
 
+    # [B T ...] -> [chunks B C ...], the layout that `lax.map` walks through.
     def cut(x):
         padding = ((0, 0), (0, -tokens % chunk), *((0, 0),) * (x.ndim - 2))
         x = jnp.pad(x, padding)
@@ -60,6 +61,7 @@ def map_token_chunks(per_token, *arrays: Shaped[Array, "B T ..."], chunk: int = 
     def join(x):
         return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :tokens]
 
+    # Without the checkpoint, the scan of the backward pass would store every chunk's logits.
     per_chunk = jax.checkpoint(per_token)
     chunks = tuple(cut(x) for x in arrays)
     results = jax.lax.map(lambda xs: per_chunk(*xs), chunks)
@@ -84,6 +86,8 @@ class TokenStatistics(NamedTuple):
 
 
 def _cross_entropy(logits, targets):
+    # A gather of one logit and a logsumexp: `log_softmax` would make another array as large as all
+    # logits.
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 

@@ -134,7 +134,7 @@ def _gradients(loss: Partial, params, batch: Mapping[str, Any], accumulate: int)
     else:
         batch = {**batch, "weights": weights}
     if accumulate == 1:
-        grad = jax.value_and_grad(lambda params, whole: loss(params, whole), has_aux=True)
+        grad = jax.value_and_grad(lambda params, batch: loss(params, batch), has_aux=True)
         return grad(params, batch)
 
     pieces = _cut(batch, accumulate)

@@ -59,6 +59,7 @@ def second_moment(
     psi: Float[Array, "B T H M"], weights: Float[Array, "B T"]
 ) -> Float[Array, "1 H M M"]:
     """Averages psi psi^T per head over tokens, weighted by `weights`; not centred."""
+    # Full precision: DBP inverts these matrices, and their small eigenvalues matter most.
     psi = psi.astype(jnp.float32)
     total = jnp.einsum("bthm,bthn,bt->hmn", psi, psi, weights, precision="highest")
     return (total / jnp.maximum(jnp.sum(weights), 1e-9))[None]
@@ -103,7 +104,8 @@ def state_statistics(
             reads = memory_read_vectors(upscaled, parts, implementation=implementation)
             return second_moment(reads, weights)
 
-        # One layer at a time: the read vectors of all layers would not fit beside the model.
+        # `lax.map` takes one layer at a time: the read vectors of all layers would need too much
+        # memory next to the model.
         layers = (trace, state.upscaled)
         moments = jax.tree.map(lambda _: None, state)
         if "wkv" in leaves:

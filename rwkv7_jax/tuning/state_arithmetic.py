@@ -58,6 +58,7 @@ def capacity(state: RWKV7State) -> Capacity:
         if np.any(state.upscaled.memory):
             trained += memory
     trained = trained or memory or wkv
+    # Fewest facts with the most numbers for each, and the reverse.
     least, most = NUMBERS_PER_FACT
     return Capacity(
         wkv=wkv,
@@ -91,6 +92,7 @@ def weighted_sum(states: Sequence[RWKV7State], weights: Sequence[float]) -> RWKV
             _check_single(state, f"states[{index}]")
             _check_alike(states[0], state, f"states[{index}]")
 
+    # Weights take the leaf's dtype: one state with weight 1 comes out as it is, bit for bit.
     def weighted(*leaves):
         first, *others = leaves
         total = first * jnp.asarray(weights[0], first.dtype)

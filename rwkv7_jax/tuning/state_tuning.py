@@ -1,4 +1,4 @@
-"""The loss of a start state of a frozen model, and masks of what is tuned."""
+"""The loss of a start state of a frozen model, and masks of its tuned arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +103,7 @@ def add_anchor_and_metrics(
     if anchor:
         batch = Batch.of(batch, "anchor", caller="loss")
         tokens = jnp.asarray(batch.anchor)[:, :-1]
+        # The base model is this model from the zero state.
         base = hidden_states_from(model, params, init_state(model.config), tokens)
         tuned = hidden_states_from(model, params, state, tokens)
         statistics = token_statistics(
@@ -114,6 +115,7 @@ def add_anchor_and_metrics(
         divergence = jnp.mean(statistics.kl)
         value = value + anchor * divergence
         metrics = metrics | {"anchor_nats": divergence}
+    # Of an upscaled state the WKV part stays zero: its size would say nothing.
     tuned_memory = state.wkv if state.upscaled is None else state.upscaled.memory
     sizes = {
         "state_max": jnp.max(jnp.abs(tuned_memory)),

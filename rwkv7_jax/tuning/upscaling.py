@@ -152,6 +152,7 @@ def _place_landmarks(
     points: np.ndarray, count: int, rng: np.random.Generator, method: str
 ) -> np.ndarray:
     """Places `count` landmarks among the distinct points, with noise on points used twice."""
+    # Vectors that agree to four decimals are one point: a second landmark there would add nothing.
     points = np.unique(np.round(points, 4), axis=0)
     points = points[rng.permutation(len(points))[:_MAX_POINTS]]
     centres = points[rng.permutation(len(points))[:count]]
@@ -275,6 +276,7 @@ def _prepare(features: Features, reads: np.ndarray, prepare: str, damping: float
     mean = jnp.stack(means)
     covariance = jnp.stack(covariances)
     scale = jnp.trace(covariance, axis1=-2, axis2=-1)[..., None, None] / mean.shape[-1]
+    # Features that never vary stay zero and do not become NaN.
     scale = jnp.maximum(scale, 1e-20)
     if prepare == "whiten":
         turn = whitening(covariance, damping)
@@ -296,6 +298,7 @@ def _read_vectors(
     model: RWKV7, params: Params, tokens: np.ndarray, *, with_keys: bool
 ) -> np.ndarray:
     """Collects the read vectors [L R H N] of some text, and on request its removal keys too."""
+    # On the host: the read vectors of all layers of some thousand tokens may not fit on the device.
     pieces = []
     for first in range(0, len(tokens), _ROWS):
         parts = _recurrence_inputs(model, params, tokens[first : first + _ROWS])

@@ -1,4 +1,4 @@
-"""An observer's laws: what it can propose, and how far that is from right."""
+"""Laws of an observer's proposals and of their error."""
 
 import dataclasses
 
@@ -63,11 +63,11 @@ def test_token_shifts_have_the_teachers_activation_dtype(made):
     assert proposed.wkv.dtype == jnp.float32
 
 
-def test_tokens_behind_the_split_do_not_move_the_proposal(made, batch):
+def test_tokens_after_the_split_do_not_move_the_proposal(made, batch):
     observer, params = made
     inputs = batch["tokens"][:, :-1]
-    behind = np.arange(LENGTH)[None] >= batch["split"][:, None]
-    other = np.where(behind, (inputs + 7) % 23, inputs)
+    later = np.arange(LENGTH)[None] >= batch["split"][:, None]
+    other = np.where(later, (inputs + 7) % 23, inputs)
     one, two = (propose(observer, params, x, batch["split"]).wkv for x in (inputs, other))
     np.testing.assert_array_equal(one, two)
 

@@ -1,4 +1,4 @@
-"""What an observer's functions refuse, in one sentence."""
+"""Arguments that an observer's functions refuse, in one sentence."""
 
 import dataclasses
 

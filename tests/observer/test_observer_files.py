@@ -1,4 +1,4 @@
-"""An observer's folder: bit for bit, and refused where it is another's or damaged."""
+"""An observer's folder: saved bit for bit; refused if it is damaged or of another teacher."""
 
 import dataclasses
 

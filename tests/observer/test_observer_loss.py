@@ -1,4 +1,4 @@
-"""What moves an observer, and what it is worth: losses, gradients, handover, drift."""
+"""An observer's loss, its gradients and its evaluation."""
 
 import jax
 import jax.numpy as jnp
@@ -115,10 +115,10 @@ def test_models_of_other_widths_diverge_by_their_own_heads():
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_without_answers_what_is_behind_the_splits_has_no_influence(made, teacher, batch):
+def test_without_answers_the_tokens_after_the_splits_have_no_influence(made, teacher, batch):
     loss = jax.jit(observer_loss(made[0], *teacher, answers=0.0))
-    behind = np.arange(LENGTH + 1)[None] >= batch["split"][:, None]
-    other = batch | {"tokens": np.where(behind, (batch["tokens"] + 7) % 23, batch["tokens"])}
+    later = np.arange(LENGTH + 1)[None] >= batch["split"][:, None]
+    other = batch | {"tokens": np.where(later, (batch["tokens"] + 7) % 23, batch["tokens"])}
     other |= {"mask": 1 - batch["mask"]}
     one, metrics = loss(made[1], batch)
     two, _ = loss(made[1], other)
@@ -141,7 +141,7 @@ def test_a_batch_without_answers_costs_nothing(step, made, batch):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
-def test_drift_is_the_unexplained_variance_row_by_row(made, teacher, batch, result):
+def test_the_proposal_error_is_the_unexplained_variance_row_by_row(made, teacher, batch, result):
     tokens, lengths = batch["tokens"][:, :-1], batch["split"]
     rows = proposal_error(*made, *teacher, tokens, lengths=lengths)
     assert float(rows.mean()) == pytest.approx(float(result[0]["fvu"]), rel=1e-5)

@@ -1,4 +1,4 @@
-"""Prompts and what is behind them: where rows are cut, and their tails."""
+"""Prompt/continuation splits: where rows are cut, and the parts after the cut."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ from rwkv7_jax.observer.prompt_splits import add_prompt_splits, continuations
 batch = pytest.fixture(tiny_observers.batch, scope="module")
 
 
-def test_a_tail_is_rolled_to_the_front():
+def test_the_part_after_the_split_is_moved_to_the_front():
     tokens = jnp.arange(10).reshape(2, 5)
     inputs, targets, shares = continuations(tokens, jnp.array([1, 3]), jnp.ones((2, 4)))
     np.testing.assert_array_equal(inputs[0, :3], [1, 2, 3])

@@ -1,4 +1,4 @@
-"""Decorrelated updates: what they equal, and what missing or bad statistics do."""
+"""Decorrelated updates: their arithmetic, and missing or bad statistics."""
 
 import jax
 import jax.numpy as jnp

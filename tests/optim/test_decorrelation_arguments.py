@@ -1,4 +1,4 @@
-"""What `decorrelate` refuses, in one sentence."""
+"""Arguments that `decorrelate` refuses, in one sentence."""
 
 import re
 

@@ -118,7 +118,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing_under_apply_if_finite():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_second_call_does_not_compile_and_donated_states_are_whole(mode):
+def test_the_second_call_does_not_compile_and_donated_states_stay_complete(mode):
     tx = decorrelate(optax.adam(1e-2), mode=mode)
     step = jax.jit(lambda s: tx.update(GRADS, s, PARAMS, stats=STATS), donate_argnums=0)
     state = tx.init(PARAMS)

@@ -1,4 +1,4 @@
-"""Matrices, their inputs' covariances, and what decorrelated updates make of them."""
+"""Matrices, their inputs' covariances, and decorrelated updates of them."""
 
 import functools
 
@@ -47,7 +47,7 @@ def compiled(tx):
 
 
 def run(tx, params, updates):
-    """The parameters and the optimizer's state behind a list of (gradient, statistics)."""
+    """The parameters and the optimizer's state after a list of (gradient, statistics)."""
     step, state = compiled(tx), tx.init(params)
     for grads, stats in updates:
         moves, state = step(grads, state, params, stats)

@@ -1,4 +1,4 @@
-"""A small teacher, observers of it, and what each row gives when it is read alone.
+"""A small teacher, observers of it, and each row's results when it is read alone.
 
 The functions whose arguments are named like others are made fixtures where they are used.
 """
@@ -19,7 +19,7 @@ REST = {"decay_rank": 4, "icl_rank": 4, "value_rank": 3, "gate_rank": 5, "implem
 # 2 layers of 2 heads of 16 are proposed from 1 layer of 3 heads of 8.
 TEACHER = RWKV7Config(vocab_size=23, num_layers=2, width=32, head_size=16, **REST)
 SMALL = RWKV7Config(vocab_size=23, num_layers=1, width=24, head_size=8, **REST)
-# Prompts and what is behind them have 4 and 9 inputs: two lengths for the plain model to compile.
+# Prompts and the parts after them have 4 and 9 inputs: two lengths for the plain model to compile.
 ROWS, LENGTH = 4, 13
 SPLITS = (4, 9, 9, 4)
 
@@ -94,7 +94,7 @@ def proposed(made, batch):
 
 
 def by_rows(teacher, start, batch):
-    """The loss and the accuracy behind the splits, each row continued alone from its state."""
+    """The loss and the accuracy after the splits, each row continued alone from its state."""
     total = np.zeros(3)
     for i, split in enumerate(SPLITS):
         inputs, targets = batch["tokens"][i : i + 1, split:-1], batch["tokens"][i, split + 1 :]

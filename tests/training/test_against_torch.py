@@ -1,4 +1,4 @@
-"""Fifty steps from scratch beside plain PyTorch, which restates model, loss and optimizer."""
+"""Fifty steps from scratch next to plain PyTorch, which restates model, loss and optimizer."""
 
 import functools
 import importlib
@@ -50,7 +50,7 @@ def new():
 
 @functools.cache
 def ours():
-    """The losses before each step, and the weights behind the last by official name."""
+    """The losses before each step, and the weights after the last one by official name."""
     rules = oracle().Rules()
     rate = learning_rate_schedule(
         "cosine", rules.first, rules.last, warmup_steps=rules.warmup, total_steps=rules.steps

@@ -1,4 +1,4 @@
-"""Arithmetic and memory by sizes alone, against what the compiler counts."""
+"""Arithmetic and memory by sizes alone, compared with the compiler's counts."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ def batch(rows, length):
 
 
 def compiled(config, kind, rows, length):
-    """The program of reading, or of the gradient of what is trained."""
+    """The compiled forward pass, or the gradient of the trained numbers."""
     model, params, states = shapes(config, rows)
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     if kind == "forward":
@@ -83,7 +83,7 @@ def test_the_compiler_counts_the_same_operations_for_the_recurrence_alone():
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "block"])
 @pytest.mark.parametrize("trained", ["weights", "state"])
-def test_activations_are_what_the_compiler_sets_aside_within_a_quarter(remat, trained):
+def test_activations_are_within_a_quarter_of_the_compilers_temporary_memory(remat, trained):
     config = RWKV7Config(vocab_size=64, num_layers=4, width=128, head_size=64, remat=remat)
     needed = compiled(config, trained, 2, 128).memory_analysis().temp_size_in_bytes
     found = training_memory(config, batch=2, length=128, trained=trained).activations
@@ -100,7 +100,9 @@ def test_parameters_of_a_published_size_follow_the_published_formula():
     config = RWKV7Config.preset("1.5b")
     v, c, layers, ranks = 65536, 2048, 24, 96 + 96 + 64 + 256
     whole = 2 * v * c + 4 * c + layers * (19 * c + 12 * c**2 + 2 * c * ranks)
-    assert parameter_count(config) == whole - (c + 2 * c * 64)  # without block 0's dummies
+    assert parameter_count(config) == whole - (
+        c + 2 * c * 64
+    )  # without block 0's unused value residual
 
 
 def test_a_large_models_training_takes_six_operations_a_weight():
@@ -111,7 +113,7 @@ def test_a_large_models_training_takes_six_operations_a_weight():
     assert found.forward < found.state < found.training
 
 
-def test_moments_and_gradients_are_those_of_what_is_trained():
+def test_moments_and_gradients_are_those_of_the_trained_numbers():
     memory = training_memory(CONFIG, batch=4, length=64, accumulate=2)
     weights = 4 * parameter_count(CONFIG)
     assert (memory.parameters, memory.moments) == (weights, 2 * weights)
@@ -122,7 +124,7 @@ def test_moments_and_gradients_are_those_of_what_is_trained():
     assert tuned.total == sum(dataclasses.astuple(tuned))
 
 
-def test_pieces_of_a_batch_and_blocks_made_anew_need_less():
+def test_accumulation_and_rematerialisation_need_less_memory():
     def need(config=CONFIG, **changes):
         return training_memory(config, batch=4, length=64, **changes).activations
 
@@ -134,7 +136,7 @@ def test_pieces_of_a_batch_and_blocks_made_anew_need_less():
     assert need(half) < 0.9 * need(deep)
 
 
-def test_something_else_to_train_is_refused():
+def test_an_unknown_word_for_the_trained_numbers_is_refused():
     sentence = "training_memory: `trained` must be one of weights, state; got 'head'."
     with pytest.raises(ValueError) as caught:
         training_memory(CONFIG, batch=1, length=1, trained="head")

@@ -1,4 +1,4 @@
-"""The losses against their plain forms, and what the chunked one never holds."""
+"""The losses compared with their plain forms, and the memory of the chunked one."""
 
 import dataclasses
 import functools

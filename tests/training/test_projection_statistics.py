@@ -1,4 +1,4 @@
-"""Decorrelated training of weights: whose inputs are looked at, and that it learns."""
+"""Decorrelated training of weights: the statistics of the projections' inputs, and learning."""
 
 import jax
 import jax.numpy as jnp

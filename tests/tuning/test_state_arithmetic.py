@@ -1,4 +1,4 @@
-"""Start states as adapters: what mixtures are, and what holds something."""
+"""Weighted sums, scaling, capacity and singular values of start states."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Tuning a start state: what moves, what cannot."""
+"""Tuning a start state: which arrays move, their gradients, and DBP's statistics."""
 
 import dataclasses
 import functools
