@@ -47,10 +47,6 @@ def prefix_errors(function: str) -> Iterator[None]:
         _inside.reset(token)
 
 
-def _prefix(caller: str | None) -> str:
-    return "" if caller is None else f"{caller}: "
-
-
 def check_function(value: Any, argument: str) -> None:
     """Checks that a value can be called.
 
@@ -89,16 +85,6 @@ def check_number(
         raise TypeError(f"{argument} must be a number; got {type(value).__name__}.") from None
     if not (math.isfinite(number) and low <= number <= high):
         raise ValueError(f"{argument} must be from {low:g} to {high:g}; got {number:g}.")
-
-
-def _check_number(
-    value: Any,
-    low: float,
-    high: float,
-    *,
-    subject: str,
-) -> None:
-    check_number(value, low, high, subject)
 
 
 def check_count(value: Any, least: int, argument: str) -> int:
@@ -150,12 +136,7 @@ def check_ids(ids: Any, vocab_size: int, argument: str) -> np.ndarray:
     return array.astype(np.int32)
 
 
-def check_tokens(
-    tokens: Int[Array | np.ndarray, "..."],
-    vocab_size: int,
-    *,
-    caller: str | None = None,
-) -> None:
+def check_tokens(tokens: Int[Array | np.ndarray, "..."], vocab_size: int) -> None:
     """Checks that token ids are integers inside the vocabulary.
 
     The values of traced ids are unknown: of these only the dtype is checked.
@@ -165,7 +146,7 @@ def check_tokens(
         ValueError: an id is out of range; the message gives its position.
     """
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise TypeError(f"{_prefix(caller)}`tokens` must be integers; got {tokens.dtype}.")
+        raise TypeError(f"`tokens` must be integers; got {tokens.dtype}.")
     if isinstance(tokens, jax.core.Tracer):
         return
     ids = np.asarray(tokens)
@@ -173,7 +154,7 @@ def check_tokens(
     if len(wrong):
         position = tuple(wrong[0].tolist())
         raise ValueError(
-            f"{_prefix(caller)}`tokens` must be at least 0 and below {vocab_size}; "
+            f"`tokens` must be at least 0 and below {vocab_size}; "
             f"got {ids[position]} at position {position}."
         )
 
@@ -182,7 +163,6 @@ def check_lengths(
     lengths: Lengths,
     tokens: tuple[int, int],
     *,
-    caller: str | None = None,
     name: str = "lengths",
 ) -> None:
     """Checks that `lengths` has one integer for each row, none of them longer than the rows.
@@ -190,7 +170,6 @@ def check_lengths(
     Args:
         lengths: the number of tokens of each row that count.
         tokens: the number of rows and the number of tokens in a row.
-        caller: the public function's name, for the message.
         name: the argument's name, for the message.
 
     Raises:
@@ -198,7 +177,7 @@ def check_lengths(
         ValueError: there is not one length for each row, or one is out of range.
     """
     rows, tokens_per_row = tokens
-    argument = f"{_prefix(caller)}`{name}`"
+    argument = f"`{name}`"
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"{argument} must be integers; got {lengths.dtype}.")
     if tuple(lengths.shape) != (rows,):
@@ -221,7 +200,6 @@ def check_prompts(
     prompts: Any,
     vocab_size: int,
     *,
-    caller: str | None = None,
     name: str = "prompts",
 ) -> list[list[int]]:
     """Returns prompts as lists of ids.
@@ -229,14 +207,13 @@ def check_prompts(
     Args:
         prompts: a list of prompts; each one is a list of ids that is not empty.
         vocab_size: the number of ids that the model has.
-        caller: the public function's name, for the message.
         name: the argument's name, for the message.
 
     Raises:
         ValueError: there is no prompt, one is empty, or an id is outside the vocabulary.
         TypeError: the ids are not integers, or there is one flat list.
     """
-    argument = f"{_prefix(caller)}`{name}`"
+    argument = f"`{name}`"
     if not isinstance(prompts, Sequence | np.ndarray) or isinstance(prompts, str | bytes):
         kind = type(prompts).__name__
         raise TypeError(f"{argument} must be a list of lists of ids; got {kind}.")
@@ -254,7 +231,7 @@ def check_prompts(
     return rows
 
 
-def typed_key(key: Any, *, caller: str | None = None) -> Array:
+def typed_key(key: Any) -> Array:
     """Returns a random key, or an array of keys, as a typed key array.
 
     Raises:
@@ -262,7 +239,7 @@ def typed_key(key: Any, *, caller: str | None = None) -> Array:
     """
     if not isinstance(key, jax.Array):
         kind = type(key).__name__
-        raise TypeError(f"{_prefix(caller)}`key` must be a random key; got {kind}.")
+        raise TypeError(f"`key` must be a random key; got {kind}.")
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
     return jax.random.wrap_key_data(key)

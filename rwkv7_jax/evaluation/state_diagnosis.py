@@ -138,7 +138,7 @@ def _reads(
         return summary(memory_read_vectors(layer[1], layer[0], implementation=implementation))
 
     layers, found = (trace, state.upscaled), {}
-    if state.upscaled is None or state.upscaled.readout is None:
+    if state.upscaled is None or not state.upscaled.form.replaces_wkv:
         found["wkv"] = jax.lax.map(plain, layers)
     if state.upscaled is not None:
         found["memory"] = jax.lax.map(wide, layers)

@@ -110,15 +110,14 @@ def whole_tokens(
     return count, -drop
 
 
-def check_stop_strings(stop_strings: Sequence[str], *, caller: str | None = None) -> None:
+def check_stop_strings(stop_strings: Sequence[str]) -> None:
     """Checks that these are strings that can stop a text.
 
     Raises:
         TypeError: one string instead of a list, or something else in it.
         ValueError: an empty string.
     """
-    prefix = "" if caller is None else f"{caller}: "
     if isinstance(stop_strings, str) or not all(isinstance(stop, str) for stop in stop_strings):
-        raise TypeError(f"{prefix}`stop_strings` must be a list of strings; got {stop_strings!r}.")
+        raise TypeError(f"`stop_strings` must be a list of strings; got {stop_strings!r}.")
     if "" in stop_strings:
-        raise ValueError(f"{prefix}`stop_strings` must hold no empty string; got one.")
+        raise ValueError("`stop_strings` must hold no empty string; got one.")

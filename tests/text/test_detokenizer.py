@@ -60,8 +60,8 @@ def test_of_two_stop_strings_the_first_complete_counts_and_of_equal_ends_the_lon
 
 
 def test_stop_strings_are_checked():
-    check_stop_strings(["a", "b"], caller="f")
-    with pytest.raises(ValueError, match="f: `stop_strings` must hold no empty string"):
-        check_stop_strings(["a", ""], caller="f")
+    check_stop_strings(["a", "b"])
+    with pytest.raises(ValueError, match=r"^`stop_strings` must hold no empty string"):
+        check_stop_strings(["a", ""])
     with pytest.raises(TypeError):
-        check_stop_strings("ab", caller="f")
+        check_stop_strings("ab")

@@ -316,7 +316,7 @@ class StateTuningMode(TrainingMode):
         result = scaled(params, alpha)
         # A static memory is linear in its features, so the map that whitens them folds into it and
         # the file needs no map.
-        if result.upscaled is not None and result.upscaled.dynamics == "static":
+        if result.upscaled is not None and not result.upscaled.form.has_own_rows:
             result = result.replace(upscaled=fold_feature_map(result.upscaled))
         path = folder / self.result_name
         info = {"base_model": model_hash(self.frozen, self.model.config), "alpha": alpha}
