@@ -24,11 +24,12 @@ from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.runs import compilation_cache, config_flags, multihost, process
 from rwkv7_jax.runs.early_stopping import RunProgress
 from rwkv7_jax.runs.exit_codes import Stopped
+from rwkv7_jax.runs.first_state import restore_or_init
 from rwkv7_jax.runs.input_pipeline import InputPipeline
 from rwkv7_jax.runs.metrics_logger import MetricsLogger
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.registry import make_mode
-from rwkv7_jax.runs.multihost import open_run_directory, restore_and_broadcast
+from rwkv7_jax.runs.multihost import open_run_directory
 from rwkv7_jax.runs.process import StopSignals
 from rwkv7_jax.runs.profiler import ProfileWindow
 from rwkv7_jax.runs.resume.run_identity import flat_settings, identity_of
@@ -82,28 +83,6 @@ def set_up(settings: Settings, folder: RunDirectory) -> Run:
         identity=identity,
         mesh=sharding.make_data_mesh(mode.rows_per_step),
     )
-
-
-def restore_or_init(run: Run, folder: RunDirectory) -> tuple[TrainState, RunProgress]:
-    """Restores the newest checkpoint, or makes the first state where there is none.
-
-    Neither way keeps a second copy of the trainable parameters or of their moments alive.
-    """
-
-    def create(params: Any) -> TrainState:
-        return TrainState.create(params, run.tx)
-
-    def init() -> TrainState:
-        # `create` copies its input, so that it may be donated: the input becomes the copy.
-        state = jax.jit(create, donate_argnums=0)(run.mode.init_params())
-        # A restored state is committed to a device. A new one has to be as well, or the two would
-        # run differently compiled programs and end with other bits.
-        return sharding.replicate(None, state)
-
-    abstract = jax.eval_shape(create, run.mode.abstract_params)
-    state, progress = restore_and_broadcast(folder, abstract, run.identity, init)
-    run.mode.release_initial()
-    return state, progress
 
 
 def evaluate(run: Run, state: TrainState, folder: RunDirectory) -> Metrics:
@@ -204,7 +183,7 @@ def train(settings: Settings, folder: RunDirectory, stop: StopSignals) -> None:
         mode = run.mode
         mesh = run.mesh
         devices = mesh.size if mesh else 1
-        state, progress = restore_or_init(run, folder)
+        state, progress = restore_or_init(mode, run.tx, folder, run.identity)
         first = int(state.step)
         # Before the state is replicated: it describes what one device holds.
         print_summary(mode, state, progress, identity=run.identity, devices=devices)

@@ -1,0 +1,51 @@
+"""The state that a run begins with: restored from its newest checkpoint, or new."""
+
+from typing import Any
+
+import jax
+import optax
+
+from rwkv7_jax import sharding
+from rwkv7_jax.runs.early_stopping import RunProgress
+from rwkv7_jax.runs.modes.base import TrainingMode
+from rwkv7_jax.runs.multihost import restore_and_broadcast
+from rwkv7_jax.runs.resume.run_identity import Identity
+from rwkv7_jax.runs.run_directory import RunDirectory
+from rwkv7_jax.training.train_step import TrainState
+
+
+def restore_or_init(
+    mode: TrainingMode,
+    tx: optax.GradientTransformation,
+    folder: RunDirectory,
+    identity: Identity,
+) -> tuple[TrainState, RunProgress]:
+    """Restores the newest checkpoint, or makes the first state where there is none.
+
+    Neither way keeps a second copy of the trainable parameters or of their moments alive.
+
+    Args:
+        mode: makes the parameters of a new run.
+        tx: the optimizer.
+        folder: of the run.
+        identity: what the run and its checkpoints must share.
+
+    Raises:
+        NoValidCheckpoint: there are checkpoints, or have been, and all are damaged.
+        ValueError: the checkpoints are of another run.
+    """
+
+    def create(params: Any) -> TrainState:
+        return TrainState.create(params, tx)
+
+    def init() -> TrainState:
+        # `create` copies its input, so that it may be donated: the input becomes the copy.
+        state = jax.jit(create, donate_argnums=0)(mode.init_params())
+        # A restored state is committed to a device. A new one has to be as well, or the two would
+        # run differently compiled programs and end with other bits.
+        return sharding.replicate(None, state)
+
+    abstract = jax.eval_shape(create, mode.abstract_params)
+    state, progress = restore_and_broadcast(folder, abstract, identity, init)
+    mode.release_initial()
+    return state, progress
