@@ -136,3 +136,22 @@ def test_the_export_context_ends_with_its_block():
     with kernels_of_all_platforms():
         pass
     assert kernels_in(lower("tpu")) == []
+
+
+def test_an_exported_gradient_holds_the_targets_kernels_and_runs_on_a_cpu():
+    def gradients(inputs, state):
+        (y, end), pull = jax.vjp(op, inputs, state)
+        return tuple(pull((jnp.sin(y), jnp.cos(end)))[0])
+
+    allowed = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+    export = jax.export.export(
+        jax.jit(lambda *arguments: gradients(*arguments)),
+        platforms=("cpu", "cuda"),
+        disabled_checks=[allowed],
+    )
+    expected = jax.jit(gradients)(INPUTS, STATE)
+    with kernels_of_all_platforms(), targeting("cuda"):
+        exported = export(INPUTS, STATE)
+    assert exported.mlir_module().count(MARKS["cuda"]) >= 2
+    for left, right in zip(exported.call(INPUTS, STATE), expected, strict=True):
+        assert_close(left, right, SAME["op"])
