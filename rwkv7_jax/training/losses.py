@@ -138,8 +138,12 @@ def token_statistics(
         correct = None
         kl = None
         if targets is not None:
-            scaled = logits if temperature is None else logits / temperature
-            nats = _cross_entropy(scaled, x["targets"])
+            if temperature is None:
+                nats = _cross_entropy(logits, x["targets"])
+            else:
+                # Not as above: in this order it rounds as policy gradients always did.
+                logp = jax.nn.log_softmax(logits / temperature)
+                nats = -jnp.take_along_axis(logp, x["targets"][..., None], axis=-1)[..., 0]
             correct = jnp.argmax(logits, axis=-1) == x["targets"]
         if reference is not None:
             others = head_logits(x["reference"], reference_head)
