@@ -106,7 +106,8 @@ def capability() -> int:
 def override(choice: GPU | TPU) -> Iterator[None]:
     """Replaces the tables' choice while the context lasts, to measure it.
 
-    It counts when a call is traced: JAX's caches must be cleared before and after."""
+    It counts when a call is traced: JAX's caches must be cleared before and after.
+    """
     token = _override.set(choice)
     try:
         yield
