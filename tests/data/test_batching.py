@@ -35,7 +35,8 @@ def read(batch):
 
 
 def test_masks_follow_their_tokens_into_every_window(stream):
-    text, counted = spelled(stream[:]), "--cd.efghijkl..-n.---------- o."
+    text = spelled(stream[:])
+    counted = "--cd.efghijkl..-n.---------- o."
     assert text == "abcd.efghijkl..mn.Assistant: o."
     for step in range(20):
         for row, mask in read(batch_at(stream, step, batch_size=2, length=6)):

@@ -76,7 +76,8 @@ def test_a_bad_line_is_named_by_file_and_number(file, fault):
 
 @pytest.mark.parametrize("fault", BAD)
 def test_bad_lines_can_be_skipped_and_are_counted(file, fault):
-    path, stats = file(GOOD + BAD[fault][0] + GOOD), ReadStats()
+    path = file(GOOD + BAD[fault][0] + GOOD)
+    stats = ReadStats()
     # The line's end has two bytes in UTF-16; the second one is the first of the next line.
     lost = 2 if fault == "UTF-16" else 1
     found = list(documents(path, on_bad="skip", stats=stats))

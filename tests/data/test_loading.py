@@ -41,7 +41,8 @@ def test_an_epoch_reads_every_window_once_and_the_next_another_way():
         for step in range(2 * windows_)
         for row in batch_at(stream, step, batch_size=1, length=16).tokens
     ]
-    first, second = read[:windows_], read[windows_:]
+    first = read[:windows_]
+    second = read[windows_:]
     for epoch in (first, second):
         assert sorted(epoch) == list(range(min(epoch), min(epoch) + 16 * windows_, 16))
     assert first != second

@@ -24,7 +24,8 @@ def test_the_magic_prime_is_the_largest_that_fits():
 
 
 def test_the_cubic_order_reads_every_window_below_the_prime_once():
-    tokens, length = 100 * 8, 8
+    tokens = 100 * 8
+    length = 8
     prime = magic_prime(tokens, length)
     assert prime == 89
     epoch = cubic_windows(range(prime), tokens=tokens, length=length)
@@ -34,7 +35,10 @@ def test_the_cubic_order_reads_every_window_below_the_prime_once():
 
 def test_the_cubic_order_is_the_trainers_whatever_the_batch_and_the_devices():
     """Restated from the trainer: mini-epochs of 40320 samples, dealt to ranks one by one."""
-    tokens, length, world, per_device = 300_000 * 4, 4, 2, 3
+    tokens = 300_000 * 4
+    length = 4
+    world = 2
+    per_device = 3
     prime = magic_prime(tokens, length)
     for batch in (0, 5, 6719, 6720, 20_000):
         epoch, place = divmod(batch * world * per_device, 40320)
@@ -49,5 +53,6 @@ def test_the_cubic_order_is_the_trainers_whatever_the_batch_and_the_devices():
 
 
 def test_a_shuffled_epoch_holds_everything_once_and_differs_from_the_next():
-    one, two = (shuffled(range(a, a + 50), seed=1, count=50) for a in (0, 50))
+    one = shuffled(range(50), seed=1, count=50)
+    two = shuffled(range(50, 100), seed=1, count=50)
     assert sorted(one) == sorted(two) == list(range(50)) and one != two

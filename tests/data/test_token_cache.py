@@ -21,7 +21,8 @@ CHOICES = [{}, {"order": "cubic"}, {"packing": "documents"}]
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """Writes texts and answered questions, some of them odd."""
-    random, lines = np.random.default_rng(0), []
+    random = np.random.default_rng(0)
+    lines = []
     for i in range(300):
         text = "".join(random.choice(list("abc \n"), random.integers(0, 90)))
         answered = {"prompt": text, "answer": f" {i}"}

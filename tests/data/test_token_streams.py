@@ -47,10 +47,12 @@ def test_where_documents_begin_is_found_from_token_0(monkeypatch):
 
 def test_a_filled_row_has_the_masks_of_its_ids():
     in_loss = (IDS % 3 > 0).astype(np.uint8)
-    stream, wanted = joined_stream(in_loss), [*[1] * 6, *(i % 3 > 0 for i in EXPECTED[6:])]
+    stream = joined_stream(in_loss)
+    wanted = [1] * 6 + [i % 3 > 0 for i in EXPECTED[6:]]
     for first in range(34):
         for size in range(1, 34 - first):
-            tokens, mask = np.zeros(size, np.int32), np.full(size - 1, 7.0)
+            tokens = np.zeros(size, np.int32)
+            mask = np.full(size - 1, 7.0)
             stream.fill(first, tokens, mask)
             assert tokens.tolist() == EXPECTED[first : first + size]
             assert mask.tolist() == wanted[first + 1 : first + size]
@@ -69,10 +71,14 @@ def test_the_hash_does_not_depend_on_where_the_ids_lie():
 @pytest.mark.parametrize("chunk", [7, 1 << 20])
 def test_the_hash_sees_every_id_mask_and_border(monkeypatch, chunk):
     monkeypatch.setattr(token_streams, "_CHUNK", chunk)
-    ids, in_loss, starts = np.arange(30), np.ones(30, np.uint8), np.array([0, 9, 30])
+    ids = np.arange(30)
+    in_loss = np.ones(30, np.uint8)
+    starts = np.array([0, 9, 30])
     seen = [data_hash(TokenStream.of_array(TokenArray(ids, in_loss, starts)))]
     for place in range(30):
-        other, mask, border = ids.copy(), in_loss.copy(), starts.copy()
+        other = ids.copy()
+        mask = in_loss.copy()
+        border = starts.copy()
         other[place] += 1
         mask[place] = 0
         border[1] = place
