@@ -1,8 +1,8 @@
-"""A run's report: one HTML file that needs nothing beside itself.
+"""The report of a run: one HTML file that needs no other file.
 
-It is a function of the folder's files alone: `settings.json`, `metrics.jsonl`, `samples.jsonl` (a
-prompt and its text a line), `events.jsonl` (start, resume, skipped, saved, stopped), `system.json`
-and pictures. What is not there makes no section.
+It depends on the files of the run directory only: `settings.json`, `metrics.jsonl`, `samples.jsonl`
+(a prompt and its text per line), `events.jsonl` (start, resume, skipped, stopped, finished),
+`system.json` and PNG files. A section whose file is missing is left out.
 """
 
 import base64
@@ -10,7 +10,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from rwkv7_jax.reports.metric_writers import JSONL, merged
 from rwkv7_jax.reports.svg_charts import Mark, Points, line_chart
 from rwkv7_jax.reports.system_info import lines
 
-# Charts that hold several numbers: title, names, logarithmic. Every other number has its own.
-_CHARTS = (
+# Charts with several metrics: title, pattern of their names, whether y is logarithmic. Every other
+# metric gets a chart of its own.
+_SHARED_CHARTS = (
     ("loss (nats per token)", r"^(loss_nats|loss)$", False),
     ("bits per byte", log_name("", "bits_per_byte") + "$", False),
     ("accuracy", log_name("", "accuracy") + "$", False),
@@ -31,11 +32,13 @@ _CHARTS = (
 
 _NO_CHART = ("step", "seconds")
 
+# Events that change how a curve has to be read.
 _MARKED = ("resume", "skipped", "stopped")
 
 _KEY = "Upright lines: dashed where the run was resumed, red where updates were skipped."
 
-_EVENTS = 200
+# A run that is resumed again and again must not make the page too large for a browser.
+_EVENTS_SHOWN = 200
 
 _STYLE = """
 :root{color-scheme:light dark}
@@ -59,165 +62,212 @@ def _text(value: Any) -> str:
     return html.escape(str(value))
 
 
-def _json(path: Path) -> dict | None:
-    """The object in a file; None where there is none to be read."""
+def _read_object(path: Path) -> dict | None:
+    """Returns the JSON object in a file; None where there is none, or a damaged one."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
-def _stepped(path: Path) -> list[dict]:
-    """The lines that have a step."""
-    found = [row for row in read_log(path) if isinstance(row.get("step"), int)]
-    return [row for row in found if not isinstance(row["step"], bool)]
+def _rows_with_step(path: Path) -> list[dict]:
+    """Returns the lines that have a step."""
+    rows = []
+    for row in read_log(path):
+        step = row.get("step")
+        # True and False are integers, too.
+        if isinstance(step, int) and not isinstance(step, bool):
+            rows.append(row)
+    return rows
 
 
 def _section(title: str, body: str) -> str:
     return f"<h2>{_text(title)}</h2>\n{body}\n" if body else ""
 
 
-def _table(rows: Iterator | Sequence, *, head: Sequence[str] = (), kind: str = "") -> str:
-    """An HTML table of plain values; "" without rows."""
-    body = "".join(
-        "<tr>" + "".join(f"<td>{_text(x)}</td>" for x in row) + "</tr>\n" for row in rows
-    )
-    top = "<tr>" + "".join(f"<th>{_text(x)}</th>" for x in head) + "</tr>\n" if head else ""
-    return f'<table class="{kind}">{top}{body}</table>' if body else ""
+def _cells(values: Iterable[Any], tag: str) -> str:
+    return "".join(f"<{tag}>{_text(value)}</{tag}>" for value in values)
+
+
+def _table(rows: Iterable[Sequence[Any]], *, head: Sequence[str] = (), css_class: str = "") -> str:
+    """Makes an HTML table of plain values; "" without rows."""
+    body = "".join(f"<tr>{_cells(row, 'td')}</tr>\n" for row in rows)
+    if not body:
+        return ""
+    top = f"<tr>{_cells(head, 'th')}</tr>\n" if head else ""
+    return f'<table class="{css_class}">{top}{body}</table>'
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """(step, number) of every name, in the order in which names came."""
-    found: dict[str, list[tuple[int, float]]] = {}
+    """Returns (step, number) of each metric, in the order in which the names appear."""
+    columns: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         for name, value in row.items():
             if name not in _NO_CHART and isinstance(value, int | float):
-                found.setdefault(name, []).append((row["step"], float(value)))
-    return found
+                columns.setdefault(name, []).append((row["step"], float(value)))
+    return columns
 
 
 def _numbers(columns: Mapping[str, Points]) -> str:
-    """First, last, least and most of every number."""
+    """Makes a table with the first, last, least and greatest number of each metric."""
     rows = []
     for name, points in columns.items():
         values = [y for _, y in points]
         finite = [y for y in values if math.isfinite(y)]
-        ends = (min(finite), max(finite)) if finite else (math.nan, math.nan)
-        rows.append((name, *(f"{y:.5g}" for y in (values[0], values[-1], *ends)), points[-1][0]))
-    return _table(
-        rows, head=("number", "first", "last", "least", "most", "at step"), kind="numbers"
-    )
+        least = min(finite, default=math.nan)
+        most = max(finite, default=math.nan)
+        numbers = [f"{y:.5g}" for y in (values[0], values[-1], least, most)]
+        last_step = points[-1][0]
+        rows.append((name, *numbers, last_step))
+    head = ("number", "first", "last", "least", "most", "at step")
+    return _table(rows, head=head, css_class="numbers")
 
 
 def _charts(columns: Mapping[str, Points], marks: Sequence[Mark]) -> str:
-    left, found = dict(columns), []
-    for title, pattern, log in _CHARTS:
-        own = {name: left.pop(name) for name in list(left) if re.search(pattern, name)}
-        found.append(line_chart(title, own, marks=marks, log=log))
-    found += [line_chart(name, {name: points}, marks=marks) for name, points in left.items()]
-    body = "\n".join(f"<div>{chart}</div>" for chart in found if chart)
+    left = dict(columns)
+    charts = []
+    for title, pattern, log in _SHARED_CHARTS:
+        names = [name for name in left if re.search(pattern, name)]
+        shared = {name: left.pop(name) for name in names}
+        charts.append(line_chart(title, shared, marks=marks, log=log))
+    for name, points in left.items():
+        charts.append(line_chart(name, {name: points}, marks=marks))
+    body = "\n".join(f"<div>{chart}</div>" for chart in charts if chart)
+    if not body:
+        return ""
     note = f'<p class="note">{_KEY}</p>' if marks else ""
-    return f'<div class="charts">{body}</div>{note}' if body else ""
+    return f'<div class="charts">{body}</div>{note}'
 
 
 def _event_marks(events: Sequence[Mapping[str, Any]]) -> list[Mark]:
-    """Marks of what changes how curves are to be read."""
-    told = [event for event in events if event.get("event") in _MARKED][:_EVENTS]
-    return [
-        Mark(e["step"], e["event"], f"{e['event']} at step {e['step']} {e.get('detail') or ''}")
-        for e in told
-    ]
+    """Makes marks of the events that change how a curve has to be read."""
+    marks = []
+    for event in events:
+        kind = event.get("event")
+        if kind in _MARKED:
+            text = f"{kind} at step {event['step']} {event.get('detail') or ''}"
+            marks.append(Mark(event["step"], kind, text))
+    return marks[:_EVENTS_SHOWN]
 
 
 def _event_table(events: Sequence[Mapping[str, Any]]) -> str:
-    shown = [(e["step"], e.get("event", ""), e.get("detail") or "") for e in events[-_EVENTS:]]
-    more = len(events) - len(shown)
-    note = f'<p class="note">{more} earlier ones are not shown.</p>' if more else ""
-    return note + _table(shown, head=("step", "event", "detail"))
+    rows = []
+    for event in events[-_EVENTS_SHOWN:]:
+        rows.append((event["step"], event.get("event", ""), event.get("detail") or ""))
+    hidden = len(events) - len(rows)
+    note = f'<p class="note">{hidden} earlier ones are not shown.</p>' if hidden else ""
+    return note + _table(rows, head=("step", "event", "detail"))
 
 
 def _samples(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Sample text by step, the newest open."""
+    """Lists the sample text by step, the newest first and open."""
     by_step: dict[int, list[str]] = {}
     for row in rows:
-        prompt, text = _text(row.get("prompt", "")), _text(row.get("text", ""))
+        prompt = _text(row.get("prompt", ""))
+        text = _text(row.get("text", ""))
         block = f'<pre class="sample"><b>{prompt}</b>{text}</pre>'
         by_step.setdefault(row["step"], []).append(block)
     newest = max(by_step, default=0)
-    return "\n".join(
-        f"<details{' open' if step == newest else ''}><summary>step {step}</summary>"
-        f"{''.join(by_step[step])}</details>"
-        for step in sorted(by_step, reverse=True)
-    )
+    parts = []
+    for step in sorted(by_step, reverse=True):
+        opened = " open" if step == newest else ""
+        blocks = "".join(by_step[step])
+        parts.append(f"<details{opened}><summary>step {step}</summary>{blocks}</details>")
+    return "\n".join(parts)
 
 
 def _pictures(folder: Path) -> str:
-    """The folder's PNG files, inside the page."""
-    found = []
+    """Embeds the PNG files of the directory."""
+    parts = []
     for path in sorted(folder.glob("*.png")):
         data = path.read_bytes()
-        if data.startswith(b"\x89PNG"):
-            name, code = _text(path.name), base64.b64encode(data).decode()
-            found.append(
-                f'<figure><img alt="{name}" src="data:image/png;base64,{code}">'
-                f"<figcaption>{name}</figcaption></figure>"
-            )
-    return "\n".join(found)
+        if not data.startswith(b"\x89PNG"):
+            continue
+        name = _text(path.name)
+        code = base64.b64encode(data).decode()
+        parts.append(
+            f'<figure><img alt="{name}" src="data:image/png;base64,{code}">'
+            f"<figcaption>{name}</figcaption></figure>"
+        )
+    return "\n".join(parts)
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings as `group.name` and value."""
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields settings as `group.name` and value."""
     for name, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from _flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", json.dumps(value, ensure_ascii=False)
 
 
+def _subtitle(
+    settings: Mapping[str, Any] | None,
+    rows: Sequence[Mapping[str, Any]],
+    events: Sequence[Mapping[str, Any]],
+) -> str:
+    parts = []
+    if settings and "mode" in settings:
+        parts.append(f"mode {settings['mode']}")
+    if rows:
+        parts.append(f"step {rows[-1]['step']}")
+    if events:
+        parts.append(f"last event: {events[-1].get('event')}")
+    return " &middot; ".join(_text(part) for part in parts)
+
+
 def report_page(folder: str | Path) -> str:
-    """The report as HTML; the same folder always gives the same page.
+    """Returns the report as HTML; the same files always give the same page.
+
+    Args:
+        folder: the run directory.
 
     Raises:
-        ValueError: no such folder.
+        ValueError: there is no such directory.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"report_page: `folder` must be a run's folder; got {str(folder)!r}.")
-    settings, info = _json(folder / "settings.json"), _json(folder / "system.json")
-    rows, events = merged(_stepped(folder / JSONL)), _stepped(folder / "events.jsonl")
-    columns, title = _columns(rows), folder.resolve().name
-    mode = f"mode {settings['mode']}" if settings and "mode" in settings else ""
-    last = f"step {rows[-1]['step']}" if rows else ""
-    end = f"last event: {events[-1].get('event')}" if events else ""
-    state = " &middot; ".join(_text(part) for part in (mode, last, end) if part)
-    system = "\n".join(lines(info)) if info else ""
+    settings = _read_object(folder / "settings.json")
+    info = _read_object(folder / "system.json")
+    rows = merged(_rows_with_step(folder / JSONL))
+    events = _rows_with_step(folder / "events.jsonl")
+    samples = _rows_with_step(folder / "samples.jsonl")
+    columns = _columns(rows)
+    title = _text(folder.resolve().name)
+    system = _text("\n".join(lines(info))) if info else ""
     body = "".join(
         (
             _section("Curves", _charts(columns, _event_marks(events))),
             _section("Numbers", _numbers(columns)),
-            _section("Samples", _samples(_stepped(folder / "samples.jsonl"))),
+            _section("Samples", _samples(samples)),
             _section("Pictures", _pictures(folder)),
             _section("Events", _event_table(events)),
-            _section("Settings", _table(_flat(settings or {}))),
-            _section("System", f"<pre>{_text(system)}</pre>" if system else ""),
+            _section("Settings", _table(_flatten(settings or {}))),
+            _section("System", f"<pre>{system}</pre>" if system else ""),
         )
     )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><title>'
-        f"{_text(title)}</title><style>{_STYLE}</style></head>\n"
-        f"<body><h1>{_text(title)}</h1><p>{state}</p>\n{body}</body></html>\n"
+        f"{title}</title><style>{_STYLE}</style></head>\n"
+        f"<body><h1>{title}</h1><p>{_subtitle(settings, rows, events)}</p>\n{body}</body></html>\n"
     )
 
 
 def write_report(folder: str | Path) -> Path:
-    """`report.html` is in the run's folder; gives its path.
+    """Writes `report.html` into the run directory and returns its path.
+
+    Args:
+        folder: the run directory.
 
     Raises:
-        ValueError: no such folder.
+        ValueError: there is no such directory.
     """
-    page, path = report_page(folder), Path(folder) / "report.html"
+    page = report_page(folder)
+    path = Path(folder) / "report.html"
     with atomic_write(path) as file:
+        # Sample text may hold half a surrogate pair, which UTF-8 cannot encode.
         file.write(page.encode("utf-8", "replace"))
     return path

@@ -1,62 +1,68 @@
-"""A run's numbers, step by step, in files and trackers."""
+"""The metrics of a run, step by step, in files and trackers."""
 
+import abc
 import csv
 import importlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.data.jsonl import read_log
 
-JSONL, CSV = "metrics.jsonl", "metrics.csv"
+JSONL = "metrics.jsonl"
+CSV = "metrics.csv"
 
 
-class Tracker(Protocol):
-    """Where numbers go beside the files."""
+class Tracker(abc.ABC):
+    """A service that gets the metrics in addition to the files."""
 
+    @abc.abstractmethod
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Take the numbers of a step."""
+        """Takes the numbers of a step."""
 
+    @abc.abstractmethod
     def close(self) -> None:
-        """Send what is left."""
+        """Sends what has not been sent yet."""
 
 
 def merged(rows: Iterable[Mapping[str, Any]]) -> list[dict]:
-    """One row a step, in order of steps; what came last under a name counts."""
+    """Returns one row per step, in the order of steps; of two values the later one counts."""
     by_step: dict[int, dict] = {}
     for row in rows:
-        by_step[row["step"]] = {**by_step.get(row["step"], {}), **row}
+        step = row["step"]
+        by_step[step] = {**by_step.get(step, {}), **row}
     return [by_step[step] for step in sorted(by_step)]
 
 
 class MetricFiles:
-    """`metrics.jsonl` and `metrics.csv` of one run, and the trackers that were asked for.
+    """`metrics.jsonl` and `metrics.csv` of one run, and the trackers that the settings name.
 
-    Both files hold every number. They are appended to at each write, so that a killed process
-    leaves what it had measured; a name that the table does not have yet widens it.
+    Both files hold every number. Each write appends to them, so that a killed process leaves what
+    it had measured. A name that the CSV file does not have yet adds a column to it.
     """
 
     def __init__(self, folder: str | Path, *, also: Iterable[str] = ()):
-        """Open the folder's files, with what earlier processes wrote.
+        """Opens the files of the directory, with what earlier processes wrote.
 
         Args:
-            folder: of the run; it is made where it does not exist.
+            folder: the run directory; it is made where it does not exist.
             also: names of `TRACKERS`.
 
         Raises:
-            ValueError: an unknown tracker.
-            ImportError: a tracker whose package is missing; the sentence names the extra.
+            ValueError: a tracker is unknown.
+            ImportError: the package of a tracker is missing; the message names the extra.
         """
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._rows = [row for row in read_log(self._jsonl) if "step" in row]
-        self._columns = _columns(self._rows)
+        self._columns = _column_names(self._rows)
         if self._jsonl.exists():
-            self._rewrite()  # without a half line, to which the next write would be glued
-        self._makers = [_maker(name) for name in also]
+            # Without an unfinished last line, to which the next write would be glued.
+            self._rewrite()
+        self._openers = [_tracker_opener(name) for name in also]
         self._trackers: list[Tracker] = []
 
     @property
@@ -64,44 +70,53 @@ class MetricFiles:
         return self._folder / JSONL
 
     def write(self, step: int, numbers: Mapping[str, Any]) -> None:
-        """Append the numbers of a step; a step may be written more than once."""
+        """Appends the numbers of a step; a step may be written more than once."""
         row = {"step": step, **numbers}
         self._rows.append(row)
         with self._jsonl.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        new = [name for name in row if name not in self._columns]
-        if new:
-            self._columns += new
-            self._write_table()
+        new_columns = [name for name in row if name not in self._columns]
+        if new_columns:
+            self._columns += new_columns
+            self._write_csv()
         else:
             with (self._folder / CSV).open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self._columns).writerow(row)
+        self._track(step, numbers)
+
+    def _track(self, step: int, numbers: Mapping[str, Any]) -> None:
         if not self._trackers:
-            self._trackers = [make(self._folder, step) for make in self._makers]
+            # Opened at the first write: only now is it known which step a resumed run starts at.
+            self._trackers = [open_at(self._folder, step) for open_at in self._openers]
+        numeric = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
         for tracker in self._trackers:
-            tracker.write(step, {k: v for k, v in numbers.items() if isinstance(v, int | float)})
+            tracker.write(step, numeric)
 
     def rows(self) -> list[dict]:
-        """One row a step, in order, from earlier processes as well; the last number counts."""
+        """Returns one row per step, in order, those of earlier processes included."""
         return merged(self._rows)
 
     def truncate_after(self, step: int) -> None:
-        """No file has a row behind `step` any more, as a run restored at `step` will write them.
+        """Drops the rows of later steps, as a run that was restored at `step` repeats them.
 
-        -1 empties them. TensorBoard hides what it had from the next written step on; Weights &
-        Biases keeps its first numbers of a step and passes over the second.
+        TensorBoard hides its old points from the next written step on. Weights & Biases keeps the
+        first numbers of a step and ignores the second ones.
+
+        Args:
+            step: the last one to keep; -1 keeps none.
         """
         self._rows = [row for row in self._rows if row["step"] <= step]
-        self._columns = _columns(self._rows)
+        self._columns = _column_names(self._rows)
         self._rewrite()
         self.close()
 
     def _rewrite(self) -> None:
         with atomic_write(self._jsonl) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in self._rows).encode())
-        self._write_table()
+            for row in self._rows:
+                file.write(json.dumps(row).encode() + b"\n")
+        self._write_csv()
 
-    def _write_table(self) -> None:
+    def _write_csv(self) -> None:
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self._columns)
         writer.writeheader()
@@ -110,19 +125,22 @@ class MetricFiles:
             file.write(text.getvalue().encode())
 
     def close(self) -> None:
-        """Trackers have everything; a further write opens them anew."""
+        """Sends everything to the trackers; another write opens them again."""
         for tracker in self._trackers:
             tracker.close()
         self._trackers = []
 
 
-def _columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Every name, in the order in which they came; the step first."""
-    return list(dict.fromkeys(["step", *(name for row in rows for name in row)]))
+def _column_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Returns every name, in the order in which they appear; the step comes first."""
+    names = {"step": None}
+    for row in rows:
+        names |= dict.fromkeys(row)
+    return list(names)
 
 
-def _package(name: str, extra: str):
-    """The module, or a sentence about what to install."""
+def _import_package(name: str, extra: str) -> Any:
+    """Imports a module; an error says which extra to install."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -132,51 +150,57 @@ def _package(name: str, extra: str):
         ) from None
 
 
-class _TensorBoard:
+class _TensorBoard(Tracker):
     """Event files under `tensorboard/`."""
 
-    def __init__(self, package, folder: Path, first: int):
+    def __init__(self, package: Any, folder: Path, first_step: int):
         where = str(folder / "tensorboard")
-        self._writer = package.SummaryWriter(where, purge_step=first or None)
+        # The purge hides what a run that was resumed had written of later steps.
+        self._writer = package.SummaryWriter(where, purge_step=first_step or None)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """The step's numbers are queued."""
+        """Queues the numbers of a step."""
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """All are written."""
+        """Writes what is queued."""
         self._writer.close()
 
 
-class _WandB:
+class _WandB(Tracker):
     """A run of Weights & Biases, which a resumed process continues by the id in `wandb.id`."""
 
-    def __init__(self, package, folder: Path, first: int):
-        kept = folder / "wandb.id"
-        identity = kept.read_text().strip() if kept.exists() else None
-        self._run = package.init(dir=str(folder), name=folder.name, id=identity, resume="allow")
-        kept.write_text(self._run.id + "\n")
+    def __init__(self, package: Any, folder: Path, first_step: int):
+        id_file = folder / "wandb.id"
+        run_id = id_file.read_text().strip() if id_file.exists() else None
+        self._run = package.init(dir=str(folder), name=folder.name, id=run_id, resume="allow")
+        id_file.write_text(self._run.id + "\n")
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """The step's numbers are queued."""
+        """Queues the numbers of a step."""
         self._run.log(dict(numbers), step=step)
 
     def close(self) -> None:
-        """All are written."""
+        """Sends what is queued."""
         self._run.finish()
 
 
-# By the name that settings have and the extra's: the package and what is made of it.
-_KINDS = {"tensorboard": ("tensorboardX", _TensorBoard), "wandb": ("wandb", _WandB)}
+# By the name in the settings, which is also the extra's: the package, and the class that uses it.
+_TRACKERS = {"tensorboard": ("tensorboardX", _TensorBoard), "wandb": ("wandb", _WandB)}
 
-TRACKERS = tuple(_KINDS)
+TRACKERS = tuple(_TRACKERS)
 
 
-def _maker(name: str):
-    """Makes the tracker, given the folder and the first step it will get; its package is loaded."""
-    if name not in _KINDS:
+def _tracker_opener(name: str) -> Callable[[Path, int], Tracker]:
+    """Imports a tracker's package; returns what opens it, from the directory and first step."""
+    if name not in _TRACKERS:
         raise ValueError(f"MetricFiles: `also` must be of {', '.join(TRACKERS)}; got {name!r}.")
-    module, kind = _KINDS[name]
-    package = _package(module, name)
-    return lambda folder, first: kind(package, folder, first)
+    module, tracker = _TRACKERS[name]
+    # Now, so that a missing package ends a run before anything is compiled.
+    package = _import_package(module, name)
+
+    def open_at(folder: Path, first_step: int) -> Tracker:
+        return tracker(package, folder, first_step)
+
+    return open_at

@@ -11,19 +11,26 @@ Points = Sequence[tuple[Number, Number]]
 
 COLOURS = ("#4053d3", "#ddb310", "#b51d14", "#00a5c8", "#c44593", "#00914a")
 
-WIDTH, HEIGHT = 560, 220
+# Size of a chart and its margins, in the units of the SVG's view box.
+WIDTH = 560
+HEIGHT = 220
+_LEFT = 62
+_RIGHT = 12
+_TOP = 26
+_BOTTOM = 30
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 26, 30
-
-# Longer lines are drawn as the means of this many pieces, over the range that the pieces span.
+# Longer lines are drawn as the means of this many pieces, over the range that each piece spans.
 PIECES = 300
+
+# Shorter lines get a dot at every point.
+_DOTS = 40
 
 
 class Mark(NamedTuple):
-    """A vertical line at something that happened.
+    """A vertical line where something happened.
 
     Attributes:
-        x: where.
+        x: its place on the x axis.
         kind: CSS class, such as "resume".
         text: shown under the pointer.
     """
@@ -34,125 +41,153 @@ class Mark(NamedTuple):
 
 
 class _Frame(NamedTuple):
-    """The ranges that are shown; y is a logarithm to base ten if `log`."""
+    """The ranges that are shown; `y` is a logarithm to base ten if `log`."""
 
     x: tuple[float, float]
     y: tuple[float, float]
     log: bool
 
-    def across(self, x: Number) -> float:
-        """Where an x of the data lies in the picture."""
+    def to_svg_x(self, x: Number) -> float:
+        """Converts an x of the data to one of the picture."""
         share = (x - self.x[0]) / (self.x[1] - self.x[0])
         return _LEFT + share * (WIDTH - _LEFT - _RIGHT)
 
-    def place(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point of the data lies in the picture."""
-        up = ((math.log10(y) if self.log else y) - self.y[0]) / (self.y[1] - self.y[0])
-        return self.across(x), _TOP + (1 - up) * (HEIGHT - _TOP - _BOTTOM)
+    def to_svg(self, x: float, y: float) -> tuple[float, float]:
+        """Converts a point of the data to one of the picture, whose y axis points down."""
+        height = math.log10(y) if self.log else y
+        share = (height - self.y[0]) / (self.y[1] - self.y[0])
+        return self.to_svg_x(x), _TOP + (1 - share) * (HEIGHT - _TOP - _BOTTOM)
+
+
+class _Piece(NamedTuple):
+    """Neighbouring points of a line, drawn as one."""
+
+    x: float
+    mean: float
+    least: float
+    most: float
 
 
 def _drawable(points: Points, log: bool) -> list[tuple[float, float]]:
-    """Points that have a place in the picture."""
-    finite = [(float(x), float(y)) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-    return [point for point in finite if point[1] > 0 or not log]
+    """Returns the points that have a place in the picture."""
+    kept = []
+    for x, y in points:
+        finite = math.isfinite(x) and math.isfinite(y)
+        if finite and (y > 0 or not log):
+            kept.append((float(x), float(y)))
+    return kept
 
 
-def _range(values: Sequence[float]) -> tuple[float, float]:
-    """Their range with room around it, never empty."""
-    low, high = min(values), max(values)
-    room = 0.04 * (high - low) or 0.5 * abs(high) or 0.5
-    return low - room, high + room
+def _padded_range(values: Sequence[float]) -> tuple[float, float]:
+    """Returns the range of the values with a margin; it is never empty."""
+    low = min(values)
+    high = max(values)
+    margin = 0.04 * (high - low) or 0.5 * abs(high) or 0.5
+    return low - margin, high + margin
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers between `low` and `high`."""
-    raw = (high - low) / max(count, 1)
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = power * next((m for m in (1, 2, 2.5, 5) if m * power >= raw * 0.999), 10)
+    """Returns about `count` round numbers between `low` and `high`."""
+    wanted = (high - low) / max(count, 1)
+    power = 10.0 ** math.floor(math.log10(wanted))
+    step = 10 * power
+    for factor in (1, 2, 2.5, 5):
+        # The tolerance keeps a step that is exact but for rounding.
+        if factor * power >= wanted * 0.999:
+            step = factor * power
+            break
     first = math.ceil(low / step - 1e-9)
-    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+    last = math.floor(high / step + 1e-9)
+    return [index * step for index in range(first, last + 1)]
 
 
 def short(value: float) -> str:
-    """A number of an axis: 0.0006, 1.5, 12k, 3M."""
+    """Formats a number of an axis: 0.0006, 1.5, 12k, 3M."""
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if max(unit, 1e4) <= abs(value) < 1e3 * unit:
             return f"{value / unit:.4g}{letter}"
     return f"{value:.4g}"
 
 
-def _pieces(points: list[tuple[float, float]]) -> list[tuple[float, float, float, float]]:
-    """(x, mean, least, most) of neighbouring points, at most `PIECES` of them."""
-    size, found = -(-len(points) // PIECES), []
+def _pieces(points: list[tuple[float, float]]) -> list[_Piece]:
+    """Joins neighbouring points to at most `PIECES` pieces."""
+    size = math.ceil(len(points) / PIECES)
+    pieces = []
     for start in range(0, len(points), size):
         xs, ys = zip(*points[start : start + size], strict=True)
-        found.append((sum(xs) / len(xs), sum(ys) / len(ys), min(ys), max(ys)))
-    return found
+        pieces.append(_Piece(sum(xs) / len(xs), sum(ys) / len(ys), min(ys), max(ys)))
+    return pieces
 
 
 def _path(frame: _Frame, points: Points) -> str:
-    return " ".join(f"{x:.1f},{y:.1f}" for x, y in (frame.place(*point) for point in points))
+    places = [frame.to_svg(*point) for point in points]
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
 
 
 def _line(frame: _Frame, points: list[tuple[float, float]], colour: str) -> str:
-    """One curve, with the range of what was averaged behind it."""
-    pieces, parts = _pieces(points), []
+    """Draws one curve, and a band with the range of what was averaged."""
+    pieces = _pieces(points)
+    parts = []
     if len(points) > len(pieces):
-        band = [(x, most) for x, _, _, most in pieces]
-        band += [(x, least) for x, _, least, _ in reversed(pieces)]
+        # Along the upper edge, and back along the lower one.
+        band = [(piece.x, piece.most) for piece in pieces]
+        band += [(piece.x, piece.least) for piece in reversed(pieces)]
         parts.append(f'<polygon points="{_path(frame, band)}" fill="{colour}" opacity=".2"/>')
-    means = [piece[:2] for piece in pieces]
+    means = [(piece.x, piece.mean) for piece in pieces]
     parts.append(
         f'<polyline points="{_path(frame, means)}" fill="none" stroke="{colour}" '
         'stroke-width="1.5"/>'
     )
-    if len(means) <= 40:
-        parts += [
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.4" fill="{colour}"/>'
-            for x, y in (frame.place(*point) for point in means)
-        ]
+    if len(means) <= _DOTS:
+        for point in means:
+            x, y = frame.to_svg(*point)
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.4" fill="{colour}"/>')
     return "".join(parts)
 
 
 def _axes(frame: _Frame) -> str:
-    """Grid, numbers, and the frame's two lines."""
-    parts, bottom = [], HEIGHT - _BOTTOM
+    """Draws the grid, its numbers and the two axes."""
+    bottom = HEIGHT - _BOTTOM
+    parts = []
     for tick in ticks(*frame.y, 4):
         value = 10.0**tick if frame.log else tick
-        _, y = frame.place(frame.x[0], value)
+        _, y = frame.to_svg(frame.x[0], value)
         parts.append(
             f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
             f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>'
         )
     for tick in ticks(*frame.x, 6):
-        place = f'x="{frame.across(tick):.1f}" y="{bottom + 16}"'
+        place = f'x="{frame.to_svg_x(tick):.1f}" y="{bottom + 16}"'
         parts.append(f'<text {place} text-anchor="middle">{short(tick)}</text>')
     parts.append(f'<path class="axis" d="M{_LEFT} {_TOP}V{bottom}H{WIDTH - _RIGHT}"/>')
     return "".join(parts)
 
 
 def _marks(frame: _Frame, marks: Sequence[Mark]) -> str:
-    found = []
+    parts = []
     for mark in marks:
-        if frame.x[0] <= mark.x <= frame.x[1]:
-            x = frame.across(mark.x)
-            found.append(
-                f'<line class="mark {html.escape(mark.kind)}" x1="{x:.1f}" x2="{x:.1f}" '
-                f'y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"><title>{html.escape(mark.text)}</title>'
-                "</line>"
-            )
-    return "".join(found)
+        if not frame.x[0] <= mark.x <= frame.x[1]:
+            continue
+        x = frame.to_svg_x(mark.x)
+        parts.append(
+            f'<line class="mark {html.escape(mark.kind)}" x1="{x:.1f}" x2="{x:.1f}" '
+            f'y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"><title>{html.escape(mark.text)}</title>'
+            "</line>"
+        )
+    return "".join(parts)
 
 
 def _legend(names: Sequence[str]) -> str:
-    """Names at the right end of the title's line, the first outermost."""
-    parts, right = [], WIDTH - _RIGHT
+    """Writes the names at the right end of the title's line, the first outermost."""
+    right = WIDTH - _RIGHT
+    parts = []
     for index, name in enumerate(names):
         colour = COLOURS[index % len(COLOURS)]
         parts.append(
             f'<text x="{right}" y="16" text-anchor="end" style="fill:{colour}">'
             f"{html.escape(name)}</text>"
         )
+        # SVG cannot measure text: about 7 units a character, and a gap.
         right -= 7 * len(name) + 14
     return "".join(parts)
 
@@ -160,27 +195,32 @@ def _legend(names: Sequence[str]) -> str:
 def line_chart(
     title: str, lines: Mapping[str, Points], *, marks: Sequence[Mark] = (), log: bool = False
 ) -> str:
-    """An SVG element of named lines; "" where no point has a place.
+    """Draws named lines as an SVG element; returns "" where no point has a place.
 
     Args:
         title: above the chart.
-        lines: points (x, y) by name, in order of x; what is not finite is left out.
-        marks: what happened, as vertical lines; the chart does not grow for them.
-        log: whether y is shown by its logarithm; what is not positive is left out.
+        lines: points (x, y) by name, in order of x; those that are not finite are left out.
+        marks: events, as vertical lines; the chart is not widened for them.
+        log: whether the y axis is logarithmic; values that are not positive are left out.
     """
-    shown = {name: kept for name, points in lines.items() if (kept := _drawable(points, log))}
+    shown = {}
+    for name, points in lines.items():
+        kept = _drawable(points, log)
+        if kept:
+            shown[name] = kept
     if not shown:
         return ""
-    ys = [math.log10(y) if log else y for points in shown.values() for _, y in points]
-    xs = [x for points in shown.values() for x, _ in points]
-    frame = _Frame(_range(xs), _range(ys), log)
-    curves = "".join(
-        _line(frame, points, COLOURS[index % len(COLOURS)])
-        for index, points in enumerate(shown.values())
-    )
+    every_x = [x for points in shown.values() for x, _ in points]
+    every_y = [y for points in shown.values() for _, y in points]
+    if log:
+        every_y = [math.log10(y) for y in every_y]
+    frame = _Frame(_padded_range(every_x), _padded_range(every_y), log)
+    curves = []
+    for index, points in enumerate(shown.values()):
+        curves.append(_line(frame, points, COLOURS[index % len(COLOURS)]))
     legend = _legend(list(shown)) if len(shown) > 1 else ""
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">'
         f'<text class="title" x="{_LEFT}" y="16">{html.escape(title)}</text>'
-        f"{legend}{_axes(frame)}{_marks(frame, marks)}{curves}</svg>"
+        f"{legend}{_axes(frame)}{_marks(frame, marks)}{''.join(curves)}</svg>"
     )

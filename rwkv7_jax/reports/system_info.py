@@ -14,11 +14,11 @@ PACKAGES = ("rwkv7_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 
 
 class Peak(NamedTuple):
-    """The most memory that was ever in use.
+    """The most memory that was in use at one time.
 
     Attributes:
         bytes: how much.
-        of: "device", or "process" where the device does not say.
+        of: "device", or "process" where the device does not tell.
     """
 
     bytes: int
@@ -26,7 +26,7 @@ class Peak(NamedTuple):
 
 
 def version(package: str) -> str:
-    """The installed version, or "not installed"."""
+    """Returns the installed version of a package, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -34,12 +34,15 @@ def version(package: str) -> str:
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
-    """Python's version, and those of packages."""
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+    """Returns the versions of Python and of packages."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        found[name] = version(name)
+    return found
 
 
 def _memory() -> int | None:
-    """Bytes of the machine's memory, where the system says."""
+    """Returns the bytes of the machine's memory, or None where the system does not tell."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
@@ -47,19 +50,28 @@ def _memory() -> int | None:
 
 
 def _devices() -> list[dict[str, Any]]:
-    """Each kind of device, and how many of it there are."""
-    found: dict[tuple, dict[str, Any]] = {}
-    local = jax.local_devices()  # others do not say what memory they have
-    limits = {d.device_kind: (d.memory_stats() or {}).get("bytes_limit") for d in local}
+    """Returns each kind of device, and how many of it there are."""
+    # Only local devices tell their memory; those of other processes are taken to be alike.
+    limits = {}
+    for device in jax.local_devices():
+        limits[device.device_kind] = (device.memory_stats() or {}).get("bytes_limit")
+    kinds: dict[tuple, dict[str, Any]] = {}
     for device in jax.devices():
-        kind = (device.platform, device.device_kind, limits.get(device.device_kind))
-        one = dict(zip(("platform", "kind", "memory_bytes"), kind, strict=True)) | {"count": 0}
-        found.setdefault(kind, one)["count"] += 1
-    return list(found.values())
+        memory = limits.get(device.device_kind)
+        kind = (device.platform, device.device_kind, memory)
+        if kind not in kinds:
+            kinds[kind] = {
+                "platform": device.platform,
+                "kind": device.device_kind,
+                "memory_bytes": memory,
+                "count": 0,
+            }
+        kinds[kind]["count"] += 1
+    return list(kinds.values())
 
 
 def system() -> dict[str, Any]:
-    """Everything that a result should say of where it comes from; fit for JSON."""
+    """Describes where a result comes from; fit for JSON."""
     return {
         "platform": platform.platform(),
         "machine": platform.machine(),
@@ -71,7 +83,7 @@ def system() -> dict[str, Any]:
 
 
 def device_line() -> str:
-    """The first device's kind, the machine and its cores, in one line."""
+    """Returns the first device's kind, the machine and its cores in one line."""
     return f"{jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} cores"
 
 
@@ -80,26 +92,33 @@ def _gib(count: int | None) -> str:
 
 
 def lines(info: Mapping[str, Any]) -> list[str]:
-    """What `system()` found, as lines to print; what is missing in `info` is left out."""
-    known = dict(info.get("versions") or {})
-    python, cores = known.pop("python", "?"), info.get("cores", "?")
+    """Formats what `system` returns as lines to print; missing entries are left out."""
+    packages = dict(info.get("versions") or {})
+    python = packages.pop("python", "?")
+    cores = info.get("cores", "?")
     memory = _gib(info.get("memory_bytes"))
-    found = [f"python      {python} on {info.get('platform', '?')}, {cores} cores{memory}"]
-    found += [f"{name:<18}{number}" for name, number in known.items()]
-    for one in info.get("devices") or ():
-        size, count = _gib(one.get("memory_bytes")), one.get("count", 1)
-        found.append(f"device      {count} x {one.get('kind')} ({one.get('platform')}{size})")
-    return found
+    printed = [f"python      {python} on {info.get('platform', '?')}, {cores} cores{memory}"]
+    for name, number in packages.items():
+        printed.append(f"{name:<18}{number}")
+    for device in info.get("devices") or ():
+        size = _gib(device.get("memory_bytes"))
+        count = device.get("count", 1)
+        kind = device.get("kind")
+        printed.append(f"device      {count} x {kind} ({device.get('platform')}{size})")
+    return printed
 
 
 def peak_memory(device: jax.Device | None = None) -> Peak:
-    """The most memory that the device had in use, else this process (pages of files included).
+    """Returns the peak memory of a device, or of this process where the device does not tell.
+
+    The peak of the process includes pages of files that it has mapped.
 
     Args:
-        device: the first one if None.
+        device: None for the first local one.
     """
     stats = (device or jax.local_devices()[0]).memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return Peak(stats["peak_bytes_in_use"], "device")
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return Peak(used if sys.platform == "darwin" else used * 1024, "process")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts kibibytes, macOS bytes.
+    return Peak(peak if sys.platform == "darwin" else peak * 1024, "process")

@@ -78,7 +78,7 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_the_page_has_every_section_and_needs_nothing_beside_itself(run):
+def test_the_page_has_every_section_and_needs_no_other_file(run):
     page = Page(report_page(run))
     text = "".join(page.texts)
     for words in ("Curves", "Numbers", "Samples", "Pictures", "Events", "Settings", "System"):
