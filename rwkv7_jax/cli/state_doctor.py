@@ -93,8 +93,8 @@ def _print_diagnosis(options: argparse.Namespace, diagnosis: Diagnosis) -> None:
             "read rank": memory.read_rank,
         }
         # A memory that starts empty has no typical size of its own.
-        if memory.typical is not None:
-            columns["typical norm"] = memory.typical
+        if memory.reference_norm is not None:
+            columns["typical norm"] = memory.reference_norm
         title = "WKV state"
         if name != "wkv":
             title = f"upscaled memory ({memory.dynamics})"

@@ -1,4 +1,4 @@
-"""What was measured of a tuned start state, and what to do about it in sentences."""
+"""Measurements of a tuned start state, and advice about them in sentences."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,20 +10,22 @@ PerHead = Float[np.ndarray, "L H"]
 
 PerTarget = Float[np.ndarray, " T"]
 
-# A state is large where its norm is this many times that of a state made by reading. Behind the
-# read-out a norm per head hides the size: beyond it early tokens hear the start state alone. The
+# A state is large where its norm is this many times that of a state made by reading. The read-out
+# has a norm per head, which hides the size: early tokens then only hear the start state. The
 # quickstart's rate of 1 made a third of the heads 5 to 7 times as large and cost other text 14 %;
 # a quarter of that state, and tuning at a tenth of the rate, are below 2 times and cost 3 %.
 LARGE = 5.0
 
-# Retention is lost where the loss of other text rises by more than this share, and by more than
-# this many nats: between those 14 and 3 %. The nats keep tasks out that are solved so well that
-# any change is a large share.
-LOST_SHARE, LOST_NATS = 0.05, 0.01
+# Retention is lost where the loss of other text rises by more than this share (between those 14 and
+# 3 %) and by more than this many nats: on a task that is solved, any change is a large share.
+LOST_SHARE = 0.05
+LOST_NATS = 0.01
 
-# A memory has faded where less than this share of the first read's square is left, and fades early
-# where that happens in the first half of the rows: most of the text is then read without it.
-FADED, EARLY = 0.1, 0.5
+# A memory has faded where less than this share of the first read's square is left.
+FADED = 0.1
+
+# It fades early where that happens in the first half of the rows: most text is read without it.
+EARLY = 0.5
 
 # A memory is badly conditioned where the median head reads through less than this share of its
 # channels. In the toy models the median was 3.5 of 32 and decorrelated updates halved the loss; the
@@ -39,18 +41,18 @@ class MemoryStatistics:
         dynamics: "recurrent" for the WKV state, else of `state.DYNAMICS`.
         spectrum: singular values, largest first.
         norms: Frobenius norms.
-        typical: those of the base model's state behind the rows, root mean square; None where
-            nothing compares.
+        reference_norm: root mean square norms of the base model's state after the rows; None for a
+            memory that the base model does not have.
         rank: effective rank, (sum s^2)^2 / sum s^4 of the singular values.
-        read_rank: effective rank of E[psi psi^T], the vectors that it is read with.
-        reads: mean |psi|^2 per head at every position: how much of it is still read.
+        read_rank: effective rank of E[psi psi^T]; it is read with the vectors psi.
+        reads: mean |psi|^2 per head at each position: how much of it is still read.
         channels: columns that it is read through: N, or M features.
     """
 
     dynamics: str
     spectrum: Float[np.ndarray, "L H R"]
     norms: PerHead
-    typical: PerHead | None
+    reference_norm: PerHead | None
     rank: PerHead
     read_rank: PerHead
     reads: Float[np.ndarray, "L T"]
@@ -58,25 +60,25 @@ class MemoryStatistics:
 
     @property
     def empty(self) -> bool:
-        """Whether it holds nothing."""
+        """Whether it is all zero."""
         return not np.any(self.norms)
 
     @property
     def fading(self) -> PerTarget:
-        """How much is read at every position, all layers together, as a share of the first."""
+        """The share of the first read that is left at each position, over all layers."""
         mean = self.reads.mean(0)
         return mean / (mean[0] or 1.0)
 
     @property
     def faded(self) -> int | None:
-        """The first position at which `fading` is below `FADED`, or None."""
+        """The first position at which `fading` is below `FADED`; None if it never is."""
         below = np.flatnonzero(self.fading < FADED)
         return int(below[0]) if len(below) else None
 
 
 @dataclasses.dataclass(frozen=True)
 class RetentionScore:
-    """What a model makes of some text, from nothing (base) and from a start state (tuned).
+    """The loss of a model on some text, from the zero state (base) and a start state (tuned).
 
     Attributes:
         name: of the text.
@@ -85,7 +87,7 @@ class RetentionScore:
         base_accuracy: share of targets that are the likeliest id.
         tuned_accuracy: the same from the start state.
         divergence: mean KL(base || tuned) in nats.
-        tokens: targets that count.
+        tokens: number of targets that count.
     """
 
     name: str
@@ -105,16 +107,16 @@ class RetentionScore:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """What `diagnosis.diagnose` found.
+    """The result of `state_diagnosis.diagnose`.
 
     Attributes:
         memories: "wkv" and, of an upscaled state, "memory"; only those that are read.
-        base_nats: mean loss at every position, NaN where no target counts.
+        base_nats: mean loss at each position; NaN where no target counts.
         tuned_nats: the same from the start state.
-        counts: targets that count at every position.
-        own: the text that the state is for.
-        generic: other text, or None.
-        advice: sentences; none where nothing is wrong.
+        counts: number of targets that count at each position.
+        own: on the text that the state is for.
+        generic: on other text, or None.
+        advice: sentences; empty where nothing is wrong.
     """
 
     memories: Mapping[str, MemoryStatistics]
@@ -127,13 +129,19 @@ class Diagnosis:
 
 
 def advise(found: Diagnosis) -> tuple[str, ...]:
-    """A sentence for everything that is wrong, in the order in which to try."""
-    sentences = [_useless(found.own), _large(found), _forgetful(found.generic), _fading(found)]
-    sentences += [_narrow(name, memory) for name, memory in found.memories.items()]
+    """Returns a sentence for each thing that is wrong, in the order in which to try them."""
+    sentences = [
+        _does_not_help(found.own),
+        _too_large(found),
+        _forgets(found.generic),
+        _fades_early(found),
+    ]
+    for name, memory in found.memories.items():
+        sentences.append(_badly_conditioned(name, memory))
     return tuple(sentence for sentence in sentences if sentence)
 
 
-def _useless(own: RetentionScore) -> str:
+def _does_not_help(own: RetentionScore) -> str:
     if own.tuned_nats < own.base_nats:
         return ""
     return (
@@ -142,11 +150,11 @@ def _useless(own: RetentionScore) -> str:
     )
 
 
-def _large(found: Diagnosis) -> str:
+def _too_large(found: Diagnosis) -> str:
     memory = found.memories.get("wkv")
-    if memory is None or memory.typical is None:
+    if memory is None or memory.reference_norm is None:
         return ""
-    times = memory.norms / np.maximum(memory.typical, 1e-9)
+    times = memory.norms / np.maximum(memory.reference_norm, 1e-9)
     layer, head = np.unravel_index(np.argmax(times), times.shape)
     if times[layer, head] <= LARGE:
         return ""
@@ -158,7 +166,7 @@ def _large(found: Diagnosis) -> str:
     )
 
 
-def _forgetful(generic: RetentionScore | None) -> str:
+def _forgets(generic: RetentionScore | None) -> str:
     if generic is None or not generic.lost:
         return ""
     return (
@@ -168,8 +176,10 @@ def _forgetful(generic: RetentionScore | None) -> str:
     )
 
 
-def _fading(found: Diagnosis) -> str:
-    wkv, other = found.memories.get("wkv"), found.memories.get("memory")
+def _fades_early(found: Diagnosis) -> str:
+    wkv = found.memories.get("wkv")
+    other = found.memories.get("memory")
+    # A static memory keeps what the WKV state forgets.
     lasting = other is not None and other.dynamics == "static" and not other.empty
     if wkv is None or wkv.empty or lasting or wkv.faded is None:
         return ""
@@ -182,13 +192,13 @@ def _fading(found: Diagnosis) -> str:
     )
 
 
-def _narrow(name: str, memory: MemoryStatistics) -> str:
+def _badly_conditioned(name: str, memory: MemoryStatistics) -> str:
     share = float(np.median(memory.read_rank)) / memory.channels
     if memory.empty or share >= NARROW:
         return ""
-    what = {"wkv": "WKV state"}.get(name, "upscaled memory")
+    memory_name = "WKV state" if name == "wkv" else "upscaled memory"
     return (
-        f"The {what} is read through few directions: {share * memory.channels:.1f} of "
+        f"The {memory_name} is read through few directions: {share * memory.channels:.1f} of "
         f"{memory.channels} in the median head, so that tuning is badly conditioned. "
         "Tune with decorrelated updates."
     )

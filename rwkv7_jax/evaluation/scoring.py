@@ -4,10 +4,12 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.data.batch import Batch, BatchLike
@@ -22,13 +24,14 @@ POSITIONS = (0, 32, 128, 512, 2048, 8192)
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What a model loses on some text.
+    """The loss of a model on some text.
 
     Attributes:
-        bits_per_byte: over all target tokens; end-of-text tokens cost bits and hold no bytes.
+        bits_per_byte: over all targets that count; an end-of-text token costs bits and has no
+            bytes.
         perplexity: e to the mean loss per token.
-        by_position: (first, behind the last, bits per byte) of ranges of positions in a window.
-        tokens: targets that counted.
+        by_position: (first, end, bits per byte) of ranges of positions in a window.
+        tokens: targets that count.
         standard_error: of `bits_per_byte`, over windows.
     """
 
@@ -40,27 +43,47 @@ class Score:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _nats(model: RWKV7, params: Params, state: RWKV7State, tokens):
+def _nats(
+    model: RWKV7, params: Params, state: RWKV7State, tokens: Int[Array | np.ndarray, "B T1"]
+) -> Any:
     x, _ = model.apply({"params": params}, tokens[:, :-1], state, method="hidden")
     return token_statistics(x, params["head"]["weight"], tokens[:, 1:]).nats
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _nats_and_right(model: RWKV7, params: Params, state: RWKV7State, tokens):
-    """The loss of every target, and whether it is the likeliest id."""
+def _nats_and_correct(
+    model: RWKV7, params: Params, state: RWKV7State, tokens: Int[Array | np.ndarray, "B T1"]
+) -> tuple[Any, Any]:
+    """Computes the loss of each target, and whether it is the likeliest id."""
     x, _ = model.apply({"params": params}, tokens[:, :-1], state, method="hidden")
-    found = token_statistics(x, params["head"]["weight"], tokens[:, 1:])
-    return found.nats, found.correct
+    statistics = token_statistics(x, params["head"]["weight"], tokens[:, 1:])
+    return statistics.nats, statistics.correct
 
 
-def _by_rows(per_token, state: RWKV7State, tokens: np.ndarray, rows: int):
-    """`per_token(start, piece)` over pieces of `rows` windows, all from `state`; joined."""
-    start, pieces = repeat(state, rows), []
+def _map_rows(
+    per_token: Callable[..., Any], state: RWKV7State, tokens: np.ndarray, rows: int
+) -> Any:
+    """Calls `per_token(start, tokens)` on `rows` windows at a time and joins the results.
+
+    Args:
+        per_token: compiled for `rows` windows.
+        state: batch 1; every window starts from it.
+        tokens: of all windows.
+        rows: windows that are read at the same time.
+    """
+    start = repeat(state, rows)
+    results = []
     for first in range(0, len(tokens), rows):
-        piece = tokens[first : first + rows]
-        full = np.concatenate([piece, np.zeros((rows - len(piece), piece.shape[1]), piece.dtype)])
-        pieces.append(jax.tree.map(np.asarray, per_token(start, full)))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(tokens)], *pieces)
+        part = tokens[first : first + rows]
+        # Filled up to the same shape, so that the program is compiled once.
+        missing = np.zeros((rows - len(part), part.shape[1]), part.dtype)
+        result = per_token(start, np.concatenate([part, missing]))
+        results.append(jax.tree.map(np.asarray, result))
+
+    def join(*leaves: np.ndarray) -> np.ndarray:
+        return np.concatenate(leaves)[: len(tokens)]
+
+    return jax.tree.map(join, *results)
 
 
 def token_nats(
@@ -71,40 +94,58 @@ def token_nats(
     *,
     rows: int = 8,
 ) -> Float[np.ndarray, "B T"]:
-    """The loss of every target; each window is read from `state` (batch 1)."""
-    return _by_rows(functools.partial(_nats, model, params), state, tokens, rows)
+    """Computes the loss of each target, with each window read from the same state.
+
+    Args:
+        model: the shell around `params`.
+        params: all weights.
+        state: batch 1.
+        tokens: of the windows.
+        rows: windows that are read at the same time.
+    """
+    return _map_rows(functools.partial(_nats, model, params), state, tokens, rows)
+
+
+# By tokenizer: a World vocabulary has 65,536 entries, and a run evaluates many times.
+@functools.lru_cache(maxsize=4)
+def _token_sizes(tokenizer: Tokenizer) -> Int[np.ndarray, " V"]:
+    """Returns the number of bytes of each id."""
+    return np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
 
 
 def score(
     model: RWKV7, params: Params, state: RWKV7State, batch: BatchLike, tokenizer: Tokenizer
 ) -> Score:
-    """How well the model, started from `state`, predicts the windows of `batch`.
+    """Measures how well the model, started from `state`, predicts the windows of `batch`.
 
     Args:
         model: the shell around `params`.
         params: all weights.
         state: batch 1.
         batch: tokens [B T+1] and mask [B T], from `data.windows`.
-        tokenizer: tells how many bytes a token stands for.
+        tokenizer: tells how many bytes a token has.
     """
     batch = Batch.of(batch, "mask", caller="score")
-    tokens, mask = np.asarray(batch.tokens), np.asarray(batch.mask)
+    tokens = np.asarray(batch.tokens)
+    mask = np.asarray(batch.mask)
     bits = token_nats(model, params, state, tokens) * mask / math.log(2)
-    sizes = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
-    sizes = sizes[tokens[:, 1:]] * mask
+    sizes = _token_sizes(tokenizer)[tokens[:, 1:]] * mask
 
-    def rate(first: int, behind: int) -> float:
-        part = slice(first, behind)
+    def bits_per_byte(first: int, end: int) -> float:
+        part = slice(first, end)
         return float(bits[:, part].sum() / max(sizes[:, part].sum(), 1))
 
     length = bits.shape[1]
-    ranges = itertools.pairwise(POSITIONS)
-    by_position = tuple((a, min(b, length), rate(a, b)) for a, b in ranges if a < length)
+    by_position = []
+    for first, end in itertools.pairwise(POSITIONS):
+        if first < length:
+            end = min(end, length)
+            by_position.append((first, end, bits_per_byte(first, end)))
     by_window = bits.sum(1) / np.maximum(sizes.sum(1), 1)
     return Score(
-        bits_per_byte=rate(0, length),
+        bits_per_byte=bits_per_byte(0, length),
         perplexity=float(2 ** (bits.sum() / max(mask.sum(), 1))),
-        by_position=by_position,
+        by_position=tuple(by_position),
         tokens=int(mask.sum()),
         standard_error=float(by_window.std() / math.sqrt(len(by_window))),
     )
@@ -117,7 +158,7 @@ class Answers:
     Attributes:
         accuracy: share of scored positions at which the likeliest id is the right one.
         nats: mean loss of scored positions.
-        exact: share of rows with all their scored positions right.
+        exact: share of rows that are right at all their scored positions.
         by_position: accuracy at each position of a row; NaN where nothing is scored.
     """
 
@@ -130,29 +171,33 @@ class Answers:
 def score_answers(
     model: RWKV7, params: Params, state: RWKV7State, batch: BatchLike, *, rows: int = 32
 ) -> Answers:
-    """What the model, started from `state`, makes of a task's batch.
+    """Measures how the model, started from `state`, answers the rows of a task.
 
     Args:
         model: the shell around `params`.
         params: all weights.
         state: batch 1; every row starts from it.
         batch: tokens [B T+1] and mask [B T], from `tasks.task_batch`.
-        rows: rows read at the same time.
+        rows: rows that are read at the same time.
 
     Raises:
         ValueError: nothing is scored.
     """
     batch = Batch.of(batch, "mask", caller="score_answers")
-    tokens, scored = np.asarray(batch.tokens), np.asarray(batch.mask) > 0
+    tokens = np.asarray(batch.tokens)
+    scored = np.asarray(batch.mask) > 0
     if not scored.any():
         raise ValueError("score_answers: `batch` must have a scored position; its mask is all 0.")
-    nats, right = _by_rows(functools.partial(_nats_and_right, model, params), state, tokens, rows)
+    per_token = functools.partial(_nats_and_correct, model, params)
+    nats, correct = _map_rows(per_token, state, tokens, rows)
     count = scored.sum(0)
-    by_position = np.where(count, (right & scored).sum(0) / np.maximum(count, 1), np.nan)
-    asked = scored.any(1)
+    right = (correct & scored).sum(0)
+    rows_with_answers = scored.any(1)
+    # Positions that are not scored cannot be wrong.
+    all_right = (correct | ~scored).all(1)
     return Answers(
-        accuracy=float(right[scored].mean()),
+        accuracy=float(correct[scored].mean()),
         nats=float(nats[scored].mean()),
-        exact=float((right | ~scored)[asked].all(1).mean()),
-        by_position=by_position,
+        exact=float(all_right[rows_with_answers].mean()),
+        by_position=np.where(count, right / np.maximum(count, 1), np.nan),
     )

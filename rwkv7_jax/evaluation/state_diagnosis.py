@@ -1,13 +1,14 @@
-"""What a tuned start state does, and what it costs, in numbers and sentences."""
+"""Diagnosis of a tuned start state: what it does, and what it costs other text."""
 
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.data.batch import Batch, BatchLike
@@ -23,25 +24,44 @@ from rwkv7_jax.tuning.read_statistics import (
 )
 from rwkv7_jax.tuning.state_arithmetic import singular_values
 
-# Rows read at the same time.
+# Rows that are read at the same time.
 ROWS = 8
 
-_COMPARED = ("base_nats", "tuned_nats", "base_right", "tuned_right", "divergence")
+
+class _Part(NamedTuple):
+    """`ROWS` rows of a batch; the last part of a batch is filled up with zeros.
+
+    Attributes:
+        tokens: of the rows.
+        mask: of their targets, float32; 0 in rows that were filled up.
+        present: 1 for rows of the batch, 0 for those that were filled up.
+    """
+
+    tokens: Int[np.ndarray, "B T1"]
+    mask: Float[np.ndarray, "B T"]
+    present: Float[np.ndarray, " B"]
 
 
-def _pieces(batch: Batch) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Tokens, mask and which rows are there, `ROWS` rows at a time; the last piece is filled up."""
-    tokens, mask = np.asarray(batch.tokens), np.asarray(batch.mask, np.float32)
+def _parts(batch: Batch) -> Iterator[_Part]:
+    """Cuts a batch into parts of one shape, so that a program is compiled once."""
+    tokens = np.asarray(batch.tokens)
+    mask = np.asarray(batch.mask, np.float32)
     for first in range(0, len(tokens), ROWS):
-        piece = slice(first, first + ROWS)
-        missing = ROWS - len(tokens[piece])
-        filled = [np.pad(x[piece], ((0, missing), (0, 0))) for x in (tokens, mask)]
-        yield *filled, (np.arange(ROWS) < ROWS - missing).astype(np.float32)
+        rows = slice(first, first + ROWS)
+        count = len(tokens[rows])
+        padding = ((0, ROWS - count), (0, 0))
+        yield _Part(
+            tokens=np.pad(tokens[rows], padding),
+            mask=np.pad(mask[rows], padding),
+            present=(np.arange(ROWS) < count).astype(np.float32),
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _compare(model: RWKV7, params: Params, base: RWKV7State, tuned: RWKV7State, tokens: Array):
-    """What every target costs from either start, whether it is the likeliest id, and the KL."""
+def _compare_tokens(
+    model: RWKV7, params: Params, base: RWKV7State, tuned: RWKV7State, tokens: Array
+) -> dict[str, Any]:
+    """Computes for each target the loss and whether it is the likeliest id, and the KL [B T]."""
 
     def hidden(start: RWKV7State) -> Array:
         start = repeat(start, tokens.shape[0])
@@ -55,37 +75,46 @@ def _compare(model: RWKV7, params: Params, base: RWKV7State, tuned: RWKV7State, 
     return {
         "base_nats": before.nats,
         "tuned_nats": after.nats,
-        "base_right": before.correct,
-        "tuned_right": after.correct,
+        "base_correct": before.correct,
+        "tuned_correct": after.correct,
         "divergence": after.kl,
     }
 
 
-def _compared(model: RWKV7, params: Params, state: RWKV7State, batch: Batch) -> dict:
-    """`_compare` on every row of the batch: float64 arrays [B T] by name."""
+def _compare(
+    model: RWKV7, params: Params, state: RWKV7State, batch: Batch
+) -> dict[str, np.ndarray]:
+    """Compares the zero state with `state` on all rows: float64 arrays [B T] by name."""
     base = init_state(model.config)
-    found = [_compare(model, params, base, state, tokens) for tokens, _, _ in _pieces(batch)]
-    rows = len(batch.tokens)
-    return {
-        name: np.concatenate([np.asarray(one[name], np.float64) for one in found])[:rows]
-        for name in _COMPARED
-    }
+    results = []
+    for part in _parts(batch):
+        results.append(_compare_tokens(model, params, base, state, part.tokens))
+
+    def join(*leaves: Array) -> np.ndarray:
+        rows = [np.asarray(leaf, np.float64) for leaf in leaves]
+        return np.concatenate(rows)[: len(batch.tokens)]
+
+    return jax.tree.map(join, *results)
 
 
-def _kept(name: str, found: Mapping[str, np.ndarray], mask: np.ndarray) -> RetentionScore:
-    means = {key: float((x * mask).sum() / mask.sum()) for key, x in found.items()}
+def _retention_score(
+    name: str, compared: Mapping[str, np.ndarray], mask: np.ndarray
+) -> RetentionScore:
+    means = {}
+    for key, values in compared.items():
+        means[key] = float((values * mask).sum() / mask.sum())
     return RetentionScore(
         name=name,
         base_nats=means["base_nats"],
         tuned_nats=means["tuned_nats"],
-        base_accuracy=means["base_right"],
-        tuned_accuracy=means["tuned_right"],
+        base_accuracy=means["base_correct"],
+        tuned_accuracy=means["tuned_correct"],
         divergence=means["divergence"],
         tokens=int(np.count_nonzero(mask)),
     )
 
 
-def _mask(batch: Batch, name: str, caller: str) -> np.ndarray:
+def _checked_mask(batch: Batch, name: str, caller: str) -> Float[np.ndarray, "B T"]:
     mask = np.asarray(batch.mask, np.float64)
     if not mask.any():
         raise ValueError(f"{caller}: `{name}` must have a target that counts; its mask is all 0.")
@@ -95,7 +124,7 @@ def _mask(batch: Batch, name: str, caller: str) -> np.ndarray:
 def retention(
     model: RWKV7, params: Params, state: RWKV7State, batches: Mapping[str, BatchLike]
 ) -> tuple[RetentionScore, ...]:
-    """What the model loses, or gains, on other texts and tasks when it starts from `state`.
+    """Measures how a start state changes the loss on other texts and tasks.
 
     Args:
         model: the shell around `params`.
@@ -104,107 +133,124 @@ def retention(
         batches: by name, tokens [B T+1] and mask [B T].
 
     Raises:
-        ValueError: another model's state, or a batch in which no target counts.
+        ValueError: the state is another model's, or no target of a batch counts.
     """
     check_state(state, 1, model.config, caller="retention")
-    rows = []
+    scores = []
     for name, batch in batches.items():
         batch = Batch.of(batch, "mask", caller="retention")
-        mask = _mask(batch, name, "retention")
-        rows.append(_kept(name, _compared(model, params, state, batch), mask))
-    return tuple(rows)
+        mask = _checked_mask(batch, name, "retention")
+        scores.append(_retention_score(name, _compare(model, params, state, batch), mask))
+    return tuple(scores)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _reads(
-    model: RWKV7, params: Params, state: RWKV7State, tokens: Array, weights: Array, rows: Array
+    model: RWKV7, params: Params, state: RWKV7State, tokens: Array, weights: Array, present: Array
 ) -> dict[str, dict[str, Array]]:
-    """How each memory is read: E[psi psi^T] [L H M M] over weighted targets, |psi|^2 [L T] by rows.
+    """Computes how each memory is read.
 
-    As `state_tuning.state_statistics`, which keeps no positions.
+    As `tuning.read_statistics.state_statistics`, which keeps no positions.
+
+    Returns:
+        By memory: "moments", E[psi psi^T] [L H M M] over weighted targets; and "reads", the mean
+        |psi|^2 [L T] over the rows that are present.
     """
     start = repeat(state, tokens.shape[0])
     *_, trace = model.apply({"params": params}, tokens[:, :-1], start, method="trace")
     implementation = model.config.implementation
 
-    def summary(psi: Float[Array, "B T H M"]) -> dict[str, Array]:
-        squares = jnp.einsum("bthm,bthm,b->t", psi, psi, rows) / (jnp.sum(rows) * psi.shape[2])
+    def summarize(psi: Float[Array, "B T H M"]) -> dict[str, Array]:
+        heads = psi.shape[2]
+        squares = jnp.einsum("bthm,bthm,b->t", psi, psi, present) / (jnp.sum(present) * heads)
         return {"moments": second_moment(psi, weights)[0], "reads": squares}
 
-    def plain(layer) -> dict[str, Array]:
-        return summary(initial_state_read_vectors(layer[0], implementation=implementation))
+    def read_wkv(layer: Any) -> dict[str, Array]:
+        return summarize(initial_state_read_vectors(layer[0], implementation=implementation))
 
-    def wide(layer) -> dict[str, Array]:
-        return summary(memory_read_vectors(layer[1], layer[0], implementation=implementation))
+    def read_memory(layer: Any) -> dict[str, Array]:
+        return summarize(memory_read_vectors(layer[1], layer[0], implementation=implementation))
 
-    layers, found = (trace, state.upscaled), {}
+    layers = (trace, state.upscaled)
+    reads = {}
     if state.upscaled is None or not state.upscaled.form.replaces_wkv:
-        found["wkv"] = jax.lax.map(plain, layers)
+        reads["wkv"] = jax.lax.map(read_wkv, layers)
     if state.upscaled is not None:
-        found["memory"] = jax.lax.map(wide, layers)
-    return found
+        reads["memory"] = jax.lax.map(read_memory, layers)
+    return reads
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _end(model: RWKV7, params: Params, start: RWKV7State, tokens: Array, rows: Array) -> Array:
-    """Mean squared Frobenius norms [L H] of the WKV states behind the tokens."""
+def _mean_square_norms(
+    model: RWKV7, params: Params, start: RWKV7State, tokens: Array, present: Array
+) -> Float[Array, "L H"]:
+    """Computes the mean squared Frobenius norms of the WKV states after the tokens."""
     start = repeat(start, tokens.shape[0])
-    _, end = model.apply({"params": params}, tokens[:, :-1], start, method="hidden")
+    outputs: Any = model.apply({"params": params}, tokens[:, :-1], start, method="hidden")
+    _, end = outputs
     squares = jnp.sum(jnp.square(end.wkv), axis=(-2, -1))
-    return jnp.einsum("lbh,b->lh", squares, rows) / jnp.sum(rows)
+    return jnp.einsum("lbh,b->lh", squares, present) / jnp.sum(present)
 
 
 def _reference_norm(model: RWKV7, params: Params, batch: Batch) -> Float[np.ndarray, "L H"]:
-    """Root mean square norms of the base model's WKV states when it has read the batch's rows."""
-    start, squares = init_state(model.config), 0.0
-    for tokens, _, rows in _pieces(batch):
-        squares += rows.sum() * np.asarray(_end(model, params, start, tokens, rows), np.float64)
-    return np.sqrt(squares / len(batch.tokens))
+    """Computes root mean square norms of the base model's WKV states after the batch's rows."""
+    start = init_state(model.config)
+    total: Any = 0.0
+    for part in _parts(batch):
+        norms = _mean_square_norms(model, params, start, part.tokens, part.present)
+        total += part.present.sum() * np.asarray(norms, np.float64)
+    return np.sqrt(total / len(batch.tokens))
 
 
-def _read_statistics(model: RWKV7, params: Params, state: RWKV7State, batch: Batch) -> dict:
-    """`_reads` over the whole batch: each piece counts by its targets, or by its rows."""
-    totals: dict[str, dict[str, np.ndarray]] = {}
-    for tokens, mask, rows in _pieces(batch):
-        share = {"moments": mask.sum(), "reads": rows.sum()}
-        for name, parts in _reads(model, params, state, tokens, mask, rows).items():
-            total = totals.setdefault(name, dict.fromkeys(parts, 0.0))
-            for key, part in parts.items():
-                total[key] = total[key] + float(share[key]) * np.asarray(part, np.float64)
+def _read_statistics(
+    model: RWKV7, params: Params, state: RWKV7State, batch: Batch
+) -> dict[str, dict[str, np.ndarray]]:
+    """Averages `_reads` over the batch, each part weighted by its targets or by its rows."""
+    totals: dict[str, dict[str, Any]] = {}
+    for part in _parts(batch):
+        weights = {"moments": part.mask.sum(), "reads": part.present.sum()}
+        reads = _reads(model, params, state, part.tokens, part.mask, part.present)
+        for name, statistics in reads.items():
+            total = totals.setdefault(name, dict.fromkeys(statistics, 0.0))
+            for key, value in statistics.items():
+                total[key] = total[key] + float(weights[key]) * np.asarray(value, np.float64)
     targets = float(np.asarray(batch.mask, np.float64).sum())
-    return {
-        name: {"moments": t["moments"] / targets, "reads": t["reads"] / len(batch.tokens)}
-        for name, t in totals.items()
-    }
+    for total in totals.values():
+        total["moments"] = total["moments"] / targets
+        total["reads"] = total["reads"] / len(batch.tokens)
+    return totals
 
 
-def _memory(
-    held: Array, found: Mapping[str, np.ndarray], dynamics: str, typical=None
+def _memory_statistics(
+    memory: Float[Array, "L 1 H Nv M"],
+    reads: Mapping[str, np.ndarray],
+    dynamics: str,
+    reference_norm: Float[np.ndarray, "L H"] | None = None,
 ) -> MemoryStatistics:
-    """The numbers of one memory [L 1 H Nv M] from how it is read."""
-    values = singular_values(held)
+    values = singular_values(memory)
     squares = np.square(values)
     return MemoryStatistics(
         dynamics=dynamics,
         spectrum=values,
         norms=np.sqrt(squares.sum(-1)),
-        typical=typical,
+        reference_norm=reference_norm,
         rank=_rank(squares),
-        read_rank=np.asarray(effective_rank(jnp.asarray(found["moments"], jnp.float32))),
-        reads=found["reads"],
-        channels=held.shape[-1],
+        read_rank=np.asarray(effective_rank(jnp.asarray(reads["moments"], jnp.float32))),
+        reads=reads["reads"],
+        channels=memory.shape[-1],
     )
 
 
 def _rank(squares: Float[np.ndarray, "... R"]) -> Float[np.ndarray, "..."]:
-    """(sum s^2)^2 / sum s^4, as `whitening.effective_rank` of S S^T; 0 of a zero state."""
-    total, fourth = squares.sum(-1), np.square(squares).sum(-1)
+    """Computes the effective rank (sum s^2)^2 / sum s^4 from s^2; 0 of a zero state."""
+    total = squares.sum(-1)
+    fourth = np.square(squares).sum(-1)
     return np.square(total) / np.where(fourth > 0, fourth, 1.0)
 
 
-def ranks(held: Array) -> Float[np.ndarray, "L H"]:
-    """How many directions carry a memory [L 1 H Nv M], per layer and head."""
-    return _rank(np.square(singular_values(held)))
+def ranks(memory: Float[Array, "L 1 H Nv M"]) -> Float[np.ndarray, "L H"]:
+    """Computes the effective rank of a memory, by layer and head."""
+    return _rank(np.square(singular_values(memory)))
 
 
 def diagnose(
@@ -215,39 +261,45 @@ def diagnose(
     *,
     generic: BatchLike | None = None,
 ) -> Diagnosis:
-    """Everything that can be read off a tuned start state and two texts, and what to do about it.
+    """Measures a tuned start state on one or two texts and advises what to do about it.
 
     Args:
         model: the shell around `params`.
         params: all weights.
         state: batch 1.
-        batch: tokens [B T+1] and mask [B T] of what it was tuned for.
-        generic: the same of other text, on which the model shall stay what it was.
+        batch: tokens [B T+1] and mask [B T] of the text that it was tuned for.
+        generic: the same of other text, on which the model should not change.
 
     Raises:
-        ValueError: another model's state, or a batch in which no target counts.
+        ValueError: the state is another model's, or no target of a batch counts.
     """
     check_state(state, 1, model.config, caller="diagnose")
     batch = Batch.of(batch, "mask", caller="diagnose")
-    mask = _mask(batch, "batch", "diagnose")
-    reads, memories = _read_statistics(model, params, state, batch), {}
+    mask = _checked_mask(batch, "batch", "diagnose")
+    reads = _read_statistics(model, params, state, batch)
+    memories = {}
     if "wkv" in reads:
-        typical = _reference_norm(model, params, batch)
-        memories["wkv"] = _memory(state.wkv, reads["wkv"], "recurrent", typical)
-    if "memory" in reads:
-        upscaled = state.upscaled
-        memories["memory"] = _memory(upscaled.memory, reads["memory"], upscaled.dynamics)
-    found, count = _compared(model, params, state, batch), mask.sum(0)
-    by_position = {
-        name: np.where(count > 0, (found[name] * mask).sum(0) / np.maximum(count, 1), np.nan)
-        for name in ("base_nats", "tuned_nats")
-    }
-    kept = retention(model, params, state, {"generic": generic}) if generic is not None else ()
+        reference_norm = _reference_norm(model, params, batch)
+        memories["wkv"] = _memory_statistics(state.wkv, reads["wkv"], "recurrent", reference_norm)
+    if state.upscaled is not None:
+        memory = state.upscaled.memory
+        memories["memory"] = _memory_statistics(memory, reads["memory"], state.upscaled.dynamics)
+    compared = _compare(model, params, state, batch)
+    counts = mask.sum(0)
+
+    def by_position(values: np.ndarray) -> np.ndarray:
+        means = (values * mask).sum(0) / np.maximum(counts, 1)
+        return np.where(counts > 0, means, np.nan)
+
+    other = None
+    if generic is not None:
+        (other,) = retention(model, params, state, {"generic": generic})
     diagnosis = Diagnosis(
         memories=memories,
-        **by_position,
-        counts=count,
-        own=_kept("own", found, mask),
-        generic=kept[0] if kept else None,
+        base_nats=by_position(compared["base_nats"]),
+        tuned_nats=by_position(compared["tuned_nats"]),
+        counts=counts,
+        own=_retention_score("own", compared, mask),
+        generic=other,
     )
     return dataclasses.replace(diagnosis, advice=advise(diagnosis))

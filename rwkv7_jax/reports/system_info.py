@@ -108,13 +108,13 @@ def lines(info: Mapping[str, Any]) -> list[str]:
     return printed
 
 
-def peak_memory(device: jax.Device | None = None) -> Peak:
+def peak_memory(device: Any = None) -> Peak:
     """Returns the peak memory of a device, or of this process where the device does not tell.
 
     The peak of the process includes pages of files that it has mapped.
 
     Args:
-        device: None for the first local one.
+        device: of JAX; None for the first local one.
     """
     stats = (device or jax.local_devices()[0]).memory_stats() or {}
     if "peak_bytes_in_use" in stats:

@@ -15,7 +15,7 @@ WELL = advice.MemoryStatistics(
     dynamics="recurrent",
     spectrum=np.ones((*HEADS, 32)),
     norms=np.ones(HEADS),
-    typical=np.ones(HEADS),
+    reference_norm=np.ones(HEADS),
     rank=np.ones(HEADS),
     read_rank=np.full(HEADS, 16.0),
     reads=np.ones((3, 20)),
@@ -33,7 +33,7 @@ GOOD = advice.Diagnosis(
 FADING = dataclasses.replace(WELL, reads=np.where(np.arange(20) < 9, 1.0, 0.09) * np.ones((3, 1)))
 LATE = dataclasses.replace(WELL, reads=np.where(np.arange(20) < 10, 1.0, 0.09) * np.ones((3, 1)))
 NARROW = dataclasses.replace(WELL, read_rank=np.full(HEADS, 7.9))
-LASTING = dataclasses.replace(WELL, dynamics="static", typical=None)
+LASTING = dataclasses.replace(WELL, dynamics="static", reference_norm=None)
 
 
 def changed(**parts):
@@ -62,7 +62,9 @@ def one_head(value):
         (changed(memories={"wkv": dataclasses.replace(FADING, norms=np.zeros(HEADS))}), []),
         (changed(memories={"wkv": NARROW}), ["WKV state .* 7.9 of 32 .* decorrelated"]),
         (
-            changed(memories={"wkv": WELL, "memory": dataclasses.replace(NARROW, typical=None)}),
+            changed(
+                memories={"wkv": WELL, "memory": dataclasses.replace(NARROW, reference_norm=None)}
+            ),
             ["The upscaled memory is read through few directions"],
         ),
         (changed(own=dataclasses.replace(KEPT, tuned_nats=2.0)), ["does not help here: 2.000"]),

@@ -117,3 +117,12 @@ def test_answers_start_from_the_state(params, batch):
 def test_a_batch_without_scored_positions_is_refused(params, batch):
     with pytest.raises(ValueError, match="`batch` must have a scored position"):
         score_answers(MODEL, params, init_state(CONFIG), batch | {"mask": batch["mask"] * 0})
+
+
+def test_the_vocabulary_is_read_once_for_all_evaluations(params, batch, monkeypatch):
+    calls = []
+    tokenizer = Tokenizer.bytes()
+    one = score(MODEL, params, init_state(CONFIG), batch, tokenizer)
+    monkeypatch.setattr(Tokenizer, "token_bytes", lambda self, token: calls.append(token))
+    assert score(MODEL, params, init_state(CONFIG), batch, tokenizer) == one
+    assert calls == []

@@ -103,10 +103,10 @@ def test_norms_and_ranks_are_those_of_the_singular_values(found):
     assert not ranks(init_state(CONFIG).wkv).any()
 
 
-def test_a_typical_state_is_the_base_models_behind_the_rows(params, bare):
+def test_a_typical_state_is_the_base_models_after_the_rows(params, bare):
     ends = [restated(params, row[:-1], init_state(CONFIG))[1].wkv for row in text()["tokens"]]
     squares = np.square(np.stack(ends)).sum((-2, -1)).mean(0)
-    np.testing.assert_allclose(bare[1].memories["wkv"].typical, np.sqrt(squares), rtol=1e-3)
+    np.testing.assert_allclose(bare[1].memories["wkv"].reference_norm, np.sqrt(squares), rtol=1e-3)
 
 
 def test_losses_by_position_are_those_of_the_models_logits(params, bare):
@@ -148,7 +148,7 @@ def test_more_rows_than_fit_at_once_are_all_counted(model, params, bare):
     one, two = (diagnose(model, params, bare[0], batch) for batch in (text(), many))
     assert two.own.tokens == 3 * one.own.tokens
     assert two.own.tuned_nats == pytest.approx(one.own.tuned_nats, rel=1e-5)
-    for name in ("typical", "read_rank", "reads"):
+    for name in ("reference_norm", "read_rank", "reads"):
         a, b = (getattr(found.memories["wkv"], name) for found in (one, two))
         np.testing.assert_allclose(a, b, rtol=1e-3)
 
@@ -159,7 +159,7 @@ def test_the_order_of_rows_changes_nothing(model, params, bare):
     turned = {name: x[::-1] for name, x in rows.items()}
     one, two = (diagnose(model, params, bare[0], batch) for batch in (rows, turned))
     assert one.own.tuned_nats == pytest.approx(two.own.tuned_nats, rel=1e-6)
-    for name in ("typical", "read_rank", "reads"):
+    for name in ("reference_norm", "read_rank", "reads"):
         a, b = (getattr(found.memories["wkv"], name) for found in (one, two))
         np.testing.assert_allclose(a, b, rtol=1e-4)
 

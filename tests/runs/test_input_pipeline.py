@@ -1,34 +1,62 @@
-"""A run's batches: made ahead from the data, or drawn from the present parameters."""
+"""The batches of a run: from data, ahead of their use, or from the trainables."""
 
+import time
+
+import jax
 import numpy as np
 
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.runs.input_pipeline import DrawnBatches, InputPipeline, PrefetchedBatches
+from rwkv7_jax.sharding import make_data_mesh
 
 
-def batch_of(number: int) -> Batch:
-    return Batch(tokens=np.full((2, 3), number, np.int32), mask=np.ones((2, 2), np.float32))
+def numbered(step: int) -> Batch:
+    """Makes a batch of two rows that tells its step."""
+    tokens = np.full((2, 5), step, np.int32)
+    return Batch(tokens=tokens, mask=np.ones((2, 4), np.float32))
 
 
-def test_batches_of_the_data_come_in_order_on_the_host_and_on_the_device():
-    pipeline = InputPipeline(PrefetchedBatches(map(batch_of, range(4)), None))
-    for step in range(4):
-        placed = pipeline(step, None)
-        assert placed is not None
+def test_batches_of_the_data_come_in_order_on_the_host_and_on_the_devices():
+    mesh = make_data_mesh(2)
+    feed = InputPipeline(PrefetchedBatches(map(numbered, range(7, 10)), mesh))
+    for step in range(7, 10):
+        placed = feed(step, None)
+        assert isinstance(placed.host.tokens, np.ndarray)
         assert (placed.host.tokens == step).all()
-        np.testing.assert_array_equal(placed.host.tokens, np.asarray(placed.device.tokens))
-    pipeline.close()
-    assert pipeline.waited >= 0
+        assert isinstance(placed.device.tokens, jax.Array)
+        np.testing.assert_array_equal(placed.device.tokens, placed.host.tokens)
+        assert len(placed.device.tokens.sharding.device_set) == mesh.size
+    feed.close()
 
 
-def test_drawn_batches_see_the_present_parameters_and_the_step():
-    pipeline = InputPipeline(DrawnBatches(lambda params, step: batch_of(params + step), None))
-    placed = pipeline(2, 40)
-    assert placed is not None
-    assert (placed.host.tokens == 42).all()
-    pipeline.close()
+def test_a_drawn_batch_sees_the_trainables_of_its_step():
+    seen = []
+
+    def draw(trainables, step):
+        seen.append((trainables, step))
+        return numbered(step) if step else None
+
+    feed = InputPipeline(DrawnBatches(draw, None))
+    assert feed(0, "before") is None
+    assert (feed(1, "after").host.tokens == 1).all()
+    assert seen == [("before", 0), ("after", 1)]
+    feed.close()
 
 
-def test_a_step_may_have_nothing_to_learn_from():
-    pipeline = InputPipeline(DrawnBatches(lambda params, step: None, None))
-    assert pipeline(0, None) is None
+def test_the_time_spent_waiting_for_batches_is_counted():
+    def slow(trainables, step):
+        time.sleep(0.05)
+        return numbered(step)
+
+    feed = InputPipeline(DrawnBatches(slow, None))
+    for step in range(2):
+        feed(step, None)
+    assert feed.waited >= 0.1
+
+
+def test_closing_ends_the_thread_that_makes_batches():
+    source = PrefetchedBatches(iter(numbered(0) for _ in range(100)), None)
+    feed = InputPipeline(source)
+    feed(0, None)
+    feed.close()
+    assert not source._prefetch._thread.is_alive()
