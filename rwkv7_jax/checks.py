@@ -8,7 +8,10 @@ import contextlib
 import contextvars
 import math
 import operator
-from collections.abc import Iterator, Sequence
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -61,43 +64,262 @@ def check_function(value: Any, argument: str) -> None:
         raise TypeError(f"{argument} must be a function; got {type(value).__name__}.")
 
 
-def check_number(
-    value: Any,
-    low: float,
-    high: float,
-    argument: str,
-) -> None:
-    """Checks that a value is a finite number in a closed interval.
+def is_traced(value: Any) -> bool:
+    """Tells whether a value is only known inside a compiled program, so that it cannot be read."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def check_instance(value: Any, kind: type, argument: str) -> None:
+    """Checks that a value is an instance of a class.
 
     Args:
         value: the value to check.
-        low: the smallest allowed number.
-        high: the largest allowed number.
+        kind: the class.
         argument: the argument in backticks; the message begins with it.
+
+    Raises:
+        TypeError: the value is something else.
+    """
+    if isinstance(value, kind):
+        return
+    article = "an" if kind.__name__[0] in "AEIOR" else "a"
+    raise TypeError(f"{argument} must be {article} {kind.__name__}; got {type(value).__name__}.")
+
+
+def check_model(model: Any, argument: str = "`model`") -> None:
+    """Checks that a value is a model: a module with the sizes of an RWKV-7 in `config`.
+
+    Raises:
+        TypeError: the value is something else, such as a config or the weights.
+    """
+    sizes = getattr(model, "config", None)
+    if isinstance(model, type) or not hasattr(sizes, "vocab_size") or not hasattr(model, "apply"):
+        kind = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"{argument} must be a model, RWKV7(config); got {kind}.")
+
+
+def check_params(params: Any, config: Any, argument: str = "`params`") -> None:
+    """Checks that weights have the sizes of a model, by the few shapes that tell models apart.
+
+    Args:
+        params: the inner tree of weights: arrays, tracers or shapes.
+        config: the model's configuration.
+        argument: the argument in backticks; the message begins with it.
+
+    Raises:
+        TypeError: the weights are no mapping.
+        ValueError: a part is missing, or belongs to a model of other sizes.
+    """
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            f"{argument} must be the tree of weights, a dict; got {type(params).__name__}."
+        )
+    table = (config.vocab_size, config.width)
+    shapes = {
+        "emb/weight": table,
+        "head/weight": table,
+        "layer_0/att/r_k": (config.num_heads, config.head_size),
+        "layer_0/ffn/key/weight": (config.ffn_width, config.width),
+    }
+    if config.num_layers > 1:
+        others = config.num_layers - 1
+        shapes["layers/att/r_k"] = (others, config.num_heads, config.head_size)
+    elif "layers" in params:
+        raise ValueError(f"{argument} must be those of a model of 1 layer; got more layers.")
+    for path, wanted in shapes.items():
+        leaf: Any = params
+        for name in path.split("/"):
+            leaf = leaf.get(name) if isinstance(leaf, Mapping) else None
+        if leaf is None:
+            hint = " (pass the inner tree)" if "params" in params else ""
+            raise ValueError(f"{argument} must hold {path}{hint}; it has {', '.join(params)}.")
+        came = tuple(np.shape(leaf))
+        if came != wanted:
+            raise ValueError(
+                f"{argument} must be those of this model, with {path} of shape {wanted}; "
+                f"got {came}."
+            )
+
+
+def check_local_path(path: Any, argument: str) -> Path:
+    """Returns a path on this machine; a URL or the name of a model on a hub is refused.
+
+    Args:
+        path: the value to check.
+        argument: the argument in backticks; the message begins with it.
+
+    Raises:
+        TypeError: the value is no path.
+        ValueError: the path is empty, or a place that is not on this machine.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{argument} must be a path; got {type(path).__name__}.")
+    text = os.fspath(path)
+    if not text or "\0" in text:
+        raise ValueError(f"{argument} must be a path; got {text!r}.")
+    # A `Path` has lost the second slash of a scheme.
+    remote = re.match(r"(?i)([a-z][a-z0-9+.-]+):/{1,2}(?!/)(.*)", text)
+    if remote and remote[1].lower() != "file":
+        scheme = remote[1].lower()
+        command = f"curl -LO {scheme}://{remote[2]}"
+        if scheme == "hf" or remote[2].startswith("huggingface.co/"):
+            command = _hub_command(remote[2].removeprefix("huggingface.co/"))
+        elif scheme in ("gs", "s3"):
+            tool = {"gs": "gcloud storage cp -r", "s3": "aws s3 cp --recursive"}[scheme]
+            command = f"{tool} {scheme}://{remote[2]} ."
+        raise ValueError(
+            f"{argument} must be on this machine; got {text}. Download it first: {command}"
+        )
+    place = Path(text).expanduser()
+    is_hub_name = re.fullmatch(r"[A-Za-z][\w-]*/[\w.-]+", text) is not None
+    if is_hub_name and not place.exists() and not place.parent.exists():
+        raise ValueError(
+            f"{argument} must exist; got {text}. If it is the name of a model on Hugging Face, "
+            f"download it first: {_hub_command(text)}"
+        )
+    return place
+
+
+def _hub_command(name: str) -> str:
+    """Returns the command that downloads a model, or one file of it, from Hugging Face."""
+    owner, _, rest = name.partition("/")
+    repository, *inside = rest.split("/")
+    # Addresses of single files have "resolve/main" or "blob/main" in them.
+    if inside[:1] in (["resolve"], ["blob"], ["tree"]):
+        inside = inside[2:]
+    place = "/".join(inside)
+    parts = ["hf download", f"{owner}/{repository}", place, f"--local-dir {repository or owner}"]
+    return " ".join(part for part in parts if part)
+
+
+def check_number(
+    value: Any,
+    low: float | int,
+    high: float | int,
+    argument: str,
+    *,
+    above: bool = False,
+) -> None:
+    """Checks that a value is a finite number in a closed interval; traced values pass.
+
+    Args:
+        value: the value to check.
+        low: the smallest allowed number; minus infinity for no limit.
+        high: the largest allowed number; infinity for no limit.
+        argument: the argument in backticks; the message begins with it.
+        above: whether `low` itself is refused.
 
     Raises:
         TypeError: the value is not a number.
         ValueError: the number is outside the interval, or not finite.
     """
+    if is_traced(value):
+        return
+    # `float` would read a number out of a string.
+    is_text = isinstance(value, str | bytes | bytearray)
     try:
-        number = float(value)
+        number = float("text" if is_text else value)
     except (TypeError, ValueError):
         raise TypeError(f"{argument} must be a number; got {type(value).__name__}.") from None
-    if not (math.isfinite(number) and low <= number <= high):
-        raise ValueError(f"{argument} must be from {low:g} to {high:g}; got {number:g}.")
+    except OverflowError:
+        number = math.inf
+    inside = low < number if above else low <= number
+    if math.isfinite(number) and inside and number <= high:
+        return
+    if not math.isinf(high):
+        bounds = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
+    elif math.isinf(low):
+        bounds = "finite"
+    else:
+        bounds = f"above {low:g}, and finite" if above else f"at least {low:g}, and finite"
+    raise ValueError(f"{argument} must be {bounds}; got {number:g}.")
 
 
-def check_count(value: Any, least: int, argument: str) -> int:
+def as_array(value: Any, argument: str) -> Any:
+    """Returns an array as it is, and a list of numbers as a NumPy array.
+
+    Args:
+        value: an array, a tracer, or lists of numbers of one length.
+        argument: the argument in backticks; the message begins with it.
+
+    Raises:
+        TypeError: the value is no array of numbers.
+        ValueError: lists of different lengths.
+    """
+    if isinstance(value, jax.Array | np.ndarray):
+        return value
+    # Shapes without numbers, as in `jax.eval_shape`.
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return value
+    if not isinstance(value, list | tuple | range):
+        raise TypeError(f"{argument} must be an array; got {type(value).__name__}.")
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError(f"{argument} must be rows of one length; got a ragged list.") from None
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{argument} must hold numbers; got a list of {array.dtype}.")
+    # NumPy's float64 and int64 are not what JAX would make of such a list.
+    if array.dtype == np.float64:
+        return array.astype(np.float32)
+    return array
+
+
+def check_indices(indices: Any, count: int, argument: str) -> None:
+    """Checks that integer indices lie inside an axis, counted from its end where negative.
+
+    Args:
+        indices: an integer or an array of them; those that are traced are not known, and pass.
+        count: the length of the axis.
+        argument: the argument in backticks; the message begins with it.
+
+    Raises:
+        TypeError: the indices are not integers.
+        ValueError: an index is outside the axis.
+    """
+    dtype = np.result_type(indices) if np.ndim(indices) == 0 else indices.dtype
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"{argument} must be integers; got {dtype}.")
+    if is_traced(indices):
+        return
+    values = np.asarray(indices)
+    wrong = (values < -count) | (values >= count)
+    if wrong.any():
+        raise ValueError(
+            f"{argument} must lie between {-count} and {count - 1}, because there are {count}; "
+            f"got {values[wrong][0]}."
+        )
+
+
+def check_choice(value: Any, choices: Iterable[str], argument: str) -> None:
+    """Checks that a value is one of some names.
+
+    Args:
+        value: the value to check.
+        choices: the allowed names.
+        argument: the argument in backticks; the message begins with it.
+
+    Raises:
+        ValueError: the value is none of them.
+    """
+    names = list(choices)
+    # Not `value in names`: comparing an array gives an array.
+    if not isinstance(value, str) or value not in names:
+        raise ValueError(f"{argument} must be one of {', '.join(names)}; got {value!r}.")
+
+
+def check_count(value: Any, least: int, argument: str, *, most: int | None = None) -> int:
     """Returns a value as an integer of at least `least`.
 
     Args:
         value: the value to check.
         least: the smallest allowed integer.
+        most: the largest allowed integer; None for no limit.
         argument: the argument in backticks; the message begins with it.
 
     Raises:
         TypeError: the value is not an integer.
-        ValueError: the integer is too small.
+        ValueError: the integer is too small or too large.
     """
     try:
         number = operator.index(value)
@@ -105,7 +327,19 @@ def check_count(value: Any, least: int, argument: str) -> int:
         raise TypeError(f"{argument} must be an integer; got {type(value).__name__}.") from None
     if number < least:
         raise ValueError(f"{argument} must be at least {least}; got {number}.")
+    if most is not None and number > most:
+        raise ValueError(f"{argument} must be at most {most}; got {number}.")
     return number
+
+
+def check_seed(value: Any, argument: str = "`seed`") -> int:
+    """Returns a seed that both NumPy and JAX take: an integer from 0 to 2**32 - 1.
+
+    Raises:
+        TypeError: the value is not an integer.
+        ValueError: the integer is out of range.
+    """
+    return check_count(value, 0, argument, most=2**32 - 1)
 
 
 def check_ids(ids: Any, vocab_size: int, argument: str) -> np.ndarray:
@@ -120,8 +354,17 @@ def check_ids(ids: Any, vocab_size: int, argument: str) -> np.ndarray:
         TypeError: the ids are not integers.
         ValueError: the ids are not flat, or one is out of range; the message gives its position.
     """
+    if isinstance(ids, str | bytes) or not hasattr(ids, "__len__") or isinstance(ids, Mapping):
+        raise TypeError(f"{argument} must be a list of ids; got {type(ids).__name__}.")
+    if np.ndim(ids) == 0 and hasattr(ids, "dtype"):
+        raise ValueError(f"{argument} must be a flat list of ids; got shape ().")
+    # A set has a length, and NumPy would make one object of it.
+    ids = sorted(ids) if isinstance(ids, set | frozenset) else ids
     # NumPy makes an empty list float64, so the empty case needs its dtype by hand.
-    array = np.asarray(ids) if len(ids) else np.zeros(0, np.int32)
+    try:
+        array = np.asarray(ids) if len(ids) else np.zeros(0, np.int32)
+    except ValueError:
+        raise ValueError(f"{argument} must be a flat list of ids; got nested lists.") from None
     if not np.issubdtype(array.dtype, np.integer):
         raise TypeError(f"{argument} must hold integers; got {array.dtype}.")
     if array.ndim != 1:
@@ -147,7 +390,7 @@ def check_tokens(tokens: Int[Array | np.ndarray, "..."], vocab_size: int) -> Non
     """
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"`tokens` must be integers; got {tokens.dtype}.")
-    if isinstance(tokens, jax.core.Tracer):
+    if is_traced(tokens):
         return
     ids = np.asarray(tokens)
     wrong = np.argwhere((ids < 0) | (ids >= vocab_size))
@@ -185,7 +428,7 @@ def check_lengths(
             f"{argument} must have one number for each of {rows} rows; "
             f"got shape {tuple(lengths.shape)}."
         )
-    if isinstance(lengths, jax.core.Tracer):
+    if is_traced(lengths):
         return
     values = np.asarray(lengths)
     wrong = np.flatnonzero((values < 0) | (values > tokens_per_row))

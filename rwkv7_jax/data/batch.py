@@ -6,9 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Float, Int
+
+from rwkv7_jax.checks import as_array, prefix_errors
 
 # A batch is NumPy's on the host and JAX's on the device and under `jit`.
 ArrayOfEither = np.ndarray | jax.Array
@@ -57,7 +60,10 @@ class Batch(Mapping[str, Any]):
         *needed: str,
         caller: str = "Batch.of",
     ) -> "Batch":
-        """Converts a mapping at a public door; a `Batch` is returned as it is.
+        """Converts a mapping at a public door and checks shapes; a `Batch` is returned as it is.
+
+        Shapes are known inside compiled programs too, so this costs nothing at run time. Lists
+        become NumPy arrays. Values are not looked at.
 
         Args:
             batch: a `Batch`, or a mapping of its fields' names to arrays.
@@ -65,8 +71,8 @@ class Batch(Mapping[str, Any]):
             caller: the public function's name, for messages.
 
         Raises:
-            TypeError: no mapping.
-            ValueError: a name that is no field, or a missing field.
+            TypeError: no mapping, or a field of the wrong kind.
+            ValueError: a name that is no field, a missing field, or shapes that do not fit.
         """
         if not isinstance(batch, Mapping):
             raise TypeError(
@@ -79,7 +85,8 @@ class Batch(Mapping[str, Any]):
                 )
         # All names of a Batch are fields.
         if isinstance(batch, Batch):
-            return batch
+            with prefix_errors(caller):
+                return _checked(batch)
         for name in batch:
             if name not in _FIELDS:
                 nearest = difflib.get_close_matches(
@@ -92,7 +99,8 @@ class Batch(Mapping[str, Any]):
                     f"{caller}: `batch` must hold no field {name!r}; the nearest is {nearest!r}, "
                     f"and all are {', '.join(_FIELDS)}."
                 )
-        return cls(**batch)
+        with prefix_errors(caller):
+            return _checked(cls(**batch))
 
     def __getitem__(self, name: str) -> Any:
         """Returns a field that is there, by its name."""
@@ -126,3 +134,44 @@ class Batch(Mapping[str, Any]):
 BatchLike = Batch | Mapping[str, Any]
 
 _FIELDS = tuple(Batch.__dataclass_fields__)
+
+
+def _checked(batch: Batch) -> Batch:
+    """Returns a batch whose fields are arrays, after a look at their shapes.
+
+    Broadcasting would hide a wrong one: a mask [1 T] multiplies the loss of B rows by B. All fields
+    may have further leading axes, such as that of the pieces of a batch.
+    """
+    changes = {}
+    for name in batch:
+        array = as_array(batch[name], f"`batch.{name}`")
+        _check_dtype(name, array.dtype)
+        if array is not batch[name]:
+            changes[name] = array
+    batch = batch.replace(**changes) if changes else batch
+    tokens = tuple(batch.tokens.shape)
+    if len(tokens) < 2 or tokens[-1] < 1:
+        raise ValueError(f"`batch.tokens` must have shape [B T+1]; got {tokens}.")
+    rows = tokens[:-1]
+    targets = (*rows, tokens[-1] - 1)
+    shapes = {"mask": targets, "weights": targets, "split": rows, "advantages": rows}
+    for name, wanted in shapes.items():
+        if name in batch and tuple(batch[name].shape) != wanted:
+            raise ValueError(
+                f"`batch.{name}` must have shape {wanted} to fit tokens of shape {tokens}; "
+                f"got {tuple(batch[name].shape)}."
+            )
+    if batch.anchor is not None and len(batch.anchor.shape) != len(tokens):
+        raise ValueError(
+            f"`batch.anchor` must have shape [B T+1]; got {tuple(batch.anchor.shape)}."
+        )
+    return batch
+
+
+def _check_dtype(name: str, dtype: Any) -> None:
+    """Raises unless a field can have the dtype: ids and lengths are integers."""
+    if name in ("tokens", "anchor", "split"):
+        if not np.issubdtype(dtype, np.integer):
+            raise TypeError(f"`batch.{name}` must hold integers; got {dtype}.")
+    elif dtype != bool and not jnp.issubdtype(dtype, jnp.number):
+        raise TypeError(f"`batch.{name}` must hold numbers; got {dtype}.")

@@ -4,6 +4,9 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
+from pallas_kernels import IMPLEMENTATIONS
+from rwkv7_jax.checks import check_number, prefix_errors
+
 _DTYPES = ("float32", "bfloat16")
 
 _REMAT = ("none", "block")
@@ -102,13 +105,16 @@ class RWKV7Config:
                 f"RWKV7Config: `width` must be a multiple of `head_size`; "
                 f"got {self.width} and {self.head_size}."
             )
-        for name in ("norm_eps", "group_norm_eps"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(
-                    f"RWKV7Config: `{name}` must lie between 0 and 1; got {getattr(self, name)}."
-                )
+        with prefix_errors("RWKV7Config"):
+            for name in ("norm_eps", "group_norm_eps"):
+                value = getattr(self, name)
+                check_number(value, -math.inf, math.inf, f"`{name}`")
+                if not 0 < value < 1:
+                    raise ValueError(f"`{name}` must lie between 0 and 1; got {value}.")
         self._check_choice("dtype", _DTYPES)
         self._check_choice("remat", _REMAT)
+        if self.implementation is not None:
+            self._check_choice("implementation", tuple(IMPLEMENTATIONS))
 
     def _check_positive(self, *names: str) -> None:
         for name in names:
@@ -120,10 +126,10 @@ class RWKV7Config:
                 )
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        if getattr(self, name) not in choices:
+        value = getattr(self, name)
+        if not isinstance(value, str) or value not in choices:
             raise ValueError(
-                f"RWKV7Config: `{name}` must be one of {', '.join(choices)}; "
-                f"got {getattr(self, name)!r}."
+                f"RWKV7Config: `{name}` must be one of {', '.join(choices)}; got {value!r}."
             )
 
     @property
@@ -142,7 +148,7 @@ class RWKV7Config:
         Raises:
             ValueError: no such size.
         """
-        if name.lower() not in _PRESETS:
+        if not isinstance(name, str) or name.lower() not in _PRESETS:
             raise ValueError(
                 f"RWKV7Config.preset: `name` must be one of {', '.join(_PRESETS)}; got {name!r}."
             )

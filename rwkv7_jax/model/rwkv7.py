@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from rwkv7_jax.array_types import Activations, Lengths, Logits, Tokens
-from rwkv7_jax.checks import check_tokens, prefix_errors
+from rwkv7_jax.checks import (
+    as_array,
+    check_instance,
+    check_lengths,
+    check_params,
+    check_tokens,
+    is_traced,
+    prefix_errors,
+)
 from rwkv7_jax.model import initializers as initial
 from rwkv7_jax.model import layers
 from rwkv7_jax.model.block import TRACE, Block, Norm
@@ -30,20 +38,27 @@ class RWKV7(nn.Module):
 
     config: RWKV7Config
 
+    def __post_init__(self):
+        """Checks the config: a dict, or a preset's name, would fail only inside `apply`."""
+        with prefix_errors("RWKV7"):
+            check_instance(self.config, RWKV7Config, "`config`")
+        super().__post_init__()
+
     def __call__(
         self, tokens: Tokens, state: RWKV7State, lengths: Lengths | None = None
     ) -> tuple[Logits, RWKV7State]:
         """Computes the next-token logits at every position and the state after the last token.
 
         Args:
-            tokens: ids below `config.vocab_size`; T may be 0. Concrete ids are checked here, traced
-                ones cannot be: JAX clamps those that are out of range.
+            tokens: ids below `config.vocab_size`; T may be 0. Concrete ids are checked here. Traced
+                ones cannot be: those out of range are embedded as zeros.
             state: the start state, with one row for each row of `tokens`.
             lengths: the number of tokens of each row that count, from the left. Logits after them
-                mean nothing; the state returned is the one after the last token that counts.
+                mean nothing; the state returned is the one after the last token that counts. Traced
+                lengths below 0 count as 0, and those above T as T.
 
         Raises:
-            ValueError: ids out of range, or a state of another batch or model.
+            ValueError: ids or lengths out of range, or a state or weights of other sizes.
             TypeError: ids that are not integers, or a WKV state that is not float32.
         """
         logits, state, _ = self._run(tokens, state, lengths)
@@ -74,8 +89,16 @@ class RWKV7(nn.Module):
     ):
         config = self.config
         with prefix_errors("RWKV7"):
+            tokens = as_array(tokens, "`tokens`")
+            if len(tokens.shape) != 2:
+                raise ValueError(f"`tokens` must have shape [B T]; got {tuple(tokens.shape)}.")
             check_tokens(tokens, config.vocab_size)
             check_state(state, tokens.shape[0], config)
+            if lengths is not None:
+                lengths = _checked_lengths(lengths, tokens)
+            # While weights are made there are none.
+            if not self.is_initializing():
+                check_params(self.variables.get("params", {}), config)
 
         x = Embedding(config, name="emb")(tokens).astype(config.dtype)
         x = Norm(config, name="ln0")(x)
@@ -139,6 +162,16 @@ class RWKV7(nn.Module):
         return x, memories, trace
 
 
+def _checked_lengths(lengths: Any, tokens: Any) -> Any:
+    """Returns lengths from 0 to T: concrete ones are checked, traced ones are clipped."""
+    lengths = as_array(lengths, "`lengths`")
+    check_lengths(lengths, tokens.shape)
+    if not is_traced(lengths):
+        return jnp.asarray(lengths)
+    # A length out of range would gather a token shift from nowhere: NaN, or another row's end.
+    return jnp.clip(lengths, 0, tokens.shape[1])
+
+
 class Embedding(nn.Module):
     """The table of token vectors."""
 
@@ -146,9 +179,19 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Tokens) -> Activations:
-        """Looks up the tokens' rows of the table."""
+        """Looks up the tokens' rows of the table; ids out of range get zeros."""
         shape = (self.config.vocab_size, self.config.width)
-        return self.param("weight", initial.uniform(1e-4, *shape), 0, self.config)[tokens]
+        table = self.param("weight", initial.uniform(1e-4, *shape), 0, self.config)
+        # Plain indexing would clamp an id that is too large, and count a negative one from the end.
+        return (
+            jnp.asarray(table)
+            .at[tokens]
+            .get(
+                mode="fill",
+                fill_value=0,
+                wrap_negative_indices=False,
+            )
+        )
 
 
 class Head(nn.Module):

@@ -6,15 +6,22 @@ B = 1 in a larger batch.
 
 import operator
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from rwkv7_jax.checks import prefix_errors
+from rwkv7_jax.checks import (
+    as_array,
+    check_count,
+    check_indices,
+    check_instance,
+    prefix_errors,
+)
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.kernel_features import KINDS, Features
 from rwkv7_jax.model.upscaled_memory import DYNAMICS, Upscaled
@@ -96,7 +103,15 @@ def layer_states(state: RWKV7State) -> LayerState:
 
 
 def init_state(config: RWKV7Config, batch: int = 1) -> RWKV7State:
-    """Makes the state of `batch` sequences that have read nothing: zeros."""
+    """Makes the state of `batch` sequences that have read nothing: zeros.
+
+    Raises:
+        TypeError: not an `RWKV7Config`, or a batch that is not an integer.
+        ValueError: a negative batch.
+    """
+    with prefix_errors("init_state"):
+        check_instance(config, RWKV7Config, "`config`")
+        check_count(batch, 0, "`batch`")
     shift = (config.num_layers, batch, config.width)
     heads = (config.num_layers, batch, config.num_heads, config.head_size, config.head_size)
     return RWKV7State(
@@ -131,12 +146,16 @@ def check_state(
 
 
 def _check_state(state: RWKV7State, batch: int, config: RWKV7Config) -> None:
-    if not isinstance(state, RWKV7State):
-        raise TypeError(f"`state` must be an RWKV7State; got {type(state).__name__}.")
+    check_instance(state, RWKV7State, "`state`")
+    check_instance(config, RWKV7Config, "`config`")
+    check_count(batch, 0, "`batch`")
     shift = (config.num_layers, batch, config.width)
     heads = (config.num_layers, batch, config.num_heads, config.head_size, config.head_size)
     for name, shape in (("att_shift", shift), ("wkv", heads), ("ffn_shift", shift)):
-        came = tuple(getattr(state, name).shape)
+        leaf = getattr(state, name)
+        if not hasattr(leaf, "shape"):
+            raise TypeError(f"`state.{name}` must be an array; got {type(leaf).__name__}.")
+        came = tuple(leaf.shape)
         if came != shape:
             raise ValueError(
                 f"`state.{name}` must have shape {shape} "
@@ -239,22 +258,93 @@ def repeat(state: RWKV7State, batch: int) -> RWKV7State:
     """Makes a batch whose sequences all start from the one that `state` holds.
 
     Raises:
-        ValueError: `state` holds more than one sequence.
+        TypeError: not an `RWKV7State`, or a batch that is not an integer.
+        ValueError: `state` holds more than one sequence, or a negative batch.
     """
-    if state.batch != 1:
-        raise ValueError(f"repeat: `state` must hold one sequence; got {state.batch}.")
+    with prefix_errors("repeat"):
+        check_whole_state(state, "`state`")
+        check_count(batch, 0, "`batch`")
+        if state.batch != 1:
+            raise ValueError(f"`state` must hold one sequence; got {state.batch}.")
     return _map_batch(lambda x: jnp.broadcast_to(x, (x.shape[0], batch, *x.shape[2:])), state)
 
 
+def check_whole_state(state: Any, argument: str) -> None:
+    """Checks that a value is a state whose leaves agree in layers and batch, whatever the model.
+
+    Args:
+        state: the value to check.
+        argument: the argument in backticks; the message begins with it.
+
+    Raises:
+        TypeError: not an `RWKV7State`, or a leaf that is no array.
+        ValueError: leaves that do not fit each other.
+    """
+    check_instance(state, RWKV7State, argument)
+    name = argument.strip("`")
+    for field, axes in (
+        ("wkv", "[L B H Nv Nk]"),
+        ("att_shift", "[L B D]"),
+        ("ffn_shift", "[L B D]"),
+    ):
+        leaf = getattr(state, field)
+        if not hasattr(leaf, "shape"):
+            raise TypeError(f"`{name}.{field}` must be an array; got {type(leaf).__name__}.")
+        shape = tuple(leaf.shape)
+        fits = len(shape) == len(axes.split()) and shape[:2] == tuple(state.wkv.shape[:2])
+        if not fits:
+            raise ValueError(f"`{name}.{field}` must have shape {axes}; got {shape}.")
+
+
 def select(state: RWKV7State, rows) -> RWKV7State:
-    """Selects the sequences `rows` (an index, a slice or an array of indices); keeps the axis B.
+    """Selects the sequences `rows`; keeps the axis B.
 
     With `stack`, this serves many tuned states at once: `select(stack(states), ids)` is a batch
     whose row i starts from state ids[i].
+
+    Args:
+        state: any batch.
+        rows: an index, a slice, a list or an array of indices, or a mask of B bools; negative
+            indices count from the end. Traced indices cannot be checked: those out of range select
+            the state that has read nothing, zeros.
+
+    Raises:
+        TypeError: rows that are not integers.
+        ValueError: rows that are not there, or not flat.
     """
-    # Indexing a range turns slices and negative indices into row numbers.
-    rows = jnp.atleast_1d(jnp.arange(state.batch)[rows])
-    return _map_batch(lambda x: x[:, rows], state)
+    with prefix_errors("select"):
+        check_whole_state(state, "`state`")
+        indices = _row_indices(rows, state.batch)
+    if isinstance(indices, np.ndarray):
+        return _map_batch(lambda x: x[:, indices], state)
+    return _map_batch(lambda x: x.at[:, indices].get(mode="fill", fill_value=0), state)
+
+
+def _row_indices(rows: Any, batch: int) -> Any:
+    """Returns rows of a batch as a flat array of indices."""
+    if isinstance(rows, slice):
+        try:
+            return np.arange(batch)[rows]
+        except (TypeError, ValueError):
+            raise TypeError(f"`rows` must be a slice of integers; got {rows}.") from None
+    if isinstance(rows, int | np.integer) and not isinstance(rows, bool):
+        rows = np.asarray(rows)
+    # NumPy makes an empty list float64.
+    if isinstance(rows, list | tuple) and not len(rows):
+        rows = np.zeros(0, np.int32)
+    rows = as_array(rows, "`rows`")
+    if len(rows.shape) > 1:
+        raise ValueError(f"`rows` must be flat; got shape {tuple(rows.shape)}.")
+    if rows.dtype == bool:
+        if tuple(rows.shape) != (batch,):
+            raise ValueError(
+                f"`rows` must be a mask of {batch} rows, or indices; got shape {rows.shape}."
+            )
+        return np.flatnonzero(np.asarray(rows))
+    check_indices(rows, batch, "`rows`")
+    if isinstance(rows, jax.core.Tracer):
+        return jnp.atleast_1d(rows)
+    return np.atleast_1d(np.asarray(rows)) % max(batch, 1)
 
 
 def where_rows(
@@ -300,12 +390,36 @@ def stack(states: list[RWKV7State]) -> RWKV7State:
     A state without an upscaled memory gets an empty one where others have one, which reads nothing.
 
     Raises:
-        ValueError: upscaled memories that differ in dynamics, kind or number of features.
+        TypeError: something else than a list of states.
+        ValueError: no state, states of different models, or upscaled memories that differ in
+            dynamics, kind or number of features.
     """
+    with prefix_errors("stack"):
+        states = _check_states(states)
     like = next((state.upscaled for state in states if state.upscaled is not None), None)
     if like is not None:
         states = [_with_upscaled(state, like) for state in states]
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *states)
+
+
+def _check_states(states: Any) -> list[RWKV7State]:
+    """Returns states of one model as a list."""
+    if isinstance(states, RWKV7State) or not isinstance(states, Iterable):
+        raise TypeError(f"`states` must be a list of states; got {type(states).__name__}.")
+    states = list(states)
+    if not states:
+        raise ValueError("`states` must hold a state; got none.")
+    for index, state in enumerate(states):
+        check_whole_state(state, f"`states[{index}]`")
+        for name in ("att_shift", "wkv", "ffn_shift"):
+            wanted = getattr(states[0], name)
+            leaf = getattr(state, name)
+            if leaf.shape[:1] + leaf.shape[2:] != wanted.shape[:1] + wanted.shape[2:]:
+                raise ValueError(
+                    f"`states[{index}].{name}` must be of the same model as states[0]'s, of shape "
+                    f"{tuple(wanted.shape)}; got {tuple(leaf.shape)}."
+                )
+    return states
 
 
 def _with_upscaled(state: RWKV7State, like: Upscaled) -> RWKV7State:

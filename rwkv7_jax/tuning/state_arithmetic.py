@@ -2,15 +2,16 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from rwkv7_jax.checks import prefix_errors
-from rwkv7_jax.model.state import RWKV7State, Upscaled, map_linear_leaves
+from rwkv7_jax.checks import check_instance, check_number, prefix_errors
+from rwkv7_jax.model.state import RWKV7State, Upscaled, check_whole_state, map_linear_leaves
 
 # Trained numbers for each fact of 5 bits that tuning of 300 to 1000 steps stored in toy models:
 # 64 facts in 2,048 numbers, 129 in 4,096, 394 in 8,192, 628 in 16,384, 876 in 32,768. Bounds around
@@ -84,9 +85,15 @@ def weighted_sum(states: Sequence[RWKV7State], weights: Sequence[float]) -> RWKV
         ValueError: no states, another number of weights, a weight that is not finite, or states
             that do not fit each other.
     """
-    states = list(states)
-    weights = [float(weight) for weight in weights]
     with prefix_errors("weighted_sum"):
+        for name, value in (("states", states), ("weights", weights)):
+            if isinstance(value, str | RWKV7State) or not isinstance(value, Iterable):
+                raise TypeError(f"`{name}` must be a list; got {type(value).__name__}.")
+        states = list(states)
+        weights = list(weights)
+        for weight in weights:
+            check_number(weight, -math.inf, math.inf, "`weights`")
+        weights = [float(weight) for weight in weights]
         _check_weights(weights, len(states))
         for index, state in enumerate(states):
             _check_single(state, f"states[{index}]")
@@ -109,14 +116,10 @@ def _check_weights(weights: list[float], count: int) -> None:
             "`weights` must be one for each state, at least one; "
             f"got {len(weights)} weights and {count} states."
         )
-    for weight in weights:
-        if not np.isfinite(weight):
-            raise ValueError(f"`weights` must be finite; got {weight}.")
 
 
 def _check_single(state: RWKV7State, name: str) -> None:
-    if not isinstance(state, RWKV7State):
-        raise TypeError(f"`{name}` must be an RWKV7State; got {type(state).__name__}.")
+    check_instance(state, RWKV7State, f"`{name}`")
     if state.batch != 1:
         raise ValueError(f"`{name}` must hold one sequence; got {state.batch}.")
 
@@ -172,7 +175,17 @@ def _equal(one: jax.Array | None, two: jax.Array | None) -> bool:
 
 
 def scaled(state: RWKV7State, alpha: float) -> RWKV7State:
-    """Multiplies a state by `alpha`: 0 gives the base model's zeros, 1 the tuned state."""
+    """Multiplies a state by `alpha`: 0 gives the base model's zeros, 1 the tuned state.
+
+    Raises:
+        TypeError: not an `RWKV7State`, or a factor that is no number.
+        ValueError: a factor that is not finite.
+    """
+    with prefix_errors("scaled"):
+        check_whole_state(state, "`state`")
+        if np.ndim(alpha):
+            raise ValueError(f"`alpha` must be one number; got shape {np.shape(alpha)}.")
+        check_number(alpha, -math.inf, math.inf, "`alpha`")
     return map_linear_leaves(lambda leaf: leaf * jnp.asarray(alpha, leaf.dtype), state)
 
 
