@@ -173,5 +173,5 @@ def _check_dtype(name: str, dtype: Any) -> None:
     if name in ("tokens", "anchor", "split"):
         if not np.issubdtype(dtype, np.integer):
             raise TypeError(f"`batch.{name}` must hold integers; got {dtype}.")
-    elif dtype != bool and not jnp.issubdtype(dtype, jnp.number):
+    elif not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
         raise TypeError(f"`batch.{name}` must hold numbers; got {dtype}.")
