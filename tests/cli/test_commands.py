@@ -21,9 +21,9 @@ def model(tmp_path_factory):
 
 def test_convert_writes_the_other_format_and_says_what_it_was(model, tmp_path, capsys):
     assert main(["convert", str(model), str(tmp_path / "m.safetensors")]) == 0
-    said = capsys.readouterr().out
-    assert "reading 100%" in said and "writing 100%" in said
-    assert "3 layers, width 64, 2 heads of 32, vocabulary 75" in said
+    printed = capsys.readouterr().out
+    assert "reading 100%" in printed and "writing 100%" in printed
+    assert "3 layers, width 64, 2 heads of 32, vocabulary 75" in printed
     one, two = load_model(model)[0], load_model(tmp_path / "m.safetensors")[0]
     assert differing(one, two) == []
 
@@ -35,9 +35,9 @@ def test_convert_changes_the_dtype_when_asked(model, tmp_path):
 
 def test_inspect_shows_every_tensor_with_its_size_and_dtype(model, capsys):
     assert main(["inspect", str(model)]) == 0
-    said = capsys.readouterr().out
-    assert "blocks.2.att.receptance.weight" in said and "bfloat16" in said
-    assert "group_norm_eps=0.00064" in said
+    printed = capsys.readouterr().out
+    assert "blocks.2.att.receptance.weight" in printed and "bfloat16" in printed
+    assert "group_norm_eps=0.00064" in printed
 
 
 def test_inspect_shows_a_state_head_by_head(tmp_path, capsys):
@@ -48,8 +48,8 @@ def test_inspect_shows_a_state_head_by_head(tmp_path, capsys):
 
 def test_doctor_names_versions_devices_and_implementations(capsys):
     assert main(["doctor"]) == 0
-    said = capsys.readouterr().out
-    assert all(word in said for word in ("jaxlib", "orbax", "device", "wkv7 scan", "runs here"))
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("jaxlib", "orbax", "device", "wkv7 scan", "runs here"))
 
 
 @pytest.mark.parametrize(

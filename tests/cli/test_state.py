@@ -19,7 +19,8 @@ CONFIG = RWKV7Config(vocab_size=257, num_layers=1, width=64, head_size=32, decay
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model, two states of it, one of another model, and some text."""
-    folder, params = tmp_path_factory.mktemp("states"), lively(CONFIG)
+    folder = tmp_path_factory.mktemp("states")
+    params = lively(CONFIG)
     save_model(folder / "base.pth", params, CONFIG)
     base = model_hash(params, CONFIG)
     for name, seed, info in (
@@ -42,9 +43,15 @@ def state(seed):
 
 def wide():
     """An upscaled state with something in its memory."""
-    landmarks = jnp.asarray(np.random.default_rng(5).normal(size=(1, 1, 2, 24, 32)), jnp.float32)
+    draws = np.random.default_rng(5).normal(size=(1, 1, 2, 24, 32))
     ones = jnp.ones((1, 1, 2, 24))
-    upscaled = empty_memory(Features(landmarks=landmarks, widths=ones, mean=0 * ones, map=None))
+    features = Features(
+        landmarks=jnp.asarray(draws, jnp.float32),
+        widths=ones,
+        mean=0 * ones,
+        map=None,
+    )
+    upscaled = empty_memory(features)
     return init_state(CONFIG).replace(upscaled=upscaled.replace(memory=upscaled.memory + 0.1))
 
 
@@ -54,19 +61,19 @@ def run(capsys, *words):
 
 
 def test_info_shows_sizes_norms_ranks_and_capacity(folder, capsys):
-    said = run(capsys, "info", folder / "a.pth")
-    assert "1 layers, 2 heads of 32 x 32, without shift states, float32" in said
-    assert "alpha: 0.5" in said and "trained numbers: 2,048 (WKV 2,048, upscaled 0)" in said
-    assert "about 58 to 102 facts of 5 bits (toy tasks, 300 to 1000 steps)" in said
+    printed = run(capsys, "info", folder / "a.pth")
+    assert "1 layers, 2 heads of 32 x 32, without shift states, float32" in printed
+    assert "alpha: 0.5" in printed and "trained numbers: 2,048 (WKV 2,048, upscaled 0)" in printed
+    assert "about 58 to 102 facts of 5 bits (toy tasks, 300 to 1000 steps)" in printed
     norm = np.linalg.norm(state(1).wkv[0, 0, 1])
-    row = next(line for line in said.splitlines() if line.split()[:2] == ["0", "1"])
+    row = next(line for line in printed.splitlines() if line.split()[:2] == ["0", "1"])
     assert row.split()[2] == f"{norm:.3g}" and len(row.split()) == 5
 
 
 def test_info_of_an_upscaled_state_shows_its_memory(folder, capsys):
-    said = run(capsys, "info", folder / "wide.safetensors")
-    assert "upscaled memory: static, 24 gaussian features a head" in said
-    assert "upscaled rank" in said and "(WKV 2,048, upscaled 1,536)" in said
+    printed = run(capsys, "info", folder / "wide.safetensors")
+    assert "upscaled memory: static, 24 gaussian features a head" in printed
+    assert "upscaled rank" in printed and "(WKV 2,048, upscaled 1,536)" in printed
 
 
 def test_info_says_whether_the_model_is_the_states_own(folder, capsys):
@@ -79,21 +86,27 @@ def test_info_says_whether_the_model_is_the_states_own(folder, capsys):
 
 @pytest.mark.parametrize("order", ["a b -- o", "a b o --", "-- a b o"])
 def test_mix_writes_the_sum_and_what_it_is_made_of(folder, tmp_path, capsys, order):
-    files = {"a": folder / "a.pth", "b": folder / "b.pth", "o": tmp_path / "out.pth"}
-    words = [x for part in order.split() for x in ([files[part]] if part in files else [*WEIGHTS])]
-    run(capsys, "mix", *words)
-    mixed, card = load_state(tmp_path / "out.pth"), read_sidecar(tmp_path / "out.pth")
+    words = {
+        "a": [folder / "a.pth"],
+        "b": [folder / "b.pth"],
+        "o": [tmp_path / "out.pth"],
+        "--": ["--weights", "0.25,0.75"],
+    }
+    line = []
+    for part in order.split():
+        line += words[part]
+    run(capsys, "mix", *line)
+    mixed = load_state(tmp_path / "out.pth")
+    card = read_sidecar(tmp_path / "out.pth")
     np.testing.assert_allclose(mixed.wkv, 0.25 * state(1).wkv + 0.75 * state(2).wkv, rtol=1e-6)
     assert card["base_model"] == read_sidecar(folder / "a.pth")["base_model"]
     assert card["made_of"] == "0.25 x a.pth + 0.75 x b.pth"
 
 
-WEIGHTS = ("--weights", "0.25,0.75")
-
-
 def test_scale_writes_the_product_and_the_alpha_of_both(folder, tmp_path, capsys):
     run(capsys, "scale", folder / "a.pth", "--alpha", "0.5", tmp_path / "half.safetensors")
-    half, card = (read(tmp_path / "half.safetensors") for read in (load_state, read_sidecar))
+    half = load_state(tmp_path / "half.safetensors")
+    card = read_sidecar(tmp_path / "half.safetensors")
     np.testing.assert_array_equal(half.wkv, 0.5 * state(1).wkv)
     assert (card["alpha"], card["made_of"]) == (0.25, "0.5 x a.pth")
     assert card["base_model"] == read_sidecar(folder / "a.pth")["base_model"]
@@ -114,12 +127,12 @@ def test_doctor_prints_losses_heads_positions_and_advice(folder, capsys, tmp_pat
     pytest.importorskip("matplotlib", reason="the plot extra is not installed")
     picture = tmp_path / "state.png"
     words = ("--data", folder / "text.txt", "--generic", "task:mapping", "--picture", picture)
-    said = run(capsys, *doctor(folder, *words))
+    printed = run(capsys, *doctor(folder, *words))
     for word in ("base nats", "tuned nats", "KL", "task:mapping", "typical norm", "read rank"):
-        assert word in said
-    assert "WKV state, 32 channels a head" in said and "16-23" in said
-    assert "wkv: below 10 % of the first read" in said
-    assert "\n- " in said or "Nothing to advise." in said
+        assert word in printed
+    assert "WKV state, 32 channels a head" in printed and "16-23" in printed
+    assert "wkv: below 10 % of the first read" in printed
+    assert "\n- " in printed or "Nothing to advise." in printed
     assert picture.stat().st_size > 10_000
 
 
@@ -147,8 +160,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(folder, tmp_path, capsys, wor
     files |= {"text": folder / "text.txt", "wide": folder / "wide.safetensors"}
     files["out"] = tmp_path / "out.pth"
     assert main(["state", *words.format(**files).split()]) == 2
-    said = capsys.readouterr().err
-    assert sentence.format(**files) in said and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert sentence.format(**files) in printed and printed.count("\n") == 1
     assert not files["out"].exists()
 
 
