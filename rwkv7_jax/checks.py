@@ -82,9 +82,13 @@ def check_number(
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{argument} must be a number; got {type(value).__name__}.") from None
+        raise TypeError(
+            f"{argument} must be a number; got {type(value).__name__}."
+        ) from None
     if not (math.isfinite(number) and low <= number <= high):
-        raise ValueError(f"{argument} must be from {low:g} to {high:g}; got {number:g}.")
+        raise ValueError(
+            f"{argument} must be from {low:g} to {high:g}; got {number:g}."
+        )
 
 
 def check_count(value: Any, least: int, argument: str) -> int:
@@ -102,7 +106,9 @@ def check_count(value: Any, least: int, argument: str) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{argument} must be an integer; got {type(value).__name__}.") from None
+        raise TypeError(
+            f"{argument} must be an integer; got {type(value).__name__}."
+        ) from None
     if number < least:
         raise ValueError(f"{argument} must be at least {least}; got {number}.")
     return number
@@ -125,7 +131,9 @@ def check_ids(ids: Any, vocab_size: int, argument: str) -> np.ndarray:
     if not np.issubdtype(array.dtype, np.integer):
         raise TypeError(f"{argument} must hold integers; got {array.dtype}.")
     if array.ndim != 1:
-        raise ValueError(f"{argument} must be a flat list of ids; got shape {array.shape}.")
+        raise ValueError(
+            f"{argument} must be a flat list of ids; got shape {array.shape}."
+        )
     wrong = np.flatnonzero((array < 0) | (array >= vocab_size))
     if len(wrong):
         position = wrong[0]
@@ -214,7 +222,9 @@ def check_prompts(
         TypeError: the ids are not integers, or there is one flat list.
     """
     argument = f"`{name}`"
-    if not isinstance(prompts, Sequence | np.ndarray) or isinstance(prompts, str | bytes):
+    if not isinstance(prompts, Sequence | np.ndarray) or isinstance(
+        prompts, str | bytes
+    ):
         kind = type(prompts).__name__
         raise TypeError(f"{argument} must be a list of lists of ids; got {kind}.")
     if not len(prompts):
@@ -222,7 +232,9 @@ def check_prompts(
     rows = []
     for index, ids in enumerate(prompts):
         row = f"{argument} row {index}"
-        if isinstance(ids, str | bytes) or not isinstance(ids, Sequence | np.ndarray | Array):
+        if isinstance(ids, str | bytes) or not isinstance(
+            ids, Sequence | np.ndarray | Array
+        ):
             raise TypeError(f"{row} must be a list of ids; got {type(ids).__name__}.")
         checked = check_ids(ids, vocab_size, row).tolist()
         if not checked:

@@ -112,7 +112,9 @@ class RWKV7(nn.Module):
 
         first_state = jax.tree.map(lambda leaf: leaf[0], states)
         first_block = block(config, True, names, name="layer_0")
-        x, (first_memories, v_first, first_trace) = first_block(x, first_state, 0, None, lengths)
+        x, (first_memories, v_first, first_trace) = first_block(
+            x, first_state, 0, None, lengths
+        )
         stacked = jax.tree.map(lambda leaf: leaf[None], (first_memories, first_trace))
         if config.num_layers == 1:
             return x, *stacked
@@ -130,7 +132,9 @@ class RWKV7(nn.Module):
         other_states = jax.tree.map(lambda leaf: leaf[1:], states)
         other_blocks = scanned(config, False, names, name="layers")
         index = jnp.arange(1, config.num_layers)
-        x, (other_memories, _, other_trace) = other_blocks(x, other_states, index, v_first, lengths)
+        x, (other_memories, _, other_trace) = other_blocks(
+            x, other_states, index, v_first, lengths
+        )
         memories, trace = jax.tree.map(
             lambda first, others: jnp.concatenate([first, others]),
             stacked,
@@ -148,7 +152,9 @@ class Embedding(nn.Module):
     def __call__(self, tokens: Tokens) -> Activations:
         """Looks up the tokens' rows of the table."""
         shape = (self.config.vocab_size, self.config.width)
-        return self.param("weight", initial.uniform(1e-4, *shape), 0, self.config)[tokens]
+        return self.param("weight", initial.uniform(1e-4, *shape), 0, self.config)[
+            tokens
+        ]
 
 
 class Head(nn.Module):
@@ -160,4 +166,6 @@ class Head(nn.Module):
     def __call__(self, x: Activations) -> Logits:
         """Computes float32 logits."""
         shape = (self.config.vocab_size, self.config.width)
-        return layers.head_logits(x, self.param("weight", initial.head(*shape), 0, self.config))
+        return layers.head_logits(
+            x, self.param("weight", initial.head(*shape), 0, self.config)
+        )

@@ -98,7 +98,13 @@ def layer_states(state: RWKV7State) -> LayerState:
 def init_state(config: RWKV7Config, batch: int = 1) -> RWKV7State:
     """Makes the state of `batch` sequences that have read nothing: zeros."""
     shift = (config.num_layers, batch, config.width)
-    heads = (config.num_layers, batch, config.num_heads, config.head_size, config.head_size)
+    heads = (
+        config.num_layers,
+        batch,
+        config.num_heads,
+        config.head_size,
+        config.head_size,
+    )
     return RWKV7State(
         att_shift=jnp.zeros(shift, config.dtype),
         wkv=jnp.zeros(heads, jnp.float32),
@@ -134,7 +140,13 @@ def _check_state(state: RWKV7State, batch: int, config: RWKV7Config) -> None:
     if not isinstance(state, RWKV7State):
         raise TypeError(f"`state` must be an RWKV7State; got {type(state).__name__}.")
     shift = (config.num_layers, batch, config.width)
-    heads = (config.num_layers, batch, config.num_heads, config.head_size, config.head_size)
+    heads = (
+        config.num_layers,
+        batch,
+        config.num_heads,
+        config.head_size,
+        config.head_size,
+    )
     for name, shape in (("att_shift", shift), ("wkv", heads), ("ffn_shift", shift)):
         came = tuple(getattr(state, name).shape)
         if came != shape:
@@ -187,7 +199,9 @@ def _check_upscaled(upscaled: Upscaled, heads: tuple[int, ...]) -> None:
         may_be_shared = name != "memory" or not form.has_own_rows
         if came == wanted or (may_be_shared and came == shared):
             continue
-        raise ValueError(f"`state.upscaled.{name}` must have shape {wanted}; got {came}.")
+        raise ValueError(
+            f"`state.upscaled.{name}` must have shape {wanted}; got {came}."
+        )
 
 
 def _map_batch(change: Callable, state: RWKV7State, *others: RWKV7State) -> RWKV7State:
@@ -209,7 +223,9 @@ def _map_field(change: Callable, holders: Sequence[Any], name: str) -> Array:
     return change(*[getattr(holder, name) for holder in holders])
 
 
-def _map_batch_upscaled(change: Callable, states: Sequence[RWKV7State]) -> Upscaled | None:
+def _map_batch_upscaled(
+    change: Callable, states: Sequence[RWKV7State]
+) -> Upscaled | None:
     state = states[0]
     if state.upscaled is None:
         return None
@@ -230,7 +246,9 @@ def _map_batch_upscaled(change: Callable, states: Sequence[RWKV7State]) -> Upsca
 def _upscaled_of(states: Sequence[RWKV7State]) -> list[Upscaled]:
     memories = []
     for state in states:
-        assert state.upscaled is not None, "All states must have an upscaled memory, or none."
+        assert state.upscaled is not None, (
+            "All states must have an upscaled memory, or none."
+        )
         memories.append(state.upscaled)
     return memories
 
@@ -243,7 +261,9 @@ def repeat(state: RWKV7State, batch: int) -> RWKV7State:
     """
     if state.batch != 1:
         raise ValueError(f"repeat: `state` must hold one sequence; got {state.batch}.")
-    return _map_batch(lambda x: jnp.broadcast_to(x, (x.shape[0], batch, *x.shape[2:])), state)
+    return _map_batch(
+        lambda x: jnp.broadcast_to(x, (x.shape[0], batch, *x.shape[2:])), state
+    )
 
 
 def select(state: RWKV7State, rows) -> RWKV7State:
@@ -272,7 +292,9 @@ def where_rows(
     return _map_batch(pick, state, other)
 
 
-def map_linear_leaves(change: Callable, state: RWKV7State, *others: RWKV7State) -> RWKV7State:
+def map_linear_leaves(
+    change: Callable, state: RWKV7State, *others: RWKV7State
+) -> RWKV7State:
     """Applies `change` to the shifts, WKV states, upscaled memories and their write strengths.
 
     These are the leaves that may be added and averaged. The features through which an upscaled
@@ -302,7 +324,9 @@ def stack(states: list[RWKV7State]) -> RWKV7State:
     Raises:
         ValueError: upscaled memories that differ in dynamics, kind or number of features.
     """
-    like = next((state.upscaled for state in states if state.upscaled is not None), None)
+    like = next(
+        (state.upscaled for state in states if state.upscaled is not None), None
+    )
     if like is not None:
         states = [_with_upscaled(state, like) for state in states]
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *states)

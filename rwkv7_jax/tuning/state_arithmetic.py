@@ -149,7 +149,9 @@ def _check_same_reading(first: Upscaled, other: Upscaled, name: str) -> None:
     )
     for field, expected, value in properties:
         if value != expected:
-            raise ValueError(f"`{name}.{field}` must be states[0]'s, {expected}; got {value}.")
+            raise ValueError(
+                f"`{name}.{field}` must be states[0]'s, {expected}; got {value}."
+            )
     frozen = (
         "features.landmarks",
         "features.widths",
@@ -160,7 +162,8 @@ def _check_same_reading(first: Upscaled, other: Upscaled, name: str) -> None:
     for field in frozen:
         path = field.split(".")
         if not _equal(
-            functools.reduce(getattr, path, first), functools.reduce(getattr, path, other)
+            functools.reduce(getattr, path, first),
+            functools.reduce(getattr, path, other),
         ):
             raise ValueError(f"`{name}.{field}` must equal states[0]'s; it differs.")
 
