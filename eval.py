@@ -35,7 +35,9 @@ from rwkv7_jax.runs.settings import Settings, read_settings
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 
-def tuned_states(paths: list[str], model: RWKV7, params: Params) -> dict[str, RWKV7State]:
+def tuned_states(
+    paths: list[str], model: RWKV7, params: Params
+) -> dict[str, RWKV7State]:
     """Loads the tuned states, by the names of their rows."""
     rows: dict[str, RWKV7State] = {}
     if not paths:
@@ -95,11 +97,15 @@ def task_table(title: str, answers: Mapping[str, Answers]) -> str:
     """Formats the answers as lines."""
     lines = [f"{title:<16}{'accuracy':>10}{'all right':>11}{'nats':>9}"]
     for name, one in answers.items():
-        lines.append(f"{name:<16}{one.accuracy:>10.4f}{one.exact:>11.4f}{one.nats:>9.3f}")
+        lines.append(
+            f"{name:<16}{one.accuracy:>10.4f}{one.exact:>11.4f}{one.nats:>9.3f}"
+        )
     return "\n".join(lines)
 
 
-def as_json(scores: Mapping[str, Score] | Mapping[str, Answers]) -> dict[str, dict[str, Any]]:
+def as_json(
+    scores: Mapping[str, Score] | Mapping[str, Answers],
+) -> dict[str, dict[str, Any]]:
     """Converts the rows of a table to what JSON can hold."""
     rows: dict[str, dict[str, Any]] = {}
     for name, one in scores.items():
@@ -131,7 +137,9 @@ def evaluate(settings: Settings) -> None:
     report: dict[str, Any] = {}
     # Every row is measured on the same batch, so that differences are the states' own.
     for title, path in subjects(data.path, settings.evaluation.retention).items():
-        batch = held_out(data, settings.evaluation, tokenizer, seed=settings.seed, path=path)
+        batch = held_out(
+            data, settings.evaluation, tokenizer, seed=settings.seed, path=path
+        )
         scores: dict[str, Any] = {}
         is_task = isinstance(held_out_source(data, path), TaskSource)
         for name, start in rows.items():
@@ -153,7 +161,9 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     (folder / "eval.json").write_text(json.dumps(tables, indent=1) + "\n")
     # Answers of a task have no loss by position.
     if "new text" in report and plots.available():
-        by_position = {name: one.by_position for name, one in report["new text"].items()}
+        by_position = {
+            name: one.by_position for name, one in report["new text"].items()
+        }
         plots.by_position(folder / "by_position.png", by_position)
     print(f"wrote {folder / 'eval.json'}")
 

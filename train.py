@@ -40,10 +40,18 @@ from rwkv7_jax.runs.run_summary import print_summary
 from rwkv7_jax.runs.settings import Settings, profiled, read_settings
 from rwkv7_jax.training.train_step import TrainState, make_train_step
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, new or to be continued.")
-_COORDINATOR = flags.DEFINE_string("coordinator", "", "Address:port of process 0, or auto.")
-_PROCESSES = flags.DEFINE_integer("processes", 1, "Processes that share the run; not with auto.")
-_PROCESS = flags.DEFINE_integer("process", 0, "Which of them this is, from 0; not with auto.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run, new or to be continued."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "Address:port of process 0, or auto."
+)
+_PROCESSES = flags.DEFINE_integer(
+    "processes", 1, "Processes that share the run; not with auto."
+)
+_PROCESS = flags.DEFINE_integer(
+    "process", 0, "Which of them this is, from 0; not with auto."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +124,9 @@ def evaluate_and_save(
         # A signal ends the evaluation; the continued run makes up for it. Several processes first
         # have to agree that they stop, which they do after the evaluation.
         one_process = jax.process_count() == 1
-        interruptible = stop.interruptible() if one_process else contextlib.nullcontext()
+        interruptible = (
+            stop.interruptible() if one_process else contextlib.nullcontext()
+        )
         with log.paused(), contextlib.suppress(Stopped), interruptible:
             log.log_evaluation(step, evaluate(run, state, folder))
     reason = None
@@ -137,7 +147,9 @@ def evaluate_and_save(
     return ends
 
 
-def final_params(run: Run, state: TrainState, progress: RunProgress, folder: RunDirectory) -> Any:
+def final_params(
+    run: Run, state: TrainState, progress: RunProgress, folder: RunDirectory
+) -> Any:
     """Gives the result of a run: the last parameters, or with patience the best ones."""
     if not (run.mode.settings.evaluation.patience and progress.best):
         return state.params
@@ -152,7 +164,11 @@ def final_params(run: Run, state: TrainState, progress: RunProgress, folder: Run
 
 
 def finish(
-    run: Run, state: TrainState, progress: RunProgress, folder: RunDirectory, stop: StopSignals
+    run: Run,
+    state: TrainState,
+    progress: RunProgress,
+    folder: RunDirectory,
+    stop: StopSignals,
 ) -> None:
     """Saves the result of a run that has ended.
 
@@ -166,7 +182,9 @@ def finish(
     if stop.requested:
         saved = f"step {step} is saved" if step else "there was nothing to save"
         folder.note_event(step, "stopped", f"by {stop.requested}")
-        raise Stopped(f"stopped by {stop.requested}; {saved}. The same command continues the run.")
+        raise Stopped(
+            f"stopped by {stop.requested}; {saved}. The same command continues the run."
+        )
     if not multihost.is_process_0():
         return
     with stop.interruptible():
@@ -210,7 +228,11 @@ def train(settings: Settings, folder: RunDirectory, stop: StopSignals) -> None:
     profile = ProfileWindow(profiled(settings.profile_steps), folder.path / "profile")
     # Counted on the host: reading `state.step` would wait for the device.
     step = first
-    with contextlib.closing(batches), contextlib.closing(log), contextlib.closing(profile):
+    with (
+        contextlib.closing(batches),
+        contextlib.closing(log),
+        contextlib.closing(profile),
+    ):
         while not evaluate_and_save(run, state, step, folder, log, stop):
             profile.before(step + 1)
             batch = batches(step, sharding.local_replica(mesh, state.params))
@@ -239,8 +261,13 @@ def main(arguments: list[str]) -> None:
         if not _WORKDIR.value:
             raise ValueError("`--workdir` must name the run's folder.")
         settings = read_settings(config_flags.config_values())
-        multihost.join(_COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value)
-        with StopSignals() as stop, open_run_directory(_WORKDIR.value, settings) as folder:
+        multihost.join(
+            _COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value
+        )
+        with (
+            StopSignals() as stop,
+            open_run_directory(_WORKDIR.value, settings) as folder,
+        ):
             compilation_cache.enable_compilation_cache(compilation_cache.user_folder())
             train(settings, folder, stop)
 

@@ -62,7 +62,9 @@ def write(folder: Path, tokens: int) -> Path:
             bytes=0,
             skipped=0,
         )
-        writer.sibling(".card.json").write(json.dumps(dataclasses.asdict(card)).encode())
+        writer.sibling(".card.json").write(
+            json.dumps(dataclasses.asdict(card)).encode()
+        )
     return path
 
 
@@ -104,8 +106,12 @@ def main() -> None:
         began = time.process_time()
         data_hash(stream)
         hashed = time.process_time() - began
-        print(f"{len(stream):,} tokens opened in {opened:.2f} s, hashed in {hashed:.2f} s")
-        for (batch_size, length), (name, choices) in itertools.product(SHAPES, CHOICES.items()):
+        print(
+            f"{len(stream):,} tokens opened in {opened:.2f} s, hashed in {hashed:.2f} s"
+        )
+        for (batch_size, length), (name, choices) in itertools.product(
+            SHAPES, CHOICES.items()
+        ):
             batches = batches_from(
                 stream,
                 batch_size=batch_size,
@@ -118,8 +124,12 @@ def main() -> None:
                 targets = np.minimum(np.diff(stream.starts) - 1, length)
                 tokens *= float(targets.mean() / length)
             rate = tokens_per_second(batches, tokens, steps, args.repeats)
-            rows.append({"shape": f"{batch_size} x {length}", "what": name, "tokens/s": rate})
-            print(f"{batch_size:>3} x {length:<5} {name:<18}{rate / 1e6:>8.1f} million tokens/s")
+            rows.append(
+                {"shape": f"{batch_size} x {length}", "what": name, "tokens/s": rate}
+            )
+            print(
+                f"{batch_size:>3} x {length:<5} {name:<18}{rate / 1e6:>8.1f} million tokens/s"
+            )
     if args.json:
         record.write(
             args.json,

@@ -31,7 +31,9 @@ def random_model(layers: int, width: int, vocab_size: int):
     )
     model = RWKV7(config)
     tokens = jnp.zeros((1, 1), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, init_state(config))["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, init_state(config))[
+        "params"
+    ]
     random = np.random.default_rng(0)
 
     def draw(leaf):
@@ -99,7 +101,10 @@ def measure(
     }
     rates = {}
     for name, cases in prompts.items():
-        outs = {size: generate(model, params, rows, tokens=0) for size, rows in cases.items()}
+        outs = {
+            size: generate(model, params, rows, tokens=0)
+            for size, rows in cases.items()
+        }
         rates[name] = tokens_per_second(
             model,
             params,
@@ -143,7 +148,11 @@ def main() -> None:
             args.json,
             "benchmarks.decode",
             load_average=os.getloadavg()[0],
-            model={"layers": args.layers, "width": args.width, "vocab_size": args.vocab},
+            model={
+                "layers": args.layers,
+                "width": args.width,
+                "vocab_size": args.vocab,
+            },
             tokens_per_second=results,
             longest_to_shortest_context=rates[CONTEXTS[-1]] / rates[CONTEXTS[0]],
         )

@@ -36,8 +36,20 @@ from rwkv7_jax.runs.progress_bar import ProgressBar
 from rwkv7_jax.training.projection_statistics import layer_statistics, projections
 
 SIZES = {"decay_rank": 16, "icl_rank": 16, "value_rank": 16, "gate_rank": 32}
-SIZES |= {"vocab_size": 257, "num_layers": 2, "width": 64, "head_size": 32, "ffn_width": 192}
-PUBLISHED = {"iterations": 1, "damping": 0.0, "average": 0.0, "clip": None, "normalise": False}
+SIZES |= {
+    "vocab_size": 257,
+    "num_layers": 2,
+    "width": 64,
+    "head_size": 32,
+    "ffn_width": 192,
+}
+PUBLISHED = {
+    "iterations": 1,
+    "damping": 0.0,
+    "average": 0.0,
+    "clip": None,
+    "normalise": False,
+}
 # Inner optimizer, decorrelation (None for none), learning rates.
 METHODS: dict[str, tuple[str, dict | None, tuple[float, ...]]] = {
     "SGD": ("sgd", None, (0.3, 1.0)),
@@ -104,7 +116,9 @@ def learn(
     params = jax.jit(model.init)(jax.random.key(0), tokens, state)["params"]
     tx = optimizer(inner, decorrelation)
     statistics = None if decorrelation is None else layer_statistics(model, rows=4)
-    step = rwkv.make_train_step(rwkv.pretrain_loss(model, l2wrap=0.0), tx, statistics=statistics)
+    step = rwkv.make_train_step(
+        rwkv.pretrain_loss(model, l2wrap=0.0), tx, statistics=statistics
+    )
     runs = []
     for rate in rates:
         train = rwkv.TrainState.create(params, tx)
@@ -122,7 +136,9 @@ def learn(
         losses = [float(loss) for loss in losses]
         seconds = (time.monotonic() - began) / (steps - 1)
         blocks = np.mean(np.reshape(losses[: steps // 20 * 20], (-1, 20)), axis=1)
-        runs.append({"rate": rate, "loss_nats": blocks.tolist(), "seconds_per_step": seconds})
+        runs.append(
+            {"rate": rate, "loss_nats": blocks.tolist(), "seconds_per_step": seconds}
+        )
         done += 1
         bar.update(done, f"{job}, {method}, {rate}: {blocks[-1]:.3f}")
     return runs
@@ -131,7 +147,9 @@ def learn(
 def best(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns the run that ends lowest; one that diverged counts as infinite."""
     ends = [run["loss_nats"][-1] for run in runs]
-    return runs[int(np.argmin([end if math.isfinite(end) else math.inf for end in ends]))]
+    return runs[
+        int(np.argmin([end if math.isfinite(end) else math.inf for end in ends]))
+    ]
 
 
 def main() -> None:
@@ -160,7 +178,10 @@ def main() -> None:
             )
         if options.pictures:
             lines = {
-                method: [(20 * i + 10, loss) for i, loss in enumerate(best(runs)["loss_nats"])]
+                method: [
+                    (20 * i + 10, loss)
+                    for i, loss in enumerate(best(runs)["loss_nats"])
+                ]
                 for method, runs in by_method.items()
             }
             path = Path(options.pictures) / f"dense-decorrelation-{job}.png"

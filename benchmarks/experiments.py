@@ -12,7 +12,17 @@ import numpy as np
 import optax
 
 import rwkv7_jax as rwkv
-from benchmarks.lab import DBP, RAW, STANDARD, WHITENED, Method, base, batch, measure, tune
+from benchmarks.lab import (
+    DBP,
+    RAW,
+    STANDARD,
+    WHITENED,
+    Method,
+    base,
+    batch,
+    measure,
+    tune,
+)
 from rwkv7_jax.data.synthetic_tasks import question_batch
 from rwkv7_jax.observer.evaluation import evaluate_handover
 from rwkv7_jax.observer.loss import observer_loss
@@ -76,7 +86,12 @@ def conditioning(seed: int = 0) -> Numbers:
     below = {label: _first_below(losses, 0.5) for label, losses in curves.items()}
     passed = found["adam"] <= 0.30 and found["dbp"] >= 0.95
     passed &= below["adam"] is None and (below["dbp"] or 999) <= 100
-    return {"accuracy": found, "steps_to_half_a_nat": below, "losses": curves, "passed": passed}
+    return {
+        "accuracy": found,
+        "steps_to_half_a_nat": below,
+        "losses": curves,
+        "passed": passed,
+    }
 
 
 def _first_below(losses: list[float], level: float) -> int | None:
@@ -89,8 +104,13 @@ def _first_below(losses: list[float], level: float) -> int | None:
 def capacity(seeds: int = 1) -> Numbers:
     """Tunes 256 facts: whitened and DBP states reach .90 and twice the standard state."""
     methods = {"standard": STANDARD, "whitened": WHITENED, "dbp": DBP}
-    found = {name: _mean_accuracy("facts-256", method, seeds) for name, method in methods.items()}
-    passed = all(found[x] >= max(0.90, 2 * found["standard"]) for x in ("whitened", "dbp"))
+    found = {
+        name: _mean_accuracy("facts-256", method, seeds)
+        for name, method in methods.items()
+    }
+    passed = all(
+        found[x] >= max(0.90, 2 * found["standard"]) for x in ("whitened", "dbp")
+    )
     return found | {"passed": passed}
 
 
@@ -148,7 +168,9 @@ class Exact:
         self.seed = seed
         self.answers = {}
 
-    def prompts(self, step: int, count: int = 8, held_out: bool = False) -> list[list[int]]:
+    def prompts(
+        self, step: int, count: int = 8, held_out: bool = False
+    ) -> list[list[int]]:
         """Makes the prompts of a step."""
         questions, replies = _questions(
             self.task,
@@ -186,7 +208,11 @@ def policy(seed: int = 0, steps: int = 60) -> Numbers:
     )
     tuned, _ = held_out_reward(*base("small"), made.state, held_out, reward, tokens=6)
     passed = tuned >= max(0.90, exact["large"] + 0.3)
-    return exact | {"tuned": tuned, "tokens": dataclasses.asdict(made.budget), "passed": passed}
+    return exact | {
+        "tuned": tuned,
+        "tokens": dataclasses.asdict(made.budget),
+        "passed": passed,
+    }
 
 
 def guidance(seed: int = 0, steps: int = 60) -> Numbers:
@@ -287,13 +313,24 @@ def retention(seed: int = 0) -> Numbers:
     held = tune("facts-64", dataclasses.replace(STANDARD, anchor=1.0), seed=seed).state
     states = {"plain": plain, "anchored": held, "plain x 0.25": scaled(plain, 0.25)}
     found = {
-        name: {"target": measure("facts-64", state, seed=seed).accuracy, "skills": _skills(state)}
+        name: {
+            "target": measure("facts-64", state, seed=seed).accuracy,
+            "skills": _skills(state),
+        }
         for name, state in states.items()
     }
-    mean = {name: float(np.mean(list(one["skills"].values()))) for name, one in found.items()}
+    mean = {
+        name: float(np.mean(list(one["skills"].values())))
+        for name, one in found.items()
+    }
     drop = found["plain"]["target"] - found["anchored"]["target"]
     passed = drop <= 0.05 and mean["anchored"] >= 2 * mean["plain"]
-    return {"states": found, "mean_skill": mean, "target_drop": drop, "passed": bool(passed)}
+    return {
+        "states": found,
+        "mean_skill": mean,
+        "target_drop": drop,
+        "passed": bool(passed),
+    }
 
 
 def forgetting(seed: int = 0, steps: int = 250) -> Numbers:

@@ -28,8 +28,12 @@ def identity() -> Numbers:
     plain = run(params, rwkv.init_state(model.config, 16))
     found = {}
     for dynamics in ("static", "decay", "delta"):
-        wide = start("small", "mixture", dataclasses.replace(WHITENED, dynamics=dynamics), 0)
-        found[dynamics] = float(jnp.abs(run(params, rwkv.repeat(wide, 16)) - plain).max())
+        wide = start(
+            "small", "mixture", dataclasses.replace(WHITENED, dynamics=dynamics), 0
+        )
+        found[dynamics] = float(
+            jnp.abs(run(params, rwkv.repeat(wide, 16)) - plain).max()
+        )
     return {"largest_difference": found, "passed": not any(found.values())}
 
 
@@ -48,7 +52,9 @@ def linearity() -> Numbers:
     wanted = jnp.einsum(
         "bhvk,bthk->bthv", state, initial_state_read_vectors(parts), precision="highest"
     )
-    error = jnp.linalg.norm(read(state) - read(0 * state) - wanted) / jnp.linalg.norm(wanted)
+    error = jnp.linalg.norm(read(state) - read(0 * state) - wanted) / jnp.linalg.norm(
+        wanted
+    )
     return {"relative_error": float(error), "passed": float(error) <= 1e-5}
 
 
@@ -98,7 +104,9 @@ def serving() -> Numbers:
     ]
     ids = batch("sequence", 0, rows=8).tokens[:, :-1]
     state_of_row = np.arange(8) % 4
-    run = jax.jit(lambda params, ids, state: model.apply({"params": params}, ids, state)[0])
+    run = jax.jit(
+        lambda params, ids, state: model.apply({"params": params}, ids, state)[0]
+    )
     together = run(params, ids, rwkv.select(rwkv.stack(states), state_of_row))
     rows = []
     for row, number in enumerate(state_of_row):

@@ -79,7 +79,9 @@ def measure(program: str, path: Path) -> tuple[float, int]:
         check=True,
         env=os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")},
     )
-    result = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
+    result = next(
+        line for line in done.stdout.splitlines() if line.startswith("RESULT")
+    )
     _, seconds, peak = result.split()
     return float(seconds), int(peak)
 
@@ -95,14 +97,23 @@ def table(path: Path, repeats: int) -> list[dict]:
         seconds = statistics.median(run[0] for run in runs)
         peak = max(run[1] for run in runs)
         speed = size / seconds / 1e9 if seconds else 0.0
-        rows.append({"what": name, "seconds": seconds, "GB/s": speed, "peak_to_file": peak / size})
+        rows.append(
+            {
+                "what": name,
+                "seconds": seconds,
+                "GB/s": speed,
+                "peak_to_file": peak / size,
+            }
+        )
     return rows
 
 
 def main() -> None:
     """Prints the table; with `--json`, writes it with device, versions, date and command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dir", help="folder for the file, which is deleted afterwards")
+    parser.add_argument(
+        "--dir", help="folder for the file, which is deleted afterwards"
+    )
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", help="file to write")
@@ -113,9 +124,13 @@ def main() -> None:
         write_pth(path, random_tensors(config))
         size = path.stat().st_size
         rows = table(path, args.repeats)
-    print(f"file of {size / 1e9:.2f} GB\n{'':<28}{'seconds':>9}{'GB/s':>8}{'peak / file':>13}")
+    print(
+        f"file of {size / 1e9:.2f} GB\n{'':<28}{'seconds':>9}{'GB/s':>8}{'peak / file':>13}"
+    )
     for row in rows:
-        figures = f"{row['seconds']:>9.2f}{row['GB/s']:>8.2f}{row['peak_to_file']:>13.2f}"
+        figures = (
+            f"{row['seconds']:>9.2f}{row['GB/s']:>8.2f}{row['peak_to_file']:>13.2f}"
+        )
         print(f"{row['what']:<28}{figures}")
     if args.json:
         record.write(

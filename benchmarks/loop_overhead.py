@@ -86,7 +86,10 @@ def in_loop(program: dict, settings: Settings) -> Mark:
 
 def bare(program: dict, settings: Settings) -> Mark:
     """Measures a step with nothing around it: one batch that is on the device already."""
-    with tempfile.TemporaryDirectory() as folder, OwnedRunDirectory(folder, settings) as place:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        OwnedRunDirectory(folder, settings) as place,
+    ):
         run = program["set_up"](settings, place)
     step = make_train_step(run.mode.loss, run.tx)
     feed = InputPipeline(run.mode.batches(0, None))

@@ -52,7 +52,9 @@ EXPERIMENTS = {
     "E10 rewards": experiments.policy,
     "E11 guidance": experiments.guidance,
     "E12 observer": experiments.observing,
-    "E12 observer, states alone": lambda: experiments.observing(answers=0.0) | {"passed": None},
+    "E12 observer, states alone": lambda: (
+        experiments.observing(answers=0.0) | {"passed": None}
+    ),
     "E13 retention": experiments.retention,
     "E14 forgetting": experiments.forgetting,
     "E15 serving": laws.serving,
@@ -134,7 +136,9 @@ def rows() -> dict[str, Callable[[str, int], float | None]]:
     """Returns the functions that compute the table's rows from a task and a seed."""
     made: dict[str, Callable] = {
         "small, as it is": lambda task, seed: measure(task, seed=seed).accuracy,
-        "large, as it is": lambda task, seed: measure(task, name="large", seed=seed).accuracy,
+        "large, as it is": lambda task, seed: (
+            measure(task, name="large", seed=seed).accuracy
+        ),
         "large, told or shown": informed,
     }
     for label, method in METHODS.items():
@@ -165,7 +169,9 @@ def show(found: dict[str, dict[str, list]]) -> str:
         for task in TASKS:
             values = [value for value in by_task[task] if value is not None]
             spread = (max(values) - min(values)) / 2 if values else 0.0
-            line += f"{np.mean(values):>9.3f} +-{spread:.3f}" if values else f"{'-':>16}"
+            line += (
+                f"{np.mean(values):>9.3f} +-{spread:.3f}" if values else f"{'-':>16}"
+            )
         lines.append(line)
     return "\n".join(lines)
 
@@ -188,7 +194,10 @@ def draw(folder: Path, cells: Cells) -> None:
         )
     points = known.get("E9b capacity curve", {}).get("points")
     if points:
-        sizes = [(point["numbers"], max(point["facts"].values())) for point in points.values()]
+        sizes = [
+            (point["numbers"], max(point["facts"].values()))
+            for point in points.values()
+        ]
         pictures.curves(
             folder / "capacity.png",
             {"facts stored in 300 steps": sizes},
@@ -209,7 +218,9 @@ def draw(folder: Path, cells: Cells) -> None:
         )
 
 
-def verdicts(cells: Cells, chosen: list[str], quick: bool) -> tuple[dict[str, Any], list[str]]:
+def verdicts(
+    cells: Cells, chosen: list[str], quick: bool
+) -> tuple[dict[str, Any], list[str]]:
     """Runs experiments and prints a line each; returns their numbers and the missed ones."""
     report = {}
     missed = []
@@ -230,12 +241,18 @@ def verdicts(cells: Cells, chosen: list[str], quick: bool) -> tuple[dict[str, An
 def main() -> int:
     """Runs the table and the experiments, prints them, and writes files where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the experiments of the gate alone")
+    parser.add_argument(
+        "--quick", action="store_true", help="the experiments of the gate alone"
+    )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", default="", help="experiments whose names contain this")
+    parser.add_argument(
+        "--only", default="", help="experiments whose names contain this"
+    )
     parser.add_argument("--json", help="file for the numbers")
     parser.add_argument("--pictures", help="folder for pictures")
-    parser.add_argument("--cells", default="runs/table", help="folder of the results' cache")
+    parser.add_argument(
+        "--cells", default="runs/table", help="folder of the results' cache"
+    )
     options = parser.parse_args()
     began = time.monotonic()
     quick = options.quick

@@ -47,10 +47,26 @@ OURS = "(best)"
 SEQUENTIAL = ((16, 4), (32, 4), (16, 8))
 NAMES = ("r", "log_w", "k", "v", "a", "b", "state", "dy", "dend")
 COLUMNS = (
-    *("implementation", "fwd ms", "fwd+bwd ms", "fwd of copy", "fwd+bwd of copy", "ours / this"),
+    *(
+        "implementation",
+        "fwd ms",
+        "fwd+bwd ms",
+        "fwd of copy",
+        "fwd+bwd of copy",
+        "ours / this",
+    ),
     *("y error", "gradient error", "temp MiB", "status"),
 )
-PACKAGES = ("jax", "jaxlib", "jax-triton", "triton", "torch", "fla-core", "rwkv-ops", "keras")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "jax-triton",
+    "triton",
+    "torch",
+    "fla-core",
+    "rwkv-ops",
+    "keras",
+)
 FLA_SECONDS = 300
 
 
@@ -74,7 +90,9 @@ def measure(
 ) -> dict[str, float]:
     """Measures times and memory of one op in JAX, and its errors if `true` is given."""
     forward = functools.partial(jax.jit(op), *data[:2])
-    compiled = jax.jit(functools.partial(forward_and_gradients, op)).lower(*data).compile()
+    compiled = (
+        jax.jit(functools.partial(forward_and_gradients, op)).lower(*data).compile()
+    )
     both = functools.partial(compiled, *data)
     row = {"temp MiB": compiled.memory_analysis().temp_size_in_bytes / 2**20}
     if true is not None:
@@ -117,7 +135,10 @@ def fla(data, repeats: int, true) -> dict[str, float]:
             raise ImportError(f"No module named {package!r}")
     given = zip(NAMES, (*data[0], *data[1:]), strict=True)
     with tempfile.TemporaryDirectory() as folder:
-        np.savez(f"{folder}/given.npz", **{name: np.asarray(x, np.float32) for name, x in given})
+        np.savez(
+            f"{folder}/given.npz",
+            **{name: np.asarray(x, np.float32) for name, x in given},
+        )
         command = [sys.executable, "-m", "benchmarks.peers_gpu", "--child", folder]
         child = subprocess.run(
             [*command, "--repeats", str(repeats)],
@@ -127,7 +148,9 @@ def fla(data, repeats: int, true) -> dict[str, float]:
             text=True,
         )
         if child.returncode:
-            raise RuntimeError((child.stderr.strip().splitlines() or ["no message"])[-1])
+            raise RuntimeError(
+                (child.stderr.strip().splitlines() or ["no message"])[-1]
+            )
         found = dict(np.load(f"{folder}/found.npz"))
     times = {name: float(found[name]) for name in ("fwd ms", "fwd+bwd ms")}
     return times | errors(found["y"], [found[name] for name in NAMES[:7]], true)
@@ -143,7 +166,9 @@ def fla_child(folder: str, repeats: int) -> None:
 
     if not torch.cuda.is_available():
         raise SystemExit("torch has no CUDA here")
-    given = {n: torch.from_numpy(x).cuda() for n, x in np.load(f"{folder}/given.npz").items()}
+    given = {
+        n: torch.from_numpy(x).cuda() for n, x in np.load(f"{folder}/given.npz").items()
+    }
     given |= {name: given[name].mT.contiguous() for name in ("state", "dend")}
     given |= {name: given[name].bfloat16() for name in ("r", "k", "v", "a", "b", "dy")}
     leaves = [given[name].requires_grad_() for name in NAMES[:7]]
@@ -159,7 +184,9 @@ def fla_child(folder: str, repeats: int) -> None:
 
     def both():
         results = forward()
-        return results[0], torch.autograd.grad(results, leaves, (given["dy"], given["dend"]))
+        return results[0], torch.autograd.grad(
+            results, leaves, (given["dy"], given["dend"])
+        )
 
     def wait(_):
         torch.cuda.synchronize()
@@ -190,7 +217,9 @@ def over(above: dict[str, float], below: dict[str, float]) -> dict[str, float]:
 def of_copy(case: Case, row: dict, bandwidth: float) -> dict[str, float]:
     """Computes the time in which a copy moves `least_bytes`, over the time of the row."""
     per_byte = 1e3 * case.batch * case.tokens * case.heads / bandwidth
-    floors = {name: per_byte * count for name, count in least_bytes(case, "bfloat16").items()}
+    floors = {
+        name: per_byte * count for name, count in least_bytes(case, "bfloat16").items()
+    }
     return over(floors, passes(row))
 
 
@@ -198,12 +227,19 @@ def measure_all(case: Case, bandwidth: float, repeats: int) -> list[dict]:
     """Measures a row of `COLUMNS` for each implementation and peer; the truth is computed once."""
     data = make_data(case)
     given = (data, repeats, truth(data))
-    runs = {n: functools.partial(measure, op, *given) for n, op in implementations(case).items()}
+    runs = {
+        n: functools.partial(measure, op, *given)
+        for n, op in implementations(case).items()
+    }
     for rows, warps in SEQUENTIAL:
         op = functools.partial(sequential, rows=rows, warps=warps)
-        runs[f"sequential, {rows} rows, {warps} warps"] = functools.partial(measure, op, *given)
+        runs[f"sequential, {rows} rows, {warps} warps"] = functools.partial(
+            measure, op, *given
+        )
     for kernel in ("pallas", "triton"):
-        runs[f"rwkv-ops {kernel}"] = lambda kernel=kernel: measure(rwkv_ops(kernel), *given)
+        runs[f"rwkv-ops {kernel}"] = lambda kernel=kernel: measure(
+            rwkv_ops(kernel), *given
+        )
     runs["fla chunk_rwkv7"] = functools.partial(fla, *given)
     found = []
     for name, run in runs.items():
@@ -225,8 +261,14 @@ def ratios(
     """Computes the measures G2 to G6 of the best implementation, by pass; runs G5 and G6."""
     by_name = {row["implementation"]: row for row in rows}
     ours = passes(by_name[OURS])
-    tried = [passes(row) for name, row in by_name.items() if name.startswith("sequential")]
-    fastest = {name: min(times[name] for times in tried if times) for name in ours if any(tried)}
+    tried = [
+        passes(row) for name, row in by_name.items() if name.startswith("sequential")
+    ]
+    fastest = {
+        name: min(times[name] for times in tried if times)
+        for name in ours
+        if any(tried)
+    }
 
     def other(**sizes):
         another = dataclasses.replace(case, **sizes)
@@ -261,19 +303,28 @@ def main() -> None:
     try:
         jax.devices("cuda")
     except RuntimeError:
-        raise SystemExit("benchmarks.peers_gpu needs a CUDA device; JAX finds none.") from None
+        raise SystemExit(
+            "benchmarks.peers_gpu needs a CUDA device; JAX finds none."
+        ) from None
     case = CASES[args.case]
     bandwidth = copy_bandwidth(args.repeats)
     print(f"{args.case}: {case}\na copy moves {bandwidth / 1e9:.0f} GB/s", flush=True)
     rows = measure_all(case, bandwidth, args.repeats)
-    shown = [{n: f"{x:.3g}" if isinstance(x, float) else x for n, x in r.items()} for r in rows]
+    shown = [
+        {n: f"{x:.3g}" if isinstance(x, float) else x for n, x in r.items()}
+        for r in rows
+    ]
     print(f"\n{table(shown)}\n", flush=True)
     measures = ratios(case, rows, bandwidth, args.repeats)
     print(*(f"{name}: {found}" for name, found in measures.items()), sep="\n")
     if args.json:
         there = {found.metadata["Name"] for found in importlib.metadata.distributions()}
         numbers = {"copy GB/s": bandwidth / 1e9, "rows": rows, "ratios": measures}
-        numbers |= {"case": dataclasses.asdict(case), "dtype": "bfloat16", "repeats": args.repeats}
+        numbers |= {
+            "case": dataclasses.asdict(case),
+            "dtype": "bfloat16",
+            "repeats": args.repeats,
+        }
         packages = tuple(name for name in PACKAGES if name in there)
         record.write(
             args.json,

@@ -146,13 +146,18 @@ def _forward(
     rows = math.gcd(rows, values)
     by_key = pl.BlockSpec((1, tokens, 1, keys), lambda i, j, n: (i, 0, j, 0))
     by_value = pl.BlockSpec((1, tokens, 1, rows), lambda i, j, n: (i, 0, j, n))
-    out_specs = [by_value, pl.BlockSpec((1, 1, rows, keys), lambda i, j, n: (i, j, n, 0))]
+    out_specs = [
+        by_value,
+        pl.BlockSpec((1, 1, rows, keys), lambda i, j, n: (i, j, n, 0)),
+    ]
     out_shape = [_like(v), _like(state)]
     if save:
         kept = pl.BlockSpec((1, 1, chunks, rows, keys), lambda i, j, n: (i, j, 0, n, 0))
         kept_shape = (batch, heads, chunks, values, keys)
         out_specs += [by_value, kept]
-        out_shape += [jax.ShapeDtypeStruct(x, jnp.float32) for x in (v.shape, kept_shape)]
+        out_shape += [
+            jax.ShapeDtypeStruct(x, jnp.float32) for x in (v.shape, kept_shape)
+        ]
     start = pl.BlockSpec((1, 1, keys, rows), lambda i, j, n: (i, j, 0, n))
     return pl.pallas_call(
         _forward_kernel,
@@ -271,5 +276,7 @@ def sequential(
     """
     tokens = inputs[0].shape[1]
     if tokens % KEPT_EVERY:
-        raise ValueError(f"sequential: T must be a multiple of {KEPT_EVERY}; got {tokens}.")
+        raise ValueError(
+            f"sequential: T must be a multiple of {KEPT_EVERY}; got {tokens}."
+        )
     return _op(rows, warps, interpret, inputs, state)

@@ -98,10 +98,15 @@ def start(kind: str, style: str, seed: int):
     def low_rank(weight):
         shape = weight.shape
         down = jax.random.normal(next(keys), (*shape[:-2], RANK, shape[-1]))
-        return {"down": down / math.sqrt(shape[-1]), "up": jnp.zeros((*shape[:-1], RANK))}
+        return {
+            "down": down / math.sqrt(shape[-1]),
+            "up": jnp.zeros((*shape[:-1], RANK)),
+        }
 
     return {
-        part: {name: low_rank(params[part]["att"][name]["weight"]) for name in PROJECTIONS}
+        part: {
+            name: low_rank(params[part]["att"][name]["weight"]) for name in PROJECTIONS
+        }
         for part in ("layer_0", "layers")
     }
 
@@ -135,7 +140,8 @@ def program(kind: str):
     if kind == "LoRA":
         whole = rwkv.pretrain_loss(model, l2wrap=0.0)
         loss = jax.tree_util.Partial(
-            lambda params, adapters, rows: whole(with_low_rank(params, adapters), rows), params
+            lambda params, adapters, rows: whole(with_low_rank(params, adapters), rows),
+            params,
         )
     elif kind == "all weights":
         loss = rwkv.pretrain_loss(model, l2wrap=0.0)
@@ -188,13 +194,20 @@ def tuned(
         losses.append(metrics["loss_nats"])
     curve = [float(loss) / math.log(2) for loss in losses]
     seconds = time.monotonic() - began
-    return scores(kind, style, train.params) | {"curve": curve, "tuning_seconds": seconds}
+    return scores(kind, style, train.params) | {
+        "curve": curve,
+        "tuning_seconds": seconds,
+    }
 
 
 def scores(kind: str, style: str, trained) -> dict[str, Any]:
     """Scores held-out bits per byte of the style, by position, and of the base's own text."""
     model, params = base()
-    state = trained if isinstance(trained, rwkv.RWKV7State) else rwkv.init_state(model.config)
+    state = (
+        trained
+        if isinstance(trained, rwkv.RWKV7State)
+        else rwkv.init_state(model.config)
+    )
     if kind == "LoRA":
         params = with_low_rank(params, trained)
     elif kind == "all weights":
@@ -227,7 +240,9 @@ def untuned(kind: str, style: str) -> dict[str, Any]:
 def rows(seeds: int) -> dict[str, list[Callable[[str], tuple[str, Callable]]]]:
     """Returns for each row and seed a function from a style to a cell's name and computation."""
     made: dict[str, list] = {
-        kind: [lambda style, kind=kind: (f"{kind} | {style}", lambda: untuned(kind, style))]
+        kind: [
+            lambda style, kind=kind: (f"{kind} | {style}", lambda: untuned(kind, style))
+        ]
         for kind in ("base", "prompt of 1,024")
     }
     for kind, rate in RATES.items():
@@ -241,7 +256,9 @@ def rows(seeds: int) -> dict[str, list[Callable[[str], tuple[str, Callable]]]]:
     return made
 
 
-def table(cells: Cells, seeds: int, styles: tuple[str, ...]) -> dict[str, dict[str, list]]:
+def table(
+    cells: Cells, seeds: int, styles: tuple[str, ...]
+) -> dict[str, dict[str, list]]:
     """Computes results by row and style, one for each seed, and prints a line each."""
     found: dict[str, dict[str, list]] = {}
     for style in styles:
@@ -252,7 +269,9 @@ def table(cells: Cells, seeds: int, styles: tuple[str, ...]) -> dict[str, dict[s
             bits = [one["bits_per_byte"] for one in results]
             first = np.mean([one["bits_per_byte"] for one in found["base"][style]])
             own = np.mean([one["own_text"] for one in results])
-            positions = np.mean([[x for *_, x in one["by_position"]] for one in results], axis=0)
+            positions = np.mean(
+                [[x for *_, x in one["by_position"]] for one in results], axis=0
+            )
             spread = (max(bits) - min(bits)) / 2
             print(
                 f"{style:18}{kind:24}{np.mean(bits):7.3f} +-{spread:.3f} "
@@ -272,9 +291,13 @@ def draw(folder: Path, found: dict[str, dict[str, list]]) -> None:
         positions = {}
         for kind, by_style in found.items():
             runs = by_style[style]
-            bits = np.mean([[x for *_, x in run["by_position"]] for run in runs], axis=0)
+            bits = np.mean(
+                [[x for *_, x in run["by_position"]] for run in runs], axis=0
+            )
             places = [place[:2] for place in runs[0]["by_position"]]
-            positions[kind] = [(*place, x) for place, x in zip(places, bits, strict=True)]
+            positions[kind] = [
+                (*place, x) for place, x in zip(places, bits, strict=True)
+            ]
             if "curve" in runs[0]:
                 curve = np.mean([run["curve"] for run in runs], axis=0)
                 smooth = np.convolve(curve, np.ones(8) / 8, "valid")
@@ -296,7 +319,9 @@ def main() -> None:
     parser.add_argument("--styles", default=",".join(STYLES))
     parser.add_argument("--json", help="file for the numbers")
     parser.add_argument("--pictures", help="folder for pictures")
-    parser.add_argument("--cells", default="runs/text-table", help="folder of the results' cache")
+    parser.add_argument(
+        "--cells", default="runs/text-table", help="folder of the results' cache"
+    )
     options = parser.parse_args()
     cells = Cells(Path(options.cells))
     found = table(cells, options.seeds, tuple(options.styles.split(",")))

@@ -128,9 +128,13 @@ def main() -> None:
     growth = {}
     for tokens in (1024, 4096):
         case = dataclasses.replace(CASES["train-1k"], batch=1, tokens=tokens)
-        growth[tokens] = measure(case, "float32", repeats=args.repeats)[0]["fwd+bwd cpu ms"]
+        growth[tokens] = measure(case, "float32", repeats=args.repeats)[0][
+            "fwd+bwd cpu ms"
+        ]
     results["growth 1024 to 4096"] = growth[4096] / growth[1024]
-    print(f"\n4 times the tokens take {results['growth 1024 to 4096']:.2f} times as long")
+    print(
+        f"\n4 times the tokens take {results['growth 1024 to 4096']:.2f} times as long"
+    )
     if args.json:
         packages = ("jax", "ejkernel", "rwkv-ops", "keras", "torch")
         record.write(

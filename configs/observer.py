@@ -24,7 +24,9 @@ def get_config():
     config.seed = 0
     config.save_every = 500
     config.model = ConfigDict({"dtype": "bfloat16"})
-    config.data = ConfigDict({"path": "", "held_out": 0.05, "batch_size": 16, "length": 512})
+    config.data = ConfigDict(
+        {"path": "", "held_out": 0.05, "batch_size": 16, "length": 512}
+    )
     config.optimizer = ConfigDict(
         {
             "learning_rate": 3e-3,
@@ -47,6 +49,8 @@ def get_config():
             "most": 0,
         }
     )
-    config.evaluation = ConfigDict({"every": 500, "windows": 64, "length": 512, "retention": ""})
+    config.evaluation = ConfigDict(
+        {"every": 500, "windows": 64, "length": 512, "retention": ""}
+    )
     config.sample = ConfigDict()
     return config

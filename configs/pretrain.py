@@ -25,7 +25,9 @@ def get_config():
             "remat": "block",
         }
     )
-    config.data = ConfigDict({"path": "", "held_out": 0.01, "batch_size": 16, "length": 512})
+    config.data = ConfigDict(
+        {"path": "", "held_out": 0.01, "batch_size": 16, "length": 512}
+    )
     config.optimizer = ConfigDict(
         {
             "kind": "adamw",

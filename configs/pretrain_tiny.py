@@ -18,9 +18,16 @@ def get_config():
     config.seed = 0
     config.log_every = 20
     config.save_every = 200
-    config.model = ConfigDict({"vocab_size": 257, "num_layers": 4, "width": 128, "head_size": 32})
+    config.model = ConfigDict(
+        {"vocab_size": 257, "num_layers": 4, "width": 128, "head_size": 32}
+    )
     config.data = ConfigDict(
-        {"path": "stdlib,pydoc-topics", "held_out": 0.05, "batch_size": 8, "length": 256}
+        {
+            "path": "stdlib,pydoc-topics",
+            "held_out": 0.05,
+            "batch_size": 8,
+            "length": 256,
+        }
     )
     config.optimizer = ConfigDict(
         {

@@ -29,7 +29,9 @@ SIZES = {
 def get_config(arg="small"):
     """Takes a size of `SIZES`; the vocabulary is bytes."""
     if arg not in SIZES:
-        raise ValueError(f"pretrain_toy: the size must be one of {', '.join(SIZES)}; got {arg!r}.")
+        raise ValueError(
+            f"pretrain_toy: the size must be one of {', '.join(SIZES)}; got {arg!r}."
+        )
     size = SIZES[arg]
     ranks = {"decay_rank": 16, "icl_rank": 16, "value_rank": 16, "gate_rank": 32}
     config = ConfigDict()
@@ -37,7 +39,9 @@ def get_config(arg="small"):
     config.steps = 2400
     config.seed = 0
     config.log_every = 50
-    config.model = ConfigDict({"vocab_size": 257, "ffn_width": 3 * size["width"]} | size | ranks)
+    config.model = ConfigDict(
+        {"vocab_size": 257, "ffn_width": 3 * size["width"]} | size | ranks
+    )
     config.data = ConfigDict({"path": "task:mixture", "batch_size": 32, "length": 32})
     config.optimizer = ConfigDict(
         {
@@ -54,6 +58,8 @@ def get_config(arg="small"):
     )
     config.tuning = ConfigDict()
     parts = "task:dictionary,task:mapping,task:modular,task:sequence"
-    config.evaluation = ConfigDict({"every": 400, "windows": 128, "length": 32, "retention": parts})
+    config.evaluation = ConfigDict(
+        {"every": 400, "windows": 128, "length": 32, "retention": parts}
+    )
     config.sample = ConfigDict()
     return config

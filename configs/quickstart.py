@@ -15,7 +15,9 @@ from ml_collections import ConfigDict
 def get_config(arg="state"):
     """Tunes 16 thousand numbers of a start state or 66 thousand of a memory, of 1.0 million."""
     if arg not in ("state", "upscaled"):
-        raise ValueError(f"quickstart: the kind must be state or upscaled; got {arg!r}.")
+        raise ValueError(
+            f"quickstart: the kind must be state or upscaled; got {arg!r}."
+        )
     wide = arg == "upscaled"
     config = ConfigDict()
     config.mode = "upscaled_state" if wide else "state"
@@ -24,7 +26,9 @@ def get_config(arg="state"):
     config.seed = 0
     config.log_every = 5
     config.model = ConfigDict()
-    config.data = ConfigDict({"path": "charmaps", "held_out": 0.1, "batch_size": 8, "length": 256})
+    config.data = ConfigDict(
+        {"path": "charmaps", "held_out": 0.1, "batch_size": 8, "length": 256}
+    )
     config.optimizer = ConfigDict(
         {
             "learning_rate": 0.3 if wide else 1.0,

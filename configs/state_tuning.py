@@ -20,7 +20,9 @@ def get_config():
     config.seed = 0
     config.save_every = 100
     config.model = ConfigDict({"dtype": "bfloat16", "remat": "block"})
-    config.data = ConfigDict({"path": "", "held_out": 0.05, "batch_size": 8, "length": 512})
+    config.data = ConfigDict(
+        {"path": "", "held_out": 0.05, "batch_size": 8, "length": 512}
+    )
     config.optimizer = ConfigDict(
         {
             "learning_rate": 1.0,
@@ -31,7 +33,11 @@ def get_config():
             "eps": 1e-8,
         }
     )
-    config.tuning = ConfigDict({"leaves": "wkv", "anchor": 0.0, "anchor_path": "", "alpha": 1.0})
-    config.evaluation = ConfigDict({"every": 100, "windows": 32, "length": 512, "retention": ""})
+    config.tuning = ConfigDict(
+        {"leaves": "wkv", "anchor": 0.0, "anchor_path": "", "alpha": 1.0}
+    )
+    config.evaluation = ConfigDict(
+        {"every": 100, "windows": 32, "length": 512, "retention": ""}
+    )
     config.sample = ConfigDict()
     return config

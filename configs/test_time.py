@@ -36,7 +36,9 @@ def get_config():
     config.seed = 0
     config.save_every = 50
     config.model = ConfigDict({"dtype": "bfloat16"})
-    config.data = ConfigDict({"path": "", "held_out": 0.1, "batch_size": 32, "length": 512})
+    config.data = ConfigDict(
+        {"path": "", "held_out": 0.1, "batch_size": 32, "length": 512}
+    )
     config.optimizer = ConfigDict(
         {
             "learning_rate": 0.1,
@@ -67,6 +69,8 @@ def get_config():
             "vote_margin": 0.25,
         }
     )
-    config.evaluation = ConfigDict({"every": 20, "windows": 64, "length": 512, "retention": ""})
+    config.evaluation = ConfigDict(
+        {"every": 20, "windows": 64, "length": 512, "retention": ""}
+    )
     config.sample = ConfigDict()
     return config

@@ -21,7 +21,9 @@ def get_config():
     config.seed = 0
     config.save_every = 100
     config.model = ConfigDict({"dtype": "bfloat16", "remat": "block"})
-    config.data = ConfigDict({"path": "", "held_out": 0.05, "batch_size": 8, "length": 512})
+    config.data = ConfigDict(
+        {"path": "", "held_out": 0.05, "batch_size": 8, "length": 512}
+    )
     config.optimizer = ConfigDict(
         {
             "learning_rate": 0.3,
@@ -37,6 +39,8 @@ def get_config():
     )
     config.upscaling = ConfigDict({"size": 0, "dynamics": "static"})
     config.decorrelation = ConfigDict()
-    config.evaluation = ConfigDict({"every": 100, "windows": 32, "length": 512, "retention": ""})
+    config.evaluation = ConfigDict(
+        {"every": 100, "windows": 32, "length": 512, "retention": ""}
+    )
     config.sample = ConfigDict()
     return config

@@ -4,4 +4,11 @@ from pallas_kernels.dispatch import IMPLEMENTATIONS, available
 from pallas_kernels.reference import WKVInputs, wkv7_reference
 from pallas_kernels.wkv7 import CHUNKS, wkv7
 
-__all__ = ["CHUNKS", "IMPLEMENTATIONS", "WKVInputs", "available", "wkv7", "wkv7_reference"]
+__all__ = [
+    "CHUNKS",
+    "IMPLEMENTATIONS",
+    "WKVInputs",
+    "available",
+    "wkv7",
+    "wkv7_reference",
+]

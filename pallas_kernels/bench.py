@@ -127,7 +127,9 @@ def relative(actual: Array, expected: Array) -> float:
     with jax.enable_x64(True):
         actual = jnp.asarray(actual).astype(jnp.float64)
         expected = jnp.asarray(expected).astype(jnp.float64)
-        return float(jnp.linalg.norm((actual - expected).ravel()) / jnp.linalg.norm(expected))
+        return float(
+            jnp.linalg.norm((actual - expected).ravel()) / jnp.linalg.norm(expected)
+        )
 
 
 def truth(arguments: tuple) -> tuple[Array, Array, tuple[Array, ...]]:
@@ -221,8 +223,12 @@ def plot(case: Case, dtype: str, path: str, *, repeats: int) -> None:
     lengths = [n for n in (64, 256, 1024, 4096) if n <= case.tokens] or [case.tokens]
     by_name: dict[str, list[dict]] = {}
     for tokens in lengths:
-        for row in measure(dataclasses.replace(case, tokens=tokens), dtype, repeats=repeats):
-            by_name.setdefault(row["implementation"], []).append(row | {"tokens": tokens})
+        for row in measure(
+            dataclasses.replace(case, tokens=tokens), dtype, repeats=repeats
+        ):
+            by_name.setdefault(row["implementation"], []).append(
+                row | {"tokens": tokens}
+            )
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     for axis, key in zip(axes, ("fwd+bwd ms", "gradient error"), strict=True):
         for name, rows in by_name.items():
@@ -246,12 +252,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mode", default="real", choices=MODES)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", metavar="PATH", help="also write the numbers to this file")
-    parser.add_argument("--plot", metavar="PATH", help="also draw time and error against length")
+    parser.add_argument(
+        "--json", metavar="PATH", help="also write the numbers to this file"
+    )
+    parser.add_argument(
+        "--plot", metavar="PATH", help="also draw time and error against length"
+    )
     flags = parser.parse_args(arguments)
     case = dataclasses.replace(CASES[flags.case], mode=flags.mode)
     device = jax.devices()[0]
-    print(f"{flags.case}: {case}\n{flags.dtype} on {device.device_kind}, jax {jax.__version__}\n")
+    print(
+        f"{flags.case}: {case}\n{flags.dtype} on {device.device_kind}, jax {jax.__version__}\n"
+    )
     rows = measure(case, flags.dtype, repeats=flags.repeats)
     print(table(rows))
     if flags.json:

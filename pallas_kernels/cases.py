@@ -53,14 +53,18 @@ CASES = {
 }
 
 
-def _make_logits(case: Case, noise: Float[Array, "B T H Nk"]) -> Float[Array, "B T H Nk"]:
+def _make_logits(
+    case: Case, noise: Float[Array, "B T H Nk"]
+) -> Float[Array, "B T H Nk"]:
     """Makes the decay's logits, spread as in a trained model or constant, as the mode says."""
     if case.mode in _LOGIT:
         return jnp.full_like(noise, _LOGIT[case.mode])
     return 2.5 * noise - 0.5
 
 
-def make_inputs(case: Case, dtype: str = "float32", seed: int = 0) -> tuple[WKVInputs, State]:
+def make_inputs(
+    case: Case, dtype: str = "float32", seed: int = 0
+) -> tuple[WKVInputs, State]:
     """Makes the six token arrays and a start state of `case`, the same for the same seed.
 
     Args:

@@ -210,7 +210,9 @@ def prepare(
     """
     row, column = indices(r.shape[-2])
     # A running sum less the sum over the first half, as one product.
-    signs = (column <= row).astype(jnp.int32) - (column < r.shape[-2] // 2).astype(jnp.int32)
+    signs = (column <= row).astype(jnp.int32) - (column < r.shape[-2] // 2).astype(
+        jnp.int32
+    )
     log_w = log_w * arithmetic.unit
     centred = sums(signs, log_w, arithmetic)
     before = arithmetic.exp(centred - log_w)
@@ -263,14 +265,18 @@ def write_products(chunk: Chunk, k: Keys, v: Values) -> WriteProducts:
     )
 
 
-def removals(chunk: Chunk, inverse: Square, written: WriteProducts, start: Matrix) -> Values:
+def removals(
+    chunk: Chunk, inverse: Square, written: WriteProducts, start: Matrix
+) -> Values:
     """Computes U, what each token removes from the state's rows, from S^."""
     arithmetic = chunk.arithmetic
     read = dot(chunk.ah, start, arithmetic) + dot(written.aak, written.v, arithmetic)
     return dot(inverse, read, arithmetic)
 
 
-def forward(chunk: Chunk, written: WriteProducts, start: Matrix) -> tuple[Values, Matrix]:
+def forward(
+    chunk: Chunk, written: WriteProducts, start: Matrix
+) -> tuple[Values, Matrix]:
     """Computes what the chunk's tokens read, and S^_end after them, from S^."""
     arithmetic = chunk.arithmetic
     inverse, arb = read_products(chunk)
@@ -282,7 +288,9 @@ def forward(chunk: Chunk, written: WriteProducts, start: Matrix) -> tuple[Values
     return y, end
 
 
-def removal_gradients(chunk: Chunk, transposed: ReadProducts, dy: Values, dend: Matrix) -> Values:
+def removal_gradients(
+    chunk: Chunk, transposed: ReadProducts, dy: Values, dend: Matrix
+) -> Values:
     """Computes Z, the gradients of what each token's removal reads, from G^."""
     arithmetic = chunk.arithmetic
     du = dot(transposed.arb, dy, arithmetic) + dot(chunk.bh, dend, arithmetic)
@@ -292,7 +300,11 @@ def removal_gradients(chunk: Chunk, transposed: ReadProducts, dy: Values, dend: 
 def state_gradient(chunk: Chunk, z: Values, dy: Values, dend: Matrix) -> Matrix:
     """Computes dS^ from Z and G^."""
     arithmetic = chunk.arithmetic
-    return dend + dot(chunk.rh, dy, arithmetic, left=0) + dot(chunk.ah, z, arithmetic, left=0)
+    return (
+        dend
+        + dot(chunk.rh, dy, arithmetic, left=0)
+        + dot(chunk.ah, z, arithmetic, left=0)
+    )
 
 
 def gradients(
@@ -329,7 +341,9 @@ def gradients(
     def transposed_times(x, y):
         return dot(x, y, arithmetic, left=0)
 
-    ends = jnp.sum(start.astype(ah.dtype) * dend.astype(ah.dtype), axis=-1, keepdims=True).mT
+    ends = jnp.sum(
+        start.astype(ah.dtype) * dend.astype(ah.dtype), axis=-1, keepdims=True
+    ).mT
     yield "v", transposed_times(ark, dy) + transposed_times(aak, z) + times(kh, dend)
     drb = lower(times_transposed(dy, u))
     drk = lower(times_transposed(dy, v))

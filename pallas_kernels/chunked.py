@@ -41,7 +41,11 @@ def _prepare(tokens: WKVInputs, dtype: jnp.dtype) -> chunk_math.Chunk:
 
 
 def forward_saving(
-    inputs: WKVInputs, state: State, *, chunk: int | None = None, interpret: bool = False
+    inputs: WKVInputs,
+    state: State,
+    *,
+    chunk: int | None = None,
+    interpret: bool = False,
 ) -> tuple[Float[Array, "B T H Nv"], State, Starts]:
     """Computes y, the state after the last token, and the state at the start of every chunk."""
     dtype = inputs.v.dtype
@@ -60,7 +64,11 @@ def forward_saving(
 
 
 def forward(
-    inputs: WKVInputs, state: State, *, chunk: int | None = None, interpret: bool = False
+    inputs: WKVInputs,
+    state: State,
+    *,
+    chunk: int | None = None,
+    interpret: bool = False,
 ) -> tuple[Float[Array, "B T H Nv"], State]:
     """Runs `forward_saving` without the saved states, which the compiler then drops."""
     y, end, _ = forward_saving(inputs, state, chunk=chunk)
@@ -108,5 +116,7 @@ def backward(
         split(dy, length),
         starts,
     )
-    dstate, grads = jax.lax.scan(walk, dend.mT.astype(starts.dtype), saved, reverse=True)
+    dstate, grads = jax.lax.scan(
+        walk, dend.mT.astype(starts.dtype), saved, reverse=True
+    )
     return jax.tree.map(lambda g: join(g, dy.shape[1]), grads), dstate.mT

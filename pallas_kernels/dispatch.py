@@ -109,7 +109,10 @@ def unsupported_reason(name: str, inputs: WKVInputs, state: State) -> str | None
 def _unsupported_gpu_reason(name: str, sizes: tuple[int, int]) -> str | None:
     """Says which head sizes or GPUs a GPU kernel takes; None if it takes these."""
     # Triton's blocks are powers of two, and a head's state must fit into one program's registers.
-    if any(size < 16 or size & (size - 1) for size in sizes) or sizes[0] * sizes[1] > 2**14:
+    if (
+        any(size < 16 or size & (size - 1) for size in sizes)
+        or sizes[0] * sizes[1] > 2**14
+    ):
         return f"head sizes that are powers of two from 16, with a product up to 128^2; got {sizes}"
     if platforms.target_platform() != "cuda":
         return None
@@ -252,7 +255,9 @@ def forward_saving(
         return *chunked.forward(inputs, state, chunk=chunk), starts
 
     branches = {platform: _kernel_branch(platform, run)}
-    y, end, starts = jax.lax.platform_dependent(inputs, state, default=other_platforms, **branches)
+    y, end, starts = jax.lax.platform_dependent(
+        inputs, state, default=other_platforms, **branches
+    )
     return y, end, Residuals(inputs, state, starts, platform)
 
 
@@ -294,7 +299,9 @@ def backward(
 
     def other_platforms(residuals, dy, dend):
         # The kept states are zeros here: walk forward once more.
-        *_, starts = chunked.forward_saving(residuals.inputs, residuals.state, chunk=chunk)
+        *_, starts = chunked.forward_saving(
+            residuals.inputs, residuals.state, chunk=chunk
+        )
         return chunked.backward(residuals.inputs, starts, dy, dend, chunk=chunk)
 
     return jax.lax.platform_dependent(

@@ -103,7 +103,10 @@ def _make_lowering(lowered_for: str) -> Callable:
         narrow = context.module_context.replace(platforms=(lowered_for,))
         lower = mlir.lower_fun(_evaluate, multiple_results=True)
         return lower(
-            context.replace(module_context=narrow), *leaves, traced=traced, platform=platform
+            context.replace(module_context=narrow),
+            *leaves,
+            traced=traced,
+            platform=platform,
         )
 
     return rule

@@ -40,6 +40,8 @@ def output_like(
 ) -> jax.ShapeDtypeStruct:
     """Describes a kernel's output, which varies over every mesh axis that one of `arrays` does."""
     # Inside `shard_map` JAX checks this; a kernel cannot infer it.
-    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
+    varying = frozenset().union(
+        *(jax.typeof(x).manual_axis_type.varying for x in arrays)
+    )
     axes = jax.sharding.ManualAxisType(varying=varying)
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)

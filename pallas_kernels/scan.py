@@ -16,7 +16,11 @@ Starts = Float[Array, "C B H Nv Nk"]
 
 
 def forward(
-    inputs: WKVInputs, state: State, *, chunk: int | None = None, interpret: bool = False
+    inputs: WKVInputs,
+    state: State,
+    *,
+    chunk: int | None = None,
+    interpret: bool = False,
 ) -> tuple[Float[Array, "B T H Nv"], State]:
     """Runs the definition; `chunk` and `interpret` have no effect."""
     return wkv7_reference(inputs, state)
@@ -40,7 +44,11 @@ def _split_inputs(inputs: WKVInputs, chunk: int, dtype) -> WKVInputs:
 
 
 def forward_saving(
-    inputs: WKVInputs, state: State, *, chunk: int | None = None, interpret: bool = False
+    inputs: WKVInputs,
+    state: State,
+    *,
+    chunk: int | None = None,
+    interpret: bool = False,
 ) -> tuple[Float[Array, "B T H Nv"], State, Starts]:
     """Computes what `forward` does, and the state at the start of every chunk."""
 

@@ -100,7 +100,9 @@ def tune_gpu(makes: tuple[Compile, Compile], values: int, repeats: int) -> tiles
     """Returns the fastest choice, tuning one kernel after the other for every chunk length."""
     forward, backward = makes
     blocks = [block for block in VALUES if block <= values]
-    walking = [tiles.Tile(*options) for options in itertools.product(WARPS, STAGES, blocks)]
+    walking = [
+        tiles.Tile(*options) for options in itertools.product(WARPS, STAGES, blocks)
+    ]
     # The gradients' kernel has no loop to pipeline, and takes all value rows.
     one_chunk = [tiles.Tile(warps, 1, values) for warps in WARPS]
     plan = (

@@ -75,7 +75,9 @@ def _check_options(implementation: str | None, chunk: int | None) -> None:
             f"got {implementation!r}."
         )
     if chunk is not None and chunk not in CHUNKS:
-        raise ValueError(f"wkv7: `chunk` must be None or one of {CHUNKS}; got {chunk!r}.")
+        raise ValueError(
+            f"wkv7: `chunk` must be None or one of {CHUNKS}; got {chunk!r}."
+        )
 
 
 def _check_arrays(inputs: WKVInputs, state: State) -> None:
@@ -83,17 +85,23 @@ def _check_arrays(inputs: WKVInputs, state: State) -> None:
     r, v = inputs.r, inputs.v
     for name, x in inputs._asdict().items():
         if x.ndim != 4:
-            raise ValueError(f"wkv7: `{name}` must have shape [B T H N]; got {x.shape}.")
+            raise ValueError(
+                f"wkv7: `{name}` must have shape [B T H N]; got {x.shape}."
+            )
         # v alone may have another number of channels.
         shape = (*r.shape[:3], v.shape[3]) if name == "v" else r.shape
         if x.shape != shape:
-            raise ValueError(f"wkv7: `{name}` must have shape {shape} to fit `r`; got {x.shape}.")
+            raise ValueError(
+                f"wkv7: `{name}` must have shape {shape} to fit `r`; got {x.shape}."
+            )
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"wkv7: `{name}` must be floating point; got {x.dtype}.")
     batch, _, heads, keys = r.shape
     shape = (batch, heads, v.shape[3], keys)
     if state.shape != shape:
-        raise ValueError(f"wkv7: `state` must have shape [B H Nv Nk] = {shape}; got {state.shape}.")
+        raise ValueError(
+            f"wkv7: `state` must have shape [B H Nv Nk] = {shape}; got {state.shape}."
+        )
     if state.dtype not in (jnp.float32, jnp.float64):
         raise TypeError(f"wkv7: `state` must be float32; got {state.dtype}.")
 

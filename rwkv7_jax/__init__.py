@@ -7,7 +7,14 @@ from rwkv7_jax.evaluation.scoring import score
 from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import RWKV7State, check_state, init_state, repeat, select, stack
+from rwkv7_jax.model.state import (
+    RWKV7State,
+    check_state,
+    init_state,
+    repeat,
+    select,
+    stack,
+)
 from rwkv7_jax.optim.decorrelation import decorrelate
 from rwkv7_jax.optim.optimizer import build_optimizer
 from rwkv7_jax.text.tokenizer import Tokenizer

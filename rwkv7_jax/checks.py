@@ -83,7 +83,9 @@ def check_instance(value: Any, kind: type, argument: str) -> None:
     if isinstance(value, kind):
         return
     article = "an" if kind.__name__[0] in "AEIOR" else "a"
-    raise TypeError(f"{argument} must be {article} {kind.__name__}; got {type(value).__name__}.")
+    raise TypeError(
+        f"{argument} must be {article} {kind.__name__}; got {type(value).__name__}."
+    )
 
 
 def check_model(model: Any, argument: str = "`model`") -> None:
@@ -93,7 +95,11 @@ def check_model(model: Any, argument: str = "`model`") -> None:
         TypeError: the value is something else, such as a config or the weights.
     """
     sizes = getattr(model, "config", None)
-    if isinstance(model, type) or not hasattr(sizes, "vocab_size") or not hasattr(model, "apply"):
+    if (
+        isinstance(model, type)
+        or not hasattr(sizes, "vocab_size")
+        or not hasattr(model, "apply")
+    ):
         kind = model.__name__ if isinstance(model, type) else type(model).__name__
         raise TypeError(f"{argument} must be a model, RWKV7(config); got {kind}.")
 
@@ -125,14 +131,18 @@ def check_params(params: Any, config: Any, argument: str = "`params`") -> None:
         others = config.num_layers - 1
         shapes["layers/att/r_k"] = (others, config.num_heads, config.head_size)
     elif "layers" in params:
-        raise ValueError(f"{argument} must be those of a model of 1 layer; got more layers.")
+        raise ValueError(
+            f"{argument} must be those of a model of 1 layer; got more layers."
+        )
     for path, wanted in shapes.items():
         leaf: Any = params
         for name in path.split("/"):
             leaf = leaf.get(name) if isinstance(leaf, Mapping) else None
         if leaf is None:
             hint = " (pass the inner tree)" if "params" in params else ""
-            raise ValueError(f"{argument} must hold {path}{hint}; it has {', '.join(params)}.")
+            raise ValueError(
+                f"{argument} must hold {path}{hint}; it has {', '.join(params)}."
+            )
         came = tuple(np.shape(leaf))
         if came != wanted:
             raise ValueError(
@@ -188,7 +198,12 @@ def _hub_command(name: str) -> str:
     if inside[:1] in (["resolve"], ["blob"], ["tree"]):
         inside = inside[2:]
     place = "/".join(inside)
-    parts = ["hf download", f"{owner}/{repository}", place, f"--local-dir {repository or owner}"]
+    parts = [
+        "hf download",
+        f"{owner}/{repository}",
+        place,
+        f"--local-dir {repository or owner}",
+    ]
     return " ".join(part for part in parts if part)
 
 
@@ -220,18 +235,26 @@ def check_number(
     try:
         number = float("text" if is_text else value)
     except (TypeError, ValueError):
-        raise TypeError(f"{argument} must be a number; got {type(value).__name__}.") from None
+        raise TypeError(
+            f"{argument} must be a number; got {type(value).__name__}."
+        ) from None
     except OverflowError:
         number = math.inf
     inside = low < number if above else low <= number
     if math.isfinite(number) and inside and number <= high:
         return
     if not math.isinf(high):
-        bounds = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
+        bounds = (
+            f"above {low:g} and at most {high:g}"
+            if above
+            else f"from {low:g} to {high:g}"
+        )
     elif math.isinf(low):
         bounds = "finite"
     else:
-        bounds = f"above {low:g}, and finite" if above else f"at least {low:g}, and finite"
+        bounds = (
+            f"above {low:g}, and finite" if above else f"at least {low:g}, and finite"
+        )
     raise ValueError(f"{argument} must be {bounds}; got {number:g}.")
 
 
@@ -256,7 +279,9 @@ def as_array(value: Any, argument: str) -> Any:
     try:
         array = np.asarray(value)
     except ValueError:
-        raise ValueError(f"{argument} must be rows of one length; got a ragged list.") from None
+        raise ValueError(
+            f"{argument} must be rows of one length; got a ragged list."
+        ) from None
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{argument} must hold numbers; got a list of {array.dtype}.")
     # NumPy's float64 and int64 are not what JAX would make of such a list.
@@ -305,10 +330,14 @@ def check_choice(value: Any, choices: Iterable[str], argument: str) -> None:
     names = list(choices)
     # Not `value in names`: comparing an array gives an array.
     if not isinstance(value, str) or value not in names:
-        raise ValueError(f"{argument} must be one of {', '.join(names)}; got {value!r}.")
+        raise ValueError(
+            f"{argument} must be one of {', '.join(names)}; got {value!r}."
+        )
 
 
-def check_count(value: Any, least: int, argument: str, *, most: int | None = None) -> int:
+def check_count(
+    value: Any, least: int, argument: str, *, most: int | None = None
+) -> int:
     """Returns a value as an integer of at least `least`.
 
     Args:
@@ -324,7 +353,9 @@ def check_count(value: Any, least: int, argument: str, *, most: int | None = Non
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{argument} must be an integer; got {type(value).__name__}.") from None
+        raise TypeError(
+            f"{argument} must be an integer; got {type(value).__name__}."
+        ) from None
     if number < least:
         raise ValueError(f"{argument} must be at least {least}; got {number}.")
     if most is not None and number > most:
@@ -354,7 +385,11 @@ def check_ids(ids: Any, vocab_size: int, argument: str) -> np.ndarray:
         TypeError: the ids are not integers.
         ValueError: the ids are not flat, or one is out of range; the message gives its position.
     """
-    if isinstance(ids, str | bytes) or not hasattr(ids, "__len__") or isinstance(ids, Mapping):
+    if (
+        isinstance(ids, str | bytes)
+        or not hasattr(ids, "__len__")
+        or isinstance(ids, Mapping)
+    ):
         raise TypeError(f"{argument} must be a list of ids; got {type(ids).__name__}.")
     if np.ndim(ids) == 0 and hasattr(ids, "dtype"):
         raise ValueError(f"{argument} must be a flat list of ids; got shape ().")
@@ -364,11 +399,15 @@ def check_ids(ids: Any, vocab_size: int, argument: str) -> np.ndarray:
     try:
         array = np.asarray(ids) if len(ids) else np.zeros(0, np.int32)
     except ValueError:
-        raise ValueError(f"{argument} must be a flat list of ids; got nested lists.") from None
+        raise ValueError(
+            f"{argument} must be a flat list of ids; got nested lists."
+        ) from None
     if not np.issubdtype(array.dtype, np.integer):
         raise TypeError(f"{argument} must hold integers; got {array.dtype}.")
     if array.ndim != 1:
-        raise ValueError(f"{argument} must be a flat list of ids; got shape {array.shape}.")
+        raise ValueError(
+            f"{argument} must be a flat list of ids; got shape {array.shape}."
+        )
     wrong = np.flatnonzero((array < 0) | (array >= vocab_size))
     if len(wrong):
         position = wrong[0]
@@ -457,7 +496,9 @@ def check_prompts(
         TypeError: the ids are not integers, or there is one flat list.
     """
     argument = f"`{name}`"
-    if not isinstance(prompts, Sequence | np.ndarray) or isinstance(prompts, str | bytes):
+    if not isinstance(prompts, Sequence | np.ndarray) or isinstance(
+        prompts, str | bytes
+    ):
         kind = type(prompts).__name__
         raise TypeError(f"{argument} must be a list of lists of ids; got {kind}.")
     if not len(prompts):
@@ -465,7 +506,9 @@ def check_prompts(
     rows = []
     for index, ids in enumerate(prompts):
         row = f"{argument} row {index}"
-        if isinstance(ids, str | bytes) or not isinstance(ids, Sequence | np.ndarray | Array):
+        if isinstance(ids, str | bytes) or not isinstance(
+            ids, Sequence | np.ndarray | Array
+        ):
             raise TypeError(f"{row} must be a list of ids; got {type(ids).__name__}.")
         checked = check_ids(ids, vocab_size, row).tolist()
         if not checked:

@@ -62,7 +62,9 @@ def shard_batch(mesh: Mesh | None, batch: Any) -> Any:
     def shard(values: Any) -> Array:
         # Each process puts only its own rows on its devices.
         array = np.asarray(values)
-        return jax.make_array_from_callback(array.shape, rows, lambda index: array[index])
+        return jax.make_array_from_callback(
+            array.shape, rows, lambda index: array[index]
+        )
 
     return jax.tree.map(shard, batch)
 

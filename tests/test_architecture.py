@@ -50,7 +50,9 @@ def _imports(path):
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if "pallas_kernels" in p.parts], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if "pallas_kernels" in p.parts], ids=name_of
+)
 def test_kernels_need_jax_alone(path):
     allowed = {"jax", "jaxlib", "jaxtyping", "pallas_kernels", *sys.stdlib_module_names}
     optional = {"bench.py": {"matplotlib"}, "triton_calls.py": {"jax_triton"}}
@@ -64,7 +66,9 @@ def test_kernels_need_jax_alone(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_configs_import_nothing_of_ours_and_nothing_imports_them(path):
-    assert not any(name.split(".")[0] in ("rwkv7_jax", "pallas_kernels") for name in imports(path))
+    assert not any(
+        name.split(".")[0] in ("rwkv7_jax", "pallas_kernels") for name in imports(path)
+    )
     for module in MODULES:
         assert not any(name.split(".")[0] == "configs" for name in imports(module))
 
@@ -91,8 +95,12 @@ def test_every_public_function_and_class_says_what_is_true_afterwards(path):
         if not isinstance(scope, ast.Module | ast.ClassDef):
             continue
         for node in scope.body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-                assert ast.get_docstring(node), f"{name_of(path)}: {node.name} has no docstring."
+            if isinstance(
+                node, ast.FunctionDef | ast.ClassDef
+            ) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), (
+                    f"{name_of(path)}: {node.name} has no docstring."
+                )
 
 
 def test_the_front_door_has_at_most_25_names_and_all_exist():
@@ -117,7 +125,11 @@ print(seconds)
 def test_importing_starts_no_backend_and_takes_little_beyond_jax():
     """The plan is 2 seconds on an idle machine; a loaded one gets three times that."""
     done = subprocess.run(
-        [sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", IMPORT],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 6

@@ -34,10 +34,14 @@ def test_the_outermost_function_is_the_one_that_is_named():
 
 def test_a_block_that_failed_leaves_nothing_for_the_next():
     for function in ("first", "second"):
-        with pytest.raises(TypeError, match=f"^{function}: `reward` must be a function"):
+        with pytest.raises(
+            TypeError, match=f"^{function}: `reward` must be a function"
+        ):
             with checks.prefix_errors(function):
                 checks.check_function(3, "`reward`")
-    assert message_of(TypeError, checks.check_function, 3, "`reward`").startswith("`reward`")
+    assert message_of(TypeError, checks.check_function, 3, "`reward`").startswith(
+        "`reward`"
+    )
 
 
 def test_the_traceback_still_ends_at_the_check():
@@ -65,15 +69,30 @@ def test_other_errors_pass_as_they_are():
             TypeError,
             "`reward` must be a function; got int.",
         ),
-        (checks.check_number, ("a", 0, 1, "`p`"), TypeError, "`p` must be a number; got str."),
+        (
+            checks.check_number,
+            ("a", 0, 1, "`p`"),
+            TypeError,
+            "`p` must be a number; got str.",
+        ),
         (
             checks.check_number,
             (float("nan"), 0, 1, "`p`"),
             ValueError,
             "`p` must be from 0 to 1; got nan.",
         ),
-        (checks.check_count, (1.5, 1, "`n`"), TypeError, "`n` must be an integer; got float."),
-        (checks.check_count, (0, 1, "`n`"), ValueError, "`n` must be at least 1; got 0."),
+        (
+            checks.check_count,
+            (1.5, 1, "`n`"),
+            TypeError,
+            "`n` must be an integer; got float.",
+        ),
+        (
+            checks.check_count,
+            (0, 1, "`n`"),
+            ValueError,
+            "`n` must be at least 1; got 0.",
+        ),
         (
             checks.check_ids,
             ([0.5], 4, "`ids`"),
@@ -104,7 +123,12 @@ def test_other_errors_pass_as_they_are():
             ValueError,
             "`lengths` must have one number for each of 2 rows; got shape (1,).",
         ),
-        (checks.check_prompts, ([], 4), ValueError, "`prompts` must hold a prompt; got 0."),
+        (
+            checks.check_prompts,
+            ([], 4),
+            ValueError,
+            "`prompts` must hold a prompt; got 0.",
+        ),
         (
             checks.check_prompts,
             ([[1], []], 4),
@@ -114,7 +138,9 @@ def test_other_errors_pass_as_they_are():
         (checks.typed_key, (3,), TypeError, "`key` must be a random key; got int."),
     ],
 )
-def test_a_message_begins_with_the_argument(check, arguments, error, message, unchecked):
+def test_a_message_begins_with_the_argument(
+    check, arguments, error, message, unchecked
+):
     assert message_of(error, check, *arguments) == message
 
 

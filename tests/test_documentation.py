@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 from run_programs import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 ROOMS = sorted(path.parent.name for path in (ROOT / "rwkv7_jax").glob("*/__init__.py"))
 
 
@@ -27,14 +31,19 @@ def test_links_to_files_and_headings_lead_somewhere(page):
         assert path.exists(), target
         if heading:
             titles = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
-            anchors = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+            anchors = [
+                re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")
+                for title in titles
+            ]
             assert heading in anchors, target
 
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_files_and_modules_that_are_named_exist(page):
     text = page.read_text()
-    for name in re.findall(r"`((?:rwkv7_jax|pallas_kernels|tests|configs|docs)/[\w/.]*)`", text):
+    for name in re.findall(
+        r"`((?:rwkv7_jax|pallas_kernels|tests|configs|docs)/[\w/.]*)`", text
+    ):
         assert (ROOT / name).exists(), name
     for path in re.findall(r"\b(tests/[\w/]+\.py)\b", text):
         assert (ROOT / path).exists(), path
@@ -45,7 +54,10 @@ def test_files_and_modules_that_are_named_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_tests_that_are_selected_by_name_exist(page):
     for path, word in re.findall(r"(tests/[\w/]+\.py) -k (\w+)", page.read_text()):
-        assert re.search(rf"def test_\w*{word}", (ROOT / path).read_text()), (path, word)
+        assert re.search(rf"def test_\w*{word}", (ROOT / path).read_text()), (
+            path,
+            word,
+        )
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -60,7 +72,9 @@ def test_every_room_has_a_charter_a_page_and_its_public_names(room):
 
 
 def test_the_picture_of_the_rooms_is_that_of_the_contract():
-    spec = importlib.util.spec_from_file_location("draw_rooms", ROOT / "docs" / "draw_rooms.py")
+    spec = importlib.util.spec_from_file_location(
+        "draw_rooms", ROOT / "docs" / "draw_rooms.py"
+    )
     draw_rooms = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(draw_rooms)
     assert draw_rooms.PICTURE.read_text() == draw_rooms.draw(draw_rooms.layers())

@@ -16,7 +16,10 @@ from pallas_kernels.compile_checks import gpu, tpu
 # Compilers are deterministic, so that any growth is real; a little is not worth a failure.
 TOLERANCE = 1.05
 # The compilers whose versions decide the numbers.
-COMPILERS = {"tpu": ("jaxlib", "libtpu"), "gpu": ("jaxlib", "jax-cuda13-plugin", "triton")}
+COMPILERS = {
+    "tpu": ("jaxlib", "libtpu"),
+    "gpu": ("jaxlib", "jax-cuda13-plugin", "triton"),
+}
 ROWS: dict[str, Callable[[], Iterator[dict]]] = {"tpu": tpu.rows, "gpu": gpu.rows}
 
 
@@ -34,7 +37,9 @@ def versions(platform: str) -> dict[str, str]:
     try:
         return {name: version(name) for name in COMPILERS[platform]}
     except PackageNotFoundError as error:
-        raise SystemExit(f"compile_checks {platform}: {error.name} is not installed.") from error
+        raise SystemExit(
+            f"compile_checks {platform}: {error.name} is not installed."
+        ) from error
 
 
 def compare(row: dict, before: dict | None) -> list[str]:
@@ -82,7 +87,9 @@ def main(arguments: list[str] | None = None) -> None:
     path = table_path(flags.platform)
     if flags.write:
         cases = compile_cases(flags.platform)
-        path.write_text(json.dumps({"versions": installed, "cases": cases}, indent=1) + "\n")
+        path.write_text(
+            json.dumps({"versions": installed, "cases": cases}, indent=1) + "\n"
+        )
         return
     table = {"versions": installed, "cases": {}}
     if path.exists():

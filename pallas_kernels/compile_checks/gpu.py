@@ -179,7 +179,10 @@ def _make_passes(size: Size, sharding) -> Iterator[tuple[Callable, tuple]]:
     kernels = pallas_calls.KERNELS
     starts = jax.eval_shape(kernels.forward_saving, inputs, state)[2]
     yield kernels.forward_saving, (inputs, state)
-    yield kernels.backward, (inputs, array(starts.dtype, *starts.shape), inputs.v, state)
+    yield (
+        kernels.backward,
+        (inputs, array(starts.dtype, *starts.shape), inputs.v, state),
+    )
 
 
 def compile_for_device(device: Device, size: Size) -> None:
@@ -226,7 +229,9 @@ def _compile_pallas(device: Device, size: Size) -> Iterator[Kernel]:
         done = subprocess.run(command, env=environment, capture_output=True)
         if done.returncode:
             raise RuntimeError(done.stderr.decode()[-2000:])
-        thunks = "".join(p.read_text() for p in Path(folder).glob("*thunk_sequence.txt"))
+        thunks = "".join(
+            p.read_text() for p in Path(folder).glob("*thunk_sequence.txt")
+        )
         for path in sorted(Path(folder).glob("*.ptx")):
             text = path.read_text()
             entry = re.search(r"\.entry (wkv7_\w+)", text)
@@ -335,7 +340,9 @@ def rows() -> Iterator[dict]:
         ("triton", "triton"),
     ):
         if importlib.util.find_spec(module) is None:
-            raise ModuleNotFoundError(f"{module} is not installed: pip install {package}")
+            raise ModuleNotFoundError(
+                f"{module} is not installed: pip install {package}"
+            )
     for device in DEVICES:
         largest = max(tiles.rows_for(tiles.PALLAS_GPU, device.capability))
         for size in SIZES:

@@ -143,7 +143,9 @@ def _measure(
         path.unlink()
     began = time.monotonic()
     program, arguments = _make_program(kernel, *size, sharding)
-    compiled = jax.jit(program).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+    compiled = (
+        jax.jit(program).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+    )
     seconds = time.monotonic() - began
     memory = compiled.memory_analysis()
     if memory is None:
@@ -165,7 +167,9 @@ def compile_for_chip(chip: str, folder: str) -> None:
 
     It runs in a process of its own, which was started with libtpu's flags in its environment.
     """
-    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices[0]
+    device = topologies.get_topology_desc(
+        platform="tpu", topology_name=CHIPS[chip]
+    ).devices[0]
     abstract = jax.sharding.AbstractDevice(
         device_kind=device.device_kind,
         num_cores=device.num_cores,

@@ -40,7 +40,9 @@ def _call(
         in_specs=[blocks[kind] for kind, _ in arrays],
         out_specs=[blocks[kind] for kind, _ in outputs],
         out_shape=[shape for _, shape in outputs],
-        compiler_params=pltriton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        compiler_params=pltriton.CompilerParams(
+            num_warps=tile.warps, num_stages=tile.stages
+        ),
         interpret=interpret,
         name=f"wkv7_{getattr(kernel, 'func', kernel).__name__}",
     )(*(x for _, x in arrays))
@@ -68,10 +70,14 @@ def _walk(
         "keys": pl.BlockSpec((1, tokens, 1, keys), lambda j, h, b: (b, 0, h, 0)),
         "values": pl.BlockSpec((1, tokens, 1, rows), lambda j, h, b: (b, 0, h, j)),
         "state": pl.BlockSpec((1, 1, rows, keys), lambda j, h, b: (b, h, j, 0)),
-        "states": pl.BlockSpec((1, 1, chunks, keys, rows), lambda j, h, b: (b, h, 0, 0, j)),
+        "states": pl.BlockSpec(
+            (1, 1, chunks, keys, rows), lambda j, h, b: (b, h, 0, 0, j)
+        ),
     }
     kernel = functools.partial(kernel, chunk=choice.chunk)
-    return _call(kernel, (values // rows, heads, batch), blocks, arrays, outputs, tile, interpret)
+    return _call(
+        kernel, (values // rows, heads, batch), blocks, arrays, outputs, tile, interpret
+    )
 
 
 def _chunk_states(state: State, v: Array, choice: tiles.GPU) -> jax.ShapeDtypeStruct:
@@ -97,7 +103,9 @@ def _forward(
         outputs.append(("values", output_like(v.shape, v.dtype, state, v)))
     if save:
         outputs.append(("states", _chunk_states(state, v, choice)))
-    return _walk(kernels.forward_kernel, arrays, outputs, choice, choice.forward, interpret)
+    return _walk(
+        kernels.forward_kernel, arrays, outputs, choice, choice.forward, interpret
+    )
 
 
 def _state(
@@ -138,14 +146,22 @@ def _gradients(
     blocks = {
         "keys": pl.BlockSpec((1, chunk, 1, keys), lambda c, h, b: (b, c, h, 0)),
         "values": pl.BlockSpec((1, chunk, 1, values), lambda c, h, b: (b, c, h, 0)),
-        "states": pl.BlockSpec((1, 1, 1, keys, values), lambda c, h, b: (b, h, c, 0, 0)),
+        "states": pl.BlockSpec(
+            (1, 1, 1, keys, values), lambda c, h, b: (b, h, c, 0, 0)
+        ),
     }
     six = list(zip(INPUTS, inputs, strict=True))
     arrays = [*six, ("values", dy), ("states", starts), ("states", ends)]
     outputs = [(kind, output_like(x.shape, x.dtype, x, dy)) for kind, x in six]
     grid = (tokens // chunk, heads, batch)
     return _call(
-        kernels.gradients_kernel, grid, blocks, arrays, outputs, choice.gradients, interpret
+        kernels.gradients_kernel,
+        grid,
+        blocks,
+        arrays,
+        outputs,
+        choice.gradients,
+        interpret,
     )
 
 

@@ -37,7 +37,9 @@ def _make_probes(state: State, segments: int) -> Float[Array, "BS H NvNk Nk"]:
     return jnp.broadcast_to(rows, (batch * segments, heads, *rows.shape))
 
 
-def _pad_values(x: Float[Array, "BS TS H Nv"], state: State) -> Float[Array, "BS TS H NvNk"]:
+def _pad_values(
+    x: Float[Array, "BS TS H Nv"], state: State
+) -> Float[Array, "BS TS H NvNk"]:
     """Appends zeros for the identity's rows, into which no token writes."""
     keys = state.shape[3]
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, keys)))
@@ -61,7 +63,9 @@ def chain_segments(
         written, kept = jnp.split(probe_end, [values], axis=2)
         return jnp.matmul(state, kept, precision="highest") + written, state
 
-    by_segment = probe_ends.reshape(state.shape[0], -1, *probe_ends.shape[1:]).swapaxes(0, 1)
+    by_segment = probe_ends.reshape(state.shape[0], -1, *probe_ends.shape[1:]).swapaxes(
+        0, 1
+    )
     _, starts = jax.lax.scan(step, state, by_segment, reverse=reverse)
     return starts.swapaxes(0, 1).reshape(-1, *state.shape[1:])
 
@@ -162,7 +166,9 @@ class KernelSet(NamedTuple):
         """Chooses the tiles and the number of segments."""
         batch, tokens, heads, keys = inputs.r.shape
         v = inputs.v
-        choice = tiles.for_gpu(self.table, keys, v.shape[3], v.dtype, tiles.capability())
+        choice = tiles.for_gpu(
+            self.table, keys, v.shape[3], v.dtype, tiles.capability()
+        )
         choice = choice._replace(chunk=chunk or choice.chunk)
         # Doubled while the GPU is not full and each segment is long enough to pay for the probes.
         segments = 1
@@ -255,7 +261,9 @@ class KernelSet(NamedTuple):
             # Probes of the gradient: the walk backwards is affine in it as well.
             wide = _pad_values(dy, dend)
             probes = _make_probes(dend, segments)
-            (probe_ends,) = self.state_kernel(cut, wide, probes, choice, False, interpret)
+            (probe_ends,) = self.state_kernel(
+                cut, wide, probes, choice, False, interpret
+            )
             dend = chain_segments(probe_ends, dend, reverse=True)
         dstart, ends = self.state_kernel(cut, dy, dend, choice, True, interpret)
         grads = self.gradients_kernel(cut, dy, starts, ends, choice, interpret)

@@ -41,8 +41,13 @@ def check_versions() -> None:
         installed_jax_triton = version("jax-triton")
         installed_triton = version("triton")
     except PackageNotFoundError as error:
-        raise ImportError(f"The Triton kernels need {needed}; {error.name} is missing.") from error
-    if installed_jax_triton != jax_triton_version or _minor("triton") not in triton_minors:
+        raise ImportError(
+            f"The Triton kernels need {needed}; {error.name} is missing."
+        ) from error
+    if (
+        installed_jax_triton != jax_triton_version
+        or _minor("triton") not in triton_minors
+    ):
         raise RuntimeError(
             f"The Triton kernels need {needed}; "
             f"installed are {installed_jax_triton} and {installed_triton}."
@@ -155,7 +160,9 @@ def _chunk_states(
     """Describes one state for each chunk, in the tokens' dtype; without `save` a placeholder."""
     batch, heads, values, keys = state.shape
     # A Triton kernel's arguments are fixed: an output that is not written is one number a row.
-    shape = (batch, heads, v.shape[1] // choice.chunk, values, keys) if save else (batch,)
+    shape = (
+        (batch, heads, v.shape[1] // choice.chunk, values, keys) if save else (batch,)
+    )
     return output_like(shape, v.dtype, state, v)
 
 

@@ -29,7 +29,12 @@ def _exp2(x):
     if INTERPRETED:
         return tl.exp2(x)
     return tl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        "ex2.approx.ftz.f32 $0, $1;",
+        "=f,f",
+        [x],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
     )
 
 
@@ -64,7 +69,9 @@ def _decays(log_w, offsets, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
     row = tl.arange(0, CHUNK)[:, None]
     column = tl.arange(0, CHUNK)[None, :]
     x = tl.load(log_w + offsets) * LOG2E
-    centred = tl.where(column <= row, 1.0, 0.0) - tl.where(column < CHUNK // 2, 1.0, 0.0)
+    centred = tl.where(column <= row, 1.0, 0.0) - tl.where(
+        column < CHUNK // 2, 1.0, 0.0
+    )
     c = _sums(centred, x, DTYPE)
     return _exp2(c - x), _exp2(c), _exp2(-c)
 
@@ -277,5 +284,7 @@ def gradients(
     row = time
     column = tl.arange(0, CHUNK)[None, :]
     change = _sums(tl.where(column >= row, 1.0, 0.0), inside, DTYPE) - removal
-    change += _sums(tl.where(column < row, 1.0, 0.0), to_end, DTYPE) + start_to_end[None, :]
+    change += (
+        _sums(tl.where(column < row, 1.0, 0.0), to_end, DTYPE) + start_to_end[None, :]
+    )
     tl.store(dlog_w + by_key, change)

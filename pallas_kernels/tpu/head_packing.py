@@ -72,7 +72,9 @@ def make_masks(layout: TileLayout) -> Masks:
     block = 1
     while block < layout.chunk:
         # The lower left quarter of each pair of blocks on the diagonal.
-        merges.append((differing < 2 * block) & (row & block != 0) & (column & block == 0))
+        merges.append(
+            (differing < 2 * block) & (row & block != 0) & (column & block == 0)
+        )
         block *= 2
     same_head = differing < layout.chunk
     state = (layout.heads * layout.values, layout.heads * layout.keys)

@@ -13,7 +13,14 @@ from jaxtyping import Array
 
 from pallas_kernels.reference import WKVInputs
 from pallas_kernels.tpu import packed_chunk_math as packed
-from pallas_kernels.tpu.head_packing import Masks, TileLayout, compact, expand, make_masks, stack
+from pallas_kernels.tpu.head_packing import (
+    Masks,
+    TileLayout,
+    compact,
+    expand,
+    make_masks,
+    stack,
+)
 
 
 def interleave(groups: Sequence[Generator[None, None, None]]) -> None:
@@ -120,7 +127,9 @@ def forward_kernel(
 
     groups = []
     for g in range(layout.groups):
-        groups.append(_forward_group(g, inputs, y_ref, starts_ref, state, masks, layout))
+        groups.append(
+            _forward_group(g, inputs, y_ref, starts_ref, state, masks, layout)
+        )
     interleave(groups)
 
     @pl.when(step == pl.num_programs(2) - 1)
@@ -189,7 +198,9 @@ def backward_kernel(*refs, layout: TileLayout) -> None:
 
     groups = []
     for g in range(layout.groups):
-        group = _backward_group(g, inputs, dy_ref, starts_ref, grad_refs, dstate, masks, layout)
+        group = _backward_group(
+            g, inputs, dy_ref, starts_ref, grad_refs, dstate, masks, layout
+        )
         groups.append(group)
     interleave(groups)
 

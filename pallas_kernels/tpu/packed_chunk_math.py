@@ -25,7 +25,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.reference import WKVInputs
-from pallas_kernels.tpu.head_packing import Masks, TileLayout, iota, repeat, stack, unstack
+from pallas_kernels.tpu.head_packing import (
+    Masks,
+    TileLayout,
+    iota,
+    repeat,
+    stack,
+    unstack,
+)
 
 
 class Factors(NamedTuple):
@@ -124,7 +131,9 @@ def _compute_factors(log_w: Array, layout: TileLayout) -> Factors:
     )
 
 
-def _invert(aab: Array, masks: Masks, layout: TileLayout) -> Generator[None, None, Array]:
+def _invert(
+    aab: Array, masks: Masks, layout: TileLayout
+) -> Generator[None, None, Array]:
     """Computes (I - aab)^-1 by merging solved blocks on the diagonal; see `chunk_math`."""
     square = (layout.rows, layout.rows)
     inverse = (iota(square, 0) == iota(square, 1)).astype(jnp.float32)
@@ -139,7 +148,9 @@ def _invert(aab: Array, masks: Masks, layout: TileLayout) -> Generator[None, Non
     return inverse.astype(layout.dtype)
 
 
-def prepare(tokens: WKVInputs, masks: Masks, layout: TileLayout) -> Generator[None, None, Chunk]:
+def prepare(
+    tokens: WKVInputs, masks: Masks, layout: TileLayout
+) -> Generator[None, None, Chunk]:
     """Computes what a chunk's tokens determine without a state.
 
     Args:
@@ -174,7 +185,9 @@ def prepare(tokens: WKVInputs, masks: Masks, layout: TileLayout) -> Generator[No
     )
 
 
-def writes(chunk: Chunk, start: Array, layout: TileLayout) -> Generator[None, None, Array]:
+def writes(
+    chunk: Chunk, start: Array, layout: TileLayout
+) -> Generator[None, None, Array]:
     """Computes U, what each token removes from the state, and stacks it on V, [2R Wv].
 
     Args:
@@ -313,7 +326,8 @@ def key_gradients(
 
     def parts(inside, outside):
         return Parts(
-            unstack(inside, masks.key_head, layout), unstack(outside, masks.key_head, layout)
+            unstack(inside, masks.key_head, layout),
+            unstack(outside, masks.key_head, layout),
         )
 
     return KeyGradients(

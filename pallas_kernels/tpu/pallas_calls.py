@@ -47,7 +47,9 @@ def choose_layout(inputs: WKVInputs, chunk: int | None) -> TileLayout:
     )
 
 
-def _flatten_heads(x: Float[Array, "B T H N"], layout: TileLayout) -> Float[Array, "B TC HGN"]:
+def _flatten_heads(
+    x: Float[Array, "B T H N"], layout: TileLayout
+) -> Float[Array, "B TC HGN"]:
     """Pads tokens to full chunks and heads to full tiles, and puts the heads side by side."""
     # Zeros change neither the state nor a gradient.
     tokens = -x.shape[1] % layout.chunk
@@ -66,16 +68,22 @@ def _split_heads(
 
 def _pack_state(state: State, layout: TileLayout) -> Float[Array, "B G Nv W"]:
     """Puts the states of the heads of a tile side by side."""
-    state = jnp.pad(state, ((0, 0), (0, -state.shape[1] % layout.heads), (0, 0), (0, 0)))
+    state = jnp.pad(
+        state, ((0, 0), (0, -state.shape[1] % layout.heads), (0, 0), (0, 0))
+    )
     batch, heads, values, keys = state.shape
     state = state.reshape(batch, heads // layout.heads, layout.heads, values, keys)
     return state.swapaxes(2, 3).reshape(batch, -1, values, layout.heads * keys)
 
 
-def _unpack_state(state: Float[Array, "B G Nv W"], heads: int, layout: TileLayout) -> State:
+def _unpack_state(
+    state: Float[Array, "B G Nv W"], heads: int, layout: TileLayout
+) -> State:
     """Inverts `_pack_state`."""
     batch, columns, values, _ = state.shape
-    state = state.reshape(batch, columns, values, layout.heads, layout.keys).swapaxes(2, 3)
+    state = state.reshape(batch, columns, values, layout.heads, layout.keys).swapaxes(
+        2, 3
+    )
     return state.reshape(batch, -1, values, layout.keys)[:, :heads]
 
 
@@ -106,9 +114,13 @@ def _call(
         if x.ndim == 3:
             # Of v and dy the width is that of their own channels.
             lanes = x.shape[2] // columns * layout.groups
-            return pl.BlockSpec((1, layout.chunk, lanes), lambda i, j, c: (i, step(c), j))
+            return pl.BlockSpec(
+                (1, layout.chunk, lanes), lambda i, j, c: (i, step(c), j)
+            )
         if x.ndim == 4:
-            return pl.BlockSpec((1, layout.groups, *x.shape[2:]), lambda i, j, c: (i, j, 0, 0))
+            return pl.BlockSpec(
+                (1, layout.groups, *x.shape[2:]), lambda i, j, c: (i, j, 0, 0)
+            )
         shape = (1, layout.groups, 1, *x.shape[3:])
         return pl.BlockSpec(shape, lambda i, j, c: (i, j, step(c), 0, 0))
 
@@ -149,7 +161,9 @@ def _run_forward(
     if save:
         batch, columns, *block = packed.shape
         chunks = tokens.r.shape[1] // layout.chunk
-        outputs.append(output_like((batch, columns, chunks, *block), jnp.float32, v, state))
+        outputs.append(
+            output_like((batch, columns, chunks, *block), jnp.float32, v, state)
+        )
     y, end, *starts = _call(
         functools.partial(kernels.forward_kernel, layout=layout, save=save),
         layout,

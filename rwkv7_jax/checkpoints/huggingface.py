@@ -58,7 +58,9 @@ def read_hf(folder: Path) -> tuple[dict[str, Tensor], float]:
         )
     # fla's configuration allows attention in some layers; those would come without our tensors.
     if table.get("attn"):
-        raise ValueError(f"load_model: `{folder}` has attention layers, which RWKV-7 does not.")
+        raise ValueError(
+            f"load_model: `{folder}` has attention layers, which RWKV-7 does not."
+        )
     files = _weight_files(folder)
     if not files:
         raise ValueError(f"load_model: `{folder}` has no .safetensors file.")
@@ -81,7 +83,10 @@ def _hf_tensors(
     for name, array in drop_unused_value_residual(tensors):
         if tensor_names.LOW_RANK.search(name):
             array = array.swapaxes(-1, -2)
-        yield tensor_names.to_hf(name), array.reshape(tensor_names.hf_shape(name, array.shape))
+        yield (
+            tensor_names.to_hf(name),
+            array.reshape(tensor_names.hf_shape(name, array.shape)),
+        )
 
 
 def save_hf(
@@ -110,7 +115,9 @@ def save_hf(
 
     def fill(folder: Path) -> None:
         folder.mkdir()
-        write_safetensors(folder / _WEIGHTS_FILE, _hf_tensors(tensors), metadata={"format": "pt"})
+        write_safetensors(
+            folder / _WEIGHTS_FILE, _hf_tensors(tensors), metadata={"format": "pt"}
+        )
         table = json.dumps(hf_config(params, config), indent=2)
         (folder / _CONFIG_FILE).write_text(table + "\n")
 

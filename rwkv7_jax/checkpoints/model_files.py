@@ -21,7 +21,11 @@ from rwkv7_jax.checkpoints.param_tree import (
     official_tensors,
 )
 from rwkv7_jax.checkpoints.pth import write_pth
-from rwkv7_jax.checkpoints.tensor_files import format_of, read_tensors, write_safetensors
+from rwkv7_jax.checkpoints.tensor_files import (
+    format_of,
+    read_tensors,
+    write_safetensors,
+)
 from rwkv7_jax.checkpoints.unused_value_residual import (
     add_unused_value_residual,
     drop_unused_value_residual,
@@ -72,7 +76,8 @@ def load_model(
         raise ValueError(f"load_model: `{path}` is a start state; load_state reads it.")
     if state:
         warnings.warn(
-            f"{path} holds a tuned state as well; load_state({str(path)!r}) gives it.", stacklevel=2
+            f"{path} holds a tuned state as well; load_state({str(path)!r}) gives it.",
+            stacklevel=2,
         )
     config = infer_config(tensors, str(path), norm_eps=norm_eps)
     check_names(tensors, config, str(path))

@@ -24,7 +24,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return table
 
 
-def replace_folder(path: Path, expected: set[str], fill: Callable[[Path], None]) -> None:
+def replace_folder(
+    path: Path, expected: set[str], fill: Callable[[Path], None]
+) -> None:
     """Writes a folder completely, or leaves what was there before.
 
     Args:

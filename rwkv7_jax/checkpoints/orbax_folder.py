@@ -10,7 +10,11 @@ import jax.numpy as jnp
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_folder import read_json, replace_folder
 from rwkv7_jax.checkpoints.orbax_import import import_orbax
-from rwkv7_jax.checkpoints.param_tree import check_params, official_tensors, require_finite
+from rwkv7_jax.checkpoints.param_tree import (
+    check_params,
+    official_tensors,
+    require_finite,
+)
 from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.model.config import RWKV7Config
 
@@ -22,7 +26,9 @@ _ARRAYS = "params"
 _LAYOUT = 1
 
 
-def load_orbax(folder: Path, *, dtype=None, allow_nan: bool = False) -> tuple[Params, RWKV7Config]:
+def load_orbax(
+    folder: Path, *, dtype=None, allow_nan: bool = False
+) -> tuple[Params, RWKV7Config]:
     """Loads the parameters and the config of an Orbax folder.
 
     Args:
@@ -42,7 +48,9 @@ def load_orbax(folder: Path, *, dtype=None, allow_nan: bool = False) -> tuple[Pa
 
     with import_orbax().StandardCheckpointer() as checkpointer:
         stored = checkpointer.metadata(folder / _ARRAYS).item_metadata.tree
-        params = checkpointer.restore(folder / _ARRAYS, jax.tree.map(on_one_device, stored))
+        params = checkpointer.restore(
+            folder / _ARRAYS, jax.tree.map(on_one_device, stored)
+        )
     with prefix_errors("load_model"):
         check_params(params, config)
     if not allow_nan:
@@ -57,15 +65,21 @@ def _read_config(folder: Path) -> RWKV7Config:
     """Reads the sizes that the folder's tree was saved with."""
     path = folder / _CONFIG_FILE
     if not path.exists():
-        raise ValueError(f"load_model: `{folder}` is not a checkpoint: it has no {_CONFIG_FILE}.")
+        raise ValueError(
+            f"load_model: `{folder}` is not a checkpoint: it has no {_CONFIG_FILE}."
+        )
     table = read_json(path)
     # Checked before the config, whose fields may differ in another layout.
     if table.get("layout") != _LAYOUT:
-        raise ValueError(f"load_model: `{folder}` has layout {table.get('layout')}, not {_LAYOUT}.")
+        raise ValueError(
+            f"load_model: `{folder}` has layout {table.get('layout')}, not {_LAYOUT}."
+        )
     try:
         return RWKV7Config(**table["config"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"load_model: `{path}` has an unknown config: {error}.") from None
+        raise ValueError(
+            f"load_model: `{path}` has an unknown config: {error}."
+        ) from None
 
 
 def save_orbax(path: Path, params: Params, config: RWKV7Config) -> None:

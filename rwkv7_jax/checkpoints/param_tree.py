@@ -46,7 +46,9 @@ _ESSENTIAL = (
 )
 
 
-def infer_config(tensors: Tensors, path: str, *, norm_eps: float | None = None) -> RWKV7Config:
+def infer_config(
+    tensors: Tensors, path: str, *, norm_eps: float | None = None
+) -> RWKV7Config:
     """Infers the config from names and shapes alone; no number is read.
 
     Source: fla-org/flash-linear-attention@bc3b101 fla/layers/rwkv7.py:128 (the per-head epsilon).
@@ -62,10 +64,14 @@ def infer_config(tensors: Tensors, path: str, *, norm_eps: float | None = None) 
     """
     for name in _ESSENTIAL:
         if name not in tensors:
-            raise ValueError(f"load_model: `{path}` is not an RWKV-7 checkpoint: it has no {name}.")
+            raise ValueError(
+                f"load_model: `{path}` is not an RWKV-7 checkpoint: it has no {name}."
+            )
         shape = tensors[name].shape
         if len(shape) != 2 or 0 in shape:
-            raise ValueError(f"load_model: `{path}` has {name} of shape {shape}, not a matrix.")
+            raise ValueError(
+                f"load_model: `{path}` has {name} of shape {shape}, not a matrix."
+            )
     vocab_size, width = tensors["emb.weight"].shape
     config = RWKV7Config(
         vocab_size=vocab_size,
@@ -93,7 +99,9 @@ def _count_layers(tensors: Tensors, path: str) -> int:
             blocks.add(int(match[1]))
     # A single tensor named blocks.999999999 must not cost a table of a billion rows.
     if max(blocks) > 2 * len(blocks):
-        raise ValueError(f"load_model: `{path}` has blocks.{max(blocks)} but {len(blocks)} blocks.")
+        raise ValueError(
+            f"load_model: `{path}` has blocks.{max(blocks)} but {len(blocks)} blocks."
+        )
     return 1 + max(blocks)
 
 
@@ -310,13 +318,19 @@ def check_params(params: Params, config: RWKV7Config) -> None:
         leaf = leaves.get(place)
         came = None if leaf is None else tuple(leaf.shape)
         if leaf is None or came != shape:
-            raise ValueError(f"`params` must hold {'/'.join(place)} of shape {shape}; got {came}.")
+            raise ValueError(
+                f"`params` must hold {'/'.join(place)} of shape {shape}; got {came}."
+            )
         # The loader refuses such a file, so the writer must not make one.
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(f"`params` must be floating-point; got {'/'.join(place)} {leaf.dtype}.")
+            raise TypeError(
+                f"`params` must be floating-point; got {'/'.join(place)} {leaf.dtype}."
+            )
 
 
-def official_tensors(params: Params, config: RWKV7Config) -> Iterator[tuple[str, np.ndarray]]:
+def official_tensors(
+    params: Params, config: RWKV7Config
+) -> Iterator[tuple[str, np.ndarray]]:
     """Yields every tensor of a tree by official name, in the order of official files.
 
     The arrays have the shapes of the tree, without the axis over layers. They are views where that

@@ -18,7 +18,10 @@ from typing import Any
 import numpy as np
 
 from rwkv7_jax.atomic_write import atomic_write
-from rwkv7_jax.checkpoints.restricted_unpickler import STORAGE_NAMES, RestrictedUnpickler
+from rwkv7_jax.checkpoints.restricted_unpickler import (
+    STORAGE_NAMES,
+    RestrictedUnpickler,
+)
 
 # A 13B model's pickle has some 200 kB; a much larger one is not a checkpoint.
 _PICKLE_LIMIT = 16 << 20
@@ -57,7 +60,9 @@ def _entries(path: Path, data: mmap.mmap) -> dict[str, memoryview]:
             folder, name = _split_name(info.filename)
             folders.add(folder)
             if name in views or len(folders) > 1:
-                raise ValueError(f"its entry {info.filename!r} is there twice or in another folder")
+                raise ValueError(
+                    f"its entry {info.filename!r} is there twice or in another folder"
+                )
             start, end = _data_span(info, data)
             views[name] = content[start:end]
             spans.append((info.header_offset, end))
@@ -90,7 +95,9 @@ def _data_span(info: zipfile.ZipInfo, data: mmap.mmap) -> tuple[int, int]:
     start = info.header_offset + _LOCAL_HEADER + name_length + extra_length
     end = start + info.file_size
     if end > len(data) or info.file_size != info.compress_size:
-        raise ValueError(f"its entry {info.filename!r} extends past the end of the file")
+        raise ValueError(
+            f"its entry {info.filename!r} extends past the end of the file"
+        )
     return start, end
 
 
@@ -111,16 +118,22 @@ def read_pth(path: str | Path) -> Any:
     try:
         return _read(path)
     except (ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise ValueError(f"read_pth: `{path}` is refused: {_printable(error)}.") from None
+        raise ValueError(
+            f"read_pth: `{path}` is refused: {_printable(error)}."
+        ) from None
     # What the unpickler's stack and memo raise when a program does not fit them.
     except (LookupError, TypeError, AttributeError, OverflowError, struct.error):
-        raise ValueError(f"read_pth: `{path}` is refused: its pickle is broken.") from None
+        raise ValueError(
+            f"read_pth: `{path}` is refused: its pickle is broken."
+        ) from None
 
 
 def _read(path: Path) -> Any:
     """Reads a checkpoint; the messages of its errors are reasons alone."""
     if not zipfile.is_zipfile(path):
-        raise ValueError("it is not a zip file; files of PyTorch before 1.6 must be saved anew")
+        raise ValueError(
+            "it is not a zip file; files of PyTorch before 1.6 must be saved anew"
+        )
     with path.open("rb") as file:
         # The arrays keep the map alive; a copy of a 13B model would cost 26 GB.
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -214,9 +227,13 @@ def write_pth(path: str | Path, tensors: Iterable[tuple[str, np.ndarray]]) -> No
                 )
             # `ascontiguousarray` would make a scalar a vector of one; the shape is kept apart.
             contiguous = np.ascontiguousarray(array)
-            _add_entry(archive, f"data/{number}", contiguous.reshape(-1).view(np.uint8).data)
+            _add_entry(
+                archive, f"data/{number}", contiguous.reshape(-1).view(np.uint8).data
+            )
             program.append(_pickled(name))
-            program.append(_pickled_tensor(str(number), contiguous.reshape(array.shape)))
+            program.append(
+                _pickled_tensor(str(number), contiguous.reshape(array.shape))
+            )
         program.append(b"u.")
         # PyTorch writes the pickle first; readers find entries by name, and we know it only now.
         _add_entry(archive, "data.pkl", b"".join(program))

@@ -225,7 +225,9 @@ class RestrictedUnpickler:
         if not (isinstance(description, tuple) and len(description) == 5):
             raise ValueError("it describes a storage in an unknown way")
         _, kind, key, _, count = description
-        if not (isinstance(kind, _Global) and kind.name in STORAGES and isinstance(key, str)):
+        if not (
+            isinstance(kind, _Global) and kind.name in STORAGES and isinstance(key, str)
+        ):
             raise ValueError("it describes a storage in an unknown way")
         dtype = STORAGES[kind.name]
         if key not in self._storages:
@@ -243,20 +245,30 @@ class RestrictedUnpickler:
         if function == _ORDERED_DICT and arguments in ((), ([],)):
             return {}
         # The further arguments are `requires_grad` and hooks.
-        if function == _REBUILD_PARAMETER and arguments and isinstance(arguments[0], np.ndarray):
+        if (
+            function == _REBUILD_PARAMETER
+            and arguments
+            and isinstance(arguments[0], np.ndarray)
+        ):
             return arguments[0]
         if function == _REBUILD_TENSOR and len(arguments) >= 4:
             storage, offset, shape, strides = arguments[:4]
             if isinstance(storage, _Storage):
                 return self._tensor(storage, offset, shape, strides)
-        raise ValueError(f"it calls `{function.module}.{function.name}` in an unknown way")
+        raise ValueError(
+            f"it calls `{function.module}.{function.name}` in an unknown way"
+        )
 
-    def _tensor(self, storage: _Storage, offset: Any, shape: Any, strides: Any) -> np.ndarray:
+    def _tensor(
+        self, storage: _Storage, offset: Any, shape: Any, strides: Any
+    ) -> np.ndarray:
         """Returns a read-only view of a storage, and counts its bytes."""
         tensor = _strided_view(storage, offset, shape, strides)
         self._bytes_left -= tensor.nbytes
         if self._bytes_left < 0:
-            raise ValueError("its tensors overlap so often that they unfold to many times it")
+            raise ValueError(
+                "its tensors overlap so often that they unfold to many times it"
+            )
         return tensor
 
 
@@ -337,7 +349,9 @@ def _allowed(module: Any, name: Any) -> _Global:
         raise ValueError("it asks for something that is not a name")
     # A list of what is allowed: a list of what is dangerous would never be complete.
     if (module, name) not in _ALLOWED_NAMES:
-        raise ValueError(f"it asks for `{module}.{name}`, which is not allowed in a checkpoint")
+        raise ValueError(
+            f"it asks for `{module}.{name}`, which is not allowed in a checkpoint"
+        )
     return _Global(module, name)
 
 
@@ -346,7 +360,9 @@ def _is_size(number: Any) -> bool:
     return isinstance(number, int) and 0 <= number < _MAX_NUMBER
 
 
-def _strided_view(storage: _Storage, offset: Any, shape: Any, strides: Any) -> np.ndarray:
+def _strided_view(
+    storage: _Storage, offset: Any, shape: Any, strides: Any
+) -> np.ndarray:
     """Returns a read-only view of a storage; offset and strides count numbers, not bytes."""
     if not isinstance(shape, tuple) or not isinstance(strides, tuple):
         raise ValueError("a tensor's shape is not a tuple of sizes")
@@ -361,7 +377,9 @@ def _strided_view(storage: _Storage, offset: Any, shape: Any, strides: Any) -> n
     available = len(storage.array)
     # The second: strides of 0 would make any number of elements of one.
     if count and (last >= available or count > available):
-        raise ValueError(f"a tensor of shape {shape} extends past the end of its storage")
+        raise ValueError(
+            f"a tensor of shape {shape} extends past the end of its storage"
+        )
     steps = [stride * storage.dtype.itemsize for stride in strides]
     start = storage.array[offset:] if count else storage.array
     return np.lib.stride_tricks.as_strided(start, shape, steps, writeable=False)

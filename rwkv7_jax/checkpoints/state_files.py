@@ -83,7 +83,9 @@ def save_state(
             _check_sizes(np.asarray(state.wkv[:, 0]), config, "state")
         # Tools that read the other formats would take the WKV part for all of the state.
         if state.upscaled is not None and path.suffix != ".safetensors":
-            raise ValueError(f"`path` of an upscaled state must end in .safetensors; got {path}.")
+            raise ValueError(
+                f"`path` of an upscaled state must end in .safetensors; got {path}."
+            )
     tensors = _state_tensors(state, path, jnp.dtype(dtype))
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".pth":
@@ -95,7 +97,9 @@ def save_state(
     sidecar(path).write_text(json.dumps(table, indent=1) + "\n")
 
 
-def _state_tensors(state: RWKV7State, path: Path, dtype: np.dtype) -> dict[str, np.ndarray]:
+def _state_tensors(
+    state: RWKV7State, path: Path, dtype: np.dtype
+) -> dict[str, np.ndarray]:
     """Returns a state's tensors as a file of this suffix has them, in the file's order."""
     tensors = {}
     if state.upscaled is not None:
@@ -103,7 +107,9 @@ def _state_tensors(state: RWKV7State, path: Path, dtype: np.dtype) -> dict[str, 
     for layer, wkv in enumerate(np.asarray(state.wkv[:, 0])):
         if _usual_axes(path) == _TRANSPOSED_AXES:
             wkv = wkv.swapaxes(-1, -2)
-        tensors[f"blocks.{layer}.att.time_state"] = np.ascontiguousarray(wkv).astype(dtype)
+        tensors[f"blocks.{layer}.att.time_state"] = np.ascontiguousarray(wkv).astype(
+            dtype
+        )
     for part, shift in (("att", state.att_shift), ("ffn", state.ffn_shift)):
         # Other tools do not know these names: a file has them only where they matter.
         if not np.any(shift):
@@ -206,7 +212,9 @@ def _check_sizes(wkv: np.ndarray, config: RWKV7Config, subject: str) -> None:
         )
 
 
-def _stack_layers(tensors: Mapping[str, np.ndarray], name: str, path: Path) -> np.ndarray | None:
+def _stack_layers(
+    tensors: Mapping[str, np.ndarray], name: str, path: Path
+) -> np.ndarray | None:
     """Stacks `blocks.0.{name}`, `blocks.1.{name}`, ... as float32; None where there are none."""
     by_layer: dict[int, np.ndarray] = {}
     for tensor_name, array in tensors.items():
@@ -222,7 +230,9 @@ def _stack_layers(tensors: Mapping[str, np.ndarray], name: str, path: Path) -> n
     rows = [by_layer[layer] for layer in range(len(by_layer))]
     # `np.stack` would say so too, but without the file and the name.
     if len({row.shape for row in rows}) > 1:
-        raise ValueError(f"load_state: `{path}` has blocks whose {name} differ in shape.")
+        raise ValueError(
+            f"load_state: `{path}` has blocks whose {name} differ in shape."
+        )
     return np.stack(rows)
 
 
@@ -253,7 +263,9 @@ def _load_upscaled(tensors: Mapping[str, np.ndarray], path: Path) -> Upscaled | 
     leaves: dict[str, Any] = {}
     for name, array in tensors.items():
         if not np.isfinite(array).all():
-            raise ValueError(f"load_state: `{path}` has NaN or Inf in {_UPSCALED}{name}.")
+            raise ValueError(
+                f"load_state: `{path}` has NaN or Inf in {_UPSCALED}{name}."
+            )
         leaves[name] = jnp.asarray(array, jnp.float32)[:, None]
     features = Features(
         landmarks=leaves["landmarks"],
@@ -289,7 +301,9 @@ def _check_axes(path: Path) -> None:
     usual = _usual_axes(path)
     axes = read_sidecar(path).get("axes", usual)
     if axes not in (_AXES, _TRANSPOSED_AXES):
-        raise ValueError(f"load_state: `{sidecar(path)}` says axes {axes!r}, which is unknown.")
+        raise ValueError(
+            f"load_state: `{sidecar(path)}` says axes {axes!r}, which is unknown."
+        )
     if axes != usual:
         raise ValueError(
             f"load_state: `{path}` is transposed: its sidecar says axes {axes!r}, "
@@ -298,7 +312,10 @@ def _check_axes(path: Path) -> None:
 
 
 def load_state(
-    path: str | Path, *, config: RWKV7Config | None = None, base_model: str | None = None
+    path: str | Path,
+    *,
+    config: RWKV7Config | None = None,
+    base_model: str | None = None,
 ) -> RWKV7State:
     """Loads a start state, batch 1, float32.
 
@@ -324,7 +341,9 @@ def load_state(
     tensors, upscaled = _read_state_tensors(path)
     wkv = _stack_layers(tensors, "att.time_state", path)
     if wkv is None or wkv.ndim != 4:
-        raise ValueError(f"load_state: `{path}` holds no blocks.0.att.time_state [H, value, key].")
+        raise ValueError(
+            f"load_state: `{path}` holds no blocks.0.att.time_state [H, value, key]."
+        )
     _check_axes(path)
     # Heads are square, so a forgotten swap would load, and only answer badly.
     if _usual_axes(path) == _TRANSPOSED_AXES:
@@ -354,7 +373,9 @@ def load_state(
     return state
 
 
-def _read_state_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def _read_state_tensors(
+    path: Path,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Reads the tensors of a state, and those of its upscaled memory without their prefix.
 
     A model's own tensors in the same file are not read.

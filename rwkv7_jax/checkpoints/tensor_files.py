@@ -73,7 +73,9 @@ def _open_safetensors(path: Path) -> Any:
     try:
         return safetensors.safe_open(path, framework="numpy")
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"checkpoint: `{path}` is not a safetensors file: {error}.") from None
+        raise ValueError(
+            f"checkpoint: `{path}` is not a safetensors file: {error}."
+        ) from None
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -132,7 +134,9 @@ def _pth_tensors(content: Any) -> dict[str, Tensor]:
         for name, value in content.items():
             if isinstance(name, str) and isinstance(value, np.ndarray):
                 # The default binds this loop's array; a plain closure would see the last one.
-                tensors[name] = Tensor(value.shape, value.dtype, lambda array=value: array)
+                tensors[name] = Tensor(
+                    value.shape, value.dtype, lambda array=value: array
+                )
     return tensors
 
 

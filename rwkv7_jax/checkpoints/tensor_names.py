@@ -28,7 +28,9 @@ _BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
 
 _HF_BLOCK = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
 
-_STATE = re.compile(r"^blocks\.\d+\.(att\.time_state|att\.shift_state|ffn\.shift_state)$")
+_STATE = re.compile(
+    r"^blocks\.\d+\.(att\.time_state|att\.shift_state|ffn\.shift_state)$"
+)
 
 # A tensor that only one other member of the family has, and that member's name.
 _OTHER_ARCHITECTURES = (

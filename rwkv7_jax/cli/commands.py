@@ -119,7 +119,9 @@ def _doctor(options: argparse.Namespace) -> None:
         print(f"{name:<18}{installed} ({use})")
     available = pallas_kernels.available()
     for name in pallas_kernels.IMPLEMENTATIONS:
-        print(f"wkv7 {name:<13}{'runs here' if name in available else 'not on this device'}")
+        print(
+            f"wkv7 {name:<13}{'runs here' if name in available else 'not on this device'}"
+        )
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -129,23 +131,33 @@ def _report(options: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Builds the parser of the command line."""
-    top = argparse.ArgumentParser(prog="rwkv7", description="RWKV-7 checkpoints and states.")
+    top = argparse.ArgumentParser(
+        prog="rwkv7", description="RWKV-7 checkpoints and states."
+    )
     commands = top.add_subparsers(required=True, metavar="command")
 
     convert = commands.add_parser("convert", help="change a checkpoint's format")
-    convert.add_argument("source", help=".pth, .safetensors, .st, an HF folder or an orbax folder")
+    convert.add_argument(
+        "source", help=".pth, .safetensors, .st, an HF folder or an orbax folder"
+    )
     convert.add_argument("target", help="format by suffix; a folder is orbax")
     convert.add_argument("--format", choices=("hf",), help="write an HF folder")
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     convert.add_argument("--allow-nan", action="store_true", help="accept NaN and Inf")
     convert.set_defaults(run=_convert)
 
-    inspect = commands.add_parser("inspect", help="sizes, dtypes and norms of a file's tensors")
+    inspect = commands.add_parser(
+        "inspect", help="sizes, dtypes and norms of a file's tensors"
+    )
     inspect.add_argument("path")
-    inspect.add_argument("--state", action="store_true", help="the file is a start state")
+    inspect.add_argument(
+        "--state", action="store_true", help="the file is a start state"
+    )
     inspect.set_defaults(run=_inspect)
 
-    doctor = commands.add_parser("doctor", help="versions, devices and what can run here")
+    doctor = commands.add_parser(
+        "doctor", help="versions, devices and what can run here"
+    )
     doctor.set_defaults(run=_doctor)
 
     report = commands.add_parser("report", help="write report.html into a run's folder")

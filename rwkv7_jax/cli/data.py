@@ -13,7 +13,9 @@ from rwkv7_jax.data.token_cache import read_card, write_cache
 from rwkv7_jax.runs.progress_bar import ProgressBar
 from rwkv7_jax.text.tokenizer import Tokenizer
 
-_SOURCE_HELP = "a .jsonl or text file, a folder, a built-in text, or several with commas"
+_SOURCE_HELP = (
+    "a .jsonl or text file, a folder, a built-in text, or several with commas"
+)
 
 _CACHE_SUFFIXES = (".bin", ".idx")
 
@@ -36,7 +38,12 @@ def add_data_command(subparsers) -> None:
     add("--vocabulary", choices=("world", "bytes"), help="world; of a .bin its own")
     add("--on-bad", choices=ON_BAD, default="error", help="bad lines (%(default)s)")
     add("--show", type=int, metavar="N", help="print N rows of PATH and write nothing")
-    add("--length", type=int, default=128, help="tokens of a row that is shown (%(default)s)")
+    add(
+        "--length",
+        type=int,
+        default=128,
+        help="tokens of a row that is shown (%(default)s)",
+    )
     add("--packing", choices=PACKINGS, default="stream", help="(%(default)s)")
     add("--seed", type=int, default=0, help="of the rows that are shown (%(default)s)")
     parser.set_defaults(run=run_data)
@@ -67,7 +74,9 @@ def _tokenizer(vocabulary: str | None, sources: list[str]) -> Tokenizer:
     return Tokenizer.bytes() if vocabulary == "bytes" else Tokenizer.world()
 
 
-def _write(options: argparse.Namespace, sources: list[str], tokenizer: Tokenizer) -> None:
+def _write(
+    options: argparse.Namespace, sources: list[str], tokenizer: Tokenizer
+) -> None:
     """Tokenizes the sources into one cache."""
     for source in sources:
         if source.endswith(_CACHE_SUFFIXES):
@@ -85,7 +94,9 @@ def _write(options: argparse.Namespace, sources: list[str], tokenizer: Tokenizer
 
     # The bar is closed before an error is printed, so that the error has a line of its own.
     try:
-        card, stats = write_cache(sources, path, tokenizer, on_bad=options.on_bad, progress=report)
+        card, stats = write_cache(
+            sources, path, tokenizer, on_bad=options.on_bad, progress=report
+        )
     finally:
         bar.close()
     in_loss = "all" if card.learnt == card.tokens else f"{card.learnt:,}"
@@ -99,7 +110,9 @@ def _write(options: argparse.Namespace, sources: list[str], tokenizer: Tokenizer
     print(line)
 
 
-def _show(options: argparse.Namespace, sources: list[str], tokenizer: Tokenizer) -> None:
+def _show(
+    options: argparse.Namespace, sources: list[str], tokenizer: Tokenizer
+) -> None:
     """Prints rows of the first batch."""
     for name in ("show", "length"):
         value = getattr(options, name)

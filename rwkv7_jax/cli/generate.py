@@ -8,7 +8,13 @@ import sys
 import jax
 import numpy as np
 
-from rwkv7_jax.cli.inputs import MODEL_HELP, PROMPT_HELP, LoadedModel, read_model, read_prompt
+from rwkv7_jax.cli.inputs import (
+    MODEL_HELP,
+    PROMPT_HELP,
+    LoadedModel,
+    read_model,
+    read_prompt,
+)
 from rwkv7_jax.generation.generate import Generation, generate
 from rwkv7_jax.generation.sampling import exempt_ids
 from rwkv7_jax.model.state import RWKV7State
@@ -23,7 +29,9 @@ _EMPTY_PROMPT = [0]
 
 def add_generate_command(subparsers) -> argparse.ArgumentParser:
     """Adds the parser of `generate` to those of `rwkv7`."""
-    parser = subparsers.add_parser("generate", help="continue a text or answer a message")
+    parser = subparsers.add_parser(
+        "generate", help="continue a text or answer a message"
+    )
     add = parser.add_argument
     add("--model", required=True, help=MODEL_HELP)
     start = parser.add_mutually_exclusive_group()
@@ -35,15 +43,49 @@ def add_generate_command(subparsers) -> argparse.ArgumentParser:
     )
     add("--prompt", required=True, help=f"text to continue; {PROMPT_HELP}")
     add("--chat", action="store_true", help="the prompt is a user's message to answer")
-    add("--tokens", type=int, default=256, help="longest answer, in tokens (%(default)s)")
+    add(
+        "--tokens",
+        type=int,
+        default=256,
+        help="longest answer, in tokens (%(default)s)",
+    )
     add("--temperature", type=float, default=0.8, help="0 is greedy (%(default)s)")
-    add("--top-p", type=float, default=0.9, help="probability mass to keep (%(default)s)")
-    add("--top-k", type=int, default=0, help="tokens to keep; 0 keeps all (%(default)s)")
-    add("--presence-penalty", type=float, default=0.0, help="on tokens used (%(default)s)")
-    add("--frequency-penalty", type=float, default=0.0, help="on each use (%(default)s)")
-    add("--seed", type=int, default=0, help="the same seed gives the same text (%(default)s)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
-    add("--json", action="store_true", help="one JSON object at the end instead of a stream")
+    add(
+        "--top-p",
+        type=float,
+        default=0.9,
+        help="probability mass to keep (%(default)s)",
+    )
+    add(
+        "--top-k", type=int, default=0, help="tokens to keep; 0 keeps all (%(default)s)"
+    )
+    add(
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        help="on tokens used (%(default)s)",
+    )
+    add(
+        "--frequency-penalty", type=float, default=0.0, help="on each use (%(default)s)"
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="the same seed gives the same text (%(default)s)",
+    )
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before TEXT; repeatable",
+    )
+    add(
+        "--json",
+        action="store_true",
+        help="one JSON object at the end instead of a stream",
+    )
     parser.set_defaults(run=run_generate, compiles=True)
     return parser
 
@@ -104,7 +146,9 @@ def _run(options: argparse.Namespace) -> None:
 def _propose(folder: str, model: LoadedModel, ids: list[int]) -> RWKV7State:
     """Lets an observer read the ids and propose the model's start state."""
     if not ids:
-        raise ValueError("generate: `--prompt` must have at least two tokens with `--observer`.")
+        raise ValueError(
+            "generate: `--prompt` must have at least two tokens with `--observer`."
+        )
     # Other weights of the same sizes would be given states that mean nothing to them.
     observer, params = load_observer(folder, model.config, base_model=model.hash)
     return propose(observer, params, np.asarray([ids], np.int32))

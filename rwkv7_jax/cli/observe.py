@@ -6,7 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from rwkv7_jax.checkpoints import save_state
-from rwkv7_jax.cli.inputs import MODEL_HELP, PROMPT_HELP, LoadedModel, read_model, read_prompt
+from rwkv7_jax.cli.inputs import (
+    MODEL_HELP,
+    PROMPT_HELP,
+    LoadedModel,
+    read_model,
+    read_prompt,
+)
 from rwkv7_jax.data.loading import token_stream, windows
 from rwkv7_jax.observer.evaluation import proposal_error
 from rwkv7_jax.observer.files import load_observer, observer_info
@@ -23,14 +29,28 @@ def add_observe_command(subparsers) -> None:
     add("observer", metavar="OBSERVER", help="an observer's folder")
     add("--model", required=True, help=f"the teacher's {MODEL_HELP}")
     add("--prompt", required=True, help=f"text to observe; {PROMPT_HELP}")
-    add("--out", metavar="STATE", help="write the proposed state: .pth, .safetensors or .st")
+    add(
+        "--out",
+        metavar="STATE",
+        help="write the proposed state: .pth, .safetensors or .st",
+    )
     add(
         "--text",
         help="compare the proposal with the teacher's own state, by how much such states vary in "
         "this text: a file, a folder, or a built-in text",
     )
-    add("--length", type=int, default=128, help="tokens of a window of --text (%(default)s)")
-    add("--windows", type=int, default=16, help="windows of --text, at least 2 (%(default)s)")
+    add(
+        "--length",
+        type=int,
+        default=128,
+        help="tokens of a window of --text (%(default)s)",
+    )
+    add(
+        "--windows",
+        type=int,
+        default=16,
+        help="windows of --text, at least 2 (%(default)s)",
+    )
     parser.set_defaults(run=run_observe, compiles=True)
 
 
@@ -38,7 +58,9 @@ def run_observe(options: argparse.Namespace) -> None:
     """Writes the proposal, prints its error, or both."""
     _check_options(options)
     model = read_model(options.model)
-    observer, params = load_observer(options.observer, model.config, base_model=model.hash)
+    observer, params = load_observer(
+        options.observer, model.config, base_model=model.hash
+    )
     tokenizer = Tokenizer.for_vocabulary(model.config.vocab_size)
     ids = tokenizer.encode(read_prompt(options.prompt))
     if not ids:
@@ -72,7 +94,9 @@ def _check_options(options: argparse.Namespace) -> None:
     for name, least in (("length", 1), ("windows", 2)):
         value = getattr(options, name)
         if value < least:
-            raise ValueError(f"observe: `--{name}` must be at least {least}; got {value}.")
+            raise ValueError(
+                f"observe: `--{name}` must be at least {least}; got {value}."
+            )
 
 
 def _sizes(observer: Observer) -> str:

@@ -41,10 +41,14 @@ _STATE_HELP = ".pth, .safetensors or .st"
 
 def add_state_command(subparsers) -> None:
     """Adds the parsers of `state` and its commands to those of `rwkv7`."""
-    parser = subparsers.add_parser("state", help="look at, mix, scale and examine start states")
+    parser = subparsers.add_parser(
+        "state", help="look at, mix, scale and examine start states"
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    info = commands.add_parser("info", help="sizes, norms, ranks and capacity of a state")
+    info = commands.add_parser(
+        "info", help="sizes, norms, ranks and capacity of a state"
+    )
     info.add_argument("state", help=_STATE_HELP)
     info.add_argument("--model", help="checkpoint that the state must fit")
     info.set_defaults(run=_info)
@@ -54,12 +58,16 @@ def add_state_command(subparsers) -> None:
         help="the weighted sum of states of one model",
         usage="%(prog)s [-h] STATE [STATE ...] --weights W,W,... OUT",
     )
-    mix.add_argument("files", nargs="*", metavar="STATE", help="states, and last the result")
+    mix.add_argument(
+        "files", nargs="*", metavar="STATE", help="states, and last the result"
+    )
     # argparse cannot continue a positional list after an option, so the option takes what follows.
     mix.add_argument("--weights", nargs="+", required=True, metavar="W", help="0.5,0.5")
     mix.set_defaults(run=_mix)
 
-    scale = commands.add_parser("scale", help="a state times alpha; 0 is the base model")
+    scale = commands.add_parser(
+        "scale", help="a state times alpha; 0 is the base model"
+    )
     scale.add_argument("state", help=_STATE_HELP)
     scale.add_argument(
         "--alpha", type=float, required=True, help="0 is the base, 1 the tuned model"
@@ -154,7 +162,9 @@ def _mix(options: argparse.Namespace) -> None:
     # The target may stand before `--weights` or after it.
     files = [*options.files, *options.weights[1:]]
     if len(files) < 2:
-        raise ValueError("state mix: needs at least one state, and a file for the result.")
+        raise ValueError(
+            "state mix: needs at least one state, and a file for the result."
+        )
     *sources, target = files
     # Sums of states of different models would be numbers without a meaning.
     with prefix_errors("state mix"):

@@ -21,7 +21,9 @@ _TEXT_HELP = "a file, a folder, a built-in text, or task:NAME"
 
 def add_doctor_command(subparsers) -> None:
     """Adds the parser of `doctor` to those of `rwkv7 state`."""
-    parser = subparsers.add_parser("doctor", help="what a state does, what it costs, and advice")
+    parser = subparsers.add_parser(
+        "doctor", help="what a state does, what it costs, and advice"
+    )
     add = parser.add_argument
     add("state", help=".pth, .safetensors or .st")
     add("--model", required=True, help=MODEL_HELP)
@@ -29,8 +31,18 @@ def add_doctor_command(subparsers) -> None:
     add("--generic", help=f"text on which the model must not change: {_TEXT_HELP}")
     add("--length", type=int, default=256, help="tokens of a window (%(default)s)")
     add("--windows", type=int, default=16, help="windows of each text (%(default)s)")
-    add("--held-out", type=float, default=0.0, help="read held-out documents: the run's share")
-    add("--seed", type=int, default=0, help="the run's seed, which chooses a task's facts")
+    add(
+        "--held-out",
+        type=float,
+        default=0.0,
+        help="read held-out documents: the run's share",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="the run's seed, which chooses a task's facts",
+    )
     add("--picture", help="a PNG of fading, loss by position and spectra")
     parser.set_defaults(run=_doctor, compiles=True)
 
@@ -40,10 +52,14 @@ def _doctor(options: argparse.Namespace) -> None:
     for name in ("length", "windows"):
         value = getattr(options, name)
         if value < 1:
-            raise ValueError(f"state doctor: `--{name}` must be at least 1; got {value}.")
+            raise ValueError(
+                f"state doctor: `--{name}` must be at least 1; got {value}."
+            )
     # Before the work of minutes, not after it.
     if options.picture and not plots.available():
-        raise ValueError("state doctor: `--picture` needs matplotlib (the extra `plot`).")
+        raise ValueError(
+            "state doctor: `--picture` needs matplotlib (the extra `plot`)."
+        )
     model = read_model(options.model)
     state = model.load_state(options.state)
     tokenizer = Tokenizer.for_vocabulary(model.config.vocab_size)
@@ -73,7 +89,9 @@ def _batch(options: argparse.Namespace, path: str, tokenizer: Tokenizer) -> Batc
         )
     # Without a share all of the text is read, also what a run was tuned on.
     if options.held_out:
-        stream = token_stream(path, tokenizer, split="held_out", held_out=options.held_out)
+        stream = token_stream(
+            path, tokenizer, split="held_out", held_out=options.held_out
+        )
     else:
         stream = token_stream(path, tokenizer)
     return windows(stream, options.length, options.windows)
@@ -84,7 +102,15 @@ def _print_diagnosis(options: argparse.Namespace, diagnosis: Diagnosis) -> None:
     rows = [_text_row(options.data, diagnosis.own)]
     if diagnosis.generic is not None:
         rows.append(_text_row(options.generic, diagnosis.generic))
-    head = ["text", "base nats", "tuned nats", "base right", "tuned right", "KL", "tokens"]
+    head = [
+        "text",
+        "base nats",
+        "tuned nats",
+        "base right",
+        "tuned right",
+        "KL",
+        "tokens",
+    ]
     print(format_table(head, rows))
     for name, memory in diagnosis.memories.items():
         columns = {

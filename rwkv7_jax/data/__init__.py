@@ -11,7 +11,13 @@ from rwkv7_jax.data.jsonl import ReadStats, read_jsonl, read_log
 from rwkv7_jax.data.loading import packed, token_stream
 from rwkv7_jax.data.prefetch import Prefetch
 from rwkv7_jax.data.readers import documents as read_documents
-from rwkv7_jax.data.sources import Source, TaskSource, TextSource, parse_source, parse_sources
+from rwkv7_jax.data.sources import (
+    Source,
+    TaskSource,
+    TextSource,
+    parse_source,
+    parse_sources,
+)
 from rwkv7_jax.data.synthetic_tasks import question_batch, task_batch
 from rwkv7_jax.data.token_cache import CacheMetadata, read_card, write_cache
 from rwkv7_jax.data.token_streams import TokenArray, TokenStream, as_stream, data_hash

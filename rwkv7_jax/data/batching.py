@@ -80,7 +80,9 @@ def _document_spans(
 def _usable_documents(stream: TokenStream, caller: str) -> np.ndarray:
     """Returns the numbers of the documents that can be rows, or raises if there are none."""
     if not len(stream.documents):
-        raise ValueError(f"{caller}: `stream` must have a document of at least 2 tokens; got none.")
+        raise ValueError(
+            f"{caller}: `stream` must have a document of at least 2 tokens; got none."
+        )
     return stream.documents
 
 
@@ -127,7 +129,9 @@ def batch_at(
     if packing == "documents":
         documents = _usable_documents(stream, "batch_at")
         picked = shuffled(samples, seed=seed, count=len(documents))
-        return _fill_rows(stream, _document_spans(stream, documents[picked], length), length)
+        return _fill_rows(
+            stream, _document_spans(stream, documents[picked], length), length
+        )
     if order == "cubic":
         firsts = cubic_windows(samples, tokens=len(stream), length=length)
     else:
@@ -240,7 +244,9 @@ def windows(
         documents = _usable_documents(stream, "windows")
         rows = min(count, len(documents))
         places = np.linspace(0, len(documents) - 1, rows).astype(int)
-        return _fill_rows(stream, _document_spans(stream, documents[places], length), length)
+        return _fill_rows(
+            stream, _document_spans(stream, documents[places], length), length
+        )
     if len(stream) <= length:
         raise ValueError(
             f"windows: `stream` must have more than {length} tokens; got {len(stream)}."

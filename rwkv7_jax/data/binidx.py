@@ -44,15 +44,23 @@ def _parse_header(
     if not index.startswith(_MAGIC):
         raise ValueError(f"read_binidx: `{path}` at byte 0: no MMIDIDX magic.")
     if len(index) < _BODY:
-        raise ValueError(f"read_binidx: `{path}` at byte {len(index)}: the header is cut off.")
+        raise ValueError(
+            f"read_binidx: `{path}` at byte {len(index)}: the header is cut off."
+        )
     version, code, sequences, documents = _HEADER.unpack_from(index, len(_MAGIC))
     if version != 1:
-        raise ValueError(f"read_binidx: `{path}` at byte 9: version must be 1; got {version}.")
+        raise ValueError(
+            f"read_binidx: `{path}` at byte 9: version must be 1; got {version}."
+        )
     if code not in _DTYPES:
-        raise ValueError(f"read_binidx: `{path}` at byte 17: no integer dtype has code {code}.")
+        raise ValueError(
+            f"read_binidx: `{path}` at byte 17: no integer dtype has code {code}."
+        )
     wanted = _BODY + 4 * sequences + 8 * sequences + 8 * documents
     if len(index) != wanted:
-        raise ValueError(f"read_binidx: `{path}` must have {wanted} bytes; it has {len(index)}.")
+        raise ValueError(
+            f"read_binidx: `{path}` must have {wanted} bytes; it has {len(index)}."
+        )
     return np.dtype(_DTYPES[code]).newbyteorder("<"), sequences
 
 
@@ -65,7 +73,9 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
     negative = np.flatnonzero(sizes < 0)
     if len(negative):
         place = _BODY + 4 * int(negative[0])
-        raise ValueError(f"read_binidx: `{path}` at byte {place}: a sequence of negative size.")
+        raise ValueError(
+            f"read_binidx: `{path}` at byte {place}: a sequence of negative size."
+        )
     starts = np.cumsum(sizes) - sizes
     gaps = np.flatnonzero(offsets != starts * dtype.itemsize)
     if len(gaps):
@@ -134,7 +144,9 @@ class BinidxWriter:
             ValueError: the format has no code for the dtype.
         """
         if np.dtype(dtype) not in _CODES:
-            raise ValueError(f"BinidxWriter: `dtype` must be an integer's; got {dtype!r}.")
+            raise ValueError(
+                f"BinidxWriter: `dtype` must be an integer's; got {dtype!r}."
+            )
         native: np.dtype = np.dtype(dtype)
         # The format is little-endian on every machine.
         self.dtype = native.newbyteorder("<")

@@ -59,7 +59,9 @@ def _headers() -> Iterator[bytes]:
     folder = Path(sysconfig.get_paths()["include"])
     headers = sorted(folder.rglob("*.h"))
     if not headers:
-        raise ValueError(f"documents: this Python has no C headers in `{folder}` (python3-dev).")
+        raise ValueError(
+            f"documents: this Python has no C headers in `{folder}` (python3-dev)."
+        )
     for path in headers:
         yield path.read_bytes()
 

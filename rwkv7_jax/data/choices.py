@@ -47,4 +47,6 @@ def check_choice(
     for choice in choices:
         if value == choice:
             return choice
-    raise ValueError(f"{caller}: `{argument}` must be {' or '.join(choices)}; got {value!r}.")
+    raise ValueError(
+        f"{caller}: `{argument}` must be {' or '.join(choices)}; got {value!r}."
+    )

@@ -88,7 +88,9 @@ def read_jsonl(
                 record = _decode(line, allow_nan=allow_nan)
             except ValueError as error:
                 if drop_torn_end and not line.endswith(b"\n"):
-                    warnings.warn(f"{path}:{number}: dropped; the line breaks off.", stacklevel=3)
+                    warnings.warn(
+                        f"{path}:{number}: dropped; the line breaks off.", stacklevel=3
+                    )
                     return
                 _report(f"{path}:{number}: {error}", on_bad, stats)
                 continue
@@ -141,7 +143,9 @@ def _decode(line: bytes, *, allow_nan: bool) -> Any:
     try:
         return json.loads(text, parse_constant=None if allow_nan else _refuse_constant)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not one JSON object: {error.msg} at column {error.colno}") from None
+        raise ValueError(
+            f"not one JSON object: {error.msg} at column {error.colno}"
+        ) from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -182,7 +186,9 @@ def _field(record: Mapping[str, Any], name: str) -> bytes:
     try:
         return value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f'"{name}" has a lone surrogate at character {error.start}') from None
+        raise ValueError(
+            f'"{name}" has a lone surrogate at character {error.start}'
+        ) from None
 
 
 def _answered_prompt(record: Mapping[str, Any]) -> Document:
@@ -226,10 +232,14 @@ def conversation(messages: Any) -> Document:
 def _message(message: Any, number: int) -> tuple[str, str]:
     """Returns the role and the content of a message, blank lines removed from the content."""
     if not isinstance(message, Mapping):
-        raise ValueError(f"message {number}: must be an object; got {type(message).__name__}")
+        raise ValueError(
+            f"message {number}: must be an object; got {type(message).__name__}"
+        )
     role = message.get("role")
     if not isinstance(role, str) or role not in SPEAKERS:
-        raise ValueError(f"message {number}: role must be {', '.join(SPEAKERS)}; got {role!r}")
+        raise ValueError(
+            f"message {number}: role must be {', '.join(SPEAKERS)}; got {role!r}"
+        )
     try:
         content = _field(message, "content").decode()
     except ValueError as error:

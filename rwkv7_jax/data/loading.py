@@ -109,12 +109,16 @@ def token_stream(
         ValueError: an unknown split, nothing to read, a bad line, or an id outside the vocabulary.
     """
     if split not in SPLITS:
-        raise ValueError(f"token_stream: `split` must be one of {SPLITS}; got {split!r}.")
+        raise ValueError(
+            f"token_stream: `split` must be one of {SPLITS}; got {split!r}."
+        )
     if isinstance(source, TokenStream):
         return source
     if isinstance(source, np.ndarray):
         if not np.issubdtype(source.dtype, np.integer):
-            raise TypeError(f"token_stream: `source` must hold integers; got {source.dtype}.")
+            raise TypeError(
+                f"token_stream: `source` must hold integers; got {source.dtype}."
+            )
         check_vocabulary(source, tokenizer.vocab_size, "source")
         return split_by_position(TokenArray(source), split, held_out)
     paths = [source] if isinstance(source, (str, Path)) else list(source)

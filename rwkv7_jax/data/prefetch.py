@@ -25,7 +25,9 @@ class Prefetch:
         """Starts the thread."""
         self._items = items
         # Pairs of an item and None, or of None and the error that ends the iteration.
-        self._ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=ahead)
+        self._ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(
+            maxsize=ahead
+        )
         self._closed = threading.Event()
         self._thread = threading.Thread(
             target=self._run,

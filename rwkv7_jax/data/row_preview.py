@@ -5,7 +5,9 @@ import numpy as np
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 
-def preview_row(tokens: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer) -> tuple[str, int]:
+def preview_row(
+    tokens: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer
+) -> tuple[str, int]:
     """Returns a row's text, with what the loss leaves out in double brackets, and its padding.
 
     Padding is tokens 0 at the end that do not count; its length is the second result.

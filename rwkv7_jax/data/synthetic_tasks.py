@@ -271,7 +271,9 @@ def question_batch(
     """
     task = find_task(name, seed=seed)
     if not task.exact:
-        raise ValueError(f"question_batch: {name} has no question with one right answer by itself.")
+        raise ValueError(
+            f"question_batch: {name} has no question with one right answer by itself."
+        )
     # The fourth number keeps questions apart from the examples of `task_batch`.
     rng = np.random.default_rng([seed, step, held_out, 1])
     # A family's shortest row may be longer than what was asked for.

@@ -101,7 +101,9 @@ def write_cache(
     with BinidxWriter(path) as writer:
         counts = _write_documents(writer, all_documents(), tokenizer)
         if not counts.documents:
-            raise ValueError(f"write_cache: `{', '.join(map(str, sources))}` has no document.")
+            raise ValueError(
+                f"write_cache: `{', '.join(map(str, sources))}` has no document."
+            )
         card = CacheMetadata(
             vocabulary=tokenizer.name,
             documents=counts.documents,
@@ -155,7 +157,9 @@ def read_card(path: str | Path) -> CacheMetadata | None:
             raise ValueError(f"its format is {fields.get('format')!r}")
         return CacheMetadata(**fields)
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"read_card: `{file}` must be of {FORMAT!r}: {error}.") from None
+        raise ValueError(
+            f"read_card: `{file}` must be of {FORMAT!r}: {error}."
+        ) from None
 
 
 def _map_sibling(
@@ -223,7 +227,9 @@ def open_cache(
     if count == 1:
         return split_by_position(tokens, split, held_out)
     is_held_out = _below(hashes, held_out_threshold(held_out))
-    return TokenStream.of_documents(tokens, is_held_out if split == "held_out" else ~is_held_out)
+    return TokenStream.of_documents(
+        tokens, is_held_out if split == "held_out" else ~is_held_out
+    )
 
 
 def _below(hashes: np.ndarray, threshold: int) -> np.ndarray:

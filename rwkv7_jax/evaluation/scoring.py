@@ -44,7 +44,10 @@ class Score:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _nats(
-    model: RWKV7, params: Params, state: RWKV7State, tokens: Int[Array | np.ndarray, "B T1"]
+    model: RWKV7,
+    params: Params,
+    state: RWKV7State,
+    tokens: Int[Array | np.ndarray, "B T1"],
 ) -> Any:
     x, _ = model.apply({"params": params}, tokens[:, :-1], state, method="hidden")
     return token_statistics(x, params["head"]["weight"], tokens[:, 1:]).nats
@@ -52,7 +55,10 @@ def _nats(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _nats_and_correct(
-    model: RWKV7, params: Params, state: RWKV7State, tokens: Int[Array | np.ndarray, "B T1"]
+    model: RWKV7,
+    params: Params,
+    state: RWKV7State,
+    tokens: Int[Array | np.ndarray, "B T1"],
 ) -> tuple[Any, Any]:
     """Computes the loss of each target, and whether it is the likeliest id."""
     x, _ = model.apply({"params": params}, tokens[:, :-1], state, method="hidden")
@@ -110,11 +116,17 @@ def token_nats(
 @functools.lru_cache(maxsize=4)
 def _token_sizes(tokenizer: Tokenizer) -> Int[np.ndarray, " V"]:
     """Returns the number of bytes of each id."""
-    return np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+    return np.array(
+        [len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
+    )
 
 
 def score(
-    model: RWKV7, params: Params, state: RWKV7State, batch: BatchLike, tokenizer: Tokenizer
+    model: RWKV7,
+    params: Params,
+    state: RWKV7State,
+    batch: BatchLike,
+    tokenizer: Tokenizer,
 ) -> Score:
     """Measures how well the model, started from `state`, predicts the windows of `batch`.
 
@@ -187,7 +199,9 @@ def score_answers(
     tokens = np.asarray(batch.tokens)
     scored = np.asarray(batch.mask) > 0
     if not scored.any():
-        raise ValueError("score_answers: `batch` must have a scored position; its mask is all 0.")
+        raise ValueError(
+            "score_answers: `batch` must have a scored position; its mask is all 0."
+        )
     per_token = functools.partial(_nats_and_correct, model, params)
     nats, correct = _map_rows(per_token, state, tokens, rows)
     count = scored.sum(0)

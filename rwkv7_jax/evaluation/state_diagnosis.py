@@ -12,7 +12,12 @@ from jaxtyping import Array, Float, Int
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.data.batch import Batch, BatchLike
-from rwkv7_jax.evaluation.advice import Diagnosis, MemoryStatistics, RetentionScore, advise
+from rwkv7_jax.evaluation.advice import (
+    Diagnosis,
+    MemoryStatistics,
+    RetentionScore,
+    advise,
+)
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state, repeat
 from rwkv7_jax.optim.whitening import effective_rank
@@ -65,7 +70,9 @@ def _compare_tokens(
 
     def hidden(start: RWKV7State) -> Array:
         start = repeat(start, tokens.shape[0])
-        return model.apply({"params": params}, tokens[:, :-1], start, method="hidden")[0]
+        return model.apply({"params": params}, tokens[:, :-1], start, method="hidden")[
+            0
+        ]
 
     targets = tokens[:, 1:]
     head = params["head"]["weight"]
@@ -117,7 +124,9 @@ def _retention_score(
 def _checked_mask(batch: Batch, name: str, caller: str) -> Float[np.ndarray, "B T"]:
     mask = np.asarray(batch.mask, np.float64)
     if not mask.any():
-        raise ValueError(f"{caller}: `{name}` must have a target that counts; its mask is all 0.")
+        raise ValueError(
+            f"{caller}: `{name}` must have a target that counts; its mask is all 0."
+        )
     return mask
 
 
@@ -140,13 +149,20 @@ def retention(
     for name, batch in batches.items():
         batch = Batch.of(batch, "mask", caller="retention")
         mask = _checked_mask(batch, name, "retention")
-        scores.append(_retention_score(name, _compare(model, params, state, batch), mask))
+        scores.append(
+            _retention_score(name, _compare(model, params, state, batch), mask)
+        )
     return tuple(scores)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _reads(
-    model: RWKV7, params: Params, state: RWKV7State, tokens: Array, weights: Array, present: Array
+    model: RWKV7,
+    params: Params,
+    state: RWKV7State,
+    tokens: Array,
+    weights: Array,
+    present: Array,
 ) -> dict[str, dict[str, Array]]:
     """Computes how each memory is read.
 
@@ -162,14 +178,20 @@ def _reads(
 
     def summarize(psi: Float[Array, "B T H M"]) -> dict[str, Array]:
         heads = psi.shape[2]
-        squares = jnp.einsum("bthm,bthm,b->t", psi, psi, present) / (jnp.sum(present) * heads)
+        squares = jnp.einsum("bthm,bthm,b->t", psi, psi, present) / (
+            jnp.sum(present) * heads
+        )
         return {"moments": second_moment(psi, weights)[0], "reads": squares}
 
     def read_wkv(layer: Any) -> dict[str, Array]:
-        return summarize(initial_state_read_vectors(layer[0], implementation=implementation))
+        return summarize(
+            initial_state_read_vectors(layer[0], implementation=implementation)
+        )
 
     def read_memory(layer: Any) -> dict[str, Array]:
-        return summarize(memory_read_vectors(layer[1], layer[0], implementation=implementation))
+        return summarize(
+            memory_read_vectors(layer[1], layer[0], implementation=implementation)
+        )
 
     layers = (trace, state.upscaled)
     reads = {}
@@ -186,13 +208,17 @@ def _mean_square_norms(
 ) -> Float[Array, "L H"]:
     """Computes the mean squared Frobenius norms of the WKV states after the tokens."""
     start = repeat(start, tokens.shape[0])
-    outputs: Any = model.apply({"params": params}, tokens[:, :-1], start, method="hidden")
+    outputs: Any = model.apply(
+        {"params": params}, tokens[:, :-1], start, method="hidden"
+    )
     _, end = outputs
     squares = jnp.sum(jnp.square(end.wkv), axis=(-2, -1))
     return jnp.einsum("lbh,b->lh", squares, present) / jnp.sum(present)
 
 
-def _reference_norm(model: RWKV7, params: Params, batch: Batch) -> Float[np.ndarray, "L H"]:
+def _reference_norm(
+    model: RWKV7, params: Params, batch: Batch
+) -> Float[np.ndarray, "L H"]:
     """Computes root mean square norms of the base model's WKV states after the batch's rows."""
     start = init_state(model.config)
     total: Any = 0.0
@@ -213,7 +239,9 @@ def _read_statistics(
         for name, statistics in reads.items():
             total = totals.setdefault(name, dict.fromkeys(statistics, 0.0))
             for key, value in statistics.items():
-                total[key] = total[key] + float(weights[key]) * np.asarray(value, np.float64)
+                total[key] = total[key] + float(weights[key]) * np.asarray(
+                    value, np.float64
+                )
     targets = float(np.asarray(batch.mask, np.float64).sum())
     for total in totals.values():
         total["moments"] = total["moments"] / targets
@@ -235,7 +263,9 @@ def _memory_statistics(
         norms=np.sqrt(squares.sum(-1)),
         reference_norm=reference_norm,
         rank=_rank(squares),
-        read_rank=np.asarray(effective_rank(jnp.asarray(reads["moments"], jnp.float32))),
+        read_rank=np.asarray(
+            effective_rank(jnp.asarray(reads["moments"], jnp.float32))
+        ),
         reads=reads["reads"],
         channels=memory.shape[-1],
     )
@@ -280,10 +310,14 @@ def diagnose(
     memories = {}
     if "wkv" in reads:
         reference_norm = _reference_norm(model, params, batch)
-        memories["wkv"] = _memory_statistics(state.wkv, reads["wkv"], "recurrent", reference_norm)
+        memories["wkv"] = _memory_statistics(
+            state.wkv, reads["wkv"], "recurrent", reference_norm
+        )
     if state.upscaled is not None:
         memory = state.upscaled.memory
-        memories["memory"] = _memory_statistics(memory, reads["memory"], state.upscaled.dynamics)
+        memories["memory"] = _memory_statistics(
+            memory, reads["memory"], state.upscaled.dynamics
+        )
     compared = _compare(model, params, state, batch)
     counts = mask.sum(0)
 

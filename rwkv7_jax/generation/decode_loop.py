@@ -100,14 +100,18 @@ class DecodeState(NamedTuple):
             state=state,
             logits=next_logits,
             status=status,
-            stop_tokens=jnp.where(running & (status == STOPPED), tokens, self.stop_tokens),
+            stop_tokens=jnp.where(
+                running & (status == STOPPED), tokens, self.stop_tokens
+            ),
             occurrences=sampling.count(self.occurrences, tokens, options),
             step=self.step + 1,
         )
         return following, tokens, live
 
     @jax.jit
-    def stop_rows(self, rows: Bool[Array, " B"], earlier: "DecodeState") -> "DecodeState":
+    def stop_rows(
+        self, rows: Bool[Array, " B"], earlier: "DecodeState"
+    ) -> "DecodeState":
         """Stops `rows` with the state and the logits of `earlier`."""
         return self._replace(
             state=where_rows(rows, earlier.state, self.state),
@@ -128,7 +132,9 @@ def prefill(
     lengths: Lengths,
 ) -> RWKV7State:
     """Reads the first `lengths` tokens of each row; computes no logits."""
-    outputs: Any = model.apply({"params": params}, tokens, state, lengths, method="hidden")
+    outputs: Any = model.apply(
+        {"params": params}, tokens, state, lengths, method="hidden"
+    )
     return outputs[1]
 
 
@@ -266,7 +272,9 @@ class Decoder:
                 piece = row[:-1][first : first + width]
                 tokens[index, : len(piece)] = piece
             counts = np.clip(lengths - 1 - first, 0, width)
-            state = prefill(self._model, self._params, state, tokens=tokens, lengths=counts)
+            state = prefill(
+                self._model, self._params, state, tokens=tokens, lengths=counts
+            )
         # An empty row gets a token too, which `live` keeps it from reading.
         last_tokens = np.array([row[-1] if row else 0 for row in rows], np.int32)
         state, logits = decode_one(

@@ -125,7 +125,9 @@ def generate(
         check_count(tokens, 0, "`tokens`")
         check_count(prefill_chunk, 1, "`prefill_chunk`")
         _check_text(tokenizer, stop_strings, on_text)
-        rows = _check_prompts(prompts, model.config.vocab_size, allow_empty=logits is not None)
+        rows = _check_prompts(
+            prompts, model.config.vocab_size, allow_empty=logits is not None
+        )
         # Greedy decoding draws nothing, so it needs no key.
         samples = tokens > 0 and options.temperature > 0
         keys = _row_keys(key, len(rows), needed=bool(samples))
@@ -182,7 +184,9 @@ def _check_text(
         raise ValueError(f"`tokenizer` must be given with `{name}`; got None.")
 
 
-def _check_prompts(prompts: Any, vocab_size: int, *, allow_empty: bool) -> list[list[int]]:
+def _check_prompts(
+    prompts: Any, vocab_size: int, *, allow_empty: bool
+) -> list[list[int]]:
     """Returns the prompts as a list of rows."""
     if isinstance(prompts, str | bytes):
         kind = type(prompts).__name__

@@ -157,7 +157,9 @@ def exempt_ids(tokenizer: Vocabulary) -> tuple[int, ...]:
 def no_occurrences(batch: int, vocab_size: int) -> Occurrences:
     """Starts a count with no id generated."""
     shape = (batch, vocab_size)
-    return Occurrences(seen=jnp.zeros(shape, bool), counts=jnp.zeros(shape, jnp.float32))
+    return Occurrences(
+        seen=jnp.zeros(shape, bool), counts=jnp.zeros(shape, jnp.float32)
+    )
 
 
 def count(
@@ -174,7 +176,9 @@ def count(
     )
 
 
-def apply_penalties(logits: Scores, occurrences: Occurrences, options: SamplingParams) -> Scores:
+def apply_penalties(
+    logits: Scores, occurrences: Occurrences, options: SamplingParams
+) -> Scores:
     """Subtracts the penalties; banned ids are at minus infinity, all others stay finite."""
     penalty = options.presence_penalty + occurrences.counts * options.frequency_penalty
     logits = logits - jnp.where(occurrences.seen, penalty, 0)
@@ -182,7 +186,9 @@ def apply_penalties(logits: Scores, occurrences: Occurrences, options: SamplingP
     return jnp.where(jnp.asarray(options.banned)[None], -jnp.inf, logits)
 
 
-def _cutoff(probs: Scores, enough: Callable[[Bool[Array, "B V"]], Bool[Array, " B"]]) -> Array:
+def _cutoff(
+    probs: Scores, enough: Callable[[Bool[Array, "B V"]], Bool[Array, " B"]]
+) -> Array:
     """Finds each row's largest c such that the probabilities >= c are enough.
 
     Args:
@@ -211,7 +217,9 @@ def _cutoff(probs: Scores, enough: Callable[[Bool[Array, "B V"]], Bool[Array, " 
 
 def _truncate(probs: Scores, top_p: Number, top_k: Number) -> Bool[Array, "B V"]:
     """Returns a mask of the tokens that may be drawn."""
-    by_mass = _cutoff(probs, lambda kept: jnp.sum(jnp.where(kept, probs, 0), axis=-1) >= top_p)
+    by_mass = _cutoff(
+        probs, lambda kept: jnp.sum(jnp.where(kept, probs, 0), axis=-1) >= top_p
+    )
     # Rounding can give a part of the tokens all the mass, so 1 has to mean no limit at all.
     by_mass = jnp.where(top_p >= 1, 0, by_mass)
     # With `top_p` 0 every cutoff is enough, even one above the most probable token, which stays.
@@ -261,7 +269,9 @@ def log_probabilities(
     is_best = jnp.arange(logits.shape[1])[None] == best
     greedy = jnp.asarray(temperature) < _COLDEST
     # Relative to the maximum, so that a low temperature cannot overflow.
-    scaled = (logp - jnp.max(logp, axis=-1, keepdims=True)) / jnp.maximum(temperature, _COLDEST)
+    scaled = (logp - jnp.max(logp, axis=-1, keepdims=True)) / jnp.maximum(
+        temperature, _COLDEST
+    )
     scaled = jnp.where(kept & (is_best | ~greedy), scaled, -jnp.inf)
     return jax.nn.log_softmax(scaled, axis=-1)
 

@@ -314,8 +314,12 @@ class ChannelMix(nn.Module):
         hidden_width = self.config.ffn_width
         x_k = self.param("x_k", initial.ffn_lerp, layer, self.config)
         mixed = layers.lerp(x, layers.previous_tokens(x, shift), x_k)
-        grow = Linear(self.config, initial.orthogonal(1.0, hidden_width, width), name="key")
-        shrink = Linear(self.config, initial.constant(0.0, width, hidden_width), name="value")
+        grow = Linear(
+            self.config, initial.orthogonal(1.0, hidden_width, width), name="key"
+        )
+        shrink = Linear(
+            self.config, initial.constant(0.0, width, hidden_width), name="value"
+        )
         # o = relu(x_k W_k)^2 W_v
         hidden = jnp.square(jax.nn.relu(grow(mixed)))
         trace = {"ffn_key_input": mixed, "ffn_hidden": hidden}

@@ -91,7 +91,9 @@ class RWKV7(nn.Module):
         with prefix_errors("RWKV7"):
             tokens = as_array(tokens, "`tokens`")
             if len(tokens.shape) != 2:
-                raise ValueError(f"`tokens` must have shape [B T]; got {tuple(tokens.shape)}.")
+                raise ValueError(
+                    f"`tokens` must have shape [B T]; got {tuple(tokens.shape)}."
+                )
             check_tokens(tokens, config.vocab_size)
             check_state(state, tokens.shape[0], config)
             if lengths is not None:
@@ -135,7 +137,9 @@ class RWKV7(nn.Module):
 
         first_state = jax.tree.map(lambda leaf: leaf[0], states)
         first_block = block(config, True, names, name="layer_0")
-        x, (first_memories, v_first, first_trace) = first_block(x, first_state, 0, None, lengths)
+        x, (first_memories, v_first, first_trace) = first_block(
+            x, first_state, 0, None, lengths
+        )
         stacked = jax.tree.map(lambda leaf: leaf[None], (first_memories, first_trace))
         if config.num_layers == 1:
             return x, *stacked
@@ -153,7 +157,9 @@ class RWKV7(nn.Module):
         other_states = jax.tree.map(lambda leaf: leaf[1:], states)
         other_blocks = scanned(config, False, names, name="layers")
         index = jnp.arange(1, config.num_layers)
-        x, (other_memories, _, other_trace) = other_blocks(x, other_states, index, v_first, lengths)
+        x, (other_memories, _, other_trace) = other_blocks(
+            x, other_states, index, v_first, lengths
+        )
         memories, trace = jax.tree.map(
             lambda first, others: jnp.concatenate([first, others]),
             stacked,
@@ -203,4 +209,6 @@ class Head(nn.Module):
     def __call__(self, x: Activations) -> Logits:
         """Computes float32 logits."""
         shape = (self.config.vocab_size, self.config.width)
-        return layers.head_logits(x, self.param("weight", initial.head(*shape), 0, self.config))
+        return layers.head_logits(
+            x, self.param("weight", initial.head(*shape), 0, self.config)
+        )

@@ -113,7 +113,13 @@ def init_state(config: RWKV7Config, batch: int = 1) -> RWKV7State:
         check_instance(config, RWKV7Config, "`config`")
         check_count(batch, 0, "`batch`")
     shift = (config.num_layers, batch, config.width)
-    heads = (config.num_layers, batch, config.num_heads, config.head_size, config.head_size)
+    heads = (
+        config.num_layers,
+        batch,
+        config.num_heads,
+        config.head_size,
+        config.head_size,
+    )
     return RWKV7State(
         att_shift=jnp.zeros(shift, config.dtype),
         wkv=jnp.zeros(heads, jnp.float32),
@@ -150,11 +156,19 @@ def _check_state(state: RWKV7State, batch: int, config: RWKV7Config) -> None:
     check_instance(config, RWKV7Config, "`config`")
     check_count(batch, 0, "`batch`")
     shift = (config.num_layers, batch, config.width)
-    heads = (config.num_layers, batch, config.num_heads, config.head_size, config.head_size)
+    heads = (
+        config.num_layers,
+        batch,
+        config.num_heads,
+        config.head_size,
+        config.head_size,
+    )
     for name, shape in (("att_shift", shift), ("wkv", heads), ("ffn_shift", shift)):
         leaf = getattr(state, name)
         if not hasattr(leaf, "shape"):
-            raise TypeError(f"`state.{name}` must be an array; got {type(leaf).__name__}.")
+            raise TypeError(
+                f"`state.{name}` must be an array; got {type(leaf).__name__}."
+            )
         came = tuple(leaf.shape)
         if came != shape:
             raise ValueError(
@@ -206,7 +220,9 @@ def _check_upscaled(upscaled: Upscaled, heads: tuple[int, ...]) -> None:
         may_be_shared = name != "memory" or not form.has_own_rows
         if came == wanted or (may_be_shared and came == shared):
             continue
-        raise ValueError(f"`state.upscaled.{name}` must have shape {wanted}; got {came}.")
+        raise ValueError(
+            f"`state.upscaled.{name}` must have shape {wanted}; got {came}."
+        )
 
 
 def _map_batch(change: Callable, state: RWKV7State, *others: RWKV7State) -> RWKV7State:
@@ -228,7 +244,9 @@ def _map_field(change: Callable, holders: Sequence[Any], name: str) -> Array:
     return change(*[getattr(holder, name) for holder in holders])
 
 
-def _map_batch_upscaled(change: Callable, states: Sequence[RWKV7State]) -> Upscaled | None:
+def _map_batch_upscaled(
+    change: Callable, states: Sequence[RWKV7State]
+) -> Upscaled | None:
     state = states[0]
     if state.upscaled is None:
         return None
@@ -249,7 +267,9 @@ def _map_batch_upscaled(change: Callable, states: Sequence[RWKV7State]) -> Upsca
 def _upscaled_of(states: Sequence[RWKV7State]) -> list[Upscaled]:
     memories = []
     for state in states:
-        assert state.upscaled is not None, "All states must have an upscaled memory, or none."
+        assert state.upscaled is not None, (
+            "All states must have an upscaled memory, or none."
+        )
         memories.append(state.upscaled)
     return memories
 
@@ -266,7 +286,9 @@ def repeat(state: RWKV7State, batch: int) -> RWKV7State:
         check_count(batch, 0, "`batch`")
         if state.batch != 1:
             raise ValueError(f"`state` must hold one sequence; got {state.batch}.")
-    return _map_batch(lambda x: jnp.broadcast_to(x, (x.shape[0], batch, *x.shape[2:])), state)
+    return _map_batch(
+        lambda x: jnp.broadcast_to(x, (x.shape[0], batch, *x.shape[2:])), state
+    )
 
 
 def check_whole_state(state: Any, argument: str) -> None:
@@ -289,9 +311,13 @@ def check_whole_state(state: Any, argument: str) -> None:
     ):
         leaf = getattr(state, field)
         if not hasattr(leaf, "shape"):
-            raise TypeError(f"`{name}.{field}` must be an array; got {type(leaf).__name__}.")
+            raise TypeError(
+                f"`{name}.{field}` must be an array; got {type(leaf).__name__}."
+            )
         shape = tuple(leaf.shape)
-        fits = len(shape) == len(axes.split()) and shape[:2] == tuple(state.wkv.shape[:2])
+        fits = len(shape) == len(axes.split()) and shape[:2] == tuple(
+            state.wkv.shape[:2]
+        )
         if not fits:
             raise ValueError(f"`{name}.{field}` must have shape {axes}; got {shape}.")
 
@@ -326,7 +352,9 @@ def _row_indices(rows: Any, batch: int) -> Any:
         try:
             return np.arange(batch)[rows]
         except (TypeError, ValueError):
-            raise TypeError(f"`rows` must be a slice of integers; got {rows}.") from None
+            raise TypeError(
+                f"`rows` must be a slice of integers; got {rows}."
+            ) from None
     if isinstance(rows, int | np.integer) and not isinstance(rows, bool):
         rows = np.asarray(rows)
     # NumPy makes an empty list float64.
@@ -362,7 +390,9 @@ def where_rows(
     return _map_batch(pick, state, other)
 
 
-def map_linear_leaves(change: Callable, state: RWKV7State, *others: RWKV7State) -> RWKV7State:
+def map_linear_leaves(
+    change: Callable, state: RWKV7State, *others: RWKV7State
+) -> RWKV7State:
     """Applies `change` to the shifts, WKV states, upscaled memories and their write strengths.
 
     These are the leaves that may be added and averaged. The features through which an upscaled
@@ -396,7 +426,9 @@ def stack(states: list[RWKV7State]) -> RWKV7State:
     """
     with prefix_errors("stack"):
         states = _check_states(states)
-    like = next((state.upscaled for state in states if state.upscaled is not None), None)
+    like = next(
+        (state.upscaled for state in states if state.upscaled is not None), None
+    )
     if like is not None:
         states = [_with_upscaled(state, like) for state in states]
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *states)
@@ -405,7 +437,9 @@ def stack(states: list[RWKV7State]) -> RWKV7State:
 def _check_states(states: Any) -> list[RWKV7State]:
     """Returns states of one model as a list."""
     if isinstance(states, RWKV7State) or not isinstance(states, Iterable):
-        raise TypeError(f"`states` must be a list of states; got {type(states).__name__}.")
+        raise TypeError(
+            f"`states` must be a list of states; got {type(states).__name__}."
+        )
     states = list(states)
     if not states:
         raise ValueError("`states` must hold a state; got none.")

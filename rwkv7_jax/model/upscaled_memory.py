@@ -87,7 +87,9 @@ class RecurrentMemory(MemoryForm):
     """A memory that is the state of a WKV op of its own, over features instead of channels."""
 
     @abc.abstractmethod
-    def wkv_inputs(self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads) -> WKVInputs:
+    def wkv_inputs(
+        self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads
+    ) -> WKVInputs:
         """Computes the inputs of the WKV op whose state is the memory.
 
         Args:
@@ -113,7 +115,9 @@ class DecayMemory(RecurrentMemory):
     phi(k) are the features of the removal key, scaled to length 1; c is `Upscaled.write`.
     """
 
-    def wkv_inputs(self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads) -> WKVInputs:
+    def wkv_inputs(
+        self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads
+    ) -> WKVInputs:
         """Computes the features of r and of the key, with one decay for all of them."""
         r = kernel_features(upscaled.features, inputs.r)
         # `a` is the negative of the removal key.
@@ -155,9 +159,13 @@ class PaperMemory(RecurrentMemory):
     def __init__(self, *, unit_keys: bool):
         self.unit_keys = unit_keys
 
-    def wkv_inputs(self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads) -> WKVInputs:
+    def wkv_inputs(
+        self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads
+    ) -> WKVInputs:
         """Computes the features of all vectors of the recurrence."""
-        return paper_inputs(upscaled.features, inputs, icl_rate, unit_keys=self.unit_keys)
+        return paper_inputs(
+            upscaled.features, inputs, icl_rate, unit_keys=self.unit_keys
+        )
 
     def read(
         self,

@@ -3,7 +3,13 @@
 from rwkv7_jax.observer.evaluation import Answers, evaluate_handover, proposal_error
 from rwkv7_jax.observer.files import load_observer, observer_info, save_observer
 from rwkv7_jax.observer.loss import ObserverLoss, observer_loss
-from rwkv7_jax.observer.observer import Moments, Observer, init_observer, propose, state_moments
+from rwkv7_jax.observer.observer import (
+    Moments,
+    Observer,
+    init_observer,
+    propose,
+    state_moments,
+)
 from rwkv7_jax.observer.prompt_splits import add_prompt_splits, continuations
 
 __all__ = [

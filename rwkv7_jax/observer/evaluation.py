@@ -42,7 +42,9 @@ class Answers(NamedTuple):
 @functools.partial(jax.jit, static_argnums=0)
 def _score_answers(teacher: RWKV7, params: Params, start: RWKV7State, batch: Batch):
     """Computes the teacher's accuracy and mean loss after the splits, from its start states."""
-    inputs, targets, shares = continuations(batch.tokens, batch["split"], loss_weights(batch))
+    inputs, targets, shares = continuations(
+        batch.tokens, batch["split"], loss_weights(batch)
+    )
     x, _ = teacher.apply({"params": params}, inputs, start, method="hidden")
     statistics = token_statistics(x, params["head"]["weight"], targets)
     return jnp.sum(shares * statistics.correct), jnp.sum(shares * statistics.nats)

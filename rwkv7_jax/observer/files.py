@@ -17,7 +17,11 @@ import numpy as np
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
 from rwkv7_jax.checkpoints.param_tree import is_finite
-from rwkv7_jax.checkpoints.tensor_files import read_metadata, read_safetensors, write_safetensors
+from rwkv7_jax.checkpoints.tensor_files import (
+    read_metadata,
+    read_safetensors,
+    write_safetensors,
+)
 from rwkv7_jax.checkpoints.unused_value_residual import without_unused_value_residual
 from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.model.config import RWKV7Config
@@ -110,7 +114,11 @@ def _check_base(card: Mapping[str, Any], base_model: str | None, folder: Path) -
     """Raises if the caller names a teacher and the observer belongs to another one."""
     stored = card["info"].get("base_model")
     if base_model is not None and stored != base_model:
-        origin = f"belongs to {stored}" if stored else "does not say which teacher it belongs to"
+        origin = (
+            f"belongs to {stored}"
+            if stored
+            else "does not say which teacher it belongs to"
+        )
         raise ValueError(f"`{folder}` {origin}; `base_model` is {base_model}.")
 
 
@@ -146,7 +154,9 @@ def load_observer(
     for name, tensor in read_safetensors(folder / MAPS).items():
         array = tensor.read()
         if not is_finite(array):
-            raise ValueError(f"load_observer: `{folder / MAPS}` has NaN or Inf in {name}.")
+            raise ValueError(
+                f"load_observer: `{folder / MAPS}` has NaN or Inf in {name}."
+            )
         params[name] = jnp.asarray(array)
     with prefix_errors("load_observer"):
         check_maps(observer, params)

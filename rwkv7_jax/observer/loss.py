@@ -83,7 +83,9 @@ class ObserverLoss:
             batch: tokens, mask and split.
             totals: of the batch that this is a piece of; None for a batch in one piece.
         """
-        batch = check_split(batch, self.teacher.config.vocab_size, caller="observer_loss")
+        batch = check_split(
+            batch, self.teacher.config.vocab_size, caller="observer_loss"
+        )
         with prefix_errors("observer_loss"):
             check_maps(self.observer, params)
             if totals is None:
@@ -101,11 +103,16 @@ class ObserverLoss:
             teacher_x = jax.lax.stop_gradient(teacher_x)
             own_wkv = jax.lax.stop_gradient(own.wkv)
             if self.variance:
-                variance = moments(own_wkv).variance if totals is None else totals.variance
+                variance = (
+                    moments(own_wkv).variance if totals is None else totals.variance
+                )
                 rows = fraction_of_variance_unexplained(proposed, own_wkv, variance)
                 terms["fvu"] = (self.variance, jnp.mean(rows))
             if self.divergence:
-                heads = (params["model"]["head"]["weight"], teacher_params["head"]["weight"])
+                heads = (
+                    params["model"]["head"]["weight"],
+                    teacher_params["head"]["weight"],
+                )
                 value = _mean_divergence(x, teacher_x, heads, split, totals)
                 terms["divergence_nats"] = (self.divergence, value)
         if self.answers:
@@ -145,8 +152,12 @@ class ObserverLoss:
         # Pieces have equally many rows, so the variance over all rows is the mean variance inside
         # the pieces plus the variance of their means. No more than one piece's states are held.
         means, variances = jax.lax.map(of_piece, (inputs, split))
-        between = jnp.mean(jnp.square(means - jnp.mean(means, axis=0)[None]), axis=(0, 3, 4))
-        return BatchTotals(jnp.mean(variances, axis=0) + between, prompt_tokens, answer_weight)
+        between = jnp.mean(
+            jnp.square(means - jnp.mean(means, axis=0)[None]), axis=(0, 3, 4)
+        )
+        return BatchTotals(
+            jnp.mean(variances, axis=0) + between, prompt_tokens, answer_weight
+        )
 
     def _check_rows(self, rows: int) -> None:
         if self.variance and rows < 2:

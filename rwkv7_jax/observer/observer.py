@@ -51,7 +51,9 @@ class Observer:
 
     def __post_init__(self):
         """Checks that both read the same tokens."""
-        if not isinstance(self.model, RWKV7) or not isinstance(self.teacher, RWKV7Config):
+        if not isinstance(self.model, RWKV7) or not isinstance(
+            self.teacher, RWKV7Config
+        ):
             raise TypeError(
                 "Observer: `model` must be an RWKV7 and `teacher` an RWKV7Config; got "
                 f"{type(self.model).__name__} and {type(self.teacher).__name__}."
@@ -122,7 +124,9 @@ def init_observer(
     # Three keys, in this order: a seed must keep on giving the same observer.
     model_key, left_key, right_key = jax.random.split(key, 3)
     tokens = jnp.zeros((1, 1), jnp.int32)
-    init = jax.jit(lambda key: observer.model.init(key, tokens, init_state(config))["params"])
+    init = jax.jit(
+        lambda key: observer.model.init(key, tokens, init_state(config))["params"]
+    )
     # A proposal is a sum over J products of two maps, each of which sums over n.
     scale = (config.head_size * shapes["left"][2] ** 0.5) ** -0.5
     params = {
@@ -163,7 +167,9 @@ def check_maps(observer: Observer, params: Params) -> None:
     for name, shape in observer.shapes.items():
         found = tuple(params[name].shape)
         if found != shape:
-            raise ValueError(f"`params[{name!r}]` must have shape {shape}; got {found}.")
+            raise ValueError(
+                f"`params[{name!r}]` must have shape {shape}; got {found}."
+            )
 
 
 def _map_states(params: Params, wkv: Float[Array, "K B G n n"]) -> WKV:
@@ -188,7 +194,9 @@ def read_prompts(
 ) -> tuple[Activations, RWKV7State]:
     """Computes a model's normed activations in the prompts, and its state after them."""
     start = init_state(model.config, tokens.shape[0])
-    outputs: Any = model.apply({"params": params}, tokens, start, lengths, method="hidden")
+    outputs: Any = model.apply(
+        {"params": params}, tokens, start, lengths, method="hidden"
+    )
     return outputs
 
 
@@ -225,7 +233,9 @@ def propose(
     return init_state(observer.teacher, tokens.shape[0]).replace(wkv=wkv)
 
 
-def check_prompt_tokens(tokens: Tokens, lengths: Lengths | None, vocab_size: int) -> None:
+def check_prompt_tokens(
+    tokens: Tokens, lengths: Lengths | None, vocab_size: int
+) -> None:
     """Checks prompts and, if they are given, their lengths.
 
     Raises:
@@ -261,7 +271,10 @@ def fraction_of_variance_unexplained(
 
 
 def state_moments(
-    teacher: RWKV7, teacher_params: Params, tokens: Tokens, lengths: Lengths | None = None
+    teacher: RWKV7,
+    teacher_params: Params,
+    tokens: Tokens,
+    lengths: Lengths | None = None,
 ) -> Moments:
     """Measures mean and variance of the teacher's own states after some typical prompts.
 

@@ -63,7 +63,9 @@ def check_split(batch: BatchLike, vocab_size: int, *, caller: str) -> Batch:
 def _check_shapes(batch: Batch, vocab_size: int) -> None:
     shape = tuple(batch.tokens.shape)
     if len(shape) != 2 or shape[1] < 2:
-        raise ValueError(f"`batch['tokens']` must be [B T+1] with T at least 1; got shape {shape}.")
+        raise ValueError(
+            f"`batch['tokens']` must be [B T+1] with T at least 1; got shape {shape}."
+        )
     inputs = (shape[0], shape[1] - 1)
     mask = tuple(batch["mask"].shape)
     if mask != inputs:

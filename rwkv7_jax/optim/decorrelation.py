@@ -168,12 +168,18 @@ def decorrelate(
         return recompute(whitener, target, due)
 
     def learn(statistics, count, covariance, whitener):
-        covariance, usable = _running_average(statistics, covariance, average, fresh=count == 0)
+        covariance, usable = _running_average(
+            statistics, covariance, average, fresh=count == 0
+        )
         target = damped_covariance(covariance, damping, normalise)
         moved = next_whitener(whitener, target, count, usable)
         # A matrix whose R is not finite is not counted: "whiten" tries again at the next update.
         usable = usable & finite(moved)
-        return count + usable, covariance, jnp.where(per_matrix(usable), moved, whitener)
+        return (
+            count + usable,
+            covariance,
+            jnp.where(per_matrix(usable), moved, whitener),
+        )
 
     def init(params):
         return _init_state(params, mask, inner.init(params))
@@ -191,10 +197,14 @@ def decorrelate(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_settings(mode, clip, *, rate, balance, iterations, damping, average, every) -> None:
+def _check_settings(
+    mode, clip, *, rate, balance, iterations, damping, average, every
+) -> None:
     """Raises for the first setting out of its range; traced values cannot be checked."""
     if mode not in MODES:
-        raise ValueError(f"decorrelate: `mode` must be one of {', '.join(MODES)}; got {mode!r}.")
+        raise ValueError(
+            f"decorrelate: `mode` must be one of {', '.join(MODES)}; got {mode!r}."
+        )
     ranges = {
         "rate": (rate, 0, math.inf),
         "balance": (balance, 0, 1),
@@ -206,7 +216,9 @@ def _check_settings(mode, clip, *, rate, balance, iterations, damping, average, 
     for name, (value, low, high) in ranges.items():
         # Written as `not ... <=`, so that NaN is refused too.
         if isinstance(value, int | float | np.number) and not low <= value <= high:
-            bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            bounds = (
+                f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            )
             raise ValueError(f"decorrelate: `{name}` must be {bounds}; got {value}.")
     if isinstance(clip, int | float | np.number) and not clip > 0:
         raise ValueError(f"decorrelate: `clip` must be above 0, or None; got {clip}.")
@@ -260,7 +272,9 @@ def _init_state(params, mask, inner) -> DecorrelationState:
 
     return DecorrelationState(
         count=for_decorrelated(lambda heads, _: jnp.zeros(heads, jnp.int32)),
-        covariance=for_decorrelated(lambda heads, m: jnp.zeros((*heads, m, m), jnp.float32)),
+        covariance=for_decorrelated(
+            lambda heads, m: jnp.zeros((*heads, m, m), jnp.float32)
+        ),
         whitener=for_decorrelated(identity),
         inner=inner,
     )
@@ -273,7 +287,9 @@ def _running_average(statistics, covariance, average, *, fresh):
     # Finite entries are not enough: the trace of entries near 1e38 overflows.
     usable = finite(new) & (trace > 0) & (trace < jnp.inf)
     old_share = jnp.asarray(average, jnp.float32)
-    mean = jnp.where(per_matrix(fresh), new, old_share * covariance + (1 - old_share) * new)
+    mean = jnp.where(
+        per_matrix(fresh), new, old_share * covariance + (1 - old_share) * new
+    )
     return jnp.where(per_matrix(usable), mean, covariance), usable
 
 
@@ -284,7 +300,9 @@ def _multiply_by_whitener(equation: str, tree, whitener):
         if _is_masked(matrix):
             return leaf
         wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-        return jnp.einsum(equation, wide, matrix, precision="highest").astype(leaf.dtype)
+        return jnp.einsum(equation, wide, matrix, precision="highest").astype(
+            leaf.dtype
+        )
 
     return jax.tree.map(multiply, tree, whitener)
 
@@ -340,7 +358,9 @@ def _check_statistics(name: str, leaf, statistics, count) -> None:
     """Raises unless the statistics can be the covariances of this leaf's inputs."""
     kind = getattr(statistics, "dtype", type(statistics))
     if not jnp.issubdtype(kind, jnp.floating):
-        raise TypeError(f"decorrelate: `stats`{name} must be a floating array; got {kind}.")
+        raise TypeError(
+            f"decorrelate: `stats`{name} must be a floating array; got {kind}."
+        )
     if _is_masked(count):
         raise ValueError(
             f"decorrelate: `stats`{name} must be None, because `mask` leaves that leaf out; got "
@@ -348,7 +368,9 @@ def _check_statistics(name: str, leaf, statistics, count) -> None:
         )
     shape = (*leaf.shape[:-2], leaf.shape[-1], leaf.shape[-1])
     fits = len(shape) == statistics.ndim and statistics.shape[-2:] == shape[-2:]
-    if not fits or any(a not in (1, b) for a, b in zip(statistics.shape, shape, strict=True)):
+    if not fits or any(
+        a not in (1, b) for a, b in zip(statistics.shape, shape, strict=True)
+    ):
         raise ValueError(
             f"decorrelate: `stats`{name} must have shape {shape}; got {statistics.shape}."
         )

@@ -58,7 +58,9 @@ def group(name: str) -> Group:
 
 def group_labels(params) -> Any:
     """Labels every leaf of the tree with its group."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: group(path_name(path)).label, params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: group(path_name(path)).label, params
+    )
 
 
 def group_table(params: Any) -> str:
@@ -71,7 +73,9 @@ def group_table(params: Any) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         label = group(path_name(path)).label
         sizes.setdefault(label, []).append(leaf.size)
-    lines = [f"{'group':<8}{'rate':>5}{'decay':>7}{'tensors':>9}{'numbers':>16}  pattern"]
+    lines = [
+        f"{'group':<8}{'rate':>5}{'decay':>7}{'tensors':>9}{'numbers':>16}  pattern"
+    ]
     for one in GROUPS:
         if one.label not in sizes:
             continue
@@ -132,7 +136,9 @@ def _scale_to_rms() -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: jax.tree.map(scale, updates))
 
 
-def _scale_by_moments(kind: str, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+def _scale_by_moments(
+    kind: str, b1: float, b2: float, eps: float
+) -> optax.GradientTransformation:
     """Chooses Adam for all groups, or Muon for the matrices and Adam for the rest."""
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
     if kind == "adamw":
@@ -142,7 +148,9 @@ def _scale_by_moments(kind: str, b1: float, b2: float, eps: float) -> optax.Grad
     muon = optax.contrib.scale_by_muon(
         weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: last_two, tree)
     )
-    by_group: dict[Hashable, optax.GradientTransformation] = {one.label: adam for one in GROUPS}
+    by_group: dict[Hashable, optax.GradientTransformation] = {
+        one.label: adam for one in GROUPS
+    }
     by_group["matrix"] = optax.chain(muon, _scale_to_rms())
     return optax.partition(by_group, group_labels)
 
@@ -182,7 +190,9 @@ def build_optimizer(
         )
 
     def mask_of(labels: list[str]):
-        return lambda params: jax.tree.map(lambda label: label in labels, group_labels(params))
+        return lambda params: jax.tree.map(
+            lambda label: label in labels, group_labels(params)
+        )
 
     decaying = [one.label for one in GROUPS if one.decays]
     clipping = optax.identity() if clip is None else optax.clip_by_global_norm(clip)

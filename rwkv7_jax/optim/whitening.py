@@ -70,7 +70,9 @@ def whitening(
     return jnp.where((empty & normalise)[..., None, None], _eye(root), root)
 
 
-def damped_covariance(covariance: Square, damping: ArrayLike, normalise: bool) -> Square:
+def damped_covariance(
+    covariance: Square, damping: ArrayLike, normalise: bool
+) -> Square:
     """Scales C if `normalise` is on and adds the damping, which makes it positive definite."""
     scale = jnp.ones((*covariance.shape[:-2], 1, 1), jnp.float32)
     if normalise:
@@ -146,7 +148,9 @@ def online_update(
         moment = _matmul(_matmul(whitener, target), whitener.mT)
         # The variances' part is a diagonal matrix on R's left, which scales R's rows. The published
         # program multiplies R's columns by it; that only agrees while R is diagonal.
-        move = rate * jnp.where(diagonal, balance * (moment - 1), (1 - balance) * moment)
+        move = rate * jnp.where(
+            diagonal, balance * (moment - 1), (1 - balance) * moment
+        )
         if clip is not None:
             limit = jnp.asarray(clip, jnp.float32)
             move = move * (limit / jnp.maximum(limit, _norm(move)))

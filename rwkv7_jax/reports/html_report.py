@@ -35,7 +35,9 @@ _NO_CHART = ("step", "seconds")
 # Events that change how a curve has to be read.
 _MARKED = ("resume", "skipped", "stopped")
 
-_KEY = "Upright lines: dashed where the run was resumed, red where updates were skipped."
+_KEY = (
+    "Upright lines: dashed where the run was resumed, red where updates were skipped."
+)
 
 # A run that is resumed again and again must not make the page too large for a browser.
 _EVENTS_SHOWN = 200
@@ -90,7 +92,9 @@ def _cells(values: Iterable[Any], tag: str) -> str:
     return "".join(f"<{tag}>{_text(value)}</{tag}>" for value in values)
 
 
-def _table(rows: Iterable[Sequence[Any]], *, head: Sequence[str] = (), css_class: str = "") -> str:
+def _table(
+    rows: Iterable[Sequence[Any]], *, head: Sequence[str] = (), css_class: str = ""
+) -> str:
     """Makes an HTML table of plain values; "" without rows."""
     body = "".join(f"<tr>{_cells(row, 'td')}</tr>\n" for row in rows)
     if not body:
@@ -173,7 +177,9 @@ def _samples(rows: Sequence[Mapping[str, Any]]) -> str:
     for step in sorted(by_step, reverse=True):
         opened = " open" if step == newest else ""
         blocks = "".join(by_step[step])
-        parts.append(f"<details{opened}><summary>step {step}</summary>{blocks}</details>")
+        parts.append(
+            f"<details{opened}><summary>step {step}</summary>{blocks}</details>"
+        )
     return "\n".join(parts)
 
 
@@ -228,7 +234,9 @@ def report_page(folder: str | Path) -> str:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"report_page: `folder` must be a run's folder; got {str(folder)!r}.")
+        raise ValueError(
+            f"report_page: `folder` must be a run's folder; got {str(folder)!r}."
+        )
     settings = _read_object(folder / "settings.json")
     info = _read_object(folder / "system.json")
     rows = merged(_rows_with_step(folder / JSONL))

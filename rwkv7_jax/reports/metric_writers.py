@@ -174,7 +174,9 @@ class _WandB(Tracker):
     def __init__(self, package: Any, folder: Path, first_step: int):
         id_file = folder / "wandb.id"
         run_id = id_file.read_text().strip() if id_file.exists() else None
-        self._run = package.init(dir=str(folder), name=folder.name, id=run_id, resume="allow")
+        self._run = package.init(
+            dir=str(folder), name=folder.name, id=run_id, resume="allow"
+        )
         id_file.write_text(self._run.id + "\n")
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -195,7 +197,9 @@ TRACKERS = tuple(_TRACKERS)
 def _tracker_opener(name: str) -> Callable[[Path, int], Tracker]:
     """Imports a tracker's package; returns what opens it, from the directory and first step."""
     if name not in _TRACKERS:
-        raise ValueError(f"MetricFiles: `also` must be of {', '.join(TRACKERS)}; got {name!r}.")
+        raise ValueError(
+            f"MetricFiles: `also` must be of {', '.join(TRACKERS)}; got {name!r}."
+        )
     module, tracker = _TRACKERS[name]
     # Now, so that a missing package ends a run before anything is compiled.
     package = _import_package(module, name)

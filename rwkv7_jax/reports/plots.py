@@ -58,7 +58,9 @@ def _save(figure: Any, path: str | Path, *, legend: bool = False) -> None:
     figure.savefig(path, dpi=130)
 
 
-def curves(path: str | Path, lines: Lines, *, x: str, y: str, shares: Lines | None = None) -> None:
+def curves(
+    path: str | Path, lines: Lines, *, x: str, y: str, shares: Lines | None = None
+) -> None:
     """Draws named lines.
 
     Args:
@@ -93,7 +95,9 @@ def curves(path: str | Path, lines: Lines, *, x: str, y: str, shares: Lines | No
     _save(figure, path, legend=True)
 
 
-def by_position(path: str | Path, scores: Mapping[str, Sequence[tuple[int, int, float]]]) -> None:
+def by_position(
+    path: str | Path, scores: Mapping[str, Sequence[tuple[int, int, float]]]
+) -> None:
     """Draws bits per byte by position in the text, one bar for each range and name.
 
     Args:
@@ -107,7 +111,9 @@ def by_position(path: str | Path, scores: Mapping[str, Sequence[tuple[int, int, 
         offset = (index - (len(scores) - 1) / 2) * width
         heights = [bits for _, _, bits in ranges]
         colour = _COLOURS[index % len(_COLOURS)]
-        axis.bar(np.arange(len(ranges)) + offset, heights, width, label=name, color=colour)
+        axis.bar(
+            np.arange(len(ranges)) + offset, heights, width, label=name, color=colour
+        )
         labels = [f"{first}-{end - 1}" for first, end, _ in ranges]
     axis.set_xticks(range(len(labels)), labels)
     axis.set_xlabel("position in the text (tokens)")
@@ -144,9 +150,13 @@ def states(
     spectra = axes[2]
     for layer in range(before.shape[0]):
         colour = _COLOURS[layer % len(_COLOURS)]
-        spectra.semilogy(after[layer].mean(0) + _TINY, color=colour, label=f"layer {layer}")
+        spectra.semilogy(
+            after[layer].mean(0) + _TINY, color=colour, label=f"layer {layer}"
+        )
         spectra.semilogy(before[layer].mean(0) + _TINY, color=colour, ls=":")
-    spectra.set(title="singular values (dotted: typical)", xlabel="rank", ylim=(1e-3, None))
+    spectra.set(
+        title="singular values (dotted: typical)", xlabel="rank", ylim=(1e-3, None)
+    )
     spectra.legend(frameon=False, fontsize=8)
     _save(figure, path)
 
@@ -165,33 +175,46 @@ def diagnosis(path: str | Path, found: Diagnosis) -> None:
     fading.set(title="what is still read (thin: single layers)", yscale="log")
     fading.set(xlabel="position", ylabel="mean |psi|^2, the first = 1")
     positions = np.flatnonzero(found.counts)
-    curves = (("base", found.base_nats, _COLOURS[0]), ("tuned", found.tuned_nats, _COLOURS[2]))
+    curves = (
+        ("base", found.base_nats, _COLOURS[0]),
+        ("tuned", found.tuned_nats, _COLOURS[2]),
+    )
     for name, nats, colour in curves:
         losses.plot(positions, nats[positions], color=colour, alpha=0.25, lw=0.8)
         losses.plot(*_smoothed(positions, nats[positions]), color=colour, label=name)
     losses.set(title="loss by position", xlabel="position", ylabel="nats per token")
     top = max(float(memory.spectrum.max()) for memory in found.memories.values()) or 1.0
-    spectra.set(title="singular values (mean of heads)", xlabel="rank", ylim=(1e-4 * top, 2 * top))
+    spectra.set(
+        title="singular values (mean of heads)",
+        xlabel="rank",
+        ylim=(1e-4 * top, 2 * top),
+    )
     fading.legend(frameon=False, fontsize=8, loc="lower left")
     losses.legend(frameon=False, fontsize=8, loc="upper right")
     spectra.legend(frameon=False, fontsize=8, loc="lower left")
     _save(figure, path)
 
 
-def _draw_memory(fading: Any, spectra: Any, name: str, memory: MemoryStatistics, style: str):
+def _draw_memory(
+    fading: Any, spectra: Any, name: str, memory: MemoryStatistics, style: str
+):
     """Draws the lines of one memory; layers go from dark to light, and two of them are named."""
     from matplotlib import colormaps
 
     fading.plot(memory.fading, style, color="black", lw=2, label=f"{name}, all layers")
     last = len(memory.spectrum) - 1
-    for layer, (reads, values) in enumerate(zip(memory.reads, memory.spectrum, strict=True)):
+    for layer, (reads, values) in enumerate(
+        zip(memory.reads, memory.spectrum, strict=True)
+    ):
         colour = colormaps["viridis"](0.9 * layer / max(last, 1))
         fading.plot(reads / (reads[0] or 1.0), style, color=colour, lw=0.7)
         label = f"{name}, layer {layer}" if layer in (0, last) else None
         spectra.semilogy(values.mean(0) + _TINY, style, color=colour, label=label)
 
 
-def _smoothed(x: np.ndarray, y: np.ndarray, pieces: int = 32) -> tuple[np.ndarray, np.ndarray]:
+def _smoothed(
+    x: np.ndarray, y: np.ndarray, pieces: int = 32
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns the means of neighbouring points, at most `pieces` of them."""
     parts = np.array_split(np.arange(len(x)), min(pieces, len(x)))
     means_x = np.array([x[part].mean() for part in parts])

@@ -132,7 +132,9 @@ def _line(frame: _Frame, points: list[tuple[float, float]], colour: str) -> str:
         # Along the upper edge, and back along the lower one.
         band = [(piece.x, piece.most) for piece in pieces]
         band += [(piece.x, piece.least) for piece in reversed(pieces)]
-        parts.append(f'<polygon points="{_path(frame, band)}" fill="{colour}" opacity=".2"/>')
+        parts.append(
+            f'<polygon points="{_path(frame, band)}" fill="{colour}" opacity=".2"/>'
+        )
     means = [(piece.x, piece.mean) for piece in pieces]
     parts.append(
         f'<polyline points="{_path(frame, means)}" fill="none" stroke="{colour}" '
@@ -193,7 +195,11 @@ def _legend(names: Sequence[str]) -> str:
 
 
 def line_chart(
-    title: str, lines: Mapping[str, Points], *, marks: Sequence[Mark] = (), log: bool = False
+    title: str,
+    lines: Mapping[str, Points],
+    *,
+    marks: Sequence[Mark] = (),
+    log: bool = False,
 ) -> str:
     """Draws named lines as an SVG element; returns "" where no point has a place.
 

@@ -84,7 +84,9 @@ def system() -> dict[str, Any]:
 
 def device_line() -> str:
     """Returns the first device's kind, the machine and its cores in one line."""
-    return f"{jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} cores"
+    return (
+        f"{jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} cores"
+    )
 
 
 def _gib(count: int | None) -> str:
@@ -97,7 +99,9 @@ def lines(info: Mapping[str, Any]) -> list[str]:
     python = packages.pop("python", "?")
     cores = info.get("cores", "?")
     memory = _gib(info.get("memory_bytes"))
-    printed = [f"python      {python} on {info.get('platform', '?')}, {cores} cores{memory}"]
+    printed = [
+        f"python      {python} on {info.get('platform', '?')}, {cores} cores{memory}"
+    ]
     for name, number in packages.items():
         printed.append(f"{name:<18}{number}")
     for device in info.get("devices") or ():

@@ -8,4 +8,10 @@ from rwkv7_jax.runs.compilation_cache import enable_compilation_cache, user_fold
 from rwkv7_jax.runs.progress_bar import ProgressBar
 from rwkv7_jax.runs.settings import Settings, read_settings
 
-__all__ = ["ProgressBar", "Settings", "enable_compilation_cache", "read_settings", "user_folder"]
+__all__ = [
+    "ProgressBar",
+    "Settings",
+    "enable_compilation_cache",
+    "read_settings",
+    "user_folder",
+]

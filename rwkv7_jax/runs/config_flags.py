@@ -125,5 +125,7 @@ def _make_groups(config: ConfigDict, names: list[str]) -> None:
             group[name] = ConfigDict()
         inner = group[name]
         if not isinstance(inner, ConfigDict):
-            raise ValueError(f"`--config`: `{name}` is one setting, not a group of them.")
+            raise ValueError(
+                f"`--config`: `{name}` is one setting, not a group of them."
+            )
         group = inner

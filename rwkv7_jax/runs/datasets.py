@@ -50,7 +50,9 @@ def read_stream(
     )
 
 
-def training_stream(data: DataSettings, tokenizer: Tokenizer, *, seed: int) -> TokenStream:
+def training_stream(
+    data: DataSettings, tokenizer: Tokenizer, *, seed: int
+) -> TokenStream:
     """Reads the ids that a run trains on; for a synthetic task, some of its examples.
 
     `data_hash` of the stream is what a run stores to recognise its data.
@@ -135,7 +137,9 @@ class TrainingData:
             )
         return np.asarray(batch.tokens)[:, :-1]
 
-    def batches(self, *, start_step: int = 0, rows: slice = slice(None)) -> Iterator[Batch]:
+    def batches(
+        self, *, start_step: int = 0, rows: slice = slice(None)
+    ) -> Iterator[Batch]:
         """Makes the batches from a step on, as a pure function of the seed and the step.
 
         Args:
@@ -197,9 +201,13 @@ class TrainingData:
         seed = self._seed + 1
         if isinstance(source, TextSource):
             assert self.anchor is not None
-            anchors = self._packed(self.anchor, seed=seed, start_step=start_step, rows=rows)
+            anchors = self._packed(
+                self.anchor, seed=seed, start_step=start_step, rows=rows
+            )
         else:
-            anchors = self._examples(source, seed=seed, start_step=start_step, rows=rows)
+            anchors = self._examples(
+                source, seed=seed, start_step=start_step, rows=rows
+            )
         for batch, anchor in zip(batches, anchors, strict=True):
             yield batch.replace(anchor=anchor.tokens)
 

@@ -60,7 +60,9 @@ class RunProgress:
         name = deciding_metric(metrics, evaluation)
         metric = metrics.get(name)
         if metric is None or math.isnan(metric.value):
-            return dataclasses.replace(self, evaluated=step, measure=name, waited=self.waited + 1)
+            return dataclasses.replace(
+                self, evaluated=step, measure=name, waited=self.waited + 1
+            )
         # Sorted upwards, so that the first pair is the best one.
         sign = -1 if metric.higher_is_better else 1
         # Of equal values the earlier step is the better one.
@@ -97,7 +99,9 @@ class RunProgress:
         return f"{self.measure} reached {metric.value:.4g}" if reached else None
 
 
-def deciding_metric(metrics: Mapping[str, Metric], evaluation: EvaluationSettings) -> str:
+def deciding_metric(
+    metrics: Mapping[str, Metric], evaluation: EvaluationSettings
+) -> str:
     """Names the metric that decides: `config.evaluation.measure`, or the first; "" without any.
 
     Raises:

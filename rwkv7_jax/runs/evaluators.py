@@ -47,7 +47,11 @@ class PredictionEvaluator:
         """Measures a model and its start state."""
         if self._is_task:
             answers = score_answers(self._model, weights, start, self._batch)
-            return {log_name(self._name, "accuracy"): Metric.of(answers.accuracy, "accuracy")}
+            return {
+                log_name(self._name, "accuracy"): Metric.of(
+                    answers.accuracy, "accuracy"
+                )
+            }
         text = score(self._model, weights, start, self._batch, self._tokenizer)
         bits = Metric.of(text.bits_per_byte, "bits_per_byte")
         return {log_name(self._name, "bits_per_byte"): bits}

@@ -52,7 +52,9 @@ class PrefetchedBatches(BatchSource):
             mesh: the devices that share a batch's rows.
         """
         # Placed by the thread, so that the copy to the device overlaps with the step before.
-        self._prefetch = Prefetch(PlacedBatch(batch, shard_batch(mesh, batch)) for batch in batches)
+        self._prefetch = Prefetch(
+            PlacedBatch(batch, shard_batch(mesh, batch)) for batch in batches
+        )
 
     def batch(self, step: int, params: Any) -> PlacedBatch:
         """Gives the next batch as soon as it is ready."""

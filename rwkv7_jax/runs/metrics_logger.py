@@ -84,7 +84,9 @@ class MetricsLogger:
         self._tokens = 0
         self._waited_before = 0.0
 
-    def log_step(self, number: int, metrics: Mapping | None, batch: Batch | None) -> None:
+    def log_step(
+        self, number: int, metrics: Mapping | None, batch: Batch | None
+    ) -> None:
         """Takes a step that is under way, and logs an older one.
 
         Args:
@@ -120,11 +122,20 @@ class MetricsLogger:
             # The last id of a row is only a target.
             self._tokens += step.batch.tokens[:, 1:].size
             self._count_skipped(step.number, step.metrics, step.batch)
-        if step.number % self._settings.log_every == 0 or step.number == self._settings.steps:
-            metrics = {"updated": 0.0} if step.metrics is None else jax.device_get(step.metrics)
+        if (
+            step.number % self._settings.log_every == 0
+            or step.number == self._settings.steps
+        ):
+            metrics = (
+                {"updated": 0.0}
+                if step.metrics is None
+                else jax.device_get(step.metrics)
+            )
             self._write(step.number, metrics)
 
-    def _count_skipped(self, number: int, metrics: Mapping[str, Any], batch: Batch) -> None:
+    def _count_skipped(
+        self, number: int, metrics: Mapping[str, Any], batch: Batch
+    ) -> None:
         """Counts how many updates in a row were skipped, and ends the run after too many."""
         if float(metrics["updated"]):
             if self.progress.bad:
@@ -161,7 +172,9 @@ class MetricsLogger:
         waited = self._feed.waited - self._waited_before
         numbers = {"tokens_per_second": self._tokens / seconds}
         if self._devices > 1:
-            numbers["tokens_per_second_per_device"] = self._tokens / seconds / self._devices
+            numbers["tokens_per_second_per_device"] = (
+                self._tokens / seconds / self._devices
+            )
         numbers["waiting_share"] = min(waited / seconds, 1.0)
         numbers["compile_seconds"] = round(self._compile_clock.seconds, 3)
         self._began = now
@@ -219,7 +232,9 @@ class MetricsLogger:
         Raises:
             ValueError: the metric that counts is not among them.
         """
-        self._directory.log(number, {name: metric.value for name, metric in metrics.items()})
+        self._directory.log(
+            number, {name: metric.value for name, metric in metrics.items()}
+        )
         self.progress = self.progress.with_evaluation(
             number, metrics, self._settings.evaluation, kept=self._settings.kept_best
         )

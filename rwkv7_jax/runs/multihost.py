@@ -24,7 +24,11 @@ from jax.sharding import Mesh
 from rwkv7_jax.runs.early_stopping import RunProgress
 from rwkv7_jax.runs.exit_codes import EndedElsewhere, exit_code
 from rwkv7_jax.runs.resume.run_identity import Identity
-from rwkv7_jax.runs.run_directory import NullRunDirectory, OwnedRunDirectory, RunDirectory
+from rwkv7_jax.runs.run_directory import (
+    NullRunDirectory,
+    OwnedRunDirectory,
+    RunDirectory,
+)
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.sharding import shard_batch
 from rwkv7_jax.training.train_step import TrainState
@@ -50,7 +54,9 @@ def join(coordinator: str, *, processes: int, process: int) -> None:
     """
     if not coordinator:
         if (processes, process) != (1, 0):
-            raise ValueError("`--coordinator` must say where the first of `--processes` is.")
+            raise ValueError(
+                "`--coordinator` must say where the first of `--processes` is."
+            )
         return
     if coordinator == "auto":
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
@@ -167,7 +173,9 @@ class AnyProcess:
 
 
 @contextlib.contextmanager
-def open_run_directory(workdir: str | Path, settings: Settings) -> Iterator[RunDirectory]:
+def open_run_directory(
+    workdir: str | Path, settings: Settings
+) -> Iterator[RunDirectory]:
     """Opens the run directory in process 0; the others get a null one and a silent stdout.
 
     Raises:

@@ -280,7 +280,9 @@ class StopSignals:
         while received := self._reader.recv(1):
             requests += 1
             if requests > 1 and received[0] == signal.SIGINT:
-                _exit_at_once(130, "left at once; the newest checkpoint is what counts.")
+                _exit_at_once(
+                    130, "left at once; the newest checkpoint is what counts."
+                )
             if requests == 1:
                 threading.Thread(target=self._exit_if_ignored, daemon=True).start()
 

@@ -65,7 +65,9 @@ class RunDirectory(abc.ABC):
         """Writes the numbers of a step to the metrics files."""
 
     @abc.abstractmethod
-    def log_bad(self, step: int, numbers: Mapping[str, float], tokens: np.ndarray) -> None:
+    def log_bad(
+        self, step: int, numbers: Mapping[str, float], tokens: np.ndarray
+    ) -> None:
         """Notes why an update was skipped, with the ids of its batch."""
 
     @abc.abstractmethod
@@ -109,9 +111,13 @@ class OwnedRunDirectory(RunDirectory):
                 pass
             self._lock = RunLock(self.path / "run.lock")
         except OSError as error:
-            raise DiskError(f"`--workdir` {self.path} cannot be written: {error}.") from None
+            raise DiskError(
+                f"`--workdir` {self.path} cannot be written: {error}."
+            ) from None
         if self._lock.stale:
-            warn(f"{self._lock.stale} ended without releasing {self.path}; its lock is taken over")
+            warn(
+                f"{self._lock.stale} ended without releasing {self.path}; its lock is taken over"
+            )
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._lock.release)
             places = self.path / "checkpoints"
@@ -216,11 +222,15 @@ class OwnedRunDirectory(RunDirectory):
         """Notes what the model wrote after a prompt."""
         self._append(_SAMPLES, {"step": step, "prompt": prompt, "text": text})
 
-    def log_bad(self, step: int, numbers: Mapping[str, float], tokens: np.ndarray) -> None:
+    def log_bad(
+        self, step: int, numbers: Mapping[str, float], tokens: np.ndarray
+    ) -> None:
         """Notes why an update was skipped, with the ids of its batch."""
         # As text: JSON has no NaN.
         texts = {name: str(value) for name, value in numbers.items()}
-        self._append(_BAD_BATCHES, {"step": step, **texts, "tokens": np.asarray(tokens).tolist()})
+        self._append(
+            _BAD_BATCHES, {"step": step, **texts, "tokens": np.asarray(tokens).tolist()}
+        )
         detail = ", ".join(f"{name} {text}" for name, text in texts.items())
         self.note_event(step, "skipped", detail)
 
@@ -258,7 +268,9 @@ class NullRunDirectory(RunDirectory):
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
         """Does nothing."""
 
-    def log_bad(self, step: int, numbers: Mapping[str, float], tokens: np.ndarray) -> None:
+    def log_bad(
+        self, step: int, numbers: Mapping[str, float], tokens: np.ndarray
+    ) -> None:
         """Does nothing."""
 
     def note_event(self, step: int, event: str, detail: str = "") -> None:

@@ -58,7 +58,9 @@ class RunLock:
             )
         if text:
             self.stale = who
-        self._write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
+        self._write(
+            json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n"
+        )
         self._released = threading.Event()
         threading.Thread(target=self._beat, daemon=True).start()
 

@@ -32,9 +32,13 @@ def print_summary(
     weights = count(mode.weights(state.params))
     trained = mode.trained_count(state.params)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    print(f"devices   {devices} of {jax.device_count()}: {jax.devices()[0].device_kind}")
+    print(
+        f"devices   {devices} of {jax.device_count()}: {jax.devices()[0].device_kind}"
+    )
     print(f"model     {mode.model.config}")
-    print(f"trained   {trained:,} numbers in mode {settings.mode}, of a model of {weights:,}")
+    print(
+        f"trained   {trained:,} numbers in mode {settings.mode}, of a model of {weights:,}"
+    )
     print(f"memory    {mode.describe_memory(held, devices=devices)}")
     if settings.mode == "pretrain":
         print(group_table(state.params))

@@ -317,10 +317,14 @@ class Settings:
     optimizer: OptimizerSettings = dataclasses.field(default_factory=OptimizerSettings)
     tuning: TuningSettings = dataclasses.field(default_factory=TuningSettings)
     upscaling: UpscalingSettings = dataclasses.field(default_factory=UpscalingSettings)
-    decorrelation: DecorrelationSettings = dataclasses.field(default_factory=DecorrelationSettings)
+    decorrelation: DecorrelationSettings = dataclasses.field(
+        default_factory=DecorrelationSettings
+    )
     observer: ObserverSettings = dataclasses.field(default_factory=ObserverSettings)
     test_time: TestTimeSettings = dataclasses.field(default_factory=TestTimeSettings)
-    evaluation: EvaluationSettings = dataclasses.field(default_factory=EvaluationSettings)
+    evaluation: EvaluationSettings = dataclasses.field(
+        default_factory=EvaluationSettings
+    )
     sample: SampleSettings = dataclasses.field(default_factory=SampleSettings)
 
     def __post_init__(self):
@@ -331,7 +335,9 @@ class Settings:
                 raise ValueError(_unknown_key("config.model", key, fields))
         for name in ("steps", "log_every", "keep"):
             if getattr(self, name) < 1:
-                raise ValueError(f"`config.{name}` must be at least 1; got {getattr(self, name)}.")
+                raise ValueError(
+                    f"`config.{name}` must be at least 1; got {getattr(self, name)}."
+                )
         for name in ("save_every", "keep_every", "keep_best", "stop_after_bad"):
             value = getattr(self, name)
             if value is not None and value < 0:

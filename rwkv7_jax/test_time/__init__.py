@@ -9,7 +9,11 @@ from rwkv7_jax.test_time.completion_cache import CompletionCache
 from rwkv7_jax.test_time.distillation import TraceBatches, distill
 from rwkv7_jax.test_time.expert_iteration import ExpertBatches
 from rwkv7_jax.test_time.grpo import PolicyBatches
-from rwkv7_jax.test_time.losses import context_distillation, distillation_loss, policy_loss
+from rwkv7_jax.test_time.losses import (
+    context_distillation,
+    distillation_loss,
+    policy_loss,
+)
 from rwkv7_jax.test_time.questions import QuestionSet, find_verifier, read_questions
 from rwkv7_jax.test_time.rewards import RewardFunction, advantages, evaluate_rewards
 from rwkv7_jax.test_time.rollouts import (

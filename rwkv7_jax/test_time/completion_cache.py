@@ -18,7 +18,9 @@ def _entry(record: Any) -> tuple[str, list[Ids]]:
             f"an entry has key, prompt and completions; got {', '.join(fields) or 'none'}."
         )
     try:
-        completions = [check_trace_ids(ids, "completion") for ids in fields["completions"]]
+        completions = [
+            check_trace_ids(ids, "completion") for ids in fields["completions"]
+        ]
     except TypeError as error:
         raise ValueError(str(error)) from None
     return fields["key"], completions

@@ -10,8 +10,18 @@ from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.test_time.losses import distillation_loss
-from rwkv7_jax.test_time.traces import Trace, check_trace_tokens, longest_trace, trace_batch
-from rwkv7_jax.test_time.tuning_loop import OnStep, Result, StateBatchSource, start_tuning
+from rwkv7_jax.test_time.traces import (
+    Trace,
+    check_trace_tokens,
+    longest_trace,
+    trace_batch,
+)
+from rwkv7_jax.test_time.tuning_loop import (
+    OnStep,
+    Result,
+    StateBatchSource,
+    start_tuning,
+)
 from rwkv7_jax.training.losses import Loss
 
 

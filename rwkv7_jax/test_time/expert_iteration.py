@@ -17,8 +17,19 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.test_time.losses import distillation_loss
 from rwkv7_jax.test_time.rewards import RewardFunction, evaluate_rewards
-from rwkv7_jax.test_time.rollouts import PromptsAt, Rollouts, RolloutSampler, held_out_reward
-from rwkv7_jax.test_time.traces import Ids, TokenBudget, Trace, completion_rows, trace_batch
+from rwkv7_jax.test_time.rollouts import (
+    PromptsAt,
+    Rollouts,
+    RolloutSampler,
+    held_out_reward,
+)
+from rwkv7_jax.test_time.traces import (
+    Ids,
+    TokenBudget,
+    Trace,
+    completion_rows,
+    trace_batch,
+)
 from rwkv7_jax.test_time.tuning_loop import (
     OnStep,
     Result,
@@ -152,7 +163,9 @@ class ExpertBatches(StateBatchSource):
         for row in np.flatnonzero(weights):
             # A text that is drawn often would otherwise crowd out the rest.
             pair = (drawn.prompts[row], drawn.completions[row])
-            self._kept[pair] = Trace(*pair, weight=float(weights[row]), source="student")
+            self._kept[pair] = Trace(
+                *pair, weight=float(weights[row]), source="student"
+            )
 
 
 def _weighted_rows(drawn: Rollouts, weights: np.ndarray) -> Batch | None:

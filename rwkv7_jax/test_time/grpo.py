@@ -210,5 +210,7 @@ def grpo(
             model, params, state, held_out, reward, tokens=tokens, stop_ids=stop_ids
         )
 
-    target = RewardTarget(evaluate if len(held_out) else None, evaluate_every, stop_reward)
+    target = RewardTarget(
+        evaluate if len(held_out) else None, evaluate_every, stop_reward
+    )
     return loop.run(source, steps, target=target)

@@ -100,7 +100,9 @@ def distillation_loss(
             metrics = {"loss_nats": nats}
         else:
             # Frozen like the student's weights; only the student's state is differentiated.
-            teacher_x = hidden_states_from(teacher, teacher_params, teacher_state, inputs)
+            teacher_x = hidden_states_from(
+                teacher, teacher_params, teacher_state, inputs
+            )
             tokenwise = token_statistics(
                 x,
                 head,
@@ -134,7 +136,9 @@ def _check_teacher(
     """Checks the teacher; returns the state it starts from, None where there is no teacher."""
     if (teacher is None) != (teacher_params is None):
         missing = "teacher" if teacher is None else "teacher_params"
-        raise ValueError(f"`teacher` and `teacher_params` go together; `{missing}` is None.")
+        raise ValueError(
+            f"`teacher` and `teacher_params` go together; `{missing}` is None."
+        )
     if teacher is None:
         if teacher_state is not None:
             raise ValueError("`teacher_state` needs a `teacher`; got None.")
@@ -241,7 +245,9 @@ def policy_loss(
         tokens = jnp.asarray(batch.tokens)
         weights = loss_weights(batch)
         # From two states, so as a function of the state.
-        hidden = functools.partial(hidden_states_from, model, params, tokens=tokens[:, :-1])
+        hidden = functools.partial(
+            hidden_states_from, model, params, tokens=tokens[:, :-1]
+        )
         x = hidden(state)
         # Without the divergence the second pass through the model is not needed.
         reference_x = jax.lax.stop_gradient(hidden(reference)) if kl else None
@@ -256,7 +262,10 @@ def policy_loss(
         # One number for each row, for all of its tokens.
         advantages = jnp.asarray(batch.advantages, jnp.float32)[:, None]
         value = _weighted_sum(weights * advantages, tokenwise.nats)
-        metrics = {"policy_loss": value, "loss_nats": _weighted_sum(weights, tokenwise.nats)}
+        metrics = {
+            "policy_loss": value,
+            "loss_nats": _weighted_sum(weights, tokenwise.nats),
+        }
         if kl:
             divergence = _weighted_sum(weights, tokenwise.kl)
             value = value + kl * divergence

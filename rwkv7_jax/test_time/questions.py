@@ -17,7 +17,9 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 Ids = Sequence[int]
 
 
-def read_questions(path: str | Path, tokenizer: Tokenizer) -> list[tuple[list[int], str]]:
+def read_questions(
+    path: str | Path, tokenizer: Tokenizer
+) -> list[tuple[list[int], str]]:
     """Reads the prompts of a .jsonl file as ids, with their answers; "" where a line has none.
 
     Raises:

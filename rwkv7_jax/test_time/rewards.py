@@ -50,7 +50,9 @@ def evaluate_rewards(
         try:
             value = judge(tuple(prompt), tuple(completion))
         except Exception as error:  # Of the user's function, so of any type.
-            raise ValueError(f"{place} raised {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"{place} raised {type(error).__name__}: {error}"
+            ) from error
         rewards.append(_checked_reward(value, least, place))
     return np.array(rewards)
 

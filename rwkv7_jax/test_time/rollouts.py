@@ -240,7 +240,9 @@ def policy_batch(
     return make_policy_batch(drawn, reward, group=group)
 
 
-def make_policy_batch(drawn: Rollouts, reward: RewardFunction, *, group: int) -> PolicyBatch:
+def make_policy_batch(
+    drawn: Rollouts, reward: RewardFunction, *, group: int
+) -> PolicyBatch:
     """Rewards rollouts and makes a batch of `policy_loss` of them.
 
     Args:

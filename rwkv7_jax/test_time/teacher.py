@@ -153,7 +153,9 @@ class _Question:
     identity: str
 
 
-def _questions(prompts: Any, vocab_size: int, template: Template | None) -> list[_Question]:
+def _questions(
+    prompts: Any, vocab_size: int, template: Template | None
+) -> list[_Question]:
     """Checks the prompts and applies the template to them."""
     rows = check_prompts(prompts, vocab_size)
     teacher_rows = rows
@@ -178,7 +180,9 @@ def _fill(template: Template, index: int, row: list[int]) -> Sequence[int]:
         return template(tuple(row))
     except Exception as error:  # Of the user's function, so of any type.
         kind = type(error).__name__
-        raise ValueError(f"`template` of prompt {index} raised {kind}: {error}") from error
+        raise ValueError(
+            f"`template` of prompt {index} raised {kind}: {error}"
+        ) from error
 
 
 def _digest(*parts: str | bytes) -> str:
@@ -249,7 +253,9 @@ class _TeacherAnswers:
                 missing[key] = question
         if missing:
             drawn = self._draw(list(missing.values()))
-            for (key, question), completions in zip(missing.items(), drawn, strict=True):
+            for (key, question), completions in zip(
+                missing.items(), drawn, strict=True
+            ):
                 cache.put(key, question.prompt, completions)
         answers: list[list[Ids]] = []
         for key in keys:
@@ -269,7 +275,9 @@ class _TeacherAnswers:
         question_keys = fold(self._key, jnp.asarray(numbers, jnp.uint32))
         keys = jax.vmap(fold, in_axes=(0, None))(question_keys, jnp.arange(samples))
         drawn = self._sampler.draw(
-            self._state, [question.teacher_prompt for question in filled], keys.reshape(-1)
+            self._state,
+            [question.teacher_prompt for question in filled],
+            keys.reshape(-1),
         )
         completions: list[list[Ids]] = []
         for index in range(len(questions)):
@@ -317,7 +325,9 @@ class _MajorityVote:
             raise TypeError(f"`vote` must be a function and a margin; got {vote!r}.")
         self._extract, self._margin = vote
         if not 0 <= self._margin <= 1:
-            raise ValueError(f"`vote` must have a margin from 0 to 1; got {self._margin}.")
+            raise ValueError(
+                f"`vote` must have a margin from 0 to 1; got {self._margin}."
+            )
 
     def weights(self, question: _Question, completions: list[Ids]) -> list[float]:
         """Returns weight 1 for the completions that are kept, else 0."""

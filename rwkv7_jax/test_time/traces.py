@@ -50,13 +50,19 @@ class Trace:
         """
         # The dataclass is frozen, so that traces can be keys of sets and dicts.
         object.__setattr__(self, "prompt", check_trace_ids(self.prompt, "prompt"))
-        object.__setattr__(self, "completion", check_trace_ids(self.completion, "completion"))
+        object.__setattr__(
+            self, "completion", check_trace_ids(self.completion, "completion")
+        )
         # True would become weight 1 without a word.
-        if type(self.weight) is bool or not isinstance(self.weight, int | float | np.number):
+        if type(self.weight) is bool or not isinstance(
+            self.weight, int | float | np.number
+        ):
             kind = type(self.weight).__name__
             raise TypeError(f"Trace: `weight` must be a number; got {kind}.")
         if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise ValueError(f"Trace: `weight` must be finite and at least 0; got {self.weight}.")
+            raise ValueError(
+                f"Trace: `weight` must be finite and at least 0; got {self.weight}."
+            )
         object.__setattr__(self, "weight", float(self.weight))
         if not isinstance(self.source, str):
             kind = type(self.source).__name__
@@ -101,7 +107,9 @@ class TokenBudget:
 def check_trace_ids(values: Any, name: str) -> Ids:
     """Checks ids and returns them as a tuple of int."""
     if isinstance(values, str | bytes) or not isinstance(values, Sequence | np.ndarray):
-        raise TypeError(f"Trace: `{name}` must be a list of ids; got {type(values).__name__}.")
+        raise TypeError(
+            f"Trace: `{name}` must be a list of ids; got {type(values).__name__}."
+        )
     # Not by truth: that of an array of several ids is undefined.
     if not len(values):
         raise ValueError(f"Trace: `{name}` must hold an id; got 0.")

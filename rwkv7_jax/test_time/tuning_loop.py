@@ -117,7 +117,9 @@ class TuningLoop:
             updates: batches that each of them covers.
             target: what ends the loop early.
         """
-        entries = self._entries(steps) if target is None else target.entries(self, steps)
+        entries = (
+            self._entries(steps) if target is None else target.entries(self, steps)
+        )
         for entry in entries:
             # Sources count updates, the history counts rounds.
             first = int(entry["step"]) * updates
@@ -202,7 +204,9 @@ class RewardTarget:
         if self._evaluate is None:
             # One step's mean reward is noisy, so only a full window counts.
             recent = [past["reward"] for past in loop.history[-self._every :]]
-            enough = len(recent) == self._every and float(np.mean(recent)) >= self._reward
+            enough = (
+                len(recent) == self._every and float(np.mean(recent)) >= self._reward
+            )
             return last or enough
         if last or entry["step"] % self._every == 0:
             entry["held_out"], cost = self._evaluate(loop.state)

@@ -31,7 +31,9 @@ class StreamingDetokenizer:
 
     def __init__(self, stop_strings: Sequence[str] = ()):
         # A stop string may come from `decode` and contain lone surrogates, which have no UTF-8.
-        self._stops = tuple(stop.encode("utf-8", "surrogateescape") for stop in stop_strings)
+        self._stops = tuple(
+            stop.encode("utf-8", "surrogateescape") for stop in stop_strings
+        )
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._pending = b""
         self.stopped = False
@@ -117,7 +119,11 @@ def check_stop_strings(stop_strings: Sequence[str]) -> None:
         TypeError: one string instead of a list, or something else in it.
         ValueError: an empty string.
     """
-    if isinstance(stop_strings, str) or not all(isinstance(stop, str) for stop in stop_strings):
-        raise TypeError(f"`stop_strings` must be a list of strings; got {stop_strings!r}.")
+    if isinstance(stop_strings, str) or not all(
+        isinstance(stop, str) for stop in stop_strings
+    ):
+        raise TypeError(
+            f"`stop_strings` must be a list of strings; got {stop_strings!r}."
+        )
     if "" in stop_strings:
         raise ValueError("`stop_strings` must hold no empty string; got one.")

@@ -39,7 +39,9 @@ def parse_vocabulary(text: str) -> dict[int, bytes]:
         number, _, rest = line.partition(" ")
         literal, _, size = rest.rpartition(" ")
         if not (number.isdecimal() and size.isdecimal()):
-            raise ValueError(f"parse_vocabulary: line {row} is no entry: {line[:60]!r}.")
+            raise ValueError(
+                f"parse_vocabulary: line {row} is no entry: {line[:60]!r}."
+            )
         numbers.append(int(number))
         literals.append(literal)
         sizes.append(int(size))
@@ -51,7 +53,9 @@ def parse_vocabulary(text: str) -> dict[int, bytes]:
     for row, (number, value, size) in enumerate(rows, 1):
         entry = value.encode() if isinstance(value, str) else value
         if len(entry) != size:
-            raise ValueError(f"parse_vocabulary: line {row} says {size} bytes; got {len(entry)}.")
+            raise ValueError(
+                f"parse_vocabulary: line {row} says {size} bytes; got {len(entry)}."
+            )
         entries[number] = entry
     return entries
 
@@ -195,7 +199,9 @@ class Tokenizer:
         try:
             return b"".join([self._entries[number] for number in ids])
         except KeyError:
-            place = next(n for n, number in enumerate(ids) if number not in self._entries)
+            place = next(
+                n for n, number in enumerate(ids) if number not in self._entries
+            )
             raise ValueError(
                 f"Tokenizer.decode: `ids` must be entries of the {self.name} vocabulary; "
                 f"got {ids[place]} at position {place}."

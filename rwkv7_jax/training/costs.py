@@ -199,7 +199,9 @@ def _layer_bytes(config: RWKV7Config, trained: str, chunk: int) -> float:
     return vectors + config.ffn_width * (size * ffn + 1) + size * ranks + states
 
 
-def _activations(config: RWKV7Config, trained: str, rows: int, length: int, chunk: int) -> int:
+def _activations(
+    config: RWKV7Config, trained: str, rows: int, length: int, chunk: int
+) -> int:
     """Estimates the bytes stored for the backward pass, and those it works on."""
     size = _activation_bytes(config)
     layer = _layer_bytes(config, trained, chunk)

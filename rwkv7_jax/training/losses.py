@@ -143,18 +143,29 @@ def token_statistics(
             else:
                 # Not as above: in this order it rounds as policy gradients always did.
                 logp = jax.nn.log_softmax(logits / temperature)
-                nats = -jnp.take_along_axis(logp, x["targets"][..., None], axis=-1)[..., 0]
+                nats = -jnp.take_along_axis(logp, x["targets"][..., None], axis=-1)[
+                    ..., 0
+                ]
             correct = jnp.argmax(logits, axis=-1) == x["targets"]
         if reference is not None:
             others = head_logits(x["reference"], reference_head)
-            kl = _kl_divergence(logits, others) if reverse_kl else _kl_divergence(others, logits)
+            kl = (
+                _kl_divergence(logits, others)
+                if reverse_kl
+                else _kl_divergence(others, logits)
+            )
         return TokenStatistics(nats, correct, jnp.max(logits, axis=-1), kl)
 
     return map_token_chunks(per_token, *given.values(), chunk=chunk)
 
 
 def next_token_loss(
-    model: RWKV7, params: Params, state: RWKV7State, batch: BatchLike, *, l2wrap: float = 0.0
+    model: RWKV7,
+    params: Params,
+    state: RWKV7State,
+    batch: BatchLike,
+    *,
+    l2wrap: float = 0.0,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Computes the weighted cross entropy plus L2Wrap's penalty.
 

@@ -42,7 +42,9 @@ def _second_moment(x: Float[Array, "L B T I"]) -> Float[Array, "L I I"]:
     return total / (x.shape[1] * x.shape[2])
 
 
-def layer_statistics(model: RWKV7, *, rows: int = 8) -> Callable[[Params, BatchLike], Params]:
+def layer_statistics(
+    model: RWKV7, *, rows: int = 8
+) -> Callable[[Params, BatchLike], Params]:
     """Makes the function that measures the second moments of the projections' inputs.
 
     It is called as `statistics(params, batch)` and returns a tree like the weights, with E[x x^T]

@@ -134,14 +134,18 @@ def _gradients(loss: Partial, params, batch: Mapping[str, Any], accumulate: int)
     else:
         batch = {**batch, "weights": weights}
     if accumulate == 1:
-        grad = jax.value_and_grad(lambda params, batch: loss(params, batch), has_aux=True)
+        grad = jax.value_and_grad(
+            lambda params, batch: loss(params, batch), has_aux=True
+        )
         return grad(params, batch)
 
     pieces = _cut(batch, accumulate)
     totals = {}
     if hasattr(loss.func, "batch_totals"):
         totals["totals"] = loss.func.batch_totals(*loss.args, pieces)
-    grad = jax.value_and_grad(lambda params, piece: loss(params, piece, **totals), has_aux=True)
+    grad = jax.value_and_grad(
+        lambda params, piece: loss(params, piece, **totals), has_aux=True
+    )
 
     first = jax.tree.map(lambda array: array[0], pieces)
     traced, shapes = jax.make_jaxpr(grad, return_shape=True)(params, first)
@@ -192,7 +196,9 @@ def make_train_step(
         statistics = Partial(statistics)
     tx = optax.with_extra_args_support(tx)
 
-    def update(loss: Partial, statistics: Partial | None, train: TrainState, batch: Any):
+    def update(
+        loss: Partial, statistics: Partial | None, train: TrainState, batch: Any
+    ):
         (value, metrics), grads = _gradients(loss, train.params, batch, accumulate)
         extra = {}
         if statistics is not None:
@@ -201,7 +207,11 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         # A finite gradient can still give an update that is not finite: the learning rate may
         # overflow it.
-        finite = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
+        finite = (
+            jnp.isfinite(value)
+            & jnp.isfinite(norm)
+            & jnp.isfinite(optax.tree.norm(updates))
+        )
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (optax.apply_updates(train.params, updates), opt_state),

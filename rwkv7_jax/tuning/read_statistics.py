@@ -46,7 +46,9 @@ def memory_read_vectors(
     return _read_vectors(inputs, implementation)
 
 
-def _read_vectors(inputs: WKVInputs, implementation: str | None) -> Float[Array, "B T H Nk"]:
+def _read_vectors(
+    inputs: WKVInputs, implementation: str | None
+) -> Float[Array, "B T H Nk"]:
     rows, _, heads, size = inputs.r.shape
     # Started from the identity and with nothing written (k = v = 0), the op returns psi itself.
     start = jnp.broadcast_to(jnp.eye(size), (rows, heads, size, size))

@@ -11,7 +11,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rwkv7_jax.checks import check_instance, check_number, prefix_errors
-from rwkv7_jax.model.state import RWKV7State, Upscaled, check_whole_state, map_linear_leaves
+from rwkv7_jax.model.state import (
+    RWKV7State,
+    Upscaled,
+    check_whole_state,
+    map_linear_leaves,
+)
 
 # Trained numbers for each fact of 5 bits that tuning of 300 to 1000 steps stored in toy models:
 # 64 facts in 2,048 numbers, 129 in 4,096, 394 in 8,192, 628 in 16,384, 876 in 32,768. Bounds around
@@ -152,7 +157,9 @@ def _check_same_reading(first: Upscaled, other: Upscaled, name: str) -> None:
     )
     for field, expected, value in properties:
         if value != expected:
-            raise ValueError(f"`{name}.{field}` must be states[0]'s, {expected}; got {value}.")
+            raise ValueError(
+                f"`{name}.{field}` must be states[0]'s, {expected}; got {value}."
+            )
     frozen = (
         "features.landmarks",
         "features.widths",
@@ -163,7 +170,8 @@ def _check_same_reading(first: Upscaled, other: Upscaled, name: str) -> None:
     for field in frozen:
         path = field.split(".")
         if not _equal(
-            functools.reduce(getattr, path, first), functools.reduce(getattr, path, other)
+            functools.reduce(getattr, path, first),
+            functools.reduce(getattr, path, other),
         ):
             raise ValueError(f"`{name}.{field}` must equal states[0]'s; it differs.")
 
@@ -184,7 +192,9 @@ def scaled(state: RWKV7State, alpha: float) -> RWKV7State:
     with prefix_errors("scaled"):
         check_whole_state(state, "`state`")
         if np.ndim(alpha):
-            raise ValueError(f"`alpha` must be one number; got shape {np.shape(alpha)}.")
+            raise ValueError(
+                f"`alpha` must be one number; got shape {np.shape(alpha)}."
+            )
         check_number(alpha, -math.inf, math.inf, "`alpha`")
     return map_linear_leaves(lambda leaf: leaf * jnp.asarray(alpha, leaf.dtype), state)
 

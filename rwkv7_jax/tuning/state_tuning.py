@@ -26,7 +26,9 @@ def check_leaves(leaves: tuple[str, ...], *, caller: str | None = None) -> None:
     prefix = "" if caller is None else f"{caller}: "
     for name in leaves:
         if name not in LEAVES:
-            raise ValueError(f"{prefix}`leaves` must be among {', '.join(LEAVES)}; got {name!r}.")
+            raise ValueError(
+                f"{prefix}`leaves` must be among {', '.join(LEAVES)}; got {name!r}."
+            )
 
 
 def _tuned_parts(state: RWKV7State, leaves: tuple[str, ...]) -> dict[str, Array]:
@@ -54,7 +56,9 @@ def _replace_parts(state: RWKV7State, parts: dict) -> RWKV7State:
         target[name] = part
     if inner:
         upscaled = state.upscaled
-        assert upscaled is not None  # `_tuned_parts` refuses a memory that is not there.
+        assert (
+            upscaled is not None
+        )  # `_tuned_parts` refuses a memory that is not there.
         outer["upscaled"] = upscaled.replace(**inner)
     return state.replace(**outer)
 

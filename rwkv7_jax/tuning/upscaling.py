@@ -16,7 +16,14 @@ from rwkv7_jax.model.block import RECURRENCE
 from rwkv7_jax.model.kernel_features import kernel_features, unit_vectors
 from rwkv7_jax.model.recurrence import LayerTrace, wkv_inputs_of
 from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import DYNAMICS, KINDS, Features, RWKV7State, Upscaled, init_state
+from rwkv7_jax.model.state import (
+    DYNAMICS,
+    KINDS,
+    Features,
+    RWKV7State,
+    Upscaled,
+    init_state,
+)
 from rwkv7_jax.model.upscaled_memory import MEMORY_FORMS, RecurrentMemory
 from rwkv7_jax.optim.whitening import whitening
 
@@ -48,7 +55,9 @@ def stability_ratio(upscaled: Upscaled, parts: LayerTrace) -> Float[Array, ""]:
     return jnp.max(removed / (1 + jnp.min(jnp.exp(inputs.log_w), axis=-1)))
 
 
-def empty_memory(features: Features, *, dynamics: str = "static", seed: int = 0) -> Upscaled:
+def empty_memory(
+    features: Features, *, dynamics: str = "static", seed: int = 0
+) -> Upscaled:
     """Makes a memory of zeros, batch 1, that is read through `features` [L 1 H M N]."""
     layers, _, heads, width, size = features.landmarks.shape
     lead = (layers, 1, heads)
@@ -186,7 +195,9 @@ def _fit_head(points, size, rng, *, kind, landmarks, widths):
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"calibrate: `{name}` must be one of {', '.join(choices)}; got {value!r}.")
+        raise ValueError(
+            f"calibrate: `{name}` must be one of {', '.join(choices)}; got {value!r}."
+        )
 
 
 def calibrate(
@@ -217,7 +228,9 @@ def calibrate(
     Raises:
         ValueError: an unknown choice, or a size below 1.
     """
-    kind, prepare, widths = resolve_features("static", kind=kind, prepare=prepare, widths=widths)
+    kind, prepare, widths = resolve_features(
+        "static", kind=kind, prepare=prepare, widths=widths
+    )
     _check_choice("kind", kind, KINDS)
     _check_choice("landmarks", landmarks, LANDMARKS)
     _check_choice("prepare", prepare, PREPARATIONS)
@@ -227,7 +240,11 @@ def calibrate(
         )
     reads = np.asarray(reads, np.float32)
     rng = np.random.default_rng(seed)
-    seen = reads if kind == "gaussian_raw" else np.asarray(unit_vectors(jnp.asarray(reads)))
+    seen = (
+        reads
+        if kind == "gaussian_raw"
+        else np.asarray(unit_vectors(jnp.asarray(reads)))
+    )
     points = []
     gammas = []
     for layer in seen:
@@ -245,16 +262,22 @@ def calibrate(
     lead = (reads.shape[0], 1, reads.shape[2])
     size_of_read = reads.shape[3]
     features = Features(
-        landmarks=jnp.asarray(np.stack(points).reshape(*lead, size, size_of_read), jnp.float32),
+        landmarks=jnp.asarray(
+            np.stack(points).reshape(*lead, size, size_of_read), jnp.float32
+        ),
         widths=jnp.asarray(np.stack(gammas).reshape(*lead, size), jnp.float32),
         mean=jnp.zeros((*lead, size)),
         map=None,
         kind=kind,
     )
-    return features if prepare == "none" else _prepare(features, reads, prepare, damping)
+    return (
+        features if prepare == "none" else _prepare(features, reads, prepare, damping)
+    )
 
 
-def _prepare(features: Features, reads: np.ndarray, prepare: str, damping: float) -> Features:
+def _prepare(
+    features: Features, reads: np.ndarray, prepare: str, damping: float
+) -> Features:
     """Centres the features on `reads`, and whitens them if asked."""
 
     @jax.jit
@@ -351,7 +374,9 @@ def upscale(
         check_tokens(tokens, model.config.vocab_size)
     features = calibrate(
         # An additive memory that is erased is also addressed by removal keys.
-        _read_vectors(model, params, tokens, with_keys=form.erases and not form.replaces_wkv),
+        _read_vectors(
+            model, params, tokens, with_keys=form.erases and not form.replaces_wkv
+        ),
         size=size or 4 * model.config.head_size,
         kind=settings.kind,
         landmarks=landmarks,

@@ -54,7 +54,9 @@ def both(tmp_path_factory):
 
 def test_logits_and_states_of_a_folder_are_flas(both):
     model, params, data, theirs = both
-    logits, end = jax.jit(model.apply)({"params": params}, data["ids"], init_state(CONFIG, 2))
+    logits, end = jax.jit(model.apply)(
+        {"params": params}, data["ids"], init_state(CONFIG, 2)
+    )
     assert 0.5 < theirs["logits"].std() < 2
     assert np.abs(np.asarray(logits) - theirs["logits"]).max() <= LOGITS
     for i, wkv in enumerate(np.asarray(end.wkv)):
@@ -68,14 +70,20 @@ def test_gradients_of_every_weight_with_l2wrap_are_flas(both, tmp_path):
     batch = {"tokens": data["batch"], "mask": np.ones((2, 33), np.float32)}
 
     def loss(params):
-        return next_token_loss(model, params, init_state(CONFIG, 2), batch, l2wrap=L2WRAP)
+        return next_token_loss(
+            model, params, init_state(CONFIG, 2), batch, l2wrap=L2WRAP
+        )
 
     (_, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     assert abs(float(metrics["loss_nats"]) - float(theirs["loss"])) <= 1e-5
-    wanted = {n.removeprefix("grad."): g for n, g in theirs.items() if n.startswith("grad.")}
+    wanted = {
+        n.removeprefix("grad."): g for n, g in theirs.items() if n.startswith("grad.")
+    }
     save_model(tmp_path / "grads", grads, CONFIG, format="hf")
     ours = read_tensors(tmp_path / "grads" / "model.safetensors")
     assert ours.keys() == wanted.keys()
     for name, tensor in ours.items():
         expected = wanted[name]
-        assert np.abs(tensor.read() - expected).max() <= GRADIENTS * np.abs(expected).max(), name
+        assert (
+            np.abs(tensor.read() - expected).max() <= GRADIENTS * np.abs(expected).max()
+        ), name

@@ -18,7 +18,9 @@ from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 
-HF_CONFIG = dataclasses.replace(CONFIG, group_norm_eps=CONFIG.head_size * CONFIG.norm_eps)
+HF_CONFIG = dataclasses.replace(
+    CONFIG, group_norm_eps=CONFIG.head_size * CONFIG.norm_eps
+)
 # The value residual of block 0, which official files have and no model reads.
 UNUSED = ("v0", "v1", "v2")
 
@@ -68,7 +70,10 @@ def test_hf_to_orbax_to_hf_keeps_every_bit(params, tmp_path):
     save_model(tmp_path / "orbax", *load_model(tmp_path / "hf"))
     save_model(tmp_path / "hf2", *load_model(tmp_path / "orbax"), format="hf")
     one, two = (
-        {n: t.read() for n, t in read_tensors(tmp_path / f / "model.safetensors").items()}
+        {
+            n: t.read()
+            for n, t in read_tensors(tmp_path / f / "model.safetensors").items()
+        }
         for f in ("hf", "hf2")
     )
     assert differing(one, two) == []
@@ -115,12 +120,16 @@ def test_the_unused_value_residual_does_not_change_the_logits(params, tmp_path):
     assert "v1" in loaded["layer_0"]["att"]
     tokens = jnp.arange(7)[None]
     apply = jax.jit(RWKV7(dataclasses.replace(CONFIG, implementation="scan")).apply)
-    one, two = (apply({"params": p}, tokens, init_state(CONFIG))[0] for p in (params, loaded))
+    one, two = (
+        apply({"params": p}, tokens, init_state(CONFIG))[0] for p in (params, loaded)
+    )
     np.testing.assert_array_equal(one, two)
 
 
 def test_prefixes_and_wrappers_of_trainers_are_taken_off(params, tmp_path):
-    named = {f"_forward_module.{name}": array for name, array in official(params).items()}
+    named = {
+        f"_forward_module.{name}": array for name, array in official(params).items()
+    }
     write_pth(tmp_path / "a.pth", named.items())
     assert differing(params, load_model(tmp_path / "a.pth")[0]) == []
 
@@ -202,14 +211,18 @@ def test_nan_is_refused_with_the_tensors_name_unless_asked_for(params, tmp_path,
 
 
 def test_a_merged_state_is_announced_not_dropped_in_silence(params, tmp_path):
-    named = official(params) | {"blocks.0.att.time_state": np.zeros((2, 32, 32), np.float32)}
+    named = official(params) | {
+        "blocks.0.att.time_state": np.zeros((2, 32, 32), np.float32)
+    }
     write_pth(tmp_path / "a.pth", named.items())
     with pytest.warns(UserWarning, match=r"tuned state as well; load_state"):
         load_model(tmp_path / "a.pth")
 
 
 def good_safetensors(tmp_path) -> bytes:
-    write_safetensors(tmp_path / "good.safetensors", [("a", np.arange(6, dtype=np.float32))])
+    write_safetensors(
+        tmp_path / "good.safetensors", [("a", np.arange(6, dtype=np.float32))]
+    )
     return (tmp_path / "good.safetensors").read_bytes()
 
 
@@ -224,7 +237,15 @@ def good_safetensors(tmp_path) -> bytes:
         lambda good: b"",
         lambda good: b"<!DOCTYPE html><html><body>404</body></html>",
     ],
-    ids=["truncated", "trailing", "huge header", "bad json", "lying offsets", "empty", "html"],
+    ids=[
+        "truncated",
+        "trailing",
+        "huge header",
+        "bad json",
+        "lying offsets",
+        "empty",
+        "html",
+    ],
 )
 def test_a_malformed_safetensors_file_is_one_sentence_with_its_path(tmp_path, spoil):
     path = tmp_path / "bad.safetensors"
@@ -236,7 +257,11 @@ def test_a_malformed_safetensors_file_is_one_sentence_with_its_path(tmp_path, sp
 
 @pytest.mark.parametrize(
     ("path", "sentence"),
-    [("none.pth", "does not exist"), ("model.bin", "must end in"), ("plain", "not a checkpoint")],
+    [
+        ("none.pth", "does not exist"),
+        ("model.bin", "must end in"),
+        ("plain", "not a checkpoint"),
+    ],
 )
 def test_a_path_that_is_no_checkpoint_is_one_sentence(tmp_path, path, sentence):
     (tmp_path / "model.bin").write_bytes(b"x")
@@ -253,10 +278,14 @@ def test_saving_never_replaces_a_folder_with_other_files(params, tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
-@pytest.mark.parametrize(("name", "format"), [("m.pth", None), ("orbax", None), ("hf", "hf")])
+@pytest.mark.parametrize(
+    ("name", "format"), [("m.pth", None), ("orbax", None), ("hf", "hf")]
+)
 def test_saving_a_tree_of_other_shapes_names_the_leaf(params, tmp_path, name, format):
     wrong = params | {"head": {"weight": jnp.zeros((3, 64))}}
-    sentence = r"save_model: `params` must hold head/weight of shape \(75, 64\); got \(3, 64\)"
+    sentence = (
+        r"save_model: `params` must hold head/weight of shape \(75, 64\); got \(3, 64\)"
+    )
     with pytest.raises(ValueError, match=sentence):
         save_model(tmp_path / name, wrong, HF_CONFIG, format=format)
     assert not (tmp_path / name).exists()
@@ -276,7 +305,9 @@ def test_an_orbax_folder_with_another_config_is_refused(params, tmp_path):
     table = json.loads(card.read_text())
     table["config"]["vocab_size"] = 76
     card.write_text(json.dumps(table))
-    sentence = r"load_model: `params` must hold emb/weight of shape \(76, 64\); got \(75, 64\)"
+    sentence = (
+        r"load_model: `params` must hold emb/weight of shape \(76, 64\); got \(75, 64\)"
+    )
     with pytest.raises(ValueError, match=sentence):
         load_model(tmp_path / "orbax", allow_nan=True)
 
@@ -300,7 +331,8 @@ def test_differences_of_parameters_are_saved_like_parameters(params, tmp_path):
     save_model(tmp_path / "difference.pth", difference, CONFIG)
     assert (
         differing(
-            difference, without_unused_value_residual(load_model(tmp_path / "difference.pth")[0])
+            difference,
+            without_unused_value_residual(load_model(tmp_path / "difference.pth")[0]),
         )
         == []
     )

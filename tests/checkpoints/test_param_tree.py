@@ -39,9 +39,13 @@ def initialized_shapes(config):
     """Shapes of what `model.init` makes, by path in the tree."""
 
     def init(key):
-        return RWKV7(config).init(key, jnp.zeros((1, 1), jnp.int32), init_state(config))["params"]
+        return RWKV7(config).init(
+            key, jnp.zeros((1, 1), jnp.int32), init_state(config)
+        )["params"]
 
-    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(init, jax.random.key(0)))
+    leaves = jax.tree_util.tree_leaves_with_path(
+        jax.eval_shape(init, jax.random.key(0))
+    )
     return {tuple(key.key for key in path): leaf.shape for path, leaf in leaves}
 
 
@@ -77,7 +81,9 @@ def test_every_name_has_an_hf_name_of_its_own_that_leads_back():
     names = list(tensor_names.shapes(CONFIG))
     hf = {tensor_names.to_hf(name): name for name in names}
     assert len(hf) == len(names)
-    tensors = {name: Tensor((2, 2), np.dtype(np.float32), lambda: np.eye(2)) for name in hf}
+    tensors = {
+        name: Tensor((2, 2), np.dtype(np.float32), lambda: np.eye(2)) for name in hf
+    }
     assert set(tensor_names.from_hf(tensors)) == set(names)
 
 
@@ -87,7 +93,9 @@ def test_only_block_0_has_an_unused_value_residual():
     assert not set(unused) & set(tensor_names.shapes(CONFIG))
     # Their shapes are those that other blocks' have.
     for name, shape in unused.items():
-        assert tensor_names.shapes(CONFIG)[name.replace("blocks.0", "blocks.1")] == shape
+        assert (
+            tensor_names.shapes(CONFIG)[name.replace("blocks.0", "blocks.1")] == shape
+        )
 
 
 def test_blocks_after_the_first_are_stacked_in_their_order(params):
@@ -117,7 +125,12 @@ def test_arrays_of_the_tree_do_not_change_with_the_file(params):
 def test_progress_ends_with_all_bytes(params):
     calls = []
     tensors = tensors_of(params, CONFIG)
-    build_tree(tensors, CONFIG, "a file", progress=lambda done, total: calls.append((done, total)))
+    build_tree(
+        tensors,
+        CONFIG,
+        "a file",
+        progress=lambda done, total: calls.append((done, total)),
+    )
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert calls[-1] == (size, size)
     assert calls == sorted(calls)
@@ -142,7 +155,9 @@ def test_sizes_are_inferred_from_shapes_alone(config):
 
 def test_the_norms_epsilon_of_an_hf_folder_tells_that_of_the_heads():
     shapes = tensor_names.shapes(CONFIG).items()
-    tensors = {n: Tensor(s, np.dtype(np.float32), lambda: np.zeros(())) for n, s in shapes}
+    tensors = {
+        n: Tensor(s, np.dtype(np.float32), lambda: np.zeros(())) for n, s in shapes
+    }
     config = infer_config(tensors, "a file", norm_eps=1e-4)
     assert config.norm_eps == 1e-4
     assert config.group_norm_eps == CONFIG.head_size * 1e-4
@@ -153,7 +168,11 @@ def test_the_norms_epsilon_of_an_hf_folder_tells_that_of_the_heads():
     [
         ("emb.weight", None, "is not an RWKV-7 checkpoint: it has no emb.weight"),
         ("emb.weight", (75,), r"has emb.weight of shape \(75,\), not a matrix"),
-        ("blocks.0.att.w1", (64, 0), r"has blocks.0.att.w1 of shape \(64, 0\), not a matrix"),
+        (
+            "blocks.0.att.w1",
+            (64, 0),
+            r"has blocks.0.att.w1 of shape \(64, 0\), not a matrix",
+        ),
         ("blocks.999999999.att.w1", (64, 8), "has blocks.999999999 but 4 blocks"),
     ],
 )
@@ -176,7 +195,9 @@ def test_tensors_of_integers_are_a_difference(params):
 
 def test_a_tree_of_integers_is_refused_as_a_file_of_integers_is(params):
     integers = params | {"head": {"weight": jnp.zeros((75, 64), jnp.int32)}}
-    with pytest.raises(TypeError, match="`params` must be floating-point; got head/weight int32"):
+    with pytest.raises(
+        TypeError, match="`params` must be floating-point; got head/weight int32"
+    ):
         check_params(integers, CONFIG)
 
 
@@ -188,7 +209,9 @@ def test_a_tree_with_a_further_leaf_is_refused(params):
 
 def test_a_tree_that_lacks_a_leaf_is_refused(params):
     less = {name: leaf for name, leaf in params.items() if name != "ln_out"}
-    with pytest.raises(ValueError, match=r"must hold ln_out/weight of shape \(64,\); got None"):
+    with pytest.raises(
+        ValueError, match=r"must hold ln_out/weight of shape \(64,\); got None"
+    ):
         check_params(less, CONFIG)
 
 

@@ -8,7 +8,17 @@ import pytest
 
 from rwkv7_jax.checkpoints.pth import read_pth, write_pth
 
-DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8")
+DTYPES = (
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+)
 
 
 def arrays() -> dict[str, np.ndarray]:
@@ -16,7 +26,11 @@ def arrays() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     found = {d: (rng.normal(size=(3, 5)) * 9).astype(np.dtype(d)) for d in DTYPES}
     flags = np.array([True, False, True])
-    return found | {"flags": flags, "empty": np.zeros((0, 7), np.float32), "one": np.float32(3.5)}
+    return found | {
+        "flags": flags,
+        "empty": np.zeros((0, 7), np.float32),
+        "one": np.float32(3.5),
+    }
 
 
 def same(one: dict, two: dict) -> bool:
@@ -40,7 +54,9 @@ def test_arrays_are_read_only_views_of_the_file(tmp_path):
 
 
 def test_data_begin_at_multiples_of_64_bytes(tmp_path):
-    write_pth(tmp_path / "a.pth", [(n, np.arange(7.0)) for n in ("x", "a longer name", "y")])
+    write_pth(
+        tmp_path / "a.pth", [(n, np.arange(7.0)) for n in ("x", "a longer name", "y")]
+    )
     for array in read_pth(tmp_path / "a.pth").values():
         assert array.ctypes.data % 64 == 0
 
@@ -48,8 +64,12 @@ def test_data_begin_at_multiples_of_64_bytes(tmp_path):
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     write_pth(tmp_path / "a.pth", [("x", np.arange(7.0))])
     before = (tmp_path / "a.pth").read_bytes()
-    with pytest.raises(ValueError, match="`y` must have a dtype of PyTorch's; got complex64"):
-        write_pth(tmp_path / "a.pth", [("x", np.ones(3)), ("y", np.ones(2, np.complex64))])
+    with pytest.raises(
+        ValueError, match="`y` must have a dtype of PyTorch's; got complex64"
+    ):
+        write_pth(
+            tmp_path / "a.pth", [("x", np.ones(3)), ("y", np.ones(2, np.complex64))]
+        )
     assert (tmp_path / "a.pth").read_bytes() == before
     assert os.listdir(tmp_path) == ["a.pth"]
 
@@ -88,7 +108,9 @@ def test_we_read_files_of_torch_whatever_the_strides_and_storages(tmp_path):
     for name, tensor in tensors.items():
         ours = found["state_dict"][name]
         assert ours.shape == tuple(tensor.shape)
-        np.testing.assert_array_equal(ours.astype(np.float32), tensor.detach().float().numpy())
+        np.testing.assert_array_equal(
+            ours.astype(np.float32), tensor.detach().float().numpy()
+        )
     assert found["state_dict"]["brain"].dtype == ml_dtypes.bfloat16
 
 

@@ -58,29 +58,43 @@ def program(body: bytes) -> bytes:
 
 
 def memo_bomb() -> bytes:
-    levels = b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60))
+    levels = b"".join(
+        b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(60)
+    )
     return b"\x80\x02)" + levels
 
 
 # Each builds a pickle in which nothing may run.
 MALICIOUS = {
-    "os.system": lambda p: pickle.dumps({"x": Calls(os.system, f"touch {p / SENTINEL}")}, 2),
+    "os.system": lambda p: pickle.dumps(
+        {"x": Calls(os.system, f"touch {p / SENTINEL}")}, 2
+    ),
     "eval": lambda p: pickle.dumps({"x": Calls(eval, touch(p))}, 2),
     "exec, protocol 4": lambda p: pickle.dumps({"x": Calls(exec, touch(p))}, 4),
     "nested reduce": lambda p: pickle.dumps(Calls(map, Calls(eval, touch(p)), [1]), 2),
-    "getattr chain": lambda p: pickle.dumps(Calls(getattr, Calls(__import__, "os"), "system"), 2),
-    "subprocess": lambda p: pickle.dumps(Calls(subprocess.run, ["touch", str(p / SENTINEL)]), 2),
+    "getattr chain": lambda p: pickle.dumps(
+        Calls(getattr, Calls(__import__, "os"), "system"), 2
+    ),
+    "subprocess": lambda p: pickle.dumps(
+        Calls(subprocess.run, ["touch", str(p / SENTINEL)]), 2
+    ),
     "protocol 0": lambda p: pickle.dumps(Calls(eval, touch(p)), 0),
-    "instance opcode": lambda p: b"(S'" + touch(p).encode().replace(b"'", b'"') + b"'\nieval\ne\n.",
+    "instance opcode": lambda p: (
+        b"(S'" + touch(p).encode().replace(b"'", b'"') + b"'\nieval\ne\n."
+    ),
     "torch's own opener": lambda p: b"\x80\x02ctorch.hub\nload\n)R.",
-    "a name with dots": lambda p: b"\x80\x02ctorch._utils\n_rebuild_tensor_v2.__globals__\n.",
+    "a name with dots": lambda p: (
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2.__globals__\n."
+    ),
     "a storage that is called": lambda p: program(b"ctorch\nFloatStorage\n(K\x05tR"),
     "attributes of a tensor": lambda p: program(tensor((2, 3), (3, 1)) + b"}b"),
     "a name made of memo": lambda p: memo_bomb() + b"h\x3b\x93.",
     "deep nesting": lambda p: b"\x80\x02)" + b"\x85" * 200_000 + b"q\x00h\x00\x93.",
     "deep keys": lambda p: b"\x80\x02})" + b"\x85" * 200_000 + b"K\x01s.",
     "a million dicts": lambda p: b"\x80\x02" + b"}" * 1_000_000 + b".",
-    "huge long": lambda p: b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"\x01" * 99 + b".",
+    "huge long": lambda p: (
+        b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"\x01" * 99 + b"."
+    ),
     "huge decimal": lambda p: b"L" + b"9" * 4_000_000 + b"L\n.",
     "huge string": lambda p: b"\x80\x04\x8d" + struct.pack("<Q", 2**60) + b"x.",
     "stack underflow": lambda p: b"\x80\x02R.",
@@ -94,7 +108,9 @@ MALICIOUS = {
     "an offset after the end": lambda p: program(tensor((2,), (1,), 5)),
     "one number as many": lambda p: program(tensor((1 << 30,), (0,))),
     "a thousand axes": lambda p: program(tensor((1,) * 1000, (1,) * 1000)),
-    "a storage of a lying size": lambda p: program(tensor((2, 3), (3, 1), count=1 << 50)),
+    "a storage of a lying size": lambda p: program(
+        tensor((2, 3), (3, 1), count=1 << 50)
+    ),
     "a storage that is missing": lambda p: program(tensor((2,), (1,), key="../0")),
     "a shape that is not a tuple": lambda p: program(tensor("ab", (1, 1))),
 }
@@ -156,7 +172,15 @@ def test_compressed_entries_are_refused_before_they_unfold(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../outside", "archive/../../outside", "/etc/passwd", "other/data/0", "a\\b", "alone"]
+    "name",
+    [
+        "../outside",
+        "archive/../../outside",
+        "/etc/passwd",
+        "other/data/0",
+        "a\\b",
+        "alone",
+    ],
 )
 def test_entries_that_climb_or_stand_apart_are_refused(tmp_path, name):
     body = program(tensor((2, 3), (3, 1)))
@@ -166,11 +190,15 @@ def test_entries_that_climb_or_stand_apart_are_refused(tmp_path, name):
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_an_entry_that_is_there_twice_is_refused(tmp_path):
     body = program(tensor((2, 3), (3, 1)))
-    assert "twice" in refused(archive(tmp_path / "a.pth", body, **{"archive/data.pkl": body}))
+    assert "twice" in refused(
+        archive(tmp_path / "a.pth", body, **{"archive/data.pkl": body})
+    )
 
 
 def test_entries_that_overlap_are_refused(tmp_path):
-    path = archive(tmp_path / "a.pth", program(tensor((2, 3), (3, 1))), **{"archive/data/1": b"x"})
+    path = archive(
+        tmp_path / "a.pth", program(tensor((2, 3), (3, 1))), **{"archive/data/1": b"x"}
+    )
     data = bytearray(path.read_bytes())
     central = [i for i in range(len(data)) if data[i : i + 4] == b"PK\x01\x02"]
     data[central[2] + 42 : central[2] + 46] = data[central[1] + 42 : central[1] + 46]
@@ -194,7 +222,9 @@ def test_an_endless_list_of_entries_is_refused(tmp_path):
     assert "list of entries" in refused(tmp_path / "a.pth")
 
 
-@pytest.mark.parametrize("data", [b"", b"PK", b"\x80\x02}.", b"<html></html>", bytes(1000)])
+@pytest.mark.parametrize(
+    "data", [b"", b"PK", b"\x80\x02}.", b"<html></html>", bytes(1000)]
+)
 def test_a_file_that_is_not_a_zip_is_refused(tmp_path, data):
     (tmp_path / "a.pth").write_bytes(data)
     assert "not a zip file" in refused(tmp_path / "a.pth")
@@ -247,7 +277,9 @@ MEASURE = """
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/status"), reason="memory is read from /proc"
+)
 def test_refusing_takes_under_a_second_each_and_under_200_mb(tmp_path):
     """In a process of its own: the reader's module alone, without JAX."""
     paths = []
@@ -262,6 +294,8 @@ def test_refusing_takes_under_a_second_each_and_under_200_mb(tmp_path):
     )
     rows, peak = json.loads(done.stdout)
     seconds = dict(zip(MALICIOUS, rows.values(), strict=True))
-    assert not [name for name, row in seconds.items() if row == "accepted" or row > 1], seconds
+    assert not [
+        name for name, row in seconds.items() if row == "accepted" or row > 1
+    ], seconds
     assert peak < 200_000, f"peak of {peak} kB"
     assert not (tmp_path / SENTINEL).exists()

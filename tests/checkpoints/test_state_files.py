@@ -27,7 +27,9 @@ def test_a_state_round_trips_bit_for_bit(tmp_path, suffix):
 
 def test_shift_states_travel_when_they_are_not_zero(tmp_path):
     state = random_state()
-    state = state.replace(att_shift=state.att_shift + 0.25, ffn_shift=state.ffn_shift - 0.5)
+    state = state.replace(
+        att_shift=state.att_shift + 0.25, ffn_shift=state.ffn_shift - 0.5
+    )
     save_state(tmp_path / "s.pth", state)
     assert differing(state, load_state(tmp_path / "s.pth")) == []
 
@@ -35,7 +37,9 @@ def test_shift_states_travel_when_they_are_not_zero(tmp_path):
 @pytest.mark.parametrize(
     ("suffix", "swapped"), [(".pth", False), (".safetensors", False), (".st", True)]
 )
-def test_rows_are_values_in_official_files_and_keys_in_st_files(tmp_path, suffix, swapped):
+def test_rows_are_values_in_official_files_and_keys_in_st_files(
+    tmp_path, suffix, swapped
+):
     state = random_state()
     save_state(tmp_path / f"s{suffix}", state)
     stored = read_tensors(tmp_path / f"s{suffix}")["blocks.1.att.time_state"].read()
@@ -44,17 +48,26 @@ def test_rows_are_values_in_official_files_and_keys_in_st_files(tmp_path, suffix
 
 
 def test_the_sidecar_says_axes_sizes_and_what_it_was_told(tmp_path):
-    save_state(tmp_path / "s.pth", random_state(), info={"base_model": "abc", "score": 1.5})
+    save_state(
+        tmp_path / "s.pth", random_state(), info={"base_model": "abc", "score": 1.5}
+    )
     card = json.loads(sidecar(tmp_path / "s.pth").read_text())
     assert card["axes"] == "head, value, key"
-    assert (card["layers"], card["heads"], card["value_size"], card["key_size"]) == (3, 2, 32, 32)
+    assert (card["layers"], card["heads"], card["value_size"], card["key_size"]) == (
+        3,
+        2,
+        32,
+        32,
+    )
     assert card["base_model"] == "abc" and card["score"] == 1.5
 
 
 def test_a_state_of_another_model_is_refused(tmp_path):
     save_state(tmp_path / "s.pth", random_state())
     other = RWKV7Config(vocab_size=75, num_layers=3, width=64, head_size=64)
-    with pytest.raises(ValueError, match=r"\(3, 1, 64, 64\) for this model; got \(3, 2, 32, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"\(3, 1, 64, 64\) for this model; got \(3, 2, 32, 32\)"
+    ):
         load_state(tmp_path / "s.pth", config=other)
     with pytest.raises(ValueError, match=r"save_state: `state` must have"):
         save_state(tmp_path / "t.pth", random_state(), config=other)
@@ -74,7 +87,9 @@ def test_a_transposed_state_fails_the_differential_test(tmp_path):
     params = jax.tree.map(lambda leaf: 0.2 * leaf, random_params(dtype=jnp.float32))
     state = random_state()
     save_state(tmp_path / "s.pth", state)
-    apply = jax.jit(lambda s: RWKV7(CONFIG).apply({"params": params}, jnp.arange(9)[None], s)[0])
+    apply = jax.jit(
+        lambda s: RWKV7(CONFIG).apply({"params": params}, jnp.arange(9)[None], s)[0]
+    )
     loaded = load_state(tmp_path / "s.pth")
     wrong = loaded.replace(wkv=loaded.wkv.swapaxes(-1, -2))
     truth = apply(state)

@@ -28,7 +28,9 @@ def test_an_upscaled_state_round_trips_bit_for_bit(tmp_path, state):
     save_state(tmp_path / "s.safetensors", state, config=CONFIG)
     back = load_state(tmp_path / "s.safetensors", config=CONFIG)
     assert differing(state, back) == []
-    assert back.upscaled.dynamics == "decay" and back.upscaled.features.kind == "gaussian"
+    assert (
+        back.upscaled.dynamics == "decay" and back.upscaled.features.kind == "gaussian"
+    )
 
 
 def test_features_without_a_map_stay_without_one(tmp_path, state):
@@ -50,7 +52,9 @@ def test_a_state_tuned_for_other_weights_gives_a_warning(tmp_path, state):
     other = model_hash(jax.tree.map(lambda x: x + 1, lively()), CONFIG)
     save_state(tmp_path / "s.safetensors", state, info={"base_model": own})
     load_state(tmp_path / "s.safetensors", base_model=own)
-    with pytest.warns(UserWarning, match=f"tuned for the model {own}; got the model {other}"):
+    with pytest.warns(
+        UserWarning, match=f"tuned for the model {own}; got the model {other}"
+    ):
         load_state(tmp_path / "s.safetensors", base_model=other)
 
 
@@ -58,14 +62,20 @@ def test_what_is_missing_or_not_finite_is_named(tmp_path, state):
     path = tmp_path / "s.safetensors"
     memory = np.asarray(state.upscaled.memory).copy()
     memory[1, 0, 1, 3, 2] = np.nan
-    save_state(path, state.replace(upscaled=state.upscaled.replace(memory=jnp.asarray(memory))))
+    save_state(
+        path, state.replace(upscaled=state.upscaled.replace(memory=jnp.asarray(memory)))
+    )
     with pytest.raises(ValueError, match=r"NaN or Inf in upscaled.memory"):
         load_state(path)
     save_state(path, state)
     card = json.loads(sidecar(path).read_text())
     sidecar(path).write_text(json.dumps(card | {"dynamics": "still"}))
-    with pytest.raises(ValueError, match=r"`state.upscaled.dynamics` must be one of static, decay"):
+    with pytest.raises(
+        ValueError, match=r"`state.upscaled.dynamics` must be one of static, decay"
+    ):
         load_state(path, config=CONFIG)
     sidecar(path).unlink()
-    with pytest.raises(ValueError, match=r"must give the upscaled state's dynamics; got none"):
+    with pytest.raises(
+        ValueError, match=r"must give the upscaled state's dynamics; got none"
+    ):
         load_state(path)

@@ -29,7 +29,10 @@ def test_convert_writes_the_other_format_and_says_what_it_was(model, tmp_path, c
 
 
 def test_convert_changes_the_dtype_when_asked(model, tmp_path):
-    assert main(["convert", str(model), str(tmp_path / "m.pth"), "--dtype", "float32"]) == 0
+    assert (
+        main(["convert", str(model), str(tmp_path / "m.pth"), "--dtype", "float32"])
+        == 0
+    )
     assert load_model(tmp_path / "m.pth")[0]["emb"]["weight"].dtype == "float32"
 
 
@@ -49,7 +52,10 @@ def test_inspect_shows_a_state_head_by_head(tmp_path, capsys):
 def test_doctor_names_versions_devices_and_implementations(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("jaxlib", "orbax", "device", "wkv7 scan", "runs here"))
+    assert all(
+        word in printed
+        for word in ("jaxlib", "orbax", "device", "wkv7 scan", "runs here")
+    )
 
 
 @pytest.mark.parametrize(

@@ -21,15 +21,21 @@ def file(tmp_path):
 @pytest.mark.parametrize("name", ["out", "out.bin", "new/v1.5"])
 def test_text_becomes_a_cache_and_is_counted(file, tmp_path, capsys, name):
     target = str(tmp_path / name)
-    assert main(["data", file, target, "--vocabulary", "bytes", "--on-bad", "skip"]) == 0
+    assert (
+        main(["data", file, target, "--vocabulary", "bytes", "--on-bad", "skip"]) == 0
+    )
     path = target if target.endswith(".bin") else f"{target}.bin"
     printed = capsys.readouterr().out
-    assert f"{path}: 3 documents, 47 bytes tokens (23 in the loss) of 44 bytes" in printed
+    assert (
+        f"{path}: 3 documents, 47 bytes tokens (23 in the loss) of 44 bytes" in printed
+    )
     assert f"lines skipped: 1; the first: {file}:3: not one JSON object" in printed
     assert len(token_stream(path, Tokenizer.bytes())) == 47
 
 
-def test_rows_are_shown_with_brackets_around_what_the_loss_leaves_out(file, tmp_path, capsys):
+def test_rows_are_shown_with_brackets_around_what_the_loss_leaves_out(
+    file, tmp_path, capsys
+):
     cache = str(tmp_path / "x.bin")
     main(["data", file, cache, "--vocabulary", "bytes", "--on-bad", "skip"])
     capsys.readouterr()
@@ -64,7 +70,10 @@ def test_rows_are_shown_with_brackets_around_what_the_loss_leaves_out(file, tmp_
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(file, tmp_path, capsys, words, reason):
-    assert main(["data", *(word.format(file=file, folder=tmp_path) for word in words)]) == 2
+    assert (
+        main(["data", *(word.format(file=file, folder=tmp_path) for word in words)])
+        == 2
+    )
     printed = capsys.readouterr().err
     assert reason in printed and printed.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]

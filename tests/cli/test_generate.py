@@ -24,7 +24,9 @@ CONFIG = RWKV7Config(vocab_size=257, num_layers=1, width=32, head_size=16)
 def folder(tmp_path_factory):
     """A model and a state on disk."""
     folder = tmp_path_factory.mktemp("files")
-    save_model(folder / "m.pth", random_params(CONFIG, dtype=jnp.float32, scale=0.3), CONFIG)
+    save_model(
+        folder / "m.pth", random_params(CONFIG, dtype=jnp.float32, scale=0.3), CONFIG
+    )
     save_state(folder / "s.pth", init_state(CONFIG))
     return folder
 
@@ -37,7 +39,9 @@ def command(folder, monkeypatch):
     add_generate_command(parser.add_subparsers())
 
     def call(*words):
-        args = parser.parse_args(["generate", "--model", "m.pth", "--tokens", "12", *words])
+        args = parser.parse_args(
+            ["generate", "--model", "m.pth", "--tokens", "12", *words]
+        )
         return args.run(args)
 
     return call

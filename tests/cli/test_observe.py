@@ -24,7 +24,12 @@ from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.observer.evaluation import proposal_error
 from rwkv7_jax.observer.files import load_observer, save_observer
-from rwkv7_jax.observer.observer import init_observer, propose, read_prompts, state_moments
+from rwkv7_jax.observer.observer import (
+    init_observer,
+    propose,
+    read_prompts,
+    state_moments,
+)
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 # One layer compiles fastest; 257 ids are single bytes.
@@ -97,7 +102,10 @@ def observe(name, *words):
 
 def test_the_proposed_state_is_written_and_says_where_it_is_from(run, folder, tmp_path):
     printed = run(*observe("observer", "--out", tmp_path / "s.pth"))
-    assert "1 layers with 2 heads of 8, for a teacher's 1 layers with 2 heads of 16" in printed
+    assert (
+        "1 layers with 2 heads of 8, for a teacher's 1 layers with 2 heads of 16"
+        in printed
+    )
     assert "prompt: 5 tokens" in printed and "s.pth" in printed
     state = load_state(tmp_path / "s.pth", config=TEACHER)
     np.testing.assert_array_equal(state.wkv, load_proposal(folder).wkv)
@@ -107,7 +115,9 @@ def test_the_proposed_state_is_written_and_says_where_it_is_from(run, folder, tm
 
 
 def test_the_error_is_in_units_of_the_variance_of_the_text(run, folder):
-    printed = run(*observe("observer", "--text", "text.txt", "--length", 20, "--windows", 4))
+    printed = run(
+        *observe("observer", "--text", "text.txt", "--length", 20, "--windows", 4)
+    )
     params, config = load_model(folder / "teacher.pth")
     observer, observer_params = load_observer(folder / "observer", TEACHER)
     teacher = RWKV7(config)
@@ -122,16 +132,30 @@ def test_the_error_is_in_units_of_the_variance_of_the_text(run, folder):
         tokens(PROMPT),
         variance=variance,
     )
-    assert f"proposal error: {float(error[0]):.4f} of the variance in text.txt" in printed
+    assert (
+        f"proposal error: {float(error[0]):.4f} of the variance in text.txt" in printed
+    )
 
 
 def test_an_observer_that_is_the_teacher_has_no_error(run):
-    printed = run(*observe("mirror", "--text", "text.txt", "--length", 20, "--windows", 4))
+    printed = run(
+        *observe("mirror", "--text", "text.txt", "--length", 20, "--windows", 4)
+    )
     assert "proposal error: 0.0000 of" in printed
 
 
-def test_the_model_starts_from_the_proposal_and_reads_the_last_token_itself(run, folder):
-    words = ("generate", "--model", "teacher.pth", "--tokens", "8", "--temperature", "0")
+def test_the_model_starts_from_the_proposal_and_reads_the_last_token_itself(
+    run, folder
+):
+    words = (
+        "generate",
+        "--model",
+        "teacher.pth",
+        "--tokens",
+        "8",
+        "--temperature",
+        "0",
+    )
     printed = run(*words, "--prompt", PROMPT, "--observer", "observer", "--json")
     result = json.loads(printed)
     assert result["prompt"] == PROMPT and result["prompt_tokens"] == 5
@@ -154,18 +178,38 @@ def test_a_mirror_proposes_the_state_that_the_teacher_would_have(run, folder, tm
     run(*observe("mirror", "--out", tmp_path / "s.pth"))
     params, config = load_model(folder / "teacher.pth")
     _, end = read_prompts(RWKV7(config), params, tokens(PROMPT))
-    np.testing.assert_allclose(load_state(tmp_path / "s.pth").wkv, end.wkv, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        load_state(tmp_path / "s.pth").wkv, end.wkv, rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("observe observer --model other.pth --prompt a --out {out}", "`observer` belongs to"),
-        ("observe nowhere --model teacher.pth --prompt a --out {out}", "has no model.safetensors"),
-        ("observe observer --model none.pth --prompt a --out {out}", "`none.pth` does not exist"),
-        ("observe observer --model teacher.pth --prompt= --out {out}", "`--prompt` must not be"),
-        ("observe observer --model teacher.pth --prompt a", "`--out` or `--text` must be given"),
-        ("observe observer --model teacher.pth --prompt a --text none.txt", "`none.txt` is no"),
+        (
+            "observe observer --model other.pth --prompt a --out {out}",
+            "`observer` belongs to",
+        ),
+        (
+            "observe nowhere --model teacher.pth --prompt a --out {out}",
+            "has no model.safetensors",
+        ),
+        (
+            "observe observer --model none.pth --prompt a --out {out}",
+            "`none.pth` does not exist",
+        ),
+        (
+            "observe observer --model teacher.pth --prompt= --out {out}",
+            "`--prompt` must not be",
+        ),
+        (
+            "observe observer --model teacher.pth --prompt a",
+            "`--out` or `--text` must be given",
+        ),
+        (
+            "observe observer --model teacher.pth --prompt a --text none.txt",
+            "`none.txt` is no",
+        ),
         (
             "observe observer --model teacher.pth --prompt a --text text.txt --windows 1",
             "`--windows` must be at least 2; got 1",
@@ -178,8 +222,14 @@ def test_a_mirror_proposes_the_state_that_the_teacher_would_have(run, folder, tm
             "observe observer --model teacher.pth --prompt a --out s.npz",
             "save_state: `path` must end in .pth, .safetensors, .st; got s.npz",
         ),
-        ("generate --observer observer --model other.pth --prompt ab", "`observer` belongs to"),
-        ("generate --observer nowhere --model teacher.pth --prompt ab", "has no model.safetensors"),
+        (
+            "generate --observer observer --model other.pth --prompt ab",
+            "`observer` belongs to",
+        ),
+        (
+            "generate --observer nowhere --model teacher.pth --prompt ab",
+            "has no model.safetensors",
+        ),
         (
             "generate --observer observer --model teacher.pth --prompt a",
             "generate: `--prompt` must have at least two tokens with `--observer`",
@@ -203,7 +253,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 
 def test_a_state_and_an_observer_exclude_each_other(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
-    words = "generate --model teacher.pth --prompt ab --state state.pth --observer observer"
+    words = (
+        "generate --model teacher.pth --prompt ab --state state.pth --observer observer"
+    )
     with pytest.raises(SystemExit) as exit_:
         main(words.split())
     assert exit_.value.code == 2

@@ -52,7 +52,9 @@ def wide():
         map=None,
     )
     upscaled = empty_memory(features)
-    return init_state(CONFIG).replace(upscaled=upscaled.replace(memory=upscaled.memory + 0.1))
+    return init_state(CONFIG).replace(
+        upscaled=upscaled.replace(memory=upscaled.memory + 0.1)
+    )
 
 
 def run(capsys, *words):
@@ -63,7 +65,10 @@ def run(capsys, *words):
 def test_info_shows_sizes_norms_ranks_and_capacity(folder, capsys):
     printed = run(capsys, "info", folder / "a.pth")
     assert "1 layers, 2 heads of 32 x 32, without shift states, float32" in printed
-    assert "alpha: 0.5" in printed and "trained numbers: 2,048 (WKV 2,048, upscaled 0)" in printed
+    assert (
+        "alpha: 0.5" in printed
+        and "trained numbers: 2,048 (WKV 2,048, upscaled 0)" in printed
+    )
     assert "about 58 to 102 facts of 5 bits (toy tasks, 300 to 1000 steps)" in printed
     norm = np.linalg.norm(state(1).wkv[0, 0, 1])
     row = next(line for line in printed.splitlines() if line.split()[:2] == ["0", "1"])
@@ -79,9 +84,15 @@ def test_info_of_an_upscaled_state_shows_its_memory(folder, capsys):
 def test_info_says_whether_the_model_is_the_states_own(folder, capsys):
     model = folder / "base.pth"
     assert f"{model} is it" in run(capsys, "info", folder / "a.pth", "--model", model)
-    assert "the sizes fit" in run(capsys, "info", folder / "unnamed.pth", "--model", model)
-    with pytest.warns(UserWarning, match="was tuned for the model another; got the model"):
-        assert f"{model} is another" in run(capsys, "info", folder / "other.pth", "--model", model)
+    assert "the sizes fit" in run(
+        capsys, "info", folder / "unnamed.pth", "--model", model
+    )
+    with pytest.warns(
+        UserWarning, match="was tuned for the model another; got the model"
+    ):
+        assert f"{model} is another" in run(
+            capsys, "info", folder / "other.pth", "--model", model
+        )
 
 
 @pytest.mark.parametrize("order", ["a b -- o", "a b o --", "-- a b o"])
@@ -98,13 +109,22 @@ def test_mix_writes_the_sum_and_what_it_is_made_of(folder, tmp_path, capsys, ord
     run(capsys, "mix", *line)
     mixed = load_state(tmp_path / "out.pth")
     card = read_sidecar(tmp_path / "out.pth")
-    np.testing.assert_allclose(mixed.wkv, 0.25 * state(1).wkv + 0.75 * state(2).wkv, rtol=1e-6)
+    np.testing.assert_allclose(
+        mixed.wkv, 0.25 * state(1).wkv + 0.75 * state(2).wkv, rtol=1e-6
+    )
     assert card["base_model"] == read_sidecar(folder / "a.pth")["base_model"]
     assert card["made_of"] == "0.25 x a.pth + 0.75 x b.pth"
 
 
 def test_scale_writes_the_product_and_the_alpha_of_both(folder, tmp_path, capsys):
-    run(capsys, "scale", folder / "a.pth", "--alpha", "0.5", tmp_path / "half.safetensors")
+    run(
+        capsys,
+        "scale",
+        folder / "a.pth",
+        "--alpha",
+        "0.5",
+        tmp_path / "half.safetensors",
+    )
     half = load_state(tmp_path / "half.safetensors")
     card = read_sidecar(tmp_path / "half.safetensors")
     np.testing.assert_array_equal(half.wkv, 0.5 * state(1).wkv)
@@ -126,9 +146,23 @@ def doctor(folder, *words, name="a.pth"):
 def test_doctor_prints_losses_heads_positions_and_advice(folder, capsys, tmp_path):
     pytest.importorskip("matplotlib", reason="the plot extra is not installed")
     picture = tmp_path / "state.png"
-    words = ("--data", folder / "text.txt", "--generic", "task:mapping", "--picture", picture)
+    words = (
+        "--data",
+        folder / "text.txt",
+        "--generic",
+        "task:mapping",
+        "--picture",
+        picture,
+    )
     printed = run(capsys, *doctor(folder, *words))
-    for word in ("base nats", "tuned nats", "KL", "task:mapping", "typical norm", "read rank"):
+    for word in (
+        "base nats",
+        "tuned nats",
+        "KL",
+        "task:mapping",
+        "typical norm",
+        "read rank",
+    ):
         assert word in printed
     assert "WKV state, 32 channels a head" in printed and "16-23" in printed
     assert "wkv: below 10 % of the first read" in printed
@@ -140,22 +174,45 @@ def test_doctor_prints_losses_heads_positions_and_advice(folder, capsys, tmp_pat
     ("words", "sentence"),
     [
         ("info none.pth", "load_state: `none.pth` does not exist."),
-        ("mix {a} {other} {out} --weights 1,1", "states must be of one base model; `{a}` was"),
-        ("mix {a} {b} {out} --weights 1,x", "`--weights` must be numbers with commas between them"),
-        ("mix {a} {b} {out} --weights 1", "weighted_sum: `weights` must be one for each state"),
+        (
+            "mix {a} {other} {out} --weights 1,1",
+            "states must be of one base model; `{a}` was",
+        ),
+        (
+            "mix {a} {b} {out} --weights 1,x",
+            "`--weights` must be numbers with commas between them",
+        ),
+        (
+            "mix {a} {b} {out} --weights 1",
+            "weighted_sum: `weights` must be one for each state",
+        ),
         ("mix {out} --weights 1", "state mix: needs at least one state"),
         (
             "mix {a} {wide} {out} --weights 1,1",
             "weighted_sum: `states[1]` must have an upscaled memory if",
         ),
-        ("scale {wide} --alpha 1 {out}", "of an upscaled state must end in .safetensors"),
-        ("scale {a} --alpha nan {out}", "state scale: `--alpha` must be finite; got nan."),
+        (
+            "scale {wide} --alpha 1 {out}",
+            "of an upscaled state must end in .safetensors",
+        ),
+        (
+            "scale {a} --alpha nan {out}",
+            "state scale: `--alpha` must be finite; got nan.",
+        ),
         ("doctor {a} --model {base} --data task:none", "`name` must be one of copy"),
-        ("doctor {a} --model {base} --data nowhere.txt", "`nowhere.txt` is no file, no folder"),
-        ("doctor {a} --model {base} --data {text} --windows 0", "`--windows` must be at least 1"),
+        (
+            "doctor {a} --model {base} --data nowhere.txt",
+            "`nowhere.txt` is no file, no folder",
+        ),
+        (
+            "doctor {a} --model {base} --data {text} --windows 0",
+            "`--windows` must be at least 1",
+        ),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(folder, tmp_path, capsys, words, sentence):
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    folder, tmp_path, capsys, words, sentence
+):
     files = {name: folder / f"{name}.pth" for name in ("a", "b", "other", "base")}
     files |= {"text": folder / "text.txt", "wide": folder / "wide.safetensors"}
     files["out"] = tmp_path / "out.pth"
@@ -165,7 +222,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(folder, tmp_path, capsys, wor
     assert not files["out"].exists()
 
 
-def test_a_picture_without_matplotlib_is_refused_before_the_work(folder, capsys, monkeypatch):
+def test_a_picture_without_matplotlib_is_refused_before_the_work(
+    folder, capsys, monkeypatch
+):
     monkeypatch.setattr("rwkv7_jax.reports.plots.available", lambda: False)
     words = doctor(folder, "--data", folder / "text.txt", "--picture", "out.png")
     assert main(["state", *map(str, words)]) == 2

@@ -33,7 +33,9 @@ def test_a_mapping_becomes_a_batch_and_a_batch_stays_itself():
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_field():
-    with pytest.raises(ValueError, match=r"score: `batch` .* field 'maks'; the nearest is 'mask'"):
+    with pytest.raises(
+        ValueError, match=r"score: `batch` .* field 'maks'; the nearest is 'mask'"
+    ):
         Batch.of({"tokens": TOKENS, "maks": MASK}, caller="score")
 
 
@@ -44,12 +46,16 @@ def test_tokens_must_be_there(batch):
 
 
 def test_a_field_that_the_caller_needs_must_be_there():
-    with pytest.raises(ValueError, match=r"score: `batch` must hold 'mask'; it has tokens\."):
+    with pytest.raises(
+        ValueError, match=r"score: `batch` must hold 'mask'; it has tokens\."
+    ):
         Batch.of(Batch(tokens=TOKENS), "mask", caller="score")
 
 
 def test_something_else_than_a_mapping_is_refused():
-    with pytest.raises(TypeError, match=r"`batch` must be a Batch or a mapping; got ndarray"):
+    with pytest.raises(
+        TypeError, match=r"`batch` must be a Batch or a mapping; got ndarray"
+    ):
         Batch.of(TOKENS)
 
 

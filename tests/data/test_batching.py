@@ -5,7 +5,14 @@ import concurrent.futures
 import numpy as np
 import pytest
 
-from rwkv7_jax.data.loading import batch_at, host_rows, left_out, packed, token_stream, windows
+from rwkv7_jax.data.loading import (
+    batch_at,
+    host_rows,
+    left_out,
+    packed,
+    token_stream,
+    windows,
+)
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 BYTES = Tokenizer.bytes()
@@ -29,7 +36,10 @@ def read(batch):
     """Returns each row's text, and the targets that count."""
     rows = zip(batch.tokens, batch.mask, strict=True)
     return [
-        (spelled(tokens), spelled(np.where(mask == 1, tokens[1:], 33 + 1)).replace("!", "-"))
+        (
+            spelled(tokens),
+            spelled(np.where(mask == 1, tokens[1:], 33 + 1)).replace("!", "-"),
+        )
         for tokens, mask in rows
     ]
 
@@ -63,13 +73,17 @@ def test_with_packing_documents_a_row_is_one_document_cut_or_filled(stream):
 
 def test_packing_documents_warns_of_what_it_leaves_out(stream):
     sizes = {"batch_size": 2, "length": 6, "tokenizer": BYTES, "packing": "documents"}
-    with pytest.warns(UserWarning, match="2 documents are longer than 7 tokens: 8 of 31 tokens"):
+    with pytest.warns(
+        UserWarning, match="2 documents are longer than 7 tokens: 8 of 31 tokens"
+    ):
         next(packed(stream, **sizes))
     next(packed(stream, **sizes | {"length": 30}))
 
 
 @pytest.mark.parametrize(
-    "choices", [{}, {"order": "cubic"}, {"packing": "documents"}], ids=["stream", "cubic", "docs"]
+    "choices",
+    [{}, {"order": "cubic"}, {"packing": "documents"}],
+    ids=["stream", "cubic", "docs"],
 )
 def test_hosts_make_the_rows_of_the_global_batch_between_them(stream, choices):
     choices = {"batch_size": 6, "length": 7, "seed": 3, **choices}
@@ -81,7 +95,9 @@ def test_hosts_make_the_rows_of_the_global_batch_between_them(stream, choices):
                 for host in range(hosts)
             ]
             for name, array in whole.items():
-                np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), array)
+                np.testing.assert_array_equal(
+                    np.concatenate([p[name] for p in parts]), array
+                )
 
 
 @pytest.mark.parametrize("choices", [{}, {"order": "cubic"}, {"packing": "documents"}])
@@ -101,7 +117,10 @@ def test_unknown_choices_and_sizes_that_do_not_fit_are_refused(stream):
     for choices, reason in (
         ({"order": "sorted"}, "`order` must be shuffled or cubic; got 'sorted'"),
         ({"packing": "none"}, "`packing` must be stream or documents; got 'none'"),
-        ({"order": "cubic", "packing": "documents"}, '`order` must be "shuffled" where'),
+        (
+            {"order": "cubic", "packing": "documents"},
+            '`order` must be "shuffled" where',
+        ),
         ({"order": "cubic", "length": 11}, "at least 33 for windows of 11; got 31"),
     ):
         with pytest.raises(ValueError, match=reason):

@@ -7,7 +7,9 @@ from binidx_files import write
 from rwkv7_jax.data.binidx import BinidxWriter, read_binidx
 
 
-@pytest.mark.parametrize(("dtype", "code"), [(np.uint16, 8), (np.int32, 4), (np.uint8, 1)])
+@pytest.mark.parametrize(
+    ("dtype", "code"), [(np.uint16, 8), (np.int32, 4), (np.uint8, 1)]
+)
 def test_ids_are_read_in_order(tmp_path, dtype, code):
     path = write(tmp_path, [[1, 2, 0], [], [7, 0]], dtype=dtype, code=code)
     for name in (path, path.with_suffix(".idx"), str(path)):
@@ -20,8 +22,12 @@ def test_an_empty_file_holds_no_ids(tmp_path):
     assert len(ids) == 0 and starts.tolist() == [0]
 
 
-@pytest.mark.parametrize(("dtype", "code"), [(np.uint16, 8), (np.int32, 4), (np.uint8, 1)])
-def test_files_are_written_byte_for_byte_as_the_formats_own_tool_writes_them(tmp_path, dtype, code):
+@pytest.mark.parametrize(
+    ("dtype", "code"), [(np.uint16, 8), (np.int32, 4), (np.uint8, 1)]
+)
+def test_files_are_written_byte_for_byte_as_the_formats_own_tool_writes_them(
+    tmp_path, dtype, code
+):
     expected = write(tmp_path, [[1, 2, 0], [], [7, 0]], dtype=dtype, code=code)
     with BinidxWriter(tmp_path / "y.bin", dtype) as writer:
         for pieces in ([[1], [2, 0]], [], [[7, 0]]):

@@ -31,17 +31,35 @@ BAD = {
     "lone surrogate": (b'{"text": "ab\\ud800"}\n', "lone surrogate at character 2"),
     "byte order mark": (b'\xef\xbb\xbf{"text": "a"}\n', "byte order mark"),
     "UTF-16": ('{"text": "a"}\n'.encode("utf-16"), "as UTF-16 does"),
-    "UTF-16 without mark": ('{"text": "a"}'.encode("utf-16-le") + b"\n", "as UTF-16 does"),
+    "UTF-16 without mark": (
+        '{"text": "a"}'.encode("utf-16-le") + b"\n",
+        "as UTF-16 does",
+    ),
     "Latin-1": (b'{"text": "\xe4"}\n', "not UTF-8 at byte 10"),
-    "two objects": (b'{"text": "a"} {"text": "b"}\n', "not one JSON object: Extra data"),
+    "two objects": (
+        b'{"text": "a"} {"text": "b"}\n',
+        "not one JSON object: Extra data",
+    ),
     "deep nesting": (b'{"text": ' + b"[" * 100_000 + b"\n", "nested too deeply"),
-    "two kinds": (b'{"text": "a", "messages": []}\n', '"text" and "messages" in one object'),
+    "two kinds": (
+        b'{"text": "a", "messages": []}\n',
+        '"text" and "messages" in one object',
+    ),
     "no answer": (b'{"prompt": "a"}\n', 'no "answer"'),
     "empty answer": (b'{"prompt": "a", "answer": ""}\n', '"answer" is empty'),
-    "surrogate in an answer": (b'{"prompt": "a", "answer": "\\udc00"}\n', '"answer" has a lone'),
+    "surrogate in an answer": (
+        b'{"prompt": "a", "answer": "\\udc00"}\n',
+        '"answer" has a lone',
+    ),
     "no messages": (b'{"messages": {}}\n', '"messages" must be a list of messages'),
-    "unknown role": (b'{"messages": [{"role": "tool"}]}\n', "message 1: role must be system, user"),
-    "role of no kind": (b'{"messages": [{"role": []}]}\n', "message 1: role must be system, user"),
+    "unknown role": (
+        b'{"messages": [{"role": "tool"}]}\n',
+        "message 1: role must be system, user",
+    ),
+    "role of no kind": (
+        b'{"messages": [{"role": []}]}\n',
+        "message 1: role must be system, user",
+    ),
     "no content": (b'{"messages": [{"role": "user"}]}\n', 'message 1: no "content"'),
     "no message": (b'{"messages": ["hi"]}\n', "message 1: must be an object; got str"),
     "question last": (
@@ -81,9 +99,13 @@ def test_bad_lines_can_be_skipped_and_are_counted(file, fault):
     # The line's end has two bytes in UTF-16; the second one is the first of the next line.
     lost = 2 if fault == "UTF-16" else 1
     found = list(documents(path, on_bad="skip", stats=stats))
-    assert {document.text() for document in found} == {b"good"} and len(found) == 3 - lost
+    assert {document.text() for document in found} == {b"good"} and len(
+        found
+    ) == 3 - lost
     assert stats.skipped == lost and stats.first_error.startswith(f"{path}:2: ")
-    with pytest.warns(UserWarning, match=rf"{lost} lines of .*x\.jsonl were skipped; .*:2: "):
+    with pytest.warns(
+        UserWarning, match=rf"{lost} lines of .*x\.jsonl were skipped; .*:2: "
+    ):
         assert len(token_stream(path, BYTES, on_bad="skip")) == 5 * (3 - lost)
 
 
@@ -108,10 +130,15 @@ def test_a_bad_question_is_named_by_file_and_number(file, line, reason):
 @pytest.mark.slow
 def test_crlf_blank_lines_and_a_line_of_fifty_megabytes_are_read(file):
     long = "x" * 50_000_000
-    path = file(b'{"text": "a\\r\\n"}\r\n\r\n  \n' + json.dumps({"text": long}).encode())
+    path = file(
+        b'{"text": "a\\r\\n"}\r\n\r\n  \n' + json.dumps({"text": long}).encode()
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert [document.text() for document in documents(path)] == [b"a\r\n", long.encode()]
+        assert [document.text() for document in documents(path)] == [
+            b"a\r\n",
+            long.encode(),
+        ]
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, WORLD], ids=lambda t: t.name)
@@ -123,7 +150,9 @@ def test_a_text_that_is_not_utf8_is_read_as_its_bytes(tmp_path, tokenizer):
 
 
 def test_half_a_surrogate_pair_in_a_prompt_is_named_with_its_position():
-    with pytest.raises(ValueError, match="valid Unicode; got a lone surrogate at character 2"):
+    with pytest.raises(
+        ValueError, match="valid Unicode; got a lone surrogate at character 2"
+    ):
         WORLD.encode("ab\udc80c")
 
 
@@ -133,11 +162,26 @@ def test_half_a_surrogate_pair_in_a_prompt_is_named_with_its_position():
         ("x.idx", 0, b"JUNK", r"x\.idx` at byte 0: no MMIDIDX magic"),
         ("x.idx", 9, b"\x02", r"x\.idx` at byte 9: version must be 1; got 2"),
         ("x.idx", 17, b"\x06", r"x\.idx` at byte 17: no integer dtype has code 6"),
-        ("x.idx", 17, b"\x04", r"x\.idx` at byte 50: a sequence does not follow the last"),
+        (
+            "x.idx",
+            17,
+            b"\x04",
+            r"x\.idx` at byte 50: a sequence does not follow the last",
+        ),
         ("x.idx", 18, b"\xff", r"x\.idx` must have \d+ bytes; it has"),
         ("x.idx", 34, b"\x09", r"at byte \d+: a sequence does not follow the last"),
-        ("x.idx", 38, b"\x03", r"x\.bin` must have 12 bytes, says its index; it has 10"),
-        ("x.idx", 38, b"\xff\xff\xff\xff", r"x\.idx` at byte 38: a sequence of negative size"),
+        (
+            "x.idx",
+            38,
+            b"\x03",
+            r"x\.bin` must have 12 bytes, says its index; it has 10",
+        ),
+        (
+            "x.idx",
+            38,
+            b"\xff\xff\xff\xff",
+            r"x\.idx` at byte 38: a sequence of negative size",
+        ),
     ],
 )
 def test_a_wrong_field_is_named_by_file_and_offset(tmp_path, file, place, data, reason):
@@ -180,7 +224,9 @@ def test_a_damaged_file_of_a_cache_is_named(tmp_path, suffix, change):
         file.write_bytes(file.read_bytes()[:-1])
     else:
         file.unlink()
-    with pytest.raises(ValueError, match=rf"x\{suffix}` must have \d bytes, .*; it has \d"):
+    with pytest.raises(
+        ValueError, match=rf"x\{suffix}` must have \d bytes, .*; it has \d"
+    ):
         token_stream(tmp_path / "x.bin", BYTES, split="train", held_out=0.0)
 
 
@@ -188,27 +234,37 @@ def test_a_damaged_file_of_a_cache_is_named(tmp_path, suffix, change):
 def test_a_damaged_card_is_named(tmp_path, text):
     path = binidx_files.write(tmp_path, [[1, 0]])
     (tmp_path / "x.card.json").write_bytes(text)
-    with pytest.raises(ValueError, match=r"x\.card\.json` must be of 'rwkv7_jax tokens 1': "):
+    with pytest.raises(
+        ValueError, match=r"x\.card\.json` must be of 'rwkv7_jax tokens 1': "
+    ):
         token_stream(path, BYTES)
 
 
 def test_a_card_of_other_files_or_of_another_vocabulary_is_refused(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"abc")
     write_cache([tmp_path / "a.txt"], tmp_path / "x.bin", BYTES)
-    with pytest.raises(ValueError, match="of the model's vocabulary, world; it is of bytes"):
+    with pytest.raises(
+        ValueError, match="of the model's vocabulary, world; it is of bytes"
+    ):
         token_stream(tmp_path / "x.bin", WORLD)
     binidx_files.write(tmp_path, [[1, 0]])
-    with pytest.raises(ValueError, match=r"count 1 documents and 2 tokens, .*; got 1 and 4"):
+    with pytest.raises(
+        ValueError, match=r"count 1 documents and 2 tokens, .*; got 1 and 4"
+    ):
         token_stream(tmp_path / "x.bin", BYTES)
 
 
 @pytest.mark.parametrize(("wrong", "place"), [(257, 3), (-1, 5), (70_000, 0)])
-def test_an_id_in_data_outside_the_vocabulary_is_named_with_its_position(tmp_path, wrong, place):
+def test_an_id_in_data_outside_the_vocabulary_is_named_with_its_position(
+    tmp_path, wrong, place
+):
     ids = np.arange(9, dtype=np.int32)
     ids[place] = wrong
     path = binidx_files.write(tmp_path, [ids], dtype=np.int32, code=4)
     for source in (ids, path):
-        with pytest.raises(ValueError, match=rf"below 257; got {wrong} at position {place}"):
+        with pytest.raises(
+            ValueError, match=rf"below 257; got {wrong} at position {place}"
+        ):
             token_stream(source, BYTES)
     with pytest.raises(TypeError, match="`source` must hold integers; got float64"):
         token_stream(ids / 2, BYTES)
@@ -216,8 +272,12 @@ def test_an_id_in_data_outside_the_vocabulary_is_named_with_its_position(tmp_pat
 
 @pytest.mark.parametrize("name", ["prompts", "stop_ids", "banned", "penalty_exempt"])
 @pytest.mark.parametrize("wrong", [-1, CONFIG.vocab_size])
-def test_an_id_in_an_argument_outside_the_vocabulary_is_named_with_its_position(name, wrong):
+def test_an_id_in_an_argument_outside_the_vocabulary_is_named_with_its_position(
+    name, wrong
+):
     ids = {"prompts": [1, 2], name: [3, 4, wrong]}
     # There are no weights, so nothing can have run on a device.
-    with pytest.raises(ValueError, match=rf"`{name}`.*got {re.escape(str(wrong))} at position 2"):
+    with pytest.raises(
+        ValueError, match=rf"`{name}`.*got {re.escape(str(wrong))} at position 2"
+    ):
         generate(RWKV7(CONFIG), {}, **ids)

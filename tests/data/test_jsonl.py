@@ -4,7 +4,13 @@ import json
 
 import pytest
 
-from rwkv7_jax.data.jsonl import ReadStats, check_object, parse_record, read_jsonl, read_log
+from rwkv7_jax.data.jsonl import (
+    ReadStats,
+    check_object,
+    parse_record,
+    read_jsonl,
+    read_log,
+)
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 
@@ -41,19 +47,33 @@ def test_blank_lines_inside_a_turn_are_removed_since_one_ends_it(blank):
     assert marked(record) == "[User: a\nb\n\nAssistant:] c\n  d"
 
 
-@pytest.mark.parametrize("tokenizer", [Tokenizer.bytes(), Tokenizer.world()], ids=lambda t: t.name)
+@pytest.mark.parametrize(
+    "tokenizer", [Tokenizer.bytes(), Tokenizer.world()], ids=lambda t: t.name
+)
 def test_a_prompt_has_the_ids_that_it_has_without_its_answer(tokenizer):
     prompt = "User: Hi\n\nAssistant:"
-    for record in (say(("user", "Hi"), ("assistant", "Ho")), {"prompt": prompt, "answer": " Ho"}):
-        pieces = [(ids.tolist(), in_loss) for ids, in_loss in parse_record(record).ids(tokenizer)]
+    for record in (
+        say(("user", "Hi"), ("assistant", "Ho")),
+        {"prompt": prompt, "answer": " Ho"},
+    ):
+        pieces = [
+            (ids.tolist(), in_loss)
+            for ids, in_loss in parse_record(record).ids(tokenizer)
+        ]
         answer = tokenizer.encode(" Ho")
-        assert pieces == [(tokenizer.encode(prompt), False), (answer, True), ([0], True)]
+        assert pieces == [
+            (tokenizer.encode(prompt), False),
+            (answer, True),
+            ([0], True),
+        ]
 
 
 def test_a_log_is_read_past_lines_that_are_no_objects(tmp_path):
     path = tmp_path / "log.jsonl"
     assert read_log(path) == []
-    path.write_text('{"step": 1}\n\n[2]\n{"step": 3, "text": "a\u2028b"}\n{"step": 4, "lo')
+    path.write_text(
+        '{"step": 1}\n\n[2]\n{"step": 3, "text": "a\u2028b"}\n{"step": 4, "lo'
+    )
     assert read_log(path) == [{"step": 1}, {"step": 3, "text": "a\u2028b"}]
 
 
@@ -61,7 +81,9 @@ def test_numbers_that_are_not_finite_are_read_from_logs_and_refused_in_data(tmp_
     path = tmp_path / "log.jsonl"
     path.write_text(json.dumps({"loss": float("inf")}))
     assert read_log(path) == [{"loss": float("inf")}]
-    with pytest.raises(ValueError, match=r"log\.jsonl:1: Infinity is not a JSON number"):
+    with pytest.raises(
+        ValueError, match=r"log\.jsonl:1: Infinity is not a JSON number"
+    ):
         list(read_jsonl(path, check_object))
 
 
@@ -79,7 +101,9 @@ def test_skipped_lines_are_counted_and_the_first_is_explained(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('[1]\n{"a": 1}\noops\n')
     stats = ReadStats()
-    assert list(read_jsonl(path, check_object, on_bad="skip", stats=stats)) == [{"a": 1}]
+    assert list(read_jsonl(path, check_object, on_bad="skip", stats=stats)) == [
+        {"a": 1}
+    ]
     assert stats.skipped == 2
     assert stats.first_error == f"{path}:1: must be an object; got list"
     assert stats.bytes == path.stat().st_size

@@ -20,7 +20,9 @@ def rows(steps, **changes):
 
 
 def test_a_batch_depends_on_the_seed_and_the_step_alone():
-    walked = list(itertools.islice(packed(STREAM, tokenizer=BYTES, seed=5, **SIZES), 60))
+    walked = list(
+        itertools.islice(packed(STREAM, tokenizer=BYTES, seed=5, **SIZES), 60)
+    )
     jumped = next(packed(STREAM, tokenizer=BYTES, seed=5, start_step=57, **SIZES))
     np.testing.assert_array_equal(walked[57].tokens, jumped.tokens)
     np.testing.assert_array_equal(walked[57].tokens, rows([57], seed=5)[0])
@@ -93,7 +95,10 @@ def test_documents_are_split_by_their_bytes_and_end_with_token_0(folder):
 def test_arrays_and_token_files_are_split_by_position(tmp_path):
     path = binidx_files.write(tmp_path, [STREAM])
     for source in (STREAM, path):
-        parts = [token_stream(source, BYTES, split=s, held_out=0.1) for s in ("train", "held_out")]
+        parts = [
+            token_stream(source, BYTES, split=s, held_out=0.1)
+            for s in ("train", "held_out")
+        ]
         assert [len(p) for p in parts] == [900, 100]
         np.testing.assert_array_equal(np.concatenate(parts), STREAM)
 

@@ -19,7 +19,9 @@ def test_the_magic_prime_is_the_largest_that_fits():
         assert magic_prime(windows * 16 + 15, 16) == expected
     # Said by the official tool of a published data set (minipile, 1498226207 tokens).
     assert magic_prime(1498226207, 512) == 2926181
-    with pytest.raises(ValueError, match="`tokens` must be at least 48 for windows of 16; got 47"):
+    with pytest.raises(
+        ValueError, match="`tokens` must be at least 48 for windows of 16; got 47"
+    ):
         magic_prime(47, 16)
 
 

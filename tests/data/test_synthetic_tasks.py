@@ -115,7 +115,9 @@ def test_sequences_are_changed_as_their_letter_says(name, changes):
         examples = re.findall(r"(.)(\w{6})>(\w{6})", row)
         assert len(examples) * 14 == len(row) == 112
         assert counts == ([False] * 8 + [True] * 6) * 8
-        hidden = [c for c in changes if all(SEQUENCES[c](x) == y for _, x, y in examples)]
+        hidden = [
+            c for c in changes if all(SEQUENCES[c](x) == y for _, x, y in examples)
+        ]
         assert len(hidden) == 1
         assert {letter for letter, *_ in examples} in ({"?"}, {hidden[0]})
         letters.add(row[0])
@@ -139,15 +141,21 @@ def test_facts_are_those_of_the_seed_and_come_once_in_a_row():
     for changes in ({}, {"held_out": True}, {"length": 25, "batch_size": 8}):
         seen = []
         for row, counts in rows("facts-64", **changes):
-            assert row[0] == "F" and counts == [False] + [False, False, True] * (len(row) // 3)
+            assert row[0] == "F" and counts == [False] + [False, False, True] * (
+                len(row) // 3
+            )
             found = re.findall(r"(\w\w)(\w)", row[1:])
             assert all(facts[key] == value for key, value in found)
             assert len({key for key, _ in found}) == len(found)
             assert len(found) == changes.get("length", 120) // 3
             seen += [key for key, _ in found]
-        assert set(seen) == set(facts), "every batch that is large enough goes through all facts"
+        assert set(seen) == set(facts), (
+            "every batch that is large enough goes through all facts"
+        )
     assert set(fact_table(64, 1)[0]) != set(keys)
-    assert all(fact_table(256, 0)[0][:64] == keys) and all(fact_table(256, 0)[1][:64] == values)
+    assert all(fact_table(256, 0)[0][:64] == keys) and all(
+        fact_table(256, 0)[1][:64] == values
+    )
 
 
 def test_fewer_facts_than_fit_leave_the_rest_of_a_row_empty():
@@ -159,7 +167,9 @@ def test_every_query_has_the_value_of_its_pair():
         pairs, queries = row[1:].split(">")
         known = dict(zip(pairs[::2], pairs[1::2], strict=True))
         assert row[0] == "Q" and len(known) * 2 == len(pairs) == 58
-        assert all(known[k] == v for k, v in zip(queries[::2], queries[1::2], strict=True))
+        assert all(
+            known[k] == v for k, v in zip(queries[::2], queries[1::2], strict=True)
+        )
         assert counts == [False] * 60 + [False, True] * (len(queries) // 2)
         assert len(row) > 119
 
@@ -183,7 +193,9 @@ def test_the_order_after_the_swaps_is_right(objects):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_is_a_function_of_seed_step_and_part(name):
     batches = {
-        (seed, step, held): task_batch(name, step, seed=seed, held_out=held, **SIZES).tokens
+        (seed, step, held): task_batch(
+            name, step, seed=seed, held_out=held, **SIZES
+        ).tokens
         for seed in (0, 1)
         for step in (0, 1)
         for held in (False, True)
@@ -200,8 +212,13 @@ def test_the_shortest_row_holds_one_example_and_a_shorter_one_is_refused(name):
     if find_task(name).exact:
         questions, answers = question_batch(name, 0, batch_size=50)
         assert len(questions) == len(answers) == 50 and all(map(len, answers))
-        assert all(len(q) + len(a) <= shortest + 1 for q, a in zip(questions, answers, strict=True))
-    with pytest.raises(ValueError, match=f"`length` must be at least {shortest} for {name}; got"):
+        assert all(
+            len(q) + len(a) <= shortest + 1
+            for q, a in zip(questions, answers, strict=True)
+        )
+    with pytest.raises(
+        ValueError, match=f"`length` must be at least {shortest} for {name}; got"
+    ):
         task_batch(name, 0, batch_size=2, length=shortest - 1)
 
 
@@ -248,5 +265,7 @@ def test_an_unknown_task_or_number_is_refused(name, sentence):
 
 
 def test_a_task_without_exact_answers_has_no_questions():
-    with pytest.raises(ValueError, match="mapping has no question with one right answer"):
+    with pytest.raises(
+        ValueError, match="mapping has no question with one right answer"
+    ):
         question_batch("mapping", 0, batch_size=1)

@@ -60,10 +60,13 @@ def test_batches_of_a_cache_are_those_of_its_source(pair, split):
         for step in (0, 1, 30, 1000):
             sizes = {"batch_size": 5, "length": 24, "seed": 2}
             assert_equal(
-                batch_at(one, step, **sizes, **choices), batch_at(two, step, **sizes, **choices)
+                batch_at(one, step, **sizes, **choices),
+                batch_at(two, step, **sizes, **choices),
             )
     for packing in ("stream", "documents"):
-        assert_equal(windows(one, 24, 9, packing=packing), windows(two, 24, 9, packing=packing))
+        assert_equal(
+            windows(one, 24, 9, packing=packing), windows(two, 24, 9, packing=packing)
+        )
 
 
 @pytest.mark.parametrize("split", ["all", "train"])
@@ -82,9 +85,17 @@ def test_packed_takes_a_cache(pair):
 def test_a_card_counts_what_is_in_the_files(pair):
     _, cache, tokenizer = pair
     card, (ids, starts) = read_card(cache), read_binidx(cache)
-    assert (card.documents, card.tokens, card.skipped) == (300, len(ids), 1) and card.tokens > 5000
+    assert (card.documents, card.tokens, card.skipped) == (
+        300,
+        len(ids),
+        1,
+    ) and card.tokens > 5000
     assert card.vocabulary == tokenizer.name and len(starts) == 301
-    assert card.learnt == int((cache.with_suffix(".mask").read_bytes()).count(1)) < card.tokens
+    assert (
+        card.learnt
+        == int((cache.with_suffix(".mask").read_bytes()).count(1))
+        < card.tokens
+    )
     assert card.bytes == len(tokenizer.decode_bytes(ids.tolist()))
 
 
@@ -95,13 +106,20 @@ def test_a_cache_of_texts_alone_needs_no_masks_and_removes_old_ones(tmp_path, pa
     card, _ = write_cache([tmp_path / "a.txt"], tmp_path / "x.bin", tokenizer)
     assert card.learnt == card.tokens and not (tmp_path / "x.mask").exists()
     assert not token_stream(tmp_path / "x.bin", tokenizer).masked
-    assert sorted(p.suffix for p in tmp_path.glob("x.*")) == [".bin", ".idx", ".json", ".keys"]
+    assert sorted(p.suffix for p in tmp_path.glob("x.*")) == [
+        ".bin",
+        ".idx",
+        ".json",
+        ".keys",
+    ]
 
 
 def test_several_sources_and_caches_may_be_mixed(tmp_path, pair, source):
     _, cache, tokenizer = pair
     (tmp_path / "a.txt").write_bytes(b"abc")
-    write_cache([source, tmp_path / "a.txt"], tmp_path / "x.bin", tokenizer, on_bad="skip")
+    write_cache(
+        [source, tmp_path / "a.txt"], tmp_path / "x.bin", tokenizer, on_bad="skip"
+    )
     one = token_stream([cache, tmp_path / "a.txt"], tokenizer)
     two = token_stream(tmp_path / "x.bin", tokenizer)
     assert data_hash(one) == data_hash(two)
@@ -133,7 +151,9 @@ for path in sys.argv[1:]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("suffix", "text"), [("txt", "x" * 999), ("jsonl", '{"text": "a b"}')])
+@pytest.mark.parametrize(
+    ("suffix", "text"), [("txt", "x" * 999), ("jsonl", '{"text": "a b"}')]
+)
 def test_memory_does_not_grow_with_the_text(tmp_path, suffix, text):
     """In a process of its own: the checks of these tests would be measured as well."""
     paths = [tmp_path / f"{lines}.{suffix}" for lines in (3_000, 60_000)]
@@ -155,7 +175,9 @@ def test_memory_does_not_grow_with_the_text(tmp_path, suffix, text):
 def test_a_card_is_read_as_it_was_written(tmp_path):
     (tmp_path / "a.txt").write_bytes("é".encode())
     card, stats = write_cache([tmp_path / "a.txt"], tmp_path / "x.bin", BYTES)
-    assert card == CacheMetadata("bytes", documents=1, tokens=3, learnt=3, bytes=2, skipped=0)
+    assert card == CacheMetadata(
+        "bytes", documents=1, tokens=3, learnt=3, bytes=2, skipped=0
+    )
     assert stats.bytes == 2 and read_card(tmp_path / "x.bin") == card
 
 

@@ -13,8 +13,12 @@ STARTS = np.array([0, 4, 4, 5, 17, 40])
 def joined_stream(in_loss=None):
     """Joins another array's middle and documents 0, 2 and 4 of five, of which one is empty."""
     tokens = TokenArray(IDS, in_loss, STARTS)
-    chosen = TokenStream.of_documents(tokens, np.array([True, False, True, False, True]))
-    return TokenStream.concatenate([TokenStream.of_range(TokenArray(IDS + 100), 3, 9), chosen])
+    chosen = TokenStream.of_documents(
+        tokens, np.array([True, False, True, False, True])
+    )
+    return TokenStream.concatenate(
+        [TokenStream.of_range(TokenArray(IDS + 100), 3, 9), chosen]
+    )
 
 
 EXPECTED = [*range(104, 110), 1, 2, 3, 4, 5, *range(18, 41)]
@@ -22,7 +26,10 @@ EXPECTED = [*range(104, 110), 1, 2, 3, 4, 5, *range(18, 41)]
 
 def test_a_stream_reads_as_one_row():
     stream = joined_stream()
-    assert stream[:].tolist() == np.asarray(stream).tolist() == EXPECTED and len(stream) == 34
+    assert (
+        stream[:].tolist() == np.asarray(stream).tolist() == EXPECTED
+        and len(stream) == 34
+    )
     for first in range(len(EXPECTED) + 1):
         for end in range(len(EXPECTED) + 2):
             assert stream[first:end].tolist() == EXPECTED[first:end]
@@ -56,7 +63,9 @@ def test_a_filled_row_has_the_masks_of_its_ids():
             stream.fill(first, tokens, mask)
             assert tokens.tolist() == EXPECTED[first : first + size]
             assert mask.tolist() == wanted[first + 1 : first + size]
-    assert stream.count_in_loss() == sum(wanted) and joined_stream().count_in_loss() == 34
+    assert (
+        stream.count_in_loss() == sum(wanted) and joined_stream().count_in_loss() == 34
+    )
 
 
 def test_the_hash_does_not_depend_on_where_the_ids_lie():
@@ -82,7 +91,11 @@ def test_the_hash_sees_every_id_mask_and_border(monkeypatch, chunk):
         other[place] += 1
         mask[place] = 0
         border[1] = place
-        for tokens in ((other, in_loss, starts), (ids, mask, starts), (ids, in_loss, border)):
+        for tokens in (
+            (other, in_loss, starts),
+            (ids, mask, starts),
+            (ids, in_loss, border),
+        ):
             seen.append(data_hash(TokenStream.of_array(TokenArray(*tokens))))
     seen.append(data_hash(TokenStream.of_array(TokenArray(ids[:-1], in_loss, starts))))
     # One of the changed borders is the old one.

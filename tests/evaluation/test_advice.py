@@ -30,8 +30,12 @@ GOOD = advice.Diagnosis(
     own=KEPT,
     generic=dataclasses.replace(KEPT, tuned_nats=2.05),
 )
-FADING = dataclasses.replace(WELL, reads=np.where(np.arange(20) < 9, 1.0, 0.09) * np.ones((3, 1)))
-LATE = dataclasses.replace(WELL, reads=np.where(np.arange(20) < 10, 1.0, 0.09) * np.ones((3, 1)))
+FADING = dataclasses.replace(
+    WELL, reads=np.where(np.arange(20) < 9, 1.0, 0.09) * np.ones((3, 1))
+)
+LATE = dataclasses.replace(
+    WELL, reads=np.where(np.arange(20) < 10, 1.0, 0.09) * np.ones((3, 1))
+)
 NARROW = dataclasses.replace(WELL, read_rank=np.full(HEADS, 7.9))
 LASTING = dataclasses.replace(WELL, dynamics="static", reference_norm=None)
 
@@ -51,23 +55,48 @@ def one_head(value):
     [
         (GOOD, []),
         (changed(generic=None), []),
-        (changed(memories=one_head(5.1)), ["1 of 6 heads .* layer 2 head 1, 5 times.* alpha"]),
+        (
+            changed(memories=one_head(5.1)),
+            ["1 of 6 heads .* layer 2 head 1, 5 times.* alpha"],
+        ),
         (changed(memories=one_head(4.9)), []),
-        (changed(generic=dataclasses.replace(KEPT, tuned_nats=2.11)), ["harder: 2.000.* anchor"]),
+        (
+            changed(generic=dataclasses.replace(KEPT, tuned_nats=2.11)),
+            ["harder: 2.000.* anchor"],
+        ),
         (changed(generic=dataclasses.replace(KEPT, tuned_nats=2.09)), []),
-        (changed(generic=dataclasses.replace(KEPT, base_nats=0.001, tuned_nats=0.005)), []),
-        (changed(memories={"wkv": FADING}), ["at position 9 of 20 .* static upscaled memory"]),
+        (
+            changed(
+                generic=dataclasses.replace(KEPT, base_nats=0.001, tuned_nats=0.005)
+            ),
+            [],
+        ),
+        (
+            changed(memories={"wkv": FADING}),
+            ["at position 9 of 20 .* static upscaled memory"],
+        ),
         (changed(memories={"wkv": LATE}), []),
         (changed(memories={"wkv": FADING, "memory": LASTING}), []),
-        (changed(memories={"wkv": dataclasses.replace(FADING, norms=np.zeros(HEADS))}), []),
+        (
+            changed(
+                memories={"wkv": dataclasses.replace(FADING, norms=np.zeros(HEADS))}
+            ),
+            [],
+        ),
         (changed(memories={"wkv": NARROW}), ["WKV state .* 7.9 of 32 .* decorrelated"]),
         (
             changed(
-                memories={"wkv": WELL, "memory": dataclasses.replace(NARROW, reference_norm=None)}
+                memories={
+                    "wkv": WELL,
+                    "memory": dataclasses.replace(NARROW, reference_norm=None),
+                }
             ),
             ["The upscaled memory is read through few directions"],
         ),
-        (changed(own=dataclasses.replace(KEPT, tuned_nats=2.0)), ["does not help here: 2.000"]),
+        (
+            changed(own=dataclasses.replace(KEPT, tuned_nats=2.0)),
+            ["does not help here: 2.000"],
+        ),
     ],
 )
 def test_advice_appears_when_and_only_when_its_condition_holds(diagnosis, words):

@@ -14,7 +14,9 @@ def test_each_head_has_its_own_norm_and_largest_entry():
     statistics = head_statistics(state)
     assert list(statistics) == ["norm", "max", "rank"]
     matrix = np.asarray(state.wkv)[2, 0, 1]
-    np.testing.assert_allclose(statistics["norm"][2, 1], np.linalg.norm(matrix), rtol=1e-6)
+    np.testing.assert_allclose(
+        statistics["norm"][2, 1], np.linalg.norm(matrix), rtol=1e-6
+    )
     assert statistics["max"][2, 1] == np.abs(matrix).max()
 
 
@@ -33,4 +35,6 @@ def test_an_upscaled_memory_has_columns_of_its_own():
     assert list(statistics)[3:] == ["upscaled norm", "upscaled max", "upscaled rank"]
     memory = np.asarray(state.upscaled.memory)[1, 0, 0]
     assert memory.shape == (CONFIG.head_size, SIZE)
-    np.testing.assert_allclose(statistics["upscaled norm"][1, 0], np.linalg.norm(memory), rtol=1e-6)
+    np.testing.assert_allclose(
+        statistics["upscaled norm"][1, 0], np.linalg.norm(memory), rtol=1e-6
+    )

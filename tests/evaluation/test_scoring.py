@@ -17,7 +17,9 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.training.losses import next_token_loss
 
 # One layer compiles fastest.
-CONFIG = RWKV7Config(vocab_size=257, num_layers=1, width=32, head_size=16, implementation="scan")
+CONFIG = RWKV7Config(
+    vocab_size=257, num_layers=1, width=32, head_size=16, implementation="scan"
+)
 MODEL = RWKV7(CONFIG)
 
 
@@ -41,7 +43,9 @@ def result(params, batch):
 def test_bits_per_byte_is_the_loss_over_the_bytes(params, batch, result):
     loss, _ = next_token_loss(MODEL, params, repeat(init_state(CONFIG), 5), batch)
     # One of the 250 targets is the end of text: it costs bits and is no byte.
-    assert result.bits_per_byte == pytest.approx(float(loss) / math.log(2) * 250 / 249, rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(
+        float(loss) / math.log(2) * 250 / 249, rel=1e-5
+    )
     assert result.perplexity == pytest.approx(math.exp(float(loss)), rel=1e-4)
     assert result.tokens == 250
 
@@ -49,14 +53,18 @@ def test_bits_per_byte_is_the_loss_over_the_bytes(params, batch, result):
 def test_positions_add_up_to_the_whole(result):
     assert [(a, b) for a, b, _ in result.by_position] == [(0, 32), (32, 50)]
     bits = 5 * 32 - 1, 5 * 18
-    total = sum(n * rate for n, (*_, rate) in zip(bits, result.by_position, strict=True))
+    total = sum(
+        n * rate for n, (*_, rate) in zip(bits, result.by_position, strict=True)
+    )
     assert total == pytest.approx(result.bits_per_byte * 249, rel=1e-5)
 
 
 def test_masked_targets_do_not_count(params, batch, result):
     mask = batch["mask"].copy()
     mask[:, 32:] = 0
-    half = score(MODEL, params, init_state(CONFIG), batch | {"mask": mask}, Tokenizer.bytes())
+    half = score(
+        MODEL, params, init_state(CONFIG), batch | {"mask": mask}, Tokenizer.bytes()
+    )
     assert half.bits_per_byte == pytest.approx(result.by_position[0][2], rel=1e-6)
 
 
@@ -78,7 +86,9 @@ def likeliest(params, batch):
     """For every target the likeliest id, and the loss of the target."""
     tokens = jnp.asarray(batch["tokens"])
     logits, _ = MODEL.apply({"params": params}, tokens[:, :-1], init_state(CONFIG, 5))
-    nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)[..., 0]
+    nats = -jnp.take_along_axis(
+        jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1
+    )[..., 0]
     return np.asarray(jnp.argmax(logits, axis=-1)), np.asarray(nats)
 
 
@@ -93,7 +103,9 @@ def test_accuracy_counts_scored_positions_whose_likeliest_id_is_the_target(
     tokens = batch["tokens"].copy()
     tokens[[0, 3], 50] = ids[[0, 3], 49]
     right = (ids == tokens[:, 1:]) & (mask > 0)
-    got = score_answers(MODEL, params, init_state(CONFIG), {"tokens": tokens, "mask": mask}, rows=2)
+    got = score_answers(
+        MODEL, params, init_state(CONFIG), {"tokens": tokens, "mask": mask}, rows=2
+    )
     assert right.sum() >= 2
     assert got.accuracy == pytest.approx(right.sum() / 9)
     exact = [right[row].sum() == mask[row].sum() for row in range(4)]
@@ -103,26 +115,32 @@ def test_accuracy_counts_scored_positions_whose_likeliest_id_is_the_target(
     assert got.by_position[49] == pytest.approx(right[:, 49].sum() / 4)
     earlier = {"tokens": tokens, "mask": mask * (np.arange(50) < 49)}
     nats = nats[earlier["mask"] > 0].mean()
-    assert score_answers(MODEL, params, init_state(CONFIG), earlier).nats == pytest.approx(
-        nats, rel=1e-4
-    )
+    assert score_answers(
+        MODEL, params, init_state(CONFIG), earlier
+    ).nats == pytest.approx(nats, rel=1e-4)
 
 
 def test_answers_start_from_the_state(params, batch):
     state = prefill_state(MODEL, params, batch["tokens"][0])
-    zero, other = (score_answers(MODEL, params, s, batch).nats for s in (init_state(CONFIG), state))
+    zero, other = (
+        score_answers(MODEL, params, s, batch).nats for s in (init_state(CONFIG), state)
+    )
     assert zero != pytest.approx(other, rel=1e-4)
 
 
 def test_a_batch_without_scored_positions_is_refused(params, batch):
     with pytest.raises(ValueError, match="`batch` must have a scored position"):
-        score_answers(MODEL, params, init_state(CONFIG), batch | {"mask": batch["mask"] * 0})
+        score_answers(
+            MODEL, params, init_state(CONFIG), batch | {"mask": batch["mask"] * 0}
+        )
 
 
 def test_the_vocabulary_is_read_once_for_all_evaluations(params, batch, monkeypatch):
     calls = []
     tokenizer = Tokenizer.bytes()
     one = score(MODEL, params, init_state(CONFIG), batch, tokenizer)
-    monkeypatch.setattr(Tokenizer, "token_bytes", lambda self, token: calls.append(token))
+    monkeypatch.setattr(
+        Tokenizer, "token_bytes", lambda self, token: calls.append(token)
+    )
     assert score(MODEL, params, init_state(CONFIG), batch, tokenizer) == one
     assert calls == []

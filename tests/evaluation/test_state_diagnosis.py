@@ -63,12 +63,17 @@ def psi_of(params, state, ids):
     out = []
     for t in range(length):
         erased = np.einsum("lhvk,lhk->lhv", start, a[:, t])
-        start = start * np.exp(log_w[:, t])[:, :, None] + erased[..., None] * b[:, t, :, None]
+        start = (
+            start * np.exp(log_w[:, t])[:, :, None]
+            + erased[..., None] * b[:, t, :, None]
+        )
         out.append(np.einsum("lhvk,lhk->lhv", start, r[:, t]))
     return np.stack(out, 1)
 
 
-def test_the_forgetting_curve_is_the_mean_square_of_psi_relative_to_the_first(params, bare):
+def test_the_forgetting_curve_is_the_mean_square_of_psi_relative_to_the_first(
+    params, bare
+):
     state, memory = bare[0], bare[1].memories["wkv"]
     psi = np.stack([psi_of(params, state, row[:-1]) for row in text()["tokens"]])
     squares = np.square(psi).sum(-1).mean((0, 1, 3))
@@ -96,7 +101,9 @@ def test_norms_and_ranks_are_those_of_the_singular_values(found):
     state, diagnosis = found
     values = singular_values(state.wkv)
     memory = diagnosis.memories["wkv"]
-    np.testing.assert_allclose(memory.norms, np.sqrt(np.square(values).sum(-1)), rtol=1e-4)
+    np.testing.assert_allclose(
+        memory.norms, np.sqrt(np.square(values).sum(-1)), rtol=1e-4
+    )
     rank = np.square(np.square(values).sum(-1)) / (values**4).sum(-1)
     np.testing.assert_allclose(memory.rank, rank, rtol=1e-4)
     np.testing.assert_allclose(ranks(state.wkv), rank, rtol=1e-4)
@@ -104,9 +111,14 @@ def test_norms_and_ranks_are_those_of_the_singular_values(found):
 
 
 def test_a_typical_state_is_the_base_models_after_the_rows(params, bare):
-    ends = [restated(params, row[:-1], init_state(CONFIG))[1].wkv for row in text()["tokens"]]
+    ends = [
+        restated(params, row[:-1], init_state(CONFIG))[1].wkv
+        for row in text()["tokens"]
+    ]
     squares = np.square(np.stack(ends)).sum((-2, -1)).mean(0)
-    np.testing.assert_allclose(bare[1].memories["wkv"].reference_norm, np.sqrt(squares), rtol=1e-3)
+    np.testing.assert_allclose(
+        bare[1].memories["wkv"].reference_norm, np.sqrt(squares), rtol=1e-3
+    )
 
 
 def test_losses_by_position_are_those_of_the_models_logits(params, bare):
@@ -125,17 +137,23 @@ def test_losses_by_position_are_those_of_the_models_logits(params, bare):
 
 def test_the_zero_state_changes_nothing(model, params, empty):
     (kept,) = retention(model, params, empty, {"own": text(1)})
-    assert abs(kept.divergence) < 1e-6 and kept.base_nats == pytest.approx(kept.tuned_nats)
+    assert abs(kept.divergence) < 1e-6 and kept.base_nats == pytest.approx(
+        kept.tuned_nats
+    )
     assert kept.base_accuracy == kept.tuned_accuracy and kept.tokens == B * T
 
 
-def test_retention_has_a_row_a_text_with_the_numbers_of_evaluation(model, params, found):
+def test_retention_has_a_row_a_text_with_the_numbers_of_evaluation(
+    model, params, found
+):
     state, diagnosis = found
     texts = {"some": text(2, scored=5), "other": text(1)}
     rows = retention(model, params, state, texts)
     assert [row.name for row in rows] == ["some", "other"]
     for row, batch in zip(rows, texts.values(), strict=True):
-        one, two = (score_answers(model, params, s, batch) for s in (init_state(CONFIG), state))
+        one, two = (
+            score_answers(model, params, s, batch) for s in (init_state(CONFIG), state)
+        )
         wanted = [one.nats, two.nats, one.accuracy, two.accuracy]
         came = [row.base_nats, row.tuned_nats, row.base_accuracy, row.tuned_accuracy]
         np.testing.assert_allclose(came, wanted, rtol=1e-4)
@@ -167,7 +185,9 @@ def test_the_order_of_rows_changes_nothing(model, params, bare):
 def test_a_text_in_which_nothing_counts_is_refused(model, params):
     with pytest.raises(ValueError, match="`batch` must have a target that counts"):
         diagnose(model, params, init_state(CONFIG), text(scored=0))
-    with pytest.raises(ValueError, match="retention: `other` must have a target that counts"):
+    with pytest.raises(
+        ValueError, match="retention: `other` must have a target that counts"
+    ):
         retention(model, params, init_state(CONFIG), {"other": text(scored=0)})
 
 
@@ -180,7 +200,10 @@ def test_another_models_state_is_refused(model, params):
 def test_a_state_that_drowns_what_is_read_is_called_large(model, params, bare):
     huge, small = (scaled(bare[0], size) for size in (1000.0, 0.01))
     said = [diagnose(model, params, state, text()).advice for state in (huge, small)]
-    assert [any("times the norm" in line for line in lines) for lines in said] == [True, False]
+    assert [any("times the norm" in line for line in lines) for lines in said] == [
+        True,
+        False,
+    ]
 
 
 def test_a_diagnosis_becomes_a_picture(found, tmp_path):

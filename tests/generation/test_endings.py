@@ -12,7 +12,9 @@ from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.text.tokenizer import Tokenizer
 
-CONFIG = RWKV7Config(vocab_size=257, num_layers=2, width=32, head_size=16, implementation="scan")
+CONFIG = RWKV7Config(
+    vocab_size=257, num_layers=2, width=32, head_size=16, implementation="scan"
+)
 MODEL = RWKV7(CONFIG)
 PROMPTS = [[84, 105, 102], list(range(40, 54)), [9]]
 # Many stop ids, so that rows end early and at different ones.
@@ -47,7 +49,9 @@ def occurrences_of(tokens, options):
 
 def derived_stop_tokens(out, key, options):
     """Derives the stop ids from the keys and the last logits, without the decode loop's answer."""
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(out.tokens)))
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
+        key, jnp.arange(len(out.tokens))
+    )
     steps = jnp.asarray([len(row) for row in out.tokens], jnp.int32)
     rows = [occurrences_of(tokens, options) for tokens in out.tokens]
     occurrences = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
@@ -58,7 +62,9 @@ def derived_stop_tokens(out, key, options):
 
 @pytest.mark.parametrize("penalties", [(0.0, 0.0), (0.8, 1.5)])
 @pytest.mark.parametrize("temperature", [0, 0.6, 1.0, 1.7])
-def test_the_stop_ids_are_those_that_a_repeated_last_draw_gives(params, temperature, penalties):
+def test_the_stop_ids_are_those_that_a_repeated_last_draw_gives(
+    params, temperature, penalties
+):
     choices = {
         "temperature": temperature,
         "presence_penalty": penalties[0],
@@ -102,7 +108,12 @@ def test_a_stop_string_wins_over_a_stop_id_that_was_drawn_after_it(params):
     later = free.tokens[0][6]
     assert later not in free.tokens[0][:6]
     out = generate(
-        MODEL, params, PROMPTS[0], stop_ids=(later,), stop_strings=[stop_string], **choices
+        MODEL,
+        params,
+        PROMPTS[0],
+        stop_ids=(later,),
+        stop_strings=[stop_string],
+        **choices,
     )
     assert out.ended == ["stop_string"] and out.finished == ["stop"]
     assert out.stop_tokens == [None]

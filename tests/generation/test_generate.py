@@ -16,7 +16,9 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state, select
 from rwkv7_jax.text.tokenizer import Tokenizer
 
-CONFIG = RWKV7Config(vocab_size=257, num_layers=2, width=32, head_size=16, implementation="scan")
+CONFIG = RWKV7Config(
+    vocab_size=257, num_layers=2, width=32, head_size=16, implementation="scan"
+)
 MODEL = RWKV7(CONFIG)
 BYTES = Tokenizer.bytes()
 # Up to 17 tokens and runs of up to 8 share a few compiled programs; streaming runs may be longer.
@@ -64,7 +66,11 @@ def state_after(params, ids, state=None):
 
 
 def assert_close(ours, theirs):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), ours, theirs)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4),
+        ours,
+        theirs,
+    )
 
 
 def test_greedy_generation_equals_a_plain_loop(params):
@@ -93,7 +99,9 @@ def test_penalties_and_bans_are_those_of_the_official_loop(params):
     pytest.importorskip("torch", reason="the oracle extra is not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        utils = pytest.importorskip("rwkv.utils", reason="the oracle extra is not installed")
+        utils = pytest.importorskip(
+            "rwkv.utils", reason="the oracle extra is not installed"
+        )
         import torch
     drawn = []
 
@@ -128,7 +136,9 @@ def test_penalties_and_bans_are_those_of_the_official_loop(params):
 
 
 def test_the_same_key_gives_the_same_tokens_and_another_gives_others(params):
-    first, again, other = (run(params, PROMPTS[0], key=jax.random.key(i)) for i in (1, 1, 2))
+    first, again, other = (
+        run(params, PROMPTS[0], key=jax.random.key(i)) for i in (1, 1, 2)
+    )
     assert first.tokens == again.tokens != other.tokens
 
 
@@ -146,7 +156,15 @@ def test_a_conversation_in_turns_equals_one_read_through(params):
 def test_an_answer_cut_at_its_length_goes_on_from_state_and_logits(params):
     whole = run(params, PROMPTS[0], temperature=0, stop_ids=())
     first = run(params, PROMPTS[0], temperature=0, stop_ids=(), tokens=5)
-    rest = run(params, [], first.state, logits=first.logits, temperature=0, stop_ids=(), tokens=3)
+    rest = run(
+        params,
+        [],
+        first.state,
+        logits=first.logits,
+        temperature=0,
+        stop_ids=(),
+        tokens=3,
+    )
     assert first.tokens[0] + rest.tokens[0] == whole.tokens[0]
 
 
@@ -199,9 +217,13 @@ def _as_text(params, **choices):
     return run(params, PROMPTS[0], tokens=12, key=key, tokenizer=_Ascii(), **choices)
 
 
-def test_a_token_that_a_stop_string_cuts_is_replaced_by_the_bytes_before_the_stop_string(params):
+def test_a_token_that_a_stop_string_cuts_is_replaced_by_the_bytes_before_the_stop_string(
+    params,
+):
     banned = range(128)  # only tokens of two bytes
-    free = run(params, PROMPTS[0], key=jax.random.key(3), banned=banned, tokenizer=Pairs())
+    free = run(
+        params, PROMPTS[0], key=jax.random.key(3), banned=banned, tokenizer=Pairs()
+    )
     stop = free.texts[0][11:14]
     assert free.texts[0].index(stop) == 11
     out = run(
@@ -218,7 +240,12 @@ def test_a_token_that_a_stop_string_cuts_is_replaced_by_the_bytes_before_the_sto
 
 
 def test_rows_of_a_batch_stop_at_their_own_strings(params):
-    choices = {"tokens": 12, "key": jax.random.key(5), "tokenizer": _Ascii(), "stop_ids": ()}
+    choices = {
+        "tokens": 12,
+        "key": jax.random.key(5),
+        "tokenizer": _Ascii(),
+        "stop_ids": (),
+    }
     free = run(params, PROMPTS, stop_strings=["never"], **choices).texts
     pieces, stops = ["", "", ""], [free[0][3:5], free[1][9:11]]
 
@@ -230,7 +257,9 @@ def test_rows_of_a_batch_stop_at_their_own_strings(params):
     for row, prompt in enumerate(PROMPTS):
         ends = [at for stop in stops if (at := free[row].find(stop)) >= 0]
         assert out.texts[row] == free[row][: min(ends, default=None)]
-        assert_close(select(out.state, row), state_after(params, prompt + out.tokens[row])[0])
+        assert_close(
+            select(out.state, row), state_after(params, prompt + out.tokens[row])[0]
+        )
 
 
 def test_streamed_pieces_make_up_the_text(params, text):
@@ -257,7 +286,9 @@ def test_no_call_of_the_same_shapes_compiles_again(params):
     programs = decoding.decode, decoding.prefill, decoding.decode_one
     before = [program._cache_size() for program in programs]
     call(temperature=0, tokens=7, banned=[3], stop_ids=(1, 2), top_k=4)
-    call(temperature=0.5, top_p=0.2, presence_penalty=1.0, frequency_penalty=2, tokens=5)
+    call(
+        temperature=0.5, top_p=0.2, presence_penalty=1.0, frequency_penalty=2, tokens=5
+    )
     assert [program._cache_size() for program in programs] == before
 
 
@@ -267,7 +298,11 @@ def test_weights_bound_to_a_device_compile_each_program_once(params):
     programs = (decoding.prefill, decoding.decode_one, decoding.decode)
     before = [program._cache_size() for program in programs]
     run(bound, list(range(1, 40)), tokens=12, prefill_chunk=16, **watch)
-    assert [p._cache_size() - n for p, n in zip(programs, before, strict=True)] == [1, 1, 1]
+    assert [p._cache_size() - n for p, n in zip(programs, before, strict=True)] == [
+        1,
+        1,
+        1,
+    ]
 
 
 def test_the_state_given_is_repeated_for_every_row_and_left_alone(params):
@@ -282,12 +317,18 @@ def test_the_state_given_is_repeated_for_every_row_and_left_alone(params):
 @pytest.mark.parametrize("size", [-3e38, 3e38])
 def test_huge_penalties_end_in_tokens(params, size):
     out = run(
-        params, PROMPTS[0], key=jax.random.key(0), presence_penalty=size, frequency_penalty=size
+        params,
+        PROMPTS[0],
+        key=jax.random.key(0),
+        presence_penalty=size,
+        frequency_penalty=size,
     )
     assert np.isfinite(np.asarray(out.logits)).all() and len(out.tokens[0]) <= 8
 
 
 def test_weights_that_give_no_numbers_are_reported(params):
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
-    with pytest.raises(ValueError, match=r"generate: .* finite logits; row 0 got others after"):
+    with pytest.raises(
+        ValueError, match=r"generate: .* finite logits; row 0 got others after"
+    ):
         run(broken, PROMPTS[0], key=jax.random.key(0))

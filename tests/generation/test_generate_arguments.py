@@ -9,7 +9,9 @@ from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 
-CONFIG = RWKV7Config(vocab_size=257, num_layers=2, width=32, head_size=16, implementation="scan")
+CONFIG = RWKV7Config(
+    vocab_size=257, num_layers=2, width=32, head_size=16, implementation="scan"
+)
 MODEL = RWKV7(CONFIG)
 
 
@@ -26,19 +28,43 @@ class Spelling:
 @pytest.mark.parametrize(
     "prompts, choices, message",
     [
-        ([1, 300], {}, "generate: `prompts` must hold ids .* below 257; got 300 at position 1."),
+        (
+            [1, 300],
+            {},
+            "generate: `prompts` must hold ids .* below 257; got 300 at position 1.",
+        ),
         ([[1], [2, -1]], {}, "`prompts` row 1 must hold ids .* got -1 at position 1."),
         ([], {}, r"`prompts` must hold an id \(\[0\] begins a text\)"),
         ([[1], []], {}, "`prompts` row 1 must hold an id"),
         ([1], {"banned": range(257)}, "generate: `banned` must leave one id"),
         ([1], {"tokens": -1}, "`tokens` must be at least 0; got -1."),
         ([1], {"prefill_chunk": 0}, "`prefill_chunk` must be at least 1; got 0."),
-        ([1], {"temperature": 1.0, "key": None}, "`key` must be given unless `temperature` is 0"),
-        ([1], {"stop_strings": ["x"]}, "`tokenizer` must be given with `stop_strings`; got None."),
-        ([1], {"stop_strings": [""], "tokenizer": Spelling()}, "must hold no empty string"),
+        (
+            [1],
+            {"temperature": 1.0, "key": None},
+            "`key` must be given unless `temperature` is 0",
+        ),
+        (
+            [1],
+            {"stop_strings": ["x"]},
+            "`tokenizer` must be given with `stop_strings`; got None.",
+        ),
+        (
+            [1],
+            {"stop_strings": [""], "tokenizer": Spelling()},
+            "must hold no empty string",
+        ),
         ([1], {"logits": jnp.zeros((2, 3))}, "`logits` must have shape"),
-        ([[1], [2]], {"state": init_state(CONFIG, 3)}, "`state.att_shift` must have shape"),
-        ([[1], [2]], {"key": jax.random.split(jax.random.key(0), 3)}, "`key` must be one key or 2"),
+        (
+            [[1], [2]],
+            {"state": init_state(CONFIG, 3)},
+            "`state.att_shift` must have shape",
+        ),
+        (
+            [[1], [2]],
+            {"key": jax.random.split(jax.random.key(0), 3)},
+            "`key` must be one key or 2",
+        ),
     ],
 )
 def test_arguments_are_checked_before_anything_is_compiled(prompts, choices, message):

@@ -32,7 +32,9 @@ def official():
     pytest.importorskip("torch", reason="the oracle extra is not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        utils = pytest.importorskip("rwkv.utils", reason="the oracle extra is not installed")
+        utils = pytest.importorskip(
+            "rwkv.utils", reason="the oracle extra is not installed"
+        )
         import torch
 
     def distribution(logits, **choices):
@@ -44,7 +46,9 @@ def official():
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(utils.np.random, "choice", choice)
-            utils.PIPELINE.sample_logits(None, torch.tensor(np.array(logits)), **choices)
+            utils.PIPELINE.sample_logits(
+                None, torch.tensor(np.array(logits)), **choices
+            )
         return caught["p"]
 
     return distribution
@@ -53,11 +57,15 @@ def official():
 @pytest.mark.parametrize("top_k", [0, 1, 5, VOCAB + 3])
 @pytest.mark.parametrize("top_p", [0.0, 0.3, 0.85, 0.999])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
-def test_the_distribution_is_that_of_the_official_package(official, temperature, top_p, top_k):
+def test_the_distribution_is_that_of_the_official_package(
+    official, temperature, top_p, top_k
+):
     for seed in range(3):
         logits = random_logits(seed)
         theirs = official(logits[0], temperature=temperature, top_p=top_p, top_k=top_k)
-        ours = probabilities(logits, temperature=temperature, top_p=top_p, top_k=min(top_k, VOCAB))
+        ours = probabilities(
+            logits, temperature=temperature, top_p=top_p, top_k=min(top_k, VOCAB)
+        )
         np.testing.assert_array_equal(ours[0] > 0, theirs > 0)
         np.testing.assert_allclose(ours[0], theirs, atol=2e-6)
 
@@ -78,7 +86,12 @@ def test_top_p_0_keeps_the_most_probable_token():
 
 def test_top_p_1_keeps_every_token_whatever_rounding_does():
     for top_k in (0, VOCAB):
-        kept = probabilities(random_logits(rows=5), temperature=1.0, top_p=1.0, top_k=top_k) > 0
+        kept = (
+            probabilities(
+                random_logits(rows=5), temperature=1.0, top_p=1.0, top_k=top_k
+            )
+            > 0
+        )
         assert kept.all()
 
 
@@ -141,17 +154,25 @@ def test_penalties_count_decay_and_spare_the_exempt():
         seen = sampling.count(seen, jnp.array([token]), options)
     # Token 1 was counted once and once more a step later, then all counts halved: (0.5 + 1) / 2.
     expected = [[0, -(0.25 + 0.5 * 0.75), -0.25, 0, -np.inf]]
-    np.testing.assert_allclose(sampling.apply_penalties(jnp.zeros((1, 5)), seen, options), expected)
+    np.testing.assert_allclose(
+        sampling.apply_penalties(jnp.zeros((1, 5)), seen, options), expected
+    )
 
 
 @pytest.mark.parametrize("size", [-3e38, 3e38])
 def test_huge_penalties_leave_a_distribution(size):
-    options = sampling.make_options(VOCAB, presence_penalty=size, frequency_penalty=size)
+    options = sampling.make_options(
+        VOCAB, presence_penalty=size, frequency_penalty=size
+    )
     seen = jnp.ones((1, VOCAB), bool)
     counts = jnp.arange(float(VOCAB))[None]
-    logits = sampling.apply_penalties(random_logits(), sampling.Occurrences(seen, counts), options)
+    logits = sampling.apply_penalties(
+        random_logits(), sampling.Occurrences(seen, counts), options
+    )
     assert np.isfinite(np.asarray(logits)).all()
-    assert 0 <= sample(jax.random.split(jax.random.key(0), 1), logits, options)[0] < VOCAB
+    assert (
+        0 <= sample(jax.random.split(jax.random.key(0), 1), logits, options)[0] < VOCAB
+    )
 
 
 class Words:
@@ -180,8 +201,14 @@ def test_exempt_ids_are_those_whose_text_lies_inside_the_official_string():
         ({"presence_penalty": float("inf")}, "`presence_penalty` must be"),
         ({"banned": range(VOCAB)}, "`banned` must leave one id; got all 97."),
         ({"banned": [3, VOCAB]}, "`banned` must hold ids .* got 97 at position 1."),
-        ({"stop_ids": [-1]}, "`stop_ids` must hold ids at least 0 and below 97; got -1 at"),
-        ({"penalty_exempt": np.array([[1, 2]])}, "`penalty_exempt` must be a flat list of ids"),
+        (
+            {"stop_ids": [-1]},
+            "`stop_ids` must hold ids at least 0 and below 97; got -1 at",
+        ),
+        (
+            {"penalty_exempt": np.array([[1, 2]])},
+            "`penalty_exempt` must be a flat list of ids",
+        ),
     ],
 )
 def test_options_out_of_range_are_refused_in_one_sentence(choices, message):
@@ -193,9 +220,15 @@ def test_options_out_of_range_are_refused_in_one_sentence(choices, message):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: check_ids([1.5], 9, "f: `x`"), "f: `x` must hold integers; got float64."),
+        (
+            lambda: check_ids([1.5], 9, "f: `x`"),
+            "f: `x` must hold integers; got float64.",
+        ),
         (lambda: check_ids(["a"], 9, "f: `x`"), "f: `x` must hold integers; got <U1."),
-        (lambda: check_count(1.5, 0, "f: `x`"), "f: `x` must be an integer; got float."),
+        (
+            lambda: check_count(1.5, 0, "f: `x`"),
+            "f: `x` must be an integer; got float.",
+        ),
     ],
 )
 def test_a_value_that_is_not_an_integer_is_refused_in_one_sentence(call, message):
@@ -205,7 +238,8 @@ def test_a_value_that_is_not_an_integer_is_refused_in_one_sentence(call, message
 
 
 @pytest.mark.parametrize(
-    "choices", [{"temperature": "hot"}, {"top_k": "a"}, {"banned": [1.5]}, {"stop_ids": ["a"]}]
+    "choices",
+    [{"temperature": "hot"}, {"top_k": "a"}, {"banned": [1.5]}, {"stop_ids": ["a"]}],
 )
 def test_options_of_the_wrong_kind_are_refused(choices):
     with pytest.raises(TypeError):

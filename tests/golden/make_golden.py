@@ -56,8 +56,12 @@ def main() -> None:
             model = RWKV(model=str(path.with_suffix("")), strategy="cpu fp32")
         logits, state = model.forward(tokens, None, full_output=True)
         wkv = np.stack([part.numpy() for part in state[1::3]])
-        np.savez_compressed(GOLDEN / f"{name}.npz", tokens=tokens, logits=logits.numpy(), wkv=wkv)
-        print(f"{name}: {len(tokens)} tokens, logits of deviation {float(logits.std()):.2f}")
+        np.savez_compressed(
+            GOLDEN / f"{name}.npz", tokens=tokens, logits=logits.numpy(), wkv=wkv
+        )
+        print(
+            f"{name}: {len(tokens)} tokens, logits of deviation {float(logits.std()):.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -15,14 +15,18 @@ EXACT = 1e-12
 
 def prepare(r, log_w, a, b):
     """Prepares a chunk whose products take operands of its own dtype."""
-    first, second = (jnp.sum(x, axis=-2)[..., None] for x in jnp.split(log_w, 2, axis=-2))
+    first, second = (
+        jnp.sum(x, axis=-2)[..., None] for x in jnp.split(log_w, 2, axis=-2)
+    )
     arithmetic = chunk_math.Arithmetic(log_w.dtype)
     return chunk_math.prepare(r, log_w, a, b, (first, second), arithmetic)
 
 
 @pytest.mark.parametrize("side", [1, 2, 16, 64])
 def test_the_inverse_of_a_unit_lower_triangle_is_numpys(side):
-    below = np.tril(np.random.default_rng(0).normal(size=(3, side, side)), -1) / side**0.5
+    below = (
+        np.tril(np.random.default_rng(0).normal(size=(3, side, side)), -1) / side**0.5
+    )
     with jax.enable_x64(True):
         inverse = chunk_math.unit_inverse(
             jnp.asarray(below), chunk_math.Arithmetic(jnp.dtype("float64"))
@@ -32,7 +36,9 @@ def test_the_inverse_of_a_unit_lower_triangle_is_numpys(side):
 
 
 def test_the_inverse_survives_repeated_keys():
-    below = np.tril(-np.ones((64, 64), np.float32), -1)  # every product of two equal unit keys
+    below = np.tril(
+        -np.ones((64, 64), np.float32), -1
+    )  # every product of two equal unit keys
     exact = chunk_math.Arithmetic(jnp.dtype("float32"))
     inverse = chunk_math.unit_inverse(jnp.asarray(below), exact)
     assert_close(inverse, np.linalg.inv(np.eye(64) - below), 1e-6)
@@ -51,7 +57,8 @@ def test_no_factor_leaves_the_range_of_float32_at_the_strongest_decay():
     r, log_w, _, _, a, b = (x.transpose(0, 2, 1, 3) for x in inputs)
     chunk = prepare(r, log_w, a, b)
     assert all(
-        float(jnp.abs(x).max()) < np.exp(25) for x in (chunk.upto, chunk.before, chunk.after)
+        float(jnp.abs(x).max()) < np.exp(25)
+        for x in (chunk.upto, chunk.before, chunk.after)
     )
 
 
@@ -82,7 +89,9 @@ def one_chunk(inputs, state, dy, dend):
 def test_one_chunk_is_the_definition_and_its_gradient(mode):
     inputs, state = make_inputs(Case(2, 16, 2, key_size=8, value_size=12, mode=mode))
     dy, dend = np.sin(np.asarray(inputs[3])), np.cos(np.asarray(state))
-    arrays = jax.tree.map(lambda x: np.asarray(x, np.float64), (inputs, state, dy, dend))
+    arrays = jax.tree.map(
+        lambda x: np.asarray(x, np.float64), (inputs, state, dy, dend)
+    )
     with jax.enable_x64(True):
         pairs = jax.tree.map(np.asarray, one_chunk(*arrays))
     for left, right in zip(*pairs, strict=True):

@@ -13,7 +13,8 @@ from pallas_kernels.compile_checks import tpu as tpu_checks
 from pallas_kernels.gpu import triton_calls
 
 TPU, GPU = (
-    json.loads(compile_checks.table_path(name).read_text())["cases"] for name in ("tpu", "gpu")
+    json.loads(compile_checks.table_path(name).read_text())["cases"]
+    for name in ("tpu", "gpu")
 )
 
 
@@ -42,7 +43,9 @@ def test_tpu_kernels_take_few_cycles_spill_little_and_need_no_memory():
     assert bundles["v5e backward 64x64 bfloat16"] <= 14
     assert bundles["v5e forward 128x128 bfloat16"] <= 15
     assert all(row["spills"] <= 5 for row in TPU.values())
-    assert not any(row["temporary"] for case, row in TPU.items() if case.startswith("v5e"))
+    assert not any(
+        row["temporary"] for case, row in TPU.items() if case.startswith("v5e")
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,7 +59,9 @@ def test_tpu_kernels_take_few_cycles_spill_little_and_need_no_memory():
         ("pallas", "gradients", 430, 128),
     ],
 )
-def test_gpu_kernels_take_few_instructions_and_keep_to_registers(by, kernel, instructions, stack):
+def test_gpu_kernels_take_few_instructions_and_keep_to_registers(
+    by, kernel, instructions, stack
+):
     row = GPU[f"NVIDIA H200 {by} {kernel} 64x64 bfloat16"]
     assert row["instructions"] <= instructions
     assert row["stack"] <= stack
@@ -80,13 +85,19 @@ def fake_check(monkeypatch, tmp_path, rows, cases):
     path.write_text(json.dumps({"versions": {"libtpu": "1"}, "cases": cases}))
     monkeypatch.setattr(compile_checks, "table_path", lambda platform: path)
     monkeypatch.setattr(compile_checks, "versions", lambda platform: {"libtpu": "1"})
-    monkeypatch.setitem(compile_checks.ROWS, "tpu", lambda: iter([dict(row) for row in rows]))
+    monkeypatch.setitem(
+        compile_checks.ROWS, "tpu", lambda: iter([dict(row) for row in rows])
+    )
     return path
 
 
-def test_the_check_fails_on_a_slower_kernel_and_on_one_that_is_gone(monkeypatch, tmp_path):
+def test_the_check_fails_on_a_slower_kernel_and_on_one_that_is_gone(
+    monkeypatch, tmp_path
+):
     rows = [{"case": "a", "bundles": 8.0, "seconds": 1.0}]
-    path = fake_check(monkeypatch, tmp_path, rows, {"a": {"bundles": 7.0}, "b": {"bundles": 1.0}})
+    path = fake_check(
+        monkeypatch, tmp_path, rows, {"a": {"bundles": 7.0}, "b": {"bundles": 1.0}}
+    )
     with pytest.raises(SystemExit) as caught:
         compile_checks.main(["tpu"])
     assert str(caught.value) == "a: bundles grew from 7.0 to 8.0\nb: gone"
@@ -116,7 +127,9 @@ def test_instructions_are_those_of_the_longest_loop():
 
 
 def test_tuning_keeps_the_fastest_tile_of_every_kernel(monkeypatch):
-    best = tiles.GPU(32, tiles.Tile(2, 3, 16), tiles.Tile(8, 2, 32), tiles.Tile(8, 1, 64))
+    best = tiles.GPU(
+        32, tiles.Tile(2, 3, 16), tiles.Tile(8, 2, 32), tiles.Tile(8, 1, 64)
+    )
 
     def milliseconds(make, choice, repeats):
         return 1 + sum(x != y for x, y in zip(choice, best, strict=True))
@@ -124,7 +137,9 @@ def test_tuning_keeps_the_fastest_tile_of_every_kernel(monkeypatch):
     monkeypatch.setattr(tune, "milliseconds", milliseconds)
     assert tune.tune_gpu((print, print), 64, 1) == best
     tpu = tiles.TPU(32, 4)
-    monkeypatch.setattr(tune, "milliseconds", lambda make, choice, repeats: choice != tpu)
+    monkeypatch.setattr(
+        tune, "milliseconds", lambda make, choice, repeats: choice != tpu
+    )
     assert tune.tune_tpu((print, print), 1) == tpu
 
 
@@ -182,7 +197,9 @@ def packages(monkeypatch, **installed):
         ),
     ],
 )
-def test_a_wrong_pair_of_packages_is_one_sentence(monkeypatch, installed, error, sentence):
+def test_a_wrong_pair_of_packages_is_one_sentence(
+    monkeypatch, installed, error, sentence
+):
     packages(monkeypatch, **installed)
     with pytest.raises(error) as caught:
         triton_calls.check_versions()

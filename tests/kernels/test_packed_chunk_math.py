@@ -14,7 +14,14 @@ from pallas_kernels import chunk_math
 from pallas_kernels.cases import MODES, Case, make_inputs
 from pallas_kernels.reference import NAMES, WKVInputs
 from pallas_kernels.tpu import kernel_bodies, packed_chunk_math
-from pallas_kernels.tpu.head_packing import TileLayout, compact, expand, make_masks, stack, unstack
+from pallas_kernels.tpu.head_packing import (
+    TileLayout,
+    compact,
+    expand,
+    make_masks,
+    stack,
+    unstack,
+)
 
 # Two heads of a tile, four, and one that fills it.
 CASES = [
@@ -86,12 +93,16 @@ def by_packed_chunk_math(inputs, state, dy, dend, layout):
     dy = stack(dy[0].reshape(layout.chunk, -1), masks.value_head, layout)
     dscaled = expand(dend, masks, layout) * factors.rest
     dend = dscaled.astype(layout.dtype)
-    u, z = finish(packed_chunk_math.removals_and_gradients(chunk, dy, start, dend, layout))
+    u, z = finish(
+        packed_chunk_math.removals_and_gradients(chunk, dy, start, dend, layout)
+    )
     np.testing.assert_array_equal(u, written[: layout.rows])
     dv = packed_chunk_math.value_gradient(chunk, z, dy, dend, masks, layout)
     dstart = packed_chunk_math.start_gradient(chunk, z, dy, dscaled, masks)
     pairs = packed_chunk_math.pair_gradients(chunk, u, z, dy)
-    parts = packed_chunk_math.key_gradients(chunk, pairs, u, z, dy, start, dend, masks, layout)
+    parts = packed_chunk_math.key_gradients(
+        chunk, pairs, u, z, dy, start, dend, masks, layout
+    )
     ends = jnp.sum(scaled * dscaled, 0, keepdims=True)
     grads = WKVInputs(
         r=sum(parts.r) * factors.upto,
@@ -111,7 +122,9 @@ def test_one_chunk_is_the_same_as_by_chunk_math(case, mode):
     inputs, state = make_inputs(Case(**(vars(case) | {"mode": mode})))
     dy, dend = jnp.sin(inputs.v), jnp.cos(state)
     ours = by_packed_chunk_math(inputs, state, dy, dend, layout_of(case))
-    arrays = jax.tree.map(lambda x: np.asarray(x, np.float64), (inputs, state, dy, dend))
+    arrays = jax.tree.map(
+        lambda x: np.asarray(x, np.float64), (inputs, state, dy, dend)
+    )
     with jax.enable_x64(True):
         arrays = jax.tree.map(jnp.asarray, arrays)
         theirs = jax.tree.map(np.asarray, by_chunk_math(*arrays))
@@ -129,8 +142,12 @@ def test_one_chunk_is_the_same_as_by_chunk_math(case, mode):
 def test_packing_and_unpacking_are_inverse(case):
     layout = layout_of(case)
     masks = make_masks(layout)
-    tokens = jax.random.normal(jax.random.key(0), (case.tokens, case.heads * case.key_size))
-    state = jax.random.normal(jax.random.key(1), (case.value_size, case.heads * case.key_size))
+    tokens = jax.random.normal(
+        jax.random.key(0), (case.tokens, case.heads * case.key_size)
+    )
+    state = jax.random.normal(
+        jax.random.key(1), (case.value_size, case.heads * case.key_size)
+    )
     stacked = stack(tokens, masks.key_head, layout)
     np.testing.assert_array_equal(unstack(stacked, masks.key_head, layout), tokens)
     np.testing.assert_array_equal(compact(expand(state, masks, layout), layout), state)

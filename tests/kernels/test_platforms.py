@@ -64,10 +64,14 @@ def test_in_the_export_context_every_platform_gets_its_own_from_any_machine(plat
     assert (SQUARES in lowered) == (platform == "rocm")
 
 
-@pytest.mark.parametrize("case", [Case(1, 21, 2, 24, 40), Case(1, 1, 2)], ids=["sizes", "a token"])
+@pytest.mark.parametrize(
+    "case", [Case(1, 21, 2, 24, 40), Case(1, 1, 2)], ids=["sizes", "a token"]
+)
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize("exports", [False, True], ids=["targeted", "exported"])
-def test_sizes_that_no_kernel_takes_and_single_tokens_are_left_to_xla(platform, case, exports):
+def test_sizes_that_no_kernel_takes_and_single_tokens_are_left_to_xla(
+    platform, case, exports
+):
     with kernels_of_all_platforms() if exports else targeting(platform):
         lowered = lower(platform, *make_inputs(case))
     assert MARKS[platform] not in lowered
@@ -100,7 +104,9 @@ def test_a_program_for_an_accelerator_is_right_on_a_cpu_as_well(platform):
     with targeting(platform):
         traced = jax.jit(both).trace(INPUTS, STATE)
     found = traced.lower(lowering_platforms=("cpu",)).compile()(INPUTS, STATE)
-    for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for left, right in zip(
+        jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+    ):
         assert_close(left, right, SAME["op"])
 
 
@@ -113,7 +119,9 @@ def test_a_backward_pass_traced_elsewhere_fits_its_forward_pass(monkeypatch, pla
         (y, end), pull = jax.vjp(op, INPUTS, STATE)
     cotangents = (jnp.sin(y), jnp.cos(end))
     expected = jax.vjp(op, INPUTS, STATE)[1](cotangents)
-    for left, right in zip(*map(jax.tree.leaves, (pull(cotangents), expected)), strict=True):
+    for left, right in zip(
+        *map(jax.tree.leaves, (pull(cotangents), expected)), strict=True
+    ):
         assert_close(left, right, SAME["op"])
 
 
@@ -128,7 +136,9 @@ def test_one_exported_program_serves_every_platform():
     with kernels_of_all_platforms():
         exported = export(INPUTS, STATE)
     assert all(mark in exported.mlir_module() for mark in MARKS.values())
-    for left, right in zip(exported.call(INPUTS, STATE), jax.jit(op)(INPUTS, STATE), strict=True):
+    for left, right in zip(
+        exported.call(INPUTS, STATE), jax.jit(op)(INPUTS, STATE), strict=True
+    ):
         assert_close(left, right, SAME["op"])
 
 

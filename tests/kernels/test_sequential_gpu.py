@@ -43,7 +43,9 @@ def test_values_states_and_gradients_are_the_definitions():
 @pytest.mark.slow
 def test_without_a_gradient_values_are_the_same():
     (inputs, state, *_), (y, end, _) = run(CASE)
-    for found, same in zip(sequential(inputs, state, interpret=True), (y, end), strict=True):
+    for found, same in zip(
+        sequential(inputs, state, interpret=True), (y, end), strict=True
+    ):
         np.testing.assert_allclose(found, same, rtol=1e-6, atol=1e-6)
 
 
@@ -53,7 +55,9 @@ def test_dividing_by_the_strongest_decay_loses_the_digits_that_it_loses_in_numpy
     *_, true = wkv_reference.both(*data)
     *_, divided = wkv_reference.both(*data, dtype=np.float32, eps=0.0)
     *_, stored = wkv_reference.both(*data, dtype=np.float32)
-    kernel, numpy, exact = (max(map(relative_error, g, true)) for g in (ours, divided, stored))
+    kernel, numpy, exact = (
+        max(map(relative_error, g, true)) for g in (ours, divided, stored)
+    )
     assert numpy / 10 <= kernel <= 10 * numpy, f"kernel {kernel:.2g}, numpy {numpy:.2g}"
     assert kernel >= 10 * exact, f"kernel {kernel:.2g}, from stored states {exact:.2g}"
 

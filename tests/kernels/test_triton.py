@@ -56,7 +56,9 @@ def results(tmp_path_factory):
     folder, words = tmp_path_factory.mktemp("runs"), []
     for dtype in DTYPES:
         for i, (case, chunk, capability) in enumerate(RUNS):
-            given, found = (folder / f"{side}-{i}-{dtype}.npz" for side in ("in", "out"))
+            given, found = (
+                folder / f"{side}-{i}-{dtype}.npz" for side in ("in", "out")
+            )
             _write(given, _data(case, dtype))
             words += [given, found, str(chunk), dtype, str(capability)]
     done = subprocess.run(

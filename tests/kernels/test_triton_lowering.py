@@ -16,7 +16,9 @@ from pallas_kernels.cases import Case, make_inputs
 
 # It refuses to be imported where JAX has no plugin for CUDA.
 jax_triton = pytest.importorskip(
-    "jax_triton", reason="needs the triton extra and JAX's CUDA plugin", exc_type=ImportError
+    "jax_triton",
+    reason="needs the triton extra and JAX's CUDA plugin",
+    exc_type=ImportError,
 )
 
 pytestmark = pytest.mark.slow

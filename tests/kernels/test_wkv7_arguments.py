@@ -48,7 +48,10 @@ def test_the_implementation_asked_for_is_the_one_that_runs():
     assert witness("scan", differentiated=True) == (False, {2, 16}, set())
     assert witness("chunked", differentiated=True) == (True, {2}, set())
     assert witness("pallas_tpu", differentiated=False)[2] == {"forward_kernel"}
-    assert witness("pallas_tpu", differentiated=True)[2] == {"forward_kernel", "backward_kernel"}
+    assert witness("pallas_tpu", differentiated=True)[2] == {
+        "forward_kernel",
+        "backward_kernel",
+    }
     assert witness("pallas_gpu", differentiated=False)[2] == {"forward_kernel"}
     kernels = {"forward_kernel", "state_kernel", "gradients_kernel"}
     assert witness("pallas_gpu", differentiated=True)[2] == kernels
@@ -69,30 +72,54 @@ def test_a_named_kernel_on_another_device_says_where_it_runs(unchecked, implemen
 @pytest.mark.parametrize(
     ("implementation", "case", "sentence"),
     [
-        ("pallas_tpu", Case(1, 4, 1, 48, 64), "head sizes that are multiples of 32 up to 256"),
-        ("pallas_gpu", Case(1, 4, 1, 48, 64), "head sizes that are powers of two from 16"),
-        ("pallas_gpu", Case(1, 4, 1, 256, 256), "head sizes that are powers of two from 16"),
+        (
+            "pallas_tpu",
+            Case(1, 4, 1, 48, 64),
+            "head sizes that are multiples of 32 up to 256",
+        ),
+        (
+            "pallas_gpu",
+            Case(1, 4, 1, 48, 64),
+            "head sizes that are powers of two from 16",
+        ),
+        (
+            "pallas_gpu",
+            Case(1, 4, 1, 256, 256),
+            "head sizes that are powers of two from 16",
+        ),
     ],
 )
-def test_a_named_kernel_says_which_head_sizes_it_takes(unchecked, implementation, case, sentence):
+def test_a_named_kernel_says_which_head_sizes_it_takes(
+    unchecked, implementation, case, sentence
+):
     inputs, state = make_inputs(case)
-    with pytest.raises(NotImplementedError, match=f"wkv7: {implementation!r} takes {sentence}"):
-        pallas_kernels.wkv7(*inputs, state, implementation=implementation, interpret=True)
+    with pytest.raises(
+        NotImplementedError, match=f"wkv7: {implementation!r} takes {sentence}"
+    ):
+        pallas_kernels.wkv7(
+            *inputs, state, implementation=implementation, interpret=True
+        )
 
 
-def test_large_heads_are_refused_on_a_gpu_that_has_too_few_registers(unchecked, monkeypatch):
+def test_large_heads_are_refused_on_a_gpu_that_has_too_few_registers(
+    unchecked, monkeypatch
+):
     inputs, state = make_inputs(Case(1, 4, 1, 256, 64))
     monkeypatch.setattr(tiles, "capability", lambda: 80)
     with (
         jax.sharding.use_abstract_mesh(abstract_devices.mesh("gpu")),
-        pytest.raises(NotImplementedError, match=r"up to 128 on this GPU; got \(256, 64\)"),
+        pytest.raises(
+            NotImplementedError, match=r"up to 128 on this GPU; got \(256, 64\)"
+        ),
     ):
         pallas_kernels.wkv7(*inputs, state, implementation="pallas_gpu")
 
 
 def test_half_precision_is_refused_by_kernels(unchecked):
     inputs = tuple(x.astype("float16") for x in INPUTS)
-    with pytest.raises(NotImplementedError, match="bfloat16 or float32 tokens and a float32 state"):
+    with pytest.raises(
+        NotImplementedError, match="bfloat16 or float32 tokens and a float32 state"
+    ):
         pallas_kernels.wkv7(*inputs, STATE, implementation="pallas_tpu", interpret=True)
 
 
@@ -119,7 +146,11 @@ def test_the_second_call_does_not_compile(implementation):
             "wkv7: `implementation` must be None or one of scan, chunked, pallas_tpu, pallas_gpu, "
             "triton; got 'fast'.",
         ),
-        ({"chunk": 24}, ValueError, "wkv7: `chunk` must be None or one of (16, 32, 64); got 24."),
+        (
+            {"chunk": 24},
+            ValueError,
+            "wkv7: `chunk` must be None or one of (16, 32, 64); got 24.",
+        ),
         (
             {"k": INPUTS[2][:, :5]},
             ValueError,

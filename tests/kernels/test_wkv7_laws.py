@@ -20,7 +20,12 @@ NAMES = ("r", "log_w", "k", "v", "a", "b", "state")
 AVAILABLE = pallas_kernels.available()
 INTERPRETED = {"pallas_tpu", "pallas_gpu"} - set(AVAILABLE)
 # Every implementation at each chunk that changes its arithmetic.
-KERNELS = [("pallas_tpu", 32), ("pallas_tpu", 64), ("pallas_gpu", 16), ("pallas_gpu", 32)]
+KERNELS = [
+    ("pallas_tpu", 32),
+    ("pallas_tpu", 64),
+    ("pallas_gpu", 16),
+    ("pallas_gpu", 32),
+]
 KERNELS += [("triton", 16), ("triton", 32)] if "triton" in AVAILABLE else []
 KERNELS = [pytest.param(*form, marks=pytest.mark.slow) for form in KERNELS]
 BETWEEN = pytest.param("chunked", 32, marks=pytest.mark.slow)
@@ -130,7 +135,9 @@ def test_equals_the_float64_definition(implementation, chunk, mode):
 
 @each
 @pytest.mark.parametrize("mode", MODES)
-def test_equals_the_float64_definition_with_more_keys_than_values(implementation, chunk, mode):
+def test_equals_the_float64_definition_with_more_keys_than_values(
+    implementation, chunk, mode
+):
     case = dataclasses.replace(FLAT, mode=mode)
     check(case, "float32", quick, implementation=implementation, chunk=chunk)
 
@@ -152,8 +159,13 @@ def test_without_a_name_the_op_equals_the_definition():
 @forms
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", LARGE, ids=["128x64", "64x256", "256x256"])
-def test_equals_the_float64_definition_with_large_heads(implementation, chunk, case, mode):
-    if implementation in ("pallas_gpu", "triton") and case.key_size * case.value_size > 2**14:
+def test_equals_the_float64_definition_with_large_heads(
+    implementation, chunk, case, mode
+):
+    if (
+        implementation in ("pallas_gpu", "triton")
+        and case.key_size * case.value_size > 2**14
+    ):
         pytest.skip("too large for a GPU's registers")
     if implementation in INTERPRETED and (mode != "fast" or chunk == 64):
         pytest.skip("one mode and chunk show it")
@@ -169,7 +181,9 @@ def test_bfloat16_tokens_stay_near_the_definition(implementation, chunk, mode):
 
 
 @each
-@pytest.mark.parametrize("tokens", [1, pytest.param(15, marks=pytest.mark.slow), 16, 17, 100])
+@pytest.mark.parametrize(
+    "tokens", [1, pytest.param(15, marks=pytest.mark.slow), 16, 17, 100]
+)
 def test_any_number_of_tokens_is_right(implementation, chunk, tokens):
     case = dataclasses.replace(WIDE, tokens=tokens, mode="fast")
     check(case, "float32", quick, implementation=implementation, chunk=chunk)
@@ -205,7 +219,9 @@ def test_cutting_changes_no_gradient(implementation, chunk):
     inputs, state, dy, dend = data(dataclasses.replace(WIDE, tokens=19))
     run = functools.partial(quick, implementation=implementation, chunk=chunk)
     *_, uncut = run(inputs, state, dy, dend)
-    left, right = (tuple(x[:, part] for x in inputs) for part in (slice(3), slice(3, None)))
+    left, right = (
+        tuple(x[:, part] for x in inputs) for part in (slice(3), slice(3, None))
+    )
     _, middle, _ = run(left, state, dy[:, :3], dend)
     *_, (*late, dmiddle) = run(right, middle, dy[:, 3:], dend)
     *_, (*early, dstate) = run(left, state, dy[:, :3], dmiddle)
@@ -220,7 +236,9 @@ def test_rows_of_a_batch_do_not_see_each_other(implementation, chunk):
     arguments = data(WIDE)
     other = jax.tree.map(lambda x: x.at[1].multiply(-0.5), arguments)
     run = functools.partial(both, implementation=implementation, chunk=chunk)
-    for left, right in zip(*(jax.tree.leaves(run(*x)) for x in (arguments, other)), strict=True):
+    for left, right in zip(
+        *(jax.tree.leaves(run(*x)) for x in (arguments, other)), strict=True
+    ):
         np.testing.assert_array_equal(left[0], right[0])
 
 
@@ -245,14 +263,18 @@ def test_reading_is_linear_in_state_and_values(implementation, chunk):
     first = run((r, log_w, k, v, a, b), state)
     second = run((r, log_w, k, u, a, b), start)
     mixed = run((r, log_w, k, 2 * v - 3 * u, a, b), 2 * state - 3 * start)
-    for name, left, right, both_ in zip(("y", "end"), first, second, mixed, strict=True):
+    for name, left, right, both_ in zip(
+        ("y", "end"), first, second, mixed, strict=True
+    ):
         assert_close(both_, 2 * left - 3 * right, SAME["op"], name)
 
 
 @each
 def test_without_tokens_the_state_is_returned_with_its_gradient(implementation, chunk):
     inputs, state, dy, dend = data(dataclasses.replace(WIDE, tokens=0))
-    y, end, grads = quick(inputs, state, dy, dend, implementation=implementation, chunk=chunk)
+    y, end, grads = quick(
+        inputs, state, dy, dend, implementation=implementation, chunk=chunk
+    )
     assert y.shape == (2, 0, 2, 64)
     np.testing.assert_array_equal(end, state)
     np.testing.assert_array_equal(grads[-1], dend)
@@ -261,7 +283,9 @@ def test_without_tokens_the_state_is_returned_with_its_gradient(implementation, 
 
 @each
 def test_long_repetition_of_one_key_stays_finite(implementation, chunk):
-    inputs, state, dy, dend = data(dataclasses.replace(WIDE, tokens=128, mode="repeated"))
+    inputs, state, dy, dend = data(
+        dataclasses.replace(WIDE, tokens=128, mode="repeated")
+    )
     inputs, dy = jax.tree.map(lambda x: jnp.tile(x, (1, 4, 1, 1)), (inputs, dy))
     outputs = quick(inputs, state, dy, dend, implementation=implementation, chunk=64)
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(outputs))
@@ -272,5 +296,7 @@ def test_vmap_equals_a_larger_batch(implementation, chunk):
     arguments = data(WIDE)
     run = functools.partial(quick, implementation=implementation, chunk=chunk)
     mapped = jax.vmap(run)(*jax.tree.map(lambda x: x[:, None], arguments))
-    for left, right in zip(jax.tree.leaves(mapped), jax.tree.leaves(run(*arguments)), strict=True):
+    for left, right in zip(
+        jax.tree.leaves(mapped), jax.tree.leaves(run(*arguments)), strict=True
+    ):
         assert_close(left[:, 0], right, SAME["op"])

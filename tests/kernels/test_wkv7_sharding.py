@@ -52,14 +52,19 @@ def sharded(run, mesh, **options):
         None,
         "scan",
         "chunked",
-        *(pytest.param(k, marks=pytest.mark.slow) for k in ("pallas_tpu", "pallas_gpu")),
+        *(
+            pytest.param(k, marks=pytest.mark.slow)
+            for k in ("pallas_tpu", "pallas_gpu")
+        ),
     ],
 )
 def test_sharded_over_devices_the_results_are_the_same(implementation, shape):
     mesh = jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2)
     run = functools.partial(op, implementation=implementation)
     # Pallas's interpreter, not its kernels, fails JAX's check of varying axes.
-    over = sharded(run, mesh, check_vma=implementation not in ("pallas_tpu", "pallas_gpu"))
+    over = sharded(
+        run, mesh, check_vma=implementation not in ("pallas_tpu", "pallas_gpu")
+    )
     found = jax.jit(functools.partial(gradients, over))(INPUTS, STATE)
     alone = jax.jit(functools.partial(gradients, run))(INPUTS, STATE)
     for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(alone), strict=True):
@@ -68,7 +73,9 @@ def test_sharded_over_devices_the_results_are_the_same(implementation, shape):
 
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize(("platform", "lowered"), [("tpu", "tpu"), ("gpu", "cuda")])
-def test_sharded_over_abstract_accelerators_it_is_lowered_to_kernels(platform, lowered, named):
+def test_sharded_over_abstract_accelerators_it_is_lowered_to_kernels(
+    platform, lowered, named
+):
     mesh = abstract_devices.mesh(platform, (2, 2), AXES)
 
     def run(inputs, state):
@@ -77,5 +84,7 @@ def test_sharded_over_abstract_accelerators_it_is_lowered_to_kernels(platform, l
 
     with jax.sharding.use_abstract_mesh(mesh):
         program = jax.jit(functools.partial(gradients, sharded(run, mesh)))
-        text = program.trace(INPUTS, STATE).lower(lowering_platforms=(lowered,)).as_text()
+        text = (
+            program.trace(INPUTS, STATE).lower(lowering_platforms=(lowered,)).as_text()
+        )
     assert text.count(abstract_devices.MARKS[lowered]) >= 2

@@ -83,7 +83,9 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     "head_size", [pytest.param(32, marks=SLOW), 64, pytest.param(128, marks=SLOW)]
 )
-def test_logits_and_states_of_a_file_are_the_official_packages(official, folder, head_size):
+def test_logits_and_states_of_a_file_are_the_official_packages(
+    official, folder, head_size
+):
     config = calm_models.config(head_size)
     model, ours, params = pair(official, folder, config)
     ids, start = calm_models.ids(config, 1, LENGTH), calm_models.start(config)
@@ -113,7 +115,9 @@ def test_token_by_token_and_cut_at_every_place(official, folder):
     for cut in range(1, LENGTH):
         pieces = ids, jnp.roll(ids, -cut, axis=1)
         head, middle = apply({"params": params}, pieces[0], start, jnp.array([cut]))
-        tail, end = apply({"params": params}, pieces[1], middle, jnp.array([LENGTH - cut]))
+        tail, end = apply(
+            {"params": params}, pieces[1], middle, jnp.array([LENGTH - cut])
+        )
         logits = np.concatenate([head[0, :cut], tail[0, : LENGTH - cut]])
         assert np.abs(logits - expected).max() <= LOGITS, cut
         check_state(end, memory)
@@ -139,7 +143,9 @@ def test_bfloat16_is_within_the_references_own_noise(official, folder):
     ids, start = calm_models.ids(config, 1, 64), calm_models.start(config)
     expected, _ = theirs(model, ids[0], start)
     half = RWKV7(dataclasses.replace(config, dtype="bfloat16"))
-    shifts = {n: getattr(start, n).astype(jnp.bfloat16) for n in ("att_shift", "ffn_shift")}
+    shifts = {
+        n: getattr(start, n).astype(jnp.bfloat16) for n in ("att_shift", "ffn_shift")
+    }
     logits, _ = jax.jit(half.apply)({"params": params}, ids, start.replace(**shifts))
     error = np.asarray(logits[0], np.float32) - expected
     assert np.sqrt(np.mean(error**2)) <= BFLOAT16_RMS

@@ -21,7 +21,10 @@ from rwkv7_jax.model.state import init_state
         ({"head_size": True}, "`head_size` must be a positive integer; got True."),
         ({"gate_rank": -1}, "`gate_rank` must be a positive integer; got -1."),
         ({"norm_eps": 0.0}, "`norm_eps` must lie between 0 and 1; got 0.0."),
-        ({"dtype": "float16"}, "`dtype` must be one of float32, bfloat16; got 'float16'."),
+        (
+            {"dtype": "float16"},
+            "`dtype` must be one of float32, bfloat16; got 'float16'.",
+        ),
         ({"remat": "all"}, "`remat` must be one of none, block; got 'all'."),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
@@ -65,7 +68,9 @@ def test_a_published_size_has_as_many_weights_as_its_file(name):
     layers, width, w, a, v, g = PUBLISHED[name]
     official = 2 * 65536 * width + 4 * width
     official += layers * (19 * width + 12 * width**2 + 2 * width * (w + a + v + g))
-    unused = width + 2 * width * v  # v0, v1, v2 of layer 0, which files carry and nothing reads
+    unused = (
+        width + 2 * width * v
+    )  # v0, v1, v2 of layer 0, which files carry and nothing reads
 
     config = dataclasses.replace(RWKV7Config.preset(name), implementation="scan")
     state = jax.eval_shape(lambda: init_state(config))

@@ -23,8 +23,12 @@ def test_logits_and_states_are_the_official_packages(name):
     golden = np.load(GOLDEN / f"{name}.npz")
     model = RWKV7(dataclasses.replace(config, dtype="float32"))
     ids = golden["tokens"][None].astype(np.int32)
-    logits, state = jax.jit(model.apply)({"params": params}, ids, init_state(model.config))
+    logits, state = jax.jit(model.apply)(
+        {"params": params}, ids, init_state(model.config)
+    )
     deviation = golden["logits"].std()
-    assert np.abs(np.asarray(logits[0]) - golden["logits"]).max() <= LOGITS * max(deviation, 1)
+    assert np.abs(np.asarray(logits[0]) - golden["logits"]).max() <= LOGITS * max(
+        deviation, 1
+    )
     largest = np.abs(golden["wkv"]).max()
     assert np.abs(np.asarray(state.wkv[:, 0]) - golden["wkv"]).max() <= STATES * largest

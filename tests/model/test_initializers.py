@@ -23,7 +23,8 @@ def new(config):
     draw = jax.jit(lambda key: RWKV7(config).init(key, ids, state)["params"])
     params = jax.tree.map(np.asarray, draw(jax.random.key(0)))
     rest = [
-        jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(config.num_layers - 1)
+        jax.tree.map(lambda x, i=i: x[i], params["layers"])
+        for i in range(config.num_layers - 1)
     ]
     return [params["layer_0"], *rest], params
 
@@ -55,8 +56,14 @@ def table(config, layer):
         },
     }
     if layer:
-        att |= {"v0": 0.73 - 0.4 * (ramp - 0.5), "v1": np.zeros((width, config.value_rank))}
-    ffn = {"x_k": 1 - q ** (left**4), "value": {"weight": np.zeros((width, config.ffn_width))}}
+        att |= {
+            "v0": 0.73 - 0.4 * (ramp - 0.5),
+            "v1": np.zeros((width, config.value_rank)),
+        }
+    ffn = {
+        "x_k": 1 - q ** (left**4),
+        "value": {"weight": np.zeros((width, config.ffn_width))},
+    }
     norm = {"weight": np.ones(width), "bias": np.zeros(width)}
     return {"att": att, "ffn": ffn, "ln1": norm, "ln2": norm}
 
@@ -66,12 +73,16 @@ def orthogonal_gain(matrix):
     short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     gram = short.astype(np.float64) @ short.T
     gain = np.sqrt(gram[0, 0])
-    np.testing.assert_allclose(gram, gain**2 * np.eye(len(gram)), atol=2e-6 * gain**2 + 1e-9)
+    np.testing.assert_allclose(
+        gram, gain**2 * np.eye(len(gram)), atol=2e-6 * gain**2 + 1e-9
+    )
     return gain
 
 
 @pytest.mark.parametrize(
-    ("config", "layer"), [(DEEP, 0), (DEEP, 1), (DEEP, 3), (SINGLE, 0)], ids=["0", "1", "3", "L=1"]
+    ("config", "layer"),
+    [(DEEP, 0), (DEEP, 1), (DEEP, 3), (SINGLE, 0)],
+    ids=["0", "1", "3", "L=1"],
 )
 def test_what_is_not_drawn_is_the_published_formula(config, layer):
     block, expected = new(config)[0][layer], table(config, layer)
@@ -88,8 +99,12 @@ def test_drawn_matrices_are_orthogonal_with_the_published_gain(layer):
     block = new(DEEP)[0][layer]
     gains = {"receptance": 1.0, "key": 0.1, "value": 1.0}
     for name, gain in gains.items():
-        assert orthogonal_gain(block["att"][name]["weight"]) == pytest.approx(gain, rel=1e-5)
-    assert orthogonal_gain(block["ffn"]["key"]["weight"]) == pytest.approx(1.0, rel=1e-5)
+        assert orthogonal_gain(block["att"][name]["weight"]) == pytest.approx(
+            gain, rel=1e-5
+        )
+    assert orthogonal_gain(block["ffn"]["key"]["weight"]) == pytest.approx(
+        1.0, rel=1e-5
+    )
     for name in "wag" + "v" * (layer > 0):
         assert orthogonal_gain(block["att"][f"{name}2"]) == pytest.approx(0.1, rel=1e-5)
 
@@ -119,4 +134,6 @@ def test_embedding_is_tiny_and_head_orthogonal_by_vocabulary():
 
 def test_blocks_are_drawn_apart():
     first, second, *_ = new(DEEP)[0]
-    assert not np.allclose(first["att"]["key"]["weight"], second["att"]["key"]["weight"])
+    assert not np.allclose(
+        first["att"]["key"]["weight"], second["att"]["key"]["weight"]
+    )

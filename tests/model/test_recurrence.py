@@ -8,7 +8,10 @@ from upscaled_states import ADDITIVE, SIZE, noise
 
 from rwkv7_jax.model import recurrence as model_recurrence
 from rwkv7_jax.model.kernel_features import kernel_features
-from rwkv7_jax.tuning.read_statistics import initial_state_read_vectors, memory_read_vectors
+from rwkv7_jax.tuning.read_statistics import (
+    initial_state_read_vectors,
+    memory_read_vectors,
+)
 from rwkv7_jax.tuning.upscaling import calibrate, empty_memory, stability_ratio
 
 B, T, H, N = 2, 19, 3, 8
@@ -20,7 +23,15 @@ def parts(seed=0, rows=B, length=T):
     r, k, v, key, rate, z = (draw.normal(size=shape) for _ in range(6))
     key = key / np.linalg.norm(key, axis=-1, keepdims=True)
     rate, log_w = 1 / (1 + np.exp(-rate)), -0.6 / (1 + np.exp(-z))
-    named = {"r": r, "k": k, "v": v, "a": -key, "b": key * rate, "icl_rate": rate, "log_w": log_w}
+    named = {
+        "r": r,
+        "k": k,
+        "v": v,
+        "a": -key,
+        "b": key * rate,
+        "icl_rate": rate,
+        "log_w": log_w,
+    }
     return {name: jnp.asarray(x, jnp.float32) for name, x in named.items()}
 
 
@@ -57,7 +68,9 @@ def wanted(upscaled, one):
     w = np.exp(np.asarray(one["log_w"], np.float64)).mean(-1)
     rate, v = (np.asarray(one[name], np.float64) for name in ("icl_rate", "v"))
     rate = rate.mean(-1) if upscaled.dynamics == "delta" else 0 * w
-    memory = np.broadcast_to(upscaled.memory, (B, *upscaled.memory.shape[1:])).astype(np.float64)
+    memory = np.broadcast_to(upscaled.memory, (B, *upscaled.memory.shape[1:])).astype(
+        np.float64
+    )
     write, out = np.asarray(upscaled.write)[0], []
     for t in range(T):
         if upscaled.dynamics != "static":
@@ -117,7 +130,9 @@ def test_delta_memories_never_grow_however_long_the_sequence():
 def test_the_papers_form_diverges_unless_its_removal_keys_have_length_1_and_the_checker_knows():
     one, growth, excess = parts(length=200), {}, {}
     for dynamics in ("replace", "replace_raw"):
-        upscaled = layer(dynamics, size=64, kind="gaussian_raw", prepare="none", widths=(0.1,))
+        upscaled = layer(
+            dynamics, size=64, kind="gaussian_raw", prepare="none", widths=(0.1,)
+        )
         excess[dynamics] = float(stability_ratio(upscaled, one))
         _, _, memory = compiled(one, jnp.zeros((B, H, N, N)), upscaled)
         growth[dynamics] = np.abs(np.asarray(memory)).max()

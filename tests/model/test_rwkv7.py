@@ -35,10 +35,14 @@ def whole():
 def check_restated(params, ids, state, config=CONFIG):
     """Compare row 0's logits, state and trace with numpy's."""
     logits, end, trace = run(params, ids, state, config=config, method="trace")
-    true_logits, true_end, true_trace = restated(params, ids[0], select(state, 0), config)
+    true_logits, true_end, true_trace = restated(
+        params, ids[0], select(state, 0), config
+    )
     assert_close(logits[0], true_logits, SAME["model"], "logits")
     for name in ("att_shift", "wkv", "ffn_shift"):
-        assert_close(getattr(end, name)[:, 0], getattr(true_end, name), SAME["model"], name)
+        assert_close(
+            getattr(end, name)[:, 0], getattr(true_end, name), SAME["model"], name
+        )
     for name in TRACE:
         assert_close(trace[name][:, 0], true_trace[name], SAME["model"], name)
 
@@ -85,7 +89,9 @@ def test_hidden_stops_just_before_the_head(whole):
 def test_cutting_anywhere_changes_nothing(whole, cut):
     left, middle = run(lively(), IDS[:, :cut], STATE)
     right, end = run(lively(), IDS[:, cut:], middle)
-    assert_close(jnp.concatenate([left, right], axis=1), whole[0], SAME["model"], "logits")
+    assert_close(
+        jnp.concatenate([left, right], axis=1), whole[0], SAME["model"], "logits"
+    )
     assert_trees_close(end, whole[1], SAME["model"])
 
 
@@ -129,7 +135,9 @@ def gradients(params, state, config):
 
 def test_the_implementation_a_user_gets_reads_as_the_definition_does():
     lengths = jnp.array([LENGTH, 2, 0])
-    found, wanted = (run(lively(), IDS, STATE, lengths, config=x) for x in (AS_SHIPPED, CONFIG))
+    found, wanted = (
+        run(lively(), IDS, STATE, lengths, config=x) for x in (AS_SHIPPED, CONFIG)
+    )
     assert_trees_close(found, wanted, SAME["model"])
 
 
@@ -146,7 +154,9 @@ def test_rematerialisation_changes_no_gradient():
 
 
 def test_every_weight_and_the_state_have_a_gradient():
-    for path, grad in jax.tree_util.tree_leaves_with_path(gradients(lively(), STATE, CONFIG)):
+    for path, grad in jax.tree_util.tree_leaves_with_path(
+        gradients(lively(), STATE, CONFIG)
+    ):
         assert float(jnp.abs(grad).max()) > 0, jax.tree_util.keystr(path)
 
 
@@ -159,7 +169,9 @@ def test_bfloat16_activations_stay_near_float32(whole):
     assert_close(logits, whole[0], MODEL_BFLOAT16, "logits")
 
 
-@pytest.mark.parametrize(("bad", "position"), [(CONFIG.vocab_size, (1, 4)), (-1, (0, 0))])
+@pytest.mark.parametrize(
+    ("bad", "position"), [(CONFIG.vocab_size, (1, 4)), (-1, (0, 0))]
+)
 def test_an_id_outside_the_vocabulary_is_named_with_its_position(bad, position):
     with pytest.raises(ValueError) as caught:
         RWKV7(CONFIG).apply({"params": lively()}, IDS.at[position].set(bad), STATE)
@@ -169,7 +181,9 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_position(bad, position):
 
 
 def test_ids_that_are_no_integers_are_refused(unchecked):
-    with pytest.raises(TypeError, match="RWKV7: `tokens` must be integers; got float32"):
+    with pytest.raises(
+        TypeError, match="RWKV7: `tokens` must be integers; got float32"
+    ):
         RWKV7(CONFIG).apply({"params": lively()}, IDS.astype(float), STATE)
 
 
@@ -186,5 +200,9 @@ def test_a_state_that_does_not_fit_is_refused_in_one_sentence(unchecked):
         "got (3, 2, 64)."
     )
     half = STATE.replace(wkv=STATE.wkv.astype("bfloat16"))
-    assert refuse(half, TypeError) == "RWKV7: `state.wkv` must be float32; got bfloat16."
-    assert refuse(STATE.wkv, TypeError).startswith("RWKV7: `state` must be an RWKV7State; got ")
+    assert (
+        refuse(half, TypeError) == "RWKV7: `state.wkv` must be float32; got bfloat16."
+    )
+    assert refuse(STATE.wkv, TypeError).startswith(
+        "RWKV7: `state` must be an RWKV7State; got "
+    )

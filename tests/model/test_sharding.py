@@ -54,10 +54,14 @@ def test_two_devices_make_the_step_of_one_with_half_the_rows_each(accumulate):
     loss = state_loss(MODEL, lively(SHALLOW), leaves=LEAVES[:3])
     make = functools.partial(stepped, loss=loss, params=random_state(SHALLOW))
     alone, _ = make(None, accumulate=accumulate)
-    together, program = make(parallel.make_data_mesh(ROWS // accumulate), accumulate=accumulate)
+    together, program = make(
+        parallel.make_data_mesh(ROWS // accumulate), accumulate=accumulate
+    )
     assert_trees_close(together, alone, SAME["op"])
     rows = ROWS // accumulate
-    of_all, of_one = (rf"f32\[{n},{LENGTH},{SHALLOW.width}\]" for n in (rows, rows // 2))
+    of_all, of_one = (
+        rf"f32\[{n},{LENGTH},{SHALLOW.width}\]" for n in (rows, rows // 2)
+    )
     assert re.search(of_one, program) and not re.search(of_all, program)
     assert "all-reduce" in program
 
@@ -76,7 +80,9 @@ def test_two_devices_decorrelate_as_one_does():
     wide = upscale(MODEL, params, BATCH["tokens"], size=48, prepare="whiten")
     tx = optax.masked(decorrelate(optax.sgd(1.0)), trainable_mask(wide, ("memory",)))
     choices = {"statistics": state_statistics(MODEL, params, **read), "tx": tx}
-    make = functools.partial(stepped, loss=state_loss(MODEL, params, **read), params=wide)
+    make = functools.partial(
+        stepped, loss=state_loss(MODEL, params, **read), params=wide
+    )
     alone, _ = make(None, **choices)
     together, _ = make(parallel.make_data_mesh(ROWS), **choices)
     assert_trees_close(together[0].params, alone[0].params, SAME["gradient"])
@@ -89,7 +95,10 @@ def test_what_a_step_leaves_is_whole_on_each_device():
     train = parallel.replicate(mesh, TrainState.create(lively(SHALLOW), tx))
     left = step(train, parallel.shard_batch(mesh, BATCH))
     whole = NamedSharding(mesh, PartitionSpec())
-    assert all(leaf.sharding.is_equivalent_to(whole, leaf.ndim) for leaf in jax.tree.leaves(left))
+    assert all(
+        leaf.sharding.is_equivalent_to(whole, leaf.ndim)
+        for leaf in jax.tree.leaves(left)
+    )
 
 
 @pytest.mark.parametrize("rows", [4, 3])
@@ -113,7 +122,9 @@ def test_rows_go_to_their_devices_or_to_all_of_them(rows):
 
 def _chips(name):
     """Chips that one can compile for and not run on."""
-    pytest.importorskip("libtpu", reason="libtpu, the compiler for TPUs, is not installed")
+    pytest.importorskip(
+        "libtpu", reason="libtpu, the compiler for TPUs, is not installed"
+    )
     try:
         chips = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except jax.errors.JaxRuntimeError as error:
@@ -128,11 +139,17 @@ def test_four_chips_share_a_step_with_a_kernel_on_each(monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     mesh = _chips("v5e:2x2")
     whole, rows = (
-        NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (parallel.BATCH_AXIS,))
+        NamedSharding(mesh, PartitionSpec(*axes))
+        for axes in ((), (parallel.BATCH_AXIS,))
     )
     monkeypatch.setattr(training, "replicate", lambda mesh, tree: tree)
-    model = RWKV7(dataclasses.replace(SHALLOW, num_layers=2, implementation="pallas_tpu"))
-    config, tx = dataclasses.replace(model.config, implementation="scan"), optax.sgd(1.0)
+    model = RWKV7(
+        dataclasses.replace(SHALLOW, num_layers=2, implementation="pallas_tpu")
+    )
+    config, tx = (
+        dataclasses.replace(model.config, implementation="scan"),
+        optax.sgd(1.0),
+    )
     step = make_train_step(state_loss(model, lively(config)), tx, mesh=mesh)
 
     def described(tree, sharding):
@@ -140,7 +157,9 @@ def test_four_chips_share_a_step_with_a_kernel_on_each(monkeypatch):
         return jax.tree.map(lambda leaf: make(leaf.shape, leaf.dtype), tree)
 
     train = described(TrainState.create(random_state(config), tx), whole)
-    batch = described({name: np.repeat(x, 2, axis=0) for name, x in BATCH.items()}, rows)
+    batch = described(
+        {name: np.repeat(x, 2, axis=0) for name, x in BATCH.items()}, rows
+    )
     traced = step.func.trace(*described(step.args, whole), train, batch)
     program = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
     assert program.count("tpu_custom_call") >= 4 and "all-reduce" in program

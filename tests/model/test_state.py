@@ -102,7 +102,9 @@ def test_repeating_once_changes_nothing():
 
 
 def test_only_a_single_sequence_is_repeated():
-    with pytest.raises(ValueError, match=r"repeat: `state` must hold one sequence; got 4\."):
+    with pytest.raises(
+        ValueError, match=r"repeat: `state` must hold one sequence; got 4\."
+    ):
         repeat(batch_of(None), 2)
 
 
@@ -148,8 +150,12 @@ def test_memories_of_different_forms_are_not_stacked():
     features = jax.tree.map(lambda leaf: leaf[:, :, :, :12], static.upscaled.features)
     features = features.replace(map=features.map[..., :12])
     memory = static.upscaled.memory[..., :12]
-    narrow = static.replace(upscaled=static.upscaled.replace(memory=memory, features=features))
-    with pytest.raises(ValueError, match=r"one form; got static gaussian with 24 .* with 12"):
+    narrow = static.replace(
+        upscaled=static.upscaled.replace(memory=memory, features=features)
+    )
+    with pytest.raises(
+        ValueError, match=r"one form; got static gaussian with 24 .* with 12"
+    ):
         stack([static, narrow])
     with pytest.raises(ValueError, match=r"one form; got static .* and delta"):
         stack([static, one_state("delta", seed=1)])
@@ -209,7 +215,9 @@ def message_of(state, error, batch=1, **arguments):
 
 def test_the_message_begins_with_the_caller_and_without_one_with_check_state():
     state = init_state(CONFIG)
-    assert message_of(state, ValueError, batch=2).startswith("check_state: `state.att_shift` must")
+    assert message_of(state, ValueError, batch=2).startswith(
+        "check_state: `state.att_shift` must"
+    )
     named = message_of(state, ValueError, batch=2, caller="generate")
     assert named.startswith("generate: `state.att_shift` must have shape (3, 2, 64)")
 
@@ -244,7 +252,9 @@ def test_an_unknown_form_or_kind_is_named_with_those_that_exist():
 @pytest.mark.parametrize("kind", REPLACING)
 def test_the_papers_form_needs_a_readout(kind):
     message = message_of(with_upscaled(kind, readout=None), ValueError)
-    assert f"`state.upscaled.readout` must be given where dynamics are {kind}" in message
+    assert (
+        f"`state.upscaled.readout` must be given where dynamics are {kind}" in message
+    )
 
 
 @pytest.mark.parametrize("kind", ADDITIVE)
@@ -269,8 +279,12 @@ def test_a_memory_of_another_shape_is_named(kind):
 
 @pytest.mark.parametrize("kind", DYNAMICS)
 def test_a_memory_with_one_row_serves_a_batch_only_if_it_never_changes(kind):
-    state = init_state(CONFIG, ROWS).replace(upscaled=empty_state(dynamics=kind).upscaled)
+    state = init_state(CONFIG, ROWS).replace(
+        upscaled=empty_state(dynamics=kind).upscaled
+    )
     if MEMORY_FORMS[kind].has_own_rows:
-        assert "`state.upscaled.memory` must have shape" in message_of(state, ValueError, ROWS)
+        assert "`state.upscaled.memory` must have shape" in message_of(
+            state, ValueError, ROWS
+        )
     else:
         check_state(state, ROWS, CONFIG)

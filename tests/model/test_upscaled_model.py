@@ -18,7 +18,9 @@ from rwkv7_jax.tuning.upscaling import fold_feature_map, upscale
 
 B, T = 2, 19
 depths = pytest.mark.parametrize(
-    "config", [QUICK, pytest.param(SCANNED, marks=pytest.mark.slow)], ids=["shallow", "deep"]
+    "config",
+    [QUICK, pytest.param(SCANNED, marks=pytest.mark.slow)],
+    ids=["shallow", "deep"],
 )
 
 # Decay alone is what delta does too, beside erasing.
@@ -41,7 +43,10 @@ def params():
 def states(model, params):
     """An empty upscaled state of every additive kind."""
     text = tokens(6, 40, seed=5)
-    return {name: upscale(model, params, text, size=SIZE, dynamics=name) for name in ADDITIVE}
+    return {
+        name: upscale(model, params, text, size=SIZE, dynamics=name)
+        for name in ADDITIVE
+    }
 
 
 @pytest.fixture(scope="module")
@@ -81,28 +86,38 @@ def test_an_empty_memory_leaves_the_model_what_it_was_bit_for_bit(config, dynami
     state = start.replace(upscaled=repeat(empty_state(config, dynamics), B).upscaled)
     logits, wide_end = run(ids, state)
     assert (logits == base).all()
-    assert (wide_end.wkv == end.wkv).all() and (wide_end.ffn_shift == end.ffn_shift).all()
+    assert (wide_end.wkv == end.wkv).all() and (
+        wide_end.ffn_shift == end.ffn_shift
+    ).all()
     assert not np.any(wide_end.upscaled.memory)
 
 
 @kinds
 def test_a_full_memory_changes_the_logits(run, states, dynamics):
     ids = tokens(1, T)
-    base, changed = (run(ids, state)[0] for state in (init_state(CONFIG), filled(states[dynamics])))
+    base, changed = (
+        run(ids, state)[0] for state in (init_state(CONFIG), filled(states[dynamics]))
+    )
     assert float(jnp.abs(changed - base).max()) > 0.01
 
 
 def test_upscaling_in_the_papers_form_warns_that_it_may_diverge(model, params):
     with pytest.warns(UserWarning, match=r"removes up to .* times what a step may"):
         state = upscale(
-            model, params, tokens(2, 30), size=64, dynamics="replace_raw", widths=(0.01,)
+            model,
+            params,
+            tokens(2, 30),
+            size=64,
+            dynamics="replace_raw",
+            widths=(0.01,),
         )
     assert state.upscaled.memory.shape == (3, 1, 2, 64, 64)
 
 
 @depths
 @pytest.mark.parametrize(
-    ("dynamics", "cut", "length"), [("static", 7, 14), ("decay", 9, 18), ("delta", 1, 17)]
+    ("dynamics", "cut", "length"),
+    [("static", 7, 14), ("decay", 9, 18), ("delta", 1, 17)],
 )
 def test_cutting_a_sequence_changes_nothing(config, dynamics, cut, length):
     """Equal halves share a program."""
@@ -125,7 +140,9 @@ def test_folding_the_map_into_the_memory_changes_nothing(run, states, dynamics):
 
 
 def test_a_delta_memory_cannot_be_folded(states):
-    with pytest.raises(ValueError, match=r"fold_feature_map: `upscaled` must be static.*got delta"):
+    with pytest.raises(
+        ValueError, match=r"fold_feature_map: `upscaled` must be static.*got delta"
+    ):
         fold_feature_map(states["delta"].upscaled)
 
 
@@ -142,11 +159,15 @@ def test_a_batch_of_different_states_equals_single_runs(run, states, dynamics):
 
 
 @depths
-@pytest.mark.parametrize("dynamics", [pytest.param("static", marks=pytest.mark.slow), "delta"])
+@pytest.mark.parametrize(
+    "dynamics", [pytest.param("static", marks=pytest.mark.slow), "delta"]
+)
 def test_generation_goes_on_from_an_upscaled_state(config, dynamics):
     params, state = lively(config), filled(empty_state(config, dynamics))
     run = functools.partial(plainly(config), params)
-    out = generate(RWKV7(config), params, [[3, 4, 5], [7]], state, tokens=4, temperature=0)
+    out = generate(
+        RWKV7(config), params, [[3, 4, 5], [7]], state, tokens=4, temperature=0
+    )
     ids, current = jnp.array([[3, 4, 5]]), state
     for token in out.tokens[0]:
         logits, current = run(ids, current)
@@ -155,7 +176,9 @@ def test_generation_goes_on_from_an_upscaled_state(config, dynamics):
 
 
 @pytest.mark.parametrize(
-    "config", [SHALLOW, pytest.param(CONFIG, marks=pytest.mark.slow)], ids=["shallow", "deep"]
+    "config",
+    [SHALLOW, pytest.param(CONFIG, marks=pytest.mark.slow)],
+    ids=["shallow", "deep"],
 )
 def test_a_state_scaled_to_nothing_is_the_base_model(config):
     run, ids = as_users(config), tokens(B, T)
@@ -166,9 +189,18 @@ def test_a_state_scaled_to_nothing_is_the_base_model(config):
 @pytest.mark.parametrize(
     ("choice", "sentence"),
     [
-        ({"kind": "cubic"}, "calibrate: `kind` must be one of gaussian, fourier, gaussian_raw"),
-        ({"landmarks": "grid"}, "`landmarks` must be one of random, kmeans; got 'grid'"),
-        ({"prepare": "wash"}, "`prepare` must be one of none, centre, whiten; got 'wash'"),
+        (
+            {"kind": "cubic"},
+            "calibrate: `kind` must be one of gaussian, fourier, gaussian_raw",
+        ),
+        (
+            {"landmarks": "grid"},
+            "`landmarks` must be one of random, kmeans; got 'grid'",
+        ),
+        (
+            {"prepare": "wash"},
+            "`prepare` must be one of none, centre, whiten; got 'wash'",
+        ),
         ({"dynamics": "still"}, "upscale: `dynamics` must be one of static, decay"),
         ({"size": -4}, "`size` must be at least 1"),
     ],
@@ -182,7 +214,12 @@ def test_choices_that_do_not_exist_are_named(model, params, choice, sentence):
 def test_a_memory_of_another_shape_is_refused_at_the_models_door(run, states):
     upscaled = states["static"].upscaled
     short = upscaled.replace(memory=upscaled.memory[..., :-1])
-    with pytest.raises(ValueError, match=r"`state.upscaled.landmarks|`state.upscaled.features"):
+    with pytest.raises(
+        ValueError, match=r"`state.upscaled.landmarks|`state.upscaled.features"
+    ):
         run(tokens(1, T), states["static"].replace(upscaled=short))
     with pytest.raises(ValueError, match=r"`state.upscaled.memory` must have shape"):
-        run(tokens(B, T), repeat(init_state(CONFIG), B).replace(upscaled=states["delta"].upscaled))
+        run(
+            tokens(B, T),
+            repeat(init_state(CONFIG), B).replace(upscaled=states["delta"].upscaled),
+        )

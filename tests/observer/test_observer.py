@@ -27,7 +27,9 @@ proposed = pytest.fixture(tiny_observers.proposed, scope="module")
 def selecting(mirror, places):
     """The mirror with maps that put its state number `places[i]` at layer and head i."""
     observer, params = mirror
-    maps = np.einsum("ab,vm->abvm", np.eye(len(places))[places], np.eye(TEACHER.head_size))
+    maps = np.einsum(
+        "ab,vm->abvm", np.eye(len(places))[places], np.eye(TEACHER.head_size)
+    )
     maps = jnp.asarray(maps.reshape(params["left"].shape), jnp.float32)
     return observer, params | {"left": maps, "right": maps}
 
@@ -41,7 +43,9 @@ def test_an_observer_that_is_the_teacher_proposes_its_states(mirror, batch, own)
 def test_a_map_of_another_place_moves_a_state_there(mirror, batch, own):
     swapped = selecting(mirror, [3, 2, 1, 0])
     found = propose(*swapped, batch["tokens"][:, :-1], batch["split"])
-    np.testing.assert_allclose(found.wkv, own[1].wkv[::-1, :, ::-1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        found.wkv, own[1].wkv[::-1, :, ::-1], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_proposal_is_the_mapped_state_of_the_row_read_alone(made, batch, proposed):
@@ -57,8 +61,12 @@ def test_before_anything_is_read_the_bias_is_proposed(made, batch):
 
 def test_token_shifts_have_the_teachers_activation_dtype(made):
     observer, params = made
-    observer = dataclasses.replace(observer, teacher=dataclasses.replace(TEACHER, dtype="bfloat16"))
-    proposed = jax.eval_shape(lambda p: propose(observer, p, jnp.zeros((1, 3), jnp.int32)), params)
+    observer = dataclasses.replace(
+        observer, teacher=dataclasses.replace(TEACHER, dtype="bfloat16")
+    )
+    proposed = jax.eval_shape(
+        lambda p: propose(observer, p, jnp.zeros((1, 3), jnp.int32)), params
+    )
     assert proposed.att_shift.dtype == jnp.bfloat16
     assert proposed.wkv.dtype == jnp.float32
 
@@ -68,11 +76,15 @@ def test_tokens_after_the_split_do_not_move_the_proposal(made, batch):
     inputs = batch["tokens"][:, :-1]
     later = np.arange(LENGTH)[None] >= batch["split"][:, None]
     other = np.where(later, (inputs + 7) % 23, inputs)
-    one, two = (propose(observer, params, x, batch["split"]).wkv for x in (inputs, other))
+    one, two = (
+        propose(observer, params, x, batch["split"]).wkv for x in (inputs, other)
+    )
     np.testing.assert_array_equal(one, two)
 
 
-def test_a_new_observer_proposes_states_of_about_the_size_of_its_own(mirror, batch, own):
+def test_a_new_observer_proposes_states_of_about_the_size_of_its_own(
+    mirror, batch, own
+):
     found = propose(*mirror, batch["tokens"][:, :-1], batch["split"])
     assert 0.3 < float(jnp.std(found.wkv) / jnp.std(own[1].wkv)) < 3
 
@@ -82,9 +94,9 @@ def test_a_right_proposal_leaves_nothing_unexplained_and_the_mean_everything(own
     mean, variance = moments(wkv)
     assert float(fraction_of_variance_unexplained(wkv, wkv, variance).max()) == 0.0
     constant = jnp.broadcast_to(mean[:, None], wkv.shape)
-    assert float(fraction_of_variance_unexplained(constant, wkv, variance).mean()) == pytest.approx(
-        1.0, rel=1e-5
-    )
+    assert float(
+        fraction_of_variance_unexplained(constant, wkv, variance).mean()
+    ) == pytest.approx(1.0, rel=1e-5)
 
 
 def test_a_head_that_does_not_vary_is_no_infinite_loss(own):
@@ -92,7 +104,9 @@ def test_a_head_that_does_not_vary_is_no_infinite_loss(own):
     found = fraction_of_variance_unexplained(wkv + 1e-4, wkv, moments(wkv).variance)
     assert float(found.max()) < 10
     still = jnp.ones_like(wkv)
-    assert not fraction_of_variance_unexplained(still, still, moments(still).variance).any()
+    assert not fraction_of_variance_unexplained(
+        still, still, moments(still).variance
+    ).any()
 
 
 def test_moments_of_prompts_are_those_of_the_rows_states(teacher, batch, own):

@@ -24,19 +24,29 @@ batch = pytest.fixture(tiny_observers.batch, scope="module")
 
 def test_other_vocabularies_and_sizes_are_refused(made, teacher):
     other = dataclasses.replace(TEACHER, vocab_size=24)
-    with pytest.raises(ValueError, match=r"`model` must have the teacher's vocab_size 24; got 23"):
+    with pytest.raises(
+        ValueError, match=r"`model` must have the teacher's vocab_size 24; got 23"
+    ):
         init_observer(SMALL, other, jax.random.key(0))
-    with pytest.raises(ValueError, match=r"init_observer: `bias` must have .*\(2, 2, 16, 16\)"):
+    with pytest.raises(
+        ValueError, match=r"init_observer: `bias` must have .*\(2, 2, 16, 16\)"
+    ):
         init_observer(SMALL, TEACHER, jax.random.key(0), bias=jnp.zeros((2, 2, 8, 8)))
     wide = dataclasses.replace(TEACHER, width=64)
-    with pytest.raises(ValueError, match=r"observer_loss: `teacher` must have width 32.*got 64"):
+    with pytest.raises(
+        ValueError, match=r"observer_loss: `teacher` must have width 32.*got 64"
+    ):
         observer_loss(made[0], RWKV7(wide), teacher[1])
 
 
 def test_weights_of_the_terms_are_checked(made, teacher):
-    with pytest.raises(ValueError, match=r"observer_loss: `answers` must be at least 0; got -1"):
+    with pytest.raises(
+        ValueError, match=r"observer_loss: `answers` must be at least 0; got -1"
+    ):
         observer_loss(made[0], *teacher, answers=-1.0)
-    with pytest.raises(ValueError, match=r"one of variance, divergence, answers must be above 0"):
+    with pytest.raises(
+        ValueError, match=r"one of variance, divergence, answers must be above 0"
+    ):
         observer_loss(made[0], *teacher, variance=0.0, divergence=0.0, answers=0.0)
 
 
@@ -44,10 +54,22 @@ def test_weights_of_the_terms_are_checked(made, teacher):
     ("change", "sentence"),
     [
         ({"split": None}, r"`batch` must hold 'split'; it has tokens, mask"),
-        ({"split": np.array([1, 2, 3], np.int32)}, r"`batch\['split'\]` must have one number .* 4"),
-        ({"split": np.array([1, 2, 3, 14], np.int32)}, r".* between 0 and 13; got 14 in row 3"),
-        ({"mask": np.ones((ROWS, LENGTH + 1), np.float32)}, r"`batch\['mask'\]` must have shape"),
-        ({"tokens": np.full((ROWS, LENGTH + 1), 23, np.int32)}, r"`tokens` must be .* below 23"),
+        (
+            {"split": np.array([1, 2, 3], np.int32)},
+            r"`batch\['split'\]` must have one number .* 4",
+        ),
+        (
+            {"split": np.array([1, 2, 3, 14], np.int32)},
+            r".* between 0 and 13; got 14 in row 3",
+        ),
+        (
+            {"mask": np.ones((ROWS, LENGTH + 1), np.float32)},
+            r"`batch\['mask'\]` must have shape",
+        ),
+        (
+            {"tokens": np.full((ROWS, LENGTH + 1), 23, np.int32)},
+            r"`tokens` must be .* below 23",
+        ),
         (
             {"tokens": np.zeros((ROWS, 1), np.int32)},
             r"`batch\['tokens'\]` must be \[B T\+1\] with T at least 1",
@@ -65,31 +87,51 @@ def test_a_batch_that_does_not_fit_is_refused(change, sentence, made, teacher, b
 def test_calls_that_do_not_fit_are_refused(made, teacher, batch):
     observer, params = made
     tokens = batch["tokens"]
-    with pytest.raises(ValueError, match=r"propose: `params` must hold bias, left, model, right"):
+    with pytest.raises(
+        ValueError, match=r"propose: `params` must hold bias, left, model, right"
+    ):
         propose(observer, {"left": params["left"]}, tokens)
-    with pytest.raises(ValueError, match=r"propose: `params\['left'\]` must have shape"):
+    with pytest.raises(
+        ValueError, match=r"propose: `params\['left'\]` must have shape"
+    ):
         propose(observer, params | {"left": params["left"][:1]}, tokens)
-    with pytest.raises(ValueError, match=r"propose: `lengths` must lie between 0 and 14; got 15"):
+    with pytest.raises(
+        ValueError, match=r"propose: `lengths` must lie between 0 and 14; got 15"
+    ):
         propose(observer, params, tokens, np.array([1, 2, 15, 3]))
-    with pytest.raises(ValueError, match="observer_loss: `batch` must have at least two rows"):
+    with pytest.raises(
+        ValueError, match="observer_loss: `batch` must have at least two rows"
+    ):
         row = {name: part[:1] for name, part in batch.items()}
         observer_loss(observer, *teacher)(params, row)
-    with pytest.raises(ValueError, match="proposal_error: `variance` must be given for one row"):
+    with pytest.raises(
+        ValueError, match="proposal_error: `variance` must be given for one row"
+    ):
         proposal_error(*made, *teacher, tokens[:1])
     with pytest.raises(
         ValueError, match=r"proposal_error: `variance` must .* \(2, 2\); got \(2, 3\)"
     ):
         proposal_error(*made, *teacher, tokens, variance=jnp.ones((2, 3)))
-    with pytest.raises(ValueError, match=r"evaluate_handover: `state.att_shift` must have shape"):
+    with pytest.raises(
+        ValueError, match=r"evaluate_handover: `state.att_shift` must have shape"
+    ):
         evaluate_handover(*teacher, repeat(init_state(TEACHER), 3), batch)
-    with pytest.raises(ValueError, match=r"add_prompt_splits: `least` and `most` must be in order"):
+    with pytest.raises(
+        ValueError, match=r"add_prompt_splits: `least` and `most` must be in order"
+    ):
         add_prompt_splits(batch, 0, 0, least=5, most=4)
 
 
 def test_arguments_of_another_kind_are_refused(unchecked, made, batch):
-    with pytest.raises(TypeError, match="Observer: `model` must be an RWKV7 and `teacher` an RWKV"):
+    with pytest.raises(
+        TypeError, match="Observer: `model` must be an RWKV7 and `teacher` an RWKV"
+    ):
         Observer(TEACHER, SMALL)
-    with pytest.raises(TypeError, match="propose: `tokens` must be integers; got float32"):
+    with pytest.raises(
+        TypeError, match="propose: `tokens` must be integers; got float32"
+    ):
         propose(*made, jnp.zeros((1, 2)))
-    with pytest.raises(TypeError, match="propose: `lengths` must be integers; got float32"):
+    with pytest.raises(
+        TypeError, match="propose: `lengths` must be integers; got float32"
+    ):
         propose(*made, batch["tokens"], jnp.zeros(ROWS))

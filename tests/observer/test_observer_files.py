@@ -12,7 +12,13 @@ from tiny_observers import SMALL, TEACHER, alive
 from rwkv7_jax.checkpoints.model_files import model_hash
 from rwkv7_jax.checkpoints.tensor_files import write_safetensors
 from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.observer.files import MAPS, MODEL, load_observer, observer_info, save_observer
+from rwkv7_jax.observer.files import (
+    MAPS,
+    MODEL,
+    load_observer,
+    observer_info,
+    save_observer,
+)
 
 mirror = pytest.fixture(tiny_observers.mirror, scope="module")
 teacher = pytest.fixture(tiny_observers.teacher, scope="module")
@@ -22,9 +28,14 @@ made = pytest.fixture(tiny_observers.made, scope="module")
 def test_an_observer_survives_its_folder_bit_for_bit(made, teacher, tmp_path):
     observer, params = made
     params = params | {"left": params["left"].astype(jnp.bfloat16)}
-    info = {"base_model": model_hash(teacher[1], TEACHER), "variance": [[0.1, 0.2], [0.3, 0.4]]}
+    info = {
+        "base_model": model_hash(teacher[1], TEACHER),
+        "variance": [[0.1, 0.2], [0.3, 0.4]],
+    }
     save_observer(tmp_path / "a" / "b", observer, params, info=info)
-    found, loaded = load_observer(tmp_path / "a" / "b", TEACHER, base_model=info["base_model"])
+    found, loaded = load_observer(
+        tmp_path / "a" / "b", TEACHER, base_model=info["base_model"]
+    )
     # Which implementation runs is the machine's choice, and not in the file.
     small = dataclasses.replace(SMALL, implementation=None)
     assert found == dataclasses.replace(observer, model=RWKV7(small))
@@ -38,9 +49,18 @@ def test_an_observer_survives_its_folder_bit_for_bit(made, teacher, tmp_path):
 def test_a_folder_of_another_teacher_is_refused(made, tmp_path):
     save_observer(tmp_path, *made, info={"base_model": "abc"})
     for change, sentence in (
-        ({"num_layers": 3}, "`teacher` must have num_layers 2, as the observer's; got 3"),
-        ({"vocab_size": 24}, "`teacher` must have vocab_size 23, as the observer's; got 24"),
-        ({"head_size": 8}, "`teacher` must have head_size 16, as the observer's; got 8"),
+        (
+            {"num_layers": 3},
+            "`teacher` must have num_layers 2, as the observer's; got 3",
+        ),
+        (
+            {"vocab_size": 24},
+            "`teacher` must have vocab_size 23, as the observer's; got 24",
+        ),
+        (
+            {"head_size": 8},
+            "`teacher` must have head_size 16, as the observer's; got 8",
+        ),
     ):
         with pytest.raises(ValueError, match=f"load_observer: {sentence}"):
             load_observer(tmp_path, dataclasses.replace(TEACHER, **change))
@@ -50,7 +70,9 @@ def test_a_folder_of_another_teacher_is_refused(made, tmp_path):
 
 def test_a_damaged_folder_is_refused(made, tmp_path):
     observer, params = made
-    with pytest.raises(ValueError, match=r"is no observer: it has no model\.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"is no observer: it has no model\.safetensors"
+    ):
         load_observer(tmp_path, TEACHER)
     save_observer(tmp_path, observer, params)
     with pytest.raises(ValueError, match="does not say which teacher it belongs to"):
@@ -60,7 +82,9 @@ def test_a_damaged_folder_is_refused(made, tmp_path):
     (tmp_path / MAPS).write_bytes(maps)
     with pytest.raises(ValueError, match=f"has {MODEL} of another {MAPS}"):
         load_observer(tmp_path, TEACHER)
-    save_observer(tmp_path, observer, params | {"bias": params["bias"].at[0].set(jnp.nan)})
+    save_observer(
+        tmp_path, observer, params | {"bias": params["bias"].at[0].set(jnp.nan)}
+    )
     with pytest.raises(ValueError, match="has NaN or Inf in bias"):
         load_observer(tmp_path, TEACHER)
     write_safetensors(tmp_path / MAPS, [("left", np.zeros(3))])

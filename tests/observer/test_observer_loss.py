@@ -37,11 +37,15 @@ def step(made, teacher):
             numbers = metrics | {"loss": value}
             return numbers, numbers
 
-        gradients, numbers = jax.jacrev(numbers, argnums=(0, 1), has_aux=True)(frozen, params)
+        gradients, numbers = jax.jacrev(numbers, argnums=(0, 1), has_aux=True)(
+            frozen, params
+        )
         return numbers, gradients
 
     # In numpy, for every new shape of an operation outside of a program is compiled anew.
-    return lambda params, batch: jax.tree.map(np.asarray, run(teacher[1], params, batch))
+    return lambda params, batch: jax.tree.map(
+        np.asarray, run(teacher[1], params, batch)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +64,12 @@ def test_every_part_of_an_observer_learns(result):
 def test_each_term_reaches_the_model_through_the_maps(term, result):
     _, gradients = result
     _, grads = gradients[term]
-    for leaf in (grads["left"], grads["right"], grads["bias"], grads["model"]["emb"]["weight"]):
+    for leaf in (
+        grads["left"],
+        grads["right"],
+        grads["bias"],
+        grads["model"]["emb"]["weight"],
+    ):
         assert np.abs(leaf).max() > 0
 
 
@@ -101,7 +110,9 @@ def test_the_divergence_is_the_mean_over_prompts(own, proposed, result):
     for base, tuned in zip(own[0], proposed[0], strict=True):
         base, tuned = jax.nn.log_softmax(base), jax.nn.log_softmax(tuned)
         total += float(jnp.sum(jnp.exp(base) * (base - tuned)))
-    assert float(result[0]["divergence_nats"]) == pytest.approx(total / sum(SPLITS), rel=1e-5)
+    assert float(result[0]["divergence_nats"]) == pytest.approx(
+        total / sum(SPLITS), rel=1e-5
+    )
 
 
 def test_models_of_other_widths_diverge_by_their_own_heads():
@@ -109,16 +120,25 @@ def test_models_of_other_widths_diverge_by_their_own_heads():
         jax.random.normal(jax.random.key(i), shape)
         for i, shape in enumerate([(2, 3, 4), (2, 3, 6), (5, 4), (5, 6)])
     )
-    tuned, reference = jax.nn.log_softmax(x @ head.T), jax.nn.log_softmax(base @ other.T)
+    tuned, reference = (
+        jax.nn.log_softmax(x @ head.T),
+        jax.nn.log_softmax(base @ other.T),
+    )
     wanted = jnp.sum(jnp.exp(reference) * (reference - tuned), -1)
-    found = token_statistics(x, head, None, reference=base, reference_head=other, chunk=2).kl
+    found = token_statistics(
+        x, head, None, reference=base, reference_head=other, chunk=2
+    ).kl
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_without_answers_the_tokens_after_the_splits_have_no_influence(made, teacher, batch):
+def test_without_answers_the_tokens_after_the_splits_have_no_influence(
+    made, teacher, batch
+):
     loss = jax.jit(observer_loss(made[0], *teacher, answers=0.0))
     later = np.arange(LENGTH + 1)[None] >= batch["split"][:, None]
-    other = batch | {"tokens": np.where(later, (batch["tokens"] + 7) % 23, batch["tokens"])}
+    other = batch | {
+        "tokens": np.where(later, (batch["tokens"] + 7) % 23, batch["tokens"])
+    }
     other |= {"mask": 1 - batch["mask"]}
     one, metrics = loss(made[1], batch)
     two, _ = loss(made[1], other)
@@ -131,8 +151,12 @@ def test_without_answers_the_tokens_after_the_splits_have_no_influence(made, tea
 
 def test_masked_targets_and_those_in_the_prompt_do_not_count(step, made, batch, result):
     prompt = np.arange(LENGTH)[None] < batch["split"][:, None]
-    other, _ = step(made[1], batch | {"mask": np.where(prompt, np.float32(5), batch["mask"])})
-    assert float(other["answer_nats"]) == pytest.approx(float(result[0]["answer_nats"]), rel=1e-6)
+    other, _ = step(
+        made[1], batch | {"mask": np.where(prompt, np.float32(5), batch["mask"])}
+    )
+    assert float(other["answer_nats"]) == pytest.approx(
+        float(result[0]["answer_nats"]), rel=1e-6
+    )
 
 
 def test_a_batch_without_answers_costs_nothing(step, made, batch):
@@ -141,7 +165,9 @@ def test_a_batch_without_answers_costs_nothing(step, made, batch):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
-def test_the_proposal_error_is_the_unexplained_variance_row_by_row(made, teacher, batch, result):
+def test_the_proposal_error_is_the_unexplained_variance_row_by_row(
+    made, teacher, batch, result
+):
     tokens, lengths = batch["tokens"][:, :-1], batch["split"]
     rows = proposal_error(*made, *teacher, tokens, lengths=lengths)
     assert float(rows.mean()) == pytest.approx(float(result[0]["fvu"]), rel=1e-5)
@@ -170,7 +196,9 @@ def test_a_few_steps_down_the_gradient_lower_the_loss(step, made, batch, result)
     params = made[1]
     for _ in range(4):
         _, grads = step(params, batch)[1]["loss"]
-        params = jax.tree.map(lambda leaf, grad: np.asarray(leaf) - 0.02 * grad, params, grads)
+        params = jax.tree.map(
+            lambda leaf, grad: np.asarray(leaf) - 0.02 * grad, params, grads
+        )
     assert float(step(params, batch)[0]["loss"]) < float(result[0]["loss"])
 
 
@@ -191,16 +219,22 @@ def test_pieces_of_a_batch_make_the_loss_and_the_gradient_of_the_batch(
     expected, whole = down(made, teacher, batch, accumulate=1)
     metrics, pieces = down(made, teacher, batch, accumulate=accumulate)
     for name in ("loss", "fvu", "divergence_nats", "answer_nats", "loss_nats"):
-        assert float(metrics[name]) == pytest.approx(float(expected[name]), rel=1e-5), name
+        assert float(metrics[name]) == pytest.approx(float(expected[name]), rel=1e-5), (
+            name
+        )
     gradients = []
     for params in (whole, pieces):
         moves = jax.tree.map(jnp.subtract, made[1], params)
-        gradients.append(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(moves)]))
+        gradients.append(
+            np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(moves)])
+        )
     assert_close(gradients[1], gradients[0], SAME["micro-batches"], "gradient")
 
 
 @pytest.mark.slow
-def test_training_lowers_every_term_and_leaves_the_teacher_bit_equal(made, teacher, batch):
+def test_training_lowers_every_term_and_leaves_the_teacher_bit_equal(
+    made, teacher, batch
+):
     before = jax.tree.map(lambda leaf: np.array(leaf, copy=True), teacher[1])
     tx = optax.adam(1e-2)
     step, train = (
@@ -214,4 +248,6 @@ def test_training_lowers_every_term_and_leaves_the_teacher_bit_equal(made, teach
     for name in ("loss", "fvu", "divergence_nats", "answer_nats"):
         assert float(seen[-1][name]) < 0.8 * float(seen[0][name]), name
     assert int(train.skipped) == 0
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before, teacher[1]))
+    assert jax.tree.all(
+        jax.tree.map(lambda a, b: bool((a == b).all()), before, teacher[1])
+    )

@@ -60,14 +60,18 @@ def test_with_r_the_identity_it_is_the_inner_optimizer_bit_for_bit(settings, dty
     expected, inner_state = run(
         optax.with_extra_args_support(inner), params, [(g, None) for g in grads]
     )
-    actual, state = run(decorrelate(ADAMW, **settings), params, [(g, stats) for g in grads])
+    actual, state = run(
+        decorrelate(ADAMW, **settings), params, [(g, stats) for g in grads]
+    )
     assert identical(actual, expected)
     assert identical(state.inner, inner_state)
 
 
 def test_a_new_r_moves_nothing_by_itself():
     params = noise(0, LEAF)
-    after, state = run(decorrelate(optax.sgd(1.0)), params, [(0 * params, covariance(0))] * 2)
+    after, state = run(
+        decorrelate(optax.sgd(1.0)), params, [(0 * params, covariance(0))] * 2
+    )
     assert identical(after, params)
     assert float(jnp.max(jnp.abs(state.whitener - EYE))) > 0.1
 
@@ -84,9 +88,14 @@ def test_updates_keep_the_gradients_dtype_and_r_and_c_are_float32(dtype):
     with jax.enable_x64(True):
         tx = decorrelate(optax.sgd(1.0))
         grads, stats = noise(0, LEAF, dtype), jnp.asarray(covariance(0), dtype)
-        moves, state = jax.jit(lambda g, s: tx.update(g, s, stats=stats))(grads, tx.init(grads))
+        moves, state = jax.jit(lambda g, s: tx.update(g, s, stats=stats))(
+            grads, tx.init(grads)
+        )
         assert moves.dtype == dtype
-        assert (state.covariance.dtype, state.whitener.dtype) == (jnp.float32, jnp.float32)
+        assert (state.covariance.dtype, state.whitener.dtype) == (
+            jnp.float32,
+            jnp.float32,
+        )
         r = np.asarray(state.whitener, np.float64)
         exact = -np.asarray(grads, np.float64) @ r.swapaxes(-1, -2) @ r
         assert_close(moves, exact, 1e-2 if dtype == "bfloat16" else 1e-12)
@@ -97,7 +106,9 @@ def test_every_product_asks_for_full_precision():
     for mode in MODES:
         tx = decorrelate(optax.sgd(1.0), mode=mode)
         update = lambda g, s, c, tx=tx: tx.update(g, s, stats=c)  # noqa: E731
-        program = str(jax.make_jaxpr(update)(params, tx.init(params), jnp.zeros(SQUARE)))
+        program = str(
+            jax.make_jaxpr(update)(params, tx.init(params), jnp.zeros(SQUARE))
+        )
         products = program.count("dot_general[")
         assert products >= 5
         assert (
@@ -123,7 +134,9 @@ def test_without_statistics_r_stays_and_goes_on_being_used():
 def test_statistics_with_axes_of_size_one_are_shared():
     shared, grads = covariance(0)[:, :, :1], noise(0, LEAF)
     whole = jnp.broadcast_to(shared, SQUARE)
-    outs = [run(decorrelate(optax.sgd(1.0)), grads, [(grads, c)]) for c in (shared, whole)]
+    outs = [
+        run(decorrelate(optax.sgd(1.0)), grads, [(grads, c)]) for c in (shared, whole)
+    ]
     assert identical(*outs)
 
 
@@ -144,7 +157,10 @@ def test_bad_statistics_leave_their_matrix_alone_and_no_other(mode):
             expected = np.array(getattr(sound, part))
             for at in bad:
                 expected[at] = getattr(old, part)[at]
-                assert np.array_equal(getattr(actual, part)[at], expected[at]), (part, at)
+                assert np.array_equal(getattr(actual, part)[at], expected[at]), (
+                    part,
+                    at,
+                )
             assert_close(getattr(actual, part), expected, FORMULA, part)
 
 
@@ -164,7 +180,9 @@ def updates_to(tx, inputs, goal, tolerance, limit=1500):
 
     def body(carry, _):
         s, state = carry
-        loss, grads = jax.value_and_grad(lambda s: jnp.mean(jnp.square(inputs @ s.T - goal)))(s)
+        loss, grads = jax.value_and_grad(
+            lambda s: jnp.mean(jnp.square(inputs @ s.T - goal))
+        )(s)
         moves, state = tx.update(grads, state, s, stats=stats)
         return (s + moves, state), loss
 
@@ -183,7 +201,9 @@ def test_adam_on_an_ill_conditioned_regression_is_five_times_faster_decorrelated
     goal = inputs @ jnp.asarray(draw.normal(size=(8, 3)), jnp.float32)
 
     def best(wrap):
-        count = jax.vmap(lambda rate: updates_to(wrap(optax.adam(rate)), inputs, goal, 1e-6))
+        count = jax.vmap(
+            lambda rate: updates_to(wrap(optax.adam(rate)), inputs, goal, 1e-6)
+        )
         return int(jnp.min(jax.jit(count)(jnp.asarray([0.01, 0.03, 0.1, 0.3, 1.0]))))
 
     plain, quick = best(optax.with_extra_args_support), best(decorrelate)

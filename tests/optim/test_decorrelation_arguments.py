@@ -31,7 +31,9 @@ def test_settings_out_of_range_are_refused_in_one_sentence(settings, words):
 
 
 def test_masks_that_do_not_fit_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"`mask` must select .*; got \['b'\] of shape \(5,\)"):
+    with pytest.raises(
+        ValueError, match=r"`mask` must select .*; got \['b'\] of shape \(5,\)"
+    ):
         decorrelate(ADAM, mask=True).init(PARAMS)
     with pytest.raises(ValueError, match="`mask` must have the parameters' structure"):
         decorrelate(ADAM, mask={"s": True}).init(PARAMS)
@@ -42,11 +44,19 @@ def test_masks_that_do_not_fit_are_refused_by_name():
     [
         ({"s": STATS["s"]}, ValueError, "`stats` must have the gradients' structure"),
         (STATS["s"], ValueError, "`stats` must have the gradients' structure"),
-        (STATS | {"s": jnp.zeros((M, M))}, ValueError, "`stats`['s'] must have shape (2, 1, 3, 6"),
+        (
+            STATS | {"s": jnp.zeros((M, M))},
+            ValueError,
+            "`stats`['s'] must have shape (2, 1, 3, 6",
+        ),
         (STATS | {"s": jnp.zeros((*HEADS, N, N))}, ValueError, "got (2, 1, 3, 4, 4)."),
         (STATS | {"s": jnp.zeros((3, 1, 3, M, M))}, ValueError, "got (3, 1, 3, 6, 6)."),
         (STATS | {"b": jnp.zeros((5, 5))}, ValueError, "`stats`['b'] must be None"),
-        (STATS | {"s": jnp.zeros(SQUARE, int)}, TypeError, "`stats`['s'] must be a floating array"),
+        (
+            STATS | {"s": jnp.zeros(SQUARE, int)},
+            TypeError,
+            "`stats`['s'] must be a floating array",
+        ),
         (
             STATS | {"s": [1.0]},
             TypeError,

@@ -49,7 +49,9 @@ def only_s(params):
 
 COMPANY = {
     "mask as a function": lambda: decorrelate(ADAM, mask=only_s),
-    "mask as a tree": lambda: decorrelate(ADAM, mask={"s": True, "w": False, "b": False}),
+    "mask as a tree": lambda: decorrelate(
+        ADAM, mask={"s": True, "w": False, "b": False}
+    ),
     "chain": lambda: optax.chain(optax.identity(), decorrelate(ADAM), optax.scale(1.0)),
     "masked": lambda: optax.masked(decorrelate(ADAM), only_s),
     "partition": lambda: optax.partition(
@@ -72,7 +74,9 @@ COMPANY = {
 def test_in_company_a_leaf_moves_as_it_does_alone(name, alone):
     tx = COMPANY[name]()
     stats = STATS
-    if name == "partition with masked statistics":  # they must have the gradients' structure
+    if (
+        name == "partition with masked statistics"
+    ):  # they must have the gradients' structure
         stats = {"s": STATS["s"], "w": jnp.zeros((5, 5)), "b": jnp.zeros(())}
     params, state = run(tx, PARAMS, [(GRADS, stats)] * 3)
     assert_close(params["s"], alone[0], FORMULA)
@@ -91,7 +95,9 @@ def test_injected_settings_may_change_between_updates_without_compiling_anew(mod
     state = step(tx.init(PARAMS["s"]), covariance(0))
     if mode != "whiten":
         moved = step(state, covariance(1))
-        assert not np.array_equal(moved.inner_state.whitener, state.inner_state.whitener)
+        assert not np.array_equal(
+            moved.inner_state.whitener, state.inner_state.whitener
+        )
     state.hyperparams["rate"] = jnp.zeros(())
     state.hyperparams["every"] = jnp.asarray(100)
     after = step(state, covariance(1))

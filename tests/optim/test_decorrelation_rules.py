@@ -28,13 +28,21 @@ def published(r, c, rate, kappa, *, columns=False):
     z = r @ c @ r.T
     v = np.diag(z) - 1
     off = z - np.diag(np.diag(z))
-    return r - rate * ((1 - kappa) * off @ r + kappa * (r * v if columns else np.diag(v) @ r))
+    return r - rate * (
+        (1 - kappa) * off @ r + kappa * (r * v if columns else np.diag(v) @ r)
+    )
 
 
 @pytest.mark.parametrize("kappa", [0.0, 0.3])
 def test_the_online_rule_is_the_published_one(kappa):
     start, c = skewed(0), jnp.asarray(normalised(covariance(1)), jnp.float32)
-    plain = {"iterations": 1, "damping": 0, "average": 0, "clip": None, "normalise": False}
+    plain = {
+        "iterations": 1,
+        "damping": 0,
+        "average": 0,
+        "clip": None,
+        "normalise": False,
+    }
     actual = learn(c, count=2, start=start, rate=0.1, balance=kappa, **plain)
     for columns in (False, True):
         expected = np.asarray(start, np.float64)
@@ -42,7 +50,9 @@ def test_the_online_rule_is_the_published_one(kappa):
             expected = np.stack(
                 [
                     published(r, np.asarray(q, np.float64), 0.1, kappa, columns=columns)
-                    for r, q in zip(expected.reshape(-1, M, M), c.reshape(-1, M, M), strict=True)
+                    for r, q in zip(
+                        expected.reshape(-1, M, M), c.reshape(-1, M, M), strict=True
+                    )
                 ]
             ).reshape(SQUARE)
         if not columns:
@@ -62,7 +72,9 @@ def test_one_step_of_the_online_rule_is_no_longer_than_the_clip():
     settings = {"iterations": 1, "normalise": False, "damping": 0.0}
     move = EYE - learn(100 * covariance(0), clip=0.5, **settings)
     assert_close(np.linalg.norm(move, axis=(-2, -1)), np.full(HEADS, 0.5), 1e-5)
-    short, free = (learn(1e-3 * covariance(0), clip=clip, **settings) for clip in (0.5, None))
+    short, free = (
+        learn(1e-3 * covariance(0), clip=clip, **settings) for clip in (0.5, None)
+    )
     assert_close(short, free, FORMULA)
 
 
@@ -77,7 +89,9 @@ def test_the_online_rule_settles_where_outputs_are_decorrelated():
 def test_the_closed_forms_are_there_at_once_and_ignore_the_scale(mode):
     c = covariance(0)
     scale = jnp.asarray([1e-12, 1e-6, 1.0, 10.0, 1e6, 1e12]).reshape(*HEADS, 1, 1)
-    error = whitened(learn(scale * c, mode=mode), normalised(c) + 1e-4 * np.eye(M)) - np.eye(M)
+    error = whitened(
+        learn(scale * c, mode=mode), normalised(c) + 1e-4 * np.eye(M)
+    ) - np.eye(M)
     assert np.max(np.abs(error)) < 1e-4
 
 
@@ -102,8 +116,12 @@ def test_exact_r_is_renewed_at_every_so_many_statistics_and_whiten_once():
     first, second = covariance(0), covariance(1)
     grads = jnp.zeros(LEAF)
     updates = [(grads, first), (grads, None), (grads, second), (grads, second)]
-    exact = decorrelate(optax.sgd(1.0), mode="exact", damping=1e-3, every=3, average=0.0)
-    before, after = (run(exact, grads, updates + more)[1] for more in ([], [(grads, second)]))
+    exact = decorrelate(
+        optax.sgd(1.0), mode="exact", damping=1e-3, every=3, average=0.0
+    )
+    before, after = (
+        run(exact, grads, updates + more)[1] for more in ([], [(grads, second)])
+    )
     assert_close(before.whitener, whitening(first), FORMULA)
     assert_close(after.whitener, whitening(second), FORMULA)
     assert np.array_equal(after.count, np.full(HEADS, 4))
@@ -113,6 +131,8 @@ def test_exact_r_is_renewed_at_every_so_many_statistics_and_whiten_once():
 
 def test_the_average_starts_with_the_first_statistics():
     seen, grads = [covariance(i) for i in range(3)], jnp.zeros(LEAF)
-    _, state = run(decorrelate(optax.sgd(1.0), average=0.8), grads, [(grads, c) for c in seen])
+    _, state = run(
+        decorrelate(optax.sgd(1.0), average=0.8), grads, [(grads, c) for c in seen]
+    )
     a, b, c = (np.asarray(x, np.float64) for x in seen)
     assert_close(state.covariance, 0.8 * (0.8 * a + 0.2 * b) + 0.2 * c, FORMULA)

@@ -20,20 +20,32 @@ from rwkv7_jax.optim.optimizer import (
 
 MATRICES = {f"att/{name}/weight" for name in ("receptance", "key", "value", "output")}
 MATRICES |= {"ffn/key/weight", "ffn/value/weight"}
-REST = {f"att/x_{name}" for name in "rwkvag"} | {"att/a0", "att/k_k", "att/k_a", "att/r_k"}
+REST = {f"att/x_{name}" for name in "rwkvag"} | {
+    "att/a0",
+    "att/k_k",
+    "att/k_a",
+    "att/r_k",
+}
 REST |= {f"att/{name}{i}" for name in "wag" for i in "12"} | {"ffn/x_k"}
-REST |= {f"{norm}/{x}" for norm in ("ln1", "ln2", "att/ln_x") for x in ("weight", "bias")}
+REST |= {
+    f"{norm}/{x}" for norm in ("ln1", "ln2", "att/ln_x") for x in ("weight", "bias")
+}
 VALUE = {"att/v0", "att/v1", "att/v2"}
 
 
 def flat(tree):
     """Leaves by path."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        path_name(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def test_every_weight_is_in_its_group_by_name():
     expected = {"emb/weight": "table", "head/weight": "table"}
-    expected |= {f"{norm}/{x}": "rest" for norm in ("ln0", "ln_out") for x in ("weight", "bias")}
+    expected |= {
+        f"{norm}/{x}": "rest" for norm in ("ln0", "ln_out") for x in ("weight", "bias")
+    }
     for block in ("layer_0", "layers"):
         rest = REST | (VALUE if block == "layers" else set())
         expected |= {f"{block}/{name}": "rest" for name in rest}
@@ -48,11 +60,20 @@ def test_the_cosine_schedule_is_the_published_formula(step):
     done, ratio = np.clip((step - warmup) / (total - warmup), 0, 1), last / first
     rate = first * ((0.5 + ratio / 2) + (0.5 - ratio / 2) * np.cos(np.pi * done))
     rate *= 0.01 + 0.99 * step / warmup if step < warmup else 1.0
-    actual = learning_rate_schedule("cosine", first, last, warmup_steps=warmup, total_steps=total)
+    actual = learning_rate_schedule(
+        "cosine", first, last, warmup_steps=warmup, total_steps=total
+    )
     assert_close(actual(jnp.array(step)), rate, FORMULA)
 
 
-CORNERS = {"first": 0, "warm": 10, "middle": 60, "late": 100, "last": 110, "beyond": 500}
+CORNERS = {
+    "first": 0,
+    "warm": 10,
+    "middle": 60,
+    "late": 100,
+    "last": 110,
+    "beyond": 500,
+}
 
 
 @pytest.mark.parametrize(
@@ -83,10 +104,13 @@ def test_a_run_that_is_all_warm_up_rises_to_the_peak():
 
 def test_unknown_kinds_are_refused_in_one_sentence():
     with pytest.raises(
-        ValueError, match=r"learning_rate_schedule: `kind` must be one of cosine, .*; got 'cos'"
+        ValueError,
+        match=r"learning_rate_schedule: `kind` must be one of cosine, .*; got 'cos'",
     ):
         learning_rate_schedule("cos", 1.0, 0.1, warmup_steps=1, total_steps=2)
-    with pytest.raises(ValueError, match="build_optimizer: `kind` must be one of adamw, muon; got"):
+    with pytest.raises(
+        ValueError, match="build_optimizer: `kind` must be one of adamw, muon; got"
+    ):
         build_optimizer(1e-3, kind="sgd")
 
 
@@ -102,23 +126,36 @@ def test_every_official_tensor_moves_by_the_published_rule():
     rate, decay = 1.0, 0.25
     tx = build_optimizer(rate, weight_decay=decay, clip=None)
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), lively())
-    updates = jax.jit(lambda params: tx.update(params, tx.init(params), params)[0])(params)
+    updates = jax.jit(lambda params: tx.update(params, tx.init(params), params)[0])(
+        params
+    )
     moved = dict(official_tensors(updates, CONFIG))
     assert moved.keys() == shapes(CONFIG).keys()
     for name, update in moved.items():
         factor, decays = official_rule(name, update.shape)
-        assert_close(update, np.full(update.shape, -rate * (factor + decay * decays)), 1e-5, name)
+        assert_close(
+            update, np.full(update.shape, -rate * (factor + decay * decays)), 1e-5, name
+        )
 
 
 def test_a_model_inside_another_tree_keeps_its_groups():
     inside = flat(group_labels({"model": lively(), "bias": jnp.zeros(3)}))
-    expected = {f"model/{name}": label for name, label in flat(group_labels(lively())).items()}
+    expected = {
+        f"model/{name}": label for name, label in flat(group_labels(lively())).items()
+    }
     assert inside == expected | {"bias": "rest"}
 
 
 def test_the_table_of_groups_names_every_number_once():
     lines = group_table(lively()).splitlines()
-    assert lines[0].split() == ["group", "rate", "decay", "tensors", "numbers", "pattern"]
+    assert lines[0].split() == [
+        "group",
+        "rate",
+        "decay",
+        "tensors",
+        "numbers",
+        "pattern",
+    ]
     rows = [line.split()[:5] for line in lines[1:]]
     assert [row[:3] for row in rows] == [
         ["fast", "x2", "no"],
@@ -128,7 +165,9 @@ def test_the_table_of_groups_names_every_number_once():
     ]
     leaves = jax.tree.leaves(lively())
     assert sum(int(row[3]) for row in rows) == len(leaves)
-    assert sum(int(row[4].replace(",", "")) for row in rows) == sum(x.size for x in leaves)
+    assert sum(int(row[4].replace(",", "")) for row in rows) == sum(
+        x.size for x in leaves
+    )
 
 
 def test_groups_without_a_member_are_not_in_the_table():
@@ -170,7 +209,9 @@ def test_two_adam_steps_are_numpys(scale, clip):
 
 def test_muon_moves_matrices_by_a_fifth_of_the_rate_and_the_rest_as_adam_does():
     rate, grads = 1e-2, gradient(0, 1.0)
-    muon, adam = (build_optimizer(rate, kind=kind, clip=None) for kind in ("muon", "adamw"))
+    muon, adam = (
+        build_optimizer(rate, kind=kind, clip=None) for kind in ("muon", "adamw")
+    )
     updates, _ = jax.jit(muon.update)(grads, muon.init(lively()), lively())
     others, _ = jax.jit(adam.update)(grads, adam.init(lively()), lively())
     for name, update in flat(updates).items():

@@ -10,7 +10,9 @@ from tolerances import FORMULA, assert_close
 from rwkv7_jax.optim.decorrelation import effective_rank, whitening
 
 
-@pytest.mark.parametrize(("size", "condition", "bar"), [(6, 1e3, 1e-4), (256, 1e5, 1e-2)])
+@pytest.mark.parametrize(
+    ("size", "condition", "bar"), [(6, 1e3, 1e-4), (256, 1e5, 1e-2)]
+)
 def test_whitening_is_the_inverse_square_root_of_eigh_in_float64(size, condition, bar):
     c = covariance(0, condition, heads=(), size=size)
     r = np.asarray(jax.jit(lambda c: whitening(c, 0.0))(c), np.float64)

@@ -23,7 +23,12 @@ from rwkv7_jax.test_time.rollouts import PolicyBatch
 
 # Without the checks of array shapes, as users run it.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]
-TIMES = ("seconds", "tokens_per_second", "tokens_per_second_per_device", "waiting_share")
+TIMES = (
+    "seconds",
+    "tokens_per_second",
+    "tokens_per_second_per_device",
+    "waiting_share",
+)
 TIMES += ("compile_seconds", "process_peak_mib")
 
 
@@ -41,8 +46,12 @@ def stopped_at(monkeypatch, step: int):
 
 def ended(folder: Path) -> tuple[dict, list[dict]]:
     """Reads the record of the last step, and the metrics without those that a clock measures."""
-    record = json.loads((folder / "checkpoints" / str(STEPS) / "record" / "metadata").read_text())
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    record = json.loads(
+        (folder / "checkpoints" / str(STEPS) / "record" / "metadata").read_text()
+    )
+    rows = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
     return record, [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
@@ -51,7 +60,10 @@ def test_a_run_stopped_by_a_signal_continues_with_the_same_bits(
     tmp_path, base_model, mode, monkeypatch, capsys
 ):
     # After step 2 an evaluation is due. The signal ends it, and the continued run makes up for it.
-    settings, stop = mode_settings(mode, base_model), 3 if mode in ("pretrain", "grpo") else 2
+    settings, stop = (
+        mode_settings(mode, base_model),
+        3 if mode in ("pretrain", "grpo") else 2,
+    )
     train_here(settings, tmp_path / "one")
     with monkeypatch.context() as patches:
         stopped_at(patches, stop)
@@ -65,14 +77,20 @@ def test_a_run_stopped_by_a_signal_continues_with_the_same_bits(
     assert one[1] == two[1]
 
 
-def test_weights_trained_by_dbp_move_otherwise_and_a_run_of_them_is_resumed(tmp_path, base_model):
+def test_weights_trained_by_dbp_move_otherwise_and_a_run_of_them_is_resumed(
+    tmp_path, base_model
+):
     plain = mode_settings("pretrain", base_model, evaluation__patience=0)
     train_here(plain, tmp_path / "plain")
     changes = {"optimizer__decorrelate": "dbp", "evaluation__patience": 0}
-    train_here(mode_settings("pretrain", base_model, steps=3, **changes), tmp_path / "two")
+    train_here(
+        mode_settings("pretrain", base_model, steps=3, **changes), tmp_path / "two"
+    )
     for name in ("one", "two"):
         train_here(mode_settings("pretrain", base_model, **changes), tmp_path / name)
-    one, two, plain = (ended(tmp_path / name)[0]["leaves"] for name in ("one", "two", "plain"))
+    one, two, plain = (
+        ended(tmp_path / name)[0]["leaves"] for name in ("one", "two", "plain")
+    )
     assert one == two
     name = "params/layer_0/att/key/weight"
     assert one[name] != plain[name]
@@ -95,26 +113,36 @@ def test_a_step_whose_rewards_are_all_equal_moves_nothing_not_even_by_momentum(
     rows = ended(tmp_path)[1]
     idle = [row for row in rows if row.get("updated") == 0.0]
     assert {3, 4, 5} <= {row["step"] for row in idle}
-    assert all("loss_nats" not in row and np.isfinite(row["learning_rate"]) for row in idle)
+    assert all(
+        "loss_nats" not in row and np.isfinite(row["learning_rate"]) for row in idle
+    )
 
 
-def test_other_data_or_another_base_is_refused_before_anything_compiles(tmp_path, base_model):
+def test_other_data_or_another_base_is_refused_before_anything_compiles(
+    tmp_path, base_model
+):
     text = tmp_path / "text.txt"
     text.write_text("one two three four five six seven " * 40)
     changes = {"data__path": str(text), "steps": 1, "evaluation__patience": 0}
-    settings = mode_settings("state", base_model, data__evaluation="task:mapping", **changes)
+    settings = mode_settings(
+        "state", base_model, data__evaluation="task:mapping", **changes
+    )
     train_here(settings, tmp_path / "run")
     with pytest.raises(ValueError, match="holds a run whose `seed` is 0; got 1"):
         train_here(dataclasses.replace(settings, seed=1), tmp_path / "run")
     text.write_text("six five four three two one nought " * 40)
-    with pytest.raises(ValueError, match=r"holds a run whose `data` is [0-9a-f]{32}; got"):
+    with pytest.raises(
+        ValueError, match=r"holds a run whose `data` is [0-9a-f]{32}; got"
+    ):
         train_here(settings, tmp_path / "run")
     text.write_text("one two three four five six seven " * 40)
     config = RWKV7Config(**MODEL)
     before = base_model.read_bytes()
     save_model(base_model, lively(config, seed=1), config)
     try:
-        with pytest.raises(ValueError, match=r"whose `weights of init` is [0-9a-f]{16}; got"):
+        with pytest.raises(
+            ValueError, match=r"whose `weights of init` is [0-9a-f]{16}; got"
+        ):
             train_here(settings, tmp_path / "run")
     finally:
         base_model.write_bytes(before)
@@ -125,14 +153,19 @@ def test_a_run_that_is_good_enough_ends_early_and_some_steps_are_profiled(
 ):
     changes = {"evaluation__measure": "held_out_accuracy", "evaluation__enough": 0.0}
     train_here(
-        mode_settings("pretrain", base_model, steps=9, profile_steps="1:2"), tmp_path / "one"
+        mode_settings("pretrain", base_model, steps=9, profile_steps="1:2"),
+        tmp_path / "one",
     )
     assert list((tmp_path / "one" / "profile").rglob("*.xplane.pb"))
-    train_here(mode_settings("pretrain", base_model, steps=9, **changes), tmp_path / "two")
+    train_here(
+        mode_settings("pretrain", base_model, steps=9, **changes), tmp_path / "two"
+    )
     assert "ends early at step 0: held_out_accuracy reached" in capsys.readouterr().out
 
 
-def test_with_patience_the_result_is_the_best_steps(tmp_path, base_model, monkeypatch, capsys):
+def test_with_patience_the_result_is_the_best_steps(
+    tmp_path, base_model, monkeypatch, capsys
+):
     def ended_with(values, folder, **changes):
         left = iter(values)
         monkeypatch.setattr(
@@ -141,12 +174,19 @@ def test_with_patience_the_result_is_the_best_steps(tmp_path, base_model, monkey
             lambda mode, params: {"held_out_nats": Metric.of(next(left), "nats")},
         )
         train_here(
-            mode_settings("state", base_model, evaluation__every=1, **changes), tmp_path / folder
+            mode_settings("state", base_model, evaluation__every=1, **changes),
+            tmp_path / folder,
         )
         return (tmp_path / folder / "state.pth").read_bytes()
 
     expected = ended_with([5.0, 3.0], "short", steps=1, evaluation__patience=0)
     assert ended_with([5.0, 3.0, 4.0], "long", evaluation__patience=1) == expected
-    assert "step 1 measured best: the result is that of this step" in capsys.readouterr().out
+    assert (
+        "step 1 measured best: the result is that of this step"
+        in capsys.readouterr().out
+    )
     untouched = ended_with([1.0, 3.0, 4.0], "never", evaluation__patience=2)
-    assert not load_state(tmp_path / "never" / "state.pth").wkv.any() and untouched != expected
+    assert (
+        not load_state(tmp_path / "never" / "state.pth").wkv.any()
+        and untouched != expected
+    )

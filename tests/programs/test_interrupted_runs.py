@@ -31,7 +31,11 @@ def run(workdir: Path, *, fault: str = "", environment=(), **settings):
 
 def rows(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
     path = workdir / name
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text().splitlines()]
+        if path.exists()
+        else []
+    )
 
 
 def wait_for(condition, process, seconds: float = 300.0) -> None:
@@ -44,7 +48,9 @@ def wait_for(condition, process, seconds: float = 300.0) -> None:
 
 def training(workdir: Path, process, step: int = 3) -> None:
     """Waits until the run has made some steps."""
-    wait_for(lambda: (workdir / "metrics.csv").exists() and _last(workdir) >= step, process)
+    wait_for(
+        lambda: (workdir / "metrics.csv").exists() and _last(workdir) >= step, process
+    )
 
 
 def _last(workdir: Path) -> int:
@@ -54,7 +60,9 @@ def _last(workdir: Path) -> int:
 
 def record(workdir: Path, step: int) -> dict:
     """Reads the record of a step's checkpoint."""
-    return json.loads((workdir / "checkpoints" / str(step) / "record" / "metadata").read_text())
+    return json.loads(
+        (workdir / "checkpoints" / str(step) / "record" / "metadata").read_text()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +74,9 @@ def unbroken(tmp_path_factory):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(tmp_path, unbroken, seed):
+def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(
+    tmp_path, unbroken, seed
+):
     draw, kills = random.Random(seed), 0
     while True:
         process = run(tmp_path, steps=STEPS, save_every=2)
@@ -89,7 +99,9 @@ def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(tmp_path, unbro
     assert kills, "the run was over before it could be killed"
     assert not (tmp_path / "checkpoints" / BAD).exists()
     found = record(tmp_path, STEPS)
-    assert found["leaves"] == unbroken["leaves"] and found["course"] == unbroken["course"]
+    assert (
+        found["leaves"] == unbroken["leaves"] and found["course"] == unbroken["course"]
+    )
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
@@ -106,7 +118,9 @@ def test_a_signal_saves_the_last_finished_step_within_five_seconds(tmp_path, nam
     seconds = time.monotonic() - began
     step = rows(tmp_path)[-1]["step"]
     assert step_numbers(tmp_path / "checkpoints") == [step]
-    assert last_line(error).startswith(f"train.py: stopped by {name}; step {step} is saved.")
+    assert last_line(error).startswith(
+        f"train.py: stopped by {name}; step {step} is saved."
+    )
     assert seconds < 5
     print(f"{name}: {seconds:.2f} s")
 
@@ -115,7 +129,9 @@ def test_a_signal_saves_the_last_finished_step_within_five_seconds(tmp_path, nam
 def test_a_signal_ends_a_run_that_has_nothing_to_save_as_well(tmp_path, seconds):
     # Two seconds later the first evaluation is being compiled; the cache of programs must be empty.
     large = {"model.num_layers": 3, "model.width": 64, "sample.prompts": "('one',)"}
-    process = run(tmp_path, steps=5, environment={"XDG_CACHE_HOME": str(tmp_path)}, **large)
+    process = run(
+        tmp_path, steps=5, environment={"XDG_CACHE_HOME": str(tmp_path)}, **large
+    )
     mark = "system.json" if seconds else "checkpoints"
     wait_for(lambda: (tmp_path / mark).exists(), process)
     time.sleep(seconds)
@@ -149,17 +165,27 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(tmp_path):
     _, error = finish(run(tmp_path, fault="size:12000", steps=12, save_every=4), 5)
     assert error.count("training goes on") == 2
     reason = last_line(error)
-    assert reason.startswith("train.py: the checkpoint of step 12 could not be written: it needs ")
+    assert reason.startswith(
+        "train.py: the checkpoint of step 12 could not be written: it needs "
+    )
     assert "the newest one is of step 4" in reason
     assert not (tmp_path / "checkpoints" / SAVING).exists()
-    assert step_numbers(tmp_path / "checkpoints") == [4] and record(tmp_path, 4) == before
-    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == list(range(1, 13))
+    assert (
+        step_numbers(tmp_path / "checkpoints") == [4] and record(tmp_path, 4) == before
+    )
+    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == list(
+        range(1, 13)
+    )
     out, _ = finish(run(tmp_path, steps=12, save_every=4))
-    assert "resume    from step 4" in out and 12 in step_numbers(tmp_path / "checkpoints")
+    assert "resume    from step 4" in out and 12 in step_numbers(
+        tmp_path / "checkpoints"
+    )
 
 
 @pytest.mark.parametrize(("workdir", "code"), [("file/run", 5), ("", 2)])
-def test_an_impossible_workdir_ends_the_run_before_anything_compiles(tmp_path, workdir, code):
+def test_an_impossible_workdir_ends_the_run_before_anything_compiles(
+    tmp_path, workdir, code
+):
     (tmp_path / "file").write_text("")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     place = tmp_path / workdir if workdir else ""
@@ -188,10 +214,21 @@ def test_updates_that_are_not_finite_are_skipped_bit_for_bit_and_logged(tmp_path
     assert [row["step"] for row in bad] == [3, 4] and bad[0]["loss"] == "nan"
     batch = task_batch("mapping", 2, batch_size=2, length=24, seed=0)
     assert np.array_equal(bad[0]["tokens"], batch["tokens"])
-    assert [row["updated"] for row in rows(tmp_path) if "updated" in row] == [1, 1, 0, 0, 1, 1]
+    assert [row["updated"] for row in rows(tmp_path) if "updated" in row] == [
+        1,
+        1,
+        0,
+        0,
+        1,
+        1,
+    ]
 
-    _, error = finish(run(tmp_path / "all", fault="nan:", stop_after_bad=3, steps=50), 4)
-    assert last_line(error).startswith("train.py: 3 updates in a row, up to step 3, had a loss")
+    _, error = finish(
+        run(tmp_path / "all", fault="nan:", stop_after_bad=3, steps=50), 4
+    )
+    assert last_line(error).startswith(
+        "train.py: 3 updates in a row, up to step 3, had a loss"
+    )
     assert step_numbers(tmp_path / "all" / "checkpoints") == []
 
 

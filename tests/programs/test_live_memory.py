@@ -68,7 +68,9 @@ def quiet_settings(mode, base_model, **changes):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_continued_run_holds_as_many_bytes_as_a_new_one(tmp_path, base_model, mode, monkeypatch):
+def test_a_continued_run_holds_as_many_bytes_as_a_new_one(
+    tmp_path, base_model, mode, monkeypatch
+):
     short = quiet_settings(mode, base_model, steps=RESUMED_STEP)
     long = quiet_settings(mode, base_model, steps=MEASURED_STEP + 1)
     train_here(short, tmp_path / "continued")
@@ -78,7 +80,9 @@ def test_a_continued_run_holds_as_many_bytes_as_a_new_one(tmp_path, base_model, 
 
 
 @pytest.mark.parametrize("continued", [False, True], ids=["new", "continued"])
-@pytest.mark.parametrize("init", [False, True], ids=["new weights", "from a checkpoint"])
+@pytest.mark.parametrize(
+    "init", [False, True], ids=["new weights", "from a checkpoint"]
+)
 def test_training_with_adamw_holds_three_times_the_weights(
     tmp_path, base_model, monkeypatch, continued, init
 ):

@@ -23,7 +23,11 @@ TOY = [
 def run(config: str, folder: Path, *changes: str) -> list[dict]:
     """The metrics of a finished run."""
     done = program(
-        "train.py", f"--config=configs/{config}.py", f"--workdir={folder}", *TOY, *changes
+        "train.py",
+        f"--config=configs/{config}.py",
+        f"--workdir={folder}",
+        *TOY,
+        *changes,
     )
     assert done.returncode == 0, done.stderr
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -113,7 +117,10 @@ def test_a_guides_verified_traces_steer_a_model(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        (["--config.test_time.method=magic"], "`config.test_time.method` must be grpo, distil,"),
+        (
+            ["--config.test_time.method=magic"],
+            "`config.test_time.method` must be grpo, distil,",
+        ),
         pytest.param(
             ["--config.test_time.method=distil"],
             "`config.test_time.guide` must name the larger",
@@ -126,7 +133,9 @@ def test_a_guides_verified_traces_steer_a_model(tmp_path):
         ),
     ],
 )
-def test_settings_that_a_mode_cannot_work_with_end_in_one_line(tmp_path, changes, sentence):
+def test_settings_that_a_mode_cannot_work_with_end_in_one_line(
+    tmp_path, changes, sentence
+):
     done = program(
         "train.py", "--config=configs/test_time.py", f"--workdir={tmp_path / 'run'}", *TOY,
         *STEER, *changes,

@@ -27,7 +27,14 @@ def commands(page: str) -> list[str]:
 def clone(tmp_path_factory):
     """A folder like a fresh clone, where the blocks may write."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("assets", "configs", "pallas_kernels", "rwkv7_jax", "train.py", "eval.py"):
+    for name in (
+        "assets",
+        "configs",
+        "pallas_kernels",
+        "rwkv7_jax",
+        "train.py",
+        "eval.py",
+    ):
         (folder / name).symlink_to(ROOT / name)
     (folder / "runs").mkdir()
     return folder
@@ -63,5 +70,9 @@ def test_the_commands_of_the_guide_run_one_after_the_other(clone):
     for command in commands("docs/guide.md"):
         words = command.split()
         assert words[0] in ("python", "rwkv7"), command
-        start = [sys.executable, "-m", "rwkv7_jax.cli"] if words[0] == "rwkv7" else [sys.executable]
+        start = (
+            [sys.executable, "-m", "rwkv7_jax.cli"]
+            if words[0] == "rwkv7"
+            else [sys.executable]
+        )
         assert run(clone, *start, *words[1:]), command

@@ -53,7 +53,9 @@ UPSCALED_STATE = {
         ("upscaled_state", "upscaled_state", UPSCALED_STATE),
     ],
 )
-def test_a_run_written_before_is_resumed_with_the_same_bits(tmp_path, name, config, changes):
+def test_a_run_written_before_is_resumed_with_the_same_bits(
+    tmp_path, name, config, changes
+):
     with tarfile.open(ROOT / "tests" / "golden" / "runs" / f"{name}.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     expected = json.loads((tmp_path / "expected_record_of_step_4.json").read_text())
@@ -80,6 +82,8 @@ def test_a_run_written_before_is_resumed_with_the_same_bits(tmp_path, name, conf
     )
     assert done.returncode == 0, done.stderr
     assert "from step 2" in done.stdout
-    written = json.loads((tmp_path / "checkpoints" / "4" / "record" / "metadata").read_text())
+    written = json.loads(
+        (tmp_path / "checkpoints" / "4" / "record" / "metadata").read_text()
+    )
     assert written["leaves"] == expected["leaves"]
     assert written["course"] == expected["course"]

@@ -24,7 +24,9 @@ def accuracies(name, tasks):
     params, config = load_model(path)
     model, start = RWKV7(config), init_state(config)
     return {
-        task: score_answers(model, params, start, task_batch(task, 0, **ROWS), rows=64).accuracy
+        task: score_answers(
+            model, params, start, task_batch(task, 0, **ROWS), rows=64
+        ).accuracy
         for task in tasks
     }
 
@@ -62,7 +64,10 @@ def test_a_run_on_a_task_watches_accuracies_and_texts_bits_per_byte():
     numbers = {name: metric.value for name, metric in metrics.items()}
     names = ["held_out_accuracy", "dictionary_accuracy", "modular_accuracy"]
     assert list(numbers) == [*names, "retention_bits_per_byte"]
-    assert numbers["dictionary_accuracy"] == accuracies("small", ["dictionary"])["dictionary"]
+    assert (
+        numbers["dictionary_accuracy"]
+        == accuracies("small", ["dictionary"])["dictionary"]
+    )
     assert 0.3 < numbers["held_out_accuracy"] < numbers["modular_accuracy"] <= 1
     assert numbers["retention_bits_per_byte"] > 1
 
@@ -75,8 +80,12 @@ def test_a_state_may_be_anchored_on_a_task():
         }
     )
     tokenizer = Tokenizer.bytes()
-    data = TrainingData(settings.data, tokenizer, seed=0, anchor_path=settings.tuning.anchor_path)
+    data = TrainingData(
+        settings.data, tokenizer, seed=0, anchor_path=settings.tuning.anchor_path
+    )
     batch = next(data.batches(start_step=5))
     sizes = {"batch_size": 4, "length": 24}
     assert (batch["tokens"] == task_batch("facts-64", 5, **sizes)["tokens"]).all()
-    assert (batch["anchor"] == task_batch("mixture", 5, seed=1, **sizes)["tokens"]).all()
+    assert (
+        batch["anchor"] == task_batch("mixture", 5, seed=1, **sizes)["tokens"]
+    ).all()

@@ -29,7 +29,10 @@ SMALL = [
             "`config.optimizer.learnig_rate` is no setting; the nearest is "
             "`config.optimizer.learning_rate`.",
         ),
-        (["--config.model.width=33"], "`width` must be a multiple of `head_size`; got 33 and 16."),
+        (
+            ["--config.model.width=33"],
+            "`width` must be a multiple of `head_size`; got 33 and 16.",
+        ),
         pytest.param(
             ["--config.data.path=nothing.jsonl"],
             "`nothing.jsonl` is no file, no folder and none of",
@@ -39,7 +42,9 @@ SMALL = [
 )
 def test_bad_settings_end_in_one_line_and_exit_code_2(tmp_path, changes, sentence):
     config = "--config=configs/pretrain_tiny.py"
-    done = program("train.py", config, f"--workdir={tmp_path / 'run'}", *SMALL, *changes)
+    done = program(
+        "train.py", config, f"--workdir={tmp_path / 'run'}", *SMALL, *changes
+    )
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line]
     assert len(lines) == 1 and sentence in lines[0]
@@ -69,7 +74,13 @@ def test_a_state_is_tuned_saved_and_evaluated(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert base.read_bytes() == before
-    for name in ("state.pth", "state.pth.json", "metrics.jsonl", "metrics.csv", "settings.json"):
+    for name in (
+        "state.pth",
+        "state.pth.json",
+        "metrics.jsonl",
+        "metrics.csv",
+        "settings.json",
+    ):
         assert (tmp_path / "run" / name).stat().st_size > 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]

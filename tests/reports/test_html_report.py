@@ -9,7 +9,15 @@ import pytest
 
 from rwkv7_jax.cli.commands import main
 from rwkv7_jax.reports.html_report import report_page, write_report
-from rwkv7_jax.reports.svg_charts import HEIGHT, PIECES, WIDTH, Mark, line_chart, short, ticks
+from rwkv7_jax.reports.svg_charts import (
+    HEIGHT,
+    PIECES,
+    WIDTH,
+    Mark,
+    line_chart,
+    short,
+    ticks,
+)
 
 # The smallest picture there is: one grey pixel.
 PNG = base64.b64decode(
@@ -31,7 +39,9 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+        self.links += [
+            value for name, value in attrs if name in ("src", "href", "xlink:href")
+        ]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -52,13 +62,18 @@ def write_lines(path, rows):
 @pytest.fixture
 def run(tmp_path):
     """A folder as a resumed run leaves it, with text that would break a careless page."""
-    rows = [{"step": s, "loss_nats": 3.0 / s, "grad_norm": 1.0 / s} for s in range(1, 20)]
+    rows = [
+        {"step": s, "loss_nats": 3.0 / s, "grad_norm": 1.0 / s} for s in range(1, 20)
+    ]
     rows += [{"step": 20, "loss_nats": float("nan"), "grad_norm": 0.0}]
     rows += [{"step": s, "held_out_bits_per_byte": 2.0 - s / 40} for s in (0, 10, 20)]
     write_lines(tmp_path / "metrics.jsonl", rows)
     write_lines(
         tmp_path / "samples.jsonl",
-        [{"step": s, "prompt": HOSTILE, "text": f"text {s} {HOSTILE}"} for s in (10, 20)],
+        [
+            {"step": s, "prompt": HOSTILE, "text": f"text {s} {HOSTILE}"}
+            for s in (10, 20)
+        ],
     )
     write_lines(
         tmp_path / "events.jsonl",
@@ -72,7 +87,11 @@ def run(tmp_path):
     settings = {"mode": "state", "data": {"path": HOSTILE, "length": 64}, "model": {}}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     device = {"kind": "NVIDIA H200", "platform": "gpu", "count": 8}
-    info = {"devices": [device], "versions": {"python": "3.11.2", "jax": "0.10.2"}, "cores": 16}
+    info = {
+        "devices": [device],
+        "versions": {"python": "3.11.2", "jax": "0.10.2"},
+        "cores": 16,
+    }
     (tmp_path / "system.json").write_text(json.dumps(info))
     (tmp_path / "loss.png").write_bytes(PNG)
     return tmp_path
@@ -81,12 +100,22 @@ def run(tmp_path):
 def test_the_page_has_every_section_and_needs_no_other_file(run):
     page = Page(report_page(run))
     text = "".join(page.texts)
-    for words in ("Curves", "Numbers", "Samples", "Pictures", "Events", "Settings", "System"):
+    for words in (
+        "Curves",
+        "Numbers",
+        "Samples",
+        "Pictures",
+        "Events",
+        "Settings",
+        "System",
+    ):
         assert words in page.texts
     assert "8 x NVIDIA H200" in text and "jax" in text and "mode state" in text
     assert "data.length" in text and "last event: stopped" in text
     assert page.tags.count("svg") == 3
-    assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert page.links and all(
+        link.startswith("data:image/png;base64,") for link in page.links
+    )
     assert base64.b64decode(page.links[0].split(",")[1]) == PNG
 
 
@@ -158,7 +187,9 @@ def points_of(svg, shape):
 
 
 def test_a_curve_keeps_its_order_and_stays_inside_the_picture():
-    (line,) = points_of(line_chart("t", {"a": [(0, 1.0), (5, 3.0), (10, 2.0)]}), "polyline")
+    (line,) = points_of(
+        line_chart("t", {"a": [(0, 1.0), (5, 3.0), (10, 2.0)]}), "polyline"
+    )
     assert [x for x, _ in line] == sorted(x for x, _ in line)
     assert line[1][1] < line[2][1] < line[0][1]
     assert all(0 < x < WIDTH and 0 < y < HEIGHT for x, y in line)
@@ -169,7 +200,9 @@ def test_a_long_curve_is_thinned_to_means_over_its_range():
     (line,), (band,) = points_of(svg, "polyline"), points_of(svg, "polygon")
     assert len(line) == PIECES and len(band) == 2 * PIECES
     middle = {y for _, y in line}
-    assert len(middle) == 1 and min(y for _, y in band) < middle.pop() < max(y for _, y in band)
+    assert len(middle) == 1 and min(y for _, y in band) < middle.pop() < max(
+        y for _, y in band
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, 7.0, -3.0, 1e-9, 1e12])

@@ -17,7 +17,9 @@ def table(folder):
 
 
 def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def test_both_files_hold_every_number_as_soon_as_it_is_written(tmp_path):
@@ -36,7 +38,11 @@ def test_both_files_hold_every_number_as_soon_as_it_is_written(tmp_path):
 
 def test_rows_are_one_a_step_and_the_last_number_counts(tmp_path):
     files = MetricFiles(tmp_path)
-    for step, numbers in [(2, {"loss": 1.0}), (1, {"loss": 3.0}), (2, {"held_out": 4.0})]:
+    for step, numbers in [
+        (2, {"loss": 1.0}),
+        (1, {"loss": 3.0}),
+        (2, {"held_out": 4.0}),
+    ]:
         files.write(step, numbers)
     files.write(2, {"loss": 0.5})
     expected = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 0.5, "held_out": 4.0}]
@@ -75,8 +81,12 @@ def test_an_unknown_tracker_is_refused(tmp_path):
     assert str(caught.value) == sentence
 
 
-@pytest.mark.parametrize(("name", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
-def test_a_missing_package_is_one_sentence_with_its_extra(tmp_path, monkeypatch, name, package):
+@pytest.mark.parametrize(
+    ("name", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")]
+)
+def test_a_missing_package_is_one_sentence_with_its_extra(
+    tmp_path, monkeypatch, name, package
+):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError) as caught:
         MetricFiles(tmp_path, also=(name,))
@@ -137,7 +147,9 @@ def test_tensorboard_gets_every_number_and_hides_what_a_resumed_run_does_again(
         def close(self):
             calls.append("closed")
 
-    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setitem(
+        sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=Writer)
+    )
     files = MetricFiles(tmp_path, also=("tensorboard",))
     files.write(1, {"loss": 1.0, "rate": 0.5})
     files.write(2, {"loss": 0.9})

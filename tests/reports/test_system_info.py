@@ -3,7 +3,13 @@
 import json
 import types
 
-from rwkv7_jax.reports.system_info import device_line, lines, peak_memory, system, versions
+from rwkv7_jax.reports.system_info import (
+    device_line,
+    lines,
+    peak_memory,
+    system,
+    versions,
+)
 
 
 def test_the_system_goes_through_json_and_names_devices_and_versions():
@@ -16,8 +22,17 @@ def test_the_system_goes_through_json_and_names_devices_and_versions():
 
 
 def test_lines_say_it_and_pass_over_what_is_missing():
-    info = {"versions": {"python": "3.11", "jax": "0.10"}, "cores": 4, "platform": "here"}
-    device = {"kind": "TPU v4", "platform": "tpu", "count": 8, "memory_bytes": 32 * 2**30}
+    info = {
+        "versions": {"python": "3.11", "jax": "0.10"},
+        "cores": 4,
+        "platform": "here",
+    }
+    device = {
+        "kind": "TPU v4",
+        "platform": "tpu",
+        "count": 8,
+        "memory_bytes": 32 * 2**30,
+    }
     assert lines(info | {"devices": [device], "memory_bytes": 2**30}) == [
         "python      3.11 on here, 4 cores, 1.0 GiB",
         "jax               0.10",

@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 from random_checkpoints import differing
-from saved_steps import IDENTITY, PROGRESS, new_state, open_checkpoints, save_steps, train_state
+from saved_steps import (
+    IDENTITY,
+    PROGRESS,
+    new_state,
+    open_checkpoints,
+    save_steps,
+    train_state,
+)
 
 from rwkv7_jax.checkpoints.orbax_import import import_orbax
 from rwkv7_jax.runs.early_stopping import RunProgress
@@ -73,7 +80,9 @@ def damage(folder, path, how):
 def assert_found(folder, name):
     """The newest step is refused, with a reason, and lies aside; the older one counts."""
     assert restored_step(folder) == 3, name
-    assert sorted(p.name for p in (folder / step_directories.BAD).iterdir()) == ["6"], name
+    assert sorted(p.name for p in (folder / step_directories.BAD).iterdir()) == ["6"], (
+        name
+    )
 
 
 @pytest.fixture
@@ -129,7 +138,9 @@ def test_a_wrong_number_in_intact_files_is_named_by_its_leaf(folder, capfd):
     )
     found, _ = checkpoints.restore(train_state(0), IDENTITY, new_state)
     assert int(found.step) == 3
-    assert "step 6 is damaged: leaves params/matrix; it lies in" in capfd.readouterr().err
+    assert (
+        "step 6 is damaged: leaves params/matrix; it lies in" in capfd.readouterr().err
+    )
 
 
 def _changed(fields):
@@ -162,29 +173,43 @@ def test_no_new_run_begins_where_every_step_is_damaged(folder):
     for _ in range(2):  # the second time, all of them lie aside already
         with pytest.raises(NoValidCheckpoint, match=r"no checkpoint in .* is intact"):
             open_checkpoints(folder).restore(train_state(0), IDENTITY, new_state)
-    assert sorted(p.name for p in (folder / step_directories.BAD).iterdir()) == ["3", "6"]
+    assert sorted(p.name for p in (folder / step_directories.BAD).iterdir()) == [
+        "3",
+        "6",
+    ]
 
 
 def test_another_model_is_refused_with_the_difference_and_nothing_moves(folder):
     other = IDENTITY | {"model": {"width": "64"}}
     with pytest.raises(ValueError, match="holds a run whose `width` is 32; got 64"):
         open_checkpoints(folder).restore(train_state(0), other, new_state)
-    grown = train_state(0).replace(params=train_state(0).params | {"half": jnp.zeros(8)})
-    with pytest.raises(ValueError, match=r"`params/half` is bfloat16\[7\]; got float32\[8\]"):
+    grown = train_state(0).replace(
+        params=train_state(0).params | {"half": jnp.zeros(8)}
+    )
+    with pytest.raises(
+        ValueError, match=r"`params/half` is bfloat16\[7\]; got float32\[8\]"
+    ):
         open_checkpoints(folder).restore(grown, IDENTITY, new_state)
     assert step_directories.step_numbers(folder) == [6, 3]
 
 
 def test_a_step_with_nan_counts_only_where_that_is_asked_for(folder, capfd):
     bad = train_state(9)
-    bad = bad.replace(params=bad.params | {"half": bad.params["half"].at[2].set(jnp.nan)})
+    bad = bad.replace(
+        params=bad.params | {"half": bad.params["half"].at[2].set(jnp.nan)}
+    )
     checkpoints = open_checkpoints(folder)
     checkpoints.save(bad, PROGRESS, IDENTITY)
     checkpoints.close()
-    found, _ = open_checkpoints(folder, allow_nan=True).restore(train_state(0), IDENTITY, new_state)
+    found, _ = open_checkpoints(folder, allow_nan=True).restore(
+        train_state(0), IDENTITY, new_state
+    )
     assert int(found.step) == 9
     assert restored_step(folder) == 6
-    assert "NaN or Inf in it (config.allow_nan takes it); in half" in capfd.readouterr().err
+    assert (
+        "NaN or Inf in it (config.allow_nan takes it); in half"
+        in capfd.readouterr().err
+    )
 
 
 def test_the_last_every_kth_and_the_best_stay(tmp_path):
@@ -195,18 +220,24 @@ def test_the_last_every_kth_and_the_best_stay(tmp_path):
     assert step_directories.step_numbers(folder) == [9, 8, 5, 4]
 
 
-def test_a_save_that_fails_says_what_it_needs_and_leaves_the_old_ones(folder, capfd, monkeypatch):
+def test_a_save_that_fails_says_what_it_needs_and_leaves_the_old_ones(
+    folder, capfd, monkeypatch
+):
     def full(place):
         raise OSError(28, "No space left on device")
 
     checkpoints = open_checkpoints(folder)
     monkeypatch.setattr(step_directories, "write_manifest", full)
     checkpoints.save(train_state(9), PROGRESS, IDENTITY)
-    with pytest.raises(DiskError, match=r"step 9 could not be written: it needs 7,\d\d\d bytes"):
+    with pytest.raises(
+        DiskError, match=r"step 9 could not be written: it needs 7,\d\d\d bytes"
+    ):
         checkpoints.close()
     assert "training goes on" in capfd.readouterr().err
     monkeypatch.undo()
-    assert not (folder / step_directories.SAVING).exists() and restored_step(folder) == 6
+    assert (
+        not (folder / step_directories.SAVING).exists() and restored_step(folder) == 6
+    )
     checkpoints.save(train_state(9), PROGRESS, IDENTITY)
     checkpoints.close()
     assert restored_step(folder) == 9
@@ -223,7 +254,9 @@ def test_orbax_still_changes_a_step_after_its_last_hook(tmp_path):
         seen.append(unfinished.name)
 
     options = ocp.options.AsyncOptions(post_finalization_callback=last_hook)
-    with ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler(), async_options=options) as saver:
+    with ocp.AsyncCheckpointer(
+        ocp.StandardCheckpointHandler(), async_options=options
+    ) as saver:
         saver.save(tmp_path / "7", args=ocp.args.StandardSave({"a": jnp.ones(3)}))
         saver.wait_until_finished()
     assert seen and seen[0] != "7"
@@ -239,7 +272,9 @@ def test_a_process_without_checkpoints_saves_nothing_and_loads_nothing():
     checkpoints.close()
     restored, progress = checkpoints.restore(state, IDENTITY, lambda: state)
     assert restored is state and progress == RunProgress()
-    with pytest.raises(NoValidCheckpoint, match="step 3 can only be loaded by process 0"):
+    with pytest.raises(
+        NoValidCheckpoint, match="step 3 can only be loaded by process 0"
+    ):
         checkpoints.load(3, state, IDENTITY)
 
 

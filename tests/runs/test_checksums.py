@@ -10,7 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv7_jax.runs.resume.checksums import changed_leaves, leaf_checksums, leaf_name, tree_checksum
+from rwkv7_jax.runs.resume.checksums import (
+    changed_leaves,
+    leaf_checksums,
+    leaf_name,
+    tree_checksum,
+)
 from rwkv7_jax.training.train_step import TrainState
 
 DTYPES = ("float32", "bfloat16", "float16", "int32", "uint8", "bool")
@@ -22,7 +27,9 @@ def drawn(dtype: str, shape: tuple, seed: int = 0) -> np.ndarray:
     if dtype == "bool":
         return noise.integers(0, 2, shape).astype(bool)
     kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
-    return np.frombuffer(noise.bytes(kind.itemsize * int(np.prod(shape))), kind).reshape(shape)
+    return np.frombuffer(
+        noise.bytes(kind.itemsize * int(np.prod(shape))), kind
+    ).reshape(shape)
 
 
 def flipped(array: np.ndarray, bit: int) -> np.ndarray:
@@ -51,7 +58,11 @@ def test_any_single_bit_changes_both_lanes(dtype, shape, seed, data):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_exchanged_entries_change_it(dtype):
-    array = np.zeros((3, 5), bool) if dtype == "bool" else np.zeros((3, 5), jnp.dtype(dtype))
+    array = (
+        np.zeros((3, 5), bool)
+        if dtype == "bool"
+        else np.zeros((3, 5), jnp.dtype(dtype))
+    )
     array[0, 1] = 1
     moved = [np.roll(array, steps, axis) for steps, axis in ((1, 0), (1, 1), (2, 1))]
     assert len({lanes(array), *map(lanes, moved)}) == 4

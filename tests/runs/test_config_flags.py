@@ -39,7 +39,9 @@ def parse(tmp_path, monkeypatch):
 
 
 def test_a_file_its_argument_and_changes_make_the_settings(parse):
-    settings = parse("--config=FILE:7", "--config.data.held_out=0.25", "--config.data.length=64")
+    settings = parse(
+        "--config=FILE:7", "--config.data.held_out=0.25", "--config.data.length=64"
+    )
     assert (settings.steps, settings.data.path) == (7, "stdlib")
     assert (settings.data.held_out, settings.data.length) == (0.25, 64)
 
@@ -52,7 +54,9 @@ def test_values_may_stand_apart_from_their_flags(parse):
 
 
 def test_groups_that_the_file_does_not_mention_can_be_set(parse):
-    settings = parse("--config=FILE", "--config.sample.tokens=3", "--config.observer.model.width=8")
+    settings = parse(
+        "--config=FILE", "--config.sample.tokens=3", "--config.observer.model.width=8"
+    )
     assert settings.sample.tokens == 3
     assert settings.observer.model == {"width": 8}
 
@@ -60,15 +64,23 @@ def test_groups_that_the_file_does_not_mention_can_be_set(parse):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--config=FILE", "--config.steps=many"], "flag --config.steps=many: invalid literal"),
+        (
+            ["--config=FILE", "--config.steps=many"],
+            "flag --config.steps=many: invalid literal",
+        ),
         (["--config=FILE", "--workdri=x"], "Unknown command line flag 'workdri'"),
-        (["--config=FILE", "--config.steps.x=3"], "`steps` is one setting, not a group of them."),
+        (
+            ["--config=FILE", "--config.steps.x=3"],
+            "`steps` is one setting, not a group of them.",
+        ),
         (["--config=FILE:many"], "invalid literal for int() with base 10: 'many'"),
         (["--config=none.py"], "`--config` must name a file; there is no 'none.py'."),
         (["--config=EMPTY"], "empty.py must define `get_config`."),
     ],
 )
-def test_what_cannot_be_read_ends_the_program_in_one_line(parse, capsys, words, sentence):
+def test_what_cannot_be_read_ends_the_program_in_one_line(
+    parse, capsys, words, sentence
+):
     with pytest.raises(SystemExit) as ended:
         parse(*words)
     assert ended.value.code == 2
@@ -79,8 +91,14 @@ def test_what_cannot_be_read_ends_the_program_in_one_line(parse, capsys, words, 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--config=FILE", "--config.optimzer.b1=0.5"], "nearest is `config.optimizer`"),
-        (["--config=FILE", "--config.sample.tokens=x"], "`config.sample.tokens` must be int"),
+        (
+            ["--config=FILE", "--config.optimzer.b1=0.5"],
+            "nearest is `config.optimizer`",
+        ),
+        (
+            ["--config=FILE", "--config.sample.tokens=x"],
+            "`config.sample.tokens` must be int",
+        ),
         ([], "`--config` must name a file, such as"),
     ],
 )

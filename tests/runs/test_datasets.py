@@ -20,7 +20,10 @@ BYTES = Tokenizer.bytes()
 def paths(tmp_path_factory):
     """Answered questions, and their cache."""
     folder = tmp_path_factory.mktemp("data")
-    lines = [json.dumps({"prompt": f"{i} + {i} =", "answer": f" {2 * i}"}) for i in range(200)]
+    lines = [
+        json.dumps({"prompt": f"{i} + {i} =", "answer": f" {2 * i}"})
+        for i in range(200)
+    ]
     (folder / "x.jsonl").write_text("\n".join(lines))
     write_cache([folder / "x.jsonl"], folder / "x.bin", BYTES)
     return str(folder / "x.jsonl"), str(folder / "x.bin")
@@ -30,12 +33,16 @@ def settings_of(path, **changes):
     data = {"path": path, "batch_size": 6, "length": 20, "held_out": 0.2}
     tuning = changes.pop("tuning", {})
     measure = {"windows": 5, "length": 20}
-    return read_settings({"data": data | changes, "tuning": tuning, "evaluation": measure})
+    return read_settings(
+        {"data": data | changes, "tuning": tuning, "evaluation": measure}
+    )
 
 
 def data_of(settings):
     anchor_path = settings.tuning.anchor_path if settings.tuning.anchor else None
-    return TrainingData(settings.data, BYTES, seed=settings.seed, anchor_path=anchor_path)
+    return TrainingData(
+        settings.data, BYTES, seed=settings.seed, anchor_path=anchor_path
+    )
 
 
 def batches(settings, count=4, **choices):
@@ -96,7 +103,8 @@ def test_hosts_make_the_global_batch_between_them_from_any_step_on(paths, change
         ]
         for step in range(2):
             joined = {
-                name: np.concatenate([part[step][name] for part in parts]) for name in whole[0]
+                name: np.concatenate([part[step][name] for part in parts])
+                for name in whole[0]
             }
             assert_equal(joined, whole[start + step])
 
@@ -115,7 +123,9 @@ def test_unknown_choices_are_said_in_a_sentence(name, reason):
 
 
 def test_the_cubic_order_is_refused_for_rows_of_documents():
-    with pytest.raises(ValueError, match=r'`config\.data\.order` must be "shuffled" where'):
+    with pytest.raises(
+        ValueError, match=r'`config\.data\.order` must be "shuffled" where'
+    ):
         settings_of("x", order="cubic", packing="documents")
 
 

@@ -13,7 +13,10 @@ def measured(values, name="held_out_bits_per_byte", kept=1, **choices):
     evaluation, course = EvaluationSettings(**choices), RunProgress()
     for step, value in enumerate(values):
         course = course.with_evaluation(
-            10 * step, {name: logged_metric(name, value), "other": OTHER}, evaluation, kept=kept
+            10 * step,
+            {name: logged_metric(name, value), "other": OTHER},
+            evaluation,
+            kept=kept,
         )
     return course, evaluation
 
@@ -38,5 +41,7 @@ def test_a_run_ends_when_its_measure_is_enough():
 
 
 def test_a_measure_that_is_not_taken_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"must be one of held_out_bits_per_byte, other; got"):
+    with pytest.raises(
+        ValueError, match=r"must be one of held_out_bits_per_byte, other; got"
+    ):
         measured([1.0], measure="accuracy")

@@ -3,7 +3,13 @@
 import jax
 import pytest
 
-from rwkv7_jax.runs.exit_codes import DiskError, NotFinite, NoValidCheckpoint, Stopped, exit_code
+from rwkv7_jax.runs.exit_codes import (
+    DiskError,
+    NotFinite,
+    NoValidCheckpoint,
+    Stopped,
+    exit_code,
+)
 from rwkv7_jax.runs.process import exit_with_code
 
 

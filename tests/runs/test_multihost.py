@@ -16,7 +16,9 @@ from rwkv7_jax.runs.resume.step_directories import step_numbers
 
 RUN = {**SMALLEST, "data.batch_size": 4, "save_every": 20}
 # Two processes of one device, where other tests have one of two: both add two gradients.
-ONE = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}
+ONE = {
+    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+}
 
 
 def pair(workdir, **settings):
@@ -26,11 +28,16 @@ def pair(workdir, **settings):
         port = free.getsockname()[1]
     words = [f"--coordinator=localhost:{port}", "--processes=2"]
     run = {**RUN, **settings, "environment": ONE}
-    return [start(workdir, extra=[*words, f"--process={index}"], **run) for index in range(2)]
+    return [
+        start(workdir, extra=[*words, f"--process={index}"], **run)
+        for index in range(2)
+    ]
 
 
 def record(workdir, step):
-    return json.loads((workdir / "checkpoints" / str(step) / "record" / "metadata").read_text())
+    return json.loads(
+        (workdir / "checkpoints" / str(step) / "record" / "metadata").read_text()
+    )
 
 
 def lines(workdir):
@@ -68,7 +75,9 @@ def test_f27_a_process_whose_other_is_lost_ends_with_a_reason(broken):
 
 
 @pytest.mark.slow
-def test_f27_both_go_on_from_the_first_ones_checkpoint_to_the_unbroken_runs_bits(broken, tmp_path):
+def test_f27_both_go_on_from_the_first_ones_checkpoint_to_the_unbroken_runs_bits(
+    broken, tmp_path
+):
     folder = broken[0]
     before = step_numbers(folder / "checkpoints")[0]
     out, quiet = (finish(process)[0] for process in pair(folder, steps=before + 20))
@@ -76,7 +85,9 @@ def test_f27_both_go_on_from_the_first_ones_checkpoint_to_the_unbroken_runs_bits
     assert not (folder / "checkpoints" / "bad").exists()
     finish(start(tmp_path, steps=before + 20, **RUN))
     found, expected = record(folder, before + 20), record(tmp_path, before + 20)
-    assert found["leaves"] == expected["leaves"] and found["course"] == expected["course"]
+    assert (
+        found["leaves"] == expected["leaves"] and found["course"] == expected["course"]
+    )
 
 
 @pytest.mark.slow
@@ -88,7 +99,9 @@ def test_a_signal_to_one_process_saves_one_step_and_ends_both(tmp_path):
     processes[1].terminate()
     ends = [last_line(finish(process)[1]) for process in processes]
     (step,) = step_numbers(tmp_path / "checkpoints")
-    assert ends[0].startswith(f"train.py: stopped by a signal to another process; step {step} is")
+    assert ends[0].startswith(
+        f"train.py: stopped by a signal to another process; step {step} is"
+    )
     assert ends[1].startswith(f"train.py: stopped by SIGTERM; step {step} is saved.")
 
 
@@ -98,18 +111,26 @@ def test_what_ends_the_first_process_ends_the_others_alike(tmp_path):
     for process in pair(tmp_path / "taken"):
         assert "taken cannot be written" in last_line(finish(process, 5)[1])
     for process in pair(tmp_path / "run", data__batch_size=5):
-        assert "5 rows must be a multiple of the 2 devices" in last_line(finish(process, 2)[1])
+        assert "5 rows must be a multiple of the 2 devices" in last_line(
+            finish(process, 2)[1]
+        )
 
 
 @pytest.mark.parametrize(
     ("coordinator", "process", "sentence"),
     [
         ("localhost:1", 2, r"`--process` must be at least 0 and below .* 2 of 2\."),
-        ("localhost", 0, "`--coordinator` must be auto or an address and port; got 'localhost'."),
+        (
+            "localhost",
+            0,
+            "`--coordinator` must be auto or an address and port; got 'localhost'.",
+        ),
         ("", 0, "`--coordinator` must say where the first of `--processes` is."),
     ],
 )
-def test_a_process_that_does_not_say_which_it_is_is_refused(coordinator, process, sentence):
+def test_a_process_that_does_not_say_which_it_is_is_refused(
+    coordinator, process, sentence
+):
     with pytest.raises(ValueError, match=sentence):
         join(coordinator, processes=2, process=process)
 

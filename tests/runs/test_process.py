@@ -36,7 +36,9 @@ def test_a_signal_is_a_request_and_ends_what_may_be_interrupted():
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.should_stop() and stop.requested == "SIGTERM"
         with pytest.raises(Stopped, match="stopped by SIGTERM"), stop.interruptible():
-            raise AssertionError("a request that is there already ends the block before it begins")
+            raise AssertionError(
+                "a request that is there already ends the block before it begins"
+            )
     with StopSignals() as stop, pytest.raises(Stopped), stop.interruptible():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
@@ -148,9 +150,13 @@ def test_orbax_still_abandons_reads_when_one_of_them_fails(tmp_path, unraisable)
         raw = path.read_bytes()
         for damaged in (raw[: len(raw) // 2], bytes(len(raw))):
             shutil.copytree(tmp_path / "saved", tmp_path / "copy")
-            (tmp_path / "copy" / path.relative_to(tmp_path / "saved")).write_bytes(damaged)
+            (tmp_path / "copy" / path.relative_to(tmp_path / "saved")).write_bytes(
+                damaged
+            )
             with pytest.raises(NoValidCheckpoint):
-                open_checkpoints(tmp_path / "copy").restore(train_state(0), IDENTITY, new_state)
+                open_checkpoints(tmp_path / "copy").restore(
+                    train_state(0), IDENTITY, new_state
+                )
             shutil.rmtree(tmp_path / "copy")
     gc.collect()
     assert unraisable

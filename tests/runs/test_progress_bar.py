@@ -30,7 +30,9 @@ def test_a_terminal_gets_one_line_that_is_rewritten(clock):
     bar.close()
     drawn = terminal.getvalue()
     assert drawn.count("\r") == 4 and drawn.count("\n") == 1
-    assert drawn.startswith("\r[######..................] train  25%  0:03 left  loss 1")
+    assert drawn.startswith(
+        "\r[######..................] train  25%  0:03 left  loss 1"
+    )
 
 
 def test_a_file_gets_a_plain_line_a_tenth_and_every_few_seconds(clock):
@@ -41,7 +43,14 @@ def test_a_file_gets_a_plain_line_a_tenth_and_every_few_seconds(clock):
         bar.update(done)
     bar.close()
     lines = file.getvalue().splitlines()
-    assert [line.split()[1] for line in lines] == ["17%", "34%", "51%", "68%", "85%", "100%"]
+    assert [line.split()[1] for line in lines] == [
+        "17%",
+        "34%",
+        "51%",
+        "68%",
+        "85%",
+        "100%",
+    ]
     assert "\r" not in file.getvalue() and "\x1b" not in file.getvalue()
 
 

@@ -30,7 +30,9 @@ def test_a_directory_of_other_settings_is_refused_by_the_setting(tmp_path):
     with OwnedRunDirectory(tmp_path, Settings()):
         (tmp_path / "checkpoints" / "5").mkdir()
     other = Settings(optimizer=OptimizerSettings(learning_rate=0.5), log_every=3)
-    with pytest.raises(ValueError, match=r"`optimizer\.learning_rate` is 0\.0006; got 0\.5"):
+    with pytest.raises(
+        ValueError, match=r"`optimizer\.learning_rate` is 0\.0006; got 0\.5"
+    ):
         OwnedRunDirectory(tmp_path, other)
     with OwnedRunDirectory(tmp_path, Settings(log_every=3)):
         pass

@@ -16,7 +16,9 @@ HERE = socket.gethostname()
 
 def test_a_second_holder_is_refused_with_pid_and_host(tmp_path):
     lock = RunLock(tmp_path / "run.lock")
-    with pytest.raises(ValueError, match=f"is in use by process {os.getpid()} on {HERE};"):
+    with pytest.raises(
+        ValueError, match=f"is in use by process {os.getpid()} on {HERE};"
+    ):
         RunLock(tmp_path / "run.lock")
     lock.release()
     again = RunLock(tmp_path / "run.lock")
@@ -35,14 +37,18 @@ os._exit(1)
 
 def test_the_lock_of_a_process_that_is_gone_is_taken_over(tmp_path):
     words = [sys.executable, "-c", DIE_WITH_THE_LOCK, str(tmp_path / "run.lock")]
-    pid = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    pid = subprocess.run(
+        words, capture_output=True, text=True, check=False
+    ).stdout.strip()
     lock = RunLock(tmp_path / "run.lock")
     assert lock.stale == f"process {pid} on {HERE}"
     lock.release()
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_a_holder_on_another_machine_is_watched_for_a_while(tmp_path, monkeypatch, alive):
+def test_a_holder_on_another_machine_is_watched_for_a_while(
+    tmp_path, monkeypatch, alive
+):
     monkeypatch.setattr(run_lock, "HEARTBEAT_SECONDS", 0.02)
     path = tmp_path / "run.lock"
     path.write_text('{"pid": 7, "host": "far.away"}\n')

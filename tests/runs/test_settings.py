@@ -14,14 +14,19 @@ def test_an_empty_mapping_gives_the_defaults():
 
 
 def test_nested_values_arrive_and_integers_pass_as_floats():
-    settings = read_settings({"steps": 3, "optimizer": {"learning_rate": 1, "clip": None}})
+    settings = read_settings(
+        {"steps": 3, "optimizer": {"learning_rate": 1, "clip": None}}
+    )
     assert settings.steps == 3
     assert settings.optimizer.learning_rate == 1.0
     assert settings.optimizer.clip is None
 
 
 def test_a_list_of_prompts_becomes_a_tuple():
-    assert read_settings({"sample": {"prompts": ["a", "b"]}}).sample.prompts == ("a", "b")
+    assert read_settings({"sample": {"prompts": ["a", "b"]}}).sample.prompts == (
+        "a",
+        "b",
+    )
 
 
 @pytest.mark.parametrize(
@@ -36,10 +41,16 @@ def test_a_list_of_prompts_becomes_a_tuple():
         ({"model": {"widht": 3}}, r"nearest is `config.model.width`"),
         ({"steps": "many"}, r"`config.steps` must be int; got 'many'"),
         ({"steps": True}, r"`config.steps` must be int; got True"),
-        ({"optimizer": {"clip": "no"}}, r"`config.optimizer.clip` must be float or NoneType"),
+        (
+            {"optimizer": {"clip": "no"}},
+            r"`config.optimizer.clip` must be float or NoneType",
+        ),
         ({"data": 3}, r"`config.data` must be a group of settings; got 3"),
         ({"steps": 0}, r"`config.steps` must be at least 1; got 0"),
-        ({"mode": "magic"}, r"`config.mode` must be pretrain, state, upscaled_state, observer or"),
+        (
+            {"mode": "magic"},
+            r"`config.mode` must be pretrain, state, upscaled_state, observer or",
+        ),
         ({"tuning": {"leaves": "emb"}}, r"`config.tuning.leaves` must be wkv or all"),
         (
             {"data": {"batch_size": 8}, "optimizer": {"accumulate": 3}},
@@ -74,7 +85,9 @@ def test_absence_is_spelled_with_care():
     assert read_settings({"stop_after_bad": 0}).stop_after_bad is None
     with pytest.raises(ValueError, match=r"`config\.save_every` must be int or"):
         read_settings({"save_every": False})
-    with pytest.raises(ValueError, match=r"`config\.keep_every` must be at least 0; got -1"):
+    with pytest.raises(
+        ValueError, match=r"`config\.keep_every` must be at least 0; got -1"
+    ):
         read_settings({"keep_every": -1})
 
 
@@ -82,7 +95,9 @@ def test_settings_are_written_as_config_files_spell_them():
     written = as_config(Settings())
     assert written["init"] == ""
     assert written["upscaling"]["widths"] == () and written["upscaling"]["size"] == 0
-    assert written["optimizer"]["clip"] == 1.0 and written["evaluation"]["enough"] is None
+    assert (
+        written["optimizer"]["clip"] == 1.0 and written["evaluation"]["enough"] is None
+    )
     assert read_settings(json.loads(json.dumps(written))) == Settings()
 
 

@@ -11,6 +11,10 @@ MARKS = {"tpu": "tpu_custom_call", "cuda": "triton"}
 def mesh(platform, shape=(1,), names=("x",)):
     """Returns an abstract mesh of `platform`'s devices."""
     kind, cores = KINDS[platform]
-    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=cores, platform=platform)
+    device = jax.sharding.AbstractDevice(
+        device_kind=kind, num_cores=cores, platform=platform
+    )
     axes = (jax.sharding.AxisType.Auto,) * len(shape)
-    return jax.sharding.AbstractMesh(shape, names, axis_types=axes, abstract_device=device)
+    return jax.sharding.AbstractMesh(
+        shape, names, axis_types=axes, abstract_device=device
+    )

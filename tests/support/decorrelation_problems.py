@@ -22,8 +22,12 @@ def covariance(seed, condition=100.0, heads=HEADS, size=M):
     """Covariances with this condition number, their eigenvectors random and their scales unlike."""
     draw = np.random.default_rng(seed)
     basis, _ = np.linalg.qr(draw.normal(size=(*heads, size, size)))
-    values = np.geomspace(1.0, 1.0 / condition, size) * draw.uniform(1, 50, size=(*heads, 1))
-    return jnp.asarray(np.einsum("...ij,...j,...kj->...ik", basis, values, basis), jnp.float32)
+    values = np.geomspace(1.0, 1.0 / condition, size) * draw.uniform(
+        1, 50, size=(*heads, 1)
+    )
+    return jnp.asarray(
+        np.einsum("...ij,...j,...kj->...ik", basis, values, basis), jnp.float32
+    )
 
 
 EYE = jnp.broadcast_to(jnp.eye(M), SQUARE)
@@ -65,7 +69,9 @@ def learn(stats, count=1, start=None, **settings):
     def body(state, _):
         return tx.update(grads, state, stats=stats)[1], None
 
-    return jax.jit(lambda state: jax.lax.scan(body, state, None, length=count)[0])(state).whitener
+    return jax.jit(lambda state: jax.lax.scan(body, state, None, length=count)[0])(
+        state
+    ).whitener
 
 
 def whitened(whitener, target):
@@ -77,7 +83,9 @@ def whitened(whitener, target):
 def identical(actual, expected):
     """Whether two trees are equal, bit for bit."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    same = jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), actual, expected)
+    same = jax.tree.map(
+        lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), actual, expected
+    )
     return all(jax.tree.leaves(same))
 
 

@@ -67,7 +67,9 @@ def main(folder: str, inputs: str, outputs: str) -> None:
     model.train()
     batch = torch.tensor(arrays["batch"]).long()
     logits = model(batch[:, :-1]).logits
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch[:, 1:].flatten()
+    )
     l2_warp(loss, logits, float(arrays["l2wrap"])).backward()
     results["loss"] = loss.detach().numpy()
     for name, parameter in model.named_parameters():

@@ -22,7 +22,11 @@ CONFIG = RWKV7Config(
 
 
 def random_params(
-    config: RWKV7Config = CONFIG, *, seed: int = 0, dtype=jnp.bfloat16, scale: float = 1.0
+    config: RWKV7Config = CONFIG,
+    *,
+    seed: int = 0,
+    dtype=jnp.bfloat16,
+    scale: float = 1.0,
 ):
     """Makes a parameter tree with normal entries of standard deviation `scale`."""
 

@@ -12,7 +12,13 @@ from rwkv7_jax.runs.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 # A model of one layer on a task, so that little besides the machinery takes time.
-MODEL = {"vocab_size": 257, "num_layers": 1, "width": 16, "head_size": 16, "ffn_width": 16}
+MODEL = {
+    "vocab_size": 257,
+    "num_layers": 1,
+    "width": 16,
+    "head_size": 16,
+    "ffn_width": 16,
+}
 MODEL |= {"decay_rank": 2, "icl_rank": 2, "value_rank": 2, "gate_rank": 2}
 SMALLEST = {
     **{f"model.{name}": size for name, size in MODEL.items()},
@@ -46,12 +52,23 @@ def program(name: str, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def start(
-    workdir: Path, config: str = "pretrain_toy", *, extra=(), child=(), environment=(), **settings
+    workdir: Path,
+    config: str = "pretrain_toy",
+    *,
+    extra=(),
+    child=(),
+    environment=(),
+    **settings,
 ):
     """Starts the program; `child` runs in its place and gets its command line."""
     words = [sys.executable, *child, *arguments(workdir, config, **settings), *extra]
     paths = f"{ROOT}:{ROOT / 'tests' / 'support'}"
-    environment = {**os.environ, "PYTHONPATH": paths, "MPLBACKEND": "agg", **dict(environment)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "MPLBACKEND": "agg",
+        **dict(environment),
+    }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(words, cwd=ROOT, env=environment, **pipes)
 
@@ -59,7 +76,9 @@ def start(
 def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
     """Waits for a program, checks its exit code and gives its output and errors."""
     out, error = process.communicate(timeout=600)
-    assert process.returncode == code, f"exit code {process.returncode}: {error[-3000:]}"
+    assert process.returncode == code, (
+        f"exit code {process.returncode}: {error[-3000:]}"
+    )
     return out, error
 
 
@@ -74,6 +93,8 @@ _PROGRAM: dict = {}
 def train_here(settings: Settings, workdir: Path) -> None:
     """Runs train.py's functions in this process."""
     if not _PROGRAM:
-        _PROGRAM.update(runpy.run_path(str(ROOT / "train.py"), run_name="train_program"))
+        _PROGRAM.update(
+            runpy.run_path(str(ROOT / "train.py"), run_name="train_program")
+        )
     with StopSignals() as stop, OwnedRunDirectory(workdir, settings) as folder:
         _PROGRAM["train"](settings, folder, stop)

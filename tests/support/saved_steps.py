@@ -24,7 +24,9 @@ def train_state(step: int) -> TrainState:
     }
     moments = {"mu": jnp.asarray(noise.normal(size=(24, 40)), jnp.float32)}
     count = jnp.asarray(step, jnp.int32)
-    return TrainState(step=count, params=params, opt_state=(moments, count), skipped=count)
+    return TrainState(
+        step=count, params=params, opt_state=(moments, count), skipped=count
+    )
 
 
 def new_state() -> TrainState:

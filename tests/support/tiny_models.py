@@ -15,7 +15,13 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
 
 CONFIG = RWKV7Config(
-    vocab_size=29, num_layers=3, width=64, head_size=32, decay_rank=8, icl_rank=6, value_rank=5
+    vocab_size=29,
+    num_layers=3,
+    width=64,
+    head_size=32,
+    decay_rank=8,
+    icl_rank=6,
+    value_rank=5,
 )
 # Tracing and compiling are most of what a test costs, and least of it with the scan. That all
 # implementations agree, also inside of a model, is the business of test_wkv_laws.py, test_model.py.
@@ -39,7 +45,9 @@ def lively(config=CONFIG, seed=0):
 def _lively(config, seed):
     state = init_state(config)
     key = jax.random.key(seed)
-    draw = jax.jit(lambda key: RWKV7(config).init(key, jnp.zeros((1, 1), int), state)["params"])
+    draw = jax.jit(
+        lambda key: RWKV7(config).init(key, jnp.zeros((1, 1), int), state)["params"]
+    )
     leaves, tree = jax.tree.flatten(jax.tree.map(np.asarray, draw(key)))
     noise = np.random.default_rng(seed)
     moved = [x + 0.2 * noise.normal(size=x.shape) for x in leaves]
@@ -50,7 +58,8 @@ def random_state(config=CONFIG, batch=1, seed=0):
     """A state that no symmetry hides in."""
     noise = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda x: jnp.asarray(noise.normal(size=x.shape), x.dtype), init_state(config, batch)
+        lambda x: jnp.asarray(noise.normal(size=x.shape), x.dtype),
+        init_state(config, batch),
     )
 
 
@@ -74,7 +83,9 @@ def _time_mix(p, x, before, wkv, v_first, config):
     shape = (config.num_heads, config.head_size)
     mixed = {c: x + (before - x) * p[f"x_{c}"] for c in "rwkvag"}
     low = {"w": np.tanh, "a": lambda u: u, "g": _sigmoid, "v": lambda u: u}
-    low = {c: f(mixed[c] @ p[f"{c}1"]) @ p[f"{c}2"] for c, f in low.items() if f"{c}1" in p}
+    low = {
+        c: f(mixed[c] @ p[f"{c}1"]) @ p[f"{c}2"] for c, f in low.items() if f"{c}1" in p
+    }
     r, k, v = (p[n]["weight"] @ mixed[n[0]] for n in ("receptance", "key", "value"))
     log_w = -np.exp(-0.5) * _sigmoid(p["w0"] + low["w"])
     rate, gate = _sigmoid(p["a0"] + low["a"]), low["g"]
@@ -88,13 +99,26 @@ def _time_mix(p, x, before, wkv, v_first, config):
     r, log_w, k, v, rate = (u.reshape(shape) for u in (r, log_w, k, v, rate))
     a, b = -kk, kk * rate
     removed = np.einsum("hij,hj->hi", wkv, a)
-    wkv = wkv * np.exp(log_w)[:, None] + removed[..., None] * b[:, None] + v[..., None] * k[:, None]
+    wkv = (
+        wkv * np.exp(log_w)[:, None]
+        + removed[..., None] * b[:, None]
+        + v[..., None] * k[:, None]
+    )
     y = np.einsum("hij,hj->hi", wkv, r)
     weight, bias = (p["ln_x"][n].reshape(shape) for n in ("weight", "bias"))
     out = _norm(y, weight, bias, config.group_norm_eps)
     out = out + (r * k * p["r_k"]).sum(-1, keepdims=True) * v
     read = out.reshape(-1) * gate
-    trace = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b, "y": y, "gate": gate}
+    trace = {
+        "r": r,
+        "log_w": log_w,
+        "k": k,
+        "v": v,
+        "a": a,
+        "b": b,
+        "y": y,
+        "gate": gate,
+    }
     trace |= {"icl_rate": rate, "output_input": read}
     trace |= {f"{n}_input": mixed[n[0]] for n in ("receptance", "key", "value")}
     return p["output"]["weight"] @ read, wkv, v_first, trace
@@ -104,11 +128,18 @@ def _block(p, x, memory, v_first, config):
     """One block on one token: the new residual, memory, first values and trace."""
     att_shift, wkv, ffn_shift = memory
     normed = _norm(x, p["ln1"]["weight"], p["ln1"]["bias"], config.norm_eps)
-    att, wkv, v_first, trace = _time_mix(p["att"], normed, att_shift, wkv, v_first, config)
+    att, wkv, v_first, trace = _time_mix(
+        p["att"], normed, att_shift, wkv, v_first, config
+    )
     ffn_input = _norm(x + att, p["ln2"]["weight"], p["ln2"]["bias"], config.norm_eps)
     mixed = ffn_input + (ffn_shift - ffn_input) * p["ffn"]["x_k"]
     hidden = np.maximum(p["ffn"]["key"]["weight"] @ mixed, 0) ** 2
-    trace |= {"residual": x, "ffn_input": ffn_input, "ffn_key_input": mixed, "ffn_hidden": hidden}
+    trace |= {
+        "residual": x,
+        "ffn_input": ffn_input,
+        "ffn_key_input": mixed,
+        "ffn_hidden": hidden,
+    }
     x = x + att + p["ffn"]["value"]["weight"] @ hidden
     return x, (normed, wkv, ffn_input), v_first, trace
 
@@ -117,19 +148,28 @@ def restated(params, ids, state, config=CONFIG):
     """Logits [T V], the state behind and the trace [L T ...] of one sequence, in float64."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     layers = [params["layer_0"]] + [
-        jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(config.num_layers - 1)
+        jax.tree.map(lambda x, i=i: x[i], params["layers"])
+        for i in range(config.num_layers - 1)
     ]
     names = ("att_shift", "wkv", "ffn_shift")
     state = [np.asarray(getattr(state, name), np.float64)[:, 0] for name in names]
     memory, logits, traces = list(zip(*state, strict=True)), [], []
     for token in np.asarray(ids):
         ln0, ln_out, v_first, trace = params["ln0"], params["ln_out"], None, []
-        x = _norm(params["emb"]["weight"][token], ln0["weight"], ln0["bias"], config.norm_eps)
+        x = _norm(
+            params["emb"]["weight"][token], ln0["weight"], ln0["bias"], config.norm_eps
+        )
         for i, layer in enumerate(layers):
             x, memory[i], v_first, parts = _block(layer, x, memory[i], v_first, config)
             trace.append(parts)
         x = _norm(x, ln_out["weight"], ln_out["bias"], config.norm_eps)
         logits.append(params["head"]["weight"] @ x)
         traces.append(jax.tree.map(lambda *leaves: np.stack(leaves), *trace))
-    end = RWKV7State(**dict(zip(names, map(np.stack, zip(*memory, strict=True)), strict=True)))
-    return np.stack(logits), end, jax.tree.map(lambda *leaves: np.stack(leaves, 1), *traces)
+    end = RWKV7State(
+        **dict(zip(names, map(np.stack, zip(*memory, strict=True)), strict=True))
+    )
+    return (
+        np.stack(logits),
+        end,
+        jax.tree.map(lambda *leaves: np.stack(leaves, 1), *traces),
+    )

@@ -15,7 +15,13 @@ from rwkv7_jax.model.state import init_state, select, stack
 from rwkv7_jax.observer.observer import init_observer
 
 # The scan compiles fastest; that all implementations agree is test_wkv_laws.py's business.
-REST = {"decay_rank": 4, "icl_rank": 4, "value_rank": 3, "gate_rank": 5, "implementation": "scan"}
+REST = {
+    "decay_rank": 4,
+    "icl_rank": 4,
+    "value_rank": 3,
+    "gate_rank": 5,
+    "implementation": "scan",
+}
 # 2 layers of 2 heads of 16 are proposed from 1 layer of 3 heads of 8.
 TEACHER = RWKV7Config(vocab_size=23, num_layers=2, width=32, head_size=16, **REST)
 SMALL = RWKV7Config(vocab_size=23, num_layers=1, width=24, head_size=8, **REST)
@@ -97,8 +103,14 @@ def by_rows(teacher, start, batch):
     """The loss and the accuracy after the splits, each row continued alone from its state."""
     total = np.zeros(3)
     for i, split in enumerate(SPLITS):
-        inputs, targets = batch["tokens"][i : i + 1, split:-1], batch["tokens"][i, split + 1 :]
-        logits, mask = plain(*teacher, inputs, select(start, i))[0][0], batch["mask"][i, split:]
+        inputs, targets = (
+            batch["tokens"][i : i + 1, split:-1],
+            batch["tokens"][i, split + 1 :],
+        )
+        logits, mask = (
+            plain(*teacher, inputs, select(start, i))[0][0],
+            batch["mask"][i, split:],
+        )
         nats = -jax.nn.log_softmax(logits)[np.arange(len(targets)), targets]
         hits = np.argmax(logits, -1) == targets
         total += [np.sum(nats * mask), np.sum(hits * mask), mask.sum()]

@@ -34,12 +34,16 @@ def relative_error(actual, expected) -> float:
 def assert_close(actual, expected, bar: float, name: str = "") -> None:
     """Fail unless the relative L2 error is at most `bar`, telling how much and where."""
     actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
-    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, not {expected.shape}."
+    assert actual.shape == expected.shape, (
+        f"{name}: shape {actual.shape}, not {expected.shape}."
+    )
     error = relative_error(actual, expected)
     if error <= bar:  # NaN is not
         return
     difference = np.abs(actual - expected) / (np.sqrt(np.mean(expected**2)) or 1.0)
-    worst = np.unravel_index(np.argmax(np.nan_to_num(difference, nan=np.inf)), actual.shape)
+    worst = np.unravel_index(
+        np.argmax(np.nan_to_num(difference, nan=np.inf)), actual.shape
+    )
     raise AssertionError(
         f"{name}: relative L2 error {error:.3g} over {bar:.3g}; relative to the root mean square "
         f"the largest difference is {difference[worst]:.3g} at {tuple(map(int, worst))} "

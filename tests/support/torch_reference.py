@@ -52,7 +52,9 @@ def _time_mix(p, x, v_first, heads):
     if v_first is None:
         v_first = v
     else:
-        gate = torch.sigmoid(p("att.v0").reshape(-1) + (x_v @ p("att.v1")) @ p("att.v2"))
+        gate = torch.sigmoid(
+            p("att.v0").reshape(-1) + (x_v @ p("att.v1")) @ p("att.v2")
+        )
         v = v + (v_first - v) * gate
     split = (batch, length, heads, -1)
     kk = F.normalize((k * p("att.k_k").reshape(-1)).view(split), dim=-1, p=2.0)
@@ -76,12 +78,16 @@ def _time_mix(p, x, v_first, heads):
 
 
 def _norm(x, p, name):
-    return F.layer_norm(x, x.shape[-1:], p(f"{name}.weight"), p(f"{name}.bias"), eps=1e-5)
+    return F.layer_norm(
+        x, x.shape[-1:], p(f"{name}.weight"), p(f"{name}.bias"), eps=1e-5
+    )
 
 
 def logits(weights, tokens):
     """Computes logits [B T V] of ids [B T], from the zero state."""
-    layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    layers = 1 + max(
+        int(name.split(".")[1]) for name in weights if name.startswith("blocks.")
+    )
     heads = weights["blocks.0.att.r_k"].shape[0]
     x = F.embedding(tokens, weights["emb.weight"])
     x = _norm(x, weights.__getitem__, "blocks.0.ln0")
@@ -94,7 +100,9 @@ def logits(weights, tokens):
         att, v_first = _time_mix(p, _norm(x, p, "ln1"), v_first, heads)
         x = x + att
         normed = _norm(x, p, "ln2")
-        hidden = torch.relu(_lerp(normed, _shifted(normed), p("ffn.x_k")) @ p("ffn.key.weight").T)
+        hidden = torch.relu(
+            _lerp(normed, _shifted(normed), p("ffn.x_k")) @ p("ffn.key.weight").T
+        )
         x = x + hidden**2 @ p("ffn.value.weight").T
     return _norm(x, weights.__getitem__, "ln_out") @ weights["head.weight"].T
 
@@ -121,7 +129,9 @@ def rate(rules, step):
     """Computes the learning rate of a step; steps count from 0."""
     ratio = rules.last / rules.first
     done = min(max((step - rules.warmup) / (rules.steps - rules.warmup), 0.0), 1.0)
-    value = rules.first * ((0.5 + ratio / 2) + (0.5 - ratio / 2) * math.cos(math.pi * done))
+    value = rules.first * (
+        (0.5 + ratio / 2) + (0.5 - ratio / 2) * math.cos(math.pi * done)
+    )
     return value * (0.01 + 0.99 * step / rules.warmup) if step < rules.warmup else value
 
 
@@ -157,7 +167,9 @@ def train(weights, batches, rules):
         batches: ids [steps, B, T + 1].
         rules: of training.
     """
-    weights = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
+    weights = {
+        name: tensor.clone().requires_grad_() for name, tensor in weights.items()
+    }
     optimizer = _optimizer(weights, rules)
     losses = []
     for step, tokens in enumerate(batches):

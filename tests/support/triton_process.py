@@ -60,7 +60,9 @@ def _launch(kernel, arrays, outputs, grid, tile, **constants):
         written = [_to_torch(np.full(x.shape, np.nan, x.dtype)) for x in outputs]
         tokens, heads = arrays[0].shape[1:3]
         read = [_to_torch(x) for x in arrays]
-        getattr(triton_kernels, kernel)[grid](*read, tokens, heads, *written, **constants)
+        getattr(triton_kernels, kernel)[grid](
+            *read, tokens, heads, *written, **constants
+        )
         results = []
         for x, output in zip(written, outputs, strict=True):
             results.append(x.float().numpy().astype(output.dtype))
@@ -85,7 +87,9 @@ def main(given: str, found: str, chunk: str, dtype: str, capability: str) -> Non
     alone = kernels.forward(inputs, state, chunk=int(chunk))
     assert all(map(np.array_equal, alone, (y, end)))
     grads, dstate = kernels.backward(inputs, starts, dy, dend, chunk=int(chunk))
-    outputs = jax.tree.map(lambda x: np.asarray(x, np.float32), (y, end, *grads, dstate))
+    outputs = jax.tree.map(
+        lambda x: np.asarray(x, np.float32), (y, end, *grads, dstate)
+    )
     np.savez(found, *outputs)
 
 

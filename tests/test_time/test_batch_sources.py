@@ -47,7 +47,9 @@ def params(base):
 
 
 def settings_of(base: Path, **test_time):
-    flat = {name: value for name, value in SMALLEST.items() if not name.startswith("model.")}
+    flat = {
+        name: value for name, value in SMALLEST.items() if not name.startswith("model.")
+    }
     flat |= {"mode": "test_time", "init": str(base), "seed": SEED, "steps": STEPS}
     flat |= {"data.path": "task:steer", "evaluation.length": 40, "evaluation.every": 0}
     flat |= {"optimizer.learning_rate": LEARNING_RATE, "optimizer.warmup_steps": 0}
@@ -111,13 +113,17 @@ def in_library(method: str, params, traces, tx):
     if method == "expert":
         own = {"keep_reward": None, "replay": False, "updates": 1}
         return expert_iteration(*arguments, rounds=STEPS, **own, **choices).state
-    return distill(model, params, traces, steps=STEPS, batch_size=2, seed=SEED, tx=tx).state
+    return distill(
+        model, params, traces, steps=STEPS, batch_size=2, seed=SEED, tx=tx
+    ).state
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("method", ["grpo", "expert", "distil"])
-def test_train_py_and_the_librarys_loop_tune_the_same_state(tmp_path, base, params, method):
+def test_train_py_and_the_librarys_loop_tune_the_same_state(
+    tmp_path, base, params, method
+):
     guide = tmp_path / "guide.jsonl"
     write_traces(guide, TRACES)
     verifier = f"{__name__}:low_ids"
@@ -149,11 +155,15 @@ def test_a_reward_that_is_not_a_number_ends_a_run_of_train_py(
         source.batch(0, mode.init_params())
 
 
-def test_a_negative_reward_never_becomes_a_weight_in_train_py(tmp_path, base, unchecked):
+def test_a_negative_reward_never_becomes_a_weight_in_train_py(
+    tmp_path, base, unchecked
+):
     verifier = f"{__name__}:negative"
     mode = make_mode(settings_of(base, method="expert", verifier=verifier), tmp_path)
     source = mode.batches(0, None)
-    with pytest.raises(ValueError, match="`reward` of prompt 0 must be at least 0; got -1"):
+    with pytest.raises(
+        ValueError, match="`reward` of prompt 0 must be at least 0; got -1"
+    ):
         source.batch(0, mode.init_params())
 
 
@@ -163,14 +173,18 @@ def test_groups_of_one_are_refused_before_anything_is_drawn(tmp_path, base):
 
 
 def sampler(params, **choices):
-    return RolloutSampler(RWKV7(CONFIG), params, **({"group": 4, "tokens": 6} | choices))
+    return RolloutSampler(
+        RWKV7(CONFIG), params, **({"group": 4, "tokens": 6} | choices)
+    )
 
 
 def prompts_at(step):
     return [[1 + step % 12, 2], [1 + (5 * step) % 12, 3, 2]]
 
 
-def test_without_replay_a_batch_is_what_the_step_drew_weighted_by_its_rewards(params, unchecked):
+def test_without_replay_a_batch_is_what_the_step_drew_weighted_by_its_rewards(
+    params, unchecked
+):
     key = jax.random.key(7)
     state = init_state(CONFIG)
     source = ExpertBatches(sampler(params), prompts_at, low_ids, key=key)
@@ -184,7 +198,9 @@ def test_without_replay_a_batch_is_what_the_step_drew_weighted_by_its_rewards(pa
         tokens=6,
         key=jax.random.fold_in(key, 5),
     )
-    weights = [low_ids(*pair) for pair in zip(drawn.prompts, drawn.completions, strict=True)]
+    weights = [
+        low_ids(*pair) for pair in zip(drawn.prompts, drawn.completions, strict=True)
+    ]
     expected = completion_rows(
         drawn.prompts, drawn.completions, length=drawn.mask.shape[1], weights=weights
     )
@@ -210,7 +226,9 @@ def test_a_step_without_any_reward_has_no_batch(params, unchecked):
     key = jax.random.key(7)
     state = init_state(CONFIG)
     for replay in (False, True):
-        source = ExpertBatches(sampler(params), prompts_at, nothing, key=key, replay=replay)
+        source = ExpertBatches(
+            sampler(params), prompts_at, nothing, key=key, replay=replay
+        )
         assert source.batch(state, 0) is None
     source = PolicyBatches(sampler(params), prompts_at, nothing, key=key)
     assert source.batch(state, 0) is None
@@ -232,20 +250,30 @@ def test_a_threshold_replays_every_approved_text_once(params, unchecked):
     shapes = {source.batch(state, step).tokens.shape for step in range(6)}
     assert shapes == {(3, 17)}
     assert len(set(source.traces)) == len(source.traces) == source.metrics["kept"] > 0
-    assert all(low_ids(trace.prompt, trace.completion) >= 0.3 for trace in source.traces)
+    assert all(
+        low_ids(trace.prompt, trace.completion) >= 0.3 for trace in source.traces
+    )
     assert {trace.weight for trace in source.traces} == {1.0}
 
 
 def test_a_source_with_a_memory_is_not_entered_inside_a_round(params):
     key = jax.random.key(7)
-    source = ExpertBatches(sampler(params), prompts_at, low_ids, key=key, replay=True, updates=2)
-    with pytest.raises(ValueError, match="step 3 must follow the first step of its round, 2"):
+    source = ExpertBatches(
+        sampler(params), prompts_at, low_ids, key=key, replay=True, updates=2
+    )
+    with pytest.raises(
+        ValueError, match="step 3 must follow the first step of its round, 2"
+    ):
         source.batch(init_state(CONFIG), 3)
 
 
-def test_traces_of_another_vocabulary_are_refused_by_train_py(tmp_path, base, unchecked):
+def test_traces_of_another_vocabulary_are_refused_by_train_py(
+    tmp_path, base, unchecked
+):
     guide = tmp_path / "guide.jsonl"
     write_traces(guide, [Trace((1,), (300,))])
     settings = settings_of(base, method="distil", guide=str(guide))
-    with pytest.raises(ValueError, match=r"config\.test_time\.guide: `tokens` must .* got 300"):
+    with pytest.raises(
+        ValueError, match=r"config\.test_time\.guide: `tokens` must .* got 300"
+    ):
         make_mode(settings, tmp_path)

@@ -17,11 +17,21 @@ from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
-from rwkv7_jax.test_time.losses import context_distillation, distillation_loss, policy_loss
+from rwkv7_jax.test_time.losses import (
+    context_distillation,
+    distillation_loss,
+    policy_loss,
+)
 from rwkv7_jax.training.losses import loss_weights
 from rwkv7_jax.training.train_step import TrainState, make_train_step
 
-SIZES = {"vocab_size": 13, "head_size": 16, "decay_rank": 8, "icl_rank": 6, "value_rank": 5}
+SIZES = {
+    "vocab_size": 13,
+    "head_size": 16,
+    "decay_rank": 8,
+    "icl_rank": 6,
+    "value_rank": 5,
+}
 SIZES |= {"implementation": "scan"}
 CONFIG = RWKV7Config(num_layers=2, width=32, **SIZES)
 LARGE = RWKV7Config(num_layers=3, width=48, **SIZES)
@@ -37,9 +47,15 @@ def params():
 @pytest.fixture(scope="module")
 def batch():
     rng = np.random.default_rng(0)
-    mask = np.array([[0, 1, 1, 1, 0], [0, 0, 0.5, 0.5, 0.5], [1, 0, 0, 0, 0]], np.float32)
+    mask = np.array(
+        [[0, 1, 1, 1, 0], [0, 0, 0.5, 0.5, 0.5], [1, 0, 0, 0, 0]], np.float32
+    )
     tokens = rng.integers(0, CONFIG.vocab_size, (3, 6)).astype(np.int32)
-    return {"tokens": tokens, "mask": mask, "advantages": np.array([1.5, -0.5, 0.25], np.float32)}
+    return {
+        "tokens": tokens,
+        "mask": mask,
+        "advantages": np.array([1.5, -0.5, 0.25], np.float32),
+    }
 
 
 def logps(params, state, batch, temperature=1.0, config=CONFIG):
@@ -65,7 +81,9 @@ def assert_value_and_gradient(gradient, restated_loss, batch):
     assert_close(value, restated_loss(state), SAME["model"], "value")
     direction = np.random.default_rng(5).normal(size=state.wkv.shape)
     wkv = np.asarray(state.wkv, np.float64)
-    ends = [restated_loss(state.replace(wkv=wkv + s * direction)) for s in (step, -step)]
+    ends = [
+        restated_loss(state.replace(wkv=wkv + s * direction)) for s in (step, -step)
+    ]
     difference = (ends[0] - ends[1]) / (2 * step)
     product = np.vdot(np.asarray(grads.wkv, np.float64), direction)
     np.testing.assert_allclose(product, difference, rtol=1e-3)
@@ -84,12 +102,16 @@ def test_the_policy_loss_is_reinforce_with_an_exact_divergence(params, gradient,
     base = logps(params, REFERENCE, batch)
 
     def by_hand(state):
-        reinforce = batch["advantages"][:, None] * chosen(logps(params, state, batch, 0.7), batch)
+        reinforce = batch["advantages"][:, None] * chosen(
+            logps(params, state, batch, 0.7), batch
+        )
         apart = divergence(logps(params, state, batch), base)
         return np.sum(shares(batch) * (0.3 * apart - reinforce))
 
     metrics = assert_value_and_gradient(gradient, by_hand, batch)
-    assert {"policy_loss", "loss_nats", "kl_nats", "state_max", "state_rms"} <= set(metrics)
+    assert {"policy_loss", "loss_nats", "kl_nats", "state_max", "state_rms"} <= set(
+        metrics
+    )
 
 
 def test_the_divergence_and_its_gradient_are_zero_at_the_reference(gradient, batch):
@@ -109,7 +131,9 @@ def reinforce(params):
 
 def test_without_advantages_and_divergence_there_is_no_gradient(reinforce, batch):
     batch = batch | {"weights": np.asarray(loss_weights(batch))}
-    _, grads = reinforce(random_state(CONFIG), batch | {"advantages": np.zeros(3, np.float32)})
+    _, grads = reinforce(
+        random_state(CONFIG), batch | {"advantages": np.zeros(3, np.float32)}
+    )
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
@@ -119,13 +143,24 @@ def test_pieces_of_a_policy_batch_add_up_to_the_full_batch(reinforce, batch):
     # Weights are shares of the whole batch, zero for the other pieces.
     pieces = [weights * (np.arange(3) == row)[:, None] for row in range(3)]
     parts = [reinforce(state, batch | {"weights": piece}) for piece in pieces]
-    assert_close(sum(value for (value, _), _ in parts), whole, SAME["micro-batches"], "value")
+    assert_close(
+        sum(value for (value, _), _ in parts), whole, SAME["micro-batches"], "value"
+    )
     assert_close(sum(g.wkv for _, g in parts), grads.wkv, SAME["gradient"], "gradient")
 
 
-def test_the_distillation_loss_is_cross_entropy_and_the_teachers_divergence(params, batch):
-    teacher, start = random_params(LARGE, dtype=jnp.float32, scale=0.3), random_state(LARGE, seed=8)
-    others = {"teacher": RWKV7(LARGE), "teacher_params": teacher, "teacher_state": start}
+def test_the_distillation_loss_is_cross_entropy_and_the_teachers_divergence(
+    params, batch
+):
+    teacher, start = (
+        random_params(LARGE, dtype=jnp.float32, scale=0.3),
+        random_state(LARGE, seed=8),
+    )
+    others = {
+        "teacher": RWKV7(LARGE),
+        "teacher_params": teacher,
+        "teacher_state": start,
+    }
     loss = distillation_loss(MODEL, params, imitation=0.5, kl=2.0, **others)
     wanted = logps(teacher, start, batch, config=LARGE)
 
@@ -170,7 +205,9 @@ def test_a_prompt_becomes_a_state(params):
         batch = {"tokens": tokens, "mask": np.ones((8, 8), np.float32)}
         train, metrics = step(train, batch)
         found.append(float(metrics["kl_nats"]))
-    print(f"KL to the model after the prompt: {found[0]:.3g} -> {np.mean(found[-5:]):.3g}")
+    print(
+        f"KL to the model after the prompt: {found[0]:.3g} -> {np.mean(found[-5:]):.3g}"
+    )
     assert np.mean(found[-5:]) < 0.25 * found[0]
     jax.tree.map(np.testing.assert_array_equal, before, params)
 
@@ -186,7 +223,10 @@ def test_bad_arguments_of_losses_are_refused(params):
         ({"teacher": MODEL}, ".*`teacher_params` is None"),
         ({"teacher_params": params}, ".*`teacher` is None"),
         ({"teacher_state": init_state(CONFIG)}, "`teacher_state` needs a `teacher`"),
-        (both | {"teacher_state": init_state(CONFIG, 2)}, "`teacher_state`: .* must have shape"),
+        (
+            both | {"teacher_state": init_state(CONFIG, 2)},
+            "`teacher_state`: .* must have shape",
+        ),
         ({"leaves": ("kv",)}, "`leaves` must be among .*; got 'kv'"),
         ({"kl": -1.0}, "`kl` must be finite and at least 0; got -1"),
     ]:

@@ -56,7 +56,9 @@ def by_prompt(traces, samples=3):
 
 def test_without_a_judge_all_completions_are_kept_in_the_prompts_order(plain):
     traces, _ = plain
-    assert [trace.prompt for trace in traces] == [tuple(p) for p in PROMPTS for _ in range(3)]
+    assert [trace.prompt for trace in traces] == [
+        tuple(p) for p in PROMPTS for _ in range(3)
+    ]
     assert {trace.weight for trace in traces} == {1.0} and traces[0].source == "teacher"
     assert all(1 <= len(trace.completion) <= 4 for trace in traces)
 
@@ -80,7 +82,11 @@ def test_a_prompts_completions_do_not_depend_on_its_neighbours(params, plain):
 def greedy(params, prompts, **choices):
     """The most probable completions, and the cost."""
     traces, budget = run(params, prompts, temperature=0, **choices)
-    return [trace.completion for trace in traces], [trace.prompt for trace in traces], budget
+    return (
+        [trace.completion for trace in traces],
+        [trace.prompt for trace in traces],
+        budget,
+    )
 
 
 def test_a_template_is_read_by_the_teacher_and_unseen_in_the_traces(params):
@@ -122,7 +128,9 @@ def test_a_vote_keeps_the_majority_where_it_leads_by_the_margin(params, plain):
     assert kept(0.5) == groups[2]
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_traces_and_budget(params, plain, tmp_path):
+def test_a_killed_run_goes_on_and_ends_with_the_same_traces_and_budget(
+    params, plain, tmp_path
+):
     cache, seen = tmp_path / "cache.jsonl", []
 
     def killed(done, total):
@@ -140,11 +148,23 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_traces_and_budget(params, p
     assert cache.read_bytes() == lines and len(lines.splitlines()) == 4
 
 
-def test_other_choices_weights_states_and_keys_find_nothing_in_the_cache(params, tmp_path):
+def test_other_choices_weights_states_and_keys_find_nothing_in_the_cache(
+    params, tmp_path
+):
     cache = tmp_path / "cache.jsonl"
     start = random_state(CONFIG)
-    changes = [{}, {"tokens": 3}, {"temperature": 0.5}, {"state": start}, {"source": "other"}]
-    changes += [{"key": jax.random.key(5)}, {"stop_ids": (0, 3)}, {"template": lambda p: [*p, 1]}]
+    changes = [
+        {},
+        {"tokens": 3},
+        {"temperature": 0.5},
+        {"state": start},
+        {"source": "other"},
+    ]
+    changes += [
+        {"key": jax.random.key(5)},
+        {"stop_ids": (0, 3)},
+        {"template": lambda p: [*p, 1]},
+    ]
     for change in changes:
         run(params, PROMPTS[:2], cache=cache, **change)
     run(jax.tree.map(lambda x: x + 0.01, params), PROMPTS[:2], cache=cache)
@@ -153,7 +173,9 @@ def test_other_choices_weights_states_and_keys_find_nothing_in_the_cache(params,
     assert len(entries) == 2 * len(changes) == len({entry["key"] for entry in entries})
 
 
-def test_a_cache_written_before_the_teachers_hash_was_an_argument_still_serves(params, tmp_path):
+def test_a_cache_written_before_the_teachers_hash_was_an_argument_still_serves(
+    params, tmp_path
+):
     """The keys of the file are those of earlier versions, which computed the hash themselves."""
     cache = tmp_path / "cache.jsonl"
     state = random_state(CONFIG)
@@ -186,7 +208,9 @@ def test_a_judge_that_fails_names_its_prompt_and_costs_no_completion(params, tmp
         (lambda p, c: c[9] if p == (3, 4, 5) else 1, "raised IndexError"),
         (lambda p, c: -1 if p == (3, 4, 5) else 1, "must be at least 0; got -1.0"),
     ]:
-        with pytest.raises(ValueError, match=f"collect_traces: `verify` of prompt 1 {reason}"):
+        with pytest.raises(
+            ValueError, match=f"collect_traces: `verify` of prompt 1 {reason}"
+        ):
             run(params, cache=cache, verify=verify)
         assert len(cache.read_text().splitlines()) == 2
     with pytest.raises(ValueError, match="`vote` of prompt 0 raised TypeError"):
@@ -200,16 +224,36 @@ def test_a_judge_that_fails_names_its_prompt_and_costs_no_completion(params, tmp
         ({"samples": 0}, ValueError, "`samples` must be at least 1"),
         ({"at_once": 0}, ValueError, "`at_once` must be at least 1"),
         ({"prompts": []}, ValueError, "`prompts` must hold a prompt"),
-        ({"prompts": [1, 2]}, TypeError, "`prompts` row 0 must be a list of ids; got int"),
-        ({"prompts": "abc"}, TypeError, "`prompts` must be a list of lists of ids; got str"),
+        (
+            {"prompts": [1, 2]},
+            TypeError,
+            "`prompts` row 0 must be a list of ids; got int",
+        ),
+        (
+            {"prompts": "abc"},
+            TypeError,
+            "`prompts` must be a list of lists of ids; got str",
+        ),
         ({"prompts": [[1], []]}, ValueError, "`prompts` row 1 must hold an id"),
-        ({"prompts": [[1], [13]]}, ValueError, "`prompts` row 1 must hold ids .* got 13"),
+        (
+            {"prompts": [[1], [13]]},
+            ValueError,
+            "`prompts` row 1 must hold ids .* got 13",
+        ),
         ({"template": lambda p: [99]}, ValueError, "`template` row 0 must hold ids"),
-        ({"template": lambda p: p[5]}, ValueError, "`template` of prompt 0 raised IndexError"),
+        (
+            {"template": lambda p: p[5]},
+            ValueError,
+            "`template` of prompt 0 raised IndexError",
+        ),
         ({"template": 3}, TypeError, "`template` must be a function; got int"),
         ({"verify": 3}, TypeError, "`verify` must be a function; got int"),
         ({"vote": len}, TypeError, "`vote` must be a function and a margin"),
-        ({"vote": (len, 2)}, ValueError, "`vote` must have a margin from 0 to 1; got 2"),
+        (
+            {"vote": (len, 2)},
+            ValueError,
+            "`vote` must have a margin from 0 to 1; got 2",
+        ),
         ({"vote": (len, 0), "verify": len}, ValueError, "`verify` and `vote` exclude"),
         ({"key": jax.random.split(KEY, 3)}, ValueError, "`key` must be one key"),
         ({"key": 3}, TypeError, "`key` must be a random key; got int"),
@@ -221,6 +265,8 @@ def test_a_judge_that_fails_names_its_prompt_and_costs_no_completion(params, tmp
         ({"temperature": -1}, ValueError, "`temperature` must be from 0"),
     ],
 )
-def test_bad_arguments_are_refused_in_one_sentence(params, unchecked, change, error, message):
+def test_bad_arguments_are_refused_in_one_sentence(
+    params, unchecked, change, error, message
+):
     with pytest.raises(error, match=rf"(collect_traces|rollouts): {message}"):
         run(params, **change)

@@ -19,7 +19,11 @@ from rwkv7_jax.test_time.traces import (
     write_traces,
 )
 
-TRACES = [Trace((1, 2), (3, 4, 0), 0.5, "large"), Trace((5,), (6,)), Trace((7, 8, 9), (1, 0), 2.0)]
+TRACES = [
+    Trace((1, 2), (3, 4, 0), 0.5, "large"),
+    Trace((5,), (6,)),
+    Trace((7, 8, 9), (1, 0), 2.0),
+]
 
 
 def test_traces_survive_the_way_to_disk_and_back(tmp_path):
@@ -51,10 +55,22 @@ def test_a_last_line_that_breaks_off_is_dropped_with_a_warning(tmp_path):
         ('{"prompt": [], "completion": [1]}', "`prompt` must hold an id"),
         ('{"prompt": [1.5], "completion": [1]}', "`prompt` must hold only integers"),
         ('{"prompt": [1], "completion": [-1]}', "`completion` must hold only integers"),
-        ('{"prompt": "a", "completion": [1]}', "`prompt` must be a list of ids; got str"),
-        ('{"prompt": [1], "completion": [1], "weight": NaN}', "`weight` must be finite"),
-        ('{"prompt": [1], "completion": [1], "weight": "1"}', "`weight` must be a number"),
-        ('{"prompt": [1], "completion": [1], "source": 3}', "`source` must be a string"),
+        (
+            '{"prompt": "a", "completion": [1]}',
+            "`prompt` must be a list of ids; got str",
+        ),
+        (
+            '{"prompt": [1], "completion": [1], "weight": NaN}',
+            "`weight` must be finite",
+        ),
+        (
+            '{"prompt": [1], "completion": [1], "weight": "1"}',
+            "`weight` must be a number",
+        ),
+        (
+            '{"prompt": [1], "completion": [1], "source": 3}',
+            "`source` must be a string",
+        ),
         ('{"prompt": [1], "completion": [1], "wieght": 1}', "unknown field 'wieght'"),
     ],
 )
@@ -100,7 +116,9 @@ def test_a_file_that_is_not_a_cache_is_refused_and_left_alone(tmp_path):
 
 
 def test_the_mask_is_the_weight_at_completions_targets_and_the_rest_is_zero():
-    batch = completion_rows([(1, 2), (5,)], [(3, 4, 0), (6,)], length=5, weights=[0.5, 2])
+    batch = completion_rows(
+        [(1, 2), (5,)], [(3, 4, 0), (6,)], length=5, weights=[0.5, 2]
+    )
     assert batch["tokens"].tolist() == [[1, 2, 3, 4, 0, 0], [5, 6, 0, 0, 0, 0]]
     assert batch["mask"].tolist() == [[0, 0.5, 0.5, 0.5, 0], [2, 0, 0, 0, 0]]
     assert gradient_tokens(batch) == 4 + 1
@@ -108,7 +126,9 @@ def test_the_mask_is_the_weight_at_completions_targets_and_the_rest_is_zero():
 
 def test_every_trace_comes_once_an_epoch_and_a_batch_depends_on_its_step_alone():
     sizes = {"batch_size": 2, "length": 4, "seed": 3}
-    rows = [row for step in range(3) for row in trace_batch(TRACES, step, **sizes)["tokens"]]
+    rows = [
+        row for step in range(3) for row in trace_batch(TRACES, step, **sizes)["tokens"]
+    ]
     epochs = [sorted(tuple(map(int, row)) for row in rows[i : i + 3]) for i in (0, 3)]
     assert epochs[0] == epochs[1] and len(set(epochs[0])) == 3
     again = trace_batch(TRACES, 1, **sizes)["tokens"]
@@ -116,7 +136,9 @@ def test_every_trace_comes_once_an_epoch_and_a_batch_depends_on_its_step_alone()
 
 
 def test_traces_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"`length` must be at least 4 for trace \d; got 3"):
+    with pytest.raises(
+        ValueError, match=r"`length` must be at least 4 for trace \d; got 3"
+    ):
         trace_batch(TRACES, 0, batch_size=3, length=3)
     with pytest.raises(ValueError, match="`traces` must hold a trace"):
         trace_batch([], 0, batch_size=3, length=3)
@@ -131,7 +153,9 @@ def test_budgets_add_up_and_fit_on_a_line():
 
 
 def test_advantages_have_no_mean_unit_size_and_vanish_in_uniform_groups():
-    rewards = np.array([[0.0, 1, 0, 0, 1], [0.1, 0.1, 0.1, 0.1, 0.1], [3.0, -7, 2, 2, 0]])
+    rewards = np.array(
+        [[0.0, 1, 0, 0, 1], [0.1, 0.1, 0.1, 0.1, 0.1], [3.0, -7, 2, 2, 0]]
+    )
     found = advantages(rewards)
     np.testing.assert_allclose(found.sum(1), 0, atol=1e-12)
     np.testing.assert_array_equal(found[1], 0)
@@ -140,7 +164,9 @@ def test_advantages_have_no_mean_unit_size_and_vanish_in_uniform_groups():
     np.testing.assert_allclose(found[0, 1], 0.6 / (np.sqrt(0.24) + 1e-4))
 
 
-@pytest.mark.parametrize("value", [1, True, 0.5, np.float32(2), np.bool_(True), np.array(3.0)])
+@pytest.mark.parametrize(
+    "value", [1, True, 0.5, np.float32(2), np.bool_(True), np.array(3.0)]
+)
 def test_numbers_of_every_kind_are_rewards(value):
     assert evaluate_rewards(lambda p, c: value, [(1,)], [(2,)], name="f: `reward`") == [
         float(value)
@@ -148,9 +174,9 @@ def test_numbers_of_every_kind_are_rewards(value):
 
 
 def test_arrays_of_the_device_are_rewards():
-    assert evaluate_rewards(lambda p, c: jnp.float32(2), [(1,)], [(2,)], name="f: `reward`") == [
-        2.0
-    ]
+    assert evaluate_rewards(
+        lambda p, c: jnp.float32(2), [(1,)], [(2,)], name="f: `reward`"
+    ) == [2.0]
 
 
 @pytest.mark.parametrize(
@@ -168,9 +194,15 @@ def test_a_reward_that_is_not_a_number_is_named_with_its_prompt(value, reason):
         return value if prompt == (4,) else 0.0
 
     with pytest.raises(ValueError, match=rf"f: `reward` of prompt 1 {reason}"):
-        evaluate_rewards(reward, [(1,), (1,), (4,)], [(2,)] * 3, name="f: `reward`", group=2)
+        evaluate_rewards(
+            reward, [(1,), (1,), (4,)], [(2,)] * 3, name="f: `reward`", group=2
+        )
 
 
 def test_a_reward_that_raises_is_named_with_its_prompt():
-    with pytest.raises(ValueError, match="prompt 7 raised ZeroDivisionError: division by zero"):
-        evaluate_rewards(lambda p, c: 1 / 0, [(1,)], [(2,)], name="f: `reward`", first=7)
+    with pytest.raises(
+        ValueError, match="prompt 7 raised ZeroDivisionError: division by zero"
+    ):
+        evaluate_rewards(
+            lambda p, c: 1 / 0, [(1,)], [(2,)], name="f: `reward`", first=7
+        )

@@ -56,7 +56,9 @@ def endless(params):
     return draw(params, stop_ids=())
 
 
-def test_rollouts_equal_those_of_prompts_that_are_read_for_each_completion(params, endless):
+def test_rollouts_equal_those_of_prompts_that_are_read_for_each_completion(
+    params, endless
+):
     repeated = [prompt for prompt in PROMPTS for _ in range(GROUP)]
     out = generate(MODEL, params, repeated, tokens=TOKENS, key=KEY, stop_ids=())
     assert [list(c) for c in endless.completions] == out.tokens
@@ -67,7 +69,10 @@ def test_rollouts_equal_those_of_prompts_that_are_read_for_each_completion(param
 def test_a_completion_ends_with_the_stop_id_that_was_drawn(params, endless):
     stops = (4, 8, 1)
     stopped = draw(params, stop_ids=stops).completions
-    cut = [next((n for n, i in enumerate(c) if i in stops), 5) + 1 for c in endless.completions]
+    cut = [
+        next((n for n, i in enumerate(c) if i in stops), 5) + 1
+        for c in endless.completions
+    ]
     assert stopped == [c[:end] for c, end in zip(endless.completions, cut, strict=True)]
     assert len({c[-1] for c in stopped} & set(stops)) > 1
 
@@ -75,7 +80,9 @@ def test_a_completion_ends_with_the_stop_id_that_was_drawn(params, endless):
 def test_tokens_and_mask_are_the_rows_and_the_budget_counts_each_prompt_once(params):
     out = draw(params, stop_ids=(4, 8))
     assert out.tokens.shape == (8, 17) and out.mask.shape == (8, 16)
-    for row, (prompt, completion) in enumerate(zip(out.prompts, out.completions, strict=True)):
+    for row, (prompt, completion) in enumerate(
+        zip(out.prompts, out.completions, strict=True)
+    ):
         ids = [*prompt, *completion]
         assert out.tokens[row].tolist() == ids + [0] * (17 - len(ids))
         counted = [0] * (len(prompt) - 1) + [1] * len(completion)
@@ -105,9 +112,19 @@ def test_the_held_out_reward_is_that_of_greedy_completions(params):
 def test_a_policy_batch_has_the_advantages_of_its_rewards(params, endless):
     reward = lambda prompt, completion: completion.count(8)  # noqa: E731
     made = policy_batch(
-        MODEL, params, None, PROMPTS, reward, group=GROUP, tokens=TOKENS, key=KEY, stop_ids=()
+        MODEL,
+        params,
+        None,
+        PROMPTS,
+        reward,
+        group=GROUP,
+        tokens=TOKENS,
+        key=KEY,
+        stop_ids=(),
     )
-    expected = np.array([c.count(8) for c in endless.completions], float).reshape(2, GROUP)
+    expected = np.array([c.count(8) for c in endless.completions], float).reshape(
+        2, GROUP
+    )
     np.testing.assert_array_equal(made.rewards, expected)
     np.testing.assert_allclose(
         made.batch["advantages"], advantages(expected).ravel(), rtol=1e-6, atol=1e-7
@@ -135,9 +152,16 @@ def improved(params):
     """Fifteen steps of GRPO, and the states after them."""
     states = []
     keep = lambda entry, state: states.append(jax.tree.map(np.array, state))  # noqa: E731
-    choices = {"held_out": HELD_OUT, "evaluate_every": 5, "learning_rate": 0.5, "on_step": keep}
+    choices = {
+        "held_out": HELD_OUT,
+        "evaluate_every": 5,
+        "learning_rate": 0.5,
+        "on_step": keep,
+    }
     before = jax.tree.map(np.array, params)
-    out = grpo(MODEL, params, prompts_at, sevens, steps=15, stop_reward=2.0, **choices, **LOOP)
+    out = grpo(
+        MODEL, params, prompts_at, sevens, steps=15, stop_reward=2.0, **choices, **LOOP
+    )
     jax.tree.map(np.testing.assert_array_equal, before, params)
     return out, states
 
@@ -216,8 +240,14 @@ def test_an_anchor_keeps_the_state_near_the_base_and_is_counted(params):
     rng, drift = np.random.default_rng(0), []
     text = rng.integers(0, CONFIG.vocab_size, (4, 17)).astype(np.int32)
     for weight in (1e-6, 10.0):
-        anchor = {"anchor": weight, "anchor_at": lambda step: text, "learning_rate": 0.5}
-        out = grpo(MODEL, params, prompts_at, sevens, steps=8, kl=0.01, **anchor, **LOOP)
+        anchor = {
+            "anchor": weight,
+            "anchor_at": lambda step: text,
+            "learning_rate": 0.5,
+        }
+        out = grpo(
+            MODEL, params, prompts_at, sevens, steps=8, kl=0.01, **anchor, **LOOP
+        )
         updated = [entry for entry in out.history if entry["updated"]]
         drift.append(updated[-1]["anchor_nats"])
         assert updated[-1]["kl_nats"] > 0
@@ -227,7 +257,11 @@ def test_an_anchor_keeps_the_state_near_the_base_and_is_counted(params):
 
 @pytest.mark.slow
 def test_an_upscaled_memory_earns_a_reward_while_its_features_stand_still(params):
-    text = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (8, 33)).astype(np.int32)
+    text = (
+        np.random.default_rng(0)
+        .integers(0, CONFIG.vocab_size, (8, 33))
+        .astype(np.int32)
+    )
     start = upscale(MODEL, params, text, size=24)
     choices = {"leaves": ("memory",), "learning_rate": 0.5, "stop_reward": 2.0}
     out = grpo(
@@ -263,7 +297,9 @@ def test_an_upscaled_memory_earns_a_reward_while_its_features_stand_still(params
         ({"prompts": [[1.5]]}, TypeError, "`prompts` row 0 must hold integers"),
     ],
 )
-def test_bad_arguments_of_rollouts_are_refused(params, unchecked, change, error, message):
+def test_bad_arguments_of_rollouts_are_refused(
+    params, unchecked, change, error, message
+):
     with pytest.raises(error, match=f"rollouts: {message}"):
         draw(params, **change)
 
@@ -275,14 +311,28 @@ def test_bad_arguments_of_the_loops_are_refused(params, unchecked):
         ({"anchor": 1.0}, ValueError, "`anchor` and `anchor_at` go together"),
         ({"reward": 3}, TypeError, "`reward` must be a function; got int"),
         ({"prompts_at": [[1]]}, TypeError, "`prompts_at` must be a function; got list"),
-        ({"state": init_state(CONFIG, 2)}, ValueError, r"`state\.att_shift` must have shape"),
+        (
+            {"state": init_state(CONFIG, 2)},
+            ValueError,
+            r"`state\.att_shift` must have shape",
+        ),
     ]:
         arguments = {"prompts_at": prompts_at, "reward": sevens} | LOOP | change
         with pytest.raises(error, match=f"grpo: {message}"):
             grpo(MODEL, params, **arguments)
-    with pytest.raises(ValueError, match="`reward` of prompt 1 must be finite; got nan"):
-        grpo(MODEL, params, prompts_at, lambda p, c: 1.0 if len(p) == 2 else np.nan, **LOOP)
-    with pytest.raises(ValueError, match="expert_iteration: `updates` must be at least 1"):
+    with pytest.raises(
+        ValueError, match="`reward` of prompt 1 must be finite; got nan"
+    ):
+        grpo(
+            MODEL,
+            params,
+            prompts_at,
+            lambda p, c: 1.0 if len(p) == 2 else np.nan,
+            **LOOP,
+        )
+    with pytest.raises(
+        ValueError, match="expert_iteration: `updates` must be at least 1"
+    ):
         expert_iteration(MODEL, params, prompts_at, sevens, updates=0, **LOOP)
     with pytest.raises(ValueError, match=r"distill: `tokens` must be .* got 13"):
         distill(MODEL, params, [Trace((1,), (13,))])

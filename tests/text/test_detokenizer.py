@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 
-from rwkv7_jax.text.detokenizer import StreamingDetokenizer, check_stop_strings, whole_tokens
+from rwkv7_jax.text.detokenizer import (
+    StreamingDetokenizer,
+    check_stop_strings,
+    whole_tokens,
+)
 
 
 class Sizes:
@@ -43,7 +47,10 @@ def test_random_bytes_become_what_the_decoder_makes_of_them():
 
 def test_an_incomplete_character_and_a_possible_stop_string_are_held_back():
     stream = StreamingDetokenizer(["\n\nUser:"])
-    given = [stream.push(piece) for piece in (b"a\xe2\x82", b"\xac\n", b"\nUse", b"d", b"\xe2")]
+    given = [
+        stream.push(piece)
+        for piece in (b"a\xe2\x82", b"\xac\n", b"\nUse", b"d", b"\xe2")
+    ]
     assert given == ["a", "€", "", "\n\nUsed", ""]
     assert stream.close() == "\ufffd"
 

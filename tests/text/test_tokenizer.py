@@ -32,7 +32,9 @@ def brute_force(data: bytes) -> list[int]:
     """The longest entry at every place, by trying all lengths."""
     out, place = [], 0
     while place < len(data):
-        size = next(n for n in range(LONGEST, 0, -1) if data[place : place + n] in ENTRIES)
+        size = next(
+            n for n in range(LONGEST, 0, -1) if data[place : place + n] in ENTRIES
+        )
         out.append(ENTRIES[data[place : place + size]])
         place += size
     return out
@@ -43,7 +45,9 @@ def random_bytes(count: int, seed: int):
     rng = np.random.default_rng(seed)
     for _ in range(count):
         pieces = [rng.bytes(rng.integers(1, 9)) for _ in range(rng.integers(1, 9))]
-        pieces += [WORLD.token_bytes(int(i)) for i in rng.integers(1, 65530, rng.integers(9))]
+        pieces += [
+            WORLD.token_bytes(int(i)) for i in rng.integers(1, 65530, rng.integers(9))
+        ]
         rng.shuffle(pieces)
         yield b"".join(pieces)
 
@@ -56,7 +60,9 @@ def test_ids_are_the_longest_entries():
 @pytest.mark.slow
 def test_ids_are_those_of_the_official_package_and_of_the_rust_one():
     pytest.importorskip("rwkv", reason="the oracle extra is not installed")
-    fast = pytest.importorskip("pyrwkv_tokenizer", reason="the oracle extra is not installed")
+    fast = pytest.importorskip(
+        "pyrwkv_tokenizer", reason="the oracle extra is not installed"
+    )
     import rwkv
     from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 
@@ -78,17 +84,25 @@ def test_ten_thousand_random_byte_strings_come_back(tokenizer):
         assert tokenizer.decode_bytes(tokenizer.encode(data)) == data
 
 
-@pytest.mark.parametrize("tokenizer", [WORLD, Tokenizer.bytes()], ids=["world", "bytes"])
+@pytest.mark.parametrize(
+    "tokenizer", [WORLD, Tokenizer.bytes()], ids=["world", "bytes"]
+)
 def test_ids_do_not_depend_on_how_the_bytes_were_cut(tokenizer):
     random = np.random.default_rng(3)
     # Long runs of spaces and marks are single ids: a cut inside of one must not show.
-    text = b"".join(random.choice([b" " * 130, b"the words ", b"-" * 70, b"\xff\xe2", b"\n"], 99))
+    text = b"".join(
+        random.choice([b" " * 130, b"the words ", b"-" * 70, b"\xff\xe2", b"\n"], 99)
+    )
     for _ in range(20):
         cuts = np.sort(random.integers(0, len(text), random.integers(1, 40)))
-        chunks = [part.tobytes() for part in np.split(np.frombuffer(text, np.uint8), cuts)]
+        chunks = [
+            part.tobytes() for part in np.split(np.frombuffer(text, np.uint8), cuts)
+        ]
         found = list(tokenizer.encode_chunks(chunks))
         assert np.concatenate(found).tolist() == tokenizer.encode(text)
-    assert list(tokenizer.encode_chunks([])) == list(tokenizer.encode_chunks([b""])) == []
+    assert (
+        list(tokenizer.encode_chunks([])) == list(tokenizer.encode_chunks([b""])) == []
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -140,7 +154,8 @@ def test_half_a_surrogate_pair_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("size", "name"), [(257, "bytes"), (65536, "world"), (65530, "world"), (65529, "world")]
+    ("size", "name"),
+    [(257, "bytes"), (65536, "world"), (65530, "world"), (65529, "world")],
 )
 def test_a_models_vocabulary_gives_its_tokenizer(size, name):
     if size == 65529:
@@ -164,4 +179,7 @@ def test_a_damaged_vocabulary_file_is_refused(lines, sentence):
 
 
 def test_entries_are_text_or_bytes_and_line_ends_do_not_matter():
-    assert parse_vocabulary("1 'ä b' 4\r\n2 b'\\xff' 1\r\n") == {1: "ä b".encode(), 2: b"\xff"}
+    assert parse_vocabulary("1 'ä b' 4\r\n2 b'\\xff' 1\r\n") == {
+        1: "ä b".encode(),
+        2: b"\xff",
+    }

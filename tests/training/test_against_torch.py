@@ -35,7 +35,10 @@ def oracle():
 def batches():
     """Ids [steps, B, T + 1] of a text that can be learnt: short jumps around a circle."""
     random = np.random.default_rng(0)
-    text = np.cumsum(random.choice([1, 2, 7], size=20_000, p=[0.6, 0.3, 0.1])) % CONFIG.vocab_size
+    text = (
+        np.cumsum(random.choice([1, 2, 7], size=20_000, p=[0.6, 0.3, 0.1]))
+        % CONFIG.vocab_size
+    )
     starts = random.integers(0, len(text) - 13, (oracle().Rules().steps, 4, 1))
     return text[starts + np.arange(13)]
 
@@ -53,7 +56,11 @@ def ours():
     """The losses before each step, and the weights after the last one by official name."""
     rules = oracle().Rules()
     rate = learning_rate_schedule(
-        "cosine", rules.first, rules.last, warmup_steps=rules.warmup, total_steps=rules.steps
+        "cosine",
+        rules.first,
+        rules.last,
+        warmup_steps=rules.warmup,
+        total_steps=rules.steps,
     )
     tx = build_optimizer(rate, weight_decay=rules.decay, clip=rules.clip, eps=rules.eps)
     step = make_train_step(pretrain_loss(RWKV7(CONFIG), l2wrap=rules.l2wrap), tx)
@@ -73,7 +80,9 @@ def weights(tmp_path_factory):
     save_model(path, new(), CONFIG)
     dummies = [f"blocks.0.att.v{i}" for i in range(3)]
     named = torch.load(path, weights_only=True)
-    return {name: tensor.float() for name, tensor in named.items() if name not in dummies}
+    return {
+        name: tensor.float() for name, tensor in named.items() if name not in dummies
+    }
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,9 @@ from rwkv7_jax.tuning.state_tuning import state_loss
 
 # One token a row: the compiler counts the body of a loop once. Norms and activations, which are
 # left out, are a small part of a wide model: measured 2, 7 and 3 % for the three counts below.
-CONFIG = RWKV7Config(vocab_size=32, num_layers=2, width=256, head_size=64, implementation="scan")
+CONFIG = RWKV7Config(
+    vocab_size=32, num_layers=2, width=256, head_size=64, implementation="scan"
+)
 ROWS, OVER = 8, 1.10
 
 
@@ -49,7 +51,9 @@ def compiled(config, kind, rows, length):
         made = jax.jit(lambda p, x, s: model.apply({"params": p}, x, s))
         return made.lower(params, tokens, states).compile()
     if kind == "weights":
-        made = jax.jit(lambda p, b: jax.grad(lambda p: pretrain_loss(model)(p, b)[0])(p))
+        made = jax.jit(
+            lambda p, b: jax.grad(lambda p: pretrain_loss(model)(p, b)[0])(p)
+        )
         return made.lower(params, batch(rows, length)).compile()
     made = jax.jit(lambda p, s, b: jax.grad(lambda s: state_loss(model, p)(s, b)[0])(s))
     start = jax.eval_shape(lambda: init_state(config))
@@ -58,7 +62,8 @@ def compiled(config, kind, rows, length):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "field"), [("forward", "forward"), ("weights", "training"), ("state", "state")]
+    ("kind", "field"),
+    [("forward", "forward"), ("weights", "training"), ("state", "state")],
 )
 def test_the_compiler_counts_the_same_operations(kind, field):
     counted = compiled(CONFIG, kind, ROWS, 1).cost_analysis()["flops"] / ROWS
@@ -74,7 +79,9 @@ def test_the_compiler_counts_the_same_operations_for_the_recurrence_alone():
     run = jax.jit(lambda *x: pallas_kernels.wkv7(*x, implementation="scan"))
     counted = run.lower(*[token] * 6, state).compile().cost_analysis()["flops"] / rows
     half, whole = (
-        flops_per_token(RWKV7Config(vocab_size=9, num_layers=1, width=128, head_size=n)).forward
+        flops_per_token(
+            RWKV7Config(vocab_size=9, num_layers=1, width=128, head_size=n)
+        ).forward
         for n in (size // 2, size)
     )
     assert counted == pytest.approx(2 * (whole - half), rel=0.05)
@@ -83,8 +90,12 @@ def test_the_compiler_counts_the_same_operations_for_the_recurrence_alone():
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "block"])
 @pytest.mark.parametrize("trained", ["weights", "state"])
-def test_activations_are_within_a_quarter_of_the_compilers_temporary_memory(remat, trained):
-    config = RWKV7Config(vocab_size=64, num_layers=4, width=128, head_size=64, remat=remat)
+def test_activations_are_within_a_quarter_of_the_compilers_temporary_memory(
+    remat, trained
+):
+    config = RWKV7Config(
+        vocab_size=64, num_layers=4, width=128, head_size=64, remat=remat
+    )
     needed = compiled(config, trained, 2, 128).memory_analysis().temp_size_in_bytes
     found = training_memory(config, batch=2, length=128, trained=trained).activations
     assert 0.75 < found / needed < 1.25
@@ -161,7 +172,14 @@ def test_known_devices_have_their_published_peak(kind, peak):
 
 
 @pytest.mark.parametrize(
-    "kind", ["cpu", "NVIDIA GH200 480GB", "NVIDIA H100 NVL", "NVIDIA GeForce RTX 4090", "TPU v7"]
+    "kind",
+    [
+        "cpu",
+        "NVIDIA GH200 480GB",
+        "NVIDIA H100 NVL",
+        "NVIDIA GeForce RTX 4090",
+        "TPU v7",
+    ],
 )
 def test_other_devices_have_none(kind):
     assert peak_flops(kind) is None
@@ -169,4 +187,6 @@ def test_other_devices_have_none(kind):
 
 
 def test_the_share_of_the_peak_is_work_over_what_all_devices_could_do():
-    assert mfu(1e6, 4e9, device_kind="TPU v4", devices=4) == pytest.approx(4e15 / 1.1e15)
+    assert mfu(1e6, 4e9, device_kind="TPU v4", devices=4) == pytest.approx(
+        4e15 / 1.1e15
+    )

@@ -16,7 +16,9 @@ from rwkv7_jax.training.losses import loss_weights, next_token_loss, token_stati
 
 BATCH, LENGTH, WIDTH, VOCAB, CHUNK = 2, 21, 8, 37, 4
 _NOISE = np.random.default_rng(0)
-X, BASE = (jnp.asarray(_NOISE.normal(size=(BATCH, LENGTH, WIDTH)), jnp.float32) for _ in "xb")
+X, BASE = (
+    jnp.asarray(_NOISE.normal(size=(BATCH, LENGTH, WIDTH)), jnp.float32) for _ in "xb"
+)
 HEAD = jnp.asarray(_NOISE.normal(size=(VOCAB, WIDTH)), jnp.float32)
 TARGETS = jnp.asarray(_NOISE.integers(0, VOCAB, (BATCH, LENGTH)), jnp.int32)
 WEIGHTS = jnp.asarray(_NOISE.uniform(size=(BATCH, LENGTH)), jnp.float32)
@@ -29,7 +31,9 @@ MASK = jnp.array([[1, 1, 0, 1, 0], [0, 0, 1, 0, 0]])
 def plain(x, head):
     """Every logit at once."""
     logits = jnp.matmul(x, head.T, precision="highest")
-    chosen = jnp.sum(jax.nn.one_hot(TARGETS, VOCAB) * jax.nn.log_softmax(logits), axis=-1)
+    chosen = jnp.sum(
+        jax.nn.one_hot(TARGETS, VOCAB) * jax.nn.log_softmax(logits), axis=-1
+    )
     return -chosen, jnp.max(logits, axis=-1)
 
 
@@ -57,14 +61,18 @@ def test_cross_entropy_in_chunks_equals_the_plain_one():
 
 
 def test_its_gradients_equal_the_plain_ones():
-    left, right = (jax.jit(jax.grad(total(f), argnums=(0, 1)))(X, HEAD) for f in (chunked, plain))
+    left, right = (
+        jax.jit(jax.grad(total(f), argnums=(0, 1)))(X, HEAD) for f in (chunked, plain)
+    )
     for name, actual, expected in zip(("x", "head"), left, right, strict=True):
         assert_close(actual, expected, SAME["op"], f"gradient of {name}")
 
 
 def shapes_with_vocabulary(function):
     """Shapes in the compiled gradient that have a vocabulary axis, the head's aside."""
-    compiled = jax.jit(jax.grad(total(function), argnums=(0, 1))).lower(X, HEAD).compile()
+    compiled = (
+        jax.jit(jax.grad(total(function), argnums=(0, 1))).lower(X, HEAD).compile()
+    )
     found = re.findall(r"f32\[([\d,]+)\]", compiled.as_text())
     shapes = {tuple(map(int, shape.split(","))) for shape in found}
     return {shape for shape in shapes if VOCAB in shape and WIDTH not in shape}
@@ -73,7 +81,9 @@ def shapes_with_vocabulary(function):
 def test_no_program_holds_the_logits_of_all_tokens():
     largest = max(np.prod(s) for s in shapes_with_vocabulary(chunked))
     assert largest == BATCH * CHUNK * VOCAB
-    assert max(np.prod(s) for s in shapes_with_vocabulary(plain)) == BATCH * LENGTH * VOCAB
+    assert (
+        max(np.prod(s) for s in shapes_with_vocabulary(plain)) == BATCH * LENGTH * VOCAB
+    )
 
 
 def divergence(x, base, **changes):
@@ -93,13 +103,18 @@ def test_the_reverse_divergence_exchanges_the_two_distributions():
     forward = jax.jit(divergence)(X, BASE).kl
     reverse = jax.jit(lambda x, base: divergence(base, x, reverse_kl=True))(X, BASE).kl
     assert_close(reverse, forward, SAME["op"])
-    assert float(jnp.max(jnp.abs(divergence(X, BASE, reverse_kl=True).kl - forward))) > 0.01
+    assert (
+        float(jnp.max(jnp.abs(divergence(X, BASE, reverse_kl=True).kl - forward)))
+        > 0.01
+    )
 
 
 def test_the_temperature_is_that_of_the_targets_alone():
     logits = X @ HEAD.T
     found = jax.jit(
-        lambda t: token_statistics(X, HEAD, TARGETS, reference=BASE, temperature=t, chunk=CHUNK)
+        lambda t: token_statistics(
+            X, HEAD, TARGETS, reference=BASE, temperature=t, chunk=CHUNK
+        )
     )(0.5)
     scaled = jax.nn.log_softmax(logits / 0.5)
     nats = -jnp.take_along_axis(scaled, TARGETS[..., None], -1)[..., 0]
@@ -111,7 +126,9 @@ def test_the_temperature_is_that_of_the_targets_alone():
 def test_a_target_is_correct_where_its_logit_is_the_largest():
     best = jnp.argmax(X @ HEAD.T, axis=-1)
     mixed = jnp.where(jnp.arange(LENGTH) % 2 == 0, best, TARGETS).astype(jnp.int32)
-    found = jax.jit(lambda ids: token_statistics(X, HEAD, ids, chunk=CHUNK).correct)(mixed)
+    found = jax.jit(lambda ids: token_statistics(X, HEAD, ids, chunk=CHUNK).correct)(
+        mixed
+    )
     np.testing.assert_array_equal(found, mixed == best)
     assert found.dtype == jnp.bool_
 
@@ -121,7 +138,9 @@ def test_weights_are_the_mask_over_its_sum_unless_the_batch_brings_its_own():
     assert_close(loss_weights(batch), np.asarray(MASK) / 4, SAME["op"])
     own = jnp.full((2, 5), 0.25)
     np.testing.assert_array_equal(loss_weights(batch | {"weights": own}), own)
-    np.testing.assert_array_equal(loss_weights(batch | {"mask": 0 * MASK}), np.zeros((2, 5)))
+    np.testing.assert_array_equal(
+        loss_weights(batch | {"mask": 0 * MASK}), np.zeros((2, 5))
+    )
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -133,8 +152,12 @@ def losses(params, mask, l2wrap):
 
 def test_masked_targets_do_not_count():
     loss, metrics = losses(lively(QUICK), MASK, 0.0)
-    logits, _ = jax.jit(MODEL.apply)({"params": lively(QUICK)}, IDS[:, :-1], init_state(QUICK, 2))
-    nats = -np.take_along_axis(jax.nn.log_softmax(logits), np.asarray(IDS)[:, 1:, None], -1)[..., 0]
+    logits, _ = jax.jit(MODEL.apply)(
+        {"params": lively(QUICK)}, IDS[:, :-1], init_state(QUICK, 2)
+    )
+    nats = -np.take_along_axis(
+        jax.nn.log_softmax(logits), np.asarray(IDS)[:, 1:, None], -1
+    )[..., 0]
     expected = np.sum(nats * np.asarray(MASK)) / 4
     assert_close(loss, expected, SAME["model"], "loss")
     assert_close(metrics["loss_nats"], expected, SAME["model"], "loss_nats")
@@ -144,8 +167,12 @@ def test_l2wrap_pulls_the_largest_logit_of_every_position_and_is_not_reported():
     """Its gradient on the logits is factor / (B T) times the largest logit, at that logit alone."""
     factor = 0.3
     gradient = jax.jit(jax.grad(losses, has_aux=True), static_argnums=2)
-    (with_, metrics), (without, _) = (gradient(lively(QUICK), MASK, x) for x in (factor, 0.0))
-    assert_close(metrics["loss_nats"], losses(lively(QUICK), MASK, 0.0)[0], SAME["model"])
+    (with_, metrics), (without, _) = (
+        gradient(lively(QUICK), MASK, x) for x in (factor, 0.0)
+    )
+    assert_close(
+        metrics["loss_nats"], losses(lively(QUICK), MASK, 0.0)[0], SAME["model"]
+    )
     state = init_state(QUICK, 2)
     apply = jax.jit(lambda p: MODEL.apply({"params": p}, IDS[:, :-1], state)[0])
     logits, pull = jax.vjp(apply, lively(QUICK))
@@ -158,6 +185,8 @@ def test_l2wrap_pulls_the_largest_logit_of_every_position_and_is_not_reported():
 def test_bfloat16_activations_still_give_a_float32_loss():
     model = RWKV7(dataclasses.replace(QUICK, dtype="bfloat16"))
     batch, state = {"tokens": IDS, "mask": MASK}, init_state(model.config, 2)
-    loss, _ = jax.jit(lambda params: next_token_loss(model, params, state, batch))(lively(QUICK))
+    loss, _ = jax.jit(lambda params: next_token_loss(model, params, state, batch))(
+        lively(QUICK)
+    )
     assert loss.dtype == jnp.float32
     assert_close(loss, losses(lively(QUICK), MASK, 0.0)[0], 3e-2)

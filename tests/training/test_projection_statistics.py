@@ -55,7 +55,9 @@ def test_a_second_moment_is_that_of_what_the_matrix_multiplies(found):
         ]
     )
     expected = jnp.einsum("oi,lij,oj->l", change, moments, change)
-    assert_close(jnp.mean(jnp.sum(moved**2, -1), (1, 2)), expected, SAME["model"], "square")
+    assert_close(
+        jnp.mean(jnp.sum(moved**2, -1), (1, 2)), expected, SAME["model"], "square"
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,6 +126,8 @@ def test_without_decorrelation_the_optimizer_stays_as_it_is_and_takes_no_statist
 
 
 def test_an_unknown_method_is_refused_in_one_sentence():
-    sentence = "weight_decorrelator: `method` must be one of none, dbp, whiten; got 'online'"
+    sentence = (
+        "weight_decorrelator: `method` must be one of none, dbp, whiten; got 'online'"
+    )
     with pytest.raises(ValueError, match=sentence):
         weight_decorrelator(MODEL, method="online")

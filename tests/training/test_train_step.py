@@ -19,11 +19,18 @@ from rwkv7_jax.tuning.state_tuning import state_loss
 
 # One layer: gradients through scanned layers take three times as long to compile.
 CONFIG = RWKV7Config(
-    vocab_size=13, num_layers=1, width=32, head_size=16, ffn_width=48, implementation="scan"
+    vocab_size=13,
+    num_layers=1,
+    width=32,
+    head_size=16,
+    ffn_width=48,
+    implementation="scan",
 )
 LOSS = pretrain_loss(RWKV7(CONFIG))
 # Rows that count 6, 1, 0 and 3 targets: micro-batches of different weight, one of them empty.
-MASK = jnp.asarray([[1] * 6, [0, 1, 0, 0, 0, 0], [0] * 6, [1, 0, 1, 0, 1, 0]], jnp.float32)
+MASK = jnp.asarray(
+    [[1] * 6, [0, 1, 0, 0, 0, 0], [0] * 6, [1, 0, 1, 0, 1, 0]], jnp.float32
+)
 BATCH = {"tokens": tokens(4, 7, CONFIG), "mask": MASK}
 PLAIN = optax.sgd(1.0)
 
@@ -44,8 +51,12 @@ def one_batch():
 def test_micro_batches_make_the_gradient_of_the_whole_batch(accumulate):
     train, metrics = step(accumulate)(TrainState.create(lively(CONFIG), PLAIN), BATCH)
     whole, expected = one_batch()
-    gradients = [jax.tree.map(jnp.subtract, lively(CONFIG), x.params) for x in (train, whole)]
-    flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in gradients]
+    gradients = [
+        jax.tree.map(jnp.subtract, lively(CONFIG), x.params) for x in (train, whole)
+    ]
+    flat = [
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in gradients
+    ]
     assert_close(*flat, SAME["micro-batches"], "gradient")
     for name in ("loss", "loss_nats", "grad_norm"):
         assert_close(metrics[name], expected[name], SAME["micro-batches"], name)
@@ -68,7 +79,11 @@ def test_accumulation_that_does_not_divide_the_anchors_rows_is_refused():
 def test_a_loss_that_divides_by_the_mask_of_a_piece_is_refused():
     def forgetful(params, batch):
         mask = batch["mask"]
-        loss = jnp.sum(mask) * jnp.sum(jnp.square(params["x"])) / jnp.maximum(jnp.sum(mask), 1.0)
+        loss = (
+            jnp.sum(mask)
+            * jnp.sum(jnp.square(params["x"]))
+            / jnp.maximum(jnp.sum(mask), 1.0)
+        )
         return loss, {}
 
     batch = {"tokens": BATCH["tokens"], "mask": MASK}
@@ -97,7 +112,9 @@ def test_totals_over_the_batch_make_pieces_add_up_to_it():
     ends = []
     for accumulate in (1, 2, 4):
         train = TrainState.create({"x": jnp.ones(3)}, PLAIN)
-        train, metrics = make_train_step(Spread(), PLAIN, accumulate=accumulate)(train, batch)
+        train, metrics = make_train_step(Spread(), PLAIN, accumulate=accumulate)(
+            train, batch
+        )
         ends.append((metrics["loss"], train.params["x"]))
     for loss, x in ends[1:]:
         assert_close(loss, ends[0][0], SAME["micro-batches"])
@@ -106,7 +123,9 @@ def test_totals_over_the_batch_make_pieces_add_up_to_it():
 
 def test_the_step_descends_along_the_gradient_of_the_loss():
     train, metrics = one_batch()
-    (value, _), grads = jax.jit(jax.value_and_grad(LOSS, has_aux=True))(lively(CONFIG), BATCH)
+    (value, _), grads = jax.jit(jax.value_and_grad(LOSS, has_aux=True))(
+        lively(CONFIG), BATCH
+    )
     assert_close(metrics["loss"], value, SAME["model"], "loss")
     assert_trees_close(
         train.params, jax.tree.map(jnp.subtract, lively(CONFIG), grads), SAME["model"]
@@ -158,8 +177,12 @@ def test_micro_batches_make_the_gradient_of_an_anchored_state():
     ends = []
     for accumulate in (1, 4):
         train = TrainState.create(start, PLAIN)
-        train, metrics = make_train_step(loss, PLAIN, accumulate=accumulate)(train, batch)
-        ends.append((start.wkv - train.params.wkv, metrics["loss"], metrics["anchor_nats"]))
+        train, metrics = make_train_step(loss, PLAIN, accumulate=accumulate)(
+            train, batch
+        )
+        ends.append(
+            (start.wkv - train.params.wkv, metrics["loss"], metrics["anchor_nats"])
+        )
     for whole, pieces in zip(*ends, strict=True):
         assert_close(pieces, whole, SAME["micro-batches"])
 
@@ -187,5 +210,7 @@ def test_create_copies_so_that_the_callers_weights_survive_the_step():
 
 def test_evaluation_reports_the_metrics_of_the_same_loss():
     assert_close(
-        make_eval_step(LOSS)(lively(CONFIG), BATCH)["loss_nats"], one_batch()[1]["loss_nats"], 1e-6
+        make_eval_step(LOSS)(lively(CONFIG), BATCH)["loss_nats"],
+        one_batch()[1]["loss_nats"],
+        1e-6,
     )

@@ -8,7 +8,12 @@ from tiny_models import CONFIG, random_state
 from upscaled_states import SIZE, empty_state, filled
 
 from rwkv7_jax.model.state import init_state, repeat
-from rwkv7_jax.tuning.state_arithmetic import capacity, scaled, singular_values, weighted_sum
+from rwkv7_jax.tuning.state_arithmetic import (
+    capacity,
+    scaled,
+    singular_values,
+    weighted_sum,
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +70,31 @@ def with_features(state, **changes):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda s: s.replace(upscaled=None), r"`states\[1\]` must have an upscaled memory if and"),
-        (lambda s: s.replace(wkv=s.wkv[:2]), r"`states\[1\].wkv` must have the shape of"),
+        (
+            lambda s: s.replace(upscaled=None),
+            r"`states\[1\]` must have an upscaled memory if and",
+        ),
+        (
+            lambda s: s.replace(wkv=s.wkv[:2]),
+            r"`states\[1\].wkv` must have the shape of",
+        ),
         (lambda s: repeat(s, 2), r"`states\[1\]` must hold one sequence; got 2"),
-        (lambda s: with_upscaled(s, dynamics="decay"), r"dynamics` must be .*static; got decay"),
-        (lambda s: with_features(s, kind="fourier"), r"kind` must be .*gaussian; got fourier"),
+        (
+            lambda s: with_upscaled(s, dynamics="decay"),
+            r"dynamics` must be .*static; got decay",
+        ),
+        (
+            lambda s: with_features(s, kind="fourier"),
+            r"kind` must be .*gaussian; got fourier",
+        ),
         (
             lambda s: with_features(s, landmarks=s.upscaled.features.landmarks + 1),
             r"`states\[1\].upscaled.features.landmarks` must equal states\[0\]'s; it differs",
         ),
-        (lambda s: with_features(s, map=None), r"features.map` must equal states\[0\]'s"),
+        (
+            lambda s: with_features(s, map=None),
+            r"features.map` must equal states\[0\]'s",
+        ),
         (
             lambda s: with_upscaled(s, memory=s.upscaled.memory[..., :-1]),
             r"`states\[1\].upscaled.memory` must be states\[0\]'s, \(3, 1, 2, 32, 24\)",
@@ -101,7 +121,9 @@ def test_weights_are_one_a_state_and_finite(states, weights, sentence):
 
 def test_capacity_counts_what_holds_something(empty):
     wkv, memory = 3 * 2 * 32 * 32, 3 * 2 * 32 * SIZE
-    assert capacity(random_state()).trained == capacity(init_state(CONFIG)).trained == wkv
+    assert (
+        capacity(random_state()).trained == capacity(init_state(CONFIG)).trained == wkv
+    )
     assert capacity(empty).trained == capacity(filled(empty)).trained == memory
     both = capacity(filled(empty).replace(wkv=random_state().wkv))
     assert (both.wkv, both.memory, both.trained) == (wkv, memory, wkv + memory)

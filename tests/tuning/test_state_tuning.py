@@ -26,13 +26,21 @@ from rwkv7_jax.tuning.state_tuning import state_loss, trainable_mask
 from rwkv7_jax.tuning.upscaling import upscale
 
 # Sizes that no activation shares, so that a weight's gradient can be recognised by its shape.
-SIZES = {"vocab_size": 75, "num_layers": 3, "width": 48, "head_size": 16, "ffn_width": 136}
+SIZES = {
+    "vocab_size": 75,
+    "num_layers": 3,
+    "width": 48,
+    "head_size": 16,
+    "ffn_width": 136,
+}
 CONFIG = RWKV7Config(**SIZES, implementation="scan")
 # A gradient through one layer compiles three times as fast as through layers that are scanned.
 SHALLOW = dataclasses.replace(CONFIG, num_layers=1)
 ROWS, TOKENS = 2, 21
 sizes = pytest.mark.parametrize(
-    "config", [SHALLOW, pytest.param(CONFIG, marks=pytest.mark.slow)], ids=["shallow", "deep"]
+    "config",
+    [SHALLOW, pytest.param(CONFIG, marks=pytest.mark.slow)],
+    ids=["shallow", "deep"],
 )
 
 
@@ -40,7 +48,8 @@ def perturbed(tree, seed: int, size: float):
     leaves, form = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     draws = [
-        x + size * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True)
+        x + size * jax.random.normal(k, x.shape, x.dtype)
+        for x, k in zip(leaves, keys, strict=True)
     ]
     return jax.tree.unflatten(form, draws)
 
@@ -60,7 +69,10 @@ def shallow():
 
 def rows():
     tokens = np.random.default_rng(2).integers(0, CONFIG.vocab_size, (ROWS, TOKENS + 1))
-    return {"tokens": tokens.astype(np.int32), "mask": np.ones((ROWS, TOKENS), np.float32)}
+    return {
+        "tokens": tokens.astype(np.int32),
+        "mask": np.ones((ROWS, TOKENS), np.float32),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +139,12 @@ def test_the_gradient_is_the_sum_over_rows(shallow, batch):
     loss = state_loss(*shallow)
     whole = jax.jit(jax.grad(lambda s: loss(s, batch)[0]))(init_state(SHALLOW)).wkv
     start = repeat(init_state(SHALLOW), ROWS)
-    by_row = jax.jit(jax.grad(lambda s: next_token_loss(*shallow, s, batch)[0]))(start).wkv
-    np.testing.assert_allclose(by_row.sum(1, keepdims=True), whole, rtol=1e-4, atol=1e-8)
+    by_row = jax.jit(jax.grad(lambda s: next_token_loss(*shallow, s, batch)[0]))(
+        start
+    ).wkv
+    np.testing.assert_allclose(
+        by_row.sum(1, keepdims=True), whole, rtol=1e-4, atol=1e-8
+    )
 
 
 def test_the_anchor_is_zero_at_the_base_and_positive_elsewhere(shallow, batch):
@@ -166,7 +182,9 @@ def makes_weight_shapes(text: str) -> list[str]:
 def test_the_compiled_step_holds_no_weight_gradient(config):
     (text, temp), params = program(config), weights(config)
     control, control_temp = compiled_text(pretrain_loss(RWKV7(config)), params, rows())
-    assert makes_weight_shapes(control), "the control program must make weight gradients"
+    assert makes_weight_shapes(control), (
+        "the control program must make weight gradients"
+    )
     assert not makes_weight_shapes(text)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert control_temp - temp > 0.5 * size
@@ -191,7 +209,9 @@ def test_a_state_scales_between_base_and_tuned():
 
 
 def test_an_unknown_leaf_is_refused(shallow):
-    with pytest.raises(ValueError, match=r"state_loss: `leaves` must be among wkv, .*; got 'kv'"):
+    with pytest.raises(
+        ValueError, match=r"state_loss: `leaves` must be among wkv, .*; got 'kv'"
+    ):
         state_loss(*shallow, leaves=("kv",))
 
 
@@ -228,9 +248,14 @@ def test_a_memorys_gradient_is_its_finite_difference(config, batch):
 
     @jax.jit
     def value(memory):
-        return loss(wide.replace(upscaled=wide.upscaled.replace(memory=memory)), batch)[0]
+        return loss(wide.replace(upscaled=wide.upscaled.replace(memory=memory)), batch)[
+            0
+        ]
 
-    up, down = float(value(start + 1e-2 * direction)), float(value(start - 1e-2 * direction))
+    up, down = (
+        float(value(start + 1e-2 * direction)),
+        float(value(start - 1e-2 * direction)),
+    )
     product = float(jnp.vdot(jax.jit(jax.grad(value))(start), direction))
     assert product == pytest.approx((up - down) / 2e-2, rel=1e-2)
 
@@ -246,7 +271,9 @@ def traced(config):
 
 @sizes
 @pytest.mark.parametrize("leaf", ["wkv", "memory"])
-def test_statistics_are_the_second_moments_of_what_memories_are_read_with(batch, leaf, config):
+def test_statistics_are_the_second_moments_of_what_memories_are_read_with(
+    batch, leaf, config
+):
     """In the last layer the logits' input is linear in the memory; the moments are restated."""
     wide, model = widened(config), RWKV7(config)
     statistics = state_statistics(model, weights(config), leaves=(leaf,), rows=1)
@@ -261,13 +288,18 @@ def test_statistics_are_the_second_moments_of_what_memories_are_read_with(batch,
         assert found.wkv is None
     psi = np.asarray(psi, np.float64)[0]
     np.testing.assert_allclose(
-        moments[-1, 0], np.einsum("thm,thn->hmn", psi, psi) / TOKENS, rtol=1e-4, atol=1e-5
+        moments[-1, 0],
+        np.einsum("thm,thn->hmn", psi, psi) / TOKENS,
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
 def test_tuning_a_memory_that_is_not_there_is_refused(shallow, batch):
     loss = state_loss(*shallow, leaves=("memory",))
-    with pytest.raises(ValueError, match="`leaves` has memory, but the state is not upscaled"):
+    with pytest.raises(
+        ValueError, match="`leaves` has memory, but the state is not upscaled"
+    ):
         loss(init_state(SHALLOW), batch)
 
 
@@ -287,7 +319,9 @@ def test_an_optimizer_has_whiteners_if_and_only_if_it_gets_statistics(
     shallow, leaves, method, decorrelated
 ):
     start = widened(SHALLOW) if "memory" in leaves else init_state(SHALLOW)
-    decorrelator = state_decorrelator(*shallow, start, leaves=leaves, method=method, rate=0.1)
+    decorrelator = state_decorrelator(
+        *shallow, start, leaves=leaves, method=method, rate=0.1
+    )
     tx = decorrelator.wrap(optax.adam(0.1))
     state = jax.eval_shape(tx.init, start)
     whiteners = []
@@ -299,6 +333,8 @@ def test_an_optimizer_has_whiteners_if_and_only_if_it_gets_statistics(
 
 
 def test_an_unknown_method_of_decorrelation_is_refused(shallow):
-    sentence = "state_decorrelator: `method` must be one of none, dbp, whiten; got 'exact'"
+    sentence = (
+        "state_decorrelator: `method` must be one of none, dbp, whiten; got 'exact'"
+    )
     with pytest.raises(ValueError, match=sentence):
         state_decorrelator(*shallow, init_state(SHALLOW), method="exact")

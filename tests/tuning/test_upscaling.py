@@ -41,8 +41,12 @@ def test_centred_features_have_mean_0_and_size_1_and_raw_ones_are_the_kernel():
 
 def test_cosine_features_approximate_the_gaussian_kernel():
     reads = noise((1, 300, 1, N), 7)
-    features = calibrate(reads, size=4096, kind="fourier", prepare="none", widths=(1.0,))
-    phi = np.asarray(kernel_features(jax.tree.map(lambda x: x[0], features), reads)[0, :, 0])
+    features = calibrate(
+        reads, size=4096, kind="fourier", prepare="none", widths=(1.0,)
+    )
+    phi = np.asarray(
+        kernel_features(jax.tree.map(lambda x: x[0], features), reads)[0, :, 0]
+    )
     unit = np.asarray(unit_vectors(reads[0, :, 0]))
     square = np.sum((unit[:, None] - unit) ** 2, -1)
     gamma = 1 / np.median(square)
@@ -54,7 +58,9 @@ def test_kmeans_landmarks_lie_nearer_to_the_reads_than_random_ones():
     unit = np.asarray(unit_vectors(reads[0, :, 0]))
     far = {}
     for method in ("random", "kmeans"):
-        centres = np.asarray(calibrate(reads, size=12, landmarks=method).landmarks[0, 0, 0])
+        centres = np.asarray(
+            calibrate(reads, size=12, landmarks=method).landmarks[0, 0, 0]
+        )
         far[method] = np.min(np.sum((unit[:, None] - centres) ** 2, -1), 1).mean()
     assert far["kmeans"] < 0.9 * far["random"]
 
@@ -72,7 +78,12 @@ def test_more_features_than_distinct_reads_get_landmarks_of_their_own():
         ("delta", False, {}, ("gaussian", "none", (1.0,))),
         ("replace", True, {}, ("gaussian_raw", "none", (1.0,))),
         ("static", True, {"prepare": "none"}, ("gaussian", "none", (1.0,))),
-        ("static", False, {"prepare": "centre"}, ("gaussian", "centre", (1.0, 4.0, 16.0))),
+        (
+            "static",
+            False,
+            {"prepare": "centre"},
+            ("gaussian", "centre", (1.0, 4.0, 16.0)),
+        ),
         ("static", False, {"widths": (2.0, 3.0)}, ("gaussian", "none", (2.0, 3.0))),
         ("replace", True, {"kind": "fourier"}, ("fourier", "none", (1.0,))),
     ],

@@ -217,7 +217,9 @@ class TrainingMode(abc.ABC):
             )
             yield prompt, self.tokenizer.decode(generation.tokens[0])
 
-    def prediction_evaluator(self, name: str, path: str | None = None) -> PredictionEvaluator:
+    def prediction_evaluator(
+        self, name: str, path: str | None = None
+    ) -> PredictionEvaluator:
         """Makes an evaluator of the mode's model; without a path, on the run's held-out data."""
         return PredictionEvaluator(
             name,
@@ -282,9 +284,13 @@ class StateTuningMode(TrainingMode):
         """
         settings = self.settings
         if settings.init is None:
-            raise ValueError("`config.init` must name the checkpoint whose start state is tuned.")
+            raise ValueError(
+                "`config.init` must name the checkpoint whose start state is tuned."
+            )
         if settings.tuning.anchor and settings.tuning.anchor_path is None:
-            raise ValueError("`config.tuning.anchor_path` must name the text of the anchor.")
+            raise ValueError(
+                "`config.tuning.anchor_path` must name the text of the anchor."
+            )
         self.model, self.frozen = load_or_init(
             settings.init,
             settings.model,
@@ -319,7 +325,10 @@ class StateTuningMode(TrainingMode):
         if result.upscaled is not None and not result.upscaled.form.has_own_rows:
             result = result.replace(upscaled=fold_feature_map(result.upscaled))
         path = folder / self.result_name
-        info = {"base_model": model_hash(self.frozen, self.model.config), "alpha": alpha}
+        info = {
+            "base_model": model_hash(self.frozen, self.model.config),
+            "alpha": alpha,
+        }
         save_state(path, result, config=self.model.config, info=info)
         return path
 
@@ -363,7 +372,9 @@ def new_model(sizes: Mapping[str, Any]) -> RWKV7:
         ValueError: no sizes.
     """
     if not sizes:
-        raise ValueError("`config.init` must name a checkpoint, or `config.model` the new sizes.")
+        raise ValueError(
+            "`config.init` must name a checkpoint, or `config.model` the new sizes."
+        )
     return RWKV7(RWKV7Config(**sizes))
 
 

@@ -39,7 +39,9 @@ class ObserverMode(DatasetMode):
         """Loads the teacher, opens the data and makes the loss."""
         settings = self.settings
         if settings.init is None:
-            raise ValueError("`config.init` must name the checkpoint whose states are observed.")
+            raise ValueError(
+                "`config.init` must name the checkpoint whose states are observed."
+            )
         self.model, self.frozen = load_or_init(
             settings.init,
             settings.model,
@@ -58,14 +60,18 @@ class ObserverMode(DatasetMode):
             divergence=settings.observer.divergence,
             answers=settings.observer.answers,
         )
-        rows = held_out(settings.data, settings.evaluation, self.tokenizer, seed=settings.seed)
+        rows = held_out(
+            settings.data, settings.evaluation, self.tokenizer, seed=settings.seed
+        )
         self._held_out = self._split_prompts(rows, 0)
 
     def _observer_config(self, teacher: RWKV7Config) -> RWKV7Config:
         """Sizes the observer: by default one layer of half the teacher's width."""
         changes = self.settings.observer.model
         if "vocab_size" in changes:
-            raise ValueError("`config.observer.model.vocab_size` is the teacher's; leave it out.")
+            raise ValueError(
+                "`config.observer.model.vocab_size` is the teacher's; leave it out."
+            )
         sizes = {
             "vocab_size": teacher.vocab_size,
             "num_layers": 1,
@@ -77,7 +83,9 @@ class ObserverMode(DatasetMode):
             # Later entries win: what the user set replaces the defaults.
             return RWKV7Config(**{**sizes, **changes})
         except TypeError as error:
-            raise ValueError(f"`config.observer.model` has an unknown size: {error}.") from None
+            raise ValueError(
+                f"`config.observer.model` has an unknown size: {error}."
+            ) from None
 
     def _split_prompts(self, batch: Batch, step: int) -> Batch:
         """Adds the positions at which the batch's prompts end."""
@@ -124,7 +132,9 @@ class ObserverMode(DatasetMode):
         return PrefetchedBatches(self._batches_with_splits(start_step), mesh)
 
     def _batches_with_splits(self, start_step: int) -> Iterator[Batch]:
-        for step, batch in enumerate(self.data.batches(start_step=start_step), start_step):
+        for step, batch in enumerate(
+            self.data.batches(start_step=start_step), start_step
+        ):
             yield self._split_prompts(batch, step)
 
     def held_out_metrics(self, params: Params) -> Metrics:
@@ -135,7 +145,9 @@ class ObserverMode(DatasetMode):
         metrics: Metrics = {}
         for name, subject in _LOG_NAMES.items():
             answers = handover[name]
-            metrics[log_name(subject, "accuracy")] = Metric.of(answers.accuracy, "accuracy")
+            metrics[log_name(subject, "accuracy")] = Metric.of(
+                answers.accuracy, "accuracy"
+            )
             metrics[log_name(subject, "nats")] = Metric.of(answers.nats, "nats")
         return metrics
 

@@ -21,7 +21,11 @@ from rwkv7_jax.runs.settings import TestTimeSettings
 from rwkv7_jax.test_time.distillation import TraceBatches
 from rwkv7_jax.test_time.expert_iteration import ExpertBatches
 from rwkv7_jax.test_time.grpo import PolicyBatches
-from rwkv7_jax.test_time.losses import context_distillation, distillation_loss, policy_loss
+from rwkv7_jax.test_time.losses import (
+    context_distillation,
+    distillation_loss,
+    policy_loss,
+)
 from rwkv7_jax.test_time.questions import QuestionSet, find_verifier
 from rwkv7_jax.test_time.rollouts import RolloutSampler, held_out_reward
 from rwkv7_jax.test_time.teacher import collect_traces
@@ -38,7 +42,9 @@ class ContextMode(DatasetMode, StateTuningMode):
         self.load_frozen_model()
         context = self.settings.test_time.context
         if context is None:
-            raise ValueError("`config.test_time.context` must name the file that becomes a state.")
+            raise ValueError(
+                "`config.test_time.context` must name the file that becomes a state."
+            )
         self._context = context
         ids: list[int] = []
         for document in documents(context):
@@ -74,8 +80,12 @@ class TestTimeMode(StateTuningMode):
             held_out=settings.data.held_out,
         )
         verifier = settings.test_time.verifier
-        self._reward = self._questions.reward if verifier == "exact" else find_verifier(verifier)
-        self._held_out = self._questions.prompts(0, settings.evaluation.windows, held_out=True)
+        self._reward = (
+            self._questions.reward if verifier == "exact" else find_verifier(verifier)
+        )
+        self._held_out = self._questions.prompts(
+            0, settings.evaluation.windows, held_out=True
+        )
         # "distil" lets the teacher answer here, which takes long: before the first step, not in it.
         self._source = self._make_source()
         if settings.test_time.method == "grpo":
@@ -158,14 +168,18 @@ class TestTimeMode(StateTuningMode):
         """
         settings = self.settings.test_time
         if settings.guide is None:
-            raise ValueError("`config.test_time.guide` must name the larger model's checkpoint.")
+            raise ValueError(
+                "`config.test_time.guide` must name the larger model's checkpoint."
+            )
         # Traces of an earlier run need no teacher.
         if settings.guide.endswith(".jsonl"):
             traces = read_traces(settings.guide)
             with prefix_errors("config.test_time.guide"):
                 check_trace_tokens(traces, self.model.config.vocab_size)
             return traces
-        teacher_params, config = load_model(settings.guide, allow_nan=self.settings.allow_nan)
+        teacher_params, config = load_model(
+            settings.guide, allow_nan=self.settings.allow_nan
+        )
         verified = settings.keep == "verified"
         majority = settings.keep == "majority"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -188,9 +202,13 @@ class TestTimeMode(StateTuningMode):
             on_progress=lambda done, total: bar.update(done, "prompts"),
         )
         bar.close()
-        print(f"teacher   kept {len(traces)} traces of {settings.traces} prompts; {budget}")
+        print(
+            f"teacher   kept {len(traces)} traces of {settings.traces} prompts; {budget}"
+        )
         if not traces:
-            raise ValueError("`config.test_time.keep` must leave a trace to learn from; got none.")
+            raise ValueError(
+                "`config.test_time.keep` must leave a trace to learn from; got none."
+            )
         return traces
 
 

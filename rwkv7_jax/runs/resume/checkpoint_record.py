@@ -21,7 +21,9 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 _NAMES_SHOWN = 4
 
 
-def make_record(step: int, train: Any, progress: RunProgress, identity: Identity) -> dict[str, Any]:
+def make_record(
+    step: int, train: Any, progress: RunProgress, identity: Identity
+) -> dict[str, Any]:
     """Describes a checkpoint; fit for JSON.
 
     Args:
@@ -89,7 +91,9 @@ def require_same_leaves(workdir: Path, leaves: Mapping[str, list], train: Any) -
 
 @jax.jit
 def _all_finite(leaf: Any) -> Any:
-    return jnp.all(jnp.isfinite(leaf)) if jnp.issubdtype(leaf.dtype, jnp.inexact) else True
+    return (
+        jnp.all(jnp.isfinite(leaf)) if jnp.issubdtype(leaf.dtype, jnp.inexact) else True
+    )
 
 
 def nonfinite_leaves(params: Any) -> list[str]:
@@ -97,4 +101,8 @@ def nonfinite_leaves(params: Any) -> list[str]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     # All are started before the first is waited for.
     finite = jax.device_get([_all_finite(leaf) for _, leaf in leaves])
-    return [leaf_name(path) for (path, _), one in zip(leaves, finite, strict=True) if not one]
+    return [
+        leaf_name(path)
+        for (path, _), one in zip(leaves, finite, strict=True)
+        if not one
+    ]

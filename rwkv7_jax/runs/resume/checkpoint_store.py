@@ -13,7 +13,9 @@ class CheckpointStore(abc.ABC):
     """Checkpoints of one run, by step."""
 
     @abc.abstractmethod
-    def save(self, train: TrainState, progress: RunProgress, identity: Identity) -> None:
+    def save(
+        self, train: TrainState, progress: RunProgress, identity: Identity
+    ) -> None:
         """Starts to save a step in the background.
 
         A failure is a warning, and an error of `close`: training goes on.
@@ -68,7 +70,9 @@ class CheckpointStore(abc.ABC):
 class NullCheckpoints(CheckpointStore):
     """No checkpoints: those of a process that has no run directory. Saving does nothing."""
 
-    def save(self, train: TrainState, progress: RunProgress, identity: Identity) -> None:
+    def save(
+        self, train: TrainState, progress: RunProgress, identity: Identity
+    ) -> None:
         """Does nothing; process 0 saves."""
 
     def poll(self) -> None:

@@ -96,7 +96,9 @@ class Checkpoints(CheckpointStore):
         if self._orbax is None:
             ocp = import_orbax()
             # Process 0 saves alone: without this Orbax would wait for the others at a barrier.
-            alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+            alone = ocp.options.MultiprocessingOptions(
+                primary_host=0, active_processes={0}
+            )
             handler = ocp.CompositeCheckpointHandler(
                 train=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
                 record=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
@@ -105,7 +107,9 @@ class Checkpoints(CheckpointStore):
             self._orbax = ocp.AsyncCheckpointer(handler, multiprocessing_options=alone)
         return self._orbax
 
-    def save(self, train: TrainState, progress: RunProgress, identity: Identity) -> None:
+    def save(
+        self, train: TrainState, progress: RunProgress, identity: Identity
+    ) -> None:
         """Starts to save a step in the background; `poll` and `close` tell how it ended."""
         self.wait()
         step = int(train.step)
@@ -184,7 +188,9 @@ class Checkpoints(CheckpointStore):
         reason = lines[0] if lines else type(job.error).__name__
         free = shutil.disk_usage(self.folder).free
         older = step_directories.step_numbers(self.folder)
-        newest = f"the newest one is of step {older[0]}" if older else "there is none yet"
+        newest = (
+            f"the newest one is of step {older[0]}" if older else "there is none yet"
+        )
         self.failure = (
             f"the checkpoint of step {job.step} could not be written: it needs {job.size:,} bytes, "
             f"{free:,} are free in {self.folder}; {newest} ({reason[:_REASON_CHARACTERS]})"
@@ -272,7 +278,9 @@ class Checkpoints(CheckpointStore):
             raise _Damaged(list_names("leaves", leaves))
         if files := step_directories.verify_manifest(place):
             raise _Damaged(list_names("files", files))
-        if not self._settings.allow_nan and (leaves := nonfinite_leaves(restored.params)):
+        if not self._settings.allow_nan and (
+            leaves := nonfinite_leaves(restored.params)
+        ):
             found = list_names("in", leaves)
             raise _Damaged(f"NaN or Inf in it (config.allow_nan takes it); {found}")
         return restored, RunProgress.from_json(record["course"])
@@ -294,7 +302,9 @@ class Checkpoints(CheckpointStore):
 
     def _read_arrays(self, place: Path, train: TrainState) -> TrainState:
         ocp = import_orbax()
-        args = ocp.args.Composite(train=ocp.args.StandardRestore(_restore_target(train)))
+        args = ocp.args.Composite(
+            train=ocp.args.StandardRestore(_restore_target(train))
+        )
         try:
             return self._checkpointer().restore(place, args=args).train
         except Exception as error:
@@ -302,7 +312,9 @@ class Checkpoints(CheckpointStore):
             # With intact files it is no damage, but memory or a bug, and must not move the step.
             if not files:
                 raise
-            raise _Damaged(f"it cannot be read; {list_names('files', files)}") from error
+            raise _Damaged(
+                f"it cannot be read; {list_names('files', files)}"
+            ) from error
 
 
 def _restore_target(train: TrainState) -> TrainState:

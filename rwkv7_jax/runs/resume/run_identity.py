@@ -88,7 +88,9 @@ def _vocabulary_digest(tokenizer: Tokenizer) -> str:
     return hashlib.blake2b(repr(entries).encode(), digest_size=16).hexdigest()
 
 
-def require_same_run(folder: Path, was: Mapping[str, str], now: Mapping[str, str]) -> None:
+def require_same_run(
+    folder: Path, was: Mapping[str, str], now: Mapping[str, str]
+) -> None:
     """Checks that two descriptions are of the same run.
 
     Names that only one of them has do not count: a setting that is new in this version must not
@@ -105,7 +107,9 @@ def require_same_run(folder: Path, was: Mapping[str, str], now: Mapping[str, str
     changed = [name for name in now if name in was and was[name] != now[name]]
     if not changed:
         return
-    differences = "; ".join(f"`{name}` is {was[name]}; got {now[name]}" for name in changed)
+    differences = "; ".join(
+        f"`{name}` is {was[name]}; got {now[name]}" for name in changed
+    )
     raise ValueError(
         f"`{folder}` holds a run whose {differences}. "
         "Take another --workdir, or what it was to resume."

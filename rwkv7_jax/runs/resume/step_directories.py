@@ -44,7 +44,9 @@ def unknown_entries(folder: Path) -> list[str]:
 
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return hashlib.file_digest(
+            file, lambda: hashlib.blake2b(digest_size=16)
+        ).hexdigest()
 
 
 def _text_digest(text: str) -> str:
@@ -72,7 +74,9 @@ def write_manifest(folder: Path) -> None:
     directories = [path for path in folder.rglob("*") if path.is_dir()]
     # In parallel: one after the other, each call would wait for the disk.
     with ThreadPoolExecutor(max_workers=_SYNC_THREADS) as threads:
-        synced = threads.map(_fsync, [*files.values(), folder / MANIFEST, *directories, folder])
+        synced = threads.map(
+            _fsync, [*files.values(), folder / MANIFEST, *directories, folder]
+        )
         # Drawing the results raises what a thread raised.
         list(synced)
 
@@ -129,7 +133,11 @@ def quarantine(folder: Path, number: int) -> Path:
 
 
 def steps_to_keep(
-    numbers: Iterable[int], *, newest: int, every: int | None = None, best: Iterable[int] = ()
+    numbers: Iterable[int],
+    *,
+    newest: int,
+    every: int | None = None,
+    best: Iterable[int] = (),
 ) -> set[int]:
     """Returns the steps that retention keeps.
 
