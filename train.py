@@ -24,17 +24,17 @@ from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.runs import compilation_cache, config_flags, multihost, process
 from rwkv7_jax.runs.early_stopping import RunProgress
 from rwkv7_jax.runs.exit_codes import Stopped
-from rwkv7_jax.runs.first_state import restore_or_init
 from rwkv7_jax.runs.input_pipeline import InputPipeline
 from rwkv7_jax.runs.metrics_logger import MetricsLogger
 from rwkv7_jax.runs.modes.base import TrainingMode
+from rwkv7_jax.runs.modes.optimizer import make_optimizer
 from rwkv7_jax.runs.modes.registry import make_mode
 from rwkv7_jax.runs.multihost import open_run_directory
 from rwkv7_jax.runs.process import StopSignals
 from rwkv7_jax.runs.profiler import ProfileWindow
+from rwkv7_jax.runs.resume.first_state import restore_or_init
 from rwkv7_jax.runs.resume.run_identity import flat_settings, identity_of
 from rwkv7_jax.runs.run_directory import RunDirectory
-from rwkv7_jax.runs.run_optimizer import make_optimizer
 from rwkv7_jax.runs.run_plots import draw
 from rwkv7_jax.runs.run_summary import print_summary
 from rwkv7_jax.runs.settings import Settings, profiled, read_settings
