@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from rwkv7_jax.array_types import Lengths
@@ -155,7 +156,7 @@ def check_tokens(tokens: Int[Array | np.ndarray, "..."], vocab_size: int) -> Non
     """
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"`tokens` must be integers; got {tokens.dtype}.")
-    if isinstance(tokens, jax.core.Tracer):
+    if isinstance(tokens, Tracer):
         return
     ids = np.asarray(tokens)
     wrong = np.argwhere((ids < 0) | (ids >= vocab_size))
@@ -193,7 +194,7 @@ def check_lengths(
             f"{argument} must have one number for each of {rows} rows; "
             f"got shape {tuple(lengths.shape)}."
         )
-    if isinstance(lengths, jax.core.Tracer):
+    if isinstance(lengths, Tracer):
         return
     values = np.asarray(lengths)
     wrong = np.flatnonzero((values < 0) | (values > tokens_per_row))
