@@ -2,6 +2,8 @@
 
     python eval.py --config=configs/eval.py --config.init=model.pth --config.state=poet.pth \
         --config.data.path=poems.jsonl
+
+Prints one row a state; `--config.workdir` also gets the pictures.
 """
 
 from ml_collections import ConfigDict

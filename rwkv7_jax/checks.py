@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from rwkv7_jax.array_types import Lengths
@@ -66,7 +67,7 @@ def check_function(value: Any, argument: str) -> None:
 
 def is_traced(value: Any) -> bool:
     """Tells whether a value is only known inside a compiled program, so that it cannot be read."""
-    return isinstance(value, jax.core.Tracer)
+    return isinstance(value, Tracer)
 
 
 def check_instance(value: Any, kind: type, argument: str) -> None:

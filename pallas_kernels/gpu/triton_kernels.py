@@ -224,7 +224,7 @@ def state_gradient(
 
 
 @triton.jit
-def gradients(
+def gradients(  # noqa: PLR0915
     r, log_w, k, v, a, b, dy, starts, ends, tokens, heads, dr, dlog_w, dk, dv, da, db,
     CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
