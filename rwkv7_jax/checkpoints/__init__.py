@@ -8,13 +8,8 @@ from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
 from rwkv7_jax.checkpoints.orbax_import import import_orbax
 from rwkv7_jax.checkpoints.param_tree import is_finite, official_tensors
 from rwkv7_jax.checkpoints.pth import read_pth, write_pth
-from rwkv7_jax.checkpoints.state_files import (
-    common_base_model,
-    load_state,
-    read_sidecar,
-    save_state,
-    sidecar,
-)
+from rwkv7_jax.checkpoints.state_files import load_state, save_state
+from rwkv7_jax.checkpoints.state_sidecar import common_base_model, read_sidecar, sidecar
 from rwkv7_jax.checkpoints.tensor_files import (
     read_metadata,
     read_safetensors,
@@ -23,6 +18,7 @@ from rwkv7_jax.checkpoints.tensor_files import (
 )
 from rwkv7_jax.checkpoints.tensor_names import accepted_shapes, outer_shapes, shapes
 from rwkv7_jax.checkpoints.unused_value_residual import without_unused_value_residual
+from rwkv7_jax.checkpoints.verification import verify
 
 __all__ = [
     "accepted_shapes",
@@ -43,6 +39,7 @@ __all__ = [
     "save_state",
     "shapes",
     "sidecar",
+    "verify",
     "without_unused_value_residual",
     "write_pth",
     "write_safetensors",

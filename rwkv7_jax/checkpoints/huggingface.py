@@ -1,6 +1,7 @@
 """HF folders of RWKV-7 in fla's layout: their tensors and their config.json."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,11 @@ import numpy as np
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.checkpoints.model_folder import read_json, replace_folder
-from rwkv7_jax.checkpoints.tensor_files import read_safetensors, write_safetensors
+from rwkv7_jax.checkpoints.tensor_files import (
+    read_metadata,
+    read_safetensors,
+    write_safetensors,
+)
 from rwkv7_jax.checkpoints.tensor_names import Tensor
 from rwkv7_jax.checkpoints.unused_value_residual import drop_unused_value_residual
 from rwkv7_jax.model.config import RWKV7Config
@@ -24,6 +29,9 @@ _INDEX_FILE = "model.safetensors.index.json"
 # fla's, for a config.json without one.
 _DEFAULT_NORM_EPS = 1e-5
 
+# The metadata's entry with the epsilon that the weights were saved with.
+_NORM_EPS_KEY = "rwkv7_jax.norm_eps"
+
 
 def _weight_files(folder: Path) -> list[Path]:
     """Lists the folder's weight files: those of its index, else the single one."""
@@ -31,8 +39,12 @@ def _weight_files(folder: Path) -> list[Path]:
         single = folder / _WEIGHTS_FILE
         return [single] if single.exists() else []
     weight_map = read_json(folder / _INDEX_FILE).get("weight_map")
-    shards = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-    for shard in shards:
+    if not isinstance(weight_map, dict):
+        raise ValueError(
+            f"load_model: `{folder / _INDEX_FILE}` has no table `weight_map`."
+        )
+    shards = set()
+    for shard in weight_map.values():
         # An index that points elsewhere would make us read files that the user never named.
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise ValueError(
@@ -40,6 +52,7 @@ def _weight_files(folder: Path) -> list[Path]:
             )
         if not (folder / shard).exists():
             raise ValueError(f"load_model: `{folder}` lacks the shard {shard}.")
+        shards.add(shard)
     return [folder / shard for shard in sorted(shards)]
 
 
@@ -69,9 +82,17 @@ def read_hf(folder: Path) -> tuple[dict[str, Tensor], float]:
     for file in files:
         tensors |= read_safetensors(file)
     norm_eps = table.get("norm_eps", _DEFAULT_NORM_EPS)
-    if not isinstance(norm_eps, float):
+    is_number = isinstance(norm_eps, int | float) and not isinstance(norm_eps, bool)
+    if not is_number or not math.isfinite(norm_eps) or norm_eps <= 0:
         raise ValueError(
-            f"load_model: `{folder}` has norm_eps {norm_eps!r}, which is not a number."
+            f"load_model: `{folder / _CONFIG_FILE}` has norm_eps {norm_eps!r}, which is not a "
+            "positive number."
+        )
+    written = read_metadata(files[0]).get(_NORM_EPS_KEY, repr(norm_eps))
+    if written != repr(norm_eps):
+        raise ValueError(
+            f"load_model: `{folder / _CONFIG_FILE}` has norm_eps {norm_eps!r}, but the weights "
+            f"next to it were saved with {written}."
         )
     return tensor_names.from_hf(tensors), norm_eps
 
@@ -115,11 +136,12 @@ def save_hf(
 
     def fill(folder: Path) -> None:
         folder.mkdir()
+        metadata = {"format": "pt", _NORM_EPS_KEY: repr(config.norm_eps)}
         write_safetensors(
-            folder / _WEIGHTS_FILE, _hf_tensors(tensors), metadata={"format": "pt"}
+            folder / _WEIGHTS_FILE, _hf_tensors(tensors), metadata=metadata
         )
         table = json.dumps(hf_config(params, config), indent=2)
-        (folder / _CONFIG_FILE).write_text(table + "\n")
+        (folder / _CONFIG_FILE).write_text(table + "\n", encoding="utf-8")
 
     replace_folder(path.absolute(), {_CONFIG_FILE, _WEIGHTS_FILE}, fill)
 

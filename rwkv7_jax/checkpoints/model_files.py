@@ -11,25 +11,31 @@ import numpy as np
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.checkpoints.huggingface import read_hf, save_hf
+from rwkv7_jax.checkpoints.named_errors import name_file
 from rwkv7_jax.checkpoints.orbax_folder import load_orbax, save_orbax
 from rwkv7_jax.checkpoints.param_tree import (
     Progress,
     build_tree,
     check_names,
     infer_config,
-    is_finite,
     official_tensors,
+    overflows,
+    require_finite_tensor,
+    require_float_dtype,
 )
 from rwkv7_jax.checkpoints.pth import write_pth
 from rwkv7_jax.checkpoints.tensor_files import (
+    Format,
     format_of,
     read_tensors,
     write_safetensors,
 )
+from rwkv7_jax.checkpoints.tensor_names import Tensor
 from rwkv7_jax.checkpoints.unused_value_residual import (
     add_unused_value_residual,
     drop_unused_value_residual,
 )
+from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.model.config import RWKV7Config
 
 _LARGEST_HALF = 65504
@@ -55,19 +61,39 @@ def load_model(
         progress: called with the bytes done and the bytes in all.
 
     Raises:
-        ValueError: no such file, not RWKV-7, tensors missing or misshapen (one table), or NaN.
+        ValueError: no such file, a damaged one, not RWKV-7, tensors missing or misshapen (one
+            table), NaN, or numbers that `dtype` cannot hold.
+        TypeError: `dtype` is not floating-point.
     """
     path = Path(path)
-    if not path.exists():
-        raise ValueError(f"load_model: `{path}` does not exist.")
-    kind = format_of(path)
-    if kind == "orbax":
-        return load_orbax(path.absolute(), dtype=dtype, allow_nan=allow_nan)
+    with prefix_errors("load_model"):
+        if dtype is not None:
+            dtype = require_float_dtype(dtype)
+        if not path.exists():
+            raise ValueError(f"`{path}` does not exist.")
+    with name_file(path, "load_model"):
+        kind = format_of(path)
+        if kind == "orbax":
+            return load_orbax(path.absolute(), dtype=dtype, allow_nan=allow_nan)
+        tensors, config = _open_model(path, kind)
+        params = build_tree(
+            tensors,
+            config,
+            str(path),
+            dtype=dtype,
+            allow_nan=allow_nan,
+            progress=progress,
+        )
+    return params, config
+
+
+def _open_model(path: Path, kind: Format) -> tuple[dict[str, Tensor], RWKV7Config]:
+    """Opens a model's tensors, infers the config and checks both."""
+    norm_eps = None
     if kind == "hf":
         tensors, norm_eps = read_hf(path)
     else:
         tensors = tensor_names.from_official(read_tensors(path), suffix=path.suffix)
-        norm_eps = None
     # First, so that a file of another architecture is one sentence and not a table of differences.
     tensor_names.reject_other_architectures(tensors, str(path))
     tensors, state = tensor_names.split_states(tensors)
@@ -77,19 +103,11 @@ def load_model(
     if state:
         warnings.warn(
             f"{path} holds a tuned state as well; load_state({str(path)!r}) gives it.",
-            stacklevel=2,
+            stacklevel=3,
         )
     config = infer_config(tensors, str(path), norm_eps=norm_eps)
     check_names(tensors, config, str(path))
-    params = build_tree(
-        tensors,
-        config,
-        str(path),
-        dtype=dtype,
-        allow_nan=allow_nan,
-        progress=progress,
-    )
-    return params, config
+    return tensors, config
 
 
 def _to_half(name: str, array: np.ndarray) -> np.ndarray:
@@ -97,12 +115,22 @@ def _to_half(name: str, array: np.ndarray) -> np.ndarray:
     # NumPy warns of numbers that become Inf; the error below names the tensor as well.
     with np.errstate(over="ignore"):
         half = np.asarray(array).astype(np.float16)
-    if not is_finite(half) and is_finite(array):
+    if overflows(array, half):
         raise ValueError(
             f"save_model: `params` of a .st file must be within {_LARGEST_HALF}; got larger ones "
             f"in {name}."
         )
     return half
+
+
+def _finite(
+    tensors: Iterable[tuple[str, np.ndarray]],
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors; raises at the first one that the loader would refuse."""
+    for name, array in tensors:
+        with prefix_errors("save_model"):
+            require_finite_tensor(array, name)
+        yield name, array
 
 
 def _official_file_tensors(
@@ -142,6 +170,7 @@ def save_model(
     config: RWKV7Config,
     *,
     format: str | None = None,
+    allow_nan: bool = False,
     progress: Progress = None,
 ) -> None:
     """Writes a checkpoint completely, or leaves what was there before.
@@ -154,20 +183,25 @@ def save_model(
         params: the parameter tree.
         config: its sizes.
         format: "hf" for an HF folder, where the suffix does not say it.
+        allow_nan: write NaN and Inf, which `load_model` refuses unless it is told the same.
         progress: called with the bytes done and the bytes in all.
 
     Raises:
-        ValueError: a leaf is missing or misshapen, an unknown format, or a folder with other files.
+        ValueError: a leaf is missing, misshapen or not finite, an unknown format, or a folder with
+            other files.
         TypeError: a leaf is not floating-point.
     """
     path = Path(path)
     kind = format_of(path, format=format)
     if kind == "orbax":
-        save_orbax(path, params, config)
+        save_orbax(path, params, config, allow_nan=allow_nan)
         return
     # Everything below is lazy: a tensor is copied to the host when its turn to be written comes.
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    tensors = _count_bytes(official_tensors(params, config), total, progress)
+    tensors = official_tensors(params, config)
+    if not allow_nan:
+        tensors = _finite(tensors)
+    tensors = _count_bytes(tensors, total, progress)
     if kind == "hf":
         save_hf(path, params, config, tensors)
         return

@@ -1,44 +1,75 @@
 """Folders that hold one model: their JSON file, and how one folder replaces another."""
 
+import ctypes
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Linux's flag for two paths that exchange what they name, and the folder that paths begin at.
+_RENAME_EXCHANGE = 2
 
-def read_json(path: Path) -> dict[str, Any]:
+_AT_FDCWD = -100
+
+# macOS's flag of the same meaning.
+_RENAME_SWAP = 2
+
+
+def read_json(path: Path, function: str = "load_model") -> dict[str, Any]:
     """Reads the object in a JSON file.
+
+    Args:
+        path: of the file.
+        function: the public function, for messages.
 
     Raises:
         ValueError: the file is not JSON, or holds no object.
     """
+    content = path.read_bytes()
+    if not content.strip():
+        raise ValueError(f"{function}: `{path}` is empty; it must hold a JSON object.")
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise ValueError(f"load_model: `{path}` is not JSON.") from None
+        table = json.loads(content.decode("utf-8"))
+    except RecursionError:
+        raise ValueError(
+            f"{function}: `{path}` is not JSON: it is nested too deeply."
+        ) from None
+    except ValueError as error:
+        raise ValueError(
+            f"{function}: `{path}` is not JSON, or was cut: {error}."
+        ) from None
     if not isinstance(table, dict):
-        raise ValueError(f"load_model: `{path}` holds no JSON object.")
+        kind = type(table).__name__
+        raise ValueError(f"{function}: `{path}` must hold a JSON object; got a {kind}.")
     return table
 
 
 def replace_folder(
-    path: Path, expected: set[str], fill: Callable[[Path], None]
+    path: Path,
+    expected: set[str],
+    fill: Callable[[Path], None],
+    *,
+    function: str = "save_model",
 ) -> None:
     """Writes a folder completely, or leaves what was there before.
 
     Args:
-        path: absolute.
+        path: of the folder, which need not exist.
         expected: names that the folder may hold now; with any other file in it, it is not replaced.
         fill: called with a folder that does not exist yet; it makes and fills it.
+        function: the public function, for messages.
 
     Raises:
         ValueError: the folder at `path` holds other files.
     """
+    # A link stays one; the folder that it points to is replaced.
+    path = path.resolve()
     if path.exists():
-        _refuse_other_files(path, expected)
+        _refuse_other_files(path, expected, function)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Next to the target: a rename is atomic only within one file system.
     workspace = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -46,22 +77,49 @@ def replace_folder(
     old = workspace / "old"
     try:
         fill(new)
-        # Two renames, so that there is no moment in which only half a folder is left.
-        if path.exists():
+        if not path.exists():
+            os.replace(new, path)
+        elif not exchange_paths(new, path):
+            # Two renames: a kill in between leaves the old folder in the workspace.
             os.replace(path, old)
-        os.replace(new, path)
+            os.replace(new, path)
     finally:
         if old.exists() and not path.exists():
             os.replace(old, path)
         shutil.rmtree(workspace, ignore_errors=True)
 
 
-def _refuse_other_files(path: Path, expected: set[str]) -> None:
-    """Raises if a folder holds anything but a model: it may be somebody's work."""
+def exchange_paths(one: Path, two: Path) -> bool:
+    """Lets two paths exchange what they name, in one step that cannot be interrupted.
+
+    Returns:
+        Whether it was done: not every system and file system can.
+    """
+    try:
+        library = ctypes.CDLL(None, use_errno=True)
+        first = os.fsencode(one)
+        second = os.fsencode(two)
+        if sys.platform == "darwin":
+            return library.renamex_np(first, second, _RENAME_SWAP) == 0
+        result = library.renameat2(
+            _AT_FDCWD, first, _AT_FDCWD, second, _RENAME_EXCHANGE
+        )
+        return result == 0
+    # Windows has no such library, and old systems no such function.
+    except (OSError, AttributeError, TypeError):
+        return False
+
+
+def _refuse_other_files(path: Path, expected: set[str], function: str) -> None:
+    """Raises if a path holds anything but a model: it may be somebody's work."""
+    if not path.is_dir():
+        raise ValueError(
+            f"{function}: `{path}` is a file; give an empty or a new folder."
+        )
     present = {entry.name for entry in path.iterdir()}
     others = sorted(present - expected)
     if others:
         raise ValueError(
-            f"save_model: `{path}` holds other files, {others[0]} for one; "
+            f"{function}: `{path}` holds other files, {others[0]} for one; "
             "give an empty or a new folder."
         )

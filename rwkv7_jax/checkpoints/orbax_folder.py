@@ -1,19 +1,28 @@
-"""Model checkpoints as Orbax folders: a tree of arrays, and a JSON file with the sizes."""
+"""Model checkpoints as Orbax folders: a tree of arrays, and a JSON file with the sizes.
+
+The JSON file, the card, also has the sizes of all files of the tree, a digest of the arrays, and a
+digest of the card itself. Folders of earlier versions have none of the three.
+"""
 
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from rwkv7_jax.array_types import Params
+from rwkv7_jax.checkpoints.digests import digest_of_arrays
 from rwkv7_jax.checkpoints.model_folder import read_json, replace_folder
+from rwkv7_jax.checkpoints.named_errors import first_line
 from rwkv7_jax.checkpoints.orbax_import import import_orbax
 from rwkv7_jax.checkpoints.param_tree import (
+    astype_without_overflow,
     check_params,
     official_tensors,
     require_finite,
+    require_finite_params,
 )
 from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.model.config import RWKV7Config
@@ -25,9 +34,20 @@ _ARRAYS = "params"
 # Of the folder, not of the package. A change of names or shapes in the tree needs a new number.
 _LAYOUT = 1
 
+# Entries of the card that were added later.
+_DIGEST = "digest"
+
+_CARD_DIGEST = "card_digest"
+
+_FILES = "files"
+
 
 def load_orbax(
-    folder: Path, *, dtype=None, allow_nan: bool = False
+    folder: Path,
+    *,
+    dtype=None,
+    allow_nan: bool = False,
+    verify: bool = False,
 ) -> tuple[Params, RWKV7Config]:
     """Loads the parameters and the config of an Orbax folder.
 
@@ -35,68 +55,173 @@ def load_orbax(
         folder: absolute, as Orbax wants it.
         dtype: of all leaves; None keeps the folder's.
         allow_nan: accept NaN and Inf.
+        verify: compare the arrays with the digest in the card, where there is one.
 
     Raises:
-        ValueError: not such a folder, a tree of other leaves than the config's, or NaN.
+        ValueError: not such a folder, a damaged one, a tree of other leaves than the config's, or
+            NaN.
     """
-    config = _read_config(folder)
-    # The folder may come from a machine with another mesh: everything goes to one device.
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def on_one_device(leaf) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-
-    with import_orbax().StandardCheckpointer() as checkpointer:
-        stored = checkpointer.metadata(folder / _ARRAYS).item_metadata.tree
-        params = checkpointer.restore(
-            folder / _ARRAYS, jax.tree.map(on_one_device, stored)
-        )
-    with prefix_errors("load_model"):
-        check_params(params, config)
-    if not allow_nan:
-        for name, array in official_tensors(params, config):
-            require_finite(array, name, str(folder))
-    if dtype is not None:
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    return params, config
-
-
-def _read_config(folder: Path) -> RWKV7Config:
-    """Reads the sizes that the folder's tree was saved with."""
     path = folder / _CONFIG_FILE
     if not path.exists():
         raise ValueError(
             f"load_model: `{folder}` is not a checkpoint: it has no {_CONFIG_FILE}."
         )
-    table = read_json(path)
-    # Checked before the config, whose fields may differ in another layout.
-    if table.get("layout") != _LAYOUT:
+    card = read_json(path)
+    config = _config_of(card, path)
+    _check_files(card, folder)
+    # The folder may come from a machine with another mesh: everything goes to one device.
+    params = _restore(folder / _ARRAYS, jax.local_devices()[0], folder)
+    with prefix_errors("load_model"):
+        check_params(params, config)
+    _check_card(card, path)
+    if verify and _DIGEST in card:
+        _check_arrays(params, config, card, folder)
+    if not allow_nan:
+        for name, array in official_tensors(params, config):
+            require_finite(array, name, str(folder))
+    if dtype is not None:
+        params = astype_without_overflow(params, config, dtype, str(folder))
+    return params, config
+
+
+def _restore(arrays: Path, device: jax.Device, folder: Path) -> Params:
+    """Reads the tree of arrays onto one device.
+
+    Args:
+        arrays: the folder that Orbax wrote.
+        device: where the arrays go.
+        folder: of the checkpoint, for messages.
+    """
+    sharding = jax.sharding.SingleDeviceSharding(device)
+
+    def on_device(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    orbax = import_orbax()
+    # Orbax and the libraries under it raise errors of dozens of kinds for a damaged folder.
+    try:
+        with orbax.StandardCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(arrays).item_metadata.tree
+            return checkpointer.restore(arrays, jax.tree.map(on_device, stored))
+    except Exception as error:
+        reason = first_line(error)
         raise ValueError(
-            f"load_model: `{folder}` has layout {table.get('layout')}, not {_LAYOUT}."
+            f"load_model: `{folder}` is damaged or incomplete; copy it again ({reason})."
+        ) from None
+
+
+def _config_of(card: dict[str, Any], path: Path) -> RWKV7Config:
+    """Returns the sizes that the folder's tree was saved with."""
+    # Checked before the config, whose fields may differ in another layout.
+    if card.get("layout") != _LAYOUT:
+        raise ValueError(
+            f"load_model: `{path}` has layout {card.get('layout')!r}, not {_LAYOUT}."
         )
     try:
-        return RWKV7Config(**table["config"])
+        return RWKV7Config(**card["config"])
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"load_model: `{path}` has an unknown config: {error}."
         ) from None
 
 
-def save_orbax(path: Path, params: Params, config: RWKV7Config) -> None:
+def _check_files(card: dict[str, Any], folder: Path) -> None:
+    """Raises unless all files that the card lists are there in their sizes."""
+    sizes = card.get(_FILES, {})
+    if not isinstance(sizes, dict):
+        raise ValueError(
+            f"load_model: `{folder / _CONFIG_FILE}` must list {_FILES} by name."
+        )
+    for name, size in sizes.items():
+        file = folder / _ARRAYS / name
+        actual = file.stat().st_size if file.is_file() else None
+        if actual != size:
+            found = (
+                "is missing" if actual is None else f"has {actual:,} bytes of {size}"
+            )
+            raise ValueError(
+                f"load_model: `{folder}` is damaged or incomplete: {_ARRAYS}/{name} {found}; "
+                "copy it again."
+            )
+
+
+def _check_card(card: dict[str, Any], path: Path) -> None:
+    """Raises if the card was changed after it was written."""
+    if _CARD_DIGEST in card and card[_CARD_DIGEST] != _digest_of_card(card):
+        raise ValueError(
+            f"load_model: `{path}` was changed after it was written (its digest differs); "
+            f"to use it as it is, delete its entry {_CARD_DIGEST!r}."
+        )
+
+
+def _digest_of_card(card: dict[str, Any]) -> str:
+    """Computes the digest of all entries of a card but the digest itself."""
+    entries = {name: value for name, value in card.items() if name != _CARD_DIGEST}
+    return digest_of_arrays([], entries)
+
+
+def _check_arrays(
+    params: Params, config: RWKV7Config, card: dict[str, Any], folder: Path
+) -> None:
+    """Raises unless the arrays are those that were written."""
+    if digest_of_arrays(official_tensors(params, config)) != card[_DIGEST]:
+        raise ValueError(
+            f"load_model: `{folder}` is damaged: its arrays are not those that were written "
+            "(their digest differs); copy it again."
+        )
+
+
+def has_orbax_digest(folder: Path) -> bool:
+    """Returns whether an Orbax folder's card has a digest of the arrays."""
+    return _DIGEST in read_json(folder / _CONFIG_FILE)
+
+
+def save_orbax(
+    path: Path,
+    params: Params,
+    config: RWKV7Config,
+    *,
+    allow_nan: bool = False,
+) -> None:
     """Writes an Orbax folder completely, or leaves what was there before.
 
+    The new folder is read back before it replaces another: Orbax writes in the background.
+
     Raises:
-        ValueError: a leaf is missing or misshapen, or a folder with other files.
+        ValueError: a leaf is missing, misshapen or not finite, or a folder with other files.
     """
     with prefix_errors("save_model"):
         check_params(params, config)
+        if not allow_nan:
+            require_finite_params(params, config)
 
     def fill(folder: Path) -> None:
         folder.mkdir()
         with import_orbax().StandardCheckpointer() as checkpointer:
             checkpointer.save(folder / _ARRAYS, jax.tree.map(jnp.asarray, params))
-        table = {"layout": _LAYOUT, "config": dataclasses.asdict(config)}
-        (folder / _CONFIG_FILE).write_text(json.dumps(table, indent=1) + "\n")
+            checkpointer.wait_until_finished()
+        card: dict[str, Any] = {
+            "layout": _LAYOUT,
+            "config": dataclasses.asdict(config),
+            _FILES: _sizes(folder / _ARRAYS),
+            _DIGEST: digest_of_arrays(official_tensors(params, config)),
+        }
+        # In the main memory: the accelerator may have no room for a second copy.
+        host = jax.local_devices(backend="cpu")[0]
+        written = _restore(folder / _ARRAYS, host, path)
+        _check_arrays(written, config, card, path)
+        card[_CARD_DIGEST] = _digest_of_card(card)
+        text = json.dumps(card, indent=1) + "\n"
+        (folder / _CONFIG_FILE).write_text(text, encoding="utf-8")
 
     # Orbax refuses relative paths.
     replace_folder(path.absolute(), {_ARRAYS, _CONFIG_FILE}, fill)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Returns the size of each file in a folder, by its path inside."""
+    sizes = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            sizes[file.relative_to(folder).as_posix()] = file.stat().st_size
+    return sizes

@@ -208,6 +208,67 @@ def require_finite(array: np.ndarray, name: str, path: str) -> None:
         )
 
 
+def require_float_dtype(dtype) -> np.dtype:
+    """Returns the dtype of a name, as JAX will hold it.
+
+    Raises:
+        TypeError: no dtype, or not a floating-point one; the message begins with `dtype`.
+    """
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(
+            f"`dtype` must be a floating-point dtype; got {dtype!r}."
+        ) from None
+    if not jnp.issubdtype(found, jnp.floating):
+        raise TypeError(f"`dtype` must be a floating-point dtype; got {found}.")
+    return found
+
+
+def overflows(wide: np.ndarray, narrow: np.ndarray) -> bool:
+    """Returns whether a number became Inf when it was converted to another dtype."""
+    if is_finite(narrow):
+        return False
+    became_infinite = np.isfinite(wide) & ~np.isfinite(narrow)
+    return bool(became_infinite.any())
+
+
+def _require_no_overflow(
+    wide: np.ndarray, narrow: np.ndarray, name: str, path: str
+) -> None:
+    """Raises if a number of a file is too large for the dtype that it is loaded in."""
+    if wide.dtype != narrow.dtype and overflows(wide, narrow):
+        raise ValueError(
+            f"load_model: `{path}` has numbers in {name} that {narrow.dtype} cannot hold; "
+            "take bfloat16 or float32."
+        )
+
+
+def astype_without_overflow(
+    params: Params, config: RWKV7Config, dtype, path: str
+) -> Params:
+    """Converts all leaves of a tree.
+
+    Args:
+        params: the tree.
+        config: its sizes.
+        dtype: of the result.
+        path: of the file that the tree is from, for messages.
+
+    Raises:
+        ValueError: a number is too large for the dtype.
+    """
+    converted = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    pairs = zip(
+        official_tensors(params, config),
+        official_tensors(converted, config),
+        strict=True,
+    )
+    for (name, wide), (_, narrow) in pairs:
+        _require_no_overflow(wide, narrow, name, path)
+    return converted
+
+
 def _aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
     """Allocates memory that JAX takes over on CPU instead of copying it."""
     size = math.prod(shape) * dtype.itemsize
@@ -223,13 +284,18 @@ def _stack(
     if dtype is None:
         dtypes = [tensors[name].dtype for name in names]
         dtype = functools.reduce(jnp.promote_types, dtypes)
+    # Without x64, JAX holds float64 as float32; done here, so that an overflow is found.
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
     stacked = _aligned_empty((len(names), *shape), np.dtype(dtype))
     for row, name in zip(stacked, names, strict=True):
         # Takes off axes of size 1, which official vectors have.
         array = tensors[name].read().reshape(shape)
         if not allow_nan:
             require_finite(array, name, path)
-        row[...] = array
+        # The check below finds what NumPy would warn of, and knows the tensor's name.
+        with np.errstate(over="ignore", invalid="ignore"):
+            row[...] = array
+        _require_no_overflow(array, row, name, path)
         release_pages(array)
     return stacked
 
@@ -326,6 +392,29 @@ def check_params(params: Params, config: RWKV7Config) -> None:
             raise TypeError(
                 f"`params` must be floating-point; got {'/'.join(place)} {leaf.dtype}."
             )
+
+
+def require_finite_params(params: Params, config: RWKV7Config) -> None:
+    """Raises unless every number of a checked tree is finite, as the loader wants it.
+
+    Raises:
+        ValueError: NaN or Inf; the message has the tensor's official name.
+    """
+    for name, array in official_tensors(params, config):
+        require_finite_tensor(array, name)
+
+
+def require_finite_tensor(array: np.ndarray, name: str) -> None:
+    """Raises unless every number of a tensor that is to be written is finite.
+
+    Raises:
+        ValueError: NaN or Inf; the message begins with `params`.
+    """
+    if not is_finite(array):
+        raise ValueError(
+            f"`params` must be finite; got NaN or Inf in {name} "
+            "(allow_nan=True writes them all the same)."
+        )
 
 
 def official_tensors(

@@ -11,13 +11,16 @@ import mmap
 import pickle
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from rwkv7_jax.atomic_write import atomic_write
+from rwkv7_jax.checkpoints import file_signatures
+from rwkv7_jax.checkpoints.digests import ContentDigest
 from rwkv7_jax.checkpoints.restricted_unpickler import (
     STORAGE_NAMES,
     RestrictedUnpickler,
@@ -38,6 +41,9 @@ _MESSAGE_LIMIT = 160
 # Bytes of an entry's own header, in front of its name.
 _LOCAL_HEADER = 30
 
+# An entry of ours, which other readers pass over.
+_DIGEST_ENTRY = "rwkv7_jax.digest"
+
 
 class _LimitedReads(io.FileIO):
     """File for `zipfile`, which reads the list of entries at once, however long it is."""
@@ -49,29 +55,29 @@ class _LimitedReads(io.FileIO):
         return super().read(size)
 
 
-def _entries(path: Path, data: mmap.mmap) -> dict[str, memoryview]:
-    """Maps each entry's name, without the archive's folder, to a view of the mapped file."""
+def _entries(path: Path, data: mmap.mmap) -> dict[str, tuple[memoryview, int]]:
+    """Maps each entry's name, without the archive's folder, to a view and its CRC-32."""
     content = memoryview(data)
-    views: dict[str, memoryview] = {}
+    entries: dict[str, tuple[memoryview, int]] = {}
     spans = []
     folders = set()
     with _LimitedReads(path) as file, zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             folder, name = _split_name(info.filename)
             folders.add(folder)
-            if name in views or len(folders) > 1:
+            if name in entries or len(folders) > 1:
                 raise ValueError(
                     f"its entry {info.filename!r} is there twice or in another folder"
                 )
             start, end = _data_span(info, data)
-            views[name] = content[start:end]
+            entries[name] = (content[start:end], info.CRC)
             spans.append((info.header_offset, end))
     # Overlapping entries are how a small file unfolds into a large one.
     spans.sort()
     for (_, end), (next_start, _) in itertools.pairwise(spans):
         if end > next_start:
             raise ValueError("its entries overlap")
-    return views
+    return entries
 
 
 def _split_name(filename: str) -> tuple[str, str]:
@@ -89,7 +95,9 @@ def _data_span(info: zipfile.ZipInfo, data: mmap.mmap) -> tuple[int, int]:
         raise ValueError(f"its entry {info.filename!r} is compressed or encrypted")
     header = data[info.header_offset : info.header_offset + _LOCAL_HEADER]
     if len(header) < _LOCAL_HEADER or header[:4] != b"PK\x03\x04":
-        raise ValueError(f"its entry {info.filename!r} has no header")
+        raise ValueError(
+            f"its entry {info.filename!r} is damaged: its header is missing"
+        )
     # The lengths in the list of entries may differ from those in the entry's own header.
     name_length, extra_length = struct.unpack("<HH", header[26:30])
     start = info.header_offset + _LOCAL_HEADER + name_length + extra_length
@@ -101,53 +109,117 @@ def _data_span(info: zipfile.ZipInfo, data: mmap.mmap) -> tuple[int, int]:
     return start, end
 
 
-def read_pth(path: str | Path) -> Any:
+def read_pth(path: str | Path, *, verify: bool = False) -> Any:
     """Reads a PyTorch checkpoint: flat or nested dicts with read-only views of the mapped file.
 
     bfloat16 comes as `ml_dtypes.bfloat16`; parameters as plain arrays, ordered dicts as dicts.
 
     Args:
         path: a file that `torch.save` wrote in its zip format (PyTorch 1.6 and newer).
+        verify: compare every entry with its CRC-32 and the arrays with the file's digest, which
+            reads the complete file.
 
     Raises:
-        ValueError: any other file; a forbidden name in the pickle is in the message.
+        ValueError: any other file, or a damaged one; a forbidden name in the pickle is in the
+            message.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"read_pth: `{path}` is not a file.")
+    _refuse_other_files(path)
     try:
-        return _read(path)
+        return _read(path, verify)
     except (ValueError, zipfile.BadZipFile, NotImplementedError) as error:
         raise ValueError(
             f"read_pth: `{path}` is refused: {_printable(error)}."
         ) from None
     # What the unpickler's stack and memo raise when a program does not fit them.
-    except (LookupError, TypeError, AttributeError, OverflowError, struct.error):
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        struct.error,
+    ):
         raise ValueError(
             f"read_pth: `{path}` is refused: its pickle is broken."
         ) from None
 
 
-def _read(path: Path) -> Any:
-    """Reads a checkpoint; the messages of its errors are reasons alone."""
-    if not zipfile.is_zipfile(path):
-        raise ValueError(
-            "it is not a zip file; files of PyTorch before 1.6 must be saved anew"
+def _refuse_other_files(path: Path) -> None:
+    """Raises unless the bytes are those of a complete zip archive."""
+    sentence = file_signatures.describe_other_file(path)
+    head = file_signatures.read_head(path)
+    if sentence is None and file_signatures.is_safetensors(head, path.stat().st_size):
+        sentence = (
+            "holds safetensors: rename it to .safetensors (web-rwkv's files to .st)"
         )
+    elif sentence is None and not file_signatures.is_complete_zip(path):
+        if file_signatures.is_zip(head):
+            sentence = file_signatures.describe_cut_zip(path)
+        else:
+            sentence = "is not a zip file, as PyTorch's files are; it may be damaged"
+    if sentence is not None:
+        raise ValueError(f"read_pth: `{path}` {sentence}.")
+
+
+def _read(path: Path, verify: bool) -> Any:
+    """Reads a checkpoint; the messages of its errors are reasons alone."""
     with path.open("rb") as file:
         # The arrays keep the map alive; a copy of a 13B model would cost 26 GB.
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     entries = _entries(path, data)
-    program = bytes(entries.get("data.pkl", b"")[: _PICKLE_LIMIT + 1])
+    program = bytes(_content(entries, "data.pkl")[: _PICKLE_LIMIT + 1])
     if not program or len(program) > _PICKLE_LIMIT:
         raise ValueError("it has no data.pkl of a sensible size")
-    if bytes(entries.get("byteorder", b"little")) != b"little":
+    if "byteorder" in entries and bytes(_content(entries, "byteorder")) != b"little":
         raise ValueError("it is not in little-endian order")
+    # The small entries are always compared: a damaged pickle would give other names and shapes.
+    # The data have most of the bytes, and reading them all takes minutes for a large model.
+    for name in entries:
+        if verify or not name.startswith("data/"):
+            _check_crc(entries, name)
     storages = {}
-    for name, view in entries.items():
+    for name, (view, _) in entries.items():
         if name.startswith("data/"):
             storages[name.removeprefix("data/")] = view
-    return RestrictedUnpickler(storages).run(program)
+    content = RestrictedUnpickler(storages).run(program)
+    if verify and _DIGEST_ENTRY in entries:
+        _check_digest(content, bytes(_content(entries, _DIGEST_ENTRY)))
+    return content
+
+
+def _content(entries: dict[str, tuple[memoryview, int]], name: str) -> memoryview:
+    """Returns the bytes of an entry; none where the entry is missing."""
+    return entries[name][0] if name in entries else memoryview(b"")
+
+
+def _check_crc(entries: dict[str, tuple[memoryview, int]], name: str) -> None:
+    """Raises unless an entry has the CRC-32 that the list of entries gives."""
+    view, expected = entries[name]
+    # PyTorch can be told to leave the sums out, and writes 0 then.
+    if expected and zlib.crc32(view) != expected:
+        raise ValueError(
+            f"its entry {name!r} is damaged (its CRC-32 differs); download or copy it again"
+        )
+
+
+def _check_digest(content: Any, expected: bytes) -> None:
+    """Raises unless the arrays of a file that `write_pth` wrote have the digest in it."""
+    digest = ContentDigest()
+    for name, array in content.items():
+        digest.add(name, array)
+    if digest.hexdigest().encode() != expected:
+        raise ValueError(
+            "its tensors are not those that were written (their digest differs)"
+        )
+
+
+def has_digest(path: Path) -> bool:
+    """Returns whether a readable .pth file holds a digest of its tensors."""
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith(f"/{_DIGEST_ENTRY}") for name in archive.namelist())
 
 
 def _printable(error: Exception) -> str:
@@ -217,7 +289,18 @@ def write_pth(path: str | Path, tensors: Iterable[tuple[str, np.ndarray]]) -> No
     Raises:
         ValueError: a dtype that has no PyTorch storage, or a folder that does not exist.
     """
-    with atomic_write(Path(path)) as file, zipfile.ZipFile(file, "w") as archive:
+    with atomic_write(Path(path)) as file:
+        dump_pth(file, tensors)
+
+
+def dump_pth(file: BinaryIO, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Writes the bytes of a .pth file into an open file.
+
+    Raises:
+        ValueError: a dtype that has no PyTorch storage.
+    """
+    digest = ContentDigest()
+    with zipfile.ZipFile(file, "w") as archive:
         # Protocol 2, an empty dict, a mark; the items follow, and SETITEMS and STOP at the end.
         program = [b"\x80\x02}("]
         for number, (name, array) in enumerate(tensors):
@@ -230,12 +313,13 @@ def write_pth(path: str | Path, tensors: Iterable[tuple[str, np.ndarray]]) -> No
             _add_entry(
                 archive, f"data/{number}", contiguous.reshape(-1).view(np.uint8).data
             )
+            shaped = contiguous.reshape(array.shape)
             program.append(_pickled(name))
-            program.append(
-                _pickled_tensor(str(number), contiguous.reshape(array.shape))
-            )
+            program.append(_pickled_tensor(str(number), shaped))
+            digest.add(name, shaped)
         program.append(b"u.")
         # PyTorch writes the pickle first; readers find entries by name, and we know it only now.
         _add_entry(archive, "data.pkl", b"".join(program))
         _add_entry(archive, "byteorder", b"little")
         _add_entry(archive, "version", b"3\n")
+        _add_entry(archive, _DIGEST_ENTRY, digest.hexdigest().encode())

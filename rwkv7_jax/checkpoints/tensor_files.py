@@ -3,7 +3,7 @@
 import mmap
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 import ml_dtypes
 import numpy as np
@@ -11,6 +11,8 @@ import safetensors
 import safetensors.numpy
 
 from rwkv7_jax.atomic_write import atomic_write
+from rwkv7_jax.checkpoints import file_signatures
+from rwkv7_jax.checkpoints.digests import digest_of_arrays
 from rwkv7_jax.checkpoints.pth import read_pth
 from rwkv7_jax.checkpoints.tensor_names import Tensor
 
@@ -20,6 +22,9 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 
 # The formats of single files; each is called like its suffix.
 _FILE_FORMATS: tuple[Format, ...] = ("pth", "safetensors", "st")
+
+# The metadata's entry with the digest of the tensors and of the other metadata.
+_DIGEST_KEY = "rwkv7_jax.digest"
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -61,7 +66,10 @@ def format_of(path: str | Path, *, format: str | None = None) -> Format:
             return known
     # The ".4b" of a folder called "model-0.4b" is not a suffix.
     has_suffix = path.suffix[1:2].isalpha()
-    if has_suffix and not path.is_dir():
+    if path.is_file() or (has_suffix and not path.is_dir()):
+        sentence = file_signatures.describe_other_file(path) if path.is_file() else None
+        if sentence is not None:
+            raise ValueError(f"checkpoint: `{path}` {sentence}.")
         raise ValueError(
             f"checkpoint: `{path}` must end in .pth, .safetensors or .st, or be a folder."
         )
@@ -70,19 +78,34 @@ def format_of(path: str | Path, *, format: str | None = None) -> Format:
 
 def _open_safetensors(path: Path) -> Any:
     """Opens a file; its header is checked, and no tensor is read."""
+    if not path.is_file():
+        raise ValueError(f"checkpoint: `{path}` is not a file.")
+    sentence = file_signatures.describe_other_file(path)
+    if sentence is None and file_signatures.is_zip(file_signatures.read_head(path)):
+        sentence = "is a zip archive, as PyTorch's files are: rename it to .pth"
+    if sentence is not None:
+        raise ValueError(f"checkpoint: `{path}` {sentence}.")
     try:
         return safetensors.safe_open(path, framework="numpy")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(
-            f"checkpoint: `{path}` is not a safetensors file: {error}."
-        ) from None
+    # The package raises errors of other kinds for some headers.
+    except Exception as error:
+        sentence = file_signatures.describe_cut_safetensors(path)
+        if sentence is None:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            sentence = f"is not a safetensors file: {reason.rstrip('.')}"
+        raise ValueError(f"checkpoint: `{path}` {sentence}.") from None
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path, *, verify: bool = False) -> dict[str, Tensor]:
     """Opens a .safetensors file, whose tensors are read one by one when they are needed.
 
+    Args:
+        path: of the file.
+        verify: compare the tensors and the metadata with the file's digest, where it has one; this
+            reads the complete file.
+
     Raises:
-        ValueError: not a safetensors file; the message has the path.
+        ValueError: not a safetensors file, or a damaged one; the message has the path.
     """
     file = _open_safetensors(path)
 
@@ -94,36 +117,65 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         shape = tuple(view.get_shape())
         return Tensor(shape, _DTYPES[dtype], lambda: file.get_tensor(name))
 
-    return {name: describe(name) for name in file.keys()}
+    tensors = {name: describe(name) for name in file.keys()}
+    if verify:
+        _check_digest(path, tensors, dict(file.metadata() or {}))
+    return tensors
+
+
+def _check_digest(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
+    """Raises unless a file's tensors and metadata have the digest that the file gives."""
+    expected = metadata.pop(_DIGEST_KEY, None)
+    if expected is None:
+        return
+    arrays = ((name, tensor.read()) for name, tensor in tensors.items())
+    if digest_of_arrays(arrays, metadata) != expected:
+        raise ValueError(
+            f"checkpoint: `{path}` is damaged: its tensors or metadata are not those that were "
+            "written (their digest differs); download or copy it again."
+        )
+
+
+def has_safetensors_digest(path: Path) -> bool:
+    """Returns whether a .safetensors file holds a digest of its content."""
+    return _DIGEST_KEY in (_open_safetensors(path).metadata() or {})
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Reads the strings that a .safetensors file holds besides its tensors.
+    """Reads the strings that a .safetensors file holds besides its tensors and their digest.
 
     Raises:
         ValueError: not a safetensors file; the message has the path.
     """
-    return dict(_open_safetensors(path).metadata() or {})
+    metadata = dict(_open_safetensors(path).metadata() or {})
+    metadata.pop(_DIGEST_KEY, None)
+    return metadata
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, *, verify: bool = False) -> dict[str, Tensor]:
     """Opens a .pth, .safetensors or .st file and returns its tensors by the names in it.
 
     Dicts that trainers wrap around the tensors are taken off.
+
+    Args:
+        path: of the file.
+        verify: compare the tensors with the checksums and the digest in the file.
 
     Raises:
         ValueError: not such a file, or no flat dict of tensors in it.
     """
     if path.suffix == ".pth":
-        tensors = _pth_tensors(read_pth(path))
+        tensors = named_arrays(read_pth(path, verify=verify))
     else:
-        tensors = read_safetensors(path)
+        tensors = read_safetensors(path, verify=verify)
     if not tensors:
         raise ValueError(f"checkpoint: `{path}` holds no tensors by name.")
     return tensors
 
 
-def _pth_tensors(content: Any) -> dict[str, Tensor]:
+def named_arrays(content: Any) -> dict[str, Tensor]:
     """Picks the arrays out of what a .pth file holds; step counts and the like are left out."""
     # In this order, because each may hold the next.
     for wrapper in ("state_dict", "module", "model"):
@@ -170,12 +222,31 @@ def write_safetensors(
     Raises:
         ValueError: a dtype that the format does not have, or a folder that does not exist.
     """
+    with atomic_write(path) as file:
+        dump_safetensors(file, tensors, metadata=metadata)
+
+
+def dump_safetensors(
+    file: BinaryIO,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Writes the bytes of a .safetensors file into an open file, with a digest in its metadata.
+
+    Raises:
+        ValueError: a dtype that the format does not have.
+    """
     arrays = {}
     for name, array in tensors:
         if array.dtype not in _DTYPES.values():
             raise ValueError(
                 f"write_safetensors: `{name}` must have a dtype of the format; got {array.dtype}."
             )
-        arrays[name] = np.ascontiguousarray(array)
-    with atomic_write(path) as file:
-        file.write(safetensors.numpy.save(arrays, metadata=metadata))
+        # A scalar stays a scalar: `ascontiguousarray` alone would make it a vector of one.
+        arrays[name] = np.ascontiguousarray(array).reshape(array.shape)
+    metadata = dict(metadata or {})
+    digest = digest_of_arrays(arrays.items(), metadata)
+    file.write(
+        safetensors.numpy.save(arrays, metadata={**metadata, _DIGEST_KEY: digest})
+    )

@@ -204,6 +204,11 @@ def _to_official(name: str) -> str:
     return f"blocks.{match[1]}.{_OFFICIAL_INSIDE[match[2]]}"
 
 
+def _is_six_lerps(shape: Shape) -> bool:
+    """Returns whether a shape is [6, 1, 1, D], with any number of ones."""
+    return len(shape) > 1 and shape[0] == 6 and all(size == 1 for size in shape[1:-1])
+
+
 def _unpack_lerps(name: str, tensor: Tensor) -> dict[str, Tensor]:
     """Splits the tensor in which old HF files hold all six lerps."""
     width = tensor.shape[-1]
@@ -228,7 +233,7 @@ def _transpose_low_rank(tensors: Tensors) -> dict[str, Tensor]:
     """Transposes the low-rank matrices among tensors that have official names."""
     transposed = {}
     for name, tensor in tensors.items():
-        if LOW_RANK.search(name):
+        if LOW_RANK.search(name) and len(tensor.shape) > 1:
             tensor = _transposed(tensor)
         transposed[name] = tensor
     return transposed
@@ -242,7 +247,8 @@ def from_hf(tensors: Tensors) -> dict[str, Tensor]:
     official: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         parts = {name: tensor}
-        if name.endswith(".attn.x_x") and tensor.shape[0] == 6:
+        # Of another shape it stays as it is, and the check of names reports it.
+        if name.endswith(".attn.x_x") and _is_six_lerps(tensor.shape):
             parts = _unpack_lerps(name, tensor)
         for part_name, part in parts.items():
             official[_to_official(part_name)] = part
@@ -284,7 +290,8 @@ def _is_transposed(tensors: Tensors, suffix: str) -> bool:
         warnings.warn(
             "the low-rank matrices are square, so that their orientation cannot be told; "
             "the official one is assumed (web-rwkv's files must end in .st)",
-            stacklevel=4,
+            # The caller of `load_model` or `load_state`.
+            stacklevel=5,
         )
     return suffix == ".st"
 

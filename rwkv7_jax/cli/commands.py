@@ -11,7 +11,13 @@ import numpy as np
 
 import pallas_kernels
 from rwkv7_jax.array_types import Params
-from rwkv7_jax.checkpoints import load_model, load_state, official_tensors, save_model
+from rwkv7_jax.checkpoints import (
+    load_model,
+    load_state,
+    official_tensors,
+    save_model,
+    verify,
+)
 from rwkv7_jax.cli.data import add_data_command
 from rwkv7_jax.cli.generate import add_generate_command, discard_output
 from rwkv7_jax.cli.observe import add_observe_command
@@ -36,6 +42,7 @@ def _convert(options: argparse.Namespace) -> None:
         params,
         config,
         format=options.format,
+        allow_nan=options.allow_nan,
         progress=_progress("writing"),
     )
     print(f"{options.target}: {_count(params):,} parameters, {_sizes(config)}")
@@ -80,12 +87,24 @@ def _tensor_row(name: str, array: np.ndarray) -> str:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    """Prints a table of the tensors in a file."""
+    """Prints a table of the tensors in a file, or compares the file with its digests."""
+    if options.verify:
+        _verify(options.path)
+        return
     print(f"{'tensor':<38}{'shape':>18}  {'dtype':<10}{'rms':>12}{'max':>12}")
     if options.state:
         _inspect_state(options.path)
     else:
         _inspect_model(options.path)
+
+
+def _verify(path: str) -> None:
+    """Prints what agrees with its checksum or digest; what does not agree is an error."""
+    compared = verify(path)
+    for sentence in compared:
+        print(sentence)
+    if not compared:
+        print(f"{path} can be read, but carries no digest to compare with")
 
 
 def _inspect_state(path: str) -> None:
@@ -152,6 +171,11 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("path")
     inspect.add_argument(
         "--state", action="store_true", help="the file is a start state"
+    )
+    inspect.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare all bytes with the checksums and digests in the file",
     )
     inspect.set_defaults(run=_inspect)
 

@@ -6,6 +6,8 @@ right and bias; its metadata has the sizes that they fit, and the caller's own i
 
 import dataclasses
 import json
+import os
+import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +18,13 @@ import numpy as np
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
-from rwkv7_jax.checkpoints.param_tree import is_finite
+from rwkv7_jax.checkpoints.model_folder import replace_folder
+from rwkv7_jax.checkpoints.named_errors import name_file
+from rwkv7_jax.checkpoints.param_tree import (
+    check_params,
+    is_finite,
+    require_finite_params,
+)
 from rwkv7_jax.checkpoints.tensor_files import (
     read_metadata,
     read_safetensors,
@@ -52,12 +60,14 @@ def save_observer(
             which `load_observer` can compare; the `variance` for `proposal_error`.
 
     Raises:
-        ValueError: parameters of another observer.
+        ValueError: parameters of another observer, NaN or Inf, or `info` that is not JSON.
+        TypeError: a parameter is not floating-point.
     """
-    with prefix_errors("save_observer"):
-        check_maps(observer, params)
     folder = Path(folder)
     config = observer.model.config
+    with prefix_errors("save_observer"):
+        check_maps(observer, params)
+        _check_writable(observer, params, info)
     card = {
         "mark": _MARK,
         # The implementation is the machine's choice, not the observer's.
@@ -67,11 +77,48 @@ def save_observer(
         "info": dict(info or {}),
     }
     metadata = {name: json.dumps(value) for name, value in card.items()}
-    # The maps come last: a crash before leaves old maps, whose `model_hash` does not fit.
-    folder.mkdir(parents=True, exist_ok=True)
-    save_model(folder / MODEL, params["model"], config)
-    maps = [(name, np.asarray(params[name])) for name in observer.shapes]
-    write_safetensors(folder / MAPS, maps, metadata=metadata)
+
+    def fill(new: Path) -> None:
+        new.mkdir(exist_ok=True)
+        save_model(new / MODEL, params["model"], config)
+        maps = [(name, np.asarray(params[name])) for name in observer.shapes]
+        write_safetensors(new / MAPS, maps, metadata=metadata)
+
+    names = {MODEL, MAPS}
+    others = folder.is_dir() and any(
+        entry.name not in names for entry in folder.iterdir()
+    )
+    if others:
+        # The folder cannot be exchanged as one, so both files are complete before either moves.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".observer.") as workspace:
+            fill(Path(workspace))
+            for name in (MODEL, MAPS):
+                os.replace(Path(workspace) / name, folder / name)
+    else:
+        replace_folder(folder, names, fill, function="save_observer")
+
+
+def _check_writable(
+    observer: Observer, params: Params, info: Mapping[str, Any] | None
+) -> None:
+    """Raises unless the loader would take what is to be written."""
+    config = observer.model.config
+    check_params(params["model"], config)
+    require_finite_params(params["model"], config)
+    for name in observer.shapes:
+        array = np.asarray(params[name])
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(
+                f"`params[{name!r}]` must be floating-point; got {array.dtype}."
+            )
+        if not is_finite(array):
+            raise ValueError(f"`params[{name!r}]` must be finite; got NaN or Inf.")
+    try:
+        json.dumps(dict(info or {}), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"`info` must hold JSON values that are finite; got {error}."
+        ) from None
 
 
 def _read_card(folder: Path) -> dict[str, Any]:
@@ -82,7 +129,7 @@ def _read_card(folder: Path) -> dict[str, Any]:
     metadata = read_metadata(folder / MAPS)
     try:
         card = {name: json.loads(text) for name, text in metadata.items()}
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         # Some other program's metadata; the mark below is missing then.
         card = {}
     if card.get("mark") != _MARK:
@@ -96,7 +143,7 @@ def observer_info(folder: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: no observer's folder.
     """
-    with prefix_errors("observer_info"):
+    with prefix_errors("observer_info"), name_file(folder, "observer_info"):
         return _read_card(Path(folder))["info"]
 
 
@@ -136,7 +183,14 @@ def load_observer(
         ValueError: no observer's folder, files that do not belong together or are damaged, or a
             teacher of other sizes or weights.
     """
-    folder = Path(folder)
+    with name_file(folder, "load_observer"):
+        return _load(Path(folder), teacher_config, base_model)
+
+
+def _load(
+    folder: Path, teacher_config: RWKV7Config, base_model: str | None
+) -> tuple[Observer, Params]:
+    """Loads an observer and its parameters."""
     with prefix_errors("load_observer"):
         card = _read_card(folder)
         observer = _observer_of(card, folder)
@@ -151,7 +205,7 @@ def load_observer(
     if model_hash(model, observer.model.config) != card["model_hash"]:
         raise ValueError(f"load_observer: `{folder}` has {MODEL} of another {MAPS}.")
     params: Params = {"model": without_unused_value_residual(model)}
-    for name, tensor in read_safetensors(folder / MAPS).items():
+    for name, tensor in read_safetensors(folder / MAPS, verify=True).items():
         array = tensor.read()
         if not is_finite(array):
             raise ValueError(

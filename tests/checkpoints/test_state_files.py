@@ -9,7 +9,8 @@ import pytest
 from random_checkpoints import CONFIG, differing, random_params, random_state
 
 from rwkv7_jax.checkpoints.pth import write_pth
-from rwkv7_jax.checkpoints.state_files import load_state, save_state, sidecar
+from rwkv7_jax.checkpoints.state_files import load_state, save_state
+from rwkv7_jax.checkpoints.state_sidecar import sidecar
 from rwkv7_jax.checkpoints.tensor_files import read_tensors, write_safetensors
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7

@@ -11,7 +11,9 @@ from tiny_models import SCANNED as CONFIG
 from tiny_models import lively, random_state, tokens
 
 from rwkv7_jax.checkpoints.model_files import model_hash
-from rwkv7_jax.checkpoints.state_files import load_state, save_state, sidecar
+from rwkv7_jax.checkpoints.state_files import load_state, save_state
+from rwkv7_jax.checkpoints.state_sidecar import sidecar
+from rwkv7_jax.checkpoints.tensor_files import read_tensors, write_safetensors
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.tuning.upscaling import upscale
 
@@ -62,12 +64,16 @@ def test_what_is_missing_or_not_finite_is_named(tmp_path, state):
     path = tmp_path / "s.safetensors"
     memory = np.asarray(state.upscaled.memory).copy()
     memory[1, 0, 1, 3, 2] = np.nan
-    save_state(
-        path, state.replace(upscaled=state.upscaled.replace(memory=jnp.asarray(memory)))
-    )
-    with pytest.raises(ValueError, match=r"NaN or Inf in upscaled.memory"):
-        load_state(path)
+    bad = state.replace(upscaled=state.upscaled.replace(memory=jnp.asarray(memory)))
+    with pytest.raises(ValueError, match=r"save_state.*NaN or Inf in upscaled.memory"):
+        save_state(path, bad)
     save_state(path, state)
+    good = {name: tensor.read() for name, tensor in read_tensors(path).items()}
+    spoilt = good | {"upscaled.memory": memory[:, 0]}
+    write_safetensors(tmp_path / "spoilt.safetensors", spoilt.items())
+    sidecar(tmp_path / "spoilt.safetensors").write_bytes(sidecar(path).read_bytes())
+    with pytest.raises(ValueError, match=r"load_state.*NaN or Inf in upscaled.memory"):
+        load_state(tmp_path / "spoilt.safetensors")
     card = json.loads(sidecar(path).read_text())
     sidecar(path).write_text(json.dumps(card | {"dynamics": "still"}))
     with pytest.raises(

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from tiny_models import lively
 
+from rwkv7_jax.checkpoints import load_state, read_sidecar, save_state
 from rwkv7_jax.checkpoints.model_files import model_hash, save_model
-from rwkv7_jax.checkpoints.state_files import load_state, read_sidecar, save_state
 from rwkv7_jax.cli.commands import main
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import Features, init_state

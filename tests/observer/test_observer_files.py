@@ -10,7 +10,11 @@ import tiny_observers
 from tiny_observers import SMALL, TEACHER, alive
 
 from rwkv7_jax.checkpoints.model_files import model_hash
-from rwkv7_jax.checkpoints.tensor_files import write_safetensors
+from rwkv7_jax.checkpoints.tensor_files import (
+    read_metadata,
+    read_safetensors,
+    write_safetensors,
+)
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.observer.files import (
     MAPS,
@@ -82,9 +86,20 @@ def test_a_damaged_folder_is_refused(made, tmp_path):
     (tmp_path / MAPS).write_bytes(maps)
     with pytest.raises(ValueError, match=f"has {MODEL} of another {MAPS}"):
         load_observer(tmp_path, TEACHER)
-    save_observer(
-        tmp_path, observer, params | {"bias": params["bias"].at[0].set(jnp.nan)}
-    )
+    with pytest.raises(
+        ValueError, match=r"save_observer: `params\['bias'\]` must be finite"
+    ):
+        save_observer(
+            tmp_path, observer, params | {"bias": params["bias"].at[0].set(jnp.nan)}
+        )
+    save_observer(tmp_path, observer, params)
+    metadata = read_metadata(tmp_path / MAPS)
+    maps = {
+        name: tensor.read()
+        for name, tensor in read_safetensors(tmp_path / MAPS).items()
+    }
+    maps["bias"] = np.full_like(maps["bias"], np.nan)
+    write_safetensors(tmp_path / MAPS, maps.items(), metadata=metadata)
     with pytest.raises(ValueError, match="has NaN or Inf in bias"):
         load_observer(tmp_path, TEACHER)
     write_safetensors(tmp_path / MAPS, [("left", np.zeros(3))])

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from run_programs import ROOT, program
 
+from rwkv7_jax.checkpoints import load_state, read_sidecar
 from rwkv7_jax.checkpoints.model_files import load_model
-from rwkv7_jax.checkpoints.state_files import load_state, read_sidecar
 from rwkv7_jax.observer.files import load_observer
 
 BASE = ROOT / "assets" / "toy-small.pth"

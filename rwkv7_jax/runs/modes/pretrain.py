@@ -82,7 +82,7 @@ class PretrainMode(DatasetMode):
     def save(self, folder: Path, params: Params) -> Path:
         """Writes the model and gives the file's path."""
         path = folder / "model.pth"
-        save_model(path, params, self.model.config)
+        save_model(path, params, self.model.config, allow_nan=self.settings.allow_nan)
         return path
 
 

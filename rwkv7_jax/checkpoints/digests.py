@@ -1,0 +1,46 @@
+"""Digests of what files hold, to tell whether it is still what was written."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+# A collision by accident is out of the question, and 32 characters still fit into a message.
+_DIGEST_SIZE = 16
+
+
+class ContentDigest:
+    """A digest of named arrays that does not depend on their order or on the file's format."""
+
+    def __init__(self) -> None:
+        """Starts with no arrays."""
+        self._lines: list[str] = []
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        """Adds the name, the shape, the dtype and the bytes of an array."""
+        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        found = hashlib.blake2b(content.data, digest_size=_DIGEST_SIZE).hexdigest()
+        self._lines.append(f"{name} {array.shape} {array.dtype} {found}")
+
+    def hexdigest(self, description: Mapping[str, Any] | None = None) -> str:
+        """Returns the digest of all arrays.
+
+        Args:
+            description: JSON values that belong to the arrays and are covered as well.
+        """
+        lines = [*sorted(self._lines), json.dumps(description or {}, sort_keys=True)]
+        text = "\n".join(lines)
+        return hashlib.blake2b(text.encode(), digest_size=_DIGEST_SIZE).hexdigest()
+
+
+def digest_of_arrays(
+    arrays: Iterable[tuple[str, np.ndarray]],
+    description: Mapping[str, Any] | None = None,
+) -> str:
+    """Computes the digest of named arrays and of what is said of them."""
+    digest = ContentDigest()
+    for name, array in arrays:
+        digest.add(name, array)
+    return digest.hexdigest(description)

@@ -1,0 +1,54 @@
+"""Errors about a file's content: each is one sentence that names the file."""
+
+import contextlib
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+# What code raises that meets content of another kind than it expects.
+_UNEXPECTED = (
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    struct.error,
+)
+
+
+@contextlib.contextmanager
+def name_file(path: str | Path, function: str) -> Iterator[None]:
+    """Puts the file's path into every error that its content causes in the block.
+
+    Checks of shapes and settings know nothing of files: their messages get the path at the end.
+    Errors that say nothing to a reader become a sentence.
+
+    Args:
+        path: of the file or folder that the block reads.
+        function: the public function, for messages that have no sentence of their own.
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if str(path) in str(error):
+            raise
+        # Subclasses such as UnicodeDecodeError make their message from other arguments.
+        if type(error) not in (ValueError, TypeError):
+            raise ValueError(
+                f"{function}: `{path}` is damaged: {first_line(error)}."
+            ) from None
+        error.args = (f"{str(error).rstrip('.')} (in `{path}`).",)
+        raise
+    except _UNEXPECTED as error:
+        raise ValueError(
+            f"{function}: `{path}` is damaged: {first_line(error)}."
+        ) from None
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of a message, or the error's kind where it has none."""
+    text = str(error).strip()
+    if not text:
+        return type(error).__name__
+    line = text.splitlines()[0][:200]
+    printable = [character if character.isprintable() else "?" for character in line]
+    return "".join(printable).rstrip(".")

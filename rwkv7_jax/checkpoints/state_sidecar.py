@@ -1,0 +1,225 @@
+"""Sidecars of start states: what a state's file alone cannot say, in `<file>.json`.
+
+A sidecar's digest covers the tensors and what it says of them, so that a sidecar of other tensors
+is refused. While a pair of files is replaced, the new sidecar carries the old one under "previous":
+whichever of the two fits the tensors counts, so that an interruption at any moment leaves a pair
+that loads.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rwkv7_jax.atomic_write import atomic_write
+from rwkv7_jax.checkpoints.digests import digest_of_arrays
+from rwkv7_jax.checkpoints.model_folder import read_json
+from rwkv7_jax.checkpoints.named_errors import name_file
+from rwkv7_jax.checkpoints.state_tensors import open_tensors
+from rwkv7_jax.checkpoints.tensor_names import Tensor
+from rwkv7_jax.checks import prefix_errors
+
+# What a sidecar says of the axes of `time_state`.
+AXES = "head, value, key"
+
+TRANSPOSED_AXES = "head, key, value"
+
+# Entries of a sidecar without which the tensors would be read otherwise, or that describe them.
+MEANING = (
+    "format",
+    "axes",
+    "layers",
+    "heads",
+    "value_size",
+    "key_size",
+    "dynamics",
+    "kind",
+    "features",
+)
+
+# Digests of the tensors with their meaning, and of all other entries.
+DIGEST = "digest"
+
+ENTRIES_DIGEST = "entries_digest"
+
+# The old sidecar, in a new one whose tensors may not be there yet.
+PREVIOUS = "previous"
+
+
+def sidecar(path: str | Path) -> Path:
+    """Returns the path of a state's sidecar."""
+    return Path(f"{path}.json")
+
+
+def usual_axes(path: Path) -> str:
+    """Returns the axes that files of this suffix hold."""
+    return TRANSPOSED_AXES if path.suffix == ".st" else AXES
+
+
+def own_entries(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the entries that only the caller knows, as JSON will give them back.
+
+    What describes the tensors is left out: a sidecar that says otherwise could not be loaded.
+    """
+    entries = {}
+    for name, value in info.items():
+        if name not in (*MEANING, DIGEST, ENTRIES_DIGEST, PREVIOUS):
+            entries[name] = value
+    try:
+        text = json.dumps(entries, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"`info` must hold JSON values that are finite; got {error}."
+        ) from None
+    entries = json.loads(text)
+    _check_fields(entries)
+    return entries
+
+
+def _check_fields(table: Mapping[str, Any]) -> None:
+    """Raises unless the entries of a sidecar that are read have their types."""
+    for name in ("axes", "dynamics", "kind", "base_model", DIGEST, ENTRIES_DIGEST):
+        value = table.get(name)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(
+                f"`{name}` of a state's sidecar must be a string; got {value!r}."
+            )
+
+
+def write_sidecar(path: Path, table: Mapping[str, Any]) -> None:
+    """Writes a state's sidecar completely, or leaves what was there before."""
+    with atomic_write(sidecar(path)) as file:
+        file.write(json.dumps(table, indent=1).encode() + b"\n")
+
+
+def previous_table(path: Path) -> dict[str, Any]:
+    """Returns the sidecar that counts for the tensors that are still there."""
+    try:
+        return read_table(path) if path.exists() else {}
+    # A damaged pair that is about to be replaced is nobody's loss.
+    except (ValueError, OSError):
+        return {}
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """Reads all entries of a state's sidecar, the digests as well; empty where there is none."""
+    place = sidecar(path)
+    if not place.exists():
+        return {}
+    table = read_json(place, "read_sidecar")
+    if PREVIOUS in table:
+        # A save was interrupted, and only the tensors tell before or after which step.
+        previous = table.pop(PREVIOUS)
+        if not isinstance(previous, dict):
+            raise ValueError(
+                f"read_sidecar: `{place}` must hold a table under {PREVIOUS!r}."
+            )
+        arrays = ((name, tensor.read()) for name, tensor in open_tensors(path).items())
+        if table.get(DIGEST) != digest_of_arrays(arrays, _meaning(table)):
+            table = previous
+    with prefix_errors("read_sidecar"), name_file(place, "read_sidecar"):
+        _check_fields(table)
+    return table
+
+
+def _meaning(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the entries of a sidecar that describe the tensors."""
+    return {name: table[name] for name in MEANING if name in table}
+
+
+def read_sidecar(path: str | Path) -> dict[str, Any]:
+    """Reads a state's sidecar; empty where there is none.
+
+    Raises:
+        ValueError: the sidecar is not JSON, or holds no object.
+    """
+    table = read_table(Path(path))
+    for name in (DIGEST, ENTRIES_DIGEST):
+        table.pop(name, None)
+    return table
+
+
+def has_state_digest(path: str | Path) -> bool:
+    """Returns whether a file has a sidecar with a digest of the tensors."""
+    return DIGEST in read_table(Path(path))
+
+
+def common_base_model(paths: Sequence[str | Path]) -> str | None:
+    """Returns the base model that states were tuned for, by their sidecars; None if none says.
+
+    Raises:
+        ValueError: the sidecars name different models.
+    """
+    first_path: dict[str, str | Path] = {}
+    for path in paths:
+        base = read_sidecar(path).get("base_model")
+        if base is not None:
+            first_path.setdefault(base, path)
+    if len(first_path) > 1:
+        (one, one_path), (two, two_path) = list(first_path.items())[:2]
+        with prefix_errors("common_base_model"):
+            raise ValueError(
+                f"states must be of one base model; `{one_path}` was tuned for {one}, "
+                f"`{two_path}` for {two}."
+            )
+    return next(iter(first_path), None)
+
+
+def check_axes(table: Mapping[str, Any], path: Path) -> None:
+    """Raises if the sidecar says that the file's axes are not those of its suffix."""
+    usual = usual_axes(path)
+    axes = table.get("axes", usual)
+    if axes not in (AXES, TRANSPOSED_AXES):
+        raise ValueError(
+            f"load_state: `{sidecar(path)}` says axes {axes!r}, which is unknown."
+        )
+    if axes != usual:
+        raise ValueError(
+            f"load_state: `{path}` is transposed: its sidecar says axes {axes!r}, "
+            f"but {path.suffix} files hold {usual!r}."
+        )
+
+
+def check_digests(
+    table: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    *,
+    stacklevel: int,
+) -> None:
+    """Raises if the sidecar belongs to other tensors; warns if a note in it was changed."""
+    if DIGEST in table:
+        arrays = ((name, tensor.read()) for name, tensor in tensors.items())
+        if digest_of_arrays(arrays, _meaning(table)) != table[DIGEST]:
+            raise ValueError(
+                f"load_state: `{sidecar(path)}` does not belong to the tensors in `{path}`: one of "
+                "the two is damaged, or was changed or replaced without the other. Copy both "
+                "again; to use them as they are, delete the sidecar's entry "
+                f"{DIGEST!r}."
+            )
+    if ENTRIES_DIGEST in table:
+        described = (*MEANING, DIGEST, ENTRIES_DIGEST)
+        entries = {
+            name: value for name, value in table.items() if name not in described
+        }
+        if digest_of_arrays([], entries) != table[ENTRIES_DIGEST]:
+            warnings.warn(
+                f"load_state: `{sidecar(path)}` was changed after it was written: one of "
+                f"{', '.join(entries) or 'its entries'}.",
+                stacklevel=stacklevel + 1,
+            )
+
+
+def warn_of_other_weights(
+    stored: str | None, base_model: str | None, path: Path, *, stacklevel: int
+) -> None:
+    """Warns if the sidecar says that the state was tuned for another model."""
+    if base_model is None or stored is None or stored == base_model:
+        return
+    # No error: the same weights in another dtype have another hash.
+    warnings.warn(
+        f"load_state: `{path}` was tuned for the model {stored}; got the model {base_model}. "
+        "Unless they differ in dtype alone, it means nothing there.",
+        stacklevel=stacklevel + 1,
+    )

@@ -1,0 +1,105 @@
+"""The tensors of start states: opened by the names in their files, and stacked over layers."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv7_jax.checkpoints import tensor_names
+from rwkv7_jax.checkpoints.pth import read_pth
+from rwkv7_jax.checkpoints.tensor_files import named_arrays, read_tensors
+from rwkv7_jax.checkpoints.tensor_names import Tensor
+
+# The prefix of an upscaled memory's tensors.
+UPSCALED = "upscaled."
+
+# A file with this tensor is a model with a state merged into it.
+_MODEL_TENSOR = "emb.weight"
+
+
+def open_tensors(path: Path) -> dict[str, Tensor]:
+    """Opens the tensors of a file, which are compared with its checksums and its digest.
+
+    A model's file with a state merged into it is not compared: it may have many gigabytes.
+    """
+    if path.suffix == ".pth":
+        content = read_pth(path)
+        if isinstance(content, list):
+            read_pth(path, verify=True)
+            return _session_tensors(content, path)
+        tensors = named_arrays(content)
+    else:
+        tensors = read_tensors(path)
+    is_model = any(name.endswith(_MODEL_TENSOR) for name in tensors)
+    return tensors if is_model else read_tensors(path, verify=True)
+
+
+def _session_tensors(content: list[Any], path: Path) -> dict[str, Tensor]:
+    """Names the tensors of a list as the `rwkv` package holds a session's state.
+
+    For each layer it has the last input of the time mix, the WKV state, and the last input of the
+    channel mix. Source: BlinkDL/ChatRWKV rwkv_pip_package/src/rwkv/model.py, `generate_zero_state`.
+    """
+    dims = [
+        np.ndim(value) if isinstance(value, np.ndarray) else None for value in content
+    ]
+    layers = len(content) // 3
+    if not layers or dims != [1, 3, 1] * layers:
+        raise ValueError(
+            f"load_state: `{path}` holds a list that is not a session's state of the rwkv package: "
+            "a vector, a WKV state [H, value, key] and a vector for each layer."
+        )
+    names = ("att.shift_state", "att.time_state", "ffn.shift_state")
+    tensors = {}
+    for number, array in enumerate(content):
+        layer, part = divmod(number, 3)
+        # The default binds this loop's array.
+        tensor = Tensor(array.shape, array.dtype, lambda array=array: array)
+        tensors[f"blocks.{layer}.{names[part]}"] = tensor
+    return tensors
+
+
+def read_state_arrays(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Reads the tensors of a state, and those of its upscaled memory without their prefix.
+
+    A model's own tensors in the same file are not read.
+    """
+    upscaled = {}
+    others = {}
+    for name, tensor in tensors.items():
+        if name.startswith(UPSCALED):
+            upscaled[name.removeprefix(UPSCALED)] = tensor.read()
+        else:
+            others[name] = tensor
+    _, state = tensor_names.split_states(tensor_names.from_official(others))
+    return {name: tensor.read() for name, tensor in state.items()}, upscaled
+
+
+def stack_layers(
+    tensors: Mapping[str, np.ndarray], name: str, path: Path
+) -> np.ndarray | None:
+    """Stacks `blocks.0.{name}`, `blocks.1.{name}`, ... as float32; None where there are none."""
+    by_layer: dict[int, np.ndarray] = {}
+    for tensor_name, array in tensors.items():
+        match = re.fullmatch(rf"blocks\.(\d+)\.{re.escape(name)}", tensor_name)
+        if match:
+            # A number that float32 cannot hold becomes Inf, which is refused later.
+            with np.errstate(over="ignore"):
+                by_layer[int(match[1])] = np.asarray(array, np.float32)
+    if not by_layer:
+        return None
+    # Layers count up from 0: with as many numbers as layers, the first gap is below their count.
+    for layer in range(len(by_layer)):
+        if layer not in by_layer:
+            raise ValueError(f"load_state: `{path}` has no blocks.{layer}.{name}.")
+    rows = [by_layer[layer] for layer in range(len(by_layer))]
+    # `np.stack` would say so too, but without the file and the name.
+    if len({row.shape for row in rows}) > 1:
+        raise ValueError(
+            f"load_state: `{path}` has blocks whose {name} differ in shape."
+        )
+    return np.stack(rows)
