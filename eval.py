@@ -66,9 +66,9 @@ def prompt_states(
 
 def subjects(data_path: str, retention: str) -> dict[str, str | None]:
     """Lists what the rows are measured on: paths by title, None for the run's own data."""
-    own_is_task = isinstance(parse_source(data_path), TaskSource)
+    own_is_task = isinstance(parse_source(data_path, "`config.data.path`"), TaskSource)
     paths: dict[str, str | None] = {"new task" if own_is_task else "new text": None}
-    tasks, texts = parse_sources(retention)
+    tasks, texts = parse_sources(retention, "`config.evaluation.retention`")
     for task in tasks:
         paths[task.name] = str(task)
     if texts.paths:
@@ -84,7 +84,8 @@ def text_table(title: str, scores: Mapping[str, Score]) -> str:
         head += f"{f'{first}-{end - 1}':>10}"
     lines = [head]
     for name, one in scores.items():
-        change = one.bits_per_byte / base.bits_per_byte - 1
+        # A base that is certain of everything leaves nothing to compare with.
+        change = one.bits_per_byte / (base.bits_per_byte or np.nan) - 1
         line = f"{name:<16}{one.bits_per_byte:>10.4f}{change:>+9.1%}{one.perplexity:>12.3f}"
         for _, _, value in one.by_position:
             line += f"{value:>10.3f}"
@@ -112,10 +113,18 @@ def as_json(
         fields = dataclasses.asdict(one)
         places = fields["by_position"]
         if isinstance(places, np.ndarray):
-            # JSON has no NaN, which stands where no answer has a token.
-            fields["by_position"] = [None if np.isnan(x) else float(x) for x in places]
-        rows[name] = fields
+            fields["by_position"] = places.tolist()
+        rows[name] = without_nan(fields)
     return rows
+
+
+def without_nan(value: Any) -> Any:
+    """Replaces NaN by None at any depth: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {name: without_nan(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(one) for one in value]
+    return None if isinstance(value, float) and np.isnan(value) else value
 
 
 def evaluate(settings: Settings) -> None:
@@ -158,7 +167,8 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     """Writes the tables as `eval.json` and draws the loss by position."""
     folder.mkdir(parents=True, exist_ok=True)
     tables = {title: as_json(scores) for title, scores in report.items()}
-    (folder / "eval.json").write_text(json.dumps(tables, indent=1) + "\n")
+    text = json.dumps(tables, indent=1) + "\n"
+    (folder / "eval.json").write_text(text, encoding="utf-8")
     # Answers of a task have no loss by position.
     if "new text" in report and plots.available():
         by_position = {

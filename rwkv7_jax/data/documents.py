@@ -12,8 +12,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-# Bytes of a file that are held in memory at once.
-CHUNK = 1 << 16
+from rwkv7_jax.data.text_files import CHUNK, TextFile
 
 # Content hashes lie below this number.
 HASH_RANGE = 2**64
@@ -36,27 +35,31 @@ class Segment:
     """A part of a document.
 
     Attributes:
-        text: its bytes, or the file that holds them.
+        text: its bytes, or the file that holds them; a plain path is read as it lies on the disk.
         in_loss: whether its tokens count as targets.
     """
 
-    text: bytes | Path
+    text: bytes | Path | TextFile
     in_loss: bool = True
 
     def chunks(self) -> Iterator[bytes]:
         """Reads the bytes, some at a time."""
         if isinstance(self.text, bytes):
             yield self.text
-            return
-        with self.text.open("rb") as file:
+        elif isinstance(self.text, TextFile):
+            yield from self.text.chunks()
+        else:
             # A file may be larger than memory.
-            while chunk := file.read(CHUNK):
-                yield chunk
+            with self.text.open("rb") as file:
+                while chunk := file.read(CHUNK):
+                    yield chunk
 
     def size(self) -> int:
         """Counts the bytes."""
         if isinstance(self.text, bytes):
             return len(self.text)
+        if isinstance(self.text, TextFile):
+            return self.text.size()
         return self.text.stat().st_size
 
 

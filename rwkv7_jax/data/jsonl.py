@@ -5,6 +5,8 @@ A line of data is one object with one of
     {"text": ...}                                         all of it is in the loss
     {"prompt": ..., "answer": ...}                        as they stand; the answer is in the loss
     {"messages": [{"role": ..., "content": ...}, ...]}    World's chat; the assistant is in the loss
+    {"conversations": [{"from": ..., "value": ...}, ...]} the same, as ShareGPT has it
+    {"instruction": ..., "input": ..., "output": ...}     the same of one question, as Alpaca has it
 
 and a conversation is written as `text.chat_template` says, up to token 0. A blank line ends a turn,
 so blank lines inside a turn are removed. In the loss are the assistant's words, from the space
@@ -13,7 +15,6 @@ after its name, and token 0.
 
 import dataclasses
 import json
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,9 +22,22 @@ from typing import Any, TypeVar
 
 from rwkv7_jax.data.choices import ON_BAD, check_choice
 from rwkv7_jax.data.documents import Document, Segment
-from rwkv7_jax.text.chat_template import SPEAKERS, TURN_END, turn_start
+from rwkv7_jax.data.text_files import TextFile
+from rwkv7_jax.text.chat_template import SPEAKERS, TURN_END, clean_message, turn_start
 
 _KINDS = ("text", "prompt", "messages")
+
+# Names that other tools give the roles, in lower case.
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
+
+# Keys of a record that a message names; more would not help.
+_SHOWN_KEYS = 8
 
 Parsed = TypeVar("Parsed")
 
@@ -36,16 +50,28 @@ class ReadStats:
         bytes: read so far.
         skipped: lines that were left out.
         first_error: why the first of them was, as `file:line: reason`.
+        passed_over: files of a folder that are no texts.
+        not_utf8: files of text whose bytes are not UTF-8.
+        first_not_utf8: the first of them.
     """
 
     bytes: int = 0
     skipped: int = 0
     first_error: str = ""
+    passed_over: int = 0
+    # Not compared: these only explain.
+    not_utf8: int = dataclasses.field(default=0, compare=False)
+    first_not_utf8: str = dataclasses.field(default="", compare=False)
 
     def skip(self, reason: str) -> None:
         """Counts a line that is left out."""
         self.skipped += 1
         self.first_error = self.first_error or reason
+
+    def note_not_utf8(self, file: str) -> None:
+        """Counts a file whose bytes are read as they stand."""
+        self.not_utf8 += 1
+        self.first_not_utf8 = self.first_not_utf8 or file
 
 
 def read_jsonl(
@@ -56,17 +82,19 @@ def read_jsonl(
     drop_torn_end: bool = False,
     allow_nan: bool = False,
     stats: ReadStats | None = None,
+    encoding: str | None = None,
 ) -> Iterator[Parsed]:
     """Yields `parse(record)` for the record of every line; blank lines are passed over.
 
     Args:
-        path: of a .jsonl file.
+        path: of a .jsonl file, which may be compressed.
         parse: raises ValueError with a reason where a record is not as it must be.
         on_bad: "error", or "skip" for lines that are no JSON or cannot be parsed.
         drop_torn_end: drops a last line that breaks off, as a killed writer leaves it, with a
             warning.
         allow_nan: accepts NaN and infinities as numbers; data must not hold them.
         stats: counts what is read and skipped.
+        encoding: of the text; None is UTF-8.
 
     Raises:
         ValueError: a bad line, as `file:line: reason`.
@@ -79,27 +107,28 @@ def read_jsonl(
     )
     stats = stats or ReadStats()
     # Lines are split as bytes: a line separator such as U+2028 inside a string ends no line.
-    with Path(path).open("rb") as file:
-        for number, line in enumerate(file, 1):
-            stats.bytes += len(line)
-            if not line.strip():
-                continue
-            try:
-                record = _decode(line, allow_nan=allow_nan)
-            except ValueError as error:
-                if drop_torn_end and not line.endswith(b"\n"):
-                    warnings.warn(
-                        f"{path}:{number}: dropped; the line breaks off.", stacklevel=3
-                    )
-                    return
-                _report(f"{path}:{number}: {error}", on_bad, stats)
-                continue
-            try:
-                parsed = parse(record)
-            except ValueError as error:
-                _report(f"{path}:{number}: {error}", on_bad, stats)
-                continue
-            yield parsed
+    for number, line in enumerate(TextFile(Path(path), encoding).lines(), 1):
+        stats.bytes += len(line)
+        if not line.strip():
+            continue
+        try:
+            record = _decode(line, allow_nan=allow_nan)
+        except ValueError as error:
+            breaks_off = not line.endswith(b"\n")
+            if drop_torn_end and breaks_off:
+                warnings.warn(
+                    f"{path}:{number}: dropped; the line breaks off.", stacklevel=3
+                )
+                return
+            end = "; the file ends inside this line" if breaks_off else ""
+            _report(f"{path}:{number}: {error}{end}", on_bad, stats)
+            continue
+        try:
+            parsed = parse(record)
+        except ValueError as error:
+            _report(f"{path}:{number}: {error}", on_bad, stats)
+            continue
+        yield parsed
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -165,21 +194,119 @@ def parse_record(record: Any) -> Document:
     """
     record = check_object(record)
     kinds = [kind for kind in _KINDS if kind in record]
-    if not kinds:
-        raise ValueError('must have a "text", a "prompt" or "messages"')
     if len(kinds) > 1:
         raise ValueError(f'"{kinds[0]}" and "{kinds[1]}" in one object')
     if kinds == ["text"]:
         return Document((Segment(_field(record, "text")),))
     if kinds == ["prompt"]:
         return _answered_prompt(record)
-    return conversation(record["messages"])
+    if kinds == ["messages"]:
+        return conversation(record["messages"])
+    if "conversations" in record:
+        return conversation(
+            _with_system(record, record["conversations"]), "conversations"
+        )
+    if "instruction" in record and "output" in record:
+        return _instruction(record)
+    raise ValueError(
+        'must have a "text", a "prompt" or "messages" (or "conversations", or "instruction" and '
+        f'"output"); {_keys_of(record)}'
+    )
+
+
+def _keys_of(record: Mapping[str, Any]) -> str:
+    """Lists the keys of a record, for a message."""
+    if not record:
+        return "it has no keys"
+    shown = [f'"{key[:40]}"' for key in list(record)[:_SHOWN_KEYS]]
+    if len(record) > _SHOWN_KEYS:
+        shown.append("...")
+    return f"its keys are {', '.join(shown)}"
+
+
+def _with_system(record: Mapping[str, Any], messages: Any) -> Any:
+    """Puts a record's "system" text before its messages."""
+    system = record.get("system")
+    if not system or not isinstance(messages, list):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _instruction(record: Mapping[str, Any]) -> Document:
+    """Makes a conversation of an Alpaca record; its input follows the instruction on a new line.
+
+    A "history" of earlier questions and answers comes first, as LLaMA-Factory has it.
+    """
+    question = _field(record, "instruction").decode()
+    if record.get("input"):
+        question += "\n" + _field(record, "input").decode()
+    messages = []
+    history = record.get("history") or []
+    if not isinstance(history, list):
+        raise ValueError('"history" must be a list of pairs')
+    for pair in history:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError('"history" must be a list of pairs')
+        messages.append({"role": "user", "content": pair[0]})
+        messages.append({"role": "assistant", "content": pair[1]})
+    messages.append({"role": "user", "content": question})
+    messages.append({"role": "assistant", "content": _field(record, "output").decode()})
+    return conversation(_with_system(record, messages))
+
+
+def json_records(path: Path, *, encoding: str | None = None) -> list[Any] | None:
+    """Reads the records of a `.json` file: a list of objects, or an object on every line.
+
+    Returns:
+        The records; None where the file is another kind of JSON or none, and so a text.
+    """
+    lines = list(TextFile(path, encoding).lines())
+    data = b"".join(lines)
+    # Most other files are told by their first character, without parsing all of them.
+    if not data.lstrip().startswith((b"[", b"{")):
+        return None
+    try:
+        content = _decode(data, allow_nan=False)
+    except ValueError:
+        try:
+            content = [_decode(line, allow_nan=False) for line in lines if line.strip()]
+        except ValueError:
+            return None
+    if isinstance(content, dict):
+        # A single object is a settings file more often than a record.
+        is_record = any(kind in content for kind in (*_KINDS, "conversations"))
+        return [content] if is_record else None
+    if not isinstance(content, list) or not content:
+        return None
+    return content if all(isinstance(record, dict) for record in content) else None
+
+
+def parse_json_records(
+    path: Path,
+    records: list[Any],
+    *,
+    on_bad: str,
+    stats: ReadStats,
+) -> Iterator[Document]:
+    """Makes documents of the records of a `.json` file.
+
+    Raises:
+        ValueError: a bad record, as `file: record number: reason`.
+    """
+    for number, record in enumerate(records, 1):
+        try:
+            document = parse_record(record)
+        except ValueError as error:
+            reason = f"{path}: record {number}: {error}; `as_bytes` reads the file as plain text"
+            _report(reason, on_bad, stats)
+            continue
+        yield document
 
 
 def _field(record: Mapping[str, Any], name: str) -> bytes:
     """Returns the string called `name` as UTF-8."""
     if name not in record:
-        raise ValueError(f'no "{name}"')
+        raise ValueError(f'no "{name}"; {_keys_of(record)}')
     value = record[name]
     if not isinstance(value, str):
         raise ValueError(f'"{name}" must be a string; got {type(value).__name__}')
@@ -199,16 +326,20 @@ def _answered_prompt(record: Mapping[str, Any]) -> Document:
     return Document((prompt, Segment(answer)))
 
 
-def conversation(messages: Any) -> Document:
+def conversation(messages: Any, name: str = "messages") -> Document:
     """Formats chat messages in World's template; only assistant turns are in the loss.
 
     All that precedes an answer is one segment, so that a prompt has the ids it has in generation.
+
+    Args:
+        messages: objects with "role" and "content", or with ShareGPT's "from" and "value".
+        name: of the list, for messages.
 
     Raises:
         ValueError: no list of messages with known roles, or one that ends without an answer.
     """
     if not isinstance(messages, list) or not messages:
-        raise ValueError('"messages" must be a list of messages')
+        raise ValueError(f'"{name}" must be a list of messages')
     segments: list[Segment] = []
     prompt = ""
     for number, message in enumerate(messages, 1):
@@ -225,7 +356,7 @@ def conversation(messages: Any) -> Document:
         segments.append(Segment(f" {content}".encode()))
         prompt = ""
     if prompt:
-        raise ValueError('"messages" do not end with an answer of the assistant')
+        raise ValueError(f'"{name}" do not end with an answer of the assistant')
     return Document(tuple(segments))
 
 
@@ -235,14 +366,16 @@ def _message(message: Any, number: int) -> tuple[str, str]:
         raise ValueError(
             f"message {number}: must be an object; got {type(message).__name__}"
         )
-    role = message.get("role")
+    is_sharegpt = "from" in message and "role" not in message
+    role = message.get("from" if is_sharegpt else "role")
+    if isinstance(role, str):
+        role = _ROLES.get(role.lower(), role.lower())
     if not isinstance(role, str) or role not in SPEAKERS:
         raise ValueError(
             f"message {number}: role must be {', '.join(SPEAKERS)}; got {role!r}"
         )
     try:
-        content = _field(message, "content").decode()
+        content = _field(message, "value" if is_sharegpt else "content").decode()
     except ValueError as error:
         raise ValueError(f"message {number}: {error}") from None
-    content = content.replace("\r\n", "\n")
-    return role, re.sub(r"\s*\n\s*\n", "\n", content).strip()
+    return role, clean_message(content)

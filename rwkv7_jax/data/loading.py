@@ -8,12 +8,14 @@ import numpy as np
 
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.batching import batch_at, batches_from, host_rows, left_out, windows
+from rwkv7_jax.data.builtin_corpora import BUILT_IN
 from rwkv7_jax.data.choices import SPLITS, Split
 from rwkv7_jax.data.documents import Document, Encoder, held_out_threshold
 from rwkv7_jax.data.jsonl import ReadStats
 from rwkv7_jax.data.readers import documents, warn_of_skipped
 from rwkv7_jax.data.token_cache import check_vocabulary, open_cache, split_by_position
 from rwkv7_jax.data.token_streams import TokenArray, TokenStream, data_hash
+from rwkv7_jax.local_paths import local_path
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -61,10 +63,18 @@ def _read(
     split: Split,
     held_out: float,
     on_bad: str,
+    as_bytes: bool,
+    encoding: str | None,
 ) -> TokenStream:
     """Reads one part of the documents of a source into memory."""
     stats = ReadStats()
-    found: Iterator[Document] = documents(source, on_bad=on_bad, stats=stats)
+    found: Iterator[Document] = documents(
+        source,
+        on_bad=on_bad,
+        stats=stats,
+        as_bytes=as_bytes,
+        encoding=encoding,
+    )
     # A single document is split by position, and only the second one shows that it is not single.
     first_two = list(itertools.islice(found, 2))
     found = itertools.chain(first_two, found)
@@ -91,6 +101,8 @@ def token_stream(
     split: str = "all",
     held_out: float = 0.05,
     on_bad: str = "error",
+    as_bytes: bool = False,
+    encoding: str | None = None,
 ) -> TokenStream:
     """Opens all ids of `source` as one row, token 0 after every document.
 
@@ -103,10 +115,13 @@ def token_stream(
             position: its end is held out).
         held_out: the share held out.
         on_bad: "error" or "skip", for bad lines of .jsonl files; a warning counts them.
+        as_bytes: takes files that are no text, and reads their bytes.
+        encoding: of files of text, such as "gbk"; by default UTF-8.
 
     Raises:
         TypeError: an array of something else than integers.
-        ValueError: an unknown split, nothing to read, a bad line, or an id outside the vocabulary.
+        ValueError: an unknown split, nothing to read, a file that is no text, a bad line, or an id
+            outside the vocabulary.
     """
     if split not in SPLITS:
         raise ValueError(
@@ -124,7 +139,10 @@ def token_stream(
     paths = [source] if isinstance(source, (str, Path)) else list(source)
     streams = []
     for path in paths:
-        if Path(path).suffix in (".bin", ".idx"):
+        # Python's `Path("")` is the current folder, and would read all that lies below it.
+        if isinstance(path, str) and path not in BUILT_IN:
+            path = local_path(path, "token_stream: `source`")
+        if Path(path).suffix.lower() in (".bin", ".idx"):
             streams.append(
                 open_cache(
                     path,
@@ -141,6 +159,8 @@ def token_stream(
                     split=split,
                     held_out=held_out,
                     on_bad=on_bad,
+                    as_bytes=as_bytes,
+                    encoding=encoding,
                 )
             )
     stream = TokenStream.concatenate(streams)

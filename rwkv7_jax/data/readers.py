@@ -7,45 +7,101 @@ from pathlib import Path
 from rwkv7_jax.data.builtin_corpora import BUILT_IN
 from rwkv7_jax.data.choices import ON_BAD, check_choice
 from rwkv7_jax.data.documents import Document, Segment
-from rwkv7_jax.data.jsonl import ReadStats, parse_record, read_jsonl
+from rwkv7_jax.data.jsonl import (
+    ReadStats,
+    json_records,
+    parse_json_records,
+    parse_record,
+    read_jsonl,
+)
+from rwkv7_jax.data.text_files import (
+    TextFile,
+    check_content,
+    check_encoding,
+    check_is_text,
+    inner_suffix,
+    is_compressed,
+)
+from rwkv7_jax.local_paths import local_path
+
+# Files of an operating system, an editor or a version control system, besides hidden ones.
+_CLUTTER_NAMES = frozenset({"thumbs.db", "desktop.ini", "__pycache__", "__macosx"})
+
+_CLUTTER_SUFFIXES = frozenset(
+    ".png .jpg .jpeg .gif .webp .bmp .ico .tif .tiff .heic .swp .swo .pyc .bak .orig".split()
+)
 
 
-def _files(source: str | Path) -> list[Path]:
-    """Lists the files of a path, or raises ValueError if there is nothing of that name."""
-    path = Path(source)
+def _is_clutter(relative: Path) -> bool:
+    """Tells whether a file below a folder of data is none of its texts."""
+    for part in relative.parts:
+        if part.startswith(".") or part.lower() in _CLUTTER_NAMES:
+            return True
+    name = relative.name
+    is_edited = name.endswith("~") or (name.startswith("#") and name.endswith("#"))
+    return is_edited or relative.suffix.lower() in _CLUTTER_SUFFIXES
+
+
+def _files(source: str | Path) -> tuple[list[Path], int]:
+    """Lists the files of a path and counts those of a folder that are passed over.
+
+    Raises:
+        ValueError: there is nothing of that name.
+    """
+    path = local_path(source, "documents: `source`")
     if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file())
+        everything = sorted(file for file in path.rglob("*") if file.is_file())
+        files = [file for file in everything if not _is_clutter(file.relative_to(path))]
+        return files, len(everything) - len(files)
     if not path.exists():
         raise ValueError(
             f"documents: `{source}` is no file, no folder and none of {', '.join(BUILT_IN)}."
         )
-    return [path]
+    if not path.is_file():
+        raise ValueError(f"documents: `{source}` must be a file or a folder.")
+    return [path], 0
 
 
 def size_of(source: str | Path) -> int:
-    """Counts the bytes of the files of a source; 0 for a built-in corpus.
+    """Counts the bytes of the files of a source; 0 for a built-in corpus or a compressed file.
 
     Raises:
         ValueError: nothing of that name.
     """
     if source in BUILT_IN:
         return 0
-    return sum(file.stat().st_size for file in _files(source))
+    total = 0
+    for file in _files(source)[0]:
+        # How much text is in a compressed file is only known after reading it.
+        if not is_compressed(file):
+            total += file.stat().st_size
+    return total
 
 
 def documents(
-    source: str | Path, *, on_bad: str = "error", stats: ReadStats | None = None
+    source: str | Path,
+    *,
+    on_bad: str = "error",
+    stats: ReadStats | None = None,
+    as_bytes: bool = False,
+    encoding: str | None = None,
 ) -> Iterator[Document]:
     """Yields the documents of `source`; no more than one is in memory at a time.
 
     Args:
-        source: a `.jsonl` file (`jsonl` says what a line may be), any other file (one document,
-            whatever its bytes), a folder (every file below it, by path), or a name of `BUILT_IN`.
+        source: a `.jsonl` file (`jsonl` says what a line may be), a `.json` file of the same
+            records, any other file of text (one document), each of these compressed with gzip,
+            bzip2, xz or Zstandard; a folder (every file below it, by path; hidden files, pictures
+            and what editors leave are passed over); or a name of `BUILT_IN`.
         on_bad: what to do with a bad line of a .jsonl file: "error", or "skip".
-        stats: counts what is read and skipped; without it, one warning says what was skipped.
+        stats: counts what is read and skipped; without it, warnings say what was.
+        as_bytes: takes files that are no text, and reads them and `.json` files as their bytes.
+        encoding: of the text, such as "utf-16" or "gbk"; by default it is UTF-8, and other bytes
+            are read as they stand, with a warning.
 
     Raises:
-        ValueError: nothing of that name, or a bad line, as `file:line: reason`.
+        ValueError: nothing of that name, a file that is no text (the message says what it is), or
+            a bad line, as `file:line: reason`.
     """
     check_choice(
         on_bad,
@@ -53,24 +109,75 @@ def documents(
         argument="on_bad",
         caller="documents",
     )
+    check_encoding(encoding, "documents: `encoding`")
     if source in BUILT_IN:
         for text in BUILT_IN[str(source)]():
             yield Document((Segment(text),))
         return
     counted = stats if stats is not None else ReadStats()
-    for file in _files(source):
-        if file.suffix == ".jsonl":
-            yield from read_jsonl(
-                file,
-                parse_record,
-                on_bad=on_bad,
-                stats=counted,
+    files, counted_out = _files(source)
+    counted.passed_over += counted_out
+    # A folder of code has empty files; one that is named itself is a download that failed.
+    is_folder = local_path(source, "documents: `source`").is_dir()
+    for file in files:
+        if not is_folder and file.stat().st_size == 0:
+            raise ValueError(
+                f"documents: `{source}` is an empty file: was its download interrupted?"
             )
-            continue
-        yield Document((Segment(file),))
-        counted.bytes += file.stat().st_size
+        yield from _documents_of(
+            file,
+            on_bad=on_bad,
+            stats=counted,
+            as_bytes=as_bytes,
+            encoding=encoding,
+        )
     if stats is None:
         warn_of_skipped(source, counted, stacklevel=3)
+
+
+def _documents_of(
+    file: Path,
+    *,
+    on_bad: str,
+    stats: ReadStats,
+    as_bytes: bool,
+    encoding: str | None,
+) -> Iterator[Document]:
+    """Yields the documents of one file."""
+    suffix = inner_suffix(file)
+    if suffix in (".jsonl", ".ndjson"):
+        if not as_bytes:
+            check_content(file)
+        yield from read_jsonl(
+            file,
+            parse_record,
+            on_bad=on_bad,
+            stats=stats,
+            encoding=encoding,
+        )
+        return
+    if as_bytes:
+        text = Segment(file)
+    else:
+        if not check_is_text(file, encoding=encoding):
+            stats.note_not_utf8(str(file))
+        if suffix == ".json":
+            records = json_records(file, encoding=encoding)
+            if records is not None:
+                stats.bytes += file.stat().st_size
+                yield from parse_json_records(file, records, on_bad=on_bad, stats=stats)
+                return
+        text = Segment(_as_stored(file, encoding))
+    yield Document((text,))
+    # As progress is counted: in bytes of the file.
+    stats.bytes += file.stat().st_size
+
+
+def _as_stored(file: Path, encoding: str | None) -> Path | TextFile:
+    """Returns the plain path of a file whose bytes are its text."""
+    if encoding is None and not is_compressed(file):
+        return file
+    return TextFile(file, encoding)
 
 
 def warn_of_skipped(
@@ -79,9 +186,22 @@ def warn_of_skipped(
     *,
     stacklevel: int,
 ) -> None:
-    """Warns once about all lines of a source that were skipped, if there are any."""
+    """Warns once about all lines and files of a source that were left out, if there are any."""
     if stats.skipped:
         warnings.warn(
             f"{stats.skipped} lines of {source} were skipped; the first: {stats.first_error}",
+            stacklevel=stacklevel,
+        )
+    if stats.passed_over:
+        warnings.warn(
+            f"{stats.passed_over} files below {source} were passed over: hidden files, pictures "
+            "or what editors leave",
+            stacklevel=stacklevel,
+        )
+    if stats.not_utf8:
+        warnings.warn(
+            f"{stats.not_utf8} files of {source} are not UTF-8, so their bytes are read as they "
+            f"stand; the first: {stats.first_not_utf8}; `encoding` (`config.data.encoding`) reads "
+            "gbk, latin-1 and others",
             stacklevel=stacklevel,
         )

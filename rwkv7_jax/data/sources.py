@@ -6,6 +6,8 @@ corpora separated by commas.
 
 import dataclasses
 
+from rwkv7_jax.local_paths import split_list
+
 TASK_PREFIX = "task:"
 
 
@@ -42,26 +44,42 @@ class TextSource:
 Source = TextSource | TaskSource
 
 
-def parse_source(path: str) -> Source:
-    """Parses a path that names one task or some texts."""
+def parse_source(path: str, argument: str = "`path`") -> Source:
+    """Parses a path that names one task or some texts.
+
+    Args:
+        path: a task, or texts with commas between them.
+        argument: the setting or option in backticks, for the message.
+
+    Raises:
+        ValueError: an empty name between commas.
+    """
     if path.startswith(TASK_PREFIX):
         return TaskSource(path.removeprefix(TASK_PREFIX))
-    return TextSource(tuple(path.split(",")) if path else ())
+    return TextSource(split_list(path, argument))
 
 
-def parse_sources(path: str) -> tuple[list[TaskSource], TextSource]:
+def parse_sources(
+    path: str, argument: str = "`path`"
+) -> tuple[list[TaskSource], TextSource]:
     """Parses a path that may name several tasks, and texts among them.
+
+    Args:
+        path: tasks and texts with commas between them.
+        argument: the setting or option in backticks, for the message.
 
     Returns:
         The tasks in their order, and all texts together.
+
+    Raises:
+        ValueError: an empty name between commas.
     """
     tasks = []
     texts: list[str] = []
-    for part in path.split(",") if path else ():
-        source = parse_source(part)
+    for part in split_list(path, argument):
+        source = parse_source(part, argument)
         if isinstance(source, TaskSource):
             tasks.append(source)
         else:
-            # A trailing comma names nothing.
             texts += source.paths
     return tasks, TextSource(tuple(texts))

@@ -71,6 +71,8 @@ def write_cache(
     tokenizer: Tokenizer,
     *,
     on_bad: str = "error",
+    as_bytes: bool = False,
+    encoding: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[CacheMetadata, ReadStats]:
     """Writes all documents of the sources to a cache; memory does not grow with the text.
@@ -80,6 +82,8 @@ def write_cache(
         path: of the `.bin` file.
         tokenizer: encodes documents.
         on_bad: "error" or "skip", for bad lines of .jsonl files.
+        as_bytes: takes files that are no text, and reads their bytes.
+        encoding: of files of text; by default UTF-8.
         progress: called with bytes read and bytes in all (0 where that is not known).
 
     Returns:
@@ -94,7 +98,13 @@ def write_cache(
 
     def all_documents() -> Iterable[Document]:
         for source in sources:
-            for document in documents(source, on_bad=on_bad, stats=stats):
+            for document in documents(
+                source,
+                on_bad=on_bad,
+                stats=stats,
+                as_bytes=as_bytes,
+                encoding=encoding,
+            ):
                 yield document
                 progress(stats.bytes, total)
 

@@ -28,9 +28,10 @@ class Score:
 
     Attributes:
         bits_per_byte: over all targets that count; an end-of-text token costs bits and has no
-            bytes.
+            bytes. NaN where only such tokens count.
         perplexity: e to the mean loss per token.
-        by_position: (first, end, bits per byte) of ranges of positions in a window.
+        by_position: (first, end, bits per byte) of ranges of positions in a window; NaN where no
+            byte counts.
         tokens: targets that count.
         standard_error: of `bits_per_byte`, over windows.
     """
@@ -136,16 +137,25 @@ def score(
         state: batch 1.
         batch: tokens [B T+1] and mask [B T], from `data.windows`.
         tokenizer: tells how many bytes a token has.
+
+    Raises:
+        ValueError: no target counts.
     """
     batch = Batch.of(batch, "mask", caller="score")
     tokens = np.asarray(batch.tokens)
     mask = np.asarray(batch.mask)
+    if not mask.any():
+        raise ValueError(
+            "score: `batch` must have a target that counts; its mask is all 0."
+        )
     bits = token_nats(model, params, state, tokens) * mask / math.log(2)
     sizes = _token_sizes(tokenizer)[tokens[:, 1:]] * mask
 
     def bits_per_byte(first: int, end: int) -> float:
         part = slice(first, end)
-        return float(bits[:, part].sum() / max(sizes[:, part].sum(), 1))
+        total = sizes[:, part].sum()
+        # A mean over nothing is missing; 0 would look perfect.
+        return float(bits[:, part].sum() / total) if total else math.nan
 
     length = bits.shape[1]
     by_position = []
@@ -153,13 +163,20 @@ def score(
         if first < length:
             end = min(end, length)
             by_position.append((first, end, bits_per_byte(first, end)))
-    by_window = bits.sum(1) / np.maximum(sizes.sum(1), 1)
+    # Windows in which nothing counts have no loss of their own.
+    bytes_by_window = sizes.sum(1)
+    by_window = bits.sum(1)[bytes_by_window > 0] / bytes_by_window[bytes_by_window > 0]
+    error = (
+        float(by_window.std() / math.sqrt(len(by_window)))
+        if len(by_window)
+        else math.nan
+    )
     return Score(
         bits_per_byte=bits_per_byte(0, length),
         perplexity=float(2 ** (bits.sum() / max(mask.sum(), 1))),
         by_position=tuple(by_position),
         tokens=int(mask.sum()),
-        standard_error=float(by_window.std() / math.sqrt(len(by_window))),
+        standard_error=error,
     )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,11 @@ from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.loading import batches_from, token_stream, windows
 from rwkv7_jax.data.sources import Source, TaskSource, TextSource, parse_source
 from rwkv7_jax.data.synthetic_tasks import task_batch
+from rwkv7_jax.data.target_counts import (
+    TargetCounts,
+    count_targets,
+    shortest_useful_length,
+)
 from rwkv7_jax.data.token_streams import TokenStream, as_stream, data_hash
 from rwkv7_jax.runs.settings import DataSettings, EvaluationSettings
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -32,22 +38,80 @@ def digest_of(path: str, stream: TokenStream | None) -> str:
 
 
 def read_stream(
-    data: DataSettings, source: TextSource, tokenizer: Tokenizer, split: str
+    data: DataSettings,
+    source: TextSource,
+    tokenizer: Tokenizer,
+    split: str,
+    *,
+    setting: str = "config.data.path",
 ) -> TokenStream:
     """Reads the ids of one split of some texts.
+
+    Args:
+        data: the group of settings.
+        source: the texts.
+        tokenizer: of the model's vocabulary.
+        split: one of `data.choices.SPLITS`.
+        setting: the one that names the texts, for the message.
 
     Raises:
         ValueError: no path.
     """
     if not source.paths:
-        raise ValueError("`config.data.path` must name what to read.")
+        raise ValueError(f"`{setting}` must name what to read.")
     return token_stream(
         source.paths,
         tokenizer,
         split=split,
         held_out=data.held_out,
         on_bad=data.on_bad,
+        as_bytes=data.as_bytes,
+        encoding=data.encoding,
     )
+
+
+def _check_enough(stream: TokenStream, data: DataSettings, setting: str) -> None:
+    """Checks that packing "stream" can cut a batch of rows.
+
+    Raises:
+        ValueError: the text has less than two rows; the message names the settings.
+    """
+    # The cubic order has rules of its own, and documents are filled up.
+    if (
+        data.packing != "stream"
+        or data.order != "shuffled"
+        or len(stream) >= 2 * data.length
+    ):
+        return
+    raise ValueError(
+        f"`config.data.length` must be at most half of the {len(stream):,} tokens that "
+        f"`{setting}` has for training; got {data.length}. "
+        '`config.data.packing="documents"` fills short samples up instead.'
+    )
+
+
+def _count_targets(stream: TokenStream, data: DataSettings) -> TargetCounts:
+    """Counts the training targets, and warns where rows have none.
+
+    Raises:
+        ValueError: no target counts: the loss would be 0 whatever the model predicts.
+    """
+    counts = count_targets(stream, length=data.length, packing=data.packing)
+    if counts.targets and not counts.in_loss:
+        useful = shortest_useful_length(stream)
+        advice = "" if useful is None else f"; one first counts at a length of {useful}"
+        raise ValueError(
+            "`config.data.length` must be long enough for an answer: no target counts within the "
+            f"first {data.length} tokens of any of {counts.rows:,} documents, whose prompts are "
+            f"longer{advice}."
+        )
+    if counts.empty_rows:
+        warnings.warn(
+            f"{counts.empty_rows:,} of {counts.rows:,} documents have no target that counts within "
+            f"`config.data.length` = {data.length} tokens: nothing is learnt from them",
+            stacklevel=3,
+        )
+    return counts
 
 
 def training_stream(
@@ -57,7 +121,7 @@ def training_stream(
 
     `data_hash` of the stream is what a run stores to recognise its data.
     """
-    source = parse_source(data.path)
+    source = parse_source(data.path, "`config.data.path`")
     if isinstance(source, TextSource):
         return read_stream(data, source, tokenizer, "train")
     examples = task_batch(
@@ -76,6 +140,7 @@ class TrainingData:
     Attributes:
         stream: the ids that it trains on; see `training_stream`.
         anchor: the ids of the anchor; None without one, and where it is a synthetic task.
+        targets: how many targets there are and how many count; None for a synthetic task.
     """
 
     def __init__(
@@ -96,18 +161,31 @@ class TrainingData:
                 run without an anchor.
 
         Raises:
-            ValueError: there is nothing to read.
+            ValueError: there is nothing to read, or no target counts.
         """
         self._data = data
         self._tokenizer = tokenizer
         self._seed = seed
-        self._source = parse_source(data.path)
+        self._source = parse_source(data.path, "`config.data.path`")
         self._anchor_path = anchor_path
-        self._anchor_source = None if anchor_path is None else parse_source(anchor_path)
+        self._anchor_source: Source | None = None
+        if anchor_path is not None:
+            self._anchor_source = parse_source(
+                anchor_path, "`config.tuning.anchor_path`"
+            )
         self.stream = training_stream(data, tokenizer, seed=seed)
+        self.targets: TargetCounts | None = None
+        if isinstance(self._source, TextSource):
+            self.targets = _count_targets(self.stream, data)
         self.anchor = None
         if isinstance(self._anchor_source, TextSource):
-            self.anchor = read_stream(data, self._anchor_source, tokenizer, "train")
+            self.anchor = read_stream(
+                data,
+                self._anchor_source,
+                tokenizer,
+                "train",
+                setting="config.tuning.anchor_path",
+            )
 
     def digests(self) -> dict[str, str]:
         """Hashes what the run reads, by name: "data" and, with an anchor's text, "anchor"."""
@@ -120,12 +198,20 @@ class TrainingData:
         """Names the data and its size."""
         if isinstance(self._source, TaskSource):
             return f"{self._data.path}: made as it goes"
-        return f"{self._data.path}: {len(self.stream):,} tokens"
+        tokens = f"{self._data.path}: {len(self.stream):,} tokens"
+        if self.targets is None:
+            return tokens
+        return f"{tokens}, {self.targets.share:.1%} of targets count"
 
     def calibration_text(self, rows: int) -> Int[np.ndarray, "R T"]:
         """Gives rows of the training text, to which features and moments are fitted."""
         length = self._data.length
         if isinstance(self._source, TextSource):
+            if len(self.stream) <= length:
+                raise ValueError(
+                    f"`config.data.length` must be below the {len(self.stream):,} tokens of "
+                    f"`config.data.path`; got {length}."
+                )
             batch = windows(self.stream, length, rows)
         else:
             batch = task_batch(
@@ -147,6 +233,7 @@ class TrainingData:
             rows: the part of the global batch that this host makes; see `data.host_rows`.
         """
         if isinstance(self._source, TextSource):
+            _check_enough(self.stream, self._data, "config.data.path")
             batches = self._packed(
                 self.stream,
                 seed=self._seed,
@@ -201,6 +288,7 @@ class TrainingData:
         seed = self._seed + 1
         if isinstance(source, TextSource):
             assert self.anchor is not None
+            _check_enough(self.anchor, self._data, "config.tuning.anchor_path")
             anchors = self._packed(
                 self.anchor, seed=seed, start_step=start_step, rows=rows
             )
@@ -214,7 +302,16 @@ class TrainingData:
 
 def held_out_source(data: DataSettings, path: str | None = None) -> Source:
     """Parses what `held_out` reads."""
-    return parse_source(path or data.evaluation or data.path)
+    return parse_source(
+        path or data.evaluation or data.path, f"`{_held_out_setting(data, path)}`"
+    )
+
+
+def _held_out_setting(data: DataSettings, path: str | None) -> str:
+    """Names the setting that says what `held_out` reads."""
+    if path:
+        return "config.evaluation.retention"
+    return "config.data.evaluation" if data.evaluation else "config.data.path"
 
 
 def held_out(
@@ -234,6 +331,9 @@ def held_out(
         seed: of synthetic tasks.
         path: what to read; None takes `config.data.evaluation`, and without that the held-out
             documents of `config.data.path`.
+
+    Raises:
+        ValueError: there is nothing to read, too little of it, or no target counts.
     """
     source = held_out_source(data, path)
     if isinstance(source, TaskSource):
@@ -247,5 +347,19 @@ def held_out(
         )
     # Data that is only for evaluation is read in full; nothing of it was trained on.
     split = "all" if not path and data.evaluation else "held_out"
-    stream = read_stream(data, source, tokenizer, split)
-    return windows(stream, evaluation.length, evaluation.windows, packing=data.packing)
+    setting = _held_out_setting(data, path)
+    stream = read_stream(data, source, tokenizer, split, setting=setting)
+    length = evaluation.length
+    if data.packing == "stream" and len(stream) <= length:
+        share = f", of which `config.data.held_out` is {data.held_out:g}"
+        raise ValueError(
+            f"`config.evaluation.length` must be below the {len(stream):,} tokens that "
+            f"`{setting}` has for evaluation{share if split == 'held_out' else ''}; got {length}."
+        )
+    batch = windows(stream, length, evaluation.windows, packing=data.packing)
+    if not np.any(batch.mask):
+        raise ValueError(
+            "`config.evaluation.length` must be long enough for an answer: no target of "
+            f"`{setting}` counts within {length} tokens."
+        )
+    return batch

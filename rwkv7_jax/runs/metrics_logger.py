@@ -131,7 +131,7 @@ class MetricsLogger:
                 if step.metrics is None
                 else jax.device_get(step.metrics)
             )
-            self._write(step.number, metrics)
+            self._write(step.number, metrics, step.batch)
 
     def _count_skipped(
         self, number: int, metrics: Mapping[str, Any], batch: Batch
@@ -154,9 +154,16 @@ class MetricsLogger:
                 f"are in {self._directory.path / 'bad_batches.jsonl'}."
             )
 
-    def _write(self, number: int, metrics: Mapping[str, Any]) -> None:
+    def _write(
+        self, number: int, metrics: Mapping[str, Any], batch: Batch | None
+    ) -> None:
         """Writes one line of the log and moves the progress bar."""
         numbers = {name: float(value) for name, value in metrics.items()}
+        if batch is not None and batch.mask is not None:
+            share = float(np.mean(np.not_equal(batch.mask, 0)))
+            # Of text all targets count at every step, which needs no column.
+            if share < 1.0:
+                numbers["targets_in_loss"] = share
         numbers["learning_rate"] = float(self._rate(number - 1))
         numbers |= self._speed()
         numbers |= self._use_of_devices(numbers["tokens_per_second"])

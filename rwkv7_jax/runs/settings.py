@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from rwkv7_jax.data.choices import OnBad, Order, Packing
+from rwkv7_jax.local_paths import split_list
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.optim.decorrelation import Method as DecorrelationMethod
 
@@ -52,6 +53,8 @@ class DataSettings:
         order: "shuffled" by the seed, anew in every epoch, or "cubic", that of RWKV's own trainer,
             which has no seed and is the same in every epoch (for packing "stream").
         evaluation: what evaluation reads instead of the held-out part of `path`; all of it.
+        as_bytes: takes files that are no text (tables, archives, pictures), and reads their bytes.
+        encoding: of the text, such as "utf-16" or "gbk"; by default it is UTF-8.
     """
 
     path: str = ""
@@ -62,6 +65,8 @@ class DataSettings:
     packing: Packing = "stream"
     order: Order = "shuffled"
     evaluation: str | None = _absent("")
+    as_bytes: bool = False
+    encoding: str | None = _absent("")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,6 +348,7 @@ class Settings:
             if value is not None and value < 0:
                 raise ValueError(f"`config.{name}` must be at least 0; got {value}.")
         profiled(self.profile_steps)
+        self._check_lists()
         # Elsewhere it would silently do nothing.
         if self.optimizer.decorrelate != "none" and self.mode != "pretrain":
             raise ValueError(
@@ -362,10 +368,27 @@ class Settings:
                 f"got {rows} and {pieces}."
             )
 
+    def _check_lists(self) -> None:
+        """Checks that no list of names has an empty entry, before anything is read."""
+        lists = {
+            "data.path": self.data.path,
+            "data.evaluation": self.data.evaluation,
+            "tuning.anchor_path": self.tuning.anchor_path,
+            "evaluation.retention": self.evaluation.retention,
+            "state": self.state,
+        }
+        for name, text in lists.items():
+            split_list(text or "", f"`config.{name}`")
+        for tracker in self.trackers:
+            if not isinstance(tracker, str) or not tracker.strip():
+                raise ValueError(
+                    f"`config.trackers` must hold names of trackers; got {self.trackers!r}."
+                )
+
     @property
     def state_paths(self) -> list[str]:
         """The files of the tuned start states."""
-        return [path for path in self.state.split(",") if path]
+        return list(split_list(self.state, "`config.state`"))
 
     @property
     def kept_best(self) -> int:

@@ -145,7 +145,8 @@ def test_crlf_blank_lines_and_a_line_of_fifty_megabytes_are_read(file):
 def test_a_text_that_is_not_utf8_is_read_as_its_bytes(tmp_path, tokenizer):
     data = b"caf\xe9 \xff\xfe\x80 \xed\xa0\x80 \xe2\x82"
     (tmp_path / "latin.txt").write_bytes(data)
-    stream = token_stream(tmp_path / "latin.txt", tokenizer)[:].tolist()
+    with pytest.warns(UserWarning, match=r"1 files of .*latin.txt are not UTF-8"):
+        stream = token_stream(tmp_path / "latin.txt", tokenizer)[:].tolist()
     assert stream[-1] == 0 and tokenizer.decode_bytes(stream[:-1]) == data
 
 

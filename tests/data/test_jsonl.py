@@ -1,6 +1,7 @@
 """Lines as documents: World's template, and which of it is in the loss."""
 
 import json
+import re
 
 import pytest
 
@@ -11,6 +12,7 @@ from rwkv7_jax.data.jsonl import (
     read_jsonl,
     read_log,
 )
+from rwkv7_jax.data.readers import documents
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 
@@ -107,3 +109,128 @@ def test_skipped_lines_are_counted_and_the_first_is_explained(tmp_path):
     assert stats.skipped == 2
     assert stats.first_error == f"{path}:1: must be an object; got list"
     assert stats.bytes == path.stat().st_size
+
+
+MESSAGES = {
+    "messages": [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Add.\n\n\n2 and 2"},
+        {"role": "assistant", "content": "4"},
+    ]
+}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {
+            "instruction": "Add.",
+            "input": "2 and 2",
+            "output": "4",
+            "system": "Be kind.",
+        },
+        {
+            "instruction": "Add.\n\n2 and 2",
+            "input": "",
+            "output": "4",
+            "system": "Be kind.",
+        },
+        {
+            "instruction": "Add.\n2 and 2",
+            "output": "4",
+            "system": "Be kind.",
+            "history": [],
+        },
+        {
+            "system": "Be kind.",
+            "conversations": [
+                {"from": "human", "value": "Add.\r\n\r\n2 and 2"},
+                {"from": "gpt", "value": "4"},
+            ],
+        },
+        {
+            "conversations": [
+                {"from": "system", "value": "Be kind."},
+                {"from": "User", "value": "Add.\n2 and 2"},
+                {"from": "Assistant", "value": "4"},
+            ],
+        },
+    ],
+)
+def test_alpaca_and_sharegpt_are_the_same_conversation_as_messages(record):
+    assert marked(record) == marked(MESSAGES)
+
+
+def test_the_history_of_an_alpaca_record_comes_first():
+    record = {
+        "instruction": "And 3?",
+        "input": None,
+        "output": "5",
+        "history": [["2+2?", "4"]],
+    }
+    assert (
+        marked(record)
+        == "[User: 2+2?\n\nAssistant:] 4[\n\nUser: And 3?\n\nAssistant:] 5"
+    )
+
+
+def test_a_text_next_to_an_instruction_stays_the_text():
+    record = {"instruction": "a", "output": "b", "text": "all of it"}
+    assert marked(record) == "all of it"
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"question": "a", "answer": "b"}, 'its keys are "question", "answer"'),
+        ({"input": "a", "output": "b"}, 'its keys are "input", "output"'),
+        ({}, "it has no keys"),
+        ({str(i): i for i in range(20)}, '"7", ...'),
+        (
+            {"prompt": "a", "completion": "b"},
+            'no "answer"; its keys are "prompt", "completion"',
+        ),
+        ({"instruction": "a", "output": ""}, "an empty answer"),
+        ({"instruction": 1, "output": "a"}, '"instruction" must be a string; got int'),
+        (
+            {"instruction": "a", "output": "b", "history": "x"},
+            '"history" must be a list of pairs',
+        ),
+        (
+            {"instruction": "a", "output": "b", "history": [["x"]]},
+            '"history" must be a list',
+        ),
+        ({"conversations": "x"}, '"conversations" must be a list of messages'),
+        (
+            {"conversations": [{"from": "human", "value": "a"}]},
+            '"conversations" do not end with',
+        ),
+        (
+            {"conversations": [{"from": "tool", "value": "a"}]},
+            "message 1: role must be",
+        ),
+        ({"conversations": [{"from": "gpt"}]}, 'message 1: no "value"'),
+    ],
+)
+def test_a_record_of_another_shape_is_refused_with_its_keys(record, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        parse_record(record)
+
+
+def test_a_json_file_of_records_is_read_as_records_and_another_one_as_text(tmp_path):
+    records = [{"instruction": "a", "output": "b"}, {"text": "c"}]
+    (tmp_path / "x.json").write_text(json.dumps(records, indent=1))
+    found = list(documents(tmp_path / "x.json"))
+    assert [document.text() for document in found] == [b"User: a\n\nAssistant: b", b"c"]
+    for content in ('{"name": "package"}', "[1, 2]", "not JSON", "[]"):
+        (tmp_path / "x.Json").write_text(content)
+        (document,) = documents(tmp_path / "x.Json")
+        assert document.text().decode() == content
+    (tmp_path / "x.json").write_text('[{"text": "a"}, {"txt": "b"}]')
+    with pytest.raises(
+        ValueError, match=r'x.json: record 2: must have .* keys are "txt"'
+    ):
+        list(documents(tmp_path / "x.json"))
+    stats = ReadStats()
+    assert len(list(documents(tmp_path / "x.json", on_bad="skip", stats=stats))) == 1
+    assert stats.skipped == 1

@@ -1,5 +1,6 @@
 """A run's data from its settings: the same batches from a source, its cache and several hosts."""
 
+import dataclasses
 import itertools
 import json
 
@@ -156,3 +157,106 @@ def test_the_datas_digest_sees_each_id_and_the_files_bytes(tmp_path):
         (tmp_path / "q.jsonl").write_text(text)
         digests.append(digest_of(str(tmp_path / "q.jsonl"), None))
     assert digests[0] != digests[1]
+
+
+@pytest.fixture
+def long_prompts(tmp_path):
+    """Questions of 100 bytes with short answers, every second one shorter where `short` is set."""
+
+    def write(*, short=0):
+        lines = []
+        for number in range(40):
+            size = 5 if number < short else 100
+            lines.append(
+                json.dumps({"prompt": f"{number:02}" + "?" * size, "answer": "!"})
+            )
+        (tmp_path / "x.jsonl").write_text("\n".join(lines))
+        return str(tmp_path / "x.jsonl")
+
+    return write
+
+
+def test_prompts_longer_than_every_row_are_refused_with_the_length_that_would_do(
+    long_prompts,
+):
+    settings = settings_of(long_prompts(), packing="documents")
+    with pytest.raises(
+        ValueError, match=r"`config.data.length` must be .* at a length of 102\."
+    ):
+        data_of(settings)
+    with pytest.raises(
+        ValueError, match=r"`config.evaluation.length` must be long enough"
+    ):
+        held_out_rows(settings)
+    assert "2.9% of targets" not in data_of(settings_of(long_prompts())).describe()
+
+
+def test_rows_without_a_target_are_counted_and_the_share_is_described(long_prompts):
+    with pytest.warns(
+        UserWarning, match=r"of 3\d documents have no target that counts within"
+    ):
+        data = data_of(settings_of(long_prompts(short=20), packing="documents"))
+    share = data.targets.in_loss / data.targets.targets
+    assert 0 < share < 0.2
+    assert data.describe().endswith(f"tokens, {share:.1%} of targets count")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"length": 5000},
+            "`config.data.length` must be at most half of the .*; got 5000",
+        ),
+        ({"path": ""}, "`config.data.path` must name what to read"),
+        (
+            {"path": "{path},"},
+            "`config.data.path` must have a name between commas; entry 2",
+        ),
+        (
+            {"path": ",{path}"},
+            "`config.data.path` must have a name between commas; entry 1",
+        ),
+        ({"path": "{path},,{path}"}, "`config.data.path` must have a name .*; entry 2"),
+        ({"path": "{path}, "}, "`config.data.path` must have a name .*; entry 2"),
+        ({"path": ","}, "`config.data.path` must have a name between commas"),
+        (
+            {"evaluation": "{path},"},
+            "`config.data.evaluation` must have a name between commas",
+        ),
+        ({"encoding": "klingon"}, "`encoding` must be a text encoding"),
+        (
+            {"tuning": {"anchor": 1.0, "anchor_path": "{path},"}},
+            "`config.tuning.anchor_path` must",
+        ),
+    ],
+)
+def test_settings_that_give_no_rows_are_refused_by_their_names(
+    paths, changes, sentence
+):
+    changes = dict(changes)
+    path = changes.pop("path", "{path}").format(path=paths[0])
+    if "evaluation" in changes:
+        changes["evaluation"] = changes["evaluation"].format(path=paths[0])
+    if "tuning" in changes:
+        anchor_path = changes["tuning"]["anchor_path"].format(path=paths[0])
+        changes["tuning"] = changes["tuning"] | {"anchor_path": anchor_path}
+    with pytest.raises(ValueError, match=sentence):
+        batches(settings_of(path, **changes))
+
+
+@pytest.mark.parametrize(
+    "lists", [{"state": "a.pth,"}, {"evaluation": {"retention": "a,,b"}}]
+)
+def test_lists_of_other_settings_have_no_empty_names(lists):
+    with pytest.raises(ValueError, match="must have a name between commas; entry 2"):
+        read_settings(lists)
+
+
+def test_held_out_text_that_is_too_short_names_the_setting(paths):
+    settings = settings_of(paths[0])
+    long = dataclasses.replace(settings.evaluation, length=9000)
+    with pytest.raises(
+        ValueError, match=r"`config.evaluation.length` must be below .*held_out` is"
+    ):
+        held_out(settings.data, long, BYTES, seed=0)

@@ -1,0 +1,108 @@
+"""How many targets of a stream count in the loss, once it is cut into rows."""
+
+import dataclasses
+
+import numpy as np
+
+from rwkv7_jax.data.choices import Packing
+from rwkv7_jax.data.token_streams import TokenStream
+
+# Ids that are counted at once.
+_CHUNK = 1 << 22
+
+# Documents in which the first target that counts is looked for, to advise a length.
+_LOOKED_AT = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetCounts:
+    """The targets of all rows of a stream.
+
+    Attributes:
+        targets: of all rows; padding is no target.
+        in_loss: those that count.
+        rows: documents of packing "documents"; 0 for packing "stream", whose rows move.
+        empty_rows: documents without a target that counts within a row.
+    """
+
+    targets: int
+    in_loss: int
+    rows: int = 0
+    empty_rows: int = 0
+
+    @property
+    def share(self) -> float:
+        """The share of targets that count; 0 where there is none."""
+        return self.in_loss / self.targets if self.targets else 0.0
+
+
+def count_targets(
+    stream: TokenStream, *, length: int, packing: Packing
+) -> TargetCounts:
+    """Counts the targets of a stream that rows of `length` inputs read.
+
+    Args:
+        stream: of the run.
+        length: inputs of a row (T).
+        packing: "stream" reads everything, "documents" the first T + 1 ids of each document.
+    """
+    if packing == "stream":
+        return TargetCounts(len(stream), stream.count_in_loss())
+    firsts = stream.starts[stream.documents]
+    ends = stream.starts[stream.documents + 1]
+    ends = np.minimum(ends, firsts + length + 1)
+    # The first id of a document is only an input.
+    sizes = ends - firsts - 1
+    targets = int(sizes.sum())
+    if not stream.masked:
+        return TargetCounts(targets, targets, len(firsts))
+    counts = _cumulative(stream, ends) - _cumulative(stream, firsts + 1)
+    return TargetCounts(
+        targets=targets,
+        in_loss=int(counts.sum()),
+        rows=len(firsts),
+        empty_rows=int(np.count_nonzero(counts == 0)),
+    )
+
+
+def _cumulative(stream: TokenStream, places: np.ndarray) -> np.ndarray:
+    """Counts the ids in the loss before each of some ascending places of the stream."""
+    counts = np.zeros(len(places), np.int64)
+    total = 0
+    position = 0
+    for first in range(0, len(stream), _CHUNK):
+        for ids, in_loss in stream.pieces(first, min(first + _CHUNK, len(stream))):
+            flags = (
+                np.ones(len(ids), np.int64)
+                if in_loss is None
+                else np.not_equal(in_loss, 0)
+            )
+            # Entry i: ids in the loss before position + i.
+            running = np.concatenate([[0], np.cumsum(flags)]) + total
+            low, high = np.searchsorted(places, [position, position + len(ids)], "left")
+            counts[low:high] = running[places[low:high] - position]
+            total = int(running[-1])
+            position += len(ids)
+    # Places at the end of the stream.
+    counts[np.searchsorted(places, position, "left") :] = total
+    return counts
+
+
+def shortest_useful_length(stream: TokenStream) -> int | None:
+    """Finds the smallest row in which a target of one of the first documents counts.
+
+    Returns:
+        Inputs of a row; None where no document has such a target.
+    """
+    shortest: int | None = None
+    for number in stream.documents[:_LOOKED_AT]:
+        first, end = stream.starts[number : number + 2].tolist()
+        flags = []
+        for ids, in_loss in stream.pieces(first, end):
+            flags.append(
+                np.ones(len(ids), bool) if in_loss is None else np.not_equal(in_loss, 0)
+            )
+        places = np.flatnonzero(np.concatenate(flags)[1:])
+        if len(places) and (shortest is None or places[0] + 1 < shortest):
+            shortest = int(places[0]) + 1
+    return shortest

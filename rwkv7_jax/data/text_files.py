@@ -1,0 +1,400 @@
+"""Files of text as they lie on the disk: compressed, in other encodings, or no text at all.
+
+The content decides and not the name: a download can end early, a web page can be saved under a
+data file's name, and a table of numbers is tokenized byte by byte without anybody noticing.
+"""
+
+import bz2
+import codecs
+import contextlib
+import dataclasses
+import gzip
+import importlib
+import lzma
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Bytes of a file that are held in memory at once.
+CHUNK = 1 << 16
+
+_AS_BYTES = "`--config.data.as_bytes=True` (`as_bytes`) reads its bytes all the same"
+
+_CONVERT = "convert it to lines of JSON first"
+
+# Files that begin with these bytes are no text, and what to do about them.
+_FOREIGN: tuple[tuple[bytes, str, str], ...] = (
+    (
+        b"PAR1",
+        "a Parquet table",
+        f"{_CONVERT}: pandas.read_parquet, then to_json(lines=True)",
+    ),
+    (
+        b"ARROW1",
+        "an Arrow table",
+        f"{_CONVERT}: pyarrow.feather.read_table, then to_json",
+    ),
+    (b"\xff\xff\xff\xff", "an Arrow stream", f"{_CONVERT}: pyarrow.ipc.open_stream"),
+    (b"PK\x03\x04", "a zip archive", "unpack it first"),
+    (b"PK\x05\x06", "an empty zip archive", "unpack it first"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first"),
+    (b"Rar!\x1a\x07", "a RAR archive", "unpack it first"),
+    (b"%PDF-", "a PDF", "extract its text first"),
+    (b"\x89PNG", "a picture (PNG)", "leave it out"),
+    (b"\xff\xd8\xff", "a picture (JPEG)", "leave it out"),
+    (b"GIF87a", "a picture (GIF)", "leave it out"),
+    (b"GIF89a", "a picture (GIF)", "leave it out"),
+    (b"II*\x00", "a picture (TIFF)", "leave it out"),
+    (b"MM\x00*", "a picture (TIFF)", "leave it out"),
+    (b"\x7fELF", "a program", "leave it out"),
+    (
+        b"MMIDIDX\x00",
+        "the index of tokens",
+        "name its .bin file itself, not its folder",
+    ),
+    (b"\x89HDF", "an HDF5 file", _CONVERT),
+    (b"\x93NUMPY", "a NumPy array", "load it, and pass the array of ids"),
+    (b"\x80\x02", "a Python pickle", _CONVERT),
+    (b"\x80\x04\x95", "a Python pickle", _CONVERT),
+    (b"\x80\x05\x95", "a Python pickle", _CONVERT),
+    (b"SQLite format 3\x00", "an SQLite database", _CONVERT),
+    (b"OggS", "sound", "leave it out"),
+    (b"fLaC", "sound", "leave it out"),
+    (b"ID3", "sound", "leave it out"),
+    (b"RIFF", "sound, video or a picture", "leave it out"),
+    (b"\x1aE\xdf\xa3", "video", "leave it out"),
+    (b"wOFF", "a font", "leave it out"),
+    (b"wOF2", "a font", "leave it out"),
+    (b"\xd0\xcf\x11\xe0", "an Office document", "save it as text first"),
+    (b"Obj\x01", "an Avro file", _CONVERT),
+    (b"\xca\xfe\xba\xbe", "a program", "leave it out"),
+    (b"\xcf\xfa\xed\xfe", "a program", "leave it out"),
+)
+
+# Files that are text, or whose beginning says nothing, but whose names say that they are no prose.
+_FOREIGN_SUFFIXES = {
+    ".csv": ("a table", f"{_CONVERT}: pandas.read_csv, then to_json(lines=True)"),
+    ".tsv": ("a table", f"{_CONVERT}: pandas.read_csv, then to_json(lines=True)"),
+    ".parquet": ("a Parquet table", _FOREIGN[0][2]),
+    ".arrow": ("an Arrow table", _FOREIGN[1][2]),
+    ".feather": ("an Arrow table", _FOREIGN[1][2]),
+    ".xlsx": (
+        "a spreadsheet",
+        f"{_CONVERT}: pandas.read_excel, then to_json(lines=True)",
+    ),
+    ".xls": (
+        "a spreadsheet",
+        f"{_CONVERT}: pandas.read_excel, then to_json(lines=True)",
+    ),
+    ".pth": ("a checkpoint", "name text"),
+    ".pt": ("a checkpoint", "name text"),
+    ".safetensors": ("a checkpoint", "name text"),
+    ".gguf": ("a checkpoint", "name text"),
+    ".tar": ("an archive", "unpack it first"),
+    ".tgz": ("an archive", "unpack it first"),
+    ".part": ("an unfinished download", "fetch it again"),
+    ".crdownload": ("an unfinished download", "fetch it again"),
+    ".aria2": ("an unfinished download", "fetch it again"),
+    ".incomplete": ("an unfinished download", "fetch it again"),
+}
+
+# A text may begin with these letters; what they announce has control characters soon after.
+_ASCII_MAGIC = (b"OggS", b"fLaC", b"ID3", b"RIFF", b"wOFF", b"wOF2", b"Obj\x01")
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+_WEB_PAGE_STARTS = (b"<!doctype html", b"<html")
+
+_WEB_PAGE_SUFFIXES = (".html", ".htm", ".xhtml", ".xml", ".php", ".vue", ".svelte")
+
+_COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+
+_GZIP = b"\x1f\x8b"
+
+# How the first block of a bzip2 file begins, and the end of an empty one.
+_BZIP2_BLOCKS = (b"1AY&SY", b"\x17rE8P\x90")
+_XZ = b"\xfd7zXZ\x00"
+_ZSTD = b"\x28\xb5\x2f\xfd"
+
+# Names of byte order marks, the longer ones first: UTF-32's begins with UTF-16's.
+_UTF_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+# What the decompressors raise for damaged or truncated files; Zstandard's errors are of the module.
+_DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError)
+
+
+def check_encoding(encoding: str | None, argument: str) -> None:
+    """Checks that Python knows a text encoding.
+
+    Args:
+        encoding: its name; None is UTF-8.
+        argument: the argument in backticks; the message begins with it.
+
+    Raises:
+        ValueError: it does not, or the encoding is not one of text.
+    """
+    if encoding is None:
+        return
+    try:
+        # Of Python's codecs some encode no text, such as "zip" or "rot13".
+        "a".encode(encoding)
+        codecs.getincrementaldecoder(encoding)()
+    except (LookupError, TypeError, ValueError):
+        raise ValueError(
+            f"{argument} must be a text encoding such as utf-16, gbk or latin-1; got {encoding!r}."
+        ) from None
+
+
+def _zstd_module() -> Any | None:
+    """Returns a module that opens Zstandard files; None where this Python has none."""
+    # Both are optional: the first one comes with Python 3.14, the second with the package.
+    for name in ("compression.zstd", "zstandard"):
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name)
+    return None
+
+
+def head_of(path: Path, size: int = 512) -> bytes:
+    """Reads the first bytes of a file as they lie on the disk."""
+    with path.open("rb") as file:
+        return file.read(size)
+
+
+def _compression(head: bytes) -> str | None:
+    """Names the compression of a file from its first bytes."""
+    for magic, name in ((_GZIP, "gzip"), (_XZ, "xz"), (_ZSTD, "zstd")):
+        if head.startswith(magic):
+            return name
+    # "BZh" alone could be a text.
+    if head.startswith(b"BZh") and head[4:10] in _BZIP2_BLOCKS:
+        return "bzip2"
+    return None
+
+
+def is_compressed(path: Path) -> bool:
+    """Tells whether a file is compressed in a way that `TextFile` reads."""
+    return _compression(head_of(path)) is not None
+
+
+def inner_suffix(path: Path) -> str:
+    """Returns a file's suffix in lower case, without that of its compression."""
+    suffix = path.suffix.lower()
+    if suffix in _COMPRESSED_SUFFIXES:
+        return Path(path.stem).suffix.lower()
+    return suffix
+
+
+def _open_decompressed(path: Path) -> Any:
+    """Opens the bytes inside a file, which may be compressed."""
+    kind = _compression(head_of(path))
+    if kind is None:
+        return path.open("rb")
+    if kind == "gzip":
+        return gzip.open(path, "rb")
+    if kind == "bzip2":
+        return bz2.open(path, "rb")
+    if kind == "xz":
+        return lzma.open(path, "rb")
+    module = _zstd_module()
+    if module is None:
+        raise ValueError(
+            f"documents: `{path}` is compressed with Zstandard, which this Python cannot read: "
+            "install the zstandard package, or run `unzstd` first."
+        )
+    return module.open(path, "rb")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFile:
+    """A file of text, decompressed and as UTF-8 when it is read.
+
+    Attributes:
+        path: of the file.
+        encoding: of its text; None leaves the bytes as they are.
+    """
+
+    path: Path
+    encoding: str | None = None
+
+    def chunks(self) -> Iterator[bytes]:
+        """Reads the text, some bytes at a time.
+
+        Raises:
+            ValueError: the file is damaged or ends early, or is not of its encoding.
+        """
+        decoder = None
+        if self.encoding is not None:
+            decoder = codecs.getincrementaldecoder(self.encoding)()
+        done = 0
+        for chunk in self._decompressed():
+            if decoder is None:
+                yield chunk
+                continue
+            yield self._decode(decoder, chunk, done, final=False)
+            done += len(chunk)
+        if decoder is not None:
+            yield self._decode(decoder, b"", done, final=True)
+
+    def _decode(self, decoder: Any, chunk: bytes, done: int, *, final: bool) -> bytes:
+        try:
+            return decoder.decode(chunk, final).encode("utf-8", "surrogatepass")
+        except UnicodeError as error:
+            place = done + max(getattr(error, "start", 0), 0)
+            raise ValueError(
+                f"documents: `{self.path}` is not {self.encoding} at about byte {place:,}: "
+                "set `encoding` to another one."
+            ) from None
+
+    def _decompressed(self) -> Iterator[bytes]:
+        compression = _compression(head_of(self.path))
+        if compression is None:
+            with self.path.open("rb") as file:
+                while chunk := file.read(CHUNK):
+                    yield chunk
+            return
+        with _open_decompressed(self.path) as file:
+            while True:
+                try:
+                    chunk = file.read(CHUNK)
+                except _DAMAGE as error:
+                    raise self._damaged(compression, error) from None
+                except Exception as error:
+                    # Zstandard's own class depends on which module reads it.
+                    if "Zstd" not in type(error).__name__:
+                        raise
+                    raise self._damaged(compression, error) from None
+                if not chunk:
+                    return
+                yield chunk
+
+    def _damaged(self, compression: str, error: Exception) -> ValueError:
+        if isinstance(error, EOFError):
+            return ValueError(
+                f"documents: `{self.path}` is an incomplete download: the file ends inside its "
+                f"{compression} data; fetch it again."
+            )
+        return ValueError(
+            f"documents: `{self.path}` is damaged: its {compression} data cannot be read "
+            f"({error}); fetch it again."
+        )
+
+    def lines(self) -> Iterator[bytes]:
+        """Reads the lines with their ends; only a line feed ends one."""
+        rest: list[bytes] = []
+        for chunk in self.chunks():
+            first, *others = chunk.split(b"\n")
+            rest.append(first)
+            for part in others:
+                yield b"".join(rest) + b"\n"
+                rest = [part]
+        last = b"".join(rest)
+        if last:
+            yield last
+
+    def size(self) -> int:
+        """Counts the bytes of the text."""
+        if self.encoding is None and not is_compressed(self.path):
+            return self.path.stat().st_size
+        return sum(map(len, self.chunks()))
+
+
+def check_is_text(path: Path, *, encoding: str | None) -> bool:
+    """Checks that a file holds text, and tells whether that is UTF-8.
+
+    Args:
+        path: of a file.
+        encoding: of its text; None is UTF-8, or bytes that are close to it.
+
+    Raises:
+        ValueError: the content is no text, or the name is that of a table or an archive; the
+            message says what it is and what to do.
+    """
+    check_content(path)
+    foreign = _FOREIGN_SUFFIXES.get(inner_suffix(path))
+    if foreign:
+        raise _foreign_error(path, *foreign)
+    if encoding is not None:
+        return True
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    is_utf8 = True
+    done = 0
+    for chunk in TextFile(path).chunks():
+        if done == 0:
+            _check_head(path, chunk)
+        place = chunk.find(b"\0")
+        if place >= 0:
+            raise ValueError(
+                f"documents: `{path}` has a zero byte at {done + place:,}, so it is no text or was "
+                f"not downloaded to its end; {_AS_BYTES}."
+            )
+        done += len(chunk)
+        if is_utf8:
+            try:
+                decoder.decode(chunk)
+            except UnicodeDecodeError:
+                is_utf8 = False
+    # A character that was begun counts as well.
+    with contextlib.suppress(UnicodeDecodeError):
+        decoder.decode(b"", final=True)
+        return is_utf8
+    return False
+
+
+def check_content(path: Path) -> None:
+    """Checks that a file is none of those that stand where data should be.
+
+    Raises:
+        ValueError: a Git LFS pointer, a web page, or a known format that is no text.
+    """
+    head = head_of(path)
+    if head.startswith(_LFS_POINTER):
+        raise ValueError(
+            f"documents: `{path}` is a Git LFS pointer, not the data: fetch the file itself with "
+            "`git lfs pull`."
+        )
+    for magic, name, advice in _FOREIGN:
+        certain = magic not in _ASCII_MAGIC or any(byte < 9 for byte in head)
+        if head.startswith(magic) and certain:
+            raise _foreign_error(path, name, advice)
+    is_page = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_WEB_PAGE_STARTS)
+    if is_page and path.suffix.lower() not in _WEB_PAGE_SUFFIXES:
+        raise ValueError(
+            f"documents: `{path}` is a web page, not the data that its name promises: download "
+            f"the file itself; {_AS_BYTES}."
+        )
+
+
+def _check_head(path: Path, head: bytes) -> None:
+    """Checks the first bytes of the text inside a file, which may be compressed."""
+    # A tar archive has its magic after the first file's name.
+    if head[257:262] == b"ustar":
+        raise _foreign_error(path, "a tar archive", "unpack it first")
+    for mark, name in _UTF_MARKS:
+        if head.startswith(mark):
+            raise _encoding_error(path, name)
+    # Without a mark: Western text in UTF-16 has a zero in every second byte.
+    pairs = head[: len(head) // 2 * 2]
+    if len(pairs) >= 4:
+        for zeros, others, name in ((1, 0, "utf-16-le"), (0, 1, "utf-16-be")):
+            zero_share = pairs[zeros::2].count(0) / (len(pairs) / 2)
+            if zero_share > 0.7 and not pairs[others::2].count(0):
+                raise _encoding_error(path, name)
+
+
+def _encoding_error(path: Path, name: str) -> ValueError:
+    return ValueError(
+        f"documents: `{path}` is {name.upper()} text: read it with "
+        f"`--config.data.encoding={name}` (`encoding`, or `--encoding {name}` of `rwkv7 data`)."
+    )
+
+
+def _foreign_error(path: Path, name: str, advice: str) -> ValueError:
+    return ValueError(
+        f"documents: `{path}` is {name}, not text: {advice}; {_AS_BYTES}."
+    )

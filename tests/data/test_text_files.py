@@ -1,0 +1,289 @@
+"""What a data file really holds decides how it is read, and whether."""
+
+import bz2
+import gzip
+import json
+import lzma
+import re
+import sys
+import warnings
+
+import pytest
+
+from rwkv7_jax.data.loading import token_stream
+from rwkv7_jax.data.readers import documents
+from rwkv7_jax.data.text_files import TextFile
+from rwkv7_jax.data.token_cache import write_cache
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+BYTES = Tokenizer.bytes()
+LINES = b'{"text": "one"}\n{"text": "two"}\n'
+
+# Name and content of files that are no text, and a word of the sentence that refuses them.
+FOREIGN = {
+    "parquet": ("x.parquet", b"PAR1\x15\x04\x15" + bytes(40), "Parquet"),
+    "parquet named jsonl": ("x.jsonl", b"PAR1\x15\x04\x15" + bytes(40), "Parquet"),
+    "parquet without magic": ("x.parquet", b"abc", "Parquet"),
+    "parquet in capitals": ("x.PARQUET", b"abc", "Parquet"),
+    "arrow": ("x.arrow", b"ARROW1\x00\x00" + bytes(40), "Arrow"),
+    "feather": ("x.feather", b"FEA1", "Arrow"),
+    "csv": ("x.csv", b"a,b\n1,2\n", "read_csv"),
+    "csv in capitals": ("x.CSV", b"a,b\n1,2\n", "read_csv"),
+    "csv compressed": ("x.csv.gz", gzip.compress(b"a,b\n"), "read_csv"),
+    "tsv": ("x.tsv", b"a\tb\n1\t2\n", "read_csv"),
+    "xlsx": ("x.xlsx", b"PK\x03\x04" + bytes(30), "zip archive"),
+    "zip": ("x.zip", b"PK\x03\x04" + bytes(30), "zip archive"),
+    "zip named txt": ("x.txt", b"PK\x03\x04" + bytes(30), "zip archive"),
+    "zip named jsonl": ("x.jsonl", b"PK\x03\x04" + bytes(30), "zip archive"),
+    "empty zip": ("x.txt", b"PK\x05\x06" + bytes(18), "zip archive"),
+    "7z": ("x.txt", b"7z\xbc\xaf\x27\x1c\x00", "7z"),
+    "rar": ("x.txt", b"Rar!\x1a\x07\x00", "RAR"),
+    "tar": ("x.tar", b"a", "archive"),
+    "tar compressed": (
+        "x.txt.gz",
+        gzip.compress(bytes(257) + b"ustar\x00" + bytes(200)),
+        "tar",
+    ),
+    "png": ("x.png", b"\x89PNG\r\n\x1a\n" + bytes(30), "picture"),
+    "jpeg named txt": ("x.txt", b"\xff\xd8\xff\xe0" + bytes(30), "picture"),
+    "gif": ("x.txt", b"GIF89a" + bytes(30), "picture"),
+    "pdf": ("x.pdf", b"%PDF-1.4\n%\xe2\xe3", "PDF"),
+    "program": ("x.txt", b"\x7fELF\x02\x01" + bytes(30), "program"),
+    "numpy": ("x.npy", b"\x93NUMPY\x01\x00", "NumPy"),
+    "pickle": ("x.pkl", b"\x80\x04\x95" + bytes(30), "pickle"),
+    "sqlite": ("x.db", b"SQLite format 3\x00" + bytes(30), "SQLite"),
+    "hdf5": ("x.h5", b"\x89HDF\r\n\x1a\n", "HDF5"),
+    "sound": ("x.txt", b"RIFF\x24\x00\x00\x00WAVE", "sound"),
+    "checkpoint": ("x.safetensors", b"abc", "checkpoint"),
+    "index of tokens": ("x.txt", b"MMIDIDX\x00\x00" + bytes(30), "index of tokens"),
+    "utf-16": ("x.txt", "some text".encode("utf-16"), "encoding=utf-16"),
+    "utf-16 without mark": (
+        "x.txt",
+        "some text".encode("utf-16-le"),
+        "encoding=utf-16-le",
+    ),
+    "utf-16 big endian": (
+        "x.txt",
+        "some text".encode("utf-16-be"),
+        "encoding=utf-16-be",
+    ),
+    "utf-32": ("x.txt", "some text".encode("utf-32"), "encoding=utf-32"),
+    "zero bytes": ("x.txt", b"some text" + bytes(100), "zero byte at 9"),
+    "zero bytes far in": ("x.txt", b"a" * 100_000 + b"\0", "zero byte at 100,000"),
+    "LFS pointer": (
+        "x.txt",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+        "Git LFS pointer",
+    ),
+    "LFS pointer named jsonl": (
+        "x.jsonl",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+        "Git LFS pointer",
+    ),
+    "web page": ("x.txt", b"\n<!DOCTYPE html><html>", "web page"),
+    "web page named jsonl": ("x.jsonl", b"<html><head>", "web page"),
+    "empty": ("x.txt", b"", "is an empty file"),
+    "empty jsonl": ("x.jsonl", b"", "is an empty file"),
+    "unfinished": ("x.txt.part", b"some text", "unfinished download"),
+    "cut gzip": (
+        "x.txt.gz",
+        gzip.compress(b"some text" * 99)[:-12],
+        "incomplete download",
+    ),
+    "cut gzip of lines": (
+        "x.jsonl.gz",
+        gzip.compress(LINES * 9)[:-9],
+        "incomplete download",
+    ),
+    "damaged gzip": ("x.txt.gz", b"\x1f\x8b\x08" + bytes(40), "damaged"),
+    "cut bzip2": (
+        "x.txt.bz2",
+        bz2.compress(b"some text" * 99)[:-12],
+        "incomplete download",
+    ),
+    "cut xz": (
+        "x.txt.xz",
+        lzma.compress(b"some text" * 99)[:-12],
+        "incomplete download",
+    ),
+    "cut last line": ("x.jsonl", LINES + b'{"text": "th', "ends inside this line"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_no_text_is_refused_by_its_name_with_what_to_do(tmp_path, kind):
+    name, content, word = FOREIGN[kind]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        token_stream(tmp_path / name, BYTES)
+    said = str(caught.value)
+    assert name in said and word in said and "\n" not in said and len(said) < 400
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind for kind in FOREIGN if FOREIGN[kind][0].endswith((".txt", ".csv", ".png"))],
+)
+def test_bytes_are_read_where_they_are_really_meant(tmp_path, kind):
+    name, content, _ = FOREIGN[kind]
+    if not content:
+        pytest.skip("nothing to read")
+    (tmp_path / name).write_bytes(content)
+    (document,) = documents(tmp_path / name, as_bytes=True)
+    assert document.text() == content
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"ID3 tags are old.",
+        b"RIFFRAFF",
+        b"BZh is a sound.",
+        b"OggS",
+        b"PKzip",
+        b"%PD",
+        b"II*",
+    ],
+)
+def test_a_text_that_only_begins_like_another_format_is_read(tmp_path, text):
+    (tmp_path / "x.txt").write_bytes(text)
+    assert [document.text() for document in documents(tmp_path / "x.txt")] == [text]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".JSONL", ".JsonL", ".ndjson"])
+def test_the_case_of_a_suffix_does_not_matter(tmp_path, suffix):
+    (tmp_path / f"x{suffix}").write_bytes(LINES)
+    found = list(documents(tmp_path / f"x{suffix}"))
+    assert [document.text() for document in found] == [b"one", b"two"]
+
+
+COMPRESSORS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+@pytest.mark.parametrize("name", ["x.jsonl", "x.JSONL", "x.txt", "x.json"])
+def test_compressed_files_are_read_as_what_is_inside(tmp_path, name, suffix):
+    plain, packed = tmp_path / name, tmp_path / f"{name}{suffix}"
+    plain.write_bytes(LINES)
+    packed.write_bytes(COMPRESSORS[suffix](LINES))
+    one = [document.text() for document in documents(plain)]
+    assert [document.text() for document in documents(packed)] == one
+    cards = [
+        write_cache([path], tmp_path / "c.bin", BYTES)[0] for path in (plain, packed)
+    ]
+    assert cards[0] == cards[1]
+
+
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_the_content_and_not_the_name_says_that_a_file_is_compressed(tmp_path, suffix):
+    (tmp_path / "x.jsonl").write_bytes(COMPRESSORS[suffix](LINES))
+    assert len(list(documents(tmp_path / "x.jsonl"))) == 2
+
+
+def test_zstandard_is_read_where_python_can_and_else_named(tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(20))
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    monkeypatch.setitem(sys.modules, "compression.zstd", None)
+    with pytest.raises(
+        ValueError, match="compressed with Zstandard, .* zstandard package"
+    ):
+        list(documents(tmp_path / "x.jsonl.zst"))
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-16", "utf-16-le", "gbk", "gb18030", "utf-32"]
+)
+def test_text_of_another_encoding_is_read_when_it_is_named(tmp_path, encoding):
+    text = "海 is the sea\n" * 9_000
+    (tmp_path / "x.txt").write_bytes(text.encode(encoding))
+    (tmp_path / "x.jsonl").write_bytes(
+        "".join(
+            json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in "一二三"
+        ).encode(encoding)
+    )
+    (document,) = documents(tmp_path / "x.txt", encoding=encoding)
+    assert document.text() == text.encode()
+    found = list(documents(tmp_path / "x.jsonl", encoding=encoding))
+    assert [document.text().decode() for document in found] == list("一二三")
+
+
+def test_gbk_read_as_utf8_is_said_and_wrong_encodings_are_named(tmp_path):
+    (tmp_path / "x.txt").write_bytes("海的声音".encode("gbk"))
+    with pytest.warns(
+        UserWarning, match="are not UTF-8, so their bytes are read as they stand"
+    ):
+        token_stream(tmp_path / "x.txt", BYTES)
+    with pytest.raises(ValueError, match=r"x.txt` is not ascii at about byte 0"):
+        token_stream(tmp_path / "x.txt", BYTES, encoding="ascii")
+    for wrong in ("klingon", "rot13", "zip", "", "base64"):
+        with pytest.raises(ValueError, match="`encoding` must be a text encoding"):
+            token_stream(tmp_path / "x.txt", BYTES, encoding=wrong)
+
+
+def test_a_folder_passes_over_clutter_and_says_so_once(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"text")
+    clutter = [
+        ".DS_Store",
+        ".git/HEAD",
+        ".cache/x",
+        "cover.PNG",
+        "a.txt~",
+        "#a.txt#",
+        "Thumbs.db",
+    ]
+    clutter += [
+        "a.txt.swp",
+        "__pycache__/a.pyc",
+        "._a.txt",
+        "__MACOSX/._a",
+        ".gitattributes",
+    ]
+    for name in clutter:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\x00\x01")
+    with pytest.warns(
+        UserWarning, match=f"{len(clutter)} files below .* were passed over"
+    ) as said:
+        stream = token_stream(tmp_path, BYTES)
+    assert len(said) == 1 and len(stream) == 5
+
+
+def test_an_empty_file_in_a_folder_stays_a_document(tmp_path):
+    (tmp_path / "__init__.py").write_bytes(b"")
+    (tmp_path / "a.py").write_bytes(b"pass")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [document.text() for document in documents(tmp_path)] == [b"", b"pass"]
+
+
+@pytest.mark.parametrize("empty", ["", " ", "\t"])
+def test_an_empty_name_is_not_the_current_folder(empty):
+    for source in (empty, ["stdlib", empty]):
+        with pytest.raises(ValueError, match="`source` must name a file or a folder"):
+            token_stream(source, BYTES)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["gs://b/x.jsonl", "https://x.org/a.jsonl", "hf://d/x", "s3://b/x", "file:///x"],
+)
+def test_a_place_that_is_not_on_this_machine_is_refused(url):
+    with pytest.raises(ValueError, match=rf"got {re.escape(url)}: download it first"):
+        token_stream(url, BYTES)
+
+
+def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.jsonl").write_bytes(LINES)
+    assert len(token_stream("~/x.jsonl", BYTES)) == 8
+    write_cache(["~/x.jsonl"], tmp_path / "x.bin", BYTES)
+    assert len(token_stream("~/x.bin", BYTES)) == 8
+
+
+def test_lines_are_the_same_however_a_file_is_cut_into_chunks(tmp_path, monkeypatch):
+    data = b"a\r\n\n\xe2\x80\xa8b\nlast"
+    (tmp_path / "x").write_bytes(data)
+    for size in (1, 2, 3, 100):
+        monkeypatch.setattr("rwkv7_jax.data.text_files.CHUNK", size)
+        lines = list(TextFile(tmp_path / "x").lines())
+        assert lines == [b"a\r\n", b"\n", b"\xe2\x80\xa8b\n", b"last"]
