@@ -185,7 +185,7 @@ def test_zstandard_is_read_where_python_can_and_else_named(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "zstandard", None)
     monkeypatch.setitem(sys.modules, "compression.zstd", None)
     with pytest.raises(
-        ValueError, match="compressed with Zstandard, .* zstandard package"
+        ValueError, match=r"compressed with Zstandard, .* zstandard package"
     ):
         list(documents(tmp_path / "x.jsonl.zst"))
 

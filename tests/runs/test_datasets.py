@@ -257,6 +257,6 @@ def test_held_out_text_that_is_too_short_names_the_setting(paths):
     settings = settings_of(paths[0])
     long = dataclasses.replace(settings.evaluation, length=9000)
     with pytest.raises(
-        ValueError, match=r"`config.evaluation.length` must be below .*held_out` is"
+        ValueError, match=r"`config.evaluation.length` must be .*held_out` is"
     ):
         held_out(settings.data, long, BYTES, seed=0)
