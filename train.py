@@ -23,7 +23,7 @@ from rwkv7_jax import sharding
 from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.runs import compilation_cache, config_flags, multihost, process
 from rwkv7_jax.runs.early_stopping import RunProgress
-from rwkv7_jax.runs.exit_codes import Stopped
+from rwkv7_jax.runs.exit_codes import DiskError, NoValidCheckpoint, Stopped, warn
 from rwkv7_jax.runs.input_pipeline import InputPipeline
 from rwkv7_jax.runs.metrics_logger import MetricsLogger
 from rwkv7_jax.runs.modes.base import TrainingMode
@@ -33,7 +33,11 @@ from rwkv7_jax.runs.multihost import open_run_directory
 from rwkv7_jax.runs.process import StopSignals
 from rwkv7_jax.runs.profiler import ProfileWindow
 from rwkv7_jax.runs.resume.first_state import restore_or_init
-from rwkv7_jax.runs.resume.run_identity import flat_settings, identity_of
+from rwkv7_jax.runs.resume.run_identity import (
+    content_digests,
+    flat_settings,
+    identity_of,
+)
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.run_plots import draw
 from rwkv7_jax.runs.run_summary import print_summary
@@ -85,7 +89,10 @@ def set_up(settings: Settings, folder: RunDirectory) -> Run:
         mode.model.config,
         mode.tokenizer,
         frozen=mode.frozen,
-        read=mode.input_digests(),
+        read={
+            **mode.input_digests(),
+            **content_digests({"evaluation": settings.data.evaluation}),
+        },
     )
     return Run(
         mode=mode,
@@ -119,7 +126,8 @@ def evaluate_and_save(
 ) -> bool:
     """Evaluates and saves if that is due after a step; returns whether the run ends there."""
     settings = run.mode.settings
-    is_last = step == settings.steps
+    # Not "==": a run that is continued may have made more steps than it is asked for now.
+    is_last = step >= settings.steps
     every = settings.evaluation.every
     evaluation_due = step == 0 or is_last or (every and step % every == 0)
     # A run that is continued from this step may have evaluated it already.
@@ -161,9 +169,14 @@ def final_params(
         return state.params
     print(f"step {best} measured best: the result is that of this step")
     # Step 0 has no checkpoint; it is made again.
-    if best == 0:
+    if best <= 0:
         return run.mode.init_params()
-    return folder.checkpoints.load(best, state, run.identity).params
+    try:
+        return folder.checkpoints.load(best, state, run.identity).params
+    except NoValidCheckpoint as error:
+        # The last parameters are better than none after a long run.
+        warn(f"{error}; the result is that of the last step, {int(state.step)}")
+        return state.params
 
 
 def finish(
@@ -192,8 +205,17 @@ def finish(
         return
     with stop.interruptible():
         params = final_params(run, state, progress, folder)
-        print(f"saved {run.mode.save(folder.path, params)}")
-        draw(folder, run.mode, params)
+        # Somebody may have deleted the folder while the run worked.
+        folder.path.mkdir(parents=True, exist_ok=True)
+        try:
+            result = run.mode.save(folder.path, params)
+        except OSError as error:
+            raise DiskError(f"the result cannot be written: {error}.") from None
+        print(f"saved {result}")
+        try:
+            draw(folder, run.mode, params)
+        except OSError as error:
+            warn(f"the picture of the state cannot be written: {error}")
         folder.note_event(step, "finished")
 
 
@@ -229,6 +251,11 @@ def train(settings: Settings, folder: RunDirectory, stop: StopSignals) -> None:
         devices=devices,
     )
     profile = ProfileWindow(profiled(settings.profile_steps), folder.path / "profile")
+    if first > settings.steps:
+        warn(
+            f"the run has made {first} steps already, more than `config.steps` ({settings.steps}); "
+            "nothing is trained and its checkpoints stay as they are"
+        )
     # Counted on the host: reading `state.step` would wait for the device.
     step = first
     with (

@@ -68,7 +68,7 @@ def _read_object(path: Path) -> dict | None:
     """Returns the JSON object in a file; None where there is none, or a damaged one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

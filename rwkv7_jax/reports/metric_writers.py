@@ -57,7 +57,7 @@ class MetricFiles:
         """
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._rows = [row for row in read_log(self._jsonl) if "step" in row]
+        self._rows = [row for row in read_log(self._jsonl) if has_step(row)]
         self._columns = _column_names(self._rows)
         if self._jsonl.exists():
             # Without an unfinished last line, to which the next write would be glued.
@@ -131,6 +131,13 @@ class MetricFiles:
         self._trackers = []
 
 
+def has_step(row: Mapping[str, Any]) -> bool:
+    """Tells whether a line of a log has a step; a line of junk may have anything under its name."""
+    step = row.get("step")
+    # True and False are integers, too.
+    return isinstance(step, int) and not isinstance(step, bool)
+
+
 def _column_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Returns every name, in the order in which they appear; the step comes first."""
     names = {"step": None}
@@ -173,11 +180,13 @@ class _WandB(Tracker):
 
     def __init__(self, package: Any, folder: Path, first_step: int):
         id_file = folder / "wandb.id"
-        run_id = id_file.read_text().strip() if id_file.exists() else None
+        run_id = (
+            id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
+        )
         self._run = package.init(
             dir=str(folder), name=folder.name, id=run_id, resume="allow"
         )
-        id_file.write_text(self._run.id + "\n")
+        id_file.write_text(f"{self._run.id}\n", encoding="utf-8")
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Queues the numbers of a step."""

@@ -124,7 +124,7 @@ class MetricsLogger:
             self._count_skipped(step.number, step.metrics, step.batch)
         if (
             step.number % self._settings.log_every == 0
-            or step.number == self._settings.steps
+            or step.number >= self._settings.steps
         ):
             metrics = (
                 {"updated": 0.0}

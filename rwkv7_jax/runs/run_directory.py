@@ -20,7 +20,12 @@ from rwkv7_jax.runs.early_stopping import RunProgress
 from rwkv7_jax.runs.exit_codes import DiskError, warn
 from rwkv7_jax.runs.resume.checkpoint_store import CheckpointStore, NullCheckpoints
 from rwkv7_jax.runs.resume.checkpointer import Checkpoints
-from rwkv7_jax.runs.resume.run_identity import Identity, flat_settings, require_same_run
+from rwkv7_jax.runs.resume.run_identity import (
+    Identity,
+    flat_settings,
+    require_same_run,
+    without_paths,
+)
 from rwkv7_jax.runs.resume.step_directories import step_numbers
 from rwkv7_jax.runs.run_lock import RunLock
 from rwkv7_jax.runs.settings import Settings, as_config
@@ -31,6 +36,8 @@ _BAD_BATCHES = "bad_batches.jsonl"
 _SAMPLES = "samples.jsonl"
 
 _EVENTS = "events.jsonl"
+
+_PROTECTED = "protected_steps.json"
 
 
 class RunDirectory(abc.ABC):
@@ -121,26 +128,62 @@ class OwnedRunDirectory(RunDirectory):
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._lock.release)
             places = self.path / "checkpoints"
-            self._require_same_settings(places, flat_settings(settings))
+            before = self._read_settings()
+            self._require_same_settings(places, before, flat_settings(settings))
+            protected = self._protect_steps(places, before, settings)
             self._write_settings(as_config(settings))
             self._metrics = MetricFiles(self.path, also=settings.trackers)
-            self.checkpoints = Checkpoints(places, settings)
+            self.checkpoints = Checkpoints(places, settings, protected=protected)
             # Nothing failed: the lock is ours until `__exit__`.
             on_failure.pop_all()
         self._began = time.monotonic()
         self._warned = False
 
-    def _require_same_settings(self, places: Path, settings: Mapping[str, str]) -> None:
+    def _read_settings(self) -> dict[str, Any] | None:
+        """Returns the settings that the directory was last used with; None if unknown."""
         path = self.path / "settings.json"
+        if not path.exists():
+            return None
+        values = _read_json(path)
+        if isinstance(values, dict):
+            return values
+        warn(f"{path} cannot be read; what the checkpoints say counts")
+        return None
+
+    def _require_same_settings(
+        self,
+        places: Path,
+        before: Mapping[str, Any] | None,
+        settings: Mapping[str, str],
+    ) -> None:
         # A run without a checkpoint has nothing that other settings could spoil.
-        if not path.exists() or not step_numbers(places):
+        if before is None or not step_numbers(places):
             return
-        try:
-            was = flat_settings(json.loads(path.read_text()))
-        except (ValueError, AttributeError):
-            warn(f"{path} cannot be read; what the checkpoints say counts")
-            return
-        require_same_run(self.path, was, settings)
+        # Paths are compared later, together with the digests of the files they name.
+        was = without_paths(flat_settings(before))
+        require_same_run(self.path, was, without_paths(settings))
+
+    def _protect_steps(
+        self, places: Path, before: Mapping[str, Any] | None, settings: Settings
+    ) -> set[int]:
+        """Returns the steps that retention leaves alone, and remembers them.
+
+        Those are the steps that were there when the settings of retention changed: whoever asks for
+        fewer checkpoints from now on has not asked to delete the older ones.
+        """
+        present = set(step_numbers(places))
+        path = self.path / _PROTECTED
+        remembered = _read_json(path) if path.exists() else []
+        protected: set[int] = set()
+        if isinstance(remembered, list):
+            protected = {step for step in remembered if isinstance(step, int)}
+        protected &= present
+        if before is None or _retention(before) != _retention(as_config(settings)):
+            protected = present
+        if protected or path.exists():
+            with atomic_write(path) as file:
+                file.write(f"{json.dumps(sorted(protected))}\n".encode())
+        return protected
 
     def _write_settings(self, values: Mapping[str, Any]) -> None:
         text = json.dumps(values, indent=1)
@@ -158,7 +201,7 @@ class OwnedRunDirectory(RunDirectory):
         if self._metrics.rows():
             try:
                 write_report(self.path)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 warn(f"the report of {self.path} cannot be written: {error}")
         self._lock.release()
 
@@ -192,8 +235,11 @@ class OwnedRunDirectory(RunDirectory):
         self._metrics.truncate_after(last_step)
         for name in (_BAD_BATCHES, _SAMPLES):
             self._truncate_after(last_step, name)
-        spent = [row.get("seconds", 0.0) for row in self.rows()]
-        self._began -= max(spent, default=0.0)
+        spent = [row.get("seconds") for row in self.rows()]
+        self._began -= max(filter(_is_number, spent), default=0.0)
+        self._try("system.json", self._write_system)
+
+    def _write_system(self) -> None:
         with atomic_write(self.path / "system.json") as file:
             file.write(json.dumps(system(), indent=1).encode())
 
@@ -204,7 +250,9 @@ class OwnedRunDirectory(RunDirectory):
             return
         kept = []
         for row in read_log(path):
-            if row.get("step", 0) <= last_step:
+            step = row.get("step", 0)
+            # A line of junk has no step to compare.
+            if _is_number(step) and step <= last_step:
                 kept.append(json.dumps(row) + "\n")
         with atomic_write(path) as file:
             file.write("".join(kept).encode())
@@ -241,7 +289,8 @@ class OwnedRunDirectory(RunDirectory):
         """Calls `write`; warns once about a full disk, which must not end a run for a log line."""
         try:
             write(*arguments)
-        except OSError as error:
+        # `atomic_write` says ValueError where the folder has been deleted.
+        except (OSError, ValueError) as error:
             if not self._warned:
                 warn(f"{self.path / name} cannot be written: {error}; training goes on")
             self._warned = True
@@ -282,6 +331,31 @@ class NullRunDirectory(RunDirectory):
     def rows(self) -> list[dict]:
         """Returns no rows."""
         return []
+
+
+def _read_json(path: Path) -> Any:
+    """Returns what a JSON file holds; None of a damaged one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _retention(values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Returns the settings that decide which checkpoints are kept."""
+    evaluation = values.get("evaluation")
+    patience = evaluation.get("patience") if isinstance(evaluation, Mapping) else None
+    # With patience the best step is kept, whatever `keep_best` says.
+    return (
+        values.get("keep"),
+        values.get("keep_every"),
+        values.get("keep_best"),
+        bool(patience),
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _append_line(path: Path, line: str) -> None:

@@ -43,7 +43,7 @@ class RunLock:
         """
         self._path = path
         self.stale = ""
-        self._file = path.open("a+")
+        self._file = path.open("a+", encoding="utf-8", errors="replace")
         self._file.seek(0)
         text = self._file.read()
         holder = _parse_holder(text)
@@ -97,7 +97,7 @@ def _parse_holder(text: str) -> dict[str, Any]:
     """Returns what the file says about its holder; nothing of a damaged file."""
     try:
         holder = json.loads(text or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return holder if isinstance(holder, dict) else {}
 

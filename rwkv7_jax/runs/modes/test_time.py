@@ -17,6 +17,7 @@ from rwkv7_jax.runs.datasets import digest_of
 from rwkv7_jax.runs.input_pipeline import BatchSource, DrawnBatches
 from rwkv7_jax.runs.modes.base import DatasetMode, StateTuningMode
 from rwkv7_jax.runs.progress_bar import ProgressBar
+from rwkv7_jax.runs.resume.run_identity import content_digests
 from rwkv7_jax.runs.settings import TestTimeSettings
 from rwkv7_jax.test_time.distillation import TraceBatches
 from rwkv7_jax.test_time.expert_iteration import ExpertBatches
@@ -56,7 +57,12 @@ class ContextMode(DatasetMode, StateTuningMode):
 
     def input_digests(self) -> dict[str, str]:
         """Hashes the data and the prompt."""
-        return {**self.data.digests(), "context": digest_of(self._context, None)}
+        return {
+            **self.data.digests(),
+            # The digest that older records have; it contains the path.
+            "context": digest_of(self._context, None),
+            **content_digests({"context": self._context}),
+        }
 
     def held_out_metrics(self, params: RWKV7State) -> Metrics:
         """Measures how well the held-out rows are predicted from the tuned state."""
@@ -146,7 +152,10 @@ class TestTimeMode(StateTuningMode):
 
     def input_digests(self) -> dict[str, str]:
         """Hashes the questions."""
-        return {"data": digest_of(self.settings.data.path, None)}
+        path = self.settings.data.path
+        contents = {"data": path, "guide": self.settings.test_time.guide}
+        # The first digest is the one that older records have; it contains the path.
+        return {"data": digest_of(path, None), **content_digests(contents)}
 
     def describe_data(self) -> str:
         """Names the questions."""

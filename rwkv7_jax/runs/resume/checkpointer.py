@@ -13,7 +13,7 @@ import dataclasses
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from rwkv7_jax.runs.resume.checkpoint_record import (
 )
 from rwkv7_jax.runs.resume.checkpoint_store import CheckpointStore
 from rwkv7_jax.runs.resume.checksums import changed_leaves, leaf_checksums
-from rwkv7_jax.runs.resume.run_identity import Identity, require_same_run
+from rwkv7_jax.runs.resume.run_identity import Identity, require_same_identity
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.training.train_step import TrainState
 
@@ -71,8 +71,19 @@ class Checkpoints(CheckpointStore):
         failure: why the newest save failed; empty if it did not.
     """
 
-    def __init__(self, folder: Path, settings: Settings):
+    def __init__(
+        self,
+        folder: Path,
+        settings: Settings,
+        *,
+        protected: Collection[int] = (),
+    ):
         """Makes the folder and deletes what an ended process left half written.
+
+        Args:
+            folder: for the step directories.
+            settings: of the run.
+            protected: steps that retention leaves alone, because other settings made them.
 
         Raises:
             OSError: it cannot be written.
@@ -80,6 +91,7 @@ class Checkpoints(CheckpointStore):
         self.folder = folder
         self.failure = ""
         self._settings = settings
+        self._protected = frozenset(protected)
         self._newest: int | None = None
         self._job: SaveJob | None = None
         self._orbax: Any = None
@@ -128,7 +140,8 @@ class Checkpoints(CheckpointStore):
         )
         place = self.folder / step_directories.SAVING / str(step)
         try:
-            place.parent.mkdir(exist_ok=True)
+            # With its parents: the run's folder may have been deleted while the run worked.
+            place.parent.mkdir(parents=True, exist_ok=True)
             # Copies the arrays to the host before it returns; writes them afterwards.
             self._checkpointer().save(place, args=args)
         except Exception as error:
@@ -144,20 +157,28 @@ class Checkpoints(CheckpointStore):
         try:
             self._checkpointer().wait_until_finished()
             step_directories.write_manifest(place)
+            self._make_way(job.step)
             os.rename(place, self.folder / str(job.step))
-            numbers = step_directories.step_numbers(self.folder)
+            # Without a manifest a numbered folder is nothing of ours, and is never deleted.
+            numbers = step_directories.saved_steps(self.folder)
             keep = step_directories.steps_to_keep(
                 numbers,
                 newest=self._settings.keep,
                 every=self._settings.keep_every,
                 best=job.best,
             )
-            for number in set(numbers) - keep:
+            for number in set(numbers) - keep - self._protected:
                 step_directories.discard(self.folder, number)
         # Any failure to write, in whatever class of Orbax, TensorStore or the system. The main
         # thread reports it; only there can signals and KeyboardInterrupt occur.
         except Exception as error:
             job.error = error
+
+    def _make_way(self, step: int) -> None:
+        """Moves whatever has this step's name already, such as a stray file, to "bad"."""
+        if os.path.lexists(self.folder / str(step)):
+            moved = step_directories.quarantine(self.folder, step)
+            warn(f"{self.folder / str(step)} was in the way; it lies in {moved} now")
 
     def poll(self) -> None:
         """Reports a save that has ended in the meantime; training goes on either way."""
@@ -186,6 +207,7 @@ class Checkpoints(CheckpointStore):
         step_directories.discard_saving(self.folder)
         lines = str(job.error).strip().splitlines()
         reason = lines[0] if lines else type(job.error).__name__
+        self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         older = step_directories.step_numbers(self.folder)
         newest = (
@@ -269,8 +291,7 @@ class Checkpoints(CheckpointStore):
         place = self.folder / str(number)
         workdir = self.folder.parent
         record = self._read_record(number)
-        for group, fields in identity.items():
-            require_same_run(workdir, record["identity"].get(group, {}), fields)
+        require_same_identity(workdir, record["identity"], identity)
         require_same_leaves(workdir, record["leaves"], train)
         restored = self._read_arrays(place, train)
         # The arrays first: the name of a leaf tells a user more than the name of a file.

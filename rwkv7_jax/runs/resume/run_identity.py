@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,22 @@ MAY_CHANGE_ON_RESUME = (
     "sample",
     "workdir",
 )
+
+
+# Settings that are paths, with the input whose digest says what lies there. Where the digests are
+# equal, the path does not count: a run may be moved, and so may its data.
+_DIGEST_OF_PATH = {
+    "init": "weights of init",
+    "data.path": "data",
+    "data.evaluation": "evaluation content",
+    "tuning.anchor_path": "anchor",
+    "test_time.context": "context content",
+    "test_time.guide": "guide content",
+}
+
+# Ends the name of a digest of bytes alone. The digest without this ending is in older records; it
+# may contain the path.
+CONTENT = " content"
 
 
 def flat_settings(settings: Settings | Mapping[str, Any]) -> dict[str, str]:
@@ -86,6 +103,85 @@ def _vocabulary_digest(tokenizer: Tokenizer) -> str:
     entries = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
     # Of the printed list and not of the bytes: the digest is in the checkpoints of older runs.
     return hashlib.blake2b(repr(entries).encode(), digest_size=16).hexdigest()
+
+
+def content_digests(paths: Mapping[str, str | None]) -> dict[str, str]:
+    """Hashes the bytes of files and folders, by names that end in " content".
+
+    Args:
+        paths: by name; several with commas. A name whose path is absent, or is no file, such as a
+            task, has no digest.
+    """
+    digests = {}
+    for name, path in paths.items():
+        files: list[Path] = []
+        for part in (path or "").split(","):
+            place = Path(part).expanduser()
+            if part and place.is_dir():
+                files += sorted(item for item in place.rglob("*") if item.is_file())
+            elif part and place.is_file():
+                files.append(place)
+        if not files:
+            continue
+        digest = hashlib.blake2b(digest_size=16)
+        for file in files:
+            with file.open("rb") as stream:
+                one = hashlib.file_digest(stream, hashlib.blake2b).digest()
+            digest.update(one)
+        digests[name + CONTENT] = digest.hexdigest()
+    return digests
+
+
+def without_paths(settings: Mapping[str, str]) -> dict[str, str]:
+    """Returns the settings that are not paths."""
+    return {
+        name: text for name, text in settings.items() if name not in _DIGEST_OF_PATH
+    }
+
+
+def require_same_identity(workdir: Path, was: Identity, now: Identity) -> None:
+    """Checks that two identities are of the same run; content counts, and not where it lies.
+
+    Args:
+        workdir: of the run, for the message.
+        was: what a checkpoint says.
+        now: what the command says.
+
+    Raises:
+        ValueError: they differ; the message has the differences of the first group that differs.
+    """
+    inputs_were = dict(was.get("inputs", {}))
+    inputs_are = dict(now.get("inputs", {}))
+    equal = set()
+    for name, digest in inputs_are.items():
+        # Where a model is new, or all weights are trained, there is no digest of weights.
+        if digest != "none" and inputs_were.get(name) == digest:
+            equal.add(name)
+    for name in list(equal):
+        if name.endswith(CONTENT):
+            equal.add(name.removesuffix(CONTENT))
+            inputs_were.pop(name.removesuffix(CONTENT), None)
+    for group, fields in now.items():
+        before = dict(was.get(group, {}))
+        if group == "inputs":
+            before = inputs_were
+        if group == "settings":
+            for path, digest in _DIGEST_OF_PATH.items():
+                same_content = digest in equal
+                if same_content or _is_same_place(before.get(path), fields.get(path)):
+                    before.pop(path, None)
+        require_same_run(workdir, before, fields)
+
+
+def _is_same_place(was: str | None, now: str | None) -> bool:
+    """Tells whether two lists of paths name the same files, in whatever spelling."""
+    if not was or not now:
+        return False
+    places = []
+    for text in (was, now):
+        parts = text.split(",")
+        places.append([os.path.realpath(os.path.expanduser(part)) for part in parts])
+    return places[0] == places[1]
 
 
 def require_same_run(

@@ -17,6 +17,9 @@ from pathlib import Path
 
 MANIFEST = "files.json"
 
+# Names of which every step has some: ours, and those that Orbax writes.
+_STEP_ENTRIES = {MANIFEST, "record", "train", "_CHECKPOINT_METADATA"}
+
 # Damaged steps are moved here.
 BAD = "bad"
 
@@ -25,21 +28,45 @@ SAVING = ".saving"
 
 _SYNC_THREADS = 16
 
+# Digits of the largest step; the counter has 32 bits.
+_MOST_DIGITS = 10
+
 
 def step_numbers(folder: Path) -> list[int]:
     """Returns the numbers of the step directories, intact or not, the newest first."""
     if not folder.is_dir():
         return []
-    numbers = [int(item.name) for item in folder.iterdir() if item.name.isdecimal()]
+    numbers = [int(item.name) for item in folder.iterdir() if _is_step(item)]
     return sorted(numbers, reverse=True)
+
+
+def _is_step(item: Path) -> bool:
+    """Tells whether an entry can be a step: a directory whose name is the number as we write it.
+
+    Files and names such as "007" are somebody else's. `isdecimal` alone would take other scripts'
+    digits too, and Python refuses to read numbers of thousands of digits.
+    """
+    name = item.name
+    plain = name.isascii() and name.isdecimal() and len(name) <= _MOST_DIGITS
+    if not plain or str(int(name)) != name or not item.is_dir():
+        return False
+    # A step that lost some of its files is damaged; a folder that never had one is a stray.
+    names = {inner.name for inner in item.iterdir()}
+    return not names or not names.isdisjoint(_STEP_ENTRIES)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Returns the steps that were saved whole, which have a manifest, the newest first."""
+    numbers = step_numbers(folder)
+    return [number for number in numbers if (folder / str(number) / MANIFEST).is_file()]
 
 
 def unknown_entries(folder: Path) -> list[str]:
     """Returns the names in the folder that no run of ours made."""
     if not folder.is_dir():
         return []
-    names = {item.name for item in folder.iterdir()} - {BAD, SAVING}
-    return sorted(name for name in names if not name.isdecimal())
+    names = {item.name for item in folder.iterdir() if not _is_step(item)}
+    return sorted(names - {BAD, SAVING})
 
 
 def _file_digest(path: Path) -> str:
@@ -70,7 +97,7 @@ def write_manifest(folder: Path) -> None:
     files = _files(folder)
     text = _canonical({name: _file_digest(path) for name, path in files.items()})
     # The first line is the digest of the rest: the manifest itself may be damaged, too.
-    (folder / MANIFEST).write_text(f"{_text_digest(text)}\n{text}\n")
+    (folder / MANIFEST).write_text(f"{_text_digest(text)}\n{text}\n", encoding="utf-8")
     directories = [path for path in folder.rglob("*") if path.is_dir()]
     # In parallel: one after the other, each call would wait for the disk.
     with ThreadPoolExecutor(max_workers=_SYNC_THREADS) as threads:
@@ -106,10 +133,12 @@ def verify_manifest(folder: Path) -> list[str]:
 def _read_manifest(folder: Path) -> dict[str, str] | None:
     """Returns the digests by file name; None of a manifest that is missing or damaged."""
     try:
-        first_line, _, text = (folder / MANIFEST).read_text().partition("\n")
+        first_line, _, text = (
+            (folder / MANIFEST).read_text(encoding="utf-8").partition("\n")
+        )
         digests = json.loads(text)
         canonical = _canonical(digests)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
     if not isinstance(digests, dict):
         return None
@@ -122,10 +151,10 @@ def _read_manifest(folder: Path) -> dict[str, str] | None:
 def quarantine(folder: Path, number: int) -> Path:
     """Moves a damaged step out of the way and returns its new path."""
     bad = folder / BAD
-    bad.mkdir(exist_ok=True)
+    bad.mkdir(parents=True, exist_ok=True)
     place = bad / str(number)
     attempt = 0
-    while place.exists():
+    while os.path.lexists(place):
         attempt += 1
         place = bad / f"{number}.{attempt}"
     os.rename(folder / str(number), place)
@@ -161,7 +190,7 @@ def discard(folder: Path, number: int) -> None:
     It is renamed first: a process killed half-way must not leave half a step under its number.
     """
     doomed = folder / SAVING / f"old.{number}"
-    doomed.parent.mkdir(exist_ok=True)
+    doomed.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(doomed, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
         os.rename(folder / str(number), doomed)
