@@ -70,6 +70,13 @@ def is_traced(value: Any) -> bool:
     return isinstance(value, Tracer)
 
 
+def is_known(value: Any) -> bool:
+    """Tells whether an array's numbers can be read here: not traced, and all of it on this host."""
+    if is_traced(value) or isinstance(value, jax.ShapeDtypeStruct):
+        return False
+    return getattr(value, "is_fully_addressable", True)
+
+
 def check_instance(value: Any, kind: type, argument: str) -> None:
     """Checks that a value is an instance of a class.
 
@@ -215,6 +222,7 @@ def check_number(
     argument: str,
     *,
     above: bool = False,
+    bounds: str = "",
 ) -> None:
     """Checks that a value is a finite number in a closed interval; traced values pass.
 
@@ -224,6 +232,7 @@ def check_number(
         high: the largest allowed number; infinity for no limit.
         argument: the argument in backticks; the message begins with it.
         above: whether `low` itself is refused.
+        bounds: what must hold, for the message, where its usual words do not fit.
 
     Raises:
         TypeError: the value is not a number.
@@ -244,19 +253,20 @@ def check_number(
     inside = low < number if above else low <= number
     if math.isfinite(number) and inside and number <= high:
         return
-    if not math.isinf(high):
-        bounds = (
-            f"above {low:g} and at most {high:g}"
-            if above
-            else f"from {low:g} to {high:g}"
-        )
-    elif math.isinf(low):
-        bounds = "finite"
-    else:
-        bounds = (
-            f"above {low:g}, and finite" if above else f"at least {low:g}, and finite"
-        )
+    bounds = bounds or _describe_interval(low, high, above)
+    if math.isinf(number) and math.isinf(high) and bounds != "finite":
+        bounds = f"{bounds} and finite"
     raise ValueError(f"{argument} must be {bounds}; got {number:g}.")
+
+
+def _describe_interval(low: float | int, high: float | int, above: bool) -> str:
+    """Says in words which numbers are allowed."""
+    lowest = f"above {low:g}" if above else f"at least {low:g}"
+    if not math.isinf(high):
+        return (
+            f"{lowest} and at most {high:g}" if above else f"from {low:g} to {high:g}"
+        )
+    return "finite" if math.isinf(low) else lowest
 
 
 def as_array(value: Any, argument: str) -> Any:
@@ -306,7 +316,7 @@ def check_indices(indices: Any, count: int, argument: str) -> None:
     dtype = np.result_type(indices) if np.ndim(indices) == 0 else indices.dtype
     if not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(f"{argument} must be integers; got {dtype}.")
-    if is_traced(indices):
+    if not is_known(indices):
         return
     values = np.asarray(indices)
     wrong = (values < -count) | (values >= count)
@@ -419,25 +429,34 @@ def check_ids(ids: Any, vocab_size: int, argument: str) -> np.ndarray:
     return array.astype(np.int32)
 
 
-def check_tokens(tokens: Int[Array | np.ndarray, "..."], vocab_size: int) -> None:
+def check_tokens(
+    tokens: Int[Array | np.ndarray, "..."],
+    vocab_size: int,
+    argument: str = "`tokens`",
+) -> None:
     """Checks that token ids are integers inside the vocabulary.
 
     The values of traced ids are unknown: of these only the dtype is checked.
+
+    Args:
+        tokens: the ids.
+        vocab_size: the number of ids that the model has.
+        argument: the argument in backticks; the message begins with it.
 
     Raises:
         TypeError: the ids are not integers.
         ValueError: an id is out of range; the message gives its position.
     """
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise TypeError(f"`tokens` must be integers; got {tokens.dtype}.")
-    if is_traced(tokens):
+        raise TypeError(f"{argument} must be integers; got {tokens.dtype}.")
+    if not is_known(tokens):
         return
     ids = np.asarray(tokens)
     wrong = np.argwhere((ids < 0) | (ids >= vocab_size))
     if len(wrong):
         position = tuple(wrong[0].tolist())
         raise ValueError(
-            f"`tokens` must be at least 0 and below {vocab_size}; "
+            f"{argument} must be at least 0 and below {vocab_size}; "
             f"got {ids[position]} at position {position}."
         )
 
@@ -468,7 +487,7 @@ def check_lengths(
             f"{argument} must have one number for each of {rows} rows; "
             f"got shape {tuple(lengths.shape)}."
         )
-    if is_traced(lengths):
+    if not is_known(lengths):
         return
     values = np.asarray(lengths)
     wrong = np.flatnonzero((values < 0) | (values > tokens_per_row))

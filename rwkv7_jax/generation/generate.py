@@ -11,7 +11,16 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Params
-from rwkv7_jax.checks import check_count, check_ids, prefix_errors, typed_key
+from rwkv7_jax.checks import (
+    as_array,
+    check_count,
+    check_function,
+    check_ids,
+    check_model,
+    check_params,
+    prefix_errors,
+    typed_key,
+)
 from rwkv7_jax.generation import sampling
 from rwkv7_jax.generation.decode_loop import Decoder, DecodeState
 from rwkv7_jax.generation.streaming import Ending, RowText, decode_with_stop_strings
@@ -110,6 +119,7 @@ def generate(
         TypeError: ids that are not integers, or an argument of the wrong kind.
     """
     with prefix_errors("generate"):
+        check_model(model)
         options = sampling.make_options(
             model.config.vocab_size,
             temperature=temperature,
@@ -132,6 +142,8 @@ def generate(
         samples = tokens > 0 and options.temperature > 0
         keys = _row_keys(key, len(rows), needed=bool(samples))
         start = _start(model, state, logits, batch=len(rows))
+        # Last: the other arguments tell more about a call that mixed them up.
+        check_params(params, model.config)
     # Before the first program runs: see `commit_like`.
     start = commit_like((params, state, logits), start)
     decoder = Decoder(model, params, keys=keys, options=options)
@@ -179,6 +191,12 @@ def _check_text(
     tokenizer: Vocabulary | None, stop_strings: Sequence[str], on_text: Callable | None
 ) -> None:
     check_stop_strings(stop_strings)
+    if on_text is not None:
+        check_function(on_text, "`on_text`")
+    if tokenizer is not None and not hasattr(tokenizer, "token_bytes"):
+        raise TypeError(
+            f"`tokenizer` must be a Tokenizer; got {type(tokenizer).__name__}."
+        )
     if tokenizer is None and (stop_strings or on_text):
         name = "stop_strings" if stop_strings else "on_text"
         raise ValueError(f"`tokenizer` must be given with `{name}`; got None.")
@@ -188,11 +206,14 @@ def _check_prompts(
     prompts: Any, vocab_size: int, *, allow_empty: bool
 ) -> list[list[int]]:
     """Returns the prompts as a list of rows."""
-    if isinstance(prompts, str | bytes):
+    is_list = isinstance(prompts, Sequence | np.ndarray | jax.Array)
+    if isinstance(prompts, str | bytes) or not is_list:
         kind = type(prompts).__name__
         raise TypeError(f"`prompts` must be ids, as from a tokenizer; got {kind}.")
+    if getattr(prompts, "shape", None) == ():
+        raise ValueError("`prompts` must be a list of ids; got shape ().")
     # One prompt is a flat list of ids.
-    nested = len(prompts) > 0 and np.ndim(prompts[0]) > 0
+    nested = len(prompts) > 0 and _is_row(prompts[0])
     rows: list[list[int]] = []
     for index, ids in enumerate(prompts if nested else [prompts]):
         argument = f"`prompts` row {index}" if nested else "`prompts`"
@@ -203,6 +224,11 @@ def _check_prompts(
             )
         rows.append(row)
     return rows
+
+
+def _is_row(ids: Any) -> bool:
+    """Tells whether the first of the prompts is a prompt, and not an id."""
+    return isinstance(ids, Sequence) or np.ndim(ids) > 0
 
 
 def _row_keys(key: Array | None, batch: int, *, needed: bool) -> Array:
@@ -245,7 +271,7 @@ def _start(
     shape = (batch, config.vocab_size)
     if logits is None:
         logits = jnp.zeros(shape, jnp.float32)
-    logits = jnp.asarray(logits, jnp.float32)
+    logits = jnp.asarray(as_array(logits, "`logits`"), jnp.float32)
     if logits.shape not in (shape, (1, config.vocab_size)):
         raise ValueError(f"`logits` must have shape {shape}; got {logits.shape}.")
     return DecodeState.create(state, jnp.broadcast_to(logits, shape))

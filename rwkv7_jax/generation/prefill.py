@@ -7,6 +7,13 @@ import numpy as np
 from jaxtyping import Int
 
 from rwkv7_jax.array_types import Params
+from rwkv7_jax.checks import (
+    check_count,
+    check_ids,
+    check_model,
+    check_params,
+    prefix_errors,
+)
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
 
@@ -39,7 +46,16 @@ def prefill_state(
 
     Returns:
         The state after the prompt (batch 1).
+
+    Raises:
+        TypeError: ids that are not integers, or an argument of the wrong kind.
+        ValueError: ids outside the vocabulary, weights of another model, or chunks below 1.
     """
+    with prefix_errors("prefill_state"):
+        check_model(model)
+        check_params(params, model.config)
+        check_count(chunk, 1, "`chunk`")
+        tokens = check_ids(tokens, model.config.vocab_size, "`tokens`")
     state = init_state(model.config)
     # At most two programs are compiled: one for full chunks and one for the rest.
     for first in range(0, len(tokens), chunk):

@@ -108,6 +108,7 @@ def make_options(
     """
     highest = float(jnp.finfo(jnp.float32).max)
     with prefix_errors("make_options"):
+        check_count(vocab_size, 1, "`vocab_size`")
         check_number(temperature, 0.0, highest, "`temperature`")
         check_number(top_p, 0.0, 1.0, "`top_p`")
         check_number(presence_penalty, -highest, highest, "`presence_penalty`")
@@ -136,8 +137,7 @@ def make_options(
 def _mask(ids: Ids, vocab_size: int, argument: str) -> np.ndarray:
     """Returns a vector that is True at the ids."""
     mask = np.zeros(vocab_size, bool)
-    if len(ids):
-        mask[check_ids(ids, vocab_size, argument)] = True
+    mask[check_ids(ids, vocab_size, argument)] = True
     return mask
 
 

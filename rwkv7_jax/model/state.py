@@ -20,6 +20,7 @@ from rwkv7_jax.checks import (
     check_count,
     check_indices,
     check_instance,
+    is_traced,
     prefix_errors,
 )
 from rwkv7_jax.model.config import RWKV7Config
@@ -370,7 +371,7 @@ def _row_indices(rows: Any, batch: int) -> Any:
             )
         return np.flatnonzero(np.asarray(rows))
     check_indices(rows, batch, "`rows`")
-    if isinstance(rows, jax.core.Tracer):
+    if is_traced(rows):
         return jnp.atleast_1d(rows)
     return np.atleast_1d(np.asarray(rows)) % max(batch, 1)
 

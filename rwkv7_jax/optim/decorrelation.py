@@ -20,6 +20,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from rwkv7_jax.checks import check_choice, check_number, prefix_errors
 from rwkv7_jax.optim.whitening import (
     damped_covariance,
     effective_rank,
@@ -139,16 +140,18 @@ def decorrelate(
     Source: arXiv 2405.02385 (its "standard" rule is `iterations=1, damping=0, average=0, clip=None,
         normalise=False`); arXiv 2504.05097. Average, damping, clip and scale are ours.
     """
-    _check_settings(
-        mode,
-        clip,
-        rate=rate,
-        balance=balance,
-        iterations=iterations,
-        damping=damping,
-        average=average,
-        every=every,
-    )
+    with prefix_errors("decorrelate"):
+        _check_settings(
+            inner,
+            mode,
+            clip,
+            rate=rate,
+            balance=balance,
+            iterations=iterations,
+            damping=damping,
+            average=average,
+            every=every,
+        )
     inner = optax.with_extra_args_support(inner)
     online = functools.partial(
         online_update,
@@ -198,13 +201,17 @@ def decorrelate(
 
 
 def _check_settings(
-    mode, clip, *, rate, balance, iterations, damping, average, every
+    inner, mode, clip, *, rate, balance, iterations, damping, average, every
 ) -> None:
-    """Raises for the first setting out of its range; traced values cannot be checked."""
-    if mode not in MODES:
-        raise ValueError(
-            f"decorrelate: `mode` must be one of {', '.join(MODES)}; got {mode!r}."
+    """Raises for the first setting out of its range; traced values and schedules are not known."""
+    if isinstance(inner, type) or not (
+        hasattr(inner, "init") and hasattr(inner, "update")
+    ):
+        raise TypeError(
+            "`inner` must be an Optax transformation, such as optax.adam; "
+            f"got {type(inner).__name__}."
         )
+    check_choice(mode, MODES, "`mode`")
     ranges = {
         "rate": (rate, 0, math.inf),
         "balance": (balance, 0, 1),
@@ -214,14 +221,16 @@ def _check_settings(
         "every": (every, 1, math.inf),
     }
     for name, (value, low, high) in ranges.items():
-        # Written as `not ... <=`, so that NaN is refused too.
-        if isinstance(value, int | float | np.number) and not low <= value <= high:
-            bounds = (
-                f"at least {low}" if high == math.inf else f"between {low} and {high}"
-            )
-            raise ValueError(f"decorrelate: `{name}` must be {bounds}; got {value}.")
-    if isinstance(clip, int | float | np.number) and not clip > 0:
-        raise ValueError(f"decorrelate: `clip` must be above 0, or None; got {clip}.")
+        if isinstance(value, jax.Array) or (hasattr(value, "dtype") and np.ndim(value)):
+            continue
+        bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+        check_number(value, low, high, f"`{name}`", bounds=bounds)
+    # Half a step does not exist: a loop would cut it off without a word.
+    for name, value in (("iterations", iterations), ("every", every)):
+        if isinstance(value, float | np.floating) and value != int(value):
+            raise ValueError(f"`{name}` must be an integer; got {value}.")
+    if clip is not None and not isinstance(clip, jax.Array):
+        check_number(clip, 0, math.inf, "`clip`", above=True, bounds="above 0, or None")
 
 
 def _is_masked(node) -> bool:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rwkv7_jax.checks import check_choice, check_count, check_number, prefix_errors
+
 
 class Group(NamedTuple):
     """Parameters that share one update rule.
@@ -102,14 +104,17 @@ def learning_rate_schedule(
         total_steps: steps of the run, warm-up included.
 
     Raises:
-        ValueError: an unknown kind.
+        TypeError: a number that is none.
+        ValueError: an unknown kind, or a number out of its range.
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/trainer.py:18-56.
     """
-    if kind not in SCHEDULES:
-        raise ValueError(
-            f"learning_rate_schedule: `kind` must be one of {', '.join(SCHEDULES)}; got {kind!r}."
-        )
+    with prefix_errors("learning_rate_schedule"):
+        check_choice(kind, SCHEDULES, "`kind`")
+        check_number(peak, 0, math.inf, "`peak`")
+        check_number(final, 0, math.inf, "`final`")
+        check_count(warmup_steps, 0, "`warmup_steps`")
+        check_count(total_steps, 0, "`total_steps`")
 
     def rate(step):
         done = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
@@ -180,14 +185,30 @@ def build_optimizer(
         eps: Adam's epsilon, far below the usual 1e-8.
 
     Raises:
-        ValueError: an unknown kind.
+        TypeError: a number that is none.
+        ValueError: an unknown kind, or a number out of its range.
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/model.py:793-831, train.py:39-50.
     """
-    if kind not in KINDS:
-        raise ValueError(
-            f"build_optimizer: `kind` must be one of {', '.join(KINDS)}; got {kind!r}."
-        )
+    with prefix_errors("build_optimizer"):
+        check_choice(kind, KINDS, "`kind`")
+        if not callable(learning_rate):
+            check_number(learning_rate, 0, math.inf, "`learning_rate`")
+        check_number(weight_decay, 0, math.inf, "`weight_decay`")
+        if clip is not None:
+            check_number(
+                clip, 0, math.inf, "`clip`", above=True, bounds="above 0, or None"
+            )
+        # At 1 a moment would never learn, and its bias correction would divide by 0.
+        for name, value in (("b1", b1), ("b2", b2)):
+            check_number(
+                value,
+                0,
+                math.nextafter(1, 0),
+                f"`{name}`",
+                bounds="at least 0, below 1",
+            )
+        check_number(eps, 0, math.inf, "`eps`")
 
     def mask_of(labels: list[str]):
         return lambda params: jax.tree.map(

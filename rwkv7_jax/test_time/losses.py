@@ -17,7 +17,7 @@ from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.generation.sampling import Number
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state
-from rwkv7_jax.training.losses import Loss, PerToken, loss_weights, token_statistics
+from rwkv7_jax.training.losses import Loss, PerToken, target_shares, token_statistics
 from rwkv7_jax.tuning.state_tuning import (
     add_anchor_and_metrics,
     check_leaves,
@@ -89,7 +89,7 @@ def distillation_loss(
         batch = Batch.of(batch, caller="distillation_loss")
         state = stop_gradient_except(state, tuple(leaves))
         tokens = jnp.asarray(batch.tokens)
-        weights = loss_weights(batch)
+        weights = target_shares(batch)
         inputs = tokens[:, :-1]
         targets = tokens[:, 1:]
         head = params["head"]["weight"]
@@ -243,7 +243,7 @@ def policy_loss(
         batch = Batch.of(batch, "advantages", caller="policy_loss")
         state = stop_gradient_except(state, tuple(leaves))
         tokens = jnp.asarray(batch.tokens)
-        weights = loss_weights(batch)
+        weights = target_shares(batch)
         # From two states, so as a function of the state.
         hidden = functools.partial(
             hidden_states_from, model, params, tokens=tokens[:, :-1]

@@ -5,15 +5,26 @@ whose weights add up to 1 over the whole batch, so that micro-batches of any mak
 same gradient as the batch in one piece.
 """
 
+import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
 from rwkv7_jax.array_types import Activations, Params, Tokens
+from rwkv7_jax.checks import (
+    check_model,
+    check_number,
+    check_params,
+    check_tokens,
+    is_known,
+    prefix_errors,
+)
 from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.model.layers import head_logits
 from rwkv7_jax.model.rwkv7 import RWKV7
@@ -32,11 +43,80 @@ CHUNK = 512
 
 
 def loss_weights(batch: Mapping[str, Any]) -> PerToken:
-    """Returns each target's share of the loss: the batch's `weights`, or its mask over the sum."""
+    """Returns each target's share of the loss: the batch's `weights`, or its mask over the sum.
+
+    Where no target counts the shares are 0; see `target_shares`.
+    """
     if "weights" in batch:
         return jnp.asarray(batch["weights"])
     mask = jnp.asarray(batch["mask"], jnp.float32)
     return mask / jnp.maximum(jnp.sum(mask), 1.0)
+
+
+def target_shares(batch: Mapping[str, Any]) -> PerToken:
+    """Returns `loss_weights`, or NaN where no target counts: a mean over nothing is no number.
+
+    A train step leaves such a batch out, as it does any loss that is not finite.
+    """
+    shares = loss_weights(batch)
+    # The weights of a piece of a batch may be 0 everywhere: other pieces have targets.
+    if "weights" in batch:
+        return shares
+    return jnp.where(jnp.any(shares != 0), shares, jnp.nan)
+
+
+def check_ids_and_shapes(batch: BatchLike, vocab_size: int, *, caller: str) -> Batch:
+    """Returns a batch whose ids lie inside the vocabulary and whose fields fit each other.
+
+    Args:
+        batch: the values of traced fields are not known, and pass.
+        vocab_size: the number of ids that the model has.
+        caller: the public function's name, for messages.
+
+    Raises:
+        TypeError: no batch, or a field of the wrong kind.
+        ValueError: fields that do not fit each other, ids out of range, or rows without a target.
+    """
+    batch = Batch.of(batch, caller=caller)
+    with prefix_errors(caller):
+        if batch.mask is None and batch.weights is None:
+            raise ValueError(
+                f"`batch` must hold 'mask' or 'weights'; it has {', '.join(batch)}."
+            )
+        shape = tuple(batch.tokens.shape)
+        if 0 in shape or shape[-1] < 2:
+            raise ValueError(
+                f"`batch.tokens` must be rows of two ids or more; got shape {shape}."
+            )
+        check_tokens(batch.tokens, vocab_size, "`batch.tokens`")
+        if batch.anchor is not None:
+            check_tokens(batch.anchor, vocab_size, "`batch.anchor`")
+        for name in ("mask", "weights"):
+            values = getattr(batch, name)
+            if (
+                values is not None
+                and is_known(values)
+                and not np.all(np.isfinite(values))
+            ):
+                raise ValueError(
+                    f"`batch.{name}` must be finite; it holds NaN or an infinity."
+                )
+    return batch
+
+
+def check_targets(batch: Batch, *, caller: str) -> None:
+    """Checks that a target counts, where the mask can be read here.
+
+    Raises:
+        ValueError: the mask, or the weights, are 0 everywhere.
+    """
+    name = "mask" if batch.weights is None else "weights"
+    values = getattr(batch, name)
+    if values is not None and is_known(values) and not np.any(np.asarray(values)):
+        raise ValueError(
+            f"{caller}: `batch.{name}` must count a target; it is 0 everywhere, and a mean over "
+            "nothing is no number."
+        )
 
 
 def map_token_chunks(per_token, *arrays: Shaped[Array, "B T ..."], chunk: int = CHUNK):
@@ -92,6 +172,11 @@ def _cross_entropy(logits, targets):
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
+def _is_id(targets, vocab_size: int):
+    """Tells which targets are ids; a gather would take a negative one from the end."""
+    return (targets >= 0) & (targets < vocab_size)
+
+
 def _kl_divergence(p_logits, q_logits):
     """Computes KL(p || q) over the vocabulary."""
     p = jax.nn.log_softmax(p_logits)
@@ -117,7 +202,8 @@ def token_statistics(
     Args:
         hidden: normed activations, from the model's `hidden`.
         head: its output projection.
-        targets: ids; None for the divergence alone.
+        targets: ids; None for the divergence alone. One that is out of range has no loss, 0 nats,
+            and is never correct.
         reference: normed activations of another model, or of this one from another state.
         reference_head: the reference's output projection, if it is not `head`.
         reverse_kl: whether the divergence is KL(model || reference) in place of
@@ -147,6 +233,7 @@ def token_statistics(
                     ..., 0
                 ]
             correct = jnp.argmax(logits, axis=-1) == x["targets"]
+            nats = jnp.where(_is_id(x["targets"], logits.shape[-1]), nats, 0)
         if reference is not None:
             others = head_logits(x["reference"], reference_head)
             kl = (
@@ -182,23 +269,48 @@ def next_token_loss(
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/model.py:758-771.
     """
-    batch = Batch.of(batch, caller="next_token_loss")
+    batch = check_ids_and_shapes(
+        batch, model.config.vocab_size, caller="next_token_loss"
+    )
+    check_targets(batch, caller="next_token_loss")
     tokens = jnp.asarray(batch.tokens)
     inputs = tokens[:, :-1]
     targets = tokens[:, 1:]
     x, _ = model.apply({"params": params}, inputs, state, method="hidden")
     statistics = token_statistics(x, params["head"]["weight"], targets)
-    loss = jnp.sum(loss_weights(batch) * statistics.nats)
+    loss = jnp.sum(target_shares(batch) * statistics.nats)
     penalty = 0.5 * l2wrap * jnp.mean(jnp.square(statistics.largest))
     return loss + penalty, {"loss_nats": loss}
 
 
 def pretrain_loss(model: RWKV7, *, l2wrap: float = 1e-4) -> Loss:
-    """Makes the loss of all weights, in which every row starts from the zero state."""
+    """Makes the loss of all weights, in which every row starts from the zero state.
+
+    Args:
+        model: the shell around the weights.
+        l2wrap: as in `next_token_loss`.
+
+    Raises:
+        TypeError: not a model, or a weight that is no number.
+        ValueError: a negative weight; from the loss, a batch that does not fit the model.
+    """
+    with prefix_errors("pretrain_loss"):
+        check_model(model)
+        check_number(l2wrap, 0, math.inf, "`l2wrap`")
+    check = functools.partial(
+        check_ids_and_shapes,
+        vocab_size=model.config.vocab_size,
+        caller="pretrain_loss",
+    )
 
     def loss(params: Params, batch: BatchLike):
-        batch = Batch.of(batch, caller="pretrain_loss")
+        batch = check(batch)
+        check_targets(batch, caller="pretrain_loss")
+        with prefix_errors("pretrain_loss"):
+            check_params(params, model.config)
         state = init_state(model.config, batch.tokens.shape[0])
         return next_token_loss(model, params, state, batch, l2wrap=l2wrap)
 
+    # A step looks at its batches on the host with this, where ids can still be read.
+    loss.check_batch = check  # pyright: ignore[reportFunctionMemberAccess]
     return loss

@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Params
+from rwkv7_jax.checks import check_choice, check_count, check_model, prefix_errors
 from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
@@ -57,12 +58,24 @@ def layer_statistics(
         model: the shell around the weights.
         rows: rows of the batch that are read.
 
+    Raises:
+        TypeError: not a model, or rows that are not an integer.
+        ValueError: rows below 1; from the function, a batch without a token to read.
+
     Source: arXiv 2405.02385.
     """
+    with prefix_errors("layer_statistics"):
+        check_model(model)
+        check_count(rows, 1, "`rows`")
 
     def statistics(params: Params, batch: BatchLike) -> Params:
         batch = Batch.of(batch, caller="layer_statistics")
         tokens = jnp.asarray(batch.tokens)[:rows, :-1]
+        if not tokens.size:
+            raise ValueError(
+                "layer_statistics: `batch.tokens` must hold a token to read; got shape "
+                f"{tuple(batch.tokens.shape)}."
+            )
         start = init_state(model.config, tokens.shape[0])
         outputs: Any = model.apply({"params": params}, tokens, start, method="trace")
         trace = outputs[-1]
@@ -94,10 +107,9 @@ def weight_decorrelator(
     Raises:
         ValueError: an unknown method; from `wrap`, a number out of its range.
     """
-    if method not in METHODS:
-        raise ValueError(
-            f"weight_decorrelator: `method` must be one of {', '.join(METHODS)}; got {method!r}."
-        )
+    with prefix_errors("weight_decorrelator"):
+        check_choice(method, METHODS, "`method`")
+        check_count(rows, 1, "`rows`")
     mode = METHODS[method]
     if mode is None:
         return Decorrelator(wrap=lambda tx: tx)

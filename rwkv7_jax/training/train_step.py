@@ -12,15 +12,23 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Int
 
+from rwkv7_jax.checks import (
+    as_array,
+    check_count,
+    check_function,
+    check_instance,
+    prefix_errors,
+)
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.sharding import BATCH_AXIS, constrain_sharding, replicate, use_mesh
-from rwkv7_jax.training.losses import Loss, Metrics, loss_weights
+from rwkv7_jax.training.losses import Loss, Metrics, target_shares
 
 # A step's function: from the training state and a batch to the next state and the metrics.
 TrainStep = Callable[["TrainState", Mapping[str, Any]], tuple["TrainState", Metrics]]
@@ -48,7 +56,14 @@ class TrainState:
         """Makes the state before the first step.
 
         `params` are copied, because a step donates its input and the caller's arrays would be gone.
+
+        Raises:
+            TypeError: parameters that are not arrays of numbers, or no optimizer.
+            ValueError: no parameters.
         """
+        with prefix_errors("TrainState.create"):
+            _check_parameters(params)
+            _check_optimizer(tx)
         params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
         return cls(
             step=jnp.zeros((), jnp.int32),
@@ -75,6 +90,110 @@ class LossWithTotals(Protocol):
         The pieces are a batch with `weights`, whose arrays have a further leading axis.
         """
         ...
+
+
+def _check_optimizer(tx: Any) -> None:
+    """Raises unless `tx` can initialise and update as Optax's transformations do."""
+    if isinstance(tx, type) or not (hasattr(tx, "init") and hasattr(tx, "update")):
+        kind = type(tx).__name__
+        raise TypeError(
+            f"`tx` must be an Optax transformation, such as optax.adam; got {kind}."
+        )
+
+
+def _check_parameters(params: Any) -> None:
+    """Raises unless the leaves of a tree can be trained."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError(f"`params` must hold an array; got {params!r}.")
+    for path, leaf in leaves:
+        # Python's numbers become arrays; strings, functions and integers cannot be trained.
+        is_number = hasattr(leaf, "dtype") or isinstance(leaf, float | complex)
+        dtype = getattr(leaf, "dtype", type(leaf).__name__)
+        if not is_number:
+            name = jax.tree_util.keystr(path)
+            raise TypeError(f"`params`{name} must be an array of numbers; got {dtype}.")
+
+
+def _check_fields(batch: Any, *, needs_shares: bool) -> None:
+    """Raises unless a batch has what a step needs, with the same rows in every array."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"`batch` must be a Batch or a mapping; got {type(batch).__name__}."
+        )
+    names = ", ".join(map(str, batch))
+    if "tokens" not in batch:
+        raise ValueError(f"`batch` must hold 'tokens'; it has {names}.")
+    if needs_shares and "mask" not in batch and "weights" not in batch:
+        raise ValueError(f"`batch` must hold 'mask' or 'weights'; it has {names}.")
+    rows = as_array(batch["tokens"], "`batch.tokens`").shape[:1]
+    for name in ("mask", "weights"):
+        if name not in batch:
+            continue
+        shape = tuple(as_array(batch[name], f"`batch.{name}`").shape)
+        # Broadcasting would hide it: a mask of one row multiplies the loss of B rows by B.
+        if shape[:1] != rows:
+            raise ValueError(
+                f"`batch.{name}` must have the {rows} rows of its tokens; got shape {shape}."
+            )
+
+
+class _CheckedProgram(functools.partial):
+    """A compiled program with its frozen arguments, which looks at batches before they are traced.
+
+    Shapes are looked at once for each new set of them. Ids are looked at in every batch that still
+    lies in NumPy arrays, and in the first one of each shape that lies on a device: to read later
+    ones would wait for their transfer.
+
+    Attributes:
+        caller: the public function's name, for messages.
+        needs_shares: whether a batch must tell how much each target counts.
+        seen: shapes and dtypes of batches that were looked at.
+    """
+
+    caller: str
+    needs_shares: bool
+    seen: set
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Checks the batch, then runs the program."""
+        batch = arguments[1] if len(arguments) > 1 else named.get("batch")
+        self._check(batch)
+        return super().__call__(*arguments, **named)
+
+    def _check(self, batch: Any) -> None:
+        leaves = jax.tree.leaves(batch)
+        described = tuple(
+            (np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in leaves
+        )
+        names = tuple(batch) if isinstance(batch, Mapping) else type(batch)
+        key = (names, described)
+        on_host = any(isinstance(leaf, np.ndarray) for leaf in leaves)
+        if key in self.seen and not on_host:
+            return
+        with prefix_errors(self.caller):
+            _check_fields(batch, needs_shares=self.needs_shares)
+        loss = self.args[0]
+        check = getattr(loss.func, "check_batch", None)
+        if check is not None:
+            check(batch)
+        self.seen.add(key)
+
+
+def _checked_program(
+    program: Callable, *frozen: Any, caller: str, needs_shares: bool
+) -> _CheckedProgram:
+    """Binds a program's frozen arguments, of which the first is the loss."""
+    checked = _CheckedProgram(program, *frozen)
+    checked.caller = caller
+    checked.needs_shares = needs_shares
+    checked.seen = set()
+    return checked
+
+
+def _as_partial(function: Any, argument: str) -> Partial:
+    check_function(function, argument)
+    return function if isinstance(function, Partial) else Partial(function)
 
 
 def _cut(batch: Any, accumulate: int) -> Any:
@@ -127,7 +246,7 @@ def _gradients(loss: Partial, params, batch: Mapping[str, Any], accumulate: int)
     _check_rows(batch, accumulate)
     # Weights are shares of the whole batch. They are multiplied by the number of pieces, so that
     # the mean over pieces is the sum over the batch.
-    weights = loss_weights(batch) * accumulate
+    weights = target_shares(batch) * accumulate
     # A mapping with names of its own stays a mapping: it belongs to the user's loss.
     if isinstance(batch, Batch):
         batch = batch.replace(weights=weights)
@@ -170,8 +289,8 @@ def make_train_step(
     """Compiles `step(train, batch) -> (train, metrics)`; the old `train` must not be used again.
 
     An update whose loss or gradient is not finite is left out: parameters and moments stay as they
-    are, bit for bit, `skipped` counts it and the metric `updated` is 0 in place of 1. Metrics stay
-    on the device.
+    are, bit for bit, `skipped` counts it and the metric `updated` is 0 in place of 1. So is a batch
+    in which no target counts: its loss is NaN. Metrics stay on the device.
 
     A batch is a `data.Batch` or a mapping. A mapping may hold arrays of its own for the caller's
     own loss, which gets a mapping with `weights` added; it must hold `tokens`, and `mask` or
@@ -188,12 +307,19 @@ def make_train_step(
             `loss` and `statistics` are replicated; see `sharding`.
 
     Raises:
-        ValueError: from the step: rows that `accumulate` does not divide, or a loss that divides by
-            the mask of a piece.
+        TypeError: an argument of the wrong kind.
+        ValueError: pieces below 1; from the step: a batch whose arrays do not fit each other or
+            whose ids are out of range, rows that `accumulate` does not divide, or a loss that
+            divides by the mask of a piece.
     """
-    loss = loss if isinstance(loss, Partial) else Partial(loss)
-    if statistics is not None and not isinstance(statistics, Partial):
-        statistics = Partial(statistics)
+    with prefix_errors("make_train_step"):
+        loss = _as_partial(loss, "`loss`")
+        _check_optimizer(tx)
+        if statistics is not None:
+            statistics = _as_partial(statistics, "`statistics`")
+        check_count(accumulate, 1, "`accumulate`")
+        if mesh is not None:
+            check_instance(mesh, Mesh, "`mesh`")
     tx = optax.with_extra_args_support(tx)
 
     def update(
@@ -237,15 +363,32 @@ def make_train_step(
 
     if mesh is not None:
         loss, statistics = replicate(mesh, (loss, statistics))
-    return functools.partial(step, loss, statistics)
+    return _checked_program(
+        step,
+        loss,
+        statistics,
+        caller="make_train_step",
+        needs_shares=True,
+    )
 
 
 def make_eval_step(loss: Loss) -> Callable[[Any, Mapping[str, Any]], Metrics]:
-    """Compiles `evaluate(params, batch) -> metrics`, without gradients."""
-    loss = loss if isinstance(loss, Partial) else Partial(loss)
+    """Compiles `evaluate(params, batch) -> metrics`, without gradients.
+
+    Raises:
+        TypeError: not a function.
+        ValueError: from `evaluate`: arrays that do not fit each other, or ids out of range.
+    """
+    with prefix_errors("make_eval_step"):
+        loss = _as_partial(loss, "`loss`")
 
     def evaluate(loss: Partial, params: Any, batch: Mapping[str, Any]) -> Metrics:
         _, metrics = loss(params, batch)
         return metrics
 
-    return functools.partial(jax.jit(evaluate), loss)
+    return _checked_program(
+        jax.jit(evaluate),
+        loss,
+        caller="make_eval_step",
+        needs_shares=False,
+    )

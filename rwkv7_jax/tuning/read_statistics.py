@@ -10,11 +10,18 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import WKVInputs
 from rwkv7_jax.array_types import Params
+from rwkv7_jax.checks import (
+    check_choice,
+    check_count,
+    check_model,
+    check_params,
+    prefix_errors,
+)
 from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.model.kernel_features import kernel_features
 from rwkv7_jax.model.recurrence import LayerTrace, wkv7_sharded, wkv_inputs_of
 from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import RWKV7State, Upscaled, repeat
+from rwkv7_jax.model.state import RWKV7State, Upscaled, check_whole_state, repeat
 from rwkv7_jax.model.upscaled_memory import RecurrentMemory
 from rwkv7_jax.optim.decorrelation import METHODS, Decorrelator, decorrelate
 from rwkv7_jax.training.losses import loss_weights
@@ -60,7 +67,10 @@ def _read_vectors(
 def second_moment(
     psi: Float[Array, "B T H M"], weights: Float[Array, "B T"]
 ) -> Float[Array, "1 H M M"]:
-    """Averages psi psi^T per head over tokens, weighted by `weights`; not centred."""
+    """Averages psi psi^T per head over tokens, weighted by `weights`; not centred.
+
+    The average over nothing, where all weights are 0, is 0; `decorrelate` passes over it.
+    """
     # Full precision: DBP inverts these matrices, and their small eigenvalues matter most.
     psi = psi.astype(jnp.float32)
     total = jnp.einsum("bthm,bthn,bt->hmn", psi, psi, weights, precision="highest")
@@ -84,9 +94,14 @@ def state_statistics(
         rows: rows of the batch that are read.
 
     Raises:
-        ValueError: an unknown leaf.
+        TypeError: an argument of the wrong kind.
+        ValueError: an unknown leaf, weights of another model, or rows below 1.
     """
-    check_leaves(leaves, caller="state_statistics")
+    with prefix_errors("state_statistics"):
+        check_model(model)
+        check_params(params, model.config)
+        check_leaves(leaves)
+        check_count(rows, 1, "`rows`")
     implementation = model.config.implementation
 
     def statistics(params: Params, state: RWKV7State, batch: BatchLike) -> RWKV7State:
@@ -146,11 +161,11 @@ def state_decorrelator(
     Raises:
         ValueError: an unknown method or leaf; from `wrap`, a number out of its range.
     """
-    check_leaves(leaves, caller="state_decorrelator")
-    if method not in METHODS:
-        raise ValueError(
-            f"state_decorrelator: `method` must be one of {', '.join(METHODS)}; got {method!r}."
-        )
+    with prefix_errors("state_decorrelator"):
+        check_leaves(leaves)
+        check_whole_state(start, "`start`")
+        check_count(rows, 1, "`rows`")
+        check_choice(method, METHODS, "`method`")
     tuned = trainable_mask(start, leaves)
     mode = METHODS[method]
     if mode is None or (mode == "whiten" and "memory" in leaves):

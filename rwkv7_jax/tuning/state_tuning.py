@@ -1,15 +1,33 @@
 """The loss of a start state of a frozen model, and masks of its tuned arrays."""
 
+import functools
+import math
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Activations, Params, Tokens
+from rwkv7_jax.checks import (
+    check_instance,
+    check_model,
+    check_number,
+    check_params,
+    prefix_errors,
+)
 from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state, repeat
-from rwkv7_jax.training.losses import Loss, Metrics, next_token_loss, token_statistics
+from rwkv7_jax.training.losses import (
+    Loss,
+    Metrics,
+    check_ids_and_shapes,
+    check_targets,
+    next_token_loss,
+    token_statistics,
+)
 
 LEAVES = ("wkv", "att_shift", "ffn_shift", "memory")
 
@@ -21,9 +39,17 @@ def check_leaves(leaves: tuple[str, ...], *, caller: str | None = None) -> None:
     """Checks that all names are among `LEAVES`.
 
     Raises:
-        ValueError: one is not.
+        TypeError: no list of names.
+        ValueError: a name is not among them, or there is none.
     """
     prefix = "" if caller is None else f"{caller}: "
+    # A string is a sequence of letters; one name alone is the usual mistake.
+    if isinstance(leaves, str) or not isinstance(leaves, Sequence):
+        raise TypeError(
+            f'{prefix}`leaves` must be a tuple of names, such as ("wkv",); got {leaves!r}.'
+        )
+    if not leaves:
+        raise ValueError(f"{prefix}`leaves` must name an array to tune; got none.")
     for name in leaves:
         if name not in LEAVES:
             raise ValueError(
@@ -151,12 +177,29 @@ def state_loss(
         l2wrap: as in `next_token_loss`.
 
     Raises:
-        ValueError: an unknown leaf.
+        TypeError: an argument of the wrong kind.
+        ValueError: an unknown leaf, weights of another model, or a number out of its range; from
+            the loss, a batch or a state that does not fit the model.
     """
-    check_leaves(leaves, caller="state_loss")
+    with prefix_errors("state_loss"):
+        check_model(model)
+        check_params(params, model.config)
+        check_leaves(leaves)
+        check_number(anchor, 0, math.inf, "`anchor`")
+        check_number(l2wrap, 0, math.inf, "`l2wrap`")
+    check = functools.partial(
+        check_ids_and_shapes,
+        vocab_size=model.config.vocab_size,
+        caller="state_loss",
+    )
 
     def loss(params: Params, state: RWKV7State, batch: BatchLike):
-        batch = Batch.of(batch, caller="state_loss")
+        batch = check(batch)
+        check_targets(batch, caller="state_loss")
+        with prefix_errors("state_loss"):
+            check_instance(state, RWKV7State, "`state`")
+            if state.batch != 1:
+                raise ValueError(f"`state` must hold one sequence; got {state.batch}.")
         state = stop_gradient_except(state, tuple(leaves))
         start = repeat(state, batch.tokens.shape[0])
         value, metrics = next_token_loss(model, params, start, batch, l2wrap=l2wrap)
@@ -170,4 +213,6 @@ def state_loss(
             metrics=metrics,
         )
 
+    # A step looks at its batches on the host with this, where ids can still be read.
+    loss.check_batch = check  # pyright: ignore[reportFunctionMemberAccess]
     return Partial(loss, params)

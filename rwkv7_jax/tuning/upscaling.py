@@ -3,6 +3,7 @@
 import functools
 import math
 import warnings
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,17 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Params, Tokens
-from rwkv7_jax.checks import check_tokens, prefix_errors
+from rwkv7_jax.checks import (
+    as_array,
+    check_choice,
+    check_count,
+    check_model,
+    check_number,
+    check_params,
+    check_seed,
+    check_tokens,
+    prefix_errors,
+)
 from rwkv7_jax.model.block import RECURRENCE
 from rwkv7_jax.model.kernel_features import kernel_features, unit_vectors
 from rwkv7_jax.model.recurrence import LayerTrace, wkv_inputs_of
@@ -130,10 +141,10 @@ def resolve_features(
     Raises:
         ValueError: unknown dynamics.
     """
-    if dynamics not in DYNAMICS:
-        raise ValueError(
-            f"upscale: `dynamics` must be one of {', '.join(DYNAMICS)}; got {dynamics!r}."
-        )
+    with prefix_errors("upscale"):
+        check_choice(dynamics, DYNAMICS, "`dynamics`")
+        if widths is not None:
+            _check_widths(widths)
     replaces = MEMORY_FORMS[dynamics].replaces_wkv
     if not kind:
         kind = "gaussian_raw" if replaces else "gaussian"
@@ -193,11 +204,13 @@ def _fit_head(points, size, rng, *, kind, landmarks, widths):
     return frequencies, rng.uniform(0, 2 * np.pi, size)
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"calibrate: `{name}` must be one of {', '.join(choices)}; got {value!r}."
+def _check_widths(widths: Any) -> None:
+    if isinstance(widths, str) or not isinstance(widths, Iterable):
+        raise TypeError(
+            f"`widths` must be a tuple of numbers; got {type(widths).__name__}."
         )
+    for width in widths:
+        check_number(width, 0, math.inf, "`widths`", above=True, bounds="positive")
 
 
 def calibrate(
@@ -226,19 +239,25 @@ def calibrate(
         seed: of the random choices.
 
     Raises:
-        ValueError: an unknown choice, or a size below 1.
+        TypeError: an argument of the wrong kind.
+        ValueError: an unknown choice, a number out of its range, or reads that are not finite.
     """
-    kind, prepare, widths = resolve_features(
-        "static", kind=kind, prepare=prepare, widths=widths
-    )
-    _check_choice("kind", kind, KINDS)
-    _check_choice("landmarks", landmarks, LANDMARKS)
-    _check_choice("prepare", prepare, PREPARATIONS)
-    if size < 1 or min(widths) <= 0:
-        raise ValueError(
-            f"calibrate: `size` must be at least 1 and `widths` positive; got {size}, {widths}."
+    with prefix_errors("calibrate"):
+        kind, prepare, widths = resolve_features(
+            "static", kind=kind, prepare=prepare, widths=widths
         )
-    reads = np.asarray(reads, np.float32)
+        check_choice(kind, KINDS, "`kind`")
+        check_choice(landmarks, LANDMARKS, "`landmarks`")
+        check_choice(prepare, PREPARATIONS, "`prepare`")
+        check_count(size, 1, "`size`")
+        check_number(damping, 0, math.inf, "`damping`")
+        check_seed(seed)
+        reads = np.asarray(as_array(reads, "`reads`"), np.float32)
+        if reads.ndim != 4 or not reads.size:
+            raise ValueError(f"`reads` must have shape [L R H N]; got {reads.shape}.")
+        # One NaN would spread over all features of its head.
+        if not np.isfinite(reads).all():
+            raise ValueError("`reads` must be finite; they hold NaN or an infinity.")
     rng = np.random.default_rng(seed)
     seen = (
         reads
@@ -365,13 +384,26 @@ def upscale(
         seed: of the landmarks.
 
     Raises:
-        ValueError: an unknown choice, or ids outside the vocabulary.
+        TypeError: an argument of the wrong kind.
+        ValueError: an unknown choice, a number out of its range, weights of another model, no text,
+            or ids outside the vocabulary.
     """
-    settings = resolve_features(dynamics, kind=kind, prepare=prepare, widths=widths)
-    form = MEMORY_FORMS[dynamics]
-    tokens = np.asarray(tokens)
     with prefix_errors("upscale"):
+        check_model(model)
+        check_params(params, model.config)
+        settings = resolve_features(dynamics, kind=kind, prepare=prepare, widths=widths)
+        check_choice(settings.kind, KINDS, "`kind`")
+        check_choice(landmarks, LANDMARKS, "`landmarks`")
+        check_choice(settings.prepare, PREPARATIONS, "`prepare`")
+        check_count(size, 0, "`size`")
+        check_seed(seed)
+        tokens = np.asarray(as_array(tokens, "`tokens`"))
+        if tokens.ndim != 2 or not tokens.size:
+            raise ValueError(
+                f"`tokens` must be rows of text, [B T]; got shape {tokens.shape}."
+            )
         check_tokens(tokens, model.config.vocab_size)
+    form = MEMORY_FORMS[dynamics]
     features = calibrate(
         # An additive memory that is erased is also addressed by removal keys.
         _read_vectors(
