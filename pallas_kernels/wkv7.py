@@ -1,9 +1,12 @@
 """The public WKV-7 op: argument checks, choice of implementation, one `custom_vjp`."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
@@ -74,7 +77,7 @@ def _check_options(implementation: str | None, chunk: int | None) -> None:
             f"wkv7: `implementation` must be None or one of {', '.join(dispatch.IMPLEMENTATIONS)}; "
             f"got {implementation!r}."
         )
-    if chunk is not None and chunk not in CHUNKS:
+    if chunk is not None and (isinstance(chunk, float) or chunk not in CHUNKS):
         raise ValueError(
             f"wkv7: `chunk` must be None or one of {CHUNKS}; got {chunk!r}."
         )
@@ -106,14 +109,40 @@ def _check_arrays(inputs: WKVInputs, state: State) -> None:
         raise TypeError(f"wkv7: `state` must be float32; got {state.dtype}.")
 
 
-def _mask_padding(inputs: WKVInputs, lengths: Int[Array, " B"]) -> WKVInputs:
-    """Sets tokens from each row's length on to zeros: they write nothing and read zeros."""
-    batch, tokens = inputs.r.shape[:2]
+def _as_array(value: Any, name: str) -> Array:
+    """Returns an argument as an array of JAX."""
+    is_array = hasattr(value, "shape") and hasattr(value, "dtype")
+    if not is_array and not isinstance(value, list | tuple):
+        raise TypeError(f"wkv7: `{name}` must be an array; got {type(value).__name__}.")
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"wkv7: `{name}` must be an array of numbers; got {type(value).__name__}."
+        ) from None
+
+
+def _check_lengths(lengths: Array, batch: int, tokens: int) -> None:
+    """Raises unless there is one integer from 0 to T for each row, where they can be read."""
     if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(
             f"wkv7: `lengths` must be {batch} integers, one a row; "
             f"got shape {lengths.shape} of {lengths.dtype}."
         )
+    if isinstance(lengths, Tracer) or not lengths.is_fully_addressable:
+        return
+    values = np.asarray(lengths)
+    wrong = values[(values < 0) | (values > tokens)]
+    if len(wrong):
+        raise ValueError(
+            f"wkv7: `lengths` must lie between 0 and {tokens}; got {wrong[0]}."
+        )
+
+
+def _mask_padding(inputs: WKVInputs, lengths: Int[Array, " B"]) -> WKVInputs:
+    """Sets tokens from each row's length on to zeros: they write nothing and read zeros."""
+    batch, tokens = inputs.r.shape[:2]
+    _check_lengths(lengths, batch, tokens)
     is_token = (jnp.arange(tokens)[None] < lengths[:, None])[..., None, None]
     # A select, not a product: padding may hold NaN.
     return jax.tree.map(lambda x: jnp.where(is_token, x, 0), inputs)
@@ -152,7 +181,8 @@ def wkv7(
             for the target device, by sizes and dtype. The target is the abstract mesh's device if
             one is set, else the default device. On other platforms the same program runs in plain
             JAX.
-        lengths: the number of real tokens in each row; padding is on the right.
+        lengths: the number of real tokens in each row; padding is on the right. Traced lengths
+            cannot be checked: those below 0 count as 0, those above T as T.
         chunk: tokens between two states kept for the backward pass and, except in "scan", rows of
             a matrix product: 16, 32 or 64; None takes the best for the implementation.
         interpret: run Pallas kernels in Pallas's interpreter on any device; slow, for tests.
@@ -161,7 +191,8 @@ def wkv7(
         y in v's dtype, and the final state in the state's.
 
     Raises:
-        ValueError: the shapes do not fit, or `implementation` or `chunk` is unknown.
+        ValueError: the shapes do not fit, lengths are out of range, or `implementation` or `chunk`
+            is unknown.
         TypeError: the state is not float32, or inputs are not floating point.
         NotImplementedError: a named implementation is made for other devices, head sizes or dtypes.
         ImportError: "triton" was named without jax-triton or triton.
@@ -171,18 +202,18 @@ def wkv7(
     """
     # From here on the six go down as one.
     inputs = WKVInputs(
-        r=jnp.asarray(r),
-        log_w=jnp.asarray(log_w),
-        k=jnp.asarray(k),
-        v=jnp.asarray(v),
-        a=jnp.asarray(a),
-        b=jnp.asarray(b),
+        r=_as_array(r, "r"),
+        log_w=_as_array(log_w, "log_w"),
+        k=_as_array(k, "k"),
+        v=_as_array(v, "v"),
+        a=_as_array(a, "a"),
+        b=_as_array(b, "b"),
     )
-    state = jnp.asarray(state)
+    state = _as_array(state, "state")
     _check_options(implementation, chunk)
     _check_arrays(inputs, state)
     if lengths is not None:
-        inputs = _mask_padding(inputs, jnp.asarray(lengths))
+        inputs = _mask_padding(inputs, _as_array(lengths, "lengths"))
     # No implementation has to handle an empty grid or scan.
     if inputs.r.shape[1] == 0:
         return inputs.v, state

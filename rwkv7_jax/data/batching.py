@@ -8,9 +8,11 @@ import functools
 import itertools
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
+from rwkv7_jax.checks import check_count, check_instance, prefix_errors
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.choices import ORDERS, PACKINGS, check_choice
 from rwkv7_jax.data.shuffling import cubic_windows, shuffled, shuffled_windows
@@ -122,6 +124,9 @@ def batch_at(
         ValueError: an unknown order or packing, or a stream that is too short.
     """
     check_choices(order, packing, caller="batch_at")
+    with prefix_errors("batch_at"):
+        check_count(step, 0, "`step`")
+        _check_sizes(batch_size, length, seed, rows)
     stream = as_stream(stream)
     # Samples are numbered through all steps; a host makes those of its rows.
     first = step * batch_size
@@ -143,6 +148,14 @@ def batch_at(
             caller="batch_at",
         )
     return _fill_rows(stream, _window_spans(firsts, length), length)
+
+
+def _check_sizes(batch_size: Any, length: Any, seed: Any, rows: Any) -> None:
+    """Raises unless batches of these sizes can be cut."""
+    check_count(batch_size, 1, "`batch_size`")
+    check_count(length, 1, "`length`")
+    check_count(seed, 0, "`seed`")
+    check_instance(rows, slice, "`rows`")
 
 
 def batches_from(
@@ -239,6 +252,9 @@ def windows(
         ValueError: the stream is shorter than one window, or an unknown packing.
     """
     check_choices("shuffled", packing, caller="windows")
+    with prefix_errors("windows"):
+        check_count(length, 1, "`length`")
+        check_count(count, 1, "`count`")
     stream = as_stream(stream)
     if packing == "documents":
         documents = _usable_documents(stream, "windows")

@@ -4,6 +4,7 @@ import ast
 import functools
 import hashlib
 import lzma
+import operator
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -100,8 +101,14 @@ class Tokenizer:
         """Returns the tokenizer of a model with this many ids.
 
         Raises:
+            TypeError: the size is no integer.
             ValueError: neither vocabulary has that size.
         """
+        if not hasattr(vocab_size, "__index__"):
+            raise TypeError(
+                "Tokenizer.for_vocabulary: `vocab_size` must be an integer; "
+                f"got {type(vocab_size).__name__}."
+            )
         if vocab_size == 257:
             return cls.bytes()
         if 65530 <= vocab_size <= 65536:
@@ -180,8 +187,15 @@ class Tokenizer:
         """Returns the bytes of one id; none for ids of the vocabulary that have no entry.
 
         Raises:
+            TypeError: the id is no integer.
             ValueError: outside the vocabulary.
         """
+        try:
+            token = operator.index(token)
+        except TypeError:
+            raise TypeError(
+                f"Tokenizer.token_bytes: `token` must be an integer; got {type(token).__name__}."
+            ) from None
         if not 0 <= token < self.vocab_size:
             raise ValueError(
                 f"Tokenizer.token_bytes: `token` must be at least 0 and below {self.vocab_size}; "
@@ -193,24 +207,26 @@ class Tokenizer:
         """Joins the bytes of ids.
 
         Raises:
+            TypeError: no list of integers.
             ValueError: an id without an entry; the message gives its position.
         """
-        ids = list(ids)
+        numbers = _integers(ids)
         try:
-            return b"".join([self._entries[number] for number in ids])
+            return b"".join([self._entries[number] for number in numbers])
         except KeyError:
             place = next(
-                n for n, number in enumerate(ids) if number not in self._entries
+                n for n, number in enumerate(numbers) if number not in self._entries
             )
             raise ValueError(
                 f"Tokenizer.decode: `ids` must be entries of the {self.name} vocabulary; "
-                f"got {ids[place]} at position {place}."
+                f"got {numbers[place]} at position {place}."
             ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes ids to text; bytes that are not UTF-8 become U+FFFD.
 
         Raises:
+            TypeError: no list of integers.
             ValueError: an id without an entry; the message gives its position.
         """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
@@ -222,6 +238,24 @@ class Tokenizer:
         """Makes the byte vocabulary: id = byte + 1, 257 ids; the first 257 ids of World."""
         entries = {byte + 1: bytes([byte]) for byte in range(256)}
         return cls(entries, vocab_size=257, name="bytes")
+
+
+def _integers(ids: Iterable[int]) -> list[int]:
+    """Returns ids as Python's integers: arrays of JAX, for one, are no keys of a dict."""
+    is_list = isinstance(ids, Iterable) and getattr(ids, "shape", None) != ()
+    if isinstance(ids, str | bytearray) or not is_list:
+        raise TypeError(
+            f"Tokenizer.decode: `ids` must be a list of ids; got {type(ids).__name__}."
+        )
+    numbers = []
+    for place, number in enumerate(ids):
+        try:
+            numbers.append(operator.index(number))
+        except TypeError:
+            raise TypeError(
+                f"Tokenizer.decode: `ids` must hold integers; got {number!r} at position {place}."
+            ) from None
+    return numbers
 
 
 def _prefix_tables(entries: Iterable[bytes]) -> PrefixTables:

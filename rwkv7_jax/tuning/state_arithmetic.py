@@ -182,7 +182,7 @@ def _equal(one: jax.Array | None, two: jax.Array | None) -> bool:
     return np.array_equal(np.asarray(one), np.asarray(two))
 
 
-def scaled(state: RWKV7State, alpha: float) -> RWKV7State:
+def scaled(state: RWKV7State, alpha: float | int | Array) -> RWKV7State:
     """Multiplies a state by `alpha`: 0 gives the base model's zeros, 1 the tuned state.
 
     Raises:
