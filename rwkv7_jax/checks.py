@@ -8,10 +8,7 @@ import contextlib
 import contextvars
 import math
 import operator
-import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -157,62 +154,6 @@ def check_params(params: Any, config: Any, argument: str = "`params`") -> None:
                 f"{argument} must be those of this model, with {path} of shape {wanted}; "
                 f"got {came}."
             )
-
-
-def check_local_path(path: Any, argument: str) -> Path:
-    """Returns a path on this machine; a URL or the name of a model on a hub is refused.
-
-    Args:
-        path: the value to check.
-        argument: the argument in backticks; the message begins with it.
-
-    Raises:
-        TypeError: the value is no path.
-        ValueError: the path is empty, or a place that is not on this machine.
-    """
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"{argument} must be a path; got {type(path).__name__}.")
-    text = os.fspath(path)
-    if not text or "\0" in text:
-        raise ValueError(f"{argument} must be a path; got {text!r}.")
-    # A `Path` has lost the second slash of a scheme.
-    remote = re.match(r"(?i)([a-z][a-z0-9+.-]+):/{1,2}(?!/)(.*)", text)
-    if remote and remote[1].lower() != "file":
-        scheme = remote[1].lower()
-        command = f"curl -LO {scheme}://{remote[2]}"
-        if scheme == "hf" or remote[2].startswith("huggingface.co/"):
-            command = _hub_command(remote[2].removeprefix("huggingface.co/"))
-        elif scheme in ("gs", "s3"):
-            tool = {"gs": "gcloud storage cp -r", "s3": "aws s3 cp --recursive"}[scheme]
-            command = f"{tool} {scheme}://{remote[2]} ."
-        raise ValueError(
-            f"{argument} must be on this machine; got {text}. Download it first: {command}"
-        )
-    place = Path(text).expanduser()
-    is_hub_name = re.fullmatch(r"[A-Za-z][\w-]*/[\w.-]+", text) is not None
-    if is_hub_name and not place.exists() and not place.parent.exists():
-        raise ValueError(
-            f"{argument} must exist; got {text}. If it is the name of a model on Hugging Face, "
-            f"download it first: {_hub_command(text)}"
-        )
-    return place
-
-
-def _hub_command(name: str) -> str:
-    """Returns the command that downloads a model, or one file of it, from Hugging Face."""
-    owner, _, rest = name.partition("/")
-    repository, *inside = rest.split("/")
-    # Addresses of single files have "resolve/main" or "blob/main" in them.
-    if inside[:1] in (["resolve"], ["blob"], ["tree"]):
-        inside = inside[2:]
-    place = "/".join(inside)
-    parts = [
-        "hf download",
-        f"{owner}/{repository}",
-        place,
-        f"--local-dir {repository or owner}",
-    ]
-    return " ".join(part for part in parts if part)
 
 
 def check_number(

@@ -134,7 +134,7 @@ DOORS = {
         },
         {
             "config": {TypeError: [None, {}, "0.1b", MODEL]},
-            "params": {TypeError: [[PARAMS]], ValueError: OTHER_PARAMS},
+            "params": {ValueError: [{}, OTHERS, DEEP]},
             "tokens": {
                 TypeError: [None, "text", IDS * 1.0, {}, [["a"]], IDS > 1],
                 ValueError: [IDS - 1, IDS + 250, IDS[0], IDS[None], [[1], [2, 3]]],
@@ -551,12 +551,9 @@ DOORS = {
         rwkv.data.packed,
         {"source": STREAM, "batch_size": 2, "length": 8, "tokenizer": BYTES},
         {
-            "source": {
-                TypeError: [None, 3, STREAM * 1.0, {}],
-                ValueError: [[], STREAM - 1],
-            },
+            "source": {TypeError: [None, 3, {}], ValueError: [[]]},
             "batch_size": {TypeError: [None, 1.5, "4"], ValueError: [0, -1]},
-            "length": {TypeError: [None, 1.5], ValueError: [0, -1, 500]},
+            "length": {TypeError: [None, 1.5], ValueError: [0, -1]},
             "seed": {TypeError: [None, 0.5], ValueError: [-1]},
             "start_step": {TypeError: [None, 0.5], ValueError: [-1]},
             "split": {ValueError: ["test", None]},
@@ -671,7 +668,7 @@ def test_a_step_refuses_a_batch_before_it_compiles(unchecked, batch):
 @pytest.mark.parametrize("path", REMOTE)
 def test_a_place_elsewhere_is_named_with_the_command_that_downloads_it(load, path):
     with pytest.raises(
-        ValueError, match=r"ownload it first: (curl|hf|gcloud|aws) "
+        ValueError, match=r"ownload it first.* `(curl|hf|gcloud|aws) "
     ) as caught:
         load(path)
     assert path in str(caught.value)

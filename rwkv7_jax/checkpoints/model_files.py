@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -35,7 +35,8 @@ from rwkv7_jax.checkpoints.unused_value_residual import (
     add_unused_value_residual,
     drop_unused_value_residual,
 )
-from rwkv7_jax.checks import prefix_errors
+from rwkv7_jax.checks import check_instance, prefix_errors
+from rwkv7_jax.local_paths import existing_path, local_path
 from rwkv7_jax.model.config import RWKV7Config
 
 _LARGEST_HALF = 65504
@@ -63,14 +64,12 @@ def load_model(
     Raises:
         ValueError: no such file, a damaged one, not RWKV-7, tensors missing or misshapen (one
             table), NaN, or numbers that `dtype` cannot hold.
-        TypeError: `dtype` is not floating-point.
+        TypeError: `dtype` is not floating-point, or `path` is no path.
     """
-    path = Path(path)
     with prefix_errors("load_model"):
         if dtype is not None:
             dtype = require_float_dtype(dtype)
-        if not path.exists():
-            raise ValueError(f"`{path}` does not exist.")
+        path = existing_path(path, "`path`")
     with name_file(path, "load_model"):
         kind = format_of(path)
         if kind == "orbax":
@@ -189,9 +188,12 @@ def save_model(
     Raises:
         ValueError: a leaf is missing, misshapen or not finite, an unknown format, or a folder with
             other files.
-        TypeError: a leaf is not floating-point.
+        TypeError: a leaf is not floating-point, or an argument is of the wrong kind.
     """
-    path = Path(path)
+    with prefix_errors("save_model"):
+        path = local_path(path, "`path`")
+        check_instance(config, RWKV7Config, "`config`")
+        check_instance(params, Mapping, "`params`")
     kind = format_of(path, format=format)
     if kind == "orbax":
         save_orbax(path, params, config, allow_nan=allow_nan)

@@ -45,7 +45,8 @@ from rwkv7_jax.checkpoints.state_tensors import (
 )
 from rwkv7_jax.checkpoints.tensor_files import dump_safetensors
 from rwkv7_jax.checkpoints.tensor_names import Tensor
-from rwkv7_jax.checks import prefix_errors
+from rwkv7_jax.checks import check_instance, prefix_errors
+from rwkv7_jax.local_paths import existing_path, local_path
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import (
     DYNAMICS,
@@ -94,8 +95,8 @@ def save_state(
             numbers that `dtype` cannot hold, or `info` that is not JSON.
         TypeError: not a state, or `dtype` is not floating-point.
     """
-    path = Path(path)
     with prefix_errors("save_state"):
+        path = local_path(path, "`path`")
         _check_suffix(path)
         dtype = require_float_dtype(dtype)
         _check_writable(state, path, config)
@@ -125,6 +126,7 @@ def _check_writable(state: RWKV7State, path: Path, config: RWKV7Config | None) -
     if state.batch != 1:
         raise ValueError(f"`state` must hold one sequence; got {state.batch}.")
     if config is not None:
+        check_instance(config, RWKV7Config, "`config`")
         _check_sizes(np.asarray(state.wkv[:, 0]), config, "state")
     for name, shift in (("att_shift", state.att_shift), ("ffn_shift", state.ffn_shift)):
         if np.ndim(shift) != 3 or np.shape(shift)[:2] != np.shape(state.wkv)[:2]:
@@ -329,11 +331,13 @@ def load_state(
         ValueError: no state in the file, layers missing, NaN or Inf, another model's sizes, or a
             transposed state where that can be told (by the sidecar).
     """
-    path = Path(path)
     with prefix_errors("load_state"):
+        # Before the suffix: a model's name on a hub has none.
+        place = local_path(path, "`path`")
+        if place.suffix in SUFFIXES or not place.suffix:
+            existing_path(path, "`path`")
+        path = place
         _check_suffix(path)
-        if not path.exists():
-            raise ValueError(f"`{path}` does not exist.")
     # Warnings point at the caller of this function.
     with name_file(path, "load_state"):
         table = read_table(path)

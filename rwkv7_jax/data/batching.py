@@ -126,7 +126,7 @@ def batch_at(
     check_choices(order, packing, caller="batch_at")
     with prefix_errors("batch_at"):
         check_count(step, 0, "`step`")
-        _check_sizes(batch_size, length, seed, rows)
+        check_batch_sizes(batch_size, length, seed, rows)
     stream = as_stream(stream)
     # Samples are numbered through all steps; a host makes those of its rows.
     first = step * batch_size
@@ -150,8 +150,13 @@ def batch_at(
     return _fill_rows(stream, _window_spans(firsts, length), length)
 
 
-def _check_sizes(batch_size: Any, length: Any, seed: Any, rows: Any) -> None:
-    """Raises unless batches of these sizes can be cut."""
+def check_batch_sizes(batch_size: Any, length: Any, seed: Any, rows: Any) -> None:
+    """Checks that batches of these sizes can be cut.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: a size below 1, or a negative seed.
+    """
     check_count(batch_size, 1, "`batch_size`")
     check_count(length, 1, "`length`")
     check_count(seed, 0, "`seed`")

@@ -1,15 +1,25 @@
 """From paths to a stream of ids, and from there to batches."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from rwkv7_jax.checks import check_choice, check_count, check_number, prefix_errors
 from rwkv7_jax.data.batch import Batch
-from rwkv7_jax.data.batching import batch_at, batches_from, host_rows, left_out, windows
+from rwkv7_jax.data.batching import (
+    batch_at,
+    batches_from,
+    check_batch_sizes,
+    host_rows,
+    left_out,
+    windows,
+)
 from rwkv7_jax.data.builtin_corpora import BUILT_IN
-from rwkv7_jax.data.choices import SPLITS, Split
+from rwkv7_jax.data.choices import ON_BAD, ORDERS, PACKINGS, SPLITS, Split
 from rwkv7_jax.data.documents import Document, Encoder, held_out_threshold
 from rwkv7_jax.data.jsonl import ReadStats
 from rwkv7_jax.data.readers import documents, warn_of_skipped
@@ -94,6 +104,32 @@ def _read(
     return split_by_position(tokens, split, held_out)
 
 
+def _check_source(source: Any, tokenizer: Any, held_out: Any) -> None:
+    """Raises unless a source, a tokenizer and a share are of the right kinds."""
+    if not (hasattr(tokenizer, "vocab_size") and hasattr(tokenizer, "encode")):
+        raise TypeError(
+            f"`tokenizer` must be a Tokenizer; got {type(tokenizer).__name__}."
+        )
+    check_number(held_out, 0, 1, "`held_out`")
+    if isinstance(source, str | Path | np.ndarray | TokenStream):
+        return
+    if isinstance(source, Mapping | bytes) or not isinstance(source, Iterable):
+        raise TypeError(
+            "`source` must be a path, a list of paths, an array of ids or a stream; "
+            f"got {type(source).__name__}."
+        )
+    # An iterator can be read only once, and not here.
+    if not isinstance(source, Sequence):
+        return
+    if not source:
+        raise ValueError("`source` must name something to read; got an empty list.")
+    for path in source:
+        if not isinstance(path, str | os.PathLike):
+            raise TypeError(
+                f"`source` must be a list of paths; got {type(path).__name__} in it."
+            )
+
+
 def token_stream(
     source: PathsOrIds,
     tokenizer: Tokenizer,
@@ -127,6 +163,9 @@ def token_stream(
         raise ValueError(
             f"token_stream: `split` must be one of {SPLITS}; got {split!r}."
         )
+    with prefix_errors("token_stream"):
+        _check_source(source, tokenizer, held_out)
+        check_choice(on_bad, ON_BAD, "`on_bad`")
     if isinstance(source, TokenStream):
         return source
     if isinstance(source, np.ndarray):
@@ -187,8 +226,22 @@ def packed(
     packing: str = "stream",
     rows: slice = slice(None),
 ) -> Iterator[Batch]:
-    """Makes batches of a source, without end; see `token_stream`, `batch_at` and `batches_from`."""
-    tokenizer = tokenizer or Tokenizer.world()
+    """Makes batches of a source, without end; see `token_stream`, `batch_at` and `batches_from`.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: an argument out of its range, or data that cannot be read or cut.
+    """
+    if tokenizer is None:
+        tokenizer = Tokenizer.world()
+    with prefix_errors("packed"):
+        # Before anything is read, which may take long.
+        _check_source(source, tokenizer, held_out)
+        check_count(start_step, 0, "`start_step`")
+        check_batch_sizes(batch_size, length, seed, rows)
+        check_choice(split, SPLITS, "`split`")
+        check_choice(order, ORDERS, "`order`")
+        check_choice(packing, PACKINGS, "`packing`")
     return batches_from(
         token_stream(
             source,

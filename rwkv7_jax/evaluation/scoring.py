@@ -12,11 +12,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rwkv7_jax.array_types import Params
+from rwkv7_jax.checks import check_model, check_params, prefix_errors
 from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import RWKV7State, repeat
+from rwkv7_jax.model.state import RWKV7State, check_state, repeat
 from rwkv7_jax.text.tokenizer import Tokenizer
-from rwkv7_jax.training.losses import token_statistics
+from rwkv7_jax.training.losses import check_ids_and_shapes, token_statistics
 
 # Borders of the ranges of positions that are reported apart.
 POSITIONS = (0, 32, 128, 512, 2048, 8192)
@@ -139,9 +140,20 @@ def score(
         tokenizer: tells how many bytes a token has.
 
     Raises:
-        ValueError: no target counts.
+        TypeError: an argument of the wrong kind.
+        ValueError: no target counts, a batch, a state or weights of another model, or ids out of
+            range.
     """
-    batch = Batch.of(batch, "mask", caller="score")
+    with prefix_errors("score"):
+        check_model(model)
+        check_params(params, model.config)
+        check_state(state, 1, model.config)
+        if not (hasattr(tokenizer, "token_bytes") and hasattr(tokenizer, "vocab_size")):
+            raise TypeError(
+                f"`tokenizer` must be a Tokenizer; got {type(tokenizer).__name__}."
+            )
+    Batch.of(batch, "mask", caller="score")
+    batch = check_ids_and_shapes(batch, model.config.vocab_size, caller="score")
     tokens = np.asarray(batch.tokens)
     mask = np.asarray(batch.mask)
     if not mask.any():

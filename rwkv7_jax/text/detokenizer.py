@@ -1,7 +1,7 @@
 """Text from the bytes of tokens: only complete characters, up to the first stop string."""
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 
@@ -119,9 +119,8 @@ def check_stop_strings(stop_strings: Sequence[str]) -> None:
         TypeError: one string instead of a list, or something else in it.
         ValueError: an empty string.
     """
-    if isinstance(stop_strings, str) or not all(
-        isinstance(stop, str) for stop in stop_strings
-    ):
+    is_list = isinstance(stop_strings, Iterable) and not isinstance(stop_strings, str)
+    if not is_list or not all(isinstance(stop, str) for stop in stop_strings):
         raise TypeError(
             f"`stop_strings` must be a list of strings; got {stop_strings!r}."
         )

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from rwkv7_jax.checks import check_instance, check_number, prefix_errors
@@ -182,7 +183,7 @@ def _equal(one: jax.Array | None, two: jax.Array | None) -> bool:
     return np.array_equal(np.asarray(one), np.asarray(two))
 
 
-def scaled(state: RWKV7State, alpha: float | int | Array) -> RWKV7State:
+def scaled(state: RWKV7State, alpha: ArrayLike) -> RWKV7State:
     """Multiplies a state by `alpha`: 0 gives the base model's zeros, 1 the tuned state.
 
     Raises:

@@ -395,7 +395,9 @@ def upscale(
         check_choice(settings.kind, KINDS, "`kind`")
         check_choice(landmarks, LANDMARKS, "`landmarks`")
         check_choice(settings.prepare, PREPARATIONS, "`prepare`")
-        check_count(size, 0, "`size`")
+        # 0 stands for the default.
+        if not (isinstance(size, int | np.integer) and size == 0):
+            check_count(size, 1, "`size`")
         check_seed(seed)
         tokens = np.asarray(as_array(tokens, "`tokens`"))
         if tokens.ndim != 2 or not tokens.size:

@@ -191,7 +191,7 @@ def test_a_state_scaled_to_nothing_is_the_base_model(config):
     [
         (
             {"kind": "cubic"},
-            "calibrate: `kind` must be one of gaussian, fourier, gaussian_raw",
+            "upscale: `kind` must be one of gaussian, fourier, gaussian_raw",
         ),
         (
             {"landmarks": "grid"},

@@ -56,7 +56,7 @@ def test_weights_of_the_terms_are_checked(made, teacher):
         ({"split": None}, r"`batch` must hold 'split'; it has tokens, mask"),
         (
             {"split": np.array([1, 2, 3], np.int32)},
-            r"`batch\['split'\]` must have one number .* 4",
+            r"`batch\.split` must have shape \(4,\) to fit tokens",
         ),
         (
             {"split": np.array([1, 2, 3, 14], np.int32)},
@@ -64,7 +64,7 @@ def test_weights_of_the_terms_are_checked(made, teacher):
         ),
         (
             {"mask": np.ones((ROWS, LENGTH + 1), np.float32)},
-            r"`batch\['mask'\]` must have shape",
+            r"`batch\.mask` must have shape",
         ),
         (
             {"tokens": np.full((ROWS, LENGTH + 1), 23, np.int32)},
@@ -72,7 +72,7 @@ def test_weights_of_the_terms_are_checked(made, teacher):
         ),
         (
             {"tokens": np.zeros((ROWS, 1), np.int32)},
-            r"`batch\['tokens'\]` must be \[B T\+1\] with T at least 1",
+            r"`batch\.mask` must have shape \(4, 0\) to fit tokens",
         ),
     ],
 )
