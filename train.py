@@ -75,6 +75,9 @@ class Run:
 
 def set_up(settings: Settings, folder: RunDirectory) -> Run:
     """Loads the model and the data of a run and makes its optimizer."""
+    # The mesh first: rows that the devices cannot share end all processes at the same moment, where
+    # one that still loads its model would be aborted without a reason.
+    mesh = sharding.make_data_mesh(settings.rows_per_step)
     mode = make_mode(settings, folder.path)
     learning_rate, tx = make_optimizer(settings.optimizer, total_steps=settings.steps)
     identity = identity_of(
@@ -89,7 +92,7 @@ def set_up(settings: Settings, folder: RunDirectory) -> Run:
         learning_rate=learning_rate,
         tx=mode.decorrelator.wrap(tx),
         identity=identity,
-        mesh=sharding.make_data_mesh(mode.rows_per_step),
+        mesh=mesh,
     )
 
 

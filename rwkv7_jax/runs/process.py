@@ -11,7 +11,9 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, TextIO
@@ -26,6 +28,9 @@ _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
 # Seconds that the loop has to notice a signal: longer than one step should take, and within the
 # five seconds after which cluster schedulers begin to kill.
 _GRACE_SECONDS = 3.0
+
+# Seconds that process 0 gives the others to say why they end.
+_LAST_WORDS_SECONDS = 1.0
 
 
 @contextlib.contextmanager
@@ -94,6 +99,10 @@ def exit_on_failure() -> Iterator[None]:
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
+        if distributed and jax.process_index() == 0:
+            # Process 0 is also the coordinator. Once it is gone JAX aborts the others, which in
+            # most cases are about to end for the same reason and can still say it.
+            time.sleep(_LAST_WORDS_SECONDS)
         os._exit(code)
 
 
@@ -105,6 +114,10 @@ def ignore_abandoned_reads() -> None:
     lines after the one line that tells the user what is wrong. The error itself is always raised.
     """
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    # Of coroutines that were never even started. The programs have none of their own.
+    warnings.filterwarnings(
+        "ignore", message="coroutine .* was never awaited", category=RuntimeWarning
+    )
     sys.unraisablehook = _show_unless_abandoned
 
 

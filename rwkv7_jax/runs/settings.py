@@ -368,6 +368,14 @@ class Settings:
         return [path for path in self.state.split(",") if path]
 
     @property
+    def rows_per_step(self) -> int:
+        """The rows that a step computes at once."""
+        # What the model itself writes is one batch a step; everything else is cut into batches.
+        if self.mode == "test_time" and self.test_time.method in ("grpo", "expert"):
+            return self.test_time.prompts * self.test_time.group
+        return self.data.batch_size // self.optimizer.accumulate
+
+    @property
     def kept_best(self) -> int:
         """How many best checkpoints are kept; with patience at least one, to go back to."""
         return max(self.keep_best, 1 if self.evaluation.patience else 0)

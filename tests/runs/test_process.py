@@ -140,6 +140,24 @@ def unraisable(monkeypatch):
     gc.collect()
 
 
+ABANDON = """
+from rwkv7_jax.runs.process import ignore_abandoned_reads
+if {quiet}:
+    ignore_abandoned_reads()
+async def read():
+    pass
+read()
+"""
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_read_that_was_never_started_complains_only_without_the_filter(quiet):
+    child = run_python(ABANDON.format(quiet=quiet))
+    _, error = child.communicate(timeout=60)
+    assert child.returncode == 0
+    assert ("never awaited" in error) == (not quiet)
+
+
 @pytest.mark.slow
 def test_orbax_still_abandons_reads_when_one_of_them_fails(tmp_path, unraisable):
     # When this fails, `ignore_abandoned_reads` is not needed any more.

@@ -134,11 +134,6 @@ class TrainingMode(abc.ABC):
         """Names the data and its size, for the terminal."""
 
     @property
-    def rows_per_step(self) -> int:
-        """The rows that a step computes at once."""
-        return self.settings.data.batch_size // self.settings.optimizer.accumulate
-
-    @property
     def tokens_per_step(self) -> int | None:
         """The tokens that a step reads; None where that is not known before."""
         return self.settings.data.batch_size * self.settings.data.length

@@ -99,15 +99,6 @@ class TestTimeMode(StateTuningMode):
             self.loss = distillation_loss(self.model, self.frozen)
 
     @property
-    def rows_per_step(self) -> int:
-        """The rows that a step computes at once."""
-        test_time = self.settings.test_time
-        # Traces are cut into batches as data is; what the model writes is one batch a step.
-        if test_time.method == "distil":
-            return super().rows_per_step
-        return test_time.prompts * test_time.group
-
-    @property
     def tokens_per_step(self) -> int | None:
         """None: completions end where they end."""
         return None
