@@ -151,7 +151,7 @@ def check(name: str, inputs: WKVInputs, state: State, interpret: bool) -> None:
 
 
 def _takes_kernel(platform: str, inputs: WKVInputs, state: State) -> bool:
-    """Whether a call without a name takes this platform's kernel."""
+    """Tells whether a call without a name takes this platform's kernel."""
     if platform not in _BEST_KERNELS:
         return False
     # One token, as in decoding, is a few small products: XLA fuses them, a kernel only adds a call.

@@ -82,7 +82,8 @@ def _check_options(implementation: str | None, chunk: int | None) -> None:
 
 def _check_arrays(inputs: WKVInputs, state: State) -> None:
     """Raises unless shapes and dtypes of the seven arrays agree."""
-    r, v = inputs.r, inputs.v
+    r = inputs.r
+    v = inputs.v
     for name, x in inputs._asdict().items():
         if x.ndim != 4:
             raise ValueError(

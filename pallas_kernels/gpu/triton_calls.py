@@ -55,7 +55,7 @@ def check_versions() -> None:
 
 
 def missing() -> bool:
-    """Whether `check_versions` raises."""
+    """Tells whether `check_versions` would raise."""
     try:
         check_versions()
     except (ImportError, RuntimeError):

@@ -15,9 +15,6 @@ _HIGHER_IS_BETTER: dict[Unit, bool] = {
     "reward": True,
 }
 
-# Units of numbers between 0 and 1 (a reward usually is one), which share an axis.
-SHARES: tuple[Unit, ...] = ("accuracy", "reward")
-
 
 @dataclasses.dataclass(frozen=True)
 class Metric:

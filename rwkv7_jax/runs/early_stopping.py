@@ -86,6 +86,7 @@ class RunProgress:
     def stop_reason(self, evaluation: EvaluationSettings) -> str | None:
         """Tells why the run ends before its last step; None if it does not."""
         if evaluation.patience and self.waited >= evaluation.patience:
+            # `best` is empty where every value so far was NaN.
             value, step = self.best[0] if self.best else (math.nan, 0)
             return f"no better than {value:.4g} of step {step} in {self.waited} evaluations"
         if evaluation.enough is None or not self.best or self.waited:

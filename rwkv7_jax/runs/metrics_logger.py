@@ -1,4 +1,4 @@
-"""Metrics logger that lags two steps behind, so that the host never blocks on the device."""
+"""Metrics logger that reads metrics two steps late, so that the host never blocks on the device."""
 
 import collections
 import contextlib

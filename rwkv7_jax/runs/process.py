@@ -38,7 +38,7 @@ def program(name: str) -> Iterator[None]:
     """Runs the body of `main` with every side effect on the process in place.
 
     The stream proxies and the hook stay installed when the block ends: Python flushes the streams
-    and collects what failed reads left behind only after that.
+    and collects the remains of failed reads only after that.
 
     Args:
         name: how the last line on stderr begins, such as "train.py".
@@ -107,7 +107,7 @@ def exit_on_failure() -> Iterator[None]:
 
 
 def ignore_abandoned_reads() -> None:
-    """Hides the complaints about coroutines and futures that a failed Orbax read leaves behind.
+    """Hides the complaints about coroutines and futures that a failed Orbax read leaves.
 
     Orbax (0.12.8) starts one asynchronous read per array and does not await the others when
     one fails. They complain whenever they are collected, up to the end of the process: tens of
@@ -156,7 +156,7 @@ class _QuietStream:
             os.dup2(nowhere.fileno(), self._stream.fileno())
 
     def write(self, text: str) -> int:
-        """Writes the text, or drops it once nobody reads the stream."""
+        """Writes the text, or drops it once the stream has no reader."""
         try:
             return self._stream.write(text)
         except BrokenPipeError:
@@ -164,7 +164,7 @@ class _QuietStream:
             return len(text)
 
     def flush(self) -> None:
-        """Flushes the stream, or does nothing once nobody reads it."""
+        """Flushes the stream, or does nothing once it has no reader."""
         try:
             self._stream.flush()
         except BrokenPipeError:

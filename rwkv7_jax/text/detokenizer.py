@@ -95,7 +95,7 @@ def whole_tokens(
     drop: int,
     vocabulary: Vocabulary,
 ) -> tuple[int, int]:
-    """Counts the tokens that stay whole when the last `drop` bytes are removed.
+    """Counts the tokens that stay complete when the last `drop` bytes are removed.
 
     Args:
         tokens: ids of at least `drop` bytes.
@@ -103,7 +103,7 @@ def whole_tokens(
         vocabulary: the tokenizer.
 
     Returns:
-        The number of whole tokens, and of bytes that stay of the next one.
+        The number of complete tokens, and of bytes that stay of the next one.
     """
     count = len(tokens)
     while drop > 0:

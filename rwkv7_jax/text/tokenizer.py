@@ -46,7 +46,7 @@ def parse_vocabulary(text: str) -> dict[int, bytes]:
         literals.append(literal)
         sizes.append(int(size))
 
-    # One literal for the whole list: a parser call for each of 65529 lines would take seconds.
+    # One literal for the entire list: a parser call for each of 65529 lines would take seconds.
     values = ast.literal_eval("[" + ",".join(literals) + "]")
     entries = {}
     rows = zip(numbers, values, sizes, strict=True)
