@@ -66,6 +66,13 @@ class MemoryStatistics:
         return not np.any(self.norms)
 
     @property
+    def constant(self) -> bool:
+        """Whether it never changes while the model reads."""
+        # The WKV state is "recurrent", which is not the name of a form.
+        form = MEMORY_FORMS.get(self.dynamics)
+        return form is not None and not form.has_own_rows
+
+    @property
     def fading(self) -> PerTarget:
         """The share of the first read that is left at each position, over all layers."""
         mean = self.reads.mean(0)
@@ -182,11 +189,7 @@ def _fades_early(found: Diagnosis) -> str:
     wkv = found.memories.get("wkv")
     other = found.memories.get("memory")
     # A memory that never changes keeps what the WKV state forgets.
-    lasting = (
-        other is not None
-        and not MEMORY_FORMS[other.dynamics].has_own_rows
-        and not other.empty
-    )
+    lasting = other is not None and other.constant and not other.empty
     if wkv is None or wkv.empty or lasting or wkv.faded is None:
         return ""
     length = wkv.reads.shape[1]
