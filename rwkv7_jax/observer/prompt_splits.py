@@ -45,6 +45,7 @@ def add_prompt_splits(
         )
     # From seed and step alone, so that a resumed run draws the same splits.
     rng = np.random.default_rng([seed, step, _STREAM])
+    # NumPy leaves the upper bound out.
     split = rng.integers(least, longest + 1, rows)
     return batch.replace(split=split.astype(np.int32))
 

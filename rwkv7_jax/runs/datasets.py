@@ -67,6 +67,7 @@ def training_stream(
         length=data.length,
         seed=seed,
     )
+    # The digest of these examples changes with the task, its seed and the length, as it should.
     return as_stream(np.asarray(examples.tokens).reshape(-1))
 
 
@@ -104,6 +105,7 @@ class TrainingData:
         self._source = parse_source(data.path)
         self._anchor_path = anchor_path
         self._anchor_source = None if anchor_path is None else parse_source(anchor_path)
+        # Read here, so that a wrong path ends the run before its first step.
         self.stream = training_stream(data, tokenizer, seed=seed)
         self.anchor = None
         if isinstance(self._anchor_source, TextSource):
@@ -191,6 +193,7 @@ class TrainingData:
                 batch_size=self._data.batch_size,
                 length=self._data.length,
             )
+            # All rows are drawn first: a row must not depend on how many hosts there are.
             yield batch.select_rows(rows)
 
     def _with_anchor(
@@ -208,6 +211,7 @@ class TrainingData:
             anchors = self._examples(
                 source, seed=seed, start_step=start_step, rows=rows
             )
+        # Both are endless, so `strict` never raises in a run that works.
         for batch, anchor in zip(batches, anchors, strict=True):
             yield batch.replace(anchor=anchor.tokens)
 

@@ -89,6 +89,7 @@ class RunProgress:
             # `best` is empty where every value so far was NaN.
             value, step = self.best[0] if self.best else (math.nan, 0)
             return f"no better than {value:.4g} of step {step} in {self.waited} evaluations"
+        # A best value of an earlier evaluation has been compared with `enough` then.
         if evaluation.enough is None or not self.best or self.waited:
             return None
         # A checkpoint holds the metric's name and not its unit.
