@@ -103,6 +103,7 @@ def _check_arrays(inputs: WKVInputs, state: State) -> None:
         raise ValueError(
             f"wkv7: `state` must have shape [B H Nv Nk] = {shape}; got {state.shape}."
         )
+    # A bfloat16 state would lose small writes: they vanish next to a large entry.
     if state.dtype not in (jnp.float32, jnp.float64):
         raise TypeError(f"wkv7: `state` must be float32; got {state.dtype}.")
 
@@ -186,6 +187,7 @@ def wkv7(
         inputs = _mask_padding(inputs, jnp.asarray(lengths))
     # No implementation has to handle an empty grid or scan.
     if inputs.r.shape[1] == 0:
+        # [B 0 H Nv], which is also the shape and dtype of y.
         return inputs.v, state
     if implementation is not None:
         dispatch.check(implementation, inputs, state, interpret)

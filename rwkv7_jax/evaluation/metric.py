@@ -52,6 +52,7 @@ def unit_of(name: str) -> Unit | None:
     does a name say what a number means.
     """
     for unit in UNITS:
+        # No unit is the end of another one's name, so their order does not matter.
         if name.endswith(unit):
             return unit
     return None

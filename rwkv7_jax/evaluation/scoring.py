@@ -77,6 +77,7 @@ def _map_rows(
         tokens: of all windows.
         rows: windows that are read at the same time.
     """
+    # Broadcast once: every part of the rows starts from the same arrays.
     start = repeat(state, rows)
     results = []
     for first in range(0, len(tokens), rows):
@@ -140,11 +141,13 @@ def score(
     batch = Batch.of(batch, "mask", caller="score")
     tokens = np.asarray(batch.tokens)
     mask = np.asarray(batch.mask)
+    # [B T], 0 where a target does not count.
     bits = token_nats(model, params, state, tokens) * mask / math.log(2)
     sizes = _token_sizes(tokenizer)[tokens[:, 1:]] * mask
 
     def bits_per_byte(first: int, end: int) -> float:
         part = slice(first, end)
+        # A ratio of sums, not a mean of ratios: windows of few bytes must not count more.
         return float(bits[:, part].sum() / max(sizes[:, part].sum(), 1))
 
     length = bits.shape[1]
@@ -153,6 +156,7 @@ def score(
         if first < length:
             end = min(end, length)
             by_position.append((first, end, bits_per_byte(first, end)))
+    # Over windows, since the targets of one window depend on each other.
     by_window = bits.sum(1) / np.maximum(sizes.sum(1), 1)
     return Score(
         bits_per_byte=bits_per_byte(0, length),
@@ -205,6 +209,7 @@ def score_answers(
     per_token = functools.partial(_nats_and_correct, model, params)
     nats, correct = _map_rows(per_token, state, tokens, rows)
     count = scored.sum(0)
+    # [T], as `count`: the rows that are right at each position.
     right = (correct & scored).sum(0)
     rows_with_answers = scored.any(1)
     # Positions that are not scored cannot be wrong.

@@ -34,6 +34,7 @@ def parse_vocabulary(text: str) -> dict[int, bytes]:
     numbers = []
     literals = []
     sizes = []
+    # `splitlines` is safe here: literals write line breaks as escapes.
     lines = [line for line in text.splitlines() if line]
     for row, line in enumerate(lines, 1):
         number, _, rest = line.partition(" ")
@@ -131,6 +132,7 @@ class Tokenizer:
                 f"Tokenizer.encode: `text` must be str or bytes; got {type(text).__name__}."
             )
         if not self._tables:
+            # Widened before 1 is added: byte 255 would wrap around to 0, the end of text.
             return (np.frombuffer(text, np.uint8).astype(np.int64) + 1).tolist()
         return self._encode_longest(bytes(text))
 
@@ -166,6 +168,7 @@ class Tokenizer:
             ids = self.encode(pending)
             end = len(pending)
             count = len(ids)
+            # Tokens that begin later could become parts of longer entries with the bytes to come.
             certain = max(end - self._longest_entry, 0)
             while end > certain:
                 count -= 1
@@ -234,6 +237,7 @@ def _prefix_tables(entries: Iterable[bytes]) -> PrefixTables:
     for size, by_prefix in lengths.items():
         table = {}
         for prefix, found in by_prefix.items():
+            # Longest first, so that the first entry found is the one to take.
             table[prefix] = tuple(sorted(found, reverse=True))
         tables.append((size, table))
     return tables
