@@ -337,7 +337,9 @@ def gradients(
     arithmetic = chunk.arithmetic
     start, dend = states
     kh, v, aak, ark = written
-    ah, rh, bh = chunk.ah, chunk.rh, chunk.bh
+    ah = chunk.ah
+    rh = chunk.rh
+    bh = chunk.bh
 
     def times(x, y):
         return dot(x, y, arithmetic)

@@ -289,7 +289,9 @@ class TimeMix(nn.Module):
 
     def _normed_with_bonus(self, y: Heads, inputs: WKVInputs, layer) -> Activations:
         """Computes p = norm(y) + u, with the bonus u = (r . (rho * k~)) v of the current token."""
-        r, k, v = inputs.r, inputs.k, inputs.v
+        r = inputs.r
+        k = inputs.k
+        v = inputs.v
         sizes = (self.config.num_heads, self.config.head_size)
         rho = self._weight("r_k", initial.constant(-0.04, *sizes), layer)
         # The bonus is added after the norm, so it keeps its size where y is large.

@@ -169,7 +169,7 @@ class _TensorBoard(Tracker):
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Writes what is queued."""
+        """Writes the queued numbers."""
         self._writer.close()
 
 
@@ -189,7 +189,7 @@ class _WandB(Tracker):
         self._run.log(dict(numbers), step=step)
 
     def close(self) -> None:
-        """Sends what is queued."""
+        """Sends the queued numbers."""
         self._run.finish()
 
 

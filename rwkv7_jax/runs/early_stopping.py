@@ -87,7 +87,10 @@ class RunProgress:
         """Tells why the run ends before its last step; None if it does not."""
         if evaluation.patience and self.waited >= evaluation.patience:
             # `best` is empty where every value so far was NaN.
-            value, step = self.best[0] if self.best else (math.nan, 0)
+            value = math.nan
+            step = 0
+            if self.best:
+                value, step = self.best[0]
             return f"no better than {value:.4g} of step {step} in {self.waited} evaluations"
         # A best value of an earlier evaluation has been compared with `enough` then.
         if evaluation.enough is None or not self.best or self.waited:

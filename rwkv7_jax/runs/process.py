@@ -114,7 +114,7 @@ def ignore_abandoned_reads() -> None:
 
     Orbax (0.12.8) starts one asynchronous read per array and does not await the others when
     one fails. They complain whenever they are collected, up to the end of the process: tens of
-    lines after the one line that tells the user what is wrong. The error itself is always raised.
+    lines after the one line that tells the user the cause. The error itself is always raised.
     """
     # asyncio logs the futures; the coroutines come through the hook below.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
