@@ -81,7 +81,7 @@ class Document:
         return sum(segment.size() for segment in self.segments)
 
     def content_hash(self) -> int:
-        """Computes a number below 2**64 from the bytes alone, which decides about held-out texts."""
+        """Computes a number below 2**64 from the bytes; the held-out split depends on it alone."""
         # Of the bytes and not the ids: the same documents are held out with every tokenizer.
         digest = hashlib.blake2b(digest_size=8)
         for chunk in self._chunks():
