@@ -89,12 +89,15 @@ def make_inputs(
     rate = jax.nn.sigmoid(1.5 * jax.random.normal(keys[3], shape, jnp.float32))
     logit = _make_logits(case, jax.random.normal(keys[4], shape, jnp.float32))
     v = jax.random.normal(keys[5], v_shape, jnp.float32)
+    # A full state, not zeros: a wrong read of the start state must show.
     state = 0.3 * jax.random.normal(keys[6], state_shape, jnp.float32)
     if case.mode == "repeated":
         k = jnp.broadcast_to(k[:, :1], shape)
+        # All tokens remove along one direction, so that the powers of Aab grow.
         direction = jnp.broadcast_to(direction[:, :1], shape)
         rate = jnp.full_like(rate, jax.nn.sigmoid(8.0))
     direction = direction / jnp.linalg.norm(direction, axis=-1, keepdims=True)
+    # As in the model: the replacement key is shorter where the removal is weak.
     k = k * (0.5 + 0.5 * rate)
     inputs = WKVInputs(
         r=r.astype(dtype),

@@ -148,6 +148,7 @@ def sums(signs: Array, x: Keys, arithmetic: Arithmetic) -> Keys:
     With bfloat16 operands x is split into two of them, so that 16 bits of it count.
     """
     signs = signs.astype(arithmetic.dtype)
+    # The signs are exact in bfloat16, so that only x is rounded.
     high = x.astype(arithmetic.dtype)
     total = dot(signs, high, arithmetic)
     if arithmetic.dtype == jnp.bfloat16:
@@ -178,6 +179,7 @@ def unit_inverse(a: Square, arithmetic: Arithmetic, *, upper: bool = False) -> S
         row, column = column, row
     inverse = jnp.where(row == column, jnp.ones_like(a), 0)
     block = 1
+    # log2(L) levels. After each, `inverse` holds the inverses of diagonal blocks of twice the rows.
     while block < a.shape[-1]:
         # The outer quarter of each pair of blocks, by bits, which are cheaper than quotients.
         merged = (row ^ column < 2 * block) & (row & block != 0) & (column & block == 0)
@@ -214,7 +216,9 @@ def prepare(
         jnp.int32
     )
     log_w = log_w * arithmetic.unit
+    # cs_t - mid in units of the exponential, [L Nk].
     centred = sums(signs, log_w, arithmetic)
+    # cs_{t-1} is cs_t less the token's own log_w.
     before = arithmetic.exp(centred - log_w)
     upto = arithmetic.exp(centred)
     after = arithmetic.exp(-centred)
@@ -254,6 +258,7 @@ def transposed_read_products(chunk: Chunk) -> ReadProducts:
 
 def write_products(chunk: Chunk, k: Keys, v: Values) -> WriteProducts:
     """Computes what keys and values add to a chunk."""
+    # Carried to the chunk's middle: smaller from the first half, larger from the second.
     kh = k * chunk.after
     aak = dot(chunk.ah, kh, chunk.arithmetic, right=1)
     ark = dot(chunk.rh, kh, chunk.arithmetic, right=1)
@@ -280,6 +285,7 @@ def forward(
     """Computes what the chunk's tokens read, and S^_end after them, from S^."""
     arithmetic = chunk.arithmetic
     inverse, arb = read_products(chunk)
+    # [L Nv]: row t is what token t's removal key reads from the state before it.
     u = removals(chunk, inverse, written, start)
     y = dot(chunk.rh, start, arithmetic) + dot(arb, u, arithmetic)
     y = y + dot(written.ark, written.v, arithmetic)
@@ -293,6 +299,7 @@ def removal_gradients(
 ) -> Values:
     """Computes Z, the gradients of what each token's removal reads, from G^."""
     arithmetic = chunk.arithmetic
+    # The gradient of U: through what is read from its token on, and through the end state.
     du = dot(transposed.arb, dy, arithmetic) + dot(chunk.bh, dend, arithmetic)
     return dot(transposed.inverse, du, arithmetic)
 
@@ -330,7 +337,9 @@ def gradients(
     arithmetic = chunk.arithmetic
     start, dend = states
     kh, v, aak, ark = written
-    ah, rh, bh = chunk.ah, chunk.rh, chunk.bh
+    ah = chunk.ah
+    rh = chunk.rh
+    bh = chunk.bh
 
     def times(x, y):
         return dot(x, y, arithmetic)
@@ -341,10 +350,12 @@ def gradients(
     def transposed_times(x, y):
         return dot(x, y, arithmetic, left=0)
 
+    # [1 Nk]: log_w of every token scales what passes from the chunk's start to its end.
     ends = jnp.sum(
         start.astype(ah.dtype) * dend.astype(ah.dtype), axis=-1, keepdims=True
     ).mT
     yield "v", transposed_times(ark, dy) + transposed_times(aak, z) + times(kh, dend)
+    # Gradients of the products Arb, Ark, Aab and Aak, [L L], under the masks of the forward pass.
     drb = lower(times_transposed(dy, u))
     drk = lower(times_transposed(dy, v))
     dr = times(drb, bh) + times(drk, kh) + times_transposed(dy, start)

@@ -28,6 +28,7 @@ def _prepare(tokens: WKVInputs, dtype: jnp.dtype) -> chunk_math.Chunk:
     """Prepares a chunk in float32 or better, whose products take operands of `dtype`."""
     log_w = tokens.log_w
     middle = log_w.shape[-2] // 2
+    # [B H Nk 1]: a column, which scales the rows of a state, its keys.
     first_half = jnp.sum(log_w[..., :middle, :], axis=-2)[..., None]
     second_half = jnp.sum(log_w[..., middle:, :], axis=-2)[..., None]
     return chunk_math.prepare(
@@ -55,6 +56,7 @@ def forward_saving(
         prepared = _prepare(tokens, dtype)
         written = chunk_math.write_products(prepared, tokens.k, tokens.v)
         y, end = chunk_math.forward(prepared, written, state * prepared.mid)
+        # Kept unscaled, unlike in the GPU kernels: the backward pass scales it itself.
         return end * prepared.rest, (y.astype(dtype), state)
 
     chunks = jax.tree.map(lambda x: split(x, chunk or tiles.XLA), inputs)

@@ -114,6 +114,7 @@ def _unsupported_gpu_reason(name: str, sizes: tuple[int, int]) -> str | None:
         or sizes[0] * sizes[1] > 2**14
     ):
         return f"head sizes that are powers of two from 16, with a product up to 128^2; got {sizes}"
+    # In the interpreter, or in an export made elsewhere, there is no GPU whose limits count.
     if platforms.target_platform() != "cuda":
         return None
     table = tiles.TRITON if name == "triton" else tiles.PALLAS_GPU
@@ -151,7 +152,7 @@ def check(name: str, inputs: WKVInputs, state: State, interpret: bool) -> None:
 
 
 def _takes_kernel(platform: str, inputs: WKVInputs, state: State) -> bool:
-    """Whether a call without a name takes this platform's kernel."""
+    """Tells whether a call without a name takes this platform's kernel."""
     if platform not in _BEST_KERNELS:
         return False
     # One token, as in decoding, is a few small products: XLA fuses them, a kernel only adds a call.
@@ -226,6 +227,7 @@ def _zeros_like(shape: jax.ShapeDtypeStruct) -> Array:
     """Returns zeros of this shape and dtype that vary over the same mesh axes."""
     zeros = jnp.zeros(shape.shape, shape.dtype)
     axes = tuple(shape.manual_axis_type.varying) if shape.manual_axis_type else ()
+    # Inside `shard_map` all branches of a conditional must vary over the same axes.
     return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
@@ -254,6 +256,7 @@ def forward_saving(
         starts = _zeros_like(jax.eval_shape(run, inputs, state)[2])
         return *chunked.forward(inputs, state, chunk=chunk), starts
 
+    # Only the target's kernel: other platforms' kernels keep states of other shapes.
     branches = {platform: _kernel_branch(platform, run)}
     y, end, starts = jax.lax.platform_dependent(
         inputs, state, default=other_platforms, **branches

@@ -100,6 +100,7 @@ def _make_lowering(lowered_for: str) -> Callable:
     def rule(context, *leaves, traced: ClosedJaxpr, platform: str):
         if platform != lowered_for:
             return _lower_zeros(context, *leaves, traced=traced, platform=platform)
+        # Pallas refuses a context of several platforms, so the kernel is shown its own alone.
         narrow = context.module_context.replace(platforms=(lowered_for,))
         lower = mlir.lower_fun(_evaluate, multiple_results=True)
         return lower(
@@ -116,9 +117,11 @@ def _batch(leaves, axes, *, traced: ClosedJaxpr, platform: str):
     """Turns a batch of calls into one call of the batched function."""
     batched = jax.vmap(jaxpr_as_fun(traced), in_axes=axes)
     outputs = _lower_only_on(platform, batched, *leaves)
+    # `jax.vmap` puts the batch first in all results.
     return outputs, [0] * len(outputs)
 
 
+# Called outside of `jit`, the primitive runs the kernel, as if it were not wrapped.
 _only_on_p.def_impl(_evaluate)
 mlir.register_lowering(_only_on_p, _lower_zeros)
 for _platform in _PLATFORMS:

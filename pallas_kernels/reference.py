@@ -71,6 +71,7 @@ def wkv7_reference(
         y in v's dtype, and the state after the last token.
     """
     inputs = WKVInputs(*inputs)
+    # [T B H N]: the scan runs over the first axis.
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0).astype(state.dtype), inputs)
     end, y = jax.lax.scan(step, state, tokens)
     return jnp.moveaxis(y, 0, 1).astype(inputs.v.dtype), end

@@ -53,6 +53,7 @@ def forward_saving(
     """Computes what `forward` does, and the state at the start of every chunk."""
 
     def walk(state, tokens):
+        # A scan inside the scan: only the outer one's states are kept.
         end, y = jax.lax.scan(step, state, tokens)
         return end, (y, state)
 
@@ -69,9 +70,11 @@ def _step_backward(dstate: State, saved) -> tuple[State, WKVInputs]:
     """
     token, dy, before = saved
     r, log_w, k, v, a, b = token
+    # [B H Nv]; also needed for b's gradient, so it is not taken out of `step`.
     removed = jnp.einsum("bhvk,bhk->bhv", before, a, precision="highest")
     after, _ = step(before, token)
     dr = jnp.einsum("bhvk,bhv->bhk", after, dy, precision="highest")
+    # From here on the gradient of the state after the token, which y = S r has read.
     dstate = dstate + dy[..., None] * r[:, :, None, :]
     decay = jnp.exp(log_w)
     dlog_w = jnp.sum(dstate * before, axis=-2) * decay

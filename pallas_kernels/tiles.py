@@ -99,6 +99,7 @@ def capability() -> int:
     for name, number in CAPABILITY_BY_KIND.items():
         if name in device.device_kind:
             return number
+    # Described devices of an unknown kind count as Hopper.
     return 90
 
 
@@ -118,6 +119,7 @@ def override(choice: GPU | TPU) -> Iterator[None]:
 def rows_for(table: dict, capability: int) -> dict[int, GPU]:
     """Returns the table's rows for the newest GPUs that are no newer than this; {} if all are."""
     listed = [number for number in table if number <= capability]
+    # Newer GPUs than any that is listed take the newest rows: untuned, but they run.
     return table[max(listed)] if listed else {}
 
 

@@ -59,6 +59,7 @@ def passes(name: str, case: Case, dtype: str) -> tuple[Compile, Compile]:
         return jax.jit(forward).lower(inputs, state).compile(), (inputs, state)
 
     def compile_backward():
+        # Made by the same choice of tiles: the kept states depend on the chunk.
         residuals = jax.jit(forward)(inputs, state)[2]
         arguments = (residuals, dy, dend)
         return jax.jit(backward).lower(*arguments).compile(), arguments
@@ -125,6 +126,7 @@ def tune_gpu(makes: tuple[Compile, Compile], values: int, repeats: int) -> tiles
                 candidate = choice._replace(**{kernel: tile})
                 times[candidate] = milliseconds(make, candidate, repeats)
             choice = min(times, key=lambda candidate, times=times: times[candidate])
+        # With the complete choice: the kernels were tuned one by one.
         totals[choice] = sum(milliseconds(make, choice, repeats) for make in makes)
     return min(totals, key=lambda choice: totals[choice])
 

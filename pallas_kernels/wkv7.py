@@ -85,7 +85,8 @@ def _check_options(implementation: str | None, chunk: int | None) -> None:
 
 def _check_arrays(inputs: WKVInputs, state: State) -> None:
     """Raises unless shapes and dtypes of the seven arrays agree."""
-    r, v = inputs.r, inputs.v
+    r = inputs.r
+    v = inputs.v
     for name, x in inputs._asdict().items():
         if x.ndim != 4:
             raise ValueError(
@@ -105,6 +106,7 @@ def _check_arrays(inputs: WKVInputs, state: State) -> None:
         raise ValueError(
             f"wkv7: `state` must have shape [B H Nv Nk] = {shape}; got {state.shape}."
         )
+    # A bfloat16 state would lose small writes: they vanish next to a large entry.
     if state.dtype not in (jnp.float32, jnp.float64):
         raise TypeError(f"wkv7: `state` must be float32; got {state.dtype}.")
 
@@ -216,6 +218,7 @@ def wkv7(
         inputs = _mask_padding(inputs, _as_array(lengths, "lengths"))
     # No implementation has to handle an empty grid or scan.
     if inputs.r.shape[1] == 0:
+        # [B 0 H Nv], which is also the shape and dtype of y.
         return inputs.v, state
     if implementation is not None:
         dispatch.check(implementation, inputs, state, interpret)

@@ -20,6 +20,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     # In the same folder: `os.replace` is atomic only within one file system.
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
+        # Closed before the replacement, so that everything is written by then.
         with os.fdopen(handle, "wb") as file:
             yield file
         # Temporary files are readable by their owner alone; other files by everyone.

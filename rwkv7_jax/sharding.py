@@ -26,6 +26,7 @@ def make_data_mesh(rows: int) -> Mesh | None:
     """
     devices = jax.devices()
     count = len(devices)
+    # Fewer devices rather than padded rows, which every loss and metric would have to leave out.
     while rows % count:
         count -= 1
     if jax.process_count() > 1 and count < len(devices):
@@ -36,6 +37,7 @@ def make_data_mesh(rows: int) -> Mesh | None:
         )
     if count == 1:
         return None
+    # Auto: the compiler partitions a program that is written for one device.
     return Mesh(np.array(devices[:count]), (BATCH_AXIS,), axis_types=(AxisType.Auto,))
 
 
@@ -50,6 +52,7 @@ def local_replica(mesh: Mesh | None, tree: Any) -> Any:
     """Returns replicated arrays as they lie on this process's first device; without a copy."""
     if mesh is None:
         return tree
+    # Every device has all of a replicated array, so its first local shard is the array.
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
 
@@ -88,6 +91,7 @@ def _batch_shards() -> int:
 
 def constrain_sharding(tree: Any, *axes: str | None) -> Any:
     """Shards the leading axes of a tree's arrays along these mesh axes, if there is a mesh."""
+    # Asked while tracing: without a mesh the constraint would be an error.
     if _batch_shards() == 1:
         return tree
     return jax.lax.with_sharding_constraint(tree, PartitionSpec(*axes))
@@ -102,6 +106,7 @@ def shard_map_batch(function: Callable, *arrays: Any, **named_arrays: Any) -> An
     shards = _batch_shards()
     if shards == 1:
         return function(*arrays, **named_arrays)
+    # All arguments have the same rows, so the first leaf stands for them.
     rows = jax.tree.leaves(arrays)[0].shape[0]
     spec = PartitionSpec(BATCH_AXIS) if rows % shards == 0 else PartitionSpec()
 

@@ -148,6 +148,7 @@ def _measure(
         code = _run_tool("cuobjdump", "-sass", file.name)
     # The other kernels walk the chunks in a loop, once for every block of value rows.
     is_one_chunk = "gradients" in kernel.name
+    # Each program of a walk prepares the chunk anew, so blocks of values cost instructions.
     programs = 1 if is_one_chunk else size.values // min(size.values, tile.values)
     instructions = count(code, loops=not is_one_chunk) * programs * kernel.threads // 32
     return {
@@ -232,6 +233,7 @@ def _compile_pallas(device: Device, size: Size) -> Iterator[Kernel]:
         thunks = "".join(
             p.read_text() for p in Path(folder).glob("*thunk_sequence.txt")
         )
+        # Sorted: the folder's own order differs from run to run, and with it the table's.
         for path in sorted(Path(folder).glob("*.ptx")):
             text = path.read_text()
             entry = re.search(r"\.entry (wkv7_\w+)", text)

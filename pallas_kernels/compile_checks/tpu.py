@@ -126,6 +126,7 @@ def _read_schedule(folder: Path) -> tuple[int, float]:
     for line in usage.read_text().splitlines():
         columns = line.split()
         if line[:1].isdigit() and len(columns) == len(SLOTS):
+            # Lines of numbers are bundles; headings and sums have other columns.
             spills += int(columns[SPILLED])
     return bundles, spills / bundles / sum(SLOTS)
 
@@ -155,6 +156,7 @@ def _measure(
     keys, values, dtype = size
     return {
         "case": f"{chip} {kernel} {keys}x{values} {dtype}",
+        # A grid step takes a chunk of all heads of all its tiles.
         "bundles": round(bundles / (layout.chunk * layout.heads * layout.groups), 2),
         "spills": round(100 * spills, 2),
         "temporary": memory.temp_size_in_bytes,

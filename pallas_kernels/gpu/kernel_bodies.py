@@ -52,6 +52,7 @@ def _prepare(
     half = tokens // 2
     first = _load(log_w, pl.ds(start, half))
     second = _load(log_w, pl.ds(start + half, half))
+    # Columns [Nk 1], since a state's rows are its keys here.
     halves = (jnp.sum(first, axis=0)[:, None], jnp.sum(second, axis=0)[:, None])
     # The interpreter knows no inline assembly.
     exp = jnp.exp2 if interpret else _exp2
@@ -98,6 +99,7 @@ def forward_kernel(
         # The last chunk's rest and this one's mid are one product: the state is scaled once.
         state = state * (rest * prepared.mid)
         # S^ is what the backward pass's products read, so it is kept in scaled form.
+        # Loops over no or one output: which ones there are is known when the kernel is traced.
         for starts in outputs[1:]:
             starts[0, 0, i] = state.astype(starts.dtype)
         written = chunk_math.write_products(prepared, _load(k, at), _load(v, at))
@@ -109,6 +111,7 @@ def forward_kernel(
     # `chunk_math` has keys as the rows of a state, the op has values.
     carry = (start[0, 0].T, jnp.ones((r.shape[3], 1), jnp.float32))
     state, rest = jax.lax.fori_loop(0, r.shape[1] // chunk, walk, carry)
+    # The last chunk's rest has no next chunk's scaling to be a part of.
     end[0, 0] = (state * rest).T
 
 
@@ -145,6 +148,7 @@ def state_kernel(
         # The loop only counts upwards.
         i = chunks - 1 - done
         prepared = _prepare(r, log_w, a, b, i * chunk, chunk, dy.dtype, interpret)
+        # As in the forward walk: the later chunk's mid and this one's rest are one scaling.
         dstate = dstate * (mid * prepared.rest)
         for ends in outputs:
             ends[0, 0, i] = dstate.astype(ends.dtype)
@@ -192,6 +196,7 @@ def gradients_kernel(
     ks = _load(k, everything)
     vs = _load(v, everything)
     dys = _load(dy, everything)
+    # Already scaled, in the tokens' dtype: they are operands of products as they are.
     states = (starts[0, 0, 0], ends[0, 0, 0])
     written = chunk_math.write_products(prepared, ks, vs)
     u = chunk_math.removals(prepared, read.inverse, written, states[0])

@@ -44,6 +44,7 @@ def _call(
             num_warps=tile.warps, num_stages=tile.stages
         ),
         interpret=interpret,
+        # A kernel may come as a partial, which has no name. The compile checks look for "wkv7_".
         name=f"wkv7_{getattr(kernel, 'func', kernel).__name__}",
     )(*(x for _, x in arrays))
 
@@ -67,6 +68,7 @@ def _walk(
         rows //= 2
     chunks = tokens // choice.chunk
     blocks = {
+        # Indices of the grid: block of values j, head h, row b. All tokens of a head are one block.
         "keys": pl.BlockSpec((1, tokens, 1, keys), lambda j, h, b: (b, 0, h, 0)),
         "values": pl.BlockSpec((1, tokens, 1, rows), lambda j, h, b: (b, 0, h, j)),
         "state": pl.BlockSpec((1, 1, rows, keys), lambda j, h, b: (b, h, j, 0)),
@@ -144,6 +146,7 @@ def _gradients(
     values = dy.shape[3]
     chunk = choice.chunk
     blocks = {
+        # Here the first index is the chunk c: the chunks do not depend on each other any more.
         "keys": pl.BlockSpec((1, chunk, 1, keys), lambda c, h, b: (b, c, h, 0)),
         "values": pl.BlockSpec((1, chunk, 1, values), lambda c, h, b: (b, c, h, 0)),
         "states": pl.BlockSpec(

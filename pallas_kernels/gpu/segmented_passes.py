@@ -33,6 +33,7 @@ def split(x: Float[Array, "B T H N"], segments: int) -> Float[Array, "BS TS H N"
 def _make_probes(state: State, segments: int) -> Float[Array, "BS H NvNk Nk"]:
     """Stacks zeros [Nv Nk] on the identity [Nk Nk], as the start state of every segment."""
     batch, heads, values, keys = state.shape
+    # Below the first Nv rows of zeros, the identity: ones at (Nv + i, i).
     rows = jnp.eye(values + keys, keys, -values)
     return jnp.broadcast_to(rows, (batch * segments, heads, *rows.shape))
 
@@ -61,11 +62,13 @@ def chain_segments(
     def step(state, probe_end):
         # A segment is affine: its tokens write `written`, and turn a start state S into S kept.
         written, kept = jnp.split(probe_end, [values], axis=2)
+        # written [B H Nv Nk], kept [B H Nk Nk]: the product of the segment's transitions.
         return jnp.matmul(state, kept, precision="highest") + written, state
 
     by_segment = probe_ends.reshape(state.shape[0], -1, *probe_ends.shape[1:]).swapaxes(
         0, 1
     )
+    # by_segment [S B H NvNk Nk]; few and small products, next to the walk over the tokens.
     _, starts = jax.lax.scan(step, state, by_segment, reverse=reverse)
     return starts.swapaxes(0, 1).reshape(-1, *state.shape[1:])
 
@@ -139,6 +142,7 @@ class _Plan(NamedTuple):
         dtype = inputs.v.dtype
         return WKVInputs(
             r=self.cut(inputs.r.astype(dtype)),
+            # In float32: the error of a sum of logarithms is a relative error of the decay.
             log_w=self.cut(inputs.log_w.astype(jnp.float32)),
             k=self.cut(inputs.k.astype(dtype)),
             v=self.cut(inputs.v),
@@ -192,6 +196,7 @@ class KernelSet(NamedTuple):
         choice, segments = plan
         cut = plan.cut_inputs(inputs)
         if segments > 1:
+            # Both probes in one walk: the identity's rows are more value channels.
             wide = cut._replace(v=_pad_values(cut.v, state))
             probes = _make_probes(state, segments)
             (probe_ends,) = self.forward_kernel(wide, probes, choice, None, interpret)
@@ -273,4 +278,5 @@ class KernelSet(NamedTuple):
             return joined[:, :tokens].astype(x.dtype)
 
         grads = jax.tree.map(join, WKVInputs(*grads), inputs)
+        # The start state's gradient is that of each sequence's first segment.
         return grads, dstart[::segments]

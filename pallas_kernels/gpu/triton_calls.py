@@ -55,7 +55,7 @@ def check_versions() -> None:
 
 
 def missing() -> bool:
-    """Whether `check_versions` raises."""
+    """Tells whether `check_versions` would raise."""
     try:
         check_versions()
     except (ImportError, RuntimeError):
@@ -112,6 +112,7 @@ def _fold_vmap_into_batch(function: Callable) -> Callable:
         folded = []
         for x, is_batched in zip(arrays, batched, strict=True):
             full = x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+            # [size B ...] to [size*B ...]: rows of a batch never see each other, so this is exact.
             folded.append(full.reshape(-1, *full.shape[2:]))
         outputs = [x.reshape(size, -1, *x.shape[1:]) for x in run(*folded)]
         return outputs, [True] * len(outputs)
@@ -142,6 +143,7 @@ def _walk(
             kernel,
             arrays,
             describe_outputs(*arrays),
+            # Heads first: only the grid's first axis may have more than 65,535 programs.
             (batch * heads, values // block),
             tile,
             **constants,

@@ -118,7 +118,9 @@ def _inverse(a, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
     row = tl.arange(0, CHUNK)[:, None]
     column = tl.arange(0, CHUNK)[None, :]
     pair = (row // 2 == column // 2) & (row > column)
+    # Blocks of two rows need no product: their inverse is a itself below the diagonal.
     inverse = tl.where(row == column, 1.0, tl.where(pair, a, 0.0))
+    # `static_range` needs constant bounds; these serve chunks up to 128.
     for level in tl.static_range(1, 7):
         if 2**level < CHUNK:
             inverse = _merge(inverse, a, 2**level, DTYPE)
@@ -141,9 +143,11 @@ def forward(
     time = tl.arange(0, CHUNK)[:, None]
     key = tl.arange(0, KEYS)[None, :]
     value = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    # Tokens of one head are `heads` vectors apart in [B T H N].
     by_key = time * heads * KEYS + key
     by_value = time * heads * VALUES + value[None, :]
     entry = value[:, None] * KEYS + key
+    # The number of the head's first vector: `head` counts the heads of all rows of the batch.
     first = head // heads * tokens * heads + head % heads
     scaled = tl.load(state + head * VALUES * KEYS + entry)
     starts += head * tl.cdiv(tokens, CHUNK) * VALUES * KEYS
@@ -165,6 +169,7 @@ def forward(
         middle, next_rest = _halves(log_w + at, key, heads * KEYS, CHUNK)
         # The last chunk's rest and this one's mid are one product: the state is scaled once.
         scaled *= rest * middle[None, :]
+        # One rounding for all products that read the state; the state itself stays float32.
         operand = scaled.to(DTYPE)
         u = _dot(inverse, _dot(aak, vs, _dot(ah, operand.T))).to(DTYPE)
         if READ:

@@ -76,6 +76,7 @@ def make_masks(layout: TileLayout) -> Masks:
             (differing < 2 * block) & (row & block != 0) & (column & block == 0)
         )
         block *= 2
+    # Rows of one head are aligned runs of a power of two: their numbers differ in low bits alone.
     same_head = differing < layout.chunk
     state = (layout.heads * layout.values, layout.heads * layout.keys)
 
@@ -113,6 +114,7 @@ def repeat(x: Array, layout: TileLayout) -> Array:
 def unstack(x: Array, head: Array, layout: TileLayout) -> Array:
     """Inverts `stack`: takes each head's lanes from that head's rows and ignores all others."""
     chunk = layout.chunk
+    # For one head this is all; no select is traced.
     out = x[:chunk]
     for h in range(1, layout.heads):
         out = jnp.where(head == h, x[h * chunk : (h + 1) * chunk], out)

@@ -25,6 +25,7 @@ from pallas_kernels.tpu.head_packing import (
 
 def interleave(groups: Sequence[Generator[None, None, None]]) -> None:
     """Runs the groups' stages round-robin, so that their instructions can overlap."""
+    # The order of tracing is the order of instructions that the compiler starts from.
     running = list(groups)
     while running:
         unfinished = []
@@ -76,8 +77,10 @@ def _forward_group(
     chunk = yield from packed.prepare(tokens, masks, layout)
     start = state[g]
     if starts_ref is not None:
+        # Unscaled, unlike on GPUs: the backward pass scales it in float32.
         starts_ref[0, g, 0] = compact(start, layout)
     scaled = start * chunk.factors.mid
+    # Rounded once for all products; the state itself stays float32.
     operand = scaled.astype(layout.dtype)
     written = yield from packed.writes(chunk, operand, layout)
     _store(y_ref, g, packed.outputs(chunk, written, operand, masks, layout))
@@ -155,6 +158,7 @@ def _backward_group(
     factors = chunk.factors
     dy = stack(dys, masks.value_head, layout)
     scaled = expand(starts_ref[0, g, 0], masks, layout) * factors.mid
+    # G^ in float32, as it is added to the state's gradient below.
     dscaled = dstate[g] * factors.rest
     start = scaled.astype(layout.dtype)
     dend = dscaled.astype(layout.dtype)

@@ -104,6 +104,7 @@ def sums(signs: Array, x: Array, layout: TileLayout) -> Array:
     bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
     high = jax.lax.bitcast_convert_type(bits, jnp.float32)
     signs = signs.astype(jnp.bfloat16)
+    # One product of twice the depth in place of two: the matrix unit adds them up.
     halves = jnp.concatenate([high, x - high], 0).astype(jnp.bfloat16)
     return dot(jnp.concatenate([signs, signs], 1), halves)
 
@@ -126,7 +127,9 @@ def _compute_factors(log_w: Array, layout: TileLayout) -> Factors:
         before=jnp.exp(centred - log_w),
         upto=jnp.exp(centred),
         after=jnp.exp(-centred),
+        # centred is cs_t - mid: its first row is log_w of the first token less mid.
         mid=jnp.exp(log_w[:1] - centred[:1]),
+        # The last row of centred is last - mid.
         rest=jnp.exp(centred[layout.chunk - 1 :]),
     )
 
@@ -217,6 +220,7 @@ def outputs(
 
 def end_state(chunk: Chunk, written: Array, scaled: Array, masks: Masks) -> Array:
     """Computes the state after the chunk from S^ in float32, both block diagonal."""
+    # Off the diagonal blocks are products of different heads, which the mask below removes.
     end = scaled + dot(written, jnp.concatenate([chunk.bh, chunk.kh], 0), left=0)
     return jnp.where(masks.blocks, end, 0.0) * chunk.factors.rest
 
@@ -315,6 +319,7 @@ def key_gradients(
     # Products that share an operand are one.
     writers = jnp.concatenate([chunk.bh, chunk.kh], 0)
     readers = jnp.concatenate([chunk.ah, chunk.rh], 0)
+    # "outside" is what passes through the states at the chunk's ends, which the decay needs apart.
     dr = dot(jnp.concatenate([drb, drk], 1), writers)
     dr_outside = dot(dy, start)
     dk = dot(jnp.concatenate([dak, drk], 0), readers, left=0)

@@ -34,6 +34,7 @@ def choose_layout(inputs: WKVInputs, chunk: int | None) -> TileLayout:
     shared = math.lcm(LANES // math.gcd(LANES, keys), LANES // math.gcd(LANES, values))
     # Tiles of all heads, rounded up.
     columns = -(-heads // shared)
+    # The table's groups are for tiles of 128 lanes; wider tiles need more fast memory each.
     most = max(1, choice.groups * LANES // (shared * max(keys, values)))
     # The grid has no remainders: groups must divide the tiles.
     groups = max(n for n in range(1, most + 1) if columns % n == 0)
@@ -73,6 +74,7 @@ def _pack_state(state: State, layout: TileLayout) -> Float[Array, "B G Nv W"]:
     )
     batch, heads, values, keys = state.shape
     state = state.reshape(batch, heads // layout.heads, layout.heads, values, keys)
+    # [B G heads Nv Nk] to [B G Nv heads*Nk].
     return state.swapaxes(2, 3).reshape(batch, -1, values, layout.heads * keys)
 
 
@@ -113,6 +115,7 @@ def _call(
     def block(x):
         if x.ndim == 3:
             # Of v and dy the width is that of their own channels.
+            # x is [B T W], with the lanes of all tiles side by side.
             lanes = x.shape[2] // columns * layout.groups
             return pl.BlockSpec(
                 (1, layout.chunk, lanes), lambda i, j, c: (i, step(c), j)

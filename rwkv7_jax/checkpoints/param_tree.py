@@ -147,7 +147,7 @@ def check_names(tensors: Tensors, config: RWKV7Config, path: str) -> None:
 
 
 def _fault(tensor: Tensor, shape: Shape) -> str | None:
-    """Describes what is wrong with a tensor, or returns None."""
+    """Describes the fault of a tensor, or returns None."""
     is_misshapen = math.prod(tensor.shape) != math.prod(shape)
     # Vectors may carry axes of size 1: official files have [1, 1, D].
     if len(shape) > 1:

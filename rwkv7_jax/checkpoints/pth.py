@@ -90,7 +90,7 @@ def _split_name(filename: str) -> tuple[str, str]:
 
 def _data_span(info: zipfile.ZipInfo, data: mmap.mmap) -> tuple[int, int]:
     """Finds where an entry's data begin and end in the file."""
-    # PyTorch stores without compression, and what is compressed could not be mapped.
+    # PyTorch stores without compression, and compressed data could not be mapped.
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise ValueError(f"its entry {info.filename!r} is compressed or encrypted")
     header = data[info.header_offset : info.header_offset + _LOCAL_HEADER]

@@ -344,10 +344,10 @@ def _read_global(file: io.BytesIO) -> tuple[str, str]:
 
 def _allowed(module: Any, name: Any) -> _Global:
     """Returns a name, or refuses one that checkpoints do not need."""
-    # Printing what is not a name could unfold a memo bomb.
+    # Printing anything but a name could unfold a memo bomb.
     if not (isinstance(module, str) and isinstance(name, str)):
         raise ValueError("it asks for something that is not a name")
-    # A list of what is allowed: a list of what is dangerous would never be complete.
+    # Names that are allowed: a list of dangerous ones would never be complete.
     if (module, name) not in _ALLOWED_NAMES:
         raise ValueError(
             f"it asks for `{module}.{name}`, which is not allowed in a checkpoint"

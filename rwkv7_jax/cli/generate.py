@@ -177,7 +177,7 @@ def _to_json(out: Generation, prompt: bytes, prompt_tokens: int) -> str:
 
 
 def discard_output() -> None:
-    """Sends what is still buffered nowhere, so that the interpreter's last flush is quiet."""
+    """Discards the buffered output, so that the interpreter's last flush is quiet."""
     try:
         descriptor = sys.stdout.fileno()
     except (OSError, ValueError):

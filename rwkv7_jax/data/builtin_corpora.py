@@ -20,7 +20,7 @@ def _stdlib() -> Iterator[bytes]:
     root = Path(sysconfig.get_paths()["stdlib"])
     sources = []
     for folder, folders, files in os.walk(root):
-        # Changed in place: `os.walk` descends only into what is left in the list.
+        # Changed in place: `os.walk` descends only into the folders that the list still has.
         folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
         for name in files:
             path = Path(folder) / name

@@ -84,7 +84,7 @@ class Document:
         return sum(segment.size() for segment in self.segments)
 
     def content_hash(self) -> int:
-        """Computes a number below 2**64 from the bytes alone; it decides what is held out."""
+        """Computes a number below 2**64 from the bytes; the held-out split depends on it alone."""
         # Of the bytes and not the ids: the same documents are held out with every tokenizer.
         digest = hashlib.blake2b(digest_size=8)
         for chunk in self._chunks():

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float
 
+from rwkv7_jax.model.upscaled_memory import MEMORY_FORMS
+
 PerHead = Float[np.ndarray, "L H"]
 
 PerTarget = Float[np.ndarray, " T"]
@@ -62,6 +64,13 @@ class MemoryStatistics:
     def empty(self) -> bool:
         """Whether it is all zero."""
         return not np.any(self.norms)
+
+    @property
+    def constant(self) -> bool:
+        """Whether it never changes while the model reads."""
+        # The WKV state is "recurrent", which is not the name of a form.
+        form = MEMORY_FORMS.get(self.dynamics)
+        return form is not None and not form.has_own_rows
 
     @property
     def fading(self) -> PerTarget:
@@ -179,8 +188,8 @@ def _forgets(generic: RetentionScore | None) -> str:
 def _fades_early(found: Diagnosis) -> str:
     wkv = found.memories.get("wkv")
     other = found.memories.get("memory")
-    # A static memory keeps what the WKV state forgets.
-    lasting = other is not None and other.dynamics == "static" and not other.empty
+    # A memory that never changes keeps what the WKV state forgets.
+    lasting = other is not None and other.constant and not other.empty
     if wkv is None or wkv.empty or lasting or wkv.faded is None:
         return ""
     length = wkv.reads.shape[1]

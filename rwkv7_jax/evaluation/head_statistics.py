@@ -22,6 +22,7 @@ def head_statistics(state: RWKV7State) -> dict[str, Float[np.ndarray, "L H"]]:
         # Squares of float32 entries below 1e-19 would vanish.
         heads = np.asarray(matrix[:, 0], np.float64)
         statistics[f"{prefix}norm"] = np.sqrt(np.square(heads).sum((-2, -1)))
+        # [L H] each: the axes of a head's matrix, Nv and Nk or M, are reduced.
         statistics[f"{prefix}max"] = np.abs(heads).max((-2, -1))
         statistics[f"{prefix}rank"] = ranks(matrix)
     return statistics

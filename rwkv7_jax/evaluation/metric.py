@@ -15,9 +15,6 @@ _HIGHER_IS_BETTER: dict[Unit, bool] = {
     "reward": True,
 }
 
-# Units of numbers between 0 and 1 (a reward usually is one), which share an axis.
-SHARES: tuple[Unit, ...] = ("accuracy", "reward")
-
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
@@ -55,6 +52,7 @@ def unit_of(name: str) -> Unit | None:
     does a name say what a number means.
     """
     for unit in UNITS:
+        # No unit is the end of another one's name, so their order does not matter.
         if name.endswith(unit):
             return unit
     return None

@@ -79,6 +79,7 @@ def _map_rows(
         tokens: of all windows.
         rows: windows that are read at the same time.
     """
+    # Broadcast once: every part of the rows starts from the same arrays.
     start = repeat(state, rows)
     results = []
     for first in range(0, len(tokens), rows):
@@ -156,6 +157,7 @@ def score(
     batch = check_ids_and_shapes(batch, model.config.vocab_size, caller="score")
     tokens = np.asarray(batch.tokens)
     mask = np.asarray(batch.mask)
+    # [B T], 0 where a target does not count.
     if not mask.any():
         raise ValueError(
             "score: `batch` must have a target that counts; its mask is all 0."
@@ -165,6 +167,7 @@ def score(
 
     def bits_per_byte(first: int, end: int) -> float:
         part = slice(first, end)
+        # A ratio of sums, not a mean of ratios: windows of few bytes must not count more.
         total = sizes[:, part].sum()
         # A mean over nothing is missing; 0 would look perfect.
         return float(bits[:, part].sum() / total) if total else math.nan
@@ -175,6 +178,7 @@ def score(
         if first < length:
             end = min(end, length)
             by_position.append((first, end, bits_per_byte(first, end)))
+    # Over windows, since the targets of one window depend on each other.
     # Windows in which nothing counts have no loss of their own.
     bytes_by_window = sizes.sum(1)
     by_window = bits.sum(1)[bytes_by_window > 0] / bytes_by_window[bytes_by_window > 0]
@@ -234,6 +238,7 @@ def score_answers(
     per_token = functools.partial(_nats_and_correct, model, params)
     nats, correct = _map_rows(per_token, state, tokens, rows)
     count = scored.sum(0)
+    # [T], as `count`: the rows that are right at each position.
     right = (correct & scored).sum(0)
     rows_with_answers = scored.any(1)
     # Positions that are not scored cannot be wrong.

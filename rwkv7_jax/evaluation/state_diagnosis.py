@@ -76,6 +76,7 @@ def _compare_tokens(
 
     targets = tokens[:, 1:]
     head = params["head"]["weight"]
+    # The reference of the KL as well, whose logits are made piece by piece in `token_statistics`.
     base_hidden = hidden(base)
     before = token_statistics(base_hidden, head, targets)
     after = token_statistics(hidden(tuned), head, targets, reference=base_hidden)
@@ -84,6 +85,7 @@ def _compare_tokens(
         "tuned_nats": after.nats,
         "base_correct": before.correct,
         "tuned_correct": after.correct,
+        # KL(base || tuned): how surprised the tuned model is by what the base model would write.
         "divergence": after.kl,
     }
 
@@ -178,6 +180,7 @@ def _reads(
 
     def summarize(psi: Float[Array, "B T H M"]) -> dict[str, Array]:
         heads = psi.shape[2]
+        # [T]; rows that were filled up have weight 0.
         squares = jnp.einsum("bthm,bthm,b->t", psi, psi, present) / (
             jnp.sum(present) * heads
         )
@@ -196,6 +199,7 @@ def _reads(
     layers = (trace, state.upscaled)
     reads = {}
     if state.upscaled is None or not state.upscaled.form.replaces_wkv:
+        # One layer at a time, [L ...]: the read vectors of all layers may not fit.
         reads["wkv"] = jax.lax.map(read_wkv, layers)
     if state.upscaled is not None:
         reads["memory"] = jax.lax.map(read_memory, layers)
@@ -213,6 +217,7 @@ def _mean_square_norms(
     )
     _, end = outputs
     squares = jnp.sum(jnp.square(end.wkv), axis=(-2, -1))
+    # Squares are averaged here, and the root is taken over all parts of the batch.
     return jnp.einsum("lbh,b->lh", squares, present) / jnp.sum(present)
 
 
@@ -239,6 +244,7 @@ def _read_statistics(
         for name, statistics in reads.items():
             total = totals.setdefault(name, dict.fromkeys(statistics, 0.0))
             for key, value in statistics.items():
+                # In float64 on the host: sums over many parts would lose digits in float32.
                 total[key] = total[key] + float(weights[key]) * np.asarray(
                     value, np.float64
                 )
@@ -275,6 +281,7 @@ def _rank(squares: Float[np.ndarray, "... R"]) -> Float[np.ndarray, "..."]:
     """Computes the effective rank (sum s^2)^2 / sum s^4 from s^2; 0 of a zero state."""
     total = squares.sum(-1)
     fourth = np.square(squares).sum(-1)
+    # The numerator is 0 as well where the fourth powers are.
     return np.square(total) / np.where(fourth > 0, fourth, 1.0)
 
 

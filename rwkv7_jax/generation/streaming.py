@@ -28,7 +28,7 @@ class RowText:
 
     Attributes:
         tokens: ids that are kept.
-        text: what is certain of their text.
+        text: the part of their text that is certain.
         ended: how the row ended; None while it runs.
         stop_token: the stop id that ended the row; None where none did.
         settled: leading tokens that the model generated and that no stop string can cut any more.

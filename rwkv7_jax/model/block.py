@@ -142,6 +142,7 @@ class TimeMix(nn.Module):
         x_g = shifted("x_g", power=0.2)
 
         # r = x_r W_r,  k = x_k W_k,  v = x_v W_v
+        # [B T D] each; heads are split off only where the recurrence needs them.
         r = self._square("receptance", 1.0)(x_r)
         k = self._square("key", 0.1)(x_k)
         v = self._square("value", 1.0)(x_v)
@@ -207,8 +208,10 @@ class TimeMix(nn.Module):
 
         # o = (g * p) W_o, with p = norm(y) + bonus
         gated = self._normed_with_bonus(y, inputs, layer) * gate
+        # From zeros: a new block adds nothing to the residual stream until it is trained.
         out = self._square("output", 0.0)(gated)
 
+        # The last token that counts in each row, not the last column: padding is on the right.
         att_shift = layers.last_token(x, state.att_shift, lengths)
         trace = {
             **inputs._asdict(),
@@ -246,6 +249,7 @@ class TimeMix(nn.Module):
     ) -> Activations:
         """Computes activation(x w1) w2, in x's dtype."""
         width = self.config.width
+        # Zeros here but not in `up`: where both are zero, neither gets a gradient through tanh.
         down = self._weight(f"{letter}1", initial.constant(0.0, width, rank), layer)
         up = self._weight(f"{letter}2", initial.low_rank_out(rank, width), layer)
         return layers.project(activation(layers.project(x, down)), up)
@@ -280,13 +284,17 @@ class TimeMix(nn.Module):
             bias=initial.value_bias,
             layer=layer,
         )
+        # Only the gate is computed in float32; the values stay in the activations' dtype.
         return v + (v_first - v) * jax.nn.sigmoid(logit).astype(v.dtype)
 
     def _normed_with_bonus(self, y: Heads, inputs: WKVInputs, layer) -> Activations:
         """Computes p = norm(y) + u, with the bonus u = (r . (rho * k~)) v of the current token."""
-        r, k, v = inputs.r, inputs.k, inputs.v
+        r = inputs.r
+        k = inputs.k
+        v = inputs.v
         sizes = (self.config.num_heads, self.config.head_size)
         rho = self._weight("r_k", initial.constant(-0.04, *sizes), layer)
+        # The bonus is added after the norm, so it keeps its size where y is large.
         normed = HeadNorm(self.config, name="ln_x")(y, layer)
         bonus = jnp.sum(r * k * layers.per_channel(rho, r), axis=-1, keepdims=True) * v
         return (normed + bonus).reshape(*y.shape[:2], self.config.width)

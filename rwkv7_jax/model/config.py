@@ -152,6 +152,7 @@ class RWKV7Config:
             raise ValueError(
                 f"RWKV7Config.preset: `name` must be one of {', '.join(_PRESETS)}; got {name!r}."
             )
+        # The World vocabulary has 65529 entries; the published files pad it to 65536.
         fields: dict[str, Any] = {"vocab_size": 65536}
         fields.update(_PRESETS[name.lower()]._asdict())
         fields.update(changes)

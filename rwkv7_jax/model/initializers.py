@@ -46,6 +46,7 @@ def lerp(power: float) -> Initial:
     """Makes the token-shift coefficients of time mix: 1 - (n / D)^(power * remaining depth)."""
 
     def initial(key, layer, config):
+        # Divided by D, as in the source; `_ramp` is divided by D - 1.
         channel = jnp.arange(config.width) / config.width
         exponent = power * _remaining(layer, config)
         return 1.0 - channel**exponent
@@ -85,6 +86,7 @@ def removal_scale(key, layer, config):
 
 def group_norm_weight(key, layer, config):
     """Computes ln_x.weight, which grows with depth."""
+    # From L^-0.7 in the first block to 1 in the last.
     scale = ((1 + layer) / config.num_layers) ** 0.7
     return jnp.full((config.width,), 1.0) * scale
 

@@ -52,6 +52,7 @@ def apply_per_head(
     x: Float[Array, "b T H I"],
 ) -> Float[Array, "b T H O"]:
     """Multiplies the vectors of each head by its matrix; with B = 1 all rows share the matrices."""
+    # Without an axis B in the product: shared matrices are not copied for every row.
     if maps.shape[0] == 1:
         return jnp.einsum("bthi,hoi->btho", x, maps[0], precision="highest")
     return jnp.einsum("bthi,bhoi->btho", x, maps, precision="highest")
@@ -61,6 +62,7 @@ def unit_vectors(x: Float[Array, "... N"]) -> Float[Array, "... N"]:
     """Scales vectors to length 1, in float32."""
     x = x.astype(jnp.float32)
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    # A maximum and not a sum with epsilon: vectors of usual length are scaled exactly.
     return x * jax.lax.rsqrt(jnp.maximum(square, _SHORTEST_VECTOR**2))
 
 
@@ -82,6 +84,7 @@ def kernel_features(features: Features, x: Heads) -> Float[Array, "B T H M"]:
         x = x.astype(jnp.float32)
     else:
         x = unit_vectors(x)
+    # [B T H M]: the products with all landmarks of the head, or with all frequencies.
     inner = apply_per_head(features.landmarks, x)
     widths = features.widths[:, None]
     if features.kind == "fourier":
@@ -92,6 +95,7 @@ def kernel_features(features: Features, x: Heads) -> Float[Array, "B T H M"]:
         landmarks_squared = jnp.sum(jnp.square(features.landmarks), axis=-1)[:, None]
         x_squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
         phi = jnp.exp(-widths * (x_squared + landmarks_squared - 2 * inner))
+    # Gaussians are all positive: without centring they share one large common part.
     phi = phi - features.mean[:, None]
     if features.map is None:
         return phi

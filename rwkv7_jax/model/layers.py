@@ -50,6 +50,7 @@ def per_channel(
 def standardise(x: Float[Array, "... N"], eps: float) -> Float[Array, "... N"]:
     """Scales to zero mean and unit variance (biased) over the last axis, in float32."""
     wide = x.astype(jnp.float32)
+    # Centred first: E[x^2] - E[x]^2 would lose the digits of activations far from zero.
     wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     return wide * jax.lax.rsqrt(variance + eps)
@@ -92,12 +93,14 @@ def unit_heads(x: Heads) -> Heads:
     """
     wide = x.astype(jnp.float32)
     square = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
+    # The maximum is taken under the root, where a vector of zeros still has a finite gradient.
     inverse_length = jax.lax.rsqrt(jnp.maximum(square, _SHORTEST_HEAD**2))
     return (wide * inverse_length).astype(x.dtype)
 
 
 def previous_tokens(x: Activations, before: Float[Array, "B D"]) -> Activations:
     """Shifts by one token; the first one's predecessor is `before`, from the state."""
+    # [B T+1 D]; its first T tokens are the predecessors.
     both = jnp.concatenate([before[:, None].astype(x.dtype), x], axis=1)
     return both[:, : x.shape[1]]
 
@@ -130,6 +133,7 @@ def log_decay(z: Float[Array, "..."]) -> Float[Array, "..."]:
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/cuda/rwkv7_clampw.cu:16,42.
     """
+    # With the 8 bits of bfloat16, the error of log w would add up over thousands of tokens.
     z = z.astype(jnp.float32)
     return -DECAY_RATE * jax.nn.sigmoid(z)
 

@@ -42,6 +42,7 @@ def paper_inputs(
     k = kernel_features(features, inputs.k)
     v = kernel_features(features, inputs.v)
     rate = kernel_features(features, icl_rate)
+    # The paper maps the decay itself, so it is taken out of the logarithm and put back below.
     w = kernel_features(features, jnp.exp(inputs.log_w.astype(jnp.float32)))
     removal_key = unit_features(k) if unit_keys else k
     return WKVInputs(

@@ -64,7 +64,9 @@ def recurrence(
     form = upscaled.form
     if form.replaces_wkv:
         read, memory = form.read(upscaled, inputs, icl_rate, op)
+        # The WKV state is handed back unread: the paper's memory takes its place.
         return read.astype(inputs.r.dtype), wkv, memory
     y, wkv = op(inputs, wkv)
     read, memory = form.read(upscaled, inputs, icl_rate, op)
+    # The sum is taken in y's dtype, so that an empty memory leaves y as it was.
     return y + read.astype(y.dtype), wkv, memory

@@ -110,6 +110,7 @@ class RWKV7(nn.Module):
             x = Head(config, name="head")(x)
 
         upscaled = state.upscaled
+        # A static memory comes back as None: it is handed on as it was, without a copy.
         if upscaled is not None and memories.memory is not None:
             upscaled = upscaled.replace(memory=memories.memory)
         end = RWKV7State(
@@ -135,11 +136,13 @@ class RWKV7(nn.Module):
         config = self.config
         block = nn.remat(Block, prevent_cse=False) if config.remat == "block" else Block
 
+        # Layer 0 is outside of the scan: it has no value residual, so its parameters differ.
         first_state = jax.tree.map(lambda leaf: leaf[0], states)
         first_block = block(config, True, names, name="layer_0")
         x, (first_memories, v_first, first_trace) = first_block(
             x, first_state, 0, None, lengths
         )
+        # With an axis L of 1, to be joined with what the scan stacks over the other layers.
         stacked = jax.tree.map(lambda leaf: leaf[None], (first_memories, first_trace))
         if config.num_layers == 1:
             return x, *stacked

@@ -79,6 +79,7 @@ class StaticMemory(MemoryForm):
         op: Op,
     ) -> tuple[Float[Array, "B T H Nv"], Array | None]:
         """Reads S~_0 phi(r), which needs no recurrence."""
+        # [B T H M]; the memory itself may have one row that all sequences share.
         phi = kernel_features(upscaled.features, inputs.r)
         return apply_per_head(upscaled.memory, phi), None
 
@@ -119,6 +120,7 @@ class DecayMemory(RecurrentMemory):
         self, upscaled: "Upscaled", inputs: WKVInputs, icl_rate: Heads
     ) -> WKVInputs:
         """Computes the features of r and of the key, with one decay for all of them."""
+        # Both [B T H M]. With keys of length 1, a write of strength c adds a matrix of norm c |v|.
         r = kernel_features(upscaled.features, inputs.r)
         # `a` is the negative of the removal key.
         key = unit_features(kernel_features(upscaled.features, -inputs.a))
@@ -177,6 +179,7 @@ class PaperMemory(RecurrentMemory):
         """Reads the memory and maps its M rows to value channels."""
         assert upscaled.readout is not None
         y, memory = super().read(upscaled, inputs, icl_rate, op)
+        # y is [B T H M] here, and the readout maps its M rows to the Nv value channels.
         return apply_per_head(upscaled.readout, y), memory
 
 

@@ -89,6 +89,7 @@ def evaluate_handover(
     }
     answers = {}
     for name, start in starts.items():
+        # States of equal shapes share one compiled program.
         accuracy, nats = _score_answers(teacher, teacher_params, start, batch)
         answers[name] = Answers(float(accuracy), float(nats))
     return answers

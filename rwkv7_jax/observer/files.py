@@ -159,6 +159,7 @@ def _observer_of(card: Mapping[str, Any], folder: Path) -> Observer:
 
 def _check_base(card: Mapping[str, Any], base_model: str | None, folder: Path) -> None:
     """Raises if the caller names a teacher and the observer belongs to another one."""
+    # An observer without it is refused as well where the caller names a teacher.
     stored = card["info"].get("base_model")
     if base_model is not None and stored != base_model:
         origin = (

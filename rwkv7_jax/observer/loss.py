@@ -94,6 +94,7 @@ class ObserverLoss:
         teacher_params = jax.lax.stop_gradient(teacher_params)
         inputs = jnp.asarray(batch.tokens)[:, :-1]
         split = jnp.asarray(batch.split)
+        # x [B T D] of the small model, and the proposals [L B H Nv Nk].
         x, proposed = propose_wkv(self.observer, params, inputs, split)
         # Weight and value of each term; a term of weight 0 is not computed.
         terms: dict[str, tuple[float, Scalar]] = {}
@@ -139,6 +140,7 @@ class ObserverLoss:
         inputs = jnp.asarray(pieces.tokens)[:, :, :-1]
         split = jnp.asarray(pieces.split)
         length = inputs.shape[2]
+        # For a mean piece: the pieces' losses are averaged, so that each divides by the mean count.
         prompt_tokens = jnp.maximum(jnp.sum(jnp.minimum(split, length)), 1) / count
         counts = jax.vmap(lambda split: after_split(split, length))(split)
         answer_weight = jnp.sum(pieces["weights"] * counts) / count
@@ -151,6 +153,7 @@ class ObserverLoss:
 
         # Pieces have equally many rows, so the variance over all rows is the mean variance inside
         # the pieces plus the variance of their means. No more than one piece's states are held.
+        # means [K L H Nv Nk] and variances [K L H] of K pieces.
         means, variances = jax.lax.map(of_piece, (inputs, split))
         between = jnp.mean(
             jnp.square(means - jnp.mean(means, axis=0)[None]), axis=(0, 3, 4)
@@ -182,6 +185,7 @@ def _mean_divergence(
     )
     inside = _inside_prompt(split, x.shape[1])
     if totals is None:
+        # All prompts may be empty; then there is nothing to divide.
         count = jnp.maximum(jnp.sum(inside), 1.0)
     else:
         count = totals.prompt_tokens

@@ -71,6 +71,7 @@ class Observer:
         config = self.model.config
         teacher = self.teacher
         heads = (teacher.num_layers, teacher.num_heads)
+        # J of the module's equation: the observer's heads of all its layers.
         sources = config.num_layers * config.num_heads
         maps = (*heads, sources, teacher.head_size, config.head_size)
         return {
@@ -124,6 +125,7 @@ def init_observer(
     # Three keys, in this order: a seed must keep on giving the same observer.
     model_key, left_key, right_key = jax.random.split(key, 3)
     tokens = jnp.zeros((1, 1), jnp.int32)
+    # One compiled program: drawing leaf by leaf would compile one for each shape.
     init = jax.jit(
         lambda key: observer.model.init(key, tokens, init_state(config))["params"]
     )
@@ -181,10 +183,12 @@ def _map_states(params: Params, wkv: Float[Array, "K B G n n"]) -> WKV:
     # Recomputed in the backward pass: one layer's `half` is J n / N times as large as its states.
     @jax.checkpoint
     def layer(maps):
+        # States are float32, also where the observer's weights were saved in 16 bits.
         left, right, bias = (leaf.astype(jnp.float32) for leaf in maps)
         half = product("hjvm,bjmp->bhjvp", left, sources)
         return product("bhjvp,hjkp->bhvk", half, right) + bias[None]
 
+    # [L B H Nv Nk]. A map and not one einsum over L, whose `half` would be L times as large.
     return jax.lax.map(layer, (params["left"], params["right"], params["bias"]))
 
 

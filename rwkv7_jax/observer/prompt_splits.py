@@ -33,7 +33,9 @@ def add_prompt_splits(
         ValueError: bounds outside of 0 to T, or in the wrong order.
     """
     batch = Batch.of(batch, caller="add_prompt_splits")
-    rows, length = batch.tokens.shape[0], batch.tokens.shape[1] - 1
+    rows = batch.tokens.shape[0]
+    # The last id of a row is only a target.
+    length = batch.tokens.shape[1] - 1
     # A prompt of T tokens is allowed on request, but leaves no answer.
     longest = length - 1 if most is None else most
     if not 0 <= least <= longest <= length:
@@ -43,6 +45,7 @@ def add_prompt_splits(
         )
     # From seed and step alone, so that a resumed run draws the same splits.
     rng = np.random.default_rng([seed, step, _STREAM])
+    # NumPy leaves the upper bound out.
     split = rng.integers(least, longest + 1, rows)
     return batch.replace(split=split.astype(np.int32))
 

@@ -108,6 +108,7 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, flo
     columns: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         for name, value in row.items():
+            # Text is skipped; NaN is a number here, so that a diverged run has its column.
             if name not in _NO_CHART and isinstance(value, int | float):
                 columns.setdefault(name, []).append((row["step"], float(value)))
     return columns
@@ -134,6 +135,7 @@ def _charts(columns: Mapping[str, Points], marks: Sequence[Mark]) -> str:
     for title, pattern, log in _SHARED_CHARTS:
         names = [name for name in left if re.search(pattern, name)]
         shared = {name: left.pop(name) for name in names}
+        # `pop` above: a metric is drawn once, in the first chart whose pattern it fits.
         charts.append(line_chart(title, shared, marks=marks, log=log))
     for name, points in left.items():
         charts.append(line_chart(name, {name: points}, marks=marks))
@@ -172,6 +174,7 @@ def _samples(rows: Sequence[Mapping[str, Any]]) -> str:
         text = _text(row.get("text", ""))
         block = f'<pre class="sample"><b>{prompt}</b>{text}</pre>'
         by_step.setdefault(row["step"], []).append(block)
+    # Only the newest is open, so that a long run's page begins with what the model writes now.
     newest = max(by_step, default=0)
     parts = []
     for step in sorted(by_step, reverse=True):
@@ -188,6 +191,7 @@ def _pictures(folder: Path) -> str:
     parts = []
     for path in sorted(folder.glob("*.png")):
         data = path.read_bytes()
+        # A file that a killed process left half written would be a broken picture.
         if not data.startswith(b"\x89PNG"):
             continue
         name = _text(path.name)
@@ -238,6 +242,7 @@ def report_page(folder: str | Path) -> str:
             f"report_page: `folder` must be a run's folder; got {str(folder)!r}."
         )
     settings = _read_object(folder / "settings.json")
+    # Any of the files may be missing or damaged: the report is for runs that failed as well.
     info = _read_object(folder / "system.json")
     rows = merged(_rows_with_step(folder / JSONL))
     events = _rows_with_step(folder / "events.jsonl")

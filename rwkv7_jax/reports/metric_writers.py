@@ -33,6 +33,7 @@ def merged(rows: Iterable[Mapping[str, Any]]) -> list[dict]:
     by_step: dict[int, dict] = {}
     for row in rows:
         step = row["step"]
+        # A step has one row of training and may have one of its evaluation.
         by_step[step] = {**by_step.get(step, {}), **row}
     return [by_step[step] for step in sorted(by_step)]
 
@@ -77,6 +78,7 @@ class MetricFiles:
             file.write(json.dumps(row) + "\n")
         new_columns = [name for name in row if name not in self._columns]
         if new_columns:
+            # The header is the file's first line: a new column means writing all of it again.
             self._columns += new_columns
             self._write_csv()
         else:
@@ -88,6 +90,7 @@ class MetricFiles:
         if not self._trackers:
             # Opened at the first write: only now is it known which step a resumed run starts at.
             self._trackers = [open_at(self._folder, step) for open_at in self._openers]
+        # Trackers take numbers alone; the files take everything.
         numeric = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
         for tracker in self._trackers:
             tracker.write(step, numeric)
@@ -108,6 +111,7 @@ class MetricFiles:
         self._rows = [row for row in self._rows if row["step"] <= step]
         self._columns = _column_names(self._rows)
         self._rewrite()
+        # Trackers are opened again at the restored step, which hides their later points.
         self.close()
 
     def _rewrite(self) -> None:
@@ -142,6 +146,7 @@ def _column_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Returns every name, in the order in which they appear; the step comes first."""
     names = {"step": None}
     for row in rows:
+        # A dict and not a set: it keeps the order.
         names |= dict.fromkeys(row)
     return list(names)
 
@@ -171,7 +176,7 @@ class _TensorBoard(Tracker):
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Writes what is queued."""
+        """Writes the queued numbers."""
         self._writer.close()
 
 
@@ -193,7 +198,7 @@ class _WandB(Tracker):
         self._run.log(dict(numbers), step=step)
 
     def close(self) -> None:
-        """Sends what is queued."""
+        """Sends the queued numbers."""
         self._run.finish()
 
 

@@ -45,6 +45,7 @@ def _figure(columns: int, *, height: float = 3.4) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6 * columns, height), layout="constrained")
+    # Not pyplot, which picks a backend for the process and keeps every figure alive.
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
@@ -180,9 +181,11 @@ def diagnosis(path: str | Path, found: Diagnosis) -> None:
         ("tuned", found.tuned_nats, _COLOURS[2]),
     )
     for name, nats, colour in curves:
+        # Positions without a target are NaN and are left out.
         losses.plot(positions, nats[positions], color=colour, alpha=0.25, lw=0.8)
         losses.plot(*_smoothed(positions, nats[positions]), color=colour, label=name)
     losses.set(title="loss by position", xlabel="position", ylabel="nats per token")
+    # An empty state has only zeros, and the axis needs a range above zero.
     top = max(float(memory.spectrum.max()) for memory in found.memories.values()) or 1.0
     spectra.set(
         title="singular values (mean of heads)",

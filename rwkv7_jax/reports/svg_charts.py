@@ -82,12 +82,14 @@ def _padded_range(values: Sequence[float]) -> tuple[float, float]:
     """Returns the range of the values with a margin; it is never empty."""
     low = min(values)
     high = max(values)
+    # A line of equal values still gets a range, and a line of zeros one of 1.
     margin = 0.04 * (high - low) or 0.5 * abs(high) or 0.5
     return low - margin, high + margin
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Returns about `count` round numbers between `low` and `high`."""
+    # The step that exactly `count` ticks would need, before it is rounded up to a round number.
     wanted = (high - low) / max(count, 1)
     power = 10.0 ** math.floor(math.log10(wanted))
     step = 10 * power
@@ -96,6 +98,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
         if factor * power >= wanted * 0.999:
             step = factor * power
             break
+    # Counted in whole steps: adding the step again and again would add up its rounding.
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [index * step for index in range(first, last + 1)]
@@ -104,6 +107,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 def short(value: float) -> str:
     """Formats a number of an axis: 0.0006, 1.5, 12k, 3M."""
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        # Numbers below 10,000 are short enough as they are.
         if max(unit, 1e4) <= abs(value) < 1e3 * unit:
             return f"{value / unit:.4g}{letter}"
     return f"{value:.4g}"
@@ -111,6 +115,7 @@ def short(value: float) -> str:
 
 def _pieces(points: list[tuple[float, float]]) -> list[_Piece]:
     """Joins neighbouring points to at most `PIECES` pieces."""
+    # Points in each piece, rounded up, so that there are never more than `PIECES`.
     size = math.ceil(len(points) / PIECES)
     pieces = []
     for start in range(0, len(points), size):
@@ -152,6 +157,7 @@ def _axes(frame: _Frame) -> str:
     bottom = HEIGHT - _BOTTOM
     parts = []
     for tick in ticks(*frame.y, 4):
+        # Ticks of a logarithmic axis are exponents.
         value = 10.0**tick if frame.log else tick
         _, y = frame.to_svg(frame.x[0], value)
         parts.append(
@@ -219,6 +225,7 @@ def line_chart(
     every_x = [x for points in shown.values() for x, _ in points]
     every_y = [y for points in shown.values() for _, y in points]
     if log:
+        # The margin has to be one of the picture, so it is taken of the logarithms.
         every_y = [math.log10(y) for y in every_y]
     frame = _Frame(_padded_range(every_x), _padded_range(every_y), log)
     curves = []

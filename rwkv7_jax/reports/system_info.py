@@ -54,6 +54,7 @@ def _devices() -> list[dict[str, Any]]:
     # Only local devices tell their memory; those of other processes are taken to be alike.
     limits = {}
     for device in jax.local_devices():
+        # `memory_stats` is None on CPUs.
         limits[device.device_kind] = (device.memory_stats() or {}).get("bytes_limit")
     kinds: dict[tuple, dict[str, Any]] = {}
     for device in jax.devices():

@@ -38,6 +38,7 @@ def enable_compilation_cache(folder: Path | None) -> Path | None:
         if folder is None:
             raise OSError("neither HOME nor XDG_CACHE_HOME is set")
         folder.mkdir(parents=True, exist_ok=True)
+        # Tried here: JAX would only warn, once for each program that it cannot write.
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:

@@ -70,6 +70,7 @@ def _parse(program: str, words: list[str]) -> list[str]:
                 files.append(file[1])
             else:
                 rest.append(word)
+        # As with other flags, the last one counts.
         if files:
             _define_config(files[-1], rest)
         try:
@@ -85,6 +86,7 @@ def _define_config(file: str, words: list[str]) -> None:
         groups = _GROUPS.match(word)
         if groups:
             _make_groups(config, groups[1].rstrip(".").split("."))
+    # `sys_argv` are the words without `--config=FILE`, which this module reads itself.
     config_flags.DEFINE_config_dict(
         "config",
         config,
@@ -114,6 +116,7 @@ def _load_config(file: str) -> ConfigDict:
     get_config = runpy.run_path(path).get("get_config")
     if get_config is None:
         raise ValueError(f"`--config`: {path} must define `get_config`.")
+    # A file whose `get_config` takes no argument stays callable without one.
     return get_config(argument) if argument else get_config()
 
 

@@ -131,6 +131,7 @@ def training_stream(
         length=data.length,
         seed=seed,
     )
+    # The digest of these examples changes with the task, its seed and the length, as it should.
     return as_stream(np.asarray(examples.tokens).reshape(-1))
 
 
@@ -168,6 +169,7 @@ class TrainingData:
         self._seed = seed
         self._source = parse_source(data.path, "`config.data.path`")
         self._anchor_path = anchor_path
+        # Read here, so that a wrong path ends the run before its first step.
         self._anchor_source: Source | None = None
         if anchor_path is not None:
             self._anchor_source = parse_source(
@@ -278,6 +280,7 @@ class TrainingData:
                 batch_size=self._data.batch_size,
                 length=self._data.length,
             )
+            # All rows are drawn first: a row must not depend on how many hosts there are.
             yield batch.select_rows(rows)
 
     def _with_anchor(
@@ -296,6 +299,7 @@ class TrainingData:
             anchors = self._examples(
                 source, seed=seed, start_step=start_step, rows=rows
             )
+        # Both are endless, so `strict` never raises in a run that works.
         for batch, anchor in zip(batches, anchors, strict=True):
             yield batch.replace(anchor=anchor.tokens)
 

@@ -86,8 +86,13 @@ class RunProgress:
     def stop_reason(self, evaluation: EvaluationSettings) -> str | None:
         """Tells why the run ends before its last step; None if it does not."""
         if evaluation.patience and self.waited >= evaluation.patience:
-            value, step = self.best[0] if self.best else (math.nan, 0)
+            # `best` is empty where every value so far was NaN.
+            value = math.nan
+            step = 0
+            if self.best:
+                value, step = self.best[0]
             return f"no better than {value:.4g} of step {step} in {self.waited} evaluations"
+        # A best value of an earlier evaluation has been compared with `enough` then.
         if evaluation.enough is None or not self.best or self.waited:
             return None
         # A checkpoint holds the metric's name and not its unit.

@@ -63,6 +63,7 @@ def retention_paths(retention: str) -> dict[str, str]:
     Each task of a list such as "task:dictionary,task:mapping" is measured by itself, under the
     task's name; all other text is measured together, under "retention".
     """
+    # Tasks have accuracies that would hide each other in a mean; text has one loss.
     tasks, texts = parse_sources(retention, "`config.evaluation.retention`")
     paths = {task.name: str(task) for task in tasks}
     if texts.paths:

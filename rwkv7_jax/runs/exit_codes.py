@@ -56,6 +56,7 @@ def exit_code(error: BaseException) -> int | None:
         return 3
     if isinstance(error, NotFinite):
         return 4
+    # Before the classes below: for a lost process JAX also raises ValueError, which is code 2.
     if _is_lost_process(error):
         return 6
     if isinstance(error, DiskError):

@@ -58,6 +58,7 @@ class PrefetchedBatches(BatchSource):
 
     def batch(self, step: int, params: Any) -> PlacedBatch:
         """Gives the next batch as soon as it is ready."""
+        # The step is not needed: the iterator was opened at the run's first step and is in order.
         return next(self._prefetch)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Metrics logger that lags two steps behind, so that the host never blocks on the device."""
+"""Metrics logger that reads metrics two steps late, so that the host never blocks on the device."""
 
 import collections
 import contextlib
@@ -118,6 +118,7 @@ class MetricsLogger:
 
     def _log_oldest(self) -> None:
         step = self._pending.popleft()
+        # Both are None where the step had nothing to learn from.
         if step.metrics is not None and step.batch is not None:
             # The last id of a row is only a target.
             self._tokens += step.batch.tokens[:, 1:].size
@@ -137,6 +138,7 @@ class MetricsLogger:
         self, number: int, metrics: Mapping[str, Any], batch: Batch
     ) -> None:
         """Counts how many updates in a row were skipped, and ends the run after too many."""
+        # `float` waits for the device, but only for a step that is `_LAG` steps old.
         if float(metrics["updated"]):
             if self.progress.bad:
                 self.progress = dataclasses.replace(self.progress, bad=0)
@@ -147,6 +149,7 @@ class MetricsLogger:
         grad_norm = float(metrics["grad_norm"])
         numbers = {"loss": loss, "grad_norm": grad_norm}
         self._directory.log_bad(number, numbers, np.asarray(batch.tokens))
+        # None, where this is switched off, equals no count.
         if bad == self._settings.stop_after_bad:
             raise NotFinite(
                 f"{bad} updates in a row, up to step {number}, had a loss or gradient that is not "

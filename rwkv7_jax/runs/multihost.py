@@ -130,6 +130,7 @@ def run_on_process_0(call: Callable[[], str]) -> str:
         # Whatever it is, the others wait for an answer.
         except Exception as caught:
             error = caught
+    # An error without an exit code is a bug: the other processes end with Python's usual 1.
     code = None if error is None else exit_code(error) or 1
     answer = {"text": text, "error": str(error or ""), "code": code}
     answer = json.loads(_broadcast_text(json.dumps(answer)))
@@ -158,12 +159,14 @@ class AnyProcess:
         self._mesh = mesh
         self._delay = delay
         self._pending: collections.deque[jax.Array] = collections.deque()
+        # The result of a sharded array is replicated, so every process reads the same OR.
         self._any = jax.jit(lambda flags: flags.any())
 
     def __call__(self, flag: bool) -> bool:
         """Sends this process's flag and returns the OR of all flags sent `delay` steps ago."""
         if _is_single_process():
             return flag
+        # One flag for each device: the rows that a process has are those of its own devices.
         flags = np.full(len(jax.devices()), flag)
         sharded = shard_batch(self._mesh, {"flag": flags})["flag"]
         self._pending.append(self._any(sharded))
@@ -183,12 +186,14 @@ def open_run_directory(
         EndedElsewhere: in the others, then.
     """
     with contextlib.ExitStack() as stack:
+        # `run_on_process_0` returns text alone: the directory gets out through this list.
         owned: list[RunDirectory] = []
 
         def open_it() -> str:
             owned.append(stack.enter_context(OwnedRunDirectory(workdir, settings)))
             return ""
 
+        # All processes meet here, so none goes on where process 0 cannot open the directory.
         run_on_process_0(open_it)
         if owned:
             yield owned[0]

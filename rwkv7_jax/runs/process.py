@@ -38,7 +38,7 @@ def program(name: str) -> Iterator[None]:
     """Runs the body of `main` with every side effect on the process in place.
 
     The stream proxies and the hook stay installed when the block ends: Python flushes the streams
-    and collects what failed reads left behind only after that.
+    and collects the remains of failed reads only after that.
 
     Args:
         name: how the last line on stderr begins, such as "train.py".
@@ -46,9 +46,11 @@ def program(name: str) -> Iterator[None]:
     Raises:
         SystemExit: the user caused an error; the code is from `exit_codes`.
     """
+    # Orbax logs every save and restore at lower levels.
     absl_logging.set_verbosity(absl_logging.ERROR)
     ignore_broken_pipe()
     ignore_abandoned_reads()
+    # In this order: `exit_on_failure` has to see the SystemExit that `exit_with_code` raises.
     with exit_on_failure(), exit_with_code(name):
         yield
 
@@ -89,6 +91,7 @@ def exit_on_failure() -> Iterator[None]:
     # SystemExit from `exit_with_code` is the usual case here.
     except BaseException as error:
         distributed = jax.distributed.is_initialized()
+        # The SystemExit was raised while `Stopped` was handled, which Python notes as its context.
         interrupted = isinstance(error.__context__, Stopped)
         if not distributed and not interrupted:
             raise
@@ -107,12 +110,13 @@ def exit_on_failure() -> Iterator[None]:
 
 
 def ignore_abandoned_reads() -> None:
-    """Hides the complaints about coroutines and futures that a failed Orbax read leaves behind.
+    """Hides the complaints about coroutines and futures that a failed Orbax read leaves.
 
     Orbax (0.12.8) starts one asynchronous read per array and does not await the others when
     one fails. They complain whenever they are collected, up to the end of the process: tens of
-    lines after the one line that tells the user what is wrong. The error itself is always raised.
+    lines after the one line that tells the user the cause. The error itself is always raised.
     """
+    # asyncio logs the futures; the coroutines come through the hook below.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     # Of coroutines that were never even started. The programs have none of their own.
     warnings.filterwarnings(
@@ -156,15 +160,16 @@ class _QuietStream:
             os.dup2(nowhere.fileno(), self._stream.fileno())
 
     def write(self, text: str) -> int:
-        """Writes the text, or drops it once nobody reads the stream."""
+        """Writes the text, or drops it once the stream has no reader."""
         try:
             return self._stream.write(text)
+        # Once is enough: from here on the descriptor leads to /dev/null and no write fails.
         except BrokenPipeError:
             self._discard()
             return len(text)
 
     def flush(self) -> None:
-        """Flushes the stream, or does nothing once nobody reads it."""
+        """Flushes the stream, or does nothing once it has no reader."""
         try:
             self._stream.flush()
         except BrokenPipeError:
@@ -199,11 +204,13 @@ class StopSignals:
         self._unsaved = False
         self._raise_at_once = False
         self._noticed = threading.Event()
+        # `bool` gives a flag back as it is: one process decides for itself.
         self._agree: Callable[[bool], bool] = bool
 
     def __enter__(self) -> "StopSignals":
         """Installs the handlers and starts the thread."""
         self._reader, self._writer = socket.socketpair()
+        # `set_wakeup_fd` demands it: a signal handler in C must never block.
         self._writer.setblocking(False)
         self._old_handlers: dict[int, Any] = {}
         for name in _SIGNALS:
@@ -215,6 +222,7 @@ class StopSignals:
         # Python writes a byte per signal into this socket from C, however busy its main thread is.
         writer = self._writer.fileno()
         self._old_wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        # A daemon: a thread that waits for signals must not keep the process alive.
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
         return self
@@ -225,6 +233,7 @@ class StopSignals:
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         self._noticed.set()
+        # The thread's `recv` returns nothing once the other end is closed, which ends its loop.
         self._writer.close()
         self._watcher.join()
         self._reader.close()
@@ -259,6 +268,7 @@ class StopSignals:
         """Tells whether to save and end now."""
         if not self._agree(bool(self._requested)):
             return False
+        # The vote of another process: this one has had no signal of its own.
         self._requested = self._requested or "a signal to another process"
         self._noticed.set()
         return True
@@ -270,6 +280,7 @@ class StopSignals:
         Raises:
             Stopped: there is a request.
         """
+        # Set before the test, so that a signal between the two lines is not lost.
         self._raise_at_once = True
         try:
             if self._requested:
@@ -292,10 +303,12 @@ class StopSignals:
         requests = 0
         while received := self._reader.recv(1):
             requests += 1
+            # Not a second SIGTERM, which some schedulers send again and again.
             if requests > 1 and received[0] == signal.SIGINT:
                 _exit_at_once(
                     130, "left at once; the newest checkpoint is what counts."
                 )
+            # A thread of its own: this one has to go on reading, for a second SIGINT.
             if requests == 1:
                 threading.Thread(target=self._exit_if_ignored, daemon=True).start()
 

@@ -29,6 +29,7 @@ class ProgressBar:
             label: begins the line.
             file: the text stream to write to; None for stdout.
         """
+        # A run that is continued at its last step has no work left: 0 must not divide.
         self._total = max(total, 1)
         self._label = label
         self._file = file or sys.stdout

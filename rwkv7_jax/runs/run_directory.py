@@ -114,6 +114,7 @@ class OwnedRunDirectory(RunDirectory):
         self.path = Path(path).absolute()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            # Not `os.access`: only the attempt tells whether a file can be made here.
             with tempfile.TemporaryFile(dir=self.path):
                 pass
             self._lock = RunLock(self.path / "run.lock")
@@ -196,6 +197,7 @@ class OwnedRunDirectory(RunDirectory):
 
     def __exit__(self, *error) -> None:
         """Waits for a save, writes the report and releases the lock."""
+        # First of all: the report and the release of the lock must come after the last save.
         self.checkpoints.wait()
         self._metrics.close()
         if self._metrics.rows():
@@ -229,12 +231,14 @@ class OwnedRunDirectory(RunDirectory):
         Args:
             step: the restored one; 0 starts anew.
         """
+        # Events are a diary: unlike metrics and samples they are never cut back.
         self.note_event(step, "resume" if step else "start")
         # A run without a checkpoint repeats step 0, too.
         last_step = step or -1
         self._metrics.truncate_after(last_step)
         for name in (_BAD_BATCHES, _SAMPLES):
             self._truncate_after(last_step, name)
+        # The run's clock goes on from where the last process left it.
         spent = [row.get("seconds") for row in self.rows()]
         self._began -= max(filter(_is_number, spent), default=0.0)
         self._try("system.json", self._write_system)

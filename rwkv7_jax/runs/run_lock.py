@@ -43,6 +43,7 @@ class RunLock:
         """
         self._path = path
         self.stale = ""
+        # Not "w": that would empty the file of a holder that is still alive.
         self._file = path.open("a+", encoding="utf-8", errors="replace")
         self._file.seek(0)
         text = self._file.read()
@@ -50,6 +51,7 @@ class RunLock:
         who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
         locked = self._lock_in_kernel()
         on_other_machine = holder.get("host") != socket.gethostname()
+        # Some network file systems keep the kernel's lock on one machine.
         must_watch = bool(text) and (on_other_machine or locked is None)
         if locked is False or (must_watch and _is_touched(path, who)):
             self._file.close()

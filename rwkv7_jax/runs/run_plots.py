@@ -21,6 +21,7 @@ def draw(folder: RunDirectory, mode: TrainingMode, trained: Any) -> None:
         mode: of the run; only mode "state" has a picture.
         trained: the trainables that the run ends with.
     """
+    # An upscaled state's WKV part stays zero: there would be nothing to see.
     if not isinstance(mode, StateMode) or isinstance(mode, UpscaledStateMode):
         return
     if not plots.available():

@@ -361,7 +361,8 @@ class Settings:
                 '`config.data.order` must be "shuffled" where `config.data.packing` is '
                 '"documents"; got "cubic".'
             )
-        rows, pieces = self.data.batch_size, self.optimizer.accumulate
+        rows = self.data.batch_size
+        pieces = self.optimizer.accumulate
         if rows < 1 or pieces < 1 or rows % pieces:
             raise ValueError(
                 "`config.data.batch_size` must be a multiple of `config.optimizer.accumulate`; "

@@ -63,7 +63,7 @@ class ExpertBatches(StateBatchSource):
         updates: int = 1,
         batch_size: int = 32,
     ):
-        """Sets what is drawn and which completions count.
+        """Sets the draws and which completions count.
 
         Args:
             sampler: draws the completions.

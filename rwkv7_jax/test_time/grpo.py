@@ -54,7 +54,7 @@ class PolicyBatches(StateBatchSource):
         key: Array,
         anchor_at: Callable[[int], np.ndarray] | None = None,
     ):
-        """Sets what is drawn and how it is rewarded.
+        """Sets the draws and their rewards.
 
         Args:
             sampler: draws the completions, at least 2 for each prompt.

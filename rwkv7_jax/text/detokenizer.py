@@ -34,6 +34,7 @@ class StreamingDetokenizer:
         self._stops = tuple(
             stop.encode("utf-8", "surrogateescape") for stop in stop_strings
         )
+        # Incremental: it holds an unfinished character back until its last byte comes.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._pending = b""
         self.stopped = False
@@ -48,6 +49,7 @@ class StreamingDetokenizer:
 
     def push(self, data: bytes) -> str:
         """Adds bytes and returns the text that they make certain; empty once stopped."""
+        # Also after a stop: `pending_bytes` counts what follows the stop string.
         self._pending += data
         if self.stopped:
             return ""
@@ -77,11 +79,13 @@ class StreamingDetokenizer:
                 ends.append((begin + len(stop), begin))
         if not ends:
             return None
+        # The smallest end first; of equal ends the smallest begin, which is the longer string.
         _, begin = min(ends)
         return begin
 
     def _possible_stop(self) -> int:
         """Measures the longest end of the pending bytes with which a stop string begins."""
+        # One byte less than a full stop string, which `_find_stop` would have found.
         longest = max(map(len, self._stops), default=1) - 1
         for size in range(min(longest, len(self._pending)), 0, -1):
             end = self._pending[-size:]
@@ -95,7 +99,7 @@ def whole_tokens(
     drop: int,
     vocabulary: Vocabulary,
 ) -> tuple[int, int]:
-    """Counts the tokens that stay whole when the last `drop` bytes are removed.
+    """Counts the tokens that stay complete when the last `drop` bytes are removed.
 
     Args:
         tokens: ids of at least `drop` bytes.
@@ -103,10 +107,11 @@ def whole_tokens(
         vocabulary: the tokenizer.
 
     Returns:
-        The number of whole tokens, and of bytes that stay of the next one.
+        The number of complete tokens, and of bytes that stay of the next one.
     """
     count = len(tokens)
     while drop > 0:
+        # From the end, token by token: the last one may be taken apart, if it has more bytes.
         count -= 1
         drop -= len(vocabulary.token_bytes(tokens[count]))
     return count, -drop

@@ -35,6 +35,7 @@ def parse_vocabulary(text: str) -> dict[int, bytes]:
     numbers = []
     literals = []
     sizes = []
+    # `splitlines` is safe here: literals write line breaks as escapes.
     lines = [line for line in text.splitlines() if line]
     for row, line in enumerate(lines, 1):
         number, _, rest = line.partition(" ")
@@ -47,7 +48,7 @@ def parse_vocabulary(text: str) -> dict[int, bytes]:
         literals.append(literal)
         sizes.append(int(size))
 
-    # One literal for the whole list: a parser call for each of 65529 lines would take seconds.
+    # One literal for the entire list: a parser call for each of 65529 lines would take seconds.
     values = ast.literal_eval("[" + ",".join(literals) + "]")
     entries = {}
     rows = zip(numbers, values, sizes, strict=True)
@@ -138,6 +139,7 @@ class Tokenizer:
                 f"Tokenizer.encode: `text` must be str or bytes; got {type(text).__name__}."
             )
         if not self._tables:
+            # Widened before 1 is added: byte 255 would wrap around to 0, the end of text.
             return (np.frombuffer(text, np.uint8).astype(np.int64) + 1).tolist()
         return self._encode_longest(bytes(text))
 
@@ -173,6 +175,7 @@ class Tokenizer:
             ids = self.encode(pending)
             end = len(pending)
             count = len(ids)
+            # Tokens that begin later could become parts of longer entries with the bytes to come.
             certain = max(end - self._longest_entry, 0)
             while end > certain:
                 count -= 1
@@ -268,6 +271,7 @@ def _prefix_tables(entries: Iterable[bytes]) -> PrefixTables:
     for size, by_prefix in lengths.items():
         table = {}
         for prefix, found in by_prefix.items():
+            # Longest first, so that the first entry found is the one to take.
             table[prefix] = tuple(sorted(found, reverse=True))
         tables.append((size, table))
     return tables

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from rwkv7_jax.array_types import Activations, Params, Tokens
 from rwkv7_jax.checks import (
@@ -168,8 +168,7 @@ class TokenStatistics(NamedTuple):
 def _cross_entropy(logits, targets):
     # A gather of one logit and a logsumexp: `log_softmax` would make another array as large as all
     # logits.
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+    return jax.nn.logsumexp(logits, axis=-1) - _chosen(logits, targets)
 
 
 def _is_id(targets, vocab_size: int):
@@ -177,11 +176,14 @@ def _is_id(targets, vocab_size: int):
     return (targets >= 0) & (targets < vocab_size)
 
 
-def _kl_divergence(p_logits, q_logits):
+def _kl_divergence(logp, logq):
     """Computes KL(p || q) over the vocabulary."""
-    p = jax.nn.log_softmax(p_logits)
-    q = jax.nn.log_softmax(q_logits)
-    return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+    return jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1)
+
+
+def _chosen(values: Float[Array, "... V"], targets: Int[Array, "..."]) -> Array:
+    """Picks the value of each target from the vocabulary's axis."""
+    return jnp.take_along_axis(values, targets[..., None], axis=-1)[..., 0]
 
 
 def token_statistics(
@@ -223,24 +225,26 @@ def token_statistics(
         nats = None
         correct = None
         kl = None
-        if targets is not None:
-            if temperature is None:
-                nats = _cross_entropy(logits, x["targets"])
-            else:
-                # Not as above: in this order it rounds as policy gradients always did.
-                logp = jax.nn.log_softmax(logits / temperature)
-                nats = -jnp.take_along_axis(logp, x["targets"][..., None], axis=-1)[
-                    ..., 0
-                ]
-            correct = jnp.argmax(logits, axis=-1) == x["targets"]
-            nats = jnp.where(_is_id(x["targets"], logits.shape[-1]), nats, 0)
         if reference is not None:
-            others = head_logits(x["reference"], reference_head)
-            kl = (
-                _kl_divergence(logits, others)
-                if reverse_kl
-                else _kl_divergence(others, logits)
+            logp = jax.nn.log_softmax(logits)
+            reference_logp = jax.nn.log_softmax(
+                head_logits(x["reference"], reference_head)
             )
+            kl = (
+                _kl_divergence(logp, reference_logp)
+                if reverse_kl
+                else _kl_divergence(reference_logp, logp)
+            )
+        if targets is not None:
+            correct = jnp.argmax(logits, axis=-1) == x["targets"]
+            if temperature is not None:
+                nats = -_chosen(jax.nn.log_softmax(logits / temperature), x["targets"])
+            elif reference is not None:
+                # The normalised logits of the divergence serve both.
+                nats = -_chosen(logp, x["targets"])
+            else:
+                nats = _cross_entropy(logits, x["targets"])
+            nats = jnp.where(_is_id(x["targets"], logits.shape[-1]), nats, 0)
         return TokenStatistics(nats, correct, jnp.max(logits, axis=-1), kl)
 
     return map_token_chunks(per_token, *given.values(), chunk=chunk)

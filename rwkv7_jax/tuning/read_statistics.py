@@ -73,6 +73,7 @@ def second_moment(
     """
     # Full precision: DBP inverts these matrices, and their small eigenvalues matter most.
     psi = psi.astype(jnp.float32)
+    # Not centred: the constant part of psi conditions the tuning as any other direction does.
     total = jnp.einsum("bthm,bthn,bt->hmn", psi, psi, weights, precision="highest")
     return (total / jnp.maximum(jnp.sum(weights), 1e-9))[None]
 
@@ -130,6 +131,7 @@ def state_statistics(
         if "memory" in leaves:
             memory = jax.lax.map(memory_moments, layers)
             moments = moments.replace(upscaled=moments.upscaled.replace(memory=memory))
+        # They shape the update and are no part of the loss.
         return jax.lax.stop_gradient(moments)
 
     return Partial(statistics, params)
@@ -177,6 +179,7 @@ def state_decorrelator(
         mask = mask.replace(upscaled=mask.upscaled.replace(write=False))
 
     def wrap(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+        # Masked outside: frozen leaves get no moments and no decay, and their gradients are zero.
         return optax.masked(decorrelate(tx, mode=mode, mask=mask, **numbers), tuned)
 
     return Decorrelator(wrap, state_statistics(model, params, leaves=leaves, rows=rows))

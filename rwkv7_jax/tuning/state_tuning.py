@@ -91,6 +91,7 @@ def _replace_parts(state: RWKV7State, parts: dict) -> RWKV7State:
 
 def stop_gradient_except(state: RWKV7State, leaves: tuple[str, ...]) -> RWKV7State:
     """Stops gradients at all arrays but those of `leaves`."""
+    # All stopped, then the tuned ones put back: a leaf that is added later is frozen by default.
     return _replace_parts(jax.lax.stop_gradient(state), _tuned_parts(state, leaves))
 
 

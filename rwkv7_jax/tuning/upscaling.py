@@ -62,6 +62,7 @@ def stability_ratio(upscaled: Upscaled, parts: LayerTrace) -> Float[Array, ""]:
     form = upscaled.form
     assert isinstance(form, RecurrentMemory)
     inputs = form.wkv_inputs(upscaled, wkv_inputs_of(parts), parts["icl_rate"])
+    # [B T H]; a is the negative key and b the key times the rate.
     removed = -jnp.sum(inputs.a * inputs.b, axis=-1)
     return jnp.max(removed / (1 + jnp.min(jnp.exp(inputs.log_w), axis=-1)))
 
@@ -159,9 +160,11 @@ def resolve_features(
 def _kmeans(points: np.ndarray, centres: np.ndarray, rounds: int = 8) -> np.ndarray:
     """Moves the centres by Lloyd's algorithm; one nearest to no point stays in its place."""
     for _ in range(rounds):
+        # [points, centres], up to |point|^2, which does not change which centre is nearest.
         distances = np.sum(centres**2, 1) - 2 * points @ centres.T
         nearest = distances.argmin(1)
         sums = np.zeros_like(centres)
+        # Not `sums[nearest] += points`, which counts only one point of each centre.
         np.add.at(sums, nearest, points)
         counts = np.bincount(nearest, minlength=len(centres))[:, None]
         centres = np.where(counts > 0, sums / np.maximum(counts, 1), centres)
@@ -196,6 +199,7 @@ def _fit_head(points, size, rng, *, kind, landmarks, widths):
     """Fits the landmarks and widths of one head (or frequencies and phases)."""
     centres = _place_landmarks(points, size, rng, landmarks)
     gamma = _inverse_median_distance(points, centres, rng)
+    # Each width in turn, so that every head has features of all widths.
     gammas = gamma * np.asarray(widths)[np.arange(size) % len(widths)]
     if kind != "fourier":
         return centres, gammas
@@ -312,11 +316,13 @@ def _prepare(
     # One layer at a time: the features of all reads of all layers may not fit.
     for index, x in enumerate(reads):
         layer = jax.tree.map(lambda leaf, index=index: leaf[index], features)
+        # mean [1 H M] and covariance [1 H M M]; the axis of 1 is the batch's.
         mean, covariance = moments(layer, x)
         means.append(mean)
         covariances.append(covariance)
     mean = jnp.stack(means)
     covariance = jnp.stack(covariances)
+    # The mean variance of a head's features, with which both preparations end at 1.
     scale = jnp.trace(covariance, axis1=-2, axis2=-1)[..., None, None] / mean.shape[-1]
     # Features that never vary stay zero and do not become NaN.
     scale = jnp.maximum(scale, 1e-20)
@@ -346,7 +352,9 @@ def _read_vectors(
         parts = _recurrence_inputs(model, params, tokens[first : first + _ROWS])
         pieces.append(np.asarray(parts["r"], np.float32))
         if with_keys:
+            # The op's `a` is the negative of the removal key.
             pieces.append(-np.asarray(parts["a"], np.float32))
+    # [L B T H N] to [L B*T H N]: which text a vector came from does not matter.
     flat = [piece.reshape(len(piece), -1, *piece.shape[3:]) for piece in pieces]
     return np.concatenate(flat, axis=1)
 

@@ -37,36 +37,12 @@ def test_the_tables_hold_every_chip_size_and_kernel():
     assert set(GPU) == kernels
 
 
-def test_tpu_kernels_take_few_cycles_spill_little_and_need_no_memory():
-    bundles = {case: row["bundles"] for case, row in TPU.items()}
-    assert bundles["v5e forward 64x64 bfloat16"] <= 9
-    assert bundles["v5e backward 64x64 bfloat16"] <= 14
-    assert bundles["v5e forward 128x128 bfloat16"] <= 15
-    assert all(row["spills"] <= 5 for row in TPU.values())
-    assert not any(
-        row["temporary"] for case, row in TPU.items() if case.startswith("v5e")
-    )
-
-
-@pytest.mark.parametrize(
-    ("by", "kernel", "instructions", "stack"),
-    [
-        ("triton", "forward", 190, 0),
-        ("triton", "state", 165, 0),
-        ("triton", "gradients", 430, 128),
-        ("pallas", "forward", 190, 0),
-        ("pallas", "state", 165, 0),
-        ("pallas", "gradients", 430, 128),
-    ],
-)
-def test_gpu_kernels_take_few_instructions_and_keep_to_registers(
-    by, kernel, instructions, stack
-):
-    row = GPU[f"NVIDIA H200 {by} {kernel} 64x64 bfloat16"]
-    assert row["instructions"] <= instructions
-    assert row["stack"] <= stack
-    assert row["shared"] <= 113 * 1024
-    assert row["registers"] <= 255
+def test_every_case_of_the_tables_has_every_number():
+    """`compare` skips a number that the table lacks, so a gap would switch its check off."""
+    for row in TPU.values():
+        assert set(row) == {"bundles", "spills", "temporary"}
+    for row in GPU.values():
+        assert set(row) == {"instructions", "registers", "stack", "shared"}
 
 
 def test_the_check_names_what_grew_and_what_is_new():

@@ -66,7 +66,7 @@ def broken(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_f27_a_process_whose_other_is_lost_ends_with_a_reason(broken):
+def test_a_process_that_loses_the_other_ends_and_says_why(broken):
     _, code, error, seconds = broken
     print(f"{seconds:.1f} s, exit code {code}")
     assert seconds < 60
@@ -75,7 +75,7 @@ def test_f27_a_process_whose_other_is_lost_ends_with_a_reason(broken):
 
 
 @pytest.mark.slow
-def test_f27_both_go_on_from_the_first_ones_checkpoint_to_the_unbroken_runs_bits(
+def test_both_continue_from_process_0s_checkpoint_to_the_unbroken_runs_bits(
     broken, tmp_path
 ):
     folder = broken[0]

@@ -80,6 +80,7 @@ class TrainingMode(abc.ABC):
         self.set_up()
         # Described at once: later the parameters may have been handed over.
         self.abstract_params = self._describe_params()
+        # After `set_up`, which makes the model and the tokenizer that evaluators need.
         self._retention = [
             self.prediction_evaluator(name, path)
             for name, path in retention_paths(settings.evaluation.retention).items()
@@ -176,6 +177,7 @@ class TrainingMode(abc.ABC):
         text = f"{held / 2**20:,.1f} MiB for the trained parameters and their moments"
         if self.gradients_of is None:
             return text
+        # For one device, which has its share of the rows and a copy of everything else.
         need = training_memory(
             self.model.config,
             batch=self.settings.data.batch_size // devices,
@@ -208,6 +210,7 @@ class TrainingMode(abc.ABC):
                 tokens=sample.tokens,
                 temperature=sample.temperature,
                 top_p=sample.top_p,
+                # The same key at every evaluation, so that samples differ by the training alone.
                 key=jax.random.key(self.settings.seed),
             )
             yield prompt, self.tokenizer.decode(generation.tokens[0])
@@ -296,6 +299,7 @@ class StateTuningMode(TrainingMode):
 
     def make_params(self) -> RWKV7State:
         """Makes a state of zeros, in float32 whatever the model computes in."""
+        # Its token shifts have the model's dtype, in which small updates would be rounded away.
         zeros = init_state(self.model.config)
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), zeros)
 
@@ -314,6 +318,7 @@ class StateTuningMode(TrainingMode):
     def save(self, folder: Path, params: RWKV7State) -> Path:
         """Writes the tuned state, scaled by `config.tuning.alpha`, and gives the file's path."""
         alpha = self.settings.tuning.alpha
+        # Only in the file: checkpoints hold the unscaled state, from which a run goes on.
         result = scaled(params, alpha)
         # A static memory is linear in its features, so the map that whitens them folds into it and
         # the file needs no map.
@@ -351,6 +356,7 @@ def load_or_init(
         model = new_model(changes)
         return model, init_weights(model, seed)
     params, config = load_model(init, allow_nan=allow_nan)
+    # Refused rather than ignored: the run would not be the one that the settings describe.
     fixed = [name for name in changes if name not in _CHANGEABLE]
     if fixed:
         raise ValueError(
@@ -375,9 +381,11 @@ def new_model(sizes: Mapping[str, Any]) -> RWKV7:
 
 def init_weights(model: RWKV7, seed: int) -> Params:
     """Makes new weights."""
+    # One token is enough: no parameter's shape depends on the batch or the length.
     tokens = jnp.zeros((1, 1), jnp.int32)
 
     def init(key):
         return model.init(key, tokens, init_state(model.config))
 
+    # One program: without `jit`, Flax would run the model's forward pass op by op.
     return jax.jit(init)(jax.random.key(seed))["params"]

@@ -63,6 +63,7 @@ class ObserverMode(DatasetMode):
         rows = held_out(
             settings.data, settings.evaluation, self.tokenizer, seed=settings.seed
         )
+        # Split once, so that all evaluations of a run measure the same continuations.
         self._held_out = self._split_prompts(rows, 0)
 
     def _observer_config(self, teacher: RWKV7Config) -> RWKV7Config:
@@ -109,6 +110,7 @@ class ObserverMode(DatasetMode):
     def _init_observer(self, bias: Float[Array, "L H Nv Nk"] | None = None) -> Params:
         config = self._observer.model.config
         key = jax.random.key(self.settings.seed)
+        # `set_up` has made the observer itself: the loss needs its shell before any weights exist.
         return init_observer(config, self.model.config, key, bias=bias)[1]
 
     def _describe_params(self) -> Params:
@@ -132,6 +134,7 @@ class ObserverMode(DatasetMode):
         return PrefetchedBatches(self._batches_with_splits(start_step), mesh)
 
     def _batches_with_splits(self, start_step: int) -> Iterator[Batch]:
+        # The step, not a running count: a resumed run has to draw the same splits.
         for step, batch in enumerate(
             self.data.batches(start_step=start_step), start_step
         ):

@@ -40,6 +40,7 @@ class PretrainMode(DatasetMode):
             self.model = new_model(settings.model)
         self.tokenizer = Tokenizer.for_vocabulary(self.model.config.vocab_size)
         self.loss = pretrain_loss(self.model, l2wrap=settings.optimizer.l2wrap)
+        # The field names of these settings are the keyword arguments of the decorrelator.
         self.decorrelator = weight_decorrelator(
             self.model,
             method=settings.optimizer.decorrelate,

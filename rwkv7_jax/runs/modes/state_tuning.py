@@ -57,6 +57,7 @@ class StateMode(DatasetMode, StateTuningMode):
         """Counts the numbers of the tuned leaves."""
         mask = trainable_mask(params, self.leaves)
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(mask), strict=True)
+        # By the mask and not by `leaves`: "memory" stands for two arrays of an upscaled state.
         return sum(leaf.size for leaf, tuned in pairs if tuned)
 
     def held_out_metrics(self, params: RWKV7State) -> Metrics:
@@ -96,4 +97,5 @@ class UpscaledStateMode(StateMode):
             widths=features.widths,
             seed=self.settings.seed,
         ).upscaled
+        # Not `upscale`'s own state, whose token shifts have the model's dtype.
         return super().make_params().replace(upscaled=upscaled)

@@ -50,6 +50,7 @@ class ContextMode(DatasetMode, StateTuningMode):
         ids: list[int] = []
         for document in documents(context):
             ids += self.tokenizer.encode(document.text())
+        # The state after the prompt: the loss compares with the model that starts from it.
         prompt = prefill_state(self.model, self.frozen, np.asarray(ids))
         self.loss = context_distillation(self.model, self.frozen, prompt)
         self.open_data()
@@ -193,6 +194,7 @@ class TestTimeMode(StateTuningMode):
             samples=settings.group if majority else 1,
             template=_teacher_template(settings, self.tokenizer),
             verify=self._reward if verified else None,
+            # `tuple` makes ids hashable: two completions agree where all their ids do.
             vote=(tuple, settings.vote_margin) if majority else None,
             temperature=settings.temperature,
             source=settings.guide,

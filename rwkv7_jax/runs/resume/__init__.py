@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what is saved, how it is verified, which are kept."""
+"""Checkpoints of a run: their contents, their verification, and which are kept."""
 
 from rwkv7_jax.runs.resume.checkpoint_store import CheckpointStore, NullCheckpoints
 from rwkv7_jax.runs.resume.checkpointer import Checkpoints

@@ -44,6 +44,7 @@ def make_record(
 
 
 def _digest(record: Mapping[str, Any]) -> str:
+    # Sorted: JSON that was read back need not have the order in which it was written.
     text = json.dumps(record, sort_keys=True).encode()
     return hashlib.blake2b(text, digest_size=16).hexdigest()
 
@@ -55,6 +56,7 @@ def validation_error(record: Mapping[str, Any], step: int) -> str:
     if digest != _digest(fields):
         return "its record is not the one that was written"
     if fields["step"] != step:
+        # Such as one that a user copied to another number; its arrays are intact.
         return f"it is a copy of step {fields['step']}"
     return ""
 

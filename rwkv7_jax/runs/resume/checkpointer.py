@@ -125,6 +125,7 @@ class Checkpoints(CheckpointStore):
         """Starts to save a step in the background; `poll` and `close` tell how it ended."""
         self.wait()
         step = int(train.step)
+        # A run that is resumed at its last step, or ends right after a save, would write it again.
         if step == self._newest:
             return
         train = _addressable(train)
@@ -157,6 +158,7 @@ class Checkpoints(CheckpointStore):
         try:
             self._checkpointer().wait_until_finished()
             step_directories.write_manifest(place)
+            # After the manifest is on disk: a directory with a number is always complete.
             self._make_way(job.step)
             os.rename(place, self.folder / str(job.step))
             # Without a manifest a numbered folder is nothing of ours, and is never deleted.
@@ -167,6 +169,7 @@ class Checkpoints(CheckpointStore):
                 every=self._settings.keep_every,
                 best=job.best,
             )
+            # Only now: until the new step is in place, a run could only resume from the old ones.
             for number in set(numbers) - keep - self._protected:
                 step_directories.discard(self.folder, number)
         # Any failure to write, in whatever class of Orbax, TensorStore or the system. The main
@@ -193,6 +196,7 @@ class Checkpoints(CheckpointStore):
         job = self._job
         self._job = None
         if job.thread is not None:
+            # After the thread has ended, its fields of `job` are read without a lock.
             job.thread.join()
         if job.error is None:
             self._newest = job.step
@@ -255,6 +259,7 @@ class Checkpoints(CheckpointStore):
                 moved = step_directories.quarantine(self.folder, number)
                 warn(f"step {number} is damaged: {error}; it lies in {moved} now")
                 continue
+            # So that a run which ends without an update does not save this step anew.
             self._newest = number
             return restored
         bad = self.folder / step_directories.BAD

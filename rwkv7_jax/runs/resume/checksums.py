@@ -32,12 +32,14 @@ def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
 
 def _words(leaf: Array) -> UInt32[Array, "..."]:
     """Returns the bits of an array as 32-bit words; 64-bit numbers get one more axis, of two."""
+    # Keys have an extended dtype, whose bits only `key_data` gives.
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     if leaf.dtype == jnp.bool_:
         return leaf.astype(jnp.uint32)
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         leaf = jnp.stack([leaf.real, leaf.imag], axis=-1)
+    # By bits and not by value: NaN payloads and the sign of zero count as well.
     bits = min(8 * leaf.dtype.itemsize, 32)
     words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{bits}"))
     return words.astype(jnp.uint32)

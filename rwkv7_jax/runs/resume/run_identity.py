@@ -56,6 +56,7 @@ def flat_settings(settings: Settings | Mapping[str, Any]) -> dict[str, str]:
         settings = as_config(settings)
     shared = {}
     for name, text in _flatten(settings):
+        # "evaluation" stands for all settings of its group.
         group = name.split(".")[0]
         if group not in MAY_CHANGE_ON_RESUME:
             shared[name] = text
@@ -87,6 +88,7 @@ def identity_of(
         frozen: weights that the run does not train; None if it trains all.
         read: digests of the data, by name.
     """
+    # As text: numbers that went through JSON must compare equal to those that did not.
     model = {name: str(value) for name, value in dataclasses.asdict(config).items()}
     return {
         "settings": dict(settings),

@@ -177,6 +177,7 @@ def steps_to_keep(
         best: steps that are kept because of their evaluation.
     """
     ordered = sorted(numbers)
+    # `newest` is at least 1: a slice from -0 would keep everything.
     keep = set(ordered[-newest:])
     keep |= set(best) & set(ordered)
     if every:
