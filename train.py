@@ -111,8 +111,9 @@ def evaluate(run: Run, state: TrainState, folder: RunDirectory) -> Metrics:
     line = "  ".join(f"{name} {metric.value:.4f}" for name, metric in metrics.items())
     print(f"step {step}  {line}", flush=True)
     for prompt, text in run.mode.sample_texts(params):
-        print(f"--- {prompt!r}\n{prompt}{text}\n---", flush=True)
+        # Written first: what a terminal cannot show must not be lost.
         folder.note_sample(step, prompt, text)
+        print(f"--- {prompt!r}\n{prompt}{text}\n---", flush=True)
     return metrics
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,15 +19,30 @@ from rwkv7_jax.checkpoints import (
     save_model,
     verify,
 )
+from rwkv7_jax.cli.arguments import CommandParser, join_negative_lists, path
 from rwkv7_jax.cli.data import add_data_command
 from rwkv7_jax.cli.generate import add_generate_command, discard_output
 from rwkv7_jax.cli.observe import add_observe_command
 from rwkv7_jax.cli.state import add_state_command
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.reports.html_report import write_report
-from rwkv7_jax.reports.system_info import lines, system
+from rwkv7_jax.reports.system_info import lines, system, version
 from rwkv7_jax.runs.compilation_cache import enable_compilation_cache, user_folder
+from rwkv7_jax.runs.process import escape_unencodable
 from rwkv7_jax.runs.progress_bar import ProgressBar
+
+# Files of which a run's folder has at least one.
+_FILES_OF_RUNS = ("metrics.jsonl", "settings.json", "events.jsonl")
+
+# Errors that end a command in one line; others are bugs, and show their traceback.
+_USER_ERRORS = (
+    ValueError,
+    TypeError,
+    OSError,
+    OverflowError,
+    ImportError,
+    NotImplementedError,
+)
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -98,29 +114,29 @@ def _inspect(options: argparse.Namespace) -> None:
         _inspect_model(options.path)
 
 
-def _verify(path: str) -> None:
+def _verify(file: str) -> None:
     """Prints what agrees with its checksum or digest; what does not agree is an error."""
-    compared = verify(path)
+    compared = verify(file)
     for sentence in compared:
         print(sentence)
     if not compared:
-        print(f"{path} can be read, but carries no digest to compare with")
+        print(f"{file} can be read, but carries no digest to compare with")
 
 
-def _inspect_state(path: str) -> None:
+def _inspect_state(file: str) -> None:
     """Prints one row for each head."""
-    state = load_state(path)
+    state = load_state(file)
     for layer, heads in enumerate(np.asarray(state.wkv[:, 0])):
         for head, matrix in enumerate(heads):
             print(_tensor_row(f"layer {layer} head {head}", matrix))
 
 
-def _inspect_model(path: str) -> None:
+def _inspect_model(file: str) -> None:
     """Prints one row for each tensor, the config, and what the loader warned of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         # A checkpoint with NaN is what people want to inspect.
-        params, config = load_model(path, allow_nan=True)
+        params, config = load_model(file, allow_nan=True)
     for name, array in official_tensors(params, config):
         print(_tensor_row(name, array))
     print(f"{_count(params):,} parameters, {_sizes(config)}\n{config}")
@@ -144,22 +160,40 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    """Writes the report of a run and prints its path."""
+    """Writes the report of a run and prints its path.
+
+    Raises:
+        ValueError: the folder holds no run: an empty page in it would look like one.
+    """
+    folder = Path(options.folder)
+    if folder.is_dir() and not any(
+        (folder / name).is_file() for name in _FILES_OF_RUNS
+    ):
+        raise ValueError(
+            f"report: `{folder}` holds no run: it has none of {', '.join(_FILES_OF_RUNS)}."
+        )
     print(write_report(options.folder))
 
 
 def parser() -> argparse.ArgumentParser:
     """Builds the parser of the command line."""
-    top = argparse.ArgumentParser(
-        prog="rwkv7", description="RWKV-7 checkpoints and states."
+    top = CommandParser(prog="rwkv7", description="RWKV-7 checkpoints and states.")
+    top.add_argument(
+        "--version",
+        action="version",
+        version=f"rwkv7_jax {version('rwkv7_jax')}, jax {version('jax')}",
     )
     commands = top.add_subparsers(required=True, metavar="command")
 
     convert = commands.add_parser("convert", help="change a checkpoint's format")
     convert.add_argument(
-        "source", help=".pth, .safetensors, .st, an HF folder or an orbax folder"
+        "source",
+        type=path,
+        help=".pth, .safetensors, .st, an HF folder or an orbax folder",
     )
-    convert.add_argument("target", help="format by suffix; a folder is orbax")
+    convert.add_argument(
+        "target", type=path, help="format by suffix; a folder is orbax"
+    )
     convert.add_argument("--format", choices=("hf",), help="write an HF folder")
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     convert.add_argument("--allow-nan", action="store_true", help="accept NaN and Inf")
@@ -168,7 +202,7 @@ def parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect", help="sizes, dtypes and norms of a file's tensors"
     )
-    inspect.add_argument("path")
+    inspect.add_argument("path", type=path)
     inspect.add_argument(
         "--state", action="store_true", help="the file is a start state"
     )
@@ -185,7 +219,7 @@ def parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     report = commands.add_parser("report", help="write report.html into a run's folder")
-    report.add_argument("folder")
+    report.add_argument("folder", type=path)
     report.set_defaults(run=_report)
     add_data_command(commands)
     add_generate_command(commands)
@@ -197,13 +231,15 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit code.
 
-    Bad input ends in one line and exit code 2, a closed pipe in silence.
+    Bad input ends in one line and exit code 2, Ctrl-C in silence and 130, a closed pipe in silence.
 
     Args:
         arguments: without the program's name; None takes them from the command line.
     """
-    options = parser().parse_args(arguments)
+    escape_unencodable()
+    words = sys.argv[1:] if arguments is None else arguments
     try:
+        options = parser().parse_args(join_negative_lists(words, ("--weights",)))
         # Not in tests, which call this function and must not write to the user's cache.
         if arguments is None and getattr(options, "compiles", False):
             enable_compilation_cache(user_folder())
@@ -211,7 +247,11 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         discard_output()
-    except (ValueError, TypeError, OSError) as error:
+    except KeyboardInterrupt:
+        discard_output()
+        # As shells count a process that SIGINT ended.
+        return 130
+    except _USER_ERRORS as error:
         print(f"rwkv7: {error}", file=sys.stderr)
         return 2
     return 0

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
+from rwkv7_jax.cli.arguments import integer, path
+from rwkv7_jax.data.builtin_corpora import BUILT_IN
 from rwkv7_jax.data.choices import ON_BAD, PACKINGS
 from rwkv7_jax.data.loading import batch_at, data_hash, token_stream
 from rwkv7_jax.data.readers import size_of
 from rwkv7_jax.data.row_preview import preview_row
 from rwkv7_jax.data.token_cache import read_card, write_cache
+from rwkv7_jax.local_paths import local_path, split_list
 from rwkv7_jax.runs.progress_bar import ProgressBar
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -33,25 +36,48 @@ def add_data_command(subparsers) -> None:
         "target",
         metavar="OUT",
         nargs="?",
+        type=path,
         help="OUT.bin and the files next to it; left out with --show",
     )
     add("--vocabulary", choices=("world", "bytes"), help="world; of a .bin its own")
     add("--on-bad", choices=ON_BAD, default="error", help="bad lines (%(default)s)")
-    add("--show", type=int, metavar="N", help="print N rows of PATH and write nothing")
+    add("--encoding", help="of the text, such as gbk or utf-16; UTF-8 by default")
+    add(
+        "--as-bytes",
+        action="store_true",
+        help="read files that are no text as their bytes",
+    )
+    add(
+        "--show",
+        type=integer(1),
+        metavar="N",
+        help="print N rows of PATH and write nothing",
+    )
     add(
         "--length",
-        type=int,
+        type=integer(1),
         default=128,
         help="tokens of a row that is shown (%(default)s)",
     )
     add("--packing", choices=PACKINGS, default="stream", help="(%(default)s)")
-    add("--seed", type=int, default=0, help="of the rows that are shown (%(default)s)")
+    add(
+        "--seed",
+        type=integer(0),
+        default=0,
+        help="of the rows that are shown (%(default)s)",
+    )
     parser.set_defaults(run=run_data)
 
 
 def run_data(options: argparse.Namespace) -> None:
     """Writes a cache, or prints rows."""
-    sources = [part for part in options.source.split(",") if part]
+    sources = []
+    for entry in split_list(options.source, "data: `SOURCE`"):
+        if entry not in BUILT_IN:
+            entry = str(local_path(entry, "data: `SOURCE`"))
+        sources.append(entry)
+    if not sources:
+        raise ValueError("data: `SOURCE` must name what to read; got nothing.")
     tokenizer = _tokenizer(options.vocabulary, sources)
     if options.show is not None:
         _show(options, sources, tokenizer)
@@ -67,7 +93,9 @@ def _tokenizer(vocabulary: str | None, sources: list[str]) -> Tokenizer:
         vocabulary = "world"
         # A cache knows its vocabulary; ids of another one would be other text.
         for source in sources:
-            card = read_card(source) if source.endswith(_CACHE_SUFFIXES) else None
+            card = (
+                read_card(source) if source.lower().endswith(_CACHE_SUFFIXES) else None
+            )
             if card is not None:
                 vocabulary = card.vocabulary
                 break
@@ -79,13 +107,13 @@ def _write(
 ) -> None:
     """Tokenizes the sources into one cache."""
     for source in sources:
-        if source.endswith(_CACHE_SUFFIXES):
+        if source.lower().endswith(_CACHE_SUFFIXES):
             raise ValueError(f"data: `SOURCE` must be text; got the ids of {source}.")
-    path = Path(options.target)
+    target = Path(options.target)
     # `with_suffix` would cut the ".5" of a name such as "v1.5".
-    if path.suffix != ".bin":
-        path = Path(f"{path}.bin")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if target.suffix != ".bin":
+        target = Path(f"{target}.bin")
+    target.parent.mkdir(parents=True, exist_ok=True)
     # In bytes of text: how many tokens there will be is not known yet.
     bar = ProgressBar(sum(map(size_of, sources)), "tokenizing")
 
@@ -95,30 +123,47 @@ def _write(
     # The bar is closed before an error is printed, so that the error has a line of its own.
     try:
         card, stats = write_cache(
-            sources, path, tokenizer, on_bad=options.on_bad, progress=report
+            sources,
+            target,
+            tokenizer,
+            on_bad=options.on_bad,
+            as_bytes=options.as_bytes,
+            encoding=options.encoding,
+            progress=report,
         )
     finally:
         bar.close()
     in_loss = "all" if card.learnt == card.tokens else f"{card.learnt:,}"
     print(
-        f"{path}: {card.documents:,} documents, {card.tokens:,} {card.vocabulary} tokens "
+        f"{target}: {card.documents:,} documents, {card.tokens:,} {card.vocabulary} tokens "
         f"({in_loss} in the loss) of {card.bytes:,} bytes"
     )
     line = f"lines skipped: {card.skipped:,}"
     if stats.first_error:
         line += f"; the first: {stats.first_error}"
     print(line)
+    if stats.passed_over:
+        print(
+            f"files passed over: {stats.passed_over:,} (hidden, pictures, editors' files)"
+        )
+    if stats.not_utf8:
+        print(
+            f"files that are not UTF-8, read as their bytes: {stats.not_utf8:,}; the first: "
+            f"{stats.first_not_utf8} (--encoding reads gbk, latin-1 and others)"
+        )
 
 
 def _show(
     options: argparse.Namespace, sources: list[str], tokenizer: Tokenizer
 ) -> None:
     """Prints rows of the first batch."""
-    for name in ("show", "length"):
-        value = getattr(options, name)
-        if value < 1:
-            raise ValueError(f"data: `--{name}` must be at least 1; got {value}.")
-    stream = token_stream(sources, tokenizer, on_bad=options.on_bad)
+    stream = token_stream(
+        sources,
+        tokenizer,
+        on_bad=options.on_bad,
+        as_bytes=options.as_bytes,
+        encoding=options.encoding,
+    )
     batch = batch_at(
         stream,
         0,

@@ -8,6 +8,15 @@ import sys
 import jax
 import numpy as np
 
+from rwkv7_jax.checkpoints import read_sidecar, save_state
+from rwkv7_jax.cli.arguments import (
+    integer,
+    number,
+    path,
+    state_target,
+    stop_text,
+    unescape,
+)
 from rwkv7_jax.cli.inputs import (
     MODEL_HELP,
     PROMPT_HELP,
@@ -20,11 +29,14 @@ from rwkv7_jax.generation.sampling import exempt_ids
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.observer.files import load_observer
 from rwkv7_jax.observer.observer import propose
-from rwkv7_jax.text.chat_template import CHAT_STOP, chat_prompt
+from rwkv7_jax.text.chat_template import CHAT_STOP, TURN_END, chat_prompt
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 # Token 0 ends documents, so it is what a text without a prompt begins after.
 _EMPTY_PROMPT = [0]
+
+# Seeds lie from minus this number to below it: JAX takes 64 bits.
+_SEEDS = 2**63
 
 
 def add_generate_command(subparsers) -> argparse.ArgumentParser:
@@ -33,53 +45,47 @@ def add_generate_command(subparsers) -> argparse.ArgumentParser:
         "generate", help="continue a text or answer a message"
     )
     add = parser.add_argument
-    add("--model", required=True, help=MODEL_HELP)
+    add("--model", required=True, type=path, help=MODEL_HELP)
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--state", help="tuned state to start from")
+    start.add_argument(
+        "--state",
+        type=path,
+        help="state to start from: a tuned one, or one that --save-state wrote",
+    )
     start.add_argument(
         "--observer",
         metavar="FOLDER",
+        type=path,
         help="observer that reads the prompt in the model's place and proposes its start state",
     )
     add("--prompt", required=True, help=f"text to continue; {PROMPT_HELP}")
+    add(
+        "--save-state",
+        metavar="FILE",
+        type=state_target,
+        help="write the memory after the answer, to continue from with --state",
+    )
     add("--chat", action="store_true", help="the prompt is a user's message to answer")
     add(
         "--tokens",
-        type=int,
+        type=integer(0),
         default=256,
         help="longest answer, in tokens (%(default)s)",
     )
-    add("--temperature", type=float, default=0.8, help="0 is greedy (%(default)s)")
-    add(
-        "--top-p",
-        type=float,
-        default=0.9,
-        help="probability mass to keep (%(default)s)",
-    )
-    add(
-        "--top-k", type=int, default=0, help="tokens to keep; 0 keeps all (%(default)s)"
-    )
-    add(
-        "--presence-penalty",
-        type=float,
-        default=0.0,
-        help="on tokens used (%(default)s)",
-    )
-    add(
-        "--frequency-penalty", type=float, default=0.0, help="on each use (%(default)s)"
-    )
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        help="the same seed gives the same text (%(default)s)",
-    )
+    _add_sampling_options(parser)
     add(
         "--stop",
         action="append",
         default=[],
         metavar="TEXT",
+        type=stop_text,
         help="end before TEXT; repeatable",
+    )
+    add(
+        "--escape",
+        action="store_true",
+        help=r"read \n, \t, \r, \xNN, \uNNNN and \\ in --prompt and --stop as what they stand "
+        "for; without it a backslash is a backslash",
     )
     add(
         "--json",
@@ -88,6 +94,42 @@ def add_generate_command(subparsers) -> argparse.ArgumentParser:
     )
     parser.set_defaults(run=run_generate, compiles=True)
     return parser
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say how the next token is drawn."""
+    add = parser.add_argument
+    add("--temperature", type=number(0), default=0.8, help="0 is greedy (%(default)s)")
+    add(
+        "--top-p",
+        type=number(0, 1),
+        default=0.9,
+        help="probability mass to keep (%(default)s)",
+    )
+    add(
+        "--top-k",
+        type=integer(0),
+        default=0,
+        help="tokens to keep; 0 keeps all (%(default)s)",
+    )
+    add(
+        "--presence-penalty",
+        type=number(),
+        default=0.0,
+        help="on tokens used (%(default)s)",
+    )
+    add(
+        "--frequency-penalty",
+        type=number(),
+        default=0.0,
+        help="on each use (%(default)s)",
+    )
+    add(
+        "--seed",
+        type=integer(-_SEEDS, _SEEDS - 1),
+        default=0,
+        help="the same seed gives the same text (%(default)s)",
+    )
 
 
 def run_generate(options: argparse.Namespace) -> int:
@@ -102,20 +144,20 @@ def run_generate(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     """Generates, and prints while or after it does."""
-    prompt = read_prompt(options.prompt)
-    stop_strings = list(options.stop)
-    if options.chat:
-        prompt = chat_prompt(prompt)
-        stop_strings.append(CHAT_STOP)
+    prompt, stop_strings = _texts(options)
     model = read_model(options.model)
     tokenizer = Tokenizer.for_vocabulary(model.config.vocab_size)
-    prompt_ids = tokenizer.encode(prompt) or _EMPTY_PROMPT
-    # What the model itself reads.
-    unread = prompt_ids
     state = None
     if options.state:
         state = model.load_state(options.state)
-    elif options.observer:
+        _check_savable(options, state)
+        if options.chat and read_sidecar(options.state).get("session") == "chat":
+            # The state has read an answer but not the blank line that ends a turn.
+            prompt = TURN_END.encode() + prompt
+    prompt_ids = tokenizer.encode(prompt) or _EMPTY_PROMPT
+    # What the model itself reads.
+    unread = prompt_ids
+    if options.observer:
         # As in training: the last token stays for the model, which needs one to give logits.
         state = _propose(options.observer, model, prompt_ids[:-1])
         unread = prompt_ids[-1:]
@@ -136,11 +178,57 @@ def _run(options: argparse.Namespace) -> None:
         tokenizer=tokenizer,
         on_text=None if options.json else _write,
     )
+    if options.save_state:
+        _save_session(options, model, out.state)
     if options.json:
         print(_to_json(out, prompt, len(prompt_ids)))
     else:
         # The text was streamed; its last line has no end yet.
         print()
+
+
+def _texts(options: argparse.Namespace) -> tuple[bytes, list[str]]:
+    """Reads the prompt and the texts that end an answer."""
+    prompt = read_prompt(options.prompt)
+    stop_strings = list(options.stop)
+    if options.escape:
+        # Standard input holds real line breaks.
+        if options.prompt != "-":
+            prompt = unescape(prompt, "`--prompt`")
+        for index, text in enumerate(stop_strings):
+            stop_strings[index] = os.fsdecode(unescape(os.fsencode(text), "`--stop`"))
+    elif any("\\n" in text for text in stop_strings):
+        print(
+            "note: `--stop` has a backslash and an n; --escape reads them as a line break.",
+            file=sys.stderr,
+        )
+    if options.chat:
+        prompt = chat_prompt(prompt)
+        stop_strings.append(CHAT_STOP)
+    return prompt, stop_strings
+
+
+def _check_savable(options: argparse.Namespace, state: RWKV7State) -> None:
+    """Raises where `--save-state` could not write the state, before anything is generated."""
+    if not options.save_state or state.upscaled is None:
+        return
+    if not options.save_state.endswith(".safetensors"):
+        raise ValueError(
+            "generate: `--save-state` of an upscaled state must end in .safetensors; "
+            f"got {options.save_state}."
+        )
+
+
+def _save_session(
+    options: argparse.Namespace, model: LoadedModel, state: RWKV7State
+) -> None:
+    """Writes the memory after the answer: WKV and both shift states."""
+    info = {
+        "base_model": model.hash,
+        "made_of": "a session of rwkv7 generate",
+        "session": "chat" if options.chat else "text",
+    }
+    save_state(options.save_state, state, config=model.config, info=info)
 
 
 def _propose(folder: str, model: LoadedModel, ids: list[int]) -> RWKV7State:
@@ -158,8 +246,8 @@ def _write(piece: str, row: int) -> None:
     """Writes a piece of text at once; there is one row."""
     del row
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    # A terminal of another encoding shows a question mark rather than ending the run.
-    sys.stdout.write(piece.encode(encoding, "replace").decode(encoding))
+    # A terminal of another encoding shows an escape rather than ending the run.
+    sys.stdout.write(piece.encode(encoding, "backslashreplace").decode(encoding))
     sys.stdout.flush()
 
 

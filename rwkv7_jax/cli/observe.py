@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from rwkv7_jax.checkpoints import save_state
+from rwkv7_jax.cli.arguments import integer, path, state_target
 from rwkv7_jax.cli.inputs import (
     MODEL_HELP,
     PROMPT_HELP,
@@ -14,6 +15,7 @@ from rwkv7_jax.cli.inputs import (
     read_prompt,
 )
 from rwkv7_jax.data.loading import token_stream, windows
+from rwkv7_jax.local_paths import split_list
 from rwkv7_jax.observer.evaluation import proposal_error
 from rwkv7_jax.observer.files import load_observer, observer_info
 from rwkv7_jax.observer.observer import Observer, propose, state_moments
@@ -26,12 +28,13 @@ def add_observe_command(subparsers) -> None:
         "observe", help="propose a start state for a prompt, or judge the proposal"
     )
     add = parser.add_argument
-    add("observer", metavar="OBSERVER", help="an observer's folder")
-    add("--model", required=True, help=f"the teacher's {MODEL_HELP}")
+    add("observer", metavar="OBSERVER", type=path, help="an observer's folder")
+    add("--model", required=True, type=path, help=f"the teacher's {MODEL_HELP}")
     add("--prompt", required=True, help=f"text to observe; {PROMPT_HELP}")
     add(
         "--out",
         metavar="STATE",
+        type=state_target,
         help="write the proposed state: .pth, .safetensors or .st",
     )
     add(
@@ -41,13 +44,14 @@ def add_observe_command(subparsers) -> None:
     )
     add(
         "--length",
-        type=int,
+        type=integer(1),
         default=128,
         help="tokens of a window of --text (%(default)s)",
     )
+    # One window has no variance.
     add(
         "--windows",
-        type=int,
+        type=integer(2),
         default=16,
         help="windows of --text, at least 2 (%(default)s)",
     )
@@ -90,13 +94,7 @@ def _check_options(options: argparse.Namespace) -> None:
     """Raises for options that would only be refused after minutes of reading."""
     if not options.out and not options.text:
         raise ValueError("observe: `--out` or `--text` must be given; got neither.")
-    # One window has no variance.
-    for name, least in (("length", 1), ("windows", 2)):
-        value = getattr(options, name)
-        if value < least:
-            raise ValueError(
-                f"observe: `--{name}` must be at least {least}; got {value}."
-            )
+    split_list(options.text or "", "observe: `--text`")
 
 
 def _sizes(observer: Observer) -> str:
@@ -119,7 +117,8 @@ def _error(
 ) -> float:
     """Computes how far the proposal is from the state of a teacher that reads the prompt itself."""
     # The windows' own states are what a proposal is compared with, so they must be typical text.
-    stream = token_stream(options.text, tokenizer)
+    texts = split_list(options.text, "observe: `--text`")
+    stream = token_stream(texts, tokenizer)
     batch = windows(stream, options.length, options.windows)
     if len(batch.tokens) < 2:
         raise ValueError(

@@ -13,10 +13,12 @@ from rwkv7_jax.checkpoints import (
     save_state,
 )
 from rwkv7_jax.checks import prefix_errors
+from rwkv7_jax.cli.arguments import number, path, state_target
 from rwkv7_jax.cli.inputs import read_model
 from rwkv7_jax.cli.state_doctor import add_doctor_command
 from rwkv7_jax.cli.tables import format_heads
 from rwkv7_jax.evaluation.head_statistics import head_statistics
+from rwkv7_jax.local_paths import split_list
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.tuning.state_arithmetic import capacity, scaled, weighted_sum
 
@@ -49,8 +51,8 @@ def add_state_command(subparsers) -> None:
     info = commands.add_parser(
         "info", help="sizes, norms, ranks and capacity of a state"
     )
-    info.add_argument("state", help=_STATE_HELP)
-    info.add_argument("--model", help="checkpoint that the state must fit")
+    info.add_argument("state", type=path, help=_STATE_HELP)
+    info.add_argument("--model", type=path, help="checkpoint that the state must fit")
     info.set_defaults(run=_info)
 
     mix = commands.add_parser(
@@ -59,7 +61,11 @@ def add_state_command(subparsers) -> None:
         usage="%(prog)s [-h] STATE [STATE ...] --weights W,W,... OUT",
     )
     mix.add_argument(
-        "files", nargs="*", metavar="STATE", help="states, and last the result"
+        "files",
+        nargs="*",
+        metavar="STATE",
+        type=path,
+        help="states, and last the result",
     )
     # argparse cannot continue a positional list after an option, so the option takes what follows.
     mix.add_argument("--weights", nargs="+", required=True, metavar="W", help="0.5,0.5")
@@ -68,11 +74,14 @@ def add_state_command(subparsers) -> None:
     scale = commands.add_parser(
         "scale", help="a state times alpha; 0 is the base model"
     )
-    scale.add_argument("state", help=_STATE_HELP)
+    scale.add_argument("state", type=path, help=_STATE_HELP)
     scale.add_argument(
-        "--alpha", type=float, required=True, help="0 is the base, 1 the tuned model"
+        "--alpha",
+        type=number(),
+        required=True,
+        help="0 is the base, 1 the tuned model",
     )
-    scale.add_argument("target", help="file for the result")
+    scale.add_argument("target", type=state_target, help="file for the result")
     scale.set_defaults(run=_scale)
     add_doctor_command(commands)
 
@@ -105,13 +114,13 @@ def _info(options: argparse.Namespace) -> None:
     print(format_heads(head_statistics(state)))
 
 
-def _fit(path: str, model_hash: str, base: str | None) -> str:
+def _fit(model: str, model_hash: str, base: str | None) -> str:
     """Describes whether a checkpoint of the right sizes is the state's base model."""
     if base is None:
         return "the sizes fit"
     if base == model_hash:
-        return f"{path} is it"
-    return f"{path} is another, {model_hash}"
+        return f"{model} is it"
+    return f"{model} is another, {model_hash}"
 
 
 def _sizes(state: RWKV7State) -> str:
@@ -122,10 +131,10 @@ def _sizes(state: RWKV7State) -> str:
     return f"{layers} layers, {heads} heads of {values} x {keys}, {shifts}"
 
 
-def _dtypes(path: str) -> str:
+def _dtypes(file: str) -> str:
     """Lists the dtypes in the file; a loaded state is always float32."""
     dtypes = set()
-    for name, tensor in read_tensors(Path(path)).items():
+    for name, tensor in read_tensors(Path(file)).items():
         if name.endswith("time_state"):
             dtypes.add(str(tensor.dtype))
     return " and ".join(sorted(dtypes))
@@ -142,34 +151,49 @@ def _capacity(state: RWKV7State) -> str:
 
 
 def _parse_weights(text: str) -> list[float]:
-    """Parses numbers with commas between them."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(
-            f"state mix: `--weights` must be numbers with commas between them; got {text!r}."
-        ) from None
+    """Parses finite numbers with commas between them."""
+    wrong = f"state mix: `--weights` must be numbers with commas between them; got {text!r}."
+    weights = []
+    for part in split_list(text.strip(), "state mix: `--weights`"):
+        try:
+            weights.append(float(part))
+        except ValueError:
+            raise ValueError(wrong) from None
+    if not weights:
+        raise ValueError(wrong)
+    if not np.all(np.isfinite(weights)):
+        raise ValueError(f"state mix: `--weights` must be finite; got {text!r}.")
+    return weights
 
 
-def _made_of(weight: float, path: str) -> str:
+def _made_of(weight: float, file: str) -> str:
     """Describes a summand, for the sidecar of the sum."""
-    return f"{weight:g} x {Path(path).name}"
+    return f"{weight:g} x {Path(file).name}"
 
 
 def _mix(options: argparse.Namespace) -> None:
     """Writes the weighted sum of states."""
     weights = _parse_weights(options.weights[0])
     # The target may stand before `--weights` or after it.
-    files = [*options.files, *options.weights[1:]]
+    files = [*options.files, *map(path, options.weights[1:])]
     if len(files) < 2:
         raise ValueError(
             "state mix: needs at least one state, and a file for the result."
         )
     *sources, target = files
+    if len(weights) != len(sources):
+        raise ValueError(
+            f"state mix: `--weights` must be one for each of {len(sources)} states; "
+            f"got {len(weights)}."
+        )
+    try:
+        target = state_target(target)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"state mix: `OUT` {error}.") from None
     # Sums of states of different models would be numbers without a meaning.
     with prefix_errors("state mix"):
         base = common_base_model(sources)
-    states = [load_state(path) for path in sources]
+    states = [load_state(source) for source in sources]
     mixed = weighted_sum(states, weights)
     parts = map(_made_of, weights, sources)
     info = {"made_of": " + ".join(parts)}
@@ -177,12 +201,16 @@ def _mix(options: argparse.Namespace) -> None:
         info["base_model"] = base
     save_state(target, mixed, info=info)
     print(f"{target}: {info['made_of']}")
+    total = sum(weights)
+    # A difference of states is often wanted; a sum such as 0.9 often is a slip.
+    if not np.isclose(total, 1.0, atol=1e-3):
+        print(
+            f"note: the weights sum to {total:g}, not to 1: this is no average of the states"
+        )
 
 
 def _scale(options: argparse.Namespace) -> None:
     """Writes a multiple of a state."""
-    if not np.isfinite(options.alpha):
-        raise ValueError(f"state scale: `--alpha` must be finite; got {options.alpha}.")
     state = load_state(options.state)
     before = read_sidecar(options.state)
     # A state that was scaled before keeps the product, which is its distance from the base model.

@@ -5,6 +5,7 @@ import itertools
 
 import numpy as np
 
+from rwkv7_jax.cli.arguments import file_target, integer, number, path
 from rwkv7_jax.cli.inputs import MODEL_HELP, read_model
 from rwkv7_jax.cli.tables import format_heads, format_table
 from rwkv7_jax.data.batch import Batch
@@ -25,48 +26,62 @@ def add_doctor_command(subparsers) -> None:
         "doctor", help="what a state does, what it costs, and advice"
     )
     add = parser.add_argument
-    add("state", help=".pth, .safetensors or .st")
-    add("--model", required=True, help=MODEL_HELP)
+    add("state", type=path, help=".pth, .safetensors or .st")
+    add("--model", required=True, type=path, help=MODEL_HELP)
     add("--data", required=True, help=f"what it was tuned for: {_TEXT_HELP}")
     add("--generic", help=f"text on which the model must not change: {_TEXT_HELP}")
-    add("--length", type=int, default=256, help="tokens of a window (%(default)s)")
-    add("--windows", type=int, default=16, help="windows of each text (%(default)s)")
+    add(
+        "--length",
+        type=integer(1),
+        default=256,
+        help="tokens of a window (%(default)s)",
+    )
+    add(
+        "--windows",
+        type=integer(1),
+        default=16,
+        help="windows of each text (%(default)s)",
+    )
     add(
         "--held-out",
-        type=float,
+        type=number(0, 1),
         default=0.0,
         help="read held-out documents: the run's share",
     )
     add(
         "--seed",
-        type=int,
+        type=integer(0),
         default=0,
         help="the run's seed, which chooses a task's facts",
     )
-    add("--picture", help="a PNG of fading, loss by position and spectra")
+    add(
+        "--picture",
+        type=file_target,
+        help="a PNG of fading, loss by position and spectra",
+    )
     parser.set_defaults(run=_doctor, compiles=True)
 
 
 def _doctor(options: argparse.Namespace) -> None:
     """Examines a state and prints what it found."""
-    for name in ("length", "windows"):
-        value = getattr(options, name)
-        if value < 1:
-            raise ValueError(
-                f"state doctor: `--{name}` must be at least 1; got {value}."
-            )
     # Before the work of minutes, not after it.
     if options.picture and not plots.available():
         raise ValueError(
             "state doctor: `--picture` needs matplotlib (the extra `plot`)."
         )
+    for option in ("data", "generic"):
+        text = getattr(options, option)
+        if text is not None and not str(parse_source(text, _argument(option))):
+            raise ValueError(
+                f"{_argument(option)} must name what to read; got nothing."
+            )
     model = read_model(options.model)
     state = model.load_state(options.state)
     tokenizer = Tokenizer.for_vocabulary(model.config.vocab_size)
-    batch = _batch(options, options.data, tokenizer)
+    batch = _batch(options, "data", tokenizer)
     generic = None
     if options.generic:
-        generic = _batch(options, options.generic, tokenizer)
+        generic = _batch(options, "generic", tokenizer)
     diagnosis = diagnose(model.module, model.params, state, batch, generic=generic)
     _print_diagnosis(options, diagnosis)
     if options.picture:
@@ -74,9 +89,14 @@ def _doctor(options: argparse.Namespace) -> None:
         print(f"wrote {options.picture}")
 
 
-def _batch(options: argparse.Namespace, path: str, tokenizer: Tokenizer) -> Batch:
-    """Reads windows of a text, or rows of a task."""
-    source = parse_source(path)
+def _argument(option: str) -> str:
+    """Names an option in a message."""
+    return f"state doctor: `--{option}`"
+
+
+def _batch(options: argparse.Namespace, option: str, tokenizer: Tokenizer) -> Batch:
+    """Reads windows of the text that an option names, or rows of a task."""
+    source = parse_source(getattr(options, option), _argument(option))
     if isinstance(source, TaskSource):
         # Held-out examples of the run's facts: those that it was tuned on would say little.
         return task_batch(
@@ -90,10 +110,13 @@ def _batch(options: argparse.Namespace, path: str, tokenizer: Tokenizer) -> Batc
     # Without a share all of the text is read, also what a run was tuned on.
     if options.held_out:
         stream = token_stream(
-            path, tokenizer, split="held_out", held_out=options.held_out
+            source.paths,
+            tokenizer,
+            split="held_out",
+            held_out=options.held_out,
         )
     else:
-        stream = token_stream(path, tokenizer)
+        stream = token_stream(source.paths, tokenizer)
     return windows(stream, options.length, options.windows)
 
 

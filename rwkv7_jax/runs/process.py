@@ -48,6 +48,7 @@ def program(name: str) -> Iterator[None]:
     """
     # Orbax logs every save and restore at lower levels.
     absl_logging.set_verbosity(absl_logging.ERROR)
+    escape_unencodable()
     ignore_broken_pipe()
     ignore_abandoned_reads()
     # In this order: `exit_on_failure` has to see the SystemExit that `exit_with_code` raises.
@@ -174,6 +175,17 @@ class _QuietStream:
             self._stream.flush()
         except BrokenPipeError:
             self._discard()
+
+
+def escape_unencodable() -> None:
+    """Shows characters that a terminal's encoding lacks as escapes.
+
+    Otherwise a sample with a Chinese character would end a run on a terminal of cp1252.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # Streams that a test or another program put in place may not have it.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def ignore_broken_pipe() -> None:

@@ -94,3 +94,32 @@ def test_a_closed_pipe_is_quiet(model):
             check=False,
         )
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out.startswith("rwkv7_jax ")
+
+
+def test_an_interrupt_is_quiet_and_has_the_shells_exit_code(monkeypatch, capsys):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rwkv7_jax.cli.commands._doctor", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_a_report_of_what_is_no_run_is_refused_and_nothing_is_written(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_home_folder_is_expanded(model, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(model.parent))
+    assert main(["inspect", "~/m.pth"]) == 0
+    assert main(["convert", "~/m.pth", "~/copy.safetensors"]) == 0
+    assert (model.parent / "copy.safetensors").exists()

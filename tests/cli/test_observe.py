@@ -220,7 +220,7 @@ def test_a_mirror_proposes_the_state_that_the_teacher_would_have(run, folder, tm
         ),
         (
             "observe observer --model teacher.pth --prompt a --out s.npz",
-            "save_state: `path` must end in .pth, .safetensors, .st; got s.npz",
+            "observe: `--out` must end in .pth, .safetensors, .st; got",
         ),
         (
             "generate --observer observer --model other.pth --prompt ab",

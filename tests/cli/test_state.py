@@ -184,7 +184,7 @@ def test_doctor_prints_losses_heads_positions_and_advice(folder, capsys, tmp_pat
         ),
         (
             "mix {a} {b} {out} --weights 1",
-            "weighted_sum: `weights` must be one for each state",
+            "state mix: `--weights` must be one for each of 2 states; got 1",
         ),
         ("mix {out} --weights 1", "state mix: needs at least one state"),
         (
@@ -229,3 +229,28 @@ def test_a_picture_without_matplotlib_is_refused_before_the_work(
     words = doctor(folder, "--data", folder / "text.txt", "--picture", "out.png")
     assert main(["state", *map(str, words)]) == 2
     assert "`--picture` needs matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("weights", ["-1,2", "-.5,1.5", "2,-1", "-1e0,2"])
+def test_weights_may_be_negative(folder, tmp_path, capsys, weights):
+    files = [str(folder / "a.pth"), str(folder / "b.pth")]
+    out = str(tmp_path / "out.pth")
+    assert main(["state", "mix", *files, "--weights", weights, out]) == 0
+    one, two = (float(part) for part in weights.split(","))
+    expected = one * load_state(files[0]).wkv + two * load_state(files[1]).wkv
+    np.testing.assert_allclose(load_state(out).wkv, expected, rtol=1e-5, atol=1e-6)
+    assert "note" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("weights", "total"), [("1,-1", "0"), ("0.5,0.4", "0.9"), ("1,1", "2")]
+)
+def test_weights_that_do_not_sum_to_one_say_so(
+    folder, tmp_path, capsys, weights, total
+):
+    files = [str(folder / "a.pth"), str(folder / "b.pth")]
+    assert (
+        main(["state", "mix", *files, "--weights", weights, str(tmp_path / "o.pth")])
+        == 0
+    )
+    assert f"the weights sum to {total}, not to 1" in capsys.readouterr().out

@@ -1,0 +1,190 @@
+"""The kinds of options: numbers with ranges, paths and text, each refused in one sentence."""
+
+import argparse
+import functools
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from rwkv7_jax.local_paths import local_path
+
+# Suffixes of files that hold a start state.
+STATE_SUFFIXES = (".pth", ".safetensors", ".st")
+
+# How argparse begins a message about one option.
+_ABOUT_OPTION = re.compile(r"argument ([^:]+): (.*)", re.DOTALL)
+
+# What follows a backslash where escapes are read, and the bytes it stands for.
+_ESCAPE = re.compile(rb"\\(x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|.?)", re.DOTALL)
+
+_SIMPLE_ESCAPES = {
+    b"n": b"\n",
+    b"t": b"\t",
+    b"r": b"\r",
+    b"\\": b"\\",
+}
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all errors of the commands are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the command with exit code 2.
+
+        Raises:
+            ValueError: a value of the wrong kind or outside its range, which `main` prints as it
+                prints what the commands refuse.
+        """
+        command = self.prog.removeprefix("rwkv7").strip()
+        where = f"{command}: " if command else ""
+        about = _ABOUT_OPTION.fullmatch(message)
+        if about:
+            option, reason = about.groups()
+            # The sentences of this module go on after the option's name.
+            if reason.startswith("must "):
+                raise ValueError(f"{where}`{option}` {reason}.")
+        reason = " ".join(message.split()).rstrip(".")
+        hint = f"`{self.prog} --help` lists the options."
+        self.exit(2, f"rwkv7: {where}{reason}; {hint}\n")
+
+
+def integer(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
+    """Makes the type of an option that takes whole numbers from `least` to `most`."""
+    return functools.partial(_read_integer, least=least, most=most)
+
+
+def _read_integer(text: str, *, least: int | None, most: int | None) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number; got {text!r}"
+        ) from None
+    too_small = least is not None and value < least
+    too_large = most is not None and value > most
+    if too_small or too_large:
+        raise argparse.ArgumentTypeError(f"must be {_range(least, most)}; got {text}")
+    return value
+
+
+def number(
+    least: float | int | None = None, most: float | int | None = None
+) -> Callable[[str], float]:
+    """Makes the type of an option that takes finite numbers from `least` to `most`."""
+    return functools.partial(_read_number, least=least, most=most)
+
+
+def _read_number(
+    text: str, *, least: float | int | None, most: float | int | None
+) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number; got {text!r}") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be finite; got {text}")
+    too_small = least is not None and value < least
+    too_large = most is not None and value > most
+    if too_small or too_large:
+        raise argparse.ArgumentTypeError(f"must be {_range(least, most)}; got {text}")
+    return value
+
+
+def _range(least: float | int | None, most: float | int | None) -> str:
+    """Describes a range with at least one end."""
+    if most is None:
+        return f"at least {least}"
+    if least is None:
+        return f"at most {most}"
+    return f"from {least} to {most}"
+
+
+def path(text: str) -> str:
+    """Reads the path of something on this machine; `~` is the home folder."""
+    try:
+        local_path(text, "")
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(str(error).strip()) from None
+    return os.path.expanduser(text)
+
+
+def state_target(text: str) -> str:
+    """Reads the path of a state that will be written."""
+    target = path(text)
+    if Path(target).suffix not in STATE_SUFFIXES:
+        raise argparse.ArgumentTypeError(
+            f"must end in {', '.join(STATE_SUFFIXES)}; got {text!r}"
+        )
+    return file_target(target)
+
+
+def file_target(text: str) -> str:
+    """Reads the path of a file that will be written, before the work of minutes and not after."""
+    target = path(text)
+    if Path(target).is_dir():
+        raise argparse.ArgumentTypeError(f"must name a file; {text!r} is a folder")
+    # Missing folders are made; a file in their place cannot be.
+    for parent in Path(target).parents:
+        if parent.exists() and not parent.is_dir():
+            raise argparse.ArgumentTypeError(
+                f"must be in a folder; {str(parent)!r} is a file"
+            )
+    return target
+
+
+def stop_text(text: str) -> str:
+    """Reads a text that ends an answer."""
+    if not text:
+        raise argparse.ArgumentTypeError(
+            "must not be empty: it would end every answer at once"
+        )
+    return text
+
+
+def unescape(text: bytes, option: str) -> bytes:
+    r"""Replaces `\n`, `\t`, `\r`, `\\`, `\xNN` and `\uNNNN` by what they stand for.
+
+    Args:
+        text: as it was typed.
+        option: in backticks, for the message.
+
+    Raises:
+        ValueError: another character after a backslash.
+    """
+
+    def replace(match: re.Match[bytes]) -> bytes:
+        name = match[1]
+        if name in _SIMPLE_ESCAPES:
+            return _SIMPLE_ESCAPES[name]
+        if len(name) > 1:
+            code = int(name[1:], 16)
+            if name.startswith(b"x"):
+                return bytes([code])
+            return chr(code).encode("utf-8", "surrogatepass")
+        shown = name.decode("utf-8", "replace")
+        raise ValueError(
+            f"generate: {option} must have n, t, r, xNN, uNNNN or another backslash after each "
+            f"backslash with `--escape`; got {shown!r}."
+        )
+
+    return _ESCAPE.sub(replace, text)
+
+
+def join_negative_lists(words: list[str], options: tuple[str, ...]) -> list[str]:
+    """Marks values such as "-1,2", which argparse would take for an option.
+
+    Args:
+        words: the command line.
+        options: those whose value may begin with a minus.
+    """
+    joined: list[str] = []
+    for word in words:
+        is_number = re.match(r"-\.?\d", word)
+        # A word that begins with a space is no option; `float` passes over the space.
+        joined.append(
+            f" {word}" if joined and joined[-1] in options and is_number else word
+        )
+    return joined

@@ -1,0 +1,149 @@
+"""`rwkv7 generate`: sessions that go on, escapes, and terminals that cannot show everything."""
+
+import io
+import json
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_checkpoints import random_params
+
+from rwkv7_jax.checkpoints import load_state, read_sidecar, save_model, save_state
+from rwkv7_jax.cli.arguments import unescape
+from rwkv7_jax.cli.commands import main
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.state import init_state
+
+# One layer compiles fastest.
+CONFIG = RWKV7Config(vocab_size=257, num_layers=1, width=32, head_size=16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model on disk."""
+    folder = tmp_path_factory.mktemp("files")
+    params = random_params(CONFIG, dtype=jnp.float32, scale=0.3)
+    save_model(folder / "m.pth", params, CONFIG)
+    return folder
+
+
+@pytest.fixture
+def generate(folder, monkeypatch, capsys):
+    """`generate(*words)` runs the command among the files and returns its JSON."""
+    monkeypatch.chdir(folder)
+
+    def call(*words):
+        options = ["--model", "m.pth", "--temperature", "0", "--json"]
+        assert main(["generate", *options, *words]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return call
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors", "st"])
+def test_a_session_goes_on_from_its_saved_state(generate, folder, suffix):
+    file = f"session.{suffix}"
+    once = generate("--prompt", "abcdef", "--tokens", "0", "--save-state", "whole.pth")
+    assert once["tokens"] == []
+    generate("--prompt", "abc", "--tokens", "0", "--save-state", file)
+    generate("--prompt", "def", "--tokens", "0", "--state", file, "--save-state", file)
+    one, two = load_state(folder / "whole.pth"), load_state(folder / file)
+    for name in ("att_shift", "wkv", "ffn_shift"):
+        assert np.any(getattr(one, name))
+        np.testing.assert_allclose(getattr(one, name), getattr(two, name), atol=1e-5)
+    assert read_sidecar(folder / file)["session"] == "text"
+
+
+def test_an_answer_goes_on_as_if_it_had_not_been_interrupted(generate):
+    whole = generate("--prompt", "ab", "--tokens", "9")
+    first = generate("--prompt", "ab", "--tokens", "4", "--save-state", "s.pth")
+    # The last token is read by the state, so the next text follows it.
+    rest = generate("--prompt", "x", "--tokens", "3", "--state", "s.pth")
+    assert whole["tokens"][:4] == first["tokens"]
+    both = generate("--prompt", "ab" + first["text"] + "x", "--tokens", "3")
+    if first["text"].isascii() and len(first["text"]) == 4:
+        assert both["tokens"] == rest["tokens"]
+
+
+def test_a_chat_that_goes_on_ends_the_turn_before(generate):
+    first = generate(
+        "--prompt", "Hi", "--chat", "--tokens", "3", "--save-state", "c.pth"
+    )
+    assert first["prompt"] == "User: Hi\n\nAssistant:"
+    following = generate(
+        "--prompt", "Who?", "--chat", "--tokens", "1", "--state", "c.pth"
+    )
+    assert following["prompt"] == "\n\nUser: Who?\n\nAssistant:"
+
+
+def test_blank_lines_inside_a_message_are_removed_as_in_tuning_data(generate):
+    report = generate("--prompt", "a\\n\\nb", "--escape", "--chat", "--tokens", "0")
+    assert report["prompt"] == "User: a\nb\n\nAssistant:"
+    report = generate("--prompt", "a\\n\\nb", "--tokens", "0")
+    assert report["prompt"] == "a\\n\\nb"
+
+
+def test_an_upscaled_state_needs_a_file_that_can_hold_it(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    save_state("plain.pth", init_state(CONFIG))
+    words = ["generate", "--model", "m.pth", "--prompt", "a", "--save-state", "x.npz"]
+    assert main(words) == 2
+    assert (
+        "`--save-state` must end in .pth, .safetensors, .st" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (rb"a\nb", b"a\nb"),
+        (rb"\t\r\\", b"\t\r\\"),
+        (rb"\\n", rb"\n"),
+        (rb"\xe6\xb5\xb7\u6d77", "海海".encode()),
+        ("海".encode(), "海".encode()),
+        (b"", b""),
+    ],
+)
+def test_escapes_stand_for_what_the_help_says(typed, meant):
+    assert unescape(typed, "`--prompt`") == meant
+
+
+@pytest.mark.parametrize("typed", [rb"\q", b"a\\", rb"\x1", rb"\u12", rb"\0"])
+def test_an_unknown_escape_is_refused(typed):
+    with pytest.raises(ValueError, match="`--prompt` must have n, t, r"):
+        unescape(typed, "`--prompt`")
+
+
+def test_a_stop_text_with_a_backslash_says_how_it_is_read(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    words = [
+        "generate",
+        "--model",
+        "m.pth",
+        "--prompt",
+        "a",
+        "--tokens",
+        "1",
+        "--stop",
+        "\\n",
+    ]
+    assert main(words) == 0
+    assert "--escape reads them as a line break" in capsys.readouterr().err
+    assert main([*words, "--escape"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "gbk", "latin-1", "utf-8"])
+def test_a_terminal_shows_what_it_lacks_as_escapes(folder, monkeypatch, encoding):
+    monkeypatch.chdir(folder)
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    (folder / "x.txt").write_text("é海 ☃ 𝄞", encoding="utf-8")
+    words = ["data", "x.txt", "--show", "1", "--length", "3", "--vocabulary", "bytes"]
+    assert main([*words, "--packing", "documents"]) == 0
+    assert (
+        main(["generate", "--model", "m.pth", "--prompt", "a", "--tokens", "20"]) == 0
+    )
+    stdout.flush()
+    assert stdout.buffer.getvalue()
