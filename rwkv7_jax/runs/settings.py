@@ -16,21 +16,29 @@ from typing import Any, Literal
 from rwkv7_jax.data.choices import OnBad, Order, Packing
 from rwkv7_jax.local_paths import split_list
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.kernel_features import KINDS
+from rwkv7_jax.model.upscaled_memory import DYNAMICS
 from rwkv7_jax.optim.decorrelation import Method as DecorrelationMethod
+from rwkv7_jax.optim.optimizer import KINDS as OPTIMIZERS
+from rwkv7_jax.optim.optimizer import SCHEDULES
+from rwkv7_jax.runs.setting_fields import (
+    MOST_COUNT,
+    MOST_RATE,
+    MOST_WEIGHT,
+    Range,
+    check_field,
+    choice,
+    choose,
+    number,
+    optional,
+    place,
+    shown,
+)
+from rwkv7_jax.tuning.upscaling import LANDMARKS, PREPARATIONS
 
 Mode = Literal["pretrain", "state", "upscaled_state", "observer", "test_time"]
 
 TestTimeMethod = Literal["grpo", "distil", "expert", "context"]
-
-
-def _absent(spelling: Any, *, default: Any = None) -> Any:
-    """Makes a field that may be None, which config files spell otherwise.
-
-    Args:
-        spelling: of None in config files.
-        default: of the field.
-    """
-    return dataclasses.field(default=default, metadata={"absent": spelling})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +65,16 @@ class DataSettings:
         encoding: of the text, such as "utf-16" or "gbk"; by default it is UTF-8.
     """
 
-    path: str = ""
-    held_out: float = 0.05
-    batch_size: int = 8
-    length: int = 512
+    path: str = place("", several=True)
+    held_out: float = number(0.05, 0, 1)
+    batch_size: int = number(8, 1, MOST_COUNT)
+    length: int = number(512, 1, MOST_COUNT)
     on_bad: OnBad = "error"
     packing: Packing = "stream"
     order: Order = "shuffled"
-    evaluation: str | None = _absent("")
+    evaluation: str | None = place(None, several=True)
     as_bytes: bool = False
-    encoding: str | None = _absent("")
+    encoding: str | None = optional("")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,18 +97,20 @@ class OptimizerSettings:
             over `config.decorrelation.rows` rows.
     """
 
-    kind: str = "adamw"
-    learning_rate: float = 6e-4
-    final_learning_rate: float = 6e-5
-    schedule: str = "cosine"
-    warmup_steps: int = 10
-    weight_decay: float = 0.0
-    clip: float | None = 1.0
-    b1: float = 0.9
-    b2: float = 0.99
-    eps: float = 1e-18
-    l2wrap: float = 0.0
-    accumulate: int = 1
+    kind: str = choice("adamw", OPTIMIZERS)
+    learning_rate: float = number(6e-4, 0, MOST_RATE)
+    final_learning_rate: float = number(6e-5, 0, MOST_RATE)
+    schedule: str = choice("cosine", SCHEDULES)
+    warmup_steps: int = number(10, 0, MOST_COUNT)
+    weight_decay: float = number(0.0, 0, MOST_RATE)
+    clip: float | None = number(
+        1.0, 0, MOST_WEIGHT, above=True, note=", or None for no limit"
+    )
+    b1: float = number(0.9, 0, 1, below=True)
+    b2: float = number(0.99, 0, 1, below=True)
+    eps: float = number(1e-18, 0, 1)
+    l2wrap: float = number(0.0, 0, MOST_WEIGHT)
+    accumulate: int = number(1, 1, MOST_COUNT)
     decorrelate: DecorrelationMethod = "none"
 
 
@@ -122,10 +132,10 @@ class TuningSettings:
 
     leaves: Literal["wkv", "all"] = "wkv"
     decorrelate: DecorrelationMethod = "none"
-    anchor: float = 0.0
-    anchor_path: str | None = _absent("")
-    alpha: float = 1.0
-    warn_above: float = 50.0
+    anchor: float = number(0.0, 0, MOST_WEIGHT)
+    anchor_path: str | None = place(None, several=True)
+    alpha: float = number(1.0, 0, MOST_RATE)
+    warn_above: float = number(50.0, 0, 1e30)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,13 +153,15 @@ class UpscalingSettings:
         rows: rows of the training text that features are calibrated on.
     """
 
-    size: int | None = _absent(0)
-    dynamics: str = "static"
-    kind: str | None = _absent("")
-    landmarks: str = "random"
-    widths: tuple[float, ...] | None = _absent(())
-    prepare: str | None = _absent("")
-    rows: int = 48
+    size: int | None = number(None, 0, MOST_COUNT, absent=0)
+    dynamics: str = choice("static", DYNAMICS)
+    kind: str | None = choice(None, KINDS, absent="")
+    landmarks: str = choice("random", LANDMARKS)
+    widths: tuple[float, ...] | None = number(
+        None, 0, MOST_WEIGHT, above=True, absent=()
+    )
+    prepare: str | None = choice(None, PREPARATIONS, absent="")
+    rows: int = number(48, 1, MOST_COUNT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,12 +177,12 @@ class DecorrelationSettings:
         rows: rows of a batch that statistics are taken from.
     """
 
-    rate: float = 0.2
-    balance: float = 0.5
-    iterations: int = 12
-    damping: float = 1e-4
-    average: float = 0.7
-    rows: int = 4
+    rate: float = number(0.2, 0, MOST_RATE)
+    balance: float = number(0.5, 0, 1)
+    iterations: int = number(12, 0, MOST_COUNT)
+    damping: float = number(1e-4, 0, MOST_RATE)
+    average: float = number(0.7, 0, 1, below=True)
+    rows: int = number(4, 1, MOST_COUNT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,11 +198,11 @@ class ObserverSettings:
     """
 
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    variance: float = 1.0
-    divergence: float = 0.5
-    answers: float = 1.0
-    least: int = 1
-    most: int | None = _absent(0)
+    variance: float = number(1.0, 0, MOST_WEIGHT)
+    divergence: float = number(0.5, 0, MOST_WEIGHT)
+    answers: float = number(1.0, 0, MOST_WEIGHT)
+    least: int = number(1, 0, MOST_COUNT)
+    most: int | None = number(None, 0, MOST_COUNT, absent=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,20 +230,20 @@ class TestTimeSettings:
     """
 
     method: TestTimeMethod = "grpo"
-    guide: str | None = _absent("")
-    context: str | None = _absent("")
+    guide: str | None = place(None)
+    context: str | None = place(None)
     verifier: str = "exact"
     keep: Literal["verified", "majority", "all"] = "verified"
     substitute: tuple[str, ...] = ()
     hint: str = ""
-    prompts: int = 8
-    group: int = 8
-    tokens: int = 64
-    temperature: float = 1.0
-    kl: float = 0.0
-    traces: int = 256
-    at_once: int = 64
-    vote_margin: float = 0.25
+    prompts: int = number(8, 1, MOST_COUNT)
+    group: int = number(8, 1, MOST_COUNT)
+    tokens: int = number(64, 1, MOST_COUNT)
+    temperature: float = number(1.0, 0, MOST_RATE)
+    kl: float = number(0.0, 0, MOST_WEIGHT)
+    traces: int = number(256, 1, MOST_COUNT)
+    at_once: int = number(64, 1, MOST_COUNT)
+    vote_margin: float = number(0.25, 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,14 +266,14 @@ class EvaluationSettings:
         enough: value of the measure at which a run ends; None for none.
     """
 
-    every: int | None = _absent(0)
-    windows: int = 32
-    length: int = 512
-    prompt_tokens: tuple[int, ...] = ()
-    retention: str = ""
-    measure: str | None = _absent("")
-    patience: int | None = _absent(0)
-    enough: float | None = None
+    every: int | None = number(None, 0, MOST_COUNT, absent=0)
+    windows: int = number(32, 1, MOST_COUNT)
+    length: int = number(512, 1, MOST_COUNT)
+    prompt_tokens: tuple[int, ...] = number((), -1, MOST_COUNT, note=" (-1: all)")
+    retention: str = place("", several=True)
+    measure: str | None = optional("")
+    patience: int | None = number(None, 0, MOST_COUNT, absent=0)
+    enough: float | None = number(None, -1e30, 1e30)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,9 +281,9 @@ class SampleSettings:
     """Sample text, written at every evaluation after each of the prompts."""
 
     prompts: tuple[str, ...] = ()
-    tokens: int = 120
-    temperature: float = 0.8
-    top_p: float = 0.9
+    tokens: int = number(120, 0, MOST_COUNT)
+    temperature: float = number(0.8, 0, MOST_RATE)
+    top_p: float = number(0.9, 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,21 +315,21 @@ class Settings:
 
     # Names are keys in config files and in checkpoints of older runs; they cannot change.
     mode: Mode = "pretrain"
-    init: str | None = _absent("")
-    state: str = ""
+    init: str | None = place(None)
+    state: str = place("", several=True)
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    steps: int = 1000
-    seed: int = 0
-    log_every: int = 10
-    save_every: int | None = _absent(0)
-    keep: int = 2
-    keep_every: int | None = _absent(0)
-    keep_best: int = 0
-    stop_after_bad: int | None = _absent(0, default=10)
+    steps: int = number(1000, 1, MOST_COUNT)
+    seed: int = number(0, 0, 2**32 - 1)
+    log_every: int = number(10, 1, MOST_COUNT)
+    save_every: int | None = number(None, 0, MOST_COUNT, absent=0)
+    keep: int = number(2, 1, MOST_COUNT)
+    keep_every: int | None = number(None, 0, MOST_COUNT, absent=0)
+    keep_best: int = number(0, 0, MOST_COUNT)
+    stop_after_bad: int | None = number(10, 0, MOST_COUNT, absent=0)
     allow_nan: bool = False
-    profile_steps: str | None = _absent("")
+    profile_steps: str | None = optional("")
     trackers: tuple[str, ...] = ()
-    workdir: str | None = _absent("")
+    workdir: str | None = place(None, target=True)
     data: DataSettings = dataclasses.field(default_factory=DataSettings)
     optimizer: OptimizerSettings = dataclasses.field(default_factory=OptimizerSettings)
     tuning: TuningSettings = dataclasses.field(default_factory=TuningSettings)
@@ -334,20 +346,14 @@ class Settings:
 
     def __post_init__(self):
         """Checks what the types cannot say."""
-        fields = [field.name for field in dataclasses.fields(RWKV7Config)]
-        for key in self.model:
-            if key not in fields:
-                raise ValueError(_unknown_key("config.model", key, fields))
-        for name in ("steps", "log_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"`config.{name}` must be at least 1; got {getattr(self, name)}."
-                )
-        for name in ("save_every", "keep_every", "keep_best", "stop_after_bad"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"`config.{name}` must be at least 0; got {value}.")
+        _check_model("config.model", self.model)
+        _check_model("config.observer.model", self.observer.model)
         profiled(self.profile_steps)
+        # The last 0 tokens of a text would be all of it.
+        if 0 in self.evaluation.prompt_tokens:
+            raise ValueError(
+                "`config.evaluation.prompt_tokens` must be at least 1, or -1 for all; got 0."
+            )
         self._check_lists()
         # Elsewhere it would silently do nothing.
         if self.optimizer.decorrelate != "none" and self.mode != "pretrain":
@@ -445,15 +451,31 @@ def as_config(settings: Any) -> dict[str, Any]:
     return values
 
 
+def _check_model(where: str, sizes: Mapping[str, Any]) -> None:
+    """Checks each of a model's sizes by itself; whether they fit is up to `RWKV7Config`."""
+    hints = typing.get_type_hints(RWKV7Config)
+    defaults = {field.name: field.default for field in dataclasses.fields(RWKV7Config)}
+    for key, value in sizes.items():
+        if key not in hints:
+            raise ValueError(_unknown_key(where, key, list(hints)))
+        name = f"{where}.{key}"
+        _convert(name, hints[key], value)
+        if hints[key] is int:
+            # 0 takes the rule of new models, where there is one.
+            Range(0 if defaults[key] == 0 else 1, MOST_COUNT).check(value, name)
+        elif hints[key] is float:
+            Range(0, 1, above=True, below=True).check(value, name)
+
+
 def _unknown_key(where: str, key: str, fields: list[str]) -> str:
     # Without a cutoff even a far-off key gets a suggestion.
-    nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
+    nearest = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)[0]
     return f"`{where}.{key}` is no setting; the nearest is `{where}.{nearest}`."
 
 
 def _from_dict(cls, values: Any, where: str):
     if not isinstance(values, Mapping):
-        raise ValueError(f"`{where}` must be a group of settings; got {values!r}.")
+        raise ValueError(f"`{where}` must be a group of settings; got {shown(values)}.")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     arguments = {}
@@ -464,7 +486,8 @@ def _from_dict(cls, values: Any, where: str):
         if "absent" in metadata and _is_spelling(value, metadata["absent"]):
             arguments[key] = None
         else:
-            arguments[key] = _convert(f"{where}.{key}", hints[key], value)
+            value = _convert(f"{where}.{key}", hints[key], value)
+            arguments[key] = check_field(f"{where}.{key}", value, metadata)
     return cls(**arguments)
 
 
@@ -480,7 +503,7 @@ def _convert(where: str, kind: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(kind):
         return _from_dict(kind, value, where)
     if typing.get_origin(kind) is Literal:
-        return _choose(where, typing.get_args(kind), value)
+        return choose(where, typing.get_args(kind), value)
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     for option in options:
         origin = typing.get_origin(option) or option
@@ -490,17 +513,20 @@ def _convert(where: str, kind: Any, value: Any) -> Any:
         if isinstance(value, bool) and origin in (int, float):
             continue
         if origin is float and isinstance(value, int):
-            return float(value)
+            return _to_float(where, value)
         if origin is tuple and isinstance(value, list | tuple):
-            return tuple(value)
+            element = typing.get_args(option)[0]
+            return tuple(_convert(where, element, item) for item in value)
         if origin is not type(None) and isinstance(value, origin):
             return value
     wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options)
-    raise ValueError(f"`{where}` must be {wanted}; got {value!r}.")
+    raise ValueError(f"`{where}` must be {wanted}; got {shown(value)}.")
 
 
-def _choose(where: str, choices: tuple[str, ...], value: Any) -> str:
-    if value in choices:
-        return value
-    listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
-    raise ValueError(f"`{where}` must be {listed}; got {value!r}.")
+def _to_float(where: str, value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(
+            f"`{where}` must be a finite number; got {shown(value)}."
+        ) from None
