@@ -28,7 +28,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from rwkv7_jax.checks import check_local_path
+from rwkv7_jax.local_paths import local_path
 from rwkv7_jax.runs.process import exit_with_code
 from rwkv7_jax.runs.setting_fields import shown
 from rwkv7_jax.runs.settings_help import describe_settings, setting_type
@@ -220,7 +220,8 @@ def _load_config(file: str) -> dict[str, Any]:
     Raises:
         ValueError: there is no such file, or it gives no config; the message has the line.
     """
-    check_local_path(file, "`--config`")
+    # The whole word first: an address would be cut at its colon.
+    local_path(file, "`--config`")
     name, _, argument = file.partition(":")
     path = Path(name).expanduser()
     if not path.is_file():
