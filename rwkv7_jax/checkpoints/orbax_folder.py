@@ -5,7 +5,9 @@ digest of the card itself. Folders of earlier versions have none of the three.
 """
 
 import dataclasses
+import gc
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +103,19 @@ def _restore(arrays: Path, device: jax.Device, folder: Path) -> Params:
     # Orbax and the libraries under it raise errors of dozens of kinds for a damaged folder.
     try:
         with orbax.StandardCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(arrays).item_metadata.tree
-            return checkpointer.restore(arrays, jax.tree.map(on_device, stored))
+            stored = checkpointer.metadata(arrays).item_metadata
+            if stored is None:
+                raise ValueError("its list of arrays cannot be read")
+            return checkpointer.restore(arrays, jax.tree.map(on_device, stored.tree))
     except Exception as error:
         reason = first_line(error)
-        raise ValueError(
-            f"load_model: `{folder}` is damaged or incomplete; copy it again ({reason})."
-        ) from None
+    # Orbax leaves the reads of the other arrays behind, and Python would warn of each of them.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()
+    raise ValueError(
+        f"load_model: `{folder}` is damaged or incomplete; copy it again ({reason})."
+    )
 
 
 def _config_of(card: dict[str, Any], path: Path) -> RWKV7Config:

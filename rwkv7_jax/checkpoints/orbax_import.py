@@ -15,6 +15,8 @@ def import_orbax() -> ModuleType:
     """
     # absl's level is global to the process: this is the only place that may set it.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Of a damaged folder, every array that is not read is reported once more when it is collected.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     # Slow to import (seconds), and most commands never need it.
     import orbax.checkpoint
 

@@ -1,0 +1,161 @@
+"""Saves that are killed at any moment leave the old or the new pair or folder, and it loads."""
+
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny_observers
+from random_checkpoints import CONFIG, differing, random_params, random_state
+
+from rwkv7_jax import atomic_write
+from rwkv7_jax.checkpoints import model_folder, orbax_folder
+from rwkv7_jax.checkpoints.model_files import load_model, save_model
+from rwkv7_jax.checkpoints.state_files import load_state, save_state
+from rwkv7_jax.checkpoints.state_sidecar import read_sidecar, sidecar
+from rwkv7_jax.observer.files import load_observer, save_observer
+
+
+class Killed(BaseException):
+    """What ends a save in these tests, in place of SIGKILL."""
+
+
+def interrupt(monkeypatch, step, *, after):
+    """Ends the process, so to speak, at the given rename: just before it or just after it."""
+    replace = os.replace
+    exchange = model_folder.exchange_paths
+    done = 0
+
+    def counted(function):
+        def run(*arguments):
+            nonlocal done
+            done += 1
+            if done == step and not after:
+                raise Killed
+            result = function(*arguments)
+            if done == step:
+                raise Killed
+            return result
+
+        return run
+
+    monkeypatch.setattr(os, "replace", counted(replace))
+    monkeypatch.setattr(model_folder, "exchange_paths", counted(exchange))
+    assert atomic_write.os is os
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".st"])
+@pytest.mark.parametrize("has_digest", [True, False])
+@pytest.mark.parametrize("after", [True, False])
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_state_and_its_sidecar_load_whenever_the_save_is_killed(
+    tmp_path, monkeypatch, suffix, has_digest, after, step
+):
+    path = tmp_path / f"s{suffix}"
+    states = {"old": random_state(seed=1), "new": random_state(seed=2)}
+    save_state(path, states["old"], info={"name": "old"})
+    if not has_digest:
+        # As earlier versions wrote it.
+        text = '{"axes": "%s", "name": "old"}'
+        axes = "head, key, value" if suffix == ".st" else "head, value, key"
+        sidecar(path).write_text(text % axes)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupt(patch, step, after=after)
+        save_state(path, states["new"], info={"name": "new"})
+    name = read_sidecar(path)["name"]
+    assert differing(load_state(path), states[name]) == []
+    assert name == ("new" if step == 3 or (step, after) == (2, True) else "old")
+    # A further save works, and cleans up.
+    save_state(path, states["new"], info={"name": "again"})
+    assert read_sidecar(path)["name"] == "again"
+
+
+@pytest.mark.parametrize("after", [True, False])
+@pytest.mark.parametrize("format", ["hf", None])
+def test_a_model_folder_loads_whenever_the_save_is_killed(
+    tmp_path, monkeypatch, format, after
+):
+    if not exchanges(tmp_path):
+        pytest.skip("this file system cannot exchange two folders in one step")
+    config = CONFIG
+    if format == "hf":
+        config = dataclasses.replace(
+            CONFIG, group_norm_eps=CONFIG.head_size * CONFIG.norm_eps
+        )
+    old = random_params(config, seed=1)
+    new = random_params(config, seed=2)
+    save_model(tmp_path / "m", old, config, format=format)
+    # An HF folder's weights are written by one rename before; the exchange is the last one.
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupt_exchange(patch, after=after)
+        save_model(tmp_path / "m", new, config, format=format)
+    loaded, _ = load_model(tmp_path / "m")
+    assert differing(loaded, new if after else old) == []
+
+
+def interrupt_exchange(monkeypatch, *, after):
+    """Ends the save at the exchange of two folders, and keeps it from cleaning up."""
+    exchange = model_folder.exchange_paths
+
+    def run(*arguments):
+        if after:
+            exchange(*arguments)
+        raise Killed
+
+    monkeypatch.setattr(model_folder, "exchange_paths", run)
+    monkeypatch.setattr(model_folder.shutil, "rmtree", lambda *_, **__: None)
+
+
+def exchanges(folder) -> bool:
+    """Returns whether this system exchanges two folders in one step."""
+    one = folder / "one"
+    two = folder / "two"
+    (one / "a").mkdir(parents=True)
+    two.mkdir()
+    return model_folder.exchange_paths(one, two) and (two / "a").is_dir()
+
+
+@pytest.mark.parametrize("after", [True, False])
+def test_an_observer_loads_whenever_the_save_is_killed(tmp_path, monkeypatch, after):
+    if not exchanges(tmp_path):
+        pytest.skip("this file system cannot exchange two folders in one step")
+    observer, old = tiny_observers.made()
+    new = old | {
+        "bias": old["bias"] + 1,
+        "model": jax.tree.map(jnp.negative, old["model"]),
+    }
+    save_observer(tmp_path / "o", observer, old)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupt_exchange(patch, after=after)
+        save_observer(tmp_path / "o", observer, new)
+    _, loaded = load_observer(tmp_path / "o", tiny_observers.TEACHER)
+    assert differing(loaded, new if after else old) == []
+
+
+def test_without_an_exchange_two_renames_do_and_put_the_old_folder_back(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(model_folder, "exchange_paths", lambda one, two: False)
+    old = random_params(seed=1)
+    save_model(tmp_path / "m", old, CONFIG)
+    new = random_params(seed=2)
+    save_model(tmp_path / "m", new, CONFIG)
+    assert differing(load_model(tmp_path / "m")[0], new) == []
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_an_orbax_folder_that_does_not_read_back_never_replaces_a_good_one(
+    tmp_path, monkeypatch
+):
+    old = random_params(seed=1)
+    save_model(tmp_path / "m", old, CONFIG)
+    restore = orbax_folder._restore
+
+    def damaged(*arguments):
+        return jax.tree.map(lambda leaf: leaf + 1, restore(*arguments))
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="is damaged"):
+        patch.setattr(orbax_folder, "_restore", damaged)
+        save_model(tmp_path / "m", random_params(seed=2), CONFIG)
+    assert differing(load_model(tmp_path / "m")[0], old) == []
