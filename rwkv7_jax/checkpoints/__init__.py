@@ -8,7 +8,7 @@ from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
 from rwkv7_jax.checkpoints.orbax_import import import_orbax
 from rwkv7_jax.checkpoints.param_tree import is_finite, official_tensors
 from rwkv7_jax.checkpoints.pth import read_pth, write_pth
-from rwkv7_jax.checkpoints.state_files import load_state, save_state
+from rwkv7_jax.checkpoints.state_files import has_merged_state, load_state, save_state
 from rwkv7_jax.checkpoints.state_sidecar import common_base_model, read_sidecar, sidecar
 from rwkv7_jax.checkpoints.tensor_files import (
     read_metadata,
@@ -23,6 +23,7 @@ from rwkv7_jax.checkpoints.verification import verify
 __all__ = [
     "accepted_shapes",
     "common_base_model",
+    "has_merged_state",
     "import_orbax",
     "is_finite",
     "load_model",

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rwkv7_jax.atomic_write import atomic_write
+from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.checkpoints.digests import digest_of_arrays
 from rwkv7_jax.checkpoints.named_errors import name_file
 from rwkv7_jax.checkpoints.param_tree import is_finite, overflows, require_float_dtype
@@ -43,7 +44,7 @@ from rwkv7_jax.checkpoints.state_tensors import (
     read_state_arrays,
     stack_layers,
 )
-from rwkv7_jax.checkpoints.tensor_files import dump_safetensors
+from rwkv7_jax.checkpoints.tensor_files import dump_safetensors, read_tensors
 from rwkv7_jax.checkpoints.tensor_names import Tensor
 from rwkv7_jax.checks import check_instance, prefix_errors
 from rwkv7_jax.local_paths import existing_path, local_path
@@ -393,3 +394,14 @@ def _build_state(
         with prefix_errors("load_state"):
             check_state(state, 1, config)
     return state
+
+
+def has_merged_state(path: str | Path) -> bool:
+    """Returns whether a model's file also holds a start state, as some trainers merge them."""
+    path = Path(path)
+    if not path.is_file() or path.suffix not in SUFFIXES:
+        return False
+    model, state = tensor_names.split_states(
+        tensor_names.from_official(read_tensors(path))
+    )
+    return bool(model and state)

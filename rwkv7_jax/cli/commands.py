@@ -13,10 +13,13 @@ import numpy as np
 import pallas_kernels
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints import (
+    has_merged_state,
     load_model,
     load_state,
+    model_hash,
     official_tensors,
     save_model,
+    save_state,
     verify,
 )
 from rwkv7_jax.cli.arguments import CommandParser, join_negative_lists, path
@@ -62,6 +65,20 @@ def _convert(options: argparse.Namespace) -> None:
         progress=_progress("writing"),
     )
     print(f"{options.target}: {_count(params):,} parameters, {_sizes(config)}")
+    if has_merged_state(options.source):
+        _split_state(options.source, options.target, params, config)
+
+
+def _split_state(source: str, target: str, params: Params, config: RWKV7Config) -> None:
+    """Writes the state that was merged into a model's file into a file of its own."""
+    path = Path(target)
+    is_file = path.suffix in (".pth", ".safetensors", ".st")
+    stem = path.stem if is_file else path.name
+    suffix = path.suffix if is_file else ".pth"
+    place = path.parent / f"{stem}.state{suffix}"
+    info = {"base_model": model_hash(params, config)}
+    save_state(place, load_state(source, config=config), config=config, info=info)
+    print(f"{place}: the tuned state that {source} holds besides the weights")
 
 
 def _progress(label: str) -> Callable[[int, int], None]:

@@ -213,10 +213,16 @@ def _scale(options: argparse.Namespace) -> None:
     """Writes a multiple of a state."""
     state = load_state(options.state)
     before = read_sidecar(options.state)
+    alpha = before.get("alpha", 1.0)
+    if not isinstance(alpha, int | float) or not np.isfinite(alpha):
+        raise ValueError(
+            f"state scale: `alpha` in the sidecar of `{options.state}` must be a finite number; "
+            f"got {alpha!r}."
+        )
     # A state that was scaled before keeps the product, which is its distance from the base model.
     info = {
         "made_of": _made_of(options.alpha, options.state),
-        "alpha": options.alpha * before.get("alpha", 1.0),
+        "alpha": options.alpha * alpha,
     }
     if "base_model" in before:
         info["base_model"] = before["base_model"]
