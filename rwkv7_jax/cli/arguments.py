@@ -14,6 +14,10 @@ from rwkv7_jax.local_paths import local_path
 # Suffixes of files that hold a start state.
 STATE_SUFFIXES = (".pth", ".safetensors", ".st")
 
+# More rows, windows or tokens than anybody waits for: a slip of the keyboard.
+MOST_ROWS = 10**6
+MOST_TOKENS = 2**24
+
 # How argparse begins a message about one option.
 _ABOUT_OPTION = re.compile(r"argument ([^:]+): (.*)", re.DOTALL)
 
@@ -63,10 +67,10 @@ def _read_integer(text: str, *, least: int | None, most: int | None) -> int:
         raise argparse.ArgumentTypeError(
             f"must be a whole number; got {text!r}"
         ) from None
-    too_small = least is not None and value < least
-    too_large = most is not None and value > most
-    if too_small or too_large:
-        raise argparse.ArgumentTypeError(f"must be {_range(least, most)}; got {text}")
+    if least is not None and value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}; got {text}")
+    if most is not None and value > most:
+        raise argparse.ArgumentTypeError(f"must be at most {most}; got {text}")
     return value
 
 

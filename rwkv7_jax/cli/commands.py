@@ -43,9 +43,19 @@ _USER_ERRORS = (
     TypeError,
     OSError,
     OverflowError,
+    MemoryError,
     ImportError,
     NotImplementedError,
 )
+
+
+def _reason(error: Exception) -> str:
+    """Words an error; those of the operating system name their file first."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"`{error.filename}`: {error.strerror}."
+    if isinstance(error, MemoryError):
+        return f"out of memory: {error}" if str(error) else "out of memory."
+    return str(error)
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -269,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
         # As shells count a process that SIGINT ended.
         return 130
     except _USER_ERRORS as error:
-        print(f"rwkv7: {error}", file=sys.stderr)
+        print(f"rwkv7: {_reason(error)}", file=sys.stderr)
         return 2
     return 0
 

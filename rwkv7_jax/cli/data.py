@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv7_jax.cli.arguments import integer, path
+from rwkv7_jax.cli.arguments import MOST_ROWS, MOST_TOKENS, integer, path
 from rwkv7_jax.data.builtin_corpora import BUILT_IN
 from rwkv7_jax.data.choices import ON_BAD, PACKINGS
 from rwkv7_jax.data.loading import batch_at, data_hash, token_stream
@@ -49,13 +49,13 @@ def add_data_command(subparsers) -> None:
     )
     add(
         "--show",
-        type=integer(1),
+        type=integer(1, MOST_ROWS),
         metavar="N",
         help="print N rows of PATH and write nothing",
     )
     add(
         "--length",
-        type=integer(1),
+        type=integer(1, MOST_TOKENS),
         default=128,
         help="tokens of a row that is shown (%(default)s)",
     )

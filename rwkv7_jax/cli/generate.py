@@ -10,6 +10,7 @@ import numpy as np
 
 from rwkv7_jax.checkpoints import read_sidecar, save_state
 from rwkv7_jax.cli.arguments import (
+    MOST_TOKENS,
     integer,
     number,
     path,
@@ -68,7 +69,7 @@ def add_generate_command(subparsers) -> argparse.ArgumentParser:
     add("--chat", action="store_true", help="the prompt is a user's message to answer")
     add(
         "--tokens",
-        type=integer(0),
+        type=integer(0, MOST_TOKENS),
         default=256,
         help="longest answer, in tokens (%(default)s)",
     )

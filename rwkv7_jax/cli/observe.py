@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from rwkv7_jax.checkpoints import save_state
-from rwkv7_jax.cli.arguments import integer, path, state_target
+from rwkv7_jax.cli.arguments import MOST_ROWS, MOST_TOKENS, integer, path, state_target
 from rwkv7_jax.cli.inputs import (
     MODEL_HELP,
     PROMPT_HELP,
@@ -44,14 +44,14 @@ def add_observe_command(subparsers) -> None:
     )
     add(
         "--length",
-        type=integer(1),
+        type=integer(1, MOST_TOKENS),
         default=128,
         help="tokens of a window of --text (%(default)s)",
     )
     # One window has no variance.
     add(
         "--windows",
-        type=integer(2),
+        type=integer(2, MOST_ROWS),
         default=16,
         help="windows of --text, at least 2 (%(default)s)",
     )

@@ -5,7 +5,14 @@ import itertools
 
 import numpy as np
 
-from rwkv7_jax.cli.arguments import file_target, integer, number, path
+from rwkv7_jax.cli.arguments import (
+    MOST_ROWS,
+    MOST_TOKENS,
+    file_target,
+    integer,
+    number,
+    path,
+)
 from rwkv7_jax.cli.inputs import MODEL_HELP, read_model
 from rwkv7_jax.cli.tables import format_heads, format_table
 from rwkv7_jax.data.batch import Batch
@@ -32,13 +39,13 @@ def add_doctor_command(subparsers) -> None:
     add("--generic", help=f"text on which the model must not change: {_TEXT_HELP}")
     add(
         "--length",
-        type=integer(1),
+        type=integer(1, MOST_TOKENS),
         default=256,
         help="tokens of a window (%(default)s)",
     )
     add(
         "--windows",
-        type=integer(1),
+        type=integer(1, MOST_ROWS),
         default=16,
         help="windows of each text (%(default)s)",
     )

@@ -32,8 +32,9 @@ def digest_of(path: str, stream: TokenStream | None) -> str:
         return data_hash(stream)
     # The path counts as well: it may be a task, whose name says all.
     digest = hashlib.blake2b(path.encode(), digest_size=16)
-    if Path(path).is_file():
-        digest.update(Path(path).read_bytes())
+    file = Path(path).expanduser()
+    if file.is_file():
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
