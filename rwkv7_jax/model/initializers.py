@@ -7,6 +7,7 @@ Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/model.py:510-581, 713-723
 second stage overrides the constructors; checked there against flash-linear-attention 0.6.0.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -16,6 +17,16 @@ from jaxtyping import Array
 from rwkv7_jax.model.config import RWKV7Config
 
 Initial = Callable[[Array, int | Array, RWKV7Config], Array]
+
+
+def _in_float32(initial: Initial) -> Initial:
+    """Makes an initializer return float32: where x64 is on, integers would become float64."""
+
+    @functools.wraps(initial)
+    def cast(key, layer, config):
+        return initial(key, layer, config).astype(jnp.float32)
+
+    return cast
 
 
 def _ramp(config: RWKV7Config) -> Array:
@@ -45,6 +56,7 @@ def _remaining(layer, config: RWKV7Config):
 def lerp(power: float) -> Initial:
     """Makes the token-shift coefficients of time mix: 1 - (n / D)^(power * remaining depth)."""
 
+    @_in_float32
     def initial(key, layer, config):
         # Divided by D, as in the source; `_ramp` is divided by D - 1.
         channel = jnp.arange(config.width) / config.width
@@ -54,6 +66,7 @@ def lerp(power: float) -> Initial:
     return initial
 
 
+@_in_float32
 def ffn_lerp(key, layer, config):
     """Computes the token-shift coefficients of channel mix."""
     channel = jnp.arange(config.width) / config.width
@@ -61,6 +74,7 @@ def ffn_lerp(key, layer, config):
     return 1.0 - channel**exponent
 
 
+@_in_float32
 def decay_bias(key, layer, config):
     """Computes w0: slow decay in the first channels, fast in the last, steeper in deeper blocks."""
     steepness = 1.0 + _depth(layer, config) ** 0.3
@@ -69,21 +83,25 @@ def decay_bias(key, layer, config):
     return -6.0 + 6.0 * ramp + 0.5 + 2.5 * _zigzag(config)
 
 
+@_in_float32
 def icl_bias(key, layer, config):
     """Computes a0."""
     return -0.19 + 0.3 * _zigzag(config) + 0.4 * (_ramp(config) - 0.5)
 
 
+@_in_float32
 def value_bias(key, layer, config):
     """Computes v0."""
     return 0.73 - 0.4 * (_ramp(config) - 0.5)
 
 
+@_in_float32
 def removal_scale(key, layer, config):
     """Computes k_k."""
     return 0.71 - 0.1 * (_ramp(config) - 0.5)
 
 
+@_in_float32
 def group_norm_weight(key, layer, config):
     """Computes ln_x.weight, which grows with depth."""
     # From L^-0.7 in the first block to 1 in the last.

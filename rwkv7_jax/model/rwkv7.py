@@ -159,7 +159,7 @@ class RWKV7(nn.Module):
         )
         other_states = jax.tree.map(lambda leaf: leaf[1:], states)
         other_blocks = scanned(config, False, names, name="layers")
-        index = jnp.arange(1, config.num_layers)
+        index = jnp.arange(1, config.num_layers, dtype=jnp.int32)
         x, (other_memories, _, other_trace) = other_blocks(
             x, other_states, index, v_first, lengths
         )

@@ -119,7 +119,7 @@ class ObserverLoss:
         if self.answers:
             value = _answer_loss(self.teacher, teacher_params, proposed, batch, totals)
             terms["answer_nats"] = (self.answers, value)
-        total = jnp.zeros(())
+        total = jnp.zeros((), jnp.float32)
         metrics = {}
         for name, (weight, value) in terms.items():
             total = total + weight * value

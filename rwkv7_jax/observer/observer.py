@@ -133,8 +133,8 @@ def init_observer(
     scale = (config.head_size * shapes["left"][2] ** 0.5) ** -0.5
     params = {
         "model": init(model_key),
-        "left": scale * jax.random.normal(left_key, shapes["left"]),
-        "right": scale * jax.random.normal(right_key, shapes["right"]),
+        "left": scale * jax.random.normal(left_key, shapes["left"], jnp.float32),
+        "right": scale * jax.random.normal(right_key, shapes["right"], jnp.float32),
         "bias": bias,
     }
     return observer, params

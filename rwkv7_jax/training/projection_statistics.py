@@ -1,5 +1,6 @@
 """Second moments of the projections' inputs, for training weights by DBP."""
 
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from rwkv7_jax.checks import check_choice, check_count, check_model, prefix_erro
 from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
-from rwkv7_jax.optim.decorrelation import METHODS, Decorrelator, decorrelate
+from rwkv7_jax.optim.decorrelation import METHODS, Decorrelator, Method, decorrelate
 
 # For each projection of a block, the name in the model's trace of the vectors it multiplies.
 INPUTS = {
@@ -110,7 +111,7 @@ def weight_decorrelator(
     with prefix_errors("weight_decorrelator"):
         check_choice(method, METHODS, "`method`")
         check_count(rows, 1, "`rows`")
-    mode = METHODS[method]
+    mode = METHODS[typing.cast(Method, method)]
     if mode is None:
         return Decorrelator(wrap=lambda tx: tx)
 

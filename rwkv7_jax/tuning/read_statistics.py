@@ -1,5 +1,6 @@
 """Statistics of how tuned memories are read: effective read vectors and their second moments."""
 
+import typing
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from rwkv7_jax.model.recurrence import LayerTrace, wkv7_sharded, wkv_inputs_of
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, Upscaled, check_whole_state, repeat
 from rwkv7_jax.model.upscaled_memory import RecurrentMemory
-from rwkv7_jax.optim.decorrelation import METHODS, Decorrelator, decorrelate
+from rwkv7_jax.optim.decorrelation import METHODS, Decorrelator, Method, decorrelate
 from rwkv7_jax.training.losses import loss_weights
 from rwkv7_jax.tuning.state_tuning import check_leaves, trainable_mask
 
@@ -58,7 +59,9 @@ def _read_vectors(
 ) -> Float[Array, "B T H Nk"]:
     rows, _, heads, size = inputs.r.shape
     # Started from the identity and with nothing written (k = v = 0), the op returns psi itself.
-    start = jnp.broadcast_to(jnp.eye(size), (rows, heads, size, size))
+    start = jnp.broadcast_to(
+        jnp.eye(size, dtype=jnp.float32), (rows, heads, size, size)
+    )
     nothing = jnp.zeros_like(inputs.r)
     inputs = inputs._replace(k=nothing, v=nothing)
     return wkv7_sharded(inputs, start, implementation=implementation)[0]
@@ -169,7 +172,7 @@ def state_decorrelator(
         check_count(rows, 1, "`rows`")
         check_choice(method, METHODS, "`method`")
     tuned = trainable_mask(start, leaves)
-    mode = METHODS[method]
+    mode = METHODS[typing.cast(Method, method)]
     if mode is None or (mode == "whiten" and "memory" in leaves):
         return Decorrelator(wrap=lambda tx: optax.masked(tx, tuned))
     # Token shifts, and the strength of writes, are not read linearly: they have no statistics.

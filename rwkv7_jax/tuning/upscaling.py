@@ -78,11 +78,13 @@ def empty_memory(
     if MEMORY_FORMS[dynamics].replaces_wkv:
         # In the paper's form the values are features as well, and a fixed random map reads them.
         rows = width
-        noise = jax.random.normal(jax.random.key(seed), (*lead, size, width))
+        noise = jax.random.normal(
+            jax.random.key(seed), (*lead, size, width), jnp.float32
+        )
         readout = noise / math.sqrt(width)
     return Upscaled(
-        memory=jnp.zeros((*lead, rows, width)),
-        write=jnp.zeros(lead),
+        memory=jnp.zeros((*lead, rows, width), jnp.float32),
+        write=jnp.zeros(lead, jnp.float32),
         features=features,
         readout=readout,
         dynamics=dynamics,
@@ -289,7 +291,7 @@ def calibrate(
             np.stack(points).reshape(*lead, size, size_of_read), jnp.float32
         ),
         widths=jnp.asarray(np.stack(gammas).reshape(*lead, size), jnp.float32),
-        mean=jnp.zeros((*lead, size)),
+        mean=jnp.zeros((*lead, size), jnp.float32),
         map=None,
         kind=kind,
     )
@@ -329,7 +331,9 @@ def _prepare(
     if prepare == "whiten":
         turn = whitening(covariance, damping)
     else:
-        turn = jnp.broadcast_to(jnp.eye(mean.shape[-1]), covariance.shape)
+        turn = jnp.broadcast_to(
+            jnp.eye(mean.shape[-1], dtype=jnp.float32), covariance.shape
+        )
     return features.replace(mean=mean, map=turn / jnp.sqrt(scale))
 
 

@@ -1,0 +1,54 @@
+"""Tuning and generation work under JAX's global switches; each has a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "support" / "global_switches.py"
+
+SWITCHES = {
+    "float64 allowed": {"JAX_ENABLE_X64": "1"},
+    "NaN raises": {"JAX_DEBUG_NANS": "1"},
+    "infinities raise": {"JAX_DEBUG_INFS": "1"},
+    "rank promotion raises": {"JAX_NUMPY_RANK_PROMOTION": "raise"},
+    "full matmul precision": {"JAX_DEFAULT_MATMUL_PRECISION": "highest"},
+    "nothing is compiled": {"JAX_DISABLE_JIT": "1"},
+    "leaks raise": {"JAX_CHECK_TRACER_LEAKS": "1"},
+}
+
+
+def run(switches: dict[str, str]) -> list[float]:
+    """Runs the script under some switches; returns its losses and ids."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(SCRIPT.parent.parent.parent),
+        **switches,
+    }
+    process = subprocess.run(
+        [sys.executable, str(SCRIPT)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return [float(word) for word in process.stdout.split()]
+
+
+@pytest.fixture(scope="module")
+def usual() -> list[float]:
+    """What the script prints without a switch."""
+    return run({})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_a_global_switch_of_jax_changes_no_loss(switch, usual):
+    found = run(SWITCHES[switch])
+    # Two losses, then ids: draws of other keys differ, and so do other dtypes' roundings.
+    assert found[:2] == pytest.approx(usual[:2], rel=1e-4)
+    assert len(found) <= 6
