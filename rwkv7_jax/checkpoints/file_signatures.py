@@ -65,8 +65,14 @@ def read_head(path: Path) -> bytes:
         return file.read(_HEAD)
 
 
-def describe_other_file(path: Path) -> str | None:
-    """Says what a file is that can be no checkpoint at all; None where it may be one."""
+def describe_other_file(path: Path, *, also_text: bool = True) -> str | None:
+    """Says what a file is that can be no checkpoint at all; None where it may be one.
+
+    Args:
+        path: of the file.
+        also_text: say of any other text that it is text, which is no news of a file whose name
+            promises no checkpoint.
+    """
     head = read_head(path)
     if not head:
         return "is empty (0 bytes): the download did not begin; download it again"
@@ -93,7 +99,7 @@ def describe_other_file(path: Path) -> str | None:
             "is in PyTorch's format before version 1.6: load it with PyTorch and save it anew "
             "with torch.save"
         )
-    if _is_text(head):
+    if also_text and _is_text(head):
         first = head.split(b"\n", 1)[0][:60].decode("utf-8", "replace").strip()
         return f"is a text file that begins with {first!r}: download the file itself"
     return None

@@ -86,12 +86,12 @@ def load_orbax(
     return params, config
 
 
-def _restore(arrays: Path, device: jax.Device, folder: Path) -> Params:
+def _restore(arrays: Path, device: Any, folder: Path) -> Params:
     """Reads the tree of arrays onto one device.
 
     Args:
         arrays: the folder that Orbax wrote.
-        device: where the arrays go.
+        device: of JAX, where the arrays go.
         folder: of the checkpoint, for messages.
     """
     sharding = jax.sharding.SingleDeviceSharding(device)

@@ -67,7 +67,9 @@ def format_of(path: str | Path, *, format: str | None = None) -> Format:
     # The ".4b" of a folder called "model-0.4b" is not a suffix.
     has_suffix = path.suffix[1:2].isalpha()
     if path.is_file() or (has_suffix and not path.is_dir()):
-        sentence = file_signatures.describe_other_file(path) if path.is_file() else None
+        sentence = None
+        if path.is_file():
+            sentence = file_signatures.describe_other_file(path, also_text=False)
         if sentence is not None:
             raise ValueError(f"checkpoint: `{path}` {sentence}.")
         raise ValueError(
