@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
@@ -133,9 +132,8 @@ def _check_lengths(lengths: Array, batch: int, tokens: int) -> None:
         )
     if isinstance(lengths, Tracer) or not lengths.is_fully_addressable:
         return
-    values = np.asarray(lengths)
-    wrong = values[(values < 0) | (values > tokens)]
-    if len(wrong):
+    wrong = [length for length in lengths.tolist() if not 0 <= length <= tokens]
+    if wrong:
         raise ValueError(
             f"wkv7: `lengths` must lie between 0 and {tokens}; got {wrong[0]}."
         )
