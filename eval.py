@@ -11,6 +11,13 @@ there. Of a synthetic task ("task:steer") the share of right answers is shown, a
 that retention names.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":
+    # The imports take seconds. Until `main` listens, Ctrl-C ends the program without a traceback.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -130,6 +137,10 @@ def without_nan(value: Any) -> Any:
 def evaluate(settings: Settings) -> None:
     """Measures and prints every row on every text, and writes to config.workdir if it is given."""
     data = settings.data
+    workdir = None if settings.workdir is None else Path(settings.workdir)
+    if workdir is not None:
+        # Before the work: a folder that cannot be made should not cost an hour.
+        workdir.mkdir(parents=True, exist_ok=True)
     model, params = load_or_init(
         settings.init,
         settings.model,
@@ -157,10 +168,13 @@ def evaluate(settings: Settings) -> None:
             else:
                 scores[name] = score(model, params, start, batch, tokenizer)
         table = task_table(title, scores) if is_task else text_table(title, scores)
-        print(table, flush=True)
         report[title] = scores
-    if settings.workdir is not None:
-        write_report(Path(settings.workdir), report)
+        # Written first: what is only shown must not cost a result.
+        if workdir is not None:
+            write_report(workdir, report)
+        print(table, flush=True)
+    if workdir is not None:
+        print(f"wrote {workdir / 'eval.json'}")
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
@@ -175,7 +189,6 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
             name: one.by_position for name, one in report["new text"].items()
         }
         plots.by_position(folder / "by_position.png", by_position)
-    print(f"wrote {folder / 'eval.json'}")
 
 
 def main(arguments: list[str]) -> None:

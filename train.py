@@ -7,8 +7,15 @@ A run that was stopped or killed goes on from its newest valid checkpoint when t
 given again, and ends with the same bits as an unbroken run.
 
 Exit codes: 0 done, or saved on a signal; 2 bad settings or data; 3 no valid checkpoint; 4 stopped
-on NaN; 5 disk; 6 another process was lost.
+on NaN; 5 disk; 6 another process was lost; 7 out of memory; 130 Ctrl-C.
 """
+
+import os
+import signal
+
+if __name__ == "__main__":
+    # The imports take seconds. Until `main` listens, Ctrl-C ends the program without a traceback.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import contextlib
 import dataclasses
@@ -20,11 +27,12 @@ import optax
 from absl import flags
 
 from rwkv7_jax import sharding
-from rwkv7_jax.evaluation.metric import Metrics
+from rwkv7_jax.local_paths import local_path
 from rwkv7_jax.runs import compilation_cache, config_flags, multihost, process
 from rwkv7_jax.runs.early_stopping import RunProgress
 from rwkv7_jax.runs.exit_codes import DiskError, NoValidCheckpoint, Stopped, warn
 from rwkv7_jax.runs.input_pipeline import InputPipeline
+from rwkv7_jax.runs.memory_advice import explain_out_of_memory
 from rwkv7_jax.runs.metrics_logger import MetricsLogger
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.optimizer import make_optimizer
@@ -41,6 +49,7 @@ from rwkv7_jax.runs.resume.run_identity import (
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.run_plots import draw
 from rwkv7_jax.runs.run_summary import print_summary
+from rwkv7_jax.runs.setting_fields import refuse_remote_target
 from rwkv7_jax.runs.settings import Settings, profiled, read_settings
 from rwkv7_jax.training.train_step import TrainState, make_train_step
 
@@ -103,18 +112,24 @@ def set_up(settings: Settings, folder: RunDirectory) -> Run:
     )
 
 
-def evaluate(run: Run, state: TrainState, folder: RunDirectory) -> Metrics:
-    """Measures the trainable parameters on held-out data and prints sample text."""
+def evaluate(
+    run: Run, state: TrainState, folder: RunDirectory, log: MetricsLogger
+) -> None:
+    """Measures the trainable parameters on held-out data and makes sample text.
+
+    All results are written to the run's folder before the first of them is printed.
+    """
     step = int(state.step)
     params = sharding.local_replica(run.mesh, state.params)
     metrics = run.mode.evaluate(params)
+    samples = list(run.mode.sample_texts(params))
+    log.log_evaluation(step, metrics)
+    for prompt, text in samples:
+        folder.note_sample(step, prompt, text)
     line = "  ".join(f"{name} {metric.value:.4f}" for name, metric in metrics.items())
     print(f"step {step}  {line}", flush=True)
-    for prompt, text in run.mode.sample_texts(params):
-        # Written first: what a terminal cannot show must not be lost.
-        folder.note_sample(step, prompt, text)
+    for prompt, text in samples:
         print(f"--- {prompt!r}\n{prompt}{text}\n---", flush=True)
-    return metrics
 
 
 def evaluate_and_save(
@@ -140,7 +155,7 @@ def evaluate_and_save(
             stop.interruptible() if one_process else contextlib.nullcontext()
         )
         with log.paused(), contextlib.suppress(Stopped), interruptible:
-            log.log_evaluation(step, evaluate(run, state, folder))
+            evaluate(run, state, folder, log)
     reason = None
     if log.progress.evaluated == step:
         reason = log.progress.stop_reason(settings.evaluation)
@@ -260,6 +275,7 @@ def train(settings: Settings, folder: RunDirectory, stop: StopSignals) -> None:
     # Counted on the host: reading `state.step` would wait for the device.
     step = first
     with (
+        explain_out_of_memory(mode, devices=devices),
         contextlib.closing(batches),
         contextlib.closing(log),
         contextlib.closing(profile),
@@ -267,14 +283,16 @@ def train(settings: Settings, folder: RunDirectory, stop: StopSignals) -> None:
         while not evaluate_and_save(run, state, step, folder, log, stop):
             profile.before(step + 1)
             batch = batches(step, sharding.local_replica(mesh, state.params))
-            stop.updated()
             step += 1
             if batch is None:
                 # Nothing to learn from: an update would only carry on with old momentum.
                 state = dataclasses.replace(state, step=state.step + 1)
+                stop.updated()
                 log.log_step(step, None, None)
             else:
                 state, metrics = update(state, batch.device)
+                # Not before: a signal while the first step compiles has nothing to wait for.
+                stop.updated()
                 log.log_step(step, metrics, batch.host)
             profile.after(step, state)
             folder.checkpoints.poll()
@@ -289,15 +307,17 @@ def main(arguments: list[str]) -> None:
     with process.program("train.py"):
         if len(arguments) > 1:
             raise ValueError(f"unknown argument {arguments[1]!r}.")
-        if not _WORKDIR.value:
+        if not _WORKDIR.value or not _WORKDIR.value.strip():
             raise ValueError("`--workdir` must name the run's folder.")
+        refuse_remote_target("--workdir", _WORKDIR.value)
+        workdir = local_path(_WORKDIR.value, "`--workdir`")
         settings = read_settings(config_flags.config_values())
         multihost.join(
             _COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value
         )
         with (
             StopSignals() as stop,
-            open_run_directory(_WORKDIR.value, settings) as folder,
+            open_run_directory(workdir, settings) as folder,
         ):
             compilation_cache.enable_compilation_cache(compilation_cache.user_folder())
             train(settings, folder, stop)

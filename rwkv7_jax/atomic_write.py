@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -17,14 +17,19 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """
     if not path.parent.is_dir():
         raise ValueError(f"atomic_write: the folder of `{path}` does not exist.")
+    # A link stays a link: the file that it leads to is replaced.
+    path = Path(os.path.realpath(path))
     # In the same folder: `os.replace` is atomic only within one file system.
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    partial = path.parent / f".{path.name}.{secrets.token_hex(4)}"
+    # Not `tempfile`, whose files are readable by their owner alone: the system applies the umask.
+    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         # Closed before the replacement, so that everything is written by then.
         with os.fdopen(handle, "wb") as file:
             yield file
-        # Temporary files are readable by their owner alone; other files by everyone.
-        Path(partial).chmod(0o644)
+        if path.exists():
+            # Who may read the file stays as it was.
+            partial.chmod(path.stat().st_mode & 0o777)
         os.replace(partial, path)
     finally:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)

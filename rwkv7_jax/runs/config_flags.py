@@ -251,7 +251,8 @@ def _as_dict(config: Any) -> dict[str, Any]:
     values = {}
     for name, value in config.items():
         is_group = isinstance(value, Mapping | ConfigDict)
-        values[name] = _as_dict(value) if is_group else value
+        # A key that is no text names no setting, which `read_settings` says.
+        values[str(name)] = _as_dict(value) if is_group else value
     return values
 
 

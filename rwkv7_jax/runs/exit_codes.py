@@ -1,13 +1,30 @@
 """Errors that end a program of runs, and the exit code of each.
 
 0 done, or saved on a signal; 2 bad settings or data; 3 no valid checkpoint; 4 stopped because
-numbers were not finite; 5 disk; 6 another process of the run was lost.
+numbers were not finite; 5 disk; 6 another process of the run was lost; 7 out of memory; 130 Ctrl-C.
 """
 
 import errno
 import sys
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO}
+
+# What allocators say, in small letters: XLA on every platform; CUDA and its libraries; TPU; C++;
+# the operating system.
+_OUT_OF_MEMORY = (
+    "resource_exhausted",
+    "resource exhausted",
+    "out of memory",
+    "out_of_memory",
+    "cudaerrormemoryallocation",
+    "ran out of memory",
+    "exceeded hbm capacity",
+    "bad_alloc",
+    "bad allocation",
+    "cannot allocate memory",
+    "unable to allocate",
+    "failed to allocate",
+)
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 
@@ -22,6 +39,10 @@ class NotFinite(RuntimeError):
 
 class DiskError(OSError):
     """Something that must be kept and could not be written."""
+
+
+class OutOfMemory(RuntimeError):
+    """A device, or the host, that has no room for an array."""
 
 
 class EndedElsewhere(RuntimeError):
@@ -43,7 +64,9 @@ class Stopped(BaseException):
 
 def warn(text: str) -> None:
     """Prints a warning to stderr."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    # None where it was closed before the program began; `print` would take stdout in its place.
+    if sys.stderr is not None:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def exit_code(error: BaseException) -> int | None:
@@ -59,11 +82,35 @@ def exit_code(error: BaseException) -> int | None:
     # Before the classes below: for a lost process JAX also raises ValueError, which is code 2.
     if _is_lost_process(error):
         return 6
+    if is_out_of_memory(error):
+        return 7
+    if isinstance(error, KeyboardInterrupt):
+        return 130
     if isinstance(error, DiskError):
         return 5
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return 5
     return 2 if isinstance(error, _USER_ERRORS) else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tells whether an error, or one that it was raised from, is that memory ran out.
+
+    No class tells: JAX raises its one class of run-time errors, with the allocator's text.
+    """
+    cause: BaseException | None = error
+    # A chain of errors may be circular.
+    for _ in range(10):
+        if cause is None:
+            return False
+        if isinstance(cause, MemoryError | OutOfMemory):
+            return True
+        text = str(cause).lower()
+        is_of_system = isinstance(cause, RuntimeError | OSError)
+        if is_of_system and any(sign in text for sign in _OUT_OF_MEMORY):
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def _is_lost_process(error: BaseException) -> bool:

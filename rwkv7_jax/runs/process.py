@@ -21,7 +21,12 @@ from typing import Any, TextIO
 import jax
 from absl import logging as absl_logging
 
-from rwkv7_jax.runs.exit_codes import Stopped, exit_code
+from rwkv7_jax.runs.exit_codes import (
+    OutOfMemory,
+    Stopped,
+    exit_code,
+    is_out_of_memory,
+)
 
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
 
@@ -48,12 +53,43 @@ def program(name: str) -> Iterator[None]:
     """
     # Orbax logs every save and restore at lower levels.
     absl_logging.set_verbosity(absl_logging.ERROR)
+    open_closed_streams()
     escape_unencodable()
     ignore_broken_pipe()
     ignore_abandoned_reads()
     # In this order: `exit_on_failure` has to see the SystemExit that `exit_with_code` raises.
-    with exit_on_failure(), exit_with_code(name):
+    with exit_on_failure(), exit_with_code(name), _interrupts_as_errors():
         yield
+
+
+@contextlib.contextmanager
+def _interrupts_as_errors() -> Iterator[None]:
+    """Lets Ctrl-C raise KeyboardInterrupt in the block, and what it did before everywhere else."""
+    before = signal.getsignal(signal.SIGINT)
+    # A program in the background of a shell has to stay deaf to Ctrl-C.
+    if before != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def open_closed_streams() -> None:
+    """Opens /dev/null in place of standard streams that were closed before the program began.
+
+    Otherwise the next file that is opened gets the descriptor of the closed stream, and messages
+    that C++ code writes to descriptor 2 end up in that file. Python's own stream is None then, and
+    `print(file=None)` would write to the other one.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # It gets the lowest free descriptor, which is this one.
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None and number:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
 
 
 @contextlib.contextmanager
@@ -73,9 +109,31 @@ def exit_with_code(name: str) -> Iterator[None]:
         code = exit_code(error)
         if code is None:
             raise
-        sys.stdout.flush()
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        _flush(sys.stdout)
+        if sys.stderr is not None:
+            print(f"{name}: {_sentence(error)}", file=sys.stderr, flush=True)
         sys.exit(code)
+
+
+def _sentence(error: BaseException) -> str:
+    """Returns the last line of a program that ends with an error."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted."
+    # A bare MemoryError has no text, and XLA's has pages after the first line.
+    if is_out_of_memory(error) and not isinstance(error, OutOfMemory):
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return (
+            f"out of memory ({lines[0][:200]}); lower `config.data.batch_size`, "
+            "`config.data.length` or `config.evaluation.windows`, set `config.model.remat` to "
+            '"block", raise `config.optimizer.accumulate`, or use a mesh of more devices.'
+        )
+    return str(error)
+
+
+def _flush(stream: TextIO | None) -> None:
+    """Flushes a stream; one that was closed before the program began is None."""
+    if stream is not None:
+        stream.flush()
 
 
 @contextlib.contextmanager
@@ -93,7 +151,7 @@ def exit_on_failure() -> Iterator[None]:
     except BaseException as error:
         distributed = jax.distributed.is_initialized()
         # The SystemExit was raised while `Stopped` was handled, which Python notes as its context.
-        interrupted = isinstance(error.__context__, Stopped)
+        interrupted = isinstance(error.__context__, Stopped | KeyboardInterrupt)
         if not distributed and not interrupted:
             raise
         code = 1
@@ -101,8 +159,8 @@ def exit_on_failure() -> Iterator[None]:
             code = error.code
         if not isinstance(error, SystemExit):
             traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush(sys.stdout)
+        _flush(sys.stderr)
         if distributed and jax.process_index() == 0:
             # Process 0 is also the coordinator. Once it is gone JAX aborts the others, which in
             # most cases are about to end for the same reason and can still say it.
@@ -145,8 +203,13 @@ def _show_unless_abandoned(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
+# How writes to a stream fail: its reader is gone, the terminal is gone (EIO), the disk that it was
+# redirected to is full, or somebody closed it (ValueError).
+_LOST_STREAM = (OSError, ValueError)
+
+
 class _QuietStream:
-    """A text stream that swallows BrokenPipeError and writes to /dev/null from then on."""
+    """A text stream that swallows failing writes and writes to /dev/null from then on."""
 
     def __init__(self, stream: TextIO):
         """Wraps a stream that has a file descriptor."""
@@ -157,7 +220,10 @@ class _QuietStream:
 
     def _discard(self) -> None:
         # Python flushes once more when it exits: the descriptor itself has to lead nowhere.
-        with open(os.devnull, "w") as nowhere:
+        with (
+            contextlib.suppress(*_LOST_STREAM),
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+        ):
             os.dup2(nowhere.fileno(), self._stream.fileno())
 
     def write(self, text: str) -> int:
@@ -165,7 +231,7 @@ class _QuietStream:
         try:
             return self._stream.write(text)
         # Once is enough: from here on the descriptor leads to /dev/null and no write fails.
-        except BrokenPipeError:
+        except _LOST_STREAM:
             self._discard()
             return len(text)
 
@@ -173,7 +239,7 @@ class _QuietStream:
         """Flushes the stream, or does nothing once it has no reader."""
         try:
             self._stream.flush()
-        except BrokenPipeError:
+        except _LOST_STREAM:
             self._discard()
 
 
@@ -261,7 +327,7 @@ class StopSignals:
         return self._unsaved
 
     def updated(self) -> None:
-        """Notes that an update is about to be made, which is on no disk yet."""
+        """Notes that an update has been made, which is on no disk yet."""
         self._unsaved = True
 
     def saved(self) -> None:
@@ -333,7 +399,7 @@ class StopSignals:
 def _exit_at_once(code: int, reason: str) -> None:
     """Ends the process from a thread, without clean-up."""
     with contextlib.suppress(OSError):
-        sys.stdout.flush()
+        _flush(sys.stdout)
     # Not through sys.stderr: the main thread may hold its lock.
     line = f"\n{os.path.basename(sys.argv[0])}: {reason}\n"
     os.write(2, line.encode())

@@ -90,11 +90,18 @@ def last_line(error: str) -> str:
 _PROGRAM: dict = {}
 
 
-def train_here(settings: Settings, workdir: Path) -> None:
-    """Runs train.py's functions in this process."""
+def load_train() -> dict:
+    """Gives what train.py defines; the program itself does not run."""
+    # Once: its flags can be defined only once.
     if not _PROGRAM:
         _PROGRAM.update(
             runpy.run_path(str(ROOT / "train.py"), run_name="train_program")
         )
+    return _PROGRAM
+
+
+def train_here(settings: Settings, workdir: Path) -> None:
+    """Runs train.py's functions in this process."""
+    load_train()
     with StopSignals() as stop, OwnedRunDirectory(workdir, settings) as folder:
         _PROGRAM["train"](settings, folder, stop)

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -24,7 +24,7 @@ from rwkv7_jax.runs.evaluators import PredictionEvaluator, retention_paths
 from rwkv7_jax.runs.input_pipeline import BatchSource, PrefetchedBatches
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.text.tokenizer import Tokenizer
-from rwkv7_jax.training.costs import flops_per_token, training_memory
+from rwkv7_jax.training.costs import Memory, flops_per_token, training_memory
 from rwkv7_jax.training.losses import Loss
 from rwkv7_jax.tuning.state_arithmetic import scaled
 from rwkv7_jax.tuning.upscaling import fold_feature_map
@@ -175,17 +175,27 @@ class TrainingMode(abc.ABC):
             devices: over which a step's rows are sharded.
         """
         text = f"{held / 2**20:,.1f} MiB for the trained parameters and their moments"
-        if self.gradients_of is None:
+        need = self.memory_estimate(devices)
+        if need is None:
             return text
+        return f"{text}, about {need.total / 2**20:,.0f} MiB in all"
+
+    def memory_estimate(self, devices: int) -> Memory | None:
+        """Estimates one step's memory on one device; None for modes that are not estimated.
+
+        Args:
+            devices: over which a step's rows are sharded.
+        """
+        if self.gradients_of is None:
+            return None
         # For one device, which has its share of the rows and a copy of everything else.
-        need = training_memory(
+        return training_memory(
             self.model.config,
             batch=self.settings.data.batch_size // devices,
             length=self.settings.data.length,
             trained=self.gradients_of,
             accumulate=self.settings.optimizer.accumulate,
         )
-        return f"{text}, about {need.total / 2**20:,.0f} MiB in all"
 
     def evaluate(self, params: Any) -> Metrics:
         """Measures the parameters on held-out data and on what they must not forget.
@@ -213,7 +223,7 @@ class TrainingMode(abc.ABC):
                 # The same key at every evaluation, so that samples differ by the training alone.
                 key=jax.random.key(self.settings.seed),
             )
-            yield prompt, self.tokenizer.decode(generation.tokens[0])
+            yield prompt, readable_text(self.tokenizer, generation.tokens[0])
 
     def prediction_evaluator(
         self, name: str, path: str | None = None
@@ -331,6 +341,17 @@ class StateTuningMode(TrainingMode):
         }
         save_state(path, result, config=self.model.config, info=info)
         return path
+
+
+def readable_text(tokenizer: Tokenizer, ids: Iterable[Any]) -> str:
+    """Decodes ids for people: an id without an entry, which a sample may hold, is shown as <7>."""
+    pieces = []
+    for number in ids:
+        try:
+            pieces.append(tokenizer.decode_bytes([int(number)]))
+        except ValueError:
+            pieces.append(f"<{int(number)}>".encode())
+    return b"".join(pieces).decode("utf-8", errors="replace")
 
 
 def count(tree: Any) -> int:

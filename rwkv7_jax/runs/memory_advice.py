@@ -1,0 +1,68 @@
+"""The sentence about a step that does not fit into memory: the estimate, and what to change."""
+
+import contextlib
+from collections.abc import Iterator
+
+from rwkv7_jax.runs.exit_codes import OutOfMemory, is_out_of_memory
+from rwkv7_jax.runs.modes.base import TrainingMode
+from rwkv7_jax.training.costs import Memory
+
+_MIB = 2**20
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(mode: TrainingMode, *, devices: int) -> Iterator[None]:
+    """Turns the errors by which allocators of any platform fail into one that says what to change.
+
+    Args:
+        mode: of the run.
+        devices: over which a step's rows are sharded.
+
+    Raises:
+        OutOfMemory: the block ran out of memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(_advice(mode, devices, error)) from error
+
+
+def _advice(mode: TrainingMode, devices: int, error: Exception) -> str:
+    settings = mode.settings
+    memory = mode.memory_estimate(devices)
+    if memory is None:
+        estimate = f"a step of mode {settings.mode} is not estimated"
+    else:
+        estimate = (
+            f"a step needs about {memory.total / _MIB:,.0f} MiB on each device, most of it "
+            f"{_largest_part(memory)}"
+        )
+    changes = [
+        f"lower `config.data.batch_size` ({settings.data.batch_size})",
+        f"lower `config.data.length` ({settings.data.length})",
+        f"raise `config.optimizer.accumulate` ({settings.optimizer.accumulate})",
+    ]
+    if mode.model.config.remat == "none":
+        changes.append('set `config.model.remat` to "block"')
+    if settings.mode == "test_time":
+        changes.append(
+            "lower `config.test_time.prompts`, `group`, `tokens` or `at_once`"
+        )
+    changes.append(f"use a mesh of more devices (now {devices})")
+    # An allocator's error can have pages; the first line says how much was asked for.
+    lines = str(error).strip().splitlines()
+    reason = (lines[0] if lines else type(error).__name__)[:200]
+    return f"out of memory: {estimate}; {', '.join(changes)} ({reason})"
+
+
+def _largest_part(memory: Memory) -> str:
+    parts = {
+        "parameters": memory.parameters,
+        "moments of the optimizer": memory.moments,
+        "gradients": memory.gradients,
+        "activations": memory.activations,
+    }
+    name = max(parts, key=lambda part: parts[part])
+    return f"{name} ({parts[name] / _MIB:,.0f} MiB)"
