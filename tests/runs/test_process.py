@@ -179,3 +179,48 @@ def test_orbax_still_abandons_reads_when_one_of_them_fails(tmp_path, unraisable)
     gc.collect()
     assert unraisable
     assert all(process.is_abandoned_read(one) for one in unraisable)
+
+
+CLOSED = """
+import sys
+from rwkv7_jax.runs.exit_codes import warn
+from rwkv7_jax.runs.process import program
+with program("train.py"):
+    print("caf\\u00e9 \\u4e2d")
+    warn("caf\\u00e9 \\u4e2d")
+    open({path!r}, "w").write("done")
+"""
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-", "<&-", ">/dev/full"])
+@pytest.mark.parametrize("encoding", ["cp1252", "gbk", "ascii"])
+def test_streams_that_are_closed_full_or_narrow_end_no_program(
+    tmp_path, closed, encoding
+):
+    path = tmp_path / "result"
+    code = CLOSED.format(path=str(path))
+    words = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    ended = subprocess.run(
+        words, cwd=ROOT, capture_output=True, check=False, env=environment
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert path.read_text() == "done"
+    assert b"Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("name", ["train.py", "eval.py"])
+def test_an_interrupt_during_the_imports_is_quiet(name):
+    child = subprocess.Popen(
+        [sys.executable, name, "--config=none.py"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(0.7)
+    child.send_signal(signal.SIGINT)
+    out, error = child.communicate(timeout=60)
+    # On an idle machine the imports may have ended before the signal.
+    assert child.returncode in (130, 2)
+    assert "Traceback" not in error and out == ""

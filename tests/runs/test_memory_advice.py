@@ -1,0 +1,64 @@
+"""Running out of memory is one sentence with the estimate and what to change, and exit code 7."""
+
+import pytest
+from smallest_runs import mode_settings, save_base_model
+
+from rwkv7_jax.runs.exit_codes import exit_code
+from rwkv7_jax.runs.memory_advice import explain_out_of_memory
+from rwkv7_jax.runs.modes.registry import make_mode
+from rwkv7_jax.runs.process import exit_with_code
+
+ERRORS = [
+    MemoryError(),
+    MemoryError("Unable to allocate 3.5 TiB for an array with shape (1,)"),
+    RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8796093022208 bytes."),
+    RuntimeError("RESOURCE_EXHAUSTED: Attempting to reserve 20.00G; 15.4G free\nmore"),
+    RuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory"),
+    RuntimeError("Resource exhausted: Ran out of memory in memory space hbm."),
+    RuntimeError("XLA:TPU compile permanent error. Exceeded hbm capacity by 3G"),
+    RuntimeError("std::bad_alloc"),
+    OSError(12, "Cannot allocate memory"),
+    RuntimeError("Failed to allocate request for 2.0GiB on device ordinal 0"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_every_platforms_message_ends_with_code_7_on_one_line(error, capfd):
+    assert exit_code(error) == 7
+    with pytest.raises(SystemExit) as ended, exit_with_code("train.py"):
+        raise error
+    assert ended.value.code == 7
+    said = capfd.readouterr().err
+    assert said.startswith("train.py: out of memory") and said.count("\n") == 1
+    assert "`config.data.batch_size`" in said
+
+
+def test_a_cause_counts_and_other_errors_do_not():
+    try:
+        raise RuntimeError("the thread ended") from MemoryError()
+    except RuntimeError as error:
+        assert exit_code(error) == 7
+    for other in (RuntimeError("no"), KeyError("out of memory")):
+        assert exit_code(other) is None
+    assert exit_code(ValueError("the file out of memory.txt is bad")) == 2
+
+
+@pytest.mark.parametrize("mode", ["pretrain", "state", "observer"])
+def test_the_sentence_has_the_estimate_the_largest_part_and_what_to_change(
+    mode, tmp_path, capfd
+):
+    save_base_model(tmp_path / "base.pth")
+    made = make_mode(mode_settings(mode, tmp_path / "base.pth"), tmp_path)
+    with (
+        pytest.raises(SystemExit) as ended,
+        exit_with_code("train.py"),
+        explain_out_of_memory(made, devices=1),
+    ):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nand pages of buffers")
+    assert ended.value.code == 7
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    for part in ("batch_size` (2)", "length` (24)", "accumulate` (1)", "remat", "mesh"):
+        assert part in said
+    if mode != "observer":
+        assert "MiB on each device, most of it" in said
