@@ -28,7 +28,7 @@ LOSSES, MOVES = 3e-5, 1e-2
 def oracle():
     """The restatement in PyTorch; importing that takes seconds, also of those who only collect."""
     pytest.importorskip("torch", reason="the oracle extra is not installed")
-    return importlib.import_module("torch_oracle")
+    return importlib.import_module("torch_reference")
 
 
 @functools.cache
