@@ -32,14 +32,16 @@ from rwkv7_jax.runs import compilation_cache, config_flags, multihost, process
 from rwkv7_jax.runs.early_stopping import RunProgress
 from rwkv7_jax.runs.exit_codes import DiskError, NoValidCheckpoint, Stopped, warn
 from rwkv7_jax.runs.input_pipeline import InputPipeline
-from rwkv7_jax.runs.memory_advice import explain_out_of_memory
-from rwkv7_jax.runs.metrics_logger import MetricsLogger
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.optimizer import make_optimizer
 from rwkv7_jax.runs.modes.registry import make_mode
+from rwkv7_jax.runs.monitoring.memory_advice import explain_out_of_memory
+from rwkv7_jax.runs.monitoring.metrics_logger import MetricsLogger
+from rwkv7_jax.runs.monitoring.profiler import ProfileWindow
+from rwkv7_jax.runs.monitoring.run_plots import draw
+from rwkv7_jax.runs.monitoring.run_summary import print_summary
 from rwkv7_jax.runs.multihost import open_run_directory
 from rwkv7_jax.runs.process import StopSignals
-from rwkv7_jax.runs.profiler import ProfileWindow
 from rwkv7_jax.runs.resume.first_state import restore_or_init
 from rwkv7_jax.runs.resume.run_identity import (
     content_digests,
@@ -47,10 +49,8 @@ from rwkv7_jax.runs.resume.run_identity import (
     identity_of,
 )
 from rwkv7_jax.runs.run_directory import RunDirectory
-from rwkv7_jax.runs.run_plots import draw
-from rwkv7_jax.runs.run_summary import print_summary
-from rwkv7_jax.runs.setting_fields import refuse_remote_target
 from rwkv7_jax.runs.settings import Settings, profiled, read_settings
+from rwkv7_jax.runs.settings.fields import refuse_remote_target
 from rwkv7_jax.training.train_step import TrainState, make_train_step
 
 _WORKDIR = flags.DEFINE_string(

@@ -29,10 +29,10 @@ from benchmarks import record
 from benchmarks.lab import rate_at
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.loading import batch_at, token_stream
-from rwkv7_jax.data.synthetic_tasks import task_batch
+from rwkv7_jax.data.tasks.synthetic_tasks import task_batch
 from rwkv7_jax.data.token_streams import TokenStream
 from rwkv7_jax.reports import plots as pictures
-from rwkv7_jax.runs.progress_bar import ProgressBar
+from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.training.projection_statistics import layer_statistics, projections
 
 SIZES = {"decay_rank": 16, "icl_rank": 16, "value_rank": 16, "gate_rank": 32}

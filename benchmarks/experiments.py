@@ -23,7 +23,7 @@ from benchmarks.lab import (
     measure,
     tune,
 )
-from rwkv7_jax.data.synthetic_tasks import question_batch
+from rwkv7_jax.data.tasks.synthetic_tasks import question_batch
 from rwkv7_jax.observer.evaluation import evaluate_handover
 from rwkv7_jax.observer.loss import observer_loss
 from rwkv7_jax.observer.observer import init_observer, propose, state_moments

@@ -17,7 +17,7 @@ import optax
 
 import rwkv7_jax as rwkv
 from rwkv7_jax.data.batch import Batch
-from rwkv7_jax.data.synthetic_tasks import task_batch
+from rwkv7_jax.data.tasks.synthetic_tasks import task_batch
 from rwkv7_jax.evaluation.scoring import Answers, score_answers
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.optim.decorrelation import decorrelate

@@ -30,7 +30,7 @@ from benchmarks import experiments, laws, record
 from benchmarks.lab import DBP, RAW, STANDARD, WHITENED, base, measure, tune
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.reports import plots as pictures
-from rwkv7_jax.runs.progress_bar import ProgressBar
+from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.test_time.grpo import grpo
 
 TASKS = ("steer", "novel", "modulus-9", "product-7", "facts-256")

@@ -126,7 +126,7 @@ def check_params(params: Any, config: Any, argument: str = "`params`") -> None:
             f"{argument} must be the tree of weights, a dict; got {type(params).__name__}."
         )
     table = (config.vocab_size, config.width)
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "emb/weight": table,
         "head/weight": table,
         "layer_0/att/r_k": (config.num_heads, config.head_size),

@@ -4,6 +4,7 @@ The only room that knows what a tensor is called inside a file. Models are in `m
 states in `state_files`; the other modules are what these two are made of.
 """
 
+from rwkv7_jax.checkpoints.integrity.verification import verify
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
 from rwkv7_jax.checkpoints.orbax_import import import_orbax
 from rwkv7_jax.checkpoints.param_tree import is_finite, official_tensors
@@ -18,7 +19,6 @@ from rwkv7_jax.checkpoints.tensor_files import (
 )
 from rwkv7_jax.checkpoints.tensor_names import accepted_shapes, outer_shapes, shapes
 from rwkv7_jax.checkpoints.unused_value_residual import without_unused_value_residual
-from rwkv7_jax.checkpoints.verification import verify
 
 __all__ = [
     "accepted_shapes",

@@ -11,7 +11,7 @@ import numpy as np
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.checkpoints.huggingface import read_hf, save_hf
-from rwkv7_jax.checkpoints.named_errors import name_file
+from rwkv7_jax.checkpoints.integrity.named_errors import name_file
 from rwkv7_jax.checkpoints.orbax_folder import load_orbax, save_orbax
 from rwkv7_jax.checkpoints.param_tree import (
     Progress,

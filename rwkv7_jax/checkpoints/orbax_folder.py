@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from rwkv7_jax.array_types import Params
-from rwkv7_jax.checkpoints.digests import digest_of_arrays
+from rwkv7_jax.checkpoints.integrity.digests import digest_of_arrays
+from rwkv7_jax.checkpoints.integrity.named_errors import first_line
 from rwkv7_jax.checkpoints.model_folder import read_json, replace_folder
-from rwkv7_jax.checkpoints.named_errors import first_line
 from rwkv7_jax.checkpoints.orbax_import import import_orbax
 from rwkv7_jax.checkpoints.param_tree import (
     astype_without_overflow,

@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from rwkv7_jax.atomic_write import atomic_write
-from rwkv7_jax.checkpoints import file_signatures
-from rwkv7_jax.checkpoints.digests import ContentDigest
+from rwkv7_jax.checkpoints.integrity import file_signatures
+from rwkv7_jax.checkpoints.integrity.digests import ContentDigest
 from rwkv7_jax.checkpoints.restricted_unpickler import (
     STORAGE_NAMES,
     RestrictedUnpickler,

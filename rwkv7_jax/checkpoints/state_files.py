@@ -19,8 +19,8 @@ import numpy as np
 
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.checkpoints import tensor_names
-from rwkv7_jax.checkpoints.digests import digest_of_arrays
-from rwkv7_jax.checkpoints.named_errors import name_file
+from rwkv7_jax.checkpoints.integrity.digests import digest_of_arrays
+from rwkv7_jax.checkpoints.integrity.named_errors import name_file
 from rwkv7_jax.checkpoints.param_tree import is_finite, overflows, require_float_dtype
 from rwkv7_jax.checkpoints.pth import dump_pth
 from rwkv7_jax.checkpoints.state_sidecar import (

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rwkv7_jax.atomic_write import atomic_write
-from rwkv7_jax.checkpoints.digests import digest_of_arrays
+from rwkv7_jax.checkpoints.integrity.digests import digest_of_arrays
+from rwkv7_jax.checkpoints.integrity.named_errors import name_file
 from rwkv7_jax.checkpoints.model_folder import read_json
-from rwkv7_jax.checkpoints.named_errors import name_file
 from rwkv7_jax.checkpoints.state_tensors import open_tensors
 from rwkv7_jax.checkpoints.tensor_names import Tensor
 from rwkv7_jax.checks import prefix_errors

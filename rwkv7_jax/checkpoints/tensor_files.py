@@ -11,8 +11,8 @@ import safetensors
 import safetensors.numpy
 
 from rwkv7_jax.atomic_write import atomic_write
-from rwkv7_jax.checkpoints import file_signatures
-from rwkv7_jax.checkpoints.digests import digest_of_arrays
+from rwkv7_jax.checkpoints.integrity import file_signatures
+from rwkv7_jax.checkpoints.integrity.digests import digest_of_arrays
 from rwkv7_jax.checkpoints.pth import read_pth
 from rwkv7_jax.checkpoints.tensor_names import Tensor
 

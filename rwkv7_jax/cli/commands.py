@@ -31,8 +31,8 @@ from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.reports.html_report import write_report
 from rwkv7_jax.reports.system_info import lines, system, version
 from rwkv7_jax.runs.compilation_cache import enable_compilation_cache, user_folder
+from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.runs.process import escape_unencodable
-from rwkv7_jax.runs.progress_bar import ProgressBar
 
 # Files of which a run's folder has at least one.
 _FILES_OF_RUNS = ("metrics.jsonl", "settings.json", "events.jsonl")

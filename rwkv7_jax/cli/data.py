@@ -13,7 +13,7 @@ from rwkv7_jax.data.readers import size_of
 from rwkv7_jax.data.row_preview import preview_row
 from rwkv7_jax.data.token_cache import read_card, write_cache
 from rwkv7_jax.local_paths import local_path, split_list
-from rwkv7_jax.runs.progress_bar import ProgressBar
+from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 _SOURCE_HELP = (

@@ -18,7 +18,7 @@ from rwkv7_jax.cli.tables import format_heads, format_table
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.loading import token_stream, windows
 from rwkv7_jax.data.sources import TaskSource, parse_source
-from rwkv7_jax.data.synthetic_tasks import task_batch
+from rwkv7_jax.data.tasks.synthetic_tasks import task_batch
 from rwkv7_jax.evaluation.advice import Diagnosis, RetentionScore
 from rwkv7_jax.evaluation.state_diagnosis import diagnose
 from rwkv7_jax.reports import plots

@@ -18,7 +18,7 @@ from rwkv7_jax.data.sources import (
     parse_source,
     parse_sources,
 )
-from rwkv7_jax.data.synthetic_tasks import question_batch, task_batch
+from rwkv7_jax.data.tasks.synthetic_tasks import question_batch, task_batch
 from rwkv7_jax.data.token_cache import CacheMetadata, read_card, write_cache
 from rwkv7_jax.data.token_streams import TokenArray, TokenStream, as_stream, data_hash
 

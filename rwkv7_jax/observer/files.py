@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rwkv7_jax.array_types import Params
+from rwkv7_jax.checkpoints.integrity.named_errors import name_file
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
 from rwkv7_jax.checkpoints.model_folder import replace_folder
-from rwkv7_jax.checkpoints.named_errors import name_file
 from rwkv7_jax.checkpoints.param_tree import (
     check_params,
     is_finite,

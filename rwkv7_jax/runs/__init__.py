@@ -5,7 +5,7 @@ The only room with side effects on the process, and all of those are in `process
 
 # Only what costs little to import: `rwkv7 --help` must not pay for the modes.
 from rwkv7_jax.runs.compilation_cache import enable_compilation_cache, user_folder
-from rwkv7_jax.runs.progress_bar import ProgressBar
+from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.runs.settings import Settings, read_settings
 
 __all__ = [

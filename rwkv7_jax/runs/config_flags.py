@@ -30,8 +30,8 @@ from ml_collections import ConfigDict
 
 from rwkv7_jax.local_paths import local_path
 from rwkv7_jax.runs.process import exit_with_code
-from rwkv7_jax.runs.setting_fields import shown
-from rwkv7_jax.runs.settings_help import describe_settings, setting_type
+from rwkv7_jax.runs.settings.fields import shown
+from rwkv7_jax.runs.settings.help import describe_settings, setting_type
 
 # A flag of a config file, or of one of its settings.
 _CONFIG_FLAG = re.compile(r"--?(no)?config(?:\.([\w.]+))?(?:=(.*))?", re.DOTALL)

@@ -12,12 +12,12 @@ from jaxtyping import Int
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.loading import batches_from, token_stream, windows
 from rwkv7_jax.data.sources import Source, TaskSource, TextSource, parse_source
-from rwkv7_jax.data.synthetic_tasks import task_batch
 from rwkv7_jax.data.target_counts import (
     TargetCounts,
     count_targets,
     shortest_useful_length,
 )
+from rwkv7_jax.data.tasks.synthetic_tasks import task_batch
 from rwkv7_jax.data.token_streams import TokenStream, as_stream, data_hash
 from rwkv7_jax.runs.settings import DataSettings, EvaluationSettings
 from rwkv7_jax.text.tokenizer import Tokenizer

@@ -250,8 +250,9 @@ def escape_unencodable() -> None:
     """
     for stream in (sys.stdout, sys.stderr):
         # Streams that a test or another program put in place may not have it.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
 
 
 def ignore_broken_pipe() -> None:

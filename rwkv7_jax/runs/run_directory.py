@@ -239,8 +239,9 @@ class OwnedRunDirectory(RunDirectory):
         for name in (_BAD_BATCHES, _SAMPLES):
             self._truncate_after(last_step, name)
         # The run's clock goes on from where the last process left it.
-        spent = [row.get("seconds") for row in self.rows()]
-        self._began -= max(filter(_is_number, spent), default=0.0)
+        seconds = [row.get("seconds") for row in self.rows()]
+        spent = [value for value in seconds if isinstance(value, int | float)]
+        self._began -= max(spent, default=0.0)
         self._try("system.json", self._write_system)
 
     def _write_system(self) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from rwkv7_jax.data.jsonl import read_jsonl
 from rwkv7_jax.data.sources import TaskSource, parse_source
-from rwkv7_jax.data.synthetic_tasks import question_batch
+from rwkv7_jax.data.tasks.synthetic_tasks import question_batch
 from rwkv7_jax.test_time.rewards import RewardFunction
 from rwkv7_jax.text.tokenizer import Tokenizer
 

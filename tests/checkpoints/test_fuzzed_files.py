@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from random_checkpoints import random_params, random_state
 
+from rwkv7_jax.checkpoints.integrity.verification import verify
 from rwkv7_jax.checkpoints.model_files import load_model, save_model
 from rwkv7_jax.checkpoints.state_files import load_state, save_state
-from rwkv7_jax.checkpoints.verification import verify
 from rwkv7_jax.data.token_cache import open_cache, write_cache
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import Features, Upscaled

@@ -5,8 +5,13 @@ import re
 import numpy as np
 import pytest
 
-from rwkv7_jax.data.synthetic_tasks import TASKS, find_task, question_batch, task_batch
-from rwkv7_jax.data.toy_tasks import fact_table
+from rwkv7_jax.data.tasks.synthetic_tasks import (
+    TASKS,
+    find_task,
+    question_batch,
+    task_batch,
+)
+from rwkv7_jax.data.tasks.toy_tasks import fact_table
 
 SIZES = {"batch_size": 4, "length": 120}
 LINES = {

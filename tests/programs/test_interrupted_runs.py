@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from run_programs import SMALLEST, finish, last_line, start
 
-from rwkv7_jax.data.synthetic_tasks import task_batch
+from rwkv7_jax.data.tasks.synthetic_tasks import task_batch
 from rwkv7_jax.runs.resume.step_directories import BAD, SAVING, step_numbers
 
 pytestmark = pytest.mark.slow

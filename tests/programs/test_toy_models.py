@@ -4,7 +4,7 @@ import pytest
 from run_programs import ROOT
 
 from rwkv7_jax.checkpoints.model_files import load_model
-from rwkv7_jax.data.synthetic_tasks import task_batch
+from rwkv7_jax.data.tasks.synthetic_tasks import task_batch
 from rwkv7_jax.evaluation.scoring import score_answers
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state

@@ -4,8 +4,8 @@ import pytest
 from smallest_runs import mode_settings, save_base_model
 
 from rwkv7_jax.runs.exit_codes import exit_code
-from rwkv7_jax.runs.memory_advice import explain_out_of_memory
 from rwkv7_jax.runs.modes.registry import make_mode
+from rwkv7_jax.runs.monitoring.memory_advice import explain_out_of_memory
 from rwkv7_jax.runs.process import exit_with_code
 
 ERRORS = [

@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from rwkv7_jax.runs import progress_bar
-from rwkv7_jax.runs.progress_bar import ProgressBar
+from rwkv7_jax.runs.monitoring import progress_bar
+from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 
 
 class Terminal(io.StringIO):

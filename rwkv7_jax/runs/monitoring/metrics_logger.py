@@ -18,7 +18,7 @@ from rwkv7_jax.runs.compilation_cache import CompileClock
 from rwkv7_jax.runs.early_stopping import RunProgress
 from rwkv7_jax.runs.exit_codes import NotFinite, warn
 from rwkv7_jax.runs.input_pipeline import InputPipeline
-from rwkv7_jax.runs.progress_bar import ProgressBar
+from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.training.costs import mfu

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from rwkv7_jax.checkpoints.integrity.named_errors import name_file
 from rwkv7_jax.checkpoints.model_files import load_model
-from rwkv7_jax.checkpoints.named_errors import name_file
 from rwkv7_jax.checkpoints.orbax_folder import has_orbax_digest, load_orbax
 from rwkv7_jax.checkpoints.pth import has_digest, read_pth
 from rwkv7_jax.checkpoints.state_files import SUFFIXES, load_state

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.random import Generator
 
-from rwkv7_jax.data import toy_tasks as toy
 from rwkv7_jax.data.batch import Batch
+from rwkv7_jax.data.tasks import toy_tasks as toy
 
 # A question and its answer.
 Example = tuple[str, str]

@@ -1,38 +1,29 @@
-"""The groups of settings of a run, each a frozen dataclass with its defaults.
+"""The groups of settings of a run, each a frozen dataclass with its defaults and ranges.
 
 Inside the program an absent value is None. Config files and run folders spell some of them "", 0 or
-(), which older runs hold and users type; `read_settings` and `as_config` convert between the two.
-The reader is ours because a library would not say `config.optimizer.learnig_rate` is no setting,
-nor name the nearest one.
+(), which older runs hold and users type; `conversion` converts between the two.
 """
 
 import dataclasses
-import difflib
-import types
-import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from rwkv7_jax.data.choices import OnBad, Order, Packing
 from rwkv7_jax.local_paths import split_list
-from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.kernel_features import KINDS
 from rwkv7_jax.model.upscaled_memory import DYNAMICS
 from rwkv7_jax.optim.decorrelation import Method as DecorrelationMethod
 from rwkv7_jax.optim.optimizer import KINDS as OPTIMIZERS
 from rwkv7_jax.optim.optimizer import SCHEDULES
-from rwkv7_jax.runs.setting_fields import (
+from rwkv7_jax.runs.settings.conversion import check_model_sizes, from_mapping
+from rwkv7_jax.runs.settings.fields import (
     MOST_COUNT,
     MOST_RATE,
     MOST_WEIGHT,
-    Range,
-    check_field,
     choice,
-    choose,
     number,
     optional,
     place,
-    shown,
 )
 from rwkv7_jax.tuning.upscaling import LANDMARKS, PREPARATIONS
 
@@ -346,8 +337,8 @@ class Settings:
 
     def __post_init__(self):
         """Checks what the types cannot say."""
-        _check_model("config.model", self.model)
-        _check_model("config.observer.model", self.observer.model)
+        check_model_sizes("config.model", self.model)
+        check_model_sizes("config.observer.model", self.observer.model)
         profiled(self.profile_steps)
         # The last 0 tokens of a text would be all of it.
         if 0 in self.evaluation.prompt_tokens:
@@ -434,99 +425,4 @@ def read_settings(values: Mapping[str, Any]) -> Settings:
         ValueError: an unknown key (the message names the nearest known one), a value of the wrong
             type, or one that is not allowed.
     """
-    return _from_dict(Settings, values, "config")
-
-
-def as_config(settings: Any) -> dict[str, Any]:
-    """Gives the nested mapping that `read_settings` reads, spelled as in config files."""
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if dataclasses.is_dataclass(value):
-            value = as_config(value)
-        elif value is None:
-            # Run folders of older versions hold this spelling, and are compared with it.
-            value = field.metadata.get("absent")
-        values[field.name] = value
-    return values
-
-
-def _check_model(where: str, sizes: Mapping[str, Any]) -> None:
-    """Checks each of a model's sizes by itself; whether they fit is up to `RWKV7Config`."""
-    hints = typing.get_type_hints(RWKV7Config)
-    defaults = {field.name: field.default for field in dataclasses.fields(RWKV7Config)}
-    for key, value in sizes.items():
-        if key not in hints:
-            raise ValueError(_unknown_key(where, key, list(hints)))
-        name = f"{where}.{key}"
-        _convert(name, hints[key], value)
-        if hints[key] is int:
-            # 0 takes the rule of new models, where there is one.
-            Range(0 if defaults[key] == 0 else 1, MOST_COUNT).check(value, name)
-        elif hints[key] is float:
-            Range(0, 1, above=True, below=True).check(value, name)
-
-
-def _unknown_key(where: str, key: str, fields: list[str]) -> str:
-    # Without a cutoff even a far-off key gets a suggestion.
-    nearest = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)[0]
-    return f"`{where}.{key}` is no setting; the nearest is `{where}.{nearest}`."
-
-
-def _from_dict(cls, values: Any, where: str):
-    if not isinstance(values, Mapping):
-        raise ValueError(f"`{where}` must be a group of settings; got {shown(values)}.")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    arguments = {}
-    for key, value in values.items():
-        if key not in fields:
-            raise ValueError(_unknown_key(where, key, list(fields)))
-        metadata = fields[key].metadata
-        if "absent" in metadata and _is_spelling(value, metadata["absent"]):
-            arguments[key] = None
-        else:
-            value = _convert(f"{where}.{key}", hints[key], value)
-            arguments[key] = check_field(f"{where}.{key}", value, metadata)
-    return cls(**arguments)
-
-
-def _is_spelling(value: Any, absent: Any) -> bool:
-    """Tells whether a config's value is the spelling of an absent one; `False` is not 0."""
-    if isinstance(value, list):
-        value = tuple(value)
-    return type(value) is type(absent) and value == absent
-
-
-def _convert(where: str, kind: Any, value: Any) -> Any:
-    """Converts a value to the field's type, or raises an error that names the field."""
-    if dataclasses.is_dataclass(kind):
-        return _from_dict(kind, value, where)
-    if typing.get_origin(kind) is Literal:
-        return choose(where, typing.get_args(kind), value)
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    for option in options:
-        origin = typing.get_origin(option) or option
-        if value is None and option is type(None):
-            return None
-        # In Python `True` is an integer; in a config it is a mistake.
-        if isinstance(value, bool) and origin in (int, float):
-            continue
-        if origin is float and isinstance(value, int):
-            return _to_float(where, value)
-        if origin is tuple and isinstance(value, list | tuple):
-            element = typing.get_args(option)[0]
-            return tuple(_convert(where, element, item) for item in value)
-        if origin is not type(None) and isinstance(value, origin):
-            return value
-    wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options)
-    raise ValueError(f"`{where}` must be {wanted}; got {shown(value)}.")
-
-
-def _to_float(where: str, value: int) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(
-            f"`{where}` must be a finite number; got {shown(value)}."
-        ) from None
+    return from_mapping(Settings, values, "config")

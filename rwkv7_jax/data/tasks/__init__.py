@@ -1,0 +1,1 @@
+"""Synthetic tasks: rows of tokens whose answers are known."""

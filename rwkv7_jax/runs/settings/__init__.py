@@ -1,0 +1,37 @@
+"""Settings of a run: groups of dataclasses, their ranges, and how they are read and listed."""
+
+from rwkv7_jax.runs.settings.conversion import as_config
+from rwkv7_jax.runs.settings.groups import (
+    DataSettings,
+    DecorrelationSettings,
+    EvaluationSettings,
+    Mode,
+    ObserverSettings,
+    OptimizerSettings,
+    SampleSettings,
+    Settings,
+    TestTimeMethod,
+    TestTimeSettings,
+    TuningSettings,
+    UpscalingSettings,
+    profiled,
+    read_settings,
+)
+
+__all__ = [
+    "DataSettings",
+    "DecorrelationSettings",
+    "EvaluationSettings",
+    "Mode",
+    "ObserverSettings",
+    "OptimizerSettings",
+    "SampleSettings",
+    "Settings",
+    "TestTimeMethod",
+    "TestTimeSettings",
+    "TuningSettings",
+    "UpscalingSettings",
+    "as_config",
+    "profiled",
+    "read_settings",
+]

@@ -1,0 +1,123 @@
+"""Groups of settings from nested mappings, such as config files, and back.
+
+The reader is ours because a library would not say `config.optimizer.learnig_rate` is no setting,
+nor name the nearest one.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.runs.settings.fields import (
+    MOST_COUNT,
+    Range,
+    check_field,
+    choose,
+    shown,
+)
+
+
+def as_config(settings: Any) -> dict[str, Any]:
+    """Gives the nested mapping that `read_settings` reads, spelled as in config files."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            value = as_config(value)
+        elif value is None:
+            # Run folders of older versions hold this spelling, and are compared with it.
+            value = field.metadata.get("absent")
+        values[field.name] = value
+    return values
+
+
+def check_model_sizes(where: str, sizes: Mapping[str, Any]) -> None:
+    """Checks each of a model's sizes by itself; whether they fit is up to `RWKV7Config`."""
+    hints = typing.get_type_hints(RWKV7Config)
+    defaults = {field.name: field.default for field in dataclasses.fields(RWKV7Config)}
+    for key, value in sizes.items():
+        if key not in hints:
+            raise ValueError(_unknown_key(where, key, list(hints)))
+        name = f"{where}.{key}"
+        _convert(name, hints[key], value)
+        if hints[key] is int:
+            # 0 takes the rule of new models, where there is one.
+            Range(0 if defaults[key] == 0 else 1, MOST_COUNT).check(value, name)
+        elif hints[key] is float:
+            Range(0, 1, above=True, below=True).check(value, name)
+
+
+def _unknown_key(where: str, key: str, fields: list[str]) -> str:
+    # Without a cutoff even a far-off key gets a suggestion.
+    nearest = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)[0]
+    return f"`{where}.{key}` is no setting; the nearest is `{where}.{nearest}`."
+
+
+def from_mapping(cls, values: Any, where: str):
+    """Reads a group of settings; keys that are left out take their defaults.
+
+    Args:
+        cls: the dataclass of the group.
+        values: a nested mapping.
+        where: the dotted name of the group, for messages.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"`{where}` must be a group of settings; got {shown(values)}.")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise ValueError(_unknown_key(where, key, list(fields)))
+        metadata = fields[key].metadata
+        if "absent" in metadata and _is_spelling(value, metadata["absent"]):
+            arguments[key] = None
+        else:
+            value = _convert(f"{where}.{key}", hints[key], value)
+            arguments[key] = check_field(f"{where}.{key}", value, metadata)
+    return cls(**arguments)
+
+
+def _is_spelling(value: Any, absent: Any) -> bool:
+    """Tells whether a config's value is the spelling of an absent one; `False` is not 0."""
+    if isinstance(value, list):
+        value = tuple(value)
+    return type(value) is type(absent) and value == absent
+
+
+def _convert(where: str, kind: Any, value: Any) -> Any:
+    """Converts a value to the field's type, or raises an error that names the field."""
+    if dataclasses.is_dataclass(kind):
+        return from_mapping(kind, value, where)
+    if typing.get_origin(kind) is Literal:
+        return choose(where, typing.get_args(kind), value)
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    for option in options:
+        origin = typing.get_origin(option) or option
+        if value is None and option is type(None):
+            return None
+        # In Python `True` is an integer; in a config it is a mistake.
+        if isinstance(value, bool) and origin in (int, float):
+            continue
+        if origin is float and isinstance(value, int):
+            return _to_float(where, value)
+        if origin is tuple and isinstance(value, list | tuple):
+            element = typing.get_args(option)[0]
+            return tuple(_convert(where, element, item) for item in value)
+        if origin is not type(None) and isinstance(value, origin):
+            return value
+    wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+    raise ValueError(f"`{where}` must be {wanted}; got {shown(value)}.")
+
+
+def _to_float(where: str, value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(
+            f"`{where}` must be a finite number; got {shown(value)}."
+        ) from None
