@@ -30,7 +30,7 @@ from rwkv7_jax import sharding
 from rwkv7_jax.local_paths import local_path
 from rwkv7_jax.runs import compilation_cache, config_flags, multihost, process
 from rwkv7_jax.runs.early_stopping import RunProgress
-from rwkv7_jax.runs.exit_codes import DiskError, NoValidCheckpoint, Stopped, warn
+from rwkv7_jax.runs.exit_codes import Stopped, warn
 from rwkv7_jax.runs.input_pipeline import InputPipeline
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.optimizer import make_optimizer
@@ -38,10 +38,10 @@ from rwkv7_jax.runs.modes.registry import make_mode
 from rwkv7_jax.runs.monitoring.memory_advice import explain_out_of_memory
 from rwkv7_jax.runs.monitoring.metrics_logger import MetricsLogger
 from rwkv7_jax.runs.monitoring.profiler import ProfileWindow
-from rwkv7_jax.runs.monitoring.run_plots import draw
 from rwkv7_jax.runs.monitoring.run_summary import print_summary
 from rwkv7_jax.runs.multihost import open_run_directory
 from rwkv7_jax.runs.process import StopSignals
+from rwkv7_jax.runs.results import save_result
 from rwkv7_jax.runs.resume.first_state import restore_or_init
 from rwkv7_jax.runs.resume.run_identity import (
     content_digests,
@@ -174,27 +174,6 @@ def evaluate_and_save(
     return ends
 
 
-def final_params(
-    run: Run, state: TrainState, progress: RunProgress, folder: RunDirectory
-) -> Any:
-    """Gives the result of a run: the last parameters, or with patience the best ones."""
-    if not (run.mode.settings.evaluation.patience and progress.best):
-        return state.params
-    best = progress.best[0][1]
-    if best == int(state.step):
-        return state.params
-    print(f"step {best} measured best: the result is that of this step")
-    # Step 0 has no checkpoint; it is made again.
-    if best <= 0:
-        return run.mode.init_params()
-    try:
-        return folder.checkpoints.load(best, state, run.identity).params
-    except NoValidCheckpoint as error:
-        # The last parameters are better than none after a long run.
-        warn(f"{error}; the result is that of the last step, {int(state.step)}")
-        return state.params
-
-
 def finish(
     run: Run,
     state: TrainState,
@@ -220,18 +199,7 @@ def finish(
     if not multihost.is_process_0():
         return
     with stop.interruptible():
-        params = final_params(run, state, progress, folder)
-        # Somebody may have deleted the folder while the run worked.
-        folder.path.mkdir(parents=True, exist_ok=True)
-        try:
-            result = run.mode.save(folder.path, params)
-        except OSError as error:
-            raise DiskError(f"the result cannot be written: {error}.") from None
-        print(f"saved {result}")
-        try:
-            draw(folder, run.mode, params)
-        except OSError as error:
-            warn(f"the picture of the state cannot be written: {error}")
+        save_result(run.mode, state, progress, folder, run.identity)
         folder.note_event(step, "finished")
 
 
