@@ -130,7 +130,7 @@ def _sentence(error: BaseException) -> str:
     return str(error)
 
 
-def _flush(stream: TextIO | None) -> None:
+def _flush(stream: Any) -> None:
     """Flushes a stream; one that was closed before the program began is None."""
     if stream is not None:
         stream.flush()
