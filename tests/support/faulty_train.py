@@ -5,30 +5,47 @@ slow:30     every save but the first takes 30 seconds longer
 size:20000  no file may grow beyond 20,000 bytes
 """
 
-import math
 import os
 import resource
 import runpy
 import sys
 import time
 
+import jax.numpy as jnp
+
 from rwkv7_jax.runs.datasets import TrainingData
 from rwkv7_jax.runs.resume import step_directories
+from rwkv7_jax.training import train_step
 
 NAME, _, NUMBERS = os.environ["FAULT"].partition(":")
 
 
+# A mask of this value marks a batch whose loss becomes NaN. NaN in the mask itself would be
+# refused before the first step.
+SPOILT = 2.0
+
+
 def poisoned(batches):
-    """Puts a mask of NaN into the batches of the named steps."""
+    """Marks the batches of the named steps."""
     steps = {int(number) - 1 for number in NUMBERS.split(",") if number}
 
     def poisoned_batches(data, *, start_step=0, **choices):
         clean = batches(data, start_step=start_step, **choices)
         for step, batch in enumerate(clean, start_step):
             bad = step in steps or not steps
-            yield batch.replace(mask=batch.mask * math.nan) if bad else batch
+            yield batch.replace(mask=batch.mask * SPOILT) if bad else batch
 
     return poisoned_batches
+
+
+def spoilt(target_shares):
+    """Makes the shares of the targets, and with them the loss, NaN in a marked batch."""
+
+    def shares(batch):
+        marked = jnp.max(batch["mask"]) == SPOILT
+        return jnp.where(marked, jnp.nan, target_shares(batch))
+
+    return shares
 
 
 def slowed(write):
@@ -45,6 +62,7 @@ def slowed(write):
 
 if NAME == "nan":
     TrainingData.batches = poisoned(TrainingData.batches)
+    train_step.target_shares = spoilt(train_step.target_shares)
 elif NAME == "slow":
     step_directories.write_manifest = slowed(step_directories.write_manifest)
 elif NAME == "size":
