@@ -131,8 +131,9 @@ class OwnedRunDirectory(RunDirectory):
             places = self.path / "checkpoints"
             before = self._read_settings()
             self._require_same_settings(places, before, flat_settings(settings))
-            protected = self._protect_steps(places, before, settings)
-            self._write_settings(as_config(settings))
+            values = as_config(settings)
+            protected = self._protect_steps(places, before, values)
+            self._write_settings(values)
             self._metrics = MetricFiles(self.path, also=settings.trackers)
             self.checkpoints = Checkpoints(places, settings, protected=protected)
             # Nothing failed: the lock is ours until `__exit__`.
@@ -165,7 +166,10 @@ class OwnedRunDirectory(RunDirectory):
         require_same_run(self.path, was, without_paths(settings))
 
     def _protect_steps(
-        self, places: Path, before: Mapping[str, Any] | None, settings: Settings
+        self,
+        places: Path,
+        before: Mapping[str, Any] | None,
+        now: Mapping[str, Any],
     ) -> set[int]:
         """Returns the steps that retention leaves alone, and remembers them.
 
@@ -179,7 +183,7 @@ class OwnedRunDirectory(RunDirectory):
         if isinstance(remembered, list):
             protected = {step for step in remembered if isinstance(step, int)}
         protected &= present
-        if before is None or _retention(before) != _retention(as_config(settings)):
+        if before is None or _retention(before) != _retention(now):
             protected = present
         if protected or path.exists():
             with atomic_write(path) as file:
