@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from rwkv7_jax.array_types import Params
+from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.checkpoints.model_files import model_hash
 from rwkv7_jax.checkpoints.state_files import load_state
 from rwkv7_jax.data.sources import TaskSource, parse_source, parse_sources
@@ -182,7 +183,8 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tables = {title: as_json(scores) for title, scores in report.items()}
     text = json.dumps(tables, indent=1) + "\n"
-    (folder / "eval.json").write_text(text, encoding="utf-8")
+    with atomic_write(folder / "eval.json") as file:
+        file.write(text.encode())
     # Answers of a task have no loss by position.
     if "new text" in report and plots.available():
         by_position = {

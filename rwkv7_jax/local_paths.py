@@ -4,14 +4,25 @@ import os
 import re
 from pathlib import Path
 
-# "gs://bucket/x", "https://..." and "hf://..."; one letter would be a Windows drive.
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/{1,2}[^/]?")
-
+# Any scheme with a slash; one letter would be a Windows drive. Schemes of stores and hubs need no
+# slash, and hosts that models are copied from need no scheme.
+_URL = re.compile(
+    r"""\s*(?:
+        [a-z][a-z0-9+.-]+:[/\\]
+        | (?:hf|gs|s3|gcs|r2|az|abfss?|oss|hdfs|https?|ftp|sftp|scp|ssh|git|file):
+        | git@
+        | www\.[\w.-]+\.[a-z]+/
+        | (?:huggingface\.co|hf\.co|hf-mirror\.com|modelscope\.cn|github\.com)/
+    )""",
+    re.IGNORECASE | re.VERBOSE,
+)
 
 # "owner/model", as hubs name models; a path with a known suffix is a file that is missing.
 _HUB_NAME = re.compile(
     r"[A-Za-z0-9][\w-]*/(?!.*\.(?:pth|safetensors|st|json|bin)$)[\w.-]+"
 )
+
+_HUB_HOSTS = ("huggingface.co/", "hf.co/", "hf-mirror.com/")
 
 
 def split_list(text: str, argument: str) -> tuple[str, ...]:
@@ -36,12 +47,60 @@ def split_list(text: str, argument: str) -> tuple[str, ...]:
     return entries
 
 
-def local_path(path: str | os.PathLike[str], argument: str) -> Path:
+def split_paths(text: str, argument: str) -> tuple[str, ...]:
+    """Splits a list of paths; see `split_list`.
+
+    A path that is written twice in the same way is meant twice, as a text that counts double.
+
+    Raises:
+        ValueError: an entry is empty, or two entries are spellings of one file or folder.
+    """
+    entries = split_list(text, argument)
+    spellings: dict[tuple[int, int], str] = {}
+    for entry in entries:
+        place = _identity(entry)
+        if place is None:
+            continue
+        before = spellings.setdefault(place, entry)
+        if before != entry:
+            raise ValueError(
+                f"{argument} must name a file once; {before!r} and {entry!r} are the same one."
+            )
+    return entries
+
+
+def is_same(one: str | os.PathLike[str], two: str | os.PathLike[str]) -> bool:
+    """Tells whether two paths are spellings of one existing file or folder."""
+    place = _identity(one)
+    return place is not None and place == _identity(two)
+
+
+def _identity(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """Returns what tells a file from all others; None where there is none."""
+    try:
+        found = os.stat(os.path.expanduser(path))
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
+
+
+def is_remote(text: str) -> bool:
+    """Tells whether a text is an address and not the path of something on this machine.
+
+    Where a file or a folder has that name, it is a path.
+    """
+    return _URL.match(text) is not None and not os.path.exists(text)
+
+
+def local_path(
+    path: str | os.PathLike[str], argument: str, *, target: bool = False
+) -> Path:
     """Returns a path with `~` expanded to the home folder.
 
     Args:
         path: of something on this machine.
         argument: the argument, setting or option in backticks; the message begins with it.
+        target: whether something will be written there.
 
     Raises:
         ValueError: the path is empty, is a URL, or holds a zero byte.
@@ -60,11 +119,11 @@ def local_path(path: str | os.PathLike[str], argument: str) -> Path:
     if "\0" in text:
         raise ValueError(f"{argument} must be a path without zero bytes; got {text!r}.")
     # `Path` folds "//", so a `Path` of a URL has a single slash.
-    if _URL.match(text):
-        raise ValueError(
-            f"{argument} must be on this machine; got {text}: download it first, for example with "
-            f"`{_download_command(text)}`."
-        )
+    if is_remote(text):
+        advice = f"download it first, for example with `{_download_command(text)}`"
+        if target:
+            advice = "write to a local place and copy it there afterwards"
+        raise ValueError(f"{argument} must be on this machine; got {text}: {advice}.")
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -87,23 +146,51 @@ def existing_path(path: str | os.PathLike[str], argument: str) -> Path:
     place = local_path(path, argument)
     if place.exists():
         return place
-    text = os.fspath(path)
-    if _HUB_NAME.fullmatch(text) and not place.parent.exists():
-        raise ValueError(
-            f"{argument} must be on this machine, and `{text}` does not exist; if it is the name "
-            f"of a model on Hugging Face, download it first: `{_download_command('hf://' + text)}`."
-        )
+    refuse_hub_name(path, argument)
     raise ValueError(f"`{place}` does not exist.")
 
 
+def refuse_hub_name(
+    path: str | os.PathLike[str], argument: str, *, kind: str = "model"
+) -> None:
+    """Refuses the name of something on a hub, such as "owner/model", in place of a file.
+
+    Args:
+        path: of nothing that exists.
+        argument: the argument, setting or option in backticks; the message begins with it.
+        kind: "model" or "dataset".
+
+    Raises:
+        ValueError: it is such a name.
+    """
+    text = os.fspath(path)
+    if not _HUB_NAME.fullmatch(text) or Path(text).parent.exists():
+        return
+    command = _hub_command(text)
+    if kind != "model":
+        command = command.replace("hf download", f"hf download --repo-type {kind}")
+    raise ValueError(
+        f"{argument} must be on this machine, and `{text}` does not exist; if it is the name of a "
+        f"{kind} on Hugging Face, download it first: `{command}`."
+    )
+
+
 def _download_command(url: str) -> str:
-    """Returns a command that downloads what a URL names to the current folder."""
-    scheme, _, place = url.partition(":")
+    """Returns a command that downloads what an address names to the current folder."""
+    scheme, colon, place = url.strip().replace("\\", "/").partition(":")
+    if not colon or "/" in scheme or "@" in scheme:
+        # A host alone, such as "huggingface.co/owner/model".
+        scheme = "https"
+        place = url.strip().removeprefix("git@").replace("github.com:", "github.com/")
     scheme = scheme.lower()
     place = place.lstrip("/")
-    if scheme == "hf" or place.startswith("huggingface.co/"):
-        return _hub_command(place.removeprefix("huggingface.co/"))
-    if scheme == "gs":
+    for host in _HUB_HOSTS:
+        if place.lower().startswith(host):
+            scheme = "hf"
+            place = place[len(host) :]
+    if scheme == "hf":
+        return _hub_command(place)
+    if scheme in ("gs", "gcs"):
         return f"gcloud storage cp -r gs://{place} ."
     if scheme == "s3":
         return f"aws s3 cp --recursive s3://{place} ."

@@ -191,7 +191,7 @@ def save_model(
         TypeError: a leaf is not floating-point, or an argument is of the wrong kind.
     """
     with prefix_errors("save_model"):
-        path = local_path(path, "`path`")
+        path = local_path(path, "`path`", target=True)
         check_instance(config, RWKV7Config, "`config`")
         check_instance(params, Mapping, "`params`")
     kind = format_of(path, format=format)

@@ -97,7 +97,7 @@ def save_state(
         TypeError: not a state, or `dtype` is not floating-point.
     """
     with prefix_errors("save_state"):
-        path = local_path(path, "`path`")
+        path = local_path(path, "`path`", target=True)
         _check_suffix(path)
         dtype = require_float_dtype(dtype)
         _check_writable(state, path, config)

@@ -7,6 +7,7 @@ that loads.
 """
 
 import json
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,8 +49,11 @@ PREVIOUS = "previous"
 
 
 def sidecar(path: str | Path) -> Path:
-    """Returns the path of a state's sidecar."""
-    return Path(f"{path}.json")
+    """Returns the path of a state's sidecar: next to a link where there is one, or to its file."""
+    place = Path(f"{path}.json")
+    if os.path.islink(path) and not place.exists():
+        return Path(f"{os.path.realpath(path)}.json")
+    return place
 
 
 def usual_axes(path: Path) -> str:

@@ -5,11 +5,11 @@ import functools
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from rwkv7_jax.local_paths import local_path
+from rwkv7_jax.local_paths import is_same, local_path
 
 # Suffixes of files that hold a start state.
 STATE_SUFFIXES = (".pth", ".safetensors", ".st")
@@ -61,6 +61,7 @@ def integer(least: int | None = None, most: int | None = None) -> Callable[[str]
 
 
 def _read_integer(text: str, *, least: int | None, most: int | None) -> int:
+    text = text.strip()
     try:
         value = int(text)
     except ValueError:
@@ -84,6 +85,7 @@ def number(
 def _read_number(
     text: str, *, least: float | int | None, most: float | int | None
 ) -> float:
+    text = text.strip()
     try:
         value = float(text)
     except ValueError:
@@ -106,10 +108,15 @@ def _range(least: float | int | None, most: float | int | None) -> str:
     return f"from {least} to {most}"
 
 
-def path(text: str) -> str:
-    """Reads the path of something on this machine; `~` is the home folder."""
+def path(text: str, *, target: bool = False) -> str:
+    """Reads the path of something on this machine; `~` is the home folder.
+
+    Args:
+        text: as it was typed.
+        target: whether something will be written there.
+    """
     try:
-        local_path(text, "")
+        local_path(text, "", target=target)
     except (ValueError, TypeError) as error:
         raise argparse.ArgumentTypeError(str(error).strip()) from None
     return os.path.expanduser(text)
@@ -117,7 +124,7 @@ def path(text: str) -> str:
 
 def state_target(text: str) -> str:
     """Reads the path of a state that will be written."""
-    target = path(text)
+    target = path(text, target=True)
     if Path(target).suffix not in STATE_SUFFIXES:
         raise argparse.ArgumentTypeError(
             f"must end in {', '.join(STATE_SUFFIXES)}; got {text!r}"
@@ -125,9 +132,14 @@ def state_target(text: str) -> str:
     return file_target(target)
 
 
+def target_path(text: str) -> str:
+    """Reads the path of a file or a folder that will be written."""
+    return path(text, target=True)
+
+
 def file_target(text: str) -> str:
     """Reads the path of a file that will be written, before the work of minutes and not after."""
-    target = path(text)
+    target = path(text, target=True)
     if Path(target).is_dir():
         raise argparse.ArgumentTypeError(f"must name a file; {text!r} is a folder")
     # Missing folders are made; a file in their place cannot be.
@@ -137,6 +149,32 @@ def file_target(text: str) -> str:
                 f"must be in a folder; {str(parent)!r} is a file"
             )
     return target
+
+
+def refuse_inputs(
+    argument: str, target: str | Path | None, inputs: Mapping[str, Iterable[str | None]]
+) -> None:
+    """Refuses to write over what the command reads, however both paths are spelled.
+
+    Args:
+        argument: the command and the option of the target, in backticks.
+        target: the path to write to; None where nothing is written.
+        inputs: paths by the option that names them; None where an option was left out.
+
+    Raises:
+        ValueError: the target is one of the inputs, or a file that is there inside one of them.
+    """
+    if target is None or not os.path.exists(target):
+        return
+    place = Path(target).resolve()
+    for option, sources in inputs.items():
+        for source in sources:
+            if source is None or not os.path.exists(source):
+                continue
+            if is_same(source, target) or Path(source).resolve() in place.parents:
+                raise ValueError(
+                    f"{argument} must not write over `{option}`; {target} is read from {source}."
+                )
 
 
 def stop_text(text: str) -> str:
@@ -177,18 +215,16 @@ def unescape(text: bytes, option: str) -> bytes:
     return _ESCAPE.sub(replace, text)
 
 
-def join_negative_lists(words: list[str], options: tuple[str, ...]) -> list[str]:
-    """Marks values such as "-1,2", which argparse would take for an option.
+def join_negative_numbers(words: list[str]) -> list[str]:
+    """Marks values such as "-1,2" and "-1e-3", which argparse would take for an option.
 
     Args:
         words: the command line.
-        options: those whose value may begin with a minus.
     """
     joined: list[str] = []
     for word in words:
-        is_number = re.match(r"-\.?\d", word)
+        follows_option = bool(joined) and joined[-1].startswith("--")
         # A word that begins with a space is no option; `float` passes over the space.
-        joined.append(
-            f" {word}" if joined and joined[-1] in options and is_number else word
-        )
+        is_number = follows_option and re.match(r"-\.?\d", word)
+        joined.append(f" {word}" if is_number else word)
     return joined

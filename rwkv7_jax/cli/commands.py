@@ -22,7 +22,12 @@ from rwkv7_jax.checkpoints import (
     save_state,
     verify,
 )
-from rwkv7_jax.cli.arguments import CommandParser, join_negative_lists, path
+from rwkv7_jax.cli.arguments import (
+    CommandParser,
+    join_negative_numbers,
+    path,
+    target_path,
+)
 from rwkv7_jax.cli.data import add_data_command
 from rwkv7_jax.cli.generate import add_generate_command, discard_output
 from rwkv7_jax.cli.observe import add_observe_command
@@ -31,34 +36,41 @@ from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.reports.html_report import write_report
 from rwkv7_jax.reports.system_info import lines, system, version
 from rwkv7_jax.runs.compilation_cache import enable_compilation_cache, user_folder
+from rwkv7_jax.runs.exit_codes import (
+    exit_code,
+    is_out_of_memory,
+    memory_sentence,
+)
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
-from rwkv7_jax.runs.process import escape_unencodable
+from rwkv7_jax.runs.process import escape_unencodable, open_closed_streams
 
 # Files of which a run's folder has at least one.
 _FILES_OF_RUNS = ("metrics.jsonl", "settings.json", "events.jsonl")
 
-# Errors that end a command in one line; others are bugs, and show their traceback.
-_USER_ERRORS = (
-    ValueError,
-    TypeError,
-    OSError,
-    OverflowError,
-    MemoryError,
-    ImportError,
-    NotImplementedError,
+# Errors that users can mend, besides those that have a code in every program.
+_USER_ERRORS = (OverflowError, NotImplementedError)
+
+_LESS_MEMORY = (
+    "use a smaller model, a shorter prompt or text, or lower `--windows`, `--length` or `--show` "
+    "where the command has them"
 )
+
+
+def _exit_code(error: Exception) -> int | None:
+    """Returns the exit code of an error; None for a bug, which should show its traceback."""
+    return 2 if isinstance(error, _USER_ERRORS) else exit_code(error)
 
 
 def _reason(error: Exception) -> str:
     """Words an error; those of the operating system name their file first."""
+    if is_out_of_memory(error):
+        return memory_sentence(error, _LESS_MEMORY)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"`{error.filename}`: {error.strerror}."
-    if isinstance(error, MemoryError):
-        return f"out of memory: {error}" if str(error) else "out of memory."
     return str(error)
 
 
-def _convert(options: argparse.Namespace) -> None:
+def _convert(options: argparse.Namespace) -> str:
     """Reads a checkpoint and writes it in another format."""
     params, config = load_model(
         options.source,
@@ -66,6 +78,10 @@ def _convert(options: argparse.Namespace) -> None:
         allow_nan=options.allow_nan,
         progress=_progress("reading"),
     )
+    # Before anything is written: source and target may be one file.
+    state = None
+    if has_merged_state(options.source):
+        state = load_state(options.source, config=config)
     save_model(
         options.target,
         params,
@@ -74,21 +90,20 @@ def _convert(options: argparse.Namespace) -> None:
         allow_nan=options.allow_nan,
         progress=_progress("writing"),
     )
-    print(f"{options.target}: {_count(params):,} parameters, {_sizes(config)}")
-    if has_merged_state(options.source):
-        _split_state(options.source, options.target, params, config)
-
-
-def _split_state(source: str, target: str, params: Params, config: RWKV7Config) -> None:
-    """Writes the state that was merged into a model's file into a file of its own."""
-    path = Path(target)
-    is_file = path.suffix in (".pth", ".safetensors", ".st")
-    stem = path.stem if is_file else path.name
-    suffix = path.suffix if is_file else ".pth"
-    place = path.parent / f"{stem}.state{suffix}"
+    line = f"{options.target}: {_count(params):,} parameters, {_sizes(config)}"
+    if state is None:
+        return line
+    place = _state_place(Path(options.target))
     info = {"base_model": model_hash(params, config)}
-    save_state(place, load_state(source, config=config), config=config, info=info)
-    print(f"{place}: the tuned state that {source} holds besides the weights")
+    save_state(place, state, config=config, info=info)
+    return f"{line}\n{place}: the tuned state that {options.source} holds besides the weights"
+
+
+def _state_place(target: Path) -> Path:
+    """Returns the file for a state that was merged into the model at `target`."""
+    if target.suffix in (".pth", ".safetensors", ".st"):
+        return target.with_name(f"{target.stem}.state{target.suffix}")
+    return target.with_name(f"{target.name}.state.pth")
 
 
 def _progress(label: str) -> Callable[[int, int], None]:
@@ -129,65 +144,61 @@ def _tensor_row(name: str, array: np.ndarray) -> str:
     return f"{name:<38}{array.shape!s:>18}  {array.dtype!s:<10}{rms:>12.4g}{largest:>12.4g}"
 
 
-def _inspect(options: argparse.Namespace) -> None:
-    """Prints a table of the tensors in a file, or compares the file with its digests."""
+def _inspect(options: argparse.Namespace) -> str:
+    """Makes a table of the tensors in a file, or compares the file with its digests."""
     if options.verify:
-        _verify(options.path)
-        return
-    print(f"{'tensor':<38}{'shape':>18}  {'dtype':<10}{'rms':>12}{'max':>12}")
-    if options.state:
-        _inspect_state(options.path)
-    else:
-        _inspect_model(options.path)
+        return _verify(options.path)
+    head = f"{'tensor':<38}{'shape':>18}  {'dtype':<10}{'rms':>12}{'max':>12}"
+    rows = _state_rows if options.state else _model_rows
+    return "\n".join([head, *rows(options.path)])
 
 
-def _verify(file: str) -> None:
-    """Prints what agrees with its checksum or digest; what does not agree is an error."""
+def _verify(file: str) -> str:
+    """Says what agrees with its checksum or digest; what does not agree is an error."""
     compared = verify(file)
-    for sentence in compared:
-        print(sentence)
     if not compared:
-        print(f"{file} can be read, but carries no digest to compare with")
+        return f"{file} can be read, but carries no digest to compare with"
+    return "\n".join(compared)
 
 
-def _inspect_state(file: str) -> None:
-    """Prints one row for each head."""
+def _state_rows(file: str) -> list[str]:
+    """Makes one row for each head."""
     state = load_state(file)
+    rows = []
     for layer, heads in enumerate(np.asarray(state.wkv[:, 0])):
         for head, matrix in enumerate(heads):
-            print(_tensor_row(f"layer {layer} head {head}", matrix))
+            rows.append(_tensor_row(f"layer {layer} head {head}", matrix))
+    return rows
 
 
-def _inspect_model(file: str) -> None:
-    """Prints one row for each tensor, the config, and what the loader warned of."""
+def _model_rows(file: str) -> list[str]:
+    """Makes one row for each tensor, and lines of the config and of the loader's warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         # A checkpoint with NaN is what people want to inspect.
         params, config = load_model(file, allow_nan=True)
-    for name, array in official_tensors(params, config):
-        print(_tensor_row(name, array))
-    print(f"{_count(params):,} parameters, {_sizes(config)}\n{config}")
+    rows = [_tensor_row(*tensor) for tensor in official_tensors(params, config)]
+    rows.append(f"{_count(params):,} parameters, {_sizes(config)}\n{config}")
     # After the table, where they do not scroll out of sight.
-    for warning in caught:
-        print(f"note: {warning.message}")
+    return rows + [f"note: {warning.message}" for warning in caught]
 
 
-def _doctor(options: argparse.Namespace) -> None:
-    """Prints versions, devices, optional packages and which kernels run."""
-    print("\n".join(lines(system())))
+def _doctor(options: argparse.Namespace) -> str:
+    """Lists versions, devices, optional packages and which kernels run."""
+    report = list(lines(system()))
     for name, use in (("matplotlib", "pictures"), ("torch", "oracle tests")):
         # Importing torch would take seconds; whether it is there is all that is asked.
         installed = "yes" if importlib.util.find_spec(name) else "no"
-        print(f"{name:<18}{installed} ({use})")
+        report.append(f"{name:<18}{installed} ({use})")
     available = pallas_kernels.available()
     for name in pallas_kernels.IMPLEMENTATIONS:
-        print(
-            f"wkv7 {name:<13}{'runs here' if name in available else 'not on this device'}"
-        )
+        place = "runs here" if name in available else "not on this device"
+        report.append(f"wkv7 {name:<13}{place}")
+    return "\n".join(report)
 
 
-def _report(options: argparse.Namespace) -> None:
-    """Writes the report of a run and prints its path.
+def _report(options: argparse.Namespace) -> str:
+    """Writes the report of a run and returns its path.
 
     Raises:
         ValueError: the folder holds no run: an empty page in it would look like one.
@@ -199,7 +210,7 @@ def _report(options: argparse.Namespace) -> None:
         raise ValueError(
             f"report: `{folder}` holds no run: it has none of {', '.join(_FILES_OF_RUNS)}."
         )
-    print(write_report(options.folder))
+    return str(write_report(options.folder))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -219,7 +230,7 @@ def parser() -> argparse.ArgumentParser:
         help=".pth, .safetensors, .st, an HF folder or an orbax folder",
     )
     convert.add_argument(
-        "target", type=path, help="format by suffix; a folder is orbax"
+        "target", type=target_path, help="format by suffix; a folder is orbax"
     )
     convert.add_argument("--format", choices=("hf",), help="write an HF folder")
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
@@ -258,19 +269,24 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit code.
 
-    Bad input ends in one line and exit code 2, Ctrl-C in silence and 130, a closed pipe in silence.
+    What a command returns is printed when all its files are written: a reader that has gone away
+    costs no result, and an error comes alone. Bad input ends in one line and exit code 2, Ctrl-C in
+    silence and 130, a closed pipe in silence; other codes are those of `exit_codes`.
 
     Args:
         arguments: without the program's name; None takes them from the command line.
     """
+    open_closed_streams()
     escape_unencodable()
     words = sys.argv[1:] if arguments is None else arguments
     try:
-        options = parser().parse_args(join_negative_lists(words, ("--weights",)))
+        options = parser().parse_args(join_negative_numbers(words))
         # Not in tests, which call this function and must not write to the user's cache.
         if arguments is None and getattr(options, "compiles", False):
             enable_compilation_cache(user_folder())
-        options.run(options)
+        report = options.run(options)
+        if report is not None:
+            print(report)
         sys.stdout.flush()
     except BrokenPipeError:
         discard_output()
@@ -278,9 +294,12 @@ def main(arguments: list[str] | None = None) -> int:
         discard_output()
         # As shells count a process that SIGINT ended.
         return 130
-    except _USER_ERRORS as error:
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
         print(f"rwkv7: {_reason(error)}", file=sys.stderr)
-        return 2
+        return code
     return 0
 
 

@@ -5,14 +5,20 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv7_jax.cli.arguments import MOST_ROWS, MOST_TOKENS, integer, path
+from rwkv7_jax.cli.arguments import (
+    MOST_ROWS,
+    MOST_TOKENS,
+    integer,
+    refuse_inputs,
+    target_path,
+)
 from rwkv7_jax.data.builtin_corpora import BUILT_IN
 from rwkv7_jax.data.choices import ON_BAD, PACKINGS
 from rwkv7_jax.data.loading import batch_at, data_hash, token_stream
 from rwkv7_jax.data.readers import size_of
 from rwkv7_jax.data.row_preview import preview_row
-from rwkv7_jax.data.token_cache import read_card, write_cache
-from rwkv7_jax.local_paths import local_path, split_list
+from rwkv7_jax.data.token_cache import SUFFIXES, read_card, write_cache
+from rwkv7_jax.local_paths import local_path, split_paths
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -36,7 +42,7 @@ def add_data_command(subparsers) -> None:
         "target",
         metavar="OUT",
         nargs="?",
-        type=path,
+        type=target_path,
         help="OUT.bin and the files next to it; left out with --show",
     )
     add("--vocabulary", choices=("world", "bytes"), help="world; of a .bin its own")
@@ -69,10 +75,10 @@ def add_data_command(subparsers) -> None:
     parser.set_defaults(run=run_data)
 
 
-def run_data(options: argparse.Namespace) -> None:
-    """Writes a cache, or prints rows."""
+def run_data(options: argparse.Namespace) -> str:
+    """Writes a cache and describes it, or formats rows."""
     sources = []
-    for entry in split_list(options.source, "data: `SOURCE`"):
+    for entry in split_paths(options.source, "data: `SOURCE`"):
         if entry not in BUILT_IN:
             entry = str(local_path(entry, "data: `SOURCE`"))
         sources.append(entry)
@@ -80,11 +86,10 @@ def run_data(options: argparse.Namespace) -> None:
         raise ValueError("data: `SOURCE` must name what to read; got nothing.")
     tokenizer = _tokenizer(options.vocabulary, sources)
     if options.show is not None:
-        _show(options, sources, tokenizer)
-    elif options.target is None:
+        return _rows(options, sources, tokenizer)
+    if options.target is None:
         raise ValueError("data: `OUT` must be given, or `--show`; got neither.")
-    else:
-        _write(options, sources, tokenizer)
+    return _write(options, sources, tokenizer)
 
 
 def _tokenizer(vocabulary: str | None, sources: list[str]) -> Tokenizer:
@@ -104,7 +109,7 @@ def _tokenizer(vocabulary: str | None, sources: list[str]) -> Tokenizer:
 
 def _write(
     options: argparse.Namespace, sources: list[str], tokenizer: Tokenizer
-) -> None:
+) -> str:
     """Tokenizes the sources into one cache."""
     for source in sources:
         if source.lower().endswith(_CACHE_SUFFIXES):
@@ -113,6 +118,8 @@ def _write(
     # `with_suffix` would cut the ".5" of a name such as "v1.5".
     if target.suffix != ".bin":
         target = Path(f"{target}.bin")
+    for suffix in SUFFIXES:
+        refuse_inputs("data: `OUT`", target.with_suffix(suffix), {"SOURCE": sources})
     target.parent.mkdir(parents=True, exist_ok=True)
     # In bytes of text: how many tokens there will be is not known yet.
     bar = ProgressBar(sum(map(size_of, sources)), "tokenizing")
@@ -134,29 +141,28 @@ def _write(
     finally:
         bar.close()
     in_loss = "all" if card.learnt == card.tokens else f"{card.learnt:,}"
-    print(
+    lines = [
         f"{target}: {card.documents:,} documents, {card.tokens:,} {card.vocabulary} tokens "
         f"({in_loss} in the loss) of {card.bytes:,} bytes"
-    )
+    ]
     line = f"lines skipped: {card.skipped:,}"
     if stats.first_error:
         line += f"; the first: {stats.first_error}"
-    print(line)
+    lines.append(line)
     if stats.passed_over:
-        print(
+        lines.append(
             f"files passed over: {stats.passed_over:,} (hidden, pictures, editors' files)"
         )
     if stats.not_utf8:
-        print(
+        lines.append(
             f"files that are not UTF-8, read as their bytes: {stats.not_utf8:,}; the first: "
             f"{stats.first_not_utf8} (--encoding reads gbk, latin-1 and others)"
         )
+    return "\n".join(lines)
 
 
-def _show(
-    options: argparse.Namespace, sources: list[str], tokenizer: Tokenizer
-) -> None:
-    """Prints rows of the first batch."""
+def _rows(options: argparse.Namespace, sources: list[str], tokenizer: Tokenizer) -> str:
+    """Formats rows of the first batch."""
     stream = token_stream(
         sources,
         tokenizer,
@@ -172,11 +178,11 @@ def _show(
         seed=options.seed,
         packing=options.packing,
     )
-    print(
+    parts = [
         f"{len(stream.starts) - 1:,} documents, {len(stream):,} {tokenizer.name} tokens, "
         f"{stream.count_in_loss():,} in the loss; hash {data_hash(stream)}\n"
         "[[not in the loss]], in the loss; <0> ends a document"
-    )
+    ]
     tokens = np.asarray(batch.tokens)
     mask = np.asarray(batch.mask)
     for row in range(len(tokens)):
@@ -184,4 +190,5 @@ def _show(
         title = f"row {row + 1}: {int(mask[row].sum())} targets in the loss"
         if padding:
             title += f", {padding} tokens of padding"
-        print(f"\n--- {title}\n{text}")
+        parts.append(f"--- {title}\n{text}")
+    return "\n\n".join(parts)

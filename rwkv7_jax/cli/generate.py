@@ -14,6 +14,7 @@ from rwkv7_jax.cli.arguments import (
     integer,
     number,
     path,
+    refuse_inputs,
     state_target,
     stop_text,
     unescape,
@@ -133,18 +134,44 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_generate(options: argparse.Namespace) -> int:
-    """Writes the text and returns the exit code; a reader that has gone away is no error."""
-    try:
-        _run(options)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        discard_output()
-    return 0
+class _Stream:
+    """Text that is shown while it is made; a lost stream does not cost what is written later."""
+
+    def __init__(self, *, goes_on: bool):
+        """Starts with no text.
+
+        Args:
+            goes_on: whether an error of the stream waits until `close`.
+        """
+        self._goes_on = goes_on
+        self._error: OSError | None = None
+
+    def __call__(self, piece: str, row: int) -> None:
+        """Writes a piece of text at once; there is one row."""
+        del row
+        if self._error is not None:
+            return
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        try:
+            # A terminal of another encoding shows an escape rather than ending the run.
+            text = piece.encode(encoding, "backslashreplace").decode(encoding)
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except OSError as error:
+            if not self._goes_on:
+                raise
+            self._error = error
+
+    def close(self) -> None:
+        """Ends the last line, or raises the error that waited."""
+        if self._error is not None:
+            raise self._error
+        print()
 
 
-def _run(options: argparse.Namespace) -> None:
-    """Generates, and prints while or after it does."""
+def run_generate(options: argparse.Namespace) -> str | None:
+    """Generates, and shows the text meanwhile or returns all as JSON."""
+    _check_target(options)
     prompt, stop_strings = _texts(options)
     model = read_model(options.model)
     tokenizer = Tokenizer.for_vocabulary(model.config.vocab_size)
@@ -162,6 +189,7 @@ def _run(options: argparse.Namespace) -> None:
         # As in training: the last token stays for the model, which needs one to give logits.
         state = _propose(options.observer, model, prompt_ids[:-1])
         unread = prompt_ids[-1:]
+    stream = _Stream(goes_on=bool(options.save_state))
     out = generate(
         model.module,
         model.params,
@@ -177,15 +205,20 @@ def _run(options: argparse.Namespace) -> None:
         penalty_exempt=exempt_ids(tokenizer),
         stop_strings=stop_strings,
         tokenizer=tokenizer,
-        on_text=None if options.json else _write,
+        on_text=None if options.json else stream,
     )
     if options.save_state:
         _save_session(options, model, out.state)
     if options.json:
-        print(_to_json(out, prompt, len(prompt_ids)))
-    else:
-        # The text was streamed; its last line has no end yet.
-        print()
+        return _to_json(out, prompt, len(prompt_ids))
+    stream.close()
+    return None
+
+
+def _check_target(options: argparse.Namespace) -> None:
+    """Raises where `--save-state` would write over the model; over `--state` it may."""
+    inputs = {"--model": [options.model], "--observer": [options.observer]}
+    refuse_inputs("generate: `--save-state`", options.save_state, inputs)
 
 
 def _texts(options: argparse.Namespace) -> tuple[bytes, list[str]]:
@@ -241,15 +274,6 @@ def _propose(folder: str, model: LoadedModel, ids: list[int]) -> RWKV7State:
     # Other weights of the same sizes would be given states that mean nothing to them.
     observer, params = load_observer(folder, model.config, base_model=model.hash)
     return propose(observer, params, np.asarray([ids], np.int32))
-
-
-def _write(piece: str, row: int) -> None:
-    """Writes a piece of text at once; there is one row."""
-    del row
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    # A terminal of another encoding shows an escape rather than ending the run.
-    sys.stdout.write(piece.encode(encoding, "backslashreplace").decode(encoding))
-    sys.stdout.flush()
 
 
 def _to_json(out: Generation, prompt: bytes, prompt_tokens: int) -> str:

@@ -6,7 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from rwkv7_jax.checkpoints import save_state
-from rwkv7_jax.cli.arguments import MOST_ROWS, MOST_TOKENS, integer, path, state_target
+from rwkv7_jax.cli.arguments import (
+    MOST_ROWS,
+    MOST_TOKENS,
+    integer,
+    path,
+    refuse_inputs,
+    state_target,
+)
 from rwkv7_jax.cli.inputs import (
     MODEL_HELP,
     PROMPT_HELP,
@@ -15,7 +22,7 @@ from rwkv7_jax.cli.inputs import (
     read_prompt,
 )
 from rwkv7_jax.data.loading import token_stream, windows
-from rwkv7_jax.local_paths import split_list
+from rwkv7_jax.local_paths import split_paths
 from rwkv7_jax.observer.evaluation import proposal_error
 from rwkv7_jax.observer.files import load_observer, observer_info
 from rwkv7_jax.observer.observer import Observer, propose, state_moments
@@ -58,8 +65,8 @@ def add_observe_command(subparsers) -> None:
     parser.set_defaults(run=run_observe, compiles=True)
 
 
-def run_observe(options: argparse.Namespace) -> None:
-    """Writes the proposal, prints its error, or both."""
+def run_observe(options: argparse.Namespace) -> str:
+    """Writes the proposal, computes its error, or both."""
     _check_options(options)
     model = read_model(options.model)
     observer, params = load_observer(
@@ -71,12 +78,14 @@ def run_observe(options: argparse.Namespace) -> None:
         raise ValueError("observe: `--prompt` must not be empty.")
     # A batch of one row.
     tokens = np.asarray([ids], np.int32)
-    print(f"{options.observer}: {_sizes(observer)}")
-    print(f"teacher: {observer_info(options.observer)['base_model']}")
-    print(f"prompt: {len(ids):,} tokens")
+    lines = [
+        f"{options.observer}: {_sizes(observer)}",
+        f"teacher: {observer_info(options.observer)['base_model']}",
+        f"prompt: {len(ids):,} tokens",
+    ]
     if options.text:
         error = _error(options, model, observer, params, tokens, tokenizer)
-        print(
+        lines.append(
             f"proposal error: {error:.4f} of the variance in {options.text} "
             "(0 is the teacher's own state, 1 as bad as the mean state)"
         )
@@ -87,14 +96,21 @@ def run_observe(options: argparse.Namespace) -> None:
         }
         state = propose(observer, params, tokens)
         save_state(options.out, state, config=model.config, info=info)
-        print(f"wrote {options.out}")
+        lines.append(f"wrote {options.out}")
+    return "\n".join(lines)
 
 
 def _check_options(options: argparse.Namespace) -> None:
     """Raises for options that would only be refused after minutes of reading."""
     if not options.out and not options.text:
         raise ValueError("observe: `--out` or `--text` must be given; got neither.")
-    split_list(options.text or "", "observe: `--text`")
+    texts = split_paths(options.text or "", "observe: `--text`")
+    inputs = {
+        "OBSERVER": [options.observer],
+        "--model": [options.model],
+        "--text": texts,
+    }
+    refuse_inputs("observe: `--out`", options.out, inputs)
 
 
 def _sizes(observer: Observer) -> str:
@@ -117,7 +133,7 @@ def _error(
 ) -> float:
     """Computes how far the proposal is from the state of a teacher that reads the prompt itself."""
     # The windows' own states are what a proposal is compared with, so they must be typical text.
-    texts = split_list(options.text, "observe: `--text`")
+    texts = split_paths(options.text, "observe: `--text`")
     stream = token_stream(texts, tokenizer)
     batch = windows(stream, options.length, options.windows)
     if len(batch.tokens) < 2:

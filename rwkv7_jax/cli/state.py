@@ -86,32 +86,35 @@ def add_state_command(subparsers) -> None:
     add_doctor_command(commands)
 
 
-def _info(options: argparse.Namespace) -> None:
-    """Prints what the file and its sidecar say, and what the tensors are like."""
+def _info(options: argparse.Namespace) -> str:
+    """Lists what the file and its sidecar say, and what the tensors are like."""
     model = read_model(options.model) if options.model else None
     if model is None:
         state = load_state(options.state)
     else:
         state = model.load_state(options.state)
     table = read_sidecar(options.state)
-    print(f"{options.state}: {_sizes(state)}, {_dtypes(options.state)}")
+    lines = [f"{options.state}: {_sizes(state)}, {_dtypes(options.state)}"]
     if state.upscaled is not None:
         upscaled = state.upscaled
         kind = upscaled.features.kind
         size = upscaled.memory.shape[-1]
-        print(f"upscaled memory: {upscaled.dynamics}, {size} {kind} features a head")
+        lines.append(
+            f"upscaled memory: {upscaled.dynamics}, {size} {kind} features a head"
+        )
     # Files of other tools have no sidecar, so no base model.
     base = table.get("base_model")
     line = f"base model: {base or 'not named in the sidecar'}"
     if model is not None:
         line += f"; {_fit(options.model, model.hash, base)}"
-    print(line)
+    lines.append(line)
     # What the run or the user added: a score, alpha, what the state is made of.
     for name, value in table.items():
         if name not in _DESCRIBED_FIELDS:
-            print(f"{name}: {value}")
-    print(_capacity(state))
-    print(format_heads(head_statistics(state)))
+            lines.append(f"{name}: {value}")
+    lines.append(_capacity(state))
+    lines.append(format_heads(head_statistics(state)))
+    return "\n".join(lines)
 
 
 def _fit(model: str, model_hash: str, base: str | None) -> str:
@@ -171,7 +174,7 @@ def _made_of(weight: float, file: str) -> str:
     return f"{weight:g} x {Path(file).name}"
 
 
-def _mix(options: argparse.Namespace) -> None:
+def _mix(options: argparse.Namespace) -> str:
     """Writes the weighted sum of states."""
     weights = _parse_weights(options.weights[0])
     # The target may stand before `--weights` or after it.
@@ -200,16 +203,15 @@ def _mix(options: argparse.Namespace) -> None:
     if base is not None:
         info["base_model"] = base
     save_state(target, mixed, info=info)
-    print(f"{target}: {info['made_of']}")
+    line = f"{target}: {info['made_of']}"
     total = sum(weights)
     # A difference of states is often wanted; a sum such as 0.9 often is a slip.
-    if not np.isclose(total, 1.0, atol=1e-3):
-        print(
-            f"note: the weights sum to {total:g}, not to 1: this is no average of the states"
-        )
+    if np.isclose(total, 1.0, atol=1e-3):
+        return line
+    return f"{line}\nnote: the weights sum to {total:g}, not to 1: this is no average of the states"
 
 
-def _scale(options: argparse.Namespace) -> None:
+def _scale(options: argparse.Namespace) -> str:
     """Writes a multiple of a state."""
     state = load_state(options.state)
     before = read_sidecar(options.state)
@@ -227,4 +229,4 @@ def _scale(options: argparse.Namespace) -> None:
     if "base_model" in before:
         info["base_model"] = before["base_model"]
     save_state(options.target, scaled(state, options.alpha), info=info)
-    print(f"{options.target}: {info['made_of']}")
+    return f"{options.target}: {info['made_of']}"

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from rwkv7_jax.cli.arguments import (
     integer,
     number,
     path,
+    refuse_inputs,
 )
 from rwkv7_jax.cli.inputs import MODEL_HELP, read_model
 from rwkv7_jax.cli.tables import format_heads, format_table
@@ -69,19 +71,29 @@ def add_doctor_command(subparsers) -> None:
     parser.set_defaults(run=_doctor, compiles=True)
 
 
-def _doctor(options: argparse.Namespace) -> None:
-    """Examines a state and prints what it found."""
+def _doctor(options: argparse.Namespace) -> str:
+    """Examines a state and says what it found."""
     # Before the work of minutes, not after it.
     if options.picture and not plots.available():
         raise ValueError(
             "state doctor: `--picture` needs matplotlib (the extra `plot`)."
         )
+    inputs: dict[str, Iterable[str]] = {
+        "state": [options.state],
+        "--model": [options.model],
+    }
     for option in ("data", "generic"):
         text = getattr(options, option)
-        if text is not None and not str(parse_source(text, _argument(option))):
+        if text is None:
+            continue
+        source = parse_source(text, _argument(option))
+        if not str(source):
             raise ValueError(
                 f"{_argument(option)} must name what to read; got nothing."
             )
+        if not isinstance(source, TaskSource):
+            inputs[f"--{option}"] = source.paths
+    refuse_inputs("state doctor: `--picture`", options.picture, inputs)
     model = read_model(options.model)
     state = model.load_state(options.state)
     tokenizer = Tokenizer.for_vocabulary(model.config.vocab_size)
@@ -90,10 +102,11 @@ def _doctor(options: argparse.Namespace) -> None:
     if options.generic:
         generic = _batch(options, "generic", tokenizer)
     diagnosis = diagnose(model.module, model.params, state, batch, generic=generic)
-    _print_diagnosis(options, diagnosis)
-    if options.picture:
-        plots.diagnosis(options.picture, diagnosis)
-        print(f"wrote {options.picture}")
+    report = _report(options, diagnosis)
+    if not options.picture:
+        return report
+    plots.diagnosis(options.picture, diagnosis)
+    return f"{report}\nwrote {options.picture}"
 
 
 def _argument(option: str) -> str:
@@ -127,8 +140,8 @@ def _batch(options: argparse.Namespace, option: str, tokenizer: Tokenizer) -> Ba
     return windows(stream, options.length, options.windows)
 
 
-def _print_diagnosis(options: argparse.Namespace, diagnosis: Diagnosis) -> None:
-    """Prints losses, memories head by head, losses by position, and advice."""
+def _report(options: argparse.Namespace, diagnosis: Diagnosis) -> str:
+    """Formats losses, memories head by head, losses by position, and advice."""
     rows = [_text_row(options.data, diagnosis.own)]
     if diagnosis.generic is not None:
         rows.append(_text_row(options.generic, diagnosis.generic))
@@ -141,7 +154,7 @@ def _print_diagnosis(options: argparse.Namespace, diagnosis: Diagnosis) -> None:
         "KL",
         "tokens",
     ]
-    print(format_table(head, rows))
+    parts = [format_table(head, rows)]
     for name, memory in diagnosis.memories.items():
         columns = {
             "norm": memory.norms,
@@ -154,13 +167,12 @@ def _print_diagnosis(options: argparse.Namespace, diagnosis: Diagnosis) -> None:
         title = "WKV state"
         if name != "wkv":
             title = f"upscaled memory ({memory.dynamics})"
-        print(f"\n{title}, {memory.channels} channels a head")
-        print(format_heads(columns))
-    print(f"\n{_positions(diagnosis)}\n")
-    if not diagnosis.advice:
-        print("Nothing to advise.")
-    for line in diagnosis.advice:
-        print(f"- {line}")
+        title = f"{title}, {memory.channels} channels a head"
+        parts.append(f"{title}\n{format_heads(columns)}")
+    parts.append(_positions(diagnosis))
+    advice = [f"- {line}" for line in diagnosis.advice]
+    parts.append("\n".join(advice or ["Nothing to advise."]))
+    return "\n\n".join(parts)
 
 
 def _text_row(name: str, score: RetentionScore) -> list[str]:

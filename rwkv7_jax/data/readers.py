@@ -22,7 +22,7 @@ from rwkv7_jax.data.text_files import (
     inner_suffix,
     is_compressed,
 )
-from rwkv7_jax.local_paths import local_path
+from rwkv7_jax.local_paths import local_path, refuse_hub_name
 
 # Files of an operating system, an editor or a version control system, besides hidden ones.
 _CLUTTER_NAMES = frozenset({"thumbs.db", "desktop.ini", "__pycache__", "__macosx"})
@@ -54,6 +54,7 @@ def _files(source: str | Path) -> tuple[list[Path], int]:
         files = [file for file in everything if not _is_clutter(file.relative_to(path))]
         return files, len(everything) - len(files)
     if not path.exists():
+        refuse_hub_name(source, "documents: `source`", kind="dataset")
         raise ValueError(
             f"documents: `{source}` is no file, no folder and none of {', '.join(BUILT_IN)}."
         )

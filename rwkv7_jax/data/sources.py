@@ -6,7 +6,7 @@ corpora separated by commas.
 
 import dataclasses
 
-from rwkv7_jax.local_paths import split_list
+from rwkv7_jax.local_paths import split_paths
 
 TASK_PREFIX = "task:"
 
@@ -56,7 +56,7 @@ def parse_source(path: str, argument: str = "`path`") -> Source:
     """
     if path.startswith(TASK_PREFIX):
         return TaskSource(path.removeprefix(TASK_PREFIX))
-    return TextSource(split_list(path, argument))
+    return TextSource(split_paths(path, argument))
 
 
 def parse_sources(
@@ -76,7 +76,7 @@ def parse_sources(
     """
     tasks = []
     texts: list[str] = []
-    for part in split_list(path, argument):
+    for part in split_paths(path, argument):
         source = parse_source(part, argument)
         if isinstance(source, TaskSource):
             tasks.append(source)

@@ -24,9 +24,13 @@ from rwkv7_jax.data.documents import HASH_RANGE, Document, held_out_threshold
 from rwkv7_jax.data.jsonl import ReadStats
 from rwkv7_jax.data.readers import documents, size_of
 from rwkv7_jax.data.token_streams import TokenArray, TokenStream
+from rwkv7_jax.local_paths import local_path, refuse_hub_name
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 FORMAT = "rwkv7_jax tokens 1"
+
+# Of the files of a cache, all of which a new one replaces or removes.
+SUFFIXES = (".bin", ".idx", ".card.json", ".keys", ".mask")
 
 # Ids that are compared with the vocabulary at once.
 _CHUNK = 1 << 24
@@ -92,7 +96,7 @@ def write_cache(
     Raises:
         ValueError: nothing to read, a bad line, or no folder to write to.
     """
-    path = Path(path)
+    path = local_path(path, "write_cache: `path`", target=True)
     stats = ReadStats()
     total = sum(size_of(source) for source in sources)
 
@@ -209,7 +213,9 @@ def open_cache(
         ValueError: damaged files, another vocabulary, or an id outside of it; file and place are
             named.
     """
-    path = Path(path)
+    path = local_path(path, "open_cache: `path`")
+    if not path.exists():
+        refuse_hub_name(path, "open_cache: `path`", kind="dataset")
     card = read_card(path)
     ids, starts = read_binidx(path)
     if card is not None and card.vocabulary != tokenizer.name:

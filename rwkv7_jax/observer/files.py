@@ -32,6 +32,7 @@ from rwkv7_jax.checkpoints.tensor_files import (
 )
 from rwkv7_jax.checkpoints.unused_value_residual import without_unused_value_residual
 from rwkv7_jax.checks import prefix_errors
+from rwkv7_jax.local_paths import local_path, refuse_hub_name
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.observer.observer import SIZES, Observer, check_maps, check_teacher
@@ -63,7 +64,8 @@ def save_observer(
         ValueError: parameters of another observer, NaN or Inf, or `info` that is not JSON.
         TypeError: a parameter is not floating-point.
     """
-    folder = Path(folder)
+    with prefix_errors("save_observer"):
+        folder = local_path(folder, "`folder`", target=True)
     config = observer.model.config
     with prefix_errors("save_observer"):
         check_maps(observer, params)
@@ -144,7 +146,15 @@ def observer_info(folder: str | Path) -> dict[str, Any]:
         ValueError: no observer's folder.
     """
     with prefix_errors("observer_info"), name_file(folder, "observer_info"):
-        return _read_card(Path(folder))["info"]
+        return _read_card(_folder_of(folder))["info"]
+
+
+def _folder_of(folder: str | Path) -> Path:
+    """Returns a folder to read from; refuses what is not on this machine."""
+    place = local_path(folder, "`folder`")
+    if not place.exists():
+        refuse_hub_name(folder, "`folder`")
+    return place
 
 
 def _observer_of(card: Mapping[str, Any], folder: Path) -> Observer:
@@ -184,8 +194,10 @@ def load_observer(
         ValueError: no observer's folder, files that do not belong together or are damaged, or a
             teacher of other sizes or weights.
     """
-    with name_file(folder, "load_observer"):
-        return _load(Path(folder), teacher_config, base_model)
+    with prefix_errors("load_observer"):
+        place = _folder_of(folder)
+    with name_file(place, "load_observer"):
+        return _load(place, teacher_config, base_model)
 
 
 def _load(

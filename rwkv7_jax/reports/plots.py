@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.evaluation.advice import FADED, Diagnosis, MemoryStatistics
 
 _COLOURS = (
@@ -56,7 +57,9 @@ def _figure(columns: int, *, height: float = 3.4) -> tuple[Any, Any]:
 def _save(figure: Any, path: str | Path, *, legend: bool = False) -> None:
     if legend:
         figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
+    # What was there stays until the picture is complete.
+    with atomic_write(Path(path)) as file:
+        figure.savefig(file, dpi=130, format=Path(path).suffix[1:] or None)
 
 
 def curves(

@@ -113,6 +113,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return False
 
 
+def memory_sentence(error: BaseException, changes: str) -> str:
+    """Returns the sentence of a program that ran out of memory.
+
+    Args:
+        error: of the allocator.
+        changes: what to change, after a semicolon and without a full stop.
+    """
+    # A bare MemoryError has no text, and XLA's has pages after the first line.
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"out of memory ({lines[0][:200]}); {changes}."
+
+
 def _is_lost_process(error: BaseException) -> bool:
     # JAX (0.10.2) has no class of its own for this, and raises ValueError as well.
     # Gloo is what CPU processes talk through; on other platforms JAX ends the process itself.

@@ -26,6 +26,7 @@ from rwkv7_jax.runs.exit_codes import (
     Stopped,
     exit_code,
     is_out_of_memory,
+    memory_sentence,
 )
 
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
@@ -33,6 +34,12 @@ _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
 # Seconds that the loop has to notice a signal: longer than one step should take, and within the
 # five seconds after which cluster schedulers begin to kill.
 _GRACE_SECONDS = 3.0
+
+_LESS_MEMORY = (
+    "lower `config.data.batch_size`, `config.data.length`, `config.evaluation.length` or "
+    '`config.evaluation.windows`, set `config.model.remat` to "block", raise '
+    "`config.optimizer.accumulate`, or use a mesh of more devices"
+)
 
 # Seconds that process 0 gives the others to say why they end.
 _LAST_WORDS_SECONDS = 1.0
@@ -119,14 +126,8 @@ def _sentence(error: BaseException) -> str:
     """Returns the last line of a program that ends with an error."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted."
-    # A bare MemoryError has no text, and XLA's has pages after the first line.
     if is_out_of_memory(error) and not isinstance(error, OutOfMemory):
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return (
-            f"out of memory ({lines[0][:200]}); lower `config.data.batch_size`, "
-            "`config.data.length` or `config.evaluation.windows`, set `config.model.remat` to "
-            '"block", raise `config.optimizer.accumulate`, or use a mesh of more devices.'
-        )
+        return memory_sentence(error, _LESS_MEMORY)
     return str(error)
 
 

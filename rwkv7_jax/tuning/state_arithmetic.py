@@ -104,6 +104,7 @@ def weighted_sum(states: Sequence[RWKV7State], weights: Sequence[float]) -> RWKV
         for index, state in enumerate(states):
             _check_single(state, f"states[{index}]")
             _check_alike(states[0], state, f"states[{index}]")
+            _check_factor(weights[index], state, "`weights`")
 
     # Weights take the leaf's dtype: one state with weight 1 comes out as it is, bit for bit.
     def weighted(*leaves):
@@ -177,6 +178,14 @@ def _check_same_reading(first: Upscaled, other: Upscaled, name: str) -> None:
             raise ValueError(f"`{name}.{field}` must equal states[0]'s; it differs.")
 
 
+def _check_factor(factor: ArrayLike, state: RWKV7State, argument: str) -> None:
+    """Raises unless a factor is finite in every dtype of a state's leaves."""
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(state)}
+    largest = min(float(jnp.finfo(dtype).max) for dtype in dtypes)
+    bounds = f"finite and at most {largest:.4g} in size"
+    check_number(factor, -largest, largest, argument, bounds=bounds)
+
+
 def _equal(one: jax.Array | None, two: jax.Array | None) -> bool:
     if one is None or two is None:
         return one is two
@@ -196,7 +205,7 @@ def scaled(state: RWKV7State, alpha: ArrayLike) -> RWKV7State:
             raise ValueError(
                 f"`alpha` must be one number; got shape {np.shape(alpha)}."
             )
-        check_number(alpha, -math.inf, math.inf, "`alpha`")
+        _check_factor(alpha, state, "`alpha`")
     return map_linear_leaves(lambda leaf: leaf * jnp.asarray(alpha, leaf.dtype), state)
 
 

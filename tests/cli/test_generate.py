@@ -1,6 +1,5 @@
 """What `rwkv7 generate` writes: a stream or one object, any bytes in, quiet on a closed pipe."""
 
-import argparse
 import io
 import json
 import os
@@ -12,7 +11,7 @@ from random_checkpoints import random_params
 
 from rwkv7_jax.checkpoints.model_files import save_model
 from rwkv7_jax.checkpoints.state_files import save_state
-from rwkv7_jax.cli.generate import add_generate_command
+from rwkv7_jax.cli.commands import main
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import init_state
 
@@ -35,14 +34,9 @@ def folder(tmp_path_factory):
 def command(folder, monkeypatch):
     """`command(*words)` runs `rwkv7 generate` on the tiny model, among its files."""
     monkeypatch.chdir(folder)
-    parser = argparse.ArgumentParser()
-    add_generate_command(parser.add_subparsers())
 
     def call(*words):
-        args = parser.parse_args(
-            ["generate", "--model", "m.pth", "--tokens", "12", *words]
-        )
-        return args.run(args)
+        return main(["generate", "--model", "m.pth", "--tokens", "12", *words])
 
     return call
 

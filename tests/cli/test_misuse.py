@@ -59,6 +59,9 @@ def files(tmp_path_factory):
     (folder / "junk.safetensors").write_bytes(bytes(range(256)))
     (folder / "cut.pth").write_bytes((folder / "m.pth").read_bytes()[:2000])
     (folder / "folder").mkdir()
+    (folder / "link.pth").symlink_to("m.pth")
+    (folder / "x.card.json").write_text("[]")
+    (folder / "t.mask").write_bytes(b"\1")
     (folder / "list.json").write_text(json.dumps([{"question": "a"}]))
     return folder
 
@@ -97,6 +100,11 @@ MISUSE = [
     ("convert cut.pth out.pth", "cut.pth"),
     ("convert junk.safetensors out.pth", "junk.safetensors"),
     ("convert folder out.pth", "folder"),
+    ("convert hf:o/m out.pth", "hf download o/m"),
+    ("convert o/m out.pth", "hf download o/m"),
+    ("convert huggingface.co/o/m out.pth", "hf download o/m"),
+    ("convert m.pth hf:o/m", "write to a local place"),
+    ("convert m.pth gs:b/out.pth", "`target` must be on this machine"),
     # inspect
     ("inspect", "arguments are required: path"),
     ("inspect _", "`path` must name a file or a folder"),
@@ -104,6 +112,11 @@ MISUSE = [
     ("inspect --state none.pth", "`none.pth` does not exist"),
     ("inspect --state t.txt", "t.txt"),
     ("inspect hf://m", "must be on this machine"),
+    ("inspect hf:o/m", "hf download o/m"),
+    ("inspect o/m", "hf download o/m"),
+    ("inspect --verify o/m", "hf download o/m"),
+    ("inspect --verify none.pth", "`none.pth` does not exist"),
+    ("inspect --state gs:b/s.pth", "must be on this machine"),
     # report
     ("report", "arguments are required: folder"),
     ("report _", "`folder` must name a file or a folder"),
@@ -123,6 +136,15 @@ MISUSE = [
     ("data , out", "entry 1"),
     ("data gs://b/x.jsonl out", "`SOURCE` must be on this machine"),
     ("data t.txt gs://b/out", "`OUT` must be on this machine"),
+    ("data hf:o/d out", "`SOURCE` must be on this machine"),
+    ("data o/d out", "hf download --repo-type dataset o/d"),
+    ("data t.txt s3:b/out", "`OUT` must be on this machine"),
+    ("data t.txt,./t.txt out", "`SOURCE` must name a file once"),
+    ("data t.txt,folder/../t.txt out", "'folder/../t.txt' are the same one"),
+    ("data x.jsonl,short.txt,.//x.jsonl out", "`SOURCE` must name a file once"),
+    ("data x.card.json x", "`OUT` must not write over `SOURCE`"),
+    ("data ./x.card.json x.bin", "`OUT` must not write over `SOURCE`"),
+    ("data . t", "`OUT` must not write over `SOURCE`; t.mask is read from ."),
     ("data task:copy out", "task:copy"),
     ("data t.csv out", "t.csv` is a table"),
     ("data t.parquet out", "t.parquet` is a Parquet table"),
@@ -206,6 +228,15 @@ MISUSE = [
     (f"{GENERATE} --save-state t.txt/s.pth", "'t.txt' is a file"),
     (f"{GENERATE} --save-state gs://b/s.pth", "`--save-state` must be on this machine"),
     (f"{GENERATE} --save-state _", "`--save-state` must name a file or a folder"),
+    (f"{GENERATE} --save-state hf:o/s.pth", "`--save-state` must be on this machine"),
+    (f"{GENERATE} --save-state m.pth", "must not write over `--model`"),
+    (f"{GENERATE} --save-state ./m.pth", "must not write over `--model`"),
+    (f"{GENERATE} --save-state folder/../m.pth", "must not write over `--model`"),
+    (f"{GENERATE} --save-state link.pth", "must not write over `--model`"),
+    (f"{GENERATE} --state o/s", "hf download o/s"),
+    ("generate --model o/m --prompt a", "hf download o/m"),
+    ("generate --model hf:o/m --prompt a", "hf download o/m"),
+    (f"{GENERATE}b --observer o/m", "hf download o/m"),
     (f"{GENERATE} --fast", "unrecognized arguments: --fast"),
     (f"{GENERATE} --model", "--model: expected one argument"),
     # observe
@@ -218,6 +249,10 @@ MISUSE = [
     (f"{OBSERVE} --text t.txt --windows 1", "`--windows` must be at least 2"),
     (f"{OBSERVE} --text t.txt, ", "`--text` must have a name between commas"),
     (f"{OBSERVE} --text _", "`--out` or `--text` must be given"),
+    (f"{OBSERVE} --out ./m.pth", "`--out` must not write over `--model`"),
+    (f"{OBSERVE} --out a.pth --text ./a.pth", "`--out` must not write over `--text`"),
+    (f"{OBSERVE} --text t.txt,./t.txt", "`--text` must name a file once"),
+    (f"{OBSERVE} --out hf:o/s.pth", "`--out` must be on this machine"),
     # state info
     ("state info", "arguments are required: state"),
     ("state info none.pth", "`none.pth` does not exist"),
@@ -241,6 +276,8 @@ MISUSE = [
     ("state mix a.pth b.pth out.pth --weights 1;2", "must be numbers with commas"),
     ("state mix a.pth b.pth out.pth --weights nan,1", "must be finite"),
     ("state mix a.pth b.pth out.pth --weights inf,1", "must be finite"),
+    ("state mix a.pth b.pth out.pth --weights 1e300,1", "`weights` must be finite and"),
+    ("state mix a.pth b.pth out.pth --weights 1,-1e39", "`weights` must be finite and"),
     ("state mix a.pth b.pth out.pth --weights -1", "one for each of 2 states; got 1"),
     ("state mix a.pth none.pth out.pth --weights 1,1", "`none.pth` does not exist"),
     ("state mix a.pth large.pth out.pth --weights 1,1", "states[1]"),
@@ -255,6 +292,9 @@ MISUSE = [
     ("state scale a.pth --alpha nan out.pth", "`--alpha` must be finite; got nan"),
     ("state scale a.pth --alpha inf out.pth", "`--alpha` must be finite"),
     ("state scale a.pth --alpha half out.pth", "`--alpha` must be a number"),
+    ("state scale a.pth --alpha 1e300 out.pth", "`alpha` must be finite and at most"),
+    ("state scale a.pth --alpha -1e39 out.pth", "`alpha` must be finite and at most"),
+    ("state scale a.pth --alpha 3e38 out.pth", "must be finite; got NaN or Inf"),
     ("state scale none.pth --alpha 1 out.pth", "`none.pth` does not exist"),
     ("state scale a.pth --alpha 1 out.txt", "`target` must end in .pth"),
     ("state scale a.pth --alpha 1 _", "`target` must name a file or a folder"),
@@ -281,6 +321,15 @@ MISUSE = [
     (f"{DOCTOR} --held-out -0.5", "`--held-out` must be from 0 to 1"),
     (f"{DOCTOR} --held-out nan", "`--held-out` must be finite"),
     (f"{DOCTOR} --seed -1", "`--seed` must be at least 0"),
+    (f"{DOCTOR} --picture ./a.pth", "`--picture` must not write over `state`"),
+    (f"{DOCTOR} --picture folder/../m.pth", "must not write over `--model`"),
+    (f"{DOCTOR} --picture ./t.txt", "`--picture` must not write over `--data`"),
+    (
+        f"{DOCTOR} --generic x.jsonl --picture ./x.jsonl",
+        "`--picture` must not write over `--generic`",
+    ),
+    (f"{DOCTOR} --generic t.txt,./t.txt", "`--generic` must name a file once"),
+    (f"{DOCTOR} --picture gs:b/p.png", "`--picture` must be on this machine"),
     (
         f"{DOCTOR} --picture folder",
         "`--picture` must name a file; 'folder' is a folder",
@@ -307,7 +356,9 @@ def test_misuse_is_one_sentence_and_exit_code_2(
         # How argparse ends a program.
         code = error.code
     assert code == 2
-    printed = capsys.readouterr().err
+    shown, printed = capsys.readouterr()
+    # Results only after success: no heading of a table that does not come.
+    assert shown == ""
     assert sentence in printed
     assert printed.startswith("rwkv7: ") and printed.count("\n") == 1
     assert len(printed) < 600 and "Traceback" not in printed

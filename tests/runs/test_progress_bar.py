@@ -58,3 +58,18 @@ def test_nothing_to_do_is_done(clock):
     file = io.StringIO()
     ProgressBar(0, "read", file=file).update(1)
     assert file.getvalue() == "read 100%  0:00 left\n"
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError, OSError, ValueError])
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_a_stream_that_is_lost_does_not_end_the_work(stream, error, monkeypatch):
+    lost = stream()
+
+    def fail(text):
+        raise error
+
+    monkeypatch.setattr(lost, "write", fail)
+    bar = ProgressBar(4, "read", file=lost)
+    for done in range(1, 5):
+        bar.update(done)
+    bar.close()

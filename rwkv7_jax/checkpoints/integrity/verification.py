@@ -13,6 +13,8 @@ from rwkv7_jax.checkpoints.tensor_files import (
     has_safetensors_digest,
     read_safetensors,
 )
+from rwkv7_jax.checks import prefix_errors
+from rwkv7_jax.local_paths import existing_path
 
 
 def verify(path: str | Path) -> list[str]:
@@ -29,9 +31,8 @@ def verify(path: str | Path) -> list[str]:
     Raises:
         ValueError: a file does not agree, or cannot be read; the message names it.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"verify: `{path}` does not exist.")
+    with prefix_errors("verify"):
+        path = existing_path(path, "`path`")
     with name_file(path, "verify"):
         if path.is_file():
             return _verify_file(path)

@@ -38,6 +38,7 @@ class ProgressBar:
         self._drawn = self._began
         self._tenth = 0
         self._line_is_open = False
+        self._is_lost = False
 
     def update(self, done: int, text: str = "") -> None:
         """Shows that `done` units are done."""
@@ -49,7 +50,17 @@ class ProgressBar:
             self._redraw(share, line)
         else:
             self._print(share, line)
-        self._file.flush()
+
+    def _write(self, text: str) -> None:
+        """Writes and flushes; a reader that has gone, or a full disk, does not end the work."""
+        if self._is_lost:
+            return
+        try:
+            self._file.write(text)
+            self._file.flush()
+        # ValueError where somebody closed the stream.
+        except (OSError, ValueError):
+            self._is_lost = True
 
     def _redraw(self, share: float, line: str) -> None:
         now = time.monotonic()
@@ -59,7 +70,7 @@ class ProgressBar:
         filled = round(_BAR_CHARACTERS * share)
         bar = "#" * filled + "." * (_BAR_CHARACTERS - filled)
         # Carriage return before the line, "erase to the end of the line" after it.
-        self._file.write(f"\r[{bar}] {line}\x1b[K")
+        self._write(f"\r[{bar}] {line}\x1b[K")
         self._drawn = now
         self._line_is_open = True
 
@@ -68,15 +79,14 @@ class ProgressBar:
         tenth = int(10 * share)
         due = now - self._drawn > _LINE_SECONDS
         if tenth > self._tenth and (due or share == 1.0):
-            self._file.write(line.rstrip() + "\n")
+            self._write(line.rstrip() + "\n")
             self._drawn = now
             self._tenth = tenth
 
     def close(self) -> None:
         """Ends the line."""
         if self._line_is_open:
-            self._file.write("\n")
-            self._file.flush()
+            self._write("\n")
             self._line_is_open = False
 
 

@@ -2,11 +2,10 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rwkv7_jax.local_paths import local_path
+from rwkv7_jax.local_paths import is_remote, local_path
 
 # Counters are 32-bit integers.
 MOST_COUNT = 2**31 - 1
@@ -16,9 +15,6 @@ MOST_RATE = 1e6
 MOST_WEIGHT = 1e9
 
 _SHOWN_CHARACTERS = 100
-
-# The beginning of an address. A letter and a colon alone are a drive.
-_REMOTE = re.compile(r"(?i)\s*[a-z][a-z0-9+.-]+:/")
 
 _REQUIRED: Any = object()
 
@@ -199,7 +195,7 @@ def refuse_remote_target(argument: str, path: str) -> None:
     Raises:
         ValueError: it is such a place.
     """
-    if _REMOTE.match(path):
+    if is_remote(path):
         raise ValueError(
             f"`{argument}` must be a folder on this machine; got {path}. Write to a local folder "
             "and copy it there afterwards, or mount the bucket."

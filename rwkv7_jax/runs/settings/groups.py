@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from rwkv7_jax.data.choices import OnBad, Order, Packing
-from rwkv7_jax.local_paths import split_list
+from rwkv7_jax.local_paths import split_paths
 from rwkv7_jax.model.kernel_features import KINDS
 from rwkv7_jax.model.upscaled_memory import DYNAMICS
 from rwkv7_jax.optim.decorrelation import Method as DecorrelationMethod
@@ -376,7 +376,7 @@ class Settings:
             "state": self.state,
         }
         for name, text in lists.items():
-            split_list(text or "", f"`config.{name}`")
+            split_paths(text or "", f"`config.{name}`")
         for tracker in self.trackers:
             if not isinstance(tracker, str) or not tracker.strip():
                 raise ValueError(
@@ -386,7 +386,7 @@ class Settings:
     @property
     def state_paths(self) -> list[str]:
         """The files of the tuned start states."""
-        return list(split_list(self.state, "`config.state`"))
+        return list(split_paths(self.state, "`config.state`"))
 
     @property
     def rows_per_step(self) -> int:

@@ -1,0 +1,236 @@
+"""Results are written before anything is shown, and errors have the codes of all programs."""
+
+import errno
+import os
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_checkpoints import random_params
+
+from rwkv7_jax.checkpoints import (
+    load_model,
+    load_state,
+    model_hash,
+    save_model,
+    save_state,
+)
+from rwkv7_jax.checkpoints.pth import write_pth
+from rwkv7_jax.checkpoints.state_sidecar import sidecar
+from rwkv7_jax.checkpoints.tensor_files import read_tensors
+from rwkv7_jax.cli.commands import main
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.state import init_state
+from rwkv7_jax.observer.files import save_observer
+from rwkv7_jax.observer.observer import init_observer
+
+# What the loader says of `merged.pth`, as it should.
+pytestmark = pytest.mark.filterwarnings("ignore:.* holds a tuned state as well")
+
+CONFIG = RWKV7Config(vocab_size=257, num_layers=1, width=32, head_size=16)
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A model, a model with a state merged into it, states, an observer and a text."""
+    params = random_params(CONFIG, dtype=jnp.float32, scale=0.3)
+    save_model(tmp_path / "m.pth", params, CONFIG)
+    wkv = np.random.default_rng(0).normal(size=init_state(CONFIG).wkv.shape)
+    state = init_state(CONFIG).replace(wkv=jnp.asarray(wkv, jnp.float32))
+    for name in ("a.pth", "b.pth"):
+        save_state(tmp_path / name, state)
+    merged = {**read_tensors(tmp_path / "m.pth"), **read_tensors(tmp_path / "a.pth")}
+    tensors = [(name, tensor.read()) for name, tensor in merged.items()]
+    write_pth(tmp_path / "merged.pth", tensors)
+    observer, maps = init_observer(CONFIG, CONFIG, jax.random.key(0))
+    info = {"base_model": model_hash(params, CONFIG)}
+    save_observer(tmp_path / "o", observer, maps | {"model": params}, info=info)
+    (tmp_path / "t.txt").write_bytes(b"The sea is deep. " * 60)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# Command lines, and the files that they write.
+WRITING = [
+    ("convert m.pth out.st", ["out.st"]),
+    ("convert merged.pth out.pth", ["out.pth", "out.state.pth"]),
+    ("data t.txt out --vocabulary bytes", ["out.bin", "out.idx", "out.card.json"]),
+    ("generate --model m.pth --prompt a --tokens 9 --save-state out.pth", ["out.pth"]),
+    (
+        "generate --model m.pth --prompt a --tokens 2 --json --save-state out.pth",
+        ["out.pth"],
+    ),
+    ("observe o --model m.pth --prompt ab --out out.pth", ["out.pth"]),
+    ("state mix a.pth b.pth out.pth --weights 1,1", ["out.pth"]),
+    ("state scale a.pth --alpha -2e0 out.st", ["out.st"]),
+    (
+        "state doctor a.pth --model m.pth --data t.txt --length 32 --windows 2 "
+        "--picture out.png",
+        ["out.png"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "written"), WRITING, ids=lambda value: str(value))
+def test_a_reader_that_has_gone_costs_no_result(
+    files, monkeypatch, capfd, line, written
+):
+    if "--picture" in line:
+        pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", encoding="utf-8") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(line.split()) == 0
+    assert capfd.readouterr() == ("", "")
+    for name in written:
+        assert (files / name).stat().st_size
+
+
+def test_a_session_whose_reader_left_is_the_one_that_was_asked_for(files, monkeypatch):
+    words = "generate --model m.pth --prompt ab --tokens 12 --save-state".split()
+    assert main([*words, "whole.pth"]) == 0
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", encoding="utf-8") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        main([*words, "lonely.pth"])
+    one = load_state(files / "whole.pth")
+    two = load_state(files / "lonely.pth")
+    np.testing.assert_array_equal(one.wkv, two.wkv)
+
+
+def test_a_disk_that_is_full_of_shown_text_is_said_after_the_state_is_saved(
+    files, monkeypatch, capsys
+):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    words = "generate --model m.pth --prompt ab --tokens 9 --save-state s.pth".split()
+    with open("/dev/full", "w", encoding="utf-8") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(words) == 5
+        # Python would try once more when the stream is closed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+    assert "No space left" in capsys.readouterr().err
+    assert np.any(load_state(files / "s.pth").wkv)
+
+
+# A command line, and the function that fails in it.
+FAILING = [
+    ("convert m.pth out.pth", "rwkv7_jax.checkpoints.model_files.build_tree"),
+    ("inspect m.pth", "rwkv7_jax.checkpoints.model_files.build_tree"),
+    ("inspect --state a.pth", "rwkv7_jax.checkpoints.state_files._build_state"),
+    ("data t.txt out", "rwkv7_jax.data.token_cache._write_documents"),
+    ("data t.txt --show 1 --length 9", "rwkv7_jax.cli.data.batch_at"),
+    ("generate --model m.pth --prompt a", "rwkv7_jax.cli.generate.generate"),
+    (
+        "observe o --model m.pth --prompt ab --out s.pth",
+        "rwkv7_jax.cli.observe.propose",
+    ),
+    ("state info a.pth", "rwkv7_jax.cli.state.head_statistics"),
+    ("state mix a.pth b.pth s.pth --weights 1,1", "rwkv7_jax.cli.state.weighted_sum"),
+    ("state scale a.pth --alpha 2 s.pth", "rwkv7_jax.cli.state.scaled"),
+    (
+        "state doctor a.pth --model m.pth --data t.txt --length 32",
+        "rwkv7_jax.cli.state_doctor.diagnose",
+    ),
+]
+
+ERRORS = [
+    (MemoryError(), 7),
+    (MemoryError("Unable to allocate 3.5 TiB"), 7),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nand pages"), 7),
+    (RuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory"), 7),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), 7),
+    (OSError(errno.ENOSPC, "No space left on device", "out.pth"), 5),
+    (PermissionError(errno.EACCES, "Permission denied", "out.pth"), 2),
+    (OverflowError("too large"), 2),
+    (NotImplementedError("not for this device"), 2),
+]
+
+
+@pytest.mark.parametrize(("line", "place"), FAILING, ids=lambda value: str(value))
+def test_every_command_ends_with_the_code_of_its_error(
+    files, monkeypatch, capsys, line, place
+):
+    before = sorted(os.listdir())
+    for error, code in ERRORS:
+
+        def fail(*arguments, error=error, **options):
+            raise error
+
+        monkeypatch.setattr(place, fail)
+        assert main(line.split()) == code, error
+        shown, said = capsys.readouterr()
+        assert shown == ""
+        # A progress bar is drawn over and over on one line before the error's own.
+        assert said.count("rwkv7: ") == 1
+        assert said.endswith("\n")
+        said = said[said.index("rwkv7: ") :]
+        assert said.count("\n") == 1
+        if code == 7:
+            assert said.startswith("rwkv7: out of memory (")
+            assert "use a smaller model" in said
+    assert sorted(os.listdir()) == before
+
+
+def test_a_bug_keeps_its_traceback(files, monkeypatch):
+    def fail(*arguments):
+        raise KeyError("x")
+
+    monkeypatch.setattr("rwkv7_jax.cli.state.scaled", fail)
+    with pytest.raises(KeyError):
+        main("state scale a.pth --alpha 2 s.pth".split())
+
+
+SAME = ["{}", "./{}", "sub/../{}", "link_{}", "ABSOLUTE/{}"]
+
+
+@pytest.mark.parametrize("spelling", SAME)
+def test_a_result_may_replace_its_source_however_that_is_spelled(files, spelling):
+    (files / "sub").mkdir()
+
+    def spell(name):
+        if spelling.startswith("link_"):
+            (files / f"link_{name}").symlink_to(name)
+        return spelling.format(name).replace("ABSOLUTE", str(files))
+
+    weights = load_model("m.pth")[0]["emb"]["weight"]
+    wkv = np.asarray(load_state("a.pth").wkv)
+    assert main(["convert", "m.pth", spell("m.pth"), "--dtype", "bfloat16"]) == 0
+    half = load_model("m.pth")[0]["emb"]["weight"]
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(half, weights.astype(jnp.bfloat16))
+    assert main(["state", "scale", "a.pth", "--alpha", "2", spell("a.pth")]) == 0
+    np.testing.assert_array_equal(load_state("a.pth").wkv, 2 * wkv)
+    mix = ["state", "mix", "b.pth", "b.pth", spell("b.pth"), "--weights", "2,-1"]
+    assert main(mix) == 0
+    np.testing.assert_array_equal(load_state("b.pth").wkv, wkv)
+    # The state that is merged into the model is read before the model is replaced.
+    assert main(["convert", "merged.pth", spell("merged.pth")]) == 0
+    link = "link_" if spelling.startswith("link_") else ""
+    np.testing.assert_array_equal(load_state(f"{link}merged.state.pth").wkv, wkv)
+    assert sidecar(files / f"{link}merged.state.pth").exists()
+
+
+def test_an_id_without_an_entry_in_the_vocabulary_has_no_text_and_ends_nothing(
+    files, capsys
+):
+    # World's entries end before the model's ids: what is sampled there has no bytes.
+    config = RWKV7Config(vocab_size=65536, num_layers=1, width=32, head_size=16)
+    params = random_params(config, dtype=jnp.float32, scale=0.1)
+    # The last id wins at every step.
+    params["ln_out"]["weight"] = jnp.zeros_like(params["ln_out"]["weight"])
+    params["ln_out"]["bias"] = jnp.ones_like(params["ln_out"]["bias"])
+    head = jnp.zeros_like(params["head"]["weight"])
+    params["head"]["weight"] = head.at[-1].set(1.0)
+    save_model("wide.pth", params, config)
+    words = "generate --model wide.pth --prompt a --tokens 3 --temperature 0".split()
+    assert main(words) == 0
+    shown, said = capsys.readouterr()
+    assert said == ""
+    assert shown == "\n"
+    assert main([*words, "--json"]) == 0
+    assert capsys.readouterr().out.count("65535") >= 3

@@ -1,0 +1,77 @@
+"""A file appears complete or not at all, and whoever may read it stays the same."""
+
+import os
+import stat
+
+import pytest
+
+from rwkv7_jax.atomic_write import atomic_write
+
+
+def write(path, content: bytes = b"new"):
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def mode(path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o002, 0o022, 0o027, 0o077])
+def test_a_new_file_has_the_rights_that_the_umask_leaves(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write(tmp_path / "x")
+    finally:
+        os.umask(before)
+    assert mode(tmp_path / "x") == 0o666 & ~mask
+
+
+@pytest.mark.parametrize("rights", [0o600, 0o640, 0o644, 0o666, 0o755, 0o400])
+def test_a_file_that_is_replaced_keeps_its_rights(tmp_path, rights):
+    (tmp_path / "x").write_bytes(b"old")
+    (tmp_path / "x").chmod(rights)
+    write(tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == b"new"
+    assert mode(tmp_path / "x") == rights
+
+
+@pytest.mark.parametrize("target", ["x", "./x", "b/../x", "ABSOLUTE"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_stays_a_link_and_the_file_behind_it_is_written(
+    tmp_path, target, exists
+):
+    (tmp_path / "b").mkdir()
+    if exists:
+        (tmp_path / "x").write_bytes(b"old")
+    (tmp_path / "link").symlink_to(target.replace("ABSOLUTE", str(tmp_path / "x")))
+    (tmp_path / "second").symlink_to("link")
+    write(tmp_path / "second")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "second").is_symlink()
+    assert (tmp_path / "x").read_bytes() == b"new"
+    assert not (tmp_path / "x").is_symlink()
+
+
+def test_a_link_into_another_folder_is_written_there(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "x").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("far/x")
+    write(tmp_path / "link")
+    assert (tmp_path / "far" / "x").read_bytes() == b"new"
+    assert sorted(os.listdir(tmp_path)) == ["far", "link"]
+    assert os.listdir(tmp_path / "far") == ["x"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    (tmp_path / "x").write_bytes(b"old")
+    with pytest.raises(KeyError), atomic_write(tmp_path / "x") as file:
+        file.write(b"half")
+        raise KeyError
+    assert (tmp_path / "x").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"the folder of .*/none/x` does not exist"):
+        write(tmp_path / "none" / "x")

@@ -1,0 +1,217 @@
+"""Paths as people type them: addresses, names on hubs, lists, and spellings of one file."""
+
+import os
+import pathlib
+
+import pytest
+import tiny_observers
+from random_checkpoints import CONFIG, random_params, random_state
+
+from rwkv7_jax.checkpoints.integrity.verification import verify
+from rwkv7_jax.checkpoints.model_files import load_model, save_model
+from rwkv7_jax.checkpoints.state_files import load_state, save_state
+from rwkv7_jax.data.loading import token_stream
+from rwkv7_jax.data.token_cache import open_cache, write_cache
+from rwkv7_jax.local_paths import (
+    existing_path,
+    is_remote,
+    is_same,
+    local_path,
+    refuse_hub_name,
+    split_list,
+    split_paths,
+)
+from rwkv7_jax.observer.files import load_observer, observer_info, save_observer
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+# An address, and what the advice must name.
+ADDRESSES = [
+    ("hf://a/b", "hf download a/b"),
+    ("hf:/a/b", "hf download a/b"),
+    ("hf:a/b", "hf download a/b"),
+    ("HF:a/b", "hf download a/b"),
+    (" hf:a/b", "hf download a/b"),
+    ("hf:a/b/m.pth", "hf download a/b m.pth"),
+    ("https://huggingface.co/a/b", "hf download a/b"),
+    ("https://huggingface.co/a/b/resolve/main/m.pth", "hf download a/b m.pth"),
+    ("https://hf.co/a/b/blob/main/m.pth", "hf download a/b m.pth"),
+    ("https://hf-mirror.com/a/b", "hf download a/b"),
+    ("huggingface.co/a/b", "hf download a/b"),
+    ("hf.co/a/b", "hf download a/b"),
+    ("HuggingFace.co/a/b", "hf download a/b"),
+    ("gs://b/x", "gcloud storage cp -r gs://b/x"),
+    ("gs:/b/x", "gcloud storage cp -r gs://b/x"),
+    ("gs:b/x", "gcloud storage cp -r gs://b/x"),
+    ("GS://b/x", "gcloud storage cp -r gs://b/x"),
+    ("gcs://b/x", "gcloud storage cp -r gs://b/x"),
+    ("s3://b/x", "aws s3 cp --recursive s3://b/x"),
+    ("s3:b/x", "aws s3 cp --recursive s3://b/x"),
+    ("http://h/x", "curl -LO http://h/x"),
+    ("https:h/x", "curl -LO https://h/x"),
+    ("https:\\\\h\\x", "curl -LO https://h/x"),
+    ("ftp://h/x", "curl -LO ftp://h/x"),
+    ("file:///x", "curl -LO file://x"),
+    ("az://c/x", "az://c/x"),
+    ("abfss://c@h/x", "abfss://c@h/x"),
+    ("oss://b/x", "oss://b/x"),
+    ("hdfs:b/x", "hdfs://b/x"),
+    ("ssh://h/x", "ssh://h/x"),
+    ("git@github.com:a/b.git", "https://github.com/a/b.git"),
+    ("github.com/a/b", "https://github.com/a/b"),
+    ("modelscope.cn/models/a", "https://modelscope.cn/models/a"),
+    ("www.example.org/x", "https://www.example.org/x"),
+    ("unknown+scheme://x", "unknown+scheme://x"),
+]
+
+FILES = [
+    "C:/x.pth",
+    "C:x.pth",
+    "rank:1.pth",
+    "12:30.txt",
+    "task:copy",
+    "./hf:a",
+    "hf",
+    "https",
+    "www.pth",
+    "a.com/x",
+    "../gs/x",
+    "a b.txt",
+    "x:y/z",
+]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Every path is looked up in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(("address", "command"), ADDRESSES)
+def test_an_address_is_refused_with_the_command_that_downloads_it(address, command):
+    for read in (local_path, existing_path):
+        with pytest.raises(ValueError) as caught:
+            read(address, "f: `path`")
+        said = str(caught.value)
+        assert said.startswith("f: `path` must be on this machine; got ")
+        assert "download it first" in said
+        assert command in said
+    with pytest.raises(ValueError, match="write to a local place and copy it there"):
+        local_path(address, "f: `path`", target=True)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_name_with_a_colon_or_a_dot_stays_the_name_of_a_file(name):
+    assert not is_remote(name)
+    assert str(local_path(name, "`path`")) == name.removeprefix("./")
+
+
+@pytest.mark.parametrize("name", ["hf:a", "gs:b/x", "huggingface.co/a/b", "s3:/b/x"])
+def test_an_existing_file_wins_over_an_address(tmp_path, name):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("")
+    assert existing_path(name, "`path`").exists()
+    assert local_path(name, "`path`", target=True).exists()
+
+
+@pytest.mark.parametrize("name", ["a/b", "BlinkDL/rwkv7-g1", "a-b/c.d", "fla-hub/rwkv"])
+def test_a_name_on_a_hub_is_told_apart_from_a_missing_file(tmp_path, name):
+    with pytest.raises(ValueError, match=f"hf download {name} --local-dir"):
+        existing_path(name, "`path`")
+    with pytest.raises(ValueError, match=f"--repo-type dataset {name}"):
+        refuse_hub_name(name, "`path`", kind="dataset")
+    (tmp_path / name).parent.mkdir()
+    with pytest.raises(ValueError, match="does not exist"):
+        existing_path(name, "`path`")
+
+
+@pytest.mark.parametrize("name", ["a/b.pth", "a/b/c", "b", "/a/b", "./a/b", "../a/b"])
+def test_other_missing_paths_do_not_exist(name):
+    with pytest.raises(ValueError, match="does not exist"):
+        existing_path(name, "`path`")
+
+
+def spellings(folder) -> list[str]:
+    """Makes a file, and gives ways to write its path from the folder."""
+    (folder / "b").mkdir()
+    (folder / "x").write_text("text")
+    (folder / "link").symlink_to("x")
+    (folder / "to_b").symlink_to("b")
+    return [
+        "x",
+        "./x",
+        ".//x",
+        "b/../x",
+        "to_b/../x",
+        "link",
+        str(folder / "x"),
+        f"../{folder.name}/x",
+        "~/x",
+    ]
+
+
+def test_spellings_of_one_path_are_one_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for spelling in spellings(tmp_path):
+        assert is_same("x", spelling), spelling
+    for other in ("b", "y", "", "x/y", "\0"):
+        assert not is_same("x", other), other
+    assert not is_same("y", "y")
+
+
+def test_a_list_may_not_name_a_file_in_two_spellings(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    first, *others = spellings(tmp_path)
+    (tmp_path / "y").write_text("text")
+    for other in others:
+        with pytest.raises(ValueError, match="`p` must name a file once; 'x' and "):
+            split_paths(f"{first},y,{other}", "`p`")
+    with pytest.raises(ValueError, match="'b' and 'b/'"):
+        split_paths("b,b/", "`p`")
+    # Written alike it is meant: a text that counts twice.
+    assert split_paths("x,y,x", "`p`") == ("x", "y", "x")
+    assert split_paths("missing,./missing", "`p`") == ("missing", "./missing")
+    assert split_list("x,./x", "`p`") == ("x", "./x")
+
+
+def write_observer(place):
+    observer, params = tiny_observers.made()
+    save_observer(place, observer, params)
+
+
+WRITERS = {
+    "model": lambda place: save_model(place, random_params(), CONFIG),
+    "model file": lambda place: save_model(f"{place}.pth", random_params(), CONFIG),
+    "state": lambda place: save_state(f"{place}.pth", random_state()),
+    "observer": write_observer,
+    "cache": lambda place: write_cache(["stdlib"], f"{place}.bin", Tokenizer.bytes()),
+}
+
+
+@pytest.mark.parametrize("address", ["gs://b/x", "s3:/b/x", "hf:a/b", "https://h/x"])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_no_writer_makes_a_folder_that_is_named_like_an_address(
+    tmp_path, writer, address
+):
+    for place in (address, pathlib.Path(address)):
+        with pytest.raises(ValueError, match="must be on this machine"):
+            WRITERS[writer](place)
+    assert os.listdir(tmp_path) == []
+
+
+READERS = {
+    "model": load_model,
+    "state": load_state,
+    "observer": lambda place: load_observer(place, CONFIG),
+    "observer's info": observer_info,
+    "verify": verify,
+    "text": lambda place: token_stream(place, Tokenizer.bytes()),
+    "cache": lambda place: open_cache(place, Tokenizer.bytes()),
+}
+
+
+@pytest.mark.parametrize("name", ["hf:owner/name", "gs://b/x", "owner/name"])
+@pytest.mark.parametrize("reader", READERS)
+def test_every_reader_says_how_to_download_what_is_not_here(reader, name):
+    with pytest.raises(ValueError, match="download it first") as caught:
+        READERS[reader](name)
+    assert name in str(caught.value)
