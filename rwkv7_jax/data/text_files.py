@@ -12,7 +12,7 @@ import gzip
 import importlib
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,15 @@ _GZIP = b"\x1f\x8b"
 _BZIP2_BLOCKS = (b"1AY&SY", b"\x17rE8P\x90")
 _XZ = b"\xfd7zXZ\x00"
 _ZSTD = b"\x28\xb5\x2f\xfd"
+_ZSTD_SKIPPABLE = b"\x2a\x4d\x18"
+
+# What opens a file by its compression; Zstandard is optional.
+_OPENERS: dict[str | None, Callable[..., Any]] = {
+    None: open,
+    "gzip": gzip.open,
+    "bzip2": bz2.open,
+    "xz": lzma.open,
+}
 
 # Names of byte order marks, the longer ones first: UTF-32's begins with UTF-16's.
 _UTF_MARKS = (
@@ -151,13 +160,41 @@ def check_encoding(encoding: str | None, argument: str) -> None:
         ) from None
 
 
-def _zstd_module() -> Any | None:
-    """Returns a module that opens Zstandard files; None where this Python has none."""
-    # Both are optional: the first one comes with Python 3.14, the second with the package.
-    for name in ("compression.zstd", "zstandard"):
-        with contextlib.suppress(ImportError):
-            return importlib.import_module(name)
-    return None
+def _zstd_decompressor(path: Path) -> Any:
+    """Makes a decompressor of one Zstandard frame.
+
+    Raises:
+        ValueError: this Python has none.
+    """
+    # Both are optional: the first one comes with Python 3.14, the second with the extra `zstd`.
+    with contextlib.suppress(ImportError):
+        return importlib.import_module("compression.zstd").ZstdDecompressor()
+    with contextlib.suppress(ImportError):
+        return importlib.import_module("zstandard").ZstdDecompressor().decompressobj()
+    raise ValueError(
+        f"documents: `{path}` is compressed with Zstandard, which this Python cannot read: install "
+        "the extra `zstd` or the zstandard package, or run `unzstd` first."
+    )
+
+
+def _zstd_chunks(path: Path) -> Iterator[bytes]:
+    """Reads what is inside a Zstandard file of one frame or several.
+
+    Not `zstandard.open` (0.25), which takes a file that was cut for a shorter one.
+
+    Raises:
+        EOFError: the file ends inside a frame.
+    """
+    with path.open("rb") as file:
+        decompressor = _zstd_decompressor(path)
+        while chunk := file.read(CHUNK):
+            while chunk:
+                if decompressor.eof:
+                    decompressor = _zstd_decompressor(path)
+                yield decompressor.decompress(chunk)
+                chunk = decompressor.unused_data
+        if not decompressor.eof:
+            raise EOFError
 
 
 def head_of(path: Path, size: int = 512) -> bytes:
@@ -171,6 +208,9 @@ def _compression(head: bytes) -> str | None:
     for magic, name in ((_GZIP, "gzip"), (_XZ, "xz"), (_ZSTD, "zstd")):
         if head.startswith(magic):
             return name
+    # Programs with several threads begin with a frame that says how long the next one is.
+    if head[1:4] == _ZSTD_SKIPPABLE and head[0] >> 4 == 5:
+        return "zstd"
     # "BZh" alone could be a text.
     if head.startswith(b"BZh") and head[4:10] in _BZIP2_BLOCKS:
         return "bzip2"
@@ -190,24 +230,15 @@ def inner_suffix(path: Path) -> str:
     return suffix
 
 
-def _open_decompressed(path: Path) -> Any:
-    """Opens the bytes inside a file, which may be compressed."""
-    kind = _compression(head_of(path))
-    if kind is None:
-        return path.open("rb")
-    if kind == "gzip":
-        return gzip.open(path, "rb")
-    if kind == "bzip2":
-        return bz2.open(path, "rb")
-    if kind == "xz":
-        return lzma.open(path, "rb")
-    module = _zstd_module()
-    if module is None:
-        raise ValueError(
-            f"documents: `{path}` is compressed with Zstandard, which this Python cannot read: "
-            "install the zstandard package, or run `unzstd` first."
-        )
-    return module.open(path, "rb")
+def _inner_chunks(path: Path, compression: str | None) -> Iterator[bytes]:
+    """Reads the bytes inside a file, which may be compressed."""
+    if compression == "zstd":
+        # The last bytes of a frame may give nothing.
+        yield from filter(None, _zstd_chunks(path))
+        return
+    with _OPENERS[compression](path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,25 +284,14 @@ class TextFile:
 
     def _decompressed(self) -> Iterator[bytes]:
         compression = _compression(head_of(self.path))
-        if compression is None:
-            with self.path.open("rb") as file:
-                while chunk := file.read(CHUNK):
-                    yield chunk
-            return
-        with _open_decompressed(self.path) as file:
-            while True:
-                try:
-                    chunk = file.read(CHUNK)
-                except _DAMAGE as error:
-                    raise self._damaged(compression, error) from None
-                except Exception as error:
-                    # Zstandard's own class depends on which module reads it.
-                    if "Zstd" not in type(error).__name__:
-                        raise
-                    raise self._damaged(compression, error) from None
-                if not chunk:
-                    return
-                yield chunk
+        try:
+            yield from _inner_chunks(self.path, compression)
+        except Exception as error:
+            # Zstandard's own class depends on which module reads it.
+            is_damage = isinstance(error, _DAMAGE) or "Zstd" in type(error).__name__
+            if compression is None or not is_damage:
+                raise
+            raise self._damaged(compression, error) from None
 
     def _damaged(self, compression: str, error: Exception) -> ValueError:
         if isinstance(error, EOFError):

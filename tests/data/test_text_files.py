@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import importlib
 import json
 import lzma
 import re
@@ -157,7 +158,24 @@ def test_the_case_of_a_suffix_does_not_matter(tmp_path, suffix):
     assert [document.text() for document in found] == [b"one", b"two"]
 
 
-COMPRESSORS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+def zstd_compress(data: bytes) -> bytes:
+    """Compresses in the way that this Python can read, in two frames and one to be skipped."""
+    if sys.version_info >= (3, 14):
+        compress = importlib.import_module("compression.zstd").compress
+    else:
+        reason = "the zstd extra is not installed"
+        compress = pytest.importorskip("zstandard", reason=reason).compress
+    half = len(data) // 2
+    skipped = b"\x52\x2a\x4d\x18\x03\x00\x00\x00abc"
+    return skipped + compress(data[:half]) + skipped + compress(data[half:])
+
+
+COMPRESSORS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstd_compress,
+}
 
 
 @pytest.mark.parametrize("suffix", COMPRESSORS)
@@ -178,6 +196,30 @@ def test_compressed_files_are_read_as_what_is_inside(tmp_path, name, suffix):
 def test_the_content_and_not_the_name_says_that_a_file_is_compressed(tmp_path, suffix):
     (tmp_path / "x.jsonl").write_bytes(COMPRESSORS[suffix](LINES))
     assert len(list(documents(tmp_path / "x.jsonl"))) == 2
+
+
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_a_compressed_file_is_read_completely_or_not_at_all(
+    tmp_path, monkeypatch, suffix
+):
+    monkeypatch.setattr("rwkv7_jax.data.text_files.CHUNK", 50)
+    lines = b"".join(b'{"text": "%d"}\n' % (number**9) for number in range(99))
+    packed = COMPRESSORS[suffix](lines)
+    path = tmp_path / f"x.jsonl{suffix}"
+    path.write_bytes(packed)
+    assert len(list(documents(path))) == 99
+    # Several compressed files, one after the other, are one file.
+    path.write_bytes(packed + packed)
+    assert len(list(documents(path))) == 198
+    for end in range(12, len(packed), 31):
+        path.write_bytes(packed[:end])
+        with pytest.raises(
+            ValueError, match=r"x\.jsonl\..*` is an incomplete download"
+        ):
+            list(documents(path))
+    path.write_bytes(packed[: len(packed) // 2] + bytes(60) + packed[-20:])
+    with pytest.raises(ValueError, match=r"x\.jsonl\."):
+        list(documents(path))
 
 
 def test_zstandard_is_read_where_python_can_and_else_named(tmp_path, monkeypatch):
