@@ -19,7 +19,7 @@ _URL = re.compile(
 
 # "owner/model", as hubs name models; a path with a known suffix is a file that is missing.
 _HUB_NAME = re.compile(
-    r"[A-Za-z0-9][\w-]*/(?!.*\.(?:pth|safetensors|st|json|bin)$)[\w.-]+"
+    r"[A-Za-z0-9][\w-]*/(?!.*\.(?:pth|safetensors|st|state|json|bin|gguf)$)[\w.-]+"
 )
 
 _HUB_HOSTS = ("huggingface.co/", "hf.co/", "hf-mirror.com/")

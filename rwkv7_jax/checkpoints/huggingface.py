@@ -1,7 +1,11 @@
-"""HF folders of RWKV-7 in fla's layout: their tensors and their config.json."""
+"""Folders in the manner of Hugging Face: their tensors and their config.json.
+
+Folders of any layout are read; the names decide which it is. Those that are written have fla's.
+"""
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +14,12 @@ import numpy as np
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints import tensor_names
+from rwkv7_jax.checkpoints.layouts.orientation import LowRank
 from rwkv7_jax.checkpoints.model_folder import read_json, replace_folder
 from rwkv7_jax.checkpoints.tensor_files import (
-    read_metadata,
-    read_safetensors,
+    NORM_EPS_KEY,
+    TensorFile,
+    open_tensors,
     write_safetensors,
 )
 from rwkv7_jax.checkpoints.tensor_names import Tensor
@@ -24,77 +30,138 @@ _CONFIG_FILE = "config.json"
 
 _WEIGHTS_FILE = "model.safetensors"
 
-_INDEX_FILE = "model.safetensors.index.json"
+# The names that transformers gives to weights, in the order of its preference. An index has
+# ".index.json" after them.
+_STEMS = (_WEIGHTS_FILE, "pytorch_model.bin")
 
-# fla's, for a config.json without one.
-_DEFAULT_NORM_EPS = 1e-5
+_SHARD = re.compile(r"-\d+-of-(\d+)\.")
 
-# The metadata's entry with the epsilon that the weights were saved with.
-_NORM_EPS_KEY = "rwkv7_jax.norm_eps"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".st")
+
+
+def read_hf(folder: Path) -> TensorFile:
+    """Opens the tensors of a folder, by the names in its files, and reads the norms' epsilon.
+
+    Nothing else is read from config.json: published ones have wrong head counts and token ids, and
+    some have another model's type or none.
+
+    Raises:
+        ValueError: files that are missing or broken, a tensor that is in two of them, or epsilons
+            that differ.
+    """
+    tensors: dict[str, Tensor] = {}
+    said: set[LowRank] = set()
+    norm_eps = None
+    # Opening a shard reads its header alone.
+    for file in _weight_files(folder):
+        shard = open_tensors(file)
+        twice = tensors.keys() & shard.tensors.keys()
+        if twice:
+            raise ValueError(
+                f"load_model: `{folder}` holds {min(twice)} in two files; one is {file.name}."
+            )
+        tensors |= shard.tensors
+        if shard.low_rank is not None:
+            said.add(shard.low_rank)
+        norm_eps = norm_eps or shard.norm_eps
+    low_rank = said.pop() if len(said) == 1 else None
+    configured = read_norm_eps(folder)
+    if configured is not None and norm_eps not in (None, configured):
+        raise ValueError(
+            f"load_model: `{folder / _CONFIG_FILE}` has norm_eps {configured!r}, but the weights "
+            f"next to it were saved with {norm_eps!r}."
+        )
+    return TensorFile(tensors, low_rank, norm_eps or configured)
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Lists the folder's weight files: those of its index, else the single one."""
-    if not (folder / _INDEX_FILE).exists():
-        single = folder / _WEIGHTS_FILE
-        return [single] if single.exists() else []
-    weight_map = read_json(folder / _INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict):
+    """Lists the folder's weight files: those of its index, else the shards, else the only one."""
+    for stem in _STEMS:
+        index = folder / f"{stem}.index.json"
+        if index.exists():
+            return _indexed_files(index)
+        if (folder / stem).exists():
+            return [folder / stem]
+    files = files_of_weights(folder)
+    if not files:
         raise ValueError(
-            f"load_model: `{folder / _INDEX_FILE}` has no table `weight_map`."
+            f"load_model: `{folder}` is not a checkpoint: it holds neither rwkv7_jax.json nor a "
+            f"file of weights ({', '.join(_WEIGHT_SUFFIXES)})."
         )
+    shards = [file for file in files if _SHARD.search(file.name)]
+    if len(shards) == len(files):
+        _require_all_shards(folder, shards)
+        return files
+    if len(files) > 1:
+        names = " and ".join(file.name for file in files[:2])
+        raise ValueError(
+            f"load_model: `{folder}` holds several checkpoints, {names} among them; name one."
+        )
+    return files
+
+
+def files_of_weights(folder: Path) -> list[Path]:
+    """Lists the files in a folder that may be weights by their suffix."""
+    files = []
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _WEIGHT_SUFFIXES and file.is_file():
+            files.append(file)
+    return files
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    """Lists the shards that an index names."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"load_model: `{index}` has no table `weight_map`.")
+    folder = index.parent
     shards = set()
     for shard in weight_map.values():
         # An index that points elsewhere would make us read files that the user never named.
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise ValueError(
-                f"load_model: `{folder / _INDEX_FILE}` names {shard!r}, which is not next to it."
+                f"load_model: `{index}` names {shard!r}, which is not next to it."
             )
         if not (folder / shard).exists():
             raise ValueError(f"load_model: `{folder}` lacks the shard {shard}.")
         shards.add(shard)
+    if not shards:
+        raise ValueError(f"load_model: `{index}` names no files.")
     return [folder / shard for shard in sorted(shards)]
 
 
-def read_hf(folder: Path) -> tuple[dict[str, Tensor], float]:
-    """Opens an HF folder's tensors by official name, and reads the norms' epsilon.
+def _require_all_shards(folder: Path, shards: list[Path]) -> None:
+    """Raises unless there are as many shards as their names say."""
+    for shard in shards:
+        match = _SHARD.search(shard.name)
+        assert match is not None
+        if int(match[1]) != len(shards):
+            raise ValueError(
+                f"load_model: `{folder}` holds {len(shards)} of the {int(match[1])} shards that "
+                f"{shard.name} is one of."
+            )
 
-    Nothing else is read from config.json: published ones have wrong head counts and token ids.
+
+def read_norm_eps(folder: Path) -> float | None:
+    """Reads the norms' epsilon from a folder's config.json; None where that does not say it.
 
     Raises:
-        ValueError: not RWKV-7, a hybrid, or files that are missing or broken.
+        ValueError: not a positive number.
     """
-    table = read_json(folder / _CONFIG_FILE)
-    if table.get("model_type") != "rwkv7":
-        raise ValueError(
-            f"load_model: `{folder}` must have model_type rwkv7; got {table.get('model_type')!r}."
-        )
-    # fla's configuration allows attention in some layers; those would come without our tensors.
-    if table.get("attn"):
-        raise ValueError(
-            f"load_model: `{folder}` has attention layers, which RWKV-7 does not."
-        )
-    files = _weight_files(folder)
-    if not files:
-        raise ValueError(f"load_model: `{folder}` has no .safetensors file.")
-    tensors = {}
-    # Opening a shard reads its header alone.
-    for file in files:
-        tensors |= read_safetensors(file)
-    norm_eps = table.get("norm_eps", _DEFAULT_NORM_EPS)
+    config = folder / _CONFIG_FILE
+    if not config.exists():
+        return None
+    table = read_json(config)
+    # Models of transformers call it either.
+    norm_eps = table.get("norm_eps", table.get("layer_norm_epsilon"))
+    if norm_eps is None:
+        return None
     is_number = isinstance(norm_eps, int | float) and not isinstance(norm_eps, bool)
     if not is_number or not math.isfinite(norm_eps) or norm_eps <= 0:
         raise ValueError(
-            f"load_model: `{folder / _CONFIG_FILE}` has norm_eps {norm_eps!r}, which is not a "
-            "positive number."
+            f"load_model: `{config}` has norm_eps {norm_eps!r}, which is not a positive number."
         )
-    written = read_metadata(files[0]).get(_NORM_EPS_KEY, repr(norm_eps))
-    if written != repr(norm_eps):
-        raise ValueError(
-            f"load_model: `{folder / _CONFIG_FILE}` has norm_eps {norm_eps!r}, but the weights "
-            f"next to it were saved with {written}."
-        )
-    return tensor_names.from_hf(tensors), norm_eps
+    return norm_eps
 
 
 def _hf_tensors(
@@ -136,7 +203,7 @@ def save_hf(
 
     def fill(folder: Path) -> None:
         folder.mkdir()
-        metadata = {"format": "pt", _NORM_EPS_KEY: repr(config.norm_eps)}
+        metadata = {"format": "pt", NORM_EPS_KEY: repr(config.norm_eps)}
         write_safetensors(
             folder / _WEIGHTS_FILE, _hf_tensors(tensors), metadata=metadata
         )

@@ -1,4 +1,4 @@
-"""Models as files: .pth, .safetensors, web-rwkv .st, HF folders, Orbax folders."""
+"""Models as files: .pth, .safetensors, web-rwkv .st, HF folders, Orbax folders; rwkv.cpp's read."""
 
 import hashlib
 import warnings
@@ -10,9 +10,14 @@ import numpy as np
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints import tensor_names
-from rwkv7_jax.checkpoints.huggingface import read_hf, save_hf
+from rwkv7_jax.checkpoints.huggingface import read_hf, read_norm_eps, save_hf
 from rwkv7_jax.checkpoints.integrity.named_errors import name_file
-from rwkv7_jax.checkpoints.orbax_folder import load_orbax, save_orbax
+from rwkv7_jax.checkpoints.layouts.names import with_official_names
+from rwkv7_jax.checkpoints.layouts.orientation import LowRank, with_official_low_rank
+from rwkv7_jax.checkpoints.layouts.other_architectures import (
+    reject_other_architectures,
+)
+from rwkv7_jax.checkpoints.orbax_folder import is_orbax, load_orbax, save_orbax
 from rwkv7_jax.checkpoints.param_tree import (
     Progress,
     build_tree,
@@ -22,12 +27,13 @@ from rwkv7_jax.checkpoints.param_tree import (
     overflows,
     require_finite_tensor,
     require_float_dtype,
+    require_jax_dtype,
 )
 from rwkv7_jax.checkpoints.pth import write_pth
 from rwkv7_jax.checkpoints.tensor_files import (
-    Format,
+    LOW_RANK_KEY,
     format_of,
-    read_tensors,
+    open_tensors,
     write_safetensors,
 )
 from rwkv7_jax.checkpoints.tensor_names import Tensor
@@ -51,30 +57,30 @@ def load_model(
 ) -> tuple[Params, RWKV7Config]:
     """Loads a checkpoint's parameters and infers its config.
 
-    Every size is inferred from tensors, never from metadata. The arrays are on the default device,
-    in the file's dtypes unless `dtype` is given.
+    Every size is inferred from tensors, never from metadata; the layout from their names, never
+    from the path. The arrays are on the default device, in the file's dtypes unless `dtype` is
+    given.
 
     Args:
-        path: an official `.pth` or `.safetensors`, a web-rwkv `.st`, an HF folder, or an Orbax
-            folder.
+        path: a file of PyTorch's, safetensors (official or web-rwkv's) or of rwkv.cpp, a folder of
+            such files, or an Orbax folder.
         dtype: of all parameters.
         allow_nan: accept NaN and Inf.
         progress: called with the bytes done and the bytes in all.
 
     Raises:
         ValueError: no such file, a damaged one, not RWKV-7, tensors missing or misshapen (one
-            table), NaN, or numbers that `dtype` cannot hold.
+            table), NaN, float64 where JAX has none, or numbers that `dtype` cannot hold.
         TypeError: `dtype` is not floating-point, or `path` is no path.
     """
     with prefix_errors("load_model"):
         if dtype is not None:
-            dtype = require_float_dtype(dtype)
+            dtype = require_jax_dtype(require_float_dtype(dtype))
         path = existing_path(path, "`path`")
     with name_file(path, "load_model"):
-        kind = format_of(path)
-        if kind == "orbax":
+        if is_orbax(path):
             return load_orbax(path.absolute(), dtype=dtype, allow_nan=allow_nan)
-        tensors, config = _open_model(path, kind)
+        tensors, config = _open_model(path)
         params = build_tree(
             tensors,
             config,
@@ -86,16 +92,13 @@ def load_model(
     return params, config
 
 
-def _open_model(path: Path, kind: Format) -> tuple[dict[str, Tensor], RWKV7Config]:
+def _open_model(path: Path) -> tuple[dict[str, Tensor], RWKV7Config]:
     """Opens a model's tensors, infers the config and checks both."""
-    norm_eps = None
-    if kind == "hf":
-        tensors, norm_eps = read_hf(path)
-    else:
-        tensors = tensor_names.from_official(read_tensors(path), suffix=path.suffix)
+    file = read_hf(path) if path.is_dir() else open_tensors(path)
+    named = with_official_names(file.tensors, path)
     # First, so that a file of another architecture is one sentence and not a table of differences.
-    tensor_names.reject_other_architectures(tensors, str(path))
-    tensors, state = tensor_names.split_states(tensors)
+    reject_other_architectures(named.tensors, path)
+    tensors, state = tensor_names.split_states(named.tensors)
     # Tools of the RWKV world put states and models under the same suffixes.
     if state and not tensors:
         raise ValueError(f"load_model: `{path}` is a start state; load_state reads it.")
@@ -104,7 +107,13 @@ def _open_model(path: Path, kind: Format) -> tuple[dict[str, Tensor], RWKV7Confi
             f"{path} holds a tuned state as well; load_state({str(path)!r}) gives it.",
             stacklevel=3,
         )
-    config = infer_config(tensors, str(path), norm_eps=norm_eps)
+    low_rank = file.low_rank or named.low_rank
+    tensors = with_official_low_rank(tensors, low_rank, path)
+    norm_eps = file.norm_eps
+    # One file of a folder: its config.json is next to it.
+    if norm_eps is None and named.family == "fla" and path.is_file():
+        norm_eps = read_norm_eps(path.parent)
+    config = infer_config(tensors, str(path), norm_eps=norm_eps, family=named.family)
     check_names(tensors, config, str(path))
     return tensors, config
 
@@ -209,13 +218,16 @@ def save_model(
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = add_unused_value_residual(tensors, config)
+    low_rank: LowRank = "official"
     if kind == "st":
         tensors = _web_rwkv_tensors(tensors)
+        low_rank = "transposed"
     tensors = _official_file_tensors(tensors)
     if kind == "pth":
         write_pth(path, tensors)
     else:
-        write_safetensors(path, tensors)
+        # The loader refuses a file whose shapes do not tell, so it is always said.
+        write_safetensors(path, tensors, metadata={LOW_RANK_KEY: low_rank})
 
 
 def model_hash(params: Params, config: RWKV7Config) -> str:

@@ -4,10 +4,12 @@ The JSON file, the card, also has the sizes of all files of the tree, a digest o
 digest of the card itself. Folders of earlier versions have none of the three.
 """
 
+import contextlib
 import dataclasses
 import gc
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from rwkv7_jax.checkpoints.param_tree import (
     official_tensors,
     require_finite,
     require_finite_params,
+    require_kept,
 )
 from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.model.config import RWKV7Config
@@ -44,6 +47,11 @@ _CARD_DIGEST = "card_digest"
 _FILES = "files"
 
 
+def is_orbax(path: Path) -> bool:
+    """Returns whether a path is a folder with the card of an Orbax checkpoint."""
+    return (path / _CONFIG_FILE).exists()
+
+
 def load_orbax(
     folder: Path,
     *,
@@ -60,8 +68,8 @@ def load_orbax(
         verify: compare the arrays with the digest in the card, where there is one.
 
     Raises:
-        ValueError: not such a folder, a damaged one, a tree of other leaves than the config's, or
-            NaN.
+        ValueError: not such a folder, a damaged one, a tree of other leaves than the config's, NaN,
+            or float64 where JAX has none.
     """
     path = folder / _CONFIG_FILE
     if not path.exists():
@@ -72,7 +80,12 @@ def load_orbax(
     config = _config_of(card, path)
     _check_files(card, folder)
     # The folder may come from a machine with another mesh: everything goes to one device.
-    params = _restore(folder / _ARRAYS, jax.local_devices()[0], folder)
+    params = _restore(
+        folder / _ARRAYS,
+        jax.local_devices()[0],
+        folder,
+        may_narrow=dtype is not None,
+    )
     with prefix_errors("load_model"):
         check_params(params, config)
     _check_card(card, path)
@@ -86,27 +99,44 @@ def load_orbax(
     return params, config
 
 
-def _restore(arrays: Path, device: Any, folder: Path) -> Params:
+def _restore(
+    arrays: Path, device: Any, folder: Path, *, may_narrow: bool = False
+) -> Params:
     """Reads the tree of arrays onto one device.
 
     Args:
         arrays: the folder that Orbax wrote.
         device: of JAX, where the arrays go.
         folder: of the checkpoint, for messages.
+        may_narrow: read float64 as float32 where JAX has no float64.
     """
     sharding = jax.sharding.SingleDeviceSharding(device)
 
     def on_device(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    orbax = import_orbax()
-    # Orbax and the libraries under it raise errors of dozens of kinds for a damaged folder.
-    try:
-        with orbax.StandardCheckpointer() as checkpointer:
+    with import_orbax().StandardCheckpointer() as checkpointer:
+        with _damage_named(folder):
             stored = checkpointer.metadata(arrays).item_metadata
             if stored is None:
                 raise ValueError("its list of arrays cannot be read")
+            leaves = jax.tree_util.tree_leaves_with_path(stored.tree)
+        if not may_narrow:
+            for place, leaf in leaves:
+                require_kept(leaf.dtype, jax.tree_util.keystr(place), str(folder))
+        with _damage_named(folder):
             return checkpointer.restore(arrays, jax.tree.map(on_device, stored.tree))
+
+
+@contextlib.contextmanager
+def _damage_named(folder: Path) -> Iterator[None]:
+    """Makes one sentence of whatever Orbax and the libraries under it raise.
+
+    Their errors are of dozens of kinds for a damaged folder.
+    """
+    try:
+        yield
+        return
     except Exception as error:
         reason = first_line(error)
     # Orbax leaves the reads of the other arrays behind, and Python would warn of each of them.

@@ -5,6 +5,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,11 @@ _ESSENTIAL = (
 
 
 def infer_config(
-    tensors: Tensors, path: str, *, norm_eps: float | None = None
+    tensors: Tensors,
+    path: str,
+    *,
+    norm_eps: float | None = None,
+    family: Literal["official", "fla"] = "official",
 ) -> RWKV7Config:
     """Infers the config from names and shapes alone; no number is read.
 
@@ -56,8 +61,9 @@ def infer_config(
     Args:
         tensors: in official names and orientation.
         path: for the message.
-        norm_eps: epsilon of the norms in an HF folder, which also tells the per-head norm's; None
-            leaves both to the config's defaults, the official ones.
+        norm_eps: epsilon of the norms, as a folder's config.json has it; None for the default.
+        family: whose names the file had. fla computes the per-head norm's epsilon from `norm_eps`
+            and the heads' size; all others have the official one.
 
     Raises:
         ValueError: a tensor is missing or misshapen without which no size can be inferred.
@@ -84,10 +90,12 @@ def infer_config(
         gate_rank=tensors["blocks.0.att.g1"].shape[-1],
         value_rank=_infer_value_rank(tensors),
     )
-    if norm_eps is None:
-        return config
-    group_norm_eps = config.head_size * norm_eps
-    return dataclasses.replace(config, norm_eps=norm_eps, group_norm_eps=group_norm_eps)
+    if norm_eps is not None:
+        config = dataclasses.replace(config, norm_eps=norm_eps)
+    if family == "fla":
+        group_norm_eps = config.head_size * config.norm_eps
+        config = dataclasses.replace(config, group_norm_eps=group_norm_eps)
+    return config
 
 
 def _count_layers(tensors: Tensors, path: str) -> int:
@@ -225,6 +233,20 @@ def require_float_dtype(dtype) -> np.dtype:
     return found
 
 
+def require_jax_dtype(dtype: np.dtype) -> np.dtype:
+    """Returns a dtype that JAX keeps.
+
+    Raises:
+        ValueError: JAX would hold float32 in its place; the message begins with `dtype`.
+    """
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(
+            f"`dtype` must be one that JAX keeps; {dtype} becomes float32 unless "
+            "jax_enable_x64 is set."
+        )
+    return dtype
+
+
 def overflows(wide: np.ndarray, narrow: np.ndarray) -> bool:
     """Returns whether a number became Inf when it was converted to another dtype."""
     if is_finite(narrow):
@@ -284,8 +306,7 @@ def _stack(
     if dtype is None:
         dtypes = [tensors[name].dtype for name in names]
         dtype = functools.reduce(jnp.promote_types, dtypes)
-    # Without x64, JAX holds float64 as float32; done here, so that an overflow is found.
-    dtype = jax.dtypes.canonicalize_dtype(dtype)
+        require_kept(dtype, names[0], path)
     stacked = _aligned_empty((len(names), *shape), np.dtype(dtype))
     for row, name in zip(stacked, names, strict=True):
         # Takes off axes of size 1, which official vectors have.
@@ -298,6 +319,20 @@ def _stack(
         _require_no_overflow(array, row, name, path)
         release_pages(array)
     return stacked
+
+
+def require_kept(dtype: np.dtype, name: str, path: str) -> None:
+    """Raises if JAX would silently narrow a file's numbers, as it does float64 without x64.
+
+    Raises:
+        ValueError: `dtype`, of the tensor `name` in the file at `path`, is none that JAX keeps.
+    """
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(
+            f"load_model: `{path}` holds {dtype} ({name}), which JAX would narrow to float32; "
+            "ask for it with dtype='float32' (`rwkv7 convert --dtype float32`), or set "
+            "jax_enable_x64."
+        )
 
 
 def build_tree(
@@ -320,7 +355,8 @@ def build_tree(
         progress: called with the bytes done and the bytes in all.
 
     Raises:
-        ValueError: NaN or Inf in a tensor, which the message names.
+        ValueError: NaN or Inf in a tensor, or float64 where JAX has none; the message names the
+            tensor.
     """
     shapes = tensor_names.accepted_shapes(config)
     names_by_path: dict[TreePath, list[str]] = {}

@@ -19,30 +19,34 @@ import numpy as np
 
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.checkpoints import tensor_names
+from rwkv7_jax.checkpoints.huggingface import read_hf
 from rwkv7_jax.checkpoints.integrity.digests import digest_of_arrays
 from rwkv7_jax.checkpoints.integrity.named_errors import name_file
+from rwkv7_jax.checkpoints.layouts.names import with_official_names
+from rwkv7_jax.checkpoints.orbax_folder import is_orbax
 from rwkv7_jax.checkpoints.param_tree import is_finite, overflows, require_float_dtype
 from rwkv7_jax.checkpoints.pth import dump_pth
 from rwkv7_jax.checkpoints.state_sidecar import (
     DIGEST,
     ENTRIES_DIGEST,
     PREVIOUS,
-    TRANSPOSED_AXES,
     check_axes,
     check_digests,
     own_entries,
     previous_table,
     read_table,
     sidecar,
-    usual_axes,
     warn_of_other_weights,
     write_sidecar,
 )
 from rwkv7_jax.checkpoints.state_tensors import (
+    AXES,
+    TRANSPOSED_AXES,
     UPSCALED,
-    open_tensors,
+    open_state_tensors,
     read_state_arrays,
     stack_layers,
+    stored_axes,
 )
 from rwkv7_jax.checkpoints.tensor_files import dump_safetensors, read_tensors
 from rwkv7_jax.checkpoints.tensor_names import Tensor
@@ -72,6 +76,11 @@ def _check_suffix(path: Path) -> None:
     """Raises unless the path names a format that can hold a state."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"`path` must end in {', '.join(SUFFIXES)}; got {path}.")
+
+
+def _written_axes(path: Path) -> str:
+    """Returns the axes that a file of this suffix is written with."""
+    return TRANSPOSED_AXES if path.suffix == ".st" else AXES
 
 
 def save_state(
@@ -182,7 +191,7 @@ def _state_tensors(
     if state.upscaled is not None:
         tensors.update(_upscaled_tensors(state.upscaled))
     for layer, wkv in enumerate(np.asarray(state.wkv[:, 0])):
-        if usual_axes(path) == TRANSPOSED_AXES:
+        if _written_axes(path) == TRANSPOSED_AXES:
             wkv = wkv.swapaxes(-1, -2)
         name = f"blocks.{layer}.att.time_state"
         tensors[name] = _finite_array(wkv, dtype, name)
@@ -226,7 +235,7 @@ def _sidecar_table(
     layers, _, heads, values, keys = state.wkv.shape
     meaning: dict[str, Any] = {
         "format": "rwkv7 start state",
-        "axes": usual_axes(path),
+        "axes": _written_axes(path),
         "layers": layers,
         "heads": heads,
         "value_size": values,
@@ -319,11 +328,12 @@ def load_state(
 ) -> RWKV7State:
     """Loads a start state, batch 1, float32.
 
-    Takes files of RWKV-PEFT, RWKV-Runner, web-rwkv and Ai00, and model checkpoints with a merged
-    state.
+    Takes files of RWKV-PEFT, RWKV-Runner, State-Tuning Studio, web-rwkv and Ai00, and model
+    checkpoints with a merged state. The file's first bytes tell what it is, whatever its name.
 
     Args:
-        path: `.pth`, `.safetensors` or `.st`.
+        path: PyTorch's (`.pth`, `.state`) or safetensors (`.safetensors`; `.st` and `.state`, which
+            are transposed).
         config: of the model, to refuse a state of another one.
         base_model: `model_hash` of the model, to warn of a state of other weights where the sidecar
             says which they were.
@@ -333,17 +343,12 @@ def load_state(
             transposed state where that can be told (by the sidecar).
     """
     with prefix_errors("load_state"):
-        # Before the suffix: a model's name on a hub has none.
-        place = local_path(path, "`path`")
-        if place.suffix in SUFFIXES or not place.suffix:
-            existing_path(path, "`path`")
-        path = place
-        _check_suffix(path)
+        path = existing_path(path, "`path`")
     # Warnings point at the caller of this function.
     with name_file(path, "load_state"):
         table = read_table(path)
         warn_of_other_weights(table.get("base_model"), base_model, path, stacklevel=2)
-        tensors = open_tensors(path)
+        tensors = open_state_tensors(path)
         state = _build_state(tensors, table, path, config)
         check_digests(table, tensors, path, stacklevel=2)
     return state
@@ -356,15 +361,16 @@ def _build_state(
     config: RWKV7Config | None,
 ) -> RWKV7State:
     """Builds a state from a file's tensors and its sidecar, with all checks of shapes."""
-    arrays, upscaled = read_state_arrays(tensors)
+    arrays, upscaled = read_state_arrays(tensors, path)
     wkv = stack_layers(arrays, "att.time_state", path)
     if wkv is None or wkv.ndim != 4:
         raise ValueError(
             f"load_state: `{path}` holds no blocks.0.att.time_state [H, value, key]."
         )
-    check_axes(table, path)
+    axes = stored_axes(path, tensors, table)
+    check_axes(table, axes, path)
     # Heads are square, so a forgotten swap would load, and only answer badly.
-    if usual_axes(path) == TRANSPOSED_AXES:
+    if axes == TRANSPOSED_AXES:
         wkv = wkv.swapaxes(-1, -2)
     if config is not None:
         with prefix_errors("load_state"):
@@ -397,11 +403,10 @@ def _build_state(
 
 
 def has_merged_state(path: str | Path) -> bool:
-    """Returns whether a model's file also holds a start state, as some trainers merge them."""
+    """Returns whether a model also holds a start state, as some trainers merge them."""
     path = Path(path)
-    if not path.is_file() or path.suffix not in SUFFIXES:
+    if is_orbax(path):
         return False
-    model, state = tensor_names.split_states(
-        tensor_names.from_official(read_tensors(path))
-    )
+    tensors = read_hf(path).tensors if path.is_dir() else read_tensors(path)
+    model, state = tensor_names.split_states(with_official_names(tensors, path).tensors)
     return bool(model and state)

@@ -17,14 +17,13 @@ from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.checkpoints.integrity.digests import digest_of_arrays
 from rwkv7_jax.checkpoints.integrity.named_errors import name_file
 from rwkv7_jax.checkpoints.model_folder import read_json
-from rwkv7_jax.checkpoints.state_tensors import open_tensors
+from rwkv7_jax.checkpoints.state_tensors import (
+    AXES,
+    TRANSPOSED_AXES,
+    open_state_tensors,
+)
 from rwkv7_jax.checkpoints.tensor_names import Tensor
 from rwkv7_jax.checks import prefix_errors
-
-# What a sidecar says of the axes of `time_state`.
-AXES = "head, value, key"
-
-TRANSPOSED_AXES = "head, key, value"
 
 # Entries of a sidecar without which the tensors would be read otherwise, or that describe them.
 MEANING = (
@@ -54,11 +53,6 @@ def sidecar(path: str | Path) -> Path:
     if os.path.islink(path) and not place.exists():
         return Path(f"{os.path.realpath(path)}.json")
     return place
-
-
-def usual_axes(path: Path) -> str:
-    """Returns the axes that files of this suffix hold."""
-    return TRANSPOSED_AXES if path.suffix == ".st" else AXES
 
 
 def own_entries(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +113,9 @@ def read_table(path: Path) -> dict[str, Any]:
             raise ValueError(
                 f"read_sidecar: `{place}` must hold a table under {PREVIOUS!r}."
             )
-        arrays = ((name, tensor.read()) for name, tensor in open_tensors(path).items())
+        arrays = (
+            (name, tensor.read()) for name, tensor in open_state_tensors(path).items()
+        )
         if table.get(DIGEST) != digest_of_arrays(arrays, _meaning(table)):
             table = previous
     with prefix_errors("read_sidecar"), name_file(place, "read_sidecar"):
@@ -170,18 +166,23 @@ def common_base_model(paths: Sequence[str | Path]) -> str | None:
     return next(iter(first_path), None)
 
 
-def check_axes(table: Mapping[str, Any], path: Path) -> None:
-    """Raises if the sidecar says that the file's axes are not those of its suffix."""
-    usual = usual_axes(path)
-    axes = table.get("axes", usual)
+def check_axes(table: Mapping[str, Any], stored: str, path: Path) -> None:
+    """Raises if the sidecar says other axes than the file holds.
+
+    Args:
+        table: the sidecar.
+        stored: the file's axes.
+        path: of the file.
+    """
+    axes = table.get("axes", stored)
     if axes not in (AXES, TRANSPOSED_AXES):
         raise ValueError(
             f"load_state: `{sidecar(path)}` says axes {axes!r}, which is unknown."
         )
-    if axes != usual:
+    if axes != stored:
         raise ValueError(
             f"load_state: `{path}` is transposed: its sidecar says axes {axes!r}, "
-            f"but {path.suffix} files hold {usual!r}."
+            f"but {path.suffix} files hold {stored!r}."
         )
 
 

@@ -8,23 +8,83 @@ from typing import Any
 import numpy as np
 
 from rwkv7_jax.checkpoints import tensor_names
+from rwkv7_jax.checkpoints.huggingface import read_hf
+from rwkv7_jax.checkpoints.layouts.names import with_official_names
+from rwkv7_jax.checkpoints.layouts.orientation import low_rank_of
+from rwkv7_jax.checkpoints.orbax_folder import is_orbax
 from rwkv7_jax.checkpoints.pth import read_pth
-from rwkv7_jax.checkpoints.tensor_files import named_arrays, read_tensors
+from rwkv7_jax.checkpoints.tensor_files import (
+    container_of,
+    named_arrays,
+    open_tensors,
+    read_tensors,
+)
 from rwkv7_jax.checkpoints.tensor_names import Tensor
 
 # The prefix of an upscaled memory's tensors.
 UPSCALED = "upscaled."
 
+# What a head of `time_state` holds in a file.
+AXES = "head, value, key"
+
+TRANSPOSED_AXES = "head, key, value"
+
+# The axes of safetensors by suffix: web-rwkv and Ai00 have their own two, and transpose.
+_SAFETENSORS_AXES = {
+    ".safetensors": AXES,
+    ".st": TRANSPOSED_AXES,
+    ".state": TRANSPOSED_AXES,
+}
+
 # A file with this tensor is a model with a state merged into it.
 _MODEL_TENSOR = "emb.weight"
 
 
-def open_tensors(path: Path) -> dict[str, Tensor]:
+def stored_axes(
+    path: Path, tensors: Mapping[str, Tensor], table: Mapping[str, Any]
+) -> str:
+    """Tells the axes that a file holds.
+
+    PyTorch's files are never transposed. Of safetensors only the name tells, because heads are
+    square; where a model is in the same file, its low-rank matrices tell.
+
+    Args:
+        path: of the file or folder.
+        tensors: of the file, by the names in it.
+        table: the sidecar, which counts where nothing else tells.
+
+    Raises:
+        ValueError: nothing tells.
+    """
+    is_file = path.is_file()
+    if is_file and container_of(path) != "safetensors":
+        return AXES
+    named = with_official_names(tensors, path)
+    if _MODEL_TENSOR in named.tensors:
+        said = open_tensors(path).low_rank if is_file else named.low_rank
+        low_rank = low_rank_of(named.tensors, said, path)
+        return TRANSPOSED_AXES if low_rank == "transposed" else AXES
+    axes = AXES if not is_file else _SAFETENSORS_AXES.get(path.suffix)
+    axes = axes or table.get("axes")
+    if axes is None:
+        raise ValueError(
+            f"load_state: `{path}` holds safetensors, and only their suffix tells which way a head "
+            "lies: .safetensors, or .st and .state for web-rwkv's and Ai00's; rename it."
+        )
+    return axes
+
+
+def open_state_tensors(path: Path) -> dict[str, Tensor]:
     """Opens the tensors of a file, which are compared with its checksums and its digest.
 
-    A model's file with a state merged into it is not compared: it may have many gigabytes.
+    A model with a state merged into it is not compared: it may have many gigabytes.
     """
-    if path.suffix == ".pth":
+    # An Orbax folder holds a model alone.
+    if is_orbax(path):
+        return {}
+    if path.is_dir():
+        return read_hf(path).tensors
+    if container_of(path) == "pth":
         content = read_pth(path)
         if isinstance(content, list):
             read_pth(path, verify=True)
@@ -32,7 +92,7 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
         tensors = named_arrays(content)
     else:
         tensors = read_tensors(path)
-    is_model = any(name.endswith(_MODEL_TENSOR) for name in tensors)
+    is_model = _MODEL_TENSOR in with_official_names(tensors, path).tensors
     return tensors if is_model else read_tensors(path, verify=True)
 
 
@@ -62,7 +122,7 @@ def _session_tensors(content: list[Any], path: Path) -> dict[str, Tensor]:
 
 
 def read_state_arrays(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor], path: Path
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Reads the tensors of a state, and those of its upscaled memory without their prefix.
 
@@ -75,7 +135,7 @@ def read_state_arrays(
             upscaled[name.removeprefix(UPSCALED)] = tensor.read()
         else:
             others[name] = tensor
-    _, state = tensor_names.split_states(tensor_names.from_official(others))
+    _, state = tensor_names.split_states(with_official_names(others, path).tensors)
     return {name: tensor.read() for name, tensor in state.items()}, upscaled
 
 

@@ -1,9 +1,12 @@
-"""Named tensors in files, whatever they mean: `.pth`, `.safetensors` and `.st`."""
+"""Named tensors in files, whatever they mean: PyTorch's, safetensors and rwkv.cpp's.
+
+A file that is read is known by its first bytes, one that is written by its suffix.
+"""
 
 import mmap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +16,10 @@ import safetensors.numpy
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.checkpoints.integrity import file_signatures
 from rwkv7_jax.checkpoints.integrity.digests import digest_of_arrays
+from rwkv7_jax.checkpoints.integrity.file_signatures import Container
+from rwkv7_jax.checkpoints.layouts.orientation import LowRank
 from rwkv7_jax.checkpoints.pth import read_pth
+from rwkv7_jax.checkpoints.rwkv_cpp_files import read_rwkv_cpp
 from rwkv7_jax.checkpoints.tensor_names import Tensor
 
 Format = Literal["pth", "safetensors", "st", "hf", "orbax"]
@@ -25,6 +31,19 @@ _FILE_FORMATS: tuple[Format, ...] = ("pth", "safetensors", "st")
 
 # The metadata's entry with the digest of the tensors and of the other metadata.
 _DIGEST_KEY = "rwkv7_jax.digest"
+
+# The metadata's entry that says how a model's low-rank matrices lie, which shapes may not tell.
+LOW_RANK_KEY = "rwkv7_jax.low_rank"
+
+# The metadata's entry with the epsilon that a model's weights were saved with.
+NORM_EPS_KEY = "rwkv7_jax.norm_eps"
+
+# What a file is taken for whose first bytes are damaged.
+_CONTAINER_BY_SUFFIX: dict[str, Container] = {
+    ".pth": "pth",
+    ".safetensors": "safetensors",
+    ".st": "safetensors",
+}
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -40,8 +59,22 @@ _DTYPES = {
 }
 
 
+class TensorFile(NamedTuple):
+    """The tensors of a file or folder.
+
+    Attributes:
+        tensors: by the names in the file.
+        low_rank: how a model's low-rank matrices lie, where the format says so.
+        norm_eps: epsilon of a model's layer norms, where the file says it.
+    """
+
+    tensors: dict[str, Tensor]
+    low_rank: LowRank | None = None
+    norm_eps: float | None = None
+
+
 def format_of(path: str | Path, *, format: str | None = None) -> Format:
-    """Tells the format of a path by its suffix, or by what the folder holds.
+    """Tells the format to write at a path by its suffix, or by what the folder there holds.
 
     Args:
         path: need not exist.
@@ -67,18 +100,13 @@ def format_of(path: str | Path, *, format: str | None = None) -> Format:
     # The ".4b" of a folder called "model-0.4b" is not a suffix.
     has_suffix = path.suffix[1:2].isalpha()
     if path.is_file() or (has_suffix and not path.is_dir()):
-        sentence = None
-        if path.is_file():
-            sentence = file_signatures.describe_other_file(path, also_text=False)
-        if sentence is not None:
-            raise ValueError(f"checkpoint: `{path}` {sentence}.")
         raise ValueError(
             f"checkpoint: `{path}` must end in .pth, .safetensors or .st, or be a folder."
         )
     return "orbax"
 
 
-def _open_safetensors(path: Path) -> Any:
+def _open_header(path: Path) -> Any:
     """Opens a file; its header is checked, and no tensor is read."""
     if not path.is_file():
         raise ValueError(f"checkpoint: `{path}` is not a file.")
@@ -109,7 +137,7 @@ def read_safetensors(path: Path, *, verify: bool = False) -> dict[str, Tensor]:
     Raises:
         ValueError: not a safetensors file, or a damaged one; the message has the path.
     """
-    file = _open_safetensors(path)
+    file = _open_header(path)
 
     def describe(name: str) -> Tensor:
         view = file.get_slice(name)
@@ -142,7 +170,7 @@ def _check_digest(
 
 def has_safetensors_digest(path: Path) -> bool:
     """Returns whether a .safetensors file holds a digest of its content."""
-    return _DIGEST_KEY in (_open_safetensors(path).metadata() or {})
+    return _DIGEST_KEY in (_open_header(path).metadata() or {})
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -151,13 +179,13 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         ValueError: not a safetensors file; the message has the path.
     """
-    metadata = dict(_open_safetensors(path).metadata() or {})
+    metadata = dict(_open_header(path).metadata() or {})
     metadata.pop(_DIGEST_KEY, None)
     return metadata
 
 
-def read_tensors(path: Path, *, verify: bool = False) -> dict[str, Tensor]:
-    """Opens a .pth, .safetensors or .st file and returns its tensors by the names in it.
+def open_tensors(path: Path, *, verify: bool = False) -> TensorFile:
+    """Opens a file of PyTorch's, safetensors or of rwkv.cpp, whatever its name.
 
     Dicts that trainers wrap around the tensors are taken off.
 
@@ -168,13 +196,74 @@ def read_tensors(path: Path, *, verify: bool = False) -> dict[str, Tensor]:
     Raises:
         ValueError: not such a file, or no flat dict of tensors in it.
     """
-    if path.suffix == ".pth":
-        tensors = named_arrays(read_pth(path, verify=verify))
-    else:
-        tensors = read_safetensors(path, verify=verify)
-    if not tensors:
+    if not path.is_file():
+        raise ValueError(f"checkpoint: `{path}` is not a file.")
+    container = container_of(path)
+    opened = _OPENERS[container](path, verify)
+    if not opened.tensors:
         raise ValueError(f"checkpoint: `{path}` holds no tensors by name.")
-    return tensors
+    return opened
+
+
+def container_of(path: Path) -> Container:
+    """Tells which kind of tensor file this is by its first bytes, and by its suffix if they fail.
+
+    Raises:
+        ValueError: neither says so; the message says what the file is instead.
+    """
+    container = file_signatures.container_of(path)
+    if container is None:
+        container = _CONTAINER_BY_SUFFIX.get(path.suffix)
+    if container is not None:
+        return container
+    sentence = file_signatures.describe_other_file(path, also_text=False)
+    if sentence is None:
+        sentence = (
+            "is no checkpoint: it begins neither as PyTorch's files (.pth, .bin, .state) do, nor "
+            "as safetensors (.safetensors, .st), nor as rwkv.cpp's (.bin)"
+        )
+    raise ValueError(f"checkpoint: `{path}` {sentence}.")
+
+
+def _open_pth(path: Path, verify: bool) -> TensorFile:
+    return TensorFile(named_arrays(read_pth(path, verify=verify)), "official")
+
+
+def _open_safetensors(path: Path, verify: bool) -> TensorFile:
+    tensors = read_safetensors(path, verify=verify)
+    metadata = read_metadata(path)
+    low_rank: LowRank | None = None
+    for known in get_args(LowRank):
+        if metadata.get(LOW_RANK_KEY) == known:
+            low_rank = known
+    norm_eps = metadata.get(NORM_EPS_KEY)
+    return TensorFile(tensors, low_rank, None if norm_eps is None else float(norm_eps))
+
+
+def _open_rwkv_cpp(path: Path, verify: bool) -> TensorFile:
+    # The format has no checksum.
+    del verify
+    return TensorFile(read_rwkv_cpp(path), "transposed")
+
+
+_OPENERS: dict[Container, Callable[[Path, bool], TensorFile]] = {
+    "pth": _open_pth,
+    "safetensors": _open_safetensors,
+    "rwkv.cpp": _open_rwkv_cpp,
+}
+
+
+def read_tensors(path: Path, *, verify: bool = False) -> dict[str, Tensor]:
+    """Opens a file as `open_tensors` does, and returns its tensors by the names in it.
+
+    Args:
+        path: of the file.
+        verify: compare the tensors with the checksums and the digest in the file.
+
+    Raises:
+        ValueError: not such a file, or no flat dict of tensors in it.
+    """
+    return open_tensors(path, verify=verify).tensors
 
 
 def named_arrays(content: Any) -> dict[str, Tensor]:

@@ -1,13 +1,12 @@
-"""Names and shapes of RWKV-7's tensors in each kind of checkpoint.
+"""Names and shapes of RWKV-7's tensors: the official ones, and those of fla's HF files.
 
-The official names are the language that all other names are translated to and from.
+The official names are the language that all other names are translated to and from; `layouts` does
+so for files of any origin.
 Source: BlinkDL/RWKV-LM@524481d RWKV-v7 (official); fla-org/flash-linear-attention@bc3b101
-utils/convert_from_rwkv7.py (HF); cryscan/web-rwkv@3c7d546 assets/scripts/convert_safetensors.py
-(.st).
+utils/convert_from_rwkv7.py (HF).
 """
 
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -18,33 +17,27 @@ from rwkv7_jax.model.config import RWKV7Config
 
 Shape = tuple[int, ...]
 
-# The low-rank matrices, which HF and .st files hold transposed.
+# The low-rank matrices, which some files hold transposed.
 LOW_RANK = re.compile(r"\.att\.[wavg][12]$")
 
-# The order of the six lerps of time mix, in our files and in HF's packed tensor.
-_LERPS = "rwkvag"
+# The order of the six lerps of time mix, also where one tensor holds them all.
+LERPS = "rwkvag"
 
 _BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
 
-_HF_BLOCK = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
+_HF_BLOCK = re.compile(r"^layers\.(\d+)\.(.+)$")
 
 _STATE = re.compile(
     r"^blocks\.\d+\.(att\.time_state|att\.shift_state|ffn\.shift_state)$"
 )
 
-# A tensor that only one other member of the family has, and that member's name.
-_OTHER_ARCHITECTURES = (
-    (r"ffn\.enn\.weight$", "RWKV-8 (x080)"),
-    (r"qkv\.qq\.weight$", "rwkv7b (DeepEmbedAttention)"),
-    (r"ffn\.s_emb\.weight$", "rwkv7a (DeepEmbed)"),
-)
-
+# Without the prefix `model.`, which HF files have before all names but the head's.
 _HF_OUTSIDE = {
-    "emb.weight": "model.embeddings.weight",
-    "blocks.0.ln0.weight": "model.layers.0.pre_norm.weight",
-    "blocks.0.ln0.bias": "model.layers.0.pre_norm.bias",
-    "ln_out.weight": "model.norm.weight",
-    "ln_out.bias": "model.norm.bias",
+    "emb.weight": "embeddings.weight",
+    "blocks.0.ln0.weight": "layers.0.pre_norm.weight",
+    "blocks.0.ln0.bias": "layers.0.pre_norm.bias",
+    "ln_out.weight": "norm.weight",
+    "ln_out.bias": "norm.bias",
     "head.weight": "lm_head.weight",
 }
 
@@ -114,7 +107,7 @@ def block_shapes(config: RWKV7Config, layer: int) -> dict[str, Shape]:
     for norm in ("ln1", "ln2", "att.ln_x"):
         shapes[f"{norm}.weight"] = (width,)
         shapes[f"{norm}.bias"] = (width,)
-    for letter in _LERPS:
+    for letter in LERPS:
         shapes[f"att.x_{letter}"] = (width,)
     ranks = {
         "w": config.decay_rank,
@@ -186,114 +179,24 @@ def hf_shape(name: str, shape: Shape) -> Shape:
 
 def to_hf(name: str) -> str:
     """Translates an official name into HF's."""
-    if name in _HF_OUTSIDE:
+    if name == "head.weight":
         return _HF_OUTSIDE[name]
+    if name in _HF_OUTSIDE:
+        return f"model.{_HF_OUTSIDE[name]}"
     match = _BLOCK.match(name)
     assert match is not None, name
     layer, inside = match.groups()
     return f"model.layers.{layer}.{_HF_INSIDE[inside]}"
 
 
-def _to_official(name: str) -> str:
-    """Translates an HF name; a name that HF files do not have stays as it is."""
+def from_hf(name: str) -> str:
+    """Translates an HF name without its prefix; a name that HF files do not have stays as it is."""
     if name in _OFFICIAL_OUTSIDE:
         return _OFFICIAL_OUTSIDE[name]
     match = _HF_BLOCK.match(name)
     if match is None or match[2] not in _OFFICIAL_INSIDE:
         return name
     return f"blocks.{match[1]}.{_OFFICIAL_INSIDE[match[2]]}"
-
-
-def _is_six_lerps(shape: Shape) -> bool:
-    """Returns whether a shape is [6, 1, 1, D], with any number of ones."""
-    return len(shape) > 1 and shape[0] == 6 and all(size == 1 for size in shape[1:-1])
-
-
-def _unpack_lerps(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Splits the tensor in which old HF files hold all six lerps."""
-    width = tensor.shape[-1]
-
-    def reader(index: int) -> Callable[[], np.ndarray]:
-        return lambda: tensor.read().reshape(6, width)[index]
-
-    stem = name.removesuffix("x_x")
-    lerps = {}
-    for index, letter in enumerate(_LERPS):
-        lerps[f"{stem}x_{letter}"] = Tensor((width,), tensor.dtype, reader(index))
-    return lerps
-
-
-def _transposed(tensor: Tensor) -> Tensor:
-    """Swaps the last two axes, now in the shape and later in the numbers."""
-    shape = (*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2])
-    return Tensor(shape, tensor.dtype, lambda: tensor.read().swapaxes(-1, -2))
-
-
-def _transpose_low_rank(tensors: Tensors) -> dict[str, Tensor]:
-    """Transposes the low-rank matrices among tensors that have official names."""
-    transposed = {}
-    for name, tensor in tensors.items():
-        if LOW_RANK.search(name) and len(tensor.shape) > 1:
-            tensor = _transposed(tensor)
-        transposed[name] = tensor
-    return transposed
-
-
-def from_hf(tensors: Tensors) -> dict[str, Tensor]:
-    """Gives an HF file's tensors official names and orientation.
-
-    Names that HF files do not have stay as they are, so that the check of names reports them.
-    """
-    official: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        parts = {name: tensor}
-        # Of another shape it stays as it is, and the check of names reports it.
-        if name.endswith(".attn.x_x") and _is_six_lerps(tensor.shape):
-            parts = _unpack_lerps(name, tensor)
-        for part_name, part in parts.items():
-            official[_to_official(part_name)] = part
-    return _transpose_low_rank(official)
-
-
-def from_official(tensors: Tensors, *, suffix: str = "") -> dict[str, Tensor]:
-    """Removes the prefixes that trainers leave, and gives web-rwkv's files official orientation.
-
-    Args:
-        tensors: by the names in the file.
-        suffix: of the file; it decides where the shapes do not: `.st` means web-rwkv's orientation.
-    """
-    plain = {}
-    for name, tensor in tensors.items():
-        # `_forward_module.` is Lightning's.
-        plain[name.removeprefix("_forward_module.").removeprefix("model.")] = tensor
-    if _is_transposed(plain, suffix):
-        return _transpose_low_rank(plain)
-    return plain
-
-
-def _is_transposed(tensors: Tensors, suffix: str) -> bool:
-    """Returns whether the low-rank matrices are [rank, D], as in web-rwkv's files.
-
-    The first matrix that is not square tells. Where all ranks equal the width, the suffix decides.
-    """
-    if "emb.weight" in tensors:
-        width = tensors["emb.weight"].shape[-1:]
-        # Not "v": block 0 need not have it.
-        for letter in "wag":
-            tensor = tensors.get(f"blocks.0.att.{letter}1")
-            if tensor is None or len(tensor.shape) != 2 or not width:
-                continue
-            rows, columns = tensor.shape
-            if rows != columns and width[0] in tensor.shape:
-                return columns == width[0]
-    if suffix == ".safetensors" and "blocks.0.att.w1" in tensors:
-        warnings.warn(
-            "the low-rank matrices are square, so that their orientation cannot be told; "
-            "the official one is assumed (web-rwkv's files must end in .st)",
-            # The caller of `load_model` or `load_state`.
-            stacklevel=5,
-        )
-    return suffix == ".st"
 
 
 def split_states(tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -304,22 +207,3 @@ def split_states(tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]
         part = state if _STATE.match(name) else model
         part[name] = tensor
     return model, state
-
-
-def reject_other_architectures(tensors: Tensors, path: str) -> None:
-    """Raises unless this can be a plain RWKV-7.
-
-    Raises:
-        ValueError: another member of the family; the message names it.
-    """
-    for name in tensors:
-        for pattern, architecture in _OTHER_ARCHITECTURES:
-            if re.search(pattern, name):
-                raise ValueError(
-                    f"load_model: `{path}` is a {architecture} checkpoint (it has {name}); "
-                    "only plain RWKV-7 (x070) is supported."
-                )
-        if name.endswith((".att.time_decay", ".att.time_faaaa")):
-            raise ValueError(
-                f"load_model: `{path}` is RWKV-6 or older (it has {name}), not RWKV-7."
-            )

@@ -7,11 +7,9 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 
 import pallas_kernels
-from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints import (
     has_merged_state,
     load_model,
@@ -43,6 +41,7 @@ from rwkv7_jax.runs.exit_codes import (
 )
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.runs.process import escape_unencodable, open_closed_streams
+from rwkv7_jax.training.costs import parameter_count
 
 # Files of which a run's folder has at least one.
 _FILES_OF_RUNS = ("metrics.jsonl", "settings.json", "events.jsonl")
@@ -90,7 +89,7 @@ def _convert(options: argparse.Namespace) -> str:
         allow_nan=options.allow_nan,
         progress=_progress("writing"),
     )
-    line = f"{options.target}: {_count(params):,} parameters, {_sizes(config)}"
+    line = f"{options.target}: {_sizes(config)}"
     if state is None:
         return line
     place = _state_place(Path(options.target))
@@ -122,16 +121,12 @@ def _progress(label: str) -> Callable[[int, int], None]:
     return report
 
 
-def _count(params: Params) -> int:
-    """Counts the numbers in a parameter tree."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
 def _sizes(config: RWKV7Config) -> str:
     """Describes the sizes that people compare models by."""
     return (
-        f"{config.num_layers} layers, width {config.width}, {config.num_heads} heads of "
-        f"{config.head_size}, vocabulary {config.vocab_size}"
+        f"{parameter_count(config):,} parameters, {config.num_layers} layers, width "
+        f"{config.width}, {config.num_heads} heads of {config.head_size}, vocabulary "
+        f"{config.vocab_size}"
     )
 
 
@@ -178,7 +173,7 @@ def _model_rows(file: str) -> list[str]:
         # A checkpoint with NaN is what people want to inspect.
         params, config = load_model(file, allow_nan=True)
     rows = [_tensor_row(*tensor) for tensor in official_tensors(params, config)]
-    rows.append(f"{_count(params):,} parameters, {_sizes(config)}\n{config}")
+    rows.append(f"{_sizes(config)}\n{config}")
     # After the table, where they do not scroll out of sight.
     return rows + [f"note: {warning.message}" for warning in caught]
 
@@ -227,7 +222,7 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "source",
         type=path,
-        help=".pth, .safetensors, .st, an HF folder or an orbax folder",
+        help="a file or folder with a model, whatever its layout",
     )
     convert.add_argument(
         "target", type=target_path, help="format by suffix; a folder is orbax"

@@ -9,10 +9,11 @@ from random_checkpoints import CONFIG, differing, random_params, random_state
 from rwkv7_jax.checkpoints import has_merged_state, verify
 from rwkv7_jax.checkpoints.model_files import load_model, save_model
 from rwkv7_jax.checkpoints.param_tree import official_tensors
-from rwkv7_jax.checkpoints.pth import write_pth
+from rwkv7_jax.checkpoints.pth import read_pth, write_pth
 from rwkv7_jax.checkpoints.state_files import load_state, save_state
 from rwkv7_jax.checkpoints.state_sidecar import read_sidecar, sidecar
-from rwkv7_jax.checkpoints.tensor_files import read_tensors
+from rwkv7_jax.checkpoints.tensor_files import read_safetensors, read_tensors
+from rwkv7_jax.checkpoints.unused_value_residual import without_unused_value_residual
 from rwkv7_jax.cli.commands import main
 
 POINTER = (
@@ -43,7 +44,7 @@ OTHER_FILES = {
     "xz": (b"\xfd7zXZ\0" + bytes(30), "is compressed with xz"),
     "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(30), "is a 7z archive"),
     "gguf": (b"GGUF\x03\0\0\0" + bytes(30), "is a GGUF file"),
-    "rwkv.cpp": (b"fmgg\x65\0\0\0" + bytes(30), "is a file of rwkv.cpp"),
+    "rwkv.cpp": (b"fmgg\x63\0\0\0" + bytes(30), "is a file of rwkv.cpp of version 99"),
     "pdf": (b"%PDF-1.7\n", "is a PDF"),
     "png": (b"\x89PNG\r\n\x1a\n" + bytes(30), "is a picture"),
     "numpy": (b"\x93NUMPY\x01\0" + bytes(30), "is an array of NumPy"),
@@ -73,21 +74,29 @@ def test_a_file_of_an_unknown_name_is_named_by_its_bytes(tmp_path, name):
     with pytest.raises(ValueError, match="is a Git LFS pointer"):
         load_model(tmp_path / name)
     (tmp_path / name).write_bytes(b"\x01\x02\x03")
-    with pytest.raises(ValueError, match=r"must end in \.pth, \.safetensors or \.st"):
+    with pytest.raises(ValueError, match="is no checkpoint: it begins neither as"):
         load_model(tmp_path / name)
 
 
-def test_a_file_under_the_name_of_another_format_says_how_to_rename_it(tmp_path):
+def test_a_file_under_the_name_of_another_format_opens_as_what_it_is(tmp_path):
     save_model(tmp_path / "m.pth", random_params(), CONFIG)
     save_model(tmp_path / "m.safetensors", random_params(), CONFIG)
     (tmp_path / "m.pth").rename(tmp_path / "z.safetensors")
     (tmp_path / "m.safetensors").rename(tmp_path / "s.pth")
+    for name in ("z.safetensors", "s.pth"):
+        loaded = without_unused_value_residual(load_model(tmp_path / name)[0])
+        assert differing(loaded, random_params()) == []
+
+
+def test_a_reader_of_one_format_says_how_to_rename_a_file_of_another(tmp_path):
+    save_model(tmp_path / "m.pth", random_params(), CONFIG)
+    save_model(tmp_path / "m.safetensors", random_params(), CONFIG)
     with pytest.raises(ValueError, match=r"zip archive.*rename it to \.pth"):
-        load_model(tmp_path / "z.safetensors")
+        read_safetensors(tmp_path / "m.pth")
     with pytest.raises(
         ValueError, match=r"holds safetensors: rename it to \.safetensors"
     ):
-        load_model(tmp_path / "s.pth")
+        read_pth(tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize("name", ["m.pth", "m.safetensors", "m.st"])

@@ -186,8 +186,12 @@ def test_all_faults_come_in_one_table(params, tmp_path):
     [
         ("blocks.0.ffn.s_emb.weight", "rwkv7a"),
         ("blocks.0.qkv.qq.weight", "rwkv7b"),
-        ("blocks.0.ffn.enn.weight", "RWKV-8"),
-        ("blocks.0.att.time_decay", "RWKV-6"),
+        ("blocks.0.ffn.enn.weight", "an RWKV-8 .x080."),
+        ("rosa1.rosa_qkv.emb", "an RWKV-8 .ROSA."),
+        ("blocks.0.att.time_maa_x", "an RWKV-6"),
+        ("blocks.0.att.time_faaaa", "an RWKV-5"),
+        ("blocks.0.att.time_decay", "an RWKV-5"),
+        ("model.layers.0.attn.q_proj.weight", "a hybrid"),
     ],
 )
 def test_variants_are_refused_by_name(params, tmp_path, name, sentence):
@@ -266,7 +270,7 @@ def test_a_malformed_safetensors_file_is_one_sentence_with_its_path(tmp_path, sp
     ("path", "sentence"),
     [
         ("none.pth", "does not exist"),
-        ("model.bin", "must end in"),
+        ("model.bin", "is no checkpoint"),
         ("plain", "not a checkpoint"),
     ],
 )

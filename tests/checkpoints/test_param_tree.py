@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from random_checkpoints import CONFIG, differing, random_params
 
 from rwkv7_jax.checkpoints import tensor_names
+from rwkv7_jax.checkpoints.layouts.names import with_official_names
 from rwkv7_jax.checkpoints.param_tree import (
     build_tree,
     check_names,
@@ -84,7 +86,9 @@ def test_every_name_has_an_hf_name_of_its_own_that_leads_back():
     tensors = {
         name: Tensor((2, 2), np.dtype(np.float32), lambda: np.eye(2)) for name in hf
     }
-    assert set(tensor_names.from_hf(tensors)) == set(names)
+    named = with_official_names(tensors, Path("a file"))
+    assert set(named.tensors) == set(names)
+    assert named.family == "fla"
 
 
 def test_only_block_0_has_an_unused_value_residual():
@@ -158,7 +162,7 @@ def test_the_norms_epsilon_of_an_hf_folder_tells_that_of_the_heads():
     tensors = {
         n: Tensor(s, np.dtype(np.float32), lambda: np.zeros(())) for n, s in shapes
     }
-    config = infer_config(tensors, "a file", norm_eps=1e-4)
+    config = infer_config(tensors, "a file", norm_eps=1e-4, family="fla")
     assert config.norm_eps == 1e-4
     assert config.group_norm_eps == CONFIG.head_size * 1e-4
 

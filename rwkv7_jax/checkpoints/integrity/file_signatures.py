@@ -7,6 +7,10 @@ rest of a sentence that begins with the file's path: what the file is, and what 
 import json
 import zipfile
 from pathlib import Path
+from typing import Literal
+
+# What holds tensors, by the bytes it begins with; PyTorch's files have many suffixes.
+Container = Literal["pth", "safetensors", "rwkv.cpp"]
 
 # The bytes that are looked at: web pages may begin with blank lines and comments.
 _HEAD = 1024
@@ -21,6 +25,9 @@ _POINTERS = (
     b"../.git/annex/",
 )
 
+# The magic number of rwkv.cpp, "ggmf" with the last byte first.
+_RWKV_CPP = b"fmgg"
+
 # Formats of other files, by the bytes they begin with.
 _MAGIC = (
     (b"\x1f\x8b", "compressed with gzip: unpack it first"),
@@ -30,7 +37,7 @@ _MAGIC = (
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it first"),
     (b"Rar!", "a RAR archive: unpack it first"),
     (b"GGUF", "a GGUF file of llama.cpp: take the original .pth or .safetensors"),
-    (b"fmgg", "a file of rwkv.cpp: take the original .pth or .safetensors"),
+    (_RWKV_CPP, "a file of rwkv.cpp, not of this format"),
     (b"%PDF", "a PDF document, not a checkpoint"),
     (b"\x89PNG", "a picture, not a checkpoint"),
     (b"\xff\xd8\xff", "a picture, not a checkpoint"),
@@ -57,6 +64,18 @@ def is_safetensors(head: bytes, size: int) -> bool:
         return False
     # The format allows headers up to 100 MB; the file itself may have been cut.
     return int.from_bytes(head[:8], "little") <= max(size, 100_000_000)
+
+
+def container_of(path: Path) -> Container | None:
+    """Tells which kind of tensor file this is by its first bytes; None where it is none of them."""
+    head = read_head(path)
+    if is_zip(head):
+        return "pth"
+    if head.startswith(_RWKV_CPP):
+        return "rwkv.cpp"
+    if is_safetensors(head, path.stat().st_size):
+        return "safetensors"
+    return None
 
 
 def read_head(path: Path) -> bytes:

@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
+from rwkv7_jax.checkpoints.huggingface import files_of_weights
 from rwkv7_jax.checkpoints.integrity.named_errors import name_file
 from rwkv7_jax.checkpoints.model_files import load_model
-from rwkv7_jax.checkpoints.orbax_folder import has_orbax_digest, load_orbax
+from rwkv7_jax.checkpoints.orbax_folder import has_orbax_digest, is_orbax, load_orbax
 from rwkv7_jax.checkpoints.pth import has_digest, read_pth
-from rwkv7_jax.checkpoints.state_files import SUFFIXES, load_state
+from rwkv7_jax.checkpoints.state_files import load_state
 from rwkv7_jax.checkpoints.state_sidecar import has_state_digest, sidecar
 from rwkv7_jax.checkpoints.tensor_files import (
+    container_of,
     format_of,
     has_safetensors_digest,
+    open_tensors,
     read_safetensors,
 )
 from rwkv7_jax.checks import prefix_errors
@@ -42,18 +45,19 @@ def verify(path: str | Path) -> list[str]:
 def _verify_file(path: Path) -> list[str]:
     """Compares one file, and a state with its sidecar."""
     found = []
-    if path.suffix == ".pth":
+    container = container_of(path)
+    if container == "pth":
         read_pth(path, verify=True)
         found.append(f"{path.name}: the CRC-32 of every entry agrees")
         if has_digest(path):
             found.append(f"{path.name}: the digest of the tensors agrees")
-    else:
-        # Refuses names that end otherwise.
-        format_of(path)
+    elif container == "safetensors":
         read_safetensors(path, verify=True)
         if has_safetensors_digest(path):
             found.append(f"{path.name}: the digest of tensors and metadata agrees")
-    if path.suffix in SUFFIXES and has_state_digest(path):
+    else:
+        open_tensors(path)
+    if has_state_digest(path):
         load_state(path)
         found.append(f"{sidecar(path).name}: belongs to these tensors")
     return found
@@ -61,8 +65,7 @@ def _verify_file(path: Path) -> list[str]:
 
 def _verify_folder(folder: Path) -> list[str]:
     """Compares the files of a model's or an observer's folder."""
-    weights = sorted(folder.glob("*.safetensors"))
-    if format_of(folder) == "orbax" and not weights:
+    if is_orbax(folder):
         load_orbax(folder.absolute(), allow_nan=True, verify=True)
         return (
             ["params: the digest of the arrays agrees"]
@@ -70,9 +73,9 @@ def _verify_folder(folder: Path) -> list[str]:
             else []
         )
     found = []
-    for file in weights:
+    for file in files_of_weights(folder):
         found += _verify_file(file)
-    # An HF folder's config.json must agree with the weights too.
-    if format_of(folder) == "hf":
+    # A folder's config.json must agree with the weights too. An observer's has none.
+    if not found or format_of(folder) == "hf":
         load_model(folder, allow_nan=True)
     return found

@@ -13,12 +13,12 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
 from rwkv7_jax.runs.modes.base import (
     DatasetMode,
-    count,
     init_weights,
     load_or_init,
     new_model,
 )
 from rwkv7_jax.text.tokenizer import Tokenizer
+from rwkv7_jax.training.costs import parameter_count
 from rwkv7_jax.training.losses import pretrain_loss
 from rwkv7_jax.training.projection_statistics import weight_decorrelator
 
@@ -65,8 +65,8 @@ class PretrainMode(DatasetMode):
         return _in_float32(init_weights(self.model, self.settings.seed))
 
     def trained_count(self, params: Params) -> int:
-        """Counts all weights."""
-        return count(params)
+        """Counts all weights that the model reads."""
+        return parameter_count(self.model.config)
 
     def weights(self, params: Params) -> Params:
         """Gives the weights themselves."""

@@ -6,7 +6,8 @@ import jax
 
 from rwkv7_jax.optim.optimizer import group_table
 from rwkv7_jax.runs.early_stopping import RunProgress
-from rwkv7_jax.runs.modes.base import TrainingMode, count
+from rwkv7_jax.runs.modes.base import TrainingMode
+from rwkv7_jax.training.costs import parameter_count
 from rwkv7_jax.training.train_step import TrainState
 
 
@@ -29,7 +30,7 @@ def print_summary(
     """
     settings = mode.settings
     start = int(state.step)
-    weights = count(mode.weights(state.params))
+    weights = parameter_count(mode.model.config)
     trained = mode.trained_count(state.params)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     print(

@@ -1,0 +1,59 @@
+"""Recognition of models that are not plain RWKV-7, by names that only they have.
+
+Source: BlinkDL/RWKV-LM@524481d RWKV-v4neo, RWKV-v5, RWKV-v7 and RWKV-v8;
+fla-org/flash-linear-attention@bc3b101 fla/layers.
+"""
+
+import re
+from pathlib import Path
+
+from rwkv7_jax.checkpoints.tensor_names import Tensors
+
+# Patterns of official names, the most telling first: a hybrid has the tensors of both its parents.
+_OTHERS = (
+    (r"(^|\.)rosa", "an RWKV-8 (ROSA)"),
+    (r"\.ffn\.enn\.weight$", "an RWKV-8 (x080)"),
+    (r"\.qkv\.qq\.weight$", "an rwkv7b (DeepEmbedAttention)"),
+    (r"\.ffn\.s_emb\.weight$", "an rwkv7a (DeepEmbed)"),
+    (r"\.att\.time_maa_|\.att\.time_decay_w1$|\.attn\.bonus$", "an RWKV-6"),
+    (r"\.att\.time_faaaa$", "an RWKV-5"),
+    # fla's configuration allows attention in some layers.
+    (r"\.attn\.q_proj\.", "a hybrid (with attention layers)"),
+    # Models of RWKV-LM's experiments, which number the parts of a block.
+    (r"^rwkv\d+\.", "an experimental RWKV"),
+)
+
+_OLDEST = re.compile(r"\.att\.time_(decay|first)$")
+
+
+def reject_other_architectures(tensors: Tensors, path: Path) -> None:
+    """Raises unless this can be a plain RWKV-7.
+
+    Args:
+        tensors: by official name.
+        path: for the message.
+
+    Raises:
+        ValueError: another member of the family; the message names it.
+    """
+    found = _other_architecture(tensors)
+    if found is not None:
+        architecture, name = found
+        raise ValueError(
+            f"load_model: `{path}` is {architecture} checkpoint (it has {name}); "
+            "only plain RWKV-7 (x070) is supported."
+        )
+
+
+def _other_architecture(tensors: Tensors) -> tuple[str, str] | None:
+    """Returns which other architecture this is and the name that tells; None for RWKV-7."""
+    for pattern, architecture in _OTHERS:
+        for name in tensors:
+            if re.search(pattern, name):
+                return architecture, name
+    # RWKV-4 has no norm of the heads; the first RWKV-5 had it and the older names.
+    has_head_norm = any(name.endswith(".att.ln_x.weight") for name in tensors)
+    for name in tensors:
+        if _OLDEST.search(name):
+            return "an RWKV-5" if has_head_norm else "an RWKV-4", name
+    return None

@@ -1,0 +1,126 @@
+"""Files of rwkv.cpp: one tensor after the other, each with its shape, its name and its numbers.
+
+The names are official but for `att.x_rwkvag`, which holds all six lerps; the low-rank matrices are
+transposed.
+Source: RWKV/rwkv.cpp@4358e70 docs/FILE_FORMAT.md.
+"""
+
+import math
+import mmap
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from rwkv7_jax.checkpoints.tensor_names import Shape, Tensor
+
+# Magic, version, vocabulary, width, layers, type of most tensors.
+_HEADER = struct.Struct("<6i")
+
+# Number of axes, length of the name, type.
+_ENTRY = struct.Struct("<3i")
+
+# 101 differs from 100 in quantised types alone.
+_VERSIONS = (100, 101)
+
+_DTYPES = {0: np.dtype(np.float32), 1: np.dtype(np.float16)}
+
+_QUANTIZED = {2: "Q4_0", 3: "Q4_1", 7: "Q5_0", 8: "Q5_1", 9: "Q8_0"}
+
+# Longer than any that a checkpoint has: a damaged count must not make us read the file as a name.
+_MOST_AXES = 4
+_LONGEST_NAME = 256
+
+
+def read_rwkv_cpp(path: Path) -> dict[str, Tensor]:
+    """Opens a file of rwkv.cpp; the numbers are read from a memory map when they are needed.
+
+    Raises:
+        ValueError: quantised numbers, or a damaged file; the message has the path.
+    """
+    with path.open("rb") as file:
+        # The tensors keep the map alive.
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    _check_header(data, path)
+    tensors: dict[str, Tensor] = {}
+    position = _HEADER.size
+    while position < len(data):
+        name, shape, dtype, start = _read_entry(data, position, path)
+        position = start + math.prod(shape) * dtype.itemsize
+        if position > len(data):
+            raise _cut(path, f"inside {name!r}")
+        if name in tensors:
+            raise _damaged(path, f"it has {name!r} twice")
+        tensors[name] = _tensor(data, shape, dtype, start)
+    return tensors
+
+
+def _check_header(data: mmap.mmap, path: Path) -> None:
+    """Raises unless the header is one of a file with numbers that are not quantised."""
+    if len(data) < _HEADER.size:
+        raise _cut(path, "inside its header")
+    _, version, *_, kind = _HEADER.unpack_from(data)
+    if version not in _VERSIONS:
+        raise ValueError(
+            f"checkpoint: `{path}` is a file of rwkv.cpp of version {version}; "
+            f"versions {_VERSIONS[0]} and {_VERSIONS[1]} are read."
+        )
+    _dtype_of(kind, path)
+
+
+def _dtype_of(kind: int, path: Path) -> np.dtype:
+    """Returns the dtype of a type's number; raises for those that are quantised."""
+    if kind in _DTYPES:
+        return _DTYPES[kind]
+    if kind in _QUANTIZED:
+        raise ValueError(
+            f"checkpoint: `{path}` is a file of rwkv.cpp quantised to {_QUANTIZED[kind]}; take the "
+            "FP32 or FP16 file that it was made from."
+        )
+    raise _damaged(path, f"it has tensors of the unknown type {kind}")
+
+
+def _read_entry(
+    data: mmap.mmap, position: int, path: Path
+) -> tuple[str, Shape, np.dtype, int]:
+    """Reads a tensor's name, shape and dtype, and where its numbers begin."""
+    if position + _ENTRY.size > len(data):
+        raise _cut(path, "between two tensors")
+    axes, length, kind = _ENTRY.unpack_from(data, position)
+    if not 0 < axes <= _MOST_AXES or not 0 < length <= _LONGEST_NAME:
+        raise _damaged(path, f"it has no tensor at byte {position:,}")
+    dtype = _dtype_of(kind, path)
+    position += _ENTRY.size
+    start = position + 4 * axes + length
+    if start > len(data):
+        raise _cut(path, "inside a tensor's name")
+    # The last axis comes first.
+    shape = struct.unpack_from(f"<{axes}i", data, position)[::-1]
+    name = data[position + 4 * axes : start].decode("utf-8", "replace")
+    if min(shape) < 1 or not name.isprintable():
+        raise _damaged(path, f"it has no tensor at byte {position:,}")
+    return name, shape, dtype, start
+
+
+def _tensor(data: mmap.mmap, shape: Shape, dtype: np.dtype, start: int) -> Tensor:
+    """Makes a tensor that is a view of the memory map."""
+
+    def read() -> np.ndarray:
+        flat = np.frombuffer(data, dtype, math.prod(shape), start)
+        return flat.reshape(shape)
+
+    return Tensor(shape, dtype, read)
+
+
+def _cut(path: Path, place: str) -> ValueError:
+    """Makes the error of a file that ends too early."""
+    size = path.stat().st_size
+    return ValueError(
+        f"checkpoint: `{path}` is an incomplete download: the file ends {place} ({size:,} bytes); "
+        "download it again."
+    )
+
+
+def _damaged(path: Path, reason: str) -> ValueError:
+    """Makes the error of a file that is not what rwkv.cpp writes."""
+    return ValueError(f"checkpoint: `{path}` is a damaged file of rwkv.cpp: {reason}.")

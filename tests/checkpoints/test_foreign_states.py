@@ -1,0 +1,90 @@
+"""States as other programs name them: the first bytes tell what a file is."""
+
+import foreign_layouts as layouts
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_checkpoints import CONFIG, differing, random_params, random_state
+
+from rwkv7_jax.checkpoints import has_merged_state
+from rwkv7_jax.checkpoints.model_files import load_model
+from rwkv7_jax.checkpoints.state_files import load_state, save_state
+from rwkv7_jax.checkpoints.state_sidecar import sidecar
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return layouts.official(random_params(dtype=jnp.float16), CONFIG)
+
+
+def unchanged(arrays):
+    return arrays
+
+
+@pytest.mark.parametrize("name", ["s.state", "s.pth", "s", "s.bin"])
+def test_a_state_of_pytorch_loads_under_any_name(tmp_path, name):
+    save_state(tmp_path / "first.pth", random_state())
+    (tmp_path / "first.pth").rename(tmp_path / name)
+    assert differing(load_state(tmp_path / name), random_state()) == []
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("first.st", "s.state"),
+        ("first.st", "s.st"),
+        ("first.safetensors", "s.safetensors"),
+    ],
+)
+def test_safetensors_called_state_are_transposed_like_st(tmp_path, written, name):
+    save_state(tmp_path / written, random_state())
+    (tmp_path / written).rename(tmp_path / name)
+    assert differing(load_state(tmp_path / name), random_state()) == []
+
+
+def test_safetensors_of_a_name_that_does_not_tell_need_the_sidecar(tmp_path):
+    save_state(tmp_path / "first.st", random_state())
+    (tmp_path / "first.st").rename(tmp_path / "s.bin")
+    with pytest.raises(
+        ValueError, match="only their suffix tells which way a head lies"
+    ):
+        load_state(tmp_path / "s.bin")
+    sidecar(tmp_path / "first.st").rename(sidecar(tmp_path / "s.bin"))
+    assert differing(load_state(tmp_path / "s.bin"), random_state()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("m.safetensors", layouts.transposed),
+        ("m.st", layouts.transposed),
+        ("m.st", unchanged),
+    ],
+)
+def test_a_model_tells_the_axes_of_the_state_in_its_file(
+    arrays, tmp_path, name, change
+):
+    merged = dict(change(arrays))
+    for layer, wkv in enumerate(np.asarray(random_state().wkv[:, 0], np.float16)):
+        is_turned = change is layouts.transposed
+        merged[f"blocks.{layer}.att.time_state"] = (
+            wkv.swapaxes(-1, -2) if is_turned else wkv
+        )
+    layouts.write_plain_safetensors(tmp_path / name, merged)
+    assert has_merged_state(tmp_path / name)
+    expected = np.asarray(random_state().wkv, np.float16)
+    np.testing.assert_array_equal(load_state(tmp_path / name).wkv, expected)
+
+
+def test_a_state_in_a_folder_of_shards_loads(arrays, tmp_path):
+    merged = dict(arrays)
+    for layer, wkv in enumerate(np.asarray(random_state().wkv[:, 0])):
+        merged[f"blocks.{layer}.att.time_state"] = wkv
+    merged = layouts.of_base_model(merged, "model.")
+    layouts.write_folder(
+        tmp_path / "m", merged, config={"model_type": "rwkv7"}, shards=2
+    )
+    with pytest.warns(UserWarning, match="holds a tuned state as well"):
+        load_model(tmp_path / "m")
+    assert has_merged_state(tmp_path / "m")
+    assert differing(load_state(tmp_path / "m"), random_state()) == []

@@ -1,0 +1,301 @@
+"""Every layout of other programs opens with the same numbers, or is refused in one sentence."""
+
+import dataclasses
+
+import foreign_layouts as layouts
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_checkpoints import CONFIG, differing, random_params
+
+from rwkv7_jax.checkpoints import verify
+from rwkv7_jax.checkpoints.model_files import load_model, save_model
+from rwkv7_jax.checkpoints.pth import write_pth
+from rwkv7_jax.checkpoints.unused_value_residual import without_unused_value_residual
+from rwkv7_jax.cli.commands import main
+from rwkv7_jax.model.config import RWKV7Config
+
+# Numbers that float16 and float32 both hold, so that every container has the same ones.
+DTYPE = jnp.float16
+SQUARE = RWKV7Config(
+    vocab_size=20,
+    num_layers=2,
+    width=32,
+    head_size=16,
+    decay_rank=32,
+    icl_rank=32,
+    value_rank=32,
+    gate_rank=32,
+)
+RIGHT = {"model_type": "rwkv7", "architectures": ["Rwkv7ForCausalLM"]}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(dtype=DTYPE)
+
+
+@pytest.fixture(scope="module")
+def arrays(params):
+    return layouts.official(params, CONFIG)
+
+
+def in_one_file(name, write, change):
+    """A row of the table: one file."""
+
+    def make(folder, arrays):
+        write(folder / name, change(arrays))
+        return folder / name
+
+    return make
+
+
+def in_a_folder(change, **how):
+    """A row of the table: a folder."""
+
+    def make(folder, arrays):
+        layouts.write_folder(folder / "model", change(arrays), **how)
+        return folder / "model"
+
+    return make
+
+
+def prefix(text):
+    return lambda arrays: layouts.prefixed(arrays, text)
+
+
+def base(text):
+    return lambda arrays: layouts.of_base_model(arrays, text)
+
+
+def unchanged(arrays):
+    return arrays
+
+
+def as_layers_of(text):
+    return lambda arrays: layouts.of_base_model(layouts.as_layers(arrays), text)
+
+
+def old_fla(arrays):
+    fla = layouts.in_fla_names(arrays)
+    return layouts.with_packed_lerps(fla, "attn.x_", "attn.x_x")
+
+
+SHARDED_BIN = {
+    "write": layouts.write_torch,
+    "stem": "pytorch_model",
+    "suffix": ".bin",
+    "shards": 2,
+}
+LAYOUTS = {
+    "pth": in_one_file("m.pth", layouts.write_torch, unchanged),
+    "pth called bin": in_one_file("m.bin", layouts.write_torch, unchanged),
+    "pth without a suffix": in_one_file("m", layouts.write_torch, unchanged),
+    "pth of torch.compile": in_one_file(
+        "m.pth", layouts.write_torch, prefix("_orig_mod.")
+    ),
+    "pth of lightning": in_one_file(
+        "m.pth", layouts.write_torch, prefix("_forward_module.")
+    ),
+    "pth of both": in_one_file(
+        "m.pth", layouts.write_torch, prefix("_forward_module._orig_mod.model.")
+    ),
+    "pth of both the other way": in_one_file(
+        "m.pth", layouts.write_torch, prefix("model._orig_mod._forward_module.")
+    ),
+    "pth of data parallel": in_one_file(
+        "m.pth", layouts.write_torch, prefix("module.")
+    ),
+    "pth of compiled blocks": in_one_file(
+        "m.pth",
+        layouts.write_torch,
+        lambda arrays: layouts.renamed(
+            arrays, lambda name: name.replace(".att.", "._orig_mod.att.")
+        ),
+    ),
+    "pth of fla names": in_one_file("m.pth", layouts.write_torch, layouts.in_fla_names),
+    "safetensors": in_one_file(
+        "m.safetensors", layouts.write_plain_safetensors, unchanged
+    ),
+    "safetensors called pth": in_one_file(
+        "m.pth", layouts.write_plain_safetensors, unchanged
+    ),
+    "web-rwkv": in_one_file(
+        "m.st", layouts.write_plain_safetensors, layouts.transposed
+    ),
+    "web-rwkv called safetensors": in_one_file(
+        "m.safetensors", layouts.write_plain_safetensors, layouts.transposed
+    ),
+    "official called st": in_one_file(
+        "m.st", layouts.write_plain_safetensors, unchanged
+    ),
+    "rwkv.cpp": in_one_file("m.bin", layouts.write_rwkv_cpp, unchanged),
+    "rwkv.cpp called pth": in_one_file("m.pth", layouts.write_rwkv_cpp, unchanged),
+    "folder, plain names": in_a_folder(unchanged, config=RIGHT),
+    "folder, model.": in_a_folder(base("model."), config=RIGHT),
+    "folder, rwkv7.": in_a_folder(base("rwkv7."), config=RIGHT),
+    "folder, rwkv": in_a_folder(base("rwkv7."), config={"model_type": "rwkv"}),
+    "folder, wrong type": in_a_folder(base("model."), config={"model_type": "llama"}),
+    "folder, no type": in_a_folder(base("model."), config={}),
+    "folder, no config": in_a_folder(base("model."), config=None),
+    "folder, shards": in_a_folder(base("model."), config=RIGHT, shards=3),
+    "folder, no index": in_a_folder(base("model."), config=None, shards=3, index=False),
+    "folder, low rank as layers": in_a_folder(as_layers_of("model."), config=RIGHT),
+    "folder, old transformers names": in_a_folder(
+        layouts.in_old_transformers_names, config=RIGHT
+    ),
+    "folder, bin": in_a_folder(
+        base("model."), config=RIGHT, **(SHARDED_BIN | {"shards": 1})
+    ),
+    "folder, bin in shards": in_a_folder(base("rwkv7."), config={}, **SHARDED_BIN),
+    "folder, a pth": in_a_folder(
+        unchanged, config={}, write=layouts.write_torch, suffix=".pth"
+    ),
+    "folder, fla": in_a_folder(layouts.in_fla_names, config=RIGHT),
+    "folder, fla with six lerps in one": in_a_folder(old_fla, config=RIGHT),
+    "folder, fla in bin shards": in_a_folder(
+        layouts.in_fla_names, config={"model_type": "rwkv"}, **SHARDED_BIN
+    ),
+    "folder, fla of torch.compile": in_a_folder(
+        lambda arrays: layouts.prefixed(layouts.in_fla_names(arrays), "_orig_mod."),
+        config=None,
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_opens_with_the_same_numbers(params, arrays, tmp_path, layout):
+    path = LAYOUTS[layout](tmp_path, arrays)
+    loaded, config = load_model(path)
+    expected = CONFIG
+    if "fla" in layout:
+        # The rule for the per-head norm belongs to the names.
+        expected = dataclasses.replace(
+            CONFIG, group_norm_eps=CONFIG.head_size * CONFIG.norm_eps
+        )
+    assert config == expected
+    if layout.startswith("rwkv.cpp"):
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    assert differing(loaded, params) == []
+
+
+def test_rwkv_cpp_files_in_half_precision_keep_both_dtypes(params, arrays, tmp_path):
+    layouts.write_rwkv_cpp(tmp_path / "m.bin", arrays, half=True)
+    loaded, config = load_model(tmp_path / "m.bin")
+    assert config == CONFIG
+    assert loaded["head"]["weight"].dtype == jnp.float16
+    assert loaded["ln_out"]["bias"].dtype == jnp.float32
+    assert loaded["layers"]["att"]["w1"].dtype == jnp.float16
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), loaded)
+    expected = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    assert differing(wide, expected) == []
+
+
+def test_one_file_of_a_folder_opens_like_the_folder(arrays, tmp_path):
+    fla = layouts.in_fla_names(arrays)
+    layouts.write_folder(tmp_path / "m", fla, config=RIGHT | {"norm_eps": 1e-4})
+    of_folder, config = load_model(tmp_path / "m")
+    of_file, config_of_file = load_model(tmp_path / "m" / "model.safetensors")
+    assert config.norm_eps == 1e-4
+    assert config.group_norm_eps == CONFIG.head_size * 1e-4
+    assert config_of_file == config
+    assert differing(of_folder, of_file) == []
+
+
+def test_the_epsilon_of_a_folder_with_official_names_is_of_its_norms_alone(
+    arrays, tmp_path
+):
+    table = RIGHT | {"layer_norm_epsilon": 1e-4}
+    layouts.write_folder(tmp_path / "m", arrays, config=table)
+    config = load_model(tmp_path / "m")[1]
+    assert config == dataclasses.replace(CONFIG, norm_eps=1e-4)
+
+
+# Where each rank equals the width, the shapes say nothing.
+
+
+@pytest.fixture(scope="module")
+def square():
+    return random_params(SQUARE, dtype=DTYPE)
+
+
+SQUARE_LAYOUTS = {
+    "pth": in_one_file("m.pth", layouts.write_torch, unchanged),
+    "rwkv.cpp": in_one_file("m.bin", layouts.write_rwkv_cpp, unchanged),
+    "folder, model.": in_a_folder(base("model."), config=RIGHT),
+    "folder, low rank as layers": in_a_folder(as_layers_of("model."), config=RIGHT),
+    "folder, fla": in_a_folder(layouts.in_fla_names, config=RIGHT),
+    "safetensors with a vector in float32": in_one_file(
+        "m.safetensors",
+        layouts.write_plain_safetensors,
+        lambda arrays: (
+            arrays | {"ln_out.bias": arrays["ln_out.bias"].astype(np.float32)}
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", SQUARE_LAYOUTS)
+def test_the_names_or_the_format_decide_where_ranks_equal_the_width(
+    square, tmp_path, layout
+):
+    path = SQUARE_LAYOUTS[layout](tmp_path, layouts.official(square, SQUARE))
+    loaded = jax.tree.map(lambda leaf: leaf.astype(DTYPE), load_model(path)[0])
+    assert differing(loaded, square) == []
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.st"])
+@pytest.mark.parametrize("change", [unchanged, layouts.transposed])
+def test_where_nothing_decides_the_file_is_refused(square, tmp_path, name, change):
+    square = change(layouts.official(square, SQUARE))
+    layouts.write_plain_safetensors(tmp_path / name, square)
+    with pytest.raises(
+        ValueError, match="nothing in it says whether they lie"
+    ) as caught:
+        load_model(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.st", "m.pth"])
+def test_what_we_write_with_ranks_of_the_width_opens_under_any_name(
+    square, tmp_path, name
+):
+    save_model(tmp_path / name, square, SQUARE)
+    other = tmp_path / "renamed.bin"
+    (tmp_path / name).rename(other)
+    assert differing(without_unused_value_residual(load_model(other)[0]), square) == []
+
+
+def test_matrices_that_lie_both_ways_are_reported(arrays, tmp_path):
+    mixed = arrays | {"blocks.1.att.w1": arrays["blocks.1.att.w1"].T}
+    layouts.write_plain_safetensors(tmp_path / "m.safetensors", mixed)
+    with pytest.raises(ValueError, match="1 differences") as caught:
+        load_model(tmp_path / "m.safetensors")
+    assert "blocks.1.att.w1" in str(caught.value)
+
+
+# Commands.
+
+
+@pytest.mark.parametrize("layout", ["rwkv.cpp", "folder, bin in shards", "folder, fla"])
+def test_foreign_layouts_are_inspected_verified_and_converted(
+    arrays, tmp_path, capsys, layout
+):
+    path = str(LAYOUTS[layout](tmp_path, arrays))
+    assert main(["inspect", "--verify", path]) == 0
+    assert main(["convert", path, str(tmp_path / "out.pth")]) == 0
+    assert main(["inspect", path]) == 0
+    assert "3 layers, width 64" in capsys.readouterr().out
+    assert verify(tmp_path / "out.pth") != []
+
+
+def test_the_number_of_parameters_does_not_count_what_no_model_reads(
+    params, arrays, tmp_path, capsys
+):
+    numbers = sum(array.size for array in arrays.values())
+    write_pth(tmp_path / "without.pth", arrays.items())
+    save_model(tmp_path / "with.pth", params, CONFIG)
+    for name in ("without.pth", "with.pth"):
+        assert main(["inspect", str(tmp_path / name)]) == 0
+        assert f"{numbers:,} parameters" in capsys.readouterr().out

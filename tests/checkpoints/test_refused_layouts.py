@@ -1,0 +1,235 @@
+"""What is not plain RWKV-7, or damaged, is refused in one sentence that says what it is."""
+
+import json
+import struct
+
+import foreign_layouts as layouts
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_checkpoints import CONFIG, differing, random_params
+
+from rwkv7_jax.checkpoints.model_files import load_model, save_model
+from rwkv7_jax.checkpoints.orbax_folder import load_orbax
+from rwkv7_jax.checkpoints.unused_value_residual import without_unused_value_residual
+
+# Numbers that every container holds.
+DTYPE = jnp.float16
+RIGHT = {"model_type": "rwkv7", "architectures": ["Rwkv7ForCausalLM"]}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(dtype=DTYPE)
+
+
+@pytest.fixture(scope="module")
+def arrays(params):
+    return layouts.official(params, CONFIG)
+
+
+def old_rwkv(*names):
+    """The names of an older model: no tensor of RWKV-7's time mix but those that both have."""
+
+    def change(arrays):
+        old = {
+            name: array
+            for name, array in arrays.items()
+            if ".att." not in name or name.endswith(("key.weight", "output.weight"))
+        }
+        return old | {name: np.zeros(32, np.float16) for name in names}
+
+    return change
+
+
+def toy(*names):
+    """An experiment's names."""
+    return lambda arrays: {name: np.zeros((2, 2), np.float16) for name in names}
+
+
+REFUSED = {
+    "RWKV-4": (old_rwkv("blocks.0.att.time_decay"), "is an RWKV-4 checkpoint"),
+    "RWKV-4 of transformers": (
+        old_rwkv("rwkv.blocks.0.attention.time_decay"),
+        "is an RWKV-4 checkpoint",
+    ),
+    "RWKV-5.0": (
+        old_rwkv("blocks.0.att.time_first", "blocks.0.att.ln_x.weight"),
+        "is an RWKV-5 checkpoint",
+    ),
+    "RWKV-5.2": (
+        old_rwkv("blocks.0.att.time_decay", "blocks.0.att.time_faaaa"),
+        "is an RWKV-5 checkpoint",
+    ),
+    "RWKV-6": (
+        old_rwkv("blocks.0.att.time_faaaa", "blocks.0.att.time_maa_w1"),
+        "is an RWKV-6 checkpoint",
+    ),
+    "RWKV-6 of fla": (
+        toy("model.embeddings.weight", "model.layers.0.attn.bonus"),
+        "is an RWKV-6 checkpoint",
+    ),
+    "rwkv7a": (
+        lambda arrays: arrays | toy("blocks.0.ffn.s_emb.weight")(arrays),
+        r"is an rwkv7a \(DeepEmbed\) checkpoint",
+    ),
+    "rwkv7a of transformers": (
+        toy("rwkv7.blocks.0.feed_forward.s_emb.weight"),
+        r"is an rwkv7a \(DeepEmbed\) checkpoint",
+    ),
+    "rwkv7b": (
+        toy("blocks.0.ffn.s_emb.weight", "blocks.0.qkv.qq.weight"),
+        r"is an rwkv7b \(DeepEmbedAttention\) checkpoint",
+    ),
+    "x080": (toy("blocks.0.ffn.enn.weight"), r"is an RWKV-8 \(x080\) checkpoint"),
+    "ROSA": (
+        toy("e.weight", "rwkv1.x_r", "rosa1.rosa_qkv.emb"),
+        r"is an RWKV-8 \(ROSA\) checkpoint",
+    ),
+    "an experiment": (
+        toy("e.weight", "rwkv1.x_r"),
+        "is an experimental RWKV checkpoint",
+    ),
+    "hybrid of fla": (
+        lambda arrays: (
+            layouts.in_fla_names(arrays) | toy("model.layers.1.attn.q_proj.weight")([])
+        ),
+        "is a hybrid .with attention layers. checkpoint",
+    ),
+    "twice": (
+        lambda arrays: arrays | {"model.emb.weight": arrays["emb.weight"]},
+        "holds emb.weight twice, as emb.weight and as model.emb.weight",
+    ),
+    "another model": (
+        toy("model.embed_tokens.weight"),
+        "is not an RWKV-7 checkpoint: it has no emb.weight",
+    ),
+    "float64": (
+        lambda arrays: (
+            arrays | {"head.weight": arrays["head.weight"].astype(np.float64)}
+        ),
+        r"holds float64 \(head\.weight\), which JAX would narrow to float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("write", ["pth", "folder"])
+def test_what_is_not_plain_rwkv7_is_refused_by_its_name(arrays, tmp_path, kind, write):
+    change, sentence = REFUSED[kind]
+    path = tmp_path / "m.pth"
+    if write == "pth":
+        layouts.write_torch(path, change(arrays))
+    else:
+        path = tmp_path / "folder"
+        layouts.write_folder(path, change(arrays), config=RIGHT)
+    with pytest.raises(ValueError, match=sentence) as caught:
+        load_model(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def drop_a_shard(folder):
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+
+def point_elsewhere(folder):
+    index = folder / "model.safetensors.index.json"
+    table = json.loads(index.read_text())
+    table["weight_map"]["emb.weight"] = "../elsewhere.safetensors"
+    index.write_text(json.dumps(table))
+
+
+def repeat_a_tensor(folder):
+    first = folder / "model-00001-of-00003.safetensors"
+    (folder / "model-00002-of-00003.safetensors").write_bytes(first.read_bytes())
+
+
+def empty_index(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+
+
+@pytest.mark.parametrize(
+    ("damage", "index", "sentence"),
+    [
+        (drop_a_shard, True, "lacks the shard model-00002-of-00003.safetensors"),
+        (drop_a_shard, False, "holds 2 of the 3 shards"),
+        (point_elsewhere, True, "which is not next to it"),
+        (repeat_a_tensor, True, "in two files"),
+        (empty_index, True, "names no files"),
+    ],
+)
+def test_a_folder_whose_shards_do_not_fit_is_refused(
+    arrays, tmp_path, damage, index, sentence
+):
+    folder = tmp_path / "m"
+    layouts.write_folder(folder, arrays, config=RIGHT, shards=3, index=index)
+    damage(folder)
+    with pytest.raises(ValueError, match=sentence):
+        load_model(folder)
+
+
+def test_a_folder_of_several_checkpoints_asks_which(arrays, tmp_path):
+    for name in ("a.pth", "b.pth"):
+        layouts.write_torch(tmp_path / name, arrays)
+    with pytest.raises(ValueError, match=r"several checkpoints, a\.pth and b\.pth"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda data: data[:10], "the file ends inside its header"),
+        (lambda data: data[:40], "the file ends inside a tensor's name"),
+        (lambda data: data[:-5], "the file ends inside"),
+        (lambda data: data + b"\0\0\0", "the file ends between two tensors"),
+        (lambda data: data + bytes(12), "is a damaged file of rwkv.cpp"),
+        (
+            lambda data: data[:20] + struct.pack("<i", 8) + data[24:],
+            "quantised to Q5_1; take the FP32 or FP16 file",
+        ),
+        (
+            lambda data: data[:32] + struct.pack("<i", 2) + data[36:],
+            "quantised to Q4_0",
+        ),
+        (lambda data: data[:4] + struct.pack("<i", 7) + data[8:], "of version 7"),
+        (
+            lambda data: data[:36] + struct.pack("<i", -64) + data[40:],
+            "is a damaged file of rwkv.cpp",
+        ),
+    ],
+)
+def test_a_damaged_or_quantised_file_of_rwkv_cpp_is_one_sentence(
+    arrays, tmp_path, spoil, sentence
+):
+    path = tmp_path / "m.bin"
+    layouts.write_rwkv_cpp(path, arrays)
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(ValueError, match=sentence) as caught:
+        load_model(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_float64_is_kept_with_x64_and_narrowed_where_that_is_asked_for(
+    params, arrays, tmp_path
+):
+    wide = {name: array.astype(np.float64) for name, array in arrays.items()}
+    layouts.write_torch(tmp_path / "m.pth", wide)
+    narrowed, _ = load_model(tmp_path / "m.pth", dtype="float32")
+    expected = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    assert differing(narrowed, expected) == []
+    with pytest.raises(ValueError, match="`dtype` must be one that JAX keeps; float64"):
+        load_model(tmp_path / "m.pth", dtype="float64")
+    with jax.enable_x64(True):
+        kept, config = load_model(tmp_path / "m.pth")
+        assert kept["head"]["weight"].dtype == np.float64
+        save_model(tmp_path / "orbax", kept, config)
+        save_model(tmp_path / "again.pth", kept, config)
+        again, _ = load_model(tmp_path / "again.pth")
+        assert differing(without_unused_value_residual(again), kept) == []
+    with pytest.raises(ValueError, match=r"holds float64 .*narrow to float32"):
+        load_orbax(tmp_path / "orbax")
+    with pytest.raises(ValueError, match=r"holds float64 .*narrow to float32"):
+        load_model(tmp_path / "again.pth")
