@@ -38,9 +38,8 @@ from rwkv7_jax.model.state import RWKV7State, init_state
 from rwkv7_jax.reports import plots
 from rwkv7_jax.runs import compilation_cache, config_flags, process
 from rwkv7_jax.runs.datasets import held_out, held_out_source, training_stream
-from rwkv7_jax.runs.modes.base import load_or_init
+from rwkv7_jax.runs.modes.base import load_or_init, tokenizer_of
 from rwkv7_jax.runs.settings import Settings, read_settings
-from rwkv7_jax.text.tokenizer import Tokenizer
 
 
 def tuned_states(
@@ -148,7 +147,7 @@ def evaluate(settings: Settings) -> None:
         seed=settings.seed,
         allow_nan=settings.allow_nan,
     )
-    tokenizer = Tokenizer.for_vocabulary(model.config.vocab_size)
+    tokenizer = tokenizer_of(settings, model.config)
     rows = {"base": init_state(model.config)}
     rows |= tuned_states(settings.state_paths, model, params)
     sizes = settings.evaluation.prompt_tokens

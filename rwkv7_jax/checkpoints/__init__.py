@@ -6,6 +6,7 @@ states in `state_files`; the other modules are what these two are made of.
 
 from rwkv7_jax.checkpoints.integrity.verification import verify
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
+from rwkv7_jax.checkpoints.model_vocabulary import kept_vocabulary, model_tokenizer
 from rwkv7_jax.checkpoints.orbax_import import import_orbax
 from rwkv7_jax.checkpoints.param_tree import is_finite, official_tensors
 from rwkv7_jax.checkpoints.pth import read_pth, write_pth
@@ -26,9 +27,11 @@ __all__ = [
     "has_merged_state",
     "import_orbax",
     "is_finite",
+    "kept_vocabulary",
     "load_model",
     "load_state",
     "model_hash",
+    "model_tokenizer",
     "official_tensors",
     "outer_shapes",
     "read_metadata",

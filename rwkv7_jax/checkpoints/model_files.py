@@ -44,6 +44,7 @@ from rwkv7_jax.checkpoints.unused_value_residual import (
 from rwkv7_jax.checks import check_instance, prefix_errors
 from rwkv7_jax.local_paths import existing_path, local_path
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.text.tokenizer import Tokenizer
 
 _LARGEST_HALF = 65504
 
@@ -178,6 +179,7 @@ def save_model(
     config: RWKV7Config,
     *,
     format: str | None = None,
+    tokenizer: Tokenizer | None = None,
     allow_nan: bool = False,
     progress: Progress = None,
 ) -> None:
@@ -191,6 +193,7 @@ def save_model(
         params: the parameter tree.
         config: its sizes.
         format: "hf" for an HF folder, where the suffix does not say it.
+        tokenizer: the vocabulary that goes into formats that hold one, such as an Orbax folder.
         allow_nan: write NaN and Inf, which `load_model` refuses unless it is told the same.
         progress: called with the bytes done and the bytes in all.
 
@@ -205,7 +208,7 @@ def save_model(
         check_instance(params, Mapping, "`params`")
     kind = format_of(path, format=format)
     if kind == "orbax":
-        save_orbax(path, params, config, allow_nan=allow_nan)
+        save_orbax(path, params, config, tokenizer=tokenizer, allow_nan=allow_nan)
         return
     # Everything below is lazy: a tensor is copied to the host when its turn to be written comes.
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))

@@ -20,6 +20,13 @@ from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.integrity.digests import digest_of_arrays
 from rwkv7_jax.checkpoints.integrity.named_errors import first_line
 from rwkv7_jax.checkpoints.model_folder import read_json, replace_folder
+from rwkv7_jax.checkpoints.model_vocabulary import (
+    CARD_FILE,
+    ENTRY,
+    JSON_FILE,
+    TEXT_FILE,
+    keep_vocabulary,
+)
 from rwkv7_jax.checkpoints.orbax_import import import_orbax
 from rwkv7_jax.checkpoints.param_tree import (
     astype_without_overflow,
@@ -31,8 +38,7 @@ from rwkv7_jax.checkpoints.param_tree import (
 )
 from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.model.config import RWKV7Config
-
-_CONFIG_FILE = "rwkv7_jax.json"
+from rwkv7_jax.text.tokenizer import Tokenizer
 
 _ARRAYS = "params"
 
@@ -49,7 +55,7 @@ _FILES = "files"
 
 def is_orbax(path: Path) -> bool:
     """Returns whether a path is a folder with the card of an Orbax checkpoint."""
-    return (path / _CONFIG_FILE).exists()
+    return (path / CARD_FILE).exists()
 
 
 def load_orbax(
@@ -71,10 +77,10 @@ def load_orbax(
         ValueError: not such a folder, a damaged one, a tree of other leaves than the config's, NaN,
             or float64 where JAX has none.
     """
-    path = folder / _CONFIG_FILE
+    path = folder / CARD_FILE
     if not path.exists():
         raise ValueError(
-            f"load_model: `{folder}` is not a checkpoint: it has no {_CONFIG_FILE}."
+            f"load_model: `{folder}` is not a checkpoint: it has no {CARD_FILE}."
         )
     card = read_json(path)
     config = _config_of(card, path)
@@ -168,7 +174,7 @@ def _check_files(card: dict[str, Any], folder: Path) -> None:
     sizes = card.get(_FILES, {})
     if not isinstance(sizes, dict):
         raise ValueError(
-            f"load_model: `{folder / _CONFIG_FILE}` must list {_FILES} by name."
+            f"load_model: `{folder / CARD_FILE}` must list {_FILES} by name."
         )
     for name, size in sizes.items():
         file = folder / _ARRAYS / name
@@ -211,7 +217,7 @@ def _check_arrays(
 
 def has_orbax_digest(folder: Path) -> bool:
     """Returns whether an Orbax folder's card has a digest of the arrays."""
-    return _DIGEST in read_json(folder / _CONFIG_FILE)
+    return _DIGEST in read_json(folder / CARD_FILE)
 
 
 def save_orbax(
@@ -219,11 +225,19 @@ def save_orbax(
     params: Params,
     config: RWKV7Config,
     *,
+    tokenizer: Tokenizer | None = None,
     allow_nan: bool = False,
 ) -> None:
     """Writes an Orbax folder completely, or leaves what was there before.
 
     The new folder is read back before it replaces another: Orbax writes in the background.
+
+    Args:
+        path: of the folder.
+        params: the parameter tree.
+        config: its sizes.
+        tokenizer: the vocabulary that the folder keeps; None keeps none.
+        allow_nan: write NaN and Inf.
 
     Raises:
         ValueError: a leaf is missing, misshapen or not finite, or a folder with other files.
@@ -244,16 +258,19 @@ def save_orbax(
             _FILES: _sizes(folder / _ARRAYS),
             _DIGEST: digest_of_arrays(official_tensors(params, config)),
         }
+        if tokenizer is not None:
+            card[ENTRY] = keep_vocabulary(folder, tokenizer)
         # In the main memory: the accelerator may have no room for a second copy.
         host = jax.local_devices(backend="cpu")[0]
         written = _restore(folder / _ARRAYS, host, path)
         _check_arrays(written, config, card, path)
         card[_CARD_DIGEST] = _digest_of_card(card)
         text = json.dumps(card, indent=1) + "\n"
-        (folder / _CONFIG_FILE).write_text(text, encoding="utf-8")
+        (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
     # Orbax refuses relative paths.
-    replace_folder(path.absolute(), {_ARRAYS, _CONFIG_FILE}, fill)
+    expected = {_ARRAYS, CARD_FILE, TEXT_FILE, JSON_FILE}
+    replace_folder(path.absolute(), expected, fill)
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -12,6 +12,7 @@ import numpy as np
 import pallas_kernels
 from rwkv7_jax.checkpoints import (
     has_merged_state,
+    kept_vocabulary,
     load_model,
     load_state,
     model_hash,
@@ -28,6 +29,7 @@ from rwkv7_jax.cli.arguments import (
 )
 from rwkv7_jax.cli.data import add_data_command
 from rwkv7_jax.cli.generate import add_generate_command, discard_output
+from rwkv7_jax.cli.inputs import add_vocabulary_option
 from rwkv7_jax.cli.observe import add_observe_command
 from rwkv7_jax.cli.state import add_state_command
 from rwkv7_jax.model.config import RWKV7Config
@@ -41,6 +43,8 @@ from rwkv7_jax.runs.exit_codes import (
 )
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.runs.process import escape_unencodable, open_closed_streams
+from rwkv7_jax.text.tokenizer import Tokenizer
+from rwkv7_jax.text.vocabularies import load_vocabulary
 from rwkv7_jax.training.costs import parameter_count
 
 # Files of which a run's folder has at least one.
@@ -81,11 +85,13 @@ def _convert(options: argparse.Namespace) -> str:
     state = None
     if has_merged_state(options.source):
         state = load_state(options.source, config=config)
+    tokenizer = _vocabulary_of(options, config)
     save_model(
         options.target,
         params,
         config,
         format=options.format,
+        tokenizer=tokenizer,
         allow_nan=options.allow_nan,
         progress=_progress("writing"),
     )
@@ -96,6 +102,17 @@ def _convert(options: argparse.Namespace) -> str:
     info = {"base_model": model_hash(params, config)}
     save_state(place, state, config=config, info=info)
     return f"{line}\n{place}: the tuned state that {options.source} holds besides the weights"
+
+
+def _vocabulary_of(
+    options: argparse.Namespace, config: RWKV7Config
+) -> Tokenizer | None:
+    """Returns the vocabulary that was named, or that the source keeps; None where there is none."""
+    if options.vocabulary is None:
+        return kept_vocabulary(options.source, config.vocab_size)
+    return load_vocabulary(
+        options.vocabulary, config.vocab_size, argument="convert: `--vocabulary`"
+    )
 
 
 def _state_place(target: Path) -> Path:
@@ -230,6 +247,7 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--format", choices=("hf",), help="write an HF folder")
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     convert.add_argument("--allow-nan", action="store_true", help="accept NaN and Inf")
+    add_vocabulary_option(convert, "that of the source; an orbax folder keeps it")
     convert.set_defaults(run=_convert)
 
     inspect = commands.add_parser(

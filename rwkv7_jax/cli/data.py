@@ -12,6 +12,7 @@ from rwkv7_jax.cli.arguments import (
     refuse_inputs,
     target_path,
 )
+from rwkv7_jax.cli.inputs import add_vocabulary_option
 from rwkv7_jax.data.builtin_corpora import BUILT_IN
 from rwkv7_jax.data.choices import ON_BAD, PACKINGS
 from rwkv7_jax.data.loading import batch_at, data_hash, token_stream
@@ -21,6 +22,7 @@ from rwkv7_jax.data.token_cache import SUFFIXES, read_card, write_cache
 from rwkv7_jax.local_paths import local_path, split_paths
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.text.tokenizer import Tokenizer
+from rwkv7_jax.text.vocabularies import NAMES, load_vocabulary
 
 _SOURCE_HELP = (
     "a .jsonl or text file, a folder, a built-in text, or several with commas"
@@ -45,7 +47,7 @@ def add_data_command(subparsers) -> None:
         type=target_path,
         help="OUT.bin and the files next to it; left out with --show",
     )
-    add("--vocabulary", choices=("world", "bytes"), help="world; of a .bin its own")
+    add_vocabulary_option(parser, "world; of a .bin its own")
     add("--on-bad", choices=ON_BAD, default="error", help="bad lines (%(default)s)")
     add("--encoding", help="of the text, such as gbk or utf-16; UTF-8 by default")
     add(
@@ -94,17 +96,22 @@ def run_data(options: argparse.Namespace) -> str:
 
 def _tokenizer(vocabulary: str | None, sources: list[str]) -> Tokenizer:
     """Returns the tokenizer that was asked for, else that of the first cache, else World's."""
-    if vocabulary is None:
-        vocabulary = "world"
-        # A cache knows its vocabulary; ids of another one would be other text.
-        for source in sources:
-            card = (
-                read_card(source) if source.lower().endswith(_CACHE_SUFFIXES) else None
+    if vocabulary is not None:
+        return load_vocabulary(vocabulary, argument="data: `--vocabulary`")
+    # A cache knows its vocabulary; ids of another one would be other text.
+    for source in sources:
+        if not source.lower().endswith(_CACHE_SUFFIXES):
+            continue
+        card = read_card(source)
+        if card is None:
+            continue
+        if card.vocabulary not in NAMES:
+            raise ValueError(
+                f"data: `--vocabulary` must name the file that {source} was made with "
+                f"({card.vocabulary}); got nothing."
             )
-            if card is not None:
-                vocabulary = card.vocabulary
-                break
-    return Tokenizer.bytes() if vocabulary == "bytes" else Tokenizer.world()
+        return load_vocabulary(card.vocabulary)
+    return Tokenizer.world()
 
 
 def _write(
@@ -142,7 +149,7 @@ def _write(
         bar.close()
     in_loss = "all" if card.learnt == card.tokens else f"{card.learnt:,}"
     lines = [
-        f"{target}: {card.documents:,} documents, {card.tokens:,} {card.vocabulary} tokens "
+        f"{target}: {card.documents:,} documents, {card.tokens:,} {tokenizer.name} tokens "
         f"({in_loss} in the loss) of {card.bytes:,} bytes"
     ]
     line = f"lines skipped: {card.skipped:,}"
@@ -178,10 +185,11 @@ def _rows(options: argparse.Namespace, sources: list[str], tokenizer: Tokenizer)
         seed=options.seed,
         packing=options.packing,
     )
+    ending = "".join(f"; <{number}> ends a document" for number in tokenizer.stop_ids)
     parts = [
         f"{len(stream.starts) - 1:,} documents, {len(stream):,} {tokenizer.name} tokens, "
         f"{stream.count_in_loss():,} in the loss; hash {data_hash(stream)}\n"
-        "[[not in the loss]], in the loss; <0> ends a document"
+        f"[[not in the loss]], in the loss{ending}"
     ]
     tokens = np.asarray(batch.tokens)
     mask = np.asarray(batch.mask)

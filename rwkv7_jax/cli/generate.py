@@ -12,6 +12,7 @@ from rwkv7_jax.checkpoints import read_sidecar, save_state
 from rwkv7_jax.cli.arguments import (
     MOST_TOKENS,
     integer,
+    integers,
     number,
     path,
     refuse_inputs,
@@ -23,6 +24,7 @@ from rwkv7_jax.cli.inputs import (
     MODEL_HELP,
     PROMPT_HELP,
     LoadedModel,
+    add_vocabulary_option,
     read_model,
     read_prompt,
 )
@@ -33,9 +35,6 @@ from rwkv7_jax.observer.files import load_observer
 from rwkv7_jax.observer.observer import propose
 from rwkv7_jax.text.chat_template import CHAT_STOP, TURN_END, chat_prompt
 from rwkv7_jax.text.tokenizer import Tokenizer
-
-# Token 0 ends documents, so it is what a text without a prompt begins after.
-_EMPTY_PROMPT = [0]
 
 # Seeds lie from minus this number to below it: JAX takes 64 bits.
 _SEEDS = 2**63
@@ -83,6 +82,14 @@ def add_generate_command(subparsers) -> argparse.ArgumentParser:
         type=stop_text,
         help="end before TEXT; repeatable",
     )
+    add(
+        "--stop-ids",
+        default=(),
+        metavar="IDS",
+        type=integers(0),
+        help="ids that end an answer besides the vocabulary's end of text, with commas between",
+    )
+    add_vocabulary_option(parser, "the model's")
     add(
         "--escape",
         action="store_true",
@@ -174,7 +181,7 @@ def run_generate(options: argparse.Namespace) -> str | None:
     _check_target(options)
     prompt, stop_strings = _texts(options)
     model = read_model(options.model)
-    tokenizer = Tokenizer.for_vocabulary(model.config.vocab_size)
+    tokenizer = model.tokenizer(options.vocabulary)
     state = None
     if options.state:
         state = model.load_state(options.state)
@@ -182,7 +189,13 @@ def run_generate(options: argparse.Namespace) -> str | None:
         if options.chat and read_sidecar(options.state).get("session") == "chat":
             # The state has read an answer but not the blank line that ends a turn.
             prompt = TURN_END.encode() + prompt
-    prompt_ids = tokenizer.encode(prompt) or _EMPTY_PROMPT
+    # The id that ends documents is what a text without a prompt begins after.
+    prompt_ids = tokenizer.encode(prompt) or list(tokenizer.stop_ids)
+    if not prompt_ids:
+        raise ValueError(
+            f"generate: `--prompt` must hold a token; {tokenizer.name} has no end of text that a "
+            "text could begin after."
+        )
     # What the model itself reads.
     unread = prompt_ids
     if options.observer:
@@ -203,12 +216,14 @@ def run_generate(options: argparse.Namespace) -> str | None:
         presence_penalty=options.presence_penalty,
         frequency_penalty=options.frequency_penalty,
         penalty_exempt=exempt_ids(tokenizer),
+        stop_ids=(*tokenizer.stop_ids, *options.stop_ids),
         stop_strings=stop_strings,
         tokenizer=tokenizer,
         on_text=None if options.json else stream,
     )
     if options.save_state:
         _save_session(options, model, out.state)
+    _note_ids_without_entry(tokenizer, out.tokens[0])
     if options.json:
         return _to_json(out, prompt, len(prompt_ids))
     stream.close()
@@ -219,6 +234,17 @@ def _check_target(options: argparse.Namespace) -> None:
     """Raises where `--save-state` would write over the model; over `--state` it may."""
     inputs = {"--model": [options.model], "--observer": [options.observer]}
     refuse_inputs("generate: `--save-state`", options.save_state, inputs)
+
+
+def _note_ids_without_entry(tokenizer: Tokenizer, ids: list[int]) -> None:
+    """Says on standard error that ids were generated that the vocabulary cannot spell."""
+    silent = [number for number in ids if not tokenizer.token_bytes(number)]
+    if silent:
+        print(
+            f"note: {len(silent)} of the {len(ids)} ids spell nothing in {tokenizer.name}; "
+            f"the first is {silent[0]}.",
+            file=sys.stderr,
+        )
 
 
 def _texts(options: argparse.Namespace) -> tuple[bytes, list[str]]:

@@ -1,14 +1,22 @@
 """What several commands read: a checkpoint with its hash, a state that fits it, a prompt."""
 
+import argparse
 import os
 import sys
 from typing import NamedTuple
 
 from rwkv7_jax.array_types import Params
-from rwkv7_jax.checkpoints import load_model, load_state, model_hash
+from rwkv7_jax.checkpoints import (
+    load_model,
+    load_state,
+    model_hash,
+    model_tokenizer,
+)
+from rwkv7_jax.cli.arguments import path
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
+from rwkv7_jax.text.tokenizer import Tokenizer
 
 # Of the arguments that are the same in several commands.
 MODEL_HELP = "checkpoint: .pth, .safetensors or a folder"
@@ -16,16 +24,34 @@ MODEL_HELP = "checkpoint: .pth, .safetensors or a folder"
 PROMPT_HELP = "- reads standard input"
 
 
+def add_vocabulary_option(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds `--vocabulary` to a command.
+
+    Args:
+        parser: of the command.
+        default: which vocabulary is taken without the option, for the help.
+    """
+    parser.add_argument(
+        "--vocabulary",
+        type=path,
+        metavar="NAME",
+        help="world, bytes, bytes256 (raw), ids (numbers), a vocabulary file or a tokenizer.json "
+        f"({default})",
+    )
+
+
 class LoadedModel(NamedTuple):
     """A checkpoint in memory.
 
     Attributes:
         hash: `model_hash`, to tell whose a state or an observer is.
+        path: of the checkpoint.
     """
 
     params: Params
     config: RWKV7Config
     hash: str
+    path: str
 
     @property
     def module(self) -> RWKV7:
@@ -36,11 +62,20 @@ class LoadedModel(NamedTuple):
         """Loads a state of this model's sizes; warns if it was tuned for other weights."""
         return load_state(path, config=self.config, base_model=self.hash)
 
+    def tokenizer(self, vocabulary: str | None) -> Tokenizer:
+        """Returns the vocabulary that `--vocabulary` names, or else that of the model."""
+        return model_tokenizer(
+            self.path,
+            self.config.vocab_size,
+            vocabulary,
+            argument="`--vocabulary`",
+        )
+
 
 def read_model(path: str) -> LoadedModel:
     """Loads a checkpoint and hashes its weights."""
     params, config = load_model(path)
-    return LoadedModel(params, config, model_hash(params, config))
+    return LoadedModel(params, config, model_hash(params, config), path)
 
 
 def read_prompt(argument: str) -> bytes:

@@ -18,6 +18,7 @@ from rwkv7_jax.cli.inputs import (
     MODEL_HELP,
     PROMPT_HELP,
     LoadedModel,
+    add_vocabulary_option,
     read_model,
     read_prompt,
 )
@@ -62,6 +63,7 @@ def add_observe_command(subparsers) -> None:
         default=16,
         help="windows of --text, at least 2 (%(default)s)",
     )
+    add_vocabulary_option(parser, "the model's")
     parser.set_defaults(run=run_observe, compiles=True)
 
 
@@ -72,7 +74,7 @@ def run_observe(options: argparse.Namespace) -> str:
     observer, params = load_observer(
         options.observer, model.config, base_model=model.hash
     )
-    tokenizer = Tokenizer.for_vocabulary(model.config.vocab_size)
+    tokenizer = model.tokenizer(options.vocabulary)
     ids = tokenizer.encode(read_prompt(options.prompt))
     if not ids:
         raise ValueError("observe: `--prompt` must not be empty.")

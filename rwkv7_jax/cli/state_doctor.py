@@ -15,7 +15,7 @@ from rwkv7_jax.cli.arguments import (
     path,
     refuse_inputs,
 )
-from rwkv7_jax.cli.inputs import MODEL_HELP, read_model
+from rwkv7_jax.cli.inputs import MODEL_HELP, add_vocabulary_option, read_model
 from rwkv7_jax.cli.tables import format_heads, format_table
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.loading import token_stream, windows
@@ -68,6 +68,7 @@ def add_doctor_command(subparsers) -> None:
         type=file_target,
         help="a PNG of fading, loss by position and spectra",
     )
+    add_vocabulary_option(parser, "the model's")
     parser.set_defaults(run=_doctor, compiles=True)
 
 
@@ -96,7 +97,7 @@ def _doctor(options: argparse.Namespace) -> str:
     refuse_inputs("state doctor: `--picture`", options.picture, inputs)
     model = read_model(options.model)
     state = model.load_state(options.state)
-    tokenizer = Tokenizer.for_vocabulary(model.config.vocab_size)
+    tokenizer = model.tokenizer(options.vocabulary)
     batch = _batch(options, "data", tokenizer)
     generic = None
     if options.generic:

@@ -1,6 +1,7 @@
 """Documents as byte segments, each with a loss-mask flag.
 
-Every document ends with token 0, which counts in the loss: a model must learn where to stop.
+Every document ends with token 0, or with what ends a text in the vocabulary, and that token counts
+in the loss: a model must learn where to stop.
 """
 
 import dataclasses
@@ -21,6 +22,16 @@ HASH_RANGE = 2**64
 @runtime_checkable
 class Encoder(Protocol):
     """A tokenizer, as far as documents need one."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The id that ends a document; none where there is no such id."""
+        ...
+
+    @property
+    def dtype(self) -> type[np.integer]:
+        """The dtype of ids."""
+        ...
 
     def encode_chunks(
         self,
@@ -95,12 +106,15 @@ class Document:
         self,
         tokenizer: Encoder,
     ) -> Iterator[tuple[np.ndarray, bool]]:
-        """Yields the ids and finally token 0, some at a time, with whether they are in the loss."""
+        """Yields the ids, some at a time, with whether they are in the loss.
+
+        Last comes the id that ends a text, token 0 of most vocabularies, where there is one.
+        """
         for segment in self.segments:
             for ids in tokenizer.encode_chunks(segment.chunks()):
                 yield ids, segment.in_loss
-        # Token 0 ends the document.
-        yield np.zeros(1, np.uint16), True
+        if tokenizer.stop_ids:
+            yield np.array(tokenizer.stop_ids, tokenizer.dtype), True
 
     def _chunks(self) -> Iterator[bytes]:
         for segment in self.segments:

@@ -46,7 +46,7 @@ PathsOrIds = str | Path | Sequence[str | Path] | np.ndarray | TokenStream
 def _encode(found: Iterable[Document], tokenizer: Encoder) -> TokenArray:
     """Encodes documents into one array in memory."""
     # An empty array first, so that no documents at all give no ids.
-    pieces = [np.zeros(0, np.uint16)]
+    pieces = [np.zeros(0, tokenizer.dtype)]
     # One flag for each piece; a mask of all ids is only made where it is needed.
     flags = [True]
     sizes = []
@@ -140,7 +140,7 @@ def token_stream(
     as_bytes: bool = False,
     encoding: str | None = None,
 ) -> TokenStream:
-    """Opens all ids of `source` as one row, token 0 after every document.
+    """Opens all ids of `source` as one row, the vocabulary's end of text after every document.
 
     Args:
         source: what `readers.documents` reads, a `.bin` file (see `token_cache`), several of these,
@@ -174,7 +174,8 @@ def token_stream(
                 f"token_stream: `source` must hold integers; got {source.dtype}."
             )
         check_vocabulary(source, tokenizer.vocab_size, "source")
-        return split_by_position(TokenArray(source), split, held_out)
+        array = TokenArray(source, end_of_text=tokenizer.end_of_text)
+        return split_by_position(array, split, held_out)
     paths = [source] if isinstance(source, (str, Path)) else list(source)
     streams = []
     for path in paths:

@@ -2,7 +2,8 @@
 
 A cache `x` is a pair of files that RWKV's own trainer reads, with two or three next to it:
 
-    x.bin, x.idx   ids as uint16 and where documents are (see `binidx`); token 0 ends each
+    x.bin, x.idx   ids and where documents are (see `binidx`): uint16, int32 where the vocabulary
+                   has more than 65536; token 0, or what the vocabulary has for it, ends each
     x.card.json    what made it: vocabulary, numbers of documents, ids, bytes and skipped lines
     x.keys         8 bytes a document (little-endian): its content hash, by which it is held out
     x.mask         one byte an id, 1 where it is in the loss and 0 where it is not; the file is only
@@ -41,7 +42,7 @@ class CacheMetadata:
     """The card of a cache. The names of its fields are those in `x.card.json`.
 
     Attributes:
-        vocabulary: the tokenizer's name.
+        vocabulary: the tokenizer's identity: the name of a built-in one, else kind and digest.
         documents: in the cache.
         tokens: ids, including the token 0 after every document.
         learnt: how many of them are in the loss.
@@ -112,14 +113,14 @@ def write_cache(
                 yield document
                 progress(stats.bytes, total)
 
-    with BinidxWriter(path) as writer:
+    with BinidxWriter(path, tokenizer.dtype) as writer:
         counts = _write_documents(writer, all_documents(), tokenizer)
         if not counts.documents:
             raise ValueError(
                 f"write_cache: `{', '.join(map(str, sources))}` has no document."
             )
         card = CacheMetadata(
-            vocabulary=tokenizer.name,
+            vocabulary=tokenizer.identity,
             documents=counts.documents,
             tokens=counts.tokens,
             learnt=counts.in_loss,
@@ -218,9 +219,9 @@ def open_cache(
         refuse_hub_name(path, "open_cache: `path`", kind="dataset")
     card = read_card(path)
     ids, starts = read_binidx(path)
-    if card is not None and card.vocabulary != tokenizer.name:
+    if card is not None and card.vocabulary != tokenizer.identity:
         raise ValueError(
-            f"open_cache: `{path}` must be of the model's vocabulary, {tokenizer.name}; "
+            f"open_cache: `{path}` must be of the model's vocabulary, {tokenizer.identity}; "
             f"it is of {card.vocabulary}."
         )
     check_vocabulary(ids, tokenizer.vocab_size, str(path))

@@ -25,23 +25,27 @@ class TokenArray:
         ids: integers; may be memory-mapped.
         in_loss: 1 for every id that counts as a target, else 0; None where all do.
         starts: where each document begins, and last where the ids end; None where they are not
-            known, and token 0 says where documents end.
+            known, and `end_of_text` says where documents end.
+        end_of_text: the id that ends a document; None where nothing does.
     """
 
     ids: np.ndarray
     in_loss: np.ndarray | None = None
     starts: np.ndarray | None = None
+    end_of_text: int | None = 0
 
     def find_starts(self) -> np.ndarray:
-        """Returns `starts`, searched for tokens 0 where they are not known."""
+        """Returns `starts`, searched for ends of text where they are not known."""
         if self.starts is not None:
             return self.starts
         size = len(self.ids)
         borders = [np.array([0, size])]
+        if self.end_of_text is None:
+            return np.unique(borders[0])
         # In chunks: a comparison of all ids at once would need as many bytes again.
         for first in range(0, size, _CHUNK):
-            zeros = np.flatnonzero(self.ids[first : first + _CHUNK] == 0)
-            borders.append(first + 1 + zeros)
+            ends = np.flatnonzero(self.ids[first : first + _CHUNK] == self.end_of_text)
+            borders.append(first + 1 + ends)
         return np.unique(np.concatenate(borders)).astype(np.int64)
 
 

@@ -157,6 +157,12 @@ def score(
     batch = check_ids_and_shapes(batch, model.config.vocab_size, caller="score")
     tokens = np.asarray(batch.tokens)
     mask = np.asarray(batch.mask)
+    largest = int(tokens.max())
+    if largest >= tokenizer.vocab_size:
+        raise ValueError(
+            f"score: `batch` must hold ids below the {tokenizer.vocab_size} of `tokenizer`; "
+            f"got {largest}."
+        )
     # [B T], 0 where a target does not count.
     if not mask.any():
         raise ValueError(

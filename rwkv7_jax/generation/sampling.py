@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rwkv7_jax.checks import check_count, check_ids, check_number, prefix_errors
-from rwkv7_jax.text.detokenizer import Vocabulary
+from rwkv7_jax.text.detokenizer import Vocabulary, spell
 
 Scores = Float[Array, "B V"]
 
@@ -148,7 +148,7 @@ def exempt_ids(tokenizer: Vocabulary) -> tuple[int, ...]:
     # Officially an id is exempt if its text lies inside this string, so "12" is and "21" is not.
     for start in range(len(marks)):
         for stop in range(start + 1, len(marks) + 1):
-            ids = tokenizer.encode(marks[start:stop])
+            ids = spell(marks[start:stop], tokenizer)
             if len(ids) == 1:
                 exempt.add(ids[0])
     return tuple(sorted(exempt))

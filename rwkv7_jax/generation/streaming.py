@@ -13,7 +13,12 @@ from rwkv7_jax.generation.decode_loop import (
     DecodeState,
     power_of_two,
 )
-from rwkv7_jax.text.detokenizer import StreamingDetokenizer, Vocabulary, whole_tokens
+from rwkv7_jax.text.detokenizer import (
+    StreamingDetokenizer,
+    Vocabulary,
+    spell,
+    whole_tokens,
+)
 
 # Tokens between two looks of the host, where text is streamed or stop strings are searched.
 _BLOCK = 8
@@ -62,9 +67,10 @@ class RowText:
         )
         if self._detokenizer.stopped:
             self.ended = "stop_string"
-            # The stop string began inside a token: other ids spell the bytes in front of it.
+            # The stop string began inside a token: other ids spell the bytes in front of it. Where
+            # the vocabulary has none, the text alone has these bytes.
             rest = self._tokenizer.token_bytes(self.tokens[self.settled])[:left]
-            self.tokens[self.settled :] = self._tokenizer.encode(rest)
+            self.tokens[self.settled :] = spell(rest, self._tokenizer)
         self.text += piece
         return piece
 

@@ -71,6 +71,13 @@ class QuestionSet:
         if not isinstance(self._source, TaskSource):
             self._split(read_questions(path, tokenizer), held_out)
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end a completion: token 0 of a task, of text what the vocabulary has."""
+        return (
+            (0,) if isinstance(self._source, TaskSource) else self._tokenizer.stop_ids
+        )
+
     def _split(self, questions: list[tuple[list[int], str]], held_out: float) -> None:
         """Shuffles a file's questions and divides them into training and held-out ones."""
         prompts: list[list[int]] = []
@@ -111,8 +118,11 @@ class QuestionSet:
         """Returns 1.0 if the completion begins with the known answer, else 0.0."""
         answer = self._answers[tuple(prompt)]
         if isinstance(answer, str):
-            # Token 0 only ends a text; it spells nothing.
-            text = self._tokenizer.decode([token for token in completion if token])
+            # An end of text only ends it, and spells nothing.
+            ends = self.stop_ids
+            text = self._tokenizer.decode(
+                [token for token in completion if token not in ends]
+            )
             expected = answer.strip()
             # Every text begins with the empty string, so a line without an answer earns nothing.
             return float(bool(expected) and text.strip().startswith(expected))

@@ -4,9 +4,12 @@ from rwkv7_jax.text.detokenizer import (
     StreamingDetokenizer,
     Vocabulary,
     check_stop_strings,
+    spell,
     whole_tokens,
 )
-from rwkv7_jax.text.tokenizer import END_OF_TEXT, Tokenizer, parse_vocabulary
+from rwkv7_jax.text.tokenizer import END_OF_TEXT, Tokenizer
+from rwkv7_jax.text.vocabularies import load_vocabulary
+from rwkv7_jax.text.vocabulary_file import format_vocabulary, parse_vocabulary
 
 __all__ = [
     "END_OF_TEXT",
@@ -14,6 +17,9 @@ __all__ = [
     "Tokenizer",
     "Vocabulary",
     "check_stop_strings",
+    "format_vocabulary",
+    "load_vocabulary",
     "parse_vocabulary",
+    "spell",
     "whole_tokens",
 ]

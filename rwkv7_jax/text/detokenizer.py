@@ -117,6 +117,17 @@ def whole_tokens(
     return count, -drop
 
 
+def spell(text: str | bytes, vocabulary: Vocabulary) -> list[int]:
+    """Returns the ids that spell a text and nothing else; none where the vocabulary cannot."""
+    data = text.encode() if isinstance(text, str) else text
+    try:
+        ids = vocabulary.encode(text)
+    except ValueError:
+        return []
+    spelled = b"".join([vocabulary.token_bytes(token) for token in ids])
+    return ids if spelled == data else []
+
+
 def check_stop_strings(stop_strings: Sequence[str]) -> None:
     """Checks that these are strings that can stop a text.
 

@@ -1,6 +1,6 @@
-"""Text to token ids and back: the World vocabulary, and single bytes for small models."""
+"""Text to token ids and back: the World vocabulary, single bytes, and vocabularies like them."""
 
-import ast
+import copy
 import functools
 import hashlib
 import lzma
@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+
+from rwkv7_jax.text.vocabulary_file import format_vocabulary, parse_vocabulary
 
 END_OF_TEXT = 0
 
@@ -20,53 +22,24 @@ _SHA256 = "e6dee3d4e31b4d5c40ac99508ac6c701ceef4bed681bf2167ce9a908552bca89"
 # of single first bytes would hold thousands of entries that begin with a space.
 _PREFIX_SIZES = (16, 8, 4, 1)
 
+# Ids below this fit into the 16 bits that RWKV's own token files have.
+_SHORT_IDS = 2**16
+
 # For each prefix size, from a prefix to the lengths of the entries that begin with it.
 PrefixTables = list[tuple[int, dict[bytes, tuple[int, ...]]]]
-
-
-def parse_vocabulary(text: str) -> dict[int, bytes]:
-    """Parses a vocabulary file: each line is an id, a Python literal and a byte count.
-
-    Source: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_vocab_v20230424.txt (the format).
-
-    Raises:
-        ValueError: a line is not an entry, or its literal has another length than it says.
-    """
-    numbers = []
-    literals = []
-    sizes = []
-    # `splitlines` is safe here: literals write line breaks as escapes.
-    lines = [line for line in text.splitlines() if line]
-    for row, line in enumerate(lines, 1):
-        number, _, rest = line.partition(" ")
-        literal, _, size = rest.rpartition(" ")
-        if not (number.isdecimal() and size.isdecimal()):
-            raise ValueError(
-                f"parse_vocabulary: line {row} is no entry: {line[:60]!r}."
-            )
-        numbers.append(int(number))
-        literals.append(literal)
-        sizes.append(int(size))
-
-    # One literal for the entire list: a parser call for each of 65529 lines would take seconds.
-    values = ast.literal_eval("[" + ",".join(literals) + "]")
-    entries = {}
-    rows = zip(numbers, values, sizes, strict=True)
-    for row, (number, value, size) in enumerate(rows, 1):
-        entry = value.encode() if isinstance(value, str) else value
-        if len(entry) != size:
-            raise ValueError(
-                f"parse_vocabulary: line {row} says {size} bytes; got {len(entry)}."
-            )
-        entries[number] = entry
-    return entries
 
 
 class Tokenizer:
     """A vocabulary: `encode` takes the longest entry at every place, `decode` joins entries.
 
-    Token 0 is the end of text: it is never encoded, and stands for no bytes. Every single byte is
-    an entry (id = byte + 1), so any bytes survive encoding and decoding.
+    World and the single bytes have an entry for every byte (id = byte + 1), so any bytes survive
+    encoding and decoding. Token 0 ends their texts: it is never encoded, and stands for no bytes.
+
+    Attributes:
+        name: for people: that of a built-in vocabulary, or of the file that was read.
+        kind: the same of a built-in vocabulary; "file" or "tokenizer.json" of one that was read.
+        vocab_size: one more than the largest id; ids without an entry spell nothing.
+        end_of_text: the id that ends a text; None where there is none.
     """
 
     def __init__(
@@ -75,15 +48,32 @@ class Tokenizer:
         *,
         vocab_size: int,
         name: str,
+        kind: str | None = None,
     ):
-        """Makes a tokenizer of these entries; `world` and `bytes` make the usual ones."""
+        """Makes a tokenizer of these entries; `world` and `bytes` make the usual ones.
+
+        Args:
+            entries: the bytes of each id. Where 0 is none of them, it ends texts.
+            vocab_size: one more than the largest id.
+            name: for people.
+            kind: None where the name says all.
+        """
         self.name = name
+        self.kind = kind or name
+        self._is_built_in = kind is None
         self.vocab_size = vocab_size
-        self._entries = {END_OF_TEXT: b"", **entries}
-        self._ids = {entry: number for number, entry in entries.items()}
-        self._longest_entry = max(map(len, entries.values()))
-        # Without tables every byte is an entry of its own.
-        self._tables = _prefix_tables(entries.values()) if name != "bytes" else []
+        # The digest is of what the vocabulary describes; a model's table may be larger.
+        self._described = vocab_size
+        spelled = {number: entry for number, entry in entries.items() if entry}
+        self.end_of_text = None if END_OF_TEXT in spelled else END_OF_TEXT
+        self._entries = {**entries}
+        if self.end_of_text is not None:
+            self._entries[self.end_of_text] = b""
+        self._ids = {entry: number for number, entry in spelled.items()}
+        self._longest_entry = max(map(len, self._ids), default=1)
+        # Bytes alone need no tables: ids are the bytes, moved on by the id of byte 0.
+        self._first_byte = _id_of_first_byte(spelled)
+        self._tables = _prefix_tables(self._ids) if self._first_byte is None else []
 
     @classmethod
     @functools.cache
@@ -98,63 +88,103 @@ class Tokenizer:
         return cls(parse_vocabulary(raw.decode()), vocab_size=65536, name="world")
 
     @classmethod
+    @functools.cache
+    def bytes256(cls) -> "Tokenizer":
+        """Makes the raw bytes: id = byte, 256 ids, none of which ends a text."""
+        entries = {byte: byte.to_bytes() for byte in range(256)}
+        return cls(entries, vocab_size=256, name="bytes256")
+
+    @classmethod
     def for_vocabulary(cls, vocab_size: int) -> "Tokenizer":
-        """Returns the tokenizer of a model with this many ids.
+        """Returns the tokenizer of a model with this many ids, where their number tells.
 
         Raises:
             TypeError: the size is no integer.
-            ValueError: neither vocabulary has that size.
+            ValueError: no built-in vocabulary has that size.
         """
         if not hasattr(vocab_size, "__index__"):
             raise TypeError(
                 "Tokenizer.for_vocabulary: `vocab_size` must be an integer; "
                 f"got {type(vocab_size).__name__}."
             )
+        if vocab_size == 256:
+            return cls.bytes256()
         if vocab_size == 257:
             return cls.bytes()
         if 65530 <= vocab_size <= 65536:
             return cls.world()
         raise ValueError(
-            "Tokenizer.for_vocabulary: `vocab_size` must be 257 (bytes) or 65530 to 65536 (World); "
-            f"got {vocab_size}."
+            "Tokenizer.for_vocabulary: `vocab_size` must be 256 or 257 (bytes) or 65530 to 65536 "
+            f"(World) unless a vocabulary is named (`load_vocabulary`); got {vocab_size}."
         )
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end a generated text: `end_of_text`, where there is one."""
+        return () if self.end_of_text is None else (self.end_of_text,)
+
+    @property
+    def dtype(self) -> type[np.integer]:
+        """The smallest dtype of token files that holds all ids."""
+        return np.uint16 if self.vocab_size <= _SHORT_IDS else np.int32
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The digest of the content: equal where all texts have the same ids."""
+        entries = [self._entries.get(number, b"") for number in range(self._described)]
+        # Of the printed list and not of the bytes: the digest is in the checkpoints of older runs.
+        return text_digest(repr(entries))
+
+    @property
+    def identity(self) -> str:
+        """What cards and sidecars say: the name of a built-in vocabulary, else its digest."""
+        return self.kind if self._is_built_in else f"{self.kind} {self.digest}"
+
+    @property
+    def largest_id(self) -> int:
+        """The largest id with an entry."""
+        return max(self._entries, default=0)
+
+    def with_vocab_size(self, vocab_size: int) -> "Tokenizer":
+        """Returns the same vocabulary for a model's table; its further ids spell nothing."""
+        other = copy.copy(self)
+        other.vocab_size = vocab_size
+        return other
+
+    def file_text(self) -> str:
+        """Writes the vocabulary as a file from which it can be read again."""
+        spelled = {number: entry for number, entry in self._entries.items() if entry}
+        return format_vocabulary(spelled)
 
     def encode(self, text: str | bytes) -> list[int]:
         """Encodes a text, taking the longest entry at every place.
 
         Raises:
             TypeError: neither str nor bytes.
-            ValueError: a str with half a surrogate pair, which has no UTF-8.
+            ValueError: a str with half a surrogate pair, which has no UTF-8, or bytes with which no
+                entry begins.
         """
-        if isinstance(text, str):
-            try:
-                text = text.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    "Tokenizer.encode: `text` must be valid Unicode; got a lone surrogate at "
-                    f"character {error.start}."
-                ) from None
-        if not isinstance(text, (bytes, bytearray)):
-            raise TypeError(
-                f"Tokenizer.encode: `text` must be str or bytes; got {type(text).__name__}."
-            )
-        if not self._tables:
-            # Widened before 1 is added: byte 255 would wrap around to 0, the end of text.
-            return (np.frombuffer(text, np.uint8).astype(np.int64) + 1).tolist()
-        return self._encode_longest(bytes(text))
+        data = text_bytes(text)
+        ids, _ = self._encode_until(data, len(data))
+        return ids
 
-    def _encode_longest(self, text: bytes) -> list[int]:
+    def _encode_until(self, data: bytes, limit: int) -> tuple[list[int], int]:
+        """Encodes the tokens that begin before `limit`; returns them and where they end."""
+        if self._first_byte is not None:
+            # Widened before the addition: byte 255 would wrap around to 0, the end of text.
+            numbers = np.frombuffer(data[:limit], np.uint8).astype(np.int64)
+            return (numbers + self._first_byte).tolist(), limit
         # This loop is all that encoding costs: names are looked up outside of it.
         id_of = self._ids.get
         tables = self._tables
         ids = []
         place = 0
-        while place < len(text):
+        while place < limit:
             token = None
             # Longer prefixes come first, so the first entry that fits is the longest one.
             for size, table in tables:
-                for length in table.get(text[place : place + size], ()):
-                    token = id_of(text[place : place + length])
+                for length in table.get(data[place : place + size], ()):
+                    token = id_of(data[place : place + length])
                     if token is not None:
                         break
                 else:
@@ -162,29 +192,29 @@ class Tokenizer:
                 ids.append(token)
                 place += length
                 break
-        return ids
+            if token is None:
+                raise ValueError(
+                    f"Tokenizer.encode: `text` must be spelled by entries of {self.name}; none "
+                    f"begins at byte {place}, {data[place : place + 16]!r}."
+                )
+        return ids, place
 
     def encode_chunks(self, chunks: Iterable[bytes]) -> Iterator[np.ndarray]:
-        """Encodes all chunks joined, as uint16 arrays; one chunk at a time is in memory.
+        """Encodes all chunks joined, some ids at a time; one chunk at a time is in memory.
 
         A token is certain once as many bytes as the longest entry has are known from its first
         byte on; the others wait for the next chunk, with which they may become other tokens.
         """
         pending = b""
         for chunk in chunks:
-            ids = self.encode(pending)
-            end = len(pending)
-            count = len(ids)
-            # Tokens that begin later could become parts of longer entries with the bytes to come.
-            certain = max(end - self._longest_entry, 0)
-            while end > certain:
-                count -= 1
-                end -= len(self._entries[ids[count]])
-            if count:
-                yield np.asarray(ids[:count], np.uint16)
-            pending = pending[end:] + chunk
+            pending += chunk
+            certain = len(pending) - self._longest_entry + 1
+            ids, end = self._encode_until(pending, max(certain, 0))
+            if ids:
+                yield np.asarray(ids, self.dtype)
+            pending = pending[end:]
         if pending:
-            yield np.asarray(self.encode(pending), np.uint16)
+            yield np.asarray(self.encode(pending), self.dtype)
 
     def token_bytes(self, token: int) -> bytes:
         """Returns the bytes of one id; none for ids of the vocabulary that have no entry.
@@ -213,7 +243,7 @@ class Tokenizer:
             TypeError: no list of integers.
             ValueError: an id without an entry; the message gives its position.
         """
-        numbers = _integers(ids)
+        numbers = as_integers(ids)
         try:
             return b"".join([self._entries[number] for number in numbers])
         except KeyError:
@@ -243,7 +273,45 @@ class Tokenizer:
         return cls(entries, vocab_size=257, name="bytes")
 
 
-def _integers(ids: Iterable[int]) -> list[int]:
+def text_bytes(text: str | bytes) -> bytes:
+    """Returns the UTF-8 of a text; bytes as they are.
+
+    Raises:
+        TypeError: neither str nor bytes.
+        ValueError: a str with half a surrogate pair, which has no UTF-8.
+    """
+    if isinstance(text, str):
+        try:
+            return text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                "Tokenizer.encode: `text` must be valid Unicode; got a lone surrogate at "
+                f"character {error.start}."
+            ) from None
+    if not isinstance(text, (bytes, bytearray)):
+        raise TypeError(
+            f"Tokenizer.encode: `text` must be str or bytes; got {type(text).__name__}."
+        )
+    return bytes(text)
+
+
+def text_digest(text: str) -> str:
+    """Returns 32 hexadecimal digits that change with the text."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _id_of_first_byte(entries: dict[int, bytes]) -> int | None:
+    """Returns the id of byte 0 where entries are the 256 single bytes in order; else None."""
+    if len(entries) != 256:
+        return None
+    first = min(entries)
+    for byte in range(256):
+        if entries.get(first + byte) != bytes([byte]):
+            return None
+    return first
+
+
+def as_integers(ids: Iterable[int]) -> list[int]:
     """Returns ids as Python's integers: arrays of JAX, for one, are no keys of a dict."""
     is_list = isinstance(ids, Iterable) and getattr(ids, "shape", None) != ()
     if isinstance(ids, str | bytearray) or not is_list:

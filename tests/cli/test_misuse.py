@@ -165,7 +165,7 @@ MISUSE = [
     ("data t.bin out", "`SOURCE` must be text; got the ids of"),
     ("data t.BIN out", "`SOURCE` must be text; got the ids of"),
     ("data t.bin --show 1", "t.bin` does not exist"),
-    ("data t.txt out --vocabulary gpt2", "invalid choice: 'gpt2'"),
+    ("data t.txt out --vocabulary gpt2", "bytes256, ids or a file; got 'gpt2'"),
     ("data t.txt out --on-bad ignore", "invalid choice: 'ignore'"),
     ("data t.txt out --packing rows", "invalid choice: 'rows'"),
     ("data t.txt out --encoding klingon", "`encoding` must be a text encoding"),

@@ -1,5 +1,6 @@
 """Bits per byte, by hand and by position; the accuracy of answers."""
 
+import dataclasses
 import math
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_checkpoints import random_params
+from small_vocabularies import DIGITS, WORDS, byte_level_bpe, sentence_pieces
 
 from rwkv7_jax.evaluation.scoring import score, score_answers, token_nats
 from rwkv7_jax.generation.prefill import prefill_state
@@ -14,6 +16,7 @@ from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state, repeat
 from rwkv7_jax.text.tokenizer import Tokenizer
+from rwkv7_jax.text.vocabularies import load_vocabulary
 from rwkv7_jax.training.losses import next_token_loss
 
 # One layer compiles fastest.
@@ -144,3 +147,43 @@ def test_the_vocabulary_is_read_once_for_all_evaluations(params, batch, monkeypa
     )
     assert score(MODEL, params, init_state(CONFIG), batch, tokenizer) == one
     assert calls == []
+
+
+@pytest.mark.parametrize("kind", ["digits", "words", "raw", "ids", "bpe", "pieces"])
+def test_bytes_are_those_that_the_vocabulary_decodes(tmp_path, kind):
+    texts = {
+        "digits": "120,021#" * 9,
+        "words": "abba ab\u20ac\n" * 9,
+        "ids": "3 11,2\n" * 9,
+    }
+    text = texts.get(kind, "the cat caf\u00e9 \U0001f600\n" * 9)
+    (tmp_path / "digits").write_text(DIGITS)
+    (tmp_path / "words").write_text(WORDS)
+    names = {"raw": "bytes256", "ids": "ids"}
+    name = names.get(kind, str(tmp_path / kind))
+    if kind in ("bpe", "pieces"):
+        pytest.importorskip(
+            "tokenizers", reason="the extra tokenizers is not installed"
+        )
+        write = byte_level_bpe if kind == "bpe" else sentence_pieces
+        options = {} if kind == "bpe" else {"prefix": False}
+        name = str(write(tmp_path / "json", **options))
+    config = dataclasses.replace(CONFIG, vocab_size=700)
+    params = random_params(config, dtype=jnp.float32)
+    tokenizer = load_vocabulary(name, 700)
+    ids = tokenizer.encode(text)
+    if kind != "ids":
+        assert tokenizer.decode(ids) == text
+    tokens = np.array([ids], np.int32)
+    batch = {"tokens": tokens, "mask": np.ones((1, len(ids) - 1), np.float32)}
+    model = RWKV7(config)
+    found = score(model, params, init_state(config), batch, tokenizer)
+    nats = token_nats(model, params, init_state(config), tokens)
+    size = len(tokenizer.decode_bytes(ids[1:]))
+    expected = float(nats.sum()) / math.log(2) / size
+    assert found.bits_per_byte == pytest.approx(expected, rel=1e-5)
+
+
+def test_ids_that_the_vocabulary_does_not_have_are_refused(params, batch):
+    with pytest.raises(ValueError, match="below the 256 of `tokenizer`; got 256"):
+        score(MODEL, params, init_state(CONFIG), batch, Tokenizer.bytes256())

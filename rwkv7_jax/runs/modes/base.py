@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash
+from rwkv7_jax.checkpoints.model_vocabulary import model_tokenizer
 from rwkv7_jax.checkpoints.state_files import save_state
 from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.generation.generate import generate
@@ -222,6 +223,7 @@ class TrainingMode(abc.ABC):
                 top_p=sample.top_p,
                 # The same key at every evaluation, so that samples differ by the training alone.
                 key=jax.random.key(self.settings.seed),
+                stop_ids=self.tokenizer.stop_ids,
             )
             yield prompt, readable_text(self.tokenizer, generation.tokens[0])
 
@@ -305,7 +307,7 @@ class StateTuningMode(TrainingMode):
             seed=settings.seed,
             allow_nan=settings.allow_nan,
         )
-        self.tokenizer = Tokenizer.for_vocabulary(self.model.config.vocab_size)
+        self.tokenizer = tokenizer_of(settings, self.model.config)
 
     def make_params(self) -> RWKV7State:
         """Makes a state of zeros, in float32 whatever the model computes in."""
@@ -385,6 +387,21 @@ def load_or_init(
             "only dtype, remat and implementation may be changed."
         )
     return RWKV7(dataclasses.replace(config, **changes)), params
+
+
+def tokenizer_of(settings: Settings, config: RWKV7Config) -> Tokenizer:
+    """Returns the vocabulary of a run: that of `config.data.vocabulary`, or of its checkpoint.
+
+    Raises:
+        ValueError: a vocabulary that does not fit the model, or none that is known to.
+        ImportError: a package is missing that reads it.
+    """
+    return model_tokenizer(
+        settings.init,
+        config.vocab_size,
+        settings.data.vocabulary,
+        argument="`config.data.vocabulary`",
+    )
 
 
 def new_model(sizes: Mapping[str, Any]) -> RWKV7:

@@ -22,8 +22,7 @@ from rwkv7_jax.observer.observer import Observer, init_observer, propose, state_
 from rwkv7_jax.observer.prompt_splits import add_prompt_splits
 from rwkv7_jax.runs.datasets import held_out
 from rwkv7_jax.runs.input_pipeline import BatchSource, PrefetchedBatches
-from rwkv7_jax.runs.modes.base import DatasetMode, count, load_or_init
-from rwkv7_jax.text.tokenizer import Tokenizer
+from rwkv7_jax.runs.modes.base import DatasetMode, count, load_or_init, tokenizer_of
 
 # The start states whose continuations are measured, and the names they have in logs: of the
 # observer's proposal, of the teacher after it has read the prompt itself, and of zeros.
@@ -49,7 +48,7 @@ class ObserverMode(DatasetMode):
             allow_nan=settings.allow_nan,
         )
         teacher = self.model.config
-        self.tokenizer = Tokenizer.for_vocabulary(teacher.vocab_size)
+        self.tokenizer = tokenizer_of(settings, teacher)
         self._observer = Observer(RWKV7(self._observer_config(teacher)), teacher)
         self.open_data()
         self.loss = observer_loss(

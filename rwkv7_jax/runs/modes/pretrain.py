@@ -16,8 +16,8 @@ from rwkv7_jax.runs.modes.base import (
     init_weights,
     load_or_init,
     new_model,
+    tokenizer_of,
 )
-from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.training.costs import parameter_count
 from rwkv7_jax.training.losses import pretrain_loss
 from rwkv7_jax.training.projection_statistics import weight_decorrelator
@@ -38,7 +38,7 @@ class PretrainMode(DatasetMode):
             self._initial = _in_float32(params)
         else:
             self.model = new_model(settings.model)
-        self.tokenizer = Tokenizer.for_vocabulary(self.model.config.vocab_size)
+        self.tokenizer = tokenizer_of(settings, self.model.config)
         self.loss = pretrain_loss(self.model, l2wrap=settings.optimizer.l2wrap)
         # The field names of these settings are the keyword arguments of the decorrelator.
         self.decorrelator = weight_decorrelator(

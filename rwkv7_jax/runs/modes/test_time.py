@@ -129,6 +129,7 @@ class TestTimeMode(StateTuningMode):
             group=settings.group,
             tokens=settings.tokens,
             temperature=settings.temperature,
+            stop_ids=self._questions.stop_ids,
         )
         key = jax.random.key(self.settings.seed)
         if settings.method == "grpo":
@@ -148,6 +149,7 @@ class TestTimeMode(StateTuningMode):
             self._held_out,
             self._reward,
             tokens=self.settings.test_time.tokens,
+            stop_ids=self._questions.stop_ids,
         )
         return {log_name("held_out", "reward"): Metric.of(reward, "reward")}
 
@@ -197,6 +199,7 @@ class TestTimeMode(StateTuningMode):
             # `tuple` makes ids hashable: two completions agree where all their ids do.
             vote=(tuple, settings.vote_margin) if majority else None,
             temperature=settings.temperature,
+            stop_ids=self._questions.stop_ids,
             source=settings.guide,
             cache=self.folder / "traces.jsonl",
             teacher_hash=model_hash(teacher_params, config),

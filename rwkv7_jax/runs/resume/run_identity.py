@@ -39,6 +39,7 @@ MAY_CHANGE_ON_RESUME = (
 _DIGEST_OF_PATH = {
     "init": "weights of init",
     "data.path": "data",
+    "data.vocabulary": "tokenizer",
     "data.evaluation": "evaluation content",
     "tuning.anchor_path": "anchor",
     "test_time.context": "context content",
@@ -95,16 +96,10 @@ def identity_of(
         "model": model,
         "inputs": {
             "weights of init": "none" if frozen is None else tree_checksum(frozen),
-            "tokenizer": f"{tokenizer.name} {_vocabulary_digest(tokenizer)}",
+            "tokenizer": f"{tokenizer.kind} {tokenizer.digest}",
             **read,
         },
     }
-
-
-def _vocabulary_digest(tokenizer: Tokenizer) -> str:
-    entries = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
-    # Of the printed list and not of the bytes: the digest is in the checkpoints of older runs.
-    return hashlib.blake2b(repr(entries).encode(), digest_size=16).hexdigest()
 
 
 def content_digests(paths: Mapping[str, str | None]) -> dict[str, str]:

@@ -54,6 +54,8 @@ class DataSettings:
         evaluation: what evaluation reads instead of the held-out part of `path`; all of it.
         as_bytes: takes files that are no text (tables, archives, pictures), and reads their bytes.
         encoding: of the text, such as "utf-16" or "gbk"; by default it is UTF-8.
+        vocabulary: "world", "bytes", "bytes256" (raw), "ids" (numbers), a vocabulary file in
+            World's format or a tokenizer.json; by default that of the checkpoint or of its size.
     """
 
     path: str = place("", several=True)
@@ -66,6 +68,7 @@ class DataSettings:
     evaluation: str | None = place(None, several=True)
     as_bytes: bool = False
     encoding: str | None = optional("")
+    vocabulary: str | None = place(None)
 
 
 @dataclasses.dataclass(frozen=True)

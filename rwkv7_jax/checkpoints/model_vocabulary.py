@@ -1,0 +1,125 @@
+"""The vocabulary of a model: in the card of an Orbax folder, and where no card says it.
+
+A card names a built-in vocabulary. Of another one the folder holds the file itself, and the card
+its digest and, for a `tokenizer.json`, the token that ends texts.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rwkv7_jax.checkpoints.model_folder import read_json
+from rwkv7_jax.text.json_tokenizer import KIND as JSON_KIND
+from rwkv7_jax.text.json_tokenizer import JsonTokenizer
+from rwkv7_jax.text.tokenizer import Tokenizer
+from rwkv7_jax.text.vocabularies import (
+    FILE_KIND,
+    NAMES,
+    fitting,
+    load_vocabulary,
+    vocabulary_of_text,
+)
+
+# Of an Orbax folder; its entry with the vocabulary.
+CARD_FILE = "rwkv7_jax.json"
+
+ENTRY = "vocabulary"
+
+# Files that an Orbax folder may hold the vocabulary in, and an HF folder has it in.
+TEXT_FILE = "vocabulary.txt"
+
+JSON_FILE = "tokenizer.json"
+
+
+def keep_vocabulary(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Writes a vocabulary's file into a folder, if it has one, and returns the card's entry."""
+    entry: dict[str, Any] = {"kind": tokenizer.kind, "digest": tokenizer.digest}
+    if tokenizer.kind in NAMES:
+        return entry
+    file = folder / TEXT_FILE
+    if isinstance(tokenizer, JsonTokenizer):
+        file = folder / JSON_FILE
+        entry["end_of_text"] = tokenizer.end_token()
+    file.write_text(tokenizer.file_text(), encoding="utf-8", newline="\n")
+    return entry
+
+
+def kept_vocabulary(path: str | Path, vocab_size: int) -> Tokenizer | None:
+    """Reads the vocabulary that an Orbax folder's card names; None where nothing names one.
+
+    Args:
+        path: of a checkpoint of any kind.
+        vocab_size: of the model.
+
+    Raises:
+        ValueError: an unknown entry, or a file that is not the one that was kept.
+        ImportError: a `tokenizer.json` without the extra `tokenizers`.
+    """
+    folder = Path(path)
+    card = folder / CARD_FILE
+    entry = read_json(card).get(ENTRY) if card.is_file() else None
+    if entry is None:
+        return None
+    kind = entry.get("kind") if isinstance(entry, Mapping) else None
+    if kind in NAMES:
+        return load_vocabulary(kind, vocab_size, argument=f"`{card}`: {ENTRY}")
+    if kind not in (FILE_KIND, JSON_KIND):
+        raise ValueError(f"load_model: `{card}` has an unknown {ENTRY}: {entry!r}.")
+    file = folder / (JSON_FILE if kind == JSON_KIND else TEXT_FILE)
+    if not file.is_file():
+        raise ValueError(
+            f"load_model: `{folder}` is damaged or incomplete: {file.name} is missing; "
+            "copy it again."
+        )
+    content = file.read_bytes()
+    if kind == JSON_KIND:
+        end_of_text = entry.get("end_of_text")
+        tokenizer = JsonTokenizer.from_text(
+            content, name=str(file), end_of_text=end_of_text
+        )
+    else:
+        tokenizer = vocabulary_of_text(content.decode(), str(file))
+    if tokenizer.digest != entry.get("digest"):
+        raise ValueError(
+            f"load_model: `{file}` was changed after it was written (its digest differs); "
+            f"`--vocabulary {file}` (`config.data.vocabulary`) takes it as it is."
+        )
+    return tokenizer.with_vocab_size(vocab_size)
+
+
+def model_tokenizer(
+    path: str | Path | None,
+    vocab_size: int,
+    vocabulary: str | None = None,
+    *,
+    argument: str,
+) -> Tokenizer:
+    """Returns the vocabulary of a model: the named one, else the kept one, else by its size.
+
+    An HF folder's own `tokenizer.json` counts where the size tells nothing.
+
+    Args:
+        path: of the checkpoint; None for a new model.
+        vocab_size: of the model.
+        vocabulary: see `text.load_vocabulary`; None where nobody named one.
+        argument: what names it, in backticks, for messages.
+
+    Raises:
+        ValueError: a vocabulary that does not fit the model, or none that is known to.
+        ImportError: a `tokenizer.json` without the extra `tokenizers`.
+    """
+    if vocabulary is not None:
+        return load_vocabulary(vocabulary, vocab_size, argument=argument)
+    kept = None if path is None else kept_vocabulary(path, vocab_size)
+    if kept is not None:
+        return kept
+    try:
+        return Tokenizer.for_vocabulary(vocab_size)
+    except ValueError:
+        file = None if path is None else Path(path) / JSON_FILE
+        if file is not None and file.is_file():
+            return load_vocabulary(file, vocab_size, argument=f"`{file}`")
+        raise ValueError(
+            f"{argument} must name the vocabulary of a model of {vocab_size:,} ids: "
+            f"{fitting(vocab_size)} fit."
+        ) from None

@@ -1,0 +1,233 @@
+"""Vocabularies of the `tokenizers` package, as `tokenizer.json` (extra `tokenizers`)."""
+
+import functools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv7_jax.text.tokenizer import Tokenizer, text_bytes, text_digest
+
+KIND = "tokenizer.json"
+
+# Next to `tokenizer.json` in the folders of models; names the token that ends a text.
+_CONFIG_FILE = "tokenizer_config.json"
+
+# Entries that are encoded and decoded again, to see that ids spell the text.
+_PROBES = 200
+
+
+class JsonTokenizer(Tokenizer):
+    """A vocabulary that the `tokenizers` package encodes.
+
+    Special tokens are never encoded, whatever a text says, and spell nothing. A document is encoded
+    at once: how such a tokenizer splits words may depend on all of it.
+    """
+
+    def __init__(self, backend: Any, *, name: str, end_of_text: str | None = None):
+        """Takes a tokenizer over.
+
+        Args:
+            backend: a `tokenizers.Tokenizer`; it is changed.
+            name: for people.
+            end_of_text: the token that ends a text; None is token 0, where that is special.
+
+        Raises:
+            ValueError: its decoder is of another kind, its ids do not spell the text, or the token
+                that ends a text is unknown.
+        """
+        # A file may say that long texts are cut, or short ones filled up.
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        self._backend = backend
+        special = {
+            number
+            for number, token in backend.get_added_tokens_decoder().items()
+            if token.special
+        }
+        spell = _speller(json.loads(backend.to_str()), name)
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        entries: dict[int, bytes] = {}
+        for token, number in vocabulary.items():
+            entries[number] = b"" if number in special else spell(token)
+        super().__init__(
+            entries, vocab_size=max(entries, default=0) + 1, name=name, kind=KIND
+        )
+        self.end_of_text = 0 if 0 in special else None
+        if end_of_text is not None:
+            self.end_of_text = vocabulary.get(end_of_text)
+            if self.end_of_text is None:
+                raise ValueError(
+                    f"`{name}` must have the token {end_of_text!r}, which ends texts by the "
+                    f"{_CONFIG_FILE} next to it."
+                )
+        self._check_spelling()
+
+    @classmethod
+    def from_file(cls, path: Path) -> "JsonTokenizer":
+        """Reads a `tokenizer.json`.
+
+        Raises:
+            ValueError: the file is damaged, or of a kind that is not read.
+            ImportError: the extra `tokenizers` is not installed.
+        """
+        config = path.with_name(_CONFIG_FILE)
+        end_of_text = None
+        if config.is_file():
+            end_of_text = _end_token(config)
+        return cls.from_text(path.read_bytes(), name=str(path), end_of_text=end_of_text)
+
+    @classmethod
+    def from_text(
+        cls, content: bytes, *, name: str, end_of_text: str | None = None
+    ) -> "JsonTokenizer":
+        """Reads the content of a `tokenizer.json`; see `from_file`."""
+        tokenizers = _import_tokenizers()
+        # The package raises bare `Exception`, and panics with something that is no `Exception`.
+        try:
+            backend = tokenizers.Tokenizer.from_str(content.decode())
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            reason = str(error).splitlines()[0] if str(error) else "damaged"
+            raise ValueError(
+                f"`{name}` must be a tokenizer.json; `tokenizers` says: {reason}."
+            ) from None
+        return cls(backend, name=name, end_of_text=end_of_text)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The digest of what the file says, however it is formatted, and of the end of texts."""
+        content = json.loads(self._backend.to_str())
+        return text_digest(json.dumps([content, self.end_of_text], sort_keys=True))
+
+    def end_token(self) -> str | None:
+        """Returns the token that ends texts; None where there is none."""
+        if self.end_of_text is None:
+            return None
+        return self._backend.id_to_token(self.end_of_text)
+
+    def file_text(self) -> str:
+        """Writes the content of a `tokenizer.json`."""
+        return self._backend.to_str()
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """Encodes a text as the package does, without special tokens.
+
+        Raises:
+            TypeError: neither str nor bytes.
+            ValueError: bytes that are not UTF-8.
+        """
+        try:
+            decoded = text_bytes(text).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"Tokenizer.encode: `text` must be UTF-8 for {self.name}; it is not at byte "
+                f"{error.start}."
+            ) from None
+        return self._backend.encode(decoded, add_special_tokens=False).ids
+
+    def encode_chunks(self, chunks: Iterable[bytes]) -> Iterator[np.ndarray]:
+        """Encodes all chunks joined; all of them are in memory."""
+        ids = self.encode(b"".join(chunks))
+        if ids:
+            yield np.asarray(ids, self.dtype)
+
+    def _check_spelling(self) -> None:
+        """Raises unless entries come back from their ids: each must stand for its bytes alone."""
+        texts = [entry for entry in self._ids if _is_utf8(entry)]
+        for entry in texts[:: max(1, len(texts) // _PROBES)]:
+            spelled = self.decode_bytes(self.encode(entry))
+            if spelled != entry:
+                raise ValueError(
+                    f"`{self.name}` must have tokens that spell the text; {entry.decode()!r} comes "
+                    f"back as {spelled.decode(errors='replace')!r}."
+                )
+
+
+def _import_tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ImportError:
+        raise ImportError(
+            f"a {KIND} needs the package tokenizers (the extra `tokenizers`): "
+            'pip install "rwkv7_jax[tokenizers]".'
+        ) from None
+    return tokenizers
+
+
+def _end_token(config: Path) -> str | None:
+    """Reads which token ends a text from a `tokenizer_config.json`."""
+    try:
+        token = json.loads(config.read_bytes()).get("eos_token")
+    except (ValueError, AttributeError):
+        raise ValueError(f"`{config}` must hold a JSON object.") from None
+    # Older files describe the token by an object.
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _speller(content: dict[str, Any], name: str) -> Any:
+    """Returns the function from a token to its bytes, by the decoder of a `tokenizer.json`.
+
+    Raises:
+        ValueError: a decoder of another kind.
+    """
+    decoder = content.get("decoder") or {}
+    steps = decoder.get("decoders", [decoder])
+    kinds = {step.get("type") for step in steps}
+    if "ByteLevel" in kinds:
+        return functools.partial(_byte_level, _bytes_of_characters())
+    if kinds and kinds <= {"Replace", "ByteFallback", "Fuse", "Metaspace", "Strip"}:
+        return _with_byte_fallback
+    raise ValueError(
+        f"`{name}` must have a decoder of the kinds ByteLevel, or Replace with ByteFallback; got "
+        f"{', '.join(sorted(str(kind) for kind in kinds))}."
+    )
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """Makes the table of ByteLevel: printable bytes are themselves, the others follow 255.
+
+    Source: openai/gpt-2 src/encoder.py (bytes_to_unicode).
+    """
+    table: dict[str, int] = {}
+    others = 0
+    for byte in range(256):
+        is_printable = 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255
+        if is_printable:
+            table[chr(byte)] = byte
+        else:
+            table[chr(256 + others)] = byte
+            others += 1
+    return table
+
+
+def _byte_level(table: dict[str, int], token: str) -> bytes:
+    """Returns the bytes of a token whose characters stand for bytes."""
+    # An added token is plain text, with characters that stand for none.
+    if any(character not in table for character in token):
+        return token.encode()
+    return bytes([table[character] for character in token])
+
+
+def _with_byte_fallback(token: str) -> bytes:
+    """Returns the bytes of a token as SentencePiece has it: a low line for a blank, `<0x0A>`."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        try:
+            return bytes([int(token[3:5], 16)])
+        except ValueError:
+            pass
+    return token.replace("\u2581", " ").encode()

@@ -1,0 +1,135 @@
+"""Files of the `tokenizers` package: its own ids, and bytes that spell the text."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_vocabularies import TEXT, byte_level_bpe, sentence_pieces
+
+from rwkv7_jax.text.detokenizer import StreamingDetokenizer
+from rwkv7_jax.text.vocabularies import load_vocabulary
+
+pytest.importorskip("tokenizers", reason="the extra tokenizers is not installed")
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    """Gives a byte-level file."""
+    return byte_level_bpe(tmp_path_factory.mktemp("bpe"))
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """Gives a file of SentencePiece's kind."""
+    return sentence_pieces(tmp_path_factory.mktemp("pieces"), prefix=False)
+
+
+@pytest.fixture(scope="module", params=["bpe", "pieces"])
+def pair(request, bpe, pieces):
+    """Gives our tokenizer and the package's own, of the same file."""
+    from tokenizers import Tokenizer
+
+    file = bpe if request.param == "bpe" else pieces
+    own = Tokenizer.from_file(str(file))
+    own.no_truncation()
+    return load_vocabulary(file), own
+
+
+def test_ids_and_text_are_those_of_the_package(pair):
+    ours, theirs = pair
+    for text in (TEXT, "", " ", "\n\n", "unseen \u0416 \x00", "  a"):
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text) == ours.encode(text.encode()) == ids
+        assert ours.decode(ids) == theirs.decode(ids) == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text())
+def test_any_text_comes_back_from_its_ids_one_by_one(bpe, text):
+    tokenizer = load_vocabulary(bpe)
+    stream = StreamingDetokenizer()
+    ids = tokenizer.encode(text)
+    spelled = "".join([stream.push(tokenizer.token_bytes(number)) for number in ids])
+    assert spelled + stream.close() == text
+    assert sum(len(tokenizer.token_bytes(number)) for number in ids) == len(
+        text.encode()
+    )
+
+
+def test_special_tokens_end_texts_and_are_never_encoded(bpe):
+    tokenizer = load_vocabulary(bpe)
+    assert tokenizer.stop_ids == (0,) and tokenizer.token_bytes(0) == b""
+    ids = tokenizer.encode("a<|endoftext|>b")
+    assert 0 not in ids
+    assert tokenizer.decode(ids) == "a<|endoftext|>b"
+
+
+def test_the_config_next_to_the_file_names_the_end_of_text(bpe, tmp_path):
+    content = json.loads(bpe.read_text())
+    number = len(content["model"]["vocab"])
+    token = {**content["added_tokens"][0], "id": number, "content": "</s>"}
+    content["added_tokens"].append(token)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    for eos in ("</s>", {"content": "</s>"}):
+        config = {"eos_token": eos, "bos_token": None}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        assert load_vocabulary(tmp_path / "tokenizer.json").stop_ids == (number,)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    with pytest.raises(ValueError, match=r"must have the token '<end>', which ends t"):
+        load_vocabulary(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"tokenizer_config.json` must hold a JSON ob"):
+        load_vocabulary(tmp_path / "tokenizer.json")
+
+
+def test_a_document_is_encoded_at_once_however_it_is_cut(bpe):
+    tokenizer = load_vocabulary(bpe)
+    data = TEXT.encode()
+    chunks = [data[i : i + 7] for i in range(0, len(data), 7)]
+    (ids,) = tokenizer.encode_chunks(chunks)
+    assert ids.tolist() == tokenizer.encode(data) and ids.dtype == np.uint16
+    assert list(tokenizer.encode_chunks([])) == []
+
+
+def test_bytes_that_are_not_utf8_are_refused(bpe):
+    with pytest.raises(
+        ValueError, match=r"must be UTF-8 for .*; it is not at byte 1\."
+    ):
+        load_vocabulary(bpe).encode(b"a\xff")
+
+
+def test_a_blank_that_is_put_before_every_text_is_refused(tmp_path):
+    file = sentence_pieces(tmp_path, prefix=True)
+    with pytest.raises(ValueError, match=r"tokens that spell the text; '.*' comes bac"):
+        load_vocabulary(file)
+
+
+def test_a_decoder_of_another_kind_is_refused(tmp_path, bpe):
+    content = json.loads(bpe.read_text())
+    content["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=r"decoder of the kinds ByteLevel.*got WordPie"
+    ):
+        load_vocabulary(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"model": 3}', "\x00"])
+def test_a_damaged_file_is_one_sentence(tmp_path, content):
+    (tmp_path / "t.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"must be a tokenizer.json; `tokenizers` says"
+    ):
+        load_vocabulary(tmp_path / "t.json")
+
+
+def test_identity_does_not_depend_on_how_the_file_is_formatted(bpe, tmp_path):
+    content = json.loads(bpe.read_text())
+    (tmp_path / "t.json").write_text(json.dumps(content, indent=7))
+    one = load_vocabulary(bpe)
+    assert load_vocabulary(tmp_path / "t.json").identity == one.identity
+    content["model"]["merges"].pop()
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    assert load_vocabulary(tmp_path / "t.json").identity != one.identity
