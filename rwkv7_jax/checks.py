@@ -145,9 +145,8 @@ def check_params(params: Any, config: Any, argument: str = "`params`") -> None:
             leaf = leaf.get(name) if isinstance(leaf, Mapping) else None
         if leaf is None:
             hint = " (pass the inner tree)" if "params" in params else ""
-            raise ValueError(
-                f"{argument} must hold {path}{hint}; it has {', '.join(params)}."
-            )
+            names = ", ".join(map(str, params)) or "nothing"
+            raise ValueError(f"{argument} must hold {path}{hint}; it has {names}.")
         came = tuple(np.shape(leaf))
         if came != wanted:
             raise ValueError(
@@ -490,3 +489,16 @@ def typed_key(key: Any) -> Array:
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
     return jax.random.wrap_key_data(key)
+
+
+def check_key(key: Any) -> Array:
+    """Returns one random key as a typed key.
+
+    Raises:
+        TypeError: the key is not an array.
+        ValueError: several keys.
+    """
+    key = typed_key(key)
+    if key.ndim:
+        raise ValueError(f"`key` must be one key; got shape {key.shape}.")
+    return key

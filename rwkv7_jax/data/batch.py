@@ -54,12 +54,7 @@ class Batch(Mapping[str, Any]):
             ...
 
     @classmethod
-    def of(
-        cls,
-        batch: Mapping[str, Any],
-        *needed: str,
-        caller: str = "Batch.of",
-    ) -> "Batch":
+    def of(cls, batch: Mapping[str, Any], *needed: str, name: str = "batch") -> "Batch":
         """Converts a mapping at a public door and checks shapes; a `Batch` is returned as it is.
 
         Shapes are known inside compiled programs too, so this costs nothing at run time. Lists
@@ -68,39 +63,26 @@ class Batch(Mapping[str, Any]):
         Args:
             batch: a `Batch`, or a mapping of its fields' names to arrays.
             *needed: names of further fields, besides `tokens`, that the caller reads.
-            caller: the public function's name, for messages.
+            name: the argument's name, for messages.
 
         Raises:
             TypeError: no mapping, or a field of the wrong kind.
             ValueError: a name that is no field, a missing field, or shapes that do not fit.
         """
-        if not isinstance(batch, Mapping):
-            raise TypeError(
-                f"{caller}: `batch` must be a Batch or a mapping; got {type(batch).__name__}."
-            )
-        for name in ("tokens", *needed):
-            if name not in batch:
-                raise ValueError(
-                    f"{caller}: `batch` must hold {name!r}; it has {', '.join(batch)}."
+        with prefix_errors("Batch.of"):
+            if not isinstance(batch, Mapping):
+                raise TypeError(
+                    f"`{name}` must be a Batch or a mapping; got {type(batch).__name__}."
                 )
-        # All names of a Batch are fields.
-        if isinstance(batch, Batch):
-            with prefix_errors(caller):
-                return _checked(batch)
-        for name in batch:
-            if name not in _FIELDS:
-                nearest = difflib.get_close_matches(
-                    str(name),
-                    _FIELDS,
-                    n=1,
-                    cutoff=0.0,
-                )[0]
-                raise ValueError(
-                    f"{caller}: `batch` must hold no field {name!r}; the nearest is {nearest!r}, "
-                    f"and all are {', '.join(_FIELDS)}."
-                )
-        with prefix_errors(caller):
-            return _checked(cls(**batch))
+            for field in ("tokens", *needed):
+                if field not in batch:
+                    fields = ", ".join(map(str, batch))
+                    raise ValueError(f"`{name}` must hold {field!r}; it has {fields}.")
+            if isinstance(batch, Batch):
+                return _checked(batch, name)
+            for field in batch:
+                _check_field(field, name)
+            return _checked(cls(**batch), name)
 
     def __getitem__(self, name: str) -> Any:
         """Returns a field that is there, by its name."""
@@ -136,42 +118,53 @@ BatchLike = Batch | Mapping[str, Any]
 _FIELDS = tuple(Batch.__dataclass_fields__)
 
 
-def _checked(batch: Batch) -> Batch:
+def _check_field(field: Any, name: str) -> None:
+    """Raises unless a key is the name of a field."""
+    if field in _FIELDS:
+        return
+    nearest = difflib.get_close_matches(str(field), _FIELDS, n=1, cutoff=0.0)[0]
+    raise ValueError(
+        f"`{name}` must hold no field {field!r}; the nearest is {nearest!r}, "
+        f"and all are {', '.join(_FIELDS)}."
+    )
+
+
+def _checked(batch: Batch, name: str) -> Batch:
     """Returns a batch whose fields are arrays, after a look at their shapes.
 
     Broadcasting would hide a wrong one: a mask [1 T] multiplies the loss of B rows by B. All fields
     may have further leading axes, such as that of the pieces of a batch.
     """
     changes = {}
-    for name in batch:
-        array = as_array(batch[name], f"`batch.{name}`")
-        _check_dtype(name, array.dtype)
-        if array is not batch[name]:
-            changes[name] = array
+    for field in batch:
+        array = as_array(batch[field], f"`{name}.{field}`")
+        _check_dtype(field, array.dtype, name)
+        if array is not batch[field]:
+            changes[field] = array
     batch = batch.replace(**changes) if changes else batch
     tokens = tuple(batch.tokens.shape)
     if len(tokens) < 2 or tokens[-1] < 1:
-        raise ValueError(f"`batch.tokens` must have shape [B T+1]; got {tokens}.")
+        raise ValueError(f"`{name}.tokens` must have shape [B T+1]; got {tokens}.")
     rows = tokens[:-1]
     targets = (*rows, tokens[-1] - 1)
     shapes = {"mask": targets, "weights": targets, "split": rows, "advantages": rows}
-    for name, wanted in shapes.items():
-        if name in batch and tuple(batch[name].shape) != wanted:
+    for field, wanted in shapes.items():
+        if field in batch and tuple(batch[field].shape) != wanted:
             raise ValueError(
-                f"`batch.{name}` must have shape {wanted} to fit tokens of shape {tokens}; "
-                f"got {tuple(batch[name].shape)}."
+                f"`{name}.{field}` must have shape {wanted} to fit tokens of shape {tokens}; "
+                f"got {tuple(batch[field].shape)}."
             )
     if batch.anchor is not None and len(batch.anchor.shape) != len(tokens):
         raise ValueError(
-            f"`batch.anchor` must have shape [B T+1]; got {tuple(batch.anchor.shape)}."
+            f"`{name}.anchor` must have shape [B T+1]; got {tuple(batch.anchor.shape)}."
         )
     return batch
 
 
-def _check_dtype(name: str, dtype: Any) -> None:
+def _check_dtype(field: str, dtype: Any, name: str) -> None:
     """Raises unless a field can have the dtype: ids and lengths are integers."""
-    if name in ("tokens", "anchor", "split"):
+    if field in ("tokens", "anchor", "split"):
         if not np.issubdtype(dtype, np.integer):
-            raise TypeError(f"`batch.{name}` must hold integers; got {dtype}.")
+            raise TypeError(f"`{name}.{field}` must hold integers; got {dtype}.")
     elif not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
-        raise TypeError(f"`batch.{name}` must hold numbers; got {dtype}.")
+        raise TypeError(f"`{name}.{field}` must hold numbers; got {dtype}.")

@@ -12,9 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from rwkv7_jax.checks import check_count, check_instance, prefix_errors
+from rwkv7_jax.checks import (
+    check_choice,
+    check_count,
+    check_instance,
+    prefix_errors,
+)
 from rwkv7_jax.data.batch import Batch
-from rwkv7_jax.data.choices import ORDERS, PACKINGS, check_choice
+from rwkv7_jax.data.choices import ORDERS, PACKINGS
 from rwkv7_jax.data.shuffling import cubic_windows, shuffled, shuffled_windows
 from rwkv7_jax.data.token_streams import TokenStream, as_stream
 
@@ -79,13 +84,53 @@ def _document_spans(
     return list(zip(starts.tolist(), sizes.tolist(), strict=True))
 
 
-def _usable_documents(stream: TokenStream, caller: str) -> np.ndarray:
-    """Returns the numbers of the documents that can be rows, or raises if there are none."""
+def check_documents(stream: TokenStream, argument: str = "`stream`") -> None:
+    """Checks that a document can be a row of packing "documents".
+
+    Raises:
+        ValueError: none has an input and a target.
+    """
     if not len(stream.documents):
         raise ValueError(
-            f"{caller}: `stream` must have a document of at least 2 tokens; got none."
+            f"{argument} must have a document of at least 2 tokens; got none."
         )
-    return stream.documents
+
+
+def fewest_windows(order: str) -> int:
+    """Returns how many windows a stream must have for an order of packing "stream"."""
+    # The cubic order needs a prime number of them, two, and leaves the last one out.
+    return 3 if order == "cubic" else 2
+
+
+def check_long_enough(
+    stream: TokenStream,
+    length: int,
+    *,
+    order: str,
+    packing: str,
+    argument: str = "`stream`",
+) -> None:
+    """Checks that rows can be cut from a stream.
+
+    Args:
+        stream: all ids.
+        length: inputs of a row (T).
+        order: as in `batch_at`.
+        packing: as in `batch_at`.
+        argument: where the ids come from, in backticks; the message begins with it.
+
+    Raises:
+        ValueError: the stream is too short.
+    """
+    if packing == "documents":
+        check_documents(stream, argument)
+        return
+    least = fewest_windows(order) * length
+    if len(stream) < least:
+        raise ValueError(
+            f"{argument} must have at least {least} tokens; got {len(stream)}, "
+            f"too few for `length` {length}."
+        )
 
 
 def batch_at(
@@ -123,20 +168,19 @@ def batch_at(
     Raises:
         ValueError: an unknown order or packing, or a stream that is too short.
     """
-    check_choices(order, packing, caller="batch_at")
+    stream = as_stream(stream)
     with prefix_errors("batch_at"):
+        check_choices(order, packing)
         check_count(step, 0, "`step`")
         check_batch_sizes(batch_size, length, seed, rows)
-    stream = as_stream(stream)
+        check_long_enough(stream, length, order=order, packing=packing)
     # Samples are numbered through all steps; a host makes those of its rows.
     first = step * batch_size
     samples = range(first, first + batch_size)[rows]
     if packing == "documents":
-        documents = _usable_documents(stream, "batch_at")
-        picked = shuffled(samples, seed=seed, count=len(documents))
-        return _fill_rows(
-            stream, _document_spans(stream, documents[picked], length), length
-        )
+        picked = shuffled(samples, seed=seed, count=len(stream.documents))
+        spans = _document_spans(stream, stream.documents[picked], length)
+        return _fill_rows(stream, spans, length)
     if order == "cubic":
         firsts = cubic_windows(samples, tokens=len(stream), length=length)
     else:
@@ -145,7 +189,6 @@ def batch_at(
             seed=seed,
             tokens=len(stream),
             length=length,
-            caller="batch_at",
         )
     return _fill_rows(stream, _window_spans(firsts, length), length)
 
@@ -201,32 +244,17 @@ def batches_from(
     return map(make, itertools.count(start_step))
 
 
-def check_choices(
-    order: str,
-    packing: str,
-    *,
-    caller: str,
-) -> None:
+def check_choices(order: str, packing: str) -> None:
     """Checks that an order and a packing exist and can be combined.
 
     Raises:
         ValueError: they do not, or cannot.
     """
-    check_choice(
-        order,
-        ORDERS,
-        argument="order",
-        caller=caller,
-    )
-    check_choice(
-        packing,
-        PACKINGS,
-        argument="packing",
-        caller=caller,
-    )
+    check_choice(order, ORDERS, "`order`")
+    check_choice(packing, PACKINGS, "`packing`")
     if order == "cubic" and packing == "documents":
         raise ValueError(
-            f'{caller}: `order` must be "shuffled" where `packing` is "documents"; got "cubic".'
+            '`order` must be "shuffled" where `packing` is "documents"; got "cubic".'
         )
 
 
@@ -256,22 +284,22 @@ def windows(
     Raises:
         ValueError: the stream is shorter than one window, or an unknown packing.
     """
-    check_choices("shuffled", packing, caller="windows")
+    stream = as_stream(stream)
     with prefix_errors("windows"):
+        check_choice(packing, PACKINGS, "`packing`")
         check_count(length, 1, "`length`")
         check_count(count, 1, "`count`")
-    stream = as_stream(stream)
+        if packing == "documents":
+            check_documents(stream)
+        elif len(stream) <= length:
+            raise ValueError(
+                f"`stream` must have more than {length} tokens; got {len(stream)}."
+            )
     if packing == "documents":
-        documents = _usable_documents(stream, "windows")
-        rows = min(count, len(documents))
-        places = np.linspace(0, len(documents) - 1, rows).astype(int)
-        return _fill_rows(
-            stream, _document_spans(stream, documents[places], length), length
-        )
-    if len(stream) <= length:
-        raise ValueError(
-            f"windows: `stream` must have more than {length} tokens; got {len(stream)}."
-        )
+        rows = min(count, len(stream.documents))
+        places = np.linspace(0, len(stream.documents) - 1, rows).astype(int)
+        spans = _document_spans(stream, stream.documents[places], length)
+        return _fill_rows(stream, spans, length)
     # Windows do not overlap, so a short stream gives fewer than were wanted.
     most = (len(stream) - 1) // length
     rows = max(1, min(count, most))

@@ -1,13 +1,11 @@
 """The choices a user has when reading data, each spelled once.
 
-Public functions accept any string and check it with `check_choice`, so that a misspelt one is
-refused with a sentence; inside the room the `Literal` types are used.
+Public functions accept any string and check it, so that a misspelt one is refused with a sentence;
+inside the room the `Literal` types are used.
 """
 
 import typing
-from typing import Literal, TypeVar
-
-Choice = TypeVar("Choice", bound=str)
+from typing import Literal
 
 # In which order samples come: drawn from the seed and the epoch, or as RWKV's own trainer has them.
 Order = Literal["shuffled", "cubic"]
@@ -24,29 +22,3 @@ SPLITS: tuple[Split, ...] = typing.get_args(Split)
 # What a bad line of a .jsonl file does: it raises, or it is left out and counted.
 OnBad = Literal["error", "skip"]
 ON_BAD: tuple[OnBad, ...] = typing.get_args(OnBad)
-
-
-def check_choice(
-    value: str,
-    choices: tuple[Choice, ...],
-    *,
-    argument: str,
-    caller: str,
-) -> Choice:
-    """Returns `value` if it is one of `choices`.
-
-    Args:
-        value: what the user passed.
-        choices: all that are allowed.
-        argument: its name, for the message.
-        caller: the public function's name, for the message.
-
-    Raises:
-        ValueError: the value is no choice.
-    """
-    for choice in choices:
-        if value == choice:
-            return choice
-    raise ValueError(
-        f"{caller}: `{argument}` must be {' or '.join(choices)}; got {value!r}."
-    )

@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rwkv7_jax.data.choices import ON_BAD, check_choice
+from rwkv7_jax.checks import check_choice, prefix_errors
+from rwkv7_jax.data.choices import ON_BAD
 from rwkv7_jax.data.documents import Document, Segment
 from rwkv7_jax.data.text_files import TextFile
 from rwkv7_jax.text.chat_template import SPEAKERS, TURN_END, clean_message, turn_start
@@ -99,12 +100,8 @@ def read_jsonl(
     Raises:
         ValueError: a bad line, as `file:line: reason`.
     """
-    check_choice(
-        on_bad,
-        ON_BAD,
-        argument="on_bad",
-        caller="read_jsonl",
-    )
+    with prefix_errors("read_jsonl"):
+        check_choice(on_bad, ON_BAD, "`on_bad`")
     stats = stats or ReadStats()
     # Lines are split as bytes: a line separator such as U+2028 inside a string ends no line.
     for number, line in enumerate(TextFile(Path(path), encoding).lines(), 1):

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from rwkv7_jax.data.batching import (
     batch_at,
     batches_from,
     check_batch_sizes,
+    check_choices,
+    check_long_enough,
     host_rows,
     left_out,
     windows,
 )
 from rwkv7_jax.data.builtin_corpora import BUILT_IN
-from rwkv7_jax.data.choices import ON_BAD, ORDERS, PACKINGS, SPLITS, Split
+from rwkv7_jax.data.choices import ON_BAD, SPLITS, Split
 from rwkv7_jax.data.documents import Document, Encoder, held_out_threshold
 from rwkv7_jax.data.jsonl import ReadStats
 from rwkv7_jax.data.readers import documents, warn_of_skipped
@@ -111,6 +114,12 @@ def _check_source(source: Any, tokenizer: Any, held_out: Any) -> None:
             f"`tokenizer` must be a Tokenizer; got {type(tokenizer).__name__}."
         )
     check_number(held_out, 0, 1, "`held_out`")
+    if isinstance(source, np.ndarray):
+        if not np.issubdtype(source.dtype, np.integer):
+            raise TypeError(f"`source` must hold integers; got {source.dtype}.")
+        if source.ndim != 1:
+            raise ValueError(f"`source` must be flat; got shape {source.shape}.")
+        check_vocabulary(source, tokenizer.vocab_size, "source")
     if isinstance(source, str | Path | np.ndarray | TokenStream):
         return
     if isinstance(source, Mapping | bytes) or not isinstance(source, Iterable):
@@ -159,23 +168,16 @@ def token_stream(
         ValueError: an unknown split, nothing to read, a file that is no text, a bad line, or an id
             outside the vocabulary.
     """
-    if split not in SPLITS:
-        raise ValueError(
-            f"token_stream: `split` must be one of {SPLITS}; got {split!r}."
-        )
     with prefix_errors("token_stream"):
         _check_source(source, tokenizer, held_out)
+        check_choice(split, SPLITS, "`split`")
         check_choice(on_bad, ON_BAD, "`on_bad`")
+    part = typing.cast(Split, split)
     if isinstance(source, TokenStream):
         return source
     if isinstance(source, np.ndarray):
-        if not np.issubdtype(source.dtype, np.integer):
-            raise TypeError(
-                f"token_stream: `source` must hold integers; got {source.dtype}."
-            )
-        check_vocabulary(source, tokenizer.vocab_size, "source")
         array = TokenArray(source, end_of_text=tokenizer.end_of_text)
-        return split_by_position(array, split, held_out)
+        return split_by_position(array, part, held_out)
     paths = [source] if isinstance(source, (str, Path)) else list(source)
     streams = []
     for path in paths:
@@ -187,7 +189,7 @@ def token_stream(
                 open_cache(
                     path,
                     tokenizer,
-                    split=split,
+                    split=part,
                     held_out=held_out,
                 )
             )
@@ -196,7 +198,7 @@ def token_stream(
                 _read(
                     path,
                     tokenizer,
-                    split=split,
+                    split=part,
                     held_out=held_out,
                     on_bad=on_bad,
                     as_bytes=as_bytes,
@@ -243,17 +245,25 @@ def packed(
         check_count(start_step, 0, "`start_step`")
         check_batch_sizes(batch_size, length, seed, rows)
         check_choice(split, SPLITS, "`split`")
-        check_choice(order, ORDERS, "`order`")
-        check_choice(packing, PACKINGS, "`packing`")
+        check_choices(order, packing)
+    stream = token_stream(
+        source,
+        tokenizer,
+        split=split,
+        held_out=held_out,
+        as_bytes=as_bytes,
+        encoding=encoding,
+    )
+    with prefix_errors("packed"):
+        check_long_enough(
+            stream,
+            length,
+            order=order,
+            packing=packing,
+            argument="`source`",
+        )
     return batches_from(
-        token_stream(
-            source,
-            tokenizer,
-            split=split,
-            held_out=held_out,
-            as_bytes=as_bytes,
-            encoding=encoding,
-        ),
+        stream,
         batch_size=batch_size,
         length=length,
         seed=seed,

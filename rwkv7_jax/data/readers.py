@@ -4,8 +4,9 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from rwkv7_jax.checks import check_choice, prefix_errors
 from rwkv7_jax.data.builtin_corpora import BUILT_IN
-from rwkv7_jax.data.choices import ON_BAD, check_choice
+from rwkv7_jax.data.choices import ON_BAD
 from rwkv7_jax.data.documents import Document, Segment
 from rwkv7_jax.data.jsonl import (
     ReadStats,
@@ -104,13 +105,9 @@ def documents(
         ValueError: nothing of that name, a file that is no text (the message says what it is), or
             a bad line, as `file:line: reason`.
     """
-    check_choice(
-        on_bad,
-        ON_BAD,
-        argument="on_bad",
-        caller="documents",
-    )
-    check_encoding(encoding, "documents: `encoding`")
+    with prefix_errors("documents"):
+        check_choice(on_bad, ON_BAD, "`on_bad`")
+        check_encoding(encoding, "`encoding`")
     if source in BUILT_IN:
         for text in BUILT_IN[str(source)]():
             yield Document((Segment(text),))

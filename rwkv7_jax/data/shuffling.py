@@ -52,21 +52,14 @@ def shuffled_windows(
     seed: int,
     tokens: int,
     length: int,
-    caller: str,
 ) -> list[int]:
     """Computes where each sample's window begins; in an epoch every window comes once.
 
-    The windows' borders move from epoch to epoch, so that no token is always the last of a row.
-
-    Raises:
-        ValueError: the stream is shorter than two windows.
+    The windows' borders move from epoch to epoch, so that no token is always the last of a row. A
+    stream has at least two windows.
     """
     # One window less than would fit: the phase moves the last one by up to `length` - 1.
     count = (tokens - length) // length
-    if count < 1:
-        raise ValueError(
-            f"{caller}: `stream` must have at least {2 * length} tokens; got {tokens}."
-        )
     firsts = []
     for sample in samples:
         epoch, place = divmod(sample, count)

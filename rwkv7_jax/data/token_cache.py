@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.data.binidx import BinidxWriter, read_binidx
 from rwkv7_jax.data.choices import Split
 from rwkv7_jax.data.documents import HASH_RANGE, Document, held_out_threshold
@@ -224,7 +225,8 @@ def open_cache(
             f"open_cache: `{path}` must be of the model's vocabulary, {tokenizer.identity}; "
             f"it is of {card.vocabulary}."
         )
-    check_vocabulary(ids, tokenizer.vocab_size, str(path))
+    with prefix_errors("token_stream"):
+        check_vocabulary(ids, tokenizer.vocab_size, str(path))
     if card is None:
         return split_by_position(TokenArray(ids, starts=starts), split, held_out)
     count = len(starts) - 1
@@ -288,6 +290,6 @@ def check_vocabulary(
         outside = np.flatnonzero((piece < 0) | (piece >= vocab_size))
         place = first + int(outside[0])
         raise ValueError(
-            f"token_stream: `{name}` must hold ids from 0 and below {vocab_size}; "
+            f"`{name}` must hold ids from 0 and below {vocab_size}; "
             f"got {int(ids[place])} at position {place}."
         )

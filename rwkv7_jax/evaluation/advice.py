@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float
 
+from rwkv7_jax.checks import check_instance, prefix_errors
 from rwkv7_jax.model.upscaled_memory import MEMORY_FORMS
 
 PerHead = Float[np.ndarray, "L H"]
@@ -138,7 +139,13 @@ class Diagnosis:
 
 
 def advise(found: Diagnosis) -> tuple[str, ...]:
-    """Returns a sentence for each thing that is wrong, in the order in which to try them."""
+    """Returns a sentence for each thing that is wrong, in the order in which to try them.
+
+    Raises:
+        TypeError: not a diagnosis.
+    """
+    with prefix_errors("advise"):
+        check_instance(found, Diagnosis, "`found`")
     sentences = [
         _does_not_help(found.own),
         _too_large(found),

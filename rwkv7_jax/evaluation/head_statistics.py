@@ -3,8 +3,9 @@
 import numpy as np
 from jaxtyping import Float
 
+from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.evaluation.state_diagnosis import ranks
-from rwkv7_jax.model.state import RWKV7State
+from rwkv7_jax.model.state import RWKV7State, check_whole_state
 
 
 def head_statistics(state: RWKV7State) -> dict[str, Float[np.ndarray, "L H"]]:
@@ -13,7 +14,15 @@ def head_statistics(state: RWKV7State) -> dict[str, Float[np.ndarray, "L H"]]:
     Returns:
         "norm", "max" and "rank" of the WKV state, and for an upscaled state also "upscaled norm",
         "upscaled max" and "upscaled rank" of its memory.
+
+    Raises:
+        TypeError: not an `RWKV7State`.
+        ValueError: more than one sequence.
     """
+    with prefix_errors("head_statistics"):
+        check_whole_state(state, "`state`")
+        if state.batch != 1:
+            raise ValueError(f"`state` must hold one sequence; got {state.batch}.")
     matrices = {"": state.wkv}
     if state.upscaled is not None:
         matrices["upscaled "] = state.upscaled.memory

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal, get_args
 
+from rwkv7_jax.checks import check_choice, prefix_errors
+
 Unit = Literal["bits_per_byte", "nats", "perplexity", "accuracy", "reward"]
 
 UNITS: tuple[Unit, ...] = get_args(Unit)
@@ -32,7 +34,13 @@ class Metric:
 
     @classmethod
     def of(cls, value: float, unit: Unit) -> "Metric":
-        """Makes a metric; whether higher is better follows from the unit."""
+        """Makes a metric; whether higher is better follows from the unit.
+
+        Raises:
+            ValueError: an unknown unit.
+        """
+        with prefix_errors("Metric.of"):
+            check_choice(unit, UNITS, "`unit`")
         return cls(float(value), unit, _HIGHER_IS_BETTER[unit])
 
 

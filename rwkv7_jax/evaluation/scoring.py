@@ -12,12 +12,19 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rwkv7_jax.array_types import Params
-from rwkv7_jax.checks import check_model, check_params, prefix_errors
-from rwkv7_jax.data.batch import Batch, BatchLike
+from rwkv7_jax.checks import (
+    as_array,
+    check_count,
+    check_model,
+    check_params,
+    check_tokens,
+    prefix_errors,
+)
+from rwkv7_jax.data.batch import BatchLike
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, repeat
 from rwkv7_jax.text.tokenizer import Tokenizer
-from rwkv7_jax.training.losses import check_ids_and_shapes, token_statistics
+from rwkv7_jax.training.losses import check_masked_batch, token_statistics
 
 # Borders of the ranges of positions that are reported apart.
 POSITIONS = (0, 32, 128, 512, 2048, 8192)
@@ -111,8 +118,28 @@ def token_nats(
         state: batch 1.
         tokens: of the windows.
         rows: windows that are read at the same time.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: weights or a state of another model, ids out of range, or rows below 1.
     """
+    with prefix_errors("token_nats"):
+        _check_start(model, params, state)
+        tokens = np.asarray(as_array(tokens, "`tokens`"))
+        if tokens.ndim != 2 or tokens.shape[1] < 2:
+            raise ValueError(
+                f"`tokens` must be rows of two ids or more; got shape {tokens.shape}."
+            )
+        check_tokens(tokens, model.config.vocab_size)
+        check_count(rows, 1, "`rows`")
     return _map_rows(functools.partial(_nats, model, params), state, tokens, rows)
+
+
+def _check_start(model: RWKV7, params: Params, state: RWKV7State) -> None:
+    """Raises unless weights and a start state of one sequence are the model's."""
+    check_model(model)
+    check_params(params, model.config)
+    check_state(state, 1, model.config)
 
 
 # By tokenizer: a World vocabulary has 65,536 entries, and a run evaluates many times.
@@ -146,17 +173,13 @@ def score(
             range.
     """
     with prefix_errors("score"):
-        check_model(model)
-        check_params(params, model.config)
-        check_state(state, 1, model.config)
+        _check_start(model, params, state)
+        batch = check_masked_batch(batch, model.config.vocab_size)
         if not (hasattr(tokenizer, "token_bytes") and hasattr(tokenizer, "vocab_size")):
             raise TypeError(
                 f"`tokenizer` must be a Tokenizer; got {type(tokenizer).__name__}."
             )
-    Batch.of(batch, "mask", caller="score")
-    batch = check_ids_and_shapes(batch, model.config.vocab_size, caller="score")
     tokens = np.asarray(batch.tokens)
-    mask = np.asarray(batch.mask)
     largest = int(tokens.max())
     if largest >= tokenizer.vocab_size:
         raise ValueError(
@@ -164,10 +187,7 @@ def score(
             f"got {largest}."
         )
     # [B T], 0 where a target does not count.
-    if not mask.any():
-        raise ValueError(
-            "score: `batch` must have a target that counts; its mask is all 0."
-        )
+    mask = np.asarray(batch.mask)
     bits = token_nats(model, params, state, tokens) * mask / math.log(2)
     sizes = _token_sizes(tokenizer)[tokens[:, 1:]] * mask
 
@@ -195,9 +215,9 @@ def score(
     )
     return Score(
         bits_per_byte=bits_per_byte(0, length),
-        perplexity=float(2 ** (bits.sum() / max(mask.sum(), 1))),
+        perplexity=float(2 ** (bits.sum() / mask.sum())),
         by_position=tuple(by_position),
-        tokens=int(mask.sum()),
+        tokens=int(np.count_nonzero(mask)),
         standard_error=error,
     )
 
@@ -232,15 +252,16 @@ def score_answers(
         rows: rows that are read at the same time.
 
     Raises:
-        ValueError: nothing is scored.
+        TypeError: an argument of the wrong kind.
+        ValueError: nothing is scored, weights or a state of another model, ids out of range, or
+            rows below 1.
     """
-    batch = Batch.of(batch, "mask", caller="score_answers")
+    with prefix_errors("score_answers"):
+        _check_start(model, params, state)
+        batch = check_masked_batch(batch, model.config.vocab_size)
+        check_count(rows, 1, "`rows`")
     tokens = np.asarray(batch.tokens)
     scored = np.asarray(batch.mask) > 0
-    if not scored.any():
-        raise ValueError(
-            "score_answers: `batch` must have a scored position; its mask is all 0."
-        )
     per_token = functools.partial(_nats_and_correct, model, params)
     nats, correct = _map_rows(per_token, state, tokens, rows)
     count = scored.sum(0)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rwkv7_jax.array_types import Params
+from rwkv7_jax.checks import check_model, check_params, prefix_errors
 from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.evaluation.advice import (
     Diagnosis,
@@ -21,13 +22,13 @@ from rwkv7_jax.evaluation.advice import (
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state, repeat
 from rwkv7_jax.optim.whitening import effective_rank
-from rwkv7_jax.training.losses import token_statistics
+from rwkv7_jax.training.losses import check_masked_batch, token_statistics
 from rwkv7_jax.tuning.read_statistics import (
     initial_state_read_vectors,
     memory_read_vectors,
     second_moment,
 )
-from rwkv7_jax.tuning.state_arithmetic import singular_values
+from rwkv7_jax.tuning.state_arithmetic import check_memory, singular_values
 
 # Rows that are read at the same time.
 ROWS = 8
@@ -107,8 +108,9 @@ def _compare(
 
 
 def _retention_score(
-    name: str, compared: Mapping[str, np.ndarray], mask: np.ndarray
+    name: str, compared: Mapping[str, np.ndarray], mask: Any
 ) -> RetentionScore:
+    mask = np.asarray(mask, np.float64)
     means = {}
     for key, values in compared.items():
         means[key] = float((values * mask).sum() / mask.sum())
@@ -123,15 +125,6 @@ def _retention_score(
     )
 
 
-def _checked_mask(batch: Batch, name: str, caller: str) -> Float[np.ndarray, "B T"]:
-    mask = np.asarray(batch.mask, np.float64)
-    if not mask.any():
-        raise ValueError(
-            f"{caller}: `{name}` must have a target that counts; its mask is all 0."
-        )
-    return mask
-
-
 def retention(
     model: RWKV7, params: Params, state: RWKV7State, batches: Mapping[str, BatchLike]
 ) -> tuple[RetentionScore, ...]:
@@ -144,16 +137,26 @@ def retention(
         batches: by name, tokens [B T+1] and mask [B T].
 
     Raises:
-        ValueError: the state is another model's, or no target of a batch counts.
+        TypeError: an argument of the wrong kind.
+        ValueError: weights or a state of another model, ids out of range, or a batch in which no
+            target counts.
     """
-    check_state(state, 1, model.config, caller="retention")
+    checked = {}
+    with prefix_errors("retention"):
+        check_model(model)
+        check_params(params, model.config)
+        check_state(state, 1, model.config)
+        # A batch is a mapping as well, of arrays.
+        if isinstance(batches, Batch) or not isinstance(batches, Mapping):
+            kind = type(batches).__name__
+            raise TypeError(f"`batches` must be batches by their names; got {kind}.")
+        for name, batch in batches.items():
+            argument = f"batches[{name!r}]"
+            checked[name] = check_masked_batch(batch, model.config.vocab_size, argument)
     scores = []
-    for name, batch in batches.items():
-        batch = Batch.of(batch, "mask", caller="retention")
-        mask = _checked_mask(batch, name, "retention")
-        scores.append(
-            _retention_score(name, _compare(model, params, state, batch), mask)
-        )
+    for name, batch in checked.items():
+        compared = _compare(model, params, state, batch)
+        scores.append(_retention_score(name, compared, batch.mask))
     return tuple(scores)
 
 
@@ -286,7 +289,14 @@ def _rank(squares: Float[np.ndarray, "... R"]) -> Float[np.ndarray, "..."]:
 
 
 def ranks(memory: Float[Array, "L 1 H Nv M"]) -> Float[np.ndarray, "L H"]:
-    """Computes the effective rank of a memory, by layer and head."""
+    """Computes the effective rank of a memory, by layer and head.
+
+    Raises:
+        TypeError: not an array of numbers.
+        ValueError: not the matrices of one sequence.
+    """
+    with prefix_errors("ranks"):
+        memory = check_memory(memory)
     return _rank(np.square(singular_values(memory)))
 
 
@@ -308,11 +318,18 @@ def diagnose(
         generic: the same of other text, on which the model should not change.
 
     Raises:
-        ValueError: the state is another model's, or no target of a batch counts.
+        TypeError: an argument of the wrong kind.
+        ValueError: weights or a state of another model, ids out of range, or a batch in which no
+            target counts.
     """
-    check_state(state, 1, model.config, caller="diagnose")
-    batch = Batch.of(batch, "mask", caller="diagnose")
-    mask = _checked_mask(batch, "batch", "diagnose")
+    with prefix_errors("diagnose"):
+        check_model(model)
+        check_params(params, model.config)
+        check_state(state, 1, model.config)
+        batch = check_masked_batch(batch, model.config.vocab_size)
+        if generic is not None:
+            generic = check_masked_batch(generic, model.config.vocab_size, "generic")
+    mask = np.asarray(batch.mask, np.float64)
     reads = _read_statistics(model, params, state, batch)
     memories = {}
     if "wkv" in reads:
@@ -329,7 +346,7 @@ def diagnose(
     counts = mask.sum(0)
 
     def by_position(values: np.ndarray) -> np.ndarray:
-        means = (values * mask).sum(0) / np.maximum(counts, 1)
+        means = (values * mask).sum(0) / np.where(counts > 0, counts, 1.0)
         return np.where(counts > 0, means, np.nan)
 
     other = None

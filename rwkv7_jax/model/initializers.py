@@ -20,10 +20,16 @@ Initial = Callable[[Array, int | Array, RWKV7Config], Array]
 
 
 def _in_float32(initial: Initial) -> Initial:
-    """Makes an initializer return float32: where x64 is on, integers would become float64."""
+    """Makes an initializer compute in float32, whatever JAX's switches say of other dtypes.
+
+    A traced layer is an integer, which JAX would promote to float64 where that is allowed, and
+    refuse to promote where promotion is strict.
+    """
 
     @functools.wraps(initial)
     def cast(key, layer, config):
+        if isinstance(layer, jax.Array):
+            layer = layer.astype(jnp.float32)
         return initial(key, layer, config).astype(jnp.float32)
 
     return cast
@@ -31,7 +37,12 @@ def _in_float32(initial: Initial) -> Initial:
 
 def _ramp(config: RWKV7Config) -> Array:
     """Computes n / (D - 1) for each channel n."""
-    return jnp.linspace(0.0, 1.0, config.width)
+    return jnp.linspace(0.0, 1.0, config.width, dtype=jnp.float32)
+
+
+def _channels(config: RWKV7Config) -> Array:
+    """Counts the channels: 0 to D - 1."""
+    return jnp.arange(config.width, dtype=jnp.float32)
 
 
 def _zigzag(config: RWKV7Config) -> Array:
@@ -39,7 +50,7 @@ def _zigzag(config: RWKV7Config) -> Array:
     size = config.head_size
     middle = (size - 1) / 2
     # At least 0.5: a head of one channel must not divide by zero.
-    side = (jnp.arange(config.width) % size - middle) / max(middle, 0.5)
+    side = (_channels(config) % size - middle) / max(middle, 0.5)
     return side * jnp.abs(side)
 
 
@@ -59,7 +70,7 @@ def lerp(power: float) -> Initial:
     @_in_float32
     def initial(key, layer, config):
         # Divided by D, as in the source; `_ramp` is divided by D - 1.
-        channel = jnp.arange(config.width) / config.width
+        channel = _channels(config) / config.width
         exponent = power * _remaining(layer, config)
         return 1.0 - channel**exponent
 
@@ -69,7 +80,7 @@ def lerp(power: float) -> Initial:
 @_in_float32
 def ffn_lerp(key, layer, config):
     """Computes the token-shift coefficients of channel mix."""
-    channel = jnp.arange(config.width) / config.width
+    channel = _channels(config) / config.width
     exponent = _remaining(layer, config) ** 4
     return 1.0 - channel**exponent
 
@@ -106,7 +117,7 @@ def group_norm_weight(key, layer, config):
     """Computes ln_x.weight, which grows with depth."""
     # From L^-0.7 in the first block to 1 in the last.
     scale = ((1 + layer) / config.num_layers) ** 0.7
-    return jnp.full((config.width,), 1.0) * scale
+    return jnp.full((config.width,), 1.0, jnp.float32) * scale
 
 
 def constant(value: float, *shape: int) -> Initial:

@@ -5,6 +5,7 @@ first block stands apart as `layer_0`; the others' weights are stacked under `la
 `ln0` belongs to the embedding. The equations are in `block`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -43,6 +44,29 @@ class RWKV7(nn.Module):
         with prefix_errors("RWKV7"):
             check_instance(self.config, RWKV7Config, "`config`")
         super().__post_init__()
+
+    @nn.nowrap
+    def apply(self, variables: Any, *arguments: Any, **named: Any) -> Any:
+        """Runs a method, by default the call, with the weights `variables["params"]`.
+
+        Raises:
+            TypeError: variables, or weights, that are no dict.
+            ValueError: no weights in them, or those of a model of other sizes.
+        """
+        # Flax would speak of scopes and collections.
+        with prefix_errors("RWKV7"):
+            if not isinstance(variables, Mapping):
+                kind = type(variables).__name__
+                raise TypeError(
+                    f'`variables` must be a dict, {{"params": params}}; got {kind}.'
+                )
+            if "params" not in variables:
+                names = ", ".join(map(str, variables)) or "nothing"
+                raise ValueError(
+                    f'`variables` must hold the weights, {{"params": params}}; it has {names}.'
+                )
+            check_params(variables["params"], self.config)
+        return super().apply(variables, *arguments, **named)
 
     def __call__(
         self, tokens: Tokens, state: RWKV7State, lengths: Lengths | None = None
@@ -98,9 +122,6 @@ class RWKV7(nn.Module):
             check_state(state, tokens.shape[0], config)
             if lengths is not None:
                 lengths = _checked_lengths(lengths, tokens)
-            # While weights are made there are none.
-            if not self.is_initializing():
-                check_params(self.variables.get("params", {}), config)
 
         x = Embedding(config, name="emb")(tokens).astype(config.dtype)
         x = Norm(config, name="ln0")(x)

@@ -9,7 +9,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Lengths, Params, Tokens
-from rwkv7_jax.checks import prefix_errors
+from rwkv7_jax.checks import (
+    as_array,
+    check_instance,
+    check_model,
+    check_params,
+    prefix_errors,
+)
 from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state, repeat
@@ -23,7 +29,7 @@ from rwkv7_jax.observer.observer import (
     propose_wkv,
     read_prompts,
 )
-from rwkv7_jax.observer.prompt_splits import check_split, continuations
+from rwkv7_jax.observer.prompt_splits import check_answers, check_split, continuations
 from rwkv7_jax.training.losses import loss_weights, token_statistics
 
 
@@ -67,15 +73,22 @@ def evaluate_handover(
         batch: tokens [B T+1], mask [B T] and split [B]; masked targets do not count.
 
     Raises:
-        TypeError: ids or splits that are not integers, or a WKV state that is not float32.
-        ValueError: a batch or a state of other sizes.
+        TypeError: an argument of the wrong kind.
+        ValueError: a batch, a state or weights of other sizes, or no target that counts after a
+            split.
     """
-    batch = check_split(batch, teacher.config.vocab_size, caller="evaluate_handover")
-    rows = batch.tokens.shape[0]
-    if isinstance(state, RWKV7State) and state.batch == 1:
-        state = repeat(state, rows)
-    # Checked after repeating, because a state of batch 1 serves all rows.
     with prefix_errors("evaluate_handover"):
+        check_model(teacher, "`teacher`")
+        check_params(teacher_params, teacher.config, "`teacher_params`")
+        # Only the mask is read.
+        batch = Batch.of(batch, "mask").replace(weights=None)
+        batch = check_split(batch, teacher.config.vocab_size)
+        check_answers(batch)
+        check_instance(state, RWKV7State, "`state`")
+        rows = batch.tokens.shape[0]
+        if state.batch == 1:
+            state = repeat(state, rows)
+        # Checked after repeating, because a state of batch 1 serves all rows.
         check_state(state, rows, teacher.config)
     # Other fields would be arguments of the compiled program, which compiles anew for each set.
     batch = Batch(tokens=batch.tokens, mask=batch.mask, split=batch.split)
@@ -121,21 +134,27 @@ def proposal_error(
         variance: of the teacher's states in typical prompts; the rows' own if it is not given.
 
     Raises:
-        TypeError: ids or lengths that are not integers.
+        TypeError: an argument of the wrong kind.
         ValueError: models, ids or lengths that do not fit, or one row without a variance.
     """
     with prefix_errors("proposal_error"):
+        check_instance(observer, Observer, "`observer`")
+        check_model(teacher, "`teacher`")
+        check_params(teacher_params, teacher.config, "`teacher_params`")
         check_teacher(observer, teacher.config)
         check_maps(observer, params)
-        check_prompt_tokens(tokens, lengths, teacher.config.vocab_size)
+        tokens, lengths = check_prompt_tokens(
+            tokens, lengths, teacher.config.vocab_size
+        )
         if variance is None and tokens.shape[0] < 2:
             raise ValueError("`variance` must be given for one row; see state_moments.")
         shape = observer.shapes["bias"][:2]
-        if variance is not None and tuple(variance.shape) != shape:
+        typical = None if variance is None else as_array(variance, "`variance`")
+        if typical is not None and tuple(typical.shape) != shape:
             raise ValueError(
-                f"`variance` must be [layers, heads] = {shape}; got {tuple(variance.shape)}."
+                f"`variance` must be [layers, heads] = {shape}; got {tuple(typical.shape)}."
             )
     _, proposed = propose_wkv(observer, params, tokens, lengths)
     _, own = read_prompts(teacher, teacher_params, tokens, lengths)
-    variance = moments(own.wkv).variance if variance is None else jnp.asarray(variance)
-    return fraction_of_variance_unexplained(proposed, own.wkv, variance)
+    scale = moments(own.wkv).variance if typical is None else jnp.asarray(typical)
+    return fraction_of_variance_unexplained(proposed, own.wkv, scale)

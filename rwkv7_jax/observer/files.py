@@ -31,7 +31,7 @@ from rwkv7_jax.checkpoints.tensor_files import (
     write_safetensors,
 )
 from rwkv7_jax.checkpoints.unused_value_residual import without_unused_value_residual
-from rwkv7_jax.checks import prefix_errors
+from rwkv7_jax.checks import check_instance, prefix_errors
 from rwkv7_jax.local_paths import local_path, refuse_hub_name
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
@@ -65,11 +65,11 @@ def save_observer(
         TypeError: a parameter is not floating-point.
     """
     with prefix_errors("save_observer"):
+        check_instance(observer, Observer, "`observer`")
         folder = local_path(folder, "`folder`", target=True)
-    config = observer.model.config
-    with prefix_errors("save_observer"):
         check_maps(observer, params)
         _check_writable(observer, params, info)
+    config = observer.model.config
     card = {
         "mark": _MARK,
         # The implementation is the machine's choice, not the observer's.
@@ -145,8 +145,10 @@ def observer_info(folder: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: no observer's folder.
     """
-    with prefix_errors("observer_info"), name_file(folder, "observer_info"):
-        return _read_card(_folder_of(folder))["info"]
+    with prefix_errors("observer_info"):
+        place = _folder_of(folder)
+        with name_file(place, "observer_info"):
+            return _read_card(place)["info"]
 
 
 def _folder_of(folder: str | Path) -> Path:
@@ -196,6 +198,7 @@ def load_observer(
     """
     with prefix_errors("load_observer"):
         place = _folder_of(folder)
+        check_instance(teacher_config, RWKV7Config, "`teacher_config`")
     with name_file(place, "load_observer"):
         return _load(place, teacher_config, base_model)
 

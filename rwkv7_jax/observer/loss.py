@@ -10,7 +10,13 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from rwkv7_jax.array_types import Activations, Params
-from rwkv7_jax.checks import prefix_errors
+from rwkv7_jax.checks import (
+    check_instance,
+    check_model,
+    check_number,
+    check_params,
+    prefix_errors,
+)
 from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
@@ -24,7 +30,12 @@ from rwkv7_jax.observer.observer import (
     propose_wkv,
     read_prompts,
 )
-from rwkv7_jax.observer.prompt_splits import after_split, check_split, continuations
+from rwkv7_jax.observer.prompt_splits import (
+    after_split,
+    check_answers,
+    check_split,
+    continuations,
+)
 from rwkv7_jax.training.losses import Loss, Metrics, loss_weights, token_statistics
 
 Scalar = Float[Array, ""]
@@ -83,13 +94,13 @@ class ObserverLoss:
             batch: tokens, mask and split.
             totals: of the batch that this is a piece of; None for a batch in one piece.
         """
-        batch = check_split(
-            batch, self.teacher.config.vocab_size, caller="observer_loss"
-        )
         with prefix_errors("observer_loss"):
+            batch = self.check_batch(batch)
             check_maps(self.observer, params)
             if totals is None:
                 self._check_rows(batch.tokens.shape[0])
+                if self.answers:
+                    check_answers(batch)
         # Gradients pass through the teacher's computation, never into its weights.
         teacher_params = jax.lax.stop_gradient(teacher_params)
         inputs = jnp.asarray(batch.tokens)[:, :-1]
@@ -128,20 +139,24 @@ class ObserverLoss:
             metrics["loss_nats"] = metrics["answer_nats"]
         return total, metrics
 
+    def check_batch(self, batch: BatchLike) -> Batch:
+        """Checks a batch; a step calls it on the host, where ids and splits can still be read."""
+        return check_split(batch, self.teacher.config.vocab_size)
+
     def batch_totals(self, teacher_params: Params, pieces: BatchLike) -> BatchTotals:
         """Computes the totals of a batch that is cut into pieces along a further leading axis.
 
         The states' variance takes one more pass of the teacher over the prompts.
         """
-        pieces = Batch.of(pieces, "weights", "split", caller="observer_loss")
         with prefix_errors("observer_loss"):
+            pieces = Batch.of(pieces, "weights", "split")
             count, rows, _ = pieces.tokens.shape
             self._check_rows(count * rows)
         inputs = jnp.asarray(pieces.tokens)[:, :, :-1]
         split = jnp.asarray(pieces.split)
         length = inputs.shape[2]
         # For a mean piece: the pieces' losses are averaged, so that each divides by the mean count.
-        prompt_tokens = jnp.maximum(jnp.sum(jnp.minimum(split, length)), 1) / count
+        prompt_tokens = jnp.sum(jnp.minimum(split, length)) / count
         counts = jax.vmap(lambda split: after_split(split, length))(split)
         answer_weight = jnp.sum(pieces["weights"] * counts) / count
         if not self.variance:
@@ -184,12 +199,10 @@ def _mean_divergence(
         reference_head=teacher_head,
     )
     inside = _inside_prompt(split, x.shape[1])
-    if totals is None:
-        # All prompts may be empty; then there is nothing to divide.
-        count = jnp.maximum(jnp.sum(inside), 1.0)
-    else:
-        count = totals.prompt_tokens
-    return jnp.sum(statistics.kl * inside) / count
+    count = jnp.sum(inside) if totals is None else totals.prompt_tokens
+    # All prompts may be empty; a divergence of 0 would look perfect.
+    mean = jnp.sum(statistics.kl * inside) / jnp.where(count > 0, count, 1.0)
+    return jnp.where(count > 0, mean, jnp.nan)
 
 
 def _answer_loss(
@@ -214,8 +227,7 @@ def _answer_loss(
 
 def _check_weights(weights: dict[str, float]) -> None:
     for name, weight in weights.items():
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"`{name}` must be at least 0; got {weight}.")
+        check_number(weight, 0, math.inf, f"`{name}`")
     if not any(weights.values()):
         raise ValueError(f"one of {', '.join(weights)} must be above 0.")
 
@@ -234,7 +246,8 @@ def observer_loss(
     A batch has tokens [B T+1], mask [B T] and `split` [B], each row's prompt in tokens, such as
     `add_prompt_splits` draws them: states are compared, and answers begin, at the splits. Only
     targets after the split whose mask is 1 are answers. A term of weight 0 is not computed and has
-    no metric. Under gradient accumulation all terms are those of the batch in one piece.
+    no metric, and one without a position to average over is NaN, so that a step leaves the batch
+    out. Under gradient accumulation all terms are those of the batch in one piece.
 
     The metrics are `fvu`, `divergence_nats` and `answer_nats`. `loss_nats` is the answers' loss
     again, under the name that all language model losses have; without answers there is none. The
@@ -252,11 +265,15 @@ def observer_loss(
             proposals; its gradient passes through the frozen teacher.
 
     Raises:
+        TypeError: an argument of the wrong kind.
         ValueError: another teacher than the observer's, or weights below 0 or all 0; from the loss,
             a batch or parameters that do not fit.
     """
     weights = {"variance": variance, "divergence": divergence, "answers": answers}
     with prefix_errors("observer_loss"):
+        check_instance(observer, Observer, "`observer`")
+        check_model(teacher, "`teacher`")
+        check_params(teacher_params, teacher.config, "`teacher_params`")
         check_teacher(observer, teacher.config)
         _check_weights(weights)
     loss = ObserverLoss(observer, teacher, variance, divergence, answers)

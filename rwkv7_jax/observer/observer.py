@@ -15,6 +15,7 @@ gives its logits, and with the divergence term in its training it drafts for the
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from rwkv7_jax.array_types import Activations, Lengths, Params, Tokens
-from rwkv7_jax.checks import check_lengths, check_tokens, prefix_errors
+from rwkv7_jax.checks import (
+    as_array,
+    check_instance,
+    check_key,
+    check_lengths,
+    check_model,
+    check_params,
+    check_tokens,
+    prefix_errors,
+)
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
@@ -51,19 +61,20 @@ class Observer:
 
     def __post_init__(self):
         """Checks that both read the same tokens."""
-        if not isinstance(self.model, RWKV7) or not isinstance(
-            self.teacher, RWKV7Config
-        ):
-            raise TypeError(
-                "Observer: `model` must be an RWKV7 and `teacher` an RWKV7Config; got "
-                f"{type(self.model).__name__} and {type(self.teacher).__name__}."
-            )
-        own = self.model.config.vocab_size
-        other = self.teacher.vocab_size
-        if own != other:
-            raise ValueError(
-                f"Observer: `model` must have the teacher's vocab_size {other}; got {own}."
-            )
+        with prefix_errors("Observer"):
+            if not isinstance(self.model, RWKV7) or not isinstance(
+                self.teacher, RWKV7Config
+            ):
+                raise TypeError(
+                    "`model` must be an RWKV7 and `teacher` an RWKV7Config; got "
+                    f"{type(self.model).__name__} and {type(self.teacher).__name__}."
+                )
+            own = self.model.config.vocab_size
+            other = self.teacher.vocab_size
+            if own != other:
+                raise ValueError(
+                    f"`model` must have the teacher's vocab_size {other}; got {own}."
+                )
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -112,16 +123,23 @@ def init_observer(
             Zeros if it is not given.
 
     Raises:
+        TypeError: an argument of the wrong kind.
         ValueError: the vocabularies differ, or a bias of other sizes.
     """
-    observer = Observer(RWKV7(config), teacher_config)
-    shapes = observer.shapes
-    bias = jnp.zeros(shapes["bias"]) if bias is None else jnp.asarray(bias, jnp.float32)
-    if bias.shape != shapes["bias"]:
-        raise ValueError(
-            f"init_observer: `bias` must have [layers, heads, value, key] = {shapes['bias']}; "
-            f"got {bias.shape}."
-        )
+    with prefix_errors("init_observer"):
+        check_instance(config, RWKV7Config, "`config`")
+        check_instance(teacher_config, RWKV7Config, "`teacher_config`")
+        observer = Observer(RWKV7(config), teacher_config)
+        key = check_key(key)
+        shapes = observer.shapes
+        first: Any = jnp.zeros(shapes["bias"])
+        if bias is not None:
+            first = as_array(bias, "`bias`")
+        if tuple(first.shape) != shapes["bias"]:
+            raise ValueError(
+                f"`bias` must have [layers, heads, value, key] = {shapes['bias']}; "
+                f"got {tuple(first.shape)}."
+            )
     # Three keys, in this order: a seed must keep on giving the same observer.
     model_key, left_key, right_key = jax.random.split(key, 3)
     tokens = jnp.zeros((1, 1), jnp.int32)
@@ -135,7 +153,7 @@ def init_observer(
         "model": init(model_key),
         "left": scale * jax.random.normal(left_key, shapes["left"], jnp.float32),
         "right": scale * jax.random.normal(right_key, shapes["right"], jnp.float32),
-        "bias": bias,
+        "bias": jnp.asarray(first, jnp.float32),
     }
     return observer, params
 
@@ -159,15 +177,22 @@ def check_maps(observer: Observer, params: Params) -> None:
     """Checks that `params` hold a model and maps of the observer's sizes.
 
     Raises:
+        TypeError: no dict, or a part that is no array.
         ValueError: a part is missing, unknown or misshapen.
     """
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            f"`params` must be the observer's, a dict; got {type(params).__name__}."
+        )
     expected = {"model", *observer.shapes}
     if set(params) != expected:
         raise ValueError(
-            f"`params` must hold {', '.join(sorted(expected))}; got {', '.join(sorted(params))}."
+            f"`params` must hold {', '.join(sorted(expected))}; "
+            f"got {', '.join(sorted(map(str, params))) or 'nothing'}."
         )
+    check_params(params["model"], observer.model.config, "`params['model']`")
     for name, shape in observer.shapes.items():
-        found = tuple(params[name].shape)
+        found = tuple(as_array(params[name], f"`params[{name!r}]`").shape)
         if found != shape:
             raise ValueError(
                 f"`params[{name!r}]` must have shape {shape}; got {found}."
@@ -227,29 +252,38 @@ def propose(
         lengths: tokens of each row that count, from the left; later ones have no influence.
 
     Raises:
-        TypeError: ids or lengths that are not integers.
+        TypeError: an argument of the wrong kind.
         ValueError: ids or lengths out of range, or parameters of another observer.
     """
     with prefix_errors("propose"):
+        check_instance(observer, Observer, "`observer`")
         check_maps(observer, params)
-        check_prompt_tokens(tokens, lengths, observer.teacher.vocab_size)
+        tokens, lengths = check_prompt_tokens(
+            tokens, lengths, observer.teacher.vocab_size
+        )
     _, wkv = propose_wkv(observer, params, tokens, lengths)
     return init_state(observer.teacher, tokens.shape[0]).replace(wkv=wkv)
 
 
 def check_prompt_tokens(
-    tokens: Tokens, lengths: Lengths | None, vocab_size: int
-) -> None:
-    """Checks prompts and, if they are given, their lengths.
+    tokens: Any, lengths: Any, vocab_size: int
+) -> tuple[Tokens, Lengths | None]:
+    """Returns prompts and, if they are given, their lengths, as arrays.
 
     Raises:
         TypeError: ids or lengths that are not integers.
-        ValueError: ids or lengths out of range.
+        ValueError: no rows, or ids or lengths out of range.
     """
+    tokens = as_array(tokens, "`tokens`")
+    shape = tuple(tokens.shape)
+    # Moments and errors are means over rows.
+    if len(shape) != 2 or not shape[0]:
+        raise ValueError(f"`tokens` must have shape [B T], B at least 1; got {shape}.")
     check_tokens(tokens, vocab_size)
     if lengths is not None:
-        rows, length = tokens.shape
-        check_lengths(lengths, (rows, length))
+        lengths = as_array(lengths, "`lengths`")
+        check_lengths(lengths, shape)
+    return tokens, lengths
 
 
 def moments(wkv: WKV) -> Moments:
@@ -289,10 +323,14 @@ def state_moments(
         lengths: tokens of each row that count, from the left.
 
     Raises:
-        TypeError: ids or lengths that are not integers.
-        ValueError: ids or lengths out of range.
+        TypeError: an argument of the wrong kind.
+        ValueError: no rows, ids or lengths out of range, or weights of another model.
     """
     with prefix_errors("state_moments"):
-        check_prompt_tokens(tokens, lengths, teacher.config.vocab_size)
+        check_model(teacher, "`teacher`")
+        check_params(teacher_params, teacher.config, "`teacher_params`")
+        tokens, lengths = check_prompt_tokens(
+            tokens, lengths, teacher.config.vocab_size
+        )
     _, end = read_prompts(teacher, teacher_params, tokens, lengths)
     return moments(end.wkv)

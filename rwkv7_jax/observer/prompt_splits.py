@@ -10,8 +10,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rwkv7_jax.array_types import Lengths, Tokens
-from rwkv7_jax.checks import check_lengths, check_tokens, prefix_errors
+from rwkv7_jax.checks import (
+    as_array,
+    check_count,
+    check_lengths,
+    is_known,
+    prefix_errors,
+)
 from rwkv7_jax.data.batch import Batch, BatchLike
+from rwkv7_jax.training.losses import check_ids_and_shapes
 
 # Keeps these draws apart from those that a task makes of the same seed and step.
 _STREAM = 7919
@@ -30,19 +37,24 @@ def add_prompt_splits(
         most: tokens of the longest; None for T - 1, which leaves one answer.
 
     Raises:
+        TypeError: an argument of the wrong kind.
         ValueError: bounds outside of 0 to T, or in the wrong order.
     """
-    batch = Batch.of(batch, caller="add_prompt_splits")
+    with prefix_errors("add_prompt_splits"):
+        batch = Batch.of(batch)
+        check_count(seed, 0, "`seed`")
+        check_count(step, 0, "`step`")
+        check_count(least, 0, "`least`")
+        # The last id of a row is only a target.
+        length = batch.tokens.shape[1] - 1
+        # A prompt of T tokens is allowed on request, but leaves no answer.
+        longest = length - 1 if most is None else check_count(most, 0, "`most`")
+        if not least <= longest <= length:
+            raise ValueError(
+                f"`least` and `most` must be in order between 0 and {length}, "
+                f"the row's inputs; got {least} and {longest}."
+            )
     rows = batch.tokens.shape[0]
-    # The last id of a row is only a target.
-    length = batch.tokens.shape[1] - 1
-    # A prompt of T tokens is allowed on request, but leaves no answer.
-    longest = length - 1 if most is None else most
-    if not 0 <= least <= longest <= length:
-        raise ValueError(
-            f"add_prompt_splits: `least` and `most` must be in order between 0 and {length}, "
-            f"the row's inputs; got {least} and {longest}."
-        )
     # From seed and step alone, so that a resumed run draws the same splits.
     rng = np.random.default_rng([seed, step, _STREAM])
     # NumPy leaves the upper bound out.
@@ -50,31 +62,41 @@ def add_prompt_splits(
     return batch.replace(split=split.astype(np.int32))
 
 
-def check_split(batch: BatchLike, vocab_size: int, *, caller: str) -> Batch:
+def check_split(batch: BatchLike, vocab_size: int) -> Batch:
     """Checks that `batch` has tokens [B T+1], a mask [B T] and a split [B] that fit each other.
 
     Raises:
         TypeError: ids or splits that are not integers.
         ValueError: a part is missing or misshapen, or an id or a split is out of range.
     """
-    batch = Batch.of(batch, "mask", "split", caller=caller)
-    with prefix_errors(caller):
-        _check_shapes(batch, vocab_size)
+    Batch.of(batch, "mask", "split")
+    batch = check_ids_and_shapes(batch, vocab_size)
+    rows, length = batch.tokens.shape
+    check_lengths(batch["split"], (rows, length - 1), name="batch.split")
     return batch
 
 
-def _check_shapes(batch: Batch, vocab_size: int) -> None:
-    shape = tuple(batch.tokens.shape)
-    if len(shape) != 2 or shape[1] < 2:
+def count_answers(batch: Batch) -> int:
+    """Counts the targets after the splits that count in the loss."""
+    counts = np.asarray(batch.mask if batch.weights is None else batch.weights)
+    place = np.arange(counts.shape[1])[None]
+    return int(
+        np.count_nonzero((place >= np.asarray(batch.split)[:, None]) & (counts != 0))
+    )
+
+
+def check_answers(batch: Batch) -> None:
+    """Checks that a target after a split counts, where masks and splits can be read here.
+
+    Raises:
+        ValueError: none does.
+    """
+    counts = batch.mask if batch.weights is None else batch.weights
+    if is_known(counts) and is_known(batch["split"]) and not count_answers(batch):
         raise ValueError(
-            f"`batch['tokens']` must be [B T+1] with T at least 1; got shape {shape}."
+            "`batch.mask` must count a target after a split; it is 0 after all of them, and a "
+            "mean over nothing is no number."
         )
-    inputs = (shape[0], shape[1] - 1)
-    mask = tuple(batch["mask"].shape)
-    if mask != inputs:
-        raise ValueError(f"`batch['mask']` must have shape {inputs}; got {mask}.")
-    check_tokens(batch.tokens, vocab_size)
-    check_lengths(batch["split"], inputs, name="batch['split']")
 
 
 def after_split(split: Lengths, length: int) -> Float[Array, "B T"]:
@@ -92,18 +114,29 @@ def continuations(
 ) -> tuple[Int[Array, "B C"], Int[Array, "B C"], Float[Array, "B C"]]:
     """Moves the part after every row's split to the front: inputs, targets, shares of the loss.
 
-    The shares are zero after the end of a row and add up to 1 over the batch; to 0 if nothing
-    counts.
+    The shares are zero after the end of a row and add up to 1 over the batch; they are NaN if
+    nothing counts. Traced splits cannot be checked: those out of range leave no target.
 
     Args:
         tokens: [B T+1].
-        split: tokens of each row's prompt.
+        split: tokens of each row's prompt, from 0 to T.
         weights: of the T targets, in any scale; those in the prompt do not matter.
         total: what the shares are taken of; None for the sum of the weights after the splits.
+
+    Raises:
+        TypeError: ids or splits that are not integers, or weights that are no numbers.
+        ValueError: shapes that do not fit each other, or a split out of range.
     """
-    length = weights.shape[1]
-    place = jnp.arange(length)[None] + jnp.asarray(split)[:, None]
-    inside = (place < length).astype(weights.dtype)
+    with prefix_errors("continuations"):
+        weights = as_array(weights, "`weights`")
+        Batch.of({"tokens": tokens, "weights": weights})
+        split = as_array(split, "`split`")
+        rows, length = weights.shape
+        check_lengths(split, (rows, length), name="split")
+    weights = jnp.asarray(weights)
+    split = jnp.asarray(split)
+    place = jnp.arange(length)[None] + split[:, None]
+    inside = ((split[:, None] >= 0) & (place < length)).astype(weights.dtype)
     tokens = jnp.asarray(tokens)
 
     def move(x):
@@ -113,6 +146,6 @@ def continuations(
     weights = move(weights) * inside
     if total is None:
         total = jnp.sum(weights)
-    # Without a target that counts the sum is 0, and 0 / tiny gives shares of 0 and no NaN.
-    shares = weights / jnp.maximum(total, jnp.finfo(weights.dtype).tiny)
+    # NaN and not 0, which would look like perfect answers.
+    shares = jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), jnp.nan)
     return move(tokens[:, :-1]), move(tokens[:, 1:]), shares

@@ -179,7 +179,7 @@ def decorrelate(
         # A matrix whose R is not finite is not counted: "whiten" tries again at the next update.
         usable = usable & finite(moved)
         return (
-            count + usable,
+            count + usable.astype(count.dtype),
             covariance,
             jnp.where(per_matrix(usable), moved, whitener),
         )

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from rwkv7_jax.data.batch import Batch
+from rwkv7_jax.data.batching import fewest_windows
 from rwkv7_jax.data.loading import batches_from, token_stream, windows
 from rwkv7_jax.data.sources import Source, TaskSource, TextSource, parse_source
 from rwkv7_jax.data.target_counts import (
@@ -75,17 +76,16 @@ def _check_enough(stream: TokenStream, data: DataSettings, setting: str) -> None
     """Checks that packing "stream" can cut a batch of rows.
 
     Raises:
-        ValueError: the text has less than two rows; the message names the settings.
+        ValueError: the text has less than two rows, or three in the cubic order; the message names
+            the settings.
     """
-    # The cubic order has rules of its own, and documents are filled up.
-    if (
-        data.packing != "stream"
-        or data.order != "shuffled"
-        or len(stream) >= 2 * data.length
-    ):
+    windows_needed = fewest_windows(data.order)
+    # Documents are filled up.
+    if data.packing != "stream" or len(stream) >= windows_needed * data.length:
         return
+    share = {2: "half", 3: "a third"}[windows_needed]
     raise ValueError(
-        f"`config.data.length` must be at most half of the {len(stream):,} tokens that "
+        f"`config.data.length` must be at most {share} of the {len(stream):,} tokens that "
         f"`{setting}` has for training; got {data.length}. "
         '`config.data.packing="documents"` fills short samples up instead.'
     )

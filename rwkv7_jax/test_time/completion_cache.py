@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.data.jsonl import check_object, read_jsonl
+from rwkv7_jax.local_paths import local_path
 from rwkv7_jax.test_time.traces import Ids, check_trace_ids
 
 
@@ -39,7 +41,8 @@ class CompletionCache:
         Raises:
             ValueError: the folder does not exist, or a line is not an entry.
         """
-        self.path = Path(path)
+        with prefix_errors("CompletionCache"):
+            self.path = local_path(path, "`path`")
         if not self.path.parent.is_dir():
             raise ValueError(f"CompletionCache: the folder of `{path}` does not exist.")
         # A folder that cannot be written to is noticed before the first completion is drawn.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import optax
 
 from rwkv7_jax.array_types import Params
-from rwkv7_jax.checks import check_count, prefix_errors
+from rwkv7_jax.checks import check_count, check_model, check_params, prefix_errors
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
@@ -13,6 +13,7 @@ from rwkv7_jax.test_time.losses import distillation_loss
 from rwkv7_jax.test_time.traces import (
     Trace,
     check_trace_tokens,
+    check_traces,
     longest_trace,
     trace_batch,
 )
@@ -43,12 +44,27 @@ class TraceBatches(StateBatchSource):
             batch_size: rows of a batch.
             length: inputs of a row; None takes the longest trace's.
             seed: of the traces' order.
+
+        Raises:
+            TypeError: an argument of the wrong kind.
+            ValueError: no traces, or none that counts; a number out of its range; a trace that does
+                not fit.
         """
         super().__init__()
+        with prefix_errors("TraceBatches"):
+            check_traces(traces)
+            check_count(batch_size, 1, "`batch_size`")
+            check_count(seed, 0, "`seed`")
+            longest = longest_trace(traces)
+            # 0 stands for the default in settings.
+            if length and check_count(length, 0, "`length`") < longest:
+                raise ValueError(
+                    f"`length` must be at least {longest}, the longest trace; got {length}."
+                )
         self._traces = traces
         self._batch_size = batch_size
         # One length for all batches, so that one program is compiled.
-        self._length = length or longest_trace(traces)
+        self._length = length or longest
         self._seed = seed
 
     def batch(self, state: RWKV7State, step: int) -> Batch:
@@ -99,24 +115,25 @@ def distill(
         ValueError: no traces, ids outside the vocabulary, or a trace longer than `length`.
     """
     with prefix_errors("distill"):
+        check_model(model)
+        check_params(params, model.config)
         check_count(steps, 0, "`steps`")
         check_trace_tokens(traces, model.config.vocab_size)
-    # Without a teacher in the loss: its completions are all that is left of it here.
-    if loss is None:
-        loss = distillation_loss(model, params)
-    loop = start_tuning(
-        model,
-        loss,
-        state,
-        tx=tx,
-        learning_rate=learning_rate,
-        on_step=on_step,
-        caller="distill",
-    )
-    source = TraceBatches(
-        traces,
-        batch_size=batch_size,
-        length=length,
-        seed=seed,
-    )
+        source = TraceBatches(
+            traces,
+            batch_size=batch_size,
+            length=length,
+            seed=seed,
+        )
+        # Without a teacher in the loss: its completions are all that is left of it here.
+        if loss is None:
+            loss = distillation_loss(model, params)
+        loop = start_tuning(
+            model,
+            loss,
+            state,
+            tx=tx,
+            learning_rate=learning_rate,
+            on_step=on_step,
+        )
     return loop.run(source, steps)

@@ -1,6 +1,7 @@
 """Expert iteration: a start state imitates those of its own completions that earn a reward."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -9,7 +10,15 @@ import optax
 from jaxtyping import Array
 
 from rwkv7_jax.array_types import Params
-from rwkv7_jax.checks import check_count, check_function, prefix_errors, typed_key
+from rwkv7_jax.checks import (
+    check_count,
+    check_function,
+    check_instance,
+    check_key,
+    check_number,
+    check_prompts,
+    prefix_errors,
+)
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.generation.sampling import Ids as StopIds
 from rwkv7_jax.generation.sampling import Number
@@ -77,9 +86,15 @@ class ExpertBatches(StateBatchSource):
             batch_size: rows of a batch with `replay`; without it all rows of the round.
         """
         super().__init__()
-        with prefix_errors("expert_iteration"):
-            check_count(updates, 1, "`updates`")
+        with prefix_errors("ExpertBatches"):
+            check_instance(sampler, RolloutSampler, "`sampler`")
+            check_function(prompts_at, "`prompts_at`")
             check_function(reward, "`reward`")
+            check_count(updates, 1, "`updates`")
+            check_count(batch_size, 1, "`batch_size`")
+            if keep_reward is not None:
+                check_number(keep_reward, -math.inf, math.inf, "`keep_reward`")
+            key = check_key(key)
         self._sampler = sampler
         self._prompts_at = prompts_at
         self._reward = reward
@@ -251,39 +266,37 @@ def expert_iteration(
     with prefix_errors("expert_iteration"):
         check_count(rounds, 0, "`rounds`")
         check_count(updates, 1, "`updates`")
-        check_count(tokens, 1, "`tokens`")
-        check_function(prompts_at, "`prompts_at`")
-        check_function(reward, "`reward`")
-        key = typed_key(key)
-    # The cross entropy alone: there is no teacher to diverge from.
-    loop = start_tuning(
-        model,
-        distillation_loss(model, params, leaves=leaves),
-        state,
-        tx=tx,
-        learning_rate=learning_rate,
-        on_step=on_step,
-        caller="expert_iteration",
-    )
-    sampler = RolloutSampler(
-        model,
-        params,
-        group=group,
-        tokens=tokens,
-        temperature=temperature,
-        stop_ids=stop_ids,
-        length=length,
-    )
-    source = ExpertBatches(
-        sampler,
-        prompts_at,
-        reward,
-        key=key,
-        keep_reward=keep_reward,
-        replay=replay,
-        updates=updates,
-        batch_size=batch_size,
-    )
+        sampler = RolloutSampler(
+            model,
+            params,
+            group=group,
+            tokens=tokens,
+            temperature=temperature,
+            stop_ids=stop_ids,
+            length=length,
+        )
+        source = ExpertBatches(
+            sampler,
+            prompts_at,
+            reward,
+            key=key,
+            keep_reward=keep_reward,
+            replay=replay,
+            updates=updates,
+            batch_size=batch_size,
+        )
+        # The cross entropy alone: there is no teacher to diverge from.
+        loss = distillation_loss(model, params, leaves=leaves)
+        loop = start_tuning(
+            model,
+            loss,
+            state,
+            tx=tx,
+            learning_rate=learning_rate,
+            on_step=on_step,
+        )
+        if len(held_out):
+            check_prompts(held_out, model.config.vocab_size, name="held_out")
 
     def evaluate(state: RWKV7State) -> tuple[float, TokenBudget]:
         return held_out_reward(
@@ -291,7 +304,8 @@ def expert_iteration(
         )
 
     # A round is long, so every one of them is evaluated.
-    target = RewardTarget(evaluate if len(held_out) else None, 1, stop_reward)
+    with prefix_errors("expert_iteration"):
+        target = RewardTarget(evaluate if len(held_out) else None, 1, stop_reward)
     result = loop.run(source, rounds, updates=updates, target=target)
     # The loop knows only batches.
     return dataclasses.replace(result, traces=source.traces)

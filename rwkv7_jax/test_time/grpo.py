@@ -6,6 +6,7 @@ at test time are `teacher.collect_traces` with `distillation.distill`, and
 `expert_iteration.expert_iteration`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -14,7 +15,15 @@ import optax
 from jaxtyping import Array
 
 from rwkv7_jax.array_types import Params
-from rwkv7_jax.checks import check_count, check_function, prefix_errors, typed_key
+from rwkv7_jax.checks import (
+    check_count,
+    check_function,
+    check_instance,
+    check_key,
+    check_number,
+    check_prompts,
+    prefix_errors,
+)
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.generation.sampling import Ids as StopIds
 from rwkv7_jax.generation.sampling import Number
@@ -67,9 +76,14 @@ class PolicyBatches(StateBatchSource):
             ValueError: groups of less than 2, in which nothing can be better than the rest.
         """
         super().__init__()
-        with prefix_errors("grpo"):
+        with prefix_errors("PolicyBatches"):
+            check_instance(sampler, RolloutSampler, "`sampler`")
             check_count(sampler.group, 2, "`group`")
+            check_function(prompts_at, "`prompts_at`")
             check_function(reward, "`reward`")
+            if anchor_at is not None:
+                check_function(anchor_at, "`anchor_at`")
+            key = check_key(key)
         self._sampler = sampler
         self._prompts_at = prompts_at
         self._reward = reward
@@ -167,50 +181,56 @@ def grpo(
         check_count(steps, 0, "`steps`")
         check_count(evaluate_every, 1, "`evaluate_every`")
         check_count(group, 2, "`group`")
-        check_count(tokens, 1, "`tokens`")
-        check_function(prompts_at, "`prompts_at`")
-        check_function(reward, "`reward`")
+        check_number(anchor, 0, math.inf, "`anchor`")
         # A weight without text has no effect, and text without a weight costs time for nothing.
         if bool(anchor) != (anchor_at is not None):
             raise ValueError("`anchor` and `anchor_at` go together; got one of them.")
-        key = typed_key(key)
-    # The loss needs the temperature of the draws: log p must be that of the drawing distribution.
-    loss = policy_loss(
-        model,
-        params,
-        temperature=temperature,
-        kl=kl,
-        reference=reference,
-        anchor=anchor,
-        leaves=leaves,
-    )
-    loop = start_tuning(
-        model,
-        loss,
-        state,
-        tx=tx,
-        learning_rate=learning_rate,
-        on_step=on_step,
-        caller="grpo",
-    )
-    sampler = RolloutSampler(
-        model,
-        params,
-        group=group,
-        tokens=tokens,
-        temperature=temperature,
-        stop_ids=stop_ids,
-        length=length,
-    )
-    # The step's random numbers come from the key alone, so evaluations do not shift them.
-    source = PolicyBatches(sampler, prompts_at, reward, key=key, anchor_at=anchor_at)
+        sampler = RolloutSampler(
+            model,
+            params,
+            group=group,
+            tokens=tokens,
+            temperature=temperature,
+            stop_ids=stop_ids,
+            length=length,
+        )
+        # The step's random numbers come from the key alone, so evaluations do not shift them.
+        source = PolicyBatches(
+            sampler,
+            prompts_at,
+            reward,
+            key=key,
+            anchor_at=anchor_at,
+        )
+        # The loss needs the temperature of the draws: log p must be that of the drawing
+        # distribution.
+        loss = policy_loss(
+            model,
+            params,
+            temperature=temperature,
+            kl=kl,
+            reference=reference,
+            anchor=anchor,
+            leaves=leaves,
+        )
+        loop = start_tuning(
+            model,
+            loss,
+            state,
+            tx=tx,
+            learning_rate=learning_rate,
+            on_step=on_step,
+        )
+        if len(held_out):
+            check_prompts(held_out, model.config.vocab_size, name="held_out")
 
     def evaluate(state: RWKV7State) -> tuple[float, TokenBudget]:
         return held_out_reward(
             model, params, state, held_out, reward, tokens=tokens, stop_ids=stop_ids
         )
 
-    target = RewardTarget(
-        evaluate if len(held_out) else None, evaluate_every, stop_reward
-    )
+    with prefix_errors("grpo"):
+        target = RewardTarget(
+            evaluate if len(held_out) else None, evaluate_every, stop_reward
+        )
     return loop.run(source, steps, target=target)

@@ -5,6 +5,7 @@ drawn. The weights are frozen; the state has batch 1 and every row starts from i
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,23 +13,31 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Params
-from rwkv7_jax.checks import prefix_errors
+from rwkv7_jax.checks import (
+    check_instance,
+    check_model,
+    check_number,
+    check_params,
+    prefix_errors,
+)
 from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.generation.sampling import Number
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state
-from rwkv7_jax.training.losses import Loss, PerToken, target_shares, token_statistics
+from rwkv7_jax.training.losses import (
+    Loss,
+    PerToken,
+    check_ids_and_shapes,
+    check_targets,
+    target_shares,
+    token_statistics,
+)
 from rwkv7_jax.tuning.state_tuning import (
     add_anchor_and_metrics,
     check_leaves,
     hidden_states_from,
     stop_gradient_except,
 )
-
-
-def _check_weight(value: Number, argument: str) -> None:
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{argument} must be finite and at least 0; got {value}.")
 
 
 def _weighted_sum(weights: PerToken, values: PerToken | None) -> Float[Array, ""]:
@@ -72,11 +81,15 @@ def distillation_loss(
             unknown leaf, a negative weight.
     """
     with prefix_errors("distillation_loss"):
+        check_model(model)
+        check_params(params, model.config)
         check_leaves(leaves)
-        _check_weight(imitation, "`imitation`")
-        _check_weight(kl, "`kl`")
-        _check_weight(anchor, "`anchor`")
+        check_number(imitation, 0, math.inf, "`imitation`")
+        check_number(kl, 0, math.inf, "`kl`")
+        check_number(anchor, 0, math.inf, "`anchor`")
         teacher_state = _check_teacher(model, teacher, teacher_params, teacher_state)
+
+    check = functools.partial(check_ids_and_shapes, vocab_size=model.config.vocab_size)
 
     # Weights are arguments, not closed over: jit would compile closed-over arrays in as constants.
     def loss(
@@ -86,7 +99,9 @@ def distillation_loss(
         state: RWKV7State,
         batch: BatchLike,
     ):
-        batch = Batch.of(batch, caller="distillation_loss")
+        with prefix_errors("distillation_loss"):
+            batch = check(batch)
+            check_targets(batch)
         state = stop_gradient_except(state, tuple(leaves))
         tokens = jnp.asarray(batch.tokens)
         weights = target_shares(batch)
@@ -124,6 +139,8 @@ def distillation_loss(
             metrics=metrics,
         )
 
+    # A step looks at its batches on the host with this, where ids can still be read.
+    loss.check_batch = check  # pyright: ignore[reportFunctionMemberAccess]
     return Partial(loss, params, teacher_params, teacher_state)
 
 
@@ -143,6 +160,8 @@ def _check_teacher(
         if teacher_state is not None:
             raise ValueError("`teacher_state` needs a `teacher`; got None.")
         return None
+    check_model(teacher, "`teacher`")
+    check_params(teacher_params, teacher.config, "`teacher_params`")
     ours = model.config.vocab_size
     theirs = teacher.config.vocab_size
     if ours != theirs:
@@ -182,16 +201,24 @@ def context_distillation(
         params: its weights.
         context: the state after the prompt (batch 1).
         leaves: the trainable parameters, of `state_tuning.LEAVES`.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: weights or a context of another model, or an unknown leaf.
     """
-    return distillation_loss(
-        model,
-        params,
-        teacher=model,
-        teacher_params=params,
-        teacher_state=context,
-        imitation=0.0,
-        leaves=leaves,
-    )
+    with prefix_errors("context_distillation"):
+        check_model(model)
+        check_instance(context, RWKV7State, "`context`")
+        _start_state(context, model, "context")
+        return distillation_loss(
+            model,
+            params,
+            teacher=model,
+            teacher_params=params,
+            teacher_state=context,
+            imitation=0.0,
+            leaves=leaves,
+        )
 
 
 def policy_loss(
@@ -226,13 +253,17 @@ def policy_loss(
         ValueError: an unknown leaf, a negative weight or a temperature of 0.
     """
     with prefix_errors("policy_loss"):
+        check_model(model)
+        check_params(params, model.config)
         check_leaves(leaves)
-        _check_weight(kl, "`kl`")
-        _check_weight(anchor, "`anchor`")
-        _check_weight(temperature, "`temperature`")
-        if temperature <= 0:
-            raise ValueError(f"`temperature` must be above 0; got {temperature}.")
+        check_number(kl, 0, math.inf, "`kl`")
+        check_number(anchor, 0, math.inf, "`anchor`")
+        check_number(temperature, 0, math.inf, "`temperature`", above=True)
         reference = _start_state(reference, model, "reference")
+
+    def check(batch: BatchLike) -> Batch:
+        Batch.of(batch, "advantages")
+        return check_ids_and_shapes(batch, model.config.vocab_size)
 
     def loss(
         params: Params,
@@ -240,7 +271,9 @@ def policy_loss(
         state: RWKV7State,
         batch: BatchLike,
     ):
-        batch = Batch.of(batch, "advantages", caller="policy_loss")
+        with prefix_errors("policy_loss"):
+            batch = check(batch)
+            check_targets(batch)
         state = stop_gradient_except(state, tuple(leaves))
         tokens = jnp.asarray(batch.tokens)
         weights = target_shares(batch)
@@ -280,4 +313,6 @@ def policy_loss(
             metrics=metrics,
         )
 
+    # A step looks at its batches on the host with this, where ids can still be read.
+    loss.check_batch = check  # pyright: ignore[reportFunctionMemberAccess]
     return Partial(loss, params, reference)

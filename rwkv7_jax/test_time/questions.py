@@ -8,9 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from rwkv7_jax.checks import (
+    check_count,
+    check_instance,
+    check_number,
+    prefix_errors,
+)
 from rwkv7_jax.data.jsonl import read_jsonl
 from rwkv7_jax.data.sources import TaskSource, parse_source
 from rwkv7_jax.data.tasks.synthetic_tasks import question_batch
+from rwkv7_jax.local_paths import local_path
 from rwkv7_jax.test_time.rewards import RewardFunction
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -25,10 +32,20 @@ def read_questions(
     Raises:
         ValueError: a line that is not an object with a "prompt", as `file:line: reason`.
     """
+    with prefix_errors("read_questions"):
+        path = local_path(path, "`path`")
+        _check_tokenizer(tokenizer)
     questions = list(read_jsonl(path, functools.partial(_parse_question, tokenizer)))
     if not questions:
         raise ValueError(f"read_questions: `{path}` must hold a question; got none.")
     return questions
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    if not (hasattr(tokenizer, "encode") and hasattr(tokenizer, "decode")):
+        raise TypeError(
+            f"`tokenizer` must be a Tokenizer; got {type(tokenizer).__name__}."
+        )
 
 
 def _parse_question(tokenizer: Tokenizer, fields: Any) -> tuple[list[int], str]:
@@ -62,6 +79,11 @@ class QuestionSet:
         Raises:
             ValueError: a bad file, or a task without questions.
         """
+        with prefix_errors("QuestionSet"):
+            check_instance(path, str, "`path`")
+            _check_tokenizer(tokenizer)
+            check_count(seed, 0, "`seed`")
+            check_number(held_out, 0, 1, "`held_out`")
         self._source = parse_source(path)
         self._tokenizer = tokenizer
         self._seed = seed
@@ -97,7 +119,15 @@ class QuestionSet:
         *,
         held_out: bool = False,
     ) -> list[list[int]]:
-        """Returns `count` prompts of a step, a pure function of the arguments and the seed."""
+        """Returns `count` prompts of a step, a pure function of the arguments and the seed.
+
+        Raises:
+            TypeError: numbers that are not integers.
+            ValueError: a negative step, or no prompts.
+        """
+        with prefix_errors("QuestionSet.prompts"):
+            check_count(step, 0, "`step`")
+            check_count(count, 1, "`count`")
         if not isinstance(self._source, TaskSource):
             part = self._held_out if held_out else self._training
             first = step * count
@@ -135,6 +165,8 @@ def find_verifier(name: str) -> RewardFunction:
     Raises:
         ValueError: no such module or function.
     """
+    with prefix_errors("find_verifier"):
+        check_instance(name, str, "`name`")
     module, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module), function)

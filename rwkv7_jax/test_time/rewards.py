@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from rwkv7_jax.checks import as_array, check_function, prefix_errors
+
 RewardFunction = Callable[[tuple[int, ...], tuple[int, ...]], Any]
 
 
@@ -41,9 +43,17 @@ def evaluate_rewards(
         The rewards, float64.
 
     Raises:
-        ValueError: the function raised, or its result is not a finite number or is below `least`;
-            the message has the prompt's number.
+        TypeError: not a function.
+        ValueError: no completions, or not one for each prompt; the function raised, or its result
+            is not a finite number or is below `least`: the message has the prompt's number.
     """
+    with prefix_errors("evaluate_rewards"):
+        check_function(judge, "`judge`")
+        if not len(prompts) or len(prompts) != len(completions):
+            raise ValueError(
+                "`completions` must be one for each prompt, at least one; "
+                f"got {len(completions)} for {len(prompts)}."
+            )
     rewards = []
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         place = f"{name} of prompt {first + row // group}"
@@ -74,12 +84,23 @@ def advantages(rewards: Float[np.ndarray, "P K"]) -> Float[np.ndarray, "P K"]:
     """Computes `(reward - mean) / (std + 1e-4)` within each group; 0 where all rewards are equal.
 
     Args:
-        rewards: of P prompts, K completions each.
+        rewards: of P prompts, K completions each; both at least 1.
+
+    Raises:
+        TypeError: no array of numbers.
+        ValueError: another shape, or rewards that are not finite.
 
     Source: group-relative advantages, DeepSeekMath (arXiv 2402.03300) section 4.1.2.
     """
     # In float64, so that small differences between large rewards are not lost.
-    rewards = np.asarray(rewards, np.float64)
+    with prefix_errors("advantages"):
+        rewards = np.asarray(as_array(rewards, "`rewards`"), np.float64)
+        if rewards.ndim != 2 or not rewards.size:
+            raise ValueError(
+                f"`rewards` must have shape [P K], both at least 1; got {rewards.shape}."
+            )
+        if not np.isfinite(rewards).all():
+            raise ValueError("`rewards` must be finite; they hold NaN or an infinity.")
     centred = rewards - rewards.mean(axis=1, keepdims=True)
     # The constant keeps a group whose rewards hardly differ from a division by almost 0.
     scaled = centred / (rewards.std(axis=1, keepdims=True) + 1e-4)

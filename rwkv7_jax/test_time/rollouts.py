@@ -11,6 +11,9 @@ from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import (
     check_count,
     check_function,
+    check_instance,
+    check_model,
+    check_params,
     check_prompts,
     prefix_errors,
     typed_key,
@@ -19,7 +22,7 @@ from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.generation import sampling
 from rwkv7_jax.generation.generate import Generation, generate
 from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import RWKV7State, select
+from rwkv7_jax.model.state import RWKV7State, check_state, select
 from rwkv7_jax.test_time.rewards import RewardFunction, advantages, evaluate_rewards
 from rwkv7_jax.test_time.traces import Ids, TokenBudget, completion_rows
 
@@ -105,14 +108,21 @@ def rollouts(
         ValueError: an argument out of its range, or rows that do not fit.
         TypeError: ids that are not integers.
     """
-    vocab_size = model.config.vocab_size
     with prefix_errors("rollouts"):
-        rows = check_prompts(prompts, vocab_size)
-        check_count(group, 1, "`group`")
-        check_count(tokens, 1, "`tokens`")
+        # Its settings are checked where it is made.
+        RolloutSampler(
+            model,
+            params,
+            group=group,
+            tokens=tokens,
+            temperature=temperature,
+            stop_ids=stop_ids,
+            length=length,
+        )
+        if state is not None:
+            check_state(state, 1, model.config)
+        rows = check_prompts(prompts, model.config.vocab_size)
         length = _row_length(rows, tokens, length)
-        # Checked here too, so that messages name the function that was called.
-        sampling.make_options(vocab_size, temperature=temperature, stop_ids=stop_ids)
         if key is not None:
             key = typed_key(key)
         elif temperature > 0:
@@ -154,7 +164,7 @@ def _row_length(rows: list[list[int]], tokens: int, length: int | None) -> int:
     # Even completions that end early are padded to it: otherwise each step would compile anew.
     if length is None:
         return -(-least // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
-    if check_count(length, 1, "`length`") < least:
+    if length < least:
         raise ValueError(
             f"`length` must be at least {least}, the longest prompt and `tokens` less one; "
             f"got {length}."
@@ -184,6 +194,26 @@ class RolloutSampler:
     temperature: sampling.Number = 1.0
     stop_ids: sampling.Ids = (0,)
     length: int | None = None
+
+    def __post_init__(self):
+        """Checks the settings.
+
+        Raises:
+            TypeError: an argument of the wrong kind.
+            ValueError: weights of another model, or a number out of its range.
+        """
+        with prefix_errors("RolloutSampler"):
+            check_model(self.model)
+            check_params(self.params, self.model.config)
+            check_count(self.group, 1, "`group`")
+            check_count(self.tokens, 1, "`tokens`")
+            if self.length is not None:
+                check_count(self.length, 1, "`length`")
+            sampling.make_options(
+                self.model.config.vocab_size,
+                temperature=self.temperature,
+                stop_ids=self.stop_ids,
+            )
 
     def draw(
         self,
@@ -251,8 +281,18 @@ def make_policy_batch(
         group: completions of each prompt.
 
     Raises:
-        ValueError: a reward that is not a finite number.
+        TypeError: an argument of the wrong kind.
+        ValueError: groups that do not divide the completions, or a reward that is not a finite
+            number.
     """
+    with prefix_errors("make_policy_batch"):
+        check_instance(drawn, Rollouts, "`drawn`")
+        check_function(reward, "`reward`")
+        check_count(group, 1, "`group`")
+        if len(drawn.completions) % group:
+            raise ValueError(
+                f"`group` must divide the {len(drawn.completions)} completions; got {group}."
+            )
     rewards = evaluate_rewards(
         reward,
         drawn.prompts,
@@ -297,6 +337,8 @@ def held_out_reward(
     Raises:
         ValueError: as `rollouts`; or a reward that is not a finite number.
     """
+    with prefix_errors("held_out_reward"):
+        check_function(reward, "`reward`")
     drawn = rollouts(
         model,
         params,

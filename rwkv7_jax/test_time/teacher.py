@@ -17,14 +17,18 @@ from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import (
     check_count,
     check_function,
+    check_instance,
+    check_key,
+    check_model,
+    check_number,
+    check_params,
     check_prompts,
     prefix_errors,
-    typed_key,
 )
 from rwkv7_jax.generation.sampling import Ids as StopIds
 from rwkv7_jax.generation.sampling import Number
 from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import RWKV7State
+from rwkv7_jax.model.state import RWKV7State, check_state
 from rwkv7_jax.test_time.completion_cache import CompletionCache
 from rwkv7_jax.test_time.rewards import RewardFunction, evaluate_rewards
 from rwkv7_jax.test_time.rollouts import RolloutSampler
@@ -100,21 +104,26 @@ def collect_traces(
         check_count(samples, 1, "`samples`")
         check_count(at_once, 1, "`at_once`")
         judge = _make_judge(verify, vote)
-        key = typed_key(key)
-        if key.ndim:
-            raise ValueError(f"`key` must be one key; got shape {key.shape}.")
+        key = check_key(key)
+        check_model(teacher, "`teacher`")
+        check_params(teacher_params, teacher.config, "`teacher_params`")
+        sampler = RolloutSampler(
+            teacher,
+            teacher_params,
+            group=samples,
+            tokens=tokens,
+            temperature=temperature,
+            stop_ids=stop_ids,
+        )
+        if state is not None:
+            check_state(state, 1, teacher.config)
+        if on_progress is not None:
+            check_function(on_progress, "`on_progress`")
+        check_instance(source, str, "`source`")
         if cache is not None and teacher_hash is None:
             raise ValueError("`teacher_hash` must be given with `cache`; got None.")
         questions = _questions(prompts, teacher.config.vocab_size, template)
     # Outside the block of checks: an error in the work should name where it happened.
-    sampler = RolloutSampler(
-        teacher,
-        teacher_params,
-        group=samples,
-        tokens=tokens,
-        temperature=temperature,
-        stop_ids=stop_ids,
-    )
     answers = _TeacherAnswers(sampler, state, key, rows=min(at_once, len(questions)))
     if cache is not None and teacher_hash is not None:
         answers.use_cache(CompletionCache(cache), teacher_hash)
@@ -324,10 +333,7 @@ class _MajorityVote:
         if not (isinstance(vote, tuple) and len(vote) == 2 and callable(vote[0])):
             raise TypeError(f"`vote` must be a function and a margin; got {vote!r}.")
         self._extract, self._margin = vote
-        if not 0 <= self._margin <= 1:
-            raise ValueError(
-                f"`vote` must have a margin from 0 to 1; got {self._margin}."
-            )
+        check_number(self._margin, 0, 1, "the margin of `vote`")
 
     def weights(self, question: _Question, completions: list[Ids]) -> list[float]:
         """Returns weight 1 for the completions that are kept, else 0."""

@@ -16,11 +16,23 @@ from typing import Any
 import numpy as np
 
 from rwkv7_jax.atomic_write import atomic_write
-from rwkv7_jax.checks import check_count, check_tokens, prefix_errors
+from rwkv7_jax.checks import (
+    check_count,
+    check_ids,
+    check_instance,
+    check_number,
+    check_prompts,
+    check_tokens,
+    prefix_errors,
+)
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.jsonl import check_object, read_jsonl
+from rwkv7_jax.local_paths import local_path
 
 Ids = tuple[int, ...]
+
+# Ids that fit into int32; which vocabulary they are of is not known here.
+_ANY_ID = 2**31
 
 
 # The fields check themselves and take more than they become, so they are documentation here.
@@ -127,9 +139,15 @@ def write_traces(path: str | Path, traces: Iterable[Trace]) -> None:
     """Writes traces to a file, one JSON object a line; a file in the way is replaced at once.
 
     Raises:
+        TypeError: something else than traces.
         ValueError: the file's folder does not exist.
     """
-    with atomic_write(Path(path)) as file:
+    with prefix_errors("write_traces"):
+        path = local_path(path, "`path`")
+        traces = list(traces)
+        for trace in traces:
+            check_instance(trace, Trace, "`traces`")
+    with atomic_write(path) as file:
         for trace in traces:
             file.write(json.dumps(dataclasses.asdict(trace)).encode() + b"\n")
 
@@ -142,6 +160,8 @@ def read_traces(path: str | Path) -> list[Trace]:
     Raises:
         ValueError: a line is not a trace; the message begins with `file:line`.
     """
+    with prefix_errors("read_traces"):
+        path = local_path(path, "`path`")
     return list(read_jsonl(path, _trace, drop_torn_end=True, allow_nan=True))
 
 
@@ -179,40 +199,92 @@ def completion_rows(
         A batch of tokens [B T+1] int32 and mask [B T] float32.
 
     Raises:
-        ValueError: a row does not fit.
+        TypeError: ids that are not integers, or weights that are no numbers.
+        ValueError: no rows, an empty prompt, other numbers of completions or weights, a weight out
+            of its range, or a row that does not fit.
     """
+    with prefix_errors("completion_rows"):
+        check_count(length, 1, "`length`")
+        _check_rows(prompts, completions, length, weights)
     # One token more than inputs: the last one is only a target.
     tokens = np.zeros((len(prompts), length + 1), np.int32)
     mask = np.zeros((len(prompts), length), np.float32)
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         start = len(prompt)
         end = start + len(completion)
-        if end > length + 1:
-            with prefix_errors("completion_rows"):
-                raise ValueError(
-                    f"`length` must be at least {end - 1} for row {row} (a prompt of {start} "
-                    f"ids and a completion of {len(completion)}); got {length}."
-                )
         tokens[row, :end] = [*prompt, *completion]
         # The target of position t is token t + 1, so the mask begins one place earlier.
         mask[row, start - 1 : end - 1] = 1.0 if weights is None else weights[row]
     return Batch(tokens=tokens, mask=mask)
 
 
-def check_trace_tokens(traces: Sequence[Trace], vocab_size: int) -> None:
-    """Checks that there are traces and that their ids are inside the vocabulary.
+def _check_rows(prompts: Any, completions: Any, length: int, weights: Any) -> None:
+    """Raises unless prompts, completions and weights are rows of a length."""
+    rows = check_prompts(prompts, _ANY_ID)
+    columns: dict[str, Any] = {"completions": completions, "weights": weights}
+    for name, values in columns.items():
+        if values is None and name == "weights":
+            continue
+        if isinstance(values, str) or not hasattr(values, "__len__"):
+            kind = type(values).__name__
+            raise TypeError(f"`{name}` must be one for each prompt; got {kind}.")
+        if len(values) != len(rows):
+            raise ValueError(
+                f"`{name}` must be one for each of {len(rows)} prompts; got {len(values)}."
+            )
+    for row, (prompt, completion) in enumerate(zip(rows, completions, strict=True)):
+        written = len(check_ids(completion, _ANY_ID, f"`completions` row {row}"))
+        # The last id is only a target.
+        inputs = len(prompt) + written - 1
+        if inputs > length:
+            raise ValueError(
+                f"`length` must be at least {inputs} for row {row} (a prompt of {len(prompt)} "
+                f"ids and a completion of {written}); got {length}."
+            )
+    for weight in () if weights is None else weights:
+        check_number(weight, 0, math.inf, "`weights`")
+
+
+def check_traces(traces: Any) -> None:
+    """Checks that there are traces, and that one of them counts.
 
     Raises:
-        ValueError: there are none, or an id is out of range.
+        TypeError: no sequence, or something else in it.
+        ValueError: there are none, or all have weight 0: there would be nothing to learn.
     """
+    if isinstance(traces, str | bytes) or not isinstance(traces, Sequence):
+        raise TypeError(
+            f"`traces` must be a list of traces; got {type(traces).__name__}."
+        )
     if not traces:
         raise ValueError("`traces` must hold a trace; got 0.")
+    for trace in traces:
+        check_instance(trace, Trace, "`traces`")
+    if not any(trace.weight for trace in traces):
+        raise ValueError("`traces` must hold one of a weight above 0; all have 0.")
+
+
+def check_trace_tokens(traces: Sequence[Trace], vocab_size: int) -> None:
+    """Checks traces, and that their ids are inside the vocabulary.
+
+    Raises:
+        TypeError: as `check_traces`.
+        ValueError: as `check_traces`, or an id is out of range.
+    """
+    check_traces(traces)
     for trace in traces:
         check_tokens(np.array([*trace.prompt, *trace.completion]), vocab_size)
 
 
 def longest_trace(traces: Sequence[Trace]) -> int:
-    """Returns the inputs of the longest trace, the smallest `length` that holds them all."""
+    """Returns the inputs of the longest trace, the smallest `length` that holds them all.
+
+    Raises:
+        TypeError: something else than traces.
+        ValueError: there are none, or none that counts.
+    """
+    with prefix_errors("longest_trace"):
+        check_traces(traces)
     return max(trace.inputs for trace in traces)
 
 
@@ -252,6 +324,7 @@ def trace_batch(
         check_count(step, 0, "`step`")
         check_count(batch_size, 1, "`batch_size`")
         check_count(length, 1, "`length`")
+        check_count(seed, 0, "`seed`")
         if not traces:
             raise ValueError("`traces` must hold a trace; got 0.")
         # Places of an endless sequence of epochs, so that any step can be made without the others.
@@ -275,6 +348,8 @@ def trace_batch(
 
 def gradient_tokens(batch: Batch) -> int:
     """Counts the inputs up to the last target of each row that counts: what a gradient costs."""
+    with prefix_errors("gradient_tokens"):
+        batch = Batch.of(batch, "mask")
     # Tokens after the last target do not reach the loss, so they need not be computed.
     counted = np.asarray(batch.mask) > 0
     last = counted.shape[1] - np.argmax(counted[:, ::-1], axis=1)

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rwkv7_jax.checks import prefix_errors
+from rwkv7_jax.checks import (
+    check_count,
+    check_function,
+    check_model,
+    check_number,
+    prefix_errors,
+)
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state
@@ -171,8 +178,16 @@ class RewardTarget:
             evaluate: gives a state's held-out reward and what it cost; None where nothing is held
                 out.
             every: steps between two evaluations, or of the moving average.
-            reward: the mean reward that is enough.
+            reward: the mean reward that is enough; infinity never is.
+
+        Raises:
+            TypeError: an argument of the wrong kind.
+            ValueError: no steps, or NaN.
         """
+        with prefix_errors("RewardTarget"):
+            check_count(every, 1, "`evaluate_every`")
+            if reward != math.inf:
+                check_number(reward, -math.inf, math.inf, "`stop_reward`")
         self._evaluate = evaluate
         self._every = every
         self._reward = reward
@@ -226,7 +241,6 @@ def start_tuning(
     tx: optax.GradientTransformation | None,
     learning_rate: float,
     on_step: OnStep | None,
-    caller: str,
 ) -> TuningLoop:
     """Makes the loop of a start state, before its first update.
 
@@ -238,14 +252,19 @@ def start_tuning(
             state takes large steps and few of them.
         learning_rate: of that Adam.
         on_step: called with every entry and the state, which the next update consumes.
-        caller: the public function's name, for messages.
 
     Raises:
-        ValueError: the state is of another model, or of more than one sequence.
+        TypeError: an argument of the wrong kind.
+        ValueError: the state is of another model, or of more than one sequence, or a rate is out of
+            range.
     """
-    state = init_state(model.config) if state is None else state
-    with prefix_errors(caller):
+    with prefix_errors("start_tuning"):
+        check_model(model)
+        state = init_state(model.config) if state is None else state
         check_state(state, 1, model.config)
+        check_number(learning_rate, 0, math.inf, "`learning_rate`")
+        if on_step is not None:
+            check_function(on_step, "`on_step`")
     # In bfloat16 small updates would round to nothing.
     start = state.replace(
         att_shift=jnp.asarray(state.att_shift, jnp.float32),
@@ -254,4 +273,8 @@ def start_tuning(
     if tx is None:
         # A start state has no good scale in advance, so the size of its updates must adapt quickly.
         tx = optax.adam(learning_rate, b2=0.99)
-    return TuningLoop(make_train_step(loss, tx), TrainState.create(start, tx), on_step)
+    # The optimizer is checked by both.
+    with prefix_errors("start_tuning"):
+        train = TrainState.create(start, tx)
+        step = make_train_step(loss, tx)
+    return TuningLoop(step, train, on_step)

@@ -50,7 +50,9 @@ def loss_weights(batch: Mapping[str, Any]) -> PerToken:
     if "weights" in batch:
         return jnp.asarray(batch["weights"])
     mask = jnp.asarray(batch["mask"], jnp.float32)
-    return mask / jnp.maximum(jnp.sum(mask), 1.0)
+    total = jnp.sum(mask)
+    # Not the larger of it and 1: a mask of fractions may add up to less, and still has a mean.
+    return mask / jnp.where(total > 0, total, 1.0)
 
 
 def target_shares(batch: Mapping[str, Any]) -> PerToken:
@@ -62,61 +64,86 @@ def target_shares(batch: Mapping[str, Any]) -> PerToken:
     # The weights of a piece of a batch may be 0 everywhere: other pieces have targets.
     if "weights" in batch:
         return shares
+    return nan_where_all_zero(shares)
+
+
+def nan_where_all_zero(shares: PerToken) -> PerToken:
+    """Returns the shares of a batch that is no piece of another one; NaN if all of them are 0."""
     return jnp.where(jnp.any(shares != 0), shares, jnp.nan)
 
 
-def check_ids_and_shapes(batch: BatchLike, vocab_size: int, *, caller: str) -> Batch:
+def check_ids_and_shapes(
+    batch: BatchLike, vocab_size: int, name: str = "batch"
+) -> Batch:
     """Returns a batch whose ids lie inside the vocabulary and whose fields fit each other.
 
     Args:
         batch: the values of traced fields are not known, and pass.
         vocab_size: the number of ids that the model has.
-        caller: the public function's name, for messages.
+        name: the argument's name, for messages.
 
     Raises:
         TypeError: no batch, or a field of the wrong kind.
         ValueError: fields that do not fit each other, ids out of range, or rows without a target.
     """
-    batch = Batch.of(batch, caller=caller)
-    with prefix_errors(caller):
-        if batch.mask is None and batch.weights is None:
-            raise ValueError(
-                f"`batch` must hold 'mask' or 'weights'; it has {', '.join(batch)}."
-            )
-        shape = tuple(batch.tokens.shape)
+    batch = Batch.of(batch, name=name)
+    if batch.mask is None and batch.weights is None:
+        raise ValueError(
+            f"`{name}` must hold 'mask' or 'weights'; it has {', '.join(batch)}."
+        )
+    for field in ("tokens", "anchor"):
+        ids = getattr(batch, field)
+        if ids is None:
+            continue
+        shape = tuple(ids.shape)
         if 0 in shape or shape[-1] < 2:
             raise ValueError(
-                f"`batch.tokens` must be rows of two ids or more; got shape {shape}."
+                f"`{name}.{field}` must be rows of two ids or more; got shape {shape}."
             )
-        check_tokens(batch.tokens, vocab_size, "`batch.tokens`")
-        if batch.anchor is not None:
-            check_tokens(batch.anchor, vocab_size, "`batch.anchor`")
-        for name in ("mask", "weights"):
-            values = getattr(batch, name)
-            if (
-                values is not None
-                and is_known(values)
-                and not np.all(np.isfinite(values))
-            ):
-                raise ValueError(
-                    f"`batch.{name}` must be finite; it holds NaN or an infinity."
-                )
+        check_tokens(ids, vocab_size, f"`{name}.{field}`")
+    for field in ("mask", "weights", "advantages"):
+        values = getattr(batch, field)
+        if values is None or not is_known(values):
+            continue
+        values = np.asarray(values)
+        if not np.all(np.isfinite(values)):
+            raise ValueError(
+                f"`{name}.{field}` must be finite; it holds NaN or an infinity."
+            )
+        # Masks that add up to 0 have no mean, and negative ones may.
+        if field == "mask" and np.any(values < 0):
+            raise ValueError(
+                f"`{name}.mask` must be at least 0; it holds {np.min(values):g}."
+            )
     return batch
 
 
-def check_targets(batch: Batch, *, caller: str) -> None:
+def check_targets(batch: Batch, name: str = "batch") -> None:
     """Checks that a target counts, where the mask can be read here.
 
     Raises:
         ValueError: the mask, or the weights, are 0 everywhere.
     """
-    name = "mask" if batch.weights is None else "weights"
-    values = getattr(batch, name)
+    field = "mask" if batch.weights is None else "weights"
+    values = getattr(batch, field)
     if values is not None and is_known(values) and not np.any(np.asarray(values)):
         raise ValueError(
-            f"{caller}: `batch.{name}` must count a target; it is 0 everywhere, and a mean over "
+            f"`{name}.{field}` must count a target; it is 0 everywhere, and a mean over "
             "nothing is no number."
         )
+
+
+def check_masked_batch(batch: BatchLike, vocab_size: int, name: str = "batch") -> Batch:
+    """Returns a batch whose mask counts a target, for readers that look at no `weights`.
+
+    Raises:
+        TypeError: as `check_ids_and_shapes`.
+        ValueError: as `check_ids_and_shapes`, or a mask that is 0 everywhere.
+    """
+    batch = Batch.of(batch, "mask", name=name).replace(weights=None)
+    batch = check_ids_and_shapes(batch, vocab_size, name)
+    check_targets(batch, name)
+    return batch
 
 
 def map_token_chunks(per_token, *arrays: Shaped[Array, "B T ..."], chunk: int = CHUNK):
@@ -273,10 +300,9 @@ def next_token_loss(
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/model.py:758-771.
     """
-    batch = check_ids_and_shapes(
-        batch, model.config.vocab_size, caller="next_token_loss"
-    )
-    check_targets(batch, caller="next_token_loss")
+    with prefix_errors("next_token_loss"):
+        batch = check_ids_and_shapes(batch, model.config.vocab_size)
+        check_targets(batch)
     tokens = jnp.asarray(batch.tokens)
     inputs = tokens[:, :-1]
     targets = tokens[:, 1:]
@@ -301,16 +327,12 @@ def pretrain_loss(model: RWKV7, *, l2wrap: float = 1e-4) -> Loss:
     with prefix_errors("pretrain_loss"):
         check_model(model)
         check_number(l2wrap, 0, math.inf, "`l2wrap`")
-    check = functools.partial(
-        check_ids_and_shapes,
-        vocab_size=model.config.vocab_size,
-        caller="pretrain_loss",
-    )
+    check = functools.partial(check_ids_and_shapes, vocab_size=model.config.vocab_size)
 
     def loss(params: Params, batch: BatchLike):
-        batch = check(batch)
-        check_targets(batch, caller="pretrain_loss")
         with prefix_errors("pretrain_loss"):
+            batch = check(batch)
+            check_targets(batch)
             check_params(params, model.config)
         state = init_state(model.config, batch.tokens.shape[0])
         return next_token_loss(model, params, state, batch, l2wrap=l2wrap)

@@ -70,13 +70,14 @@ def layer_statistics(
         check_count(rows, 1, "`rows`")
 
     def statistics(params: Params, batch: BatchLike) -> Params:
-        batch = Batch.of(batch, caller="layer_statistics")
-        tokens = jnp.asarray(batch.tokens)[:rows, :-1]
-        if not tokens.size:
-            raise ValueError(
-                "layer_statistics: `batch.tokens` must hold a token to read; got shape "
-                f"{tuple(batch.tokens.shape)}."
-            )
+        with prefix_errors("layer_statistics"):
+            batch = Batch.of(batch)
+            tokens = jnp.asarray(batch.tokens)[:rows, :-1]
+            if not tokens.size:
+                raise ValueError(
+                    "`batch.tokens` must hold a token to read; got shape "
+                    f"{tuple(batch.tokens.shape)}."
+                )
         start = init_state(model.config, tokens.shape[0])
         outputs: Any = model.apply({"params": params}, tokens, start, method="trace")
         trace = outputs[-1]

@@ -28,7 +28,13 @@ from rwkv7_jax.checks import (
 )
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.sharding import BATCH_AXIS, constrain_sharding, replicate, use_mesh
-from rwkv7_jax.training.losses import Loss, Metrics, target_shares
+from rwkv7_jax.training.losses import (
+    Loss,
+    Metrics,
+    PerToken,
+    nan_where_all_zero,
+    target_shares,
+)
 
 # A step's function: from the training state and a batch to the next state and the metrics.
 TrainStep = Callable[["TrainState", Mapping[str, Any]], tuple["TrainState", Metrics]]
@@ -171,12 +177,11 @@ class _CheckedProgram(functools.partial):
         on_host = any(isinstance(leaf, np.ndarray) for leaf in leaves)
         if key in self.seen and not on_host:
             return
+        check = getattr(self.args[0].func, "check_batch", None)
         with prefix_errors(self.caller):
             _check_fields(batch, needs_shares=self.needs_shares)
-        loss = self.args[0]
-        check = getattr(loss.func, "check_batch", None)
-        if check is not None:
-            check(batch)
+            if check is not None:
+                check(batch)
         self.seen.add(key)
 
 
@@ -203,6 +208,14 @@ def _cut(batch: Any, accumulate: int) -> Any:
         return array.reshape(accumulate, -1, *array.shape[1:])
 
     return constrain_sharding(jax.tree.map(cut, batch), None, BATCH_AXIS)
+
+
+def _with_weights(batch: Mapping[str, Any], weights: PerToken) -> Mapping[str, Any]:
+    """Returns a batch with other weights."""
+    # A mapping with names of its own stays a mapping: it belongs to the user's loss.
+    if isinstance(batch, Batch):
+        return batch.replace(weights=weights)
+    return {**batch, "weights": weights}
 
 
 def _check_rows(batch: Any, accumulate: int) -> None:
@@ -246,12 +259,10 @@ def _gradients(loss: Partial, params, batch: Mapping[str, Any], accumulate: int)
     _check_rows(batch, accumulate)
     # Weights are shares of the whole batch. They are multiplied by the number of pieces, so that
     # the mean over pieces is the sum over the batch.
-    weights = target_shares(batch) * accumulate
-    # A mapping with names of its own stays a mapping: it belongs to the user's loss.
-    if isinstance(batch, Batch):
-        batch = batch.replace(weights=weights)
-    else:
-        batch = {**batch, "weights": weights}
+    weights = target_shares(batch)
+    if "weights" in batch:
+        weights = nan_where_all_zero(weights)
+    batch = _with_weights(batch, weights * accumulate)
     if accumulate == 1:
         grad = jax.value_and_grad(
             lambda params, batch: loss(params, batch), has_aux=True
@@ -329,7 +340,11 @@ def make_train_step(
         extra = {}
         if statistics is not None:
             extra["stats"] = statistics(train.params, batch)
-        updates, opt_state = tx.update(grads, train.opt_state, train.params, **extra)
+        # Optax counts in integers and relies on their promotion, which JAX can be told to refuse.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = tx.update(
+                grads, train.opt_state, train.params, **extra
+            )
         norm = optax.tree.norm(grads)
         # A finite gradient can still give an update that is not finite: the learning rate may
         # overflow it.
@@ -383,6 +398,10 @@ def make_eval_step(loss: Loss) -> Callable[[Any, Mapping[str, Any]], Metrics]:
         loss = _as_partial(loss, "`loss`")
 
     def evaluate(loss: Partial, params: Any, batch: Mapping[str, Any]) -> Metrics:
+        # Here a batch is no piece of another one.
+        if "weights" in batch:
+            weights = nan_where_all_zero(jnp.asarray(batch["weights"]))
+            batch = _with_weights(batch, weights)
         _, metrics = loss(params, batch)
         return metrics
 

@@ -109,7 +109,8 @@ def state_statistics(
     implementation = model.config.implementation
 
     def statistics(params: Params, state: RWKV7State, batch: BatchLike) -> RWKV7State:
-        batch = Batch.of(batch, caller="state_statistics")
+        with prefix_errors("state_statistics"):
+            batch = Batch.of(batch)
         tokens = jnp.asarray(batch.tokens)[:rows, :-1]
         weights = loss_weights(batch)[:rows]
         start = repeat(state, tokens.shape[0])
@@ -167,6 +168,8 @@ def state_decorrelator(
         ValueError: an unknown method or leaf; from `wrap`, a number out of its range.
     """
     with prefix_errors("state_decorrelator"):
+        check_model(model)
+        check_params(params, model.config)
         check_leaves(leaves)
         check_whole_state(start, "`start`")
         check_count(rows, 1, "`rows`")

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from rwkv7_jax.checks import check_instance, check_number, prefix_errors
+from rwkv7_jax.checks import as_array, check_instance, check_number, prefix_errors
 from rwkv7_jax.model.state import (
     RWKV7State,
     Upscaled,
@@ -209,6 +210,20 @@ def scaled(state: RWKV7State, alpha: ArrayLike) -> RWKV7State:
     return map_linear_leaves(lambda leaf: leaf * jnp.asarray(alpha, leaf.dtype), state)
 
 
+def check_memory(memory: Any) -> Any:
+    """Returns the matrices of one sequence as an array.
+
+    Raises:
+        TypeError: not an array of numbers.
+        ValueError: another shape than [L 1 H Nv M].
+    """
+    memory = as_array(memory, "`memory`")
+    shape = tuple(memory.shape)
+    if len(shape) != 5 or shape[1] != 1:
+        raise ValueError(f"`memory` must have shape [L 1 H Nv M]; got {shape}.")
+    return memory
+
+
 def singular_values(
     memory: Float[Array | np.ndarray, "L 1 H Nv M"],
 ) -> Float[np.ndarray, "L H R"]:
@@ -216,5 +231,11 @@ def singular_values(
 
     Args:
         memory: `state.wkv` or `state.upscaled.memory` of a state of batch 1.
+
+    Raises:
+        TypeError: not an array of numbers.
+        ValueError: not the matrices of one sequence.
     """
+    with prefix_errors("singular_values"):
+        memory = check_memory(memory)
     return np.linalg.svd(np.asarray(memory[:, 0], np.float64), compute_uv=False)

@@ -35,39 +35,39 @@ LEAVES = ("wkv", "att_shift", "ffn_shift", "memory")
 _MEMORY_PARTS = ("memory", "write")
 
 
-def check_leaves(leaves: tuple[str, ...], *, caller: str | None = None) -> None:
+def check_leaves(leaves: tuple[str, ...]) -> None:
     """Checks that all names are among `LEAVES`.
 
     Raises:
         TypeError: no list of names.
         ValueError: a name is not among them, or there is none.
     """
-    prefix = "" if caller is None else f"{caller}: "
     # A string is a sequence of letters; one name alone is the usual mistake.
     if isinstance(leaves, str) or not isinstance(leaves, Sequence):
         raise TypeError(
-            f'{prefix}`leaves` must be a tuple of names, such as ("wkv",); got {leaves!r}.'
+            f'`leaves` must be a tuple of names, such as ("wkv",); got {leaves!r}.'
         )
     if not leaves:
-        raise ValueError(f"{prefix}`leaves` must name an array to tune; got none.")
+        raise ValueError("`leaves` must name an array to tune; got none.")
     for name in leaves:
         if name not in LEAVES:
             raise ValueError(
-                f"{prefix}`leaves` must be among {', '.join(LEAVES)}; got {name!r}."
+                f"`leaves` must be among {', '.join(LEAVES)}; got {name!r}."
             )
 
 
 def _tuned_parts(state: RWKV7State, leaves: tuple[str, ...]) -> dict[str, Array]:
     """Collects the tuned arrays by their names in the state."""
+    if "memory" in leaves and state.upscaled is None:
+        with prefix_errors("state_loss"):
+            raise ValueError(
+                "`leaves` has memory, but the state is not upscaled (see `upscale`)."
+            )
     parts: dict[str, Array] = {}
     for leaf in leaves:
         if leaf != "memory":
             parts[leaf] = getattr(state, leaf)
             continue
-        if state.upscaled is None:
-            raise ValueError(
-                "state_loss: `leaves` has memory, but the state is not upscaled (see `upscale`)."
-            )
         for name in _MEMORY_PARTS:
             parts[name] = getattr(state.upscaled, name)
     return parts
@@ -96,8 +96,16 @@ def stop_gradient_except(state: RWKV7State, leaves: tuple[str, ...]) -> RWKV7Sta
 
 
 def trainable_mask(state: RWKV7State, leaves: tuple[str, ...]) -> RWKV7State:
-    """Builds the mask of the tuned arrays, for `optax.masked` and `decorrelate`."""
-    tuned = dict.fromkeys(_tuned_parts(state, leaves), True)
+    """Builds the mask of the tuned arrays, for `optax.masked` and `decorrelate`.
+
+    Raises:
+        TypeError: not a state, or no list of names.
+        ValueError: an unknown name, or "memory" of a state that has none.
+    """
+    with prefix_errors("trainable_mask"):
+        check_instance(state, RWKV7State, "`state`")
+        check_leaves(leaves)
+        tuned = dict.fromkeys(_tuned_parts(state, leaves), True)
     return _replace_parts(jax.tree.map(lambda _: False, state), tuned)
 
 
@@ -132,8 +140,7 @@ def add_anchor_and_metrics(
             sizes are the upscaled memory's if there is one.
     """
     if anchor:
-        batch = Batch.of(batch, "anchor", caller="loss")
-        tokens = jnp.asarray(batch.anchor)[:, :-1]
+        tokens = jnp.asarray(Batch.of(batch, "anchor").anchor)[:, :-1]
         # The base model is this model from the zero state.
         base = hidden_states_from(model, params, init_state(model.config), tokens)
         tuned = hidden_states_from(model, params, state, tokens)
@@ -188,16 +195,14 @@ def state_loss(
         check_leaves(leaves)
         check_number(anchor, 0, math.inf, "`anchor`")
         check_number(l2wrap, 0, math.inf, "`l2wrap`")
-    check = functools.partial(
-        check_ids_and_shapes,
-        vocab_size=model.config.vocab_size,
-        caller="state_loss",
-    )
+    check = functools.partial(check_ids_and_shapes, vocab_size=model.config.vocab_size)
 
     def loss(params: Params, state: RWKV7State, batch: BatchLike):
-        batch = check(batch)
-        check_targets(batch, caller="state_loss")
         with prefix_errors("state_loss"):
+            batch = check(batch)
+            check_targets(batch)
+            if anchor:
+                Batch.of(batch, "anchor")
             check_instance(state, RWKV7State, "`state`")
             if state.batch != 1:
                 raise ValueError(f"`state` must hold one sequence; got {state.batch}.")

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.data.batch import Batch
 
 TOKENS = np.arange(12, dtype=np.int32).reshape(3, 4)
@@ -36,7 +37,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_field():
     with pytest.raises(
         ValueError, match=r"score: `batch` .* field 'maks'; the nearest is 'mask'"
     ):
-        Batch.of({"tokens": TOKENS, "maks": MASK}, caller="score")
+        with prefix_errors("score"):
+            Batch.of({"tokens": TOKENS, "maks": MASK})
 
 
 @pytest.mark.parametrize("batch", [{"mask": MASK}, {}], ids=["mask alone", "empty"])
@@ -49,7 +51,8 @@ def test_a_field_that_the_caller_needs_must_be_there():
     with pytest.raises(
         ValueError, match=r"score: `batch` must hold 'mask'; it has tokens\."
     ):
-        Batch.of(Batch(tokens=TOKENS), "mask", caller="score")
+        with prefix_errors("score"):
+            Batch.of(Batch(tokens=TOKENS), "mask")
 
 
 def test_something_else_than_a_mapping_is_refused():

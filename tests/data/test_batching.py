@@ -115,13 +115,16 @@ def test_batches_made_ahead_by_several_threads_are_those_made_in_order(stream, c
 
 def test_unknown_choices_and_sizes_that_do_not_fit_are_refused(stream):
     for choices, reason in (
-        ({"order": "sorted"}, "`order` must be shuffled or cubic; got 'sorted'"),
-        ({"packing": "none"}, "`packing` must be stream or documents; got 'none'"),
+        ({"order": "sorted"}, "`order` must be one of shuffled, cubic; got 'sorted'"),
+        ({"packing": "none"}, "`packing` must be one of stream, documents; got 'none'"),
         (
             {"order": "cubic", "packing": "documents"},
             '`order` must be "shuffled" where',
         ),
-        ({"order": "cubic", "length": 11}, "at least 33 for windows of 11; got 31"),
+        (
+            {"order": "cubic", "length": 11},
+            "at least 33 tokens; got 31, too few for `length` 11",
+        ),
     ):
         with pytest.raises(ValueError, match=reason):
             batch_at(stream, 0, **{"batch_size": 1, "length": 6} | choices)

@@ -26,7 +26,7 @@ def test_a_source_that_does_not_exist_is_named():
     ):
         texts("nowhere")
     with pytest.raises(
-        ValueError, match="`on_bad` must be error or skip; got 'ignore'"
+        ValueError, match="`on_bad` must be one of error, skip; got 'ignore'"
     ):
         texts("stdlib", on_bad="ignore")
 

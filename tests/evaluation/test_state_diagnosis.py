@@ -183,10 +183,10 @@ def test_the_order_of_rows_changes_nothing(model, params, bare):
 
 
 def test_a_text_in_which_nothing_counts_is_refused(model, params):
-    with pytest.raises(ValueError, match="`batch` must have a target that counts"):
+    with pytest.raises(ValueError, match=r"diagnose: `batch\.mask` must count"):
         diagnose(model, params, init_state(CONFIG), text(scored=0))
     with pytest.raises(
-        ValueError, match="retention: `other` must have a target that counts"
+        ValueError, match=r"retention: `batches\['other'\]\.mask` must count"
     ):
         retention(model, params, init_state(CONFIG), {"other": text(scored=0)})
 

@@ -25,7 +25,8 @@ batch = pytest.fixture(tiny_observers.batch, scope="module")
 def test_other_vocabularies_and_sizes_are_refused(made, teacher):
     other = dataclasses.replace(TEACHER, vocab_size=24)
     with pytest.raises(
-        ValueError, match=r"`model` must have the teacher's vocab_size 24; got 23"
+        ValueError,
+        match=r"init_observer: `model` must have the teacher's vocab_size 24; got 23",
     ):
         init_observer(SMALL, other, jax.random.key(0))
     with pytest.raises(
@@ -68,7 +69,7 @@ def test_weights_of_the_terms_are_checked(made, teacher):
         ),
         (
             {"tokens": np.full((ROWS, LENGTH + 1), 23, np.int32)},
-            r"`tokens` must be .* below 23",
+            r"`batch\.tokens` must be .* below 23",
         ),
         (
             {"tokens": np.zeros((ROWS, 1), np.int32)},

@@ -1,4 +1,4 @@
-"""Tuning and generation work under JAX's global switches; each has a process of its own."""
+"""New weights, tuning and generation under JAX's global switches, each in its own process."""
 
 import os
 import subprocess
@@ -16,6 +16,7 @@ SWITCHES = {
     "rank promotion raises": {"JAX_NUMPY_RANK_PROMOTION": "raise"},
     "full matmul precision": {"JAX_DEFAULT_MATMUL_PRECISION": "highest"},
     "nothing is compiled": {"JAX_DISABLE_JIT": "1"},
+    "promotion is strict": {"JAX_NUMPY_DTYPE_PROMOTION": "strict"},
     "leaks raise": {"JAX_CHECK_TRACER_LEAKS": "1"},
 }
 
@@ -49,6 +50,6 @@ def usual() -> list[float]:
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_a_global_switch_of_jax_changes_no_loss(switch, usual):
     found = run(SWITCHES[switch])
-    # Two losses, then ids: draws of other keys differ, and so do other dtypes' roundings.
-    assert found[:2] == pytest.approx(usual[:2], rel=1e-4)
-    assert len(found) <= 6
+    # New weights and two losses, then ids: draws of other keys differ, and so do roundings.
+    assert found[:3] == pytest.approx(usual[:3], rel=1e-4)
+    assert len(found) <= 7

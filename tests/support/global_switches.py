@@ -1,4 +1,4 @@
-"""One step of state tuning and one generation, printed; run in a process of its own."""
+"""New weights, two steps of state tuning and one generation, printed; run in its own process."""
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,15 @@ from rwkv7_jax.tuning.state_tuning import trainable_mask
 CONFIG = rwkv.RWKV7Config(vocab_size=257, num_layers=2, width=32, head_size=16)
 
 
-def draw_weights(model: rwkv.RWKV7):
-    """Draws weights none of which are zero: new ones would hide the recurrence."""
+def make_new_weights(model: rwkv.RWKV7):
+    """Makes the weights of a new model."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     start = rwkv.init_state(model.config)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens, start)["params"]
+    return model.init(jax.random.key(0), tokens, start)["params"]
+
+
+def draw_weights(shapes):
+    """Draws weights none of which are zero: new ones would hide the recurrence."""
     noise = np.random.default_rng(0)
 
     def draw(leaf):
@@ -26,9 +30,13 @@ def draw_weights(model: rwkv.RWKV7):
 
 
 def main() -> None:
-    """Prints the loss before and after one step, and the ids that follow a prompt."""
+    """Prints the sum of new weights, two losses, and the ids that follow a prompt."""
     model = rwkv.RWKV7(CONFIG)
-    params = draw_weights(model)
+    new = make_new_weights(model)
+    # Draws differ where float64 is allowed; what follows from the layer alone does not.
+    fixed = [new["layers"]["att"][name] for name in ("w0", "k_k", "a0")]
+    start = sum(float(jnp.sum(jnp.abs(leaf))) for leaf in fixed)
+    params = draw_weights(new)
     ids = np.random.default_rng(1).integers(0, 257, (2, 9))
     batch = rwkv.data.Batch(tokens=ids, mask=np.ones((2, 8), np.float32))
 
@@ -57,9 +65,9 @@ def main() -> None:
     )
     # Nothing becomes float64 on the way, where that is allowed.
     wide = rwkv.upscale(model, params, ids, dynamics="delta", size=8)
-    for leaf in jax.tree.leaves((train.params, out.state, out.logits, wide)):
+    for leaf in jax.tree.leaves((new, train.params, out.state, out.logits, wide)):
         assert leaf.dtype == jnp.float32, leaf.dtype
-    print(*losses, *out.tokens[0])
+    print(start, *losses, *out.tokens[0])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from rwkv7_jax.observer.evaluation import evaluate_handover
 from rwkv7_jax.observer.files import save_observer
 from rwkv7_jax.observer.loss import observer_loss
 from rwkv7_jax.observer.observer import Observer, init_observer, propose, state_moments
-from rwkv7_jax.observer.prompt_splits import add_prompt_splits
+from rwkv7_jax.observer.prompt_splits import add_prompt_splits, count_answers
 from rwkv7_jax.runs.datasets import held_out
 from rwkv7_jax.runs.input_pipeline import BatchSource, PrefetchedBatches
 from rwkv7_jax.runs.modes.base import DatasetMode, count, load_or_init, tokenizer_of
@@ -64,6 +64,12 @@ class ObserverMode(DatasetMode):
         )
         # Split once, so that all evaluations of a run measure the same continuations.
         self._held_out = self._split_prompts(rows, 0)
+        if not count_answers(self._held_out):
+            raise ValueError(
+                "`config.observer.most` must leave a target that counts after a prompt of the rows "
+                "for evaluation; none does. Take shorter prompts, or a longer "
+                "`config.evaluation.length`."
+            )
 
     def _observer_config(self, teacher: RWKV7Config) -> RWKV7Config:
         """Sizes the observer: by default one layer of half the teacher's width."""

@@ -30,7 +30,12 @@ from rwkv7_jax.test_time.losses import (
 from rwkv7_jax.test_time.questions import QuestionSet, find_verifier
 from rwkv7_jax.test_time.rollouts import RolloutSampler, held_out_reward
 from rwkv7_jax.test_time.teacher import collect_traces
-from rwkv7_jax.test_time.traces import Trace, check_trace_tokens, read_traces
+from rwkv7_jax.test_time.traces import (
+    Trace,
+    check_trace_tokens,
+    read_traces,
+    write_traces,
+)
 from rwkv7_jax.test_time.tuning_loop import StateBatchSource
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -214,6 +219,8 @@ class TestTimeMode(StateTuningMode):
             raise ValueError(
                 "`config.test_time.keep` must leave a trace to learn from; got none."
             )
+        # Another run reads them as its guide, and needs no teacher.
+        write_traces(self.folder / "kept_traces.jsonl", traces)
         return traces
 
 
