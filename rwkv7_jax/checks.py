@@ -51,10 +51,6 @@ def prefix_errors(function: str) -> Iterator[None]:
 def check_function(value: Any, argument: str) -> None:
     """Checks that a value can be called.
 
-    Args:
-        value: the value to check.
-        argument: the argument in backticks; the message begins with it.
-
     Raises:
         TypeError: the value cannot be called.
     """
@@ -76,11 +72,6 @@ def is_known(value: Any) -> bool:
 
 def check_instance(value: Any, kind: type, argument: str) -> None:
     """Checks that a value is an instance of a class.
-
-    Args:
-        value: the value to check.
-        kind: the class.
-        argument: the argument in backticks; the message begins with it.
 
     Raises:
         TypeError: the value is something else.

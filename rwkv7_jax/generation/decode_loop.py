@@ -214,7 +214,7 @@ def decode(
         run, tokens, lengths, index = loop
         run, sampled, live = run.advance(model, params, keys=keys, options=options)
         tokens = tokens.at[:, index].set(jnp.where(live, sampled, 0))
-        return run, tokens, lengths + live, index + 1
+        return run, tokens, lengths + live.astype(jnp.int32), index + 1
 
     no_tokens = jnp.zeros((batch, capacity), jnp.int32)
     no_lengths = jnp.zeros(batch, jnp.int32)

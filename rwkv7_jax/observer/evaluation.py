@@ -140,8 +140,8 @@ def proposal_error(
     with prefix_errors("proposal_error"):
         check_instance(observer, Observer, "`observer`")
         check_model(teacher, "`teacher`")
-        check_params(teacher_params, teacher.config, "`teacher_params`")
         check_teacher(observer, teacher.config)
+        check_params(teacher_params, teacher.config, "`teacher_params`")
         check_maps(observer, params)
         tokens, lengths = check_prompt_tokens(
             tokens, lengths, teacher.config.vocab_size

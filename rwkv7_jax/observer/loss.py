@@ -273,8 +273,8 @@ def observer_loss(
     with prefix_errors("observer_loss"):
         check_instance(observer, Observer, "`observer`")
         check_model(teacher, "`teacher`")
-        check_params(teacher_params, teacher.config, "`teacher_params`")
         check_teacher(observer, teacher.config)
+        check_params(teacher_params, teacher.config, "`teacher_params`")
         _check_weights(weights)
     loss = ObserverLoss(observer, teacher, variance, divergence, answers)
     return Partial(loss, teacher_params)

@@ -161,11 +161,11 @@ def _check_teacher(
             raise ValueError("`teacher_state` needs a `teacher`; got None.")
         return None
     check_model(teacher, "`teacher`")
-    check_params(teacher_params, teacher.config, "`teacher_params`")
     ours = model.config.vocab_size
     theirs = teacher.config.vocab_size
     if ours != theirs:
         raise ValueError(f"`teacher` must have the student's {ours} ids; got {theirs}.")
+    check_params(teacher_params, teacher.config, "`teacher_params`")
     return _start_state(teacher_state, teacher, "teacher_state")
 
 

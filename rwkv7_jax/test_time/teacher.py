@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -333,7 +334,11 @@ class _MajorityVote:
         if not (isinstance(vote, tuple) and len(vote) == 2 and callable(vote[0])):
             raise TypeError(f"`vote` must be a function and a margin; got {vote!r}.")
         self._extract, self._margin = vote
-        check_number(self._margin, 0, 1, "the margin of `vote`")
+        check_number(self._margin, -math.inf, math.inf, "the margin of `vote`")
+        if not 0 <= self._margin <= 1:
+            raise ValueError(
+                f"`vote` must have a margin from 0 to 1; got {self._margin}."
+            )
 
     def weights(self, question: _Question, completions: list[Ids]) -> list[float]:
         """Returns weight 1 for the completions that are kept, else 0."""

@@ -168,7 +168,9 @@ def test_a_negative_reward_never_becomes_a_weight_in_train_py(
 
 
 def test_groups_of_one_are_refused_before_anything_is_drawn(tmp_path, base):
-    with pytest.raises(ValueError, match="grpo: `group` must be at least 2; got 1"):
+    with pytest.raises(
+        ValueError, match="PolicyBatches: `group` must be at least 2; got 1"
+    ):
         make_mode(settings_of(base, method="grpo", group=1), tmp_path)
 
 
