@@ -221,10 +221,10 @@ def completion_rows(
 def _check_rows(prompts: Any, completions: Any, length: int, weights: Any) -> None:
     """Raises unless prompts, completions and weights are rows of a length."""
     rows = check_prompts(prompts, _ANY_ID)
-    columns: dict[str, Any] = {"completions": completions, "weights": weights}
+    columns = {"completions": completions}
+    if weights is not None:
+        columns["weights"] = weights
     for name, values in columns.items():
-        if values is None and name == "weights":
-            continue
         if isinstance(values, str) or not hasattr(values, "__len__"):
             kind = type(values).__name__
             raise TypeError(f"`{name}` must be one for each prompt; got {kind}.")
