@@ -234,7 +234,7 @@ def test_bad_arguments_of_losses_are_refused(params):
             distillation_loss(MODEL, params, **change)
     for change, message in [
         ({"temperature": 0}, "`temperature` must be above 0"),
-        ({"kl": float("nan")}, "`kl` must be finite"),
+        ({"kl": float("nan")}, "`kl` must be at least 0; got nan"),
         ({"reference": init_state(LARGE)}, "`reference`: .* must have shape"),
         ({"leaves": ("kv",)}, "`leaves` must be among"),
     ]:
