@@ -289,9 +289,11 @@ def forward(
     u = removals(chunk, inverse, written, start)
     y = dot(chunk.rh, start, arithmetic) + dot(arb, u, arithmetic)
     y = y + dot(written.ark, written.v, arithmetic)
-    end = start + dot(chunk.bh, u, arithmetic, left=0)
-    end = end + dot(written.kh, written.v, arithmetic, left=0)
-    return y, end
+    # The state is added last: two products chained into one accumulator that a loop carries are
+    # compiled wrongly for some GPUs (triton-lang/triton#10821).
+    change = dot(chunk.bh, u, arithmetic, left=0)
+    change = change + dot(written.kh, written.v, arithmetic, left=0)
+    return y, start + change
 
 
 def removal_gradients(
@@ -307,11 +309,9 @@ def removal_gradients(
 def state_gradient(chunk: Chunk, z: Values, dy: Values, dend: Matrix) -> Matrix:
     """Computes dS^ from Z and G^."""
     arithmetic = chunk.arithmetic
-    return (
-        dend
-        + dot(chunk.rh, dy, arithmetic, left=0)
-        + dot(chunk.ah, z, arithmetic, left=0)
-    )
+    # The gradient that is carried comes last, as in `forward`.
+    change = dot(chunk.rh, dy, arithmetic, left=0)
+    return dend + (change + dot(chunk.ah, z, arithmetic, left=0))
 
 
 def gradients(

@@ -75,6 +75,10 @@ _BY_NAME: dict[str, Implementation] = {
     "pallas_gpu": pallas_gpu.KERNELS,
     "triton": triton.KERNELS,
 }
+# Longer chunks make the squares of a chunk operands of warpgroup products on Hopper. There, Triton
+# takes a transposed product of 16 bits for its left operand wrongly (triton-lang/triton#6124).
+GPU_CHUNKS = (16, 32)
+GPU_TABLES = {"pallas_gpu": tiles.PALLAS_GPU, "triton": tiles.TRITON}
 # The kernel that None takes on each platform, where it can take the arrays.
 _BEST_KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
 
@@ -88,11 +92,16 @@ def available() -> tuple[str, ...]:
             continue
         if name == "triton" and triton.missing():
             continue
+        table = GPU_TABLES.get(name)
+        if table is not None and not tiles.rows_for(table, tiles.capability()):
+            continue
         names.append(name)
     return tuple(names)
 
 
-def unsupported_reason(name: str, inputs: WKVInputs, state: State) -> str | None:
+def unsupported_reason(
+    name: str, inputs: WKVInputs, state: State, chunk: int | None
+) -> str | None:
     """Says what a kernel would take instead of these arrays; None if it takes them."""
     dtype = inputs.v.dtype
     sizes = (inputs.r.shape[3], inputs.v.shape[3])
@@ -103,6 +112,8 @@ def unsupported_reason(name: str, inputs: WKVInputs, state: State) -> str | None
         if any(size % 32 for size in sizes) or max(sizes) > 256:
             return f"head sizes that are multiples of 32 up to 256; got {sizes}"
         return None
+    if chunk not in (None, *GPU_CHUNKS):
+        return f"chunks of {' or '.join(map(str, GPU_CHUNKS))} tokens; got {chunk}"
     return _unsupported_gpu_reason(name, sizes)
 
 
@@ -117,16 +128,28 @@ def _unsupported_gpu_reason(name: str, sizes: tuple[int, int]) -> str | None:
     # In the interpreter, or in an export made elsewhere, there is no GPU whose limits count.
     if platforms.target_platform() != "cuda":
         return None
-    table = tiles.TRITON if name == "triton" else tiles.PALLAS_GPU
-    largest = max(tiles.rows_for(table, tiles.capability()), default=0)
+    table = GPU_TABLES[name]
+    capability = tiles.capability()
+    largest = max(tiles.rows_for(table, capability), default=0)
     if not largest:
-        return "GPUs of compute capability 8.0 or newer"
+        kind = platforms.target().device_kind
+        number = "unknown" if capability is None else capability / 10
+        return (
+            "GPUs of compute capability 8.0 to 9.0, on which its results are known to be right; "
+            f"got {kind}, whose capability is {number}"
+        )
     if max(sizes) > largest:
         return f"head sizes up to {largest} on this GPU; got {sizes}"
     return None
 
 
-def check(name: str, inputs: WKVInputs, state: State, interpret: bool) -> None:
+def check(
+    name: str,
+    inputs: WKVInputs,
+    state: State,
+    chunk: int | None,
+    interpret: bool,
+) -> None:
     """Raises unless the implementation of this name can serve the call.
 
     Raises:
@@ -144,21 +167,23 @@ def check(name: str, inputs: WKVInputs, state: State, interpret: bool) -> None:
             f"wkv7: {name!r} is made for {wanted} devices, this program for {platform}; name "
             f"another implementation or, to lower from here, set an abstract mesh of that device."
         )
-    reason = unsupported_reason(name, inputs, state)
+    reason = unsupported_reason(name, inputs, state, chunk)
     if reason:
         raise NotImplementedError(f"wkv7: {name!r} takes {reason}.")
     if name == "triton":
         triton.check_versions()
 
 
-def _takes_kernel(platform: str, inputs: WKVInputs, state: State) -> bool:
+def _takes_kernel(
+    platform: str, inputs: WKVInputs, state: State, chunk: int | None
+) -> bool:
     """Tells whether a call without a name takes this platform's kernel."""
     if platform not in _BEST_KERNELS:
         return False
     # One token, as in decoding, is a few small products: XLA fuses them, a kernel only adds a call.
     if inputs.r.shape[1] == 1:
         return False
-    return not unsupported_reason(_BEST_KERNELS[platform], inputs, state)
+    return not unsupported_reason(_BEST_KERNELS[platform], inputs, state, chunk)
 
 
 def _kernel_branch(platform: str, function: Callable) -> Callable:
@@ -187,7 +212,7 @@ def forward(
     for platform, kernel in _BEST_KERNELS.items():
         # A kernel that no platform will use is not even traced: that takes 0.1 to 0.2 seconds.
         is_wanted = exports_all or platform == platforms.target_platform()
-        if is_wanted and _takes_kernel(platform, inputs, state):
+        if is_wanted and _takes_kernel(platform, inputs, state, chunk):
             run = functools.partial(_BY_NAME[kernel].forward, chunk=chunk)
             branches[platform] = _kernel_branch(platform, run)
     return jax.lax.platform_dependent(
@@ -223,8 +248,8 @@ class Residuals:
     platform: str | None = None
 
 
-def _zeros_like(shape: jax.ShapeDtypeStruct) -> Array:
-    """Returns zeros of this shape and dtype that vary over the same mesh axes."""
+def zeros_like(shape: Any) -> Array:
+    """Returns zeros like an array's type or description, which vary over the same mesh axes."""
     zeros = jnp.zeros(shape.shape, shape.dtype)
     axes = tuple(shape.manual_axis_type.varying) if shape.manual_axis_type else ()
     # Inside `shard_map` all branches of a conditional must vary over the same axes.
@@ -242,7 +267,7 @@ def forward_saving(
     """Computes y, the state after the last token, and what `backward` needs."""
     platform = platforms.target_platform()
     # "chunked" also on CPUs, where "scan" is the faster forward pass: its gradient is faster.
-    if name is not None or not _takes_kernel(platform, inputs, state):
+    if name is not None or not _takes_kernel(platform, inputs, state, chunk):
         implementation = _BY_NAME[name or "chunked"]
         y, end, starts = implementation.forward_saving(
             inputs, state, chunk=chunk, interpret=interpret
@@ -253,7 +278,7 @@ def forward_saving(
 
     def other_platforms(inputs, state):
         # All branches return the same shapes; `backward` on these platforms does not read them.
-        starts = _zeros_like(jax.eval_shape(run, inputs, state)[2])
+        starts = zeros_like(jax.eval_shape(run, inputs, state)[2])
         return *chunked.forward(inputs, state, chunk=chunk), starts
 
     # Only the target's kernel: other platforms' kernels keep states of other shapes.

@@ -85,22 +85,34 @@ FLOAT32_TPU = TPU(64, 2)
 # Tokens of a chunk in what XLA compiles.
 XLA = 16
 # Compute capability of abstract devices, which do not tell it, by a part of their kind's name.
-CAPABILITY_BY_KIND = {"A100": 80, "A800": 80, "A30": 80}
+CAPABILITY_BY_KIND = {
+    "A100": 80,
+    "A800": 80,
+    "A30": 80,
+    "H100": 90,
+    "H200": 90,
+    "H800": 90,
+    "H20": 90,
+    "GH200": 90,
+}
+# From this capability on (Blackwell) no kernel runs until a device has cleared it: Triton 3.6 and
+# 3.7 compile two products that are chained into one accumulator to wrong numbers there
+# (triton-lang/triton#10821), without an error.
+UNCHECKED_CAPABILITY = 100
 
 _override: contextvars.ContextVar = contextvars.ContextVar("override", default=None)
 
 
-def capability() -> int:
-    """Returns the target GPU's compute capability, 90 for 9.0; 90 if it is unknown."""
+def capability() -> int | None:
+    """Returns the target GPU's compute capability, 90 for 9.0; None if it is unknown."""
     device = platforms.target()
     version = getattr(device, "compute_capability", None)
     if version is not None:
         return round(float(version) * 10)
-    for name, number in CAPABILITY_BY_KIND.items():
-        if name in device.device_kind:
-            return number
-    # Described devices of an unknown kind count as Hopper.
-    return 90
+    words = device.device_kind.replace("-", " ").split()
+    # Whole words: "H20" is part of "H200", and "A30" of names of other cards.
+    numbers = (CAPABILITY_BY_KIND.get(word) for word in words)
+    return next((number for number in numbers if number is not None), None)
 
 
 @contextlib.contextmanager
@@ -116,10 +128,21 @@ def override(choice: GPU | TPU) -> Iterator[None]:
         _override.reset(token)
 
 
-def rows_for(table: dict, capability: int) -> dict[int, GPU]:
-    """Returns the table's rows for the newest GPUs that are no newer than this; {} if all are."""
+def rows_for(table: dict, capability: int | None) -> dict[int, GPU]:
+    """Returns the table's rows for the newest listed GPUs that are no newer than this.
+
+    Args:
+        table: `PALLAS_GPU` or `TRITON`.
+        capability: compute capability, 90 for 9.0; None if it is unknown.
+
+    Returns:
+        Rows by head size; {} for older, unchecked and unknown GPUs.
+    """
+    if capability is None or capability >= UNCHECKED_CAPABILITY:
+        return {}
     listed = [number for number in table if number <= capability]
-    # Newer GPUs than any that is listed take the newest rows: untuned, but they run.
+    # GPUs between two that are listed (8.6, 8.9) have the older one's instructions, and its rows
+    # fit into their shared memory of 101,376 bytes.
     return table[max(listed)] if listed else {}
 
 
@@ -128,7 +151,7 @@ def for_gpu(
     keys: int,
     values: int,
     dtype: jax.typing.DTypeLike,
-    capability: int,
+    capability: int | None,
 ) -> GPU:
     """Returns the choices for these heads and tokens on such a GPU.
 
@@ -137,14 +160,15 @@ def for_gpu(
         keys: key channels of a head.
         values: value channels of a head.
         dtype: of the tokens.
-        capability: compute capability, 90 for 9.0.
+        capability: compute capability, 90 for 9.0; None, where there is no GPU and the kernels
+            run in an interpreter, takes the newest rows.
     """
     replaced = _override.get()
     if replaced is not None:
         return replaced
     if jnp.dtype(dtype) != jnp.bfloat16:
         return FLOAT32
-    rows = rows_for(table, capability)
+    rows = rows_for(table, capability or max(table))
     return rows[min(size for size in rows if size >= max(keys, values))]
 
 

@@ -1,71 +1,132 @@
-"""The public WKV-7 op: argument checks, choice of implementation, one `custom_vjp`."""
+"""The public WKV-7 op: argument checks, choice of implementation, its derivatives.
+
+`_compute` computes the op. In a gradient, `_saving` computes it and keeps states for the backward
+pass, and `_gradients` is that pass. Kernels cannot be differentiated, so these two have rules of
+their own: second and higher derivatives are those of "chunked", plain JAX on every platform. The
+op itself has no forward mode, since a transposed rule would take the place of the kernels'
+backward pass.
+"""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import dispatch
+from pallas_kernels import chunked, dispatch, tiles
 from pallas_kernels.reference import State, WKVInputs
 
 CHUNKS = (16, 32, 64)
+# Largest chunk for float16 tokens: factors of longer chunks pass 65,504, the largest float16.
+FLOAT16_CHUNK = 16
+# Up to this sum of -log_w over half a chunk all factors of a chunk are finite in float32.
+LARGEST_EXPONENT = 80.0
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _wkv7(
-    implementation: str | None,
-    chunk: int | None,
-    interpret: bool,
-    inputs,
-    state,
-):
-    return dispatch.forward(
-        implementation,
-        inputs,
-        state,
-        chunk=chunk,
-        interpret=interpret,
-    )
+FORWARD_MODE = (
+    "wkv7: forward-mode differentiation (jax.jvp, jax.jacfwd, jax.linearize) is not defined; use "
+    "reverse mode (jax.grad, jax.vjp, jax.jacrev), to whose results forward mode may be applied."
+)
 
 
-def _forward(
-    implementation,
-    chunk,
-    interpret,
-    inputs,
-    state,
-):
-    y, end, residuals = dispatch.forward_saving(
-        implementation,
-        inputs,
-        state,
-        chunk=chunk,
-        interpret=interpret,
-    )
-    return (y, end), residuals
+class _Options(NamedTuple):
+    """What a call asks for, besides its arrays."""
+
+    implementation: str | None
+    chunk: int | None
+    interpret: bool
 
 
-def _backward(
-    implementation,
-    chunk,
-    interpret,
-    residuals,
-    cotangents,
-):
-    dy, dend = cotangents
+def _gradients(
+    options: _Options, residuals: dispatch.Residuals, dy: Array, dend: State
+) -> tuple[WKVInputs, State]:
+    """Computes the gradients of the six inputs and of the start state."""
     return dispatch.backward(
-        implementation,
+        options.implementation,
         residuals,
         dy,
         dend,
-        chunk=chunk,
-        interpret=interpret,
+        chunk=options.chunk,
+        interpret=options.interpret,
     )
 
 
+def _gradients_jvp(options, primals, tangents):
+    """Differentiates the gradients, computed anew from the inputs by "chunked"."""
+    run = functools.partial(chunked.forward, chunk=options.chunk)
+
+    def gradients(inputs, state, dy, dend):
+        _, pull = jax.vjp(run, inputs, state)
+        return pull((dy, dend))
+
+    def arguments(residuals, dy, dend):
+        # Not the kept states: they follow from the inputs and the start state.
+        return residuals.inputs, residuals.state, dy, dend
+
+    _, changes = jax.jvp(gradients, arguments(*primals), arguments(*tangents))
+    return _differentiable_gradients(options, *primals), changes
+
+
+_differentiable_gradients = jax.custom_jvp(_gradients, nondiff_argnums=(0,))
+_differentiable_gradients.defjvp(_gradients_jvp)
+
+
+def _saving(
+    options: _Options, inputs: WKVInputs, state: State
+) -> tuple[Array, State, dispatch.Residuals]:
+    """Computes y, the state after the last token, and what `_gradients` needs."""
+    return dispatch.forward_saving(
+        options.implementation,
+        inputs,
+        state,
+        chunk=options.chunk,
+        interpret=options.interpret,
+    )
+
+
+def _saving_jvp(options, primals, tangents):
+    """Differentiates y and the last state by "chunked"."""
+    y, end, residuals = _differentiable_saving(options, *primals)
+    run = functools.partial(chunked.forward, chunk=options.chunk)
+    _, (y_change, end_change) = jax.jvp(run, primals, tangents)
+    # The residuals hold the inputs themselves. Nothing differentiates the kept states.
+    constant = dispatch.zeros_like(jax.typeof(residuals.starts))
+    inputs_change, state_change = tangents
+    changes = dispatch.Residuals(
+        inputs_change, state_change, constant, residuals.platform
+    )
+    return (y, end, residuals), (y_change, end_change, changes)
+
+
+_differentiable_saving = jax.custom_jvp(_saving, nondiff_argnums=(0,))
+_differentiable_saving.defjvp(_saving_jvp)
+
+
+def _compute(options: _Options, inputs: WKVInputs, state: State) -> tuple[Array, State]:
+    """Computes y and the state after the last token."""
+    return dispatch.forward(
+        options.implementation,
+        inputs,
+        state,
+        chunk=options.chunk,
+        interpret=options.interpret,
+    )
+
+
+def _forward(options, inputs, state):
+    y, end, residuals = _differentiable_saving(options, inputs, state)
+    return (y, end), residuals
+
+
+def _backward(options, residuals, cotangents):
+    dy, dend = cotangents
+    return _differentiable_gradients(options, residuals, dy, dend)
+
+
+_wkv7 = jax.custom_vjp(_compute, nondiff_argnums=(0,))
 _wkv7.defvjp(_forward, _backward)
 
 
@@ -110,6 +171,44 @@ def _check_arrays(inputs: WKVInputs, state: State) -> None:
         raise TypeError(f"wkv7: `state` must be float32; got {state.dtype}.")
 
 
+def _largest_exponent(log_w: Array, half: int) -> float | None:
+    """Computes the largest sum of |log_w| over half a chunk; None where it cannot be read."""
+    if isinstance(log_w, Tracer) or not log_w.is_fully_addressable:
+        return None
+    # On the host: inside `jit` JAX would only trace the sums of a constant.
+    magnitude = np.abs(np.asarray(log_w, np.float32))
+    padding = ((0, 0), (0, -log_w.shape[1] % half), (0, 0), (0, 0))
+    halves = np.pad(magnitude, padding)
+    halves = halves.reshape(log_w.shape[0], -1, half, *log_w.shape[2:])
+    return float(np.max(halves.sum(axis=2), initial=0))
+
+
+def _check_chunks(
+    inputs: WKVInputs, implementation: str | None, chunk: int | None
+) -> str | None:
+    """Raises unless the factors of all chunks are finite, as far as this can be known.
+
+    Returns:
+        The implementation; "scan", which has no such factors, in place of None where they are not.
+    """
+    if implementation == "scan":
+        return implementation
+    if inputs.v.dtype == jnp.float16 and chunk not in (None, FLOAT16_CHUNK):
+        raise ValueError(
+            f"wkv7: `chunk` must be None or {FLOAT16_CHUNK} for float16 tokens; got {chunk}."
+        )
+    length = chunk or (tiles.XLA if implementation == "chunked" else max(CHUNKS))
+    exponent = _largest_exponent(inputs.log_w, length // 2)
+    if exponent is None or not exponent > LARGEST_EXPONENT:
+        return implementation
+    if implementation is None:
+        return "scan"
+    raise ValueError(
+        f"wkv7: `log_w` must sum up to at most {LARGEST_EXPONENT:g} over {length // 2} tokens for "
+        f"{implementation!r}; got {exponent:.4g}. Name 'scan', which takes any decay."
+    )
+
+
 def _as_array(value: Any, name: str) -> Array:
     """Returns an argument as an array of JAX."""
     is_array = hasattr(value, "shape") and hasattr(value, "dtype")
@@ -139,13 +238,20 @@ def _check_lengths(lengths: Array, batch: int, tokens: int) -> None:
         )
 
 
-def _mask_padding(inputs: WKVInputs, lengths: Int[Array, " B"]) -> WKVInputs:
-    """Sets tokens from each row's length on to zeros: they write nothing and read zeros."""
-    batch, tokens = inputs.r.shape[:2]
+def _is_token(
+    lengths: Int[Array, " B"], batch: int, tokens: int
+) -> Bool[Array, "B T 1 1"]:
+    """Tells which tokens come before their row's length."""
     _check_lengths(lengths, batch, tokens)
-    is_token = (jnp.arange(tokens)[None] < lengths[:, None])[..., None, None]
-    # A select, not a product: padding may hold NaN.
-    return jax.tree.map(lambda x: jnp.where(is_token, x, 0), inputs)
+    return (jnp.arange(tokens)[None] < lengths[:, None])[..., None, None]
+
+
+def _select(is_token: Bool[Array, "B T 1 1"] | None, x: Array) -> Array:
+    """Sets padding to zeros: such tokens write nothing and read zeros.
+
+    A select, not a product: padding may hold NaN, and so may what arrives as its gradient.
+    """
+    return x if is_token is None else jnp.where(is_token, x, 0)
 
 
 def wkv7(
@@ -165,13 +271,17 @@ def wkv7(
     """Computes what every token reads from the recurrent state, and the state after the last token.
 
     For each head, S <- S (diag(exp(log_w)) + a b^T) + v k^T and y = S r, with float32 states. All
-    seven arrays have gradients, also through the returned state. Key and value sizes may differ,
-    and T may be any number, zero included.
+    seven arrays have gradients, also through the returned state. Second and higher derivatives are
+    those of "chunked"; forward mode is not defined. Key and value sizes may differ, and T may be
+    any number, zero included.
 
     Args:
         r: receptance, which reads the state.
         log_w: natural logarithm of the decay, per key channel, in (-0.6066, 0]. Best kept in
-            float32.
+            float32. "scan" takes any other value as well. The rest need finite factors of a chunk:
+            |log_w| sums up to at most 80 over half a chunk, at any place. Where that can be read
+            and does not hold, None takes "scan" and a name is refused. A traced `log_w` cannot be
+            checked: there such a chunk ends in NaN, so name "scan".
         k: key, under which the value is written.
         v: value, which is written.
         a: removal key, -kk in the model.
@@ -184,17 +294,20 @@ def wkv7(
         lengths: the number of real tokens in each row; padding is on the right. Traced lengths
             cannot be checked: those below 0 count as 0, those above T as T.
         chunk: tokens between two states kept for the backward pass and, except in "scan", rows of
-            a matrix product: 16, 32 or 64; None takes the best for the implementation.
+            a matrix product: 16, 32 or 64; None takes the best for the implementation. GPU kernels
+            take 16 or 32, float16 tokens 16.
         interpret: run Pallas kernels in Pallas's interpreter on any device; slow, for tests.
 
     Returns:
         y in v's dtype, and the final state in the state's.
 
     Raises:
-        ValueError: the shapes do not fit, lengths are out of range, or `implementation` or `chunk`
-            is unknown.
-        TypeError: the state is not float32, or inputs are not floating point.
-        NotImplementedError: a named implementation is made for other devices, head sizes or dtypes.
+        ValueError: the shapes do not fit, lengths or the decay are out of range, or
+            `implementation` or `chunk` is unknown.
+        TypeError: the state is not float32, inputs are not floating point, or it is differentiated
+            in forward mode.
+        NotImplementedError: a named implementation is made for other devices, head sizes, chunks or
+            dtypes; or a GPU kernel would be partitioned by the compiler (see `jax.shard_map`).
         ImportError: "triton" was named without jax-triton or triton.
         RuntimeError: "triton" was named and the versions of the two do not fit.
 
@@ -212,12 +325,24 @@ def wkv7(
     state = _as_array(state, "state")
     _check_options(implementation, chunk)
     _check_arrays(inputs, state)
+    batch, tokens = inputs.r.shape[:2]
+    is_token = None
     if lengths is not None:
-        inputs = _mask_padding(inputs, _as_array(lengths, "lengths"))
+        is_token = _is_token(_as_array(lengths, "lengths"), batch, tokens)
+        inputs = jax.tree.map(functools.partial(_select, is_token), inputs)
     # No implementation has to handle an empty grid or scan.
-    if inputs.r.shape[1] == 0:
+    if tokens == 0:
         # [B 0 H Nv], which is also the shape and dtype of y.
         return inputs.v, state
+    implementation = _check_chunks(inputs, implementation, chunk)
     if implementation is not None:
-        dispatch.check(implementation, inputs, state, interpret)
-    return _wkv7(implementation, chunk, interpret, inputs, state)
+        dispatch.check(implementation, inputs, state, chunk, interpret)
+    options = _Options(implementation, chunk, interpret)
+    try:
+        y, end = _wkv7(options, inputs, state)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(FORWARD_MODE) from None
+    # The padding's y is zero already. Selected, it also hands no gradient on.
+    return _select(is_token, y), end

@@ -14,6 +14,7 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array
 
 from pallas_kernels import chunk_math
+from pallas_kernels.gpu.segmented_passes import Probes
 from pallas_kernels.reference import NAMES
 
 
@@ -63,6 +64,16 @@ def _prepare(
     )
 
 
+def _chunks_to_walk(tokens, chunk: int, state, probes: Probes | None):
+    """Returns how many chunks this program walks: none where the probes need nothing of it."""
+    chunks = tokens.shape[1] // chunk
+    if probes is None:
+        return chunks
+    # The grid is (head, block of values, row).
+    first_value = pl.program_id(1) * state.shape[2]
+    return jnp.where(probes.is_idle(pl.program_id(2), first_value), 0, chunks)
+
+
 def forward_kernel(
     r,
     log_w,
@@ -74,6 +85,7 @@ def forward_kernel(
     end,
     *outputs,
     chunk: int,
+    probes: Probes | None = None,
     interpret=False,
 ) -> None:
     """Writes the state after the last token and, where asked for, y and each chunk's S^.
@@ -89,6 +101,7 @@ def forward_kernel(
         end: as start, written.
         *outputs: nothing; or y, as v; or y and S^, as chunks' states.
         chunk: tokens of a chunk.
+        probes: how the segments are probed, if this walk does so.
         interpret: whether Pallas's interpreter runs this.
     """
 
@@ -110,7 +123,8 @@ def forward_kernel(
 
     # `chunk_math` has keys as the rows of a state, the op has values.
     carry = (start[0, 0].T, jnp.ones((r.shape[3], 1), jnp.float32))
-    state, rest = jax.lax.fori_loop(0, r.shape[1] // chunk, walk, carry)
+    chunks = _chunks_to_walk(r, chunk, start, probes)
+    state, rest = jax.lax.fori_loop(0, chunks, walk, carry)
     # The last chunk's rest has no next chunk's scaling to be a part of.
     end[0, 0] = (state * rest).T
 
@@ -125,6 +139,7 @@ def state_kernel(
     dstart,
     *outputs,
     chunk: int,
+    probes: Probes | None = None,
     interpret=False,
 ) -> None:
     """Writes the start state's gradient and, where asked for, each chunk's G^.
@@ -139,14 +154,15 @@ def state_kernel(
         dstart: as dend, written.
         *outputs: G^ as chunks' states, or nothing.
         chunk: tokens of a chunk.
+        probes: how the segments are probed, if this walk does so.
         interpret: whether Pallas's interpreter runs this.
     """
-    chunks = r.shape[1] // chunk
+    last = r.shape[1] // chunk - 1
 
     def walk(done, carry):
         dstate, mid = carry
         # The loop only counts upwards.
-        i = chunks - 1 - done
+        i = last - done
         prepared = _prepare(r, log_w, a, b, i * chunk, chunk, dy.dtype, interpret)
         # As in the forward walk: the later chunk's mid and this one's rest are one scaling.
         dstate = dstate * (mid * prepared.rest)
@@ -158,6 +174,7 @@ def state_kernel(
         return chunk_math.state_gradient(prepared, z, dys, dstate), prepared.mid
 
     carry = (dend[0, 0].T, jnp.ones((r.shape[3], 1), jnp.float32))
+    chunks = _chunks_to_walk(r, chunk, dend, probes)
     dstate, mid = jax.lax.fori_loop(0, chunks, walk, carry)
     dstart[0, 0] = (dstate * mid).T
 

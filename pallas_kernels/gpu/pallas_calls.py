@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from pallas_kernels import tiles
 from pallas_kernels.gpu import kernel_bodies as kernels
-from pallas_kernels.gpu.segmented_passes import KernelSet
+from pallas_kernels.gpu.segmented_passes import KernelSet, Probes
 from pallas_kernels.platforms import output_like
 from pallas_kernels.reference import State, WKVInputs
 
@@ -55,6 +55,7 @@ def _walk(
     outputs: Sequence[Output],
     choice: tiles.GPU,
     tile: tiles.Tile,
+    probes: Probes | None,
     interpret: bool,
 ) -> Sequence[Array]:
     """Runs one program for every head and block of value rows, which walks all chunks."""
@@ -68,17 +69,18 @@ def _walk(
         rows //= 2
     chunks = tokens // choice.chunk
     blocks = {
-        # Indices of the grid: block of values j, head h, row b. All tokens of a head are one block.
-        "keys": pl.BlockSpec((1, tokens, 1, keys), lambda j, h, b: (b, 0, h, 0)),
-        "values": pl.BlockSpec((1, tokens, 1, rows), lambda j, h, b: (b, 0, h, j)),
-        "state": pl.BlockSpec((1, 1, rows, keys), lambda j, h, b: (b, h, j, 0)),
+        # Indices of the grid: head h, block of values j, row b. All tokens of a head are one block.
+        # Heads come first: neighbours in time then read neighbouring memory.
+        "keys": pl.BlockSpec((1, tokens, 1, keys), lambda h, j, b: (b, 0, h, 0)),
+        "values": pl.BlockSpec((1, tokens, 1, rows), lambda h, j, b: (b, 0, h, j)),
+        "state": pl.BlockSpec((1, 1, rows, keys), lambda h, j, b: (b, h, j, 0)),
         "states": pl.BlockSpec(
-            (1, 1, chunks, keys, rows), lambda j, h, b: (b, h, 0, 0, j)
+            (1, 1, chunks, keys, rows), lambda h, j, b: (b, h, 0, 0, j)
         ),
     }
-    kernel = functools.partial(kernel, chunk=choice.chunk)
+    kernel = functools.partial(kernel, chunk=choice.chunk, probes=probes)
     return _call(
-        kernel, (values // rows, heads, batch), blocks, arrays, outputs, tile, interpret
+        kernel, (heads, values // rows, batch), blocks, arrays, outputs, tile, interpret
     )
 
 
@@ -93,20 +95,27 @@ def _forward(
     inputs: WKVInputs,
     state: State,
     choice: tiles.GPU,
-    save: bool | None,
+    save: bool,
+    probes: Probes | None,
     interpret: bool,
 ) -> Sequence[Array]:
     """Calls the forward kernel; see `segmented_passes.ForwardKernel`."""
     v = inputs.v
     arrays = [*zip(INPUTS, inputs, strict=True), ("state", state)]
     outputs = [("state", output_like(state.shape, jnp.float32, state, v))]
-    # `None` asks for the end state alone: the first walk over segments needs no y.
-    if save is not None:
+    # The first walk over segments needs the end states alone.
+    if probes is None:
         outputs.append(("values", output_like(v.shape, v.dtype, state, v)))
     if save:
         outputs.append(("states", _chunk_states(state, v, choice)))
     return _walk(
-        kernels.forward_kernel, arrays, outputs, choice, choice.forward, interpret
+        kernels.forward_kernel,
+        arrays,
+        outputs,
+        choice,
+        choice.forward,
+        probes,
+        interpret,
     )
 
 
@@ -115,7 +124,7 @@ def _state(
     dy: Array,
     dend: State,
     choice: tiles.GPU,
-    save: bool,
+    probes: Probes | None,
     interpret: bool,
 ) -> Sequence[Array]:
     """Calls the state's kernel; see `segmented_passes.StateKernel`."""
@@ -128,9 +137,11 @@ def _state(
         ("state", dend),
     ]
     outputs = [("state", output_like(dend.shape, jnp.float32, dend, dy))]
-    if save:
+    if probes is None:
         outputs.append(("states", _chunk_states(dend, dy, choice)))
-    return _walk(kernels.state_kernel, arrays, outputs, choice, choice.state, interpret)
+    return _walk(
+        kernels.state_kernel, arrays, outputs, choice, choice.state, probes, interpret
+    )
 
 
 def _gradients(
@@ -146,17 +157,17 @@ def _gradients(
     values = dy.shape[3]
     chunk = choice.chunk
     blocks = {
-        # Here the first index is the chunk c: the chunks do not depend on each other any more.
-        "keys": pl.BlockSpec((1, chunk, 1, keys), lambda c, h, b: (b, c, h, 0)),
-        "values": pl.BlockSpec((1, chunk, 1, values), lambda c, h, b: (b, c, h, 0)),
+        # Here one index is the chunk c: the chunks do not depend on each other any more.
+        "keys": pl.BlockSpec((1, chunk, 1, keys), lambda h, c, b: (b, c, h, 0)),
+        "values": pl.BlockSpec((1, chunk, 1, values), lambda h, c, b: (b, c, h, 0)),
         "states": pl.BlockSpec(
-            (1, 1, 1, keys, values), lambda c, h, b: (b, h, c, 0, 0)
+            (1, 1, 1, keys, values), lambda h, c, b: (b, h, c, 0, 0)
         ),
     }
     six = list(zip(INPUTS, inputs, strict=True))
     arrays = [*six, ("values", dy), ("states", starts), ("states", ends)]
     outputs = [(kind, output_like(x.shape, x.dtype, x, dy)) for kind, x in six]
-    grid = (tokens // chunk, heads, batch)
+    grid = (heads, tokens // chunk, batch)
     return _call(
         kernels.gradients_kernel,
         grid,

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import tiles
+from pallas_kernels.gpu.partitioning import unpartitioned
 from pallas_kernels.reference import State, WKVInputs
 
 # Scaled states, one for each chunk of every segment, in the orientation that the kernels prefer.
 Starts = Float[Array, "BS H C N1 N2"]
 Values = Float[Array, "B T H Nv"]
-# Programs that keep a large GPU busy.
-PROGRAMS = 256
+# Programs that a large GPU runs at a time: two on each of 132 multiprocessors.
+PROGRAMS = 264
 # Fewer chunks than this are not worth a segment.
 SHORTEST = 8
 
@@ -30,12 +31,43 @@ def split(x: Float[Array, "B T H N"], segments: int) -> Float[Array, "BS TS H N"
     return x.reshape(batch * segments, tokens // segments, *x.shape[2:])
 
 
-def _make_probes(state: State, segments: int) -> Float[Array, "BS H NvNk Nk"]:
-    """Stacks zeros [Nv Nk] on the identity [Nk Nk], as the start state of every segment."""
-    batch, heads, values, keys = state.shape
-    # Below the first Nv rows of zeros, the identity: ones at (Nv + i, i).
-    rows = jnp.eye(values + keys, keys, -values)
-    return jnp.broadcast_to(rows, (batch * segments, heads, *rows.shape))
+class Probes(NamedTuple):
+    """The first walk over the segments, which finds what each makes of its start state.
+
+    Attributes:
+        segments: segments of a sequence.
+        values: Nv, the rows of zeros or of the true start state; the identity's rows follow.
+        reverse: walk from the last segment to the first.
+    """
+
+    segments: int
+    values: int
+    reverse: bool
+
+    def is_idle(self, row, first_value):
+        """Tells whether a program has nothing to find; works on numbers and on traced ones.
+
+        The end of the sequence's last segment is no segment's start. The first segment walks from
+        the true start state, so that its identity is not needed.
+
+        Args:
+            row: of the batch of segments.
+            first_value: the first of the program's rows of the state.
+        """
+        segment = row % self.segments
+        first, last = (self.segments - 1, 0) if self.reverse else (0, self.segments - 1)
+        return (segment == last) | ((segment == first) & (first_value >= self.values))
+
+    def start_states(self, state: State) -> Float[Array, "BS H NvNk Nk"]:
+        """Stacks zeros on the identity [Nk Nk]; for the first segment the state on zeros."""
+        batch, heads, values, keys = state.shape
+        # Below the first Nv rows of zeros, the identity: ones at (Nv + i, i).
+        rows = jnp.eye(values + keys, keys, -values)
+        probes = jnp.broadcast_to(rows, (batch, self.segments, heads, *rows.shape))
+        true_start = jnp.pad(state, ((0, 0), (0, 0), (0, keys), (0, 0)))
+        first = self.segments - 1 if self.reverse else 0
+        probes = probes.at[:, first].set(true_start)
+        return probes.reshape(-1, *probes.shape[2:])
 
 
 def _pad_values(
@@ -47,20 +79,21 @@ def _pad_values(
 
 
 def chain_segments(
-    probe_ends: Float[Array, "BS H NvNk Nk"], state: State, *, reverse: bool
+    probe_ends: Float[Array, "BS H NvNk Nk"], state: State, probes: Probes
 ) -> Float[Array, "BS H Nv Nk"]:
     """Computes every segment's start state from the first one's.
 
     Args:
-        probe_ends: what the segments make of the states of `_make_probes`.
+        probe_ends: what the segments make of `probes.start_states`; anything for the last one.
         state: the first segment's start state; with `reverse` the last one's end gradient.
-        reverse: walk from the last segment to the first.
+        probes: how the segments were probed.
     """
     values = state.shape[2]
 
     # Highest precision: the errors of this product would pass through all later segments.
     def step(state, probe_end):
         # A segment is affine: its tokens write `written`, and turn a start state S into S kept.
+        # The first segment's `written` is its true end state, and its `kept` is zero.
         written, kept = jnp.split(probe_end, [values], axis=2)
         # written [B H Nv Nk], kept [B H Nk Nk]: the product of the segment's transitions.
         return jnp.matmul(state, kept, precision="highest") + written, state
@@ -69,8 +102,43 @@ def chain_segments(
         0, 1
     )
     # by_segment [S B H NvNk Nk]; few and small products, next to the walk over the tokens.
-    _, starts = jax.lax.scan(step, state, by_segment, reverse=reverse)
+    _, starts = jax.lax.scan(step, state, by_segment, reverse=probes.reverse)
     return starts.swapaxes(0, 1).reshape(-1, *state.shape[1:])
+
+
+def _waves(programs: int) -> int:
+    """Returns how many times a large GPU must be filled to run so many programs."""
+    return -(-programs // PROGRAMS)
+
+
+def choose_segments(heads: int, chunks: int, values: int, keys: int, rows: int) -> int:
+    """Chooses into how many segments a sequence is cut: the power of two that takes least time.
+
+    Time is counted in walks over a whole sequence: a walk over S segments takes 1/S for every time
+    that the GPU is filled. Two segments never pay, since the walk with the probes comes first.
+
+    Args:
+        heads: heads of all rows of the batch.
+        chunks: chunks of the sequence.
+        values: Nv.
+        keys: Nk.
+        rows: rows of the state that a program walks with.
+    """
+    blocks = -(-values // rows)
+    probe_blocks = -(-(values + keys) // rows)
+
+    def time(segments):
+        if segments == 1:
+            return _waves(heads * blocks)
+        # The first segment walks without the identity, the last not at all: `Probes.is_idle`.
+        probing = heads * (blocks + (segments - 2) * probe_blocks)
+        return (_waves(probing) + _waves(segments * heads * blocks)) / segments
+
+    candidates = [1]
+    while 2 * candidates[-1] * SHORTEST <= chunks:
+        candidates.append(2 * candidates[-1])
+    # The first of equals: fewer segments need less memory.
+    return min(candidates, key=time)
 
 
 class ForwardKernel(Protocol):
@@ -81,10 +149,11 @@ class ForwardKernel(Protocol):
         inputs: WKVInputs,
         state: State,
         choice: tiles.GPU,
-        save: bool | None,
+        save: bool,
+        probes: Probes | None,
         interpret: bool,
     ) -> Sequence[Array]:
-        """Returns the end state; unless `save` is None also y; if it is true also each S^."""
+        """Returns the end state; without `probes` also y; with `save` also each S^."""
         ...
 
 
@@ -97,10 +166,10 @@ class StateKernel(Protocol):
         dy: Array,
         dend: State,
         choice: tiles.GPU,
-        save: bool,
+        probes: Probes | None,
         interpret: bool,
     ) -> Sequence[Array]:
-        """Returns the start state's gradient and, with `save`, each chunk's G^."""
+        """Returns the start state's gradient and, without `probes`, each chunk's G^."""
         ...
 
 
@@ -141,7 +210,8 @@ class _Plan(NamedTuple):
         """Casts the inputs to the kernels' dtypes and cuts them."""
         dtype = inputs.v.dtype
         return WKVInputs(
-            r=self.cut(inputs.r.astype(dtype)),
+            # One of a call's arrays is enough to refuse a program that would divide it.
+            r=unpartitioned(self.cut(inputs.r.astype(dtype))),
             # In float32: the error of a sum of logarithms is a relative error of the decay.
             log_w=self.cut(inputs.log_w.astype(jnp.float32)),
             k=self.cut(inputs.k.astype(dtype)),
@@ -174,13 +244,14 @@ class KernelSet(NamedTuple):
             self.table, keys, v.shape[3], v.dtype, tiles.capability()
         )
         choice = choice._replace(chunk=chunk or choice.chunk)
-        # Doubled while the GPU is not full and each segment is long enough to pay for the probes.
-        segments = 1
-        while (
-            2 * segments * batch * heads <= PROGRAMS
-            and tokens >= 2 * segments * SHORTEST * choice.chunk
-        ):
-            segments *= 2
+        # By the forward tile for both passes: the backward pass reads the states kept there.
+        segments = choose_segments(
+            heads=batch * heads,
+            chunks=-(-tokens // choice.chunk),
+            values=v.shape[3],
+            keys=keys,
+            rows=choice.forward.values,
+        )
         return _Plan(choice, segments)
 
     def _forward(
@@ -198,10 +269,12 @@ class KernelSet(NamedTuple):
         if segments > 1:
             # Both probes in one walk: the identity's rows are more value channels.
             wide = cut._replace(v=_pad_values(cut.v, state))
-            probes = _make_probes(state, segments)
-            (probe_ends,) = self.forward_kernel(wide, probes, choice, None, interpret)
-            state = chain_segments(probe_ends, state, reverse=False)
-        end, y, *starts = self.forward_kernel(cut, state, choice, save, interpret)
+            probes = Probes(segments, values, reverse=False)
+            (probe_ends,) = self.forward_kernel(
+                wide, probes.start_states(state), choice, False, probes, interpret
+            )
+            state = chain_segments(probe_ends, state, probes)
+        end, y, *starts = self.forward_kernel(cut, state, choice, save, None, interpret)
         y = y.reshape(batch, -1, heads, values)[:, :tokens]
         # The end state of a sequence is that of its last segment.
         return y, end[segments - 1 :: segments], *starts
@@ -257,7 +330,7 @@ class KernelSet(NamedTuple):
             chunk: as given to `forward_saving`.
             interpret: run in Pallas's interpreter, for tests.
         """
-        batch, tokens, heads, _ = dy.shape
+        batch, tokens, heads, values = dy.shape
         plan = self._plan(inputs, chunk)
         choice, segments = plan
         cut = plan.cut_inputs(inputs)
@@ -265,12 +338,12 @@ class KernelSet(NamedTuple):
         if segments > 1:
             # Probes of the gradient: the walk backwards is affine in it as well.
             wide = _pad_values(dy, dend)
-            probes = _make_probes(dend, segments)
+            probes = Probes(segments, values, reverse=True)
             (probe_ends,) = self.state_kernel(
-                cut, wide, probes, choice, False, interpret
+                cut, wide, probes.start_states(dend), choice, probes, interpret
             )
-            dend = chain_segments(probe_ends, dend, reverse=True)
-        dstart, ends = self.state_kernel(cut, dy, dend, choice, True, interpret)
+            dend = chain_segments(probe_ends, dend, probes)
+        dstart, ends = self.state_kernel(cut, dy, dend, choice, None, interpret)
         grads = self.gradients_kernel(cut, dy, starts, ends, choice, interpret)
 
         def join(grad, x):

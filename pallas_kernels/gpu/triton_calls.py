@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels import tiles
-from pallas_kernels.gpu.segmented_passes import KernelSet
+from pallas_kernels.gpu.segmented_passes import KernelSet, Probes
 from pallas_kernels.platforms import output_like
 from pallas_kernels.reference import State, WKVInputs
 
@@ -126,6 +126,7 @@ def _walk(
     describe_outputs: Callable,
     choice: tiles.GPU,
     tile: tiles.Tile,
+    probes: Probes | None,
     **constants: bool,
 ) -> Sequence[Array]:
     """Launches a kernel that walks the chunks, a program for every head and block of values."""
@@ -151,19 +152,22 @@ def _walk(
             KEYS=keys,
             VALUES=values,
             BLOCK=block,
+            # Without probes all programs walk: 0 segments stand for that in the kernels.
+            SEGMENTS=probes.segments if probes else 0,
+            PROBED=probes.values if probes else 0,
         )
 
     return _fold_vmap_into_batch(run)(*arrays)
 
 
 def _chunk_states(
-    state: State, v: Array, choice: tiles.GPU, save: bool | None
+    state: State, v: Array, choice: tiles.GPU, save: bool
 ) -> jax.ShapeDtypeStruct:
     """Describes one state for each chunk, in the tokens' dtype; without `save` a placeholder."""
     batch, heads, values, keys = state.shape
     # A Triton kernel's arguments are fixed: an output that is not written is one number a row.
     shape = (
-        (batch, heads, v.shape[1] // choice.chunk, values, keys) if save else (batch,)
+        (batch, heads, v.shape[1] // choice.chunk, keys, values) if save else (batch,)
     )
     return output_like(shape, v.dtype, state, v)
 
@@ -172,7 +176,8 @@ def _forward(
     inputs: WKVInputs,
     state: State,
     choice: tiles.GPU,
-    save: bool | None,
+    save: bool,
+    probes: Probes | None,
     interpret: bool,
 ) -> Sequence[Array]:
     """Launches the forward kernel; see `segmented_passes.ForwardKernel`."""
@@ -186,7 +191,7 @@ def _forward(
         b,
         state,
     ):
-        y_shape = v.shape if save is not None else v.shape[:1]
+        y_shape = v.shape if probes is None else v.shape[:1]
         end = output_like(state.shape, jnp.float32, state, v)
         y = output_like(y_shape, v.dtype, state, v)
         return [end, y, _chunk_states(state, v, choice, save)]
@@ -197,10 +202,11 @@ def _forward(
         describe_outputs,
         choice,
         choice.forward,
-        READ=save is not None,
-        SAVE=bool(save),
+        probes,
+        READ=probes is None,
+        SAVE=save,
     )
-    if save is None:
+    if probes is not None:
         return [end]
     return [end, y, starts] if save else [end, y]
 
@@ -210,10 +216,11 @@ def _state(
     dy: Array,
     dend: State,
     choice: tiles.GPU,
-    save: bool,
+    probes: Probes | None,
     interpret: bool,
 ) -> Sequence[Array]:
     """Launches the state's kernel; see `segmented_passes.StateKernel`."""
+    save = probes is None
 
     def describe_outputs(
         r,
@@ -228,7 +235,13 @@ def _state(
 
     arrays = (inputs.r, inputs.log_w, inputs.a, inputs.b, dy, dend)
     dstart, ends = _walk(
-        "state_gradient", arrays, describe_outputs, choice, choice.state, SAVE=save
+        "state_gradient",
+        arrays,
+        describe_outputs,
+        choice,
+        choice.state,
+        probes,
+        SAVE=save,
     )
     return [dstart, ends] if save else [dstart]
 

@@ -128,10 +128,20 @@ def _inverse(a, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def forward(
+def _is_idle(
+    row, SEGMENTS: tl.constexpr, PROBED: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr
+):  # fmt: skip
+    """Restates `segmented_passes.Probes.is_idle`; `FIRST` is the segment that is walked first."""
+    segment = row % SEGMENTS
+    beyond = tl.program_id(1) * BLOCK >= PROBED
+    return (segment == SEGMENTS - 1 - FIRST) | ((segment == FIRST) & beyond)
+
+
+@triton.jit
+def forward(  # noqa: PLR0915
     r, log_w, k, v, a, b, state, tokens, heads, end, y, starts,
     CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
-    READ: tl.constexpr, SAVE: tl.constexpr,
+    READ: tl.constexpr, SAVE: tl.constexpr, SEGMENTS: tl.constexpr, PROBED: tl.constexpr,
 ):  # fmt: skip
     """Writes the end state for `BLOCK` value rows of one head.
 
@@ -146,13 +156,22 @@ def forward(
     # Tokens of one head are `heads` vectors apart in [B T H N].
     by_key = time * heads * KEYS + key
     by_value = time * heads * VALUES + value[None, :]
-    entry = value[:, None] * KEYS + key
+    # In memory states are [Nv Nk]; here, and where each chunk's is kept, keys are the rows.
+    # Turned, no product is transposed and rounded to be the left side of another, which Triton
+    # compiles wrongly for Hopper's products of warpgroups (triton-lang/triton#6124).
+    column = tl.arange(0, KEYS)[:, None]
+    entry = value[None, :] * KEYS + column
+    kept = column * VALUES + value[None, :]
     # The number of the head's first vector: `head` counts the heads of all rows of the batch.
     first = head // heads * tokens * heads + head % heads
     scaled = tl.load(state + head * VALUES * KEYS + entry)
     starts += head * tl.cdiv(tokens, CHUNK) * VALUES * KEYS
-    rest = tl.full((1, KEYS), 1.0, tl.float32)
-    for start in range(0, tokens, CHUNK):
+    rest = tl.full((KEYS, 1), 1.0, tl.float32)
+    end_of_walk = tokens
+    if SEGMENTS:
+        if _is_idle(head // heads, SEGMENTS, PROBED, BLOCK, 0):
+            end_of_walk = 0
+    for start in range(0, end_of_walk, CHUNK):
         at = (first + start * heads) * KEYS
         to = (first + start * heads) * VALUES
         before, upto, after = _decays(log_w + at, by_key, CHUNK, DTYPE)
@@ -168,17 +187,19 @@ def forward(
         # Loading log_w again is cheaper than summing halves of a tile.
         middle, next_rest = _halves(log_w + at, key, heads * KEYS, CHUNK)
         # The last chunk's rest and this one's mid are one product: the state is scaled once.
-        scaled *= rest * middle[None, :]
+        scaled *= rest * middle[:, None]
         # One rounding for all products that read the state; the state itself stays float32.
         operand = scaled.to(DTYPE)
-        u = _dot(inverse, _dot(aak, vs, _dot(ah, operand.T))).to(DTYPE)
+        u = _dot(inverse, _dot(aak, vs, _dot(ah, operand))).to(DTYPE)
         if READ:
-            ys = _dot(ark, vs, _dot(arb, u, _dot(rh, operand.T)))
+            ys = _dot(ark, vs, _dot(arb, u, _dot(rh, operand)))
             tl.store(y + to + by_value, ys)
         if SAVE:
-            tl.store(starts + start // CHUNK * VALUES * KEYS + entry, operand)
-        scaled = _dot(vs.T, kh, _dot(u.T, bh, scaled))
-        rest = next_rest[None, :]
+            tl.store(starts + start // CHUNK * VALUES * KEYS + kept, operand)
+        # The state is added last: chained into one accumulator that the loop carries, these two
+        # products are compiled wrongly for newer GPUs (triton-lang/triton#10821).
+        scaled += _dot(bh.T, u) + _dot(kh.T, vs)
+        rest = next_rest[:, None]
     tl.store(end + head * VALUES * KEYS + entry, scaled * rest)
 
 
@@ -186,7 +207,7 @@ def forward(
 def state_gradient(
     r, log_w, a, b, dy, dend, tokens, heads, dstate, ends,
     CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
-    SAVE: tl.constexpr,
+    SAVE: tl.constexpr, SEGMENTS: tl.constexpr, PROBED: tl.constexpr,
 ):  # fmt: skip
     """Writes the start state's gradient for `BLOCK` value rows of one head.
 
@@ -200,13 +221,20 @@ def state_gradient(
     value = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     by_key = time * heads * KEYS + key
     by_value = time * heads * VALUES + value[None, :]
-    entry = value[:, None] * KEYS + key
+    # Keys are the rows, as in `forward`.
+    column = tl.arange(0, KEYS)[:, None]
+    entry = value[None, :] * KEYS + column
+    kept = column * VALUES + value[None, :]
     first = head // heads * tokens * heads + head % heads
     scaled = tl.load(dend + head * VALUES * KEYS + entry)
     chunks = tl.cdiv(tokens, CHUNK)
     ends += head * chunks * VALUES * KEYS
-    middle = tl.full((1, KEYS), 1.0, tl.float32)
-    for done in range(0, chunks):
+    middle = tl.full((KEYS, 1), 1.0, tl.float32)
+    end_of_walk = chunks
+    if SEGMENTS:
+        if _is_idle(head // heads, SEGMENTS, PROBED, BLOCK, SEGMENTS - 1):
+            end_of_walk = 0
+    for done in range(0, end_of_walk):
         chunk = chunks - 1 - done
         start = chunk * CHUNK
         at = (first + start * heads) * KEYS
@@ -218,13 +246,13 @@ def state_gradient(
         inverse = _inverse(_dot(ah, bh.T), CHUNK, DTYPE)
         arb = _lower(_dot(rh, bh.T), DTYPE)
         next_middle, rest = _halves(log_w + at, key, heads * KEYS, CHUNK)
-        scaled *= middle * rest[None, :]
+        scaled *= middle * rest[:, None]
         operand = scaled.to(DTYPE)
         if SAVE:
-            tl.store(ends + chunk * VALUES * KEYS + entry, operand)
-        z = _dot(inverse.T, _dot(arb.T, dys, _dot(bh, operand.T))).to(DTYPE)
-        scaled = _dot(z.T, ah, _dot(dys.T, rh, scaled))
-        middle = next_middle[None, :]
+            tl.store(ends + chunk * VALUES * KEYS + kept, operand)
+        z = _dot(inverse.T, _dot(arb.T, dys, _dot(bh, operand))).to(DTYPE)
+        scaled += _dot(rh.T, dys) + _dot(ah.T, z)
+        middle = next_middle[:, None]
     tl.store(dstate + head * VALUES * KEYS + entry, scaled * middle)
 
 
@@ -247,11 +275,12 @@ def gradients(  # noqa: PLR0915
     first = (head // heads * tokens + start) * heads + head % heads
     by_key = first * KEYS + time * heads * KEYS + key
     by_value = first * VALUES + time * heads * VALUES + value
-    entry = tl.arange(0, VALUES)[:, None] * KEYS + key
+    # [Nk Nv], as the walks keep them.
+    entry = tl.arange(0, KEYS)[:, None] * VALUES + value
     entry += (head * tl.cdiv(tokens, CHUNK) + tl.program_id(1)) * VALUES * KEYS
     s = tl.load(starts + entry)
     g = tl.load(ends + entry)
-    start_to_end = tl.sum(s.to(tl.float32) * g.to(tl.float32), 0)
+    start_to_end = tl.sum(s.to(tl.float32) * g.to(tl.float32), 1)
     before, upto, after = _decays(log_w, by_key, CHUNK, DTYPE)
     ah = _times(a, by_key, before, DTYPE)
     rh = _times(r, by_key, upto, DTYPE)
@@ -262,27 +291,27 @@ def gradients(  # noqa: PLR0915
     inverse = _inverse(_dot(ah, bh.T), CHUNK, DTYPE)
     aak = _below(_dot(ah, kh.T), DTYPE)
     arb = _lower(_dot(rh, bh.T), DTYPE)
-    u = _dot(inverse, _dot(aak, vs, _dot(ah, s.T))).to(DTYPE)
-    z = _dot(inverse.T, _dot(arb.T, dys, _dot(bh, g.T))).to(DTYPE)
+    u = _dot(inverse, _dot(aak, vs, _dot(ah, s))).to(DTYPE)
+    z = _dot(inverse.T, _dot(arb.T, dys, _dot(bh, g))).to(DTYPE)
     ark = _lower(_dot(rh, kh.T), DTYPE)
-    tl.store(dv + by_value, _dot(ark.T, dys, _dot(aak.T, z, _dot(kh, g.T))))
+    tl.store(dv + by_value, _dot(ark.T, dys, _dot(aak.T, z, _dot(kh, g))))
     drb = _lower(_dot(dys, u.T), DTYPE)
     drk = _lower(_dot(dys, vs.T), DTYPE)
-    near = _dot(drk, kh, _dot(drb, bh, _dot(dys, s)))
+    near = _dot(drk, kh, _dot(drb, bh, _dot(dys, s.T)))
     tl.store(dr + by_key, near * upto)
     inside = rh.to(tl.float32) * near
     dab = _below(_dot(z, u.T), DTYPE)
     dak = _below(_dot(z, vs.T), DTYPE)
-    near = _dot(dak, kh, _dot(dab, bh, _dot(z, s)))
+    near = _dot(dak, kh, _dot(dab, bh, _dot(z, s.T)))
     tl.store(da + by_key, near * before)
     removal = ah.to(tl.float32) * near
     near = _dot(drb.T, rh, _dot(dab.T, ah))
-    far = _dot(u, g)
+    far = _dot(u, g.T)
     tl.store(db + by_key, (near + far) * after)
     inside += removal - bh.to(tl.float32) * near
     to_end = bh.to(tl.float32) * far
     near = _dot(drk.T, rh, _dot(dak.T, ah))
-    far = _dot(vs, g)
+    far = _dot(vs, g.T)
     tl.store(dk + by_key, (near + far) * after)
     inside -= kh.to(tl.float32) * near
     to_end += kh.to(tl.float32) * far

@@ -8,6 +8,7 @@ Source: arXiv 2504.05097, section 3.2 (the kernel method); the additive forms ar
 """
 
 import abc
+import functools
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,8 @@ from rwkv7_jax.model.kernel_features import (
 from rwkv7_jax.model.paper_form import paper_inputs
 
 # The WKV op with its implementation and lengths bound: (inputs, state) -> (y, end state).
-Op = Callable[[WKVInputs, Array], tuple[Array, Array]]
+# `implementation` may be given anew by keyword.
+Op = Callable[..., tuple[Array, Array]]
 
 
 class MemoryForm(abc.ABC):
@@ -176,9 +178,14 @@ class PaperMemory(RecurrentMemory):
         icl_rate: Heads,
         op: Op,
     ) -> tuple[Float[Array, "B T H Nv"], Array | None]:
-        """Reads the memory and maps its M rows to value channels."""
+        """Reads the memory and maps its M rows to value channels.
+
+        It runs token by token ("scan") whatever implementation is configured: the features of a
+        decay may be zero, and the factors of a chunk would be infinite.
+        """
         assert upscaled.readout is not None
-        y, memory = super().read(upscaled, inputs, icl_rate, op)
+        by_token = functools.partial(op, implementation="scan")
+        y, memory = super().read(upscaled, inputs, icl_rate, by_token)
         # y is [B T H M] here, and the readout maps its M rows to the Nv value channels.
         return apply_per_head(upscaled.readout, y), memory
 

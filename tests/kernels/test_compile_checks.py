@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -132,12 +133,39 @@ def test_an_overriding_choice_ends_with_its_block():
     assert tiles.for_gpu(tiles.TRITON, 64, 64, "bfloat16", 90) == usual
 
 
-@pytest.mark.parametrize("capability", [80, 86, 89, 90, 120])
+@pytest.mark.parametrize("capability", [80, 86, 89, 90])
 @pytest.mark.parametrize("sizes", [(16, 16), (64, 64), (64, 128), (128, 128)])
-def test_every_newer_gpu_has_tiles(capability, sizes):
+def test_every_gpu_from_ampere_to_hopper_has_tiles(capability, sizes):
     for table in (tiles.PALLAS_GPU, tiles.TRITON):
         for dtype in ("float32", "bfloat16"):
             assert tiles.for_gpu(table, *sizes, dtype, capability).chunk in (16, 32)
+
+
+@pytest.mark.parametrize("capability", [None, 70, 75, 100, 103, 120])
+def test_older_newer_and_unknown_gpus_have_none(capability):
+    for table in (tiles.PALLAS_GPU, tiles.TRITON):
+        assert tiles.rows_for(table, capability) == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("NVIDIA H200", 90),
+        ("NVIDIA H100 80GB HBM3", 90),
+        ("NVIDIA H20-3e", 90),
+        ("NVIDIA A100-SXM4-80GB", 80),
+        ("NVIDIA A3000", None),
+        ("NVIDIA B200", None),
+        ("NVIDIA GeForce RTX 5090", None),
+    ],
+)
+def test_a_described_device_has_the_capability_of_its_kind(kind, expected):
+    device = jax.sharding.AbstractDevice(
+        device_kind=kind, num_cores=132, platform="gpu"
+    )
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert tiles.capability() == expected
 
 
 def packages(monkeypatch, **installed):

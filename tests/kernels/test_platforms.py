@@ -77,6 +77,31 @@ def test_sizes_that_no_kernel_takes_and_single_tokens_are_left_to_xla(
     assert MARKS[platform] not in lowered
 
 
+def test_a_gpu_that_no_kernel_was_checked_on_gets_plain_jax_and_refuses_a_name():
+    newer = jax.sharding.use_abstract_mesh(abstract_devices.mesh("newer gpu"))
+    with newer:
+        lowered = lower("cuda")
+        assert kernels_in(lowered) == []
+        assert SQUARES in lowered
+        assert not {"pallas_gpu", "triton"} & set(pallas_kernels.available())
+        for name in ("pallas_gpu", "triton"):
+            with pytest.raises(NotImplementedError, match=r"8\.0 to 9\.0.*NVIDIA B200"):
+                op(INPUTS, STATE, implementation=name)
+
+
+@pytest.mark.parametrize("chunk", [16, 32, 64])
+def test_chunks_of_64_are_left_to_xla_on_a_gpu(chunk):
+    with targeting("cuda"):
+        traced = jax.jit(lambda *x: op(*x, chunk=chunk)).trace(INPUTS, STATE)
+        lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert (MARKS["cuda"] in lowered) == (chunk != 64)
+        if chunk == 64:
+            with pytest.raises(NotImplementedError, match="chunks of 16 or 32 tokens"):
+                pallas_kernels.wkv7(
+                    *INPUTS, STATE, implementation="pallas_gpu", chunk=chunk
+                )
+
+
 @pytest.mark.parametrize("implementation", [None, "kernel"])
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_a_gradient_is_lowered_for_a_device_that_is_not_here(platform, implementation):

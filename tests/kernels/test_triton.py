@@ -43,7 +43,7 @@ RUNS = [
     (Case(1, 45, 1, 64, 64, "slow"), 16, 80),
     (Case(1, 96, 1, 64, 64, "repeated"), 32, 90),
     (Case(1, 5, 3, 16, 128, "real"), 32, 80),
-    (Case(1, 300, 1, 32, 16, "slow"), 16, 90),  # in two segments
+    (Case(1, 530, 1, 32, 16, "slow"), 16, 90),  # in four segments
 ]
 DTYPES = ("float32", "bfloat16")
 

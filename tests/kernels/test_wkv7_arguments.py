@@ -8,6 +8,7 @@ import jax.export
 import jax.extend.core
 import jax.numpy as jnp
 import pytest
+from tolerances import SAME, assert_close
 from wkv_inputs import INPUTS, STATE, each, op
 
 import pallas_kernels
@@ -189,3 +190,38 @@ def test_a_wrong_argument_is_named_in_one_sentence(unchecked, change, error, sen
     with pytest.raises(error) as caught:
         pallas_kernels.wkv7(**(arguments | {"state": STATE} | change))
     assert str(caught.value) == sentence
+
+
+def with_decay(log_w):
+    """Returns the inputs with this logarithm of the decay at every place."""
+    return tuple(
+        jnp.full_like(x, log_w) if name == "log_w" else x
+        for name, x in zip(NAMES, INPUTS, strict=True)
+    )
+
+
+@pytest.mark.parametrize("log_w", [-5.0, -20.0, -69.0])
+def test_a_decay_whose_chunks_overflow_is_refused_or_left_to_scan(log_w):
+    inputs = with_decay(log_w)
+    expected = op(inputs, STATE, implementation="scan")
+    for left, right in zip(op(inputs, STATE), expected, strict=True):
+        assert_close(left, right, SAME["op"])
+    with pytest.raises(ValueError, match="wkv7: `log_w` must sum up to at most 80"):
+        op(inputs, STATE, implementation="chunked", chunk=64)
+
+
+def test_a_single_token_that_forgets_everything_fits_into_a_chunk():
+    sharp = INPUTS[1].at[:, 9].set(-69.0)
+    inputs = (INPUTS[0], sharp, *INPUTS[2:])
+    expected = op(inputs, STATE, implementation="scan")
+    for left, right in zip(
+        op(inputs, STATE, implementation="chunked"), expected, strict=True
+    ):
+        assert_close(left, right, SAME["op"])
+
+
+@pytest.mark.parametrize("chunk", [32, 64])
+def test_float16_tokens_are_refused_in_long_chunks(chunk):
+    inputs = tuple(x.astype("float16") for x in INPUTS)
+    with pytest.raises(ValueError, match="`chunk` must be None or 16 for float16"):
+        op(inputs, STATE, implementation="chunked", chunk=chunk)

@@ -70,3 +70,21 @@ def test_tokens_of_zeros_change_nothing(implementation):
     assert_close(same[:, :21], y, SAME["op"], "y")
     assert not np.any(same[:, 21:])
     assert_close(last, end, SAME["op"], "end")
+
+
+@pytest.mark.parametrize("implementation", [None, "scan", "chunked"])
+def test_a_gradient_that_is_nan_in_padding_reaches_no_gradient(implementation):
+    lengths = jnp.array(LENGTHS)
+    padding = (jnp.arange(CASE.tokens)[None] >= lengths[:, None])[..., None, None]
+
+    @jax.jit
+    def pull(dy):
+        run = functools.partial(op, lengths=lengths, implementation=implementation)
+        (_, end), pull = jax.vjp(run, INPUTS, STATE)
+        return pull((dy, jnp.cos(end)))
+
+    dy = jnp.cos(INPUTS[3])
+    clean = pull(jnp.where(padding, 0, dy))
+    dirty = pull(jnp.where(padding, jnp.nan, dy))
+    for left, right in zip(jax.tree.leaves(dirty), jax.tree.leaves(clean), strict=True):
+        np.testing.assert_array_equal(left, right)

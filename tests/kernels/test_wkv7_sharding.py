@@ -88,3 +88,36 @@ def test_sharded_over_abstract_accelerators_it_is_lowered_to_kernels(
             program.trace(INPUTS, STATE).lower(lowering_platforms=(lowered,)).as_text()
         )
     assert text.count(abstract_devices.MARKS[lowered]) >= 2
+
+
+def lower_for_gpus(program):
+    """Lowers a program of a batch whose rows are sharded over two described H200s."""
+    mesh = abstract_devices.mesh("gpu", (2,), ("batch",))
+    rows = jax.sharding.NamedSharding(mesh, PartitionSpec("batch"))
+
+    def describe(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(program).trace(*jax.tree.map(describe, (INPUTS, STATE)))
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("implementation", [None, "pallas_gpu"])
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_a_plain_jit_does_not_gather_a_sharded_batch_for_a_gpu_kernel(
+    implementation, differentiated
+):
+    def run(inputs, state):
+        return pallas_kernels.wkv7(*inputs, state, implementation=implementation)
+
+    program = functools.partial(gradients, run) if differentiated else run
+    with pytest.raises(NotImplementedError, match=r"jax\.shard_map"):
+        lower_for_gpus(program)
+
+
+def test_plain_jax_is_divided_among_gpus_by_the_compiler():
+    def run(inputs, state):
+        return pallas_kernels.wkv7(*inputs, state, implementation="chunked")
+
+    assert abstract_devices.MARKS["cuda"] not in lower_for_gpus(run)

@@ -1,0 +1,79 @@
+"""How the GPU kernels' sequences are cut into segments that are walked at the same time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tolerances import WKV, assert_close
+
+from pallas_kernels.cases import Case, make_inputs
+from pallas_kernels.gpu import pallas_calls
+from pallas_kernels.gpu.segmented_passes import Probes, choose_segments
+
+HEAD = {"values": 64, "keys": 64, "rows": 64}
+
+
+def test_two_segments_are_never_chosen():
+    chosen = {
+        choose_segments(heads=heads, chunks=chunks, **HEAD)
+        for heads in range(1, 300)
+        for chunks in (1, 15, 16, 31, 32, 64, 128, 1024)
+    }
+    assert 2 not in chosen
+    assert {1, 4} <= chosen
+
+
+@pytest.mark.parametrize(
+    ("heads", "chunks", "expected"),
+    [
+        # A full GPU, or a sequence too short for four segments of eight chunks.
+        (264, 1024, 1),
+        (128, 1024, 1),
+        (1, 31, 1),
+        (1, 32, 4),
+        # Few heads: as many segments as the sequence has room for.
+        (1, 128, 16),
+        (32, 128, 8),
+    ],
+)
+def test_segments_are_as_many_as_fill_the_gpu_and_the_sequence_has_room_for(
+    heads, chunks, expected
+):
+    assert choose_segments(heads=heads, chunks=chunks, **HEAD) == expected
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_only_the_last_segment_and_the_first_ones_identity_are_idle(reverse):
+    probes = Probes(segments=4, values=64, reverse=reverse)
+    idle = {
+        (row, first)
+        for row in range(8)
+        for first in (0, 64)
+        if probes.is_idle(row, first)
+    }
+    last, first = (0, 3) if reverse else (3, 0)
+    expected = {(last, 0), (last, 64), (first, 64)}
+    assert idle == expected | {(row + 4, value) for row, value in expected}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(32, 64), (64, 32)], ids=["tall", "wide"])
+def test_segments_equal_one_walk(monkeypatch, sizes):
+    keys, values = sizes
+    inputs, state = make_inputs(Case(2, 70, 1, keys, values, "slow"))
+    dy = jnp.sin(inputs.v)
+    dend = jax.random.normal(jax.random.key(1), state.shape)
+    kernels = pallas_calls.KERNELS
+
+    def both_passes(segments):
+        name = "pallas_kernels.gpu.segmented_passes.choose_segments"
+        monkeypatch.setattr(name, lambda **sizes: segments)
+        y, end, starts = kernels.forward_saving(inputs, state, chunk=16, interpret=True)
+        grads = kernels.backward(inputs, starts, dy, dend, chunk=16, interpret=True)
+        return jax.tree.map(np.asarray, (y, end, grads))
+
+    alone = jax.tree.leaves(both_passes(1))
+    for segments in (2, 4):
+        found = jax.tree.leaves(both_passes(segments))
+        for left, right in zip(found, alone, strict=True):
+            assert_close(left, right, WKV["float32"]["gradient"])
