@@ -2,104 +2,184 @@
 
 The printed row goes into `tiles`, where the op reads it: nothing is ever measured while a program
 is traced. One kernel's tile is changed at a time, while the others stay at their best so far.
+
+A tile may be fast and wrong: compilers have been seen to compile single ones to other numbers, and
+kernels to race. So each is measured in a process of its own, where it must first equal "scan" and,
+bit for bit, itself. A crash, an illegal access or a time limit loses that tile alone.
 """
 
 import argparse
 import dataclasses
 import itertools
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pallas_kernels import dispatch, tiles
+from pallas_kernels import dispatch, scan, tiles
 from pallas_kernels.bench import least_ms
 from pallas_kernels.cases import CASES, Case, make_inputs
-from pallas_kernels.wkv7 import CHUNKS
 
 GROUPS = (1, 2, 4, 8)
 WARPS = (2, 4, 8)
 STAGES = (1, 2, 3)
 VALUES = (16, 32, 64, 128)
+TPU_CHUNKS = (16, 32, 64)
+# Runs of one program that must agree bit for bit.
+REPETITIONS = 20
+# Largest relative L2 distance to "scan" in float32, by dtype of the tokens. Rounding alone stays
+# ten times below; what a wrong tile returns is far above.
+BARS = {"float32": 1e-4, "bfloat16": 4e-2}
+# Seconds after which a tile is given up.
+LIMIT = 180
 
-# Compiles a pass with the tiles of the moment; returns the program and its arguments.
-Compile = Callable[[], tuple[Callable, tuple]]
+# Milliseconds of a choice in the forward pass of a gradient or, if true, in the backward pass.
+Measure = Callable[[tiles.GPU | tiles.TPU, bool], float]
 
 
-def passes(name: str, case: Case, dtype: str) -> tuple[Compile, Compile]:
-    """Makes functions that compile an implementation's two passes on the data of a case.
+class Candidate(NamedTuple):
+    """One choice of tiles and what it is measured with.
 
-    Returns:
-        The function for the forward pass of a gradient, and the one for the backward pass.
+    Attributes:
+        name: the implementation.
+        case: sizes.
+        dtype: of the tokens.
+        choice: the tiles.
+        backward: measure the backward pass instead of the forward pass of a gradient.
+        repeats: measurements, of which the least counts.
+        interpret: run in Pallas's interpreter, to try the tuning itself.
     """
-    inputs, state = make_inputs(case, dtype)
+
+    name: str
+    case: Case
+    dtype: str
+    choice: tiles.GPU | tiles.TPU
+    backward: bool
+    repeats: int
+    interpret: bool
+
+    def to_json(self) -> str:
+        """Writes the candidate as text."""
+        return json.dumps(self._replace(case=dataclasses.astuple(self.case)))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Candidate":
+        """Reads what `to_json` wrote."""
+        values: dict[str, Any] = dict(zip(cls._fields, json.loads(text), strict=True))
+        first, *others = values["choice"]
+        if values["name"] == "pallas_tpu":
+            choice = tiles.TPU(first, *others)
+        else:
+            choice = tiles.GPU(first, *(tiles.Tile(*tile) for tile in others))
+        return cls(**values | {"case": Case(*values["case"]), "choice": choice})
+
+
+def _make_passes(candidate: Candidate) -> tuple[Callable, Callable]:
+    """Makes the chosen pass in the candidate's implementation, and in "scan"; both of no arguments.
+
+    The backward pass starts from states that the same choice has kept: they depend on the chunk.
+    """
+    name = candidate.name
+    options: dict[str, Any] = {"chunk": None, "interpret": candidate.interpret}
+    inputs, state = make_inputs(candidate.case, candidate.dtype)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)
+    if not candidate.backward:
+        run = jax.jit(lambda *arrays: dispatch.forward_saving(name, *arrays, **options))
+        expected = jax.jit(scan.forward)
+        return lambda: run(inputs, state)[:2], lambda: expected(wide, state)
     dy = jnp.sin(inputs.v)
     dend = jnp.cos(state)
+    residuals = jax.jit(
+        lambda *arrays: dispatch.forward_saving(name, *arrays, **options)[2]
+    )(inputs, state)
+    run = jax.jit(lambda *arrays: dispatch.backward(name, *arrays, **options))
 
-    def forward(inputs, state):
-        return dispatch.forward_saving(
-            name,
-            inputs,
-            state,
-            chunk=None,
-            interpret=False,
-        )
+    @jax.jit
+    def expected(inputs, state, dy, dend):
+        starts = scan.forward_saving(inputs, state)[2]
+        return scan.backward(inputs, starts, dy, dend)
 
-    def backward(residuals, dy, dend):
-        return dispatch.backward(
-            name,
-            residuals,
-            dy,
-            dend,
-            chunk=None,
-            interpret=False,
-        )
-
-    def compile_forward():
-        return jax.jit(forward).lower(inputs, state).compile(), (inputs, state)
-
-    def compile_backward():
-        # Made by the same choice of tiles: the kept states depend on the chunk.
-        residuals = jax.jit(forward)(inputs, state)[2]
-        arguments = (residuals, dy, dend)
-        return jax.jit(backward).lower(*arguments).compile(), arguments
-
-    return compile_forward, compile_backward
+    return (
+        lambda: run(residuals, dy, dend),
+        lambda: expected(wide, state, dy.astype(jnp.float32), dend),
+    )
 
 
-def milliseconds(make: Compile, choice: tiles.GPU | tiles.TPU, repeats: int) -> float:
-    """Measures a pass with this choice.
+def _distance(found, expected) -> float:
+    """Returns the largest relative L2 distance of two results' arrays; infinity for NaN."""
+    distances = []
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        x = np.asarray(x, np.float64)
+        y = np.asarray(y, np.float64)
+        distances.append(np.linalg.norm(x - y) / (np.linalg.norm(y) or 1.0))
+    return float(np.nan_to_num(max(distances), nan=np.inf))
+
+
+def check_and_measure(candidate: Candidate) -> tuple[float, str]:
+    """Runs a candidate in this process.
 
     Returns:
-        Milliseconds; infinity, with the reason printed, if it does not compile.
+        Milliseconds and an empty text; or infinity and what is wrong with its results.
     """
-    # JAX's caches do not know of the choice.
-    jax.clear_caches()
+    with tiles.override(candidate.choice):
+        run, run_expected = _make_passes(candidate)
+        first = jax.block_until_ready(run())
+    distance = _distance(first, run_expected())
+    if distance > BARS[candidate.dtype]:
+        return np.inf, f"wrong: {distance:.2g} from 'scan'"
+    kept = jax.tree.map(np.asarray, first)
+    for _ in range(REPETITIONS):
+        again = jax.tree.map(np.array_equal, kept, jax.tree.map(np.asarray, run()))
+        if not all(jax.tree.leaves(again)):
+            return np.inf, "not repeatable"
+    wall, _ = least_ms(run, repeats=candidate.repeats)
+    return wall, ""
+
+
+def measure_apart(candidate: Candidate) -> float:
+    """Runs a candidate in a process of its own and prints the result.
+
+    Returns:
+        Milliseconds; infinity if it is wrong, does not compile, crashes or takes too long.
+    """
+    command = [sys.executable, "-m", __spec__.name, "--candidate", candidate.to_json()]
     try:
-        with tiles.override(choice):
-            run, arguments = make()
-        wall, _ = least_ms(lambda: run(*arguments), repeats=repeats)
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).strip().partition("\n")[0][:80]
-        print(f"   no result  {choice}: {reason}", flush=True)
-        return float("inf")
-    print(f"{wall:9.3f} ms  {choice}", flush=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        wall, reason = np.inf, f"no result in {LIMIT} s"
+    else:
+        wall, reason = _parse(done)
+    shown = f"{wall:9.3f} ms" if np.isfinite(wall) else "   no result"
+    print(f"{shown}  {candidate.choice}  {reason}".rstrip(), flush=True)
     return wall
 
 
-def tune_tpu(makes: tuple[Compile, Compile], repeats: int) -> tiles.TPU:
+def _parse(done: subprocess.CompletedProcess) -> tuple[float, str]:
+    """Reads a child's last line, or the reason why it has none."""
+    if done.returncode == 0:
+        wall, reason = json.loads(done.stdout.splitlines()[-1])
+        return float(wall), reason
+    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    return np.inf, lines[-1][:100]
+
+
+def tune_tpu(measure: Measure) -> tiles.TPU:
     """Returns the choice that is fastest in both passes together."""
-
-    def total(choice):
-        return sum(milliseconds(make, choice, repeats) for make in makes)
-
-    choices = [tiles.TPU(chunk, groups) for chunk in CHUNKS for groups in GROUPS]
-    return min(choices, key=total)
+    choices = [tiles.TPU(*numbers) for numbers in itertools.product(TPU_CHUNKS, GROUPS)]
+    return min(choices, key=lambda choice: _total(measure, choice))
 
 
-def tune_gpu(makes: tuple[Compile, Compile], values: int, repeats: int) -> tiles.GPU:
+def _total(measure: Measure, choice: tiles.GPU | tiles.TPU) -> float:
+    return measure(choice, False) + measure(choice, True)
+
+
+def tune_gpu(measure: Measure, values: int) -> tiles.GPU:
     """Returns the fastest choice, tuning one kernel after the other for every chunk length."""
-    forward, backward = makes
     blocks = [block for block in VALUES if block <= values]
     walking = [
         tiles.Tile(*options) for options in itertools.product(WARPS, STAGES, blocks)
@@ -107,12 +187,12 @@ def tune_gpu(makes: tuple[Compile, Compile], values: int, repeats: int) -> tiles
     # The gradients' kernel has no loop to pipeline, and takes all value rows.
     one_chunk = [tiles.Tile(warps, 1, values) for warps in WARPS]
     plan = (
-        ("forward", forward, walking),
-        ("state", backward, walking),
-        ("gradients", backward, one_chunk),
+        ("forward", False, walking),
+        ("state", True, walking),
+        ("gradients", True, one_chunk),
     )
     totals: dict[tiles.GPU, float] = {}
-    for chunk in (16, 32):
+    for chunk in dispatch.GPU_CHUNKS:
         first = tiles.Tile(4, 1, min(64, values))
         choice = tiles.GPU(
             chunk,
@@ -120,14 +200,14 @@ def tune_gpu(makes: tuple[Compile, Compile], values: int, repeats: int) -> tiles
             state=first,
             gradients=first,
         )
-        for kernel, make, candidates in plan:
+        for kernel, backward, candidates in plan:
             times: dict[tiles.GPU, float] = {}
             for tile in candidates:
                 candidate = choice._replace(**{kernel: tile})
-                times[candidate] = milliseconds(make, candidate, repeats)
+                times[candidate] = measure(candidate, backward)
             choice = min(times, key=lambda candidate, times=times: times[candidate])
         # With the complete choice: the kernels were tuned one by one.
-        totals[choice] = sum(milliseconds(make, choice, repeats) for make in makes)
+        totals[choice] = _total(measure, choice)
     return min(totals, key=lambda choice: totals[choice])
 
 
@@ -135,7 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measures and prints one row of the table.
 
     Raises:
-        SystemExit: no kernel runs on this device.
+        SystemExit: no kernel runs on this device, or none of its tiles is right.
     """
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.tune")
     parser.add_argument("--case", default="h200", choices=CASES)
@@ -145,10 +225,15 @@ def main(arguments: list[str] | None = None) -> None:
         default=64,
         help="key and value channels of a head",
     )
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--dtype", default="bfloat16", choices=tuple(BARS))
     parser.add_argument("--implementation", choices=tuple(dispatch.PLATFORMS))
     parser.add_argument("--repeats", type=int, default=5)
+    # What a process for one candidate is given.
+    parser.add_argument("--candidate", help=argparse.SUPPRESS)
     flags = parser.parse_args(arguments)
+    if flags.candidate:
+        print(json.dumps(check_and_measure(Candidate.from_json(flags.candidate))))
+        return
     device = jax.devices()[0].device_kind
     runnable = [name for name in dispatch.PLATFORMS if name in dispatch.available()]
     name = flags.implementation or next(iter(runnable), None)
@@ -161,11 +246,27 @@ def main(arguments: list[str] | None = None) -> None:
         key_size=flags.size,
         value_size=flags.size,
     )
-    makes = passes(name, case, flags.dtype)
-    if name == "pallas_tpu":
-        best = tune_tpu(makes, flags.repeats)
-    else:
-        best = tune_gpu(makes, flags.size, flags.repeats)
+
+    def measure(choice, backward):
+        return measure_apart(
+            Candidate(
+                name,
+                case,
+                flags.dtype,
+                choice,
+                backward,
+                flags.repeats,
+                interpret=False,
+            )
+        )
+
+    best = (
+        tune_tpu(measure)
+        if name == "pallas_tpu"
+        else tune_gpu(measure, values=flags.size)
+    )
+    if not np.isfinite(_total(measure, best)):
+        raise SystemExit(f"tune: no tile of {name} gives right results on {device}.")
     print(f"{name} on {device}, heads of {flags.size}: {best}")
 
 

@@ -83,12 +83,14 @@ class Kernel:
         threads: of a program.
         shared: bytes of shared memory of a program.
         cubin: machine code.
+        ttir: Triton's first form of it; None where XLA compiled the kernel.
     """
 
     name: str
     threads: int
     shared: int
     cubin: bytes
+    ttir: str | None = None
 
 
 def _find(pattern: str, text: str) -> re.Match:
@@ -134,6 +136,76 @@ def count(code: str, loops: bool) -> int:
     return sum(first <= address <= last for address, _ in lines)
 
 
+class _Statement(NamedTuple):
+    """One statement of TTIR: its operation, operands, and the first number of its last shape."""
+
+    operation: str
+    operands: list[str]
+    rows: int
+
+
+def _statements(ttir: str) -> dict[str, _Statement]:
+    """Reads the statements of a program in TTIR, by the name that each defines."""
+    found = {}
+    for line in ttir.splitlines():
+        match = re.match(r"\s*(%\w+) = ([\w.]+) (.*)", line)
+        if match is not None:
+            name, operation, rest = match.groups()
+            shapes = re.findall(r"tensor<(\d+)x", rest)
+            rows = int(shapes[-1]) if shapes else 0
+            found[name] = _Statement(operation, re.findall(r"%\w+", rest), rows)
+    return found
+
+
+def _follow(name: str, statements: dict[str, _Statement], through: set[str]) -> str:
+    """Goes back to where a value comes from, through operations that have one source."""
+    while name in statements and statements[name].operation in through:
+        # The value of a select is its second operand; of the others the first.
+        is_select = statements[name].operation == "arith.select"
+        name = statements[name].operands[is_select]
+    return name
+
+
+def count_turned(ttir: str) -> int:
+    """Counts transposed 16-bit products that are the left side of a warpgroup's product.
+
+    Triton compiles these wrongly for Hopper, whose products of warpgroups have 64 rows or more.
+
+    Source: triton-lang/triton#6124.
+    """
+    statements = _statements(ttir)
+    casts = {"arith.truncf", "arith.select"}
+    total = 0
+    for statement in statements.values():
+        if statement.operation != "tt.dot" or statement.rows < 64:
+            continue
+        left = statements.get(statement.operands[0])
+        if left is None or left.operation != "tt.trans":
+            continue
+        source = statements.get(_follow(left.operands[0], statements, casts))
+        total += source is not None and source.operation == "tt.dot"
+    return total
+
+
+def count_carried(ttir: str) -> int:
+    """Counts products that are accumulated into a value which a loop carries.
+
+    Two of them in a row are compiled wrongly for compute capability 10.0.
+
+    Source: triton-lang/triton#10821.
+    """
+    statements = _statements(ttir)
+    carried = set()
+    for arguments in re.findall(r"iter_args\((.*?)\)", ttir):
+        carried |= set(re.findall(r"(%\w+) =", arguments))
+    total = 0
+    for statement in statements.values():
+        if statement.operation == "tt.dot":
+            accumulator = _follow(statement.operands[2], statements, {"arith.mulf"})
+            total += accumulator in carried
+    return total
+
+
 def _measure(
     case: str,
     kernel: Kernel,
@@ -151,13 +223,18 @@ def _measure(
     # Each program of a walk prepares the chunk anew, so blocks of values cost instructions.
     programs = 1 if is_one_chunk else size.values // min(size.values, tile.values)
     instructions = count(code, loops=not is_one_chunk) * programs * kernel.threads // 32
-    return {
+    row = {
         "case": case,
         "instructions": round(instructions / chunk, 1),
         "registers": int(_find(r"REG:(\d+)", usage)[1]),
         "stack": int(_find(r"STACK:(\d+)", usage)[1]),
         "shared": kernel.shared,
+        "warpgroup": code.count("HGMMA"),
     }
+    if kernel.ttir is not None:
+        row["turned"] = count_turned(kernel.ttir)
+        row["carried"] = count_carried(kernel.ttir)
+    return row
 
 
 def _make_passes(size: Size, sharding) -> Iterator[tuple[Callable, tuple]]:
@@ -280,6 +357,9 @@ def _compile_triton(
         "BLOCK": min(tile.values, size.values),
         "READ": True,
         "SAVE": True,
+        # No probes: the walk that every call makes.
+        "SEGMENTS": 0,
+        "PROBED": 0,
     }
     constants = {}
     signature = {}
@@ -303,6 +383,7 @@ def _compile_triton(
         threads=32 * tile.warps,
         shared=compiled.metadata.shared,
         cubin=compiled.asm["cubin"],
+        ttir=compiled.asm["ttir"],
     )
 
 
@@ -331,7 +412,8 @@ def rows() -> Iterator[dict]:
 
     Yields:
         case; instructions of all warps for one token of one head; registers and bytes of stack of a
-        thread; shared, bytes of a program.
+        thread; shared, bytes of a program; warpgroup, instructions that are products of Hopper's
+        warpgroups; for Triton also turned and carried, see `count_turned` and `count_carried`.
 
     Raises:
         ModuleNotFoundError: a package is not installed.
