@@ -12,8 +12,12 @@ from pallas_kernels.gpu.segmented_passes import KernelSet, Probes
 from pallas_kernels.platforms import output_like
 from pallas_kernels.reference import State, WKVInputs
 
-# Versions that work together, by jax's minor version: jax-triton, and triton's minor versions.
-FITTING = {"0.10": ("0.3.1", ("3.6", "3.7")), "0.11": ("0.4.1", ("3.7",))}
+# Versions that work together, by jax's minor version: of jax-triton, each with the minor versions
+# of triton that it takes. 0.4 needs triton 3.7; images with PyTorch often come with 3.6.
+FITTING = {
+    "0.10": {"0.3.1": ("3.6", "3.7")},
+    "0.11": {"0.4.1": ("3.7",), "0.3.1": ("3.6",)},
+}
 
 
 def _minor(name: str) -> str:
@@ -32,11 +36,12 @@ def check_versions() -> None:
         raise RuntimeError(
             f"The Triton kernels need jax {' or '.join(FITTING)}; installed is jax {jax_minor}."
         )
-    jax_triton_version, triton_minors = FITTING[jax_minor]
-    needed = (
-        f"jax-triton {jax_triton_version} with triton {' or '.join(triton_minors)} "
-        f"for jax {jax_minor}"
-    )
+    pairs = FITTING[jax_minor]
+    choices = [
+        f"jax-triton {name} with triton {' or '.join(minors)}"
+        for name, minors in pairs.items()
+    ]
+    needed = f"{', or '.join(choices)} for jax {jax_minor}"
     try:
         installed_jax_triton = version("jax-triton")
         installed_triton = version("triton")
@@ -44,10 +49,7 @@ def check_versions() -> None:
         raise ImportError(
             f"The Triton kernels need {needed}; {error.name} is missing."
         ) from error
-    if (
-        installed_jax_triton != jax_triton_version
-        or _minor("triton") not in triton_minors
-    ):
+    if _minor("triton") not in pairs.get(installed_jax_triton, ()):
         raise RuntimeError(
             f"The Triton kernels need {needed}; "
             f"installed are {installed_jax_triton} and {installed_triton}."

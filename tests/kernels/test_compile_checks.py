@@ -223,10 +223,25 @@ def test_a_wrong_pair_of_packages_is_one_sentence(
     assert triton_calls.missing()
 
 
-def test_a_fitting_pair_is_accepted(monkeypatch):
-    packages(monkeypatch, jax="0.10.2", jax_triton="0.3.1", triton="3.6.0")
+@pytest.mark.parametrize(
+    ("jax_version", "jax_triton", "triton"),
+    [
+        ("0.10.2", "0.3.1", "3.6.0"),
+        ("0.10.2", "0.3.1", "3.7.1"),
+        ("0.11.2", "0.3.1", "3.6.0"),
+        ("0.11.0", "0.4.1", "3.7.0"),
+    ],
+)
+def test_a_fitting_pair_is_accepted(monkeypatch, jax_version, jax_triton, triton):
+    packages(monkeypatch, jax=jax_version, jax_triton=jax_triton, triton=triton)
     triton_calls.check_versions()
     assert not triton_calls.missing()
+
+
+def test_a_pair_that_fits_another_jax_names_both_choices(monkeypatch):
+    packages(monkeypatch, jax="0.11.2", jax_triton="0.4.1", triton="3.6.0")
+    with pytest.raises(RuntimeError, match=r"0\.4\.1 with triton 3\.7, or .* 0\.3\.1"):
+        triton_calls.check_versions()
 
 
 def test_the_benchmark_counts_bytes_and_names_every_implementation_here():
