@@ -5,6 +5,7 @@ Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/binidx.py (the format).
 
 import array
 import contextlib
+import hashlib
 import struct
 from pathlib import Path
 from typing import BinaryIO
@@ -34,6 +35,38 @@ _DTYPES = {
 }
 
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
+
+
+# Bytes of a file that one digest covers.
+DIGEST_BLOCK = 1 << 22
+
+
+def block_digest(block: bytes | bytearray) -> str:
+    """Computes the digest of one block of a file."""
+    return hashlib.blake2b(block, digest_size=8).hexdigest()
+
+
+class DigestedFile:
+    """A file to write to that computes the digest of each of its blocks on the way."""
+
+    def __init__(self, file: BinaryIO):
+        """Takes an empty file."""
+        self._file = file
+        self._block = bytearray()
+        self._digests: list[str] = []
+
+    def write(self, data: bytes) -> None:
+        """Appends bytes."""
+        self._file.write(data)
+        self._block += data
+        while len(self._block) >= DIGEST_BLOCK:
+            self._digests.append(block_digest(self._block[:DIGEST_BLOCK]))
+            del self._block[:DIGEST_BLOCK]
+
+    def digests(self) -> list[str]:
+        """Returns the digests of all blocks so far; the last one may be shorter."""
+        rest = [block_digest(self._block)] if self._block else []
+        return self._digests + rest
 
 
 def _parse_header(
@@ -153,6 +186,8 @@ class BinidxWriter:
         self._code = _CODES[native]
         self._path = Path(path)
         self._stack = contextlib.ExitStack()
+        self._files: dict[str, DigestedFile] = {}
+        self._is_finished = False
         self._sizes = array.array("i")
         # Ids of the sequence that is being written.
         self._size = 0
@@ -167,14 +202,27 @@ class BinidxWriter:
     def __exit__(self, *error) -> None:
         """Replaces the files, or after an error leaves those that were there before."""
         if error[0] is None:
-            self._write_index(self._index)
+            self.finish()
             # A reader that comes between the two replacements finds no index, not a wrong one.
             self._path.with_suffix(".idx").unlink(missing_ok=True)
         self._stack.__exit__(*error)
 
-    def sibling(self, suffix: str) -> BinaryIO:
+    def sibling(self, suffix: str) -> DigestedFile:
         """Opens a further file of the same name, which is replaced together with the others."""
-        return self._stack.enter_context(atomic_write(self._path.with_suffix(suffix)))
+        file = self._stack.enter_context(atomic_write(self._path.with_suffix(suffix)))
+        self._files[suffix] = DigestedFile(file)
+        return self._files[suffix]
+
+    def finish(self) -> dict[str, list[str]]:
+        """Writes the index, after the last sequence.
+
+        Returns:
+            The digests of the blocks of each file that is open, by the file's suffix.
+        """
+        if not self._is_finished:
+            self._write_index(self._index)
+            self._is_finished = True
+        return {suffix: file.digests() for suffix, file in self._files.items()}
 
     def add(self, ids: np.ndarray) -> None:
         """Appends some ids to the sequence that is being written.
@@ -200,7 +248,7 @@ class BinidxWriter:
         self._sizes.append(self._size)
         self._size = 0
 
-    def _write_index(self, file: BinaryIO) -> None:
+    def _write_index(self, file: DigestedFile) -> None:
         sizes = np.frombuffer(self._sizes, np.int32)
         count = len(sizes)
         file.write(_MAGIC + _HEADER.pack(1, self._code, count, count + 1))

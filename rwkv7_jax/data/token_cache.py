@@ -14,13 +14,18 @@ Without a card the pair is what another tool made: every id is in the loss, and 
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from rwkv7_jax.checks import prefix_errors
-from rwkv7_jax.data.binidx import BinidxWriter, read_binidx
+from rwkv7_jax.data.binidx import (
+    DIGEST_BLOCK,
+    BinidxWriter,
+    block_digest,
+    read_binidx,
+)
 from rwkv7_jax.data.choices import Split
 from rwkv7_jax.data.documents import HASH_RANGE, Document, held_out_threshold
 from rwkv7_jax.data.jsonl import ReadStats
@@ -33,6 +38,9 @@ FORMAT = "rwkv7_jax tokens 1"
 
 # Of the files of a cache, all of which a new one replaces or removes.
 SUFFIXES = (".bin", ".idx", ".card.json", ".keys", ".mask")
+
+# Blocks of a file that are compared with their digests when a cache is opened.
+_CHECKED_BLOCKS = 128
 
 # Ids that are compared with the vocabulary at once.
 _CHUNK = 1 << 24
@@ -50,6 +58,8 @@ class CacheMetadata:
         bytes: of the documents' text.
         skipped: lines that could not be read.
         format: of these files.
+        blocks: digests of the files' blocks of 4 MiB, by suffix; empty in older caches.
+        digest: of all other entries; empty in older caches.
     """
 
     vocabulary: str
@@ -59,6 +69,15 @@ class CacheMetadata:
     bytes: int
     skipped: int
     format: str = FORMAT
+    blocks: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    digest: str = ""
+
+    def sealed(self) -> "CacheMetadata":
+        """Returns the card with its digest."""
+        entries = dataclasses.asdict(self)
+        del entries["digest"]
+        text = json.dumps(entries, sort_keys=True)
+        return dataclasses.replace(self, digest=block_digest(text.encode()))
 
 
 @dataclasses.dataclass
@@ -120,6 +139,11 @@ def write_cache(
             raise ValueError(
                 f"write_cache: `{', '.join(map(str, sources))}` has no document."
             )
+        blocks = writer.finish()
+        # A mask of ones says nothing; readers take its absence for it.
+        has_mask = counts.in_loss != counts.tokens
+        if not has_mask:
+            del blocks[".mask"]
         card = CacheMetadata(
             vocabulary=tokenizer.identity,
             documents=counts.documents,
@@ -127,13 +151,13 @@ def write_cache(
             learnt=counts.in_loss,
             bytes=counts.bytes,
             skipped=stats.skipped,
-        )
+            blocks=blocks,
+        ).sealed()
         # Files are replaced in reverse order, so the card comes first: after a crash in between the
         # stale data files fail the size check of the new card.
         text = json.dumps(dataclasses.asdict(card), indent=1)
         writer.sibling(".card.json").write(text.encode())
-    # A mask of ones says nothing; readers take its absence for it.
-    if card.learnt == card.tokens:
+    if not has_mask:
         path.with_suffix(".mask").unlink()
     return card, stats
 
@@ -171,11 +195,39 @@ def read_card(path: str | Path) -> CacheMetadata | None:
         fields = json.loads(file.read_bytes())
         if fields.get("format") != FORMAT:
             raise ValueError(f"its format is {fields.get('format')!r}")
-        return CacheMetadata(**fields)
+        card = CacheMetadata(**fields)
+        if card.digest and card.digest != card.sealed().digest:
+            raise ValueError("it was changed after it was written (its digest differs)")
+        return card
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"read_card: `{file}` must be of {FORMAT!r}: {error}."
         ) from None
+
+
+def _check_blocks(path: Path, card: CacheMetadata) -> None:
+    """Raises unless the files are those that the card was written with.
+
+    Of a file of over 512 MiB only 128 blocks are compared, evenly spread.
+    """
+    for suffix, digests in card.blocks.items():
+        file = path.with_suffix(suffix)
+        blocks = -(-file.stat().st_size // DIGEST_BLOCK) if file.exists() else 0
+        if blocks != len(digests):
+            raise ValueError(
+                f"open_cache: `{file}` is missing or of another size than its card says; "
+                "make the cache anew."
+            )
+        chosen = np.linspace(0, blocks - 1, min(blocks, _CHECKED_BLOCKS))
+        with file.open("rb") as content:
+            for number in chosen.astype(int).tolist():
+                first = number * DIGEST_BLOCK
+                content.seek(first)
+                if block_digest(content.read(DIGEST_BLOCK)) != digests[number]:
+                    raise ValueError(
+                        f"open_cache: `{file}` is damaged: the {DIGEST_BLOCK:,} bytes from "
+                        f"{first:,} on are not those that were written; make the cache anew."
+                    )
 
 
 def _map_sibling(
@@ -239,9 +291,12 @@ def open_cache(
     if card.learnt != card.tokens:
         mask = _map_sibling(path, ".mask", "u1", len(ids))
     tokens = TokenArray(ids, mask, starts)
-    if split == "all":
+    hashes = None
+    if split != "all":
+        hashes = _map_sibling(path, ".keys", "<u8", count)
+    _check_blocks(path, card)
+    if hashes is None:
         return TokenStream.of_array(tokens)
-    hashes = _map_sibling(path, ".keys", "<u8", count)
     # A single document is split by position, as in a source that is no cache.
     if count == 1:
         return split_by_position(tokens, split, held_out)

@@ -1,5 +1,6 @@
 """The cache of a source: the same batches, the same hash, and files that other tools read."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from run_programs import ROOT
 
+from rwkv7_jax.data import binidx, token_cache
 from rwkv7_jax.data.binidx import read_binidx
 from rwkv7_jax.data.loading import batch_at, data_hash, packed, token_stream, windows
 from rwkv7_jax.data.token_cache import CacheMetadata, read_card, write_cache
@@ -175,10 +177,75 @@ def test_memory_does_not_grow_with_the_text(tmp_path, suffix, text):
 def test_a_card_is_read_as_it_was_written(tmp_path):
     (tmp_path / "a.txt").write_bytes("é".encode())
     card, stats = write_cache([tmp_path / "a.txt"], tmp_path / "x.bin", BYTES)
-    assert card == CacheMetadata(
+    bare = dataclasses.replace(card, blocks={}, digest="")
+    assert bare == CacheMetadata(
         "bytes", documents=1, tokens=3, learnt=3, bytes=2, skipped=0
     )
+    assert sorted(card.blocks) == [".bin", ".idx", ".keys"]
     assert stats.bytes == 2 and read_card(tmp_path / "x.bin") == card
+
+
+@pytest.fixture
+def cache(tmp_path, source):
+    """A cache with a mask, whose blocks are 100 bytes long."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (binidx, token_cache):
+            patch.setattr(module, "DIGEST_BLOCK", 100)
+        write_cache([source], tmp_path / "x.bin", BYTES, on_bad="skip")
+        yield tmp_path / "x.bin"
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".keys", ".mask"])
+@pytest.mark.parametrize("place", [0, 1, 777, -100, -1])
+def test_a_flipped_bit_in_any_file_of_a_cache_is_found(
+    cache, monkeypatch, suffix, place
+):
+    monkeypatch.setattr(token_cache, "_CHECKED_BLOCKS", 10**6)
+    file = cache.with_suffix(suffix)
+    data = bytearray(file.read_bytes())
+    data[place] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"x\{suffix}`"):
+        token_stream(cache, BYTES)
+
+
+def test_the_first_and_the_last_block_of_a_large_cache_are_compared(cache, monkeypatch):
+    monkeypatch.setattr(token_cache, "_CHECKED_BLOCKS", 3)
+    good = cache.read_bytes()
+    found = []
+    for place in range(50, len(good), 100):
+        data = bytearray(good)
+        data[place] ^= 1
+        cache.write_bytes(data)
+        try:
+            token_stream(cache, BYTES)
+        except ValueError:
+            found.append(place)
+    assert len(found) == 3
+    assert found[0] == 50
+    assert found[-1] > len(good) - 200
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("vocabulary", "world"), ("skipped", 0), ("bytes", 1), ("blocks", {})],
+)
+def test_a_card_that_was_changed_by_hand_is_refused(cache, entry, value):
+    file = cache.with_suffix(".card.json")
+    card = json.loads(file.read_text())
+    file.write_text(json.dumps(card | {entry: value}))
+    with pytest.raises(ValueError, match=r"x\.card\.json` .* was changed after"):
+        token_stream(cache, BYTES)
+
+
+def test_a_cache_of_an_earlier_version_opens_without_digests(cache):
+    before = data_hash(token_stream(cache, BYTES))
+    file = cache.with_suffix(".card.json")
+    card = json.loads(file.read_text())
+    del card["blocks"]
+    del card["digest"]
+    file.write_text(json.dumps(card))
+    assert data_hash(token_stream(cache, BYTES)) == before
 
 
 def test_the_end_of_a_single_document_is_held_out_from_file_and_cache_alike(tmp_path):
