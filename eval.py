@@ -150,18 +150,22 @@ def evaluate(settings: Settings) -> None:
     tokenizer = tokenizer_of(settings, model.config)
     rows = {"base": init_state(model.config)}
     rows |= tuned_states(settings.state_paths, model, params)
+    titles = subjects(data.path, settings.evaluation.retention)
+    # All is read before anything is measured: a slip in the last name should not cost an hour.
+    # Every row is measured on the same batch, so that differences are the states' own.
+    batches = {}
+    for title, path in titles.items():
+        batches[title] = held_out(
+            data, settings.evaluation, tokenizer, seed=settings.seed, path=path
+        )
     sizes = settings.evaluation.prompt_tokens
     if sizes:
         text = training_stream(data, tokenizer, seed=settings.seed)[:]
         rows |= prompt_states(text, sizes, model, params)
     report: dict[str, Any] = {}
-    # Every row is measured on the same batch, so that differences are the states' own.
-    for title, path in subjects(data.path, settings.evaluation.retention).items():
-        batch = held_out(
-            data, settings.evaluation, tokenizer, seed=settings.seed, path=path
-        )
+    for title, batch in batches.items():
         scores: dict[str, Any] = {}
-        is_task = isinstance(held_out_source(data, path), TaskSource)
+        is_task = isinstance(held_out_source(data, titles[title]), TaskSource)
         for name, start in rows.items():
             if is_task:
                 scores[name] = score_answers(model, params, start, batch)

@@ -38,7 +38,7 @@ def test_a_file_that_is_replaced_keeps_its_rights(tmp_path, rights):
 
 @pytest.mark.parametrize("target", ["x", "./x", "b/../x", "ABSOLUTE"])
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_link_stays_a_link_and_the_file_behind_it_is_written(
+def test_a_link_stays_a_link_and_the_file_it_leads_to_is_written(
     tmp_path, target, exists
 ):
     (tmp_path / "b").mkdir()

@@ -17,6 +17,7 @@ from rwkv7_jax.checkpoints.layouts.orientation import LowRank, with_official_low
 from rwkv7_jax.checkpoints.layouts.other_architectures import (
     reject_other_architectures,
 )
+from rwkv7_jax.checkpoints.model_folder import existing_model
 from rwkv7_jax.checkpoints.orbax_folder import is_orbax, load_orbax, save_orbax
 from rwkv7_jax.checkpoints.param_tree import (
     Progress,
@@ -42,7 +43,7 @@ from rwkv7_jax.checkpoints.unused_value_residual import (
     drop_unused_value_residual,
 )
 from rwkv7_jax.checks import check_instance, prefix_errors
-from rwkv7_jax.local_paths import existing_path, local_path
+from rwkv7_jax.local_paths import local_path
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -77,7 +78,7 @@ def load_model(
     with prefix_errors("load_model"):
         if dtype is not None:
             dtype = require_jax_dtype(require_float_dtype(dtype))
-        path = existing_path(path, "`path`")
+        path = existing_model(path)
     with name_file(path, "load_model"):
         if is_orbax(path):
             return load_orbax(path.absolute(), dtype=dtype, allow_nan=allow_nan)

@@ -1,6 +1,8 @@
 """Folders that hold one model: their JSON file, and how one folder replaces another."""
 
+import contextlib
 import ctypes
+import glob
 import json
 import os
 import shutil
@@ -9,6 +11,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from rwkv7_jax.local_paths import existing_path, local_path
+
+# What a folder is called while another takes its place.
+_OLD = "old"
 
 # Linux's flag for two paths that exchange what they name, and the folder that paths begin at.
 _RENAME_EXCHANGE = 2
@@ -68,25 +75,52 @@ def replace_folder(
     """
     # A link stays one; the folder that it points to is replaced.
     path = path.resolve()
+    restore_interrupted(path)
     if path.exists():
         _refuse_other_files(path, expected, function)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Next to the target: a rename is atomic only within one file system.
     workspace = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     new = workspace / "new"
-    old = workspace / "old"
+    old = workspace / _OLD
     try:
         fill(new)
         if not path.exists():
             os.replace(new, path)
         elif not exchange_paths(new, path):
-            # Two renames: a kill in between leaves the old folder in the workspace.
+            # Two renames: a kill in between leaves both in the workspace; see below.
             os.replace(path, old)
             os.replace(new, path)
     finally:
         if old.exists() and not path.exists():
             os.replace(old, path)
         shutil.rmtree(workspace, ignore_errors=True)
+
+
+def restore_interrupted(path: Path) -> None:
+    """Puts back the folder that a killed `replace_folder` had moved aside.
+
+    Does nothing where something is at the path. Systems that exchange folders in one step never
+    need it.
+    """
+    place = path.resolve()
+    if place.exists():
+        return
+    for old in sorted(place.parent.glob(f".{glob.escape(place.name)}.*/{_OLD}")):
+        # Another process may have put it back in the meantime.
+        with contextlib.suppress(OSError):
+            os.replace(old, place)
+            shutil.rmtree(old.parent, ignore_errors=True)
+            return
+
+
+def existing_model(path: str | Path) -> Path:
+    """Returns the path of a file or a folder that is there; see `existing_path`.
+
+    A folder whose replacement was interrupted is put back first.
+    """
+    restore_interrupted(local_path(path, "`path`"))
+    return existing_path(path, "`path`")
 
 
 def exchange_paths(one: Path, two: Path) -> bool:

@@ -27,7 +27,7 @@ from rwkv7_jax.checkpoints.model_vocabulary import (
     TEXT_FILE,
     keep_vocabulary,
 )
-from rwkv7_jax.checkpoints.orbax_import import import_orbax
+from rwkv7_jax.checkpoints.orbax_import import hide_abandoned_reads, import_orbax
 from rwkv7_jax.checkpoints.param_tree import (
     astype_without_overflow,
     check_params,
@@ -144,6 +144,7 @@ def _damage_named(folder: Path) -> Iterator[None]:
         yield
         return
     except Exception as error:
+        hide_abandoned_reads()
         reason = first_line(error)
     # Orbax leaves the reads of the other arrays behind, and Python would warn of each of them.
     with warnings.catch_warnings():

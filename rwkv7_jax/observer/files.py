@@ -4,6 +4,7 @@
 right and bias; its metadata has the sizes that they fit, and the caller's own information.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,7 +20,7 @@ import numpy as np
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.integrity.named_errors import name_file
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
-from rwkv7_jax.checkpoints.model_folder import replace_folder
+from rwkv7_jax.checkpoints.model_folder import replace_folder, restore_interrupted
 from rwkv7_jax.checkpoints.param_tree import (
     check_params,
     is_finite,
@@ -42,6 +43,9 @@ MODEL = "model.safetensors"
 MAPS = "maps.safetensors"
 
 _MARK = "rwkv7 observer"
+
+# How the folder begins in which an observer is written among other files.
+_WORKSPACE = ".observer."
 
 
 def save_observer(
@@ -92,12 +96,22 @@ def save_observer(
     )
     if others:
         # The folder cannot be exchanged as one, so both files are complete before either moves.
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".observer.") as workspace:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=_WORKSPACE) as workspace:
             fill(Path(workspace))
             for name in (MODEL, MAPS):
                 os.replace(Path(workspace) / name, folder / name)
     else:
         replace_folder(folder, names, fill, function="save_observer")
+
+
+def _finish_interrupted(folder: Path) -> None:
+    """Moves the maps to a model that a killed `save_observer` had already moved."""
+    for workspace in sorted(folder.glob(f"{_WORKSPACE}*")):
+        # Both files were complete before the model moved.
+        if (workspace / MAPS).is_file() and not (workspace / MODEL).exists():
+            with contextlib.suppress(OSError):
+                os.replace(workspace / MAPS, folder / MAPS)
+                workspace.rmdir()
 
 
 def _check_writable(
@@ -154,6 +168,8 @@ def observer_info(folder: str | Path) -> dict[str, Any]:
 def _folder_of(folder: str | Path) -> Path:
     """Returns a folder to read from; refuses what is not on this machine."""
     place = local_path(folder, "`folder`")
+    restore_interrupted(place)
+    _finish_interrupted(place)
     if not place.exists():
         refuse_hub_name(folder, "`folder`")
     return place

@@ -5,7 +5,6 @@ stream or a signal handler: it raises the errors of `exit_codes` and asks `StopS
 """
 
 import contextlib
-import logging
 import os
 import signal
 import socket
@@ -21,6 +20,7 @@ from typing import Any, TextIO
 import jax
 from absl import logging as absl_logging
 
+from rwkv7_jax.checkpoints.orbax_import import hide_abandoned_reads
 from rwkv7_jax.runs.exit_codes import (
     OutOfMemory,
     Stopped,
@@ -170,38 +170,12 @@ def exit_on_failure() -> Iterator[None]:
 
 
 def ignore_abandoned_reads() -> None:
-    """Hides the complaints about coroutines and futures that a failed Orbax read leaves.
-
-    Orbax (0.12.8) starts one asynchronous read per array and does not await the others when
-    one fails. They complain whenever they are collected, up to the end of the process: tens of
-    lines after the one line that tells the user the cause. The error itself is always raised.
-    """
-    # asyncio logs the futures; the coroutines come through the hook below.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    """Hides the complaints about what a failed Orbax read leaves; see `hide_abandoned_reads`."""
+    hide_abandoned_reads()
     # Of coroutines that were never even started. The programs have none of their own.
     warnings.filterwarnings(
         "ignore", message="coroutine .* was never awaited", category=RuntimeWarning
     )
-    sys.unraisablehook = _show_unless_abandoned
-
-
-def is_abandoned_read(unraisable: Any) -> bool:
-    """Tells whether an unraisable error comes from what Orbax did not await.
-
-    Args:
-        unraisable: as `sys.unraisablehook` gets it.
-    """
-    code = getattr(unraisable.object, "cr_code", None)
-    if code is not None and "/orbax/" in code.co_filename:
-        return True
-    # TensorStore's threads report to the event loop of a read that has ended. Nothing in this error
-    # names its origin.
-    return str(unraisable.exc_value) == "Event loop is closed"
-
-
-def _show_unless_abandoned(unraisable: Any) -> None:
-    if not is_abandoned_read(unraisable):
-        sys.__unraisablehook__(unraisable)
 
 
 # How writes to a stream fail: its reader is gone, the terminal is gone (EIO), the disk that it was

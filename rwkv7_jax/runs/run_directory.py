@@ -124,7 +124,9 @@ class OwnedRunDirectory(RunDirectory):
             ) from None
         if self._lock.stale:
             warn(
-                f"{self._lock.stale} ended without releasing {self.path}; its lock is taken over"
+                f"{self._lock.stale} ended without a word (killed, out of memory, or the power "
+                f"failed) and left {self.path} unfinished; the run goes on from its newest "
+                "checkpoint"
             )
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._lock.release)

@@ -16,6 +16,10 @@ from rwkv7_jax.checkpoints.state_files import load_state, save_state
 from rwkv7_jax.checkpoints.state_sidecar import read_sidecar, sidecar
 from rwkv7_jax.observer.files import load_observer, save_observer
 
+HF_CONFIG = dataclasses.replace(
+    CONFIG, group_norm_eps=CONFIG.head_size * CONFIG.norm_eps
+)
+
 
 class Killed(BaseException):
     """What ends a save in these tests, in place of SIGKILL."""
@@ -143,6 +147,113 @@ def test_without_an_exchange_two_renames_do_and_put_the_old_folder_back(
     save_model(tmp_path / "m", new, CONFIG)
     assert differing(load_model(tmp_path / "m")[0], new) == []
     assert os.listdir(tmp_path) == ["m"]
+
+
+FOLDERS = {
+    "orbax": (
+        lambda path, seed: save_model(path, random_params(seed=seed), CONFIG),
+        lambda path: load_model(path)[0],
+        lambda seed: random_params(seed=seed),
+    ),
+    "hf": (
+        lambda path, seed: save_model(
+            path, random_params(HF_CONFIG, seed=seed), HF_CONFIG, format="hf"
+        ),
+        lambda path: load_model(path)[0],
+        lambda seed: random_params(HF_CONFIG, seed=seed),
+    ),
+    "observer": (
+        lambda path, seed: save_observer(path, *observer_of(seed)),
+        lambda path: load_observer(path, tiny_observers.TEACHER)[1],
+        lambda seed: observer_of(seed)[1],
+    ),
+    "observer among other files": (
+        lambda path, seed: save_among_others(path, seed),
+        lambda path: load_observer(path, tiny_observers.TEACHER)[1],
+        lambda seed: observer_of(seed)[1],
+    ),
+}
+
+
+def save_among_others(path, seed):
+    """Saves an observer to a folder that cannot be exchanged as one."""
+    path.mkdir(exist_ok=True)
+    (path / "notes.txt").write_text("mine")
+    save_observer(path, *observer_of(seed))
+
+
+def observer_of(seed):
+    """An observer, and parameters that the seed tells apart."""
+    observer, params = tiny_observers.made()
+    model = jax.tree.map(lambda leaf: leaf * seed, params["model"])
+    return observer, params | {"bias": params["bias"] + seed, "model": model}
+
+
+def kill_at(patch, step):
+    """Ends the process, so to speak, after so many renames: nothing is done from then on."""
+    replace = os.replace
+    done = 0
+
+    def counted(*arguments):
+        nonlocal done
+        if done >= step:
+            raise Killed
+        done += 1
+        replace(*arguments)
+
+    def remove(*arguments, **options):
+        if done >= step:
+            raise Killed
+
+    patch.setattr(model_folder, "exchange_paths", lambda one, two: False)
+    patch.setattr(os, "replace", counted)
+    patch.setattr(model_folder.shutil, "rmtree", remove)
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_without_an_exchange_a_folder_loads_after_a_kill_at_any_rename(
+    tmp_path, monkeypatch, kind
+):
+    write, read, expected = FOLDERS[kind]
+    seen = set()
+    # Files inside a folder are renamed too; the last two renames are the folder's.
+    for step in range(9):
+        path = tmp_path / str(step) / "m"
+        path.parent.mkdir()
+        write(path, 1)
+        with monkeypatch.context() as patch:
+            kill_at(patch, step)
+            try:
+                write(path, 2)
+            except Killed:
+                finished = False
+            else:
+                finished = True
+        seen.add(path.exists())
+        loaded = read(path)
+        new = differing(loaded, expected(2)) == []
+        assert new or differing(loaded, expected(1)) == []
+        # The next save works whatever was left, and its result loads.
+        write(path, 3)
+        assert differing(read(path), expected(3)) == []
+        if finished:
+            assert new
+            break
+    assert finished
+    moves_folders = kind != "observer among other files"
+    assert seen == ({True, False} if moves_folders else {True})
+
+
+def test_a_folder_that_was_moved_aside_is_put_back_through_a_link_too(tmp_path):
+    save_model(tmp_path / "m[1]", random_params(seed=1), CONFIG)
+    (tmp_path / "link").symlink_to("m[1]")
+    (tmp_path / ".m[1].abc").mkdir()
+    os.replace(tmp_path / "m[1]", tmp_path / ".m[1].abc" / "old")
+    assert differing(load_model(tmp_path / "link")[0], random_params(seed=1)) == []
+    assert sorted(os.listdir(tmp_path)) == ["link", "m[1]"]
+    # What is there is never replaced by something older.
+    (tmp_path / ".m[1].abc" / "old").mkdir(parents=True)
+    assert differing(load_model(tmp_path / "m[1]")[0], random_params(seed=1)) == []
 
 
 def test_an_orbax_folder_that_does_not_read_back_never_replaces_a_good_one(

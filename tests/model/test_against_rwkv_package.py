@@ -13,8 +13,9 @@ import pytest
 import trained_scale_models as calm_models
 
 from rwkv7_jax.checkpoints.model_files import load_model, save_model
+from rwkv7_jax.checkpoints.state_files import load_state
 from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import RWKV7State
+from rwkv7_jax.model.state import RWKV7State, init_state
 
 LOGITS, STATES, BFLOAT16_RMS = 1e-4, 1e-5, 0.02
 LENGTH = 19
@@ -121,6 +122,33 @@ def test_token_by_token_and_cut_at_every_place(official, folder):
         logits = np.concatenate([head[0, :cut], tail[0, : LENGTH - cut]])
         assert np.abs(logits - expected).max() <= LOGITS, cut
         check_state(end, memory)
+
+
+def test_a_session_of_the_package_loads_as_our_state_and_goes_on(official, folder):
+    import torch
+
+    config = calm_models.config()
+    model, ours, params = pair(official, folder, config)
+    ids = calm_models.ids(config, 1, LENGTH)
+    first, rest = np.asarray(ids[0, :11]), ids[:, 11:]
+    # As their chat programs do: a new session, read in two calls, and its list saved by torch.
+    _, memory = model.forward(first[:4].tolist(), None)
+    _, memory = model.forward(first[4:].tolist(), memory)
+    torch.save(memory, folder / "session.pth")
+    session = load_state(folder / "session.pth", config=config)
+    zero = init_state(config)
+    apply = jax.jit(ours.apply)
+    _, read_by_us = apply({"params": params}, ids[:, :11], zero)
+    for name in ("att_shift", "wkv", "ffn_shift"):
+        theirs_, own = getattr(session, name), getattr(read_by_us, name)
+        assert np.any(own)
+        error = np.abs(np.asarray(theirs_, np.float32) - np.asarray(own, np.float32))
+        assert error.max() <= STATES * np.abs(own).max(), name
+    # Heads are square: read the other way round, the list would load as well and mean nothing.
+    assert np.abs(session.wkv.mT - read_by_us.wkv).max() > 100 * STATES
+    logits, _ = apply({"params": params}, rest, session)
+    expected, _ = model.forward(rest[0].tolist(), memory, full_output=True)
+    assert np.abs(np.asarray(logits[0]) - expected.numpy()).max() <= LOGITS
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from run_programs import ROOT
 from saved_steps import IDENTITY, new_state, open_checkpoints, save_steps, train_state
 
-from rwkv7_jax.runs import process
+from rwkv7_jax.checkpoints.orbax_import import is_abandoned_read
 from rwkv7_jax.runs.exit_codes import NoValidCheckpoint, Stopped
 from rwkv7_jax.runs.process import StopSignals
 
@@ -160,7 +160,7 @@ def test_a_read_that_was_never_started_complains_only_without_the_filter(quiet):
 
 @pytest.mark.slow
 def test_orbax_still_abandons_reads_when_one_of_them_fails(tmp_path, unraisable):
-    # When this fails, `ignore_abandoned_reads` is not needed any more.
+    # When this fails, `hide_abandoned_reads` is not needed any more.
     save_steps(tmp_path / "saved", [3])
     data = tmp_path / "saved" / "3" / "train"
     files = [path for path in data.rglob("*") if path.is_file()]
@@ -178,7 +178,7 @@ def test_orbax_still_abandons_reads_when_one_of_them_fails(tmp_path, unraisable)
             shutil.rmtree(tmp_path / "copy")
     gc.collect()
     assert unraisable
-    assert all(process.is_abandoned_read(one) for one in unraisable)
+    assert all(is_abandoned_read(one) for one in unraisable)
 
 
 CLOSED = """

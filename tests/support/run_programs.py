@@ -1,5 +1,6 @@
 """Runs train.py for tests, as a program of its own or inside this process."""
 
+import functools
 import os
 import runpy
 import subprocess
@@ -87,21 +88,19 @@ def last_line(error: str) -> str:
     return [line for line in error.splitlines() if line.strip()][-1]
 
 
-_PROGRAM: dict = {}
+@functools.cache
+def load_program(name: str) -> dict:
+    """Gives what a program defines; the program itself does not run."""
+    # Once: its flags can be defined only once.
+    return runpy.run_path(str(ROOT / name), run_name=f"{Path(name).stem}_program")
 
 
 def load_train() -> dict:
-    """Gives what train.py defines; the program itself does not run."""
-    # Once: its flags can be defined only once.
-    if not _PROGRAM:
-        _PROGRAM.update(
-            runpy.run_path(str(ROOT / "train.py"), run_name="train_program")
-        )
-    return _PROGRAM
+    """Gives what train.py defines."""
+    return load_program("train.py")
 
 
 def train_here(settings: Settings, workdir: Path) -> None:
     """Runs train.py's functions in this process."""
-    load_train()
     with StopSignals() as stop, OwnedRunDirectory(workdir, settings) as folder:
-        _PROGRAM["train"](settings, folder, stop)
+        load_train()["train"](settings, folder, stop)

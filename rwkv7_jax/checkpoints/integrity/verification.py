@@ -5,6 +5,7 @@ from pathlib import Path
 from rwkv7_jax.checkpoints.huggingface import files_of_weights
 from rwkv7_jax.checkpoints.integrity.named_errors import name_file
 from rwkv7_jax.checkpoints.model_files import load_model
+from rwkv7_jax.checkpoints.model_folder import existing_model
 from rwkv7_jax.checkpoints.orbax_folder import has_orbax_digest, is_orbax, load_orbax
 from rwkv7_jax.checkpoints.pth import has_digest, read_pth
 from rwkv7_jax.checkpoints.state_files import load_state
@@ -17,7 +18,6 @@ from rwkv7_jax.checkpoints.tensor_files import (
     read_safetensors,
 )
 from rwkv7_jax.checks import prefix_errors
-from rwkv7_jax.local_paths import existing_path
 
 
 def verify(path: str | Path) -> list[str]:
@@ -35,7 +35,7 @@ def verify(path: str | Path) -> list[str]:
         ValueError: a file does not agree, or cannot be read; the message names it.
     """
     with prefix_errors("verify"):
-        path = existing_path(path, "`path`")
+        path = existing_model(path)
     with name_file(path, "verify"):
         if path.is_file():
             return _verify_file(path)
