@@ -132,7 +132,7 @@ FORMATS = {
         "verify",
     ),
     "orbax folder": (
-        40,
+        24,
         "orbax",
         lambda path: save_model(path, params(), CONFIG),
         load_model,
@@ -167,14 +167,14 @@ FORMATS = {
         "read",
     ),
     "observer": (
-        120,
+        40,
         "observer",
         make_observer,
         lambda path: load_observer(path, CONFIG)[1],
         "read",
     ),
     "token cache": (
-        160,
+        260,
         "c.bin",
         make_cache,
         read_cache,

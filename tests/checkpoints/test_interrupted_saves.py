@@ -245,15 +245,15 @@ def test_without_an_exchange_a_folder_loads_after_a_kill_at_any_rename(
 
 
 def test_a_folder_that_was_moved_aside_is_put_back_through_a_link_too(tmp_path):
-    save_model(tmp_path / "m[1]", random_params(seed=1), CONFIG)
-    (tmp_path / "link").symlink_to("m[1]")
-    (tmp_path / ".m[1].abc").mkdir()
-    os.replace(tmp_path / "m[1]", tmp_path / ".m[1].abc" / "old")
+    save_model(tmp_path / "m", random_params(seed=1), CONFIG)
+    (tmp_path / "link").symlink_to("m")
+    (tmp_path / ".m.abc").mkdir()
+    os.replace(tmp_path / "m", tmp_path / ".m.abc" / "old")
     assert differing(load_model(tmp_path / "link")[0], random_params(seed=1)) == []
-    assert sorted(os.listdir(tmp_path)) == ["link", "m[1]"]
+    assert sorted(os.listdir(tmp_path)) == ["link", "m"]
     # What is there is never replaced by something older.
-    (tmp_path / ".m[1].abc" / "old").mkdir(parents=True)
-    assert differing(load_model(tmp_path / "m[1]")[0], random_params(seed=1)) == []
+    (tmp_path / ".m.abc" / "old").mkdir(parents=True)
+    assert differing(load_model(tmp_path / "m")[0], random_params(seed=1)) == []
 
 
 def test_an_orbax_folder_that_does_not_read_back_never_replaces_a_good_one(
