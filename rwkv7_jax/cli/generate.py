@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -33,7 +34,14 @@ from rwkv7_jax.generation.sampling import exempt_ids
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.observer.files import load_observer
 from rwkv7_jax.observer.observer import propose
-from rwkv7_jax.text.chat_template import CHAT_STOP, TURN_END, chat_prompt
+from rwkv7_jax.text.chat_template import (
+    CHAT_STOP,
+    THINK_MODES,
+    TURN_END,
+    answer_opening,
+    chat_prompt,
+    read_tools,
+)
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 # Seeds lie from minus this number to below it: JAX takes 64 bits.
@@ -67,6 +75,7 @@ def add_generate_command(subparsers) -> argparse.ArgumentParser:
         help="write the memory after the answer, to continue from with --state",
     )
     add("--chat", action="store_true", help="the prompt is a user's message to answer")
+    _add_chat_options(parser)
     add(
         "--tokens",
         type=integer(0, MOST_TOKENS),
@@ -103,6 +112,24 @@ def add_generate_command(subparsers) -> argparse.ArgumentParser:
     )
     parser.set_defaults(run=run_generate, compiles=True)
     return parser
+
+
+def _add_chat_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that --chat alone has."""
+    add = parser.add_argument
+    add("--system", metavar="TEXT", help="with --chat: what the system says before")
+    add(
+        "--think",
+        choices=tuple(THINK_MODES),
+        help="with --chat: whether the answer thinks first; fast is an empty thought (off)",
+    )
+    add(
+        "--tools",
+        metavar="FILE",
+        type=path,
+        help="with --chat: functions to call, a JSON list of objects with name, description and "
+        "arguments, or as OpenAI's interface has them",
+    )
 
 
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -179,7 +206,12 @@ class _Stream:
 def run_generate(options: argparse.Namespace) -> str | None:
     """Generates, and shows the text meanwhile or returns all as JSON."""
     _check_target(options)
+    _check_chat_options(options)
     prompt, stop_strings = _texts(options)
+    opening = ""
+    if options.chat:
+        prompt, opening = _chat_texts(options, prompt)
+        stop_strings.append(CHAT_STOP)
     model = read_model(options.model)
     tokenizer = model.tokenizer(options.vocabulary)
     state = None
@@ -203,6 +235,9 @@ def run_generate(options: argparse.Namespace) -> str | None:
         state = _propose(options.observer, model, prompt_ids[:-1])
         unread = prompt_ids[-1:]
     stream = _Stream(goes_on=bool(options.save_state))
+    # What is given of an answer belongs to it.
+    if opening and not options.json:
+        stream(opening, 0)
     out = generate(
         model.module,
         model.params,
@@ -225,7 +260,7 @@ def run_generate(options: argparse.Namespace) -> str | None:
         _save_session(options, model, out.state)
     _note_ids_without_entry(tokenizer, out.tokens[0])
     if options.json:
-        return _to_json(out, prompt, len(prompt_ids))
+        return _to_json(out, prompt, opening, len(prompt_ids))
     stream.close()
     return None
 
@@ -262,10 +297,31 @@ def _texts(options: argparse.Namespace) -> tuple[bytes, list[str]]:
             "note: `--stop` has a backslash and an n; --escape reads them as a line break.",
             file=sys.stderr,
         )
-    if options.chat:
-        prompt = chat_prompt(prompt)
-        stop_strings.append(CHAT_STOP)
     return prompt, stop_strings
+
+
+def _chat_texts(options: argparse.Namespace, message: bytes) -> tuple[bytes, str]:
+    """Writes the message as a turn; returns it, and the part of the answer that it begins."""
+    think = options.think or "off"
+    tools: tuple[str, ...] = ()
+    if options.tools:
+        try:
+            tools = read_tools(Path(options.tools).read_bytes())
+        except ValueError as error:
+            raise ValueError(
+                f"generate: `--tools` must be a JSON list of functions; {options.tools}: {error}."
+            ) from None
+    # The inverse of how Python decodes the command line.
+    system = os.fsencode(options.system or "")
+    prompt = chat_prompt(message, system=system, think=think, tools=tools)
+    return prompt, answer_opening(think, tools).lstrip()
+
+
+def _check_chat_options(options: argparse.Namespace) -> None:
+    """Raises for options that only a chat has."""
+    for name in ("system", "think", "tools"):
+        if getattr(options, name) is not None and not options.chat:
+            raise ValueError(f"generate: `--{name}` must come with `--chat`.")
 
 
 def _check_savable(options: argparse.Namespace, state: RWKV7State) -> None:
@@ -302,11 +358,19 @@ def _propose(folder: str, model: LoadedModel, ids: list[int]) -> RWKV7State:
     return propose(observer, params, np.asarray([ids], np.int32))
 
 
-def _to_json(out: Generation, prompt: bytes, prompt_tokens: int) -> str:
-    """Describes the result as one JSON object."""
+def _to_json(out: Generation, prompt: bytes, opening: str, prompt_tokens: int) -> str:
+    """Describes the result as one JSON object.
+
+    Args:
+        out: what was generated.
+        prompt: all that the model read.
+        opening: the end of the prompt that belongs to the answer.
+        prompt_tokens: the number of its ids.
+    """
     assert out.texts is not None
     fields = {
         "prompt": prompt.decode(errors="replace"),
+        "opening": opening,
         "text": out.texts[0],
         "prompt_tokens": prompt_tokens,
         "tokens": out.tokens[0],

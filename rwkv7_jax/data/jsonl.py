@@ -4,19 +4,21 @@ A line of data is one object with one of
 
     {"text": ...}                                         all of it is in the loss
     {"prompt": ..., "answer": ...}                        as they stand; the answer is in the loss
-    {"messages": [{"role": ..., "content": ...}, ...]}    World's chat; the assistant is in the loss
+    {"messages": [{"role": ..., "content": ...}, ...]}    a chat; the assistant is in the loss
     {"conversations": [{"from": ..., "value": ...}, ...]} the same, as ShareGPT has it
     {"instruction": ..., "input": ..., "output": ...}     the same of one question, as Alpaca has it
 
 and a conversation is written as `text.chat_template` says, up to token 0. A blank line ends a turn,
 so blank lines inside a turn are removed. In the loss are the assistant's words, from the space
-after its name, and token 0.
+after its name, and token 0. A record with a conversation may name a think mode ("think") and hold
+functions ("tools"); an assistant may have thoughts ("reasoning_content") and call functions
+("tool_calls"), and role "tool" says what they gave.
 """
 
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +26,17 @@ from rwkv7_jax.checks import check_choice, prefix_errors
 from rwkv7_jax.data.choices import ON_BAD
 from rwkv7_jax.data.documents import Document, Segment
 from rwkv7_jax.data.text_files import TextFile
-from rwkv7_jax.text.chat_template import SPEAKERS, TURN_END, clean_message, turn_start
+from rwkv7_jax.text.chat_template import (
+    SPEAKERS,
+    Message,
+    call_text,
+    clean_message,
+    read_tools,
+    think_mode,
+    thinks,
+    tool_texts,
+    write_conversation,
+)
 
 _KINDS = ("text", "prompt", "messages")
 
@@ -35,6 +47,8 @@ _ROLES = {
     "chatgpt": "assistant",
     "bot": "assistant",
     "model": "assistant",
+    "function": "tool",
+    "observation": "tool",
 }
 
 # Keys of a record that a message names; more would not help.
@@ -198,11 +212,10 @@ def parse_record(record: Any) -> Document:
     if kinds == ["prompt"]:
         return _answered_prompt(record)
     if kinds == ["messages"]:
-        return conversation(record["messages"])
+        return _chat(record, record["messages"])
     if "conversations" in record:
-        return conversation(
-            _with_system(record, record["conversations"]), "conversations"
-        )
+        messages = _with_system(record, record["conversations"])
+        return _chat(record, messages, "conversations")
     if "instruction" in record and "output" in record:
         return _instruction(record)
     raise ValueError(
@@ -248,7 +261,19 @@ def _instruction(record: Mapping[str, Any]) -> Document:
         messages.append({"role": "assistant", "content": pair[1]})
     messages.append({"role": "user", "content": question})
     messages.append({"role": "assistant", "content": _field(record, "output").decode()})
-    return conversation(_with_system(record, messages))
+    return _chat(record, _with_system(record, messages))
+
+
+def _chat(record: Mapping[str, Any], messages: Any, name: str = "messages") -> Document:
+    """Makes a document of a conversation and what its record says of thoughts and functions."""
+    tools = record.get("tools") or []
+    try:
+        # Some data sets hold the list as text.
+        texts = read_tools(tools) if isinstance(tools, str) else tool_texts(tools)
+    except ValueError as error:
+        raise ValueError(f'"tools": {error}') from None
+    think = record.get("think") or "off"
+    return conversation(messages, name, think=think, tools=texts)
 
 
 def json_records(path: Path, *, encoding: str | None = None) -> list[Any] | None:
@@ -323,42 +348,53 @@ def _answered_prompt(record: Mapping[str, Any]) -> Document:
     return Document((prompt, Segment(answer)))
 
 
-def conversation(messages: Any, name: str = "messages") -> Document:
-    """Formats chat messages in World's template; only assistant turns are in the loss.
-
-    All that precedes an answer is one segment, so that a prompt has the ids it has in generation.
+def conversation(
+    messages: Any,
+    name: str = "messages",
+    *,
+    think: Any = "off",
+    tools: Sequence[str] = (),
+) -> Document:
+    """Formats chat messages in RWKV-7's template; only assistant turns are in the loss.
 
     Args:
         messages: objects with "role" and "content", or with ShareGPT's "from" and "value".
         name: of the list, for messages.
+        think: one of `chat_template.THINK_MODES`.
+        tools: functions that may be called, as `chat_template.tool_text` writes them.
 
     Raises:
-        ValueError: no list of messages with known roles, or one that ends without an answer.
+        ValueError: no list of messages with known roles, one that ends without an answer, or an
+            answer without thoughts under a think mode that needs them.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f'"{name}" must be a list of messages')
-    segments: list[Segment] = []
-    prompt = ""
+    try:
+        must_think = think_mode(think).filler is None
+    except ValueError as error:
+        raise ValueError(f'"think": {error}') from None
+    turns = []
     for number, message in enumerate(messages, 1):
-        role, content = _message(message, number)
-        if number > 1:
-            prompt += TURN_END
-        prompt += turn_start(role)
-        if role != "assistant":
-            prompt += f" {content}"
-            continue
-        if not content:
-            raise ValueError(f"message {number}: an empty answer")
-        segments.append(Segment(prompt.encode(), in_loss=False))
-        segments.append(Segment(f" {content}".encode()))
-        prompt = ""
-    if prompt:
+        turn = _message(message, number)
+        if turn.role == "assistant":
+            if not (turn.content or turn.calls):
+                raise ValueError(f"message {number}: an empty answer")
+            if must_think and not thinks(turn):
+                raise ValueError(
+                    f'message {number}: must have a "reasoning_content", or begin with <think, '
+                    f'under "think" {think!r}'
+                )
+        turns.append(turn)
+    if turns[-1].role != "assistant":
         raise ValueError(f'"{name}" do not end with an answer of the assistant')
+    segments = []
+    for part in write_conversation(turns, think=think, tools=tools):
+        segments.append(Segment(part.text.encode(), in_loss=part.is_answer))
     return Document(tuple(segments))
 
 
-def _message(message: Any, number: int) -> tuple[str, str]:
-    """Returns the role and the content of a message, blank lines removed from the content."""
+def _message(message: Any, number: int) -> Message:
+    """Reads a message, blank lines removed from its texts."""
     if not isinstance(message, Mapping):
         raise ValueError(
             f"message {number}: must be an object; got {type(message).__name__}"
@@ -372,7 +408,23 @@ def _message(message: Any, number: int) -> tuple[str, str]:
             f"message {number}: role must be {', '.join(SPEAKERS)}; got {role!r}"
         )
     try:
-        content = _field(message, "value" if is_sharegpt else "content").decode()
+        return _turn(message, role, "value" if is_sharegpt else "content")
     except ValueError as error:
         raise ValueError(f"message {number}: {error}") from None
-    return role, clean_message(content)
+
+
+def _turn(message: Mapping[str, Any], role: str, key: str) -> Message:
+    """Reads what is said in a message, thought before it and called after it."""
+    if role != "assistant":
+        return Message(role, clean_message(_field(message, key).decode()))
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise ValueError('"tool_calls" must be a list')
+    # An answer that only calls a function has no content, or an empty one.
+    content = ""
+    if not calls or message.get(key) is not None:
+        content = clean_message(_field(message, key).decode())
+    thought = None
+    if message.get("reasoning_content") is not None:
+        thought = clean_message(_field(message, "reasoning_content").decode())
+    return Message(role, content, thought, tuple(call_text(call) for call in calls))

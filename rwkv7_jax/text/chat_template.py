@@ -1,4 +1,4 @@
-"""World's chat template: how a conversation is written as one text.
+"""RWKV-7's chat templates: how a conversation is written as one text.
 
     System: ...
 
@@ -6,18 +6,94 @@
 
     Assistant: ...
 
-Turns end at a blank line. Models of the World series were trained on this layout.
+Turns end at a blank line. The tables and texts below are all that the templates are made of; tuning
+data, `rwkv7 generate --chat` and the Jinja template of exported folders are written from them.
+
+Source: BlinkDL/RWKV-LM@524481d RWKV-v7/RWKV7-G1x-templates.txt.
 """
 
+import json
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 SPEAKERS = {
     "system": "System",
     "user": "User",
     "assistant": "Assistant",
+    # What a function gave is told by the user.
+    "tool": "User",
 }
 
 TURN_END = "\n\n"
+
+# A system turn with functions that may be called, one on a line; an own text comes before.
+TOOLS_BEGIN = "Tools:\n[\n"
+TOOLS_BETWEEN = ",\n"
+TOOLS_END = "\n]\nReturn only a JSON function call."
+
+# An answer that calls a function, and what the function gave.
+CALL_BEGIN = "```json"
+CALL_END = "\n```"
+OUTPUT_BEGIN = "Function output:\n"
+
+# Thoughts come first in an answer.
+THOUGHT_BEGIN = "<think"
+THOUGHT_END = "\n</think>\n"
+
+
+class ThinkMode(NamedTuple):
+    """How long a model thinks before it answers.
+
+    Attributes:
+        suffix: ends the question.
+        opening: begins the answer, after its speaker; the model goes on from there.
+        filler: comes between the opening and an answer without thoughts; None where an answer must
+            have thoughts.
+    """
+
+    suffix: str
+    opening: str
+    filler: str | None
+
+
+THINK_MODES = {
+    "off": ThinkMode("", "", ""),
+    # The thoughts are empty: nice results, fast.
+    "fast": ThinkMode("", " <think>\n</think", ">\n"),
+    "free": ThinkMode("", " <think", None),
+    "short": ThinkMode(" (think a bit)", " <think", None),
+    "medium": ThinkMode(" (think)", " <think", None),
+    "long": ThinkMode(" (think a lot)", " <think", None),
+}
+
+
+class Message(NamedTuple):
+    """One turn of a conversation.
+
+    Attributes:
+        role: one of `SPEAKERS`.
+        content: its words.
+        thought: of the assistant, before the words; None where there is none.
+        calls: of the assistant, after the words: function calls as JSON.
+    """
+
+    role: str
+    content: str = ""
+    thought: str | None = None
+    calls: tuple[str, ...] = ()
+
+
+class Part(NamedTuple):
+    """A stretch of a conversation's text.
+
+    Attributes:
+        text: as the model reads it.
+        is_answer: whether the model writes it; else it is only read.
+    """
+
+    text: str
+    is_answer: bool
 
 
 def turn_start(role: str) -> str:
@@ -39,15 +115,226 @@ def clean_message(text: str) -> str:
     return re.sub(r"\s*\n\s*\n", "\n", text).strip()
 
 
-def chat_prompt(message: bytes) -> bytes:
+def compact_json(value: Any) -> str:
+    """Writes JSON on one line without blanks, as the templates have it."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def tool_text(tool: Any) -> str:
+    """Writes a function that may be called, as JSON of its name, description and arguments.
+
+    Args:
+        tool: these three, or a function as OpenAI's interface describes it, whose `parameters` are
+            a JSON schema.
+
+    Raises:
+        ValueError: a function without a name, or whose arguments are no object.
+    """
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ValueError(f'a tool must be an object with a "name"; got {tool!r:.80}')
+    arguments = function.get("arguments")
+    if arguments is None:
+        arguments = (function.get("parameters") or {}).get("properties", {})
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f'the arguments of "{function["name"]}" must be an object')
+    fields = {"name": function["name"]}
+    if function.get("description"):
+        fields["description"] = function["description"]
+    return compact_json({**fields, "arguments": arguments})
+
+
+def call_text(call: Any) -> str:
+    """Writes a call of a function as JSON of its name and arguments.
+
+    Args:
+        call: these two, or a call as OpenAI's interface has it. Arguments may be JSON already.
+
+    Raises:
+        ValueError: a call without a name, or whose arguments are no JSON.
+    """
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ValueError(f'a call must be an object with a "name"; got {call!r:.80}')
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            json.loads(arguments)
+        except ValueError:
+            raise ValueError(
+                f'the arguments of "{function["name"]}" must be JSON; got {arguments!r:.80}'
+            ) from None
+    else:
+        arguments = compact_json(arguments)
+    name = compact_json(function["name"])
+    return f'{{"name":{name},"arguments":{arguments}}}'
+
+
+def think_mode(name: Any) -> ThinkMode:
+    """Returns the think mode of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not isinstance(name, str) or name not in THINK_MODES:
+        raise ValueError(
+            f"a think mode must be one of {', '.join(THINK_MODES)}; got {name!r}"
+        )
+    return THINK_MODES[name]
+
+
+def answer_opening(
+    think: str, tools: Sequence[str] = (), answer: str | None = None
+) -> str:
+    """Returns what is given of an answer, after its speaker; the model goes on from there.
+
+    Args:
+        think: one of `THINK_MODES`.
+        tools: functions that may be called: an answer that does not think calls one.
+        answer: a known answer, which may begin otherwise; None for one that is asked for.
+    """
+    opening = think_mode(think).opening
+    if not opening and tools:
+        opening = f" {CALL_BEGIN}"
+    return opening if answer is None or answer.startswith(opening) else ""
+
+
+def write_conversation(
+    messages: Sequence[Message],
+    *,
+    think: str = "off",
+    tools: Sequence[str] = (),
+    ask: bool = False,
+) -> list[Part]:
+    """Writes a conversation in RWKV-7's template.
+
+    All that precedes an answer is one part, so that a prompt has the ids in tuning that it has in
+    generation. The suffix of a think mode ends questions whose answer thinks.
+
+    Args:
+        messages: in their order.
+        think: one of `THINK_MODES`.
+        tools: functions that may be called, as `tool_text` writes them.
+        ask: ends with the beginning of a further answer, which the model goes on with.
+
+    Raises:
+        ValueError: an unknown think mode.
+    """
+    mode = think_mode(think)
+    turns = _with_tools(messages, tools)
+    parts: list[Part] = []
+    prompt = ""
+    for index, message in enumerate(turns):
+        if index:
+            prompt += TURN_END
+        prompt += turn_start(message.role)
+        if message.role != "assistant":
+            following = turns[index + 1] if index + 1 < len(turns) else None
+            is_thought_about = ask if following is None else thinks(following)
+            prompt += f" {_words(message)}"
+            if message.role == "user" and is_thought_about:
+                prompt += mode.suffix
+            continue
+        answer = _answer(message, mode)
+        opening = answer_opening(think, tools, answer)
+        parts.append(Part(prompt + opening, False))
+        parts.append(Part(answer.removeprefix(opening), True))
+        prompt = ""
+    if ask:
+        prompt += TURN_END if turns else ""
+        prompt += turn_start("assistant") + answer_opening(think, tools)
+    if prompt:
+        parts.append(Part(prompt, False))
+    return parts
+
+
+def thinks(message: Message) -> bool:
+    """Tells whether a message begins with thoughts."""
+    return message.thought is not None or message.content.startswith(THOUGHT_BEGIN)
+
+
+def _with_tools(messages: Sequence[Message], tools: Sequence[str]) -> list[Message]:
+    """Puts the functions into the first turn, which is the system's."""
+    turns = list(messages)
+    if not tools:
+        return turns
+    text = TOOLS_BEGIN + TOOLS_BETWEEN.join(tools) + TOOLS_END
+    if turns and turns[0].role == "system":
+        first = turns.pop(0)
+        # An empty text before the functions leaves no empty line.
+        text = f"{first.content}\n{text}".lstrip()
+    return [Message("system", text), *turns]
+
+
+def _words(message: Message) -> str:
+    """Writes what is said in a turn that the model reads."""
+    return (OUTPUT_BEGIN if message.role == "tool" else "") + message.content
+
+
+def _answer(message: Message, mode: ThinkMode) -> str:
+    """Writes what the model says in a turn, from the space after its name."""
+    answer = " "
+    if message.thought is not None:
+        answer += f"{THOUGHT_BEGIN}>\n{message.thought}{THOUGHT_END}"
+    elif mode.filler and not thinks(message):
+        answer = mode.opening + mode.filler
+    answer += message.content
+    if message.calls:
+        calls = message.calls[0]
+        if len(message.calls) > 1:
+            calls = f"[{','.join(message.calls)}]"
+        answer += "\n" if message.content else ""
+        answer += f"{CALL_BEGIN}\n{calls}{CALL_END}"
+    return answer
+
+
+def chat_prompt(
+    message: bytes,
+    *,
+    system: bytes = b"",
+    think: str = "off",
+    tools: Sequence[str] = (),
+) -> bytes:
     """Returns the prompt that asks for an answer to one message.
 
     Args:
         message: bytes that need not be UTF-8; `clean_message` says what is removed.
+        system: what the system says before; empty for nothing.
+        think: one of `THINK_MODES`.
+        tools: functions that may be called, as `tool_text` writes them.
+
+    Raises:
+        ValueError: an unknown think mode.
     """
-    # Surrogates stand for bytes that are not UTF-8, and are no blanks.
-    cleaned = clean_message(message.decode("utf-8", "surrogateescape"))
-    question = (
-        turn_start("user").encode() + b" " + cleaned.encode("utf-8", "surrogateescape")
-    )
-    return question + (TURN_END + turn_start("assistant")).encode()
+    messages = []
+    for role, text in (("system", system), ("user", message)):
+        # Surrogates stand for bytes that are not UTF-8, and are no blanks.
+        content = clean_message(text.decode("utf-8", "surrogateescape"))
+        if content or role == "user":
+            messages.append(Message(role, content))
+    parts = write_conversation(messages, think=think, tools=tools, ask=True)
+    return "".join([part.text for part in parts]).encode("utf-8", "surrogateescape")
+
+
+def read_tools(text: str | bytes) -> tuple[str, ...]:
+    """Reads a JSON list of functions, as templates write them.
+
+    Raises:
+        ValueError: no such list; the message is the reason alone.
+    """
+    try:
+        tools = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"no JSON: {error}") from None
+    return tool_texts(tools)
+
+
+def tool_texts(tools: Any) -> tuple[str, ...]:
+    """Writes a list of functions that may be called; see `tool_text`.
+
+    Raises:
+        ValueError: no list, or something else in it; the message is the reason alone.
+    """
+    if not isinstance(tools, list):
+        raise ValueError(f"must be a list of functions; got {type(tools).__name__}")
+    return tuple(tool_text(tool) for tool in tools)

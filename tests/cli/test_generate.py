@@ -70,3 +70,61 @@ def test_the_command_is_quiet_when_its_reader_has_gone(command, capfd, monkeypat
         monkeypatch.setattr(sys, "stdout", stdout)
         assert command("--prompt", "a") == 0
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "prompt", "opening"),
+    [
+        ([], "User: Hi\n\nAssistant:", ""),
+        (["--think", "off"], "User: Hi\n\nAssistant:", ""),
+        (
+            ["--think", "fast"],
+            "User: Hi\n\nAssistant: <think>\n</think",
+            "<think>\n</think",
+        ),
+        (
+            ["--think", "long", "--system", "Be\n\nkind."],
+            "System: Be\nkind.\n\nUser: Hi (think a lot)\n\nAssistant: <think",
+            "<think",
+        ),
+        (
+            ["--tools", "tools.json"],
+            'System: Tools:\n[\n{"name":"now","arguments":{}}\n]\nReturn only a JSON '
+            "function call.\n\nUser: Hi\n\nAssistant: ```json",
+            "```json",
+        ),
+    ],
+)
+def test_a_chat_is_asked_in_the_published_templates(
+    command, folder, capsys, options, prompt, opening
+):
+    (folder / "tools.json").write_text('[{"name": "now"}]')
+    command("--prompt", " Hi\n", "--chat", *options, "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert report["prompt"] == prompt and report["opening"] == opening
+    command("--prompt", " Hi\n", "--chat", *options)
+    assert capsys.readouterr().out == opening + report["text"] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--think", "fast"], "generate: `--think` must come with `--chat`."),
+        (["--system", "a"], "generate: `--system` must come with `--chat`."),
+        (["--tools", "bad.json"], "generate: `--tools` must come with `--chat`."),
+        (
+            ["--chat", "--tools", "bad.json"],
+            "generate: `--tools` must be a JSON list of functions; bad.json: no JSON: ",
+        ),
+        (
+            ["--chat", "--tools", "one.json"],
+            "generate: `--tools` must be a JSON list of functions; one.json: must be a list",
+        ),
+    ],
+)
+def test_options_of_a_chat_are_checked(command, folder, capsys, words, sentence):
+    (folder / "bad.json").write_text("[")
+    (folder / "one.json").write_text('{"name": "now"}')
+    assert command("--prompt", "a", *words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"rwkv7: {sentence}") and error.count("\n") == 1

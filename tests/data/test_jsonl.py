@@ -206,7 +206,7 @@ def test_a_text_next_to_an_instruction_stays_the_text():
             '"conversations" do not end with',
         ),
         (
-            {"conversations": [{"from": "tool", "value": "a"}]},
+            {"conversations": [{"from": "judge", "value": "a"}]},
             "message 1: role must be",
         ),
         ({"conversations": [{"from": "gpt"}]}, 'message 1: no "value"'),

@@ -1,9 +1,23 @@
-"""World's chat template: the same text in training data and at the prompt."""
+"""RWKV-7's chat templates: the same text in training data, at the prompt and in Jinja."""
+
+import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rwkv7_jax.data.jsonl import conversation
-from rwkv7_jax.text.chat_template import CHAT_STOP, chat_prompt
+from rwkv7_jax.data.jsonl import conversation, parse_record
+from rwkv7_jax.text.chat_template import (
+    CHAT_STOP,
+    THINK_MODES,
+    Message,
+    chat_prompt,
+    clean_message,
+    read_tools,
+    tool_text,
+    write_conversation,
+)
+from rwkv7_jax.text.jinja_template import chat_template_jinja
 
 
 def test_a_prompt_is_what_stands_before_an_answer_in_training_data():
@@ -53,3 +67,296 @@ def test_a_message_is_cleaned_as_tuning_data_are(message):
     ]
     prompt, _ = (segment.text for segment in conversation(turns).segments)
     assert chat_prompt(message.encode()) == prompt
+
+
+def published(text: str) -> str:
+    """Reads a line of the published list, which has line breaks as escapes."""
+    return text.replace("\\n", "\n")
+
+
+@pytest.mark.parametrize(
+    ("think", "text"),
+    [
+        ("off", r"User: xxx\n\nAssistant:"),
+        ("fast", r"User: xxx\n\nAssistant: <think>\n</think"),
+        ("free", r"User: xxx\n\nAssistant: <think"),
+        ("medium", r"User: xxx (think)\n\nAssistant: <think"),
+        ("short", r"User: xxx (think a bit)\n\nAssistant: <think"),
+        ("long", r"User: xxx (think a lot)\n\nAssistant: <think"),
+    ],
+)
+def test_prompts_are_the_published_ones(think, text):
+    assert chat_prompt(b"xxx", think=think).decode() == published(text)
+    begin = published(r"System: yyy\n\n")
+    prompt = chat_prompt(b"xxx", think=think, system=b"yyy").decode()
+    assert prompt == begin + published(text)
+
+
+SLOTS = {
+    "name": "find_free_slots",
+    "description": "Find free calendar slots",
+    "arguments": {"date": {"type": "string"}, "minutes": {"type": "integer"}},
+}
+EVENT = {"name": "create_event", "arguments": {"title": {"type": "string"}}}
+CALL = {"name": "find_free_slots", "arguments": {"date": "2026-05-08", "minutes": 30}}
+
+
+def test_functions_calls_and_what_they_gave_are_written_as_published():
+    turns = [
+        Message("user", "Schedule a sync with Bob."),
+        Message("assistant", calls=(json.dumps(CALL, separators=(",", ":")),)),
+        Message("tool", '{"free_slots":[]}'),
+    ]
+    tools = [tool_text(SLOTS), tool_text(EVENT)]
+    parts = write_conversation(turns, tools=tools, ask=True)
+    assert "".join(part.text for part in parts) == published(
+        r"System: Tools:\n[\n"
+        r'{"name":"find_free_slots","description":"Find free calendar slots","arguments":'
+        r'{"date":{"type":"string"},"minutes":{"type":"integer"}}},\n'
+        r'{"name":"create_event","arguments":{"title":{"type":"string"}}}\n]\n'
+        r"Return only a JSON function call.\n\n"
+        r"User: Schedule a sync with Bob.\n\n"
+        r"Assistant: ```json\n"
+        r'{"name":"find_free_slots","arguments":{"date":"2026-05-08","minutes":30}}\n```\n\n'
+        r'User: Function output:\n{"free_slots":[]}\n\nAssistant: ```json'
+    )
+    assert [part.is_answer for part in parts] == [False, True, False]
+    assert parts[1].text.startswith('\n{"name"')
+
+
+def test_functions_of_openais_interface_are_written_shortly():
+    parameters = {"type": "object", "properties": SLOTS["arguments"], "required": []}
+    function = {"name": SLOTS["name"], "description": SLOTS["description"]}
+    openai = {
+        "type": "function",
+        "function": {**function, "parameters": parameters, "strict": True},
+    }
+    assert tool_text(openai) == tool_text(SLOTS)
+    assert tool_text({"name": "now"}) == '{"name":"now","arguments":{}}'
+
+
+@pytest.mark.parametrize("think", THINK_MODES)
+@pytest.mark.parametrize("with_tools", [False, True])
+def test_a_prompt_is_what_stands_before_the_answer_whatever_the_mode(think, with_tools):
+    answer = {"role": "assistant", "content": "Hello."}
+    if THINK_MODES[think].filler is None:
+        answer["reasoning_content"] = "Hm.\n\nYes."
+    if with_tools:
+        answer = {**answer, "content": "", "tool_calls": [{"function": CALL}]}
+    record = {
+        "messages": [{"role": "user", "content": " Hi\n"}, answer],
+        "think": think,
+        "tools": [SLOTS] if with_tools else [],
+    }
+    document = parse_record(record)
+    tools = [tool_text(SLOTS)] if with_tools else []
+    prompt, rest = document.segments
+    assert chat_prompt(b"Hi", think=think, tools=tools) == prompt.text
+    assert not prompt.in_loss and rest.in_loss
+    expected = {"off": b" Hello.", "fast": b">\nHello."}
+    whole = expected.get(think, b">\nHm.\nYes.\n</think>\nHello.")
+    if not with_tools:
+        assert rest.text == whole
+
+
+def test_a_question_ends_in_the_suffix_where_its_answer_thinks():
+    turns = [
+        Message("user", "a"),
+        Message("assistant", "b"),
+        Message("user", "c"),
+        Message("assistant", "d", thought="e"),
+        Message("user", "f"),
+    ]
+    parts = write_conversation(turns, think="short", ask=True)
+    assert "".join(part.text for part in parts) == (
+        "User: a\n\nAssistant: b\n\nUser: c (think a bit)\n\n"
+        "Assistant: <think>\ne\n</think>\nd\n\nUser: f (think a bit)\n\nAssistant: <think"
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (
+            {"think": "hard"},
+            r'"think": a think mode must be one of off, .*; got \'hard\'',
+        ),
+        ({"think": 3}, r'"think": a think mode must be one of off, fast'),
+        (
+            {"think": "long"},
+            r'message 2: must have a "reasoning_content", or begin with',
+        ),
+        ({"tools": {}}, None),
+        ({"tools": {"a": 1}}, r'"tools": must be a list of functions; got dict'),
+        ({"tools": "["}, r'"tools": no JSON: '),
+        ({"tools": [3]}, r'"tools": a tool must be an object with a "name"; got 3'),
+        (
+            {"tools": [{"name": "f", "arguments": 3}]},
+            'arguments of "f" must be an object',
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"name": 3}]}]},
+            'message 1: a call must be an object with a "name"',
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"name": "f", "arguments": "{"}],
+                    }
+                ]
+            },
+            'message 1: the arguments of "f" must be JSON; got',
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": 3}]},
+            'message 1: "tool_calls" must be a list',
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": " \n", "tool_calls": []}]},
+            "message 1: an empty answer",
+        ),
+    ],
+)
+def test_a_bad_record_of_a_chat_is_one_reason(record, reason):
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
+    if reason is None:
+        parse_record({"messages": messages, **record})
+        return
+    with pytest.raises(ValueError, match=reason):
+        parse_record({"messages": messages, **record})
+
+
+def test_functions_may_be_a_text_of_json():
+    assert read_tools(json.dumps([SLOTS])) == (tool_text(SLOTS),)
+
+
+# Conversations as `transformers` takes them, with functions or None.
+CONVERSATIONS = {
+    "question": ([{"role": "user", "content": "Hi"}], None),
+    "system": (
+        [
+            {"role": "system", "content": "Be\n\nkind. "},
+            {"role": "user", "content": "Hi"},
+        ],
+        None,
+    ),
+    "empty system and functions": (
+        [{"role": "system", "content": ""}, {"role": "user", "content": "Hi"}],
+        [SLOTS],
+    ),
+    "system and functions": (
+        [{"role": "system", "content": "Kind"}, {"role": "user", "content": "Hi"}],
+        [SLOTS, EVENT],
+    ),
+    "functions": ([{"role": "user", "content": "Hi \u00e9"}], [{"function": SLOTS}]),
+    "functions alone": ([], [SLOTS]),
+    "two rounds": (
+        [
+            {"role": "user", "content": "a\r\n\r\nb"},
+            {"role": "assistant", "content": "c  \n \t\n  d"},
+            {"role": "user", "content": "e"},
+        ],
+        None,
+    ),
+    "thoughts": (
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b", "reasoning_content": " x\n\ny "},
+            {"role": "user", "content": "c"},
+            {"role": "assistant", "content": "<think>\nx\n</think>\nd"},
+            {"role": "user", "content": "e"},
+            {"role": "assistant", "content": "f"},
+            {"role": "user", "content": "g"},
+        ],
+        None,
+    ),
+    "calls": (
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": [{"function": CALL}]},
+            {"role": "tool", "content": '{"a": "\u4f60"}\n\n'},
+            {
+                "role": "assistant",
+                "content": "Both.",
+                "tool_calls": [
+                    CALL,
+                    {"function": {"name": "now", "arguments": '{"a": [1]}'}},
+                ],
+            },
+            {"role": "tool", "content": "1"},
+            {"role": "tool", "content": "2"},
+        ],
+        [SLOTS, {"type": "function", "function": {"name": "now", "parameters": {}}}],
+    ),
+    "calls after thoughts": (
+        [
+            {"role": "user", "content": "a"},
+            {
+                "role": "assistant",
+                "reasoning_content": "t",
+                "content": "",
+                "tool_calls": [{"function": CALL}],
+            },
+        ],
+        [SLOTS],
+    ),
+}
+
+
+def ours(messages, tools, think, ask):
+    """Writes a conversation with this project's functions, from the same objects."""
+    from rwkv7_jax.data.jsonl import _message
+
+    turns = [_message(message, number) for number, message in enumerate(messages, 1)]
+    texts = [tool_text(tool) for tool in tools or []]
+    parts = write_conversation(turns, think=think, tools=texts, ask=ask)
+    return "".join(part.text for part in parts)
+
+
+def in_jinja(messages, tools, ask, **choices):
+    """Renders a conversation as `transformers` does."""
+    pytest.importorskip("jinja2", reason="the oracle extra is not installed")
+    utils = pytest.importorskip(
+        "transformers.utils.chat_template_utils",
+        reason="the oracle extra is not installed",
+    )
+    template = utils._compile_jinja_template(chat_template_jinja())
+    return template.render(
+        messages=messages, tools=tools, add_generation_prompt=ask, **choices
+    )
+
+
+@pytest.mark.parametrize("ask", [True, False], ids=["ask", "complete"])
+@pytest.mark.parametrize("think", THINK_MODES)
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_jinja_says_the_same(name, think, ask):
+    messages, tools = CONVERSATIONS[name]
+    expected = ours(messages, tools, think, ask)
+    assert in_jinja(messages, tools, ask, think=think) == expected
+
+
+def test_the_switch_of_transformers_means_free_or_fast():
+    messages, tools = CONVERSATIONS["question"]
+    for switch, think in (({}, "off"), (True, "free"), (False, "fast")):
+        choices = {} if switch == {} else {"enable_thinking": switch}
+        expected = ours(messages, tools, think, True)
+        assert in_jinja(messages, tools, True, **choices) == expected
+    with pytest.raises(Exception, match="think must be one of off, fast, free"):
+        in_jinja(messages, tools, True, think="hard")
+    with pytest.raises(
+        Exception, match="role must be system, user, assistant, tool; got"
+    ):
+        in_jinja([{"role": "bot", "content": ""}], None, True)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(st.sampled_from("ab \n\r\t\x0b\x1c\x85\u00a0\u2028\u3000"), max_size=30))
+def test_jinja_cleans_a_message_as_we_do(text):
+    messages = [{"role": "user", "content": text}]
+    rendered = in_jinja(messages, None, False)
+    assert rendered == f"User: {clean_message(text)}"

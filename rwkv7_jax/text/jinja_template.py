@@ -1,0 +1,159 @@
+"""The chat template in Jinja, for folders that `transformers` opens: `chat_template.jinja`.
+
+Its texts are those of `chat_template`, and the two say the same of every conversation. Writers of
+folders take `chat_template_jinja()`.
+"""
+
+import json
+
+from rwkv7_jax.text import chat_template as chat
+
+# A text in capitals between two dollar signs is filled in from `chat_template`.
+_SOURCE = """
+{%- set modes = $MODES$ -%}
+{%- set think = think if think is defined else (
+    'off' if enable_thinking is not defined else ('free' if enable_thinking else 'fast')) -%}
+{%- if think not in modes -%}
+  {{- raise_exception('think must be one of $MODE_NAMES$') -}}
+{%- endif -%}
+{%- set mode = modes[think] -%}
+{%- set functions = tools if tools is defined and tools else [] -%}
+
+{#- Without blank lines, which end turns, and without blanks at the ends. -#}
+{%- macro clean(text) -%}
+  {%- set found = namespace(text='', blank=false) -%}
+  {%- for line in text.replace('\\r\\n', '\\n').split('\\n') -%}
+    {%- if not line.strip() -%}
+      {%- set found.blank = true -%}
+    {%- elif not found.text -%}
+      {%- set found.text = line -%}
+      {%- set found.blank = false -%}
+    {%- else -%}
+      {%- set before = found.text.rstrip() if found.blank else found.text -%}
+      {%- set found.text = before ~ '\\n' ~ line -%}
+      {%- set found.blank = false -%}
+    {%- endif -%}
+  {%- endfor -%}
+  {{- found.text.strip() -}}
+{%- endmacro -%}
+
+{%- macro words(message) -%}
+  {{- clean(message.content) if message.content is string else '' -}}
+{%- endmacro -%}
+
+{%- macro json(value) -%}
+  {{- value | tojson(separators=(',', ':')) -}}
+{%- endmacro -%}
+
+{%- macro tool(described) -%}
+  {%- set function = described.function if described.function is defined else described -%}
+  {%- set arguments = function.arguments if function.arguments is defined else (
+      function.parameters.properties if function.parameters is defined
+      and function.parameters.properties is defined else {}) -%}
+  {{- '{"name":' ~ json(function.name) -}}
+  {{- ',"description":' ~ json(function.description) if function.description else '' -}}
+  {{- ',"arguments":' ~ json(arguments) ~ '}' -}}
+{%- endmacro -%}
+
+{%- macro tool_list() -%}
+  {{- $TOOLS_BEGIN$ -}}
+  {%- for described in functions -%}
+    {{- tool(described) ~ ('' if loop.last else $TOOLS_BETWEEN$) -}}
+  {%- endfor -%}
+  {{- $TOOLS_END$ -}}
+{%- endmacro -%}
+
+{%- macro call(made) -%}
+  {%- set function = made.function if made.function is defined else made -%}
+  {%- set arguments = function.arguments if function.arguments is defined else {} -%}
+  {{- '{"name":' ~ json(function.name) ~ ',"arguments":' -}}
+  {{- (arguments if arguments is string else json(arguments)) ~ '}' -}}
+{%- endmacro -%}
+
+{%- macro calls(made) -%}
+  {{- $CALL_BEGIN$ ~ '\\n' ~ ('[' if made | length > 1 else '') -}}
+  {%- for one in made -%}
+    {{- call(one) ~ ('' if loop.last else ',') -}}
+  {%- endfor -%}
+  {{- (']' if made | length > 1 else '') ~ $CALL_END$ -}}
+{%- endmacro -%}
+
+{%- macro thinks(message) -%}
+  {{- 'yes' if message.reasoning_content is string
+      or words(message).startswith($THOUGHT_BEGIN$) else '' -}}
+{%- endmacro -%}
+
+{%- macro answer(message) -%}
+  {%- if message.reasoning_content is string -%}
+    {{- ' ' ~ $THOUGHT_BEGIN$ ~ '>\\n' ~ clean(message.reasoning_content) ~ $THOUGHT_END$ -}}
+  {%- elif mode.filler and not thinks(message) -%}
+    {{- mode.opening ~ mode.filler -}}
+  {%- else -%}
+    {{- ' ' -}}
+  {%- endif -%}
+  {{- words(message) -}}
+  {%- if message.tool_calls -%}
+    {{- ('\\n' if words(message) else '') ~ calls(message.tool_calls) -}}
+  {%- endif -%}
+{%- endmacro -%}
+
+{%- if functions and (not messages or messages[0].role != 'system') -%}
+  {{- $SYSTEM$ ~ ' ' ~ tool_list() ~ ($TURN_END$ if messages else '') -}}
+{%- endif -%}
+{%- for message in messages -%}
+  {{- '' if loop.first else $TURN_END$ -}}
+  {%- if message.role == 'system' -%}
+    {{- $SYSTEM$ ~ ' ' ~ words(message) -}}
+    {%- if loop.first and functions -%}
+      {{- ('\\n' if words(message) else '') ~ tool_list() -}}
+    {%- endif -%}
+  {%- elif message.role == 'user' -%}
+    {{- $USER$ ~ ' ' ~ words(message) -}}
+    {{- mode.suffix if (add_generation_prompt if loop.last else thinks(loop.nextitem)) else '' -}}
+  {%- elif message.role == 'tool' -%}
+    {{- $USER$ ~ ' ' ~ $OUTPUT_BEGIN$ ~ words(message) -}}
+  {%- elif message.role == 'assistant' -%}
+    {{- $ASSISTANT$ ~ answer(message) -}}
+  {%- else -%}
+    {{- raise_exception('role must be $ROLES$; got ' ~ message.role) -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- ($TURN_END$ if messages or functions else '') ~ $ASSISTANT$ -}}
+  {{- mode.opening if mode.opening else (' ' ~ $CALL_BEGIN$ if functions else '') -}}
+{%- endif -%}
+"""
+
+
+def chat_template_jinja() -> str:
+    """Writes the template for the Jinja of `transformers`.
+
+    Besides `messages`, `tools` and `add_generation_prompt` it reads `think`, a name of
+    `chat_template.THINK_MODES`; without it `enable_thinking` means "free" or "fast", and where that
+    is not given either a model is asked without thoughts.
+    """
+    modes = {name: mode._asdict() for name, mode in chat.THINK_MODES.items()}
+    texts = {
+        "MODES": json.dumps(modes).replace("null", "none"),
+        "MODE_NAMES": ", ".join(chat.THINK_MODES),
+        "ROLES": ", ".join(chat.SPEAKERS),
+        "SYSTEM": json.dumps(chat.turn_start("system")),
+        "USER": json.dumps(chat.turn_start("user")),
+        "ASSISTANT": json.dumps(chat.turn_start("assistant")),
+    }
+    for name in (
+        "TURN_END",
+        "TOOLS_BEGIN",
+        "TOOLS_BETWEEN",
+        "TOOLS_END",
+        "CALL_BEGIN",
+        "CALL_END",
+        "OUTPUT_BEGIN",
+        "THOUGHT_BEGIN",
+        "THOUGHT_END",
+    ):
+        texts[name] = json.dumps(getattr(chat, name))
+    source = _SOURCE
+    for name, text in texts.items():
+        source = source.replace(f"${name}$", text)
+    return source.lstrip()
