@@ -60,14 +60,20 @@ EXPERIMENTS = {
     "E15 serving": laws.serving,
 }
 QUICK = ("E1", "E2", "E4", "E6", "E8", "E9", "E10", "E11", "E13", "E14", "E15")
+# The files that results depend on.
+DEPENDENCIES = (
+    "rwkv7_jax/**/*.py",
+    "pallas_kernels/**/*.py",
+    "benchmarks/*.py",
+    "assets/*.pth",
+)
 
 
-def fingerprint() -> str:
-    """Hashes the code and the models that results depend on."""
+def fingerprint(dependencies: tuple[str, ...]) -> str:
+    """Hashes the code and the models that results depend on, given as patterns of paths."""
     root = Path(__file__).parent.parent
     digest = hashlib.blake2b(digest_size=8)
-    code = ("rwkv7_jax/**/*.py", "pallas_kernels/**/*.py", "benchmarks/*.py")
-    for pattern in (*code, "assets/*.pth"):
+    for pattern in dependencies:
         for path in sorted(root.glob(pattern)):
             digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -76,9 +82,9 @@ def fingerprint() -> str:
 class Cells:
     """A cache of results by name, in a file that is rewritten after each."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, dependencies: tuple[str, ...] = DEPENDENCIES):
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"cells-{fingerprint()}.json"
+        self.path = folder / f"cells-{fingerprint(dependencies)}.json"
         self.results = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def get(self, name: str, make: Callable[[], Any]) -> Any:

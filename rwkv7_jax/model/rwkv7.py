@@ -17,10 +17,8 @@ from rwkv7_jax.array_types import Activations, Lengths, Logits, Tokens
 from rwkv7_jax.checks import (
     as_array,
     check_instance,
-    check_lengths,
     check_params,
     check_tokens,
-    is_traced,
     prefix_errors,
 )
 from rwkv7_jax.model import initializers as initial
@@ -121,7 +119,7 @@ class RWKV7(nn.Module):
             check_tokens(tokens, config.vocab_size)
             check_state(state, tokens.shape[0], config)
             if lengths is not None:
-                lengths = _checked_lengths(lengths, tokens)
+                lengths = layers.safe_lengths(lengths, tokens.shape)
 
         x = Embedding(config, name="emb")(tokens).astype(config.dtype)
         x = Norm(config, name="ln0")(x)
@@ -192,16 +190,6 @@ class RWKV7(nn.Module):
         return x, memories, trace
 
 
-def _checked_lengths(lengths: Any, tokens: Any) -> Any:
-    """Returns lengths from 0 to T: concrete ones are checked, traced ones are clipped."""
-    lengths = as_array(lengths, "`lengths`")
-    check_lengths(lengths, tokens.shape)
-    if not is_traced(lengths):
-        return jnp.asarray(lengths)
-    # A length out of range would gather a token shift from nowhere: NaN, or another row's end.
-    return jnp.clip(lengths, 0, tokens.shape[1])
-
-
 class Embedding(nn.Module):
     """The table of token vectors."""
 
@@ -212,16 +200,7 @@ class Embedding(nn.Module):
         """Looks up the tokens' rows of the table; ids out of range get zeros."""
         shape = (self.config.vocab_size, self.config.width)
         table = self.param("weight", initial.uniform(1e-4, *shape), 0, self.config)
-        # Plain indexing would clamp an id that is too large, and count a negative one from the end.
-        return (
-            jnp.asarray(table)
-            .at[tokens]
-            .get(
-                mode="fill",
-                fill_value=0,
-                wrap_negative_indices=False,
-            )
-        )
+        return layers.embed(tokens, jnp.asarray(table))
 
 
 class Head(nn.Module):

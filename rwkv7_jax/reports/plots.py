@@ -39,13 +39,15 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def _figure(columns: int, *, height: float = 3.4) -> tuple[Any, Any]:
+def _figure(
+    columns: int, *, height: float = 3.4, width: float = 4.6
+) -> tuple[Any, Any]:
     """Makes a figure that needs no display, and its axes in one row."""
     # Optional and slow to import, here and below.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * columns, height), layout="constrained")
+    figure = Figure(figsize=(width * columns, height), layout="constrained")
     # Not pyplot, which picks a backend for the process and keeps every figure alive.
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, columns, squeeze=False)[0]
@@ -97,6 +99,68 @@ def curves(
         axis.set_ylabel(y)
     axis.grid(alpha=0.25)
     _save(figure, path, legend=True)
+
+
+# Named points by group.
+Points = Mapping[str, Sequence[tuple[float, float, str]]]
+
+
+def scatter(
+    path: str | Path, groups: Points, *, x: str, y: str, front: bool = False
+) -> None:
+    """Draws named points, coloured by group, with a logarithmic x axis where all x are above 1.
+
+    Args:
+        path: of the PNG file.
+        groups: (x, y, name) of the points of each group.
+        x: label of the x axis.
+        y: label of the y axis.
+        front: also draw the line of the points that no other one beats at smaller x.
+    """
+    figure, (axis,) = _figure(1, height=4.2, width=6.4)
+    for colour, (group, points) in zip(_COLOURS, groups.items(), strict=False):
+        axis.scatter(
+            [point[0] for point in points],
+            [point[1] for point in points],
+            color=colour,
+            label=group,
+            s=28,
+            zorder=3,
+        )
+        for across, up, name in points:
+            axis.annotate(
+                name,
+                (across, up),
+                xytext=(4, 4),
+                textcoords="offset points",
+                fontsize=6.5,
+                color=colour,
+            )
+    points = [point for group in groups.values() for point in group]
+    if front:
+        axis.step(
+            *zip(*_front(points), strict=True),
+            where="post",
+            color="#7a7a7a",
+            lw=1,
+            ls="--",
+            label="front",
+        )
+    if all(point[0] > 1 for point in points):
+        axis.set_xscale("log")
+    axis.set(xlabel=x, ylabel=y)
+    axis.grid(alpha=0.25)
+    _save(figure, path, legend=True)
+
+
+def _front(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float]]:
+    """Returns the points whose y no point at a smaller or equal x reaches, by x."""
+    front: list[tuple[float, float]] = []
+    for x, y, _ in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or y > front[-1][1]:
+            front.append((x, y))
+    # To the right end, so that the line says what more bytes would have to beat.
+    return [*front, (max(point[0] for point in points), front[-1][1])]
 
 
 def by_position(

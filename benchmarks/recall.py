@@ -1,0 +1,427 @@
+"""Recall against state size against speed: BASED, windows, attention and RWKV-7 in one trainer.
+
+    python -m benchmarks.recall --quick       # the gate: seven cells, about three CPU minutes
+    python -m benchmarks.recall --json benchmarks/results/cpu-recall.json \
+        --pictures benchmarks/results         # the table: some CPU hours
+    python -m benchmarks.recall --full        # the published sizes, for a GPU
+
+The task is multi-query associative recall (`benchmarks.mqar`). A cell is one model, rate and seed;
+it is cached as soon as it is known, so that an interrupted table can continue, and `--cached`
+makes the table of what is there. A model's rate is the best one on validation rows; exit code 1 if
+that is the lowest or the highest that was tried, or if a bar of the gate is missed.
+
+A static upscaled memory is weights and not state, so its bytes are those of the model without it.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# One thread, so that CPU seconds are those of the arithmetic and not of idle threads.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+)
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import mqar, record
+from benchmarks.mqar import FULL, SMALL, Setting, Trainer
+from benchmarks.paper_table import Cells
+from rwkv7_jax.reports import plots as pictures
+
+# What cells depend on: not this program, which only asks for them and shows them.
+DEPENDENCIES = (
+    "rwkv7_jax/based/*.py",
+    "rwkv7_jax/model/*.py",
+    "pallas_kernels/*.py",
+    "benchmarks/mqar.py",
+)
+
+# Models by the colour of the pictures.
+GROUPS = {
+    "attention": ("attention",),
+    "window": ("window-8", "window-16", "window-32"),
+    "BASED": ("based-4", "based-8", "based-12", "based-16"),
+    "BASED, then a window": ("hybrid-8-16",),
+    "RWKV-7, one layer": ("rwkv-8-L1", "rwkv-16-L1", "rwkv-32-L1"),
+    "RWKV-7, two layers": ("rwkv-8-L2", "rwkv-16-L2", "rwkv-32-L2"),
+    "RWKV-7 with a memory": ("delta-8-24", "decay-8-24", "delta-16-48", "decay-16-48"),
+}
+FULL_GROUPS = {
+    "RWKV-7, one layer": ("rwkv-32-L1", "rwkv-64-L1"),
+    "BASED": ("based-8", "based-16", "based-24"),
+    "attention": ("attention",),
+    "window": ("window-16", "window-64", "window-256"),
+    "RWKV-7, two layers": ("rwkv-32-L2", "rwkv-64-L2"),
+    "RWKV-7 with a memory": ("delta-32-96",),
+}
+
+# Tuned on a frozen model of their own: the model, its memory's features and dynamics.
+TUNED = {
+    "tuned-delta-16-64": ("rwkv-16-L1", 64, "delta"),
+    "tuned-static-16-64": ("rwkv-16-L1", 64, "static"),
+}
+# The rate at which the frozen models were trained, and those of the memories.
+BASE_RATE = 0.01
+TUNED_RATES = (0.01, 0.1, 1.0)
+
+# The gate's models, with the least share right of 16 pairs of 64 tokens, or the largest.
+BARS = {
+    "attention": (0.98, 1.0),
+    "window-16": (0.0, 0.30),
+    "based-4": (0.0, 1.0),
+    "based-8": (0.93, 1.0),
+    "based-16": (0.97, 1.0),
+    "rwkv-16-L1": (0.80, 1.0),
+    "rwkv-32-L1": (0.96, 1.0),
+}
+# Each of these recalls more than the one before it.
+ORDERS = (("based-4", "based-8", "based-16"), ("rwkv-16-L1", "rwkv-32-L1"))
+GATE_RATE = 0.01
+
+# Of validation accuracy: rates that differ by less are equal, and the middle one is taken.
+EQUAL = 0.01
+
+# Decoding: rows, tokens before it, and tokens timed.
+DECODE_ROWS = 16
+CONTEXTS = (64, 1024)
+DECODED = 64
+# Runs timed at once: the clock of CPU seconds ticks in hundredths.
+TIMES = 8
+
+
+@functools.cache
+def _trainer(name: str, setting: Setting) -> Trainer:
+    """Makes the trainer of a model once, so that all its cells share one compiled program."""
+    return Trainer(mqar.contestant(name, setting), setting)
+
+
+def make_cell(name: str, setting: Setting, rates: tuple[float, ...], seed: int):
+    """Trains and measures one model at some rates."""
+    if name not in TUNED:
+        return _trainer(name, setting).cell(rates, seed)
+    base_name, size, dynamics = TUNED[name]
+    head_size = mqar.contestant(base_name, setting).config.head_size
+    weights = _frozen(base_name, setting, seed)
+    tuned = mqar.TunedContestant(setting, head_size, size, dynamics, weights)
+    return Trainer(tuned, setting).cell(rates, seed)
+
+
+@functools.cache
+def _frozen(name: str, setting: Setting, seed: int) -> Any:
+    """Trains the model whose start state is tuned."""
+    weights, _ = _trainer(name, setting).train((BASE_RATE,), seed)
+    return jax.tree.map(lambda leaf: leaf[0], weights)
+
+
+class Table:
+    """The cells of one setting, made where they are not cached."""
+
+    def __init__(self, cells: Cells, setting: Setting, *, cached_only: bool):
+        self.cells = cells
+        self.setting = setting
+        self.cached_only = cached_only
+
+    def get(self, name: str, rate: float, seed: int) -> dict[str, Any] | None:
+        """Returns a cell; None where it is not known and not to be made."""
+        key = f"{name} | {rate:g} | {seed}"
+        if self.cached_only and key not in self.cells.results:
+            return None
+
+        def make():
+            print(f"{key} ...", flush=True)
+            return make_cell(name, self.setting, (rate,), seed)[0]
+
+        return self.cells.get(key, make)["found"]
+
+    def row(self, name: str, seeds: Sequence[int]) -> dict[str, Any] | None:
+        """Collects a model's cells, chooses its rate, and adds its sizes; None without cells."""
+        rates = TUNED_RATES if name in TUNED else self.setting.rates
+        by_rate = {}
+        for rate in rates:
+            found = [self.get(name, rate, seed) for seed in seeds]
+            by_rate[rate] = [cell for cell in found if cell is not None]
+        by_rate = {rate: cells for rate, cells in by_rate.items() if cells}
+        if not by_rate:
+            return None
+        validation = {
+            rate: round(statistics.mean(cell["validation"] for cell in cells), 4)
+            for rate, cells in by_rate.items()
+        }
+        rate = choose_rate(validation)
+        cells = by_rate[rate]
+        return {
+            "rate": rate,
+            "validation": {f"{one:g}": value for one, value in validation.items()},
+            "at_edge": len(validation) < 3
+            or rate in (min(validation), max(validation)),
+            "seeds": [cell["seed"] for cell in cells],
+            "seeds_by_rate": {f"{one:g}": len(by_rate.get(one, ())) for one in rates},
+            "tests": {
+                str(size): [cell["tests"][str(size)] for cell in cells]
+                for size in self.setting.tests
+            },
+            "cpu_s": round(statistics.mean(cell["cpu_s"] for cell in cells), 1),
+            "steps": [cell["steps"] for cell in cells],
+            **sizes_of(name, self.setting),
+        }
+
+
+def sizes_of(name: str, setting: Setting) -> dict[str, int]:
+    """Counts parameters that are trained, and the bytes of state after a row of training."""
+    tokens = setting.train[-1].tokens
+    if name in TUNED:
+        base_name, size, dynamics = TUNED[name]
+        base = mqar.contestant(base_name, setting)
+        heads = base.config.num_heads
+        # The memory and the strength of its writes.
+        parameters = heads * (base.config.head_size * size + 1)
+        size = 0 if dynamics == "static" else size
+        found = mqar.state_bytes(base.config, tokens, memory_size=size)
+    else:
+        one = mqar.contestant(name, setting)
+        shapes = jax.eval_shape(one.init, jax.random.key(0))
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+        found = one.state_bytes(tokens)
+    return {
+        "parameters": parameters,
+        "matrix_bytes": found.matrix,
+        "state_bytes": found.total,
+    }
+
+
+def choose_rate(validation: dict[float, float]) -> float:
+    """Chooses the best rate; of rates that are equally good, the one nearest to the middle."""
+    rates = sorted(validation)
+    best = max(validation.values())
+    middle = (len(rates) - 1) / 2
+    good = [i for i, rate in enumerate(rates) if validation[rate] > best - EQUAL]
+    return rates[min(good, key=lambda i: (abs(i - middle), i))]
+
+
+def decode_speeds(
+    names: Iterable[str], setting: Setting, repeats: int = 5
+) -> dict[str, dict[str, float]]:
+    """Measures tokens a CPU second after short and long contexts, in batches of rows.
+
+    Weights are untrained: speed does not depend on them. Runs take turns, so that a machine that
+    is busy for a while slows all of them equally; the median counts.
+    """
+    runs = {}
+    for name in names:
+        for tokens in CONTEXTS:
+            runs[name, tokens] = _decoder(name, setting, tokens)
+    seconds = {key: [] for key in runs}
+    for _ in range(repeats):
+        for key, run in runs.items():
+            began = time.process_time()
+            run()
+            seconds[key].append(time.process_time() - began)
+    found: dict[str, dict[str, float]] = {}
+    for (name, tokens), taken in seconds.items():
+        rate = DECODE_ROWS * DECODED * TIMES / statistics.median(taken)
+        found.setdefault(name, {})[str(tokens)] = float(f"{rate:.3g}")
+    return found
+
+
+def _decoder(name: str, setting: Setting, tokens: int):
+    """Compiles greedy decoding after a context, and returns the function to time."""
+    one = mqar.contestant(name, setting, context=tokens + DECODED)
+    params = one.init(jax.random.key(0))
+    shape = (DECODE_ROWS, tokens)
+    prompt = np.random.default_rng(0).integers(0, setting.vocab_size, shape, np.int32)
+    logits, state = jax.jit(one.run)(params, prompt, one.start(params, DECODE_ROWS))
+
+    def step(carry, _):
+        last, state = carry
+        logits, state = one.run(params, last, state)
+        return (jnp.argmax(logits, axis=-1).astype(jnp.int32), state), None
+
+    decode = jax.jit(lambda carry: jax.lax.scan(step, carry, length=DECODED)[0])
+    first = jnp.argmax(logits[:, -1:], axis=-1).astype(jnp.int32)
+
+    def run():
+        for _ in range(TIMES):
+            jax.block_until_ready(decode((first, state)))
+
+    run()
+    return run
+
+
+def show(table: dict[str, Any], speeds: dict[str, Any], setting: Setting) -> str:
+    """Formats the table; accuracies are means over seeds, with half their range."""
+    head = (
+        f"{'model':20}{'params':>8}{'matrix B':>9}{'state B':>8}{'rate':>7}{'seeds':>6}"
+    )
+    head += "".join(f"{size!s:>16}" for size in setting.tests)
+    head += "".join(f"{f'tok/s @{tokens}':>12}" for tokens in CONTEXTS)
+    lines = [head + f"{'CPU s':>8}"]
+    for name, row in table.items():
+        mark = "*" if row["at_edge"] else " "
+        line = f"{name:20}{row['parameters']:>8}{row['matrix_bytes']:>9}"
+        line += f"{row['state_bytes']:>8}{row['rate']:>6g}{mark}{len(row['seeds']):>6}"
+        for values in row["tests"].values():
+            spread = (max(values) - min(values)) / 2
+            line += f"{np.mean(values):>9.3f} +-{spread:.3f}"
+        for tokens in CONTEXTS:
+            speed = speeds.get(name, {}).get(str(tokens))
+            line += f"{'-' if speed is None else f'{speed:.3g}':>12}"
+        lines.append(line + f"{row['cpu_s']:>8.0f}")
+    return "\n".join([*lines, "* the rate is at the edge of those tried, or < 3 tried"])
+
+
+def draw(
+    folder: Path, table: dict[str, Any], speeds: dict[str, Any], setting: Setting
+) -> None:
+    """Draws accuracy on the hardest rows against bytes, and decode speed against accuracy."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hardest = str(setting.tests[-1])
+    by_bytes = {}
+    by_speed = {}
+    for group, names in GROUPS.items():
+        for name in names:
+            if name not in table:
+                continue
+            row = table[name]
+            right = statistics.mean(row["tests"][hardest])
+            by_bytes.setdefault(group, []).append((row["matrix_bytes"], right, name))
+            if name in speeds:
+                speed = speeds[name][str(CONTEXTS[-1])]
+                by_speed.setdefault(group, []).append((right, speed, name))
+    accuracy = f"share right, {setting.tests[-1].pairs} pairs of {hardest.split()[-1]}"
+    pictures.scatter(
+        folder / "recall-bytes.png",
+        by_bytes,
+        x=f"bytes of matrix state after {setting.train[-1].tokens} tokens",
+        y=accuracy,
+        front=True,
+    )
+    if by_speed:
+        pictures.scatter(
+            folder / "recall-speed.png",
+            by_speed,
+            x=accuracy,
+            y=f"tokens a CPU second after {CONTEXTS[-1]:,}",
+        )
+
+
+def quick(table: Table) -> list[str]:
+    """Runs the gate's cells and prints a line each; returns the bars that are missed."""
+    size = str(table.setting.train[-1])
+    right = {}
+    missed = []
+    for name, (low, high) in BARS.items():
+        cell = table.get(name, GATE_RATE, 0)
+        assert cell is not None
+        right[name] = cell["tests"][size]
+        verdict = "met" if low <= right[name] <= high else "MISSED"
+        if verdict != "met":
+            missed.append(name)
+        bar = f"{low:.2f} to {high:.2f}"
+        print(f"{name:14}{right[name]:7.3f}  {bar}  {verdict}  {cell['cpu_s']} CPU s")
+    for names in ORDERS:
+        values = [right[name] for name in names]
+        # Two that have solved the task cannot be told apart.
+        is_rising = all(
+            one < two or min(one, two) >= 0.995
+            for one, two in itertools.pairwise(values)
+        )
+        print(f"{' < '.join(names)}  {'met' if is_rising else 'MISSED'}")
+        if not is_rising:
+            missed.append(" < ".join(names))
+    return missed
+
+
+def full(cells: Cells, minutes: float) -> None:
+    """Trains at the published sizes, all rates of a model at once, until the time is up."""
+    began = time.monotonic()
+    for width in (64, 128):
+        setting = dataclasses.replace(FULL, width=width)
+        for names in FULL_GROUPS.values():
+            for name in names:
+                if time.monotonic() - began > 60 * minutes:
+                    return
+                found = cells.get(
+                    f"{name} | D {width}",
+                    lambda n=name, s=setting: make_cell(n, s, s.rates, 0),
+                )
+                best = max(found["found"], key=lambda cell: cell["validation"])
+                print(f"{name} D {width}: {json.dumps(best)}", flush=True)
+
+
+def main() -> int:
+    """Makes the table, or runs the gate, prints it, and writes files where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the gate's cells alone")
+    parser.add_argument(
+        "--full", action="store_true", help="published sizes, for a GPU"
+    )
+    parser.add_argument("--minutes", type=float, default=25, help="of --full")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default="", help="names of models, with commas")
+    parser.add_argument(
+        "--cached", action="store_true", help="make no cell, show those there are"
+    )
+    parser.add_argument("--no-speed", action="store_true", help="leave out decoding")
+    parser.add_argument("--json", help="file for the numbers")
+    parser.add_argument("--pictures", help="folder for pictures")
+    parser.add_argument(
+        "--cells", default="runs/recall", help="folder of the results' cache"
+    )
+    options = parser.parse_args()
+    cells = Cells(Path(options.cells), DEPENDENCIES)
+    if options.full:
+        full(cells, options.minutes)
+        return _write(options.json, cells=cells.results)
+    table = Table(cells, SMALL, cached_only=options.cached)
+    if options.quick:
+        missed = quick(table)
+        return 1 if missed else 0
+    return _whole_table(table, options)
+
+
+def _whole_table(table: Table, options: argparse.Namespace) -> int:
+    known = [name for names in GROUPS.values() for name in names] + list(TUNED)
+    names = options.only.split(",") if options.only else known
+    found = {}
+    for name in names:
+        row = table.row(name, range(options.seeds))
+        if row is not None:
+            found[name] = row
+    speeds = {}
+    if not options.no_speed:
+        speeds = decode_speeds([name for name in found if name not in TUNED], SMALL)
+    print(show(found, speeds, SMALL))
+    missing = [name for name in known if name not in found]
+    print(f"models without a cell: {', '.join(missing) or 'none'}")
+    edges = [name for name, row in found.items() if row["at_edge"]]
+    print(f"models whose rate is at the edge: {', '.join(edges) or 'none'}")
+    if options.pictures:
+        draw(Path(options.pictures), found, speeds, SMALL)
+    _write(options.json, table=found, decode=speeds, not_run=missing)
+    return 1 if edges else 0
+
+
+def _write(path: str | None, **numbers: Any) -> int:
+    if path:
+        packages = ("jax", "flax", "optax", "numpy")
+        record.write(path, "benchmarks.recall", packages=packages, **numbers)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""The arithmetic of the other mixers, a short convolution and a window, as pure functions."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from rwkv7_jax.array_types import Activations, Heads, Lengths
+from rwkv7_jax.based.state import ConvMemory, WindowMemory
+from rwkv7_jax.based.taylor import wide_dtype
+from rwkv7_jax.model.layers import per_channel, precision
+
+# The fewest tokens of a piece in which a window is computed at once.
+_PIECE = 64
+
+
+def root_mean_square_norm(
+    x: Activations, weight: Float[Array, " D"], eps: float
+) -> Activations:
+    """Scales to a mean square of 1 and then by the weight, in float32 or wider."""
+    wide = x.astype(wide_dtype(x.dtype))
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(mean_square + eps)
+    return (wide * per_channel(weight, wide)).astype(x.dtype)
+
+
+def short_convolution(
+    x: Activations,
+    taps: Float[Array, "K D"],
+    bias: Float[Array, " D"],
+    memory: ConvMemory,
+    lengths: Lengths | None,
+) -> tuple[Activations, ConvMemory]:
+    """Computes the causal convolution of each channel with its own taps; the last one is now's."""
+    tokens = x.shape[1]
+    past = taps.shape[0] - 1
+    # [B K-1+T D]; the token at t is at K-1+t.
+    seen = jnp.concatenate([memory.inputs.astype(x.dtype), x], axis=1)
+    y = jnp.broadcast_to(per_channel(bias, x), x.shape)
+    for i in range(past + 1):
+        y = y + per_channel(taps[i], x) * seen[:, i : i + tokens]
+    if lengths is None:
+        return y, ConvMemory(seen[:, tokens:])
+    last = lengths[:, None] + jnp.arange(past)[None]
+    return y, ConvMemory(jnp.take_along_axis(seen, last[:, :, None], axis=1))
+
+
+def window_attention(
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    memory: WindowMemory,
+    lengths: Lengths | None,
+) -> tuple[Heads, WindowMemory]:
+    """Attends to as many of the last tokens as the ring has slots, the token itself included."""
+    batch, tokens = q.shape[:2]
+    slots = memory.keys.shape[1]
+    # In pieces, so that a long sequence costs T times the window and not T times T.
+    size = max(1, min(tokens, max(slots, _PIECE)))
+    count = -(-tokens // size)
+    if lengths is None:
+        lengths = jnp.full(batch, tokens, jnp.int32)
+
+    def pieces(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, count * size - tokens), (0, 0), (0, 0)))
+        return jnp.moveaxis(x.reshape(batch, count, size, *x.shape[2:]), 1, 0)
+
+    def step(memory, piece):
+        q, k, v, begin = piece
+        counted = jnp.clip(lengths - begin, 0, size).astype(jnp.int32)
+        y = _attend(q, k, v, memory, counted)
+        return _write(k, v, memory, counted), y
+
+    begins = size * jnp.arange(count)
+    memory, y = jax.lax.scan(step, memory, (pieces(q), pieces(k), pieces(v), begins))
+    y = jnp.moveaxis(y, 0, 1).reshape(batch, count * size, *y.shape[3:])
+    return y[:, :tokens], memory
+
+
+def _attend(
+    q: Heads, k: Heads, v: Heads, memory: WindowMemory, counted: Int[Array, " B"]
+) -> Heads:
+    """Attends from each token of a piece to the ring and to the piece itself."""
+    slots = memory.keys.shape[1]
+    now = memory.position[:, None]
+    steps = jnp.arange(q.shape[1])[None]
+    # The latest position before now that belongs into a slot; negative where there is none.
+    ring = now - 1 - jnp.mod(now - 1 - jnp.arange(slots)[None], slots)
+    query_at = now + steps
+    key_at = jnp.concatenate([ring, query_at], axis=1)
+    is_filled = jnp.concatenate([ring >= 0, steps < counted[:, None]], axis=1)
+    age = query_at[:, :, None] - key_at[:, None, :]
+    visible = is_filled[:, None, :] & (age >= 0) & (age < slots)
+
+    wide = wide_dtype(q.dtype)
+    full = precision(q.dtype)
+    keys = jnp.concatenate([memory.keys, k], axis=1)
+    values = jnp.concatenate([memory.values, v], axis=1)
+    scores = jnp.einsum(
+        "bthn,bshn->bhts", q, keys, precision=full, preferred_element_type=wide
+    )
+    scores = scores / math.sqrt(q.shape[-1])
+    # Not -inf: a token after the row's end may see nothing, and must not become NaN.
+    scores = jnp.where(visible[:, None], scores, jnp.finfo(wide).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhts,bshn->bthn", weights, values, precision=full)
+
+
+def _write(
+    k: Heads, v: Heads, memory: WindowMemory, counted: Int[Array, " B"]
+) -> WindowMemory:
+    """Writes the piece's last tokens that count into the ring, in place where JAX can."""
+    slots = memory.keys.shape[1]
+    steps = jnp.arange(k.shape[1])[None]
+    counted = counted[:, None]
+    # Those that later ones of the piece would overwrite are left out: no slot is written twice.
+    is_kept = (steps < counted) & (steps >= counted - slots)
+    # A slot that does not exist is dropped.
+    slot = jnp.where(is_kept, (memory.position[:, None] + steps) % slots, slots)
+    row = jnp.arange(k.shape[0])[:, None]
+    return WindowMemory(
+        keys=memory.keys.at[row, slot].set(k, mode="drop"),
+        values=memory.values.at[row, slot].set(v, mode="drop"),
+        position=memory.position + counted[:, 0],
+    )

@@ -1,0 +1,256 @@
+"""BASED as a thin Linen shell: any order of convolutions, linear attention and windows.
+
+Each layer is x + mixer(norm(x)), then x + MLP(norm(x)) where there is one.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from rwkv7_jax.array_types import Activations, Heads, Lengths, Logits, Tokens
+from rwkv7_jax.based import mixers
+from rwkv7_jax.based.config import BasedConfig
+from rwkv7_jax.based.state import BasedState, Memory, check_based_state
+from rwkv7_jax.based.taylor import linear_attention, wide_dtype
+from rwkv7_jax.checks import as_array, check_instance, check_tokens, prefix_errors
+from rwkv7_jax.model import layers
+
+
+def _normal(scale: float):
+    """Makes an initializer of independent normal draws."""
+    return lambda key, shape: scale * jax.random.normal(key, shape, jnp.float32)
+
+
+def _constant(value: float):
+    """Makes an initializer of one number everywhere; float32 under x64 too."""
+    return lambda key, shape: jnp.full(shape, value, jnp.float32)
+
+
+def _square_root_of_inputs(key: Array, shape: tuple[int, int]) -> Array:
+    """Draws a matrix [out, in] that keeps the size of what it multiplies."""
+    return jax.random.normal(key, shape, jnp.float32) / math.sqrt(shape[1])
+
+
+def _taps(key: Array, shape: tuple[int, int]) -> Array:
+    limit = 1 / math.sqrt(shape[0])
+    return jax.random.uniform(key, shape, jnp.float32, minval=-limit, maxval=limit)
+
+
+class Based(nn.Module):
+    """The model: `apply({"params": params}, tokens, state) -> (logits, state)`.
+
+    It is called as `RWKV7` is: nothing is mutable, and memory is passed in and comes back.
+    """
+
+    config: BasedConfig
+
+    def __post_init__(self):
+        """Checks the config: a dict would fail only inside `apply`."""
+        with prefix_errors("Based"):
+            check_instance(self.config, BasedConfig, "`config`")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self, tokens: Tokens, state: BasedState, lengths: Lengths | None = None
+    ) -> tuple[Logits, BasedState]:
+        """Computes the next-token logits at every position and the state after the last token.
+
+        Args:
+            tokens: ids below `config.vocab_size`; T may be 0. Traced ids cannot be checked: those
+                out of range are embedded as zeros.
+            state: the start state, with one row for each row of `tokens`.
+            lengths: the number of tokens of each row that count, from the left. Logits after them
+                mean nothing; the state returned is the one after the last token that counts.
+
+        Raises:
+            ValueError: ids or lengths out of range, or a state or weights of other sizes.
+            TypeError: ids that are not integers, or a state of other dtypes.
+        """
+        config = self.config
+        with prefix_errors("Based"):
+            tokens = as_array(tokens, "`tokens`")
+            if len(tokens.shape) != 2:
+                raise ValueError(
+                    f"`tokens` must have shape [B T]; got {tuple(tokens.shape)}."
+                )
+            check_tokens(tokens, config.vocab_size)
+            check_based_state(state, tokens.shape[0], config)
+            if lengths is not None:
+                lengths = layers.safe_lengths(lengths, tokens.shape)
+            # While weights are made there are none.
+            if not self.is_initializing():
+                _check_params(self.variables.get("params", {}), config)
+
+        table = (config.vocab_size, config.width)
+        emb = jnp.asarray(self.param("emb", _normal(0.02), table))
+        x = layers.embed(tokens, emb).astype(config.dtype)
+        memories = []
+        for index, memory in enumerate(state.layers):
+            layer = _Layer(config, config.layers[index], name=f"layer_{index}")
+            x, memory = layer(x, memory, lengths)
+            memories.append(memory)
+        x = _Norm(config, name="norm")(x)
+        head = jnp.asarray(self.param("head", _square_root_of_inputs, table))
+        logits = jnp.einsum(
+            "btd,vd->btv",
+            x,
+            head.astype(x.dtype),
+            precision=layers.precision(x.dtype),
+            preferred_element_type=wide_dtype(x.dtype),
+        )
+        return logits, BasedState(tuple(memories))
+
+
+class _Norm(nn.Module):
+    """The weight of a norm."""
+
+    config: BasedConfig
+
+    @nn.compact
+    def __call__(self, x: Activations) -> Activations:
+        """Applies the norm."""
+        weight = jnp.asarray(self.param("weight", _constant(1.0), (self.config.width,)))
+        return mixers.root_mean_square_norm(x, weight, self.config.norm_eps)
+
+
+class _Layer(nn.Module):
+    """One mixer of any kind, and the MLP after it."""
+
+    config: BasedConfig
+    kind: str
+
+    @nn.compact
+    def __call__(
+        self, x: Activations, memory: Memory, lengths
+    ) -> tuple[Activations, Memory]:
+        """Computes the new residual stream and the new memory."""
+        normed = _Norm(self.config, name="mixer_norm")(x)
+        mixer = _MIXERS[self.kind](self.config, name="mixer")
+        y, memory = mixer(normed, memory, lengths)
+        x = x + y
+        if self.config.mlp_width is not None:
+            normed = _Norm(self.config, name="mlp_norm")(x)
+            x = x + _MLP(self.config, name="mlp")(normed)
+        return x, memory
+
+
+class _Mixer(nn.Module):
+    """What the mixers share: projections without bias, and heads."""
+
+    config: BasedConfig
+
+    def project(self, x: Activations, name: str, width: int) -> Activations:
+        """Computes x W^T with a matrix of its own."""
+        shape = (width, x.shape[-1])
+        weight = jnp.asarray(self.param(name, _square_root_of_inputs, shape))
+        return layers.linear(x, weight)
+
+    def heads(self, x: Activations, name: str, size: int) -> Heads:
+        """Projects to `size` channels a head."""
+        count = self.config.num_heads
+        x = self.project(x, name, count * size)
+        return x.reshape(*x.shape[:2], count, size)
+
+    def joined(self, y: Heads) -> Activations:
+        """Puts heads next to each other again, and projects."""
+        width = self.config.width
+        return self.project(y.reshape(*y.shape[:2], width), "output", width)
+
+
+class _Convolution(_Mixer):
+    """The gated short convolution: conv(x) (W x + b) + x."""
+
+    @nn.compact
+    def __call__(self, x, memory, lengths):
+        """Computes the contribution to the residual stream, and the new memory."""
+        width = self.config.width
+        zeros = _constant(0.0)
+        taps = jnp.asarray(self.param("taps", _taps, (self.config.kernel_size, width)))
+        shift = jnp.asarray(self.param("shift", zeros, (width,)))
+        bias = jnp.asarray(self.param("gate_bias", zeros, (width,)))
+        mixed, memory = mixers.short_convolution(x, taps, shift, memory, lengths)
+        gate = self.project(x, "gate", width) + layers.per_channel(bias, x)
+        return mixed * gate + x, memory
+
+
+class _LinearAttention(_Mixer):
+    """Attention over everything, through Taylor features."""
+
+    @nn.compact
+    def __call__(self, x, memory, lengths):
+        """Computes the contribution to the residual stream, and the new memory."""
+        q = self.heads(x, "query", self.config.feature_size)
+        k = self.heads(x, "key", self.config.feature_size)
+        v = self.heads(x, "value", self.config.head_size)
+        y, sums = linear_attention(q, k, v, memory.sums, lengths=lengths)
+        return self.joined(y), memory._replace(sums=sums)
+
+
+class _WindowAttention(_Mixer):
+    """Softmax attention over the last tokens, as many as the memory has slots."""
+
+    @nn.compact
+    def __call__(self, x, memory, lengths):
+        """Computes the contribution to the residual stream, and the new memory."""
+        size = self.config.head_size
+        q = self.heads(x, "query", size)
+        k = self.heads(x, "key", size)
+        v = self.heads(x, "value", size)
+        y, memory = mixers.window_attention(q, k, v, memory, lengths)
+        return self.joined(y), memory
+
+
+_MIXERS: dict[str, type[_Mixer]] = {
+    "conv": _Convolution,
+    "linear": _LinearAttention,
+    "window": _WindowAttention,
+    "attention": _WindowAttention,
+}
+
+
+class _MLP(_Mixer):
+    """The feed-forward half of a layer: squared ReLU, as in RWKV-7's channel mix."""
+
+    @nn.compact
+    def __call__(self, x: Activations) -> Activations:
+        """Computes the contribution to the residual stream."""
+        config = self.config
+        assert config.mlp_width is not None
+        hidden = jnp.square(jax.nn.relu(self.project(x, "up", config.mlp_width)))
+        # From zeros: a new layer is its mixer alone.
+        shape = (config.width, config.mlp_width)
+        down = jnp.asarray(self.param("down", _constant(0.0), shape))
+        return layers.linear(hidden, down)
+
+
+def _check_params(params: Any, config: BasedConfig) -> None:
+    """Checks weights by the few shapes that tell models apart."""
+    width = config.width
+    first = {
+        "conv": ("taps", (config.kernel_size, width)),
+        "linear": ("query", (config.num_heads * config.feature_size, width)),
+        "window": ("query", (width, width)),
+        "attention": ("query", (width, width)),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"emb": (config.vocab_size, width)}
+    for index, kind in enumerate(config.layers):
+        name, shape = first[kind]
+        shapes[f"layer_{index}/mixer/{name}"] = shape
+        if config.mlp_width is not None:
+            shapes[f"layer_{index}/mlp/up"] = (config.mlp_width, width)
+    for path, wanted in shapes.items():
+        leaf = params
+        for name in path.split("/"):
+            leaf = leaf.get(name, {}) if hasattr(leaf, "get") else {}
+        came = np.shape(leaf) if hasattr(leaf, "shape") else None
+        if came != wanted:
+            raise ValueError(
+                f"`params` must be those of this model, with {path} of shape {wanted}; "
+                f"got {came or 'none'}."
+            )

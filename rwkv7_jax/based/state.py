@@ -1,0 +1,194 @@
+"""What a BASED model remembers, and how many bytes that is, next to RWKV-7's."""
+
+import typing
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from rwkv7_jax.based.config import BasedConfig
+from rwkv7_jax.based.taylor import feature_count, wide_dtype
+from rwkv7_jax.checks import check_count, check_instance, prefix_errors
+from rwkv7_jax.model.config import RWKV7Config
+
+
+# The shaped fields would be checked whenever JAX rebuilds a tree with other leaves, so they are
+# documentation here and checked by `check_based_state` instead.
+@typing.no_type_check
+class ConvMemory(NamedTuple):
+    """The last inputs of a short convolution, oldest first; zeros before the first token."""
+
+    inputs: Float[Array, "B K D"]
+
+
+@typing.no_type_check
+class LinearMemory(NamedTuple):
+    """The sums of linear attention; the last value channel is the normaliser."""
+
+    sums: Float[Array, "B H F W"]
+
+
+@typing.no_type_check
+class WindowMemory(NamedTuple):
+    """The last keys and values in a ring: the token at position p is in slot p mod S.
+
+    Attributes:
+        keys: of the last S tokens.
+        values: of the last S tokens.
+        position: tokens read so far; it says which slots are filled, and with what.
+    """
+
+    keys: Float[Array, "B S H N"]
+    values: Float[Array, "B S H N"]
+    position: Int[Array, " B"]
+
+
+Memory = ConvMemory | LinearMemory | WindowMemory
+
+
+@typing.no_type_check
+@struct.dataclass
+class BasedState:
+    """The memory of a batch of sequences: one entry for each layer."""
+
+    layers: tuple[Memory, ...]
+
+    @property
+    def batch(self) -> int:
+        """The number of sequences (B)."""
+        return self.layers[0][0].shape[0]
+
+
+def window_slots(config: BasedConfig, kind: str) -> int:
+    """Returns the slots of the ring of a layer, "window" or "attention"."""
+    return config.window if kind == "window" else config.context
+
+
+def _empty_memory(config: BasedConfig, kind: str, batch: int) -> Memory:
+    heads = config.num_heads
+    size = config.head_size
+    if kind == "conv":
+        shape = (batch, config.kernel_size - 1, config.width)
+        return ConvMemory(jnp.zeros(shape, config.dtype))
+    if kind == "linear":
+        shape = (batch, heads, feature_count(config.feature_size), size + 1)
+        return LinearMemory(jnp.zeros(shape, wide_dtype(config.dtype)))
+    ring = jnp.zeros((batch, window_slots(config, kind), heads, size), config.dtype)
+    return WindowMemory(keys=ring, values=ring, position=jnp.zeros(batch, jnp.int32))
+
+
+def init_based_state(config: BasedConfig, batch: int = 1) -> BasedState:
+    """Makes the state of `batch` sequences that have read nothing.
+
+    Raises:
+        TypeError: not a `BasedConfig`, or a batch that is not an integer.
+        ValueError: a negative batch.
+    """
+    with prefix_errors("init_based_state"):
+        check_instance(config, BasedConfig, "`config`")
+        check_count(batch, 0, "`batch`")
+    return BasedState(tuple(_empty_memory(config, k, batch) for k in config.layers))
+
+
+def check_based_state(state: BasedState, batch: int, config: BasedConfig) -> None:
+    """Checks that a state fits a model and a batch; works on arrays, tracers and shapes alike.
+
+    Raises:
+        TypeError: not a `BasedState`, or a leaf of another dtype.
+        ValueError: a leaf has the wrong shape, or layers are missing.
+    """
+    with prefix_errors("check_based_state"):
+        check_instance(state, BasedState, "`state`")
+        wanted = jax.eval_shape(lambda: init_based_state(config, batch))
+        if jax.tree.structure(state) != jax.tree.structure(wanted):
+            raise ValueError(
+                f"`state` must hold the memories of layers {', '.join(config.layers)}; "
+                f"got others."
+            )
+        leaves = jax.tree_util.tree_leaves_with_path(state)
+        for (path, leaf), like in zip(leaves, jax.tree.leaves(wanted), strict=True):
+            name = f"`state{jax.tree_util.keystr(path)}`"
+            if tuple(leaf.shape) != like.shape:
+                raise ValueError(
+                    f"{name} must have shape {like.shape}; got {tuple(leaf.shape)}."
+                )
+            if leaf.dtype != like.dtype:
+                raise TypeError(f"{name} must be {like.dtype}; got {leaf.dtype}.")
+
+
+class StateBytes(NamedTuple):
+    """The bytes that one sequence needs for what it remembers.
+
+    Attributes:
+        matrix: the recurrent matrices, or the keys and values of the tokens that are seen.
+        total: all of it, with the inputs of convolutions, token shifts and positions.
+    """
+
+    matrix: int
+    total: int
+
+
+def state_bytes(
+    config: BasedConfig | RWKV7Config, tokens: int, *, memory_size: int = 0
+) -> StateBytes:
+    """Computes the bytes that decoding carries for one sequence after some tokens.
+
+    The keys and values of a window or of full attention count as far as they are filled; a ring's
+    free slots are not counted, though they are allocated.
+
+    Args:
+        config: of either kind of model.
+        tokens: read so far.
+        memory_size: features of a head (M) of an upscaled memory that changes in context; RWKV-7
+            alone. A static memory is the same for all sequences: it is weights, and not counted.
+
+    Raises:
+        TypeError: another kind of config, or a number that is not an integer.
+        ValueError: a negative number, or a memory for a model that has none.
+    """
+    with prefix_errors("state_bytes"):
+        check_count(tokens, 0, "`tokens`")
+        check_count(memory_size, 0, "`memory_size`")
+        if isinstance(config, BasedConfig) and memory_size:
+            raise ValueError(
+                f"`memory_size` must be 0 for a BasedConfig; got {memory_size}."
+            )
+        if not isinstance(config, BasedConfig):
+            check_instance(config, RWKV7Config, "`config`")
+    if isinstance(config, RWKV7Config):
+        return _rwkv_bytes(config, memory_size)
+    matrix = 0
+    total = 0
+    for kind in config.layers:
+        one = _layer_bytes(config, kind, tokens)
+        matrix += one.matrix
+        total += one.total
+    return StateBytes(matrix, total)
+
+
+def _rwkv_bytes(config: RWKV7Config, memory_size: int) -> StateBytes:
+    # D N of the state and D M of the memory, both float32.
+    matrix = 4 * config.num_layers * config.width * (config.head_size + memory_size)
+    shifts = 2 * config.num_layers * config.width * _item_size(config.dtype)
+    return StateBytes(matrix, matrix + shifts)
+
+
+def _layer_bytes(config: BasedConfig, kind: str, tokens: int) -> StateBytes:
+    item = _item_size(config.dtype)
+    if kind == "conv":
+        return StateBytes(0, (config.kernel_size - 1) * config.width * item)
+    if kind == "linear":
+        # N + 1 channels a head: D + H of them.
+        channels = config.width + config.num_heads
+        matrix = feature_count(config.feature_size) * channels
+        matrix *= _item_size(wide_dtype(config.dtype))
+        return StateBytes(matrix, matrix)
+    seen = min(window_slots(config, kind), tokens)
+    matrix = 2 * config.width * seen * item
+    return StateBytes(matrix, matrix + 4)  # the position is an int32
+
+
+def _item_size(dtype: Any) -> int:
+    return jnp.dtype(dtype).itemsize

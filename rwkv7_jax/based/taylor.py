@@ -1,0 +1,171 @@
+"""Linear attention whose feature map is the second-order Taylor expansion of the exponential.
+
+A key's weight for a query is 1 + s + s^2 / 2 with s = q . k / sqrt(d). That is the product of two
+vectors of features, so that the sum over all earlier tokens fits into a state of fixed size.
+
+Source: arXiv 2402.18668, section 4.1. The features here are the symmetric half of the published
+ones, with the same products. The published code adds 1e-12 to the normaliser; a weight is never
+below 1/2, so nothing is added here.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from rwkv7_jax.array_types import Lengths
+from rwkv7_jax.checks import as_array, check_count, prefix_errors
+from rwkv7_jax.model.layers import safe_lengths
+
+# Products of float32 operands in full; GPU and TPU would shorten them.
+_einsum = functools.partial(jnp.einsum, precision="highest")
+
+
+def wide_dtype(dtype) -> np.dtype:
+    """Returns the dtype of states and sums: float32, or float64 where activations are float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def feature_count(size: int) -> int:
+    """Computes the number of features (F) of vectors of `size` channels."""
+    return 1 + size + size * (size + 1) // 2
+
+
+def features(x: Float[Array, "... d"]) -> Float[Array, "... F"]:
+    """Computes phi(x) with phi(q) . phi(k) = 1 + s + s^2 / 2, s = q . k / sqrt(d).
+
+    They are a one, the channels, and the products of all pairs of channels: 1 + d + d (d + 1) / 2.
+    The result is float32, or float64 for float64 vectors.
+    """
+    size = x.shape[-1]
+    x = x.astype(wide_dtype(x.dtype)) / size**0.25
+    parts = [jnp.ones_like(x[..., :1]), x]
+    for i in range(size):
+        # x_i x_j with j > i is two equal entries of x x^T, which cancel the 1/2. Slices, because
+        # the gradient of an indexed gather is a scatter, which is slow on CPU.
+        square = x[..., i : i + 1] * x[..., i : i + 1] * math.sqrt(0.5)
+        parts += [square, x[..., i : i + 1] * x[..., i + 1 :]]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def pair_weights(
+    q: Float[Array, "B T H d"], k: Float[Array, "B S H d"]
+) -> Float[Array, "B H T S"]:
+    """Computes 1 + s + s^2 / 2 of all pairs, without the features."""
+    s = _einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.shape[-1])
+    return 1 + s + 0.5 * jnp.square(s)
+
+
+def quadratic_attention(
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B T H d"],
+    v: Float[Array, "B T H N"],
+) -> Float[Array, "B T H N"]:
+    """Computes the definition: each token's weighted mean of the values up to its own.
+
+    Time and memory grow with the square of T; it is the reference of `linear_attention`.
+    """
+    weights = jnp.tril(pair_weights(q, k))
+    weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return _einsum("bhts,bshn->bthn", weights, v)
+
+
+def linear_attention(
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B T H d"],
+    v: Float[Array, "B T H N"],
+    state: Float[Array, "B H F W"],
+    *,
+    chunk: int = 64,
+    lengths: Lengths | None = None,
+) -> tuple[Float[Array, "B T H N"], Float[Array, "B H F W"]]:
+    """Attends to all tokens up to each, those that the state remembers included.
+
+    One function for a sequence, a piece of one, and a token. All of it is computed in the state's
+    dtype; the values returned have that of `v`.
+
+    Args:
+        q: the queries; T may be 0.
+        k: the keys.
+        v: the values.
+        state: sums over the past of phi(k) (v, 1), W = N + 1 wide: the last value channel, of
+            ones, is the normaliser. Zeros have read nothing. float32, or float64.
+        chunk: tokens of a chunk; only time and memory depend on it.
+        lengths: the number of tokens of each row that count, from the left. Those after them leave
+            the state as it was, and their outputs mean nothing.
+
+    Raises:
+        TypeError: a state that is neither float32 nor float64, or an argument of the wrong kind.
+        ValueError: shapes that do not fit each other, or lengths out of range.
+    """
+    with prefix_errors("linear_attention"):
+        check_count(chunk, 1, "`chunk`")
+        _check_shapes(q, k, v, state)
+        if lengths is not None:
+            lengths = safe_lengths(lengths, q.shape[:2])
+    tokens = q.shape[1]
+    dtype = v.dtype
+    q = q.astype(state.dtype)
+    k = k.astype(state.dtype)
+    v = v.astype(state.dtype)
+    v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+    if lengths is not None:
+        counts = jnp.arange(tokens) < lengths[:, None]
+        counts = counts[:, :, None, None]
+        # The values and the ones as well: phi(0) is not 0, and a key of zeros still weighs.
+        k = jnp.where(counts, k, 0)
+        v = jnp.where(counts, v, 0)
+    size = max(1, min(chunk, tokens))
+    pieces = [_chunks(x, size) for x in (q, k, v)]
+    state, y = jax.lax.scan(_step, state, tuple(pieces))
+    # [C B c H N] to [B T H N], without the zeros that filled up the last chunk.
+    y = jnp.moveaxis(y, 0, 1)
+    y = y.reshape(y.shape[0], y.shape[1] * size, *y.shape[3:])
+    return y[:, :tokens].astype(dtype), state
+
+
+# Recomputed in the backward pass: all chunks' features would take more memory than the rest.
+@jax.checkpoint
+def _step(state: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    """Attends inside one chunk by the pairs' weights, and to the past by the features."""
+    q, k, v = piece
+    inside = _einsum("bhts,bshn->bthn", jnp.tril(pair_weights(q, k)), v)
+    past = _einsum("bthf,bhfn->bthn", features(q), state)
+    sums = inside + past
+    total = sums[..., -1:]
+    # Zero only where nothing has been read at all, in a row without tokens that count.
+    y = sums[..., :-1] / jnp.where(total == 0, 1, total)
+    return state + _einsum("bthf,bthn->bhfn", features(k), v), y
+
+
+def _chunks(x: Array, size: int) -> Array:
+    """Cuts [B T H d] into [C B size H d]; zeros fill up the last chunk."""
+    batch, tokens, *channels = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -tokens % size), (0, 0), (0, 0)))
+    count = x.shape[1] // size
+    return jnp.moveaxis(x.reshape(batch, count, size, *channels), 1, 0)
+
+
+def _check_shapes(q: Array, k: Array, v: Array, state: Array) -> None:
+    for name, value in (("q", q), ("k", k), ("v", v), ("state", state)):
+        if len(as_array(value, f"`{name}`").shape) != 4:
+            raise ValueError(
+                f"`{name}` must have 4 axes; got shape {tuple(value.shape)}."
+            )
+    batch, _, heads, size = q.shape
+    wanted = {
+        "k": (k, tuple(q.shape)),
+        "v": (v, (*q.shape[:3], v.shape[3])),
+        "state": (state, (batch, heads, feature_count(size), v.shape[3] + 1)),
+    }
+    for name, (value, shape) in wanted.items():
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"`{name}` must have shape {shape}, because `q` has {tuple(q.shape)}; "
+                f"got {tuple(value.shape)}."
+            )
+    if state.dtype not in (jnp.float32, jnp.float64):
+        raise TypeError(f"`state` must be float32 or float64; got {state.dtype}.")
