@@ -35,7 +35,7 @@ class BasedConfig:
         width: channels of the residual stream (D).
         layers: the kind of each layer, of `LAYER_KINDS`.
         num_heads: heads (H) of every attention; `width` is a multiple of it.
-        feature_size: channels of a query and a key of linear attention (d).
+        feature_size: channels of a query and a key of linear attention (Nk).
         window: tokens that a window sees, the token itself included.
         context: tokens that full attention sees at most; its state has room for so many.
         kernel_size: taps of a convolution, the token's own included.
@@ -94,7 +94,7 @@ class BasedConfig:
 
     @property
     def head_size(self) -> int:
-        """The number of value channels of a head (N)."""
+        """The number of value channels of a head (Nv)."""
         return self.width // self.num_heads
 
     @classmethod

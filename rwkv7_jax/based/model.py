@@ -4,13 +4,13 @@ Each layer is x + mixer(norm(x)), then x + MLP(norm(x)) where there is one.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Activations, Heads, Lengths, Logits, Tokens
 from rwkv7_jax.based import mixers
@@ -145,7 +145,9 @@ class _Mixer(nn.Module):
 
     config: BasedConfig
 
-    def project(self, x: Activations, name: str, width: int) -> Activations:
+    def project(
+        self, x: Float[Array, "B T I"], name: str, width: int
+    ) -> Float[Array, "B T O"]:
         """Computes x W^T with a matrix of its own."""
         shape = (width, x.shape[-1])
         weight = jnp.asarray(self.param(name, _square_root_of_inputs, shape))
@@ -247,9 +249,9 @@ def _check_params(params: Any, config: BasedConfig) -> None:
     for path, wanted in shapes.items():
         leaf = params
         for name in path.split("/"):
-            leaf = leaf.get(name, {}) if hasattr(leaf, "get") else {}
-        came = np.shape(leaf) if hasattr(leaf, "shape") else None
-        if came != wanted:
+            leaf = leaf.get(name) if isinstance(leaf, Mapping) else None
+        came = getattr(leaf, "shape", None)
+        if came is None or tuple(came) != wanted:
             raise ValueError(
                 f"`params` must be those of this model, with {path} of shape {wanted}; "
                 f"got {came or 'none'}."

@@ -20,14 +20,14 @@ from rwkv7_jax.model.config import RWKV7Config
 class ConvMemory(NamedTuple):
     """The last inputs of a short convolution, oldest first; zeros before the first token."""
 
-    inputs: Float[Array, "B K D"]
+    inputs: Float[Array, "B taps-1 D"]
 
 
 @typing.no_type_check
 class LinearMemory(NamedTuple):
     """The sums of linear attention; the last value channel is the normaliser."""
 
-    sums: Float[Array, "B H F W"]
+    sums: Float[Array, "B H M Nv+1"]
 
 
 @typing.no_type_check
@@ -151,12 +151,15 @@ def state_bytes(
     with prefix_errors("state_bytes"):
         check_count(tokens, 0, "`tokens`")
         check_count(memory_size, 0, "`memory_size`")
+        if not isinstance(config, BasedConfig | RWKV7Config):
+            raise TypeError(
+                "`config` must be a BasedConfig or an RWKV7Config; "
+                f"got {type(config).__name__}."
+            )
         if isinstance(config, BasedConfig) and memory_size:
             raise ValueError(
                 f"`memory_size` must be 0 for a BasedConfig; got {memory_size}."
             )
-        if not isinstance(config, BasedConfig):
-            check_instance(config, RWKV7Config, "`config`")
     if isinstance(config, RWKV7Config):
         return _rwkv_bytes(config, memory_size)
     matrix = 0

@@ -30,15 +30,15 @@ def wide_dtype(dtype) -> np.dtype:
 
 
 def feature_count(size: int) -> int:
-    """Computes the number of features (F) of vectors of `size` channels."""
+    """Computes the number of features (M) of vectors of `size` channels."""
     return 1 + size + size * (size + 1) // 2
 
 
-def features(x: Float[Array, "... d"]) -> Float[Array, "... F"]:
+def features(x: Float[Array, "... Nk"]) -> Float[Array, "... M"]:
     """Computes phi(x) with phi(q) . phi(k) = 1 + s + s^2 / 2, s = q . k / sqrt(d).
 
-    They are a one, the channels, and the products of all pairs of channels: 1 + d + d (d + 1) / 2.
-    The result is float32, or float64 for float64 vectors.
+    They are a one, the d = Nk channels, and the products of all pairs of channels, 1 + d +
+    d (d + 1) / 2 in all. The result is float32, or float64 for float64 vectors.
     """
     size = x.shape[-1]
     x = x.astype(wide_dtype(x.dtype)) / size**0.25
@@ -52,7 +52,7 @@ def features(x: Float[Array, "... d"]) -> Float[Array, "... F"]:
 
 
 def pair_weights(
-    q: Float[Array, "B T H d"], k: Float[Array, "B S H d"]
+    q: Float[Array, "B T H Nk"], k: Float[Array, "B S H Nk"]
 ) -> Float[Array, "B H T S"]:
     """Computes 1 + s + s^2 / 2 of all pairs, without the features."""
     s = _einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.shape[-1])
@@ -60,10 +60,10 @@ def pair_weights(
 
 
 def quadratic_attention(
-    q: Float[Array, "B T H d"],
-    k: Float[Array, "B T H d"],
-    v: Float[Array, "B T H N"],
-) -> Float[Array, "B T H N"]:
+    q: Float[Array, "B T H Nk"],
+    k: Float[Array, "B T H Nk"],
+    v: Float[Array, "B T H Nv"],
+) -> Float[Array, "B T H Nv"]:
     """Computes the definition: each token's weighted mean of the values up to its own.
 
     Time and memory grow with the square of T; it is the reference of `linear_attention`.
@@ -74,14 +74,14 @@ def quadratic_attention(
 
 
 def linear_attention(
-    q: Float[Array, "B T H d"],
-    k: Float[Array, "B T H d"],
-    v: Float[Array, "B T H N"],
-    state: Float[Array, "B H F W"],
+    q: Float[Array, "B T H Nk"],
+    k: Float[Array, "B T H Nk"],
+    v: Float[Array, "B T H Nv"],
+    state: Float[Array, "B H M Nv+1"],
     *,
     chunk: int = 64,
     lengths: Lengths | None = None,
-) -> tuple[Float[Array, "B T H N"], Float[Array, "B H F W"]]:
+) -> tuple[Float[Array, "B T H Nv"], Float[Array, "B H M Nv+1"]]:
     """Attends to all tokens up to each, those that the state remembers included.
 
     One function for a sequence, a piece of one, and a token. All of it is computed in the state's
@@ -91,8 +91,8 @@ def linear_attention(
         q: the queries; T may be 0.
         k: the keys.
         v: the values.
-        state: sums over the past of phi(k) (v, 1), W = N + 1 wide: the last value channel, of
-            ones, is the normaliser. Zeros have read nothing. float32, or float64.
+        state: sums over the past of phi(k) (v, 1); the last value channel, of ones, is the
+            normaliser. Zeros have read nothing. float32, or float64.
         chunk: tokens of a chunk; only time and memory depend on it.
         lengths: the number of tokens of each row that count, from the left. Those after them leave
             the state as it was, and their outputs mean nothing.
@@ -105,7 +105,7 @@ def linear_attention(
         check_count(chunk, 1, "`chunk`")
         _check_shapes(q, k, v, state)
         if lengths is not None:
-            lengths = safe_lengths(lengths, q.shape[:2])
+            lengths = safe_lengths(lengths, (q.shape[0], q.shape[1]))
     tokens = q.shape[1]
     dtype = v.dtype
     q = q.astype(state.dtype)
@@ -113,7 +113,7 @@ def linear_attention(
     v = v.astype(state.dtype)
     v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
     if lengths is not None:
-        counts = jnp.arange(tokens) < lengths[:, None]
+        counts = jnp.arange(tokens)[None] < lengths[:, None]
         counts = counts[:, :, None, None]
         # The values and the ones as well: phi(0) is not 0, and a key of zeros still weighs.
         k = jnp.where(counts, k, 0)
@@ -121,7 +121,7 @@ def linear_attention(
     size = max(1, min(chunk, tokens))
     pieces = [_chunks(x, size) for x in (q, k, v)]
     state, y = jax.lax.scan(_step, state, tuple(pieces))
-    # [C B c H N] to [B T H N], without the zeros that filled up the last chunk.
+    # [pieces B C H Nv] to [B T H Nv], without the zeros that filled up the last chunk.
     y = jnp.moveaxis(y, 0, 1)
     y = y.reshape(y.shape[0], y.shape[1] * size, *y.shape[3:])
     return y[:, :tokens].astype(dtype), state
@@ -142,7 +142,7 @@ def _step(state: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, Array
 
 
 def _chunks(x: Array, size: int) -> Array:
-    """Cuts [B T H d] into [C B size H d]; zeros fill up the last chunk."""
+    """Cuts [B T H N] into [pieces B C H N]; zeros fill up the last chunk."""
     batch, tokens, *channels = x.shape
     x = jnp.pad(x, ((0, 0), (0, -tokens % size), (0, 0), (0, 0)))
     count = x.shape[1] // size

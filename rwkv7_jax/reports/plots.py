@@ -139,7 +139,7 @@ def scatter(
     points = [point for group in groups.values() for point in group]
     if front:
         axis.step(
-            *zip(*_front(points), strict=True),
+            *zip(*front_of(points), strict=True),
             where="post",
             color="#7a7a7a",
             lw=1,
@@ -153,7 +153,7 @@ def scatter(
     _save(figure, path, legend=True)
 
 
-def _front(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float]]:
+def front_of(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float]]:
     """Returns the points whose y no point at a smaller or equal x reaches, by x."""
     front: list[tuple[float, float]] = []
     for x, y, _ in sorted(points, key=lambda point: (point[0], -point[1])):

@@ -18,7 +18,7 @@ def test_a_path_names_a_task_or_texts_and_is_written_back(path, source):
 
 
 def test_tasks_of_a_list_are_told_apart_from_its_texts():
-    tasks, texts = parse_sources("task:copy,a.txt,task:mqar,b.txt")
-    assert tasks == [TaskSource("copy"), TaskSource("mqar")]
+    tasks, texts = parse_sources("task:copy,a.txt,task:pairs,b.txt")
+    assert tasks == [TaskSource("copy"), TaskSource("pairs")]
     assert texts == TextSource(("a.txt", "b.txt"))
     assert parse_sources("") == ([], TextSource(()))

@@ -168,7 +168,7 @@ def test_fewer_facts_than_fit_leave_the_rest_of_a_row_empty():
 
 
 def test_every_query_has_the_value_of_its_pair():
-    for row, counts in rows("mqar"):
+    for row, counts in rows("pairs"):
         pairs, queries = row[1:].split(">")
         known = dict(zip(pairs[::2], pairs[1::2], strict=True))
         assert row[0] == "Q" and len(known) * 2 == len(pairs) == 58
@@ -274,3 +274,11 @@ def test_a_task_without_exact_answers_has_no_questions():
         ValueError, match="mapping has no question with one right answer"
     ):
         question_batch("mapping", 0, batch_size=1)
+
+
+def test_a_former_name_still_makes_the_same_rows_and_says_the_new_one():
+    with pytest.warns(UserWarning, match="^find_task: mqar is called pairs now"):
+        old = task_batch("mqar", 3, batch_size=4, length=40)
+    new = task_batch("pairs", 3, batch_size=4, length=40)
+    np.testing.assert_array_equal(old.tokens, new.tokens)
+    np.testing.assert_array_equal(old.mask, new.mask)

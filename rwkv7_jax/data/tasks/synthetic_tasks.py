@@ -8,6 +8,7 @@ vocabularies (byte + 1), so that every model can read them.
 import dataclasses
 import difflib
 import functools
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -127,8 +128,11 @@ TASKS: dict[str, Task] = {
     "reverse": _sequence(b"R", toy.reversed_symbols),
     "steer": _sequence(b"?", toy.reversed_symbols),
     "novel": _sequence(b"?", _next_of_reversed),
-    "mqar": Task(toy.mqar, 5),
+    "pairs": Task(toy.pairs, 5),
 }
+
+# Names that older settings may hold. The task was never the published one of that name.
+_FORMER_NAMES = {"mqar": "pairs"}
 
 
 def _modulus(number: int, seed: int) -> Task:
@@ -194,6 +198,12 @@ def find_task(name: str, *, seed: int = 0) -> Task:
     Raises:
         ValueError: no such name, or a number that its family does not have.
     """
+    if name in _FORMER_NAMES:
+        warnings.warn(
+            f"find_task: {name} is called {_FORMER_NAMES[name]} now; its rows are the same.",
+            stacklevel=2,
+        )
+        name = _FORMER_NAMES[name]
     if name in TASKS:
         return TASKS[name]
     family, _, number = name.partition("-")
@@ -262,7 +272,7 @@ def question_batch(
         step: from 0.
         batch_size: questions.
         length: of the rows whose first questions these are, where that makes them harder (swaps,
-            mqar); None for the shortest.
+            pairs); None for the shortest.
         seed: as in `task_batch`.
         held_out: draw from a stream of questions of its own.
 

@@ -285,20 +285,21 @@ def facts(
     return _layout(_repeat_lead(b"F", rows), _SYMBOL[examples], _SCORE_THIRD, length)
 
 
-def mqar(rng: Generator, rows: int, length: int) -> Rows:
-    """Makes multi-query associative recall: pairs, `>`, then queries whose values count.
+def pairs(rng: Generator, rows: int, length: int) -> Rows:
+    """Makes pairs of a key and a value, `>`, then queries whose values count.
 
-    Half of the row is pairs, 32 at most; queries fill the rest.
+    Half of the row is pairs, 32 at most; queries fill the rest. It is easier than multi-query
+    associative recall: a key may be asked again, and its value has then been answered in the row.
     """
-    pairs = min((length - 1) // 4, len(SYMBOLS))
-    keys = _distinct(rng, rows, pairs, len(SYMBOLS))
+    shown_pairs = min((length - 1) // 4, len(SYMBOLS))
+    keys = _distinct(rng, rows, shown_pairs, len(SYMBOLS))
     values = rng.integers(0, len(SYMBOLS), keys.shape)
-    count = (length - 1) // 2 - pairs
-    queried = rng.integers(0, pairs, (rows, count))
+    count = (length - 1) // 2 - shown_pairs
+    queried = rng.integers(0, shown_pairs, (rows, count))
     queried_keys = np.take_along_axis(keys, queried, axis=1)
     queried_values = np.take_along_axis(values, queried, axis=1)
     queries = np.stack([queried_keys, queried_values], axis=-1)  # [B E 2]
-    shown = np.stack([keys, values], axis=-1).reshape(rows, 2 * pairs)
+    shown = np.stack([keys, values], axis=-1).reshape(rows, 2 * shown_pairs)
     parts = [_repeat_lead(b"Q", rows), _SYMBOL[shown], _repeat_lead(b">", rows)]
     lead = np.concatenate(parts, axis=1)
     return _layout(lead, _SYMBOL[queries], _SCORE_SECOND, length)

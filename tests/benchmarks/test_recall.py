@@ -1,0 +1,153 @@
+"""The recall table: rates are chosen by validation, and what was not run is said."""
+
+import dataclasses
+import json
+
+import pytest
+
+from benchmarks import recall
+from benchmarks.mqar import SMALL
+from benchmarks.paper_table import Cells
+
+
+@pytest.mark.parametrize(
+    ("validation", "rate"),
+    [
+        ({0.003: 0.9, 0.01: 0.95, 0.03: 0.5}, 0.01),
+        ({0.003: 0.99, 0.01: 0.95, 0.03: 0.5}, 0.003),
+        # Solved at each rate: the middle one, for the edge says nothing then.
+        ({0.003: 1.0, 0.01: 0.999, 0.03: 1.0}, 0.01),
+        ({0.01: 0.3}, 0.01),
+    ],
+)
+def test_the_best_rate_is_taken_and_the_middle_one_of_equals(validation, rate):
+    assert recall.choose_rate(validation) == rate
+
+
+def cell(seed, right):
+    """A cell as the trainer returns it."""
+    tests = {str(size): right for size in SMALL.tests}
+    return {
+        "seed": seed,
+        "validation": right,
+        "tests": tests,
+        "cpu_s": 1.0,
+        "steps": 9,
+    }
+
+
+def table_of(tmp_path, found):
+    """A table of cached cells."""
+    cells = Cells(tmp_path, recall.DEPENDENCIES)
+    for (name, rate, seed), right in found.items():
+        cells.get(f"{name} | {rate:g} | {seed}", lambda s=seed, r=right: cell(s, r))
+    return recall.Table(cells, SMALL, cached_only=True)
+
+
+def test_a_rate_at_the_edge_is_marked(tmp_path):
+    found = {("based-4", rate, 0): rate for rate in SMALL.rates}
+    row = table_of(tmp_path, found).row("based-4", [0])
+    assert row["rate"] == max(SMALL.rates)
+    assert row["at_edge"]
+
+
+def test_fewer_than_three_rates_count_as_the_edge(tmp_path):
+    found = {("based-4", 0.01, 0): 0.9, ("based-4", 0.003, 0): 0.5}
+    assert table_of(tmp_path, found).row("based-4", [0, 1])["at_edge"]
+
+
+def test_cells_that_are_missing_are_counted_and_not_made(tmp_path):
+    found = {
+        ("based-4", 0.003, 0): 0.5,
+        ("based-4", 0.01, 0): 0.9,
+        ("based-4", 0.01, 2): 0.7,
+        ("based-4", 0.03, 0): 0.2,
+    }
+    table = table_of(tmp_path, found)
+    row = table.row("based-4", range(3))
+    assert row["seeds"] == [0, 2]
+    assert row["seeds_by_rate"] == {"0.003": 1, "0.01": 2, "0.03": 1}
+    assert table.row("based-8", range(3)) is None
+
+
+@pytest.mark.parametrize(("right", "missed"), [(0.999, []), (0.5, ["attention"])])
+def test_the_gate_misses_what_is_below_its_bar(tmp_path, right, missed):
+    shares = {
+        "attention": right,
+        "window-16": 0.2,
+        "based-4": 0.8,
+        "based-8": 0.99,
+        "based-16": 1.0,
+        "rwkv-16-L1": 0.9,
+        "rwkv-32-L1": 0.99,
+    }
+    found = {(name, 0.01, 0): share for name, share in shares.items()}
+    assert recall.quick(table_of(tmp_path, found)) == missed
+
+
+def test_the_gate_misses_an_order_that_is_upset(tmp_path):
+    shares = dict.fromkeys(recall.BARS, 0.97)
+    shares["window-16"] = 0.1
+    found = {(name, 0.01, 0): share for name, share in shares.items()}
+    missed = recall.quick(table_of(tmp_path, found))
+    assert missed == [
+        "attention",
+        "based-4 < based-8 < based-16",
+        "rwkv-16-L1 < rwkv-32-L1",
+    ]
+
+
+def test_a_static_memory_weighs_nothing_and_a_written_one_does():
+    static = recall.sizes_of("tuned-static-16-64", SMALL)
+    written = recall.sizes_of("tuned-delta-16-64", SMALL)
+    plain = recall.sizes_of("rwkv-16-L1", SMALL)
+    assert static["matrix_bytes"] == plain["matrix_bytes"]
+    assert written["matrix_bytes"] == plain["matrix_bytes"] + 4 * 32 * 64
+
+
+@pytest.mark.slow
+def test_a_table_of_cached_cells_is_printed_drawn_and_written(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    found = {}
+    for name in ("based-4", "rwkv-16-L1"):
+        for rate in SMALL.rates:
+            found[name, rate, 0] = 0.9 if rate == 0.01 else 0.2
+    table_of(tmp_path / "cells", found)
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "recall",
+            "--cached",
+            f"--cells={tmp_path / 'cells'}",
+            f"--json={tmp_path / 'recall.json'}",
+            f"--pictures={tmp_path}",
+            "--no-speed",
+        ],
+    )
+    assert recall.main() == 0
+    written = json.loads((tmp_path / "recall.json").read_text())
+    assert set(written["table"]) == {"based-4", "rwkv-16-L1"}
+    assert "attention" in written["not_run"]
+    assert (tmp_path / "recall-bytes.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_the_published_sizes_are_trained_in_order_with_all_rates_at_once(
+    tmp_path, monkeypatch
+):
+    small = dataclasses.replace(
+        SMALL, steps=6, rows=4, test_rows=64, rates=(0.001, 0.01)
+    )
+    monkeypatch.setattr(recall, "FULL", small)
+    monkeypatch.setattr(recall, "FULL_GROUPS", {"BASED": ("based-4",)})
+    cells = Cells(tmp_path, recall.DEPENDENCIES)
+    recall.full(cells, minutes=5)
+    assert list(cells.results) == ["based-4 | D 64", "based-4 | D 128"]
+    for cell in cells.results.values():
+        assert [one["rate"] for one in cell["found"]] == [0.001, 0.01]
+
+
+def test_nothing_begins_when_the_time_is_up(tmp_path):
+    cells = Cells(tmp_path, recall.DEPENDENCIES)
+    recall.full(cells, minutes=0)
+    assert not cells.results

@@ -1,0 +1,20 @@
+"""Scatter plots and their front."""
+
+import pytest
+
+from rwkv7_jax.reports import plots
+
+
+def test_the_front_is_what_nothing_smaller_reaches():
+    points = [(4.0, 0.9, "d"), (1.0, 0.2, "a"), (2.0, 0.5, "b"), (3.0, 0.4, "c")]
+    points += [(2.0, 0.3, "worse at the same size"), (9.0, 0.9, "no better")]
+    front = plots.front_of(points)
+    assert front == [(1.0, 0.2), (2.0, 0.5), (4.0, 0.9), (9.0, 0.9)]
+
+
+def test_points_are_drawn_with_and_without_a_front(tmp_path):
+    pytest.importorskip("matplotlib")
+    groups = {"one": [(256.0, 0.1, "small")], "two": [(4096.0, 0.9, "large")]}
+    for name, with_front in (("a.png", False), ("b.png", True)):
+        plots.scatter(tmp_path / name, groups, x="bytes", y="share", front=with_front)
+        assert (tmp_path / name).stat().st_size > 5000
