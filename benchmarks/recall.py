@@ -130,17 +130,30 @@ def _frozen(name: str, setting: Setting, seed: int) -> Any:
 
 
 class Table:
-    """The cells of one setting, made where they are not cached."""
+    """The cells of one setting, made where they are not cached.
 
-    def __init__(self, cells: Cells, setting: Setting, *, cached_only: bool):
+    Attributes:
+        cells: the cache.
+        setting: of all models.
+        make_rates: the rates at which missing cells are made; None for all, empty for none.
+    """
+
+    def __init__(
+        self,
+        cells: Cells,
+        setting: Setting,
+        *,
+        make_rates: tuple[float, ...] | None = None,
+    ):
         self.cells = cells
         self.setting = setting
-        self.cached_only = cached_only
+        self.make_rates = make_rates
 
     def get(self, name: str, rate: float, seed: int) -> dict[str, Any] | None:
         """Returns a cell; None where it is not known and not to be made."""
         key = f"{name} | {rate:g} | {seed}"
-        if self.cached_only and key not in self.cells.results:
+        is_made = self.make_rates is None or rate in self.make_rates
+        if key not in self.cells.results and not is_made:
             return None
 
         def make():
@@ -150,27 +163,33 @@ class Table:
         return self.cells.get(key, make)["found"]
 
     def row(self, name: str, seeds: Sequence[int]) -> dict[str, Any] | None:
-        """Collects a model's cells, chooses its rate, and adds its sizes; None without cells."""
+        """Collects a model's cells, chooses its rate, and adds its sizes; None without cells.
+
+        The rate is chosen by the seeds that all rates have.
+        """
         rates = TUNED_RATES if name in TUNED else self.setting.rates
         by_rate = {}
         for rate in rates:
-            found = [self.get(name, rate, seed) for seed in seeds]
-            by_rate[rate] = [cell for cell in found if cell is not None]
-        by_rate = {rate: cells for rate, cells in by_rate.items() if cells}
+            found = {seed: self.get(name, rate, seed) for seed in seeds}
+            known = {seed: cell for seed, cell in found.items() if cell is not None}
+            if known:
+                by_rate[rate] = known
         if not by_rate:
             return None
+        common = set.intersection(*(set(known) for known in by_rate.values()))
         validation = {
-            rate: round(statistics.mean(cell["validation"] for cell in cells), 4)
-            for rate, cells in by_rate.items()
+            rate: round(statistics.mean(known[s]["validation"] for s in common), 4)
+            for rate, known in by_rate.items()
         }
         rate = choose_rate(validation)
-        cells = by_rate[rate]
+        cells = list(by_rate[rate].values())
         return {
             "rate": rate,
             "validation": {f"{one:g}": value for one, value in validation.items()},
             "at_edge": len(validation) < 3
             or rate in (min(validation), max(validation)),
-            "seeds": [cell["seed"] for cell in cells],
+            "seeds": list(by_rate[rate]),
+            "chosen_by_seeds": sorted(common),
             "seeds_by_rate": {f"{one:g}": len(by_rate.get(one, ())) for one in rates},
             "tests": {
                 str(size): [cell["tests"][str(size)] for cell in cells]
@@ -375,6 +394,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="names of models, with commas")
     parser.add_argument(
+        "--rates", default="", help="make cells at these rates alone, with commas"
+    )
+    parser.add_argument(
         "--cached", action="store_true", help="make no cell, show those there are"
     )
     parser.add_argument("--no-speed", action="store_true", help="leave out decoding")
@@ -388,7 +410,9 @@ def main() -> int:
     if options.full:
         full(cells, options.minutes)
         return _write(options.json, cells=cells.results)
-    table = Table(cells, SMALL, cached_only=options.cached)
+    rates = tuple(float(rate) for rate in options.rates.split(",") if rate)
+    make_rates = () if options.cached else (rates or None)
+    table = Table(cells, SMALL, make_rates=make_rates)
     if options.quick:
         missed = quick(table)
         return 1 if missed else 0

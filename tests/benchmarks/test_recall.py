@@ -41,7 +41,7 @@ def table_of(tmp_path, found):
     cells = Cells(tmp_path, recall.DEPENDENCIES)
     for (name, rate, seed), right in found.items():
         cells.get(f"{name} | {rate:g} | {seed}", lambda s=seed, r=right: cell(s, r))
-    return recall.Table(cells, SMALL, cached_only=True)
+    return recall.Table(cells, SMALL, make_rates=())
 
 
 def test_a_rate_at_the_edge_is_marked(tmp_path):
@@ -66,6 +66,7 @@ def test_cells_that_are_missing_are_counted_and_not_made(tmp_path):
     table = table_of(tmp_path, found)
     row = table.row("based-4", range(3))
     assert row["seeds"] == [0, 2]
+    assert row["chosen_by_seeds"] == [0]
     assert row["seeds_by_rate"] == {"0.003": 1, "0.01": 2, "0.03": 1}
     assert table.row("based-8", range(3)) is None
 
