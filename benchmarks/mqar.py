@@ -484,6 +484,8 @@ def contestant(
         ValueError: no such name.
     """
     kind, *numbers = name.replace("-L", "-").split("-")
+    if not all(number.isdigit() for number in numbers):
+        raise ValueError(f"contestant: `name` must end with numbers; got {name!r}.")
     sizes = [int(number) for number in numbers]
     if context is None:
         context = max(size.tokens for size in setting.tests)

@@ -111,7 +111,7 @@ def test_the_bytes_in_the_table_are_those_of_the_arrays_that_decoding_carries(na
 
 @pytest.mark.parametrize("name", ["mamba", "based", "based-x", "rwkv-8", "window-1-2"])
 def test_an_unknown_name_is_refused(name):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="contestant: `name` must"):
         contestant(name, SMALL)
 
 
