@@ -328,7 +328,7 @@ def draw(
                 continue
             row = table[name]
             right = statistics.mean(row["tests"][hardest])
-            size = row["longest_matrix_bytes"]
+            size = float(row["longest_matrix_bytes"])
             by_bytes.setdefault(group, []).append((size, right, name))
             if name in speeds:
                 speed = speeds[name][str(CONTEXTS[-1])]

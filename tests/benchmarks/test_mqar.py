@@ -120,12 +120,16 @@ def test_an_unknown_name_is_refused(name):
 def test_rates_that_are_trained_at_once_do_not_touch_each_other(name):
     setting = dataclasses.replace(SMALL, steps=6, rows=4, test_rows=64)
     trainer = Trainer(contestant(name, setting), setting)
-    both, took = trainer.train((0.001, 0.1), seed=0)
+    rates = (0.001, 0.03)
+    both, took = trainer.train(rates, seed=0)
     assert took["steps"] == 6
-    for index, rate in enumerate((0.001, 0.1)):
-        one, _ = trainer.train((rate,), seed=0)
-        for leaf, same in zip(jax.tree.leaves(both), jax.tree.leaves(one), strict=True):
-            np.testing.assert_allclose(leaf[index], same[0], rtol=1e-3, atol=1e-4)
+    nats, _ = trainer.score(both, SMALL.train[0], mqar.VALIDATION, 64)
+    assert abs(nats[0] - nats[1]) > 0.02
+    for index, rate in enumerate(rates):
+        # Not the weights: Adam turns the rounding of the smallest gradients into whole steps.
+        alone, _ = trainer.train((rate,), seed=0)
+        one, _ = trainer.score(alone, SMALL.train[0], mqar.VALIDATION, 64)
+        np.testing.assert_allclose(nats[index], one[0], rtol=1e-3)
 
 
 @pytest.mark.slow
