@@ -19,29 +19,33 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import optax
 from absl import flags
 
 from rwkv7_jax import sharding
 from rwkv7_jax.local_paths import local_path
-from rwkv7_jax.runs import compilation_cache, config_flags, multihost, process
-from rwkv7_jax.runs.early_stopping import RunProgress
+from rwkv7_jax.runs import (
+    compilation_cache,
+    config_flags,
+    multihost,
+    process,
+    rate_search,
+)
+from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.exit_codes import Stopped, warn
 from rwkv7_jax.runs.input_pipeline import InputPipeline
 from rwkv7_jax.runs.modes.base import TrainingMode
-from rwkv7_jax.runs.modes.optimizer import make_optimizer
-from rwkv7_jax.runs.modes.registry import make_mode
+from rwkv7_jax.runs.modes.rate_search import RateSearchMode
+from rwkv7_jax.runs.modes.registry import make_mode, shared_rows
 from rwkv7_jax.runs.monitoring.memory_advice import explain_out_of_memory
 from rwkv7_jax.runs.monitoring.metrics_logger import MetricsLogger
 from rwkv7_jax.runs.monitoring.profiler import ProfileWindow
 from rwkv7_jax.runs.monitoring.run_summary import print_summary
 from rwkv7_jax.runs.multihost import open_run_directory
 from rwkv7_jax.runs.process import StopSignals
-from rwkv7_jax.runs.results import save_result
+from rwkv7_jax.runs.results import check_stopped, save_result
 from rwkv7_jax.runs.resume.first_state import restore_or_init
 from rwkv7_jax.runs.resume.run_identity import (
     content_digests,
@@ -51,7 +55,7 @@ from rwkv7_jax.runs.resume.run_identity import (
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.settings import Settings, profiled, read_settings
 from rwkv7_jax.runs.settings.fields import refuse_remote_target
-from rwkv7_jax.training.train_step import TrainState, make_train_step
+from rwkv7_jax.training.train_step import TrainState
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run, new or to be continued."
@@ -73,26 +77,21 @@ class Run:
 
     Attributes:
         mode: the parameters, their loss and their batches.
-        learning_rate: from a step to its learning rate.
-        tx: the optimizer.
         identity: what a continued run must share.
         mesh: the devices that share a step's rows; None for a single one.
     """
 
     mode: TrainingMode
-    learning_rate: Callable[[Any], Any]
-    tx: optax.GradientTransformation
     identity: dict[str, dict[str, str]]
     mesh: jax.sharding.Mesh | None
 
 
 def set_up(settings: Settings, folder: RunDirectory) -> Run:
-    """Loads the model and the data of a run and makes its optimizer."""
+    """Loads the model and the data of a run."""
     # The mesh first: rows that the devices cannot share end all processes at the same moment, where
     # one that still loads its model would be aborted without a reason.
-    mesh = sharding.make_data_mesh(settings.rows_per_step)
+    mesh = sharding.make_data_mesh(shared_rows(settings))
     mode = make_mode(settings, folder.path)
-    learning_rate, tx = make_optimizer(settings.optimizer, total_steps=settings.steps)
     identity = identity_of(
         flat_settings(settings),
         mode.model.config,
@@ -103,13 +102,7 @@ def set_up(settings: Settings, folder: RunDirectory) -> Run:
             **content_digests({"evaluation": settings.data.evaluation}),
         },
     )
-    return Run(
-        mode=mode,
-        learning_rate=learning_rate,
-        tx=mode.decorrelator.wrap(tx),
-        identity=identity,
-        mesh=mesh,
-    )
+    return Run(mode=mode, identity=identity, mesh=mesh)
 
 
 def evaluate(
@@ -145,7 +138,8 @@ def evaluate_and_save(
     # Not "==": a run that is continued may have made more steps than it is asked for now.
     is_last = step >= settings.steps
     every = settings.evaluation.every
-    evaluation_due = step == 0 or is_last or (every and step % every == 0)
+    is_measured_start = step == 0 and run.mode.measures_start
+    evaluation_due = is_measured_start or is_last or (every and step % every == 0)
     # A run that is continued from this step may have evaluated it already.
     if evaluation_due and log.progress.evaluated != step:
         # A signal ends the evaluation; the continued run makes up for it. Several processes first
@@ -174,64 +168,31 @@ def evaluate_and_save(
     return ends
 
 
-def finish(
-    run: Run,
-    state: TrainState,
-    progress: RunProgress,
-    folder: RunDirectory,
-    stop: StopSignals,
-) -> None:
-    """Saves the result of a run that has ended.
-
-    Raises:
-        Stopped: a signal ended it, and there is no result yet.
-    """
-    step = int(state.step)
-    skipped = int(state.skipped)
-    if skipped:
-        print(f"warning: {skipped} updates were skipped: loss or gradient not finite")
-    if stop.requested:
-        saved = f"step {step} is saved" if step else "there was nothing to save"
-        folder.note_event(step, "stopped", f"by {stop.requested}")
-        raise Stopped(
-            f"stopped by {stop.requested}; {saved}. The same command continues the run."
-        )
-    if not multihost.is_process_0():
-        return
+def train_steps(
+    run: Run, folder: RunDirectory, stop: StopSignals
+) -> tuple[TrainState, Progress]:
+    """Trains from the newest checkpoint to the last step, or until a signal."""
+    mode = run.mode
+    mesh = run.mesh
+    settings = mode.settings
+    devices = mesh.size if mesh else 1
     with stop.interruptible():
-        save_result(run.mode, state, progress, folder, run.identity)
-        folder.note_event(step, "finished")
-
-
-def train(settings: Settings, folder: RunDirectory, stop: StopSignals) -> None:
-    """Trains from the newest checkpoint to the last step, and saves the result."""
-    with stop.interruptible():
-        run = set_up(settings, folder)
-        mode = run.mode
-        mesh = run.mesh
-        devices = mesh.size if mesh else 1
-        state, progress = restore_or_init(mode, run.tx, folder, run.identity)
+        rates, tx = mode.optimizer()
+        state, progress = restore_or_init(mode, tx, folder, run.identity)
         first = int(state.step)
         # Before the state is replicated: it describes what one device holds.
         print_summary(mode, state, progress, identity=run.identity, devices=devices)
         state = sharding.replicate(mesh, state)
         batches = InputPipeline(mode.batches(first, mesh))
         stop.agree_with(multihost.AnyProcess(mesh))
-    update = make_train_step(
-        mode.loss,
-        run.tx,
-        statistics=mode.decorrelator.statistics,
-        accumulate=settings.optimizer.accumulate,
-        mesh=mesh,
-    )
+    update = mode.train_step(tx, mesh)
     log = MetricsLogger(
         folder,
-        settings,
+        mode,
         progress,
         start_step=first,
         feed=batches,
-        rate=run.learning_rate,
-        flops=mode.flops_per_token,
+        rates=rates,
         devices=devices,
     )
     profile = ProfileWindow(profiled(settings.profile_steps), folder.path / "profile")
@@ -265,9 +226,42 @@ def train(settings: Settings, folder: RunDirectory, stop: StopSignals) -> None:
             profile.after(step, state)
             folder.checkpoints.poll()
 
+    return sharding.local_replica(mesh, state), log.progress
+
+
+def search_rates(run: Run, folder: RunDirectory, stop: StopSignals) -> bool:
+    """Finds the learning rates of a run; returns whether there is one that is worth it."""
+
+    def search(mode: RateSearchMode) -> Any:
+        place = folder.path / rate_search.FOLDER
+        with open_run_directory(place, mode.settings) as inner:
+            own = Run(
+                mode=mode,
+                identity={**run.identity, "settings": flat_settings(mode.settings)},
+                mesh=sharding.make_data_mesh(len(mode.names)),
+            )
+            state, _ = train_steps(own, inner, stop)
+            check_stopped(state, inner, stop, what=" of the search for a learning rate")
+            return state.params
+
+    return rate_search.find_rates(run.mode, folder, run.identity, search)
+
+
+def train(settings: Settings, folder: RunDirectory, stop: StopSignals) -> None:
+    """Trains from the newest checkpoint to the last step, and saves the result."""
+    with stop.interruptible():
+        run = set_up(settings, folder)
+    if settings.finds_rate and not search_rates(run, folder, stop):
+        multihost.shutdown()
+        folder.note_event(0, "finished", "no learning rate is better than no state")
+        return
+    state, progress = train_steps(run, folder, stop)
     # The other processes are needed no longer: process 0 alone writes the result.
     multihost.shutdown()
-    finish(run, sharding.local_replica(mesh, state), log.progress, folder, stop)
+    check_stopped(state, folder, stop)
+    if multihost.is_process_0():
+        with stop.interruptible():
+            save_result(run.mode, state, progress, folder, run.identity)
 
 
 def main(arguments: list[str]) -> None:
@@ -280,6 +274,7 @@ def main(arguments: list[str]) -> None:
         refuse_remote_target("--workdir", _WORKDIR.value)
         workdir = local_path(_WORKDIR.value, "`--workdir`")
         settings = read_settings(config_flags.config_values())
+        settings = rate_search.keep_rate_of_run(settings, workdir)
         multihost.join(
             _COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value
         )

@@ -91,11 +91,12 @@ def bare(program: dict, settings: Settings) -> Mark:
         OwnedRunDirectory(folder, settings) as place,
     ):
         run = program["set_up"](settings, place)
-    step = make_train_step(run.mode.loss, run.tx)
+    _, tx = run.mode.optimizer()
+    step = make_train_step(run.mode.loss, tx)
     feed = InputPipeline(run.mode.batches(0, None))
     batch = feed(0, None).device
     feed.close()
-    state = TrainState.create(run.mode.init_params(), run.tx)
+    state = TrainState.create(run.mode.init_params(), tx)
     state = jax.device_put(state, jax.local_devices()[0])
     for number in range(settings.steps):
         if number == WARM:

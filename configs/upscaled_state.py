@@ -6,14 +6,15 @@
 Four times the numbers of a start state, read without fading and shared by all rows of a batch. The
 features are taken from the text and decorrelated while tuning (config.tuning.decorrelate = "dbp");
 "whiten" does that once, before tuning, which costs nothing per step and makes the model forget more
-of what it knew; "none" is the kernel step of the paper, which hardly learns.
+of what it knew; "none" is the kernel step of the paper, which hardly learns. The learning rate is
+found, as in configs/state_tuning.py.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config():
-    """Follows the recipe for published checkpoints."""
+    """Gives the settings for a checkpoint of any size."""
     config = ConfigDict()
     config.mode = "upscaled_state"
     config.init = ""
@@ -26,8 +27,6 @@ def get_config():
     )
     config.optimizer = ConfigDict(
         {
-            "learning_rate": 0.3,
-            "final_learning_rate": 0.015,
             "schedule": "cosine",
             "warmup_steps": 10,
             "clip": None,

@@ -2,7 +2,7 @@
 
 It depends on the files of the run directory only: `settings.json`, `metrics.jsonl`, `samples.jsonl`
 (a prompt and its text per line), `events.jsonl` (start, resume, skipped, stopped, finished),
-`system.json` and PNG files. A section whose file is missing is left out.
+`rate_search.json`, `system.json` and PNG files. A section whose file is missing is left out.
 """
 
 import base64
@@ -24,10 +24,10 @@ from rwkv7_jax.reports.system_info import lines
 # Charts with several metrics: title, pattern of their names, whether y is logarithmic. Every other
 # metric gets a chart of its own.
 _SHARED_CHARTS = (
-    ("loss (nats per token)", r"^(loss_nats|loss)$", False),
+    ("loss (nats per token)", r"(^|/)(loss_nats|loss)$", False),
     ("bits per byte", log_name("", "bits_per_byte") + "$", False),
     ("accuracy", log_name("", "accuracy") + "$", False),
-    ("gradient norm", r"^grad_norm$", True),
+    ("gradient norm", r"(^|/)grad_norm$", True),
 )
 
 _NO_CHART = ("step", "seconds")
@@ -186,6 +186,46 @@ def _samples(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(parts)
 
 
+def _rate_search(record: Mapping[str, Any] | None) -> str:
+    """Draws what a search for the learning rate measured, and says what it chose."""
+    states = (record or {}).get("states")
+    if not isinstance(states, Mapping):
+        return ""
+    try:
+        return "\n".join(_search_of(name, found) for name, found in states.items())
+    # Damaged, or of another version: the other sections do not depend on it.
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+        return ""
+
+
+def _search_of(name: str, found: Mapping[str, Any]) -> str:
+    """Shows the search of one state: the choice, all numbers and the curve."""
+    measure = found["measure"]
+    curve = sorted(found["curve"], key=lambda one: one["rate"])
+    points = [(math.log10(one["rate"]), one[measure]) for one in curve]
+    base = found["base"][measure]
+    chart = line_chart(
+        f"{name} {measure} by log10 of the learning rate".strip(),
+        {
+            "after the search": points,
+            "without a state": [(points[0][0], base), (points[-1][0], base)],
+        },
+    )
+    rows = []
+    for one in ({"rate": "none", **found["base"]}, *curve):
+        rows.append([_shown_number(value) for value in one.values()])
+    table = _table(rows, head=list(curve[0]), css_class="numbers")
+    chosen = found["rate"]
+    choice = "no rate is better than no state" if chosen is None else f"{chosen:g}"
+    edge = f", the {found['edge']} that was tried" if found["edge"] else ""
+    sentence = _text(f"{name} chosen: {choice}{edge}".strip())
+    return f'<p>{sentence}</p>{table}<div class="charts">{chart}</div>'
+
+
+def _shown_number(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, int | float) else str(value)
+
+
 def _pictures(folder: Path) -> str:
     """Embeds the PNG files of the directory."""
     parts = []
@@ -244,6 +284,7 @@ def report_page(folder: str | Path) -> str:
     settings = _read_object(folder / "settings.json")
     # Any of the files may be missing or damaged: the report is for runs that failed as well.
     info = _read_object(folder / "system.json")
+    search = _read_object(folder / "rate_search.json")
     rows = merged(_rows_with_step(folder / JSONL))
     events = _rows_with_step(folder / "events.jsonl")
     samples = _rows_with_step(folder / "samples.jsonl")
@@ -254,6 +295,7 @@ def report_page(folder: str | Path) -> str:
         (
             _section("Curves", _charts(columns, _event_marks(events))),
             _section("Numbers", _numbers(columns)),
+            _section("Learning rate", _rate_search(search)),
             _section("Samples", _samples(samples)),
             _section("Pictures", _pictures(folder)),
             _section("Events", _event_table(events)),

@@ -38,6 +38,32 @@ class RunProgress:
         best = tuple((value, step) for value, step in fields["best"])
         return cls(**{**fields, "best": best})
 
+    def to_json(self) -> dict[str, Any]:
+        """Gives the fields as they stand in checkpoints."""
+        return dataclasses.asdict(self)
+
+    def with_update(self, updated: Any, limit: int | None) -> "RunProgress":
+        """Gives the progress after an update that was made, or left out as not finite.
+
+        Args:
+            updated: whether it was made.
+            limit: updates left out in a row at which the run is given up; not read here.
+        """
+        bad = 0 if updated else self.bad + 1
+        return self if bad == self.bad else dataclasses.replace(self, bad=bad)
+
+    def skipped(self, updated: Any, limit: int | None) -> list[tuple[int, str]]:
+        """Lists what was left out at a step: nothing, or place 0 without a name."""
+        return [] if updated else [(0, "")]
+
+    def given_up(self, limit: int | None) -> list[str]:
+        """Lists the states that are given up by name: a run of one state has no names."""
+        return []
+
+    def is_given_up(self, limit: int | None) -> bool:
+        """Tells whether as many updates in a row were left out as end a run; None for never."""
+        return limit is not None and self.bad >= limit
+
     def with_evaluation(
         self,
         step: int,
@@ -102,6 +128,121 @@ class RunProgress:
         else:
             reached = metric.value <= evaluation.enough
         return f"{self.measure} reached {metric.value:.4g}" if reached else None
+
+
+@dataclasses.dataclass(frozen=True)
+class StackProgress:
+    """The progress of start states that are tuned together, each as if it were alone.
+
+    Attributes:
+        states: the progress of each state by its name. That of a state whose own run would have
+            ended stays as it was then.
+    """
+
+    states: Mapping[str, RunProgress]
+
+    def to_json(self) -> dict[str, Any]:
+        """Gives the fields as they stand in checkpoints."""
+        return {"states": {name: one.to_json() for name, one in self.states.items()}}
+
+    @property
+    def evaluated(self) -> int:
+        """The step of the last evaluation; -1 before the first."""
+        return max(one.evaluated for one in self.states.values())
+
+    @property
+    def bad(self) -> int:
+        """The longest row of updates that were not finite."""
+        return max(one.bad for one in self.states.values())
+
+    def with_update(self, updated: Any, limit: int | None) -> "StackProgress":
+        """Gives the progress after a step.
+
+        Args:
+            updated: for each state, whether its update was made.
+            limit: updates left out in a row at which a state is given up for good.
+        """
+        states = {}
+        for (name, one), made in zip(self.states.items(), updated, strict=True):
+            given_up = one.is_given_up(limit)
+            states[name] = one if given_up else one.with_update(made, limit)
+        return StackProgress(states)
+
+    def skipped(self, updated: Any, limit: int | None) -> list[tuple[int, str]]:
+        """Lists the states whose update was left out, by place and name; not those given up."""
+        found = []
+        for place, (name, one) in enumerate(self.states.items()):
+            if not updated[place] and not one.is_given_up(limit):
+                found.append((place, name))
+        return found
+
+    def given_up(self, limit: int | None) -> list[str]:
+        """Lists the states that are given up."""
+        return [name for name, one in self.states.items() if one.is_given_up(limit)]
+
+    def is_given_up(self, limit: int | None) -> bool:
+        """Tells whether every state is given up."""
+        return all(one.is_given_up(limit) for one in self.states.values())
+
+    def with_evaluation(
+        self,
+        step: int,
+        metrics: Mapping[str, Metric],
+        evaluation: EvaluationSettings,
+        *,
+        kept: int,
+    ) -> "StackProgress":
+        """Gives the progress after the evaluation of a step.
+
+        Args:
+            step: of the evaluation.
+            metrics: of all states, by names such as "poet/held_out_bits_per_byte".
+            evaluation: says which metric decides.
+            kept: how many best steps of each state are remembered.
+
+        Raises:
+            ValueError: the metric that decides is not among them.
+        """
+        states = {}
+        for name, one in self.states.items():
+            own = {}
+            for metric, value in metrics.items():
+                if metric.startswith(f"{name}/"):
+                    own[metric.removeprefix(f"{name}/")] = value
+            if not one.stop_reason(evaluation):
+                one = one.with_evaluation(step, own, evaluation, kept=kept)
+            states[name] = one
+        return StackProgress(states)
+
+    def best_steps(self, kept: int) -> tuple[int, ...]:
+        """Lists the best steps of all states, whose checkpoints are kept."""
+        steps: list[int] = []
+        for one in self.states.values():
+            steps += one.best_steps(kept)
+        return tuple(sorted(set(steps)))
+
+    def stop_reason(self, evaluation: EvaluationSettings) -> str | None:
+        """Tells why the run ends before its last step: no state goes on. None if one does."""
+        reasons = []
+        for name, one in self.states.items():
+            reason = one.stop_reason(evaluation)
+            if reason is None:
+                return None
+            reasons.append(f"{name}: {reason}")
+        return "; ".join(reasons)
+
+
+Progress = RunProgress | StackProgress
+
+
+def read_progress(fields: Mapping[str, Any]) -> Progress:
+    """Reads the progress that a checkpoint holds."""
+    if "states" not in fields:
+        return RunProgress.from_json(fields)
+    states = {}
+    for name, one in fields["states"].items():
+        states[name] = RunProgress.from_json(one)
+    return StackProgress(states)
 
 
 def deciding_metric(

@@ -1,6 +1,7 @@
 """Evaluators of a run: how well a model predicts held-out rows, by the name of the metric."""
 
 from rwkv7_jax.array_types import Params
+from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.sources import TaskSource, parse_sources
 from rwkv7_jax.evaluation.metric import Metric, Metrics, log_name
 from rwkv7_jax.evaluation.scoring import score, score_answers
@@ -52,7 +53,28 @@ class PredictionEvaluator:
                     answers.accuracy, "accuracy"
                 )
             }
-        text = score(self._model, weights, start, self._batch, self._tokenizer)
+        return self._bits_per_byte(weights, start, self._batch)
+
+    def loss(self, weights: Params, start: RWKV7State, *, windows: int) -> Metrics:
+        """Measures the loss on some of the rows: bits per byte of text, nats of a task's answers.
+
+        Args:
+            weights: of the model.
+            start: its start state.
+            windows: how many rows are read, spread over all of them.
+        """
+        apart = max(len(self._batch.tokens) // windows, 1)
+        batch = self._batch.select_rows(slice(0, apart * windows, apart))
+        if not self._is_task:
+            return self._bits_per_byte(weights, start, batch)
+        # Not the accuracy: of few answers it hardly tells two rates apart.
+        answers = score_answers(self._model, weights, start, batch, rows=windows)
+        return {log_name(self._name, "nats"): Metric.of(answers.nats, "nats")}
+
+    def _bits_per_byte(
+        self, weights: Params, start: RWKV7State, batch: Batch
+    ) -> Metrics:
+        text = score(self._model, weights, start, batch, self._tokenizer)
         bits = Metric.of(text.bits_per_byte, "bits_per_byte")
         return {log_name(self._name, "bits_per_byte"): bits}
 

@@ -7,7 +7,6 @@ from the newest checkpoint of process 0.
 
 import collections
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -21,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from rwkv7_jax.runs.early_stopping import RunProgress
+from rwkv7_jax.runs.early_stopping import Progress, read_progress
 from rwkv7_jax.runs.exit_codes import EndedElsewhere, exit_code
 from rwkv7_jax.runs.resume.run_identity import Identity
 from rwkv7_jax.runs.run_directory import (
@@ -209,7 +208,7 @@ def restore_and_broadcast(
     abstract: TrainState,
     identity: Identity,
     init: Callable[[], TrainState],
-) -> tuple[TrainState, RunProgress]:
+) -> tuple[TrainState, Progress]:
     """Restores the newest checkpoint in process 0 and sends it to all.
 
     Args:
@@ -227,9 +226,9 @@ def restore_and_broadcast(
     def restore() -> str:
         nonlocal state
         state, progress = directory.restore(abstract, identity, init)
-        return json.dumps(dataclasses.asdict(progress))
+        return json.dumps(progress.to_json())
 
-    progress = RunProgress.from_json(json.loads(run_on_process_0(restore)))
+    progress = read_progress(json.loads(run_on_process_0(restore)))
     if state is None:
         # Of the other processes' arrays only the shapes and dtypes count.
         state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)

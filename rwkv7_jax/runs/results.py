@@ -1,58 +1,231 @@
 """The result of a run: which parameters it is, and how it is saved."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from rwkv7_jax.runs.early_stopping import RunProgress
-from rwkv7_jax.runs.exit_codes import DiskError, NoValidCheckpoint, warn
-from rwkv7_jax.runs.modes.base import TrainingMode
+from rwkv7_jax.evaluation.metric import logged_metric
+from rwkv7_jax.runs.early_stopping import Progress, RunProgress, StackProgress
+from rwkv7_jax.runs.exit_codes import (
+    DiskError,
+    NotFinite,
+    NoValidCheckpoint,
+    Stopped,
+    warn,
+)
+from rwkv7_jax.runs.modes.base import StateTuningMode, TrainingMode
+from rwkv7_jax.runs.modes.stack import StackMode
 from rwkv7_jax.runs.monitoring.run_plots import draw
+from rwkv7_jax.runs.process import StopSignals
 from rwkv7_jax.runs.resume.run_identity import Identity
 from rwkv7_jax.runs.run_directory import RunDirectory
+from rwkv7_jax.runs.settings import EvaluationSettings
+from rwkv7_jax.training.stacked_step import params_of, stack_params
 from rwkv7_jax.training.train_step import TrainState
+
+
+def _result_step(
+    progress: RunProgress, evaluation: EvaluationSettings, last: int
+) -> int:
+    """Gives the step whose parameters are the result: the last one, or with patience the best."""
+    if evaluation.patience and progress.best:
+        return progress.best[0][1]
+    # A state of a stack may have been good enough before the run ended for the others.
+    return progress.evaluated if progress.stop_reason(evaluation) else last
+
+
+def _params_at(
+    step: int,
+    mode: TrainingMode,
+    state: TrainState,
+    folder: RunDirectory,
+    identity: Identity,
+) -> Any:
+    """Gives the parameters of a step; the last ones where its checkpoint is damaged."""
+    last = int(state.step)
+    if step == last:
+        return state.params
+    # Step 0 has no checkpoint; it is made again.
+    if step <= 0:
+        return mode.init_params()
+    try:
+        return folder.checkpoints.load(step, state, identity).params
+    except NoValidCheckpoint as error:
+        # The last parameters are better than none after a long run.
+        warn(f"{error}; the result is that of the last step, {last}")
+        return state.params
 
 
 def final_params(
     mode: TrainingMode,
     state: TrainState,
-    progress: RunProgress,
+    progress: Progress,
     folder: RunDirectory,
     identity: Identity,
 ) -> Any:
     """Gives the result of a run: the last parameters, or with patience the best ones."""
-    if not (mode.settings.evaluation.patience and progress.best):
-        return state.params
-    best = progress.best[0][1]
-    if best == int(state.step):
-        return state.params
-    print(f"step {best} measured best: the result is that of this step")
-    # Step 0 has no checkpoint; it is made again.
-    if best <= 0:
-        return mode.init_params()
-    try:
-        return folder.checkpoints.load(best, state, identity).params
-    except NoValidCheckpoint as error:
-        # The last parameters are better than none after a long run.
-        warn(f"{error}; the result is that of the last step, {int(state.step)}")
-        return state.params
+    evaluation = mode.settings.evaluation
+    last = int(state.step)
+    if isinstance(progress, RunProgress):
+        step = _result_step(progress, evaluation, last)
+        if step != last:
+            print(f"step {step} measured best: the result is that of this step")
+        return _params_at(step, mode, state, folder, identity)
+    found: dict[int, Any] = {}
+    results = []
+    for index, (name, one) in enumerate(progress.states.items()):
+        step = _result_step(one, evaluation, last)
+        if step != last:
+            print(f"step {step} measured best for {name}: its result is of this step")
+        if step not in found:
+            found[step] = _params_at(step, mode, state, folder, identity)
+        results.append(params_of(found[step], index))
+    return stack_params(results)
+
+
+def check_stopped(
+    state: TrainState, folder: RunDirectory, stop: StopSignals, *, what: str = ""
+) -> None:
+    """Tells of updates that were skipped, and ends a run that a signal has stopped.
+
+    Args:
+        state: that the run ends with.
+        folder: of the run.
+        stop: the signals.
+        what: whose steps they are, for the message.
+
+    Raises:
+        Stopped: a signal ended the run.
+    """
+    step = int(state.step)
+    # Of a stack of states, all of them together.
+    skipped = int(state.skipped.sum())
+    if skipped:
+        print(f"warning: {skipped} updates were skipped: loss or gradient not finite")
+    if stop.requested:
+        saved = f"step {step}{what} is saved" if step else "there was nothing to save"
+        folder.note_event(step, "stopped", f"by {stop.requested}")
+        raise Stopped(
+            f"stopped by {stop.requested}; {saved}. The same command continues the run."
+        )
+
+
+class _Comparison(NamedTuple):
+    """A result next to the model before training.
+
+    Attributes:
+        measure: the metric that decides.
+        base: before the first step.
+        result: of the step whose parameters are the result.
+    """
+
+    measure: str
+    base: float
+    result: float
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the result is worse than no training at all."""
+        higher_is_better = logged_metric(self.measure, self.base).higher_is_better
+        if higher_is_better:
+            return self.result < self.base
+        return self.result > self.base
+
+
+def _comparison(
+    folder: RunDirectory, progress: RunProgress, step: int, prefix: str = ""
+) -> _Comparison | None:
+    """Looks up how the result and the start were measured; None where one was not."""
+    name = f"{prefix}{progress.measure}"
+    found = {row["step"]: row.get(name) for row in folder.rows()}
+    base = found.get(0)
+    result = found.get(step)
+    if not isinstance(base, int | float) or not isinstance(result, int | float):
+        return None
+    return _Comparison(name, base, result)
+
+
+def _is_kept(
+    mode: TrainingMode,
+    folder: RunDirectory,
+    progress: RunProgress,
+    step: int,
+    name: str = "",
+) -> bool:
+    """Tells whether a tuned state is saved, and says where it is worse than no state.
+
+    A state whose rate was found is not saved then. One whose rate was named is: it is what was
+    asked for.
+    """
+    if not isinstance(mode, StateTuningMode):
+        return True
+    if mode.settings.finds_rate and mode.found_rate is None:
+        print(f"no state is saved{name and f' for {name}'}: no rate was found for it")
+        return False
+    found = _comparison(folder, progress, step, name and f"{name}/")
+    if found is None or not found.is_worse:
+        return True
+    text = (
+        f"the tuned state is worse on held-out data than no state: {found.measure} "
+        f"{found.result:.4g}, {found.base:.4g} without it"
+    )
+    if mode.settings.finds_rate:
+        print(f"{text}. It is not saved")
+        return False
+    warn(f"{text}; try another `config.optimizer.learning_rate`, or name none")
+    return True
 
 
 def save_result(
     mode: TrainingMode,
     state: TrainState,
-    progress: RunProgress,
+    progress: Progress,
     folder: RunDirectory,
     identity: Identity,
 ) -> None:
-    """Saves the result of a run and draws the picture of it.
+    """Saves the result of a run that has ended, and draws the picture of it.
 
     Raises:
         DiskError: the result cannot be written.
+        NotFinite: a state of a stack was given up; those of the others are saved.
     """
+    evaluation = mode.settings.evaluation
+    last = int(state.step)
     params = final_params(mode, state, progress, folder, identity)
+    without: list[str] = []
+    given_up: list[str] = []
+    if isinstance(progress, StackProgress):
+        assert isinstance(mode, StackMode)
+        given_up = progress.given_up(mode.settings.stop_after_bad)
+        without += given_up
+        for name, one in progress.states.items():
+            step = _result_step(one, evaluation, last)
+            member = mode.members[name]
+            if name not in given_up and not _is_kept(member, folder, one, step, name):
+                without.append(name)
+        kept = len(without) < len(progress.states)
+    else:
+        step = _result_step(progress, evaluation, last)
+        kept = _is_kept(mode, folder, progress, step)
+    if kept:
+        _write_result(mode, params, folder, without)
+    folder.note_event(last, "finished", "" if kept else "no result is worth saving")
+    if given_up:
+        raise NotFinite(
+            f"no state was saved for {', '.join(given_up)}: too many updates in a row were not "
+            "finite; the other states are saved."
+        )
+
+
+def _write_result(
+    mode: TrainingMode, params: Any, folder: RunDirectory, without: Sequence[str]
+) -> None:
     # Somebody may have deleted the folder while the run worked.
     folder.path.mkdir(parents=True, exist_ok=True)
     try:
-        result = mode.save(folder.path, params)
+        if isinstance(mode, StackMode):
+            result = mode.save(folder.path, params, without=without)
+        else:
+            result = mode.save(folder.path, params)
     except OSError as error:
         raise DiskError(f"the result cannot be written: {error}.") from None
     print(f"saved {result}")

@@ -16,7 +16,7 @@ from rwkv7_jax.data.jsonl import read_log
 from rwkv7_jax.reports.html_report import write_report
 from rwkv7_jax.reports.metric_writers import JSONL, MetricFiles
 from rwkv7_jax.reports.system_info import system
-from rwkv7_jax.runs.early_stopping import RunProgress
+from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.exit_codes import DiskError, warn
 from rwkv7_jax.runs.resume.checkpoint_store import CheckpointStore, NullCheckpoints
 from rwkv7_jax.runs.resume.checkpointer import Checkpoints
@@ -54,7 +54,7 @@ class RunDirectory(abc.ABC):
     @abc.abstractmethod
     def restore(
         self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
-    ) -> tuple[TrainState, RunProgress]:
+    ) -> tuple[TrainState, Progress]:
         """Restores the newest intact checkpoint, and cuts the logs back to its step.
 
         Args:
@@ -215,7 +215,7 @@ class OwnedRunDirectory(RunDirectory):
 
     def restore(
         self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
-    ) -> tuple[TrainState, RunProgress]:
+    ) -> tuple[TrainState, Progress]:
         """Restores the newest intact checkpoint, and cuts the logs back to its step.
 
         Args:
@@ -321,7 +321,7 @@ class NullRunDirectory(RunDirectory):
 
     def restore(
         self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
-    ) -> tuple[TrainState, RunProgress]:
+    ) -> tuple[TrainState, Progress]:
         """Makes the first state: process 0 broadcasts what it restores."""
         return self.checkpoints.restore(abstract, identity, init)
 

@@ -17,7 +17,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 from jax.tree_util import Partial
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from rwkv7_jax.checks import (
     as_array,
@@ -69,7 +69,7 @@ class TrainState:
         """
         with prefix_errors("TrainState.create"):
             _check_parameters(params)
-            _check_optimizer(tx)
+            check_optimizer(tx)
         params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
         return cls(
             step=jnp.zeros((), jnp.int32),
@@ -98,7 +98,7 @@ class LossWithTotals(Protocol):
         ...
 
 
-def _check_optimizer(tx: Any) -> None:
+def check_optimizer(tx: Any) -> None:
     """Raises unless `tx` can initialise and update as Optax's transformations do."""
     if isinstance(tx, type) or not (hasattr(tx, "init") and hasattr(tx, "update")):
         kind = type(tx).__name__
@@ -185,7 +185,7 @@ class _CheckedProgram(functools.partial):
         self.seen.add(key)
 
 
-def _checked_program(
+def checked_program(
     program: Callable, *frozen: Any, caller: str, needs_shares: bool
 ) -> _CheckedProgram:
     """Binds a program's frozen arguments, of which the first is the loss."""
@@ -196,12 +196,13 @@ def _checked_program(
     return checked
 
 
-def _as_partial(function: Any, argument: str) -> Partial:
+def as_partial(function: Any, argument: str) -> Partial:
+    """Returns a function as a `Partial`, whose arrays are arguments of a compiled program."""
     check_function(function, argument)
     return function if isinstance(function, Partial) else Partial(function)
 
 
-def _cut(batch: Any, accumulate: int) -> Any:
+def cut_rows(batch: Any, accumulate: int) -> Any:
     """Cuts the rows of every array into `accumulate` pieces, along a new leading axis."""
 
     def cut(array):
@@ -269,7 +270,7 @@ def _gradients(loss: Partial, params, batch: Mapping[str, Any], accumulate: int)
         )
         return grad(params, batch)
 
-    pieces = _cut(batch, accumulate)
+    pieces = cut_rows(batch, accumulate)
     totals = {}
     if hasattr(loss.func, "batch_totals"):
         totals["totals"] = loss.func.batch_totals(*loss.args, pieces)
@@ -287,6 +288,64 @@ def _gradients(loss: Partial, params, batch: Mapping[str, Any], accumulate: int)
 
     total, _ = jax.lax.scan(add, zeros, pieces)
     return jax.tree.map(lambda leaf: leaf / accumulate, total)
+
+
+def apply_update(
+    loss: Partial,
+    statistics: Partial | None,
+    train: TrainState,
+    batch: Any,
+    *,
+    tx: optax.GradientTransformation,
+    accumulate: int,
+    rate: Float[Array, ""] | None = None,
+) -> tuple[TrainState, Metrics]:
+    """Computes one update and leaves it out if it is not finite; inside a compiled program.
+
+    Args:
+        loss: `(params, batch) -> (loss, metrics)`.
+        statistics: `(params, batch) -> stats` for the optimizer, or None.
+        train: the state before the update.
+        batch: its rows.
+        tx: the optimizer.
+        accumulate: pieces into which the batch is cut.
+        rate: a further factor on the update, or None.
+    """
+    tx = optax.with_extra_args_support(tx)
+    (value, metrics), grads = _gradients(loss, train.params, batch, accumulate)
+    extra = {}
+    if statistics is not None:
+        extra["stats"] = statistics(train.params, batch)
+    # Optax counts in integers and relies on their promotion, which JAX can be told to refuse.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = tx.update(grads, train.opt_state, train.params, **extra)
+    if rate is not None:
+        updates = jax.tree.map(lambda leaf: rate.astype(leaf.dtype) * leaf, updates)
+    norm = optax.tree.norm(grads)
+    # A finite gradient can still give an update that is not finite: the learning rate may
+    # overflow it.
+    finite = (
+        jnp.isfinite(value)
+        & jnp.isfinite(norm)
+        & jnp.isfinite(optax.tree.norm(updates))
+    )
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (optax.apply_updates(train.params, updates), opt_state),
+        (train.params, train.opt_state),
+    )
+    new = TrainState(
+        step=train.step + 1,
+        params=params,
+        opt_state=opt_state,
+        skipped=train.skipped + jnp.where(finite, 0, 1),
+    )
+    step_metrics = {
+        "loss": value,
+        "grad_norm": norm,
+        "updated": finite.astype(jnp.float32),
+    }
+    return new, metrics | step_metrics
 
 
 def make_train_step(
@@ -324,61 +383,30 @@ def make_train_step(
             divides by the mask of a piece.
     """
     with prefix_errors("make_train_step"):
-        loss = _as_partial(loss, "`loss`")
-        _check_optimizer(tx)
+        loss = as_partial(loss, "`loss`")
+        check_optimizer(tx)
         if statistics is not None:
-            statistics = _as_partial(statistics, "`statistics`")
+            statistics = as_partial(statistics, "`statistics`")
         check_count(accumulate, 1, "`accumulate`")
         if mesh is not None:
             check_instance(mesh, Mesh, "`mesh`")
-    tx = optax.with_extra_args_support(tx)
-
-    def update(
-        loss: Partial, statistics: Partial | None, train: TrainState, batch: Any
-    ):
-        (value, metrics), grads = _gradients(loss, train.params, batch, accumulate)
-        extra = {}
-        if statistics is not None:
-            extra["stats"] = statistics(train.params, batch)
-        # Optax counts in integers and relies on their promotion, which JAX can be told to refuse.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = tx.update(
-                grads, train.opt_state, train.params, **extra
-            )
-        norm = optax.tree.norm(grads)
-        # A finite gradient can still give an update that is not finite: the learning rate may
-        # overflow it.
-        finite = (
-            jnp.isfinite(value)
-            & jnp.isfinite(norm)
-            & jnp.isfinite(optax.tree.norm(updates))
-        )
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (optax.apply_updates(train.params, updates), opt_state),
-            (train.params, train.opt_state),
-        )
-        new = TrainState(
-            step=train.step + 1,
-            params=params,
-            opt_state=opt_state,
-            skipped=train.skipped + jnp.where(finite, 0, 1),
-        )
-        step_metrics = {
-            "loss": value,
-            "grad_norm": norm,
-            "updated": finite.astype(jnp.float32),
-        }
-        return new, metrics | step_metrics
 
     @functools.partial(jax.jit, donate_argnums=2)
     def step(loss: Partial, statistics: Partial | None, train: TrainState, batch: Any):
         with use_mesh(mesh):
-            return constrain_sharding(update(loss, statistics, train, batch))
+            moved = apply_update(
+                loss,
+                statistics,
+                train,
+                batch,
+                tx=tx,
+                accumulate=accumulate,
+            )
+            return constrain_sharding(moved)
 
     if mesh is not None:
         loss, statistics = replicate(mesh, (loss, statistics))
-    return _checked_program(
+    return checked_program(
         step,
         loss,
         statistics,
@@ -395,7 +423,7 @@ def make_eval_step(loss: Loss) -> Callable[[Any, Mapping[str, Any]], Metrics]:
         ValueError: from `evaluate`: arrays that do not fit each other, or ids out of range.
     """
     with prefix_errors("make_eval_step"):
-        loss = _as_partial(loss, "`loss`")
+        loss = as_partial(loss, "`loss`")
 
     def evaluate(loss: Partial, params: Any, batch: Mapping[str, Any]) -> Metrics:
         # Here a batch is no piece of another one.
@@ -405,7 +433,7 @@ def make_eval_step(loss: Loss) -> Callable[[Any, Mapping[str, Any]], Metrics]:
         _, metrics = loss(params, batch)
         return metrics
 
-    return _checked_program(
+    return checked_program(
         jax.jit(evaluate),
         loss,
         caller="make_eval_step",

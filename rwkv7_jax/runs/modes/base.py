@@ -4,10 +4,11 @@ import abc
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from rwkv7_jax.array_types import Params
@@ -21,17 +22,32 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
 from rwkv7_jax.optim.decorrelation import Decorrelator
 from rwkv7_jax.runs.datasets import TrainingData
+from rwkv7_jax.runs.early_stopping import Progress, RunProgress
 from rwkv7_jax.runs.evaluators import PredictionEvaluator, retention_paths
 from rwkv7_jax.runs.input_pipeline import BatchSource, PrefetchedBatches
+from rwkv7_jax.runs.modes.optimizer import RateAt, make_optimizer, with_rate
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.training.costs import Memory, flops_per_token, training_memory
 from rwkv7_jax.training.losses import Loss
+from rwkv7_jax.training.train_step import TrainState, TrainStep, make_train_step
 from rwkv7_jax.tuning.state_arithmetic import scaled
 from rwkv7_jax.tuning.upscaling import fold_feature_map
 
 # Settings of a model that its checkpoint does not fix: how it computes, not what it is.
 _CHANGEABLE = ("dtype", "remat", "implementation")
+
+
+class LoadedModel(NamedTuple):
+    """A model that several modes read.
+
+    Attributes:
+        model: the shell around the weights.
+        params: the weights.
+    """
+
+    model: RWKV7
+    params: Params
 
 
 class TrainingMode(abc.ABC):
@@ -47,6 +63,7 @@ class TrainingMode(abc.ABC):
         tokenizer: of the model's vocabulary.
         frozen: the weights that the run reads and never changes; None where weights are trained.
         loss: of the trainable parameters and a batch.
+        found_rate: the learning rate that a search found; None where the settings name it.
         decorrelator: wraps the run's optimizer in what the mode needs around it.
         abstract_params: shapes and dtypes of the trainable parameters, without their numbers.
     """
@@ -55,10 +72,14 @@ class TrainingMode(abc.ABC):
     # steps read more than they learn from: their operations and memory are not counted.
     gradients_of: ClassVar[Literal["weights", "state"] | None] = None
 
+    # Whether the first step is evaluated before it is made, as the last one is after it.
+    measures_start: ClassVar[bool] = True
+
     model: RWKV7
     tokenizer: Tokenizer
     frozen: Params | None = None
     loss: Loss
+    found_rate: float | None = None
     decorrelator: Decorrelator = Decorrelator(wrap=lambda tx: tx)
     abstract_params: Any
 
@@ -66,26 +87,27 @@ class TrainingMode(abc.ABC):
     # handed over or freed before the first step: a reference kept here would cost a copy.
     _initial: Any = None
 
-    def __init__(self, settings: Settings, folder: Path):
+    def __init__(
+        self, settings: Settings, folder: Path, *, base: LoadedModel | None = None
+    ):
         """Loads what the mode works with.
 
         Args:
             settings: of the run.
             folder: of the run, for what a mode writes besides its result.
+            base: the model of `config.init` where it is loaded already.
 
         Raises:
             ValueError: settings or data that the mode cannot work with.
         """
         self.settings = settings
         self.folder = folder
+        self._base = base
         self.set_up()
         # Described at once: later the parameters may have been handed over.
         self.abstract_params = self._describe_params()
         # After `set_up`, which makes the model and the tokenizer that evaluators need.
-        self._retention = [
-            self.prediction_evaluator(name, path)
-            for name, path in retention_paths(settings.evaluation.retention).items()
-        ]
+        self._retention = self.retention_evaluators()
 
     @abc.abstractmethod
     def set_up(self) -> None:
@@ -135,6 +157,46 @@ class TrainingMode(abc.ABC):
     def describe_data(self) -> str:
         """Names the data and its size, for the terminal."""
 
+    def optimizer(self) -> tuple[RateAt, optax.GradientTransformation]:
+        """Makes the learning rates of a step, by the names of their columns, and the optimizer."""
+        settings = self.settings.optimizer
+        if self.found_rate is not None:
+            settings = with_rate(settings, self.found_rate)
+        learning_rate, tx = make_optimizer(settings, total_steps=self.settings.steps)
+
+        def rates(step: int) -> dict[str, float]:
+            return {"learning_rate": float(learning_rate(step))}
+
+        return rates, self.decorrelator.wrap(tx)
+
+    def train_state(self, params: Any, tx: optax.GradientTransformation) -> TrainState:
+        """Makes the state before the first step."""
+        return TrainState.create(params, tx)
+
+    def train_step(
+        self, tx: optax.GradientTransformation, mesh: Mesh | None
+    ) -> TrainStep:
+        """Makes the compiled step of the run."""
+        return make_train_step(
+            self.loss,
+            tx,
+            statistics=self.decorrelator.statistics,
+            accumulate=self.settings.optimizer.accumulate,
+            mesh=mesh,
+        )
+
+    def new_progress(self) -> Progress:
+        """Makes the progress of a run before its first step."""
+        return RunProgress()
+
+    def step_metrics(self, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Gives a step's metrics by the names of their columns.
+
+        Args:
+            metrics: of the step, on the host.
+        """
+        return {name: float(value) for name, value in metrics.items()}
+
     @property
     def tokens_per_step(self) -> int | None:
         """The tokens that a step reads; None where that is not known before."""
@@ -155,6 +217,10 @@ class TrainingMode(abc.ABC):
         # The caller donates them: a second call has to make new ones.
         self._initial = None
         return self.make_params() if initial is None else initial
+
+    def keep_initial(self, params: Any) -> None:
+        """Takes parameters back that were handed over and not changed, for the next caller."""
+        self._initial = params
 
     def release_initial(self) -> None:
         """Frees parameters that were made while setting up and not handed over."""
@@ -226,6 +292,11 @@ class TrainingMode(abc.ABC):
                 stop_ids=self.tokenizer.stop_ids,
             )
             yield prompt, readable_text(self.tokenizer, generation.tokens[0])
+
+    def retention_evaluators(self) -> list[PredictionEvaluator]:
+        """Makes the evaluators of what the model must not forget."""
+        paths = retention_paths(self.settings.evaluation.retention)
+        return [self.prediction_evaluator(name, path) for name, path in paths.items()]
 
     def prediction_evaluator(
         self, name: str, path: str | None = None
@@ -301,7 +372,7 @@ class StateTuningMode(TrainingMode):
             raise ValueError(
                 "`config.tuning.anchor_path` must name the text of the anchor."
             )
-        self.model, self.frozen = load_or_init(
+        self.model, self.frozen = self._base or load_or_init(
             settings.init,
             settings.model,
             seed=settings.seed,
@@ -329,6 +400,12 @@ class StateTuningMode(TrainingMode):
 
     def save(self, folder: Path, params: RWKV7State) -> Path:
         """Writes the tuned state, scaled by `config.tuning.alpha`, and gives the file's path."""
+        path = folder / self.result_name
+        self.save_state(path, params)
+        return path
+
+    def save_state(self, path: Path, params: RWKV7State) -> None:
+        """Writes the tuned state, scaled by `config.tuning.alpha`, to a file."""
         alpha = self.settings.tuning.alpha
         # Only in the file: checkpoints hold the unscaled state, from which a run goes on.
         result = scaled(params, alpha)
@@ -336,13 +413,11 @@ class StateTuningMode(TrainingMode):
         # the file needs no map.
         if result.upscaled is not None and not result.upscaled.form.has_own_rows:
             result = result.replace(upscaled=fold_feature_map(result.upscaled))
-        path = folder / self.result_name
         info = {
             "base_model": model_hash(self.frozen, self.model.config),
             "alpha": alpha,
         }
         save_state(path, result, config=self.model.config, info=info)
-        return path
 
 
 def readable_text(tokenizer: Tokenizer, ids: Iterable[Any]) -> str:

@@ -1,5 +1,6 @@
 """The optimizer of a run, from its settings."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,17 @@ import optax
 
 from rwkv7_jax.optim.optimizer import build_optimizer, learning_rate_schedule
 from rwkv7_jax.runs.settings import OptimizerSettings
+from rwkv7_jax.tuning.rate_search import FINAL_SHARE
+
+# From a step, counted from 0, to the learning rates by the names of their columns.
+RateAt = Callable[[int], dict[str, float]]
+
+
+def with_rate(settings: OptimizerSettings, rate: float) -> OptimizerSettings:
+    """Gives the settings in which a found rate is the highest one."""
+    return dataclasses.replace(
+        settings, learning_rate=rate, final_learning_rate=FINAL_SHARE * rate
+    )
 
 
 def make_optimizer(
@@ -15,12 +27,14 @@ def make_optimizer(
     """Makes the learning rate, as a function of the step, and the optimizer that follows it.
 
     Args:
-        settings: the group of settings.
+        settings: the group of settings, with its learning rates.
         total_steps: of the run; schedules that fall end there.
 
     Raises:
         ValueError: an unknown optimizer or schedule.
     """
+    assert settings.learning_rate is not None
+    assert settings.final_learning_rate is not None
     learning_rate = learning_rate_schedule(
         settings.schedule,
         settings.learning_rate,

@@ -5,6 +5,7 @@ from pathlib import Path
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.observer import ObserverMode
 from rwkv7_jax.runs.modes.pretrain import PretrainMode
+from rwkv7_jax.runs.modes.stack import StackMode, state_sources
 from rwkv7_jax.runs.modes.state_tuning import StateMode, UpscaledStateMode
 from rwkv7_jax.runs.modes.test_time import ContextMode, TestTimeMode
 from rwkv7_jax.runs.settings import Mode, Settings
@@ -28,8 +29,16 @@ def make_mode(settings: Settings, folder: str | Path = ".") -> TrainingMode:
     Raises:
         ValueError: settings that the mode cannot work with.
     """
+    if settings.tuning.states is not None:
+        return StackMode(settings, Path(folder))
     mode = MODES[settings.mode]
     # The one method of test-time tuning that reads text in place of questions.
     if settings.mode == "test_time" and settings.test_time.method == "context":
         mode = ContextMode
     return mode(settings, Path(folder))
+
+
+def shared_rows(settings: Settings) -> int:
+    """Counts what the devices of a run share: the rows of a step, or the states of a stack."""
+    states = settings.tuning.states
+    return settings.rows_per_step if states is None else len(state_sources(states))

@@ -64,6 +64,13 @@ class StateMode(DatasetMode, StateTuningMode):
         """Measures how well the held-out rows are predicted from the tuned state."""
         return self._held_out(self.frozen, params)
 
+    def losses(self, params: RWKV7State, *, windows: int) -> Metrics:
+        """Measures the loss on some windows of each text that an evaluation reads."""
+        metrics: Metrics = {}
+        for evaluator in (self._held_out, *self._retention):
+            metrics |= evaluator.loss(self.frozen, params, windows=windows)
+        return metrics
+
 
 class UpscaledStateMode(StateMode):
     """Tunes a memory read through kernel features; the start state itself remains zero."""

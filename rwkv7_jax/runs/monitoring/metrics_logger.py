@@ -2,10 +2,9 @@
 
 import collections
 import contextlib
-import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,12 +14,13 @@ from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.evaluation.metric import Metric
 from rwkv7_jax.reports.system_info import peak_memory
 from rwkv7_jax.runs.compilation_cache import CompileClock
-from rwkv7_jax.runs.early_stopping import RunProgress
+from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.exit_codes import NotFinite, warn
 from rwkv7_jax.runs.input_pipeline import InputPipeline
+from rwkv7_jax.runs.modes.base import TrainingMode
+from rwkv7_jax.runs.modes.optimizer import RateAt
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.runs.run_directory import RunDirectory
-from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.training.costs import mfu
 
 # Steps that may be under way on the device while an older one is logged.
@@ -45,36 +45,34 @@ class MetricsLogger:
     def __init__(
         self,
         directory: RunDirectory,
-        settings: Settings,
-        progress: RunProgress,
+        mode: TrainingMode,
+        progress: Progress,
         *,
         start_step: int,
         feed: InputPipeline,
-        rate: Callable[[int], float],
-        flops: float | None = None,
+        rates: RateAt,
         devices: int = 1,
     ):
         """Starts the clocks and the progress bar.
 
         Args:
             directory: takes the metrics.
-            settings: of the run.
+            mode: of the run.
             progress: as it was restored.
             start_step: where the run begins or goes on.
             feed: knows how long batches were waited for.
-            rate: from a step, counted from 0, to its learning rate.
-            flops: operations of a step per token; None where they have not been counted.
+            rates: from a step, counted from 0, to its learning rates.
             devices: how many share the rows of a step.
         """
         self.progress = progress
         self._directory = directory
-        self._settings = settings
+        self._mode = mode
+        self._settings = mode.settings
         self._start_step = start_step
         self._feed = feed
-        self._rate = rate
-        self._flops = flops
+        self._rates = rates
         self._devices = devices
-        self._bar = ProgressBar(settings.steps - start_step, settings.mode)
+        self._bar = ProgressBar(self._settings.steps - start_step, self._settings.mode)
         self._compile_clock = CompileClock()
         self._pending: collections.deque[_Step] = collections.deque()
         self._warned = False
@@ -138,36 +136,47 @@ class MetricsLogger:
         self, number: int, metrics: Mapping[str, Any], batch: Batch
     ) -> None:
         """Counts how many updates in a row were skipped, and ends the run after too many."""
-        # `float` waits for the device, but only for a step that is `_LAG` steps old.
-        if float(metrics["updated"]):
-            if self.progress.bad:
-                self.progress = dataclasses.replace(self.progress, bad=0)
+        # Waits for the device, but only for a step that is `_LAG` steps old.
+        updated = np.asarray(metrics["updated"]) != 0
+        limit = self._settings.stop_after_bad
+        before = self.progress
+        self.progress = before.with_update(updated, limit)
+        skipped = before.skipped(updated, limit)
+        if not skipped:
             return
-        bad = self.progress.bad + 1
-        self.progress = dataclasses.replace(self.progress, bad=bad)
-        loss = float(metrics["loss"])
-        grad_norm = float(metrics["grad_norm"])
-        numbers = {"loss": loss, "grad_norm": grad_norm}
+        # Of a stack, the first of the states that were left out.
+        place, name = skipped[0]
+        loss = float(np.ravel(metrics["loss"])[place])
+        grad_norm = float(np.ravel(metrics["grad_norm"])[place])
+        numbers: dict[str, Any] = {"loss": loss, "grad_norm": grad_norm}
+        if name:
+            numbers["states"] = " ".join(name for _, name in skipped)
         self._directory.log_bad(number, numbers, np.asarray(batch.tokens))
-        # None, where this is switched off, equals no count.
-        if bad == self._settings.stop_after_bad:
+        for name in self.progress.given_up(limit):
+            if name in before.given_up(limit):
+                continue
+            warn(
+                f"state {name} is given up at step {number}: {limit} updates in a row were not "
+                "finite; the other states go on"
+            )
+        if self.progress.is_given_up(limit):
             raise NotFinite(
-                f"{bad} updates in a row, up to step {number}, had a loss or gradient that is not "
-                f"finite (loss {loss}, gradient norm {grad_norm}); none was made. Their batches "
-                f"are in {self._directory.path / 'bad_batches.jsonl'}."
+                f"{self.progress.bad} updates in a row, up to step {number}, had a loss or "
+                f"gradient that is not finite (loss {loss}, gradient norm {grad_norm}); none "
+                f"was made. Their batches are in {self._directory.path / 'bad_batches.jsonl'}."
             )
 
     def _write(
         self, number: int, metrics: Mapping[str, Any], batch: Batch | None
     ) -> None:
         """Writes one line of the log and moves the progress bar."""
-        numbers = {name: float(value) for name, value in metrics.items()}
+        numbers = self._mode.step_metrics(metrics)
         if batch is not None and batch.mask is not None:
             share = float(np.mean(np.not_equal(batch.mask, 0)))
             # Of text all targets count at every step, which needs no column.
             if share < 1.0:
                 numbers["targets_in_loss"] = share
-        numbers["learning_rate"] = float(self._rate(number - 1))
+        numbers |= self._rates(number - 1)
         numbers |= self._speed()
         numbers |= self._use_of_devices(numbers["tokens_per_second"])
         self._directory.log(number, numbers)
@@ -197,11 +206,12 @@ class MetricsLogger:
         """Returns the peak of memory, and the share of the peak FLOPs where it is known."""
         peak = peak_memory()
         numbers = {f"{peak.of}_peak_mib": round(peak.bytes / 2**20, 1)}
-        if self._flops is None:
+        flops = self._mode.flops_per_token
+        if flops is None:
             return numbers
         share = mfu(
             tokens_per_second,
-            self._flops,
+            flops,
             device_kind=jax.devices()[0].device_kind,
             devices=self._devices,
         )
@@ -223,8 +233,10 @@ class MetricsLogger:
         self._bar.update(number - self._start_step, f"{text}  {speed}")
 
     def _warn_of_large_state(self, numbers: Mapping[str, float]) -> None:
-        largest = numbers.get("state_max", 0.0)
-        if self._warned or largest <= self._settings.tuning.warn_above:
+        # Of a stack the names have those of the states before them.
+        sizes = [numbers[name] for name in numbers if name.endswith("state_max")]
+        largest = max(sizes, default=0.0)
+        if self._warned or not largest > self._settings.tuning.warn_above:
             return
         self._warned = True
         warn(

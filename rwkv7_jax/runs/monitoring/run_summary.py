@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import jax
 
 from rwkv7_jax.optim.optimizer import group_table
-from rwkv7_jax.runs.early_stopping import RunProgress
+from rwkv7_jax.runs.early_stopping import Progress, RunProgress
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.training.costs import parameter_count
 from rwkv7_jax.training.train_step import TrainState
@@ -14,7 +14,7 @@ from rwkv7_jax.training.train_step import TrainState
 def print_summary(
     mode: TrainingMode,
     state: TrainState,
-    progress: RunProgress,
+    progress: Progress,
     *,
     identity: Mapping[str, Mapping[str, str]],
     devices: int,
@@ -51,7 +51,7 @@ def print_summary(
         print("resume    no: a new run", flush=True)
         return
     best = ""
-    if progress.best:
+    if isinstance(progress, RunProgress) and progress.best:
         value, step = progress.best[0]
         best = f"; best so far: {value:.4g} at {step}"
     print(f"resume    from step {start}{best}", flush=True)

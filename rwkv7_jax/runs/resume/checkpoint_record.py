@@ -1,6 +1,5 @@
 """Checkpoint metadata and its validation."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rwkv7_jax.runs.early_stopping import RunProgress
+from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.resume.checksums import leaf_checksums, leaf_name
 from rwkv7_jax.runs.resume.run_identity import Identity, require_same_run
 
@@ -22,7 +21,7 @@ _NAMES_SHOWN = 4
 
 
 def make_record(
-    step: int, train: Any, progress: RunProgress, identity: Identity
+    step: int, train: Any, progress: Progress, identity: Identity
 ) -> dict[str, Any]:
     """Describes a checkpoint; fit for JSON.
 
@@ -34,7 +33,7 @@ def make_record(
     """
     record = {
         "step": step,
-        "course": dataclasses.asdict(progress),
+        "course": progress.to_json(),
         "identity": {group: dict(fields) for group, fields in identity.items()},
         "leaves": leaf_checksums(train),
         "versions": {name: version(name) for name in _PACKAGES},

@@ -3,7 +3,7 @@
 import abc
 from collections.abc import Callable
 
-from rwkv7_jax.runs.early_stopping import RunProgress
+from rwkv7_jax.runs.early_stopping import Progress, RunProgress
 from rwkv7_jax.runs.exit_codes import NoValidCheckpoint
 from rwkv7_jax.runs.resume.run_identity import Identity
 from rwkv7_jax.training.train_step import TrainState
@@ -13,9 +13,7 @@ class CheckpointStore(abc.ABC):
     """Checkpoints of one run, by step."""
 
     @abc.abstractmethod
-    def save(
-        self, train: TrainState, progress: RunProgress, identity: Identity
-    ) -> None:
+    def save(self, train: TrainState, progress: Progress, identity: Identity) -> None:
         """Starts to save a step in the background.
 
         A failure is a warning, and an error of `close`: training goes on.
@@ -40,7 +38,7 @@ class CheckpointStore(abc.ABC):
     @abc.abstractmethod
     def restore(
         self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
-    ) -> tuple[TrainState, RunProgress]:
+    ) -> tuple[TrainState, Progress]:
         """Restores the newest intact step, or makes the first state where there is no step.
 
         Args:
@@ -70,9 +68,7 @@ class CheckpointStore(abc.ABC):
 class NullCheckpoints(CheckpointStore):
     """No checkpoints: those of a process that has no run directory. Saving does nothing."""
 
-    def save(
-        self, train: TrainState, progress: RunProgress, identity: Identity
-    ) -> None:
+    def save(self, train: TrainState, progress: Progress, identity: Identity) -> None:
         """Does nothing; process 0 saves."""
 
     def poll(self) -> None:
@@ -86,7 +82,7 @@ class NullCheckpoints(CheckpointStore):
 
     def restore(
         self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
-    ) -> tuple[TrainState, RunProgress]:
+    ) -> tuple[TrainState, Progress]:
         """Makes the first state: there is no step here."""
         return init(), RunProgress()
 

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from rwkv7_jax.checkpoints.orbax_import import import_orbax
-from rwkv7_jax.runs.early_stopping import RunProgress
+from rwkv7_jax.runs.early_stopping import Progress, RunProgress, read_progress
 from rwkv7_jax.runs.exit_codes import DiskError, NoValidCheckpoint, warn
 from rwkv7_jax.runs.resume import step_directories
 from rwkv7_jax.runs.resume.checkpoint_record import (
@@ -119,9 +119,7 @@ class Checkpoints(CheckpointStore):
             self._orbax = ocp.AsyncCheckpointer(handler, multiprocessing_options=alone)
         return self._orbax
 
-    def save(
-        self, train: TrainState, progress: RunProgress, identity: Identity
-    ) -> None:
+    def save(self, train: TrainState, progress: Progress, identity: Identity) -> None:
         """Starts to save a step in the background; `poll` and `close` tell how it ended."""
         self.wait()
         step = int(train.step)
@@ -235,7 +233,7 @@ class Checkpoints(CheckpointStore):
 
     def restore(
         self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
-    ) -> tuple[TrainState, RunProgress]:
+    ) -> tuple[TrainState, Progress]:
         """Restores the newest intact step, or makes the first state where there is no step.
 
         Args:
@@ -292,7 +290,7 @@ class Checkpoints(CheckpointStore):
 
     def _load(
         self, number: int, train: TrainState, identity: Identity
-    ) -> tuple[TrainState, RunProgress]:
+    ) -> tuple[TrainState, Progress]:
         place = self.folder / str(number)
         workdir = self.folder.parent
         record = self._read_record(number)
@@ -309,7 +307,7 @@ class Checkpoints(CheckpointStore):
         ):
             found = list_names("in", leaves)
             raise _Damaged(f"NaN or Inf in it (config.allow_nan takes it); {found}")
-        return restored, RunProgress.from_json(record["course"])
+        return restored, read_progress(record["course"])
 
     def _read_record(self, number: int) -> dict[str, Any]:
         ocp = import_orbax()

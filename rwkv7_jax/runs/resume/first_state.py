@@ -6,7 +6,7 @@ import jax
 import optax
 
 from rwkv7_jax import sharding
-from rwkv7_jax.runs.early_stopping import RunProgress
+from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.multihost import restore_and_broadcast
 from rwkv7_jax.runs.resume.run_identity import Identity
@@ -19,7 +19,7 @@ def restore_or_init(
     tx: optax.GradientTransformation,
     folder: RunDirectory,
     identity: Identity,
-) -> tuple[TrainState, RunProgress]:
+) -> tuple[TrainState, Progress]:
     """Restores the newest checkpoint, or makes the first state where there is none.
 
     Neither way keeps a second copy of the trainable parameters or of their moments alive.
@@ -36,7 +36,7 @@ def restore_or_init(
     """
 
     def create(params: Any) -> TrainState:
-        return TrainState.create(params, tx)
+        return mode.train_state(params, tx)
 
     def init() -> TrainState:
         # `create` copies its input, so that it may be donated: the input becomes the copy.
@@ -48,4 +48,5 @@ def restore_or_init(
     abstract = jax.eval_shape(create, mode.abstract_params)
     state, progress = restore_and_broadcast(folder, abstract, identity, init)
     mode.release_initial()
-    return state, progress
+    # No checkpoint is of step 0: there the run is new.
+    return state, progress if int(state.step) else mode.new_progress()

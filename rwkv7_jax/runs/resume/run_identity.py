@@ -46,9 +46,28 @@ _DIGEST_OF_PATH = {
     "test_time.guide": "guide content",
 }
 
+# Begins the names of the texts of a stack of states.
+_STATES = "tuning.states"
+
 # Ends the name of a digest of bytes alone. The digest without this ending is in older records; it
 # may contain the path.
 CONTENT = " content"
+
+
+def _digest_of_path(setting: str) -> str | None:
+    """Names the input whose digest says what lies at a path; None for other settings."""
+    # All texts of a folder, or the one text of a state.
+    if setting == _STATES:
+        return "data"
+    if setting.startswith(f"{_STATES}."):
+        return f"data {setting.removeprefix(_STATES + '.')}"
+    return _DIGEST_OF_PATH.get(setting)
+
+
+def combined_digest(digests: Mapping[str, str]) -> str:
+    """Hashes several digests into one."""
+    text = json.dumps(digests, sort_keys=True).encode()
+    return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
 def flat_settings(settings: Settings | Mapping[str, Any]) -> dict[str, str]:
@@ -132,7 +151,7 @@ def content_digests(paths: Mapping[str, str | None]) -> dict[str, str]:
 def without_paths(settings: Mapping[str, str]) -> dict[str, str]:
     """Returns the settings that are not paths."""
     return {
-        name: text for name, text in settings.items() if name not in _DIGEST_OF_PATH
+        name: text for name, text in settings.items() if _digest_of_path(name) is None
     }
 
 
@@ -163,7 +182,10 @@ def require_same_identity(workdir: Path, was: Identity, now: Identity) -> None:
         if group == "inputs":
             before = inputs_were
         if group == "settings":
-            for path, digest in _DIGEST_OF_PATH.items():
+            for path in list(before):
+                digest = _digest_of_path(path)
+                if digest is None:
+                    continue
                 same_content = digest in equal
                 if same_content or _is_same_place(before.get(path), fields.get(path)):
                     before.pop(path, None)

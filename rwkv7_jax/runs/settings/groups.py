@@ -25,6 +25,7 @@ from rwkv7_jax.runs.settings.fields import (
     optional,
     place,
 )
+from rwkv7_jax.tuning.rate_search import RATES
 from rwkv7_jax.tuning.upscaling import LANDMARKS, PREPARATIONS
 
 Mode = Literal["pretrain", "state", "upscaled_state", "observer", "test_time"]
@@ -77,8 +78,10 @@ class OptimizerSettings:
 
     Attributes:
         kind: "adamw" or "muon".
-        learning_rate: the highest one, after the warm-up.
-        final_learning_rate: the one of the last step, under schedules that fall.
+        learning_rate: the highest one, after the warm-up. Where a state is tuned on text and none
+            is named, it is found (see `tuning.rates`); elsewhere it is 6e-4 by default.
+        final_learning_rate: the one of the last step, under schedules that fall; by default 6e-5,
+            or a hundredth of a rate that was found.
         schedule: "cosine", "linear", "wsd" or "constant"; see `learning_rate_schedule`.
         warmup_steps: updates of the warm-up.
         weight_decay: of the groups that decay.
@@ -92,8 +95,8 @@ class OptimizerSettings:
     """
 
     kind: str = choice("adamw", OPTIMIZERS)
-    learning_rate: float = number(6e-4, 0, MOST_RATE)
-    final_learning_rate: float = number(6e-5, 0, MOST_RATE)
+    learning_rate: float | None = number(None, 0, MOST_RATE)
+    final_learning_rate: float | None = number(None, 0, MOST_RATE)
     schedule: str = choice("cosine", SCHEDULES)
     warmup_steps: int = number(10, 0, MOST_COUNT)
     weight_decay: float = number(0.0, 0, MOST_RATE)
@@ -122,6 +125,12 @@ class TuningSettings:
         anchor_path: general text, or a task, on which the tuned model must stay close to the base.
         alpha: factor on the saved state; below 1 it keeps most of the target and forgets less.
         warn_above: largest entry of the state that passes without a warning.
+        rates: learning rates of which one is found before the run where
+            `optimizer.learning_rate` names none: each is tried on a short run of its own, all in
+            one program, and held-out text decides.
+        search_share: the cost of that, as a share of the run's arithmetic.
+        states: texts by the names of their states, such as {"poet": "poems.jsonl"}, or a folder of
+            texts: one start state for each is tuned in the same run, in place of `data.path`.
     """
 
     leaves: Literal["wkv", "all"] = "wkv"
@@ -130,6 +139,9 @@ class TuningSettings:
     anchor_path: str | None = place(None, several=True)
     alpha: float = number(1.0, 0, MOST_RATE)
     warn_above: float = number(50.0, 0, 1e30)
+    rates: tuple[float, ...] = number(RATES, 0, MOST_RATE, above=True)
+    search_share: float = number(0.1, 0, 1, above=True)
+    states: str | Mapping[str, str] | None = optional("")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,7 +351,8 @@ class Settings:
     sample: SampleSettings = dataclasses.field(default_factory=SampleSettings)
 
     def __post_init__(self):
-        """Checks what the types cannot say."""
+        """Fills in the learning rates, and checks what the types cannot say."""
+        self._fill_in_rates()
         check_model_sizes("config.model", self.model)
         check_model_sizes("config.observer.model", self.observer.model)
         profiled(self.profile_steps)
@@ -349,6 +362,7 @@ class Settings:
                 "`config.evaluation.prompt_tokens` must be at least 1, or -1 for all; got 0."
             )
         self._check_lists()
+        self._check_states()
         # Elsewhere it would silently do nothing.
         if self.optimizer.decorrelate != "none" and self.mode != "pretrain":
             raise ValueError(
@@ -367,6 +381,44 @@ class Settings:
             raise ValueError(
                 "`config.data.batch_size` must be a multiple of `config.optimizer.accumulate`; "
                 f"got {rows} and {pieces}."
+            )
+
+    def _fill_in_rates(self) -> None:
+        """Gives the learning rates their defaults where they are not to be found by a search."""
+        if self.finds_rate:
+            if not self.tuning.rates:
+                raise ValueError(
+                    "`config.tuning.rates` must hold learning rates to try, or "
+                    "`config.optimizer.learning_rate` name one; got none."
+                )
+            return
+        optimizer = self.optimizer
+        if optimizer.learning_rate is None:
+            optimizer = dataclasses.replace(optimizer, learning_rate=6e-4)
+        if optimizer.final_learning_rate is None:
+            optimizer = dataclasses.replace(optimizer, final_learning_rate=6e-5)
+        # The class is frozen for everybody else.
+        object.__setattr__(self, "optimizer", optimizer)
+
+    @property
+    def finds_rate(self) -> bool:
+        """Whether the run finds its learning rate: it tunes states on text, and none is named."""
+        tunes = self.mode in ("state", "upscaled_state")
+        return tunes and self.optimizer.learning_rate is None
+
+    def _check_states(self) -> None:
+        """Checks that several states are asked for where they can be tuned."""
+        if self.tuning.states is None:
+            return
+        if self.mode not in ("state", "upscaled_state"):
+            raise ValueError(
+                "`config.tuning.states` must be empty outside modes state and upscaled_state; "
+                f"the mode is {self.mode}."
+            )
+        if self.data.path:
+            raise ValueError(
+                "`config.data.path` must be empty where `config.tuning.states` names the texts; "
+                f"got {self.data.path!r}."
             )
 
     def _check_lists(self) -> None:
@@ -402,7 +454,11 @@ class Settings:
     @property
     def kept_best(self) -> int:
         """How many best checkpoints are kept; with patience at least one, to go back to."""
-        return max(self.keep_best, 1 if self.evaluation.patience else 0)
+        goes_back = bool(self.evaluation.patience)
+        # A state that is good enough waits, at its best step, for the others of its run.
+        if self.tuning.states is not None and self.evaluation.enough is not None:
+            goes_back = True
+        return max(self.keep_best, int(goes_back))
 
 
 def profiled(steps: str | None) -> tuple[int, int] | None:

@@ -1,0 +1,162 @@
+"""The mode that tries learning rates: a stack of one run's start state, each at its own rate."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from rwkv7_jax.data.batch import Batch
+from rwkv7_jax.evaluation.metric import Metrics
+from rwkv7_jax.model.state import RWKV7State
+from rwkv7_jax.runs.modes.base import TrainingMode
+from rwkv7_jax.runs.modes.stack import StackMode
+from rwkv7_jax.runs.modes.state_tuning import StateMode
+from rwkv7_jax.runs.settings import Settings
+from rwkv7_jax.training.costs import flops_per_token
+from rwkv7_jax.training.stacked_step import params_of, stack_params
+from rwkv7_jax.tuning.rate_search import SearchPlan, plan_search, repeat_rows
+
+# Held-out windows that judge a rate. All rates are judged on the same ones.
+_WINDOWS = 8
+
+# The part of a metric's name for the state before tuning, in place of a rate.
+BASE = "base"
+
+# Checkpoints of a search, if the run itself saves between its ends.
+_SAVES = 4
+
+
+def subjects_of(mode: TrainingMode) -> dict[str, StateMode]:
+    """Gives the modes whose rates are searched by the beginnings of their names in the search."""
+    if isinstance(mode, StackMode):
+        return {f"{name}/": member for name, member in mode.members.items()}
+    assert isinstance(mode, StateMode)
+    return {"": mode}
+
+
+class RateSearchMode(StackMode):
+    """Tunes each start state of a run at many rates at once, for a small share of the run.
+
+    Attributes:
+        plan: how long, and with how many rows.
+        subjects: the modes of the states, by the beginnings of their names.
+        results: the metrics of each subject by rate, and as `BASE` before tuning; empty until the
+            last step is measured.
+    """
+
+    # Before the last step there is nothing to compare.
+    measures_start = False
+
+    subjects: dict[str, StateMode]
+    results: dict[str, dict[str, Metrics]]
+
+    def __init__(self, mode: TrainingMode):
+        """Sizes the search.
+
+        Args:
+            mode: of the run; its model and data are used as they are.
+        """
+        self.subjects = subjects_of(mode)
+        self.plan = _plan(mode)
+        self._rates = mode.settings.tuning.rates
+        self.results = {}
+        super().__init__(_search_settings(mode.settings, self.plan), mode.folder)
+
+    def set_up(self) -> None:
+        """Makes one member of each state and rate."""
+        self.members = {}
+        for subject, mode in self.subjects.items():
+            for rate in self._rates:
+                self.members[f"{subject}{rate:g}"] = mode
+        self.adopt(self.members)
+
+    def rates(self) -> np.ndarray:
+        """Gives the rate of each member."""
+        return np.asarray(self._rates * len(self.subjects), np.float32)
+
+    def make_params(self) -> RWKV7State:
+        """Makes the start state of each subject, once for each rate."""
+        states = []
+        for mode in self.subjects.values():
+            states += [self._start(mode)] * len(self._rates)
+        return stack_params(states)
+
+    def _joined_batches(self, start_step: int) -> Iterator[Batch]:
+        rows = slice(0, self.plan.rows)
+        sources = []
+        for mode in self.subjects.values():
+            sources.append(mode.data.batches(start_step=start_step, rows=rows))
+        for batches in zip(*sources, strict=True):
+            repeated = [repeat_rows(batch, len(self._rates)) for batch in batches]
+            yield jax.tree.map(lambda *rows: np.concatenate(rows), *repeated)
+
+    def evaluate(self, params: RWKV7State) -> Metrics:
+        """Measures each state at each rate, and before tuning, on some held-out windows."""
+        metrics: Metrics = {}
+        states = iter([params_of(params, index) for index in range(len(self.members))])
+        for subject, mode in self.subjects.items():
+            start = self._start(mode)
+            results = {BASE: mode.losses(start, windows=_WINDOWS)}
+            for rate in self._rates:
+                results[f"{rate:g}"] = mode.losses(next(states), windows=_WINDOWS)
+            self.results[subject] = results
+            for name, measured in results.items():
+                for metric, value in measured.items():
+                    metrics[f"{subject}{name}/{metric}"] = value
+        return metrics
+
+    def describe_data(self) -> str:
+        """Names the texts and their sizes, once for all rates."""
+        return "; ".join(mode.describe_data() for mode in self.subjects.values())
+
+    def _start(self, mode: StateMode) -> RWKV7State:
+        """Gives the state before tuning, which stays with its mode for the run."""
+        start = mode.init_params()
+        mode.keep_initial(start)
+        return start
+
+    def release_initial(self) -> None:
+        """Frees nothing: the run begins with the same states."""
+
+
+def _plan(mode: TrainingMode) -> SearchPlan:
+    settings = mode.settings
+    flops = flops_per_token(mode.model.config)
+    texts = 1 + bool(settings.evaluation.retention)
+    windows = min(_WINDOWS, settings.evaluation.windows)
+    tokens = texts * windows * settings.evaluation.length
+    return plan_search(
+        len(settings.tuning.rates),
+        steps=settings.steps,
+        rows=settings.data.batch_size,
+        share=settings.tuning.search_share,
+        # A window is read forwards only.
+        measuring=tokens * flops.forward / (settings.data.length * flops.state),
+    )
+
+
+def _search_settings(settings: Settings, plan: SearchPlan) -> Settings:
+    """Gives the settings of a search: those of the run, for fewer steps and rows."""
+    warmup = min(settings.optimizer.warmup_steps, plan.steps // _SAVES)
+    return dataclasses.replace(
+        settings,
+        steps=plan.steps,
+        save_every=settings.save_every and max(plan.steps // _SAVES, 1),
+        keep=1,
+        keep_every=None,
+        keep_best=0,
+        profile_steps=None,
+        data=dataclasses.replace(settings.data, batch_size=plan.rows),
+        optimizer=dataclasses.replace(
+            settings.optimizer, warmup_steps=warmup, accumulate=1
+        ),
+        evaluation=dataclasses.replace(
+            settings.evaluation,
+            every=None,
+            measure=None,
+            patience=None,
+            enough=None,
+        ),
+        sample=dataclasses.replace(settings.sample, prompts=()),
+    )

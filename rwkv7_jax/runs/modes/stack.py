@@ -1,0 +1,313 @@
+"""The mode that tunes the start states of several texts at once: one program, one file each."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from rwkv7_jax.array_types import Params
+from rwkv7_jax.data.batch import Batch
+from rwkv7_jax.evaluation.metric import Metrics
+from rwkv7_jax.local_paths import local_path
+from rwkv7_jax.model.state import RWKV7State
+from rwkv7_jax.runs.early_stopping import Progress, RunProgress, StackProgress
+from rwkv7_jax.runs.evaluators import PredictionEvaluator
+from rwkv7_jax.runs.input_pipeline import BatchSource, PrefetchedBatches
+from rwkv7_jax.runs.modes.base import LoadedModel, TrainingMode
+from rwkv7_jax.runs.modes.optimizer import RateAt, make_optimizer, with_rate
+from rwkv7_jax.runs.modes.state_tuning import StateMode, UpscaledStateMode
+from rwkv7_jax.runs.resume.run_identity import combined_digest
+from rwkv7_jax.training.costs import Memory, training_memory
+from rwkv7_jax.training.stacked_step import (
+    create_stack,
+    make_stacked_step,
+    params_of,
+    stack_params,
+)
+from rwkv7_jax.training.train_step import TrainState, TrainStep
+
+# The folder of the results, in the run's folder.
+RESULTS = "states"
+
+# Names are parts of file names and of columns, which "/" divides.
+_NAME = re.compile(r"\w[\w.-]*")
+
+
+def state_sources(states: str | Mapping[str, str]) -> dict[str, str]:
+    """Gives the texts of `config.tuning.states` by the names of their states.
+
+    Args:
+        states: the setting; of a folder, each file is a text whose state has the file's name.
+
+    Raises:
+        ValueError: no text, or a name that cannot be that of a file.
+    """
+    if isinstance(states, str):
+        found = _files_by_stem(states)
+    else:
+        found = dict(states)
+    if not found:
+        raise ValueError(
+            f"`config.tuning.states` must name texts, or a folder of them; got {states!r}."
+        )
+    for name, path in found.items():
+        if not _NAME.fullmatch(name):
+            raise ValueError(
+                "`config.tuning.states` must have names of letters, digits, dots, dashes and "
+                f"underscores; got {name!r}."
+            )
+        if not isinstance(path, str) or not path.strip():
+            raise ValueError(
+                f"`config.tuning.states.{name}` must name a text; got {path!r}."
+            )
+    return found
+
+
+def _files_by_stem(folder: str) -> dict[str, str]:
+    place = local_path(folder, "`config.tuning.states`")
+    if not place.is_dir():
+        raise ValueError(
+            f"`config.tuning.states` must be names of texts, or a folder; got {folder!r}."
+        )
+    found: dict[str, str] = {}
+    for file in sorted(place.iterdir()):
+        if not file.is_file() or file.name.startswith("."):
+            continue
+        if file.stem in found:
+            raise ValueError(
+                "`config.tuning.states` must be a folder of files with different names; "
+                f"{file.name} and {Path(found[file.stem]).name} would be one state."
+            )
+        found[file.stem] = str(file)
+    return found
+
+
+class StackMode(TrainingMode):
+    """Tunes one start state for each of several texts, each as a run of its own would.
+
+    Attributes:
+        members: the mode that each state would have alone, by the state's name.
+    """
+
+    gradients_of = "state"
+
+    frozen: Params
+    members: dict[str, StateMode]
+
+    def set_up(self) -> None:
+        """Loads the frozen model once, and opens the text of every state."""
+        settings = self.settings
+        kind = UpscaledStateMode if settings.mode == "upscaled_state" else StateMode
+        assert settings.tuning.states is not None
+        self.members = {}
+        base = self._base
+        for name, path in state_sources(settings.tuning.states).items():
+            own = dataclasses.replace(
+                settings,
+                data=dataclasses.replace(settings.data, path=path),
+                tuning=dataclasses.replace(settings.tuning, states=None),
+            )
+            try:
+                member = kind(own, self.folder, base=base)
+            except ValueError as error:
+                raise ValueError(f"`config.tuning.states.{name}`: {error}") from None
+            base = LoadedModel(member.model, member.frozen)
+            self.members[name] = member
+        self.adopt(self.members)
+
+    def adopt(self, members: Mapping[str, StateMode]) -> None:
+        """Takes what all members share from the first of them."""
+        first = next(iter(members.values()))
+        self.model = first.model
+        self.frozen = first.frozen
+        self.tokenizer = first.tokenizer
+        self.loss = first.loss
+        self.decorrelator = first.decorrelator
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the states, in the order of their rows."""
+        return tuple(self.members)
+
+    def rates(self) -> np.ndarray | None:
+        """Gives each state's learning rate, 0 where none was found; None where one is named."""
+        if not self.settings.finds_rate:
+            return None
+        found = [member.found_rate or 0.0 for member in self.members.values()]
+        return np.asarray(found, np.float32)
+
+    def optimizer(self) -> tuple[RateAt, optax.GradientTransformation]:
+        """Makes the learning rates of a step, by the names of their columns, and the optimizer."""
+        rates = self.rates()
+        if rates is None:
+            return super().optimizer()
+        # The schedule is that of a rate of 1, with which each state's own is multiplied.
+        schedule, tx = make_optimizer(
+            with_rate(self.settings.optimizer, 1.0), total_steps=self.settings.steps
+        )
+
+        def rates_at(step: int) -> dict[str, float]:
+            now = float(schedule(step))
+            names = zip(self.names, rates, strict=True)
+            return {f"{name}/learning_rate": now * float(rate) for name, rate in names}
+
+        return rates_at, self.decorrelator.wrap(tx)
+
+    def make_params(self) -> RWKV7State:
+        """Makes the start states, with a leading axis of states."""
+        return stack_params([one.init_params() for one in self.members.values()])
+
+    def _describe_params(self) -> Any:
+        """Gives shapes and dtypes: a member's, once for each state."""
+        first = next(iter(self.members.values())).abstract_params
+        count = len(self.names)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), first
+        )
+
+    def release_initial(self) -> None:
+        """Frees parameters that the members made while setting up."""
+        for member in self.members.values():
+            member.release_initial()
+
+    def by_name(self, params: RWKV7State) -> Iterator[tuple[str, StateMode, Any]]:
+        """Gives each state's name, mode and parameters."""
+        for index, (name, member) in enumerate(self.members.items()):
+            yield name, member, params_of(params, index)
+
+    def trained_count(self, params: RWKV7State) -> int:
+        """Counts the numbers of all states."""
+        return sum(mode.trained_count(own) for _, mode, own in self.by_name(params))
+
+    def weights(self, params: RWKV7State) -> Params:
+        """Gives the frozen weights."""
+        return self.frozen
+
+    def start_state(self, params: RWKV7State) -> RWKV7State:
+        """Gives the first of the states."""
+        return params_of(params, 0)
+
+    def train_state(self, params: Any, tx: optax.GradientTransformation) -> TrainState:
+        """Makes the state before the first step, with moments for each start state."""
+        return create_stack(params, tx)
+
+    def train_step(
+        self, tx: optax.GradientTransformation, mesh: Mesh | None
+    ) -> TrainStep:
+        """Makes the compiled step of all states."""
+        rates = self.rates()
+        return make_stacked_step(
+            self.loss,
+            tx,
+            np.ones(len(self.names), np.float32) if rates is None else rates,
+            statistics=self.decorrelator.statistics,
+            accumulate=self.settings.optimizer.accumulate,
+            mesh=mesh,
+        )
+
+    def new_progress(self) -> Progress:
+        """Makes the progress of each state before the first step."""
+        return StackProgress({name: RunProgress() for name in self.names})
+
+    def step_metrics(self, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Names each state's metrics after it; the loss of all is the mean of those that count."""
+        numbers: dict[str, float] = {}
+        for metric, values in metrics.items():
+            values = np.broadcast_to(values, len(self.names))
+            for name, value in zip(self.names, values, strict=True):
+                numbers[f"{name}/{metric}"] = float(value)
+            if metric == "loss_nats" and np.any(np.isfinite(values)):
+                numbers[metric] = float(np.mean(values[np.isfinite(values)]))
+        return numbers
+
+    @property
+    def tokens_per_step(self) -> int:
+        """The tokens that a step reads for all states."""
+        data = self.settings.data
+        return len(self.names) * data.batch_size * data.length
+
+    def memory_estimate(self, devices: int) -> Memory:
+        """Estimates one step's memory on one device, which has its share of the states."""
+        data = self.settings.data
+        states = len(self.names)
+        one = training_memory(
+            self.model.config,
+            batch=data.batch_size * max(states // devices, 1),
+            length=data.length,
+            trained="state",
+            accumulate=self.settings.optimizer.accumulate,
+        )
+        # Every device holds all states and their moments.
+        return dataclasses.replace(
+            one, moments=states * one.moments, gradients=states * one.gradients
+        )
+
+    def batches(self, start_step: int, mesh: Mesh | None) -> BatchSource:
+        """Makes batches of all texts, the rows of each state next to each other."""
+        return PrefetchedBatches(self._joined_batches(start_step), mesh)
+
+    def _joined_batches(self, start_step: int) -> Iterator[Batch]:
+        sources = [
+            one.data.batches(start_step=start_step) for one in self.members.values()
+        ]
+        for batches in zip(*sources, strict=True):
+            yield jax.tree.map(lambda *rows: np.concatenate(rows), *batches)
+
+    def retention_evaluators(self) -> list[PredictionEvaluator]:
+        """Makes none: each member has its own."""
+        return []
+
+    def held_out_metrics(self, params: RWKV7State) -> Metrics:
+        """Measures each state on its own held-out text and on what it must not forget."""
+        metrics: Metrics = {}
+        for name, member, own in self.by_name(params):
+            for metric, value in member.evaluate(own).items():
+                metrics[f"{name}/{metric}"] = value
+        return metrics
+
+    def sample_texts(self, params: RWKV7State) -> Iterator[tuple[str, str]]:
+        """Gives what the model writes from each state, the prompt after the state's name."""
+        for name, member, own in self.by_name(params):
+            for prompt, text in member.sample_texts(own):
+                yield f"[{name}] {prompt}", text
+
+    def input_digests(self) -> dict[str, str]:
+        """Hashes each text, and all of them as "data"."""
+        digests: dict[str, str] = {}
+        for name, member in self.members.items():
+            for kind, digest in member.input_digests().items():
+                # One anchor serves all states.
+                digests[kind if kind == "anchor" else f"{kind} {name}"] = digest
+        return {"data": combined_digest(digests), **digests}
+
+    def describe_data(self) -> str:
+        """Names the texts and their sizes."""
+        texts = []
+        for name, member in self.members.items():
+            texts.append(f"{name}: {member.describe_data()}")
+        return "; ".join(texts)
+
+    def save(
+        self, folder: Path, params: RWKV7State, *, without: Sequence[str] = ()
+    ) -> Path:
+        """Writes one file for each state and gives the path of their folder.
+
+        Args:
+            folder: of the run.
+            params: of all states.
+            without: names of states that are not written.
+        """
+        place = folder / RESULTS
+        place.mkdir(exist_ok=True)
+        for name, member, own in self.by_name(params):
+            if name in without:
+                continue
+            suffix = Path(member.result_name).suffix
+            member.save_state(place / f"{name}{suffix}", own)
+        return place

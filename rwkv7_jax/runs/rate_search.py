@@ -1,0 +1,194 @@
+"""The search for a run's learning rate: what is printed, recorded and read again.
+
+The search itself is a run of mode `RateSearchMode` in a folder of its own inside the run's folder,
+with checkpoints: one that was killed goes on as any other run does. What it found is written next
+to the run's other files, and counts from then on.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rwkv7_jax.atomic_write import atomic_write
+from rwkv7_jax.runs import multihost
+from rwkv7_jax.runs.exit_codes import DiskError
+from rwkv7_jax.runs.modes.base import TrainingMode
+from rwkv7_jax.runs.modes.rate_search import BASE, RateSearchMode, subjects_of
+from rwkv7_jax.runs.resume.run_identity import Identity, require_same_identity
+from rwkv7_jax.runs.resume.step_directories import step_numbers
+from rwkv7_jax.runs.run_directory import RunDirectory
+from rwkv7_jax.runs.settings import Settings
+from rwkv7_jax.tuning.rate_search import choose_rate
+
+# In the run's folder: the folder of the search, and what it found.
+FOLDER = "rate_search"
+RECORD = "rate_search.json"
+
+
+def keep_rate_of_run(settings: Settings, workdir: Path) -> Settings:
+    """Gives the settings with the learning rate that the run in a folder began with.
+
+    Configs that named a rate in an earlier version may leave it to the search now; a run that goes
+    on keeps its own.
+
+    Args:
+        settings: of the command.
+        workdir: of the run; it may be absent.
+    """
+    if not settings.finds_rate or not step_numbers(workdir / "checkpoints"):
+        return settings
+    try:
+        before = json.loads((workdir / "settings.json").read_text(encoding="utf-8"))
+        was = before["optimizer"]
+        rate = was["learning_rate"]
+    # A damaged file: what the checkpoints say counts, as everywhere.
+    except (OSError, ValueError, TypeError, KeyError):
+        return settings
+    if not isinstance(rate, int | float):
+        return settings
+    print(f"rate      {rate:g}, with which the run in {workdir} began")
+    final = settings.optimizer.final_learning_rate
+    if final is None:
+        final = was.get("final_learning_rate")
+    optimizer = dataclasses.replace(
+        settings.optimizer, learning_rate=rate, final_learning_rate=final
+    )
+    return dataclasses.replace(settings, optimizer=optimizer)
+
+
+def find_rates(
+    mode: TrainingMode,
+    folder: RunDirectory,
+    identity: Identity,
+    search: Callable[[RateSearchMode], Any],
+) -> bool:
+    """Gives a mode its learning rates; returns whether there is one that is worth a run.
+
+    Args:
+        mode: of the run.
+        folder: of the run, where an earlier process may have left what it found.
+        identity: of the run.
+        search: runs the search to its end and gives the parameters; called only where nothing is
+            found yet.
+
+    Raises:
+        ValueError: what was found is of another run.
+        DiskError: what was found cannot be written.
+    """
+    path = folder.path / RECORD
+    text = multihost.run_on_process_0(lambda: _read_record(path, identity))
+    if not text:
+        made = RateSearchMode(mode)
+        _announce(made)
+        params = search(made)
+        if not made.results:
+            # An earlier process evaluated the last step.
+            made.evaluate(params)
+        record = {
+            "plan": made.plan._asdict(),
+            "states": {subject: _choose(made, subject) for subject in made.subjects},
+            "identity": {group: dict(fields) for group, fields in identity.items()},
+        }
+        text = multihost.run_on_process_0(lambda: _write_record(path, record))
+    return _use(mode, json.loads(text)["states"])
+
+
+def _read_record(path: Path, identity: Identity) -> str:
+    """Reads what an earlier process found; empty where there is nothing."""
+    if not path.is_file():
+        return ""
+    text = path.read_text(encoding="utf-8")
+    try:
+        record = json.loads(text)
+        was = record["identity"]
+        record["states"].items()
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(
+            f"`{path}` must be the record of a search of learning rates; it is damaged. Delete it "
+            "to search again."
+        ) from None
+    require_same_identity(path.parent, was, identity)
+    return text
+
+
+def _write_record(path: Path, record: Mapping[str, Any]) -> str:
+    text = json.dumps(record, indent=1)
+    try:
+        with atomic_write(path) as file:
+            file.write(f"{text}\n".encode())
+    except (OSError, ValueError) as error:
+        raise DiskError(f"`{path}` cannot be written: {error}.") from None
+    return text
+
+
+def _announce(search: RateSearchMode) -> None:
+    rates = search.settings.tuning.rates
+    plan = search.plan
+    wanted = search.settings.tuning.search_share
+    print(
+        f"rate      {len(rates)} learning rates from {min(rates):g} to {max(rates):g} are tried, "
+        f"{plan.steps} steps of {plan.rows} rows each: about {plan.share:.0%} of the run's "
+        "arithmetic (--config.optimizer.learning_rate names one instead)"
+    )
+    if plan.share > 1.05 * wanted:
+        print(
+            f"rate      that is more than `config.tuning.search_share` ({wanted:g}), with which "
+            "the rates could not be told from each other"
+        )
+
+
+def _choose(search: RateSearchMode, subject: str) -> dict[str, Any]:
+    """Chooses the rate of one state by its loss on held-out data.
+
+    Returns:
+        What the record holds of it, fit for JSON.
+    """
+    base = search.results[subject][BASE]
+    # The others are of what must not be forgotten. All are losses: lower is better.
+    decides, *others = base
+    losses: dict[float, float] = {}
+    forgetting: dict[float, float] = {}
+    curve = []
+    for rate in search.settings.tuning.rates:
+        measured = search.results[subject][f"{rate:g}"]
+        values = {name: one.value for name, one in measured.items()}
+        curve.append({"rate": rate, **values})
+        losses[rate] = values[decides]
+        forgetting[rate] = sum(values[name] for name in others)
+    choice = choose_rate(base[decides].value, losses, forgetting=forgetting)
+    return {
+        "rate": choice.rate,
+        "edge": choice.edge,
+        "measure": decides,
+        "base": {name: one.value for name, one in base.items()},
+        "curve": curve,
+    }
+
+
+def _use(mode: TrainingMode, found: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Gives each state the rate that was found for it, and says so."""
+    for subject, state in subjects_of(mode).items():
+        one = found[subject]
+        state.found_rate = one["rate"]
+        print(f"rate      {subject}{_sentence(one)}", flush=True)
+    return any(one["rate"] is not None for one in found.values())
+
+
+def _sentence(found: Mapping[str, Any]) -> str:
+    """Says what was chosen for a state, and why."""
+    measure = found["measure"]
+    base = found["base"][measure]
+    curve = ", ".join(f"{one['rate']:g}: {one[measure]:.4f}" for one in found["curve"])
+    text = f"{measure} {base:.4f} untuned; {curve}. "
+    rate = found["rate"]
+    if rate is None:
+        return (
+            f"{text}No rate is better than the model without a state: nothing is tuned, and no "
+            "state is saved"
+        )
+    text += f"{rate:g} is taken, from step 0 on, as if it had been named"
+    if found["edge"]:
+        text += f"; it is the {found['edge']} of `config.tuning.rates`: one beyond it may be better"
+    return text

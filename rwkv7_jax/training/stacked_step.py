@@ -1,0 +1,181 @@
+"""A stack: K sets of parameters that are trained at once, each as if it were alone.
+
+All leaves of a stack's parameters and moments have a leading axis K. A batch holds K times the
+rows of one run: row i belongs to set i // rows. One program computes all of them, and what happens
+to one set, such as a gradient that is not finite, is nothing to the others.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+from jax.tree_util import Partial
+from jax.typing import ArrayLike
+from jaxtyping import Array
+
+from rwkv7_jax.checks import check_count, check_instance, prefix_errors
+from rwkv7_jax.sharding import BATCH_AXIS, constrain_sharding, replicate, use_mesh
+from rwkv7_jax.training.losses import Loss
+from rwkv7_jax.training.train_step import (
+    TrainState,
+    TrainStep,
+    apply_update,
+    as_partial,
+    check_optimizer,
+    checked_program,
+    cut_rows,
+)
+
+
+def _axes(of_sets: Any, shared: Any) -> Any:
+    """Says of each field of a stack's `TrainState` whether it has the axis K."""
+    # One number of steps for all: they are made together.
+    return TrainState(
+        step=shared,
+        params=of_sets,
+        opt_state=of_sets,
+        skipped=of_sets,
+    )
+
+
+def stack_params(params: Sequence[Any]) -> Any:
+    """Stacks trees of the same structure along a new leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+
+
+def params_of(stack: Any, index: int) -> Any:
+    """Takes one set of parameters out of a stack."""
+    return jax.tree.map(lambda leaf: leaf[index], stack)
+
+
+def create_stack(params: Any, tx: optax.GradientTransformation) -> TrainState:
+    """Makes the state of a stack before its first step.
+
+    Args:
+        params: all leaves with the leading axis K.
+        tx: the optimizer of one set.
+    """
+    create = functools.partial(TrainState.create, tx=tx)
+    return jax.vmap(create, out_axes=_axes(0, None))(params)
+
+
+def make_stacked_step(
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    rates: ArrayLike,
+    *,
+    statistics: Callable[[Any, Any], Any] | None = None,
+    accumulate: int = 1,
+    mesh: Mesh | None = None,
+) -> TrainStep:
+    """Compiles `step(train, batch) -> (train, metrics)` for a stack; see `make_train_step`.
+
+    Gradients, clipping, moments, statistics and skipped updates are each set's own. So are the
+    metrics: each is an array [K].
+
+    Args:
+        loss: of one set and its own rows.
+        tx: the optimizer of one set.
+        rates: [K], a factor on each set's updates: its learning rate where that of `tx` peaks
+            at 1.
+        statistics: of one set and its own rows.
+        accumulate: pieces into which each set's rows are cut.
+        mesh: devices that share the sets, whose number they must divide.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: pieces below 1, no rates, or devices that do not divide the sets; from the step,
+            rows that cannot be shared by the sets, and what `make_train_step` refuses.
+    """
+    with prefix_errors("make_stacked_step"):
+        loss = as_partial(loss, "`loss`")
+        check_optimizer(tx)
+        if statistics is not None:
+            statistics = as_partial(statistics, "`statistics`")
+        check_count(accumulate, 1, "`accumulate`")
+        rates = jnp.asarray(rates, jnp.float32)
+        if rates.ndim != 1 or not rates.size:
+            raise ValueError(
+                f"`rates` must be one number for each set; got shape {rates.shape}."
+            )
+        if mesh is not None:
+            check_instance(mesh, Mesh, "`mesh`")
+            if rates.size % mesh.size:
+                raise ValueError(
+                    f"`mesh` must divide the {rates.size} sets evenly; got {mesh.size} devices."
+                )
+    axes = _axes(0, None)
+
+    def update_all(
+        loss: Partial,
+        statistics: Partial | None,
+        train: TrainState,
+        batch: Any,
+        rates: Array,
+    ):
+        def update(train: TrainState, batch: Any, rate: Array):
+            return apply_update(
+                loss,
+                statistics,
+                train,
+                batch,
+                tx=tx,
+                accumulate=accumulate,
+                rate=rate,
+            )
+
+        mapped = jax.vmap(update, in_axes=(axes, 0, 0), out_axes=(axes, 0))
+        return mapped(train, batch, rates)
+
+    if mesh is not None:
+        # Each device computes its own sets, and inside it is as if there were no other device.
+        alone = PartitionSpec()
+        shared = PartitionSpec(BATCH_AXIS)
+        fields = _axes(shared, alone)
+        update_all = jax.shard_map(
+            update_all,
+            mesh=mesh,
+            in_specs=(alone, alone, fields, shared, shared),
+            out_specs=(fields, shared),
+            # The carries of scans begin as constants, which every device has.
+            check_vma=False,
+        )
+
+    @functools.partial(jax.jit, donate_argnums=3)
+    def step(
+        loss: Partial,
+        statistics: Partial | None,
+        rates: Array,
+        train: TrainState,
+        batch: Any,
+    ):
+        _check_rows(batch, rates.size)
+        with use_mesh(mesh):
+            pieces = cut_rows(batch, rates.size)
+            moved = update_all(loss, statistics, train, pieces, rates)
+            return constrain_sharding(moved)
+
+    if mesh is not None:
+        loss, statistics, rates = replicate(mesh, (loss, statistics, rates))
+    return checked_program(
+        step,
+        loss,
+        statistics,
+        rates,
+        caller="make_stacked_step",
+        needs_shares=True,
+    )
+
+
+def _check_rows(batch: Any, sets: int) -> None:
+    for path, array in jax.tree_util.tree_leaves_with_path(batch):
+        if array.shape[0] % sets:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"make_stacked_step: `rates` must have as many numbers as share the "
+                f"{array.shape[0]} rows of the batch's {name} evenly; got {sets}."
+            )

@@ -1,0 +1,166 @@
+"""Finds a learning rate: many are tried at once for a short while, and held-out text decides.
+
+No rate is right for every model: published ones for start states lie between 1e-5 and 1. A state is
+small, so copies of it are tuned as a stack, each at its own rate on the same rows.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from rwkv7_jax.checks import check_number, prefix_errors
+from rwkv7_jax.training.losses import Loss
+from rwkv7_jax.training.stacked_step import (
+    create_stack,
+    make_stacked_step,
+    params_of,
+    stack_params,
+)
+
+# From the smallest published rate that was measured on a model to the largest, by half decades.
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+
+# A found rate falls to this share of itself.
+FINAL_SHARE = 0.01
+
+# Below so many steps rates cannot be told from each other.
+LEAST_STEPS = 24
+
+# Gains this much smaller than the best one, as a share of it, count as equal to it.
+_TOLERANCE = 0.03
+
+
+class SearchPlan(NamedTuple):
+    """The size of a search.
+
+    Attributes:
+        steps: of every rate.
+        rows: of a step, for every rate.
+        share: the search's arithmetic as a share of the run's.
+    """
+
+    steps: int
+    rows: int
+    share: float
+
+
+def plan_search(
+    rates: int, *, steps: int, rows: int, share: float, measuring: float = 0.0
+) -> SearchPlan:
+    """Sizes a search so that it costs a share of the run.
+
+    Args:
+        rates: how many are tried.
+        steps: of the run.
+        rows: of a step of the run.
+        share: of the run's arithmetic. A search has `LEAST_STEPS` steps, or as many as the run if
+            those are fewer, even where that costs more.
+        measuring: what it costs to measure one rate at the end, in rows of a step.
+    """
+    # As many rows at a time as a step of the run has, shared by the rates: many small steps say
+    # more about a rate than a few large ones.
+    own_rows = max(rows // rates, 1)
+    budget = share * steps * rows / rates - measuring
+    own_steps = max(int(budget / own_rows), min(LEAST_STEPS, steps))
+    cost = rates * (own_steps * own_rows + measuring)
+    return SearchPlan(own_steps, own_rows, cost / (steps * rows))
+
+
+class RateChoice(NamedTuple):
+    """What a search found.
+
+    Attributes:
+        rate: the chosen one; None if no rate is better than not tuning at all.
+        base: the loss without tuning.
+        losses: by rate.
+        edge: "smallest" or "largest" where the chosen rate is at an end of the list, else "".
+    """
+
+    rate: float | None
+    base: float
+    losses: dict[float, float]
+    edge: str
+
+
+def choose_rate(
+    base: float,
+    losses: Mapping[float, float],
+    *,
+    forgetting: Mapping[float, float] | None = None,
+) -> RateChoice:
+    """Chooses the rate whose held-out loss is lowest.
+
+    Where gains are as good as equal, the rate that forgets least is taken, or the smallest one: a
+    short search favours large rates.
+
+    Args:
+        base: the loss without tuning.
+        losses: of every rate on held-out text, lower is better; not finite where it diverged.
+        forgetting: of every rate, the loss on text that must not be forgotten.
+    """
+    gains = {rate: base - loss for rate, loss in losses.items() if math.isfinite(loss)}
+    best = max(gains.values(), default=0.0)
+    if not best > 0:
+        return RateChoice(None, base, dict(losses), "")
+    good = [rate for rate, gain in gains.items() if gain >= (1 - _TOLERANCE) * best]
+    if forgetting is None:
+        chosen = min(good)
+    else:
+        chosen = min(good, key=lambda rate: (forgetting[rate], rate))
+    edge = ""
+    if chosen == max(losses):
+        edge = "largest"
+    elif chosen == min(losses):
+        edge = "smallest"
+    return RateChoice(chosen, base, dict(losses), edge)
+
+
+def find_rate(
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    params: Any,
+    batches: Iterable[Any],
+    measure: Callable[[Any], float],
+    *,
+    steps: int,
+    rates: Sequence[float] = RATES,
+    statistics: Callable[[Any, Any], Any] | None = None,
+) -> RateChoice:
+    """Finds the learning rate of any parameters: a start state, low-rank changes or all weights.
+
+    Args:
+        loss: of the parameters and a batch.
+        tx: an optimizer whose learning rate peaks at 1.
+        params: from which every rate starts.
+        batches: `steps` of them are read; each rate gets all rows.
+        measure: from parameters to their held-out loss, lower is better.
+        steps: of every rate.
+        rates: to try.
+        statistics: as in `make_train_step`.
+
+    Raises:
+        ValueError: no rates, or one that is not above 0.
+    """
+    with prefix_errors("find_rate"):
+        if not rates:
+            raise ValueError("`rates` must hold a number; got none.")
+        for rate in rates:
+            check_number(rate, 0, math.inf, "`rates`", above=True, bounds="positive")
+    step = make_stacked_step(loss, tx, rates, statistics=statistics)
+    train = create_stack(stack_params([params] * len(rates)), tx)
+    for batch in itertools.islice(batches, steps):
+        train, _ = step(train, repeat_rows(batch, len(rates)))
+    losses = {}
+    for index, rate in enumerate(rates):
+        losses[rate] = measure(params_of(train.params, index))
+    return choose_rate(measure(params), losses)
+
+
+def repeat_rows(batch: Any, times: int) -> Any:
+    """Repeats all rows of a batch, as they are for each set of a stack."""
+    return jax.tree.map(lambda rows: np.concatenate([rows] * times), batch)

@@ -1,0 +1,188 @@
+"""A stack of start states: together as alone, and what happens to one is nothing to the others."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.tree_util import Partial
+from tiny_models import QUICK, lively, tokens
+from tolerances import SAME, assert_close, assert_trees_close
+
+from rwkv7_jax import sharding
+from rwkv7_jax.data.batch import Batch
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import init_state
+from rwkv7_jax.optim.optimizer import build_optimizer
+from rwkv7_jax.training.stacked_step import (
+    create_stack,
+    make_stacked_step,
+    params_of,
+    stack_params,
+)
+from rwkv7_jax.training.train_step import TrainState, make_train_step
+from rwkv7_jax.tuning.read_statistics import state_decorrelator
+from rwkv7_jax.tuning.state_tuning import state_loss
+
+RATES = np.asarray([0.1, 0.03, 0.2, 0.01], np.float32)
+SETS = len(RATES)
+ROWS = 2
+MODEL = RWKV7(QUICK)
+# Adam divides by the size of its gradient: a larger epsilon keeps rounding from being enlarged.
+OPTIMIZER = build_optimizer(1.0, clip=0.05, eps=1e-6)
+PLAIN = optax.sgd(1.0)
+
+
+@functools.cache
+def parts(method="dbp"):
+    """The loss with an anchor, and what wraps the optimizer."""
+    params = lively(QUICK)
+    loss = state_loss(MODEL, params, anchor=0.5, l2wrap=1e-2)
+    decorrelator = state_decorrelator(
+        MODEL, params, init_state(QUICK), method=method, rows=1
+    )
+    return loss, decorrelator
+
+
+def batch_of(index: int, step: int) -> Batch:
+    """The rows of one set; each counts another number of targets."""
+    mask = np.ones((ROWS, 6), np.float32)
+    mask[0, : 1 + index] = 0
+    seed = 100 * index + step
+    return Batch(
+        tokens=tokens(ROWS, 7, QUICK, seed=seed),
+        mask=mask,
+        anchor=tokens(ROWS, 7, QUICK, seed=seed + 50),
+    )
+
+
+def joined(batches: list[Batch]) -> Batch:
+    return jax.tree.map(lambda *rows: np.concatenate(rows), *batches)
+
+
+def together(start, batches, *, rates=RATES, accumulate=1, mesh=None, method="dbp"):
+    """Tunes all sets at once; gives the end and the metrics of the last step."""
+    loss, decorrelator = parts(method)
+    tx = decorrelator.wrap(OPTIMIZER)
+    step = make_stacked_step(
+        loss,
+        tx,
+        rates,
+        statistics=decorrelator.statistics,
+        accumulate=accumulate,
+        mesh=mesh,
+    )
+    train = create_stack(start, tx)
+    train = sharding.replicate(mesh, train)
+    metrics = {}
+    for batch in batches:
+        train, metrics = step(train, sharding.shard_batch(mesh, batch))
+    return sharding.local_replica(mesh, train), sharding.local_replica(mesh, metrics)
+
+
+def alone(start, batches, rate: float, *, accumulate, method):
+    """Tunes one set at a rate."""
+    loss, decorrelator = parts(method)
+    tx = decorrelator.wrap(optax.chain(OPTIMIZER, optax.scale(rate)))
+    step = make_train_step(
+        loss, tx, statistics=decorrelator.statistics, accumulate=accumulate
+    )
+    train = TrainState.create(start, tx)
+    metrics = {}
+    for batch in batches:
+        train, metrics = step(train, batch)
+    return train, metrics
+
+
+def starts() -> list:
+    return [init_state(QUICK)] * SETS
+
+
+# Of few steps: DBP enlarges the rounding in which the two programs differ, from step to step.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "steps", "accumulate"), [("none", 4, 1), ("dbp", 2, 2)]
+)
+def test_sets_together_are_the_sets_alone(method, steps, accumulate):
+    choices = {"accumulate": accumulate, "method": method}
+    batches = []
+    for step in range(steps):
+        batches.append(joined([batch_of(i, step) for i in range(SETS)]))
+    train, metrics = together(stack_params(starts()), batches, **choices)
+    assert int(train.step) == steps
+    for index, rate in enumerate(RATES):
+        own = [batch_of(index, step) for step in range(steps)]
+        expected, expected_metrics = alone(starts()[index], own, rate, **choices)
+        assert_trees_close(
+            params_of(train.params, index), expected.params, SAME["model"]
+        )
+        # Not the anchor's divergence, a small difference of large numbers.
+        for name in ("loss", "loss_nats", "grad_norm", "state_max", "state_rms"):
+            value = expected_metrics[name]
+            assert_close(metrics[name][index], value, SAME["model"], name)
+
+
+def test_a_set_whose_gradient_is_not_finite_stops_no_other():
+    batches = [joined([batch_of(i, step) for i in range(SETS)]) for step in range(2)]
+    expected, _ = together(stack_params(starts()), batches)
+    broken = starts()
+    broken[1] = broken[1].replace(wkv=broken[1].wkv + jnp.nan)
+    train, metrics = together(stack_params(broken), batches)
+    assert np.asarray(train.skipped).tolist() == [0, 2, 0, 0]
+    assert np.asarray(metrics["updated"]).tolist() == [1, 0, 1, 1]
+    for index in (0, 2, 3):
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            params_of((train.params, train.opt_state), index),
+            params_of((expected.params, expected.opt_state), index),
+        )
+
+
+def test_a_set_at_rate_zero_stays_as_it_is():
+    batch = joined([batch_of(i, 0) for i in range(SETS)])
+    train, _ = together(stack_params(starts()), [batch], rates=np.zeros(SETS))
+    assert not np.any(train.params.wkv)
+
+
+def test_devices_that_share_the_sets_change_nothing_but_rounding():
+    batch = joined([batch_of(i, 0) for i in range(SETS)])
+    expected, metrics = together(stack_params(starts()), [batch])
+    mesh = sharding.make_data_mesh(SETS)
+    assert mesh is not None and SETS % mesh.size == 0
+    train, sharded = together(stack_params(starts()), [batch], mesh=mesh)
+    assert_trees_close(train.params, expected.params, SAME["model"])
+    assert_close(sharded["loss"], metrics["loss"], SAME["model"])
+
+
+def square(params, batch):
+    return jnp.sum(jnp.square(params["x"])) * jnp.mean(batch["tokens"]), {}
+
+
+def numbers(rows: int) -> dict:
+    return {"tokens": jnp.ones((rows, 3)), "mask": jnp.ones((rows, 2))}
+
+
+def test_all_sets_are_one_program_which_compiles_once():
+    traces = []
+
+    def loss(frozen, params, batch):
+        traces.append(1)
+        return square({"x": params["x"] * frozen}, batch)
+
+    step = make_stacked_step(Partial(loss, jnp.ones(3)), PLAIN, RATES)
+    train = create_stack({"x": jnp.ones((SETS, 3))}, PLAIN)
+    for _ in range(3):
+        train, _ = step(train, numbers(SETS))
+    assert len(traces) == 1
+
+
+def test_what_does_not_fit_a_stack_is_refused_in_one_sentence():
+    with pytest.raises(ValueError, match="`rates` must be one number for each set"):
+        make_stacked_step(square, PLAIN, np.ones((2, 2)))
+    step = make_stacked_step(square, PLAIN, RATES)
+    train = create_stack({"x": jnp.ones((SETS, 3))}, PLAIN)
+    sentence = "`rates` must have as many numbers as share the 6 rows of the batch's"
+    with pytest.raises(ValueError, match=sentence):
+        step(train, numbers(6))
