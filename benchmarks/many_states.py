@@ -148,7 +148,7 @@ def measure(made: dict[str, Program], rounds: int) -> dict[str, dict[str, float]
 
 def main() -> None:
     """Measures, prints a line for each program, and writes JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--states", type=int, default=8)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)

@@ -151,7 +151,7 @@ def find_rate(
             raise ValueError("`rates` must hold a number; got none.")
         for rate in rates:
             check_number(rate, 0, math.inf, "`rates`", above=True, bounds="positive")
-    step = make_stacked_step(loss, tx, rates, statistics=statistics)
+    step = make_stacked_step(loss, tx, np.asarray(rates), statistics=statistics)
     train = create_stack(stack_params([params] * len(rates)), tx)
     for batch in itertools.islice(batches, steps):
         train, _ = step(train, repeat_rows(batch, len(rates)))

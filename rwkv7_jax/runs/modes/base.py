@@ -21,10 +21,9 @@ from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
 from rwkv7_jax.optim.decorrelation import Decorrelator
-from rwkv7_jax.runs.datasets import TrainingData
 from rwkv7_jax.runs.early_stopping import Progress, RunProgress
 from rwkv7_jax.runs.evaluators import PredictionEvaluator, retention_paths
-from rwkv7_jax.runs.input_pipeline import BatchSource, PrefetchedBatches
+from rwkv7_jax.runs.input_pipeline import BatchSource
 from rwkv7_jax.runs.modes.optimizer import RateAt, make_optimizer, with_rate
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -311,39 +310,6 @@ class TrainingMode(abc.ABC):
             seed=self.settings.seed,
             path=path,
         )
-
-
-class DatasetMode(TrainingMode):
-    """A mode whose batches come from the run's data alone.
-
-    Attributes:
-        data: what the run reads.
-    """
-
-    data: TrainingData
-
-    def open_data(self) -> None:
-        """Opens the run's data and its held-out rows; `set_up` calls it once the model is there."""
-        tuning = self.settings.tuning
-        # Without a weight the anchor's text would be read for nothing.
-        self.data = TrainingData(
-            self.settings.data,
-            self.tokenizer,
-            seed=self.settings.seed,
-            anchor_path=tuning.anchor_path if tuning.anchor else None,
-        )
-
-    def batches(self, start_step: int, mesh: Mesh | None) -> BatchSource:
-        """Makes batches of the data ahead of their use."""
-        return PrefetchedBatches(self.data.batches(start_step=start_step), mesh)
-
-    def input_digests(self) -> dict[str, str]:
-        """Hashes the data."""
-        return self.data.digests()
-
-    def describe_data(self) -> str:
-        """Names the data and its size."""
-        return self.data.describe()
 
 
 class StateTuningMode(TrainingMode):

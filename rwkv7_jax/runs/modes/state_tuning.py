@@ -6,7 +6,8 @@ import jax
 
 from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.model.state import RWKV7State
-from rwkv7_jax.runs.modes.base import DatasetMode, StateTuningMode
+from rwkv7_jax.runs.modes.base import StateTuningMode
+from rwkv7_jax.runs.modes.dataset import DatasetMode
 from rwkv7_jax.tuning.read_statistics import state_decorrelator
 from rwkv7_jax.tuning.state_tuning import LEAVES, state_loss, trainable_mask
 from rwkv7_jax.tuning.upscaling import resolve_features, upscale

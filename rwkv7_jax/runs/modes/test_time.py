@@ -15,7 +15,8 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.runs.datasets import digest_of
 from rwkv7_jax.runs.input_pipeline import BatchSource, DrawnBatches
-from rwkv7_jax.runs.modes.base import DatasetMode, StateTuningMode
+from rwkv7_jax.runs.modes.base import StateTuningMode
+from rwkv7_jax.runs.modes.dataset import DatasetMode
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.runs.resume.run_identity import content_digests
 from rwkv7_jax.runs.settings import TestTimeSettings

@@ -1,0 +1,40 @@
+"""The part of a mode that reads its batches from data, as most modes do."""
+
+from jax.sharding import Mesh
+
+from rwkv7_jax.runs.datasets import TrainingData
+from rwkv7_jax.runs.input_pipeline import BatchSource, PrefetchedBatches
+from rwkv7_jax.runs.modes.base import TrainingMode
+
+
+class DatasetMode(TrainingMode):
+    """A mode whose batches come from the run's data alone.
+
+    Attributes:
+        data: what the run reads.
+    """
+
+    data: TrainingData
+
+    def open_data(self) -> None:
+        """Opens the run's data and its held-out rows; `set_up` calls it once the model is there."""
+        tuning = self.settings.tuning
+        # Without a weight the anchor's text would be read for nothing.
+        self.data = TrainingData(
+            self.settings.data,
+            self.tokenizer,
+            seed=self.settings.seed,
+            anchor_path=tuning.anchor_path if tuning.anchor else None,
+        )
+
+    def batches(self, start_step: int, mesh: Mesh | None) -> BatchSource:
+        """Makes batches of the data ahead of their use."""
+        return PrefetchedBatches(self.data.batches(start_step=start_step), mesh)
+
+    def input_digests(self) -> dict[str, str]:
+        """Hashes the data."""
+        return self.data.digests()
+
+    def describe_data(self) -> str:
+        """Names the data and its size."""
+        return self.data.describe()
