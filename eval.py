@@ -43,16 +43,21 @@ from rwkv7_jax.runs.settings import Settings, read_settings
 
 
 def tuned_states(
-    paths: list[str], model: RWKV7, params: Params
+    paths: list[str], model: RWKV7, params: Params, *, any_base: bool
 ) -> dict[str, RWKV7State]:
     """Loads the tuned states, by the names of their rows."""
     rows: dict[str, RWKV7State] = {}
     if not paths:
         return rows
-    # `load_state` refuses states that were tuned on other weights.
+    # By it, `load_state` refuses states that were tuned on other weights.
     base_model = model_hash(params, model.config)
     for path in paths:
-        state = load_state(path, config=model.config, base_model=base_model)
+        state = load_state(
+            path,
+            config=model.config,
+            base_model=base_model,
+            any_base=any_base,
+        )
         label = "tuned state" if state.upscaled is None else "upscaled state"
         # Of several states of a kind, all but the first are named by their files.
         rows[path if label in rows else label] = state
@@ -149,7 +154,9 @@ def evaluate(settings: Settings) -> None:
     )
     tokenizer = tokenizer_of(settings, model.config)
     rows = {"base": init_state(model.config)}
-    rows |= tuned_states(settings.state_paths, model, params)
+    rows |= tuned_states(
+        settings.state_paths, model, params, any_base=settings.any_base
+    )
     titles = subjects(data.path, settings.evaluation.retention)
     # All is read before anything is measured: a slip in the last name should not cost an hour.
     # Every row is measured on the same batch, so that differences are the states' own.

@@ -35,8 +35,8 @@ from rwkv7_jax.checkpoints.state_sidecar import (
     own_entries,
     previous_table,
     read_table,
+    refuse_other_weights,
     sidecar,
-    warn_of_other_weights,
     write_sidecar,
 )
 from rwkv7_jax.checkpoints.state_tensors import (
@@ -325,6 +325,7 @@ def load_state(
     *,
     config: RWKV7Config | None = None,
     base_model: str | None = None,
+    any_base: bool = False,
 ) -> RWKV7State:
     """Loads a start state, batch 1, float32.
 
@@ -335,8 +336,9 @@ def load_state(
         path: PyTorch's (`.pth`, `.state`) or safetensors (`.safetensors`; `.st` and `.state`, which
             are transposed).
         config: of the model, to refuse a state of another one.
-        base_model: `model_hash` of the model, to warn of a state of other weights where the sidecar
+        base_model: `model_hash` of the model, to refuse a state of other weights where the sidecar
             says which they were.
+        any_base: take such a state all the same.
 
     Raises:
         ValueError: no state in the file, layers missing, NaN or Inf, another model's sizes, or a
@@ -347,7 +349,8 @@ def load_state(
     # Warnings point at the caller of this function.
     with name_file(path, "load_state"):
         table = read_table(path)
-        warn_of_other_weights(table.get("base_model"), base_model, path, stacklevel=2)
+        if not any_base:
+            refuse_other_weights(table.get("base_model"), base_model, path)
         tensors = open_state_tensors(path)
         state = _build_state(tensors, table, path, config)
         check_digests(table, tensors, path, stacklevel=2)

@@ -216,15 +216,15 @@ def check_digests(
             )
 
 
-def warn_of_other_weights(
-    stored: str | None, base_model: str | None, path: Path, *, stacklevel: int
+def refuse_other_weights(
+    stored: str | None, base_model: str | None, path: Path
 ) -> None:
-    """Warns if the sidecar says that the state was tuned for another model."""
+    """Raises if the sidecar says that the state was tuned for another model."""
     if base_model is None or stored is None or stored == base_model:
         return
-    # No error: the same weights in another dtype have another hash.
-    warnings.warn(
-        f"load_state: `{path}` was tuned for the model {stored}; got the model {base_model}. "
-        "Unless they differ in dtype alone, it means nothing there.",
-        stacklevel=stacklevel + 1,
+    # Also of the same weights in another dtype, which have another hash: only the caller knows.
+    raise ValueError(
+        f"load_state: `{path}` was tuned for the model {stored}; got the model {base_model}. On "
+        "other weights a state means nothing; where they differ in dtype alone, insist: "
+        "`any_base=True`, --any-base or --config.any_base."
     )

@@ -25,6 +25,7 @@ from rwkv7_jax.cli.inputs import (
     MODEL_HELP,
     PROMPT_HELP,
     LoadedModel,
+    add_any_base_option,
     add_vocabulary_option,
     read_model,
     read_prompt,
@@ -67,6 +68,7 @@ def add_generate_command(subparsers) -> argparse.ArgumentParser:
         type=path,
         help="observer that reads the prompt in the model's place and proposes its start state",
     )
+    add_any_base_option(parser)
     add("--prompt", required=True, help=f"text to continue; {PROMPT_HELP}")
     add(
         "--save-state",
@@ -216,7 +218,7 @@ def run_generate(options: argparse.Namespace) -> str | None:
     tokenizer = model.tokenizer(options.vocabulary)
     state = None
     if options.state:
-        state = model.load_state(options.state)
+        state = model.load_state(options.state, any_base=options.any_base)
         _check_savable(options, state)
         if options.chat and read_sidecar(options.state).get("session") == "chat":
             # The state has read an answer but not the blank line that ends a turn.

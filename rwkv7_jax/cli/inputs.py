@@ -40,6 +40,15 @@ def add_vocabulary_option(parser: argparse.ArgumentParser, default: str) -> None
     )
 
 
+def add_any_base_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--any-base` to a command that starts a model from a state."""
+    parser.add_argument(
+        "--any-base",
+        action="store_true",
+        help="take a state that was tuned for other weights",
+    )
+
+
 class LoadedModel(NamedTuple):
     """A checkpoint in memory.
 
@@ -58,9 +67,14 @@ class LoadedModel(NamedTuple):
         """Returns the Linen module of these sizes."""
         return RWKV7(self.config)
 
-    def load_state(self, path: str) -> RWKV7State:
-        """Loads a state of this model's sizes; warns if it was tuned for other weights."""
-        return load_state(path, config=self.config, base_model=self.hash)
+    def load_state(self, path: str, *, any_base: bool) -> RWKV7State:
+        """Loads a state of this model's sizes; `any_base` takes one of other weights, too."""
+        return load_state(
+            path,
+            config=self.config,
+            base_model=self.hash,
+            any_base=any_base,
+        )
 
     def tokenizer(self, vocabulary: str | None) -> Tokenizer:
         """Returns the vocabulary that `--vocabulary` names, or else that of the model."""

@@ -92,7 +92,8 @@ def _info(options: argparse.Namespace) -> str:
     if model is None:
         state = load_state(options.state)
     else:
-        state = model.load_state(options.state)
+        # Whose state it is, is what the command says.
+        state = model.load_state(options.state, any_base=True)
     table = read_sidecar(options.state)
     lines = [f"{options.state}: {_sizes(state)}, {_dtypes(options.state)}"]
     if state.upscaled is not None:

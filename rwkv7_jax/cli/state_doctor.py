@@ -15,7 +15,12 @@ from rwkv7_jax.cli.arguments import (
     path,
     refuse_inputs,
 )
-from rwkv7_jax.cli.inputs import MODEL_HELP, add_vocabulary_option, read_model
+from rwkv7_jax.cli.inputs import (
+    MODEL_HELP,
+    add_any_base_option,
+    add_vocabulary_option,
+    read_model,
+)
 from rwkv7_jax.cli.tables import format_heads, format_table
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.loading import token_stream, windows
@@ -37,6 +42,7 @@ def add_doctor_command(subparsers) -> None:
     add = parser.add_argument
     add("state", type=path, help=".pth, .safetensors or .st")
     add("--model", required=True, type=path, help=MODEL_HELP)
+    add_any_base_option(parser)
     add("--data", required=True, help=f"what it was tuned for: {_TEXT_HELP}")
     add("--generic", help=f"text on which the model must not change: {_TEXT_HELP}")
     add(
@@ -96,7 +102,7 @@ def _doctor(options: argparse.Namespace) -> str:
             inputs[f"--{option}"] = source.paths
     refuse_inputs("state doctor: `--picture`", options.picture, inputs)
     model = read_model(options.model)
-    state = model.load_state(options.state)
+    state = model.load_state(options.state, any_base=options.any_base)
     tokenizer = model.tokenizer(options.vocabulary)
     batch = _batch(options, "data", tokenizer)
     generic = None

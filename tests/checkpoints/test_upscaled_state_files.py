@@ -49,15 +49,17 @@ def test_formats_of_other_tools_cannot_hold_one(tmp_path, state, suffix):
     assert not (tmp_path / f"s{suffix}").exists()
 
 
-def test_a_state_tuned_for_other_weights_gives_a_warning(tmp_path, state):
+def test_a_state_tuned_for_other_weights_is_refused_unless_insisted(tmp_path, state):
     own = model_hash(lively(), CONFIG)
     other = model_hash(jax.tree.map(lambda x: x + 1, lively()), CONFIG)
     save_state(tmp_path / "s.safetensors", state, info={"base_model": own})
     load_state(tmp_path / "s.safetensors", base_model=own)
-    with pytest.warns(
-        UserWarning, match=f"tuned for the model {own}; got the model {other}"
-    ):
+    sentence = f"tuned for the model {own}; got the model {other}.*any_base=True"
+    with pytest.raises(ValueError, match=sentence):
         load_state(tmp_path / "s.safetensors", base_model=other)
+    load_state(tmp_path / "s.safetensors", base_model=other, any_base=True)
+    save_state(tmp_path / "unsaid.safetensors", state)
+    load_state(tmp_path / "unsaid.safetensors", base_model=other)
 
 
 def test_what_is_missing_or_not_finite_is_named(tmp_path, state):

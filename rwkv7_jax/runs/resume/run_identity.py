@@ -26,6 +26,7 @@ MAY_CHANGE_ON_RESUME = (
     "keep_best",
     "stop_after_bad",
     "allow_nan",
+    "any_base",
     "profile_steps",
     "trackers",
     "evaluation",

@@ -312,6 +312,7 @@ class Settings:
         stop_after_bad: the run stops after so many updates in a row whose loss or gradient was not
             finite; such updates are skipped.
         allow_nan: take a checkpoint that holds NaN or Inf.
+        any_base: let eval.py take states that were tuned for other weights.
         profile_steps: "first:last", steps of which a profile is written.
         trackers: where metrics go besides the run's files: "tensorboard", "wandb".
         workdir: eval.py's folder for its report; train.py has it as a flag.
@@ -333,6 +334,7 @@ class Settings:
     keep_best: int = number(0, 0, MOST_COUNT)
     stop_after_bad: int | None = number(10, 0, MOST_COUNT, absent=0)
     allow_nan: bool = False
+    any_base: bool = False
     profile_steps: str | None = optional("")
     trackers: tuple[str, ...] = ()
     workdir: str | None = place(None, target=True)
