@@ -101,7 +101,6 @@ def starts() -> list:
 
 
 # Of few steps: DBP enlarges the rounding in which the two programs differ, from step to step.
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "steps", "accumulate"), [("none", 4, 1), ("dbp", 2, 2)]
 )

@@ -69,6 +69,13 @@ class RateSearchMode(StackMode):
         for subject, mode in self.subjects.items():
             for rate in self._rates:
                 self.members[f"{subject}{rate:g}"] = mode
+        devices = jax.device_count()
+        if jax.process_count() > 1 and len(self.members) % devices:
+            raise ValueError(
+                f"`config.tuning.rates` must be such that {devices} devices share all "
+                f"{len(self.members)} states evenly where there are several processes; or name "
+                "`config.optimizer.learning_rate`."
+            )
         self.adopt(self.members)
 
     def rates(self) -> np.ndarray:

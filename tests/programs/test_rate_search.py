@@ -1,0 +1,181 @@
+"""Runs that find their rate: as if it were named, resumed exactly, honest when it fails."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+from run_programs import train_here
+from smallest_runs import mode_settings
+
+from rwkv7_jax.checkpoints.state_files import load_state
+from rwkv7_jax.evaluation.metric import Metric
+from rwkv7_jax.runs.exit_codes import Stopped
+from rwkv7_jax.runs.input_pipeline import InputPipeline
+from rwkv7_jax.runs.modes.rate_search import RateSearchMode
+from rwkv7_jax.runs.modes.state_tuning import StateMode
+from rwkv7_jax.runs.rate_search import RECORD, keep_rate_of_run
+
+# Without the checks of array shapes, as users run it.
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+SEARCH = {
+    "optimizer__learning_rate": None,
+    "tuning__rates": (0.01, 0.1, 1.0),
+    "evaluation__patience": 0,
+    "evaluation__every": 0,
+}
+
+
+def searched(base_model, mode="state", **changes):
+    return mode_settings(mode, base_model, **(SEARCH | changes))
+
+
+def found(folder) -> dict:
+    return json.loads((folder / RECORD).read_text())["states"]
+
+
+def tuned(folder, name="state.pth"):
+    return load_state(folder / name).wkv
+
+
+def graded(monkeypatch, values):
+    """Makes searches find these losses: without a state, then at each rate."""
+    left = iter(values)
+    monkeypatch.setattr(
+        StateMode,
+        "losses",
+        lambda mode, params, windows: {"held_out_nats": Metric.of(next(left), "nats")},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["state", "upscaled_state"])
+def test_a_run_that_finds_its_rate_is_the_run_that_names_it(tmp_path, base_model, mode):
+    train_here(searched(base_model, mode), tmp_path / "found")
+    rate = found(tmp_path / "found")[""]["rate"]
+    assert rate in SEARCH["tuning__rates"]
+    named = {"optimizer__learning_rate": rate}
+    named |= {"optimizer__final_learning_rate": 0.01 * rate}
+    train_here(searched(base_model, mode, **named), tmp_path / "named")
+    file = "state.pth" if mode == "state" else "state.safetensors"
+    one = (tmp_path / "found" / file).read_bytes()
+    assert one == (tmp_path / "named" / file).read_bytes()
+    assert "Learning rate" in (tmp_path / "found" / "report.html").read_text()
+    assert not (tmp_path / "named" / RECORD).exists()
+
+
+@pytest.mark.slow
+def test_a_search_stopped_by_a_signal_goes_on_with_the_same_bits(
+    tmp_path, base_model, monkeypatch, capsys
+):
+    train_here(searched(base_model), tmp_path / "one")
+    original = InputPipeline.__call__
+
+    def call(feed, number, params):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(feed, number, params)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(InputPipeline, "__call__", call)
+        sentence = "step 3 of the search for a learning rate is saved"
+        with pytest.raises(Stopped, match=sentence):
+            train_here(searched(base_model), tmp_path / "two")
+    assert not (tmp_path / "two" / RECORD).exists()
+    train_here(searched(base_model), tmp_path / "two")
+    assert "resume    from step 3" in capsys.readouterr().out
+    assert found(tmp_path / "one") == found(tmp_path / "two")
+    np.testing.assert_array_equal(tuned(tmp_path / "one"), tuned(tmp_path / "two"))
+    places = "rate_search/checkpoints/5/record/metadata"
+    records = [json.loads((tmp_path / k / places).read_text()) for k in ("one", "two")]
+    assert records[0]["leaves"] == records[1]["leaves"]
+
+
+@pytest.mark.slow
+def test_where_no_rate_is_better_than_no_state_nothing_is_tuned_or_saved(
+    tmp_path, base_model, monkeypatch, capsys
+):
+    graded(monkeypatch, [1.0, 1.1, 1.2, 1.0])
+    train_here(searched(base_model), tmp_path)
+    assert "nothing is tuned, and no state is saved" in capsys.readouterr().out
+    assert not (tmp_path / "state.pth").exists()
+    # Given again, the command says the same without a second search: its losses are used up.
+    train_here(searched(base_model), tmp_path)
+    assert "nothing is tuned, and no state is saved" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_each_of_several_states_has_the_rate_that_was_found_for_it(
+    tmp_path, base_model, monkeypatch, capsys
+):
+    graded(monkeypatch, [2.0, 1.5, 1.0, 3.0, 2.0, 2.5, 3.0, 3.0])
+    texts = {"poet": "task:mapping", "cook": "task:facts-8"}
+    settings = searched(base_model, data__path="", tuning__states=texts)
+    train_here(settings, tmp_path)
+    rates = {name: one["rate"] for name, one in found(tmp_path).items()}
+    assert rates == {"poet": 0.1, "cook": None}
+    assert "no state is saved for cook: no rate was found" in capsys.readouterr().out
+    assert [file.name for file in (tmp_path / "states").glob("*.pth")] == ["poet.pth"]
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(rows[-2])
+    assert last["cook/learning_rate"] == 0 and last["poet/learning_rate"] > 0
+
+
+def ends_worse(monkeypatch):
+    """Makes every evaluation worse than the one before."""
+    count = iter(range(100))
+    monkeypatch.setattr(
+        StateMode,
+        "evaluate",
+        lambda mode, params: {"held_out_nats": Metric.of(1.0 + next(count), "nats")},
+    )
+
+
+@pytest.mark.slow
+def test_a_state_that_ends_worse_than_no_state_is_never_saved_without_a_word(
+    tmp_path, base_model, monkeypatch, capsys
+):
+    ends_worse(monkeypatch)
+    graded(monkeypatch, [2.0, 1.5, 1.0, 3.0])
+    train_here(searched(base_model), tmp_path / "found")
+    assert "worse on held-out data than no state" in capsys.readouterr().out
+    assert not (tmp_path / "found" / "state.pth").exists()
+    # A rate that was named is what was asked for: the state is saved, with a warning.
+    train_here(searched(base_model, optimizer__learning_rate=0.1), tmp_path / "named")
+    assert "worse on held-out data than no state" in capsys.readouterr().err
+    assert (tmp_path / "named" / "state.pth").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_named_its_rate_keeps_it_where_the_command_names_none(
+    tmp_path, base_model, capsys
+):
+    named = searched(base_model, optimizer__learning_rate=0.1, steps=2)
+    assert keep_rate_of_run(searched(base_model), tmp_path) == searched(base_model)
+    train_here(named, tmp_path)
+    kept = keep_rate_of_run(searched(base_model), tmp_path)
+    assert kept.optimizer == named.optimizer and not kept.finds_rate
+    train_here(kept, tmp_path)
+    assert "resume    from step 2" in capsys.readouterr().out
+
+
+def test_settings_of_a_search_are_refused_in_one_sentence(tmp_path, base_model):
+    with pytest.raises(ValueError, match=r"`config\.tuning\.rates` must hold learning"):
+        searched(base_model, tuning__rates=())
+    with pytest.raises(ValueError, match=r"`config\.tuning\.rates` must be above 0"):
+        searched(base_model, tuning__rates=(0.0, 1.0))
+    with pytest.raises(ValueError, match=r"`config\.tuning\.search_share` must be"):
+        searched(base_model, tuning__search_share=0.0)
+    (tmp_path / RECORD).write_text("{}")
+    with pytest.raises(ValueError, match="must be the record of a search"):
+        train_here(searched(base_model), tmp_path)
+
+
+def test_only_states_that_are_tuned_on_text_find_a_rate(base_model):
+    assert searched(base_model).finds_rate
+    assert not mode_settings("state", base_model).finds_rate
+    pretrain = mode_settings("pretrain", base_model, optimizer__learning_rate=None)
+    assert not pretrain.finds_rate and pretrain.optimizer.learning_rate == 6e-4
+    assert RateSearchMode.measures_start is False

@@ -1,0 +1,111 @@
+"""The search for a learning rate: its size, its choice, and that it tunes as a run does."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rwkv7_jax.training.train_step import TrainState, make_train_step
+from rwkv7_jax.tuning.rate_search import (
+    LEAST_STEPS,
+    choose_rate,
+    find_rate,
+    plan_search,
+)
+
+NAN = float("nan")
+
+
+@given(
+    rates=st.integers(1, 12),
+    steps=st.integers(1, 5000),
+    rows=st.integers(1, 64),
+    share=st.floats(0.01, 1.0),
+    measuring=st.floats(0.0, 20.0),
+)
+def test_a_search_costs_its_share_or_has_the_least_steps(
+    rates, steps, rows, share, measuring
+):
+    plan = plan_search(rates, steps=steps, rows=rows, share=share, measuring=measuring)
+    spent = rates * (plan.steps * plan.rows + measuring) / (steps * rows)
+    assert math.isclose(plan.share, spent)
+    assert plan.share <= share + 1e-9 or plan.steps == min(LEAST_STEPS, steps)
+    # A step is no larger than one of the run, unless the rates are more than its rows.
+    assert plan.rows * rates <= max(rows, rates)
+
+
+def test_the_rate_with_the_lowest_loss_is_taken_and_the_edge_is_said():
+    assert choose_rate(2.0, {0.01: 1.9, 0.1: 1.5, 1.0: 3.0}).rate == 0.1
+    assert choose_rate(2.0, {0.01: 1.9, 0.1: 1.5, 1.0: 3.0}).edge == ""
+    assert choose_rate(2.0, {0.01: 1.2, 0.1: 1.5}).edge == "smallest"
+    assert choose_rate(2.0, {0.01: 1.9, 0.1: 1.5}).edge == "largest"
+
+
+def test_rates_that_diverged_are_passed_over():
+    assert choose_rate(2.0, {0.01: 1.9, 0.1: NAN, 1.0: math.inf}).rate == 0.01
+
+
+@pytest.mark.parametrize("losses", [{0.1: 2.0, 1.0: 2.5}, {0.1: NAN}])
+def test_no_rate_is_taken_where_none_is_better_than_not_tuning(losses):
+    assert choose_rate(2.0, losses).rate is None
+
+
+def test_of_equal_gains_the_one_that_forgets_least_is_taken_or_the_smallest():
+    losses = {0.1: 1.001, 0.3: 1.0, 1.0: 1.002}
+    assert choose_rate(2.0, losses).rate == 0.1
+    forgetting = {0.1: 3.0, 0.3: 2.0, 1.0: 1.0}
+    assert choose_rate(2.0, losses, forgetting=forgetting).rate == 1.0
+    # Better on what must not be forgotten is no excuse for learning less.
+    losses[1.0] = 1.5
+    assert choose_rate(2.0, losses, forgetting=forgetting).rate == 0.3
+
+
+def square(params, batch):
+    miss = params["x"] - jnp.mean(batch["tokens"])
+    return jnp.sum(jnp.square(miss)), {}
+
+
+def batches():
+    while True:
+        yield {
+            "tokens": np.ones((2, 3), np.float32),
+            "mask": np.ones((2, 2), np.float32),
+        }
+
+
+def test_each_rate_is_tuned_as_a_run_at_that_rate():
+    start = {"x": jnp.zeros(3)}
+
+    def measure(params):
+        return float(jnp.sum(jnp.square(params["x"] - 1)))
+
+    found = find_rate(
+        square, optax.sgd(1.0), start, batches(), measure, steps=4, rates=(0.01, 0.4)
+    )
+    assert found.base == 3.0 and found.rate == 0.4
+    for rate, loss in found.losses.items():
+        tx = optax.sgd(rate)
+        step = make_train_step(square, tx)
+        train = TrainState.create(start, tx)
+        source = batches()
+        for _ in range(4):
+            train, _ = step(train, next(source))
+        assert math.isclose(measure(train.params), loss, rel_tol=1e-5)
+
+
+def test_rates_that_are_none_are_refused():
+    for rates, sentence in (((), "must hold a number"), ((0.0,), "must be positive")):
+        with pytest.raises(ValueError, match=f"find_rate: `rates` {sentence}"):
+            find_rate(
+                square,
+                optax.sgd(1.0),
+                {"x": jnp.zeros(3)},
+                batches(),
+                lambda _: 0.0,
+                steps=1,
+                rates=rates,
+            )
