@@ -131,42 +131,53 @@ RATES = {
 }
 
 
-@functools.cache
-def program(kind: str):
-    """Makes the optimizer, with a settable rate, and the compiled step."""
+def loss_of(kind: str):
+    """Makes the loss of a row's trainables and a batch."""
     model, params = base()
-    leaves = ("memory",) if kind in UPSCALED else ("wkv",)
-    online = kind in UPSCALED and UPSCALED[kind][2]
+    whole = rwkv.pretrain_loss(model, l2wrap=0.0)
+    if kind == "all weights":
+        return whole
     if kind == "LoRA":
-        whole = rwkv.pretrain_loss(model, l2wrap=0.0)
-        loss = jax.tree_util.Partial(
+        return jax.tree_util.Partial(
             lambda params, adapters, rows: whole(with_low_rank(params, adapters), rows),
             params,
         )
-    elif kind == "all weights":
-        loss = rwkv.pretrain_loss(model, l2wrap=0.0)
-    else:
-        loss = state_loss(model, params, leaves=leaves)
+    return state_loss(model, params, leaves=leaves_of(kind))
 
-    def build(learning_rate):
-        adam = optax.adam(learning_rate, b2=0.99)
-        if kind in ("LoRA", "all weights"):
-            return adam
-        adam = rwkv.decorrelate(adam) if online else adam
-        return optax.masked(adam, lambda state: trainable_mask(state, leaves))
 
-    statistics = (
-        state_statistics(
-            model,
-            params,
-            leaves=leaves,
-            rows=4,
-        )
-        if online
-        else None
-    )
+def leaves_of(kind: str) -> tuple[str, ...]:
+    """Names the tuned arrays of a state."""
+    return ("memory",) if kind in UPSCALED else ("wkv",)
+
+
+def is_online(kind: str) -> bool:
+    """Tells whether a row is tuned by DBP."""
+    return kind in UPSCALED and UPSCALED[kind][2]
+
+
+def optimizer_of(kind: str, learning_rate) -> optax.GradientTransformation:
+    """Makes the optimizer of a row."""
+    adam = optax.adam(learning_rate, b2=0.99)
+    if kind in ("LoRA", "all weights"):
+        return adam
+    adam = rwkv.decorrelate(adam) if is_online(kind) else adam
+    return optax.masked(adam, lambda state: trainable_mask(state, leaves_of(kind)))
+
+
+def statistics_of(kind: str):
+    """Makes the statistics of a row that is tuned by DBP; None for others."""
+    if not is_online(kind):
+        return None
+    return state_statistics(*base(), leaves=leaves_of(kind), rows=4)
+
+
+@functools.cache
+def program(kind: str):
+    """Makes the optimizer, with a settable rate, and the compiled step."""
+    build = functools.partial(optimizer_of, kind)
     tx = optax.inject_hyperparams(build)(learning_rate=1.0)
-    return tx, rwkv.make_train_step(loss, tx, statistics=statistics)
+    step = rwkv.make_train_step(loss_of(kind), tx, statistics=statistics_of(kind))
+    return tx, step
 
 
 def tuned(
@@ -202,30 +213,30 @@ def tuned(
 
 def scores(kind: str, style: str, trained) -> dict[str, Any]:
     """Scores held-out bits per byte of the style, by position, and of the base's own text."""
-    model, params = base()
-    state = (
-        trained
-        if isinstance(trained, rwkv.RWKV7State)
-        else rwkv.init_state(model.config)
-    )
-    if kind == "LoRA":
-        params = with_low_rank(params, trained)
-    elif kind == "all weights":
-        params = trained
-    tokenizer = rwkv.Tokenizer.bytes()
-
-    def held_out_score(name: str) -> Score:
-        text = windows(stream(name, "held_out"), 512, 48)
-        return score(model, params, state, text, tokenizer)
-
-    new = held_out_score(style)
-    own = held_out_score(OWN)
+    new = held_out_score(kind, style, trained)
+    own = held_out_score(kind, OWN, trained)
     return {
         "bits_per_byte": new.bits_per_byte,
         "standard_error": new.standard_error,
         "by_position": new.by_position,
         "own_text": own.bits_per_byte,
     }
+
+
+def held_out_score(
+    kind: str, style: str, trained, *, length: int = 512, count: int = 48
+) -> Score:
+    """Scores a row's trainables on windows of held-out text of a style."""
+    model, params = base()
+    state = rwkv.init_state(model.config)
+    if isinstance(trained, rwkv.RWKV7State):
+        state = trained
+    elif kind == "LoRA":
+        params = with_low_rank(params, trained)
+    elif kind == "all weights":
+        params = trained
+    text = windows(stream(style, "held_out"), length, count)
+    return score(model, params, state, text, rwkv.Tokenizer.bytes())
 
 
 def untuned(kind: str, style: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 FINAL_SHARE = 0.01
 
 # Below so many steps rates cannot be told from each other.
-LEAST_STEPS = 24
+LEAST_STEPS = 12
 
 # Gains this much smaller than the best one, as a share of it, count as equal to it.
 _TOLERANCE = 0.03

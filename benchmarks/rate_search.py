@@ -1,0 +1,314 @@
+"""The search for a learning rate against a sweep: what its choice is worth, and what it costs.
+
+    python -m benchmarks.rate_search --json benchmarks/results/cpu-rate-search.json
+
+On three styles of text the start state of the shipped base is tuned, on one of them also an
+upscaled state, low-rank changes and all weights; on a genuine model that reverses digits, where it
+is there, the start state for copying them. Each is searched as a run would be, in a tenth of its
+arithmetic, and tuned at full length at every rate. Cells are cached; a run continues from there.
+"""
+
+import argparse
+import functools
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import optax
+
+import rwkv7_jax as rwkv
+from benchmarks import record, text_table
+from benchmarks.paper_table import Cells
+from rwkv7_jax.data.batch import Batch
+from rwkv7_jax.data.loading import batch_at
+from rwkv7_jax.evaluation.scoring import score_answers
+from rwkv7_jax.optim.optimizer import learning_rate_schedule
+from rwkv7_jax.training.costs import flops_per_token
+from rwkv7_jax.training.stacked_step import (
+    create_stack,
+    make_stacked_step,
+    params_of,
+    stack_params,
+)
+from rwkv7_jax.training.train_step import TrainState, make_train_step
+from rwkv7_jax.tuning.rate_search import (
+    FINAL_SHARE,
+    RATES,
+    SearchPlan,
+    find_rate,
+    plan_search,
+    repeat_rows,
+)
+from rwkv7_jax.tuning.state_tuning import state_loss
+
+STEPS = 160
+ROWS = 8
+LENGTH = 64
+WARMUP = 10
+# Windows that judge a rate in the search, and a state at the end.
+QUICK = 8
+WINDOWS = 48
+
+REVERSE = "blinkdl-reverse-260123/derived-official-layout.pth"
+COPYING = "copying"
+DIGITS = 24  # of a number at most
+COMMA, END = 10, 11
+
+
+class Subject(NamedTuple):
+    """What is tuned, on what, and how it is measured.
+
+    Attributes:
+        config: of the model.
+        loss: of the trainables and a batch.
+        statistics: for DBP; None without it.
+        optimizer: from a learning rate to the optimizer.
+        start: from a seed to the trainables before tuning.
+        batch: from a step and a seed to its rows.
+        measure: from trainables and a number of windows to their held-out loss.
+    """
+
+    config: rwkv.RWKV7Config
+    loss: Any
+    statistics: Any
+    optimizer: Callable[[Any], optax.GradientTransformation]
+    start: Callable[[int], Any]
+    batch: Callable[[int, int], Batch]
+    measure: Callable[[Any, int], float]
+
+
+def text_subject(kind: str, style: str) -> Subject:
+    """Makes a row of the table of text."""
+    model, _ = text_table.base()
+
+    def batch(step: int, seed: int) -> Batch:
+        return batch_at(
+            text_table.stream(style, "train"),
+            step,
+            batch_size=ROWS,
+            length=LENGTH,
+            seed=seed,
+        )
+
+    def measure(trained: Any, count: int) -> float:
+        found = text_table.held_out_score(
+            kind, style, trained, length=LENGTH, count=count
+        )
+        return found.bits_per_byte
+
+    return Subject(
+        config=model.config,
+        loss=text_table.loss_of(kind),
+        statistics=text_table.statistics_of(kind),
+        optimizer=functools.partial(text_table.optimizer_of, kind),
+        start=lambda seed: text_table.start(kind, style, seed),
+        batch=batch,
+        measure=measure,
+    )
+
+
+def copy_rows(seed: int, rows: int) -> Batch:
+    """Makes rows of a number, a comma, the number again and a sign for the end."""
+    rng = np.random.default_rng(seed)
+    tokens = np.full((rows, 2 * DIGITS + 3), END, np.int32)
+    mask = np.zeros((rows, 2 * DIGITS + 2), np.float32)
+    for row in range(rows):
+        count = int(rng.integers(1, DIGITS + 1))
+        number = rng.integers(0, 10, count)
+        tokens[row, :count] = number
+        tokens[row, count] = COMMA
+        tokens[row, count + 1 : 2 * count + 1] = number
+        mask[row, count : 2 * count + 1] = 1
+    return Batch(tokens=tokens, mask=mask)
+
+
+def copy_subject(path: Path) -> Subject:
+    """Makes the start state of the reversing model, tuned to copy."""
+    params, config = rwkv.load_model(path, dtype="float32")
+    model = rwkv.RWKV7(config)
+    held_out = copy_rows(10**6, WINDOWS)
+
+    def measure(state: Any, count: int) -> float:
+        rows = held_out.select_rows(slice(0, count))
+        return score_answers(model, params, state, rows).nats
+
+    return Subject(
+        config=config,
+        loss=state_loss(model, params),
+        statistics=None,
+        optimizer=functools.partial(text_table.optimizer_of, "start state"),
+        start=lambda seed: rwkv.init_state(config),
+        batch=lambda step, seed: copy_rows(1000 * seed + step, ROWS),
+        measure=measure,
+    )
+
+
+def schedule(steps: int) -> optax.Schedule:
+    """Makes the schedule of a rate of 1, as runs of train.py have it."""
+    return learning_rate_schedule(
+        "cosine",
+        1.0,
+        FINAL_SHARE,
+        warmup_steps=min(WARMUP, steps // 4),
+        total_steps=steps,
+    )
+
+
+def plan_of(subject: Subject) -> SearchPlan:
+    """Sizes the search as a run of train.py does."""
+    flops = flops_per_token(subject.config)
+    return plan_search(
+        len(RATES),
+        steps=STEPS,
+        rows=ROWS,
+        share=0.1,
+        measuring=QUICK * flops.forward / flops.state,
+    )
+
+
+def searched(subject: Subject, seed: int) -> dict[str, Any]:
+    """Searches; the seconds are the processor's, without what is spent on compiling."""
+    plan = plan_of(subject)
+    marks: list[float] = []
+    measuring: list[float] = []
+
+    def batches() -> Iterator[Batch]:
+        for step in range(plan.steps + 1):
+            marks.append(time.process_time())
+            yield subject.batch(step, seed).select_rows(slice(0, plan.rows))
+
+    def measure(trained: Any) -> float:
+        began = time.process_time()
+        loss = subject.measure(trained, QUICK)
+        measuring.append(time.process_time() - began)
+        return loss
+
+    choice = find_rate(
+        subject.loss,
+        subject.optimizer(schedule(plan.steps)),
+        subject.start(seed),
+        batches(),
+        measure,
+        steps=plan.steps,
+        statistics=subject.statistics,
+    )
+    # The first of each compiles; asking for batches does not wait, so the mean counts.
+    steps = (marks[-1] - marks[1]) / (len(marks) - 2) * plan.steps
+    return {
+        "rate": choice.rate,
+        "edge": choice.edge,
+        "losses": {str(rate): loss for rate, loss in choice.losses.items()},
+        "untuned": choice.base,
+        "processor_seconds": steps + statistics.median(measuring[1:]) * len(measuring),
+        "plan": plan._asdict(),
+    }
+
+
+def swept(subject: Subject, seed: int) -> dict[str, float]:
+    """Tunes at every rate for the full length; gives the held-out losses."""
+    tx = subject.optimizer(schedule(STEPS))
+    step = make_stacked_step(
+        subject.loss, tx, np.asarray(RATES), statistics=subject.statistics
+    )
+    train = create_stack(stack_params([subject.start(seed)] * len(RATES)), tx)
+    for number in range(STEPS):
+        train, _ = step(train, repeat_rows(subject.batch(number, seed), len(RATES)))
+    losses = {}
+    for index, rate in enumerate(RATES):
+        trained = params_of(train.params, index)
+        losses[str(rate)] = subject.measure(trained, WINDOWS)
+    return losses
+
+
+def run_seconds(subject: Subject) -> float:
+    """Measures the processor's seconds of the steps of one run, without compiling."""
+    tx = subject.optimizer(schedule(STEPS))
+    step = make_train_step(subject.loss, tx, statistics=subject.statistics)
+    train = TrainState.create(subject.start(0), tx)
+    times = []
+    for number in range(12):
+        began = time.process_time()
+        train, metrics = step(train, subject.batch(number, 0))
+        jax.block_until_ready(metrics)
+        times.append(time.process_time() - began)
+    return STEPS * statistics.median(times[2:])
+
+
+def cell(subject: Subject, seed: int) -> dict[str, Any]:
+    """Searches and sweeps once, and compares."""
+    found = searched(subject, seed)
+    losses = swept(subject, seed)
+    best = min((loss, rate) for rate, loss in losses.items() if math.isfinite(loss))
+    chosen = losses[str(found["rate"])] if found["rate"] else math.inf
+    return {
+        "search": found,
+        "sweep": losses,
+        "best_rate": float(best[1]),
+        "excess": chosen / best[0] - 1,
+    }
+
+
+def subjects() -> dict[str, tuple[Callable[[], Subject], int]]:
+    """Lists the subjects and how many seeds each has, of those that are there."""
+    found: dict[str, tuple[Callable[[], Subject], int]] = {}
+    for style in text_table.STYLES:
+        make = functools.partial(text_subject, "start state", style)
+        found[f"start state | {style}"] = (make, 3)
+    for kind in ("upscaled, whitened", "LoRA", "all weights"):
+        make = functools.partial(text_subject, kind, text_table.STYLES[0])
+        found[f"{kind} | {text_table.STYLES[0]}"] = (make, 1)
+    folder = os.environ.get("RWKV7_CHECKPOINTS", "../shared/checkpoints")
+    path = Path(folder) / REVERSE
+    if path.is_file():
+        found[f"start state | {COPYING}"] = (functools.partial(copy_subject, path), 3)
+    return found
+
+
+def main() -> None:
+    """Runs all cells, prints a line for each, and writes JSON where asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", help="file for the numbers")
+    parser.add_argument("--cells", default="runs/rate-search", help="folder of a cache")
+    options = parser.parse_args()
+    cells = Cells(Path(options.cells))
+    results: dict[str, Any] = {}
+    for name, (make, seeds) in subjects().items():
+        make = functools.cache(make)
+        seconds = cells.get(f"{name} | time", lambda make=make: run_seconds(make()))
+        runs = []
+        for seed in range(seeds):
+            one = cells.get(
+                f"{name} | {seed}", lambda make=make, seed=seed: cell(make(), seed)
+            )
+            runs.append(one["found"])
+            search = runs[-1]["search"]
+            extra = search["processor_seconds"] / seconds["found"]
+            print(
+                f"{name:36} seed {seed}  found {search['rate']}  best {runs[-1]['best_rate']}  "
+                f"excess {runs[-1]['excess']:+.2%}  time {extra:+.1%}",
+                flush=True,
+            )
+        results[name] = {"run_processor_seconds": seconds["found"], "seeds": runs}
+    if options.json:
+        record.write(
+            options.json,
+            "benchmarks.rate_search",
+            packages=("jax", "optax"),
+            steps=STEPS,
+            rows=ROWS,
+            length=LENGTH,
+            rates=RATES,
+            results=results,
+        )
+
+
+if __name__ == "__main__":
+    main()
