@@ -88,7 +88,7 @@ def find_rates(
             made.evaluate(params)
         record = {
             "plan": made.plan._asdict(),
-            "states": {subject: _choose(made, subject) for subject in made.subjects},
+            "states": {_name(one): _choose(made, one) for one in made.subjects},
             "identity": {group: dict(fields) for group, fields in identity.items()},
         }
         text = multihost.run_on_process_0(lambda: _write_record(path, record))
@@ -121,6 +121,11 @@ def _write_record(path: Path, record: Mapping[str, Any]) -> str:
     except (OSError, ValueError) as error:
         raise DiskError(f"`{path}` cannot be written: {error}.") from None
     return text
+
+
+def _name(subject: str) -> str:
+    """Gives the name of a state, without what divides it from a rate; "" of a run's only one."""
+    return subject.removesuffix("/")
 
 
 def _announce(search: RateSearchMode) -> None:
@@ -170,9 +175,10 @@ def _choose(search: RateSearchMode, subject: str) -> dict[str, Any]:
 def _use(mode: TrainingMode, found: Mapping[str, Mapping[str, Any]]) -> bool:
     """Gives each state the rate that was found for it, and says so."""
     for subject, state in subjects_of(mode).items():
-        one = found[subject]
+        one = found[_name(subject)]
         state.found_rate = one["rate"]
-        print(f"rate      {subject}{_sentence(one)}", flush=True)
+        name = _name(subject)
+        print(f"rate      {name and f'{name}: '}{_sentence(one)}", flush=True)
     return any(one["rate"] is not None for one in found.values())
 
 
