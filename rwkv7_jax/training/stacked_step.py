@@ -5,6 +5,7 @@ rows of one run: row i belongs to set i // rows. One program computes all of the
 to one set, such as a gradient that is not finite, is nothing to the others.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -70,6 +71,7 @@ def make_stacked_step(
     *,
     statistics: Callable[[Any, Any], Any] | None = None,
     accumulate: int = 1,
+    at_once: int | None = None,
     mesh: Mesh | None = None,
 ) -> TrainStep:
     """Compiles `step(train, batch) -> (train, metrics)` for a stack; see `make_train_step`.
@@ -84,6 +86,7 @@ def make_stacked_step(
             at 1.
         statistics: of one set and its own rows.
         accumulate: pieces into which each set's rows are cut.
+        at_once: sets that are computed at the same time, if memory is short; None for all.
         mesh: devices that share the sets, whose number they must divide.
 
     Raises:
@@ -97,6 +100,8 @@ def make_stacked_step(
         if statistics is not None:
             statistics = as_partial(statistics, "`statistics`")
         check_count(accumulate, 1, "`accumulate`")
+        if at_once is not None:
+            check_count(at_once, 1, "`at_once`")
         rates = jnp.asarray(rates, jnp.float32)
         if rates.ndim != 1 or not rates.size:
             raise ValueError(
@@ -108,7 +113,6 @@ def make_stacked_step(
                 raise ValueError(
                     f"`mesh` must divide the {rates.size} sets evenly; got {mesh.size} devices."
                 )
-    axes = _axes(0, None)
 
     def update_all(
         loss: Partial,
@@ -117,19 +121,36 @@ def make_stacked_step(
         batch: Any,
         rates: Array,
     ):
-        def update(train: TrainState, batch: Any, rate: Array):
-            return apply_update(
+        def update(one):
+            (params, opt_state, skipped), rows, rate = one
+            alone = dataclasses.replace(
+                train, params=params, opt_state=opt_state, skipped=skipped
+            )
+            new, metrics = apply_update(
                 loss,
                 statistics,
-                train,
-                batch,
+                alone,
+                rows,
                 tx=tx,
                 accumulate=accumulate,
                 rate=rate,
             )
+            return (new.params, new.opt_state, new.skipped), metrics
 
-        mapped = jax.vmap(update, in_axes=(axes, 0, 0), out_axes=(axes, 0))
-        return mapped(train, batch, rates)
+        sets = ((train.params, train.opt_state, train.skipped), batch, rates)
+        if at_once is None or at_once >= len(rates):
+            moved, metrics = jax.vmap(update)(sets)
+        else:
+            moved, metrics = jax.lax.map(update, sets, batch_size=at_once)
+        params, opt_state, skipped = moved
+        new = dataclasses.replace(
+            train,
+            step=train.step + 1,
+            params=params,
+            opt_state=opt_state,
+            skipped=skipped,
+        )
+        return new, metrics
 
     if mesh is not None:
         # Each device computes its own sets, and inside it is as if there were no other device.

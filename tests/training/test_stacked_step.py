@@ -62,7 +62,16 @@ def joined(batches: list[Batch]) -> Batch:
     return jax.tree.map(lambda *rows: np.concatenate(rows), *batches)
 
 
-def together(start, batches, *, rates=RATES, accumulate=1, mesh=None, method="dbp"):
+def together(
+    start,
+    batches,
+    *,
+    rates=RATES,
+    accumulate=1,
+    at_once=None,
+    mesh=None,
+    method="dbp",
+):
     """Tunes all sets at once; gives the end and the metrics of the last step."""
     loss, decorrelator = parts(method)
     tx = decorrelator.wrap(OPTIMIZER)
@@ -72,6 +81,7 @@ def together(start, batches, *, rates=RATES, accumulate=1, mesh=None, method="db
         rates,
         statistics=decorrelator.statistics,
         accumulate=accumulate,
+        at_once=at_once,
         mesh=mesh,
     )
     train = create_stack(start, tx)
@@ -143,6 +153,15 @@ def test_a_set_at_rate_zero_stays_as_it_is():
     batch = joined([batch_of(i, 0) for i in range(SETS)])
     train, _ = together(stack_params(starts()), [batch], rates=np.zeros(SETS))
     assert not np.any(train.params.wkv)
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_sets_a_few_at_a_time_change_nothing_but_rounding(at_once):
+    batch = joined([batch_of(i, 0) for i in range(SETS)])
+    expected, metrics = together(stack_params(starts()), [batch])
+    train, few = together(stack_params(starts()), [batch], at_once=at_once)
+    assert_trees_close(train.params, expected.params, SAME["model"])
+    assert_close(few["loss"], metrics["loss"], SAME["model"])
 
 
 def test_devices_that_share_the_sets_change_nothing_but_rounding():

@@ -23,6 +23,9 @@ _WINDOWS = 8
 # The part of a metric's name for the state before tuning, in place of a rate.
 BASE = "base"
 
+# Rows that a step of a search may have in memory, relative to one of the run.
+_SLACK = 1.25
+
 # Checkpoints of a search, if the run itself saves between its ends.
 _SAVES = 4
 
@@ -60,6 +63,7 @@ class RateSearchMode(StackMode):
         self.subjects = subjects_of(mode)
         self.plan = _plan(mode)
         self._rates = mode.settings.tuning.rates
+        self._rows_of_run = len(self.subjects) * mode.settings.rows_per_step
         self.results = {}
         super().__init__(_search_settings(mode.settings, self.plan), mode.folder)
 
@@ -77,6 +81,14 @@ class RateSearchMode(StackMode):
                 "`config.optimizer.learning_rate`."
             )
         self.adopt(self.members)
+
+    @property
+    def at_once(self) -> int:
+        """As many states as need no more memory than a step of the run; a part of all of them."""
+        states = len(self.members)
+        room = _SLACK * self._rows_of_run / self.plan.rows
+        fitting = [n for n in range(1, states + 1) if states % n == 0 and n <= room]
+        return max(fitting, default=1)
 
     def rates(self) -> np.ndarray:
         """Gives the rate of each member."""

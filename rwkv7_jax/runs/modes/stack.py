@@ -135,6 +135,11 @@ class StackMode(TrainingMode):
         """The names of the states, in the order of their rows."""
         return tuple(self.members)
 
+    @property
+    def at_once(self) -> int:
+        """How many states a device computes at the same time, at most."""
+        return len(self.names)
+
     def rates(self) -> np.ndarray | None:
         """Gives each state's learning rate, 0 where none was found; None where one is named."""
         if not self.settings.finds_rate:
@@ -208,6 +213,7 @@ class StackMode(TrainingMode):
             np.ones(len(self.names), np.float32) if rates is None else rates,
             statistics=self.decorrelator.statistics,
             accumulate=self.settings.optimizer.accumulate,
+            at_once=self.at_once,
             mesh=mesh,
         )
 
@@ -238,7 +244,7 @@ class StackMode(TrainingMode):
         states = len(self.names)
         one = training_memory(
             self.model.config,
-            batch=data.batch_size * max(states // devices, 1),
+            batch=data.batch_size * min(max(states // devices, 1), self.at_once),
             length=data.length,
             trained="state",
             accumulate=self.settings.optimizer.accumulate,
