@@ -15,7 +15,12 @@ from rwkv7_jax.test_time.losses import (
     policy_loss,
 )
 from rwkv7_jax.test_time.questions import QuestionSet, find_verifier, read_questions
-from rwkv7_jax.test_time.rewards import RewardFunction, advantages, evaluate_rewards
+from rwkv7_jax.test_time.rewards import (
+    AdvantageRule,
+    RewardFunction,
+    advantages,
+    evaluate_rewards,
+)
 from rwkv7_jax.test_time.rollouts import (
     PolicyBatch,
     Rollouts,
@@ -43,8 +48,11 @@ from rwkv7_jax.test_time.tuning_loop import (
     TuningLoop,
     start_tuning,
 )
+from rwkv7_jax.test_time.verifiers import VERIFIERS
 
 __all__ = [
+    "VERIFIERS",
+    "AdvantageRule",
     "CompletionCache",
     "ExpertBatches",
     "PolicyBatch",

@@ -30,12 +30,15 @@ from rwkv7_jax.generation.sampling import Number
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.test_time.losses import policy_loss
-from rwkv7_jax.test_time.rewards import RewardFunction
+from rwkv7_jax.test_time.rewards import AdvantageRule, RewardFunction
 from rwkv7_jax.test_time.rollouts import (
+    PolicyBatch,
     PromptsAt,
+    Rollouts,
     RolloutSampler,
     held_out_reward,
     make_policy_batch,
+    replace_groups,
 )
 from rwkv7_jax.test_time.traces import TokenBudget
 from rwkv7_jax.test_time.tuning_loop import (
@@ -51,7 +54,11 @@ class PolicyBatches(StateBatchSource):
     """Batches of the model's own completions with their group-relative advantages.
 
     A batch depends on the key, the step and the state alone, so an interrupted run goes on with the
-    same draws. `metrics` has the mean `reward` and `updated`, 0 where a step has no batch.
+    same draws.
+
+    `metrics` has the mean `reward`; `updated`, 0 where a step has no batch; `uniform_groups`, the
+    share of prompts whose completions all earned the same; `completion_tokens`, the mean length of
+    a completion; and `cut_completions`, the share of those that ended at the limit of tokens.
     """
 
     def __init__(
@@ -62,6 +69,8 @@ class PolicyBatches(StateBatchSource):
         *,
         key: Array,
         anchor_at: Callable[[int], np.ndarray] | None = None,
+        rule: AdvantageRule | None = None,
+        redraws: int = 0,
     ):
         """Sets the draws and their rewards.
 
@@ -71,6 +80,10 @@ class PolicyBatches(StateBatchSource):
             reward: `(prompt, completion) -> number`; the completion holds its stop id.
             key: one random key; step n uses the key folded with n.
             anchor_at: unlabelled text of a step, ids [B T+1], for the loss's anchor term.
+            rule: how rewards become advantages.
+            redraws: how many times at most the completions of prompts whose groups are uniform
+                are drawn again, which costs as many tokens as the first draw (DAPO's dynamic
+                sampling, arXiv 2503.14476, with the same prompts).
 
         Raises:
             ValueError: groups of less than 2, in which nothing can be better than the rest.
@@ -83,23 +96,33 @@ class PolicyBatches(StateBatchSource):
             check_function(reward, "`reward`")
             if anchor_at is not None:
                 check_function(anchor_at, "`anchor_at`")
+            if rule is not None:
+                check_instance(rule, AdvantageRule, "`rule`")
+            check_count(redraws, 0, "`redraws`")
             key = check_key(key)
         self._sampler = sampler
         self._prompts_at = prompts_at
         self._reward = reward
         self._key = key
         self._anchor_at = anchor_at
+        self._rule = rule
+        self._redraws = redraws
 
     def batch(self, state: RWKV7State, step: int) -> Batch | None:
         """Draws the batch of a step from `state`; None where every group is uniform."""
         # From the step and not from the last key: a run that goes on does not know that one.
         key = jax.random.fold_in(self._key, step)
-        drawn = self._sampler.draw(state, self._prompts_at(step), key)
-        made = make_policy_batch(drawn, self._reward, group=self._sampler.group)
+        made, drawn = self._draw(state, self._prompts_at(step), key)
         self.budget += made.budget
+        lengths = np.array([len(completion) for completion in drawn.completions])
         self.metrics = {
             "reward": float(made.rewards.mean()),
             "updated": int(not made.uniform),
+            "uniform_groups": float(made.uniform_groups.mean()),
+            "completion_tokens": float(lengths.mean()),
+            "cut_completions": float(
+                np.mean([self._is_cut(x) for x in drawn.completions])
+            ),
         }
         if made.uniform:
             # All advantages are 0. An update with them would still move the state by momentum.
@@ -108,6 +131,36 @@ class PolicyBatches(StateBatchSource):
             return made.batch
         # Other text at each step, or the state would only learn to keep that one.
         return made.batch.replace(anchor=self._anchor_at(step))
+
+    def _draw(
+        self, state: RWKV7State, prompts: Sequence[Sequence[int]], key: Array
+    ) -> tuple[PolicyBatch, Rollouts]:
+        """Draws completions, and those of uniform groups again as often as that is allowed."""
+        group = self._sampler.group
+        drawn = self._sampler.draw(state, prompts, key)
+        made = self._make(drawn)
+        for attempt in range(1, self._redraws + 1):
+            if not made.uniform_groups.any():
+                break
+            # All prompts are drawn again: fewer would be another program.
+            again = self._sampler.draw(state, prompts, jax.random.fold_in(key, attempt))
+            drawn = replace_groups(drawn, again, made.uniform_groups, group=group)
+            made = self._make(drawn)
+        return made, drawn
+
+    def _make(self, drawn: Rollouts) -> PolicyBatch:
+        return make_policy_batch(
+            drawn,
+            self._reward,
+            group=self._sampler.group,
+            rule=self._rule,
+            tokens=self._sampler.tokens,
+        )
+
+    def _is_cut(self, completion: Sequence[int]) -> bool:
+        """Tells whether a completion ended because it had the most tokens allowed."""
+        is_full = len(completion) == self._sampler.tokens
+        return is_full and completion[-1] not in self._sampler.stop_ids
 
 
 def grpo(
@@ -131,6 +184,8 @@ def grpo(
     reference: RWKV7State | None = None,
     anchor: float = 0.0,
     anchor_at: Callable[[int], np.ndarray] | None = None,
+    rule: AdvantageRule | None = None,
+    redraws: int = 0,
     held_out: Sequence[Sequence[int]] = (),
     evaluate_every: int = 10,
     stop_reward: float = 0.97,
@@ -165,6 +220,8 @@ def grpo(
         reference: its state; None is zeros.
         anchor: weight of KL(base || tuned) on unlabelled text.
         anchor_at: that text of a step, ids [B T+1].
+        rule: how rewards become advantages.
+        redraws: how many times at most uniform groups are drawn again; see `PolicyBatches`.
         held_out: prompts that no update sees.
         evaluate_every: steps.
         stop_reward: mean reward that is enough.
@@ -201,6 +258,8 @@ def grpo(
             reward,
             key=key,
             anchor_at=anchor_at,
+            rule=rule,
+            redraws=redraws,
         )
         # The loss needs the temperature of the draws: log p must be that of the drawing
         # distribution.

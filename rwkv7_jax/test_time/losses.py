@@ -237,8 +237,9 @@ def policy_loss(
     differentiated, so there is no ratio and nothing to clip: one update for each batch. Both terms
     are means over all drawn tokens of the batch, not over each row's: every token then weighs the
     same however long its row is, and pieces of a batch add up to the full batch. The divergence is
-    exact, over the full vocabulary, at every drawn position. Metrics: `loss_nats` is the mean
-    -log p, `policy_loss` the first term; `kl_nats`, `anchor_nats`, `state_max`, `state_rms`.
+    exact, over the full vocabulary, at every drawn position, and measured whatever its weight is.
+    Metrics: `loss_nats` is the mean -log p, `policy_loss` the first term, `entropy_nats` the mean
+    entropy of the draws; `kl_nats`, `anchor_nats`, `state_max`, `state_rms`.
 
     Args:
         model: the student.
@@ -282,8 +283,9 @@ def policy_loss(
             hidden_states_from, model, params, tokens=tokens[:, :-1]
         )
         x = hidden(state)
-        # Without the divergence the second pass through the model is not needed.
-        reference_x = jax.lax.stop_gradient(hidden(reference)) if kl else None
+        # Measured even where it has no weight: how far the state has moved is what one looks at
+        # when rewards fall. It has no backward pass then.
+        reference_x = jax.lax.stop_gradient(hidden(reference))
         tokenwise = token_statistics(
             x,
             params["head"]["weight"],
@@ -291,6 +293,7 @@ def policy_loss(
             reference=reference_x,
             reverse_kl=True,
             temperature=temperature,
+            entropy=True,
         )
         # One number for each row, for all of its tokens.
         advantages = jnp.asarray(batch.advantages, jnp.float32)[:, None]
@@ -298,11 +301,11 @@ def policy_loss(
         metrics = {
             "policy_loss": value,
             "loss_nats": _weighted_sum(weights, tokenwise.nats),
+            "kl_nats": _weighted_sum(weights, tokenwise.kl),
+            "entropy_nats": _weighted_sum(weights, tokenwise.entropy),
         }
         if kl:
-            divergence = _weighted_sum(weights, tokenwise.kl)
-            value = value + kl * divergence
-            metrics["kl_nats"] = divergence
+            value = value + kl * metrics["kl_nats"]
         return add_anchor_and_metrics(
             model,
             params,

@@ -19,6 +19,7 @@ from rwkv7_jax.data.sources import TaskSource, parse_source
 from rwkv7_jax.data.tasks.synthetic_tasks import question_batch
 from rwkv7_jax.local_paths import local_path
 from rwkv7_jax.test_time.rewards import RewardFunction
+from rwkv7_jax.test_time.verifiers import VERIFIERS
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 Ids = Sequence[int]
@@ -58,7 +59,7 @@ def _parse_question(tokenizer: Tokenizer, fields: Any) -> tuple[list[int], str]:
 
 
 class QuestionSet:
-    """Prompts by step, and the reward of a completion: 1 for the known answer, 0 for another."""
+    """Prompts by step, and the reward of a completion: 1 for the known answer, else 0."""
 
     def __init__(
         self,
@@ -67,6 +68,7 @@ class QuestionSet:
         *,
         seed: int = 0,
         held_out: float = 0.1,
+        verifier: str = "exact",
     ):
         """Reads the questions of a file, or prepares those of a task.
 
@@ -75,18 +77,25 @@ class QuestionSet:
             tokenizer: of the model's vocabulary.
             seed: of tasks, and of the order of a file's questions.
             held_out: share of a file's questions that are used for evaluation only.
+            verifier: which answer a completion of a file's question gives, of
+                `verifiers.VERIFIERS`.
 
         Raises:
-            ValueError: a bad file, or a task without questions.
+            ValueError: a bad file, a task without questions, or an unknown verifier.
         """
         with prefix_errors("QuestionSet"):
             check_instance(path, str, "`path`")
             _check_tokenizer(tokenizer)
             check_count(seed, 0, "`seed`")
             check_number(held_out, 0, 1, "`held_out`")
+            if verifier not in VERIFIERS:
+                raise ValueError(
+                    f"`verifier` must be one of {', '.join(VERIFIERS)}; got {verifier!r}."
+                )
         self._source = parse_source(path)
         self._tokenizer = tokenizer
         self._seed = seed
+        self._verifier = VERIFIERS[verifier]
         self._answers: dict[tuple[int, ...], str | list[int]] = {}
         self._training: list[list[int]] = []
         self._held_out: list[list[int]] = []
@@ -145,18 +154,27 @@ class QuestionSet:
         return prompts
 
     def reward(self, prompt: Ids, completion: Ids) -> float:
-        """Returns 1.0 if the completion begins with the known answer, else 0.0."""
+        """Returns 1.0 if the completion gives the known answer, else 0.0.
+
+        What gives an answer is the verifier's rule for text. A task's answer is all of the
+        completion: an answer that goes on, such as 123 for 12, is another answer.
+        """
         answer = self._answers[tuple(prompt)]
-        if isinstance(answer, str):
-            # An end of text only ends it, and spells nothing.
-            ends = self.stop_ids
-            text = self._tokenizer.decode(
-                [token for token in completion if token not in ends]
-            )
-            expected = answer.strip()
-            # Every text begins with the empty string, so a line without an answer earns nothing.
-            return float(bool(expected) and text.strip().startswith(expected))
-        return float(list(completion[: len(answer)]) == answer)
+        ends = self.stop_ids
+        # An end of text only ends it, and spells nothing.
+        ids = [token for token in completion if token not in ends]
+        if not isinstance(answer, str):
+            return float(ids == list(answer))
+        found = self._verifier(self._tokenizer.decode(ids))
+        # A line without an answer has nothing that could be given.
+        return float(found is not None and found == self._verifier(answer))
+
+    def given_answer(self, completion: Ids) -> str | tuple[int, ...] | None:
+        """Returns the answer that a completion gives, for a vote; None if it gives none."""
+        ids = [token for token in completion if token not in self.stop_ids]
+        if isinstance(self._source, TaskSource):
+            return tuple(ids)
+        return self._verifier(self._tokenizer.decode(ids))
 
 
 def find_verifier(name: str) -> RewardFunction:

@@ -5,15 +5,16 @@ every id that was drawn, the stop id included, so that a reward can tell an answ
 one that was cut. Token 0 decodes to nothing.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
-from rwkv7_jax.checks import as_array, check_function, prefix_errors
+from rwkv7_jax.checks import as_array, check_choice, check_function, prefix_errors
 
 RewardFunction = Callable[[tuple[int, ...], tuple[int, ...]], Any]
 
@@ -80,18 +81,56 @@ def _checked_reward(value: Any, least: float | None, place: str) -> float:
     return float(value)
 
 
-def advantages(rewards: Float[np.ndarray, "P K"]) -> Float[np.ndarray, "P K"]:
-    """Computes `(reward - mean) / (std + 1e-4)` within each group; 0 where all rewards are equal.
+@dataclasses.dataclass(frozen=True)
+class AdvantageRule:
+    """How rewards of a group become the weights of its completions.
+
+    Attributes:
+        baseline: what a reward is compared with: the "mean" of its group, or that of the other
+            completions alone ("leave_one_out", RLOO), without bias.
+        scale: "std" divides by the group's standard deviation; "none" does not, so that easy and
+            hard prompts keep their weights (Dr. GRPO).
+        average: over what the loss is a mean: all drawn "token"s of the batch; each "row" first, so
+            that all completions weigh the same (the first GRPO); or the "constant" number of
+            tokens that could have been drawn, so that length changes no weight (Dr. GRPO).
+
+    Source: DeepSeekMath, arXiv 2402.03300 section 4.1.2 (GRPO); arXiv 2402.14740 (RLOO); arXiv
+    2503.20783 (Dr. GRPO); arXiv 2503.14476 (means over tokens).
+    """
+
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    scale: Literal["std", "none"] = "std"
+    average: Literal["token", "row", "constant"] = "token"
+
+    def __post_init__(self):
+        """Checks the choices.
+
+        Raises:
+            ValueError: an unknown one.
+        """
+        with prefix_errors("AdvantageRule"):
+            check_choice(self.baseline, ("mean", "leave_one_out"), "`baseline`")
+            check_choice(self.scale, ("std", "none"), "`scale`")
+            check_choice(self.average, ("token", "row", "constant"), "`average`")
+
+
+def advantages(
+    rewards: Float[np.ndarray, "P K"], rule: AdvantageRule | None = None
+) -> Float[np.ndarray, "P K"]:
+    """Compares rewards within each group; 0 where all rewards of a group are equal.
 
     Args:
         rewards: of P prompts, K completions each; both at least 1.
+        rule: None is `(reward - mean) / (std + 1e-4)`.
 
     Raises:
         TypeError: no array of numbers.
-        ValueError: another shape, or rewards that are not finite.
+        ValueError: another shape, rewards that are not finite, or one completion of each prompt
+            where the others are the baseline.
 
     Source: group-relative advantages, DeepSeekMath (arXiv 2402.03300) section 4.1.2.
     """
+    rule = rule or AdvantageRule()
     # In float64, so that small differences between large rewards are not lost.
     with prefix_errors("advantages"):
         rewards = np.asarray(as_array(rewards, "`rewards`"), np.float64)
@@ -101,8 +140,17 @@ def advantages(rewards: Float[np.ndarray, "P K"]) -> Float[np.ndarray, "P K"]:
             )
         if not np.isfinite(rewards).all():
             raise ValueError("`rewards` must be finite; they hold NaN or an infinity.")
+        completions = rewards.shape[1]
+        if rule.baseline == "leave_one_out" and completions == 1:
+            raise ValueError(
+                "`rewards` must have two completions of each prompt for 'leave_one_out'; got one."
+            )
     centred = rewards - rewards.mean(axis=1, keepdims=True)
-    # The constant keeps a group whose rewards hardly differ from a division by almost 0.
-    scaled = centred / (rewards.std(axis=1, keepdims=True) + 1e-4)
+    if rule.baseline == "leave_one_out":
+        # r - (S - r) / (K - 1) is (r - S / K) times K / (K - 1).
+        centred = centred * completions / (completions - 1)
+    if rule.scale == "std":
+        # The constant keeps a group whose rewards hardly differ from a division by almost 0.
+        centred = centred / (rewards.std(axis=1, keepdims=True) + 1e-4)
     # A mean of equal numbers can differ from them by rounding, so test for equality itself.
-    return np.where(np.ptp(rewards, axis=1, keepdims=True) > 0, scaled, 0.0)
+    return np.where(np.ptp(rewards, axis=1, keepdims=True) > 0, centred, 0.0)

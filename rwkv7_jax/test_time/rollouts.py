@@ -23,7 +23,12 @@ from rwkv7_jax.generation import sampling
 from rwkv7_jax.generation.generate import Generation, generate
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, select
-from rwkv7_jax.test_time.rewards import RewardFunction, advantages, evaluate_rewards
+from rwkv7_jax.test_time.rewards import (
+    AdvantageRule,
+    RewardFunction,
+    advantages,
+    evaluate_rewards,
+)
 from rwkv7_jax.test_time.traces import Ids, TokenBudget, completion_rows
 
 # Row lengths are rounded up to a multiple of this, so that few widths are ever compiled.
@@ -65,10 +70,14 @@ class PolicyBatch(NamedTuple):
     budget: TokenBudget
 
     @property
+    def uniform_groups(self) -> np.ndarray:
+        """Of each prompt, whether all of its completions earned the same, [P] bool."""
+        return np.ptp(self.rewards, axis=1) == 0
+
+    @property
     def uniform(self) -> bool:
         """Whether all completions of every prompt earned the same: there is nothing to learn."""
-        assert self.batch.advantages is not None
-        return not self.batch.advantages.any()
+        return bool(self.uniform_groups.all())
 
 
 def rollouts(
@@ -244,6 +253,7 @@ def policy_batch(
     reward: RewardFunction,
     *,
     group: int,
+    rule: AdvantageRule | None = None,
     **choices: Any,
 ) -> PolicyBatch:
     """Draws rollouts from `state` and makes a batch of `policy_loss` with their advantages.
@@ -258,6 +268,7 @@ def policy_batch(
         prompts: lists of ids.
         reward: of a prompt and a completion.
         group: completions of each prompt, at least 2.
+        rule: how rewards become advantages.
         **choices: `tokens`, `key`, `temperature`, `stop_ids` and `length` of `rollouts`.
 
     Raises:
@@ -267,11 +278,18 @@ def policy_batch(
         check_count(group, 2, "`group`")
         check_function(reward, "`reward`")
     drawn = rollouts(model, params, state, prompts, group=group, **choices)
-    return make_policy_batch(drawn, reward, group=group)
+    return make_policy_batch(
+        drawn, reward, group=group, rule=rule, tokens=choices["tokens"]
+    )
 
 
 def make_policy_batch(
-    drawn: Rollouts, reward: RewardFunction, *, group: int
+    drawn: Rollouts,
+    reward: RewardFunction,
+    *,
+    group: int,
+    rule: AdvantageRule | None = None,
+    tokens: int | None = None,
 ) -> PolicyBatch:
     """Rewards rollouts and makes a batch of `policy_loss` of them.
 
@@ -279,6 +297,8 @@ def make_policy_batch(
         drawn: groups of completions.
         reward: of a prompt and a completion.
         group: completions of each prompt.
+        rule: how rewards become advantages, and over what the loss is a mean.
+        tokens: most tokens of a completion, which the rule's average "constant" needs.
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -293,6 +313,9 @@ def make_policy_batch(
             raise ValueError(
                 f"`group` must divide the {len(drawn.completions)} completions; got {group}."
             )
+        rule = rule or AdvantageRule()
+        if rule.average == "constant":
+            check_count(tokens, 1, "`tokens`")
     rewards = evaluate_rewards(
         reward,
         drawn.prompts,
@@ -300,16 +323,61 @@ def make_policy_batch(
         name="policy_batch: `reward`",
         group=group,
     ).reshape(-1, group)
+    mask, factor = _average(drawn, rule, tokens)
     batch = Batch(
         tokens=drawn.tokens,
-        mask=drawn.mask,
+        mask=mask,
         # Back to one number for each row.
-        advantages=advantages(rewards).reshape(-1).astype(np.float32),
+        advantages=(factor * advantages(rewards, rule).reshape(-1)).astype(np.float32),
     )
     return PolicyBatch(
         batch=batch,
         rewards=rewards,
         budget=drawn.budget,
+    )
+
+
+def _average(
+    drawn: Rollouts, rule: AdvantageRule, tokens: int | None
+) -> tuple[np.ndarray, float]:
+    """Returns the mask and the factor on advantages that turn the loss's mean into the rule's.
+
+    The loss is a mean over the mask, whose weights need not be 1.
+    """
+    counts = drawn.mask.sum(axis=1, keepdims=True)
+    if rule.average == "row":
+        return drawn.mask / np.maximum(counts, 1), 1.0
+    if rule.average == "constant":
+        assert tokens is not None
+        return drawn.mask, float(counts.sum()) / (len(counts) * tokens)
+    return drawn.mask, 1.0
+
+
+def replace_groups(
+    drawn: Rollouts, again: Rollouts, chosen: np.ndarray, *, group: int
+) -> Rollouts:
+    """Takes the chosen groups from a second draw of the same prompts.
+
+    Args:
+        drawn: the first draw.
+        again: the second one, of the same prompts and lengths.
+        chosen: of each prompt, [P] bool.
+        group: completions of each prompt.
+
+    Returns:
+        Both draws' costs, since all tokens were drawn.
+    """
+    rows = np.repeat(chosen, group)
+    completions = []
+    for row, is_chosen in enumerate(rows):
+        source = again if is_chosen else drawn
+        completions.append(source.completions[row])
+    return dataclasses.replace(
+        drawn,
+        tokens=np.where(rows[:, None], again.tokens, drawn.tokens),
+        mask=np.where(rows[:, None], again.mask, drawn.mask),
+        completions=completions,
+        budget=drawn.budget + again.budget,
     )
 
 

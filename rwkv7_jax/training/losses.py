@@ -183,6 +183,7 @@ class TokenStatistics(NamedTuple):
         correct: whether the target has the largest logit; None without targets.
         largest: the largest logit.
         kl: divergence between the model and the reference in nats; None without a reference.
+        entropy: of the prediction in nats, at the temperature of `nats`; None unless asked for.
     """
 
     # PerToken, bool and PerToken where they are there; a caller knows it from its own arguments.
@@ -190,6 +191,7 @@ class TokenStatistics(NamedTuple):
     correct: Any
     largest: PerToken
     kl: Any
+    entropy: Any
 
 
 def _cross_entropy(logits, targets):
@@ -213,6 +215,15 @@ def _chosen(values: Float[Array, "... V"], targets: Int[Array, "..."]) -> Array:
     return jnp.take_along_axis(values, targets[..., None], axis=-1)[..., 0]
 
 
+def _entropy(
+    logits: Float[Array, "B T V"], temperature: ArrayLike | None
+) -> Float[Array, "B T"]:
+    """Computes the entropy of softmax(logits / temperature), in nats."""
+    scaled = logits if temperature is None else logits / temperature
+    logp = jax.nn.log_softmax(scaled)
+    return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+
+
 def token_statistics(
     hidden: Activations,
     head: Float[Array, "V D"],
@@ -222,6 +233,7 @@ def token_statistics(
     reference_head: Float[Array, "V E"] | None = None,
     reverse_kl: bool = False,
     temperature: ArrayLike | None = None,
+    entropy: bool = False,
     chunk: int = CHUNK,
 ) -> TokenStatistics:
     """Computes loss, accuracy and divergence per token, without holding the logits of all tokens.
@@ -239,6 +251,7 @@ def token_statistics(
             KL(reference || model).
         temperature: of the distribution in which the targets' `nats` are measured; None for 1. The
             divergence is always that at 1.
+        entropy: whether the entropy is computed as well.
         chunk: tokens of a sequence whose logits exist at the same time.
     """
     reference_head = head if reference_head is None else reference_head
@@ -272,7 +285,8 @@ def token_statistics(
             else:
                 nats = _cross_entropy(logits, x["targets"])
             nats = jnp.where(_is_id(x["targets"], logits.shape[-1]), nats, 0)
-        return TokenStatistics(nats, correct, jnp.max(logits, axis=-1), kl)
+        spread = _entropy(logits, temperature) if entropy else None
+        return TokenStatistics(nats, correct, jnp.max(logits, axis=-1), kl, spread)
 
     return map_token_chunks(per_token, *given.values(), chunk=chunk)
 

@@ -1,0 +1,165 @@
+"""Which answer a completion gives, and how rewards become advantages."""
+
+import numpy as np
+import pytest
+
+from rwkv7_jax.test_time import (
+    VERIFIERS,
+    AdvantageRule,
+    QuestionSet,
+    Rollouts,
+    TokenBudget,
+    advantages,
+    make_policy_batch,
+)
+from rwkv7_jax.test_time.rollouts import replace_groups
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+
+@pytest.mark.parametrize(
+    ("verifier", "text", "answer"),
+    [
+        ("exact", " Paris \n", "Paris"),
+        ("exact", "  ", None),
+        ("hash_number", "so 3 + 4 = 7.\n#### 7", "7"),
+        ("hash_number", "#### 1,200", "1200"),
+        ("hash_number", "#### $1200.00", "1200"),
+        ("hash_number", "#### -0.50 dollars", "-0.5"),
+        ("hash_number", "#### 1\n#### 2", "2"),
+        ("hash_number", "the answer is 7", None),
+        ("hash_number", "####", None),
+        ("last_number", "3 apples and 12 pears", "12"),
+        ("last_number", "it costs 1,234,567.50.", "1234567.5"),
+        ("last_number", "in 2,3 or 4", "4"),
+        ("last_number", "none", None),
+        ("letter", "The answer is (B).", "B"),
+        ("letter", "B", "B"),
+        ("letter", "C) because A is wrong", "C"),
+        ("letter", "A good question. Answer: D", "D"),
+        ("letter", "all of them", None),
+    ],
+)
+def test_a_verifier_finds_the_answer_in_one_spelling(verifier, text, answer):
+    assert VERIFIERS[verifier](text) == answer
+
+
+@pytest.mark.parametrize(
+    ("verifier", "completion", "reward"),
+    [
+        ("exact", "12", 1.0),
+        ("exact", " 12\n", 1.0),
+        ("exact", "123", 0.0),
+        ("exact", "12 apples", 0.0),
+        ("last_number", "12 apples", 1.0),
+        ("last_number", "123", 0.0),
+        ("last_number", "that makes 12.0", 1.0),
+        ("hash_number", "#### 12", 1.0),
+        ("hash_number", "12", 0.0),
+    ],
+)
+def test_an_answer_that_goes_on_is_another_answer(
+    tmp_path, verifier, completion, reward
+):
+    path = tmp_path / "questions.jsonl"
+    expected = "#### 12" if verifier == "hash_number" else "12"
+    path.write_text(f'{{"prompt": "6 + 6 =", "answer": "{expected}"}}\n')
+    tokenizer = Tokenizer.bytes()
+    questions = QuestionSet(str(path), tokenizer, verifier=verifier)
+    prompt = questions.prompts(0, 1)[0]
+    ids = [*tokenizer.encode(completion), *questions.stop_ids[:1]]
+    assert questions.reward(prompt, ids) == reward
+
+
+def test_a_vote_is_about_answers_and_not_about_words(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"prompt": "6 + 6 =", "answer": "12"}\n')
+    tokenizer = Tokenizer.bytes()
+    questions = QuestionSet(str(path), tokenizer, verifier="last_number")
+    answers = {
+        questions.given_answer(tokenizer.encode(text))
+        for text in ("12", "it is 12", "12.0", "so: 12")
+    }
+    assert answers == {"12"}
+    assert questions.given_answer(tokenizer.encode("none")) is None
+
+
+def test_an_unknown_verifier_is_named(tmp_path):
+    with pytest.raises(
+        ValueError, match="QuestionSet: `verifier` must be one of exact"
+    ):
+        QuestionSet("task:mapping", Tokenizer.bytes(), verifier="best")
+
+
+REWARDS = np.array([[0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0], [3.0, 0.0, 0.0, 0.0]])
+
+
+def test_leaving_one_out_compares_with_the_mean_of_the_others():
+    rule = AdvantageRule(baseline="leave_one_out", scale="none")
+    found = advantages(REWARDS, rule)
+    for row, column in np.ndindex(REWARDS.shape):
+        others = np.delete(REWARDS[row], column).mean()
+        np.testing.assert_allclose(found[row, column], REWARDS[row, column] - others)
+
+
+def test_without_a_scale_differences_of_rewards_stay_as_they_are():
+    found = advantages(REWARDS, AdvantageRule(scale="none"))
+    np.testing.assert_allclose(found, REWARDS - REWARDS.mean(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("scale", ["std", "none"])
+def test_advantages_of_a_group_add_up_to_nothing(scale):
+    for baseline in ("mean", "leave_one_out"):
+        rule = AdvantageRule(baseline=baseline, scale=scale)
+        np.testing.assert_allclose(advantages(REWARDS, rule).sum(axis=1), 0, atol=1e-12)
+
+
+def test_one_completion_has_no_others():
+    rule = AdvantageRule(baseline="leave_one_out")
+    with pytest.raises(ValueError, match="two completions of each prompt"):
+        advantages(np.ones((2, 1)), rule)
+
+
+def drawn(lengths, first=1):
+    """Returns rollouts of one group whose completions have these lengths."""
+    width = 8
+    mask = (np.arange(width)[None] < np.array(lengths)[:, None]).astype(np.float32)
+    return Rollouts(
+        tokens=np.full((len(lengths), width + 1), first),
+        mask=mask,
+        prompts=[(1,)] * len(lengths),
+        completions=[(first,) * length for length in lengths],
+        budget=TokenBudget(rollout_tokens=sum(lengths)),
+    )
+
+
+def weights_of(average):
+    """Returns each row's share of the loss for completions of 1, 2 and 5 tokens of at most 10."""
+    rule = AdvantageRule(scale="none", average=average)
+    made = make_policy_batch(
+        drawn([1, 2, 5]),
+        lambda prompt, completion: float(len(completion)),
+        group=3,
+        rule=rule,
+        tokens=10,
+    )
+    shares = made.batch.mask / made.batch.mask.sum()
+    rewards = np.array([1.0, 2.0, 5.0])
+    return shares.sum(axis=1) * made.batch.advantages / (rewards - rewards.mean())
+
+
+def test_the_average_decides_how_much_a_long_completion_weighs():
+    np.testing.assert_allclose(weights_of("token"), np.array([1, 2, 5]) / 8, rtol=1e-6)
+    np.testing.assert_allclose(weights_of("row"), np.full(3, 1 / 3), rtol=1e-6)
+    np.testing.assert_allclose(
+        weights_of("constant"), np.array([1, 2, 5]) / 30, rtol=1e-6
+    )
+
+
+def test_uniform_groups_are_replaced_and_both_draws_are_paid():
+    first = drawn([2, 2, 3, 1], first=1)
+    second = drawn([4, 1, 2, 2], first=2)
+    mixed = replace_groups(first, second, np.array([True, False]), group=2)
+    assert [len(row) for row in mixed.completions] == [4, 1, 3, 1]
+    assert mixed.tokens[:, 0].tolist() == [2, 2, 1, 1]
+    assert mixed.mask.sum(axis=1).tolist() == [4, 1, 3, 1]
+    assert mixed.budget.rollout_tokens == 17
