@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import dispatch, scan, tiles
 from pallas_kernels.bench import least_ms
@@ -112,12 +112,13 @@ def _make_passes(candidate: Candidate) -> tuple[Callable, Callable]:
 
 def _distance(found, expected) -> float:
     """Returns the largest relative L2 distance of two results' arrays; infinity for NaN."""
-    distances = []
+    largest = 0.0
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        x = np.asarray(x, np.float64)
-        y = np.asarray(y, np.float64)
-        distances.append(np.linalg.norm(x - y) / (np.linalg.norm(y) or 1.0))
-    return float(np.nan_to_num(max(distances), nan=np.inf))
+        x = jax.device_get(x).astype("float64")
+        y = jax.device_get(y).astype("float64")
+        distance = float(((x - y) ** 2).sum() / ((y**2).sum() or 1.0)) ** 0.5
+        largest = max(largest, math.inf if math.isnan(distance) else distance)
+    return largest
 
 
 def check_and_measure(candidate: Candidate) -> tuple[float, str]:
@@ -131,12 +132,12 @@ def check_and_measure(candidate: Candidate) -> tuple[float, str]:
         first = jax.block_until_ready(run())
     distance = _distance(first, run_expected())
     if distance > BARS[candidate.dtype]:
-        return np.inf, f"wrong: {distance:.2g} from 'scan'"
-    kept = jax.tree.map(np.asarray, first)
+        return math.inf, f"wrong: {distance:.2g} from 'scan'"
+    kept = jax.tree.leaves(jax.device_get(first))
     for _ in range(REPETITIONS):
-        again = jax.tree.map(np.array_equal, kept, jax.tree.map(np.asarray, run()))
-        if not all(jax.tree.leaves(again)):
-            return np.inf, "not repeatable"
+        again = jax.tree.leaves(jax.device_get(run()))
+        if not all((x == y).all() for x, y in zip(kept, again, strict=True)):
+            return math.inf, "not repeatable"
     wall, _ = least_ms(run, repeats=candidate.repeats)
     return wall, ""
 
@@ -151,10 +152,10 @@ def measure_apart(candidate: Candidate) -> float:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:
-        wall, reason = np.inf, f"no result in {LIMIT} s"
+        wall, reason = math.inf, f"no result in {LIMIT} s"
     else:
         wall, reason = _parse(done)
-    shown = f"{wall:9.3f} ms" if np.isfinite(wall) else "   no result"
+    shown = f"{wall:9.3f} ms" if math.isfinite(wall) else "   no result"
     print(f"{shown}  {candidate.choice}  {reason}".rstrip(), flush=True)
     return wall
 
@@ -165,7 +166,7 @@ def _parse(done: subprocess.CompletedProcess) -> tuple[float, str]:
         wall, reason = json.loads(done.stdout.splitlines()[-1])
         return float(wall), reason
     lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-    return np.inf, lines[-1][:100]
+    return math.inf, lines[-1][:100]
 
 
 def tune_tpu(measure: Measure) -> tiles.TPU:
@@ -265,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
         if name == "pallas_tpu"
         else tune_gpu(measure, values=flags.size)
     )
-    if not np.isfinite(_total(measure, best)):
+    if not math.isfinite(_total(measure, best)):
         raise SystemExit(f"tune: no tile of {name} gives right results on {device}.")
     print(f"{name} on {device}, heads of {flags.size}: {best}")
 

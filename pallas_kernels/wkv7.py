@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
@@ -176,11 +175,15 @@ def _largest_exponent(log_w: Array, half: int) -> float | None:
     if isinstance(log_w, Tracer) or not log_w.is_fully_addressable:
         return None
     # On the host: inside `jit` JAX would only trace the sums of a constant.
-    magnitude = np.abs(np.asarray(log_w, np.float32))
-    padding = ((0, 0), (0, -log_w.shape[1] % half), (0, 0), (0, 0))
-    halves = np.pad(magnitude, padding)
-    halves = halves.reshape(log_w.shape[0], -1, half, *log_w.shape[2:])
-    return float(np.max(halves.sum(axis=2), initial=0))
+    magnitude = abs(jax.device_get(log_w).astype("float32"))
+    batch, tokens, *channels = magnitude.shape
+    # The tokens of complete halves, and those after them.
+    border = tokens - tokens % half
+    halves = magnitude[:, :border].reshape(batch, border // half, half, *channels)
+    return max(
+        float(halves.sum(axis=2).max(initial=0)),
+        float(magnitude[:, border:].sum(axis=1).max(initial=0)),
+    )
 
 
 def _check_chunks(
