@@ -1,38 +1,24 @@
 """Folders in the manner of Hugging Face: their tensors and their config.json.
 
-Folders of any layout are read; the names decide which it is. Those that are written have fla's.
+Folders of any layout are read; the names decide which it is. `huggingface_writer` writes two.
 """
 
-import json
 import math
 import re
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from rwkv7_jax.array_types import Params
-from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.checkpoints.layouts.orientation import LowRank
-from rwkv7_jax.checkpoints.model_folder import read_json, replace_folder
-from rwkv7_jax.checkpoints.tensor_files import (
-    NORM_EPS_KEY,
-    TensorFile,
-    open_tensors,
-    write_safetensors,
-)
+from rwkv7_jax.checkpoints.model_folder import read_json
+from rwkv7_jax.checkpoints.tensor_files import TensorFile, open_tensors
 from rwkv7_jax.checkpoints.tensor_names import Tensor
-from rwkv7_jax.checkpoints.unused_value_residual import drop_unused_value_residual
-from rwkv7_jax.model.config import RWKV7Config
 
-_CONFIG_FILE = "config.json"
+CONFIG_FILE = "config.json"
 
-_WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_FILE = "model.safetensors"
 
 # The names that transformers gives to weights, in the order of its preference. An index has
 # ".index.json" after them.
-_STEMS = (_WEIGHTS_FILE, "pytorch_model.bin")
+_STEMS = (WEIGHTS_FILE, "pytorch_model.bin")
 
 _SHARD = re.compile(r"-\d+-of-(\d+)\.")
 
@@ -68,7 +54,7 @@ def read_hf(folder: Path) -> TensorFile:
     configured = read_norm_eps(folder)
     if configured is not None and norm_eps not in (None, configured):
         raise ValueError(
-            f"load_model: `{folder / _CONFIG_FILE}` has norm_eps {configured!r}, but the weights "
+            f"load_model: `{folder / CONFIG_FILE}` has norm_eps {configured!r}, but the weights "
             f"next to it were saved with {norm_eps!r}."
         )
     return TensorFile(tensors, low_rank, norm_eps or configured)
@@ -148,7 +134,7 @@ def read_norm_eps(folder: Path) -> float | None:
     Raises:
         ValueError: not a positive number.
     """
-    config = folder / _CONFIG_FILE
+    config = folder / CONFIG_FILE
     if not config.exists():
         return None
     table = read_json(config)
@@ -162,86 +148,3 @@ def read_norm_eps(folder: Path) -> float | None:
             f"load_model: `{config}` has norm_eps {norm_eps!r}, which is not a positive number."
         )
     return norm_eps
-
-
-def _hf_tensors(
-    tensors: Iterable[tuple[str, np.ndarray]],
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields official tensors by HF's names, in HF's orientation and shapes."""
-    for name, array in drop_unused_value_residual(tensors):
-        if tensor_names.LOW_RANK.search(name):
-            array = array.swapaxes(-1, -2)
-        yield (
-            tensor_names.to_hf(name),
-            array.reshape(tensor_names.hf_shape(name, array.shape)),
-        )
-
-
-def save_hf(
-    path: Path,
-    params: Params,
-    config: RWKV7Config,
-    tensors: Iterable[tuple[str, np.ndarray]],
-) -> None:
-    """Writes an HF folder completely, or leaves what was there before.
-
-    Args:
-        path: of the folder.
-        params: the parameter tree; config.json tells its dtype.
-        config: its sizes.
-        tensors: `official_tensors` of the tree, taken one at a time.
-
-    Raises:
-        ValueError: epsilons that config.json cannot express, or a folder with other files.
-    """
-    # fla computes the per-head epsilon, so a different one would be lost without a word.
-    if not np.isclose(config.group_norm_eps, config.head_size * config.norm_eps):
-        raise ValueError(
-            "save_model: an HF folder has one `norm_eps` for all norms, and the per-head norm's is "
-            f"head_size times it; got {config.norm_eps} and {config.group_norm_eps}."
-        )
-
-    def fill(folder: Path) -> None:
-        folder.mkdir()
-        metadata = {"format": "pt", NORM_EPS_KEY: repr(config.norm_eps)}
-        write_safetensors(
-            folder / _WEIGHTS_FILE, _hf_tensors(tensors), metadata=metadata
-        )
-        table = json.dumps(hf_config(params, config), indent=2)
-        (folder / _CONFIG_FILE).write_text(table + "\n", encoding="utf-8")
-
-    replace_folder(path.absolute(), {_CONFIG_FILE, _WEIGHTS_FILE}, fill)
-
-
-def hf_config(params: Params, config: RWKV7Config) -> dict[str, Any]:
-    """Makes the config.json of a model, with the dtype in both spellings."""
-    dtype = str(params["emb"]["weight"].dtype)
-    return {
-        "architectures": ["RWKV7ForCausalLM"],
-        "model_type": "rwkv7",
-        "attn": None,
-        "attn_mode": "chunk",
-        "hidden_size": config.width,
-        "hidden_ratio": config.ffn_width / config.width,
-        "intermediate_size": config.ffn_width,
-        "num_hidden_layers": config.num_layers,
-        "head_dim": config.head_size,
-        "num_heads": config.num_heads,
-        "decay_low_rank_dim": config.decay_rank,
-        "gate_low_rank_dim": config.gate_rank,
-        "a_low_rank_dim": config.icl_rank,
-        "v_low_rank_dim": config.value_rank,
-        "hidden_act": "sqrelu",
-        # fla's default; RWKV itself has no longest context.
-        "max_position_embeddings": 2048,
-        "norm_first": True,
-        "norm_bias": True,
-        "norm_eps": config.norm_eps,
-        "vocab_size": config.vocab_size,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "tie_word_embeddings": False,
-        # transformers renamed `torch_dtype` to `dtype`; older versions know the former alone.
-        "dtype": dtype,
-        "torch_dtype": dtype,
-    }

@@ -1,4 +1,4 @@
-"""Models as files: .pth, .safetensors, web-rwkv .st, HF folders, Orbax folders; rwkv.cpp's read."""
+"""Models as files and folders: every layout is read, those of `Format` are written."""
 
 import hashlib
 import warnings
@@ -10,7 +10,8 @@ import numpy as np
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints import tensor_names
-from rwkv7_jax.checkpoints.huggingface import read_hf, read_norm_eps, save_hf
+from rwkv7_jax.checkpoints.huggingface import read_hf, read_norm_eps
+from rwkv7_jax.checkpoints.huggingface_writer import save_hf
 from rwkv7_jax.checkpoints.integrity.named_errors import name_file
 from rwkv7_jax.checkpoints.layouts.names import with_official_names
 from rwkv7_jax.checkpoints.layouts.orientation import LowRank, with_official_low_rank
@@ -34,6 +35,7 @@ from rwkv7_jax.checkpoints.pth import write_pth
 from rwkv7_jax.checkpoints.tensor_files import (
     LOW_RANK_KEY,
     format_of,
+    gguf_files,
     open_tensors,
     write_safetensors,
 )
@@ -64,8 +66,8 @@ def load_model(
     given.
 
     Args:
-        path: a file of PyTorch's, safetensors (official or web-rwkv's) or of rwkv.cpp, a folder of
-            such files, or an Orbax folder.
+        path: a file of PyTorch's, safetensors (official or web-rwkv's), of rwkv.cpp or a GGUF file
+            of floats, a folder of such files, or an Orbax folder.
         dtype: of all parameters.
         allow_nan: accept NaN and Inf.
         progress: called with the bytes done and the bytes in all.
@@ -74,6 +76,7 @@ def load_model(
         ValueError: no such file, a damaged one, not RWKV-7, tensors missing or misshapen (one
             table), NaN, float64 where JAX has none, or numbers that `dtype` cannot hold.
         TypeError: `dtype` is not floating-point, or `path` is no path.
+        ImportError: the package for a GGUF file is missing.
     """
     with prefix_errors("load_model"):
         if dtype is not None:
@@ -190,11 +193,13 @@ def save_model(
     can be saved: gradients, averages, differences.
 
     Args:
-        path: `.pth`, `.safetensors`, `.st`; a folder otherwise.
+        path: `.pth`, `.safetensors`, `.st`, `.gguf`; a folder otherwise.
         params: the parameter tree.
         config: its sizes.
-        format: "hf" for an HF folder, where the suffix does not say it.
-        tokenizer: the vocabulary that goes into formats that hold one, such as an Orbax folder.
+        format: "hf" for a folder that flash-linear-attention and rwkv7-hf read, "transformers" for
+            one with official names; otherwise the path says it.
+        tokenizer: the vocabulary that goes into formats that hold one: folders and GGUF. None is
+            that of the size, where one is needed.
         allow_nan: write NaN and Inf, which `load_model` refuses unless it is told the same.
         progress: called with the bytes done and the bytes in all.
 
@@ -217,10 +222,13 @@ def save_model(
     if not allow_nan:
         tensors = _finite(tensors)
     tensors = _count_bytes(tensors, total, progress)
-    if kind == "hf":
-        save_hf(path, params, config, tensors)
+    if kind == "hf" or kind == "transformers":
+        save_hf(path, params, config, tensors, layout=kind, tokenizer=tokenizer)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "gguf":
+        gguf_files("save_model").save_gguf(path, config, tensors, tokenizer)
+        return
     tensors = add_unused_value_residual(tensors, config)
     low_rank: LowRank = "official"
     if kind == "st":

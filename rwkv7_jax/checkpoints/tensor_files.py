@@ -1,11 +1,13 @@
-"""Named tensors in files, whatever they mean: PyTorch's, safetensors and rwkv.cpp's.
+"""Named tensors in files, whatever they mean: PyTorch's, safetensors, rwkv.cpp's and llama.cpp's.
 
 A file that is read is known by its first bytes, one that is written by its suffix.
 """
 
+import importlib
 import mmap
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
 import ml_dtypes
@@ -22,12 +24,12 @@ from rwkv7_jax.checkpoints.pth import read_pth
 from rwkv7_jax.checkpoints.rwkv_cpp_files import read_rwkv_cpp
 from rwkv7_jax.checkpoints.tensor_names import Tensor
 
-Format = Literal["pth", "safetensors", "st", "hf", "orbax"]
+Format = Literal["pth", "safetensors", "st", "gguf", "hf", "transformers", "orbax"]
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 # The formats of single files; each is called like its suffix.
-_FILE_FORMATS: tuple[Format, ...] = ("pth", "safetensors", "st")
+_FILE_FORMATS: tuple[Format, ...] = ("pth", "safetensors", "st", "gguf")
 
 # The metadata's entry with the digest of the tensors and of the other metadata.
 _DIGEST_KEY = "rwkv7_jax.digest"
@@ -43,6 +45,7 @@ _CONTAINER_BY_SUFFIX: dict[str, Container] = {
     ".pth": "pth",
     ".safetensors": "safetensors",
     ".st": "safetensors",
+    ".gguf": "gguf",
 }
 
 _DTYPES = {
@@ -101,7 +104,8 @@ def format_of(path: str | Path, *, format: str | None = None) -> Format:
     has_suffix = path.suffix[1:2].isalpha()
     if path.is_file() or (has_suffix and not path.is_dir()):
         raise ValueError(
-            f"checkpoint: `{path}` must end in .pth, .safetensors or .st, or be a folder."
+            f"checkpoint: `{path}` must end in .pth, .safetensors, .st or .gguf, or be "
+            "a folder."
         )
     return "orbax"
 
@@ -185,7 +189,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def open_tensors(path: Path, *, verify: bool = False) -> TensorFile:
-    """Opens a file of PyTorch's, safetensors or of rwkv.cpp, whatever its name.
+    """Opens a file of PyTorch's, safetensors, of rwkv.cpp or llama.cpp, whatever its name.
 
     Dicts that trainers wrap around the tensors are taken off.
 
@@ -220,7 +224,8 @@ def container_of(path: Path) -> Container:
     if sentence is None:
         sentence = (
             "is no checkpoint: it begins neither as PyTorch's files (.pth, .bin, .state) do, nor "
-            "as safetensors (.safetensors, .st), nor as rwkv.cpp's (.bin)"
+            "as safetensors (.safetensors, .st), nor as rwkv.cpp's (.bin), nor as "
+            "llama.cpp's (.gguf)"
         )
     raise ValueError(f"checkpoint: `{path}` {sentence}.")
 
@@ -246,10 +251,34 @@ def _open_rwkv_cpp(path: Path, verify: bool) -> TensorFile:
     return TensorFile(read_rwkv_cpp(path), "transposed")
 
 
+def _open_gguf(path: Path, verify: bool) -> TensorFile:
+    # The format has no checksum either.
+    del verify
+    return gguf_files("load_model").read_gguf(path)
+
+
+def gguf_files(function: str) -> ModuleType:
+    """Imports the module that needs the package `gguf`.
+
+    Args:
+        function: the public function, for the message.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+    try:
+        return importlib.import_module("rwkv7_jax.checkpoints.gguf_files")
+    except ImportError:
+        raise ImportError(
+            f"{function}: a .gguf file needs the package gguf: pip install 'rwkv7_jax[gguf]'."
+        ) from None
+
+
 _OPENERS: dict[Container, Callable[[Path, bool], TensorFile]] = {
     "pth": _open_pth,
     "safetensors": _open_safetensors,
     "rwkv.cpp": _open_rwkv_cpp,
+    "gguf": _open_gguf,
 }
 
 

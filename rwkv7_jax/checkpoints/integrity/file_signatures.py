@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 # What holds tensors, by the bytes it begins with; PyTorch's files have many suffixes.
-Container = Literal["pth", "safetensors", "rwkv.cpp"]
+Container = Literal["pth", "safetensors", "rwkv.cpp", "gguf"]
 
 # The bytes that are looked at: web pages may begin with blank lines and comments.
 _HEAD = 1024
@@ -28,6 +28,8 @@ _POINTERS = (
 # The magic number of rwkv.cpp, "ggmf" with the last byte first.
 _RWKV_CPP = b"fmgg"
 
+_GGUF = b"GGUF"
+
 # Formats of other files, by the bytes they begin with.
 _MAGIC = (
     (b"\x1f\x8b", "compressed with gzip: unpack it first"),
@@ -36,7 +38,7 @@ _MAGIC = (
     (b"BZh", "compressed with bzip2: unpack it first"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it first"),
     (b"Rar!", "a RAR archive: unpack it first"),
-    (b"GGUF", "a GGUF file of llama.cpp: take the original .pth or .safetensors"),
+    (_GGUF, "a GGUF file of llama.cpp, not of this format"),
     (_RWKV_CPP, "a file of rwkv.cpp, not of this format"),
     (b"%PDF", "a PDF document, not a checkpoint"),
     (b"\x89PNG", "a picture, not a checkpoint"),
@@ -73,6 +75,8 @@ def container_of(path: Path) -> Container | None:
         return "pth"
     if head.startswith(_RWKV_CPP):
         return "rwkv.cpp"
+    if head.startswith(_GGUF):
+        return "gguf"
     if is_safetensors(head, path.stat().st_size):
         return "safetensors"
     return None

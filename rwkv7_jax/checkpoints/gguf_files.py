@@ -1,0 +1,434 @@
+"""GGUF files of llama.cpp: the tensors, sizes and vocabulary of its `rwkv7` architecture.
+
+Needs the package `gguf` (extra `gguf`): `tensor_files.gguf_files` imports this module. Numbers are float32, float16 or bfloat16; quantised files are refused by their types.
+Start states have no place in the format.
+Source: ggml-org/llama.cpp conversion/rwkv.py (names, orientation) and src/models/rwkv7.cpp (what is
+required); the format itself is the package's business.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import ml_dtypes
+import numpy as np
+
+from rwkv7_jax.atomic_write import atomic_write
+from rwkv7_jax.checkpoints import tensor_names
+from rwkv7_jax.checkpoints.layouts.orientation import transposed
+from rwkv7_jax.checkpoints.tensor_files import TensorFile
+from rwkv7_jax.checkpoints.tensor_names import Tensor
+from rwkv7_jax.checkpoints.unused_value_residual import drop_unused_value_residual
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.text.tokenizer import END_OF_TEXT, Tokenizer
+from rwkv7_jax.text.vocabulary_entries import END_OF_TEXT_NAME, vocabulary_entries
+
+_ARCHITECTURE = "rwkv7"
+
+# llama.cpp's kernel for CPUs takes so many channels at a time, and leaves out the rest of a head.
+_HEAD_SIZE_STEP = 32
+
+# llama.cpp has it as a constant.
+_GROUP_NORM_EPS = 64e-5
+
+# llama.cpp's converter writes this for every RWKV model; no length is too long for one.
+_CONTEXT_LENGTH = 1 << 20
+
+_TYPES = {
+    gguf.GGMLQuantizationType.F32: np.dtype(np.float32),
+    gguf.GGMLQuantizationType.F16: np.dtype(np.float16),
+    gguf.GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
+}
+
+_FILE_TYPES = {
+    np.dtype(np.float32): gguf.LlamaFileType.ALL_F32,
+    np.dtype(np.float16): gguf.LlamaFileType.MOSTLY_F16,
+    np.dtype(ml_dtypes.bfloat16): gguf.LlamaFileType.MOSTLY_BF16,
+}
+
+# As its converter says, a turn of a conversation ends at a blank line.
+_END_OF_TURN = b"\n\n"
+
+# Metadata of ours, by dtype: official names of the tensors that were widened to float32.
+_WIDENED_KEY = "rwkv7_jax.widened.{dtype}"
+
+_OUTSIDE = {
+    "emb.weight": "token_embd.weight",
+    "blocks.0.ln0.weight": "token_embd_norm.weight",
+    "blocks.0.ln0.bias": "token_embd_norm.bias",
+    "ln_out.weight": "output_norm.weight",
+    "ln_out.bias": "output_norm.bias",
+    "head.weight": "output.weight",
+}
+
+_INSIDE = {
+    "ln1.weight": "attn_norm.weight",
+    "ln1.bias": "attn_norm.bias",
+    "ln2.weight": "attn_norm_2.weight",
+    "ln2.bias": "attn_norm_2.bias",
+    "att.ln_x.weight": "time_mix_ln.weight",
+    "att.ln_x.bias": "time_mix_ln.bias",
+    "att.w0": "time_mix_w0.weight",
+    "att.w1": "time_mix_w1.weight",
+    "att.w2": "time_mix_w2.weight",
+    "att.a0": "time_mix_a0.weight",
+    "att.a1": "time_mix_a1.weight",
+    "att.a2": "time_mix_a2.weight",
+    "att.v0": "time_mix_v0.weight",
+    "att.v1": "time_mix_v1.weight",
+    "att.v2": "time_mix_v2.weight",
+    "att.g1": "time_mix_g1.weight",
+    "att.g2": "time_mix_g2.weight",
+    "att.k_k": "time_mix_k_k.weight",
+    "att.k_a": "time_mix_k_a.weight",
+    "att.r_k": "time_mix_r_k.weight",
+    "att.receptance.weight": "time_mix_receptance.weight",
+    "att.key.weight": "time_mix_key.weight",
+    "att.value.weight": "time_mix_value.weight",
+    "att.output.weight": "time_mix_output.weight",
+    "ffn.x_k": "channel_mix_lerp_k.weight",
+    "ffn.key.weight": "channel_mix_key.weight",
+    "ffn.value.weight": "channel_mix_value.weight",
+}
+
+_OFFICIAL_OUTSIDE = {theirs: official for official, theirs in _OUTSIDE.items()}
+
+_OFFICIAL_INSIDE = {theirs: official for official, theirs in _INSIDE.items()}
+
+# The six lerps of time mix are one tensor [6, 1, 1, D].
+_FUSED_LERPS = "time_mix_lerp_fused.weight"
+
+_FUSED_ORDER = "rwkvag"
+
+_LERP = re.compile(r"^blocks\.(\d+)\.att\.x_([rwkvag])$")
+
+# The matrices that llama.cpp keeps in float32 besides all vectors.
+_FLOAT32_MATRICES = re.compile(r"\.att\.w[12]$")
+
+# llama.cpp wants a value residual in block 0, of the rank of `a`, and does not read it.
+_COPIED_IN_BLOCK_0 = re.compile(r"^blocks\.0\.att\.a([012])$")
+
+_UNREAD = re.compile(r"^blk\.0\.time_mix_v[012]\.weight$")
+
+
+class _CheckedReader(gguf.GGUFReader):
+    """Reader that raises where a file ends too early, instead of going on with fewer numbers."""
+
+    def _get(self, offset, dtype, count=1, override_order=None):
+        array = super()._get(offset, dtype, count, override_order)
+        if len(array) != int(count):
+            raise ValueError("it ends too early")
+        return array
+
+
+def _open(path: Path) -> gguf.GGUFReader:
+    """Opens a file of the architecture; its header is checked, and no tensor is read."""
+    try:
+        reader = _CheckedReader(path)
+    # What the package raises for headers that make no sense.
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else "no header"
+        raise ValueError(
+            f"load_model: `{path}` is not a GGUF file, or a damaged one: {reason}."
+        ) from None
+    if reader.byte_order == "S":
+        raise ValueError(
+            f"load_model: `{path}` is a GGUF file of the other byte order (big-endian)."
+        )
+    architecture = _metadata(reader, gguf.Keys.General.ARCHITECTURE)
+    if architecture != _ARCHITECTURE:
+        raise ValueError(
+            f"load_model: `{path}` is a GGUF file of {architecture!r}, not of {_ARCHITECTURE!r}."
+        )
+    parts = _metadata(reader, gguf.Keys.Split.LLM_KV_SPLIT_COUNT)
+    if parts is not None and parts > 1:
+        raise ValueError(
+            f"load_model: `{path}` is one of {parts} parts of a GGUF file; "
+            "join them with `llama-gguf-split --merge`."
+        )
+    return reader
+
+
+def _metadata(reader: gguf.GGUFReader, key: str) -> Any:
+    """Returns the value of a key; None where the file does not have it."""
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
+
+
+def _refuse_quantised(reader: gguf.GGUFReader, path: Path) -> None:
+    """Raises if a tensor is of a type that has no numbers of its own."""
+    for tensor in reader.tensors:
+        if tensor.tensor_type not in _TYPES:
+            raise ValueError(
+                f"load_model: `{path}` is quantised or of another type: {tensor.name} is "
+                f"{tensor.tensor_type.name}; F32, F16 and BF16 can be read."
+            )
+
+
+def _number(reader: gguf.GGUFReader, key: str, path: Path) -> float:
+    """Returns a positive number of the metadata.
+
+    Raises:
+        ValueError: the key is missing, or its value is something else.
+    """
+    name = key.format(arch=_ARCHITECTURE)
+    value = _metadata(reader, name)
+    if not isinstance(value, int | float) or not value > 0:
+        raise ValueError(
+            f"load_model: `{path}` must have a positive number {name}; got {value!r}."
+        )
+    return float(value)
+
+
+def read_gguf(path: Path) -> TensorFile:
+    """Opens a GGUF file's tensors by official name, and reads the layer norms' epsilon.
+
+    The head size is the one thing that no shape tells: it comes from the metadata.
+
+    Raises:
+        ValueError: not a float GGUF file of RWKV-7, or a damaged one.
+    """
+    reader = _open(path)
+    _refuse_quantised(reader, path)
+    norm_eps = _number(reader, gguf.Keys.Attention.LAYERNORM_EPS, path)
+    head_size = int(_number(reader, gguf.Keys.WKV.HEAD_SIZE, path))
+    tensors: dict[str, Tensor] = {}
+    for found in reader.tensors:
+        tensor = _tensor(found)
+        for name, part in _official_parts(found.name, tensor):
+            tensors[name] = _official_form(name, part, head_size)
+    _narrow(tensors, reader, path)
+    # The file has a float32; its shortest form is the number that was meant.
+    return TensorFile(tensors, "official", float(str(np.float32(norm_eps))))
+
+
+def _tensor(found: gguf.ReaderTensor) -> Tensor:
+    """Describes a tensor of a file; its numbers stay there until they are read."""
+    dtype = _TYPES[found.tensor_type]
+    # The file has the axes in the opposite order.
+    shape = tuple(reversed([int(size) for size in found.shape]))
+    return Tensor(shape, dtype, lambda: found.data.view(dtype).reshape(shape))
+
+
+def _official_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yields a tensor of a file by its official name, or the lerps that are fused in it.
+
+    Names that are not llama.cpp's stay as they are, so that the check of names reports them.
+    """
+    if name in _OFFICIAL_OUTSIDE:
+        yield _OFFICIAL_OUTSIDE[name], tensor
+        return
+    block, _, inside = name.removeprefix("blk.").partition(".")
+    if inside == _FUSED_LERPS and tensor.shape[:1] == (len(_FUSED_ORDER),):
+        for index, letter in enumerate(_FUSED_ORDER):
+            row = Tensor(
+                tensor.shape[1:],
+                tensor.dtype,
+                lambda index=index: tensor.read()[index],
+            )
+            yield f"blocks.{block}.att.x_{letter}", row
+    # Block 0 does not read its value residual; llama.cpp's is a copy of other tensors.
+    elif not _UNREAD.match(name):
+        official = _OFFICIAL_INSIDE.get(inside)
+        yield (f"blocks.{block}.{official}" if official else name), tensor
+
+
+def _official_form(name: str, tensor: Tensor, head_size: int) -> Tensor:
+    """Gives a tensor its official orientation and shape, now and later its numbers."""
+    if tensor_names.LOW_RANK.search(name):
+        return transposed(tensor)
+    if name.endswith(".att.r_k") and len(tensor.shape) == 1:
+        heads, rest = divmod(tensor.shape[0], head_size)
+        if not rest:
+            shape = (heads, head_size)
+            return Tensor(shape, tensor.dtype, lambda: tensor.read().reshape(shape))
+    return tensor
+
+
+def _narrow(tensors: dict[str, Tensor], reader: gguf.GGUFReader, path: Path) -> None:
+    """Gives tensors that were widened for llama.cpp the dtype that they had before."""
+    for dtype in _FILE_TYPES:
+        key = _WIDENED_KEY.format(dtype=dtype)
+        for name in _metadata(reader, key) or ():
+            if name in tensors and tensors[name].dtype == np.float32:
+                tensors[name] = _narrowed(tensors[name], dtype, name, path)
+
+
+def _narrowed(wide: Tensor, dtype: np.dtype, name: str, path: Path) -> Tensor:
+    """Returns a float32 tensor in a narrower dtype, which must hold each of its numbers."""
+
+    def read() -> np.ndarray:
+        array = wide.read()
+        with np.errstate(over="ignore", invalid="ignore"):
+            narrow = array.astype(dtype)
+        if not np.array_equal(narrow.astype(np.float32), array, equal_nan=True):
+            raise ValueError(
+                f"load_model: `{path}` has numbers in {name} that {dtype} cannot hold, "
+                "although its metadata says that they were of that type."
+            )
+        return narrow
+
+    return Tensor(wide.shape, dtype, read)
+
+
+def save_gguf(
+    path: Path,
+    config: RWKV7Config,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    tokenizer: Tokenizer | None,
+) -> None:
+    """Writes a GGUF file completely, or leaves what was there before.
+
+    Vectors and the matrices of the decay become float32, as llama.cpp needs them; the metadata says
+    of which dtype they were, so that `read_gguf` gives back every bit.
+
+    Args:
+        path: of the file.
+        config: the model's sizes.
+        tensors: `official_tensors` of the tree. All of them are in memory at once.
+        tokenizer: the vocabulary; None takes that of the size.
+
+    Raises:
+        ValueError: an epsilon, a head size or a dtype that llama.cpp does not compute with, or a
+            vocabulary of another size.
+    """
+    _check_config(config)
+    entries = vocabulary_entries(tokenizer, config.vocab_size, "save_model")
+    writer = gguf.GGUFWriter(None, _ARCHITECTURE)
+    _add_sizes(writer, config)
+    _add_vocabulary(writer, entries, config.vocab_size)
+    _add_tensors(writer, tensors)
+    with atomic_write(path) as file:
+        # The package would open a path itself, and truncate what is there.
+        writer.fout = [file]
+        writer.state = gguf.gguf_writer.WriterState.EMPTY
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+
+
+def _check_config(config: RWKV7Config) -> None:
+    """Raises unless llama.cpp computes what the model does."""
+    if not np.isclose(config.group_norm_eps, _GROUP_NORM_EPS):
+        raise ValueError(
+            f"save_model: `config.group_norm_eps` of a .gguf file must be {_GROUP_NORM_EPS}, "
+            f"llama.cpp's constant; got {config.group_norm_eps}."
+        )
+    if config.head_size % _HEAD_SIZE_STEP:
+        raise ValueError(
+            f"save_model: `config.head_size` of a .gguf file must be a multiple of "
+            f"{_HEAD_SIZE_STEP}, as llama.cpp computes wrong numbers with others; "
+            f"got {config.head_size}."
+        )
+
+
+def _add_sizes(writer: gguf.GGUFWriter, config: RWKV7Config) -> None:
+    """Adds the metadata that llama.cpp makes its graph of."""
+    writer.add_context_length(_CONTEXT_LENGTH)
+    writer.add_embedding_length(config.width)
+    writer.add_block_count(config.num_layers)
+    writer.add_layer_norm_eps(config.norm_eps)
+    writer.add_wkv_head_size(config.head_size)
+    writer.add_decay_lora_rank(config.decay_rank)
+    writer.add_iclr_lora_rank(config.icl_rank)
+    writer.add_value_residual_mix_lora_rank(config.value_rank)
+    writer.add_gate_lora_rank(config.gate_rank)
+    writer.add_feed_forward_length(config.ffn_width)
+    # Required and not read.
+    writer.add_head_count(0)
+
+
+def _add_vocabulary(
+    writer: gguf.GGUFWriter, entries: Mapping[int, bytes], vocab_size: int
+) -> None:
+    """Adds the vocabulary as llama.cpp's `rwkv` tokenizer wants it: bytes as escaped ASCII."""
+    tokens = []
+    types = []
+    for number in range(vocab_size):
+        if number in entries:
+            # What is between the quotes of a Python literal.
+            tokens.append(repr(entries[number])[2:-1])
+            types.append(gguf.TokenType.NORMAL)
+        elif number == END_OF_TEXT:
+            # Not the converter's "<s>": such text would become this id.
+            tokens.append(END_OF_TEXT_NAME)
+            types.append(gguf.TokenType.CONTROL)
+        else:
+            tokens.append(f"[PAD{number}]")
+            types.append(gguf.TokenType.UNUSED)
+    writer.add_tokenizer_model("rwkv")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    if END_OF_TEXT not in entries:
+        writer.add_bos_token_id(END_OF_TEXT)
+        writer.add_eos_token_id(END_OF_TEXT)
+    for number, token in entries.items():
+        if token == _END_OF_TURN:
+            writer.add_eot_token_id(number)
+
+
+def _add_tensors(
+    writer: gguf.GGUFWriter, tensors: Iterable[tuple[str, np.ndarray]]
+) -> None:
+    """Adds the tensors under llama.cpp's names, and what the metadata says of their dtypes."""
+    widened: dict[np.dtype, list[str]] = {}
+    lerps: dict[str, np.ndarray] = {}
+    for name, array in drop_unused_value_residual(tensors):
+        if array.dtype not in _FILE_TYPES:
+            raise ValueError(
+                "save_model: `params` of a .gguf file must be float32, float16 or bfloat16; "
+                f"got {array.dtype} in {name}."
+            )
+        if name == "emb.weight":
+            writer.add_file_type(_FILE_TYPES[array.dtype])
+        if array.dtype != np.float32 and _is_float32_in_gguf(name, array):
+            widened.setdefault(array.dtype, []).append(name)
+            array = array.astype(np.float32)
+        lerp = _LERP.match(name)
+        if lerp is None:
+            _add_tensor(writer, name, array)
+            continue
+        lerps[lerp[2]] = array
+        if len(lerps) == len(_FUSED_ORDER):
+            rows = np.stack([lerps[letter] for letter in _FUSED_ORDER])
+            writer.add_tensor(f"blk.{lerp[1]}.{_FUSED_LERPS}", rows[:, None, None])
+            lerps = {}
+    for dtype, names in widened.items():
+        writer.add_array(_WIDENED_KEY.format(dtype=dtype), names)
+
+
+def _is_float32_in_gguf(name: str, array: np.ndarray) -> bool:
+    """Returns whether llama.cpp wants a tensor in float32, whatever the matrices are."""
+    is_flattened = name.endswith(".att.r_k")
+    return array.ndim == 1 or is_flattened or bool(_FLOAT32_MATRICES.search(name))
+
+
+def _add_tensor(writer: gguf.GGUFWriter, name: str, array: np.ndarray) -> None:
+    """Adds one tensor under llama.cpp's name, in its shape and orientation."""
+    if name.endswith(".att.r_k"):
+        array = array.reshape(-1)
+    elif name.endswith(".ffn.x_k"):
+        array = array[None, None]
+    elif tensor_names.LOW_RANK.search(name):
+        array = array.swapaxes(0, 1)
+    array = np.ascontiguousarray(array)
+    raw_dtype = None
+    if array.dtype == ml_dtypes.bfloat16:
+        # The package knows bfloat16 as a kind of quantisation, whose arrays are bytes.
+        raw_dtype = gguf.GGMLQuantizationType.BF16
+        array = array.view(np.uint8)
+    writer.add_tensor(_to_gguf(name), array, raw_dtype=raw_dtype)
+    copied = _COPIED_IN_BLOCK_0.match(name)
+    if copied:
+        name = f"blocks.0.att.v{copied[1]}"
+        writer.add_tensor(_to_gguf(name), array, raw_dtype=raw_dtype)
+
+
+def _to_gguf(name: str) -> str:
+    """Translates an official name into llama.cpp's."""
+    if name in _OUTSIDE:
+        return _OUTSIDE[name]
+    _, block, inside = name.split(".", 2)
+    return f"blk.{block}.{_INSIDE[inside]}"

@@ -1,0 +1,216 @@
+"""Folders for Hugging Face's libraries: weights, config.json, generation settings, tokenizer, chat.
+
+There are two layouts of the same model:
+
+* "hf": the names of flash-linear-attention, which `fla` and `rwkv7-hf` read.
+* "transformers": official names after `rwkv7.`, as in the RWKV project's own repositories since
+  August 2026 and in the model that is proposed for transformers.
+
+Source: fla-org/flash-linear-attention@bc3b101 utils/convert_from_rwkv7.py; huggingface/transformers
+issue 47787; aabbdev/rwkv-publisher@67f4b55 src/rwkv_publisher/conversion.py (what the project's
+repositories hold).
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from rwkv7_jax.array_types import Params
+from rwkv7_jax.checkpoints import tensor_names
+from rwkv7_jax.checkpoints.huggingface import CONFIG_FILE, WEIGHTS_FILE
+from rwkv7_jax.checkpoints.model_folder import replace_folder
+from rwkv7_jax.checkpoints.tensor_files import NORM_EPS_KEY, write_safetensors
+from rwkv7_jax.checkpoints.unused_value_residual import (
+    add_unused_value_residual,
+    drop_unused_value_residual,
+)
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.text.chat_template import jinja_template
+from rwkv7_jax.text.fast_tokenizer import fast_tokenizer, tokenizer_config
+from rwkv7_jax.text.tokenizer import END_OF_TEXT, Tokenizer
+from rwkv7_jax.text.vocabulary_entries import has_vocabulary, vocabulary_entries
+
+Layout = Literal["hf", "transformers"]
+
+_GENERATION_FILE = "generation_config.json"
+
+_TOKENIZER_FILE = "tokenizer.json"
+
+_TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+
+_CHAT_FILE = "chat_template.jinja"
+
+_FILES = {
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    _GENERATION_FILE,
+    _TOKENIZER_FILE,
+    _TOKENIZER_CONFIG_FILE,
+    _CHAT_FILE,
+}
+
+# Of the per-head norm, which readers of official names take without asking config.json.
+_OFFICIAL_GROUP_NORM_EPS = 64e-5
+
+_TRANSFORMERS_PREFIX = "rwkv7."
+
+
+def save_hf(
+    path: Path,
+    params: Params,
+    config: RWKV7Config,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    layout: Layout,
+    tokenizer: Tokenizer | None,
+) -> None:
+    """Writes a folder completely, or leaves what was there before.
+
+    Args:
+        path: of the folder.
+        params: the parameter tree; config.json tells its dtype.
+        config: its sizes.
+        tensors: `official_tensors` of the tree, taken one at a time.
+        layout: whose names the tensors get.
+        tokenizer: the vocabulary; None takes that of the size, and none where no vocabulary has it.
+
+    Raises:
+        ValueError: epsilons that config.json cannot express, a vocabulary that does not fit the
+            model, or a folder with other files.
+    """
+    _check_epsilons(config, layout)
+    entries = None
+    if tokenizer is not None or has_vocabulary(config.vocab_size):
+        entries = vocabulary_entries(tokenizer, config.vocab_size, "save_model")
+    dtype = str(params["emb"]["weight"].dtype)
+
+    def fill(folder: Path) -> None:
+        folder.mkdir()
+        if layout == "hf":
+            named = _fla_tensors(tensors)
+            table = _fla_config(config, dtype)
+        else:
+            named = _transformers_tensors(tensors, config)
+            table = _transformers_config(config, dtype)
+        metadata = {"format": "pt", NORM_EPS_KEY: repr(config.norm_eps)}
+        write_safetensors(folder / WEIGHTS_FILE, named, metadata=metadata)
+        _write_json(folder / CONFIG_FILE, table)
+        _write_json(folder / _GENERATION_FILE, _generation_config())
+        if entries is not None:
+            _write_json(folder / _TOKENIZER_FILE, fast_tokenizer(entries))
+            _write_json(folder / _TOKENIZER_CONFIG_FILE, tokenizer_config(entries))
+            (folder / _CHAT_FILE).write_text(jinja_template(), encoding="utf-8")
+
+    replace_folder(path.absolute(), _FILES, fill)
+
+
+def _check_epsilons(config: RWKV7Config, layout: Layout) -> None:
+    """Raises unless a reader of the layout takes the epsilons that the model has."""
+    # Both compute the per-head epsilon, so a different one would be lost without a word.
+    if not np.isclose(config.group_norm_eps, config.head_size * config.norm_eps):
+        raise ValueError(
+            "save_model: an HF folder has one `norm_eps` for all norms, and the per-head norm's is "
+            f"head_size times it; got {config.norm_eps} and {config.group_norm_eps}."
+        )
+    is_official = np.isclose(config.group_norm_eps, _OFFICIAL_GROUP_NORM_EPS)
+    if layout == "transformers" and not is_official:
+        raise ValueError(
+            "save_model: `config.group_norm_eps` of a folder with official names must be "
+            f"{_OFFICIAL_GROUP_NORM_EPS}, which its readers take; got {config.group_norm_eps}."
+        )
+
+
+def _write_json(path: Path, table: dict[str, Any]) -> None:
+    """Writes a table, one entry a line but for long ones."""
+    is_long = path.name == _TOKENIZER_FILE
+    text = json.dumps(table, indent=None if is_long else 2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _fla_tensors(
+    tensors: Iterable[tuple[str, np.ndarray]],
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields official tensors by fla's names, in its orientation and shapes."""
+    for name, array in drop_unused_value_residual(tensors):
+        if tensor_names.LOW_RANK.search(name):
+            array = array.swapaxes(-1, -2)
+        yield (
+            tensor_names.to_hf(name),
+            array.reshape(tensor_names.hf_shape(name, array.shape)),
+        )
+
+
+def _transformers_tensors(
+    tensors: Iterable[tuple[str, np.ndarray]], config: RWKV7Config
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields tensors as official files have them, with a prefix before all but the head."""
+    for name, array in add_unused_value_residual(tensors, config):
+        array = array.reshape(tensor_names.file_shape(name, array.shape))
+        is_head = name.startswith("head.")
+        yield name if is_head else f"{_TRANSFORMERS_PREFIX}{name}", array
+
+
+def _sizes(config: RWKV7Config, dtype: str) -> dict[str, Any]:
+    """Returns what config.json has in both layouts."""
+    return {
+        "model_type": "rwkv7",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.ffn_width,
+        "num_hidden_layers": config.num_layers,
+        "head_dim": config.head_size,
+        "num_heads": config.num_heads,
+        "decay_low_rank_dim": config.decay_rank,
+        "gate_low_rank_dim": config.gate_rank,
+        "a_low_rank_dim": config.icl_rank,
+        "v_low_rank_dim": config.value_rank,
+        "norm_eps": config.norm_eps,
+        "norm_bias": True,
+        "bos_token_id": END_OF_TEXT,
+        "eos_token_id": END_OF_TEXT,
+        "tie_word_embeddings": False,
+        # transformers renamed `torch_dtype` to `dtype`; older versions know the former alone.
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def _fla_config(config: RWKV7Config, dtype: str) -> dict[str, Any]:
+    """Makes the config.json that fla and rwkv7-hf read."""
+    return {
+        "architectures": ["RWKV7ForCausalLM"],
+        **_sizes(config, dtype),
+        "attn": None,
+        "attn_mode": "chunk",
+        "hidden_act": "sqrelu",
+        "hidden_ratio": config.ffn_width / config.width,
+        # fla's default; RWKV itself has no longest context.
+        "max_position_embeddings": 2048,
+        "norm_first": True,
+    }
+
+
+def _transformers_config(config: RWKV7Config, dtype: str) -> dict[str, Any]:
+    """Makes the config.json of the model that is proposed for transformers."""
+    return {
+        "architectures": ["Rwkv7ForCausalLM"],
+        **_sizes(config, dtype),
+        "pad_token_id": END_OF_TEXT,
+        "use_cache": True,
+        "wkv_state_dtype": "float32",
+        # The one that computes token by token, as the reference does.
+        "wkv_implementation": "eager",
+    }
+
+
+def _generation_config() -> dict[str, Any]:
+    """Makes the generation_config.json: where a text ends, and nothing that samples."""
+    return {
+        "bos_token_id": END_OF_TEXT,
+        "eos_token_id": END_OF_TEXT,
+        "pad_token_id": END_OF_TEXT,
+        "use_cache": True,
+    }

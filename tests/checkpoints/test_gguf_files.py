@@ -1,0 +1,273 @@
+"""GGUF files: every bit comes back, and what llama.cpp cannot compute with is refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from genuine_checkpoints import TINY, genuine
+from random_checkpoints import CONFIG, differing, random_params
+from run_programs import ROOT
+
+from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
+from rwkv7_jax.checkpoints.unused_value_residual import without_unused_value_residual
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+gguf = pytest.importorskip("gguf", reason="the gguf extra is not installed")
+
+BYTES = dataclasses.replace(CONFIG, vocab_size=257)
+# Every byte is an id of the same number; nothing ends a text.
+RAW = Tokenizer({i: bytes([i]) for i in range(256)}, vocab_size=256, name="raw")
+
+
+def values(path) -> dict:
+    """The metadata of a file."""
+    reader = gguf.GGUFReader(path)
+    return {key: field.contents() for key, field in reader.fields.items()}
+
+
+def rewritten(path, target, *, metadata=None, tensors=None):
+    """Writes a copy of a file with other metadata (None removes a key) or other tensors."""
+    changes = metadata or {}
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(
+        target,
+        changes.get(
+            "general.architecture", gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.RWKV7]
+        ),
+    )
+    for key, field in reader.fields.items():
+        if key.startswith("GGUF.") or key == "general.architecture":
+            continue
+        value = changes.get(key, field.contents())
+        if value is not None:
+            sub_type = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(key, value, field.types[0], sub_type)
+    for tensor in reader.tensors:
+        array, dtype = (tensors or {}).get(
+            tensor.name, (tensor.data, tensor.tensor_type)
+        )
+        writer.add_tensor(tensor.name, array, raw_dtype=dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A file of random numbers in bfloat16."""
+    path = tmp_path_factory.mktemp("gguf") / "m.gguf"
+    save_model(path, random_params(BYTES), BYTES)
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_every_bit_comes_back_in_its_dtype(tmp_path, dtype):
+    params = random_params(BYTES, dtype=dtype)
+    save_model(tmp_path / "m.gguf", params, BYTES)
+    again, config = load_model(tmp_path / "m.gguf")
+    assert config == BYTES
+    assert differing(params, again) == []
+
+
+def test_mixed_dtypes_come_back_one_by_one(tmp_path):
+    params = random_params(BYTES, dtype=jnp.float32)
+    params["layers"]["att"]["x_r"] = params["layers"]["att"]["x_r"].astype(jnp.bfloat16)
+    params["layer_0"]["att"]["w1"] = params["layer_0"]["att"]["w1"].astype(jnp.float16)
+    params["head"]["weight"] = params["head"]["weight"].astype(jnp.bfloat16)
+    save_model(tmp_path / "m.gguf", params, BYTES)
+    again, _ = load_model(tmp_path / "m.gguf")
+    assert differing(params, again) == []
+
+
+@pytest.mark.parametrize("source", ["assets/tiny.pth", TINY])
+def test_real_models_go_to_gguf_and_back(tmp_path, source):
+    path = genuine(source) if source == TINY else ROOT / source
+    params, config = load_model(path)
+    tokenizer = RAW if config.vocab_size == 256 else None
+    save_model(tmp_path / "m.gguf", params, config, tokenizer=tokenizer)
+    again, same = load_model(tmp_path / "m.gguf")
+    assert same == config
+    # The value residual of block 0, which nothing reads, has no place there.
+    assert differing(without_unused_value_residual(params), again) == []
+    save_model(tmp_path / "m.pth", again, config)
+    last, _ = load_model(tmp_path / "m.pth")
+    assert differing(without_unused_value_residual(last), again) == []
+    assert model_hash(again, config) == model_hash(params, config)
+
+
+def test_the_vocabulary_is_escaped_bytes(written):
+    table = values(written)
+    assert table["tokenizer.ggml.model"] == "rwkv"
+    tokens = table["tokenizer.ggml.tokens"]
+    assert len(tokens) == 257 and tokens[0] == "<|endoftext|>"
+    for number in range(256):
+        text = tokens[number + 1].encode()
+        assert text.decode("unicode_escape").encode("latin-1") == bytes([number])
+    kinds = table["tokenizer.ggml.token_type"]
+    assert kinds == [gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * 256
+
+
+def test_world_ends_a_turn_at_a_blank_line_and_pads_its_ids(tmp_path):
+    config = dataclasses.replace(CONFIG, vocab_size=65536)
+    save_model(tmp_path / "m.gguf", random_params(config), config)
+    table = values(tmp_path / "m.gguf")
+    eot = table["tokenizer.ggml.eot_token_id"]
+    assert Tokenizer.world().token_bytes(eot) == b"\n\n"
+    kinds = table["tokenizer.ggml.token_type"]
+    assert kinds[-6:] == [gguf.TokenType.UNUSED] * 6 and len(kinds) == 65536
+
+
+def test_a_file_of_the_converter_reads_alike(written, tmp_path):
+    """Its vectors are float32 and nothing says what they were."""
+    keys = {key: None for key in values(written) if key.startswith("rwkv7_jax.")}
+    assert keys
+    rewritten(written, tmp_path / "m.gguf", metadata=keys)
+    again, config = load_model(tmp_path / "m.gguf")
+    ours, _ = load_model(written)
+    assert config == BYTES
+    assert again["ln0"]["weight"].dtype == jnp.float32
+    assert again["emb"]["weight"].dtype == jnp.bfloat16
+    widened = jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), ours, again)
+    assert differing(widened, again) == []
+
+
+def test_block_0_has_the_copies_that_llama_cpp_asks_for(written):
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(written).tensors}
+    for part in "012":
+        copy = tensors[f"blk.0.time_mix_v{part}.weight"]
+        np.testing.assert_array_equal(
+            copy.data, tensors[f"blk.0.time_mix_a{part}.weight"].data
+        )
+    assert list(tensors["blk.1.time_mix_lerp_fused.weight"].shape) == [64, 1, 1, 6]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"general.architecture": "arwkv7"},
+            "is a GGUF file of 'arwkv7', not of 'rwkv7'",
+        ),
+        (
+            {"rwkv7.wkv.head_size": None},
+            r"positive number rwkv7\.wkv\.head_size; got None",
+        ),
+        ({"rwkv7.wkv.head_size": 0}, r"positive number rwkv7\.wkv\.head_size; got 0"),
+        (
+            {"rwkv7.wkv.head_size": 48},
+            r"blocks\.0\.att\.r_k of shape \(64,\), not a matrix",
+        ),
+        (
+            {"rwkv7.attention.layer_norm_epsilon": float("nan")},
+            r"positive number rwkv7\.attention\.layer_norm_epsilon; got nan",
+        ),
+    ],
+)
+def test_metadata_that_makes_no_model_is_one_sentence(
+    written, tmp_path, changes, sentence
+):
+    rewritten(written, tmp_path / "m.gguf", metadata=changes)
+    with pytest.raises(ValueError, match=rf"m\.gguf` .*{sentence}"):
+        load_model(tmp_path / "m.gguf")
+
+
+def test_quantised_files_are_refused_by_the_type(written, tmp_path):
+    kind = gguf.GGMLQuantizationType.Q8_0
+    numbers = gguf.quants.quantize(np.ones((64, 64), np.float32), kind)
+    name = "blk.1.time_mix_key.weight"
+    rewritten(written, tmp_path / "m.gguf", tensors={name: (numbers, kind)})
+    with pytest.raises(
+        ValueError, match=r"blk\.1\.time_mix_key\.weight is Q8_0; F32, F16 and BF16"
+    ):
+        load_model(tmp_path / "m.gguf")
+
+
+def test_numbers_that_were_changed_to_what_their_dtype_cannot_hold_are_refused(
+    written, tmp_path
+):
+    numbers = np.full(64, 1 / 3, np.float32)
+    kind = gguf.GGMLQuantizationType.F32
+    rewritten(
+        written, tmp_path / "m.gguf", tensors={"output_norm.weight": (numbers, kind)}
+    )
+    with pytest.raises(
+        ValueError, match=r"numbers in ln_out\.weight that bfloat16 cannot hold"
+    ):
+        load_model(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("kept", [0, 3, 20, 300, 5_000, -1])
+def test_a_cut_file_is_one_sentence(written, tmp_path, kept):
+    (tmp_path / "m.gguf").write_bytes(written.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"load_model: .*m\.gguf`") as caught:
+        load_model(tmp_path / "m.gguf")
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_headers_are_one_sentence(written, tmp_path):
+    """A flipped bit is found, or changes nothing that is read."""
+    content = bytearray(written.read_bytes())
+    rng = np.random.default_rng(0)
+    refused = 0
+    for place in rng.integers(4, 4_000, 60):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << rng.integers(8)
+        (tmp_path / "m.gguf").write_bytes(damaged)
+        try:
+            load_model(tmp_path / "m.gguf", allow_nan=True)
+        except ValueError as error:
+            assert "m.gguf`" in str(error)
+            refused += 1
+    assert refused > 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"group_norm_eps": 32e-5},
+            "`config.group_norm_eps` of a .gguf file must be 0.00064",
+        ),
+        (
+            {"head_size": 16},
+            "`config.head_size` of a .gguf file must be a multiple of 32",
+        ),
+        ({"vocab_size": 75}, "`tokenizer` must be given for a vocabulary of 75 ids"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_not_written(
+    tmp_path, changes, sentence
+):
+    config = dataclasses.replace(BYTES, **changes)
+    (tmp_path / "m.gguf").write_text("what was there")
+    with pytest.raises(ValueError, match=f"save_model: {sentence}"):
+        save_model(tmp_path / "m.gguf", random_params(config), config)
+    assert (tmp_path / "m.gguf").read_text() == "what was there"
+
+
+def test_a_vocabulary_larger_than_the_model_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="must have ids below the model's 75; got 255"):
+        save_model(tmp_path / "m.gguf", random_params(CONFIG), CONFIG, tokenizer=RAW)
+
+
+def test_nan_is_not_written(tmp_path):
+    params = random_params(BYTES)
+    params["head"]["weight"] = params["head"]["weight"].at[3, 5].set(np.nan)
+    with pytest.raises(ValueError, match=r"`params` must be finite.*head\.weight"):
+        save_model(tmp_path / "m.gguf", params, BYTES)
+    assert not list(tmp_path.iterdir())
+    save_model(tmp_path / "m.gguf", params, BYTES, allow_nan=True)
+    again, _ = load_model(tmp_path / "m.gguf", allow_nan=True)
+    assert differing(params, again) == []
+
+
+def test_a_missing_package_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    monkeypatch.delitem(
+        __import__("sys").modules, "rwkv7_jax.checkpoints.gguf_files", raising=False
+    )
+    with pytest.raises(ImportError, match=r"save_model: .*rwkv7_jax\[gguf\]"):
+        save_model(tmp_path / "m.gguf", random_params(BYTES), BYTES)
