@@ -1,7 +1,8 @@
 """GGUF files of llama.cpp: the tensors, sizes and vocabulary of its `rwkv7` architecture.
 
-Needs the package `gguf` (extra `gguf`): `tensor_files.gguf_files` imports this module. Numbers are float32, float16 or bfloat16; quantised files are refused by their types.
-Start states have no place in the format.
+Needs the package `gguf` (extra `gguf`): `tensor_files.gguf_files` imports this module. Numbers are
+float32, float16 or bfloat16; quantised files are refused by their types. Start states have no place
+in the format.
 Source: ggml-org/llama.cpp conversion/rwkv.py (names, orientation) and src/models/rwkv7.cpp (what is
 required); the format itself is the package's business.
 """

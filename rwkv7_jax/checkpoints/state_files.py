@@ -1,11 +1,11 @@
 """Start states as files that other RWKV tools read.
 
 `.pth` and `.safetensors` hold `blocks.{i}.att.time_state` as [H, value, key], which for RWKV-7 is
-the runtime's own order: nothing is transposed. `.st`, for web-rwkv and Ai00, swaps the last two
-axes. Token-shift states that are not zero go under names of our own, `blocks.{i}.att.shift_state`
-and `blocks.{i}.ffn.shift_state`. Upscaled memories, with all that is needed to read them, go into
-`.safetensors` files as `upscaled.{name}`. A sidecar says
-what the file alone cannot (see `state_sidecar`).
+the runtime's own order: nothing is transposed. `.st` and `.state`, safetensors for web-rwkv and
+Ai00, swap the last two axes. Token-shift states that are not zero go under names of our own,
+`blocks.{i}.att.shift_state` and `blocks.{i}.ffn.shift_state`. Upscaled memories, with all that is
+needed to read them, go into `.safetensors` files as `upscaled.{name}`. A sidecar says what the file
+alone cannot (see `state_sidecar`).
 Source: JL-er/RWKV-PEFT@5b8aac9 (the names); josStorer/RWKV-Runner@64269f0
 backend-python/utils/rwkv.py.
 """
@@ -62,7 +62,10 @@ from rwkv7_jax.model.state import (
     check_state,
 )
 
-SUFFIXES = (".pth", ".safetensors", ".st")
+SUFFIXES = (".pth", ".safetensors", ".st", ".state")
+
+# Those that web-rwkv and Ai00 mount: safetensors whose heads are transposed.
+_WEB_RWKV_SUFFIXES = (".st", ".state")
 
 # Leaves of `Upscaled.features` and of `Upscaled`, by their names in the file.
 _FEATURE_LEAVES = ("landmarks", "widths", "mean", "map")
@@ -80,7 +83,13 @@ def _check_suffix(path: Path) -> None:
 
 def _written_axes(path: Path) -> str:
     """Returns the axes that a file of this suffix is written with."""
-    return TRANSPOSED_AXES if path.suffix == ".st" else AXES
+    return TRANSPOSED_AXES if path.suffix in _WEB_RWKV_SUFFIXES else AXES
+
+
+def _usual_dtype(path: Path) -> str:
+    """Returns the dtype of the WKV tensors in a file of this suffix."""
+    # web-rwkv up to 0.10 reads no other; `.st` is older here than this knowledge.
+    return "float16" if path.suffix == ".state" else "float32"
 
 
 def save_state(
@@ -89,16 +98,17 @@ def save_state(
     *,
     config: RWKV7Config | None = None,
     info: Mapping[str, Any] | None = None,
-    dtype="float32",
+    dtype=None,
 ) -> None:
     """Saves a start state and its sidecar; a write that fails leaves what was there before.
 
     Args:
-        path: `.pth`, `.safetensors` or `.st`; an upscaled state needs `.safetensors`.
+        path: `.pth`, `.safetensors`, `.st` or `.state`; an upscaled state needs `.safetensors`.
         state: batch 1.
         config: of the model, to refuse a state of another one.
         info: further entries of the sidecar: the base model's hash, a score.
-        dtype: of the WKV tensors; the others are float32.
+        dtype: of the WKV tensors; the others are float32. None is float16 for `.state`, which Ai00
+            reads in no other, and float32 elsewhere.
 
     Raises:
         ValueError: more than one sequence, another model's state, an unknown suffix, NaN or Inf,
@@ -108,7 +118,7 @@ def save_state(
     with prefix_errors("save_state"):
         path = local_path(path, "`path`", target=True)
         _check_suffix(path)
-        dtype = require_float_dtype(dtype)
+        dtype = require_float_dtype(_usual_dtype(path) if dtype is None else dtype)
         _check_writable(state, path, config)
         tensors = _state_tensors(state, path, dtype)
         table = _sidecar_table(state, path, tensors, info or {})

@@ -12,7 +12,7 @@ from typing import NoReturn
 from rwkv7_jax.local_paths import is_same, local_path
 
 # Suffixes of files that hold a start state.
-STATE_SUFFIXES = (".pth", ".safetensors", ".st")
+STATE_SUFFIXES = (".pth", ".safetensors", ".st", ".state")
 
 # More rows, windows or tokens than anybody waits for: a slip of the keyboard.
 MOST_ROWS = 10**6

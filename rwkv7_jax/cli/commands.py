@@ -244,7 +244,11 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "target", type=target_path, help="format by suffix; a folder is orbax"
     )
-    convert.add_argument("--format", choices=("hf",), help="write an HF folder")
+    convert.add_argument(
+        "--format",
+        choices=("hf", "transformers"),
+        help="write a folder with fla's names, or with official names for transformers",
+    )
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     convert.add_argument("--allow-nan", action="store_true", help="accept NaN and Inf")
     add_vocabulary_option(convert, "that of the source; an orbax folder keeps it")

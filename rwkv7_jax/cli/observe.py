@@ -43,7 +43,7 @@ def add_observe_command(subparsers) -> None:
         "--out",
         metavar="STATE",
         type=state_target,
-        help="write the proposed state: .pth, .safetensors or .st",
+        help="write the proposed state: .pth, .safetensors, .st or .state",
     )
     add(
         "--text",

@@ -38,7 +38,7 @@ _DESCRIBED_FIELDS = frozenset(
     }
 )
 
-_STATE_HELP = ".pth, .safetensors or .st"
+_STATE_HELP = ".pth, .safetensors, .st or .state"
 
 
 def add_state_command(subparsers) -> None:

@@ -40,7 +40,7 @@ def add_doctor_command(subparsers) -> None:
         "doctor", help="what a state does, what it costs, and advice"
     )
     add = parser.add_argument
-    add("state", type=path, help=".pth, .safetensors or .st")
+    add("state", type=path, help=".pth, .safetensors, .st or .state")
     add("--model", required=True, type=path, help=MODEL_HELP)
     add_any_base_option(parser)
     add("--data", required=True, help=f"what it was tuned for: {_TEXT_HELP}")

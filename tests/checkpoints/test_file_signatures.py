@@ -43,7 +43,6 @@ OTHER_FILES = {
     "zstd": (b"\x28\xb5\x2f\xfd" + bytes(30), "is compressed with zstd"),
     "xz": (b"\xfd7zXZ\0" + bytes(30), "is compressed with xz"),
     "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(30), "is a 7z archive"),
-    "gguf": (b"GGUF\x03\0\0\0" + bytes(30), "is a GGUF file"),
     "rwkv.cpp": (b"fmgg\x63\0\0\0" + bytes(30), "is a file of rwkv.cpp of version 99"),
     "pdf": (b"%PDF-1.7\n", "is a PDF"),
     "png": (b"\x89PNG\r\n\x1a\n" + bytes(30), "is a picture"),

@@ -10,6 +10,7 @@ from rwkv7_jax.checkpoints import has_merged_state
 from rwkv7_jax.checkpoints.model_files import load_model
 from rwkv7_jax.checkpoints.state_files import load_state, save_state
 from rwkv7_jax.checkpoints.state_sidecar import sidecar
+from rwkv7_jax.checkpoints.tensor_files import read_tensors
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +89,29 @@ def test_a_state_in_a_folder_of_shards_loads(arrays, tmp_path):
         load_model(tmp_path / "m")
     assert has_merged_state(tmp_path / "m")
     assert differing(load_state(tmp_path / "m"), random_state()) == []
+
+
+def test_a_state_file_is_what_ai00_mounts(tmp_path):
+    """Safetensors in half precision, each head transposed; web-rwkv reads no other dtype.
+
+    Source: cryscan/web-rwkv@1991c4b src/runtime/v7.rs, `read_state`.
+    """
+    state = random_state()
+    half = state.replace(wkv=state.wkv.astype(jnp.float16).astype(jnp.float32))
+    save_state(tmp_path / "s.state", half)
+    tensors = read_tensors(tmp_path / "s.state")
+    assert {str(tensor.dtype) for tensor in tensors.values()} == {"float16"}
+    for layer in range(CONFIG.num_layers):
+        found = tensors[f"blocks.{layer}.att.time_state"].read()
+        np.testing.assert_array_equal(found, half.wkv[layer, 0].swapaxes(-1, -2))
+    assert differing(load_state(tmp_path / "s.state"), half) == []
+    save_state(tmp_path / "again.pth", load_state(tmp_path / "s.state"))
+    assert differing(load_state(tmp_path / "again.pth"), half) == []
+
+
+def test_a_state_that_half_precision_cannot_hold_is_not_written_as_state(tmp_path):
+    large = random_state().replace(wkv=1e6 * random_state().wkv)
+    with pytest.raises(ValueError, match="save_state: `dtype` must hold the state's"):
+        save_state(tmp_path / "s.state", large)
+    save_state(tmp_path / "s.state", large, dtype="float32")
+    assert differing(load_state(tmp_path / "s.state"), large) == []

@@ -14,7 +14,7 @@ from rwkv7_jax.checkpoints.state_files import load_state, save_state
 from rwkv7_jax.checkpoints.state_sidecar import read_sidecar, sidecar
 from rwkv7_jax.observer.files import load_observer, save_observer
 
-SUFFIXES = (".pth", ".safetensors", ".st")
+SUFFIXES = (".pth", ".safetensors", ".st", ".state")
 
 
 def with_number(state, number):

@@ -1,0 +1,149 @@
+"""llama.cpp on CPU, in the wheel `xllamacpp`, from GGUF files that this project wrote."""
+
+import dataclasses
+import json
+import urllib.request
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import trained_scale_models as calm_models
+from genuine_checkpoints import TINY, genuine
+from random_checkpoints import random_params
+from run_programs import ROOT
+
+from rwkv7_jax.checkpoints.model_files import load_model, save_model
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import init_state
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+pytest.importorskip("gguf", reason="the gguf extra is not installed")
+xllamacpp = pytest.importorskip("xllamacpp", reason="the oracle extra is not installed")
+
+# Of log-probabilities between 0 and -30. llama.cpp rounds the activations too where the weights
+# are half precision, we do not.
+FLOAT32, FLOAT16, BFLOAT16 = 2e-5, 1e-2, 1e-1
+LENGTH = 40
+SLOW = pytest.mark.slow
+
+
+def serve(path):
+    """A server of a file, which ends with its last reference."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx = 256
+    params.n_parallel = 1
+    params.warmup = False
+    params.verbosity = 0
+    return xllamacpp.Server(params)
+
+
+def theirs(server, ids, vocab_size) -> np.ndarray:
+    """The log-probabilities of every id after these."""
+    answer = server.handle_completions(
+        {
+            "prompt": [int(number) for number in ids],
+            "n_predict": 1,
+            "temperature": 0,
+            "n_probs": vocab_size,
+            "post_sampling_probs": False,
+        }
+    )
+    found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    result = np.full(vocab_size, np.nan)
+    for entry in found:
+        result[entry["id"]] = entry["logprob"]
+    return result
+
+
+def ours(params, config, ids) -> np.ndarray:
+    """The same of the model in memory, computed in float32."""
+    model = RWKV7(dataclasses.replace(config, implementation="scan"))
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    logits, _ = jax.jit(model.apply)(
+        {"params": wide}, jnp.asarray(ids)[None], init_state(config)
+    )
+    return np.asarray(jax.nn.log_softmax(logits[0, -1]))
+
+
+def some_ids(config) -> np.ndarray:
+    return np.random.default_rng(0).integers(1, config.vocab_size, LENGTH)
+
+
+def letters(vocab_size) -> Tokenizer:
+    """A vocabulary for ids that mean nothing."""
+    entries = {number: bytes([number]) for number in range(1, vocab_size)}
+    return Tokenizer(entries, vocab_size=vocab_size, name="letters")
+
+
+@pytest.mark.parametrize(
+    "head_size",
+    [32, 64, pytest.param(96, marks=SLOW), pytest.param(128, marks=SLOW)],
+)
+def test_a_made_model_agrees(tmp_path, head_size):
+    width = 192 if head_size == 96 else 128
+    config = calm_models.config(head_size, width=width)
+    params = calm_models.calm(config)
+    vocabulary = letters(config.vocab_size)
+    save_model(tmp_path / "m.gguf", params, config, tokenizer=vocabulary)
+    ids = some_ids(config)
+    expected = ours(params, config, ids)
+    assert 0.5 < expected.std() < 2
+    found = theirs(serve(tmp_path / "m.gguf"), ids, config.vocab_size)
+    assert np.abs(found - expected).max() <= FLOAT32
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        ("float32", FLOAT32),
+        pytest.param("float16", FLOAT16, marks=SLOW),
+        ("bfloat16", BFLOAT16),
+    ],
+)
+def test_the_model_that_ships_here_agrees(tmp_path, dtype, tolerance):
+    params, config = load_model(ROOT / "assets" / "tiny.pth", dtype=dtype)
+    save_model(tmp_path / "m.gguf", params, config)
+    ids = some_ids(config)
+    expected = ours(params, config, ids)
+    found = theirs(serve(tmp_path / "m.gguf"), ids, config.vocab_size)
+    assert np.abs(found - expected).max() <= tolerance
+    assert found.argmax() == expected.argmax()
+
+
+def test_a_genuine_model_agrees(tmp_path):
+    params, config = load_model(genuine(TINY), dtype="float32")
+    raw = Tokenizer(
+        {number: bytes([number]) for number in range(256)}, vocab_size=256, name="raw"
+    )
+    save_model(tmp_path / "m.gguf", params, config, tokenizer=raw)
+    ids = [34, 105, 110]
+    found = theirs(serve(tmp_path / "m.gguf"), ids, 256)
+    # What rwkv.cpp's own tests expect of this model.
+    logits = np.fromfile(genuine(TINY).with_name("expected-logits-7v0-834K.bin"), "<f4")
+    expected = logits - np.log(np.exp(logits.astype(np.float64)).sum())
+    assert np.abs(found - expected).max() <= FLOAT32
+
+
+def test_text_becomes_the_ids_of_our_tokenizer(tmp_path):
+    config = RWKV7Config(vocab_size=65536, num_layers=1, width=64, head_size=64)
+    save_model(tmp_path / "m.gguf", random_params(config, scale=0.1), config)
+    server = serve(tmp_path / "m.gguf")
+    world = Tokenizer.world()
+    texts = [
+        "Hello, world! <s> </s>\n\nUser: who?",
+        "é e\u0301 \U0001f600\U0001f9d1\u200d\U0001f680 \uac00\ud7a3 中文",
+        "\x01\x02\t\r\n'\"\\ \\x41 \\n",
+        " " * 300 + "#" * 200,
+        (ROOT / "docs" / "formats.md").read_text(encoding="utf-8"),
+    ]
+    for text in texts:
+        request = urllib.request.Request(
+            f"{server.listening_address}/tokenize",
+            json.dumps({"content": text}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert json.load(answer)["tokens"] == world.encode(text), text[:40]
