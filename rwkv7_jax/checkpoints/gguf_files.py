@@ -357,7 +357,8 @@ def _add_vocabulary(
             tokens.append(END_OF_TEXT_NAME)
             types.append(gguf.TokenType.CONTROL)
         else:
-            tokens.append(f"[PAD{number}]")
+            # The converter's "[PAD65530]" would be taken for the id in a text; no text has 0xff.
+            tokens.append(f"\\xff[PAD{number}]")
             types.append(gguf.TokenType.UNUSED)
     writer.add_tokenizer_model("rwkv")
     writer.add_token_list(tokens)

@@ -137,7 +137,8 @@ def test_text_becomes_the_ids_of_our_tokenizer(tmp_path):
         "é e\u0301 \U0001f600\U0001f9d1\u200d\U0001f680 \uac00\ud7a3 中文",
         "\x01\x02\t\r\n'\"\\ \\x41 \\n",
         " " * 300 + "#" * 200,
-        (ROOT / "docs" / "formats.md").read_text(encoding="utf-8"),
+        "[PAD65530] <|unused|>",
+        (ROOT / "docs" / "method.md").read_text(encoding="utf-8"),
     ]
     for text in texts:
         request = urllib.request.Request(
