@@ -23,8 +23,13 @@ from rwkv7_jax.checkpoints.tensor_files import TensorFile
 from rwkv7_jax.checkpoints.tensor_names import Tensor
 from rwkv7_jax.checkpoints.unused_value_residual import drop_unused_value_residual
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.text.json_tokenizer import JsonTokenizer
 from rwkv7_jax.text.tokenizer import END_OF_TEXT, Tokenizer
-from rwkv7_jax.text.vocabulary_entries import END_OF_TEXT_NAME, vocabulary_entries
+from rwkv7_jax.text.vocabulary_entries import (
+    END_OF_TEXT_NAME,
+    fitting_vocabulary,
+    vocabulary_entries,
+)
 
 _ARCHITECTURE = "rwkv7"
 
@@ -296,7 +301,7 @@ def save_gguf(
             vocabulary of another size.
     """
     _check_config(config)
-    entries = vocabulary_entries(tokenizer, config.vocab_size, "save_model")
+    entries = _entries(tokenizer, config.vocab_size)
     writer = gguf.GGUFWriter(None, _ARCHITECTURE)
     _add_sizes(writer, config)
     _add_vocabulary(writer, entries, config.vocab_size)
@@ -323,6 +328,26 @@ def _check_config(config: RWKV7Config) -> None:
             f"{_HEAD_SIZE_STEP}, as llama.cpp computes wrong numbers with others; "
             f"got {config.head_size}."
         )
+
+
+def _entries(tokenizer: Tokenizer | None, vocab_size: int) -> dict[int, bytes]:
+    """Returns the bytes of every id; llama.cpp takes the longest entry at a place, as we do.
+
+    Raises:
+        ValueError: no vocabulary is known, or one that is encoded otherwise.
+    """
+    vocabulary = fitting_vocabulary(tokenizer, vocab_size, "save_model")
+    if vocabulary is None:
+        raise ValueError(
+            f"save_model: `tokenizer` must be given for a .gguf file of {vocab_size} ids, as no "
+            "built-in vocabulary has that size."
+        )
+    if isinstance(vocabulary, JsonTokenizer):
+        raise ValueError(
+            "save_model: `tokenizer` of a .gguf file must take the longest entry at a place, as "
+            f"llama.cpp does for RWKV; got {vocabulary.name}."
+        )
+    return vocabulary_entries(vocabulary, vocab_size)
 
 
 def _add_sizes(writer: gguf.GGUFWriter, config: RWKV7Config) -> None:

@@ -30,8 +30,14 @@ from rwkv7_jax.checkpoints.unused_value_residual import (
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.text.chat_template import jinja_template
 from rwkv7_jax.text.fast_tokenizer import fast_tokenizer, tokenizer_config
+from rwkv7_jax.text.id_tokenizer import IdTokenizer
+from rwkv7_jax.text.json_tokenizer import JsonTokenizer
 from rwkv7_jax.text.tokenizer import END_OF_TEXT, Tokenizer
-from rwkv7_jax.text.vocabulary_entries import has_vocabulary, vocabulary_entries
+from rwkv7_jax.text.vocabulary_entries import (
+    END_OF_TEXT_NAME,
+    fitting_vocabulary,
+    vocabulary_entries,
+)
 
 Layout = Literal["hf", "transformers"]
 
@@ -75,34 +81,31 @@ def save_hf(
         config: its sizes.
         tensors: `official_tensors` of the tree, taken one at a time.
         layout: whose names the tensors get.
-        tokenizer: the vocabulary; None takes that of the size, and none where no vocabulary has it.
+        tokenizer: the vocabulary; None takes that of the size, where a built-in one has it.
 
     Raises:
         ValueError: epsilons that config.json cannot express, a vocabulary that does not fit the
             model, or a folder with other files.
     """
     _check_epsilons(config, layout)
-    entries = None
-    if tokenizer is not None or has_vocabulary(config.vocab_size):
-        entries = vocabulary_entries(tokenizer, config.vocab_size, "save_model")
+    vocabulary = fitting_vocabulary(tokenizer, config.vocab_size, "save_model")
+    end_of_text = END_OF_TEXT if vocabulary is None else vocabulary.end_of_text
+    texts = _vocabulary_files(vocabulary, config.vocab_size)
+    texts[_GENERATION_FILE] = _pretty(_generation_config(end_of_text))
     dtype = str(params["emb"]["weight"].dtype)
+    table = _fla_config if layout == "hf" else _transformers_config
+    texts[CONFIG_FILE] = _pretty(table(config, dtype) | _special_ids(end_of_text))
 
     def fill(folder: Path) -> None:
         folder.mkdir()
         if layout == "hf":
             named = _fla_tensors(tensors)
-            table = _fla_config(config, dtype)
         else:
             named = _transformers_tensors(tensors, config)
-            table = _transformers_config(config, dtype)
         metadata = {"format": "pt", NORM_EPS_KEY: repr(config.norm_eps)}
         write_safetensors(folder / WEIGHTS_FILE, named, metadata=metadata)
-        _write_json(folder / CONFIG_FILE, table)
-        _write_json(folder / _GENERATION_FILE, _generation_config())
-        if entries is not None:
-            _write_json(folder / _TOKENIZER_FILE, fast_tokenizer(entries))
-            _write_json(folder / _TOKENIZER_CONFIG_FILE, tokenizer_config(entries))
-            (folder / _CHAT_FILE).write_text(jinja_template(), encoding="utf-8")
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
     replace_folder(path.absolute(), _FILES, fill)
 
@@ -123,11 +126,30 @@ def _check_epsilons(config: RWKV7Config, layout: Layout) -> None:
         )
 
 
-def _write_json(path: Path, table: dict[str, Any]) -> None:
-    """Writes a table, one entry a line but for long ones."""
-    is_long = path.name == _TOKENIZER_FILE
-    text = json.dumps(table, indent=None if is_long else 2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+def _pretty(table: dict[str, Any]) -> str:
+    """Formats a table as people read it."""
+    return json.dumps(table, indent=2, ensure_ascii=False) + "\n"
+
+
+def _vocabulary_files(vocabulary: Tokenizer | None, vocab_size: int) -> dict[str, str]:
+    """Returns the texts of the files with the vocabulary and the chat template, by name.
+
+    There are none where no vocabulary is known, or ids stand for no text.
+    """
+    if vocabulary is None or isinstance(vocabulary, IdTokenizer):
+        return {}
+    if isinstance(vocabulary, JsonTokenizer):
+        content = vocabulary.file_text()
+        end_of_text = vocabulary.end_token()
+    else:
+        entries = vocabulary_entries(vocabulary, vocab_size)
+        content = json.dumps(fast_tokenizer(entries), ensure_ascii=False)
+        end_of_text = None if vocabulary.end_of_text is None else END_OF_TEXT_NAME
+    return {
+        _TOKENIZER_FILE: content,
+        _TOKENIZER_CONFIG_FILE: _pretty(tokenizer_config(end_of_text)),
+        _CHAT_FILE: jinja_template(),
+    }
 
 
 def _fla_tensors(
@@ -169,8 +191,6 @@ def _sizes(config: RWKV7Config, dtype: str) -> dict[str, Any]:
         "v_low_rank_dim": config.value_rank,
         "norm_eps": config.norm_eps,
         "norm_bias": True,
-        "bos_token_id": END_OF_TEXT,
-        "eos_token_id": END_OF_TEXT,
         "tie_word_embeddings": False,
         # transformers renamed `torch_dtype` to `dtype`; older versions know the former alone.
         "dtype": dtype,
@@ -198,7 +218,6 @@ def _transformers_config(config: RWKV7Config, dtype: str) -> dict[str, Any]:
     return {
         "architectures": ["Rwkv7ForCausalLM"],
         **_sizes(config, dtype),
-        "pad_token_id": END_OF_TEXT,
         "use_cache": True,
         "wkv_state_dtype": "float32",
         # The one that computes token by token, as the reference does.
@@ -206,11 +225,15 @@ def _transformers_config(config: RWKV7Config, dtype: str) -> dict[str, Any]:
     }
 
 
-def _generation_config() -> dict[str, Any]:
-    """Makes the generation_config.json: where a text ends, and nothing that samples."""
+def _special_ids(end_of_text: int | None) -> dict[str, int | None]:
+    """Returns the ids that both configurations name: one ends, begins and fills up a text."""
     return {
-        "bos_token_id": END_OF_TEXT,
-        "eos_token_id": END_OF_TEXT,
-        "pad_token_id": END_OF_TEXT,
-        "use_cache": True,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "pad_token_id": end_of_text,
     }
+
+
+def _generation_config(end_of_text: int | None) -> dict[str, Any]:
+    """Makes the generation_config.json: where a text ends, and nothing that samples."""
+    return _special_ids(end_of_text) | {"use_cache": True}

@@ -69,8 +69,12 @@ def fast_tokenizer(entries: Mapping[int, bytes]) -> dict[str, Any]:
     }
 
 
-def tokenizer_config(entries: Mapping[int, bytes]) -> dict[str, Any]:
-    """Returns the content of the `tokenizer_config.json` next to it."""
+def tokenizer_config(end_of_text: str | None) -> dict[str, Any]:
+    """Returns the content of the `tokenizer_config.json` next to a `tokenizer.json`.
+
+    Args:
+        end_of_text: the name of the token that ends a text; None where there is none.
+    """
     table: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -78,9 +82,9 @@ def tokenizer_config(entries: Mapping[int, bytes]) -> dict[str, Any]:
         "split_special_tokens": True,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    if END_OF_TEXT not in entries:
+    if end_of_text is not None:
         for role in ("bos_token", "eos_token", "pad_token"):
-            table[role] = END_OF_TEXT_NAME
+            table[role] = end_of_text
     return table
 
 

@@ -6,43 +6,40 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 END_OF_TEXT_NAME = "<|endoftext|>"
 
 
-def has_vocabulary(vocab_size: int) -> bool:
-    """Returns whether a vocabulary that is known here has this size."""
-    try:
-        Tokenizer.for_vocabulary(vocab_size)
-    except ValueError:
-        return False
-    return True
-
-
-def vocabulary_entries(
+def fitting_vocabulary(
     tokenizer: Tokenizer | None, vocab_size: int, function: str
-) -> dict[int, bytes]:
-    """Returns the bytes of every id that has an entry.
+) -> Tokenizer | None:
+    """Returns the vocabulary of a model, which is that of its size if nobody names one.
 
     Args:
-        tokenizer: the vocabulary; None takes that of the size.
+        tokenizer: the one that was named.
         vocab_size: of the model. It may be larger than the vocabulary: models have unused ids.
         function: the public function, for messages.
 
+    Returns:
+        None where none was named, and the size tells none.
+
     Raises:
-        ValueError: no vocabulary has that size, or an entry's id is no row of the model.
+        ValueError: an id of the vocabulary is no row of the model.
     """
     if tokenizer is None:
-        if not has_vocabulary(vocab_size):
-            raise ValueError(
-                f"{function}: `tokenizer` must be given for a vocabulary of {vocab_size} ids, "
-                "which is neither that of bytes (257) nor World's."
-            )
-        tokenizer = Tokenizer.for_vocabulary(vocab_size)
+        try:
+            return Tokenizer.for_vocabulary(vocab_size)
+        except ValueError:
+            return None
+    if tokenizer.largest_id >= vocab_size:
+        raise ValueError(
+            f"{function}: `tokenizer` must have ids below the model's {vocab_size}; got "
+            f"{tokenizer.largest_id}."
+        )
+    return tokenizer
+
+
+def vocabulary_entries(tokenizer: Tokenizer, vocab_size: int) -> dict[int, bytes]:
+    """Returns the bytes of every id of a model that has some."""
     entries = {}
-    for number in range(tokenizer.vocab_size):
+    for number in range(min(tokenizer.vocab_size, vocab_size)):
         token = tokenizer.token_bytes(number)
         if token:
             entries[number] = token
-    largest = max(entries, default=0)
-    if largest >= vocab_size:
-        raise ValueError(
-            f"{function}: `tokenizer` must have ids below the model's {vocab_size}; got {largest}."
-        )
     return entries

@@ -12,13 +12,12 @@ from run_programs import ROOT
 
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
 from rwkv7_jax.checkpoints.unused_value_residual import without_unused_value_residual
+from rwkv7_jax.text.json_tokenizer import JsonTokenizer
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf", reason="the gguf extra is not installed")
 
 BYTES = dataclasses.replace(CONFIG, vocab_size=257)
-# Every byte is an id of the same number; nothing ends a text.
-RAW = Tokenizer({i: bytes([i]) for i in range(256)}, vocab_size=256, name="raw")
 
 
 def values(path) -> dict:
@@ -86,8 +85,7 @@ def test_mixed_dtypes_come_back_one_by_one(tmp_path):
 def test_real_models_go_to_gguf_and_back(tmp_path, source):
     path = genuine(source) if source == TINY else ROOT / source
     params, config = load_model(path)
-    tokenizer = RAW if config.vocab_size == 256 else None
-    save_model(tmp_path / "m.gguf", params, config, tokenizer=tokenizer)
+    save_model(tmp_path / "m.gguf", params, config)
     again, same = load_model(tmp_path / "m.gguf")
     assert same == config
     # The value residual of block 0, which nothing reads, has no place there.
@@ -235,7 +233,7 @@ def test_damaged_headers_are_one_sentence(written, tmp_path):
             {"head_size": 16},
             "`config.head_size` of a .gguf file must be a multiple of 32",
         ),
-        ({"vocab_size": 75}, "`tokenizer` must be given for a vocabulary of 75 ids"),
+        ({"vocab_size": 75}, "`tokenizer` must be given for a .gguf file of 75 ids"),
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_not_written(
@@ -250,7 +248,33 @@ def test_what_llama_cpp_would_compute_otherwise_is_not_written(
 
 def test_a_vocabulary_larger_than_the_model_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="must have ids below the model's 75; got 255"):
-        save_model(tmp_path / "m.gguf", random_params(CONFIG), CONFIG, tokenizer=RAW)
+        save_model(
+            tmp_path / "m.gguf",
+            random_params(CONFIG),
+            CONFIG,
+            tokenizer=Tokenizer.bytes256(),
+        )
+
+
+def test_raw_bytes_have_no_end_of_text(tmp_path):
+    config = dataclasses.replace(CONFIG, vocab_size=256)
+    save_model(tmp_path / "m.gguf", random_params(config), config)
+    table = values(tmp_path / "m.gguf")
+    assert table["tokenizer.ggml.tokens"][0] == "\\x00"
+    assert "tokenizer.ggml.eos_token_id" not in table
+
+
+def test_a_vocabulary_that_llama_cpp_would_encode_otherwise_is_not_written(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(
+        tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])
+    )
+    words.decoder = tokenizers.decoders.ByteLevel()
+    vocabulary = JsonTokenizer(words, name="words.json")
+    with pytest.raises(ValueError, match=r"must take the longest entry.*words\.json"):
+        save_model(
+            tmp_path / "m.gguf", random_params(CONFIG), CONFIG, tokenizer=vocabulary
+        )
 
 
 def test_nan_is_not_written(tmp_path):

@@ -8,19 +8,19 @@ from genuine_checkpoints import TINY, genuine
 from random_checkpoints import CONFIG, differing, random_params
 
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
+from rwkv7_jax.checkpoints.model_vocabulary import model_tokenizer
 from rwkv7_jax.checkpoints.tensor_files import read_tensors
 from rwkv7_jax.checkpoints.tensor_names import file_shape, shapes
 from rwkv7_jax.checkpoints.unused_value_residual import without_unused_value_residual
+from rwkv7_jax.text.id_tokenizer import IdTokenizer
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 # One rule for the epsilons of all norms, which is also the official one.
 HEADS_OF_64 = dataclasses.replace(CONFIG, head_size=64)
 BYTES = dataclasses.replace(HEADS_OF_64, vocab_size=257)
 LAYOUTS = ("hf", "transformers")
-COMPLETE = {
-    "config.json",
-    "model.safetensors",
-    "generation_config.json",
+WITHOUT_VOCABULARY = {"config.json", "model.safetensors", "generation_config.json"}
+COMPLETE = WITHOUT_VOCABULARY | {
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
@@ -117,33 +117,46 @@ def test_the_config_of_official_names_has_the_models_keys(tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_vocabulary_that_nobody_named_is_left_out(tmp_path, layout):
     save_model(tmp_path / "m", random_params(HEADS_OF_64), HEADS_OF_64, format=layout)
-    assert names(tmp_path / "m") == {
-        "config.json",
-        "model.safetensors",
-        "generation_config.json",
-    }
+    assert names(tmp_path / "m") == WITHOUT_VOCABULARY
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_vocabulary_that_was_given_is_written(tmp_path, layout):
-    letters = Tokenizer(
-        {number: bytes([number + 47]) for number in range(1, 75)},
-        vocab_size=75,
-        name="letters",
-    )
+def test_the_vocabulary_that_was_given_comes_back(tmp_path, layout):
+    pytest.importorskip("tokenizers", reason="the tokenizers extra is not installed")
+    entries = {number: bytes([number + 47]) for number in range(1, 75)}
+    letters = Tokenizer(entries, vocab_size=75, name="letters", kind="file")
     params = random_params(HEADS_OF_64)
     save_model(tmp_path / "m", params, HEADS_OF_64, format=layout, tokenizer=letters)
-    vocabulary = table(tmp_path / "m" / "tokenizer.json")["model"]["vocab"]
-    assert vocabulary["0"] == 1 and len(vocabulary) == 75
+    for _ in range(2):
+        again = model_tokenizer(tmp_path / "m", 75, argument="`m`")
+        assert again.encode("0az") == letters.encode("0az") == [1, 50, 75 - 1]
+        assert again.end_of_text == 0
+        # As `tokenizer.json` it is written once more.
+        save_model(tmp_path / "m", params, HEADS_OF_64, format=layout, tokenizer=again)
+    config = table(tmp_path / "m" / "config.json")
+    assert config["eos_token_id"] == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ids_that_are_no_text_have_no_tokenizer(tmp_path, layout):
+    params = random_params(HEADS_OF_64)
+    numbers = IdTokenizer(75)
+    save_model(tmp_path / "m", params, HEADS_OF_64, format=layout, tokenizer=numbers)
+    assert names(tmp_path / "m") == WITHOUT_VOCABULARY
+    assert table(tmp_path / "m" / "config.json")["eos_token_id"] is None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_vocabulary_larger_than_the_model_is_not_written(tmp_path, layout):
     with pytest.raises(ValueError, match="save_model: `tokenizer` must have ids below"):
         save_model(
             tmp_path / "m",
-            params,
+            random_params(HEADS_OF_64),
             HEADS_OF_64,
             format=layout,
             tokenizer=Tokenizer.bytes(),
         )
-    load_model(tmp_path / "m")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ WORLD = Tokenizer.world()
 
 
 def entries(tokenizer) -> dict[int, bytes]:
-    return vocabulary_entries(tokenizer, tokenizer.vocab_size, "test")
+    return vocabulary_entries(tokenizer, tokenizer.vocab_size)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_the_pattern_takes_the_longest_entry(words, text):
 
 def test_the_end_of_text_is_special_and_its_name_in_a_text_is_text(world):
     assert world.token_to_id("<|endoftext|>") == 0
-    table = tokenizer_config(entries(WORLD))
+    table = tokenizer_config("<|endoftext|>")
     assert table["eos_token"] == "<|endoftext|>" and table["split_special_tokens"]
     assert world.encode("<|endoftext|>").ids == WORLD.encode("<|endoftext|>")
     # Without the configuration, in the package alone.
@@ -143,7 +143,7 @@ def test_the_end_of_text_is_special_and_its_name_in_a_text_is_text(world):
 def test_a_vocabulary_without_an_end_of_text_has_no_special_token():
     raw = {number: bytes([number]) for number in range(256)}
     assert fast_tokenizer(raw)["added_tokens"] == []
-    assert "eos_token" not in tokenizer_config(raw)
+    assert "eos_token" not in tokenizer_config(None)
 
 
 def test_a_text_outside_the_vocabulary_is_an_error_and_no_other_token(theirs):
