@@ -251,7 +251,9 @@ def parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     convert.add_argument("--allow-nan", action="store_true", help="accept NaN and Inf")
-    add_vocabulary_option(convert, "that of the source; folders and .gguf files hold it")
+    add_vocabulary_option(
+        convert, "that of the source; folders and .gguf files hold it"
+    )
     convert.set_defaults(run=_convert)
 
     inspect = commands.add_parser(

@@ -22,7 +22,7 @@ _SPECIAL_IN_LIST = re.compile(r"[\\^\[\]&~-]")
 _UNKNOWN = "<|no entry|>"
 
 # Characters to the nodes after them; the empty string marks the end of an entry.
-_Tree = dict[str, "_Tree"]
+_Tree = dict[str, Any]
 
 
 def fast_tokenizer(entries: Mapping[int, bytes]) -> dict[str, Any]:

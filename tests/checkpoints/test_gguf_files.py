@@ -111,10 +111,10 @@ def test_the_vocabulary_is_escaped_bytes(written):
 def test_world_ends_a_turn_at_a_blank_line_and_pads_its_ids(tmp_path):
     config = dataclasses.replace(CONFIG, vocab_size=65536)
     save_model(tmp_path / "m.gguf", random_params(config), config)
-    table = values(tmp_path / "m.gguf")
-    eot = table["tokenizer.ggml.eot_token_id"]
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    eot = reader.get_field("tokenizer.ggml.eot_token_id").contents()
     assert Tokenizer.world().token_bytes(eot) == b"\n\n"
-    kinds = table["tokenizer.ggml.token_type"]
+    kinds = reader.get_field("tokenizer.ggml.token_type").contents()
     assert kinds[-6:] == [gguf.TokenType.UNUSED] * 6 and len(kinds) == 65536
 
 
