@@ -23,6 +23,7 @@ from rwkv7_jax.checkpoints.tensor_files import TensorFile
 from rwkv7_jax.checkpoints.tensor_names import Tensor
 from rwkv7_jax.checkpoints.unused_value_residual import drop_unused_value_residual
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.text.jinja_template import chat_template_jinja
 from rwkv7_jax.text.json_tokenizer import JsonTokenizer
 from rwkv7_jax.text.tokenizer import END_OF_TEXT, Tokenizer
 from rwkv7_jax.text.vocabulary_entries import (
@@ -386,6 +387,8 @@ def _add_vocabulary(
             tokens.append(f"\\xff[PAD{number}]")
             types.append(gguf.TokenType.UNUSED)
     writer.add_tokenizer_model("rwkv")
+    # Without one llama.cpp would take that of other models.
+    writer.add_chat_template(chat_template_jinja())
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     if END_OF_TEXT not in entries:

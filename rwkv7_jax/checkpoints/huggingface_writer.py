@@ -28,9 +28,9 @@ from rwkv7_jax.checkpoints.unused_value_residual import (
     drop_unused_value_residual,
 )
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.text.chat_template import jinja_template
 from rwkv7_jax.text.fast_tokenizer import fast_tokenizer, tokenizer_config
 from rwkv7_jax.text.id_tokenizer import IdTokenizer
+from rwkv7_jax.text.jinja_template import chat_template_jinja
 from rwkv7_jax.text.json_tokenizer import JsonTokenizer
 from rwkv7_jax.text.tokenizer import END_OF_TEXT, Tokenizer
 from rwkv7_jax.text.vocabulary_entries import (
@@ -148,7 +148,7 @@ def _vocabulary_files(vocabulary: Tokenizer | None, vocab_size: int) -> dict[str
     return {
         _TOKENIZER_FILE: content,
         _TOKENIZER_CONFIG_FILE: _pretty(tokenizer_config(end_of_text)),
-        _CHAT_FILE: jinja_template(),
+        _CHAT_FILE: chat_template_jinja(),
     }
 
 

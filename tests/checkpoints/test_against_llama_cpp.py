@@ -17,6 +17,7 @@ from rwkv7_jax.checkpoints.model_files import load_model, save_model
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
+from rwkv7_jax.text.chat_template import chat_prompt
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 pytest.importorskip("gguf", reason="the gguf extra is not installed")
@@ -124,11 +125,27 @@ def test_a_genuine_model_agrees(tmp_path):
     assert np.abs(found - expected).max() <= FLOAT32
 
 
-def test_text_becomes_the_ids_of_our_tokenizer(tmp_path):
+def asked(server, path, question) -> dict:
+    """The answer of one of a server's addresses."""
+    request = urllib.request.Request(
+        f"{server.listening_address}/{path}",
+        json.dumps(question).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A server of the smallest model with World's vocabulary."""
     config = RWKV7Config(vocab_size=65536, num_layers=1, width=64, head_size=64)
-    save_model(tmp_path / "m.gguf", random_params(config, scale=0.1), config)
-    server = serve(tmp_path / "m.gguf")
-    world = Tokenizer.world()
+    path = tmp_path_factory.mktemp("world") / "m.gguf"
+    save_model(path, random_params(config, scale=0.1), config)
+    return serve(path)
+
+
+def test_text_becomes_the_ids_of_our_tokenizer(world):
     texts = [
         "Hello, world! <s> </s>\n\nUser: who?",
         "é e\u0301 \U0001f600\U0001f9d1\u200d\U0001f680 \uac00\ud7a3 中文",
@@ -138,10 +155,16 @@ def test_text_becomes_the_ids_of_our_tokenizer(tmp_path):
         (ROOT / "docs" / "method.md").read_text(encoding="utf-8"),
     ]
     for text in texts:
-        request = urllib.request.Request(
-            f"{server.listening_address}/tokenize",
-            json.dumps({"content": text}).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            assert json.load(answer)["tokens"] == world.encode(text), text[:40]
+        ids = asked(world, "tokenize", {"content": text})["tokens"]
+        assert ids == Tokenizer.world().encode(text), text[:40]
+
+
+def test_a_conversation_becomes_the_prompt_of_our_template(world):
+    messages = [
+        {"role": "user", "content": " Hi\n\n there \n"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "Who?"},
+    ]
+    prompt = asked(world, "apply-template", {"messages": messages})["prompt"]
+    known = "User: Hi\n there\n\nAssistant: Hello.\n\n"
+    assert prompt.encode() == known.encode() + chat_prompt(b"Who?")
