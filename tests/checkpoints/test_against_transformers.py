@@ -96,8 +96,10 @@ def test_generation_ends_at_the_end_of_text(answered):
 
 def test_logits_of_rwkv7_hf_are_ours(answered):
     folder, questions, answers = answered
-    if "logits" not in answers:
-        pytest.skip("rwkv7-hf reads fla's names")
+    if folder.parent.name.startswith("transformers"):
+        # No release of transformers has this model yet; the next test is for the one that does.
+        assert "logits" not in answers
+        return
     params, config = load_model(folder)
     assert config == CONFIG
     logits, _ = jax.jit(RWKV7(config).apply)(
