@@ -45,6 +45,8 @@ def written(name, format=None):
     """A row of the table: one of our own writers."""
 
     def make(folder, params, config):
+        if name.endswith(".gguf"):
+            pytest.importorskip("gguf", reason="the gguf extra is not installed")
         if format == "hf":
             # The two rules for the epsilon of the heads agree for heads of 64.
             config = dataclasses.replace(
@@ -105,9 +107,12 @@ EXACT = {
     "foreign: torch.compile": foreign(compiled),
     "foreign: rwkv.cpp": foreign(rwkv_cpp),
 }
-# What has an epsilon of its own for heads other than 64, or fewer digits.
+# What has an epsilon of its own for heads other than 64, programs for such heads alone, or fewer
+# digits.
 OTHERS = {
     "hf": written("m", "hf"),
+    "transformers": written("m", "transformers"),
+    "gguf": written("m.gguf"),
     "st": written("m.st"),
     "foreign: rwkv.cpp in half precision": foreign(
         functools.partial(rwkv_cpp, half=True)
