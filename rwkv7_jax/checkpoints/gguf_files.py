@@ -9,8 +9,9 @@ required); the format itself is the package's business.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from io import BufferedWriter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gguf
 import ml_dtypes
@@ -309,7 +310,7 @@ def save_gguf(
     _add_tensors(writer, tensors)
     with atomic_write(path) as file:
         # The package would open a path itself, and truncate what is there.
-        writer.fout = [file]
+        writer.fout = [cast(BufferedWriter, file)]
         writer.state = gguf.gguf_writer.WriterState.EMPTY
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
