@@ -342,7 +342,7 @@ def _entries(tokenizer: Tokenizer | None, vocab_size: int) -> dict[int, bytes]:
     if vocabulary is None:
         raise ValueError(
             f"save_model: `tokenizer` must be given for a .gguf file of {vocab_size} ids, as no "
-            "built-in vocabulary has that size."
+            "built-in vocabulary has that size (`rwkv7 convert --vocabulary`)."
         )
     if isinstance(vocabulary, JsonTokenizer):
         raise ValueError(

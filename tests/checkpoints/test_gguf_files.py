@@ -12,6 +12,7 @@ from run_programs import ROOT
 
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
 from rwkv7_jax.checkpoints.unused_value_residual import without_unused_value_residual
+from rwkv7_jax.cli.commands import main
 from rwkv7_jax.text.json_tokenizer import JsonTokenizer
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -295,3 +296,28 @@ def test_a_missing_package_is_one_sentence(tmp_path, monkeypatch):
     )
     with pytest.raises(ImportError, match=r"save_model: .*rwkv7_jax\[gguf\]"):
         save_model(tmp_path / "m.gguf", random_params(BYTES), BYTES)
+
+
+def test_the_command_converts_to_gguf_and_on_to_official_names(tmp_path, capsys):
+    """World's size is not known here, so that the vocabulary is named, and kept by the folder."""
+    config = dataclasses.replace(CONFIG, head_size=64)
+    save_model(tmp_path / "m.pth", random_params(config), config)
+    (tmp_path / "digits.txt").write_text(
+        "".join(f"{number + 1} '{number}' 1\n" for number in range(10))
+    )
+    named = ["--vocabulary", str(tmp_path / "digits.txt")]
+    steps = (
+        ["m.pth", "m.gguf", *named],
+        ["m.gguf", "folder", "--format", "transformers", *named],
+        ["folder", "back.pth"],
+    )
+    for source, target, *options in steps:
+        paths = [str(tmp_path / source), str(tmp_path / target)]
+        assert main(["convert", *paths, *options]) == 0, capsys.readouterr().err
+    back, _ = load_model(tmp_path / "back.pth")
+    assert differing(random_params(config), without_unused_value_residual(back)) == []
+    assert values(tmp_path / "m.gguf")["tokenizer.ggml.tokens"][1:11] == list(
+        "0123456789"
+    )
+    assert main(["convert", str(tmp_path / "m.pth"), str(tmp_path / "n.gguf")]) == 2
+    assert "`tokenizer` must be given for a .gguf file" in capsys.readouterr().err
