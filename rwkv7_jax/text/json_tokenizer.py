@@ -1,6 +1,7 @@
 """Vocabularies of the `tokenizers` package, as `tokenizer.json` (extra `tokenizers`)."""
 
 import functools
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ KIND = "tokenizer.json"
 
 # Next to `tokenizer.json` in the folders of models; names the token that ends a text.
 _CONFIG_FILE = "tokenizer_config.json"
+
+# SentencePiece's sign for a blank.
+_LOW_LINE = "\u2581"
 
 # Entries that are encoded and decoded again, to see that ids spell the text.
 _PROBES = 200
@@ -50,6 +54,8 @@ class JsonTokenizer(Tokenizer):
         }
         spell = _speller(json.loads(backend.to_str()), name)
         vocabulary = backend.get_vocab(with_added_tokens=True)
+        # SentencePiece's kind writes blanks as low lines; they come back as blanks.
+        self._has_low_lines = spell is _with_byte_fallback
         entries: dict[int, bytes] = {}
         for token, number in vocabulary.items():
             entries[number] = b"" if number in special else spell(token)
@@ -119,7 +125,7 @@ class JsonTokenizer(Tokenizer):
 
         Raises:
             TypeError: neither str nor bytes.
-            ValueError: bytes that are not UTF-8.
+            ValueError: bytes that are not UTF-8, or characters that no token spells.
         """
         try:
             decoded = text_bytes(text).decode()
@@ -128,7 +134,27 @@ class JsonTokenizer(Tokenizer):
                 f"Tokenizer.encode: `text` must be UTF-8 for {self.name}; it is not at byte "
                 f"{error.start}."
             ) from None
-        return self._backend.encode(decoded, add_special_tokens=False).ids
+        ids = self._backend.encode(decoded, add_special_tokens=False).ids
+        self._check_spelled(ids, decoded)
+        return ids
+
+    def _check_spelled(self, ids: list[int], text: str) -> None:
+        """Raises if a token stands for something unknown, or a character was left out."""
+        normalizer = self._backend.normalizer
+        if normalizer is not None:
+            text = normalizer.normalize_str(text)
+        if self._has_low_lines:
+            text = text.replace(_LOW_LINE, " ")
+        expected = text.encode()
+        spelled = self.decode_bytes(ids)
+        if spelled == expected:
+            return
+        pairs = itertools.zip_longest(spelled, expected)
+        place = next(n for n, (one, other) in enumerate(pairs) if one != other)
+        raise ValueError(
+            f"Tokenizer.encode: `text` must be spelled by tokens of {self.name}; it is not at byte "
+            f"{place}, {expected[place : place + 16]!r}."
+        )
 
     def encode_chunks(self, chunks: Iterable[bytes]) -> Iterator[np.ndarray]:
         """Encodes all chunks joined; all of them are in memory."""
@@ -140,7 +166,8 @@ class JsonTokenizer(Tokenizer):
         """Raises unless entries come back from their ids: each must stand for its bytes alone."""
         texts = [entry for entry in self._ids if _is_utf8(entry)]
         for entry in texts[:: max(1, len(texts) // _PROBES)]:
-            spelled = self.decode_bytes(self.encode(entry))
+            ids = self._backend.encode(entry.decode(), add_special_tokens=False).ids
+            spelled = self.decode_bytes(ids)
             if spelled != entry:
                 raise ValueError(
                     f"`{self.name}` must have tokens that spell the text; {entry.decode()!r} comes "
@@ -230,4 +257,4 @@ def _with_byte_fallback(token: str) -> bytes:
             return bytes([int(token[3:5], 16)])
         except ValueError:
             pass
-    return token.replace("\u2581", " ").encode()
+    return token.replace(_LOW_LINE, " ").encode()

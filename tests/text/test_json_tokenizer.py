@@ -133,3 +133,24 @@ def test_identity_does_not_depend_on_how_the_file_is_formatted(bpe, tmp_path):
     content["model"]["merges"].pop()
     (tmp_path / "t.json").write_text(json.dumps(content))
     assert load_vocabulary(tmp_path / "t.json").identity != one.identity
+
+
+def test_a_character_that_no_token_spells_is_refused(tmp_path, bpe):
+    content = json.loads(bpe.read_text())
+    # "z" is no part of a longer token here.
+    content["model"]["vocab"].pop("z")
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    tokenizer = load_vocabulary(tmp_path / "t.json")
+    assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
+    with pytest.raises(
+        ValueError, match=r"must be spelled by tokens of .*at byte 3, b'z'"
+    ):
+        tokenizer.encode("catz")
+
+
+def test_a_text_may_be_normalized(tmp_path, bpe):
+    content = json.loads(bpe.read_text())
+    content["normalizer"] = {"type": "NFC"}
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    tokenizer = load_vocabulary(tmp_path / "t.json")
+    assert tokenizer.decode(tokenizer.encode("cafe\u0301")) == "caf\u00e9"
