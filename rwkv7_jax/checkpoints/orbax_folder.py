@@ -4,12 +4,11 @@ The JSON file, the card, also has the sizes of all files of the tree, a digest o
 digest of the card itself. Folders of earlier versions have none of the three.
 """
 
-import contextlib
 import dataclasses
 import gc
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,32 +120,35 @@ def _restore(
     def on_device(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
+    def read_list() -> Any:
+        stored = checkpointer.metadata(arrays).item_metadata
+        if stored is None:
+            raise ValueError("its list of arrays cannot be read")
+        return stored.tree
+
+    def read_arrays() -> Params:
+        return checkpointer.restore(arrays, jax.tree.map(on_device, tree))
+
     with import_orbax().StandardCheckpointer() as checkpointer:
-        with _damage_named(folder):
-            stored = checkpointer.metadata(arrays).item_metadata
-            if stored is None:
-                raise ValueError("its list of arrays cannot be read")
-            leaves = jax.tree_util.tree_leaves_with_path(stored.tree)
+        tree = _name_damage(read_list, folder)
         if not may_narrow:
-            for place, leaf in leaves:
+            for place, leaf in jax.tree_util.tree_leaves_with_path(tree):
                 require_kept(leaf.dtype, jax.tree_util.keystr(place), str(folder))
-        with _damage_named(folder):
-            return checkpointer.restore(arrays, jax.tree.map(on_device, stored.tree))
+        return _name_damage(read_arrays, folder)
 
 
-@contextlib.contextmanager
-def _damage_named(folder: Path) -> Iterator[None]:
-    """Makes one sentence of whatever Orbax and the libraries under it raise.
+def _name_damage(read: Callable[[], Any], folder: Path) -> Any:
+    """Calls a function, and makes one sentence of whatever Orbax and the libraries under it raise.
 
     Their errors are of dozens of kinds for a damaged folder.
     """
     try:
-        yield
-        return
+        return read()
     except Exception as error:
         hide_abandoned_reads()
         reason = first_line(error)
-    # Orbax leaves the reads of the other arrays behind, and Python would warn of each of them.
+    # Orbax leaves the reads of the other arrays behind, and Python would warn of each of them. In a
+    # context manager the error would still be alive here, and with it all that it refers to.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         gc.collect()

@@ -236,10 +236,14 @@ def _open_pth(path: Path, verify: bool) -> TensorFile:
 
 def _open_safetensors(path: Path, verify: bool) -> TensorFile:
     tensors = read_safetensors(path, verify=verify)
-    metadata = read_metadata(path)
+    metadata = dict(_open_header(path).metadata() or {})
+    said = metadata.get(LOW_RANK_KEY)
+    # Our own files did not say it at first; then their suffix did.
+    if said is None and _DIGEST_KEY in metadata:
+        said = "transposed" if path.suffix == ".st" else "official"
     low_rank: LowRank | None = None
     for known in get_args(LowRank):
-        if metadata.get(LOW_RANK_KEY) == known:
+        if said == known:
             low_rank = known
     norm_eps = metadata.get(NORM_EPS_KEY)
     return TensorFile(tensors, low_rank, None if norm_eps is None else float(norm_eps))
@@ -274,6 +278,7 @@ def gguf_files(function: str) -> ModuleType:
         ) from None
 
 
+# A further kind of file needs a row here, and its first bytes in `file_signatures`.
 _OPENERS: dict[Container, Callable[[Path, bool], TensorFile]] = {
     "pth": _open_pth,
     "safetensors": _open_safetensors,

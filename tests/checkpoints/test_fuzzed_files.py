@@ -10,6 +10,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import foreign_layouts as layouts
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,6 +138,25 @@ FORMATS = {
         lambda path: save_model(path, params(), CONFIG),
         load_model,
         "verify",
+    ),
+    "rwkv.cpp": (
+        200,
+        "m.bin",
+        lambda path: layouts.write_rwkv_cpp(path, layouts.official(params(), CONFIG)),
+        load_model,
+        "neither",
+    ),
+    "folder of shards": (
+        200,
+        "m",
+        lambda path: layouts.write_folder(
+            path,
+            layouts.of_base_model(layouts.official(params(), CONFIG), "model."),
+            config={"model_type": "rwkv7"},
+            shards=2,
+        ),
+        load_model,
+        "neither",
     ),
     "state pth": (
         300,

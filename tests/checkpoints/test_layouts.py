@@ -12,6 +12,7 @@ from random_checkpoints import CONFIG, differing, random_params
 from rwkv7_jax.checkpoints import verify
 from rwkv7_jax.checkpoints.model_files import load_model, save_model
 from rwkv7_jax.checkpoints.pth import write_pth
+from rwkv7_jax.checkpoints.tensor_files import write_safetensors
 from rwkv7_jax.checkpoints.unused_value_residual import without_unused_value_residual
 from rwkv7_jax.cli.commands import main
 from rwkv7_jax.model.config import RWKV7Config
@@ -265,6 +266,19 @@ def test_what_we_write_with_ranks_of_the_width_opens_under_any_name(
     other = tmp_path / "renamed.bin"
     (tmp_path / name).rename(other)
     assert differing(without_unused_value_residual(load_model(other)[0]), square) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("m.safetensors", unchanged), ("m.st", layouts.transposed)],
+)
+def test_our_files_from_before_they_said_it_open_by_their_suffix(
+    square, tmp_path, name, change
+):
+    named = change(layouts.official(square, SQUARE))
+    # With a digest and without the entry, as our earlier versions wrote.
+    write_safetensors(tmp_path / name, named.items())
+    assert differing(load_model(tmp_path / name)[0], square) == []
 
 
 def test_matrices_that_lie_both_ways_are_reported(arrays, tmp_path):
