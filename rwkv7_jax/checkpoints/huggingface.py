@@ -22,7 +22,7 @@ _STEMS = (WEIGHTS_FILE, "pytorch_model.bin")
 
 _SHARD = re.compile(r"-\d+-of-(\d+)\.")
 
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".st")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".st", ".gguf")
 
 
 def read_hf(folder: Path) -> TensorFile:

@@ -204,6 +204,18 @@ def test_one_file_of_a_folder_opens_like_the_folder(arrays, tmp_path):
     assert differing(of_folder, of_file) == []
 
 
+def test_a_folder_of_one_gguf_file_opens(tmp_path):
+    pytest.importorskip("gguf", reason="the gguf extra is not installed")
+    # Bytes and an end of text: the file holds a vocabulary too.
+    config = dataclasses.replace(CONFIG, vocab_size=257)
+    params = random_params(config, dtype=DTYPE)
+    (tmp_path / "m").mkdir()
+    save_model(tmp_path / "m" / "m.gguf", params, config)
+    loaded, read = load_model(tmp_path / "m")
+    assert read == config
+    assert differing(without_unused_value_residual(loaded), params) == []
+
+
 def test_the_epsilon_of_a_folder_with_official_names_is_of_its_norms_alone(
     arrays, tmp_path
 ):
