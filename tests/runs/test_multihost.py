@@ -9,7 +9,10 @@ import time
 
 import pytest
 from run_programs import SMALLEST, finish, last_line, start
+from smallest_runs import save_base_model
+from tolerances import SAME, assert_close
 
+from rwkv7_jax.checkpoints.state_files import load_state
 from rwkv7_jax.runs.exit_codes import EndedElsewhere, exit_code
 from rwkv7_jax.runs.multihost import HEARTBEAT_SECONDS, join, run_on_process_0
 from rwkv7_jax.runs.resume.step_directories import step_numbers
@@ -138,3 +141,41 @@ def test_a_process_that_does_not_say_which_it_is_is_refused(
 def test_a_single_process_asks_nobody():
     assert run_on_process_0(lambda: "done") == "done"
     assert exit_code(EndedElsewhere("no", 3)) == 3
+
+
+@pytest.mark.slow
+def test_processes_share_the_states_of_a_run_and_the_search_for_their_rates(tmp_path):
+    base = tmp_path / "base.pth"
+    save_base_model(base)
+    run = {
+        name: value for name, value in SMALLEST.items() if not name.startswith("model.")
+    }
+    run |= {
+        "config": "state_tuning",
+        "init": base,
+        "steps": 4,
+        "data.path": "",
+        "tuning.states.poet": "task:mapping",
+        "tuning.states.cook": "task:facts-8",
+        "tuning.rates": "(0.01,0.1)",
+        "model.dtype": "float32",
+        "environment": ONE,
+    }
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    words = [f"--coordinator=localhost:{port}", "--processes=2"]
+    processes = [
+        start(tmp_path / "two", extra=[*words, f"--process={index}"], **run)
+        for index in range(2)
+    ]
+    out, quiet = (finish(process)[0] for process in processes)
+    assert "is taken, from step 0 on" in out and "rate" not in quiet
+    finish(start(tmp_path / "one", **run))
+    places = [tmp_path / name for name in ("two", "one")]
+    found = [json.loads((place / "rate_search.json").read_text()) for place in places]
+    for name in ("poet", "cook"):
+        rates = [one["states"][name]["rate"] for one in found]
+        assert rates[0] == rates[1] is not None
+        states = [load_state(place / "states" / f"{name}.pth") for place in places]
+        assert_close(states[0].wkv, states[1].wkv, SAME["model"])
