@@ -4,11 +4,12 @@ The only room that knows what a tensor is called inside a file. Models are in `m
 states in `state_files`; the other modules are what these two are made of.
 """
 
+from rwkv7_jax.checkpoints.integrity.finite_numbers import is_finite
 from rwkv7_jax.checkpoints.integrity.verification import verify
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
 from rwkv7_jax.checkpoints.model_vocabulary import kept_vocabulary, model_tokenizer
 from rwkv7_jax.checkpoints.orbax_import import import_orbax
-from rwkv7_jax.checkpoints.param_tree import is_finite, official_tensors
+from rwkv7_jax.checkpoints.param_tree import official_tensors
 from rwkv7_jax.checkpoints.pth import read_pth, write_pth
 from rwkv7_jax.checkpoints.state_files import has_merged_state, load_state, save_state
 from rwkv7_jax.checkpoints.state_sidecar import common_base_model, read_sidecar, sidecar

@@ -1,9 +1,11 @@
 """Models as files and folders: every layout is read, those of `Format` are written."""
 
+import functools
 import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.checkpoints.huggingface import read_hf, read_norm_eps
 from rwkv7_jax.checkpoints.huggingface_writer import save_hf
+from rwkv7_jax.checkpoints.integrity.finite_numbers import overflows
 from rwkv7_jax.checkpoints.integrity.named_errors import name_file
 from rwkv7_jax.checkpoints.layouts.names import with_official_names
 from rwkv7_jax.checkpoints.layouts.orientation import LowRank, with_official_low_rank
@@ -25,8 +28,9 @@ from rwkv7_jax.checkpoints.param_tree import (
     build_tree,
     check_names,
     infer_config,
+    loaded_tensors,
     official_tensors,
-    overflows,
+    put_on_device,
     require_finite_tensor,
     require_float_dtype,
     require_jax_dtype,
@@ -44,18 +48,28 @@ from rwkv7_jax.checkpoints.unused_value_residual import (
     add_unused_value_residual,
     drop_unused_value_residual,
 )
-from rwkv7_jax.checks import check_instance, prefix_errors
+from rwkv7_jax.checks import check_choice, check_instance, prefix_errors
 from rwkv7_jax.local_paths import local_path
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.int8_weights import (
+    INT8,
+    is_quantizable,
+    origin_of,
+    quantize_rows,
+)
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 _LARGEST_HALF = 65504
+
+# Compiled, so that no float copy of a matrix is made.
+_quantize_rows = jax.jit(quantize_rows, static_argnames="origin")
 
 
 def load_model(
     path: str | Path,
     *,
     dtype=None,
+    weights: str | None = None,
     allow_nan: bool = False,
     progress: Progress = None,
 ) -> tuple[Params, RWKV7Config]:
@@ -69,6 +83,8 @@ def load_model(
         path: a file of PyTorch's, safetensors (official or web-rwkv's), of rwkv.cpp or a GGUF file
             of floats, a folder of such files, or an Orbax folder.
         dtype: of all parameters.
+        weights: "int8" to hold the matrices of a frozen model in 8 bits (see
+            `model.int8_weights`); they cannot be trained or saved. None keeps floats.
         allow_nan: accept NaN and Inf.
         progress: called with the bytes done and the bytes in all.
 
@@ -82,10 +98,20 @@ def load_model(
         if dtype is not None:
             dtype = require_jax_dtype(require_float_dtype(dtype))
         path = existing_model(path)
+        if weights is not None:
+            check_choice(weights, (INT8,), "`weights`")
+            _refuse_nan_in_int8(allow_nan)
     with name_file(path, "load_model"):
         if is_orbax(path):
-            return load_orbax(path.absolute(), dtype=dtype, allow_nan=allow_nan)
+            folder = path.absolute()
+            if weights is not None:
+                return _load_orbax_in_int8(folder, dtype)
+            return load_orbax(folder, dtype=dtype, allow_nan=allow_nan)
         tensors, config = _open_model(path)
+        make_leaf = put_on_device
+        if weights is not None:
+            named = loaded_tensors(tensors, config, str(path), dtype=dtype)
+            make_leaf = functools.partial(_int8_leaf, _hash_tensors(named))
         params = build_tree(
             tensors,
             config,
@@ -93,8 +119,45 @@ def load_model(
             dtype=dtype,
             allow_nan=allow_nan,
             progress=progress,
+            make_leaf=make_leaf,
         )
     return params, config
+
+
+def _refuse_nan_in_int8(allow_nan: bool) -> None:
+    if allow_nan:
+        raise ValueError(
+            "`allow_nan` must be left out with int8 weights: a row that holds NaN or Inf has no "
+            "scale."
+        )
+
+
+def _load_orbax_in_int8(folder: Path, dtype) -> tuple[Params, RWKV7Config]:
+    """Loads an Orbax folder through the host's memory, where it lies whole for a while."""
+    host = jax.local_devices(backend="cpu")[0]
+    params, config = load_orbax(folder, dtype=dtype, device=host)
+    origin = model_hash(params, config)
+
+    def convert(path: tuple[Any, ...], leaf: jax.Array) -> Any:
+        return _int8_leaf(origin, tuple(key.key for key in path), np.asarray(leaf))
+
+    return jax.tree_util.tree_map_with_path(convert, params), config
+
+
+def _int8_leaf(origin: str, place: tuple[str, ...], array: np.ndarray) -> Any:
+    """Puts a leaf on the default device, in 8 bits if it is a matrix of those that are.
+
+    Args:
+        origin: hash of the model.
+        place: of the leaf in the tree.
+        array: finite.
+    """
+    if not is_quantizable(place, array.ndim):
+        return put_on_device(place, array)
+    # On the host: the device may have no room for the floats next to what it already holds.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        matrix = _quantize_rows(array, origin=origin)
+    return jax.device_put(jax.tree.map(np.asarray, matrix))
 
 
 def _open_model(path: Path) -> tuple[dict[str, Tensor], RWKV7Config]:
@@ -243,12 +306,24 @@ def save_model(
 
 
 def model_hash(params: Params, config: RWKV7Config) -> str:
-    """Computes a hash of names, shapes, dtypes and bytes that is the same in every format."""
+    """Computes a hash of names, shapes, dtypes and bytes that is the same in every format.
+
+    That of int8 weights is the hash of the model that they were loaded from: a state that was tuned
+    with them belongs to that model.
+    """
+    origin = origin_of(params)
+    if origin:
+        return origin
+    # Sorted by name: the order must not depend on how a tree was made.
+    tensors = official_tensors(params, config)
+    return _hash_tensors(sorted(tensors, key=lambda item: item[0]))
+
+
+def _hash_tensors(tensors: Iterable[tuple[str, np.ndarray]]) -> str:
+    """Computes the hash of a model from its tensors, sorted by name."""
     digest = hashlib.blake2b(digest_size=16)
     # Not every format has the unused tensors.
-    tensors = drop_unused_value_residual(official_tensors(params, config))
-    # Sorted by name: the order must not depend on how a tree was made.
-    for name, array in sorted(tensors, key=lambda item: item[0]):
+    for name, array in drop_unused_value_residual(tensors):
         digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

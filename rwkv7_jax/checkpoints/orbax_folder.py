@@ -63,6 +63,7 @@ def load_orbax(
     dtype=None,
     allow_nan: bool = False,
     verify: bool = False,
+    device: Any = None,
 ) -> tuple[Params, RWKV7Config]:
     """Loads the parameters and the config of an Orbax folder.
 
@@ -71,6 +72,7 @@ def load_orbax(
         dtype: of all leaves; None keeps the folder's.
         allow_nan: accept NaN and Inf.
         verify: compare the arrays with the digest in the card, where there is one.
+        device: of the arrays; None for the default one.
 
     Raises:
         ValueError: not such a folder, a damaged one, a tree of other leaves than the config's, NaN,
@@ -87,7 +89,7 @@ def load_orbax(
     # The folder may come from a machine with another mesh: everything goes to one device.
     params = _restore(
         folder / _ARRAYS,
-        jax.local_devices()[0],
+        device or jax.local_devices()[0],
         folder,
         may_narrow=dtype is not None,
     )

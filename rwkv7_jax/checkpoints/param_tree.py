@@ -5,7 +5,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,25 +13,17 @@ import numpy as np
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints import tensor_names
+from rwkv7_jax.checkpoints.integrity.finite_numbers import is_finite, overflows
 from rwkv7_jax.checkpoints.tensor_files import release_pages
 from rwkv7_jax.checkpoints.tensor_names import Shape, Tensor, Tensors
 from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.int8_weights import origin_of
 
 # Called with the bytes done and the bytes in all.
 Progress = Callable[[int, int], None] | None
 
 TreePath = tuple[str, ...]
-
-# The integer type to view a float as, and the exponent of NaN and Inf, whose bits are all ones.
-_EXPONENT_OF_INFINITY = {
-    np.dtype(jnp.bfloat16): (np.uint16, 0x7F80),
-    np.dtype(np.float16): (np.uint16, 0x7C00),
-    np.dtype(np.float32): (np.uint32, 0x7F800000),
-}
-
-# Numbers that are looked at together: their comparison should stay in the cache.
-_SCAN_SIZE = 1 << 20
 
 # What XLA wants on CPU to use a buffer of NumPy's as it is.
 _JAX_ALIGNMENT = 64
@@ -179,28 +171,11 @@ def tree_path(name: str) -> TreePath:
     return ("layer_0" if layer == "0" else "layers", *inside.split("."))
 
 
-def _insert(tree: Params, path: TreePath, leaf: jax.Array) -> None:
+def _insert(tree: Params, path: TreePath, leaf: Any) -> None:
     """Puts a leaf into nested dicts, which are made where they are missing."""
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = leaf
-
-
-def is_finite(array: np.ndarray) -> bool:
-    """Returns whether no number is NaN or Inf.
-
-    It compares bits, which for bfloat16 is 20 times faster than `np.isfinite`.
-    """
-    # float64 occurs in gradients and averages at most; there NumPy's own test is fast.
-    if array.dtype not in _EXPONENT_OF_INFINITY:
-        return bool(np.isfinite(array).all())
-    integer, infinity = _EXPONENT_OF_INFINITY[array.dtype]
-    bits = array.reshape(-1).view(integer)
-    for start in range(0, bits.size, _SCAN_SIZE):
-        exponents = bits[start : start + _SCAN_SIZE] & infinity
-        if (exponents == infinity).any():
-            return False
-    return True
 
 
 def require_finite(array: np.ndarray, name: str, path: str) -> None:
@@ -247,14 +222,6 @@ def require_jax_dtype(dtype: np.dtype) -> np.dtype:
     return dtype
 
 
-def overflows(wide: np.ndarray, narrow: np.ndarray) -> bool:
-    """Returns whether a number became Inf when it was converted to another dtype."""
-    if is_finite(narrow):
-        return False
-    became_infinite = np.isfinite(wide) & ~np.isfinite(narrow)
-    return bool(became_infinite.any())
-
-
 def _require_no_overflow(
     wide: np.ndarray, narrow: np.ndarray, name: str, path: str
 ) -> None:
@@ -299,15 +266,21 @@ def _aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _stack(
-    tensors: Tensors, names: list[str], shape: Shape, dtype, path: str, allow_nan: bool
-) -> np.ndarray:
-    """Reads tensors into one array with a leading axis; mixed dtypes are promoted without loss."""
+def _common_dtype(tensors: Tensors, names: list[str], dtype, path: str) -> np.dtype:
+    """Returns the dtype of tensors that are stacked; mixed ones are promoted without loss."""
     if dtype is None:
         dtypes = [tensors[name].dtype for name in names]
         dtype = functools.reduce(jnp.promote_types, dtypes)
         require_kept(dtype, names[0], path)
-    stacked = _aligned_empty((len(names), *shape), np.dtype(dtype))
+    return np.dtype(dtype)
+
+
+def _stack(
+    tensors: Tensors, names: list[str], shape: Shape, dtype, path: str, allow_nan: bool
+) -> np.ndarray:
+    """Reads tensors into one array with a leading axis."""
+    dtype = _common_dtype(tensors, names, dtype, path)
+    stacked = _aligned_empty((len(names), *shape), dtype)
     for row, name in zip(stacked, names, strict=True):
         # Takes off axes of size 1, which official vectors have.
         array = tensors[name].read().reshape(shape)
@@ -335,6 +308,43 @@ def require_kept(dtype: np.dtype, name: str, path: str) -> None:
         )
 
 
+def put_on_device(place: TreePath, array: np.ndarray) -> jax.Array:
+    """Puts a leaf on the default device, without a copy where that is the CPU."""
+    del place
+    # Nothing else refers to the buffer, so JAX may keep it; a view of the file it may not.
+    return jax.device_put(array, may_alias=True)
+
+
+def _names_by_path(tensors: Tensors, config: RWKV7Config) -> dict[TreePath, list[str]]:
+    """Groups the names of the tensors that are there by the leaf that they become."""
+    groups: dict[TreePath, list[str]] = {}
+    for name in tensor_names.accepted_shapes(config):
+        if name in tensors:
+            groups.setdefault(tree_path(name), []).append(name)
+    return groups
+
+
+def loaded_tensors(
+    tensors: Tensors, config: RWKV7Config, path: str, *, dtype=None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields what `official_tensors` of the built tree would, sorted by name, without the tree.
+
+    Args:
+        tensors: as in `build_tree`.
+        config: their sizes.
+        path: for messages.
+        dtype: of all leaves; None keeps the file's.
+    """
+    shapes = tensor_names.accepted_shapes(config)
+    dtypes: dict[str, np.dtype] = {}
+    for names in _names_by_path(tensors, config).values():
+        dtypes |= dict.fromkeys(names, _common_dtype(tensors, names, dtype, path))
+    for name in sorted(dtypes):
+        array = tensors[name].read()
+        yield name, array.reshape(shapes[name]).astype(dtypes[name], copy=False)
+        release_pages(array)
+
+
 def build_tree(
     tensors: Tensors,
     config: RWKV7Config,
@@ -343,6 +353,7 @@ def build_tree(
     dtype=None,
     allow_nan: bool = False,
     progress: Progress = None,
+    make_leaf: Callable[[TreePath, np.ndarray], Any] = put_on_device,
 ) -> Params:
     """Reads checked tensors into a parameter tree of arrays on the default device.
 
@@ -353,26 +364,22 @@ def build_tree(
         dtype: of all leaves; None keeps the file's.
         allow_nan: accept NaN and Inf.
         progress: called with the bytes done and the bytes in all.
+        make_leaf: makes a leaf of its place in the tree and its array.
 
     Raises:
         ValueError: NaN or Inf in a tensor, or float64 where JAX has none; the message names the
             tensor.
     """
     shapes = tensor_names.accepted_shapes(config)
-    names_by_path: dict[TreePath, list[str]] = {}
-    for name in shapes:
-        if name in tensors:
-            names_by_path.setdefault(tree_path(name), []).append(name)
     # One leaf after the other, so that the peak is the model and one stack of layers.
     total = sum(map(_num_bytes, tensors.values()))
     done = 0
     tree: Params = {}
-    for place, names in names_by_path.items():
+    for place, names in _names_by_path(tensors, config).items():
         array = _stack(tensors, names, shapes[names[0]], dtype, path, allow_nan)
         if place[0] != "layers":
             array = array[0]
-        # Nothing else refers to the buffer, so JAX may keep it; a view of the file it may not.
-        _insert(tree, place, jax.device_put(array, may_alias=True))
+        _insert(tree, place, make_leaf(place, array))
         for name in names:
             done += _num_bytes(tensors[name])
         if progress:
@@ -400,6 +407,12 @@ def check_params(params: Params, config: RWKV7Config) -> None:
         ValueError: the tree lacks a leaf, has an extra one, or one has the wrong shape.
         TypeError: a leaf is not floating-point.
     """
+    # No file format has these integers, and floats made of them would pass for the original.
+    if origin_of(params) is not None:
+        raise TypeError(
+            "`params` must be floating-point; got int8 weights, which are a way to load a model "
+            "(`dequantize` makes a model of its own of them)."
+        )
     leaves = _leaves(params)
     required = tensor_names.shapes(config)
     expected: dict[TreePath, Shape] = {}

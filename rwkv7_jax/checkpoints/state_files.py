@@ -21,10 +21,11 @@ from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.checkpoints.huggingface import read_hf
 from rwkv7_jax.checkpoints.integrity.digests import digest_of_arrays
+from rwkv7_jax.checkpoints.integrity.finite_numbers import is_finite, overflows
 from rwkv7_jax.checkpoints.integrity.named_errors import name_file
 from rwkv7_jax.checkpoints.layouts.names import with_official_names
 from rwkv7_jax.checkpoints.orbax_folder import is_orbax
-from rwkv7_jax.checkpoints.param_tree import is_finite, overflows, require_float_dtype
+from rwkv7_jax.checkpoints.param_tree import require_float_dtype
 from rwkv7_jax.checkpoints.pth import dump_pth
 from rwkv7_jax.checkpoints.state_sidecar import (
     DIGEST,

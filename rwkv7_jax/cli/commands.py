@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 
 import pallas_kernels
+from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints import (
     has_merged_state,
     kept_vocabulary,
@@ -33,6 +35,7 @@ from rwkv7_jax.cli.inputs import add_vocabulary_option
 from rwkv7_jax.cli.observe import add_observe_command
 from rwkv7_jax.cli.state import add_state_command
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.int8_weights import quantize
 from rwkv7_jax.reports.html_report import write_report
 from rwkv7_jax.reports.system_info import lines, system, version
 from rwkv7_jax.runs.compilation_cache import enable_compilation_cache, user_folder
@@ -138,6 +141,16 @@ def _progress(label: str) -> Callable[[int, int], None]:
     return report
 
 
+def _memory(params: Params) -> str:
+    """Describes the memory of a model's weights, as they are and with their matrices in int8."""
+    in_int8 = jax.eval_shape(quantize, params)
+    sizes = []
+    for tree in (params, in_int8):
+        held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        sizes.append(f"{held / 2**20:,.1f} MiB")
+    return f"{sizes[0]} of weights, {sizes[1]} with int8 ones"
+
+
 def _sizes(config: RWKV7Config) -> str:
     """Describes the sizes that people compare models by."""
     return (
@@ -190,7 +203,7 @@ def _model_rows(file: str) -> list[str]:
         # A checkpoint with NaN is what people want to inspect.
         params, config = load_model(file, allow_nan=True)
     rows = [_tensor_row(*tensor) for tensor in official_tensors(params, config)]
-    rows.append(f"{_sizes(config)}\n{config}")
+    rows.append(f"{_sizes(config)}\n{config}\n{_memory(params)}")
     # After the table, where they do not scroll out of sight.
     return rows + [f"note: {warning.message}" for warning in caught]
 

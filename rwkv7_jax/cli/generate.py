@@ -32,6 +32,7 @@ from rwkv7_jax.cli.inputs import (
 )
 from rwkv7_jax.generation.generate import Generation, generate
 from rwkv7_jax.generation.sampling import exempt_ids
+from rwkv7_jax.model.int8_weights import INT8
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.observer.files import load_observer
 from rwkv7_jax.observer.observer import propose
@@ -56,6 +57,11 @@ def add_generate_command(subparsers) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", required=True, type=path, help=MODEL_HELP)
+    add(
+        "--weights",
+        choices=(INT8,),
+        help="hold the model's matrices in 8 bits, in half or a quarter of the memory",
+    )
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         "--state",
@@ -214,7 +220,7 @@ def run_generate(options: argparse.Namespace) -> str | None:
     if options.chat:
         prompt, opening = _chat_texts(options, prompt)
         stop_strings.append(CHAT_STOP)
-    model = read_model(options.model)
+    model = read_model(options.model, weights=options.weights)
     tokenizer = model.tokenizer(options.vocabulary)
     state = None
     if options.state:

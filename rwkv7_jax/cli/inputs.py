@@ -86,9 +86,9 @@ class LoadedModel(NamedTuple):
         )
 
 
-def read_model(path: str) -> LoadedModel:
-    """Loads a checkpoint and hashes its weights."""
-    params, config = load_model(path)
+def read_model(path: str, *, weights: str | None = None) -> LoadedModel:
+    """Loads a checkpoint and hashes its weights; `weights` is that of `load_model`."""
+    params, config = load_model(path, weights=weights)
     return LoadedModel(params, config, model_hash(params, config), path)
 
 

@@ -5,6 +5,7 @@ Imports kernels, checks and sharding. Knows no file, no loss, no training loop.
 
 from rwkv7_jax.model.block import RECURRENCE, TRACE
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.int8_weights import Int8Matrix, dequantize, quantize
 from rwkv7_jax.model.kernel_features import KINDS, Features
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import (
@@ -27,13 +28,16 @@ __all__ = [
     "RWKV7",
     "TRACE",
     "Features",
+    "Int8Matrix",
     "MemoryForm",
     "RWKV7Config",
     "RWKV7State",
     "Upscaled",
     "check_state",
+    "dequantize",
     "init_state",
     "map_linear_leaves",
+    "quantize",
     "repeat",
     "select",
     "stack",

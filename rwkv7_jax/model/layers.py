@@ -1,5 +1,6 @@
 """The arithmetic of the model outside the recurrence, as pure functions."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Activations, Heads, Lengths, Tokens
 from rwkv7_jax.checks import as_array, check_lengths, is_traced
+from rwkv7_jax.model.int8_weights import Int8Matrix, Weight
 
 # The largest decay rate: w = exp(-DECAY_RATE * sigmoid(z)) stays above 0.5452.
 DECAY_RATE = 0.6065306597126334  # exp(-1/2)
@@ -43,9 +45,11 @@ def embed(tokens: Tokens, table: Float[Array, "V D"]) -> Activations:
 
 def linear(
     x: Float[Array, "... I"],
-    weight: Float[Array, "O I"],
+    weight: Weight,
 ) -> Float[Array, "... O"]:
     """Computes x W^T in x's dtype; float32 means float32 on every device."""
+    if isinstance(weight, Int8Matrix):
+        return _int8_product(x, weight, x.dtype)
     weight = weight.astype(x.dtype)
     return jnp.einsum("...i,oi->...o", x, weight, precision=precision(x.dtype))
 
@@ -57,6 +61,27 @@ def project(
     """Computes x W in x's dtype, for the low-rank matrices, which act from the right."""
     weight = weight.astype(x.dtype)
     return jnp.matmul(x, weight, precision=precision(x.dtype))
+
+
+# Only the integers are stored for the backward pass. Left alone, the gradient of a scan over layers
+# stores what the tangents do not depend on: a float copy of every layer's weights.
+@functools.partial(jax.checkpoint, static_argnums=2)
+def _int8_product(x: Float[Array, "... I"], weight: Int8Matrix, dtype) -> Array:
+    """Computes x W^T from integers in x's dtype, and scales the result in float32.
+
+    Args:
+        x: of the activations' dtype, which holds the integers exactly.
+        weight: one matrix.
+        dtype: of the product and of the result.
+    """
+    product = jnp.einsum(
+        "...i,oi->...o",
+        x,
+        weight.values.astype(x.dtype),
+        precision=precision(x.dtype),
+        preferred_element_type=dtype,
+    ).astype(jnp.float32)
+    return (product * per_channel(weight.scale, product)).astype(dtype)
 
 
 def precision(dtype) -> str:
@@ -168,9 +193,11 @@ def log_decay(z: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def head_logits(
     x: Float[Array, "... D"],
-    weight: Float[Array, "V D"],
+    weight: Weight,
 ) -> Float[Array, "... V"]:
     """Computes float32 logits from operands in the activations' dtype."""
+    if isinstance(weight, Int8Matrix):
+        return _int8_product(x, weight, jnp.float32)
     return jnp.einsum(
         "...d,vd->...v",
         x,

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from rwkv7_jax.array_types import Params
+from rwkv7_jax.checkpoints.integrity.finite_numbers import is_finite
 from rwkv7_jax.checkpoints.integrity.named_errors import name_file
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
 from rwkv7_jax.checkpoints.model_folder import replace_folder, restore_interrupted
 from rwkv7_jax.checkpoints.param_tree import (
     check_params,
-    is_finite,
     require_finite_params,
 )
 from rwkv7_jax.checkpoints.tensor_files import (

@@ -199,8 +199,25 @@ def _layer_bytes(config: RWKV7Config, trained: str, chunk: int) -> float:
     return vectors + config.ffn_width * (size * ffn + 1) + size * ranks + states
 
 
+def _cast_bytes(config: RWKV7Config, weight_bytes: float | int) -> int:
+    """Estimates the bytes of the layers' weights in the activations' dtype."""
+    size = _activation_bytes(config)
+    total, outside = _parameter_counts(config)
+    copies = size * (total - outside)
+    # Integers are cast in the product of each layer; floats that are wider, once for all layers.
+    if weight_bytes < size:
+        return copies // config.num_layers
+    return copies if weight_bytes > size else 0
+
+
 def _activations(
-    config: RWKV7Config, trained: str, rows: int, length: int, chunk: int
+    config: RWKV7Config,
+    trained: str,
+    rows: int,
+    length: int,
+    *,
+    chunk: int,
+    weight_bytes: float | int,
 ) -> int:
     """Estimates the bytes stored for the backward pass, and those it works on."""
     size = _activation_bytes(config)
@@ -213,10 +230,8 @@ def _activations(
         layers = config.num_layers * layer + layer
     per_token = layers + _STORED_OUTSIDE.bytes(config)
     logits = 2 * 4 * config.vocab_size * min(length, CHUNK)
-    total, outside = _parameter_counts(config)
-    # In 16 bit the layers compute with a copy of their weights.
-    copies = size * (total - outside) if size == 2 else 0
-    return round(rows * (length * per_token + logits)) + copies
+    weights = _cast_bytes(config, weight_bytes)
+    return round(rows * (length * per_token + logits)) + weights
 
 
 def training_memory(
@@ -226,7 +241,7 @@ def training_memory(
     length: int,
     trained: str = "weights",
     accumulate: int = 1,
-    weight_bytes: int = 4,
+    weight_bytes: float | int = 4,
     chunk: int = 16,
 ) -> Memory:
     """Estimates the memory of one step on one device with Adam, before it is compiled.
@@ -239,7 +254,7 @@ def training_memory(
         length: tokens of a row.
         trained: "weights", or "state" if the weights are frozen.
         accumulate: pieces of a batch.
-        weight_bytes: of a weight: 4, or 2 of frozen ones in 16 bit.
+        weight_bytes: of a weight: 4, 2 of frozen ones in 16 bit, or the mean of a mixture.
         chunk: tokens between two states that the recurrence stores.
 
     Raises:
@@ -250,7 +265,7 @@ def training_memory(
             f"training_memory: `trained` must be one of {', '.join(TRAINED)}; got {trained!r}."
         )
     weights = parameter_count(config)
-    parameters = weights * weight_bytes
+    parameters = round(weights * weight_bytes)
     if trained == "weights":
         trained_bytes = 4 * weights
     else:
@@ -261,5 +276,12 @@ def training_memory(
         moments=2 * trained_bytes,
         # Under accumulation there is a running sum besides the newest piece's.
         gradients=trained_bytes * (2 if accumulate > 1 else 1),
-        activations=_activations(config, trained, batch // accumulate, length, chunk),
+        activations=_activations(
+            config,
+            trained,
+            batch // accumulate,
+            length,
+            chunk=chunk,
+            weight_bytes=weight_bytes,
+        ),
     )

@@ -128,3 +128,20 @@ def test_options_of_a_chat_are_checked(command, folder, capsys, words, sentence)
     assert command("--prompt", "a", *words) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"rwkv7: {sentence}") and error.count("\n") == 1
+
+
+def test_the_command_holds_the_model_in_8_bits(command, capsys):
+    assert (
+        command("--prompt", "H\u00e4", "--weights", "int8", "--save-state", "w.pth")
+        == 0
+    )
+    assert capsys.readouterr().out
+    # The state belongs to the checkpoint: its float weights take it without a warning.
+    assert command("--prompt", "a", "--state", "w.pth", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["text"]
+
+
+def test_another_form_of_weights_is_refused(command, capsys):
+    with pytest.raises(SystemExit):
+        command("--prompt", "a", "--weights", "int4")
+    assert "--weights" in capsys.readouterr().err

@@ -27,7 +27,12 @@ from rwkv7_jax.runs.input_pipeline import BatchSource
 from rwkv7_jax.runs.modes.optimizer import RateAt, make_optimizer, with_rate
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.text.tokenizer import Tokenizer
-from rwkv7_jax.training.costs import Memory, flops_per_token, training_memory
+from rwkv7_jax.training.costs import (
+    Memory,
+    flops_per_token,
+    parameter_count,
+    training_memory,
+)
 from rwkv7_jax.training.losses import Loss
 from rwkv7_jax.training.train_step import TrainState, TrainStep, make_train_step
 from rwkv7_jax.tuning.state_arithmetic import scaled
@@ -35,6 +40,9 @@ from rwkv7_jax.tuning.upscaling import fold_feature_map
 
 # Settings of a model that its checkpoint does not fix: how it computes, not what it is.
 _CHANGEABLE = ("dtype", "remat", "implementation")
+
+# A setting next to the model's own: how the checkpoint's weights are held.
+_WEIGHTS = "weights"
 
 
 class LoadedModel(NamedTuple):
@@ -261,7 +269,15 @@ class TrainingMode(abc.ABC):
             length=self.settings.data.length,
             trained=self.gradients_of,
             accumulate=self.settings.optimizer.accumulate,
+            weight_bytes=self._weight_bytes(),
         )
+
+    def _weight_bytes(self) -> float | int:
+        """Returns the bytes that a weight takes: trained ones are float32, frozen ones as held."""
+        if self.frozen is None:
+            return 4
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(self.frozen))
+        return held / parameter_count(self.model.config)
 
     def evaluate(self, params: Any) -> Metrics:
         """Measures the parameters on held-out data and on what they must not forget.
@@ -417,15 +433,18 @@ def load_or_init(
         ValueError: neither a checkpoint nor sizes are given, or sizes that the checkpoint fixes.
     """
     if init is None:
+        refuse_int8(changes, "without `config.init`: new weights are floats")
         model = new_model(changes)
         return model, init_weights(model, seed)
-    params, config = load_model(init, allow_nan=allow_nan)
+    changes = dict(changes)
+    weights = changes.pop(_WEIGHTS, None)
+    params, config = load_model(init, weights=weights, allow_nan=allow_nan)
     # Refused rather than ignored: the run would not be the one that the settings describe.
     fixed = [name for name in changes if name not in _CHANGEABLE]
     if fixed:
         raise ValueError(
             f"`config.model.{fixed[0]}` is fixed by the checkpoint {init}; "
-            "only dtype, remat and implementation may be changed."
+            "only dtype, remat, implementation and weights may be changed."
         )
     return RWKV7(dataclasses.replace(config, **changes)), params
 
@@ -443,6 +462,22 @@ def tokenizer_of(settings: Settings, config: RWKV7Config) -> Tokenizer:
         settings.data.vocabulary,
         argument="`config.data.vocabulary`",
     )
+
+
+def refuse_int8(changes: Mapping[str, Any], where: str) -> None:
+    """Refuses `config.model.weights` where no weights are frozen.
+
+    Args:
+        changes: `config.model`.
+        where: the end of the sentence.
+
+    Raises:
+        ValueError: it is there.
+    """
+    if changes.get(_WEIGHTS) is not None:
+        raise ValueError(
+            f"`config.model.weights` must be left out {where}; got {changes[_WEIGHTS]!r}."
+        )
 
 
 def new_model(sizes: Mapping[str, Any]) -> RWKV7:

@@ -15,6 +15,7 @@ from rwkv7_jax.runs.modes.base import (
     init_weights,
     load_or_init,
     new_model,
+    refuse_int8,
     tokenizer_of,
 )
 from rwkv7_jax.runs.modes.dataset import DatasetMode
@@ -31,6 +32,7 @@ class PretrainMode(DatasetMode):
     def set_up(self) -> None:
         """Loads or makes the weights and opens the data."""
         settings = self.settings
+        refuse_int8(settings.model, 'in mode "pretrain": integers cannot be trained')
         if settings.init is not None:
             # The sizes are in the checkpoint's tensors, so its weights are read to know them. They
             # are kept for a new run, which would otherwise read the file a second time.

@@ -35,9 +35,19 @@ def as_config(settings: Any) -> dict[str, Any]:
     return values
 
 
-def check_model_sizes(where: str, sizes: Mapping[str, Any]) -> None:
-    """Checks each of a model's sizes by itself; whether they fit is up to `RWKV7Config`."""
+def check_model_sizes(
+    where: str, sizes: Mapping[str, Any], *, loaded: bool = False
+) -> None:
+    """Checks each of a model's sizes by itself; whether they fit is up to `RWKV7Config`.
+
+    Args:
+        where: the dotted name of the group.
+        sizes: the group.
+        loaded: whether the model may be loaded, and the group may say how.
+    """
     hints = typing.get_type_hints(RWKV7Config)
+    if loaded:
+        hints["weights"] = Literal["int8"]
     defaults = {field.name: field.default for field in dataclasses.fields(RWKV7Config)}
     for key, value in sizes.items():
         if key not in hints:

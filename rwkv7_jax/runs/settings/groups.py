@@ -301,7 +301,7 @@ class Settings:
         init: checkpoint to start from; None for a new model of `model`'s sizes.
         state: tuned start states for eval.py, several with commas.
         model: fields of `RWKV7Config` for a new model, or changes (dtype, remat, implementation) to
-            `init`.
+            `init`; and `weights`, "int8" to hold the frozen matrices of `init` in 8 bits.
         steps: updates.
         seed: of initialisation and data order.
         log_every: steps between two lines of the log.
@@ -355,7 +355,7 @@ class Settings:
     def __post_init__(self):
         """Fills in the learning rates, and checks what the types cannot say."""
         self._fill_in_rates()
-        check_model_sizes("config.model", self.model)
+        check_model_sizes("config.model", self.model, loaded=True)
         check_model_sizes("config.observer.model", self.observer.model)
         profiled(self.profile_steps)
         # The last 0 tokens of a text would be all of it.

@@ -1,0 +1,62 @@
+"""Runs whose frozen model is held in 8 bits, and those that cannot be."""
+
+import dataclasses
+
+import jax
+import pytest
+from smallest_runs import mode_settings, save_base_model
+
+from rwkv7_jax.checkpoints.model_files import load_model, model_hash
+from rwkv7_jax.model.int8_weights import origin_of
+from rwkv7_jax.runs.modes.base import load_or_init
+from rwkv7_jax.runs.modes.registry import make_mode
+from rwkv7_jax.runs.settings import read_settings
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A checkpoint of one layer."""
+    path = tmp_path_factory.mktemp("base") / "m.pth"
+    save_base_model(path)
+    return path
+
+
+def test_a_mode_that_freezes_its_model_holds_it_in_8_bits(base, tmp_path):
+    settings = mode_settings("state", base)
+    settings = dataclasses.replace(settings, model={"weights": "int8"})
+    mode = make_mode(settings, tmp_path)
+    floats, config = load_model(base)
+    assert origin_of(mode.frozen) == model_hash(floats, config)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(mode.frozen))
+    trained = 4 * mode.trained_count(mode.make_params())
+    assert mode.memory_estimate(1).parameters == held + trained
+
+
+def test_weights_that_are_trained_are_not_held_in_8_bits(base, tmp_path):
+    settings = mode_settings("pretrain", base)
+    values = {"mode": "pretrain", "init": str(base), "model": {"weights": "int8"}}
+    sentence = (
+        '`config.model.weights` must be left out in mode "pretrain": integers cannot be '
+        "trained; got 'int8'."
+    )
+    with pytest.raises(ValueError) as caught:
+        make_mode(read_settings(values), tmp_path)
+    assert str(caught.value) == sentence
+    with pytest.raises(ValueError, match=r"without `config.init`"):
+        load_or_init(
+            None, dict(settings.model, weights="int8"), seed=0, allow_nan=False
+        )
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "sentence"),
+    [
+        ("model", "int4", r"`config.model.weights` must be .*int8.*; got 'int4'"),
+        ("observer", "int8", r"`config.observer.model.weights` is no setting"),
+    ],
+)
+def test_other_values_and_places_are_refused(where, value, sentence):
+    group = {"weights": value}
+    values = {"model": group} if where == "model" else {"observer": {"model": group}}
+    with pytest.raises(ValueError, match=sentence):
+        read_settings(values)
