@@ -93,7 +93,7 @@ def is_quantizable(path: tuple[str, ...], ndim: int) -> bool:
 def quantize_rows(weight: Float[Array, "... O I"], origin: str = "") -> Int8Matrix:
     """Rounds each row to 255 steps between its largest absolute value and that value's negative.
 
-    An entry is off by half a step at most. A row of zeros stays zeros.
+    An entry is off by half a step at most; subnormal ones count as 0. A row of zeros stays zeros.
 
     Args:
         weight: finite.

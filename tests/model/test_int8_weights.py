@@ -46,7 +46,8 @@ QUANTIZED = {
 MATRICES = arrays.arrays(
     np.float32,
     arrays.array_shapes(min_dims=2, max_dims=3, max_side=6),
-    elements=st.floats(-(2.0**100), 2.0**100, width=32),
+    # XLA counts a subnormal number as 0 on a CPU, in any product.
+    elements=st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False),
 )
 
 
