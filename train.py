@@ -99,7 +99,9 @@ def set_up(settings: Settings, folder: RunDirectory) -> Run:
         frozen=mode.frozen,
         read={
             **mode.input_digests(),
-            **content_digests({"evaluation": settings.data.evaluation}),
+            **content_digests(
+                {"evaluation": settings.data.evaluation, "start": settings.start}
+            ),
         },
     )
     return Run(mode=mode, identity=identity, mesh=mesh)

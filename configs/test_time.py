@@ -3,9 +3,11 @@
     python train.py --config=configs/test_time.py --workdir=runs/steered \
         --config.init=model.pth --config.data.path=questions.jsonl
 
-Questions are lines of {"prompt": ..., "answer": ...}; a completion that begins with the answer
-earns 1. Another reward is a function of the ids of prompt and completion, named as
-config.test_time.verifier = "module:function". Methods (config.test_time.method):
+Questions are lines of {"prompt": ..., "answer": ...}; a completion that gives the answer earns 1.
+config.test_time.verifier says where the answer is: "exact" (all of the completion), "hash_number"
+(after "####"), "last_number" or "letter". Another reward is a function of the ids of prompt and
+completion, named as "module:function". config.start is the file of a state to go on from, or a text
+that the model reads as a prompt. Methods (config.test_time.method):
 
     grpo     the model's own completions, by what they earn
     expert   the same, imitating those that earn something
@@ -64,6 +66,10 @@ def get_config():
             "tokens": 64,
             "temperature": 1.0,
             "kl": 0.0,
+            "baseline": "mean",
+            "scale": "std",
+            "average": "token",
+            "redraws": 0,
             "traces": 256,
             "at_once": 64,
             "vote_margin": 0.25,

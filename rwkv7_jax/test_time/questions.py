@@ -190,5 +190,6 @@ def find_verifier(name: str) -> RewardFunction:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"`config.test_time.verifier` must be exact or module:function; got {name!r}: {error}."
+            f"`config.test_time.verifier` must be one of {', '.join(VERIFIERS)} or "
+            f"module:function; got {name!r}: {error}."
         ) from None

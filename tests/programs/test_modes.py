@@ -128,7 +128,7 @@ def test_a_guides_verified_traces_steer_a_model(tmp_path):
         ),
         pytest.param(
             ["--config.test_time.verifier=nothing:there"],
-            "must be exact or module:function; got",
+            "must be one of exact, hash_number, last_number, letter or module:function; got",
             marks=pytest.mark.slow,
         ),
     ],

@@ -25,6 +25,7 @@ from rwkv7_jax.runs.early_stopping import Progress, RunProgress
 from rwkv7_jax.runs.evaluators import PredictionEvaluator, retention_paths
 from rwkv7_jax.runs.input_pipeline import BatchSource
 from rwkv7_jax.runs.modes.optimizer import RateAt, make_optimizer, with_rate
+from rwkv7_jax.runs.modes.start_state import read_start_state
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.training.costs import (
@@ -36,6 +37,7 @@ from rwkv7_jax.training.costs import (
 from rwkv7_jax.training.losses import Loss
 from rwkv7_jax.training.train_step import TrainState, TrainStep, make_train_step
 from rwkv7_jax.tuning.state_arithmetic import scaled
+from rwkv7_jax.tuning.state_tuning import LEAVES, trainable_mask
 from rwkv7_jax.tuning.upscaling import fold_feature_map
 
 # Settings of a model that its checkpoint does not fix: how it computes, not what it is.
@@ -363,14 +365,31 @@ class StateTuningMode(TrainingMode):
         self.tokenizer = tokenizer_of(settings, self.model.config)
 
     def make_params(self) -> RWKV7State:
-        """Makes a state of zeros, in float32 whatever the model computes in."""
+        """Makes a state of zeros or reads that of `config.start`, in float32 always."""
+        settings = self.settings
+        if settings.start is not None:
+            return read_start_state(
+                settings.start,
+                self.model,
+                self.frozen,
+                self.tokenizer,
+                any_base=settings.any_base,
+            )
         # Its token shifts have the model's dtype, in which small updates would be rounded away.
         zeros = init_state(self.model.config)
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), zeros)
 
+    def tuned_leaves(self) -> tuple[str, ...]:
+        """Names the tuned leaves: the WKV state, and the token-shift states where asked for."""
+        # The rest of `LEAVES` belongs to upscaled states.
+        return LEAVES[:3] if self.settings.tuning.leaves == "all" else ("wkv",)
+
     def trained_count(self, params: RWKV7State) -> int:
-        """Counts the numbers of the WKV state."""
-        return params.wkv.size
+        """Counts the numbers of the tuned leaves."""
+        mask = trainable_mask(params, self.tuned_leaves())
+        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(mask), strict=True)
+        # By the mask and not by names: "memory" stands for two arrays of an upscaled state.
+        return sum(leaf.size for leaf, tuned in pairs if tuned)
 
     def weights(self, params: RWKV7State) -> Params:
         """Gives the frozen weights."""

@@ -19,6 +19,10 @@ MODES: dict[Mode, type[TrainingMode]] = {
 }
 
 
+# The modes that tune a state, which may begin with another than zeros.
+_STATE_MODES = ("state", "upscaled_state", "test_time")
+
+
 def make_mode(settings: Settings, folder: str | Path = ".") -> TrainingMode:
     """Makes the mode that `config.mode` names.
 
@@ -29,6 +33,10 @@ def make_mode(settings: Settings, folder: str | Path = ".") -> TrainingMode:
     Raises:
         ValueError: settings that the mode cannot work with.
     """
+    if settings.start is not None and settings.mode not in _STATE_MODES:
+        raise ValueError(
+            f"`config.start` must be left out in mode {settings.mode!r}, which tunes no state."
+        )
     if settings.tuning.states is not None:
         return StackMode(settings, Path(folder))
     mode = MODES[settings.mode]

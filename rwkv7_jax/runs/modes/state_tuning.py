@@ -2,39 +2,30 @@
 
 import dataclasses
 
-import jax
-
 from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.runs.modes.base import StateTuningMode
 from rwkv7_jax.runs.modes.dataset import DatasetMode
 from rwkv7_jax.tuning.read_statistics import state_decorrelator
-from rwkv7_jax.tuning.state_tuning import LEAVES, state_loss, trainable_mask
+from rwkv7_jax.tuning.state_tuning import state_loss
 from rwkv7_jax.tuning.upscaling import resolve_features, upscale
 
 
 class StateMode(DatasetMode, StateTuningMode):
-    """Tunes a start state.
-
-    Attributes:
-        leaves: the tuned arrays, of `tuning.state_tuning.LEAVES`.
-    """
+    """Tunes a start state."""
 
     gradients_of = "state"
-
-    leaves: tuple[str, ...]
 
     def set_up(self) -> None:
         """Loads the frozen model, opens the data and makes the loss."""
         settings = self.settings
         self.load_frozen_model()
         self.open_data()
-        self.leaves = self.tuned_leaves()
         self._held_out = self.prediction_evaluator("held_out")
         self.loss = state_loss(
             self.model,
             self.frozen,
-            leaves=self.leaves,
+            leaves=self.tuned_leaves(),
             anchor=settings.tuning.anchor,
             l2wrap=settings.optimizer.l2wrap,
         )
@@ -44,22 +35,10 @@ class StateMode(DatasetMode, StateTuningMode):
             self.model,
             self.frozen,
             self._initial,
-            leaves=self.leaves,
+            leaves=self.tuned_leaves(),
             method=settings.tuning.decorrelate,
             **dataclasses.asdict(settings.decorrelation),
         )
-
-    def tuned_leaves(self) -> tuple[str, ...]:
-        """Names the tuned leaves: the WKV state, and the token-shift states where asked for."""
-        # The rest of `LEAVES` belongs to upscaled states.
-        return LEAVES[:3] if self.settings.tuning.leaves == "all" else ("wkv",)
-
-    def trained_count(self, params: RWKV7State) -> int:
-        """Counts the numbers of the tuned leaves."""
-        mask = trainable_mask(params, self.leaves)
-        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(mask), strict=True)
-        # By the mask and not by `leaves`: "memory" stands for two arrays of an upscaled state.
-        return sum(leaf.size for leaf, tuned in pairs if tuned)
 
     def held_out_metrics(self, params: RWKV7State) -> Metrics:
         """Measures how well the held-out rows are predicted from the tuned state."""

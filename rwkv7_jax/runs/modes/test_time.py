@@ -3,23 +3,21 @@
 from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash
 from rwkv7_jax.checks import prefix_errors
-from rwkv7_jax.data.readers import documents
 from rwkv7_jax.evaluation.metric import Metric, Metrics, log_name
-from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.runs.datasets import digest_of
 from rwkv7_jax.runs.input_pipeline import BatchSource, DrawnBatches
 from rwkv7_jax.runs.modes.base import StateTuningMode
 from rwkv7_jax.runs.modes.dataset import DatasetMode
+from rwkv7_jax.runs.modes.start_state import read_prompt
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.runs.resume.run_identity import content_digests
-from rwkv7_jax.runs.settings import TestTimeSettings
+from rwkv7_jax.runs.settings import Settings, TestTimeSettings
 from rwkv7_jax.test_time.distillation import TraceBatches
 from rwkv7_jax.test_time.expert_iteration import ExpertBatches
 from rwkv7_jax.test_time.grpo import PolicyBatches
@@ -29,6 +27,7 @@ from rwkv7_jax.test_time.losses import (
     policy_loss,
 )
 from rwkv7_jax.test_time.questions import QuestionSet, find_verifier
+from rwkv7_jax.test_time.rewards import AdvantageRule
 from rwkv7_jax.test_time.rollouts import RolloutSampler, held_out_reward
 from rwkv7_jax.test_time.teacher import collect_traces
 from rwkv7_jax.test_time.traces import (
@@ -38,7 +37,28 @@ from rwkv7_jax.test_time.traces import (
     write_traces,
 )
 from rwkv7_jax.test_time.tuning_loop import StateBatchSource
+from rwkv7_jax.test_time.verifiers import VERIFIERS
 from rwkv7_jax.text.tokenizer import Tokenizer
+
+
+def _refuse_unused_settings(settings: Settings) -> None:
+    """Raises if a setting of tuning is set that has no effect at test time.
+
+    Raises:
+        ValueError: such a setting, which other modes have.
+    """
+    default = Settings()
+    unused = {
+        "tuning.anchor": settings.tuning.anchor != default.tuning.anchor,
+        "tuning.decorrelate": settings.tuning.decorrelate != default.tuning.decorrelate,
+        "upscaling": settings.upscaling != default.upscaling,
+        "decorrelation": settings.decorrelation != default.decorrelation,
+    }
+    for name, is_set in unused.items():
+        if is_set:
+            raise ValueError(
+                f"`config.{name}` must be left out in mode 'test_time', where it has no effect."
+            )
 
 
 class ContextMode(DatasetMode, StateTuningMode):
@@ -46,6 +66,7 @@ class ContextMode(DatasetMode, StateTuningMode):
 
     def set_up(self) -> None:
         """Loads the model, reads the prompt and opens the data."""
+        _refuse_unused_settings(self.settings)
         self.load_frozen_model()
         context = self.settings.test_time.context
         if context is None:
@@ -53,12 +74,12 @@ class ContextMode(DatasetMode, StateTuningMode):
                 "`config.test_time.context` must name the file that becomes a state."
             )
         self._context = context
-        ids: list[int] = []
-        for document in documents(context):
-            ids += self.tokenizer.encode(document.text())
+        with prefix_errors("config.test_time.context"):
+            prompt = read_prompt(context, self.model, self.frozen, self.tokenizer)
         # The state after the prompt: the loss compares with the model that starts from it.
-        prompt = prefill_state(self.model, self.frozen, np.asarray(ids))
-        self.loss = context_distillation(self.model, self.frozen, prompt)
+        self.loss = context_distillation(
+            self.model, self.frozen, prompt, leaves=self.tuned_leaves()
+        )
         self.open_data()
         self._held_out = self.prediction_evaluator("held_out")
 
@@ -85,17 +106,18 @@ class TestTimeMode(StateTuningMode):
     def set_up(self) -> None:
         """Loads the model and the questions; for "distil", lets the teacher answer."""
         settings = self.settings
+        _refuse_unused_settings(settings)
         self.load_frozen_model()
+        verifier = settings.test_time.verifier
+        is_own = verifier not in VERIFIERS
         self._questions = QuestionSet(
             settings.data.path,
             self.tokenizer,
             seed=settings.seed,
             held_out=settings.data.held_out,
+            verifier="exact" if is_own else verifier,
         )
-        verifier = settings.test_time.verifier
-        self._reward = (
-            self._questions.reward if verifier == "exact" else find_verifier(verifier)
-        )
+        self._reward = find_verifier(verifier) if is_own else self._questions.reward
         self._held_out = self._questions.prompts(
             0, settings.evaluation.windows, held_out=True
         )
@@ -107,9 +129,12 @@ class TestTimeMode(StateTuningMode):
                 self.frozen,
                 temperature=settings.test_time.temperature,
                 kl=settings.test_time.kl,
+                leaves=self.tuned_leaves(),
             )
         else:
-            self.loss = distillation_loss(self.model, self.frozen)
+            self.loss = distillation_loss(
+                self.model, self.frozen, leaves=self.tuned_leaves()
+            )
 
     @property
     def tokens_per_step(self) -> int | None:
@@ -139,7 +164,19 @@ class TestTimeMode(StateTuningMode):
         )
         key = jax.random.key(self.settings.seed)
         if settings.method == "grpo":
-            return PolicyBatches(sampler, self._prompts_at, self._reward, key=key)
+            rule = AdvantageRule(
+                baseline=settings.baseline,
+                scale=settings.scale,
+                average=settings.average,
+            )
+            return PolicyBatches(
+                sampler,
+                self._prompts_at,
+                self._reward,
+                key=key,
+                rule=rule,
+                redraws=settings.redraws,
+            )
         # Without replay, which a checkpoint would have to hold to be resumed.
         return ExpertBatches(sampler, self._prompts_at, self._reward, key=key)
 
@@ -202,8 +239,10 @@ class TestTimeMode(StateTuningMode):
             samples=settings.group if majority else 1,
             template=_teacher_template(settings, self.tokenizer),
             verify=self._reward if verified else None,
-            # `tuple` makes ids hashable: two completions agree where all their ids do.
-            vote=(tuple, settings.vote_margin) if majority else None,
+            # Two completions agree where they give the same answer, in whatever words.
+            vote=(self._questions.given_answer, settings.vote_margin)
+            if majority
+            else None,
             temperature=settings.temperature,
             stop_ids=self._questions.stop_ids,
             source=settings.guide,

@@ -39,6 +39,7 @@ MAY_CHANGE_ON_RESUME = (
 # equal, the path does not count: a run may be moved, and so may its data.
 _DIGEST_OF_PATH = {
     "init": "weights of init",
+    "start": "start content",
     "data.path": "data",
     "data.vocabulary": "tokenizer",
     "data.evaluation": "evaluation content",

@@ -10,13 +10,12 @@ from rwkv7_jax.runs.settings.groups import (
     OptimizerSettings,
     SampleSettings,
     Settings,
-    TestTimeMethod,
-    TestTimeSettings,
     TuningSettings,
     UpscalingSettings,
     profiled,
     read_settings,
 )
+from rwkv7_jax.runs.settings.test_time import TestTimeMethod, TestTimeSettings
 
 __all__ = [
     "DataSettings",

@@ -25,12 +25,11 @@ from rwkv7_jax.runs.settings.fields import (
     optional,
     place,
 )
+from rwkv7_jax.runs.settings.test_time import TestTimeSettings
 from rwkv7_jax.tuning.rate_search import RATES
 from rwkv7_jax.tuning.upscaling import LANDMARKS, PREPARATIONS
 
 Mode = Literal["pretrain", "state", "upscaled_state", "observer", "test_time"]
-
-TestTimeMethod = Literal["grpo", "distil", "expert", "context"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,47 +211,6 @@ class ObserverSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class TestTimeSettings:
-    """The settings of mode "test_time".
-
-    Attributes:
-        method: "grpo" (rewards alone), "distil" (a guide's traces), "expert" (the model's own
-            verified answers) or "context" (a long prompt becomes a state).
-        guide: checkpoint of the larger model that writes traces, or a .jsonl file of traces.
-        context: file of the prompt that "context" distils.
-        verifier: "exact", which compares with the known answer, or "module:function", called with
-            the ids of prompt and completion and giving a reward.
-        keep: "verified" traces, the "majority" answer's, or "all".
-        substitute: (what, with what) in the guide's prompts, so that it sees more than the model.
-        hint: text before the guide's prompts.
-        prompts: prompts a step.
-        group: completions of each.
-        tokens: of a completion at most.
-        temperature: of sampling.
-        kl: weight of KL(tuned || base) on what was drawn.
-        traces: prompts that the guide answers in all.
-        at_once: prompts that it answers at the same time.
-        vote_margin: share of a prompt's completions by which the "majority" answer must lead.
-    """
-
-    method: TestTimeMethod = "grpo"
-    guide: str | None = place(None)
-    context: str | None = place(None)
-    verifier: str = "exact"
-    keep: Literal["verified", "majority", "all"] = "verified"
-    substitute: tuple[str, ...] = ()
-    hint: str = ""
-    prompts: int = number(8, 1, MOST_COUNT)
-    group: int = number(8, 1, MOST_COUNT)
-    tokens: int = number(64, 1, MOST_COUNT)
-    temperature: float = number(1.0, 0, MOST_RATE)
-    kl: float = number(0.0, 0, MOST_WEIGHT)
-    traces: int = number(256, 1, MOST_COUNT)
-    at_once: int = number(64, 1, MOST_COUNT)
-    vote_margin: float = number(0.25, 0, 1)
-
-
-@dataclasses.dataclass(frozen=True)
 class EvaluationSettings:
     """The evaluations of a run, on held-out data.
 
@@ -300,6 +258,8 @@ class Settings:
         mode: "pretrain", "state", "upscaled_state", "observer" or "test_time".
         init: checkpoint to start from; None for a new model of `model`'s sizes.
         state: tuned start states for eval.py, several with commas.
+        start: what the modes that tune a start state begin with in place of zeros: the file of a
+            state, or a text, which the model reads as a prompt.
         model: fields of `RWKV7Config` for a new model, or changes (dtype, remat, implementation) to
             `init`; and `weights`, "int8" to hold the frozen matrices of `init` in 8 bits.
         steps: updates.
@@ -324,6 +284,7 @@ class Settings:
     mode: Mode = "pretrain"
     init: str | None = place(None)
     state: str = place("", several=True)
+    start: str | None = place(None)
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     steps: int = number(1000, 1, MOST_COUNT)
     seed: int = number(0, 0, 2**32 - 1)

@@ -1,0 +1,71 @@
+"""The state that tuning starts from: of a file, or of a model that has read a prompt."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rwkv7_jax.array_types import Params
+from rwkv7_jax.checkpoints.integrity.file_signatures import container_of
+from rwkv7_jax.checkpoints.model_files import model_hash
+from rwkv7_jax.checkpoints.state_files import load_state
+from rwkv7_jax.checks import prefix_errors
+from rwkv7_jax.data.readers import documents
+from rwkv7_jax.generation.prefill import prefill_state
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import RWKV7State
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+
+def read_start_state(
+    path: str,
+    model: RWKV7,
+    params: Params,
+    tokenizer: Tokenizer,
+    *,
+    any_base: bool,
+) -> RWKV7State:
+    """Reads the state that a run starts from, in float32 whatever the model computes in.
+
+    Args:
+        path: a state's file, or a text, which the model reads as a prompt.
+        model: the frozen model.
+        params: its weights.
+        tokenizer: of the prompt.
+        any_base: take a state of other weights.
+
+    Raises:
+        ValueError: a file that holds neither, an upscaled state, or a state of another model.
+    """
+    with prefix_errors("config.start"):
+        if container_of(Path(path)) is None:
+            state = read_prompt(path, model, params, tokenizer)
+        else:
+            state = load_state(
+                path,
+                config=model.config,
+                base_model=model_hash(params, model.config),
+                any_base=any_base,
+            )
+        if state.upscaled is not None:
+            raise ValueError(
+                f"`{path}` holds an upscaled state; only a start state can be tuned further."
+            )
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state)
+
+
+def read_prompt(
+    path: str, model: RWKV7, params: Params, tokenizer: Tokenizer
+) -> RWKV7State:
+    """Returns the state after all documents of a text have been read (batch 1).
+
+    Raises:
+        ValueError: a text without a token.
+    """
+    ids: list[int] = []
+    for document in documents(path):
+        ids += tokenizer.encode(document.text())
+    if not ids:
+        raise ValueError(f"`{path}` must hold text; got none.")
+    return prefill_state(model, params, np.asarray(ids))

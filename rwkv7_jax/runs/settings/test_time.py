@@ -1,0 +1,66 @@
+"""The settings of mode "test_time"."""
+
+import dataclasses
+from typing import Literal
+
+from rwkv7_jax.runs.settings.fields import (
+    MOST_COUNT,
+    MOST_RATE,
+    MOST_WEIGHT,
+    number,
+    place,
+)
+
+TestTimeMethod = Literal["grpo", "distil", "expert", "context"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TestTimeSettings:
+    """The settings of mode "test_time".
+
+    Attributes:
+        method: "grpo" (rewards alone), "distil" (a guide's traces), "expert" (the model's own
+            verified answers) or "context" (a long prompt becomes a state).
+        guide: checkpoint of the larger model that writes traces, or a .jsonl file of traces.
+        context: file of the prompt that "context" distils.
+        verifier: which answer a completion gives, to be compared with the known one: "exact" (all
+            of it), "hash_number" (the number after "####"), "last_number" or "letter" (of a
+            choice); or "module:function", called with the ids of prompt and completion and giving a
+            reward.
+        keep: "verified" traces, the "majority" answer's, or "all".
+        substitute: (what, with what) in the guide's prompts, so that it sees more than the model.
+        hint: text before the guide's prompts.
+        prompts: prompts a step.
+        group: completions of each.
+        tokens: of a completion at most.
+        temperature: of sampling.
+        kl: weight of KL(tuned || base) on what was drawn.
+        baseline: of "grpo", what a reward is compared with: "mean" of its group, or of the others
+            alone ("leave_one_out").
+        scale: of "grpo", "std" divides by the group's standard deviation, "none" does not.
+        average: of "grpo", over what the loss is a mean: "token", "row" or "constant" length.
+        redraws: of "grpo", how often at most completions are drawn again whose group is uniform.
+        traces: prompts that the guide answers in all.
+        at_once: prompts that it answers at the same time.
+        vote_margin: share of a prompt's completions by which the "majority" answer must lead.
+    """
+
+    method: TestTimeMethod = "grpo"
+    guide: str | None = place(None)
+    context: str | None = place(None)
+    verifier: str = "exact"
+    keep: Literal["verified", "majority", "all"] = "verified"
+    substitute: tuple[str, ...] = ()
+    hint: str = ""
+    prompts: int = number(8, 1, MOST_COUNT)
+    group: int = number(8, 1, MOST_COUNT)
+    tokens: int = number(64, 1, MOST_COUNT)
+    temperature: float = number(1.0, 0, MOST_RATE)
+    kl: float = number(0.0, 0, MOST_WEIGHT)
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    scale: Literal["std", "none"] = "std"
+    average: Literal["token", "row", "constant"] = "token"
+    redraws: int = number(0, 0, MOST_COUNT)
+    traces: int = number(256, 1, MOST_COUNT)
+    at_once: int = number(64, 1, MOST_COUNT)
+    vote_margin: float = number(0.25, 0, 1)
