@@ -405,7 +405,7 @@ def check_params(params: Params, config: RWKV7Config) -> None:
 
     Raises:
         ValueError: the tree lacks a leaf, has an extra one, or one has the wrong shape.
-        TypeError: a leaf is not floating-point.
+        TypeError: a leaf is not floating-point, or is of float64 where JAX has none.
     """
     # No file format has these integers, and floats made of them would pass for the original.
     if origin_of(params) is not None:
@@ -440,6 +440,12 @@ def check_params(params: Params, config: RWKV7Config) -> None:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"`params` must be floating-point; got {'/'.join(place)} {leaf.dtype}."
+            )
+        # NumPy's float64: Orbax would narrow it in silence, and the loader refuses such files.
+        if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+            raise TypeError(
+                f"`params` must be of dtypes that JAX keeps; got {'/'.join(place)} {leaf.dtype} "
+                "(set jax_enable_x64, or convert it)."
             )
 
 

@@ -102,7 +102,7 @@ def params():
 
 
 # Number of damaged files, name, function that writes it, function that reads it, and what must find
-# every change: reading or `verify`.
+# every change: reading, `verify`, or neither (files of other programs, without digests).
 FORMATS = {
     "pth": (
         380,
@@ -343,4 +343,5 @@ def judge(folder: Path, path: Path, read, before: list, finder: str) -> str:
                 verify(path)
             except ValueError:
                 return "found by verify"
-        return "silent: read otherwise"
+        # Other programs' files carry no digest of ours.
+        return "other" if finder == "neither" else "silent: read otherwise"

@@ -131,6 +131,9 @@ def test_a_model_that_could_not_be_loaded_is_not_written(tmp_path, name, number)
     bad = good | {"head": {"weight": good["head"]["weight"].astype(jnp.int32)}}
     with pytest.raises(TypeError, match="must be floating-point"):
         save_model(tmp_path / name, bad, CONFIG)
+    bad = good | {"head": {"weight": np.zeros((75, 64), np.float64)}}
+    with pytest.raises(TypeError, match="dtypes that JAX keeps; got head/weight"):
+        save_model(tmp_path / name, bad, CONFIG)
     assert snapshot(tmp_path) == before
 
 

@@ -91,7 +91,7 @@ def _votes(tensors: Tensors) -> Iterator[LowRank]:
 
 
 def _is_decided_by_dtype(tensors: Tensors) -> bool:
-    """Returns whether this cannot be web-rwkv's: no square matrix, or not all in half precision."""
+    """Returns whether this is not web-rwkv's, which is all in half precision."""
     is_half = all(tensor.dtype == np.float16 for tensor in tensors.values())
     has_low_rank = any(LOW_RANK.search(name) for name in tensors)
     return not (has_low_rank and is_half)
