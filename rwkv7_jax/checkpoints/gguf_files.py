@@ -19,6 +19,7 @@ import numpy as np
 
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.checkpoints import tensor_names
+from rwkv7_jax.checkpoints.integrity.digests import digest_of_arrays
 from rwkv7_jax.checkpoints.layouts.orientation import transposed
 from rwkv7_jax.checkpoints.tensor_files import TensorFile
 from rwkv7_jax.checkpoints.tensor_names import Tensor
@@ -61,6 +62,10 @@ _END_OF_TURN = b"\n\n"
 
 # Metadata of ours, by dtype: official names of the tensors that were widened to float32.
 _WIDENED_KEY = "rwkv7_jax.widened.{dtype}"
+
+# Metadata of ours: the digest of the tensors as they are in the file, and of the numbers with which
+# they are read.
+_DIGEST_KEY = "rwkv7_jax.digest"
 
 _OUTSIDE = {
     "emb.weight": "token_embd.weight",
@@ -190,10 +195,19 @@ def _number(reader: gguf.GGUFReader, key: str, path: Path) -> float:
     return float(value)
 
 
-def read_gguf(path: Path) -> TensorFile:
+def has_gguf_digest(path: Path) -> bool:
+    """Returns whether a GGUF file holds a digest of its content."""
+    return _metadata(_open(path), _DIGEST_KEY) is not None
+
+
+def read_gguf(path: Path, *, verify: bool = False) -> TensorFile:
     """Opens a GGUF file's tensors by official name, and reads the layer norms' epsilon.
 
     The head size is the one thing that no shape tells: it comes from the metadata.
+
+    Args:
+        path: of the file.
+        verify: compare the tensors with the file's digest, where it has one; this reads all of it.
 
     Raises:
         ValueError: not a float GGUF file of RWKV-7, or a damaged one.
@@ -202,6 +216,13 @@ def read_gguf(path: Path) -> TensorFile:
     _refuse_quantised(reader, path)
     norm_eps = _number(reader, gguf.Keys.Attention.LAYERNORM_EPS, path)
     head_size = int(_number(reader, gguf.Keys.WKV.HEAD_SIZE, path))
+    if verify:
+        found = _digest([(t.name, t.data) for t in reader.tensors], norm_eps, head_size)
+        if _metadata(reader, _DIGEST_KEY) not in (None, found):
+            raise ValueError(
+                f"load_model: `{path}` is damaged: its tensors or sizes are not those that were "
+                "written (their digest differs); download or copy it again."
+            )
     tensors: dict[str, Tensor] = {}
     for found in reader.tensors:
         tensor = _tensor(found)
@@ -210,6 +231,14 @@ def read_gguf(path: Path) -> TensorFile:
     _narrow(tensors, reader, path)
     # The file has a float32; its shortest form is the number that was meant.
     return TensorFile(tensors, "official", float(str(np.float32(norm_eps))))
+
+
+def _digest(
+    arrays: Iterable[tuple[str, np.ndarray]], norm_eps: float, head_size: int
+) -> str:
+    """Computes the digest of a file's arrays and of the numbers with which they are read."""
+    description = {"norm_eps": str(np.float32(norm_eps)), "head_size": head_size}
+    return digest_of_arrays(arrays, description)
 
 
 def _tensor(found: gguf.ReaderTensor) -> Tensor:
@@ -308,6 +337,11 @@ def save_gguf(
     _add_sizes(writer, config)
     _add_vocabulary(writer, entries, config.vocab_size)
     _add_tensors(writer, tensors)
+    arrays = [
+        (name, cast(np.ndarray, info.tensor))
+        for name, info in writer.tensors[0].items()
+    ]
+    writer.add_string(_DIGEST_KEY, _digest(arrays, config.norm_eps, config.head_size))
     with atomic_write(path) as file:
         # The package would open a path itself, and truncate what is there.
         writer.fout = [cast(BufferedWriter, file)]

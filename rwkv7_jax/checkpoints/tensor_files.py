@@ -256,9 +256,7 @@ def _open_rwkv_cpp(path: Path, verify: bool) -> TensorFile:
 
 
 def _open_gguf(path: Path, verify: bool) -> TensorFile:
-    # The format has no checksum either.
-    del verify
-    return gguf_files("load_model").read_gguf(path)
+    return gguf_files("load_model").read_gguf(path, verify=verify)
 
 
 def gguf_files(function: str) -> ModuleType:

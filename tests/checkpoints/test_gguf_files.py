@@ -10,6 +10,7 @@ from genuine_checkpoints import TINY, genuine
 from random_checkpoints import CONFIG, differing, random_params
 from run_programs import ROOT
 
+from rwkv7_jax.checkpoints.integrity.verification import verify
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
 from rwkv7_jax.checkpoints.unused_value_residual import without_unused_value_residual
 from rwkv7_jax.cli.commands import main
@@ -196,6 +197,23 @@ def test_numbers_that_were_changed_to_what_their_dtype_cannot_hold_are_refused(
         ValueError, match=r"numbers in ln_out\.weight that bfloat16 cannot hold"
     ):
         load_model(tmp_path / "m.gguf")
+
+
+def test_a_changed_number_is_found_by_the_digest(written, tmp_path):
+    assert verify(written) == ["m.gguf: the digest of tensors and sizes agrees"]
+    content = bytearray(written.read_bytes())
+    content[-3000] ^= 1
+    (tmp_path / "m.gguf").write_bytes(content)
+    load_model(tmp_path / "m.gguf")
+    with pytest.raises(
+        ValueError, match=r"m\.gguf` is damaged: .*their digest differs"
+    ):
+        verify(tmp_path / "m.gguf")
+    rewritten(written, tmp_path / "n.gguf", metadata={"rwkv7.wkv.head_size": 64})
+    with pytest.raises(ValueError, match="their digest differs"):
+        verify(tmp_path / "n.gguf")
+    rewritten(written, tmp_path / "o.gguf", metadata={"rwkv7_jax.digest": None})
+    assert verify(tmp_path / "o.gguf") == []
 
 
 @pytest.mark.parametrize("kept", [0, 3, 20, 300, 5_000, -1])

@@ -13,6 +13,7 @@ from rwkv7_jax.checkpoints.state_sidecar import has_state_digest, sidecar
 from rwkv7_jax.checkpoints.tensor_files import (
     container_of,
     format_of,
+    gguf_files,
     has_safetensors_digest,
     open_tensors,
     read_safetensors,
@@ -56,7 +57,9 @@ def _verify_file(path: Path) -> list[str]:
         if has_safetensors_digest(path):
             found.append(f"{path.name}: the digest of tensors and metadata agrees")
     else:
-        open_tensors(path)
+        open_tensors(path, verify=True)
+        if container == "gguf" and gguf_files("verify").has_gguf_digest(path):
+            found.append(f"{path.name}: the digest of tensors and sizes agrees")
     if has_state_digest(path):
         load_state(path)
         found.append(f"{sidecar(path).name}: belongs to these tensors")
