@@ -38,7 +38,7 @@ from rwkv7_jax.model.state import RWKV7State, init_state
 from rwkv7_jax.reports import plots
 from rwkv7_jax.runs import compilation_cache, config_flags, process
 from rwkv7_jax.runs.datasets import held_out, held_out_source, training_stream
-from rwkv7_jax.runs.modes.base import load_or_init, tokenizer_of
+from rwkv7_jax.runs.modes.model_setup import load_or_init, tokenizer_of
 from rwkv7_jax.runs.settings import Settings, read_settings
 
 

@@ -8,7 +8,7 @@ from smallest_runs import mode_settings, save_base_model
 
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash
 from rwkv7_jax.model.int8_weights import origin_of
-from rwkv7_jax.runs.modes.base import load_or_init
+from rwkv7_jax.runs.modes.model_setup import load_or_init
 from rwkv7_jax.runs.modes.registry import make_mode
 from rwkv7_jax.runs.settings import read_settings
 

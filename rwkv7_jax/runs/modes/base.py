@@ -1,7 +1,6 @@
 """The interface between the loop of train.py and what one run trains."""
 
 import abc
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -12,18 +11,17 @@ import optax
 from jax.sharding import Mesh
 
 from rwkv7_jax.array_types import Params
-from rwkv7_jax.checkpoints.model_files import load_model, model_hash
-from rwkv7_jax.checkpoints.model_vocabulary import model_tokenizer
+from rwkv7_jax.checkpoints.model_files import model_hash
 from rwkv7_jax.checkpoints.state_files import save_state
 from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.generation.generate import generate
-from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
 from rwkv7_jax.optim.decorrelation import Decorrelator
 from rwkv7_jax.runs.early_stopping import Progress, RunProgress
 from rwkv7_jax.runs.evaluators import PredictionEvaluator, retention_paths
 from rwkv7_jax.runs.input_pipeline import BatchSource
+from rwkv7_jax.runs.modes.model_setup import load_or_init, tokenizer_of
 from rwkv7_jax.runs.modes.optimizer import RateAt, make_optimizer, with_rate
 from rwkv7_jax.runs.modes.start_state import read_start_state
 from rwkv7_jax.runs.settings import Settings
@@ -39,12 +37,6 @@ from rwkv7_jax.training.train_step import TrainState, TrainStep, make_train_step
 from rwkv7_jax.tuning.state_arithmetic import scaled
 from rwkv7_jax.tuning.state_tuning import LEAVES, trainable_mask
 from rwkv7_jax.tuning.upscaling import fold_feature_map
-
-# Settings of a model that its checkpoint does not fix: how it computes, not what it is.
-_CHANGEABLE = ("dtype", "remat", "implementation")
-
-# A setting next to the model's own: how the checkpoint's weights are held.
-_WEIGHTS = "weights"
 
 
 class LoadedModel(NamedTuple):
@@ -435,90 +427,3 @@ def readable_text(tokenizer: Tokenizer, ids: Iterable[Any]) -> str:
 def count(tree: Any) -> int:
     """Counts the numbers in a tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def load_or_init(
-    init: str | None, changes: Mapping[str, Any], *, seed: int, allow_nan: bool
-) -> tuple[RWKV7, Params]:
-    """Loads the model of a checkpoint, or makes a new one where no checkpoint is named.
-
-    Args:
-        init: path of the checkpoint; None for a new model.
-        changes: `config.model`: the sizes of a new model, or what the checkpoint does not fix.
-        seed: of new weights.
-        allow_nan: accept a checkpoint with NaN or Inf.
-
-    Raises:
-        ValueError: neither a checkpoint nor sizes are given, or sizes that the checkpoint fixes.
-    """
-    if init is None:
-        refuse_int8(changes, "without `config.init`: new weights are floats")
-        model = new_model(changes)
-        return model, init_weights(model, seed)
-    changes = dict(changes)
-    weights = changes.pop(_WEIGHTS, None)
-    params, config = load_model(init, weights=weights, allow_nan=allow_nan)
-    # Refused rather than ignored: the run would not be the one that the settings describe.
-    fixed = [name for name in changes if name not in _CHANGEABLE]
-    if fixed:
-        raise ValueError(
-            f"`config.model.{fixed[0]}` is fixed by the checkpoint {init}; "
-            "only dtype, remat, implementation and weights may be changed."
-        )
-    return RWKV7(dataclasses.replace(config, **changes)), params
-
-
-def tokenizer_of(settings: Settings, config: RWKV7Config) -> Tokenizer:
-    """Returns the vocabulary of a run: that of `config.data.vocabulary`, or of its checkpoint.
-
-    Raises:
-        ValueError: a vocabulary that does not fit the model, or none that is known to.
-        ImportError: a package is missing that reads it.
-    """
-    return model_tokenizer(
-        settings.init,
-        config.vocab_size,
-        settings.data.vocabulary,
-        argument="`config.data.vocabulary`",
-    )
-
-
-def refuse_int8(changes: Mapping[str, Any], where: str) -> None:
-    """Refuses `config.model.weights` where no weights are frozen.
-
-    Args:
-        changes: `config.model`.
-        where: the end of the sentence.
-
-    Raises:
-        ValueError: it is there.
-    """
-    if changes.get(_WEIGHTS) is not None:
-        raise ValueError(
-            f"`config.model.weights` must be left out {where}; got {changes[_WEIGHTS]!r}."
-        )
-
-
-def new_model(sizes: Mapping[str, Any]) -> RWKV7:
-    """Makes the shell of a new model.
-
-    Raises:
-        ValueError: no sizes.
-    """
-    if not sizes:
-        raise ValueError(
-            "`config.init` must name a checkpoint, or `config.model` the new sizes."
-        )
-    return RWKV7(RWKV7Config(**sizes))
-
-
-def init_weights(model: RWKV7, seed: int) -> Params:
-    """Makes new weights."""
-    # One token is enough: no parameter's shape depends on the batch or the length.
-    tokens = jnp.zeros((1, 1), jnp.int32)
-
-    def init(key):
-        return model.init(key, tokens, init_state(model.config))
-
-    # One program: without `jit`, Flax would run the model's forward pass op by op.
-    return jax.jit(init)(jax.random.key(seed))["params"]

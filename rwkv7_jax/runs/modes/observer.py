@@ -22,8 +22,9 @@ from rwkv7_jax.observer.observer import Observer, init_observer, propose, state_
 from rwkv7_jax.observer.prompt_splits import add_prompt_splits, count_answers
 from rwkv7_jax.runs.datasets import held_out
 from rwkv7_jax.runs.input_pipeline import BatchSource, PrefetchedBatches
-from rwkv7_jax.runs.modes.base import count, load_or_init, tokenizer_of
+from rwkv7_jax.runs.modes.base import count
 from rwkv7_jax.runs.modes.dataset import DatasetMode
+from rwkv7_jax.runs.modes.model_setup import load_or_init, tokenizer_of
 
 # The start states whose continuations are measured, and the names they have in logs: of the
 # observer's proposal, of the teacher after it has read the prompt itself, and of zeros.

@@ -11,14 +11,14 @@ from rwkv7_jax.checkpoints.model_files import save_model
 from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
-from rwkv7_jax.runs.modes.base import (
+from rwkv7_jax.runs.modes.dataset import DatasetMode
+from rwkv7_jax.runs.modes.model_setup import (
     init_weights,
     load_or_init,
     new_model,
     refuse_int8,
     tokenizer_of,
 )
-from rwkv7_jax.runs.modes.dataset import DatasetMode
 from rwkv7_jax.training.costs import parameter_count
 from rwkv7_jax.training.losses import pretrain_loss
 from rwkv7_jax.training.projection_statistics import weight_decorrelator

@@ -1,0 +1,110 @@
+"""The model and the vocabulary of a run, as its settings describe them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rwkv7_jax.array_types import Params
+from rwkv7_jax.checkpoints.model_files import load_model
+from rwkv7_jax.checkpoints.model_vocabulary import model_tokenizer
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import init_state
+from rwkv7_jax.runs.settings import Settings
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+# Settings of a model that its checkpoint does not fix: how it computes, not what it is.
+_CHANGEABLE = ("dtype", "remat", "implementation")
+
+# A setting next to the model's own: how the checkpoint's weights are held.
+_WEIGHTS = "weights"
+
+
+def load_or_init(
+    init: str | None, changes: Mapping[str, Any], *, seed: int, allow_nan: bool
+) -> tuple[RWKV7, Params]:
+    """Loads the model of a checkpoint, or makes a new one where no checkpoint is named.
+
+    Args:
+        init: path of the checkpoint; None for a new model.
+        changes: `config.model`: the sizes of a new model, or what the checkpoint does not fix.
+        seed: of new weights.
+        allow_nan: accept a checkpoint with NaN or Inf.
+
+    Raises:
+        ValueError: neither a checkpoint nor sizes are given, or sizes that the checkpoint fixes.
+    """
+    if init is None:
+        refuse_int8(changes, "without `config.init`: new weights are floats")
+        model = new_model(changes)
+        return model, init_weights(model, seed)
+    changes = dict(changes)
+    weights = changes.pop(_WEIGHTS, None)
+    params, config = load_model(init, weights=weights, allow_nan=allow_nan)
+    # Refused rather than ignored: the run would not be the one that the settings describe.
+    fixed = [name for name in changes if name not in _CHANGEABLE]
+    if fixed:
+        raise ValueError(
+            f"`config.model.{fixed[0]}` is fixed by the checkpoint {init}; "
+            "only dtype, remat, implementation and weights may be changed."
+        )
+    return RWKV7(dataclasses.replace(config, **changes)), params
+
+
+def tokenizer_of(settings: Settings, config: RWKV7Config) -> Tokenizer:
+    """Returns the vocabulary of a run: that of `config.data.vocabulary`, or of its checkpoint.
+
+    Raises:
+        ValueError: a vocabulary that does not fit the model, or none that is known to.
+        ImportError: a package is missing that reads it.
+    """
+    return model_tokenizer(
+        settings.init,
+        config.vocab_size,
+        settings.data.vocabulary,
+        argument="`config.data.vocabulary`",
+    )
+
+
+def refuse_int8(changes: Mapping[str, Any], where: str) -> None:
+    """Refuses `config.model.weights` where no weights are frozen.
+
+    Args:
+        changes: `config.model`.
+        where: the end of the sentence.
+
+    Raises:
+        ValueError: it is there.
+    """
+    if changes.get(_WEIGHTS) is not None:
+        raise ValueError(
+            f"`config.model.weights` must be left out {where}; got {changes[_WEIGHTS]!r}."
+        )
+
+
+def new_model(sizes: Mapping[str, Any]) -> RWKV7:
+    """Makes the shell of a new model.
+
+    Raises:
+        ValueError: no sizes.
+    """
+    if not sizes:
+        raise ValueError(
+            "`config.init` must name a checkpoint, or `config.model` the new sizes."
+        )
+    return RWKV7(RWKV7Config(**sizes))
+
+
+def init_weights(model: RWKV7, seed: int) -> Params:
+    """Makes new weights."""
+    # One token is enough: no parameter's shape depends on the batch or the length.
+    tokens = jnp.zeros((1, 1), jnp.int32)
+
+    def init(key):
+        return model.init(key, tokens, init_state(model.config))
+
+    # One program: without `jit`, Flax would run the model's forward pass op by op.
+    return jax.jit(init)(jax.random.key(seed))["params"]
