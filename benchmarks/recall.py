@@ -454,7 +454,18 @@ def _whole_table(table: Table, options: argparse.Namespace) -> int:
     print(f"models whose rate is at the edge: {', '.join(edges) or 'none'}")
     if options.pictures:
         draw(Path(options.pictures), found, speeds, SMALL)
-    _write(options.json, table=found, decode=speeds, not_run=missing)
+    cells = {
+        name: cell["found"]
+        for name, cell in table.cells.results.items()
+        if name != "decode"
+    }
+    _write(
+        options.json,
+        table=found,
+        decode=speeds,
+        not_run=missing,
+        cells=cells,
+    )
     return 1 if edges else 0
 
 
