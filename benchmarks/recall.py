@@ -39,7 +39,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import mqar, record
+from benchmarks import record
+from benchmarks.contestants import TunedContestant, contestant
 from benchmarks.mqar import FULL, SMALL, Setting, Trainer
 from benchmarks.paper_table import Cells
 from rwkv7_jax.based import state_bytes
@@ -51,6 +52,7 @@ DEPENDENCIES = (
     "rwkv7_jax/model/*.py",
     "pallas_kernels/*.py",
     "benchmarks/mqar.py",
+    "benchmarks/contestants.py",
 )
 
 # Models by the colour of the pictures.
@@ -105,14 +107,14 @@ EQUAL = 0.01
 DECODE_ROWS = 16
 CONTEXTS = (64, 1024)
 DECODED = 64
-# Runs timed at once: the clock of CPU seconds ticks in hundredths.
+# Runs timed at once, so that the clock's ticks do not matter.
 TIMES = 40
 
 
 @functools.cache
 def _trainer(name: str, setting: Setting) -> Trainer:
     """Makes the trainer of a model once, so that all its cells share one compiled program."""
-    return Trainer(mqar.contestant(name, setting), setting)
+    return Trainer(contestant(name, setting), setting)
 
 
 def make_cell(name: str, setting: Setting, rates: tuple[float, ...], seed: int):
@@ -120,9 +122,9 @@ def make_cell(name: str, setting: Setting, rates: tuple[float, ...], seed: int):
     if name not in TUNED:
         return _trainer(name, setting).cell(rates, seed)
     base_name, size, dynamics = TUNED[name]
-    head_size = mqar.contestant(base_name, setting).config.head_size
+    head_size = contestant(base_name, setting).config.head_size
     weights = _frozen(base_name, setting, seed)
-    tuned = mqar.TunedContestant(setting, head_size, size, dynamics, weights)
+    tuned = TunedContestant(setting, head_size, size, dynamics, weights)
     return Trainer(tuned, setting).cell(rates, seed)
 
 
@@ -213,13 +215,13 @@ def sizes_of(name: str, setting: Setting) -> dict[str, int]:
     """
     if name in TUNED:
         base_name, size, dynamics = TUNED[name]
-        config = mqar.contestant(base_name, setting).config
+        config = contestant(base_name, setting).config
         # The memory and the strength of its writes.
         parameters = config.num_heads * (config.head_size * size + 1)
         size = 0 if dynamics == "static" else size
         weigh = functools.partial(state_bytes, config, memory_size=size)
     else:
-        one = mqar.contestant(name, setting)
+        one = contestant(name, setting)
         shapes = jax.eval_shape(one.init, jax.random.key(0))
         parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
         weigh = one.state_bytes
@@ -268,7 +270,7 @@ def decode_speeds(
 
 def _decoder(name: str, setting: Setting, tokens: int):
     """Compiles greedy decoding after a context, and returns the function to time."""
-    one = mqar.contestant(name, setting, context=tokens + DECODED)
+    one = contestant(name, setting, context=tokens + DECODED)
     params = one.init(jax.random.key(0))
     shape = (DECODE_ROWS, tokens)
     prompt = np.random.default_rng(0).integers(0, setting.vocab_size, shape, np.int32)
@@ -443,9 +445,9 @@ def _whole_table(table: Table, options: argparse.Namespace) -> int:
         if row is not None:
             found[name] = row
     speeds = {}
-    # All models in one run, whatever else of them is known: speeds of two runs do not compare.
+    # In one run, whatever else is known of these models: speeds of two runs do not compare.
     if not options.no_speed and ("decode" in table.cells.results or not options.cached):
-        timed = [name for name in known if name not in TUNED]
+        timed = [name for name in names if name not in TUNED]
         speeds = table.cells.get("decode", lambda: decode_speeds(timed, SMALL))["found"]
     print(show(found, speeds, SMALL))
     missing = [name for name in known if name not in found]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from benchmarks import mqar
-from benchmarks.mqar import SMALL, Size, Trainer, contestant, draw_size, rows
+from benchmarks.contestants import TunedContestant, contestant
+from benchmarks.mqar import SMALL, Size, Trainer, draw_size, rows
 
 NAMES = [
     "attention",
@@ -137,7 +138,7 @@ def test_a_frozen_model_stays_as_it_is_and_its_empty_memory_changes_nothing():
     setting = dataclasses.replace(SMALL, steps=6, rows=4, test_rows=64)
     base = contestant("rwkv-16-L1", setting)
     weights = base.init(jax.random.key(0))
-    tuned = mqar.TunedContestant(setting, 16, 8, "delta", weights)
+    tuned = TunedContestant(setting, 16, 8, "delta", weights)
     ids, _ = rows(np.random.default_rng(0), 2, Size(64, 4), 128)
     params = tuned.init(jax.random.key(1))
     logits, _ = tuned.run(params, ids, tuned.start(params, 2))
