@@ -93,18 +93,31 @@ def _attend(
     age = query_at[:, :, None] - key_at[:, None, :]
     visible = is_filled[:, None, :] & (age >= 0) & (age < slots)
 
-    wide = wide_dtype(q.dtype)
-    full = precision(q.dtype)
-    keys = jnp.concatenate([memory.keys, k], axis=1)
-    values = jnp.concatenate([memory.values, v], axis=1)
-    scores = jnp.einsum(
-        "bthn,bshn->bhts", q, keys, precision=full, preferred_element_type=wide
-    )
-    scores = scores / math.sqrt(q.shape[-1])
+    # The ring and the piece apart, and only their scores joined: joining the keys and the values
+    # would copy the ring for every token that is decoded.
+    scores = jnp.concatenate([_scores(q, memory.keys), _scores(q, k)], axis=-1)
     # Not -inf: a token after the row's end may see nothing, and must not become NaN.
-    scores = jnp.where(visible[:, None], scores, jnp.finfo(wide).min)
+    scores = jnp.where(visible[:, None], scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhts,bshn->bthn", weights, values, precision=full)
+    ring_weights, weights = jnp.split(weights, [slots], axis=-1)
+    return _weighted_sum(ring_weights, memory.values) + _weighted_sum(weights, v)
+
+
+def _scores(q: Heads, k: Float[Array, "B S H N"]) -> Float[Array, "B H T S"]:
+    products = jnp.einsum(
+        "bthn,bshn->bhts",
+        q,
+        k,
+        precision=precision(q.dtype),
+        preferred_element_type=wide_dtype(q.dtype),
+    )
+    return products / math.sqrt(q.shape[-1])
+
+
+def _weighted_sum(
+    weights: Float[Array, "B H T S"], v: Float[Array, "B S H N"]
+) -> Float[Array, "B T H N"]:
+    return jnp.einsum("bhts,bshn->bthn", weights, v, precision=precision(v.dtype))
 
 
 def _write(
