@@ -9,6 +9,7 @@ import numpy as np
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.model.state import RWKV7State
+from rwkv7_jax.runs.evaluators import retention_paths
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.stack import StackMode
 from rwkv7_jax.runs.modes.state_tuning import StateMode
@@ -142,7 +143,7 @@ class RateSearchMode(StackMode):
 def _plan(mode: TrainingMode) -> SearchPlan:
     settings = mode.settings
     flops = flops_per_token(mode.model.config)
-    texts = 1 + bool(settings.evaluation.retention)
+    texts = 1 + len(retention_paths(settings.evaluation.retention))
     windows = min(_WINDOWS, settings.evaluation.windows)
     tokens = texts * windows * settings.evaluation.length
     return plan_search(
