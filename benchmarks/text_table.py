@@ -93,14 +93,19 @@ def start(kind: str, style: str, seed: int):
         )
     if kind == "all weights":
         return params
+    return low_rank_changes(params, RANK, seed)
+
+
+def low_rank_changes(params, rank: int, seed: int):
+    """Makes low-rank changes of the four projections of each layer, which add nothing yet."""
     keys = iter(jax.random.split(jax.random.key(seed), 16))
 
     def low_rank(weight):
         shape = weight.shape
-        down = jax.random.normal(next(keys), (*shape[:-2], RANK, shape[-1]))
+        down = jax.random.normal(next(keys), (*shape[:-2], rank, shape[-1]))
         return {
             "down": down / math.sqrt(shape[-1]),
-            "up": jnp.zeros((*shape[:-1], RANK)),
+            "up": jnp.zeros((*shape[:-1], rank)),
         }
 
     return {
@@ -108,6 +113,7 @@ def start(kind: str, style: str, seed: int):
             name: low_rank(params[part]["att"][name]["weight"]) for name in PROJECTIONS
         }
         for part in ("layer_0", "layers")
+        if part in params
     }
 
 

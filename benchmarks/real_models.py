@@ -1,0 +1,308 @@
+"""Any checkpoint: agreement with the `rwkv` package, the loss of 8 bits, and ways of tuning it.
+
+    python -m benchmarks.real_models model.pth --data poems.jsonl --retention general.jsonl
+
+The start state, an upscaled state and low-rank changes of as many numbers as the start state are
+tuned at every rate of a list, at equal steps and batches. Measured are held-out data and what must
+not be forgotten, in bits per byte. `--data digits` is for BlinkDL's model that reverses numbers: it
+learns to copy them, and what must not be forgotten is reversing; both in nats, with the share of
+right digits.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import io
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+
+import rwkv7_jax as rwkv
+from benchmarks import record, text_table
+from benchmarks.rate_search import END, copy_rows, schedule
+from rwkv7_jax.checkpoints import model_tokenizer
+from rwkv7_jax.data.batch import Batch
+from rwkv7_jax.data.loading import batch_at, token_stream, windows
+from rwkv7_jax.evaluation.scoring import score_answers
+from rwkv7_jax.training.stacked_step import (
+    create_stack,
+    make_stacked_step,
+    params_of,
+    stack_params,
+)
+from rwkv7_jax.tuning.rate_search import repeat_rows
+
+KINDS = {
+    "start state": (0.03, 0.1, 0.3, 1.0),
+    "LoRA": (0.001, 0.003, 0.01, 0.03),
+    "upscaled, whitened": (0.03, 0.1, 0.3, 1.0),
+}
+DIGITS = "digits"
+LENGTH = 64
+WINDOWS = 48
+MEASURED = 10**6  # seed of held-out rows of digits
+
+
+class Data(NamedTuple):
+    """What a model is tuned on and measured by.
+
+    Attributes:
+        batch: from a step and a seed to its rows.
+        calibration: tokens that features are fitted to.
+        measure: from weights and a start state to what is measured, by name.
+    """
+
+    batch: Callable[[int, int], Batch]
+    calibration: Any
+    measure: Callable[[Any, rwkv.RWKV7State], dict[str, float]]
+
+
+def reversed_rows(batch: Batch) -> Batch:
+    """Turns rows that copy a number into rows that reverse it."""
+    tokens = np.array(batch.tokens)
+    for row, counted in zip(tokens, np.asarray(batch.mask), strict=True):
+        count = int(counted.sum()) - 1
+        row[count + 1 : 2 * count + 1] = row[:count][::-1]
+    assert (tokens[:, -1] == END).all()
+    return batch.replace(tokens=tokens)
+
+
+def digits(model: rwkv.RWKV7, rows: int) -> Data:
+    """Makes the task of copying numbers, for the model that reverses them."""
+    held_out = copy_rows(MEASURED, WINDOWS)
+    backwards = reversed_rows(held_out)
+
+    def measure(params, state) -> dict[str, float]:
+        new = score_answers(model, params, state, held_out)
+        old = score_answers(model, params, state, backwards)
+        return {
+            "new": new.nats,
+            "old": old.nats,
+            "new_accuracy": new.accuracy,
+            "old_accuracy": old.accuracy,
+        }
+
+    return Data(
+        batch=lambda step, seed: copy_rows(1000 * seed + step, rows),
+        calibration=copy_rows(MEASURED + 1, WINDOWS).tokens[:, :-1],
+        measure=measure,
+    )
+
+
+def texts(
+    model: rwkv.RWKV7, tokenizer: rwkv.Tokenizer, data: str, retention: str, rows: int
+) -> Data:
+    """Makes the task of predicting text.
+
+    Args:
+        model: the shell.
+        tokenizer: of its vocabulary.
+        data: what is learnt; a tenth is held out.
+        retention: what must not be forgotten; its held-out twentieth is read.
+        rows: of a batch.
+    """
+    train = token_stream(data, tokenizer, split="train", held_out=0.1)
+    measured = {}
+    for name, path, share in (("new", data, 0.1), ("old", retention, 0.05)):
+        stream = token_stream(path, tokenizer, split="held_out", held_out=share)
+        measured[name] = windows(stream, 4 * LENGTH, WINDOWS)
+
+    def batch(step: int, seed: int) -> Batch:
+        return batch_at(train, step, batch_size=rows, length=LENGTH, seed=seed)
+
+    def measure(params, state) -> dict[str, float]:
+        bits = {}
+        for name, text in measured.items():
+            found = rwkv.score(model, params, state, text, tokenizer)
+            bits[name] = found.bits_per_byte
+        return bits
+
+    return Data(batch, windows(train, LENGTH, WINDOWS).tokens[:, :-1], measure)
+
+
+def package_logits(
+    params, config: rwkv.RWKV7Config, ids: np.ndarray
+) -> np.ndarray | None:
+    """Computes the logits of the `rwkv` package; None where it is not installed."""
+    os.environ |= {"RWKV_V7_ON": "1", "RWKV_CUDA_ON": "0", "RWKV_JIT_ON": "0"}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        try:
+            from rwkv.model import RWKV  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            return None
+        # As a file of ours, so that checkpoints of any layout can be compared.
+        rwkv.save_model(f"{folder}/model.pth", params, config)
+        model = RWKV(model=f"{folder}/model", strategy="cpu fp32")
+        logits, _ = model.forward(ids.tolist(), None, full_output=True)
+    return logits.numpy()
+
+
+def compared(logits: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    """Compares logits with others: the largest and the root mean square difference, and sizes."""
+    off = np.asarray(logits, np.float64) - expected
+    return {
+        "largest_difference": float(np.abs(off).max()),
+        "relative_rms": float(np.sqrt(np.mean(off**2) / np.mean(expected**2))),
+        "largest_logit": float(np.abs(expected).max()),
+        "same_choice": float(np.mean(logits.argmax(-1) == expected.argmax(-1))),
+    }
+
+
+def check(model, forms: dict[str, Any], data: Data) -> dict[str, Any]:
+    """Measures the untuned model, and compares its logits: the package's, and those of 8 bits."""
+    ids = np.asarray(data.batch(0, 0).tokens)[0, :-1]
+    zero = rwkv.init_state(model.config)
+    forward = jax.jit(lambda tree: model.apply({"params": tree}, ids[None], zero)[0][0])
+    floats = np.asarray(forward(forms["float32"]))
+    report: dict[str, Any] = {
+        "untuned": data.measure(forms["float32"], zero),
+        "untuned, int8": data.measure(forms["int8"], zero),
+        "int8 logits": compared(np.asarray(forward(forms["int8"])), floats),
+    }
+    expected = package_logits(forms["float32"], model.config, ids)
+    if expected is not None:
+        report["rwkv package"] = compared(floats, expected)
+    return report
+
+
+def start_of(kind: str, model, params, data: Data, seed: int) -> Any:
+    """Makes what is tuned: a state, or low-rank changes of as many numbers as a state has."""
+    config = model.config
+    if kind == "start state":
+        return rwkv.init_state(config)
+    if kind == "LoRA":
+        return text_table.low_rank_changes(params, max(config.head_size // 8, 1), seed)
+    prepare, widths, _ = text_table.UPSCALED[kind]
+    return rwkv.upscale(
+        model, params, data.calibration, prepare=prepare, widths=widths, seed=seed
+    )
+
+
+def loss_of(kind: str, model, params) -> Any:
+    """Makes the loss of what is tuned."""
+    if kind != "LoRA":
+        return rwkv.state_loss(model, params, leaves=text_table.leaves_of(kind))
+    whole = rwkv.pretrain_loss(model, l2wrap=0.0)
+
+    def loss(params, changes, rows):
+        return whole(text_table.with_low_rank(params, changes), rows)
+
+    return jax.tree_util.Partial(loss, params)
+
+
+def swept(
+    kind: str,
+    model,
+    params,
+    data: Data,
+    *,
+    rates: tuple[float, ...],
+    steps: int,
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    """Tunes at every rate, all of them as one stack, and measures each."""
+    start = start_of(kind, model, params, data, seed)
+    tx = text_table.optimizer_of(kind, schedule(steps))
+    step = make_stacked_step(loss_of(kind, model, params), tx, np.asarray(rates))
+    train = create_stack(stack_params([start] * len(rates)), tx)
+    for number in range(steps):
+        rows = repeat_rows(data.batch(number, seed), len(rates))
+        train, _ = step(train, rows)
+    found = {}
+    for index, rate in enumerate(rates):
+        tuned = params_of(train.params, index)
+        if kind == "LoRA":
+            weights = text_table.with_low_rank(params, tuned)
+            found[str(rate)] = data.measure(weights, rwkv.init_state(model.config))
+        else:
+            found[str(rate)] = data.measure(params, tuned)
+    return found
+
+
+def best_of(by_rate: dict[str, dict[str, float]]) -> str:
+    """Returns the rate with the lowest loss on the new data."""
+    losses = {
+        rate: one["new"] for rate, one in by_rate.items() if math.isfinite(one["new"])
+    }
+    return min(losses, key=lambda rate: losses[rate])
+
+
+def main() -> None:
+    """Prints a line for each way of tuning and seed; with `--json`, writes all numbers."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", help="a checkpoint of any layout")
+    parser.add_argument("--data", required=True, help=f"text to learn, or {DIGITS}")
+    parser.add_argument("--retention", default="stdlib", help="text to remember")
+    parser.add_argument("--vocabulary", help="as in the command rwkv7")
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--json", help="file for the numbers")
+    options = parser.parse_args()
+    params, config = rwkv.load_model(options.model, dtype="float32")
+    rounded, _ = rwkv.load_model(options.model, dtype="float32", weights="int8")
+    # Of rows this short, compiling is most of the time, and the scan compiles fastest.
+    model = rwkv.RWKV7(dataclasses.replace(config, implementation="scan"))
+    if options.data == DIGITS:
+        data = digits(model, options.rows)
+    else:
+        tokenizer = model_tokenizer(
+            options.model,
+            config.vocab_size,
+            options.vocabulary,
+            argument="`--vocabulary`",
+        )
+        data = texts(model, tokenizer, options.data, options.retention, options.rows)
+    checked = check(model, {"float32": params, "int8": rounded}, data)
+    for name, numbers in checked.items():
+        print(f"{name:<24}{numbers}", flush=True)
+    tuned: dict[str, list] = {}
+    run = functools.partial(swept, model=model, params=params, data=data)
+    for kind in options.kinds:
+        tuned[kind] = []
+        for seed in range(options.seeds):
+            by_rate = run(kind, rates=KINDS[kind], steps=options.steps, seed=seed)
+            best = best_of(by_rate)
+            tuned[kind].append({"best_rate": float(best), "by_rate": by_rate})
+            print(f"{kind:<20} seed {seed} rate {best:<6} {by_rate[best]}", flush=True)
+            # After each: a table takes long.
+            write(options, checked, tuned)
+    write(options, checked, tuned)
+
+
+def write(
+    options: argparse.Namespace, checked: dict[str, Any], tuned: dict[str, list]
+) -> None:
+    """Writes the numbers that are known, where a file is asked for."""
+    if not options.json:
+        return
+    record.write(
+        options.json,
+        "benchmarks.real_models",
+        packages=("jax", "optax", "rwkv"),
+        model=Path(options.model).name,
+        steps=options.steps,
+        rows=options.rows,
+        untuned=checked,
+        tuned=tuned,
+    )
+
+
+if __name__ == "__main__":
+    main()
