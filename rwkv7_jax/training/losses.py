@@ -26,7 +26,7 @@ from rwkv7_jax.checks import (
     prefix_errors,
 )
 from rwkv7_jax.data.batch import Batch, BatchLike
-from rwkv7_jax.model.int8_weights import Weight
+from rwkv7_jax.model.int8_weights import Int8Matrix, Weight
 from rwkv7_jax.model.layers import head_logits
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
@@ -231,7 +231,7 @@ def token_statistics(
     targets: Tokens | None,
     *,
     reference: Float[Array, "B T E"] | None = None,
-    reference_head: Weight | None = None,
+    reference_head: Float[Array, "V E"] | Int8Matrix | None = None,
     reverse_kl: bool = False,
     temperature: ArrayLike | None = None,
     entropy: bool = False,

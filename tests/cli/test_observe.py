@@ -220,7 +220,7 @@ def test_a_mirror_proposes_the_state_that_the_teacher_would_have(run, folder, tm
         ),
         (
             "observe observer --model teacher.pth --prompt a --out s.npz",
-            "observe: `--out` must end in .pth, .safetensors, .st; got",
+            "observe: `--out` must end in .pth, .safetensors, .st",
         ),
         (
             "generate --observer observer --model other.pth --prompt ab",

@@ -53,7 +53,7 @@ BAD = {
     ),
     "no messages": (b'{"messages": {}}\n', '"messages" must be a list of messages'),
     "unknown role": (
-        b'{"messages": [{"role": "tool"}]}\n',
+        b'{"messages": [{"role": "narrator"}]}\n',
         "message 1: role must be system, user",
     ),
     "role of no kind": (
