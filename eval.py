@@ -9,6 +9,13 @@ config.evaluation.prompt_tokens (-1: all the text that tuning could see, the pro
 information). The same rows on config.evaluation.retention, other text, show what tuning costs
 there. Of a synthetic task ("task:steer") the share of right answers is shown, also of each task
 that retention names.
+
+    python eval.py --config=configs/eval.py --config.init=model.pth --config.state=poet.pth \
+        --config.tasks=gsm8k --config.task_data.gsm8k=train.jsonl,test.jsonl --config.limit=100
+
+Tasks of lm-evaluation-harness (pip install 'rwkv7_jax[harness]'): a row for the base and for each
+state, bits per byte of the right answers besides the task's own metrics, and differences from the
+base over pairs of answers to the same questions.
 """
 
 import os
@@ -18,9 +25,11 @@ if __name__ == "__main__":
     # The imports take seconds. Until `main` listens, Ctrl-C ends the program without a traceback.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +41,7 @@ from rwkv7_jax.checkpoints.model_files import model_hash
 from rwkv7_jax.checkpoints.state_files import load_state
 from rwkv7_jax.data.sources import TaskSource, parse_source, parse_sources
 from rwkv7_jax.evaluation.scoring import Answers, Score, score, score_answers
+from rwkv7_jax.evaluation.task_scores import score_table, scores_as_json
 from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
@@ -40,6 +50,7 @@ from rwkv7_jax.runs import compilation_cache, config_flags, process
 from rwkv7_jax.runs.datasets import held_out, held_out_source, training_stream
 from rwkv7_jax.runs.modes.model_setup import load_or_init, tokenizer_of
 from rwkv7_jax.runs.settings import Settings, read_settings
+from rwkv7_jax.text.tokenizer import Tokenizer
 
 
 def tuned_states(
@@ -140,8 +151,10 @@ def without_nan(value: Any) -> Any:
 
 
 def evaluate(settings: Settings) -> None:
-    """Measures and prints every row on every text, and writes to config.workdir if it is given."""
-    data = settings.data
+    """Measures and prints every row, and writes to config.workdir if it is given.
+
+    Rows are measured on the run's texts, on the harness's tasks, or on both where both are named.
+    """
     workdir = None if settings.workdir is None else Path(settings.workdir)
     if workdir is not None:
         # Before the work: a folder that cannot be made should not cost an hour.
@@ -157,6 +170,102 @@ def evaluate(settings: Settings) -> None:
     rows |= tuned_states(
         settings.state_paths, model, params, any_base=settings.any_base
     )
+    with task_folder(workdir) as folder:
+        # All is opened before anything is measured: a slip in a name should not cost an hour.
+        tasks = None
+        if settings.tasks:
+            tasks = open_tasks(settings, folder)
+            models = task_models(settings, model, params, tokenizer, rows=rows)
+        if settings.data.path or tasks is None:
+            evaluate_texts(
+                settings, model, params, tokenizer, rows=rows, workdir=workdir
+            )
+        if tasks is not None:
+            evaluate_tasks(settings, tasks, models, workdir)
+
+
+def open_tasks(settings: Settings, folder: Path) -> Any:
+    """Loads the tasks of lm-evaluation-harness that the settings name."""
+    # The package takes seconds to import, and many have it not.
+    from rwkv7_jax.evaluation.harness_tasks import load_tasks
+
+    return load_tasks(settings.task_names, settings.task_files, folder)
+
+
+def task_models(
+    settings: Settings,
+    model: RWKV7,
+    params: Params,
+    tokenizer: Tokenizer,
+    *,
+    rows: Mapping[str, RWKV7State],
+) -> dict[str, Any]:
+    """Makes a model of the harness for each row."""
+    from rwkv7_jax.evaluation.harness import StateLM
+
+    models = {}
+    for name, start in rows.items():
+        models[name] = StateLM(model, params, tokenizer, start, bos=settings.bos)
+    return models
+
+
+def evaluate_tasks(
+    settings: Settings, tasks: Any, models: Mapping[str, Any], workdir: Path | None
+) -> None:
+    """Measures and prints every row on the tasks of lm-evaluation-harness.
+
+    Args:
+        settings: of the run.
+        tasks: from `open_tasks`.
+        models: by the rows' names; the first is the base.
+        workdir: for `tasks.json`; None where nothing is written.
+    """
+    from rwkv7_jax.evaluation.harness_tasks import measure
+
+    report: dict[str, Any] = {
+        "bos": list(settings.bos),
+        "shots": settings.shots,
+        "limit": settings.limit,
+        "split_pairs": {},
+    }
+    scores: dict[str, Any] = {}
+    for name, lm in models.items():
+        print(f"{name}: answering {settings.tasks}", flush=True)
+        scores[name] = measure(lm, tasks, shots=settings.shots, limit=settings.limit)
+        report["split_pairs"][name] = lm.split_pairs
+        report["tasks"] = scores_as_json(scores)
+        # After each row: a later one that fails must not cost it.
+        if workdir is not None:
+            write_json(workdir / "tasks.json", report)
+    for task in next(iter(scores.values())):
+        print(score_table(task, scores), flush=True)
+    before = f"the ids {settings.bos}" if settings.bos else "nothing"
+    print(f"between a state and a context: {before}")
+    if workdir is not None:
+        print(f"wrote {workdir / 'tasks.json'}")
+
+
+@contextlib.contextmanager
+def task_folder(workdir: Path | None) -> Iterator[Path]:
+    """Gives the folder for descriptions of tasks: in the workdir, or one that is removed."""
+    if workdir is not None:
+        yield workdir / "tasks"
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def evaluate_texts(
+    settings: Settings,
+    model: RWKV7,
+    params: Params,
+    tokenizer: Tokenizer,
+    *,
+    rows: dict[str, RWKV7State],
+    workdir: Path | None,
+) -> None:
+    """Measures and prints every row on every text."""
+    data = settings.data
     titles = subjects(data.path, settings.evaluation.retention)
     # All is read before anything is measured: a slip in the last name should not cost an hour.
     # Every row is measured on the same batch, so that differences are the states' own.
@@ -168,7 +277,7 @@ def evaluate(settings: Settings) -> None:
     sizes = settings.evaluation.prompt_tokens
     if sizes:
         text = training_stream(data, tokenizer, seed=settings.seed)[:]
-        rows |= prompt_states(text, sizes, model, params)
+        rows = rows | prompt_states(text, sizes, model, params)
     report: dict[str, Any] = {}
     for title, batch in batches.items():
         scores: dict[str, Any] = {}
@@ -192,15 +301,20 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     """Writes the tables as `eval.json` and draws the loss by position."""
     folder.mkdir(parents=True, exist_ok=True)
     tables = {title: as_json(scores) for title, scores in report.items()}
-    text = json.dumps(tables, indent=1) + "\n"
-    with atomic_write(folder / "eval.json") as file:
-        file.write(text.encode())
+    write_json(folder / "eval.json", tables)
     # Answers of a task have no loss by position.
     if "new text" in report and plots.available():
         by_position = {
             name: one.by_position for name, one in report["new text"].items()
         }
         plots.by_position(folder / "by_position.png", by_position)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON."""
+    text = json.dumps(value, indent=1) + "\n"
+    with atomic_write(path) as file:
+        file.write(text.encode())
 
 
 def main(arguments: list[str]) -> None:

@@ -266,7 +266,7 @@ class Decoder:
         lengths = np.array([len(row) for row in rows], np.int32)
         state = run.state
         # All but the last token of each row; rows that are shorter wait with a length of 0.
-        for first, width in _chunks(max(map(len, rows)) - 1, chunk):
+        for first, width in chunk_widths(max(map(len, rows)) - 1, chunk):
             tokens = np.zeros((len(rows), width), np.int32)
             for index, row in enumerate(rows):
                 piece = row[:-1][first : first + width]
@@ -306,7 +306,7 @@ class Decoder:
         )
 
 
-def _chunks(total: int, chunk: int) -> Iterator[tuple[int, int]]:
+def chunk_widths(total: int, chunk: int) -> Iterator[tuple[int, int]]:
     """Yields where each piece of `total` tokens begins and the width of the program it needs."""
     for first in range(0, total, chunk):
         yield first, min(chunk, max(_NARROWEST, power_of_two(total - first)))

@@ -104,6 +104,17 @@ ADDED = [
     (["--config.evaluation.length=5000"], "config.evaluation.length"),
     (["--config.seed=-1"], "`config.seed` must"),
     (["--config.seed=x"], "`config.seed` must"),
+    # Tasks of the harness
+    (["--config.tasks=gsm8k,"], "`config.tasks` must have a name between commas"),
+    (["--config.task_data.gsm8k=t.txt"], "must be of a task in `config.tasks`"),
+    (["--config.task_data.gsm8k="], "`config.task_data.gsm8k` must be train.jsonl"),
+    (["--config.task_data.gsm8k=t.txt,"], "entry 2"),
+    (["--config.task_data=t.txt"], "`config.task_data` must be"),
+    (["--config.shots=-2"], "`config.shots` must be at least 0"),
+    (["--config.limit=-1"], "`config.limit` must be at least 0"),
+    (["--config.limit=x"], "`config.limit` must be"),
+    (["--config.bos=-1"], "`config.bos` must be at least 0"),
+    (["--config.bos=x"], "`config.bos` must be"),
     # Places
     (["--config.workdir=t.txt"], "t.txt"),
     (["--config.workdir=t.txt/run"], "t.txt"),
@@ -132,6 +143,7 @@ def refusals():
             yield [*GOOD, f"--config.{name}={place}"], "on this machine"
     for place in REMOTE:
         yield [*GOOD, f"--config.evaluation.retention={place}"], "on this machine"
+        yield [*GOOD, f"--config.task_data.gsm8k={place}"], "on this machine"
     yield from OTHERS
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from rwkv7_jax.data.choices import OnBad, Order, Packing
-from rwkv7_jax.local_paths import split_paths
+from rwkv7_jax.local_paths import local_path, split_list, split_paths
 from rwkv7_jax.model.kernel_features import KINDS
 from rwkv7_jax.model.upscaled_memory import DYNAMICS
 from rwkv7_jax.optim.decorrelation import Method as DecorrelationMethod
@@ -24,6 +24,7 @@ from rwkv7_jax.runs.settings.fields import (
     number,
     optional,
     place,
+    shown,
 )
 from rwkv7_jax.runs.settings.test_time import TestTimeSettings
 from rwkv7_jax.tuning.rate_search import RATES
@@ -260,6 +261,12 @@ class Settings:
         state: tuned start states for eval.py, several with commas.
         start: what the modes that tune a start state begin with in place of zeros: the file of a
             state, or a text, which the model reads as a prompt.
+        tasks: of lm-evaluation-harness that eval.py measures, several with commas.
+        task_data: local files of these by the task's name, "train.jsonl,test.jsonl" or the test
+            questions alone.
+        shots: examples before each question; by default what the task says.
+        limit: questions of each task, the first ones; by default all.
+        bos: ids that are read before each context of a task, after the start state.
         model: fields of `RWKV7Config` for a new model, or changes (dtype, remat, implementation) to
             `init`; and `weights`, "int8" to hold the frozen matrices of `init` in 8 bits.
         steps: updates.
@@ -285,6 +292,11 @@ class Settings:
     init: str | None = place(None)
     state: str = place("", several=True)
     start: str | None = place(None)
+    tasks: str = ""
+    task_data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    shots: int | None = number(None, 0, MOST_COUNT, absent=-1)
+    limit: int | None = number(None, 0, MOST_COUNT, absent=0)
+    bos: tuple[int, ...] = number((), 0, MOST_COUNT)
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     steps: int = number(1000, 1, MOST_COUNT)
     seed: int = number(0, 0, 2**32 - 1)
@@ -395,11 +407,40 @@ class Settings:
         }
         for name, text in lists.items():
             split_paths(text or "", f"`config.{name}`")
+        self._check_tasks()
         for tracker in self.trackers:
             if not isinstance(tracker, str) or not tracker.strip():
                 raise ValueError(
                     f"`config.trackers` must hold names of trackers; got {self.trackers!r}."
                 )
+
+    def _check_tasks(self) -> None:
+        """Checks the names of tasks and of their files, before anything is read."""
+        for task, files in self.task_data.items():
+            name = f"config.task_data.{task}"
+            if not isinstance(files, str) or not files:
+                raise ValueError(
+                    f"`{name}` must be train.jsonl,test.jsonl or test.jsonl; got {shown(files)}."
+                )
+            for file in split_paths(files, f"`{name}`"):
+                local_path(file, f"`{name}`")
+            if task not in self.task_names:
+                raise ValueError(
+                    f"`{name}` must be of a task in `config.tasks`; got {self.tasks!r}."
+                )
+
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks of lm-evaluation-harness."""
+        return list(split_list(self.tasks, "`config.tasks`"))
+
+    @property
+    def task_files(self) -> dict[str, list[str]]:
+        """The local files of tasks, by the task's name."""
+        files = {}
+        for task, text in self.task_data.items():
+            files[task] = list(split_paths(text, f"`config.task_data.{task}`"))
+        return files
 
     @property
     def state_paths(self) -> list[str]:

@@ -1,0 +1,420 @@
+"""RWKV-7 in lm-evaluation-harness: its tasks, answered from a start state of your choice.
+
+The only module that needs the package lm-eval, which is large and takes seconds to import.
+"""
+
+import functools
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int
+
+from rwkv7_jax.array_types import Lengths, Params, Tokens
+from rwkv7_jax.checks import (
+    check_count,
+    check_ids,
+    check_model,
+    check_params,
+    prefix_errors,
+)
+from rwkv7_jax.generation.decode_loop import chunk_widths, prefill
+from rwkv7_jax.generation.generate import commit_like, generate
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import RWKV7State, check_state, init_state, repeat, select
+from rwkv7_jax.text.tokenizer import END_OF_TEXT, Tokenizer
+from rwkv7_jax.training.losses import token_statistics
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+except ImportError:
+    raise ImportError(
+        "The tasks of lm-evaluation-harness need the package lm-eval: "
+        "pip install 'rwkv7_jax[harness]'."
+    ) from None
+
+# Tokens of a row that are read at once.
+_CHUNK = 256
+
+# What tasks may ask of the sampler; `normalize_gen_kwargs` maps other spellings to these.
+_OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k")
+
+
+class _Sampling(NamedTuple):
+    """What a request says about how its text is generated."""
+
+    until: tuple[str, ...]
+    tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+
+
+class StateLM(TemplateLM):
+    """A model of lm-evaluation-harness that starts every context from the same state.
+
+    The ids `bos` are read before every context. By default there are none: a tuned state goes on
+    where the rows of its training began, and the zero state is a text's beginning. Where nothing at
+    all comes before the first scored token (an empty context, a text that is scored from its start)
+    the id that ends texts, 0, is read, for the first token's probabilities need a token before it.
+
+    A context that several continuations or requests share is read once, and so is what all contexts
+    of a task begin with, such as the same examples.
+
+    Attributes:
+        tokens_read: tokens of contexts read so far.
+        split_pairs: continuations whose first token would have begun inside of the context. They
+            are encoded by themselves; with a vocabulary of bytes there are none.
+    """
+
+    def __init__(
+        self,
+        model: RWKV7,
+        params: Params,
+        tokenizer: Tokenizer,
+        state: RWKV7State | None = None,
+        *,
+        rows: int = 8,
+        bos: Sequence[int] = (),
+        max_tokens: int = 256,
+    ):
+        """Binds the model and its start state.
+
+        Args:
+            model: static.
+            params: its weights.
+            tokenizer: of its vocabulary.
+            state: batch 1; None is a model that has read nothing.
+            rows: contexts, continuations or answers that are computed at the same time.
+            bos: ids before every context.
+            max_tokens: of an answer, where its task does not say.
+
+        Raises:
+            TypeError: an argument of the wrong kind.
+            ValueError: weights or a state of another model, ids out of range, or counts below 1.
+        """
+        super().__init__()
+        with prefix_errors("StateLM"):
+            check_model(model)
+            if not hasattr(tokenizer, "token_bytes"):
+                raise TypeError(
+                    f"`tokenizer` must be a Tokenizer; got {type(tokenizer).__name__}."
+                )
+            check_params(params, model.config)
+            if state is None:
+                state = init_state(model.config)
+            check_state(state, 1, model.config)
+            check_count(rows, 1, "`rows`")
+            check_count(max_tokens, 1, "`max_tokens`")
+            self.bos = tuple(check_ids(bos, model.config.vocab_size, "`bos`").tolist())
+        self._model = model
+        self._params = params
+        self._tokenizer = tokenizer
+        self._start = commit_like(params, state)
+        self._rows = rows
+        self._max_tokens = max_tokens
+        self.tokens_read = 0
+        self.split_pairs = 0
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id that ends a text, read before an empty context."""
+        end = self._tokenizer.end_of_text
+        return END_OF_TEXT if end is None else end
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The vocabulary's name, under which the harness may cache requests."""
+        return self._tokenizer.name
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Encodes a text; no special token is ever added."""
+        del add_special_tokens
+        return [int(number) for number in self._tokenizer.encode(string)]
+
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Scores continuations after their contexts.
+
+        Args:
+            requests: instances with (context, continuation); blanks at a context's end count as the
+                continuation's, as everywhere in the harness.
+            disable_tqdm: without effect; there is no bar.
+
+        Returns:
+            For each the log-probability of the continuation, and whether greedy decoding gives it.
+        """
+        del disable_tqdm
+        # What the contexts of one task begin with, those of another one do not.
+        by_task = defaultdict(list)
+        for index, request in enumerate(requests):
+            by_task[request.task_name].append(index)
+        results: list[Any] = [None] * len(requests)
+        for indices in by_task.values():
+            found = self.score_pairs([requests[index].args for index in indices])
+            for index, result in zip(indices, found, strict=True):
+                results[index] = result
+        return results
+
+    def score_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+        """Scores pairs of a context and a continuation; see `loglikelihood`."""
+        encoded = [(pair, *self._encode_pair(*pair)) for pair in pairs]
+        return self._loglikelihood_tokens(encoded)
+
+    def _encode_pair(
+        self, context: str, continuation: str
+    ) -> tuple[list[int], list[int]]:
+        """Encodes both; the harness's own cuts a token that spans the border at a wrong place."""
+        stripped = context.rstrip()
+        continuation = context[len(stripped) :] + continuation
+        before = self.tok_encode(stripped)
+        both = self.tok_encode(stripped + continuation)
+        if both[: len(before)] == before:
+            return before, both[len(before) :]
+        self.split_pairs += 1
+        return before, self.tok_encode(continuation)
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
+        **_: Any,
+    ) -> list[tuple[float, bool]]:
+        asked = defaultdict(list)
+        for index, (_pair, context, _continuation) in enumerate(requests):
+            asked[self._begin(context)].append(index)
+        contexts = sorted(asked)
+        results: list[Any] = [None] * len(requests)
+        shared, start = self._read_shared(contexts)
+        for first in range(0, len(contexts), self._rows):
+            part = contexts[first : first + self._rows]
+            # The last token is read with each continuation, whose first token it predicts.
+            states = self._read(
+                self._filled([context[shared:-1] for context in part]), start
+            )
+            self.tokens_read += len(part)
+            questions = []
+            for row, context in enumerate(part):
+                questions += [(row, index) for index in asked[context]]
+            for begin in range(0, len(questions), self._rows):
+                piece = questions[begin : begin + self._rows]
+                rows = [row for row, _ in piece]
+                continuations = [requests[index][2] for _, index in piece]
+                last = [part[row][-1] for row in rows]
+                scores = self._score(rows, states, last, continuations)
+                for (_row, index), result in zip(piece, scores, strict=True):
+                    results[index] = result
+        for (pair, _context, _continuation), result in zip(
+            requests, results, strict=True
+        ):
+            self.cache_hook.add_partial("loglikelihood", pair, result)
+        return results
+
+    def loglikelihood_rolling(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Scores texts from their first token on, in one pass: the state carries everything.
+
+        Args:
+            requests: instances with (text,).
+            disable_tqdm: without effect; there is no bar.
+        """
+        del disable_tqdm
+        encoded = []
+        for request in requests:
+            (text,) = request.args
+            encoded.append((("", text), [], self.tok_encode(text)))
+        return [value for value, _ in self._loglikelihood_tokens(encoded)]
+
+    def generate_until(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[str]:
+        """Generates answers in batches, until a stop string, the end of the text or the length.
+
+        Args:
+            requests: instances with (context, options).
+            disable_tqdm: without effect; there is no bar.
+
+        Raises:
+            ValueError: a task asks for an option that the sampler does not have.
+        """
+        del disable_tqdm
+        groups: dict[Any, dict[Any, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for index, request in enumerate(requests):
+            context, options = request.args
+            sampling = _read_sampling(options, self._max_tokens)
+            # Greedy answers to the same context are the same; drawn ones are each drawn.
+            draw = index if sampling.temperature > 0 else 0
+            answer = (self._begin(self.tok_encode(context)), draw)
+            groups[request.task_name, sampling][answer].append(index)
+        results = [""] * len(requests)
+        for (_, sampling), asked in groups.items():
+            texts = self._generate(sorted(asked), sampling)
+            for answer, text in zip(sorted(asked), texts, strict=True):
+                for index in asked[answer]:
+                    results[index] = text
+        for request, text in zip(requests, results, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return results
+
+    def _generate(
+        self, answers: list[tuple[tuple[int, ...], int]], sampling: _Sampling
+    ) -> list[str]:
+        """Generates one text for each pair of a context and the number of its draw."""
+        shared, start = self._read_shared([context for context, _ in answers])
+        texts: list[str] = []
+        for first in range(0, len(answers), self._rows):
+            part = answers[first : first + self._rows]
+            self.tokens_read += sum(len(context) - shared for context, _ in part)
+            # The last row once more where rows are missing: one program for all batches.
+            filled = part + part[-1:] * (self._rows - len(part))
+            draws = np.array([draw for _, draw in filled])
+            fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+            generated = generate(
+                self._model,
+                self._params,
+                [context[shared:] for context, _ in filled],
+                start,
+                tokens=sampling.tokens,
+                key=fold(jax.random.key(0), draws),
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                stop_ids=self._tokenizer.stop_ids,
+                stop_strings=sampling.until,
+                tokenizer=self._tokenizer,
+            )
+            assert generated.texts is not None
+            texts += generated.texts[: len(part)]
+        return texts
+
+    def _begin(self, context: Sequence[int]) -> tuple[int, ...]:
+        """Puts before a context what is read there."""
+        return (*self.bos, *context) or (self.eot_token_id,)
+
+    def _filled(self, rows: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Adds empty rows: one program for all batches."""
+        return rows + [()] * (self._rows - len(rows))
+
+    def _read_shared(self, contexts: list[tuple[int, ...]]) -> tuple[int, RWKV7State]:
+        """Reads what all of the sorted contexts begin with, and gives its length and the state."""
+        if len(contexts) < 2:
+            return 0, self._start
+        # Between the first and the last in order, all begin with what these two share.
+        first, last = contexts[0], contexts[-1]
+        # A token is left to each.
+        most = min(len(first), len(last)) - 1
+        count = 0
+        while count < most and first[count] == last[count]:
+            count += 1
+        return count, self._read([first[:count]], self._start)
+
+    def _read(self, rows: Sequence[Sequence[int]], start: RWKV7State) -> RWKV7State:
+        """Reads known tokens, from a state of batch 1, and gives the state of every row."""
+        self.tokens_read += sum(map(len, rows))
+        states = repeat(start, len(rows))
+        for first, width in chunk_widths(max(map(len, rows)), _CHUNK):
+            tokens, lengths = _piece(rows, first, width)
+            states = prefill(
+                self._model, self._params, states, tokens=tokens, lengths=lengths
+            )
+        return states
+
+    def _score(
+        self,
+        rows: list[int],
+        states: RWKV7State,
+        last: list[int],
+        continuations: list[list[int]],
+    ) -> list[tuple[float, bool]]:
+        """Scores one continuation a row.
+
+        Args:
+            rows: of `states`, of each continuation.
+            states: before the last token of each context.
+            last: that token, for each continuation.
+            continuations: ids.
+        """
+        missing = self._rows - len(rows)
+        states = select(states, np.array(rows + [0] * missing))
+        inputs = []
+        for token, continuation in zip(last, continuations, strict=True):
+            inputs.append((token, *continuation[:-1]))
+        targets = self._filled([tuple(ids) for ids in continuations])
+        inputs = self._filled(inputs)
+        nats = np.zeros(self._rows)
+        greedy = np.ones(self._rows, bool)
+        for first, width in chunk_widths(max(map(len, targets)), _CHUNK):
+            tokens, _ = _piece(inputs, first, width)
+            wanted, lengths = _piece(targets, first, width)
+            states, part, correct = _score_piece(
+                self._model,
+                self._params,
+                states,
+                tokens=tokens,
+                targets=wanted,
+                lengths=lengths,
+            )
+            counts = np.arange(width) < lengths[:, None]
+            # Summed in double precision: a text may have a hundred thousand tokens.
+            nats += np.where(counts, part, 0).sum(1, dtype=np.float64)
+            greedy &= (np.asarray(correct) | ~counts).all(1)
+        return [(-float(nats[row]), bool(greedy[row])) for row in range(len(rows))]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score_piece(
+    model: RWKV7,
+    params: Params,
+    states: RWKV7State,
+    *,
+    tokens: Tokens,
+    targets: Tokens,
+    lengths: Lengths,
+) -> tuple[RWKV7State, Array, Array]:
+    """Reads tokens; gives the states, the loss of each target and whether it is the likeliest."""
+    x, states = model.apply(
+        {"params": params}, tokens, states, lengths, method="hidden"
+    )
+    statistics = token_statistics(x, params["head"]["weight"], targets)
+    return states, statistics.nats, statistics.correct
+
+
+def _piece(
+    rows: Sequence[Sequence[int]], first: int, width: int
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
+    """Cuts the tokens from `first` on out of each row, and gives how many of them each has."""
+    tokens = np.zeros((len(rows), width), np.int32)
+    lengths = np.zeros(len(rows), np.int32)
+    for index, row in enumerate(rows):
+        piece = row[first : first + width]
+        tokens[index, : len(piece)] = piece
+        lengths[index] = len(piece)
+    return tokens, lengths
+
+
+def _read_sampling(options: Mapping[str, Any], max_tokens: int) -> _Sampling:
+    """Reads a request's options.
+
+    Raises:
+        ValueError: one that is not known; its answers would be others than the task means.
+    """
+    known: Any = normalize_gen_kwargs(dict(options), default_max_gen_toks=max_tokens)
+    for name in known:
+        if name not in _OPTIONS:
+            raise ValueError(
+                f"StateLM.generate_until: a task's options must be {', '.join(_OPTIONS)}; "
+                f"got `{name}`."
+            )
+    return _Sampling(
+        until=tuple(known["until"]),
+        tokens=known["max_gen_toks"],
+        temperature=known.get("temperature", 0.0) if known["do_sample"] else 0.0,
+        top_p=known.get("top_p", 1.0),
+        top_k=known.get("top_k", 0),
+    )

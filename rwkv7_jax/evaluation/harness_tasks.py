@@ -1,0 +1,264 @@
+"""The tasks of lm-evaluation-harness: loaded, read from local files, and measured."""
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv7_jax.evaluation.harness import StateLM
+from rwkv7_jax.evaluation.task_scores import BITS_PER_BYTE, QuestionScores, pooled
+
+# With the same seed every row gets the same examples; it is the harness's own.
+_SEED = 1234
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedTasks:
+    """Tasks and groups of the harness.
+
+    Attributes:
+        manager: knows all tasks.
+        items: the loaded tasks and groups.
+        tasks: the tasks by name, those of groups too.
+    """
+
+    manager: Any
+    items: list[Any]
+    tasks: dict[str, Any]
+
+
+def load_tasks(
+    names: Sequence[str],
+    data: Mapping[str, Sequence[str]],
+    folder: Path,
+    *,
+    manager: Any = None,
+) -> LoadedTasks:
+    """Loads tasks with their data.
+
+    Args:
+        names: of tasks, groups or tags of the harness.
+        data: local files of some of the tasks: training and test questions, or test questions
+            alone. Other tasks download theirs, or have them in the cache of the package datasets.
+        folder: for the descriptions of the tasks with local files.
+        manager: a `TaskManager`; by default one that knows the harness's own tasks, for which it
+            reads some thousand files.
+
+    Raises:
+        ValueError: a task that does not exist, or data that cannot be read.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if manager is None:
+        manager = TaskManager()
+    for name in (*names, *data):
+        if name not in manager.task_index:
+            nearest = difflib.get_close_matches(name, manager.all_tasks, 1, 0.0)
+            hint = f"; the nearest is {nearest[0]}" if nearest else ""
+            raise ValueError(
+                f"`config.tasks` must name tasks of lm-evaluation-harness; got {name!r}{hint}."
+            )
+    items: list[Any] = []
+    tasks: dict[str, Any] = {}
+    for name in names:
+        spec = name
+        if name in data:
+            spec = str(_local_task(folder, name, data[name], manager))
+        loaded = _load(manager, spec, name)
+        groups = loaded.get("groups", {})
+        items += [groups[name]] if name in groups else list(loaded["tasks"].values())
+        tasks |= loaded["tasks"]
+    return LoadedTasks(manager, items, tasks)
+
+
+def _load(manager: Any, spec: str, name: str) -> Any:
+    try:
+        return manager.load(spec)
+    # Loading runs the tasks' own code and that of the package datasets, which end in many ways: no
+    # network, a file that is no JSON, a column that a prompt names and the file lacks.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"`config.tasks`: {name} could not be loaded, {type(error).__name__}: {reason}. "
+            f"Its data may be named: config.task_data.{name}=train.jsonl,test.jsonl"
+        ) from error
+
+
+def _local_task(folder: Path, name: str, files: Sequence[str], manager: Any) -> Path:
+    """Writes a description of a task that differs from the harness's own in its data alone.
+
+    Raises:
+        ValueError: the task is a group, or a file does not exist.
+    """
+    argument = f"`config.task_data.{name}`"
+    original = manager.task_index[name].yaml_path
+    if name not in manager.all_subtasks or original is None:
+        raise ValueError(
+            f"{argument} must be of a single task that a YAML file describes; got {name}."
+        )
+    paths = []
+    for file in files:
+        path = Path(file).expanduser()
+        if not path.is_file():
+            raise ValueError(f"{argument} must name files; there is no {file!r}.")
+        paths.append(str(path.resolve()))
+    if not 1 <= len(paths) <= 2:
+        raise ValueError(
+            f"{argument} must be train.jsonl,test.jsonl or test.jsonl; got {len(paths)} files."
+        )
+    splits = dict(zip(("test", "train"), reversed(paths), strict=False))
+    examples = "train" if "train" in splits else None
+    settings = {
+        "include": str(Path(original).resolve()),
+        "task": name,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {
+            "data_files": splits,
+            "cache_dir": str(folder.resolve() / "cache"),
+        },
+        "training_split": examples,
+        "validation_split": None,
+        "test_split": "test",
+        "fewshot_split": examples or "test",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.yaml"
+    # JSON is YAML.
+    path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    return path
+
+
+def measure(
+    lm: StateLM,
+    loaded: LoadedTasks,
+    *,
+    shots: int | None = None,
+    limit: int | None = None,
+) -> dict[str, dict[str, QuestionScores]]:
+    """Measures a model on tasks.
+
+    Args:
+        lm: the model with its start state.
+        loaded: from `load_tasks`.
+        shots: examples before each question; None for what the task says. A task that says 0 keeps
+            it, as everywhere in the harness.
+        limit: questions of each task, the first ones; None for all.
+
+    Returns:
+        By task or group and by metric: the harness's own that are means over questions, and the
+        bits per byte of the right answers, or of the text. A group's are over all its questions.
+    """
+    from lm_eval.evaluator import simple_evaluate
+
+    results: Any = simple_evaluate(
+        model=lm,
+        tasks=loaded.items,
+        task_manager=loaded.manager,
+        num_fewshot=shots,
+        limit=limit,
+        # It resamples for errors that are not used here.
+        bootstrap_iters=0,
+        fewshot_random_seed=_SEED,
+    )
+    scores: dict[str, dict[str, QuestionScores]] = {}
+    for name, task in loaded.tasks.items():
+        samples = results["samples"][name]
+        scores[name] = _own_metrics(samples, results["results"][name])
+        bits = _bits_per_byte(lm, task, samples)
+        if bits is not None:
+            scores[name][BITS_PER_BYTE] = bits
+    for item in loaded.items:
+        # A task has no parts.
+        if hasattr(item, "get_all_tasks"):
+            parts = [scores[task.task_name] for task in item.get_all_tasks()]
+            scores[item.name] = {}
+            for metric in parts[0]:
+                if all(metric in part for part in parts):
+                    scores[item.name][metric] = pooled([p[metric] for p in parts])
+    return scores
+
+
+def _own_metrics(
+    samples: Sequence[Mapping[str, Any]], aggregated: Mapping[str, Any]
+) -> dict[str, QuestionScores]:
+    """Collects the task's metrics that are means over questions, by metric and filter."""
+    columns: dict[str, list[Any]] = {}
+    questions: dict[str, list[str]] = {}
+    for sample in samples:
+        for metric in sample["metrics"]:
+            name = f"{metric},{sample['filter']}"
+            columns.setdefault(name, []).append(sample[metric])
+            questions.setdefault(name, []).append(sample["prompt_hash"])
+    found = {}
+    for name, values in columns.items():
+        # Metrics such as perplexity have a pair a question, or are not a mean of what they have.
+        if not all(isinstance(one, int | float | np.number) for one in values):
+            continue
+        totals = np.array(values, np.float64)
+        scores = QuestionScores(totals, np.ones(len(totals)), tuple(questions[name]))
+        if math.isclose(scores.value, aggregated.get(name, math.nan), abs_tol=1e-9):
+            found[name.removesuffix(",none")] = scores
+    return found
+
+
+def _bits_per_byte(
+    lm: StateLM, task: Any, samples: Sequence[Mapping[str, Any]]
+) -> QuestionScores | None:
+    """Measures the right answers, or the texts; None where a question has no single answer."""
+    # Filters change what is taken for the answer, not the question.
+    first_filter = samples[0]["filter"]
+    samples = [sample for sample in samples if sample["filter"] == first_filter]
+    if task.OUTPUT_TYPE == "generate_until":
+        answers = _generated_references(lm, task, samples)
+    else:
+        answers = [_scored_answer(task, sample) for sample in samples]
+    totals = []
+    weights = []
+    for answer in answers or [None]:
+        if answer is None or not answer[0]:
+            return None
+        text, value = answer
+        totals.append(-value / math.log(2))
+        weights.append(len(text.encode()))
+    questions = tuple(sample["prompt_hash"] for sample in samples)
+    return QuestionScores(np.array(totals), np.array(weights, np.float64), questions)
+
+
+def _scored_answer(task: Any, sample: Mapping[str, Any]) -> tuple[str, float] | None:
+    """Gives the right answer's text and log-probability, which the harness has asked for."""
+    index = 0
+    if task.OUTPUT_TYPE == "multiple_choice":
+        # Where contexts differ and not the answer (WinoGrande), the text tells the right one.
+        one_answer = getattr(task, "multiple_input", 0)
+        gold = task.doc_to_text(sample["doc"]) if one_answer else sample["target"]
+        choices = task.doc_to_choice(sample["doc"])
+        if isinstance(gold, str) and gold in choices:
+            gold = choices.index(gold)
+        if not isinstance(gold, int) or not 0 <= gold < len(choices):
+            return None
+        index = gold
+    text = sample["arguments"][index][-1]
+    value = sample["resps"][index][0]
+    # Of a text alone there is one number; otherwise greedy decoding has a say, too.
+    return text, value if task.OUTPUT_TYPE == "loglikelihood_rolling" else value[0]
+
+
+def _generated_references(
+    lm: StateLM, task: Any, samples: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, float]] | None:
+    """Scores the reference answers of a task that generates; None where they are no texts."""
+    pairs = []
+    for sample in samples:
+        target = sample["target"]
+        if not isinstance(target, str) or not target:
+            return None
+        context = sample["arguments"][0][0]
+        pairs.append((context, task.config.target_delimiter + target))
+    scores = lm.score_pairs(pairs)
+    return [(text, value) for (_, text), (value, _) in zip(pairs, scores, strict=True)]

@@ -1,0 +1,210 @@
+"""Tasks of lm-evaluation-harness: scores are those of one direct pass, contexts are read once."""
+
+import math
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import lively, random_state
+
+from rwkv7_jax.generation.generate import generate
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import init_state
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: rwkv7_jax[harness]")
+
+from rwkv7_jax.evaluation.harness import StateLM
+
+CONFIG = RWKV7Config(
+    vocab_size=257, num_layers=1, width=32, head_size=16, implementation="scan"
+)
+MODEL = RWKV7(CONFIG)
+BYTES = Tokenizer.bytes()
+PAIRS = [
+    ("The sea is deep", " and cold"),
+    ("The sea is deep", " and the night is long over it"),
+    ("The sea is wide ", "open"),
+    ("", "A beginning"),
+    ("   ", "after blanks"),
+    ("x", "y"),
+]
+EXAMPLES = "Q: 1+1\nA: 2\n\nQ: 2+3\nA: 5\n\nQ: "
+
+
+@pytest.fixture(scope="module")
+def params():
+    return lively(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def tuned():
+    return random_state(CONFIG)
+
+
+def request(*args, task="task"):
+    """Makes a request as the harness does."""
+    return types.SimpleNamespace(args=args, task_name=task)
+
+
+@jax.jit
+def _logits(params, state, tokens):
+    return MODEL.apply({"params": params}, tokens, state)[0]
+
+
+def direct(params, state, context, continuation):
+    """Scores by one pass over all tokens, without caches, masks or batches."""
+    ids = [*context, *continuation]
+    # One width for all: what follows a token does not change its score.
+    tokens = np.zeros((1, 128), np.int32)
+    tokens[0, : len(ids)] = ids
+    logits = np.asarray(_logits(params, state, tokens)[0], np.float64)
+    value = 0.0
+    greedy = True
+    for place, wanted in enumerate(continuation, len(context) - 1):
+        row = logits[place]
+        value += row[wanted] - np.logaddexp.reduce(row)
+        greedy &= bool(row.argmax() == wanted)
+    return value, greedy
+
+
+def expected_ids(pair, bos):
+    """The rule of what comes first, written down once more."""
+    context, continuation = pair
+    blanks = context[len(context.rstrip()) :]
+    before = [*bos, *BYTES.encode(context.rstrip())]
+    return before or [0], BYTES.encode(blanks + continuation)
+
+
+@pytest.mark.parametrize("bos", [(), (0,), (7, 0)])
+@pytest.mark.parametrize("is_tuned", [False, True])
+def test_scores_are_those_of_a_direct_pass(params, tuned, is_tuned, bos):
+    state = tuned if is_tuned else None
+    lm = StateLM(MODEL, params, BYTES, state, rows=4, bos=bos)
+    pairs = list(PAIRS)
+    # A continuation that greedy decoding gives, so that both flags occur.
+    start = [*bos, *BYTES.encode("The sea is deep")]
+    best = generate(
+        MODEL, params, start, state, tokens=1, temperature=0.0, stop_ids=()
+    ).tokens[0]
+    best_text = BYTES.decode_bytes(best).decode("latin-1")
+    if best_text.isascii():
+        pairs.append(("The sea is deep", best_text))
+    found = lm.loglikelihood([request(*pair) for pair in pairs])
+    start_state = tuned if is_tuned else init_state(CONFIG)
+    for pair, (value, greedy) in zip(pairs, found, strict=True):
+        wanted, wanted_greedy = direct(params, start_state, *expected_ids(pair, bos))
+        assert value == pytest.approx(wanted, abs=1e-5 * max(1, abs(wanted)))
+        assert greedy == wanted_greedy
+    assert lm.split_pairs == 0
+
+
+def test_tokens_that_are_read_are_those_of_distinct_contexts(params):
+    lm = StateLM(MODEL, params, BYTES, rows=4)
+    contexts = [f"Question {number}: who?" for number in range(5)]
+    requests = []
+    for context in contexts:
+        requests += [request(context, " me"), request(context, " you")]
+    lm.loglikelihood(requests)
+    shared = len("Question ")
+    each = len(contexts[0]) - shared
+    assert lm.tokens_read == shared + 5 * each
+    assert lm.tokens_read <= sum(len(one.args[0]) for one in requests) / 2
+
+
+def test_what_contexts_of_a_task_share_is_read_once_and_each_task_has_its_own(params):
+    lm = StateLM(MODEL, params, BYTES, rows=4)
+    one = [request(EXAMPLES + str(n), " 2", task="one") for n in range(3)]
+    two = [request("Other " + EXAMPLES + str(n), " 2", task="two") for n in range(3)]
+    lm.loglikelihood([*one, *two])
+    assert lm.tokens_read == len(EXAMPLES) + 3 + len("Other " + EXAMPLES) + 3
+
+
+def test_a_text_is_scored_in_one_pass_however_long_it_is(params, tuned):
+    text = "The night is long. " * 40
+    lm = StateLM(MODEL, params, BYTES, tuned, rows=2)
+    (value,) = lm.loglikelihood_rolling([request(text)])
+    ids = BYTES.encode(text)
+    logits = _logits(params, tuned, np.array([[0, *ids[:-1]]], np.int32))
+    logp = np.asarray(jax.nn.log_softmax(logits[0].astype(jnp.float32)), np.float64)
+    wanted = logp[np.arange(len(ids)), ids].sum()
+    assert value == pytest.approx(wanted, rel=1e-6)
+    # Only what stands for the beginning is a context.
+    assert lm.tokens_read == 1
+
+
+def test_answers_are_those_of_generate_row_by_row(params, tuned):
+    lm = StateLM(MODEL, params, BYTES, tuned, rows=4)
+    contexts = ["Q: one", "Q: two and more", "Q: three", "Q: one", ""]
+    greedy = {"until": ["\n\n", "e"], "do_sample": False, "max_gen_toks": 12}
+    answers = lm.generate_until([request(context, greedy) for context in contexts])
+    for context, answer in zip(contexts, answers, strict=True):
+        alone = generate(
+            MODEL,
+            params,
+            BYTES.encode(context) or [0],
+            tuned,
+            tokens=12,
+            temperature=0.0,
+            stop_strings=["\n\n", "e"],
+            tokenizer=BYTES,
+        )
+        assert alone.texts is not None
+        assert answer == alone.texts[0]
+        assert "e" not in answer
+    read = "Q: one", "Q: two and more", "Q: three"
+    assert lm.tokens_read == 1 + sum(map(len, read))
+
+
+def test_drawn_answers_to_one_context_differ_and_come_again(params):
+    drawn = {"until": [], "do_sample": True, "temperature": 1.0, "max_gen_toks": 12}
+    requests = [request("Q: one", drawn), request("Q: one", drawn)]
+    first = StateLM(MODEL, params, BYTES, rows=4).generate_until(requests)
+    second = StateLM(MODEL, params, BYTES, rows=4).generate_until(requests)
+    assert first[0] != first[1]
+    assert first == second
+
+
+def test_an_option_that_the_sampler_does_not_have_is_refused(params):
+    lm = StateLM(MODEL, params, BYTES)
+    with pytest.raises(
+        ValueError, match=r"a task's options must be .*; got `num_beams`"
+    ):
+        lm.generate_until([request("Q", {"until": ["\n"], "num_beams": 3})])
+
+
+def test_a_token_across_the_border_is_counted_and_the_continuation_stands_alone(params):
+    entries = {byte + 1: bytes([byte]) for byte in range(255)} | {256: b"ab"}
+    pairs = Tokenizer(entries, vocab_size=257, name="pairs")
+    lm = StateLM(MODEL, params, pairs, rows=4)
+    found = lm.loglikelihood([request("xa", "b")])
+    wanted = direct(params, init_state(CONFIG), pairs.encode("xa"), pairs.encode("b"))
+    assert lm.split_pairs == 1
+    assert found[0][0] == pytest.approx(wanted[0], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "sentence"),
+    [
+        ({"rows": 0}, ValueError, r"StateLM: `rows` must be"),
+        ({"max_tokens": 0}, ValueError, r"StateLM: `max_tokens` must be"),
+        ({"bos": (257,)}, ValueError, r"StateLM: `bos`"),
+        ({"bos": "0"}, TypeError, r"StateLM: `bos` must be a list of ids; got str"),
+        ({"state": 3}, TypeError, r"StateLM: `state`"),
+        ({"tokenizer": None}, TypeError, r"StateLM: `tokenizer` must be a Tokenizer"),
+    ],
+)
+def test_a_wrong_argument_is_one_sentence(params, changed, error, sentence):
+    arguments = {"tokenizer": BYTES, **changed}
+    with pytest.raises(error, match=sentence):
+        StateLM(MODEL, params, **arguments)
+
+
+def test_bits_of_a_uniform_model_are_those_of_its_vocabulary(params):
+    silent = {**params, "head": {"weight": jnp.zeros_like(params["head"]["weight"])}}
+    lm = StateLM(MODEL, silent, BYTES, rows=4)
+    ((value, _),) = lm.loglikelihood([request("a", "bcd")])
+    assert value == pytest.approx(-3 * math.log(257), rel=1e-6)
