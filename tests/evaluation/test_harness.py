@@ -197,7 +197,7 @@ def test_a_token_across_the_border_is_counted_and_the_continuation_stands_alone(
         ({"tokenizer": None}, TypeError, r"StateLM: `tokenizer` must be a Tokenizer"),
     ],
 )
-def test_a_wrong_argument_is_one_sentence(params, changed, error, sentence):
+def test_a_wrong_argument_is_one_sentence(unchecked, params, changed, error, sentence):
     arguments = {"tokenizer": BYTES, **changed}
     with pytest.raises(error, match=sentence):
         StateLM(MODEL, params, **arguments)

@@ -294,7 +294,7 @@ class Settings:
     start: str | None = place(None)
     tasks: str = ""
     task_data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    shots: int | None = number(None, 0, MOST_COUNT, absent=-1)
+    shots: int | None = number(None, 0, MOST_COUNT)
     limit: int | None = number(None, 0, MOST_COUNT, absent=0)
     bos: tuple[int, ...] = number((), 0, MOST_COUNT)
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
