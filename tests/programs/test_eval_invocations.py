@@ -225,3 +225,15 @@ def test_a_wrong_command_line_ends_in_one_sentence(invoke, files, words, sentenc
     assert "Traceback" not in said
     assert sentence in said
     assert sorted(os.listdir(files)) == before
+
+
+def test_tasks_without_their_package_end_in_one_sentence(invoke, monkeypatch):
+    for name in ("lm_eval", "lm_eval.api.model"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("harness", "harness_tasks"):
+        module = f"rwkv7_jax.evaluation.{name}"
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    code, _, said, measured = invoke([*GOOD, "--config.tasks=gsm8k"])
+    assert (code, measured) == (2, [])
+    assert said.count("\n") == 1
+    assert "pip install 'rwkv7_jax[harness]'" in said
