@@ -15,6 +15,7 @@ from saved_steps import (
 )
 from smallest_runs import mode_settings, save_base_model
 
+from rwkv7_jax.runs import run_lock
 from rwkv7_jax.runs.resume.run_identity import (
     content_digests,
     require_same_identity,
@@ -60,7 +61,11 @@ def test_retention_goes_on_where_a_run_is_continued_with_the_same_settings(tmp_p
 
 
 @pytest.mark.parametrize("junk", ["", "[", "[1", "{}", "3", "[[[[", "\0", '["x"]'])
-def test_damaged_notes_of_a_run_directory_are_no_traceback(tmp_path, junk, capfd):
+def test_damaged_notes_of_a_run_directory_are_no_traceback(
+    tmp_path, junk, capfd, monkeypatch
+):
+    # A lock that names no machine is watched for some heartbeats.
+    monkeypatch.setattr(run_lock, "HEARTBEAT_SECONDS", 0.01)
     save_here(tmp_path, 10, keep=1)
     for name in ("settings.json", "protected_steps.json", "run.lock"):
         (tmp_path / name).write_text(junk)
