@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,13 @@ class LoadedTasks:
     manager: Any
     items: list[Any]
     tasks: dict[str, Any]
+
+
+class _Answer(NamedTuple):
+    """The log-probability of a right answer, and its size in bytes."""
+
+    value: float
+    size: int
 
 
 def load_tasks(
@@ -221,17 +228,21 @@ def _bits_per_byte(
     totals = []
     weights = []
     for answer in answers or [None]:
-        if answer is None or not answer[0]:
+        if answer is None or not answer.size:
             return None
-        text, value = answer
-        totals.append(-value / math.log(2))
-        weights.append(len(text.encode()))
+        totals.append(-answer.value / math.log(2))
+        weights.append(answer.size)
     questions = tuple(sample["prompt_hash"] for sample in samples)
     return QuestionScores(np.array(totals), np.array(weights, np.float64), questions)
 
 
-def _scored_answer(task: Any, sample: Mapping[str, Any]) -> tuple[str, float] | None:
-    """Gives the right answer's text and log-probability, which the harness has asked for."""
+def _scored_answer(task: Any, sample: Mapping[str, Any]) -> _Answer | None:
+    """Gives the right answer, or the text, which the harness has asked for."""
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        # A task may count the bytes of the text as it was before its marks were taken out.
+        if BITS_PER_BYTE in sample["metrics"]:
+            return _Answer(*sample[BITS_PER_BYTE])
+        return _Answer(sample["resps"][0][0], len(sample["arguments"][0][0].encode()))
     index = 0
     if task.OUTPUT_TYPE == "multiple_choice":
         # Where contexts differ and not the answer (WinoGrande), the text tells the right one.
@@ -243,15 +254,14 @@ def _scored_answer(task: Any, sample: Mapping[str, Any]) -> tuple[str, float] | 
         if not isinstance(gold, int) or not 0 <= gold < len(choices):
             return None
         index = gold
-    text = sample["arguments"][index][-1]
-    value = sample["resps"][index][0]
-    # Of a text alone there is one number; otherwise greedy decoding has a say, too.
-    return text, value if task.OUTPUT_TYPE == "loglikelihood_rolling" else value[0]
+    _, text = sample["arguments"][index]
+    value, _ = sample["resps"][index][0]
+    return _Answer(value, len(text.encode()))
 
 
 def _generated_references(
     lm: StateLM, task: Any, samples: Sequence[Mapping[str, Any]]
-) -> list[tuple[str, float]] | None:
+) -> list[_Answer] | None:
     """Scores the reference answers of a task that generates; None where they are no texts."""
     pairs = []
     for sample in samples:
@@ -260,5 +270,7 @@ def _generated_references(
             return None
         context = sample["arguments"][0][0]
         pairs.append((context, task.config.target_delimiter + target))
-    scores = lm.score_pairs(pairs)
-    return [(text, value) for (_, text), (value, _) in zip(pairs, scores, strict=True)]
+    answers = []
+    for (_, text), (value, _) in zip(pairs, lm.score_pairs(pairs), strict=True):
+        answers.append(_Answer(value, len(text.encode())))
+    return answers

@@ -1,7 +1,10 @@
-"""The harness's own GSM8K on local files, and names and files that are refused."""
+"""The harness's own tasks on local files, and names and files that are refused."""
 
+import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from local_questions import write_questions
 from tiny_models import lively
@@ -23,12 +26,13 @@ BYTES = Tokenizer.bytes()
 
 @pytest.fixture(scope="module")
 def manager():
-    """Knows GSM8K alone: all tasks of the harness would take ten seconds to list."""
+    """Knows a few tasks: all of the harness would take ten seconds to list."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    folder = Path(lm_eval.__file__).parent / "tasks" / "gsm8k"
-    return TaskManager(include_path=folder, include_defaults=False)
+    tasks = Path(lm_eval.__file__).parent / "tasks"
+    folders = [tasks / name for name in ("gsm8k", "arc", "winogrande", "wikitext")]
+    return TaskManager(include_path=folders, include_defaults=False)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +59,7 @@ class Knowing(StateLM):
         return answers
 
 
+@pytest.mark.slow
 def test_gsm8k_of_the_harness_runs_on_local_files(
     manager, files, tmp_path, monkeypatch
 ):
@@ -81,6 +86,89 @@ def test_gsm8k_of_the_harness_runs_on_local_files(
     right = measure(knowing, loaded, shots=2, limit=3)["gsm8k"]
     assert right["exact_match,strict-match"].totals.tolist() == [1, 1, 0]
     assert right["bits_per_byte"].difference(scores["bits_per_byte"]) == (0, 0)
+
+
+def write_rows(path, rows):
+    """Writes a .jsonl file and gives its path."""
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def test_choices_contexts_and_texts_have_the_bits_of_what_is_right(manager, tmp_path):
+    names = ["cold", "warm"]
+    arc = []
+    winogrande = []
+    for number, answer in enumerate("AB"):
+        choices = {"text": names, "label": ["A", "B"]}
+        question = {"id": str(number), "question": f"Is {number} it?"}
+        arc.append({**question, "choices": choices, "answerKey": answer})
+        sentence = f"Of {number} the _ is it, says Ada."
+        options = {"option1": "sea", "option2": "land", "answer": str(number + 1)}
+        winogrande.append({"sentence": sentence, **options})
+    pages = [{"page": " The sea , it is deep . "}, {"page": "Land"}]
+    data = {
+        "arc_easy": [write_rows(tmp_path / "arc.jsonl", arc)],
+        "winogrande": [write_rows(tmp_path / "winogrande.jsonl", winogrande)],
+        "wikitext": [write_rows(tmp_path / "wikitext.jsonl", pages)],
+    }
+    loaded = load_tasks(list(data), data, tmp_path / "tasks", manager=manager)
+    lm = StateLM(RWKV7(CONFIG), lively(CONFIG), BYTES, rows=4)
+    scores = measure(lm, loaded, shots=0)
+    right = [(f"Question: Is {n} it?\nAnswer:", f" {names[n]}") for n in range(2)]
+    assert_bits(scores["arc_easy"]["bits_per_byte"], lm, right)
+    assert set(scores["arc_easy"]) == {"acc", "acc_norm", "bits_per_byte"}
+    right = [
+        ("Of 0 the sea", " is it, says Ada."),
+        ("Of 1 the land", " is it, says Ada."),
+    ]
+    assert_bits(scores["winogrande"]["bits_per_byte"], lm, right)
+    # The harness counts the bytes of the page as it was, with its blanks.
+    sizes = [len(row["page"]) for row in pages]
+    assert scores["wikitext"]["bits_per_byte"].weights.tolist() == sizes
+    assert list(scores["wikitext"]) == ["bits_per_byte"]
+
+
+def assert_bits(scores, lm, pairs):
+    """Compares with the scores of these pairs of contexts and right answers."""
+    bits = [-value / math.log(2) for value, _ in lm.score_pairs(pairs)]
+    np.testing.assert_allclose(scores.totals, bits, rtol=1e-5)
+    assert scores.weights.tolist() == [len(text) for _, text in pairs]
+
+
+def test_a_group_counts_all_its_questions_the_same(tmp_path):
+    from lm_eval.tasks import TaskManager
+
+    parts = {"one": 3, "two": 1}
+    for name, count in parts.items():
+        rows = [{"q": f"{name} {n}", "right": n % 2} for n in range(count)]
+        path = write_rows(tmp_path / f"{name}.jsonl", rows)
+        task = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {
+                "data_files": {"test": path},
+                "cache_dir": str(tmp_path / "cache"),
+            },
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{q}}",
+            "doc_to_target": "right",
+            "doc_to_choice": ["yes", "no"],
+            "metric_list": [{"metric": "acc"}],
+        }
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(task))
+    group = {"group": "both", "task": list(parts)}
+    (tmp_path / "both.yaml").write_text(json.dumps(group))
+    manager = TaskManager(include_path=tmp_path, include_defaults=False)
+    loaded = load_tasks(["both"], {}, tmp_path / "tasks", manager=manager)
+    scores = measure(StateLM(RWKV7(CONFIG), lively(CONFIG), BYTES, rows=4), loaded)
+    assert set(scores) == {"one", "two", "both"}
+    assert len(scores["both"]["acc"].questions) == 4
+    expected = (3 * scores["one"]["acc"].value + scores["two"]["acc"].value) / 4
+    assert scores["both"]["acc"].value == pytest.approx(expected)
+    data = {"both": [str(tmp_path / "one.jsonl")]}
+    with pytest.raises(ValueError, match=r"config.task_data.both` must be of a single"):
+        load_tasks(["both"], data, tmp_path / "tasks", manager=manager)
 
 
 @pytest.mark.parametrize(
