@@ -93,8 +93,11 @@ def save_hf(
     texts = _vocabulary_files(vocabulary, config.vocab_size)
     texts[_GENERATION_FILE] = _pretty(_generation_config(end_of_text))
     dtype = str(params["emb"]["weight"].dtype)
-    table = _fla_config if layout == "hf" else _transformers_config
-    texts[CONFIG_FILE] = _pretty(table(config, dtype) | _special_ids(end_of_text))
+    if layout == "hf":
+        table = _fla_config(config, dtype)
+    else:
+        table = _transformers_config(config, dtype) | _filling_id(end_of_text)
+    texts[CONFIG_FILE] = _pretty(table | _special_ids(end_of_text))
 
     def fill(folder: Path) -> None:
         folder.mkdir()
@@ -226,14 +229,20 @@ def _transformers_config(config: RWKV7Config, dtype: str) -> dict[str, Any]:
 
 
 def _special_ids(end_of_text: int | None) -> dict[str, int | None]:
-    """Returns the ids that both configurations name: one ends, begins and fills up a text."""
-    return {
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
-        "pad_token_id": end_of_text,
-    }
+    """Returns the ids that both configurations name: one begins and ends a text."""
+    return {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+
+
+def _filling_id(end_of_text: int | None) -> dict[str, int | None]:
+    """Returns the id that fills up a batch.
+
+    Not for fla's config.json: its embedding then has no gradient in that row, and the end of a text
+    could not be learnt. The published folders with official names have it there.
+    """
+    return {"pad_token_id": end_of_text}
 
 
 def _generation_config(end_of_text: int | None) -> dict[str, Any]:
     """Makes the generation_config.json: where a text ends, and nothing that samples."""
-    return _special_ids(end_of_text) | {"use_cache": True}
+    ids = _special_ids(end_of_text) | _filling_id(end_of_text)
+    return ids | {"use_cache": True}
