@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 # Any scheme with a slash; one letter would be a Windows drive. Schemes of stores and hubs need no
@@ -56,6 +57,20 @@ def split_paths(text: str, argument: str) -> tuple[str, ...]:
         ValueError: an entry is empty, or two entries are spellings of one file or folder.
     """
     entries = split_list(text, argument)
+    refuse_two_spellings(entries, argument)
+    return entries
+
+
+def refuse_two_spellings(entries: Iterable[str], argument: str) -> None:
+    """Raises if two entries of a list are different spellings of one file or folder.
+
+    Args:
+        entries: paths as they were written.
+        argument: the argument in backticks; the message begins with it.
+
+    Raises:
+        ValueError: there are two such entries.
+    """
     spellings: dict[tuple[int, int], str] = {}
     for entry in entries:
         place = _identity(entry)
@@ -66,7 +81,6 @@ def split_paths(text: str, argument: str) -> tuple[str, ...]:
             raise ValueError(
                 f"{argument} must name a file once; {before!r} and {entry!r} are the same one."
             )
-    return entries
 
 
 def is_same(one: str | os.PathLike[str], two: str | os.PathLike[str]) -> bool:

@@ -50,6 +50,10 @@ ADDED = [
     (["--config.state", "--config.seed=3"], "must have a value"),
     # Models
     (["--config.init=none.pth"], "`none.pth` does not exist"),
+    (["--config.init="], "`config.init` must name a checkpoint"),
+    (["--config.data.path=short.txt"], "`short.txt` has no document"),
+    (["--config.data.path=./t.txt,t.txt"], "must name a file once"),
+    (["--config.state=./a.pth, a.pth"], "must name a file once"),
     (["--config.init=o/m"], "hf download o/m"),
     (["--config.init=t.txt"], "t.txt"),
     (["--config.init=lfs.pth"], "Git LFS pointer"),

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rwkv7_jax.local_paths import is_remote, local_path
+from rwkv7_jax.local_paths import is_remote, local_path, refuse_two_spellings
 
 # Counters are 32-bit integers.
 MOST_COUNT = 2**31 - 1
@@ -179,7 +179,10 @@ def shown(value: Any) -> str:
 def _check_place(where: str, value: str, metadata: Mapping[str, Any]) -> str:
     """Returns the place or places with "~" expanded; refuses those that are not on this machine."""
     places = []
-    for one in value.split(",") if metadata["several"] else [value]:
+    entries = value.split(",") if metadata["several"] else [value]
+    # As they were written: below, "./x" becomes "x".
+    refuse_two_spellings([one.strip() for one in entries], f"`{where}`")
+    for one in entries:
         if metadata["target"]:
             refuse_remote_target(where, one)
         # Whether a list may have an empty name is up to what reads it.
