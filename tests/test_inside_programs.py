@@ -15,7 +15,8 @@ import pallas_kernels as kernels
 import rwkv7_jax as rwkv
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.observer.prompt_splits import continuations
-from rwkv7_jax.training.losses import token_statistics
+from rwkv7_jax.test_time.losses import distillation_loss, policy_loss
+from rwkv7_jax.training.head_loss import token_statistics
 from rwkv7_jax.training.projection_statistics import weight_decorrelator
 from rwkv7_jax.tuning.read_statistics import state_decorrelator
 
@@ -115,6 +116,67 @@ def test_a_traced_target_out_of_range_is_never_right_and_spoils_no_other(
     others[0, 1] = False
     np.testing.assert_array_equal(found.nats[others], usual.nats[others])
     assert not found.correct[0, 1]
+
+
+def make_loss(name, params):
+    """Makes one of the losses, and what it is a loss of."""
+    start = rwkv.init_state(CONFIG)
+    if name == "pretraining":
+        return rwkv.pretrain_loss(MODEL), params
+    if name == "state tuning":
+        return rwkv.state_loss(MODEL, params, anchor=0.5), start
+    if name == "imitation":
+        return distillation_loss(MODEL, params), start
+    if name == "distillation":
+        loss = distillation_loss(MODEL, params, teacher=MODEL, teacher_params=params)
+        return loss, start
+    return policy_loss(MODEL, params, kl=0.1), start
+
+
+@pytest.mark.parametrize(
+    "name", ["pretraining", "state tuning", "imitation", "distillation", "policy"]
+)
+def test_a_loss_is_no_number_where_a_target_that_counts_is_or_follows_no_id(
+    params, name
+):
+    loss, start = make_loss(name, params)
+    run = jax.jit(lambda batch: loss(start, batch)[0])
+    batch = {
+        "tokens": jnp.asarray(IDS),
+        "mask": jnp.asarray(MASK, jnp.float32),
+        "advantages": jnp.ones(2),
+        "anchor": jnp.asarray(IDS),
+    }
+    assert np.isfinite(run(batch))
+    for outside in (-1, CONFIG.vocab_size):
+        for row, place in ((0, 0), (1, 2), (1, 4)):
+            tokens = batch["tokens"].at[row, place].set(outside)
+            assert np.isnan(run(batch | {"tokens": tokens}))
+            # With it, and after it, nothing counts.
+            mask = batch["mask"].at[row, max(place - 1, 0) :].set(0)
+            assert np.isfinite(run(batch | {"tokens": tokens, "mask": mask}))
+
+
+def test_an_anchor_with_an_id_out_of_range_has_no_divergence(params):
+    loss, start = make_loss("state tuning", params)
+    run = jax.jit(lambda batch: loss(start, batch)[1]["anchor_nats"])
+    batch = {name: jnp.asarray(IDS) for name in ("tokens", "anchor")}
+    batch["mask"] = jnp.asarray(MASK, jnp.float32)
+    assert np.isfinite(run(batch))
+    batch["anchor"] = batch["anchor"].at[0, 1].set(-1)
+    assert np.isnan(run(batch))
+
+
+def test_a_step_leaves_out_a_batch_with_a_target_out_of_range(params):
+    step = rwkv.make_train_step(rwkv.state_loss(MODEL, params), optax.sgd(0.1))
+    train = rwkv.TrainState.create(rwkv.init_state(CONFIG), optax.sgd(0.1))
+    train, _ = step(train, on_device(MASK))
+    before = jax.device_get(train)
+    batch = on_device(MASK).replace(tokens=jnp.asarray(IDS).at[0, 2].set(-100))
+    train, metrics = step(train, batch)
+    assert np.isnan(metrics["loss"]) and float(metrics["updated"]) == 0
+    assert (int(train.step), int(train.skipped)) == (2, 1)
+    assert_same(jax.device_get(train).params, before.params)
 
 
 @pytest.mark.parametrize("split", [[-1, 1], [5, 1], [2**30, 1], [-(2**31), 1]])

@@ -25,7 +25,7 @@ from rwkv7_jax.generation.generate import commit_like, generate
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state, repeat, select
 from rwkv7_jax.text.tokenizer import END_OF_TEXT, Tokenizer
-from rwkv7_jax.training.losses import token_statistics
+from rwkv7_jax.training.head_loss import token_statistics
 
 try:
     from lm_eval.api.model import TemplateLM

@@ -24,7 +24,8 @@ from rwkv7_jax.data.batch import BatchLike
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, repeat
 from rwkv7_jax.text.tokenizer import Tokenizer
-from rwkv7_jax.training.losses import check_masked_batch, token_statistics
+from rwkv7_jax.training.head_loss import token_statistics
+from rwkv7_jax.training.losses import check_masked_batch
 
 # Borders of the ranges of positions that are reported apart.
 POSITIONS = (0, 32, 128, 512, 2048, 8192)

@@ -22,7 +22,8 @@ from rwkv7_jax.evaluation.advice import (
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state, repeat
 from rwkv7_jax.optim.whitening import effective_rank
-from rwkv7_jax.training.losses import check_masked_batch, token_statistics
+from rwkv7_jax.training.head_loss import token_statistics
+from rwkv7_jax.training.losses import check_masked_batch
 from rwkv7_jax.tuning.read_statistics import (
     initial_state_read_vectors,
     memory_read_vectors,

@@ -196,12 +196,14 @@ def head_logits(
     weight: Weight,
 ) -> Float[Array, "... V"]:
     """Computes float32 logits from operands in the activations' dtype."""
+    # Of float64, which laws are checked in, float64.
+    wide = jnp.promote_types(x.dtype, jnp.float32)
     if isinstance(weight, Int8Matrix):
-        return _int8_product(x, weight, jnp.float32)
+        return _int8_product(x, weight, wide)
     return jnp.einsum(
         "...d,vd->...v",
         x,
         weight.astype(x.dtype),
         precision=precision(x.dtype),
-        preferred_element_type=jnp.float32,
+        preferred_element_type=wide,
     )

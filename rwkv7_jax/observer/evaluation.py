@@ -30,7 +30,8 @@ from rwkv7_jax.observer.observer import (
     read_prompts,
 )
 from rwkv7_jax.observer.prompt_splits import check_answers, check_split, continuations
-from rwkv7_jax.training.losses import loss_weights, token_statistics
+from rwkv7_jax.training.head_loss import token_statistics, weighted_sum
+from rwkv7_jax.training.losses import loss_weights
 
 
 class Answers(NamedTuple):
@@ -53,7 +54,8 @@ def _score_answers(teacher: RWKV7, params: Params, start: RWKV7State, batch: Bat
     )
     x, _ = teacher.apply({"params": params}, inputs, start, method="hidden")
     statistics = token_statistics(x, params["head"]["weight"], targets)
-    return jnp.sum(shares * statistics.correct), jnp.sum(shares * statistics.nats)
+    correct = jnp.sum(shares * statistics.correct)
+    return correct, weighted_sum(shares, statistics.nats)
 
 
 def evaluate_handover(

@@ -36,7 +36,13 @@ from rwkv7_jax.observer.prompt_splits import (
     check_split,
     continuations,
 )
-from rwkv7_jax.training.losses import Loss, Metrics, loss_weights, token_statistics
+from rwkv7_jax.training.head_loss import PerToken, TermWeights, weighted_loss
+from rwkv7_jax.training.losses import (
+    Loss,
+    Metrics,
+    loss_weights,
+    shares_of_known_ids,
+)
 
 Scalar = Float[Array, ""]
 
@@ -125,7 +131,8 @@ class ObserverLoss:
                     params["model"]["head"]["weight"],
                     teacher_params["head"]["weight"],
                 )
-                value = _mean_divergence(x, teacher_x, heads, split, totals)
+                shares = _prompt_shares(batch, totals, self.teacher.config.vocab_size)
+                value = _mean_divergence(x, teacher_x, heads, shares)
                 terms["divergence_nats"] = (self.divergence, value)
         if self.answers:
             value = _answer_loss(self.teacher, teacher_params, proposed, batch, totals)
@@ -182,27 +189,35 @@ class ObserverLoss:
             raise ValueError("`batch` must have at least two rows, for their variance.")
 
 
+def _prompt_shares(
+    batch: Batch, totals: BatchTotals | None, vocab_size: int
+) -> PerToken:
+    """Returns each prediction's share of a mean over the prompts; NaN if all of them are empty."""
+    inside = _inside_prompt(jnp.asarray(batch.split), batch.tokens.shape[1] - 1)
+    count = jnp.sum(inside) if totals is None else totals.prompt_tokens
+    # A divergence of 0 would look perfect.
+    mean = inside / jnp.where(count > 0, count, 1.0)
+    shares = jnp.where(count > 0, mean, jnp.nan)
+    return shares_of_known_ids(shares, batch.tokens, vocab_size)
+
+
 def _mean_divergence(
     x: Activations,
     teacher_x: Float[Array, "B T E"],
     heads: tuple[Array, Array],
-    split: Int[Array, " B"],
-    totals: BatchTotals | None,
+    shares: PerToken,
 ) -> Scalar:
     """Averages KL(teacher || observer) over the predictions inside the prompts."""
     head, teacher_head = heads
-    statistics = token_statistics(
+    mean, _ = weighted_loss(
         x,
         head,
         None,
+        TermWeights(kl=shares),
         reference=teacher_x,
         reference_head=teacher_head,
     )
-    inside = _inside_prompt(split, x.shape[1])
-    count = jnp.sum(inside) if totals is None else totals.prompt_tokens
-    # All prompts may be empty; a divergence of 0 would look perfect.
-    mean = jnp.sum(statistics.kl * inside) / jnp.where(count > 0, count, 1.0)
-    return jnp.where(count > 0, mean, jnp.nan)
+    return mean
 
 
 def _answer_loss(
@@ -213,16 +228,21 @@ def _answer_loss(
     totals: BatchTotals | None,
 ) -> Scalar:
     """Averages the teacher's loss after the splits, started from `wkv` and zero token shifts."""
+    weights = shares_of_known_ids(
+        loss_weights(batch), batch.tokens, teacher.config.vocab_size
+    )
     inputs, targets, shares = continuations(
         batch.tokens,
         batch["split"],
-        loss_weights(batch),
+        weights,
         total=None if totals is None else totals.answer_weight,
     )
     start = init_state(teacher.config, inputs.shape[0]).replace(wkv=wkv)
     x, _ = teacher.apply({"params": params}, inputs, start, method="hidden")
-    statistics = token_statistics(x, params["head"]["weight"], targets)
-    return jnp.sum(shares * statistics.nats)
+    loss, _ = weighted_loss(
+        x, params["head"]["weight"], targets, TermWeights(nats=shares)
+    )
+    return loss
 
 
 def _check_weights(weights: dict[str, float]) -> None:

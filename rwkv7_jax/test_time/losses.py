@@ -10,7 +10,6 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
-from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import (
@@ -24,13 +23,12 @@ from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.generation.sampling import Number
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state
+from rwkv7_jax.training.head_loss import TermWeights, weighted_loss, weighted_sum
 from rwkv7_jax.training.losses import (
     Loss,
-    PerToken,
     check_ids_and_shapes,
     check_targets,
     target_shares,
-    token_statistics,
 )
 from rwkv7_jax.tuning.state_tuning import (
     add_anchor_and_metrics,
@@ -38,12 +36,6 @@ from rwkv7_jax.tuning.state_tuning import (
     hidden_states_from,
     stop_gradient_except,
 )
-
-
-def _weighted_sum(weights: PerToken, values: PerToken | None) -> Float[Array, ""]:
-    # `token_statistics` leaves out only what it has no inputs for.
-    assert values is not None
-    return jnp.sum(weights * values)
 
 
 def distillation_loss(
@@ -104,13 +96,13 @@ def distillation_loss(
             check_targets(batch)
         state = stop_gradient_except(state, tuple(leaves))
         tokens = jnp.asarray(batch.tokens)
-        weights = target_shares(batch)
+        weights = target_shares(batch, model.config.vocab_size)
         inputs = tokens[:, :-1]
         targets = tokens[:, 1:]
         head = params["head"]["weight"]
         x = hidden_states_from(model, params, state, inputs)
         if teacher is None:
-            nats = _weighted_sum(weights, token_statistics(x, head, targets).nats)
+            nats, _ = weighted_loss(x, head, targets, TermWeights(nats=weights))
             value = imitation * nats
             metrics = {"loss_nats": nats}
         else:
@@ -118,17 +110,19 @@ def distillation_loss(
             teacher_x = hidden_states_from(
                 teacher, teacher_params, teacher_state, inputs
             )
-            tokenwise = token_statistics(
+            terms = TermWeights(nats=imitation * weights, kl=kl * weights)
+            value, tokenwise = weighted_loss(
                 x,
                 head,
                 targets,
+                terms,
                 reference=jax.lax.stop_gradient(teacher_x),
                 reference_head=teacher_params["head"]["weight"],
             )
-            nats = _weighted_sum(weights, tokenwise.nats)
-            divergence = _weighted_sum(weights, tokenwise.kl)
-            value = imitation * nats + kl * divergence
-            metrics = {"loss_nats": nats, "kl_nats": divergence}
+            metrics = {
+                "loss_nats": weighted_sum(weights, tokenwise.nats),
+                "kl_nats": weighted_sum(weights, tokenwise.kl),
+            }
         return add_anchor_and_metrics(
             model,
             params,
@@ -277,7 +271,7 @@ def policy_loss(
             check_targets(batch)
         state = stop_gradient_except(state, tuple(leaves))
         tokens = jnp.asarray(batch.tokens)
-        weights = target_shares(batch)
+        weights = target_shares(batch, model.config.vocab_size)
         # From two states, so as a function of the state.
         hidden = functools.partial(
             hidden_states_from, model, params, tokens=tokens[:, :-1]
@@ -286,26 +280,26 @@ def policy_loss(
         # Measured even where it has no weight: how far the state has moved is what one looks at
         # when rewards fall. It has no backward pass then.
         reference_x = jax.lax.stop_gradient(hidden(reference))
-        tokenwise = token_statistics(
+        # One number for each row, for all of its tokens.
+        advantages = jnp.asarray(batch.advantages, jnp.float32)[:, None]
+        policy = weights * advantages
+        terms = TermWeights(nats=policy, kl=kl * weights if kl else None)
+        value, tokenwise = weighted_loss(
             x,
             params["head"]["weight"],
             tokens[:, 1:],
+            terms,
             reference=reference_x,
             reverse_kl=True,
             temperature=temperature,
             entropy=True,
         )
-        # One number for each row, for all of its tokens.
-        advantages = jnp.asarray(batch.advantages, jnp.float32)[:, None]
-        value = _weighted_sum(weights * advantages, tokenwise.nats)
         metrics = {
-            "policy_loss": value,
-            "loss_nats": _weighted_sum(weights, tokenwise.nats),
-            "kl_nats": _weighted_sum(weights, tokenwise.kl),
-            "entropy_nats": _weighted_sum(weights, tokenwise.entropy),
+            "policy_loss": weighted_sum(policy, tokenwise.nats),
+            "loss_nats": weighted_sum(weights, tokenwise.nats),
+            "kl_nats": weighted_sum(weights, tokenwise.kl),
+            "entropy_nats": weighted_sum(weights, tokenwise.entropy),
         }
-        if kl:
-            value = value + kl * metrics["kl_nats"]
         return add_anchor_and_metrics(
             model,
             params,

@@ -13,15 +13,19 @@ from rwkv7_jax.training.costs import (
     state_count,
     training_memory,
 )
+from rwkv7_jax.training.head_loss import (
+    TermWeights,
+    TokenStatistics,
+    map_token_chunks,
+    token_statistics,
+    weighted_loss,
+)
 from rwkv7_jax.training.losses import (
     Loss,
     Metrics,
-    TokenStatistics,
     loss_weights,
-    map_token_chunks,
     next_token_loss,
     pretrain_loss,
-    token_statistics,
 )
 from rwkv7_jax.training.projection_statistics import (
     layer_statistics,
@@ -42,6 +46,7 @@ __all__ = [
     "LossWithTotals",
     "Memory",
     "Metrics",
+    "TermWeights",
     "TokenStatistics",
     "TrainState",
     "TrainStep",
@@ -61,4 +66,5 @@ __all__ = [
     "token_statistics",
     "training_memory",
     "weight_decorrelator",
+    "weighted_loss",
 ]

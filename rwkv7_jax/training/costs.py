@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
-from rwkv7_jax.training.losses import CHUNK
+from rwkv7_jax.training.head_loss import CHUNK
 
 # Operations on a head's N x N state per token, in units of N^2: decay 1, removal 2 and its write 2,
 # the value's write 2, read-out 2.
@@ -229,9 +229,10 @@ def _activations(
     else:
         layers = config.num_layers * layer + layer
     per_token = layers + _STORED_OUTSIDE.bytes(config)
-    logits = 2 * 4 * config.vocab_size * min(length, CHUNK)
+    # Of a piece: the logits and their gradient.
+    logits = 2 * 4 * config.vocab_size * min(rows * length, CHUNK)
     weights = _cast_bytes(config, weight_bytes)
-    return round(rows * (length * per_token + logits)) + weights
+    return round(rows * length * per_token) + logits + weights
 
 
 def training_memory(

@@ -1,4 +1,4 @@
-"""Next-token losses that never hold all logits at once.
+"""Next-token losses of batches, and what a batch must hold.
 
 A batch is a `data.Batch`, or a mapping of its fields. Losses are weighted sums over positions
 whose weights add up to 1 over the whole batch, so that micro-batches of any make-up add up to the
@@ -8,15 +8,13 @@ same gradient as the batch in one piece.
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
-from rwkv7_jax.array_types import Activations, Params, Tokens
+from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import (
     check_model,
     check_number,
@@ -26,21 +24,21 @@ from rwkv7_jax.checks import (
     prefix_errors,
 )
 from rwkv7_jax.data.batch import Batch, BatchLike
-from rwkv7_jax.model.int8_weights import Int8Matrix, Weight
-from rwkv7_jax.model.layers import head_logits
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
+from rwkv7_jax.training.head_loss import (
+    PerToken,
+    TermWeights,
+    is_id,
+    weighted_loss,
+    weighted_sum,
+)
 
 Metrics = dict[str, Float[Array, ""]]
 
 # Of the trainable parameters and a batch. A user's own loss may read a mapping of its own; see
 # `make_train_step`.
 Loss = Callable[[Any, Any], tuple[Float[Array, ""], Metrics]]
-
-PerToken = Float[Array, "B T"]
-
-# Tokens of a sequence whose logits exist at the same time.
-CHUNK = 512
 
 
 def loss_weights(batch: Mapping[str, Any]) -> PerToken:
@@ -56,12 +54,18 @@ def loss_weights(batch: Mapping[str, Any]) -> PerToken:
     return mask / jnp.where(total > 0, total, 1.0)
 
 
-def target_shares(batch: Mapping[str, Any]) -> PerToken:
+def target_shares(batch: Mapping[str, Any], vocab_size: int | None = None) -> PerToken:
     """Returns `loss_weights`, or NaN where no target counts: a mean over nothing is no number.
 
     A train step leaves such a batch out, as it does any loss that is not finite.
+
+    Args:
+        batch: the shares of a piece of another batch are its weights.
+        vocab_size: as in `shares_of_known_ids`; None does not look at the ids.
     """
     shares = loss_weights(batch)
+    if vocab_size is not None:
+        shares = shares_of_known_ids(shares, batch["tokens"], vocab_size)
     # The weights of a piece of a batch may be 0 everywhere: other pieces have targets.
     if "weights" in batch:
         return shares
@@ -147,149 +151,22 @@ def check_masked_batch(batch: BatchLike, vocab_size: int, name: str = "batch") -
     return batch
 
 
-def map_token_chunks(per_token, *arrays: Shaped[Array, "B T ..."], chunk: int = CHUNK):
-    """Applies `per_token` to chunks of the sequence one after the other, and joins the results.
+def shares_of_known_ids(
+    shares: PerToken, tokens: Int[Array | np.ndarray, "B T1"], vocab_size: int
+) -> PerToken:
+    """Returns the shares of the targets that follow ids of the vocabulary; NaN for others.
 
-    A chunk's intermediate values are not stored but computed again in the backward pass.
-
-    Args:
-        per_token: maps arrays [B C ...] to a tree of arrays [B C].
-        *arrays: arrays to cut along T; zeros fill the last chunk.
-        chunk: C.
-    """
-    tokens = arrays[0].shape[1]
-    chunk = max(min(chunk, tokens), 1)
-
-    # [B T ...] -> [chunks B C ...], the layout that `lax.map` walks through.
-    def cut(x):
-        padding = ((0, 0), (0, -tokens % chunk), *((0, 0),) * (x.ndim - 2))
-        x = jnp.pad(x, padding)
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
-
-    def join(x):
-        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :tokens]
-
-    # Without the checkpoint, the scan of the backward pass would store every chunk's logits.
-    per_chunk = jax.checkpoint(per_token)
-    chunks = tuple(cut(x) for x in arrays)
-    results = jax.lax.map(lambda xs: per_chunk(*xs), chunks)
-    return jax.tree.map(join, results)
-
-
-class TokenStatistics(NamedTuple):
-    """Statistics of the predictions at every position.
-
-    Attributes:
-        nats: cross entropy of the target; None without targets.
-        correct: whether the target has the largest logit; None without targets.
-        largest: the largest logit.
-        kl: divergence between the model and the reference in nats; None without a reference.
-        entropy: of the prediction in nats, at the temperature of `nats`; None unless asked for.
-    """
-
-    # PerToken, bool and PerToken where they are there; a caller knows it from its own arguments.
-    nats: Any
-    correct: Any
-    largest: PerToken
-    kl: Any
-    entropy: Any
-
-
-def _cross_entropy(logits, targets):
-    # A gather of one logit and a logsumexp: `log_softmax` would make another array as large as all
-    # logits.
-    return jax.nn.logsumexp(logits, axis=-1) - _chosen(logits, targets)
-
-
-def _is_id(targets, vocab_size: int):
-    """Tells which targets are ids; a gather would take a negative one from the end."""
-    return (targets >= 0) & (targets < vocab_size)
-
-
-def _kl_divergence(logp, logq):
-    """Computes KL(p || q) over the vocabulary."""
-    return jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1)
-
-
-def _chosen(values: Float[Array, "... V"], targets: Int[Array, "..."]) -> Array:
-    """Picks the value of each target from the vocabulary's axis."""
-    return jnp.take_along_axis(values, targets[..., None], axis=-1)[..., 0]
-
-
-def _entropy(
-    logits: Float[Array, "B T V"], temperature: ArrayLike | None
-) -> Float[Array, "B T"]:
-    """Computes the entropy of softmax(logits / temperature), in nats."""
-    scaled = logits if temperature is None else logits / temperature
-    logp = jax.nn.log_softmax(scaled)
-    return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
-
-
-def token_statistics(
-    hidden: Activations,
-    head: Weight,
-    targets: Tokens | None,
-    *,
-    reference: Float[Array, "B T E"] | None = None,
-    reference_head: Float[Array, "V E"] | Int8Matrix | None = None,
-    reverse_kl: bool = False,
-    temperature: ArrayLike | None = None,
-    entropy: bool = False,
-    chunk: int = CHUNK,
-) -> TokenStatistics:
-    """Computes loss, accuracy and divergence per token, without holding the logits of all tokens.
-
-    Fields that a caller does not use cost nothing in the forward pass: XLA removes them.
+    Ids that can be read here were checked. One that is known inside a compiled program alone, and
+    is out of range, would be embedded as zeros, and all targets after it would get some loss.
 
     Args:
-        hidden: normed activations, from the model's `hidden`.
-        head: its output projection.
-        targets: ids; None for the divergence alone. One that is out of range has no loss, 0 nats,
-            and is never correct.
-        reference: normed activations of another model, or of this one from another state.
-        reference_head: the reference's output projection, if it is not `head`.
-        reverse_kl: whether the divergence is KL(model || reference) in place of
-            KL(reference || model).
-        temperature: of the distribution in which the targets' `nats` are measured; None for 1. The
-            divergence is always that at 1.
-        entropy: whether the entropy is computed as well.
-        chunk: tokens of a sequence whose logits exist at the same time.
+        shares: of the targets [B T].
+        tokens: one more than the targets; the first one is only read.
+        vocab_size: the number of ids that the model has.
     """
-    reference_head = head if reference_head is None else reference_head
-    # Absent inputs are absent from the tuple: a None cannot be cut along T.
-    arrays = {"hidden": hidden, "targets": targets, "reference": reference}
-    given = {name: jnp.asarray(x) for name, x in arrays.items() if x is not None}
-
-    def per_token(*chunks):
-        x = dict(zip(given, chunks, strict=True))
-        logits = head_logits(x["hidden"], head)
-        nats = None
-        correct = None
-        kl = None
-        if reference is not None:
-            logp = jax.nn.log_softmax(logits)
-            reference_logp = jax.nn.log_softmax(
-                head_logits(x["reference"], reference_head)
-            )
-            kl = (
-                _kl_divergence(logp, reference_logp)
-                if reverse_kl
-                else _kl_divergence(reference_logp, logp)
-            )
-        if targets is not None:
-            correct = jnp.argmax(logits, axis=-1) == x["targets"]
-            if temperature is not None:
-                nats = -_chosen(jax.nn.log_softmax(logits / temperature), x["targets"])
-            elif reference is not None:
-                # The normalised logits of the divergence serve both.
-                nats = -_chosen(logp, x["targets"])
-            else:
-                nats = _cross_entropy(logits, x["targets"])
-            nats = jnp.where(_is_id(x["targets"], logits.shape[-1]), nats, 0)
-        spread = _entropy(logits, temperature) if entropy else None
-        return TokenStatistics(nats, correct, jnp.max(logits, axis=-1), kl, spread)
-
-    return map_token_chunks(per_token, *given.values(), chunk=chunk)
+    outside = ~is_id(jnp.asarray(tokens), vocab_size)
+    read = jnp.cumsum(outside, axis=1)[:, 1:] > 0
+    return jnp.where(read & (shares != 0), jnp.nan, shares)
 
 
 def next_token_loss(
@@ -321,11 +198,14 @@ def next_token_loss(
     tokens = jnp.asarray(batch.tokens)
     inputs = tokens[:, :-1]
     targets = tokens[:, 1:]
+    shares = target_shares(batch, model.config.vocab_size)
     x, _ = model.apply({"params": params}, inputs, state, method="hidden")
-    statistics = token_statistics(x, params["head"]["weight"], targets)
-    loss = jnp.sum(target_shares(batch) * statistics.nats)
-    penalty = 0.5 * l2wrap * jnp.mean(jnp.square(statistics.largest))
-    return loss + penalty, {"loss_nats": loss}
+    square = None
+    if l2wrap:
+        square = jnp.full(targets.shape, l2wrap / targets.size, jnp.float32)
+    weights = TermWeights(nats=shares, square=square)
+    loss, found = weighted_loss(x, params["head"]["weight"], targets, weights)
+    return loss, {"loss_nats": weighted_sum(shares, found.nats) if l2wrap else loss}
 
 
 def pretrain_loss(model: RWKV7, *, l2wrap: float = 1e-4) -> Loss:

@@ -20,13 +20,14 @@ from rwkv7_jax.checks import (
 from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state, repeat
+from rwkv7_jax.training.head_loss import TermWeights, weighted_loss
 from rwkv7_jax.training.losses import (
     Loss,
     Metrics,
     check_ids_and_shapes,
     check_targets,
     next_token_loss,
-    token_statistics,
+    shares_of_known_ids,
 )
 
 LEAVES = ("wkv", "att_shift", "ffn_shift", "memory")
@@ -140,17 +141,20 @@ def add_anchor_and_metrics(
             sizes are the upscaled memory's if there is one.
     """
     if anchor:
-        tokens = jnp.asarray(Batch.of(batch, "anchor").anchor)[:, :-1]
+        ids = jnp.asarray(Batch.of(batch, "anchor").anchor)
+        tokens = ids[:, :-1]
         # The base model is this model from the zero state.
         base = hidden_states_from(model, params, init_state(model.config), tokens)
         tuned = hidden_states_from(model, params, state, tokens)
-        statistics = token_statistics(
+        shares = jnp.full(tokens.shape, 1 / tokens.size, jnp.float32)
+        shares = shares_of_known_ids(shares, ids, model.config.vocab_size)
+        divergence, _ = weighted_loss(
             tuned,
             params["head"]["weight"],
             None,
+            TermWeights(kl=shares),
             reference=jax.lax.stop_gradient(base),
         )
-        divergence = jnp.mean(statistics.kl)
         value = value + anchor * divergence
         metrics = metrics | {"anchor_nats": divergence}
     # Of an upscaled state the WKV part stays zero: its size would say nothing.

@@ -13,7 +13,7 @@ from rwkv7_jax.model.state import init_state
 from rwkv7_jax.observer.evaluation import evaluate_handover, proposal_error
 from rwkv7_jax.observer.loss import observer_loss
 from rwkv7_jax.observer.observer import state_moments
-from rwkv7_jax.training.losses import token_statistics
+from rwkv7_jax.training.head_loss import token_statistics
 from rwkv7_jax.training.train_step import TrainState, make_train_step
 
 mirror = pytest.fixture(tiny_observers.mirror, scope="module")

@@ -1,8 +1,10 @@
-"""Run folders written by an earlier version go on with today's code and end with the same bits.
+"""Run folders written by an earlier version go on with today's code and end with the same numbers.
 
 Each archive in tests/golden/runs holds a run folder as commit f53928b left it after step 2, and the
-record that the same command wrote at step 4. The machine code is pinned to SSE 4.2, so that the
-bits do not depend on the processor.
+record that the same command wrote at step 4; the arrays of that step are in the file beside it.
+They were compared by bits until the loss made its gradients in the forward pass, whose sums have
+another order. The machine code is pinned to SSE 4.2, so that numbers do not depend on the
+processor.
 """
 
 import json
@@ -11,8 +13,14 @@ import subprocess
 import sys
 import tarfile
 
+import jax
+import numpy as np
 import pytest
 from run_programs import ROOT
+from tolerances import assert_close
+
+from rwkv7_jax.checkpoints import import_orbax
+from rwkv7_jax.runs.resume.checksums import leaf_name
 
 pytestmark = pytest.mark.slow
 
@@ -47,14 +55,15 @@ UPSCALED_STATE = {
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "changes"),
+    ("name", "config", "changes", "bar"),
     [
-        ("pretrain", "pretrain_toy", PRETRAIN),
-        ("upscaled_state", "upscaled_state", UPSCALED_STATE),
+        ("pretrain", "pretrain_toy", PRETRAIN, 1e-5),
+        # Of 16-bit activations, from nearly right predictions and turned by DBP.
+        ("upscaled_state", "upscaled_state", UPSCALED_STATE, 1e-2),
     ],
 )
-def test_a_run_written_before_is_resumed_with_the_same_bits(
-    tmp_path, name, config, changes
+def test_a_run_written_before_is_resumed_with_the_same_numbers(
+    tmp_path, name, config, changes, bar
 ):
     with tarfile.open(ROOT / "tests" / "golden" / "runs" / f"{name}.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
@@ -85,5 +94,14 @@ def test_a_run_written_before_is_resumed_with_the_same_bits(
     written = json.loads(
         (tmp_path / "checkpoints" / "4" / "record" / "metadata").read_text()
     )
-    assert written["leaves"] == expected["leaves"]
+    described = {leaf: found[:2] for leaf, found in written["leaves"].items()}
+    assert described == {leaf: known[:2] for leaf, known in expected["leaves"].items()}
+    numbers = (
+        import_orbax()
+        .StandardCheckpointer()
+        .restore(tmp_path / "checkpoints" / "4" / "train")
+    )
+    golden = np.load(ROOT / "tests" / "golden" / "runs" / f"{name}_step_4.npz")
+    for path, leaf in jax.tree.leaves_with_path(numbers):
+        assert_close(leaf, golden[leaf_name(path)], bar, leaf_name(path))
     assert written["course"] == expected["course"]

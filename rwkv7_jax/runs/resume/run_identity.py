@@ -32,7 +32,6 @@ MAY_CHANGE_ON_RESUME = (
     "evaluation",
     "sample",
     "workdir",
-    "backup",
 )
 
 

@@ -1,0 +1,422 @@
+"""The head and the losses after it, without the logits of all tokens.
+
+Positions (rows x tokens) are taken a piece at a time. A loss whose weights are known beforehand
+makes its gradients in the same pass: a piece's logits are still there when their gradient becomes
+that of the activations and of the head, so none of them is stored or computed twice.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from rwkv7_jax.array_types import Activations, Tokens
+from rwkv7_jax.model.int8_weights import Int8Matrix, Weight
+from rwkv7_jax.model.layers import head_logits, linear
+
+PerToken = Float[Array, "B T"]
+
+# Positions (rows x tokens) whose logits exist at the same time.
+CHUNK = 256
+
+
+class TokenStatistics(NamedTuple):
+    """Statistics of the predictions at every position.
+
+    Attributes:
+        nats: cross entropy of the target, NaN for one out of range; None without targets.
+        correct: whether the target has the largest logit; None without targets.
+        largest: the largest logit.
+        kl: divergence between the model and the reference in nats; None without a reference.
+        entropy: of the prediction in nats, at the temperature of `nats`; None unless asked for.
+    """
+
+    # PerToken, bool and PerToken where they are there; a caller knows it from its own arguments.
+    nats: Any
+    correct: Any
+    largest: Float[Array, "..."]
+    kl: Any
+    entropy: Any
+
+
+class TermWeights(NamedTuple):
+    """The weights of a loss's terms at every position; None leaves a term out.
+
+    Attributes:
+        nats: of the targets' cross entropy.
+        square: of half the largest logit's square, for L2Wrap.
+        kl: of the divergence.
+    """
+
+    nats: Float[Array, "..."] | None = None
+    square: Float[Array, "..."] | None = None
+    kl: Float[Array, "..."] | None = None
+
+
+class _Form(NamedTuple):
+    """The arguments that are no arrays; see `token_statistics`."""
+
+    reverse_kl: bool
+    entropy: bool
+    chunk: int
+
+
+class _Positions(NamedTuple):
+    """The arrays that are cut into pieces, [B T ...] each; None where they are absent."""
+
+    hidden: Any
+    targets: Any
+    reference: Any
+    weights: TermWeights
+
+
+class _Shared(NamedTuple):
+    """The arrays that every piece reads; None where they are absent."""
+
+    head: Any
+    reference_head: Any
+    temperature: Any
+
+
+class _Cut(NamedTuple):
+    """How rows and tokens are cut: into groups of `rows` rows and spans of `tokens` tokens.
+
+    Where a piece can have all rows, it has: a sharded batch then stays on its devices.
+    """
+
+    groups: int
+    rows: int
+    spans: int
+    tokens: int
+
+    @classmethod
+    def of(cls, rows: int, tokens: int, chunk: int) -> "_Cut":
+        """Cuts [rows tokens] into pieces of equal size, of at most `chunk` positions."""
+        groups = max(-(-rows // chunk), 1)
+        # Pieces of equal size: the last one is not filled up with more than it has to be.
+        rows = -(-rows // groups)
+        spans = max(-(-tokens // max(chunk // max(rows, 1), 1)), 1)
+        return cls(groups, rows, spans, -(-tokens // spans))
+
+    def pieces(self, x: Shaped[Array, "B T ..."]) -> Shaped[Array, "P C ..."]:
+        """Cuts an array; zeros fill it up."""
+        rows = self.rows * self.groups - x.shape[0]
+        tokens = self.tokens * self.spans - x.shape[1]
+        x = jnp.pad(x, ((0, rows), (0, tokens), *((0, 0),) * (x.ndim - 2)))
+        # A group takes every `groups`-th row, so that it has rows of every device.
+        x = x.reshape(self.rows, self.groups, self.spans, self.tokens, *x.shape[2:])
+        x = jnp.moveaxis(x, (1, 2), (0, 1))
+        # One axis of positions: XLA then writes the gradient of the logits in their place.
+        return x.reshape(
+            self.groups * self.spans, self.rows * self.tokens, *x.shape[4:]
+        )
+
+    def join(self, x: Shaped[Array, "P C ..."], rows: int, tokens: int) -> Array:
+        """Joins pieces to [rows tokens ...]."""
+        x = x.reshape(self.groups, self.spans, self.rows, self.tokens, *x.shape[2:])
+        x = jnp.moveaxis(x, (0, 1), (1, 2))
+        x = x.reshape(self.rows * self.groups, self.spans * self.tokens, *x.shape[4:])
+        return x[:rows, :tokens]
+
+
+def map_token_chunks(per_token, *arrays: Shaped[Array, "B T ..."], chunk: int = CHUNK):
+    """Applies `per_token` to pieces of the positions one after the other, and joins the results.
+
+    A piece's intermediate values are not stored but computed again in the backward pass.
+
+    Args:
+        per_token: maps arrays [C ...] to a tree of arrays [C].
+        *arrays: arrays to cut; zeros fill the last pieces.
+        chunk: the largest C.
+    """
+    rows, tokens = arrays[0].shape[:2]
+    cut = _Cut.of(rows, tokens, chunk)
+    # Without the checkpoint, the scan of the backward pass would store every piece's logits.
+    per_piece = jax.checkpoint(per_token)
+    pieces = tuple(cut.pieces(x) for x in arrays)
+    results = jax.lax.map(lambda xs: per_piece(*xs), pieces)
+    return jax.tree.map(lambda x: cut.join(x, rows, tokens), results)
+
+
+def is_id(ids: Int[Array, "..."], vocab_size: int) -> Bool[Array, "..."]:
+    """Tells which numbers are ids; a gather would take a negative one from the end."""
+    return (ids >= 0) & (ids < vocab_size)
+
+
+def weighted_sum(weights: Float[Array, "..."], values: Any) -> Float[Array, ""]:
+    """Sums weights x values; a value that is no number does not count where its weight is 0."""
+    ignored = (weights == 0) & ~jnp.isfinite(values)
+    return jnp.sum(weights.astype(values.dtype) * jnp.where(ignored, 0.0, values))
+
+
+@jax.custom_jvp
+def _cross_entropy(
+    logits: Float[Array, "... V"], targets: Int[Array, "..."]
+) -> Float[Array, "..."]:
+    """Computes -log softmax(logits) of the targets."""
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+# JAX's own rules would make three further arrays as large as the logits: the exponentials, zeros,
+# and the zeros into which the gather's transpose scatters. This one needs the gradient alone.
+@_cross_entropy.defjvp
+def _cross_entropy_jvp(primals, tangents):
+    logits, targets = primals
+    # The logarithm is taken off after the largest logit: it is small where a prediction is nearly
+    # right, and the gradient a small difference of the softmax and 1.
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    log_sum = jnp.log(jnp.sum(jnp.exp(logits - largest), axis=-1, keepdims=True))
+    # Behind a barrier, or XLA would store what the sum is made of, to use it here again.
+    softmax = jnp.exp(logits - jax.lax.optimization_barrier(largest) - log_sum)
+    ids = jnp.arange(logits.shape[-1], dtype=targets.dtype)
+    is_target = jax.lax.broadcast_to_rank(ids, logits.ndim) == targets[..., None]
+    slope = softmax - is_target.astype(logits.dtype)
+    return _cross_entropy(logits, targets), jnp.sum(slope * tangents[0], axis=-1)
+
+
+def _kl_divergence(
+    logp: Float[Array, "... V"], logq: Float[Array, "... V"]
+) -> Float[Array, "..."]:
+    """Computes KL(p || q) over the vocabulary."""
+    return jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1)
+
+
+def _entropy(logits: Float[Array, "... V"]) -> Float[Array, "..."]:
+    """Computes the entropy of the softmax, in nats."""
+    logp = jax.nn.log_softmax(logits)
+    return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+
+
+def _piece_statistics(
+    form: _Form, x: _Positions, shared: _Shared, make_logits=head_logits
+) -> TokenStatistics:
+    """Computes the statistics of one piece, all of whose logits exist at once."""
+    logits = make_logits(x.hidden, shared.head)
+    scaled = logits if shared.temperature is None else logits / shared.temperature
+    nats = None
+    correct = None
+    kl = None
+    if x.reference is not None:
+        logp = jax.nn.log_softmax(logits)
+        reference = make_logits(x.reference, shared.reference_head)
+        reference_logp = jax.nn.log_softmax(reference)
+        if form.reverse_kl:
+            kl = _kl_divergence(logp, reference_logp)
+        else:
+            kl = _kl_divergence(reference_logp, logp)
+    if x.targets is not None:
+        correct = jnp.argmax(logits, axis=-1) == x.targets
+        nats = _cross_entropy(scaled, x.targets)
+        # The loss of no id is no number: 0 would look like a prediction that is always right.
+        nats = jnp.where(is_id(x.targets, logits.shape[-1]), nats, jnp.nan)
+    entropy = _entropy(scaled) if form.entropy else None
+    return TokenStatistics(nats, correct, jnp.max(logits, axis=-1), kl, entropy)
+
+
+def _statistics(form: _Form, x: _Positions, shared: _Shared) -> TokenStatistics:
+    """Computes the statistics of all positions, piece by piece."""
+    leaves, tree = jax.tree.flatten(x._replace(weights=TermWeights()))
+
+    def per_token(*piece):
+        return _piece_statistics(form, tree.unflatten(piece), shared)
+
+    return map_token_chunks(per_token, *leaves, chunk=form.chunk)
+
+
+def _positions(
+    hidden: Activations, targets: Any, reference: Any, weights: TermWeights
+) -> _Positions:
+    """Collects the arrays that are cut into pieces; ids may still lie on the host."""
+    if targets is not None:
+        targets = jnp.asarray(targets)
+    return _Positions(hidden, targets, reference, weights)
+
+
+def token_statistics(
+    hidden: Activations,
+    head: Weight,
+    targets: Tokens | None,
+    *,
+    reference: Float[Array, "B T E"] | None = None,
+    reference_head: Float[Array, "V E"] | Int8Matrix | None = None,
+    reverse_kl: bool = False,
+    temperature: ArrayLike | None = None,
+    entropy: bool = False,
+    chunk: int = CHUNK,
+) -> TokenStatistics:
+    """Computes loss, accuracy and divergence per token, without holding the logits of all tokens.
+
+    Fields that a caller does not use cost nothing: XLA removes them. Gradients compute the logits
+    again; `weighted_loss` makes those of a weighted sum in the forward pass.
+
+    Args:
+        hidden: normed activations, from the model's `hidden`.
+        head: its output projection.
+        targets: ids; None for the divergence alone. One that is out of range has NaN nats and is
+            never correct.
+        reference: normed activations of another model, or of this one from another state.
+        reference_head: the reference's output projection, if it is not `head`.
+        reverse_kl: whether the divergence is KL(model || reference) in place of
+            KL(reference || model).
+        temperature: of the distribution in which the targets' `nats` are measured; None for 1. The
+            divergence is always that at 1.
+        entropy: whether the entropy is computed as well.
+        chunk: positions (rows x tokens) whose logits exist at the same time.
+    """
+    form = _Form(reverse_kl, entropy, chunk)
+    reference_head = head if reference_head is None else reference_head
+    positions = _positions(hidden, targets, reference, TermWeights())
+    return _statistics(form, positions, _Shared(head, reference_head, temperature))
+
+
+def weighted_loss(
+    hidden: Activations,
+    head: Weight,
+    targets: Tokens | None,
+    weights: TermWeights,
+    *,
+    reference: Float[Array, "B T E"] | None = None,
+    reference_head: Float[Array, "V E"] | Int8Matrix | None = None,
+    reverse_kl: bool = False,
+    temperature: ArrayLike | None = None,
+    entropy: bool = False,
+    chunk: int = CHUNK,
+) -> tuple[Float[Array, ""], TokenStatistics]:
+    """Sums the weighted terms of all positions, and makes the sum's gradients in the same pass.
+
+    Where a gradient is taken, it costs one more product with the head for the activations, and
+    another one for the head if that is trained: two passes over the head where logits that are
+    computed again would take three. Derivatives of all orders and both modes are right. Those of
+    the statistics compute the logits again; second ones in reverse mode store all logits.
+
+    Args:
+        hidden: as in `token_statistics`, which says more of the other arguments as well.
+        head: the output projection.
+        targets: ids; None for the divergence alone. One that is out of range and has a weight
+            makes the loss NaN.
+        weights: of the terms.
+        reference: normed activations of another model.
+        reference_head: the reference's output projection, if it is not `head`.
+        reverse_kl: the direction of the divergence.
+        temperature: of the targets' distribution.
+        entropy: whether the entropy is among the statistics.
+        chunk: positions whose logits exist at the same time.
+    """
+    form = _Form(reverse_kl, entropy, chunk)
+    reference_head = head if reference_head is None else reference_head
+    positions = _positions(hidden, targets, reference, weights)
+    return _loss(form, positions, _Shared(head, reference_head, temperature))
+
+
+def _sum_terms(weights: TermWeights, found: TokenStatistics) -> Float[Array, ""]:
+    """Adds up the weighted terms of a loss."""
+    terms = []
+    if weights.nats is not None:
+        terms.append(weighted_sum(weights.nats, found.nats))
+    if weights.square is not None:
+        terms.append(weighted_sum(weights.square, 0.5 * jnp.square(found.largest)))
+    if weights.kl is not None:
+        terms.append(weighted_sum(weights.kl, found.kl))
+    return sum(terms, jnp.zeros((), found.largest.dtype))
+
+
+# As a rule for forward mode, of which JAX derives the backward pass: the tangent of a sum is an
+# inner product with its gradient, which depends on the primal values alone. A rule for the backward
+# pass would refuse forward mode.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _loss(form: _Form, x: _Positions, shared: _Shared):
+    found = _statistics(form, x, shared)
+    return _sum_terms(x.weights, found), found
+
+
+@functools.partial(_loss.defjvp, symbolic_zeros=True)
+def _loss_jvp(form: _Form, primals, tangents):
+    # What is frozen has a symbolic zero for its tangent, and gets no gradient.
+    moving = jax.tree.map(lambda x, t: None if _is_zero(t) else x, primals, tangents)
+    tangents = jax.tree.map(lambda t: None if _is_zero(t) else t, tangents)
+    found, gradients = _statistics_and_gradients(form, primals, moving)
+    loss = _sum_terms(primals[0].weights, found)
+    loss_tangent = jnp.zeros_like(loss)
+    for gradient, tangent in zip(
+        jax.tree.leaves(gradients), jax.tree.leaves(tangents), strict=True
+    ):
+        product = gradient.astype(loss.dtype) * tangent.astype(loss.dtype)
+        loss_tangent = loss_tangent + jnp.sum(product)
+    # Where only the loss is differentiated, as in training, XLA removes this.
+    _, found_tangents = jax.jvp(
+        lambda moving: _statistics(form, *_merge(moving, primals)),
+        (moving,),
+        (tangents,),
+    )
+    return (loss, found), (loss_tangent, found_tangents)
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero)
+
+
+def _merge(moving: Any, given: Any) -> Any:
+    """Fills the places of None in a tree."""
+    return jax.tree.map(
+        lambda leaf, other: other if leaf is None else leaf,
+        moving,
+        given,
+        is_leaf=lambda leaf: leaf is None,
+    )
+
+
+def _statistics_and_gradients(form: _Form, primals: Any, moving: Any):
+    """Computes the statistics and the loss's gradients with respect to what is moving.
+
+    Args:
+        form: how.
+        primals: `_Positions` and `_Shared`.
+        moving: the same trees, with None where no gradient is wanted.
+    """
+    positions, shared = primals
+    moving_positions, moving_shared = moving
+    rows, tokens = positions.hidden.shape[:2]
+    cut = _Cut.of(rows, tokens, form.chunk)
+
+    def loss(moving, given):
+        x, heads = _merge(moving, given)
+        found = _piece_statistics(form, x, heads, _logits)
+        return _sum_terms(x.weights, found), found
+
+    def step(total, piece):
+        moving_piece, given_piece = piece
+        (_, found), (own, part) = jax.value_and_grad(loss, has_aux=True)(
+            (moving_piece, moving_shared), (given_piece, shared)
+        )
+        return jax.tree.map(jnp.add, total, part), (found, own)
+
+    zeros = jax.tree.map(jnp.zeros_like, moving_shared)
+    pieces = jax.tree.map(cut.pieces, (moving_positions, positions))
+    total, parts = jax.lax.scan(step, zeros, pieces)
+    found, own = jax.tree.map(lambda x: cut.join(x, rows, tokens), parts)
+    return found, (own, total)
+
+
+@jax.custom_vjp
+def _logits(x: Float[Array, "... D"], head: Weight) -> Float[Array, "... V"]:
+    """Computes float32 logits, whose gradient is multiplied in the activations' dtype."""
+    return head_logits(x, head)
+
+
+def _logits_forward(x, head):
+    return head_logits(x, head), (x, head)
+
+
+def _logits_backward(operands, gradient):
+    x, _ = operands
+    # Left alone, a product of 16-bit weights with a float32 gradient would run at float32's speed.
+    _, transposed = jax.vjp(linear, *operands)
+    return transposed(gradient.astype(x.dtype))
+
+
+_logits.defvjp(_logits_forward, _logits_backward)
