@@ -6,8 +6,9 @@
 A run that was stopped or killed goes on from its newest valid checkpoint when the same command is
 given again, and ends with the same bits as an unbroken run.
 
-Exit codes: 0 done, or saved on a signal; 2 bad settings or data; 3 no valid checkpoint; 4 stopped
-on NaN; 5 disk; 6 another process was lost; 7 out of memory; 130 Ctrl-C.
+Exit codes: 0 done, or saved on a signal where --stopped_code names no code for that; 2 bad settings
+or data; 3 no valid checkpoint; 4 stopped on NaN; 5 disk; 6 another process was lost; 7 out of
+memory; 130 Ctrl-C.
 """
 
 import os
@@ -34,7 +35,7 @@ from rwkv7_jax.runs import (
     rate_search,
 )
 from rwkv7_jax.runs.early_stopping import Progress
-from rwkv7_jax.runs.exit_codes import Stopped, warn
+from rwkv7_jax.runs.exit_codes import Stopped, check_stopped_code, warn
 from rwkv7_jax.runs.input_pipeline import InputPipeline
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.rate_search import RateSearchMode
@@ -68,6 +69,11 @@ _PROCESSES = flags.DEFINE_integer(
 )
 _PROCESS = flags.DEFINE_integer(
     "process", 0, "Which of them this is, from 0; not with auto."
+)
+_STOPPED_CODE = flags.DEFINE_integer(
+    "stopped_code",
+    0,
+    "Exit code of a run that a signal stopped, such as 75 where a supervisor restarts what failed.",
 )
 
 
@@ -275,13 +281,14 @@ def main(arguments: list[str]) -> None:
             raise ValueError("`--workdir` must name the run's folder.")
         refuse_remote_target("--workdir", _WORKDIR.value)
         workdir = local_path(_WORKDIR.value, "`--workdir`")
+        code = check_stopped_code(_STOPPED_CODE.value)
         settings = read_settings(config_flags.config_values())
         settings = rate_search.keep_rate_of_run(settings, workdir)
         multihost.join(
             _COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value
         )
         with (
-            StopSignals() as stop,
+            StopSignals(code) as stop,
             open_run_directory(workdir, settings) as folder,
         ):
             compilation_cache.enable_compilation_cache(compilation_cache.user_folder())

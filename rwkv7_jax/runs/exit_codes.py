@@ -1,7 +1,8 @@
 """Errors that end a program of runs, and the exit code of each.
 
-0 done, or saved on a signal; 2 bad settings or data; 3 no valid checkpoint; 4 stopped because
-numbers were not finite; 5 disk; 6 another process of the run was lost; 7 out of memory; 130 Ctrl-C.
+0 done, or saved on a signal where `--stopped_code` names no code for that; 2 bad settings or data;
+3 no valid checkpoint; 4 stopped because numbers were not finite; 5 disk; 6 another process of the
+run was lost; 7 out of memory; 130 Ctrl-C.
 """
 
 import errno
@@ -25,6 +26,9 @@ _OUT_OF_MEMORY = (
     "unable to allocate",
     "failed to allocate",
 )
+
+# Exit codes without a meaning here; from 126 on they are the shell's.
+_FREE_CODES = (8, 125)
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 
@@ -59,7 +63,30 @@ class EndedElsewhere(RuntimeError):
 
 
 class Stopped(BaseException):
-    """A signal that asked the run to end; like KeyboardInterrupt it passes `except Exception`."""
+    """A signal that asked the run to end; like KeyboardInterrupt it passes `except Exception`.
+
+    Attributes:
+        code: the exit code.
+    """
+
+    def __init__(self, reason: str, code: int = 0):
+        """Takes the reason and the exit code."""
+        super().__init__(reason)
+        self.code = code
+
+
+def check_stopped_code(code: int) -> int:
+    """Returns the exit code of stopped runs that `--stopped_code` names.
+
+    Raises:
+        ValueError: it means something else already.
+    """
+    if code != 0 and not _FREE_CODES[0] <= code <= _FREE_CODES[1]:
+        raise ValueError(
+            f"`--stopped_code` must be 0 or lie between {_FREE_CODES[0]} and {_FREE_CODES[1]}; "
+            f"got {code}."
+        )
+    return code
 
 
 def warn(text: str) -> None:
@@ -71,9 +98,7 @@ def warn(text: str) -> None:
 
 def exit_code(error: BaseException) -> int | None:
     """Returns the exit code of an error, or None for a bug, which should show its traceback."""
-    if isinstance(error, Stopped):
-        return 0
-    if isinstance(error, EndedElsewhere):
+    if isinstance(error, Stopped | EndedElsewhere):
         return error.code
     if isinstance(error, NoValidCheckpoint):
         return 3

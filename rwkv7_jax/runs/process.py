@@ -252,8 +252,13 @@ class StopSignals:
     service of JAX 0.10.2 notices no signal in a run of one process.)
     """
 
-    def __init__(self):
-        """Starts without a request; `with` begins to listen."""
+    def __init__(self, code: int = 0):
+        """Starts without a request; `with` begins to listen.
+
+        Args:
+            code: with which a run that was stopped exits.
+        """
+        self._code = code
         self._requested = ""
         self._unsaved = False
         self._raise_at_once = False
@@ -348,9 +353,17 @@ class StopSignals:
         if self._raise_at_once:
             self._raise()
 
+    def stopped(self, text: str = "") -> Stopped:
+        """Makes the error that ends the run.
+
+        Args:
+            text: what the user should know besides the signal.
+        """
+        return Stopped(f"stopped by {self._requested}{text}.", self._code)
+
     def _raise(self) -> None:
         self._noticed.set()
-        raise Stopped(f"stopped by {self._requested}.")
+        raise self.stopped()
 
     def _watch(self) -> None:
         """Reads one byte per signal; the body of the thread."""
@@ -369,7 +382,7 @@ class StopSignals:
     def _exit_if_ignored(self) -> None:
         noticed = self._noticed.wait(_GRACE_SECONDS)
         if not noticed and not self._unsaved:
-            _exit_at_once(0, f"stopped by {self._requested}; nothing was left to save.")
+            _exit_at_once(self._code, f"{self.stopped('; nothing was left to save')}")
 
 
 def _exit_at_once(code: int, reason: str) -> None:

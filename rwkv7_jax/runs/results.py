@@ -9,7 +9,6 @@ from rwkv7_jax.runs.exit_codes import (
     DiskError,
     NotFinite,
     NoValidCheckpoint,
-    Stopped,
     warn,
 )
 from rwkv7_jax.runs.modes.base import StateTuningMode, TrainingMode
@@ -104,9 +103,7 @@ def check_stopped(
     if stop.requested:
         saved = f"step {step}{what} is saved" if step else "there was nothing to save"
         folder.note_event(step, "stopped", f"by {stop.requested}")
-        raise Stopped(
-            f"stopped by {stop.requested}; {saved}. The same command continues the run."
-        )
+        raise stop.stopped(f"; {saved}. The same command continues the run")
 
 
 class _Comparison(NamedTuple):

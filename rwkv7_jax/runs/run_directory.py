@@ -18,6 +18,7 @@ from rwkv7_jax.reports.metric_writers import JSONL, MetricFiles
 from rwkv7_jax.reports.system_info import system
 from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.exit_codes import DiskError, warn
+from rwkv7_jax.runs.resume.backup import STEPS, Backup
 from rwkv7_jax.runs.resume.checkpoint_store import CheckpointStore, NullCheckpoints
 from rwkv7_jax.runs.resume.checkpointer import Checkpoints
 from rwkv7_jax.runs.resume.run_identity import (
@@ -109,7 +110,7 @@ class OwnedRunDirectory(RunDirectory):
             ValueError: it holds a run with other settings, or another process works in it, or a
                 tracker is unknown.
             ImportError: a tracker is not installed.
-            DiskError: it cannot be written.
+            DiskError: it, or its backup, cannot be written.
         """
         self.path = Path(path).absolute()
         try:
@@ -130,14 +131,22 @@ class OwnedRunDirectory(RunDirectory):
             )
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._lock.release)
-            places = self.path / "checkpoints"
+            # Before anything is read: a fresh machine has nothing but the copy.
+            self._backup = None
+            if settings.backup:
+                self._backup = Backup(settings.backup, self.path)
+                on_failure.callback(self._backup.release)
+                self._backup.fetch()
+            places = self.path / STEPS
             before = self._read_settings()
             self._require_same_settings(places, before, flat_settings(settings))
             values = as_config(settings)
             protected = self._protect_steps(places, before, values)
             self._write_settings(values)
             self._metrics = MetricFiles(self.path, also=settings.trackers)
-            self.checkpoints = Checkpoints(places, settings, protected=protected)
+            self.checkpoints = Checkpoints(
+                places, settings, protected=protected, backup=self._backup
+            )
             # Nothing failed: the lock is ours until `__exit__`.
             on_failure.pop_all()
         self._began = time.monotonic()
@@ -211,7 +220,30 @@ class OwnedRunDirectory(RunDirectory):
                 write_report(self.path)
             except (OSError, ValueError) as error:
                 warn(f"the report of {self.path} cannot be written: {error}")
-        self._lock.release()
+        try:
+            self._copy_results(failed=error[0] is not None)
+        finally:
+            self._lock.release()
+
+    def _copy_results(self, *, failed: bool) -> None:
+        """Copies what the run leaves to its backup.
+
+        Args:
+            failed: whether the run ends with an error, which this one must not hide.
+
+        Raises:
+            DiskError: the backup cannot be written.
+        """
+        if self._backup is None:
+            return
+        try:
+            self._backup.copy_files()
+        except DiskError as error:
+            if not failed:
+                raise
+            warn(str(error))
+        finally:
+            self._backup.release()
 
     def restore(
         self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]

@@ -190,3 +190,20 @@ def test_with_patience_the_result_is_the_best_steps(
         not load_state(tmp_path / "never" / "state.pth").wkv.any()
         and untouched != expected
     )
+
+
+def test_a_run_continues_on_another_machine_from_its_backup_with_the_same_bits(
+    tmp_path, base_model, monkeypatch
+):
+    settings = mode_settings("state", base_model)
+    train_here(settings, tmp_path / "one")
+    copied = dataclasses.replace(settings, backup=f"file://{tmp_path}/bucket")
+    with monkeypatch.context() as patches:
+        stopped_at(patches, 2)
+        with pytest.raises(Stopped):
+            train_here(copied, tmp_path / "lost")
+    train_here(copied, tmp_path / "two")
+    assert ended(tmp_path / "two") == ended(tmp_path / "one")
+    assert (tmp_path / "bucket" / "state.pth").read_bytes() == (
+        tmp_path / "one" / "state.pth"
+    ).read_bytes()

@@ -22,11 +22,17 @@ STEPS = 24
 CHILD = ("tests/support/faulty_train.py",)
 
 
-def run(workdir: Path, *, fault: str = "", environment=(), **settings):
+def run(workdir: Path, *, fault: str = "", environment=(), extra=(), **settings):
     """Starts the smallest run."""
     child = CHILD if fault else ()
     os.environ["FAULT"] = fault
-    return start(workdir, child=child, environment=environment, **(SMALLEST | settings))
+    return start(
+        workdir,
+        child=child,
+        environment=environment,
+        extra=extra,
+        **(SMALLEST | settings),
+    )
 
 
 def rows(workdir: Path, name: str = "metrics.jsonl") -> list[dict]:
@@ -123,6 +129,19 @@ def test_a_signal_saves_the_last_finished_step_within_five_seconds(tmp_path, nam
     )
     assert seconds < 5
     print(f"{name}: {seconds:.2f} s")
+
+
+def test_a_supervisor_can_tell_a_stopped_run_from_a_finished_one(tmp_path):
+    flag = ("--stopped_code=75",)
+    process = run(tmp_path, steps=1_000_000, extra=flag)
+    training(tmp_path, process)
+    process.terminate()
+    _, error = finish(process, 75)
+    assert last_line(error).startswith("train.py: stopped by SIGTERM; step ")
+    (step,) = step_numbers(tmp_path / "checkpoints")
+    # Restarted by the same command line but for the steps, it goes on and is done.
+    out, _ = finish(run(tmp_path, steps=step + 1, extra=flag), 0)
+    assert f"resume    from step {step}" in out
 
 
 @pytest.mark.parametrize("seconds", [0, 2])

@@ -158,6 +158,7 @@ OTHERS = [
     ([CONFIG, "--workdri=x"], ["workdri"]),
     ([CONFIG, HERE, "--processes=x"], ["processes"]),
     ([CONFIG, HERE, "--processes=2"], ["`--coordinator`"]),
+    ([CONFIG, HERE, "--stopped_code=7"], ["`--stopped_code` must be 0 or", "got 7"]),
     ([CONFIG, HERE, "--config.stepz=3"], ["nearest is `config.steps`"]),
     ([CONFIG, HERE, "--config.data.pth=x"], ["nearest is `config.data.path`"]),
     ([CONFIG, HERE, "--config.model.widht=8"], ["nearest is `config.model.width`"]),
@@ -248,7 +249,7 @@ def invoke(tmp_path, monkeypatch, capfd):
 
         monkeypatch.setitem(inside, "train", train)
         flags.FLAGS.unparse_flags()
-        for name in ("workdir", "coordinator", "processes", "process"):
+        for name in ("workdir", "coordinator", "processes", "process", "stopped_code"):
             flags.FLAGS[name].unparse()
         words = [word.replace("TMP", str(tmp_path)) for word in words]
         code = 0

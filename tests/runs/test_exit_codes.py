@@ -8,6 +8,7 @@ from rwkv7_jax.runs.exit_codes import (
     NotFinite,
     NoValidCheckpoint,
     Stopped,
+    check_stopped_code,
     exit_code,
 )
 from rwkv7_jax.runs.process import exit_with_code
@@ -24,6 +25,7 @@ from rwkv7_jax.runs.process import exit_with_code
         (OSError(28, "No space left on device"), 5),
         (ValueError("Gloo all-reduce failed"), 6),
         (Stopped("no"), 0),
+        (Stopped("no", 75), 75),
     ],
 )
 def test_each_end_has_its_code_and_says_why_on_the_last_line(error, code, capfd):
@@ -31,6 +33,13 @@ def test_each_end_has_its_code_and_says_why_on_the_last_line(error, code, capfd)
         raise error
     assert caught.value.code == code
     assert capfd.readouterr().err == f"train.py: {error}\n"
+
+
+@pytest.mark.parametrize("code", [1, 2, 7, 126, 130, 256, -1])
+def test_a_stopped_run_takes_no_code_that_means_something_else(code):
+    assert [check_stopped_code(free) for free in (0, 8, 75, 125)] == [0, 8, 75, 125]
+    with pytest.raises(ValueError, match=f"`--stopped_code` must be 0 .*; got {code}."):
+        check_stopped_code(code)
 
 
 def test_a_bug_keeps_its_traceback():

@@ -45,6 +45,15 @@ def test_a_signal_is_a_request_and_ends_what_may_be_interrupted():
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_run_that_a_signal_stops_has_the_exit_code_that_was_asked_for():
+    for code in (0, 75):
+        stop = StopSignals(code)
+        with stop, pytest.raises(Stopped) as ended, stop.interruptible():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        assert ended.value.code == stop.stopped().code == code
+
+
 def test_what_is_not_saved_is_known_until_it_is():
     stop = StopSignals()
     assert not stop.has_unsaved_updates
@@ -71,7 +80,7 @@ def test_several_processes_stop_when_their_vote_says_so():
 BUSY = """
 import hashlib
 from rwkv7_jax.runs.process import StopSignals
-with StopSignals():
+with StopSignals({code}):
     print("busy", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000_000)
 """
@@ -79,7 +88,7 @@ with StopSignals():
 
 def test_a_second_interrupt_ends_a_program_that_runs_no_python():
     # Its main thread is inside one call of C, as while it compiles: no signal handler runs there.
-    child = run_python(BUSY)
+    child = run_python(BUSY.format(code=75))
     assert child.stdout.readline() == "busy\n"
     for _ in range(2):
         child.send_signal(signal.SIGINT)
@@ -88,12 +97,13 @@ def test_a_second_interrupt_ends_a_program_that_runs_no_python():
     assert child.returncode == 130 and "left at once" in error
 
 
-def test_a_first_signal_ends_a_program_that_does_not_ask_and_has_nothing_to_save():
-    child = run_python(BUSY)
+@pytest.mark.parametrize("code", [0, 75])
+def test_a_first_signal_ends_a_program_that_does_not_ask_and_has_nothing_to_save(code):
+    child = run_python(BUSY.format(code=code))
     assert child.stdout.readline() == "busy\n"
     child.send_signal(signal.SIGTERM)
     _, error = child.communicate(timeout=30)
-    assert child.returncode == 0
+    assert child.returncode == code
     assert "stopped by" in error and "nothing was left to save" in error
 
 

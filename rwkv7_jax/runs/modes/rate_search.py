@@ -167,6 +167,8 @@ def _search_settings(settings: Settings, plan: SearchPlan) -> Settings:
         keep_every=None,
         keep_best=0,
         profile_steps=None,
+        # What the search finds is copied with the run's other files.
+        backup=None,
         data=dataclasses.replace(settings.data, batch_size=plan.rows),
         optimizer=dataclasses.replace(
             settings.optimizer, warmup_steps=warmup, accumulate=1

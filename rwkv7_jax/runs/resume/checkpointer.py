@@ -23,6 +23,7 @@ from rwkv7_jax.checkpoints.orbax_import import import_orbax
 from rwkv7_jax.runs.early_stopping import Progress, RunProgress, read_progress
 from rwkv7_jax.runs.exit_codes import DiskError, NoValidCheckpoint, warn
 from rwkv7_jax.runs.resume import step_directories
+from rwkv7_jax.runs.resume.backup import Backup
 from rwkv7_jax.runs.resume.checkpoint_record import (
     list_names,
     make_record,
@@ -53,6 +54,7 @@ class SaveJob:
         size: bytes of its arrays.
         best: steps that retention has to keep because of their evaluation.
         error: why the save failed; None while it has not.
+        not_copied: why the copy of a saved step failed; empty while it has not.
         thread: finishes the save; None if it failed before there was a thread.
     """
 
@@ -60,6 +62,7 @@ class SaveJob:
     size: int
     best: tuple[int, ...]
     error: Exception | None = None
+    not_copied: str = ""
     thread: threading.Thread | None = None
 
 
@@ -68,7 +71,7 @@ class Checkpoints(CheckpointStore):
 
     Attributes:
         folder: with the step directories.
-        failure: why the newest save failed; empty if it did not.
+        failure: why the newest save, or its copy, failed; empty if it did not.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Checkpoints(CheckpointStore):
         settings: Settings,
         *,
         protected: Collection[int] = (),
+        backup: Backup | None = None,
     ):
         """Makes the folder and deletes what an ended process left half written.
 
@@ -84,6 +88,7 @@ class Checkpoints(CheckpointStore):
             folder: for the step directories.
             settings: of the run.
             protected: steps that retention leaves alone, because other settings made them.
+            backup: gets a copy of every step.
 
         Raises:
             OSError: it cannot be written.
@@ -92,6 +97,7 @@ class Checkpoints(CheckpointStore):
         self.failure = ""
         self._settings = settings
         self._protected = frozenset(protected)
+        self._backup = backup
         self._newest: int | None = None
         self._job: SaveJob | None = None
         self._orbax: Any = None
@@ -174,6 +180,12 @@ class Checkpoints(CheckpointStore):
         # thread reports it; only there can signals and KeyboardInterrupt occur.
         except Exception as error:
             job.error = error
+            return
+        if self._backup is not None:
+            try:
+                self._backup.copy_steps()
+            except (ValueError, OSError) as error:
+                job.not_copied = f"step {job.step} is saved, but not copied: {error}"
 
     def _make_way(self, step: int) -> None:
         """Moves whatever has this step's name already, such as a stray file, to "bad"."""
@@ -198,7 +210,9 @@ class Checkpoints(CheckpointStore):
             job.thread.join()
         if job.error is None:
             self._newest = job.step
-            self.failure = ""
+            self.failure = job.not_copied
+            if self.failure:
+                warn(f"{self.failure} Training goes on")
         else:
             self._give_up(job)
 

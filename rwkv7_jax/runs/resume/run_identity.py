@@ -32,6 +32,7 @@ MAY_CHANGE_ON_RESUME = (
     "evaluation",
     "sample",
     "workdir",
+    "backup",
 )
 
 

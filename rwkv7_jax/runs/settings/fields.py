@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,9 @@ MOST_COUNT = 2**31 - 1
 # Above these, numbers in float32 overflow before long.
 MOST_RATE = 1e6
 MOST_WEIGHT = 1e9
+
+# A folder in a store: a bucket alone would mix a run with whatever else is there.
+_STORE = re.compile(r"(gs|s3)://[\w.-]+/[^?#\s]+|file:///[^?#\s]+")
 
 _SHOWN_CHARACTERS = 100
 
@@ -128,6 +132,11 @@ def place(default: str | None, *, several: bool = False, target: bool = False) -
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def store() -> Any:
+    """Makes a field that names a folder in an object store; absent by default, spelled ""."""
+    return dataclasses.field(default=None, metadata={"store": True, "absent": ""})
+
+
 def check_field(where: str, value: Any, metadata: Mapping[str, Any]) -> Any:
     """Returns the value of a field once it fits the field's range, choices or kind of place.
 
@@ -145,6 +154,11 @@ def check_field(where: str, value: Any, metadata: Mapping[str, Any]) -> Any:
         return choose(where, metadata["choices"], value)
     if "place" in metadata:
         return _check_place(where, value, metadata)
+    if "store" in metadata and not _STORE.fullmatch(value):
+        raise ValueError(
+            f"`{where}` must be gs://bucket/folder, s3://bucket/folder or file:///folder; got "
+            f"{shown(value)}."
+        )
     if "range" in metadata:
         for one in value if isinstance(value, tuple) else (value,):
             metadata["range"].check(one, where)
@@ -200,6 +214,6 @@ def refuse_remote_target(argument: str, path: str) -> None:
     """
     if is_remote(path):
         raise ValueError(
-            f"`{argument}` must be a folder on this machine; got {path}. Write to a local folder "
-            "and copy it there afterwards, or mount the bucket."
+            f"`{argument}` must be a folder on this machine; got {path}. Write to a local folder; "
+            "train.py copies a run to the store that `config.backup` names."
         )

@@ -25,6 +25,7 @@ from rwkv7_jax.runs.settings.fields import (
     optional,
     place,
     shown,
+    store,
 )
 from rwkv7_jax.runs.settings.test_time import TestTimeSettings
 from rwkv7_jax.tuning.rate_search import RATES
@@ -283,6 +284,8 @@ class Settings:
         profile_steps: "first:last", steps of which a profile is written.
         trackers: where metrics go besides the run's files: "tensorboard", "wandb".
         workdir: eval.py's folder for its report; train.py has it as a flag.
+        backup: object store (gs://, s3:// or file://) for a copy of every checkpoint and of the
+            run's files; a new machine continues from it.
         data, optimizer, tuning, upscaling, decorrelation, observer, test_time, evaluation, sample:
             groups of settings; see their classes.
     """
@@ -311,6 +314,7 @@ class Settings:
     profile_steps: str | None = optional("")
     trackers: tuple[str, ...] = ()
     workdir: str | None = place(None, target=True)
+    backup: str | None = store()
     data: DataSettings = dataclasses.field(default_factory=DataSettings)
     optimizer: OptimizerSettings = dataclasses.field(default_factory=OptimizerSettings)
     tuning: TuningSettings = dataclasses.field(default_factory=TuningSettings)

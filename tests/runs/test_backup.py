@@ -1,0 +1,211 @@
+"""The copy of a run in an object store: a folder behind `file://` stands in for the bucket."""
+
+import json
+import shutil
+
+import pytest
+from saved_steps import IDENTITY, PROGRESS, new_state, train_state
+
+from rwkv7_jax.runs.exit_codes import DiskError
+from rwkv7_jax.runs.resume import backup
+from rwkv7_jax.runs.run_directory import OwnedRunDirectory
+from rwkv7_jax.runs.settings import Settings, read_settings
+
+
+@pytest.fixture(autouse=True)
+def _short_heartbeats(monkeypatch):
+    monkeypatch.setattr(backup, "HEARTBEAT_SECONDS", 0.1)
+
+
+def _settings(bucket, **changes):
+    return Settings(backup=f"file://{bucket}", keep=2, **changes)
+
+
+def _train(workdir, bucket, steps):
+    """Saves steps as a run does; ends as one that finished."""
+    with OwnedRunDirectory(workdir, _settings(bucket)) as folder:
+        train, _ = folder.restore(train_state(0), IDENTITY, new_state)
+        for step in steps:
+            folder.log(step, {"loss_nats": 1.0})
+            folder.checkpoints.save(train_state(step), PROGRESS, IDENTITY)
+            folder.checkpoints.close()
+        (workdir / "state.pth").write_bytes(b"result")
+        return int(train.step)
+
+
+def _restored(workdir, bucket):
+    with OwnedRunDirectory(workdir, _settings(bucket)) as folder:
+        train, _ = folder.restore(train_state(0), IDENTITY, new_state)
+        return int(train.step), [row["step"] for row in folder.rows()]
+
+
+def test_a_fresh_machine_continues_from_the_store_alone(tmp_path):
+    _train(tmp_path / "one", tmp_path / "bucket", [1, 2, 3])
+    assert _restored(tmp_path / "two", tmp_path / "bucket") == (3, [1, 2, 3])
+    assert (tmp_path / "two" / "state.pth").read_bytes() == b"result"
+
+
+def test_the_store_keeps_the_steps_that_the_run_keeps(tmp_path):
+    _train(tmp_path / "one", tmp_path / "bucket", [1, 2, 3])
+    steps = {path.name for path in (tmp_path / "bucket" / "checkpoints").iterdir()}
+    files = {
+        step
+        for step in steps
+        if any(
+            path.is_file()
+            for path in (tmp_path / "bucket" / "checkpoints" / step).rglob("*")
+        )
+    }
+    assert files == {"2", "3"}
+
+
+def test_a_machine_whose_steps_are_older_takes_the_newer_one(tmp_path):
+    _train(tmp_path / "one", tmp_path / "bucket", [1])
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert _train(tmp_path / "two", tmp_path / "bucket", [2]) == 1
+    assert _restored(tmp_path / "one", tmp_path / "bucket") == (2, [1, 2])
+
+
+def test_a_machine_whose_steps_are_newer_keeps_them(tmp_path):
+    _train(tmp_path / "one", tmp_path / "bucket", [1])
+    with OwnedRunDirectory(tmp_path / "one", Settings(keep=2)) as folder:
+        folder.restore(train_state(0), IDENTITY, new_state)
+        folder.checkpoints.save(train_state(5), PROGRESS, IDENTITY)
+        folder.checkpoints.close()
+    assert _restored(tmp_path / "one", tmp_path / "bucket")[0] == 5
+
+
+class _FailingStore:
+    """A store of which the connection ends after some writes."""
+
+    def __init__(self, store, writes):
+        self._store = store
+        self.left = writes
+
+    def write(self, key, *arguments, **named):
+        if key != backup.LOCK:
+            self.left -= 1
+            if self.left < 0:
+                raise ValueError("UNAVAILABLE: the connection was lost")
+        return self._store.write(key, *arguments, **named)
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+
+@pytest.mark.slow
+def test_a_copy_that_ends_after_any_write_leaves_a_whole_step(tmp_path, monkeypatch):
+    _train(tmp_path / "one", tmp_path / "before", [1])
+    opened = backup._open
+    for writes in range(0, 60, 3):
+        bucket = tmp_path / f"bucket{writes}"
+        shutil.copytree(tmp_path / "before", bucket)
+        workdir = tmp_path / f"run{writes}"
+        shutil.copytree(tmp_path / "one", workdir)
+        stores = []
+
+        def failing(url, writes=writes, stores=stores):
+            stores.append(_FailingStore(opened(url), writes))
+            return stores[-1]
+
+        monkeypatch.setattr(backup, "_open", failing)
+        whole = False
+        try:
+            _train(workdir, bucket, [2])
+            whole = True
+        except DiskError as error:
+            assert "the connection was lost" in str(error)
+            assert "`config.backup` file://" in str(error)
+        monkeypatch.setattr(backup, "_open", opened)
+        step, _ = _restored(tmp_path / f"fresh{writes}", bucket)
+        assert step == 2 if whole else step in (1, 2)
+        if whole:
+            break
+    assert whole
+    assert writes > 8
+
+
+def test_a_damaged_step_of_the_store_is_passed_over_for_an_older_one(tmp_path, capfd):
+    bucket = tmp_path / "bucket"
+    _train(tmp_path / "one", bucket, [1, 2])
+    files = (bucket / "checkpoints" / "2").rglob("*")
+    largest = max(
+        (path for path in files if path.is_file()), key=lambda p: p.stat().st_size
+    )
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    assert _restored(tmp_path / "two", bucket)[0] == 1
+    assert f"step 2 in file://{bucket} is damaged" in capfd.readouterr().err
+
+
+def test_a_store_that_a_living_process_writes_to_is_refused(tmp_path, capfd):
+    bucket = tmp_path / "bucket"
+    with OwnedRunDirectory(tmp_path / "one", _settings(bucket)):
+        with pytest.raises(
+            ValueError, match=r"`config\.backup` .* is in use by process"
+        ):
+            OwnedRunDirectory(tmp_path / "two", _settings(bucket))
+    # Released: nothing to wait for.
+    capfd.readouterr()
+    with OwnedRunDirectory(tmp_path / "two", _settings(bucket)):
+        assert "waiting" not in capfd.readouterr().out
+
+
+def test_a_process_that_was_displaced_copies_nothing_any_more(tmp_path):
+    bucket = tmp_path / "bucket"
+    copy = backup.Backup(f"file://{bucket}", tmp_path / "one")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "metrics.jsonl").write_text("{}\n")
+    # The process was away for longer than others wait.
+    copy._released.set()
+    other = backup.Backup(f"file://{bucket}", tmp_path / "two")
+    copy._released.clear()
+    copy._beat()
+    with pytest.raises(DiskError, match="another process has taken it over"):
+        copy.copy_files()
+    assert not (bucket / "metrics.jsonl").exists()
+    other.release()
+
+
+def test_keys_that_leave_the_folder_are_not_fetched(tmp_path):
+    for key in ("../x", "/etc/x", "a/../../x", "run.lock", ".a.b", "checkpoints/1/x"):
+        assert not backup._is_copied(key)
+    assert backup._is_copied("rate_search/metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "gs://bucket",
+        "bucket/run",
+        "https://x/y",
+        "file://host/x",
+        "/tmp/x",
+        "gs://b/ x",
+    ],
+)
+def test_what_is_no_folder_of_a_store_is_refused(url):
+    with pytest.raises(
+        ValueError, match=r"`config\.backup` must be gs://bucket/folder"
+    ):
+        read_settings({"backup": url})
+
+
+def test_a_store_inside_the_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must lie outside the run's folder"):
+        OwnedRunDirectory(tmp_path, _settings(tmp_path / "inner"))
+
+
+def test_a_store_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        DiskError, match=r"`config\.backup` file://.* cannot be read or"
+    ):
+        OwnedRunDirectory(tmp_path / "run", _settings(tmp_path / "file"))
+
+
+def test_the_lock_names_its_holder(tmp_path):
+    with OwnedRunDirectory(tmp_path / "one", _settings(tmp_path / "bucket")):
+        holder = json.loads((tmp_path / "bucket" / "run.lock").read_text())
+        assert holder["pid"]
