@@ -17,7 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rwkv7_jax.array_types import Lengths, Params, Tokens
 from rwkv7_jax.generation import sampling
+from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import RWKV7State, where_rows
+from rwkv7_jax.model.unrolled import join_states, read_token, split_params, split_state
 
 # Values of `DecodeState.status`.
 RUNNING = 0
@@ -30,12 +32,27 @@ NO_TOKEN = -1
 # Width of the narrowest program that reads known tokens; wider ones are powers of two.
 _NARROWEST = 16
 
+# The narrowest buffer of generated tokens.
+_SMALLEST_BLOCK = 8
+
+
+class KnownTokens(NamedTuple):
+    """A token that each row reads instead of one that it generates.
+
+    Attributes:
+        tokens: [B].
+        live: [B], rows that read theirs.
+    """
+
+    tokens: Array | np.ndarray
+    live: Array | np.ndarray
+
 
 class DecodeState(NamedTuple):
     """A batch in the middle of generating.
 
     Attributes:
-        state: memory that has read every token that was kept.
+        state: memory that has read every token that was kept; inside of `decode` one entry a layer.
         logits: [B V] float32, for the token that comes next.
         status: [B], RUNNING, STOPPED, or BROKEN when the logits held a NaN or an infinity.
         stop_tokens: [B] int32, the stop id that ended the row, or NO_TOKEN.
@@ -43,7 +60,7 @@ class DecodeState(NamedTuple):
         step: tokens generated so far, the same for every running row.
     """
 
-    state: RWKV7State
+    state: Any
     logits: Array
     status: Array
     stop_tokens: Array
@@ -65,46 +82,50 @@ class DecodeState(NamedTuple):
 
     def advance(
         self,
-        model: nn.Module,
+        config: RWKV7Config,
         params: Params,
         *,
+        known: KnownTokens,
+        is_known: Bool[Array, ""],
         keys: Array,
         options: sampling.SamplingParams,
     ) -> tuple["DecodeState", Int[Array, " B"], Bool[Array, " B"]]:
-        """Samples one token a row; returns the next state, the tokens and which rows keep theirs.
+        """Reads one token a row, sampled or known; `state` is that of `split_state` here.
 
-        A row that stops here keeps the state and the logits it had.
+        A row that stops here keeps the state and the logits it had. Known tokens stop no row and
+        count for no penalty.
+
+        Returns:
+            The next state, the tokens, and which rows have read theirs.
         """
         logits = sampling.apply_penalties(self.logits, self.occurrences, options)
         # By the step and not by splitting: a row's draws do not depend on the length of a block.
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, self.step)
-        tokens = sampling.sample(step_keys, logits, options)
-        is_stop = jnp.asarray(options.stops)[tokens]
+        sampled = sampling.sample(step_keys, logits, options)
+        is_stop = jnp.asarray(options.stops)[sampled]
         # A maximum is finite exactly if nothing is NaN and not all logits are infinite.
         finite = jnp.isfinite(jnp.max(self.logits, axis=-1))
         sampled_status = jnp.where(is_stop, STOPPED, RUNNING)
         sampled_status = jnp.where(finite, sampled_status, BROKEN)
         # Rows that have ended still compute, since shapes are fixed, but nothing of theirs changes.
-        running = self.status == RUNNING
+        running = (self.status == RUNNING) & ~is_known
         status = jnp.where(running, sampled_status, self.status)
-        live = status == RUNNING
-        state, next_logits = _decode_one(
-            model,
-            params,
-            self.state,
-            logits=self.logits,
-            tokens=tokens,
-            live=live,
+        tokens = jnp.where(is_known, known.tokens, sampled)
+        live = jnp.where(is_known, known.live, status == RUNNING)
+        next_logits, state = read_token(
+            config, params, self.state, tokens=tokens, live=live
         )
         following = DecodeState(
             state=state,
-            logits=next_logits,
+            logits=jnp.where(live[:, None], next_logits, self.logits),
             status=status,
             stop_tokens=jnp.where(
                 running & (status == STOPPED), tokens, self.stop_tokens
             ),
-            occurrences=sampling.count(self.occurrences, tokens, options),
-            step=self.step + 1,
+            occurrences=sampling.count(
+                self.occurrences, tokens, options, counted=~is_known
+            ),
+            step=self.step + jnp.where(is_known, 0, 1),
         )
         return following, tokens, live
 
@@ -138,89 +159,67 @@ def prefill(
     return outputs[1]
 
 
-def _decode_one(
-    model,
-    params,
-    state,
-    *,
-    logits,
-    tokens,
-    live,
-) -> tuple[RWKV7State, Array]:
-    # A row of length 0 keeps its state.
-    lengths = live.astype(jnp.int32)
-    outputs: Any = model.apply({"params": params}, tokens[:, None], state, lengths)
-    next_logits, state = outputs
-    return state, jnp.where(live[:, None], next_logits[:, 0], logits)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def decode_one(
-    model: nn.Module,
-    params: Params,
-    state: RWKV7State,
-    *,
-    logits: Float[Array, "B V"],
-    tokens: Int[Array, " B"],
-    live: Bool[Array, " B"],
-) -> tuple[RWKV7State, Float[Array, "B V"]]:
-    """Reads one token in the live rows; state and logits of the other rows do not change."""
-    return _decode_one(
-        model,
-        params,
-        state,
-        logits=logits,
-        tokens=tokens,
-        live=live,
-    )
-
-
 @functools.partial(jax.jit, static_argnums=0, static_argnames="capacity")
 def decode(
     model: nn.Module,
     params: Params,
     run: DecodeState,
     *,
+    known: KnownTokens,
     keys: Array,
     options: sampling.SamplingParams,
     limit: Int[Array, ""],
     capacity: int,
 ) -> tuple[DecodeState, Int[Array, "B C"], Int[Array, " B"]]:
-    """Generates up to `limit` tokens in one program on the device.
+    """Reads known tokens, then generates up to `limit`, in one program on the device.
 
     It ends early when every row has stopped. A row that stops keeps the state and the logits it
     had: neither the token that stopped it nor any later one is read.
 
     Args:
         model: static.
-        params: the weights.
+        params: the weights, from `split_params`.
         run: the state to continue.
+        known: a token for each row before those that are generated.
         keys: [B], one for each row; token number t uses the key folded with t.
         options: how to sample.
         limit: tokens to generate, at most `capacity`.
         capacity: width of the returned tokens, static.
 
     Returns:
-        The state afterwards, the tokens, and how many of each row's tokens are kept.
+        The state afterwards, the generated tokens, and how many of each row's are kept.
     """
     # The batch's size is known when the program is traced; only `limit` is not.
     batch = run.logits.shape[0]
 
     def unfinished(loop):
         run, _, _, index = loop
-        return (index < limit) & jnp.any(run.status == RUNNING)
+        return (index < 0) | ((index < limit) & jnp.any(run.status == RUNNING))
 
     def one_token(loop):
         run, tokens, lengths, index = loop
-        run, sampled, live = run.advance(model, params, keys=keys, options=options)
-        tokens = tokens.at[:, index].set(jnp.where(live, sampled, 0))
+        is_known = index < 0
+        run, read, live = run.advance(
+            model.config,
+            params,
+            known=known,
+            is_known=is_known,
+            keys=keys,
+            options=options,
+        )
+        live = live & ~is_known
+        # For known tokens this is the last column, which stays zero.
+        tokens = tokens.at[:, index].set(jnp.where(live, read, 0))
         return run, tokens, lengths + live.astype(jnp.int32), index + 1
 
     no_tokens = jnp.zeros((batch, capacity), jnp.int32)
     no_lengths = jnp.zeros(batch, jnp.int32)
-    loop = (run, no_tokens, no_lengths, jnp.zeros((), jnp.int32))
+    # Known tokens are read by the same loop's body as sampled ones: another would be compiled too.
+    first = jnp.where(jnp.any(known.live), -1, 0)
+    run = run._replace(state=split_state(run.state))
+    loop = (run, no_tokens, no_lengths, first)
     run, tokens, lengths, _ = jax.lax.while_loop(unfinished, one_token, loop)
-    return run, tokens, lengths
+    return run._replace(state=join_states(run.state)), tokens, lengths
 
 
 class Decoder:
@@ -228,6 +227,9 @@ class Decoder:
 
     They are not fields of `DecodeState`: a compiled loop returns everything it carries, so the
     weights would be copied.
+
+    Attributes:
+        block: tokens that one call of `decode` generates at most.
     """
 
     def __init__(
@@ -237,17 +239,21 @@ class Decoder:
         *,
         keys: Array,
         options: sampling.SamplingParams,
+        block: int,
     ):
-        """Binds what every program of one call needs.
+        """Binds what every program of one call needs, and splits the weights by layers.
 
         Args:
             model: static.
             params: the weights.
             keys: [B] typed random keys.
             options: how to sample.
+            block: tokens that one call of `decode` generates at most.
         """
+        self.block = block
         self._model = model
         self._params = params
+        self._layers = split_params(params)
         self._keys = keys
         self._options = options
 
@@ -277,32 +283,28 @@ class Decoder:
             )
         # An empty row gets a token too, which `live` keeps it from reading.
         last_tokens = np.array([row[-1] if row else 0 for row in rows], np.int32)
-        state, logits = decode_one(
-            self._model,
-            self._params,
-            state,
-            logits=run.logits,
-            tokens=last_tokens,
-            live=lengths > 0,
-        )
-        return run._replace(state=state, logits=logits)
+        known = KnownTokens(last_tokens, lengths > 0)
+        return self._decode(run._replace(state=state), known, limit=0)[0]
 
     def decode(
-        self,
-        run: DecodeState,
-        *,
-        limit: int,
-        capacity: int,
+        self, run: DecodeState, *, limit: int
     ) -> tuple[DecodeState, Int[Array, "B C"], Int[Array, " B"]]:
-        """Generates up to `limit` tokens, as the function `decode` does."""
+        """Generates up to `limit` tokens, at most a block, as the function `decode` does."""
+        batch = run.logits.shape[0]
+        none = KnownTokens(np.zeros(batch, np.int32), np.zeros(batch, bool))
+        return self._decode(run, none, limit=limit)
+
+    def _decode(self, run: DecodeState, known: KnownTokens, *, limit: int):
         return decode(
             self._model,
-            self._params,
+            self._layers,
             run,
+            known=known,
             keys=self._keys,
             options=self._options,
             limit=np.int32(limit),
-            capacity=capacity,
+            # A power of two, so that few widths are ever compiled.
+            capacity=power_of_two(max(self.block, _SMALLEST_BLOCK)),
         )
 
 

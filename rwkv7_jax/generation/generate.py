@@ -23,7 +23,12 @@ from rwkv7_jax.checks import (
 )
 from rwkv7_jax.generation import sampling
 from rwkv7_jax.generation.decode_loop import Decoder, DecodeState
-from rwkv7_jax.generation.streaming import Ending, RowText, decode_with_stop_strings
+from rwkv7_jax.generation.streaming import (
+    Ending,
+    RowText,
+    block_size,
+    decode_with_stop_strings,
+)
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state, repeat
 from rwkv7_jax.text.detokenizer import Vocabulary, check_stop_strings
@@ -146,7 +151,8 @@ def generate(
         check_params(params, model.config)
     # Before the first program runs: see `commit_like`.
     start = commit_like((params, state, logits), start)
-    decoder = Decoder(model, params, keys=keys, options=options)
+    block = block_size(tokens, watched=bool(stop_strings or on_text))
+    decoder = Decoder(model, params, keys=keys, options=options, block=block)
     # The same call reads the prompts here and, after a stop string, the tokens that a row keeps.
     start = decoder.read(start, rows, chunk=prefill_chunk)
     row_texts = [RowText(tokenizer, stop_strings) for _ in rows]
@@ -155,7 +161,6 @@ def generate(
         start,
         row_texts,
         total=tokens,
-        watched=bool(stop_strings or on_text),
         on_text=on_text or _ignore_text,
     )
     return _generation(run, row_texts, spelled=tokenizer is not None)

@@ -163,16 +163,22 @@ def no_occurrences(batch: int, vocab_size: int) -> Occurrences:
 
 
 def count(
-    occurrences: Occurrences, tokens: Int[Array, " B"], options: SamplingParams
+    occurrences: Occurrences,
+    tokens: Int[Array, " B"],
+    options: SamplingParams,
+    *,
+    counted: Bool[Array, ""] | bool = True,
 ) -> Occurrences:
-    """Decays all counts, then adds the weight of each row's token."""
+    """Decays all counts, then adds the weight of each row's token; nothing unless `counted`."""
     rows = jnp.arange(tokens.shape[0])
     weights = jnp.asarray(options.weights)[tokens]
-    decayed = occurrences.counts * options.penalty_decay
+    decayed = occurrences.counts * jnp.where(counted, options.penalty_decay, 1)
+    # An update beyond the vocabulary is dropped. A select would copy the counts at every token.
+    tokens = jnp.where(counted, tokens, occurrences.counts.shape[1])
     return Occurrences(
         # Exempt ids are seen too: the presence penalty applies to them.
-        seen=occurrences.seen.at[rows, tokens].set(True),
-        counts=decayed.at[rows, tokens].add(weights),
+        seen=occurrences.seen.at[rows, tokens].set(True, mode="drop"),
+        counts=decayed.at[rows, tokens].add(weights, mode="drop"),
     )
 
 

@@ -11,7 +11,6 @@ from rwkv7_jax.generation.decode_loop import (
     STOPPED,
     Decoder,
     DecodeState,
-    power_of_two,
 )
 from rwkv7_jax.text.detokenizer import (
     StreamingDetokenizer,
@@ -90,13 +89,23 @@ class _Snapshot(NamedTuple):
     run: DecodeState
 
 
+def block_size(total: int, *, watched: bool) -> int:
+    """Returns the number of tokens that are generated between two looks of the host.
+
+    Args:
+        total: tokens a row at most.
+        watched: the host looks at the tokens every few steps; otherwise once, at the end.
+    """
+    # A larger block costs tokens that a stop string cuts off again, a smaller one costs waiting.
+    return min(_BLOCK, total) if watched else total
+
+
 def decode_with_stop_strings(
     decoder: Decoder,
     run: DecodeState,
     rows: list[RowText],
     *,
     total: int,
-    watched: bool,
     on_text: OnText,
 ) -> DecodeState:
     """Decodes until all rows have ended; `rows` take their tokens, text and endings.
@@ -108,22 +117,17 @@ def decode_with_stop_strings(
         run: where to start.
         rows: one for each row of the batch, fresh.
         total: tokens a row at most.
-        watched: the host looks at the tokens every few steps; otherwise once, at the end.
         on_text: called with every piece of certain text and its row.
 
     Raises:
         ValueError: the model's logits are not finite.
     """
-    # A larger block costs tokens that a stop string cuts off again, a smaller one costs waiting.
-    block = min(_BLOCK, total) if watched else total
-    # A power of two above the block, so that few widths are ever compiled.
-    capacity = power_of_two(max(block, _BLOCK))
     snapshots: list[_Snapshot] = []
     done = 0
     while done < total and not all(row.ended for row in rows):
         snapshots.append(_Snapshot(done, run))
-        limit = min(block, total - done)
-        run, tokens, lengths = decoder.decode(run, limit=limit, capacity=capacity)
+        limit = min(decoder.block, total - done)
+        run, tokens, lengths = decoder.decode(run, limit=limit)
         done += limit
         cut = _append(rows, run, tokens, lengths, on_text=on_text)
         if cut.any():

@@ -1,18 +1,24 @@
 """The arithmetic of the model outside the recurrence, as pure functions."""
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels import platforms
 from rwkv7_jax.array_types import Activations, Heads, Lengths, Tokens
 from rwkv7_jax.checks import as_array, check_lengths, is_traced
 from rwkv7_jax.model.int8_weights import Int8Matrix, Weight
 
 # The largest decay rate: w = exp(-DECAY_RATE * sigmoid(z)) stays above 0.5452.
 DECAY_RATE = 0.6065306597126334  # exp(-1/2)
+
+# Up to so many rows, reading a weight takes longer than multiplying by it.
+_MOST_ROWS = 64
 
 # The length by which shorter heads are divided instead of by their own.
 _SHORTEST_HEAD = 1e-12
@@ -50,8 +56,7 @@ def linear(
     """Computes x W^T in x's dtype; float32 means float32 on every device."""
     if isinstance(weight, Int8Matrix):
         return _int8_product(x, weight, x.dtype)
-    weight = weight.astype(x.dtype)
-    return jnp.einsum("...i,oi->...o", x, weight, precision=precision(x.dtype))
+    return _product(x, weight.astype(x.dtype)).astype(x.dtype)
 
 
 def project(
@@ -59,8 +64,13 @@ def project(
     weight: Float[Array, "I O"],
 ) -> Float[Array, "... O"]:
     """Computes x W in x's dtype, for the low-rank matrices, which act from the right."""
-    weight = weight.astype(x.dtype)
-    return jnp.matmul(x, weight, precision=precision(x.dtype))
+    product = jnp.matmul(
+        x,
+        weight.astype(x.dtype),
+        precision=precision(x.dtype),
+        preferred_element_type=_sum_dtype(x),
+    )
+    return product.astype(x.dtype)
 
 
 # Only the integers are stored for the backward pass. Left alone, the gradient of a scan over layers
@@ -74,14 +84,50 @@ def _int8_product(x: Float[Array, "... I"], weight: Int8Matrix, dtype) -> Array:
         weight: one matrix.
         dtype: of the product and of the result.
     """
-    product = jnp.einsum(
-        "...i,oi->...o",
-        x,
-        weight.values.astype(x.dtype),
-        precision=precision(x.dtype),
-        preferred_element_type=dtype,
-    ).astype(jnp.float32)
+    product = _product(x, weight.values.astype(x.dtype), dtype).astype(jnp.float32)
     return (product * per_channel(weight.scale, product)).astype(dtype)
+
+
+def _product(
+    x: Float[Array, "... I"], weight: Float[Array, "O I"], dtype=None
+) -> Float[Array, "... O"]:
+    """Computes x W^T.
+
+    Args:
+        x: rows.
+        weight: of x's dtype.
+        dtype: of the result; by default the one that few rows are summed in, or x's.
+    """
+    product = functools.partial(
+        jnp.einsum,
+        precision=precision(x.dtype),
+        preferred_element_type=_sum_dtype(x) or dtype,
+    )
+    if _is_step(x) and _rows(x) > 1 and platforms.target_platform() == "cpu":
+        turned = product("oi,bi->ob", weight, x.reshape(-1, x.shape[-1]))
+        # XLA would turn the product back, and then copy all of the weights into another order.
+        turned = jax.lax.optimization_barrier(turned)
+        return turned.T.reshape(*x.shape[:-1], weight.shape[0])
+    return product("...i,oi->...o", x, weight)
+
+
+def _rows(x: Array) -> int:
+    return math.prod(x.shape[:-1])
+
+
+def _is_step(x: Array) -> bool:
+    """Tells whether x [... T I] is one token of each of a few rows, as decoding reads it."""
+    return x.ndim > 1 and x.shape[-2] == 1 and _rows(x) <= _MOST_ROWS
+
+
+def _sum_dtype(x: Array) -> DTypeLike | None:
+    """Returns the dtype to sum 16-bit products of a step in; None leaves it to the compiler.
+
+    For GPUs, XLA makes a product with one row of multiplications, whose results it would round to
+    16 bits before the sum. Products with many rows are summed in float32 anyway; asked for it, the
+    gradient would multiply float32 by 16 bits.
+    """
+    return jnp.float32 if jnp.dtype(x.dtype).itemsize < 4 and _is_step(x) else None
 
 
 def precision(dtype) -> str:
@@ -200,10 +246,4 @@ def head_logits(
     wide = jnp.promote_types(x.dtype, jnp.float32)
     if isinstance(weight, Int8Matrix):
         return _int8_product(x, weight, wide)
-    return jnp.einsum(
-        "...d,vd->...v",
-        x,
-        weight.astype(x.dtype),
-        precision=precision(x.dtype),
-        preferred_element_type=wide,
-    )
+    return _product(x, weight.astype(x.dtype), wide)

@@ -92,7 +92,7 @@ def test_tokens_and_mask_are_the_rows_and_the_budget_counts_each_prompt_once(par
 
 
 def test_a_key_decides_and_nothing_compiles_again(params, endless):
-    programs = decoding.decode, decoding.prefill, decoding.decode_one
+    programs = decoding.decode, decoding.prefill
     before = [program._cache_size() for program in programs]
     again, other = (draw(params, stop_ids=(), key=jax.random.key(k)) for k in (4, 5))
     assert again.completions == endless.completions != other.completions

@@ -1,0 +1,108 @@
+"""One token through layers that each have arrays of their own, as decoding reads them.
+
+The model scans over stacked weights, which keeps programs small. Token by token that costs: XLA
+copies each layer's weights out of the stack before a product can read them (on CPUs always, on
+GPUs where the product is a library's), and joins the layers' states to a new stack every time.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rwkv7_jax.array_types import Params
+from rwkv7_jax.model.block import Block, Norm
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.rwkv7 import Embedding, Head
+from rwkv7_jax.model.state import LayerState, RWKV7State, layer_states
+
+# One entry a layer.
+LayerStates = tuple[LayerState, ...]
+
+
+def split_params(params: Params) -> Params:
+    """Copies each layer's weights out of the stack: "layer_1" and so on in place of "layers".
+
+    All other arrays are those of `params`, not copies.
+    """
+    split = {name: node for name, node in params.items() if name != "layers"}
+    if "layers" in params:
+        count = len(jax.tree.leaves(params["layers"])[0])
+        for index in range(count):
+            split[f"layer_{index + 1}"] = _copy_layer(params["layers"], index)
+    return split
+
+
+# The index is traced: one program with an output for each weight of each layer compiles for
+# seconds.
+@jax.jit
+def _copy_layer(stack: Params, index: Int[Array, ""]) -> Params:
+    return jax.tree.map(
+        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack
+    )
+
+
+def split_state(state: RWKV7State) -> LayerStates:
+    """Takes a state apart, one entry a layer."""
+    stacked = layer_states(state)
+    layers = []
+    for index in range(state.wkv.shape[0]):
+        layers.append(jax.tree.map(lambda leaf, at=index: leaf[at], stacked))
+    return tuple(layers)
+
+
+def join_states(layers: LayerStates) -> RWKV7State:
+    """Inverts `split_state`."""
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    return RWKV7State(**stacked._asdict())
+
+
+def read_token(
+    config: RWKV7Config,
+    params: Params,
+    layers: LayerStates,
+    *,
+    tokens: Int[Array, " B"],
+    live: Bool[Array, " B"],
+) -> tuple[Float[Array, "B V"], LayerStates]:
+    """Computes the next token's logits and the states after one token; the model's own numbers.
+
+    Args:
+        config: of the model.
+        params: from `split_params`.
+        layers: from `split_state`.
+        tokens: one id a row.
+        live: rows that read theirs; the states of the others do not change.
+    """
+
+    def run(module, name: str, *arguments: Any) -> Any:
+        return module.apply({"params": params[name]}, *arguments)
+
+    # A row of length 0 keeps its state.
+    lengths = live.astype(jnp.int32)
+    x = run(Embedding(config), "emb", tokens[:, None]).astype(config.dtype)
+    x = run(Norm(config), "ln0", x)
+    v_first = None
+    after = []
+    for index, state in enumerate(layers):
+        block = Block(config, index == 0, ())
+        x, (memories, values, _) = run(
+            block, f"layer_{index}", x, state, index, v_first, lengths
+        )
+        if index == 0:
+            v_first = values
+        upscaled = state.upscaled
+        # A static memory comes back as None.
+        if upscaled is not None and memories.memory is not None:
+            upscaled = upscaled.replace(memory=memories.memory)
+        after.append(
+            LayerState(
+                att_shift=memories.att_shift,
+                wkv=memories.wkv,
+                ffn_shift=memories.ffn_shift,
+                upscaled=upscaled,
+            )
+        )
+    x = run(Norm(config), "ln_out", x)
+    return run(Head(config), "head", x)[:, 0], tuple(after)

@@ -1,0 +1,142 @@
+"""Layers with arrays of their own compute what the scan over stacked weights computes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+import upscaled_states
+from tolerances import SAME, assert_close
+
+from rwkv7_jax.model import layers
+from rwkv7_jax.model.int8_weights import quantize
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import DYNAMICS
+from rwkv7_jax.model.unrolled import join_states, read_token, split_params, split_state
+
+CONFIG = tiny_models.SCANNED
+TOKENS = np.array([3, 0, 28], np.int32)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny_models.lively(CONFIG)
+
+
+def both_forms(config, params, state, tokens, live):
+    """Logits and state of the model's call, and of the same token layer by layer."""
+
+    @jax.jit
+    def scanned(params, state):
+        model = RWKV7(config)
+        logits, after = model.apply(
+            {"params": params}, tokens[:, None], state, live.astype(np.int32)
+        )
+        return logits[:, 0], after
+
+    @jax.jit
+    def unrolled(split, state):
+        logits, after = read_token(
+            config,
+            split,
+            split_state(state),
+            tokens=jnp.asarray(tokens),
+            live=jnp.asarray(live),
+        )
+        return logits, join_states(after)
+
+    return scanned(params, state), unrolled(split_params(params), state)
+
+
+def assert_same(found, expected):
+    jax.tree.map(lambda a, b: assert_close(a, b, SAME["model"]), found, expected)
+
+
+def rows(batch):
+    return TOKENS[:batch], np.ones(batch, bool)
+
+
+def test_one_row_has_the_same_bits(params):
+    state = tiny_models.random_state(CONFIG)
+    expected, found = both_forms(CONFIG, params, state, *rows(1))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_one_row_of_8_bit_weights_has_the_same_bits(params):
+    state = tiny_models.random_state(CONFIG)
+    expected, found = both_forms(CONFIG, quantize(params), state, *rows(1))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_model_of_one_layer_has_no_stack():
+    params = tiny_models.lively(tiny_models.QUICK)
+    state = tiny_models.random_state(tiny_models.QUICK)
+    expected, found = both_forms(tiny_models.QUICK, params, state, *rows(1))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_rows_that_do_not_read_keep_their_state(params):
+    state = tiny_models.random_state(CONFIG, batch=3)
+    live = np.array([True, False, True])
+    expected, found = both_forms(CONFIG, params, state, TOKENS, live)
+    assert_same((found[0][live], found[1]), (expected[0][live], expected[1]))
+    np.testing.assert_array_equal(found[1].wkv[:, 1], state.wkv[:, 1])
+
+
+@pytest.mark.parametrize("dynamics", DYNAMICS)
+def test_upscaled_memories_are_read_and_written(params, dynamics):
+    state = upscaled_states.filled(upscaled_states.empty_state(CONFIG, dynamics))
+    expected, found = both_forms(CONFIG, params, state, *rows(1))
+    assert_same(found, expected)
+
+
+def test_splitting_and_joining_a_state_changes_nothing():
+    state = tiny_models.random_state(CONFIG, batch=2)
+    jax.tree.map(np.testing.assert_array_equal, join_states(split_state(state)), state)
+
+
+def test_a_token_and_a_prompt_sum_16_bit_products_in_float32(params):
+    """XLA for GPUs rounds the products of a single row to 16 bits unless it is told otherwise."""
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    tokens, live = rows(1)
+    state = tiny_models.random_state(config)
+    for weights in (params, quantize(params)):
+        step = jax.jit(
+            lambda split, state: read_token(
+                config,
+                split,
+                split_state(state),
+                tokens=jnp.asarray(tokens),
+                live=jnp.asarray(live),
+            )
+        )
+        text = step.trace(split_params(weights), state).lower(
+            lowering_platforms=("cuda",)
+        )
+        products = [
+            line for line in text.as_text().splitlines() if "dot_general" in line
+        ]
+        assert len(products) > 10 * CONFIG.num_layers
+        for line in products:
+            assert line.rstrip().endswith("xf32>"), line
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 64, 65])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_products_of_few_rows_and_their_gradients_are_those_of_numpy(count, dtype):
+    random = np.random.default_rng(count)
+    # Small integers are exact in 16 bits, and so are their sums in float32.
+    x = random.integers(-3, 4, (count, 1, 24)).astype(np.float32)
+    weight = random.integers(-3, 4, (16, 24)).astype(np.float32)
+    cotangent = random.integers(-1, 2, (count, 1, 16)).astype(np.float32)
+
+    def product(x, weight):
+        return layers.head_logits(x.astype(dtype), weight)
+
+    found, pull_back = jax.vjp(jax.jit(product), jnp.asarray(x), jnp.asarray(weight))
+    np.testing.assert_array_equal(found, x @ weight.T)
+    dx, dweight = pull_back(jnp.asarray(cotangent))
+    np.testing.assert_array_equal(dx, cotangent @ weight)
+    np.testing.assert_array_equal(dweight, cotangent[:, 0].T @ x[:, 0])
