@@ -1,28 +1,39 @@
-"""RWKV-7 in JAX, with a first-class state that can be tuned, observed, saved and served."""
+"""RWKV-7 in JAX, with a first-class state that can be tuned, observed, saved and served.
 
-from rwkv7_jax import data
-from rwkv7_jax.checkpoints.model_files import load_model, save_model
-from rwkv7_jax.checkpoints.state_files import load_state, save_state
-from rwkv7_jax.evaluation.scoring import score
-from rwkv7_jax.generation.generate import generate
-from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import (
-    RWKV7State,
-    check_state,
-    init_state,
-    repeat,
-    select,
-    stack,
-)
-from rwkv7_jax.optim.decorrelation import decorrelate
-from rwkv7_jax.optim.optimizer import build_optimizer
-from rwkv7_jax.text.tokenizer import Tokenizer
-from rwkv7_jax.training.losses import pretrain_loss
-from rwkv7_jax.training.train_step import TrainState, make_eval_step, make_train_step
-from rwkv7_jax.tuning.state_arithmetic import scaled
-from rwkv7_jax.tuning.state_tuning import state_loss
-from rwkv7_jax.tuning.upscaling import upscale
+A name is loaded when it is first used: importing this package imports neither JAX nor itself.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rwkv7_jax import data
+    from rwkv7_jax.checkpoints.model_files import load_model, save_model
+    from rwkv7_jax.checkpoints.state_files import load_state, save_state
+    from rwkv7_jax.evaluation.scoring import score
+    from rwkv7_jax.generation.generate import generate
+    from rwkv7_jax.model.config import RWKV7Config
+    from rwkv7_jax.model.rwkv7 import RWKV7
+    from rwkv7_jax.model.state import (
+        RWKV7State,
+        check_state,
+        init_state,
+        repeat,
+        select,
+        stack,
+    )
+    from rwkv7_jax.optim.decorrelation import decorrelate
+    from rwkv7_jax.optim.optimizer import build_optimizer
+    from rwkv7_jax.text.tokenizer import Tokenizer
+    from rwkv7_jax.training.losses import pretrain_loss
+    from rwkv7_jax.training.train_step import (
+        TrainState,
+        make_eval_step,
+        make_train_step,
+    )
+    from rwkv7_jax.tuning.state_arithmetic import scaled
+    from rwkv7_jax.tuning.state_tuning import state_loss
+    from rwkv7_jax.tuning.upscaling import upscale
 
 __all__ = [
     "RWKV7",
@@ -51,3 +62,58 @@ __all__ = [
     "state_loss",
     "upscale",
 ]
+
+# Where the names are, as type checkers read it above.
+_MODULES = {
+    "RWKV7": "model.rwkv7",
+    "RWKV7Config": "model.config",
+    "RWKV7State": "model.state",
+    "Tokenizer": "text.tokenizer",
+    "TrainState": "training.train_step",
+    "build_optimizer": "optim.optimizer",
+    "check_state": "model.state",
+    "decorrelate": "optim.decorrelation",
+    "generate": "generation.generate",
+    "init_state": "model.state",
+    "load_model": "checkpoints.model_files",
+    "load_state": "checkpoints.state_files",
+    "make_eval_step": "training.train_step",
+    "make_train_step": "training.train_step",
+    "pretrain_loss": "training.losses",
+    "repeat": "model.state",
+    "save_model": "checkpoints.model_files",
+    "save_state": "checkpoints.state_files",
+    "scaled": "tuning.state_arithmetic",
+    "score": "evaluation.scoring",
+    "select": "model.state",
+    "stack": "model.state",
+    "state_loss": "tuning.state_tuning",
+    "upscale": "tuning.upscaling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name, or a room such as `model`.
+
+    Raises:
+        AttributeError: there is neither.
+    """
+    if name in _MODULES:
+        module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+        value = getattr(module, name)
+        # Found without this function from now on.
+        globals()[name] = value
+        return value
+    path = f"{__name__}.{name}"
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        # A package that a room needs and that is not installed is another error.
+        if error.name != path:
+            raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Lists the public names too, loaded or not."""
+    return sorted({*globals(), *__all__})

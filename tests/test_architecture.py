@@ -92,10 +92,38 @@ def test_the_front_door_has_at_most_25_names_and_all_exist():
         assert inspect.getdoc(getattr(rwkv7_jax, name)), f"{name} has no docstring."
 
 
+def test_names_of_the_front_door_are_loaded_when_they_are_used():
+    lines = (
+        "import sys, rwkv7_jax",
+        "assert 'jax' not in sys.modules and 'numpy' not in sys.modules",
+        "assert set(rwkv7_jax.__all__) <= set(dir(rwkv7_jax))",
+        "from rwkv7_jax import RWKV7, data, sharding",
+        "assert rwkv7_jax.RWKV7 is RWKV7 is rwkv7_jax.model.rwkv7.RWKV7",
+        "assert not hasattr(rwkv7_jax, 'nothing')",
+    )
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, check=True)
+
+
+def test_type_checkers_find_the_names_where_they_are_loaded_from():
+    tree = ast.parse((ROOT / "rwkv7_jax" / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    found = {"data": "rwkv7_jax"}
+    for line in block.body:
+        for alias in line.names:
+            found[alias.name] = line.module
+    modules = rwkv7_jax._MODULES.items()
+    assert found == {"data": "rwkv7_jax"} | {
+        name: f"rwkv7_jax.{place}" for name, place in modules
+    }
+    assert sorted(found) == sorted(rwkv7_jax.__all__)
+
+
 IMPORT = """
 import jax, time
 start = time.perf_counter()
 import rwkv7_jax
+for name in rwkv7_jax.__all__:
+    getattr(rwkv7_jax, name)
 seconds = time.perf_counter() - start
 from jax._src import xla_bridge
 assert not xla_bridge._backends, "importing started a backend"

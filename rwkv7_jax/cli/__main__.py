@@ -2,6 +2,6 @@
 
 import sys
 
-from rwkv7_jax.cli.commands import main
+from rwkv7_jax.cli import main
 
 sys.exit(main())

@@ -24,16 +24,17 @@ from rwkv7_jax.checkpoints import (
     verify,
 )
 from rwkv7_jax.cli.arguments import (
-    CommandParser,
     join_negative_numbers,
     path,
     target_path,
 )
 from rwkv7_jax.cli.data import add_data_command
-from rwkv7_jax.cli.generate import add_generate_command, discard_output
+from rwkv7_jax.cli.generate import add_generate_command
 from rwkv7_jax.cli.inputs import add_vocabulary_option
 from rwkv7_jax.cli.observe import add_observe_command
+from rwkv7_jax.cli.output import discard_output
 from rwkv7_jax.cli.state import add_state_command
+from rwkv7_jax.cli.summary import COMMANDS, add_commands, top_parser
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.int8_weights import quantize
 from rwkv7_jax.reports.html_report import write_report
@@ -240,15 +241,10 @@ def _report(options: argparse.Namespace) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """Builds the parser of the command line."""
-    top = CommandParser(prog="rwkv7", description="RWKV-7 checkpoints and states.")
-    top.add_argument(
-        "--version",
-        action="version",
-        version=f"rwkv7_jax {version('rwkv7_jax')}, jax {version('jax')}",
-    )
-    commands = top.add_subparsers(required=True, metavar="command")
+    top = top_parser(f"rwkv7_jax {version('rwkv7_jax')}, jax {version('jax')}")
+    commands = add_commands(top)
 
-    convert = commands.add_parser("convert", help="change a checkpoint's format")
+    convert = commands.add_parser("convert", help=COMMANDS["convert"])
     convert.add_argument(
         "source",
         type=path,
@@ -269,9 +265,7 @@ def parser() -> argparse.ArgumentParser:
     )
     convert.set_defaults(run=_convert)
 
-    inspect = commands.add_parser(
-        "inspect", help="sizes, dtypes and norms of a file's tensors"
-    )
+    inspect = commands.add_parser("inspect", help=COMMANDS["inspect"])
     inspect.add_argument("path", type=path)
     inspect.add_argument(
         "--state", action="store_true", help="the file is a start state"
@@ -283,12 +277,10 @@ def parser() -> argparse.ArgumentParser:
     )
     inspect.set_defaults(run=_inspect)
 
-    doctor = commands.add_parser(
-        "doctor", help="versions, devices and what can run here"
-    )
+    doctor = commands.add_parser("doctor", help=COMMANDS["doctor"])
     doctor.set_defaults(run=_doctor)
 
-    report = commands.add_parser("report", help="write report.html into a run's folder")
+    report = commands.add_parser("report", help=COMMANDS["report"])
     report.add_argument("folder", type=path)
     report.set_defaults(run=_report)
     add_data_command(commands)

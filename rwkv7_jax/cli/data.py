@@ -13,6 +13,7 @@ from rwkv7_jax.cli.arguments import (
     target_path,
 )
 from rwkv7_jax.cli.inputs import add_vocabulary_option
+from rwkv7_jax.cli.summary import COMMANDS
 from rwkv7_jax.data.builtin_corpora import BUILT_IN
 from rwkv7_jax.data.choices import ON_BAD, PACKINGS
 from rwkv7_jax.data.loading import batch_at, data_hash, token_stream
@@ -35,7 +36,7 @@ def add_data_command(subparsers) -> None:
     """Adds the parser of `data` to those of `rwkv7`."""
     parser = subparsers.add_parser(
         "data",
-        help="turn text into ids on the disk, or show rows of either",
+        help=COMMANDS["data"],
         usage="%(prog)s [-h] SOURCE OUT [options]  or  %(prog)s --show N PATH [options]",
     )
     add = parser.add_argument

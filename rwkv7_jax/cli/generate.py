@@ -30,6 +30,7 @@ from rwkv7_jax.cli.inputs import (
     read_model,
     read_prompt,
 )
+from rwkv7_jax.cli.summary import COMMANDS
 from rwkv7_jax.generation.generate import Generation, generate
 from rwkv7_jax.generation.sampling import exempt_ids
 from rwkv7_jax.model.int8_weights import INT8
@@ -52,9 +53,7 @@ _SEEDS = 2**63
 
 def add_generate_command(subparsers) -> argparse.ArgumentParser:
     """Adds the parser of `generate` to those of `rwkv7`."""
-    parser = subparsers.add_parser(
-        "generate", help="continue a text or answer a message"
-    )
+    parser = subparsers.add_parser("generate", help=COMMANDS["generate"])
     add = parser.add_argument
     add("--model", required=True, type=path, help=MODEL_HELP)
     add(
@@ -385,14 +384,3 @@ def _to_json(out: Generation, prompt: bytes, opening: str, prompt_tokens: int) -
         "finished": out.finished[0],
     }
     return json.dumps(fields)
-
-
-def discard_output() -> None:
-    """Discards the buffered output, so that the interpreter's last flush is quiet."""
-    try:
-        descriptor = sys.stdout.fileno()
-    except (OSError, ValueError):
-        # A test or another program has replaced the stream.
-        return
-    # Closing the stream would raise once more, so its descriptor is replaced.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)

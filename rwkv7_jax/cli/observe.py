@@ -22,6 +22,7 @@ from rwkv7_jax.cli.inputs import (
     read_model,
     read_prompt,
 )
+from rwkv7_jax.cli.summary import COMMANDS
 from rwkv7_jax.data.loading import token_stream, windows
 from rwkv7_jax.local_paths import split_paths
 from rwkv7_jax.observer.evaluation import proposal_error
@@ -32,9 +33,7 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 
 def add_observe_command(subparsers) -> None:
     """Adds the parser of `observe` to those of `rwkv7`."""
-    parser = subparsers.add_parser(
-        "observe", help="propose a start state for a prompt, or judge the proposal"
-    )
+    parser = subparsers.add_parser("observe", help=COMMANDS["observe"])
     add = parser.add_argument
     add("observer", metavar="OBSERVER", type=path, help="an observer's folder")
     add("--model", required=True, type=path, help=f"the teacher's {MODEL_HELP}")

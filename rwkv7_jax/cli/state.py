@@ -16,6 +16,7 @@ from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.cli.arguments import number, path, state_target
 from rwkv7_jax.cli.inputs import read_model
 from rwkv7_jax.cli.state_doctor import add_doctor_command
+from rwkv7_jax.cli.summary import COMMANDS
 from rwkv7_jax.cli.tables import format_heads
 from rwkv7_jax.evaluation.head_statistics import head_statistics
 from rwkv7_jax.local_paths import split_list
@@ -43,9 +44,7 @@ _STATE_HELP = ".pth, .safetensors, .st or .state"
 
 def add_state_command(subparsers) -> None:
     """Adds the parsers of `state` and its commands to those of `rwkv7`."""
-    parser = subparsers.add_parser(
-        "state", help="look at, mix, scale and examine start states"
-    )
+    parser = subparsers.add_parser("state", help=COMMANDS["state"])
     commands = parser.add_subparsers(required=True, metavar="command")
 
     info = commands.add_parser(

@@ -123,3 +123,32 @@ def test_the_home_folder_is_expanded(model, monkeypatch, capsys):
     assert main(["inspect", "~/m.pth"]) == 0
     assert main(["convert", "~/m.pth", "~/copy.safetensors"]) == 0
     assert (model.parent / "copy.safetensors").exists()
+
+
+def test_the_help_lists_the_commands_without_loading_them(capsys):
+    lines = (
+        "import sys",
+        "from rwkv7_jax import cli",
+        "sys.argv = ['rwkv7', '--help']",
+        "assert cli.main() == 0",
+        "loaded = {'jax', 'numpy', 'rwkv7_jax.cli.commands'} & set(sys.modules)",
+        "assert not loaded, loaded",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert done.stdout == capsys.readouterr().out
+
+
+def test_help_for_a_reader_that_has_gone_away_ends_in_silence():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "rwkv7_jax.cli", "--help"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
