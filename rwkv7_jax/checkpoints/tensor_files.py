@@ -3,9 +3,11 @@
 A file that is read is known by its first bytes, one that is written by its suffix.
 """
 
+import functools
 import importlib
+import json
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, Literal, NamedTuple, get_args
@@ -13,11 +15,10 @@ from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.checkpoints.integrity import file_signatures
-from rwkv7_jax.checkpoints.integrity.digests import digest_of_arrays
+from rwkv7_jax.checkpoints.integrity.digests import ContentDigest, digest_of_arrays
 from rwkv7_jax.checkpoints.integrity.file_signatures import Container
 from rwkv7_jax.checkpoints.layouts.orientation import LowRank
 from rwkv7_jax.checkpoints.pth import read_pth
@@ -60,6 +61,11 @@ _DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+# Bytes of the number that a .safetensors file begins with: the length of its header.
+_LENGTH_BYTES = 8
 
 
 class TensorFile(NamedTuple):
@@ -131,7 +137,7 @@ def _open_header(path: Path) -> Any:
 
 
 def read_safetensors(path: Path, *, verify: bool = False) -> dict[str, Tensor]:
-    """Opens a .safetensors file, whose tensors are read one by one when they are needed.
+    """Opens a .safetensors file, whose tensors are views of the mapped file.
 
     Args:
         path: of the file.
@@ -141,19 +147,29 @@ def read_safetensors(path: Path, *, verify: bool = False) -> dict[str, Tensor]:
     Raises:
         ValueError: not a safetensors file, or a damaged one; the message has the path.
     """
-    file = _open_header(path)
-
-    def describe(name: str) -> Tensor:
-        view = file.get_slice(name)
-        dtype = view.get_dtype()
-        if dtype not in _DTYPES:
-            raise ValueError(f"checkpoint: `{path}` has {name!r} of dtype {dtype}.")
-        shape = tuple(view.get_shape())
-        return Tensor(shape, _DTYPES[dtype], lambda: file.get_tensor(name))
-
-    tensors = {name: describe(name) for name in file.keys()}
+    opened = _open_header(path)
+    tensors = {}
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        # The package has checked that this is JSON, and that all tensors lie inside the file.
+        header = json.loads(file.read(size))
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    for name in opened.keys():
+        entry = header[name]
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(
+                f"checkpoint: `{path}` has {name!r} of dtype {entry['dtype']}."
+            )
+        read = functools.partial(
+            np.ndarray,
+            shape=tuple(entry["shape"]),
+            dtype=_DTYPES[entry["dtype"]],
+            buffer=mapped,
+            offset=_LENGTH_BYTES + size + entry["data_offsets"][0],
+        )
+        tensors[name] = Tensor(tuple(entry["shape"]), _DTYPES[entry["dtype"]], read)
     if verify:
-        _check_digest(path, tensors, dict(file.metadata() or {}))
+        _check_digest(path, tensors, dict(opened.metadata() or {}))
     return tensors
 
 
@@ -340,8 +356,6 @@ def write_safetensors(
 ) -> None:
     """Writes a .safetensors file completely, or leaves what was there before.
 
-    The package wants all arrays at once and copies them: this takes twice the file's size.
-
     Raises:
         ValueError: a dtype that the format does not have, or a folder that does not exist.
     """
@@ -362,14 +376,49 @@ def dump_safetensors(
     """
     arrays = {}
     for name, array in tensors:
-        if array.dtype not in _DTYPES.values():
+        if array.dtype not in _DTYPE_NAMES:
             raise ValueError(
                 f"write_safetensors: `{name}` must have a dtype of the format; got {array.dtype}."
             )
+        arrays[name] = array
+    # Wide numbers first, as the package does, so that all of them are aligned.
+    names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
+    arrays = {name: arrays[name] for name in names}
+    start = file.tell()
+    digest = ContentDigest()
+    # The digest is known after all tensors; until then another text keeps its place.
+    place = digest.hexdigest()
+    file.write(_safetensors_header(arrays, metadata or {}, place))
+    for name, array in arrays.items():
         # A scalar stays a scalar: `ascontiguousarray` alone would make it a vector of one.
-        arrays[name] = np.ascontiguousarray(array).reshape(array.shape)
-    metadata = dict(metadata or {})
-    digest = digest_of_arrays(arrays.items(), metadata)
-    file.write(
-        safetensors.numpy.save(arrays, metadata={**metadata, _DIGEST_KEY: digest})
-    )
+        contiguous = np.ascontiguousarray(array).reshape(array.shape)
+        file.write(contiguous.reshape(-1).view(np.uint8).data)
+        digest.add(name, contiguous)
+    found = digest.hexdigest(dict(metadata or {}))
+    end = file.tell()
+    file.seek(start)
+    file.write(_safetensors_header(arrays, metadata or {}, found))
+    file.seek(end)
+
+
+def _safetensors_header(
+    arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str], digest: str
+) -> bytes:
+    """Returns what a file begins with: the header's length and the header.
+
+    Source: huggingface/safetensors README.md, "Format".
+    """
+    table: dict[str, Any] = {"__metadata__": {**metadata, _DIGEST_KEY: digest}}
+    end = 0
+    for name, array in arrays.items():
+        begin = end
+        end += array.nbytes
+        table[name] = {
+            "dtype": _DTYPE_NAMES[array.dtype],
+            "shape": array.shape,
+            "data_offsets": (begin, end),
+        }
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    # Blanks after the JSON move the first tensor to a multiple of 8 bytes.
+    text += b" " * (-len(text) % _LENGTH_BYTES)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
