@@ -10,6 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from rwkv7_jax.text.rust_tokenizer import (
+    TextEncoder,
+    rust_encoder,
+    text_before_cut,
+)
 from rwkv7_jax.text.vocabulary_file import format_vocabulary, parse_vocabulary
 
 END_OF_TEXT = 0
@@ -21,6 +26,9 @@ _SHA256 = "e6dee3d4e31b4d5c40ac99508ac6c701ceef4bed681bf2167ce9a908552bca89"
 # An entry is found by its first bytes: by the longest of these prefix sizes that it has. One table
 # of single first bytes would hold thousands of entries that begin with a space.
 _PREFIX_SIZES = (16, 8, 4, 1)
+
+# Bytes from which on a text is worth the 0.4 seconds that the Rust package takes to load.
+_LONG_TEXT = 2**18
 
 # Ids below this fit into the 16 bits that RWKV's own token files have.
 _SHORT_IDS = 2**16
@@ -174,11 +182,10 @@ class Tokenizer:
             # Widened before the addition: byte 255 would wrap around to 0, the end of text.
             numbers = np.frombuffer(data[:limit], np.uint8).astype(np.int64)
             return (numbers + self._first_byte).tolist(), limit
+        ids, place = self._encode_start(data, limit)
         # This loop is all that encoding costs: names are looked up outside of it.
         id_of = self._ids.get
         tables = self._tables
-        ids = []
-        place = 0
         while place < limit:
             token = None
             # Longer prefixes come first, so the first entry that fits is the longest one.
@@ -198,6 +205,26 @@ class Tokenizer:
                     f"begins at byte {place}, {data[place : place + 16]!r}."
                 )
         return ids, place
+
+    def _encode_start(self, data: bytes, limit: int) -> tuple[list[int], int]:
+        """Encodes as much of a long text as the Rust package can; returns the ids and their end."""
+        if limit < _LONG_TEXT or self._text_encoder is None:
+            return [], 0
+        text = text_before_cut(data)
+        ids = list(self._text_encoder(text))
+        end = len(text.encode())
+        # Before a cut, entries of the bytes on its other side may be longer.
+        if end < len(data):
+            limit = min(limit, end - self._longest_entry + 1)
+        while ids and end - len(self._entries[ids[-1]]) >= limit:
+            end -= len(self._entries[ids.pop()])
+        return ids, end
+
+    @functools.cached_property
+    def _text_encoder(self) -> TextEncoder | None:
+        """The `encode` of the Rust package, for World where the package is installed."""
+        is_world = self._is_built_in and self.kind == "world"
+        return rust_encoder(self._ids) if is_world else None
 
     def encode_chunks(self, chunks: Iterable[bytes]) -> Iterator[np.ndarray]:
         """Encodes all chunks joined, some ids at a time; one chunk at a time is in memory.

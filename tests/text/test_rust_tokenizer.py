@@ -1,0 +1,101 @@
+"""The Rust package for World gives the ids of `Tokenizer`, wherever it takes over."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from run_programs import ROOT
+
+from rwkv7_jax.text import tokenizer as module
+from rwkv7_jax.text.rust_tokenizer import rust_encoder
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+WORLD = Tokenizer.world()
+ENTRIES = {WORLD.token_bytes(number): number for number in range(1, 65530)}
+
+
+@pytest.fixture(scope="module")
+def eager():
+    """World that asks the package for every text; without the package, tests are skipped."""
+    pytest.importorskip(
+        "pyrwkv_tokenizer", reason="the package pyrwkv-tokenizer is not installed"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_LONG_TEXT", 0)
+        assert WORLD._text_encoder is not None
+        yield WORLD
+
+
+def plain_ids(data):
+    """What the package is not asked for."""
+    found = []
+    while data:
+        longest = max(size for size in range(1, 129) if data[:size] in ENTRIES)
+        found.append(ENTRIES[data[:longest]])
+        data = data[longest:]
+    return found
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(max_size=200))
+def test_any_text_has_the_same_ids(eager, text):
+    assert eager.encode(text) == plain_ids(text.encode())
+
+
+@settings(max_examples=300, deadline=None)
+@given(parts=st.lists(st.one_of(st.binary(max_size=9), st.text().map(str.encode))))
+def test_any_bytes_have_the_same_ids(eager, parts):
+    data = b"".join(parts)
+    assert eager.encode(data) == plain_ids(data)
+
+
+@settings(max_examples=200, deadline=None)
+@given(parts=st.lists(st.one_of(st.binary(max_size=3), st.text().map(str.encode))))
+def test_cuts_of_the_bytes_do_not_show(eager, parts):
+    # Blanks, so that there are ids to join.
+    parts = [*parts, b" " * 200]
+    found = np.concatenate(list(eager.encode_chunks(parts)))
+    assert found.tolist() == plain_ids(b"".join(parts))
+
+
+def test_whole_files_have_the_same_ids(eager):
+    for path in sorted((ROOT / "docs").glob("*.md")):
+        data = path.read_bytes()
+        pieces = [data[at : at + 5000] for at in range(0, len(data), 5000)]
+        found = np.concatenate(list(eager.encode_chunks(pieces)))
+        assert found.tolist() == eager.encode(data) == plain_ids(data), path.name
+
+
+def test_half_a_surrogate_pair_is_refused_before_the_package_sees_it(eager):
+    with pytest.raises(ValueError, match="lone surrogate at character 1"):
+        eager.encode("a\ud800")
+
+
+def test_a_package_with_another_vocabulary_is_not_used(monkeypatch):
+    texts = {}
+    for entry, number in ENTRIES.items():
+        try:
+            texts[entry.decode()] = number
+        except UnicodeDecodeError:
+            continue
+
+    class Package:
+        def get_vocab(self):
+            return texts
+
+        def encode(self, text):
+            return [len(text)]
+
+    fake = types.SimpleNamespace(RWKVTokenizer=Package)
+    monkeypatch.setitem(sys.modules, "pyrwkv_tokenizer", fake)
+    assert rust_encoder(ENTRIES)("abc") == [3]
+    texts["new"] = texts.pop("ab")
+    assert rust_encoder(ENTRIES) is None
+
+
+def test_without_the_package_there_is_no_encoder(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyrwkv_tokenizer", None)
+    assert rust_encoder(ENTRIES) is None
