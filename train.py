@@ -56,6 +56,7 @@ from rwkv7_jax.runs.resume.run_identity import (
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.settings import Settings, profiled, read_settings
 from rwkv7_jax.runs.settings.fields import refuse_remote_target
+from rwkv7_jax.runs.settled_settings import settle_dtype
 from rwkv7_jax.training.train_step import TrainState
 
 _WORKDIR = flags.DEFINE_string(
@@ -287,6 +288,8 @@ def main(arguments: list[str]) -> None:
         multihost.join(
             _COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value
         )
+        # After the processes have found each other: it asks for the devices.
+        settings = settle_dtype(settings, workdir)
         with (
             StopSignals(code) as stop,
             open_run_directory(workdir, settings) as folder,

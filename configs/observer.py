@@ -23,7 +23,7 @@ def get_config():
     config.steps = 2000
     config.seed = 0
     config.save_every = 500
-    config.model = ConfigDict({"dtype": "bfloat16"})
+    config.model = ConfigDict({"dtype": "auto"})
     config.data = ConfigDict(
         {"path": "", "held_out": 0.05, "batch_size": 16, "length": 512}
     )

@@ -21,7 +21,7 @@ def get_config():
             "vocab_size": 65536,
             "num_layers": 12,
             "width": 768,
-            "dtype": "bfloat16",
+            "dtype": "auto",
             "remat": "block",
         }
     )

@@ -26,7 +26,7 @@ def get_config():
     config.steps = 400
     config.seed = 0
     config.save_every = 100
-    config.model = ConfigDict({"dtype": "bfloat16", "remat": "block"})
+    config.model = ConfigDict({"dtype": "auto", "remat": "block"})
     config.data = ConfigDict(
         {"path": "", "held_out": 0.05, "batch_size": 8, "length": 512}
     )

@@ -37,7 +37,7 @@ def get_config():
     config.steps = 100
     config.seed = 0
     config.save_every = 50
-    config.model = ConfigDict({"dtype": "bfloat16"})
+    config.model = ConfigDict({"dtype": "auto"})
     config.data = ConfigDict(
         {"path": "", "held_out": 0.1, "batch_size": 32, "length": 512}
     )

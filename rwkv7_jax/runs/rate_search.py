@@ -17,9 +17,9 @@ from rwkv7_jax.runs.exit_codes import DiskError
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.rate_search import BASE, RateSearchMode, subjects_of
 from rwkv7_jax.runs.resume.run_identity import Identity, require_same_identity
-from rwkv7_jax.runs.resume.step_directories import step_numbers
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.settings import Settings
+from rwkv7_jax.runs.settled_settings import settings_of_run
 from rwkv7_jax.tuning.rate_search import choose_rate
 
 # In the run's folder: the folder of the search, and what it found.
@@ -37,15 +37,12 @@ def keep_rate_of_run(settings: Settings, workdir: Path) -> Settings:
         settings: of the command.
         workdir: of the run; it may be absent.
     """
-    if not settings.finds_rate or not step_numbers(workdir / "checkpoints"):
+    if not settings.finds_rate:
         return settings
-    try:
-        before = json.loads((workdir / "settings.json").read_text(encoding="utf-8"))
-        was = before["optimizer"]
-        rate = was["learning_rate"]
-    # A damaged file: what the checkpoints say counts, as everywhere.
-    except (OSError, ValueError, TypeError, KeyError):
+    was = settings_of_run(workdir).get("optimizer")
+    if not isinstance(was, dict):
         return settings
+    rate = was.get("learning_rate")
     if not isinstance(rate, int | float):
         return settings
     print(f"rate      {rate:g}, with which the run in {workdir} began")

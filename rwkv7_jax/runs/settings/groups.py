@@ -269,7 +269,8 @@ class Settings:
         limit: questions of each task, the first ones; by default all.
         bos: ids that are read before each context of a task, after the start state.
         model: fields of `RWKV7Config` for a new model, or changes (dtype, remat, implementation) to
-            `init`; and `weights`, "int8" to hold the frozen matrices of `init` in 8 bits.
+            `init`; and `weights`, "int8" to hold the frozen matrices of `init` in 8 bits. The dtype
+            "auto" is float32 on CPUs and bfloat16 elsewhere; a run that goes on keeps its own.
         steps: updates.
         seed: of initialisation and data order.
         log_every: steps between two lines of the log.
