@@ -173,21 +173,23 @@ def schedule(steps: int) -> optax.Schedule:
     )
 
 
-def plan_of(subject: Subject) -> SearchPlan:
+def plan_of(subject: Subject, steps: int, rows: int) -> SearchPlan:
     """Sizes the search as a run of train.py does."""
     flops = flops_per_token(subject.config)
     return plan_search(
         len(RATES),
-        steps=STEPS,
-        rows=ROWS,
+        steps=steps,
+        rows=rows,
         share=0.1,
         measuring=QUICK * flops.forward / flops.state,
     )
 
 
-def searched(subject: Subject, seed: int) -> dict[str, Any]:
+def searched(
+    subject: Subject, seed: int, *, steps: int = STEPS, rows: int = ROWS
+) -> dict[str, Any]:
     """Searches; the seconds are the processor's, without what is spent on compiling."""
-    plan = plan_of(subject)
+    plan = plan_of(subject, steps, rows)
     marks: list[float] = []
     measuring: list[float] = []
 
@@ -223,19 +225,26 @@ def searched(subject: Subject, seed: int) -> dict[str, Any]:
     }
 
 
-def swept(subject: Subject, seed: int) -> dict[str, float]:
-    """Tunes at the rates of a sweep for the full length; gives the held-out losses."""
+def tuned_at_all_rates(
+    subject: Subject, seed: int, steps: int
+) -> Iterator[tuple[float, Any]]:
+    """Tunes at the rates of a sweep for the full length, as one stack; gives each and its rate."""
     rates = subject.rates
-    tx = subject.optimizer(schedule(STEPS))
+    tx = subject.optimizer(schedule(steps))
     step = make_stacked_step(
         subject.loss, tx, np.asarray(rates), statistics=subject.statistics
     )
     train = create_stack(stack_params([subject.start(seed)] * len(rates)), tx)
-    for number in range(STEPS):
+    for number in range(steps):
         train, _ = step(train, repeat_rows(subject.batch(number, seed), len(rates)))
-    losses = {}
     for index, rate in enumerate(rates):
-        trained = params_of(train.params, index)
+        yield rate, params_of(train.params, index)
+
+
+def swept(subject: Subject, seed: int) -> dict[str, float]:
+    """Measures the held-out losses of a sweep at full length."""
+    losses = {}
+    for rate, trained in tuned_at_all_rates(subject, seed, STEPS):
         losses[str(rate)] = subject.measure(trained, WINDOWS)
     return losses
 

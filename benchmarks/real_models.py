@@ -3,8 +3,9 @@
     python -m benchmarks.real_models model.pth --data poems.jsonl --retention general.jsonl
 
 The start state, an upscaled state and low-rank changes of as many numbers as the start state are
-tuned at every rate of a list, at equal steps and batches. Measured are held-out data and what must
-not be forgotten, in bits per byte. `--data digits` is for BlinkDL's model that reverses numbers: it
+tuned at every rate of a list, at equal steps and batches; next to the best stands the rate that the
+search of `train.py` finds in a tenth of a run. Measured are held-out data and what must not be
+forgotten, in bits per byte. `--data digits` is for BlinkDL's model that reverses numbers: it
 learns to copy them, and what must not be forgotten is reversing; both in nats, with the share of
 right digits.
 """
@@ -29,22 +30,21 @@ import numpy as np
 
 import rwkv7_jax as rwkv
 from benchmarks import record, text_table
-from benchmarks.rate_search import END, copy_rows, schedule
+from benchmarks.rate_search import (
+    END,
+    Subject,
+    copy_rows,
+    searched,
+    tuned_at_all_rates,
+)
 from rwkv7_jax.checkpoints import model_tokenizer
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.loading import batch_at, token_stream, windows
 from rwkv7_jax.evaluation.scoring import score_answers
-from rwkv7_jax.training.stacked_step import (
-    create_stack,
-    make_stacked_step,
-    params_of,
-    stack_params,
-)
-from rwkv7_jax.tuning.rate_search import repeat_rows
 
 KINDS = {
-    "start state": (0.03, 0.1, 0.3, 1.0),
-    "LoRA": (0.001, 0.003, 0.01, 0.03),
+    "start state": (0.1, 0.3, 1.0, 3.0),
+    "LoRA": (0.003, 0.01, 0.03, 0.1),
     "upscaled, whitened": (0.03, 0.1, 0.3, 1.0),
 }
 DIGITS = "digits"
@@ -59,12 +59,12 @@ class Data(NamedTuple):
     Attributes:
         batch: from a step and a seed to its rows.
         calibration: tokens that features are fitted to.
-        measure: from weights and a start state to what is measured, by name.
+        measure: from weights, a start state and a number of windows to what is measured, by name.
     """
 
     batch: Callable[[int, int], Batch]
     calibration: Any
-    measure: Callable[[Any, rwkv.RWKV7State], dict[str, float]]
+    measure: Callable[[Any, rwkv.RWKV7State, int], dict[str, float]]
 
 
 def reversed_rows(batch: Batch) -> Batch:
@@ -82,9 +82,10 @@ def digits(model: rwkv.RWKV7, rows: int) -> Data:
     held_out = copy_rows(MEASURED, WINDOWS)
     backwards = reversed_rows(held_out)
 
-    def measure(params, state) -> dict[str, float]:
-        new = score_answers(model, params, state, held_out)
-        old = score_answers(model, params, state, backwards)
+    def measure(params, state, count: int) -> dict[str, float]:
+        first = slice(0, count)
+        new = score_answers(model, params, state, held_out.select_rows(first))
+        old = score_answers(model, params, state, backwards.select_rows(first))
         return {
             "new": new.nats,
             "old": old.nats,
@@ -112,18 +113,18 @@ def texts(
         rows: of a batch.
     """
     train = token_stream(data, tokenizer, split="train", held_out=0.1)
-    measured = {}
+    held_out = {}
     for name, path, share in (("new", data, 0.1), ("old", retention, 0.05)):
         stream = token_stream(path, tokenizer, split="held_out", held_out=share)
-        measured[name] = windows(stream, 4 * LENGTH, WINDOWS)
+        held_out[name] = functools.partial(windows, stream, 4 * LENGTH)
 
     def batch(step: int, seed: int) -> Batch:
         return batch_at(train, step, batch_size=rows, length=LENGTH, seed=seed)
 
-    def measure(params, state) -> dict[str, float]:
+    def measure(params, state, count: int) -> dict[str, float]:
         bits = {}
-        for name, text in measured.items():
-            found = rwkv.score(model, params, state, text, tokenizer)
+        for name, read in held_out.items():
+            found = rwkv.score(model, params, state, read(count), tokenizer)
             bits[name] = found.bits_per_byte
         return bits
 
@@ -170,8 +171,8 @@ def check(model, forms: dict[str, Any], data: Data) -> dict[str, Any]:
     forward = jax.jit(lambda tree: model.apply({"params": tree}, ids[None], zero)[0][0])
     floats = np.asarray(forward(forms["float32"]))
     report: dict[str, Any] = {
-        "untuned": data.measure(forms["float32"], zero),
-        "untuned, int8": data.measure(forms["int8"], zero),
+        "untuned": data.measure(forms["float32"], zero, WINDOWS),
+        "untuned, int8": data.measure(forms["int8"], zero, WINDOWS),
         "int8 logits": compared(np.asarray(forward(forms["int8"])), floats),
     }
     expected = package_logits(forms["float32"], model.config, ids)
@@ -205,33 +206,54 @@ def loss_of(kind: str, model, params) -> Any:
     return jax.tree_util.Partial(loss, params)
 
 
-def swept(
-    kind: str,
-    model,
-    params,
-    data: Data,
-    *,
-    rates: tuple[float, ...],
-    steps: int,
-    seed: int,
-) -> dict[str, dict[str, float]]:
-    """Tunes at every rate, all of them as one stack, and measures each."""
-    start = start_of(kind, model, params, data, seed)
-    tx = text_table.optimizer_of(kind, schedule(steps))
-    step = make_stacked_step(loss_of(kind, model, params), tx, np.asarray(rates))
-    train = create_stack(stack_params([start] * len(rates)), tx)
-    for number in range(steps):
-        rows = repeat_rows(data.batch(number, seed), len(rates))
-        train, _ = step(train, rows)
-    found = {}
-    for index, rate in enumerate(rates):
-        tuned = params_of(train.params, index)
-        if kind == "LoRA":
-            weights = text_table.with_low_rank(params, tuned)
-            found[str(rate)] = data.measure(weights, rwkv.init_state(model.config))
-        else:
-            found[str(rate)] = data.measure(params, tuned)
-    return found
+def measured(
+    kind: str, model, params, data: Data, trained: Any, count: int = WINDOWS
+) -> dict[str, float]:
+    """Measures what was tuned."""
+    if kind != "LoRA":
+        return data.measure(params, trained, count)
+    weights = text_table.with_low_rank(params, trained)
+    return data.measure(weights, rwkv.init_state(model.config), count)
+
+
+def subject_of(kind: str, model, params, data: Data) -> Subject:
+    """Makes a way of tuning, as the search for a rate takes it."""
+
+    def measure(trained: Any, count: int) -> float:
+        return measured(kind, model, params, data, trained, count)["new"]
+
+    return Subject(
+        config=model.config,
+        rates=KINDS[kind],
+        loss=loss_of(kind, model, params),
+        statistics=None,
+        optimizer=functools.partial(text_table.optimizer_of, kind),
+        start=functools.partial(start_of, kind, model, params, data),
+        batch=data.batch,
+        measure=measure,
+    )
+
+
+def tuned(
+    kind: str, model, params, data: Data, *, steps: int, rows: int, seed: int
+) -> dict[str, Any]:
+    """Tunes at every rate and measures each, and searches for a rate as a run does."""
+    subject = subject_of(kind, model, params, data)
+    by_rate = {}
+    for rate, trained in tuned_at_all_rates(subject, seed, steps):
+        by_rate[str(rate)] = measured(kind, model, params, data, trained)
+    best = best_of(by_rate)
+    search = searched(subject, seed, steps=steps, rows=rows)
+    # A rate that was found and is not one of the sweep's has no loss here.
+    found = by_rate.get(str(search["rate"]), {}).get("new")
+    return {
+        "best_rate": float(best),
+        "at_edge": float(best) in (min(subject.rates), max(subject.rates)),
+        "found_rate": search["rate"],
+        "excess_of_found": found and found / by_rate[best]["new"] - 1,
+        "search": search,
+        "by_rate": by_rate,
+    }
 
 
 def best_of(by_rate: dict[str, dict[str, float]]) -> str:
@@ -272,22 +294,27 @@ def main() -> None:
     checked = check(model, {"float32": params, "int8": rounded}, data)
     for name, numbers in checked.items():
         print(f"{name:<24}{numbers}", flush=True)
-    tuned: dict[str, list] = {}
-    run = functools.partial(swept, model=model, params=params, data=data)
+    runs: dict[str, list] = {}
+    run = functools.partial(tuned, model=model, params=params, data=data)
     for kind in options.kinds:
-        tuned[kind] = []
+        runs[kind] = []
         for seed in range(options.seeds):
-            by_rate = run(kind, rates=KINDS[kind], steps=options.steps, seed=seed)
-            best = best_of(by_rate)
-            tuned[kind].append({"best_rate": float(best), "by_rate": by_rate})
-            print(f"{kind:<20} seed {seed} rate {best:<6} {by_rate[best]}", flush=True)
+            one = run(kind, steps=options.steps, rows=options.rows, seed=seed)
+            runs[kind].append(one)
+            best = one["best_rate"]
+            edge = " (edge)" if one["at_edge"] else ""
+            print(
+                f"{kind:<20} seed {seed} rate {best}{edge} found {one['found_rate']} "
+                f"{one['by_rate'][str(best)]}",
+                flush=True,
+            )
             # After each: a table takes long.
-            write(options, checked, tuned)
-    write(options, checked, tuned)
+            write(options, checked, runs)
+    write(options, checked, runs)
 
 
 def write(
-    options: argparse.Namespace, checked: dict[str, Any], tuned: dict[str, list]
+    options: argparse.Namespace, checked: dict[str, Any], runs: dict[str, list]
 ) -> None:
     """Writes the numbers that are known, where a file is asked for."""
     if not options.json:
@@ -300,7 +327,7 @@ def write(
         steps=options.steps,
         rows=options.rows,
         untuned=checked,
-        tuned=tuned,
+        tuned=runs,
     )
 
 
