@@ -40,7 +40,7 @@ from rwkv7_jax.training.stacked_step import (
     params_of,
     stack_params,
 )
-from rwkv7_jax.training.train_step import TrainState, make_train_step
+from rwkv7_jax.training.train_step import TrainState, TrainStep, make_train_step
 from rwkv7_jax.tuning.rate_search import (
     FINAL_SHARE,
     RATES,
@@ -61,7 +61,10 @@ WINDOWS = 48
 
 # Of a sweep at full length. The others are far from the best: see the losses of the searches.
 STATE_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
-WEIGHT_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+WEIGHT_RATES = {
+    "LoRA": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "all weights": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+}
 
 REVERSE = "blinkdl-reverse-260123/derived-official-layout.pth"
 COPYING = "copying"
@@ -114,7 +117,7 @@ def text_subject(kind: str, style: str) -> Subject:
 
     return Subject(
         config=model.config,
-        rates=WEIGHT_RATES if kind in ("LoRA", "all weights") else STATE_RATES,
+        rates=WEIGHT_RATES.get(kind, STATE_RATES),
         loss=text_table.loss_of(kind),
         statistics=text_table.statistics_of(kind),
         optimizer=functools.partial(text_table.optimizer_of, kind),
@@ -190,12 +193,10 @@ def searched(
 ) -> dict[str, Any]:
     """Searches; the seconds are the processor's, without what is spent on compiling."""
     plan = plan_of(subject, steps, rows)
-    marks: list[float] = []
     measuring: list[float] = []
 
     def batches() -> Iterator[Batch]:
-        for step in range(plan.steps + 1):
-            marks.append(time.process_time())
+        for step in range(plan.steps):
             yield subject.batch(step, seed).select_rows(slice(0, plan.rows))
 
     def measure(trained: Any) -> float:
@@ -204,23 +205,31 @@ def searched(
         measuring.append(time.process_time() - began)
         return loss
 
+    tx = subject.optimizer(schedule(plan.steps))
     choice = find_rate(
         subject.loss,
-        subject.optimizer(schedule(plan.steps)),
+        tx,
         subject.start(seed),
         batches(),
         measure,
         steps=plan.steps,
         statistics=subject.statistics,
     )
-    # The first of each compiles; asking for batches does not wait, so the mean counts.
-    steps = (marks[-1] - marks[1]) / (len(marks) - 2) * plan.steps
+    # Steps do not wait for their results, so they are timed again, one by one.
+    step = make_stacked_step(
+        subject.loss, tx, np.asarray(RATES), statistics=subject.statistics
+    )
+    train = create_stack(stack_params([subject.start(seed)] * len(RATES)), tx)
+    batch = repeat_rows(next(batches()), len(RATES))
+    seconds = plan.steps * step_seconds(step, train, batch)
+    # The first one compiles.
+    seconds += statistics.median(measuring[1:]) * len(measuring)
     return {
         "rate": choice.rate,
         "edge": choice.edge,
         "losses": {str(rate): loss for rate, loss in choice.losses.items()},
         "untuned": choice.base,
-        "processor_seconds": steps + statistics.median(measuring[1:]) * len(measuring),
+        "processor_seconds": seconds,
         "plan": plan._asdict(),
     }
 
@@ -249,18 +258,23 @@ def swept(subject: Subject, seed: int) -> dict[str, float]:
     return losses
 
 
+def step_seconds(step: TrainStep, train: TrainState, batch: Batch) -> float:
+    """Measures the processor's seconds of one step, the median of ten, without compiling."""
+    times = []
+    for _ in range(12):
+        began = time.process_time()
+        train, metrics = step(train, batch)
+        jax.block_until_ready(metrics)
+        times.append(time.process_time() - began)
+    return statistics.median(times[2:])
+
+
 def run_seconds(subject: Subject) -> float:
     """Measures the processor's seconds of the steps of one run, without compiling."""
     tx = subject.optimizer(schedule(STEPS))
     step = make_train_step(subject.loss, tx, statistics=subject.statistics)
     train = TrainState.create(subject.start(0), tx)
-    times = []
-    for number in range(12):
-        began = time.process_time()
-        train, metrics = step(train, subject.batch(number, 0))
-        jax.block_until_ready(metrics)
-        times.append(time.process_time() - began)
-    return STEPS * statistics.median(times[2:])
+    return STEPS * step_seconds(step, train, subject.batch(0, 0))
 
 
 def compared(found: dict[str, Any], losses: dict[str, float]) -> dict[str, Any]:

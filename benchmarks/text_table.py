@@ -4,9 +4,12 @@
         --pictures benchmarks/results
 
 Rows are the base, the base after a prompt, a start state, upscaled states (raw features, whitened,
-raw with DBP, centred with DBP), LoRA on the four projections and all weights, at equal steps and
-batches, on three styles and three seeds; columns are held-out bits per byte, by position, and on
-the base's own text. Every cell is cached as soon as it is known; a run continues from there.
+raw with DBP), LoRA on the four projections with as many numbers as an upscaled state, and all
+weights, at equal steps and batches, on three styles and three seeds; columns are held-out bits per
+byte, by position, and on the base's own text. The learning rate of each tuned row is that of a
+sweep with the first seed, the best by the mean of the styles; the program says so where it lies at
+the edge of the rates that were tried. Every cell is cached as soon as it is known; a run continues
+from there.
 """
 
 import argparse
@@ -14,7 +17,6 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,8 @@ OWN = "stdlib"
 STEPS = 80
 ROWS = 4
 LENGTH = 256
-RANK = 4
+# LoRA has as many numbers as an upscaled state: 65,536.
+RANK = 16
 PROJECTIONS = ("receptance", "key", "value", "output")
 
 
@@ -52,7 +55,14 @@ UPSCALED = {
     "upscaled, raw": ("none", (1.0,), False),
     "upscaled, whitened": ("whiten", _WIDTHS, False),
     "upscaled, raw, DBP": ("none", (1.0,), True),
-    "upscaled, centred, DBP": ("centre", _WIDTHS, True),
+}
+
+# Learning rates of the sweep.
+RATES = {
+    "start state": (0.3, 1.0, 3.0),
+    **dict.fromkeys(UPSCALED, (0.1, 0.3, 1.0)),
+    "LoRA": (0.01, 0.03, 0.1),
+    "all weights": (6e-4, 2e-3, 6e-3),
 }
 
 
@@ -127,14 +137,6 @@ def with_low_rank(params, adapters):
             att[name] = {"weight": att[name]["weight"] + change}
         changed[part] = params[part] | {"att": att}
     return changed
-
-
-RATES = {
-    "start state": 1.0,
-    **dict.fromkeys(UPSCALED, 0.3),
-    "LoRA": 0.01,
-    "all weights": 0.002,
-}
 
 
 def loss_of(kind: str):
@@ -254,50 +256,99 @@ def untuned(kind: str, style: str) -> dict[str, Any]:
     return scores(kind, style, state)
 
 
-def rows(seeds: int) -> dict[str, list[Callable[[str], tuple[str, Callable]]]]:
-    """Returns for each row and seed a function from a style to a cell's name and computation."""
-    made: dict[str, list] = {
-        kind: [
-            lambda style, kind=kind: (f"{kind} | {style}", lambda: untuned(kind, style))
-        ]
-        for kind in ("base", "prompt of 1,024")
+def numbers_of(kind: str) -> int:
+    """Counts the numbers that a row tunes."""
+    trained = start(kind, STYLES[0], 0)
+    if isinstance(trained, rwkv.RWKV7State):
+        trained = trained.upscaled.memory if kind in UPSCALED else trained.wkv
+    return sum(leaf.size for leaf in jax.tree.leaves(trained))
+
+
+def cell(
+    cells: Cells, kind: str, style: str, seed: int = 0, rate: float | None = None
+) -> dict[str, Any]:
+    """Returns the scores of one run, or of a row that is not tuned."""
+    if rate is None:
+        return cells.get(f"{kind} | {style}", lambda: untuned(kind, style))["found"]
+    name = f"{kind} | {style} | {seed} | {rate}"
+    return cells.get(name, lambda: tuned(kind, style, seed, rate))["found"]
+
+
+def best_rate(by_rate: dict[float, dict[str, float]]) -> float:
+    """Chooses the rate whose bits per byte, relative to those of the best rate, are the lowest.
+
+    Args:
+        by_rate: bits per byte by style.
+    """
+    styles = next(iter(by_rate.values()))
+    least = {
+        style: min(
+            bits[style] for bits in by_rate.values() if math.isfinite(bits[style])
+        )
+        for style in styles
     }
-    for kind, rate in RATES.items():
-        made[kind] = [
-            lambda style, kind=kind, seed=seed, rate=rate: (
-                f"{kind} | {style} | {seed} | {rate}",
-                lambda: tuned(kind, style, seed, rate),
-            )
-            for seed in range(seeds)
-        ]
-    return made
+
+    def excess(rate: float) -> float:
+        ratios = [by_rate[rate][style] / least[style] for style in styles]
+        return math.inf if not all(map(math.isfinite, ratios)) else sum(ratios)
+
+    return min(by_rate, key=excess)
+
+
+def sweep(cells: Cells, kind: str, styles: tuple[str, ...]) -> dict[str, Any]:
+    """Tunes a row at its rates with the first seed, and chooses one for all styles."""
+    by_rate: dict[float, dict[str, float]] = {}
+    for rate in RATES[kind]:
+        by_rate[rate] = {}
+        for style in styles:
+            bits = cell(cells, kind, style, 0, rate)["bits_per_byte"]
+            by_rate[rate][style] = bits
+            print(f"{kind:24}{rate:<8g}{style:18}{bits:.3f}", flush=True)
+    rate = best_rate(by_rate)
+    return {
+        "rate": rate,
+        "at_edge": rate in (min(by_rate), max(by_rate)),
+        "numbers": numbers_of(kind),
+        "by_rate": {f"{one:g}": bits for one, bits in by_rate.items()},
+    }
 
 
 def table(
     cells: Cells, seeds: int, styles: tuple[str, ...]
-) -> dict[str, dict[str, list]]:
-    """Computes results by row and style, one for each seed, and prints a line each."""
+) -> tuple[dict[str, Any], dict[str, dict[str, list]]]:
+    """Computes sweeps, and results by row and style, one for each seed; prints a line each."""
+    sweeps: dict[str, Any] = {}
     found: dict[str, dict[str, list]] = {}
-    for style in styles:
-        for kind, makers in rows(seeds).items():
-            made = [cells.get(*maker(style)) for maker in makers]
-            results = [cell["found"] for cell in made]
-            found.setdefault(kind, {})[style] = results
-            bits = [one["bits_per_byte"] for one in results]
-            first = np.mean([one["bits_per_byte"] for one in found["base"][style]])
-            own = np.mean([one["own_text"] for one in results])
-            positions = np.mean(
-                [[x for *_, x in one["by_position"]] for one in results], axis=0
-            )
-            spread = (max(bits) - min(bits)) / 2
-            print(
-                f"{style:18}{kind:24}{np.mean(bits):7.3f} +-{spread:.3f} "
-                f"{np.mean(bits) / first - 1:+7.1%}  own text {own:.3f}  by position "
-                f"{rounded([float(x) for x in positions])}  "
-                f"{sum(cell['seconds'] for cell in made):.0f} s",
-                flush=True,
-            )
-    return found
+    for kind in ("base", "prompt of 1,024"):
+        found[kind] = {style: [cell(cells, kind, style)] for style in styles}
+    for kind in RATES:
+        sweeps[kind] = sweep(cells, kind, styles)
+        rate = sweeps[kind]["rate"]
+        found[kind] = {}
+        for style in styles:
+            runs = [cell(cells, kind, style, seed, rate) for seed in range(seeds)]
+            found[kind][style] = runs
+    for kind, by_style in found.items():
+        one = sweeps.get(kind, {"rate": 0.0, "at_edge": False, "numbers": 0})
+        edge = " (edge)" if one["at_edge"] else ""
+        print(f"{kind}: {one['numbers']:,} numbers tuned, rate {one['rate']:g}{edge}")
+        for style, results in by_style.items():
+            print(f"    {style:18}{show(results, found['base'][style])}", flush=True)
+    return sweeps, found
+
+
+def show(results: list[dict[str, Any]], base_results: list[dict[str, Any]]) -> str:
+    """Formats a row's results on one style: means, and half the range over seeds."""
+    bits = [one["bits_per_byte"] for one in results]
+    gain = np.mean(bits) / base_results[0]["bits_per_byte"] - 1
+    own = np.mean([one["own_text"] for one in results])
+    positions = [[x for *_, x in one["by_position"]] for one in results]
+    means = [float(x) for x in np.mean(positions, axis=0)]
+    spread = (max(bits) - min(bits)) / 2
+    return (
+        f"{np.mean(bits):7.3f} +-{spread:.3f} {gain:+7.1%}  own text {own:.3f}  "
+        f"by position {rounded(means)}"
+    )
 
 
 def draw(folder: Path, found: dict[str, dict[str, list]]) -> None:
@@ -341,7 +392,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     cells = Cells(Path(options.cells))
-    found = table(cells, options.seeds, tuple(options.styles.split(",")))
+    sweeps, found = table(cells, options.seeds, tuple(options.styles.split(",")))
     if options.pictures:
         draw(Path(options.pictures), found)
     if options.json:
@@ -351,6 +402,7 @@ def main() -> None:
             "benchmarks.text_table",
             packages=packages,
             steps=STEPS,
+            sweeps=sweeps,
             **found,
         )
 
