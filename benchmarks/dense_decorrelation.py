@@ -4,9 +4,11 @@
         --json benchmarks/results/cpu-dense-decorrelation.json
 
 The small toy model learns the mixture of tasks, and a small byte model learns text, at equal steps
-and equal batches, from the same weights: by SGD and by Adam, with and without decorrelated inputs
-of the projections, each at several learning rates of which the best counts. The published rule is
-compared with ours (damped, averaged, clipped, scaled). Seconds per step are of the same run.
+and equal batches, from the same weights: by Adam and by SGD, with and without decorrelated inputs
+of the projections. The published rule is compared with ours (damped, averaged, clipped, scaled). A
+method's learning rate is the best of several with the first seed, and further seeds (of weights and
+batches) have that rate; the program says so where it lies at the edge of those that were tried.
+Every run is cached as soon as it is known.
 """
 
 import argparse
@@ -26,13 +28,13 @@ import optax
 
 import rwkv7_jax as rwkv
 from benchmarks import record
-from benchmarks.lab import rate_at
+from benchmarks.lab import RULES, rate_at
+from benchmarks.paper_table import Cells
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.loading import batch_at, token_stream
 from rwkv7_jax.data.tasks.synthetic_tasks import task_batch
 from rwkv7_jax.data.token_streams import TokenStream
 from rwkv7_jax.reports import plots as pictures
-from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.training.projection_statistics import layer_statistics, projections
 
 SIZES = {"decay_rank": 16, "icl_rank": 16, "value_rank": 16, "gate_rank": 32}
@@ -43,20 +45,17 @@ SIZES |= {
     "head_size": 32,
     "ffn_width": 192,
 }
-PUBLISHED = {
-    "iterations": 1,
-    "damping": 0.0,
-    "average": 0.0,
-    "clip": None,
-    "normalise": False,
-}
-# Inner optimizer, decorrelation (None for none), learning rates.
-METHODS: dict[str, tuple[str, dict | None, tuple[float, ...]]] = {
-    "SGD": ("sgd", None, (0.3, 1.0)),
-    "SGD, DBP": ("sgd", {}, (0.1, 0.3)),
+# Inner optimizer, rule of decorrelation (None for none), learning rates.
+METHODS: dict[str, tuple[str, str | None, tuple[float, ...]]] = {
     "Adam": ("adam", None, (2e-3, 4e-3, 8e-3)),
-    "Adam, DBP": ("adam", {}, (1e-3, 2e-3, 4e-3)),
-    "Adam, DBP as published": ("adam", PUBLISHED | {"rate": 1e-3}, (2e-3, 4e-3, 8e-3)),
+    "Adam, DBP": ("adam", "ours", (1e-3, 2e-3, 4e-3)),
+    "Adam, DBP as published": (
+        "adam",
+        "as published, step 1e-3",
+        (2e-3, 4e-3, 8e-3),
+    ),
+    "SGD": ("sgd", None, (0.3, 1.0, 3.0)),
+    "SGD, DBP": ("sgd", "ours", (0.1, 0.3, 1.0)),
 }
 JOBS = ("mixture", "stdlib")
 
@@ -67,7 +66,7 @@ def text() -> TokenStream:
     return token_stream("stdlib", rwkv.Tokenizer.bytes(), split="train")
 
 
-def batch(job: str, step: int) -> Batch:
+def batch(job: str, step: int, seed: int) -> Batch:
     """Makes rows of the mixture of tasks, or of text."""
     if job == "mixture":
         return task_batch(
@@ -75,18 +74,18 @@ def batch(job: str, step: int) -> Batch:
             step,
             batch_size=32,
             length=32,
-            seed=0,
+            seed=seed,
         )
     return batch_at(
         text(),
         step,
         batch_size=8,
         length=128,
-        seed=0,
+        seed=seed,
     )
 
 
-def optimizer(inner: str, decorrelation: dict | None) -> optax.GradientTransformation:
+def optimizer(inner: str, rule: str | None) -> optax.GradientTransformation:
     """Makes an optimizer with a settable rate; clips gradients at norm 1 as pretraining does."""
 
     def build(learning_rate):
@@ -94,103 +93,114 @@ def optimizer(inner: str, decorrelation: dict | None) -> optax.GradientTransform
             made = optax.sgd(learning_rate, momentum=0.9)
         else:
             made = optax.adam(learning_rate, b2=0.98, eps=1e-8)
-        if decorrelation is not None:
-            made = rwkv.decorrelate(made, mask=projections, **decorrelation)
+        if rule is not None:
+            made = rwkv.decorrelate(made, mask=projections, **RULES[rule])
         return optax.chain(optax.clip_by_global_norm(1.0), made)
 
     return optax.inject_hyperparams(build)(learning_rate=1.0)
 
 
-def learn(
-    job: str,
-    method: str,
-    steps: int,
-    bar: ProgressBar,
-    done: int,
-) -> list[dict[str, Any]]:
-    """Trains once for each learning rate; returns losses (means over 20 steps) and seconds."""
-    inner, decorrelation, rates = METHODS[method]
+@functools.cache
+def program(method: str):
+    """Makes the model, the optimizer and the compiled step of a method, for all rates and seeds."""
+    inner, rule, _ = METHODS[method]
     model = rwkv.RWKV7(rwkv.RWKV7Config(**SIZES))
+    tx = optimizer(inner, rule)
+    statistics = None if rule is None else layer_statistics(model, rows=4)
+    loss = rwkv.pretrain_loss(model, l2wrap=0.0)
+    return model, tx, rwkv.make_train_step(loss, tx, statistics=statistics)
+
+
+def learn(job: str, method: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
+    """Trains once; returns losses (means over 20 steps) and seconds."""
+    model, tx, step = program(method)
     tokens = jnp.zeros((1, 1), jnp.int32)
     state = rwkv.init_state(model.config)
-    params = jax.jit(model.init)(jax.random.key(0), tokens, state)["params"]
-    tx = optimizer(inner, decorrelation)
-    statistics = None if decorrelation is None else layer_statistics(model, rows=4)
-    step = rwkv.make_train_step(
-        rwkv.pretrain_loss(model, l2wrap=0.0), tx, statistics=statistics
-    )
-    runs = []
-    for rate in rates:
-        train = rwkv.TrainState.create(params, tx)
-        losses = []
-        began = 0.0
-        for number in range(steps):
-            now = np.float32(rate * rate_at(number, steps, 40))
-            train.opt_state.hyperparams["learning_rate"] = jnp.asarray(now)
-            train, metrics = step(train, batch(job, number))
-            losses.append(metrics["loss_nats"])
-            if number == 0:
-                # The clock starts after the step that compiles.
-                jax.block_until_ready(metrics)
-                began = time.monotonic()
-        losses = [float(loss) for loss in losses]
-        seconds = (time.monotonic() - began) / (steps - 1)
-        blocks = np.mean(np.reshape(losses[: steps // 20 * 20], (-1, 20)), axis=1)
-        runs.append(
-            {"rate": rate, "loss_nats": blocks.tolist(), "seconds_per_step": seconds}
-        )
-        done += 1
-        bar.update(done, f"{job}, {method}, {rate}: {blocks[-1]:.3f}")
-    return runs
+    params = jax.jit(model.init)(jax.random.key(seed), tokens, state)["params"]
+    train = rwkv.TrainState.create(params, tx)
+    losses = []
+    began = 0.0
+    for number in range(steps):
+        now = np.float32(rate * rate_at(number, steps, 40))
+        train.opt_state.hyperparams["learning_rate"] = jnp.asarray(now)
+        train, metrics = step(train, batch(job, number, seed))
+        losses.append(metrics["loss_nats"])
+        if number == 0:
+            # The clock starts after the step that compiles.
+            jax.block_until_ready(metrics)
+            began = time.monotonic()
+    losses = [float(loss) for loss in losses]
+    seconds = (time.monotonic() - began) / (steps - 1)
+    blocks = np.mean(np.reshape(losses[: steps // 20 * 20], (-1, 20)), axis=1)
+    return {"loss_nats": blocks.tolist(), "seconds_per_step": seconds}
 
 
-def best(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the run that ends lowest; one that diverged counts as infinite."""
-    ends = [run["loss_nats"][-1] for run in runs]
-    return runs[
-        int(np.argmin([end if math.isfinite(end) else math.inf for end in ends]))
-    ]
+def end_of(run: dict[str, Any]) -> float:
+    """Returns the loss at the end of a run; one that diverged counts as infinite."""
+    end = run["loss_nats"][-1]
+    return end if math.isfinite(end) else math.inf
+
+
+def compare(
+    cells: Cells, job: str, method: str, *, steps: int, seeds: int
+) -> dict[str, Any]:
+    """Chooses a method's rate with the first seed, and trains with further seeds at that rate."""
+
+    def run(rate: float, seed: int) -> dict[str, Any]:
+        name = f"{job} | {method} | {rate:g} | {seed} | {steps}"
+        made = cells.get(name, lambda: learn(job, method, rate, seed, steps))
+        print(f"{name}: {end_of(made['found']):.3f}", flush=True)
+        return made["found"]
+
+    rates = METHODS[method][2]
+    by_rate = {rate: run(rate, 0) for rate in rates}
+    rate = min(rates, key=lambda one: end_of(by_rate[one]))
+    return {
+        "rate": rate,
+        "at_edge": rate in (min(rates), max(rates)),
+        "by_rate": {f"{one:g}": end_of(by_rate[one]) for one in rates},
+        "seeds": [run(rate, seed) for seed in range(seeds)],
+    }
+
+
+def draw(path: Path, by_method: dict[str, Any]) -> None:
+    """Draws the losses of one job's methods, means over the seeds."""
+    lines = {}
+    for method, compared in by_method.items():
+        means = np.mean([run["loss_nats"] for run in compared["seeds"]], axis=0)
+        lines[method] = [(20 * i + 10, float(loss)) for i, loss in enumerate(means)]
+    pictures.curves(path, lines, x="step", y="loss (nats)")
 
 
 def main() -> None:
     """Runs all methods, prints the best runs, and writes files where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--json", help="file for the numbers")
     parser.add_argument("--pictures", help="folder for pictures")
+    parser.add_argument(
+        "--cells", default="runs/dense", help="folder of the results' cache"
+    )
     options = parser.parse_args()
-    total = len(JOBS) * sum(len(rates) for *_, rates in METHODS.values())
-    bar = ProgressBar(total, "runs")
-    done = 0
-    found = {}
-    for job in JOBS:
-        found[job] = {}
-        for method in METHODS:
-            found[job][method] = learn(job, method, options.steps, bar, done)
-            done += len(METHODS[method][2])
-    bar.close()
+    cells = Cells(Path(options.cells))
+    found: dict[str, dict[str, Any]] = {job: {} for job in JOBS}
+    for method in options.methods:
+        for job in JOBS:
+            found[job][method] = compare(
+                cells, job, method, steps=options.steps, seeds=options.seeds
+            )
     for job, by_method in found.items():
-        for method, runs in by_method.items():
-            one = best(runs)
+        for method, one in by_method.items():
+            ends = [end_of(run) for run in one["seeds"]]
+            edge = " (edge)" if one["at_edge"] else ""
             print(
-                f"{job:10}{method:26}best rate {one['rate']:<8g}loss {one['loss_nats'][-1]:.3f} "
-                f"nats, {1e3 * one['seconds_per_step']:.0f} ms a step"
+                f"{job:10}{method:26}rate {one['rate']:g}{edge}  loss {np.mean(ends):.3f} nats "
+                f"({', '.join(f'{end:.3f}' for end in ends)})"
             )
         if options.pictures:
-            lines = {
-                method: [
-                    (20 * i + 10, loss)
-                    for i, loss in enumerate(best(runs)["loss_nats"])
-                ]
-                for method, runs in by_method.items()
-            }
-            path = Path(options.pictures) / f"dense-decorrelation-{job}.png"
-            pictures.curves(
-                path,
-                lines,
-                x="step",
-                y="loss (nats)",
-            )
+            draw(Path(options.pictures) / f"dense-decorrelation-{job}.png", by_method)
     if options.json:
         packages = ("jax", "flax", "optax", "numpy")
         record.write(
@@ -198,6 +208,7 @@ def main() -> None:
             "benchmarks.dense_decorrelation",
             packages=packages,
             steps=options.steps,
+            not_run=[method for method in METHODS if method not in options.methods],
             **found,
         )
 

@@ -28,6 +28,23 @@ from rwkv7_jax.tuning.upscaling import upscale
 ASSETS = Path(__file__).parent.parent / "assets"
 ROWS = 32  # of a training batch
 
+# Rules of decorrelation: ours, ours with one iteration an update, and the published one with a
+# small and a large step.
+_PUBLISHED = {
+    "iterations": 1,
+    "damping": 0.0,
+    "average": 0.0,
+    "clip": None,
+    "normalise": False,
+}
+RULES: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "one iteration": {"iterations": 1},
+    "as published, step 1e-4": _PUBLISHED | {"rate": 1e-4},
+    "as published, step 1e-3": _PUBLISHED | {"rate": 1e-3},
+    "as published, step 1e-2": _PUBLISHED | {"rate": 1e-2},
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -38,7 +55,7 @@ class Method:
         size: features of a head; 0 tunes the start state itself.
         prepare: of the features.
         dynamics: of the memory.
-        online: decorrelate while tuning.
+        rule: by which inputs are decorrelated while tuning, of `RULES`; empty for none.
         anchor: weight of KL(base || tuned) on the mixture.
     """
 
@@ -46,7 +63,7 @@ class Method:
     size: int = 0
     prepare: str = "none"
     dynamics: str = "static"
-    online: bool = False
+    rule: str = ""
     anchor: float = 0.0
 
 
@@ -60,7 +77,7 @@ WHITENED = Method(
 DBP = Method(
     rate=1.0,
     size=128,
-    online=True,
+    rule="ours",
 )
 
 
@@ -119,7 +136,7 @@ def _adam(learning_rate) -> optax.GradientTransformation:
 def _program(
     name: str,
     leaves: tuple[str, ...],
-    online: bool,
+    rule: str,
     anchor: float,
 ):
     """Makes the optimizer, with a settable rate, and the compiled step of one kind of run."""
@@ -137,10 +154,10 @@ def _program(
 
     def build(learning_rate):
         adam = _adam(learning_rate)
-        return optax.masked(decorrelate(adam) if online else adam, mask)
+        return optax.masked(decorrelate(adam, **RULES[rule]) if rule else adam, mask)
 
     tx = optax.inject_hyperparams(build)(learning_rate=1.0)
-    statistics = state_statistics(model, params, leaves=leaves) if online else None
+    statistics = state_statistics(model, params, leaves=leaves) if rule else None
     return tx, rwkv.make_train_step(loss, tx, statistics=statistics)
 
 
@@ -193,7 +210,7 @@ def tune(
 ) -> Tuned:
     """Tunes a state of a base model on a task."""
     leaves = ("memory",) if method.size else ("wkv",)
-    tx, step = _program(name, leaves, method.online, method.anchor)
+    tx, step = _program(name, leaves, method.rule, method.anchor)
     train = rwkv.TrainState.create(start(name, task, method, seed), tx)
     losses = []
     began = 0.0
