@@ -151,7 +151,7 @@ def copy_subject(path: Path) -> Subject:
 
     def measure(state: Any, count: int) -> float:
         rows = held_out.select_rows(slice(0, count))
-        return score_answers(model, params, state, rows).nats
+        return score_answers(model, params, state, rows, rows=count).nats
 
     return Subject(
         config=config,

@@ -84,8 +84,9 @@ def digits(model: rwkv.RWKV7, rows: int) -> Data:
 
     def measure(params, state, count: int) -> dict[str, float]:
         first = slice(0, count)
-        new = score_answers(model, params, state, held_out.select_rows(first))
-        old = score_answers(model, params, state, backwards.select_rows(first))
+        answers = functools.partial(score_answers, model, params, state, rows=count)
+        new = answers(held_out.select_rows(first))
+        old = answers(backwards.select_rows(first))
         return {
             "new": new.nats,
             "old": old.nats,
