@@ -2,10 +2,10 @@
 
     python -m benchmarks.int8_weights --json benchmarks/results/cpu-int8-weights.json
 
-The model that ships is measured on held-out text. Speed is measured on a random model, in turns, so
-that a busy machine slows all forms equally: a generated token, a prompt, and a step of state
-tuning, with weights in float32, bfloat16 and 8 bits. Activations are float32 in all of them, which
-is the fastest on a CPU. `benchmarks.real_models` measures the loss of any other checkpoint.
+The model that ships is measured on held-out text. Speed is measured on a random model, in turns and
+by the processor's time, so that a busy machine slows all forms equally: a generated token, a
+prompt, and a step of state tuning, with weights in float32, bfloat16 and 8 bits. Activations are
+float32 in all of them, which is the fastest on a CPU. `benchmarks.real_models` measures the loss of any other checkpoint.
 """
 
 import argparse
@@ -95,16 +95,16 @@ def losses() -> dict[str, Any]:
 
 
 def in_turns(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Measures the median seconds of each case; the first calls compile."""
+    """Measures the processor's median seconds of each case; the first calls compile."""
     seconds: dict[str, list[float]] = {}
     for name, run in cases.items():
         jax.block_until_ready(run())
         seconds[name] = []
     for _ in range(repeats):
         for name, run in cases.items():
-            began = time.perf_counter()
+            began = time.process_time()
             jax.block_until_ready(run())
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(time.process_time() - began)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
@@ -162,7 +162,7 @@ def speeds(layers: int, width: int, vocab_size: int, repeats: int) -> dict[str, 
 def main() -> None:
     """Prints the tables; with `--json`, writes them with device, versions, date and command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=5)
