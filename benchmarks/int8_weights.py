@@ -5,7 +5,8 @@
 The model that ships is measured on held-out text. Speed is measured on a random model, in turns and
 by the processor's time, so that a busy machine slows all forms equally: a generated token, a
 prompt, and a step of state tuning, with weights in float32, bfloat16 and 8 bits. Activations are
-float32 in all of them, which is the fastest on a CPU. `benchmarks.real_models` measures the loss of any other checkpoint.
+float32 in all of them, which is the fastest on a CPU. `benchmarks.real_models` measures the loss of
+any other checkpoint.
 """
 
 import argparse
