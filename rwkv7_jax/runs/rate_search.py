@@ -158,8 +158,9 @@ def _choose(search: RateSearchMode, subject: str) -> dict[str, Any]:
         values = {name: one.value for name, one in measured.items()}
         curve.append({"rate": rate, **values})
         losses[rate] = values[decides]
-        forgetting[rate] = sum(values[name] for name in others)
-    choice = choose_rate(base[decides].value, losses, forgetting=forgetting)
+        if others:
+            forgetting[rate] = sum(values[name] for name in others)
+    choice = choose_rate(base[decides].value, losses, forgetting=forgetting or None)
     return {
         "rate": choice.rate,
         "edge": choice.edge,

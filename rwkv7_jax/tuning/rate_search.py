@@ -34,6 +34,11 @@ LEAST_STEPS = 12
 # Gains this much smaller than the best one, as a share of it, count as equal to it.
 _TOLERANCE = 0.03
 
+# A rate above the best one is taken if its gain is smaller by this share at most. A step of a
+# search has fewer rows than one of the run, and noisier gradients favour small rates: on text, a
+# rate with a sixth less gain in 12 steps of one row was the best one in 160 steps of eight.
+_UPWARDS = 0.2
+
 
 class SearchPlan(NamedTuple):
     """The size of a search.
@@ -93,10 +98,10 @@ def choose_rate(
     *,
     forgetting: Mapping[float, float] | None = None,
 ) -> RateChoice:
-    """Chooses the rate whose held-out loss is lowest.
+    """Chooses the rate whose held-out loss is lowest, or a larger one that is nearly as good.
 
-    Where gains are as good as equal, the rate that forgets least is taken, or the smallest one: a
-    short search favours large rates.
+    Where it is measured what is forgotten, rates whose gains are as good as equal are told apart
+    by that, and a larger one is not favoured.
 
     Args:
         base: the loss without tuning.
@@ -107,9 +112,10 @@ def choose_rate(
     best = max(gains.values(), default=0.0)
     if not best > 0:
         return RateChoice(None, base, dict(losses), "")
-    good = [rate for rate, gain in gains.items() if gain >= (1 - _TOLERANCE) * best]
+    slack = _UPWARDS if forgetting is None else _TOLERANCE
+    good = [rate for rate, gain in gains.items() if gain >= (1 - slack) * best]
     if forgetting is None:
-        chosen = min(good)
+        chosen = max(good)
     else:
         chosen = min(good, key=lambda rate: (forgetting[rate], rate))
     edge = ""

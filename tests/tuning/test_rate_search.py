@@ -54,13 +54,20 @@ def test_no_rate_is_taken_where_none_is_better_than_not_tuning(losses):
     assert choose_rate(2.0, losses).rate is None
 
 
-def test_of_equal_gains_the_one_that_forgets_least_is_taken_or_the_smallest():
+def test_a_larger_rate_is_taken_where_its_gain_is_at_most_a_fifth_smaller():
+    assert choose_rate(2.0, {0.1: 1.0, 0.3: 1.15, 1.0: 1.25}).rate == 0.3
+    # A smaller one never is.
+    assert choose_rate(2.0, {0.1: 1.001, 0.3: 1.0, 1.0: 1.5}).rate == 0.3
+
+
+def test_of_equal_gains_the_one_that_forgets_least_is_taken():
     losses = {0.1: 1.001, 0.3: 1.0, 1.0: 1.002}
-    assert choose_rate(2.0, losses).rate == 0.1
     forgetting = {0.1: 3.0, 0.3: 2.0, 1.0: 1.0}
     assert choose_rate(2.0, losses, forgetting=forgetting).rate == 1.0
+    equal = dict.fromkeys(forgetting, 1.0)
+    assert choose_rate(2.0, losses, forgetting=equal).rate == 0.1
     # Better on what must not be forgotten is no excuse for learning less.
-    losses[1.0] = 1.5
+    losses[1.0] = 1.1
     assert choose_rate(2.0, losses, forgetting=forgetting).rate == 0.3
 
 
