@@ -314,14 +314,14 @@ def sweep(cells: Cells, kind: str, styles: tuple[str, ...]) -> dict[str, Any]:
 
 
 def table(
-    cells: Cells, seeds: int, styles: tuple[str, ...]
+    cells: Cells, kinds: list[str], seeds: int, styles: tuple[str, ...]
 ) -> tuple[dict[str, Any], dict[str, dict[str, list]]]:
     """Computes sweeps, and results by row and style, one for each seed; prints a line each."""
     sweeps: dict[str, Any] = {}
     found: dict[str, dict[str, list]] = {}
     for kind in ("base", "prompt of 1,024"):
         found[kind] = {style: [cell(cells, kind, style)] for style in styles}
-    for kind in RATES:
+    for kind in kinds:
         sweeps[kind] = sweep(cells, kind, styles)
         rate = sweeps[kind]["rate"]
         found[kind] = {}
@@ -385,6 +385,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--styles", default=",".join(STYLES))
+    parser.add_argument("--kinds", nargs="+", choices=RATES, default=list(RATES))
     parser.add_argument("--json", help="file for the numbers")
     parser.add_argument("--pictures", help="folder for pictures")
     parser.add_argument(
@@ -392,7 +393,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     cells = Cells(Path(options.cells))
-    sweeps, found = table(cells, options.seeds, tuple(options.styles.split(",")))
+    styles = tuple(options.styles.split(","))
+    sweeps, found = table(cells, options.kinds, options.seeds, styles)
     if options.pictures:
         draw(Path(options.pictures), found)
     if options.json:
@@ -403,6 +405,7 @@ def main() -> None:
             packages=packages,
             steps=STEPS,
             sweeps=sweeps,
+            not_run=[kind for kind in RATES if kind not in options.kinds],
             **found,
         )
 
