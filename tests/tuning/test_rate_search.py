@@ -54,8 +54,10 @@ def test_no_rate_is_taken_where_none_is_better_than_not_tuning(losses):
     assert choose_rate(2.0, losses).rate is None
 
 
-def test_a_larger_rate_is_taken_where_its_gain_is_at_most_a_fifth_smaller():
-    assert choose_rate(2.0, {0.1: 1.0, 0.3: 1.15, 1.0: 1.25}).rate == 0.3
+def test_the_next_larger_rate_is_taken_where_its_gain_is_at_most_a_fifth_smaller():
+    assert choose_rate(2.0, {0.1: 1.0, 0.3: 1.15, 1.0: 1.15}).rate == 0.3
+    assert choose_rate(2.0, {0.1: 1.0, 0.3: 1.25, 1.0: 1.0}).rate == 0.1
+    assert choose_rate(2.0, {0.1: 1.0, 0.3: NAN, 1.0: 1.0}).rate == 0.1
     # A smaller one never is.
     assert choose_rate(2.0, {0.1: 1.001, 0.3: 1.0, 1.0: 1.5}).rate == 0.3
 
