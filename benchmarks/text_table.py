@@ -9,7 +9,7 @@ weights, at equal steps and batches, on three styles and three seeds; columns ar
 byte, by position, and on the base's own text. The learning rate of each tuned row is that of a
 sweep with the first seed, the best by the mean of the styles; the program says so where it lies at
 the edge of the rates that were tried. Every cell is cached as soon as it is known; a run continues
-from there.
+from there, and `--cached` makes the table of what is there.
 """
 
 import argparse
@@ -264,14 +264,37 @@ def numbers_of(kind: str) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(trained))
 
 
-def cell(
-    cells: Cells, kind: str, style: str, seed: int = 0, rate: float | None = None
-) -> dict[str, Any]:
-    """Returns the scores of one run, or of a row that is not tuned."""
-    if rate is None:
-        return cells.get(f"{kind} | {style}", lambda: untuned(kind, style))["found"]
-    name = f"{kind} | {style} | {seed} | {rate}"
-    return cells.get(name, lambda: tuned(kind, style, seed, rate))["found"]
+class Runs:
+    """The runs of the table, made where they are not cached.
+
+    Attributes:
+        cells: the cache.
+        makes: whether missing runs are made.
+    """
+
+    def __init__(self, cells: Cells, *, makes: bool = True):
+        self.cells = cells
+        self.makes = makes
+
+    def get(
+        self, kind: str, style: str, seed: int = 0, rate: float | None = None
+    ) -> dict[str, Any] | None:
+        """Returns the scores of a run, or of a row that is not tuned; None for a missing one."""
+        name = f"{kind} | {style}"
+        make = functools.partial(untuned, kind, style)
+        if rate is not None:
+            name += f" | {seed} | {rate}"
+            make = functools.partial(tuned, kind, style, seed, rate)
+        if not self.makes and name not in self.cells.results:
+            return None
+        return self.cells.get(name, make)["found"]
+
+    def known(
+        self, kind: str, style: str, seeds: int, rate: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Returns the runs of all seeds that there are."""
+        found = [self.get(kind, style, seed, rate) for seed in range(seeds)]
+        return [one for one in found if one is not None]
 
 
 def best_rate(by_rate: dict[float, dict[str, float]]) -> float:
@@ -295,18 +318,25 @@ def best_rate(by_rate: dict[float, dict[str, float]]) -> float:
     return min(by_rate, key=excess)
 
 
-def sweep(cells: Cells, kind: str, styles: tuple[str, ...]) -> dict[str, Any]:
-    """Tunes a row at its rates with the first seed, and chooses one for all styles."""
+def sweep(runs: Runs, kind: str, styles: tuple[str, ...]) -> dict[str, Any] | None:
+    """Tunes a row at its rates with the first seed, and chooses one for all styles.
+
+    Returns:
+        What was tried, and the rate; None if no rate is known on all styles.
+    """
     by_rate: dict[float, dict[str, float]] = {}
     for rate in RATES[kind]:
-        by_rate[rate] = {}
-        for style in styles:
-            bits = cell(cells, kind, style, 0, rate)["bits_per_byte"]
-            by_rate[rate][style] = bits
-            print(f"{kind:24}{rate:<8g}{style:18}{bits:.3f}", flush=True)
+        scored = {style: runs.get(kind, style, 0, rate) for style in styles}
+        bits = {style: one["bits_per_byte"] for style, one in scored.items() if one}
+        print(f"{kind:24}{rate:<8g}{rounded(bits)}", flush=True)
+        if len(bits) == len(styles):
+            by_rate[rate] = bits
+    if not by_rate:
+        return None
     rate = best_rate(by_rate)
     return {
         "rate": rate,
+        # Of one rate alone, that is the edge.
         "at_edge": rate in (min(by_rate), max(by_rate)),
         "numbers": numbers_of(kind),
         "by_rate": {f"{one:g}": bits for one, bits in by_rate.items()},
@@ -314,20 +344,21 @@ def sweep(cells: Cells, kind: str, styles: tuple[str, ...]) -> dict[str, Any]:
 
 
 def table(
-    cells: Cells, kinds: list[str], seeds: int, styles: tuple[str, ...]
+    runs: Runs, kinds: list[str], seeds: int, styles: tuple[str, ...]
 ) -> tuple[dict[str, Any], dict[str, dict[str, list]]]:
     """Computes sweeps, and results by row and style, one for each seed; prints a line each."""
     sweeps: dict[str, Any] = {}
     found: dict[str, dict[str, list]] = {}
     for kind in ("base", "prompt of 1,024"):
-        found[kind] = {style: [cell(cells, kind, style)] for style in styles}
+        found[kind] = {style: runs.known(kind, style, 1) for style in styles}
     for kind in kinds:
-        sweeps[kind] = sweep(cells, kind, styles)
-        rate = sweeps[kind]["rate"]
+        swept = sweep(runs, kind, styles)
+        if swept is None:
+            continue
+        sweeps[kind] = swept
         found[kind] = {}
         for style in styles:
-            runs = [cell(cells, kind, style, seed, rate) for seed in range(seeds)]
-            found[kind][style] = runs
+            found[kind][style] = runs.known(kind, style, seeds, swept["rate"])
     for kind, by_style in found.items():
         one = sweeps.get(kind, {"rate": 0.0, "at_edge": False, "numbers": 0})
         edge = " (edge)" if one["at_edge"] else ""
@@ -386,15 +417,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--styles", default=",".join(STYLES))
     parser.add_argument("--kinds", nargs="+", choices=RATES, default=list(RATES))
+    parser.add_argument(
+        "--cached", action="store_true", help="make no run, show those there are"
+    )
     parser.add_argument("--json", help="file for the numbers")
     parser.add_argument("--pictures", help="folder for pictures")
     parser.add_argument(
         "--cells", default="runs/text-table", help="folder of the results' cache"
     )
     options = parser.parse_args()
-    cells = Cells(Path(options.cells))
     styles = tuple(options.styles.split(","))
-    sweeps, found = table(cells, options.kinds, options.seeds, styles)
+    runs = Runs(Cells(Path(options.cells)), makes=not options.cached)
+    sweeps, found = table(runs, options.kinds, options.seeds, styles)
     if options.pictures:
         draw(Path(options.pictures), found)
     if options.json:
@@ -405,7 +439,7 @@ def main() -> None:
             packages=packages,
             steps=STEPS,
             sweeps=sweeps,
-            not_run=[kind for kind in RATES if kind not in options.kinds],
+            not_run=[kind for kind in RATES if kind not in sweeps],
             **found,
         )
 
