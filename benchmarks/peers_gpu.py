@@ -223,10 +223,13 @@ def of_copy(case: Case, row: dict, bandwidth: float) -> dict[str, float]:
     return over(floors, passes(row))
 
 
-def measure_all(case: Case, bandwidth: float, repeats: int) -> list[dict]:
-    """Measures a row of `COLUMNS` for each implementation and peer; the truth is computed once."""
-    data = make_data(case)
-    given = (data, repeats, truth(data))
+def contestants(case: Case, given: tuple) -> dict[str, Callable[[], dict]]:
+    """Returns what measures each implementation and peer, by name, ours first.
+
+    Args:
+        case: sizes.
+        given: the arguments of `measure` after the op.
+    """
     runs = {
         n: functools.partial(measure, op, *given)
         for n, op in implementations(case).items()
@@ -240,9 +243,14 @@ def measure_all(case: Case, bandwidth: float, repeats: int) -> list[dict]:
         runs[f"rwkv-ops {kernel}"] = lambda kernel=kernel: measure(
             rwkv_ops(kernel), *given
         )
-    runs["fla chunk_rwkv7"] = functools.partial(fla, *given)
+    return runs | {"fla chunk_rwkv7": functools.partial(fla, *given)}
+
+
+def measure_all(case: Case, bandwidth: float, repeats: int) -> list[dict]:
+    """Measures a row of `COLUMNS` for each implementation and peer; the truth is computed once."""
+    data = make_data(case)
     found = []
-    for name, run in runs.items():
+    for name, run in contestants(case, (data, repeats, truth(data))).items():
         found.append(dict.fromkeys(COLUMNS) | {"implementation": name} | attempt(run))
         row = found[-1]
         shares = of_copy(case, row, bandwidth)

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import chunk_math, tiles
+from pallas_kernels import chunk_math, packed_rows, tiles
+from pallas_kernels.packed_rows import Owners
 from pallas_kernels.reference import State, WKVInputs
 
 Starts = Float[Array, "C B H Nk Nv"]
@@ -44,6 +45,7 @@ def _prepare(tokens: WKVInputs, dtype: jnp.dtype) -> chunk_math.Chunk:
 def forward_saving(
     inputs: WKVInputs,
     state: State,
+    owners: Owners | None = None,
     *,
     chunk: int | None = None,
     interpret: bool = False,
@@ -51,29 +53,34 @@ def forward_saving(
     """Computes y, the state after the last token, and the state at the start of every chunk."""
     dtype = inputs.v.dtype
 
-    def walk(state, tokens):
+    def walk(states, chunk):
+        tokens, owner = chunk
+        state = packed_rows.read(states, owner)
         tokens = jax.tree.map(lambda x: x.astype(state.dtype), tokens)
         prepared = _prepare(tokens, dtype)
         written = chunk_math.write_products(prepared, tokens.k, tokens.v)
         y, end = chunk_math.forward(prepared, written, state * prepared.mid)
         # Kept unscaled, unlike in the GPU kernels: the backward pass scales it itself.
-        return end * prepared.rest, (y.astype(dtype), state)
+        end = end * prepared.rest
+        return packed_rows.write(states, owner, end), (y.astype(dtype), state)
 
     chunks = jax.tree.map(lambda x: split(x, chunk or tiles.XLA), inputs)
     # `chunk_math` has keys as the rows of a state, the op has values.
-    end, (y, starts) = jax.lax.scan(walk, state.mT, chunks)
+    by_chunk = None if owners is None else owners.T
+    end, (y, starts) = jax.lax.scan(walk, state.mT, (chunks, by_chunk))
     return join(y, inputs.v.shape[1]), end.mT, starts
 
 
 def forward(
     inputs: WKVInputs,
     state: State,
+    owners: Owners | None = None,
     *,
     chunk: int | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H Nv"], State]:
     """Runs `forward_saving` without the saved states, which the compiler then drops."""
-    y, end, _ = forward_saving(inputs, state, chunk=chunk)
+    y, end, _ = forward_saving(inputs, state, owners, chunk=chunk)
     return y, end
 
 
@@ -82,6 +89,7 @@ def backward(
     starts: Starts,
     dy: Float[Array, "B T H Nv"],
     dend: State,
+    owners: Owners | None = None,
     *,
     chunk: int | None = None,
     interpret: bool = False,
@@ -93,13 +101,16 @@ def backward(
         starts: the states that `forward_saving` returned.
         dy: gradient of y.
         dend: gradient of the last state.
+        owners: as given to `forward_saving`.
         chunk: as given to `forward_saving`.
         interpret: has no effect.
     """
     dtype = inputs.v.dtype
 
-    def walk(dstate, saved):
-        tokens, dy, start = jax.tree.map(lambda x: x.astype(starts.dtype), saved)
+    def walk(dstates, saved):
+        *arrays, owner = saved
+        tokens, dy, start = jax.tree.map(lambda x: x.astype(starts.dtype), arrays)
+        dstate = packed_rows.read(dstates, owner)
         prepared = _prepare(tokens, dtype)
         states = (start * prepared.mid, dstate * prepared.rest)
         written = chunk_math.write_products(prepared, tokens.k, tokens.v)
@@ -110,13 +121,15 @@ def backward(
         by_name = dict(chunk_math.gradients(prepared, written, u, z, states, dy))
         grads = WKVInputs(**by_name)
         dstate = chunk_math.state_gradient(prepared, z, dy, states[1]) * prepared.mid
-        return dstate, jax.tree.map(lambda g, x: g.astype(x.dtype), grads, inputs)
+        grads = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, inputs)
+        return packed_rows.write(dstates, owner, dstate), grads
 
     length = chunk or tiles.XLA
     saved = (
         jax.tree.map(lambda x: split(x, length), inputs),
         split(dy, length),
         starts,
+        None if owners is None else owners.T,
     )
     dstate, grads = jax.lax.scan(
         walk, dend.mT.astype(starts.dtype), saved, reverse=True

@@ -23,17 +23,23 @@ from jaxtyping import Array
 from pallas_kernels import chunked, platforms, scan, tiles
 from pallas_kernels.gpu import pallas_calls as pallas_gpu
 from pallas_kernels.gpu import triton_calls as triton
+from pallas_kernels.packed_rows import Owners
 from pallas_kernels.reference import State, WKVInputs
 from pallas_kernels.tpu import pallas_calls as pallas_tpu
 
 
 class Implementation(Protocol):
-    """The three functions that every implementation has."""
+    """The three functions that every implementation has.
+
+    With `owners`, from `packed_rows`, a row holds several sequences, each with its own state; then
+    `chunk` is a number and the tokens are full chunks.
+    """
 
     def forward(
         self,
         inputs: WKVInputs,
         state: State,
+        owners: Owners | None = None,
         *,
         chunk: int | None = None,
         interpret: bool = False,
@@ -45,6 +51,7 @@ class Implementation(Protocol):
         self,
         inputs: WKVInputs,
         state: State,
+        owners: Owners | None = None,
         *,
         chunk: int | None = None,
         interpret: bool = False,
@@ -58,6 +65,7 @@ class Implementation(Protocol):
         starts: Array,
         dy: Array,
         dend: State,
+        owners: Owners | None = None,
         *,
         chunk: int | None = None,
         interpret: bool = False,
@@ -149,8 +157,17 @@ def check(
     state: State,
     chunk: int | None,
     interpret: bool,
+    packed: bool = False,
 ) -> None:
     """Raises unless the implementation of this name can serve the call.
+
+    Args:
+        name: the implementation.
+        inputs: of the call, as are the next three.
+        state: see inputs.
+        chunk: see inputs.
+        interpret: see inputs.
+        packed: whether several sequences share a row.
 
     Raises:
         NotImplementedError: its platform is not the target's, or it cannot take these arrays.
@@ -171,6 +188,10 @@ def check(
     if reason:
         raise NotImplementedError(f"wkv7: {name!r} takes {reason}.")
     if name == "triton":
+        if packed:
+            raise NotImplementedError(
+                "wkv7: 'triton' takes no `segment_ids`; name 'pallas_gpu', 'chunked' or 'scan'."
+            )
         triton.check_versions()
 
 
@@ -186,6 +207,23 @@ def _takes_kernel(
     return not unsupported_reason(_BEST_KERNELS[platform], inputs, state, chunk)
 
 
+def packed_chunk(name: str | None, inputs: WKVInputs, state: State) -> int:
+    """Returns the chunk length for packed rows where the call names none."""
+    if name is None:
+        platform = platforms.target_platform()
+        if _takes_kernel(platform, inputs, state, None):
+            name = _BEST_KERNELS[platform]
+    if name == "pallas_tpu":
+        return tiles.for_tpu(inputs.v.dtype).chunk
+    if name not in GPU_TABLES:
+        return tiles.XLA
+    keys = inputs.r.shape[3]
+    values = inputs.v.shape[3]
+    table = GPU_TABLES[name]
+    capability = tiles.capability()
+    return tiles.for_gpu(table, keys, values, inputs.v.dtype, capability).chunk
+
+
 def _kernel_branch(platform: str, function: Callable) -> Callable:
     """Returns a kernel's branch, wrapped where a program is lowered for several platforms."""
     wrapper = platforms.kernel_wrapper.get()
@@ -198,13 +236,16 @@ def forward(
     name: str | None,
     inputs: WKVInputs,
     state: State,
+    owners: Owners | None = None,
     *,
     chunk: int | None,
     interpret: bool,
 ) -> tuple[Array, State]:
     """Computes y and the state after the last token."""
     if name is not None:
-        return _BY_NAME[name].forward(inputs, state, chunk=chunk, interpret=interpret)
+        return _BY_NAME[name].forward(
+            inputs, state, owners, chunk=chunk, interpret=interpret
+        )
     if inputs.r.shape[1] == 1:
         return scan.forward(inputs, state)
     branches: dict[str, Callable] = {}
@@ -218,7 +259,8 @@ def forward(
     return jax.lax.platform_dependent(
         inputs,
         state,
-        cpu=scan.forward,
+        owners,
+        cpu=functools.partial(scan.forward, chunk=chunk),
         default=functools.partial(chunked.forward, chunk=chunk),
         **branches,
     )
@@ -226,7 +268,7 @@ def forward(
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["inputs", "state", "starts"],
+    data_fields=["inputs", "state", "starts", "owners"],
     meta_fields=["platform"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +279,7 @@ class Residuals:
         inputs: the six inputs.
         state: the start state.
         starts: states between, in the layout of the implementation that kept them.
+        owners: the sequence of each chunk of packed rows; else None.
         platform: the platform of the kernel that kept them; None if a named implementation or
             "chunked" did. The backward pass may be traced where the target is another.
     """
@@ -245,6 +288,7 @@ class Residuals:
     inputs: Any
     state: Any
     starts: Any
+    owners: Any = None
     platform: str | None = None
 
 
@@ -260,6 +304,7 @@ def forward_saving(
     name: str | None,
     inputs: WKVInputs,
     state: State,
+    owners: Owners | None = None,
     *,
     chunk: int | None,
     interpret: bool,
@@ -270,23 +315,23 @@ def forward_saving(
     if name is not None or not _takes_kernel(platform, inputs, state, chunk):
         implementation = _BY_NAME[name or "chunked"]
         y, end, starts = implementation.forward_saving(
-            inputs, state, chunk=chunk, interpret=interpret
+            inputs, state, owners, chunk=chunk, interpret=interpret
         )
-        return y, end, Residuals(inputs, state, starts)
+        return y, end, Residuals(inputs, state, starts, owners)
     kernel = _BY_NAME[_BEST_KERNELS[platform]]
     run = functools.partial(kernel.forward_saving, chunk=chunk)
 
-    def other_platforms(inputs, state):
+    def other_platforms(inputs, state, owners):
         # All branches return the same shapes; `backward` on these platforms does not read them.
-        starts = zeros_like(jax.eval_shape(run, inputs, state)[2])
-        return *chunked.forward(inputs, state, chunk=chunk), starts
+        starts = zeros_like(jax.eval_shape(run, inputs, state, owners)[2])
+        return *chunked.forward(inputs, state, owners, chunk=chunk), starts
 
     # Only the target's kernel: other platforms' kernels keep states of other shapes.
     branches = {platform: _kernel_branch(platform, run)}
     y, end, starts = jax.lax.platform_dependent(
-        inputs, state, default=other_platforms, **branches
+        inputs, state, owners, default=other_platforms, **branches
     )
-    return y, end, Residuals(inputs, state, starts, platform)
+    return y, end, Residuals(inputs, state, starts, owners, platform)
 
 
 def backward(
@@ -316,6 +361,7 @@ def backward(
             residuals.starts,
             dy,
             dend,
+            residuals.owners,
             chunk=chunk,
             interpret=interpret,
         )
@@ -323,14 +369,16 @@ def backward(
     run = _kernel_branch(platform, run)
 
     def kernel_branch(residuals, dy, dend):
-        return run(residuals.inputs, residuals.starts, dy, dend)
+        return run(residuals.inputs, residuals.starts, dy, dend, residuals.owners)
 
     def other_platforms(residuals, dy, dend):
         # The kept states are zeros here: walk forward once more.
+        inputs = residuals.inputs
+        owners = residuals.owners
         *_, starts = chunked.forward_saving(
-            residuals.inputs, residuals.state, chunk=chunk
+            inputs, residuals.state, owners, chunk=chunk
         )
-        return chunked.backward(residuals.inputs, starts, dy, dend, chunk=chunk)
+        return chunked.backward(inputs, starts, dy, dend, owners, chunk=chunk)
 
     return jax.lax.platform_dependent(
         residuals,

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-State = Float[Array, "B H Nv Nk"]
+# S is B; only where several sequences share a row there are more.
+State = Float[Array, "S H Nv Nk"]
 
 
 class WKVInputs(NamedTuple):

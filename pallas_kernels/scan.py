@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import tiles
+from pallas_kernels import packed_rows, tiles
+from pallas_kernels.packed_rows import Owners
 from pallas_kernels.reference import State, WKVInputs, step
 
 Starts = Float[Array, "C B H Nv Nk"]
@@ -18,15 +19,19 @@ Starts = Float[Array, "C B H Nv Nk"]
 def forward(
     inputs: WKVInputs,
     state: State,
+    owners: Owners | None = None,
     *,
     chunk: int | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H Nv"], State]:
-    """Runs the definition; `chunk` and `interpret` have no effect.
+    """Runs the definition; `interpret` has no effect, nor `chunk` without `owners`.
 
     Tokens are read where they are. Time moved to the front, as `wkv7_reference` has it, copies all
     inputs: beyond the cache this costs as much as the recurrence.
     """
+    if owners is not None:
+        y, end, _ = forward_saving(inputs, state, owners, chunk=chunk)
+        return y, end
 
     def read_token(state, place):
         token = jax.tree.map(
@@ -59,19 +64,23 @@ def _split_inputs(inputs: WKVInputs, chunk: int, dtype) -> WKVInputs:
 def forward_saving(
     inputs: WKVInputs,
     state: State,
+    owners: Owners | None = None,
     *,
     chunk: int | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H Nv"], State, Starts]:
     """Computes what `forward` does, and the state at the start of every chunk."""
 
-    def walk(state, tokens):
+    def walk(states, chunk):
+        tokens, owner = chunk
+        state = packed_rows.read(states, owner)
         # A scan inside the scan: only the outer one's states are kept.
         end, y = jax.lax.scan(step, state, tokens)
-        return end, (y, state)
+        return packed_rows.write(states, owner, end), (y, state)
 
     chunks = _split_inputs(inputs, chunk or tiles.XLA, state.dtype)
-    end, (y, starts) = jax.lax.scan(walk, state, chunks)
+    by_chunk = None if owners is None else owners.T
+    end, (y, starts) = jax.lax.scan(walk, state, (chunks, by_chunk))
     v = inputs.v
     return join(y, v.shape[1]).astype(v.dtype), end, starts
 
@@ -112,6 +121,7 @@ def backward(
     starts: Starts,
     dy: Float[Array, "B T H Nv"],
     dend: State,
+    owners: Owners | None = None,
     *,
     chunk: int | None = None,
     interpret: bool = False,
@@ -123,21 +133,29 @@ def backward(
         starts: the states that `forward_saving` returned.
         dy: gradient of y.
         dend: gradient of the last state.
+        owners: as given to `forward_saving`.
         chunk: as given to `forward_saving`.
         interpret: has no effect.
     """
 
-    def walk(dstate, saved):
-        tokens, dy, start = saved
+    def walk(dstates, saved):
+        tokens, dy, start, owner = saved
         # The states before each token of this chunk: C states at a time instead of T.
         _, before = jax.lax.scan(lambda s, token: (step(s, token)[0], s), start, tokens)
-        return jax.lax.scan(_step_backward, dstate, (tokens, dy, before), reverse=True)
+        dstate, grads = jax.lax.scan(
+            _step_backward,
+            packed_rows.read(dstates, owner),
+            (tokens, dy, before),
+            reverse=True,
+        )
+        return packed_rows.write(dstates, owner, dstate), grads
 
     length = chunk or tiles.XLA
     # All arithmetic happens in the state's dtype, as in the definition.
     dtype = starts.dtype
     chunks = _split_inputs(inputs, length, dtype)
-    saved = (chunks, split(dy, length).astype(dtype), starts)
+    by_chunk = None if owners is None else owners.T
+    saved = (chunks, split(dy, length).astype(dtype), starts, by_chunk)
     dstate, grads = jax.lax.scan(walk, dend.astype(dtype), saved, reverse=True)
     tokens = dy.shape[1]
     grads = jax.tree.map(lambda g, x: join(g, tokens).astype(x.dtype), grads, inputs)

@@ -37,6 +37,7 @@ REPETITIONS = 20
 BARS = {"float32": 1e-4, "bfloat16": 4e-2}
 # Seconds after which a tile is given up.
 LIMIT = 180
+_MODULE = "pallas_kernels.tune"
 
 # Milliseconds of a choice in the forward pass of a gradient or, if true, in the backward pass.
 Measure = Callable[[tiles.GPU | tiles.TPU, bool], float]
@@ -53,6 +54,7 @@ class Candidate(NamedTuple):
         backward: measure the backward pass instead of the forward pass of a gradient.
         repeats: measurements, of which the least counts.
         interpret: run in Pallas's interpreter, to try the tuning itself.
+        repetitions: runs that must agree bit for bit.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Candidate(NamedTuple):
     backward: bool
     repeats: int
     interpret: bool
+    repetitions: int = REPETITIONS
 
     def to_json(self) -> str:
         """Writes the candidate as text."""
@@ -134,7 +137,7 @@ def check_and_measure(candidate: Candidate) -> tuple[float, str]:
     if distance > BARS[candidate.dtype]:
         return math.inf, f"wrong: {distance:.2g} from 'scan'"
     kept = jax.tree.leaves(jax.device_get(first))
-    for _ in range(REPETITIONS):
+    for _ in range(candidate.repetitions):
         again = jax.tree.leaves(jax.device_get(run()))
         if not all((x == y).all() for x, y in zip(kept, again, strict=True)):
             return math.inf, "not repeatable"
@@ -142,19 +145,24 @@ def check_and_measure(candidate: Candidate) -> tuple[float, str]:
     return wall, ""
 
 
-def measure_apart(candidate: Candidate) -> float:
-    """Runs a candidate in a process of its own and prints the result.
+def run_apart(candidate: Candidate) -> tuple[float, str]:
+    """Runs a candidate in a process of its own.
 
     Returns:
-        Milliseconds; infinity if it is wrong, does not compile, crashes or takes too long.
+        Milliseconds and an empty text; or infinity and why: the results are wrong, it does not
+        compile, crashes or takes too long.
     """
-    command = [sys.executable, "-m", __spec__.name, "--candidate", candidate.to_json()]
+    command = [sys.executable, "-m", _MODULE, "--candidate", candidate.to_json()]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:
-        wall, reason = math.inf, f"no result in {LIMIT} s"
-    else:
-        wall, reason = _parse(done)
+        return math.inf, f"no result in {LIMIT} s"
+    return _parse(done)
+
+
+def measure_apart(candidate: Candidate) -> float:
+    """Does what `run_apart` does, prints it, and returns the milliseconds."""
+    wall, reason = run_apart(candidate)
     shown = f"{wall:9.3f} ms" if math.isfinite(wall) else "   no result"
     print(f"{shown}  {candidate.choice}  {reason}".rstrip(), flush=True)
     return wall

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import chunked, dispatch, tiles
+from pallas_kernels import chunked, dispatch, packed_rows, tiles
+from pallas_kernels.packed_rows import Owners
 from pallas_kernels.reference import State, WKVInputs
 
 CHUNKS = (16, 32, 64)
@@ -55,7 +56,10 @@ def _gradients(
 
 def _gradients_jvp(options, primals, tangents):
     """Differentiates the gradients, computed anew from the inputs by "chunked"."""
-    run = functools.partial(chunked.forward, chunk=options.chunk)
+    owners = primals[0].owners
+
+    def run(inputs, state):
+        return chunked.forward(inputs, state, owners, chunk=options.chunk)
 
     def gradients(inputs, state, dy, dend):
         _, pull = jax.vjp(run, inputs, state)
@@ -74,13 +78,14 @@ _differentiable_gradients.defjvp(_gradients_jvp)
 
 
 def _saving(
-    options: _Options, inputs: WKVInputs, state: State
+    options: _Options, inputs: WKVInputs, state: State, owners: Owners | None
 ) -> tuple[Array, State, dispatch.Residuals]:
     """Computes y, the state after the last token, and what `_gradients` needs."""
     return dispatch.forward_saving(
         options.implementation,
         inputs,
         state,
+        owners,
         chunk=options.chunk,
         interpret=options.interpret,
     )
@@ -89,13 +94,19 @@ def _saving(
 def _saving_jvp(options, primals, tangents):
     """Differentiates y and the last state by "chunked"."""
     y, end, residuals = _differentiable_saving(options, *primals)
-    run = functools.partial(chunked.forward, chunk=options.chunk)
-    _, (y_change, end_change) = jax.jvp(run, primals, tangents)
+    inputs, state, owners = primals
+    inputs_change, state_change, owners_change = tangents
+
+    def run(inputs, state):
+        return chunked.forward(inputs, state, owners, chunk=options.chunk)
+
+    _, (y_change, end_change) = jax.jvp(
+        run, (inputs, state), (inputs_change, state_change)
+    )
     # The residuals hold the inputs themselves. Nothing differentiates the kept states.
     constant = dispatch.zeros_like(jax.typeof(residuals.starts))
-    inputs_change, state_change = tangents
     changes = dispatch.Residuals(
-        inputs_change, state_change, constant, residuals.platform
+        inputs_change, state_change, constant, owners_change, residuals.platform
     )
     return (y, end, residuals), (y_change, end_change, changes)
 
@@ -104,25 +115,29 @@ _differentiable_saving = jax.custom_jvp(_saving, nondiff_argnums=(0,))
 _differentiable_saving.defjvp(_saving_jvp)
 
 
-def _compute(options: _Options, inputs: WKVInputs, state: State) -> tuple[Array, State]:
+def _compute(
+    options: _Options, inputs: WKVInputs, state: State, owners: Owners | None
+) -> tuple[Array, State]:
     """Computes y and the state after the last token."""
     return dispatch.forward(
         options.implementation,
         inputs,
         state,
+        owners,
         chunk=options.chunk,
         interpret=options.interpret,
     )
 
 
-def _forward(options, inputs, state):
-    y, end, residuals = _differentiable_saving(options, inputs, state)
+def _forward(options, inputs, state, owners):
+    y, end, residuals = _differentiable_saving(options, inputs, state, owners)
     return (y, end), residuals
 
 
 def _backward(options, residuals, cotangents):
     dy, dend = cotangents
-    return _differentiable_gradients(options, residuals, dy, dend)
+    # Owners are integers, which have no gradient.
+    return *_differentiable_gradients(options, residuals, dy, dend), None
 
 
 _wkv7 = jax.custom_vjp(_compute, nondiff_argnums=(0,))
@@ -142,7 +157,7 @@ def _check_options(implementation: str | None, chunk: int | None) -> None:
         )
 
 
-def _check_arrays(inputs: WKVInputs, state: State) -> None:
+def _check_arrays(inputs: WKVInputs, state: State, packed: bool) -> None:
     """Raises unless shapes and dtypes of the seven arrays agree."""
     r = inputs.r
     v = inputs.v
@@ -161,7 +176,13 @@ def _check_arrays(inputs: WKVInputs, state: State) -> None:
             raise TypeError(f"wkv7: `{name}` must be floating point; got {x.dtype}.")
     batch, _, heads, keys = r.shape
     shape = (batch, heads, v.shape[3], keys)
-    if state.shape != shape:
+    rows = state.shape[0] if state.ndim else 0
+    if packed and (state.shape[1:] != shape[1:] or rows % batch or rows < batch):
+        raise ValueError(
+            "wkv7: `state` must have shape [S H Nv Nk] with `segment_ids`, S being a multiple of "
+            f"the {batch} rows, and [H Nv Nk] = {shape[1:]}; got {state.shape}."
+        )
+    if not packed and state.shape != shape:
         raise ValueError(
             f"wkv7: `state` must have shape [B H Nv Nk] = {shape}; got {state.shape}."
         )
@@ -241,6 +262,30 @@ def _check_lengths(lengths: Array, batch: int, tokens: int) -> None:
         )
 
 
+def _check_segment_ids(ids: Array, batch: int, tokens: int, sequences: int) -> None:
+    """Raises unless each row's ids lie in range and never fall, where they can be read."""
+    if ids.shape != (batch, tokens) or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"wkv7: `segment_ids` must be integers of shape {(batch, tokens)}, one a token; "
+            f"got shape {ids.shape} of {ids.dtype}."
+        )
+    if isinstance(ids, Tracer) or not ids.is_fully_addressable or not ids.size:
+        return
+    values = jax.device_get(ids)
+    low = values.min()
+    high = values.max()
+    if low < 0 or high >= sequences:
+        raise ValueError(
+            f"wkv7: `segment_ids` must lie between 0 and {sequences - 1}, since `state` has "
+            f"{sequences} rows for each row of tokens; got {low if low < 0 else high}."
+        )
+    for row, steps in enumerate(values[:, 1:].astype("int64") - values[:, :-1]):
+        if (steps < 0).any():
+            raise ValueError(
+                f"wkv7: `segment_ids` must not fall from one token to the next; row {row} does."
+            )
+
+
 def _is_token(
     lengths: Int[Array, " B"], batch: int, tokens: int
 ) -> Bool[Array, "B T 1 1"]:
@@ -264,13 +309,14 @@ def wkv7(
     v: Float[Array, "B T H Nv"],
     a: Float[Array, "B T H Nk"],
     b: Float[Array, "B T H Nk"],
-    state: Float[Array, "B H Nv Nk"],
+    state: Float[Array, "S H Nv Nk"],
     *,
     implementation: str | None = None,
     lengths: Int[Array, " B"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     chunk: int | None = None,
     interpret: bool = False,
-) -> tuple[Float[Array, "B T H Nv"], Float[Array, "B H Nv Nk"]]:
+) -> tuple[Float[Array, "B T H Nv"], Float[Array, "S H Nv Nk"]]:
     """Computes what every token reads from the recurrent state, and the state after the last token.
 
     For each head, S <- S (diag(exp(log_w)) + a b^T) + v k^T and y = S r, with float32 states. All
@@ -290,22 +336,28 @@ def wkv7(
         a: removal key, -kk in the model.
         b: removal key times in-context learning rate, kk * a in the model.
         state: float32 (float64 for all under x64); rows are value channels, columns key channels.
+            S is B, or with `segment_ids` a multiple of it.
         implementation: a name of `IMPLEMENTATIONS`, which then runs or raises; None takes the best
             for the target device, by sizes and dtype. The target is the abstract mesh's device if
             one is set, else the default device. On other platforms the same program runs in plain
             JAX.
         lengths: the number of real tokens in each row; padding is on the right. Traced lengths
             cannot be checked: those below 0 count as 0, those above T as T.
+        segment_ids: the sequence of each token, where K sequences share a row, one after the other.
+            They are numbered from 0 in each row; sequence k of row b starts from row b K + k of
+            `state`, and ends as that row of the result. One without tokens ends as it starts. Each
+            gives what it gives in a row of its own. Traced ids cannot be checked: those out of
+            range count as the nearest, those that fall as the largest before them.
         chunk: tokens between two states kept for the backward pass and, except in "scan", rows of
             a matrix product: 16, 32 or 64; None takes the best for the implementation. GPU kernels
             take 16 or 32, float16 tokens 16.
         interpret: run Pallas kernels in Pallas's interpreter on any device; slow, for tests.
 
     Returns:
-        y in v's dtype, and the final state in the state's.
+        y in v's dtype, and the final states in the state's dtype and shape.
 
     Raises:
-        ValueError: the shapes do not fit, lengths or the decay are out of range, or
+        ValueError: the shapes do not fit, lengths, ids or the decay are out of range, or
             `implementation` or `chunk` is unknown.
         TypeError: the state is not float32, inputs are not floating point, or it is differentiated
             in forward mode.
@@ -327,25 +379,39 @@ def wkv7(
     )
     state = _as_array(state, "state")
     _check_options(implementation, chunk)
-    _check_arrays(inputs, state)
+    _check_arrays(inputs, state, packed=segment_ids is not None)
     batch, tokens = inputs.r.shape[:2]
     is_token = None
     if lengths is not None:
-        is_token = _is_token(_as_array(lengths, "lengths"), batch, tokens)
+        lengths = _as_array(lengths, "lengths")
+        is_token = _is_token(lengths, batch, tokens)
         inputs = jax.tree.map(functools.partial(_select, is_token), inputs)
+    places = None
+    if segment_ids is not None:
+        ids = _as_array(segment_ids, "segment_ids")
+        sequences = state.shape[0] // batch
+        _check_segment_ids(ids, batch, tokens, sequences)
+        chunk = chunk or dispatch.packed_chunk(implementation, inputs, state)
+        places = packed_rows.find_places(ids, lengths, sequences=sequences, chunk=chunk)
     # No implementation has to handle an empty grid or scan.
     if tokens == 0:
         # [B 0 H Nv], which is also the shape and dtype of y.
         return inputs.v, state
+    if places is not None:
+        inputs = packed_rows.move_inputs(inputs, places)
     implementation = _check_chunks(inputs, implementation, chunk)
     if implementation is not None:
-        dispatch.check(implementation, inputs, state, chunk, interpret)
+        dispatch.check(
+            implementation, inputs, state, chunk, interpret, packed=places is not None
+        )
     options = _Options(implementation, chunk, interpret)
     try:
-        y, end = _wkv7(options, inputs, state)
+        y, end = _wkv7(options, inputs, state, places and places.owners)
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise
         raise TypeError(FORWARD_MODE) from None
+    if places is not None:
+        y = packed_rows.move(y, places.slots)
     # The padding's y is zero already. Selected, it also hands no gradient on.
     return _select(is_token, y), end

@@ -16,6 +16,9 @@ Tokens = Int[Array | np.ndarray, "B T"]
 # The number of tokens of each row that count; the rest of the row is padding on the right.
 Lengths = Int[Array | np.ndarray, " B"]
 
+# The sequence of each token where several share a row, numbered from 0 in each row.
+SegmentIds = Int[Array | np.ndarray, "B T"]
+
 Activations = Float[Array, "B T D"]
 
 Heads = Float[Array, "B T H N"]

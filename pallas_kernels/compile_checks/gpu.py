@@ -40,6 +40,10 @@ class Size(NamedTuple):
     values: int
     dtype: str
 
+    def __str__(self) -> str:
+        """Returns what a case is called by."""
+        return f"{self.keys}x{self.values} {self.dtype}"
+
 
 DEVICES = (
     Device("NVIDIA H200", 90, 132, 232448),
@@ -52,6 +56,10 @@ SIZES = (
     Size(64, 64, "float32"),
 )
 KERNELS = ("forward", "state", "gradients")
+# Those that differ for packed rows; compiled for the first size alone, and by Pallas.
+PACKED_KERNELS = ("forward", "state")
+# Sequences of a packed row.
+SEQUENCES = 16
 BATCH = 32
 TOKENS = 4096
 # The channels of a layer, which are divided among heads.
@@ -237,7 +245,9 @@ def _measure(
     return row
 
 
-def _make_passes(size: Size, sharding) -> Iterator[tuple[Callable, tuple]]:
+def _make_passes(
+    size: Size, packed: bool, sharding
+) -> Iterator[tuple[Callable, tuple]]:
     """Yields both passes in Pallas, with the shapes of their arguments."""
     heads = CHANNELS // size.keys
 
@@ -253,17 +263,20 @@ def _make_passes(size: Size, sharding) -> Iterator[tuple[Callable, tuple]]:
         a=key_array,
         b=key_array,
     )
-    state = array("float32", BATCH, heads, size.values, size.keys)
+    states = BATCH * SEQUENCES if packed else BATCH
+    state = array("float32", states, heads, size.values, size.keys)
+    owners = None
+    if packed:
+        choice = tiles.for_gpu(tiles.PALLAS_GPU, *size, tiles.capability())
+        owners = array("int32", BATCH, TOKENS // choice.chunk)
     kernels = pallas_calls.KERNELS
-    starts = jax.eval_shape(kernels.forward_saving, inputs, state)[2]
-    yield kernels.forward_saving, (inputs, state)
-    yield (
-        kernels.backward,
-        (inputs, array(starts.dtype, *starts.shape), inputs.v, state),
-    )
+    starts = jax.eval_shape(kernels.forward_saving, inputs, state, owners)[2]
+    starts = array(starts.dtype, *starts.shape)
+    yield kernels.forward_saving, (inputs, state, owners)
+    yield kernels.backward, (inputs, starts, inputs.v, state, owners)
 
 
-def compile_for_device(device: Device, size: Size) -> None:
+def compile_for_device(device: Device, size: Size, packed: bool) -> None:
     """Compiles Pallas's kernels for a device.
 
     It runs in a process of its own, whose environment tells XLA where to dump the results.
@@ -291,14 +304,19 @@ def compile_for_device(device: Device, size: Size) -> None:
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
     # The mesh makes `tiles` and Pallas take this device for the target.
     with jax.sharding.use_abstract_mesh(mesh):
-        for run, arguments in _make_passes(size, sharding):
+        for run, arguments in _make_passes(size, packed, sharding):
             jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
 
 
-def _compile_pallas(device: Device, size: Size) -> Iterator[Kernel]:
+def _compile_pallas(device: Device, size: Size, packed: bool) -> Iterator[Kernel]:
     """Yields what XLA makes of Pallas's kernels."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", __name__, *map(str, (*device, *size))]
+        command = [
+            sys.executable,
+            "-m",
+            __name__,
+            *map(str, (*device, *size, int(packed))),
+        ]
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
@@ -387,12 +405,14 @@ def _compile_triton(
     )
 
 
-def _measure_pallas(device: Device, size: Size) -> Iterator[dict]:
+def _measure_pallas(device: Device, size: Size, packed: bool) -> Iterator[dict]:
     """Yields the rows of Pallas's kernels of one size on one device."""
     choice = tiles.for_gpu(tiles.PALLAS_GPU, *size, device.capability)
-    for kernel in _compile_pallas(device, size):
+    for kernel in _compile_pallas(device, size, packed):
         name = next(name for name in KERNELS if kernel.name.startswith(name))
-        case = f"{device.kind} pallas {name} {size.keys}x{size.values} {size.dtype}"
+        if packed and name not in PACKED_KERNELS:
+            continue
+        case = f"{device.kind} pallas {'packed ' * packed}{name} {size}"
         yield _measure(case, kernel, size, choice.chunk, getattr(choice, name))
 
 
@@ -403,7 +423,7 @@ def _measure_triton(device: Device, size: Size) -> Iterator[dict]:
         tile = getattr(choice, name)
         function = "state_gradient" if name == "state" else name
         kernel = _compile_triton(function, device.capability, size, choice.chunk, tile)
-        case = f"{device.kind} triton {name} {size.keys}x{size.values} {size.dtype}"
+        case = f"{device.kind} triton {name} {size}"
         yield _measure(case, kernel, size, choice.chunk, tile)
 
 
@@ -431,13 +451,15 @@ def rows() -> Iterator[dict]:
         largest = max(tiles.rows_for(tiles.PALLAS_GPU, device.capability))
         for size in SIZES:
             if max(size.keys, size.values) <= largest:
-                yield from _measure_pallas(device, size)
+                yield from _measure_pallas(device, size, packed=False)
                 yield from _measure_triton(device, size)
+        yield from _measure_pallas(device, SIZES[0], packed=True)
 
 
 if __name__ == "__main__":
-    _kind, _capability, _cores, _shared, _keys, _values, _dtype = sys.argv[1:]
+    _kind, _capability, _cores, _shared, _keys, _values, _dtype, _packed = sys.argv[1:]
     compile_for_device(
         Device(_kind, int(_capability), int(_cores), int(_shared)),
         Size(int(_keys), int(_values), _dtype),
+        packed=_packed == "1",
     )

@@ -64,14 +64,19 @@ def _prepare(
     )
 
 
-def _chunks_to_walk(tokens, chunk: int, state, probes: Probes | None):
-    """Returns how many chunks this program walks: none where the probes need nothing of it."""
+def _chunks_to_walk(tokens, chunk: int, state, probes: Probes | None, span):
+    """Returns the first chunk that this program walks, and the one after the last.
+
+    Of packed rows these are one sequence's; there are none where the probes need nothing of it.
+    """
+    if span is not None:
+        return span[0, 0], span[0, 1]
     chunks = tokens.shape[1] // chunk
     if probes is None:
-        return chunks
+        return 0, chunks
     # The grid is (head, block of values, row).
     first_value = pl.program_id(1) * state.shape[2]
-    return jnp.where(probes.is_idle(pl.program_id(2), first_value), 0, chunks)
+    return 0, jnp.where(probes.is_idle(pl.program_id(2), first_value), 0, chunks)
 
 
 def forward_kernel(
@@ -82,10 +87,10 @@ def forward_kernel(
     a,
     b,
     start,
-    end,
-    *outputs,
+    *refs,
     chunk: int,
     probes: Probes | None = None,
+    packed: bool = False,
     interpret=False,
 ) -> None:
     """Writes the state after the last token and, where asked for, y and each chunk's S^.
@@ -98,12 +103,14 @@ def forward_kernel(
         a: tokens.
         b: tokens.
         start: those channels' rows of the state.
-        end: as start, written.
-        *outputs: nothing; or y, as v; or y and S^, as chunks' states.
+        *refs: for packed rows the span of chunks, [1 2]; then the end state, written, as start;
+            then nothing, or y, as v, or y and S^, as chunks' states.
         chunk: tokens of a chunk.
         probes: how the segments are probed, if this walk does so.
+        packed: whether the rows are packed.
         interpret: whether Pallas's interpreter runs this.
     """
+    span, end, *outputs = refs if packed else (None, *refs)
 
     def walk(i, carry):
         state, rest = carry
@@ -123,8 +130,8 @@ def forward_kernel(
 
     # `chunk_math` has keys as the rows of a state, the op has values.
     carry = (start[0, 0].T, jnp.ones((r.shape[3], 1), jnp.float32))
-    chunks = _chunks_to_walk(r, chunk, start, probes)
-    state, rest = jax.lax.fori_loop(0, chunks, walk, carry)
+    first, stop = _chunks_to_walk(r, chunk, start, probes, span)
+    state, rest = jax.lax.fori_loop(first, stop, walk, carry)
     # The last chunk's rest has no next chunk's scaling to be a part of.
     end[0, 0] = (state * rest).T
 
@@ -136,10 +143,10 @@ def state_kernel(
     b,
     dy,
     dend,
-    dstart,
-    *outputs,
+    *refs,
     chunk: int,
     probes: Probes | None = None,
+    packed: bool = False,
     interpret=False,
 ) -> None:
     """Writes the start state's gradient and, where asked for, each chunk's G^.
@@ -151,17 +158,20 @@ def state_kernel(
         b: tokens.
         dy: tokens.
         dend: those channels' rows of the end state's gradient.
-        dstart: as dend, written.
-        *outputs: G^ as chunks' states, or nothing.
+        *refs: for packed rows the span of chunks, [1 2]; then the start state's gradient, written,
+            as dend; then G^ as chunks' states, or nothing.
         chunk: tokens of a chunk.
         probes: how the segments are probed, if this walk does so.
+        packed: whether the rows are packed.
         interpret: whether Pallas's interpreter runs this.
     """
-    last = r.shape[1] // chunk - 1
+    span, dstart, *outputs = refs if packed else (None, *refs)
+    first, stop = _chunks_to_walk(r, chunk, dend, probes, span)
+    # The loop only counts upwards: chunk `last - i` takes the turn of chunk i.
+    last = r.shape[1] // chunk - 1 if span is None else first + stop - 1
 
     def walk(done, carry):
         dstate, mid = carry
-        # The loop only counts upwards.
         i = last - done
         prepared = _prepare(r, log_w, a, b, i * chunk, chunk, dy.dtype, interpret)
         # As in the forward walk: the later chunk's mid and this one's rest are one scaling.
@@ -174,8 +184,7 @@ def state_kernel(
         return chunk_math.state_gradient(prepared, z, dys, dstate), prepared.mid
 
     carry = (dend[0, 0].T, jnp.ones((r.shape[3], 1), jnp.float32))
-    chunks = _chunks_to_walk(r, chunk, dend, probes)
-    dstate, mid = jax.lax.fori_loop(0, chunks, walk, carry)
+    dstate, mid = jax.lax.fori_loop(first, stop, walk, carry)
     dstart[0, 0] = (dstate * mid).T
 
 

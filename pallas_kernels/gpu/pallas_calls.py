@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from pallas_kernels import tiles
 from pallas_kernels.gpu import kernel_bodies as kernels
-from pallas_kernels.gpu.segmented_passes import KernelSet, Probes
+from pallas_kernels.gpu.segmented_passes import KernelSet, Probes, Spans
 from pallas_kernels.platforms import output_like
 from pallas_kernels.reference import State, WKVInputs
 
@@ -56,6 +56,7 @@ def _walk(
     choice: tiles.GPU,
     tile: tiles.Tile,
     probes: Probes | None,
+    spans: Spans | None,
     interpret: bool,
 ) -> Sequence[Array]:
     """Runs one program for every head and block of value rows, which walks all chunks."""
@@ -68,25 +69,36 @@ def _walk(
     while values % rows:
         rows //= 2
     chunks = tokens // choice.chunk
+    # States of a row: one, or those of the sequences that are packed into it.
+    each = state.shape[0] // batch
+
+    def row(s):
+        return s if each == 1 else jax.lax.div(s, each)
+
     blocks = {
-        # Indices of the grid: head h, block of values j, row b. All tokens of a head are one block.
+        # Indices of the grid: head h, block of values j, state s. All tokens of a head are a block.
         # Heads come first: neighbours in time then read neighbouring memory.
-        "keys": pl.BlockSpec((1, tokens, 1, keys), lambda h, j, b: (b, 0, h, 0)),
-        "values": pl.BlockSpec((1, tokens, 1, rows), lambda h, j, b: (b, 0, h, j)),
-        "state": pl.BlockSpec((1, 1, rows, keys), lambda h, j, b: (b, h, j, 0)),
+        "keys": pl.BlockSpec((1, tokens, 1, keys), lambda h, j, s: (row(s), 0, h, 0)),
+        "values": pl.BlockSpec((1, tokens, 1, rows), lambda h, j, s: (row(s), 0, h, j)),
+        "state": pl.BlockSpec((1, 1, rows, keys), lambda h, j, s: (s, h, j, 0)),
         "states": pl.BlockSpec(
-            (1, 1, chunks, keys, rows), lambda h, j, b: (b, h, 0, 0, j)
+            (1, 1, chunks, keys, rows), lambda h, j, s: (row(s), h, 0, 0, j)
         ),
+        "span": pl.BlockSpec((1, 2), lambda h, j, s: (s, 0)),
     }
-    kernel = functools.partial(kernel, chunk=choice.chunk, probes=probes)
-    return _call(
-        kernel, (heads, values // rows, batch), blocks, arrays, outputs, tile, interpret
+    if spans is not None:
+        arrays = [*arrays, ("span", spans)]
+    kernel = functools.partial(
+        kernel, chunk=choice.chunk, probes=probes, packed=spans is not None
     )
+    grid = (heads, values // rows, state.shape[0])
+    return _call(kernel, grid, blocks, arrays, outputs, tile, interpret)
 
 
 def _chunk_states(state: State, v: Array, choice: tiles.GPU) -> jax.ShapeDtypeStruct:
     """Describes one state for each chunk, in the tokens' dtype."""
-    batch, heads, values, keys = state.shape
+    batch = v.shape[0]
+    _, heads, values, keys = state.shape
     chunks = v.shape[1] // choice.chunk
     return output_like((batch, heads, chunks, keys, values), v.dtype, state, v)
 
@@ -97,6 +109,7 @@ def _forward(
     choice: tiles.GPU,
     save: bool,
     probes: Probes | None,
+    spans: Spans | None,
     interpret: bool,
 ) -> Sequence[Array]:
     """Calls the forward kernel; see `segmented_passes.ForwardKernel`."""
@@ -115,6 +128,7 @@ def _forward(
         choice,
         choice.forward,
         probes,
+        spans,
         interpret,
     )
 
@@ -125,6 +139,7 @@ def _state(
     dend: State,
     choice: tiles.GPU,
     probes: Probes | None,
+    spans: Spans | None,
     interpret: bool,
 ) -> Sequence[Array]:
     """Calls the state's kernel; see `segmented_passes.StateKernel`."""
@@ -140,7 +155,14 @@ def _state(
     if probes is None:
         outputs.append(("states", _chunk_states(dend, dy, choice)))
     return _walk(
-        kernels.state_kernel, arrays, outputs, choice, choice.state, probes, interpret
+        kernels.state_kernel,
+        arrays,
+        outputs,
+        choice,
+        choice.state,
+        probes,
+        spans,
+        interpret,
     )
 
 

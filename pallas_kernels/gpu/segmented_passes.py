@@ -10,15 +10,18 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tiles
 from pallas_kernels.gpu.partitioning import unpartitioned
+from pallas_kernels.packed_rows import Owners, chunk_spans
 from pallas_kernels.reference import State, WKVInputs
 
 # Scaled states, one for each chunk of every segment, in the orientation that the kernels prefer.
 Starts = Float[Array, "BS H C N1 N2"]
 Values = Float[Array, "B T H Nv"]
+# The first chunk of each sequence of packed rows, and the one after its last.
+Spans = Int[Array, "S 2"]
 # Programs that a large GPU runs at a time: two on each of 132 multiprocessors.
 PROGRAMS = 264
 # Fewer chunks than this are not worth a segment.
@@ -151,9 +154,13 @@ class ForwardKernel(Protocol):
         choice: tiles.GPU,
         save: bool,
         probes: Probes | None,
+        spans: Spans | None,
         interpret: bool,
     ) -> Sequence[Array]:
-        """Returns the end state; without `probes` also y; with `save` also each S^."""
+        """Returns the end state; without `probes` also y; with `save` also each S^.
+
+        With `spans` there is a state for each of them, and it passes through its chunks alone.
+        """
         ...
 
 
@@ -167,6 +174,7 @@ class StateKernel(Protocol):
         dend: State,
         choice: tiles.GPU,
         probes: Probes | None,
+        spans: Spans | None,
         interpret: bool,
     ) -> Sequence[Array]:
         """Returns the start state's gradient and, without `probes`, each chunk's G^."""
@@ -221,6 +229,13 @@ class _Plan(NamedTuple):
         )
 
 
+def _spans(owners: Owners | None, state: State) -> Spans | None:
+    """Computes the chunks that each row of `state` passes through; None without packed rows."""
+    if owners is None:
+        return None
+    return chunk_spans(owners, state.shape[0] // owners.shape[0])
+
+
 class KernelSet(NamedTuple):
     """Three kernels and how they are tiled: an implementation of the op.
 
@@ -236,7 +251,9 @@ class KernelSet(NamedTuple):
     state_kernel: StateKernel
     gradients_kernel: GradientsKernel
 
-    def _plan(self, inputs: WKVInputs, chunk: int | None) -> _Plan:
+    def _plan(
+        self, inputs: WKVInputs, owners: Owners | None, chunk: int | None
+    ) -> _Plan:
         """Chooses the tiles and the number of segments."""
         batch, tokens, heads, keys = inputs.r.shape
         v = inputs.v
@@ -244,6 +261,9 @@ class KernelSet(NamedTuple):
             self.table, keys, v.shape[3], v.dtype, tiles.capability()
         )
         choice = choice._replace(chunk=chunk or choice.chunk)
+        # Packed rows have programs enough: one for each of their sequences.
+        if owners is not None:
+            return _Plan(choice, segments=1)
         # By the forward tile for both passes: the backward pass reads the states kept there.
         segments = choose_segments(
             heads=batch * heads,
@@ -258,12 +278,13 @@ class KernelSet(NamedTuple):
         self,
         inputs: WKVInputs,
         state: State,
+        owners: Owners | None,
         chunk: int | None,
         save: bool,
         interpret: bool,
     ) -> tuple[Array, ...]:
         batch, tokens, heads, values = inputs.v.shape
-        plan = self._plan(inputs, chunk)
+        plan = self._plan(inputs, owners, chunk)
         choice, segments = plan
         cut = plan.cut_inputs(inputs)
         if segments > 1:
@@ -271,10 +292,13 @@ class KernelSet(NamedTuple):
             wide = cut._replace(v=_pad_values(cut.v, state))
             probes = Probes(segments, values, reverse=False)
             (probe_ends,) = self.forward_kernel(
-                wide, probes.start_states(state), choice, False, probes, interpret
+                wide, probes.start_states(state), choice, False, probes, None, interpret
             )
             state = chain_segments(probe_ends, state, probes)
-        end, y, *starts = self.forward_kernel(cut, state, choice, save, None, interpret)
+        spans = _spans(owners, state)
+        end, y, *starts = self.forward_kernel(
+            cut, state, choice, save, None, spans, interpret
+        )
         y = y.reshape(batch, -1, heads, values)[:, :tokens]
         # The end state of a sequence is that of its last segment.
         return y, end[segments - 1 :: segments], *starts
@@ -283,6 +307,7 @@ class KernelSet(NamedTuple):
         self,
         inputs: WKVInputs,
         state: State,
+        owners: Owners | None = None,
         *,
         chunk: int | None = None,
         interpret: bool = False,
@@ -292,22 +317,24 @@ class KernelSet(NamedTuple):
         Args:
             inputs: bfloat16 or float32; matrix products take operands of v's dtype.
             state: float32.
+            owners: of packed rows, whose tokens are full chunks; else None.
             chunk: tokens of a chunk; None takes the table's.
             interpret: run in Pallas's interpreter, for tests.
         """
-        y, end = self._forward(inputs, state, chunk, False, interpret)
+        y, end = self._forward(inputs, state, owners, chunk, False, interpret)
         return y, end
 
     def forward_saving(
         self,
         inputs: WKVInputs,
         state: State,
+        owners: Owners | None = None,
         *,
         chunk: int | None = None,
         interpret: bool = False,
     ) -> tuple[Values, State, Starts]:
         """Computes what `forward` does, and the scaled state of every chunk."""
-        y, end, starts = self._forward(inputs, state, chunk, True, interpret)
+        y, end, starts = self._forward(inputs, state, owners, chunk, True, interpret)
         return y, end, starts
 
     def backward(
@@ -316,6 +343,7 @@ class KernelSet(NamedTuple):
         starts: Starts,
         dy: Values,
         dend: State,
+        owners: Owners | None = None,
         *,
         chunk: int | None = None,
         interpret: bool = False,
@@ -327,11 +355,12 @@ class KernelSet(NamedTuple):
             starts: the states that `forward_saving` returned.
             dy: gradient of y.
             dend: gradient of the last state.
+            owners: as given to `forward_saving`.
             chunk: as given to `forward_saving`.
             interpret: run in Pallas's interpreter, for tests.
         """
         batch, tokens, heads, values = dy.shape
-        plan = self._plan(inputs, chunk)
+        plan = self._plan(inputs, owners, chunk)
         choice, segments = plan
         cut = plan.cut_inputs(inputs)
         dy = plan.cut(dy.astype(cut.v.dtype))
@@ -340,10 +369,11 @@ class KernelSet(NamedTuple):
             wide = _pad_values(dy, dend)
             probes = Probes(segments, values, reverse=True)
             (probe_ends,) = self.state_kernel(
-                cut, wide, probes.start_states(dend), choice, probes, interpret
+                cut, wide, probes.start_states(dend), choice, probes, None, interpret
             )
             dend = chain_segments(probe_ends, dend, probes)
-        dstart, ends = self.state_kernel(cut, dy, dend, choice, None, interpret)
+        spans = _spans(owners, dend)
+        dstart, ends = self.state_kernel(cut, dy, dend, choice, None, spans, interpret)
         grads = self.gradients_kernel(cut, dy, starts, ends, choice, interpret)
 
         def join(grad, x):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels import tiles
-from pallas_kernels.gpu.segmented_passes import KernelSet, Probes
+from pallas_kernels.gpu.segmented_passes import KernelSet, Probes, Spans
 from pallas_kernels.platforms import output_like
 from pallas_kernels.reference import State, WKVInputs
 
@@ -180,6 +180,7 @@ def _forward(
     choice: tiles.GPU,
     save: bool,
     probes: Probes | None,
+    spans: Spans | None,
     interpret: bool,
 ) -> Sequence[Array]:
     """Launches the forward kernel; see `segmented_passes.ForwardKernel`."""
@@ -219,6 +220,7 @@ def _state(
     dend: State,
     choice: tiles.GPU,
     probes: Probes | None,
+    spans: Spans | None,
     interpret: bool,
 ) -> Sequence[Array]:
     """Launches the state's kernel; see `segmented_passes.StateKernel`."""

@@ -5,7 +5,7 @@ of heads through the stages of `packed_chunk_math` together: one group's instruc
 in which another's results are on their way. The state stays in scratch memory from chunk to chunk.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -63,6 +63,28 @@ def _store(ref, g: int, x: Array) -> None:
     ref[0, :, g * width : (g + 1) * width] = x.astype(ref.dtype)
 
 
+def _borders(owners, chunk_of: Callable):
+    """Tells whether this grid step is the first of its sequence, and whether it is the last.
+
+    Args:
+        owners: the sequence of each chunk of all rows, in one list; None where a row is a sequence.
+        chunk_of: maps the grid's last index to the chunk's number.
+    """
+    step = pl.program_id(2)
+    steps = pl.num_programs(2)
+    is_first = step == 0
+    is_last = step == steps - 1
+    if owners is None:
+        return is_first, is_last
+
+    def owner(step):
+        inside = jnp.clip(step, 0, steps - 1)
+        return owners[pl.program_id(0) * steps + chunk_of(inside)]
+
+    here = owner(step)
+    return is_first | (owner(step - 1) != here), is_last | (owner(step + 1) != here)
+
+
 def _forward_group(
     g: int,
     inputs: WKVInputs,
@@ -100,6 +122,8 @@ def forward_kernel(
     *rest,
     layout: TileLayout,
     save: bool,
+    chunk_of: Callable,
+    owners=None,
 ) -> None:
     """Writes what one chunk of some groups of heads reads, and their states after it.
 
@@ -116,14 +140,16 @@ def forward_kernel(
         *rest: with `save` the states before the chunk, written; then scratch memory for the states.
         layout: the sizes.
         save: whether the states before the chunk are written.
+        chunk_of: maps the grid's last index to the chunk's number.
+        owners: for packed rows the sequence of each chunk; else None.
     """
     starts_ref, state = rest if save else (None, *rest)
     inputs = WKVInputs(r, log_w, k, v, a, b)
     masks = make_masks(layout)
-    step = pl.program_id(2)
+    is_first, is_last = _borders(owners, chunk_of)
 
     # The grid's last axis runs in order, so that scratch memory carries the states.
-    @pl.when(step == 0)
+    @pl.when(is_first)
     def _():
         for g in range(layout.groups):
             state[g] = expand(start_ref[0, g], masks, layout)
@@ -135,7 +161,7 @@ def forward_kernel(
         )
     interleave(groups)
 
-    @pl.when(step == pl.num_programs(2) - 1)
+    @pl.when(is_last)
     def _():
         for g in range(layout.groups):
             end_ref[0, g] = compact(state[g], layout)
@@ -179,7 +205,7 @@ def _backward_group(
     _store(grad_refs.log_w, g, dlog_w)
 
 
-def backward_kernel(*refs, layout: TileLayout) -> None:
+def backward_kernel(*refs, layout: TileLayout, chunk_of: Callable, owners=None) -> None:
     """Writes the gradients of one chunk of some groups of heads; the last chunk comes first.
 
     Args:
@@ -187,15 +213,17 @@ def backward_kernel(*refs, layout: TileLayout) -> None:
             written are the six inputs' gradients and the start states' gradient; then scratch
             memory for the states' gradients.
         layout: the sizes.
+        chunk_of: maps the grid's last index to the chunk's number.
+        owners: for packed rows the sequence of each chunk; else None.
     """
     inputs = WKVInputs(*refs[:6])
     dy_ref, starts_ref, dend_ref = refs[6:9]
     grad_refs = WKVInputs(*refs[9:15])
     dstart_ref, dstate = refs[15:]
     masks = make_masks(layout)
-    step = pl.program_id(2)
+    is_first, is_last = _borders(owners, chunk_of)
 
-    @pl.when(step == 0)
+    @pl.when(is_first)
     def _():
         for g in range(layout.groups):
             dstate[g] = expand(dend_ref[0, g], masks, layout)
@@ -208,7 +236,7 @@ def backward_kernel(*refs, layout: TileLayout) -> None:
         groups.append(group)
     interleave(groups)
 
-    @pl.when(step == pl.num_programs(2) - 1)
+    @pl.when(is_last)
     def _():
         for g in range(layout.groups):
             dstart_ref[0, g] = compact(dstate[g], layout)

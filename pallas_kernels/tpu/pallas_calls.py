@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import tiles
+from pallas_kernels.packed_rows import Owners, chunk_spans
 from pallas_kernels.platforms import output_like
 from pallas_kernels.reference import State, WKVInputs
 from pallas_kernels.tpu import kernel_bodies as kernels
@@ -90,12 +91,14 @@ def _unpack_state(
 
 
 def _call(
-    kernel: functools.partial,
+    kernel: Callable,
     layout: TileLayout,
     arrays: Sequence[Array],
     outputs: Sequence[jax.ShapeDtypeStruct],
     *,
-    step: Callable,
+    owners: Owners | None,
+    chunk_of: Callable,
+    name: str,
     interpret: Interpret,
 ) -> Sequence[Array]:
     """Calls `pl.pallas_call` over a grid of (batch, groups of tiles, chunks).
@@ -103,14 +106,26 @@ def _call(
     Args:
         kernel: takes all arrays' blocks, all outputs' blocks, and the state in scratch memory.
         layout: its sizes.
-        arrays: tokens [B T W], states [B G Nv W] or chunk states [B G C Nv W].
+        arrays: tokens [B T W], states [S G Nv W] or chunk states [B G C Nv W].
         outputs: shapes and dtypes of the same three kinds.
-        step: maps the grid's last index to the chunk's number.
+        owners: of packed rows, each with several states; else None.
+        chunk_of: maps the grid's last index to the chunk's number.
+        name: the kernel's, which the compile checks look for.
         interpret: for `pl.pallas_call`.
     """
     width = layout.heads * layout.keys
     batch, tokens, all_keys = arrays[0].shape
     columns = all_keys // width
+    steps = tokens // layout.chunk
+    # Known before the grid runs, since they say which block of the states comes next.
+    known = [] if owners is None else [owners.reshape(-1)]
+
+    def state_of(i, c, known):
+        if owners is None:
+            return i
+        (flat,) = known
+        each = packed_states // batch
+        return i * each + flat[i * steps + chunk_of(c)]
 
     def block(x):
         if x.ndim == 3:
@@ -118,36 +133,55 @@ def _call(
             # x is [B T W], with the lanes of all tiles side by side.
             lanes = x.shape[2] // columns * layout.groups
             return pl.BlockSpec(
-                (1, layout.chunk, lanes), lambda i, j, c: (i, step(c), j)
+                (1, layout.chunk, lanes), lambda i, j, c, *known: (i, chunk_of(c), j)
             )
         if x.ndim == 4:
             return pl.BlockSpec(
-                (1, layout.groups, *x.shape[2:]), lambda i, j, c: (i, j, 0, 0)
+                (1, layout.groups, *x.shape[2:]),
+                lambda i, j, c, *known: (state_of(i, c, known), j, 0, 0),
             )
         shape = (1, layout.groups, 1, *x.shape[3:])
-        return pl.BlockSpec(shape, lambda i, j, c: (i, j, step(c), 0, 0))
+        return pl.BlockSpec(shape, lambda i, j, c, *known: (i, j, chunk_of(c), 0, 0))
 
+    def body(*refs):
+        if owners is None:
+            return kernel(*refs, layout=layout, chunk_of=chunk_of)
+        return kernel(*refs[1:], layout=layout, chunk_of=chunk_of, owners=refs[0])
+
+    packed_states = arrays[-1].shape[0]
     state_shape = (layout.groups, layout.heads * layout.values, width)
     return pl.pallas_call(
-        kernel,
-        grid=(batch, columns // layout.groups, tokens // layout.chunk),
-        in_specs=[block(x) for x in arrays],
-        out_specs=[block(x) for x in outputs],
+        body,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(known),
+            grid=(batch, columns // layout.groups, steps),
+            in_specs=[block(x) for x in arrays],
+            out_specs=[block(x) for x in outputs],
+            scratch_shapes=[pltpu.VMEM(state_shape, jnp.float32)],
+        ),
         out_shape=outputs,
-        scratch_shapes=[pltpu.VMEM(state_shape, jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             # The chunks of a sequence follow one another: the state stays in scratch memory.
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=VMEM,
         ),
         interpret=interpret,
-        name=f"wkv7_{kernel.func.__name__.strip('_')}",
-    )(*arrays)
+        name=name,
+    )(*known, *arrays)
+
+
+def _keep_unvisited(new: State, old: State, owners: Owners | None) -> State:
+    """Puts back the states of sequences without a chunk, which no grid step has written."""
+    if owners is None:
+        return new
+    first, end = chunk_spans(owners, old.shape[0] // owners.shape[0]).T
+    return jnp.where((first == end)[:, None, None, None], old, new)
 
 
 def _run_forward(
     inputs: WKVInputs,
     state: State,
+    owners: Owners | None,
     chunk: int | None,
     save: bool,
     interpret: Interpret,
@@ -162,25 +196,30 @@ def _run_forward(
     ]
     # Unlike y the states are float32: the backward pass starts from them.
     if save:
-        batch, columns, *block = packed.shape
+        batch = v.shape[0]
+        _, columns, *block = packed.shape
         chunks = tokens.r.shape[1] // layout.chunk
         outputs.append(
             output_like((batch, columns, chunks, *block), jnp.float32, v, state)
         )
     y, end, *starts = _call(
-        functools.partial(kernels.forward_kernel, layout=layout, save=save),
+        functools.partial(kernels.forward_kernel, save=save),
         layout,
         [*tokens, packed],
         outputs,
-        step=lambda c: c,
+        owners=owners,
+        chunk_of=lambda c: c,
+        name="wkv7_forward_kernel",
         interpret=interpret,
     )
-    return _split_heads(y, v), _unpack_state(end, v.shape[2], layout), *starts
+    end = _keep_unvisited(_unpack_state(end, v.shape[2], layout), state, owners)
+    return _split_heads(y, v), end, *starts
 
 
 def forward(
     inputs: WKVInputs,
     state: State,
+    owners: Owners | None = None,
     *,
     chunk: int | None = None,
     interpret: Interpret = False,
@@ -191,22 +230,24 @@ def forward(
         inputs: bfloat16 or float32. Matrix products take bfloat16 operands if v has that dtype,
             else float32 ones.
         state: float32.
+        owners: of packed rows, whose tokens are full chunks; else None.
         chunk: tokens of a grid step; None takes the table's.
         interpret: run in Pallas's interpreter, for tests.
     """
-    y, end = _run_forward(inputs, state, chunk, False, interpret)
+    y, end = _run_forward(inputs, state, owners, chunk, False, interpret)
     return y, end
 
 
 def forward_saving(
     inputs: WKVInputs,
     state: State,
+    owners: Owners | None = None,
     *,
     chunk: int | None = None,
     interpret: Interpret = False,
 ) -> tuple[Float[Array, "B T H Nv"], State, Starts]:
     """Computes what `forward` does, and the states at the start of every chunk."""
-    y, end, starts = _run_forward(inputs, state, chunk, True, interpret)
+    y, end, starts = _run_forward(inputs, state, owners, chunk, True, interpret)
     return y, end, starts
 
 
@@ -215,6 +256,7 @@ def backward(
     starts: Starts,
     dy: Float[Array, "B T H Nv"],
     dend: State,
+    owners: Owners | None = None,
     *,
     chunk: int | None = None,
     interpret: Interpret = False,
@@ -226,6 +268,7 @@ def backward(
         starts: the states that `forward_saving` returned.
         dy: gradient of y.
         dend: gradient of the last state.
+        owners: as given to `forward_saving`.
         chunk: as given to `forward_saving`.
         interpret: run in Pallas's interpreter, for tests.
     """
@@ -240,12 +283,15 @@ def backward(
     # The walk is backwards: the grid's first step takes the last chunk.
     last = starts.shape[2] - 1
     *flat_grads, dstate = _call(
-        functools.partial(kernels.backward_kernel, layout=layout),
+        kernels.backward_kernel,
         layout,
         [*tokens, flat_dy, starts, packed],
         outputs,
-        step=lambda c: last - c,
+        owners=owners,
+        chunk_of=lambda c: last - c,
+        name="wkv7_backward_kernel",
         interpret=interpret,
     )
     grads = jax.tree.map(_split_heads, WKVInputs(*flat_grads), inputs)
-    return grads, _unpack_state(dstate, dy.shape[2], layout)
+    dstate = _unpack_state(dstate, dy.shape[2], layout)
+    return grads, _keep_unvisited(dstate, dend, owners)

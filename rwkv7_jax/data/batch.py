@@ -37,6 +37,8 @@ class Batch(Mapping[str, Any]):
             rows may be fewer, and longer or shorter.
         split: tokens of each row's prompt; only what follows it is an answer (observers).
         advantages: of each row's completion over those of the same prompt (GRPO).
+        segments: the input at which each of the K sequences of a packed row begins, ascending; T
+            for those that a row does not have. None where a row is one sequence.
     """
 
     tokens: Int[ArrayOfEither, "B T1"]
@@ -45,6 +47,7 @@ class Batch(Mapping[str, Any]):
     anchor: Int[ArrayOfEither, "B A1"] | None = None
     split: Int[ArrayOfEither, " B"] | None = None
     advantages: Float[ArrayOfEither, " B"] | None = None
+    segments: Int[ArrayOfEither, "B K"] | None = None
 
     # `struct.dataclass` adds `replace` where type checkers cannot see it.
     if typing.TYPE_CHECKING:
@@ -54,7 +57,13 @@ class Batch(Mapping[str, Any]):
             ...
 
     @classmethod
-    def of(cls, batch: Mapping[str, Any], *needed: str, name: str = "batch") -> "Batch":
+    def of(
+        cls,
+        batch: Mapping[str, Any],
+        *needed: str,
+        name: str = "batch",
+        packed: bool = False,
+    ) -> "Batch":
         """Converts a mapping at a public door and checks shapes; a `Batch` is returned as it is.
 
         Shapes are known inside compiled programs too, so this costs nothing at run time. Lists
@@ -64,10 +73,12 @@ class Batch(Mapping[str, Any]):
             batch: a `Batch`, or a mapping of its fields' names to arrays.
             *needed: names of further fields, besides `tokens`, that the caller reads.
             name: the argument's name, for messages.
+            packed: whether the caller knows rows of several sequences.
 
         Raises:
             TypeError: no mapping, or a field of the wrong kind.
-            ValueError: a name that is no field, a missing field, or shapes that do not fit.
+            ValueError: a name that is no field, a missing field, shapes that do not fit, or packed
+                rows where they are not known.
         """
         with prefix_errors("Batch.of"):
             if not isinstance(batch, Mapping):
@@ -78,6 +89,10 @@ class Batch(Mapping[str, Any]):
                 if field not in batch:
                     fields = ", ".join(map(str, batch))
                     raise ValueError(f"`{name}` must hold {field!r}; it has {fields}.")
+            if "segments" in batch and not packed:
+                raise ValueError(
+                    f"`{name}` must have one sequence a row here; its `segments` are several."
+                )
             if isinstance(batch, Batch):
                 return _checked(batch, name)
             for field in batch:
@@ -104,7 +119,24 @@ class Batch(Mapping[str, Any]):
         """Returns a copy in which `fields` replace those of the same name."""
         if not isinstance(fields, Mapping):
             return NotImplemented
-        return Batch.of({**self, **fields})
+        return Batch.of({**self, **fields}, packed=True)
+
+    @property
+    def sequences(self) -> int:
+        """The number of sequences: as many states as the rows start from."""
+        if self.segments is None:
+            return self.tokens.shape[0]
+        return self.segments.shape[0] * self.segments.shape[1]
+
+    @property
+    def segment_ids(self) -> Int[jax.Array, "B T"] | None:
+        """The sequence of each input, from 0 in each row; None where a row is one."""
+        if self.segments is None:
+            return None
+        place = jnp.arange(self.tokens.shape[1] - 1)
+        has_begun = jnp.asarray(self.segments)[:, None] <= place[None, :, None]
+        # What comes before the first one's begin belongs to it as well.
+        return jnp.maximum(jnp.sum(has_begun, axis=2, dtype=jnp.int32) - 1, 0)
 
     def select_rows(self, rows: slice) -> "Batch":
         """Returns a part of the rows, of every field."""
@@ -148,6 +180,14 @@ def _checked(batch: Batch, name: str) -> Batch:
     rows = tokens[:-1]
     targets = (*rows, tokens[-1] - 1)
     shapes = {"mask": targets, "weights": targets, "split": rows, "advantages": rows}
+    segments = batch.segments
+    if segments is not None and (
+        tuple(segments.shape[:-1]) != rows or not segments.shape[-1]
+    ):
+        raise ValueError(
+            f"`{name}.segments` must have shape {(*rows, 'K')} to fit tokens of shape {tokens}; "
+            f"got {tuple(segments.shape)}."
+        )
     for field, wanted in shapes.items():
         if field in batch and tuple(batch[field].shape) != wanted:
             raise ValueError(
@@ -163,7 +203,7 @@ def _checked(batch: Batch, name: str) -> Batch:
 
 def _check_dtype(field: str, dtype: Any, name: str) -> None:
     """Raises unless a field can have the dtype: ids and lengths are integers."""
-    if field in ("tokens", "anchor", "split"):
+    if field in ("tokens", "anchor", "split", "segments"):
         if not np.issubdtype(dtype, np.integer):
             raise TypeError(f"`{name}.{field}` must hold integers; got {dtype}.")
     elif not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):

@@ -20,6 +20,7 @@ from rwkv7_jax.checks import (
 )
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.choices import ORDERS, PACKINGS
+from rwkv7_jax.data.packed_documents import pack_documents
 from rwkv7_jax.data.shuffling import cubic_windows, shuffled, shuffled_windows
 from rwkv7_jax.data.token_streams import TokenStream, as_stream
 
@@ -84,8 +85,26 @@ def _document_spans(
     return list(zip(starts.tolist(), sizes.tolist(), strict=True))
 
 
+def _fill_packed_rows(stream: TokenStream, rows: Sequence[int], length: int) -> Batch:
+    """Makes rows of several documents, by their numbers among the packed rows."""
+    packed = pack_documents(stream, length)
+    tokens = np.zeros((len(rows), length + 1), np.int32)
+    mask = np.zeros((len(rows), length), np.float32)
+    segments = np.full((len(rows), packed.sequences), length, np.int32)
+    for row, number in enumerate(rows):
+        begin = 0
+        spans = _document_spans(stream, packed.row(number), length)
+        for place, (first, size) in enumerate(spans):
+            end = begin + size
+            # The target of a document's last id would be the next one's first: not in the loss.
+            stream.fill(first, tokens[row, begin:end], mask[row, begin : end - 1])
+            segments[row, place] = begin
+            begin = end
+    return Batch(tokens=tokens, mask=mask, segments=segments)
+
+
 def check_documents(stream: TokenStream, argument: str = "`stream`") -> None:
-    """Checks that a document can be a row of packing "documents".
+    """Checks that a document can be a row of packing "documents", or a part of one.
 
     Raises:
         ValueError: none has an input and a target.
@@ -122,7 +141,7 @@ def check_long_enough(
     Raises:
         ValueError: the stream is too short.
     """
-    if packing == "documents":
+    if packing != "stream":
         check_documents(stream, argument)
         return
     least = fewest_windows(order) * length
@@ -151,7 +170,9 @@ def batch_at(
     training; and a row may begin in the middle of a document, or between a prompt and its answer.
     Packing "documents" gives each document a row of its own: nothing leaks from one to another,
     every row begins where a document does, and the end of one that is longer than T+1 tokens is
-    never read.
+    never read. Packing "packed" puts these same documents together until rows are full: `segments`
+    says where each begins, so that each is read as if it had a row of its own. Which share a row
+    depends on the documents and T alone, not on the seed.
 
     Args:
         stream: from `token_stream`, or an array of ids.
@@ -162,7 +183,7 @@ def batch_at(
         order: "shuffled": in every epoch each window, or document, comes once, in an order drawn
             from (seed, epoch), and the windows' borders move from epoch to epoch. "cubic": that of
             RWKV's own trainer, for packing "stream"; the seed has no effect.
-        packing: "stream" or "documents".
+        packing: "stream", "documents" or "packed".
         rows: those of the global batch that are wanted; see `host_rows`.
 
     Raises:
@@ -181,6 +202,10 @@ def batch_at(
         picked = shuffled(samples, seed=seed, count=len(stream.documents))
         spans = _document_spans(stream, stream.documents[picked], length)
         return _fill_rows(stream, spans, length)
+    if packing == "packed":
+        count = pack_documents(stream, length).rows
+        picked = shuffled(samples, seed=seed, count=count)
+        return _fill_packed_rows(stream, picked, length)
     if order == "cubic":
         firsts = cubic_windows(samples, tokens=len(stream), length=length)
     else:
@@ -219,7 +244,7 @@ def batches_from(
 ) -> Iterator[Batch]:
     """Makes the batches of all steps from `start_step` on, without end; see `batch_at`.
 
-    With packing "documents" a warning says how much of longer documents is left out.
+    But for packing "stream" a warning says how much of longer documents is left out.
     """
     make = functools.partial(
         batch_at,
@@ -233,7 +258,7 @@ def batches_from(
     )
     # A first batch at once: faults are raised here and not at the first `next`, in another thread.
     make(start_step)
-    if packing == "documents":
+    if packing != "stream":
         documents, tokens = left_out(stream, length)
         if documents:
             warnings.warn(
@@ -252,14 +277,17 @@ def check_choices(order: str, packing: str) -> None:
     """
     check_choice(order, ORDERS, "`order`")
     check_choice(packing, PACKINGS, "`packing`")
-    if order == "cubic" and packing == "documents":
+    if order == "cubic" and packing != "stream":
         raise ValueError(
-            '`order` must be "shuffled" where `packing` is "documents"; got "cubic".'
+            f'`order` must be "shuffled" where `packing` is "{packing}"; got "cubic".'
         )
 
 
 def left_out(stream: IdsOrStream, length: int) -> tuple[int, int]:
-    """Counts documents too long for a row of packing "documents", and their tokens never read."""
+    """Counts documents that are longer than a row, and their tokens that are never read.
+
+    They are read in full with packing "stream".
+    """
     sizes = np.diff(as_stream(stream).starts)
     excess = sizes - (length + 1)
     too_long = excess > 0
@@ -279,7 +307,7 @@ def windows(
         stream: as in `batch_at`.
         length: inputs of a row (T).
         count: rows at most.
-        packing: as in `batch_at`.
+        packing: as in `batch_at`; "packed" gives rows of single documents, as "documents" does.
 
     Raises:
         ValueError: the stream is shorter than one window, or an unknown packing.
@@ -289,13 +317,13 @@ def windows(
         check_choice(packing, PACKINGS, "`packing`")
         check_count(length, 1, "`length`")
         check_count(count, 1, "`count`")
-        if packing == "documents":
+        if packing != "stream":
             check_documents(stream)
         elif len(stream) <= length:
             raise ValueError(
                 f"`stream` must have more than {length} tokens; got {len(stream)}."
             )
-    if packing == "documents":
+    if packing != "stream":
         rows = min(count, len(stream.documents))
         places = np.linspace(0, len(stream.documents) - 1, rows).astype(int)
         spans = _document_spans(stream, stream.documents[places], length)

@@ -11,8 +11,9 @@ from typing import Literal
 Order = Literal["shuffled", "cubic"]
 ORDERS: tuple[Order, ...] = typing.get_args(Order)
 
-# How rows are cut: from all documents joined, or one row for each document.
-Packing = Literal["stream", "documents"]
+# How rows are cut: from all documents joined, one row for each document, or rows that documents
+# share without seeing each other.
+Packing = Literal["stream", "documents", "packed"]
 PACKINGS: tuple[Packing, ...] = typing.get_args(Packing)
 
 # Which part of the documents is read.

@@ -21,7 +21,7 @@ class TargetCounts:
     Attributes:
         targets: of all rows; padding is no target.
         in_loss: those that count.
-        rows: documents of packing "documents"; 0 for packing "stream", whose rows move.
+        rows: documents; 0 for packing "stream", whose rows move.
         empty_rows: documents without a target that counts within a row.
     """
 
@@ -44,7 +44,7 @@ def count_targets(
     Args:
         stream: of the run.
         length: inputs of a row (T).
-        packing: "stream" reads everything, "documents" the first T + 1 ids of each document.
+        packing: "stream" reads everything, the others the first T + 1 ids of each document.
     """
     if packing == "stream":
         return TargetCounts(len(stream), stream.count_in_loss())

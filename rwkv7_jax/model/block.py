@@ -117,6 +117,7 @@ class TimeMix(nn.Module):
         v_first,
         *,
         lengths,
+        segments,
         layer,
     ):
         """Computes the contribution to the residual stream.
@@ -128,7 +129,7 @@ class TimeMix(nn.Module):
         config = self.config
 
         # Token shift: x_c = lerp(x_t, x_{t-1}, mu_c), with one mu for each of r, w, k, v, a, g.
-        previous = layers.previous_tokens(x, state.att_shift)
+        previous = layers.previous_tokens(x, state.att_shift, segments)
 
         def shifted(name: str, power: float) -> Activations:
             coefficient = self._weight(name, initial.lerp(power), layer)
@@ -204,6 +205,7 @@ class TimeMix(nn.Module):
             state.upscaled,
             implementation=config.implementation,
             lengths=lengths,
+            segments=segments,
         )
 
         # o = (g * p) W_o, with p = norm(y) + bonus
@@ -212,7 +214,7 @@ class TimeMix(nn.Module):
         out = self._square("output", 0.0)(gated)
 
         # The last token that counts in each row, not the last column: padding is on the right.
-        att_shift = layers.last_token(x, state.att_shift, lengths)
+        att_shift = layers.last_token(x, state.att_shift, lengths, segments)
         trace = {
             **inputs._asdict(),
             "icl_rate": icl_rate,
@@ -315,13 +317,14 @@ class ChannelMix(nn.Module):
         shift,
         *,
         lengths,
+        segments,
         layer,
     ):
         """Computes the contribution to the residual stream, the new shift and the trace."""
         width = self.config.width
         hidden_width = self.config.ffn_width
         x_k = self.param("x_k", initial.ffn_lerp, layer, self.config)
-        mixed = layers.lerp(x, layers.previous_tokens(x, shift), x_k)
+        mixed = layers.lerp(x, layers.previous_tokens(x, shift, segments), x_k)
         grow = Linear(
             self.config, initial.orthogonal(1.0, hidden_width, width), name="key"
         )
@@ -331,7 +334,7 @@ class ChannelMix(nn.Module):
         # o = relu(x_k W_k)^2 W_v
         hidden = jnp.square(jax.nn.relu(grow(mixed)))
         trace = {"ffn_key_input": mixed, "ffn_hidden": hidden}
-        return shrink(hidden), layers.last_token(x, shift, lengths), trace
+        return shrink(hidden), layers.last_token(x, shift, lengths, segments), trace
 
 
 class Block(nn.Module):
@@ -349,6 +352,7 @@ class Block(nn.Module):
         layer,
         v_first,
         lengths,
+        segments=None,
     ):
         """Computes the new residual stream.
 
@@ -359,13 +363,22 @@ class Block(nn.Module):
         att_input = Norm(self.config, name="ln1")(x)
         time_mix = TimeMix(self.config, self.first, name="att")
         att, (att_shift, wkv, memory), v_first, att_trace = time_mix(
-            att_input, state, v_first, lengths=lengths, layer=layer
+            att_input,
+            state,
+            v_first,
+            lengths=lengths,
+            segments=segments,
+            layer=layer,
         )
 
         ffn_input = Norm(self.config, name="ln2")(x + att)
         channel_mix = ChannelMix(self.config, name="ffn")
         ffn, ffn_shift, ffn_trace = channel_mix(
-            ffn_input, state.ffn_shift, lengths=lengths, layer=layer
+            ffn_input,
+            state.ffn_shift,
+            lengths=lengths,
+            segments=segments,
+            layer=layer,
         )
 
         trace = {**att_trace, **ffn_trace, "residual": x, "ffn_input": ffn_input}

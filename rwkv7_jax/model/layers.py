@@ -12,7 +12,9 @@ from jaxtyping import Array, Float
 from pallas_kernels import platforms
 from rwkv7_jax.array_types import Activations, Heads, Lengths, Tokens
 from rwkv7_jax.checks import as_array, check_lengths, is_traced
+from rwkv7_jax.model import segments as segments_of_rows
 from rwkv7_jax.model.int8_weights import Int8Matrix, Weight
+from rwkv7_jax.model.segments import Segments
 
 # The largest decay rate: w = exp(-DECAY_RATE * sigmoid(z)) stays above 0.5452.
 DECAY_RATE = 0.6065306597126334  # exp(-1/2)
@@ -197,8 +199,14 @@ def unit_heads(x: Heads) -> Heads:
     return (wide * inverse_length).astype(x.dtype)
 
 
-def previous_tokens(x: Activations, before: Float[Array, "B D"]) -> Activations:
+def previous_tokens(
+    x: Activations,
+    before: Float[Array, "S D"],
+    segments: Segments | None = None,
+) -> Activations:
     """Shifts by one token; the first one's predecessor is `before`, from the state."""
+    if segments is not None:
+        return segments_of_rows.shift(x, before, segments)
     # [B T+1 D]; its first T tokens are the predecessors.
     both = jnp.concatenate([before[:, None].astype(x.dtype), x], axis=1)
     return both[:, : x.shape[1]]
@@ -206,10 +214,13 @@ def previous_tokens(x: Activations, before: Float[Array, "B D"]) -> Activations:
 
 def last_token(
     x: Activations,
-    before: Float[Array, "B D"],
+    before: Float[Array, "S D"],
     lengths: Lengths | None,
-) -> Float[Array, "B D"]:
-    """Takes the last token that counts of every row; `before` where none does."""
+    segments: Segments | None = None,
+) -> Float[Array, "S D"]:
+    """Takes the last token that counts of every sequence; `before` where none does."""
+    if segments is not None:
+        return segments_of_rows.last_tokens(x, before, segments)
     # With `before` in front, position n holds the last of n tokens, also for n = 0.
     both = jnp.concatenate([before[:, None].astype(x.dtype), x], axis=1)
     if lengths is None:

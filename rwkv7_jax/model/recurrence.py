@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 
 import pallas_kernels
 from pallas_kernels import WKVInputs
-from rwkv7_jax.array_types import Heads, Lengths
+from rwkv7_jax.array_types import Heads, Lengths, SegmentIds
+from rwkv7_jax.model.segments import Segments
 from rwkv7_jax.model.upscaled_memory import Upscaled
 from rwkv7_jax.sharding import shard_map_batch
 
@@ -25,25 +26,28 @@ def wkv_inputs_of(trace: LayerTrace) -> WKVInputs:
 
 def wkv7_sharded(
     inputs: WKVInputs,
-    state: Float[Array, "B H Nv Nk"],
+    state: Float[Array, "S H Nv Nk"],
     *,
     implementation: str | None = None,
     lengths: Lengths | None = None,
-) -> tuple[Float[Array, "B T H Nv"], Float[Array, "B H Nv Nk"]]:
+    segment_ids: SegmentIds | None = None,
+) -> tuple[Float[Array, "B T H Nv"], Float[Array, "S H Nv Nk"]]:
     """Runs the WKV op; on several devices, each one runs it on its own rows."""
     op = functools.partial(pallas_kernels.wkv7, implementation=implementation)
-    return shard_map_batch(op, *inputs, state, lengths=lengths)
+    # A row's states lie together, so that a device that has the row has them too.
+    return shard_map_batch(op, *inputs, state, lengths=lengths, segment_ids=segment_ids)
 
 
 def recurrence(
     inputs: WKVInputs,
     icl_rate: Heads,
-    wkv: Float[Array, "B H Nv Nk"],
+    wkv: Float[Array, "S H Nv Nk"],
     upscaled: Upscaled | None,
     *,
     implementation: str | None,
     lengths: Lengths | None,
-) -> tuple[Heads, Float[Array, "B H Nv Nk"], Float[Array, "..."] | None]:
+    segments: Segments | None = None,
+) -> tuple[Heads, Float[Array, "S H Nv Nk"], Float[Array, "..."] | None]:
     """Reads one layer's memories at every token and updates them.
 
     Args:
@@ -53,12 +57,18 @@ def recurrence(
         upscaled: the layer's upscaled memory, without the axis L, or None.
         implementation: the implementation of the WKV op, or None for the best one.
         lengths: the number of tokens of each row that count.
+        segments: the sequences that share each row, if several do.
 
     Returns:
         The values read, and after the last token the WKV state and the upscaled memory; None for a
         memory that is absent or never changes.
     """
-    op = functools.partial(wkv7_sharded, implementation=implementation, lengths=lengths)
+    op = functools.partial(
+        wkv7_sharded,
+        implementation=implementation,
+        lengths=lengths,
+        segment_ids=None if segments is None else segments.ids,
+    )
     if upscaled is None:
         return *op(inputs, wkv), None
     form = upscaled.form

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from rwkv7_jax.array_types import Activations, Lengths, Logits, Tokens
+from rwkv7_jax.array_types import Activations, Lengths, Logits, SegmentIds, Tokens
 from rwkv7_jax.checks import (
     as_array,
     check_instance,
@@ -25,7 +25,13 @@ from rwkv7_jax.model import initializers as initial
 from rwkv7_jax.model import layers
 from rwkv7_jax.model.block import TRACE, Block, Norm
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.model.state import LayerState, RWKV7State, check_state, layer_states
+from rwkv7_jax.model.segments import check_packed_state, find_segments
+from rwkv7_jax.model.state import (
+    LayerState,
+    RWKV7State,
+    check_state,
+    layer_states,
+)
 
 
 class RWKV7(nn.Module):
@@ -67,7 +73,11 @@ class RWKV7(nn.Module):
         return super().apply(variables, *arguments, **named)
 
     def __call__(
-        self, tokens: Tokens, state: RWKV7State, lengths: Lengths | None = None
+        self,
+        tokens: Tokens,
+        state: RWKV7State,
+        lengths: Lengths | None = None,
+        segment_ids: SegmentIds | None = None,
     ) -> tuple[Logits, RWKV7State]:
         """Computes the next-token logits at every position and the state after the last token.
 
@@ -78,26 +88,38 @@ class RWKV7(nn.Module):
             lengths: the number of tokens of each row that count, from the left. Logits after them
                 mean nothing; the state returned is the one after the last token that counts. Traced
                 lengths below 0 count as 0, and those above T as T.
+            segment_ids: the sequence of each token, where K sequences share a row, one after the
+                other; numbered from 0 in each row, and never falling. The state has K rows for each
+                row of tokens, in their order: one sequence each, and each gives what it gives in a
+                row of its own. An upscaled memory must be one that all sequences share.
 
         Raises:
             ValueError: ids or lengths out of range, or a state or weights of other sizes.
             TypeError: ids that are not integers, or a WKV state that is not float32.
         """
-        logits, state, _ = self._run(tokens, state, lengths)
+        logits, state, _ = self._run(tokens, state, lengths, segment_ids)
         return logits, state
 
     def hidden(
-        self, tokens: Tokens, state: RWKV7State, lengths: Lengths | None = None
+        self,
+        tokens: Tokens,
+        state: RWKV7State,
+        lengths: Lengths | None = None,
+        segment_ids: SegmentIds | None = None,
     ) -> tuple[Activations, RWKV7State]:
         """Works as the call, but stops before the head and returns its normed input."""
-        x, state, _ = self._run(tokens, state, lengths, project=False)
+        x, state, _ = self._run(tokens, state, lengths, segment_ids, project=False)
         return x, state
 
     def trace(
-        self, tokens: Tokens, state: RWKV7State, lengths: Lengths | None = None
+        self,
+        tokens: Tokens,
+        state: RWKV7State,
+        lengths: Lengths | None = None,
+        segment_ids: SegmentIds | None = None,
     ) -> tuple[Logits, RWKV7State, dict[str, Array]]:
         """Works as the call, and returns the arrays named in `TRACE` as well: [L B T ...]."""
-        return self._run(tokens, state, lengths, names=TRACE)
+        return self._run(tokens, state, lengths, segment_ids, names=TRACE)
 
     @nn.compact
     def _run(
@@ -105,6 +127,7 @@ class RWKV7(nn.Module):
         tokens,
         state,
         lengths,
+        segment_ids,
         *,
         names=(),
         project=True,
@@ -117,13 +140,22 @@ class RWKV7(nn.Module):
                     f"`tokens` must have shape [B T]; got {tuple(tokens.shape)}."
                 )
             check_tokens(tokens, config.vocab_size)
-            check_state(state, tokens.shape[0], config)
             if lengths is not None:
                 lengths = layers.safe_lengths(lengths, tokens.shape)
+            segments = None
+            if segment_ids is None:
+                check_state(state, tokens.shape[0], config)
+            else:
+                check_packed_state(state, config)
+                segments = find_segments(
+                    segment_ids, lengths, tokens.shape, state.batch
+                )
 
         x = Embedding(config, name="emb")(tokens).astype(config.dtype)
         x = Norm(config, name="ln0")(x)
-        x, memories, trace = self._blocks(x, layer_states(state), lengths, names)
+        x, memories, trace = self._blocks(
+            x, layer_states(state), lengths, segments, names
+        )
         x = Norm(config, name="ln_out")(x)
         if project:
             x = Head(config, name="head")(x)
@@ -145,6 +177,7 @@ class RWKV7(nn.Module):
         x: Activations,
         states: LayerState,
         lengths,
+        segments,
         names: tuple[str, ...],
     ):
         """Runs all layers: the first one, then a scan over the others' stacked weights.
@@ -159,7 +192,7 @@ class RWKV7(nn.Module):
         first_state = jax.tree.map(lambda leaf: leaf[0], states)
         first_block = block(config, True, names, name="layer_0")
         x, (first_memories, v_first, first_trace) = first_block(
-            x, first_state, 0, None, lengths
+            x, first_state, 0, None, lengths, segments
         )
         # With an axis L of 1, to be joined with what the scan stacks over the other layers.
         stacked = jax.tree.map(lambda leaf: leaf[None], (first_memories, first_trace))
@@ -168,7 +201,7 @@ class RWKV7(nn.Module):
 
         # The state and the layer's index are scanned over. v_first is closed over, not carried: a
         # carry would be saved once per layer.
-        in_axes: Any = (0, 0, nn.broadcast, nn.broadcast)
+        in_axes: Any = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast)
         scanned = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -180,7 +213,7 @@ class RWKV7(nn.Module):
         other_blocks = scanned(config, False, names, name="layers")
         index = jnp.arange(1, config.num_layers, dtype=jnp.int32)
         x, (other_memories, _, other_trace) = other_blocks(
-            x, other_states, index, v_first, lengths
+            x, other_states, index, v_first, lengths, segments
         )
         memories, trace = jax.tree.map(
             lambda first, others: jnp.concatenate([first, others]),

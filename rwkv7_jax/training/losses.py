@@ -78,7 +78,7 @@ def nan_where_all_zero(shares: PerToken) -> PerToken:
 
 
 def check_ids_and_shapes(
-    batch: BatchLike, vocab_size: int, name: str = "batch"
+    batch: BatchLike, vocab_size: int, name: str = "batch", *, packed: bool = False
 ) -> Batch:
     """Returns a batch whose ids lie inside the vocabulary and whose fields fit each other.
 
@@ -86,12 +86,13 @@ def check_ids_and_shapes(
         batch: the values of traced fields are not known, and pass.
         vocab_size: the number of ids that the model has.
         name: the argument's name, for messages.
+        packed: whether the caller knows rows of several sequences.
 
     Raises:
         TypeError: no batch, or a field of the wrong kind.
         ValueError: fields that do not fit each other, ids out of range, or rows without a target.
     """
-    batch = Batch.of(batch, name=name)
+    batch = Batch.of(batch, name=name, packed=packed)
     if batch.mask is None and batch.weights is None:
         raise ValueError(
             f"`{name}` must hold 'mask' or 'weights'; it has {', '.join(batch)}."
@@ -184,7 +185,7 @@ def next_token_loss(
     Args:
         model: the shell around `params`.
         params: all weights.
-        state: the start state of every row.
+        state: the start state of every row; of packed rows, that of every sequence.
         batch: tokens and mask.
         l2wrap: pull of the largest logit of every position towards zero; its gradient is
             `l2wrap / (B T)` times that logit, masked positions included. Official training uses
@@ -193,13 +194,19 @@ def next_token_loss(
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/model.py:758-771.
     """
     with prefix_errors("next_token_loss"):
-        batch = check_ids_and_shapes(batch, model.config.vocab_size)
+        batch = check_ids_and_shapes(batch, model.config.vocab_size, packed=True)
         check_targets(batch)
     tokens = jnp.asarray(batch.tokens)
     inputs = tokens[:, :-1]
     targets = tokens[:, 1:]
     shares = target_shares(batch, model.config.vocab_size)
-    x, _ = model.apply({"params": params}, inputs, state, method="hidden")
+    x, _ = model.apply(
+        {"params": params},
+        inputs,
+        state,
+        segment_ids=batch.segment_ids,
+        method="hidden",
+    )
     square = None
     if l2wrap:
         square = jnp.full(targets.shape, l2wrap / targets.size, jnp.float32)
@@ -210,6 +217,8 @@ def next_token_loss(
 
 def pretrain_loss(model: RWKV7, *, l2wrap: float = 1e-4) -> Loss:
     """Makes the loss of all weights, in which every row starts from the zero state.
+
+    So does every sequence of packed rows.
 
     Args:
         model: the shell around the weights.
@@ -222,14 +231,16 @@ def pretrain_loss(model: RWKV7, *, l2wrap: float = 1e-4) -> Loss:
     with prefix_errors("pretrain_loss"):
         check_model(model)
         check_number(l2wrap, 0, math.inf, "`l2wrap`")
-    check = functools.partial(check_ids_and_shapes, vocab_size=model.config.vocab_size)
+    check = functools.partial(
+        check_ids_and_shapes, vocab_size=model.config.vocab_size, packed=True
+    )
 
     def loss(params: Params, batch: BatchLike):
         with prefix_errors("pretrain_loss"):
             batch = check(batch)
             check_targets(batch)
             check_params(params, model.config)
-        state = init_state(model.config, batch.tokens.shape[0])
+        state = init_state(model.config, batch.sequences)
         return next_token_loss(model, params, state, batch, l2wrap=l2wrap)
 
     # A step looks at its batches on the host with this, where ids can still be read.

@@ -71,15 +71,21 @@ def layer_statistics(
 
     def statistics(params: Params, batch: BatchLike) -> Params:
         with prefix_errors("layer_statistics"):
-            batch = Batch.of(batch)
-            tokens = jnp.asarray(batch.tokens)[:rows, :-1]
+            batch = Batch.of(batch, packed=True).select_rows(slice(rows))
+            tokens = jnp.asarray(batch.tokens)[:, :-1]
             if not tokens.size:
                 raise ValueError(
                     "`batch.tokens` must hold a token to read; got shape "
                     f"{tuple(batch.tokens.shape)}."
                 )
-        start = init_state(model.config, tokens.shape[0])
-        outputs: Any = model.apply({"params": params}, tokens, start, method="trace")
+        start = init_state(model.config, batch.sequences)
+        outputs: Any = model.apply(
+            {"params": params},
+            tokens,
+            start,
+            segment_ids=batch.segment_ids,
+            method="trace",
+        )
         trace = outputs[-1]
         moments: Any = jax.tree.map(lambda _: None, params)
         for (part, name), source in INPUTS.items():

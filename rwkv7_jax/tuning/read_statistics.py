@@ -10,7 +10,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from pallas_kernels import WKVInputs
-from rwkv7_jax.array_types import Params
+from rwkv7_jax.array_types import Params, SegmentIds
 from rwkv7_jax.checks import (
     check_choice,
     check_count,
@@ -30,14 +30,26 @@ from rwkv7_jax.tuning.state_tuning import check_leaves, trainable_mask
 
 
 def initial_state_read_vectors(
-    parts: LayerTrace, *, implementation: str | None = None
+    parts: LayerTrace,
+    *,
+    implementation: str | None = None,
+    segment_ids: SegmentIds | None = None,
+    sequences: int | None = None,
 ) -> Float[Array, "B T H Nk"]:
     """Computes the effective read vector psi of the initial state at every token.
 
     y_t = S_0 psi_t + terms independent of S_0. psi_t is the product of all transitions up to t,
     times r_t.
+
+    Args:
+        parts: one layer's arrays of a trace.
+        implementation: of the WKV op.
+        segment_ids: the sequence of each token of packed rows.
+        sequences: how many there are in all rows; None for one a row.
     """
-    return _read_vectors(wkv_inputs_of(parts), implementation)
+    return _read_vectors(
+        wkv_inputs_of(parts), implementation, segment_ids, sequences=sequences
+    )
 
 
 def memory_read_vectors(
@@ -55,16 +67,22 @@ def memory_read_vectors(
 
 
 def _read_vectors(
-    inputs: WKVInputs, implementation: str | None
+    inputs: WKVInputs,
+    implementation: str | None,
+    segment_ids: SegmentIds | None = None,
+    *,
+    sequences: int | None = None,
 ) -> Float[Array, "B T H Nk"]:
     rows, _, heads, size = inputs.r.shape
     # Started from the identity and with nothing written (k = v = 0), the op returns psi itself.
     start = jnp.broadcast_to(
-        jnp.eye(size, dtype=jnp.float32), (rows, heads, size, size)
+        jnp.eye(size, dtype=jnp.float32), (sequences or rows, heads, size, size)
     )
     nothing = jnp.zeros_like(inputs.r)
     inputs = inputs._replace(k=nothing, v=nothing)
-    return wkv7_sharded(inputs, start, implementation=implementation)[0]
+    return wkv7_sharded(
+        inputs, start, implementation=implementation, segment_ids=segment_ids
+    )[0]
 
 
 def second_moment(
@@ -110,15 +128,27 @@ def state_statistics(
 
     def statistics(params: Params, state: RWKV7State, batch: BatchLike) -> RWKV7State:
         with prefix_errors("state_statistics"):
-            batch = Batch.of(batch)
-        tokens = jnp.asarray(batch.tokens)[:rows, :-1]
+            batch = Batch.of(batch, packed=True)
         weights = loss_weights(batch)[:rows]
-        start = repeat(state, tokens.shape[0])
-        *_, trace = model.apply({"params": params}, tokens, start, method="trace")
+        batch = batch.select_rows(slice(rows))
+        tokens = jnp.asarray(batch.tokens)[:, :-1]
+        start = repeat(state, batch.sequences)
+        *_, trace = model.apply(
+            {"params": params},
+            tokens,
+            start,
+            segment_ids=batch.segment_ids,
+            method="trace",
+        )
 
         def wkv_moments(layer):
             parts, _ = layer
-            reads = initial_state_read_vectors(parts, implementation=implementation)
+            reads = initial_state_read_vectors(
+                parts,
+                implementation=implementation,
+                segment_ids=batch.segment_ids,
+                sequences=batch.sequences,
+            )
             return second_moment(reads, weights)
 
         def memory_moments(layer):

@@ -141,7 +141,7 @@ def add_anchor_and_metrics(
             sizes are the upscaled memory's if there is one.
     """
     if anchor:
-        ids = jnp.asarray(Batch.of(batch, "anchor").anchor)
+        ids = jnp.asarray(Batch.of(batch, "anchor", packed=True).anchor)
         tokens = ids[:, :-1]
         # The base model is this model from the zero state.
         base = hidden_states_from(model, params, init_state(model.config), tokens)
@@ -176,7 +176,8 @@ def state_loss(
 ) -> Loss:
     """Makes the loss of a start state of batch 1; the weights are frozen arguments of it.
 
-    Every row of a batch starts from that state, so its gradient is the sum over rows. The metrics
+    Every row of a batch, or every sequence of packed rows, starts from that state, so its gradient
+    is the sum over them. The metrics
     watch the state: `state_max` is its largest entry, `state_rms` its root mean square. Above a few
     tens, the norm after the read-out has made the early tokens insensitive to the state's size.
 
@@ -199,19 +200,21 @@ def state_loss(
         check_leaves(leaves)
         check_number(anchor, 0, math.inf, "`anchor`")
         check_number(l2wrap, 0, math.inf, "`l2wrap`")
-    check = functools.partial(check_ids_and_shapes, vocab_size=model.config.vocab_size)
+    check = functools.partial(
+        check_ids_and_shapes, vocab_size=model.config.vocab_size, packed=True
+    )
 
     def loss(params: Params, state: RWKV7State, batch: BatchLike):
         with prefix_errors("state_loss"):
             batch = check(batch)
             check_targets(batch)
             if anchor:
-                Batch.of(batch, "anchor")
+                Batch.of(batch, "anchor", packed=True)
             check_instance(state, RWKV7State, "`state`")
             if state.batch != 1:
                 raise ValueError(f"`state` must hold one sequence; got {state.batch}.")
         state = stop_gradient_except(state, tuple(leaves))
-        start = repeat(state, batch.tokens.shape[0])
+        start = repeat(state, batch.sequences)
         value, metrics = next_token_loss(model, params, start, batch, l2wrap=l2wrap)
         return add_anchor_and_metrics(
             model,

@@ -35,6 +35,11 @@ def test_the_tables_hold_every_chip_size_and_kernel():
         for keys, values, dtype in gpu_checks.SIZES
         if max(keys, values) <= max(tiles.rows_for(tiles.PALLAS_GPU, device.capability))
     }
+    kernels |= {
+        f"{device.kind} pallas packed {name} {gpu_checks.SIZES[0]}"
+        for device in gpu_checks.DEVICES
+        for name in gpu_checks.PACKED_KERNELS
+    }
     assert set(GPU) == kernels
 
 

@@ -53,6 +53,22 @@ def test_a_list_of_prompts_becomes_a_tuple():
         ),
         ({"tuning": {"leaves": "emb"}}, r"`config.tuning.leaves` must be wkv or all"),
         (
+            {"mode": "observer", "data": {"packing": "packed"}},
+            r"`config.data.packing` must be .* got \"packed\" with mode 'observer'",
+        ),
+        (
+            {
+                "mode": "upscaled_state",
+                "data": {"packing": "packed"},
+                "upscaling": {"dynamics": "delta"},
+            },
+            r"`config.upscaling.dynamics` must be \"static\" .* got 'delta'",
+        ),
+        (
+            {"data": {"packing": "packed", "order": "cubic"}},
+            r"`config.data.order` must be \"shuffled\" .* \"packed\"; got \"cubic\"",
+        ),
+        (
             {"data": {"batch_size": 8}, "optimizer": {"accumulate": 3}},
             r"must be a multiple of `config.optimizer.accumulate`; got 8 and 3",
         ),

@@ -27,6 +27,7 @@ from rwkv7_jax.runs.settings.fields import (
     shown,
     store,
 )
+from rwkv7_jax.runs.settings.packing import check_packing
 from rwkv7_jax.runs.settings.test_time import TestTimeSettings
 from rwkv7_jax.tuning.rate_search import RATES
 from rwkv7_jax.tuning.upscaling import LANDMARKS, PREPARATIONS
@@ -50,7 +51,8 @@ class DataSettings:
         on_bad: "error" or "skip", for lines of a .jsonl file that cannot be read.
         packing: "stream" cuts rows from all documents joined: nothing is left out, and the state
             leaks from one document into the next of the same row, as in RWKV's own training;
-            "documents" gives each a row of its own, cut or filled up to `length`: nothing leaks.
+            "documents" gives each a row of its own, cut or filled up to `length`: nothing leaks;
+            "packed" puts the same documents together into full rows, in which none sees another.
         order: "shuffled" by the seed, anew in every epoch, or "cubic", that of RWKV's own trainer,
             which has no seed and is the same in every epoch (for packing "stream").
         evaluation: what evaluation reads instead of the held-out part of `path`; all of it.
@@ -350,11 +352,14 @@ class Settings:
                 f"`config.tuning.decorrelate` has its place; got {self.optimizer.decorrelate!r}."
             )
         # The cubic order cuts rows at positions of one long stream; documents have none.
-        if (self.data.order, self.data.packing) == ("cubic", "documents"):
+        if self.data.order == "cubic" and self.data.packing != "stream":
             raise ValueError(
                 '`config.data.order` must be "shuffled" where `config.data.packing` is '
-                '"documents"; got "cubic".'
+                f'"{self.data.packing}"; got "cubic".'
             )
+        check_packing(
+            self.data.packing, self.mode, self.tuning.states, self.upscaling.dynamics
+        )
         rows = self.data.batch_size
         pieces = self.optimizer.accumulate
         if rows < 1 or pieces < 1 or rows % pieces:
