@@ -9,7 +9,6 @@ moments; whether a chip has room for it, the compiler decides as well.
 """
 
 import argparse
-import functools
 import os
 import time
 from typing import Any
@@ -18,107 +17,50 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import jax
-import jax.numpy as jnp
-import optax
-from jax.experimental import topologies
 
 import rwkv7_jax as rwkv
 from benchmarks import record
-from rwkv7_jax.model.int8_weights import quantize
-from rwkv7_jax.training.costs import parameter_count, training_memory
+from rwkv7_jax.plan.job import make_job
+from rwkv7_jax.plan.steps import describe_step
 
-# Chips by JAX's names of their topologies, and the bytes that a program may use of each.
-CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+# One chip of each, by the names that plans take.
+CHIPS = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1"}
 FORMS = ("bfloat16", "int8")
 GIB = 2**30
 
 
-def describe_inputs(
-    config: rwkv.RWKV7Config, form: str, *, batch: int, length: int, sharding: Any
-) -> tuple[Any, Any, Any]:
-    """Describes the arguments of a step: weights, the state that is tuned, tokens and mask.
+def compile_step(
+    size: str, form: str, *, chip: str, batch: int, length: int
+) -> dict[str, Any]:
+    """Compiles one step and returns the compiler's bytes, by name.
 
     Args:
-        config: of the model.
+        size: a published one.
         form: of the frozen weights, of `FORMS`.
+        chip: of `CHIPS`.
         batch: rows.
         length: tokens of a row.
-        sharding: of all arrays.
     """
-    model = rwkv.RWKV7(config)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    make = functools.partial(model.init, jax.random.key(0), tokens)
-    params = jax.eval_shape(make, rwkv.init_state(config))["params"]
-
-    def in_bfloat16(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)
-
-    params = jax.tree.map(in_bfloat16, params)
-    if form == "int8":
-        params = jax.eval_shape(quantize, params)
-    state = jax.eval_shape(lambda: rwkv.init_state(config))
-    rows = {
-        "tokens": jax.ShapeDtypeStruct((batch, length + 1), jnp.int32),
-        "mask": jax.ShapeDtypeStruct((batch, length), jnp.float32),
+    settings = {
+        "mode": "state",
+        "model": {"weights": form} if form == "int8" else {},
+        "data": {"batch_size": batch, "length": length},
     }
-
-    def place(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    # The tuned state is float32, as in a run.
-    state = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), state
-    )
-    return jax.tree.map(place, (params, state, rows))
-
-
-def compile_step(
-    config: rwkv.RWKV7Config, form: str, *, chip: str, batch: int, length: int
-) -> dict[str, Any]:
-    """Compiles one step and returns the compiler's bytes, by name."""
-    device = topologies.get_topology_desc(
-        platform="tpu", topology_name=CHIPS[chip]
-    ).devices[0]
-    abstract = jax.sharding.AbstractDevice(
-        device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu"
-    )
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=abstract)
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    params, state, rows = describe_inputs(
-        config, form, batch=batch, length=length, sharding=sharding
-    )
-    model = rwkv.RWKV7(config)
-    tx = optax.adam(1e-3)
-
-    def step(params, train, rows):
-        return rwkv.make_train_step(rwkv.state_loss(model, params), tx)(train, rows)
-
-    train = jax.eval_shape(lambda state: rwkv.TrainState.create(state, tx), state)
-    train = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        train,
-    )
+    job = make_job(CHIPS[chip], settings, size)
+    step = describe_step(job.settings, job.config, job.dtype, job.target.devices())
     began = time.monotonic()
-    with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(step, donate_argnums=1).trace(params, train, rows)
-        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    compiled = step.compile(job.target.platform)
     memory = compiled.memory_analysis()
-    text = compiled.as_text()
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    estimate = training_memory(
-        config,
-        batch=batch,
-        length=length,
-        trained="state",
-        weight_bytes=held / parameter_count(config),
-    )
+    weights = jax.tree.leaves(step.mode.frozen)
+    estimate = step.mode.memory_estimate(1)
+    assert estimate is not None
     return {
-        "weights": held,
+        "weights": sum(leaf.size * leaf.dtype.itemsize for leaf in weights),
         "arguments": memory.argument_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
         "peak": memory.peak_memory_in_bytes,
         "estimated": estimate.total,
-        "float_stacks": count_float_stacks(text, config),
+        "float_stacks": count_float_stacks(compiled.as_text(), job.config),
         "seconds": round(time.monotonic() - began),
     }
 
@@ -139,11 +81,10 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
     parser.add_argument("--json", help="file to write")
     args = parser.parse_args()
-    config = rwkv.RWKV7Config.preset(args.size, dtype="bfloat16", remat="block")
     rows = {}
     for form in args.forms:
         row = compile_step(
-            config, form, chip=args.chip, batch=args.batch, length=args.length
+            args.size, form, chip=args.chip, batch=args.batch, length=args.length
         )
         rows[form] = row
         sizes = {name: row[name] / GIB for name in ("weights", "temporary", "peak")}

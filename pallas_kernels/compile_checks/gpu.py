@@ -72,7 +72,7 @@ gpu_device_info {{
   shared_memory_per_core: {shared} core_count: {cores} fpus_per_core: 64
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   memory_bandwidth: 2000000000000 l2_cache_size: 41943040 clock_rate_ghz: 1.4
-  device_memory_size: 80000000000 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  device_memory_size: {memory} registers_per_core_limit: 65536 registers_per_block_limit: 65536
   cuda_compute_capability {{ major: {major} minor: {minor} }}
 }}
 platform_name: "CUDA" runtime_version {{ major: 13 }} dnn_version_info {{ major: 9 minor: 10 }}
@@ -276,10 +276,12 @@ def _make_passes(
     yield kernels.backward, (inputs, starts, inputs.v, state, owners)
 
 
-def compile_for_device(device: Device, size: Size, packed: bool) -> None:
-    """Compiles Pallas's kernels for a device.
+def absent_device(device: Device, memory: int = 80_000_000_000) -> Any:
+    """Describes a device to XLA; returns JAX's device of it, for which programs can be compiled.
 
-    It runs in a process of its own, whose environment tells XLA where to dump the results.
+    Args:
+        device: of those that the kernels know.
+        memory: bytes that it has.
     """
     major, minor = divmod(device.capability, 10)
     description = DESCRIPTION.format(
@@ -288,6 +290,7 @@ def compile_for_device(device: Device, size: Size, packed: bool) -> None:
         minor=minor,
         cores=device.cores,
         shared=device.shared,
+        memory=memory,
     )
     topology = topologies.get_topology_desc(
         platform="cuda",
@@ -295,13 +298,21 @@ def compile_for_device(device: Device, size: Size, packed: bool) -> None:
         target_config=description,
         topology="1x1x1",
     )
+    return topology.devices[0]
+
+
+def compile_for_device(device: Device, size: Size, packed: bool) -> None:
+    """Compiles Pallas's kernels for a device.
+
+    It runs in a process of its own, whose environment tells XLA where to dump the results.
+    """
     abstract = jax.sharding.AbstractDevice(
         device_kind=device.kind,
         num_cores=device.cores,
         platform="gpu",
     )
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=abstract)
-    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    sharding = jax.sharding.SingleDeviceSharding(absent_device(device))
     # The mesh makes `tiles` and Pallas take this device for the target.
     with jax.sharding.use_abstract_mesh(mesh):
         for run, arguments in _make_passes(size, packed, sharding):

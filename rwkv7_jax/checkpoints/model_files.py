@@ -107,7 +107,7 @@ def load_model(
             if weights is not None:
                 return _load_orbax_in_int8(folder, dtype)
             return load_orbax(folder, dtype=dtype, allow_nan=allow_nan)
-        tensors, config = _open_model(path)
+        tensors, config = open_model(path)
         make_leaf = put_on_device
         if weights is not None:
             named = loaded_tensors(tensors, config, str(path), dtype=dtype)
@@ -160,7 +160,7 @@ def _int8_leaf(origin: str, place: tuple[str, ...], array: np.ndarray) -> Any:
     return jax.device_put(jax.tree.map(np.asarray, matrix))
 
 
-def _open_model(path: Path) -> tuple[dict[str, Tensor], RWKV7Config]:
+def open_model(path: Path) -> tuple[dict[str, Tensor], RWKV7Config]:
     """Opens a model's tensors, infers the config and checks both."""
     file = read_hf(path) if path.is_dir() else open_tensors(path)
     named = with_official_names(file.tensors, path)

@@ -5,6 +5,7 @@ digest of the card itself. Folders of earlier versions have none of the three.
 """
 
 import dataclasses
+import functools
 import gc
 import json
 import warnings
@@ -106,6 +107,32 @@ def load_orbax(
     return params, config
 
 
+def describe_orbax(folder: Path) -> tuple[RWKV7Config, str]:
+    """Reads the config and the widest dtype of an Orbax folder's arrays, without their numbers.
+
+    Args:
+        folder: absolute, as Orbax wants it.
+
+    Raises:
+        ValueError: a damaged folder.
+    """
+    path = folder / CARD_FILE
+    card = read_json(path)
+    config = _config_of(card, path)
+    with import_orbax().StandardCheckpointer() as checkpointer:
+        tree = _name_damage(functools.partial(_read_list, checkpointer, folder), folder)
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(tree)]
+    return config, str(functools.reduce(jnp.promote_types, dtypes))
+
+
+def _read_list(checkpointer: Any, folder: Path) -> Any:
+    """Reads the tree of what is known of each array of a folder."""
+    stored = checkpointer.metadata(folder / _ARRAYS).item_metadata
+    if stored is None:
+        raise ValueError("its list of arrays cannot be read")
+    return stored.tree
+
+
 def _restore(
     arrays: Path, device: Any, folder: Path, *, may_narrow: bool = False
 ) -> Params:
@@ -122,17 +149,11 @@ def _restore(
     def on_device(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    def read_list() -> Any:
-        stored = checkpointer.metadata(arrays).item_metadata
-        if stored is None:
-            raise ValueError("its list of arrays cannot be read")
-        return stored.tree
-
     def read_arrays() -> Params:
         return checkpointer.restore(arrays, jax.tree.map(on_device, tree))
 
     with import_orbax().StandardCheckpointer() as checkpointer:
-        tree = _name_damage(read_list, folder)
+        tree = _name_damage(functools.partial(_read_list, checkpointer, folder), folder)
         if not may_narrow:
             for place, leaf in jax.tree_util.tree_leaves_with_path(tree):
                 require_kept(leaf.dtype, jax.tree_util.keystr(place), str(folder))

@@ -17,6 +17,7 @@ from typing import Any
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.data.jsonl import read_log
 from rwkv7_jax.evaluation.metric import log_name
+from rwkv7_jax.reports.goodput import PAUSES, STEPS, goodput
 from rwkv7_jax.reports.metric_writers import JSONL, merged
 from rwkv7_jax.reports.svg_charts import Mark, Points, line_chart
 from rwkv7_jax.reports.system_info import lines
@@ -30,7 +31,7 @@ _SHARED_CHARTS = (
     ("gradient norm", r"(^|/)grad_norm$", True),
 )
 
-_NO_CHART = ("step", "seconds")
+_NO_CHART = ("step", "seconds", STEPS, PAUSES)
 
 # Events that change how a curve has to be read.
 _MARKED = ("resume", "skipped", "stopped")
@@ -295,6 +296,7 @@ def report_page(folder: str | Path) -> str:
         (
             _section("Curves", _charts(columns, _event_marks(events))),
             _section("Numbers", _numbers(columns)),
+            _section("Goodput", _text(goodput(rows, events))),
             _section("Learning rate", _rate_search(search)),
             _section("Samples", _samples(samples)),
             _section("Pictures", _pictures(folder)),

@@ -71,6 +71,11 @@ def config_values() -> dict[str, Any]:
     return _config
 
 
+def has_config() -> bool:
+    """Tells whether a config file was named."""
+    return _config is not None
+
+
 def _parse(program: str, words: list[str]) -> list[str]:
     """Parses the flags and gives the words that are none."""
     global _config

@@ -307,7 +307,8 @@ class OwnedRunDirectory(RunDirectory):
 
     def note_event(self, step: int, event: str, detail: str = "") -> None:
         """Notes what happened at a step: start, resume, skipped, stopped or finished."""
-        self._append(_EVENTS, {"step": step, "event": event, "detail": detail})
+        row = {"step": step, "event": event, "detail": detail}
+        self._append(_EVENTS, row | {"time": round(time.time(), 3)})
 
     def note_sample(self, step: int, prompt: str, text: str) -> None:
         """Notes what the model wrote after a prompt."""

@@ -29,7 +29,7 @@ TIMES = (
     "tokens_per_second_per_device",
     "waiting_share",
 )
-TIMES += ("compile_seconds", "process_peak_mib")
+TIMES += ("compile_seconds", "step_seconds", "paused_seconds", "process_peak_mib")
 
 
 def stopped_at(monkeypatch, step: int):

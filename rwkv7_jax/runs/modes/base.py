@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from pallas_kernels.platforms import target_platform
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import model_hash
 from rwkv7_jax.checkpoints.state_files import save_state
@@ -263,14 +264,16 @@ class TrainingMode(abc.ABC):
             length=self.settings.data.length,
             trained=self.gradients_of,
             accumulate=self.settings.optimizer.accumulate,
-            weight_bytes=self._weight_bytes(),
+            weight_bytes=self.weight_bytes(),
+            platform=target_platform(),
         )
 
-    def _weight_bytes(self) -> float | int:
+    def weight_bytes(self) -> float | int:
         """Returns the bytes that a weight takes: trained ones are float32, frozen ones as held."""
         if self.frozen is None:
             return 4
-        held = sum(leaf.nbytes for leaf in jax.tree.leaves(self.frozen))
+        leaves = jax.tree.leaves(self.frozen)
+        held = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         return held / parameter_count(self.model.config)
 
     def evaluate(self, params: Any) -> Metrics:

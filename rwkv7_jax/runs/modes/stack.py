@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from pallas_kernels.platforms import target_platform
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.evaluation.metric import Metrics
@@ -248,6 +249,8 @@ class StackMode(TrainingMode):
             length=data.length,
             trained="state",
             accumulate=self.settings.optimizer.accumulate,
+            weight_bytes=self.weight_bytes(),
+            platform=target_platform(),
         )
         # Every device holds all states and their moments.
         return dataclasses.replace(

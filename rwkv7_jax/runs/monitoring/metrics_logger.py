@@ -12,6 +12,7 @@ import numpy as np
 
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.evaluation.metric import Metric
+from rwkv7_jax.reports.goodput import COMPILING, PAUSES, STEPS
 from rwkv7_jax.reports.system_info import peak_memory
 from rwkv7_jax.runs.compilation_cache import CompileClock
 from rwkv7_jax.runs.early_stopping import Progress
@@ -79,8 +80,10 @@ class MetricsLogger:
         # Since the last line of the log:
         self._began = time.monotonic()
         self._paused = 0.0
+        self._compiled_in_pauses = 0.0
         self._tokens = 0
         self._waited_before = 0.0
+        self._compiled_before = 0.0
 
     def log_step(
         self, number: int, metrics: Mapping | None, batch: Batch | None
@@ -109,10 +112,12 @@ class MetricsLogger:
         """Logs all steps; the time of the block does not count as training."""
         self.drain()
         began = time.monotonic()
+        compiled = self._compile_clock.seconds
         try:
             yield
         finally:
             self._paused += time.monotonic() - began
+            self._compiled_in_pauses += self._compile_clock.seconds - compiled
 
     def _log_oldest(self) -> None:
         step = self._pending.popleft()
@@ -195,12 +200,29 @@ class MetricsLogger:
                 self._tokens / seconds / self._devices
             )
         numbers["waiting_share"] = min(waited / seconds, 1.0)
-        numbers["compile_seconds"] = round(self._compile_clock.seconds, 3)
+        numbers |= self._shares_of_time(seconds)
         self._began = now
         self._paused = 0.0
+        self._compiled_in_pauses = 0.0
         self._tokens = 0
         self._waited_before = self._feed.waited
+        self._compiled_before = self._compile_clock.seconds
         return numbers
+
+    def _shares_of_time(self, seconds: float) -> dict[str, float]:
+        """Returns what was spent on steps, pauses and compiling.
+
+        Args:
+            seconds: since the last line, without pauses.
+        """
+        total = self._compile_clock.seconds
+        in_pauses = self._compiled_in_pauses
+        in_steps = total - self._compiled_before - in_pauses
+        return {
+            COMPILING: round(total, 3),
+            STEPS: round(max(seconds - in_steps, 0.0), 3),
+            PAUSES: round(max(self._paused - in_pauses, 0.0), 3),
+        }
 
     def _use_of_devices(self, tokens_per_second: float) -> dict[str, float]:
         """Returns the peak of memory, and the share of the peak FLOPs where it is known."""

@@ -1,0 +1,134 @@
+"""The process that compiles: a compiler may hold its machine's lock, hang, or be killed."""
+
+import importlib.metadata
+import json
+import re
+import sys
+import time
+from typing import Any
+
+import jax
+
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.plan.buffers import largest_arrays
+from rwkv7_jax.plan.chips import Target, find_target
+from rwkv7_jax.plan.collectives import find_collectives
+from rwkv7_jax.plan.hlo import parse
+from rwkv7_jax.plan.steps import Step, describe_step
+from rwkv7_jax.runs.exit_codes import is_out_of_memory
+from rwkv7_jax.runs.settings import read_settings
+
+_GIB = 2**30
+
+# What compilers say of programs that need more than there is, in GiB.
+_USED = re.compile(r"Used ([\d.]+)G of|temporaries \(([\d.]+)G\)")
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin")
+
+
+def main() -> None:
+    """Reads a request from stdin, compiles its step and prints the answer as JSON."""
+    request = json.load(sys.stdin)
+    # Whatever the libraries print must not come between.
+    answer = sys.stdout
+    sys.stdout = sys.stderr
+    target = find_target(request["topology"])
+    step = describe_step(
+        read_settings(request["settings"]),
+        RWKV7Config(**request["model"]),
+        request["dtype"],
+        target.devices(),
+    )
+    json.dump(compile_step(step, target), answer)
+
+
+def compile_step(step: Step, target: Target) -> dict[str, Any]:
+    """Compiles a step and describes the result; see docs/cloud.md for the names."""
+    began = time.monotonic()
+    # For the platform that the step is made for.
+    with jax.sharding.use_abstract_mesh(step.mesh.abstract_mesh):
+        need = step.mode.memory_estimate(step.mesh.size)
+    found: dict[str, Any] = {
+        "devices": step.mesh.size,
+        "hosts": len({device.process_index for device in step.mesh.devices.flat}),
+        "device_kind": step.mesh.devices.flat[0].device_kind,
+        "weights_gib": _gib(_bytes(step.arguments[0])),
+        "estimated_gib": None if need is None else _gib(need.total),
+    }
+    try:
+        compiled = step.compile(target.platform)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return found | _refused(error, step) | _ending(began)
+    memory = compiled.memory_analysis()
+    program = parse(compiled.as_text())
+    collectives = find_collectives(
+        program, devices=step.mesh.size, platform=target.platform
+    )
+    peak = memory.peak_memory_in_bytes
+    found |= {
+        "argument_gib": _gib(memory.argument_size_in_bytes),
+        "temporary_gib": _gib(memory.temp_size_in_bytes),
+        "peak_gib": _gib(peak),
+        "fits": peak <= target.limit * _GIB,
+        "buffers": largest_arrays(program),
+        "collectives": [one.table_row() for one in collectives],
+        "wire_gb": round(sum(one.wire_bytes for one in collectives) / 1e9, 3),
+    }
+    return found | _ending(began)
+
+
+def _gib(count: float) -> float:
+    return round(count / _GIB, 3)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _refused(error: Exception, step: Step) -> dict[str, Any]:
+    """Describes a step that the compiler refuses: its peak is what it says, or a lower bound."""
+    arguments = sum(map(_bytes_on_one, jax.tree.leaves(step.arguments)))
+    text = str(error).strip().splitlines()[0]
+    used = _USED.search(text)
+    temporary = float(used[2]) if used and used[2] else None
+    if used and used[1]:
+        peak = float(used[1])
+    else:
+        peak = arguments / _GIB + (temporary or 0.0)
+    return {
+        "argument_gib": _gib(arguments),
+        "temporary_gib": temporary,
+        "peak_gib": round(peak, 3),
+        "fits": False,
+        "reason": text[:300],
+        "buffers": [],
+        "collectives": [],
+        "wire_gb": None,
+    }
+
+
+def _bytes_on_one(leaf: Any) -> int:
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    size = leaf.dtype.itemsize
+    for length in shape:
+        size *= length
+    return size
+
+
+def _ending(began: float) -> dict[str, Any]:
+    versions = {"python": sys.version.split()[0]}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "compile_seconds": round(time.monotonic() - began, 1),
+        "versions": versions,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The compiler of chips that are not here, in a process of its own."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+from rwkv7_jax.plan.chips import Target
+
+# The module that shows whether a compiler is installed, and what installs it.
+_INSTALLED = {
+    "libtpu": ("libtpu", "rwkv7_jax[tpu]"),
+    "jax-cuda13-plugin": ("jax_plugins.xla_cuda13", "rwkv7_jax[cuda]"),
+}
+
+# The process that compiles.
+_CHILD = ("-m", "rwkv7_jax.plan.child")
+
+_ENVIRONMENT = {
+    # The devices of this machine are neither needed nor taken.
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    # Compiling takes no chip, so that it need not wait for who has one.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+}
+
+# How the second user of libtpu on a machine is turned away, and seconds until it asks again.
+_BUSY = "lockfile"
+_WAIT = 3.0
+
+
+class NoCompiler(RuntimeError):
+    """A compiler that is not installed, is busy for too long, or gives no answer in time."""
+
+
+def compile_elsewhere(
+    target: Target, request: dict[str, Any], *, timeout: int
+) -> dict[str, Any]:
+    """Compiles a step in a new process and returns what `child.compile_step` does.
+
+    Args:
+        target: chips to compile for.
+        request: what `child.main` reads.
+        timeout: seconds until the process is killed, waiting for the compiler included.
+
+    Raises:
+        NoCompiler: there is no answer to be had.
+        RuntimeError: the process fails; the message has the end of what it said.
+    """
+    _require_installed(target)
+    end = time.monotonic() + timeout
+    command = [sys.executable, *_CHILD]
+    while True:
+        try:
+            # `run` kills the process when it leaves early. A compiler heeds no other signal.
+            done = subprocess.run(
+                command,
+                env=os.environ | _ENVIRONMENT,
+                input=json.dumps(request),
+                capture_output=True,
+                text=True,
+                timeout=max(end - time.monotonic(), 0.1),
+            )
+        except subprocess.TimeoutExpired:
+            raise NoCompiler(
+                f"no answer from {target.compiler} within {timeout} seconds; raise `--timeout`."
+            ) from None
+        if done.returncode == 0:
+            return json.loads(done.stdout)
+        if _BUSY not in done.stderr:
+            raise RuntimeError(f"compiling failed:\n{done.stderr[-3000:]}")
+        if time.monotonic() + _WAIT >= end:
+            raise NoCompiler(
+                f"another process has held libtpu for {timeout} seconds; try again later."
+            )
+        time.sleep(_WAIT)
+
+
+def _require_installed(target: Target) -> None:
+    module, package = _INSTALLED[target.compiler]
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise NoCompiler(
+            f"{target.compiler} is not installed, which compiles for {target.name}: "
+            f"pip install '{package}'."
+        )

@@ -1,0 +1,86 @@
+"""Reading compiled programs: bytes, loops, and the traps of counting collectives."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rwkv7_jax.plan import hlo
+from rwkv7_jax.plan.buffers import largest_arrays
+from rwkv7_jax.plan.collectives import find_collectives, wire_bytes
+
+# A program that a TPU's compiler might make; each of its instructions is one of the traps.
+LOOP = Path(__file__).with_name("loop.hlo").read_text()
+
+
+def found(platform: str) -> dict:
+    collectives = find_collectives(hlo.parse(LOOP), devices=8, platform=platform)
+    return {(one.kind, one.group): one for one in collectives}
+
+
+def test_loops_multiply_and_a_tpus_repeated_collective_counts_once():
+    gathers = found("tpu")["all-gather", 8]
+    # 24 turns of one gather of 16 KiB, and the one that runs in the background.
+    assert (gathers.count, gathers.bytes) == (25, 24 * 16384 + 128)
+    assert gathers.wire_bytes == gathers.bytes * 7 / 8
+
+
+def test_elsewhere_each_collective_counts_whatever_its_channel():
+    assert found("cpu")["all-gather", 8].count == 49
+
+
+def test_groups_are_read_in_all_three_spellings():
+    all_found = found("tpu")
+    assert set(all_found) == {
+        ("all-gather", 8),
+        ("all-reduce", 4),
+        ("reduce-scatter", 4),
+        ("collective-permute", 8),
+    }
+    assert all_found["all-reduce", 4].bytes == 8 + 8
+    assert all_found["all-reduce", 4].wire_bytes == 2 * 16 * 3 / 4
+    assert all_found["reduce-scatter", 4].wire_bytes == 64 * 3
+    assert all_found["collective-permute", 8].wire_bytes == 32
+
+
+def test_one_device_sends_nothing():
+    assert wire_bytes("all-reduce", 1, 100) == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ("f32[8,128]{1,0:T(8,128)}", 4096),
+        ("bf16[3]", 6),
+        ("pred[8]", 8),
+        ("s4[8]", 4),
+        ("f8e4m3fn[8]", 8),
+        ("(f32[2], (s32[], bf16[4]{0:T(8)S(1)}))", 20),
+        ("token[]", 0),
+    ],
+)
+def test_a_shape_has_the_bytes_of_all_its_arrays(shape, size):
+    assert hlo.shape_bytes(shape) == size
+
+
+def test_the_largest_arrays_are_those_of_the_main_memory_that_are_new():
+    rows = {row["shape"]: row for row in largest_arrays(hlo.parse(LOOP))}
+    # Not the copy in fast memory, not what is written in place.
+    assert next(iter(rows)) == "f32[1024,1024]"
+    assert rows["f32[1024,1024]"]["what"] == "jvp(f)/mul"
+    assert "f32[4096,1024]" not in rows and "f32[2048,1024]" not in rows
+    assert rows["f32[2,512]"]["what"] == "argument train.params['w']"
+
+
+def test_text_without_an_entry_is_no_program():
+    with pytest.raises(ValueError, match="no entry"):
+        hlo.parse("HloModule empty\n")
+
+
+def test_a_compiled_scan_runs_as_often_as_it_has_steps():
+    def run(x):
+        return jax.lax.scan(lambda c, _: (jnp.tanh(c @ c), None), x, length=17)[0]
+
+    text = jax.jit(run).lower(jnp.ones((64, 64))).compile().as_text()
+    assert max(visit.times for visit in hlo.walk(hlo.parse(text))) == 17

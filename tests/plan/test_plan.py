@@ -1,0 +1,200 @@
+"""`python -m rwkv7_jax.plan`: its command line, its exit codes and the process that compiles."""
+
+import importlib.util
+import json
+import sys
+import time
+
+import pytest
+from run_programs import ROOT, program
+
+from rwkv7_jax.plan import compiler
+from rwkv7_jax.plan.chips import find_target
+from rwkv7_jax.plan.compiler import NoCompiler, compile_elsewhere
+from rwkv7_jax.plan.job import Job, make_job
+from rwkv7_jax.plan.table import describe
+
+TINY = """
+def get_config():
+    return {
+        "mode": "state",
+        "model": {"vocab_size": 512, "num_layers": 2, "width": 128, "dtype": "bfloat16"},
+        "data": {"batch_size": 2, "length": 64},
+    }
+"""
+PLAN = {
+    "topology": "v5e-1",
+    "chips": 1,
+    "mode": "state",
+    "batch": 2,
+    "length": 64,
+    "limit_gib": 15.75,
+    "devices": 1,
+    "hosts": 1,
+    "device_kind": "TPU v5 lite",
+    "estimated_gib": None,
+    "argument_gib": 1.0,
+    "temporary_gib": 1.0,
+    "peak_gib": 2.0,
+    "fits": True,
+    "buffers": [{"gib": 1.0, "shape": "f32[9]", "count": 2, "what": "argument w"}],
+    "collectives": [
+        {"kind": "all-gather", "group": 8, "count": 2, "gb": 1.0, "wire_gb": 0.9}
+    ],
+    "wire_gb": 0.9,
+    "compile_seconds": 3.0,
+    "versions": {"jax": "0.10.2"},
+}
+SIZES = {"vocab_size": 512, "num_layers": 2, "width": 128}
+STATE = {"mode": "state", "model": SIZES}
+
+
+def plan(*words: str):
+    """Runs the program."""
+    return program("-m", "rwkv7_jax.plan", *words)
+
+
+@pytest.mark.parametrize(
+    ("values", "preset", "topology", "sentence"),
+    [
+        (STATE, None, "v9:2x2", "`--topology` must be of"),
+        (STATE, None, "v5e:2x4", "`--topology` must be one chip"),
+        (STATE, "8b", "v5e-1", "`name` must be one of 0.1b"),
+        ({"mode": "state"}, None, "v5e-1", "`--preset` must name a published size"),
+        (STATE | {"mode": "observer"}, None, "v5e-1", "`config.mode` must be one of"),
+        (STATE | {"stepz": 3}, None, "v5e-1", "nearest is `config.steps`"),
+        ({"mode": "state", "init": "no.pth"}, None, "v5e-1", "no.pth"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_before_anything_compiles(
+    values, preset, topology, sentence
+):
+    with pytest.raises(ValueError) as caught:
+        make_job(topology, values, preset)
+    assert sentence in str(caught.value)
+
+
+def test_a_preset_is_held_and_computed_as_published_files_are():
+    job = make_job("v5e-1", {"mode": "state", "model": {"remat": "none"}}, "1.5b")
+    assert (job.config.dtype, job.config.remat, job.dtype) == (
+        "bfloat16",
+        "none",
+        "bfloat16",
+    )
+
+
+def test_a_checkpoint_gives_its_sizes_and_dtype_without_its_numbers():
+    values = {"mode": "state", "init": str(ROOT / "assets/tiny.pth")}
+    job = make_job("v5e-1", values, None)
+    assert (job.config.num_layers, job.dtype) == (4, "bfloat16")
+
+
+def test_a_bad_command_line_has_exit_code_2_and_one_line(tmp_path):
+    done = plan("--preset=7.2b")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("plan: `--topology` must name the chip")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed here"
+)
+def test_without_a_compiler_the_exit_code_is_4():
+    done = plan("--preset=0.1b", "--topology=v5e-1")
+    assert done.returncode == 4 and done.stdout == ""
+    assert "libtpu is not installed" in done.stderr and "rwkv7_jax[tpu]" in done.stderr
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """Puts a few lines of Python in the place of the process that compiles."""
+    monkeypatch.setattr(compiler, "_require_installed", lambda target: None)
+    monkeypatch.setattr(compiler, "_WAIT", 0.1)
+
+    def put(text: str) -> None:
+        file = tmp_path / "child.py"
+        file.write_text(text)
+        monkeypatch.setattr(compiler, "_CHILD", (str(file),))
+
+    return put
+
+
+def test_a_compiler_that_is_busy_is_asked_again(fake, tmp_path):
+    fake(
+        f"""
+import json, pathlib, sys
+tried = pathlib.Path({str(tmp_path / "tried")!r})
+if not tried.exists():
+    tried.write_text("")
+    sys.exit("ABORTED: libtpu multi-process lockfile")
+print(json.dumps(json.load(sys.stdin) | {{"fits": True}}))
+"""
+    )
+    found = compile_elsewhere(find_target("v5e-1"), {"a": 1}, timeout=60)
+    assert found == {"a": 1, "fits": True}
+
+
+def test_a_compiler_that_stays_busy_is_given_up(fake, monkeypatch):
+    fake("import sys\nsys.exit('libtpu multi-process lockfile')\n")
+    monkeypatch.setattr(compiler, "_WAIT", 100.0)
+    with pytest.raises(NoCompiler, match="held libtpu for 90 seconds"):
+        compile_elsewhere(find_target("v5e-1"), {}, timeout=90)
+
+
+def test_a_compiler_without_an_answer_is_killed_at_the_timeout(fake):
+    # As libtpu does, it takes no notice of SIGTERM.
+    fake("import signal, time\nsignal.signal(15, signal.SIG_IGN)\ntime.sleep(600)\n")
+    began = time.monotonic()
+    with pytest.raises(NoCompiler, match="no answer from libtpu within 2 seconds"):
+        compile_elsewhere(find_target("v5e-1"), {}, timeout=2)
+    assert time.monotonic() - began < 30
+
+
+def test_another_failure_keeps_what_the_compiler_said(fake):
+    fake("import sys\nsys.exit('a bug of the compiler')\n")
+    with pytest.raises(RuntimeError, match="a bug of the compiler"):
+        compile_elsewhere(find_target("v5e-1"), {}, timeout=60)
+
+
+def test_the_search_doubles_the_rows_and_gives_the_largest_that_fit(monkeypatch):
+    def compile_it(job, *, timeout):
+        rows = job.settings.data.batch_size
+        return PLAN | {"batch": rows, "peak_gib": rows / 2, "fits": rows < 30}
+
+    monkeypatch.setattr(Job, "compile", compile_it)
+    job = make_job("v5e-1", STATE | {"data": {"batch_size": 4}}, None)
+    found = job.search(timeout=1)
+    assert found["batch"] == 16 and found["fits"]
+    assert [one["batch"] for one in found["search"]] == [4, 8, 16, 32]
+    text = describe(found)
+    assert "search      32 rows: 16.00 GiB, does not fit" in text
+    none = make_job("v5e-1", STATE | {"data": {"batch_size": 64}}, None)
+    assert not none.search(timeout=1)["fits"]
+
+
+def test_a_plan_as_text_says_what_fits_what_is_large_and_what_travels():
+    text = describe(PLAN)
+    assert "fits: peak 2.00 of 15.75 GiB" in text
+    assert "f32[9]" in text and "argument w" in text
+    assert "all-gather" in text and "0.90 GB a step" in text and "jax 0.10.2" in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+@pytest.mark.parametrize(("batch", "code"), [(2, 0), (8192, 3)])
+def test_the_tpus_compiler_says_whether_a_step_fits(tmp_path, batch, code):
+    (tmp_path / "tiny.py").write_text(TINY)
+    done = plan(
+        f"--config={tmp_path / 'tiny.py'}",
+        "--topology=v5e-1",
+        f"--batch={batch}",
+        *(("--length=4096",) if code else ()),
+        "--json",
+    )
+    assert done.returncode == code, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["fits"] == (code == 0) and found["chips"] == 1
+    assert found["peak_gib"] > (15.75 if code else 0)
+    assert sys.version.split()[0] == found["versions"]["python"]

@@ -1,0 +1,97 @@
+"""The described step is the one that a run makes: the same arrays, and a program that compiles."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from smallest_runs import mode_settings, save_base_model
+
+from rwkv7_jax.plan.child import compile_step
+from rwkv7_jax.plan.chips import find_target
+from rwkv7_jax.plan.steps import describe_step
+from rwkv7_jax.runs.modes.registry import make_mode
+
+CHANGES = {
+    "plain": {},
+    "accumulated": {"optimizer": {"accumulate": 2}},
+    "decorrelated": {"tuning": {"decorrelate": "dbp"}},
+    "anchored": {"tuning": {"anchor": 1.0, "anchor_path": "task:mapping"}},
+    "all leaves": {"tuning": {"leaves": "all"}},
+    "in 8 bits": {"model": {"weights": "int8"}},
+    "found rate": {"optimizer": {"learning_rate": None, "final_learning_rate": None}},
+    "several states": {
+        "data": {"path": ""},
+        "tuning": {"states": {"one": "task:mapping", "two": "task:facts-8"}},
+    },
+}
+OF_WEIGHTS = ("plain", "accumulated")
+
+
+def changed(settings, changes):
+    """The settings with some of their groups' fields replaced."""
+    for group, fields in changes.items():
+        old = getattr(settings, group)
+        new = (
+            {**old, **fields}
+            if isinstance(old, dict)
+            else dataclasses.replace(old, **fields)
+        )
+        settings = dataclasses.replace(settings, **{group: new})
+    return settings
+
+
+def arrays_of(tree):
+    """Shapes and dtypes of the arrays of a tree, by their paths."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        kind = str(jax.dtypes.canonicalize_dtype(leaf.dtype))
+        found[jax.tree_util.keystr(path)] = (leaf.shape, kind)
+    return found
+
+
+def cases():
+    for name in OF_WEIGHTS:
+        yield "pretrain", name
+    for name in CHANGES:
+        yield "state", name
+
+
+@pytest.mark.parametrize(("kind", "name"), list(cases()))
+def test_the_described_arrays_are_those_of_the_run(tmp_path, kind, name):
+    base = tmp_path / "base.pth"
+    save_base_model(base)
+    settings = changed(mode_settings(kind, base), CHANGES[name])
+    run = make_mode(settings, tmp_path)
+    if settings.finds_rate:
+        run.found_rate = 0.1
+    _, tx = run.optimizer()
+    program = run.train_step(tx, None)
+    state = run.train_state(run.init_params(), tx)
+    batch = run.batches(0, None).batch(0, None).host
+    dtype = "float32"
+    if run.frozen is not None:
+        dtype = str(run.frozen["emb"]["weight"].dtype)
+    step = describe_step(settings, run.model.config, dtype, jax.devices()[:1])
+    loss, statistics, *rates = program.args
+    described = arrays_of(step.arguments)
+    real = arrays_of((loss, statistics, *rates, state, batch))
+    # Files hold a value residual of the first block, which nothing reads.
+    left_out = {name for name in real if name not in described}
+    assert all("['layer_0']['att']['v" in name for name in left_out)
+    assert described == {name: real[name] for name in real if name not in left_out}
+
+
+@pytest.mark.slow
+def test_a_described_step_compiles_and_its_memory_is_told(tmp_path):
+    base = tmp_path / "base.pth"
+    save_base_model(base)
+    settings = mode_settings("state", base)
+    run = make_mode(settings, tmp_path)
+    step = describe_step(settings, run.model.config, "float32", jax.devices()[:1])
+    target = dataclasses.replace(find_target("v5e-1"), platform="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(target), "limit", 1.0)
+        plan = compile_step(step, target)
+    assert plan["fits"] and plan["peak_gib"] >= 0 and plan["collectives"] == []
+    assert np.isfinite(plan["estimated_gib"]) and len(plan["buffers"]) == 10
