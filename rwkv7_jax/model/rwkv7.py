@@ -121,6 +121,20 @@ class RWKV7(nn.Module):
         """Works as the call, and returns the arrays named in `TRACE` as well: [L B T ...]."""
         return self._run(tokens, state, lengths, segment_ids, names=TRACE)
 
+    def hidden_with_trace(
+        self,
+        tokens: Tokens,
+        state: RWKV7State,
+        lengths: Lengths | None = None,
+        segment_ids: SegmentIds | None = None,
+        *,
+        names: tuple[str, ...] = TRACE,
+    ) -> tuple[Activations, RWKV7State, dict[str, Array]]:
+        """Works as `hidden`, and returns the arrays of `names`, which are in `TRACE`, as well."""
+        return self._run(
+            tokens, state, lengths, segment_ids, names=names, project=False
+        )
+
     @nn.compact
     def _run(
         self,

@@ -33,6 +33,7 @@ from rwkv7_jax.training.head_loss import (
     weighted_loss,
     weighted_sum,
 )
+from rwkv7_jax.training.shared_pass import describe_loss
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -180,7 +181,8 @@ def next_token_loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """Computes the weighted cross entropy plus L2Wrap's penalty.
 
-    The metric `loss_nats` is the cross entropy alone.
+    `next_token_loss_with_trace` hands out intermediate values of the same forward pass as well. The
+    metric `loss_nats` is the cross entropy alone.
 
     Args:
         model: the shell around `params`.
@@ -193,6 +195,22 @@ def next_token_loss(
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/src/model.py:758-771.
     """
+    loss, (metrics, _) = next_token_loss_with_trace(
+        model, params, state, batch, l2wrap=l2wrap
+    )
+    return loss, metrics
+
+
+def next_token_loss_with_trace(
+    model: RWKV7,
+    params: Params,
+    state: RWKV7State,
+    batch: BatchLike,
+    *,
+    l2wrap: float = 0.0,
+    names: tuple[str, ...] = (),
+) -> tuple[Float[Array, ""], tuple[Metrics, dict[str, Array]]]:
+    """Computes `next_token_loss`, its metrics, and the arrays `names` of the model's trace."""
     with prefix_errors("next_token_loss"):
         batch = check_ids_and_shapes(batch, model.config.vocab_size, packed=True)
         check_targets(batch)
@@ -200,19 +218,21 @@ def next_token_loss(
     inputs = tokens[:, :-1]
     targets = tokens[:, 1:]
     shares = target_shares(batch, model.config.vocab_size)
-    x, _ = model.apply(
+    x, _, trace = model.apply(
         {"params": params},
         inputs,
         state,
         segment_ids=batch.segment_ids,
-        method="hidden",
+        method="hidden_with_trace",
+        names=names,
     )
     square = None
     if l2wrap:
         square = jnp.full(targets.shape, l2wrap / targets.size, jnp.float32)
     weights = TermWeights(nats=shares, square=square)
     loss, found = weighted_loss(x, params["head"]["weight"], targets, weights)
-    return loss, {"loss_nats": weighted_sum(shares, found.nats) if l2wrap else loss}
+    nats = weighted_sum(shares, found.nats) if l2wrap else loss
+    return loss, ({"loss_nats": nats}, trace)
 
 
 def pretrain_loss(model: RWKV7, *, l2wrap: float = 1e-4) -> Loss:
@@ -235,14 +255,18 @@ def pretrain_loss(model: RWKV7, *, l2wrap: float = 1e-4) -> Loss:
         check_ids_and_shapes, vocab_size=model.config.vocab_size, packed=True
     )
 
-    def loss(params: Params, batch: BatchLike):
+    def with_trace(params: Params, batch: BatchLike, names: tuple[str, ...]):
         with prefix_errors("pretrain_loss"):
             batch = check(batch)
             check_targets(batch)
             check_params(params, model.config)
         state = init_state(model.config, batch.sequences)
-        return next_token_loss(model, params, state, batch, l2wrap=l2wrap)
+        return next_token_loss_with_trace(
+            model, params, state, batch, l2wrap=l2wrap, names=names
+        )
 
-    # A step looks at its batches on the host with this, where ids can still be read.
-    loss.check_batch = check  # pyright: ignore[reportFunctionMemberAccess]
-    return loss
+    def loss(params: Params, batch: BatchLike):
+        value, (metrics, _) = with_trace(params, batch, ())
+        return value, metrics
+
+    return describe_loss(loss, check, model, with_trace)

@@ -15,6 +15,7 @@ from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.optim.decorrelation import METHODS, Decorrelator, Method, decorrelate
+from rwkv7_jax.training.shared_pass import describe_statistics
 
 # For each projection of a block, the name in the model's trace of the vectors it multiplies.
 INPUTS = {
@@ -50,8 +51,9 @@ def layer_statistics(
     """Makes the function that measures the second moments of the projections' inputs.
 
     It is called as `statistics(params, batch)` and returns a tree like the weights, with E[x x^T]
-    for the six projections of every block and None elsewhere (tables, norms and low-rank maps). It
-    costs a second forward pass over `rows` rows. With `decorrelate(..., mask=projections)` this is
+    for the six projections of every block and None elsewhere (tables, norms and low-rank maps).
+    Called alone it costs a forward pass over `rows` rows; in a train step of the same model's
+    `pretrain_loss` it reads the loss's own. With `decorrelate(..., mask=projections)` this is
     decorrelated backpropagation for training weights; unlike in the paper, a new R does not change
     the outputs of the model.
 
@@ -69,6 +71,8 @@ def layer_statistics(
         check_model(model)
         check_count(rows, 1, "`rows`")
 
+    names = tuple(INPUTS.values())
+
     def statistics(params: Params, batch: BatchLike) -> Params:
         with prefix_errors("layer_statistics"):
             batch = Batch.of(batch, packed=True).select_rows(slice(rows))
@@ -84,18 +88,21 @@ def layer_statistics(
             tokens,
             start,
             segment_ids=batch.segment_ids,
-            method="trace",
+            method="hidden_with_trace",
+            names=names,
         )
-        trace = outputs[-1]
+        return of_trace(params, batch, outputs[-1])
+
+    def of_trace(params: Params, _batch: BatchLike, trace: dict[str, Array]) -> Params:
         moments: Any = jax.tree.map(lambda _: None, params)
         for (part, name), source in INPUTS.items():
-            moment = _second_moment(trace[source])
+            moment = _second_moment(trace[source][:, :rows])
             moments["layer_0"][part][name] = {"weight": moment[0]}
             if "layers" in moments:
                 moments["layers"][part][name] = {"weight": moment[1:]}
         return jax.lax.stop_gradient(moments)
 
-    return statistics
+    return describe_statistics(statistics, model, names, of_trace)
 
 
 def weight_decorrelator(

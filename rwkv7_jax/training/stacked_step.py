@@ -21,6 +21,7 @@ from jaxtyping import Array
 from rwkv7_jax.checks import check_count, check_instance, prefix_errors
 from rwkv7_jax.sharding import BATCH_AXIS, constrain_sharding, replicate, use_mesh
 from rwkv7_jax.training.losses import Loss
+from rwkv7_jax.training.shared_pass import can_share_pass
 from rwkv7_jax.training.train_step import (
     TrainState,
     TrainStep,
@@ -62,6 +63,15 @@ def create_stack(params: Any, tx: optax.GradientTransformation) -> TrainState:
     """
     create = functools.partial(TrainState.create, tx=tx)
     return jax.vmap(create, out_axes=_axes(0, None))(params)
+
+
+def _check_mesh(mesh: Mesh, sets: int) -> None:
+    """Raises unless every device gets equally many sets."""
+    check_instance(mesh, Mesh, "`mesh`")
+    if sets % mesh.size:
+        raise ValueError(
+            f"`mesh` must divide the {sets} sets evenly; got {mesh.size} devices."
+        )
 
 
 def make_stacked_step(
@@ -108,11 +118,9 @@ def make_stacked_step(
                 f"`rates` must be one number for each set; got shape {rates.shape}."
             )
         if mesh is not None:
-            check_instance(mesh, Mesh, "`mesh`")
-            if rates.size % mesh.size:
-                raise ValueError(
-                    f"`mesh` must divide the {rates.size} sets evenly; got {mesh.size} devices."
-                )
+            _check_mesh(mesh, rates.size)
+
+    share_pass = can_share_pass(loss, statistics, accumulate)
 
     def update_all(
         loss: Partial,
@@ -134,6 +142,7 @@ def make_stacked_step(
                 tx=tx,
                 accumulate=accumulate,
                 rate=rate,
+                share_pass=share_pass,
             )
             return (new.params, new.opt_state, new.skipped), metrics
 

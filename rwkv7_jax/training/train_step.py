@@ -35,6 +35,7 @@ from rwkv7_jax.training.losses import (
     nan_where_all_zero,
     target_shares,
 )
+from rwkv7_jax.training.shared_pass import can_share_pass
 
 # A step's function: from the training state and a batch to the next state and the metrics.
 TrainStep = Callable[["TrainState", Mapping[str, Any]], tuple["TrainState", Metrics]]
@@ -255,15 +256,34 @@ def _check_reads_weights(jaxpr: Any, piece: Any) -> None:
         )
 
 
-def _gradients(loss: Partial, params, batch: Mapping[str, Any], accumulate: int):
-    """Computes the batch's loss, metrics and gradient, in `accumulate` pieces one by one."""
-    _check_rows(batch, accumulate)
-    # Weights are shares of the whole batch. They are multiplied by the number of pieces, so that
-    # the mean over pieces is the sum over the batch.
+def _gradients_with_trace(
+    loss: Partial, params: Any, batch: Mapping[str, Any], names: tuple[str, ...]
+):
+    """Computes what `_gradients` does from one piece, and arrays of the forward pass."""
+
+    def value(params, batch):
+        found, (metrics, trace) = loss.func.with_trace(*loss.args, params, batch, names)
+        # They shape the update and are no part of the loss.
+        return found, (metrics, jax.lax.stop_gradient(trace))
+
+    grad = jax.value_and_grad(value, has_aux=True)
+    (found, (metrics, trace)), grads = grad(params, _with_shares(batch, 1))
+    return (found, metrics), grads, trace
+
+
+def _with_shares(batch: Mapping[str, Any], accumulate: int) -> Mapping[str, Any]:
+    """Returns a batch whose weights are each target's share of the loss, times the pieces."""
+    # Multiplied by the number of pieces, so that the mean over pieces is the sum over the batch.
     weights = target_shares(batch)
     if "weights" in batch:
         weights = nan_where_all_zero(weights)
-    batch = _with_weights(batch, weights * accumulate)
+    return _with_weights(batch, weights * accumulate)
+
+
+def _gradients(loss: Partial, params, batch: Mapping[str, Any], accumulate: int):
+    """Computes the batch's loss, metrics and gradient, in `accumulate` pieces one by one."""
+    _check_rows(batch, accumulate)
+    batch = _with_shares(batch, accumulate)
     if accumulate == 1:
         grad = jax.value_and_grad(
             lambda params, batch: loss(params, batch), has_aux=True
@@ -299,6 +319,7 @@ def apply_update(
     tx: optax.GradientTransformation,
     accumulate: int,
     rate: Float[Array, ""] | None = None,
+    share_pass: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """Computes one update and leaves it out if it is not finite; inside a compiled program.
 
@@ -310,12 +331,22 @@ def apply_update(
         tx: the optimizer.
         accumulate: pieces into which the batch is cut.
         rate: a further factor on the update, or None.
+        share_pass: whether the statistics are read from the loss's forward pass; see
+            `can_share_pass`.
     """
     tx = optax.with_extra_args_support(tx)
-    (value, metrics), grads = _gradients(loss, train.params, batch, accumulate)
     extra = {}
-    if statistics is not None:
-        extra["stats"] = statistics(train.params, batch)
+    if statistics is not None and share_pass:
+        (value, metrics), grads, trace = _gradients_with_trace(
+            loss, train.params, batch, statistics.func.names
+        )
+        extra["stats"] = statistics.func.of_trace(
+            *statistics.args, train.params, batch, trace
+        )
+    else:
+        (value, metrics), grads = _gradients(loss, train.params, batch, accumulate)
+        if statistics is not None:
+            extra["stats"] = statistics(train.params, batch)
     # Optax counts in integers and relies on their promotion, which JAX can be told to refuse.
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = tx.update(grads, train.opt_state, train.params, **extra)
@@ -371,7 +402,8 @@ def make_train_step(
             arguments. A loss with terms that are not sums over targets may be a `LossWithTotals`.
         tx: the optimizer.
         statistics: `(params, batch) -> stats`, which an optimizer such as `decorrelate` gets with
-            every update; always from the whole batch.
+            every update; always from the whole batch. Those of this package are read from the
+            forward pass of the same model's loss, where it takes the batch in one piece.
         accumulate: pieces into which a batch is cut; K pieces give the gradient of the whole batch.
         mesh: devices over which the rows of `batch` are sharded, while `train` and the arrays of
             `loss` and `statistics` are replicated; see `sharding`.
@@ -391,6 +423,8 @@ def make_train_step(
         if mesh is not None:
             check_instance(mesh, Mesh, "`mesh`")
 
+    share_pass = can_share_pass(loss, statistics, accumulate)
+
     @functools.partial(jax.jit, donate_argnums=2)
     def step(loss: Partial, statistics: Partial | None, train: TrainState, batch: Any):
         with use_mesh(mesh):
@@ -401,6 +435,7 @@ def make_train_step(
                 batch,
                 tx=tx,
                 accumulate=accumulate,
+                share_pass=share_pass,
             )
             return constrain_sharding(moved)
 

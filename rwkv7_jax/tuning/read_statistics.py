@@ -19,6 +19,7 @@ from rwkv7_jax.checks import (
     prefix_errors,
 )
 from rwkv7_jax.data.batch import Batch, BatchLike
+from rwkv7_jax.model.block import RECURRENCE
 from rwkv7_jax.model.kernel_features import kernel_features
 from rwkv7_jax.model.recurrence import LayerTrace, wkv7_sharded, wkv_inputs_of
 from rwkv7_jax.model.rwkv7 import RWKV7
@@ -26,6 +27,7 @@ from rwkv7_jax.model.state import RWKV7State, Upscaled, check_whole_state, repea
 from rwkv7_jax.model.upscaled_memory import RecurrentMemory
 from rwkv7_jax.optim.decorrelation import METHODS, Decorrelator, Method, decorrelate
 from rwkv7_jax.training.losses import loss_weights
+from rwkv7_jax.training.shared_pass import describe_statistics
 from rwkv7_jax.tuning.state_tuning import check_leaves, trainable_mask
 
 
@@ -129,17 +131,27 @@ def state_statistics(
     def statistics(params: Params, state: RWKV7State, batch: BatchLike) -> RWKV7State:
         with prefix_errors("state_statistics"):
             batch = Batch.of(batch, packed=True)
-        weights = loss_weights(batch)[:rows]
-        batch = batch.select_rows(slice(rows))
-        tokens = jnp.asarray(batch.tokens)[:, :-1]
-        start = repeat(state, batch.sequences)
+        read = batch.select_rows(slice(rows))
+        tokens = jnp.asarray(read.tokens)[:, :-1]
+        start = repeat(state, read.sequences)
         *_, trace = model.apply(
             {"params": params},
             tokens,
             start,
-            segment_ids=batch.segment_ids,
-            method="trace",
+            segment_ids=read.segment_ids,
+            method="hidden_with_trace",
+            names=RECURRENCE,
         )
+        return of_trace(params, state, batch, trace)
+
+    def of_trace(
+        _params: Params, state: RWKV7State, batch: BatchLike, trace: dict[str, Array]
+    ) -> RWKV7State:
+        trace = jax.tree.map(lambda array: array[:, :rows], trace)
+        batch = Batch.of(batch, packed=True)
+        # Of all rows, then cut: so they are shares of the batch.
+        weights = loss_weights(batch)[:rows]
+        batch = batch.select_rows(slice(rows))
 
         def wkv_moments(layer):
             parts, _ = layer
@@ -168,7 +180,7 @@ def state_statistics(
         # They shape the update and are no part of the loss.
         return jax.lax.stop_gradient(moments)
 
-    return Partial(statistics, params)
+    return Partial(describe_statistics(statistics, model, RECURRENCE, of_trace), params)
 
 
 def state_decorrelator(

@@ -26,9 +26,10 @@ from rwkv7_jax.training.losses import (
     Metrics,
     check_ids_and_shapes,
     check_targets,
-    next_token_loss,
+    next_token_loss_with_trace,
     shares_of_known_ids,
 )
+from rwkv7_jax.training.shared_pass import describe_loss
 
 LEAVES = ("wkv", "att_shift", "ffn_shift", "memory")
 
@@ -204,7 +205,9 @@ def state_loss(
         check_ids_and_shapes, vocab_size=model.config.vocab_size, packed=True
     )
 
-    def loss(params: Params, state: RWKV7State, batch: BatchLike):
+    def with_trace(
+        params: Params, state: RWKV7State, batch: BatchLike, names: tuple[str, ...]
+    ):
         with prefix_errors("state_loss"):
             batch = check(batch)
             check_targets(batch)
@@ -215,8 +218,10 @@ def state_loss(
                 raise ValueError(f"`state` must hold one sequence; got {state.batch}.")
         state = stop_gradient_except(state, tuple(leaves))
         start = repeat(state, batch.sequences)
-        value, metrics = next_token_loss(model, params, start, batch, l2wrap=l2wrap)
-        return add_anchor_and_metrics(
+        value, (metrics, trace) = next_token_loss_with_trace(
+            model, params, start, batch, l2wrap=l2wrap, names=names
+        )
+        value, metrics = add_anchor_and_metrics(
             model,
             params,
             state,
@@ -225,7 +230,10 @@ def state_loss(
             value=value,
             metrics=metrics,
         )
+        return value, (metrics, trace)
 
-    # A step looks at its batches on the host with this, where ids can still be read.
-    loss.check_batch = check  # pyright: ignore[reportFunctionMemberAccess]
-    return Partial(loss, params)
+    def loss(params: Params, state: RWKV7State, batch: BatchLike):
+        value, (metrics, _) = with_trace(params, state, batch, ())
+        return value, metrics
+
+    return Partial(describe_loss(loss, check, model, with_trace), params)

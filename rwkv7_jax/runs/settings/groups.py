@@ -93,8 +93,8 @@ class OptimizerSettings:
         l2wrap: weight of RWKV's penalty on the largest logit.
         accumulate: pieces in which a batch is computed.
         decorrelate: of mode "pretrain": "none", "dbp" (decorrelated backpropagation of the blocks'
-            projections) or "whiten" (once, from the first batch). It costs a second forward pass
-            over `config.decorrelation.rows` rows.
+            projections) or "whiten" (once, from the first batch). With `accumulate` above 1 it
+            costs a second forward pass over `config.decorrelation.rows` rows.
     """
 
     kind: str = choice("adamw", OPTIMIZERS)

@@ -1,0 +1,73 @@
+"""Statistics that a train step reads from the loss's own forward pass."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.tree_util import Partial
+from tiny_models import QUICK, lively, tokens
+from tolerances import assert_trees_close
+
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import init_state
+from rwkv7_jax.training.losses import pretrain_loss
+from rwkv7_jax.training.projection_statistics import weight_decorrelator
+from rwkv7_jax.training.shared_pass import can_share_pass
+from rwkv7_jax.training.train_step import TrainState, make_train_step
+from rwkv7_jax.tuning.read_statistics import state_decorrelator, state_statistics
+from rwkv7_jax.tuning.state_tuning import state_loss
+from rwkv7_jax.tuning.upscaling import upscale
+
+MODEL = RWKV7(QUICK)
+BATCH = {
+    "tokens": np.asarray(tokens(4, 9)),
+    "mask": np.asarray(tokens(4, 8) % 2, np.float32),
+}
+
+
+def upscaled_state(params):
+    return upscale(MODEL, params, BATCH["tokens"][:, :-1], size=8, dynamics="delta")
+
+
+def make(kind):
+    """A loss, its decorrelator and the parameters that are trained."""
+    params = lively(QUICK)
+    if kind == "weights":
+        return pretrain_loss(MODEL), weight_decorrelator(MODEL, rows=3), params
+    leaf = "wkv" if kind == "start state" else "memory"
+    start = init_state(QUICK) if leaf == "wkv" else upscaled_state(params)
+    loss = state_loss(MODEL, params, leaves=(leaf,))
+    decorrelator = state_decorrelator(
+        MODEL, params, start, leaves=(leaf,), method="dbp", rows=3
+    )
+    return loss, decorrelator, start
+
+
+@pytest.mark.parametrize("kind", ["start state", "memory", "weights"])
+def test_they_are_those_of_a_pass_of_their_own(kind):
+    loss, decorrelator, start = make(kind)
+    # Without what `shared_pass.describe_loss` says about it, the step makes a second pass.
+    alone = Partial(lambda *x: loss(*x))
+    tx = decorrelator.wrap(optax.adam(1e-2))
+    results = []
+    for given in (loss, alone):
+        step = make_train_step(given, tx, statistics=decorrelator.statistics)
+        train, _ = step(TrainState.create(start, tx), BATCH)
+        compiled = step.func.lower(*step.args, train, BATCH).compile()
+        results.append((train, compiled.cost_analysis()["flops"]))
+    (shared, few), (separate, many) = results
+    assert_trees_close(shared.opt_state, separate.opt_state, 1e-4)
+    assert few < many
+
+
+def test_another_models_weights_and_pieces_of_a_batch_have_a_pass_of_their_own():
+    params = lively(QUICK)
+    loss = state_loss(MODEL, params)
+    copies = jax.tree.map(lambda leaf: leaf + 0, params)
+    assert can_share_pass(loss, state_statistics(MODEL, params), 1)
+    assert not can_share_pass(loss, state_statistics(MODEL, copies), 1)
+    assert not can_share_pass(loss, state_statistics(MODEL, params), 2)
+    assert not can_share_pass(
+        Partial(lambda *x: loss(*x)), state_statistics(MODEL, params), 1
+    )
+    assert not can_share_pass(loss, None, 1)
