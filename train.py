@@ -85,7 +85,7 @@ class Run:
     Attributes:
         mode: the parameters, their loss and their batches.
         identity: what a continued run must share.
-        mesh: the devices that share a step's rows; None for a single one.
+        mesh: the devices that share a step's rows and hold the weights; None for a single one.
     """
 
     mode: TrainingMode
@@ -97,8 +97,11 @@ def set_up(settings: Settings, folder: RunDirectory) -> Run:
     """Loads the model and the data of a run."""
     # The mesh first: rows that the devices cannot share end all processes at the same moment, where
     # one that still loads its model would be aborted without a reason.
-    mesh = sharding.make_data_mesh(shared_rows(settings))
-    mode = make_mode(settings, folder.path)
+    sizes = sharding.parse_sizes(settings.mesh, "`config.mesh`")
+    mesh = sharding.make_mesh(sizes, shared_rows(settings))
+    own = sharding.local_mesh(mesh)
+    with sharding.use_mesh(own):
+        mode = make_mode(settings, folder.path, own)
     identity = identity_of(
         flat_settings(settings),
         mode.model.config,
@@ -114,6 +117,12 @@ def set_up(settings: Settings, folder: RunDirectory) -> Run:
     return Run(mode=mode, identity=identity, mesh=mesh)
 
 
+def local_params(run: Run, state: TrainState) -> Any:
+    """Returns the trained parameters on the devices of this process that hold the model."""
+    # A search for a learning rate may share its states by other devices than the model lies on.
+    return sharding.place(run.mode.mesh, sharding.local_view(run.mesh, state.params))
+
+
 def evaluate(
     run: Run, state: TrainState, folder: RunDirectory, log: MetricsLogger
 ) -> None:
@@ -122,9 +131,10 @@ def evaluate(
     All results are written to the run's folder before the first of them is printed.
     """
     step = int(state.step)
-    params = sharding.local_replica(run.mesh, state.params)
-    metrics = run.mode.evaluate(params)
-    samples = list(run.mode.sample_texts(params))
+    params = local_params(run, state)
+    with sharding.use_mesh(run.mode.mesh):
+        metrics = run.mode.evaluate(params)
+        samples = list(run.mode.sample_texts(params))
     log.log_evaluation(step, metrics)
     for prompt, text in samples:
         folder.note_sample(step, prompt, text)
@@ -169,7 +179,7 @@ def evaluate_and_save(
     save_due = settings.save_every and step % settings.save_every == 0
     if stop.has_unsaved_updates and (ends or is_best or save_due):
         with log.paused():
-            local = sharding.local_replica(run.mesh, state)
+            local = sharding.local_view(run.mesh, state)
             folder.checkpoints.save(local, log.progress, run.identity)
     if ends:
         folder.checkpoints.close()
@@ -187,11 +197,10 @@ def train_steps(
     devices = mesh.size if mesh else 1
     with stop.interruptible():
         rates, tx = mode.optimizer()
-        state, progress = restore_or_init(mode, tx, folder, run.identity)
+        with sharding.use_mesh(mode.mesh):
+            state, progress = restore_or_init(mode, tx, folder, run.identity, mesh)
         first = int(state.step)
-        # Before the state is replicated: it describes what one device holds.
-        print_summary(mode, state, progress, identity=run.identity, devices=devices)
-        state = sharding.replicate(mesh, state)
+        print_summary(mode, state, progress, identity=run.identity, mesh=mesh)
         batches = InputPipeline(mode.batches(first, mesh))
         stop.agree_with(multihost.AnyProcess(mesh))
     update = mode.train_step(tx, mesh)
@@ -220,7 +229,8 @@ def train_steps(
     ):
         while not evaluate_and_save(run, state, step, folder, log, stop):
             profile.before(step + 1)
-            batch = batches(step, sharding.local_replica(mesh, state.params))
+            with sharding.use_mesh(mode.mesh):
+                batch = batches(step, local_params(run, state))
             step += 1
             if batch is None:
                 # Nothing to learn from: an update would only carry on with old momentum.
@@ -235,7 +245,7 @@ def train_steps(
             profile.after(step, state)
             folder.checkpoints.poll()
 
-    return sharding.local_replica(mesh, state), log.progress
+    return sharding.local_view(mesh, state), log.progress
 
 
 def search_rates(run: Run, folder: RunDirectory, stop: StopSignals) -> bool:
@@ -247,7 +257,7 @@ def search_rates(run: Run, folder: RunDirectory, stop: StopSignals) -> bool:
             own = Run(
                 mode=mode,
                 identity={**run.identity, "settings": flat_settings(mode.settings)},
-                mesh=sharding.make_data_mesh(len(mode.names)),
+                mesh=sharding.make_mesh(sharding.AUTO, len(mode.names)),
             )
             state, _ = train_steps(own, inner, stop)
             check_stopped(state, inner, stop, what=" of the search for a learning rate")
@@ -269,7 +279,7 @@ def train(settings: Settings, folder: RunDirectory, stop: StopSignals) -> None:
     multihost.shutdown()
     check_stopped(state, folder, stop)
     if multihost.is_process_0():
-        with stop.interruptible():
+        with stop.interruptible(), sharding.use_mesh(run.mode.mesh):
             save_result(run.mode, state, progress, folder, run.identity)
 
 

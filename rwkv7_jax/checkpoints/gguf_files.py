@@ -296,18 +296,17 @@ def _narrow(tensors: dict[str, Tensor], reader: gguf.GGUFReader, path: Path) -> 
 def _narrowed(wide: Tensor, dtype: np.dtype, name: str, path: Path) -> Tensor:
     """Returns a float32 tensor in a narrower dtype, which must hold each of its numbers."""
 
-    def read() -> np.ndarray:
-        array = wide.read()
+    def narrow(array: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore", invalid="ignore"):
-            narrow = array.astype(dtype)
-        if not np.array_equal(narrow.astype(np.float32), array, equal_nan=True):
+            narrowed = array.astype(dtype)
+        if not np.array_equal(narrowed.astype(np.float32), array, equal_nan=True):
             raise ValueError(
                 f"load_model: `{path}` has numbers in {name} that {dtype} cannot hold, "
                 "although its metadata says that they were of that type."
             )
-        return narrow
+        return narrowed
 
-    return Tensor(wide.shape, dtype, read)
+    return wide.converted(dtype, narrow)
 
 
 def save_gguf(

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints import tensor_names
@@ -21,16 +22,18 @@ from rwkv7_jax.checkpoints.layouts.orientation import LowRank, with_official_low
 from rwkv7_jax.checkpoints.layouts.other_architectures import (
     reject_other_architectures,
 )
+from rwkv7_jax.checkpoints.loading.tree_reader import (
+    Progress,
+    as_it_is,
+    build_tree,
+    loaded_tensors,
+)
 from rwkv7_jax.checkpoints.model_folder import existing_model
 from rwkv7_jax.checkpoints.orbax_folder import is_orbax, load_orbax, save_orbax
 from rwkv7_jax.checkpoints.param_tree import (
-    Progress,
-    build_tree,
     check_names,
     infer_config,
-    loaded_tensors,
     official_tensors,
-    put_on_device,
     require_finite_tensor,
     require_float_dtype,
     require_jax_dtype,
@@ -57,6 +60,7 @@ from rwkv7_jax.model.int8_weights import (
     origin_of,
     quantize_rows,
 )
+from rwkv7_jax.sharding import shardings
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 _LARGEST_HALF = 65504
@@ -72,12 +76,14 @@ def load_model(
     weights: str | None = None,
     allow_nan: bool = False,
     progress: Progress = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Params, RWKV7Config]:
     """Loads a checkpoint's parameters and infers its config.
 
     Every size is inferred from tensors, never from metadata; the layout from their names, never
-    from the path. The arrays are on the default device, in the file's dtypes unless `dtype` is
-    given.
+    from the path. The arrays are on the default device, or in shards on those of `mesh`, in the
+    file's dtypes unless `dtype` is given. In shards no array is whole anywhere, and each process
+    reads what its own devices keep.
 
     Args:
         path: a file of PyTorch's, safetensors (official or web-rwkv's), of rwkv.cpp or a GGUF file
@@ -87,6 +93,7 @@ def load_model(
             `model.int8_weights`); they cannot be trained or saved. None keeps floats.
         allow_nan: accept NaN and Inf.
         progress: called with the bytes done and the bytes in all.
+        mesh: devices of this process, from `sharding.make_mesh`; None for the default one.
 
     Raises:
         ValueError: no such file, a damaged one, not RWKV-7, tensors missing or misshapen (one
@@ -105,13 +112,13 @@ def load_model(
         if is_orbax(path):
             folder = path.absolute()
             if weights is not None:
-                return _load_orbax_in_int8(folder, dtype)
-            return load_orbax(folder, dtype=dtype, allow_nan=allow_nan)
+                return _load_orbax_in_int8(folder, dtype, mesh)
+            return load_orbax(folder, dtype=dtype, allow_nan=allow_nan, device=mesh)
         tensors, config = open_model(path)
-        make_leaf = put_on_device
+        convert = as_it_is
         if weights is not None:
             named = loaded_tensors(tensors, config, str(path), dtype=dtype)
-            make_leaf = functools.partial(_int8_leaf, _hash_tensors(named))
+            convert = functools.partial(_int8_leaf, _hash_tensors(named))
         params = build_tree(
             tensors,
             config,
@@ -119,7 +126,8 @@ def load_model(
             dtype=dtype,
             allow_nan=allow_nan,
             progress=progress,
-            make_leaf=make_leaf,
+            convert=convert,
+            mesh=mesh,
         )
     return params, config
 
@@ -132,7 +140,9 @@ def _refuse_nan_in_int8(allow_nan: bool) -> None:
         )
 
 
-def _load_orbax_in_int8(folder: Path, dtype) -> tuple[Params, RWKV7Config]:
+def _load_orbax_in_int8(
+    folder: Path, dtype, mesh: Mesh | None
+) -> tuple[Params, RWKV7Config]:
     """Loads an Orbax folder through the host's memory, where it lies whole for a while."""
     host = jax.local_devices(backend="cpu")[0]
     params, config = load_orbax(folder, dtype=dtype, device=host)
@@ -141,11 +151,12 @@ def _load_orbax_in_int8(folder: Path, dtype) -> tuple[Params, RWKV7Config]:
     def convert(path: tuple[Any, ...], leaf: jax.Array) -> Any:
         return _int8_leaf(origin, tuple(key.key for key in path), np.asarray(leaf))
 
-    return jax.tree_util.tree_map_with_path(convert, params), config
+    params = jax.tree_util.tree_map_with_path(convert, params)
+    return jax.device_put(params, mesh and shardings(mesh, params)), config
 
 
 def _int8_leaf(origin: str, place: tuple[str, ...], array: np.ndarray) -> Any:
-    """Puts a leaf on the default device, in 8 bits if it is a matrix of those that are.
+    """Converts a leaf, or a part of its rows, to 8 bits if it is a matrix of those that are.
 
     Args:
         origin: hash of the model.
@@ -153,11 +164,11 @@ def _int8_leaf(origin: str, place: tuple[str, ...], array: np.ndarray) -> Any:
         array: finite.
     """
     if not is_quantizable(place, array.ndim):
-        return put_on_device(place, array)
+        return array
     # On the host: the device may have no room for the floats next to what it already holds.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         matrix = _quantize_rows(array, origin=origin)
-    return jax.device_put(jax.tree.map(np.asarray, matrix))
+    return jax.tree.map(np.asarray, matrix)
 
 
 def open_model(path: Path) -> tuple[dict[str, Tensor], RWKV7Config]:

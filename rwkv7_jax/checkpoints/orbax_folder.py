@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.integrity.digests import digest_of_arrays
@@ -38,6 +39,7 @@ from rwkv7_jax.checkpoints.param_tree import (
 )
 from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.sharding import abstract_shards
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 _ARRAYS = "params"
@@ -73,7 +75,7 @@ def load_orbax(
         dtype: of all leaves; None keeps the folder's.
         allow_nan: accept NaN and Inf.
         verify: compare the arrays with the digest in the card, where there is one.
-        device: of the arrays; None for the default one.
+        device: of the arrays, or a mesh that holds them in shards; None for the default device.
 
     Raises:
         ValueError: not such a folder, a damaged one, a tree of other leaves than the config's, NaN,
@@ -87,7 +89,7 @@ def load_orbax(
     card = read_json(path)
     config = _config_of(card, path)
     _check_files(card, folder)
-    # The folder may come from a machine with another mesh: everything goes to one device.
+    # The folder may come from a machine with another mesh: its own shardings do not count.
     params = _restore(
         folder / _ARRAYS,
         device or jax.local_devices()[0],
@@ -136,21 +138,26 @@ def _read_list(checkpointer: Any, folder: Path) -> Any:
 def _restore(
     arrays: Path, device: Any, folder: Path, *, may_narrow: bool = False
 ) -> Params:
-    """Reads the tree of arrays onto one device.
+    """Reads the tree of arrays onto one device, or onto a mesh.
 
     Args:
         arrays: the folder that Orbax wrote.
-        device: of JAX, where the arrays go.
+        device: where the arrays go; of a mesh, in their shards.
         folder: of the checkpoint, for messages.
         may_narrow: read float64 as float32 where JAX has no float64.
     """
-    sharding = jax.sharding.SingleDeviceSharding(device)
 
-    def on_device(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    def on_device(tree: Any) -> Any:
+        if isinstance(device, Mesh):
+            return abstract_shards(device, tree)
+        one = jax.sharding.SingleDeviceSharding(device)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one),
+            tree,
+        )
 
     def read_arrays() -> Params:
-        return checkpointer.restore(arrays, jax.tree.map(on_device, tree))
+        return checkpointer.restore(arrays, on_device(tree))
 
     with import_orbax().StandardCheckpointer() as checkpointer:
         tree = _name_damage(functools.partial(_read_list, checkpointer, folder), folder)

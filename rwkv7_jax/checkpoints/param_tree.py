@@ -1,11 +1,10 @@
 """Conversion between named tensors and the parameter tree, with every fault in one table."""
 
 import dataclasses
-import functools
 import math
 import re
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +13,12 @@ import numpy as np
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.checkpoints.integrity.finite_numbers import is_finite, overflows
-from rwkv7_jax.checkpoints.tensor_files import release_pages
 from rwkv7_jax.checkpoints.tensor_names import Shape, Tensor, Tensors
 from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.int8_weights import origin_of
 
-# Called with the bytes done and the bytes in all.
-Progress = Callable[[int, int], None] | None
-
 TreePath = tuple[str, ...]
-
-# What XLA wants on CPU to use a buffer of NumPy's as it is.
-_JAX_ALIGNMENT = 64
 
 # No size can be inferred without these.
 _ESSENTIAL = (
@@ -171,13 +163,6 @@ def tree_path(name: str) -> TreePath:
     return ("layer_0" if layer == "0" else "layers", *inside.split("."))
 
 
-def _insert(tree: Params, path: TreePath, leaf: Any) -> None:
-    """Puts a leaf into nested dicts, which are made where they are missing."""
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = leaf
-
-
 def require_finite(array: np.ndarray, name: str, path: str) -> None:
     """Raises unless every number is finite.
 
@@ -222,7 +207,7 @@ def require_jax_dtype(dtype: np.dtype) -> np.dtype:
     return dtype
 
 
-def _require_no_overflow(
+def require_no_overflow(
     wide: np.ndarray, narrow: np.ndarray, name: str, path: str
 ) -> None:
     """Raises if a number of a file is too large for the dtype that it is loaded in."""
@@ -254,44 +239,8 @@ def astype_without_overflow(
         strict=True,
     )
     for (name, wide), (_, narrow) in pairs:
-        _require_no_overflow(wide, narrow, name, path)
+        require_no_overflow(wide, narrow, name, path)
     return converted
-
-
-def _aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
-    """Allocates memory that JAX takes over on CPU instead of copying it."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + _JAX_ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _JAX_ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def _common_dtype(tensors: Tensors, names: list[str], dtype, path: str) -> np.dtype:
-    """Returns the dtype of tensors that are stacked; mixed ones are promoted without loss."""
-    if dtype is None:
-        dtypes = [tensors[name].dtype for name in names]
-        dtype = functools.reduce(jnp.promote_types, dtypes)
-        require_kept(dtype, names[0], path)
-    return np.dtype(dtype)
-
-
-def _stack(
-    tensors: Tensors, names: list[str], shape: Shape, dtype, path: str, allow_nan: bool
-) -> np.ndarray:
-    """Reads tensors into one array with a leading axis."""
-    dtype = _common_dtype(tensors, names, dtype, path)
-    stacked = _aligned_empty((len(names), *shape), dtype)
-    for row, name in zip(stacked, names, strict=True):
-        # Takes off axes of size 1, which official vectors have.
-        array = tensors[name].read().reshape(shape)
-        if not allow_nan:
-            require_finite(array, name, path)
-        # The check below finds what NumPy would warn of, and knows the tensor's name.
-        with np.errstate(over="ignore", invalid="ignore"):
-            row[...] = array
-        _require_no_overflow(array, row, name, path)
-        release_pages(array)
-    return stacked
 
 
 def require_kept(dtype: np.dtype, name: str, path: str) -> None:
@@ -306,90 +255,6 @@ def require_kept(dtype: np.dtype, name: str, path: str) -> None:
             "ask for it with dtype='float32' (`rwkv7 convert --dtype float32`), or set "
             "jax_enable_x64."
         )
-
-
-def put_on_device(place: TreePath, array: np.ndarray) -> jax.Array:
-    """Puts a leaf on the default device, without a copy where that is the CPU."""
-    del place
-    # Nothing else refers to the buffer, so JAX may keep it; a view of the file it may not.
-    return jax.device_put(array, may_alias=True)
-
-
-def _names_by_path(tensors: Tensors, config: RWKV7Config) -> dict[TreePath, list[str]]:
-    """Groups the names of the tensors that are there by the leaf that they become."""
-    groups: dict[TreePath, list[str]] = {}
-    for name in tensor_names.accepted_shapes(config):
-        if name in tensors:
-            groups.setdefault(tree_path(name), []).append(name)
-    return groups
-
-
-def loaded_tensors(
-    tensors: Tensors, config: RWKV7Config, path: str, *, dtype=None
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields what `official_tensors` of the built tree would, sorted by name, without the tree.
-
-    Args:
-        tensors: as in `build_tree`.
-        config: their sizes.
-        path: for messages.
-        dtype: of all leaves; None keeps the file's.
-    """
-    shapes = tensor_names.accepted_shapes(config)
-    dtypes: dict[str, np.dtype] = {}
-    for names in _names_by_path(tensors, config).values():
-        dtypes |= dict.fromkeys(names, _common_dtype(tensors, names, dtype, path))
-    for name in sorted(dtypes):
-        array = tensors[name].read()
-        yield name, array.reshape(shapes[name]).astype(dtypes[name], copy=False)
-        release_pages(array)
-
-
-def build_tree(
-    tensors: Tensors,
-    config: RWKV7Config,
-    path: str,
-    *,
-    dtype=None,
-    allow_nan: bool = False,
-    progress: Progress = None,
-    make_leaf: Callable[[TreePath, np.ndarray], Any] = put_on_device,
-) -> Params:
-    """Reads checked tensors into a parameter tree of arrays on the default device.
-
-    Args:
-        tensors: in official names and orientation.
-        config: their sizes.
-        path: for messages.
-        dtype: of all leaves; None keeps the file's.
-        allow_nan: accept NaN and Inf.
-        progress: called with the bytes done and the bytes in all.
-        make_leaf: makes a leaf of its place in the tree and its array.
-
-    Raises:
-        ValueError: NaN or Inf in a tensor, or float64 where JAX has none; the message names the
-            tensor.
-    """
-    shapes = tensor_names.accepted_shapes(config)
-    # One leaf after the other, so that the peak is the model and one stack of layers.
-    total = sum(map(_num_bytes, tensors.values()))
-    done = 0
-    tree: Params = {}
-    for place, names in _names_by_path(tensors, config).items():
-        array = _stack(tensors, names, shapes[names[0]], dtype, path, allow_nan)
-        if place[0] != "layers":
-            array = array[0]
-        _insert(tree, place, make_leaf(place, array))
-        for name in names:
-            done += _num_bytes(tensors[name])
-        if progress:
-            progress(done, total)
-    return tree
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    """Returns the size of a tensor in its file."""
-    return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def _leaves(params: Params) -> dict[TreePath, jax.Array]:

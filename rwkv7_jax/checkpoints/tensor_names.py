@@ -82,12 +82,39 @@ _OFFICIAL_OUTSIDE = {hf: official for official, hf in _HF_OUTSIDE.items()}
 _OFFICIAL_INSIDE = {hf: official for official, hf in _HF_INSIDE.items()}
 
 
+# A slice for each axis.
+Index = tuple[slice, ...]
+
+
 class Tensor(NamedTuple):
-    """A tensor of a file, whose numbers are read when `read` is called."""
+    """A tensor of a file, whose numbers are read when `read` is called.
+
+    Attributes:
+        shape: of all of it.
+        dtype: of its numbers.
+        read: reads all of it; of a mapped file this is a view.
+        read_part: reads a part alone; None where a slice of `read` costs no more.
+    """
 
     shape: Shape
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    read_part: Callable[[Index], np.ndarray] | None = None
+
+    def part(self, index: Index) -> np.ndarray:
+        """Reads a part."""
+        return self.read()[index] if self.read_part is None else self.read_part(index)
+
+    def converted(
+        self, dtype: np.dtype, convert: Callable[[np.ndarray], np.ndarray]
+    ) -> "Tensor":
+        """Returns the tensor in another dtype, to which each part is converted when it is read."""
+        return Tensor(
+            self.shape,
+            dtype,
+            lambda: convert(self.read()),
+            lambda index: convert(self.part(index)),
+        )
 
 
 Tensors = Mapping[str, Tensor]

@@ -5,14 +5,17 @@ first block stands apart as `layer_0`; the others' weights are stacked under `la
 `ln0` belongs to the embedding. The equations are in `block`.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
+from rwkv7_jax import sharding
 from rwkv7_jax.array_types import Activations, Lengths, Logits, SegmentIds, Tokens
 from rwkv7_jax.checks import (
     as_array,
@@ -25,7 +28,7 @@ from rwkv7_jax.model import initializers as initial
 from rwkv7_jax.model import layers
 from rwkv7_jax.model.block import TRACE, Block, Norm
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.model.segments import check_packed_state, find_segments
+from rwkv7_jax.model.segments import Segments, check_packed_state, find_segments
 from rwkv7_jax.model.state import (
     LayerState,
     RWKV7State,
@@ -39,6 +42,9 @@ class RWKV7(nn.Module):
 
     Nothing is mutable: memory is passed in and comes back as an `RWKV7State`. Activations have
     `config.dtype`; logits and the WKV state are float32.
+
+    Under a mesh (`sharding.use_mesh`) each device runs the model on its own rows, and the weights,
+    which may lie in shards, are gathered block by block.
     """
 
     config: RWKV7Config
@@ -70,7 +76,50 @@ class RWKV7(nn.Module):
                     f'`variables` must hold the weights, {{"params": params}}; it has {names}.'
                 )
             check_params(variables["params"], self.config)
+        if sharding.mesh_sizes():
+            return self._apply_on_each(variables, *arguments, **named)
         return super().apply(variables, *arguments, **named)
+
+    @nn.nowrap
+    def _apply_on_each(
+        self,
+        variables: Mapping[str, Any],
+        tokens: Any,
+        state: Any,
+        lengths: Any = None,
+        segment_ids: Any = None,
+        *,
+        method: str | Callable | None = None,
+        **static: Any,
+    ) -> Any:
+        """Runs a method on each device with its own rows, and the weights in shards."""
+        # Here, where shapes are those that the caller knows, and ids can still be read.
+        tokens, lengths, _ = self._checked(tokens, state, lengths, segment_ids)
+        apply = super().apply
+        sizes = sharding.mesh_sizes()
+        rows = sharding.row_axes(tokens.shape[0], sizes) or None
+        weights = sharding.specs(sizes, variables)
+        of_rows = PartitionSpec(rows)
+        of_states = _state_specs(state, rows)
+        results = [of_rows, of_states]
+        if getattr(method, "__name__", method) in ("trace", "hidden_with_trace"):
+            # [L B T ...] of whatever is traced.
+            results.append(PartitionSpec(None, rows))
+
+        def run(variables, *inputs):
+            shards = sharding.as_shards(variables, weights)
+            return apply(shards, *inputs, method=method, **static)
+
+        return sharding.on_each(
+            run,
+            variables,
+            tokens,
+            state,
+            lengths,
+            segment_ids,
+            takes=(weights, of_rows, of_states, of_rows, of_rows),
+            gives=tuple(results),
+        )
 
     def __call__(
         self,
@@ -147,6 +196,34 @@ class RWKV7(nn.Module):
         project=True,
     ):
         config = self.config
+        tokens, lengths, segments = self._checked(tokens, state, lengths, segment_ids)
+        x = Embedding(config, name="emb")(tokens).astype(config.dtype)
+        x = Norm(config, name="ln0")(x)
+        x, memories, trace = self._blocks(
+            x, layer_states(state), lengths, segments, names
+        )
+        x = Norm(config, name="ln_out")(x)
+        if project:
+            x = _at_door(Head, self, "head")(config, name="head")(x)
+
+        upscaled = state.upscaled
+        # A static memory comes back as None: it is handed on as it was, without a copy.
+        if upscaled is not None and memories.memory is not None:
+            upscaled = upscaled.replace(memory=memories.memory)
+        end = RWKV7State(
+            att_shift=memories.att_shift,
+            wkv=memories.wkv,
+            ffn_shift=memories.ffn_shift,
+            upscaled=upscaled,
+        )
+        return x, end, trace
+
+    @nn.nowrap
+    def _checked(
+        self, tokens: Any, state: Any, lengths: Any, segment_ids: Any
+    ) -> tuple[Any, Any, Segments | None]:
+        """Checks the arguments of a call; returns tokens, safe lengths and segments."""
+        config = self.config
         with prefix_errors("RWKV7"):
             tokens = as_array(tokens, "`tokens`")
             if len(tokens.shape) != 2:
@@ -164,27 +241,7 @@ class RWKV7(nn.Module):
                 segments = find_segments(
                     segment_ids, lengths, tokens.shape, state.batch
                 )
-
-        x = Embedding(config, name="emb")(tokens).astype(config.dtype)
-        x = Norm(config, name="ln0")(x)
-        x, memories, trace = self._blocks(
-            x, layer_states(state), lengths, segments, names
-        )
-        x = Norm(config, name="ln_out")(x)
-        if project:
-            x = Head(config, name="head")(x)
-
-        upscaled = state.upscaled
-        # A static memory comes back as None: it is handed on as it was, without a copy.
-        if upscaled is not None and memories.memory is not None:
-            upscaled = upscaled.replace(memory=memories.memory)
-        end = RWKV7State(
-            att_shift=memories.att_shift,
-            wkv=memories.wkv,
-            ffn_shift=memories.ffn_shift,
-            upscaled=upscaled,
-        )
-        return x, end, trace
+        return tokens, lengths, segments
 
     def _blocks(
         self,
@@ -200,7 +257,7 @@ class RWKV7(nn.Module):
             The residual stream, and stacked over layers the memories and the trace.
         """
         config = self.config
-        block = nn.remat(Block, prevent_cse=False) if config.remat == "block" else Block
+        block = _rematerialised(_at_door(Block, self, "layer_0", "layers"), config)
 
         # Layer 0 is outside of the scan: it has no value residual, so its parameters differ.
         first_state = jax.tree.map(lambda leaf: leaf[0], states)
@@ -237,6 +294,43 @@ class RWKV7(nn.Module):
         return x, memories, trace
 
 
+def _state_specs(state: RWKV7State, rows: Any) -> RWKV7State:
+    """Returns how the leaves of a state lie on devices: as the rows, unless one row is for all."""
+
+    def spec(leaf: Any) -> PartitionSpec:
+        return PartitionSpec(None, rows if leaf.shape[1] == state.batch else None)
+
+    return jax.tree.map(spec, state)
+
+
+def _at_door(module: Callable, parent: RWKV7, *names: str) -> Callable:
+    """Wraps a module so that weights in shards are gathered when it is called.
+
+    Args:
+        module: a class of modules.
+        parent: holds the weights of the submodules `names`.
+        *names: of the submodules.
+    """
+    weights = parent.variables.get("params", {})
+    if not sharding.has_shards([weights.get(name) for name in names]):
+        return module
+    gather = functools.partial(
+        sharding.gather_shards, dtype=jnp.dtype(parent.config.dtype)
+    )
+    return nn.map_variables(module, "params", trans_in_fn=gather)
+
+
+def _rematerialised(block: Callable, config: RWKV7Config) -> Callable:
+    """Wraps a block so that the backward pass computes again what `config.remat` names."""
+    if config.remat == "block":
+        return nn.remat(block, prevent_cse=False)
+    if block is Block:
+        return block
+    # Else the gathered weights of all blocks would be kept for the backward pass.
+    policy = jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED)
+    return nn.remat(block, prevent_cse=False, policy=policy)
+
+
 class Embedding(nn.Module):
     """The table of token vectors."""
 
@@ -245,6 +339,10 @@ class Embedding(nn.Module):
     @nn.compact
     def __call__(self, tokens: Tokens) -> Activations:
         """Looks up the tokens' rows of the table; ids out of range get zeros."""
+        if self.has_variable("params", "weight"):
+            table = self.get_variable("params", "weight")
+            if sharding.has_shards(table):
+                return sharding.look_up(layers.embed, tokens, table)
         shape = (self.config.vocab_size, self.config.width)
         table = self.param("weight", initial.uniform(1e-4, *shape), 0, self.config)
         return layers.embed(tokens, jnp.asarray(table))

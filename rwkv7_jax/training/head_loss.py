@@ -6,17 +6,27 @@ that of the activations and of the head, so none of them is stored or computed t
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rwkv7_jax.array_types import Activations, Tokens
 from rwkv7_jax.model.int8_weights import Int8Matrix, Weight
 from rwkv7_jax.model.layers import head_logits, linear
+from rwkv7_jax.sharding import (
+    as_shards,
+    gather_shards,
+    mesh_sizes,
+    on_each,
+    row_axes,
+    specs,
+)
 
 PerToken = Float[Array, "B T"]
 
@@ -269,9 +279,9 @@ def token_statistics(
         chunk: positions (rows x tokens) whose logits exist at the same time.
     """
     form = _Form(reverse_kl, entropy, chunk)
-    reference_head = head if reference_head is None else reference_head
     positions = _positions(hidden, targets, reference, TermWeights())
-    return _statistics(form, positions, _Shared(head, reference_head, temperature))
+    shared = _Shared(head, reference_head, temperature)
+    return _on_each_device(functools.partial(_statistics, form), positions, shared)
 
 
 def weighted_loss(
@@ -308,9 +318,47 @@ def weighted_loss(
         chunk: positions whose logits exist at the same time.
     """
     form = _Form(reverse_kl, entropy, chunk)
-    reference_head = head if reference_head is None else reference_head
     positions = _positions(hidden, targets, reference, weights)
-    return _loss(form, positions, _Shared(head, reference_head, temperature))
+    shared = _Shared(head, reference_head, temperature)
+
+    def loss_of_device(x, shared):
+        loss, found = _loss(form, x, shared)
+        return loss[None], found
+
+    losses, found = _on_each_device(loss_of_device, positions, shared)
+    return jnp.sum(losses), found
+
+
+def _on_each_device(
+    function: Callable[[_Positions, _Shared], Any], x: _Positions, shared: _Shared
+) -> Any:
+    """Calls a function on each device, with its own rows and whole heads.
+
+    Args:
+        function: its results have a leading axis, of rows or of devices.
+        x: of all rows.
+        shared: without a head for the reference if that has the same.
+    """
+    sizes = mesh_sizes()
+    rows = PartitionSpec(row_axes(x.hidden.shape[0], sizes) or None)
+    heads = _Shared(
+        head=_head_specs(sizes, shared.head),
+        reference_head=_head_specs(sizes, shared.reference_head),
+        temperature=jax.tree.map(lambda _: PartitionSpec(), shared.temperature),
+    )
+
+    def on_device(x: _Positions, shared: _Shared) -> Any:
+        shared = gather_shards(as_shards(shared, heads), x.hidden.dtype)
+        if shared.reference_head is None:
+            shared = shared._replace(reference_head=shared.head)
+        return function(x, shared)
+
+    return on_each(on_device, x, shared, takes=(rows, heads), gives=rows)
+
+
+def _head_specs(sizes: dict[str, int], head: Any) -> Any:
+    """Returns how a head is sharded, whatever it is called where it comes from."""
+    return specs(sizes, {"head": {"weight": head}})["head"]["weight"]
 
 
 def _sum_terms(weights: TermWeights, found: TokenStatistics) -> Float[Array, ""]:

@@ -19,7 +19,14 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from rwkv7_jax.checks import check_count, check_instance, prefix_errors
-from rwkv7_jax.sharding import BATCH_AXIS, constrain_sharding, replicate, use_mesh
+from rwkv7_jax.sharding import (
+    ROWS,
+    as_shards,
+    constrain_layout,
+    place,
+    specs,
+    use_mesh,
+)
 from rwkv7_jax.training.losses import Loss
 from rwkv7_jax.training.shared_pass import can_share_pass
 from rwkv7_jax.training.train_step import (
@@ -72,6 +79,30 @@ def _check_mesh(mesh: Mesh, sets: int) -> None:
         raise ValueError(
             f"`mesh` must divide the {sets} sets evenly; got {mesh.size} devices."
         )
+
+
+def _on_each_device(update: Callable, mesh: Mesh) -> Callable:
+    """Lets each device update its own sets; only frozen weights are gathered from the others."""
+    shared = PartitionSpec(ROWS)
+    fields = _axes(shared, PartitionSpec())
+
+    def update_on_each(loss, statistics, *own):
+        weights = specs(mesh.shape, (loss, statistics))
+
+        def update_own(frozen, *own):
+            return update(*as_shards(frozen, weights), *own)
+
+        call = jax.shard_map(
+            update_own,
+            mesh=mesh,
+            in_specs=(weights, fields, shared, shared),
+            out_specs=(fields, shared),
+            # The carries of scans begin as constants, which every device has.
+            check_vma=False,
+        )
+        return call((loss, statistics), *own)
+
+    return update_on_each
 
 
 def make_stacked_step(
@@ -162,18 +193,7 @@ def make_stacked_step(
         return new, metrics
 
     if mesh is not None:
-        # Each device computes its own sets, and inside it is as if there were no other device.
-        alone = PartitionSpec()
-        shared = PartitionSpec(BATCH_AXIS)
-        fields = _axes(shared, alone)
-        update_all = jax.shard_map(
-            update_all,
-            mesh=mesh,
-            in_specs=(alone, alone, fields, shared, shared),
-            out_specs=(fields, shared),
-            # The carries of scans begin as constants, which every device has.
-            check_vma=False,
-        )
+        update_all = _on_each_device(update_all, mesh)
 
     @functools.partial(jax.jit, donate_argnums=3)
     def step(
@@ -187,10 +207,10 @@ def make_stacked_step(
         with use_mesh(mesh):
             pieces = cut_rows(batch, rates.size)
             moved = update_all(loss, statistics, train, pieces, rates)
-            return constrain_sharding(moved)
+            return constrain_layout(moved)
 
     if mesh is not None:
-        loss, statistics, rates = replicate(mesh, (loss, statistics, rates))
+        loss, statistics, rates = place(mesh, (loss, statistics, rates))
     return checked_program(
         step,
         loss,

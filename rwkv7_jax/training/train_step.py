@@ -27,7 +27,7 @@ from rwkv7_jax.checks import (
     prefix_errors,
 )
 from rwkv7_jax.data.batch import Batch
-from rwkv7_jax.sharding import BATCH_AXIS, constrain_sharding, replicate, use_mesh
+from rwkv7_jax.sharding import constrain_layout, constrain_rows, place, use_mesh
 from rwkv7_jax.training.losses import (
     Loss,
     Metrics,
@@ -209,7 +209,7 @@ def cut_rows(batch: Any, accumulate: int) -> Any:
     def cut(array):
         return array.reshape(accumulate, -1, *array.shape[1:])
 
-    return constrain_sharding(jax.tree.map(cut, batch), None, BATCH_AXIS)
+    return constrain_rows(jax.tree.map(cut, batch), axis=1)
 
 
 def _with_weights(batch: Mapping[str, Any], weights: PerToken) -> Mapping[str, Any]:
@@ -405,8 +405,8 @@ def make_train_step(
             every update; always from the whole batch. Those of this package are read from the
             forward pass of the same model's loss, where it takes the batch in one piece.
         accumulate: pieces into which a batch is cut; K pieces give the gradient of the whole batch.
-        mesh: devices over which the rows of `batch` are sharded, while `train` and the arrays of
-            `loss` and `statistics` are replicated; see `sharding`.
+        mesh: devices that share the rows of `batch`; `train`, and the arrays of `loss` and
+            `statistics`, lie on them as `sharding.place` puts them.
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -437,10 +437,10 @@ def make_train_step(
                 accumulate=accumulate,
                 share_pass=share_pass,
             )
-            return constrain_sharding(moved)
+            return constrain_layout(moved)
 
     if mesh is not None:
-        loss, statistics = replicate(mesh, (loss, statistics))
+        loss, statistics = place(mesh, (loss, statistics))
     return checked_program(
         step,
         loss,

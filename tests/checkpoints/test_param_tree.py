@@ -14,8 +14,8 @@ from random_checkpoints import CONFIG, differing, random_params
 from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.checkpoints.integrity.finite_numbers import is_finite
 from rwkv7_jax.checkpoints.layouts.names import with_official_names
+from rwkv7_jax.checkpoints.loading.tree_reader import build_tree
 from rwkv7_jax.checkpoints.param_tree import (
-    build_tree,
     check_names,
     check_params,
     infer_config,

@@ -120,6 +120,7 @@ NAMES = {
     "test_time.keep": "some",
     "allow_nan": "perhaps",
     "profile_steps": "3",
+    "mesh": "fsdp=0",
     "data": "3",
     "optimizer": "x",
 }

@@ -9,6 +9,7 @@ from run_programs import train_here
 from smallest_runs import MODES, mode_settings
 
 from rwkv7_jax.runs.input_pipeline import InputPipeline
+from rwkv7_jax.sharding import bytes_on_a_device
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]
 
@@ -31,7 +32,7 @@ def live_buffers() -> dict[int, int]:
 
 
 def measure(monkeypatch, settings, folder) -> tuple[int, int]:
-    """Runs train.py and gives the live bytes of the run and those of its trained parameters."""
+    """Runs train.py and gives, of the first device, the run's live bytes and its parameters'."""
     gc.collect()
     # Held until the end: an address that is freed could be taken by an array of the run.
     earlier_arrays = jax.live_arrays()
@@ -45,7 +46,7 @@ def measure(monkeypatch, settings, folder) -> tuple[int, int]:
             gc.collect()
             buffers = live_buffers()
             new = sum(buffers[address] for address in buffers.keys() - earlier)
-            measured.append((new, sum(leaf.nbytes for leaf in jax.tree.leaves(params))))
+            measured.append((new, bytes_on_a_device(params)))
         return original(pipeline, step, params)
 
     with monkeypatch.context() as patches:

@@ -15,6 +15,8 @@ from random_checkpoints import differing
 from saved_steps import (
     IDENTITY,
     PROGRESS,
+    damage,
+    files_of,
     new_state,
     open_checkpoints,
     save_steps,
@@ -38,10 +40,6 @@ def restored_step(folder, **settings):
     return int(found.step)
 
 
-def files_of(step_folder):
-    return sorted(path for path in step_folder.rglob("*") if path.is_file())
-
-
 @functools.cache
 def _pristine(root):
     return save_steps(root / "pristine", [3, 6])
@@ -61,20 +59,6 @@ def test_the_newest_step_comes_back_bit_for_bit_with_its_progress(folder):
 
 def test_an_empty_folder_gives_what_a_fresh_run_has(tmp_path):
     assert restored_step(tmp_path / "none") == 0
-
-
-def damage(folder, path, how):
-    """One file flipped, truncated, emptied of its bits or gone."""
-    raw = bytearray(path.read_bytes())
-    if how == "delete":
-        path.unlink()
-    elif how == "truncate":
-        path.write_bytes(raw[: len(raw) // 2])
-    elif how == "zero":
-        path.write_bytes(bytes(len(raw)))
-    else:
-        raw[how // 8] ^= 1 << how % 8
-        path.write_bytes(raw)
 
 
 def assert_found(folder, name):
@@ -104,7 +88,7 @@ def test_each_of_200_flipped_bits_is_found(folder, failing_reads, capfd):
     before = {path: path.read_bytes() for path in files}
     for index in range(200):
         path = files[index % len(files)]
-        damage(folder, path, draw.randrange(8 * len(before[path])))
+        damage(path, draw.randrange(8 * len(before[path])))
         assert_found(folder, path)
         said = capfd.readouterr().err
         assert "step 6 is damaged: " in said
@@ -122,7 +106,7 @@ def test_each_file_truncated_deleted_or_zeroed_is_found(folder, failing_reads, h
     step = folder / "6"
     shutil.copytree(step, folder.parent / "whole")
     for path in files_of(step):
-        damage(folder, path, how)
+        damage(path, how)
         assert_found(folder, f"{how} {path}")
         shutil.rmtree(folder / step_directories.BAD)
         shutil.copytree(folder.parent / "whole", step)
@@ -169,7 +153,7 @@ def test_unknown_and_unfinished_folders_are_ignored_with_a_warning(folder, capfd
 
 def test_no_new_run_begins_where_every_step_is_damaged(folder):
     for step in (3, 6):
-        damage(folder, folder / str(step) / "record" / "metadata", "zero")
+        damage(folder / str(step) / "record" / "metadata", "zero")
     for _ in range(2):  # the second time, all of them lie aside already
         with pytest.raises(NoValidCheckpoint, match=r"no checkpoint in .* is intact"):
             open_checkpoints(folder).restore(train_state(0), IDENTITY, new_state)

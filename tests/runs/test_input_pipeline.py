@@ -7,7 +7,7 @@ import numpy as np
 
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.runs.input_pipeline import DrawnBatches, InputPipeline, PrefetchedBatches
-from rwkv7_jax.sharding import make_data_mesh
+from rwkv7_jax.sharding import make_mesh
 
 
 def numbered(step: int) -> Batch:
@@ -17,7 +17,7 @@ def numbered(step: int) -> Batch:
 
 
 def test_batches_of_the_data_come_in_order_on_the_host_and_on_the_devices():
-    mesh = make_data_mesh(2)
+    mesh = make_mesh("auto", 2)
     feed = InputPipeline(PrefetchedBatches(map(numbered, range(7, 10)), mesh))
     for step in range(7, 10):
         placed = feed(step, None)

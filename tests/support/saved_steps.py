@@ -48,3 +48,22 @@ def save_steps(
         checkpoints.save(train_state(step), progress, IDENTITY)
     checkpoints.close()
     return folder
+
+
+def files_of(step_folder: Path) -> list[Path]:
+    """Lists all files of a step."""
+    return sorted(path for path in step_folder.rglob("*") if path.is_file())
+
+
+def damage(path: Path, how: str | int) -> None:
+    """Flips one bit of a file, truncates it, empties it of its bits or deletes it."""
+    raw = bytearray(path.read_bytes())
+    if how == "delete":
+        path.unlink()
+    elif how == "truncate":
+        path.write_bytes(raw[: len(raw) // 2])
+    elif how == "zero":
+        path.write_bytes(bytes(len(raw)))
+    else:
+        raw[how // 8] ^= 1 << how % 8
+        path.write_bytes(raw)

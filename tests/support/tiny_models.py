@@ -32,25 +32,25 @@ SHALLOW = dataclasses.replace(CONFIG, num_layers=1)
 QUICK = dataclasses.replace(SCANNED, num_layers=1)
 
 
-def lively(config=CONFIG, seed=0):
+def lively(config=CONFIG, seed=0, noise=0.2):
     """Weights drawn as new ones are, plus noise on every leaf.
 
     They are made once, whatever implementation reads them. Drawing takes seconds: in a test or a
     fixture, not while a module is imported, for every process of a run imports all modules.
     """
-    return _lively(dataclasses.replace(config, implementation="scan"), seed)
+    return _lively(dataclasses.replace(config, implementation="scan"), seed, noise)
 
 
 @functools.cache
-def _lively(config, seed):
+def _lively(config, seed, noise):
     state = init_state(config)
     key = jax.random.key(seed)
     draw = jax.jit(
         lambda key: RWKV7(config).init(key, jnp.zeros((1, 1), int), state)["params"]
     )
     leaves, tree = jax.tree.flatten(jax.tree.map(np.asarray, draw(key)))
-    noise = np.random.default_rng(seed)
-    moved = [x + 0.2 * noise.normal(size=x.shape) for x in leaves]
+    draws = np.random.default_rng(seed)
+    moved = [x + noise * draws.normal(size=x.shape) for x in leaves]
     return jax.tree.unflatten(tree, [jnp.asarray(x, jnp.float32) for x in moved])
 
 

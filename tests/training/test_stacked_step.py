@@ -85,11 +85,11 @@ def together(
         mesh=mesh,
     )
     train = create_stack(start, tx)
-    train = sharding.replicate(mesh, train)
+    train = sharding.place(mesh, train)
     metrics = {}
     for batch in batches:
         train, metrics = step(train, sharding.shard_batch(mesh, batch))
-    return sharding.local_replica(mesh, train), sharding.local_replica(mesh, metrics)
+    return train, metrics
 
 
 def alone(start, batches, rate: float, *, accumulate, method):
@@ -167,7 +167,7 @@ def test_sets_a_few_at_a_time_change_nothing_but_rounding(at_once):
 def test_devices_that_share_the_sets_change_nothing_but_rounding():
     batch = joined([batch_of(i, 0) for i in range(SETS)])
     expected, metrics = together(stack_params(starts()), [batch])
-    mesh = sharding.make_data_mesh(SETS)
+    mesh = sharding.make_mesh("auto", SETS)
     assert mesh is not None and SETS % mesh.size == 0
     train, sharded = together(stack_params(starts()), [batch], mesh=mesh)
     assert_trees_close(train.params, expected.params, SAME["model"])

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from rwkv7_jax.checkpoints.tensor_names import LOW_RANK, Tensor, Tensors
+from rwkv7_jax.checkpoints.tensor_names import LOW_RANK, Index, Tensor, Tensors
 
 LowRank = Literal["official", "transposed"]
 
@@ -21,7 +21,14 @@ def transposed(tensor: Tensor) -> Tensor:
     if len(tensor.shape) < 2:
         return tensor
     shape = (*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2])
-    return Tensor(shape, tensor.dtype, lambda: tensor.read().swapaxes(-1, -2))
+
+    def read_part(index: Index) -> np.ndarray:
+        *lead, first, last = index
+        return tensor.part((*lead, last, first)).swapaxes(-1, -2)
+
+    return Tensor(
+        shape, tensor.dtype, lambda: tensor.read().swapaxes(-1, -2), read_part
+    )
 
 
 def with_official_low_rank(

@@ -63,6 +63,7 @@ class TrainingMode(abc.ABC):
         folder: of the run.
         model: the shell of the model that is trained or whose state is tuned.
         tokenizer: of the model's vocabulary.
+        mesh: the devices of this process that hold the weights; None for a single one.
         frozen: the weights that the run reads and never changes; None where weights are trained.
         loss: of the trainable parameters and a batch.
         found_rate: the learning rate that a search found; None where the settings name it.
@@ -90,7 +91,12 @@ class TrainingMode(abc.ABC):
     _initial: Any = None
 
     def __init__(
-        self, settings: Settings, folder: Path, *, base: LoadedModel | None = None
+        self,
+        settings: Settings,
+        folder: Path,
+        *,
+        base: LoadedModel | None = None,
+        mesh: Mesh | None = None,
     ):
         """Loads what the mode works with.
 
@@ -98,12 +104,14 @@ class TrainingMode(abc.ABC):
             settings: of the run.
             folder: of the run, for what a mode writes besides its result.
             base: the model of `config.init` where it is loaded already.
+            mesh: the devices of this process that hold the weights; None for a single one.
 
         Raises:
             ValueError: settings or data that the mode cannot work with.
         """
         self.settings = settings
         self.folder = folder
+        self.mesh = mesh
         self._base = base
         self.set_up()
         # Described at once: later the parameters may have been handed over.
@@ -356,6 +364,7 @@ class StateTuningMode(TrainingMode):
             settings.model,
             seed=settings.seed,
             allow_nan=settings.allow_nan,
+            mesh=self.mesh,
         )
         self.tokenizer = tokenizer_of(settings, self.model.config)
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from rwkv7_jax import sharding
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import load_model
 from rwkv7_jax.checkpoints.model_vocabulary import model_tokenizer
@@ -24,7 +26,12 @@ _WEIGHTS = "weights"
 
 
 def load_or_init(
-    init: str | None, changes: Mapping[str, Any], *, seed: int, allow_nan: bool
+    init: str | None,
+    changes: Mapping[str, Any],
+    *,
+    seed: int,
+    allow_nan: bool,
+    mesh: Mesh | None = None,
 ) -> tuple[RWKV7, Params]:
     """Loads the model of a checkpoint, or makes a new one where no checkpoint is named.
 
@@ -33,6 +40,7 @@ def load_or_init(
         changes: `config.model`: the sizes of a new model, or what the checkpoint does not fix.
         seed: of new weights.
         allow_nan: accept a checkpoint with NaN or Inf.
+        mesh: the devices that hold the weights; None for the default one.
 
     Raises:
         ValueError: neither a checkpoint nor sizes are given, or sizes that the checkpoint fixes.
@@ -40,10 +48,10 @@ def load_or_init(
     if init is None:
         refuse_int8(changes, "without `config.init`: new weights are floats")
         model = new_model(changes)
-        return model, init_weights(model, seed)
+        return model, init_weights(model, seed, mesh)
     changes = dict(changes)
     weights = changes.pop(_WEIGHTS, None)
-    params, config = load_model(init, weights=weights, allow_nan=allow_nan)
+    params, config = load_model(init, weights=weights, allow_nan=allow_nan, mesh=mesh)
     # Refused rather than ignored: the run would not be the one that the settings describe.
     fixed = [name for name in changes if name not in _CHANGEABLE]
     if fixed:
@@ -98,13 +106,17 @@ def new_model(sizes: Mapping[str, Any]) -> RWKV7:
     return RWKV7(RWKV7Config(**sizes))
 
 
-def init_weights(model: RWKV7, seed: int) -> Params:
-    """Makes new weights."""
+def init_weights(model: RWKV7, seed: int, mesh: Mesh | None = None) -> Params:
+    """Makes new weights; on a mesh in their shards."""
     # One token is enough: no parameter's shape depends on the batch or the length.
     tokens = jnp.zeros((1, 1), jnp.int32)
 
     def init(key):
-        return model.init(key, tokens, init_state(model.config))
+        return model.init(key, tokens, init_state(model.config))["params"]
 
+    key = jax.random.key(seed)
+    shards = None
+    if mesh is not None:
+        shards = sharding.shardings(mesh, jax.eval_shape(init, key))
     # One program: without `jit`, Flax would run the model's forward pass op by op.
-    return jax.jit(init)(jax.random.key(seed))["params"]
+    return jax.jit(init, out_shardings=shards)(key)

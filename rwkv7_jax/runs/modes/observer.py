@@ -48,6 +48,7 @@ class ObserverMode(DatasetMode):
             settings.model,
             seed=settings.seed,
             allow_nan=settings.allow_nan,
+            mesh=self.mesh,
         )
         teacher = self.model.config
         self.tokenizer = tokenizer_of(settings, teacher)

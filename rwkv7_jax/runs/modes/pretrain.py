@@ -58,13 +58,14 @@ class PretrainMode(DatasetMode):
             settings.model,
             seed=settings.seed,
             allow_nan=settings.allow_nan,
+            mesh=self.mesh,
         )
 
     def make_params(self) -> Params:
         """Makes new weights, or reads the checkpoint's; in float32."""
         if self.settings.init is not None:
             return _in_float32(self._load()[1])
-        return _in_float32(init_weights(self.model, self.settings.seed))
+        return _in_float32(init_weights(self.model, self.settings.seed, self.mesh))
 
     def trained_count(self, params: Params) -> int:
         """Counts all weights that the model reads."""

@@ -66,7 +66,9 @@ class RateSearchMode(StackMode):
         self._rates = mode.settings.tuning.rates
         self._rows_of_run = len(self.subjects) * mode.settings.rows_per_step
         self.results = {}
-        super().__init__(_search_settings(mode.settings, self.plan), mode.folder)
+        super().__init__(
+            _search_settings(mode.settings, self.plan), mode.folder, mesh=mode.mesh
+        )
 
     def set_up(self) -> None:
         """Makes one member of each state and rate."""

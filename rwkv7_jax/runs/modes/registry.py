@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from jax.sharding import Mesh
+
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.observer import ObserverMode
 from rwkv7_jax.runs.modes.pretrain import PretrainMode
@@ -23,12 +25,15 @@ MODES: dict[Mode, type[TrainingMode]] = {
 _STATE_MODES = ("state", "upscaled_state", "test_time")
 
 
-def make_mode(settings: Settings, folder: str | Path = ".") -> TrainingMode:
+def make_mode(
+    settings: Settings, folder: str | Path = ".", mesh: Mesh | None = None
+) -> TrainingMode:
     """Makes the mode that `config.mode` names.
 
     Args:
         settings: of the run.
         folder: of the run, where mode "test_time" keeps a teacher's completions.
+        mesh: the devices of this process that hold the weights; None for a single one.
 
     Raises:
         ValueError: settings that the mode cannot work with.
@@ -38,12 +43,12 @@ def make_mode(settings: Settings, folder: str | Path = ".") -> TrainingMode:
             f"`config.start` must be left out in mode {settings.mode!r}, which tunes no state."
         )
     if settings.tuning.states is not None:
-        return StackMode(settings, Path(folder))
+        return StackMode(settings, Path(folder), mesh=mesh)
     mode = MODES[settings.mode]
     # The one method of test-time tuning that reads text in place of questions.
     if settings.mode == "test_time" and settings.test_time.method == "context":
         mode = ContextMode
-    return mode(settings, Path(folder))
+    return mode(settings, Path(folder), mesh=mesh)
 
 
 def shared_rows(settings: Settings) -> int:

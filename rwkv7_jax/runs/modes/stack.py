@@ -115,7 +115,7 @@ class StackMode(TrainingMode):
                 tuning=dataclasses.replace(settings.tuning, states=None),
             )
             try:
-                member = kind(own, self.folder, base=base)
+                member = kind(own, self.folder, base=base, mesh=self.mesh)
             except ValueError as error:
                 raise ValueError(f"`config.tuning.states.{name}`: {error}") from None
             base = LoadedModel(member.model, member.frozen)

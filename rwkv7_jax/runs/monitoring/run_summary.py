@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 
 import jax
+from jax.sharding import Mesh
 
+from rwkv7_jax import sharding
 from rwkv7_jax.optim.optimizer import group_table
 from rwkv7_jax.runs.early_stopping import Progress, RunProgress
 from rwkv7_jax.runs.modes.base import TrainingMode
@@ -17,7 +19,7 @@ def print_summary(
     progress: Progress,
     *,
     identity: Mapping[str, Mapping[str, str]],
-    devices: int,
+    mesh: Mesh | None,
 ) -> None:
     """Prints what will be trained, on which data and devices, and from which step on.
 
@@ -26,16 +28,19 @@ def print_summary(
         state: new or restored.
         progress: of the run so far.
         identity: of the run, with the digest of its data.
-        devices: how many share a step's rows.
+        mesh: the devices of the run; None for a single one.
     """
     settings = mode.settings
     start = int(state.step)
     weights = parameter_count(mode.model.config)
     trained = mode.trained_count(state.params)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    held = sharding.bytes_on_a_device(state)
+    devices = 1 if mesh is None else mesh.size
     print(
         f"devices   {devices} of {jax.device_count()}: {jax.devices()[0].device_kind}"
     )
+    if mesh is not None:
+        print(f"mesh      {describe_mesh(mesh, (state.params, mode.frozen))}")
     print(f"model     {mode.model.config}")
     print(
         f"trained   {trained:,} numbers in mode {settings.mode}, of a model of {weights:,}"
@@ -55,3 +60,22 @@ def print_summary(
         value, step = progress.best[0]
         best = f"; best so far: {value:.4g} at {step}"
     print(f"resume    from step {start}{best}", flush=True)
+
+
+def describe_mesh(mesh: Mesh, tree: object) -> str:
+    """Names the sizes of a mesh, and the weights that it cannot cut into shards.
+
+    Args:
+        mesh: of the run.
+        tree: weights and trained parameters.
+    """
+    sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    names = []
+    for one in sharding.undivided(mesh, tree):
+        # Without the layer: all of them have the same sizes.
+        name = one.name.removesuffix("/weight").rpartition("/")[2]
+        names.append(f"{name} ({one.size} by {one.axis} {mesh.shape[one.axis]})")
+    if not names:
+        return sizes
+    listed = ", ".join(dict.fromkeys(names))
+    return f"{sizes}; whole on each device, as sizes do not divide: {listed}"

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from rwkv7_jax.runs.early_stopping import Progress
-from rwkv7_jax.runs.resume.checksums import leaf_checksums, leaf_name
+from rwkv7_jax.runs.resume.checksums import leaf_checksums, run_on_leaves
 from rwkv7_jax.runs.resume.run_identity import Identity, require_same_run
+from rwkv7_jax.sharding.layout import leaf_name
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
@@ -100,8 +101,7 @@ def _all_finite(leaf: Any) -> Any:
 def nonfinite_leaves(params: Any) -> list[str]:
     """Returns the names of leaves that hold NaN or Inf."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    # All are started before the first is waited for.
-    finite = jax.device_get([_all_finite(leaf) for _, leaf in leaves])
+    finite = run_on_leaves(_all_finite, [leaf for _, leaf in leaves])
     return [
         leaf_name(path)
         for (path, _), one in zip(leaves, finite, strict=True)

@@ -356,7 +356,7 @@ class Checkpoints(CheckpointStore):
 
 
 def _restore_target(train: TrainState) -> TrainState:
-    """Describes the arrays that Orbax restores, and the device for each.
+    """Describes the arrays that Orbax restores, and the devices for each.
 
     With several processes they are restored into host memory, from where they are broadcast.
     """
@@ -366,9 +366,9 @@ def _restore_target(train: TrainState) -> TrainState:
     def target(leaf: Any) -> jax.ShapeDtypeStruct:
         if not single_process:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        if isinstance(leaf, jax.Array):
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+        # Without a sharding Orbax would restore to the devices of the run that saved.
+        sharding = leaf.sharding or device
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(target, train)
 

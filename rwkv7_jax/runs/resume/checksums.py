@@ -5,13 +5,15 @@ position. Sums modulo 2^32 do not depend on their order, so an array has the sam
 it is sharded. The hash is one-to-one at each position, so one changed word changes both sums.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt32
+
+from rwkv7_jax.sharding.layout import leaf_name
 
 # Multipliers of MurmurHash3's finaliser. They are odd, so that multiplying is one-to-one.
 _MULTIPLIERS = (0x85EBCA6B, 0xC2B2AE35)
@@ -64,16 +66,24 @@ def _hex(sums: np.ndarray) -> str:
     return f"{int(sums[0]):08x}{int(sums[1]):08x}"
 
 
-def leaf_name(path: tuple) -> str:
-    """Returns a leaf's path as one string, such as "params/layers/att/w0"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+def run_on_leaves(program: Callable, leaves: Sequence[Any]) -> list[Any]:
+    """Runs a compiled program on each leaf; returns the results on the host."""
+    results = []
+    for leaf in leaves:
+        result = program(leaf)
+        # Devices that share a leaf wait for each other, and on CPUs few threads serve all devices:
+        # programs that run at the same time could take them all and wait forever.
+        if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
+            result.block_until_ready()
+        results.append(result)
+    # On one device all are started before the first is waited for.
+    return jax.device_get(results)
 
 
 def leaf_checksums(tree: Any) -> dict[str, list]:
     """Returns [shape, dtype, checksum in 16 hex digits] of each leaf by its name, fit for JSON."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    # All are started before the first is waited for.
-    sums = jax.device_get([_sums(leaf) for _, leaf in leaves])
+    sums = run_on_leaves(_sums, [leaf for _, leaf in leaves])
     checksums = {}
     for (path, leaf), one in zip(leaves, sums, strict=True):
         checksums[leaf_name(path)] = [list(leaf.shape), str(leaf.dtype), _hex(one)]

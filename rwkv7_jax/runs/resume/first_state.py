@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.sharding import Mesh
 
 from rwkv7_jax import sharding
 from rwkv7_jax.runs.early_stopping import Progress
@@ -19,16 +20,19 @@ def restore_or_init(
     tx: optax.GradientTransformation,
     folder: RunDirectory,
     identity: Identity,
+    mesh: Mesh | None,
 ) -> tuple[TrainState, Progress]:
     """Restores the newest checkpoint, or makes the first state where there is none.
 
-    Neither way keeps a second copy of the trainable parameters or of their moments alive.
+    Neither way keeps a second copy of the trainable parameters or of their moments alive, nor
+    holds an array whole that lies in shards.
 
     Args:
         mode: makes the parameters of a new run.
         tx: the optimizer.
         folder: of the run.
         identity: what the run and its checkpoints must share.
+        mesh: the devices of the run, on which the state is placed.
 
     Raises:
         NoValidCheckpoint: there are checkpoints, or have been, and all are damaged.
@@ -38,15 +42,22 @@ def restore_or_init(
     def create(params: Any) -> TrainState:
         return mode.train_state(params, tx)
 
+    own = sharding.local_mesh(mesh)
+    abstract = sharding.abstract_shards(
+        own, jax.eval_shape(create, mode.abstract_params)
+    )
+
     def init() -> TrainState:
+        params = sharding.place(own, mode.init_params())
+        shards = None if own is None else sharding.shardings(own, abstract)
         # `create` copies its input, so that it may be donated: the input becomes the copy.
-        state = jax.jit(create, donate_argnums=0)(mode.init_params())
+        state = jax.jit(create, donate_argnums=0, out_shardings=shards)(params)
         # A restored state is committed to a device. A new one has to be as well, or the two would
         # run differently compiled programs and end with other bits.
-        return sharding.replicate(None, state)
+        return sharding.place(own, state)
 
-    abstract = jax.eval_shape(create, mode.abstract_params)
     state, progress = restore_and_broadcast(folder, abstract, identity, init)
     mode.release_initial()
     # No checkpoint is of step 0: there the run is new.
+    state = sharding.place(mesh, state)
     return state, progress if int(state.step) else mode.new_progress()

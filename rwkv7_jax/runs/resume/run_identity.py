@@ -25,6 +25,7 @@ MAY_CHANGE_ON_RESUME = (
     "keep_every",
     "keep_best",
     "stop_after_bad",
+    "mesh",
     "allow_nan",
     "any_base",
     "profile_steps",

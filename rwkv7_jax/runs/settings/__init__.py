@@ -1,6 +1,7 @@
 """Settings of a run: groups of dataclasses, their ranges, and how they are read and listed."""
 
 from rwkv7_jax.runs.settings.conversion import as_config
+from rwkv7_jax.runs.settings.fields import profiled
 from rwkv7_jax.runs.settings.groups import (
     DataSettings,
     DecorrelationSettings,
@@ -12,7 +13,6 @@ from rwkv7_jax.runs.settings.groups import (
     Settings,
     TuningSettings,
     UpscalingSettings,
-    profiled,
     read_settings,
 )
 from rwkv7_jax.runs.settings.test_time import TestTimeMethod, TestTimeSettings

@@ -217,3 +217,19 @@ def refuse_remote_target(argument: str, path: str) -> None:
             f"`{argument}` must be a folder on this machine; got {path}. Write to a local folder; "
             "train.py copies a run to the store that `config.backup` names."
         )
+
+
+def profiled(steps: str | None) -> tuple[int, int] | None:
+    """Parses `config.profile_steps` into the first and the last step; None where it is absent.
+
+    Raises:
+        ValueError: it is not "first:last".
+    """
+    if steps is None:
+        return None
+    first, _, last = steps.partition(":")
+    if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
+        return int(first), int(last)
+    raise ValueError(
+        f'`config.profile_steps` must be "first:last", steps from 1 on; got {steps!r}.'
+    )

@@ -24,11 +24,13 @@ from rwkv7_jax.runs.settings.fields import (
     number,
     optional,
     place,
+    profiled,
     shown,
     store,
 )
 from rwkv7_jax.runs.settings.packing import check_packing
 from rwkv7_jax.runs.settings.test_time import TestTimeSettings
+from rwkv7_jax.sharding import AUTO, parse_sizes
 from rwkv7_jax.tuning.rate_search import RATES
 from rwkv7_jax.tuning.upscaling import LANDMARKS, PREPARATIONS
 
@@ -282,6 +284,7 @@ class Settings:
         keep_best: how many of the best checkpoints are kept; evaluations save them.
         stop_after_bad: the run stops after so many updates in a row whose loss or gradient was not
             finite; such updates are skipped.
+        mesh: how devices share a step: "auto", or sizes such as "data=2,fsdp=4".
         allow_nan: take a checkpoint that holds NaN or Inf.
         any_base: let eval.py take states that were tuned for other weights.
         profile_steps: "first:last", steps of which a profile is written.
@@ -312,6 +315,7 @@ class Settings:
     keep_every: int | None = number(None, 0, MOST_COUNT, absent=0)
     keep_best: int = number(0, 0, MOST_COUNT)
     stop_after_bad: int | None = number(10, 0, MOST_COUNT, absent=0)
+    mesh: str = AUTO
     allow_nan: bool = False
     any_base: bool = False
     profile_steps: str | None = optional("")
@@ -338,6 +342,7 @@ class Settings:
         check_model_sizes("config.model", self.model, loaded=True)
         check_model_sizes("config.observer.model", self.observer.model)
         profiled(self.profile_steps)
+        parse_sizes(self.mesh, "`config.mesh`")
         # The last 0 tokens of a text would be all of it.
         if 0 in self.evaluation.prompt_tokens:
             raise ValueError(
@@ -473,22 +478,6 @@ class Settings:
         if self.tuning.states is not None and self.evaluation.enough is not None:
             goes_back = True
         return max(self.keep_best, int(goes_back))
-
-
-def profiled(steps: str | None) -> tuple[int, int] | None:
-    """Parses `config.profile_steps` into the first and the last step; None where it is absent.
-
-    Raises:
-        ValueError: it is not "first:last".
-    """
-    if steps is None:
-        return None
-    first, _, last = steps.partition(":")
-    if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
-        return int(first), int(last)
-    raise ValueError(
-        f'`config.profile_steps` must be "first:last", steps from 1 on; got {steps!r}.'
-    )
 
 
 def read_settings(values: Mapping[str, Any]) -> Settings:

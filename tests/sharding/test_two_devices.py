@@ -10,14 +10,12 @@ import numpy as np
 import optax
 import pytest
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tiny_models import SHALLOW, lively, random_state, tokens
 from tolerances import SAME, assert_trees_close
 
 from rwkv7_jax import sharding as parallel
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.optim.decorrelation import decorrelate
-from rwkv7_jax.training import train_step as training
 from rwkv7_jax.training.losses import pretrain_loss
 from rwkv7_jax.training.train_step import TrainState, make_train_step
 from rwkv7_jax.tuning.read_statistics import state_statistics
@@ -32,21 +30,26 @@ BATCH = {
 MODEL = RWKV7(SHALLOW)
 
 
+def data_mesh(rows):
+    """The mesh that a run of these rows has by default."""
+    return parallel.make_mesh("auto", rows)
+
+
 def stepped(mesh, loss, params, **choices):
     """One step of plain gradient descent; the compiled program too."""
     tx = choices.pop("tx", optax.sgd(1.0))
     step = make_train_step(loss, tx, mesh=mesh, **choices)
-    train = parallel.replicate(mesh, TrainState.create(params, tx))
+    train = parallel.place(mesh, TrainState.create(params, tx))
     batch = parallel.shard_batch(mesh, BATCH)
     program = step.func.lower(*step.args, train, batch).compile()
     after, metrics = program(*step.args, train, batch)
-    return parallel.local_replica(mesh, (after, metrics)), program.as_text()
+    return (after, metrics), program.as_text()
 
 
 def test_a_mesh_has_as_many_devices_as_share_the_rows_alike():
     assert jax.device_count() == 2
-    assert parallel.make_data_mesh(6).shape == {"data": 2}
-    assert parallel.make_data_mesh(7) is None
+    assert data_mesh(6).shape == {"data": 1, "fsdp": 2}
+    assert data_mesh(7) is None
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -54,9 +57,7 @@ def test_two_devices_make_the_step_of_one_with_half_the_rows_each(accumulate):
     loss = state_loss(MODEL, lively(SHALLOW), leaves=LEAVES[:3])
     make = functools.partial(stepped, loss=loss, params=random_state(SHALLOW))
     alone, _ = make(None, accumulate=accumulate)
-    together, program = make(
-        parallel.make_data_mesh(ROWS // accumulate), accumulate=accumulate
-    )
+    together, program = make(data_mesh(ROWS // accumulate), accumulate=accumulate)
     assert_trees_close(together, alone, SAME["op"])
     rows = ROWS // accumulate
     of_all, of_one = (
@@ -70,7 +71,7 @@ def test_two_devices_make_the_step_of_one_with_half_the_rows_each(accumulate):
 def test_two_devices_train_weights_as_one_does():
     make = functools.partial(stepped, loss=pretrain_loss(MODEL), params=lively(SHALLOW))
     alone, _ = make(None)
-    together, _ = make(parallel.make_data_mesh(ROWS))
+    together, _ = make(data_mesh(ROWS))
     assert_trees_close(together, alone, SAME["op"])
 
 
@@ -84,26 +85,27 @@ def test_two_devices_decorrelate_as_one_does():
         stepped, loss=state_loss(MODEL, params, **read), params=wide
     )
     alone, _ = make(None, **choices)
-    together, _ = make(parallel.make_data_mesh(ROWS), **choices)
+    together, _ = make(data_mesh(ROWS), **choices)
     assert_trees_close(together[0].params, alone[0].params, SAME["gradient"])
 
 
-def test_what_a_step_leaves_is_whole_on_each_device():
-    mesh = parallel.make_data_mesh(ROWS)
+def test_a_step_leaves_arrays_as_the_layout_places_them():
+    mesh = data_mesh(ROWS)
     tx = optax.sgd(1.0)
     step = make_train_step(pretrain_loss(MODEL), tx, mesh=mesh)
-    train = parallel.replicate(mesh, TrainState.create(lively(SHALLOW), tx))
+    train = parallel.place(mesh, TrainState.create(lively(SHALLOW), tx))
     left = step(train, parallel.shard_batch(mesh, BATCH))
-    whole = NamedSharding(mesh, PartitionSpec())
-    assert all(
-        leaf.sharding.is_equivalent_to(whole, leaf.ndim)
-        for leaf in jax.tree.leaves(left)
-    )
+    wanted = parallel.shardings(mesh, left)
+    for leaf, sharding in zip(
+        jax.tree.leaves(left), jax.tree.leaves(wanted), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    assert not left[0].params["emb"]["weight"].sharding.is_fully_replicated
 
 
 @pytest.mark.parametrize("rows", [4, 3])
 def test_rows_go_to_their_devices_or_to_all_of_them(rows):
-    mesh, seen = parallel.make_data_mesh(2), []
+    mesh, seen = data_mesh(2), []
 
     def op(x, lengths):
         seen.append(x.shape[0])
@@ -115,13 +117,13 @@ def test_rows_go_to_their_devices_or_to_all_of_them(rows):
             return parallel.shard_map_batch(op, x, lengths)
 
     x, lengths = jnp.arange(rows * 5.0).reshape(rows, 5), jnp.arange(float(rows))
-    found = program(*parallel.replicate(mesh, (x, lengths)))
+    found = program(*parallel.place(mesh, (x, lengths)))
     np.testing.assert_array_equal(found, op(x, lengths))
     assert seen[0] == (2 if rows == 4 else 3)
 
 
-def _chips(name):
-    """Chips that one can compile for and not run on."""
+def _chips(name, **sizes):
+    """A mesh of chips that one can compile for and not run on."""
     pytest.importorskip(
         "libtpu", reason="libtpu, the compiler for TPUs, is not installed"
     )
@@ -131,18 +133,13 @@ def _chips(name):
         if "lockfile" in str(error):
             pytest.skip("libtpu serves another process")
         raise
-    return Mesh(np.array(chips), (parallel.BATCH_AXIS,), axis_types=(AxisType.Auto,))
+    return parallel.make_mesh(sizes, 0, chips)
 
 
 @pytest.mark.slow
 def test_four_chips_share_a_step_with_a_kernel_on_each(monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    mesh = _chips("v5e:2x2")
-    whole, rows = (
-        NamedSharding(mesh, PartitionSpec(*axes))
-        for axes in ((), (parallel.BATCH_AXIS,))
-    )
-    monkeypatch.setattr(training, "replicate", lambda mesh, tree: tree)
+    mesh = _chips("v5e:2x2", data=4)
     model = RWKV7(
         dataclasses.replace(SHALLOW, num_layers=2, implementation="pallas_tpu")
     )
@@ -150,17 +147,12 @@ def test_four_chips_share_a_step_with_a_kernel_on_each(monkeypatch):
         dataclasses.replace(model.config, implementation="scan"),
         optax.sgd(1.0),
     )
-    step = make_train_step(state_loss(model, lively(config)), tx, mesh=mesh)
-
-    def described(tree, sharding):
-        make = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
-        return jax.tree.map(lambda leaf: make(leaf.shape, leaf.dtype), tree)
-
-    train = described(TrainState.create(random_state(config), tx), whole)
-    batch = described(
-        {name: np.repeat(x, 2, axis=0) for name, x in BATCH.items()}, rows
-    )
-    traced = step.func.trace(*described(step.args, whole), train, batch)
+    weights = parallel.abstract_shards(mesh, lively(config))
+    step = make_train_step(state_loss(model, weights), tx, mesh=mesh)
+    train = parallel.abstract_shards(mesh, TrainState.create(random_state(config), tx))
+    rows = {name: np.repeat(x, 2, axis=0) for name, x in BATCH.items()}
+    batch = parallel.abstract_rows(mesh, rows)
+    traced = step.func.trace(*step.args, train, batch)
     program = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
     assert program.count("tpu_custom_call") >= 4 and "all-reduce" in program
     assert "all-gather" not in program
@@ -169,5 +161,6 @@ def test_four_chips_share_a_step_with_a_kernel_on_each(monkeypatch):
 def test_nothing_changes_where_there_is_one_device():
     x = jnp.ones((2, 3))
     assert parallel.shard_map_batch(lambda x: x, x) is x
-    assert parallel.constrain_sharding(x, None, "data") is x
-    assert parallel.local_replica(None, x) is x
+    assert parallel.constrain_rows(x, axis=0) is x
+    assert parallel.constrain_layout(x) is x
+    assert parallel.local_view(None, x) is x

@@ -1,0 +1,269 @@
+"""The parameter tree of a checkpoint, read from its tensors leaf by leaf, whole or in shards.
+
+A leaf of stacked layers is made in one buffer and forgotten once it is on its devices. In shards it
+is made slice by slice: the host holds one shard at a time, and a process reads what its own devices
+keep.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rwkv7_jax.array_types import Params
+from rwkv7_jax.checkpoints import tensor_names
+from rwkv7_jax.checkpoints.param_tree import (
+    TreePath,
+    require_finite,
+    require_kept,
+    require_no_overflow,
+    tree_path,
+)
+from rwkv7_jax.checkpoints.tensor_files import release_pages
+from rwkv7_jax.checkpoints.tensor_names import Index, Shape, Tensor, Tensors
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.sharding.layout import spec
+
+# Called with the bytes done and the bytes in all.
+Progress = Callable[[int, int], None] | None
+
+# Makes of a leaf, or of one shard of it, what the tree holds.
+Convert = Callable[[TreePath, np.ndarray], Any]
+
+# What XLA wants on CPU to use a buffer of NumPy's as it is.
+_JAX_ALIGNMENT = 64
+
+
+def _aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """Allocates memory that JAX takes over on CPU instead of copying it."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + _JAX_ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _JAX_ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _common_dtype(tensors: Tensors, names: list[str], dtype, path: str) -> np.dtype:
+    """Returns the dtype of tensors that are stacked; mixed ones are promoted without loss."""
+    if dtype is None:
+        dtypes = [tensors[name].dtype for name in names]
+        dtype = functools.reduce(jnp.promote_types, dtypes)
+        require_kept(dtype, names[0], path)
+    return np.dtype(dtype)
+
+
+def _read_stack(
+    tensors: Tensors,
+    names: list[str],
+    shape: Shape,
+    index: Index,
+    *,
+    dtype: Any,
+    path: str,
+    allow_nan: bool,
+) -> np.ndarray:
+    """Reads the same part of tensors into one array with a leading axis.
+
+    Args:
+        tensors: of the file.
+        names: of those that are stacked.
+        shape: of each of them.
+        index: of the part.
+        dtype: of the array; None keeps the file's.
+        path: for messages.
+        allow_nan: accept NaN and Inf.
+    """
+    dtype = _common_dtype(tensors, names, dtype, path)
+    part = tuple(len(range(size)[one]) for one, size in zip(index, shape, strict=True))
+    stacked = _aligned_empty((len(names), *part), dtype)
+    for row, name in zip(stacked, names, strict=True):
+        if len(shape) > 1:
+            array = tensors[name].part(index)
+        else:
+            # Takes off axes of size 1, which official vectors have.
+            array = tensors[name].read().reshape(shape)[index]
+        if not allow_nan:
+            require_finite(array, name, path)
+        # The check below finds what NumPy would warn of, and knows the tensor's name.
+        with np.errstate(over="ignore", invalid="ignore"):
+            row[...] = array
+        require_no_overflow(array, row, name, path)
+        release_pages(array)
+    return stacked
+
+
+def put_on_device(array: np.ndarray) -> jax.Array:
+    """Puts an array on the default device, without a copy where that is the CPU."""
+    # Nothing else refers to the buffer, so JAX may keep it; a view of the file it may not.
+    return jax.device_put(array, may_alias=True)
+
+
+def as_it_is(place: TreePath, array: np.ndarray) -> np.ndarray:
+    """Returns a leaf in the numbers that the file has."""
+    del place
+    return array
+
+
+def put_in_shards(
+    sharding: NamedSharding, shape: Shape, read: Callable[[Index], Any]
+) -> Any:
+    """Makes arrays shard by shard; each shard is read once, whatever devices keep it.
+
+    Args:
+        sharding: of the first axes of all arrays.
+        shape: of the array that is cut.
+        read: from the index of a shard to the shard, an array or a tree of them.
+    """
+    # JAX's `make_array_from_callback` would read a shard once for each device.
+    devices_of: dict[tuple, list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
+        bounds = tuple(
+            (range(size)[one].start, range(size)[one].stop)
+            for one, size in zip(index, shape, strict=True)
+        )
+        devices_of.setdefault(bounds, []).append(device)
+    shards: list[list[jax.Array]] = []
+    tree: Any = None
+    for bounds, devices in devices_of.items():
+        leaves, tree = jax.tree.flatten(read(tuple(slice(*one) for one in bounds)))
+        for device in devices:
+            # A device that is the host must not share its memory with another.
+            shards.append(
+                [jax.device_put(leaf, device, may_alias=False) for leaf in leaves]
+            )
+    arrays = []
+    for parts in zip(*shards, strict=True):
+        own = PartitionSpec(*sharding.spec[: parts[0].ndim])
+        placed = NamedSharding(sharding.mesh, own)
+        whole = _whole_shape(parts[0].shape, placed)
+        arrays.append(
+            jax.make_array_from_single_device_arrays(whole, placed, list(parts))
+        )
+    return jax.tree.unflatten(tree, arrays)
+
+
+def _whole_shape(part: Shape, sharding: NamedSharding) -> Shape:
+    shape = []
+    for size, axis in zip(part, sharding.spec, strict=True):
+        shape.append(size if axis is None else size * sharding.mesh.shape[axis])
+    return tuple(shape)
+
+
+def _names_by_path(tensors: Tensors, config: RWKV7Config) -> dict[TreePath, list[str]]:
+    """Groups the names of the tensors that are there by the leaf that they become."""
+    groups: dict[TreePath, list[str]] = {}
+    for name in tensor_names.accepted_shapes(config):
+        if name in tensors:
+            groups.setdefault(tree_path(name), []).append(name)
+    return groups
+
+
+def loaded_tensors(
+    tensors: Tensors, config: RWKV7Config, path: str, *, dtype=None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields what `official_tensors` of the built tree would, sorted by name, without the tree.
+
+    Args:
+        tensors: as in `build_tree`.
+        config: their sizes.
+        path: for messages.
+        dtype: of all leaves; None keeps the file's.
+    """
+    shapes = tensor_names.accepted_shapes(config)
+    dtypes: dict[str, np.dtype] = {}
+    for names in _names_by_path(tensors, config).values():
+        dtypes |= dict.fromkeys(names, _common_dtype(tensors, names, dtype, path))
+    for name in sorted(dtypes):
+        array = tensors[name].read()
+        yield name, array.reshape(shapes[name]).astype(dtypes[name], copy=False)
+        release_pages(array)
+
+
+def build_tree(
+    tensors: Tensors,
+    config: RWKV7Config,
+    path: str,
+    *,
+    dtype=None,
+    allow_nan: bool = False,
+    progress: Progress = None,
+    convert: Convert = as_it_is,
+    mesh: Mesh | None = None,
+) -> Params:
+    """Reads checked tensors into a parameter tree of arrays on devices.
+
+    Args:
+        tensors: in official names and orientation.
+        config: their sizes.
+        path: for messages.
+        dtype: of all leaves; None keeps the file's.
+        allow_nan: accept NaN and Inf.
+        progress: called with the bytes done and the bytes in all.
+        convert: makes of a leaf's place and array what the tree holds.
+        mesh: devices that hold the leaves in shards; None for the default device.
+
+    Raises:
+        ValueError: NaN or Inf in a tensor, or float64 where JAX has none; the message names the
+            tensor.
+    """
+    shapes = tensor_names.accepted_shapes(config)
+    # One leaf after the other, so that the peak is the model and one stack of layers.
+    total = sum(map(_num_bytes, tensors.values()))
+    done = 0
+    tree: Params = {}
+    for place, names in _names_by_path(tensors, config).items():
+        read_part = functools.partial(
+            _read_stack,
+            tensors,
+            names,
+            shapes[names[0]],
+            dtype=dtype,
+            path=path,
+            allow_nan=allow_nan,
+        )
+        _insert(tree, place, _leaf(place, names, shapes, read_part, convert, mesh))
+        for name in names:
+            done += _num_bytes(tensors[name])
+        if progress:
+            progress(done, total)
+    return tree
+
+
+def _leaf(
+    place: TreePath,
+    names: list[str],
+    shapes: dict[str, Shape],
+    read_part: Callable[[Index], np.ndarray],
+    convert: Convert,
+    mesh: Mesh | None,
+) -> Any:
+    """Makes one leaf of the tree: on the default device, or in shards on a mesh."""
+    is_stack = place[0] == "layers"
+    shape = (*([len(names)] if is_stack else []), *shapes[names[0]])
+
+    def read(index: Index) -> Any:
+        # All layers of a stack are in every shard.
+        array = read_part(index[1:]) if is_stack else read_part(index)[0]
+        return convert(place, array)
+
+    if mesh is None:
+        return jax.tree.map(put_on_device, read((slice(None),) * len(shape)))
+    sharding = NamedSharding(mesh, spec("/".join(place), shape, mesh.shape))
+    return put_in_shards(sharding, shape, read)
+
+
+def _insert(tree: Params, path: TreePath, leaf: Any) -> None:
+    """Puts a leaf into nested dicts, which are made where they are missing."""
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = leaf
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    """Returns the size of a tensor in its file."""
+    return math.prod(tensor.shape) * tensor.dtype.itemsize

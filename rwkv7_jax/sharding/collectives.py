@@ -1,0 +1,174 @@
+"""Programs in which each device computes its own rows, and weights meet where they are needed.
+
+Weights lie in shards. A block's matrices are gathered at its door, so that no device holds more
+than one block of them at a time; the transpose of the gather is the reduce-scatter that leaves each
+device the gradient of its own shard.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array
+
+from rwkv7_jax.array_types import Activations, Tokens
+from rwkv7_jax.sharding import layout
+from rwkv7_jax.sharding.layout import FSDP
+
+# The name of gathered weights: a backward pass gathers them again instead of keeping them.
+GATHERED = "gathered weights"
+
+
+@struct.dataclass
+class Shard:
+    """One device's part of an array.
+
+    Attributes:
+        values: the part.
+        axis: along which the parts follow each other, from the end: a stack over layers may have
+            an axis more.
+        count: of the parts.
+    """
+
+    values: Any
+    axis: int = struct.field(pytree_node=False)
+    count: int = struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole array."""
+        shape = list(self.values.shape)
+        shape[self.axis] *= self.count
+        return tuple(shape)
+
+
+def _is_shard(node: Any) -> bool:
+    return isinstance(node, Shard)
+
+
+def has_shards(tree: Any) -> bool:
+    """Tells whether a tree holds parts of arrays."""
+    return any(map(_is_shard, jax.tree.leaves(tree, is_leaf=_is_shard)))
+
+
+def mesh_sizes() -> dict[str, int]:
+    """Returns the sizes of the mesh that the program being traced is shared by; empty if none.
+
+    Inside of `on_each` there is none: there a program sees its own device alone.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if any(kinds.get(axis) == AxisType.Manual for axis in layout.AXES):
+        return {}
+    sizes = {axis: mesh.shape[axis] for axis in layout.AXES if axis in kinds}
+    return sizes if any(size > 1 for size in sizes.values()) else {}
+
+
+def on_each(function: Callable, *arguments: Any, takes: Any, gives: Any) -> Any:
+    """Calls a function on each device with its parts of the arguments.
+
+    Args:
+        function: of the parts.
+        *arguments: whole arrays, as the program around sees them.
+        takes: a `PartitionSpec` for each argument, or trees of them.
+        gives: the same of the results.
+    """
+    if not mesh_sizes():
+        return function(*arguments)
+    return jax.shard_map(
+        function,
+        in_specs=takes,
+        out_specs=gives,
+        # Flax scans over layers without the types that the check needs. The transpose sums over
+        # the axes that an input does not name all the same.
+        check_vma=False,
+    )(*arguments)
+
+
+def shard_map_batch(function: Callable, *arrays: Any, **named_arrays: Any) -> Any:
+    """Calls a function on each device with the device's share of the rows.
+
+    The leading axis of all arguments and results is the rows. Devices that do not divide the rows
+    evenly compute all of them.
+    """
+    sizes = mesh_sizes()
+    if not sizes:
+        return function(*arrays, **named_arrays)
+    # All arguments have the same rows, so the first leaf stands for them.
+    rows = PartitionSpec(
+        layout.row_axes(jax.tree.leaves(arrays)[0].shape[0], sizes) or None
+    )
+
+    # `jax.shard_map` has no keyword arguments.
+    def call(arrays, named_arrays):
+        return function(*arrays, **named_arrays)
+
+    return on_each(call, arrays, named_arrays, takes=rows, gives=rows)
+
+
+def as_shards(tree: Any, specs: Any) -> Any:
+    """Marks which arrays of a device are parts, so that they are not taken for whole ones.
+
+    Args:
+        tree: one device's arrays, inside of `on_each`.
+        specs: of each array.
+    """
+
+    def mark(values: Array, spec: PartitionSpec) -> Any:
+        if FSDP not in spec:
+            return values
+        return Shard(
+            values=values,
+            axis=spec.index(FSDP) - values.ndim,
+            count=jax.lax.axis_size(FSDP),
+        )
+
+    return jax.tree.map(mark, tree, specs)
+
+
+def _gather(shard: Shard, dtype: Any) -> Array:
+    values = shard.values
+    # The narrower of the two dtypes travels. Products are taken in `dtype` in any case.
+    is_float = jnp.issubdtype(values.dtype, jnp.floating)
+    if is_float and values.dtype.itemsize > jnp.dtype(dtype).itemsize:
+        values = values.astype(dtype)
+    axis = values.ndim + shard.axis
+    values = jax.lax.all_gather(values, FSDP, axis=axis, tiled=True)
+    if is_float and values.ndim > 1:
+        values = values.astype(dtype)
+    return checkpoint_name(values, GATHERED)
+
+
+def gather_shards(tree: Any, dtype: Any) -> Any:
+    """Makes the parts in a tree whole, on each device; inside of `on_each`.
+
+    Args:
+        tree: whole arrays stay as they are.
+        dtype: that matrices are used in, and gathered in where it is narrower than theirs.
+    """
+    return jax.tree.map(
+        lambda leaf: _gather(leaf, dtype) if _is_shard(leaf) else leaf,
+        tree,
+        is_leaf=_is_shard,
+    )
+
+
+def look_up(embed: Callable, tokens: Tokens, columns: Shard) -> Activations:
+    """Embeds each device's tokens in a table whose columns lie in shards; inside of `on_each`.
+
+    The tokens of all devices are looked up in the columns of each, and the results change places:
+    B T D numbers travel in place of the table.
+
+    Args:
+        embed: looks tokens up in a table.
+        tokens: of this device.
+        columns: of this device.
+    """
+    everyones = jax.lax.all_gather(tokens, FSDP, axis=0, tiled=True)
+    return jax.lax.all_to_all(
+        embed(everyones, columns.values), FSDP, split_axis=0, concat_axis=2, tiled=True
+    )

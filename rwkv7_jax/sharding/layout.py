@@ -1,0 +1,147 @@
+"""Where arrays lie: one table from the names of parameters to the axes of a mesh.
+
+The paths of gradients, moments and checkpoints end in the path of their parameter, so the table
+holds for them as well. This module is data and rules; it runs no program on a device.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Axes of a mesh, the outermost first: devices next to each other differ in the last one.
+DATA = "data"
+FSDP = "fsdp"
+AXES = (DATA, FSDP)
+
+# The rows of a batch lie along both: devices that hold shards of the weights compute other rows.
+ROWS = AXES
+
+_MATRICES = r"(head|att/(receptance|key|value|output)|ffn/(key|value))/weight(/values)?"
+
+# The end of a leaf's path, and the mesh axes of the leaf's last axes. The first axis of a matrix is
+# sharded: its rows lie together in a file, and a gather along it moves nothing afterwards. Of the
+# embedding it is the columns: every device looks up all tokens in its own, and no row travels that
+# no token asks for. Leaves that no line names, such as vectors and start states, are replicated.
+_TABLE: tuple[tuple[re.Pattern, tuple[str | None, ...]], ...] = (
+    (re.compile(r"(^|/)emb/weight$"), (None, FSDP)),
+    (re.compile(rf"(^|/){_MATRICES}$"), (FSDP, None)),
+    # The scales of rows in 8 bits.
+    (re.compile(r"/weight/scale$"), (FSDP,)),
+    (re.compile(r"/att/[wavg]1$"), (FSDP, None)),
+    (re.compile(r"/att/[wavg]2$"), (None, FSDP)),
+)
+
+
+class Undivided(NamedTuple):
+    """A leaf that stays whole on each device because its size does not divide.
+
+    Attributes:
+        name: path of the leaf.
+        size: of the axis that the table names.
+        axis: of the mesh.
+    """
+
+    name: str
+    size: int
+    axis: str
+
+
+def leaf_name(path: tuple) -> str:
+    """Returns a leaf's path as one string, such as "params/layers/att/w1"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _axes(name: str, ndim: int) -> tuple[str | None, ...]:
+    """Returns the mesh axis of each axis of a leaf, before sizes are looked at."""
+    for pattern, axes in _TABLE:
+        if ndim >= len(axes) and pattern.search(name):
+            return (None,) * (ndim - len(axes)) + axes
+    return (None,) * ndim
+
+
+def spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+    """Returns how a leaf is sharded; a mesh axis that does not divide its size is dropped.
+
+    Args:
+        name: path of the leaf.
+        shape: of the whole array.
+        sizes: of the mesh's axes, by name.
+    """
+    kept = []
+    for axis, size in zip(_axes(name, len(shape)), shape, strict=True):
+        count = 1 if axis is None else sizes.get(axis, 1)
+        kept.append(axis if count > 1 and size % count == 0 else None)
+    return PartitionSpec(*kept)
+
+
+def specs(sizes: Mapping[str, int], tree: Any) -> Any:
+    """Returns a tree of the `spec` of each leaf; leaves are arrays, tracers or shapes."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: spec(leaf_name(path), leaf.shape, sizes), tree
+    )
+
+
+def shardings(mesh: Mesh, tree: Any) -> Any:
+    """Returns a tree of the sharding of each leaf; leaves are arrays, tracers or shapes."""
+    return jax.tree.map(
+        lambda one: NamedSharding(mesh, one),
+        specs(mesh.shape, tree),
+        is_leaf=lambda node: isinstance(node, PartitionSpec),
+    )
+
+
+def abstract_shards(mesh: Mesh | None, tree: Any) -> Any:
+    """Describes the arrays of a tree with their shardings; without a mesh, as they are.
+
+    The devices of the mesh need not exist: a program can be compiled for the description.
+    """
+    if mesh is None:
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree
+        )
+    return jax.tree.map(
+        lambda leaf, one: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one),
+        tree,
+        shardings(mesh, tree),
+    )
+
+
+def abstract_rows(mesh: Mesh | None, batch: Any) -> Any:
+    """Describes the arrays of a batch with their shardings; without a mesh, as they are."""
+
+    def describe(values: Any) -> jax.ShapeDtypeStruct:
+        rows = None
+        if mesh is not None:
+            axes = row_axes(values.shape[0], mesh.shape) or None
+            rows = NamedSharding(mesh, PartitionSpec(axes))
+        return jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=rows)
+
+    return jax.tree.map(describe, batch)
+
+
+def undivided(mesh: Mesh, tree: Any) -> list[Undivided]:
+    """Lists the leaves that the table would shard but whose sizes the mesh does not divide."""
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = leaf_name(path)
+        for axis, size in zip(_axes(name, len(leaf.shape)), leaf.shape, strict=True):
+            if axis is not None and size % mesh.shape.get(axis, 1):
+                found.append(Undivided(name, size, axis))
+    return found
+
+
+def row_axes(rows: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Returns the mesh axes that share rows: as many devices as divide them evenly.
+
+    Rows that no axis divides are computed by every device.
+    """
+    for axes in (ROWS, (FSDP,), (DATA,)):
+        count = 1
+        for axis in axes:
+            count *= sizes.get(axis, 1)
+        if count > 1 and rows % count == 0:
+            return tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
+    return ()

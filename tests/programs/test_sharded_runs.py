@@ -1,0 +1,100 @@
+"""Runs of train.py whose weights lie in shards on eight devices."""
+
+import csv
+import os
+
+import numpy as np
+import pytest
+from run_programs import SMALLEST, finish, start
+from smallest_runs import save_base_model
+from tolerances import SAME, relative_error
+
+pytestmark = pytest.mark.slow
+
+STEPS = 6
+RUN = {
+    **SMALLEST,
+    "data.batch_size": 8,
+    "steps": STEPS,
+    "save_every": 3,
+    # Adam's first step is a sign, also of gradients that are rounding errors: small, so that
+    # these do not count.
+    "optimizer.learning_rate": 1e-3,
+    "optimizer.warmup_steps": 0,
+}
+
+
+def devices(count):
+    """The environment of a program with so many virtual devices."""
+    return {
+        "XLA_FLAGS": (
+            f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+        )
+    }
+
+
+def losses(workdir):
+    """The loss of every step in the log of a run."""
+    with (workdir / "metrics.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return np.asarray([float(row["loss"]) for row in rows if row.get("loss")])
+
+
+@pytest.fixture(scope="module")
+def base_model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base") / "model.pth"
+    save_base_model(path)
+    return path
+
+
+def settings_of(mode, base_model):
+    """The config and the settings of a run of a mode."""
+    if mode == "pretrain":
+        return "pretrain_toy", RUN
+    named = {name: one for name, one in RUN.items() if not name.startswith("model.")}
+    return "state_tuning", named | {"init": base_model}
+
+
+@pytest.mark.parametrize("mode", ["pretrain", "state"])
+def test_a_run_in_shards_has_the_losses_of_one_device(tmp_path, base_model, mode):
+    config, settings = settings_of(mode, base_model)
+    runs = {
+        "alone": (1, "auto"),
+        "fsdp": (8, "fsdp=8"),
+        "both": (8, "data=2,fsdp=4"),
+    }
+    started = {}
+    for name, (count, mesh) in runs.items():
+        started[name] = start(
+            tmp_path / name,
+            config,
+            environment=devices(count),
+            **settings,
+            mesh=mesh,
+        )
+    said = {name: finish(process)[0] for name, process in started.items()}
+    assert "mesh      data 1, fsdp 8" in said["fsdp"]
+    alone = losses(tmp_path / "alone")
+    assert len(alone) == STEPS
+    for name in ("fsdp", "both"):
+        assert relative_error(losses(tmp_path / name), alone) <= SAME["model"], name
+
+
+def test_a_run_goes_on_with_another_mesh_and_on_one_device(tmp_path):
+    place = tmp_path / "run"
+    for steps, count, mesh in (
+        (3, 8, "fsdp=8"),
+        (5, 8, "data=2,fsdp=4"),
+        (6, 1, "auto"),
+    ):
+        said, _ = finish(
+            start(
+                place,
+                environment=devices(count),
+                **{**RUN, "steps": steps, "mesh": mesh},
+            )
+        )
+    assert "resume    from step 5" in said
+    finish(start(tmp_path / "alone", environment=devices(1), **RUN))
+    error = relative_error(losses(place), losses(tmp_path / "alone"))
+    assert error <= SAME["model"]

@@ -1,0 +1,110 @@
+"""Where arrays lie follows from their paths and sizes alone."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+from tiny_models import CONFIG
+
+from rwkv7_jax import sharding
+from rwkv7_jax.checkpoints import tensor_names
+from rwkv7_jax.checkpoints.param_tree import tree_path
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import init_state
+from rwkv7_jax.sharding.layout import leaf_name, spec
+from rwkv7_jax.training.train_step import TrainState
+
+SIZES = {"data": 2, "fsdp": 4}
+
+
+def shapes():
+    """The shapes of a model's weights."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    init = RWKV7(CONFIG).init
+    return jax.eval_shape(init, jax.random.key(0), tokens, init_state(CONFIG))["params"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "wanted"),
+    [
+        ("emb/weight", (32, 64), P(None, "fsdp")),
+        ("head/weight", (32, 64), P("fsdp", None)),
+        ("head/weight", (30, 64), P(None, None)),
+        ("layer_0/att/key/weight", (64, 64), P("fsdp", None)),
+        ("layers/ffn/value/weight", (2, 64, 256), P(None, "fsdp", None)),
+        ("layers/att/w1", (2, 64, 8), P(None, "fsdp", None)),
+        ("layers/att/w2", (2, 8, 64), P(None, None, "fsdp")),
+        ("layers/att/w0", (2, 64), P(None, None)),
+        ("layers/att/ln_x/weight", (2, 64), P(None, None)),
+        ("ln_out/weight", (64,), P(None)),
+        ("opt_state/0/mu/layers/att/output/weight", (2, 64, 64), P(None, "fsdp", None)),
+        ("layers/att/key/weight/values", (2, 64, 64), P(None, "fsdp", None)),
+        ("layers/att/key/weight/scale", (2, 64), P(None, "fsdp")),
+        ("params/wkv", (3, 1, 2, 32, 32), P(None, None, None, None, None)),
+    ],
+)
+def test_the_path_says_which_axis_is_sharded(name, shape, wanted):
+    assert spec(name, shape, SIZES) == wanted
+
+
+def test_every_matrix_of_a_model_is_sharded_and_no_vector():
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes()):
+        name = leaf_name(path)
+        own = leaf.ndim - name.startswith("layers")
+        is_matrix = own == 2 and not name.endswith("r_k")
+        sharded = "fsdp" in tuple(spec(name, (4096,) * leaf.ndim, SIZES))
+        assert sharded == is_matrix, name
+
+
+def test_official_names_have_the_paths_of_the_table():
+    names = tensor_names.shapes(CONFIG)
+    paths = {
+        leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes())
+    }
+    assert {"/".join(tree_path(name)) for name in names} == paths
+
+
+def test_moments_lie_where_their_parameters_do():
+    state = jax.eval_shape(
+        lambda tree: TrainState.create(tree, optax.adam(1.0)), shapes()
+    )
+    wanted = jax.tree.leaves(sharding.specs(SIZES, state.params))
+    for moments in (state.opt_state[0].mu, state.opt_state[0].nu):
+        assert jax.tree.leaves(sharding.specs(SIZES, moments)) == wanted
+
+
+def test_sizes_that_do_not_divide_are_told():
+    mesh = sharding.make_mesh({"fsdp": 2}, 0)
+    odd = {"layers": {"att": {"w1": jnp.zeros((2, 7, 4)), "w2": jnp.zeros((2, 4, 8))}}}
+    assert [tuple(one) for one in sharding.undivided(mesh, odd)] == [
+        ("layers/att/w1", 7, "fsdp")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "axes"), [(8, ("data", "fsdp")), (4, ("fsdp",)), (2, ("data",)), (3, ())]
+)
+def test_as_many_devices_share_rows_as_divide_them(rows, axes):
+    assert sharding.row_axes(rows, SIZES) == axes
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [("auto", "auto"), ("fsdp=8", {"fsdp": 8}), ("data=2,fsdp=4", SIZES)],
+)
+def test_sizes_of_a_mesh_are_read(text, sizes):
+    assert sharding.parse_sizes(text, "`config.mesh`") == sizes
+
+
+@pytest.mark.parametrize(
+    "text", ["", "8", "fsdp=0", "fsdp=2,fsdp=2", "rows=2", "fsdp=-1"]
+)
+def test_other_sizes_are_refused_in_one_sentence(text):
+    with pytest.raises(ValueError, match=r"^`config.mesh` must be auto, or sizes of"):
+        sharding.parse_sizes(text, "`config.mesh`")
+
+
+def test_a_mesh_of_more_devices_than_there_are_is_refused():
+    with pytest.raises(ValueError, match="at most the 2 devices that there are"):
+        sharding.make_mesh({"data": 2, "fsdp": 4}, 8)

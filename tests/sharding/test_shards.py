@@ -1,0 +1,88 @@
+"""Weights in shards on eight devices: the same numbers, and nothing whole that should not be."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from eight_devices import MESHES, SIZES
+from run_programs import ROOT
+
+pytestmark = pytest.mark.slow
+
+CASES = [f"{trained}, {mesh}" for trained in ("state", "weights") for mesh in MESHES]
+# Relative L2 errors in float32.
+LOSS = 1e-6
+GRADIENT = {"state": 5e-6, "weights": 1e-5}
+LOSSES = 1e-5
+
+# The largest matrix of a block.
+MATRIX = SIZES.width * SIZES.ffn_width
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """What the child process, which has eight devices, found."""
+    done = subprocess.run(
+        [sys.executable, "tests/support/eight_devices.py"],
+        cwd=ROOT,
+        env={**child_environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def child_environment():
+    """The environment without the suite's flags, which say two devices."""
+    import os
+
+    return {name: text for name, text in os.environ.items() if name != "XLA_FLAGS"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_eight_devices_have_the_loss_and_the_gradients_of_one(measured, case):
+    found = measured[case]
+    assert found["loss"] <= LOSS
+    assert found["gradient"] <= GRADIENT[case.split(",")[0]]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_eight_devices_have_the_losses_of_one_over_twenty_steps(measured, case):
+    assert measured[case]["losses"] <= LOSSES
+
+
+def test_pieces_of_a_batch_give_the_gradient_of_all_of_it_in_shards(measured):
+    assert measured["16 rows in 2"] <= GRADIENT["state"]
+
+
+def test_rows_that_the_devices_do_not_divide_are_computed_by_each(measured):
+    assert measured["3 rows in 1"] <= GRADIENT["state"]
+
+
+def test_weights_in_8_bits_are_gathered_as_integers(measured):
+    assert measured["int8"] <= LOSS
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_gather_is_larger_than_a_matrix_of_a_block(measured, case):
+    assert max(measured[case]["collectives"]["all-gather"]) <= MATRIX
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_stack_of_matrices_is_ever_whole(measured, case):
+    whole = f"[{SIZES.num_layers - 1},{SIZES.ffn_width},{SIZES.width}]"
+    assert not [one for one in measured[case]["shapes"] if one.endswith(whole)]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_gradients_of_matrices_are_scattered_where_weights_are_trained(measured, mesh):
+    assert measured[f"weights, {mesh}"]["collectives"]["reduce-scatter"]
+    assert "reduce-scatter" not in measured[f"state, {mesh}"]["collectives"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_travel_and_the_embedding_does_not(measured, case):
+    assert measured[case]["collectives"]["all-to-all"]
