@@ -18,9 +18,6 @@ from rwkv7_jax.sharding.layout import AXES, DATA, FSDP
 # The choice that leaves the sizes of a mesh to `make_mesh`.
 AUTO = "auto"
 
-# The most devices over which "auto" shards weights: beyond, a shard is small and a gather long.
-_MOST_FSDP = 64
-
 
 def make_mesh(
     choice: str | Mapping[str, int],
@@ -30,8 +27,8 @@ def make_mesh(
     """Makes the mesh of a run; None if it is one device.
 
     Args:
-        choice: the sizes of `data` and `fsdp` by name, or "auto": as many devices as divide the
-            rows evenly, the weights in shards over those of one slice and one process.
+        choice: the sizes of `data` and `fsdp` by name, or "auto": rows over as many devices as
+            divide them evenly, and all weights on each of them.
         rows: of a step.
         devices: all by default.
 
@@ -89,13 +86,7 @@ def _automatic(rows: int, devices: Sequence[Any]) -> dict[str, int]:
             f"{processes} processes; change `config.data.batch_size`, "
             "`config.optimizer.accumulate` or, at test time, `config.test_time.prompts`."
         )
-    together = len(
-        [one for one in devices[:count] if _group(one) == _group(devices[0])]
-    )
-    fsdp = math.gcd(count, together)
-    while fsdp > _MOST_FSDP:
-        fsdp //= 2 if fsdp % 2 == 0 else fsdp
-    return {DATA: count // fsdp, FSDP: fsdp}
+    return {DATA: count, FSDP: 1}
 
 
 def _group(device: Any) -> tuple[int, int]:

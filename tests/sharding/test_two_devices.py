@@ -31,8 +31,8 @@ MODEL = RWKV7(SHALLOW)
 
 
 def data_mesh(rows):
-    """The mesh that a run of these rows has by default."""
-    return parallel.make_mesh("auto", rows)
+    """A mesh of both devices, with weights in shards."""
+    return parallel.make_mesh({"fsdp": 2}, rows)
 
 
 def stepped(mesh, loss, params, **choices):
@@ -48,8 +48,8 @@ def stepped(mesh, loss, params, **choices):
 
 def test_a_mesh_has_as_many_devices_as_share_the_rows_alike():
     assert jax.device_count() == 2
-    assert data_mesh(6).shape == {"data": 1, "fsdp": 2}
-    assert data_mesh(7) is None
+    assert parallel.make_mesh("auto", 6).shape == {"data": 2, "fsdp": 1}
+    assert parallel.make_mesh("auto", 7) is None
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
