@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import WKVInputs
 from rwkv7_jax.array_types import Activations, Heads
+from rwkv7_jax.model import chains, layers
 from rwkv7_jax.model import initializers as initial
-from rwkv7_jax.model import layers
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.recurrence import recurrence
 from rwkv7_jax.model.state import LayerState
@@ -37,6 +37,10 @@ PROJECTION_INPUTS = (
 )
 
 TRACE = (*RECURRENCE, "y", "gate", "residual", "ffn_input", *PROJECTION_INPUTS)
+
+
+# The token shift's coefficients: parameters' names, and the powers of their initial values.
+_SHIFTS = {"x_r": 0.2, "x_w": 0.9, "x_k": 0.7, "x_v": 0.7, "x_a": 0.9, "x_g": 0.2}
 
 
 class LayerMemories(NamedTuple):
@@ -86,17 +90,17 @@ class Linear(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """The norm of each head after the recurrence."""
+    """The weight and bias of the norm of each head after the recurrence."""
 
     config: RWKV7Config
 
     @nn.compact
-    def __call__(self, y: Heads, layer) -> Heads:
-        """Applies a group norm with one group per head."""
+    def __call__(self, layer) -> tuple[Array, Array]:
+        """Returns both, of all channels."""
         zeros = initial.constant(0.0, self.config.width)
         weight = self.param("weight", initial.group_norm_weight, layer, self.config)
         bias = self.param("bias", zeros, layer, self.config)
-        return layers.group_norm(y, weight, bias, self.config.group_norm_eps)
+        return jnp.asarray(weight), jnp.asarray(bias)
 
 
 class TimeMix(nn.Module):
@@ -129,18 +133,12 @@ class TimeMix(nn.Module):
         config = self.config
 
         # Token shift: x_c = lerp(x_t, x_{t-1}, mu_c), with one mu for each of r, w, k, v, a, g.
-        previous = layers.previous_tokens(x, state.att_shift, segments)
-
-        def shifted(name: str, power: float) -> Activations:
-            coefficient = self._weight(name, initial.lerp(power), layer)
-            return layers.lerp(x, previous, coefficient)
-
-        x_r = shifted("x_r", power=0.2)
-        x_w = shifted("x_w", power=0.9)
-        x_k = shifted("x_k", power=0.7)
-        x_v = shifted("x_v", power=0.7)
-        x_a = shifted("x_a", power=0.9)
-        x_g = shifted("x_g", power=0.2)
+        coefficients = []
+        for name, power in _SHIFTS.items():
+            coefficients.append(self._weight(name, initial.lerp(power), layer))
+        x_r, x_w, x_k, x_v, x_a, x_g = chains.token_shift(
+            x, state.att_shift, tuple(coefficients), segments
+        )
 
         # r = x_r W_r,  k = x_k W_k,  v = x_v W_v
         # [B T D] each; heads are split off only where the recurrence needs them.
@@ -149,26 +147,13 @@ class TimeMix(nn.Module):
         v = self._square("value", 1.0)(x_v)
 
         # d = loramlp_d(tanh, x_w),  log w = -exp(-1/2) sigmoid(d)
-        d = self._low_rank_logit(
-            x_w,
-            "w",
-            rank=config.decay_rank,
-            activation=jnp.tanh,
-            bias=initial.decay_bias,
-            layer=layer,
-        )
-        log_w = layers.log_decay(d)
+        decay = self._low_rank(x_w, "w", config.decay_rank, jnp.tanh, layer)
+        decay_bias = self._weight("w0", initial.decay_bias, layer)
+        log_w = chains.log_decay(decay, decay_bias)
 
         # a = sigmoid(loramlp_a(identity, x_a)), the in-context learning rate
-        icl_logit = self._low_rank_logit(
-            x_a,
-            "a",
-            rank=config.icl_rank,
-            activation=_identity,
-            bias=initial.icl_bias,
-            layer=layer,
-        )
-        icl_rate = jax.nn.sigmoid(icl_logit).astype(x.dtype)
+        icl = self._low_rank(x_a, "a", config.icl_rank, _identity, layer)
+        icl_bias = self._weight("a0", initial.icl_bias, layer)
 
         # g = loramlp_g(sigmoid, x_g), without a bias
         gate = self._low_rank(x_g, "g", config.gate_rank, jax.nn.sigmoid, layer)
@@ -179,24 +164,20 @@ class TimeMix(nn.Module):
         else:
             v = self._value_residual(x_v, v, v_first, layer)
 
-        # kappa^ = (k * xi) / |k * xi| for each head, the removal key; k is not yet the one below
-        xi = layers.per_channel(self._weight("k_k", initial.removal_scale, layer), x)
+        # kappa^ = (k * xi) / |k * xi| for each head,  k~ = k * lerp(1, a, alpha)
+        xi = self._weight("k_k", initial.removal_scale, layer)
+        xi = xi.reshape(config.num_heads, config.head_size)
         alpha = self._weight("k_a", initial.constant(1.02, config.width), layer)
-        alpha = layers.per_channel(alpha, x)
-        removal_key = layers.unit_heads(self._heads(k * xi))
-
-        # k~ = k * lerp(1, a, alpha), the replacement key
-        k = k * (1 + (icl_rate - 1) * alpha)
+        k, a, b, icl_rate = chains.removal_and_replacement(k, icl, icl_bias, xi, alpha)
 
         # S_t = S_{t-1} (diag(w) - kappa^^T (a * kappa^)) + v^T k~,  y = r S_t^T
-        icl_rate = self._heads(icl_rate)
         inputs = WKVInputs(
             r=self._heads(r),
             log_w=self._heads(log_w),
-            k=self._heads(k),
+            k=k,
             v=self._heads(v),
-            a=-removal_key,
-            b=removal_key * icl_rate,
+            a=a,
+            b=b,
         )
         y, wkv, memory = recurrence(
             inputs,
@@ -209,7 +190,7 @@ class TimeMix(nn.Module):
         )
 
         # o = (g * p) W_o, with p = norm(y) + bonus
-        gated = self._normed_with_bonus(y, inputs, layer) * gate
+        gated = self._read_out(y, inputs, gate, layer)
         # From zeros: a new block adds nothing to the residual stream until it is trained.
         out = self._square("output", 0.0)(gated)
 
@@ -256,20 +237,6 @@ class TimeMix(nn.Module):
         up = self._weight(f"{letter}2", initial.low_rank_out(rank, width), layer)
         return layers.project(activation(layers.project(x, down)), up)
 
-    def _low_rank_logit(
-        self,
-        x: Activations,
-        letter: str,
-        *,
-        rank: int,
-        activation: Callable,
-        bias: initial.Initial,
-        layer,
-    ) -> Float[Array, "B T D"]:
-        """Computes activation(x w1) w2 + w0, in float32 from the sum on."""
-        raw = self._low_rank(x, letter, rank, activation, layer).astype(jnp.float32)
-        return raw + layers.per_channel(self._weight(f"{letter}0", bias, layer), raw)
-
     def _value_residual(
         self,
         x_v: Activations,
@@ -278,28 +245,19 @@ class TimeMix(nn.Module):
         layer,
     ) -> Activations:
         """Moves the values towards layer 0's by nu = sigmoid(loramlp_nu(identity, x_v))."""
-        logit = self._low_rank_logit(
-            x_v,
-            "v",
-            rank=self.config.value_rank,
-            activation=_identity,
-            bias=initial.value_bias,
-            layer=layer,
-        )
-        # Only the gate is computed in float32; the values stay in the activations' dtype.
-        return v + (v_first - v) * jax.nn.sigmoid(logit).astype(v.dtype)
+        raw = self._low_rank(x_v, "v", self.config.value_rank, _identity, layer)
+        bias = self._weight("v0", initial.value_bias, layer)
+        return chains.mix_values(v, v_first, raw, bias)
 
-    def _normed_with_bonus(self, y: Heads, inputs: WKVInputs, layer) -> Activations:
-        """Computes p = norm(y) + u, with the bonus u = (r . (rho * k~)) v of the current token."""
-        r = inputs.r
-        k = inputs.k
-        v = inputs.v
+    def _read_out(
+        self, y: Heads, inputs: WKVInputs, gate: Activations, layer
+    ) -> Activations:
+        """Computes g * p, with p = norm(y) + bonus."""
         sizes = (self.config.num_heads, self.config.head_size)
         rho = self._weight("r_k", initial.constant(-0.04, *sizes), layer)
-        # The bonus is added after the norm, so it keeps its size where y is large.
-        normed = HeadNorm(self.config, name="ln_x")(y, layer)
-        bonus = jnp.sum(r * k * layers.per_channel(rho, r), axis=-1, keepdims=True) * v
-        return (normed + bonus).reshape(*y.shape[:2], self.config.width)
+        norm = HeadNorm(self.config, name="ln_x")(layer)
+        r_k_v = (inputs.r, inputs.k, inputs.v)
+        return chains.read_out(y, r_k_v, gate, rho, norm, self.config.group_norm_eps)
 
     def _heads(self, x: Activations) -> Heads:
         return x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_size)
@@ -324,7 +282,7 @@ class ChannelMix(nn.Module):
         width = self.config.width
         hidden_width = self.config.ffn_width
         x_k = self.param("x_k", initial.ffn_lerp, layer, self.config)
-        mixed = layers.lerp(x, layers.previous_tokens(x, shift, segments), x_k)
+        (mixed,) = chains.token_shift(x, shift, (x_k,), segments)
         grow = Linear(
             self.config, initial.orthogonal(1.0, hidden_width, width), name="key"
         )
@@ -332,7 +290,7 @@ class ChannelMix(nn.Module):
             self.config, initial.constant(0.0, width, hidden_width), name="value"
         )
         # o = relu(x_k W_k)^2 W_v
-        hidden = jnp.square(jax.nn.relu(grow(mixed)))
+        hidden = chains.squared_relu(grow(mixed))
         trace = {"ffn_key_input": mixed, "ffn_hidden": hidden}
         return shrink(hidden), layers.last_token(x, shift, lengths, segments), trace
 

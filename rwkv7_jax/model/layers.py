@@ -157,6 +157,8 @@ def standardise(x: Float[Array, "... N"], eps: float) -> Float[Array, "... N"]:
     return wide * jax.lax.rsqrt(variance + eps)
 
 
+# Only x is stored for the backward pass, in its own dtype.
+@functools.partial(jax.checkpoint, static_argnums=3, prevent_cse=False)
 def layer_norm(
     x: Float[Array, "... D"],
     weight: Float[Array, " D"],

@@ -59,7 +59,7 @@ class _Stored:
 
 
 # Of one layer, by the trained numbers. Counted in the traced gradient.
-_STORED_BY_LAYER = {"weights": _Stored(15, 30), "state": _Stored(12, 13)}
+_STORED_BY_LAYER = {"weights": _Stored(1, 26), "state": _Stored(1, 17)}
 
 # Outside the layers: embedding, the outer norms, the first layer's values.
 _STORED_OUTSIDE = _Stored(4, 4)
@@ -218,7 +218,7 @@ def _layer_bytes(config: RWKV7Config, trained: str, chunk: int) -> float:
         ranks += config.icl_rank + config.value_rank + config.gate_rank
     states = 4 * config.width * config.head_size / chunk
     vectors = _STORED_BY_LAYER[trained].bytes(config)
-    return vectors + config.ffn_width * (size * ffn + 1) + size * ranks + states
+    return vectors + config.ffn_width * size * ffn + size * ranks + states
 
 
 def _cast_bytes(config: RWKV7Config, weight_bytes: float | int) -> int:

@@ -1,0 +1,120 @@
+"""The chains of small operations between the products and the recurrence.
+
+Each keeps its inputs alone for the backward pass, in the activations' dtype, and computes the rest
+again: it is cheap beside the products, and most of it is float32. The equations are in `block`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rwkv7_jax.array_types import Activations, Heads
+from rwkv7_jax.model import layers
+from rwkv7_jax.model.segments import Segments
+
+# Layers are scanned, so that XLA cannot merge what is computed again with the forward pass.
+recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+
+Vector = Float[Array, " D"]
+
+
+def token_shift(
+    x: Activations,
+    before: Float[Array, "S D"],
+    coefficients: tuple[Vector, ...],
+    segments: Segments | None = None,
+) -> tuple[Activations, ...]:
+    """Interpolates between every token and the one before it, by each vector of coefficients."""
+
+    @recomputed
+    def shift(x, before, coefficients):
+        previous = layers.previous_tokens(x, before, segments)
+        return tuple(layers.lerp(x, previous, vector) for vector in coefficients)
+
+    return shift(x, before, coefficients)
+
+
+@recomputed
+def log_decay(raw: Activations, bias: Vector) -> Float[Array, "B T D"]:
+    """Computes log w from the raw decay and its bias, in float32."""
+    return layers.log_decay(_with_bias(raw, bias))
+
+
+@recomputed
+def mix_values(
+    v: Activations, v_first: Activations, raw: Activations, bias: Vector
+) -> Activations:
+    """Moves the values towards layer 0's by nu = sigmoid(raw + bias)."""
+    # Only the gate is computed in float32; the values stay in the activations' dtype.
+    return v + (v_first - v) * jax.nn.sigmoid(_with_bias(raw, bias)).astype(v.dtype)
+
+
+@recomputed
+def removal_and_replacement(
+    k: Activations,
+    raw: Activations,
+    bias: Vector,
+    xi: Float[Array, "H N"],
+    alpha: Vector,
+) -> tuple[Heads, Heads, Heads, Heads]:
+    """Computes k~, -kappa^ and a * kappa^ of all heads, and the in-context learning rate a.
+
+    Args:
+        k: the keys, all channels.
+        raw: of the learning rate.
+        bias: of the learning rate.
+        xi: scale of the removal key; its shape [H N] divides the channels into heads.
+        alpha: strength of the replacement.
+    """
+    icl_rate = jax.nn.sigmoid(_with_bias(raw, bias)).astype(k.dtype)
+    # kappa^ = (k * xi) / |k * xi| for each head, the removal key; k is not yet the one below
+    removal_key = layers.unit_heads(_split(k * layers.per_channel(xi.ravel(), k), xi))
+    # k~ = k * lerp(1, a, alpha), the replacement key
+    k = k * (1 + (icl_rate - 1) * layers.per_channel(alpha, k))
+    icl_rate = _split(icl_rate, xi)
+    return _split(k, xi), -removal_key, removal_key * icl_rate, icl_rate
+
+
+@functools.partial(recomputed, static_argnums=5)
+def read_out(
+    y: Heads,
+    r_k_v: tuple[Heads, Heads, Heads],
+    gate: Activations,
+    rho: Float[Array, "H N"],
+    norm: tuple[Vector, Vector],
+    eps: float,
+) -> Activations:
+    """Computes g * (norm(y) + u), with the bonus u = (r . (rho * k~)) v of the current token.
+
+    Args:
+        y: the recurrence's read-out.
+        r_k_v: the recurrence's inputs.
+        gate: g, all channels.
+        rho: weight of the bonus.
+        norm: weight and bias of the norm of each head.
+        eps: of the norm.
+    """
+    r, k, v = r_k_v
+    # The bonus is added after the norm, so it keeps its size where y is large.
+    normed = layers.group_norm(y, *norm, eps)
+    bonus = jnp.sum(r * k * layers.per_channel(rho, r), axis=-1, keepdims=True) * v
+    return (normed + bonus).reshape(gate.shape) * gate
+
+
+@recomputed
+def squared_relu(x: Float[Array, "... F"]) -> Float[Array, "... F"]:
+    """Computes relu(x)^2."""
+    return jnp.square(jax.nn.relu(x))
+
+
+def _with_bias(raw: Activations, bias: Vector) -> Float[Array, "B T D"]:
+    """Adds a bias in float32."""
+    wide = raw.astype(jnp.float32)
+    return wide + layers.per_channel(bias, wide)
+
+
+def _split(x: Activations, like: Float[Array, "H N"]) -> Heads:
+    """Splits the channels into heads."""
+    return x.reshape(*x.shape[:2], *like.shape)
