@@ -33,9 +33,14 @@ SIZES = (
     (256, 64, "bfloat16"),
     (64, 64, "float32"),
 )
+# The last two are for packed rows; they add little to the others, and one chip shows it.
+KERNELS = ("forward", "backward", "packed forward", "packed backward")
 BATCH = 8
 TOKENS = 4096
 CHANNELS = 2048
+PACKED_CHIP = "v5e"
+# Sequences of a packed row.
+SEQUENCES = 16
 # Attempts to get libtpu, which serves a single process of a machine, three seconds apart.
 ATTEMPTS = 40
 FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=true"
@@ -43,6 +48,14 @@ FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=
 SLOTS = (4, 3, 4, 2, 1, 3, 3, 1, 1, 2)
 # The column of spilled registers.
 SPILLED = 8
+
+
+def cases(chip: str) -> Iterator[tuple[str, tuple[int, int, str]]]:
+    """Yields the kernels and sizes that are compiled for a chip."""
+    for size in SIZES:
+        with_packed = chip == PACKED_CHIP and size == SIZES[0]
+        for kernel in KERNELS if with_packed else KERNELS[:2]:
+            yield kernel, size
 
 
 def _make_program(
@@ -55,7 +68,7 @@ def _make_program(
     """Makes a function of arrays as a model has them, [B T C], and describes its arguments.
 
     Args:
-        kernel: "forward" or "backward".
+        kernel: one of `KERNELS`.
         keys: key channels of a head.
         values: value channels of a head.
         dtype: of the tokens.
@@ -76,6 +89,11 @@ def _make_program(
         b=key_array,
     )
     state = array("float32", BATCH, heads, values, keys)
+    owners = None
+    if kernel.startswith("packed"):
+        state = array("float32", SEQUENCES * BATCH, heads, values, keys)
+        chunk = _choose_layout(keys, values, dtype).chunk
+        owners = array("int32", BATCH, TOKENS // chunk)
 
     def split(arrays):
         return jax.tree.map(lambda x: x.reshape(BATCH, TOKENS, heads, -1), arrays)
@@ -84,18 +102,21 @@ def _make_program(
     def flat(x):
         return x.reshape(BATCH, TOKENS, -1)
 
-    def forward(tokens, state):
-        y, end, starts = pallas_calls.forward_saving(split(tokens), state)
+    def forward(tokens, state, owners):
+        y, end, starts = pallas_calls.forward_saving(split(tokens), state, owners)
         return flat(y), end, starts
 
-    def backward(tokens, starts, dy, dend):
-        grads, dstate = pallas_calls.backward(split(tokens), starts, split(dy), dend)
+    def backward(tokens, starts, dy, dend, owners):
+        grads, dstate = pallas_calls.backward(
+            split(tokens), starts, split(dy), dend, owners
+        )
         return jax.tree.map(flat, grads), dstate
 
-    if kernel == "forward":
-        return forward, (tokens, state)
-    starts = jax.eval_shape(forward, tokens, state)[2]
-    return backward, (tokens, array(starts.dtype, *starts.shape), tokens.v, state)
+    if kernel.endswith("forward"):
+        return forward, (tokens, state, owners)
+    starts = jax.eval_shape(forward, tokens, state, owners)[2]
+    starts = array(starts.dtype, *starts.shape)
+    return backward, (tokens, starts, tokens.v, state, owners)
 
 
 def _choose_layout(keys: int, values: int, dtype: str) -> TileLayout:
@@ -180,10 +201,9 @@ def compile_for_chip(chip: str, folder: str) -> None:
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=abstract)
     sharding = jax.sharding.SingleDeviceSharding(device)
     with jax.sharding.use_abstract_mesh(mesh):
-        for size in SIZES:
-            for kernel in ("forward", "backward"):
-                row = _measure(chip, kernel, size, sharding, Path(folder))
-                print(json.dumps(row), flush=True)
+        for kernel, size in cases(chip):
+            row = _measure(chip, kernel, size, sharding, Path(folder))
+            print(json.dumps(row), flush=True)
 
 
 def _run_process(chip: str) -> str:

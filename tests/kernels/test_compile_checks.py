@@ -21,10 +21,9 @@ TPU, GPU = (
 
 def test_the_tables_hold_every_chip_size_and_kernel():
     kernels = {
-        f"{chip} {passed} {keys}x{values} {dtype}"
+        f"{chip} {kernel} {keys}x{values} {dtype}"
         for chip in tpu_checks.CHIPS
-        for keys, values, dtype in tpu_checks.SIZES
-        for passed in ("forward", "backward")
+        for kernel, (keys, values, dtype) in tpu_checks.cases(chip)
     }
     assert set(TPU) == kernels
     kernels = {

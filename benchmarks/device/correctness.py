@@ -1,0 +1,288 @@
+"""Steps that ask whether the kernels are right on this device: laws, repetitions, sanitizers."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.device.sizes import Rows, Sizes, attempt, kernels, op_of
+from pallas_kernels import bench, dispatch, tiles, tune
+from pallas_kernels.cases import Case, make_inputs
+from rwkv7_jax.reports.system_info import versions
+
+PACKAGES = ("jax", "jaxlib", "jax-triton", "triton", "torch", "fla-core", "rwkv-ops")
+# Largest relative L2 distances to float64: of y and the end state, and of gradients.
+BARS = {"float32": (5e-6, 2e-5), "bfloat16": (5e-3, 8e-3)}
+# Keys that are all the same are hard on bfloat16.
+REPEATED_BAR = 4e-2
+SECONDS_OF_A_COMMAND = 50
+
+
+def card(sizes: Sizes) -> Rows:
+    """Names the device and versions, and measures a copy and a product: the floors of the run."""
+    device = jax.devices()[0]
+    yield {"device": device.device_kind, "versions": versions(PACKAGES)}
+    tool = shutil.which("nvidia-smi")
+    if tool is not None:
+        query = [
+            tool,
+            "--query-gpu=clocks.max.sm,clocks.sm,power.limit",
+            "--format=csv",
+        ]
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30)
+        yield {"nvidia-smi": done.stdout.splitlines()}
+    yield {"copy GB/s": bench.copy_bandwidth(sizes.repeats) / 1e9}
+    side = 256 if sizes.interpret else 8192
+    x = jnp.ones((side, side), jnp.bfloat16)
+    wall, _ = bench.least_ms(
+        functools.partial(jax.jit(jnp.matmul), x, x), repeats=sizes.repeats
+    )
+    yield {"product TFLOP/s": 2 * side**3 / wall / 1e9}
+
+
+def law_cases(sizes: Sizes) -> Iterator[tuple[Case, str]]:
+    """Yields cases and dtypes of tokens, those first that tell most."""
+    keys, values = sizes.heads_of[0]
+    usual = Case(2, 100, 4, keys, values)
+    for dtype, mode in itertools.product(("bfloat16", "float32"), ("real", "repeated")):
+        yield dataclasses.replace(usual, mode=mode), dtype
+    for keys, values in sizes.heads_of[1:]:
+        yield dataclasses.replace(usual, key_size=keys, value_size=values), "bfloat16"
+    for number in sizes.rows_heads:
+        tokens = max(sizes.lengths[0], 1024 if not sizes.interpret else 33)
+        rows = 8 if number % 8 == 0 else 1
+        case = dataclasses.replace(
+            usual, batch=rows, tokens=tokens, heads=number // rows
+        )
+        yield case, "bfloat16"
+    for tokens in sizes.lengths:
+        yield dataclasses.replace(usual, tokens=tokens), "bfloat16"
+    for mode in ("fast", "slow"):
+        yield dataclasses.replace(usual, mode=mode), "bfloat16"
+
+
+def check_law(op: bench.Op, case: Case, dtype: str) -> dict:
+    """Compares y, the end state and all gradients with float64."""
+    inputs, state = make_inputs(case, dtype)
+    arguments = (inputs, state, jnp.sin(inputs.v), jnp.cos(state))
+    true_y, true_end, true_grads = bench.truth(arguments)
+    run = jax.jit(functools.partial(bench.forward_and_gradients, op))
+    y, end, grads = run(*arguments)
+    values = max(bench.relative(y, true_y), bench.relative(end, true_end))
+    worst = max(map(bench.relative, grads, true_grads))
+    most_values, most_grads = BARS[dtype]
+    if (dtype, case.mode) == ("bfloat16", "repeated"):
+        most_grads = REPEATED_BAR
+    # NaN is no larger than a bar, and not at most one either.
+    if not (values <= most_values and worst <= most_grads):
+        raise ArithmeticError(
+            f"wrong: {values:.2g} in values, {worst:.2g} in gradients"
+        )
+    return {"values": values, "gradients": worst}
+
+
+def laws(sizes: Sizes) -> Rows:
+    """Compares the kernels with float64: sizes, lengths, data, numbers of segments, packed rows."""
+    for name in kernels(sizes):
+        op = op_of(name, sizes)
+        for case, dtype in itertools.islice(law_cases(sizes), sizes.laws):
+            row = attempt(functools.partial(check_law, op, case, dtype))
+            yield {
+                "name": name,
+                "case": dataclasses.astuple(case),
+                "dtype": dtype,
+            } | row
+    yield {"name": "packed rows"} | attempt(functools.partial(check_packed, sizes))
+
+
+def check_packed(sizes: Sizes) -> dict:
+    """Compares packed rows with the same tokens in rows of their own; float32."""
+    keys, values = sizes.heads_of[0]
+    inputs, state = make_inputs(Case(4, 50, 2, keys, values))
+    rows = jax.tree.map(lambda x: x.reshape(2, 100, *x.shape[2:]), inputs)
+    ids = jnp.repeat(jnp.arange(2)[None], 2, axis=0).repeat(50, axis=1)
+
+    def gradients(op, inputs):
+        dy = jnp.sin(inputs.v)
+        run = jax.jit(functools.partial(bench.forward_and_gradients, op))
+        return run(inputs, state, dy, jnp.cos(state))
+
+    packed = gradients(op_of("pallas_gpu", sizes, segment_ids=ids), rows)
+    alone = gradients(op_of("pallas_gpu", sizes), inputs)
+    pairs = zip(jax.tree.leaves(packed), jax.tree.leaves(alone), strict=True)
+    worst = max(bench.relative(x.reshape(y.shape), y) for x, y in pairs)
+    if not worst <= 1e-5:
+        raise ArithmeticError(f"wrong: {worst:.2g}")
+    return {"worst": worst}
+
+
+@jax.jit
+def same_bits(left, right) -> jax.Array:
+    """Tells whether two results are equal; NaN equals nothing."""
+    equal = jax.tree.map(lambda x, y: jnp.all(x == y), left, right)
+    return functools.reduce(jnp.logical_and, jax.tree.leaves(equal))
+
+
+def count_varying(run: Callable, repetitions: int) -> dict:
+    """Runs a program again and again, once with free memory full of NaN."""
+    first = jax.block_until_ready(run())
+    varying = sum(not bool(same_bits(first, run())) for _ in range(repetitions))
+    stats = jax.devices()[0].memory_stats() or {}
+    free = stats.get("bytes_limit", 2**24) - stats.get("bytes_in_use", 0)
+    jnp.full(free // 8, jnp.nan, jnp.float32).block_until_ready().delete()
+    varying += not bool(same_bits(first, run()))
+    if varying:
+        raise ArithmeticError(f"{varying} of {repetitions + 1} runs differ")
+    return {"repetitions": repetitions + 1}
+
+
+def repetitions(sizes: Sizes) -> Rows:
+    """Repeats both passes of every kernel and of every neighbour of its tiles, bit for bit."""
+    for dtype, case in itertools.product(("bfloat16", "float32"), sizes.cases[:2]):
+        inputs, state = make_inputs(case, dtype)
+        arguments = (inputs, state, jnp.sin(inputs.v), jnp.cos(state))
+        for name in kernels(sizes):
+            run = jax.jit(
+                functools.partial(bench.forward_and_gradients, op_of(name, sizes))
+            )
+            row = attempt(
+                lambda run=run, arguments=arguments: count_varying(
+                    functools.partial(run, *arguments), sizes.repetitions
+                )
+            )
+            yield {
+                "name": name,
+                "case": dataclasses.astuple(case),
+                "dtype": dtype,
+            } | row
+    case = dataclasses.replace(sizes.cases[0], batch=1)
+    yield from try_tiles(sizes, case, neighbours)
+
+
+def neighbours(choice: tiles.GPU) -> Iterator[tiles.GPU]:
+    """Yields a choice and those that differ from it in one number."""
+    yield choice
+    for kernel in ("forward", "state", "gradients"):
+        tile = getattr(choice, kernel)
+        for field, numbers in (
+            ("warps", (4, 8)),
+            ("stages", (1, 2)),
+            ("values", (32,)),
+        ):
+            # The gradients' kernel has no loop, and takes all value rows.
+            if kernel == "gradients" and field != "warps":
+                continue
+            for number in numbers:
+                if number != getattr(tile, field):
+                    changed = tile._replace(**{field: number})
+                    yield choice._replace(**{kernel: changed})
+    for chunk in dispatch.GPU_CHUNKS:
+        if chunk != choice.chunk:
+            yield choice._replace(chunk=chunk)
+
+
+def table_choice(name: str, case: Case, sizes: Sizes) -> tiles.GPU:
+    """Returns the table's tiles for a case in bfloat16."""
+    capability = None if sizes.interpret else tiles.capability()
+    table = dispatch.GPU_TABLES[name]
+    return tiles.for_gpu(table, case.key_size, case.value_size, "bfloat16", capability)
+
+
+def try_tiles(sizes: Sizes, case: Case, choices: Callable) -> Rows:
+    """Checks, repeats and times tiles, each in a process of its own."""
+    for name in kernels(sizes):
+        around = list(choices(table_choice(name, case, sizes)))
+        for choice in around[:1] if sizes.interpret else around:
+            row: dict = {"name": name, "choice": choice}
+            for backward in (False, True):
+                candidate = tune.Candidate(
+                    name,
+                    case,
+                    "bfloat16",
+                    choice,
+                    backward,
+                    sizes.repeats,
+                    sizes.interpret,
+                    sizes.repetitions,
+                )
+                wall, reason = tune.run_apart(candidate)
+                passed = "backward ms" if backward else "forward ms"
+                row[passed] = wall if math.isfinite(wall) else None
+                if reason:
+                    row["result"] = f"failed: {passed[:-3]}: {reason}"
+            yield {"result": "ok"} | row
+
+
+def neighbouring_tiles(sizes: Sizes) -> Rows:
+    """Times the tiles next to the table's, with the usual case."""
+    yield from try_tiles(sizes, sizes.cases[0], neighbours)
+
+
+def large(sizes: Sizes) -> Rows:
+    """Runs arrays of more than 2^31 numbers, whose rows are the same, and a very long row."""
+    tokens = 64 if sizes.interpret else 4096
+    keys, values = sizes.heads_of[0]
+    heads = 1 if sizes.interpret else 32
+    inputs, state = make_inputs(Case(1, tokens, heads, keys, values), "bfloat16")
+
+    def many(name):
+        op = jax.jit(op_of(name, sizes))
+        full = jax.tree.map(lambda x: jnp.repeat(x, sizes.copies, axis=0), inputs)
+        y, _ = op(full, jnp.repeat(state, sizes.copies, axis=0))
+        if not bool(jnp.all(y == y[:1])):
+            raise ArithmeticError("wrong: rows of the same tokens differ")
+        return {"numbers": full.r.size}
+
+    def long(name):
+        repeated = jax.tree.map(
+            lambda x: jnp.tile(x[:, :, :1], (1, sizes.copies, 1, 1)), inputs
+        )
+        run = jax.jit(op_of(name, sizes))
+        y, end = run(repeated, state[:, :1])
+        half = repeated.r.shape[1] // 2
+        _, middle = run(jax.tree.map(lambda x: x[:, :half], repeated), state[:, :1])
+        _, again = run(jax.tree.map(lambda x: x[:, half:], repeated), middle)
+        distance = bench.relative(again, end)
+        if not (distance <= BARS["bfloat16"][0] and bool(jnp.isfinite(y).all())):
+            raise ArithmeticError(f"wrong: {distance:.2g} after cutting")
+        return {"tokens": repeated.r.shape[1]}
+
+    for name, run in itertools.product(kernels(sizes), (many, long)):
+        yield {"name": name, "what": run.__name__} | attempt(
+            functools.partial(run, name)
+        )
+
+
+def sanitizer(sizes: Sizes) -> Rows:
+    """Runs a small law under NVIDIA's checks of memory and races."""
+    tool = shutil.which("compute-sanitizer")
+    program = [sys.executable, "-m", "benchmarks.device", "small"]
+    for check in ("memcheck", "racecheck"):
+        if tool is None:
+            yield {"check": check, "result": "not installed: compute-sanitizer"}
+            continue
+        command = [tool, "--tool", check, "--error-exitcode", "9", *program]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=SECONDS_OF_A_COMMAND
+        )
+        last = (done.stdout.strip().splitlines() or [""])[-1]
+        yield {
+            "check": check,
+            "result": f"failed: {last}" if done.returncode else "ok",
+        }
+
+
+def small(sizes: Sizes) -> Rows:
+    """Runs every kernel once, for `sanitizer`."""
+    for name in kernels(sizes):
+        case = Case(1, 128, 2)
+        yield {"name": name} | attempt(
+            functools.partial(check_law, op_of(name, sizes), case, "bfloat16")
+        )

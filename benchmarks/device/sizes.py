@@ -1,0 +1,128 @@
+"""How large the steps of a run on a device are, and the kernels that they try."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from jaxtyping import Array
+
+from benchmarks import peers_gpu
+from pallas_kernels import bench, dispatch, wkv7
+from pallas_kernels.cases import Case
+from pallas_kernels.reference import State, WKVInputs
+
+Rows = Iterator[dict]
+
+
+class Sizes(NamedTuple):
+    """How large the steps are.
+
+    Attributes:
+        interpret: run kernels in Pallas's interpreter.
+        laws: most cases of the laws for each kernel.
+        heads_of: sizes of heads (Nk, Nv) in the laws; the first is the usual one.
+        lengths: tokens in the laws.
+        rows_heads: products of rows and heads in the laws, which choose the number of segments.
+        repetitions: runs that must agree bit for bit.
+        copies: copies of a row in one large call.
+        cases: of the times, the usual one first.
+        segments: numbers of segments that are forced.
+        model: entries of the vocabulary, layers and width of the model.
+        length: tokens of a row in training.
+        batches: rows in training.
+        remats: recomputations in training.
+        decoded: rows in decoding.
+        prompts: tokens of prompts.
+        repeats: measurements, of which the least counts.
+    """
+
+    interpret: bool
+    laws: int
+    heads_of: tuple[tuple[int, int], ...]
+    lengths: tuple[int, ...]
+    rows_heads: tuple[int, ...]
+    repetitions: int
+    copies: int
+    cases: tuple[Case, ...]
+    segments: tuple[int, ...]
+    model: tuple[int, int, int]
+    length: int
+    batches: tuple[int, ...]
+    remats: tuple[str, ...]
+    decoded: tuple[int, ...]
+    prompts: tuple[int, ...]
+    repeats: int
+
+
+DEVICE = Sizes(
+    interpret=False,
+    laws=100,
+    heads_of=((64, 64), (128, 128), (256, 64), (32, 64)),
+    lengths=(1, 5, 31, 32, 33, 64, 96, 1024, 4097),
+    rows_heads=(1, 8, 32, 96, 128, 256),
+    repetitions=50,
+    copies=256,
+    cases=(
+        Case(8, 4096, 32),
+        Case(8, 4096, 16),
+        Case(1, 4096, 32),
+        Case(1, 32768, 16),
+        Case(8, 4096, 16, 128, 128),
+        Case(64, 512, 16),
+    ),
+    segments=(1, 2, 4, 8, 16),
+    model=(65536, 24, 1024),
+    length=4096,
+    batches=(1, 4, 8),
+    remats=("none", "block"),
+    decoded=(1, 8, 32, 128, 512),
+    prompts=(16, 128, 1024, 16384),
+    repeats=5,
+)
+REHEARSAL = Sizes(
+    interpret=True,
+    laws=2,
+    heads_of=((32, 32),),
+    lengths=(33,),
+    rows_heads=(2,),
+    repetitions=2,
+    copies=2,
+    cases=(Case(1, 64, 1, 32, 32),),
+    segments=(1, 2),
+    model=(64, 2, 64),
+    length=32,
+    batches=(1,),
+    remats=("none",),
+    decoded=(1, 2),
+    prompts=(8,),
+    repeats=1,
+)
+
+
+def kernels(sizes: Sizes) -> list[str]:
+    """Lists the GPU kernels that run here, the usual one first."""
+    if sizes.interpret:
+        return ["pallas_gpu"]
+    return [name for name in dispatch.GPU_TABLES if name in dispatch.available()]
+
+
+def op_of(name: str | None, sizes: Sizes, **options) -> bench.Op:
+    """Returns the op of one implementation."""
+    is_kernel = name in dispatch.PLATFORMS
+
+    def op(inputs: WKVInputs, state: State) -> tuple[Array, State]:
+        return wkv7(
+            *inputs,
+            state,
+            implementation=name,
+            interpret=sizes.interpret and is_kernel,
+            **options,
+        )
+
+    return op
+
+
+def attempt(run: Callable[[], dict]) -> dict:
+    """Returns what `run` returns with its result "ok", or the reason why it has none."""
+    row = peers_gpu.attempt(run)
+    result = row.pop("status")
+    return {"result": result} | row

@@ -1,0 +1,228 @@
+"""Everything that only a lent NVIDIA GPU can answer, in three calls of nine minutes.
+
+    python -m benchmarks.device_run --call 1 --out FILE    # is it right?
+    python -m benchmarks.device_run --call 2 --out FILE    # how fast is the op?
+    python -m benchmarks.device_run --call 3 --out FILE    # what does a user get?
+    python -m benchmarks.device_run --rehearse [--out FILE]
+
+Each step is a process with a time limit of its own, and each result is one line of JSON that is
+written at once: a crash, an illegal access or a full memory loses that step alone, and what it had
+found until then stays. Steps come in the order of their worth; one that the call has no time left
+for is written down as skipped. Lines of earlier calls in FILE are kept.
+
+`--rehearse` runs all steps on a CPU, at tiny sizes and with the kernels in Pallas's interpreter, so
+that the program is known to work before a GPU is paid for. Its times mean nothing. It exits 1 where
+a step fails.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Step(NamedTuple):
+    """One process.
+
+    Attributes:
+        name: as `python -m benchmarks.device` takes it.
+        call: the call that it belongs to.
+        seconds: its time limit.
+    """
+
+    name: str
+    call: int
+    seconds: int
+
+
+STEPS = (
+    Step("card", 1, 60),
+    Step("laws", 1, 240),
+    Step("repetitions", 1, 150),
+    Step("large", 1, 60),
+    Step("sanitizer", 1, 60),
+    Step("times", 2, 260),
+    Step("tiles", 2, 150),
+    Step("segments", 2, 80),
+    Step("float32", 2, 60),
+    Step("training", 3, 300),
+    Step("decoding", 3, 150),
+    Step("prefill", 3, 90),
+)
+CALL_SECONDS = 9 * 60
+# What a step must have left to be worth a start.
+LEAST_SECONDS = 15
+REHEARSAL_SECONDS = 300
+
+
+def card() -> str:
+    """Names the GPU of this machine, or "cpu"; without loading JAX, which would hold its memory."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "cpu"
+    query = [tool, "--query-gpu=name", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    return (done.stdout.strip().splitlines() or ["cpu"])[0]
+
+
+class Record:
+    """The file of results, to which every line is written at once."""
+
+    def __init__(self, path: Path, **common):
+        """Keeps the path.
+
+        Args:
+            path: of the file, which may have lines already.
+            **common: what every line says.
+        """
+        self._path = path
+        self._common = common
+
+    def write(self, step: str, row: dict) -> None:
+        """Writes a line and shows it."""
+        line = json.dumps({"step": step, **self._common, **row})
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        print(line, flush=True)
+
+
+def command_of(step: Step, *, rehearse: bool) -> list[str]:
+    """Returns the command that runs a step."""
+    command = [sys.executable, "-m", "benchmarks.device", step.name]
+    return [*command, "--rehearse"] if rehearse else command
+
+
+def run_step(name: str, command: list[str], record: Record, seconds: float) -> str:
+    """Runs a step, writes its lines, and returns its status: "ok", "failed" or "time limit".
+
+    Args:
+        name: of the step.
+        command: what to run.
+        record: where its lines go.
+        seconds: its time limit.
+    """
+    began = time.monotonic()
+    is_late = threading.Event()
+    errors: list[str] = []
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Steps have children of their own that need memory of the GPU next to theirs.
+        env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        start_new_session=True,
+    ) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+
+        def stop() -> None:
+            is_late.set()
+            # With its children, which hold the GPU as well.
+            os.killpg(child.pid, signal.SIGKILL)
+
+        timer = threading.Timer(seconds, stop)
+        timer.start()
+        # Read apart, or a child with much to say there would wait for ever.
+        reader = threading.Thread(target=errors.extend, args=(child.stderr,))
+        reader.start()
+        failures = _copy_lines(child.stdout, name, record)
+        code = child.wait()
+        timer.cancel()
+        reader.join()
+    status = "failed" if code or failures else "ok"
+    row: dict = {"status": "time limit" if is_late.is_set() else status}
+    row["seconds"] = round(time.monotonic() - began, 1)
+    if code and not is_late.is_set():
+        row["exit code"] = code
+        row["error"] = "".join(errors[-20:])[-2000:]
+    record.write(name, row)
+    return row["status"]
+
+
+def _copy_lines(lines: Iterable[str], name: str, record: Record) -> int:
+    """Writes the lines of a step as they come, and counts those that report a failure."""
+    failures = 0
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        # Compilers and libraries print other things.
+        if not isinstance(row, dict):
+            print(line, end="", file=sys.stderr)
+            continue
+        failures += str(row.get("result", "")).startswith("failed")
+        record.write(name, row)
+    return failures
+
+
+def run_steps(
+    steps: list[Step], record: Record, *, total_seconds: float, rehearse: bool
+) -> dict[str, str]:
+    """Runs steps until the time is over; returns the status of each."""
+    end = time.monotonic() + total_seconds
+    statuses = {}
+    for step in steps:
+        seconds = min(step.seconds, end - time.monotonic())
+        if seconds < LEAST_SECONDS:
+            statuses[step.name] = "skipped"
+            record.write(step.name, {"status": "skipped"})
+            continue
+        command = command_of(step, rehearse=rehearse)
+        statuses[step.name] = run_step(step.name, command, record, seconds)
+    return statuses
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one call, some named steps, or a rehearsal of all.
+
+    Raises:
+        SystemExit: wrong arguments, no GPU, or a step of a rehearsal that is not "ok".
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.device_run")
+    parser.add_argument("--call", type=int, choices=(1, 2, 3))
+    names = [step.name for step in STEPS]
+    parser.add_argument("--steps", nargs="+", choices=names, metavar="STEP")
+    parser.add_argument("--rehearse", action="store_true", help="tiny, on a CPU")
+    parser.add_argument("--out", type=Path, default=Path("device.jsonl"))
+    parser.add_argument("--seconds", type=float, help="of all steps together")
+    flags = parser.parse_args(arguments)
+    if not (flags.call or flags.steps or flags.rehearse):
+        parser.error("name a --call, --steps, or --rehearse")
+    name = card()
+    if name == "cpu" and not flags.rehearse:
+        raise SystemExit("device_run: there is no NVIDIA GPU here; use --rehearse.")
+    wanted = flags.steps or names
+    steps = [
+        step
+        for step in STEPS
+        if step.name in wanted and flags.call in (None, step.call)
+    ]
+    budget = REHEARSAL_SECONDS if flags.rehearse else CALL_SECONDS
+    if flags.rehearse:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    record = Record(flags.out, card=name, call=flags.call, rehearsal=flags.rehearse)
+    statuses = run_steps(
+        steps,
+        record,
+        total_seconds=flags.seconds or budget,
+        rehearse=flags.rehearse,
+    )
+    print("  ".join(f"{name}: {status}" for name, status in statuses.items()))
+    if flags.rehearse and set(statuses.values()) != {"ok"}:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

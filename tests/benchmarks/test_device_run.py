@@ -1,0 +1,85 @@
+"""The driver of a run on a lent device: what is lost, and what is kept, where a step goes wrong."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import device_run
+
+FOUND = "print('{\"x\": 1}', flush=True); "
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(path, code, seconds=60.0):
+    record = device_run.Record(path, card="none")
+    return device_run.run_step("a", [sys.executable, "-c", code], record, seconds)
+
+
+def test_a_step_that_ends_leaves_its_lines_and_a_status(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"older": true}\n')
+    assert run(path, FOUND + "print('a compiler speaks')") == "ok"
+    older, found, status = lines(path)
+    assert older == {"older": True}
+    assert found == {"step": "a", "card": "none", "x": 1}
+    assert status["status"] == "ok"
+
+
+def test_a_crash_loses_the_step_and_keeps_what_it_had_found(tmp_path):
+    code = (
+        FOUND + "import os, sys; print('why', file=sys.stderr, flush=True); os.abort()"
+    )
+    assert run(tmp_path / "x.jsonl", code) == "failed"
+    found, status = lines(tmp_path / "x.jsonl")
+    assert found["x"] == 1
+    assert status["exit code"] != 0
+    assert "why" in status["error"]
+
+
+def test_a_step_that_hangs_ends_at_its_time_limit_with_its_children(tmp_path):
+    sleep = "[sys.executable, '-c', 'import time; time.sleep(600)']"
+    code = FOUND + f"import subprocess, sys; subprocess.run({sleep})"
+    assert run(tmp_path / "x.jsonl", code, seconds=3.0) == "time limit"
+    found, status = lines(tmp_path / "x.jsonl")
+    assert found["x"] == 1
+    assert status["seconds"] < 30
+
+
+def test_a_result_that_failed_makes_the_step_failed(tmp_path):
+    code = 'print(\'{"result": "failed: wrong"}\')'
+    assert run(tmp_path / "x.jsonl", code) == "failed"
+
+
+def test_steps_that_no_time_is_left_for_are_written_as_skipped(tmp_path):
+    record = device_run.Record(tmp_path / "x.jsonl", card="none")
+    steps = list(device_run.STEPS[:2])
+    statuses = device_run.run_steps(steps, record, total_seconds=1.0, rehearse=True)
+    assert set(statuses.values()) == {"skipped"}
+    assert [line["step"] for line in lines(tmp_path / "x.jsonl")] == ["card", "laws"]
+
+
+def test_the_steps_of_each_call_fit_into_it():
+    for call in (1, 2, 3):
+        seconds = [step.seconds for step in device_run.STEPS if step.call == call]
+        # The last one may be cut short.
+        assert sum(seconds[:-1]) <= device_run.CALL_SECONDS
+
+
+def test_without_a_gpu_only_a_rehearsal_runs(monkeypatch):
+    monkeypatch.setattr(device_run, "card", lambda: "cpu")
+    with pytest.raises(SystemExit, match="there is no NVIDIA GPU here; use --rehearse"):
+        device_run.main(["--call", "1"])
+
+
+@pytest.mark.slow
+def test_the_rehearsal_runs_every_step(tmp_path):
+    path = tmp_path / "x.jsonl"
+    device_run.main(["--rehearse", "--out", str(path), "--seconds", "900"])
+    statuses = {
+        line["step"]: line["status"] for line in lines(path) if "status" in line
+    }
+    assert statuses == dict.fromkeys((step.name for step in device_run.STEPS), "ok")
