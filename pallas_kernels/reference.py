@@ -47,14 +47,25 @@ def step(state: State, token: WKVInputs) -> tuple[State, Float[Array, "B H Nv"]]
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_numpy.py:39-40; cuda/rwkv7_clampw.cu:48-63.
     """
-    r, log_w, k, v, a, b = token
-    removed = jnp.einsum("bhvk,bhk->bhv", state, a, precision="highest")
+    return update(state, token, read(state, token.a))
+
+
+def read(state: State, key: Float[Array, "B H Nk"]) -> Float[Array, "B H Nv"]:
+    """Computes what a state holds under a key, S key."""
+    return jnp.einsum("bhvk,bhk->bhv", state, key, precision="highest")
+
+
+def update(
+    state: State, token: WKVInputs, removed: Float[Array, "B H Nv"]
+) -> tuple[State, Float[Array, "B H Nv"]]:
+    """Computes what `step` does, from what the old state holds under the removal key."""
+    r, log_w, k, v, _, b = token
     state = (
         state * jnp.exp(log_w)[:, :, None, :]
         + removed[..., None] * b[:, :, None, :]
         + v[..., None] * k[:, :, None, :]
     )
-    return state, jnp.einsum("bhvk,bhk->bhv", state, r, precision="highest")
+    return state, read(state, r)
 
 
 def wkv7_reference(

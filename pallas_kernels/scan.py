@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import packed_rows, tiles
+from pallas_kernels import packed_rows, platforms, tiles
 from pallas_kernels.packed_rows import Owners
-from pallas_kernels.reference import State, WKVInputs, step
+from pallas_kernels.reference import State, WKVInputs, read, step, update
 
 Starts = Float[Array, "C B H Nv Nk"]
 
@@ -32,6 +32,8 @@ def forward(
     if owners is not None:
         y, end, _ = forward_saving(inputs, state, owners, chunk=chunk)
         return y, end
+    if inputs.r.shape[1] == 1:
+        return _forward_one(inputs, state)
 
     def read_token(state, place):
         token = jax.tree.map(
@@ -42,6 +44,20 @@ def forward(
     v = inputs.v
     end, y = jax.lax.scan(read_token, state, jnp.arange(v.shape[1]))
     return jnp.moveaxis(y, 0, 1).astype(v.dtype), end
+
+
+def _forward_one(
+    inputs: WKVInputs, state: State
+) -> tuple[Float[Array, "B 1 H Nv"], State]:
+    """Runs a single token, as decoding does."""
+    token = jax.tree.map(lambda x: x[:, 0].astype(state.dtype), inputs)
+    removed = read(state, token.a)
+    if platforms.target_platform() != "cpu":
+        # In one kernel with the sum over the old state, XLA cannot write the new state in its place
+        # and copies it.
+        removed = jax.lax.optimization_barrier(removed)
+    end, y = update(state, token, removed)
+    return y[:, None].astype(inputs.v.dtype), end
 
 
 def split(x: Float[Array, "B T H N"], chunk: int) -> Float[Array, "C L B H N"]:
@@ -92,9 +108,8 @@ def _step_backward(dstate: State, saved) -> tuple[State, WKVInputs]:
     """
     token, dy, before = saved
     r, log_w, k, v, a, b = token
-    # [B H Nv]; also needed for b's gradient, so it is not taken out of `step`.
-    removed = jnp.einsum("bhvk,bhk->bhv", before, a, precision="highest")
-    after, _ = step(before, token)
+    removed = read(before, a)
+    after, _ = update(before, token, removed)
     dr = jnp.einsum("bhvk,bhv->bhk", after, dy, precision="highest")
     # From here on the gradient of the state after the token, which y = S r has read.
     dstate = dstate + dy[..., None] * r[:, :, None, :]
