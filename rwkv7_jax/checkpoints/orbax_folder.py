@@ -122,14 +122,15 @@ def describe_orbax(folder: Path) -> tuple[RWKV7Config, str]:
     card = read_json(path)
     config = _config_of(card, path)
     with import_orbax().StandardCheckpointer() as checkpointer:
-        tree = _name_damage(functools.partial(_read_list, checkpointer, folder), folder)
+        arrays = folder / _ARRAYS
+        tree = _name_damage(functools.partial(_read_list, checkpointer, arrays), folder)
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(tree)]
     return config, str(functools.reduce(jnp.promote_types, dtypes))
 
 
-def _read_list(checkpointer: Any, folder: Path) -> Any:
-    """Reads the tree of what is known of each array of a folder."""
-    stored = checkpointer.metadata(folder / _ARRAYS).item_metadata
+def _read_list(checkpointer: Any, arrays: Path) -> Any:
+    """Reads the tree of what is known of each array that Orbax wrote to a folder."""
+    stored = checkpointer.metadata(arrays).item_metadata
     if stored is None:
         raise ValueError("its list of arrays cannot be read")
     return stored.tree
@@ -160,7 +161,7 @@ def _restore(
         return checkpointer.restore(arrays, on_device(tree))
 
     with import_orbax().StandardCheckpointer() as checkpointer:
-        tree = _name_damage(functools.partial(_read_list, checkpointer, folder), folder)
+        tree = _name_damage(functools.partial(_read_list, checkpointer, arrays), folder)
         if not may_narrow:
             for place, leaf in jax.tree_util.tree_leaves_with_path(tree):
                 require_kept(leaf.dtype, jax.tree_util.keystr(place), str(folder))
