@@ -1,0 +1,356 @@
+"""Grade-school maths: what each way of tuning a model is worth on reference answers of GSM8K.
+
+    python -m benchmarks.gsm8k_bits --train train.jsonl --test test.jsonl \
+        --json benchmarks/results/cpu-gsm8k-bits.json
+
+The files are those of github.com/openai/grade-school-math; they are read where they lie. Rows are
+the base, the base after it has read all that tuning reads, a start state, an upscaled state with
+DBP, low-rank changes (LoRA) of as many numbers as each of the two, and all weights. Each method's
+rate is found by the same search, on training questions that are kept for it. Columns are bits per
+byte of reference answers; how many answers that the model writes end in "#### number", how many of
+their annotations <<sum=result>> hold, how many are right; and bits per byte of the base's own text.
+All rows answer the same questions, so differences from the base are paired. Cells are cached.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import optax
+
+import rwkv7_jax as rwkv
+from benchmarks import record, text_table
+from benchmarks.gsm8k import Subject, judged
+from benchmarks.lab import ASSETS
+from benchmarks.paper_table import Cells
+from benchmarks.rate_search import schedule
+from rwkv7_jax.data.batch import Batch
+from rwkv7_jax.evaluation.task_scores import QuestionScores
+from rwkv7_jax.generation.prefill import prefill_state
+from rwkv7_jax.training.stacked_step import (
+    create_stack,
+    make_stacked_step,
+    params_of,
+    stack_params,
+)
+from rwkv7_jax.tuning.rate_search import LEAST_STEPS, find_rate
+from rwkv7_jax.tuning.read_statistics import state_statistics
+from rwkv7_jax.tuning.state_tuning import trainable_mask
+
+START = "start state"
+UPSCALED = "upscaled, raw, DBP"
+SMALL_LORA = "LoRA as the start state"
+LORA = "LoRA as the upscaled state"
+WEIGHTS = "all weights"
+METHODS = (START, UPSCALED, SMALL_LORA, LORA, WEIGHTS)
+# The same for every method. States want large rates and weights small ones.
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
+
+PROMPT = "base after a prompt of all training rows"
+
+
+class Method(NamedTuple):
+    """A way of tuning.
+
+    Attributes:
+        start: from a seed to what is tuned.
+        loss: of it and a batch.
+        tx: an optimizer whose learning rate is 1 at its highest, from a number of steps.
+        use: from what was tuned to weights and a start state.
+        size: the numbers that are tuned.
+        statistics: for DBP; None without it.
+    """
+
+    start: Callable[[int], Any]
+    loss: Any
+    tx: Callable[[int], optax.GradientTransformation]
+    use: Callable[[Any], tuple[Any, Any]]
+    size: int
+    statistics: Any = None
+
+
+def count(tree: Any) -> int:
+    """Counts the numbers in a tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def state_method(kind: str, subject: Subject) -> Method:
+    """Makes the method that tunes a start state, or an upscaled one."""
+    model = subject.model
+    params = subject.params
+    leaves = text_table.leaves_of(kind)
+
+    def start(seed: int) -> Any:
+        if kind == START:
+            return rwkv.init_state(subject.config)
+        prepare, widths, _ = text_table.UPSCALED[kind]
+        shown = subject.batch(subject.training[: 12 * subject.rows]).tokens[:, :-1]
+        return rwkv.upscale(
+            model, params, shown, prepare=prepare, widths=widths, seed=seed
+        )
+
+    first = start(0)
+    mask = jax.tree.leaves(trainable_mask(first, leaves))
+    pairs = zip(jax.tree.leaves(first), mask, strict=True)
+    statistics = None
+    if text_table.is_online(kind):
+        statistics = state_statistics(model, params, leaves=leaves, rows=4)
+    return Method(
+        start,
+        rwkv.state_loss(model, params, leaves=leaves),
+        lambda steps: text_table.optimizer_of(kind, schedule(steps)),
+        lambda tuned: (params, tuned),
+        sum(leaf.size for leaf, is_tuned in pairs if is_tuned),
+        statistics,
+    )
+
+
+def low_rank_method(size: int, subject: Subject) -> Method:
+    """Makes the method that tunes low-rank changes of at most so many numbers, rank 1 at least."""
+    params = subject.params
+    each = count(text_table.low_rank_changes(params, 1, 0))
+    rank = max(size // each, 1)
+    zero = rwkv.init_state(subject.config)
+    whole = rwkv.pretrain_loss(subject.model, l2wrap=0.0)
+
+    def loss(params, changes, rows):
+        return whole(text_table.with_low_rank(params, changes), rows)
+
+    return Method(
+        lambda seed: text_table.low_rank_changes(params, rank, seed),
+        jax.tree_util.Partial(loss, params),
+        lambda steps: text_table.optimizer_of("LoRA", schedule(steps)),
+        lambda tuned: (text_table.with_low_rank(params, tuned), zero),
+        rank * each,
+    )
+
+
+def method(kind: str, subject: Subject) -> Method:
+    """Makes a method by the name of its row."""
+    if kind in (START, UPSCALED):
+        return state_method(kind, subject)
+    if kind in (SMALL_LORA, LORA):
+        like = START if kind == SMALL_LORA else UPSCALED
+        return low_rank_method(state_method(like, subject).size, subject)
+    zero = rwkv.init_state(subject.config)
+    return Method(
+        lambda seed: subject.params,
+        rwkv.pretrain_loss(subject.model, l2wrap=0.0),
+        lambda steps: text_table.optimizer_of(WEIGHTS, schedule(steps)),
+        lambda tuned: (tuned, zero),
+        count(subject.params),
+    )
+
+
+def searched(tuned: Method, subject: Subject) -> dict[str, Any]:
+    """Finds a method's rate: all rates on one row a step, judged on questions of their own."""
+    steps = max(subject.steps // 4, LEAST_STEPS)
+
+    def batches() -> Iterator[Batch]:
+        for step in itertools.count():
+            yield subject.batch(subject.training_rows(step, 0)[:1])
+
+    choice = find_rate(
+        tuned.loss,
+        tuned.tx(steps),
+        tuned.start(0),
+        batches(),
+        lambda found: subject.judge(*tuned.use(found)),
+        steps=steps,
+        rates=RATES,
+        statistics=tuned.statistics,
+    )
+    return {
+        "rate": choice.rate,
+        "edge": choice.edge,
+        "untuned": choice.base,
+        "losses": {str(rate): loss for rate, loss in choice.losses.items()},
+    }
+
+
+def tuned_rows(
+    one: Method, subject: Subject, rate: float, seeds: int
+) -> list[dict[str, Any]]:
+    """Tunes with every seed, all of them as one stack, and measures each."""
+    tx = one.tx(subject.steps)
+    step = make_stacked_step(
+        one.loss, tx, np.full(seeds, rate), statistics=one.statistics
+    )
+    starts = [one.start(seed) for seed in range(seeds)]
+    train = create_stack(stack_params(starts), tx)
+    for number in range(subject.steps):
+        questions = []
+        for seed in range(seeds):
+            questions += subject.training_rows(number, seed)
+        train, _ = step(train, subject.batch(questions))
+    found = []
+    for seed in range(seeds):
+        found.append(subject.measure(*one.use(params_of(train.params, seed))))
+    return found
+
+
+def prompted(subject: Subject, seed: int) -> dict[str, Any]:
+    """Measures the base after it has read all rows that tuning with this seed reads."""
+    ids: list[int] = []
+    for step in range(subject.steps):
+        for one in subject.training_rows(step, seed):
+            ids += [*one.prompt, *one.completion]
+    state = prefill_state(subject.model, subject.params, np.asarray(ids))
+    return subject.measure(subject.params, state) | {"prompt_ids": len(ids)}
+
+
+def column(rows: Sequence[dict[str, Any]], name: str) -> list[QuestionScores]:
+    """Gives one column of a row's seeds, question by question."""
+    scores = []
+    for row in rows:
+        totals = np.asarray(row["bits" if name == "bits_per_byte" else name], float)
+        weights = np.ones(len(totals))
+        if name == "bits_per_byte":
+            weights = np.asarray(row["bytes"], float)
+        questions = tuple(str(number) for number in range(len(totals)))
+        scores.append(QuestionScores(totals, weights, questions))
+    return scores
+
+
+def summary(
+    rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Gives a row's columns: means over seeds, their range, and paired differences."""
+    found: dict[str, Any] = {}
+    for name in ("bits_per_byte", "well_formed", "right"):
+        scores = column(rows, name)
+        (first,) = column(base, name)
+        values = [one.value for one in scores]
+        # The mean of the seeds, so that the error is that of the questions.
+        totals = np.mean([one.totals for one in scores], axis=0)
+        mean = dataclasses.replace(scores[0], totals=totals)
+        difference, error = mean.difference(first)
+        found[name] = {
+            "value": float(np.mean(values)),
+            "by_seed": values,
+            "difference": difference,
+            "difference_error": error,
+        }
+    written = sum(row["annotations"] for row in rows)
+    held = sum(row["annotations_that_hold"] for row in rows)
+    found["annotations"] = {"written": written, "hold": held}
+    found["own_text"] = float(np.mean([row["own_text"] for row in rows]))
+    return found
+
+
+def line(name: str, found: dict[str, Any]) -> str:
+    """Formats a row."""
+    bits = found["bits_per_byte"]
+    spread = ", ".join(f"{value:.3f}" for value in bits["by_seed"])
+    notes = found["annotations"]
+    return (
+        f"{name:42}{bits['value']:7.3f} ({spread})  {bits['difference']:+.3f} "
+        f"+-{bits['difference_error']:.3f}  #### {found['well_formed']['value']:.2f}  "
+        f"<<>> {notes['hold']}/{notes['written']}  right {found['right']['value']:.3f}  "
+        f"own text {found['own_text']:.3f}"
+    )
+
+
+def table(
+    subject: Subject, cells: Cells, label: str, *, seeds: int, kinds: Sequence[str]
+) -> dict[str, Any]:
+    """Computes and prints all rows."""
+
+    def cell(name: str, make: Callable[[], Any]) -> Any:
+        return cells.get(f"{name} | {label}", make)
+
+    zero = rwkv.init_state(subject.config)
+    base = [cell("base", lambda: subject.measure(subject.params, zero))["found"]]
+    prompts = []
+    for seed in range(seeds):
+        make = functools.partial(prompted, subject, seed)
+        prompts.append(cell(f"{PROMPT} | {seed}", make)["found"])
+    references = judged([one.answer for one in subject.measured])
+    report = {
+        "base": summary(base, base),
+        PROMPT: summary(prompts, base) | {"prompt_ids": prompts[0]["prompt_ids"]},
+        "reference answers": {
+            "well_formed": float(np.mean(references["well_formed"])),
+            "annotations": references["annotations"],
+            "annotations_that_hold": references["annotations_that_hold"],
+        },
+    }
+    for name in ("base", PROMPT):
+        print(line(name, report[name]), flush=True)
+    print(f"{'reference answers':42}{report['reference answers']}", flush=True)
+    for kind in kinds:
+        one = method(kind, subject)
+        search = cell(f"{kind} | search", functools.partial(searched, one, subject))
+        found = search["found"]
+        rate = found["rate"]
+        report[kind] = {"numbers": one.size, "search": found}
+        if rate is None:
+            print(f"{kind:42} no rate of the list is better than the base")
+            continue
+        make = functools.partial(tuned_rows, one, subject, rate, seeds)
+        runs = cell(f"{kind} | {rate} | {seeds}", make)
+        seconds = {"search": search["seconds"], "runs": runs["seconds"]}
+        report[kind] |= {**summary(runs["found"], base), "seconds": seconds}
+        edge = f" (the {found['edge']} tried)" if found["edge"] else ""
+        name = f"{kind}, {one.size:,} at {rate:g}{edge}"
+        print(line(name, report[kind]), flush=True)
+    return report
+
+
+def main() -> None:
+    """Runs the table, prints it, and writes JSON where asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--train", required=True, help="train.jsonl of GSM8K, or a file of its form")
+    add("--test", required=True, help="test.jsonl")
+    add("--model", default=str(ASSETS / "tiny.pth"), help="a checkpoint of any layout")
+    add("--retention", default="stdlib", help="text like the base's own")
+    add("--steps", type=int, default=80)
+    add("--rows", type=int, default=4, help="questions of a step")
+    add("--length", type=int, default=384, help="ids of a question at most")
+    add("--questions", type=int, default=64, help="of the test file")
+    add("--tokens", type=int, default=192, help="ids of an answer at most")
+    add("--seeds", type=int, default=3)
+    add("--kinds", nargs="+", default=METHODS, choices=METHODS)
+    add("--json", help="file for the numbers")
+    add("--cells", default="runs/gsm8k-bits", help="folder of the results' cache")
+    options = parser.parse_args()
+    sizes = {}
+    for name in ("steps", "rows", "length", "questions", "tokens"):
+        sizes[name] = getattr(options, name)
+    subject = Subject(
+        options.model,
+        options.train,
+        options.test,
+        retention=options.retention,
+        **sizes,
+    )
+    sizes["questions"] = len(subject.measured)
+    label = f"{options.model} | {options.train} | {options.test} | {sizes}"
+    cells = Cells(Path(options.cells))
+    report = table(subject, cells, label, seeds=options.seeds, kinds=options.kinds)
+    if options.json:
+        record.write(
+            options.json,
+            "benchmarks.gsm8k_bits",
+            packages=("jax", "optax"),
+            **sizes,
+            seeds=options.seeds,
+            rates=RATES,
+            share_of_training_questions_that_fit=subject.training_share,
+            share_of_test_questions_that_fit=subject.test_share,
+            rows_of_the_table=report,
+        )
+
+
+if __name__ == "__main__":
+    main()
