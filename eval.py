@@ -52,6 +52,12 @@ from rwkv7_jax.runs.modes.model_setup import load_or_init, tokenizer_of
 from rwkv7_jax.runs.settings import Settings, read_settings
 from rwkv7_jax.text.tokenizer import Tokenizer
 
+# Of texts eight windows are read at a time, of tasks eight contexts.
+_LESS_MEMORY = (
+    "lower `config.evaluation.length` (texts) or `config.shots` (tasks), set "
+    '`config.model.dtype` to "bfloat16" or `config.model.weights` to "int8"'
+)
+
 
 def tuned_states(
     paths: list[str], model: RWKV7, params: Params, *, any_base: bool
@@ -319,7 +325,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def main(arguments: list[str]) -> None:
     """Reads the flags and evaluates; bad settings and data end in one line and exit code 2."""
-    with process.program("eval.py"):
+    with process.program("eval.py", less_memory=_LESS_MEMORY):
         if len(arguments) > 1:
             raise ValueError(f"unknown argument {arguments[1]!r}.")
         settings = read_settings(config_flags.config_values())

@@ -39,6 +39,8 @@ class Batch(Mapping[str, Any]):
         advantages: of each row's completion over those of the same prompt (GRPO).
         segments: the input at which each of the K sequences of a packed row begins, ascending; T
             for those that a row does not have. None where a row is one sequence.
+        old_logp: log-probability of each drawn target in the state that it was drawn from.
+        importance: weight of each drawn target, for draws of another distribution.
     """
 
     tokens: Int[ArrayOfEither, "B T1"]
@@ -48,6 +50,8 @@ class Batch(Mapping[str, Any]):
     split: Int[ArrayOfEither, " B"] | None = None
     advantages: Float[ArrayOfEither, " B"] | None = None
     segments: Int[ArrayOfEither, "B K"] | None = None
+    old_logp: Float[ArrayOfEither, "B T"] | None = None
+    importance: Float[ArrayOfEither, "B T"] | None = None
 
     # `struct.dataclass` adds `replace` where type checkers cannot see it.
     if typing.TYPE_CHECKING:
@@ -179,7 +183,8 @@ def _checked(batch: Batch, name: str) -> Batch:
         raise ValueError(f"`{name}.tokens` must have shape [B T+1]; got {tokens}.")
     rows = tokens[:-1]
     targets = (*rows, tokens[-1] - 1)
-    shapes = {"mask": targets, "weights": targets, "split": rows, "advantages": rows}
+    shapes = {"split": rows, "advantages": rows}
+    shapes |= dict.fromkeys(("mask", "weights", "old_logp", "importance"), targets)
     segments = batch.segments
     if segments is not None and (
         tuple(segments.shape[:-1]) != rows or not segments.shape[-1]

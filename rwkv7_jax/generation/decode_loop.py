@@ -89,19 +89,20 @@ class DecodeState(NamedTuple):
         is_known: Bool[Array, ""],
         keys: Array,
         options: sampling.SamplingParams,
-    ) -> tuple["DecodeState", Int[Array, " B"], Bool[Array, " B"]]:
+    ) -> tuple["DecodeState", Int[Array, " B"], Float[Array, " B"], Bool[Array, " B"]]:
         """Reads one token a row, sampled or known; `state` is that of `split_state` here.
 
         A row that stops here keeps the state and the logits it had. Known tokens stop no row and
         count for no penalty.
 
         Returns:
-            The next state, the tokens, and which rows have read theirs.
+            The next state, the tokens, the log-probabilities of sampled ones, and which rows have
+            read theirs.
         """
         logits = sampling.apply_penalties(self.logits, self.occurrences, options)
         # By the step and not by splitting: a row's draws do not depend on the length of a block.
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, self.step)
-        sampled = sampling.sample(step_keys, logits, options)
+        sampled, logps = sampling.sample_with_logp(step_keys, logits, options)
         is_stop = jnp.asarray(options.stops)[sampled]
         # A maximum is finite exactly if nothing is NaN and not all logits are infinite.
         finite = jnp.isfinite(jnp.max(self.logits, axis=-1))
@@ -127,7 +128,7 @@ class DecodeState(NamedTuple):
             ),
             step=self.step + jnp.where(is_known, 0, 1),
         )
-        return following, tokens, live
+        return following, tokens, logps, live
 
     @jax.jit
     def stop_rows(
@@ -141,6 +142,23 @@ class DecodeState(NamedTuple):
             # A stop string cut these rows before any stop id that they may have drawn later.
             stop_tokens=jnp.where(rows, NO_TOKEN, self.stop_tokens),
         )
+
+
+class Decoded(NamedTuple):
+    """What one call of `decode` generated.
+
+    Attributes:
+        run: the state afterwards.
+        tokens: [B C] int32, of each row first those that are kept.
+        logps: [B C] float32, log-probabilities of the draws; after those of the tokens that are
+            kept comes that of a stop id.
+        lengths: [B] int32, how many of each row's tokens are kept.
+    """
+
+    run: DecodeState
+    tokens: Array
+    logps: Array
+    lengths: Array
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -170,7 +188,7 @@ def decode(
     options: sampling.SamplingParams,
     limit: Int[Array, ""],
     capacity: int,
-) -> tuple[DecodeState, Int[Array, "B C"], Int[Array, " B"]]:
+) -> Decoded:
     """Reads known tokens, then generates up to `limit`, in one program on the device.
 
     It ends early when every row has stopped. A row that stops keeps the state and the logits it
@@ -185,21 +203,19 @@ def decode(
         options: how to sample.
         limit: tokens to generate, at most `capacity`.
         capacity: width of the returned tokens, static.
-
-    Returns:
-        The state afterwards, the generated tokens, and how many of each row's are kept.
     """
     # The batch's size is known when the program is traced; only `limit` is not.
     batch = run.logits.shape[0]
 
     def unfinished(loop):
-        run, _, _, index = loop
-        return (index < 0) | ((index < limit) & jnp.any(run.status == RUNNING))
+        done, index = loop
+        running = jnp.any(done.run.status == RUNNING)
+        return (index < 0) | ((index < limit) & running)
 
     def one_token(loop):
-        run, tokens, lengths, index = loop
+        done, index = loop
         is_known = index < 0
-        run, read, live = run.advance(
+        run, read, logps, live = done.run.advance(
             model.config,
             params,
             known=known,
@@ -208,18 +224,26 @@ def decode(
             options=options,
         )
         live = live & ~is_known
-        # For known tokens this is the last column, which stays zero.
-        tokens = tokens.at[:, index].set(jnp.where(live, read, 0))
-        return run, tokens, lengths + live.astype(jnp.int32), index + 1
+        following = Decoded(
+            run=run,
+            # For known tokens this is the last column, which stays zero.
+            tokens=done.tokens.at[:, index].set(jnp.where(live, read, 0)),
+            logps=done.logps.at[:, index].set(jnp.where(is_known, 0, logps)),
+            lengths=done.lengths + live.astype(jnp.int32),
+        )
+        return following, index + 1
 
-    no_tokens = jnp.zeros((batch, capacity), jnp.int32)
-    no_lengths = jnp.zeros(batch, jnp.int32)
     # Known tokens are read by the same loop's body as sampled ones: another would be compiled too.
     first = jnp.where(jnp.any(known.live), -1, 0)
-    run = run._replace(state=split_state(run.state))
-    loop = (run, no_tokens, no_lengths, first)
-    run, tokens, lengths, _ = jax.lax.while_loop(unfinished, one_token, loop)
-    return run._replace(state=join_states(run.state)), tokens, lengths
+    nothing = Decoded(
+        run=run._replace(state=split_state(run.state)),
+        tokens=jnp.zeros((batch, capacity), jnp.int32),
+        logps=jnp.zeros((batch, capacity), jnp.float32),
+        lengths=jnp.zeros(batch, jnp.int32),
+    )
+    done, _ = jax.lax.while_loop(unfinished, one_token, (nothing, first))
+    joined = done.run._replace(state=join_states(done.run.state))
+    return done._replace(run=joined)
 
 
 class Decoder:
@@ -284,17 +308,15 @@ class Decoder:
         # An empty row gets a token too, which `live` keeps it from reading.
         last_tokens = np.array([row[-1] if row else 0 for row in rows], np.int32)
         known = KnownTokens(last_tokens, lengths > 0)
-        return self._decode(run._replace(state=state), known, limit=0)[0]
+        return self._decode(run._replace(state=state), known, limit=0).run
 
-    def decode(
-        self, run: DecodeState, *, limit: int
-    ) -> tuple[DecodeState, Int[Array, "B C"], Int[Array, " B"]]:
+    def decode(self, run: DecodeState, *, limit: int) -> Decoded:
         """Generates up to `limit` tokens, at most a block, as the function `decode` does."""
         batch = run.logits.shape[0]
         none = KnownTokens(np.zeros(batch, np.int32), np.zeros(batch, bool))
         return self._decode(run, none, limit=limit)
 
-    def _decode(self, run: DecodeState, known: KnownTokens, *, limit: int):
+    def _decode(self, run: DecodeState, known: KnownTokens, *, limit: int) -> Decoded:
         return decode(
             self._model,
             self._layers,

@@ -52,6 +52,9 @@ class Generation:
             tokenizer.
         ended: "stop_id", "stop_string" or "length".
         stop_tokens: the stop id that ended the row; None where none did.
+        drawn: every id that was drawn: `tokens` and the stop id, or in place of what a stop string
+            cut off the ids up to the one that completed it.
+        logps: the log-probability of each of `drawn` when it was drawn; 0 of greedy ones.
     """
 
     tokens: list[list[int]]
@@ -61,6 +64,8 @@ class Generation:
     texts: list[str] | None
     ended: list[Ending]
     stop_tokens: list[int | None]
+    drawn: list[list[int]]
+    logps: list[list[float]]
 
 
 def generate(
@@ -139,7 +144,7 @@ def generate(
         )
         check_count(tokens, 0, "`tokens`")
         check_count(prefill_chunk, 1, "`prefill_chunk`")
-        _check_text(tokenizer, stop_strings, on_text)
+        check_text_options(tokenizer, stop_strings, on_text)
         rows = _check_prompts(
             prompts, model.config.vocab_size, allow_empty=logits is not None
         )
@@ -180,6 +185,8 @@ def _generation(run: DecodeState, rows: list[RowText], *, spelled: bool) -> Gene
         texts=[] if spelled else None,
         ended=[],
         stop_tokens=[],
+        drawn=[],
+        logps=[],
     )
     for row in rows:
         assert row.ended is not None
@@ -187,14 +194,20 @@ def _generation(run: DecodeState, rows: list[RowText], *, spelled: bool) -> Gene
         result.finished.append("length" if row.ended == "length" else "stop")
         result.ended.append(row.ended)
         result.stop_tokens.append(row.stop_token)
+        result.drawn.append(row.drawn)
+        result.logps.append(row.logps)
         if result.texts is not None:
             result.texts.append(row.text)
     return result
 
 
-def _check_text(
-    tokenizer: Vocabulary | None, stop_strings: Sequence[str], on_text: Callable | None
-) -> None:
+def check_text_options(tokenizer: Any, stop_strings: Any, on_text: Any = None) -> None:
+    """Checks the options of `generate` that are about text.
+
+    Raises:
+        TypeError: an option of the wrong kind.
+        ValueError: an empty stop string, or no tokenizer for what needs one.
+    """
     check_stop_strings(stop_strings)
     if on_text is not None:
         check_function(on_text, "`on_text`")

@@ -290,6 +290,13 @@ def sample(keys: Array, logits: Scores, options: SamplingParams) -> Int[Array, "
         logits: float32, with penalties already applied.
         options: temperature, top-p and top-k are used.
     """
+    return sample_with_logp(keys, logits, options)[0]
+
+
+def sample_with_logp(
+    keys: Array, logits: Scores, options: SamplingParams
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """Draws as `sample` does; returns the log-probability of each draw too, 0 of a greedy one."""
 
     def draw():
         logp = log_probabilities(
@@ -298,9 +305,11 @@ def sample(keys: Array, logits: Scores, options: SamplingParams) -> Int[Array, "
             top_p=options.top_p,
             top_k=options.top_k,
         )
-        return jax.vmap(jax.random.categorical)(keys, logp).astype(jnp.int32)
+        ids = jax.vmap(jax.random.categorical)(keys, logp).astype(jnp.int32)
+        return ids, jnp.take_along_axis(logp, ids[:, None], axis=-1)[:, 0]
 
     def greedy():
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return ids, jnp.zeros(ids.shape, jnp.float32)
 
     return jax.lax.cond(options.temperature < _COLDEST, greedy, draw)

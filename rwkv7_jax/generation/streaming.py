@@ -9,6 +9,7 @@ import numpy as np
 from rwkv7_jax.generation.decode_loop import (
     BROKEN,
     STOPPED,
+    Decoded,
     Decoder,
     DecodeState,
 )
@@ -36,6 +37,9 @@ class RowText:
         ended: how the row ended; None while it runs.
         stop_token: the stop id that ended the row; None where none did.
         settled: leading tokens that the model generated and that no stop string can cut any more.
+        drawn: every id that was drawn: `tokens` and the stop id, or in place of what a stop string
+            cut off the ids up to the one that completed it.
+        logps: the log-probability of each of them.
     """
 
     def __init__(self, tokenizer: Vocabulary | None, stop_strings: Sequence[str]):
@@ -45,14 +49,22 @@ class RowText:
         self.ended: Ending | None = None
         self.stop_token: int | None = None
         self.settled = 0
+        self.drawn: list[int] = []
+        self.logps: list[float] = []
         self._tokenizer = tokenizer
         self._detokenizer = StreamingDetokenizer(stop_strings)
 
-    def append(self, tokens: Sequence[int]) -> str:
-        """Keeps new tokens up to a stop string; returns the text that became certain."""
+    def append(self, tokens: Sequence[int], logps: Sequence[float] = ()) -> str:
+        """Keeps new tokens up to a stop string; returns the text that became certain.
+
+        Args:
+            tokens: new ids.
+            logps: their log-probabilities, if anybody will ask for them.
+        """
         if self._tokenizer is None:
             # No text, so no stop string can reach back into these tokens.
             self.tokens.extend(tokens)
+            self._note(tokens, logps)
             self.settled = len(self.tokens)
             return ""
         piece = ""
@@ -61,6 +73,8 @@ class RowText:
             piece += self._detokenizer.push(self._tokenizer.token_bytes(token))
             if self._detokenizer.stopped:
                 break
+        # As they were drawn, before a part of them is spelled with other ids.
+        self._note(self.tokens[len(self.drawn) :], logps)
         self.settled, left = whole_tokens(
             self.tokens, self._detokenizer.pending_bytes, self._tokenizer
         )
@@ -73,13 +87,36 @@ class RowText:
         self.text += piece
         return piece
 
-    def end(self, ending: Ending, stop_token: int | None = None) -> str:
-        """Ends the row; returns the text that was held back."""
+    def _note(self, drawn: Sequence[int], logps: Sequence[float]) -> None:
+        self.drawn.extend(drawn)
+        self.logps.extend(logps[: len(drawn)])
+
+    def end(
+        self, ending: Ending, stop_token: int | None = None, logp: float = 0.0
+    ) -> str:
+        """Ends the row; returns the text that was held back.
+
+        Args:
+            ending: how.
+            stop_token: the stop id that was drawn.
+            logp: its log-probability.
+        """
         self.ended = ending
-        self.stop_token = stop_token
+        if stop_token is not None:
+            self.stop_token = stop_token
+            self._note([stop_token], [logp])
         piece = self._detokenizer.close()
         self.text += piece
         return piece
+
+
+def before_stop_string(
+    tokens: Sequence[int], tokenizer: Vocabulary, stop_strings: Sequence[str]
+) -> list[int] | None:
+    """Returns the ids that `generate` keeps of ids that it drew; None where no stop string is."""
+    row = RowText(tokenizer, stop_strings)
+    row.append(tokens)
+    return row.tokens if row.ended else None
 
 
 class _Snapshot(NamedTuple):
@@ -127,9 +164,10 @@ def decode_with_stop_strings(
     while done < total and not all(row.ended for row in rows):
         snapshots.append(_Snapshot(done, run))
         limit = min(decoder.block, total - done)
-        run, tokens, lengths = decoder.decode(run, limit=limit)
+        decoded = decoder.decode(run, limit=limit)
+        run = decoded.run
         done += limit
-        cut = _append(rows, run, tokens, lengths, on_text=on_text)
+        cut = _append(rows, decoded, on_text=on_text)
         if cut.any():
             run = _cut_rows(decoder, run, snapshots, rows=rows, cut=cut)
         settled = min((row.settled for row in rows if not row.ended), default=done)
@@ -155,18 +193,12 @@ def _emit(on_text: OnText, piece: str, row: int) -> None:
         on_text(piece, row)
 
 
-def _append(
-    rows: list[RowText],
-    run: DecodeState,
-    tokens,
-    lengths,
-    *,
-    on_text: OnText,
-) -> np.ndarray:
+def _append(rows: list[RowText], decoded: Decoded, *, on_text: OnText) -> np.ndarray:
     """Gives the rows their new tokens; returns which of them a stop string has ended."""
+    run = decoded.run
     # One transfer: each waits for the device.
-    tokens, lengths, status, stop_tokens = jax.device_get(
-        (tokens, lengths, run.status, run.stop_tokens)
+    tokens, logps, lengths, status, stop_tokens = jax.device_get(
+        (decoded.tokens, decoded.logps, decoded.lengths, run.status, run.stop_tokens)
     )
     cut = np.zeros(len(rows), bool)
     for index, row in enumerate(rows):
@@ -178,12 +210,18 @@ def _append(
                 f"generate: `params` and `state` must give finite logits; "
                 f"row {index} got others after new token {len(row.tokens) + lengths[index]}."
             )
-        piece = row.append(tokens[index, : lengths[index]].tolist())
+        count = lengths[index]
+        piece = row.append(
+            tokens[index, :count].tolist(), logps[index, :count].tolist()
+        )
         _emit(on_text, piece, index)
         # A stop string in these tokens comes before the stop id that ended them on the device.
         cut[index] = row.ended is not None
         if status[index] == STOPPED and not cut[index]:
-            _emit(on_text, row.end("stop_id", int(stop_tokens[index])), index)
+            ending = row.end(
+                "stop_id", int(stop_tokens[index]), float(logps[index, count])
+            )
+            _emit(on_text, ending, index)
     return cut
 
 

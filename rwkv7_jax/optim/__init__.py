@@ -12,6 +12,7 @@ from rwkv7_jax.optim.optimizer import (
     group_table,
     learning_rate_schedule,
     path_name,
+    scale_by_factors,
 )
 from rwkv7_jax.optim.whitening import effective_rank
 
@@ -26,4 +27,5 @@ __all__ = [
     "group_table",
     "learning_rate_schedule",
     "path_name",
+    "scale_by_factors",
 ]

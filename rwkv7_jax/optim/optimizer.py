@@ -132,6 +132,35 @@ def learning_rate_schedule(
     return rate
 
 
+def scale_by_factors(factors: Any) -> optax.GradientTransformation:
+    """Multiplies updates by factors: learning rates of their own for leaves and parts of leaves.
+
+    Last in a chain, so that the factors change no moment and no norm.
+
+    Args:
+        factors: a tree of the parameters' structure, of numbers or of arrays that broadcast to the
+            leaves.
+
+    Raises:
+        ValueError: from `update`, a tree of another structure.
+    """
+
+    def scale(update, factor):
+        return update * jnp.asarray(factor, update.dtype)
+
+    def update(updates, params=None):
+        del params
+        with prefix_errors("scale_by_factors"):
+            if jax.tree.structure(updates) != jax.tree.structure(factors):
+                raise ValueError(
+                    "`factors` must have the structure of the parameters, "
+                    f"{jax.tree.structure(updates)}; got {jax.tree.structure(factors)}."
+                )
+        return jax.tree.map(scale, updates, factors)
+
+    return optax.stateless(update)
+
+
 def _scale_to_rms() -> optax.GradientTransformation:
     """Scales orthogonal matrices to the root mean square `_MUON_RMS`."""
 

@@ -46,7 +46,7 @@ _LAST_WORDS_SECONDS = 1.0
 
 
 @contextlib.contextmanager
-def program(name: str) -> Iterator[None]:
+def program(name: str, *, less_memory: str = _LESS_MEMORY) -> Iterator[None]:
     """Runs the body of `main` with every side effect on the process in place.
 
     The stream proxies and the hook stay installed when the block ends: Python flushes the streams
@@ -54,6 +54,7 @@ def program(name: str) -> Iterator[None]:
 
     Args:
         name: how the last line on stderr begins, such as "train.py".
+        less_memory: what to change where memory ran out.
 
     Raises:
         SystemExit: the user caused an error; the code is from `exit_codes`.
@@ -65,7 +66,11 @@ def program(name: str) -> Iterator[None]:
     ignore_broken_pipe()
     ignore_abandoned_reads()
     # In this order: `exit_on_failure` has to see the SystemExit that `exit_with_code` raises.
-    with exit_on_failure(), exit_with_code(name), _interrupts_as_errors():
+    with (
+        exit_on_failure(),
+        exit_with_code(name, less_memory=less_memory),
+        _interrupts_as_errors(),
+    ):
         yield
 
 
@@ -100,11 +105,12 @@ def open_closed_streams() -> None:
 
 
 @contextlib.contextmanager
-def exit_with_code(name: str) -> Iterator[None]:
+def exit_with_code(name: str, *, less_memory: str = _LESS_MEMORY) -> Iterator[None]:
     """Ends the program in one line and with an exit code where the user can mend the cause.
 
     Args:
         name: how that line begins.
+        less_memory: what to change where memory ran out.
 
     Raises:
         SystemExit: an error that has an exit code. Others keep their traceback.
@@ -118,16 +124,18 @@ def exit_with_code(name: str) -> Iterator[None]:
             raise
         _flush(sys.stdout)
         if sys.stderr is not None:
-            print(f"{name}: {_sentence(error)}", file=sys.stderr, flush=True)
+            print(
+                f"{name}: {_sentence(error, less_memory)}", file=sys.stderr, flush=True
+            )
         sys.exit(code)
 
 
-def _sentence(error: BaseException) -> str:
+def _sentence(error: BaseException, less_memory: str) -> str:
     """Returns the last line of a program that ends with an error."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted."
     if is_out_of_memory(error) and not isinstance(error, OutOfMemory):
-        return memory_sentence(error, _LESS_MEMORY)
+        return memory_sentence(error, less_memory)
     return str(error)
 
 

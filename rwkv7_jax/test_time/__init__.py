@@ -14,6 +14,11 @@ from rwkv7_jax.test_time.losses import (
     distillation_loss,
     policy_loss,
 )
+from rwkv7_jax.test_time.policy_batches import (
+    PolicyBatch,
+    make_policy_batch,
+    policy_batch,
+)
 from rwkv7_jax.test_time.questions import QuestionSet, find_verifier, read_questions
 from rwkv7_jax.test_time.rewards import (
     AdvantageRule,
@@ -22,12 +27,9 @@ from rwkv7_jax.test_time.rewards import (
     evaluate_rewards,
 )
 from rwkv7_jax.test_time.rollouts import (
-    PolicyBatch,
     Rollouts,
     RolloutSampler,
     held_out_reward,
-    make_policy_batch,
-    policy_batch,
 )
 from rwkv7_jax.test_time.teacher import collect_traces
 from rwkv7_jax.test_time.traces import (

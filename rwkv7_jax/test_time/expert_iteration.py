@@ -16,7 +16,6 @@ from rwkv7_jax.checks import (
     check_instance,
     check_key,
     check_number,
-    check_prompts,
     prefix_errors,
 )
 from rwkv7_jax.data.batch import Batch
@@ -30,11 +29,10 @@ from rwkv7_jax.test_time.rollouts import (
     PromptsAt,
     Rollouts,
     RolloutSampler,
-    held_out_reward,
+    reward_target,
 )
 from rwkv7_jax.test_time.traces import (
     Ids,
-    TokenBudget,
     Trace,
     completion_rows,
     trace_batch,
@@ -42,10 +40,10 @@ from rwkv7_jax.test_time.traces import (
 from rwkv7_jax.test_time.tuning_loop import (
     OnStep,
     Result,
-    RewardTarget,
     StateBatchSource,
     start_tuning,
 )
+from rwkv7_jax.text.detokenizer import Vocabulary
 
 
 class ExpertBatches(StateBatchSource):
@@ -152,7 +150,7 @@ class ExpertBatches(StateBatchSource):
         rewards = evaluate_rewards(
             self._reward,
             drawn.prompts,
-            drawn.completions,
+            drawn.judged,
             name="expert_iteration: `reward`",
             group=self._sampler.group,
             # A negative weight would push the state away from a completion without any bound.
@@ -218,6 +216,8 @@ def expert_iteration(
     leaves: tuple[str, ...] = ("wkv",),
     learning_rate: float = 0.3,
     tx: optax.GradientTransformation | None = None,
+    stop_strings: Sequence[str] = (),
+    tokenizer: Vocabulary | None = None,
     held_out: Sequence[Sequence[int]] = (),
     stop_reward: float = 0.97,
     on_step: OnStep | None = None,
@@ -251,6 +251,8 @@ def expert_iteration(
         leaves: the trainable parameters, of `state_tuning.LEAVES`.
         learning_rate: of Adam with b2 = 0.99.
         tx: another optimizer.
+        stop_strings: strings that end a completion; see `rollouts`.
+        tokenizer: needed with `stop_strings`.
         held_out: prompts that no update sees.
         stop_reward: mean reward that is enough.
         on_step: called with a round's numbers and the state, which the next update consumes.
@@ -274,6 +276,8 @@ def expert_iteration(
             temperature=temperature,
             stop_ids=stop_ids,
             length=length,
+            stop_strings=stop_strings,
+            tokenizer=tokenizer,
         )
         source = ExpertBatches(
             sampler,
@@ -295,17 +299,10 @@ def expert_iteration(
             learning_rate=learning_rate,
             on_step=on_step,
         )
-        if len(held_out):
-            check_prompts(held_out, model.config.vocab_size, name="held_out")
-
-    def evaluate(state: RWKV7State) -> tuple[float, TokenBudget]:
-        return held_out_reward(
-            model, params, state, held_out, reward, tokens=tokens, stop_ids=stop_ids
+        # A round is long, so every one of them is evaluated.
+        target = reward_target(
+            sampler, reward, held_out, every=1, stop_reward=stop_reward
         )
-
-    # A round is long, so every one of them is evaluated.
-    with prefix_errors("expert_iteration"):
-        target = RewardTarget(evaluate if len(held_out) else None, 1, stop_reward)
     result = loop.run(source, rounds, updates=updates, target=target)
     # The loop knows only batches.
     return dataclasses.replace(result, traces=source.traces)

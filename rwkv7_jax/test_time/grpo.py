@@ -6,6 +6,7 @@ at test time are `teacher.collect_traces` with `distillation.distill`, and
 `expert_iteration.expert_iteration`.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -20,8 +21,8 @@ from rwkv7_jax.checks import (
     check_function,
     check_instance,
     check_key,
+    check_model,
     check_number,
-    check_prompts,
     prefix_errors,
 )
 from rwkv7_jax.data.batch import Batch
@@ -29,36 +30,41 @@ from rwkv7_jax.generation.sampling import Ids as StopIds
 from rwkv7_jax.generation.sampling import Number
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
-from rwkv7_jax.test_time.losses import policy_loss
-from rwkv7_jax.test_time.rewards import AdvantageRule, RewardFunction
-from rwkv7_jax.test_time.rollouts import (
+from rwkv7_jax.test_time.losses import drawn_logps, policy_loss
+from rwkv7_jax.test_time.policy_batches import (
     PolicyBatch,
-    PromptsAt,
-    Rollouts,
-    RolloutSampler,
-    held_out_reward,
     make_policy_batch,
     replace_groups,
 )
-from rwkv7_jax.test_time.traces import TokenBudget
+from rwkv7_jax.test_time.rewards import AdvantageRule, RewardFunction
+from rwkv7_jax.test_time.rollouts import (
+    PromptsAt,
+    Rollouts,
+    RolloutSampler,
+    reward_target,
+)
+from rwkv7_jax.test_time.traces import TokenBudget, gradient_tokens
 from rwkv7_jax.test_time.tuning_loop import (
     OnStep,
     Result,
-    RewardTarget,
     StateBatchSource,
     start_tuning,
 )
+from rwkv7_jax.text.detokenizer import Vocabulary
 
 
 class PolicyBatches(StateBatchSource):
     """Batches of the model's own completions with their group-relative advantages.
 
     A batch depends on the key, the step and the state alone, so an interrupted run goes on with the
-    same draws.
+    same draws. It serves as many updates as `several_updates` allows: then it has the
+    log-probabilities that its tokens had when they were drawn.
 
     `metrics` has the mean `reward`; `updated`, 0 where a step has no batch; `uniform_groups`, the
     share of prompts whose completions all earned the same; `completion_tokens`, the mean length of
-    a completion; and `cut_completions`, the share of those that ended at the limit of tokens.
+    a completion; and `cut_completions`, the share of those that ended at the limit of tokens. With
+    `importance_cap` also `importance_mean` and `importance_max` of the ratios before they are
+    capped, and `importance_capped`, the share that was.
     """
 
     def __init__(
@@ -71,6 +77,9 @@ class PolicyBatches(StateBatchSource):
         anchor_at: Callable[[int], np.ndarray] | None = None,
         rule: AdvantageRule | None = None,
         redraws: int = 0,
+        several_updates: bool = False,
+        importance_cap: float | None = None,
+        trainer: RWKV7 | None = None,
     ):
         """Sets the draws and their rewards.
 
@@ -84,9 +93,17 @@ class PolicyBatches(StateBatchSource):
             redraws: how many times at most the completions of prompts whose groups are uniform
                 are drawn again, which costs as many tokens as the first draw (DAPO's dynamic
                 sampling, arXiv 2503.14476, with the same prompts).
+            several_updates: whether batches have `old_logp`, for more updates than one of each.
+            importance_cap: highest weight of a token by the ratio of its probability in training to
+                that in sampling (truncated importance sampling); None weighs no token.
+            trainer: the model that is trained, where that of `sampler` is another one, such as one
+                that computes in bfloat16; the weights are the same.
 
         Raises:
-            ValueError: groups of less than 2, in which nothing can be better than the rest.
+            ValueError: groups of less than 2, in which nothing can be better than the rest, or a
+                cap that is not above 0.
+
+        Source: ratios capped from above, IMPALA, arXiv 1802.01561 section 4.1, of each token alone.
         """
         super().__init__()
         with prefix_errors("PolicyBatches"):
@@ -99,6 +116,12 @@ class PolicyBatches(StateBatchSource):
             if rule is not None:
                 check_instance(rule, AdvantageRule, "`rule`")
             check_count(redraws, 0, "`redraws`")
+            if importance_cap is not None:
+                check_number(
+                    importance_cap, 0, math.inf, "`importance_cap`", above=True
+                )
+            if trainer is not None:
+                check_model(trainer, "`trainer`")
             key = check_key(key)
         self._sampler = sampler
         self._prompts_at = prompts_at
@@ -107,6 +130,9 @@ class PolicyBatches(StateBatchSource):
         self._anchor_at = anchor_at
         self._rule = rule
         self._redraws = redraws
+        self._several_updates = several_updates
+        self._importance_cap = importance_cap
+        self._trainer = sampler.model if trainer is None else trainer
 
     def batch(self, state: RWKV7State, step: int) -> Batch | None:
         """Draws the batch of a step from `state`; None where every group is uniform."""
@@ -115,22 +141,51 @@ class PolicyBatches(StateBatchSource):
         made, drawn = self._draw(state, self._prompts_at(step), key)
         self.budget += made.budget
         lengths = np.array([len(completion) for completion in drawn.completions])
+        cut = [self._sampler.is_cut(completion) for completion in drawn.completions]
         self.metrics = {
             "reward": float(made.rewards.mean()),
             "updated": int(not made.uniform),
             "uniform_groups": float(made.uniform_groups.mean()),
             "completion_tokens": float(lengths.mean()),
-            "cut_completions": float(
-                np.mean([self._is_cut(x) for x in drawn.completions])
-            ),
+            "cut_completions": float(np.mean(cut)),
         }
         if made.uniform:
             # All advantages are 0. An update with them would still move the state by momentum.
             return None
+        batch = self._with_ratios(made.batch, drawn, state)
         if self._anchor_at is None:
-            return made.batch
+            return batch
         # Other text at each step, or the state would only learn to keep that one.
-        return made.batch.replace(anchor=self._anchor_at(step))
+        return batch.replace(anchor=self._anchor_at(step))
+
+    def _with_ratios(self, batch: Batch, drawn: Rollouts, state: RWKV7State) -> Batch:
+        """Adds what older draws, or draws of another distribution, need."""
+        if not self._several_updates and self._importance_cap is None:
+            return batch
+        old_logp = drawn_logps(
+            self._trainer,
+            self._sampler.params,
+            state,
+            drawn.tokens,
+            self._sampler.temperature,
+        )
+        old_logp = np.where(drawn.mask > 0, np.asarray(old_logp), 0)
+        # The trainer has read all rows once more.
+        self.budget += TokenBudget(rollout_tokens=gradient_tokens(batch))
+        if self._importance_cap is not None:
+            assert drawn.logps is not None
+            # In float64, in which no ratio of probabilities of float32 overflows.
+            ratios = np.exp(np.float64(old_logp) - drawn.logps)
+            counted = ratios[drawn.mask > 0]
+            self.metrics["importance_mean"] = float(counted.mean())
+            self.metrics["importance_max"] = float(counted.max())
+            capped = np.mean(counted > self._importance_cap)
+            self.metrics["importance_capped"] = float(capped)
+            weights = np.minimum(ratios, self._importance_cap)
+            batch = batch.replace(importance=weights.astype(np.float32))
+        if self._several_updates:
+            batch = batch.replace(old_logp=old_logp.astype(np.float32))
+        return batch
 
     def _draw(
         self, state: RWKV7State, prompts: Sequence[Sequence[int]], key: Array
@@ -157,11 +212,6 @@ class PolicyBatches(StateBatchSource):
             tokens=self._sampler.tokens,
         )
 
-    def _is_cut(self, completion: Sequence[int]) -> bool:
-        """Tells whether a completion ended because it had the most tokens allowed."""
-        is_full = len(completion) == self._sampler.tokens
-        return is_full and completion[-1] not in self._sampler.stop_ids
-
 
 def grpo(
     model: RWKV7,
@@ -186,6 +236,13 @@ def grpo(
     anchor_at: Callable[[int], np.ndarray] | None = None,
     rule: AdvantageRule | None = None,
     redraws: int = 0,
+    updates: int = 1,
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+    importance_cap: float | None = None,
+    sampling_model: RWKV7 | None = None,
+    stop_strings: Sequence[str] = (),
+    tokenizer: Vocabulary | None = None,
     held_out: Sequence[Sequence[int]] = (),
     evaluate_every: int = 10,
     stop_reward: float = 0.97,
@@ -194,11 +251,11 @@ def grpo(
     """Tunes a start state by group-relative policy gradients until its completions earn enough.
 
     Step n draws `group` completions of every prompt of `prompts_at(n)` with the key folded with n,
-    from the current state, and makes one update; it depends on the key, n and that state alone. A
-    step whose groups are all uniform makes none. Tuning ends early when `stop_reward` is reached:
-    by the greedy completions of the held-out prompts, evaluated every `evaluate_every` steps and
-    before the first update; without such prompts by the mean reward of the last `evaluate_every`
-    steps.
+    from the current state, and makes `updates` updates; it depends on the key, n and that state
+    alone. A step whose groups are all uniform makes none. Tuning ends early when `stop_reward` is
+    reached: by the greedy completions of the held-out prompts, evaluated every `evaluate_every`
+    steps and before the first update; without such prompts by the mean reward of the last
+    `evaluate_every` steps.
 
     Args:
         model: the student.
@@ -222,6 +279,15 @@ def grpo(
         anchor_at: that text of a step, ids [B T+1].
         rule: how rewards become advantages.
         redraws: how many times at most uniform groups are drawn again; see `PolicyBatches`.
+        updates: of each step's completions (num_iterations). From the second one on the ratio of
+            probabilities counts, with bounds.
+        epsilon_low: how far below 1 it counts.
+        epsilon_high: how far above 1 it counts.
+        importance_cap: highest weight of a token; see `PolicyBatches`.
+        sampling_model: draws the completions in place of `model`, with the same weights: of another
+            dtype or implementation.
+        stop_strings: strings that end a completion; see `rollouts`.
+        tokenizer: needed with `stop_strings`.
         held_out: prompts that no update sees.
         evaluate_every: steps.
         stop_reward: mean reward that is enough.
@@ -242,14 +308,20 @@ def grpo(
         # A weight without text has no effect, and text without a weight costs time for nothing.
         if bool(anchor) != (anchor_at is not None):
             raise ValueError("`anchor` and `anchor_at` go together; got one of them.")
+        check_count(updates, 1, "`updates`")
+        check_model(model)
+        if sampling_model is not None:
+            check_model(sampling_model, "`sampling_model`")
         sampler = RolloutSampler(
-            model,
+            sampling_model or model,
             params,
             group=group,
             tokens=tokens,
             temperature=temperature,
             stop_ids=stop_ids,
             length=length,
+            stop_strings=stop_strings,
+            tokenizer=tokenizer,
         )
         # The step's random numbers come from the key alone, so evaluations do not shift them.
         source = PolicyBatches(
@@ -260,6 +332,9 @@ def grpo(
             anchor_at=anchor_at,
             rule=rule,
             redraws=redraws,
+            several_updates=updates > 1,
+            importance_cap=importance_cap,
+            trainer=model,
         )
         # The loss needs the temperature of the draws: log p must be that of the drawing
         # distribution.
@@ -271,6 +346,8 @@ def grpo(
             reference=reference,
             anchor=anchor,
             leaves=leaves,
+            epsilon_low=epsilon_low,
+            epsilon_high=epsilon_high,
         )
         loop = start_tuning(
             model,
@@ -280,16 +357,11 @@ def grpo(
             learning_rate=learning_rate,
             on_step=on_step,
         )
-        if len(held_out):
-            check_prompts(held_out, model.config.vocab_size, name="held_out")
-
-    def evaluate(state: RWKV7State) -> tuple[float, TokenBudget]:
-        return held_out_reward(
-            model, params, state, held_out, reward, tokens=tokens, stop_ids=stop_ids
+        target = reward_target(
+            dataclasses.replace(sampler, model=model),
+            reward,
+            held_out,
+            every=evaluate_every,
+            stop_reward=stop_reward,
         )
-
-    with prefix_errors("grpo"):
-        target = RewardTarget(
-            evaluate if len(held_out) else None, evaluate_every, stop_reward
-        )
-    return loop.run(source, steps, target=target)
+    return loop.run(source, steps, repeats=updates, target=target)

@@ -9,7 +9,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
+from jaxtyping import Array, Float, Int
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import (
@@ -23,7 +25,13 @@ from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.generation.sampling import Number
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state
-from rwkv7_jax.training.head_loss import TermWeights, weighted_loss, weighted_sum
+from rwkv7_jax.training.head_loss import (
+    PerToken,
+    TermWeights,
+    token_statistics,
+    weighted_loss,
+    weighted_sum,
+)
 from rwkv7_jax.training.losses import (
     Loss,
     check_ids_and_shapes,
@@ -215,6 +223,54 @@ def context_distillation(
         )
 
 
+def _log_bounds(epsilon_low: float, epsilon_high: float) -> tuple[float, float]:
+    """Returns the bounds of a ratio in the logarithm, in which no ratio can overflow."""
+    check_number(epsilon_low, 0, 1, "`epsilon_low`")
+    check_number(epsilon_high, 0, math.inf, "`epsilon_high`")
+    low = -math.inf if epsilon_low == 1 else math.log1p(-epsilon_low)
+    return low, math.log1p(epsilon_high)
+
+
+def _clipped_ratio(
+    log_ratio: PerToken,
+    advantages: Float[Array, "B 1"],
+    bounds: tuple[float, float],
+) -> tuple[PerToken, PerToken]:
+    """Bounds ratios from the side on which more would be earned; tells which were bounded."""
+    low, high = bounds
+    # Not by a minimum, which at the bound itself would halve the gradient.
+    is_clipped = jnp.where(advantages > 0, log_ratio > high, log_ratio < low)
+    bound = jnp.where(advantages > 0, high, low)
+    ratio = jnp.exp(jnp.where(is_clipped, bound, log_ratio))
+    # Without an advantage there is no gradient that a bound could stop.
+    return ratio, (is_clipped & (advantages != 0)).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def drawn_logps(
+    model: RWKV7,
+    params: Params,
+    state: RWKV7State,
+    tokens: Int[Array | np.ndarray, "B T1"],
+    temperature: Number,
+) -> PerToken:
+    """Computes the log-probability of each target as `policy_loss` does.
+
+    Args:
+        model: static.
+        params: its weights.
+        state: where every row starts (batch 1).
+        tokens: of the rows.
+        temperature: at which they were drawn.
+    """
+    tokens = jnp.asarray(tokens)
+    hidden = hidden_states_from(model, params, state, tokens[:, :-1])
+    statistics = token_statistics(
+        hidden, params["head"]["weight"], tokens[:, 1:], temperature=temperature
+    )
+    return -statistics.nats
+
+
 def policy_loss(
     model: RWKV7,
     params: Params,
@@ -224,16 +280,24 @@ def policy_loss(
     reference: RWKV7State | None = None,
     leaves: tuple[str, ...] = ("wkv",),
     anchor: float = 0.0,
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
 ) -> Loss:
     """Makes `-advantage x log p` of the drawn tokens + `kl` x KL(tuned || reference).
 
-    A batch also holds `advantages` [B]. Its rows were drawn from the very state that is
-    differentiated, so there is no ratio and nothing to clip: one update for each batch. Both terms
-    are means over all drawn tokens of the batch, not over each row's: every token then weighs the
-    same however long its row is, and pieces of a batch add up to the full batch. The divergence is
-    exact, over the full vocabulary, at every drawn position, and measured whatever its weight is.
-    Metrics: `loss_nats` is the mean -log p, `policy_loss` the first term, `entropy_nats` the mean
-    entropy of the draws; `kl_nats`, `anchor_nats`, `state_max`, `state_rms`.
+    A batch also holds `advantages` [B]. Where its rows were drawn from the very state that is
+    differentiated, there is no ratio and nothing to clip. Where they are older, `old_logp` [B T]
+    has the log-probabilities of that time, and in place of log p stands the ratio p / p_old, up to
+    1 + `epsilon_high` where the advantage is positive and down to 1 - `epsilon_low` where it is
+    negative. `importance` [B T], if it is there, weighs each token.
+
+    Both terms are means over all drawn tokens of the batch, not over each row's: every token then
+    weighs the same however long its row is, and pieces of a batch add up to the full batch. The
+    divergence is exact, over the full vocabulary, at every drawn position, and measured whatever
+    its weight is. Metrics: `loss_nats` is the mean -log p, `policy_loss` the first term,
+    `entropy_nats` the mean entropy of the draws; `kl_nats`, `anchor_nats`, `state_max`,
+    `state_rms`; with `old_logp` also `clipped`, the share of tokens whose gradient is 0 because of
+    the bounds.
 
     Args:
         model: the student.
@@ -243,9 +307,14 @@ def policy_loss(
         reference: a start state (batch 1); None is zeros, the model without tuning.
         leaves: the trainable parameters, of `state_tuning.LEAVES`.
         anchor: weight of KL(base || tuned) on `batch.anchor`, unlabelled tokens [B T+1].
+        epsilon_low: how far below 1 a ratio counts, at most 1.
+        epsilon_high: how far above 1.
 
     Raises:
-        ValueError: an unknown leaf, a negative weight or a temperature of 0.
+        ValueError: an unknown leaf, a negative weight or bound, or a temperature of 0.
+
+    Source: PPO's objective, arXiv 1707.06347 equation 7; two bounds, DAPO, arXiv 2503.14476
+    equation 10.
     """
     with prefix_errors("policy_loss"):
         check_model(model)
@@ -254,6 +323,7 @@ def policy_loss(
         check_number(kl, 0, math.inf, "`kl`")
         check_number(anchor, 0, math.inf, "`anchor`")
         check_number(temperature, 0, math.inf, "`temperature`", above=True)
+        bounds = _log_bounds(epsilon_low, epsilon_high)
         reference = _start_state(reference, model, "reference")
 
     def check(batch: BatchLike) -> Batch:
@@ -283,7 +353,14 @@ def policy_loss(
         # One number for each row, for all of its tokens.
         advantages = jnp.asarray(batch.advantages, jnp.float32)[:, None]
         policy = weights * advantages
-        terms = TermWeights(nats=policy, kl=kl * weights if kl else None)
+        if batch.importance is not None:
+            policy = policy * jnp.asarray(batch.importance, jnp.float32)
+        has_ratio = batch.old_logp is not None
+        terms = TermWeights(
+            # How much a token weighs depends on its own ratio: that term comes afterwards.
+            nats=None if has_ratio else policy,
+            kl=kl * weights if kl else None,
+        )
         value, tokenwise = weighted_loss(
             x,
             params["head"]["weight"],
@@ -300,6 +377,12 @@ def policy_loss(
             "kl_nats": weighted_sum(weights, tokenwise.kl),
             "entropy_nats": weighted_sum(weights, tokenwise.entropy),
         }
+        if has_ratio:
+            log_ratio = -tokenwise.nats - jnp.asarray(batch.old_logp, jnp.float32)
+            ratio, is_clipped = _clipped_ratio(log_ratio, advantages, bounds)
+            metrics["policy_loss"] = -weighted_sum(policy, ratio)
+            metrics["clipped"] = weighted_sum(weights, is_clipped)
+            value = value + metrics["policy_loss"]
         return add_anchor_and_metrics(
             model,
             params,

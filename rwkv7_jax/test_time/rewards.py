@@ -2,7 +2,7 @@
 
 A reward is a function `(prompt, completion) -> number` of two tuples of ids. The completion holds
 every id that was drawn, the stop id included, so that a reward can tell an answer that ended from
-one that was cut. Token 0 decodes to nothing.
+one that was cut; what a stop string cut off it does not hold. Token 0 decodes to nothing.
 """
 
 import dataclasses

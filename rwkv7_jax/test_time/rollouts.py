@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -11,25 +10,24 @@ from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import (
     check_count,
     check_function,
-    check_instance,
     check_model,
     check_params,
     check_prompts,
     prefix_errors,
     typed_key,
 )
-from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.generation import sampling
-from rwkv7_jax.generation.generate import Generation, generate
+from rwkv7_jax.generation.generate import check_text_options, generate
+from rwkv7_jax.generation.streaming import before_stop_string
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, select
 from rwkv7_jax.test_time.rewards import (
-    AdvantageRule,
     RewardFunction,
-    advantages,
     evaluate_rewards,
 )
 from rwkv7_jax.test_time.traces import Ids, TokenBudget, completion_rows
+from rwkv7_jax.test_time.tuning_loop import RewardTarget
+from rwkv7_jax.text.detokenizer import Vocabulary
 
 # Row lengths are rounded up to a multiple of this, so that few widths are ever compiled.
 _LENGTH_MULTIPLE = 16
@@ -47,6 +45,10 @@ class Rollouts:
         prompts: one for each row.
         completions: one for each row, every id that was drawn.
         budget: each prompt read once, and every drawn token.
+        judged: the completions as rewards see them, without the stop string that ended them and
+            what came with it; by default as they were drawn.
+        logps: [B T], the log-probability of each drawn target when it was drawn, 0 elsewhere; None
+            where nobody noted it.
     """
 
     tokens: Int[np.ndarray, "B inputs_and_target"]
@@ -54,30 +56,13 @@ class Rollouts:
     prompts: list[Ids]
     completions: list[Ids]
     budget: TokenBudget
+    judged: list[Ids] = dataclasses.field(default_factory=list)
+    logps: Float[np.ndarray, "B T"] | None = None
 
-
-class PolicyBatch(NamedTuple):
-    """A batch for `policy_loss`, with its rewards and its cost.
-
-    Attributes:
-        batch: with tokens, mask and advantages.
-        rewards: [P K], of prompts and their completions.
-        budget: tokens of the rollouts.
-    """
-
-    batch: Batch
-    rewards: np.ndarray
-    budget: TokenBudget
-
-    @property
-    def uniform_groups(self) -> np.ndarray:
-        """Of each prompt, whether all of its completions earned the same, [P] bool."""
-        return np.ptp(self.rewards, axis=1) == 0
-
-    @property
-    def uniform(self) -> bool:
-        """Whether all completions of every prompt earned the same: there is nothing to learn."""
-        return bool(self.uniform_groups.all())
+    def __post_init__(self):
+        """Fills in what rewards see where it is not given."""
+        if not self.judged:
+            object.__setattr__(self, "judged", self.completions)
 
 
 def rollouts(
@@ -92,6 +77,8 @@ def rollouts(
     temperature: sampling.Number = 1.0,
     stop_ids: sampling.Ids = (0,),
     length: int | None = None,
+    stop_strings: Sequence[str] = (),
+    tokenizer: Vocabulary | None = None,
 ) -> Rollouts:
     """Draws `group` completions of every prompt, which is read once.
 
@@ -112,14 +99,15 @@ def rollouts(
         stop_ids: ids that end a row.
         length: inputs of a row (T); None takes the next multiple of 16 that holds all rows, even
             those that are drawn to their full length.
+        stop_strings: strings that end a row, as in `generate`; rewards do not see them.
+        tokenizer: needed with `stop_strings`.
 
     Raises:
         ValueError: an argument out of its range, or rows that do not fit.
         TypeError: ids that are not integers.
     """
     with prefix_errors("rollouts"):
-        # Its settings are checked where it is made.
-        RolloutSampler(
+        sampler = RolloutSampler(
             model,
             params,
             group=group,
@@ -127,43 +115,10 @@ def rollouts(
             temperature=temperature,
             stop_ids=stop_ids,
             length=length,
+            stop_strings=stop_strings,
+            tokenizer=tokenizer,
         )
-        if state is not None:
-            check_state(state, 1, model.config)
-        rows = check_prompts(prompts, model.config.vocab_size)
-        length = _row_length(rows, tokens, length)
-        if key is not None:
-            key = typed_key(key)
-        elif temperature > 0:
-            raise ValueError("`key` must be given unless `temperature` is 0; got None.")
-    # The prompts are read once; then their states are repeated and continued without a prompt.
-    # Repeating the prompts instead would read each of them `group` times.
-    read = generate(model, params, rows, state, tokens=0)
-    # Completions of one prompt are neighbours: `advantages` reshapes them to [P K].
-    repeats = np.repeat(np.arange(len(rows)), group)
-    out = generate(
-        model,
-        params,
-        [[]] * len(repeats),
-        select(read.state, repeats),
-        logits=read.logits[repeats],
-        tokens=tokens,
-        key=key,
-        temperature=temperature,
-        stop_ids=stop_ids,
-    )
-    completions = _completions(out)
-    repeated_prompts = [tuple(rows[row]) for row in repeats]
-    batch = completion_rows(repeated_prompts, completions, length=length)
-    # Each prompt once, although its state continues `group` times.
-    spent = sum(map(len, rows)) + sum(map(len, completions))
-    return Rollouts(
-        tokens=np.asarray(batch.tokens),
-        mask=np.asarray(batch.mask),
-        prompts=repeated_prompts,
-        completions=completions,
-        budget=TokenBudget(rollout_tokens=spent),
-    )
+    return sampler.draw(state, prompts, key)
 
 
 def _row_length(rows: list[list[int]], tokens: int, length: int | None) -> int:
@@ -181,14 +136,14 @@ def _row_length(rows: list[list[int]], tokens: int, length: int | None) -> int:
     return length
 
 
-def _completions(out: Generation) -> list[Ids]:
-    """Returns the tokens of each row with the stop id that ended it."""
-    completions: list[Ids] = []
-    # `generate` leaves the stop id out, but a student has to learn it and a reward may look at it.
-    for tokens, stop_token in zip(out.tokens, out.stop_tokens, strict=True):
-        ending = () if stop_token is None else (stop_token,)
-        completions.append((*tokens, *ending))
-    return completions
+def _at_targets(drawn: Rollouts, logps: list[list[float]]) -> np.ndarray:
+    """Lays numbers of drawn ids out as the targets of their rows."""
+    laid = np.zeros(drawn.mask.shape, np.float32)
+    for row, values in enumerate(logps):
+        # The target of position t is token t + 1.
+        start = len(drawn.prompts[row]) - 1
+        laid[row, start : start + len(values)] = values
+    return laid
 
 
 # An object and not a partial of `rollouts`, because sources read `group` from it.
@@ -203,6 +158,8 @@ class RolloutSampler:
     temperature: sampling.Number = 1.0
     stop_ids: sampling.Ids = (0,)
     length: int | None = None
+    stop_strings: Sequence[str] = ()
+    tokenizer: Vocabulary | None = None
 
     def __post_init__(self):
         """Checks the settings.
@@ -223,162 +180,92 @@ class RolloutSampler:
                 temperature=self.temperature,
                 stop_ids=self.stop_ids,
             )
+            check_text_options(self.tokenizer, self.stop_strings)
 
     def draw(
         self,
         state: RWKV7State | None,
         prompts: Sequence[Sequence[int]],
-        key: Array,
+        key: Array | None,
     ) -> Rollouts:
-        """Draws completions from `state`, as `rollouts` does."""
-        return rollouts(
+        """Draws completions from `state`; see `rollouts`."""
+        with prefix_errors("rollouts"):
+            if state is not None:
+                check_state(state, 1, self.model.config)
+            rows = check_prompts(prompts, self.model.config.vocab_size)
+            length = _row_length(rows, self.tokens, self.length)
+            if key is not None:
+                key = typed_key(key)
+            elif self.temperature > 0:
+                raise ValueError(
+                    "`key` must be given unless `temperature` is 0; got None."
+                )
+        # The prompts are read once; then their states are repeated and continued without a prompt.
+        # Repeating the prompts instead would read each of them `group` times.
+        read = generate(self.model, self.params, rows, state, tokens=0)
+        # Completions of one prompt are neighbours: `advantages` reshapes them to [P K].
+        repeats = np.repeat(np.arange(len(rows)), self.group)
+        out = generate(
             self.model,
             self.params,
-            state,
-            prompts,
-            group=self.group,
+            [[]] * len(repeats),
+            select(read.state, repeats),
+            logits=read.logits[repeats],
             tokens=self.tokens,
             key=key,
             temperature=self.temperature,
             stop_ids=self.stop_ids,
-            length=self.length,
+            stop_strings=self.stop_strings,
+            # Without stop strings nobody reads the text, which costs time on the host.
+            tokenizer=self.tokenizer if self.stop_strings else None,
         )
+        # With what ended them: a student has to learn it, and a reward may look at the stop id.
+        completions: list[Ids] = [tuple(drawn) for drawn in out.drawn]
+        repeated_prompts = [tuple(rows[row]) for row in repeats]
+        batch = completion_rows(repeated_prompts, completions, length=length)
+        # Each prompt once, although its state continues `group` times.
+        spent = sum(map(len, rows)) + sum(map(len, completions))
+        drawn = Rollouts(
+            tokens=np.asarray(batch.tokens),
+            mask=np.asarray(batch.mask),
+            prompts=repeated_prompts,
+            completions=completions,
+            budget=TokenBudget(rollout_tokens=spent),
+            judged=[self.judged(completion) for completion in completions],
+        )
+        return dataclasses.replace(drawn, logps=_at_targets(drawn, out.logps))
 
+    def judged(self, completion: Ids) -> Ids:
+        """Returns a completion as rewards see it: without the stop string that ended it."""
+        if not self.stop_strings:
+            return completion
+        assert self.tokenizer is not None
+        has_stop_id = bool(completion) and completion[-1] in self.stop_ids
+        # A stop id is no text: it ends a row without completing a stop string.
+        text = completion[:-1] if has_stop_id else completion
+        kept = before_stop_string(text, self.tokenizer, self.stop_strings)
+        return completion if kept is None else tuple(kept)
 
-def policy_batch(
-    model: RWKV7,
-    params: Params,
-    state: RWKV7State | None,
-    prompts: Sequence[Sequence[int]],
-    reward: RewardFunction,
-    *,
-    group: int,
-    rule: AdvantageRule | None = None,
-    **choices: Any,
-) -> PolicyBatch:
-    """Draws rollouts from `state` and makes a batch of `policy_loss` with their advantages.
+    def is_cut(self, completion: Ids) -> bool:
+        """Tells whether a completion ended because it had the most tokens allowed."""
+        is_full = len(completion) == self.tokens
+        by_id = bool(completion) and completion[-1] in self.stop_ids
+        return is_full and not by_id and self.judged(completion) == completion
 
-    The result is a function of the arguments: with `key = jax.random.fold_in(key, n)` step n of a
-    run depends on the seed, n and the state alone.
-
-    Args:
-        model: static.
-        params: its weights.
-        state: where every row starts (batch 1).
-        prompts: lists of ids.
-        reward: of a prompt and a completion.
-        group: completions of each prompt, at least 2.
-        rule: how rewards become advantages.
-        **choices: `tokens`, `key`, `temperature`, `stop_ids` and `length` of `rollouts`.
-
-    Raises:
-        ValueError: as `rollouts`; or a reward that is not a finite number.
-    """
-    with prefix_errors("policy_batch"):
-        check_count(group, 2, "`group`")
-        check_function(reward, "`reward`")
-    drawn = rollouts(model, params, state, prompts, group=group, **choices)
-    return make_policy_batch(
-        drawn, reward, group=group, rule=rule, tokens=choices["tokens"]
-    )
-
-
-def make_policy_batch(
-    drawn: Rollouts,
-    reward: RewardFunction,
-    *,
-    group: int,
-    rule: AdvantageRule | None = None,
-    tokens: int | None = None,
-) -> PolicyBatch:
-    """Rewards rollouts and makes a batch of `policy_loss` of them.
-
-    Args:
-        drawn: groups of completions.
-        reward: of a prompt and a completion.
-        group: completions of each prompt.
-        rule: how rewards become advantages, and over what the loss is a mean.
-        tokens: most tokens of a completion, which the rule's average "constant" needs.
-
-    Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: groups that do not divide the completions, or a reward that is not a finite
-            number.
-    """
-    with prefix_errors("make_policy_batch"):
-        check_instance(drawn, Rollouts, "`drawn`")
-        check_function(reward, "`reward`")
-        check_count(group, 1, "`group`")
-        if len(drawn.completions) % group:
-            raise ValueError(
-                f"`group` must divide the {len(drawn.completions)} completions; got {group}."
-            )
-        rule = rule or AdvantageRule()
-        if rule.average == "constant":
-            check_count(tokens, 1, "`tokens`")
-    rewards = evaluate_rewards(
-        reward,
-        drawn.prompts,
-        drawn.completions,
-        name="policy_batch: `reward`",
-        group=group,
-    ).reshape(-1, group)
-    mask, factor = _average(drawn, rule, tokens)
-    batch = Batch(
-        tokens=drawn.tokens,
-        mask=mask,
-        # Back to one number for each row.
-        advantages=(factor * advantages(rewards, rule).reshape(-1)).astype(np.float32),
-    )
-    return PolicyBatch(
-        batch=batch,
-        rewards=rewards,
-        budget=drawn.budget,
-    )
-
-
-def _average(
-    drawn: Rollouts, rule: AdvantageRule, tokens: int | None
-) -> tuple[np.ndarray, float]:
-    """Returns the mask and the factor on advantages that turn the loss's mean into the rule's.
-
-    The loss is a mean over the mask, whose weights need not be 1.
-    """
-    counts = drawn.mask.sum(axis=1, keepdims=True)
-    if rule.average == "row":
-        return drawn.mask / np.maximum(counts, 1), 1.0
-    if rule.average == "constant":
-        assert tokens is not None
-        return drawn.mask, float(counts.sum()) / (len(counts) * tokens)
-    return drawn.mask, 1.0
-
-
-def replace_groups(
-    drawn: Rollouts, again: Rollouts, chosen: np.ndarray, *, group: int
-) -> Rollouts:
-    """Takes the chosen groups from a second draw of the same prompts.
-
-    Args:
-        drawn: the first draw.
-        again: the second one, of the same prompts and lengths.
-        chosen: of each prompt, [P] bool.
-        group: completions of each prompt.
-
-    Returns:
-        Both draws' costs, since all tokens were drawn.
-    """
-    rows = np.repeat(chosen, group)
-    completions = []
-    for row, is_chosen in enumerate(rows):
-        source = again if is_chosen else drawn
-        completions.append(source.completions[row])
-    return dataclasses.replace(
-        drawn,
-        tokens=np.where(rows[:, None], again.tokens, drawn.tokens),
-        mask=np.where(rows[:, None], again.mask, drawn.mask),
-        completions=completions,
-        budget=drawn.budget + again.budget,
-    )
+    def mean_reward(
+        self,
+        state: RWKV7State | None,
+        prompts: Sequence[Sequence[int]],
+        reward: RewardFunction,
+    ) -> tuple[float, TokenBudget]:
+        """Returns the mean reward of the greedy completions, and the tokens it cost."""
+        # Greedy: the noise of sampling would hide small improvements.
+        greedy = dataclasses.replace(self, group=1, temperature=0, length=None)
+        drawn = greedy.draw(state, prompts, None)
+        rewards = evaluate_rewards(
+            reward, drawn.prompts, drawn.judged, name="held_out_reward: `reward`"
+        )
+        return float(rewards.mean()), drawn.budget
 
 
 def held_out_reward(
@@ -390,6 +277,8 @@ def held_out_reward(
     *,
     tokens: int,
     stop_ids: sampling.Ids = (0,),
+    stop_strings: Sequence[str] = (),
+    tokenizer: Vocabulary | None = None,
 ) -> tuple[float, TokenBudget]:
     """Returns the mean reward of the greedy completions, and the tokens it cost.
 
@@ -401,24 +290,53 @@ def held_out_reward(
         reward: of a prompt and a completion.
         tokens: ids drawn for a row at most.
         stop_ids: ids that end a row.
+        stop_strings: strings that end a row; see `rollouts`.
+        tokenizer: needed with `stop_strings`.
 
     Raises:
         ValueError: as `rollouts`; or a reward that is not a finite number.
     """
     with prefix_errors("held_out_reward"):
         check_function(reward, "`reward`")
-    drawn = rollouts(
-        model,
-        params,
-        state,
-        prompts,
-        group=1,
-        # Greedy: the noise of sampling would hide small improvements.
-        temperature=0,
-        tokens=tokens,
-        stop_ids=stop_ids,
-    )
-    rewards = evaluate_rewards(
-        reward, drawn.prompts, drawn.completions, name="held_out_reward: `reward`"
-    )
-    return float(rewards.mean()), drawn.budget
+    with prefix_errors("rollouts"):
+        sampler = RolloutSampler(
+            model,
+            params,
+            group=1,
+            tokens=tokens,
+            stop_ids=stop_ids,
+            stop_strings=stop_strings,
+            tokenizer=tokenizer,
+        )
+    return sampler.mean_reward(state, prompts, reward)
+
+
+def reward_target(
+    sampler: RolloutSampler,
+    reward: RewardFunction,
+    held_out: Sequence[Sequence[int]],
+    *,
+    every: int,
+    stop_reward: float,
+) -> RewardTarget:
+    """Makes the target of a loop on rewards.
+
+    Args:
+        sampler: draws the completions.
+        reward: of a prompt and a completion.
+        held_out: prompts that no update sees; the loop's own rewards count where there are none.
+        every: steps between two evaluations, or of the moving average.
+        stop_reward: mean reward that is enough.
+
+    Raises:
+        TypeError: prompts or numbers of the wrong kind.
+        ValueError: prompts or numbers out of their range.
+    """
+    if not len(held_out):
+        return RewardTarget(None, every, stop_reward)
+    check_prompts(held_out, sampler.model.config.vocab_size, name="held_out")
+
+    def evaluate(state: RWKV7State) -> tuple[float, TokenBudget]:
+        return sampler.mean_reward(state, held_out, reward)
+
+    return RewardTarget(evaluate, every, stop_reward)

@@ -34,6 +34,7 @@ from rwkv7_jax.test_time.completion_cache import CompletionCache
 from rwkv7_jax.test_time.rewards import RewardFunction, evaluate_rewards
 from rwkv7_jax.test_time.rollouts import RolloutSampler
 from rwkv7_jax.test_time.traces import Ids, TokenBudget, Trace
+from rwkv7_jax.text.detokenizer import Vocabulary
 
 # From a completion to its answer, which is compared with the other answers.
 Extract = Callable[[Ids], Hashable]
@@ -56,6 +57,8 @@ def collect_traces(
     vote: tuple[Extract, float] | None = None,
     temperature: Number = 1.0,
     stop_ids: StopIds = (0,),
+    stop_strings: Sequence[str] = (),
+    tokenizer: Vocabulary | None = None,
     source: str = "teacher",
     cache: str | Path | None = None,
     teacher_hash: str | None = None,
@@ -85,6 +88,9 @@ def collect_traces(
             least `margin`, a share of `samples`, and by one. An answer of None does not vote.
         temperature: of the sampling.
         stop_ids: ids that end a completion; they are part of it.
+        stop_strings: strings that end a completion. They are part of it, for the student has to
+            learn them, and not of what is judged.
+        tokenizer: needed with `stop_strings`.
         source: the teacher's name in the traces.
         cache: a file to which completions are appended before they are judged, and from which
             those of the same teacher, state, prompt, key and options are taken.
@@ -115,6 +121,8 @@ def collect_traces(
             tokens=tokens,
             temperature=temperature,
             stop_ids=stop_ids,
+            stop_strings=stop_strings,
+            tokenizer=tokenizer,
         )
         if state is not None:
             check_state(state, 1, teacher.config)
@@ -136,7 +144,8 @@ def collect_traces(
             # The same for completions from the cache: the budget says what the traces have cost,
             # in this run or in an earlier one.
             spent += len(question.teacher_prompt) + sum(map(len, completions))
-            weights = judge.weights(question, completions)
+            judged = [sampler.judged(completion) for completion in completions]
+            weights = judge.weights(question, judged)
             for completion, weight in zip(completions, weights, strict=True):
                 if weight > 0:
                     traces.append(Trace(question.prompt, completion, weight, source))
@@ -241,6 +250,8 @@ class _TeacherAnswers:
             "temperature": np.asarray(self._sampler.temperature).tolist(),
             "stop_ids": np.asarray(self._sampler.stop_ids).tolist(),
         }
+        if self._sampler.stop_strings:
+            options["stop_strings"] = list(self._sampler.stop_strings)
         leaves = [] if self._state is None else jax.tree.leaves(self._state)
         self._stamp = _digest(
             teacher_hash,

@@ -114,6 +114,7 @@ class TuningLoop:
         steps: int,
         *,
         updates: int = 1,
+        repeats: int = 1,
         target: "RewardTarget | None" = None,
     ) -> Result:
         """Tunes on the source's batches.
@@ -122,6 +123,7 @@ class TuningLoop:
             source: where the batches come from.
             steps: entries of the history at most.
             updates: batches that each of them covers.
+            repeats: updates with each batch.
             target: what ends the loop early.
         """
         entries = (
@@ -135,7 +137,7 @@ class TuningLoop:
                 # First, so that the entry of a step without an update has them too.
                 entry |= source.metrics
                 if batch is not None:
-                    entry |= self.update(batch)
+                    entry |= self.update(batch, repeats)
         # The draws are in the source's budget, the updates and evaluations in this one.
         return Result(self.state, self.history, self.budget + source.budget)
 
@@ -145,14 +147,16 @@ class TuningLoop:
             yield entry
             self.record(entry)
 
-    def update(self, batch: Batch) -> Entry:
-        """Makes one update; returns its metrics."""
-        self._train, metrics = self._step(self._train, batch)
+    def update(self, batch: Batch, repeats: int = 1) -> Entry:
+        """Makes updates with one batch; returns the last one's metrics."""
+        metrics = {}
+        for _ in range(repeats):
+            self._train, metrics = self._step(self._train, batch)
         spent = gradient_tokens(batch)
         # The anchor's rows have no padding: all their inputs count.
         if batch.anchor is not None:
             spent += batch.anchor[:, 1:].size
-        self.budget += TokenBudget(gradient_tokens=spent)
+        self.budget += TokenBudget(gradient_tokens=repeats * spent)
         # One transfer for all of them.
         return {name: float(value) for name, value in jax.device_get(metrics).items()}
 

@@ -108,7 +108,7 @@ def check_ids_and_shapes(
                 f"`{name}.{field}` must be rows of two ids or more; got shape {shape}."
             )
         check_tokens(ids, vocab_size, f"`{name}.{field}`")
-    for field in ("mask", "weights", "advantages"):
+    for field in ("mask", "weights", "advantages", "old_logp", "importance"):
         values = getattr(batch, field)
         if values is None or not is_known(values):
             continue

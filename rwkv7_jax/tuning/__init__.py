@@ -1,5 +1,6 @@
 """The start state as trainable parameters: losses, masks, upscaled states, state arithmetic."""
 
+from rwkv7_jax.tuning.rate_factors import rate_factors, with_rate_factors
 from rwkv7_jax.tuning.read_statistics import (
     initial_state_read_vectors,
     memory_read_vectors,
@@ -46,6 +47,7 @@ __all__ = [
     "hidden_states_from",
     "initial_state_read_vectors",
     "memory_read_vectors",
+    "rate_factors",
     "resolve_features",
     "scaled",
     "second_moment",
@@ -58,4 +60,5 @@ __all__ = [
     "trainable_mask",
     "upscale",
     "weighted_sum",
+    "with_rate_factors",
 ]

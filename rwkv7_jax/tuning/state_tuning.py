@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,14 +59,14 @@ def check_leaves(leaves: tuple[str, ...]) -> None:
             )
 
 
-def _tuned_parts(state: RWKV7State, leaves: tuple[str, ...]) -> dict[str, Array]:
-    """Collects the tuned arrays by their names in the state."""
+def tuned_parts(state: RWKV7State, leaves: tuple[str, ...]) -> dict[str, Any]:
+    """Collects the tuned arrays, or what stands for them in a tree, by their names in the state."""
     if "memory" in leaves and state.upscaled is None:
         with prefix_errors("state_loss"):
             raise ValueError(
                 "`leaves` has memory, but the state is not upscaled (see `upscale`)."
             )
-    parts: dict[str, Array] = {}
+    parts: dict[str, Any] = {}
     for leaf in leaves:
         if leaf != "memory":
             parts[leaf] = getattr(state, leaf)
@@ -75,7 +76,7 @@ def _tuned_parts(state: RWKV7State, leaves: tuple[str, ...]) -> dict[str, Array]
     return parts
 
 
-def _replace_parts(state: RWKV7State, parts: dict) -> RWKV7State:
+def replace_parts(state: RWKV7State, parts: dict[str, Any]) -> RWKV7State:
     """Replaces arrays of the state, those of its upscaled memory included."""
     inner = {}
     outer = {}
@@ -84,9 +85,7 @@ def _replace_parts(state: RWKV7State, parts: dict) -> RWKV7State:
         target[name] = part
     if inner:
         upscaled = state.upscaled
-        assert (
-            upscaled is not None
-        )  # `_tuned_parts` refuses a memory that is not there.
+        assert upscaled is not None  # `tuned_parts` refuses a memory that is not there.
         outer["upscaled"] = upscaled.replace(**inner)
     return state.replace(**outer)
 
@@ -94,7 +93,7 @@ def _replace_parts(state: RWKV7State, parts: dict) -> RWKV7State:
 def stop_gradient_except(state: RWKV7State, leaves: tuple[str, ...]) -> RWKV7State:
     """Stops gradients at all arrays but those of `leaves`."""
     # All stopped, then the tuned ones put back: a leaf that is added later is frozen by default.
-    return _replace_parts(jax.lax.stop_gradient(state), _tuned_parts(state, leaves))
+    return replace_parts(jax.lax.stop_gradient(state), tuned_parts(state, leaves))
 
 
 def trainable_mask(state: RWKV7State, leaves: tuple[str, ...]) -> RWKV7State:
@@ -107,8 +106,8 @@ def trainable_mask(state: RWKV7State, leaves: tuple[str, ...]) -> RWKV7State:
     with prefix_errors("trainable_mask"):
         check_instance(state, RWKV7State, "`state`")
         check_leaves(leaves)
-        tuned = dict.fromkeys(_tuned_parts(state, leaves), True)
-    return _replace_parts(jax.tree.map(lambda _: False, state), tuned)
+        tuned = dict.fromkeys(tuned_parts(state, leaves), True)
+    return replace_parts(jax.tree.map(lambda _: False, state), tuned)
 
 
 def hidden_states_from(

@@ -8,8 +8,10 @@ from random_checkpoints import random_params
 
 from rwkv7_jax.generation import sampling
 from rwkv7_jax.generation.generate import generate
+from rwkv7_jax.generation.streaming import before_stop_string
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import init_state
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 CONFIG = RWKV7Config(
@@ -133,3 +135,52 @@ def test_the_same_stop_id_is_reported_whether_or_not_the_host_watches(params):
     )
     assert plain.stop_tokens == watched.stop_tokens
     assert np.count_nonzero([stop is not None for stop in plain.stop_tokens]) > 0
+
+
+def log_probabilities(params, prompt, drawn, temperature):
+    """Computes those of drawn ids by one pass of the model, without the decode loop."""
+    ids = jnp.asarray([[*prompt, *drawn]])
+    logits, _ = MODEL.apply({"params": params}, ids[:, :-1], init_state(CONFIG))
+    logp = jax.nn.log_softmax(logits[0, len(prompt) - 1 :] / temperature)
+    return np.asarray(logp)[np.arange(len(drawn)), drawn]
+
+
+def test_what_was_drawn_has_the_stop_id_and_the_log_probabilities_of_the_model(params):
+    out = generate(
+        MODEL,
+        params,
+        PROMPTS,
+        tokens=12,
+        key=jax.random.key(1),
+        temperature=0.7,
+        stop_ids=STOP_IDS,
+    )
+    assert {"stop_id"} <= set(out.ended)
+    for row, prompt in enumerate(PROMPTS):
+        stop = out.stop_tokens[row]
+        assert out.drawn[row] == out.tokens[row] + ([] if stop is None else [stop])
+        expected = log_probabilities(params, prompt, out.drawn[row], 0.7)
+        np.testing.assert_allclose(out.logps[row], expected, atol=2e-5)
+
+
+def test_what_was_drawn_ends_with_the_token_that_completes_a_stop_string(params):
+    tokenizer = Tokenizer.bytes()
+    choices = {"tokens": 40, "key": jax.random.key(3), "stop_ids": ()}
+    free = generate(MODEL, params, PROMPTS, **choices)
+    # A letter that each row writes somewhere after its beginning.
+    stops = []
+    for row in free.tokens:
+        written = [tokenizer.decode_bytes([number]) for number in row[11:]]
+        stops.append(next(one.decode() for one in written if one and one.isascii()))
+    out = generate(
+        MODEL, params, PROMPTS, stop_strings=stops, tokenizer=tokenizer, **choices
+    )
+    assert "stop_string" in out.ended
+    for row, ending in enumerate(out.ended):
+        drawn = out.drawn[row]
+        assert drawn == free.tokens[row][: len(drawn)]
+        assert len(out.logps[row]) == len(drawn)
+        kept = before_stop_string(drawn, tokenizer, stops)
+        assert kept == (out.tokens[row] if ending == "stop_string" else None)
+        if kept is not None:
+            assert tokenizer.decode(drawn[len(kept) :]) in stops

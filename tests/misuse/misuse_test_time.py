@@ -39,13 +39,12 @@ from rwkv7_jax.test_time.losses import (
     distillation_loss,
     policy_loss,
 )
+from rwkv7_jax.test_time.policy_batches import make_policy_batch, policy_batch
 from rwkv7_jax.test_time.questions import QuestionSet, find_verifier, read_questions
 from rwkv7_jax.test_time.rewards import advantages
 from rwkv7_jax.test_time.rollouts import (
     RolloutSampler,
     held_out_reward,
-    make_policy_batch,
-    policy_batch,
     rollouts,
 )
 from rwkv7_jax.test_time.teacher import collect_traces
@@ -86,6 +85,8 @@ DRAWS = {
     "temperature": number(),
     "stop_ids": {TypeError: [None, "0", 0], ValueError: [[257], [-1]]},
     "length": {TypeError: [1.5, "2"], ValueError: [0]},
+    "stop_strings": {TypeError: ["ab", 3, [1]], ValueError: [[""], ["a"]]},
+    "tokenizer": {TypeError: [3, "bytes"]},
 }
 SAMPLER = RolloutSampler(MODEL, PARAMS, group=2, tokens=2)
 LOOP = {**MODELS, "prompts_at": prompts_at, "reward": reward, "tokens": 2, "key": KEY}
@@ -158,6 +159,8 @@ DOORS = {
             "reference": START,
             "leaves": LEAVES,
             "anchor": number(),
+            "epsilon_low": number(1.5),
+            "epsilon_high": number(),
         },
     ),
     "rollouts": Door(
@@ -210,6 +213,11 @@ DOORS = {
             "anchor": {TypeError: ["1"], ValueError: [1.0]},
             "anchor_at": {ValueError: [prompts_at]},
             "evaluate_every": count(1),
+            "updates": count(1),
+            "epsilon_low": number(1.5),
+            "epsilon_high": number(),
+            "importance_cap": {TypeError: ["2"], ValueError: [0.0, -1.0, NAN]},
+            "sampling_model": {TypeError: [1, "bfloat16"]},
         },
     ),
     "expert_iteration": Door(

@@ -19,7 +19,7 @@ from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.runs.exit_codes import Stopped
 from rwkv7_jax.runs.input_pipeline import InputPipeline
 from rwkv7_jax.runs.modes.state_tuning import StateMode
-from rwkv7_jax.test_time.rollouts import PolicyBatch
+from rwkv7_jax.test_time.policy_batches import PolicyBatch
 
 # Without the checks of array shapes, as users run it.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]
@@ -75,6 +75,32 @@ def test_a_run_stopped_by_a_signal_continues_with_the_same_bits(
     assert one[0]["leaves"] == two[0]["leaves"]
     assert one[0]["course"] == two[0]["course"]
     assert one[1] == two[1]
+
+
+def test_a_run_of_several_updates_a_step_continues_with_the_same_bits(
+    tmp_path, base_model, monkeypatch, capsys
+):
+    changes = {
+        "test_time__updates": 3,
+        "test_time__importance_cap": 2.0,
+        "test_time__sampling_dtype": "bfloat16",
+        "test_time__verifier": "smallest_runs:odd_sum",
+        "tuning__layer_rates": (0.5,),
+    }
+    settings = mode_settings("grpo", base_model, **changes)
+    train_here(settings, tmp_path / "one")
+    with monkeypatch.context() as patches:
+        stopped_at(patches, 3)
+        with pytest.raises(Stopped, match="step 3 is saved"):
+            train_here(settings, tmp_path / "two")
+    train_here(settings, tmp_path / "two")
+    assert "resume    from step 3" in capsys.readouterr().out
+    one, two = (ended(tmp_path / name) for name in ("one", "two"))
+    assert one == two
+    learnt = [row for row in one[1] if row.get("updated") == 1.0]
+    assert learnt
+    for row in learnt:
+        assert {"reward", "uniform_groups", "clipped", "importance_max"} <= set(row)
 
 
 def test_weights_trained_by_dbp_move_otherwise_and_a_run_of_them_is_resumed(

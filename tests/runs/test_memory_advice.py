@@ -1,6 +1,10 @@
 """Running out of memory is one sentence with the estimate and what to change, and exit code 7."""
 
+import subprocess
+import sys
+
 import pytest
+from run_programs import ROOT
 from smallest_runs import mode_settings, save_base_model
 
 from rwkv7_jax.runs.exit_codes import exit_code
@@ -62,3 +66,27 @@ def test_the_sentence_has_the_estimate_the_largest_part_and_what_to_change(
         assert part in said
     if mode != "observer":
         assert "MiB on each device, most of it" in said
+
+
+@pytest.mark.slow
+def test_eval_names_its_own_settings(tmp_path):
+    save_base_model(tmp_path / "base.pth")
+    program = """
+import sys, runpy
+import rwkv7_jax.runs.modes.model_setup as model_setup
+def fail(*_, **__):
+    raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+model_setup.load_model = fail
+sys.argv = ["eval.py", "--config=configs/eval.py", "--config.init=" + sys.argv[1]]
+runpy.run_path("eval.py", run_name="__main__")
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "base.pth")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 7, ended.stderr
+    assert "`config.evaluation.length`" in ended.stderr
+    assert "accumulate" not in ended.stderr and "remat" not in ended.stderr

@@ -80,3 +80,119 @@ def test_the_token_shifts_are_tuned_at_test_time_where_that_is_asked_for(
         x.size for x in jax.tree.leaves(params)
     )
     assert only.trained_count(params) == params.wkv.size
+
+
+@pytest.mark.parametrize("mode", ["state", "grpo", "expert", "distil", "context"])
+def test_leaves_and_layers_have_rates_of_their_own_in_every_mode_that_tunes_a_state(
+    base, tmp_path, mode
+):
+    changes = {"tuning.leaves": "all", "tuning.leaf_rates": {"att_shift": 0.5}}
+    one = made(mode, base, tmp_path, **changes, **{"tuning.layer_rates": (0.25,)})
+    plain = made(mode, base, tmp_path, **{"tuning.leaves": "all"})
+    params = one.make_params()
+    grads = jax.tree.map(jnp.ones_like, params)
+    moves = []
+    for each in (one, plain):
+        _, tx = each.optimizer()
+        moves.append(tx.update(grads, tx.init(params), params)[0])
+    scaled, free = moves
+    np.testing.assert_allclose(scaled.wkv, 0.25 * free.wkv, rtol=1e-6)
+    np.testing.assert_allclose(scaled.att_shift, 0.125 * free.att_shift, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mode", "changes", "sentence"),
+    [
+        (
+            "state",
+            {"tuning.leaf_rates": {"att_shift": 1.0}},
+            "must be of leaves that are tuned",
+        ),
+        (
+            "upscaled_state",
+            {"tuning.leaf_rates": {"wkv": 1.0}},
+            "must be of leaves that are tuned",
+        ),
+        (
+            "grpo",
+            {"tuning.layer_rates": (1.0, 2.0)},
+            "each of the model's 1 layers; got 2",
+        ),
+        (
+            "pretrain",
+            {"tuning.layer_rates": (1.0,)},
+            "`config.tuning.layer_rates` must be left out",
+        ),
+        (
+            "observer",
+            {"tuning.leaf_rates": {"wkv": 1.0}},
+            "leaf_rates` must be left out in mode",
+        ),
+        (
+            "state",
+            {"tuning.leaf_rates": {"emb": 1.0}},
+            "`config.tuning.leaf_rates` must be wkv, att",
+        ),
+        (
+            "state",
+            {"tuning.leaf_rates": {"wkv": "a"}},
+            "`config.tuning.leaf_rates.wkv` must be a num",
+        ),
+        (
+            "state",
+            {"tuning.leaf_rates": {"wkv": -1}},
+            "leaf_rates.wkv` must be at least 0",
+        ),
+        (
+            "distil",
+            {"test_time.updates": 2},
+            "`config.test_time.updates` must be left out",
+        ),
+        (
+            "expert",
+            {"test_time.importance_cap": 2.0},
+            "importance_cap` must be left out",
+        ),
+        (
+            "context",
+            {"test_time.stop": ("x",)},
+            "`config.test_time.stop` must be left out",
+        ),
+        (
+            "grpo",
+            {"test_time.stop": ("",)},
+            "`config.test_time.stop` must hold no empty text",
+        ),
+        ("grpo", {"test_time.epsilon_low": 2}, "epsilon_low` must be at most 1"),
+        (
+            "grpo",
+            {"test_time.sampling_dtype": "int8"},
+            "sampling_dtype` must be float32 or bfloat16",
+        ),
+    ],
+)
+def test_rates_and_ratios_that_cannot_be_are_refused(
+    base, tmp_path, mode, changes, sentence
+):
+    with pytest.raises(ValueError, match=sentence):
+        made(mode, base, tmp_path, **changes)
+
+
+def test_the_schedule_of_several_updates_ends_with_the_run(base, tmp_path):
+    changes = {
+        "steps": 6,
+        "optimizer.warmup_steps": 0,
+        "optimizer.final_learning_rate": 0.001,
+    }
+    once = made("grpo", base, tmp_path, **changes)
+    thrice = made("grpo", base, tmp_path, **changes, **{"test_time.updates": 3})
+    for step in (0, 3, 6):
+        rate = once.optimizer()[0](step)["learning_rate"]
+        assert thrice.optimizer()[0](step)["learning_rate"] == pytest.approx(rate)
+
+
+def test_sampling_in_another_dtype_trains_in_the_models(base, tmp_path):
+    mode = made("grpo", base, tmp_path, **{"test_time.sampling_dtype": "bfloat16"})
+    assert mode.model.config.dtype == "float32"
+    assert mode._source._sampler.model.config.dtype == "bfloat16"
+    assert mode._source._trainer is mode.model

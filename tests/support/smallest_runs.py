@@ -67,3 +67,9 @@ def mode_settings(mode: str, base_model: Path, **changes) -> Settings:
             continue  # The checkpoint fixes the sizes.
         (nested.setdefault(group, {}) if group else nested)[key] = value
     return read_settings(nested)
+
+
+def odd_sum(prompt, completion) -> float:
+    """A reward that half of all completions earn."""
+    del prompt
+    return float(sum(completion) % 2)

@@ -13,8 +13,9 @@ from rwkv7_jax.model.state import init_state
 from rwkv7_jax.test_time.distillation import distill
 from rwkv7_jax.test_time.expert_iteration import expert_iteration
 from rwkv7_jax.test_time.grpo import grpo
+from rwkv7_jax.test_time.policy_batches import policy_batch
 from rwkv7_jax.test_time.rewards import advantages
-from rwkv7_jax.test_time.rollouts import held_out_reward, policy_batch, rollouts
+from rwkv7_jax.test_time.rollouts import held_out_reward, rollouts
 from rwkv7_jax.test_time.traces import TokenBudget, Trace
 from rwkv7_jax.tuning.upscaling import upscale
 

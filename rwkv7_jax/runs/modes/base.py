@@ -35,6 +35,7 @@ from rwkv7_jax.training.costs import (
 )
 from rwkv7_jax.training.losses import Loss
 from rwkv7_jax.training.train_step import TrainState, TrainStep, make_train_step
+from rwkv7_jax.tuning.rate_factors import rate_factors, with_rate_factors
 from rwkv7_jax.tuning.state_arithmetic import scaled
 from rwkv7_jax.tuning.state_tuning import LEAVES, trainable_mask
 from rwkv7_jax.tuning.upscaling import fold_feature_map
@@ -74,6 +75,9 @@ class TrainingMode(abc.ABC):
     # What a step's gradients are of, where a step is one pass of one model. None for modes whose
     # steps read more than they learn from: their operations and memory are not counted.
     gradients_of: ClassVar[Literal["weights", "state"] | None] = None
+
+    # Updates of a step of the run; the learning rate counts updates.
+    updates_per_step: int = 1
 
     # Whether the first step is evaluated before it is made, as the last one is after it.
     measures_start: ClassVar[bool] = True
@@ -172,10 +176,13 @@ class TrainingMode(abc.ABC):
         settings = self.settings.optimizer
         if self.found_rate is not None:
             settings = with_rate(settings, self.found_rate)
-        learning_rate, tx = make_optimizer(settings, total_steps=self.settings.steps)
+        updates = self.updates_per_step
+        learning_rate, tx = make_optimizer(
+            settings, total_steps=updates * self.settings.steps
+        )
 
         def rates(step: int) -> dict[str, float]:
-            return {"learning_rate": float(learning_rate(step))}
+            return {"learning_rate": float(learning_rate(updates * step))}
 
         return rates, self.decorrelator.wrap(tx)
 
@@ -387,6 +394,36 @@ class StateTuningMode(TrainingMode):
         """Names the tuned leaves: the WKV state, and the token-shift states where asked for."""
         # The rest of `LEAVES` belongs to upscaled states.
         return LEAVES[:3] if self.settings.tuning.leaves == "all" else ("wkv",)
+
+    def with_own_rates(self, decorrelator: Decorrelator) -> Decorrelator:
+        """Adds the learning rates that the settings give to leaves and layers.
+
+        Raises:
+            ValueError: a leaf that is not tuned, or another number of layers than the model's.
+        """
+        tuning = self.settings.tuning
+        if not tuning.leaf_rates and not tuning.layer_rates:
+            # Without them the optimizer's state is that of runs before there were any.
+            return decorrelator
+        for name in tuning.leaf_rates:
+            if name not in self.tuned_leaves():
+                raise ValueError(
+                    "`config.tuning.leaf_rates` must be of leaves that are tuned, "
+                    f"{', '.join(self.tuned_leaves())}; got {name!r}."
+                )
+        params = self._initial
+        if params is None:
+            params = jax.eval_shape(self.make_params)
+        layers = self.model.config.num_layers
+        if tuning.layer_rates and len(tuning.layer_rates) != layers:
+            raise ValueError(
+                "`config.tuning.layer_rates` must have a number for each of the model's "
+                f"{layers} layers; got {len(tuning.layer_rates)}."
+            )
+        factors = rate_factors(
+            params, leaf_rates=tuning.leaf_rates, layer_rates=tuning.layer_rates
+        )
+        return with_rate_factors(decorrelator, factors)
 
     def trained_count(self, params: RWKV7State) -> int:
         """Counts the numbers of the tuned leaves."""

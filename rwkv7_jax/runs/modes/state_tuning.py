@@ -31,7 +31,7 @@ class StateMode(DatasetMode, StateTuningMode):
         )
         # Made here because features are fitted to text: their shapes cannot be traced.
         self._initial = self.make_params()
-        self.decorrelator = state_decorrelator(
+        decorrelator = state_decorrelator(
             self.model,
             self.frozen,
             self._initial,
@@ -39,6 +39,7 @@ class StateMode(DatasetMode, StateTuningMode):
             method=settings.tuning.decorrelate,
             **dataclasses.asdict(settings.decorrelation),
         )
+        self.decorrelator = self.with_own_rates(decorrelator)
 
     def held_out_metrics(self, params: RWKV7State) -> Metrics:
         """Measures how well the held-out rows are predicted from the tuned state."""

@@ -1,8 +1,11 @@
 """The mode that tunes a state by rewards, by a larger model's traces or by a prompt."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
 
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash
@@ -39,6 +42,7 @@ from rwkv7_jax.test_time.traces import (
 from rwkv7_jax.test_time.tuning_loop import StateBatchSource
 from rwkv7_jax.test_time.verifiers import VERIFIERS
 from rwkv7_jax.text.tokenizer import Tokenizer
+from rwkv7_jax.training.train_step import TrainState, TrainStep
 
 
 def _refuse_unused_settings(settings: Settings) -> None:
@@ -80,6 +84,7 @@ class ContextMode(DatasetMode, StateTuningMode):
         self.loss = context_distillation(
             self.model, self.frozen, prompt, leaves=self.tuned_leaves()
         )
+        self.decorrelator = self.with_own_rates(self.decorrelator)
         self.open_data()
         self._held_out = self.prediction_evaluator("held_out")
 
@@ -123,6 +128,8 @@ class TestTimeMode(StateTuningMode):
         )
         # "distil" lets the teacher answer here, which takes long: before the first step, not in it.
         self._source = self._make_source()
+        self.decorrelator = self.with_own_rates(self.decorrelator)
+        self.updates_per_step = settings.test_time.updates
         if settings.test_time.method == "grpo":
             self.loss = policy_loss(
                 self.model,
@@ -130,6 +137,8 @@ class TestTimeMode(StateTuningMode):
                 temperature=settings.test_time.temperature,
                 kl=settings.test_time.kl,
                 leaves=self.tuned_leaves(),
+                epsilon_low=settings.test_time.epsilon_low,
+                epsilon_high=settings.test_time.epsilon_high,
             )
         else:
             self.loss = distillation_loss(
@@ -154,14 +163,7 @@ class TestTimeMode(StateTuningMode):
                 batch_size=self.settings.data.batch_size,
                 seed=self.settings.seed,
             )
-        sampler = RolloutSampler(
-            self.model,
-            self.frozen,
-            group=settings.group,
-            tokens=settings.tokens,
-            temperature=settings.temperature,
-            stop_ids=self._questions.stop_ids,
-        )
+        sampler = self._sampler()
         key = jax.random.key(self.settings.seed)
         if settings.method == "grpo":
             rule = AdvantageRule(
@@ -176,9 +178,54 @@ class TestTimeMode(StateTuningMode):
                 key=key,
                 rule=rule,
                 redraws=settings.redraws,
+                several_updates=settings.updates > 1,
+                importance_cap=settings.importance_cap,
+                trainer=self.model,
             )
         # Without replay, which a checkpoint would have to hold to be resumed.
         return ExpertBatches(sampler, self._prompts_at, self._reward, key=key)
+
+    def _sampler(self) -> RolloutSampler:
+        """Makes what draws the completions; in another dtype it still reads the same weights."""
+        settings = self.settings.test_time
+        model = self.model
+        if settings.sampling_dtype is not None:
+            model = RWKV7(
+                dataclasses.replace(model.config, dtype=settings.sampling_dtype)
+            )
+        return RolloutSampler(
+            model,
+            self.frozen,
+            group=settings.group,
+            tokens=settings.tokens,
+            temperature=settings.temperature,
+            stop_ids=self._questions.stop_ids,
+            stop_strings=settings.stop,
+            tokenizer=self.tokenizer,
+        )
+
+    def train_step(
+        self, tx: optax.GradientTransformation, mesh: Mesh | None
+    ) -> TrainStep:
+        """Makes the step: as many updates as are set, with the same completions.
+
+        They are one step of the run, so a run never ends between them: the state that the
+        completions were drawn from would be lost.
+        """
+        update = super().train_step(tx, mesh)
+        updates = self.updates_per_step
+
+        def step(train: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+            metrics: dict[str, Any] = {}
+            for _ in range(updates):
+                train, metrics = update(train, batch)
+            if updates > 1:
+                # Each update has counted itself.
+                train = dataclasses.replace(train, step=train.step - (updates - 1))
+            # Of the same names, what the update says comes first.
+            return train, {**self._source.metrics, **metrics}
+
+        return step
 
     def _prompts_at(self, step: int) -> list[list[int]]:
         return self._questions.prompts(step, self.settings.test_time.prompts)
@@ -193,6 +240,8 @@ class TestTimeMode(StateTuningMode):
             self._reward,
             tokens=self.settings.test_time.tokens,
             stop_ids=self._questions.stop_ids,
+            stop_strings=self.settings.test_time.stop,
+            tokenizer=self.tokenizer,
         )
         return {log_name("held_out", "reward"): Metric.of(reward, "reward")}
 
@@ -245,6 +294,8 @@ class TestTimeMode(StateTuningMode):
             else None,
             temperature=settings.temperature,
             stop_ids=self._questions.stop_ids,
+            stop_strings=settings.stop,
+            tokenizer=self.tokenizer,
             source=settings.guide,
             cache=self.folder / "traces.jsonl",
             teacher_hash=model_hash(teacher_params, config),

@@ -4,18 +4,20 @@ from rwkv7_jax.runs.settings.conversion import as_config
 from rwkv7_jax.runs.settings.fields import profiled
 from rwkv7_jax.runs.settings.groups import (
     DataSettings,
-    DecorrelationSettings,
     EvaluationSettings,
     Mode,
     ObserverSettings,
     OptimizerSettings,
     SampleSettings,
     Settings,
-    TuningSettings,
-    UpscalingSettings,
     read_settings,
 )
 from rwkv7_jax.runs.settings.test_time import TestTimeMethod, TestTimeSettings
+from rwkv7_jax.runs.settings.tuning import (
+    DecorrelationSettings,
+    TuningSettings,
+    UpscalingSettings,
+)
 
 __all__ = [
     "DataSettings",

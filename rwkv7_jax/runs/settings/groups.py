@@ -10,8 +10,6 @@ from typing import Any, Literal
 
 from rwkv7_jax.data.choices import OnBad, Order, Packing
 from rwkv7_jax.local_paths import local_path, split_list, split_paths
-from rwkv7_jax.model.kernel_features import KINDS
-from rwkv7_jax.model.upscaled_memory import DYNAMICS
 from rwkv7_jax.optim.decorrelation import Method as DecorrelationMethod
 from rwkv7_jax.optim.optimizer import KINDS as OPTIMIZERS
 from rwkv7_jax.optim.optimizer import SCHEDULES
@@ -30,9 +28,12 @@ from rwkv7_jax.runs.settings.fields import (
 )
 from rwkv7_jax.runs.settings.packing import check_packing
 from rwkv7_jax.runs.settings.test_time import TestTimeSettings
+from rwkv7_jax.runs.settings.tuning import (
+    DecorrelationSettings,
+    TuningSettings,
+    UpscalingSettings,
+)
 from rwkv7_jax.sharding import AUTO, parse_sizes
-from rwkv7_jax.tuning.rate_search import RATES
-from rwkv7_jax.tuning.upscaling import LANDMARKS, PREPARATIONS
 
 Mode = Literal["pretrain", "state", "upscaled_state", "observer", "test_time"]
 
@@ -114,86 +115,6 @@ class OptimizerSettings:
     l2wrap: float = number(0.0, 0, MOST_WEIGHT)
     accumulate: int = number(1, 1, MOST_COUNT)
     decorrelate: DecorrelationMethod = "none"
-
-
-@dataclasses.dataclass(frozen=True)
-class TuningSettings:
-    """The settings of the modes that tune a state.
-
-    Attributes:
-        leaves: "wkv", or "all" to tune the token-shift states as well; an upscaled state tunes its
-            memory in their place.
-        decorrelate: "none", "dbp" (decorrelated backpropagation, learnt while tuning) or "whiten"
-            (once: of features on the calibration text, of a start state at the first step).
-        anchor: weight of KL(base || tuned) on the unlabelled text of `anchor_path`; 0 switches it
-            off.
-        anchor_path: general text, or a task, on which the tuned model must stay close to the base.
-        alpha: factor on the saved state; below 1 it keeps most of the target and forgets less.
-        warn_above: largest entry of the state that passes without a warning.
-        rates: learning rates of which one is found before the run where
-            `optimizer.learning_rate` names none: each is tried on a short run of its own, all in
-            one program, and held-out text decides.
-        search_share: the cost of that, as a share of the run's arithmetic.
-        states: texts by the names of their states, such as {"poet": "poems.jsonl"}, or a folder of
-            texts: one start state for each is tuned in the same run, in place of `data.path`.
-    """
-
-    leaves: Literal["wkv", "all"] = "wkv"
-    decorrelate: DecorrelationMethod = "none"
-    anchor: float = number(0.0, 0, MOST_WEIGHT)
-    anchor_path: str | None = place(None, several=True)
-    alpha: float = number(1.0, 0, MOST_RATE)
-    warn_above: float = number(50.0, 0, 1e30)
-    rates: tuple[float, ...] = number(RATES, 0, MOST_RATE, above=True)
-    search_share: float = number(0.1, 0, 1, above=True)
-    states: str | Mapping[str, str] | None = optional("")
-
-
-@dataclasses.dataclass(frozen=True)
-class UpscalingSettings:
-    """The settings of mode "upscaled_state"; see `tuning.upscaling.upscale`.
-
-    Attributes:
-        size: features of a head (M); by default four times the head size.
-        dynamics: "static", "decay", "delta"; "replace" and "replace_raw" are the paper's form.
-        kind: "gaussian" (by default), "fourier" or "gaussian_raw".
-        landmarks: "random" or "kmeans".
-        widths: factors on 1 / the median squared distance; by default 1, 4 and 16 where features
-            are whitened and 1 elsewhere.
-        prepare: "none", "centre" or "whiten"; by default as `tuning.decorrelate` says.
-        rows: rows of the training text that features are calibrated on.
-    """
-
-    size: int | None = number(None, 0, MOST_COUNT, absent=0)
-    dynamics: str = choice("static", DYNAMICS)
-    kind: str | None = choice(None, KINDS, absent="")
-    landmarks: str = choice("random", LANDMARKS)
-    widths: tuple[float, ...] | None = number(
-        None, 0, MOST_WEIGHT, above=True, absent=()
-    )
-    prepare: str | None = choice(None, PREPARATIONS, absent="")
-    rows: int = number(48, 1, MOST_COUNT)
-
-
-@dataclasses.dataclass(frozen=True)
-class DecorrelationSettings:
-    """Numbers of `tuning.decorrelate` and `optimizer.decorrelate`; see `optim.decorrelation`.
-
-    Attributes:
-        rate: step of the online rule.
-        balance: between decorrelation (0) and unit variances (1).
-        iterations: steps of the rule per update.
-        damping: added to the covariance, in units of its mean eigenvalue.
-        average: share of the old covariance in its running average.
-        rows: rows of a batch that statistics are taken from.
-    """
-
-    rate: float = number(0.2, 0, MOST_RATE)
-    balance: float = number(0.5, 0, 1)
-    iterations: int = number(12, 0, MOST_COUNT)
-    damping: float = number(1e-4, 0, MOST_RATE)
-    average: float = number(0.7, 0, 1, below=True)
-    rows: int = number(4, 1, MOST_COUNT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,6 +271,7 @@ class Settings:
             )
         self._check_lists()
         self._check_states()
+        self._check_tuned_rates()
         # Elsewhere it would silently do nothing.
         if self.optimizer.decorrelate != "none" and self.mode != "pretrain":
             raise ValueError(
@@ -410,6 +332,17 @@ class Settings:
                 "`config.data.path` must be empty where `config.tuning.states` names the texts; "
                 f"got {self.data.path!r}."
             )
+
+    def _check_tuned_rates(self) -> None:
+        """Checks that rates of leaves and layers are named only where a state is tuned."""
+        if self.mode not in ("pretrain", "observer"):
+            return
+        for name in ("leaf_rates", "layer_rates"):
+            if getattr(self.tuning, name):
+                raise ValueError(
+                    f"`config.tuning.{name}` must be left out in mode {self.mode!r}, which tunes "
+                    "no state."
+                )
 
     def _check_lists(self) -> None:
         """Checks that no list of names has an empty entry, before anything is read."""

@@ -7,8 +7,21 @@ from rwkv7_jax.runs.settings.fields import (
     MOST_COUNT,
     MOST_RATE,
     MOST_WEIGHT,
+    choice,
     number,
     place,
+    shown,
+)
+
+SAMPLING_DTYPES = ("float32", "bfloat16")
+
+# Those of them that came with the ratio of probabilities.
+_OF_GRPO = (
+    "updates",
+    "epsilon_low",
+    "epsilon_high",
+    "sampling_dtype",
+    "importance_cap",
 )
 
 TestTimeMethod = Literal["grpo", "distil", "expert", "context"]
@@ -40,6 +53,17 @@ class TestTimeSettings:
         scale: of "grpo", "std" divides by the group's standard deviation, "none" does not.
         average: of "grpo", over what the loss is a mean: "token", "row" or "constant" length.
         redraws: of "grpo", how often at most completions are drawn again whose group is uniform.
+        updates: of "grpo", updates made of the completions of each step (num_iterations, mu). After
+            the first one they weigh by the ratio of probabilities, which is clipped.
+        epsilon_low, epsilon_high: how far below and above 1 that ratio counts (clip-higher of
+            DAPO: 0.2 and 0.28).
+        sampling_dtype: of "grpo", dtype of the activations with which completions are drawn, such
+            as "bfloat16"; by default the model's.
+        importance_cap: of "grpo", highest weight of a token by the ratio of its probability in
+            training to that in sampling (truncated importance sampling); by default tokens are
+            not weighed.
+        stop: texts that end a completion, such as ("Question:",), and are not judged as a part of
+            it. What is learnt from still has their tokens, or nothing would learn to end there.
         traces: prompts that the guide answers in all.
         at_once: prompts that it answers at the same time.
         vote_margin: share of a prompt's completions by which the "majority" answer must lead.
@@ -61,6 +85,36 @@ class TestTimeSettings:
     scale: Literal["std", "none"] = "std"
     average: Literal["token", "row", "constant"] = "token"
     redraws: int = number(0, 0, MOST_COUNT)
+    updates: int = number(1, 1, MOST_COUNT)
+    epsilon_low: float = number(0.2, 0, 1)
+    epsilon_high: float = number(0.2, 0, MOST_RATE)
+    sampling_dtype: str | None = choice(None, SAMPLING_DTYPES, absent="")
+    importance_cap: float | None = number(
+        None, 0, MOST_WEIGHT, above=True, note=", or None for no weights"
+    )
+    stop: tuple[str, ...] = ()
     traces: int = number(256, 1, MOST_COUNT)
     at_once: int = number(64, 1, MOST_COUNT)
     vote_margin: float = number(0.25, 0, 1)
+
+    def __post_init__(self):
+        """Checks the stop strings, and that the method has what is set.
+
+        Raises:
+            ValueError: an empty string, or a setting that the method does not have.
+        """
+        if "" in self.stop:
+            raise ValueError(
+                "`config.test_time.stop` must hold no empty text; got one."
+            )
+        # Elsewhere they would silently do nothing.
+        unused = () if self.method == "grpo" else _OF_GRPO
+        if self.method == "context":
+            unused = (*unused, "stop")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in unused and value != field.default:
+                raise ValueError(
+                    f"`config.test_time.{field.name}` must be left out where "
+                    f"`config.test_time.method` is {self.method!r}; got {shown(value)}."
+                )

@@ -1,0 +1,194 @@
+"""Batches of the policy loss: rollouts with their rewards and advantages."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rwkv7_jax.array_types import Params
+from rwkv7_jax.checks import (
+    check_count,
+    check_function,
+    check_instance,
+    prefix_errors,
+)
+from rwkv7_jax.data.batch import Batch
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import RWKV7State
+from rwkv7_jax.test_time.rewards import (
+    AdvantageRule,
+    RewardFunction,
+    advantages,
+    evaluate_rewards,
+)
+from rwkv7_jax.test_time.rollouts import Rollouts, rollouts
+from rwkv7_jax.test_time.traces import TokenBudget
+
+
+class PolicyBatch(NamedTuple):
+    """A batch for `policy_loss`, with its rewards and its cost.
+
+    Attributes:
+        batch: with tokens, mask and advantages.
+        rewards: [P K], of prompts and their completions.
+        budget: tokens of the rollouts.
+    """
+
+    batch: Batch
+    rewards: np.ndarray
+    budget: TokenBudget
+
+    @property
+    def uniform_groups(self) -> np.ndarray:
+        """Of each prompt, whether all of its completions earned the same, [P] bool."""
+        return np.ptp(self.rewards, axis=1) == 0
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all completions of every prompt earned the same: there is nothing to learn."""
+        return bool(self.uniform_groups.all())
+
+
+def policy_batch(
+    model: RWKV7,
+    params: Params,
+    state: RWKV7State | None,
+    prompts: Sequence[Sequence[int]],
+    reward: RewardFunction,
+    *,
+    group: int,
+    rule: AdvantageRule | None = None,
+    **choices: Any,
+) -> PolicyBatch:
+    """Draws rollouts from `state` and makes a batch of `policy_loss` with their advantages.
+
+    The result is a function of the arguments: with `key = jax.random.fold_in(key, n)` step n of a
+    run depends on the seed, n and the state alone.
+
+    Args:
+        model: static.
+        params: its weights.
+        state: where every row starts (batch 1).
+        prompts: lists of ids.
+        reward: of a prompt and a completion.
+        group: completions of each prompt, at least 2.
+        rule: how rewards become advantages.
+        **choices: `tokens`, `key`, `temperature`, `stop_ids`, `length`, `stop_strings` and
+            `tokenizer` of `rollouts`.
+
+    Raises:
+        ValueError: as `rollouts`; or a reward that is not a finite number.
+    """
+    with prefix_errors("policy_batch"):
+        check_count(group, 2, "`group`")
+        check_function(reward, "`reward`")
+    drawn = rollouts(model, params, state, prompts, group=group, **choices)
+    return make_policy_batch(
+        drawn, reward, group=group, rule=rule, tokens=choices["tokens"]
+    )
+
+
+def make_policy_batch(
+    drawn: Rollouts,
+    reward: RewardFunction,
+    *,
+    group: int,
+    rule: AdvantageRule | None = None,
+    tokens: int | None = None,
+) -> PolicyBatch:
+    """Rewards rollouts and makes a batch of `policy_loss` of them.
+
+    Args:
+        drawn: groups of completions.
+        reward: of a prompt and a completion.
+        group: completions of each prompt.
+        rule: how rewards become advantages, and over what the loss is a mean.
+        tokens: most tokens of a completion, which the rule's average "constant" needs.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: groups that do not divide the completions, or a reward that is not a finite
+            number.
+    """
+    with prefix_errors("make_policy_batch"):
+        check_instance(drawn, Rollouts, "`drawn`")
+        check_function(reward, "`reward`")
+        check_count(group, 1, "`group`")
+        if len(drawn.completions) % group:
+            raise ValueError(
+                f"`group` must divide the {len(drawn.completions)} completions; got {group}."
+            )
+        rule = rule or AdvantageRule()
+        if rule.average == "constant":
+            check_count(tokens, 1, "`tokens`")
+    rewards = evaluate_rewards(
+        reward,
+        drawn.prompts,
+        drawn.judged,
+        name="policy_batch: `reward`",
+        group=group,
+    ).reshape(-1, group)
+    mask, factor = _average(drawn, rule, tokens)
+    batch = Batch(
+        tokens=drawn.tokens,
+        mask=mask,
+        # Back to one number for each row.
+        advantages=(factor * advantages(rewards, rule).reshape(-1)).astype(np.float32),
+    )
+    return PolicyBatch(
+        batch=batch,
+        rewards=rewards,
+        budget=drawn.budget,
+    )
+
+
+def _average(
+    drawn: Rollouts, rule: AdvantageRule, tokens: int | None
+) -> tuple[np.ndarray, float]:
+    """Returns the mask and the factor on advantages that turn the loss's mean into the rule's.
+
+    The loss is a mean over the mask, whose weights need not be 1.
+    """
+    counts = drawn.mask.sum(axis=1, keepdims=True)
+    if rule.average == "row":
+        return drawn.mask / np.maximum(counts, 1), 1.0
+    if rule.average == "constant":
+        assert tokens is not None
+        return drawn.mask, float(counts.sum()) / (len(counts) * tokens)
+    return drawn.mask, 1.0
+
+
+def replace_groups(
+    drawn: Rollouts, again: Rollouts, chosen: np.ndarray, *, group: int
+) -> Rollouts:
+    """Takes the chosen groups from a second draw of the same prompts.
+
+    Args:
+        drawn: the first draw.
+        again: the second one, of the same prompts and lengths.
+        chosen: of each prompt, [P] bool.
+        group: completions of each prompt.
+
+    Returns:
+        Both draws' costs, since all tokens were drawn.
+    """
+    rows = np.repeat(chosen, group)
+    completions = []
+    judged = []
+    for row, is_chosen in enumerate(rows):
+        source = again if is_chosen else drawn
+        completions.append(source.completions[row])
+        judged.append(source.judged[row])
+    logps = None
+    if drawn.logps is not None and again.logps is not None:
+        logps = np.where(rows[:, None], again.logps, drawn.logps)
+    return dataclasses.replace(
+        drawn,
+        tokens=np.where(rows[:, None], again.tokens, drawn.tokens),
+        mask=np.where(rows[:, None], again.mask, drawn.mask),
+        completions=completions,
+        budget=drawn.budget + again.budget,
+        judged=judged,
+        logps=logps,
+    )

@@ -1,0 +1,80 @@
+"""Learning rates of their own for the leaves and the layers of a start state."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from rwkv7_jax.checks import check_instance, check_number, prefix_errors
+from rwkv7_jax.model.state import RWKV7State
+from rwkv7_jax.optim.decorrelation import Decorrelator
+from rwkv7_jax.optim.optimizer import scale_by_factors
+from rwkv7_jax.tuning.state_tuning import LEAVES, replace_parts, tuned_parts
+
+
+def rate_factors(
+    state: RWKV7State,
+    *,
+    leaf_rates: Mapping[str, float] | None = None,
+    layer_rates: Sequence[float] = (),
+) -> RWKV7State:
+    """Makes factors on the learning rate, for `optim.scale_by_factors`.
+
+    Args:
+        state: the start state that is tuned, or its shapes; leaves have a leading axis of layers.
+        leaf_rates: factors by the names of leaves, of `state_tuning.LEAVES`; 1 of the others.
+        layer_rates: factors of the layers, from the first on; none means 1 for all.
+
+    Returns:
+        A state whose leaves are factors [L 1 ...]; a leaf's and a layer's are multiplied.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: a leaf that the state does not have, another number of layers, or a negative
+            factor.
+    """
+    with prefix_errors("rate_factors"):
+        check_instance(state, RWKV7State, "`state`")
+        leaf_rates = dict(leaf_rates or {})
+        has = [
+            name for name in LEAVES if name != "memory" or state.upscaled is not None
+        ]
+        for name, factor in leaf_rates.items():
+            if name not in has:
+                raise ValueError(
+                    f"`leaf_rates` must be of {', '.join(has)}; got {name!r}."
+                )
+            check_number(factor, 0, math.inf, "`leaf_rates`")
+        layers = state.wkv.shape[0]
+        if len(layer_rates) not in (0, layers):
+            raise ValueError(
+                f"`layer_rates` must have a number for each of {layers} layers; "
+                f"got {len(layer_rates)}."
+            )
+        for factor in layer_rates:
+            check_number(factor, 0, math.inf, "`layer_rates`")
+    of_layers = np.asarray(layer_rates or [1.0] * layers, np.float32)
+
+    def spread(leaf: Any, factor: float = 1.0) -> np.ndarray:
+        return factor * of_layers.reshape(-1, *[1] * (leaf.ndim - 1))
+
+    parts = {}
+    for name, factor in leaf_rates.items():
+        for part, leaf in tuned_parts(state, (name,)).items():
+            parts[part] = spread(leaf, factor)
+    return replace_parts(jax.tree.map(spread, state), parts)
+
+
+def with_rate_factors(decorrelator: Decorrelator, factors: RWKV7State) -> Decorrelator:
+    """Adds factors on the learning rate to a decorrelated optimizer.
+
+    Outside of the change of coordinates, which a factor for a leaf or a layer commutes with.
+    """
+
+    def wrap(tx):
+        return optax.chain(decorrelator.wrap(tx), scale_by_factors(factors))
+
+    return decorrelator._replace(wrap=wrap)

@@ -1,0 +1,304 @@
+"""The ratio of probabilities in the policy loss, restated in numpy: bounds, weights, updates."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+from tiny_models import lively, random_state, restated
+from tolerances import SAME, assert_close
+
+from rwkv7_jax.data.batch import Batch
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.test_time.grpo import PolicyBatches, grpo
+from rwkv7_jax.test_time.losses import (
+    _clipped_ratio,
+    _log_bounds,
+    drawn_logps,
+    policy_loss,
+)
+from rwkv7_jax.test_time.rollouts import RolloutSampler
+
+CONFIG = RWKV7Config(
+    vocab_size=13,
+    num_layers=1,
+    width=32,
+    head_size=16,
+    decay_rank=8,
+    icl_rank=6,
+    value_rank=5,
+    implementation="scan",
+)
+MODEL = RWKV7(CONFIG)
+LOW, HIGH = 0.1, 0.3
+TEMPERATURE = 0.7
+
+
+@pytest.fixture(scope="module")
+def params():
+    return lively(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def batch(params):
+    """Rows whose old log-probabilities are those of another state, so that ratios leave 1."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, CONFIG.vocab_size, (4, 9)).astype(np.int32)
+    mask = (rng.random((4, 8)) < 0.8).astype(np.float32)
+    old = drawn_logps(MODEL, params, random_state(CONFIG, seed=3), tokens, TEMPERATURE)
+    return Batch(
+        tokens=tokens,
+        mask=mask,
+        advantages=np.array([1.5, -0.5, 0.25, -2.0], np.float32),
+        old_logp=np.asarray(old),
+        importance=rng.uniform(0.2, 2.0, (4, 8)).astype(np.float32),
+    )
+
+
+def logps(params, state, tokens):
+    rows = [restated(params, ids[:-1], state, CONFIG)[0] for ids in tokens]
+    logp = log_softmax(np.stack(rows) / TEMPERATURE, axis=-1)
+    return np.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
+
+
+def published(params, state, batch):
+    """The objective as it is published: the smaller of a ratio and a clipped one, times A."""
+    ratio = np.exp(logps(params, state, batch.tokens) - batch.old_logp)
+    advantages = batch.advantages[:, None]
+    free = ratio * advantages
+    clipped = np.clip(ratio, 1 - LOW, 1 + HIGH) * advantages
+    weights = batch.mask / batch.mask.sum()
+    objective = np.minimum(free, clipped) * batch.importance
+    return -np.sum(weights * objective), np.sum(weights * (clipped < free))
+
+
+@pytest.fixture(scope="module")
+def gradient(params):
+    loss = policy_loss(
+        MODEL, params, temperature=TEMPERATURE, epsilon_low=LOW, epsilon_high=HIGH
+    )
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def test_the_loss_its_gradient_and_the_clipped_share_are_those_published(
+    params, gradient, batch
+):
+    state = random_state(CONFIG, seed=5)
+    (value, metrics), grads = gradient(state, batch)
+    expected, clipped = published(params, state, batch)
+    assert_close(value, expected, SAME["model"], "value")
+    assert float(metrics["clipped"]) == pytest.approx(clipped, abs=1e-6)
+    assert 0.2 < clipped < 0.9
+    direction = np.random.default_rng(5).normal(size=state.wkv.shape)
+    wkv = np.asarray(state.wkv, np.float64)
+    step = 1e-5
+    ends = []
+    for sign in (1, -1):
+        moved = state.replace(wkv=wkv + sign * step * direction)
+        ends.append(published(params, moved, batch)[0])
+    product = np.vdot(np.asarray(grads.wkv, np.float64), direction)
+    np.testing.assert_allclose(product, (ends[0] - ends[1]) / (2 * step), rtol=1e-3)
+
+
+def test_bounds_stop_only_what_would_earn_more(params, gradient, batch):
+    """A ratio far above the bound is free where the advantage is negative, and the other way."""
+    state = random_state(CONFIG, seed=5)
+    now = np.asarray(drawn_logps(MODEL, params, state, batch.tokens, TEMPERATURE))
+    for shift, stopped in ((1.0, [0, 2]), (-1.0, [1, 3])):
+        moved = batch.replace(old_logp=now - shift, importance=None)
+        _, metrics = gradient(state, moved)[0]
+        share = batch.mask[stopped].sum() / batch.mask.sum()
+        assert float(metrics["clipped"]) == pytest.approx(share, abs=1e-6)
+        one = moved.replace(mask=batch.mask * np.isin(np.arange(4), stopped)[:, None])
+        assert not np.any(gradient(state, one)[1].wkv)
+
+
+def test_at_a_ratio_of_one_the_gradient_of_the_ratio_is_that_of_log_p_bit_for_bit():
+    rng = np.random.default_rng(1)
+    nats = jnp.asarray(rng.uniform(0.1, 9.0, (4, 8)), jnp.float32)
+    policy = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
+    bounds = _log_bounds(LOW, HIGH)
+
+    def term(nats):
+        ratio, clipped = _clipped_ratio(-nats - (-first), policy[:, :1], bounds)
+        return -jnp.sum(policy * ratio), clipped
+
+    first = nats
+    found, clipped = jax.grad(term, has_aux=True)(nats)
+    # Of the sum of policy x nats.
+    np.testing.assert_array_equal(found, policy)
+    assert not np.any(clipped)
+
+
+def test_a_weight_of_one_and_no_ratio_is_the_update_without_them_bit_for_bit(
+    params, batch
+):
+    state = random_state(CONFIG, seed=5)
+    loss = policy_loss(MODEL, params, temperature=TEMPERATURE)
+    step = jax.jit(jax.grad(loss, has_aux=True))
+    plain = batch.replace(old_logp=None, importance=None)
+    ones = plain.replace(importance=np.ones((4, 8), np.float32))
+    expected, _ = step(state, plain)
+    found, _ = step(state, ones)
+    np.testing.assert_array_equal(found.wkv, expected.wkv)
+
+
+def test_the_first_of_several_updates_is_the_only_one_of_a_single_update(params, batch):
+    state = random_state(CONFIG, seed=5)
+    loss = policy_loss(MODEL, params, temperature=TEMPERATURE)
+    plain = batch.replace(old_logp=None, importance=None)
+    old = drawn_logps(MODEL, params, state, batch.tokens, TEMPERATURE)
+    expected = jax.jit(jax.grad(loss, has_aux=True))(state, plain)[0]
+    rows = plain.replace(old_logp=np.asarray(old))
+    found, metrics = jax.jit(jax.grad(loss, has_aux=True))(state, rows)
+    # Another program measures the old ones, so ratios are 1 up to rounding.
+    assert_close(found.wkv, expected.wkv, SAME["gradient"], "gradient")
+    assert float(metrics["clipped"]) == 0
+
+
+def test_a_ratio_too_large_for_a_float_stops_at_the_bound(params, gradient, batch):
+    state = random_state(CONFIG, seed=5)
+    rows = batch.replace(
+        old_logp=np.full((4, 8), -300.0, np.float32),
+        advantages=np.ones(4, np.float32),
+        importance=None,
+    )
+    (value, metrics), grads = gradient(state, rows)
+    assert float(value) == pytest.approx(-(1 + HIGH), rel=1e-6)
+    assert float(metrics["clipped"]) == pytest.approx(1.0)
+    assert not np.any(grads.wkv)
+
+
+PROMPTS = [[1, 2], [3, 4, 5]]
+
+
+def sevens(prompt, completion):
+    return completion.count(7) / len(completion)
+
+
+def source_of(params, model=MODEL, **choices):
+    sampler = RolloutSampler(
+        model, params, group=4, tokens=6, temperature=TEMPERATURE, stop_ids=(4,)
+    )
+    return PolicyBatches(
+        sampler, lambda step: PROMPTS, sevens, key=jax.random.key(4), **choices
+    )
+
+
+def test_a_batch_for_several_updates_has_the_log_probabilities_of_its_draws(params):
+    state = random_state(CONFIG, seed=2)
+    source = source_of(params, several_updates=True)
+    made = source.batch(state, 3)
+    wanted = logps(params, state, made.tokens) * made.mask
+    np.testing.assert_allclose(made.old_logp, wanted, atol=2e-5)
+    plain = source_of(params).batch(state, 3)
+    assert plain.old_logp is None and plain.importance is None
+    np.testing.assert_array_equal(plain.tokens, made.tokens)
+
+
+def test_importance_weights_are_capped_ratios_of_training_to_sampling(params):
+    state = random_state(CONFIG, seed=2)
+    rough = RWKV7(dataclasses.replace(CONFIG, dtype="bfloat16"))
+    cap = 1.002
+    source = source_of(params, rough, importance_cap=cap, trainer=MODEL)
+    made = source.batch(state, 0)
+    drawn = source._sampler.draw(
+        state, PROMPTS, jax.random.fold_in(jax.random.key(4), 0)
+    )
+    counted = made.mask > 0
+    ratios = np.exp(logps(params, state, made.tokens) - drawn.logps)[counted]
+    found = made.importance[counted]
+    np.testing.assert_allclose(found, np.minimum(ratios, cap), atol=1e-4)
+    assert found.max() <= np.float32(cap) < ratios.max()
+    metrics = source.metrics
+    assert metrics["importance_mean"] == pytest.approx(ratios.mean(), abs=1e-4)
+    assert metrics["importance_max"] == pytest.approx(ratios.max(), abs=1e-3)
+    assert 0 < metrics["importance_capped"] < 1
+    assert made.old_logp is None
+
+
+def test_sampler_and_trainer_that_are_one_model_weigh_every_token_by_one(params):
+    source = source_of(params, importance_cap=2.0)
+    made = source.batch(random_state(CONFIG, seed=2), 0)
+    np.testing.assert_allclose(made.importance[made.mask > 0], 1, atol=1e-4)
+    assert source.metrics["importance_capped"] == 0
+
+
+LOOP = {"tokens": 4, "key": jax.random.key(4), "group": 4, "stop_ids": ()}
+
+
+def test_several_updates_go_further_with_the_same_completions(params):
+    runs = {}
+    for updates in (1, 3):
+        runs[updates] = grpo(
+            MODEL,
+            params,
+            lambda step: PROMPTS,
+            sevens,
+            steps=1,
+            updates=updates,
+            learning_rate=0.5,
+            epsilon_high=0.28,
+            **LOOP,
+        )
+    one, three = runs[1], runs[3]
+    assert one.history[0]["reward"] == three.history[0]["reward"]
+    assert "clipped" not in one.history[0]
+    assert 0 < three.history[0]["clipped"] < 1
+    assert three.budget.gradient_tokens == 3 * one.budget.gradient_tokens
+    # The trainer reads the rows once more, for the log-probabilities.
+    extra = three.budget.rollout_tokens - one.budget.rollout_tokens
+    assert extra == one.budget.gradient_tokens
+    assert np.abs(three.state.wkv).max() > np.abs(one.state.wkv).max()
+
+
+@pytest.mark.slow
+def test_draws_in_bfloat16_raise_a_reward_of_the_float32_model(params):
+    out = grpo(
+        MODEL,
+        params,
+        lambda step: [[1 + step % 12, 2], [1 + (5 * step) % 12, 3, 2]],
+        sevens,
+        steps=12,
+        updates=2,
+        importance_cap=2.0,
+        sampling_model=RWKV7(dataclasses.replace(CONFIG, dtype="bfloat16")),
+        learning_rate=0.5,
+        held_out=[[1 + n, 2] for n in range(8)],
+        stop_reward=2.0,
+        **LOOP,
+    )
+    seen = [entry["held_out"] for entry in out.history if "held_out" in entry]
+    assert seen[-1] > seen[0] + 0.2
+    assert all(
+        entry["importance_max"] > 0 for entry in out.history if "reward" in entry
+    )
+
+
+def test_bad_bounds_and_caps_are_refused(params, unchecked):
+    for change, message in [
+        ({"epsilon_low": -0.1}, "`epsilon_low` must be"),
+        ({"epsilon_low": 1.5}, "`epsilon_low` must be"),
+        ({"epsilon_high": float("nan")}, "`epsilon_high` must be"),
+        ({"importance_cap": 0.0}, "`importance_cap` must be above 0"),
+        ({"updates": 0}, "`updates` must be at least 1"),
+    ]:
+        with pytest.raises(ValueError, match=f"grpo: {message}"):
+            grpo(MODEL, params, lambda step: PROMPTS, sevens, **LOOP, **change)
+    with pytest.raises(TypeError, match="grpo: `sampling_model` must be"):
+        grpo(
+            MODEL,
+            params,
+            lambda step: PROMPTS,
+            sevens,
+            sampling_model="bfloat16",
+            **LOOP,
+        )
+
+
+def test_a_batch_whose_ratios_do_not_fit_is_refused(params, gradient, batch):
+    with pytest.raises(ValueError, match=r"`batch.old_logp` must have shape \(4, 8\)"):
+        gradient(random_state(CONFIG), batch.replace(old_logp=np.zeros((4, 1))))

@@ -1,0 +1,235 @@
+"""Stop strings at test time: they end completions and are not judged, but they are learnt."""
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import lively
+
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import init_state
+from rwkv7_jax.test_time.expert_iteration import expert_iteration
+from rwkv7_jax.test_time.grpo import PolicyBatches, grpo
+from rwkv7_jax.test_time.rollouts import RolloutSampler, held_out_reward, rollouts
+from rwkv7_jax.test_time.teacher import collect_traces
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+CONFIG = RWKV7Config(
+    vocab_size=257,
+    num_layers=1,
+    width=32,
+    head_size=16,
+    decay_rank=8,
+    icl_rank=6,
+    value_rank=5,
+    implementation="scan",
+)
+MODEL = RWKV7(CONFIG)
+TOKENIZER = Tokenizer.bytes()
+PROMPTS = [[40, 41], [60, 61, 62]]
+# One byte in eight, so that most completions of 24 bytes hold one of them.
+STOPS = tuple(chr(number) for number in range(8, 128, 8))
+STOP_IDS = (3,)
+ENDS = {"stop_ids": STOP_IDS, "stop_strings": STOPS, "tokenizer": TOKENIZER}
+DRAW = {"group": 4, "tokens": 24, "key": jax.random.key(2)}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return lively(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def free(params):
+    return rollouts(MODEL, params, None, PROMPTS, stop_ids=STOP_IDS, **DRAW)
+
+
+@pytest.fixture(scope="module")
+def stopped(params):
+    return rollouts(MODEL, params, None, PROMPTS, **ENDS, **DRAW)
+
+
+def cut_by_hand(completion):
+    """Returns a completion up to its first stop, and what comes before that."""
+    for place, number in enumerate(completion):
+        if TOKENIZER.decode([number]) in STOPS and number not in STOP_IDS:
+            return completion[: place + 1], completion[:place]
+    return completion, completion
+
+
+def test_a_rollout_ends_with_its_stop_string_which_a_reward_does_not_see(free, stopped):
+    pairs = [cut_by_hand(completion) for completion in free.completions]
+    assert stopped.completions == [learnt for learnt, _ in pairs]
+    assert stopped.judged == [judged for _, judged in pairs]
+    assert sum(learnt != judged for learnt, judged in pairs) > 4
+
+
+def test_the_tokens_of_the_stop_string_are_targets(stopped):
+    assert stopped.mask.sum() == sum(map(len, stopped.completions))
+    assert stopped.logps.shape == stopped.mask.shape
+    assert not np.any(stopped.logps[stopped.mask == 0])
+    assert np.all(stopped.logps[stopped.mask > 0] < 0)
+
+
+def test_without_stop_strings_a_reward_sees_what_was_drawn(free):
+    assert free.judged == free.completions
+
+
+def test_a_stop_id_ends_a_row_even_where_its_bytes_would_complete_a_stop_string(params):
+    sampler = RolloutSampler(
+        MODEL,
+        params,
+        group=1,
+        tokens=8,
+        stop_ids=(TOKENIZER.encode("b")[0],),
+        stop_strings=("ab",),
+        tokenizer=TOKENIZER,
+    )
+    ended = tuple(TOKENIZER.encode("xab"))
+    assert sampler.judged(ended) == ended
+    assert not sampler.is_cut(ended)
+
+
+class Recorder:
+    """A reward that keeps what it was shown: it earns where a completion is short."""
+
+    def __init__(self):
+        self.shown = []
+
+    def __call__(self, prompt, completion):
+        self.shown.append(completion)
+        return float(len(completion) % 2)
+
+    @property
+    def saw_a_stop(self):
+        texts = [TOKENIZER.decode([i for i in row if i]) for row in self.shown]
+        return any(stop in text for stop in STOPS for text in texts)
+
+
+LOOP = {"tokens": 24, "group": 4, "key": jax.random.key(2), **ENDS}
+
+
+@pytest.mark.slow
+def test_no_loop_shows_a_stop_string_to_a_reward(params):
+    loops = {
+        "grpo": lambda reward: grpo(
+            MODEL,
+            params,
+            lambda step: PROMPTS,
+            reward,
+            steps=1,
+            held_out=PROMPTS,
+            **LOOP,
+        ),
+        "expert iteration": lambda reward: expert_iteration(
+            MODEL,
+            params,
+            lambda step: PROMPTS,
+            reward,
+            rounds=1,
+            updates=1,
+            batch_size=4,
+            held_out=PROMPTS,
+            **LOOP,
+        ),
+        "traces": lambda reward: collect_traces(
+            MODEL,
+            params,
+            PROMPTS,
+            tokens=24,
+            samples=4,
+            key=DRAW["key"],
+            verify=reward,
+            **ENDS,
+        ),
+        "held out": lambda reward: held_out_reward(
+            MODEL, params, None, PROMPTS, reward, tokens=24, **ENDS
+        ),
+    }
+    for name, loop in loops.items():
+        reward = Recorder()
+        loop(reward)
+        assert len(reward.shown) >= 2, name
+        assert not reward.saw_a_stop, name
+
+
+def test_traces_hold_the_stop_string_also_from_a_cache(params, tmp_path):
+    for attempt in range(2):
+        seen = Recorder()
+        traces, _ = collect_traces(
+            MODEL,
+            params,
+            PROMPTS,
+            tokens=24,
+            samples=4,
+            key=DRAW["key"],
+            verify=seen,
+            cache=tmp_path / "cache.jsonl",
+            teacher_hash="tiny",
+            **ENDS,
+        )
+        assert not seen.saw_a_stop, attempt
+        texts = [TOKENIZER.decode([i for i in one.completion if i]) for one in traces]
+        assert any(text.endswith(STOPS) for text in texts), attempt
+    # Other stop strings are other completions.
+    lines = (tmp_path / "cache.jsonl").read_text().count("\n")
+    collect_traces(
+        MODEL,
+        params,
+        PROMPTS,
+        tokens=24,
+        samples=4,
+        key=DRAW["key"],
+        stop_ids=STOP_IDS,
+        cache=tmp_path / "cache.jsonl",
+        teacher_hash="tiny",
+    )
+    assert (tmp_path / "cache.jsonl").read_text().count("\n") == 2 * lines
+
+
+def test_a_completion_that_a_stop_string_ends_is_not_cut(params, stopped):
+    sampler = RolloutSampler(MODEL, params, group=4, tokens=24, **ENDS)
+    source = PolicyBatches(
+        sampler, lambda step: PROMPTS, lambda p, c: float(len(c)), key=DRAW["key"]
+    )
+    source.batch(init_state(CONFIG), 0)
+    drawn = sampler.draw(None, PROMPTS, jax.random.fold_in(DRAW["key"], 0))
+    full = [len(row) == 24 for row in drawn.completions]
+    expected = [
+        is_full
+        and cut_by_hand(row)[0] == cut_by_hand(row)[1]
+        and row[-1] not in STOP_IDS
+        for is_full, row in zip(full, drawn.completions, strict=True)
+    ]
+    assert source.metrics["cut_completions"] == np.mean(expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"stop_strings": "ab"}, TypeError, "`stop_strings` must be a list of strings"),
+        (
+            {"stop_strings": ("",)},
+            ValueError,
+            "`stop_strings` must hold no empty string",
+        ),
+        (
+            {"tokenizer": None},
+            ValueError,
+            "`tokenizer` must be given with `stop_strings`",
+        ),
+        ({"tokenizer": 3}, TypeError, "`tokenizer` must be a Tokenizer; got int"),
+    ],
+)
+def test_bad_stop_strings_are_refused_by_every_door(
+    params, unchecked, change, error, message
+):
+    ends = ENDS | change
+    with pytest.raises(error, match=f"rollouts: {message}"):
+        rollouts(MODEL, params, None, PROMPTS, **{**DRAW, **ends})
+    with pytest.raises(error, match=f"grpo: {message}"):
+        grpo(MODEL, params, lambda step: PROMPTS, len, **{**LOOP, **change})
+    with pytest.raises(error, match=f"expert_iteration: {message}"):
+        expert_iteration(MODEL, params, lambda step: PROMPTS, len, **{**LOOP, **change})
+    with pytest.raises(error, match=f"collect_traces: {message}"):
+        collect_traces(MODEL, params, PROMPTS, tokens=4, key=DRAW["key"], **ends)
