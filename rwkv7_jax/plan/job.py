@@ -10,8 +10,9 @@ from rwkv7_jax.plan.chips import Target, find_target
 from rwkv7_jax.plan.compiler import compile_elsewhere
 from rwkv7_jax.plan.steps import check_mode
 from rwkv7_jax.runs.settings import Settings, as_config, read_settings
+from rwkv7_jax.runs.settled_settings import AUTO
 
-# Of frozen weights, as published files hold them.
+# Of frozen weights, as published files hold them, and of activations on an accelerator.
 _DTYPE = "bfloat16"
 
 
@@ -103,10 +104,17 @@ def make_job(topology: str, values: Mapping[str, Any], preset: str | None) -> Jo
             f"`--topology` must be one chip, such as v5e-1 or h100; got {topology!r}: a step that "
             "several chips share is not planned."
         )
-    settings = read_settings(values)
+    settings = _settled(read_settings(values))
     check_mode(settings)
     config, dtype = _model_of(settings, preset)
     return Job(settings, config, dtype, target)
+
+
+def _settled(settings: Settings) -> Settings:
+    """Gives the settings with the dtype that a run on an accelerator settles."""
+    if settings.model.get("dtype") != AUTO:
+        return settings
+    return dataclasses.replace(settings, model={**settings.model, "dtype": _DTYPE})
 
 
 def _model_of(settings: Settings, preset: str | None) -> tuple[RWKV7Config, str]:

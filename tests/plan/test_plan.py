@@ -83,6 +83,11 @@ def test_a_preset_is_held_and_computed_as_published_files_are():
     )
 
 
+def test_a_dtype_that_is_left_to_the_machine_is_an_accelerators():
+    job = make_job("v5e-1", {"mode": "state", "model": {"dtype": "auto"}}, "1.5b")
+    assert job.config.dtype == job.settings.model["dtype"] == "bfloat16"
+
+
 def test_a_checkpoint_gives_its_sizes_and_dtype_without_its_numbers():
     values = {"mode": "state", "init": str(ROOT / "assets/tiny.pth")}
     job = make_job("v5e-1", values, None)
