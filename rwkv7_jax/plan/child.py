@@ -79,7 +79,7 @@ def compile_step(step: Step, target: Target) -> dict[str, Any]:
     return found | _ending(began)
 
 
-def _gib(count: float) -> float:
+def _gib(count: int | float) -> float:
     return round(count / _GIB, 3)
 
 
