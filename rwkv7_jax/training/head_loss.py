@@ -247,6 +247,13 @@ def _positions(
     return _Positions(hidden, targets, reference, weights)
 
 
+def _shared(head: Any, reference_head: Any, temperature: Any) -> _Shared:
+    """Collects the arrays that every piece reads; a temperature may be Python's number."""
+    if temperature is not None:
+        temperature = jnp.asarray(temperature)
+    return _Shared(head, reference_head, temperature)
+
+
 def token_statistics(
     hidden: Activations,
     head: Weight,
@@ -280,7 +287,7 @@ def token_statistics(
     """
     form = _Form(reverse_kl, entropy, chunk)
     positions = _positions(hidden, targets, reference, TermWeights())
-    shared = _Shared(head, reference_head, temperature)
+    shared = _shared(head, reference_head, temperature)
     return _on_each_device(functools.partial(_statistics, form), positions, shared)
 
 
@@ -319,7 +326,7 @@ def weighted_loss(
     """
     form = _Form(reverse_kl, entropy, chunk)
     positions = _positions(hidden, targets, reference, weights)
-    shared = _Shared(head, reference_head, temperature)
+    shared = _shared(head, reference_head, temperature)
 
     def loss_of_device(x, shared):
         loss, found = _loss(form, x, shared)
