@@ -118,7 +118,8 @@ def as_shards(tree: Any, specs: Any) -> Any:
         specs: of each array.
     """
 
-    def mark(values: Array, spec: PartitionSpec) -> Any:
+    def mark(values: Any, spec: PartitionSpec) -> Any:
+        # Also Python's numbers, such as a temperature, which are never sharded.
         if FSDP not in spec:
             return values
         return Shard(
