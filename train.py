@@ -257,7 +257,7 @@ def search_rates(run: Run, folder: RunDirectory, stop: StopSignals) -> bool:
             own = Run(
                 mode=mode,
                 identity={**run.identity, "settings": flat_settings(mode.settings)},
-                mesh=sharding.make_mesh(sharding.AUTO, len(mode.names)),
+                mesh=sharding.stack_mesh(run.mesh, len(mode.names)),
             )
             state, _ = train_steps(own, inner, stop)
             check_stopped(state, inner, stop, what=" of the search for a learning rate")

@@ -36,6 +36,7 @@ from rwkv7_jax.sharding.mesh import (
     parse_sizes,
     place,
     shard_batch,
+    stack_mesh,
     use_mesh,
 )
 
@@ -65,6 +66,7 @@ __all__ = [
     "shard_map_batch",
     "shardings",
     "specs",
+    "stack_mesh",
     "undivided",
     "use_mesh",
 ]

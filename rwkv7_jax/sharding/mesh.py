@@ -65,6 +65,21 @@ def make_mesh(
     )
 
 
+def stack_mesh(mesh: Mesh | None, sets: int) -> Mesh | None:
+    """Returns the devices that share the sets of a stack.
+
+    Weights in shards, and several processes, keep the mesh: where its devices do not divide the
+    sets evenly, each updates all of them. Weights that every device has leave the choice free.
+
+    Args:
+        mesh: that the weights lie on.
+        sets: of parameters that are trained together.
+    """
+    if mesh is not None and (mesh.shape[FSDP] > 1 or mesh.is_multi_process):
+        return mesh
+    return make_mesh(AUTO, sets)
+
+
 def _processes(devices: Sequence[Any]) -> int:
     return len({device.process_index for device in devices})
 

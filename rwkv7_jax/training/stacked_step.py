@@ -20,10 +20,10 @@ from jaxtyping import Array
 
 from rwkv7_jax.checks import check_count, check_instance, prefix_errors
 from rwkv7_jax.sharding import (
-    ROWS,
     as_shards,
     constrain_layout,
     place,
+    row_axes,
     specs,
     use_mesh,
 )
@@ -72,18 +72,12 @@ def create_stack(params: Any, tx: optax.GradientTransformation) -> TrainState:
     return jax.vmap(create, out_axes=_axes(0, None))(params)
 
 
-def _check_mesh(mesh: Mesh, sets: int) -> None:
-    """Raises unless every device gets equally many sets."""
-    check_instance(mesh, Mesh, "`mesh`")
-    if sets % mesh.size:
-        raise ValueError(
-            f"`mesh` must divide the {sets} sets evenly; got {mesh.size} devices."
-        )
+def _on_each_device(update: Callable, mesh: Mesh, sets: int) -> Callable:
+    """Lets each device update its own sets; only frozen weights are gathered from the others.
 
-
-def _on_each_device(update: Callable, mesh: Mesh) -> Callable:
-    """Lets each device update its own sets; only frozen weights are gathered from the others."""
-    shared = PartitionSpec(ROWS)
+    Devices that do not divide the sets evenly each update all of them.
+    """
+    shared = PartitionSpec(row_axes(sets, mesh.shape) or None)
     fields = _axes(shared, PartitionSpec())
 
     def update_on_each(loss, statistics, *own):
@@ -128,12 +122,13 @@ def make_stacked_step(
         statistics: of one set and its own rows.
         accumulate: pieces into which each set's rows are cut.
         at_once: sets that are computed at the same time, if memory is short; None for all.
-        mesh: devices that share the sets, whose number they must divide.
+        mesh: devices that share the sets, as many as divide their number evenly; the arrays of
+            `loss` and `statistics` are placed there, without one on the default device.
 
     Raises:
         TypeError: an argument of the wrong kind.
-        ValueError: pieces below 1, no rates, or devices that do not divide the sets; from the step,
-            rows that cannot be shared by the sets, and what `make_train_step` refuses.
+        ValueError: pieces below 1, or no rates; from the step, rows that cannot be shared by the
+            sets, and what `make_train_step` refuses.
     """
     with prefix_errors("make_stacked_step"):
         loss = as_partial(loss, "`loss`")
@@ -149,7 +144,7 @@ def make_stacked_step(
                 f"`rates` must be one number for each set; got shape {rates.shape}."
             )
         if mesh is not None:
-            _check_mesh(mesh, rates.size)
+            check_instance(mesh, Mesh, "`mesh`")
 
     share_pass = can_share_pass(loss, statistics, accumulate)
 
@@ -193,7 +188,7 @@ def make_stacked_step(
         return new, metrics
 
     if mesh is not None:
-        update_all = _on_each_device(update_all, mesh)
+        update_all = _on_each_device(update_all, mesh, rates.size)
 
     @functools.partial(jax.jit, donate_argnums=3)
     def step(
@@ -209,8 +204,8 @@ def make_stacked_step(
             moved = update_all(loss, statistics, train, pieces, rates)
             return constrain_layout(moved)
 
-    if mesh is not None:
-        loss, statistics, rates = place(mesh, (loss, statistics, rates))
+    # Also without a mesh: frozen weights may lie on more devices than the sets need.
+    loss, statistics, rates = place(mesh, (loss, statistics, rates))
     return checked_program(
         step,
         loss,

@@ -174,6 +174,18 @@ def test_devices_that_share_the_sets_change_nothing_but_rounding():
     assert_close(sharded["loss"], metrics["loss"], SAME["model"])
 
 
+def test_devices_that_do_not_divide_the_sets_each_update_all_of_them():
+    few = SETS - 1
+    batch = joined([batch_of(i, 0) for i in range(few)])
+    start = stack_params(starts()[:few])
+    expected, metrics = together(start, [batch], rates=RATES[:few])
+    # The frozen weights lie in shards.
+    mesh = sharding.make_mesh({"fsdp": 2}, few)
+    train, sharded = together(start, [batch], rates=RATES[:few], mesh=mesh)
+    assert_trees_close(train.params, expected.params, SAME["model"])
+    assert_close(sharded["loss"], metrics["loss"], SAME["model"])
+
+
 def square(params, batch):
     return jnp.sum(jnp.square(params["x"])) * jnp.mean(batch["tokens"]), {}
 
