@@ -273,7 +273,7 @@ class TestTimeMode(StateTuningMode):
                 check_trace_tokens(traces, self.model.config.vocab_size)
             return traces
         teacher_params, config = load_model(
-            settings.guide, allow_nan=self.settings.allow_nan
+            settings.guide, allow_nan=self.settings.allow_nan, mesh=self.mesh
         )
         verified = settings.keep == "verified"
         majority = settings.keep == "majority"
