@@ -116,7 +116,10 @@ def test_batches_made_ahead_by_several_threads_are_those_made_in_order(stream, c
 def test_unknown_choices_and_sizes_that_do_not_fit_are_refused(stream):
     for choices, reason in (
         ({"order": "sorted"}, "`order` must be one of shuffled, cubic; got 'sorted'"),
-        ({"packing": "none"}, "`packing` must be one of stream, documents; got 'none'"),
+        (
+            {"packing": "none"},
+            "`packing` must be one of stream, documents, packed; got 'none'",
+        ),
         (
             {"order": "cubic", "packing": "documents"},
             '`order` must be "shuffled" where',

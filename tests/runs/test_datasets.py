@@ -113,7 +113,10 @@ def test_hosts_make_the_global_batch_between_them_from_any_step_on(paths, change
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("packing", "`config.data.packing` must be stream or documents; got 'x'"),
+        (
+            "packing",
+            "`config.data.packing` must be stream, documents or packed; got 'x'",
+        ),
         ("order", "`config.data.order` must be shuffled or cubic; got 'x'"),
         ("on_bad", "`config.data.on_bad` must be error or skip; got 'x'"),
     ],
