@@ -118,8 +118,7 @@ def as_shards(tree: Any, specs: Any) -> Any:
         specs: of each array.
     """
 
-    def mark(values: Any, spec: PartitionSpec) -> Any:
-        # Also Python's numbers, such as a temperature, which are never sharded.
+    def mark(values: Array, spec: PartitionSpec) -> Any:
         if FSDP not in spec:
             return values
         return Shard(
