@@ -83,9 +83,7 @@ def previous_token(
 ) -> Float[Array, "B D"]:
     """Returns the token before a device's first one; on the first device it is `before`."""
     is_first = jax.lax.axis_index(axis) == 0
-    return jnp.where(
-        is_first, before.astype(x.dtype), _from_before(x[:, -1], axis, 1)
-    )
+    return jnp.where(is_first, before.astype(x.dtype), _from_before(x[:, -1], axis, 1))
 
 
 def local_lengths(lengths: Lengths, tokens: int, axis: str) -> Lengths:
