@@ -27,6 +27,8 @@ def token_shift(
     segments: Segments | None = None,
 ) -> tuple[Activations, ...]:
     """Interpolates between every token and the one before it, by each vector of coefficients."""
+    # Outside of what is computed again: it may come from another device.
+    before = layers.token_before(x, before)
 
     @recomputed
     def shift(x, before, coefficients):

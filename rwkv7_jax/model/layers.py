@@ -13,8 +13,10 @@ from pallas_kernels import platforms
 from rwkv7_jax.array_types import Activations, Heads, Lengths, Tokens
 from rwkv7_jax.checks import as_array, check_lengths, is_traced
 from rwkv7_jax.model import segments as segments_of_rows
+from rwkv7_jax.model import time_shards
 from rwkv7_jax.model.int8_weights import Int8Matrix, Weight
 from rwkv7_jax.model.segments import Segments
+from rwkv7_jax.sharding import time_axis
 
 # The largest decay rate: w = exp(-DECAY_RATE * sigmoid(z)) stays above 0.5452.
 DECAY_RATE = 0.6065306597126334  # exp(-1/2)
@@ -201,6 +203,12 @@ def unit_heads(x: Heads) -> Heads:
     return (wide * inverse_length).astype(x.dtype)
 
 
+def token_before(x: Activations, before: Float[Array, "S D"]) -> Float[Array, "S D"]:
+    """Returns what comes before this device's tokens; `before`, from the state, on one device."""
+    axis = time_axis()
+    return before if axis is None else time_shards.previous_token(x, before, axis)
+
+
 def previous_tokens(
     x: Activations,
     before: Float[Array, "S D"],
@@ -226,8 +234,13 @@ def last_token(
     # With `before` in front, position n holds the last of n tokens, also for n = 0.
     both = jnp.concatenate([before[:, None].astype(x.dtype), x], axis=1)
     if lengths is None:
-        return both[:, -1]
-    return jnp.take_along_axis(both, lengths[:, None, None], axis=1)[:, 0]
+        last = both[:, -1]
+    else:
+        last = jnp.take_along_axis(both, lengths[:, None, None], axis=1)[:, 0]
+    axis = time_axis()
+    if axis is None:
+        return last
+    return time_shards.from_last_token(last, lengths, x.shape[1], axis)
 
 
 def lerp(

@@ -12,8 +12,9 @@ import pallas_kernels
 from pallas_kernels import WKVInputs
 from rwkv7_jax.array_types import Heads, Lengths, SegmentIds
 from rwkv7_jax.model.segments import Segments
+from rwkv7_jax.model.time_shards import wkv7_along_time
 from rwkv7_jax.model.upscaled_memory import Upscaled
-from rwkv7_jax.sharding import shard_map_batch
+from rwkv7_jax.sharding import shard_map_batch, time_axis
 
 # One layer's arrays of those that `RWKV7.trace` returns, by name.
 LayerTrace = Mapping[str, Array]
@@ -69,6 +70,9 @@ def recurrence(
         lengths=lengths,
         segment_ids=None if segments is None else segments.ids,
     )
+    axis = time_axis()
+    if axis is not None:
+        op = functools.partial(wkv7_along_time, op, axis=axis)
     if upscaled is None:
         return *op(inputs, wkv), None
     form = upscaled.form

@@ -25,7 +25,7 @@ from rwkv7_jax.checks import (
     prefix_errors,
 )
 from rwkv7_jax.model import initializers as initial
-from rwkv7_jax.model import layers
+from rwkv7_jax.model import layers, time_shards
 from rwkv7_jax.model.block import TRACE, Block, Norm
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.segments import Segments, check_packed_state, find_segments
@@ -98,28 +98,48 @@ class RWKV7(nn.Module):
         apply = super().apply
         sizes = sharding.mesh_sizes()
         rows = sharding.row_axes(tokens.shape[0], sizes) or None
+        length = tokens.shape[1]
+        time = None
+        if sizes.get(sharding.SEQUENCE, 1) > 1:
+            time = sharding.SEQUENCE
+            if segment_ids is not None:
+                raise ValueError(
+                    "RWKV7: `segment_ids` must be left out on a mesh that shares the tokens of a "
+                    f"row (sequence={sizes[time]})."
+                )
+            tokens, lengths = time_shards.fill_up(tokens, lengths, sizes[time])
         weights = sharding.specs(sizes, variables)
         of_rows = PartitionSpec(rows)
+        of_tokens = PartitionSpec(rows, time)
         of_states = _state_specs(state, rows)
-        results = [of_rows, of_states]
+        results = [of_tokens, of_states]
         if getattr(method, "__name__", method) in ("trace", "hidden_with_trace"):
             # [L B T ...] of whatever is traced.
-            results.append(PartitionSpec(None, rows))
+            results.append(PartitionSpec(None, rows, time))
 
-        def run(variables, *inputs):
+        def run(variables, tokens, state, lengths, segment_ids):
             shards = sharding.as_shards(variables, weights)
-            return apply(shards, *inputs, method=method, **static)
+            if time and lengths is not None:
+                lengths = time_shards.local_lengths(lengths, tokens.shape[1], time)
+            inputs = (tokens, state, lengths, segment_ids)
+            with sharding.tokens_along(time):
+                return apply(shards, *inputs, method=method, **static)
 
-        return sharding.on_each(
+        outputs, *others = sharding.on_each(
             run,
             variables,
             tokens,
             state,
             lengths,
             segment_ids,
-            takes=(weights, of_rows, of_states, of_rows, of_rows),
+            takes=(weights, of_tokens, of_states, of_rows, of_tokens),
             gives=tuple(results),
         )
+        if tokens.shape[1] == length:
+            return outputs, *others
+        end, *traces = others
+        traces = jax.tree.map(lambda leaf: leaf[:, :, :length], traces)
+        return outputs[:, :length], end, *traces
 
     def __call__(
         self,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import WKVInputs
-from rwkv7_jax.array_types import Activations, Heads, Lengths
+from rwkv7_jax.array_types import Activations, Heads, Lengths, Tokens
 
 WKVState = Float[Array, "B H Nv Nk"]
 
@@ -86,6 +86,20 @@ def previous_token(
     return jnp.where(is_first, before.astype(x.dtype), _from_before(x[:, -1], axis, 1))
 
 
+def fill_up(
+    tokens: Tokens, lengths: Lengths | None, count: int
+) -> tuple[Int[Array, "B filled"], Lengths | None]:
+    """Fills rows up so that `count` devices divide their tokens; what is added does not count."""
+    length = tokens.shape[1]
+    # Each device has a token, also of rows of none.
+    missing = max(-length % count, count - length)
+    if not missing:
+        return jnp.asarray(tokens), lengths
+    if lengths is None:
+        lengths = jnp.full(tokens.shape[0], length, jnp.int32)
+    return jnp.pad(tokens, ((0, 0), (0, missing))), lengths
+
+
 def local_lengths(lengths: Lengths, tokens: int, axis: str) -> Lengths:
     """Returns how many of a device's `tokens` count, of rows of which `lengths` count in all."""
     first = jax.lax.axis_index(axis) * tokens
@@ -99,16 +113,19 @@ def from_last(x: Float[Array, "..."], axis: str) -> Float[Array, "..."]:
 
 
 def from_last_token(
-    x: Float[Array, "B D"], lengths: Int[Array, " B"], tokens: int, axis: str
+    x: Float[Array, "B D"], lengths: Lengths | None, tokens: int, axis: str
 ) -> Float[Array, "B D"]:
     """Gives all devices each row's array from the device that has the row's last token.
 
     Args:
         x: what the device has for each row.
-        lengths: the tokens of the row that count, on all devices together.
-        tokens: the tokens of one device.
+        lengths: the tokens of the device that count; None for all.
+        tokens: the tokens of the device.
         axis: the mesh axis.
     """
+    if lengths is None:
+        return from_last(x, axis)
+    lengths = jax.lax.psum(lengths, axis)
     # A row of no tokens ends on the first device, with what it started from.
     owner = jnp.maximum(lengths - 1, 0) // tokens
     is_owner = owner == jax.lax.axis_index(axis)

@@ -14,10 +14,13 @@ from rwkv7_jax.sharding.collectives import (
     mesh_sizes,
     on_each,
     shard_map_batch,
+    time_axis,
+    tokens_along,
 )
 from rwkv7_jax.sharding.layout import (
     AXES,
     ROWS,
+    SEQUENCE,
     abstract_rows,
     abstract_shards,
     row_axes,
@@ -45,6 +48,7 @@ __all__ = [
     "AXES",
     "GATHERED",
     "ROWS",
+    "SEQUENCE",
     "abstract_rows",
     "abstract_shards",
     "as_shards",
@@ -67,6 +71,8 @@ __all__ = [
     "shardings",
     "specs",
     "stack_mesh",
+    "time_axis",
+    "tokens_along",
     "undivided",
     "use_mesh",
 ]

@@ -5,7 +5,9 @@ than one block of them at a time; the transpose of the gather is the reduce-scat
 device the gradient of its own shard.
 """
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,6 +20,11 @@ from jaxtyping import Array
 from rwkv7_jax.array_types import Activations, Tokens
 from rwkv7_jax.sharding import layout
 from rwkv7_jax.sharding.layout import FSDP
+
+# Not asked of the mesh: on the same one, a device may also have rows of its own.
+_TIME_AXIS: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "time axis", default=None
+)
 
 # The name of gathered weights: a backward pass gathers them again instead of keeping them.
 GATHERED = "gathered weights"
@@ -66,6 +73,21 @@ def mesh_sizes() -> dict[str, int]:
         return {}
     sizes = {axis: mesh.shape[axis] for axis in layout.AXES if axis in kinds}
     return sizes if any(size > 1 for size in sizes.values()) else {}
+
+
+@contextlib.contextmanager
+def tokens_along(axis: str | None) -> Iterator[None]:
+    """Says, to what is traced inside of `on_each`, along which axis the tokens of a row lie."""
+    token = _TIME_AXIS.set(axis)
+    try:
+        yield
+    finally:
+        _TIME_AXIS.reset(token)
+
+
+def time_axis() -> str | None:
+    """Returns the axis along which the tokens of a row lie; None if each device has all of them."""
+    return _TIME_AXIS.get()
 
 
 def on_each(function: Callable, *arguments: Any, takes: Any, gives: Any) -> Any:

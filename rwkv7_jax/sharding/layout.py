@@ -14,10 +14,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 # Axes of a mesh, the outermost first: devices next to each other differ in the last one.
 DATA = "data"
 FSDP = "fsdp"
-AXES = (DATA, FSDP)
+SEQUENCE = "sequence"
+AXES = (DATA, FSDP, SEQUENCE)
 
-# The rows of a batch lie along both: devices that hold shards of the weights compute other rows.
-ROWS = AXES
+# The rows of a batch lie along these: devices that hold shards of the weights compute other rows.
+# Along the third axis lie the tokens of a row, in pieces that follow each other.
+ROWS = (DATA, FSDP)
 
 _MATRICES = r"(head|att/(receptance|key|value|output)|ffn/(key|value))/weight(/values)?"
 

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from rwkv7_jax.sharding import layout
 from rwkv7_jax.sharding.collectives import mesh_sizes
-from rwkv7_jax.sharding.layout import AXES, DATA, FSDP
+from rwkv7_jax.sharding.layout import AXES, DATA, FSDP, SEQUENCE
 
 # The choice that leaves the sizes of a mesh to `make_mesh`.
 AUTO = "auto"
@@ -27,8 +27,8 @@ def make_mesh(
     """Makes the mesh of a run; None if it is one device.
 
     Args:
-        choice: the sizes of `data` and `fsdp` by name, or "auto": rows over as many devices as
-            divide them evenly, and all weights on each of them.
+        choice: the sizes of `data`, `fsdp` and `sequence` by name, or "auto": rows over as many
+            devices as divide them evenly, and all weights on each of them.
         rows: of a step.
         devices: all by default.
 
@@ -50,9 +50,11 @@ def make_mesh(
         sizes = _automatic(rows, devices)
     count = math.prod(sizes.values())
     processes = _processes(devices)
-    if processes > 1 and (count < len(devices) or here % sizes[FSDP]):
+    together = sizes[FSDP] * sizes[SEQUENCE]
+    if processes > 1 and (count < len(devices) or here % together):
         raise ValueError(
-            "`config.mesh` must have all devices of all processes, and fsdp within each of them; "
+            "`config.mesh` must have all devices of all processes, and fsdp and sequence within "
+            "each of them; "
             f"got {_described(sizes)} of {processes} processes with {here} devices each."
         )
     if count == 1:
@@ -101,7 +103,7 @@ def _automatic(rows: int, devices: Sequence[Any]) -> dict[str, int]:
             f"{processes} processes; change `config.data.batch_size`, "
             "`config.optimizer.accumulate` or, at test time, `config.test_time.prompts`."
         )
-    return {DATA: count, FSDP: 1}
+    return {DATA: count, FSDP: 1, SEQUENCE: 1}
 
 
 def _group(device: Any) -> tuple[int, int]:
@@ -113,9 +115,9 @@ def _arranged(sizes: Mapping[str, int], devices: list[Any]) -> np.ndarray:
     """Puts devices in an order in which neighbours of the mesh are neighbours on the board."""
     groups = len({_group(device) for device in devices})
     if groups > 1 and sizes[DATA] % groups == 0:
-        inner = (sizes[DATA] // groups, sizes[FSDP])
+        inner = (sizes[DATA] // groups, sizes[FSDP], sizes[SEQUENCE])
         return mesh_utils.create_hybrid_device_mesh(
-            inner, (groups, 1), devices, process_is_granule=True
+            inner, (groups, 1, 1), devices, process_is_granule=True
         )
     shape = tuple(sizes[axis] for axis in AXES)
     return mesh_utils.create_device_mesh(shape, devices)
@@ -191,7 +193,8 @@ def local_mesh(mesh: Mesh | None) -> Mesh | None:
     if mesh is None or not mesh.is_multi_process:
         return mesh
     own = [device for device in mesh.devices.flat if device in mesh.local_devices]
-    shape = (len(own) // mesh.shape[FSDP], mesh.shape[FSDP])
+    inner = (mesh.shape[FSDP], mesh.shape[SEQUENCE])
+    shape = (len(own) // math.prod(inner), *inner)
     return Mesh(np.array(own).reshape(shape), AXES, axis_types=mesh.axis_types)
 
 

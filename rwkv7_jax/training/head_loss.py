@@ -20,6 +20,7 @@ from rwkv7_jax.array_types import Activations, Tokens
 from rwkv7_jax.model.int8_weights import Int8Matrix, Weight
 from rwkv7_jax.model.layers import head_logits, linear
 from rwkv7_jax.sharding import (
+    SEQUENCE,
     as_shards,
     gather_shards,
     mesh_sizes,
@@ -330,7 +331,7 @@ def weighted_loss(
 
     def loss_of_device(x, shared):
         loss, found = _loss(form, x, shared)
-        return loss[None], found
+        return loss[None, None], found
 
     losses, found = _on_each_device(loss_of_device, positions, shared)
     return jnp.sum(losses), found
@@ -342,12 +343,16 @@ def _on_each_device(
     """Calls a function on each device, with its own rows and whole heads.
 
     Args:
-        function: its results have a leading axis, of rows or of devices.
+        function: its results have two leading axes, rows and tokens, or one of each for a device.
         x: of all rows.
         shared: without a head for the reference if that has the same.
     """
     sizes = mesh_sizes()
-    rows = PartitionSpec(row_axes(x.hidden.shape[0], sizes) or None)
+    batch, tokens = x.hidden.shape[:2]
+    shares_tokens = tokens % sizes.get(SEQUENCE, 1) == 0 and sizes.get(SEQUENCE, 1) > 1
+    rows = PartitionSpec(
+        row_axes(batch, sizes) or None, SEQUENCE if shares_tokens else None
+    )
     heads = _Shared(
         head=_head_specs(sizes, shared.head),
         reference_head=_head_specs(sizes, shared.reference_head),

@@ -128,7 +128,7 @@ def test_the_last_token_that_counts_is_found_on_the_device_that_has_it(lengths):
         first = time_shards.previous_token(piece, before, AXIS)
         own = time_shards.local_lengths(lengths, tokens, AXIS)
         last = layers.last_token(piece, first, own)
-        return time_shards.from_last_token(last, lengths, tokens, AXIS)
+        return time_shards.from_last_token(last, own, tokens, AXIS)
 
     found = jax.vmap(one_device, axis_name=AXIS)(_cut(x, 4))
     expected = layers.last_token(x, before, lengths)

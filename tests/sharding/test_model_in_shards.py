@@ -20,9 +20,9 @@ ROWS, LENGTH = 4, 7
 MODEL = RWKV7(SCANNED)
 
 
-@pytest.fixture(scope="module")
-def mesh():
-    return sharding.make_mesh({"fsdp": 2}, ROWS)
+@pytest.fixture(scope="module", params=["fsdp", "sequence"])
+def mesh(request):
+    return sharding.make_mesh({request.param: 2}, ROWS)
 
 
 @pytest.fixture(scope="module")

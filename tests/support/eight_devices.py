@@ -37,6 +37,7 @@ from rwkv7_jax.tuning.state_tuning import LEAVES, state_loss
 MESHES = {
     "fsdp 8": {"fsdp": 8},
     "data 2 x fsdp 4": {"data": 2, "fsdp": 4},
+    "fsdp 2 x sequence 4": {"fsdp": 2, "sequence": 4},
 }
 ROWS = 8
 LENGTH = 13
