@@ -178,7 +178,7 @@ def parse_sizes(text: str, argument: str) -> str | dict[str, int]:
         is_count = size.isdecimal() and int(size) > 0
         if axis not in AXES or axis in sizes or not is_count:
             raise ValueError(
-                f"{argument} must be {AUTO}, or sizes of {' and '.join(AXES)} such as fsdp=8; "
+                f"{argument} must be {AUTO}, or sizes of {', '.join(AXES)} such as fsdp=8; "
                 f"got {text!r}."
             )
         sizes[axis] = int(size)

@@ -48,7 +48,8 @@ def stepped(mesh, loss, params, **choices):
 
 def test_a_mesh_has_as_many_devices_as_share_the_rows_alike():
     assert jax.device_count() == 2
-    assert parallel.make_mesh("auto", 6).shape == {"data": 2, "fsdp": 1}
+    sizes = {"data": 2, "fsdp": 1, "sequence": 1}
+    assert parallel.make_mesh("auto", 6).shape == sizes
     assert parallel.make_mesh("auto", 7) is None
 
 
