@@ -52,7 +52,8 @@ def compile_step(
     compiled = step.compile(job.target.platform)
     memory = compiled.memory_analysis()
     weights = jax.tree.leaves(step.mode.frozen)
-    estimate = step.mode.memory_estimate(1)
+    with step.on_target():
+        estimate = step.mode.memory_estimate(1)
     assert estimate is not None
     return {
         "weights": sum(leaf.size * leaf.dtype.itemsize for leaf in weights),

@@ -27,7 +27,7 @@ DOES_NOT_FIT = 3
 NO_COMPILER = 4
 
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "The chip: v5e-1, v5p:1x1x1, v6e-1, h100, h200, a100."
+    "topology", None, "Chips: v5e:2x4, v5p-128, h100, h200, a100, ..."
 )
 _PRESET = flags.DEFINE_string(
     "preset", None, "Published size of the model, in place of `config.init`."
@@ -35,6 +35,9 @@ _PRESET = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum("mode", None, PLANNED, "In place of `config.mode`.")
 _BATCH = flags.DEFINE_integer("batch", None, "In place of `config.data.batch_size`.")
 _LENGTH = flags.DEFINE_integer("length", None, "In place of `config.data.length`.")
+_MESH = flags.DEFINE_string(
+    "mesh", None, "In place of `config.mesh`: auto, or sizes such as data=2,fsdp=4."
+)
 _SEARCH = flags.DEFINE_boolean("search", False, "Doubles the batch while it fits.")
 _TIMEOUT = flags.DEFINE_integer(
     "timeout", 1800, "Seconds after which a compilation is killed.", lower_bound=1
@@ -53,6 +56,8 @@ def _settings() -> dict[str, Any]:
     if _LENGTH.value is not None:
         data["length"] = _LENGTH.value
     values["data"] = data
+    if _MESH.value is not None:
+        values["mesh"] = _MESH.value
     return values
 
 
@@ -62,7 +67,9 @@ def main(arguments: list[str]) -> None:
         if len(arguments) > 1:
             raise ValueError(f"unknown argument {arguments[1]!r}.")
         if not _TOPOLOGY.value:
-            raise ValueError("`--topology` must name the chip, such as v5e-1 or h100.")
+            raise ValueError(
+                "`--topology` must name the chips, such as v5e:2x4 or h100."
+            )
         job = make_job(_TOPOLOGY.value, _settings(), _PRESET.value)
         # Otherwise the compiler's process would go on alone.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

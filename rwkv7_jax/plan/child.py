@@ -13,10 +13,12 @@ from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.plan.buffers import largest_arrays
 from rwkv7_jax.plan.chips import Target, find_target
 from rwkv7_jax.plan.collectives import find_collectives
+from rwkv7_jax.plan.expected_wire import expected_wire_bytes
 from rwkv7_jax.plan.hlo import parse
 from rwkv7_jax.plan.steps import Step, describe_step
 from rwkv7_jax.runs.exit_codes import is_out_of_memory
 from rwkv7_jax.runs.settings import read_settings
+from rwkv7_jax.sharding.layout import FSDP
 
 _GIB = 2**30
 
@@ -46,12 +48,14 @@ def compile_step(step: Step, target: Target) -> dict[str, Any]:
     """Compiles a step and describes the result; see docs/cloud.md for the names."""
     began = time.monotonic()
     # For the platform that the step is made for.
-    with jax.sharding.use_abstract_mesh(step.mesh.abstract_mesh):
-        need = step.mode.memory_estimate(step.mesh.size)
+    with step.on_target():
+        need = step.mode.memory_estimate(len(step.devices), step.sizes.get(FSDP, 1))
+    devices = step.devices
     found: dict[str, Any] = {
-        "devices": step.mesh.size,
-        "hosts": len({device.process_index for device in step.mesh.devices.flat}),
-        "device_kind": step.mesh.devices.flat[0].device_kind,
+        "devices": len(devices),
+        "hosts": len({device.process_index for device in devices}),
+        "device_kind": step.device.device_kind,
+        "mesh": step.sizes,
         "weights_gib": _gib(_bytes(step.arguments[0])),
         "estimated_gib": None if need is None else _gib(need.total),
     }
@@ -64,7 +68,7 @@ def compile_step(step: Step, target: Target) -> dict[str, Any]:
     memory = compiled.memory_analysis()
     program = parse(compiled.as_text())
     collectives = find_collectives(
-        program, devices=step.mesh.size, platform=target.platform
+        program, devices=len(devices), platform=target.platform
     )
     peak = memory.peak_memory_in_bytes
     found |= {
@@ -75,8 +79,22 @@ def compile_step(step: Step, target: Target) -> dict[str, Any]:
         "buffers": largest_arrays(program),
         "collectives": [one.table_row() for one in collectives],
         "wire_gb": round(sum(one.wire_bytes for one in collectives) / 1e9, 3),
+        "expected_wire_gb": round(_expected_wire_bytes(step) / 1e9, 3),
     }
     return found | _ending(began)
+
+
+def _expected_wire_bytes(step: Step) -> float:
+    mode = step.mode
+    data = mode.settings.data
+    weights = step.state.params if mode.frozen is None else mode.frozen
+    return expected_wire_bytes(
+        weights,
+        step.sizes,
+        trained=step.state.params,
+        dtype=mode.model.config.dtype,
+        tokens=data.batch_size * data.length // len(step.devices),
+    )
 
 
 def _gib(count: int | float) -> float:

@@ -99,11 +99,6 @@ def make_job(topology: str, values: Mapping[str, Any], preset: str | None) -> Jo
         ValueError: one of them cannot be planned.
     """
     target = find_target(topology)
-    if target.chips > 1:
-        raise ValueError(
-            f"`--topology` must be one chip, such as v5e-1 or h100; got {topology!r}: a step that "
-            "several chips share is not planned."
-        )
     settings = _settled(read_settings(values))
     check_mode(settings)
     config, dtype = _model_of(settings, preset)

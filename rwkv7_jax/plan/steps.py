@@ -11,14 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from rwkv7_jax import sharding
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.int8_weights import quantize
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.runs.modes.base import LoadedModel, TrainingMode
-from rwkv7_jax.runs.modes.registry import MODES
+from rwkv7_jax.runs.modes.registry import MODES, shared_rows
 from rwkv7_jax.runs.modes.stack import StackMode, state_sources
 from rwkv7_jax.runs.settings import Settings
+from rwkv7_jax.training.train_step import TrainState
 
 # The modes whose step follows from sizes alone. A memory is fitted to text and a step at test time
 # follows from what the model writes, before their shapes are known.
@@ -39,13 +41,34 @@ class Step(NamedTuple):
         mode: of the run.
         program: the jitted function.
         arguments: of it, described, with the devices that they are on.
-        mesh: of the devices.
+        state: of training, one of them.
+        mesh: of the devices that share the step; None for a single one.
+        device: one of them.
     """
 
     mode: TrainingMode
     program: Any
     arguments: tuple[Any, ...]
-    mesh: Mesh
+    state: TrainState
+    mesh: Mesh | None
+    device: Any
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the mesh's axes, by name."""
+        return {} if self.mesh is None else dict(self.mesh.shape)
+
+    @property
+    def devices(self) -> list[Any]:
+        """The devices that share the step."""
+        return [self.device] if self.mesh is None else list(self.mesh.devices.flat)
+
+    def on_target(self) -> contextlib.AbstractContextManager:
+        """Tells the kernels, which choose by it, what a program is made for in the block."""
+        if self.mesh is not None:
+            return sharding.use_mesh(self.mesh)
+        alone = Mesh(np.array([self.device]), ("alone",))
+        return jax.sharding.use_abstract_mesh(alone.abstract_mesh)
 
     def compile(self, platform: str) -> Any:
         """Compiles the step for its devices.
@@ -53,8 +76,9 @@ class Step(NamedTuple):
         Args:
             platform: as lowering calls it.
         """
-        # It tells the kernels, which choose by it, what they are compiled for.
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+        # With a mesh, the step itself says so.
+        alone = self.on_target() if self.mesh is None else contextlib.nullcontext()
+        with alone:
             traced = self.program.trace(*self.arguments)
             return traced.lower(lowering_platforms=(platform,)).compile()
 
@@ -86,6 +110,8 @@ def describe_step(
     Raises:
         ValueError: settings that a run cannot work with.
     """
+    choice = sharding.parse_sizes(settings.mesh, "`config.mesh`")
+    mesh = sharding.make_mesh(choice, shared_rows(settings), devices)
     with _without_numbers(settings, config, dtype) as mode:
         source = mode.batches(0, None)
         with contextlib.closing(source):
@@ -95,16 +121,35 @@ def describe_step(
         state = jax.eval_shape(
             lambda params: mode.train_state(params, tx), mode.abstract_params
         )
-        step = mode.train_step(tx, None)
-    mesh = Mesh(np.array(devices), ("data",))
-    sharding = SingleDeviceSharding(devices[0])
+        # Its frozen arrays are described as well: the step places them on the mesh.
+        step = mode.train_step(tx, mesh)
+    state = sharding.abstract_shards(mesh, _as_jax_holds(state))
+    rows = sharding.abstract_rows(mesh, _as_jax_holds(batch.host))
+    arguments = (*step.args, state, rows)
+    if mesh is None:
+        alone = SingleDeviceSharding(devices[0])
+        arguments = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=alone),
+            _as_jax_holds(arguments),
+        )
+    return Step(
+        mode=mode,
+        program=step.func,
+        arguments=arguments,
+        state=state,
+        mesh=mesh,
+        device=devices[0],
+    )
 
-    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+
+def _as_jax_holds(tree: Any) -> Any:
+    """Describes the arrays of a tree with the dtypes that they have once they are JAX's."""
+
+    def describe(leaf: Any) -> jax.ShapeDtypeStruct:
         kind = jax.dtypes.canonicalize_dtype(leaf.dtype)
-        return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, kind)
 
-    arguments = jax.tree.map(place, (*step.args, state, batch.host))
-    return Step(mode, step.func, arguments, mesh)
+    return jax.tree.map(describe, tree)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ def describe(plan: Mapping[str, Any]) -> str:
     lines = [
         f"chips       {plan['chips']} ({plan['topology']}: {plan['device_kind']}), "
         f"{plan['hosts']} host(s), {plan['devices']} device(s)",
+        f"mesh        {_mesh(plan)}",
         f"step        {plan['mode']}, {plan['batch']} rows of {plan['length']} tokens",
         f"memory      {verdict}: peak {plan['peak_gib']:.2f} of {plan['limit_gib']:.2f} GiB on "
         f"each device; arguments {plan['argument_gib']:.2f}{_temporary(plan)}",
@@ -28,6 +29,11 @@ def describe(plan: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {text}" for name, text in plan["versions"].items())
     lines.append(f"compiled    in {plan['compile_seconds']:.0f} s by {versions}")
     return "\n".join(lines)
+
+
+def _mesh(plan: Mapping[str, Any]) -> str:
+    sizes = [f"{axis} {size}" for axis, size in plan["mesh"].items()]
+    return ", ".join(sizes) or "one device"
 
 
 def _temporary(plan: Mapping[str, Any]) -> str:
@@ -51,7 +57,10 @@ def _collectives(plan: Mapping[str, Any]) -> list[str]:
     rows = plan["collectives"]
     if not rows:
         return [] if plan["wire_gb"] is None else ["wire        nothing travels"]
-    lines = [f"wire        {plan['wire_gb']:.2f} GB a step from each device"]
+    expected = f"{plan['expected_wire_gb']:.2f} by the layout alone"
+    lines = [
+        f"wire        {plan['wire_gb']:.2f} GB a step from each device; {expected}"
+    ]
     for row in rows:
         lines.append(
             f"  {row['kind']:<19} of {row['group']:>4}  {row['count']:>6} times  "

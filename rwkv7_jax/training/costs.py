@@ -232,6 +232,17 @@ def _cast_bytes(config: RWKV7Config, weight_bytes: float | int) -> int:
     return copies if weight_bytes > size else 0
 
 
+def _gathered_bytes(config: RWKV7Config, trained: str) -> int:
+    """Estimates the bytes of what is gathered from shards at the same time: a block, or the head.
+
+    Where weights are trained, their gradients are whole for as long.
+    """
+    total, outside = _parameter_counts(config)
+    block = (total - outside) // config.num_layers
+    largest = max(block, config.vocab_size * config.width)
+    return _activation_bytes(config) * largest * (2 if trained == "weights" else 1)
+
+
 def _activations(
     config: RWKV7Config,
     trained: str,
@@ -239,7 +250,6 @@ def _activations(
     length: int,
     *,
     chunk: int,
-    weight_bytes: float | int,
     compiler: _Compiler,
 ) -> int:
     """Estimates the bytes stored for the backward pass, and those it works on."""
@@ -255,8 +265,7 @@ def _activations(
         layers += _STORED_OUTSIDE.bytes(config)
     # Of a piece: the logits and their gradient.
     logits = compiler.logits * 4 * config.vocab_size * min(rows * length, CHUNK)
-    weights = _cast_bytes(config, weight_bytes)
-    return round(rows * length * layers + logits) + weights + compiler.bytes
+    return round(rows * length * layers + logits) + compiler.bytes
 
 
 def training_memory(
@@ -269,6 +278,7 @@ def training_memory(
     weight_bytes: float | int = 4,
     chunk: int = 16,
     platform: str = "cpu",
+    shards: int = 1,
 ) -> Memory:
     """Estimates the memory of one step on one device with Adam, before it is compiled.
 
@@ -283,6 +293,7 @@ def training_memory(
         weight_bytes: of a weight: 4, 2 of frozen ones in 16 bit, or the mean of a mixture.
         chunk: tokens between two states that the recurrence stores.
         platform: of the device, "cpu" or another one.
+        shards: that each weight and its moments are cut into; the device holds one of them.
 
     Raises:
         ValueError: an unknown value of `trained`.
@@ -291,11 +302,12 @@ def training_memory(
         raise ValueError(
             f"training_memory: `trained` must be one of {', '.join(TRAINED)}; got {trained!r}."
         )
-    weights = parameter_count(config)
+    weights = parameter_count(config) // shards
     parameters = round(weights * weight_bytes)
     if trained == "weights":
         trained_bytes = 4 * weights
     else:
+        # Start states are whole on each device.
         trained_bytes = 4 * state_count(config)
         parameters += trained_bytes
     return Memory(
@@ -309,7 +321,8 @@ def training_memory(
             batch // accumulate,
             length,
             chunk=chunk,
-            weight_bytes=weight_bytes,
             compiler=_CPU if platform == "cpu" else _ACCELERATOR,
-        ),
+        )
+        + _cast_bytes(config, weight_bytes) // shards
+        + (_gathered_bytes(config, trained) if shards > 1 else 0),
     )

@@ -42,6 +42,8 @@ PLAN = {
         {"kind": "all-gather", "group": 8, "count": 2, "gb": 1.0, "wire_gb": 0.9}
     ],
     "wire_gb": 0.9,
+    "expected_wire_gb": 0.8,
+    "mesh": {"data": 1, "fsdp": 8},
     "compile_seconds": 3.0,
     "versions": {"jax": "0.10.2"},
 }
@@ -58,7 +60,7 @@ def plan(*words: str):
     ("values", "preset", "topology", "sentence"),
     [
         (STATE, None, "v9:2x2", "`--topology` must be of"),
-        (STATE, None, "v5e:2x4", "`--topology` must be one chip"),
+        (STATE | {"mesh": "fsdp=3x"}, None, "v5e:2x4", "`config.mesh` must be auto"),
         (STATE, "8b", "v5e-1", "`name` must be one of 0.1b"),
         ({"mode": "state"}, None, "v5e-1", "`--preset` must name a published size"),
         (STATE | {"mode": "observer"}, None, "v5e-1", "`config.mode` must be one of"),
@@ -97,7 +99,7 @@ def test_a_checkpoint_gives_its_sizes_and_dtype_without_its_numbers():
 def test_a_bad_command_line_has_exit_code_2_and_one_line(tmp_path):
     done = plan("--preset=7.2b")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("plan: `--topology` must name the chip")
+    assert done.stderr.startswith("plan: `--topology` must name the chips")
     assert done.stderr.count("\n") == 1
 
 
@@ -182,6 +184,7 @@ def test_a_plan_as_text_says_what_fits_what_is_large_and_what_travels():
     assert "fits: peak 2.00 of 15.75 GiB" in text
     assert "f32[9]" in text and "argument w" in text
     assert "all-gather" in text and "0.90 GB a step" in text and "jax 0.10.2" in text
+    assert "0.80 by the layout" in text and "data 1, fsdp 8" in text
 
 
 @pytest.mark.slow

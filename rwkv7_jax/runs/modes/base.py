@@ -251,28 +251,29 @@ class TrainingMode(abc.ABC):
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._initial
         )
 
-    def describe_memory(self, held: int, *, devices: int = 1) -> str:
+    def describe_memory(self, held: int, *, devices: int = 1, shards: int = 1) -> str:
         """Describes one step's memory on one device: parameters, moments and, if known, the total.
 
         Args:
             held: bytes of the trainable parameters and their moments.
-            devices: over which a step's rows are sharded.
+            devices: that share a step's rows.
+            shards: that each weight is cut into.
         """
         text = f"{held / 2**20:,.1f} MiB for the trained parameters and their moments"
-        need = self.memory_estimate(devices)
+        need = self.memory_estimate(devices, shards)
         if need is None:
             return text
         return f"{text}, about {need.total / 2**20:,.0f} MiB in all"
 
-    def memory_estimate(self, devices: int) -> Memory | None:
+    def memory_estimate(self, devices: int, shards: int = 1) -> Memory | None:
         """Estimates one step's memory on one device; None for modes that are not estimated.
 
         Args:
-            devices: over which a step's rows are sharded.
+            devices: that share a step's rows.
+            shards: that each weight is cut into.
         """
         if self.gradients_of is None:
             return None
-        # For one device, which has its share of the rows and a copy of everything else.
         return training_memory(
             self.model.config,
             batch=self.settings.data.batch_size // devices,
@@ -281,6 +282,7 @@ class TrainingMode(abc.ABC):
             accumulate=self.settings.optimizer.accumulate,
             weight_bytes=self.weight_bytes(),
             platform=target_platform(),
+            shards=shards,
         )
 
     def weight_bytes(self) -> float | int:

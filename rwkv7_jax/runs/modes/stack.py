@@ -239,7 +239,7 @@ class StackMode(TrainingMode):
         data = self.settings.data
         return len(self.names) * data.batch_size * data.length
 
-    def memory_estimate(self, devices: int) -> Memory:
+    def memory_estimate(self, devices: int, shards: int = 1) -> Memory:
         """Estimates one step's memory on one device, which has its share of the states."""
         data = self.settings.data
         states = len(self.names)
@@ -251,6 +251,7 @@ class StackMode(TrainingMode):
             accumulate=self.settings.optimizer.accumulate,
             weight_bytes=self.weight_bytes(),
             platform=target_platform(),
+            shards=shards,
         )
         # Every device holds all states and their moments.
         return dataclasses.replace(

@@ -11,12 +11,15 @@ _MIB = 2**20
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(mode: TrainingMode, *, devices: int) -> Iterator[None]:
+def explain_out_of_memory(
+    mode: TrainingMode, *, devices: int, shards: int = 1
+) -> Iterator[None]:
     """Turns the errors by which allocators of any platform fail into one that says what to change.
 
     Args:
         mode: of the run.
-        devices: over which a step's rows are sharded.
+        devices: that share a step's rows.
+        shards: that each weight is cut into.
 
     Raises:
         OutOfMemory: the block ran out of memory.
@@ -26,12 +29,12 @@ def explain_out_of_memory(mode: TrainingMode, *, devices: int) -> Iterator[None]
     except Exception as error:
         if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
             raise
-        raise OutOfMemory(_advice(mode, devices, error)) from error
+        raise OutOfMemory(_advice(mode, devices, shards, error)) from error
 
 
-def _advice(mode: TrainingMode, devices: int, error: Exception) -> str:
+def _advice(mode: TrainingMode, devices: int, shards: int, error: Exception) -> str:
     settings = mode.settings
-    memory = mode.memory_estimate(devices)
+    memory = mode.memory_estimate(devices, shards)
     if memory is None:
         estimate = f"a step of mode {settings.mode} is not estimated"
     else:

@@ -1,0 +1,71 @@
+"""The bytes that the layout of the weights makes a step send."""
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec
+
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.plan.collectives import wire_bytes
+from rwkv7_jax.plan.expected_wire import expected_wire_bytes
+from rwkv7_jax.plan.steps import describe_weights
+from rwkv7_jax.sharding import specs
+
+CONFIG = RWKV7Config(vocab_size=512, num_layers=3, width=128)
+TOKENS = 64
+
+
+def sent(sizes, dtype="bfloat16", *, trained=False, tokens=TOKENS):
+    weights = describe_weights(CONFIG, dtype, None)
+    state = jax.ShapeDtypeStruct((3, 1, 2, 64, 64), "float32")
+    return expected_wire_bytes(
+        weights,
+        sizes,
+        trained=weights if trained else state,
+        dtype="bfloat16",
+        tokens=tokens,
+    )
+
+
+def gathered_bytes(sizes):
+    """Bytes in bfloat16 of the matrices that lie in shards: all, and the head's alone."""
+    weights = describe_weights(CONFIG, "bfloat16", None)
+    pairs = zip(
+        jax.tree.leaves(weights),
+        jax.tree.leaves(
+            specs(sizes, weights), is_leaf=lambda x: isinstance(x, PartitionSpec)
+        ),
+        strict=True,
+    )
+    total = sum(2 * leaf.size for leaf, spec in pairs if any(spec))
+    head = 2 * weights["head"]["weight"].size
+    embedding = 2 * weights["emb"]["weight"].size
+    return total - embedding - head, head
+
+
+def test_one_device_sends_nothing():
+    assert sent({}) == 0 and sent({}, "float32", trained=True) == 0
+
+
+def test_a_frozen_matrix_is_gathered_once_a_pass_and_the_head_once():
+    sizes = {"data": 1, "fsdp": 4}
+    blocks, head = gathered_bytes(sizes)
+    state = wire_bytes("all-reduce", 4, 4 * 3 * 2 * 64 * 64)
+    rows = wire_bytes("all-to-all", 4, TOKENS * 128 * 2)
+    expected = 0.75 * (2 * blocks + head) + state + rows
+    assert sent(sizes) == pytest.approx(expected)
+
+
+def test_trained_weights_add_one_scatter_and_wider_ones_travel_no_wider():
+    sizes = {"data": 1, "fsdp": 4}
+    blocks, head = gathered_bytes(sizes)
+    trained = sent(sizes, "float32", trained=True, tokens=0)
+    small = trained - 0.75 * (3 * blocks + 2 * head)
+    # Vectors and norms, which each device has, are averaged by all.
+    assert 0 < small < 0.03 * trained
+    assert sent(sizes, trained=True, tokens=0) == pytest.approx(trained)
+
+
+def test_more_groups_of_data_send_about_the_same():
+    few = sent({"data": 8, "fsdp": 1}, trained=True)
+    many = sent({"data": 256, "fsdp": 1}, trained=True)
+    assert many / few == pytest.approx((255 / 256) / (7 / 8))

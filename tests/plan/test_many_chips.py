@@ -1,0 +1,62 @@
+"""Plans of eight devices: what the compiler makes of the layout, counted in its program."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from run_programs import ROOT
+
+# In a process of its own, which has eight devices.
+CHILD = """
+import dataclasses, json, sys
+import jax
+from rwkv7_jax.plan.child import compile_step
+from rwkv7_jax.plan.chips import Target
+from rwkv7_jax.plan.job import make_job
+from rwkv7_jax.plan.steps import describe_step
+
+class Here(Target):
+    limit = 100.0
+
+sizes = {"vocab_size": 512, "num_layers": 3, "width": 256, "dtype": "float32", "remat": "block"}
+plans = []
+for mode, mesh in json.loads(sys.argv[1]):
+    values = {"mode": mode, "mesh": mesh, "model": sizes, "data": {"batch_size": 8, "length": 32}}
+    job = make_job("v5e:2x4", values, None)
+    step = describe_step(job.settings, job.config, "float32", jax.devices())
+    plans.append(compile_step(step, Here("cpu", "cpu", "", "")))
+print(json.dumps(plans))
+"""
+CASES = [("state", "fsdp=8"), ("pretrain", "fsdp=8"), ("pretrain", "data=2,fsdp=4")]
+
+
+@pytest.fixture(scope="module")
+def plans():
+    """The plan of each case."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps(CASES)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        },
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(zip(CASES, json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_the_program_sends_what_the_layout_says(plans, case):
+    plan = plans[case]
+    assert plan["devices"] == 8 and plan["fits"]
+    kinds = {row["kind"] for row in plan["collectives"]}
+    assert {"all-gather", "all-reduce", "all-to-all"} <= kinds
+    assert ("reduce-scatter" in kinds) == (case[0] == "pretrain")
+    print(case, plan["wire_gb"], plan["expected_wire_gb"], plan["collectives"])
+    assert plan["wire_gb"] == pytest.approx(plan["expected_wire_gb"], rel=0.15)
