@@ -1,9 +1,11 @@
 """The bytes that a step should send, by the layout of its weights alone.
 
 A matrix in shards is gathered at its block's door in the forward pass and again in the backward
-pass; the head once. Where weights are trained, each device gets the gradient of its own shard by
-one reduce-scatter, and shards that several groups of devices hold are averaged by an all-reduce. Of
-the embedding, rows travel. Start states are whole on each device, and so are their gradients.
+pass. The head's and those of the first block, which is outside of the scan over layers, are
+gathered once: there the compiler merges the two. Where weights are trained, each device gets the
+gradient of its own shard by one reduce-scatter, and shards that several groups of devices hold are
+averaged by an all-reduce. Of the embedding, rows travel. Start states are whole on each device, and
+so are their gradients.
 """
 
 import math
@@ -47,7 +49,7 @@ def expected_wire_bytes(
             rows = tokens * leaf.shape[-1] * jnp.dtype(dtype).itemsize
             total += (1 + is_trained) * wire_bytes("all-to-all", parts, rows)
         elif in_shards:
-            times = 1 if name.startswith("head/") else 2
+            times = 1 if name.startswith(("head/", "layer_0/")) else 2
             total += times * wire_bytes("all-gather", parts, gathered)
         if not is_trained:
             continue

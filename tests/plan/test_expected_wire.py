@@ -27,7 +27,7 @@ def sent(sizes, dtype="bfloat16", *, trained=False, tokens=TOKENS):
 
 
 def gathered_bytes(sizes):
-    """Bytes in bfloat16 of the matrices that lie in shards: all, and the head's alone."""
+    """Bytes in bfloat16 of the matrices that lie in shards: gathered twice, and once."""
     weights = describe_weights(CONFIG, "bfloat16", None)
     pairs = zip(
         jax.tree.leaves(weights),
@@ -37,9 +37,19 @@ def gathered_bytes(sizes):
         strict=True,
     )
     total = sum(2 * leaf.size for leaf, spec in pairs if any(spec))
-    head = 2 * weights["head"]["weight"].size
     embedding = 2 * weights["emb"]["weight"].size
-    return total - embedding - head, head
+    first = weights["layer_0"]
+    once = 2 * weights["head"]["weight"].size
+    for leaf, spec in zip(
+        jax.tree.leaves(first),
+        jax.tree.leaves(
+            specs(sizes, {"layer_0": first}),
+            is_leaf=lambda x: isinstance(x, PartitionSpec),
+        ),
+        strict=True,
+    ):
+        once += 2 * leaf.size * any(spec)
+    return total - embedding - once, once
 
 
 def test_one_device_sends_nothing():
@@ -48,18 +58,18 @@ def test_one_device_sends_nothing():
 
 def test_a_frozen_matrix_is_gathered_once_a_pass_and_the_head_once():
     sizes = {"data": 1, "fsdp": 4}
-    blocks, head = gathered_bytes(sizes)
+    twice, once = gathered_bytes(sizes)
     state = wire_bytes("all-reduce", 4, 4 * 3 * 2 * 64 * 64)
     rows = wire_bytes("all-to-all", 4, TOKENS * 128 * 2)
-    expected = 0.75 * (2 * blocks + head) + state + rows
+    expected = 0.75 * (2 * twice + once) + state + rows
     assert sent(sizes) == pytest.approx(expected)
 
 
 def test_trained_weights_add_one_scatter_and_wider_ones_travel_no_wider():
     sizes = {"data": 1, "fsdp": 4}
-    blocks, head = gathered_bytes(sizes)
+    twice, once = gathered_bytes(sizes)
     trained = sent(sizes, "float32", trained=True, tokens=0)
-    small = trained - 0.75 * (3 * blocks + 2 * head)
+    small = trained - 0.75 * (3 * twice + 2 * once)
     # Vectors and norms, which each device has, are averaged by all.
     assert 0 < small < 0.03 * trained
     assert sent(sizes, trained=True, tokens=0) == pytest.approx(trained)
