@@ -38,7 +38,7 @@ def expected_wire_bytes(
     """
     groups = sizes.get(DATA, 1)
     parts = sizes.get(FSDP, 1)
-    devices = groups * parts
+    devices = math.prod(sizes.values())
     is_trained = trained is weights
     total = 0.0
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
