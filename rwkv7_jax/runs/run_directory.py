@@ -210,7 +210,7 @@ class OwnedRunDirectory(RunDirectory):
         """Returns itself."""
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *failure) -> None:
         """Waits for a save, writes the report and releases the lock."""
         # First of all: the report and the release of the lock must come after the last save.
         self.checkpoints.wait()
@@ -221,7 +221,7 @@ class OwnedRunDirectory(RunDirectory):
             except (OSError, ValueError) as error:
                 warn(f"the report of {self.path} cannot be written: {error}")
         try:
-            self._copy_results(failed=error[0] is not None)
+            self._copy_results(failed=failure[0] is not None)
         finally:
             self._lock.release()
 

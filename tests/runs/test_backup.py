@@ -205,6 +205,20 @@ def test_a_store_that_cannot_be_written_is_named(tmp_path):
         OwnedRunDirectory(tmp_path / "run", _settings(tmp_path / "file"))
 
 
+def test_a_report_that_cannot_be_written_does_not_hide_how_the_run_ended(
+    tmp_path, monkeypatch, capfd
+):
+    def full(path):
+        raise OSError(27, "File too large")
+
+    monkeypatch.setattr("rwkv7_jax.runs.run_directory.write_report", full)
+    with pytest.raises(DiskError, match="the newest save failed"):
+        with OwnedRunDirectory(tmp_path, Settings()) as folder:
+            folder.log(1, {"loss_nats": 1.0})
+            raise DiskError("the newest save failed")
+    assert "the report of" in capfd.readouterr().err
+
+
 def test_the_lock_names_its_holder(tmp_path):
     with OwnedRunDirectory(tmp_path / "one", _settings(tmp_path / "bucket")):
         holder = json.loads((tmp_path / "bucket" / "run.lock").read_text())
