@@ -125,9 +125,9 @@ def from_last_token(
     """
     if lengths is None:
         return from_last(x, axis)
-    lengths = jax.lax.psum(lengths, axis)
+    in_all = jnp.asarray(jax.lax.psum(lengths, axis))
     # A row of no tokens ends on the first device, with what it started from.
-    owner = jnp.maximum(lengths - 1, 0) // tokens
+    owner = jnp.maximum(in_all - 1, 0) // tokens
     is_owner = owner == jax.lax.axis_index(axis)
     return jax.lax.psum(jnp.where(is_owner[:, None], x, jnp.zeros_like(x)), axis)
 
