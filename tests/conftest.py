@@ -30,6 +30,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook(["rwkv7_jax", "pallas_kernels"], "beartype.beartype")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quiet_reads():
+    """What a failed read leaves behind is ignored, as in programs: it may end in any later test."""
+    from rwkv7_jax.checkpoints.orbax_import import hide_abandoned_reads
+
+    # The one to pass on to is pytest's own, which is in place by now.
+    hide_abandoned_reads()
+
+
 @pytest.fixture
 def unchecked(monkeypatch):
     """Signatures go unchecked, as for users: the public doors find what is wrong themselves."""

@@ -27,11 +27,7 @@ from rwkv7_jax.observer.files import load_observer, save_observer
 from rwkv7_jax.observer.observer import init_observer
 from rwkv7_jax.text.tokenizer import Tokenizer
 
-pytestmark = [
-    pytest.mark.slow,
-    # Under Orbax, reads of a damaged folder still end after the error has been reported.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.slow
 
 SIZES = {
     "decay_rank": 3,

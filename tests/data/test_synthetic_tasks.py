@@ -1,6 +1,7 @@
 """Synthetic tasks: answers are right, they alone count, and seed and step fix them."""
 
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -208,6 +209,17 @@ def test_a_batch_is_a_function_of_seed_step_and_part(name):
     assert len({batch.tobytes() for batch in batches.values()}) == 8
     again = task_batch(name, 1, seed=1, held_out=True, **SIZES).tokens
     np.testing.assert_array_equal(again, batches[1, 1, True])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_making_rows_needs_memory_in_proportion_to_their_length(name):
+    peaks = []
+    for length in (1024, 4096):
+        tracemalloc.start()
+        task_batch(name, 0, batch_size=4, length=length)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 5 * peaks[0]
 
 
 @pytest.mark.parametrize("name", NAMES)

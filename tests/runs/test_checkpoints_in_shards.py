@@ -72,7 +72,6 @@ def test_a_state_moves_from_mesh_to_mesh_with_all_its_bits(tmp_path, before, aft
             assert leaf.sharding.is_equivalent_to(placed, leaf.ndim)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
 def test_each_of_200_flipped_bits_is_found_in_shards(tmp_path, capfd):
     mesh = mesh_of("fsdp 2")

@@ -106,10 +106,12 @@ def _visits(
         Numbers of keys [B E], and whether the row had the key before [B E].
     """
     keys_of = rng.integers(0, keys[:, None], (rows, count))
-    # Compared with all examples [B E E]; below the diagonal are those before.
-    same = keys_of[:, :, None] == keys_of[:, None, :]
-    earlier = np.tril(same, -1)
-    return keys_of, earlier.any(axis=2)
+    # Sorted, equal keys stand side by side in the order of the examples.
+    order = np.argsort(keys_of, axis=1, kind="stable")
+    ordered = np.take_along_axis(keys_of, order, axis=1)
+    repeated = np.zeros(keys_of.shape, bool)
+    np.put_along_axis(repeated, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
+    return keys_of, repeated
 
 
 def _spell_keys(keys: np.ndarray) -> list[np.ndarray]:
