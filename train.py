@@ -57,7 +57,6 @@ from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.settings import Settings, profiled, read_settings
 from rwkv7_jax.runs.settings.fields import refuse_remote_target
 from rwkv7_jax.runs.settled_settings import settle_dtype
-from rwkv7_jax.sharding.layout import FSDP
 from rwkv7_jax.training.train_step import TrainState
 
 _WORKDIR = flags.DEFINE_string(
@@ -196,7 +195,6 @@ def train_steps(
     mesh = run.mesh
     settings = mode.settings
     devices = mesh.size if mesh else 1
-    shards = mesh.shape[FSDP] if mesh else 1
     with stop.interruptible():
         rates, tx = mode.optimizer()
         with sharding.use_mesh(mode.mesh):
@@ -224,7 +222,7 @@ def train_steps(
     # Counted on the host: reading `state.step` would wait for the device.
     step = first
     with (
-        explain_out_of_memory(mode, devices=devices, shards=shards),
+        explain_out_of_memory(mode, mesh),
         contextlib.closing(batches),
         contextlib.closing(log),
         contextlib.closing(profile),

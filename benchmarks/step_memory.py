@@ -53,7 +53,7 @@ def compile_step(
     memory = compiled.memory_analysis()
     weights = jax.tree.leaves(step.mode.frozen)
     with step.on_target():
-        estimate = step.mode.memory_estimate(1)
+        estimate = step.mode.memory_estimate()
     assert estimate is not None
     return {
         "weights": sum(leaf.size * leaf.dtype.itemsize for leaf in weights),

@@ -7,7 +7,7 @@ The step is the one that train.py makes of the same settings. Nothing is loaded:
 the name of its published size, by `config.model`, or by the tensors' shapes of `config.init`.
 
 Exit codes: 0 it fits; 3 it does not; 4 no compiler: not installed, busy, or no answer in time; 2
-bad settings.
+bad settings; 7 this machine's memory, not the chip's, is too small to compile it.
 """
 
 import json
@@ -25,6 +25,9 @@ from rwkv7_jax.runs import config_flags, process
 
 DOES_NOT_FIT = 3
 NO_COMPILER = 4
+
+# Here the memory of this machine alone can run out.
+_LESS_MEMORY = "free memory of this machine, or plan on a larger one"
 
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Chips: v5e:2x4, v5p-128, h100, h200, a100, ..."
@@ -63,7 +66,7 @@ def _settings() -> dict[str, Any]:
 
 def main(arguments: list[str]) -> None:
     """Plans, prints, and exits with a code that says whether the step fits."""
-    with process.program("plan"):
+    with process.program("plan", less_memory=_LESS_MEMORY):
         if len(arguments) > 1:
             raise ValueError(f"unknown argument {arguments[1]!r}.")
         if not _TOPOLOGY.value:

@@ -16,9 +16,8 @@ from rwkv7_jax.plan.collectives import find_collectives
 from rwkv7_jax.plan.expected_wire import expected_wire_bytes
 from rwkv7_jax.plan.hlo import parse
 from rwkv7_jax.plan.steps import Step, describe_step
-from rwkv7_jax.runs.exit_codes import is_out_of_memory
+from rwkv7_jax.runs.exit_codes import is_out_of_host_memory, is_out_of_memory
 from rwkv7_jax.runs.settings import read_settings
-from rwkv7_jax.sharding.layout import FSDP
 
 _GIB = 2**30
 
@@ -49,7 +48,7 @@ def compile_step(step: Step, target: Target) -> dict[str, Any]:
     began = time.monotonic()
     # For the platform that the step is made for.
     with step.on_target():
-        need = step.mode.memory_estimate(len(step.devices), step.sizes.get(FSDP, 1))
+        need = step.mode.memory_estimate(step.mesh)
     devices = step.devices
     found: dict[str, Any] = {
         "devices": len(devices),
@@ -62,7 +61,8 @@ def compile_step(step: Step, target: Target) -> dict[str, Any]:
     try:
         compiled = step.compile(target.platform)
     except Exception as error:
-        if not is_out_of_memory(error):
+        # The memory of this machine says nothing about a chip's.
+        if is_out_of_host_memory(error) or not is_out_of_memory(error):
             raise
         return found | _refused(error, step) | _ending(began)
     memory = compiled.memory_analysis()
@@ -79,22 +79,26 @@ def compile_step(step: Step, target: Target) -> dict[str, Any]:
         "buffers": largest_arrays(program),
         "collectives": [one.table_row() for one in collectives],
         "wire_gb": round(sum(one.wire_bytes for one in collectives) / 1e9, 3),
-        "expected_wire_gb": round(_expected_wire_bytes(step) / 1e9, 3),
+        "expected_wire_gb": _expected_wire_gb(step),
     }
     return found | _ending(began)
 
 
-def _expected_wire_bytes(step: Step) -> float:
+def _expected_wire_gb(step: Step) -> float | None:
+    """Computes what the layout makes travel; None where a step reads two models."""
     mode = step.mode
+    if mode.gradients_of is None:
+        return None
     data = mode.settings.data
     weights = step.state.params if mode.frozen is None else mode.frozen
-    return expected_wire_bytes(
+    sent = expected_wire_bytes(
         weights,
         step.sizes,
         trained=step.state.params,
         dtype=mode.model.config.dtype,
         tokens=data.batch_size * data.length // len(step.devices),
     )
+    return round(sent / 1e9, 3)
 
 
 def _gib(count: int | float) -> float:

@@ -3,12 +3,14 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from typing import Any
 
 from rwkv7_jax.plan.chips import Target
+from rwkv7_jax.runs.exit_codes import OutOfMemory, is_out_of_memory
 
 # The module that shows whether a compiler is installed, and what installs it.
 _INSTALLED = {
@@ -32,6 +34,9 @@ _ENVIRONMENT = {
 _BUSY = "lockfile"
 _WAIT = 3.0
 
+# The most letters of a compiler's last line that a sentence quotes.
+_REASON = 200
+
 
 class NoCompiler(RuntimeError):
     """A compiler that is not installed, is busy for too long, or gives no answer in time."""
@@ -49,6 +54,7 @@ def compile_elsewhere(
 
     Raises:
         NoCompiler: there is no answer to be had.
+        OutOfMemory: this machine has too little memory to compile the step.
         RuntimeError: the process fails; the message has the end of what it said.
     """
     _require_installed(target)
@@ -72,12 +78,28 @@ def compile_elsewhere(
         if done.returncode == 0:
             return json.loads(done.stdout)
         if _BUSY not in done.stderr:
-            raise RuntimeError(f"compiling failed:\n{done.stderr[-3000:]}")
+            raise _failure(target, done)
         if time.monotonic() + _WAIT >= end:
             raise NoCompiler(
                 f"another process has held libtpu for {timeout} seconds; try again later."
             )
         time.sleep(_WAIT)
+
+
+def _failure(target: Target, done: subprocess.CompletedProcess) -> RuntimeError:
+    """Makes the error of a process that failed."""
+    failed = RuntimeError(f"compiling failed:\n{done.stderr[-3000:]}")
+    # A chip's memory that is too small is an answer, so it was this machine's that ran out. Linux
+    # kills without a word who asks for more than there is.
+    killed = done.returncode == -signal.SIGKILL
+    if not killed and not is_out_of_memory(failed):
+        return failed
+    lines = done.stderr.strip().splitlines()
+    reason = "killed by the system" if killed else lines[-1][:_REASON]
+    return OutOfMemory(
+        f"this machine's memory was not enough to compile for {target.name}, whatever the chip "
+        f"has; free some of it, or plan on a larger machine ({reason})."
+    )
 
 
 def _require_installed(target: Target) -> None:

@@ -22,9 +22,9 @@ from rwkv7_jax.runs.modes.stack import StackMode, state_sources
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.training.train_step import TrainState
 
-# The modes whose step follows from sizes alone. A memory is fitted to text and a step at test time
-# follows from what the model writes, before their shapes are known.
-PLANNED = ("pretrain", "state")
+# The modes whose step follows from sizes alone. The features of an upscaled state are fitted to
+# what the model reads while it is set up; at test time shapes follow from what the model writes.
+PLANNED = ("pretrain", "state", "observer")
 
 # What a plan reads in the place of the run's data: rows of ids that any vocabulary has.
 _DATA = "task:mapping"
@@ -56,7 +56,7 @@ class Step(NamedTuple):
     @property
     def sizes(self) -> dict[str, int]:
         """The sizes of the mesh's axes, by name."""
-        return {} if self.mesh is None else dict(self.mesh.shape)
+        return dict(sharding.sizes_of(self.mesh))
 
     @property
     def devices(self) -> list[Any]:
@@ -92,7 +92,7 @@ def check_mode(settings: Settings) -> None:
     if settings.mode not in PLANNED:
         raise ValueError(
             f"`config.mode` must be one of {', '.join(PLANNED)} for a plan; got "
-            f"{settings.mode!r}, whose shapes are known only once it reads its data."
+            f"{settings.mode!r}, whose step is known only once the model has read or written text."
         )
 
 

@@ -57,10 +57,10 @@ def _collectives(plan: Mapping[str, Any]) -> list[str]:
     rows = plan["collectives"]
     if not rows:
         return [] if plan["wire_gb"] is None else ["wire        nothing travels"]
-    expected = f"{plan['expected_wire_gb']:.2f} by the layout alone"
-    lines = [
-        f"wire        {plan['wire_gb']:.2f} GB a step from each device; {expected}"
-    ]
+    line = f"wire        {plan['wire_gb']:.2f} GB a step from each device"
+    if plan["expected_wire_gb"] is not None:
+        line += f"; {plan['expected_wire_gb']:.2f} by the layout alone"
+    lines = [line]
     for row in rows:
         lines.append(
             f"  {row['kind']:<19} of {row['group']:>4}  {row['count']:>6} times  "

@@ -10,9 +10,17 @@ import sys
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO}
 
-# What allocators say, in small letters: XLA on every platform; CUDA and its libraries; TPU; C++;
-# the operating system.
+# What allocators of the host's memory say, in small letters: C++, the operating system, NumPy.
+_OUT_OF_HOST_MEMORY = (
+    "bad_alloc",
+    "bad allocation",
+    "cannot allocate memory",
+    "unable to allocate",
+)
+
+# The same of all: XLA on every platform; CUDA and its libraries; TPU.
 _OUT_OF_MEMORY = (
+    *_OUT_OF_HOST_MEMORY,
     "resource_exhausted",
     "resource exhausted",
     "out of memory",
@@ -20,10 +28,6 @@ _OUT_OF_MEMORY = (
     "cudaerrormemoryallocation",
     "ran out of memory",
     "exceeded hbm capacity",
-    "bad_alloc",
-    "bad allocation",
-    "cannot allocate memory",
-    "unable to allocate",
     "failed to allocate",
 )
 
@@ -123,16 +127,28 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     No class tells: JAX raises its one class of run-time errors, with the allocator's text.
     """
+    return _is_of(error, (MemoryError, OutOfMemory), _OUT_OF_MEMORY)
+
+
+def is_out_of_host_memory(error: BaseException) -> bool:
+    """Tells whether the memory that ran out is this machine's rather than an accelerator's."""
+    return _is_of(error, (MemoryError,), _OUT_OF_HOST_MEMORY)
+
+
+def _is_of(
+    error: BaseException, kinds: tuple[type[BaseException], ...], signs: tuple[str, ...]
+) -> bool:
+    """Tells whether an error, or one that it was raised from, is of a kind or has a sign."""
     cause: BaseException | None = error
     # A chain of errors may be circular.
     for _ in range(10):
         if cause is None:
             return False
-        if isinstance(cause, MemoryError | OutOfMemory):
+        if isinstance(cause, kinds):
             return True
         text = str(cause).lower()
         is_of_system = isinstance(cause, RuntimeError | OSError)
-        if is_of_system and any(sign in text for sign in _OUT_OF_MEMORY):
+        if is_of_system and any(sign in text for sign in signs):
             return True
         cause = cause.__cause__
     return False

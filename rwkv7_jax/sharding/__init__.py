@@ -19,12 +19,14 @@ from rwkv7_jax.sharding.collectives import (
 )
 from rwkv7_jax.sharding.layout import (
     AXES,
+    FSDP,
     ROWS,
     SEQUENCE,
     abstract_rows,
     abstract_shards,
     row_axes,
     shardings,
+    share_of_rows,
     specs,
     undivided,
 )
@@ -39,6 +41,7 @@ from rwkv7_jax.sharding.mesh import (
     parse_sizes,
     place,
     shard_batch,
+    sizes_of,
     stack_mesh,
     use_mesh,
 )
@@ -46,6 +49,7 @@ from rwkv7_jax.sharding.mesh import (
 __all__ = [
     "AUTO",
     "AXES",
+    "FSDP",
     "GATHERED",
     "ROWS",
     "SEQUENCE",
@@ -69,6 +73,8 @@ __all__ = [
     "shard_batch",
     "shard_map_batch",
     "shardings",
+    "share_of_rows",
+    "sizes_of",
     "specs",
     "stack_mesh",
     "time_axis",

@@ -4,6 +4,7 @@ The paths of gradients, moments and checkpoints end in the path of their paramet
 holds for them as well. This module is data and rules; it runs no program on a device.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -147,3 +148,8 @@ def row_axes(rows: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
         if count > 1 and rows % count == 0:
             return tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
     return ()
+
+
+def share_of_rows(rows: int, sizes: Mapping[str, int]) -> int:
+    """Counts the rows of a batch that one device computes."""
+    return rows // math.prod(sizes[axis] for axis in row_axes(rows, sizes))

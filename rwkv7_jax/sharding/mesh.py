@@ -82,6 +82,11 @@ def stack_mesh(mesh: Mesh | None, sets: int) -> Mesh | None:
     return make_mesh(AUTO, sets)
 
 
+def sizes_of(mesh: Mesh | None) -> Mapping[str, int]:
+    """Returns the sizes of a mesh's axes, by name; none for a single device."""
+    return {} if mesh is None else mesh.shape
+
+
 def _processes(devices: Sequence[Any]) -> int:
     return len({device.process_index for device in devices})
 

@@ -29,13 +29,14 @@ for mode, mesh in json.loads(sys.argv[1]):
 print(json.dumps(plans))
 """
 CASES = [("state", "fsdp=8"), ("pretrain", "fsdp=8"), ("pretrain", "data=2,fsdp=4")]
+OBSERVER = ("observer", "fsdp=8")
 
 
 @pytest.fixture(scope="module")
 def plans():
     """The plan of each case."""
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, json.dumps(CASES)],
+        [sys.executable, "-c", CHILD, json.dumps([*CASES, OBSERVER])],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -47,7 +48,7 @@ def plans():
         },
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return dict(zip(CASES, json.loads(done.stdout), strict=True))
+    return dict(zip([*CASES, OBSERVER], json.loads(done.stdout), strict=True))
 
 
 @pytest.mark.slow
@@ -59,3 +60,11 @@ def test_the_program_sends_what_the_layout_says(plans, case):
     assert {"all-gather", "all-reduce", "all-to-all"} <= kinds
     assert ("reduce-scatter" in kinds) == (case[0] == "pretrain")
     assert plan["wire_gb"] == pytest.approx(plan["expected_wire_gb"], rel=0.1)
+
+
+@pytest.mark.slow
+def test_an_observers_weights_are_reduced_into_their_shards(plans):
+    plan = plans[OBSERVER]
+    kinds = {row["kind"] for row in plan["collectives"]}
+    assert {"all-gather", "reduce-scatter", "all-to-all"} <= kinds
+    assert plan["devices"] == 8 and plan["expected_wire_gb"] is None

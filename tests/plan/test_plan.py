@@ -13,6 +13,7 @@ from rwkv7_jax.plan.chips import find_target
 from rwkv7_jax.plan.compiler import NoCompiler, compile_elsewhere
 from rwkv7_jax.plan.job import Job, make_job
 from rwkv7_jax.plan.table import describe
+from rwkv7_jax.runs.exit_codes import OutOfMemory, exit_code
 
 TINY = """
 def get_config():
@@ -63,7 +64,8 @@ def plan(*words: str):
         (STATE | {"mesh": "fsdp=3x"}, None, "v5e:2x4", "`config.mesh` must be auto"),
         (STATE, "8b", "v5e-1", "`name` must be one of 0.1b"),
         ({"mode": "state"}, None, "v5e-1", "`--preset` must name a published size"),
-        (STATE | {"mode": "observer"}, None, "v5e-1", "`config.mode` must be one of"),
+        (STATE | {"mode": "test_time"}, None, "v5e-1", "`config.mode` must be one of"),
+        (STATE | {"mode": "upscaled_state"}, None, "v5e-1", "has read or written text"),
         (STATE | {"stepz": 3}, None, "v5e-1", "nearest is `config.steps`"),
         ({"mode": "state", "init": "no.pth"}, None, "v5e-1", "no.pth"),
     ],
@@ -163,6 +165,25 @@ def test_another_failure_keeps_what_the_compiler_said(fake):
         compile_elsewhere(find_target("v5e-1"), {}, timeout=60)
 
 
+@pytest.mark.parametrize(
+    ("ending", "reason"),
+    [
+        ("sys.exit('many\\nlines\\nstd::bad_alloc')", "std::bad_alloc"),
+        ("raise MemoryError('Unable to allocate 4 TiB')", "Unable to allocate 4 TiB"),
+        ("sys.stderr.write('LLVM ERROR: out of memory'); os.abort()", "LLVM ERROR"),
+        ("os.kill(os.getpid(), 9)", "killed by the system"),
+    ],
+)
+def test_a_compiler_without_room_blames_this_machine_and_no_chip(fake, ending, reason):
+    fake(f"import os, sys\n{ending}\n")
+    with pytest.raises(OutOfMemory) as caught:
+        compile_elsewhere(find_target("v5e:2x4"), {}, timeout=60)
+    said = str(caught.value)
+    assert said.startswith("this machine's memory was not enough to compile for v5e")
+    assert said.count("\n") == 0 and reason in said and "batch_size" not in said
+    assert exit_code(caught.value) == 7
+
+
 def test_the_search_doubles_the_rows_and_gives_the_largest_that_fit(monkeypatch):
     def compile_it(job, *, timeout):
         rows = job.settings.data.batch_size
@@ -185,6 +206,7 @@ def test_a_plan_as_text_says_what_fits_what_is_large_and_what_travels():
     assert "f32[9]" in text and "argument w" in text
     assert "all-gather" in text and "0.90 GB a step" in text and "jax 0.10.2" in text
     assert "0.80 by the layout" in text and "data 1, fsdp 8" in text
+    assert "by the layout" not in describe(PLAN | {"expected_wire_gb": None})
 
 
 @pytest.mark.slow

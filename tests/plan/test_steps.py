@@ -1,15 +1,16 @@
 """The described step is the one that a run makes: the same arrays, and a program that compiles."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
-import numpy as np
 import pytest
 from smallest_runs import mode_settings, save_base_model
 
 from rwkv7_jax.plan.child import compile_step
 from rwkv7_jax.plan.chips import find_target
 from rwkv7_jax.plan.steps import describe_step
+from rwkv7_jax.plan.table import describe
 from rwkv7_jax.runs.modes.registry import make_mode
 
 CHANGES = {
@@ -26,6 +27,15 @@ CHANGES = {
     },
 }
 OF_WEIGHTS = ("plain", "accumulated")
+# What a job adds to a plan.
+OF_JOB = {
+    "topology": "v5e-1",
+    "chips": 1,
+    "mode": "state",
+    "batch": 2,
+    "length": 24,
+    "limit_gib": 1.0,
+}
 
 
 def changed(settings, changes):
@@ -51,8 +61,9 @@ def arrays_of(tree):
 
 
 def cases():
-    for name in OF_WEIGHTS:
-        yield "pretrain", name
+    for kind in ("pretrain", "observer"):
+        for name in OF_WEIGHTS:
+            yield kind, name
     for name in CHANGES:
         yield "state", name
 
@@ -83,10 +94,11 @@ def test_the_described_arrays_are_those_of_the_run(tmp_path, kind, name):
 
 
 @pytest.mark.slow
-def test_a_described_step_compiles_and_its_memory_is_told(tmp_path):
+@pytest.mark.parametrize("kind", ["state", "observer"])
+def test_a_described_step_compiles_and_its_memory_is_told(tmp_path, kind):
     base = tmp_path / "base.pth"
     save_base_model(base)
-    settings = mode_settings("state", base)
+    settings = mode_settings(kind, base)
     run = make_mode(settings, tmp_path)
     step = describe_step(settings, run.model.config, "float32", jax.devices()[:1])
     target = dataclasses.replace(find_target("v5e-1"), platform="cpu")
@@ -94,4 +106,33 @@ def test_a_described_step_compiles_and_its_memory_is_told(tmp_path):
         patch.setattr(type(target), "limit", 1.0)
         plan = compile_step(step, target)
     assert plan["fits"] and plan["peak_gib"] >= 0 and plan["collectives"] == []
-    assert np.isfinite(plan["estimated_gib"]) and len(plan["buffers"]) == 10
+    assert len(plan["buffers"]) == 10
+    # A step that reads two models is not estimated.
+    assert (plan["estimated_gib"] is None) == (kind == "observer")
+    assert "nothing travels" in describe(plan | OF_JOB)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_chips"),
+    [
+        (RuntimeError("RESOURCE_EXHAUSTED: Used 20.5G of 15.75G hbm."), True),
+        (RuntimeError("std::bad_alloc"), False),
+        (MemoryError(), False),
+    ],
+)
+def test_only_a_chip_that_is_too_small_is_an_answer(tmp_path, error, is_chips):
+    save_base_model(tmp_path / "base.pth")
+    settings = mode_settings("state", tmp_path / "base.pth")
+    config = make_mode(settings, tmp_path).model.config
+
+    def refuse(*_):
+        raise error
+
+    step = describe_step(settings, config, "float32", jax.devices()[:1])
+    step = step._replace(program=SimpleNamespace(trace=refuse))
+    if is_chips:
+        plan = compile_step(step, find_target("v5e-1"))
+        assert not plan["fits"] and plan["peak_gib"] == 20.5
+        return
+    with pytest.raises(type(error)):
+        compile_step(step, find_target("v5e-1"))

@@ -29,7 +29,7 @@ def test_a_mode_that_freezes_its_model_holds_it_in_8_bits(base, tmp_path):
     assert origin_of(mode.frozen) == model_hash(floats, config)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(mode.frozen))
     trained = 4 * mode.trained_count(mode.make_params())
-    assert mode.memory_estimate(1).parameters == held + trained
+    assert mode.memory_estimate().parameters == held + trained
 
 
 def test_weights_that_are_trained_are_not_held_in_8_bits(base, tmp_path):

@@ -3,10 +3,14 @@
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 from run_programs import ROOT
 from smallest_runs import mode_settings, save_base_model
 
+from rwkv7_jax import sharding
 from rwkv7_jax.runs.exit_codes import exit_code
 from rwkv7_jax.runs.modes.registry import make_mode
 from rwkv7_jax.runs.monitoring.memory_advice import explain_out_of_memory
@@ -56,7 +60,7 @@ def test_the_sentence_has_the_estimate_the_largest_part_and_what_to_change(
     with (
         pytest.raises(SystemExit) as ended,
         exit_with_code("train.py"),
-        explain_out_of_memory(made, devices=1),
+        explain_out_of_memory(made, None),
     ):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nand pages of buffers")
     assert ended.value.code == 7
@@ -66,6 +70,43 @@ def test_the_sentence_has_the_estimate_the_largest_part_and_what_to_change(
         assert part in said
     if mode != "observer":
         assert "MiB on each device, most of it" in said
+
+
+def mesh_of(data, fsdp, sequence):
+    """A mesh of one device many times: its sizes are all that an estimate reads."""
+    devices = np.array([jax.devices()[0]] * (data * fsdp * sequence))
+    return Mesh(devices.reshape(data, fsdp, sequence), sharding.AXES)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "length"),
+    [((2, 1, 1), 4, 24), ((2, 2, 1), 2, 24), ((1, 1, 3), 8, 8), ((2, 1, 5), 4, 5)],
+)
+def test_the_estimate_is_of_the_rows_and_tokens_that_one_device_has(
+    tmp_path, sizes, rows, length
+):
+    save_base_model(tmp_path / "base.pth")
+    settings = mode_settings("state", tmp_path / "base.pth", data__batch_size=8)
+    alone = mode_settings(
+        "state",
+        tmp_path / "base.pth",
+        data__batch_size=rows,
+        data__length=length,
+    )
+    shared = make_mode(settings, tmp_path).memory_estimate(mesh_of(*sizes))
+    own = make_mode(alone, tmp_path).memory_estimate()
+    # Gathered weights apart, which a single device has none of.
+    has_shards = sizes[1] > 1
+    assert (shared.activations > own.activations) == has_shards
+    assert (shared.parameters < own.parameters) == has_shards
+    if not has_shards:
+        assert shared == own
+
+
+def test_rows_that_devices_cannot_share_are_estimated_on_each(tmp_path):
+    save_base_model(tmp_path / "base.pth")
+    mode = make_mode(mode_settings("state", tmp_path / "base.pth"), tmp_path)
+    assert mode.memory_estimate(mesh_of(3, 1, 1)) == mode.memory_estimate()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from pallas_kernels.platforms import target_platform
+from rwkv7_jax import sharding
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import model_hash
 from rwkv7_jax.checkpoints.state_files import save_state
@@ -251,38 +252,54 @@ class TrainingMode(abc.ABC):
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._initial
         )
 
-    def describe_memory(self, held: int, *, devices: int = 1, shards: int = 1) -> str:
+    def describe_memory(self, held: int, mesh: Mesh | None) -> str:
         """Describes one step's memory on one device: parameters, moments and, if known, the total.
 
         Args:
             held: bytes of the trainable parameters and their moments.
-            devices: that share a step's rows.
-            shards: that each weight is cut into.
+            mesh: the devices that share a step; None for a single one.
         """
         text = f"{held / 2**20:,.1f} MiB for the trained parameters and their moments"
-        need = self.memory_estimate(devices, shards)
+        need = self.memory_estimate(mesh)
         if need is None:
             return text
         return f"{text}, about {need.total / 2**20:,.0f} MiB in all"
 
-    def memory_estimate(self, devices: int, shards: int = 1) -> Memory | None:
+    def memory_estimate(self, mesh: Mesh | None = None) -> Memory | None:
         """Estimates one step's memory on one device; None for modes that are not estimated.
 
         Args:
-            devices: that share a step's rows.
-            shards: that each weight is cut into.
+            mesh: the devices that share a step; None for a single one.
         """
         if self.gradients_of is None:
             return None
+        rows = sharding.share_of_rows(
+            self.settings.rows_per_step, sharding.sizes_of(mesh)
+        )
+        return self.step_memory(rows, mesh, trained=self.gradients_of)
+
+    def step_memory(
+        self, rows: int, mesh: Mesh | None, *, trained: Literal["weights", "state"]
+    ) -> Memory:
+        """Estimates the memory of a step that is one pass of the mode's model.
+
+        Args:
+            rows: that one device computes at once.
+            mesh: as in `memory_estimate`.
+            trained: what has gradients.
+        """
+        sizes = sharding.sizes_of(mesh)
+        accumulate = self.settings.optimizer.accumulate
         return training_memory(
             self.model.config,
-            batch=self.settings.data.batch_size // devices,
-            length=self.settings.data.length,
-            trained=self.gradients_of,
-            accumulate=self.settings.optimizer.accumulate,
+            batch=rows * accumulate,
+            # A row that devices share is filled up to pieces of one length.
+            length=-(-self.settings.data.length // sizes.get(sharding.SEQUENCE, 1)),
+            trained=trained,
+            accumulate=accumulate,
             weight_bytes=self.weight_bytes(),
             platform=target_platform(),
-            shards=shards,
+            shards=sizes.get(sharding.FSDP, 1),
         )
 
     def weight_bytes(self) -> float | int:

@@ -43,7 +43,7 @@ class ObserverMode(DatasetMode):
             raise ValueError(
                 "`config.init` must name the checkpoint whose states are observed."
             )
-        self.model, self.frozen = load_or_init(
+        self.model, self.frozen = self._base or load_or_init(
             settings.init,
             settings.model,
             seed=settings.seed,

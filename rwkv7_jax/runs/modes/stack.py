@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from pallas_kernels.platforms import target_platform
+from rwkv7_jax import sharding
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.evaluation.metric import Metrics
@@ -24,7 +24,7 @@ from rwkv7_jax.runs.modes.base import LoadedModel, TrainingMode
 from rwkv7_jax.runs.modes.optimizer import RateAt, make_optimizer, with_rate
 from rwkv7_jax.runs.modes.state_tuning import StateMode, UpscaledStateMode
 from rwkv7_jax.runs.resume.run_identity import combined_digest
-from rwkv7_jax.training.costs import Memory, training_memory
+from rwkv7_jax.training.costs import Memory
 from rwkv7_jax.training.stacked_step import (
     create_stack,
     make_stacked_step,
@@ -239,20 +239,12 @@ class StackMode(TrainingMode):
         data = self.settings.data
         return len(self.names) * data.batch_size * data.length
 
-    def memory_estimate(self, devices: int, shards: int = 1) -> Memory:
+    def memory_estimate(self, mesh: Mesh | None = None) -> Memory:
         """Estimates one step's memory on one device, which has its share of the states."""
-        data = self.settings.data
         states = len(self.names)
-        one = training_memory(
-            self.model.config,
-            batch=data.batch_size * min(max(states // devices, 1), self.at_once),
-            length=data.length,
-            trained="state",
-            accumulate=self.settings.optimizer.accumulate,
-            weight_bytes=self.weight_bytes(),
-            platform=target_platform(),
-            shards=shards,
-        )
+        own = sharding.share_of_rows(states, sharding.sizes_of(mesh))
+        rows = self.settings.rows_per_step * min(own, self.at_once)
+        one = self.step_memory(rows, mesh, trained="state")
         # Every device holds all states and their moments.
         return dataclasses.replace(
             one, moments=states * one.moments, gradients=states * one.gradients

@@ -3,6 +3,8 @@
 import contextlib
 from collections.abc import Iterator
 
+from jax.sharding import Mesh
+
 from rwkv7_jax.runs.exit_codes import OutOfMemory, is_out_of_memory
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.training.costs import Memory
@@ -11,15 +13,12 @@ _MIB = 2**20
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(
-    mode: TrainingMode, *, devices: int, shards: int = 1
-) -> Iterator[None]:
+def explain_out_of_memory(mode: TrainingMode, mesh: Mesh | None) -> Iterator[None]:
     """Turns the errors by which allocators of any platform fail into one that says what to change.
 
     Args:
         mode: of the run.
-        devices: that share a step's rows.
-        shards: that each weight is cut into.
+        mesh: the devices that share a step; None for a single one.
 
     Raises:
         OutOfMemory: the block ran out of memory.
@@ -29,12 +28,12 @@ def explain_out_of_memory(
     except Exception as error:
         if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
             raise
-        raise OutOfMemory(_advice(mode, devices, shards, error)) from error
+        raise OutOfMemory(_advice(mode, mesh, error)) from error
 
 
-def _advice(mode: TrainingMode, devices: int, shards: int, error: Exception) -> str:
+def _advice(mode: TrainingMode, mesh: Mesh | None, error: Exception) -> str:
     settings = mode.settings
-    memory = mode.memory_estimate(devices, shards)
+    memory = mode.memory_estimate(mesh)
     if memory is None:
         estimate = f"a step of mode {settings.mode} is not estimated"
     else:
@@ -53,7 +52,9 @@ def _advice(mode: TrainingMode, devices: int, shards: int, error: Exception) -> 
         changes.append(
             "lower `config.test_time.prompts`, `group`, `tokens` or `at_once`"
         )
-    changes.append(f"use a mesh of more devices (now {devices})")
+    changes.append(
+        f"use a mesh of more devices (now {1 if mesh is None else mesh.size})"
+    )
     # An allocator's error can have pages; the first line says how much was asked for.
     lines = str(error).strip().splitlines()
     reason = (lines[0] if lines else type(error).__name__)[:200]

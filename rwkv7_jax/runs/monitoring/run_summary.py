@@ -9,7 +9,6 @@ from rwkv7_jax import sharding
 from rwkv7_jax.optim.optimizer import group_table
 from rwkv7_jax.runs.early_stopping import Progress, RunProgress
 from rwkv7_jax.runs.modes.base import TrainingMode
-from rwkv7_jax.sharding.layout import FSDP
 from rwkv7_jax.training.costs import parameter_count
 from rwkv7_jax.training.train_step import TrainState
 
@@ -46,9 +45,7 @@ def print_summary(
     print(
         f"trained   {trained:,} numbers in mode {settings.mode}, of a model of {weights:,}"
     )
-    shards = 1 if mesh is None else mesh.shape[FSDP]
-    memory = mode.describe_memory(held, devices=devices, shards=shards)
-    print(f"memory    {memory}")
+    print(f"memory    {mode.describe_memory(held, mesh)}")
     if settings.mode == "pretrain":
         print(group_table(state.params))
     print(f"data      {mode.describe_data()}, hash {identity['inputs']['data']}")
