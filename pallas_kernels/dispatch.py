@@ -22,7 +22,7 @@ from jaxtyping import Array
 
 from pallas_kernels import chunked, platforms, scan, tiles
 from pallas_kernels.gpu import pallas_calls as pallas_gpu
-from pallas_kernels.gpu import triton_calls as triton
+from pallas_kernels.gpu import triton_calls, triton_launcher
 from pallas_kernels.packed_rows import Owners
 from pallas_kernels.reference import State, WKVInputs
 from pallas_kernels.tpu import pallas_calls as pallas_tpu
@@ -81,7 +81,7 @@ _BY_NAME: dict[str, Implementation] = {
     "chunked": chunked,
     "pallas_tpu": pallas_tpu,
     "pallas_gpu": pallas_gpu.KERNELS,
-    "triton": triton.KERNELS,
+    "triton": triton_calls.KERNELS,
 }
 # Longer chunks make the squares of a chunk operands of warpgroup products on Hopper. There, Triton
 # takes a transposed product of 16 bits for its left operand wrongly (triton-lang/triton#6124).
@@ -98,7 +98,7 @@ def available() -> tuple[str, ...]:
     for name in IMPLEMENTATIONS:
         if PLATFORMS.get(name, platform) != platform:
             continue
-        if name == "triton" and triton.missing():
+        if name == "triton" and triton_launcher.missing():
             continue
         table = GPU_TABLES.get(name)
         if table is not None and not tiles.rows_for(table, tiles.capability()):
@@ -192,7 +192,7 @@ def check(
             raise NotImplementedError(
                 "wkv7: 'triton' takes no `segment_ids`; name 'pallas_gpu', 'chunked' or 'scan'."
             )
-        triton.check_versions()
+        triton_launcher.check_versions()
 
 
 def _takes_kernel(

@@ -363,8 +363,8 @@ def wkv7(
             in forward mode.
         NotImplementedError: a named implementation is made for other devices, head sizes, chunks or
             dtypes; or a GPU kernel would be partitioned by the compiler (see `jax.shard_map`).
-        ImportError: "triton" was named without jax-triton or triton.
-        RuntimeError: "triton" was named and the versions of the two do not fit.
+        ImportError: "triton" was named and the package triton is missing.
+        RuntimeError: "triton" was named with a version of triton or jax that was not tried.
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_numpy.py:39-40.
     """

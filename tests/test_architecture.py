@@ -55,8 +55,8 @@ def _imports(path):
 )
 def test_kernels_need_jax_alone(path):
     allowed = {"jax", "jaxlib", "jaxtyping", "pallas_kernels", *sys.stdlib_module_names}
-    optional = {"bench.py": {"matplotlib"}, "triton_calls.py": {"jax_triton"}}
-    optional |= {"triton_kernels.py": {"triton"}}
+    optional = {"bench.py": {"matplotlib"}, "triton_kernels.py": {"triton"}}
+    optional |= {"triton_launcher.py": {"jax_triton", "triton"}}
     if "compile_checks" in path.parts:
         optional["gpu.py"] = {"triton"}
     assert {name.split(".")[0] for name in imports(path)} <= allowed | optional.get(
@@ -120,11 +120,11 @@ def test_type_checkers_find_the_names_where_they_are_loaded_from():
 
 IMPORT = """
 import jax, time
-start = time.perf_counter()
+start = time.process_time()
 import rwkv7_jax
 for name in rwkv7_jax.__all__:
     getattr(rwkv7_jax, name)
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 from jax._src import xla_bridge
 assert not xla_bridge._backends, "importing started a backend"
 print(seconds)
@@ -132,7 +132,7 @@ print(seconds)
 
 
 def test_importing_starts_no_backend_and_takes_little_beyond_jax():
-    """The plan is 2 seconds on an idle machine; a loaded one gets three times that."""
+    """The processor's seconds, which other jobs on the machine hardly change: about 2."""
     done = subprocess.run(
         [sys.executable, "-c", IMPORT],
         cwd=ROOT,

@@ -1,7 +1,8 @@
 """`python -m pallas_kernels.compile_checks tpu|gpu`: compiles every kernel without its device.
 
 The numbers that the compilers report are compared with the table next to this file: a check fails
-where one grew by more than 5 %. `--write` replaces the table.
+where one grew by more than 5 %. `--write` replaces the table. Each minor version of jaxlib has its
+own.
 """
 
 import argparse
@@ -23,9 +24,10 @@ COMPILERS = {
 ROWS: dict[str, Callable[[], Iterator[dict]]] = {"tpu": tpu.rows, "gpu": gpu.rows}
 
 
-def table_path(platform: str) -> Path:
-    """Returns the path of the committed table of "tpu" or "gpu"."""
-    return Path(__file__).with_name(f"{platform}.json")
+def table_path(platform: str, jaxlib: str) -> Path:
+    """Returns the path of the committed table of "tpu" or "gpu" for a version of jaxlib."""
+    minor = ".".join(jaxlib.split(".")[:2])
+    return Path(__file__).with_name(f"{platform}-jaxlib-{minor}.json")
 
 
 def versions(platform: str) -> dict[str, str]:
@@ -84,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--write", action="store_true", help="replace the table")
     flags = parser.parse_args(arguments)
     installed = versions(flags.platform)
-    path = table_path(flags.platform)
+    path = table_path(flags.platform, installed["jaxlib"])
     if flags.write:
         cases = compile_cases(flags.platform)
         path.write_text(

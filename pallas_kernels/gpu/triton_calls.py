@@ -1,7 +1,6 @@
-"""WKV-7 on NVIDIA GPUs: the calls of the Triton kernels, through jax-triton."""
+"""WKV-7 on NVIDIA GPUs: the calls of the Triton kernels."""
 
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 import jax
 import jax.numpy as jnp
@@ -9,103 +8,15 @@ from jaxtyping import Array
 
 from pallas_kernels import tiles
 from pallas_kernels.gpu.segmented_passes import KernelSet, Probes, Spans
+from pallas_kernels.gpu.triton_launcher import launch
 from pallas_kernels.platforms import output_like
 from pallas_kernels.reference import State, WKVInputs
-
-# Versions that work together, by jax's minor version: of jax-triton, each with the minor versions
-# of triton that it takes. 0.4 needs triton 3.7; images with PyTorch often come with 3.6.
-FITTING = {
-    "0.10": {"0.3.1": ("3.6", "3.7")},
-    "0.11": {"0.4.1": ("3.7",), "0.3.1": ("3.6",)},
-}
-
-
-def _minor(name: str) -> str:
-    return ".".join(version(name).split(".")[:2])
-
-
-def check_versions() -> None:
-    """Raises unless the installed jax, jax-triton and triton are known to work together.
-
-    Raises:
-        ImportError: one of them is missing.
-        RuntimeError: their versions do not fit.
-    """
-    jax_minor = _minor("jax")
-    if jax_minor not in FITTING:
-        raise RuntimeError(
-            f"The Triton kernels need jax {' or '.join(FITTING)}; installed is jax {jax_minor}."
-        )
-    pairs = FITTING[jax_minor]
-    choices = [
-        f"jax-triton {name} with triton {' or '.join(minors)}"
-        for name, minors in pairs.items()
-    ]
-    needed = f"{', or '.join(choices)} for jax {jax_minor}"
-    try:
-        installed_jax_triton = version("jax-triton")
-        installed_triton = version("triton")
-    except PackageNotFoundError as error:
-        raise ImportError(
-            f"The Triton kernels need {needed}; {error.name} is missing."
-        ) from error
-    if _minor("triton") not in pairs.get(installed_jax_triton, ()):
-        raise RuntimeError(
-            f"The Triton kernels need {needed}; "
-            f"installed are {installed_jax_triton} and {installed_triton}."
-        )
-
-
-def missing() -> bool:
-    """Tells whether `check_versions` would raise."""
-    try:
-        check_versions()
-    except (ImportError, RuntimeError):
-        return True
-    return False
-
-
-def launch(
-    kernel: str,
-    arrays: Sequence[Array],
-    outputs: list[jax.ShapeDtypeStruct],
-    grid: tuple[int, int],
-    tile: tiles.Tile,
-    **constants,
-) -> Sequence[Array]:
-    """Runs a Triton kernel.
-
-    Args:
-        kernel: its name in `triton_kernels`.
-        arrays: its arrays; the first one's numbers of tokens and heads are passed after them.
-        outputs: shapes of what it writes.
-        grid: its programs.
-        tile: how it is compiled.
-        **constants: its compile-time constants.
-    """
-    # Optional packages: jax_triton is an extra, and triton is slow to import.
-    import jax_triton
-
-    from pallas_kernels.gpu import triton_kernels
-
-    tokens, heads = arrays[0].shape[1:3]
-    return jax_triton.triton_call(
-        *arrays,
-        tokens,
-        heads,
-        kernel=getattr(triton_kernels, kernel),
-        out_shape=outputs,
-        grid=grid,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **constants,
-    )
 
 
 def _fold_vmap_into_batch(function: Callable) -> Callable:
     """Gives a function of arrays [B ...] a `jax.vmap` rule: one call on a larger batch.
 
-    jax-triton's own call has no batching rule.
+    A launch has no batching rule of its own.
     """
     run = jax.custom_batching.custom_vmap(function)
 
