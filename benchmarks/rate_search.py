@@ -5,13 +5,16 @@
 On three styles of text the start state of the shipped base is tuned, on one of them also an
 upscaled state, low-rank changes and all weights; on a genuine model that reverses digits, where it
 is there, the start state for copying them. Each is searched as a run would be, in a tenth of its
-arithmetic, and tuned at full length at the five rates of the list that can be best: states at the
-largest, weights at smaller ones. Cells are cached; a run continues from there.
+arithmetic, and tuned at full length at the rates that can be best: states at the largest of the
+list and one beyond it, weights at smaller ones. Next to it stands a search in two rounds (all rates
+for a third of the steps, then the best three for the rest) of the same arithmetic. Cells are
+cached; a run continues from there.
 """
 
 import argparse
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import statistics
@@ -60,11 +63,14 @@ QUICK = 8
 WINDOWS = 48
 
 # Of a sweep at full length. The others are far from the best: see the losses of the searches.
-STATE_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+STATE_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 WEIGHT_RATES = {
     "LoRA": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "all weights": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
 }
+
+# Rates of the second of two rounds.
+FINALISTS = 3
 
 REVERSE = "blinkdl-reverse-260123/derived-official-layout.pth"
 COPYING = "copying"
@@ -188,16 +194,53 @@ def plan_of(subject: Subject, steps: int, rows: int) -> SearchPlan:
     )
 
 
+def short_batches(subject: Subject, seed: int, rows: int) -> Iterator[Batch]:
+    """Makes the batches of a run with fewer rows."""
+    for step in itertools.count():
+        yield subject.batch(step, seed).select_rows(slice(0, rows))
+
+
+def halved(
+    subject: Subject, seed: int, *, steps: int = STEPS, rows: int = ROWS
+) -> dict[str, Any]:
+    """Searches in two rounds: all rates for a third of the steps, the best few for the rest.
+
+    Each round begins anew, with a schedule of its own. What it costs to measure the second one
+    comes on top.
+
+    Source: successive halving, Karnin et al. 2013; Jamieson and Talwalkar 2016.
+    """
+    plan = plan_of(subject, steps, rows)
+    first = max(plan.steps // 3, 1)
+    second = (plan.steps - first) * len(RATES) // FINALISTS
+    tried = RATES
+    rounds = []
+    for length in (first, second):
+        choice = find_rate(
+            subject.loss,
+            subject.optimizer(schedule(length)),
+            subject.start(seed),
+            short_batches(subject, seed, plan.rows),
+            lambda trained: subject.measure(trained, QUICK),
+            steps=length,
+            rates=tried,
+            statistics=subject.statistics,
+        )
+        losses = {
+            rate: one for rate, one in choice.losses.items() if math.isfinite(one)
+        }
+        tried = tuple(sorted(losses, key=lambda rate: losses[rate])[:FINALISTS])
+        by_rate = {str(rate): loss for rate, loss in choice.losses.items()}
+        rounds.append({"steps": length, "losses": by_rate})
+    return {"rate": tried[0], "rounds": rounds}
+
+
 def searched(
     subject: Subject, seed: int, *, steps: int = STEPS, rows: int = ROWS
 ) -> dict[str, Any]:
     """Searches; the seconds are the processor's, without what is spent on compiling."""
     plan = plan_of(subject, steps, rows)
     measuring: list[float] = []
-
-    def batches() -> Iterator[Batch]:
-        for step in range(plan.steps):
-            yield subject.batch(step, seed).select_rows(slice(0, plan.rows))
 
     def measure(trained: Any) -> float:
         began = time.process_time()
@@ -210,7 +253,7 @@ def searched(
         subject.loss,
         tx,
         subject.start(seed),
-        batches(),
+        short_batches(subject, seed, plan.rows),
         measure,
         steps=plan.steps,
         statistics=subject.statistics,
@@ -220,7 +263,8 @@ def searched(
         subject.loss, tx, np.asarray(RATES), statistics=subject.statistics
     )
     train = create_stack(stack_params([subject.start(seed)] * len(RATES)), tx)
-    batch = repeat_rows(next(batches()), len(RATES))
+    batch = next(short_batches(subject, seed, plan.rows))
+    batch = repeat_rows(batch, len(RATES))
     seconds = plan.steps * step_seconds(step, train, batch)
     # The first one compiles.
     seconds += statistics.median(measuring[1:]) * len(measuring)
@@ -286,6 +330,7 @@ def compared(found: dict[str, Any], losses: dict[str, float]) -> dict[str, Any]:
         "search": found,
         "sweep": losses,
         "best_rate": float(best[1]),
+        "at_edge": best[1] in (min(losses, key=float), max(losses, key=float)),
         "excess": chosen / best[0] - 1,
     }
 
@@ -327,12 +372,19 @@ def main() -> None:
                 f"{name} | {seed} | sweep",
                 lambda make=make, seed=seed: swept(make(), seed),
             )
+            rounds = cells.get(
+                f"{name} | {seed} | halved",
+                lambda make=make, seed=seed: halved(make(), seed),
+            )
             runs.append(compared(found["found"], losses["found"]))
+            runs[-1]["halved"] = rounds["found"]
             search = runs[-1]["search"]
+            edge = " (edge)" if runs[-1]["at_edge"] else ""
             extra = search["processor_seconds"] / seconds["found"]
             print(
-                f"{name:36} seed {seed}  found {search['rate']}  best {runs[-1]['best_rate']}  "
-                f"excess {runs[-1]['excess']:+.2%}  time {extra:+.1%}",
+                f"{name:36} seed {seed}  found {search['rate']}  best "
+                f"{runs[-1]['best_rate']}{edge}  excess {runs[-1]['excess']:+.2%}  "
+                f"time {extra:+.1%}  in two rounds {rounds['found']['rate']}",
                 flush=True,
             )
         results[name] = {"run_processor_seconds": seconds["found"], "seeds": runs}

@@ -4,10 +4,10 @@
 
 The start state, an upscaled state and low-rank changes of as many numbers as the start state are
 tuned at every rate of a list, at equal steps and batches; next to the best stands the rate that the
-search of `train.py` finds in a tenth of a run. Measured are held-out data and what must not be
-forgotten, in bits per byte. `--data digits` is for BlinkDL's model that reverses numbers: it
-learns to copy them, and what must not be forgotten is reversing; both in nats, with the share of
-right digits.
+search of `train.py` finds in a tenth of a run, and that of a search in two rounds. Measured are
+held-out data and what must not be forgotten, in bits per byte. `--data digits` is for BlinkDL's
+model that reverses numbers: it learns to copy them, and what must not be forgotten is reversing;
+both in nats, with the share of right digits.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from benchmarks.rate_search import (
     END,
     Subject,
     copy_rows,
+    halved,
     searched,
     tuned_at_all_rates,
 )
@@ -245,14 +246,20 @@ def tuned(
         by_rate[str(rate)] = measured(kind, model, params, data, trained)
     best = best_of(by_rate)
     search = searched(subject, seed, steps=steps, rows=rows)
-    # A rate that was found and is not one of the sweep's has no loss here.
-    found = by_rate.get(str(search["rate"]), {}).get("new")
+    rounds = halved(subject, seed, steps=steps, rows=rows)
+
+    def excess(rate: float | None) -> float | None:
+        # A rate that was found and is not one of the sweep's has no loss here.
+        found = by_rate.get(str(rate), {}).get("new")
+        return found and found / by_rate[best]["new"] - 1
+
     return {
         "best_rate": float(best),
         "at_edge": float(best) in (min(subject.rates), max(subject.rates)),
         "found_rate": search["rate"],
-        "excess_of_found": found and found / by_rate[best]["new"] - 1,
+        "excess_of_found": excess(search["rate"]),
         "search": search,
+        "halved": rounds | {"excess": excess(rounds["rate"])},
         "by_rate": by_rate,
     }
 

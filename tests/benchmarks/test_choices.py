@@ -36,7 +36,9 @@ def test_a_run_that_diverged_ends_highest():
 def test_a_found_rate_is_compared_with_the_best_of_the_sweep():
     sweep = {"0.1": 2.0, "0.3": 1.0, "1.0": NAN}
     assert compared({"rate": 0.1}, sweep)["excess"] == 1.0
-    assert compared({"rate": 0.3}, sweep)["excess"] == 0.0
+    best = compared({"rate": 0.3}, sweep)
+    assert best["excess"] == 0.0 and not best["at_edge"]
+    assert compared({"rate": 0.3}, {"0.1": 2.0, "0.3": 1.0})["at_edge"]
     # One that is not in the sweep counts as the worst.
     assert compared({"rate": 0.001}, sweep)["excess"] == math.inf
 

@@ -57,3 +57,6 @@ def test_the_program_writes_its_numbers(tmp_path, monkeypatch):
     for runs in report["tuned"].values():
         rates = runs[0]["by_rate"]
         assert str(runs[0]["best_rate"]) in rates and len(rates) > 1
+        first, second = runs[0]["halved"]["rounds"]
+        assert set(second["losses"]) < set(first["losses"])
+        assert str(runs[0]["halved"]["rate"]) in second["losses"]
