@@ -34,6 +34,7 @@ from rwkv7_jax.runs import (
     process,
     rate_search,
 )
+from rwkv7_jax.runs.agreement import is_process_0
 from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.exit_codes import Stopped, check_stopped_code, warn
 from rwkv7_jax.runs.input_pipeline import InputPipeline
@@ -252,7 +253,7 @@ def search_rates(run: Run, folder: RunDirectory, stop: StopSignals) -> bool:
     """Finds the learning rates of a run; returns whether there is one that is worth it."""
 
     def search(mode: RateSearchMode) -> Any:
-        place = folder.path / rate_search.FOLDER
+        place = folder.workdir / rate_search.FOLDER
         with open_run_directory(place, mode.settings) as inner:
             own = Run(
                 mode=mode,
@@ -275,12 +276,21 @@ def train(settings: Settings, folder: RunDirectory, stop: StopSignals) -> None:
         folder.note_event(0, "finished", "no learning rate is better than no state")
         return
     state, progress = train_steps(run, folder, stop)
-    # The other processes are needed no longer: process 0 alone writes the result.
-    multihost.shutdown()
-    check_stopped(state, folder, stop)
-    if multihost.is_process_0():
-        with stop.interruptible(), sharding.use_mesh(run.mode.mesh):
+    together = sharding.is_shared(run.mesh)
+    if not together:
+        # The other processes are needed no longer: process 0 alone writes the result.
+        multihost.shutdown()
+    try:
+        check_stopped(state, folder, stop)
+    except Stopped:
+        multihost.shutdown()
+        raise
+    if together or is_process_0():
+        # One of several processes that give their shards must not leave the others.
+        interruptible = contextlib.nullcontext() if together else stop.interruptible()
+        with interruptible, sharding.use_mesh(run.mode.mesh):
             save_result(run.mode, state, progress, folder, run.identity)
+    multihost.shutdown()
 
 
 def main(arguments: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Models as files and folders: every layout is read, those of `Format` are written."""
 
+import collections
 import functools
 import hashlib
 import warnings
@@ -60,7 +61,7 @@ from rwkv7_jax.model.int8_weights import (
     origin_of,
     quantize_rows,
 )
-from rwkv7_jax.sharding import shardings
+from rwkv7_jax.sharding import is_spread, place
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 _LARGEST_HALF = 65504
@@ -143,27 +144,34 @@ def _refuse_nan_in_int8(allow_nan: bool) -> None:
 def _load_orbax_in_int8(
     folder: Path, dtype, mesh: Mesh | None
 ) -> tuple[Params, RWKV7Config]:
-    """Loads an Orbax folder through the host's memory, where it lies whole for a while."""
-    host = jax.local_devices(backend="cpu")[0]
-    params, config = load_orbax(folder, dtype=dtype, device=host)
+    """Loads an Orbax folder onto the devices and rounds its matrices there, one after the other.
+
+    The host holds one tensor at a time, for the hash. Of several processes none may leave before
+    the hash is made.
+    """
+    params, config = load_orbax(folder, dtype=dtype, device=mesh)
     origin = model_hash(params, config)
+    places = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    leaves, structure = jax.tree.flatten(params)
+    # Each float matrix is freed as soon as its integers are there.
+    del params
+    for index, path in enumerate(places):
+        path_of_leaf = tuple(key.key for key in path)
+        if is_quantizable(path_of_leaf, leaves[index].ndim):
+            matrix = _quantize_rows(leaves[index], origin=origin)
+            leaves[index] = jax.block_until_ready(matrix)
+    return place(mesh, jax.tree.unflatten(structure, leaves)), config
 
-    def convert(path: tuple[Any, ...], leaf: jax.Array) -> Any:
-        return _int8_leaf(origin, tuple(key.key for key in path), np.asarray(leaf))
 
-    params = jax.tree_util.tree_map_with_path(convert, params)
-    return jax.device_put(params, mesh and shardings(mesh, params)), config
-
-
-def _int8_leaf(origin: str, place: tuple[str, ...], array: np.ndarray) -> Any:
+def _int8_leaf(origin: str, path: tuple[str, ...], array: np.ndarray) -> Any:
     """Converts a leaf, or a part of its rows, to 8 bits if it is a matrix of those that are.
 
     Args:
         origin: hash of the model.
-        place: of the leaf in the tree.
+        path: of the leaf in the tree.
         array: finite.
     """
-    if not is_quantizable(place, array.ndim):
+    if not is_quantizable(path, array.ndim):
         return array
     # On the host: the device may have no room for the floats next to what it already holds.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -264,7 +272,8 @@ def save_model(
     """Writes a checkpoint completely, or leaves what was there before.
 
     Dtypes are kept (`.st` alone is half precision by definition). Any tree of the parameters' shape
-    can be saved: gradients, averages, differences.
+    can be saved: gradients, averages, differences. Of arrays in shards over several processes, all
+    of them call it and the first one writes; one tensor at a time is gathered.
 
     Args:
         path: `.pth`, `.safetensors`, `.st`, `.gguf`; a folder otherwise.
@@ -278,8 +287,8 @@ def save_model(
         progress: called with the bytes done and the bytes in all.
 
     Raises:
-        ValueError: a leaf is missing, misshapen or not finite, an unknown format, or a folder with
-            other files.
+        ValueError: a leaf is missing, misshapen or not finite, an unknown format, a folder with
+            other files, or shards over several processes for an Orbax folder.
         TypeError: a leaf is not floating-point, or an argument is of the wrong kind.
     """
     with prefix_errors("save_model"):
@@ -287,15 +296,40 @@ def save_model(
         check_instance(config, RWKV7Config, "`config`")
         check_instance(params, Mapping, "`params`")
     kind = format_of(path, format=format)
+    together = any(map(is_spread, jax.tree.leaves(params)))
     if kind == "orbax":
+        if together:
+            raise ValueError(
+                "save_model: `params` must lie on devices of one process for an Orbax folder; save "
+                "them as .pth or .safetensors."
+            )
         save_orbax(path, params, config, tokenizer=tokenizer, allow_nan=allow_nan)
         return
-    # Everything below is lazy: a tensor is copied to the host when its turn to be written comes.
-    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    # Lazy: a tensor is copied to the host when its turn to be written comes.
     tensors = official_tensors(params, config)
+    try:
+        if not together or jax.process_index() == 0:
+            total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+            taken = _count_bytes(tensors, total, progress)
+            _write(path, kind, taken, params, config, tokenizer, allow_nan)
+    finally:
+        if together:
+            # The others take part in gathering each tensor, and so does a writer that failed.
+            collections.deque(tensors, maxlen=0)
+
+
+def _write(
+    path: Path,
+    kind: str,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    params: Params,
+    config: RWKV7Config,
+    tokenizer: Tokenizer | None,
+    allow_nan: bool,
+) -> None:
+    """Writes tensors to a file or a folder of one of the formats but Orbax's."""
     if not allow_nan:
         tensors = _finite(tensors)
-    tensors = _count_bytes(tensors, total, progress)
     if kind == "hf" or kind == "transformers":
         save_hf(path, params, config, tensors, layout=kind, tokenizer=tokenizer)
         return

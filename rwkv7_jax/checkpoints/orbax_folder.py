@@ -4,6 +4,7 @@ The JSON file, the card, also has the sizes of all files of the tree, a digest o
 digest of the card itself. Folders of earlier versions have none of the three.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -33,7 +34,7 @@ from rwkv7_jax.checkpoints.param_tree import (
     astype_without_overflow,
     check_params,
     official_tensors,
-    require_finite,
+    require_finite_leaves,
     require_finite_params,
     require_kept,
 )
@@ -102,8 +103,7 @@ def load_orbax(
     if verify and _DIGEST in card:
         _check_arrays(params, config, card, folder)
     if not allow_nan:
-        for name, array in official_tensors(params, config):
-            require_finite(array, name, str(folder))
+        require_finite_leaves(params, config, str(folder))
     if dtype is not None:
         params = astype_without_overflow(params, config, dtype, str(folder))
     return params, config
@@ -121,19 +121,25 @@ def describe_orbax(folder: Path) -> tuple[RWKV7Config, str]:
     path = folder / CARD_FILE
     card = read_json(path)
     config = _config_of(card, path)
-    with import_orbax().StandardCheckpointer() as checkpointer:
+    with _handler() as handler:
         arrays = folder / _ARRAYS
-        tree = _name_damage(functools.partial(_read_list, checkpointer, arrays), folder)
+        tree = _name_damage(functools.partial(_read_list, handler, arrays), folder)
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(tree)]
     return config, str(functools.reduce(jnp.promote_types, dtypes))
 
 
-def _read_list(checkpointer: Any, arrays: Path) -> Any:
+def _handler() -> contextlib.AbstractContextManager[Any]:
+    """Opens Orbax's reader.
+
+    Not its checkpointer, with which every process waits for the others after a read, also for one
+    whose read failed.
+    """
+    return contextlib.closing(import_orbax().StandardCheckpointHandler())
+
+
+def _read_list(handler: Any, arrays: Path) -> Any:
     """Reads the tree of what is known of each array that Orbax wrote to a folder."""
-    stored = checkpointer.metadata(arrays).item_metadata
-    if stored is None:
-        raise ValueError("its list of arrays cannot be read")
-    return stored.tree
+    return handler.metadata(arrays).tree
 
 
 def _restore(
@@ -158,10 +164,11 @@ def _restore(
         )
 
     def read_arrays() -> Params:
-        return checkpointer.restore(arrays, on_device(tree))
+        target = import_orbax().args.StandardRestore(on_device(tree))
+        return handler.restore(arrays, args=target)
 
-    with import_orbax().StandardCheckpointer() as checkpointer:
-        tree = _name_damage(functools.partial(_read_list, checkpointer, arrays), folder)
+    with _handler() as handler:
+        tree = _name_damage(functools.partial(_read_list, handler, arrays), folder)
         if not may_narrow:
             for place, leaf in jax.tree_util.tree_leaves_with_path(tree):
                 require_kept(leaf.dtype, jax.tree_util.keystr(place), str(folder))

@@ -3,8 +3,8 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from rwkv7_jax.checkpoints.tensor_names import Shape, Tensor, Tensors
 from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.int8_weights import origin_of
+from rwkv7_jax.sharding import to_host
 
 TreePath = tuple[str, ...]
 
@@ -170,10 +171,14 @@ def require_finite(array: np.ndarray, name: str, path: str) -> None:
         ValueError: NaN or Inf; the message has the tensor's official name.
     """
     if not is_finite(array):
-        raise ValueError(
-            f"load_model: `{path}` has NaN or Inf in {name}; "
-            "load it with allow_nan=True if you must."
-        )
+        raise _not_finite(name, path)
+
+
+def _not_finite(name: str, path: str) -> ValueError:
+    return ValueError(
+        f"load_model: `{path}` has NaN or Inf in {name}; "
+        "load it with allow_nan=True if you must."
+    )
 
 
 def require_float_dtype(dtype) -> np.dtype:
@@ -212,10 +217,66 @@ def require_no_overflow(
 ) -> None:
     """Raises if a number of a file is too large for the dtype that it is loaded in."""
     if wide.dtype != narrow.dtype and overflows(wide, narrow):
-        raise ValueError(
-            f"load_model: `{path}` has numbers in {name} that {narrow.dtype} cannot hold; "
-            "take bfloat16 or float32."
-        )
+        raise _overflow(name, path, narrow.dtype)
+
+
+def _overflow(name: str, path: str, dtype: np.dtype) -> ValueError:
+    return ValueError(
+        f"load_model: `{path}` has numbers in {name} that {dtype} cannot hold; "
+        "take bfloat16 or float32."
+    )
+
+
+def _faulty_tensors(
+    config: RWKV7Config, is_faulty: Callable[..., jax.Array], *trees: Params
+) -> Iterator[str]:
+    """Yields the official names of tensors with a fault in a shard on this process's devices.
+
+    Looked at where they are, without another process: nothing is gathered.
+
+    Args:
+        config: of the trees.
+        is_faulty: compiled, from shards of each tree with an axis of layers to a flag a layer.
+        *trees: of the same leaves.
+    """
+    flags: dict[TreePath, np.ndarray] = {}
+    leaves = [_leaves(tree) for tree in trees]
+    for place in leaves[0]:
+        found = np.zeros(1, bool)
+        for shards in zip(
+            *(tree[place].addressable_shards for tree in leaves), strict=True
+        ):
+            parts = [shard.data for shard in shards]
+            if place[0] != "layers":
+                parts = [part[None] for part in parts]
+            found = found | np.asarray(is_faulty(*parts))
+        flags[place] = found
+    for name in tensor_names.accepted_shapes(config):
+        place = tree_path(name)
+        row = int(name.split(".")[1]) - 1 if place[0] == "layers" else 0
+        if place in flags and flags[place][row]:
+            yield name
+
+
+@jax.jit
+def _is_not_finite(stack: jax.Array) -> jax.Array:
+    return ~jnp.isfinite(stack).reshape(len(stack), -1).all(1)
+
+
+@jax.jit
+def _has_overflowed(wide: jax.Array, narrow: jax.Array) -> jax.Array:
+    became_infinite = jnp.isfinite(wide) & ~jnp.isfinite(narrow)
+    return became_infinite.reshape(len(wide), -1).any(1)
+
+
+def require_finite_leaves(params: Params, config: RWKV7Config, path: str) -> None:
+    """Raises unless every number that is on this process's devices is finite.
+
+    Raises:
+        ValueError: NaN or Inf; the message has the tensor's official name.
+    """
+    for name in _faulty_tensors(config, _is_not_finite, params):
+        raise _not_finite(name, path)
 
 
 def astype_without_overflow(
@@ -233,13 +294,8 @@ def astype_without_overflow(
         ValueError: a number is too large for the dtype.
     """
     converted = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    pairs = zip(
-        official_tensors(params, config),
-        official_tensors(converted, config),
-        strict=True,
-    )
-    for (name, wide), (_, narrow) in pairs:
-        require_no_overflow(wide, narrow, name, path)
+    for name in _faulty_tensors(config, _has_overflowed, params, converted):
+        raise _overflow(name, path, np.dtype(dtype))
     return converted
 
 
@@ -342,8 +398,9 @@ def official_tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields every tensor of a tree by official name, in the order of official files.
 
-    The arrays have the shapes of the tree, without the axis over layers. They are views where that
-    is possible.
+    The arrays have the shapes of the tree, without the axis over layers. They are views where the
+    tree lies in the host's memory; otherwise the host holds one of them at a time. Of a tree in
+    shards over several processes each gets every tensor, and all have to take them in turn.
 
     Raises:
         ValueError: the tree lacks a leaf, has an extra one, or one has the wrong shape.
@@ -356,9 +413,23 @@ def official_tensors(
         place = tree_path(name)
         if place not in leaves:
             continue
-        array = np.asarray(leaves[place])
+        leaf = leaves[place]
         if place[0] == "layers":
             # Row 0 of the stack is block 1.
-            layer = int(name.split(".")[1])
-            array = array[layer - 1]
-        yield name, array
+            row = int(name.split(".")[1]) - 1
+            # JAX keeps a copy of all that it has ever brought to the host: of one layer, it goes.
+            leaf = np.asarray(leaf)[row] if _is_on_host(leaf) else _row(leaf, row)
+        yield name, to_host(leaf)
+
+
+@jax.jit
+def _row(stack: jax.Array, row: Any) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stack, row, keepdims=False)
+
+
+def _is_on_host(leaf: Any) -> bool:
+    """Tells whether NumPy can read an array where it is."""
+    if not isinstance(leaf, jax.Array):
+        return True
+    (device, *others) = leaf.devices()
+    return device.platform == "cpu" and not others

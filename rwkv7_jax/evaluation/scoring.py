@@ -23,6 +23,7 @@ from rwkv7_jax.checks import (
 from rwkv7_jax.data.batch import BatchLike
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, repeat
+from rwkv7_jax.sharding import to_host
 from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.training.head_loss import token_statistics
 from rwkv7_jax.training.losses import check_masked_batch
@@ -95,7 +96,7 @@ def _map_rows(
         # Filled up to the same shape, so that the program is compiled once.
         missing = np.zeros((rows - len(part), part.shape[1]), part.dtype)
         result = per_token(start, np.concatenate([part, missing]))
-        results.append(jax.tree.map(np.asarray, result))
+        results.append(to_host(result))
 
     def join(*leaves: np.ndarray) -> np.ndarray:
         return np.concatenate(leaves)[: len(tokens)]

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-import jax
 import numpy as np
 
 from rwkv7_jax.generation.decode_loop import (
@@ -13,6 +12,7 @@ from rwkv7_jax.generation.decode_loop import (
     Decoder,
     DecodeState,
 )
+from rwkv7_jax.sharding import to_host
 from rwkv7_jax.text.detokenizer import (
     StreamingDetokenizer,
     Vocabulary,
@@ -197,7 +197,7 @@ def _append(rows: list[RowText], decoded: Decoded, *, on_text: OnText) -> np.nda
     """Gives the rows their new tokens; returns which of them a stop string has ended."""
     run = decoded.run
     # One transfer: each waits for the device.
-    tokens, logps, lengths, status, stop_tokens = jax.device_get(
+    tokens, logps, lengths, status, stop_tokens = to_host(
         (decoded.tokens, decoded.logps, decoded.lengths, run.status, run.stop_tokens)
     )
     cut = np.zeros(len(rows), bool)

@@ -16,7 +16,7 @@ class PlacedBatch(NamedTuple):
     """One batch in two places.
 
     Attributes:
-        host: NumPy arrays, for the log.
+        host: for the log: NumPy arrays, or `device` where no process has all rows.
         device: the same rows on the run's devices.
     """
 
@@ -44,17 +44,27 @@ class BatchSource(abc.ABC):
 class PrefetchedBatches(BatchSource):
     """Batches that depend on the data alone: a thread makes and places them ahead of their use."""
 
-    def __init__(self, batches: Iterator[Batch], mesh: Mesh | None):
+    def __init__(
+        self,
+        batches: Iterator[Batch],
+        mesh: Mesh | None,
+        *,
+        rows: int | None = None,
+    ):
         """Starts the thread.
 
         Args:
             batches: one for each step, in order.
             mesh: the devices that share a batch's rows.
+            rows: of a batch, where this process only makes its `own_rows`.
         """
+
+        def placed(batch: Batch) -> PlacedBatch:
+            device = shard_batch(mesh, batch, rows=rows)
+            return PlacedBatch(batch if rows is None else device, device)
+
         # Placed by the thread, so that the copy to the device overlaps with the step before.
-        self._prefetch = Prefetch(
-            PlacedBatch(batch, shard_batch(mesh, batch)) for batch in batches
-        )
+        self._prefetch = Prefetch(map(placed, batches))
 
     def batch(self, step: int, params: Any) -> PlacedBatch:
         """Gives the next batch as soon as it is ready."""

@@ -1,8 +1,8 @@
-"""Runs of several processes: how they join, agree and share what process 0 restores.
+"""Runs of several processes: how they join, where they work, and how they begin.
 
 A process that dies ends the others. Where the call that waits for it does not fail by itself, JAX
 ends them with SIGABRT after `HEARTBEAT_SECONDS` and prints the reason. Started again, all go on
-from the newest checkpoint of process 0.
+from the newest checkpoint.
 """
 
 import collections
@@ -13,15 +13,18 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from rwkv7_jax import sharding
+from rwkv7_jax.runs.agreement import (
+    broadcast_from_0,
+    is_single_process,
+    run_on_process_0,
+)
 from rwkv7_jax.runs.early_stopping import Progress, read_progress
-from rwkv7_jax.runs.exit_codes import EndedElsewhere, exit_code
 from rwkv7_jax.runs.resume.run_identity import Identity
 from rwkv7_jax.runs.run_directory import (
     NullRunDirectory,
@@ -29,7 +32,6 @@ from rwkv7_jax.runs.run_directory import (
     RunDirectory,
 )
 from rwkv7_jax.runs.settings import Settings
-from rwkv7_jax.sharding import shard_batch
 from rwkv7_jax.training.train_step import TrainState
 
 # Silence after which a process counts as lost.
@@ -76,73 +78,10 @@ def join(coordinator: str, *, processes: int, process: int) -> None:
     )
 
 
-def _is_single_process() -> bool:
-    # `jax.process_count()` would start the backend, which takes seconds.
-    return not jax.distributed.is_initialized()
-
-
 def shutdown() -> None:
     """Waits for the other processes and leaves them; nothing may be shared afterwards."""
-    if not _is_single_process():
+    if not is_single_process():
         jax.distributed.shutdown()
-
-
-def is_process_0() -> bool:
-    """Returns whether this is the process that writes and prints."""
-    return jax.process_index() == 0
-
-
-def _broadcast_array(array: np.ndarray) -> np.ndarray:
-    """Returns the array of process 0; those of the others only have its shape and dtype."""
-    array = np.asarray(array)
-    # As bytes: JAX would turn float64 into float32, and NaN payloads must survive.
-    raw = np.frombuffer(array.tobytes(), np.uint8)
-    received = np.asarray(multihost_utils.broadcast_one_to_all(raw))
-    return np.frombuffer(received.tobytes(), array.dtype).reshape(array.shape)
-
-
-def _broadcast_text(text: str) -> str:
-    """Returns the text of process 0."""
-    raw = np.frombuffer(text.encode(), np.uint8)
-    # The others have to know the size first: an array of another shape would hang.
-    size = int(_broadcast_array(np.asarray(len(raw), np.int32)))
-    if not is_process_0():
-        raw = np.zeros(size, np.uint8)
-    return _broadcast_array(raw).tobytes().decode()
-
-
-def run_on_process_0(call: Callable[[], str]) -> str:
-    """Calls a function in process 0 only and returns its text in all processes.
-
-    An error of `call` is raised in process 0 as it is.
-
-    Raises:
-        EndedElsewhere: in the other processes, if `call` raised.
-    """
-    if _is_single_process():
-        return call()
-    text = ""
-    error: Exception | None = None
-    if is_process_0():
-        try:
-            text = call()
-        # Whatever it is, the others wait for an answer.
-        except Exception as caught:
-            error = caught
-    # An error without an exit code is a bug: the other processes end with Python's usual 1.
-    code = None if error is None else exit_code(error) or 1
-    answer = {"text": text, "error": str(error or ""), "code": code}
-    answer = json.loads(_broadcast_text(json.dumps(answer)))
-    if error is not None:
-        raise error
-    if answer["code"] is not None:
-        raise EndedElsewhere(answer["error"], answer["code"])
-    return answer["text"]
-
-
-def broadcast_from_0(tree: Any) -> Any:
-    """Returns the arrays of process 0, bit for bit; those of the others have the same shapes."""
-    return tree if _is_single_process() else jax.tree.map(_broadcast_array, tree)
 
 
 class AnyProcess:
@@ -163,11 +102,11 @@ class AnyProcess:
 
     def __call__(self, flag: bool) -> bool:
         """Sends this process's flag and returns the OR of all flags sent `delay` steps ago."""
-        if _is_single_process():
+        if is_single_process():
             return flag
         # One flag for each device: the rows that a process has are those of its own devices.
         flags = np.full(len(jax.devices()), flag)
-        sharded = shard_batch(self._mesh, {"flag": flags})["flag"]
+        sharded = sharding.shard_batch(self._mesh, {"flag": flags})["flag"]
         self._pending.append(self._any(sharded))
         if len(self._pending) <= self._delay:
             return False
@@ -200,35 +139,50 @@ def open_run_directory(
         temporary = stack.enter_context(tempfile.TemporaryDirectory())
         nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         stack.enter_context(contextlib.redirect_stdout(nowhere))
-        yield NullRunDirectory(Path(temporary))
+        directory = NullRunDirectory(
+            Path(temporary), Path(workdir).absolute(), settings
+        )
+        # Process 0 waits for what this one still writes.
+        stack.callback(lambda: directory.checkpoints.leave())
+        yield directory
 
 
-def restore_and_broadcast(
+def restore(
     directory: RunDirectory,
     abstract: TrainState,
     identity: Identity,
     init: Callable[[], TrainState],
+    mesh: Mesh | None,
 ) -> tuple[TrainState, Progress]:
-    """Restores the newest checkpoint in process 0 and sends it to all.
+    """Restores the newest checkpoint, or makes the state of a new run.
+
+    Shards that lie over several processes are read by these processes. Otherwise process 0 reads
+    the state and sends it to the others, which need not see the directory.
 
     Args:
         directory: of the run.
         abstract: shapes and dtypes of the state.
         identity: of the run.
-        init: makes the state of a new run; called only in process 0, where there is no checkpoint.
+        init: makes the state of a new run where there is no checkpoint.
+        mesh: the devices of the run.
 
     Raises:
-        NoValidCheckpoint, ValueError: as `RunDirectory.restore`, in process 0.
-        EndedElsewhere: in the others, then.
+        NoValidCheckpoint: as `RunDirectory.restore`.
+        ValueError: as `RunDirectory.restore`; or shards over processes that do not all see the
+            directory.
+        EndedElsewhere: another process raised one of these.
     """
+    if sharding.is_shared(mesh):
+        directory.share_checkpoints()
+        return directory.restore(abstract, identity, init)
     state: TrainState | None = None
 
-    def restore() -> str:
+    def restore_here() -> str:
         nonlocal state
         state, progress = directory.restore(abstract, identity, init)
         return json.dumps(progress.to_json())
 
-    progress = read_progress(json.loads(run_on_process_0(restore)))
+    progress = read_progress(json.loads(run_on_process_0(restore_here)))
     if state is None:
         # Of the other processes' arrays only the shapes and dtypes count.
         state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv7_jax.atomic_write import atomic_write
-from rwkv7_jax.runs import multihost
+from rwkv7_jax.runs.agreement import run_on_process_0
 from rwkv7_jax.runs.exit_codes import DiskError
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.rate_search import BASE, RateSearchMode, subjects_of
@@ -75,7 +75,7 @@ def find_rates(
         DiskError: what was found cannot be written.
     """
     path = folder.path / RECORD
-    text = multihost.run_on_process_0(lambda: _read_record(path, identity))
+    text = run_on_process_0(lambda: _read_record(path, identity))
     if not text:
         made = RateSearchMode(mode)
         _announce(made)
@@ -88,7 +88,7 @@ def find_rates(
             "states": {_name(one): _choose(made, one) for one in made.subjects},
             "identity": {group: dict(fields) for group, fields in identity.items()},
         }
-        text = multihost.run_on_process_0(lambda: _write_record(path, record))
+        text = run_on_process_0(lambda: _write_record(path, record))
     return _use(mode, json.loads(text)["states"])
 
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from rwkv7_jax.evaluation.metric import logged_metric
-from rwkv7_jax.runs.early_stopping import Progress, RunProgress, StackProgress
+from rwkv7_jax.runs.agreement import deciding_about
+from rwkv7_jax.runs.early_stopping import Progress, RunProgress
 from rwkv7_jax.runs.exit_codes import (
     DiskError,
     NotFinite,
@@ -185,24 +186,12 @@ def save_result(
         DiskError: the result cannot be written.
         NotFinite: a state of a stack was given up; those of the others are saved.
     """
-    evaluation = mode.settings.evaluation
     last = int(state.step)
     params = final_params(mode, state, progress, folder, identity)
-    without: list[str] = []
-    given_up: list[str] = []
-    if isinstance(progress, StackProgress):
-        assert isinstance(mode, StackMode)
-        given_up = progress.given_up(mode.settings.stop_after_bad)
-        without += given_up
-        for name, one in progress.states.items():
-            step = _result_step(one, evaluation, last)
-            member = mode.members[name]
-            if name not in given_up and not _is_kept(member, folder, one, step, name):
-                without.append(name)
-        kept = len(without) < len(progress.states)
-    else:
-        step = _result_step(progress, evaluation, last)
-        kept = _is_kept(mode, folder, progress, step)
+    # By the first process, which has the log.
+    without, given_up, kept = deciding_about(mode.mesh).on_first(
+        lambda: _left_out(mode, progress, folder, last)
+    )
     if kept:
         _write_result(mode, params, folder, without)
     folder.note_event(last, "finished", "" if kept else "no result is worth saving")
@@ -213,18 +202,40 @@ def save_result(
         )
 
 
+def _left_out(
+    mode: TrainingMode, progress: Progress, folder: RunDirectory, last: int
+) -> tuple[list[str], list[str], bool]:
+    """Names the states that are not saved, and those given up; tells whether anything is saved."""
+    evaluation = mode.settings.evaluation
+    if isinstance(progress, RunProgress):
+        step = _result_step(progress, evaluation, last)
+        return [], [], _is_kept(mode, folder, progress, step)
+    assert isinstance(mode, StackMode)
+    given_up = progress.given_up(mode.settings.stop_after_bad)
+    without = list(given_up)
+    for name, one in progress.states.items():
+        step = _result_step(one, evaluation, last)
+        member = mode.members[name]
+        if name not in given_up and not _is_kept(member, folder, one, step, name):
+            without.append(name)
+    return without, given_up, len(without) < len(progress.states)
+
+
 def _write_result(
     mode: TrainingMode, params: Any, folder: RunDirectory, without: Sequence[str]
 ) -> None:
     # Somebody may have deleted the folder while the run worked.
     folder.path.mkdir(parents=True, exist_ok=True)
-    try:
-        if isinstance(mode, StackMode):
-            result = mode.save(folder.path, params, without=without)
-        else:
-            result = mode.save(folder.path, params)
-    except OSError as error:
-        raise DiskError(f"the result cannot be written: {error}.") from None
+
+    def save() -> str:
+        try:
+            if isinstance(mode, StackMode):
+                return str(mode.save(folder.path, params, without=without))
+            return str(mode.save(folder.path, params))
+        except OSError as error:
+            raise DiskError(f"the result cannot be written: {error}.") from None
+
+    result = deciding_about(mode.mesh).everywhere(save)
     print(f"saved {result}")
     try:
         draw(folder, mode, params)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from rwkv7_jax.atomic_write import atomic_write
@@ -16,6 +17,7 @@ from rwkv7_jax.data.jsonl import read_log
 from rwkv7_jax.reports.html_report import write_report
 from rwkv7_jax.reports.metric_writers import JSONL, MetricFiles
 from rwkv7_jax.reports.system_info import system
+from rwkv7_jax.runs.agreement import Together
 from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.exit_codes import DiskError, warn
 from rwkv7_jax.runs.resume.backup import STEPS, Backup
@@ -40,17 +42,53 @@ _EVENTS = "events.jsonl"
 
 _PROTECTED = "protected_steps.json"
 
+_LOCK = "run.lock"
+
 
 class RunDirectory(abc.ABC):
     """The place for everything that a run leaves.
 
     Attributes:
         path: a directory to work in.
+        workdir: the run's directory as this process would name it.
         checkpoints: of the run.
     """
 
     path: Path
+    workdir: Path
     checkpoints: CheckpointStore
+
+    @abc.abstractmethod
+    def share_checkpoints(self) -> None:
+        """Lets all processes write and read each checkpoint together; all of them call it.
+
+        Raises:
+            ValueError: this process does not see the directory of the first one.
+            EndedElsewhere: another process does not.
+        """
+
+    def _meet(self) -> Together:
+        """Checks that all processes see one directory; as `share_checkpoints`."""
+        together = Together()
+        holder = together.on_first(self._holder)
+
+        def find() -> None:
+            # By the lock of the first process: any machine may have a directory of that name.
+            if self._holder() != holder:
+                raise ValueError(
+                    f"`--workdir` {self.workdir} must be one folder that all processes see, because"
+                    " each writes its own shards of the weights; process "
+                    f"{jax.process_index()} does not see that of process 0."
+                )
+
+        together.everywhere(find)
+        return together
+
+    def _holder(self) -> str:
+        """Returns what the lock of the run's directory says; empty where there is none."""
+        with contextlib.suppress(OSError):
+            return (self.workdir / _LOCK).read_text(encoding="utf-8")
+        return ""
 
     @abc.abstractmethod
     def restore(
@@ -99,6 +137,8 @@ class OwnedRunDirectory(RunDirectory):
     and at the end of the run `report.html`.
     """
 
+    checkpoints: Checkpoints
+
     def __init__(self, path: str | Path, settings: Settings):
         """Makes or opens the directory and takes its lock; nothing here is slow.
 
@@ -113,12 +153,13 @@ class OwnedRunDirectory(RunDirectory):
             DiskError: it, or its backup, cannot be written.
         """
         self.path = Path(path).absolute()
+        self.workdir = self.path
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             # Not `os.access`: only the attempt tells whether a file can be made here.
             with tempfile.TemporaryFile(dir=self.path):
                 pass
-            self._lock = RunLock(self.path / "run.lock")
+            self._lock = RunLock(self.path / _LOCK)
         except OSError as error:
             raise DiskError(
                 f"`--workdir` {self.path} cannot be written: {error}."
@@ -213,7 +254,7 @@ class OwnedRunDirectory(RunDirectory):
     def __exit__(self, *failure) -> None:
         """Waits for a save, writes the report and releases the lock."""
         # First of all: the report and the release of the lock must come after the last save.
-        self.checkpoints.wait()
+        self.checkpoints.leave()
         self._metrics.close()
         if self._metrics.rows():
             try:
@@ -244,6 +285,14 @@ class OwnedRunDirectory(RunDirectory):
             warn(str(error))
         finally:
             self._backup.release()
+
+    def share_checkpoints(self) -> None:
+        """Lets all processes write and read each checkpoint together; all of them call it.
+
+        Raises:
+            EndedElsewhere: another process does not see the directory.
+        """
+        self.checkpoints.decide_by(self._meet())
 
     def restore(
         self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
@@ -345,17 +394,42 @@ class OwnedRunDirectory(RunDirectory):
 
 
 class NullRunDirectory(RunDirectory):
-    """No run directory: that of a process other than process 0, which alone writes."""
+    """No run directory: that of a process other than process 0, which alone writes to one.
 
-    def __init__(self, path: Path):
-        """Takes a directory for temporary files."""
+    Of checkpoints whose shards lie over several processes it writes its own.
+    """
+
+    def __init__(self, path: Path, workdir: Path, settings: Settings):
+        """Takes a directory for temporary files.
+
+        Args:
+            path: of that directory.
+            workdir: the run's directory, which this machine need not have.
+            settings: of the run.
+        """
         self.path = path
+        self.workdir = workdir
         self.checkpoints = NullCheckpoints()
+        self._settings = settings
+
+    def share_checkpoints(self) -> None:
+        """Lets all processes write and read each checkpoint together; all of them call it.
+
+        Raises:
+            ValueError: this process does not see the directory of the first one.
+            EndedElsewhere: another process does not.
+        """
+        self.checkpoints = Checkpoints(
+            self.workdir / STEPS, self._settings, deciding=self._meet()
+        )
 
     def restore(
         self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
     ) -> tuple[TrainState, Progress]:
-        """Makes the first state: process 0 broadcasts what it restores."""
+        """Restores shards that are this process's; otherwise makes the first state.
+
+        What process 0 alone restores, it broadcasts.
+        """
         return self.checkpoints.restore(abstract, identity, init)
 
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:

@@ -80,6 +80,8 @@ class RunLock:
         self._file.truncate(0)
         self._file.write(text)
         self._file.flush()
+        # Other machines see it at once, also on a network file system.
+        os.fsync(self._file.fileno())
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_SECONDS):

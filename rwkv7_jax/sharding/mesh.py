@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -33,11 +33,9 @@ def make_mesh(
         devices: all by default.
 
     Raises:
-        ValueError: sizes that the devices do not have; or "auto" with several processes whose
-            devices do not divide the rows evenly.
+        ValueError: sizes that the devices do not have, or not all devices of several processes; or
+            "auto" with several processes whose devices do not divide the rows evenly.
     """
-    # Of devices that a program is only compiled for, any may be together.
-    here = jax.local_device_count() if devices is None else 0
     devices = list(jax.devices() if devices is None else devices)
     if isinstance(choice, Mapping):
         sizes = {axis: choice.get(axis, 1) for axis in AXES}
@@ -50,12 +48,10 @@ def make_mesh(
         sizes = _automatic(rows, devices)
     count = math.prod(sizes.values())
     processes = _processes(devices)
-    together = sizes[FSDP] * sizes[SEQUENCE]
-    if processes > 1 and (count < len(devices) or here % together):
+    if processes > 1 and count < len(devices):
         raise ValueError(
-            "`config.mesh` must have all devices of all processes, and fsdp and sequence within "
-            "each of them; "
-            f"got {_described(sizes)} of {processes} processes with {here} devices each."
+            f"`config.mesh` must have all {len(devices)} devices of all {processes} processes; "
+            f"got {_described(sizes)}."
         )
     if count == 1:
         return None
@@ -113,17 +109,24 @@ def _automatic(rows: int, devices: Sequence[Any]) -> dict[str, int]:
 
 def _group(device: Any) -> tuple[int, int]:
     """Tells which devices are near each other and belong to one process."""
-    return (getattr(device, "slice_index", 0), device.process_index)
+    return (_slice(device), device.process_index)
+
+
+def _slice(device: Any) -> int:
+    return getattr(device, "slice_index", 0)
 
 
 def _arranged(sizes: Mapping[str, int], devices: list[Any]) -> np.ndarray:
     """Puts devices in an order in which neighbours of the mesh are neighbours on the board."""
-    groups = len({_group(device) for device in devices})
-    if groups > 1 and sizes[DATA] % groups == 0:
-        inner = (sizes[DATA] // groups, sizes[FSDP], sizes[SEQUENCE])
-        return mesh_utils.create_hybrid_device_mesh(
-            inner, (groups, 1, 1), devices, process_is_granule=True
-        )
+    processes = len({_group(device) for device in devices})
+    slices = len({_slice(device) for device in devices})
+    # Over slices the wires are slow: rows lie there, and what belongs together inside of them.
+    for groups, is_process in ((processes, True), (slices, False)):
+        if groups > 1 and sizes[DATA] % groups == 0:
+            inner = (sizes[DATA] // groups, sizes[FSDP], sizes[SEQUENCE])
+            return mesh_utils.create_hybrid_device_mesh(
+                inner, (groups, 1, 1), devices, process_is_granule=is_process
+            )
     shape = tuple(sizes[axis] for axis in AXES)
     return mesh_utils.create_device_mesh(shape, devices)
 
@@ -141,11 +144,44 @@ def place(mesh: Mesh | None, tree: Any) -> Any:
         return layout.abstract_shards(mesh, tree)
     if mesh is None:
         return jax.device_put(tree, jax.local_devices()[0])
+    if is_shared(mesh):
+        return jax.tree.map(_put_own_shards, tree, layout.shardings(mesh, tree))
     own = local_mesh(mesh)
     placed = jax.device_put(tree, layout.shardings(own or mesh, tree))
     if own is mesh:
         return placed
     return jax.tree.map(lambda leaf: _on_mesh(mesh, leaf), placed)
+
+
+def _put_own_shards(leaf: Any, sharding: NamedSharding) -> Array:
+    """Places an array over several processes, each of which has it, or shards of it."""
+    if is_spread(leaf):
+        return jax.device_put(leaf, sharding)
+    # Not `device_put`: it would first compare the array between all processes.
+    array = np.asarray(leaf)
+    return jax.make_array_from_callback(
+        array.shape, sharding, lambda index: array[index]
+    )
+
+
+def to_host(tree: Any) -> Any:
+    """Returns the arrays of a tree as NumPy arrays.
+
+    What lies in shards over several processes is gathered first, which all of them must do.
+    """
+
+    def gather(leaf: Any) -> Any:
+        if is_spread(leaf) and not leaf.is_fully_replicated:
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        return leaf
+
+    # All in one transfer: each waits for the device.
+    return jax.device_get(jax.tree.map(gather, tree))
+
+
+def is_spread(leaf: Any) -> bool:
+    """Tells whether an array lies on devices of several processes."""
+    return not getattr(leaf, "is_fully_addressable", True)
 
 
 def _on_mesh(mesh: Mesh, leaf: Array) -> Array:
@@ -190,12 +226,24 @@ def parse_sizes(text: str, argument: str) -> str | dict[str, int]:
     return sizes
 
 
-def local_mesh(mesh: Mesh | None) -> Mesh | None:
-    """Returns the part of a mesh that belongs to this process: all of it if there is one process.
+def is_shared(mesh: Mesh | None) -> bool:
+    """Tells whether the shards of a weight lie on devices of several processes.
 
-    The shards of a weight lie on the devices of one process, so the part has all of them.
+    Then all of them work with the weights together, or none does.
     """
     if mesh is None or not mesh.is_multi_process:
+        return False
+    together = mesh.size // mesh.shape[DATA]
+    return len(mesh.local_devices) % together != 0
+
+
+def local_mesh(mesh: Mesh | None) -> Mesh | None:
+    """Returns the devices of a mesh on which this process can work with the weights.
+
+    That is the process's own part of the mesh, if this has all shards of a weight; the mesh itself
+    where the shards lie over several processes.
+    """
+    if mesh is None or not mesh.is_multi_process or is_shared(mesh):
         return mesh
     own = [device for device in mesh.devices.flat if device in mesh.local_devices]
     inner = (mesh.shape[FSDP], mesh.shape[SEQUENCE])
@@ -204,25 +252,55 @@ def local_mesh(mesh: Mesh | None) -> Mesh | None:
 
 
 def local_view(mesh: Mesh | None, tree: Any) -> Any:
-    """Returns arrays as they lie on this process's own devices, on `local_mesh`; without a copy."""
+    """Returns arrays as they lie on `local_mesh`; without a copy."""
     own = local_mesh(mesh)
     if own is None or own is mesh:
         return tree
     return jax.tree.map(lambda leaf: _on_mesh(own, leaf), tree)
 
 
-def shard_batch(mesh: Mesh | None, batch: Any) -> Any:
-    """Shards the rows of a batch, all of which every process has."""
+def _row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    axes = layout.row_axes(rows, mesh.shape)
+    return NamedSharding(mesh, PartitionSpec(axes or None))
+
+
+def own_rows(mesh: Mesh | None, rows: int) -> slice:
+    """Returns the rows of a batch that lie on this process's devices.
+
+    All of them, where those of its devices do not follow each other.
+    """
+    if mesh is None or not mesh.is_multi_process:
+        return slice(None)
+    placed = _row_sharding(mesh, rows)
+    held = set()
+    for index in placed.addressable_devices_indices_map((rows,)).values():
+        assert index is not None
+        held.update(range(rows)[index[0]])
+    first = min(held)
+    last = max(held) + 1
+    return slice(first, last) if len(held) == last - first < rows else slice(None)
+
+
+def shard_batch(mesh: Mesh | None, batch: Any, *, rows: int | None = None) -> Any:
+    """Shards the rows of a batch; each process puts only its own rows on its devices.
+
+    Args:
+        mesh: the devices; None for one.
+        batch: all rows.
+        rows: how many there are, where each process only has its `own_rows`.
+    """
     if mesh is None:
         return jax.device_put(batch)
 
     def shard(values: Any) -> Array:
-        # Each process puts only its own rows on its devices.
         array = np.asarray(values)
-        axes = layout.row_axes(array.shape[0], mesh.shape)
-        rows = NamedSharding(mesh, PartitionSpec(axes or None))
-        return jax.make_array_from_callback(
-            array.shape, rows, lambda index: array[index]
+        if rows is None:
+            placed = _row_sharding(mesh, len(array))
+            return jax.make_array_from_callback(
+                array.shape, placed, lambda index: array[index]
+            )
+        return jax.make_array_from_process_local_data(
+            _row_sharding(mesh, rows), array, (rows, *array.shape[1:])
         )
 
     return jax.tree.map(shard, batch)

@@ -30,6 +30,7 @@ from rwkv7_jax.generation.sampling import Ids as StopIds
 from rwkv7_jax.generation.sampling import Number
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
+from rwkv7_jax.sharding import to_host
 from rwkv7_jax.test_time.losses import drawn_logps, policy_loss
 from rwkv7_jax.test_time.policy_batches import (
     PolicyBatch,
@@ -169,7 +170,7 @@ class PolicyBatches(StateBatchSource):
             drawn.tokens,
             self._sampler.temperature,
         )
-        old_logp = np.where(drawn.mask > 0, np.asarray(old_logp), 0)
+        old_logp = np.where(drawn.mask > 0, to_host(old_logp), 0)
         # The trainer has read all rows once more.
         self.budget += TokenBudget(rollout_tokens=gradient_tokens(batch))
         if self._importance_cap is not None:

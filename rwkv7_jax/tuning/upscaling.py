@@ -37,6 +37,7 @@ from rwkv7_jax.model.state import (
 )
 from rwkv7_jax.model.upscaled_memory import MEMORY_FORMS, RecurrentMemory
 from rwkv7_jax.optim.whitening import whitening
+from rwkv7_jax.sharding import to_host
 
 LANDMARKS = ("random", "kmeans")
 
@@ -353,7 +354,9 @@ def _read_vectors(
     # On the host: the read vectors of all layers of some thousand tokens may not fit on the device.
     pieces = []
     for first in range(0, len(tokens), _ROWS):
-        parts = _recurrence_inputs(model, params, tokens[first : first + _ROWS])
+        parts = to_host(
+            _recurrence_inputs(model, params, tokens[first : first + _ROWS])
+        )
         pieces.append(np.asarray(parts["r"], np.float32))
         if with_keys:
             # The op's `a` is the negative of the removal key.

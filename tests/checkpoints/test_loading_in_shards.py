@@ -66,8 +66,9 @@ def test_shards_have_the_bits_of_the_whole(params, mesh, tmp_path, name):
     assert_same_in_shards(loaded, whole, mesh)
 
 
-def test_shards_in_8_bits_have_the_integers_of_the_whole(params, mesh, tmp_path):
-    path = saved(params, tmp_path, "model.safetensors")
+@pytest.mark.parametrize("name", ["model.safetensors", "folder"])
+def test_shards_in_8_bits_have_the_integers_of_the_whole(params, mesh, tmp_path, name):
+    path = saved(params, tmp_path, name)
     loaded, _ = load_model(path, weights="int8", mesh=mesh)
     whole, _ = load_model(path, weights="int8")
     assert_same_in_shards(loaded, whole, mesh)

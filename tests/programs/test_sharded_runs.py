@@ -1,11 +1,10 @@
 """Runs of train.py whose weights lie in shards on eight devices."""
 
 import csv
-import os
 
 import numpy as np
 import pytest
-from run_programs import SMALLEST, finish, start
+from run_programs import SMALLEST, devices, finish, start
 from smallest_runs import save_base_model
 from tolerances import SAME, relative_error
 
@@ -22,15 +21,6 @@ RUN = {
     "optimizer.learning_rate": 1e-3,
     "optimizer.warmup_steps": 0,
 }
-
-
-def devices(count):
-    """The environment of a program with so many virtual devices."""
-    return {
-        "XLA_FLAGS": (
-            f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
-        )
-    }
 
 
 def losses(workdir):

@@ -1,40 +1,30 @@
 """Several processes make one run: together, when one is lost, and when one is told to stop."""
 
 import json
-import os
 import re
 import signal
-import socket
 import time
 
 import pytest
-from run_programs import SMALLEST, finish, last_line, start
+from run_programs import SMALLEST, devices, finish, last_line, start, start_pair
 from smallest_runs import save_base_model
 from tolerances import SAME, assert_close
 
 from rwkv7_jax.checkpoints.state_files import load_state
+from rwkv7_jax.runs.agreement import run_on_process_0
 from rwkv7_jax.runs.exit_codes import EndedElsewhere, exit_code
-from rwkv7_jax.runs.multihost import HEARTBEAT_SECONDS, join, run_on_process_0
+from rwkv7_jax.runs.multihost import HEARTBEAT_SECONDS, join
 from rwkv7_jax.runs.resume.step_directories import step_numbers
 
 RUN = {**SMALLEST, "data.batch_size": 4, "save_every": 20}
-# Two processes of one device, where other tests have one of two: both add two gradients.
-ONE = {
-    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
-}
 
 
 def pair(workdir, **settings):
-    """Both processes of a run, started."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    words = [f"--coordinator=localhost:{port}", "--processes=2"]
-    run = {**RUN, **settings, "environment": ONE}
-    return [
-        start(workdir, extra=[*words, f"--process={index}"], **run)
-        for index in range(2)
-    ]
+    """Both processes of a run, started: of one device, where other tests have one of two.
+
+    Both add two gradients.
+    """
+    return start_pair(workdir, **{**RUN, **settings})
 
 
 def record(workdir, step):
@@ -159,19 +149,11 @@ def test_processes_share_the_states_of_a_run_and_the_search_for_their_rates(tmp_
         "tuning.states.cook": "task:facts-8",
         "tuning.rates": "(0.01,0.1)",
         "model.dtype": "float32",
-        "environment": ONE,
     }
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    words = [f"--coordinator=localhost:{port}", "--processes=2"]
-    processes = [
-        start(tmp_path / "two", extra=[*words, f"--process={index}"], **run)
-        for index in range(2)
-    ]
+    processes = start_pair(tmp_path / "two", **run)
     out, quiet = (finish(process)[0] for process in processes)
     assert "is taken, from step 0 on" in out and "rate" not in quiet
-    finish(start(tmp_path / "one", **run))
+    finish(start(tmp_path / "one", environment=devices(1), **run))
     places = [tmp_path / name for name in ("two", "one")]
     found = [json.loads((place / "rate_search.json").read_text()) for place in places]
     for name in ("poet", "cook"):

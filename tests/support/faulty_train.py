@@ -3,6 +3,7 @@
 nan:3,4     the losses of these steps are not finite (nan: is all of them from the first)
 slow:30     every save but the first takes 30 seconds longer
 size:20000  no file may grow beyond 20,000 bytes
+shards:9    the second process cannot write; the first waits 9 seconds for it
 """
 
 import os
@@ -14,7 +15,7 @@ import time
 import jax.numpy as jnp
 
 from rwkv7_jax.runs.datasets import TrainingData
-from rwkv7_jax.runs.resume import step_directories
+from rwkv7_jax.runs.resume import checkpointer, step_directories
 from rwkv7_jax.training import train_step
 
 NAME, _, NUMBERS = os.environ["FAULT"].partition(":")
@@ -67,5 +68,9 @@ elif NAME == "slow":
     step_directories.write_manifest = slowed(step_directories.write_manifest)
 elif NAME == "size":
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(NUMBERS), resource.RLIM_INFINITY))
+elif NAME == "shards":
+    checkpointer.SAVE_SECONDS = int(NUMBERS)
+    if "--process=1" in sys.argv:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -3,6 +3,7 @@
 import functools
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,46 @@ def start(
     }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(words, cwd=ROOT, env=environment, **pipes)
+
+
+def start_pair(
+    workdir: Path,
+    config: str = "pretrain_toy",
+    *,
+    others: Path | None = None,
+    environment=(),
+    **settings,
+) -> list[subprocess.Popen]:
+    """Starts two processes of one run, of one device each.
+
+    Args:
+        workdir: of the run.
+        config: the name of its config.
+        others: the folder that the second process is told; None for the same.
+        environment: of both, besides their devices.
+        **settings: as of `start`.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    words = [f"--coordinator=localhost:{port}", "--processes=2"]
+    processes = []
+    for index, folder in enumerate((workdir, others or workdir)):
+        process = start(
+            folder,
+            config,
+            extra=[*words, f"--process={index}"],
+            environment={**devices(1), **dict(environment)},
+            **settings,
+        )
+        processes.append(process)
+    return processes
+
+
+def devices(count: int) -> dict[str, str]:
+    """Makes the environment of a program with so many virtual devices."""
+    flag = f"--xla_force_host_platform_device_count={count}"
+    return {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flag}"}
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:

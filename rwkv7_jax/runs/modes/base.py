@@ -462,11 +462,21 @@ class StateTuningMode(TrainingMode):
     def save(self, folder: Path, params: RWKV7State) -> Path:
         """Writes the tuned state, scaled by `config.tuning.alpha`, and gives the file's path."""
         path = folder / self.result_name
-        self.save_state(path, params)
+        self.save_state(path, params, base_model=self.base_hash())
         return path
 
-    def save_state(self, path: Path, params: RWKV7State) -> None:
-        """Writes the tuned state, scaled by `config.tuning.alpha`, to a file."""
+    def base_hash(self) -> str:
+        """Computes the hash of the frozen model, which files of its states name."""
+        return model_hash(self.frozen, self.model.config)
+
+    def save_state(self, path: Path, params: RWKV7State, *, base_model: str) -> None:
+        """Writes the tuned state, scaled by `config.tuning.alpha`, to a file.
+
+        Args:
+            path: of the file.
+            params: the state.
+            base_model: from `base_hash`.
+        """
         alpha = self.settings.tuning.alpha
         # Only in the file: checkpoints hold the unscaled state, from which a run goes on.
         result = scaled(params, alpha)
@@ -475,7 +485,7 @@ class StateTuningMode(TrainingMode):
         if result.upscaled is not None and not result.upscaled.form.has_own_rows:
             result = result.replace(upscaled=fold_feature_map(result.upscaled))
         info = {
-            "base_model": model_hash(self.frozen, self.model.config),
+            "base_model": base_model,
             "alpha": alpha,
         }
         save_state(path, result, config=self.model.config, info=info)

@@ -5,6 +5,7 @@ from jax.sharding import Mesh
 from rwkv7_jax.runs.datasets import TrainingData
 from rwkv7_jax.runs.input_pipeline import BatchSource, PrefetchedBatches
 from rwkv7_jax.runs.modes.base import TrainingMode
+from rwkv7_jax.sharding import own_rows
 
 
 class DatasetMode(TrainingMode):
@@ -28,8 +29,12 @@ class DatasetMode(TrainingMode):
         )
 
     def batches(self, start_step: int, mesh: Mesh | None) -> BatchSource:
-        """Makes batches of the data ahead of their use."""
-        return PrefetchedBatches(self.data.batches(start_step=start_step), mesh)
+        """Makes batches of the data ahead of their use; of several processes, each its own rows."""
+        count = self.settings.data.batch_size
+        rows = own_rows(mesh, count)
+        batches = self.data.batches(start_step=start_step, rows=rows)
+        has_all = rows == slice(None)
+        return PrefetchedBatches(batches, mesh, rows=None if has_all else count)
 
     def input_digests(self) -> dict[str, str]:
         """Hashes the data."""

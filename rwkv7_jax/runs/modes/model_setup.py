@@ -15,6 +15,7 @@ from rwkv7_jax.checkpoints.model_vocabulary import model_tokenizer
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
+from rwkv7_jax.runs.agreement import deciding_about
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -51,7 +52,13 @@ def load_or_init(
         return model, init_weights(model, seed, mesh)
     changes = dict(changes)
     weights = changes.pop(_WEIGHTS, None)
-    params, config = load_model(init, weights=weights, allow_nan=allow_nan, mesh=mesh)
+
+    def load() -> tuple[Params, RWKV7Config]:
+        return load_model(init, weights=weights, allow_nan=allow_nan, mesh=mesh)
+
+    # The hash of a model in 8 bits may need all processes, and then none may end before.
+    waits = weights is not None
+    params, config = load() if waits else deciding_about(mesh).everywhere(load)
     # Refused rather than ignored: the run would not be the one that the settings describe.
     fixed = [name for name in changes if name not in _CHANGEABLE]
     if fixed:

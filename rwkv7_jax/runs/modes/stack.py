@@ -305,11 +305,15 @@ class StackMode(TrainingMode):
             params: of all states.
             without: names of states that are not written.
         """
+        # All that several processes do together comes first: then one may fail to write.
+        base_model = next(iter(self.members.values())).base_hash()
+        states = list(self.by_name(params))
         place = folder / RESULTS
         place.mkdir(exist_ok=True)
-        for name, member, own in self.by_name(params):
+        for name, member, own in states:
             if name in without:
                 continue
             suffix = Path(member.result_name).suffix
-            member.save_state(place / f"{name}{suffix}", own)
+            path = place / f"{name}{suffix}"
+            member.save_state(path, own, base_model=base_model)
         return place

@@ -22,6 +22,7 @@ from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.optimizer import RateAt
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.runs.run_directory import RunDirectory
+from rwkv7_jax.sharding import to_host
 from rwkv7_jax.training.costs import mfu
 
 # Steps that may be under way on the device while an older one is logged.
@@ -93,7 +94,7 @@ class MetricsLogger:
         Args:
             number: of the step, counted from 1.
             metrics: of its update, on the device; None where it had nothing to learn from.
-            batch: on the host.
+            batch: of the step.
 
         Raises:
             NotFinite: too many updates in a row were skipped.
@@ -124,16 +125,15 @@ class MetricsLogger:
         # Both are None where the step had nothing to learn from.
         if step.metrics is not None and step.batch is not None:
             # The last id of a row is only a target.
-            self._tokens += step.batch.tokens[:, 1:].size
+            rows, length = step.batch.tokens.shape
+            self._tokens += rows * (length - 1)
             self._count_skipped(step.number, step.metrics, step.batch)
         if (
             step.number % self._settings.log_every == 0
             or step.number >= self._settings.steps
         ):
             metrics = (
-                {"updated": 0.0}
-                if step.metrics is None
-                else jax.device_get(step.metrics)
+                {"updated": 0.0} if step.metrics is None else to_host(step.metrics)
             )
             self._write(step.number, metrics, step.batch)
 
@@ -142,7 +142,7 @@ class MetricsLogger:
     ) -> None:
         """Counts how many updates in a row were skipped, and ends the run after too many."""
         # Waits for the device, but only for a step that is `_LAG` steps old.
-        updated = np.asarray(metrics["updated"]) != 0
+        updated = to_host(metrics["updated"]) != 0
         limit = self._settings.stop_after_bad
         before = self.progress
         self.progress = before.with_update(updated, limit)
@@ -151,12 +151,12 @@ class MetricsLogger:
             return
         # Of a stack, the first of the states that were left out.
         place, name = skipped[0]
-        loss = float(np.ravel(metrics["loss"])[place])
-        grad_norm = float(np.ravel(metrics["grad_norm"])[place])
+        loss = float(np.ravel(to_host(metrics["loss"]))[place])
+        grad_norm = float(np.ravel(to_host(metrics["grad_norm"]))[place])
         numbers: dict[str, Any] = {"loss": loss, "grad_norm": grad_norm}
         if name:
             numbers["states"] = " ".join(name for _, name in skipped)
-        self._directory.log_bad(number, numbers, np.asarray(batch.tokens))
+        self._directory.log_bad(number, numbers, to_host(batch.tokens))
         for name in self.progress.given_up(limit):
             if name in before.given_up(limit):
                 continue
@@ -177,7 +177,7 @@ class MetricsLogger:
         """Writes one line of the log and moves the progress bar."""
         numbers = self._mode.step_metrics(metrics)
         if batch is not None and batch.mask is not None:
-            share = float(np.mean(np.not_equal(batch.mask, 0)))
+            share = float(np.mean(np.not_equal(to_host(batch.mask), 0)))
             # Of text all targets count at every step, which needs no column.
             if share < 1.0:
                 numbers["targets_in_loss"] = share

@@ -28,6 +28,10 @@ class CheckpointStore(abc.ABC):
         """Waits for the save that is under way, if there is one."""
 
     @abc.abstractmethod
+    def leave(self) -> None:
+        """Waits for the save that is under way, at the end of this process."""
+
+    @abc.abstractmethod
     def close(self) -> None:
         """Waits until everything is on disk.
 
@@ -75,6 +79,9 @@ class NullCheckpoints(CheckpointStore):
         """Does nothing."""
 
     def wait(self) -> None:
+        """Does nothing."""
+
+    def leave(self) -> None:
         """Does nothing."""
 
     def close(self) -> None:

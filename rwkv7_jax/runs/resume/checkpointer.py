@@ -4,12 +4,18 @@ A step is valid when its record is consistent, every array has the checksum that
 device when it was saved, and every file is the one that was written. A damaged step is moved to
 "bad", and the next older one is used.
 
+Where the shards of an array lie over several processes, all of them call the same methods in the
+same order: each writes and reads its own shards, the first one alone names, keeps and deletes
+steps, and what fails in one fails in all.
+
 Orbax writes and reads the arrays. Its CheckpointManager is not used: it changes files of a step
 after the last hook in which a manifest could be written, so a kill at the wrong moment would leave
 an intact step that counts as damaged (docs/decisions-checkpoints.md has the experiment).
 """
 
 import dataclasses
+import functools
+import json
 import os
 import shutil
 import threading
@@ -20,6 +26,7 @@ from typing import Any
 import jax
 
 from rwkv7_jax.checkpoints.orbax_import import import_orbax
+from rwkv7_jax.runs.agreement import Alone
 from rwkv7_jax.runs.early_stopping import Progress, RunProgress, read_progress
 from rwkv7_jax.runs.exit_codes import DiskError, NoValidCheckpoint, warn
 from rwkv7_jax.runs.resume import step_directories
@@ -36,6 +43,10 @@ from rwkv7_jax.runs.resume.checksums import changed_leaves, leaf_checksums
 from rwkv7_jax.runs.resume.run_identity import Identity, require_same_identity
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.training.train_step import TrainState
+
+# Seconds that the processes of a save wait for each other. Training goes on meanwhile; one that
+# failed tells the others only after that.
+SAVE_SECONDS = 600
 
 # An error of Orbax or TensorStore can have pages; the first line, up to here, says what it is.
 _REASON_CHARACTERS = 200
@@ -81,6 +92,7 @@ class Checkpoints(CheckpointStore):
         *,
         protected: Collection[int] = (),
         backup: Backup | None = None,
+        deciding: Alone | None = None,
     ):
         """Makes the folder and deletes what an ended process left half written.
 
@@ -89,6 +101,7 @@ class Checkpoints(CheckpointStore):
             settings: of the run.
             protected: steps that retention leaves alone, because other settings made them.
             backup: gets a copy of every step.
+            deciding: the processes that save and restore together; None for this one alone.
 
         Raises:
             OSError: it cannot be written.
@@ -101,6 +114,19 @@ class Checkpoints(CheckpointStore):
         self._newest: int | None = None
         self._job: SaveJob | None = None
         self._orbax: Any = None
+        self._failures = 0
+        self._deciding = deciding or Alone()
+        if self._deciding.is_first:
+            self._clean()
+
+    def decide_by(self, deciding: Alone) -> None:
+        """Lets several processes save and restore together from here on."""
+        self._deciding = deciding
+        # Orbax's own was made for this process alone.
+        self._orbax = None
+
+    def _clean(self) -> None:
+        folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
         saving = folder / step_directories.SAVING
         if saving.exists() and any(saving.iterdir()):
@@ -113,16 +139,25 @@ class Checkpoints(CheckpointStore):
         """Returns Orbax's checkpointer, made when it is first needed and after a failure."""
         if self._orbax is None:
             ocp = import_orbax()
-            # Process 0 saves alone: without this Orbax would wait for the others at a barrier.
-            alone = ocp.options.MultiprocessingOptions(
-                primary_host=0, active_processes={0}
+            processes = ocp.options.MultiprocessingOptions(
+                primary_host=0,
+                # Always named: otherwise Orbax waits at programs of all devices, without a bound.
+                active_processes=set(self._deciding.members),
+                # Of a failed save some processes have passed more barriers than others.
+                barrier_sync_key_prefix=f"{self.folder.parent.name}.{self._failures}",
             )
             handler = ocp.CompositeCheckpointHandler(
-                train=ocp.StandardCheckpointHandler(multiprocessing_options=alone),
-                record=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
-                composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+                train=ocp.StandardCheckpointHandler(multiprocessing_options=processes),
+                record=ocp.JsonCheckpointHandler(multiprocessing_options=processes),
+                composite_options=ocp.CompositeOptions(
+                    multiprocessing_options=processes
+                ),
             )
-            self._orbax = ocp.AsyncCheckpointer(handler, multiprocessing_options=alone)
+            self._orbax = ocp.AsyncCheckpointer(
+                handler,
+                async_options=ocp.options.AsyncOptions(timeout_secs=SAVE_SECONDS),
+                multiprocessing_options=processes,
+            )
         return self._orbax
 
     def save(self, train: TrainState, progress: Progress, identity: Identity) -> None:
@@ -132,7 +167,9 @@ class Checkpoints(CheckpointStore):
         # A run that is resumed at its last step, or ends right after a save, would write it again.
         if step == self._newest:
             return
-        train = _addressable(train)
+        if self._acts_for_others():
+            # Orbax saves a `jax.Array` of such a run together with all processes.
+            train = jax.device_get(train)
         job = SaveJob(
             step=step,
             size=sum(leaf.nbytes for leaf in jax.tree.leaves(train)),
@@ -144,6 +181,7 @@ class Checkpoints(CheckpointStore):
             record=ocp.args.JsonSave(make_record(step, train, progress, identity)),
         )
         place = self.folder / step_directories.SAVING / str(step)
+        self._job = job
         try:
             # With its parents: the run's folder may have been deleted while the run worked.
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -151,16 +189,18 @@ class Checkpoints(CheckpointStore):
             self._checkpointer().save(place, args=args)
         except Exception as error:
             job.error = error
-            self._give_up(job)
+            self.poll()
             return
         job.thread = threading.Thread(target=self._finish, args=(job, place))
         job.thread.start()
-        self._job = job
 
     def _finish(self, job: SaveJob, place: Path) -> None:
         """Gives the step its number once it is complete, and deletes old ones; the thread."""
         try:
+            # Of several processes, until all have written.
             self._checkpointer().wait_until_finished()
+            if not self._deciding.is_first:
+                return
             step_directories.write_manifest(place)
             # After the manifest is on disk: a directory with a number is always complete.
             self._make_way(job.step)
@@ -194,10 +234,14 @@ class Checkpoints(CheckpointStore):
             warn(f"{self.folder / str(step)} was in the way; it lies in {moved} now")
 
     def poll(self) -> None:
-        """Reports a save that has ended in the meantime; training goes on either way."""
-        if self._job is not None and self._job.thread is not None:
-            if not self._job.thread.is_alive():
-                self.wait()
+        """Reports a save that has ended in the meantime; training goes on either way.
+
+        Several processes report it when the next one begins: they would have to ask each other.
+        """
+        if self._job is None or len(self._deciding.members) > 1:
+            return
+        if self._job.thread is None or not self._job.thread.is_alive():
+            self.wait()
 
     def wait(self) -> None:
         """Waits for the save that is under way, and reports how it ended."""
@@ -208,32 +252,62 @@ class Checkpoints(CheckpointStore):
         if job.thread is not None:
             # After the thread has ended, its fields of `job` are read without a lock.
             job.thread.join()
-        if job.error is None:
-            self._newest = job.step
-            self.failure = job.not_copied
-            if self.failure:
-                warn(f"{self.failure} Training goes on")
-        else:
-            self._give_up(job)
+        if reason := self._first_reason(job):
+            self._give_up(job, reason)
+            return
+        self._newest = job.step
+        # Only the first process copies.
+        self.failure = self._deciding.on_first(lambda: job.not_copied)
+        if self.failure:
+            self._warn(f"{self.failure} Training goes on")
 
-    def _give_up(self, job: SaveJob) -> None:
+    def leave(self) -> None:
+        """Waits for the save that is under way, at the end of this process.
+
+        Reports how it ended, unless the other processes would have to be asked: they may be gone.
+        """
+        if len(self._deciding.members) == 1:
+            self.wait()
+        elif self._job is not None and self._job.thread is not None:
+            self._job.thread.join()
+
+    def _first_reason(self, job: SaveJob) -> str:
+        """Returns why a save failed, in whichever process; empty if it did not."""
+        reason = ""
+        if job.error is not None:
+            lines = str(job.error).strip().splitlines()
+            reason = lines[0] if lines else type(job.error).__name__
+        # The others only know that they waited in vain for the one that failed.
+        waited = isinstance(job.error, TimeoutError) or "DEADLINE_EXCEEDED" in reason
+        texts = self._deciding.texts(json.dumps([waited, reason]))
+        failures = [tuple(json.loads(text)) for text in texts]
+        return min(filter(_has_reason, failures), default=(False, ""))[1]
+
+    def _give_up(self, job: SaveJob, reason: str) -> None:
         """Cleans up after a failed save and prints why it failed."""
         # The checkpointer would raise the same error once more at its next use.
         self._orbax = None
+        self._failures += 1
+        self.failure = self._deciding.on_first(lambda: self._clean_up(job, reason))
+        self._warn(f"{self.failure}; training goes on")
+
+    def _clean_up(self, job: SaveJob, reason: str) -> str:
+        """Deletes what a failed save left; returns what happened."""
         step_directories.discard_saving(self.folder)
-        lines = str(job.error).strip().splitlines()
-        reason = lines[0] if lines else type(job.error).__name__
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         older = step_directories.step_numbers(self.folder)
         newest = (
             f"the newest one is of step {older[0]}" if older else "there is none yet"
         )
-        self.failure = (
+        return (
             f"the checkpoint of step {job.step} could not be written: it needs {job.size:,} bytes, "
             f"{free:,} are free in {self.folder}; {newest} ({reason[:_REASON_CHARACTERS]})"
         )
-        warn(f"{self.failure}; training goes on")
+
+    def _warn(self, text: str) -> None:
+        if self._deciding.is_first:
+            warn(text)
 
     def close(self) -> None:
         """Waits until everything is on disk.
@@ -259,32 +333,45 @@ class Checkpoints(CheckpointStore):
             NoValidCheckpoint: there are steps, or have been, and all are damaged.
             ValueError: the steps are of another run.
         """
-        for number in step_directories.step_numbers(self.folder):
-            place = self.folder / str(number)
-            if not any(place.iterdir()):
-                place.rmdir()
-                warn(f"{place} was an empty folder; it is removed")
+        first = self._deciding.on_first
+        for number in first(lambda: step_directories.step_numbers(self.folder)):
+            if first(functools.partial(self._remove_if_empty, number)):
                 continue
             try:
                 restored = self._load(number, abstract, identity)
             except _Damaged as error:
-                moved = step_directories.quarantine(self.folder, number)
-                warn(f"step {number} is damaged: {error}; it lies in {moved} now")
+                first(functools.partial(self._set_aside, number, str(error)))
                 continue
             # So that a run which ends without an update does not save this step anew.
             self._newest = number
             return restored
+        first(self._refuse_to_begin_anew)
+        # Import and compile now: between a signal and the end of the process there is no time.
+        self._checkpointer()
+        train = init()
+        leaf_checksums(train)
+        return train, RunProgress()
+
+    def _remove_if_empty(self, number: int) -> bool:
+        place = self.folder / str(number)
+        if any(place.iterdir()):
+            return False
+        place.rmdir()
+        warn(f"{place} was an empty folder; it is removed")
+        return True
+
+    def _set_aside(self, number: int, reason: str) -> None:
+        moved = step_directories.quarantine(self.folder, number)
+        warn(f"step {number} is damaged: {reason}; it lies in {moved} now")
+
+    def _refuse_to_begin_anew(self) -> None:
+        """Raises NoValidCheckpoint where there have been steps, all of them damaged."""
         bad = self.folder / step_directories.BAD
         if bad.is_dir() and any(bad.iterdir()):
             raise NoValidCheckpoint(
                 f"no checkpoint in {self.folder} is intact (see {bad}), and a new run would write "
                 "over an old one. Take another --workdir to begin anew."
             )
-        # Import and compile now: between a signal and the end of the process there is no time.
-        self._checkpointer()
-        train = init()
-        leaf_checksums(train)
-        return train, RunProgress()
 
     def load(self, number: int, train: TrainState, identity: Identity) -> TrainState:
         """Loads one step of this run.
@@ -306,15 +393,21 @@ class Checkpoints(CheckpointStore):
         self, number: int, train: TrainState, identity: Identity
     ) -> tuple[TrainState, Progress]:
         place = self.folder / str(number)
-        workdir = self.folder.parent
-        record = self._read_record(number)
-        require_same_identity(workdir, record["identity"], identity)
-        require_same_leaves(workdir, record["leaves"], train)
-        restored = self._read_arrays(place, train)
+
+        def read() -> tuple[dict[str, Any], TrainState]:
+            workdir = self.folder.parent
+            record = self._read_record(number)
+            require_same_identity(workdir, record["identity"], identity)
+            require_same_leaves(workdir, record["leaves"], train)
+            return record, self._read_arrays(place, train)
+
+        # What is damaged for one process must not be used by another.
+        record, restored = self._deciding.everywhere(read, expected=_Damaged)
         # The arrays first: the name of a leaf tells a user more than the name of a file.
         if leaves := changed_leaves(record["leaves"], restored):
             raise _Damaged(list_names("leaves", leaves))
-        if files := step_directories.verify_manifest(place):
+        verify = step_directories.verify_manifest
+        if files := self._deciding.on_first(lambda: verify(place)):
             raise _Damaged(list_names("files", files))
         if not self._settings.allow_nan and (
             leaves := nonfinite_leaves(restored.params)
@@ -328,7 +421,7 @@ class Checkpoints(CheckpointStore):
         place = self.folder / str(number)
         args = ocp.args.Composite(record=ocp.args.JsonRestore())
         try:
-            record = self._checkpointer().restore(place, args=args).record
+            record = self._restore(place, args).record
         # Damaged metadata fails in many classes, down to KeyError and UnicodeDecodeError.
         except Exception:
             files = step_directories.verify_manifest(place)
@@ -341,10 +434,10 @@ class Checkpoints(CheckpointStore):
     def _read_arrays(self, place: Path, train: TrainState) -> TrainState:
         ocp = import_orbax()
         args = ocp.args.Composite(
-            train=ocp.args.StandardRestore(_restore_target(train))
+            train=ocp.args.StandardRestore(self._restore_target(train))
         )
         try:
-            return self._checkpointer().restore(place, args=args).train
+            return self._restore(place, args).train
         except Exception as error:
             files = step_directories.verify_manifest(place)
             # With intact files it is no damage, but memory or a bug, and must not move the step.
@@ -354,28 +447,31 @@ class Checkpoints(CheckpointStore):
                 f"it cannot be read; {list_names('files', files)}"
             ) from error
 
+    def _restore(self, place: Path, args: Any) -> Any:
+        # Not the checkpointer's own, which waits afterwards for processes that may have failed.
+        return self._checkpointer().handler.restore(place, args=args)
 
-def _restore_target(train: TrainState) -> TrainState:
-    """Describes the arrays that Orbax restores, and the devices for each.
+    def _restore_target(self, train: TrainState) -> TrainState:
+        """Describes the arrays that Orbax restores, and the devices for each.
 
-    With several processes they are restored into host memory, from where they are broadcast.
-    """
-    single_process = jax.process_count() == 1
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        Where one of several processes restores for all, they come into host memory, from where
+        they are broadcast.
+        """
+        on_host = self._acts_for_others()
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-    def target(leaf: Any) -> jax.ShapeDtypeStruct:
-        if not single_process:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        # Without a sharding Orbax would restore to the devices of the run that saved.
-        sharding = leaf.sharding or device
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        def target(leaf: Any) -> jax.ShapeDtypeStruct:
+            if on_host:
+                return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            # Without a sharding Orbax would restore to the devices of the run that saved.
+            sharding = leaf.sharding or device
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree.map(target, train)
+        return jax.tree.map(target, train)
+
+    def _acts_for_others(self) -> bool:
+        return jax.process_count() > len(self._deciding.members)
 
 
-def _addressable(train: TrainState) -> TrainState:
-    """Returns the state in host memory if there are several processes.
-
-    Orbax saves a `jax.Array` of such a run together with all processes; here process 0 saves alone.
-    """
-    return train if jax.process_count() == 1 else jax.device_get(train)
+def _has_reason(failure: tuple[bool, str]) -> bool:
+    return bool(failure[1])

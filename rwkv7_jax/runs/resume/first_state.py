@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from rwkv7_jax import sharding
 from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.modes.base import TrainingMode
-from rwkv7_jax.runs.multihost import restore_and_broadcast
+from rwkv7_jax.runs.multihost import restore
 from rwkv7_jax.runs.resume.run_identity import Identity
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.training.train_step import TrainState
@@ -56,7 +56,7 @@ def restore_or_init(
         # run differently compiled programs and end with other bits.
         return sharding.place(own, state)
 
-    state, progress = restore_and_broadcast(folder, abstract, identity, init)
+    state, progress = restore(folder, abstract, identity, init, mesh)
     mode.release_initial()
     # No checkpoint is of step 0: there the run is new.
     state = sharding.place(mesh, state)

@@ -1,0 +1,144 @@
+"""Weights, moments and checkpoints in shards over two processes, each with a device of its own."""
+
+import json
+import shutil
+import signal
+import time
+
+import pytest
+from run_programs import SMALLEST, devices, finish, last_line, start, start_pair
+from smallest_runs import save_base_model
+
+from rwkv7_jax.runs.multihost import HEARTBEAT_SECONDS
+from rwkv7_jax.runs.resume.step_directories import step_numbers
+
+pytestmark = pytest.mark.slow
+
+MESH = "fsdp=2"
+RUN = {
+    **SMALLEST,
+    # So that two devices divide the head as well.
+    "model.vocab_size": 258,
+    "mesh": MESH,
+    "data.batch_size": 4,
+    "save_every": 2,
+    "evaluation.every": 2,
+    "sample.prompts": "('ab',)",
+    "sample.tokens": 4,
+}
+
+
+def rows(workdir):
+    """What the log says of every step, without times."""
+    text = (workdir / "metrics.jsonl").read_text()
+    kept = []
+    for line in text.splitlines():
+        row = json.loads(line)
+        names = [name for name in row if name in ("step", "loss", "grad_norm")]
+        names += [name for name in row if name.endswith("accuracy")]
+        kept.append({name: row[name] for name in names})
+    return kept
+
+
+def samples(workdir):
+    return (workdir / "samples.jsonl").read_text()
+
+
+def leaves(workdir, step):
+    """The checksum of every leaf of a checkpoint."""
+    path = workdir / "checkpoints" / str(step) / "record" / "metadata"
+    return json.loads(path.read_text())["leaves"]
+
+
+def alone(workdir, **settings):
+    """Runs one process with the same mesh to its end; returns what it says."""
+    run = {**RUN, **settings}
+    return finish(start(workdir, environment=devices(2), **run))[0]
+
+
+def together(workdir, **settings):
+    """Runs two processes to their end; returns what each says."""
+    processes = start_pair(workdir, **{**RUN, **settings})
+    return [finish(process)[0] for process in processes]
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """A run that lost its second process: its folder, its first process, and seconds to its end."""
+    folder = tmp_path_factory.mktemp("broken")
+    one, other = start_pair(folder, **{**RUN, "steps": 1_000_000})
+    end = time.monotonic() + 400
+    while not step_numbers(folder / "checkpoints"):
+        assert time.monotonic() < end and one.poll() is None and other.poll() is None
+        time.sleep(0.05)
+    other.kill()
+    began = time.monotonic()
+    _, error = one.communicate(timeout=HEARTBEAT_SECONDS + 60)
+    other.communicate()
+    return folder, one.returncode, error, time.monotonic() - began
+
+
+def test_a_process_that_loses_the_other_ends_within_a_minute(broken):
+    _, code, error, seconds = broken
+    assert code in (6, -signal.SIGABRT), error[-2000:]
+    assert seconds < 60
+
+
+def test_a_run_moves_from_two_processes_to_one_and_back_with_all_its_bits(
+    broken, tmp_path
+):
+    folder = broken[0]
+    before = step_numbers(folder / "checkpoints")[0]
+    # A restored leaf is compared with the checksum of the one that was saved.
+    assert f"from step {before}" in alone(folder, steps=before + 2)
+    first, second = together(folder, steps=before + 4)
+    assert f"from step {before + 2}" in first and "resume" not in second
+    assert not (folder / "checkpoints" / "bad").exists()
+    alone(tmp_path, steps=before + 4)
+    assert leaves(folder, before + 4) == leaves(tmp_path, before + 4)
+    assert rows(folder) == rows(tmp_path)
+    assert samples(folder) == samples(tmp_path)
+    ours, theirs = folder / "model.pth", tmp_path / "model.pth"
+    assert ours.read_bytes() == theirs.read_bytes()
+    # Without a mesh, on one device.
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    settings = {**RUN, "mesh": "auto", "steps": before + 5}
+    said, _ = finish(start(moved, environment=devices(1), **settings))
+    assert f"from step {before + 4}" in said
+
+
+def test_a_state_tuned_by_two_processes_has_the_bits_and_the_base_of_one(tmp_path):
+    base = tmp_path / "base.pth"
+    save_base_model(base)
+    run = {name: one for name, one in RUN.items() if not name.startswith("model.")}
+    run |= {"config": "state_tuning", "init": base, "steps": 2}
+    processes = start_pair(tmp_path / "two", **run)
+    for process in processes:
+        finish(process)
+    finish(start(tmp_path / "one", environment=devices(2), **run))
+    assert leaves(tmp_path / "two", 2) == leaves(tmp_path / "one", 2)
+    for name in ("state.pth", "state.pth.json"):
+        ours, theirs = tmp_path / "two" / name, tmp_path / "one" / name
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_save_that_fails_in_one_process_ends_all_in_the_same_sentence(tmp_path):
+    faulty = "tests/support/faulty_train.py"
+    processes = start_pair(
+        tmp_path / "run",
+        child=[faulty],
+        environment={"FAULT": "shards:9"},
+        **{**RUN, "steps": 2, "save_every": 0},
+    )
+    ends = [last_line(finish(process, 5)[1]) for process in processes]
+    assert ends[0] == ends[1]
+    assert "the checkpoint of step 2 could not be written" in ends[0]
+    assert "File too large" in ends[0]
+    assert not step_numbers(tmp_path / "run" / "checkpoints")
+
+
+def test_processes_that_do_not_see_one_folder_are_refused(tmp_path):
+    processes = start_pair(tmp_path / "one", others=tmp_path / "other", **RUN)
+    ends = [last_line(finish(process, 2)[1]) for process in processes]
+    assert ends[0] == ends[1]
+    assert "must be one folder that all processes see" in ends[0]
