@@ -129,7 +129,7 @@ class Alone:
         """Calls a function in all processes; an error in one of them is raised in all.
 
         Args:
-            call: may not wait for another process.
+            call: where it waits for others, it has to do so even if it fails.
             expected: a class of errors that the others raise as well, with the same text.
 
         Raises:
@@ -164,7 +164,7 @@ class Together(Alone):
         """Calls a function in all processes; an error in one of them is raised in all.
 
         Args:
-            call: may not wait for another process.
+            call: where it waits for others, it has to do so even if it fails.
             expected: a class of errors that the others raise as well, with the same text.
 
         Raises:

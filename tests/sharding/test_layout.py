@@ -1,5 +1,7 @@
 """Where arrays lie follows from their paths and sizes alone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -108,3 +110,50 @@ def test_other_sizes_are_refused_in_one_sentence(text):
 def test_a_mesh_of_more_devices_than_there_are_is_refused():
     with pytest.raises(ValueError, match="at most the 2 devices that there are"):
         sharding.make_mesh({"data": 2, "fsdp": 4}, 8)
+
+
+class Client:
+    """Of the first process."""
+
+    @staticmethod
+    def process_index():
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device as a mesh is arranged by: two to a process, and four to a slice."""
+
+    id: int
+    platform = "cpu"
+    device_kind = "cpu"
+    client = Client
+
+    @property
+    def process_index(self):
+        return self.id // 2
+
+    @property
+    def slice_index(self):
+        return self.id // 4
+
+
+@pytest.mark.parametrize(
+    ("sizes", "groups"),
+    [
+        ({"data": 4, "fsdp": 2}, [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ({"data": 2, "fsdp": 4}, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ({"data": 1, "fsdp": 8}, [[0, 1, 2, 3, 4, 5, 6, 7]]),
+    ],
+)
+def test_shards_lie_within_a_process_or_a_slice_where_they_fit(sizes, groups):
+    mesh = sharding.make_mesh(sizes, 8, [Chip(number) for number in range(8)])
+    assert [[chip.id for chip in row.flat] for row in mesh.devices] == groups
+    assert sharding.is_shared(mesh) == (sizes["fsdp"] > 2)
+
+
+@pytest.mark.parametrize(("rows", "own"), [(8, slice(0, 2)), (3, slice(None))])
+def test_a_process_makes_the_rows_of_its_own_devices(rows, own):
+    chips = [Chip(number) for number in range(8)]
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4}, 8, chips)
+    assert sharding.own_rows(mesh, rows) == own
