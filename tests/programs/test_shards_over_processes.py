@@ -112,7 +112,12 @@ def test_a_state_tuned_by_two_processes_has_the_bits_and_the_base_of_one(tmp_pat
     base = tmp_path / "base.pth"
     save_base_model(base)
     run = {name: one for name, one in RUN.items() if not name.startswith("model.")}
-    run |= {"config": "state_tuning", "init": base, "steps": 2}
+    run |= {
+        "config": "state_tuning",
+        "init": base,
+        "steps": 2,
+        "optimizer.learning_rate": 0.1,
+    }
     processes = start_pair(tmp_path / "two", **run)
     for process in processes:
         finish(process)
