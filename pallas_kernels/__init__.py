@@ -2,11 +2,12 @@
 
 from pallas_kernels.dispatch import IMPLEMENTATIONS, available
 from pallas_kernels.reference import WKVInputs, wkv7_reference
-from pallas_kernels.wkv7 import CHUNKS, wkv7
+from pallas_kernels.wkv7 import CHUNKS, RESULTS, wkv7
 
 __all__ = [
     "CHUNKS",
     "IMPLEMENTATIONS",
+    "RESULTS",
     "WKVInputs",
     "available",
     "wkv7",

@@ -7,11 +7,13 @@ op itself has no forward mode, since a transposed rule would take the place of t
 backward pass.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
@@ -25,6 +27,9 @@ FLOAT16_CHUNK = 16
 # Up to this sum of -log_w over half a chunk all factors of a chunk are finite in float32.
 LARGEST_EXPONENT = 80.0
 
+# The name, for policies of `jax.checkpoint`, of all that the op computes in a gradient: y, the last
+# state and the states between. With it kept, a backward pass does not run the op again.
+RESULTS = "wkv7 results"
 
 FORWARD_MODE = (
     "wkv7: forward-mode differentiation (jax.jvp, jax.jacfwd, jax.linearize) is not defined; use "
@@ -131,7 +136,10 @@ def _compute(
 
 def _forward(options, inputs, state, owners):
     y, end, residuals = _differentiable_saving(options, inputs, state, owners)
-    return (y, end), residuals
+    y, end, starts = (checkpoint_name(x, RESULTS) for x in (y, end, residuals.starts))
+    # The caller's own inputs: those that the call returns would be kept besides them.
+    kept = dataclasses.replace(residuals, inputs=inputs, state=state, starts=starts)
+    return (y, end), kept
 
 
 def _backward(options, residuals, cotangents):

@@ -1,10 +1,8 @@
 """The chains of small operations between the products and the recurrence.
 
-Each keeps its inputs alone for the backward pass, in the activations' dtype, and computes the rest
-again: it is cheap beside the products, and most of it is float32. The equations are in `block`.
+No backward pass keeps what they compute: it is cheap next to the products, and much of it float32.
+The equations are in `block`.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +11,6 @@ from jaxtyping import Array, Float
 from rwkv7_jax.array_types import Activations, Heads
 from rwkv7_jax.model import layers
 from rwkv7_jax.model.segments import Segments
-
-# Layers are scanned, so that XLA cannot merge what is computed again with the forward pass.
-recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 Vector = Float[Array, " D"]
 
@@ -27,24 +22,16 @@ def token_shift(
     segments: Segments | None = None,
 ) -> tuple[Activations, ...]:
     """Interpolates between every token and the one before it, by each vector of coefficients."""
-    # Outside of what is computed again: it may come from another device.
     before = layers.token_before(x, before)
-
-    @recomputed
-    def shift(x, before, coefficients):
-        previous = layers.previous_tokens(x, before, segments)
-        return tuple(layers.lerp(x, previous, vector) for vector in coefficients)
-
-    return shift(x, before, coefficients)
+    previous = layers.previous_tokens(x, before, segments)
+    return tuple(layers.lerp(x, previous, vector) for vector in coefficients)
 
 
-@recomputed
 def log_decay(raw: Activations, bias: Vector) -> Float[Array, "B T D"]:
     """Computes log w from the raw decay and its bias, in float32."""
     return layers.log_decay(_with_bias(raw, bias))
 
 
-@recomputed
 def mix_values(
     v: Activations, v_first: Activations, raw: Activations, bias: Vector
 ) -> Activations:
@@ -53,7 +40,6 @@ def mix_values(
     return v + (v_first - v) * jax.nn.sigmoid(_with_bias(raw, bias)).astype(v.dtype)
 
 
-@recomputed
 def removal_and_replacement(
     k: Activations,
     raw: Activations,
@@ -79,7 +65,6 @@ def removal_and_replacement(
     return _split(k, xi), -removal_key, removal_key * icl_rate, icl_rate
 
 
-@functools.partial(recomputed, static_argnums=5)
 def read_out(
     y: Heads,
     r_k_v: tuple[Heads, Heads, Heads],
@@ -105,7 +90,6 @@ def read_out(
     return (normed + bonus).reshape(gate.shape) * gate
 
 
-@recomputed
 def squared_relu(x: Float[Array, "... F"]) -> Float[Array, "... F"]:
     """Computes relu(x)^2."""
     return jnp.square(jax.nn.relu(x))
@@ -113,7 +97,7 @@ def squared_relu(x: Float[Array, "... F"]) -> Float[Array, "... F"]:
 
 def _with_bias(raw: Activations, bias: Vector) -> Float[Array, "B T D"]:
     """Adds a bias in float32."""
-    wide = raw.astype(jnp.float32)
+    wide = layers.widened(raw)
     return wide + layers.per_channel(bias, wide)
 
 

@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 from pallas_kernels import IMPLEMENTATIONS
 from rwkv7_jax.checks import check_number, prefix_errors
+from rwkv7_jax.model import remat
 
 _DTYPES = ("float32", "bfloat16")
-
-_REMAT = ("none", "block")
 
 
 class _Preset(NamedTuple):
@@ -62,7 +61,9 @@ class RWKV7Config:
             size; `head_size * norm_eps` in HF folders.
         dtype: dtype of the activations, "float32" or "bfloat16". Logits, losses and the WKV state
             are always float32.
-        remat: "none", or "block" to recompute each block in the backward pass.
+        remat: what the backward pass computes again of each block: "none", only the cheap
+            operations between matrix products and the WKV op; "op", all but the WKV op; "block",
+            all of it.
         implementation: implementation of the WKV op (one of `pallas_kernels.IMPLEMENTATIONS`), or
             None for the best one available.
 
@@ -112,7 +113,7 @@ class RWKV7Config:
                 if not 0 < value < 1:
                     raise ValueError(f"`{name}` must lie between 0 and 1; got {value}.")
         self._check_choice("dtype", _DTYPES)
-        self._check_choice("remat", _REMAT)
+        self._check_choice("remat", remat.CHOICES)
         if self.implementation is not None:
             self._check_choice("implementation", tuple(IMPLEMENTATIONS))
 

@@ -142,6 +142,11 @@ def precision(dtype) -> str:
     return "highest" if dtype == jnp.float32 else "default"
 
 
+def widened(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Brings numbers to float32; float64, in which laws are checked, stays."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def per_channel(
     vector: Float[Array, "..."],
     x: Float[Array, "..."],
@@ -152,7 +157,7 @@ def per_channel(
 
 def standardise(x: Float[Array, "... N"], eps: float) -> Float[Array, "... N"]:
     """Scales to zero mean and unit variance (biased) over the last axis, in float32."""
-    wide = x.astype(jnp.float32)
+    wide = widened(x)
     # Centred first: E[x^2] - E[x]^2 would lose the digits of activations far from zero.
     wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
@@ -196,7 +201,7 @@ def unit_heads(x: Heads) -> Heads:
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_numpy.py:37 (torch's `normalize`).
     """
-    wide = x.astype(jnp.float32)
+    wide = widened(x)
     square = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
     # The maximum is taken under the root, where a vector of zeros still has a finite gradient.
     inverse_length = jax.lax.rsqrt(jnp.maximum(square, _SHORTEST_HEAD**2))
@@ -259,8 +264,7 @@ def log_decay(z: Float[Array, "..."]) -> Float[Array, "..."]:
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/cuda/rwkv7_clampw.cu:16,42.
     """
     # With the 8 bits of bfloat16, the error of log w would add up over thousands of tokens.
-    z = z.astype(jnp.float32)
-    return -DECAY_RATE * jax.nn.sigmoid(z)
+    return -DECAY_RATE * jax.nn.sigmoid(widened(z))
 
 
 def head_logits(

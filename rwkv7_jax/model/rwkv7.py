@@ -28,6 +28,7 @@ from rwkv7_jax.model import initializers as initial
 from rwkv7_jax.model import layers, time_shards
 from rwkv7_jax.model.block import TRACE, Block, Norm
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.remat import keep_for_backward
 from rwkv7_jax.model.segments import Segments, check_packed_state, find_segments
 from rwkv7_jax.model.state import (
     LayerState,
@@ -277,7 +278,8 @@ class RWKV7(nn.Module):
             The residual stream, and stacked over layers the memories and the trace.
         """
         config = self.config
-        block = _rematerialised(_at_door(Block, self, "layer_0", "layers"), config)
+        block = _at_door(Block, self, "layer_0", "layers")
+        block = keep_for_backward(block, config.remat)
 
         # Layer 0 is outside of the scan: it has no value residual, so its parameters differ.
         first_state = jax.tree.map(lambda leaf: leaf[0], states)
@@ -338,17 +340,6 @@ def _at_door(module: Callable, parent: RWKV7, *names: str) -> Callable:
         sharding.gather_shards, dtype=jnp.dtype(parent.config.dtype)
     )
     return nn.map_variables(module, "params", trans_in_fn=gather)
-
-
-def _rematerialised(block: Callable, config: RWKV7Config) -> Callable:
-    """Wraps a block so that the backward pass computes again what `config.remat` names."""
-    if config.remat == "block":
-        return nn.remat(block, prevent_cse=False)
-    if block is Block:
-        return block
-    # Else the gathered weights of all blocks would be kept for the backward pass.
-    policy = jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED)
-    return nn.remat(block, prevent_cse=False, policy=policy)
 
 
 class Embedding(nn.Module):

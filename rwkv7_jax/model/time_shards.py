@@ -12,10 +12,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import WKVInputs
 from rwkv7_jax.array_types import Activations, Heads, Lengths, Tokens
+
+# The name of what comes from another device, for policies of `jax.checkpoint`.
+RECEIVED = "received from another device"
 
 WKVState = Float[Array, "B H Nv Nk"]
 
@@ -142,7 +146,7 @@ def _from_before(x: Array, axis: str, distance: int) -> Array:
     count = jax.lax.axis_size(axis)
     # A full ring, also where nothing is wanted: `jax.vmap` knows no other permutation.
     ring = [(i, (i + distance) % count) for i in range(count)]
-    received = jax.lax.ppermute(x, axis, ring)
+    received = checkpoint_name(jax.lax.ppermute(x, axis, ring), RECEIVED)
     has_sender = jax.lax.axis_index(axis) >= distance
     return jnp.where(has_sender, received, jnp.zeros_like(received))
 

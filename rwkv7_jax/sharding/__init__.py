@@ -6,7 +6,6 @@ itself, but for the model: that runs on each device with `on_each`.
 """
 
 from rwkv7_jax.sharding.collectives import (
-    GATHERED,
     as_shards,
     gather_shards,
     has_shards,
@@ -54,7 +53,6 @@ __all__ = [
     "AUTO",
     "AXES",
     "FSDP",
-    "GATHERED",
     "ROWS",
     "SEQUENCE",
     "abstract_rows",

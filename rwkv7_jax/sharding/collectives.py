@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
@@ -25,9 +24,6 @@ from rwkv7_jax.sharding.layout import FSDP
 _TIME_AXIS: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "time axis", default=None
 )
-
-# The name of gathered weights: a backward pass gathers them again instead of keeping them.
-GATHERED = "gathered weights"
 
 
 @struct.dataclass
@@ -162,7 +158,7 @@ def _gather(shard: Shard, dtype: Any) -> Array:
     values = jax.lax.all_gather(values, FSDP, axis=axis, tiled=True)
     if is_float and values.ndim > 1:
         values = values.astype(dtype)
-    return checkpoint_name(values, GATHERED)
+    return values
 
 
 def gather_shards(tree: Any, dtype: Any) -> Any:

@@ -58,8 +58,13 @@ class _Stored:
         return config.width * (4 * self.wide + _activation_bytes(config) * self.narrow)
 
 
-# Of one layer, by the trained numbers. Counted in the traced gradient.
-_STORED_BY_LAYER = {"weights": _Stored(1, 26), "state": _Stored(1, 17)}
+# Of one layer while its gradients are computed, by the trained numbers. Counted in the traced
+# gradient.
+_MADE_BY_LAYER = {"weights": _Stored(1, 26), "state": _Stored(1, 17)}
+
+# Of all layers, by `config.remat`: the block's input; besides, what the recurrence read; besides,
+# the results of the products but the feed-forward ones and the inner ones of low ranks.
+_KEPT_VECTORS = {"block": 1, "op": 2, "none": 10}
 
 # Outside the layers: embedding, the outer norms, the first layer's values.
 _STORED_OUTSIDE = _Stored(4, 4)
@@ -208,17 +213,33 @@ def mfu(
     return tokens_per_second * flops / (peak * devices)
 
 
-def _layer_bytes(config: RWKV7Config, trained: str, chunk: int) -> float:
-    """Estimates the bytes per token that one layer stores without rematerialisation."""
+def _state_bytes(config: RWKV7Config, chunk: int) -> float:
+    """Computes the bytes per token of the states that one layer's recurrence keeps."""
+    return 4 * config.width * config.head_size / chunk
+
+
+def _made_bytes(config: RWKV7Config, trained: str, chunk: int) -> float:
+    """Estimates the bytes per token that the gradients of one layer are computed from."""
     size = _activation_bytes(config)
     ffn = 1
     ranks = 2 * config.decay_rank + config.gate_rank
     if trained == "weights":
         ffn = 2
         ranks += config.icl_rank + config.value_rank + config.gate_rank
-    states = 4 * config.width * config.head_size / chunk
-    vectors = _STORED_BY_LAYER[trained].bytes(config)
-    return vectors + config.ffn_width * size * ffn + size * ranks + states
+    vectors = _MADE_BY_LAYER[trained].bytes(config)
+    narrow = size * (config.ffn_width * ffn + ranks)
+    return vectors + narrow + _state_bytes(config, chunk)
+
+
+def _kept_bytes(config: RWKV7Config, trained: str, chunk: int) -> float:
+    """Computes the bytes per token that one layer keeps for the backward pass."""
+    channels = _KEPT_VECTORS[config.remat] * config.width
+    if config.remat == "none":
+        channels += config.ffn_width + config.decay_rank + config.gate_rank
+        if trained == "weights":
+            channels += config.icl_rank + config.value_rank
+    states = 0.0 if config.remat == "block" else _state_bytes(config, chunk)
+    return _activation_bytes(config) * channels + states
 
 
 def _cast_bytes(config: RWKV7Config, weight_bytes: float | int) -> int:
@@ -253,14 +274,10 @@ def _activations(
     compiler: _Compiler,
 ) -> int:
     """Estimates the bytes stored for the backward pass, and those it works on."""
-    size = _activation_bytes(config)
-    layer = _layer_bytes(config, trained, chunk)
-    # The backward pass works on one layer at a time. With "block" that layer's activations are
-    # computed again, and need as much room as their gradients.
-    if config.remat == "block":
-        layers = config.num_layers * config.width * size + compiler.block * layer
-    else:
-        layers = (config.num_layers + compiler.block / 2) * layer
+    # The backward pass works on one layer at a time: what that layer does not keep is computed
+    # again, and needs as much room as its gradients.
+    layers = config.num_layers * _kept_bytes(config, trained, chunk)
+    layers += compiler.block * _made_bytes(config, trained, chunk)
     if compiler is _CPU:
         layers += _STORED_OUTSIDE.bytes(config)
     # Of a piece: the logits and their gradient.

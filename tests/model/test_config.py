@@ -25,7 +25,7 @@ from rwkv7_jax.model.state import init_state
             {"dtype": "float16"},
             "`dtype` must be one of float32, bfloat16; got 'float16'.",
         ),
-        ({"remat": "all"}, "`remat` must be one of none, block; got 'all'."),
+        ({"remat": "all"}, "`remat` must be one of none, op, block; got 'all'."),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )

@@ -158,7 +158,7 @@ def test_the_model_is_that_of_the_floats_its_integers_stand_for(weights, dtype):
     assert (np.asarray(logits)[..., 3] == 0).all()
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize("remat", ["none", "op", "block"])
 def test_gradients_of_the_state_are_those_of_the_dequantized_model(weights, remat):
     _, in_int8, floats = weights
     _, gradient = run(remat=remat)
@@ -169,7 +169,7 @@ def test_gradients_of_the_state_are_those_of_the_dequantized_model(weights, rema
     assert np.abs(np.asarray(expected.wkv)).max() > 0
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize("remat", ["none", "op", "block"])
 def test_no_float_copy_of_all_layers_weights_is_kept(weights, remat):
     params, in_int8, _ = weights
     _, gradient = run(remat=remat, dtype="bfloat16")

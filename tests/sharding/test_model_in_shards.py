@@ -71,7 +71,7 @@ def test_an_upscaled_memory_that_rows_share_is_read_by_each(mesh):
     assert_trees_close(in_shards(mesh, call, params, state), alone, SAME["model"])
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize("remat", ["none", "op", "block"])
 def test_gradients_of_weights_in_shards_are_those_of_one_device(mesh, params, remat):
     model = RWKV7(dataclasses.replace(SCANNED, remat=remat))
     ids = tokens(ROWS, LENGTH, SCANNED)

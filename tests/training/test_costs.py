@@ -88,7 +88,7 @@ def test_the_compiler_counts_the_same_operations_for_the_recurrence_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize("remat", ["none", "op", "block"])
 @pytest.mark.parametrize("trained", ["weights", "state"])
 def test_activations_are_within_a_quarter_of_the_compilers_temporary_memory(
     remat, trained
@@ -136,15 +136,19 @@ def test_moments_and_gradients_are_those_of_the_trained_numbers():
 
 
 def test_accumulation_and_rematerialisation_need_less_memory():
-    def need(config=CONFIG, **changes):
-        return training_memory(config, batch=4, length=64, **changes).activations
+    def need(config=CONFIG, length=64, **changes):
+        made = training_memory(config, batch=4, length=length, **changes)
+        return made.activations
 
     assert need(accumulate=4) == pytest.approx(need() / 4, rel=0.01)
     deep = RWKV7Config(vocab_size=32, num_layers=24, width=256)
+    op = dataclasses.replace(deep, remat="op")
     block = dataclasses.replace(deep, remat="block")
     half = dataclasses.replace(deep, dtype="bfloat16")
-    assert need(block) < 0.2 * need(deep)
-    assert need(half) < 0.9 * need(deep)
+    assert need(block) < 0.25 * need(deep)
+    assert need(block) < need(op) < 0.75 * need(deep)
+    # Long rows, since weights are cast to bfloat16 as well.
+    assert need(half, length=256) < 0.75 * need(deep, length=256)
 
 
 def test_an_unknown_word_for_the_trained_numbers_is_refused():

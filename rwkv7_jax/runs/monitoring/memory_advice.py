@@ -46,7 +46,7 @@ def _advice(mode: TrainingMode, mesh: Mesh | None, error: Exception) -> str:
         f"lower `config.data.length` ({settings.data.length})",
         f"raise `config.optimizer.accumulate` ({settings.optimizer.accumulate})",
     ]
-    if mode.model.config.remat == "none":
+    if mode.model.config.remat != "block":
         changes.append('set `config.model.remat` to "block"')
     if settings.mode == "test_time":
         changes.append(

@@ -1,0 +1,34 @@
+"""What the backward pass of a block keeps of the forward pass, and what it computes again."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+
+from pallas_kernels import RESULTS
+from rwkv7_jax.model.time_shards import RECEIVED
+
+# What other devices sent is small, and to send it again would take longer.
+_OP = jax.checkpoint_policies.save_only_these_names(RESULTS, RECEIVED)
+_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_saveable, _OP
+)
+
+# By the names of `RWKV7Config.remat`. Weights that were gathered from shards are never kept.
+_KEPT = {"none": _PRODUCTS, "op": _OP, "block": None}
+
+CHOICES = tuple(_KEPT)
+
+
+def keep_for_backward(block: Callable, remat: str) -> Callable:
+    """Wraps a class of modules so that it keeps, of what it computes, what `remat` says.
+
+    Its inputs are always kept.
+
+    Args:
+        block: the class.
+        remat: "none" keeps the results of matrix products and of the WKV op; "op", those of the WKV
+            op; "block", nothing.
+    """
+    # Layers are scanned, so that XLA cannot merge what is computed again with the forward pass.
+    return nn.remat(block, prevent_cse=False, policy=_KEPT[remat])
