@@ -237,7 +237,7 @@ def train_steps(
                 # Nothing to learn from: an update would only carry on with old momentum.
                 state = dataclasses.replace(state, step=state.step + 1)
                 stop.updated()
-                log.log_step(step, None, None)
+                log.log_step(step, {"updated": 0.0, **batches.metrics}, None)
             else:
                 state, metrics = update(state, batch.device)
                 # Not before: a signal while the first step compiles has nothing to wait for.

@@ -2,7 +2,7 @@
 
 import abc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.prefetch import Prefetch
 from rwkv7_jax.sharding import shard_batch
+from rwkv7_jax.test_time.tuning_loop import StateBatchSource
 
 
 class PlacedBatch(NamedTuple):
@@ -35,6 +36,11 @@ class BatchSource(abc.ABC):
             step: counted from 0.
             params: as they are before the step; only some sources look at them.
         """
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """Numbers about the newest batch, also where it has nothing to learn from."""
+        return {}
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -79,23 +85,28 @@ class PrefetchedBatches(BatchSource):
 class DrawnBatches(BatchSource):
     """Batches made from the present parameters, such as completions of the tuned model."""
 
-    def __init__(self, draw: Callable[[Any, int], Batch | None], mesh: Mesh | None):
-        """Keeps the function that makes them.
+    def __init__(self, source: StateBatchSource, mesh: Mesh | None):
+        """Keeps what makes them.
 
         Args:
-            draw: from the parameters and a step, counted from 0, to its batch, or to None where the
-                step has nothing to learn from.
+            source: gives the parameters' batch of a step, counted from 0, or None where the step
+                has nothing to learn from.
             mesh: the devices that share a batch's rows.
         """
-        self._draw = draw
+        self._source = source
         self._mesh = mesh
 
     def batch(self, step: int, params: Any) -> PlacedBatch | None:
         """Makes the batch of a step."""
-        batch = self._draw(params, step)
+        batch = self._source.batch(params, step)
         if batch is None:
             return None
         return PlacedBatch(batch, shard_batch(self._mesh, batch))
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """Numbers about the newest batch."""
+        return self._source.metrics
 
     def close(self) -> None:
         """Does nothing: no batch is made ahead."""
@@ -120,6 +131,11 @@ class InputPipeline:
         placed = self._source.batch(step, params)
         self.waited += time.monotonic() - began
         return placed
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """Numbers about the newest batch."""
+        return self._source.metrics
 
     def close(self) -> None:
         """Stops making batches."""

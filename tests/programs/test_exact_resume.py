@@ -142,6 +142,10 @@ def test_a_step_whose_rewards_are_all_equal_moves_nothing_not_even_by_momentum(
     assert all(
         "loss_nats" not in row and np.isfinite(row["learning_rate"]) for row in idle
     )
+    # What was drawn is logged all the same.
+    assert all(
+        {"reward", "uniform_groups", "completion_tokens"} <= set(row) for row in idle
+    )
 
 
 def test_other_data_or_another_base_is_refused_before_anything_compiles(

@@ -8,6 +8,7 @@ import numpy as np
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.runs.input_pipeline import DrawnBatches, InputPipeline, PrefetchedBatches
 from rwkv7_jax.sharding import make_mesh
+from rwkv7_jax.test_time.tuning_loop import StateBatchSource
 
 
 def numbered(step: int) -> Batch:
@@ -29,26 +30,34 @@ def test_batches_of_the_data_come_in_order_on_the_host_and_on_the_devices():
     feed.close()
 
 
-def test_a_drawn_batch_sees_the_trainables_of_its_step():
-    seen = []
+class Drawn(StateBatchSource):
+    """Batches of numbered rows; the first step has nothing to learn from."""
 
-    def draw(trainables, step):
-        seen.append((trainables, step))
+    def __init__(self, seconds: float = 0.0):
+        super().__init__()
+        self.seen = []
+        self.seconds = seconds
+
+    def batch(self, state, step):
+        time.sleep(self.seconds)
+        self.seen.append((state, step))
+        self.metrics = {"reward": step / 2}
         return numbered(step) if step else None
 
-    feed = InputPipeline(DrawnBatches(draw, None))
+
+def test_a_drawn_batch_sees_the_trainables_of_its_step():
+    source = Drawn()
+    feed = InputPipeline(DrawnBatches(source, None))
     assert feed(0, "before") is None
+    assert feed.metrics == {"reward": 0.0}
     assert (feed(1, "after").host.tokens == 1).all()
-    assert seen == [("before", 0), ("after", 1)]
+    assert feed.metrics == {"reward": 0.5}
+    assert source.seen == [("before", 0), ("after", 1)]
     feed.close()
 
 
 def test_the_time_spent_waiting_for_batches_is_counted():
-    def slow(trainables, step):
-        time.sleep(0.05)
-        return numbered(step)
-
-    feed = InputPipeline(DrawnBatches(slow, None))
+    feed = InputPipeline(DrawnBatches(Drawn(seconds=0.05), None))
     for step in range(2):
         feed(step, None)
     assert feed.waited >= 0.1

@@ -152,7 +152,7 @@ class TestTimeMode(StateTuningMode):
 
     def batches(self, start_step: int, mesh: Mesh | None) -> BatchSource:
         """Makes batches of the teacher's traces, or of what the model writes from its state."""
-        return DrawnBatches(self._source.batch, mesh)
+        return DrawnBatches(self._source, mesh)
 
     def _make_source(self) -> StateBatchSource:
         """Makes the method's source; its draws depend on the seed, the step and the state alone."""

@@ -30,10 +30,10 @@ _LAG = 2
 
 
 class _Step(NamedTuple):
-    """A step under way; metrics and batch are None where it had nothing to learn from."""
+    """A step under way; its batch is None where it had nothing to learn from."""
 
     number: int
-    metrics: Mapping[str, Any] | None
+    metrics: Mapping[str, Any]
     batch: Batch | None
 
 
@@ -87,14 +87,14 @@ class MetricsLogger:
         self._compiled_before = 0.0
 
     def log_step(
-        self, number: int, metrics: Mapping | None, batch: Batch | None
+        self, number: int, metrics: Mapping[str, Any], batch: Batch | None
     ) -> None:
         """Takes a step that is under way, and logs an older one.
 
         Args:
             number: of the step, counted from 1.
-            metrics: of its update, on the device; None where it had nothing to learn from.
-            batch: of the step.
+            metrics: of its update, on the device.
+            batch: of the step; None where it had nothing to learn from.
 
         Raises:
             NotFinite: too many updates in a row were skipped.
@@ -122,8 +122,7 @@ class MetricsLogger:
 
     def _log_oldest(self) -> None:
         step = self._pending.popleft()
-        # Both are None where the step had nothing to learn from.
-        if step.metrics is not None and step.batch is not None:
+        if step.batch is not None:
             # The last id of a row is only a target.
             rows, length = step.batch.tokens.shape
             self._tokens += rows * (length - 1)
@@ -132,10 +131,7 @@ class MetricsLogger:
             step.number % self._settings.log_every == 0
             or step.number >= self._settings.steps
         ):
-            metrics = (
-                {"updated": 0.0} if step.metrics is None else to_host(step.metrics)
-            )
-            self._write(step.number, metrics, step.batch)
+            self._write(step.number, to_host(step.metrics), step.batch)
 
     def _count_skipped(
         self, number: int, metrics: Mapping[str, Any], batch: Batch
