@@ -331,7 +331,8 @@ def _compile_pallas(device: Device, size: Size, packed: bool) -> Iterator[Kernel
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-            "XLA_FLAGS": f"--xla_dump_to={folder}",
+            # From jaxlib 0.12 on, PTX is dumped only of emitters that are named.
+            "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_emitter_re=.*",
         }
         done = subprocess.run(command, env=environment, capture_output=True)
         if done.returncode:
@@ -339,13 +340,17 @@ def _compile_pallas(device: Device, size: Size, packed: bool) -> Iterator[Kernel
         thunks = "".join(
             p.read_text() for p in Path(folder).glob("*thunk_sequence.txt")
         )
+        found = set()
         # Sorted: the folder's own order differs from run to run, and with it the table's.
         for path in sorted(Path(folder).glob("*.ptx")):
             text = path.read_text()
             entry = re.search(r"\.entry (wkv7_\w+)", text)
             # XLA's own kernels, such as copies, have other names.
             if entry is not None:
+                found.add(entry[1])
                 yield _assemble(entry[1], path, text, thunks)
+        if len(found) < len(KERNELS):
+            raise RuntimeError(f"XLA has dumped no PTX but of {sorted(found)}.")
 
 
 def _assemble(name: str, path: Path, ptx: str, thunks: str) -> Kernel:
