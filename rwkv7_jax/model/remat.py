@@ -20,7 +20,7 @@ _KEPT = {"none": _PRODUCTS, "op": _OP, "block": None}
 CHOICES = tuple(_KEPT)
 
 
-def keep_for_backward(block: Callable, remat: str) -> Callable:
+def keep_for_backward(block: Callable, remat: str, *, is_scanned: bool) -> Callable:
     """Wraps a class of modules so that it keeps, of what it computes, what `remat` says.
 
     Its inputs are always kept.
@@ -29,6 +29,8 @@ def keep_for_backward(block: Callable, remat: str) -> Callable:
         block: the class.
         remat: "none" keeps the results of matrix products and of the WKV op; "op", those of the WKV
             op; "block", nothing.
+        is_scanned: whether the block is inside of a scan over layers. XLA cannot merge its two
+            passes then; elsewhere it would, and keep the first pass's results, weights that are
+            gathered included, until the last gradient, unless a barrier is between the two.
     """
-    # Layers are scanned, so that XLA cannot merge what is computed again with the forward pass.
-    return nn.remat(block, prevent_cse=False, policy=_KEPT[remat])
+    return nn.remat(block, prevent_cse=not is_scanned, policy=_KEPT[remat])

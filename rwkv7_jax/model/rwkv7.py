@@ -279,11 +279,12 @@ class RWKV7(nn.Module):
         """
         config = self.config
         block = _at_door(Block, self, "layer_0", "layers")
-        block = keep_for_backward(block, config.remat)
 
         # Layer 0 is outside of the scan: it has no value residual, so its parameters differ.
         first_state = jax.tree.map(lambda leaf: leaf[0], states)
-        first_block = block(config, True, names, name="layer_0")
+        first_block = keep_for_backward(block, config.remat, is_scanned=False)(
+            config, True, names, name="layer_0"
+        )
         x, (first_memories, v_first, first_trace) = first_block(
             x, first_state, 0, None, lengths, segments
         )
@@ -296,7 +297,7 @@ class RWKV7(nn.Module):
         # carry would be saved once per layer.
         in_axes: Any = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast)
         scanned = nn.scan(
-            block,
+            keep_for_backward(block, config.remat, is_scanned=True),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=in_axes,

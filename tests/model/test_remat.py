@@ -67,7 +67,9 @@ def test_gradients_equal_those_of_plain_autodiff(dtype, bar):
         plain = block_gradients(lambda block: block, dtype)
         for choice in remat.CHOICES:
             found = block_gradients(
-                lambda block, choice=choice: remat.keep_for_backward(block, choice),
+                lambda block, choice=choice: remat.keep_for_backward(
+                    block, choice, is_scanned=False
+                ),
                 dtype,
             )
             assert_trees_close(found, plain, bar)

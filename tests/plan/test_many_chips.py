@@ -1,4 +1,4 @@
-"""Plans of eight devices: what the compiler makes of the layout, counted in its program."""
+"""Plans of many devices: what the compiler makes of the layout, counted in its program."""
 
 import json
 import subprocess
@@ -7,7 +7,10 @@ import sys
 import pytest
 from run_programs import ROOT
 
-# In a process of its own, which has eight devices.
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.training.costs import parameter_count
+
+# In a process of its own, which has the devices.
 CHILD = """
 import dataclasses, json, sys
 import jax
@@ -21,9 +24,9 @@ class Here(Target):
 
 sizes = {"vocab_size": 512, "num_layers": 3, "width": 256, "dtype": "float32", "remat": "block"}
 plans = []
-for mode, mesh in json.loads(sys.argv[1]):
-    values = {"mode": mode, "mesh": mesh, "model": sizes, "data": {"batch_size": 8, "length": 32}}
-    job = make_job("v5e:2x4", values, None)
+for mode, mesh, rows in json.loads(sys.argv[1]):
+    data = {"batch_size": rows, "length": 32}
+    job = make_job("v5e:2x4", {"mode": mode, "mesh": mesh, "model": sizes, "data": data}, None)
     step = describe_step(job.settings, job.config, "float32", jax.devices())
     plans.append(compile_step(step, Here("cpu", "cpu", "", "")))
 print(json.dumps(plans))
@@ -31,12 +34,16 @@ print(json.dumps(plans))
 CASES = [("state", "fsdp=8"), ("pretrain", "fsdp=8"), ("pretrain", "data=2,fsdp=4")]
 OBSERVER = ("observer", "fsdp=8")
 
+# Of the gradients of that model, in float32.
+WEIGHTS_GB = 4e-9 * parameter_count(
+    RWKV7Config(vocab_size=512, num_layers=3, width=256)
+)
 
-@pytest.fixture(scope="module")
-def plans():
-    """The plan of each case."""
+
+def make_plans(cases, devices):
+    """The plans of modes, meshes and rows."""
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, json.dumps([*CASES, OBSERVER])],
+        [sys.executable, "-c", CHILD, json.dumps(cases)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -44,11 +51,19 @@ def plans():
             "PATH": "/usr/bin:/bin",
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         },
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return dict(zip([*CASES, OBSERVER], json.loads(done.stdout), strict=True))
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def plans():
+    """The plan of each case on eight devices."""
+    names = [*CASES, OBSERVER]
+    found = make_plans([(mode, mesh, 8) for mode, mesh in names], 8)
+    return dict(zip(names, found, strict=True))
 
 
 @pytest.mark.slow
@@ -68,3 +83,14 @@ def test_an_observers_weights_are_reduced_into_their_shards(plans):
     kinds = {row["kind"] for row in plan["collectives"]}
     assert {"all-gather", "reduce-scatter", "all-to-all"} <= kinds
     assert plan["devices"] == 8 and plan["expected_wire_gb"] is None
+
+
+@pytest.mark.slow
+def test_more_devices_with_more_rows_send_no_more_than_their_share():
+    counts = (8, 64, 256)
+    cases = [("pretrain", f"data={count}", count) for count in counts]
+    for count, plan in zip(counts, make_plans(cases, 256), strict=True):
+        assert plan["devices"] == count
+        # Of an all-reduce among n devices each sends 2 (n - 1) / n of the bytes.
+        sent = sum(row["wire_gb"] for row in plan["collectives"])
+        assert sent == pytest.approx(2 * (count - 1) / count * WEIGHTS_GB, rel=0.05)

@@ -1,10 +1,12 @@
 """Arithmetic and memory by sizes alone, compared with the compiler's counts."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import pytest
+from run_programs import ROOT
 
 import pallas_kernels
 from rwkv7_jax.model.config import RWKV7Config
@@ -27,6 +29,8 @@ CONFIG = RWKV7Config(
     vocab_size=32, num_layers=2, width=256, head_size=64, implementation="scan"
 )
 ROWS, OVER = 8, 1.10
+
+RESULTS = ROOT / "benchmarks/results"
 
 
 def shapes(config, rows):
@@ -149,6 +153,34 @@ def test_accumulation_and_rematerialisation_need_less_memory():
     assert need(block) < need(op) < 0.75 * need(deep)
     # Long rows, since weights are cast to bfloat16 as well.
     assert need(half, length=256) < 0.75 * need(deep, length=256)
+
+
+def compilers_peaks():
+    """Steps of which a compiler's peak is committed: rows, tokens, bytes of weights, shards."""
+    one = json.loads((RESULTS / "tpu-step-memory.json").read_text())
+    config = RWKV7Config.preset(one["model"], dtype="bfloat16", remat="block")
+    for form, found in one["bytes"].items():
+        size = found["weights"] / parameter_count(config)
+        yield form, (one["batch"], one["length"], size, 1), found["peak"]
+    many = json.loads((RESULTS / "tpu-plan-7.2b-v5e-8.json").read_text())
+    shards = many["mesh"]["fsdp"]
+    rows = many["batch"] // shards
+    yield "shards", (rows, many["length"], 2, shards), many["peak_gib"] * 2**30
+
+
+@pytest.mark.parametrize(("name", "step", "peak"), list(compilers_peaks()))
+def test_a_large_models_estimate_is_what_a_tpus_compiler_says(name, step, peak):
+    rows, length, weight_bytes, shards = step
+    found = training_memory(
+        RWKV7Config.preset("7.2b", dtype="bfloat16", remat="block"),
+        batch=rows,
+        length=length,
+        trained="state",
+        weight_bytes=weight_bytes,
+        platform="tpu",
+        shards=shards,
+    )
+    assert found.total == pytest.approx(peak, rel=0.15)
 
 
 def test_an_unknown_word_for_the_trained_numbers_is_refused():
