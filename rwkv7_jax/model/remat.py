@@ -30,7 +30,7 @@ def keep_for_backward(block: Callable, remat: str, *, is_scanned: bool) -> Calla
         remat: "none" keeps the results of matrix products and of the WKV op; "op", those of the WKV
             op; "block", nothing.
         is_scanned: whether the block is inside of a scan over layers. XLA cannot merge its two
-            passes then; elsewhere it would, and keep the first pass's results, weights that are
-            gathered included, until the last gradient, unless a barrier is between the two.
+            passes then; elsewhere it would, and keep the first pass's results until the last
+            gradient, unless a barrier is between the two.
     """
     return nn.remat(block, prevent_cse=not is_scanned, policy=_KEPT[remat])
