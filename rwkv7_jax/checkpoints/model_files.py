@@ -52,7 +52,11 @@ from rwkv7_jax.checkpoints.unused_value_residual import (
     add_unused_value_residual,
     drop_unused_value_residual,
 )
-from rwkv7_jax.checks import check_choice, check_instance, prefix_errors
+from rwkv7_jax.checks import (
+    check_choice,
+    check_instance,
+    prefix_errors,
+)
 from rwkv7_jax.local_paths import local_path
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.int8_weights import (
@@ -61,7 +65,7 @@ from rwkv7_jax.model.int8_weights import (
     origin_of,
     quantize_rows,
 )
-from rwkv7_jax.sharding import is_spread, place
+from rwkv7_jax.sharding import TENSOR, check_shared_heads, is_spread, place
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 _LARGEST_HALF = 65504
@@ -98,7 +102,8 @@ def load_model(
 
     Raises:
         ValueError: no such file, a damaged one, not RWKV-7, tensors missing or misshapen (one
-            table), NaN, float64 where JAX has none, or numbers that `dtype` cannot hold.
+            table), NaN, float64 where JAX has none, numbers that `dtype` cannot hold, or a mesh
+            that does not divide the heads.
         TypeError: `dtype` is not floating-point, or `path` is no path.
         ImportError: the package for a GGUF file is missing.
     """
@@ -116,6 +121,9 @@ def load_model(
                 return _load_orbax_in_int8(folder, dtype, mesh)
             return load_orbax(folder, dtype=dtype, allow_nan=allow_nan, device=mesh)
         tensors, config = open_model(path)
+        if mesh is not None:
+            with prefix_errors("load_model"):
+                check_shared_heads(config, mesh.shape.get(TENSOR, 1), "`mesh`")
         convert = as_it_is
         if weights is not None:
             named = loaded_tensors(tensors, config, str(path), dtype=dtype)

@@ -40,7 +40,7 @@ from rwkv7_jax.checkpoints.param_tree import (
 )
 from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.sharding import abstract_shards
+from rwkv7_jax.sharding import TENSOR, abstract_shards, check_shared_heads
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 _ARRAYS = "params"
@@ -89,6 +89,9 @@ def load_orbax(
         )
     card = read_json(path)
     config = _config_of(card, path)
+    if isinstance(device, Mesh):
+        with prefix_errors("load_model"):
+            check_shared_heads(config, device.shape.get(TENSOR, 1), "`mesh`")
     _check_files(card, folder)
     # The folder may come from a machine with another mesh: its own shardings do not count.
     params = _restore(

@@ -8,7 +8,7 @@ Source: arXiv 2503.14456, section 4; BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_dem
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,7 @@ from rwkv7_jax.model import initializers as initial
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.recurrence import recurrence
 from rwkv7_jax.model.state import LayerState
+from rwkv7_jax.sharding import own_part, sum_over_heads
 
 # The vectors of the recurrence, which `method="trace"` returns for every block.
 RECURRENCE = (*WKVInputs._fields, "icl_rate")
@@ -38,6 +39,9 @@ PROJECTION_INPUTS = (
 
 TRACE = (*RECURRENCE, "y", "gate", "residual", "ffn_input", *PROJECTION_INPUTS)
 
+# Those whose axis after the tokens is heads, or channels that belong to heads or lie as they do:
+# devices that share the heads of a block have some of them each.
+BY_HEADS = frozenset((*RECURRENCE, "y", "gate", "output_input", "ffn_hidden"))
 
 # The token shift's coefficients: parameters' names, and the powers of their initial values.
 _SHIFTS = {"x_r": 0.2, "x_w": 0.9, "x_k": 0.7, "x_v": 0.7, "x_a": 0.9, "x_g": 0.2}
@@ -63,6 +67,16 @@ def _identity(x: Array) -> Array:
     return x
 
 
+def _weight(module: Any, name: str, draw: initial.Initial, layer) -> Any:
+    """Declares a weight; of one whose heads several devices share, this device's part."""
+    path = "/".join((*module.path, name))
+
+    def draw_part(*arguments):
+        return own_part(path, draw(*arguments))
+
+    return module.param(name, draw_part, layer, module.config)
+
+
 class Norm(nn.Module):
     """The weight and bias of a layer norm."""
 
@@ -86,7 +100,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         """Computes x W^T."""
-        return layers.linear(x, self.param("weight", self.initial, 0, self.config))
+        return layers.linear(x, _weight(self, "weight", self.initial, 0))
 
 
 class HeadNorm(nn.Module):
@@ -98,8 +112,8 @@ class HeadNorm(nn.Module):
     def __call__(self, layer) -> tuple[Array, Array]:
         """Returns both, of all channels."""
         zeros = initial.constant(0.0, self.config.width)
-        weight = self.param("weight", initial.group_norm_weight, layer, self.config)
-        bias = self.param("bias", zeros, layer, self.config)
+        weight = _weight(self, "weight", initial.group_norm_weight, layer)
+        bias = _weight(self, "bias", zeros, layer)
         return jnp.asarray(weight), jnp.asarray(bias)
 
 
@@ -166,7 +180,7 @@ class TimeMix(nn.Module):
 
         # kappa^ = (k * xi) / |k * xi| for each head,  k~ = k * lerp(1, a, alpha)
         xi = self._weight("k_k", initial.removal_scale, layer)
-        xi = xi.reshape(config.num_heads, config.head_size)
+        xi = xi.reshape(-1, config.head_size)
         alpha = self._weight("k_a", initial.constant(1.02, config.width), layer)
         k, a, b, icl_rate = chains.removal_and_replacement(k, icl, icl_bias, xi, alpha)
 
@@ -192,7 +206,7 @@ class TimeMix(nn.Module):
         # o = (g * p) W_o, with p = norm(y) + bonus
         gated = self._read_out(y, inputs, gate, layer)
         # From zeros: a new block adds nothing to the residual stream until it is trained.
-        out = self._square("output", 0.0)(gated)
+        out = sum_over_heads(self._square("output", 0.0)(gated))
 
         # The last token that counts in each row, not the last column: padding is on the right.
         att_shift = layers.last_token(x, state.att_shift, lengths, segments)
@@ -211,7 +225,7 @@ class TimeMix(nn.Module):
     # Linen draws a parameter from the number of draws before it in the same module: a new model has
     # other weights when the order of these calls changes.
     def _weight(self, name: str, draw: initial.Initial, layer) -> Array:
-        return self.param(name, draw, layer, self.config)
+        return _weight(self, name, draw, layer)
 
     def _square(self, name: str, gain: float) -> Linear:
         """Makes a D x D projection; a gain of 0 starts it from zeros."""
@@ -229,8 +243,8 @@ class TimeMix(nn.Module):
         rank: int,
         activation: Callable,
         layer,
-    ) -> Activations:
-        """Computes activation(x w1) w2, in x's dtype."""
+    ) -> Float[Array, "B T O"]:
+        """Computes activation(x w1) w2, in x's dtype: of all channels, or of the device's heads."""
         width = self.config.width
         # Zeros here but not in `up`: where both are zero, neither gets a gradient through tanh.
         down = self._weight(f"{letter}1", initial.constant(0.0, width, rank), layer)
@@ -243,7 +257,7 @@ class TimeMix(nn.Module):
         v,
         v_first,
         layer,
-    ) -> Activations:
+    ) -> Float[Array, "B T O"]:
         """Moves the values towards layer 0's by nu = sigmoid(loramlp_nu(identity, x_v))."""
         raw = self._low_rank(x_v, "v", self.config.value_rank, _identity, layer)
         bias = self._weight("v0", initial.value_bias, layer)
@@ -260,7 +274,7 @@ class TimeMix(nn.Module):
         return chains.read_out(y, r_k_v, gate, rho, norm, self.config.group_norm_eps)
 
     def _heads(self, x: Activations) -> Heads:
-        return x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_size)
+        return x.reshape(*x.shape[:2], -1, self.config.head_size)
 
 
 class ChannelMix(nn.Module):
@@ -292,7 +306,8 @@ class ChannelMix(nn.Module):
         # o = relu(x_k W_k)^2 W_v
         hidden = chains.squared_relu(grow(mixed))
         trace = {"ffn_key_input": mixed, "ffn_hidden": hidden}
-        return shrink(hidden), layers.last_token(x, shift, lengths, segments), trace
+        out = sum_over_heads(shrink(hidden))
+        return out, layers.last_token(x, shift, lengths, segments), trace
 
 
 class Block(nn.Module):

@@ -5,7 +5,9 @@ This is the only place where the model calls the op.
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 import pallas_kernels
@@ -14,7 +16,7 @@ from rwkv7_jax.array_types import Heads, Lengths, SegmentIds
 from rwkv7_jax.model.segments import Segments
 from rwkv7_jax.model.time_shards import wkv7_along_time
 from rwkv7_jax.model.upscaled_memory import Upscaled
-from rwkv7_jax.sharding import shard_map_batch, time_axis
+from rwkv7_jax.sharding import TENSOR, mesh_sizes, on_each, row_axes, time_axis
 
 # One layer's arrays of those that `RWKV7.trace` returns, by name.
 LayerTrace = Mapping[str, Array]
@@ -33,10 +35,37 @@ def wkv7_sharded(
     lengths: Lengths | None = None,
     segment_ids: SegmentIds | None = None,
 ) -> tuple[Float[Array, "B T H Nv"], Float[Array, "S H Nv Nk"]]:
-    """Runs the WKV op; on several devices, each one runs it on its own rows."""
-    op = functools.partial(pallas_kernels.wkv7, implementation=implementation)
+    """Runs the WKV op; on several devices, each one runs it on its own rows and heads.
+
+    Devices that do not divide rows or heads evenly compute all of them.
+    """
+
+    def op(inputs: WKVInputs, state: Array, lengths: Any, segment_ids: Any):
+        return pallas_kernels.wkv7(
+            *inputs,
+            state,
+            implementation=implementation,
+            lengths=lengths,
+            segment_ids=segment_ids,
+        )
+
+    sizes = mesh_sizes()
+    batch, _, heads, _ = inputs.r.shape
+    rows = row_axes(batch, sizes) or None
+    own_heads = TENSOR if heads % sizes.get(TENSOR, 1) == 0 else None
+    of_tokens = PartitionSpec(rows, None, own_heads)
     # A row's states lie together, so that a device that has the row has them too.
-    return shard_map_batch(op, *inputs, state, lengths=lengths, segment_ids=segment_ids)
+    of_states = PartitionSpec(rows, own_heads)
+    of_rows = PartitionSpec(rows)
+    return on_each(
+        op,
+        inputs,
+        state,
+        lengths,
+        segment_ids,
+        takes=(of_tokens, of_states, of_rows, of_rows),
+        gives=(of_tokens, of_states),
+    )
 
 
 def recurrence(

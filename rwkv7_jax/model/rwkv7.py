@@ -6,7 +6,7 @@ first block stands apart as `layer_0`; the others' weights are stacked under `la
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -26,7 +26,7 @@ from rwkv7_jax.checks import (
 )
 from rwkv7_jax.model import initializers as initial
 from rwkv7_jax.model import layers, time_shards
-from rwkv7_jax.model.block import TRACE, Block, Norm
+from rwkv7_jax.model.block import BY_HEADS, TRACE, Block, Norm
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.remat import keep_for_backward
 from rwkv7_jax.model.segments import Segments, check_packed_state, find_segments
@@ -44,8 +44,8 @@ class RWKV7(nn.Module):
     Nothing is mutable: memory is passed in and comes back as an `RWKV7State`. Activations have
     `config.dtype`; logits and the WKV state are float32.
 
-    Under a mesh (`sharding.use_mesh`) each device runs the model on its own rows, and the weights,
-    which may lie in shards, are gathered block by block.
+    Under a mesh (`sharding.use_mesh`) each device runs the model on its own rows, and with `tensor`
+    on its own heads. The weights, which may lie in shards, are gathered block by block.
     """
 
     config: RWKV7Config
@@ -62,7 +62,8 @@ class RWKV7(nn.Module):
 
         Raises:
             TypeError: variables, or weights, that are no dict.
-            ValueError: no weights in them, or those of a model of other sizes.
+            ValueError: no weights in them, or those of a model of other sizes; or a mesh that does
+                not divide the heads.
         """
         # Flax would speak of scopes and collections.
         with prefix_errors("RWKV7"):
@@ -77,7 +78,10 @@ class RWKV7(nn.Module):
                     f'`variables` must hold the weights, {{"params": params}}; it has {names}.'
                 )
             check_params(variables["params"], self.config)
-        if sharding.mesh_sizes():
+            sizes = sharding.mesh_sizes()
+            parts = sizes.get(sharding.TENSOR, 1)
+            sharding.check_shared_heads(self.config, parts, "the mesh of the program")
+        if sizes:
             return self._apply_on_each(variables, *arguments, **named)
         return super().apply(variables, *arguments, **named)
 
@@ -113,10 +117,9 @@ class RWKV7(nn.Module):
         of_rows = PartitionSpec(rows)
         of_tokens = PartitionSpec(rows, time)
         of_states = _state_specs(state, rows)
-        results = [of_tokens, of_states]
+        results: list[Any] = [of_tokens, of_states]
         if getattr(method, "__name__", method) in ("trace", "hidden_with_trace"):
-            # [L B T ...] of whatever is traced.
-            results.append(PartitionSpec(None, rows, time))
+            results.append(_trace_specs(static.get("names", TRACE), rows, time))
 
         def run(variables, tokens, state, lengths, segment_ids):
             shards = sharding.as_shards(variables, weights)
@@ -255,10 +258,13 @@ class RWKV7(nn.Module):
             if lengths is not None:
                 lengths = layers.safe_lengths(lengths, tokens.shape)
             segments = None
-            if segment_ids is None:
-                check_state(state, tokens.shape[0], config)
-            else:
-                check_packed_state(state, config)
+            # A device's own heads are of a state that was checked before.
+            if not sharding.shares_heads():
+                if segment_ids is None:
+                    check_state(state, tokens.shape[0], config)
+                else:
+                    check_packed_state(state, config)
+            if segment_ids is not None:
                 segments = find_segments(
                     segment_ids, lengths, tokens.shape, state.batch
                 )
@@ -320,10 +326,21 @@ class RWKV7(nn.Module):
 def _state_specs(state: RWKV7State, rows: Any) -> RWKV7State:
     """Returns how the leaves of a state lie on devices: as the rows, unless one row is for all."""
 
-    def spec(leaf: Any) -> PartitionSpec:
-        return PartitionSpec(None, rows if leaf.shape[1] == state.batch else None)
+    def with_rows(leaf: Any, heads: PartitionSpec) -> PartitionSpec:
+        own = rows if leaf.shape[1] == state.batch else None
+        return PartitionSpec(None, own, *heads[2:])
 
-    return jax.tree.map(spec, state)
+    by_heads = sharding.specs(sharding.mesh_sizes(), state)
+    return jax.tree.map(with_rows, state, by_heads)
+
+
+def _trace_specs(names: Iterable[str], rows: Any, time: Any) -> dict[str, Any]:
+    """Returns how the arrays of a trace, [L B T ...], lie on devices."""
+    specs = {}
+    for name in names:
+        heads = sharding.TENSOR if name in BY_HEADS else None
+        specs[name] = PartitionSpec(None, rows, time, heads)
+    return specs
 
 
 def _at_door(module: Callable, parent: RWKV7, *names: str) -> Callable:

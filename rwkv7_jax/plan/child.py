@@ -18,6 +18,7 @@ from rwkv7_jax.plan.hlo import parse
 from rwkv7_jax.plan.steps import Step, describe_step
 from rwkv7_jax.runs.exit_codes import is_out_of_host_memory, is_out_of_memory
 from rwkv7_jax.runs.settings import read_settings
+from rwkv7_jax.sharding.layout import TENSOR
 
 _GIB = 2**30
 
@@ -96,7 +97,10 @@ def _expected_wire_gb(step: Step) -> float | None:
         step.sizes,
         trained=step.state.params,
         dtype=mode.model.config.dtype,
-        tokens=data.batch_size * data.length // len(step.devices),
+        # Devices that share heads have the same tokens.
+        tokens=step.sizes.get(TENSOR, 1)
+        * (data.batch_size * data.length // len(step.devices)),
+        recomputed=mode.model.config.remat == "block",
     )
     return round(sent / 1e9, 3)
 

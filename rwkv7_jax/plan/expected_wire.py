@@ -5,7 +5,11 @@ pass. The head's and those of the first block, which is outside of the scan over
 gathered once: there the compiler merges the two. Where weights are trained, each device gets the
 gradient of its own shard by one reduce-scatter, and shards that several groups of devices hold are
 averaged by an all-reduce. Of the embedding, rows travel. Start states are whole on each device, and
-so are their gradients.
+so are their gradients, but for the states of heads.
+
+Devices that share heads have their own matrices and states, and sum what a block's two halves add
+to the residual stream: in the forward pass, in the backward pass, and the first half again where a
+block is computed again.
 """
 
 import math
@@ -16,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from rwkv7_jax.plan.collectives import wire_bytes
-from rwkv7_jax.sharding.layout import DATA, FSDP, leaf_name, spec
+from rwkv7_jax.sharding.layout import FSDP, TENSOR, axes_of, leaf_name, spec
 
 
 def expected_wire_bytes(
@@ -26,6 +30,7 @@ def expected_wire_bytes(
     trained: Any,
     dtype: str,
     tokens: int,
+    recomputed: bool = False,
 ) -> float:
     """Computes the bytes that one device sends in a step.
 
@@ -35,32 +40,63 @@ def expected_wire_bytes(
         trained: parameters with gradients, described: the weights themselves or a start state.
         dtype: of activations, in which wider weights are gathered.
         tokens: that one device reads in a step.
+        recomputed: whether the backward pass computes each block again.
     """
-    groups = sizes.get(DATA, 1)
     parts = sizes.get(FSDP, 1)
     devices = math.prod(sizes.values())
     is_trained = trained is weights
-    total = 0.0
+    rows = tokens * weights["emb"]["weight"].shape[-1] * jnp.dtype(dtype).itemsize
+    total = _summed_bytes(weights, sizes, rows, recomputed)
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
         name = leaf_name(path)
-        in_shards = FSDP in spec(name, leaf.shape, sizes)
-        gathered = leaf.size * min(leaf.dtype.itemsize, jnp.dtype(dtype).itemsize)
+        axes = _axes_that_cut(name, leaf, sizes)
+        in_shards = FSDP in axes
+        size = leaf.size * min(leaf.dtype.itemsize, jnp.dtype(dtype).itemsize)
+        gathered = size // (sizes[TENSOR] if TENSOR in axes else 1)
         if in_shards and name.startswith("emb/"):
-            rows = tokens * leaf.shape[-1] * jnp.dtype(dtype).itemsize
             total += (1 + is_trained) * wire_bytes("all-to-all", parts, rows)
         elif in_shards:
             times = 1 if name.startswith(("head/", "layer_0/")) else 2
             total += times * wire_bytes("all-gather", parts, gathered)
         if not is_trained:
             continue
-        if in_shards:
-            if not name.startswith("emb/"):
-                total += wire_bytes("reduce-scatter", parts, gathered // parts)
-            total += wire_bytes("all-reduce", groups, gathered // parts)
-        else:
-            total += wire_bytes("all-reduce", devices, gathered)
+        if in_shards and not name.startswith("emb/"):
+            total += wire_bytes("reduce-scatter", parts, gathered // parts)
+        cut = math.prod(sizes[axis] for axis in axes)
+        total += wire_bytes("all-reduce", devices // cut, size // cut)
     if not is_trained:
-        for leaf in jax.tree.leaves(trained):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
+            axes = _axes_that_cut(leaf_name(path), leaf, sizes)
+            cut = math.prod(sizes[axis] for axis in axes)
             size = math.prod(leaf.shape) * leaf.dtype.itemsize
-            total += wire_bytes("all-reduce", devices, size)
+            total += wire_bytes("all-reduce", devices // cut, size // cut)
     return total
+
+
+def _axes_that_cut(name: str, leaf: Any, sizes: Mapping[str, int]) -> set[str]:
+    """Returns the mesh axes along which a leaf lies in parts."""
+    found: set[str] = set()
+    for entry in spec(name, leaf.shape, sizes):
+        found.update(axes_of(entry))
+    return found
+
+
+def _summed_bytes(
+    weights: Any, sizes: Mapping[str, int], rows: int, recomputed: bool
+) -> float:
+    """Computes the bytes that devices send which share heads.
+
+    Args:
+        weights: of the model.
+        sizes: of the mesh's axes, by name.
+        rows: bytes of the activations of a device's tokens.
+        recomputed: whether the backward pass computes each block again.
+    """
+    heads = sizes.get(TENSOR, 1)
+    layers = 1
+    if "layers" in weights:
+        layers += weights["layers"]["att"]["w0"].shape[0]
+    sums = layers * (5 if recomputed else 4)
+    # The gradient that comes back from the head, of which each device has some tokens.
+    given_back = wire_bytes("all-gather", heads, rows)
+    return sums * wire_bytes("all-reduce", heads, rows) + given_back

@@ -1,8 +1,10 @@
 """Programs in which each device computes its own rows, and weights meet where they are needed.
 
-Weights lie in shards. A block's matrices are gathered at its door, so that no device holds more
-than one block of them at a time; the transpose of the gather is the reduce-scatter that leaves each
-device the gradient of its own shard.
+Weights lie in shards. Along `fsdp` a block's matrices are gathered at its door, so that no device
+holds more than one block of them at a time; the transpose of the gather is the reduce-scatter that
+leaves each device the gradient of its own shard. Along `tensor` they are never gathered: a device
+computes some of the heads and channels of a block, and what they add to the residual stream is
+summed.
 """
 
 import contextlib
@@ -18,7 +20,7 @@ from jaxtyping import Array
 
 from rwkv7_jax.array_types import Activations, Tokens
 from rwkv7_jax.sharding import layout
-from rwkv7_jax.sharding.layout import FSDP
+from rwkv7_jax.sharding.layout import FSDP, TENSOR
 
 # Not asked of the mesh: on the same one, a device may also have rows of its own.
 _TIME_AXIS: contextvars.ContextVar[str | None] = contextvars.ContextVar(
@@ -107,29 +109,42 @@ def on_each(function: Callable, *arguments: Any, takes: Any, gives: Any) -> Any:
     )(*arguments)
 
 
-def shard_map_batch(function: Callable, *arrays: Any, **named_arrays: Any) -> Any:
-    """Calls a function on each device with the device's share of the rows.
+def shares_heads() -> bool:
+    """Tells, to what is traced inside of `on_each`, whether a device has only some of the heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return kinds.get(TENSOR) == AxisType.Manual and mesh.shape[TENSOR] > 1
 
-    The leading axis of all arguments and results is the rows. Devices that do not divide the rows
-    evenly compute all of them.
+
+def own_part(name: str, whole: Array) -> Array:
+    """Returns the heads or channels of a weight that a device has; all of them elsewhere.
+
+    Args:
+        name: path of the weight, which says along which axis they lie.
+        whole: the weight.
     """
-    sizes = mesh_sizes()
-    if not sizes:
-        return function(*arrays, **named_arrays)
-    # All arguments have the same rows, so the first leaf stands for them.
-    rows = PartitionSpec(
-        layout.row_axes(jax.tree.leaves(arrays)[0].shape[0], sizes) or None
-    )
+    if not shares_heads():
+        return whole
+    sizes = {TENSOR: jax.lax.axis_size(TENSOR)}
+    for axis, entry in enumerate(layout.spec(name, whole.shape, sizes)):
+        if entry == TENSOR:
+            size = whole.shape[axis] // sizes[TENSOR]
+            first = size * jax.lax.axis_index(TENSOR)
+            return jax.lax.dynamic_slice_in_dim(whole, first, size, axis)
+    return whole
 
-    # `jax.shard_map` has no keyword arguments.
-    def call(arrays, named_arrays):
-        return function(*arrays, **named_arrays)
 
-    return on_each(call, arrays, named_arrays, takes=rows, gives=rows)
+def sum_over_heads(part: Array) -> Array:
+    """Adds up what devices with other heads or channels computed; elsewhere it is the sum already.
+
+    The transpose is such a sum as well. Between the two, each device has its own part of the
+    gradient with respect to what all of them have.
+    """
+    return jax.lax.psum(part, TENSOR) if shares_heads() else part
 
 
 def as_shards(tree: Any, specs: Any) -> Any:
-    """Marks which arrays of a device are parts, so that they are not taken for whole ones.
+    """Marks which arrays of a device are to be gathered, so that they are not taken for whole ones.
 
     Args:
         tree: one device's arrays, inside of `on_each`.
@@ -137,13 +152,14 @@ def as_shards(tree: Any, specs: Any) -> Any:
     """
 
     def mark(values: Array, spec: PartitionSpec) -> Any:
-        if FSDP not in spec:
-            return values
-        return Shard(
-            values=values,
-            axis=spec.index(FSDP) - values.ndim,
-            count=jax.lax.axis_size(FSDP),
-        )
+        for axis, entry in enumerate(spec):
+            if FSDP in layout.axes_of(entry):
+                return Shard(
+                    values=values,
+                    axis=axis - values.ndim,
+                    count=jax.lax.axis_size(FSDP),
+                )
+        return values
 
     return jax.tree.map(mark, tree, specs)
 

@@ -16,25 +16,46 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 DATA = "data"
 FSDP = "fsdp"
 SEQUENCE = "sequence"
-AXES = (DATA, FSDP, SEQUENCE)
+TENSOR = "tensor"
+AXES = (DATA, FSDP, SEQUENCE, TENSOR)
 
 # The rows of a batch lie along these: devices that hold shards of the weights compute other rows.
-# Along the third axis lie the tokens of a row, in pieces that follow each other.
+# Along the third axis lie the tokens of a row, in pieces that follow each other; along the fourth
+# the heads of a block, and the channels inside of its channel mix.
 ROWS = (DATA, FSDP)
 
-_MATRICES = r"(head|att/(receptance|key|value|output)|ffn/(key|value))/weight(/values)?"
+# An axis of a leaf lies along one axis of the mesh, or along several, the outermost first.
+_Axes = tuple[str | tuple[str, ...] | None, ...]
 
-# The end of a leaf's path, and the mesh axes of the leaf's last axes. The first axis of a matrix is
-# sharded: its rows lie together in a file, and a gather along it moves nothing afterwards. Of the
-# embedding it is the columns: every device looks up all tokens in its own, and no row travels that
-# no token asks for. Leaves that no line names, such as vectors and start states, are replicated.
-_TABLE: tuple[tuple[re.Pattern, tuple[str | None, ...]], ...] = (
+# A device's own heads or channels, of which each shard has some.
+_OWN = (TENSOR, FSDP)
+
+_INTO_HEADS = r"(^|/)(att/(receptance|key|value)|ffn/key)/weight"
+_OUT_OF_HEADS = r"(^|/)(att/output|ffn/value)/weight"
+
+# The end of a leaf's path, and the mesh axes of the leaf's last axes. Gathered along `fsdp` is the
+# first axis of a matrix: its rows lie together in a file, and a gather along it moves nothing
+# afterwards. Of the embedding it is the columns: every device looks up all tokens in its own, and
+# no row travels that no token asks for. Along `tensor` nothing is gathered: what a device has there
+# is all that it computes with. Leaves that no line names, such as norms and token shifts, are
+# replicated.
+_TABLE: tuple[tuple[re.Pattern, _Axes], ...] = (
     (re.compile(r"(^|/)emb/weight$"), (None, FSDP)),
-    (re.compile(rf"(^|/){_MATRICES}$"), (FSDP, None)),
+    (re.compile(r"(^|/)head/weight(/values)?$"), (FSDP, None)),
+    (re.compile(rf"{_INTO_HEADS}(/values)?$"), (_OWN, None)),
+    (re.compile(rf"{_OUT_OF_HEADS}(/values)?$"), (FSDP, TENSOR)),
     # The scales of rows in 8 bits.
+    (re.compile(rf"{_INTO_HEADS}/scale$"), (_OWN,)),
     (re.compile(r"/weight/scale$"), (FSDP,)),
     (re.compile(r"/att/[wavg]1$"), (FSDP, None)),
-    (re.compile(r"/att/[wavg]2$"), (None, FSDP)),
+    (re.compile(r"/att/[wavg]2$"), (None, _OWN)),
+    (re.compile(r"/att/([wav]0|k_k|k_a|ln_x/(weight|bias))$"), (TENSOR,)),
+    (re.compile(r"/att/r_k$"), (TENSOR, None)),
+    # Of states, and of what is measured of each head.
+    (re.compile(r"(^|/)(wkv|upscaled/(memory|readout))$"), (TENSOR, None, None)),
+    (re.compile(r"(^|/)upscaled/write$"), (TENSOR,)),
+    (re.compile(r"(^|/)features/(landmarks|map)$"), (TENSOR, None, None)),
+    (re.compile(r"(^|/)features/(widths|mean)$"), (TENSOR, None)),
 )
 
 
@@ -57,12 +78,38 @@ def leaf_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _axes(name: str, ndim: int) -> tuple[str | None, ...]:
-    """Returns the mesh axis of each axis of a leaf, before sizes are looked at."""
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Returns the mesh axes of one entry of a `PartitionSpec`."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else entry
+
+
+def _axes(name: str, ndim: int) -> list[tuple[str, ...]]:
+    """Returns the mesh axes of each axis of a leaf, before sizes are looked at."""
     for pattern, axes in _TABLE:
         if ndim >= len(axes) and pattern.search(name):
-            return (None,) * (ndim - len(axes)) + axes
-    return (None,) * ndim
+            return [()] * (ndim - len(axes)) + [axes_of(entry) for entry in axes]
+    return [()] * ndim
+
+
+def _divide(
+    size: int, axes: tuple[str, ...], sizes: Mapping[str, int]
+) -> tuple[list[str], list[str]]:
+    """Returns the mesh axes of more than one device that divide a size, and those that do not."""
+    kept = []
+    dropped = []
+    parts = 1
+    for axis in axes:
+        count = sizes.get(axis, 1)
+        if count == 1:
+            continue
+        if size % (parts * count):
+            dropped.append(axis)
+        else:
+            kept.append(axis)
+            parts *= count
+    return kept, dropped
 
 
 def spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
@@ -73,11 +120,14 @@ def spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Partiti
         shape: of the whole array.
         sizes: of the mesh's axes, by name.
     """
-    kept = []
-    for axis, size in zip(_axes(name, len(shape)), shape, strict=True):
-        count = 1 if axis is None else sizes.get(axis, 1)
-        kept.append(axis if count > 1 and size % count == 0 else None)
-    return PartitionSpec(*kept)
+    entries: list[str | tuple[str, ...] | None] = []
+    for axes, size in zip(_axes(name, len(shape)), shape, strict=True):
+        kept, _ = _divide(size, axes, sizes)
+        if len(kept) > 1:
+            entries.append(tuple(kept))
+        else:
+            entries.append(kept[0] if kept else None)
+    return PartitionSpec(*entries)
 
 
 def specs(sizes: Mapping[str, int], tree: Any) -> Any:
@@ -130,10 +180,21 @@ def undivided(mesh: Mesh, tree: Any) -> list[Undivided]:
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = leaf_name(path)
-        for axis, size in zip(_axes(name, len(leaf.shape)), leaf.shape, strict=True):
-            if axis is not None and size % mesh.shape.get(axis, 1):
+        for axes, size in zip(_axes(name, len(leaf.shape)), leaf.shape, strict=True):
+            _, dropped = _divide(size, axes, mesh.shape)
+            for axis in dropped:
                 found.append(Undivided(name, size, axis))
     return found
+
+
+def token_axes(tokens: int, sizes: Mapping[str, int]) -> tuple[str, ...] | None:
+    """Returns the mesh axes that share the tokens of a row outside of the blocks.
+
+    There, devices that share heads in the blocks have all of a row: they take a piece of it each,
+    so that the head is computed once. Tokens that an axis does not divide it does not share.
+    """
+    kept, _ = _divide(tokens, (SEQUENCE, TENSOR), sizes)
+    return tuple(kept) or None
 
 
 def row_axes(rows: int, sizes: Mapping[str, int]) -> tuple[str, ...]:

@@ -13,10 +13,13 @@ from jaxtyping import Array
 
 from rwkv7_jax.sharding import layout
 from rwkv7_jax.sharding.collectives import mesh_sizes
-from rwkv7_jax.sharding.layout import AXES, DATA, FSDP, SEQUENCE
+from rwkv7_jax.sharding.layout import AXES, DATA, FSDP, SEQUENCE, TENSOR
 
 # The choice that leaves the sizes of a mesh to `make_mesh`.
 AUTO = "auto"
+
+# The axes that lie within one process.
+_INNER = (FSDP, SEQUENCE, TENSOR)
 
 
 def make_mesh(
@@ -27,8 +30,8 @@ def make_mesh(
     """Makes the mesh of a run; None if it is one device.
 
     Args:
-        choice: the sizes of `data`, `fsdp` and `sequence` by name, or "auto": rows over as many
-            devices as divide them evenly, and all weights on each of them.
+        choice: the sizes of `data`, `fsdp`, `sequence` and `tensor` by name, or "auto": rows over
+            as many devices as divide them evenly, and all weights on each of them.
         rows: of a step.
         devices: all by default.
 
@@ -41,7 +44,7 @@ def make_mesh(
         sizes = {axis: choice.get(axis, 1) for axis in AXES}
         if math.prod(sizes.values()) > len(devices):
             raise ValueError(
-                f"`config.mesh` must have at most the {len(devices)} devices that there are; "
+                f"`config.mesh` must have at most as many devices as there are, {len(devices)}; "
                 f"got {_described(sizes)}."
             )
     else:
@@ -104,7 +107,7 @@ def _automatic(rows: int, devices: Sequence[Any]) -> dict[str, int]:
             f"{processes} processes; change `config.data.batch_size`, "
             "`config.optimizer.accumulate` or, at test time, `config.test_time.prompts`."
         )
-    return {DATA: count, FSDP: 1, SEQUENCE: 1}
+    return {**dict.fromkeys(AXES, 1), DATA: count}
 
 
 def _group(device: Any) -> tuple[int, int]:
@@ -123,9 +126,13 @@ def _arranged(sizes: Mapping[str, int], devices: list[Any]) -> np.ndarray:
     # Over slices the wires are slow: rows lie there, and what belongs together inside of them.
     for groups, is_process in ((processes, True), (slices, False)):
         if groups > 1 and sizes[DATA] % groups == 0:
-            inner = (sizes[DATA] // groups, sizes[FSDP], sizes[SEQUENCE])
+            own = {**sizes, DATA: sizes[DATA] // groups}
+            between = {**dict.fromkeys(AXES, 1), DATA: groups}
             return mesh_utils.create_hybrid_device_mesh(
-                inner, (groups, 1, 1), devices, process_is_granule=is_process
+                [own[axis] for axis in AXES],
+                [between[axis] for axis in AXES],
+                devices,
+                process_is_granule=is_process,
             )
     shape = tuple(sizes[axis] for axis in AXES)
     return mesh_utils.create_device_mesh(shape, devices)
@@ -209,7 +216,8 @@ def parse_sizes(text: str, argument: str) -> str | dict[str, int]:
         argument: its name in backticks, for messages.
 
     Raises:
-        ValueError: an axis that there is not, or a size that is no positive integer.
+        ValueError: an axis that there is not, a size that is no positive integer, or both
+            `sequence` and `tensor`.
     """
     if text == AUTO:
         return AUTO
@@ -223,7 +231,30 @@ def parse_sizes(text: str, argument: str) -> str | dict[str, int]:
                 f"got {text!r}."
             )
         sizes[axis] = int(size)
+    if sizes.get(SEQUENCE, 1) > 1 and sizes.get(TENSOR, 1) > 1:
+        raise ValueError(
+            f"{argument} must divide rows along {SEQUENCE} or heads along {TENSOR}, not both; "
+            f"got {text!r}."
+        )
     return sizes
+
+
+def check_shared_heads(config: Any, parts: int, argument: str) -> None:
+    """Checks that devices can share the heads of a model.
+
+    Args:
+        config: the model's configuration.
+        parts: devices that share them.
+        argument: the argument in backticks; the message begins with it.
+
+    Raises:
+        ValueError: they do not divide the heads, or the channels inside of the channel mix.
+    """
+    if config.num_heads % parts or config.ffn_width % parts:
+        raise ValueError(
+            f"{argument} must have a size of `tensor` that divides the model's {config.num_heads} "
+            f"heads and the {config.ffn_width} channels of its channel mix; got {parts}."
+        )
 
 
 def is_shared(mesh: Mesh | None) -> bool:
@@ -246,7 +277,7 @@ def local_mesh(mesh: Mesh | None) -> Mesh | None:
     if mesh is None or not mesh.is_multi_process or is_shared(mesh):
         return mesh
     own = [device for device in mesh.devices.flat if device in mesh.local_devices]
-    inner = (mesh.shape[FSDP], mesh.shape[SEQUENCE])
+    inner = [mesh.shape[axis] for axis in _INNER]
     shape = (len(own) // math.prod(inner), *inner)
     return Mesh(np.array(own).reshape(shape), AXES, axis_types=mesh.axis_types)
 

@@ -8,6 +8,7 @@ that the share of the peak can be compared with other programs'.
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -283,6 +284,20 @@ def _activations(
     # Of a piece: the logits and their gradient.
     logits = compiler.logits * 4 * config.vocab_size * min(rows * length, CHUNK)
     return round(rows * length * layers + logits) + compiler.bytes
+
+
+def mean_weight_bytes(frozen: Any, config: RWKV7Config) -> float | int:
+    """Returns the bytes that a weight takes: trained ones are float32, frozen ones as held.
+
+    Args:
+        frozen: the weights; None where they are trained.
+        config: of their model.
+    """
+    if frozen is None:
+        return 4
+    leaves = jax.tree.leaves(frozen)
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    return held / parameter_count(config)
 
 
 def training_memory(

@@ -20,13 +20,13 @@ from rwkv7_jax.array_types import Activations, Tokens
 from rwkv7_jax.model.int8_weights import Int8Matrix, Weight
 from rwkv7_jax.model.layers import head_logits, linear
 from rwkv7_jax.sharding import (
-    SEQUENCE,
     as_shards,
     gather_shards,
     mesh_sizes,
     on_each,
     row_axes,
     specs,
+    token_axes,
 )
 
 PerToken = Float[Array, "B T"]
@@ -340,7 +340,7 @@ def weighted_loss(
 def _on_each_device(
     function: Callable[[_Positions, _Shared], Any], x: _Positions, shared: _Shared
 ) -> Any:
-    """Calls a function on each device, with its own rows and whole heads.
+    """Calls a function on each device, with its own rows or tokens and whole heads.
 
     Args:
         function: its results have two leading axes, rows and tokens, or one of each for a device.
@@ -349,10 +349,7 @@ def _on_each_device(
     """
     sizes = mesh_sizes()
     batch, tokens = x.hidden.shape[:2]
-    shares_tokens = tokens % sizes.get(SEQUENCE, 1) == 0 and sizes.get(SEQUENCE, 1) > 1
-    rows = PartitionSpec(
-        row_axes(batch, sizes) or None, SEQUENCE if shares_tokens else None
-    )
+    rows = PartitionSpec(row_axes(batch, sizes) or None, token_axes(tokens, sizes))
     heads = _Shared(
         head=_head_specs(sizes, shared.head),
         reference_head=_head_specs(sizes, shared.reference_head),

@@ -20,6 +20,7 @@ from jaxtyping import Array
 
 from rwkv7_jax.checks import check_count, check_instance, prefix_errors
 from rwkv7_jax.sharding import (
+    TENSOR,
     as_shards,
     constrain_layout,
     place,
@@ -127,8 +128,8 @@ def make_stacked_step(
 
     Raises:
         TypeError: an argument of the wrong kind.
-        ValueError: pieces below 1, or no rates; from the step, rows that cannot be shared by the
-            sets, and what `make_train_step` refuses.
+        ValueError: pieces below 1, no rates, or a mesh that shares heads; from the step, rows that
+            cannot be shared by the sets, and what `make_train_step` refuses.
     """
     with prefix_errors("make_stacked_step"):
         loss = as_partial(loss, "`loss`")
@@ -145,6 +146,11 @@ def make_stacked_step(
             )
         if mesh is not None:
             check_instance(mesh, Mesh, "`mesh`")
+            if mesh.shape.get(TENSOR, 1) > 1:
+                raise ValueError(
+                    "`mesh` must have no tensor axis: each device computes all heads of its sets; "
+                    f"got one of {mesh.shape[TENSOR]}."
+                )
 
     share_pass = can_share_pass(loss, statistics, accumulate)
 

@@ -27,9 +27,9 @@ def params():
     return lively(CONFIG)
 
 
-@pytest.fixture(scope="module")
-def mesh():
-    return sharding.make_mesh({"fsdp": 2}, 2)
+@pytest.fixture(scope="module", params=["fsdp", "tensor"])
+def mesh(request):
+    return sharding.make_mesh({request.param: 2}, 2)
 
 
 def saved(params, folder, name):
@@ -102,6 +102,16 @@ def test_every_number_is_read_once_and_a_shard_at_a_time(
     assert sum(read) >= matrices
     shards = [leaf.addressable_shards[0].data.nbytes for leaf in leaves]
     assert max(buffers) == max(shards)
+
+
+def test_heads_that_the_devices_do_not_divide_are_refused_before_numbers_are_read(
+    tmp_path,
+):
+    config = dataclasses.replace(CONFIG, head_size=64)
+    save_model(tmp_path / "model.pth", lively(config), config)
+    mesh = sharding.make_mesh({"tensor": 2}, 2)
+    with pytest.raises(ValueError, match=r"load_model: `mesh` must .* 1 heads"):
+        load_model(tmp_path / "model.pth", mesh=mesh)
 
 
 def test_a_number_that_is_not_finite_is_found_in_its_shard(params, mesh, tmp_path):

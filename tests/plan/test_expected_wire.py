@@ -14,15 +14,16 @@ CONFIG = RWKV7Config(vocab_size=512, num_layers=3, width=128)
 TOKENS = 64
 
 
-def sent(sizes, dtype="bfloat16", *, trained=False, tokens=TOKENS):
+def sent(sizes, dtype="bfloat16", *, trained=False, tokens=TOKENS, recomputed=False):
     weights = describe_weights(CONFIG, dtype, None)
-    state = jax.ShapeDtypeStruct((3, 1, 2, 64, 64), "float32")
+    state = {"wkv": jax.ShapeDtypeStruct((3, 1, 2, 64, 64), "float32")}
     return expected_wire_bytes(
         weights,
         sizes,
         trained=weights if trained else state,
         dtype="bfloat16",
         tokens=tokens,
+        recomputed=recomputed,
     )
 
 
@@ -73,6 +74,17 @@ def test_trained_weights_add_one_scatter_and_wider_ones_travel_no_wider():
     # Vectors and norms, which each device has, are averaged by all.
     assert 0 < small < 0.03 * trained
     assert sent(sizes, trained=True, tokens=0) == pytest.approx(trained)
+
+
+def test_devices_that_share_heads_send_activations_in_place_of_gathers():
+    sizes = {"data": 1, "tensor": 2}
+    rows = TOKENS * 128 * 2
+    summed = wire_bytes("all-reduce", 2, rows)
+    back = wire_bytes("all-gather", 2, rows)
+    # Two a block in the forward pass and two in the backward pass; the states stay where they are.
+    assert sent(sizes) == pytest.approx(3 * 4 * summed + back)
+    assert sent(sizes, recomputed=True) == pytest.approx(3 * 5 * summed + back)
+    assert sent(sizes, tokens=0) == 0
 
 
 def test_more_groups_of_data_send_about_the_same():

@@ -4,15 +4,21 @@ import csv
 
 import numpy as np
 import pytest
-from run_programs import SMALLEST, devices, finish, start
-from smallest_runs import save_base_model
+from run_programs import MODEL, SMALLEST, devices, finish, start
+from tiny_models import lively
 from tolerances import SAME, relative_error
+
+from rwkv7_jax.checkpoints.model_files import save_model
+from rwkv7_jax.model.config import RWKV7Config
 
 pytestmark = pytest.mark.slow
 
 STEPS = 6
+# Devices can share two heads.
+SIZES = MODEL | {"head_size": 8}
 RUN = {
     **SMALLEST,
+    "model.head_size": 8,
     "data.batch_size": 8,
     "steps": STEPS,
     "save_every": 3,
@@ -33,7 +39,8 @@ def losses(workdir):
 @pytest.fixture(scope="module")
 def base_model(tmp_path_factory):
     path = tmp_path_factory.mktemp("base") / "model.pth"
-    save_base_model(path)
+    config = RWKV7Config(**SIZES)
+    save_model(path, lively(config), config)
     return path
 
 
@@ -52,6 +59,7 @@ def test_a_run_in_shards_has_the_losses_of_one_device(tmp_path, base_model, mode
         "alone": (1, "auto"),
         "fsdp": (8, "fsdp=8"),
         "both": (8, "data=2,fsdp=4"),
+        "heads": (8, "data=2,fsdp=2,tensor=2"),
     }
     started = {}
     for name, (count, mesh) in runs.items():
@@ -66,7 +74,7 @@ def test_a_run_in_shards_has_the_losses_of_one_device(tmp_path, base_model, mode
     assert "mesh      data 1, fsdp 8" in said["fsdp"]
     alone = losses(tmp_path / "alone")
     assert len(alone) == STEPS
-    for name in ("fsdp", "both"):
+    for name in ("fsdp", "both", "heads"):
         assert relative_error(losses(tmp_path / name), alone) <= SAME["model"], name
 
 
@@ -74,7 +82,8 @@ def test_a_run_goes_on_with_another_mesh_and_on_one_device(tmp_path):
     place = tmp_path / "run"
     for steps, count, mesh in (
         (3, 8, "fsdp=8"),
-        (5, 8, "data=2,fsdp=4"),
+        (4, 8, "data=2,fsdp=4"),
+        (5, 2, "tensor=2"),
         (6, 1, "auto"),
     ):
         said, _ = finish(

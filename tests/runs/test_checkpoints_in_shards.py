@@ -16,7 +16,12 @@ from rwkv7_jax.runs.resume.checksums import changed_leaves, leaf_checksums
 from rwkv7_jax.training.train_step import TrainState
 
 ROWS = 2
-MESHES = {"fsdp 2": {"fsdp": 2}, "data 2": {"data": 2}, "one device": None}
+MESHES = {
+    "fsdp 2": {"fsdp": 2},
+    "data 2": {"data": 2},
+    "tensor 2": {"tensor": 2},
+    "one device": None,
+}
 
 
 def mesh_of(name):
@@ -34,8 +39,10 @@ def train_state(step=3):
             "att": {
                 "w2": jnp.asarray(noise.normal(size=(2, 3, 8)), jnp.float32),
                 "w0": jnp.asarray(noise.normal(size=(2, 8)), jnp.float32),
+                "output": {"weight": jnp.asarray(noise.normal(size=(2, 8, 8)))},
             }
         },
+        "wkv": jnp.asarray(noise.normal(size=(2, 1, 2, 4, 4)), jnp.float32),
     }
     count = jnp.asarray(step, jnp.int32)
     moments = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)

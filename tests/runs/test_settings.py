@@ -97,6 +97,28 @@ def test_an_absent_value_may_be_spelled_as_in_older_configs(values):
     assert read_settings(values) == Settings()
 
 
+@pytest.mark.parametrize(
+    ("tuning", "learning_rate", "reason"),
+    [
+        ({"states": {"one": "a.txt"}}, 0.1, "`config.tuning.states` names several"),
+        ({}, None, "a learning rate is searched"),
+    ],
+)
+def test_devices_share_heads_where_they_share_no_states(tuning, learning_rate, reason):
+    values = {
+        "mode": "state",
+        "init": "a.pth",
+        "data": {"path": "a.txt"},
+        "mesh": "tensor=2",
+        "tuning": tuning,
+        "optimizer": {"learning_rate": learning_rate},
+    }
+    with pytest.raises(ValueError) as caught:
+        read_settings(values)
+    message = f"`config.mesh` must have no tensor axis where {reason}"
+    assert str(caught.value).startswith(message)
+
+
 def test_absence_is_spelled_with_care():
     assert read_settings({"stop_after_bad": 0}).stop_after_bad is None
     with pytest.raises(ValueError, match=r"`config\.save_every` must be int or"):

@@ -14,10 +14,12 @@ from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.checkpoints.param_tree import tree_path
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
+from rwkv7_jax.runs.modes.model_setup import init_weights
 from rwkv7_jax.sharding.layout import leaf_name, spec
 from rwkv7_jax.training.train_step import TrainState
 
 SIZES = {"data": 2, "fsdp": 4}
+HEADS = {"fsdp": 2, "tensor": 2}
 
 
 def shapes():
@@ -48,6 +50,49 @@ def shapes():
 )
 def test_the_path_says_which_axis_is_sharded(name, shape, wanted):
     assert spec(name, shape, SIZES) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "wanted"),
+    [
+        ("layer_0/att/value/weight", (64, 64), P(("tensor", "fsdp"), None)),
+        ("layer_0/att/value/weight", (6, 64), P("tensor", None)),
+        ("layers/ffn/key/weight", (2, 256, 64), P(None, ("tensor", "fsdp"), None)),
+        ("layers/ffn/value/weight", (2, 64, 256), P(None, "fsdp", "tensor")),
+        ("layer_0/att/output/weight/values", (64, 64), P("fsdp", "tensor")),
+        ("layer_0/att/output/weight/scale", (64,), P("fsdp")),
+        ("layers/att/key/weight/scale", (2, 64), P(None, ("tensor", "fsdp"))),
+        ("layers/att/w1", (2, 64, 8), P(None, "fsdp", None)),
+        ("layers/att/w2", (2, 8, 64), P(None, None, ("tensor", "fsdp"))),
+        ("layers/att/w0", (2, 64), P(None, "tensor")),
+        ("layers/att/x_r", (2, 64), P(None, None)),
+        ("layers/att/r_k", (2, 4, 16), P(None, "tensor", None)),
+        ("layers/att/ln_x/bias", (2, 64), P(None, "tensor")),
+        ("layers/ln1/bias", (2, 64), P(None, None)),
+        ("emb/weight", (32, 64), P(None, "fsdp")),
+        ("head/weight", (32, 64), P("fsdp", None)),
+        ("mu/wkv", (3, 1, 4, 16, 16), P(None, None, "tensor", None, None)),
+        ("att_shift", (3, 1, 64), P(None, None, None)),
+        ("upscaled/memory", (3, 1, 4, 16, 48), P(None, None, "tensor", None, None)),
+        ("upscaled/features/mean", (3, 1, 4, 48), P(None, None, "tensor", None)),
+    ],
+)
+def test_heads_and_inner_channels_lie_along_an_axis_of_their_own(name, shape, wanted):
+    assert spec(name, shape, HEADS) == wanted
+
+
+def test_a_mesh_that_does_not_divide_the_heads_is_refused_at_every_door():
+    mesh = sharding.make_mesh({"tensor": 2}, 0)
+    config = dataclasses.replace(CONFIG, width=96)
+    model = RWKV7(config)
+    ids = jnp.zeros((1, 1), jnp.int32)
+    state = init_state(config)
+    params = jax.eval_shape(model.init, jax.random.key(0), ids, state)["params"]
+    said = r"must have a size of `tensor` that divides the model's 3 heads .*; got 2\."
+    with sharding.use_mesh(mesh), pytest.raises(ValueError, match=f"^RWKV7: .*{said}"):
+        model.apply({"params": params}, ids, state)
+    with pytest.raises(ValueError, match=f"^`config.mesh` {said}"):
+        init_weights(model, 0, mesh)
 
 
 def test_every_matrix_of_a_model_is_sharded_and_no_vector():
@@ -93,7 +138,12 @@ def test_as_many_devices_share_rows_as_divide_them(rows, axes):
 
 @pytest.mark.parametrize(
     ("text", "sizes"),
-    [("auto", "auto"), ("fsdp=8", {"fsdp": 8}), ("data=2,fsdp=4", SIZES)],
+    [
+        ("auto", "auto"),
+        ("fsdp=8", {"fsdp": 8}),
+        ("data=2,fsdp=4", SIZES),
+        ("fsdp=2,tensor=2", HEADS),
+    ],
 )
 def test_sizes_of_a_mesh_are_read(text, sizes):
     assert sharding.parse_sizes(text, "`config.mesh`") == sizes
@@ -107,8 +157,17 @@ def test_other_sizes_are_refused_in_one_sentence(text):
         sharding.parse_sizes(text, "`config.mesh`")
 
 
+def test_rows_and_heads_are_not_both_divided():
+    with pytest.raises(ValueError, match="along sequence or heads along tensor, not"):
+        sharding.parse_sizes("sequence=2,tensor=2", "`config.mesh`")
+    assert sharding.parse_sizes("sequence=1,tensor=2", "`config.mesh`") == {
+        "sequence": 1,
+        "tensor": 2,
+    }
+
+
 def test_a_mesh_of_more_devices_than_there_are_is_refused():
-    with pytest.raises(ValueError, match="at most the 2 devices that there are"):
+    with pytest.raises(ValueError, match="at most as many devices as there are, 2"):
         sharding.make_mesh({"data": 2, "fsdp": 4}, 8)
 
 

@@ -20,7 +20,7 @@ ROWS, LENGTH = 4, 7
 MODEL = RWKV7(SCANNED)
 
 
-@pytest.fixture(scope="module", params=["fsdp", "sequence"])
+@pytest.fixture(scope="module", params=["fsdp", "sequence", "tensor"])
 def mesh(request):
     return sharding.make_mesh({request.param: 2}, ROWS)
 

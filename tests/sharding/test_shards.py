@@ -4,13 +4,19 @@ import json
 import subprocess
 import sys
 
+import jax
 import pytest
-from eight_devices import MESHES, SIZES
+from eight_devices import LENGTH, MESHES, PARAMS, ROWS, SIZES
 from run_programs import ROOT
+
+from rwkv7_jax import sharding
+from rwkv7_jax.sharding.layout import leaf_name, spec
 
 pytestmark = pytest.mark.slow
 
 CASES = [f"{trained}, {mesh}" for trained in ("state", "weights") for mesh in MESHES]
+GATHERED = [name for name in MESHES if "fsdp" in name]
+GATHERED_CASES = [case for case in CASES if "fsdp" in case]
 # Relative L2 errors in float32.
 LOSS = 1e-6
 GRADIENT = {"state": 5e-6, "weights": 1e-5}
@@ -18,6 +24,9 @@ LOSSES = 1e-5
 
 # The largest matrix of a block.
 MATRIX = SIZES.width * SIZES.ffn_width
+
+# The residual stream of a batch.
+ACTIVATIONS = ROWS * LENGTH * SIZES.width
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +75,7 @@ def test_weights_in_8_bits_are_gathered_as_integers(measured):
     assert measured["int8"] <= LOSS
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", GATHERED_CASES)
 def test_no_gather_is_larger_than_a_matrix_of_a_block(measured, case):
     assert max(measured[case]["collectives"]["all-gather"]) <= MATRIX
 
@@ -77,12 +86,41 @@ def test_no_stack_of_matrices_is_ever_whole(measured, case):
     assert not [one for one in measured[case]["shapes"] if one.endswith(whole)]
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", GATHERED)
 def test_gradients_of_matrices_are_scattered_where_weights_are_trained(measured, mesh):
     assert measured[f"weights, {mesh}"]["collectives"]["reduce-scatter"]
     assert "reduce-scatter" not in measured[f"state, {mesh}"]["collectives"]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", GATHERED_CASES)
 def test_tokens_travel_and_the_embedding_does_not(measured, case):
     assert measured[case]["collectives"]["all-to-all"]
+
+
+def test_devices_that_share_heads_sum_activations_and_gather_no_weight(measured):
+    found = measured["state, tensor 2"]["collectives"]
+    assert set(found) == {"all-reduce", "all-gather"}
+    # What the head gives back, of which each has half of the tokens; and sums over ids.
+    ids = 2 * ROWS * LENGTH
+    assert {size for size in found["all-gather"] if size > ids} == {ACTIVATIONS}
+    # And the tuned token shifts, before they are summed over rows.
+    shifts = SIZES.num_layers * ROWS * SIZES.width
+    large = {size for size in found["all-reduce"] if size > 1}
+    assert large == {ACTIVATIONS, shifts}
+
+
+def test_no_gradient_travels_between_heads(measured):
+    states = SIZES.num_layers * ROWS * SIZES.width * SIZES.head_size
+    matrices = {SIZES.width**2, SIZES.width * SIZES.ffn_width}
+    replicated = {
+        leaf.size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(PARAMS)
+        if sharding.TENSOR not in spec(leaf_name(path), leaf.shape, {"tensor": 2})
+    }
+    for trained in ("state", "weights"):
+        found = measured[f"{trained}, tensor 2"]["collectives"]
+        reduced = set(found["all-reduce"])
+        assert not reduced & {states, states // 2}
+        # Those that all devices have get the sum of what the heads say; some have these sizes too.
+        halves = {n * size // 2 for size in matrices for n in (1, 2)}
+        assert not reduced & (halves - replicated)

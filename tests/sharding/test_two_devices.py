@@ -13,7 +13,9 @@ from jax.experimental import topologies
 from tiny_models import SHALLOW, lively, random_state, tokens
 from tolerances import SAME, assert_trees_close
 
+from pallas_kernels import WKVInputs
 from rwkv7_jax import sharding as parallel
+from rwkv7_jax.model.recurrence import wkv7_sharded
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.optim.decorrelation import decorrelate
 from rwkv7_jax.training.losses import pretrain_loss
@@ -48,7 +50,7 @@ def stepped(mesh, loss, params, **choices):
 
 def test_a_mesh_has_as_many_devices_as_share_the_rows_alike():
     assert jax.device_count() == 2
-    sizes = {"data": 2, "fsdp": 1, "sequence": 1}
+    sizes = {"data": 2, "fsdp": 1, "sequence": 1, "tensor": 1}
     assert parallel.make_mesh("auto", 6).shape == sizes
     assert parallel.make_mesh("auto", 7) is None
 
@@ -104,23 +106,40 @@ def test_a_step_leaves_arrays_as_the_layout_places_them():
     assert not left[0].params["emb"]["weight"].sharding.is_fully_replicated
 
 
-@pytest.mark.parametrize("rows", [4, 3])
-def test_rows_go_to_their_devices_or_to_all_of_them(rows):
-    mesh, seen = data_mesh(2), []
-
-    def op(x, lengths):
-        seen.append(x.shape[0])
-        return jnp.cumsum(x, axis=1) * lengths[:, None]
+@pytest.mark.parametrize(
+    ("axis", "rows", "heads", "own"),
+    [
+        ("fsdp", 4, 3, (2, 3)),
+        ("fsdp", 3, 2, (3, 2)),
+        ("tensor", 3, 2, (3, 1)),
+        ("tensor", 4, 3, (4, 3)),
+    ],
+)
+def test_rows_and_heads_of_the_op_go_to_their_devices_or_to_all_of_them(
+    axis, rows, heads, own
+):
+    mesh = parallel.make_mesh({axis: 2}, rows)
+    noise = np.random.default_rng(0)
+    shape = (rows, 5, heads, 4)
+    arrays = [jnp.asarray(0.3 * noise.normal(size=shape), "float32") for _ in range(6)]
+    inputs = WKVInputs(*arrays)._replace(log_w=-0.5 * jnp.abs(arrays[1]))
+    state = jnp.ones((rows, heads, 4, 4))
 
     @jax.jit
-    def program(x, lengths):
+    def program(inputs, state):
         with parallel.use_mesh(mesh):
-            return parallel.shard_map_batch(op, x, lengths)
+            return wkv7_sharded(
+                inputs, state, implementation="scan", lengths=jnp.arange(rows)
+            )
 
-    x, lengths = jnp.arange(rows * 5.0).reshape(rows, 5), jnp.arange(float(rows))
-    found = program(*parallel.place(mesh, (x, lengths)))
-    np.testing.assert_array_equal(found, op(x, lengths))
-    assert seen[0] == (2 if rows == 4 else 3)
+    placed = parallel.place(mesh, (inputs, state))
+    with jax.default_device(jax.local_devices()[0]):
+        alone = wkv7_sharded(
+            inputs, state, implementation="scan", lengths=jnp.arange(rows)
+        )
+    assert_trees_close(program(*placed), alone, SAME["op"])
+    state_on_a_device = ",".join(map(str, (*own, 4, 4)))
+    assert f"f32[{state_on_a_device}]" in program.lower(*placed).compile().as_text()
 
 
 def _chips(name, **sizes):
@@ -161,7 +180,9 @@ def test_four_chips_share_a_step_with_a_kernel_on_each(monkeypatch):
 
 def test_nothing_changes_where_there_is_one_device():
     x = jnp.ones((2, 3))
-    assert parallel.shard_map_batch(lambda x: x, x) is x
+    assert parallel.on_each(lambda x: x, x, takes=None, gives=None) is x
+    assert parallel.sum_over_heads(x) is x
+    assert parallel.own_part("layer_0/att/w0", x) is x
     assert parallel.constrain_rows(x, axis=0) is x
     assert parallel.constrain_layout(x) is x
     assert parallel.local_view(None, x) is x

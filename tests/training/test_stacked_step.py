@@ -186,6 +186,12 @@ def test_devices_that_do_not_divide_the_sets_each_update_all_of_them():
     assert_close(sharded["loss"], metrics["loss"], SAME["model"])
 
 
+def test_devices_that_share_heads_are_refused():
+    mesh = sharding.make_mesh({"tensor": 2}, SETS)
+    with pytest.raises(ValueError, match=r"`mesh` must have no tensor axis: .* of 2\."):
+        make_stacked_step(Partial(square), PLAIN, RATES, mesh=mesh)
+
+
 def square(params, batch):
     return jnp.sum(jnp.square(params["x"])) * jnp.mean(batch["tokens"]), {}
 

@@ -27,7 +27,7 @@ from rwkv7_jax.checkpoints.param_tree import (
 from rwkv7_jax.checkpoints.tensor_files import release_pages
 from rwkv7_jax.checkpoints.tensor_names import Index, Shape, Tensor, Tensors
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.sharding.layout import spec
+from rwkv7_jax.sharding.layout import axes_of, spec
 
 # Called with the bytes done and the bytes in all.
 Progress = Callable[[int, int], None] | None
@@ -149,8 +149,9 @@ def put_in_shards(
 
 def _whole_shape(part: Shape, sharding: NamedSharding) -> Shape:
     shape = []
-    for size, axis in zip(part, sharding.spec, strict=True):
-        shape.append(size if axis is None else size * sharding.mesh.shape[axis])
+    for size, entry in zip(part, sharding.spec, strict=True):
+        parts = math.prod(sharding.mesh.shape[axis] for axis in axes_of(entry))
+        shape.append(size * parts)
     return tuple(shape)
 
 
@@ -246,10 +247,21 @@ def _leaf(
     is_stack = place[0] == "layers"
     shape = (*([len(names)] if is_stack else []), *shapes[names[0]])
 
-    def read(index: Index) -> Any:
+    def read_leaf(index: Index) -> Any:
         # All layers of a stack are in every shard.
         array = read_part(index[1:]) if is_stack else read_part(index)[0]
         return convert(place, array)
+
+    def read(index: Index) -> Any:
+        if convert is as_it_is:
+            return read_leaf(index)
+        # The scale of a row in 8 bits is that of all its columns.
+        *rows, columns = index
+        rows_of_leaf = read_leaf((*rows, slice(None)))
+        return jax.tree.map(
+            lambda one: one[..., columns] if one.ndim == len(shape) else one,
+            rows_of_leaf,
+        )
 
     if mesh is None:
         return jax.tree.map(put_on_device, read((slice(None),) * len(shape)))

@@ -31,7 +31,7 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.training.costs import (
     Memory,
     flops_per_token,
-    parameter_count,
+    mean_weight_bytes,
     training_memory,
 )
 from rwkv7_jax.training.losses import Loss
@@ -297,18 +297,11 @@ class TrainingMode(abc.ABC):
             length=-(-self.settings.data.length // sizes.get(sharding.SEQUENCE, 1)),
             trained=trained,
             accumulate=accumulate,
-            weight_bytes=self.weight_bytes(),
+            weight_bytes=mean_weight_bytes(self.frozen, self.model.config),
             platform=target_platform(),
-            shards=sizes.get(sharding.FSDP, 1),
+            # Along the second, the embedding, the head and most activations are whole all the same.
+            shards=sizes.get(sharding.FSDP, 1) * sizes.get(sharding.TENSOR, 1),
         )
-
-    def weight_bytes(self) -> float | int:
-        """Returns the bytes that a weight takes: trained ones are float32, frozen ones as held."""
-        if self.frozen is None:
-            return 4
-        leaves = jax.tree.leaves(self.frozen)
-        held = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-        return held / parameter_count(self.model.config)
 
     def evaluate(self, params: Any) -> Metrics:
         """Measures the parameters on held-out data and on what they must not forget.

@@ -114,7 +114,11 @@ def new_model(sizes: Mapping[str, Any]) -> RWKV7:
 
 
 def init_weights(model: RWKV7, seed: int, mesh: Mesh | None = None) -> Params:
-    """Makes new weights; on a mesh in their shards."""
+    """Makes new weights; on a mesh in their shards.
+
+    Raises:
+        ValueError: a mesh that does not divide the heads.
+    """
     # One token is enough: no parameter's shape depends on the batch or the length.
     tokens = jnp.zeros((1, 1), jnp.int32)
 
@@ -124,6 +128,8 @@ def init_weights(model: RWKV7, seed: int, mesh: Mesh | None = None) -> Params:
     key = jax.random.key(seed)
     shards = None
     if mesh is not None:
+        parts = mesh.shape.get(sharding.TENSOR, 1)
+        sharding.check_shared_heads(model.config, parts, "`config.mesh`")
         shards = sharding.shardings(mesh, jax.eval_shape(init, key))
     # One program: without `jit`, Flax would run the model's forward pass op by op.
     return jax.jit(init, out_shardings=shards)(key)

@@ -33,7 +33,7 @@ from rwkv7_jax.runs.settings.tuning import (
     TuningSettings,
     UpscalingSettings,
 )
-from rwkv7_jax.sharding import AUTO, parse_sizes
+from rwkv7_jax.sharding import AUTO, TENSOR, parse_sizes
 
 Mode = Literal["pretrain", "state", "upscaled_state", "observer", "test_time"]
 
@@ -263,7 +263,7 @@ class Settings:
         check_model_sizes("config.model", self.model, loaded=True)
         check_model_sizes("config.observer.model", self.observer.model)
         profiled(self.profile_steps)
-        parse_sizes(self.mesh, "`config.mesh`")
+        self._check_mesh()
         # The last 0 tokens of a text would be all of it.
         if 0 in self.evaluation.prompt_tokens:
             raise ValueError(
@@ -331,6 +331,21 @@ class Settings:
             raise ValueError(
                 "`config.data.path` must be empty where `config.tuning.states` names the texts; "
                 f"got {self.data.path!r}."
+            )
+
+    def _check_mesh(self) -> None:
+        """Checks the sizes of a mesh, and that it does not share heads where it shares sets."""
+        sizes = parse_sizes(self.mesh, "`config.mesh`")
+        if isinstance(sizes, str) or sizes.get(TENSOR, 1) == 1:
+            return
+        what = None
+        if self.tuning.states is not None:
+            what = "`config.tuning.states` names several"
+        elif self.finds_rate:
+            what = "a learning rate is searched: name one, `config.optimizer.learning_rate`"
+        if what:
+            raise ValueError(
+                f"`config.mesh` must have no tensor axis where {what}; got {self.mesh!r}."
             )
 
     def _check_tuned_rates(self) -> None:
