@@ -13,6 +13,7 @@ import pytest
 from jax.ad_checkpoint import print_saved_residuals
 from tolerances import assert_trees_close
 
+from rwkv7_jax import sharding
 from rwkv7_jax.model import remat
 from rwkv7_jax.model.block import Block
 from rwkv7_jax.model.config import RWKV7Config
@@ -139,3 +140,25 @@ def loops(choice: str) -> int:
 def test_the_op_runs_again_only_if_the_block_does():
     # The second runs: that of layer 0, and the one inside the backward pass's loop over layers.
     assert loops("none") == loops("op") == loops("block") - 2
+
+
+def gathers(choice: str) -> int:
+    """Counts the gathers of a compiled gradient of weights that two devices share."""
+    config = dataclasses.replace(SMALL, num_layers=3, remat=choice)
+    run, params, state = hidden(config, 2)
+    mesh = sharding.make_mesh({"fsdp": 2}, 2)
+    slope = jax.grad(lambda *x: sum(jnp.sum(leaf) for leaf in run(*x)))
+    with sharding.use_mesh(mesh):
+        lowered = jax.jit(slope).lower(sharding.abstract_shards(mesh, params), state)
+        text = lowered.compile().as_text()
+    assert text
+    return len(re.findall(r" all-gather(?:-start)?\(", text))
+
+
+@pytest.mark.slow
+def test_gathered_weights_are_gathered_again_and_never_kept(monkeypatch):
+    again = gathers("block")
+    assert gathers("none") == gathers("op") == again
+    everything = jax.checkpoint_policies.everything_saveable
+    monkeypatch.setitem(remat._KEPT, "none", everything)
+    assert gathers("none") < again
