@@ -274,7 +274,9 @@ class TimeMix(nn.Module):
         return chains.read_out(y, r_k_v, gate, rho, norm, self.config.group_norm_eps)
 
     def _heads(self, x: Activations) -> Heads:
-        return x.reshape(*x.shape[:2], -1, self.config.head_size)
+        # Counted, not left to `reshape`: there may be no tokens.
+        heads = x.shape[2] // self.config.head_size
+        return x.reshape(*x.shape[:2], heads, self.config.head_size)
 
 
 class ChannelMix(nn.Module):

@@ -12,7 +12,7 @@ from pallas_kernels.compile_checks import __main__ as compile_checks
 from pallas_kernels.compile_checks import gpu as gpu_checks
 from pallas_kernels.compile_checks import tpu as tpu_checks
 
-JAXLIB = {"tpu": ("0.10",), "gpu": ("0.10",)}
+JAXLIB = {"tpu": ("0.10",), "gpu": ("0.10", "0.12")}
 TPU, GPU = (
     [
         json.loads(compile_checks.table_path(name, jaxlib).read_text())["cases"]

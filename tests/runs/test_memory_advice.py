@@ -75,7 +75,7 @@ def test_the_sentence_has_the_estimate_the_largest_part_and_what_to_change(
 def mesh_of(data, fsdp, sequence):
     """A mesh of one device many times: its sizes are all that an estimate reads."""
     devices = np.array([jax.devices()[0]] * (data * fsdp * sequence))
-    return Mesh(devices.reshape(data, fsdp, sequence), sharding.AXES)
+    return Mesh(devices.reshape(data, fsdp, sequence, 1), sharding.AXES)
 
 
 @pytest.mark.parametrize(
