@@ -18,7 +18,7 @@ from rwkv7_jax.sharding.layout import AXES, DATA, FSDP, SEQUENCE, TENSOR
 # The choice that leaves the sizes of a mesh to `make_mesh`.
 AUTO = "auto"
 
-# The axes that lie within one process.
+# The axes that share one copy of the weights, or one row; within a process where they fit.
 _INNER = (FSDP, SEQUENCE, TENSOR)
 
 
