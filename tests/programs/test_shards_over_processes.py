@@ -139,8 +139,9 @@ def test_a_save_that_fails_in_one_process_ends_all_in_the_same_sentence(tmp_path
     ends = [last_line(finish(process, 5)[1]) for process in processes]
     assert ends[0] == ends[1]
     assert "the checkpoint of step 2 could not be written" in ends[0]
-    # What the second process says, and not that the first one waited for it in vain.
-    assert "local file" in ends[0]
+    # What the second process says, and not that the first one waited for it in vain: the operating
+    # system's words, or those of TensorStore, whichever of the two comes to write first.
+    assert "File too large" in ends[0] or "local file" in ends[0]
     assert not step_numbers(tmp_path / "run" / "checkpoints")
 
 
