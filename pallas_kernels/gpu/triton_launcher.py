@@ -9,7 +9,7 @@ import functools
 import zlib
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array
@@ -28,6 +28,18 @@ JAX_TRITON = {
     ("0.11", "3.6"): "0.3.1",
     ("0.11", "3.7"): "0.4.1",
 }
+
+
+class _Launch(NamedTuple):
+    """One launch; see `launch`."""
+
+    kernel: str
+    arrays: Sequence[Array]
+    outputs: list[jax.ShapeDtypeStruct]
+    grid: tuple[int, int]
+    tile: tiles.Tile
+    constants: dict[str, Any]
+
 
 # Triton's names of arrays' types.
 _POINTERS = {"bfloat16": "*bf16", "float32": "*fp32"}
@@ -91,79 +103,65 @@ def launch(
         **constants: its compile-time constants.
     """
     run = _launch_by_jax_triton if has_fitting_jax_triton() else _launch_by_jaxlib
-    return run(kernel, arrays, outputs, grid, tile, constants)
+    return run(_Launch(kernel, arrays, outputs, grid, tile, constants))
 
 
 def _minor(name: str) -> str:
     return ".".join(version(name).split(".")[:2])
 
 
-def _launch_by_jax_triton(
-    kernel: str,
-    arrays: Sequence[Array],
-    outputs: list[jax.ShapeDtypeStruct],
-    grid: tuple[int, int],
-    tile: tiles.Tile,
-    constants: dict[str, Any],
-) -> Sequence[Array]:
+def _launch_by_jax_triton(call: _Launch) -> Sequence[Array]:
     # Optional packages: jax_triton is an extra, and triton is slow to import.
     import jax_triton
 
     from pallas_kernels.gpu import triton_kernels
 
-    tokens, heads = arrays[0].shape[1:3]
+    tokens, heads = call.arrays[0].shape[1:3]
     return jax_triton.triton_call(
-        *arrays,
+        *call.arrays,
         tokens,
         heads,
-        kernel=getattr(triton_kernels, kernel),
-        out_shape=outputs,
-        grid=grid,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **constants,
+        kernel=getattr(triton_kernels, call.kernel),
+        out_shape=call.outputs,
+        grid=call.grid,
+        num_warps=call.tile.warps,
+        num_stages=call.tile.stages,
+        **call.constants,
     )
 
 
-def _launch_by_jaxlib(
-    kernel: str,
-    arrays: Sequence[Array],
-    outputs: list[jax.ShapeDtypeStruct],
-    grid: tuple[int, int],
-    tile: tiles.Tile,
-    constants: dict[str, Any],
-) -> Sequence[Array]:
+def _launch_by_jaxlib(call: _Launch) -> Sequence[Array]:
     library = _import_jaxlibs_call()
-    scalars = arrays[0].shape[1:3]
+    scalars = call.arrays[0].shape[1:3]
     types = [
-        *(_POINTERS[str(array.dtype)] for array in arrays),
+        *(_POINTERS[str(array.dtype)] for array in call.arrays),
         *("i32" for _ in scalars),
-        *(_POINTERS[str(output.dtype)] for output in outputs),
+        *(_POINTERS[str(output.dtype)] for output in call.outputs),
     ]
     # Nothing is written before the kernel runs; JAX's arrays begin at multiples of 16 bytes.
     pointer = library.create_array_parameter(0, 16)
     parameters = [
-        *(pointer for _ in arrays),
+        *(pointer for _ in call.arrays),
         *(library.create_scalar_parameter(number, "i32") for number in scalars),
-        *(pointer for _ in outputs),
+        *(pointer for _ in call.outputs),
     ]
     compiled = _compile(
-        kernel,
+        call.kernel,
         tuple(types),
-        tuple(constants.items()),
-        tile.warps,
-        tile.stages,
+        tuple(call.constants.items()),
+        call.tile.warps,
+        call.tile.stages,
         tiles.capability(),
     )
-    call = library.TritonKernelCall(compiled, *grid, 1, parameters)
+    described = library.TritonKernelCall(compiled, *call.grid, 1, parameters)
     run = jax.ffi.ffi_call(
         "triton_kernel_call",
-        outputs,
+        call.outputs,
         custom_call_api_version=2,
         # Annotated as text, handed on as it is.
-        legacy_backend_config=zlib.compress(call.to_proto(kernel, b"")),  # pyright: ignore
+        legacy_backend_config=zlib.compress(described.to_proto(call.kernel, b"")),  # pyright: ignore
     )
-    return run(*arrays)
+    return run(*call.arrays)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""What the backward pass of a block keeps of the forward pass, and what it computes again."""
+"""The choice of results that a block keeps for its backward pass; the others are computed again."""
 
 from collections.abc import Callable
 

@@ -93,7 +93,7 @@ def previous_token(
 def fill_up(
     tokens: Tokens, lengths: Lengths | None, count: int
 ) -> tuple[Int[Array, "B filled"], Lengths | None]:
-    """Fills rows up so that `count` devices divide their tokens; what is added does not count."""
+    """Fills rows up so that `count` devices divide their tokens; the added ones do not count."""
     length = tokens.shape[1]
     # Each device has a token, also of rows of none.
     missing = max(-length % count, count - length)

@@ -151,25 +151,13 @@ class Together(Alone):
         return _gather_texts(text)
 
     def on_first(self, call: Callable[[], _Result]) -> _Result:
-        """Returns in all processes what the first one computes, fit for JSON.
-
-        Raises:
-            EndedElsewhere: in the others, if `call` raised in the first.
-        """
+        """Sends what the first process computes to the others; see `Alone.on_first`."""
         return json.loads(run_on_process_0(lambda: json.dumps(call())))
 
     def everywhere(
         self, call: Callable[[], _Result], *, expected: type[Exception] | None = None
     ) -> _Result:
-        """Calls a function in all processes; an error in one of them is raised in all.
-
-        Args:
-            call: where it waits for others, it has to do so even if it fails.
-            expected: a class of errors that the others raise as well, with the same text.
-
-        Raises:
-            EndedElsewhere: in the others, for an error of another class than `expected`.
-        """
+        """Exchanges the errors of all processes; see `Alone.everywhere`."""
         result: _Result | None = None
         error: Exception | None = None
         try:
@@ -182,7 +170,7 @@ class Together(Alone):
         answer = {"error": str(error or ""), "code": code, "expected": is_expected}
         answers = [json.loads(text) for text in self.texts(json.dumps(answer))]
         own = error if code else None
-        # Before what is expected, which some could answer by going on without the others.
+        # Errors that end the run come first: an expected one may be answered by going on.
         for one in answers:
             if one["code"] is not None:
                 raise own or EndedElsewhere(one["error"], one["code"])

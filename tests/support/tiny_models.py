@@ -26,6 +26,17 @@ CONFIG = RWKV7Config(
 # Tracing and compiling are most of what a test costs, and least of it with the scan. That all
 # implementations agree, also inside of a model, is the business of test_wkv_laws.py, test_model.py.
 SCANNED = dataclasses.replace(CONFIG, implementation="scan")
+# The cheapest one with two layers, for programs that generate and train in loops.
+TINIEST = RWKV7Config(
+    vocab_size=13,
+    num_layers=2,
+    width=32,
+    head_size=16,
+    decay_rank=8,
+    icl_rank=6,
+    value_rank=5,
+    implementation="scan",
+)
 # Without layers to scan over a model compiles in half the time, and its gradient in a third.
 SHALLOW = dataclasses.replace(CONFIG, num_layers=1)
 # What a test takes whose law is neither about depth nor about the op.

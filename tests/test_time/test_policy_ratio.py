@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import log_softmax
-from tiny_models import lively, random_state, restated
+from tiny_models import TINIEST, lively, random_state, restated
 from tolerances import SAME, assert_close
 
 from rwkv7_jax.data.batch import Batch
-from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.test_time.grpo import PolicyBatches, grpo
 from rwkv7_jax.test_time.losses import (
@@ -22,16 +21,7 @@ from rwkv7_jax.test_time.losses import (
 )
 from rwkv7_jax.test_time.rollouts import RolloutSampler
 
-CONFIG = RWKV7Config(
-    vocab_size=13,
-    num_layers=1,
-    width=32,
-    head_size=16,
-    decay_rank=8,
-    icl_rank=6,
-    value_rank=5,
-    implementation="scan",
-)
+CONFIG = dataclasses.replace(TINIEST, num_layers=1)
 MODEL = RWKV7(CONFIG)
 LOW, HIGH = 0.1, 0.3
 TEMPERATURE = 0.7

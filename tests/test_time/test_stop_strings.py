@@ -1,11 +1,12 @@
 """Stop strings at test time: they end completions and are not judged, but they are learnt."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
-from tiny_models import lively
+from tiny_models import TINIEST, lively
 
-from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.test_time.expert_iteration import expert_iteration
@@ -14,16 +15,7 @@ from rwkv7_jax.test_time.rollouts import RolloutSampler, held_out_reward, rollou
 from rwkv7_jax.test_time.teacher import collect_traces
 from rwkv7_jax.text.tokenizer import Tokenizer
 
-CONFIG = RWKV7Config(
-    vocab_size=257,
-    num_layers=1,
-    width=32,
-    head_size=16,
-    decay_rank=8,
-    icl_rank=6,
-    value_rank=5,
-    implementation="scan",
-)
+CONFIG = dataclasses.replace(TINIEST, vocab_size=257, num_layers=1)
 MODEL = RWKV7(CONFIG)
 TOKENIZER = Tokenizer.bytes()
 PROMPTS = [[40, 41], [60, 61, 62]]

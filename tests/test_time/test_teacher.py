@@ -8,26 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_checkpoints import random_params
-from tiny_models import random_state
+from tiny_models import TINIEST, random_state
 
 from rwkv7_jax.checkpoints.model_files import model_hash
 from rwkv7_jax.generation.generate import generate
-from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import select
 from rwkv7_jax.test_time.teacher import collect_traces
 from rwkv7_jax.test_time.traces import TokenBudget
 
-CONFIG = RWKV7Config(
-    vocab_size=13,
-    num_layers=2,
-    width=32,
-    head_size=16,
-    decay_rank=8,
-    icl_rank=6,
-    value_rank=5,
-    implementation="scan",
-)
+CONFIG = TINIEST
 TEACHER = RWKV7(CONFIG)
 PROMPTS = [[1, 2], [3, 4, 5], [6], [1, 2]]
 KEY = jax.random.key(4)

@@ -3,11 +3,10 @@
 import jax
 import numpy as np
 import pytest
-from tiny_models import lively, random_state
+from tiny_models import TINIEST, lively, random_state
 
 from rwkv7_jax.generation import decode_loop as decoding
 from rwkv7_jax.generation.generate import generate
-from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.test_time.distillation import distill
@@ -19,16 +18,7 @@ from rwkv7_jax.test_time.rollouts import held_out_reward, rollouts
 from rwkv7_jax.test_time.traces import TokenBudget, Trace
 from rwkv7_jax.tuning.upscaling import upscale
 
-CONFIG = RWKV7Config(
-    vocab_size=13,
-    num_layers=2,
-    width=32,
-    head_size=16,
-    decay_rank=8,
-    icl_rank=6,
-    value_rank=5,
-    implementation="scan",
-)
+CONFIG = TINIEST
 MODEL = RWKV7(CONFIG)
 KEY = jax.random.key(4)
 # Two prompts, four completions each; held-out prompts as many as these rows, so that they share

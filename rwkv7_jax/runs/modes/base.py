@@ -299,7 +299,7 @@ class TrainingMode(abc.ABC):
             accumulate=accumulate,
             weight_bytes=mean_weight_bytes(self.frozen, self.model.config),
             platform=target_platform(),
-            # Along the second, the embedding, the head and most activations are whole all the same.
+            # An approximation: `tensor` divides neither the embedding nor most activations.
             shards=sizes.get(sharding.FSDP, 1) * sizes.get(sharding.TENSOR, 1),
         )
 

@@ -401,7 +401,7 @@ class Checkpoints(CheckpointStore):
             require_same_leaves(workdir, record["leaves"], train)
             return record, self._read_arrays(place, train)
 
-        # What is damaged for one process must not be used by another.
+        # A step that one process finds damaged must not be used by another.
         record, restored = self._deciding.everywhere(read, expected=_Damaged)
         # The arrays first: the name of a leaf tells a user more than the name of a file.
         if leaves := changed_leaves(record["leaves"], restored):
