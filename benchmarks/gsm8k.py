@@ -209,7 +209,7 @@ class Subject:
         return [fitting[index] for index in order], share
 
     def training_rows(self, step: int, seed: int) -> list[Question]:
-        """Gives the questions of a step; each comes once before any comes again."""
+        """Returns the questions of a step; each comes once before any comes again."""
         places = range(step * self.rows, (step + 1) * self.rows)
         rows = []
         for place in places:

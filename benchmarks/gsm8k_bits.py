@@ -209,7 +209,7 @@ def prompted(subject: Subject, seed: int) -> dict[str, Any]:
 
 
 def column(rows: Sequence[dict[str, Any]], name: str) -> list[QuestionScores]:
-    """Gives one column of a row's seeds, question by question."""
+    """Returns one column of a row's seeds, question by question."""
     scores = []
     for row in rows:
         totals = np.asarray(row["bits" if name == "bits_per_byte" else name], float)
@@ -224,7 +224,7 @@ def column(rows: Sequence[dict[str, Any]], name: str) -> list[QuestionScores]:
 def summary(
     rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Gives a row's columns: means over seeds, their range, and paired differences."""
+    """Returns a row's columns: means over seeds, their range, and paired differences."""
     found: dict[str, Any] = {}
     for name in ("bits_per_byte", "well_formed", "right"):
         scores = column(rows, name)

@@ -55,7 +55,8 @@ def test_the_compiler_in_use_is_understood():
     def generate(weight, x):
         return jax.lax.fori_loop(0, 5, lambda _, x: jnp.tanh(x @ weight), x)
 
-    weight, x = jnp.ones((64, 64)), jnp.ones((1, 64))
+    weight = jnp.ones((64, 64))
+    x = jnp.ones((1, 64))
     text = jax.jit(generate).lower(weight, x).compile().as_text()
     assert len(parse(text)) > 2
     found = loop_costs(text)

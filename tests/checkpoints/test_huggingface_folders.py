@@ -77,7 +77,8 @@ def test_official_names_are_those_of_the_projects_repositories(tmp_path):
     for name, shape in shapes(BYTES).items():
         prefix = "" if name == "head.weight" else "rwkv7."
         expected[prefix + name] = file_shape(name, shape)
-    width, rank = BYTES.width, BYTES.value_rank
+    width = BYTES.width
+    rank = BYTES.value_rank
     expected["rwkv7.blocks.0.att.v0"] = (1, 1, width)
     expected["rwkv7.blocks.0.att.v1"] = (width, rank)
     expected["rwkv7.blocks.0.att.v2"] = (rank, width)

@@ -24,7 +24,8 @@ def test_convert_writes_the_other_format_and_says_what_it_was(model, tmp_path, c
     printed = capsys.readouterr().out
     assert "reading 100%" in printed and "writing 100%" in printed
     assert "3 layers, width 64, 2 heads of 32, vocabulary 75" in printed
-    one, two = load_model(model)[0], load_model(tmp_path / "m.safetensors")[0]
+    one = load_model(model)[0]
+    two = load_model(tmp_path / "m.safetensors")[0]
     assert differing(one, two) == []
 
 

@@ -48,7 +48,8 @@ def test_a_session_goes_on_from_its_saved_state(generate, folder, suffix):
     assert once["tokens"] == []
     generate("--prompt", "abc", "--tokens", "0", "--save-state", file)
     generate("--prompt", "def", "--tokens", "0", "--state", file, "--save-state", file)
-    one, two = load_state(folder / "whole.pth"), load_state(folder / file)
+    one = load_state(folder / "whole.pth")
+    two = load_state(folder / file)
     for name in ("att_shift", "wkv", "ffn_shift"):
         assert np.any(getattr(one, name))
         np.testing.assert_allclose(getattr(one, name), getattr(two, name), atol=1e-5)

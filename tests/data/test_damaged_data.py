@@ -18,7 +18,8 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.test_time.questions import read_questions
 from rwkv7_jax.text.tokenizer import Tokenizer
 
-BYTES, WORLD = Tokenizer.bytes(), Tokenizer.world()
+BYTES = Tokenizer.bytes()
+WORLD = Tokenizer.world()
 GOOD = b'{"text": "good"}\n'
 BAD = {
     "bad JSON": (b'{"text": "a\n', "not one JSON object"),

@@ -188,7 +188,8 @@ def test_the_order_after_the_swaps_is_right(objects):
         order = list(range(objects))
         for one, two in zip(swaps[::2], swaps[1::2], strict=True):
             assert one != two
-            one, two = int(one), int(two)
+            one = int(one)
+            two = int(two)
             order[one], order[two] = order[two], order[one]
         assert row[0] == "W" and answer == "".join(map(str, order))
         assert counts == [False] * (len(row) - objects) + [True] * objects

@@ -181,7 +181,8 @@ COMPRESSORS = {
 @pytest.mark.parametrize("suffix", COMPRESSORS)
 @pytest.mark.parametrize("name", ["x.jsonl", "x.JSONL", "x.txt", "x.json"])
 def test_compressed_files_are_read_as_what_is_inside(tmp_path, name, suffix):
-    plain, packed = tmp_path / name, tmp_path / f"{name}{suffix}"
+    plain = tmp_path / name
+    packed = tmp_path / f"{name}{suffix}"
     plain.write_bytes(LINES)
     packed.write_bytes(COMPRESSORS[suffix](LINES))
     one = [document.text() for document in documents(plain)]

@@ -16,7 +16,8 @@ from rwkv7_jax.data.loading import batch_at, data_hash, packed, token_stream, wi
 from rwkv7_jax.data.token_cache import CacheMetadata, read_card, write_cache
 from rwkv7_jax.text.tokenizer import Tokenizer
 
-BYTES, WORLD = Tokenizer.bytes(), Tokenizer.world()
+BYTES = Tokenizer.bytes()
+WORLD = Tokenizer.world()
 CHOICES = [{}, {"order": "cubic"}, {"packing": "documents"}]
 
 
@@ -36,7 +37,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=[BYTES, WORLD], ids=["bytes", "world"])
 def pair(request, source, tmp_path_factory):
-    """Gives a source, its cache and their tokenizer."""
+    """Returns a source, its cache and their tokenizer."""
     cache = tmp_path_factory.mktemp("cache") / "x.bin"
     write_cache([source], cache, request.param, on_bad="skip")
     return source, cache, request.param
@@ -86,7 +87,8 @@ def test_packed_takes_a_cache(pair):
 
 def test_a_card_counts_what_is_in_the_files(pair):
     _, cache, tokenizer = pair
-    card, (ids, starts) = read_card(cache), read_binidx(cache)
+    card = read_card(cache)
+    ids, starts = read_binidx(cache)
     assert (card.documents, card.tokens, card.skipped) == (
         300,
         len(ids),

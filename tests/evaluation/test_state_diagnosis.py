@@ -74,7 +74,8 @@ def psi_of(params, state, ids):
 def test_the_forgetting_curve_is_the_mean_square_of_psi_relative_to_the_first(
     params, bare
 ):
-    state, memory = bare[0], bare[1].memories["wkv"]
+    state = bare[0]
+    memory = bare[1].memories["wkv"]
     psi = np.stack([psi_of(params, state, row[:-1]) for row in text()["tokens"]])
     squares = np.square(psi).sum(-1).mean((0, 1, 3))
     np.testing.assert_allclose(memory.fading, squares / squares[0], rtol=1e-3)

@@ -109,7 +109,8 @@ def test_penalties_and_bans_are_those_of_the_official_loop(params):
         """The official loop around this model."""
 
         def __init__(self):
-            self.model, self.tokenizer = self, BYTES
+            self.model = self
+            self.tokenizer = BYTES
 
         def forward(self, tokens, state):
             state, logits = state_after(params, tokens, state)
@@ -125,7 +126,8 @@ def test_penalties_and_bans_are_those_of_the_official_loop(params):
             drawn.append(super().sample_logits(logits, **choices))
             return drawn[-1]
 
-    banned, spared = [0, 7, 93], sampling.exempt_ids(BYTES)
+    banned = [0, 7, 93]
+    spared = sampling.exempt_ids(BYTES)
     official = utils.PIPELINE_ARGS(0.0, 0.85, 0, 4.0, 2.0, 0.9, banned)
     Official().generate(PROMPTS[0], 24, official)
     watch = {"tokenizer": BYTES, "on_text": lambda piece, row: None}
@@ -247,7 +249,8 @@ def test_rows_of_a_batch_stop_at_their_own_strings(params):
         "stop_ids": (),
     }
     free = run(params, PROMPTS, stop_strings=["never"], **choices).texts
-    pieces, stops = ["", "", ""], [free[0][3:5], free[1][9:11]]
+    pieces = ["", "", ""]
+    stops = [free[0][3:5], free[1][9:11]]
 
     def collect(piece, row):
         pieces[row] += piece

@@ -132,7 +132,8 @@ def test_draws_follow_the_distribution():
 
 
 def test_a_row_is_drawn_with_its_own_key_alone():
-    logits, keys = random_logits(rows=5), jax.random.split(jax.random.key(2), 5)
+    logits = random_logits(rows=5)
+    keys = jax.random.split(jax.random.key(2), 5)
     options = sampling.make_options(VOCAB, temperature=1.3, top_p=0.95)
     together = sample(keys, logits, options)
     for row in range(5):

@@ -112,7 +112,8 @@ def by_packed_chunk_math(inputs, state, dy, dend, layout):
         a=sum(parts.a) * factors.before,
         b=sum(parts.b) * factors.after,
     )
-    end, dstart = compact(end, layout), compact(dstart, layout)
+    end = compact(end, layout)
+    dstart = compact(dstart, layout)
     return jax.tree.map(lambda x: heads_apart(x, heads), (y, end, grads, dstart))
 
 
@@ -120,7 +121,8 @@ def by_packed_chunk_math(inputs, state, dy, dend, layout):
 @pytest.mark.parametrize("case", CASES, ids=["two heads", "four heads", "one head"])
 def test_one_chunk_is_the_same_as_by_chunk_math(case, mode):
     inputs, state = make_inputs(Case(**(vars(case) | {"mode": mode})))
-    dy, dend = jnp.sin(inputs.v), jnp.cos(state)
+    dy = jnp.sin(inputs.v)
+    dend = jnp.cos(state)
     ours = by_packed_chunk_math(inputs, state, dy, dend, layout_of(case))
     arrays = jax.tree.map(
         lambda x: np.asarray(x, np.float64), (inputs, state, dy, dend)

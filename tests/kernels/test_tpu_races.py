@@ -46,7 +46,8 @@ def test_the_kernels_do_not_race(capfd, dtype):
     """Runs two chunks and two groups of tiles through both passes."""
     case = Case(2, 90, 4)
     inputs, state = make_inputs(case, dtype)
-    dy, dend = jnp.sin(inputs[3]), jnp.cos(state)
+    dy = jnp.sin(inputs[3])
+    dend = jnp.cos(state)
     y, end, starts = tpu.forward_saving(inputs, state, interpret=DETECTING)
     grads, dstate = tpu.backward(inputs, starts, dy, dend, interpret=DETECTING)
     true_y, true_end, true_grads = wkv_reference.both(inputs, state, dy, dend)

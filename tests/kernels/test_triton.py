@@ -53,7 +53,8 @@ def results(tmp_path_factory):
     """Returns the folder with the results of every run, all from one process: it starts slowly."""
     if not all(map(importlib.util.find_spec, ("torch", "triton"))):
         pytest.skip("the oracle extra is not installed")
-    folder, words = tmp_path_factory.mktemp("runs"), []
+    folder = tmp_path_factory.mktemp("runs")
+    words = []
     for dtype in DTYPES:
         for i, (case, chunk, capability) in enumerate(RUNS):
             given, found = (
@@ -75,7 +76,8 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("run", range(len(RUNS)), ids=[case.mode for case, *_ in RUNS])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_the_float64_definition(results, run, dtype):
-    case, data = RUNS[run][0], _data(RUNS[run][0], dtype)
+    case = RUNS[run][0]
+    data = _data(RUNS[run][0], dtype)
     with np.load(results / f"out-{run}-{dtype}.npz") as out:
         found = [out[name] for name in out.files]
     y, end, grads = wkv_reference.both(*data)

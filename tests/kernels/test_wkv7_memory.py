@@ -20,7 +20,8 @@ def test_gradients_are_a_hundred_times_nearer_than_by_dividing_by_the_decay(
     implementation,
 ):
     inputs, state = make_inputs(Case(1, 64, 2, mode="fast"))
-    dy, dend = jnp.sin(inputs[3]), jnp.cos(state)
+    dy = jnp.sin(inputs[3])
+    dend = jnp.cos(state)
 
     def op(*arguments):
         interpret = implementation.startswith("pallas")

@@ -89,7 +89,8 @@ def test_logits_and_states_of_a_file_are_the_official_packages(
 ):
     config = calm_models.config(head_size)
     model, ours, params = pair(official, folder, config)
-    ids, start = calm_models.ids(config, 1, LENGTH), calm_models.start(config)
+    ids = calm_models.ids(config, 1, LENGTH)
+    start = calm_models.start(config)
     apply = jax.jit(ours.apply)
     logits, end = apply({"params": params}, ids, start)
     expected, memory = theirs(model, ids[0], start)
@@ -104,7 +105,8 @@ def test_logits_and_states_of_a_file_are_the_official_packages(
 def test_token_by_token_and_cut_at_every_place(official, folder):
     config = calm_models.config()
     model, _, params = pair(official, folder, config)
-    ids, start = calm_models.ids(config, 1, LENGTH), calm_models.start(config)
+    ids = calm_models.ids(config, 1, LENGTH)
+    start = calm_models.start(config)
     expected, memory = theirs(model, ids[0], start)
     apply = jax.jit(RWKV7(dataclasses.replace(config, implementation="scan")).apply)
     state = start
@@ -130,7 +132,8 @@ def test_a_session_of_the_package_loads_as_our_state_and_goes_on(official, folde
     config = calm_models.config()
     model, ours, params = pair(official, folder, config)
     ids = calm_models.ids(config, 1, LENGTH)
-    first, rest = np.asarray(ids[0, :11]), ids[:, 11:]
+    first = np.asarray(ids[0, :11])
+    rest = ids[:, 11:]
     # As their chat programs do: a new session, read in two calls, and its list saved by torch.
     _, memory = model.forward(first[:4].tolist(), None)
     _, memory = model.forward(first[4:].tolist(), memory)
@@ -140,7 +143,8 @@ def test_a_session_of_the_package_loads_as_our_state_and_goes_on(official, folde
     apply = jax.jit(ours.apply)
     _, read_by_us = apply({"params": params}, ids[:, :11], zero)
     for name in ("att_shift", "wkv", "ffn_shift"):
-        theirs_, own = getattr(session, name), getattr(read_by_us, name)
+        theirs_ = getattr(session, name)
+        own = getattr(read_by_us, name)
         assert np.any(own)
         error = np.abs(np.asarray(theirs_, np.float32) - np.asarray(own, np.float32))
         assert error.max() <= STATES * np.abs(own).max(), name
@@ -155,7 +159,8 @@ def test_a_session_of_the_package_loads_as_our_state_and_goes_on(official, folde
 def test_their_tokens_one_by_one_are_our_prefill(official, folder):
     config = calm_models.config(32)
     model, ours, params = pair(official, folder, config)
-    ids, start = calm_models.ids(config, 1, LENGTH), calm_models.start(config)
+    ids = calm_models.ids(config, 1, LENGTH)
+    start = calm_models.start(config)
     logits, end = jax.jit(ours.apply)({"params": params}, ids, start)
     memory = as_list(start)
     for t, token in enumerate(np.asarray(ids[0])):
@@ -168,7 +173,8 @@ def test_their_tokens_one_by_one_are_our_prefill(official, folder):
 def test_bfloat16_is_within_the_references_own_noise(official, folder):
     config = calm_models.config()
     model, _, params = pair(official, folder, config, dtype="bfloat16")
-    ids, start = calm_models.ids(config, 1, 64), calm_models.start(config)
+    ids = calm_models.ids(config, 1, 64)
+    start = calm_models.start(config)
     expected, _ = theirs(model, ids[0], start)
     half = RWKV7(dataclasses.replace(config, dtype="bfloat16"))
     shifts = {
@@ -183,7 +189,8 @@ def test_bfloat16_is_within_the_references_own_noise(official, folder):
 def test_a_model_of_the_smallest_published_size_agrees(official, folder):
     config = calm_models.config(num_layers=12, width=768)
     model, ours, params = pair(official, folder, config)
-    ids, start = calm_models.ids(config, 1, 40), calm_models.start(config)
+    ids = calm_models.ids(config, 1, 40)
+    start = calm_models.start(config)
     logits, end = jax.jit(ours.apply)({"params": params}, ids, start)
     expected, memory = theirs(model, ids[0], start)
     assert np.abs(np.asarray(logits[0]) - expected).max() <= LOGITS

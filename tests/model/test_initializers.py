@@ -19,7 +19,8 @@ SINGLE = RWKV7Config(vocab_size=50, num_layers=1, width=64, head_size=64)
 @functools.cache
 def new(config):
     """A new model's blocks as a list, and its whole tree."""
-    ids, state = jnp.zeros((1, 1), jnp.int32), init_state(config)
+    ids = jnp.zeros((1, 1), jnp.int32)
+    state = init_state(config)
     draw = jax.jit(lambda key: RWKV7(config).init(key, ids, state)["params"])
     params = jax.tree.map(np.asarray, draw(jax.random.key(0)))
     rest = [
@@ -31,9 +32,11 @@ def new(config):
 
 def table(config, layer):
     """The tensors of one block's time mix and channel mix that no chance is in."""
-    width, size = config.width, config.head_size
+    width = config.width
+    size = config.head_size
     n = np.arange(width)
-    ramp, q = n / (width - 1), n / width
+    ramp = n / (width - 1)
+    q = n / width
     side = (n % size - (size - 1) / 2) / ((size - 1) / 2)
     zigzag = side * np.abs(side)
     depth = layer / (config.num_layers - 1) if config.num_layers > 1 else 0.0
@@ -85,7 +88,8 @@ def orthogonal_gain(matrix):
     ids=["0", "1", "3", "L=1"],
 )
 def test_what_is_not_drawn_is_the_published_formula(config, layer):
-    block, expected = new(config)[0][layer], table(config, layer)
+    block = new(config)[0][layer]
+    expected = table(config, layer)
     for path, value in jax.tree_util.tree_leaves_with_path(expected):
         actual = block
         for key in path:

@@ -19,10 +19,12 @@ B, T, H, N = 2, 19, 3, 8
 
 def parts(seed=0, rows=B, length=T):
     """One layer's vectors as the model makes them, N channels a head."""
-    shape, draw = (rows, length, H, N), np.random.default_rng(seed)
+    shape = (rows, length, H, N)
+    draw = np.random.default_rng(seed)
     r, k, v, key, rate, z = (draw.normal(size=shape) for _ in range(6))
     key = key / np.linalg.norm(key, axis=-1, keepdims=True)
-    rate, log_w = 1 / (1 + np.exp(-rate)), -0.6 / (1 + np.exp(-z))
+    rate = 1 / (1 + np.exp(-rate))
+    log_w = -0.6 / (1 + np.exp(-z))
     named = {
         "r": r,
         "k": k,
@@ -63,7 +65,8 @@ compiled = jax.jit(recurrence)
 def wanted(upscaled, one):
     """The additive read-out in numpy, token by token, float64; and the memory behind."""
     phi = lambda x: np.asarray(kernel_features(upscaled.features, x), np.float64)  # noqa: E731
-    reads, keys = phi(one["r"]), phi(-one["a"])
+    reads = phi(one["r"])
+    keys = phi(-one["a"])
     keys = keys / np.linalg.norm(keys, axis=-1, keepdims=True)
     w = np.exp(np.asarray(one["log_w"], np.float64)).mean(-1)
     rate, v = (np.asarray(one[name], np.float64) for name in ("icl_rate", "v"))
@@ -71,7 +74,8 @@ def wanted(upscaled, one):
     memory = np.broadcast_to(upscaled.memory, (B, *upscaled.memory.shape[1:])).astype(
         np.float64
     )
-    write, out = np.asarray(upscaled.write)[0], []
+    write = np.asarray(upscaled.write)[0]
+    out = []
     for t in range(T):
         if upscaled.dynamics != "static":
             key = keys[:, t]
@@ -85,7 +89,8 @@ def wanted(upscaled, one):
 @pytest.mark.parametrize("write", [0.0, 0.7])
 @pytest.mark.parametrize("dynamics", ADDITIVE)
 def test_the_memory_is_read_erased_and_written_as_its_equations_say(dynamics, write):
-    one, upscaled = parts(), layer(dynamics, write=write)
+    one = parts()
+    upscaled = layer(dynamics, write=write)
     state = noise((B, H, N, N), 3)
     y, wkv, memory = recurrence(one, state, upscaled)
     base, base_wkv, _ = recurrence(one, state, None)
@@ -98,7 +103,8 @@ def test_the_memory_is_read_erased_and_written_as_its_equations_say(dynamics, wr
 
 @pytest.mark.parametrize("dynamics", ADDITIVE)
 def test_a_memory_is_read_linearly_with_psi(dynamics):
-    one, upscaled = parts(), layer(dynamics)
+    one = parts()
+    upscaled = layer(dynamics)
     nothing = jnp.zeros((B, H, N, N))
     psi = memory_read_vectors(upscaled, one)
     memory = jnp.broadcast_to(upscaled.memory, (B, H, N, SIZE))
@@ -108,7 +114,8 @@ def test_a_memory_is_read_linearly_with_psi(dynamics):
 
 
 def test_a_wkv_start_state_is_read_linearly_with_psi():
-    one, state = parts(), noise((B, H, N, N), 3)
+    one = parts()
+    state = noise((B, H, N, N), 3)
     read = jnp.einsum("bhvk,bthk->bthv", state, initial_state_read_vectors(one))
     change = compiled(one, state, None)[0] - compiled(one, 0 * state, None)[0]
     np.testing.assert_allclose(change, read, atol=2e-5, rtol=1e-4)
@@ -116,7 +123,8 @@ def test_a_wkv_start_state_is_read_linearly_with_psi():
 
 def test_delta_memories_never_grow_however_long_the_sequence():
     """10,000 steps; with a scalar rate every step is symmetric with norm at most 1."""
-    one, upscaled = parts(rows=1, length=10_000), layer("delta")
+    one = parts(rows=1, length=10_000)
+    upscaled = layer("delta")
     upscaled = upscaled.replace(memory=upscaled.memory[:1])
     sizes = [jnp.linalg.norm(upscaled.memory)]
     for first in range(0, 10_000, 500):
@@ -128,7 +136,9 @@ def test_delta_memories_never_grow_however_long_the_sequence():
 
 
 def test_the_papers_form_diverges_unless_its_removal_keys_have_length_1_and_the_checker_knows():
-    one, growth, excess = parts(length=200), {}, {}
+    one = parts(length=200)
+    growth = {}
+    excess = {}
     for dynamics in ("replace", "replace_raw"):
         upscaled = layer(
             dynamics, size=64, kind="gaussian_raw", prepare="none", widths=(0.1,)

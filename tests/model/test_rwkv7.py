@@ -17,7 +17,8 @@ from rwkv7_jax.model.rwkv7 import RWKV7, TRACE
 from rwkv7_jax.model.state import init_state, select
 
 LENGTH = 6
-IDS, STATE = tokens(3, LENGTH), random_state(batch=3)
+IDS = tokens(3, LENGTH)
+STATE = random_state(batch=3)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "method"))
@@ -71,7 +72,8 @@ def test_trace_stacks_every_name_over_layers_and_changes_no_logit(whole):
     logits, _, trace = run(lively(), IDS, STATE, method="trace")
     assert set(trace) == set(TRACE)
     assert_close(logits, whole[0], SAME["op"], "logits")
-    heads, wide = (3, 3, LENGTH, 2, 32), (3, 3, LENGTH, CONFIG.width)
+    heads = (3, 3, LENGTH, 2, 32)
+    wide = (3, 3, LENGTH, CONFIG.width)
     for name in ("r", "log_w", "k", "v", "a", "b", "y"):
         assert trace[name].shape == heads
     for name in ("residual", "gate", "ffn_input"):

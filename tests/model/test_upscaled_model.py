@@ -81,7 +81,8 @@ def as_users(config):
 )
 def test_an_empty_memory_leaves_the_model_what_it_was_bit_for_bit(config, dynamics):
     run = as_users(config)
-    ids, start = tokens(B, T), random_state(config, batch=B)
+    ids = tokens(B, T)
+    start = random_state(config, batch=B)
     base, end = run(ids, start)
     state = start.replace(upscaled=repeat(empty_state(config, dynamics), B).upscaled)
     logits, wide_end = run(ids, state)
@@ -123,7 +124,8 @@ def test_cutting_a_sequence_changes_nothing(config, dynamics, cut, length):
     """Equal halves share a program."""
     run = functools.partial(plainly(config), lively(config))
     state = filled(empty_state(config, dynamics), write=0.3)
-    ids, start = tokens(B, length), repeat(state, B)
+    ids = tokens(B, length)
+    start = repeat(state, B)
     whole, end = run(ids, start)
     one, middle = run(ids[:, :cut], start)
     two, last = run(ids[:, cut:], middle)
@@ -133,7 +135,8 @@ def test_cutting_a_sequence_changes_nothing(config, dynamics, cut, length):
 
 @pytest.mark.parametrize("dynamics", ["static", "decay"])
 def test_folding_the_map_into_the_memory_changes_nothing(run, states, dynamics):
-    ids, state = tokens(1, T), filled(states[dynamics])
+    ids = tokens(1, T)
+    state = filled(states[dynamics])
     folded = state.replace(upscaled=fold_feature_map(state.upscaled))
     assert folded.upscaled.features.map is None
     np.testing.assert_allclose(run(ids, folded)[0], run(ids, state)[0], atol=2e-4)
@@ -163,12 +166,14 @@ def test_a_batch_of_different_states_equals_single_runs(run, states, dynamics):
     "dynamics", [pytest.param("static", marks=pytest.mark.slow), "delta"]
 )
 def test_generation_goes_on_from_an_upscaled_state(config, dynamics):
-    params, state = lively(config), filled(empty_state(config, dynamics))
+    params = lively(config)
+    state = filled(empty_state(config, dynamics))
     run = functools.partial(plainly(config), params)
     out = generate(
         RWKV7(config), params, [[3, 4, 5], [7]], state, tokens=4, temperature=0
     )
-    ids, current = jnp.array([[3, 4, 5]]), state
+    ids = jnp.array([[3, 4, 5]])
+    current = state
     for token in out.tokens[0]:
         logits, current = run(ids, current)
         assert int(logits[0, -1].argmax()) == token
@@ -181,7 +186,8 @@ def test_generation_goes_on_from_an_upscaled_state(config, dynamics):
     ids=["shallow", "deep"],
 )
 def test_a_state_scaled_to_nothing_is_the_base_model(config):
-    run, ids = as_users(config), tokens(B, T)
+    run = as_users(config)
+    ids = tokens(B, T)
     state = repeat(scaled(filled(empty_state(config)), 0.0), B)
     assert (run(ids, state)[0] == run(ids, init_state(config, B))[0]).all()
 

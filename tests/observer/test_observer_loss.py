@@ -108,7 +108,8 @@ def test_answers_are_those_of_rows_continued_alone(teacher, batch, proposed, res
 def test_the_divergence_is_the_mean_over_prompts(own, proposed, result):
     total = 0.0
     for base, tuned in zip(own[0], proposed[0], strict=True):
-        base, tuned = jax.nn.log_softmax(base), jax.nn.log_softmax(tuned)
+        base = jax.nn.log_softmax(base)
+        tuned = jax.nn.log_softmax(tuned)
         total += float(jnp.sum(jnp.exp(base) * (base - tuned)))
     assert float(result[0]["divergence_nats"]) == pytest.approx(
         total / sum(SPLITS), rel=1e-5
@@ -120,10 +121,8 @@ def test_models_of_other_widths_diverge_by_their_own_heads():
         jax.random.normal(jax.random.key(i), shape)
         for i, shape in enumerate([(2, 3, 4), (2, 3, 6), (5, 4), (5, 6)])
     )
-    tuned, reference = (
-        jax.nn.log_softmax(x @ head.T),
-        jax.nn.log_softmax(base @ other.T),
-    )
+    tuned = jax.nn.log_softmax(x @ head.T)
+    reference = jax.nn.log_softmax(base @ other.T)
     wanted = jnp.sum(jnp.exp(reference) * (reference - tuned), -1)
     found = token_statistics(
         x, head, None, reference=base, reference_head=other, chunk=2
@@ -176,7 +175,8 @@ def test_a_batch_of_empty_prompts_has_no_divergence(step, made, batch):
 def test_the_proposal_error_is_the_unexplained_variance_row_by_row(
     made, teacher, batch, result
 ):
-    tokens, lengths = batch["tokens"][:, :-1], batch["split"]
+    tokens = batch["tokens"][:, :-1]
+    lengths = batch["split"]
     rows = proposal_error(*made, *teacher, tokens, lengths=lengths)
     assert float(rows.mean()) == pytest.approx(float(result[0]["fvu"]), rel=1e-5)
     variance = np.asarray(state_moments(*teacher, tokens, lengths).variance)
@@ -245,10 +245,8 @@ def test_training_lowers_every_term_and_leaves_the_teacher_bit_equal(
 ):
     before = jax.tree.map(lambda leaf: np.array(leaf, copy=True), teacher[1])
     tx = optax.adam(1e-2)
-    step, train = (
-        make_train_step(observer_loss(made[0], *teacher), tx),
-        TrainState.create(made[1], tx),
-    )
+    step = make_train_step(observer_loss(made[0], *teacher), tx)
+    train = TrainState.create(made[1], tx)
     seen = []
     for _ in range(60):
         train, metrics = step(train, batch)

@@ -27,7 +27,9 @@ ADAMW = optax.with_extra_args_support(optax.adamw(1e-2))
 
 def test_steps_on_s_are_plain_sgd_steps_on_s_prime(momentum=0.9):
     """In numpy: y = S' R x, squared error, S' = S R^-1 trained by SGD."""
-    r, x, goal = skewed(0), noise(1, (*HEADS, M, 20)), noise(2, (*HEADS, N, 20))
+    r = skewed(0)
+    x = noise(1, (*HEADS, M, 20))
+    goal = noise(2, (*HEADS, N, 20))
     tx = decorrelate(optax.sgd(0.01, momentum))
     start = noise(3, LEAF)
 
@@ -37,9 +39,11 @@ def test_steps_on_s_are_plain_sgd_steps_on_s_prime(momentum=0.9):
         moves, state = tx.update(grads, state, s)
         return optax.apply_updates(s, moves), state
 
-    s, state = start, tx.init(start)._replace(whitener=r)
+    s = start
+    state = tx.init(start)._replace(whitener=r)
     r, x, goal = (np.asarray(a, np.float64) for a in (r, x, goal))
-    prime, trace = np.asarray(start, np.float64) @ np.linalg.inv(r), 0.0
+    prime = np.asarray(start, np.float64) @ np.linalg.inv(r)
+    trace = 0.0
     for _ in range(5):
         s, state = step(s, state)
         z = r @ x
@@ -77,7 +81,8 @@ def test_a_new_r_moves_nothing_by_itself():
 
 
 def test_the_gradient_is_turned_by_the_r_that_its_own_statistics_moved():
-    grads, stats = noise(0, LEAF), covariance(0)
+    grads = noise(0, LEAF)
+    stats = covariance(0)
     params, state = run(decorrelate(optax.sgd(1.0)), jnp.zeros(LEAF), [(grads, stats)])
     r = np.asarray(state.whitener, np.float64)
     assert_close(params, -np.asarray(grads) @ r.swapaxes(-1, -2) @ r, 1e-6)
@@ -87,7 +92,8 @@ def test_the_gradient_is_turned_by_the_r_that_its_own_statistics_moved():
 def test_updates_keep_the_gradients_dtype_and_r_and_c_are_float32(dtype):
     with jax.enable_x64(True):
         tx = decorrelate(optax.sgd(1.0))
-        grads, stats = noise(0, LEAF, dtype), jnp.asarray(covariance(0), dtype)
+        grads = noise(0, LEAF, dtype)
+        stats = jnp.asarray(covariance(0), dtype)
         moves, state = jax.jit(lambda g, s: tx.update(g, s, stats=stats))(
             grads, tx.init(grads)
         )
@@ -132,7 +138,8 @@ def test_without_statistics_r_stays_and_goes_on_being_used():
 
 
 def test_statistics_with_axes_of_size_one_are_shared():
-    shared, grads = covariance(0)[:, :, :1], noise(0, LEAF)
+    shared = covariance(0)[:, :, :1]
+    grads = noise(0, LEAF)
     whole = jnp.broadcast_to(shared, SQUARE)
     outs = [
         run(decorrelate(optax.sgd(1.0)), grads, [(grads, c)]) for c in (shared, whole)
@@ -143,11 +150,14 @@ def test_statistics_with_axes_of_size_one_are_shared():
 @pytest.mark.parametrize("mode", MODES)
 def test_bad_statistics_leave_their_matrix_alone_and_no_other(mode):
     """Of six matrices' statistics four are bad; 1e38 is finite, and its trace is not."""
-    grads, bad = jnp.zeros(LEAF), [(0, 0, 1), (0, 0, 2), (1, 0, 0), (1, 0, 2)]
+    grads = jnp.zeros(LEAF)
+    bad = [(0, 0, 1), (0, 0, 2), (1, 0, 0), (1, 0, 2)]
     good = np.asarray(covariance(0))
     spoilt = good.copy()
-    spoilt[0, 0, 1, 2, 3], spoilt[0, 0, 2, 0, 0] = np.nan, np.inf
-    spoilt[1, 0, 0], spoilt[1, 0, 2] = 0.0, 1e38 * np.eye(M)
+    spoilt[0, 0, 1, 2, 3] = np.nan
+    spoilt[0, 0, 2, 0, 0] = np.inf
+    spoilt[1, 0, 0] = 0.0
+    spoilt[1, 0, 2] = 1e38 * np.eye(M)
     tx = decorrelate(optax.sgd(1.0), mode=mode, every=1)
     for before in ([], [(grads, covariance(1))]):
         _, old = run(tx, grads, before)
@@ -165,7 +175,8 @@ def test_bad_statistics_leave_their_matrix_alone_and_no_other(mode):
 
 
 def test_whiten_tries_again_where_the_first_statistics_could_not_be_whitened():
-    grads, flat = jnp.zeros((N, M)), jnp.ones((M, M))
+    grads = jnp.zeros((N, M))
+    flat = jnp.ones((M, M))
     tx = decorrelate(optax.sgd(1.0), mode="whiten", damping=0.0)
     good = covariance(0, heads=())
     _, state = run(tx, grads, [(grads, flat)])
@@ -206,5 +217,6 @@ def test_adam_on_an_ill_conditioned_regression_is_five_times_faster_decorrelated
         )
         return int(jnp.min(jax.jit(count)(jnp.asarray([0.01, 0.03, 0.1, 0.3, 1.0]))))
 
-    plain, quick = best(optax.with_extra_args_support), best(decorrelate)
+    plain = best(optax.with_extra_args_support)
+    quick = best(decorrelate)
     assert 5 * quick <= plain, (quick, plain)

@@ -35,7 +35,8 @@ def published(r, c, rate, kappa, *, columns=False):
 
 @pytest.mark.parametrize("kappa", [0.0, 0.3])
 def test_the_online_rule_is_the_published_one(kappa):
-    start, c = skewed(0), jnp.asarray(normalised(covariance(1)), jnp.float32)
+    start = skewed(0)
+    c = jnp.asarray(normalised(covariance(1)), jnp.float32)
     plain = {
         "iterations": 1,
         "damping": 0,
@@ -113,7 +114,8 @@ def test_directions_without_inputs_stay_bounded_by_the_damping_and_grow_without_
 
 
 def test_exact_r_is_renewed_at_every_so_many_statistics_and_whiten_once():
-    first, second = covariance(0), covariance(1)
+    first = covariance(0)
+    second = covariance(1)
     grads = jnp.zeros(LEAF)
     updates = [(grads, first), (grads, None), (grads, second), (grads, second)]
     exact = decorrelate(
@@ -130,7 +132,8 @@ def test_exact_r_is_renewed_at_every_so_many_statistics_and_whiten_once():
 
 
 def test_the_average_starts_with_the_first_statistics():
-    seen, grads = [covariance(i) for i in range(3)], jnp.zeros(LEAF)
+    seen = [covariance(i) for i in range(3)]
+    grads = jnp.zeros(LEAF)
     _, state = run(
         decorrelate(optax.sgd(1.0), average=0.8), grads, [(grads, c) for c in seen]
     )

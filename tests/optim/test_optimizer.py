@@ -57,7 +57,8 @@ def test_every_weight_is_in_its_group_by_name():
 @pytest.mark.parametrize("step", [0, 1, 5, 10, 11, 60, 99, 110, 500])
 def test_the_cosine_schedule_is_the_published_formula(step):
     first, last, warmup, total = 6e-4, 6e-5, 10, 110
-    done, ratio = np.clip((step - warmup) / (total - warmup), 0, 1), last / first
+    done = np.clip((step - warmup) / (total - warmup), 0, 1)
+    ratio = last / first
     rate = first * ((0.5 + ratio / 2) + (0.5 - ratio / 2) * np.cos(np.pi * done))
     rate *= 0.01 + 0.99 * step / warmup if step < warmup else 1.0
     actual = learning_rate_schedule(
@@ -187,9 +188,11 @@ def test_two_adam_steps_are_numpys(scale, clip):
     """Clipped to norm 1; epsilon so small that tiny gradients still move by the learning rate."""
     rate, decay, b1, b2, eps = 1e-3, 0.1, 0.9, 0.99, 1e-18
     tx = build_optimizer(rate, weight_decay=decay, clip=clip)
-    update, state = jax.jit(tx.update), tx.init(lively())
+    update = jax.jit(tx.update)
+    state = tx.init(lively())
     mean = dict.fromkeys(flat(lively()), 0.0)
-    square, names = dict(mean), flat(lively())
+    square = dict(mean)
+    names = flat(lively())
     for count in (1, 2):
         tree = gradient(count, scale)
         updates, state = update(tree, state, lively())
@@ -208,7 +211,8 @@ def test_two_adam_steps_are_numpys(scale, clip):
 
 
 def test_muon_moves_matrices_by_a_fifth_of_the_rate_and_the_rest_as_adam_does():
-    rate, grads = 1e-2, gradient(0, 1.0)
+    rate = 1e-2
+    grads = gradient(0, 1.0)
     muon, adam = (
         build_optimizer(rate, kind=kind, clip=None) for kind in ("muon", "adamw")
     )

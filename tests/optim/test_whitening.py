@@ -40,6 +40,8 @@ def test_whitening_of_nothing_is_the_identity_and_of_a_bad_matrix_nan_and_neithe
 
 def test_the_effective_rank_counts_directions():
     c = np.zeros((4, M, M), np.float32)
-    c[0], c[1, :2, :2], c[2] = 3 * np.eye(M), np.eye(2), np.ones((M, M))
+    c[0] = 3 * np.eye(M)
+    c[1, :2, :2] = np.eye(2)
+    c[2] = np.ones((M, M))
     assert_close(effective_rank(c), [M, 2, 1, 0], FORMULA)
     assert_close(effective_rank(1e-25 * c[:1]), [M], FORMULA)

@@ -139,7 +139,7 @@ OTHERS = [
 
 
 def refusals():
-    """Gives the words of each command line, and what the sentence must have."""
+    """Returns the words of each command line, and what the sentence must have."""
     for words, sentence in ADDED:
         yield [*GOOD, *words], sentence
     for name in ("init", "state", "data.path", "data.evaluation", "workdir"):

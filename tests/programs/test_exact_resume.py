@@ -60,10 +60,8 @@ def test_a_run_stopped_by_a_signal_continues_with_the_same_bits(
     tmp_path, base_model, mode, monkeypatch, capsys
 ):
     # After step 2 an evaluation is due. The signal ends it, and the continued run makes up for it.
-    settings, stop = (
-        mode_settings(mode, base_model),
-        3 if mode in ("pretrain", "grpo") else 2,
-    )
+    settings = mode_settings(mode, base_model)
+    stop = 3 if mode in ("pretrain", "grpo") else 2
     train_here(settings, tmp_path / "one")
     with monkeypatch.context() as patches:
         stopped_at(patches, stop)

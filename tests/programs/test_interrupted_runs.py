@@ -73,7 +73,7 @@ def record(workdir: Path, step: int) -> dict:
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """Gives the last record of a run without faults."""
+    """Returns the last record of a run without faults."""
     folder = tmp_path_factory.mktemp("unbroken")
     finish(run(folder, steps=STEPS, save_every=2))
     return record(folder, STEPS)
@@ -83,7 +83,8 @@ def unbroken(tmp_path_factory):
 def test_a_run_killed_at_a_random_moment_ends_with_the_same_bits(
     tmp_path, unbroken, seed
 ):
-    draw, kills = random.Random(seed), 0
+    draw = random.Random(seed)
+    kills = 0
     while True:
         process = run(tmp_path, steps=STEPS, save_every=2)
         if kills < 2:

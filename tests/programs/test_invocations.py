@@ -182,7 +182,7 @@ OTHERS = [
 
 
 def refusals():
-    """Gives the words of each command line that is refused, and what the sentence must have."""
+    """Returns the words of each command line that is refused, and what the sentence must have."""
     for file, sentence in BROKEN:
         yield (
             [f"--config=TMP/{file}", HERE],

@@ -21,7 +21,7 @@ SETTLE_SECONDS = 0.5
 
 
 def live_buffers() -> dict[int, int]:
-    """Gives the size of each live buffer on the first device, by its address."""
+    """Returns the size of each live buffer on the first device, by its address."""
     device = jax.local_devices()[0]
     buffers = {}
     for array in jax.live_arrays():

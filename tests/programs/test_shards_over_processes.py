@@ -99,7 +99,8 @@ def test_a_run_moves_from_two_processes_to_one_and_back_with_all_its_bits(
     assert leaves(folder, before + 4) == leaves(tmp_path, before + 4)
     assert rows(folder) == rows(tmp_path)
     assert samples(folder) == samples(tmp_path)
-    ours, theirs = folder / "model.pth", tmp_path / "model.pth"
+    ours = folder / "model.pth"
+    theirs = tmp_path / "model.pth"
     assert ours.read_bytes() == theirs.read_bytes()
     # Without a mesh, on one device.
     moved = shutil.copytree(folder, tmp_path / "moved")
@@ -124,7 +125,8 @@ def test_a_state_tuned_by_two_processes_has_the_bits_and_the_base_of_one(tmp_pat
     finish(start(tmp_path / "one", environment=devices(2), **run))
     assert leaves(tmp_path / "two", 2) == leaves(tmp_path / "one", 2)
     for name in ("state.pth", "state.pth.json"):
-        ours, theirs = tmp_path / "two" / name, tmp_path / "one" / name
+        ours = tmp_path / "two" / name
+        theirs = tmp_path / "one" / name
         assert ours.read_bytes() == theirs.read_bytes()
 
 

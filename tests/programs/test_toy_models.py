@@ -22,7 +22,8 @@ def accuracies(name, tasks):
     path = ASSETS / f"toy-{name}.pth"
     assert path.stat().st_size < 1_000_000
     params, config = load_model(path)
-    model, start = RWKV7(config), init_state(config)
+    model = RWKV7(config)
+    start = init_state(config)
     return {
         task: score_answers(
             model, params, start, task_batch(task, 0, **ROWS), rows=64

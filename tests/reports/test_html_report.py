@@ -32,7 +32,10 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.links, self.texts = [], [], [], []
+        self.open = []
+        self.tags = []
+        self.links = []
+        self.texts = []
         self.feed(text)
         self.close()
         assert self.open == []
@@ -197,7 +200,8 @@ def test_a_curve_keeps_its_order_and_stays_inside_the_picture():
 
 def test_a_long_curve_is_thinned_to_means_over_its_range():
     svg = line_chart("t", {"a": [(x, x % 2) for x in range(10 * PIECES)]})
-    (line,), (band,) = points_of(svg, "polyline"), points_of(svg, "polygon")
+    (line,) = points_of(svg, "polyline")
+    (band,) = points_of(svg, "polygon")
     assert len(line) == PIECES and len(band) == 2 * PIECES
     middle = {y for _, y in line}
     assert len(middle) == 1 and min(y for _, y in band) < middle.pop() < max(

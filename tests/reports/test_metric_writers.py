@@ -106,7 +106,8 @@ class FakeRun:
     """A run of Weights & Biases that remembers."""
 
     def __init__(self, calls, **how):
-        self.id, self._calls = how["id"] or "abc", calls
+        self.id = how["id"] or "abc"
+        self._calls = calls
         calls.append(how)
 
     def log(self, numbers, step):

@@ -70,7 +70,10 @@ def assert_found(folder, name):
 @pytest.mark.slow
 def test_each_of_200_flipped_bits_is_found(folder, capfd):
     step = folder / "6"
-    files, draw, found, named = files_of(step), random.Random(0), 0, 0
+    files = files_of(step)
+    draw = random.Random(0)
+    found = 0
+    named = 0
     before = {path: path.read_bytes() for path in files}
     for index in range(200):
         path = files[index % len(files)]
@@ -78,7 +81,8 @@ def test_each_of_200_flipped_bits_is_found(folder, capfd):
         assert_found(folder, path)
         said = capfd.readouterr().err
         assert "step 6 is damaged: " in said
-        found, named = found + 1, named + ("leaves" in said)
+        found = found + 1
+        named = named + ("leaves" in said)
         os.rename(folder / step_directories.BAD / "6", step)
         path.write_bytes(before[path])
     assert restored_step(folder) == 6

@@ -52,7 +52,8 @@ def lanes(array) -> str:
 def test_any_single_bit_changes_both_lanes(dtype, shape, seed, data):
     array = drawn(dtype, shape, seed)
     bit = data.draw(st.integers(0, 8 * array.nbytes - 1))
-    one, two = lanes(array), lanes(flipped(array, bit))
+    one = lanes(array)
+    two = lanes(flipped(array, bit))
     assert one[:8] != two[:8] and one[8:] != two[8:]
 
 

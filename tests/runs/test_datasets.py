@@ -153,7 +153,8 @@ def test_the_datas_digest_sees_each_id_and_the_files_bytes(tmp_path):
     ids = np.arange(5000, dtype=np.uint16)
     other = ids.copy()
     other[4321] += 1
-    one, two = as_stream(ids), as_stream(other)
+    one = as_stream(ids)
+    two = as_stream(other)
     assert digest_of("a", one) == digest_of("b", one) != digest_of("a", two)
     digests = []
     for text in ("one", "two"):

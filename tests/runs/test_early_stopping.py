@@ -10,7 +10,8 @@ OTHER = Metric(0.0, "reward", higher_is_better=True)
 
 
 def measured(values, name="held_out_bits_per_byte", kept=1, **choices):
-    evaluation, course = EvaluationSettings(**choices), RunProgress()
+    evaluation = EvaluationSettings(**choices)
+    course = RunProgress()
     for step, value in enumerate(values):
         course = course.with_evaluation(
             10 * step,

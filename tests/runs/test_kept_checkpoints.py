@@ -138,7 +138,8 @@ def test_a_folder_that_is_deleted_during_a_run_is_made_again(tmp_path, deleted, 
 
 
 def test_paths_do_not_count_where_their_contents_are_compared(tmp_path):
-    here, there = tmp_path / "a.jsonl", tmp_path / "moved" / "b.jsonl"
+    here = tmp_path / "a.jsonl"
+    there = tmp_path / "moved" / "b.jsonl"
     there.parent.mkdir()
     here.write_text("text")
     there.write_text("text")

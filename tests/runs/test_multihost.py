@@ -77,7 +77,8 @@ def test_both_continue_from_process_0s_checkpoint_to_the_unbroken_runs_bits(
     assert f"from step {before}" in out and "resume" not in quiet
     assert not (folder / "checkpoints" / "bad").exists()
     finish(start(tmp_path, steps=before + 20, **RUN))
-    found, expected = record(folder, before + 20), record(tmp_path, before + 20)
+    found = record(folder, before + 20)
+    expected = record(tmp_path, before + 20)
     assert (
         found["leaves"] == expected["leaves"] and found["course"] == expected["course"]
     )

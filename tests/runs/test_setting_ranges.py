@@ -16,7 +16,7 @@ HUGE = 10**400
 
 
 def all_settings():
-    """Gives every setting: its dotted name, its types, and the metadata of its field."""
+    """Returns every setting: its dotted name, its types, and the metadata of its field."""
     for field in dataclasses.fields(Settings):
         kind = typing.get_type_hints(Settings)[field.name]
         if not dataclasses.is_dataclass(kind):

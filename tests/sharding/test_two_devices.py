@@ -80,7 +80,8 @@ def test_two_devices_train_weights_as_one_does():
 
 @pytest.mark.slow
 def test_two_devices_decorrelate_as_one_does():
-    params, read = lively(SHALLOW), {"leaves": ("memory",)}
+    params = lively(SHALLOW)
+    read = {"leaves": ("memory",)}
     wide = upscale(MODEL, params, BATCH["tokens"], size=48, prepare="whiten")
     tx = optax.masked(decorrelate(optax.sgd(1.0)), trainable_mask(wide, ("memory",)))
     choices = {"statistics": state_statistics(MODEL, params, **read), "tx": tx}
@@ -163,10 +164,8 @@ def test_four_chips_share_a_step_with_a_kernel_on_each(monkeypatch):
     model = RWKV7(
         dataclasses.replace(SHALLOW, num_layers=2, implementation="pallas_tpu")
     )
-    config, tx = (
-        dataclasses.replace(model.config, implementation="scan"),
-        optax.sgd(1.0),
-    )
+    config = dataclasses.replace(model.config, implementation="scan")
+    tx = optax.sgd(1.0)
     weights = parallel.abstract_shards(mesh, lively(config))
     step = make_train_step(state_loss(model, weights), tx, mesh=mesh)
     train = parallel.abstract_shards(mesh, TrainState.create(random_state(config), tx))

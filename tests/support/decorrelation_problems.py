@@ -9,8 +9,11 @@ import optax
 
 from rwkv7_jax.optim.decorrelation import decorrelate
 
-HEADS, N, M = (2, 1, 3), 4, 6
-LEAF, SQUARE = (*HEADS, N, M), (*HEADS, M, M)
+HEADS = (2, 1, 3)
+N = 4
+M = 6
+LEAF = (*HEADS, N, M)
+SQUARE = (*HEADS, M, M)
 
 
 def noise(seed, shape, dtype=jnp.float32):
@@ -52,7 +55,8 @@ def compiled(tx):
 
 def run(tx, params, updates):
     """The parameters and the optimizer's state after a list of (gradient, statistics)."""
-    step, state = compiled(tx), tx.init(params)
+    step = compiled(tx)
+    state = tx.init(params)
     for grads, stats in updates:
         moves, state = step(grads, state, params, stats)
         params = optax.apply_updates(params, moves)

@@ -125,19 +125,19 @@ def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
 
 
 def last_line(error: str) -> str:
-    """Gives the last line of the errors: why the program ended."""
+    """Returns the last line of the errors: why the program ended."""
     return [line for line in error.splitlines() if line.strip()][-1]
 
 
 @functools.cache
 def load_program(name: str) -> dict:
-    """Gives what a program defines; the program itself does not run."""
+    """Returns what a program defines; the program itself does not run."""
     # Once: its flags can be defined only once.
     return runpy.run_path(str(ROOT / name), run_name=f"{Path(name).stem}_program")
 
 
 def load_train() -> dict:
-    """Gives what train.py defines."""
+    """Returns what train.py defines."""
     return load_program("train.py")
 
 

@@ -99,7 +99,8 @@ def _time_mix(p, x, before, wkv, v_first, config):
     }
     r, k, v = (p[n]["weight"] @ mixed[n[0]] for n in ("receptance", "key", "value"))
     log_w = -np.exp(-0.5) * _sigmoid(p["w0"] + low["w"])
-    rate, gate = _sigmoid(p["a0"] + low["a"]), low["g"]
+    rate = _sigmoid(p["a0"] + low["a"])
+    gate = low["g"]
     if v_first is None:
         v_first = v
     else:
@@ -108,7 +109,8 @@ def _time_mix(p, x, before, wkv, v_first, config):
     kk = kk / np.maximum(np.linalg.norm(kk, axis=-1, keepdims=True), 1e-12)
     k = k * (1 + (rate - 1) * p["k_a"])
     r, log_w, k, v, rate = (u.reshape(shape) for u in (r, log_w, k, v, rate))
-    a, b = -kk, kk * rate
+    a = -kk
+    b = kk * rate
     removed = np.einsum("hij,hj->hi", wkv, a)
     wkv = (
         wkv * np.exp(log_w)[:, None]
@@ -164,9 +166,14 @@ def restated(params, ids, state, config=CONFIG):
     ]
     names = ("att_shift", "wkv", "ffn_shift")
     state = [np.asarray(getattr(state, name), np.float64)[:, 0] for name in names]
-    memory, logits, traces = list(zip(*state, strict=True)), [], []
+    memory = list(zip(*state, strict=True))
+    logits = []
+    traces = []
     for token in np.asarray(ids):
-        ln0, ln_out, v_first, trace = params["ln0"], params["ln_out"], None, []
+        ln0 = params["ln0"]
+        ln_out = params["ln_out"]
+        v_first = None
+        trace = []
         x = _norm(
             params["emb"]["weight"][token], ln0["weight"], ln0["bias"], config.norm_eps
         )

@@ -103,14 +103,10 @@ def by_rows(teacher, start, batch):
     """The loss and the accuracy after the splits, each row continued alone from its state."""
     total = np.zeros(3)
     for i, split in enumerate(SPLITS):
-        inputs, targets = (
-            batch["tokens"][i : i + 1, split:-1],
-            batch["tokens"][i, split + 1 :],
-        )
-        logits, mask = (
-            plain(*teacher, inputs, select(start, i))[0][0],
-            batch["mask"][i, split:],
-        )
+        inputs = batch["tokens"][i : i + 1, split:-1]
+        targets = batch["tokens"][i, split + 1 :]
+        logits = plain(*teacher, inputs, select(start, i))[0][0]
+        mask = batch["mask"][i, split:]
         nats = -jax.nn.log_softmax(logits)[np.arange(len(targets)), targets]
         hits = np.argmax(logits, -1) == targets
         total += [np.sum(nats * mask), np.sum(hits * mask), mask.sum()]

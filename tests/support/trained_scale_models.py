@@ -34,10 +34,8 @@ def calm(
 ):
     """Weights of every kind alive, and a head that gives logits of standard deviation 1."""
     # Weights are the same whatever implementation reads them, and the scan compiles fastest.
-    model, start = (
-        RWKV7(dataclasses.replace(config, implementation="scan")),
-        init_state(config),
-    )
+    model = RWKV7(dataclasses.replace(config, implementation="scan"))
+    start = init_state(config)
     draw = jax.jit(
         lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32), start)["params"]
     )

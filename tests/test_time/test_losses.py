@@ -76,7 +76,8 @@ def divergence(first, second):
 
 
 def assert_value_and_gradient(gradient, restated_loss, batch):
-    state, step = random_state(CONFIG, seed=3), 1e-5
+    state = random_state(CONFIG, seed=3)
+    step = 1e-5
     (value, metrics), grads = gradient(state, batch)
     assert_close(value, restated_loss(state), SAME["model"], "value")
     direction = np.random.default_rng(5).normal(size=state.wkv.shape)
@@ -138,7 +139,8 @@ def test_without_advantages_and_divergence_there_is_no_gradient(reinforce, batch
 
 
 def test_pieces_of_a_policy_batch_add_up_to_the_full_batch(reinforce, batch):
-    state, weights = random_state(CONFIG), np.asarray(loss_weights(batch))
+    state = random_state(CONFIG)
+    weights = np.asarray(loss_weights(batch))
     (whole, _), grads = reinforce(state, batch | {"weights": weights})
     # Weights are shares of the whole batch, zero for the other pieces.
     pieces = [weights * (np.arange(3) == row)[:, None] for row in range(3)]
@@ -152,10 +154,8 @@ def test_pieces_of_a_policy_batch_add_up_to_the_full_batch(reinforce, batch):
 def test_the_distillation_loss_is_cross_entropy_and_the_teachers_divergence(
     params, batch
 ):
-    teacher, start = (
-        random_params(LARGE, dtype=jnp.float32, scale=0.3),
-        random_state(LARGE, seed=8),
-    )
+    teacher = random_params(LARGE, dtype=jnp.float32, scale=0.3)
+    start = random_state(LARGE, seed=8)
     others = {
         "teacher": RWKV7(LARGE),
         "teacher_params": teacher,
@@ -166,7 +166,8 @@ def test_the_distillation_loss_is_cross_entropy_and_the_teachers_divergence(
 
     def by_hand(state):
         logp = logps(params, state, batch)
-        nats, apart = -chosen(logp, batch), divergence(wanted, logp)
+        nats = -chosen(logp, batch)
+        apart = divergence(wanted, logp)
         return np.sum(shares(batch) * (0.5 * nats + 2.0 * apart))
 
     gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -197,9 +198,11 @@ def test_the_anchor_is_the_divergence_from_the_base_on_text_of_its_own(params, b
 @pytest.mark.slow
 def test_a_prompt_becomes_a_state(params):
     context = generate(MODEL, params, [7, 3, 9, 9, 1, 12, 4, 2], tokens=0).state
-    before, tx = jax.tree.map(np.array, params), optax.adam(0.1, b2=0.99)
+    before = jax.tree.map(np.array, params)
+    tx = optax.adam(0.1, b2=0.99)
     step = make_train_step(context_distillation(MODEL, params, context), tx)
-    train, found = TrainState.create(init_state(CONFIG), tx), []
+    train = TrainState.create(init_state(CONFIG), tx)
+    found = []
     for seed in range(60):
         tokens = np.random.default_rng(seed).integers(0, 13, (8, 9)).astype(np.int32)
         batch = {"tokens": tokens, "mask": np.ones((8, 8), np.float32)}

@@ -234,7 +234,8 @@ def test_several_updates_go_further_with_the_same_completions(params):
             epsilon_high=0.28,
             **LOOP,
         )
-    one, three = runs[1], runs[3]
+    one = runs[1]
+    three = runs[3]
     assert one.history[0]["reward"] == three.history[0]["reward"]
     assert "clipped" not in one.history[0]
     assert 0 < three.history[0]["clipped"] < 1

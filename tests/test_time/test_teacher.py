@@ -121,7 +121,8 @@ def test_a_vote_keeps_the_majority_where_it_leads_by_the_margin(params, plain):
 def test_a_killed_run_goes_on_and_ends_with_the_same_traces_and_budget(
     params, plain, tmp_path
 ):
-    cache, seen = tmp_path / "cache.jsonl", []
+    cache = tmp_path / "cache.jsonl"
+    seen = []
 
     def killed(done, total):
         seen.append((done, total))

@@ -23,7 +23,9 @@ MODEL = RWKV7(CONFIG)
 KEY = jax.random.key(4)
 # Two prompts, four completions each; held-out prompts as many as these rows, so that they share
 # programs.
-PROMPTS, GROUP, TOKENS = [[1, 2], [3, 4, 5]], 4, 6
+PROMPTS = [[1, 2], [3, 4, 5]]
+GROUP = 4
+TOKENS = 6
 HELD_OUT = [[1 + n, 2, 1 + n] for n in range(8)]
 
 
@@ -228,7 +230,8 @@ def test_a_state_distils_traces(params):
 
 @pytest.mark.slow
 def test_an_anchor_keeps_the_state_near_the_base_and_is_counted(params):
-    rng, drift = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    drift = []
     text = rng.integers(0, CONFIG.vocab_size, (4, 17)).astype(np.int32)
     for weight in (1e-6, 10.0):
         anchor = {

@@ -28,7 +28,8 @@ def test_text_does_not_depend_on_how_its_bytes_were_cut(seed):
     whole = StreamingDetokenizer(stops)
     expected = whole.push(data) + whole.close()
     cuts = np.sort(random.integers(0, len(data), 9))
-    stream, pieces = StreamingDetokenizer(stops), []
+    stream = StreamingDetokenizer(stops)
+    pieces = []
     for piece in np.split(np.frombuffer(data, np.uint8), cuts):
         pieces.append(stream.push(piece.tobytes()))
     pieces.append(stream.close())
@@ -39,7 +40,8 @@ def test_text_does_not_depend_on_how_its_bytes_were_cut(seed):
 def test_random_bytes_become_what_the_decoder_makes_of_them():
     random = np.random.default_rng(0)
     for _ in range(300):
-        data, stream = random.bytes(20), StreamingDetokenizer(["no such end"])
+        data = random.bytes(20)
+        stream = StreamingDetokenizer(["no such end"])
         text = "".join(stream.push(bytes([byte])) for byte in data) + stream.close()
         assert text == data.decode(errors="replace")
         text.encode()

@@ -16,19 +16,19 @@ pytest.importorskip("tokenizers", reason="the extra tokenizers is not installed"
 
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory):
-    """Gives a byte-level file."""
+    """Returns a byte-level file."""
     return byte_level_bpe(tmp_path_factory.mktemp("bpe"))
 
 
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory):
-    """Gives a file of SentencePiece's kind."""
+    """Returns a file of SentencePiece's kind."""
     return sentence_pieces(tmp_path_factory.mktemp("pieces"), prefix=False)
 
 
 @pytest.fixture(scope="module", params=["bpe", "pieces"])
 def pair(request, bpe, pieces):
-    """Gives our tokenizer and the package's own, of the same file."""
+    """Returns our tokenizer and the package's own, of the same file."""
     from tokenizers import Tokenizer
 
     file = bpe if request.param == "bpe" else pieces

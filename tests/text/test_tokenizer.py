@@ -30,7 +30,8 @@ LONGEST = max(map(len, ENTRIES))
 
 def brute_force(data: bytes) -> list[int]:
     """The longest entry at every place, by trying all lengths."""
-    out, place = [], 0
+    out = []
+    place = 0
     while place < len(data):
         size = next(
             n for n in range(LONGEST, 0, -1) if data[place : place + n] in ENTRIES

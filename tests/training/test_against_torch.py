@@ -46,7 +46,8 @@ def batches():
 @functools.cache
 def new():
     """A new model's weights, as official training draws them."""
-    model, ids = RWKV7(CONFIG), jnp.zeros((1, 1), jnp.int32)
+    model = RWKV7(CONFIG)
+    ids = jnp.zeros((1, 1), jnp.int32)
     draw = jax.jit(lambda key: model.init(key, ids, init_state(CONFIG))["params"])
     return draw(jax.random.key(0))
 
@@ -64,7 +65,8 @@ def ours():
     )
     tx = build_optimizer(rate, weight_decay=rules.decay, clip=rules.clip, eps=rules.eps)
     step = make_train_step(pretrain_loss(RWKV7(CONFIG), l2wrap=rules.l2wrap), tx)
-    train, losses = TrainState.create(new(), tx), []
+    train = TrainState.create(new(), tx)
+    losses = []
     for tokens in batches():
         batch = {"tokens": jnp.asarray(tokens, jnp.int32), "mask": jnp.ones((4, 12))}
         train, metrics = step(train, batch)
@@ -90,7 +92,8 @@ def theirs(weights):
     """`theirs(**changes)`: the oracle's losses and weights under changed rules."""
 
     def run(**changes):
-        rules, ids = oracle().Rules(**changes), oracle().torch.tensor(batches())
+        rules = oracle().Rules(**changes)
+        ids = oracle().torch.tensor(batches())
         losses, end = oracle().train(weights, ids, rules)
         return np.array(losses), end
 

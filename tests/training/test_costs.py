@@ -36,7 +36,8 @@ RESULTS = ROOT / "benchmarks/results"
 def shapes(config, rows):
     """Model, weights and states without numbers."""
     model = RWKV7(config)
-    tokens, state = jnp.zeros((1, 1), jnp.int32), init_state(config)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    state = init_state(config)
     draw = jax.eval_shape(lambda key: model.init(key, tokens, state), jax.random.key(0))
     return model, draw["params"], jax.eval_shape(lambda: init_state(config, rows))
 
@@ -113,7 +114,10 @@ def test_parameters_are_those_of_the_tree():
 
 def test_parameters_of_a_published_size_follow_the_published_formula():
     config = RWKV7Config.preset("1.5b")
-    v, c, layers, ranks = 65536, 2048, 24, 96 + 96 + 64 + 256
+    v = 65536
+    c = 2048
+    layers = 24
+    ranks = 96 + 96 + 64 + 256
     whole = 2 * v * c + 4 * c + layers * (19 * c + 12 * c**2 + 2 * c * ranks)
     assert parameter_count(config) == whole - (
         c + 2 * c * 64

@@ -255,7 +255,9 @@ def test_no_gradient_holds_the_logits_of_more_than_a_piece(name):
 
 @pytest.mark.parametrize("batch", [1, 4, 512])
 def test_the_world_vocabulary_takes_less_than_128_mib(batch):
-    width, vocab, length = 768, 65536, 2048 // batch
+    width = 768
+    vocab = 65536
+    length = 2048 // batch
 
     def array(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)

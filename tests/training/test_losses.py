@@ -185,7 +185,8 @@ def test_l2wrap_pulls_the_largest_logit_of_every_position_and_is_not_reported():
 
 def test_bfloat16_activations_still_give_a_float32_loss():
     model = RWKV7(dataclasses.replace(QUICK, dtype="bfloat16"))
-    batch, state = {"tokens": IDS, "mask": MASK}, init_state(model.config, 2)
+    batch = {"tokens": IDS, "mask": MASK}
+    state = init_state(model.config, 2)
     loss, _ = jax.jit(lambda params: next_token_loss(model, params, state, batch))(
         lively(QUICK)
     )

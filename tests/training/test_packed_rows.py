@@ -81,7 +81,8 @@ def test_statistics_of_weights_start_every_sequence_anew():
         segments=np.array([[0, 10], [0, 10]]),
     )
     run = jax.jit(layer_statistics(model))
-    found, expected = run(lively(QUICK), packed), run(lively(QUICK), alone)
+    found = run(lively(QUICK), packed)
+    expected = run(lively(QUICK), alone)
     assert_trees_close({"x": found}, {"x": expected}, 1e-5)
 
 

@@ -43,7 +43,8 @@ def test_exactly_the_projections_have_statistics(found):
 def test_a_second_moment_is_that_of_what_the_matrix_multiplies(found):
     # Adding a matrix to a projection's weight changes its outputs by that matrix times its inputs;
     # the mean square of the change is tr(A C A^T).
-    ids, start = jnp.asarray(BATCH["tokens"][:3, :-1]), init_state(CONFIG, 3)
+    ids = jnp.asarray(BATCH["tokens"][:3, :-1])
+    start = init_state(CONFIG, 3)
     change = jax.random.normal(jax.random.key(0), (CONFIG.ffn_width, CONFIG.width))
     apply = jax.jit(MODEL.apply, static_argnames="method")
     *_, trace = apply({"params": lively()}, ids, start, method="trace")
@@ -69,8 +70,10 @@ def test_training_by_dbp_follows_and_keeps_what_is_no_projection_on_its_inner_op
     config, block
 ):
     tx = decorrelate(optax.sgd(1e-2), mask=projections)
-    model, params = RWKV7(config), lively(config)
-    statistics, loss = layer_statistics(model, rows=3), pretrain_loss(model, l2wrap=0.0)
+    model = RWKV7(config)
+    params = lively(config)
+    statistics = layer_statistics(model, rows=3)
+    loss = pretrain_loss(model, l2wrap=0.0)
     step = make_train_step(loss, tx, statistics=statistics)
     plain = make_train_step(loss, optax.sgd(1e-2))
     one, first = step(TrainState.create(params, tx), BATCH)

@@ -46,7 +46,7 @@ def make(kind):
 @pytest.mark.parametrize("kind", ["start state", "memory", "weights"])
 def test_they_are_those_of_a_pass_of_their_own(kind):
     loss, decorrelator, start = make(kind)
-    # Without what `shared_pass.describe_loss` says about it, the step makes a second pass.
+    # A plain function hands out no trace, so the step makes a second pass.
     alone = Partial(lambda *x: loss(*x))
     tx = decorrelator.wrap(optax.adam(1e-2))
     results = []

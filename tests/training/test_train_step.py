@@ -159,7 +159,8 @@ def test_an_update_that_is_not_finite_is_left_out_bit_for_bit(bad):
 
 
 def test_one_micro_batch_that_is_not_finite_leaves_the_whole_update_out():
-    tx, batch = optax.adam(0.1), small(1.0)
+    tx = optax.adam(0.1)
+    batch = small(1.0)
     batch["tokens"] = batch["tokens"].at[1].set(jnp.nan)
     run = make_train_step(square, tx, accumulate=2)
     train, _ = run(TrainState.create({"x": jnp.arange(3.0)}, tx), batch)

@@ -32,7 +32,8 @@ def test_a_mixture_of_one_is_the_state_itself(empty):
 
 
 def test_an_interpolation_ends_at_its_states(empty):
-    one, two = filled(empty, 1), filled(empty, 2)
+    one = filled(empty, 1)
+    two = filled(empty, 2)
     assert equal(weighted_sum([one, two], [1.0, 0.0]), one) and equal(
         weighted_sum([one, two], [0.0, 1.0]), two
     )
@@ -52,7 +53,8 @@ def test_a_scaled_state_is_a_mixture_of_one(empty):
 
 
 def test_memories_are_mixed_and_their_features_stay(empty):
-    one, two = filled(empty, 1), filled(empty, 2)
+    one = filled(empty, 1)
+    two = filled(empty, 2)
     mixed = weighted_sum([one, two], [0.5, 0.5]).upscaled
     wanted = 0.5 * (one.upscaled.memory + two.upscaled.memory)
     np.testing.assert_allclose(mixed.memory, wanted, rtol=1e-6, atol=1e-7)
@@ -120,7 +122,8 @@ def test_weights_are_one_a_state_and_finite(states, weights, sentence):
 
 
 def test_capacity_counts_what_holds_something(empty):
-    wkv, memory = 3 * 2 * 32 * 32, 3 * 2 * 32 * SIZE
+    wkv = 3 * 2 * 32 * 32
+    memory = 3 * 2 * 32 * SIZE
     assert (
         capacity(random_state()).trained == capacity(init_state(CONFIG)).trained == wkv
     )

@@ -56,7 +56,8 @@ def perturbed(tree, seed: int, size: float):
 
 @functools.cache
 def weights(config):
-    tokens, start = jnp.zeros((1, 1), jnp.int32), init_state(config)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    start = init_state(config)
     init = jax.jit(lambda key: RWKV7(config).init(key, tokens, start)["params"])
     return perturbed(init(jax.random.key(0)), 1, 0.1)
 
@@ -180,7 +181,8 @@ def makes_weight_shapes(text: str) -> list[str]:
 
 @sizes
 def test_the_compiled_step_holds_no_weight_gradient(config):
-    (text, temp), params = program(config), weights(config)
+    text, temp = program(config)
+    params = weights(config)
     control, control_temp = compiled_text(pretrain_loss(RWKV7(config)), params, rows())
     assert makes_weight_shapes(control), (
         "the control program must make weight gradients"
@@ -252,10 +254,8 @@ def test_a_memorys_gradient_is_its_finite_difference(config, batch):
             0
         ]
 
-    up, down = (
-        float(value(start + 1e-2 * direction)),
-        float(value(start - 1e-2 * direction)),
-    )
+    up = float(value(start + 1e-2 * direction))
+    down = float(value(start - 1e-2 * direction))
     product = float(jnp.vdot(jax.jit(jax.grad(value))(start), direction))
     assert product == pytest.approx((up - down) / 2e-2, rel=1e-2)
 
@@ -275,16 +275,19 @@ def test_statistics_are_the_second_moments_of_what_memories_are_read_with(
     batch, leaf, config
 ):
     """In the last layer the logits' input is linear in the memory; the moments are restated."""
-    wide, model = widened(config), RWKV7(config)
+    wide = widened(config)
+    model = RWKV7(config)
     statistics = state_statistics(model, weights(config), leaves=(leaf,), rows=1)
     found = jax.jit(statistics)(wide, batch)
     parts = {name: part[-1] for name, part in traced(config).items()}
     if leaf == "wkv":
-        psi, moments = initial_state_read_vectors(parts), found.wkv
+        psi = initial_state_read_vectors(parts)
+        moments = found.wkv
         assert found.upscaled.memory is None
     else:
         last = jax.tree.map(lambda x: x[-1], wide.upscaled)
-        psi, moments = memory_read_vectors(last, parts), found.upscaled.memory
+        psi = memory_read_vectors(last, parts)
+        moments = found.upscaled.memory
         assert found.wkv is None
     psi = np.asarray(psi, np.float64)[0]
     np.testing.assert_allclose(
