@@ -253,7 +253,7 @@ def evaluate_tasks(
 
 @contextlib.contextmanager
 def task_folder(workdir: Path | None) -> Iterator[Path]:
-    """Gives the folder for descriptions of tasks: in the workdir, or one that is removed."""
+    """Returns the folder for descriptions of tasks: in the workdir, or one that is removed."""
     if workdir is not None:
         yield workdir / "tasks"
         return

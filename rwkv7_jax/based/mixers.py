@@ -32,7 +32,7 @@ def short_convolution(
     memory: ConvMemory,
     lengths: Lengths | None,
 ) -> tuple[Activations, ConvMemory]:
-    """Computes the causal convolution of each channel with its own taps; the last one is now's."""
+    """Convolves each channel causally with its own taps; the last tap is the current token's."""
     tokens = x.shape[1]
     past = taps.shape[0] - 1
     # [B K-1+T D]; the token at t is at K-1+t.

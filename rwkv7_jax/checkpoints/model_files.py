@@ -87,8 +87,8 @@ def load_model(
 
     Every size is inferred from tensors, never from metadata; the layout from their names, never
     from the path. The arrays are on the default device, or in shards on those of `mesh`, in the
-    file's dtypes unless `dtype` is given. In shards no array is whole anywhere, and each process
-    reads what its own devices keep.
+    file's dtypes unless `dtype` is given. In shards no device or host holds a full array, and each
+    process reads what its own devices keep.
 
     Args:
         path: a file of PyTorch's, safetensors (official or web-rwkv's), of rwkv.cpp or a GGUF file

@@ -101,7 +101,7 @@ def model_tokenizer(
     Args:
         path: of the checkpoint; None for a new model.
         vocab_size: of the model.
-        vocabulary: see `text.load_vocabulary`; None where nobody named one.
+        vocabulary: see `text.load_vocabulary`; None where none was named.
         argument: what names it, in backticks, for messages.
 
     Raises:

@@ -27,7 +27,7 @@ def import_orbax() -> ModuleType:
 
 
 class _Filter:
-    """A `sys.unraisablehook` that leaves out what a failed Orbax read leaves behind."""
+    """A `sys.unraisablehook` that drops the complaints that a failed Orbax read causes."""
 
     def __init__(self, others: Callable[[Any], Any]):
         """Takes the hook that gets everything else."""

@@ -95,7 +95,7 @@ def previous_table(path: Path) -> dict[str, Any]:
     """Returns the sidecar that counts for the tensors that are still there."""
     try:
         return read_table(path) if path.exists() else {}
-    # A damaged pair that is about to be replaced is nobody's loss.
+    # A damaged pair that is about to be replaced need not be reported.
     except (ValueError, OSError):
         return {}
 

@@ -69,7 +69,7 @@ def _exit_code(error: Exception) -> int | None:
 
 
 def _reason(error: Exception) -> str:
-    """Words an error; those of the operating system name their file first."""
+    """Formats an error; those of the operating system name their file first."""
     if is_out_of_memory(error):
         return memory_sentence(error, _LESS_MEMORY)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:

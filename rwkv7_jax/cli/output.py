@@ -1,4 +1,4 @@
-"""What becomes of output that no program reads any more."""
+"""Output to a pipe that its reader has closed."""
 
 import os
 import sys

@@ -29,7 +29,7 @@ def top_parser(version: str) -> CommandParser:
 
 
 def add_commands(parser: CommandParser) -> argparse._SubParsersAction:
-    """Adds the place of all commands to the parser of `rwkv7`."""
+    """Adds the subparsers of all commands to the parser of `rwkv7`."""
     return parser.add_subparsers(required=True, metavar="command")
 
 

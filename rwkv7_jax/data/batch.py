@@ -32,7 +32,7 @@ class Batch(Mapping[str, Any]):
         mask: 1 where a target counts in the loss, 0 where it does not; other weights are allowed.
             None where every reader of the batch only needs tokens or has `weights`.
         weights: each target's share of the loss, used in place of the mask over its sum. Gradient
-            accumulation sets it, because a piece of a batch cannot know the sum of the whole mask.
+            accumulation sets it, because a piece of a batch cannot know the sum of the full mask.
         anchor: ids of general text on which a tuned state must stay close to the base model. Its
             rows may be fewer, and longer or shorter.
         split: tokens of each row's prompt; only what follows it is an answer (observers).
@@ -68,7 +68,7 @@ class Batch(Mapping[str, Any]):
         name: str = "batch",
         packed: bool = False,
     ) -> "Batch":
-        """Converts a mapping at a public door and checks shapes; a `Batch` is returned as it is.
+        """Converts a mapping that a user passed and checks shapes; a `Batch` is returned as it is.
 
         Shapes are known inside compiled programs too, so this costs nothing at run time. Lists
         become NumPy arrays. Values are not looked at.

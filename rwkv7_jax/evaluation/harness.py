@@ -302,7 +302,7 @@ class StateLM(TemplateLM):
         return rows + [()] * (self._rows - len(rows))
 
     def _read_shared(self, contexts: list[tuple[int, ...]]) -> tuple[int, RWKV7State]:
-        """Reads what all of the sorted contexts begin with, and gives its length and the state."""
+        """Reads the common prefix of the sorted contexts; returns its length and the state."""
         if len(contexts) < 2:
             return 0, self._start
         # Between the first and the last in order, all begin with what these two share.
@@ -315,7 +315,7 @@ class StateLM(TemplateLM):
         return count, self._read([first[:count]], self._start)
 
     def _read(self, rows: Sequence[Sequence[int]], start: RWKV7State) -> RWKV7State:
-        """Reads known tokens, from a state of batch 1, and gives the state of every row."""
+        """Reads known tokens, from a state of batch 1, and returns the state of every row."""
         self.tokens_read += sum(map(len, rows))
         states = repeat(start, len(rows))
         for first, width in chunk_widths(max(map(len, rows)), _CHUNK):
@@ -377,7 +377,7 @@ def _score_piece(
     targets: Tokens,
     lengths: Lengths,
 ) -> tuple[RWKV7State, Array, Array]:
-    """Reads tokens; gives the states, the loss of each target and whether it is the likeliest."""
+    """Reads tokens; returns the states, the loss of each target and whether it is the likeliest."""
     x, states = model.apply(
         {"params": params}, tokens, states, lengths, method="hidden"
     )
@@ -388,7 +388,7 @@ def _score_piece(
 def _piece(
     rows: Sequence[Sequence[int]], first: int, width: int
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
-    """Cuts the tokens from `first` on out of each row, and gives how many of them each has."""
+    """Cuts the tokens from `first` on out of each row, and returns how many of them each has."""
     tokens = np.zeros((len(rows), width), np.int32)
     lengths = np.zeros(len(rows), np.int32)
     for index, row in enumerate(rows):

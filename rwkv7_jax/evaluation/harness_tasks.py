@@ -237,7 +237,7 @@ def _bits_per_byte(
 
 
 def _scored_answer(task: Any, sample: Mapping[str, Any]) -> _Answer | None:
-    """Gives the right answer, or the text, which the harness has asked for."""
+    """Returns the right answer, or the text, which the harness has asked for."""
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         # A task may count the bytes of the text as it was before its marks were taken out.
         if BITS_PER_BYTE in sample["metrics"]:

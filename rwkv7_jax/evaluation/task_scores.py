@@ -37,7 +37,7 @@ class QuestionScores:
         return _ratio(self.totals, self.weights)[1]
 
     def difference(self, base: "QuestionScores") -> tuple[float, float]:
-        """Gives this value less that of `base`, and the standard error over pairs of scores.
+        """Returns this value less that of `base`, and the standard error over pairs of scores.
 
         Questions that are hard for both change neither number, which two separate errors would not
         tell.
@@ -60,7 +60,7 @@ TaskScores = Mapping[str, Mapping[str, QuestionScores]]
 def _ratio(
     totals: Float[np.ndarray, " Q"], weights: Float[np.ndarray, " Q"]
 ) -> tuple[float, float]:
-    """Gives a ratio of sums and its standard error; where weights are 1, those of a mean."""
+    """Returns a ratio of sums and its standard error; where weights are 1, those of a mean."""
     count = len(totals)
     ratio = totals.sum() / weights.sum()
     if count < 2:

@@ -215,7 +215,7 @@ def _of_topology(name: str, found: re.Match) -> Target:
 
 
 def _of_slice(name: str, kind: str, count: str) -> Target:
-    """Gives the topology of a slice by Google's name, such as v5p-128: 64 chips."""
+    """Returns the topology of a slice by Google's name, such as v5p-128: 64 chips."""
     kind = _kind(name, kind)
     generation = _GENERATIONS[kind]
     cores = 2 if generation.counts_cores else 1

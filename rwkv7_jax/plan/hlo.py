@@ -70,7 +70,7 @@ class Instruction:
         return _IN_PLACE in self.rest
 
     def arrays(self) -> list[tuple[str, int]]:
-        """Gives shape and bytes of each result that lies in the device's main memory."""
+        """Returns shape and bytes of each result that lies in the device's main memory."""
         found = []
         for shape, layout in _PLACED.findall(self.shape):
             if not _ELSEWHERE.search(layout):

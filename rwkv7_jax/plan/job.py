@@ -106,7 +106,7 @@ def make_job(topology: str, values: Mapping[str, Any], preset: str | None) -> Jo
 
 
 def _settled(settings: Settings) -> Settings:
-    """Gives the settings with the dtype that a run on an accelerator settles."""
+    """Returns the settings with the dtype that a run on an accelerator settles."""
     if settings.model.get("dtype") != AUTO:
         return settings
     return dataclasses.replace(settings, model={**settings.model, "dtype": _DTYPE})

@@ -61,7 +61,7 @@ def run(program: str, main: Callable[[list[str]], None]) -> None:
 
 
 def config_values() -> dict[str, Any]:
-    """Gives the values of the config file, as the command line changed them.
+    """Returns the values of the config file, as the command line changed them.
 
     Raises:
         ValueError: no config file was named.
@@ -77,7 +77,7 @@ def has_config() -> bool:
 
 
 def _parse(program: str, words: list[str]) -> list[str]:
-    """Parses the flags and gives the words that are none."""
+    """Parses the flags and returns the words that are none."""
     global _config
     _config = None
     with exit_with_code(program):
@@ -217,7 +217,7 @@ def _change(config: dict[str, Any] | None, name: str, value: Any) -> None:
 
 
 def _load_config(file: str) -> dict[str, Any]:
-    """Runs a config file and gives the values of its config.
+    """Runs a config file and returns the values of its config.
 
     Args:
         file: its path, and after a colon the argument of `get_config`.

@@ -207,7 +207,7 @@ class TrainingData:
         return f"{tokens}, {self.targets.share:.1%} of targets count"
 
     def calibration_text(self, rows: int) -> Int[np.ndarray, "R T"]:
-        """Gives rows of the training text, to which features and moments are fitted."""
+        """Returns rows of the training text, to which features and moments are fitted."""
         length = self._data.length
         if isinstance(self._source, TextSource):
             if len(self.stream) <= length:

@@ -39,11 +39,11 @@ class RunProgress:
         return cls(**{**fields, "best": best})
 
     def to_json(self) -> dict[str, Any]:
-        """Gives the fields as they stand in checkpoints."""
+        """Returns the fields as they stand in checkpoints."""
         return dataclasses.asdict(self)
 
     def with_update(self, updated: Any, limit: int | None) -> "RunProgress":
-        """Gives the progress after an update that was made, or left out as not finite.
+        """Returns the progress after an update that was made, or left out as not finite.
 
         Args:
             updated: whether it was made.
@@ -72,7 +72,7 @@ class RunProgress:
         *,
         kept: int,
     ) -> "RunProgress":
-        """Gives the progress after the evaluation of a step.
+        """Returns the progress after the evaluation of a step.
 
         Args:
             step: of the evaluation.
@@ -142,7 +142,7 @@ class StackProgress:
     states: Mapping[str, RunProgress]
 
     def to_json(self) -> dict[str, Any]:
-        """Gives the fields as they stand in checkpoints."""
+        """Returns the fields as they stand in checkpoints."""
         return {"states": {name: one.to_json() for name, one in self.states.items()}}
 
     @property
@@ -156,7 +156,7 @@ class StackProgress:
         return max(one.bad for one in self.states.values())
 
     def with_update(self, updated: Any, limit: int | None) -> "StackProgress":
-        """Gives the progress after a step.
+        """Returns the progress after a step.
 
         Args:
             updated: for each state, whether its update was made.
@@ -192,7 +192,7 @@ class StackProgress:
         *,
         kept: int,
     ) -> "StackProgress":
-        """Gives the progress after the evaluation of a step.
+        """Returns the progress after the evaluation of a step.
 
         Args:
             step: of the evaluation.

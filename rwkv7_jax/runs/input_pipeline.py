@@ -30,7 +30,7 @@ class BatchSource(abc.ABC):
 
     @abc.abstractmethod
     def batch(self, step: int, params: Any) -> PlacedBatch | None:
-        """Gives the batch of a step, or None where the step has nothing to learn from.
+        """Returns the batch of a step, or None where the step has nothing to learn from.
 
         Args:
             step: counted from 0.
@@ -73,7 +73,7 @@ class PrefetchedBatches(BatchSource):
         self._prefetch = Prefetch(map(placed, batches))
 
     def batch(self, step: int, params: Any) -> PlacedBatch:
-        """Gives the next batch as soon as it is ready."""
+        """Returns the next batch as soon as it is ready."""
         # The step is not needed: the iterator was opened at the run's first step and is in order.
         return next(self._prefetch)
 
@@ -113,7 +113,7 @@ class DrawnBatches(BatchSource):
 
 
 class InputPipeline:
-    """Gives each step its batch and measures how long the loop waits for it.
+    """The batches of a run, one for each step, and how long the loop waits for them.
 
     Attributes:
         waited: seconds that the loop has waited for batches.
@@ -125,7 +125,7 @@ class InputPipeline:
         self.waited = 0.0
 
     def __call__(self, step: int, params: Any) -> PlacedBatch | None:
-        """Gives the batch of a step, counted from 0; None where there is nothing to learn from."""
+        """Returns the batch of a step, counted from 0; None where it has nothing to learn from."""
         # Time in here is time in which the device may have nothing to do.
         began = time.monotonic()
         placed = self._source.batch(step, params)

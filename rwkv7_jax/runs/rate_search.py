@@ -28,7 +28,7 @@ RECORD = "rate_search.json"
 
 
 def keep_rate_of_run(settings: Settings, workdir: Path) -> Settings:
-    """Gives the settings with the learning rate that the run in a folder began with.
+    """Returns the settings with the learning rate that the run in a folder began with.
 
     Configs that named a rate in an earlier version may leave it to the search now; a run that goes
     on keeps its own.
@@ -67,7 +67,7 @@ def find_rates(
         mode: of the run.
         folder: of the run, where an earlier process may have left what it found.
         identity: of the run.
-        search: runs the search to its end and gives the parameters; called only where nothing is
+        search: runs the search to its end and returns the parameters; called only where nothing is
             found yet.
 
     Raises:
@@ -121,7 +121,7 @@ def _write_record(path: Path, record: Mapping[str, Any]) -> str:
 
 
 def _name(subject: str) -> str:
-    """Gives the name of a state, without what divides it from a rate; "" of a run's only one."""
+    """Returns the name of a state, without what divides it from a rate; "" of a run's only one."""
     return subject.removesuffix("/")
 
 

@@ -26,7 +26,7 @@ from rwkv7_jax.training.train_step import TrainState
 def _result_step(
     progress: RunProgress, evaluation: EvaluationSettings, last: int
 ) -> int:
-    """Gives the step whose parameters are the result: the last one, or with patience the best."""
+    """Returns the step whose parameters are the result: the last one, or with patience the best."""
     if evaluation.patience and progress.best:
         return progress.best[0][1]
     # A state of a stack may have been good enough before the run ended for the others.
@@ -40,7 +40,7 @@ def _params_at(
     folder: RunDirectory,
     identity: Identity,
 ) -> Any:
-    """Gives the parameters of a step; the last ones where its checkpoint is damaged."""
+    """Returns the parameters of a step; the last ones where its checkpoint is damaged."""
     last = int(state.step)
     if step == last:
         return state.params
@@ -62,7 +62,7 @@ def final_params(
     folder: RunDirectory,
     identity: Identity,
 ) -> Any:
-    """Gives the result of a run: the last parameters, or with patience the best ones."""
+    """Returns the result of a run: the last parameters, or with patience the best ones."""
     evaluation = mode.settings.evaluation
     last = int(state.step)
     if isinstance(progress, RunProgress):

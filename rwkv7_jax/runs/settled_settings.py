@@ -36,7 +36,7 @@ def settings_of_run(workdir: Path) -> Mapping[str, Any]:
 
 
 def settle_dtype(settings: Settings, workdir: Path) -> Settings:
-    """Gives the settings with a dtype of activations in place of "auto".
+    """Returns the settings with a dtype of activations in place of "auto".
 
     Float32 on CPUs, where 16-bit arithmetic is slower; bfloat16 elsewhere.
 

@@ -48,7 +48,7 @@ class Rollouts:
         judged: the completions as rewards see them, without the stop string that ended them and
             what came with it; by default as they were drawn.
         logps: [B T], the log-probability of each drawn target when it was drawn, 0 elsewhere; None
-            where nobody noted it.
+            where it was not recorded.
     """
 
     tokens: Int[np.ndarray, "B inputs_and_target"]
@@ -216,7 +216,7 @@ class RolloutSampler:
             temperature=self.temperature,
             stop_ids=self.stop_ids,
             stop_strings=self.stop_strings,
-            # Without stop strings nobody reads the text, which costs time on the host.
+            # Without stop strings the text is not read, and making it costs time on the host.
             tokenizer=self.tokenizer if self.stop_strings else None,
         )
         # With what ended them: a student has to learn it, and a reward may look at the stop id.

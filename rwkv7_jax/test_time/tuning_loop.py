@@ -179,7 +179,7 @@ class RewardTarget:
         """Sets the target.
 
         Args:
-            evaluate: gives a state's held-out reward and what it cost; None where nothing is held
+            evaluate: returns a state's held-out reward and what it cost; None where nothing is held
                 out.
             every: steps between two evaluations, or of the moving average.
             reward: the mean reward that is enough; infinity never is.

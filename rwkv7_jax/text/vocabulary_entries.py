@@ -9,7 +9,7 @@ END_OF_TEXT_NAME = "<|endoftext|>"
 def fitting_vocabulary(
     tokenizer: Tokenizer | None, vocab_size: int, function: str
 ) -> Tokenizer | None:
-    """Returns the vocabulary of a model, which is that of its size if nobody names one.
+    """Returns the vocabulary of a model, which is that of its size if none is named.
 
     Args:
         tokenizer: the one that was named.

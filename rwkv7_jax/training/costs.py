@@ -257,7 +257,7 @@ def _cast_bytes(config: RWKV7Config, weight_bytes: float | int) -> int:
 def _gathered_bytes(config: RWKV7Config, trained: str) -> int:
     """Estimates the bytes of what is gathered from shards at the same time: a block, or the head.
 
-    Where weights are trained, their gradients are whole for as long.
+    Where weights are trained, their gradients are unsharded for as long.
     """
     total, outside = _parameter_counts(config)
     block = (total - outside) // config.num_layers
@@ -339,7 +339,7 @@ def training_memory(
     if trained == "weights":
         trained_bytes = 4 * weights
     else:
-        # Start states are whole on each device.
+        # Start states are replicated.
         trained_bytes = 4 * state_count(config)
         parameters += trained_bytes
     return Memory(

@@ -182,7 +182,7 @@ def _cross_entropy_jvp(primals, tangents):
     # right, and the gradient a small difference of the softmax and 1.
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     log_sum = jnp.log(jnp.sum(jnp.exp(logits - largest), axis=-1, keepdims=True))
-    # Behind a barrier, or XLA would store what the sum is made of, to use it here again.
+    # With a barrier, or XLA would store the summands to use them here again.
     softmax = jnp.exp(logits - jax.lax.optimization_barrier(largest) - log_sum)
     ids = jnp.arange(logits.shape[-1], dtype=targets.dtype)
     is_target = jax.lax.broadcast_to_rank(ids, logits.ndim) == targets[..., None]
@@ -340,7 +340,7 @@ def weighted_loss(
 def _on_each_device(
     function: Callable[[_Positions, _Shared], Any], x: _Positions, shared: _Shared
 ) -> Any:
-    """Calls a function on each device, with its own rows or tokens and whole heads.
+    """Calls a function on each device, with its own rows or tokens and unsharded heads.
 
     Args:
         function: its results have two leading axes, rows and tokens, or one of each for a device.

@@ -1,1 +1,1 @@
-"""From the tensors of a file to arrays on devices, whole or in shards."""
+"""From the tensors of a file to arrays on devices, replicated or in shards."""

@@ -1,4 +1,4 @@
-"""The parameter tree of a checkpoint, read from its tensors leaf by leaf, whole or in shards.
+"""The parameter tree of a checkpoint, read from its tensors leaf by leaf, replicated or in shards.
 
 A leaf of stacked layers is made in one buffer and forgotten once it is on its devices. In shards it
 is made slice by slice: the host holds one shard at a time, and a process reads what its own devices

@@ -138,15 +138,15 @@ class TrainingMode(abc.ABC):
 
     @abc.abstractmethod
     def weights(self, params: Any) -> Params:
-        """Gives the weights of the model that is measured."""
+        """Returns the weights of the model that is measured."""
 
     @abc.abstractmethod
     def start_state(self, params: Any) -> RWKV7State:
-        """Gives the start state, of batch 1, of the model that is measured."""
+        """Returns the start state, of batch 1, of the model that is measured."""
 
     @abc.abstractmethod
     def save(self, folder: Path, params: Any) -> Path:
-        """Writes the result of the run into a folder and gives the path of the file."""
+        """Writes the result of the run into a folder and returns the path of the file."""
 
     @abc.abstractmethod
     def batches(self, start_step: int, mesh: Mesh | None) -> BatchSource:
@@ -208,7 +208,7 @@ class TrainingMode(abc.ABC):
         return RunProgress()
 
     def step_metrics(self, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """Gives a step's metrics by the names of their columns.
+        """Returns a step's metrics by the names of their columns.
 
         Args:
             metrics: of the step, on the host.
@@ -245,7 +245,7 @@ class TrainingMode(abc.ABC):
         self._initial = None
 
     def _describe_params(self) -> Any:
-        """Gives shapes and dtypes, by tracing where no parameters have been made."""
+        """Returns shapes and dtypes, by tracing where no parameters have been made."""
         if self._initial is None:
             return jax.eval_shape(self.make_params)
         return jax.tree.map(
@@ -315,7 +315,7 @@ class TrainingMode(abc.ABC):
         return metrics
 
     def sample_texts(self, params: Any) -> Iterator[tuple[str, str]]:
-        """Gives each of the run's prompts and the text that the model writes after it."""
+        """Returns each of the run's prompts and the text that the model writes after it."""
         sample = self.settings.sample
         for prompt in sample.prompts:
             generation = generate(
@@ -445,15 +445,15 @@ class StateTuningMode(TrainingMode):
         return sum(leaf.size for leaf, tuned in pairs if tuned)
 
     def weights(self, params: RWKV7State) -> Params:
-        """Gives the frozen weights."""
+        """Returns the frozen weights."""
         return self.frozen
 
     def start_state(self, params: RWKV7State) -> RWKV7State:
-        """Gives the tuned state."""
+        """Returns the tuned state."""
         return params
 
     def save(self, folder: Path, params: RWKV7State) -> Path:
-        """Writes the tuned state, scaled by `config.tuning.alpha`, and gives the file's path."""
+        """Writes the tuned state, scaled by `config.tuning.alpha`, and returns the file's path."""
         path = folder / self.result_name
         self.save_state(path, params, base_model=self.base_hash())
         return path

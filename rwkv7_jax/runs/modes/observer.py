@@ -122,7 +122,7 @@ class ObserverMode(DatasetMode):
         return init_observer(config, self.model.config, key, bias=bias)[1]
 
     def _describe_params(self) -> Params:
-        """Gives the shapes and dtypes, without measuring the teacher's states."""
+        """Returns the shapes and dtypes, without measuring the teacher's states."""
         return jax.eval_shape(self._init_observer)
 
     def trained_count(self, params: Params) -> int:
@@ -130,11 +130,11 @@ class ObserverMode(DatasetMode):
         return count(params)
 
     def weights(self, params: Params) -> Params:
-        """Gives the teacher's weights."""
+        """Returns the teacher's weights."""
         return self.frozen
 
     def start_state(self, params: Params) -> RWKV7State:
-        """Gives a state of zeros: samples are the teacher's own."""
+        """Returns a state of zeros: samples are the teacher's own."""
         return init_state(self.model.config)
 
     def batches(self, start_step: int, mesh: Mesh | None) -> BatchSource:
@@ -163,7 +163,7 @@ class ObserverMode(DatasetMode):
         return metrics
 
     def save(self, folder: Path, params: Params) -> Path:
-        """Writes the observer and gives the path of its folder."""
+        """Writes the observer and returns the path of its folder."""
         path = folder / "observer"
         info = {"base_model": model_hash(self.frozen, self.model.config)}
         save_observer(path, self._observer, params, info=info)

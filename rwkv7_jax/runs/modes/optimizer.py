@@ -15,7 +15,7 @@ RateAt = Callable[[int], dict[str, float]]
 
 
 def with_rate(settings: OptimizerSettings, rate: float) -> OptimizerSettings:
-    """Gives the settings in which a found rate is the highest one."""
+    """Returns the settings in which a found rate is the highest one."""
     return dataclasses.replace(
         settings, learning_rate=rate, final_learning_rate=FINAL_SHARE * rate
     )

@@ -72,11 +72,11 @@ class PretrainMode(DatasetMode):
         return parameter_count(self.model.config)
 
     def weights(self, params: Params) -> Params:
-        """Gives the weights themselves."""
+        """Returns the weights themselves."""
         return params
 
     def start_state(self, params: Params) -> RWKV7State:
-        """Gives a state of zeros."""
+        """Returns a state of zeros."""
         return init_state(self.model.config)
 
     def held_out_metrics(self, params: Params) -> Metrics:
@@ -84,7 +84,7 @@ class PretrainMode(DatasetMode):
         return self._held_out(params, self.start_state(params))
 
     def save(self, folder: Path, params: Params) -> Path:
-        """Writes the model and gives the file's path."""
+        """Writes the model and returns the file's path."""
         path = folder / "model.pth"
         save_model(path, params, self.model.config, allow_nan=self.settings.allow_nan)
         return path

@@ -32,7 +32,7 @@ _SAVES = 4
 
 
 def subjects_of(mode: TrainingMode) -> dict[str, StateMode]:
-    """Gives the modes whose rates are searched by the beginnings of their names in the search."""
+    """Returns the modes whose rates are searched by the beginnings of their names in the search."""
     if isinstance(mode, StackMode):
         return {f"{name}/": member for name, member in mode.members.items()}
     assert isinstance(mode, StateMode)
@@ -94,7 +94,7 @@ class RateSearchMode(StackMode):
         return max(fitting, default=1)
 
     def rates(self) -> np.ndarray:
-        """Gives the rate of each member."""
+        """Returns the rate of each member."""
         return np.asarray(self._rates * len(self.subjects), np.float32)
 
     def make_params(self) -> RWKV7State:
@@ -133,7 +133,7 @@ class RateSearchMode(StackMode):
         return "; ".join(mode.describe_data() for mode in self.subjects.values())
 
     def _start(self, mode: StateMode) -> RWKV7State:
-        """Gives the state before tuning, which stays with its mode for the run."""
+        """Returns the state before tuning, which stays with its mode for the run."""
         start = mode.init_params()
         mode.keep_initial(start)
         return start
@@ -159,7 +159,7 @@ def _plan(mode: TrainingMode) -> SearchPlan:
 
 
 def _search_settings(settings: Settings, plan: SearchPlan) -> Settings:
-    """Gives the settings of a search: those of the run, for fewer steps and rows."""
+    """Returns the settings of a search: those of the run, for fewer steps and rows."""
     warmup = min(settings.optimizer.warmup_steps, plan.steps // _SAVES)
     return dataclasses.replace(
         settings,

@@ -41,7 +41,7 @@ _NAME = re.compile(r"\w[\w.-]*")
 
 
 def state_sources(states: str | Mapping[str, str]) -> dict[str, str]:
-    """Gives the texts of `config.tuning.states` by the names of their states.
+    """Returns the texts of `config.tuning.states` by the names of their states.
 
     Args:
         states: the setting; of a folder, each file is a text whose state has the file's name.
@@ -142,7 +142,7 @@ class StackMode(TrainingMode):
         return len(self.names)
 
     def rates(self) -> np.ndarray | None:
-        """Gives each state's learning rate, 0 where none was found; None where one is named."""
+        """Returns each state's learning rate, 0 where none was found; None where one is named."""
         if not self.settings.finds_rate:
             return None
         found = [member.found_rate or 0.0 for member in self.members.values()]
@@ -170,7 +170,7 @@ class StackMode(TrainingMode):
         return stack_params([one.init_params() for one in self.members.values()])
 
     def _describe_params(self) -> Any:
-        """Gives shapes and dtypes: a member's, once for each state."""
+        """Returns shapes and dtypes: a member's, once for each state."""
         first = next(iter(self.members.values())).abstract_params
         count = len(self.names)
         return jax.tree.map(
@@ -183,7 +183,7 @@ class StackMode(TrainingMode):
             member.release_initial()
 
     def by_name(self, params: RWKV7State) -> Iterator[tuple[str, StateMode, Any]]:
-        """Gives each state's name, mode and parameters."""
+        """Returns each state's name, mode and parameters."""
         for index, (name, member) in enumerate(self.members.items()):
             yield name, member, params_of(params, index)
 
@@ -192,11 +192,11 @@ class StackMode(TrainingMode):
         return sum(mode.trained_count(own) for _, mode, own in self.by_name(params))
 
     def weights(self, params: RWKV7State) -> Params:
-        """Gives the frozen weights."""
+        """Returns the frozen weights."""
         return self.frozen
 
     def start_state(self, params: RWKV7State) -> RWKV7State:
-        """Gives the first of the states."""
+        """Returns the first of the states."""
         return params_of(params, 0)
 
     def train_state(self, params: Any, tx: optax.GradientTransformation) -> TrainState:
@@ -274,7 +274,7 @@ class StackMode(TrainingMode):
         return metrics
 
     def sample_texts(self, params: RWKV7State) -> Iterator[tuple[str, str]]:
-        """Gives what the model writes from each state, the prompt after the state's name."""
+        """Returns what the model writes from each state, the prompt after the state's name."""
         for name, member, own in self.by_name(params):
             for prompt, text in member.sample_texts(own):
                 yield f"[{name}] {prompt}", text
@@ -298,7 +298,7 @@ class StackMode(TrainingMode):
     def save(
         self, folder: Path, params: RWKV7State, *, without: Sequence[str] = ()
     ) -> Path:
-        """Writes one file for each state and gives the path of their folder.
+        """Writes one file for each state and returns the path of their folder.
 
         Args:
             folder: of the run.

@@ -22,7 +22,7 @@ from rwkv7_jax.runs.settings.fields import (
 
 
 def as_config(settings: Any) -> dict[str, Any]:
-    """Gives the nested mapping that `read_settings` reads, spelled as in config files."""
+    """Returns the nested mapping that `read_settings` reads, spelled as in config files."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)

@@ -26,7 +26,7 @@ def setting_type(name: str) -> Any:
 
 
 def describe_settings() -> Iterator[str]:
-    """Gives one line for each setting: its flag with the default, and what it may be."""
+    """Returns one line for each setting: its flag with the default, and what it may be."""
     defaults = Settings()
     groups = []
     for field in dataclasses.fields(Settings):
