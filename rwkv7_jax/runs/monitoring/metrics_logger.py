@@ -2,10 +2,11 @@
 
 import collections
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,12 +30,27 @@ from rwkv7_jax.training.costs import mfu
 _LAG = 2
 
 
-class _Step(NamedTuple):
-    """A step under way; its batch is None where it had nothing to learn from."""
+@dataclasses.dataclass
+class _Step:
+    """A step under way.
+
+    Attributes:
+        number: of the step, counted from 1.
+        metrics: of its update, on the device.
+        batch: of the step; None where it had nothing to learn from.
+        ended: when the device was done with it; not a number until then.
+    """
 
     number: int
     metrics: Mapping[str, Any]
     batch: Batch | None
+    ended: float = math.nan
+
+    def is_ready(self) -> bool:
+        """Returns whether the device is done with it, without waiting."""
+        arrays: list[Any] = jax.tree.leaves(self.metrics)
+        # NumPy's arrays have no such method, and JAX's stubs leave it out.
+        return all(x.is_ready() for x in arrays if hasattr(x, "is_ready"))
 
 
 class MetricsLogger:
@@ -78,8 +94,9 @@ class MetricsLogger:
         self._compile_clock = CompileClock()
         self._pending: collections.deque[_Step] = collections.deque()
         self._warned = False
+        self._last_end = time.monotonic()
         # Since the last line of the log:
-        self._began = time.monotonic()
+        self._began = self._last_end
         self._paused = 0.0
         self._compiled_in_pauses = 0.0
         self._tokens = 0
@@ -100,6 +117,7 @@ class MetricsLogger:
             NotFinite: too many updates in a row were skipped.
         """
         self._pending.append(_Step(number, metrics, batch))
+        self._note_ends()
         while len(self._pending) > _LAG:
             self._log_oldest()
 
@@ -117,11 +135,30 @@ class MetricsLogger:
         try:
             yield
         finally:
-            self._paused += time.monotonic() - began
+            self._last_end = time.monotonic()
+            self._paused += self._last_end - began
             self._compiled_in_pauses += self._compile_clock.seconds - compiled
 
+    def _note_ends(self) -> None:
+        """Notes which steps the device is done with.
+
+        Steps are logged late, and where the host and the device are one they have long ended by
+        then: the time between two lines is that between the ends of their steps. Ends that are seen
+        together are spread over the time since the one before.
+        """
+        ended = [x for x in self._pending if math.isnan(x.ended) and x.is_ready()]
+        now = time.monotonic()
+        share = (now - self._last_end) / max(len(ended), 1)
+        for step in ended:
+            self._last_end += share
+            step.ended = self._last_end
+
     def _log_oldest(self) -> None:
-        step = self._pending.popleft()
+        step = self._pending[0]
+        if math.isnan(step.ended):
+            jax.block_until_ready(step.metrics)
+            self._note_ends()
+        self._pending.popleft()
         if step.batch is not None:
             # The last id of a row is only a target.
             rows, length = step.batch.tokens.shape
@@ -131,7 +168,7 @@ class MetricsLogger:
             step.number % self._settings.log_every == 0
             or step.number >= self._settings.steps
         ):
-            self._write(step.number, to_host(step.metrics), step.batch)
+            self._write(step)
 
     def _count_skipped(
         self, number: int, metrics: Mapping[str, Any], batch: Batch
@@ -167,26 +204,29 @@ class MetricsLogger:
                 f"was made. Their batches are in {self._directory.path / 'bad_batches.jsonl'}."
             )
 
-    def _write(
-        self, number: int, metrics: Mapping[str, Any], batch: Batch | None
-    ) -> None:
+    def _write(self, step: _Step) -> None:
         """Writes one line of the log and moves the progress bar."""
-        numbers = self._mode.step_metrics(metrics)
+        number = step.number
+        batch = step.batch
+        numbers = self._mode.step_metrics(to_host(step.metrics))
         if batch is not None and batch.mask is not None:
             share = float(np.mean(np.not_equal(to_host(batch.mask), 0)))
             # Of text all targets count at every step, which needs no column.
             if share < 1.0:
                 numbers["targets_in_loss"] = share
         numbers |= self._rates(number - 1)
-        numbers |= self._speed()
+        numbers |= self._speed(step.ended)
         numbers |= self._use_of_devices(numbers["tokens_per_second"])
         self._directory.log(number, numbers)
         self._show(number, numbers)
         self._warn_of_large_state(numbers)
 
-    def _speed(self) -> dict[str, float]:
-        """Returns what the clocks say since the last line, and restarts them."""
-        now = time.monotonic()
+    def _speed(self, now: float) -> dict[str, float]:
+        """Returns what the clocks say since the last line, and restarts them.
+
+        Args:
+            now: when the line's step ended.
+        """
         # A clock may not have moved since the last line.
         seconds = max(now - self._began - self._paused, 1e-9)
         waited = self._feed.waited - self._waited_before

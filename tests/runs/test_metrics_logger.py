@@ -1,0 +1,82 @@
+"""The logger's clock: a line's speed is that of its own steps, however late it is written."""
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rwkv7_jax.data.batch import Batch
+from rwkv7_jax.runs.early_stopping import RunProgress
+from rwkv7_jax.runs.monitoring.metrics_logger import MetricsLogger
+from rwkv7_jax.runs.settings import Settings
+
+_TOKENS = 8
+
+
+class _Clock:
+    """Seconds that pass only where a test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now = 100.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+
+def _logger(steps: int, log_every: int) -> tuple[MetricsLogger, dict[int, Any]]:
+    """Returns a logger, and the numbers that it logs by their step."""
+    lines: dict[int, Any] = {}
+    settings = Settings(steps=steps, log_every=log_every)
+    mode = SimpleNamespace(
+        settings=settings,
+        step_metrics=lambda metrics: {"loss": float(metrics["loss"])},
+        flops_per_token=None,
+    )
+    logger = MetricsLogger(
+        SimpleNamespace(log=lines.__setitem__),  # type: ignore
+        mode,  # type: ignore
+        RunProgress(),
+        start_step=0,
+        feed=SimpleNamespace(waited=0.0),  # type: ignore
+        rates=lambda step: {},
+    )
+    return logger, lines
+
+
+def _take(logger: MetricsLogger, number: int) -> None:
+    metrics = {"loss": jnp.float32(1), "updated": np.float32(1)}
+    tokens = np.zeros((1, _TOKENS + 1), np.int32)
+    logger.log_step(number, metrics, Batch(tokens=tokens))
+
+
+@pytest.mark.parametrize(("steps", "log_every"), [(12, 10), (5, 1), (7, 3), (2, 10)])
+def test_every_line_has_the_speed_of_its_own_steps(
+    monkeypatch, unchecked, steps, log_every
+):
+    clock = _Clock(monkeypatch)
+    logger, lines = _logger(steps, log_every)
+    for number in range(1, steps + 1):
+        clock.now += 2.0
+        _take(logger, number)
+    logger.drain()
+
+    assert steps in lines
+    for number, line in lines.items():
+        assert line["tokens_per_second"] == pytest.approx(_TOKENS / 2), number
+
+
+def test_time_that_is_no_training_does_not_count(monkeypatch, unchecked):
+    clock = _Clock(monkeypatch)
+    logger, lines = _logger(6, 3)
+    for number in range(1, 7):
+        clock.now += 2.0
+        _take(logger, number)
+        if number == 4:
+            with logger.paused():
+                clock.now += 50.0
+    logger.drain()
+
+    speeds = [line["tokens_per_second"] for line in lines.values()]
+    assert speeds == pytest.approx([_TOKENS / 2] * 2)
+    assert lines[6]["paused_seconds"] == pytest.approx(50.0)
