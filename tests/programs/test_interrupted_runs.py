@@ -149,9 +149,8 @@ def test_a_supervisor_can_tell_a_stopped_run_from_a_finished_one(tmp_path):
 def test_a_signal_ends_a_run_that_has_nothing_to_save_as_well(tmp_path, seconds):
     # Two seconds later the first evaluation is being compiled; the cache of programs must be empty.
     large = {"model.num_layers": 3, "model.width": 64, "sample.prompts": "('one',)"}
-    process = run(
-        tmp_path, steps=5, environment={"XDG_CACHE_HOME": str(tmp_path)}, **large
-    )
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs")}
+    process = run(tmp_path, steps=5, environment=cache, **large)
     mark = "system.json" if seconds else "checkpoints"
     wait_for(lambda: (tmp_path / mark).exists(), process)
     time.sleep(seconds)

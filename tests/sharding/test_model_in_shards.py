@@ -1,6 +1,7 @@
 """The model, generation and scores on two devices whose weights lie in shards."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,61 +19,81 @@ from rwkv7_jax.tuning.upscaling import upscale
 
 ROWS, LENGTH = 4, 7
 MODEL = RWKV7(SCANNED)
+AXES = ("fsdp", "sequence", "tensor")
+METHODS = (None, "hidden", "trace", RWKV7.trace)
 
 
-@pytest.fixture(scope="module", params=["fsdp", "sequence", "tensor"])
+@pytest.fixture(scope="module", params=AXES)
 def mesh(request):
     return sharding.make_mesh({request.param: 2}, ROWS)
 
 
-@pytest.fixture(scope="module")
-def params():
-    return lively(SCANNED)
-
-
-def in_shards(mesh, function, params, *arguments):
+def in_shards(mesh, function, config=SCANNED):
     """Runs a function of weights under a mesh, with the weights in shards."""
     with sharding.use_mesh(mesh):
-        return function(sharding.place(mesh, params), *arguments)
+        return function(sharding.place(mesh, lively(config)))
 
 
-@pytest.mark.parametrize("method", [None, "hidden", "trace", RWKV7.trace])
-@pytest.mark.parametrize("rows", [ROWS, 3], ids=["shared rows", "rows of both"])
-def test_every_call_gives_what_one_device_gives(mesh, params, method, rows):
+@functools.cache
+def alone(function, config=SCANNED):
+    """Gives what a function of weights gives on one device: once, for all meshes."""
+    return function(lively(config))
+
+
+@functools.cache
+def make_call(method, rows):
     ids = tokens(rows, LENGTH, SCANNED)
     lengths = jnp.asarray([LENGTH, 0, 3, 1][:rows])
+    state = random_state(SCANNED, rows)
 
     @jax.jit
-    def call(params, state):
+    def call(params):
         return MODEL.apply({"params": params}, ids, state, lengths, method=method)
 
-    state = random_state(SCANNED, rows)
-    alone = call(params, state)
-    assert_trees_close(in_shards(mesh, call, params, state), alone, SAME["op"])
+    return call
 
 
-def test_an_upscaled_memory_that_rows_share_is_read_by_each(mesh):
-    config = dataclasses.replace(SHALLOW, implementation="scan")
+# Rows that the devices share, or that each has all of: any two of the three choices meet.
+CALLS = [
+    (axis, method, (ROWS, 3)[(i + j) % 2])
+    for i, axis in enumerate(AXES)
+    for j, method in enumerate(METHODS)
+]
+
+
+@pytest.mark.parametrize(("mesh", "method", "rows"), CALLS, indirect=["mesh"])
+def test_every_call_gives_what_one_device_gives(mesh, method, rows):
+    call = make_call(method, rows)
+    assert_trees_close(in_shards(mesh, call), alone(call), SAME["op"])
+
+
+@functools.cache
+def make_call_of_a_shared_memory(config):
     model = RWKV7(config)
-    params = lively(config)
     ids = tokens(ROWS, LENGTH, config)
-    wide = upscale(model, params, ids, size=48, dynamics="static")
+    wide = upscale(model, lively(config), ids, size=48, dynamics="static")
     noise = np.random.default_rng(0).normal(size=wide.upscaled.memory.shape)
     memory = jnp.asarray(noise, jnp.float32)
     one = wide.replace(upscaled=wide.upscaled.replace(memory=memory))
     state = init_state(config, ROWS).replace(upscaled=one.upscaled)
 
     @jax.jit
-    def call(params, state):
+    def call(params):
         return model.apply({"params": params}, ids, state)
 
-    alone = call(params, state)
+    return call
+
+
+def test_an_upscaled_memory_that_rows_share_is_read_by_each(mesh):
+    config = dataclasses.replace(SHALLOW, implementation="scan")
+    call = make_call_of_a_shared_memory(config)
+    together = in_shards(mesh, call, config)
     # Through the memory's features, which are squares of sums.
-    assert_trees_close(in_shards(mesh, call, params, state), alone, SAME["model"])
+    assert_trees_close(together, alone(call, config), SAME["model"])
 
 
-@pytest.mark.parametrize("remat", ["none", "op", "block"])
-def test_gradients_of_weights_in_shards_are_those_of_one_device(mesh, params, remat):
+@functools.cache
+def make_slope(remat):
     model = RWKV7(dataclasses.replace(SCANNED, remat=remat))
     ids = tokens(ROWS, LENGTH, SCANNED)
     state = random_state(SCANNED, ROWS)
@@ -83,38 +104,48 @@ def test_gradients_of_weights_in_shards_are_those_of_one_device(mesh, params, re
         logits, _ = model.apply({"params": params}, ids, state)
         return jnp.mean(jnp.square(logits))
 
-    alone = slope(params)
-    assert_trees_close(in_shards(mesh, slope, params), alone, SAME["model"])
+    return slope
 
 
-def test_generation_draws_the_tokens_of_one_device(mesh, params):
-    def draw(params):
-        prompts = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
-        state = init_state(SCANNED)
-        key = jax.random.key(0)
-        return generate(MODEL, params, prompts, state, tokens=6, key=key).tokens
+@pytest.mark.parametrize("remat", ["none", "op", "block"])
+def test_gradients_of_weights_in_shards_are_those_of_one_device(mesh, remat):
+    slope = make_slope(remat)
+    assert_trees_close(in_shards(mesh, slope), alone(slope), SAME["model"])
 
-    alone = draw(params)
-    together = in_shards(mesh, draw, params)
-    for left, right in zip(together, alone, strict=True):
+
+def draw(params):
+    prompts = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
+    state = init_state(SCANNED)
+    key = jax.random.key(0)
+    return generate(MODEL, params, prompts, state, tokens=6, key=key).tokens
+
+
+def test_generation_draws_the_tokens_of_one_device(mesh):
+    for left, right in zip(in_shards(mesh, draw), alone(draw), strict=True):
         np.testing.assert_array_equal(left, right)
 
 
-def test_scores_are_those_of_one_device(mesh, params):
+def score(params):
     ids = np.asarray(tokens(5, LENGTH, SCANNED))
-
-    def score(params):
-        return token_nats(MODEL, params, init_state(SCANNED), ids, rows=2)
-
-    assert_close(in_shards(mesh, score, params), score(params), SAME["op"])
+    return token_nats(MODEL, params, init_state(SCANNED), ids, rows=2)
 
 
-def test_ids_out_of_range_are_embedded_as_zeros_in_shards_too(mesh, params):
+def test_scores_are_those_of_one_device(mesh):
+    assert_close(in_shards(mesh, score), alone(score), SAME["op"])
+
+
+@functools.cache
+def make_call_of_ids_out_of_range():
     ids = jnp.asarray([[SCANNED.vocab_size, -1, 0]] * ROWS)
 
     @jax.jit
-    def call(params, ids):
+    def call(ids, params):
         return MODEL.apply({"params": params}, ids, init_state(SCANNED, ROWS))[0]
 
-    alone = call(params, ids)
-    assert_close(in_shards(mesh, call, params, ids), alone, SAME["op"])
+    # An argument: ids that a program knows while it is traced are checked.
+    return functools.partial(call, ids)
+
+
+def test_ids_out_of_range_are_embedded_as_zeros_in_shards_too(mesh):
+    call = make_call_of_ids_out_of_range()
+    assert_close(in_shards(mesh, call), alone(call), SAME["op"])
