@@ -4,9 +4,12 @@ A line of data is one object with one of
 
     {"text": ...}                                         all of it is in the loss
     {"prompt": ..., "answer": ...}                        as they stand; the answer is in the loss
+                                                          ("completion" is another name of it)
     {"messages": [{"role": ..., "content": ...}, ...]}    a chat; the assistant is in the loss
     {"conversations": [{"from": ..., "value": ...}, ...]} the same, as ShareGPT has it
     {"instruction": ..., "input": ..., "output": ...}     the same of one question, as Alpaca has it
+                                                          (`_QUESTIONS` and what follows it are
+                                                          the names that other data sets use)
 
 and a conversation is written as `text.chat_template` says, up to token 0. A blank line ends a turn,
 so blank lines inside a turn are removed. In the loss are the assistant's words, from the space
@@ -39,6 +42,15 @@ from rwkv7_jax.text.chat_template import (
 )
 
 _KINDS = ("text", "prompt", "messages")
+
+# Names of what follows a prompt as it stands; the second one is of TRL.
+_ANSWERS_AS_THEY_STAND = ("answer", "completion")
+
+# Names of one question with an answer in Alpaca, Dolly, OpenOrca, MetaMathQA and GSM8K.
+_QUESTIONS = ("instruction", "question", "query")
+_CONTEXTS = ("input", "context")
+_ANSWERS = ("output", "response", "answer")
+_SYSTEM_TEXTS = ("system", "system_prompt")
 
 # Names that other tools give the roles, in lower case.
 _ROLES = {
@@ -216,12 +228,29 @@ def parse_record(record: Any) -> Document:
     if "conversations" in record:
         messages = _with_system(record, record["conversations"])
         return _chat(record, messages, "conversations")
-    if "instruction" in record and "output" in record:
-        return _instruction(record)
+    question = _only_name(record, _QUESTIONS)
+    answer = _only_name(record, _ANSWERS)
+    if question and answer:
+        return _one_question(record, question, answer)
     raise ValueError(
-        'must have a "text", a "prompt" or "messages" (or "conversations", or "instruction" and '
-        f'"output"); {_keys_of(record)}'
+        'must have a "text", a "prompt" or "messages" (or "conversations", "instruction" and '
+        f'"output", or "question" and "answer"); {_keys_of(record)}'
     )
+
+
+def _only_name(record: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """Returns the one of `names` that a record has; None where it has none.
+
+    Raises:
+        ValueError: it has two.
+    """
+    found = [name for name in names if name in record]
+    # Alpaca's own names count, whatever else a record holds.
+    if found[:1] == [names[0]] or len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f'"{found[0]}" and "{found[1]}" in one object')
+    return None
 
 
 def _keys_of(record: Mapping[str, Any]) -> str:
@@ -235,21 +264,24 @@ def _keys_of(record: Mapping[str, Any]) -> str:
 
 
 def _with_system(record: Mapping[str, Any], messages: Any) -> Any:
-    """Puts a record's "system" text before its messages."""
-    system = record.get("system")
-    if not system or not isinstance(messages, list):
+    """Puts a record's system text before its messages."""
+    name = _only_name(record, _SYSTEM_TEXTS)
+    if not name or not record[name] or not isinstance(messages, list):
         return messages
-    return [{"role": "system", "content": system}, *messages]
+    return [{"role": "system", "content": record[name]}, *messages]
 
 
-def _instruction(record: Mapping[str, Any]) -> Document:
-    """Makes a conversation of an Alpaca record; its input follows the instruction on a new line.
+def _one_question(
+    record: Mapping[str, Any], question_name: str, answer_name: str
+) -> Document:
+    """Makes a conversation of a question and its answer; the context follows on a new line.
 
     A "history" of earlier questions and answers comes first, as LLaMA-Factory has it.
     """
-    question = _field(record, "instruction").decode()
-    if record.get("input"):
-        question += "\n" + _field(record, "input").decode()
+    question = _field(record, question_name).decode()
+    context = _only_name(record, _CONTEXTS)
+    if context and record[context]:
+        question += "\n" + _field(record, context).decode()
     messages = []
     history = record.get("history") or []
     if not isinstance(history, list):
@@ -259,8 +291,9 @@ def _instruction(record: Mapping[str, Any]) -> Document:
             raise ValueError('"history" must be a list of pairs')
         messages.append({"role": "user", "content": pair[0]})
         messages.append({"role": "assistant", "content": pair[1]})
+    answer = _field(record, answer_name).decode()
     messages.append({"role": "user", "content": question})
-    messages.append({"role": "assistant", "content": _field(record, "output").decode()})
+    messages.append({"role": "assistant", "content": answer})
     return _chat(record, _with_system(record, messages))
 
 
@@ -341,9 +374,10 @@ def _field(record: Mapping[str, Any], name: str) -> bytes:
 
 
 def _answered_prompt(record: Mapping[str, Any]) -> Document:
-    answer = _field(record, "answer")
+    name = _only_name(record, _ANSWERS_AS_THEY_STAND) or "answer"
+    answer = _field(record, name)
     if not answer:
-        raise ValueError('"answer" is empty')
+        raise ValueError(f'"{name}" is empty')
     prompt = Segment(_field(record, "prompt"), in_loss=False)
     return Document((prompt, Segment(answer)))
 
@@ -416,15 +450,29 @@ def _message(message: Any, number: int) -> Message:
 def _turn(message: Mapping[str, Any], role: str, key: str) -> Message:
     """Reads what is said in a message, thought before it and called after it."""
     if role != "assistant":
-        return Message(role, clean_message(_field(message, key).decode()))
+        return Message(role, _said(message, key))
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list):
         raise ValueError('"tool_calls" must be a list')
     # An answer that only calls a function has no content, or an empty one.
     content = ""
     if not calls or message.get(key) is not None:
-        content = clean_message(_field(message, key).decode())
+        content = _said(message, key)
     thought = None
     if message.get("reasoning_content") is not None:
         thought = clean_message(_field(message, "reasoning_content").decode())
     return Message(role, content, thought, tuple(call_text(call) for call in calls))
+
+
+def _said(message: Mapping[str, Any], key: str) -> str:
+    """Reads the text of a message, which may be a list of parts as OpenAI's interface has it."""
+    parts = message.get(key)
+    if not isinstance(parts, list):
+        return clean_message(_field(message, key).decode())
+    texts = []
+    for part in parts:
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, Mapping) else part
+            raise ValueError(f'"{key}" must hold parts of type "text"; got {kind!r}')
+        texts.append(_field(part, "text").decode())
+    return clean_message("".join(texts))

@@ -20,6 +20,7 @@ from rwkv7_jax.data.text_files import (
     check_content,
     check_encoding,
     check_is_text,
+    has_utf8_mark,
     inner_suffix,
     is_compressed,
 )
@@ -173,7 +174,7 @@ def _documents_of(
 
 def _as_stored(file: Path, encoding: str | None) -> Path | TextFile:
     """Returns the plain path of a file whose bytes are its text."""
-    if encoding is None and not is_compressed(file):
+    if encoding is None and not is_compressed(file) and not has_utf8_mark(file):
         return file
     return TextFile(file, encoding)
 

@@ -241,9 +241,26 @@ def _inner_chunks(path: Path, compression: str | None) -> Iterator[bytes]:
             yield chunk
 
 
+def has_utf8_mark(path: Path) -> bool:
+    """Tells whether a file that is not compressed begins with the byte order mark of UTF-8."""
+    return head_of(path, len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+
+
+def _without_mark(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Removes a byte order mark of UTF-8, which Windows programs write and which is no text."""
+    head = b""
+    for chunk in chunks:
+        head += chunk
+        if len(head) >= len(codecs.BOM_UTF8):
+            break
+    if text := head.removeprefix(codecs.BOM_UTF8):
+        yield text
+    yield from chunks
+
+
 @dataclasses.dataclass(frozen=True)
 class TextFile:
-    """A file of text, decompressed and as UTF-8 when it is read.
+    """A file of text, decompressed, without a byte order mark and as UTF-8 when it is read.
 
     Attributes:
         path: of the file.
@@ -284,8 +301,11 @@ class TextFile:
 
     def _decompressed(self) -> Iterator[bytes]:
         compression = _compression(head_of(self.path))
+        chunks = _inner_chunks(self.path, compression)
+        if self.encoding is None or codecs.lookup(self.encoding).name == "utf-8":
+            chunks = _without_mark(chunks)
         try:
-            yield from _inner_chunks(self.path, compression)
+            yield from chunks
         except Exception as error:
             # Zstandard's own class depends on which module reads it.
             is_damage = isinstance(error, _DAMAGE) or "Zstd" in type(error).__name__
@@ -320,7 +340,8 @@ class TextFile:
     def size(self) -> int:
         """Counts the bytes of the text."""
         if self.encoding is None and not is_compressed(self.path):
-            return self.path.stat().st_size
+            mark = len(codecs.BOM_UTF8) if has_utf8_mark(self.path) else 0
+            return self.path.stat().st_size - mark
         return sum(map(len, self.chunks()))
 
 

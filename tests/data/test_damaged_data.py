@@ -30,7 +30,10 @@ BAD = {
     "NaN": (b'{"text": "a", "score": NaN}\n', "NaN is not a JSON number"),
     "NaN as text": (b'{"text": NaN}\n', "NaN is not a JSON number"),
     "lone surrogate": (b'{"text": "ab\\ud800"}\n', "lone surrogate at character 2"),
-    "byte order mark": (b'\xef\xbb\xbf{"text": "a"}\n', "byte order mark"),
+    "byte order mark inside a file": (
+        b'\xef\xbb\xbf{"text": "a"}\n',
+        "byte order mark",
+    ),
     "UTF-16": ('{"text": "a"}\n'.encode("utf-16"), "as UTF-16 does"),
     "UTF-16 without mark": (
         '{"text": "a"}'.encode("utf-16-le") + b"\n",

@@ -142,6 +142,39 @@ MESSAGES = {
             "history": [],
         },
         {
+            "instruction": "Add.",
+            "context": "2 and 2",
+            "response": "4",
+            "category": "closed_qa",
+            "system": "Be kind.",
+        },
+        {
+            "id": "niv.1",
+            "system_prompt": "Be kind.",
+            "question": "Add.\n2 and 2",
+            "response": "4",
+        },
+        {
+            "system": "Be kind.",
+            "query": "Add.\n2 and 2",
+            "response": "4",
+            "type": "GSM_Rephrased",
+        },
+        {"system": "Be kind.", "question": "Add.\n2 and 2", "answer": "4"},
+        {
+            "messages": [
+                {"role": "system", "content": [{"type": "text", "text": "Be kind."}]},
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": "Add.\n"},
+                        {"type": "text", "text": "2 and 2"},
+                    ],
+                },
+                {"role": "assistant", "content": [{"type": "text", "text": "4"}]},
+            ]
+        },
+        {
             "system": "Be kind.",
             "conversations": [
                 {"from": "human", "value": "Add.\r\n\r\n2 and 2"},
@@ -157,7 +190,7 @@ MESSAGES = {
         },
     ],
 )
-def test_alpaca_and_sharegpt_are_the_same_conversation_as_messages(record):
+def test_other_programs_records_are_the_same_conversation_as_messages(record):
     assert marked(record) == marked(MESSAGES)
 
 
@@ -174,6 +207,10 @@ def test_the_history_of_an_alpaca_record_comes_first():
     )
 
 
+def test_a_prompt_and_a_completion_are_a_prompt_and_its_answer():
+    assert marked({"prompt": "2+2=", "completion": "4"}) == "[2+2=]4"
+
+
 def test_a_text_next_to_an_instruction_stays_the_text():
     record = {"instruction": "a", "output": "b", "text": "all of it"}
     assert marked(record) == "all of it"
@@ -182,13 +219,31 @@ def test_a_text_next_to_an_instruction_stays_the_text():
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"question": "a", "answer": "b"}, 'its keys are "question", "answer"'),
+        ({"problem": "a", "solution": "b"}, 'its keys are "problem", "solution"'),
+        (
+            {"question": "a", "query": "b", "answer": "c"},
+            '"question" and "query" in one object',
+        ),
+        (
+            {"question": "a", "answer": "b", "response": "c"},
+            '"response" and "answer" in one object',
+        ),
+        ({"question": "a", "choices": [], "answer": 2}, '"answer" must be a string'),
         ({"input": "a", "output": "b"}, 'its keys are "input", "output"'),
         ({}, "it has no keys"),
         ({str(i): i for i in range(20)}, '"7", ...'),
         (
-            {"prompt": "a", "completion": "b"},
-            'no "answer"; its keys are "prompt", "completion"',
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            'no "answer"; its keys are "prompt", "chosen", "rejected"',
+        ),
+        ({"prompt": "a", "completion": ""}, '"completion" is empty'),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            'message 1: "content" must hold parts of type "text"; got \'image_url\'',
+        ),
+        (
+            {"messages": [{"role": "user", "content": ["a"]}]},
+            'message 1: "content" must hold parts of type "text"; got \'a\'',
         ),
         ({"instruction": "a", "output": ""}, "an empty answer"),
         ({"instruction": 1, "output": "a"}, '"instruction" must be a string; got int'),

@@ -1,6 +1,7 @@
 """What a data file really holds decides how it is read, and whether."""
 
 import bz2
+import codecs
 import gzip
 import importlib
 import json
@@ -11,6 +12,8 @@ import warnings
 
 import pytest
 
+from rwkv7_jax.data import text_files
+from rwkv7_jax.data.jsonl import ReadStats
 from rwkv7_jax.data.loading import token_stream
 from rwkv7_jax.data.readers import documents
 from rwkv7_jax.data.text_files import TextFile
@@ -248,6 +251,46 @@ def test_text_of_another_encoding_is_read_when_it_is_named(tmp_path, encoding):
     assert document.text() == text.encode()
     found = list(documents(tmp_path / "x.jsonl", encoding=encoding))
     assert [document.text().decode() for document in found] == list("一二三")
+
+
+MARK = codecs.BOM_UTF8
+
+
+@pytest.mark.parametrize("encoding", [None, "utf-8", "UTF8"])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("x.txt", "Grüße\n".encode(), "Grüße\n".encode()),
+        ("x.txt", b"a", b"a"),
+        ("x.txt", b"", b""),
+        ("x.jsonl", b'{"text": "a"}\n', b"a"),
+        ("x.json", b'[{"text": "a"}]', b"a"),
+        # Only the first mark is none of the text.
+        ("x.txt", MARK + b"a", MARK + b"a"),
+    ],
+)
+def test_a_byte_order_mark_at_the_beginning_is_no_text(
+    tmp_path, name, content, text, compress, encoding
+):
+    path = tmp_path / name
+    path.write_bytes(compress(MARK + content))
+    stats = ReadStats()
+    (document,) = documents(path, encoding=encoding, stats=stats)
+    assert document.text() == text
+    assert stats.not_utf8 == 0
+    if name == "x.txt":
+        assert TextFile(path, encoding).size() == len(text)
+        (document,) = documents(path, as_bytes=True)
+        assert document.text() == path.read_bytes()
+
+
+def test_a_mark_is_found_however_a_file_is_cut_into_chunks(tmp_path, monkeypatch):
+    path = tmp_path / "x.txt"
+    path.write_bytes(MARK + b"abcdef")
+    for size in (1, 2, 3, 4):
+        monkeypatch.setattr(text_files, "CHUNK", size)
+        assert b"".join(TextFile(path).chunks()) == b"abcdef"
 
 
 def test_gbk_read_as_utf8_is_said_and_wrong_encodings_are_named(tmp_path):
