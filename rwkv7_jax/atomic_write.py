@@ -14,6 +14,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
     Raises:
         ValueError: the folder of `path` does not exist.
+        OSError: nothing can be written there.
     """
     if not path.parent.is_dir():
         raise ValueError(f"atomic_write: the folder of `{path}` does not exist.")
@@ -21,8 +22,13 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     path = Path(os.path.realpath(path))
     # In the same folder: `os.replace` is atomic only within one file system.
     partial = path.parent / f".{path.name}.{secrets.token_hex(4)}"
-    # Not `tempfile`, whose files are readable by their owner alone: the system applies the umask.
-    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        # Not `tempfile`, whose files are readable by their owner alone: the system applies the
+        # umask.
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except OSError as error:
+        # By its own name: nobody knows the hidden one.
+        raise OSError(error.errno, error.strerror, str(path)) from None
     try:
         # Closed before the replacement, so that everything is written by then.
         with os.fdopen(handle, "wb") as file:

@@ -164,6 +164,25 @@ def existing_path(path: str | os.PathLike[str], argument: str) -> Path:
     raise ValueError(f"`{place}` does not exist.")
 
 
+def check_target(path: Path, argument: str) -> None:
+    """Checks that a file or a folder can be made at a path.
+
+    Args:
+        path: of what will be written; folders that are missing will be made.
+        argument: the argument, setting or option in backticks; the message begins with it.
+
+    Raises:
+        ValueError: a file lies where a folder of the path must be, or the folder is read-only.
+    """
+    folder = next((parent for parent in path.parents if parent.exists()), Path())
+    if not folder.is_dir():
+        raise ValueError(f"{argument} must be in a folder; `{folder}` is a file.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{argument} must be where you may write; `{folder}` is not such a folder."
+        )
+
+
 def refuse_hub_name(
     path: str | os.PathLike[str], argument: str, *, kind: str = "model"
 ) -> None:

@@ -6,7 +6,12 @@ states in `state_files`; the other modules are what these two are made of.
 
 from rwkv7_jax.checkpoints.integrity.finite_numbers import is_finite
 from rwkv7_jax.checkpoints.integrity.verification import verify
-from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
+from rwkv7_jax.checkpoints.model_files import (
+    check_model_target,
+    load_model,
+    model_hash,
+    save_model,
+)
 from rwkv7_jax.checkpoints.model_vocabulary import kept_vocabulary, model_tokenizer
 from rwkv7_jax.checkpoints.orbax_import import import_orbax
 from rwkv7_jax.checkpoints.param_tree import official_tensors
@@ -24,6 +29,7 @@ from rwkv7_jax.checkpoints.unused_value_residual import without_unused_value_res
 
 __all__ = [
     "accepted_shapes",
+    "check_model_target",
     "common_base_model",
     "has_merged_state",
     "import_orbax",

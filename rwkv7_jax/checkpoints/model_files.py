@@ -42,6 +42,7 @@ from rwkv7_jax.checkpoints.param_tree import (
 from rwkv7_jax.checkpoints.pth import write_pth
 from rwkv7_jax.checkpoints.tensor_files import (
     LOW_RANK_KEY,
+    Format,
     format_of,
     gguf_files,
     open_tensors,
@@ -57,7 +58,7 @@ from rwkv7_jax.checks import (
     check_instance,
     prefix_errors,
 )
-from rwkv7_jax.local_paths import local_path
+from rwkv7_jax.local_paths import check_target, local_path
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.int8_weights import (
     INT8,
@@ -267,6 +268,31 @@ def _count_bytes(
             progress(done, total)
 
 
+def check_model_target(
+    path: str | Path, *, format: str | None = None
+) -> tuple[Path, Format]:
+    """Checks that a checkpoint can be written at a path, before its model is made or read.
+
+    Args:
+        path: as for `save_model`.
+        format: as for `save_model`.
+
+    Returns:
+        The path with `~` expanded, and the format.
+
+    Raises:
+        ValueError: an unknown format, or a place where nothing can be written.
+        ImportError: the format needs a package that is not installed.
+    """
+    with prefix_errors("save_model"):
+        path = local_path(path, "`path`", target=True)
+        check_target(path, "`path`")
+    kind = format_of(path, format=format)
+    if kind == "gguf":
+        gguf_files("save_model")
+    return path, kind
+
+
 def save_model(
     path: str | Path,
     params: Params,
@@ -299,11 +325,10 @@ def save_model(
             other files, or shards over several processes for an Orbax folder.
         TypeError: a leaf is not floating-point, or an argument is of the wrong kind.
     """
+    path, kind = check_model_target(path, format=format)
     with prefix_errors("save_model"):
-        path = local_path(path, "`path`", target=True)
         check_instance(config, RWKV7Config, "`config`")
         check_instance(params, Mapping, "`params`")
-    kind = format_of(path, format=format)
     together = any(map(is_spread, jax.tree.leaves(params)))
     if kind == "orbax":
         if together:

@@ -52,7 +52,7 @@ from rwkv7_jax.checkpoints.state_tensors import (
 from rwkv7_jax.checkpoints.tensor_files import dump_safetensors, read_tensors
 from rwkv7_jax.checkpoints.tensor_names import Tensor
 from rwkv7_jax.checks import check_instance, prefix_errors
-from rwkv7_jax.local_paths import existing_path, local_path
+from rwkv7_jax.local_paths import check_target, existing_path, local_path
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import (
     DYNAMICS,
@@ -119,6 +119,7 @@ def save_state(
     with prefix_errors("save_state"):
         path = local_path(path, "`path`", target=True)
         _check_suffix(path)
+        check_target(path, "`path`")
         dtype = require_float_dtype(_usual_dtype(path) if dtype is None else dtype)
         _check_writable(state, path, config)
         tensors = _state_tensors(state, path, dtype)

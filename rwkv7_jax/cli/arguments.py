@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from rwkv7_jax.local_paths import is_same, local_path
+from rwkv7_jax.local_paths import check_target, is_same, local_path
 
 # Suffixes of files that hold a start state.
 STATE_SUFFIXES = (".pth", ".safetensors", ".st", ".state")
@@ -49,7 +49,7 @@ class CommandParser(argparse.ArgumentParser):
             option, reason = about.groups()
             # The sentences of this module go on after the option's name.
             if reason.startswith("must "):
-                raise ValueError(f"{where}`{option}` {reason}.")
+                raise ValueError(f"{where}`{option}` {reason.rstrip('.')}.")
         reason = " ".join(message.split()).rstrip(".")
         hint = f"`{self.prog} --help` lists the options."
         self.exit(2, f"rwkv7: {where}{reason}; {hint}\n")
@@ -144,21 +144,20 @@ def state_target(text: str) -> str:
 
 
 def target_path(text: str) -> str:
-    """Reads the path of a file or a folder that will be written."""
-    return path(text, target=True)
+    """Reads the path of a file or a folder to write, before the work of minutes and not after."""
+    target = path(text, target=True)
+    try:
+        check_target(Path(target), "")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).strip()) from None
+    return target
 
 
 def file_target(text: str) -> str:
-    """Reads the path of a file that will be written, before the work of minutes and not after."""
-    target = path(text, target=True)
+    """Reads the path of a file that will be written; see `target_path`."""
+    target = target_path(text)
     if Path(target).is_dir():
         raise argparse.ArgumentTypeError(f"must name a file; {text!r} is a folder")
-    # Missing folders are made; a file in their place cannot be.
-    for parent in Path(target).parents:
-        if parent.exists() and not parent.is_dir():
-            raise argparse.ArgumentTypeError(
-                f"must be in a folder; {str(parent)!r} is a file"
-            )
     return target
 
 
@@ -184,7 +183,8 @@ def refuse_inputs(
                 continue
             if is_same(source, target) or Path(source).resolve() in place.parents:
                 raise ValueError(
-                    f"{argument} must not write over `{option}`; {target} is read from {source}."
+                    f"{argument} must not write over `{option}`; `{target}` is read from "
+                    f"`{source}`."
                 )
 
 

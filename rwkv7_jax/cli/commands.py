@@ -13,6 +13,7 @@ import numpy as np
 import pallas_kernels
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints import (
+    check_model_target,
     has_merged_state,
     kept_vocabulary,
     load_model,
@@ -79,6 +80,8 @@ def _reason(error: Exception) -> str:
 
 def _convert(options: argparse.Namespace) -> str:
     """Reads a checkpoint and writes it in another format."""
+    # Before the source is read, which may take minutes.
+    check_model_target(options.target, format=options.format)
     params, config = load_model(
         options.source,
         dtype=options.dtype,

@@ -103,6 +103,10 @@ MISUSE = [
     ("convert hf:o/m out.pth", "hf download o/m"),
     ("convert o/m out.pth", "hf download o/m"),
     ("convert huggingface.co/o/m out.pth", "hf download o/m"),
+    ("convert m.pth out.onnx", "`out.onnx` must end in .pth, .safetensors"),
+    ("convert none.pth out.onnx", "`out.onnx` must end in .pth, .safetensors"),
+    ("convert m.pth t.txt/out.pth", "`target` must be in a folder; `t.txt` is a file"),
+    ("convert m.pth t.txt/a/b", "`target` must be in a folder; `t.txt` is a file"),
     ("convert m.pth hf:o/m", "write to a local place"),
     ("convert m.pth gs:b/out.pth", "`target` must be on this machine"),
     # inspect
@@ -139,12 +143,13 @@ MISUSE = [
     ("data hf:o/d out", "`SOURCE` must be on this machine"),
     ("data o/d out", "hf download --repo-type dataset o/d"),
     ("data t.txt s3:b/out", "`OUT` must be on this machine"),
+    ("data t.txt t.txt/out", "`OUT` must be in a folder; `t.txt` is a file"),
     ("data t.txt,./t.txt out", "`SOURCE` must name a file once"),
     ("data t.txt,folder/../t.txt out", "'folder/../t.txt' are the same one"),
     ("data x.jsonl,short.txt,.//x.jsonl out", "`SOURCE` must name a file once"),
     ("data x.card.json x", "`OUT` must not write over `SOURCE`"),
     ("data ./x.card.json x.bin", "`OUT` must not write over `SOURCE`"),
-    ("data . t", "`OUT` must not write over `SOURCE`; t.mask is read from ."),
+    ("data . t", "must not write over `SOURCE`; `t.mask` is read from `.`"),
     ("data task:copy out", "task:copy"),
     ("data t.csv out", "t.csv` is a table"),
     ("data t.parquet out", "t.parquet` is a Parquet table"),
@@ -225,7 +230,7 @@ MISUSE = [
     (f"{GENERATE} --state a.pth --observer folder", "not allowed with argument"),
     (f"{GENERATE} --save-state s.npz", "`--save-state` must end in .pth"),
     (f"{GENERATE} --save-state s", "`--save-state` must end in .pth"),
-    (f"{GENERATE} --save-state t.txt/s.pth", "'t.txt' is a file"),
+    (f"{GENERATE} --save-state t.txt/s.pth", "`t.txt` is a file"),
     (f"{GENERATE} --save-state gs://b/s.pth", "`--save-state` must be on this machine"),
     (f"{GENERATE} --save-state _", "`--save-state` must name a file or a folder"),
     (f"{GENERATE} --save-state hf:o/s.pth", "`--save-state` must be on this machine"),
@@ -362,5 +367,6 @@ def test_misuse_is_one_sentence_and_exit_code_2(
     assert sentence in printed
     assert printed.startswith("rwkv7: ") and printed.count("\n") == 1
     assert len(printed) < 600 and "Traceback" not in printed
+    assert not printed.rstrip().endswith("..")
     # Nothing was written, not even a part of a file.
     assert sorted(path.name for path in files.iterdir()) == before
