@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -216,11 +217,12 @@ def test_without_an_exchange_a_folder_loads_after_a_kill_at_any_rename(
 ):
     write, read, expected = FOLDERS[kind]
     seen = set()
+    (tmp_path / "first").mkdir()
+    write(tmp_path / "first" / "m", 1)
     # Files inside a folder are renamed too; the last two renames are the folder's.
     for step in range(9):
         path = tmp_path / str(step) / "m"
-        path.parent.mkdir()
-        write(path, 1)
+        shutil.copytree(tmp_path / "first", path.parent)
         with monkeypatch.context() as patch:
             kill_at(patch, step)
             try:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import sys
 
 import jax
@@ -32,22 +33,30 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* holds a tuned state as well")
 CONFIG = RWKV7Config(vocab_size=257, num_layers=1, width=32, head_size=16)
 
 
-@pytest.fixture
-def files(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
     """A model, a model with a state merged into it, states, an observer and a text."""
+    folder = tmp_path_factory.mktemp("made")
     params = random_params(CONFIG, dtype=jnp.float32, scale=0.3)
-    save_model(tmp_path / "m.pth", params, CONFIG)
+    save_model(folder / "m.pth", params, CONFIG)
     wkv = np.random.default_rng(0).normal(size=init_state(CONFIG).wkv.shape)
     state = init_state(CONFIG).replace(wkv=jnp.asarray(wkv, jnp.float32))
     for name in ("a.pth", "b.pth"):
-        save_state(tmp_path / name, state)
-    merged = {**read_tensors(tmp_path / "m.pth"), **read_tensors(tmp_path / "a.pth")}
+        save_state(folder / name, state)
+    merged = {**read_tensors(folder / "m.pth"), **read_tensors(folder / "a.pth")}
     tensors = [(name, tensor.read()) for name, tensor in merged.items()]
-    write_pth(tmp_path / "merged.pth", tensors)
+    write_pth(folder / "merged.pth", tensors)
     observer, maps = init_observer(CONFIG, CONFIG, jax.random.key(0))
     info = {"base_model": model_hash(params, CONFIG)}
-    save_observer(tmp_path / "o", observer, maps | {"model": params}, info=info)
-    (tmp_path / "t.txt").write_bytes(b"The sea is deep. " * 60)
+    save_observer(folder / "o", observer, maps | {"model": params}, info=info)
+    (folder / "t.txt").write_bytes(b"The sea is deep. " * 60)
+    return folder
+
+
+@pytest.fixture
+def files(made, tmp_path, monkeypatch):
+    """A copy of them, in the current folder."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

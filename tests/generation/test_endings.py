@@ -41,11 +41,16 @@ def draw_among_stop_ids(keys, steps, logits, occurrences, options):
     return sampling.sample(keys, penalized, options)
 
 
+@jax.jit
+def count(occurrences, token, options):
+    return sampling.count(occurrences, token[None], options)
+
+
 def occurrences_of(tokens, options):
     """Counts what one row generated, as the decode loop did."""
     occurrences = sampling.no_occurrences(1, CONFIG.vocab_size)
     for token in tokens:
-        occurrences = sampling.count(occurrences, jnp.array([token]), options)
+        occurrences = count(occurrences, np.int32(token), options)
     return occurrences
 
 

@@ -3,6 +3,8 @@
 A vmapped axis stands for the devices: collectives along it are the same.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,12 +31,14 @@ def _join(x):
     return rows.reshape(rows.shape[0], -1, *rows.shape[3:])
 
 
+@jax.jit
 def _whole(inputs, state, lengths=None):
     return pallas_kernels.wkv7(
         *inputs, state, implementation="chunked", lengths=lengths
     )
 
 
+@functools.partial(jax.jit, static_argnames="count")
 def _along_time(inputs, state, count, lengths=None):
     def one_device(*pieces):
         own = lengths
@@ -84,8 +88,9 @@ def test_gradients_of_the_inputs_and_of_the_start_state_are_those_of_one_device(
         y, ends = _along_time(inputs, state, count)
         return y, ends[-1]
 
-    found = jax.grad(loss)((inputs, state), last_of_many)
-    expected = jax.grad(loss)((inputs, state), _whole)
+    slope = jax.jit(jax.grad(loss), static_argnums=1)
+    found = slope((inputs, state), last_of_many)
+    expected = slope((inputs, state), _whole)
     for value, wanted in zip(
         jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
     ):

@@ -217,15 +217,24 @@ def down(made, teacher, batch, *, accumulate):
     return metrics, train.params
 
 
+@pytest.fixture(scope="module")
+def uneven(batch):
+    """Pieces must not be alike in length, or a mean of means would pass."""
+    return batch | {"split": np.array([2, 9, 12, 4], np.int32)}
+
+
+@pytest.fixture(scope="module")
+def in_one(made, teacher, uneven):
+    return down(made, teacher, uneven, accumulate=1)
+
+
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_pieces_of_a_batch_make_the_loss_and_the_gradient_of_the_batch(
-    made, teacher, batch, accumulate
+    made, teacher, uneven, in_one, accumulate
 ):
     """Prompts, answers and states differ from piece to piece; of four pieces each is one row."""
-    # Pieces must not be alike in length, or a mean of means would pass.
-    batch = batch | {"split": np.array([2, 9, 12, 4], np.int32)}
-    expected, whole = down(made, teacher, batch, accumulate=1)
-    metrics, pieces = down(made, teacher, batch, accumulate=accumulate)
+    expected, whole = in_one
+    metrics, pieces = down(made, teacher, uneven, accumulate=accumulate)
     for name in ("loss", "fvu", "divergence_nats", "answer_nats", "loss_nats"):
         assert float(metrics[name]) == pytest.approx(float(expected[name]), rel=1e-5), (
             name

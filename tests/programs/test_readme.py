@@ -11,8 +11,6 @@ import pytest
 from run_programs import ROOT
 
 PAGES = ("README.md", "docs/guide.md")
-# The only change to a command. Evaluating is most of a short run, and its law is elsewhere.
-FEW_WINDOWS = ["--config.evaluation.windows=2"]
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -89,6 +87,4 @@ def test_the_commands_of_the_guide_run_one_after_the_other(clone):
             if words[0] == "rwkv7"
             else [sys.executable]
         )
-        if words[1] in ("train.py", "eval.py"):
-            words += FEW_WINDOWS
         assert run(clone, *start, *words[1:]), command

@@ -1,5 +1,7 @@
 """Random models for tests of files: every tensor random, no two sizes alike."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,17 @@ CONFIG = RWKV7Config(
 )
 
 
+@functools.cache
+def _shapes(config: RWKV7Config):
+    """Traces a new model, whose output matrices are zero: only its shapes are of use here."""
+
+    def init(key):
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return RWKV7(config).init(key, tokens, init_state(config))["params"]
+
+    return jax.eval_shape(init, jax.random.key(0))
+
+
 def random_params(
     config: RWKV7Config = CONFIG,
     *,
@@ -29,19 +42,12 @@ def random_params(
     scale: float = 1.0,
 ):
     """Makes a parameter tree with normal entries of standard deviation `scale`."""
-
-    def init(key):
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        return RWKV7(config).init(key, tokens, init_state(config))["params"]
-
-    # A new model's output matrices are zero; only its shapes are of use here.
-    shapes = jax.eval_shape(init, jax.random.key(0))
     rng = np.random.default_rng(seed)
 
     def draw(leaf):
         return jnp.asarray(scale * rng.normal(size=leaf.shape), dtype)
 
-    return jax.tree.map(draw, shapes)
+    return jax.tree.map(draw, _shapes(config))
 
 
 def random_state(config: RWKV7Config = CONFIG, *, seed: int = 0) -> RWKV7State:
