@@ -142,12 +142,20 @@ def test_the_same_stop_id_is_reported_whether_or_not_the_host_watches(params):
     assert np.count_nonzero([stop is not None for stop in plain.stop_tokens]) > 0
 
 
+@jax.jit
+def log_softmax_of(params, ids, temperature):
+    logits, _ = MODEL.apply({"params": params}, ids[None], init_state(CONFIG))
+    return jax.nn.log_softmax(logits[0] / temperature)
+
+
 def log_probabilities(params, prompt, drawn, temperature):
     """Computes those of drawn ids by one pass of the model, without the decode loop."""
-    ids = jnp.asarray([[*prompt, *drawn]])
-    logits, _ = MODEL.apply({"params": params}, ids[:, :-1], init_state(CONFIG))
-    logp = jax.nn.log_softmax(logits[0, len(prompt) - 1 :] / temperature)
-    return np.asarray(logp)[np.arange(len(drawn)), drawn]
+    # One length for all rows, compiled once; what comes later changes nothing.
+    ids = np.zeros(32, np.int32)
+    row = [*prompt, *drawn]
+    ids[: len(row)] = row
+    logp = np.asarray(log_softmax_of(params, ids, temperature))[len(prompt) - 1 :]
+    return logp[np.arange(len(drawn)), drawn]
 
 
 def test_what_was_drawn_has_the_stop_id_and_the_log_probabilities_of_the_model(params):
