@@ -16,6 +16,9 @@ from rwkv7_jax.evaluation.task_scores import BITS_PER_BYTE, QuestionScores, pool
 # With the same seed every row gets the same examples; it is the harness's own.
 _SEED = 1234
 
+# Of files in a folder for a group of tasks.
+_RECORD_SUFFIXES = (".json", ".jsonl")
+
 
 @dataclasses.dataclass(frozen=True)
 class LoadedTasks:
@@ -51,7 +54,8 @@ def load_tasks(
     Args:
         names: of tasks, groups or tags of the harness.
         data: local files of some of the tasks: training and test questions, or test questions
-            alone. Other tasks download theirs, or have them in the cache of the package datasets.
+            alone; of a group the folder of its tasks' test questions. Other tasks download
+            theirs, or have them in the cache of the package datasets.
         folder: for the descriptions of the tasks with local files.
         manager: a `TaskManager`; by default one that knows the harness's own tasks, for which it
             reads some thousand files.
@@ -75,7 +79,7 @@ def load_tasks(
     for name in names:
         spec = name
         if name in data:
-            spec = str(_local_task(folder, name, data[name], manager))
+            spec = _local_task(folder, name, data[name], manager)
         loaded = _load(manager, spec, name)
         groups = loaded.get("groups", {})
         items += [groups[name]] if name in groups else list(loaded["tasks"].values())
@@ -83,7 +87,7 @@ def load_tasks(
     return LoadedTasks(manager, items, tasks)
 
 
-def _load(manager: Any, spec: str, name: str) -> Any:
+def _load(manager: Any, spec: Any, name: str) -> Any:
     try:
         return manager.load(spec)
     # Loading runs the tasks' own code and that of the package datasets, which end in many ways: no
@@ -92,53 +96,126 @@ def _load(manager: Any, spec: str, name: str) -> Any:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"`config.tasks`: {name} could not be loaded, {type(error).__name__}: {reason}. "
-            f"Its data may be named: config.task_data.{name}=train.jsonl,test.jsonl"
+            f"Its data may be named: config.task_data.{name}=train.jsonl,test.jsonl "
+            "(of a group: a folder)"
         ) from error
 
 
-def _local_task(folder: Path, name: str, files: Sequence[str], manager: Any) -> Path:
-    """Writes a description of a task that differs from the harness's own in its data alone.
+def _local_task(folder: Path, name: str, files: Sequence[str], manager: Any) -> Any:
+    """Describes a task, or a group of tasks, that differs from the harness's in its data alone.
 
     Raises:
-        ValueError: the task is a group, or a file does not exist.
+        ValueError: the group has other groups, or a file does not exist.
     """
     argument = f"`config.task_data.{name}`"
-    original = manager.task_index[name].yaml_path
-    if name not in manager.all_subtasks or original is None:
+    entry = manager.task_index[name]
+    if name in manager.all_groups:
+        if len(files) != 1 or not Path(files[0]).expanduser().is_dir():
+            raise ValueError(
+                f"{argument} must be the folder of the files of the group {name}; got "
+                f"{','.join(files)!r}."
+            )
+        parts = []
+        for part in entry.cfg["task"]:
+            file = _file_of_part(part, Path(files[0]).expanduser(), manager, argument)
+            settings = _local_settings(folder, [file])
+            parts.append({"task": part, **settings})
+        # Not how the group aggregates: `measure` pools all questions.
+        return {"group": name, "task": parts}
+    if name not in manager.all_subtasks or entry.yaml_path is None:
         raise ValueError(
-            f"{argument} must be of a single task that a YAML file describes; got {name}."
+            f"{argument} must be of a task that a YAML file describes, or of a group of such "
+            f"tasks; got {name}."
         )
     paths = []
     for file in files:
         path = Path(file).expanduser()
         if not path.is_file():
             raise ValueError(f"{argument} must name files; there is no {file!r}.")
-        paths.append(str(path.resolve()))
+        paths.append(path.resolve())
     if not 1 <= len(paths) <= 2:
         raise ValueError(
             f"{argument} must be train.jsonl,test.jsonl or test.jsonl; got {len(paths)} files."
         )
-    splits = dict(zip(("test", "train"), reversed(paths), strict=False))
-    examples = "train" if "train" in splits else None
     settings = {
-        "include": str(Path(original).resolve()),
+        "include": str(Path(entry.yaml_path).resolve()),
         "task": name,
-        "dataset_path": "json",
-        "dataset_name": None,
-        "dataset_kwargs": {
-            "data_files": splits,
-            "cache_dir": str(folder.resolve() / "cache"),
-        },
-        "training_split": examples,
-        "validation_split": None,
-        "test_split": "test",
-        "fewshot_split": examples or "test",
+        **_local_settings(folder, paths),
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.yaml"
     # JSON is YAML.
     path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    return path
+    return str(path)
+
+
+def _file_of_part(part: Any, folder: Path, manager: Any, argument: str) -> Path:
+    """Finds the file of a task of a group, which has the name of the task's part of the data set.
+
+    Raises:
+        ValueError: the folder has no such file, or the part is a group itself.
+    """
+    if not isinstance(part, str) or part not in manager.all_subtasks:
+        raise ValueError(
+            f"{argument} must be of a group of tasks alone; name the tasks of {part!r} instead."
+        )
+    name = manager.task_index[part].cfg.get("dataset_name") or part
+    for suffix in _RECORD_SUFFIXES:
+        path = folder / f"{name}{suffix}"
+        if path.is_file():
+            return path.resolve()
+    raise ValueError(
+        f"{argument} must have a file for each task of the group; `{folder}` has no {name}.json."
+    )
+
+
+def _local_settings(folder: Path, paths: Sequence[Path]) -> dict[str, Any]:
+    """Returns what a task's description says of its data, for files in place of a data set.
+
+    Args:
+        folder: for the cache of the package datasets.
+        paths: of training and test questions, or of test questions alone.
+    """
+    files = [str(path) for path in paths]
+    splits = dict(zip(("test", "train"), reversed(files), strict=False))
+    examples = "train" if "train" in splits else None
+    reading: dict[str, Any] = {
+        "data_files": splits,
+        "cache_dir": str(folder.resolve() / "cache"),
+    }
+    if field := _field_of_records(paths[-1]):
+        reading["field"] = field
+    return {
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": reading,
+        "training_split": examples,
+        "validation_split": None,
+        "test_split": "test",
+        "fewshot_split": examples or "test",
+    }
+
+
+def _field_of_records(path: Path) -> str | None:
+    """Returns the name under which a .json file has its records; None of a list or of lines.
+
+    BIG-Bench Hard, for one, has "examples" next to its "canary".
+    """
+    if path.suffix != ".json":
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+    # Objects on lines of their own, or none: the package datasets reads or refuses them.
+    except ValueError:
+        return None
+    if not isinstance(content, dict):
+        return None
+    names = [
+        name
+        for name, value in content.items()
+        if isinstance(value, list) and value and isinstance(value[0], dict)
+    ]
+    return names[0] if len(names) == 1 else None
 
 
 def measure(

@@ -167,8 +167,66 @@ def test_a_group_counts_all_its_questions_the_same(tmp_path):
     expected = (3 * scores["one"]["acc"].value + scores["two"]["acc"].value) / 4
     assert scores["both"]["acc"].value == pytest.approx(expected)
     data = {"both": [str(tmp_path / "one.jsonl")]}
-    with pytest.raises(ValueError, match=r"config.task_data.both` must be of a single"):
+    with pytest.raises(ValueError, match=r"config.task_data.both` must be the folder"):
         load_tasks(["both"], data, tmp_path / "tasks", manager=manager)
+
+
+def hard_questions(count):
+    """Returns the content of a file of BIG-Bench Hard: its records are under a name."""
+    examples = [
+        {"input": f"not ( {n % 2} ) is", "target": str(1 - n % 2)} for n in range(count)
+    ]
+    return json.dumps({"canary": "never train on this", "examples": examples})
+
+
+@pytest.fixture(scope="module")
+def hard(tmp_path_factory):
+    """Two tasks of BIG-Bench Hard as the harness knows them, and a folder as it is published."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    folder = tmp_path_factory.mktemp("bbh")
+    parts = []
+    for name in ("boolean_expressions", "web_of_lies"):
+        (folder / f"{name}.json").write_text(hard_questions(3))
+        parts.append(f"bbh_zeroshot_{name}")
+    (folder / "group.yaml").write_text(json.dumps({"group": "hard", "task": parts}))
+    tasks = Path(lm_eval.__file__).parent / "tasks" / "bbh" / "zeroshot"
+    return TaskManager(include_path=[tasks, folder], include_defaults=False), folder
+
+
+def test_a_group_reads_a_folder_with_a_file_for_each_task(hard, tmp_path):
+    manager, folder = hard
+    data = {"hard": [str(folder)]}
+    loaded = load_tasks(list(data), data, tmp_path / "tasks", manager=manager)
+    assert len(loaded.tasks) == 2
+    lm = StateLM(RWKV7(CONFIG), lively(CONFIG), BYTES, rows=4, max_tokens=2)
+    scores = measure(lm, loaded, limit=2)
+    assert len(scores["hard"]["bits_per_byte"].questions) == 4
+    task = loaded.tasks["bbh_zeroshot_web_of_lies"]
+    assert task.doc_to_text(list(task.test_docs())[1]).endswith("Q: not ( 1 ) is\nA:")
+    pairs = []
+    for doc in list(task.test_docs())[:2]:
+        pairs.append(
+            (task.config.description + task.doc_to_text(doc), " " + doc["target"])
+        )
+    assert_bits(scores["bbh_zeroshot_web_of_lies"]["bits_per_byte"], lm, pairs)
+
+
+def test_one_task_reads_records_that_have_a_name(hard, tmp_path):
+    manager, folder = hard
+    name = "bbh_zeroshot_web_of_lies"
+    data = {name: [str(folder / "web_of_lies.json")]}
+    loaded = load_tasks([name], data, tmp_path / "tasks", manager=manager)
+    assert len(list(loaded.tasks[name].test_docs())) == 3
+
+
+def test_a_folder_without_the_file_of_a_task_is_refused(hard, tmp_path):
+    manager, _ = hard
+    (tmp_path / "boolean_expressions.jsonl").write_text("{}\n")
+    data = {"hard": [str(tmp_path)]}
+    with pytest.raises(ValueError, match=r"has no web_of_lies\.json"):
+        load_tasks(list(data), data, tmp_path / "tasks", manager=manager)
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ class Settings:
             state, or a text, which the model reads as a prompt.
         tasks: of lm-evaluation-harness that eval.py measures, several with commas.
         task_data: local files of these by the task's name, "train.jsonl,test.jsonl" or the test
-            questions alone.
+            questions alone; of a group a folder.
         shots: examples before each question; by default what the task says.
         limit: questions of each task, the first ones; by default all.
         bos: ids that are read before each context of a task, after the start state.
@@ -383,7 +383,8 @@ class Settings:
             name = f"config.task_data.{task}"
             if not isinstance(files, str) or not files:
                 raise ValueError(
-                    f"`{name}` must be train.jsonl,test.jsonl or test.jsonl; got {shown(files)}."
+                    f"`{name}` must be train.jsonl,test.jsonl or test.jsonl, or the folder of a "
+                    f"group; got {shown(files)}."
                 )
             for file in split_paths(files, f"`{name}`"):
                 local_path(file, f"`{name}`")
