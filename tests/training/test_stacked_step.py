@@ -62,28 +62,19 @@ def joined(batches: list[Batch]) -> Batch:
     return jax.tree.map(lambda *rows: np.concatenate(rows), *batches)
 
 
-def together(
-    start,
-    batches,
-    *,
-    rates=RATES,
-    accumulate=1,
-    at_once=None,
-    mesh=None,
-    method="dbp",
-):
-    """Tunes all sets at once; gives the end and the metrics of the last step."""
+@functools.cache
+def stacked(rates, *, method="dbp", **choices):
+    """The optimizer and the step of all sets: once, however many tests take it."""
     loss, decorrelator = parts(method)
     tx = decorrelator.wrap(OPTIMIZER)
-    step = make_stacked_step(
-        loss,
-        tx,
-        rates,
-        statistics=decorrelator.statistics,
-        accumulate=accumulate,
-        at_once=at_once,
-        mesh=mesh,
-    )
+    rates = np.asarray(rates, np.float32)
+    statistics = decorrelator.statistics
+    return tx, make_stacked_step(loss, tx, rates, statistics=statistics, **choices)
+
+
+def together(start, batches, *, rates=RATES, mesh=None, **choices):
+    """Tunes all sets at once; gives the end and the metrics of the last step."""
+    tx, step = stacked(tuple(rates.tolist()), mesh=mesh, **choices)
     train = create_stack(start, tx)
     train = sharding.place(mesh, train)
     metrics = {}
@@ -92,14 +83,22 @@ def together(
     return train, metrics
 
 
-def alone(start, batches, rate: float, *, accumulate, method):
-    """Tunes one set at a rate."""
+@functools.cache
+def single(*, accumulate, method):
+    """The optimizer and the step of one set; its rate is a number of the optimizer's state."""
     loss, decorrelator = parts(method)
-    tx = decorrelator.wrap(optax.chain(OPTIMIZER, optax.scale(rate)))
-    step = make_train_step(
+    scale = optax.inject_hyperparams(optax.scale)(step_size=1.0)
+    tx = decorrelator.wrap(optax.chain(OPTIMIZER, scale))
+    return tx, make_train_step(
         loss, tx, statistics=decorrelator.statistics, accumulate=accumulate
     )
+
+
+def alone(start, batches, rate, **choices):
+    """Tunes one set at a rate."""
+    tx, step = single(**choices)
     train = TrainState.create(start, tx)
+    train = train.replace(opt_state=optax.tree.set(train.opt_state, step_size=rate))
     metrics = {}
     for batch in batches:
         train, metrics = step(train, batch)
