@@ -40,7 +40,7 @@ from rwkv7_jax.runs.exit_codes import Stopped, check_stopped_code, warn
 from rwkv7_jax.runs.input_pipeline import InputPipeline
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.rate_search import RateSearchMode
-from rwkv7_jax.runs.modes.registry import make_mode, shared_rows
+from rwkv7_jax.runs.modes.registry import make_mesh_of, make_mode
 from rwkv7_jax.runs.monitoring.memory_advice import explain_out_of_memory
 from rwkv7_jax.runs.monitoring.metrics_logger import MetricsLogger
 from rwkv7_jax.runs.monitoring.profiler import ProfileWindow
@@ -98,8 +98,7 @@ def set_up(settings: Settings, folder: RunDirectory) -> Run:
     """Loads the model and the data of a run."""
     # The mesh first: rows that the devices cannot share end all processes at the same moment, where
     # one that still loads its model would be aborted without a reason.
-    sizes = sharding.parse_sizes(settings.mesh, "`config.mesh`")
-    mesh = sharding.make_mesh(sizes, shared_rows(settings))
+    mesh = make_mesh_of(settings)
     own = sharding.local_mesh(mesh)
     with sharding.use_mesh(own):
         mode = make_mode(settings, folder.path, own)

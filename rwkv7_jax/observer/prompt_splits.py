@@ -25,7 +25,13 @@ _STREAM = 7919
 
 
 def add_prompt_splits(
-    batch: BatchLike, seed: int, step: int, *, least: int = 1, most: int | None = None
+    batch: BatchLike,
+    seed: int,
+    step: int,
+    *,
+    least: int = 1,
+    most: int | None = None,
+    first: int = 0,
 ) -> Batch:
     """Draws a `split` for every row, uniformly from `least` to `most`, both included.
 
@@ -35,6 +41,7 @@ def add_prompt_splits(
         step: from 0.
         least: tokens of the shortest prompt.
         most: tokens of the longest; None for T - 1, which leaves one answer.
+        first: rows of the global batch before these; their splits are drawn and left out.
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -45,6 +52,7 @@ def add_prompt_splits(
         check_count(seed, 0, "`seed`")
         check_count(step, 0, "`step`")
         check_count(least, 0, "`least`")
+        check_count(first, 0, "`first`")
         # The last id of a row is only a target.
         length = batch.tokens.shape[1] - 1
         # A prompt of T tokens is allowed on request, but leaves no answer.
@@ -58,8 +66,8 @@ def add_prompt_splits(
     # From seed and step alone, so that a resumed run draws the same splits.
     rng = np.random.default_rng([seed, step, _STREAM])
     # NumPy leaves the upper bound out.
-    split = rng.integers(least, longest + 1, rows)
-    return batch.replace(split=split.astype(np.int32))
+    split = rng.integers(least, longest + 1, first + rows)
+    return batch.replace(split=split[first:].astype(np.int32))
 
 
 def check_split(batch: BatchLike, vocab_size: int) -> Batch:

@@ -20,8 +20,8 @@ from absl import flags
 from rwkv7_jax.plan import table
 from rwkv7_jax.plan.compiler import NoCompiler
 from rwkv7_jax.plan.job import make_job
-from rwkv7_jax.plan.steps import PLANNED
 from rwkv7_jax.runs import config_flags, process
+from rwkv7_jax.runs.modes.registry import MODES
 
 DOES_NOT_FIT = 3
 NO_COMPILER = 4
@@ -35,7 +35,7 @@ _TOPOLOGY = flags.DEFINE_string(
 _PRESET = flags.DEFINE_string(
     "preset", None, "Published size of the model, in place of `config.init`."
 )
-_MODE = flags.DEFINE_enum("mode", None, PLANNED, "In place of `config.mode`.")
+_MODE = flags.DEFINE_enum("mode", None, list(MODES), "In place of `config.mode`.")
 _BATCH = flags.DEFINE_integer("batch", None, "In place of `config.data.batch_size`.")
 _LENGTH = flags.DEFINE_integer("length", None, "In place of `config.data.length`.")
 _MESH = flags.DEFINE_string(

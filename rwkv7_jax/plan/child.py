@@ -68,9 +68,7 @@ def compile_step(step: Step, target: Target) -> dict[str, Any]:
         return found | _refused(error, step) | _ending(began)
     memory = compiled.memory_analysis()
     program = parse(compiled.as_text())
-    collectives = find_collectives(
-        program, devices=len(devices), platform=target.platform
-    )
+    collectives = find_collectives(program, devices=len(devices))
     peak = memory.peak_memory_in_bytes
     found |= {
         "argument_gib": _gib(memory.argument_size_in_bytes),

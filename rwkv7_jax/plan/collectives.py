@@ -16,7 +16,13 @@ KINDS = (
     "collective-permute",
 )
 
-_CHANNEL = re.compile(r"channel_id=(\d+)")
+# A TPU's reduce-scatter may be a fusion of this name, of an all-reduce and the part of its result
+# that a device keeps. No device sends more than for the part.
+_FUSED_SCATTER = "all-reduce-scatter"
+
+# A TPU's program repeats a collective in each fusion that it overlaps with: a chain. Its channel
+# tells nothing: different collectives of a `shard_map` have the same one.
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 
 # Groups in the three ways in which programs write them.
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
@@ -117,15 +123,12 @@ def _second(shape: str) -> str:
     return elements[1] if len(elements) > 1 else shape
 
 
-def find_collectives(
-    program: hlo.Program, *, devices: int, platform: str
-) -> list[Collective]:
+def find_collectives(program: hlo.Program, *, devices: int) -> list[Collective]:
     """Counts the collectives that one device takes part in during a step.
 
     Args:
         program: compiled.
         devices: of the program.
-        platform: that it is compiled for.
     """
     totals: dict[tuple[str, int], list[int]] = collections.defaultdict(lambda: [0, 0])
     seen = set()
@@ -134,16 +137,18 @@ def find_collectives(
         kind = _kind_of(one.operation)
         if kind is None:
             continue
+        group = _group_size(one.rest, devices)
         result = hlo.shape_bytes(_result_shape(one))
-        # A TPU's program repeats a collective in each fusion that it overlaps with. A CPU's gives
-        # all collectives of a `shard_map` the same channel.
-        channel = _CHANNEL.search(one.rest)
-        if platform == "tpu" and channel:
-            key = (channel[1], kind, result)
+        if kind == "all-reduce" and visit.computation.startswith(_FUSED_SCATTER):
+            kind = "reduce-scatter"
+            result //= group
+        chain = _CHAIN.search(one.rest)
+        if chain:
+            key = (chain[1], kind, result)
             if key in seen:
                 continue
             seen.add(key)
-        total = totals[kind, _group_size(one.rest, devices)]
+        total = totals[kind, group]
         total[0] += visit.times
         total[1] += visit.times * result
     found = []

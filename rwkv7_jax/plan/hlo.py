@@ -148,12 +148,14 @@ class Visit(NamedTuple):
 
     Attributes:
         instruction: itself.
+        computation: name of the one that it is in.
         times: how often it runs.
         is_fused: whether it is inside a fusion, where only results that leave it take memory.
         is_first: whether it is in the program's first computation.
     """
 
     instruction: Instruction
+    computation: str
     times: int
     is_fused: bool
     is_first: bool
@@ -165,7 +167,7 @@ def walk(program: Program) -> Iterator[Visit]:
     while pending:
         name, times, fused = pending.pop()
         for one in program.computations.get(name, ()):
-            yield Visit(one, times, fused, name == program.entry)
+            yield Visit(one, name, times, fused, name == program.entry)
             called = dict(_CALLED.findall(one.rest))
             if one.operation == "while":
                 inside = times * _trips(program, one.rest, called["condition"])

@@ -8,7 +8,6 @@ from rwkv7_jax.checkpoints.model_shapes import describe_model
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.plan.chips import Target, find_target
 from rwkv7_jax.plan.compiler import compile_elsewhere
-from rwkv7_jax.plan.steps import check_mode
 from rwkv7_jax.runs.settings import Settings, as_config, read_settings
 from rwkv7_jax.runs.settled_settings import AUTO
 
@@ -100,7 +99,6 @@ def make_job(topology: str, values: Mapping[str, Any], preset: str | None) -> Jo
     """
     target = find_target(topology)
     settings = _settled(read_settings(values))
-    check_mode(settings)
     config, dtype = _model_of(settings, preset)
     return Job(settings, config, dtype, target)
 

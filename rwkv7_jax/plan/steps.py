@@ -17,14 +17,10 @@ from rwkv7_jax.model.int8_weights import quantize
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.runs.modes.base import LoadedModel, TrainingMode
-from rwkv7_jax.runs.modes.registry import MODES, shared_rows
-from rwkv7_jax.runs.modes.stack import StackMode, state_sources
+from rwkv7_jax.runs.modes.registry import make_mesh_of, mode_class
+from rwkv7_jax.runs.modes.stack import state_sources
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.training.train_step import TrainState
-
-# The modes whose step follows from sizes alone. The features of an upscaled state are fitted to
-# what the model reads while it is set up; at test time shapes follow from what the model writes.
-PLANNED = ("pretrain", "state", "observer")
 
 # What a plan reads in the place of the run's data: rows of ids that any vocabulary has.
 _DATA = "task:mapping"
@@ -83,19 +79,6 @@ class Step(NamedTuple):
             return traced.lower(lowering_platforms=(platform,)).compile()
 
 
-def check_mode(settings: Settings) -> None:
-    """Raises unless the mode's step can be planned.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    if settings.mode not in PLANNED:
-        raise ValueError(
-            f"`config.mode` must be one of {', '.join(PLANNED)} for a plan; got "
-            f"{settings.mode!r}, whose step is known only once the model has read or written text."
-        )
-
-
 def describe_step(
     settings: Settings, config: RWKV7Config, dtype: str, devices: list[Any]
 ) -> Step:
@@ -110,21 +93,17 @@ def describe_step(
     Raises:
         ValueError: settings that a run cannot work with.
     """
-    choice = sharding.parse_sizes(settings.mesh, "`config.mesh`")
-    mesh = sharding.make_mesh(choice, shared_rows(settings), devices)
+    mesh = make_mesh_of(settings, devices)
     with _without_numbers(settings, config, dtype) as mode:
-        source = mode.batches(0, None)
-        with contextlib.closing(source):
-            batch = source.batch(0, None)
-        assert batch is not None
+        batch = mode.example_batch()
         _, tx = mode.optimizer()
         state = jax.eval_shape(
             lambda params: mode.train_state(params, tx), mode.abstract_params
         )
         # Its frozen arrays are described as well: the step places them on the mesh.
-        step = mode.train_step(tx, mesh)
+        step = mode.update_step(tx, mesh)
     state = sharding.abstract_shards(mesh, _as_jax_holds(state))
-    rows = sharding.abstract_rows(mesh, _as_jax_holds(batch.host))
+    rows = sharding.abstract_rows(mesh, _as_jax_holds(batch))
     arguments = (*step.args, state, rows)
     if mesh is None:
         alone = SingleDeviceSharding(devices[0])
@@ -155,7 +134,7 @@ def _as_jax_holds(tree: Any) -> Any:
 @contextlib.contextmanager
 def _without_numbers(settings: Settings, config: RWKV7Config, dtype: str):
     """Makes the mode of a run around shapes, with rows of a task in place of its data."""
-    kind = MODES[settings.mode] if settings.tuning.states is None else StackMode
+    kind = mode_class(settings)
     settings = _with_any_data(settings, config)
     base = None
     if settings.mode != "pretrain":

@@ -12,8 +12,9 @@ from rwkv7_jax.runs.exit_codes import (
     NoValidCheckpoint,
     warn,
 )
-from rwkv7_jax.runs.modes.base import StateTuningMode, TrainingMode
+from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.stack import StackMode
+from rwkv7_jax.runs.modes.state_mode import StateTuningMode
 from rwkv7_jax.runs.monitoring.run_plots import draw
 from rwkv7_jax.runs.process import StopSignals
 from rwkv7_jax.runs.resume.run_identity import Identity

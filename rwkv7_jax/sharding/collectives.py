@@ -22,6 +22,12 @@ from rwkv7_jax.array_types import Activations, Tokens
 from rwkv7_jax.sharding import layout
 from rwkv7_jax.sharding.layout import FSDP, TENSOR
 
+# Devices next to each other that put their shards together first, and of how many in all. TPUs'
+# compilers know no gather along three axes of a torus, and no reduce-scatter among as many devices:
+# they make all-reduces of them, which send twice as much. In two stages they keep both.
+_NEAR = 4
+_FEW = 8
+
 # Not asked of the mesh: on the same one, a device may also have rows of its own.
 _TIME_AXIS: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "time axis", default=None
@@ -171,10 +177,26 @@ def _gather(shard: Shard, dtype: Any) -> Array:
     if is_float and values.dtype.itemsize > jnp.dtype(dtype).itemsize:
         values = values.astype(dtype)
     axis = values.ndim + shard.axis
-    values = jax.lax.all_gather(values, FSDP, axis=axis, tiled=True)
+    for groups in _stages(shard.count):
+        values = jax.lax.all_gather(
+            values, FSDP, axis=axis, tiled=True, axis_index_groups=groups
+        )
     if is_float and values.ndim > 1:
         values = values.astype(dtype)
     return values
+
+
+def _stages(count: int) -> list[list[list[int]] | None]:
+    """Returns the groups of devices among which shards are gathered, one stage after the other.
+
+    Shards of devices next to each other follow each other, so that nothing is moved afterwards. Two
+    stages send as much as one. None is the group of all.
+    """
+    if count <= _FEW or count % _NEAR:
+        return [None]
+    near = [list(range(first, first + _NEAR)) for first in range(0, count, _NEAR)]
+    far = [list(range(first, count, _NEAR)) for first in range(_NEAR)]
+    return [near, far]
 
 
 def gather_shards(tree: Any, dtype: Any) -> Any:

@@ -146,6 +146,12 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     )
 
 
+def is_abstract(tree: Any) -> bool:
+    """Tells whether a tree describes arrays that are not there."""
+    leaves = jax.tree.leaves(tree)
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+
+
 def abstract_shards(mesh: Mesh | None, tree: Any) -> Any:
     """Describes the arrays of a tree with their shardings; without a mesh, as they are.
 
@@ -214,3 +220,8 @@ def row_axes(rows: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
 def share_of_rows(rows: int, sizes: Mapping[str, int]) -> int:
     """Counts the rows of a batch that one device computes."""
     return rows // math.prod(sizes[axis] for axis in row_axes(rows, sizes))
+
+
+def share_of_sets(sets: int, sizes: Mapping[str, int]) -> int:
+    """Counts the sets of a stack that one device updates; they need not be divided evenly."""
+    return -(-sets // math.prod(sizes.get(axis, 1) for axis in ROWS))

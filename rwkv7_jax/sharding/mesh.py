@@ -26,14 +26,17 @@ def make_mesh(
     choice: str | Mapping[str, int],
     rows: int,
     devices: Sequence[Any] | None = None,
+    *,
+    are_sets: bool = False,
 ) -> Mesh | None:
     """Makes the mesh of a run; None if it is one device.
 
     Args:
         choice: the sizes of `data`, `fsdp`, `sequence` and `tensor` by name, or "auto": rows over
             as many devices as divide them evenly, and all weights on each of them.
-        rows: of a step.
+        rows: of a step, or the sets of a stack.
         devices: all by default.
+        are_sets: whether `rows` counts sets, which need not be divided evenly.
 
     Raises:
         ValueError: sizes that the devices do not have, or not all devices of several processes; or
@@ -48,7 +51,8 @@ def make_mesh(
                 f"got {_described(sizes)}."
             )
     else:
-        sizes = _automatic(rows, devices)
+        share = _devices_for_sets if are_sets else _devices_for_rows
+        sizes = {**dict.fromkeys(AXES, 1), DATA: share(rows, devices)}
     count = math.prod(sizes.values())
     processes = _processes(devices)
     if processes > 1 and count < len(devices):
@@ -69,8 +73,8 @@ def make_mesh(
 def stack_mesh(mesh: Mesh | None, sets: int) -> Mesh | None:
     """Returns the devices that share the sets of a stack.
 
-    Weights in shards, and several processes, keep the mesh: where its devices do not divide the
-    sets evenly, each updates all of them. Weights that every device has leave the choice free.
+    Weights in shards, and several processes, keep the mesh. Weights that every device has leave the
+    choice free.
 
     Args:
         mesh: that the weights lie on.
@@ -78,7 +82,7 @@ def stack_mesh(mesh: Mesh | None, sets: int) -> Mesh | None:
     """
     if mesh is not None and (mesh.shape[FSDP] > 1 or mesh.is_multi_process):
         return mesh
-    return make_mesh(AUTO, sets)
+    return make_mesh(AUTO, sets, are_sets=True)
 
 
 def sizes_of(mesh: Mesh | None) -> Mapping[str, int]:
@@ -94,8 +98,8 @@ def _described(sizes: Mapping[str, int]) -> str:
     return ",".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
-def _automatic(rows: int, devices: Sequence[Any]) -> dict[str, int]:
-    """Chooses sizes for a step's rows."""
+def _devices_for_rows(rows: int, devices: Sequence[Any]) -> int:
+    """Counts the devices that share a step's rows."""
     count = len(devices)
     # Fewer devices rather than padded rows, which every loss and metric would have to leave out.
     while rows % count:
@@ -107,7 +111,15 @@ def _automatic(rows: int, devices: Sequence[Any]) -> dict[str, int]:
             f"{processes} processes; change `config.data.batch_size`, "
             "`config.optimizer.accumulate` or, at test time, `config.test_time.prompts`."
         )
-    return {**dict.fromkeys(AXES, 1), DATA: count}
+    return count
+
+
+def _devices_for_sets(sets: int, devices: Sequence[Any]) -> int:
+    """Counts the devices that share the sets of a stack: the fewest that need no more time."""
+    if _processes(devices) > 1:
+        return len(devices)
+    of_one = -(-sets // len(devices))
+    return -(-sets // of_one)
 
 
 def _group(device: Any) -> tuple[int, int]:
@@ -145,9 +157,8 @@ def place(mesh: Mesh | None, tree: Any) -> Any:
     puts its own shards. Shapes are described with their shardings: a step can be compiled for
     devices that are not there.
     """
-    leaves = jax.tree.leaves(tree)
     # Without an array nothing tells that the devices of a mesh are there.
-    if not leaves or any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+    if not jax.tree.leaves(tree) or layout.is_abstract(tree):
         return layout.abstract_shards(mesh, tree)
     if mesh is None:
         return jax.device_put(tree, jax.local_devices()[0])

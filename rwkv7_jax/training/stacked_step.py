@@ -7,11 +7,13 @@ to one set, such as a gradient that is not finite, is nothing to the others.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 from jax.tree_util import Partial
@@ -20,11 +22,11 @@ from jaxtyping import Array
 
 from rwkv7_jax.checks import check_count, check_instance, prefix_errors
 from rwkv7_jax.sharding import (
+    ROWS,
     TENSOR,
     as_shards,
     constrain_layout,
     place,
-    row_axes,
     specs,
     use_mesh,
 )
@@ -52,6 +54,16 @@ def _axes(of_sets: Any, shared: Any) -> Any:
     )
 
 
+def _of_sets(function: Callable, train: TrainState) -> TrainState:
+    """Applies a function to the fields of a stack's `TrainState` that have the axis K."""
+    return dataclasses.replace(
+        train,
+        params=function(train.params),
+        opt_state=function(train.opt_state),
+        skipped=function(train.skipped),
+    )
+
+
 def stack_params(params: Sequence[Any]) -> Any:
     """Stacks trees of the same structure along a new leading axis."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
@@ -76,12 +88,16 @@ def create_stack(params: Any, tx: optax.GradientTransformation) -> TrainState:
 def _on_each_device(update: Callable, mesh: Mesh, sets: int) -> Callable:
     """Lets each device update its own sets; only frozen weights are gathered from the others.
 
-    Devices that do not divide the sets evenly each update all of them.
+    Where the devices do not divide the sets evenly, some are updated twice, and the copies dropped:
+    no device has more of them than it would with the next larger number that is divided.
     """
-    shared = PartitionSpec(row_axes(sets, mesh.shape) or None)
+    axes = tuple(axis for axis in ROWS if mesh.shape.get(axis, 1) > 1)
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    shared = PartitionSpec(axes or None)
     fields = _axes(shared, PartitionSpec())
+    filled = np.arange(-(-sets // parts) * parts) % sets
 
-    def update_on_each(loss, statistics, *own):
+    def update_on_each(loss, statistics, train, *own):
         weights = specs(mesh.shape, (loss, statistics))
 
         def update_own(frozen, *own):
@@ -95,7 +111,19 @@ def _on_each_device(update: Callable, mesh: Mesh, sets: int) -> Callable:
             # The carries of scans begin as constants, which every device has.
             check_vma=False,
         )
-        return call((loss, statistics), *own)
+        if len(filled) == sets:
+            return call((loss, statistics), train, *own)
+
+        def fill(tree):
+            return jax.tree.map(lambda leaf: leaf[filled], tree)
+
+        def cut(tree):
+            return jax.tree.map(lambda leaf: leaf[:sets], tree)
+
+        train, metrics = call(
+            (loss, statistics), _of_sets(fill, train), *map(fill, own)
+        )
+        return _of_sets(cut, train), cut(metrics)
 
     return update_on_each
 
@@ -123,8 +151,8 @@ def make_stacked_step(
         statistics: of one set and its own rows.
         accumulate: pieces into which each set's rows are cut.
         at_once: sets that are computed at the same time, if memory is short; None for all.
-        mesh: devices that share the sets, as many as divide their number evenly; the arrays of
-            `loss` and `statistics` are placed there, without one on the default device.
+        mesh: devices that share the sets; the arrays of `loss` and `statistics` are placed there,
+            without one on the default device.
 
     Raises:
         TypeError: an argument of the wrong kind.

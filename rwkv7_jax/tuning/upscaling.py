@@ -24,6 +24,7 @@ from rwkv7_jax.checks import (
     prefix_errors,
 )
 from rwkv7_jax.model.block import RECURRENCE
+from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.kernel_features import kernel_features, unit_vectors
 from rwkv7_jax.model.recurrence import LayerTrace, wkv_inputs_of
 from rwkv7_jax.model.rwkv7 import RWKV7
@@ -158,6 +159,39 @@ def resolve_features(
         # Features of very different widths only work together once they are centred and scaled.
         widths = (1.0,) if prepare == "none" else (1.0, 4.0, 16.0)
     return FeatureSettings(kind, prepare, tuple(widths))
+
+
+def describe_upscaled(
+    config: RWKV7Config,
+    *,
+    size: int = 0,
+    dynamics: str = "static",
+    kind: str,
+    prepare: str,
+) -> Upscaled:
+    """Describes the memory that `upscale` makes: no text decides its shapes.
+
+    Args:
+        config: of the model.
+        size: features of a head (M); 0 takes four times the head size.
+        dynamics: of the memory.
+        kind: of the features.
+        prepare: of the features.
+    """
+    count = size or 4 * config.head_size
+    lead = (config.num_layers, 1, config.num_heads)
+
+    def make() -> Upscaled:
+        features = Features(
+            landmarks=jnp.zeros((*lead, count, config.head_size)),
+            widths=jnp.zeros((*lead, count)),
+            mean=jnp.zeros((*lead, count)),
+            map=None if prepare == "none" else jnp.zeros((*lead, count, count)),
+            kind=kind,
+        )
+        return empty_memory(features, dynamics=dynamics)
+
+    return jax.eval_shape(make)
 
 
 def _kmeans(points: np.ndarray, centres: np.ndarray, rounds: int = 8) -> np.ndarray:

@@ -92,6 +92,7 @@ DOORS = {
             "step": count(0),
             "least": count(0, 4),
             "most": {TypeError: [1.5, "2"], ValueError: [-1, 5]},
+            "first": count(0),
         },
     ),
     "continuations": Door(

@@ -6,6 +6,7 @@ import pytest
 import tiny_observers
 from tiny_observers import LENGTH
 
+from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.observer.prompt_splits import add_prompt_splits, continuations
 
 batch = pytest.fixture(tiny_observers.batch, scope="module")
@@ -24,6 +25,10 @@ def test_splits_depend_on_seed_and_step_alone(batch):
     one, two, three = (add_prompt_splits(batch, 1, step)["split"] for step in (5, 5, 6))
     np.testing.assert_array_equal(one, two)
     assert (one != three).any()
+    # A process that makes some of the rows draws what they have in the batch of all.
+    rest = Batch.of(batch).select_rows(slice(2, None))
+    own = add_prompt_splits(rest, 1, 5, first=2)["split"]
+    np.testing.assert_array_equal(own, one[2:])
     many = {"tokens": np.zeros((400, LENGTH + 1), np.int32)}
     drawn = add_prompt_splits(many, 0, 0, least=2, most=5)["split"]
     assert set(drawn.tolist()) == {2, 3, 4, 5}

@@ -31,6 +31,8 @@ for mode, mesh, rows in json.loads(sys.argv[1]):
     plans.append(compile_step(step, Here("cpu", "cpu", "", "")))
 print(json.dumps(plans))
 """
+# Of more devices than a gather of one stage has.
+WIDE = ("pretrain", "fsdp=16", 16)
 CASES = [("state", "fsdp=8"), ("pretrain", "fsdp=8"), ("pretrain", "data=2,fsdp=4")]
 OBSERVER = ("observer", "fsdp=8")
 
@@ -89,8 +91,14 @@ def test_an_observers_weights_are_reduced_into_their_shards(plans):
 def test_more_devices_with_more_rows_send_no_more_than_their_share():
     counts = (8, 64, 256)
     cases = [("pretrain", f"data={count}", count) for count in counts]
-    for count, plan in zip(counts, make_plans(cases, 256), strict=True):
+    *plans, wide = make_plans([*cases, WIDE], 256)
+    for count, plan in zip(counts, plans, strict=True):
         assert plan["devices"] == count
         # Of an all-reduce among n devices each sends 2 (n - 1) / n of the bytes.
         sent = sum(row["wire_gb"] for row in plan["collectives"])
         assert sent == pytest.approx(2 * (count - 1) / count * WEIGHTS_GB, rel=0.05)
+    # Gathers and reduce-scatters in two stages send as much as in one.
+    groups = {(row["kind"], row["group"]) for row in wide["collectives"]}
+    assert {("all-gather", 4), ("reduce-scatter", 4)} <= groups
+    assert ("reduce-scatter", 16) not in groups
+    assert wide["wire_gb"] == pytest.approx(wide["expected_wire_gb"], rel=0.1)

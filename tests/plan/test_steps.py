@@ -7,6 +7,7 @@ import jax
 import pytest
 from smallest_runs import mode_settings, save_base_model
 
+from rwkv7_jax.checkpoints.model_shapes import describe_model
 from rwkv7_jax.plan.child import compile_step
 from rwkv7_jax.plan.chips import find_target
 from rwkv7_jax.plan.steps import describe_step
@@ -60,10 +61,17 @@ def arrays_of(tree):
     return found
 
 
+def _unread(names):
+    """Those of a value residual of the first block, which files hold and nothing reads."""
+    return [name for name in names if "['layer_0']['att']['v" in name]
+
+
 def cases():
     for kind in ("pretrain", "observer"):
         for name in OF_WEIGHTS:
             yield kind, name
+    for name in ("plain", "accumulated", "decorrelated"):
+        yield "upscaled_state", name
     for name in CHANGES:
         yield "state", name
 
@@ -77,7 +85,7 @@ def test_the_described_arrays_are_those_of_the_run(tmp_path, kind, name):
     if settings.finds_rate:
         run.found_rate = 0.1
     _, tx = run.optimizer()
-    program = run.train_step(tx, None)
+    program = run.update_step(tx, None)
     state = run.train_state(run.init_params(), tx)
     batch = run.batches(0, None).batch(0, None).host
     dtype = "float32"
@@ -87,10 +95,49 @@ def test_the_described_arrays_are_those_of_the_run(tmp_path, kind, name):
     loss, statistics, *rates = program.args
     described = arrays_of(step.arguments)
     real = arrays_of((loss, statistics, *rates, state, batch))
-    # Files hold a value residual of the first block, which nothing reads.
     left_out = {name for name in real if name not in described}
-    assert all("['layer_0']['att']['v" in name for name in left_out)
+    assert left_out <= set(_unread(real))
     assert described == {name: real[name] for name in real if name not in left_out}
+
+
+@pytest.mark.parametrize("method", ["grpo", "context"])
+def test_a_step_at_test_time_is_described_with_rows_of_the_length_that_is_named(
+    tmp_path, method
+):
+    base = tmp_path / "base.pth"
+    save_base_model(base)
+    changes = {"data__length": 20}
+    if method == "grpo":
+        changes |= {"test_time__updates": 2, "test_time__importance_cap": 2.0}
+    settings = mode_settings(method, base, **changes)
+    run = make_mode(settings, tmp_path)
+    _, tx = run.optimizer()
+    state = run.train_state(run.init_params(), tx)
+    step = describe_step(settings, run.model.config, "float32", jax.devices()[:1])
+    loss, statistics, *_ = run.update_step(tx, None).args
+    *described, batch = step.arguments
+    real = arrays_of((loss, statistics, state))
+    found = arrays_of(tuple(described))
+    assert found == {name: real[name] for name in found}
+    assert {name for name in real if name not in found} <= set(_unread(real))
+    rows = 8 if method == "grpo" else 2
+    assert batch.tokens.shape == (rows, 21)
+    ratios = {"old_logp", "importance", "advantages"}
+    assert (ratios <= set(batch)) == (method == "grpo")
+    # It can be traced: the shapes fit.
+    new, _ = jax.eval_shape(step.program, *step.arguments)
+    assert arrays_of(new.params) == arrays_of(state.params)
+
+
+@pytest.mark.parametrize("method", ["expert", "distil"])
+def test_a_step_on_answers_needs_no_teacher_to_be_described(tmp_path, method):
+    save_base_model(tmp_path / "base.pth")
+    settings = mode_settings(method, tmp_path / "base.pth")
+    config, _ = describe_model(str(tmp_path / "base.pth"))
+    settings = dataclasses.replace(settings, init="the planned model")
+    step = describe_step(settings, config, "float32", jax.devices()[:1])
+    assert set(step.arguments[-1]) == {"tokens", "mask"}
+    jax.eval_shape(step.program, *step.arguments)
 
 
 @pytest.mark.slow

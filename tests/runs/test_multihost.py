@@ -15,6 +15,7 @@ from rwkv7_jax.runs.agreement import run_on_process_0
 from rwkv7_jax.runs.exit_codes import EndedElsewhere, exit_code
 from rwkv7_jax.runs.multihost import HEARTBEAT_SECONDS, join
 from rwkv7_jax.runs.resume.step_directories import step_numbers
+from rwkv7_jax.tuning.rate_search import RATES
 
 RUN = {**SMALLEST, "data.batch_size": 4, "save_every": 20}
 
@@ -135,7 +136,7 @@ def test_a_single_process_asks_nobody():
 
 
 @pytest.mark.slow
-def test_processes_share_the_states_of_a_run_and_the_search_for_their_rates(tmp_path):
+def test_processes_share_states_and_rates_that_they_do_not_divide(tmp_path):
     base = tmp_path / "base.pth"
     save_base_model(base)
     run = {
@@ -148,7 +149,7 @@ def test_processes_share_the_states_of_a_run_and_the_search_for_their_rates(tmp_
         "data.path": "",
         "tuning.states.poet": "task:mapping",
         "tuning.states.cook": "task:facts-8",
-        "tuning.rates": "(0.01,0.1)",
+        "tuning.states.judge": "task:dictionary",
         "model.dtype": "float32",
     }
     processes = start_pair(tmp_path / "two", **run)
@@ -157,7 +158,9 @@ def test_processes_share_the_states_of_a_run_and_the_search_for_their_rates(tmp_
     finish(start(tmp_path / "one", environment=devices(1), **run))
     places = [tmp_path / name for name in ("two", "one")]
     found = [json.loads((place / "rate_search.json").read_text()) for place in places]
-    for name in ("poet", "cook"):
+    for name in ("poet", "cook", "judge"):
+        # Each at all of the default rates.
+        assert len(found[0]["states"][name]["curve"]) == len(RATES)
         rates = [one["states"][name]["rate"] for one in found]
         assert rates[0] == rates[1] is not None
         states = [load_state(place / "states" / f"{name}.pth") for place in places]

@@ -71,6 +71,15 @@ def test_rows_that_the_devices_do_not_divide_are_computed_by_each(measured):
     assert measured["3 rows in 1"] <= GRADIENT["state"]
 
 
+def test_gathers_in_two_stages_give_the_gradients_of_one_device(measured):
+    found = measured["two stages"]
+    assert found["loss"] <= LOSS and found["gradient"] <= GRADIENT["weights"]
+    # Four neighbours first, which have half of a matrix together.
+    gathered = set(found["collectives"]["all-gather"])
+    assert {MATRIX, MATRIX // 2} <= gathered
+    assert MATRIX // 2 not in measured["weights, fsdp 8"]["collectives"]["all-gather"]
+
+
 def test_weights_in_8_bits_are_gathered_as_integers(measured):
     assert measured["int8"] <= LOSS
 

@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from typing import NamedTuple
+from unittest import mock
 
 if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -162,6 +163,8 @@ def measure() -> dict:
                 "collectives": collectives(course.program),
                 "shapes": sorted(shapes(course.program)),
             }
+    # After the last problem, the weights'.
+    found["two stages"] = in_two_stages(loss, params, alone)
     mesh = sharding.make_mesh({"fsdp": 8}, ROWS)
     loss, params = problems()["state"]
     # In two pieces; and rows that 8 devices do not divide, so that each computes all of them.
@@ -174,6 +177,18 @@ def measure() -> dict:
     found["int8"] = int8_error(mesh)
     found["undivided"] = sorted({one.name for one in sharding.undivided(mesh, PARAMS)})
     return found
+
+
+def in_two_stages(loss, params, alone) -> dict:
+    """Compares a step whose gathers have two stages, as among more devices, with one device's."""
+    mesh = sharding.make_mesh({"fsdp": 8}, ROWS)
+    with mock.patch.object(sharding.collectives, "_FEW", 4):
+        course = train(mesh, loss, params, steps=1)
+    return {
+        "loss": relative_error(course.losses[0], alone.losses[0]),
+        "gradient": worst(course.gradients, alone.gradients),
+        "collectives": collectives(course.program),
+    }
 
 
 def int8_error(mesh) -> float:

@@ -1,7 +1,10 @@
 """The part of a mode that reads its batches from data, as most modes do."""
 
+from collections.abc import Iterator
+
 from jax.sharding import Mesh
 
+from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.runs.datasets import TrainingData
 from rwkv7_jax.runs.input_pipeline import BatchSource, PrefetchedBatches
 from rwkv7_jax.runs.modes.base import TrainingMode
@@ -32,9 +35,18 @@ class DatasetMode(TrainingMode):
         """Makes batches of the data ahead of their use; of several processes, each its own rows."""
         count = self.settings.data.batch_size
         rows = own_rows(mesh, count)
-        batches = self.data.batches(start_step=start_step, rows=rows)
+        batches = self.read_batches(start_step, rows)
         has_all = rows == slice(None)
         return PrefetchedBatches(batches, mesh, rows=None if has_all else count)
+
+    def read_batches(self, start_step: int, rows: slice) -> Iterator[Batch]:
+        """Makes some rows of each batch of the data.
+
+        Args:
+            start_step: of the first batch, from 0.
+            rows: of the global batch.
+        """
+        return self.data.batches(start_step=start_step, rows=rows)
 
     def input_digests(self) -> dict[str, str]:
         """Hashes the data."""

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Params
@@ -21,7 +20,6 @@ from rwkv7_jax.observer.loss import observer_loss
 from rwkv7_jax.observer.observer import Observer, init_observer, propose, state_moments
 from rwkv7_jax.observer.prompt_splits import add_prompt_splits, count_answers
 from rwkv7_jax.runs.datasets import held_out
-from rwkv7_jax.runs.input_pipeline import BatchSource, PrefetchedBatches
 from rwkv7_jax.runs.modes.base import count
 from rwkv7_jax.runs.modes.dataset import DatasetMode
 from rwkv7_jax.runs.modes.model_setup import load_or_init, tokenizer_of
@@ -96,8 +94,8 @@ class ObserverMode(DatasetMode):
                 f"`config.observer.model` has an unknown size: {error}."
             ) from None
 
-    def _split_prompts(self, batch: Batch, step: int) -> Batch:
-        """Adds the positions at which the batch's prompts end."""
+    def _split_prompts(self, batch: Batch, step: int, first: int = 0) -> Batch:
+        """Adds the positions at which prompts end, to the rows of a batch from `first` on."""
         settings = self.settings.observer
         # The last target of a row belongs to its continuation.
         most = settings.most or batch.tokens.shape[1] - 2
@@ -107,6 +105,7 @@ class ObserverMode(DatasetMode):
             step,
             least=settings.least,
             most=most,
+            first=first,
         )
 
     def make_params(self) -> Params:
@@ -137,16 +136,12 @@ class ObserverMode(DatasetMode):
         """Returns a state of zeros: samples are the teacher's own."""
         return init_state(self.model.config)
 
-    def batches(self, start_step: int, mesh: Mesh | None) -> BatchSource:
+    def read_batches(self, start_step: int, rows: slice) -> Iterator[Batch]:
         """Makes batches of the data, with the positions at which prompts end."""
-        return PrefetchedBatches(self._batches_with_splits(start_step), mesh)
-
-    def _batches_with_splits(self, start_step: int) -> Iterator[Batch]:
+        batches = super().read_batches(start_step, rows)
         # The step, not a running count: a resumed run has to draw the same splits.
-        for step, batch in enumerate(
-            self.data.batches(start_step=start_step), start_step
-        ):
-            yield self._split_prompts(batch, step)
+        for step, batch in enumerate(batches, start_step):
+            yield self._split_prompts(batch, step, rows.start or 0)
 
     def held_out_metrics(self, params: Params) -> Metrics:
         """Measures what the teacher makes of held-out continuations, by where it starts from."""

@@ -1,12 +1,9 @@
 """The mode that tries learning rates: a stack of one run's start state, each at its own rate."""
 
 import dataclasses
-from collections.abc import Iterator
 
-import jax
 import numpy as np
 
-from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.runs.evaluators import retention_paths
@@ -16,7 +13,7 @@ from rwkv7_jax.runs.modes.state_tuning import StateMode
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.training.costs import flops_per_token
 from rwkv7_jax.training.stacked_step import params_of, stack_params
-from rwkv7_jax.tuning.rate_search import SearchPlan, plan_search, repeat_rows
+from rwkv7_jax.tuning.rate_search import SearchPlan, plan_search
 
 # Held-out windows that judge a rate. All rates are judged on the same ones.
 _WINDOWS = 8
@@ -76,13 +73,6 @@ class RateSearchMode(StackMode):
         for subject, mode in self.subjects.items():
             for rate in self._rates:
                 self.members[f"{subject}{rate:g}"] = mode
-        devices = jax.device_count()
-        if jax.process_count() > 1 and len(self.members) % devices:
-            raise ValueError(
-                f"`config.tuning.rates` must be such that {devices} devices share all "
-                f"{len(self.members)} states evenly where there are several processes; or name "
-                "`config.optimizer.learning_rate`."
-            )
         self.adopt(self.members)
 
     @property
@@ -104,14 +94,9 @@ class RateSearchMode(StackMode):
             states += [self._start(mode)] * len(self._rates)
         return stack_params(states)
 
-    def _joined_batches(self, start_step: int) -> Iterator[Batch]:
-        rows = slice(0, self.plan.rows)
-        sources = []
-        for mode in self.subjects.values():
-            sources.append(mode.data.batches(start_step=start_step, rows=rows))
-        for batches in zip(*sources, strict=True):
-            repeated = [repeat_rows(batch, len(self._rates)) for batch in batches]
-            yield jax.tree.map(lambda *rows: np.concatenate(rows), *repeated)
+    def readers(self) -> list[tuple[StateMode, int]]:
+        """Returns the modes whose texts are read: one for all rates."""
+        return [(mode, len(self._rates)) for mode in self.subjects.values()]
 
     def evaluate(self, params: RWKV7State) -> Metrics:
         """Measures each state at each rate, and before tuning, on some held-out windows."""

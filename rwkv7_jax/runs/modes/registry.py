@@ -1,9 +1,12 @@
 """Training modes by name."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
+from rwkv7_jax import sharding
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.observer import ObserverMode
 from rwkv7_jax.runs.modes.pretrain import PretrainMode
@@ -42,16 +45,34 @@ def make_mode(
         raise ValueError(
             f"`config.start` must be left out in mode {settings.mode!r}, which tunes no state."
         )
+    return mode_class(settings)(settings, Path(folder), mesh=mesh)
+
+
+def mode_class(settings: Settings) -> type[TrainingMode]:
+    """Returns the class of the mode that settings name."""
     if settings.tuning.states is not None:
-        return StackMode(settings, Path(folder), mesh=mesh)
-    mode = MODES[settings.mode]
+        return StackMode
     # The one method of test-time tuning that reads text in place of questions.
     if settings.mode == "test_time" and settings.test_time.method == "context":
-        mode = ContextMode
-    return mode(settings, Path(folder), mesh=mesh)
+        return ContextMode
+    return MODES[settings.mode]
 
 
-def shared_rows(settings: Settings) -> int:
-    """Counts what the devices of a run share: the rows of a step, or the states of a stack."""
+def make_mesh_of(
+    settings: Settings, devices: Sequence[Any] | None = None
+) -> Mesh | None:
+    """Makes the mesh of a run, whose devices share the rows of a step or the states of a stack.
+
+    Args:
+        settings: of the run.
+        devices: all by default.
+
+    Raises:
+        ValueError: as `sharding.make_mesh`.
+    """
+    choice = sharding.parse_sizes(settings.mesh, "`config.mesh`")
     states = settings.tuning.states
-    return settings.rows_per_step if states is None else len(state_sources(states))
+    if states is None:
+        return sharding.make_mesh(choice, settings.rows_per_step, devices)
+    count = len(state_sources(states))
+    return sharding.make_mesh(choice, count, devices, are_sets=True)

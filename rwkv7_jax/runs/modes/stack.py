@@ -24,6 +24,7 @@ from rwkv7_jax.runs.modes.base import LoadedModel, TrainingMode
 from rwkv7_jax.runs.modes.optimizer import RateAt, make_optimizer, with_rate
 from rwkv7_jax.runs.modes.state_tuning import StateMode, UpscaledStateMode
 from rwkv7_jax.runs.resume.run_identity import combined_digest
+from rwkv7_jax.sharding import own_rows
 from rwkv7_jax.training.costs import Memory
 from rwkv7_jax.training.stacked_step import (
     create_stack,
@@ -203,7 +204,7 @@ class StackMode(TrainingMode):
         """Makes the state before the first step, with moments for each start state."""
         return create_stack(params, tx)
 
-    def train_step(
+    def update_step(
         self, tx: optax.GradientTransformation, mesh: Mesh | None
     ) -> TrainStep:
         """Makes the compiled step of all states."""
@@ -242,7 +243,7 @@ class StackMode(TrainingMode):
     def memory_estimate(self, mesh: Mesh | None = None) -> Memory:
         """Estimates one step's memory on one device, which has its share of the states."""
         states = len(self.names)
-        own = sharding.share_of_rows(states, sharding.sizes_of(mesh))
+        own = sharding.share_of_sets(states, sharding.sizes_of(mesh))
         rows = self.settings.rows_per_step * min(own, self.at_once)
         one = self.step_memory(rows, mesh, trained="state")
         # Every device holds all states and their moments.
@@ -250,16 +251,50 @@ class StackMode(TrainingMode):
             one, moments=states * one.moments, gradients=states * one.gradients
         )
 
-    def batches(self, start_step: int, mesh: Mesh | None) -> BatchSource:
-        """Makes batches of all texts, the rows of each state next to each other."""
-        return PrefetchedBatches(self._joined_batches(start_step), mesh)
+    def readers(self) -> list[tuple[StateMode, int]]:
+        """Returns the modes whose texts are read, and how many states have the rows of each."""
+        return [(member, 1) for member in self.members.values()]
 
-    def _joined_batches(self, start_step: int) -> Iterator[Batch]:
-        sources = [
-            one.data.batches(start_step=start_step) for one in self.members.values()
-        ]
+    def batches(self, start_step: int, mesh: Mesh | None) -> BatchSource:
+        """Makes batches of all texts, the rows of each state next to each other.
+
+        Of several processes, each makes its own rows.
+        """
+        count = len(self.names) * self.settings.data.batch_size
+        own = own_rows(mesh, count)
+        batches = self._joined_batches(start_step, range(count)[own])
+        has_all = own == slice(None)
+        return PrefetchedBatches(batches, mesh, rows=None if has_all else count)
+
+    def _joined_batches(self, start_step: int, own: range) -> Iterator[Batch]:
+        """Makes some of the rows of all states.
+
+        Args:
+            start_step: of the first batch, from 0.
+            own: the rows, counted over all states.
+        """
+        rows = self.settings.data.batch_size
+        sources = []
+        pieces = []
+        first = 0
+        for mode, states in self.readers():
+            found = []
+            for number in range(first, first + states * rows, rows):
+                piece = slice(max(own.start - number, 0), min(own.stop - number, rows))
+                if piece.start < piece.stop:
+                    found.append(piece)
+            first += states * rows
+            if found:
+                # A text is read once, however many states have its rows.
+                sources.append(
+                    mode.data.batches(start_step=start_step, rows=slice(0, rows))
+                )
+                pieces.append(found)
         for batches in zip(*sources, strict=True):
-            yield jax.tree.map(lambda *rows: np.concatenate(rows), *batches)
+            joined = []
+            for batch, found in zip(batches, pieces, strict=True):
+                joined += [batch.select_rows(piece) for piece in found]
+            yield jax.tree.map(lambda *rows: np.concatenate(rows), *joined)
 
     def retention_evaluators(self) -> list[PredictionEvaluator]:
         """Makes none: each member has its own."""

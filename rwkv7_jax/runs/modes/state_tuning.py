@@ -1,14 +1,23 @@
 """The modes that tune a start state or an upscaled state on text."""
 
 import dataclasses
+from typing import Literal
 
+import jax
+from jax.sharding import Mesh
+
+from rwkv7_jax import sharding
 from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.model.state import RWKV7State
-from rwkv7_jax.runs.modes.base import StateTuningMode
 from rwkv7_jax.runs.modes.dataset import DatasetMode
+from rwkv7_jax.runs.modes.state_mode import StateTuningMode
+from rwkv7_jax.training.costs import Memory
 from rwkv7_jax.tuning.read_statistics import state_decorrelator
 from rwkv7_jax.tuning.state_tuning import state_loss
-from rwkv7_jax.tuning.upscaling import resolve_features, upscale
+from rwkv7_jax.tuning.upscaling import describe_upscaled, resolve_features, upscale
+
+# The features of all tokens of a layer that exist at the same time in the backward pass.
+_FEATURE_COPIES = 3
 
 
 class StateMode(DatasetMode, StateTuningMode):
@@ -62,6 +71,26 @@ class UpscaledStateMode(StateMode):
         """Names the memory, the only tuned leaf."""
         return ("memory",)
 
+    def step_memory(
+        self, rows: int, mesh: Mesh | None, *, trained: Literal["weights", "state"]
+    ) -> Memory:
+        """Estimates the memory of a step: that of a start state, and what a memory adds."""
+        need = super().step_memory(rows, mesh, trained=trained)
+        upscaled = self.abstract_params.upscaled
+        held = sum(leaf.size * 4 for leaf in jax.tree.leaves(upscaled))
+        memory = 4 * upscaled.memory.size
+        config = self.model.config
+        # Of the layer that is computed: a head's features of each token.
+        features = 4 * config.num_heads * upscaled.features.mean.shape[-1]
+        made = rows * self.settings.data.length * features * _FEATURE_COPIES
+        return dataclasses.replace(
+            need,
+            parameters=need.parameters + held,
+            moments=2 * memory,
+            gradients=need.gradients + memory,
+            activations=need.activations + made,
+        )
+
     def make_params(self) -> RWKV7State:
         """Makes a state of zeros with an empty memory, its features fitted to the run's text."""
         settings = self.settings.upscaling
@@ -73,17 +102,26 @@ class UpscaledStateMode(StateMode):
             # Under "dbp" the optimizer learns to whiten while tuning; "none" does not whiten.
             whiten=self.settings.tuning.decorrelate == "whiten",
         )
-        upscaled = upscale(
-            self.model,
-            self.frozen,
-            self.data.calibration_text(settings.rows),
-            size=settings.size or 0,
-            dynamics=settings.dynamics,
-            landmarks=settings.landmarks,
-            kind=features.kind,
-            prepare=features.prepare,
-            widths=features.widths,
-            seed=self.settings.seed,
-        ).upscaled
+        if sharding.is_abstract(self.frozen):
+            upscaled = describe_upscaled(
+                self.model.config,
+                size=settings.size or 0,
+                dynamics=settings.dynamics,
+                kind=features.kind,
+                prepare=features.prepare,
+            )
+        else:
+            upscaled = upscale(
+                self.model,
+                self.frozen,
+                self.data.calibration_text(settings.rows),
+                size=settings.size or 0,
+                dynamics=settings.dynamics,
+                landmarks=settings.landmarks,
+                kind=features.kind,
+                prepare=features.prepare,
+                widths=features.widths,
+                seed=self.settings.seed,
+            ).upscaled
         # Not `upscale`'s own state, whose token shifts have the model's dtype.
         return super().make_params().replace(upscaled=upscaled)

@@ -5,19 +5,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from rwkv7_jax import sharding
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash
 from rwkv7_jax.checks import prefix_errors
+from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.evaluation.metric import Metric, Metrics, log_name
 from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import RWKV7State
+from rwkv7_jax.model.state import RWKV7State, init_state
 from rwkv7_jax.runs.datasets import digest_of
 from rwkv7_jax.runs.input_pipeline import BatchSource, DrawnBatches
-from rwkv7_jax.runs.modes.base import StateTuningMode
 from rwkv7_jax.runs.modes.dataset import DatasetMode
 from rwkv7_jax.runs.modes.start_state import read_prompt
+from rwkv7_jax.runs.modes.state_mode import StateTuningMode
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.runs.resume.run_identity import content_digests
 from rwkv7_jax.runs.settings import Settings, TestTimeSettings
@@ -79,7 +82,7 @@ class ContextMode(DatasetMode, StateTuningMode):
             )
         self._context = context
         with prefix_errors("config.test_time.context"):
-            prompt = read_prompt(context, self.model, self.frozen, self.tokenizer)
+            prompt = self._read_prompt(context)
         # The state after the prompt: the loss compares with the model that starts from it.
         self.loss = context_distillation(
             self.model, self.frozen, prompt, leaves=self.tuned_leaves()
@@ -87,6 +90,11 @@ class ContextMode(DatasetMode, StateTuningMode):
         self.decorrelator = self.with_own_rates(self.decorrelator)
         self.open_data()
         self._held_out = self.prediction_evaluator("held_out")
+
+    def _read_prompt(self, path: str) -> RWKV7State:
+        if sharding.is_abstract(self.frozen):
+            return jax.eval_shape(lambda: init_state(self.model.config))
+        return read_prompt(path, self.model, self.frozen, self.tokenizer)
 
     def input_digests(self) -> dict[str, str]:
         """Hashes the data and the prompt."""
@@ -113,21 +121,9 @@ class TestTimeMode(StateTuningMode):
         settings = self.settings
         _refuse_unused_settings(settings)
         self.load_frozen_model()
-        verifier = settings.test_time.verifier
-        is_own = verifier not in VERIFIERS
-        self._questions = QuestionSet(
-            settings.data.path,
-            self.tokenizer,
-            seed=settings.seed,
-            held_out=settings.data.held_out,
-            verifier="exact" if is_own else verifier,
-        )
-        self._reward = find_verifier(verifier) if is_own else self._questions.reward
-        self._held_out = self._questions.prompts(
-            0, settings.evaluation.windows, held_out=True
-        )
-        # "distil" lets the teacher answer here, which takes long: before the first step, not in it.
-        self._source = self._make_source()
+        # Weights that are only described write nothing.
+        if not sharding.is_abstract(self.frozen):
+            self._open_questions()
         self.decorrelator = self.with_own_rates(self.decorrelator)
         self.updates_per_step = settings.test_time.updates
         if settings.test_time.method == "grpo":
@@ -145,6 +141,25 @@ class TestTimeMode(StateTuningMode):
                 self.model, self.frozen, leaves=self.tuned_leaves()
             )
 
+    def _open_questions(self) -> None:
+        """Opens the questions and what makes batches of their answers."""
+        settings = self.settings
+        verifier = settings.test_time.verifier
+        is_own = verifier not in VERIFIERS
+        self._questions = QuestionSet(
+            settings.data.path,
+            self.tokenizer,
+            seed=settings.seed,
+            held_out=settings.data.held_out,
+            verifier="exact" if is_own else verifier,
+        )
+        self._reward = find_verifier(verifier) if is_own else self._questions.reward
+        self._held_out = self._questions.prompts(
+            0, settings.evaluation.windows, held_out=True
+        )
+        # "distil" lets the teacher answer here, which takes long: before the first step, not in it.
+        self._source = self._make_source()
+
     @property
     def tokens_per_step(self) -> int | None:
         """None: completions end where they end."""
@@ -153,6 +168,25 @@ class TestTimeMode(StateTuningMode):
     def batches(self, start_step: int, mesh: Mesh | None) -> BatchSource:
         """Makes batches of the teacher's traces, or of what the model writes from its state."""
         return DrawnBatches(self._source, mesh)
+
+    def example_batch(self) -> Batch:
+        """Returns a batch of zeros, of rows as long as `config.data.length` says."""
+        settings = self.settings.test_time
+        rows = settings.prompts * settings.group
+        if settings.method == "distil":
+            rows = self.settings.data.batch_size
+        of_targets = np.zeros((rows, self.settings.data.length), np.float32)
+        batch = Batch(
+            tokens=np.zeros((rows, self.settings.data.length + 1), np.int32),
+            mask=of_targets,
+        )
+        if settings.method != "grpo":
+            return batch
+        return batch.replace(
+            advantages=of_targets[:, 0],
+            old_logp=of_targets if settings.updates > 1 else None,
+            importance=None if settings.importance_cap is None else of_targets,
+        )
 
     def _make_source(self) -> StateBatchSource:
         """Makes the method's source; its draws depend on the seed, the step and the state alone."""
@@ -212,7 +246,7 @@ class TestTimeMode(StateTuningMode):
         They are one step of the run, so a run never ends between them: the state that the
         completions were drawn from would be lost.
         """
-        update = super().train_step(tx, mesh)
+        update = self.update_step(tx, mesh)
         updates = self.updates_per_step
 
         def step(train: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
