@@ -27,7 +27,7 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Shapes in signatures become checks; modules imported before the hook would escape it.
-jaxtyping.install_import_hook(["rwkv7_jax", "pallas_kernels"], "beartype.beartype")
+jaxtyping.install_import_hook(["rwkv7_jax", "pallas_kernels"], "signature_checks.check")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -224,7 +224,7 @@ def test_a_cut_file_is_one_sentence(written, tmp_path, kept):
     assert "\n" not in str(caught.value)
 
 
-def test_damaged_headers_are_one_sentence(written, tmp_path):
+def test_damaged_headers_are_one_sentence(written, tmp_path, unchecked):
     """A flipped bit is found, or changes nothing that is read."""
     content = bytearray(written.read_bytes())
     rng = np.random.default_rng(0)
