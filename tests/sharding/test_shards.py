@@ -6,7 +6,7 @@ import sys
 
 import jax
 import pytest
-from eight_devices import LENGTH, MESHES, PARAMS, ROWS, SIZES
+from eight_devices import LENGTH, MESHES, ROWS, SIZES, weights
 from run_programs import ROOT
 
 from rwkv7_jax import sharding
@@ -123,7 +123,7 @@ def test_no_gradient_travels_between_heads(measured):
     matrices = {SIZES.width**2, SIZES.width * SIZES.ffn_width}
     replicated = {
         leaf.size
-        for path, leaf in jax.tree_util.tree_leaves_with_path(PARAMS)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(weights())
         if sharding.TENSOR not in spec(leaf_name(path), leaf.shape, {"tensor": 2})
     }
     for trained in ("state", "weights"):

@@ -1,5 +1,6 @@
 """The Rust package for World gives the ids of `Tokenizer`, wherever it takes over."""
 
+import functools
 import sys
 import types
 
@@ -14,7 +15,12 @@ from rwkv7_jax.text.rust_tokenizer import rust_encoder
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 WORLD = Tokenizer.world()
-ENTRIES = {WORLD.token_bytes(number): number for number in range(1, 65530)}
+
+
+@functools.cache
+def entries() -> dict[bytes, int]:
+    """World's entries; not made while the module is imported, which every process does."""
+    return {WORLD.token_bytes(number): number for number in range(1, 65530)}
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +37,11 @@ def eager():
 
 def plain_ids(data):
     """What the package is not asked for."""
+    known = entries()
     found = []
     while data:
-        longest = max(size for size in range(1, 129) if data[:size] in ENTRIES)
-        found.append(ENTRIES[data[:longest]])
+        longest = max(size for size in range(1, 129) if data[:size] in known)
+        found.append(known[data[:longest]])
         data = data[longest:]
     return found
 
@@ -76,7 +83,7 @@ def test_half_a_surrogate_pair_is_refused_before_the_package_sees_it(eager):
 
 def test_a_package_with_another_vocabulary_is_not_used(monkeypatch):
     texts = {}
-    for entry, number in ENTRIES.items():
+    for entry, number in entries().items():
         try:
             texts[entry.decode()] = number
         except UnicodeDecodeError:
@@ -91,11 +98,11 @@ def test_a_package_with_another_vocabulary_is_not_used(monkeypatch):
 
     fake = types.SimpleNamespace(RWKVTokenizer=Package)
     monkeypatch.setitem(sys.modules, "pyrwkv_tokenizer", fake)
-    assert rust_encoder(ENTRIES)("abc") == [3]
+    assert rust_encoder(entries())("abc") == [3]
     texts["new"] = texts.pop("ab")
-    assert rust_encoder(ENTRIES) is None
+    assert rust_encoder(entries()) is None
 
 
 def test_without_the_package_there_is_no_encoder(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyrwkv_tokenizer", None)
-    assert rust_encoder(ENTRIES) is None
+    assert rust_encoder(entries()) is None

@@ -1,5 +1,7 @@
 """Both vocabularies: ids against two other tokenizers and brute force, any bytes both ways."""
 
+import functools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -24,19 +26,23 @@ TEXTS = [
 ]
 
 
-ENTRIES = {WORLD.token_bytes(i): i for i in range(1, 65530)}
-LONGEST = max(map(len, ENTRIES))
+@functools.cache
+def entries() -> dict[bytes, int]:
+    """World's entries; not made while the module is imported, which every process does."""
+    return {WORLD.token_bytes(i): i for i in range(1, 65530)}
 
 
 def brute_force(data: bytes) -> list[int]:
     """The longest entry at every place, by trying all lengths."""
+    known = entries()
+    longest = max(map(len, known))
     out = []
     place = 0
     while place < len(data):
         size = next(
-            n for n in range(LONGEST, 0, -1) if data[place : place + n] in ENTRIES
+            n for n in range(longest, 0, -1) if data[place : place + n] in known
         )
-        out.append(ENTRIES[data[place : place + size]])
+        out.append(known[data[place : place + size]])
         place += size
     return out
 
