@@ -64,7 +64,9 @@ def expected_wire_bytes(
         if in_shards and not name.startswith("emb/"):
             total += wire_bytes("reduce-scatter", parts, gathered // parts)
         cut = math.prod(sizes[axis] for axis in axes)
-        total += wire_bytes("all-reduce", devices // cut, size // cut)
+        # A sum is taken in the dtype of the weights; only what is gathered or scattered is cast.
+        own = leaf.size * leaf.dtype.itemsize
+        total += wire_bytes("all-reduce", devices // cut, own // cut)
     if not is_trained:
         for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
             axes = _axes_that_cut(leaf_name(path), leaf, sizes)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -159,32 +160,80 @@ def test_accumulation_and_rematerialisation_need_less_memory():
     assert need(half, length=256) < 0.75 * need(deep, length=256)
 
 
-def compilers_peaks():
-    """Steps of which a compiler's peak is committed: rows, tokens, bytes of weights, shards."""
+class Compiled(NamedTuple):
+    """A step of a published size of which a compiler's peak is committed.
+
+    Attributes:
+        name: of the step.
+        size: of the model.
+        trained: "weights" or "state".
+        rows: that one device computes.
+        length: tokens of a row.
+        weight_bytes: of one weight.
+        shards: that a weight is cut into.
+        peak: bytes of one device.
+    """
+
+    name: str
+    size: str
+    trained: str
+    rows: int
+    length: int
+    weight_bytes: float
+    shards: int
+    peak: float
+
+
+def compiled_steps():
+    """The steps of all committed plans of large models."""
     one = json.loads((RESULTS / "tpu-step-memory.json").read_text())
-    config = RWKV7Config.preset(one["model"], dtype="bfloat16", remat="block")
+    count = parameter_count(RWKV7Config.preset(one["model"]))
     for form, found in one["bytes"].items():
-        size = found["weights"] / parameter_count(config)
-        yield form, (one["batch"], one["length"], size, 1), found["peak"]
-    many = json.loads((RESULTS / "tpu-plan-7.2b-v5e-8.json").read_text())
-    shards = many["mesh"]["fsdp"]
-    rows = many["batch"] // shards
-    yield "shards", (rows, many["length"], 2, shards), many["peak_gib"] * 2**30
+        yield Compiled(
+            name=form,
+            size=one["model"],
+            trained="state",
+            rows=one["batch"],
+            length=one["length"],
+            weight_bytes=found["weights"] / count,
+            shards=1,
+            peak=found["peak"],
+        )
+    for file in ("tpu-plan-7.2b-v5e-8", "tpu-plan-7.2b-pretrain-v5p-64"):
+        plan = json.loads((RESULTS / f"{file}.json").read_text())
+        yield of_plan(file, "7.2b", plan, plan["mesh"]["fsdp"])
+    table = json.loads((RESULTS / "tpu-plan.json").read_text())["cases"]
+    for name, plan in table.items():
+        yield of_plan(name, plan["size"], plan, 1)
 
 
-@pytest.mark.parametrize(("name", "step", "peak"), list(compilers_peaks()))
-def test_a_large_models_estimate_is_what_a_tpus_compiler_says(name, step, peak):
-    rows, length, weight_bytes, shards = step
-    found = training_memory(
-        RWKV7Config.preset("7.2b", dtype="bfloat16", remat="block"),
-        batch=rows,
-        length=length,
-        trained="state",
-        weight_bytes=weight_bytes,
-        platform="tpu",
+def of_plan(name, size, plan, shards):
+    """The step of a plan whose weights are cut into shards."""
+    is_new = plan["mode"] == "pretrain"
+    return Compiled(
+        name=name,
+        size=size,
+        trained="weights" if is_new else "state",
+        rows=plan["batch"] // shards,
+        length=plan["length"],
+        weight_bytes=4 if is_new else 2,
         shards=shards,
+        peak=plan["peak_gib"] * 2**30,
     )
-    assert found.total == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize("step", list(compiled_steps()), ids=lambda step: step.name)
+def test_a_large_models_estimate_is_what_a_compiler_says(step):
+    found = training_memory(
+        RWKV7Config.preset(step.size, dtype="bfloat16", remat="block"),
+        batch=step.rows,
+        length=step.length,
+        trained=step.trained,
+        weight_bytes=step.weight_bytes,
+        platform="tpu",
+        shards=step.shards,
+    )
+    assert found.total == pytest.approx(step.peak, rel=0.15)
 
 
 def test_an_unknown_word_for_the_trained_numbers_is_refused():
