@@ -33,8 +33,8 @@ import rwkv7_jax as rwkv
 from benchmarks import record, text_table
 from benchmarks.paper_table import Cells
 from rwkv7_jax.data.batch import Batch
-from rwkv7_jax.data.loading import batch_at
-from rwkv7_jax.evaluation.scoring import score_answers
+from rwkv7_jax.data.loading import batch_at, windows
+from rwkv7_jax.evaluation.scoring import frequency_nats, score_answers
 from rwkv7_jax.optim.optimizer import learning_rate_schedule
 from rwkv7_jax.training.costs import flops_per_token
 from rwkv7_jax.training.stacked_step import (
@@ -90,6 +90,7 @@ class Subject(NamedTuple):
         start: from a seed to the trainables before tuning.
         batch: from a step and a seed to its rows.
         measure: from trainables and a number of windows to their held-out loss.
+        guess: from a number of windows to the loss of guessing by frequency.
     """
 
     config: rwkv.RWKV7Config
@@ -100,6 +101,7 @@ class Subject(NamedTuple):
     start: Callable[[int], Any]
     batch: Callable[[int, int], Batch]
     measure: Callable[[Any, int], float]
+    guess: Callable[[int], float]
 
 
 def text_subject(kind: str, style: str) -> Subject:
@@ -121,6 +123,11 @@ def text_subject(kind: str, style: str) -> Subject:
         )
         return found.bits_per_byte
 
+    def guess(count: int) -> float:
+        read = windows(text_table.stream(style, "held_out"), LENGTH, count)
+        # A token is a byte.
+        return frequency_nats(read) / math.log(2)
+
     return Subject(
         config=model.config,
         rates=WEIGHT_RATES.get(kind, STATE_RATES),
@@ -130,6 +137,7 @@ def text_subject(kind: str, style: str) -> Subject:
         start=lambda seed: text_table.start(kind, style, seed),
         batch=batch,
         measure=measure,
+        guess=guess,
     )
 
 
@@ -168,6 +176,7 @@ def copy_subject(path: Path) -> Subject:
         start=lambda seed: rwkv.init_state(config),
         batch=lambda step, seed: copy_rows(1000 * seed + step, ROWS),
         measure=measure,
+        guess=lambda count: frequency_nats(held_out.select_rows(slice(0, count))),
     )
 
 
@@ -257,6 +266,7 @@ def searched(
         measure,
         steps=plan.steps,
         statistics=subject.statistics,
+        guess=subject.guess(QUICK),
     )
     # Steps do not wait for their results, so they are timed again, one by one.
     step = make_stacked_step(
@@ -271,8 +281,11 @@ def searched(
     return {
         "rate": choice.rate,
         "edge": choice.edge,
+        "near": choice.near,
+        "why": choice.why,
         "losses": {str(rate): loss for rate, loss in choice.losses.items()},
         "untuned": choice.base,
+        "guess": subject.guess(QUICK),
         "processor_seconds": seconds,
         "plan": plan._asdict(),
     }

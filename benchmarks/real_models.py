@@ -7,7 +7,7 @@ tuned at every rate of a list, at equal steps and batches; next to the best stan
 search of `train.py` finds in a tenth of a run, and that of a search in two rounds. Measured are
 held-out data and what must not be forgotten, in bits per byte. `--data digits` is for BlinkDL's
 model that reverses numbers: it learns to copy them, and what must not be forgotten is reversing;
-both in nats, with the share of right digits.
+both in nats, with the share of right digits. Cells are cached; a run continues from there.
 """
 
 import argparse
@@ -30,6 +30,7 @@ import numpy as np
 
 import rwkv7_jax as rwkv
 from benchmarks import record, text_table
+from benchmarks.paper_table import Cells
 from benchmarks.rate_search import (
     END,
     Subject,
@@ -41,7 +42,11 @@ from benchmarks.rate_search import (
 from rwkv7_jax.checkpoints import model_tokenizer
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.loading import batch_at, token_stream, windows
-from rwkv7_jax.evaluation.scoring import score_answers
+from rwkv7_jax.evaluation.scoring import (
+    frequency_nats,
+    score_answers,
+    target_bytes,
+)
 
 KINDS = {
     "start state": (0.1, 0.3, 1.0, 3.0),
@@ -61,11 +66,13 @@ class Data(NamedTuple):
         batch: from a step and a seed to its rows.
         calibration: tokens that features are fitted to.
         measure: from weights, a start state and a number of windows to what is measured, by name.
+        guess: from a number of windows to the loss on new data of guessing by frequency.
     """
 
     batch: Callable[[int, int], Batch]
     calibration: Any
     measure: Callable[[Any, rwkv.RWKV7State, int], dict[str, float]]
+    guess: Callable[[int], float]
 
 
 def reversed_rows(batch: Batch) -> Batch:
@@ -99,6 +106,7 @@ def digits(model: rwkv.RWKV7, rows: int) -> Data:
         batch=lambda step, seed: copy_rows(1000 * seed + step, rows),
         calibration=copy_rows(MEASURED + 1, WINDOWS).tokens[:, :-1],
         measure=measure,
+        guess=lambda count: frequency_nats(held_out.select_rows(slice(0, count))),
     )
 
 
@@ -130,7 +138,13 @@ def texts(
             bits[name] = found.bits_per_byte
         return bits
 
-    return Data(batch, windows(train, LENGTH, WINDOWS).tokens[:, :-1], measure)
+    def guess(count: int) -> float:
+        read = held_out["new"](count)
+        bits = frequency_nats(read) * np.sum(np.asarray(read.mask)) / math.log(2)
+        return float(bits / np.sum(target_bytes(read, tokenizer)))
+
+    calibration = windows(train, LENGTH, WINDOWS).tokens[:, :-1]
+    return Data(batch, calibration, measure, guess)
 
 
 def package_logits(
@@ -233,6 +247,7 @@ def subject_of(kind: str, model, params, data: Data) -> Subject:
         start=functools.partial(start_of, kind, model, params, data),
         batch=data.batch,
         measure=measure,
+        guess=data.guess,
     )
 
 
@@ -284,6 +299,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--json", help="file for the numbers")
+    parser.add_argument("--cells", default="runs/real-models", help="folder of a cache")
     options = parser.parse_args()
     params, config = rwkv.load_model(options.model, dtype="float32")
     rounded, _ = rwkv.load_model(options.model, dtype="float32", weights="int8")
@@ -299,15 +315,20 @@ def main() -> None:
             argument="`--vocabulary`",
         )
         data = texts(model, tokenizer, options.data, options.retention, options.rows)
-    checked = check(model, {"float32": params, "int8": rounded}, data)
+    cells = Cells(Path(options.cells))
+    cell = functools.partial(cell_name, options)
+    forms = {"float32": params, "int8": rounded}
+    checked = cells.get(cell("untuned"), lambda: check(model, forms, data))["found"]
     for name, numbers in checked.items():
         print(f"{name:<24}{numbers}", flush=True)
     runs: dict[str, list] = {}
     run = functools.partial(tuned, model=model, params=params, data=data)
+    run = functools.partial(run, steps=options.steps, rows=options.rows)
     for kind in options.kinds:
         runs[kind] = []
         for seed in range(options.seeds):
-            one = run(kind, steps=options.steps, rows=options.rows, seed=seed)
+            make = functools.partial(run, kind, seed=seed)
+            one = cells.get(cell(kind, seed), make)["found"]
             runs[kind].append(one)
             best = one["best_rate"]
             edge = " (edge)" if one["at_edge"] else ""
@@ -319,6 +340,12 @@ def main() -> None:
             # After each: a table takes long.
             write(options, checked, runs)
     write(options, checked, runs)
+
+
+def cell_name(options: argparse.Namespace, *parts: Any) -> str:
+    """Names a cell of the cache after what its result depends on besides the code."""
+    on = (options.model, options.data, options.retention, options.vocabulary)
+    return " | ".join(map(str, (*on, options.steps, options.rows, *parts)))
 
 
 def write(

@@ -20,7 +20,7 @@ from rwkv7_jax.checks import (
     check_tokens,
     prefix_errors,
 )
-from rwkv7_jax.data.batch import BatchLike
+from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, repeat
 from rwkv7_jax.sharding import to_host
@@ -153,6 +153,27 @@ def _token_sizes(tokenizer: Tokenizer) -> Int[np.ndarray, " V"]:
     )
 
 
+def target_bytes(batch: Batch, tokenizer: Tokenizer) -> Float[np.ndarray, "B T"]:
+    """Gives the bytes of each target of a batch with a mask, times the mask."""
+    targets = np.asarray(batch.tokens)[:, 1:]
+    return _token_sizes(tokenizer)[targets] * np.asarray(batch.mask)
+
+
+def frequency_nats(batch: Batch) -> float:
+    """Computes the mean loss of guessing each target by how often it is one in the batch.
+
+    No model that ignores what it has read does better on these rows.
+
+    Args:
+        batch: with a mask that counts a target.
+    """
+    targets = np.asarray(batch.tokens)[:, 1:]
+    _, kinds = np.unique(targets, return_inverse=True)
+    counts = np.bincount(kinds.ravel(), weights=np.asarray(batch.mask).ravel())
+    shares = counts[counts > 0] / counts.sum()
+    return float(-np.sum(shares * np.log(shares)))
+
+
 def score(
     model: RWKV7,
     params: Params,
@@ -191,7 +212,7 @@ def score(
     # [B T], 0 where a target does not count.
     mask = np.asarray(batch.mask)
     bits = token_nats(model, params, state, tokens) * mask / math.log(2)
-    sizes = _token_sizes(tokenizer)[tokens[:, 1:]] * mask
+    sizes = target_bytes(batch, tokenizer)
 
     def bits_per_byte(first: int, end: int) -> float:
         part = slice(first, end)

@@ -219,7 +219,13 @@ def _search_of(name: str, found: Mapping[str, Any]) -> str:
     chosen = found["rate"]
     choice = "no rate is better than no state" if chosen is None else f"{chosen:g}"
     edge = f", the {found['edge']} that was tried" if found["edge"] else ""
-    sentence = _text(f"{name} chosen: {choice}{edge}".strip())
+    # Records of earlier versions have neither a reason nor what is nearly equal.
+    why = f": {found['why']}" if found.get("why") else ""
+    near = found.get("near", ())
+    equal = ""
+    if len(near) > 1:
+        equal = ". Nearly equal: " + ", ".join(f"{one:g}" for one in near)
+    sentence = _text(f"{name} chosen: {choice}{edge}{why}{equal}".strip())
     return f'<p>{sentence}</p>{table}<div class="charts">{chart}</div>'
 
 

@@ -1,10 +1,19 @@
 """Evaluators of a run: how well a model predicts held-out rows, by the name of the metric."""
 
+import math
+
+import numpy as np
+
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.sources import TaskSource, parse_sources
 from rwkv7_jax.evaluation.metric import Metric, Metrics, log_name
-from rwkv7_jax.evaluation.scoring import score, score_answers
+from rwkv7_jax.evaluation.scoring import (
+    frequency_nats,
+    score,
+    score_answers,
+    target_bytes,
+)
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.runs.datasets import held_out, held_out_source
@@ -61,15 +70,29 @@ class PredictionEvaluator:
         Args:
             weights: of the model.
             start: its start state.
-            windows: how many rows are read, spread over all of them.
+            windows: how many rows are read.
         """
-        apart = max(len(self._batch.tokens) // windows, 1)
-        batch = self._batch.select_rows(slice(0, apart * windows, apart))
+        batch = self._some_rows(windows)
         if not self._is_task:
             return self._bits_per_byte(weights, start, batch)
         # Not the accuracy: of few answers it hardly tells two rates apart.
         answers = score_answers(self._model, weights, start, batch, rows=windows)
         return {log_name(self._name, "nats"): Metric.of(answers.nats, "nats")}
+
+    def guess(self, *, windows: int) -> float:
+        """Computes `loss` for guessing by how often each token occurs in the same rows."""
+        batch = self._some_rows(windows)
+        nats = frequency_nats(batch)
+        if self._is_task:
+            return nats
+        size = float(np.sum(target_bytes(batch, self._tokenizer)))
+        bits = nats * float(np.sum(np.asarray(batch.mask))) / math.log(2)
+        return bits / size if size else math.nan
+
+    def _some_rows(self, windows: int) -> Batch:
+        """Takes some of the rows, spread over all of them."""
+        apart = max(len(self._batch.tokens) // windows, 1)
+        return self._batch.select_rows(slice(0, apart * windows, apart))
 
     def _bits_per_byte(
         self, weights: Params, start: RWKV7State, batch: Batch

@@ -160,10 +160,16 @@ def _choose(search: RateSearchMode, subject: str) -> dict[str, Any]:
         losses[rate] = values[decides]
         if others:
             forgetting[rate] = sum(values[name] for name in others)
-    choice = choose_rate(base[decides].value, losses, forgetting=forgetting or None)
+    guess = search.guess(subject)
+    choice = choose_rate(
+        base[decides].value, losses, forgetting=forgetting or None, guess=guess
+    )
     return {
         "rate": choice.rate,
         "edge": choice.edge,
+        "near": list(choice.near),
+        "why": choice.why,
+        "guess": guess,
         "measure": decides,
         "base": {name: one.value for name, one in base.items()},
         "curve": curve,
@@ -193,6 +199,14 @@ def _sentence(found: Mapping[str, Any]) -> str:
             "state is saved"
         )
     text += f"{rate:g} is taken, from step 0 on, as if it had been named"
+    # Records of earlier versions have neither.
+    why = found.get("why", "")
+    near = found.get("near", ())
+    if why:
+        text += f": {why}"
+    if len(near) > 1:
+        listed = ", ".join(f"{one:g}" for one in near)
+        text += f"; nearly equal are {listed}: so short a search cannot tell them apart"
     if found["edge"]:
         text += f"; it is the {found['edge']} of `config.tuning.rates`: one beyond it may be better"
     return text

@@ -34,10 +34,9 @@ LEAST_STEPS = 12
 # Gains this much smaller than the best one, as a share of it, count as equal to it.
 _TOLERANCE = 0.03
 
-# The next larger rate is taken if its gain is smaller by this share at most. A step of a search has
-# fewer rows than one of the run, and noisy gradients favour small rates: those of Adam grow with
-# the root of the rows, so nine times as many make half a decade.
-_UPWARDS = 0.2
+# Gains this much smaller are nearly equal: another seed, or a program that rounds otherwise, may
+# put their rates in another order.
+_NEARLY = 0.2
 
 
 class SearchPlan(NamedTuple):
@@ -84,12 +83,16 @@ class RateChoice(NamedTuple):
         base: the loss without tuning.
         losses: by rate.
         edge: "smallest" or "largest" where the chosen rate is at an end of the list, else "".
+        near: the rates whose gains are at least nearly as good as the best one, ascending.
+        why: the reason for the choice, as the end of a sentence; "" where there is no rate.
     """
 
     rate: float | None
     base: float
     losses: dict[float, float]
     edge: str
+    near: tuple[float, ...]
+    why: str
 
 
 def choose_rate(
@@ -97,35 +100,61 @@ def choose_rate(
     losses: Mapping[float, float],
     *,
     forgetting: Mapping[float, float] | None = None,
+    guess: float | None = None,
 ) -> RateChoice:
-    """Chooses the rate whose held-out loss is lowest, or the next larger one if nearly as good.
+    """Chooses the rate whose held-out loss is lowest, or another one that is nearly as good.
+
+    A step of a search has fewer rows than one of the run, and noisy gradients favour small rates:
+    those of Adam grow with the root of the rows, so nine times as many make half a decade. So the
+    next larger rate is taken if it is nearly as good. Where the model is worse than guessing, the
+    gradients of all rows say the same, that it is too sure, and large rates are best in a
+    short search only: the smallest of the nearly equal ones is taken.
 
     Where it is measured what is forgotten, rates whose gains are as good as equal are told apart
-    by that, and a larger one is not favoured.
+    by that.
 
     Args:
         base: the loss without tuning.
         losses: of every rate on held-out text, lower is better; not finite where it diverged.
         forgetting: of every rate, the loss on text that must not be forgotten.
+        guess: the loss on the same text of guessing by how often each token occurs.
     """
     gains = {rate: base - loss for rate, loss in losses.items() if math.isfinite(loss)}
     best = max(gains.values(), default=0.0)
     if not best > 0:
-        return RateChoice(None, base, dict(losses), "")
-    if forgetting is None:
-        chosen = max(gains, key=lambda rate: gains[rate])
-        larger = min((rate for rate in losses if rate > chosen), default=chosen)
-        if gains.get(larger, 0.0) >= (1 - _UPWARDS) * best:
-            chosen = larger
-    else:
-        good = [rate for rate, gain in gains.items() if gain >= (1 - _TOLERANCE) * best]
-        chosen = min(good, key=lambda rate: (forgetting[rate], rate))
+        return RateChoice(None, base, dict(losses), "", (), "")
+    near = _within(gains, _NEARLY)
+    lowest = max(gains, key=lambda rate: gains[rate])
+    larger = min((rate for rate in losses if rate > lowest), default=lowest)
+    chosen = lowest
+    why = "its loss is the lowest"
+    if forgetting is not None:
+        equal = _within(gains, _TOLERANCE)
+        chosen = min(equal, key=lambda rate: (forgetting[rate], rate))
+        if len(equal) > 1:
+            why = "of rates with equal gains it forgets least"
+    elif guess is not None and base > guess:
+        chosen = near[0]
+        if len(near) > 1:
+            why = (
+                "it is the smallest of the nearly equal ones, and the untuned model is worse than "
+                f"guessing by frequency ({guess:.4f})"
+            )
+    elif larger in near and larger != lowest:
+        chosen = larger
+        why = f"it is the next larger one than {lowest:g} and nearly as good"
     edge = ""
     if chosen == max(losses):
         edge = "largest"
     elif chosen == min(losses):
         edge = "smallest"
-    return RateChoice(chosen, base, dict(losses), edge)
+    return RateChoice(chosen, base, dict(losses), edge, near, why)
+
+
+def _within(gains: Mapping[float, float], share: float) -> tuple[float, ...]:
+    """Gives the rates, ascending, whose gains are smaller than the best by a share at most."""
+    least = (1 - share) * max(gains.values())
+    return tuple(sorted(rate for rate, gain in gains.items() if gain >= least))
 
 
 def find_rate(
@@ -138,6 +167,7 @@ def find_rate(
     steps: int,
     rates: Sequence[float] = RATES,
     statistics: Callable[[Any, Any], Any] | None = None,
+    guess: float | None = None,
 ) -> RateChoice:
     """Finds the learning rate of any parameters: a start state, low-rank changes or all weights.
 
@@ -150,6 +180,7 @@ def find_rate(
         steps: of every rate.
         rates: to try.
         statistics: as in `make_train_step`.
+        guess: as in `choose_rate`.
 
     Raises:
         ValueError: no rates, or one that is not above 0.
@@ -166,7 +197,7 @@ def find_rate(
     losses = {}
     for index, rate in enumerate(rates):
         losses[rate] = measure(params_of(train.params, index))
-    return choose_rate(measure(params), losses)
+    return choose_rate(measure(params), losses, guess=guess)
 
 
 def repeat_rows(batch: Any, times: int) -> Any:

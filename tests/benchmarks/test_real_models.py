@@ -49,6 +49,7 @@ def test_the_program_writes_its_numbers(tmp_path, monkeypatch):
     save_model(tmp_path / "m.pth", lively(CONFIG), CONFIG)
     words = [str(tmp_path / "m.pth"), "--data", "digits", "--steps", "2", "--rows", "2"]
     words += ["--kinds", "start state", "LoRA", "--json", str(tmp_path / "r.json")]
+    words += ["--cells", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["real_models", *words])
     real_models.main()
     report = json.loads((tmp_path / "r.json").read_text())

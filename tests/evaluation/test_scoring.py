@@ -7,10 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from random_checkpoints import random_params
 from small_vocabularies import DIGITS, WORDS, byte_level_bpe, sentence_pieces
 
-from rwkv7_jax.evaluation.scoring import score, score_answers, token_nats
+from rwkv7_jax.data.batch import Batch
+from rwkv7_jax.evaluation.scoring import (
+    frequency_nats,
+    score,
+    score_answers,
+    token_nats,
+)
 from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
@@ -188,3 +196,29 @@ def test_bytes_are_those_that_the_vocabulary_decodes(tmp_path, kind):
 def test_ids_that_the_vocabulary_does_not_have_are_refused(params, batch):
     with pytest.raises(ValueError, match="below the 256 of `tokenizer`; got 256"):
         score(MODEL, params, init_state(CONFIG), batch, Tokenizer.bytes256())
+
+
+@given(
+    targets=st.lists(
+        st.tuples(st.integers(0, 3), st.sampled_from([0.0, 0.5, 1.0])), min_size=1
+    ),
+    guesses=st.lists(st.floats(0.01, 1.0), min_size=4, max_size=4),
+)
+def test_no_guess_that_ignores_the_text_is_better_than_the_frequencies(
+    targets, guesses
+):
+    tokens = np.array([[0, *(token for token, _ in targets)]], np.int32)
+    mask = np.array([[weight for _, weight in targets]], np.float32)
+    if not mask.sum():
+        return
+    losses = -np.log(np.array(guesses) / sum(guesses))[tokens[:, 1:]]
+    guessed = np.sum(losses * mask) / mask.sum()
+    assert frequency_nats(Batch(tokens=tokens, mask=mask)) <= guessed + 1e-6
+
+
+def test_guessing_by_frequency_is_the_loss_of_the_shares():
+    tokens = np.array([[9, 1, 1, 1, 2], [9, 5, 5, 5, 5]], np.int32)
+    mask = np.array([[1, 1, 1, 1], [0, 0, 0, 0]], np.float32)
+    expected = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    found = frequency_nats(Batch(tokens=tokens, mask=mask))
+    assert found == pytest.approx(expected)

@@ -116,7 +116,11 @@ def test_each_of_several_states_has_the_rate_that_was_found_for_it(
     train_here(settings, tmp_path)
     rates = {name: one["rate"] for name, one in found(tmp_path).items()}
     assert rates == {"poet": 0.1, "cook": None}
-    assert "no state is saved for cook: no rate was found" in capsys.readouterr().out
+    # What guessing gets is of the windows that judge; nothing is nearly as good as .1 here.
+    assert all(0 < one["guess"] < 8 for one in found(tmp_path).values())
+    out = capsys.readouterr().out
+    assert "as if it had been named: its loss is the lowest" in out
+    assert "no state is saved for cook: no rate was found" in out
     assert [file.name for file in (tmp_path / "states").glob("*.pth")] == ["poet.pth"]
     rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
     last = json.loads(rows[-2])

@@ -122,6 +122,25 @@ def test_the_page_has_every_section_and_needs_no_other_file(run):
     assert base64.b64decode(page.links[0].split(",")[1]) == PNG
 
 
+@pytest.mark.parametrize("near", [[], [0.1], [0.1, 1.0]])
+def test_a_search_says_why_and_which_rates_are_nearly_equal(tmp_path, near):
+    state = {
+        "rate": 0.1,
+        "edge": "",
+        "measure": "nats",
+        "base": {"nats": 2.0},
+        "curve": [{"rate": 0.1, "nats": 1.0}, {"rate": 1.0, "nats": 1.1}],
+    }
+    # A record of an earlier version has neither.
+    if near:
+        state |= {"why": "its loss is the lowest", "near": near}
+    (tmp_path / "rate_search.json").write_text(json.dumps({"states": {"": state}}))
+    page = " ".join(Page(report_page(tmp_path)).texts)
+    assert "chosen: 0.1" in page
+    assert ("chosen: 0.1: its loss is the lowest" in page) == bool(near)
+    assert ("Nearly equal: 0.1, 1" in page) == (len(near) > 1)
+
+
 def test_what_users_and_models_write_stays_text(run):
     page = Page(report_page(run))
     assert not {"script", "iframe", "object", "link"} & set(page.tags)

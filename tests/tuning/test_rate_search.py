@@ -73,6 +73,33 @@ def test_of_equal_gains_the_one_that_forgets_least_is_taken():
     assert choose_rate(2.0, losses, forgetting=forgetting).rate == 0.3
 
 
+def test_a_model_worse_than_guessing_gets_the_smallest_of_the_nearly_equal_rates():
+    losses = {0.01: 1.9, 0.03: 1.2, 0.1: 1.05, 0.3: 1.8, 1.0: 1.0, 3.0: 1.1}
+    assert choose_rate(2.0, losses, guess=1.5).rate == 0.03
+    # One that is better has the next larger rate, as where it is not known what guessing gets.
+    for guess in (2.5, NAN, None):
+        assert choose_rate(2.0, losses, guess=guess).rate == 3.0
+    assert choose_rate(2.0, {0.1: 1.0, 0.3: 1.5}, guess=1.5).rate == 0.1
+    # What is forgotten decides there, too.
+    forgetting = dict.fromkeys(losses, 1.0)
+    found = choose_rate(2.0, losses, forgetting=forgetting, guess=1.5)
+    assert found.rate == 1.0
+
+
+def test_the_choice_names_its_reason_and_the_nearly_equal_rates():
+    lowest = choose_rate(2.0, {0.1: 1.9, 0.3: 1.0, 1.0: 1.5})
+    assert lowest.near == (0.3,) and lowest.why == "its loss is the lowest"
+    larger = choose_rate(2.0, {0.1: 1.1, 0.3: 1.0, 1.0: 1.15, 3.0: NAN})
+    assert larger.near == (0.1, 0.3, 1.0) and "next larger one than 0.3" in larger.why
+    unsure = choose_rate(2.0, {0.1: 1.1, 0.3: 1.0}, guess=1.25)
+    assert "worse than guessing by frequency (1.2500)" in unsure.why
+    equal = {0.1: 1.001, 0.3: 1.0}
+    kept = choose_rate(2.0, equal, forgetting={0.1: 1.0, 0.3: 2.0})
+    assert "forgets least" in kept.why
+    none = choose_rate(2.0, {0.1: 2.1, 0.3: NAN})
+    assert none.near == () and none.why == ""
+
+
 def square(params, batch):
     miss = params["x"] - jnp.mean(batch["tokens"])
     return jnp.sum(jnp.square(miss)), {}

@@ -113,6 +113,10 @@ class RateSearchMode(StackMode):
                     metrics[f"{subject}{name}/{metric}"] = value
         return metrics
 
+    def guess(self, subject: str) -> float:
+        """Computes the loss on a subject's held-out windows of guessing by frequency."""
+        return self.subjects[subject].guess(windows=_WINDOWS)
+
     def describe_data(self) -> str:
         """Names the texts and their sizes, once for all rates."""
         return "; ".join(mode.describe_data() for mode in self.subjects.values())

@@ -61,6 +61,10 @@ class StateMode(DatasetMode, StateTuningMode):
             metrics |= evaluator.loss(self.frozen, params, windows=windows)
         return metrics
 
+    def guess(self, *, windows: int) -> float:
+        """Computes the first of `losses` for guessing by how often each token occurs."""
+        return self._held_out.guess(windows=windows)
+
 
 class UpscaledStateMode(StateMode):
     """Tunes a memory read through kernel features; the start state itself remains zero."""
