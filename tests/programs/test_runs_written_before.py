@@ -16,7 +16,7 @@ import tarfile
 import jax
 import numpy as np
 import pytest
-from run_programs import ROOT
+from run_programs import ROOT, devices
 from tolerances import assert_close
 
 from rwkv7_jax.checkpoints import import_orbax
@@ -84,7 +84,7 @@ def test_a_run_written_before_is_resumed_with_the_same_numbers(
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_cpu_max_isa=SSE4_2",
+            "XLA_FLAGS": f"{devices(1)['XLA_FLAGS']} --xla_cpu_max_isa=SSE4_2",
             "PYTHONPATH": str(ROOT),
             "MPLBACKEND": "agg",
         },
