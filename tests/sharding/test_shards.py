@@ -1,6 +1,7 @@
 """Weights in shards on eight devices: the same numbers, and nothing whole that should not be."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -35,20 +36,13 @@ def measured():
     done = subprocess.run(
         [sys.executable, "tests/support/eight_devices.py"],
         cwd=ROOT,
-        env={**child_environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
-
-
-def child_environment():
-    """The environment without the suite's flags, which say two devices."""
-    import os
-
-    return {name: text for name, text in os.environ.items() if name != "XLA_FLAGS"}
 
 
 @pytest.mark.parametrize("case", CASES)
