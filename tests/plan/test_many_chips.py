@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from run_programs import ROOT
+from run_programs import ROOT, devices
 
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.training.costs import parameter_count
@@ -42,7 +42,7 @@ WEIGHTS_GB = 4e-9 * parameter_count(
 )
 
 
-def make_plans(cases, devices):
+def make_plans(cases, count):
     """The plans of modes, meshes and rows."""
     done = subprocess.run(
         [sys.executable, "-c", CHILD, json.dumps(cases)],
@@ -53,7 +53,7 @@ def make_plans(cases, devices):
             "PATH": "/usr/bin:/bin",
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            **devices(count),
         },
     )
     assert done.returncode == 0, done.stderr[-3000:]
