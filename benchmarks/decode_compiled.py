@@ -21,10 +21,9 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
 from benchmarks import record
-from pallas_kernels.compile_checks.gpu import DESCRIPTION, DEVICES
+from pallas_kernels.compile_checks.gpu import DEVICES, absent_device
 from rwkv7_jax.generation import sampling
 from rwkv7_jax.generation.decode_loop import DecodeState, KnownTokens, decode
 from rwkv7_jax.model.config import RWKV7Config
@@ -41,6 +40,8 @@ MOST_KERNELS = 500
 MOST_BYTES = 1.3
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "u64": 8}
+# The operand that instructions write into the first one; what is not updated is not touched.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 # Instructions that launch nothing and move nothing.
 _FREE = {
     "parameter",
@@ -141,11 +142,10 @@ def operand_bytes(
             if user.code in ("gather", "dynamic-slice", "slice")
             and user.operands[0] == name
         ]
-        # Written in place: what is not updated is not touched.
         updated = [
-            inside[user.operands[1]].bytes
+            inside[user.operands[_UPDATES[user.code]]].bytes
             for user in users
-            if user.code == "dynamic-update-slice" and user.operands[0] == name
+            if user.code in _UPDATES and user.operands[0] == name
         ]
         if users and len(slices) + len(updated) == len(users):
             sizes[number] = min(sizes[number], sum(slices) + sum(updated))
@@ -157,8 +157,8 @@ def written_bytes(instruction: Instruction, all_: Computations) -> int:
     called = re.search(r"calls=%?([\w.\-]+)", instruction.text)
     inside = all_[called[1]] if called else {}
     for part in inside.values():
-        if part.code == "dynamic-update-slice" and part.bytes == instruction.bytes:
-            return inside[part.operands[1]].bytes
+        if part.code in _UPDATES and part.bytes == instruction.bytes:
+            return inside[part.operands[_UPDATES[part.code]]].bytes
     return instruction.bytes
 
 
@@ -215,20 +215,7 @@ def generate_by_scan(model, params, run, *, limit):
 def compile_form(form: str, batch: int) -> dict[str, Any]:
     """Compiles one form for an H200 and returns its costs."""
     device = DEVICES[0]
-    description = DESCRIPTION.format(
-        kind=device.kind,
-        major=device.capability // 10,
-        minor=device.capability % 10,
-        cores=device.cores,
-        shared=device.shared,
-    )
-    topology = topologies.get_topology_desc(
-        platform="cuda",
-        topology_name="described",
-        target_config=description,
-        topology="1x1x1",
-    )
-    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    sharding = jax.sharding.SingleDeviceSharding(absent_device(device))
     abstract = jax.sharding.AbstractDevice(
         device_kind=device.kind, num_cores=device.cores, platform="gpu"
     )

@@ -9,9 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from rwkv7_jax.array_types import Params
+from rwkv7_jax.checks import is_traced
 from rwkv7_jax.model.block import Block, Norm
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import Embedding, Head
@@ -22,16 +25,41 @@ LayerStates = tuple[LayerState, ...]
 
 
 def split_params(params: Params) -> Params:
-    """Copies each layer's weights out of the stack: "layer_1" and so on in place of "layers".
+    """Gives each layer weights of its own: "layer_1" and so on in place of "layers".
 
-    All other arrays are those of `params`, not copies.
+    On one CPU they lie where the stack's lie; elsewhere they are copies. All other arrays are those
+    of `params`.
     """
     split = {name: node for name, node in params.items() if name != "layers"}
     if "layers" in params:
-        count = len(jax.tree.leaves(params["layers"])[0])
-        for index in range(count):
-            split[f"layer_{index + 1}"] = _copy_layer(params["layers"], index)
+        leaves = jax.tree.leaves(params["layers"])
+        take = _view_layer if all(map(_is_on_host, leaves)) else _copy_layer
+        for index in range(len(leaves[0])):
+            split[f"layer_{index + 1}"] = take(params["layers"], index)
     return split
+
+
+def _is_on_host(leaf: Any) -> bool:
+    """Tells whether a leaf is an array in the memory of one CPU device."""
+    if is_traced(leaf) or not isinstance(leaf, jax.Array):
+        return False
+    if not isinstance(leaf.sharding, SingleDeviceSharding):
+        return False
+    (device,) = leaf.devices()
+    return leaf.is_fully_addressable and device.platform == "cpu"
+
+
+def _view_layer(stack: Params, index: int) -> Params:
+    """Makes arrays that lie where the stack's numbers lie; JAX copies where they are not aligned.
+
+    They keep the stack's memory alive, and a program that is given the stack's then copies it.
+    """
+
+    def view(leaf):
+        target = leaf.sharding if leaf.committed else None
+        return jax.device_put(np.asarray(leaf)[index], target, may_alias=True)
+
+    return jax.tree.map(view, stack)
 
 
 # The index is traced: one program with an output for each weight of each layer compiles for

@@ -1,5 +1,6 @@
 """Laws of generation: exact states after the kept tokens, independent rows, complete text."""
 
+import gc
 import warnings
 
 import jax
@@ -293,6 +294,41 @@ def test_no_call_of_the_same_shapes_compiles_again(params):
         temperature=0.5, top_p=0.2, presence_penalty=1.0, frequency_penalty=2, tokens=5
     )
     assert [program._cache_size() for program in programs] == before
+
+
+def held_bytes():
+    """Bytes of memory in which living arrays lie; two arrays may share some."""
+    spans = []
+    for array in jax.live_arrays():
+        for shard in array.addressable_shards:
+            begin = shard.data.unsafe_buffer_pointer()
+            spans.append((begin, begin + shard.data.nbytes))
+    total = 0
+    covered = 0
+    for begin, end in sorted(spans):
+        total += max(0, end - max(begin, covered))
+        covered = max(covered, end)
+    return total
+
+
+def test_a_cpu_holds_the_weights_once(params):
+    expected = run(params, PROMPTS[0], temperature=0).tokens
+    gc.collect()
+    before = held_bytes()
+    decoder = decoding.Decoder(
+        MODEL,
+        params,
+        keys=jax.random.split(jax.random.key(0), 1),
+        options=sampling.make_options(CONFIG.vocab_size, temperature=0),
+        block=8,
+    )
+    start = decoding.DecodeState.create(init_state(CONFIG), jnp.zeros((1, 257)))
+    decoded = decoder.decode(decoder.read(start, [PROMPTS[0]]), limit=8)
+    assert decoded.tokens.tolist() == expected
+    gc.collect()
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params["layers"]))
+    # States, logits, tokens and options are new.
+    assert held_bytes() - before < weights / 2
 
 
 def test_weights_bound_to_a_device_compile_each_program_once(params):

@@ -92,6 +92,21 @@ def test_upscaled_memories_are_read_and_written(params, dynamics):
     assert_same(found, expected)
 
 
+def test_weights_given_away_after_they_were_split_are_still_those(params):
+    stack = jax.tree.map(lambda leaf: leaf + 0, params["layers"])
+    split = split_params({"layers": stack})
+    give_away = jax.jit(lambda tree: jax.tree.map(jnp.negative, tree), donate_argnums=0)
+    negative = give_away(stack)
+    for index in range(CONFIG.num_layers - 1):
+        jax.tree.map(
+            lambda leaf, other, at=index: np.testing.assert_array_equal(
+                leaf, -other[at]
+            ),
+            split[f"layer_{index + 1}"],
+            negative,
+        )
+
+
 def test_splitting_and_joining_a_state_changes_nothing():
     state = tiny_models.random_state(CONFIG, batch=2)
     jax.tree.map(np.testing.assert_array_equal, join_states(split_state(state)), state)
