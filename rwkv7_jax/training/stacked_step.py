@@ -20,7 +20,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from rwkv7_jax.checks import check_count, check_instance, prefix_errors
+from rwkv7_jax.checks import check_count, prefix_errors
 from rwkv7_jax.sharding import (
     ROWS,
     TENSOR,
@@ -30,14 +30,13 @@ from rwkv7_jax.sharding import (
     specs,
     use_mesh,
 )
-from rwkv7_jax.training.losses import Loss
+from rwkv7_jax.training.losses import Loss, Metrics
 from rwkv7_jax.training.shared_pass import can_share_pass
 from rwkv7_jax.training.train_step import (
     TrainState,
     TrainStep,
     apply_update,
-    as_partial,
-    check_optimizer,
+    check_step_arguments,
     checked_program,
     cut_rows,
 )
@@ -128,6 +127,58 @@ def _on_each_device(update: Callable, mesh: Mesh, sets: int) -> Callable:
     return update_on_each
 
 
+@dataclasses.dataclass(frozen=True)
+class _StackUpdate:
+    """One update of all sets of a stack; the attributes are arguments of `make_stacked_step`."""
+
+    tx: optax.GradientTransformation
+    accumulate: int
+    share_pass: bool
+    at_once: int | None
+
+    def __call__(
+        self,
+        loss: Partial,
+        statistics: Partial | None,
+        train: TrainState,
+        batch: Any,
+        rates: Array,
+    ) -> tuple[TrainState, Metrics]:
+        """Updates every set with its own rows and rate."""
+
+        def update_set(one):
+            (params, opt_state, skipped), rows, rate = one
+            alone = dataclasses.replace(
+                train, params=params, opt_state=opt_state, skipped=skipped
+            )
+            new, metrics = apply_update(
+                loss,
+                statistics,
+                alone,
+                rows,
+                tx=self.tx,
+                accumulate=self.accumulate,
+                rate=rate,
+                share_pass=self.share_pass,
+            )
+            return (new.params, new.opt_state, new.skipped), metrics
+
+        sets = ((train.params, train.opt_state, train.skipped), batch, rates)
+        if self.at_once is None or self.at_once >= len(rates):
+            moved, metrics = jax.vmap(update_set)(sets)
+        else:
+            moved, metrics = jax.lax.map(update_set, sets, batch_size=self.at_once)
+        params, opt_state, skipped = moved
+        new = dataclasses.replace(
+            train,
+            step=train.step + 1,
+            params=params,
+            opt_state=opt_state,
+            skipped=skipped,
+        )
+        return new, metrics
+
+
 def make_stacked_step(
     loss: Loss,
     tx: optax.GradientTransformation,
@@ -160,11 +211,7 @@ def make_stacked_step(
             cannot be shared by the sets, and what `make_train_step` refuses.
     """
     with prefix_errors("make_stacked_step"):
-        loss = as_partial(loss, "`loss`")
-        check_optimizer(tx)
-        if statistics is not None:
-            statistics = as_partial(statistics, "`statistics`")
-        check_count(accumulate, 1, "`accumulate`")
+        loss, statistics = check_step_arguments(loss, tx, statistics, accumulate, mesh)
         if at_once is not None:
             check_count(at_once, 1, "`at_once`")
         rates = jnp.asarray(rates, jnp.float32)
@@ -172,57 +219,20 @@ def make_stacked_step(
             raise ValueError(
                 f"`rates` must be one number for each set; got shape {rates.shape}."
             )
-        if mesh is not None:
-            check_instance(mesh, Mesh, "`mesh`")
-            if mesh.shape.get(TENSOR, 1) > 1:
-                raise ValueError(
-                    "`mesh` must have no tensor axis: each device computes all heads of its sets; "
-                    f"got one of {mesh.shape[TENSOR]}."
-                )
-
-    share_pass = can_share_pass(loss, statistics, accumulate)
-
-    def update_all(
-        loss: Partial,
-        statistics: Partial | None,
-        train: TrainState,
-        batch: Any,
-        rates: Array,
-    ):
-        def update(one):
-            (params, opt_state, skipped), rows, rate = one
-            alone = dataclasses.replace(
-                train, params=params, opt_state=opt_state, skipped=skipped
+        if mesh is not None and mesh.shape.get(TENSOR, 1) > 1:
+            raise ValueError(
+                "`mesh` must have no tensor axis: each device computes all heads of its sets; "
+                f"got one of {mesh.shape[TENSOR]}."
             )
-            new, metrics = apply_update(
-                loss,
-                statistics,
-                alone,
-                rows,
-                tx=tx,
-                accumulate=accumulate,
-                rate=rate,
-                share_pass=share_pass,
-            )
-            return (new.params, new.opt_state, new.skipped), metrics
 
-        sets = ((train.params, train.opt_state, train.skipped), batch, rates)
-        if at_once is None or at_once >= len(rates):
-            moved, metrics = jax.vmap(update)(sets)
-        else:
-            moved, metrics = jax.lax.map(update, sets, batch_size=at_once)
-        params, opt_state, skipped = moved
-        new = dataclasses.replace(
-            train,
-            step=train.step + 1,
-            params=params,
-            opt_state=opt_state,
-            skipped=skipped,
-        )
-        return new, metrics
-
+    update = _StackUpdate(
+        tx=tx,
+        accumulate=accumulate,
+        share_pass=can_share_pass(loss, statistics, accumulate),
+        at_once=at_once,
+    )
     if mesh is not None:
-        update_all = _on_each_device(update_all, mesh, rates.size)
+        update = _on_each_device(update, mesh, rates.size)
 
     @functools.partial(jax.jit, donate_argnums=3)
     def step(
@@ -235,7 +245,7 @@ def make_stacked_step(
         _check_rows(batch, rates.size)
         with use_mesh(mesh):
             pieces = cut_rows(batch, rates.size)
-            moved = update_all(loss, statistics, train, pieces, rates)
+            moved = update(loss, statistics, train, pieces, rates)
             return constrain_layout(moved)
 
     # Also without a mesh: frozen weights may lie on more devices than the sets need.

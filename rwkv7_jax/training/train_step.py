@@ -83,7 +83,7 @@ class TrainState:
 class LossWithTotals(Protocol):
     """A loss with terms that a piece of a batch cannot compute from its own rows.
 
-    A sum over targets needs nothing of this kind: `loss_weights` are shares of the whole batch. A
+    A sum over targets needs nothing of this kind: `loss_weights` are shares of the batch. A
     variance over rows, or a mean over other positions than the targets, does.
     """
 
@@ -201,6 +201,28 @@ def as_partial(function: Any, argument: str) -> Partial:
     """Returns a function as a `Partial`, whose arrays are arguments of a compiled program."""
     check_function(function, argument)
     return function if isinstance(function, Partial) else Partial(function)
+
+
+def check_step_arguments(
+    loss: Any, tx: Any, statistics: Any, accumulate: Any, mesh: Any
+) -> tuple[Partial, Partial | None]:
+    """Checks the arguments that all train steps have.
+
+    Returns:
+        The loss and the statistics as `Partial`s.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: pieces below 1.
+    """
+    loss = as_partial(loss, "`loss`")
+    check_optimizer(tx)
+    if statistics is not None:
+        statistics = as_partial(statistics, "`statistics`")
+    check_count(accumulate, 1, "`accumulate`")
+    if mesh is not None:
+        check_instance(mesh, Mesh, "`mesh`")
+    return loss, statistics
 
 
 def cut_rows(batch: Any, accumulate: int) -> Any:
@@ -402,9 +424,9 @@ def make_train_step(
             arguments. A loss with terms that are not sums over targets may be a `LossWithTotals`.
         tx: the optimizer.
         statistics: `(params, batch) -> stats`, which an optimizer such as `decorrelate` gets with
-            every update; always from the whole batch. Those of this package are read from the
+            every update; always from the full batch. Those of this package are read from the
             forward pass of the same model's loss, where it takes the batch in one piece.
-        accumulate: pieces into which a batch is cut; K pieces give the gradient of the whole batch.
+        accumulate: pieces into which a batch is cut; K pieces give the gradient of the full batch.
         mesh: devices that share the rows of `batch`; `train`, and the arrays of `loss` and
             `statistics`, lie on them as `sharding.place` puts them.
 
@@ -415,13 +437,7 @@ def make_train_step(
             divides by the mask of a piece.
     """
     with prefix_errors("make_train_step"):
-        loss = as_partial(loss, "`loss`")
-        check_optimizer(tx)
-        if statistics is not None:
-            statistics = as_partial(statistics, "`statistics`")
-        check_count(accumulate, 1, "`accumulate`")
-        if mesh is not None:
-            check_instance(mesh, Mesh, "`mesh`")
+        loss, statistics = check_step_arguments(loss, tx, statistics, accumulate, mesh)
 
     share_pass = can_share_pass(loss, statistics, accumulate)
 
