@@ -17,9 +17,9 @@ from rwkv7_jax.cli.summary import COMMANDS
 from rwkv7_jax.data.builtin_corpora import BUILT_IN
 from rwkv7_jax.data.choices import ON_BAD, PACKINGS
 from rwkv7_jax.data.loading import batch_at, data_hash, token_stream
-from rwkv7_jax.data.readers import size_of
+from rwkv7_jax.data.readers import ReadStats, size_of
 from rwkv7_jax.data.row_preview import preview_row
-from rwkv7_jax.data.token_cache import SUFFIXES, read_card, write_cache
+from rwkv7_jax.data.token_cache import SUFFIXES, CacheMetadata, read_card, write_cache
 from rwkv7_jax.local_paths import local_path, split_paths
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -119,15 +119,7 @@ def _write(
     options: argparse.Namespace, sources: list[str], tokenizer: Tokenizer
 ) -> str:
     """Tokenizes the sources into one cache."""
-    for source in sources:
-        if source.lower().endswith(_CACHE_SUFFIXES):
-            raise ValueError(f"data: `SOURCE` must be text; got the ids of {source}.")
-    target = Path(options.target)
-    # `with_suffix` would cut the ".5" of a name such as "v1.5".
-    if target.suffix != ".bin":
-        target = Path(f"{target}.bin")
-    for suffix in SUFFIXES:
-        refuse_inputs("data: `OUT`", target.with_suffix(suffix), {"SOURCE": sources})
+    target = _cache_target(options.target, sources)
     target.parent.mkdir(parents=True, exist_ok=True)
     # In bytes of text: how many tokens there will be is not known yet.
     bar = ProgressBar(sum(map(size_of, sources)), "tokenizing")
@@ -148,9 +140,30 @@ def _write(
         )
     finally:
         bar.close()
+    return _describe_cache(target, card, stats, tokenizer.name)
+
+
+def _cache_target(out: str, sources: list[str]) -> Path:
+    """Returns the path of a cache's ids; refuses sources that are caches, and to write over one."""
+    for source in sources:
+        if source.lower().endswith(_CACHE_SUFFIXES):
+            raise ValueError(f"data: `SOURCE` must be text; got the ids of {source}.")
+    target = Path(out)
+    # `with_suffix` would cut the ".5" of a name such as "v1.5".
+    if target.suffix != ".bin":
+        target = Path(f"{target}.bin")
+    for suffix in SUFFIXES:
+        refuse_inputs("data: `OUT`", target.with_suffix(suffix), {"SOURCE": sources})
+    return target
+
+
+def _describe_cache(
+    target: Path, card: CacheMetadata, stats: ReadStats, vocabulary: str
+) -> str:
+    """Says what a cache holds, and what was left out of it."""
     in_loss = "all" if card.learnt == card.tokens else f"{card.learnt:,}"
     lines = [
-        f"{target}: {card.documents:,} documents, {card.tokens:,} {tokenizer.name} tokens "
+        f"{target}: {card.documents:,} documents, {card.tokens:,} {vocabulary} tokens "
         f"({in_loss} in the loss) of {card.bytes:,} bytes"
     ]
     line = f"lines skipped: {card.skipped:,}"

@@ -9,7 +9,6 @@ weights are complete without it, and code that reads S needs to know nothing of 
 Source: arXiv 2405.02385 (R learnt online); arXiv 2504.05097 (used for RWKV-7's state).
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -141,55 +140,27 @@ def decorrelate(
         normalise=False`); arXiv 2504.05097. Average, damping, clip and scale are ours.
     """
     with prefix_errors("decorrelate"):
-        _check_settings(
-            inner,
-            mode,
-            clip,
+        _check_optimizer(inner)
+        rule = _Rule(
+            mode=mode,
             rate=rate,
             balance=balance,
             iterations=iterations,
             damping=damping,
             average=average,
+            clip=clip,
+            normalise=normalise,
             every=every,
         )
+        rule.check()
     inner = optax.with_extra_args_support(inner)
-    online = functools.partial(
-        online_update,
-        rate=rate,
-        balance=balance,
-        iterations=iterations,
-        clip=clip,
-    )
-
-    def next_whitener(whitener, target, count, usable):
-        if mode == "online":
-            return online(whitener, target)
-        if mode == "whiten":
-            due = usable & (count == 0)
-        else:
-            due = usable & (count % every == 0)
-        return recompute(whitener, target, due)
-
-    def learn(statistics, count, covariance, whitener):
-        covariance, usable = _running_average(
-            statistics, covariance, average, fresh=count == 0
-        )
-        target = damped_covariance(covariance, damping, normalise)
-        moved = next_whitener(whitener, target, count, usable)
-        # A matrix whose R is not finite is not counted: "whiten" tries again at the next update.
-        usable = usable & finite(moved)
-        return (
-            count + usable.astype(count.dtype),
-            covariance,
-            jnp.where(per_matrix(usable), moved, whitener),
-        )
 
     def init(params):
         return _init_state(params, mask, inner.init(params))
 
     def update(updates, state, params=None, *, stats=None, **extra):
         if stats is not None:
-            state = _learn_from(learn, updates, stats, state)
+            state = _learn_from(rule, updates, stats, state)
         turned = _multiply_by_whitener("...nm,...km->...nk", updates, state.whitener)
         if turn_params and params is not None:
             params = _divide_by_whitener(params, state.whitener)
@@ -200,10 +171,7 @@ def decorrelate(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_settings(
-    inner, mode, clip, *, rate, balance, iterations, damping, average, every
-) -> None:
-    """Raises for the first setting out of its range; traced values and schedules are not known."""
+def _check_optimizer(inner: Any) -> None:
     if isinstance(inner, type) or not (
         hasattr(inner, "init") and hasattr(inner, "update")
     ):
@@ -211,26 +179,81 @@ def _check_settings(
             "`inner` must be an Optax transformation, such as optax.adam; "
             f"got {type(inner).__name__}."
         )
-    check_choice(mode, MODES, "`mode`")
-    ranges = {
-        "rate": (rate, 0, math.inf),
-        "balance": (balance, 0, 1),
-        "iterations": (iterations, 0, math.inf),
-        "damping": (damping, 0, math.inf),
-        "average": (average, 0, 1),
-        "every": (every, 1, math.inf),
-    }
-    for name, (value, low, high) in ranges.items():
-        if isinstance(value, jax.Array) or (hasattr(value, "dtype") and np.ndim(value)):
-            continue
-        bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-        check_number(value, low, high, f"`{name}`", bounds=bounds)
-    # Half a step does not exist: a loop would cut it off without a word.
-    for name, value in (("iterations", iterations), ("every", every)):
-        if isinstance(value, float | np.floating) and value != int(value):
-            raise ValueError(f"`{name}` must be an integer; got {value}.")
-    if clip is not None and not isinstance(clip, jax.Array):
-        check_number(clip, 0, math.inf, "`clip`", above=True, bounds="above 0, or None")
+
+
+class _Rule(NamedTuple):
+    """How R follows the statistics of a leaf; the attributes are arguments of `decorrelate`."""
+
+    mode: str
+    rate: ArrayLike
+    balance: ArrayLike
+    iterations: ArrayLike
+    damping: ArrayLike
+    average: ArrayLike
+    clip: ArrayLike | None
+    normalise: bool
+    every: ArrayLike
+
+    def check(self) -> None:
+        """Raises for the first setting out of its range; traced values and schedules pass."""
+        check_choice(self.mode, MODES, "`mode`")
+        ranges = {
+            "rate": (0, math.inf),
+            "balance": (0, 1),
+            "iterations": (0, math.inf),
+            "damping": (0, math.inf),
+            "average": (0, 1),
+            "every": (1, math.inf),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if isinstance(value, jax.Array):
+                continue
+            if hasattr(value, "dtype") and np.ndim(value):
+                continue
+            bounds = (
+                f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            )
+            check_number(value, low, high, f"`{name}`", bounds=bounds)
+        # Half a step does not exist: a loop would cut it off without a word.
+        for name in ("iterations", "every"):
+            value = getattr(self, name)
+            if isinstance(value, float | np.floating) and value != int(value):
+                raise ValueError(f"`{name}` must be an integer; got {value}.")
+        if self.clip is not None and not isinstance(self.clip, jax.Array):
+            bounds = "above 0, or None"
+            check_number(self.clip, 0, math.inf, "`clip`", above=True, bounds=bounds)
+
+    def learn(self, statistics, count, covariance, whitener):
+        """Learns from a leaf's statistics; returns its new count, covariance and whitener."""
+        covariance, usable = _running_average(
+            statistics, covariance, self.average, fresh=count == 0
+        )
+        target = damped_covariance(covariance, self.damping, self.normalise)
+        moved = self._next_whitener(whitener, target, count, usable)
+        # A matrix whose R is not finite is not counted: "whiten" tries again at the next update.
+        usable = usable & finite(moved)
+        return (
+            count + usable.astype(count.dtype),
+            covariance,
+            jnp.where(per_matrix(usable), moved, whitener),
+        )
+
+    def _next_whitener(self, whitener, target, count, usable):
+        if self.mode == "online":
+            return online_update(
+                whitener,
+                target,
+                rate=self.rate,
+                balance=self.balance,
+                iterations=self.iterations,
+                clip=self.clip,
+            )
+        if self.mode == "whiten":
+            due = usable & (count == 0)
+        else:
+            due = usable & (count % self.every == 0)
+        return recompute(whitener, target, due)
 
 
 def _is_masked(node) -> bool:
@@ -328,8 +351,10 @@ def _divide_by_whitener(tree, whitener):
     return jax.tree.map(divide, tree, whitener)
 
 
-def _learn_from(learn, updates, stats, state: DecorrelationState) -> DecorrelationState:
-    """Applies `learn` to every leaf that comes with statistics."""
+def _learn_from(
+    rule: _Rule, updates, stats, state: DecorrelationState
+) -> DecorrelationState:
+    """Applies the rule to every leaf that comes with statistics."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_masked)
     try:
         stats = tree.flatten_up_to(stats)
@@ -351,7 +376,7 @@ def _learn_from(learn, updates, stats, state: DecorrelationState) -> Decorrelati
         # Under `optax.masked` the statistics of masked leaves come along.
         if not (_is_masked(leaf) or statistics is None or _is_masked(statistics)):
             _check_statistics(jax.tree_util.keystr(path), leaf, statistics, carried[0])
-            carried = learn(statistics, *carried)
+            carried = rule.learn(statistics, *carried)
         count, covariance, whitener = carried
         counts.append(count)
         covariances.append(covariance)

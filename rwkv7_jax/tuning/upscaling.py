@@ -293,23 +293,50 @@ def calibrate(
         check_count(size, 1, "`size`")
         check_number(damping, 0, math.inf, "`damping`")
         check_seed(seed)
-        reads = np.asarray(as_array(reads, "`reads`"), np.float32)
-        if reads.ndim != 4 or not reads.size:
-            raise ValueError(f"`reads` must have shape [L R H N]; got {reads.shape}.")
-        # One NaN would spread over all features of its head.
-        if not np.isfinite(reads).all():
-            raise ValueError("`reads` must be finite; they hold NaN or an infinity.")
-    rng = np.random.default_rng(seed)
-    seen = (
-        reads
-        if kind == "gaussian_raw"
-        else np.asarray(unit_vectors(jnp.asarray(reads)))
+        reads = _check_reads(reads)
+    features = _fit_features(
+        reads,
+        size,
+        kind=kind,
+        landmarks=landmarks,
+        widths=widths,
+        rng=np.random.default_rng(seed),
     )
-    points = []
-    gammas = []
-    for layer in seen:
+    if prepare == "none":
+        return features
+    return _prepare(features, reads, prepare, damping)
+
+
+def _check_reads(reads: Any) -> np.ndarray:
+    """Returns read vectors as float32."""
+    reads = np.asarray(as_array(reads, "`reads`"), np.float32)
+    if reads.ndim != 4 or not reads.size:
+        raise ValueError(f"`reads` must have shape [L R H N]; got {reads.shape}.")
+    # One NaN would spread over all features of its head.
+    if not np.isfinite(reads).all():
+        raise ValueError("`reads` must be finite; they hold NaN or an infinity.")
+    return reads
+
+
+def _fit_features(
+    reads: Float[np.ndarray, "L R H N"],
+    size: int,
+    *,
+    kind: str,
+    landmarks: str,
+    widths: tuple[float, ...],
+    rng: np.random.Generator,
+) -> Features:
+    """Fits the features of every head of every layer, neither centred nor whitened."""
+    layers, _, heads, width = reads.shape
+    directions = reads
+    if kind != "gaussian_raw":
+        directions = np.asarray(unit_vectors(jnp.asarray(reads)))
+    all_points = []
+    all_gammas = []
+    for layer in directions:
         for head in layer.swapaxes(0, 1):
-            one, two = _fit_head(
+            points, gammas = _fit_head(
                 head,
                 size,
                 rng,
@@ -317,21 +344,16 @@ def calibrate(
                 landmarks=landmarks,
                 widths=widths,
             )
-            points.append(one)
-            gammas.append(two)
-    lead = (reads.shape[0], 1, reads.shape[2])
-    size_of_read = reads.shape[3]
-    features = Features(
-        landmarks=jnp.asarray(
-            np.stack(points).reshape(*lead, size, size_of_read), jnp.float32
-        ),
-        widths=jnp.asarray(np.stack(gammas).reshape(*lead, size), jnp.float32),
-        mean=jnp.zeros((*lead, size), jnp.float32),
+            all_points.append(points)
+            all_gammas.append(gammas)
+    points = np.stack(all_points).reshape(layers, 1, heads, size, width)
+    gammas = np.stack(all_gammas).reshape(layers, 1, heads, size)
+    return Features(
+        landmarks=jnp.asarray(points, jnp.float32),
+        widths=jnp.asarray(gammas, jnp.float32),
+        mean=jnp.zeros(gammas.shape, jnp.float32),
         map=None,
         kind=kind,
-    )
-    return (
-        features if prepare == "none" else _prepare(features, reads, prepare, damping)
     )
 
 
