@@ -4,6 +4,7 @@ Both read completions: batches of `tokens` [B T+1] and `mask` [B T], above 0 whe
 drawn. The weights are frozen; the state has batch 1 and every row starts from it.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -13,7 +14,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
-from rwkv7_jax.array_types import Params
+from rwkv7_jax.array_types import Activations, Params, Tokens
 from rwkv7_jax.checks import (
     check_instance,
     check_model,
@@ -23,6 +24,7 @@ from rwkv7_jax.checks import (
 )
 from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.generation.sampling import Number
+from rwkv7_jax.model.int8_weights import Weight
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state
 from rwkv7_jax.training.head_loss import (
@@ -34,6 +36,7 @@ from rwkv7_jax.training.head_loss import (
 )
 from rwkv7_jax.training.losses import (
     Loss,
+    Metrics,
     check_ids_and_shapes,
     check_targets,
     target_shares,
@@ -44,6 +47,107 @@ from rwkv7_jax.tuning.state_tuning import (
     hidden_states_from,
     stop_gradient_except,
 )
+
+Scalar = Float[Array, ""]
+
+
+# By identity, as functions are compared: a number may be an array, which has no hash.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _DistillationLoss:
+    """The loss that `distillation_loss` makes, called with the frozen arrays in front.
+
+    Weights are arguments: jit would compile closed-over arrays in as constants.
+    """
+
+    model: RWKV7
+    teacher: RWKV7 | None
+    imitation: float
+    kl: float
+    leaves: tuple[str, ...]
+    anchor: float
+
+    def __call__(
+        self,
+        params: Params,
+        teacher_params: Params | None,
+        teacher_state: RWKV7State | None,
+        state: RWKV7State,
+        batch: BatchLike,
+    ) -> tuple[Scalar, Metrics]:
+        """Computes the loss and its metrics."""
+        with prefix_errors("distillation_loss"):
+            batch = self.check_batch(batch)
+            check_targets(batch)
+        state = stop_gradient_except(state, self.leaves)
+        if self.teacher is None:
+            value, metrics = self._cross_entropy(params, state, batch)
+        else:
+            assert teacher_params is not None and teacher_state is not None
+            teacher_x = hidden_states_from(
+                self.teacher, teacher_params, teacher_state, _inputs(batch)
+            )
+            # Frozen like the student's weights; only the student's state is differentiated.
+            teacher_x = jax.lax.stop_gradient(teacher_x)
+            teacher_head = teacher_params["head"]["weight"]
+            value, metrics = self._cross_entropy_and_divergence(
+                params, state, batch, teacher_x, teacher_head
+            )
+        return add_anchor_and_metrics(
+            self.model,
+            params,
+            state,
+            batch,
+            anchor=self.anchor,
+            value=value,
+            metrics=metrics,
+        )
+
+    def check_batch(self, batch: BatchLike) -> Batch:
+        """Checks a batch; a step calls it on the host, where ids can still be read."""
+        return check_ids_and_shapes(batch, self.model.config.vocab_size)
+
+    def _cross_entropy(
+        self, params: Params, state: RWKV7State, batch: Batch
+    ) -> tuple[Scalar, Metrics]:
+        weights = target_shares(batch, self.model.config.vocab_size)
+        nats, _ = weighted_loss(
+            hidden_states_from(self.model, params, state, _inputs(batch)),
+            params["head"]["weight"],
+            _targets(batch),
+            TermWeights(nats=weights),
+        )
+        return self.imitation * nats, {"loss_nats": nats}
+
+    def _cross_entropy_and_divergence(
+        self,
+        params: Params,
+        state: RWKV7State,
+        batch: Batch,
+        teacher_x: Activations,
+        teacher_head: Weight,
+    ) -> tuple[Scalar, Metrics]:
+        weights = target_shares(batch, self.model.config.vocab_size)
+        value, tokenwise = weighted_loss(
+            hidden_states_from(self.model, params, state, _inputs(batch)),
+            params["head"]["weight"],
+            _targets(batch),
+            TermWeights(nats=self.imitation * weights, kl=self.kl * weights),
+            reference=teacher_x,
+            reference_head=teacher_head,
+        )
+        metrics = {
+            "loss_nats": weighted_sum(weights, tokenwise.nats),
+            "kl_nats": weighted_sum(weights, tokenwise.kl),
+        }
+        return value, metrics
+
+
+def _inputs(batch: Batch) -> Tokens:
+    return jnp.asarray(batch.tokens)[:, :-1]
+
+
+def _targets(batch: Batch) -> Tokens:
+    return jnp.asarray(batch.tokens)[:, 1:]
 
 
 def distillation_loss(
@@ -88,61 +192,14 @@ def distillation_loss(
         check_number(kl, 0, math.inf, "`kl`")
         check_number(anchor, 0, math.inf, "`anchor`")
         teacher_state = _check_teacher(model, teacher, teacher_params, teacher_state)
-
-    check = functools.partial(check_ids_and_shapes, vocab_size=model.config.vocab_size)
-
-    # Weights are arguments, not closed over: jit would compile closed-over arrays in as constants.
-    def loss(
-        params: Params,
-        teacher_params,
-        teacher_state,
-        state: RWKV7State,
-        batch: BatchLike,
-    ):
-        with prefix_errors("distillation_loss"):
-            batch = check(batch)
-            check_targets(batch)
-        state = stop_gradient_except(state, tuple(leaves))
-        tokens = jnp.asarray(batch.tokens)
-        weights = target_shares(batch, model.config.vocab_size)
-        inputs = tokens[:, :-1]
-        targets = tokens[:, 1:]
-        head = params["head"]["weight"]
-        x = hidden_states_from(model, params, state, inputs)
-        if teacher is None:
-            nats, _ = weighted_loss(x, head, targets, TermWeights(nats=weights))
-            value = imitation * nats
-            metrics = {"loss_nats": nats}
-        else:
-            # Frozen like the student's weights; only the student's state is differentiated.
-            teacher_x = hidden_states_from(
-                teacher, teacher_params, teacher_state, inputs
-            )
-            terms = TermWeights(nats=imitation * weights, kl=kl * weights)
-            value, tokenwise = weighted_loss(
-                x,
-                head,
-                targets,
-                terms,
-                reference=jax.lax.stop_gradient(teacher_x),
-                reference_head=teacher_params["head"]["weight"],
-            )
-            metrics = {
-                "loss_nats": weighted_sum(weights, tokenwise.nats),
-                "kl_nats": weighted_sum(weights, tokenwise.kl),
-            }
-        return add_anchor_and_metrics(
-            model,
-            params,
-            state,
-            batch,
-            anchor=anchor,
-            value=value,
-            metrics=metrics,
-        )
-
-    # A step looks at its batches on the host with this, where ids can still be read.
-    loss.check_batch = check  # pyright: ignore[reportFunctionMemberAccess]
+    loss = _DistillationLoss(
+        model=model,
+        teacher=teacher,
+        imitation=imitation,
+        kl=kl,
+        leaves=tuple(leaves),
+        anchor=anchor,
+    )
     return Partial(loss, params, teacher_params, teacher_state)
 
 
@@ -271,6 +328,91 @@ def drawn_logps(
     return -statistics.nats
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _PolicyLoss:
+    """The loss that `policy_loss` makes, called with the frozen arrays in front."""
+
+    model: RWKV7
+    temperature: Number
+    kl: float
+    leaves: tuple[str, ...]
+    anchor: float
+    bounds: tuple[float, float]
+
+    def __call__(
+        self,
+        params: Params,
+        reference: RWKV7State,
+        state: RWKV7State,
+        batch: BatchLike,
+    ) -> tuple[Scalar, Metrics]:
+        """Computes the loss and its metrics."""
+        with prefix_errors("policy_loss"):
+            batch = self.check_batch(batch)
+            check_targets(batch)
+        state = stop_gradient_except(state, self.leaves)
+        value, metrics = self._policy_and_divergence(params, reference, state, batch)
+        return add_anchor_and_metrics(
+            self.model,
+            params,
+            state,
+            batch,
+            anchor=self.anchor,
+            value=value,
+            metrics=metrics,
+        )
+
+    def check_batch(self, batch: BatchLike) -> Batch:
+        """Checks a batch; a step calls it on the host, where ids can still be read."""
+        Batch.of(batch, "advantages")
+        return check_ids_and_shapes(batch, self.model.config.vocab_size)
+
+    def _policy_and_divergence(
+        self, params: Params, reference: RWKV7State, state: RWKV7State, batch: Batch
+    ) -> tuple[Scalar, Metrics]:
+        """Computes the terms that all rows of completions have."""
+        inputs = _inputs(batch)
+        x = hidden_states_from(self.model, params, state, inputs)
+        # Measured even where it has no weight: how far the state has moved is the first thing to
+        # look at when rewards fall. It has no backward pass then.
+        reference_x = hidden_states_from(self.model, params, reference, inputs)
+        weights = target_shares(batch, self.model.config.vocab_size)
+        # One number for each row, for all of its tokens.
+        advantages = jnp.asarray(batch.advantages, jnp.float32)[:, None]
+        policy = weights * advantages
+        if batch.importance is not None:
+            policy = policy * jnp.asarray(batch.importance, jnp.float32)
+        has_ratio = batch.old_logp is not None
+        terms = TermWeights(
+            # How much a token weighs depends on its own ratio: that term comes afterwards.
+            nats=None if has_ratio else policy,
+            kl=self.kl * weights if self.kl else None,
+        )
+        value, tokenwise = weighted_loss(
+            x,
+            params["head"]["weight"],
+            _targets(batch),
+            terms,
+            reference=jax.lax.stop_gradient(reference_x),
+            reverse_kl=True,
+            temperature=self.temperature,
+            entropy=True,
+        )
+        metrics = {
+            "policy_loss": weighted_sum(policy, tokenwise.nats),
+            "loss_nats": weighted_sum(weights, tokenwise.nats),
+            "kl_nats": weighted_sum(weights, tokenwise.kl),
+            "entropy_nats": weighted_sum(weights, tokenwise.entropy),
+        }
+        if has_ratio:
+            log_ratio = -tokenwise.nats - jnp.asarray(batch.old_logp, jnp.float32)
+            ratio, is_clipped = _clipped_ratio(log_ratio, advantages, self.bounds)
+            metrics["policy_loss"] = -weighted_sum(policy, ratio)
+            metrics["clipped"] = weighted_sum(weights, is_clipped)
+            value = value + metrics["policy_loss"]
+        return value, metrics
+
+
 def policy_loss(
     model: RWKV7,
     params: Params,
@@ -325,74 +467,12 @@ def policy_loss(
         check_number(temperature, 0, math.inf, "`temperature`", above=True)
         bounds = _log_bounds(epsilon_low, epsilon_high)
         reference = _start_state(reference, model, "reference")
-
-    def check(batch: BatchLike) -> Batch:
-        Batch.of(batch, "advantages")
-        return check_ids_and_shapes(batch, model.config.vocab_size)
-
-    def loss(
-        params: Params,
-        reference: RWKV7State,
-        state: RWKV7State,
-        batch: BatchLike,
-    ):
-        with prefix_errors("policy_loss"):
-            batch = check(batch)
-            check_targets(batch)
-        state = stop_gradient_except(state, tuple(leaves))
-        tokens = jnp.asarray(batch.tokens)
-        weights = target_shares(batch, model.config.vocab_size)
-        # From two states, so as a function of the state.
-        hidden = functools.partial(
-            hidden_states_from, model, params, tokens=tokens[:, :-1]
-        )
-        x = hidden(state)
-        # Measured even where it has no weight: how far the state has moved is what one looks at
-        # when rewards fall. It has no backward pass then.
-        reference_x = jax.lax.stop_gradient(hidden(reference))
-        # One number for each row, for all of its tokens.
-        advantages = jnp.asarray(batch.advantages, jnp.float32)[:, None]
-        policy = weights * advantages
-        if batch.importance is not None:
-            policy = policy * jnp.asarray(batch.importance, jnp.float32)
-        has_ratio = batch.old_logp is not None
-        terms = TermWeights(
-            # How much a token weighs depends on its own ratio: that term comes afterwards.
-            nats=None if has_ratio else policy,
-            kl=kl * weights if kl else None,
-        )
-        value, tokenwise = weighted_loss(
-            x,
-            params["head"]["weight"],
-            tokens[:, 1:],
-            terms,
-            reference=reference_x,
-            reverse_kl=True,
-            temperature=temperature,
-            entropy=True,
-        )
-        metrics = {
-            "policy_loss": weighted_sum(policy, tokenwise.nats),
-            "loss_nats": weighted_sum(weights, tokenwise.nats),
-            "kl_nats": weighted_sum(weights, tokenwise.kl),
-            "entropy_nats": weighted_sum(weights, tokenwise.entropy),
-        }
-        if has_ratio:
-            log_ratio = -tokenwise.nats - jnp.asarray(batch.old_logp, jnp.float32)
-            ratio, is_clipped = _clipped_ratio(log_ratio, advantages, bounds)
-            metrics["policy_loss"] = -weighted_sum(policy, ratio)
-            metrics["clipped"] = weighted_sum(weights, is_clipped)
-            value = value + metrics["policy_loss"]
-        return add_anchor_and_metrics(
-            model,
-            params,
-            state,
-            batch,
-            anchor=anchor,
-            value=value,
-            metrics=metrics,
-        )
-
-    # A step looks at its batches on the host with this, where ids can still be read.
-    loss.check_batch = check  # pyright: ignore[reportFunctionMemberAccess]
+    loss = _PolicyLoss(
+        model=model,
+        temperature=temperature,
+        kl=kl,
+        leaves=tuple(leaves),
+        anchor=anchor,
+        bounds=bounds,
+    )
     return Partial(loss, params, reference)

@@ -1,11 +1,11 @@
 """Next-token losses of batches, and what a batch must hold.
 
 A batch is a `data.Batch`, or a mapping of its fields. Losses are weighted sums over positions
-whose weights add up to 1 over the whole batch, so that micro-batches of any make-up add up to the
+whose weights add up to 1 over the full batch, so that micro-batches of any make-up add up to the
 same gradient as the batch in one piece.
 """
 
-import functools
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,7 +33,6 @@ from rwkv7_jax.training.head_loss import (
     weighted_loss,
     weighted_sum,
 )
-from rwkv7_jax.training.shared_pass import describe_loss
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -235,6 +234,37 @@ def next_token_loss_with_trace(
     return loss, ({"loss_nats": nats}, trace)
 
 
+# By identity, as functions are compared: a number may be an array, which has no hash.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _PretrainLoss:
+    """The loss of all weights; see `pretrain_loss` for its attributes."""
+
+    model: RWKV7
+    l2wrap: float
+
+    def __call__(
+        self, params: Params, batch: BatchLike
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Computes the loss and its metrics."""
+        value, (metrics, _) = self.with_trace(params, batch, ())
+        return value, metrics
+
+    def with_trace(self, params: Params, batch: BatchLike, names: tuple[str, ...]):
+        """Computes the loss, its metrics, and the arrays `names` of the model's trace."""
+        with prefix_errors("pretrain_loss"):
+            batch = self.check_batch(batch)
+            check_targets(batch)
+            check_params(params, self.model.config)
+        state = init_state(self.model.config, batch.sequences)
+        return next_token_loss_with_trace(
+            self.model, params, state, batch, l2wrap=self.l2wrap, names=names
+        )
+
+    def check_batch(self, batch: BatchLike) -> Batch:
+        """Checks a batch; a step calls it on the host, where ids can still be read."""
+        return check_ids_and_shapes(batch, self.model.config.vocab_size, packed=True)
+
+
 def pretrain_loss(model: RWKV7, *, l2wrap: float = 1e-4) -> Loss:
     """Makes the loss of all weights, in which every row starts from the zero state.
 
@@ -251,22 +281,4 @@ def pretrain_loss(model: RWKV7, *, l2wrap: float = 1e-4) -> Loss:
     with prefix_errors("pretrain_loss"):
         check_model(model)
         check_number(l2wrap, 0, math.inf, "`l2wrap`")
-    check = functools.partial(
-        check_ids_and_shapes, vocab_size=model.config.vocab_size, packed=True
-    )
-
-    def with_trace(params: Params, batch: BatchLike, names: tuple[str, ...]):
-        with prefix_errors("pretrain_loss"):
-            batch = check(batch)
-            check_targets(batch)
-            check_params(params, model.config)
-        state = init_state(model.config, batch.sequences)
-        return next_token_loss_with_trace(
-            model, params, state, batch, l2wrap=l2wrap, names=names
-        )
-
-    def loss(params: Params, batch: BatchLike):
-        value, (metrics, _) = with_trace(params, batch, ())
-        return value, metrics
-
-    return describe_loss(loss, check, model, with_trace)
+    return _PretrainLoss(model, l2wrap)

@@ -1,5 +1,6 @@
 """Second moments of the projections' inputs, for training weights by DBP."""
 
+import dataclasses
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,6 @@ from rwkv7_jax.data.batch import Batch, BatchLike
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.optim.decorrelation import METHODS, Decorrelator, Method, decorrelate
-from rwkv7_jax.training.shared_pass import describe_statistics
 
 # For each projection of a block, the name in the model's trace of the vectors it multiplies.
 INPUTS = {
@@ -45,6 +45,55 @@ def _second_moment(x: Float[Array, "L B T I"]) -> Float[Array, "L I I"]:
     return total / (x.shape[1] * x.shape[2])
 
 
+@dataclasses.dataclass(frozen=True)
+class _LayerStatistics:
+    """Second moments of the projections' inputs; see `layer_statistics`.
+
+    Attributes:
+        model: the shell around the weights.
+        rows: rows of the batch that are read.
+        names: of the model's trace.
+    """
+
+    model: RWKV7
+    rows: int
+    names: tuple[str, ...] = tuple(INPUTS.values())
+
+    def __call__(self, params: Params, batch: BatchLike) -> Params:
+        """Measures them in a forward pass of their own."""
+        with prefix_errors("layer_statistics"):
+            batch = Batch.of(batch, packed=True).select_rows(slice(self.rows))
+            tokens = jnp.asarray(batch.tokens)[:, :-1]
+            if not tokens.size:
+                raise ValueError(
+                    "`batch.tokens` must hold a token to read; got shape "
+                    f"{tuple(batch.tokens.shape)}."
+                )
+        start = init_state(self.model.config, batch.sequences)
+        outputs: Any = self.model.apply(
+            {"params": params},
+            tokens,
+            start,
+            segment_ids=batch.segment_ids,
+            method="hidden_with_trace",
+            names=self.names,
+        )
+        return self.of_trace(params, batch, outputs[-1])
+
+    def of_trace(
+        self, params: Params, batch: BatchLike, trace: dict[str, Array]
+    ) -> Params:
+        """Measures them in the trace of a batch."""
+        del batch  # All of its positions count.
+        moments: Any = jax.tree.map(lambda _: None, params)
+        for (part, name), source in INPUTS.items():
+            moment = _second_moment(trace[source][:, : self.rows])
+            moments["layer_0"][part][name] = {"weight": moment[0]}
+            if "layers" in moments:
+                moments["layers"][part][name] = {"weight": moment[1:]}
+        return jax.lax.stop_gradient(moments)
+
+
 def layer_statistics(
     model: RWKV7, *, rows: int = 8
 ) -> Callable[[Params, BatchLike], Params]:
@@ -70,39 +119,7 @@ def layer_statistics(
     with prefix_errors("layer_statistics"):
         check_model(model)
         check_count(rows, 1, "`rows`")
-
-    names = tuple(INPUTS.values())
-
-    def statistics(params: Params, batch: BatchLike) -> Params:
-        with prefix_errors("layer_statistics"):
-            batch = Batch.of(batch, packed=True).select_rows(slice(rows))
-            tokens = jnp.asarray(batch.tokens)[:, :-1]
-            if not tokens.size:
-                raise ValueError(
-                    "`batch.tokens` must hold a token to read; got shape "
-                    f"{tuple(batch.tokens.shape)}."
-                )
-        start = init_state(model.config, batch.sequences)
-        outputs: Any = model.apply(
-            {"params": params},
-            tokens,
-            start,
-            segment_ids=batch.segment_ids,
-            method="hidden_with_trace",
-            names=names,
-        )
-        return of_trace(params, batch, outputs[-1])
-
-    def of_trace(params: Params, _batch: BatchLike, trace: dict[str, Array]) -> Params:
-        moments: Any = jax.tree.map(lambda _: None, params)
-        for (part, name), source in INPUTS.items():
-            moment = _second_moment(trace[source][:, :rows])
-            moments["layer_0"][part][name] = {"weight": moment[0]}
-            if "layers" in moments:
-                moments["layers"][part][name] = {"weight": moment[1:]}
-        return jax.lax.stop_gradient(moments)
-
-    return describe_statistics(statistics, model, names, of_trace)
+    return _LayerStatistics(model, rows)
 
 
 def weight_decorrelator(

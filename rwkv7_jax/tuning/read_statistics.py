@@ -1,5 +1,6 @@
 """Statistics of how tuned memories are read: effective read vectors and their second moments."""
 
+import dataclasses
 import typing
 from typing import Any
 
@@ -27,7 +28,6 @@ from rwkv7_jax.model.state import RWKV7State, Upscaled, check_whole_state, repea
 from rwkv7_jax.model.upscaled_memory import RecurrentMemory
 from rwkv7_jax.optim.decorrelation import METHODS, Decorrelator, Method, decorrelate
 from rwkv7_jax.training.losses import loss_weights
-from rwkv7_jax.training.shared_pass import describe_statistics
 from rwkv7_jax.tuning.state_tuning import check_leaves, trainable_mask
 
 
@@ -101,6 +101,85 @@ def second_moment(
     return (total / jnp.maximum(jnp.sum(weights), 1e-9))[None]
 
 
+@dataclasses.dataclass(frozen=True)
+class _StateStatistics:
+    """Moments of the read vectors, called with the frozen weights in front.
+
+    Attributes:
+        model: the shell around the weights.
+        leaves: the tuned arrays, of `LEAVES`.
+        rows: rows of the batch that are read.
+        names: of the model's trace.
+    """
+
+    model: RWKV7
+    leaves: tuple[str, ...]
+    rows: int
+    names: tuple[str, ...] = RECURRENCE
+
+    def __call__(
+        self, params: Params, state: RWKV7State, batch: BatchLike
+    ) -> RWKV7State:
+        """Measures them in a forward pass of their own."""
+        with prefix_errors("state_statistics"):
+            batch = Batch.of(batch, packed=True)
+        read = batch.select_rows(slice(self.rows))
+        tokens = jnp.asarray(read.tokens)[:, :-1]
+        start = repeat(state, read.sequences)
+        *_, trace = self.model.apply(
+            {"params": params},
+            tokens,
+            start,
+            segment_ids=read.segment_ids,
+            method="hidden_with_trace",
+            names=self.names,
+        )
+        return self.of_trace(params, state, batch, trace)
+
+    def of_trace(
+        self,
+        params: Params,
+        state: RWKV7State,
+        batch: BatchLike,
+        trace: dict[str, Array],
+    ) -> RWKV7State:
+        """Measures them in the trace of a batch."""
+        del params  # How a memory is read is in the trace.
+        implementation = self.model.config.implementation
+        trace = jax.tree.map(lambda array: array[:, : self.rows], trace)
+        batch = Batch.of(batch, packed=True)
+        # Of all rows, then cut: so they are shares of the batch.
+        weights = loss_weights(batch)[: self.rows]
+        batch = batch.select_rows(slice(self.rows))
+
+        def wkv_moments(layer):
+            parts, _ = layer
+            reads = initial_state_read_vectors(
+                parts,
+                implementation=implementation,
+                segment_ids=batch.segment_ids,
+                sequences=batch.sequences,
+            )
+            return second_moment(reads, weights)
+
+        def memory_moments(layer):
+            parts, upscaled = layer
+            reads = memory_read_vectors(upscaled, parts, implementation=implementation)
+            return second_moment(reads, weights)
+
+        # `lax.map` takes one layer at a time: the read vectors of all layers would need too much
+        # memory next to the model.
+        layers = (trace, state.upscaled)
+        moments = jax.tree.map(lambda _: None, state)
+        if "wkv" in self.leaves:
+            moments = moments.replace(wkv=jax.lax.map(wkv_moments, layers))
+        if "memory" in self.leaves:
+            memory = jax.lax.map(memory_moments, layers)
+            moments = moments.replace(upscaled=moments.upscaled.replace(memory=memory))
+        # They shape the update and are no part of the loss.
+        return jax.lax.stop_gradient(moments)
+
+
 def state_statistics(
     model: RWKV7, params: Params, *, leaves: tuple[str, ...] = ("wkv",), rows: int = 8
 ) -> Partial:
@@ -126,61 +205,7 @@ def state_statistics(
         check_params(params, model.config)
         check_leaves(leaves)
         check_count(rows, 1, "`rows`")
-    implementation = model.config.implementation
-
-    def statistics(params: Params, state: RWKV7State, batch: BatchLike) -> RWKV7State:
-        with prefix_errors("state_statistics"):
-            batch = Batch.of(batch, packed=True)
-        read = batch.select_rows(slice(rows))
-        tokens = jnp.asarray(read.tokens)[:, :-1]
-        start = repeat(state, read.sequences)
-        *_, trace = model.apply(
-            {"params": params},
-            tokens,
-            start,
-            segment_ids=read.segment_ids,
-            method="hidden_with_trace",
-            names=RECURRENCE,
-        )
-        return of_trace(params, state, batch, trace)
-
-    def of_trace(
-        _params: Params, state: RWKV7State, batch: BatchLike, trace: dict[str, Array]
-    ) -> RWKV7State:
-        trace = jax.tree.map(lambda array: array[:, :rows], trace)
-        batch = Batch.of(batch, packed=True)
-        # Of all rows, then cut: so they are shares of the batch.
-        weights = loss_weights(batch)[:rows]
-        batch = batch.select_rows(slice(rows))
-
-        def wkv_moments(layer):
-            parts, _ = layer
-            reads = initial_state_read_vectors(
-                parts,
-                implementation=implementation,
-                segment_ids=batch.segment_ids,
-                sequences=batch.sequences,
-            )
-            return second_moment(reads, weights)
-
-        def memory_moments(layer):
-            parts, upscaled = layer
-            reads = memory_read_vectors(upscaled, parts, implementation=implementation)
-            return second_moment(reads, weights)
-
-        # `lax.map` takes one layer at a time: the read vectors of all layers would need too much
-        # memory next to the model.
-        layers = (trace, state.upscaled)
-        moments = jax.tree.map(lambda _: None, state)
-        if "wkv" in leaves:
-            moments = moments.replace(wkv=jax.lax.map(wkv_moments, layers))
-        if "memory" in leaves:
-            memory = jax.lax.map(memory_moments, layers)
-            moments = moments.replace(upscaled=moments.upscaled.replace(memory=memory))
-        # They shape the update and are no part of the loss.
-        return jax.lax.stop_gradient(moments)
-
-    return Partial(describe_statistics(statistics, model, RECURRENCE, of_trace), params)
+    return Partial(_StateStatistics(model, tuple(leaves), rows), params)
 
 
 def state_decorrelator(

@@ -1,6 +1,6 @@
 """The loss of a start state of a frozen model, and masks of its tuned arrays."""
 
-import functools
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +30,6 @@ from rwkv7_jax.training.losses import (
     next_token_loss_with_trace,
     shares_of_known_ids,
 )
-from rwkv7_jax.training.shared_pass import describe_loss
 
 LEAVES = ("wkv", "att_shift", "ffn_shift", "memory")
 
@@ -166,6 +165,59 @@ def add_anchor_and_metrics(
     return value, metrics | jax.lax.stop_gradient(sizes)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _StateLoss:
+    """The loss of a start state, called with the frozen weights in front; see `state_loss`."""
+
+    model: RWKV7
+    leaves: tuple[str, ...]
+    anchor: float
+    l2wrap: float
+
+    def __call__(
+        self, params: Params, state: RWKV7State, batch: BatchLike
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Computes the loss and its metrics."""
+        value, (metrics, _) = self.with_trace(params, state, batch, ())
+        return value, metrics
+
+    def with_trace(
+        self,
+        params: Params,
+        state: RWKV7State,
+        batch: BatchLike,
+        names: tuple[str, ...],
+    ):
+        """Computes the loss, its metrics, and the arrays `names` of the model's trace."""
+        with prefix_errors("state_loss"):
+            batch = self.check_batch(batch)
+            check_targets(batch)
+            if self.anchor:
+                Batch.of(batch, "anchor", packed=True)
+            check_instance(state, RWKV7State, "`state`")
+            if state.batch != 1:
+                raise ValueError(f"`state` must hold one sequence; got {state.batch}.")
+        state = stop_gradient_except(state, self.leaves)
+        start = repeat(state, batch.sequences)
+        value, (metrics, trace) = next_token_loss_with_trace(
+            self.model, params, start, batch, l2wrap=self.l2wrap, names=names
+        )
+        value, metrics = add_anchor_and_metrics(
+            self.model,
+            params,
+            state,
+            batch,
+            anchor=self.anchor,
+            value=value,
+            metrics=metrics,
+        )
+        return value, (metrics, trace)
+
+    def check_batch(self, batch: BatchLike) -> Batch:
+        """Checks a batch; a step calls it on the host, where ids can still be read."""
+        return check_ids_and_shapes(batch, self.model.config.vocab_size, packed=True)
+
+
 def state_loss(
     model: RWKV7,
     params: Params,
@@ -177,9 +229,9 @@ def state_loss(
     """Makes the loss of a start state of batch 1; the weights are frozen arguments of it.
 
     Every row of a batch, or every sequence of packed rows, starts from that state, so its gradient
-    is the sum over them. The metrics
-    watch the state: `state_max` is its largest entry, `state_rms` its root mean square. Above a few
-    tens, the norm after the read-out has made the early tokens insensitive to the state's size.
+    is the sum over them. The metrics watch the state: `state_max` is its largest entry, `state_rms`
+    its root mean square. Above a few tens, the norm after the read-out has made the early tokens
+    insensitive to the state's size.
 
     Args:
         model: the shell around `params`.
@@ -200,39 +252,4 @@ def state_loss(
         check_leaves(leaves)
         check_number(anchor, 0, math.inf, "`anchor`")
         check_number(l2wrap, 0, math.inf, "`l2wrap`")
-    check = functools.partial(
-        check_ids_and_shapes, vocab_size=model.config.vocab_size, packed=True
-    )
-
-    def with_trace(
-        params: Params, state: RWKV7State, batch: BatchLike, names: tuple[str, ...]
-    ):
-        with prefix_errors("state_loss"):
-            batch = check(batch)
-            check_targets(batch)
-            if anchor:
-                Batch.of(batch, "anchor", packed=True)
-            check_instance(state, RWKV7State, "`state`")
-            if state.batch != 1:
-                raise ValueError(f"`state` must hold one sequence; got {state.batch}.")
-        state = stop_gradient_except(state, tuple(leaves))
-        start = repeat(state, batch.sequences)
-        value, (metrics, trace) = next_token_loss_with_trace(
-            model, params, start, batch, l2wrap=l2wrap, names=names
-        )
-        value, metrics = add_anchor_and_metrics(
-            model,
-            params,
-            state,
-            batch,
-            anchor=anchor,
-            value=value,
-            metrics=metrics,
-        )
-        return value, (metrics, trace)
-
-    def loss(params: Params, state: RWKV7State, batch: BatchLike):
-        value, (metrics, _) = with_trace(params, state, batch, ())
-        return value, metrics
-
-    return Partial(describe_loss(loss, check, model, with_trace), params)
+    return Partial(_StateLoss(model, tuple(leaves), anchor, l2wrap), params)
