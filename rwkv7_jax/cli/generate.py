@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -228,13 +229,7 @@ def run_generate(options: argparse.Namespace) -> str | None:
         if options.chat and read_sidecar(options.state).get("session") == "chat":
             # The state has read an answer but not the blank line that ends a turn.
             prompt = TURN_END.encode() + prompt
-    # The id that ends documents is what a text without a prompt begins after.
-    prompt_ids = tokenizer.encode(prompt) or list(tokenizer.stop_ids)
-    if not prompt_ids:
-        raise ValueError(
-            f"generate: `--prompt` must hold a token; {tokenizer.name} has no end of text that a "
-            "text could begin after."
-        )
+    prompt_ids = _encode_prompt(tokenizer, prompt)
     # What the model itself reads.
     unread = prompt_ids
     if options.observer:
@@ -251,17 +246,11 @@ def run_generate(options: argparse.Namespace) -> str | None:
         unread,
         state,
         tokens=options.tokens,
-        key=jax.random.key(options.seed),
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        presence_penalty=options.presence_penalty,
-        frequency_penalty=options.frequency_penalty,
-        penalty_exempt=exempt_ids(tokenizer),
         stop_ids=(*tokenizer.stop_ids, *options.stop_ids),
         stop_strings=stop_strings,
         tokenizer=tokenizer,
         on_text=None if options.json else stream,
+        **_sampling(options, tokenizer),
     )
     if options.save_state:
         _save_session(options, model, out.state)
@@ -270,6 +259,30 @@ def run_generate(options: argparse.Namespace) -> str | None:
         return _to_json(out, prompt, opening, len(prompt_ids))
     stream.close()
     return None
+
+
+def _encode_prompt(tokenizer: Tokenizer, prompt: bytes) -> list[int]:
+    """Returns the ids of a prompt; of an empty one the id that ends documents."""
+    ids = tokenizer.encode(prompt) or list(tokenizer.stop_ids)
+    if not ids:
+        raise ValueError(
+            f"generate: `--prompt` must hold a token; {tokenizer.name} has no end of text that a "
+            "text could begin after."
+        )
+    return ids
+
+
+def _sampling(options: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns the arguments of `generate` that say how the next token is drawn."""
+    return {
+        "key": jax.random.key(options.seed),
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "top_k": options.top_k,
+        "presence_penalty": options.presence_penalty,
+        "frequency_penalty": options.frequency_penalty,
+        "penalty_exempt": exempt_ids(tokenizer),
+    }
 
 
 def _check_target(options: argparse.Namespace) -> None:

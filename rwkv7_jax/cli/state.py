@@ -12,6 +12,7 @@ from rwkv7_jax.checkpoints import (
     read_tensors,
     save_state,
 )
+from rwkv7_jax.checkpoints.state_sidecar import MEANING
 from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.cli.arguments import number, path, state_target
 from rwkv7_jax.cli.inputs import read_model
@@ -24,20 +25,7 @@ from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.tuning.state_arithmetic import capacity, scaled, weighted_sum
 
 # Fields of a sidecar that `info` prints in sentences of its own.
-_DESCRIBED_FIELDS = frozenset(
-    {
-        "format",
-        "axes",
-        "layers",
-        "heads",
-        "value_size",
-        "key_size",
-        "dynamics",
-        "kind",
-        "features",
-        "base_model",
-    }
-)
+_DESCRIBED_FIELDS = frozenset({*MEANING, "base_model"})
 
 _STATE_HELP = ".pth, .safetensors, .st or .state"
 

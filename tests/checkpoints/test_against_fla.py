@@ -1,15 +1,12 @@
 """flash-linear-attention on CPU: HF folders that we wrote, and gradients of every weight."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 import trained_scale_models as calm_models
-from run_programs import ROOT
+from child_programs import run_child
 
 from rwkv7_jax.checkpoints.model_files import load_model, save_model
 from rwkv7_jax.checkpoints.tensor_files import read_tensors
@@ -38,15 +35,13 @@ def both(tmp_path_factory):
         "l2wrap": np.float32(L2WRAP),
     }
     np.savez(folder / "in.npz", **data)
-    child = [sys.executable, ROOT / "tests" / "support" / "fla_process.py"]
-    done = subprocess.run(
-        [*child, folder / "model", folder / "in.npz", folder / "out.npz"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+    run_child(
+        "fla_process",
+        folder / "model",
+        folder / "in.npz",
+        folder / "out.npz",
+        TRITON_INTERPRET="1",
     )
-    assert done.returncode == 0, done.stderr[-3000:]
     params, config = load_model(folder / "model")
     assert config == CONFIG
     return RWKV7(config), params, data, dict(np.load(folder / "out.npz"))

@@ -3,15 +3,12 @@
 import dataclasses
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 import trained_scale_models as calm_models
-from run_programs import ROOT
+from child_programs import run_child
 
 from rwkv7_jax.checkpoints.model_files import load_model, save_model
 from rwkv7_jax.model.rwkv7 import RWKV7
@@ -60,15 +57,13 @@ def answered(request, tmp_path_factory):
         else [],
     }
     (folder / "in.json").write_text(json.dumps(questions))
-    child = [sys.executable, ROOT / "tests" / "support" / "hf_process.py"]
-    done = subprocess.run(
-        [*child, folder / "m", folder / "in.json", folder / "out.json"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    run_child(
+        "hf_process",
+        folder / "m",
+        folder / "in.json",
+        folder / "out.json",
+        HF_HUB_OFFLINE="1",
     )
-    assert done.returncode == 0, done.stderr[-3000:]
     return folder / "m", questions, json.loads((folder / "out.json").read_text())
 
 

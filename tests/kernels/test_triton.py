@@ -1,15 +1,13 @@
 """The Triton kernels, in Triton's interpreter, against the float64 definition."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import wkv_reference
+from child_programs import run_child
 from run_programs import ROOT
 from tolerances import WKV, assert_close
 
@@ -17,7 +15,6 @@ from pallas_kernels.cases import Case, make_inputs
 
 pytestmark = pytest.mark.slow
 NAMES = ("y", "state", "r", "log_w", "k", "v", "a", "b", "start state")
-PROCESS = ROOT / "tests" / "support" / "triton_process.py"
 
 
 def _data(case, dtype):
@@ -62,14 +59,7 @@ def results(tmp_path_factory):
             )
             _write(given, _data(case, dtype))
             words += [given, found, str(chunk), dtype, str(capability)]
-    done = subprocess.run(
-        [sys.executable, PROCESS, *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_child("triton_process", *words, PYTHONPATH=str(ROOT))
     return folder
 
 

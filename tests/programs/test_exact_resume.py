@@ -2,13 +2,11 @@
 
 import dataclasses
 import json
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
-from run_programs import MODEL, train_here
+from run_programs import MODEL, stopping_at, train_here
 from smallest_runs import MODES, STEPS, mode_settings
 from tiny_models import lively
 
@@ -17,7 +15,6 @@ from rwkv7_jax.checkpoints.state_files import load_state
 from rwkv7_jax.evaluation.metric import Metric
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.runs.exit_codes import Stopped
-from rwkv7_jax.runs.input_pipeline import InputPipeline
 from rwkv7_jax.runs.modes.state_tuning import StateMode
 from rwkv7_jax.test_time.policy_batches import PolicyBatch
 
@@ -30,18 +27,6 @@ TIMES = (
     "waiting_share",
 )
 TIMES += ("compile_seconds", "step_seconds", "paused_seconds", "process_peak_mib")
-
-
-def stopped_at(monkeypatch, step: int):
-    """Sends SIGTERM to this process while the batch after this step is being made."""
-    original = InputPipeline.__call__
-
-    def call(feed, number, params):
-        if number == step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(feed, number, params)
-
-    monkeypatch.setattr(InputPipeline, "__call__", call)
 
 
 def ended(folder: Path) -> tuple[dict, list[dict]]:
@@ -57,16 +42,17 @@ def ended(folder: Path) -> tuple[dict, list[dict]]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_run_stopped_by_a_signal_continues_with_the_same_bits(
-    tmp_path, base_model, mode, monkeypatch, capsys
+    tmp_path, base_model, mode, capsys
 ):
     # After step 2 an evaluation is due. The signal ends it, and the continued run makes up for it.
     settings = mode_settings(mode, base_model)
     stop = 3 if mode in ("pretrain", "grpo") else 2
     train_here(settings, tmp_path / "one")
-    with monkeypatch.context() as patches:
-        stopped_at(patches, stop)
-        with pytest.raises(Stopped, match=f"stopped by SIGTERM; step {stop} is saved"):
-            train_here(settings, tmp_path / "two")
+    with (
+        stopping_at(stop),
+        pytest.raises(Stopped, match=f"stopped by SIGTERM; step {stop} is saved"),
+    ):
+        train_here(settings, tmp_path / "two")
     train_here(settings, tmp_path / "two")
     assert f"resume    from step {stop}" in capsys.readouterr().out
     one, two = (ended(tmp_path / name) for name in ("one", "two"))
@@ -76,7 +62,7 @@ def test_a_run_stopped_by_a_signal_continues_with_the_same_bits(
 
 
 def test_a_run_of_several_updates_a_step_continues_with_the_same_bits(
-    tmp_path, base_model, monkeypatch, capsys
+    tmp_path, base_model, capsys
 ):
     changes = {
         "test_time__updates": 3,
@@ -87,10 +73,8 @@ def test_a_run_of_several_updates_a_step_continues_with_the_same_bits(
     }
     settings = mode_settings("grpo", base_model, **changes)
     train_here(settings, tmp_path / "one")
-    with monkeypatch.context() as patches:
-        stopped_at(patches, 3)
-        with pytest.raises(Stopped, match="step 3 is saved"):
-            train_here(settings, tmp_path / "two")
+    with stopping_at(3), pytest.raises(Stopped, match="step 3 is saved"):
+        train_here(settings, tmp_path / "two")
     train_here(settings, tmp_path / "two")
     assert "resume    from step 3" in capsys.readouterr().out
     one, two = (ended(tmp_path / name) for name in ("one", "two"))
@@ -221,15 +205,13 @@ def test_with_patience_the_result_is_the_best_steps(
 
 
 def test_a_run_continues_on_another_machine_from_its_backup_with_the_same_bits(
-    tmp_path, base_model, monkeypatch
+    tmp_path, base_model
 ):
     settings = mode_settings("state", base_model)
     train_here(settings, tmp_path / "one")
     copied = dataclasses.replace(settings, backup=f"file://{tmp_path}/bucket")
-    with monkeypatch.context() as patches:
-        stopped_at(patches, 2)
-        with pytest.raises(Stopped):
-            train_here(copied, tmp_path / "lost")
+    with stopping_at(2), pytest.raises(Stopped):
+        train_here(copied, tmp_path / "lost")
     train_here(copied, tmp_path / "two")
     assert ended(tmp_path / "two") == ended(tmp_path / "one")
     assert (tmp_path / "bucket" / "state.pth").read_bytes() == (

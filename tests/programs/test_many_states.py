@@ -1,20 +1,17 @@
 """Several start states in one run: equal to runs of their own, and resumed exactly."""
 
 import json
-import os
-import signal
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from run_programs import train_here
+from run_programs import stopping_at, train_here
 from smallest_runs import mode_settings
 from tolerances import SAME, assert_close
 
 from rwkv7_jax.checkpoints.state_files import load_state
 from rwkv7_jax.evaluation.metric import Metric
 from rwkv7_jax.runs.exit_codes import NotFinite, Stopped
-from rwkv7_jax.runs.input_pipeline import InputPipeline
 from rwkv7_jax.runs.modes.stack import StackMode, state_sources
 from rwkv7_jax.runs.modes.state_tuning import StateMode
 
@@ -106,22 +103,11 @@ def test_each_states_result_is_its_own_best_step(
 
 
 @pytest.mark.slow
-def test_a_stack_stopped_by_a_signal_goes_on_with_the_same_bits(
-    tmp_path, base_model, monkeypatch
-):
+def test_a_stack_stopped_by_a_signal_goes_on_with_the_same_bits(tmp_path, base_model):
     settings = stack_settings(base_model)
     train_here(settings, tmp_path / "one")
-    original = InputPipeline.__call__
-
-    def call(feed, number, params):
-        if number == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(feed, number, params)
-
-    with monkeypatch.context() as patches:
-        patches.setattr(InputPipeline, "__call__", call)
-        with pytest.raises(Stopped, match="step 3 is saved"):
-            train_here(settings, tmp_path / "two")
+    with stopping_at(3), pytest.raises(Stopped, match="step 3 is saved"):
+        train_here(settings, tmp_path / "two")
     train_here(settings, tmp_path / "two")
     one = saved(tmp_path / "one")
     two = saved(tmp_path / "two")

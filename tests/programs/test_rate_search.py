@@ -1,18 +1,15 @@
 """Runs that find their rate: as if it were named, resumed exactly, honest when it fails."""
 
 import json
-import os
-import signal
 
 import numpy as np
 import pytest
-from run_programs import train_here
+from run_programs import stopping_at, train_here
 from smallest_runs import mode_settings
 
 from rwkv7_jax.checkpoints.state_files import load_state
 from rwkv7_jax.evaluation.metric import Metric
 from rwkv7_jax.runs.exit_codes import Stopped
-from rwkv7_jax.runs.input_pipeline import InputPipeline
 from rwkv7_jax.runs.modes.rate_search import RateSearchMode
 from rwkv7_jax.runs.modes.state_tuning import StateMode
 from rwkv7_jax.runs.rate_search import RECORD, keep_rate_of_run
@@ -68,21 +65,12 @@ def test_a_run_that_finds_its_rate_is_the_run_that_names_it(tmp_path, base_model
 
 @pytest.mark.slow
 def test_a_search_stopped_by_a_signal_goes_on_with_the_same_bits(
-    tmp_path, base_model, monkeypatch, capsys
+    tmp_path, base_model, capsys
 ):
     train_here(searched(base_model), tmp_path / "one")
-    original = InputPipeline.__call__
-
-    def call(feed, number, params):
-        if number == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(feed, number, params)
-
-    with monkeypatch.context() as patches:
-        patches.setattr(InputPipeline, "__call__", call)
-        sentence = "step 3 of the search for a learning rate is saved"
-        with pytest.raises(Stopped, match=sentence):
-            train_here(searched(base_model), tmp_path / "two")
+    sentence = "step 3 of the search for a learning rate is saved"
+    with stopping_at(3), pytest.raises(Stopped, match=sentence):
+        train_here(searched(base_model), tmp_path / "two")
     assert not (tmp_path / "two" / RECORD).exists()
     train_here(searched(base_model), tmp_path / "two")
     assert "resume    from step 3" in capsys.readouterr().out

@@ -1,13 +1,18 @@
 """Runs train.py for tests, as a program of its own or inside this process."""
 
+import contextlib
 import functools
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from rwkv7_jax.runs.input_pipeline import InputPipeline
 from rwkv7_jax.runs.process import StopSignals
 from rwkv7_jax.runs.run_directory import OwnedRunDirectory
 from rwkv7_jax.runs.settings import Settings
@@ -145,3 +150,18 @@ def train_here(settings: Settings, workdir: Path) -> None:
     """Runs train.py's functions in this process."""
     with StopSignals() as stop, OwnedRunDirectory(workdir, settings) as folder:
         load_train()["train"](settings, folder, stop)
+
+
+@contextlib.contextmanager
+def stopping_at(step: int):
+    """Sends SIGTERM to this process, in the block, while a run makes the batch of a step."""
+    original = InputPipeline.__call__
+
+    def call(pipeline, steps_done, params):
+        if steps_done == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(pipeline, steps_done, params)
+
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(InputPipeline, "__call__", call)
+        yield

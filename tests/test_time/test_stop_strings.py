@@ -24,6 +24,8 @@ STOPS = tuple(chr(number) for number in range(8, 128, 8))
 STOP_IDS = (3,)
 ENDS = {"stop_ids": STOP_IDS, "stop_strings": STOPS, "tokenizer": TOKENIZER}
 DRAW = {"group": 4, "tokens": 24, "key": jax.random.key(2)}
+# The same for a teacher.
+COLLECT = {"samples": 4, "tokens": 24, "key": jax.random.key(2)}
 
 
 @pytest.fixture(scope="module")
@@ -125,14 +127,7 @@ def test_no_loop_shows_a_stop_string_to_a_reward(params):
             **LOOP,
         ),
         "traces": lambda reward: collect_traces(
-            MODEL,
-            params,
-            PROMPTS,
-            tokens=24,
-            samples=4,
-            key=DRAW["key"],
-            verify=reward,
-            **ENDS,
+            MODEL, params, PROMPTS, verify=reward, **COLLECT, **ENDS
         ),
         "held out": lambda reward: held_out_reward(
             MODEL, params, None, PROMPTS, reward, tokens=24, **ENDS
@@ -146,37 +141,20 @@ def test_no_loop_shows_a_stop_string_to_a_reward(params):
 
 
 def test_traces_hold_the_stop_string_also_from_a_cache(params, tmp_path):
+    cache = tmp_path / "cache.jsonl"
+    cached = {**COLLECT, "cache": cache, "teacher_hash": "tiny"}
     for attempt in range(2):
         seen = Recorder()
         traces, _ = collect_traces(
-            MODEL,
-            params,
-            PROMPTS,
-            tokens=24,
-            samples=4,
-            key=DRAW["key"],
-            verify=seen,
-            cache=tmp_path / "cache.jsonl",
-            teacher_hash="tiny",
-            **ENDS,
+            MODEL, params, PROMPTS, verify=seen, **cached, **ENDS
         )
         assert not seen.saw_a_stop, attempt
         texts = [TOKENIZER.decode([i for i in one.completion if i]) for one in traces]
         assert any(text.endswith(STOPS) for text in texts), attempt
     # Other stop strings are other completions.
-    lines = (tmp_path / "cache.jsonl").read_text().count("\n")
-    collect_traces(
-        MODEL,
-        params,
-        PROMPTS,
-        tokens=24,
-        samples=4,
-        key=DRAW["key"],
-        stop_ids=STOP_IDS,
-        cache=tmp_path / "cache.jsonl",
-        teacher_hash="tiny",
-    )
-    assert (tmp_path / "cache.jsonl").read_text().count("\n") == 2 * lines
+    lines = cache.read_text().count("\n")
+    collect_traces(MODEL, params, PROMPTS, stop_ids=STOP_IDS, **cached)
+    assert cache.read_text().count("\n") == 2 * lines
 
 
 def test_a_completion_that_a_stop_string_ends_is_not_cut(params, stopped):
@@ -213,7 +191,7 @@ def test_a_completion_that_a_stop_string_ends_is_not_cut(params, stopped):
         ({"tokenizer": 3}, TypeError, "`tokenizer` must be a Tokenizer; got int"),
     ],
 )
-def test_bad_stop_strings_are_refused_by_every_door(
+def test_bad_stop_strings_are_refused_by_every_public_function(
     params, unchecked, change, error, message
 ):
     ends = ENDS | change
