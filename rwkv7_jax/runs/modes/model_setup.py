@@ -69,6 +69,30 @@ def load_or_init(
     return RWKV7(dataclasses.replace(config, **changes)), params
 
 
+def load_frozen(
+    settings: Settings, purpose: str, *, mesh: Mesh | None
+) -> tuple[RWKV7, Params]:
+    """Loads the model of `config.init` for a run that never changes its weights.
+
+    Args:
+        settings: of the run.
+        purpose: of the model, which ends the message where no checkpoint is named.
+        mesh: the devices that hold the weights; None for a single one.
+
+    Raises:
+        ValueError: no checkpoint is named.
+    """
+    if settings.init is None:
+        raise ValueError(f"`config.init` must name the checkpoint {purpose}.")
+    return load_or_init(
+        settings.init,
+        settings.model,
+        seed=settings.seed,
+        allow_nan=settings.allow_nan,
+        mesh=mesh,
+    )
+
+
 def tokenizer_of(settings: Settings, config: RWKV7Config) -> Tokenizer:
     """Returns the vocabulary of a run: that of `config.data.vocabulary`, or of its checkpoint.
 

@@ -22,7 +22,7 @@ from rwkv7_jax.observer.prompt_splits import add_prompt_splits, count_answers
 from rwkv7_jax.runs.datasets import held_out
 from rwkv7_jax.runs.modes.base import count
 from rwkv7_jax.runs.modes.dataset import DatasetMode
-from rwkv7_jax.runs.modes.model_setup import load_or_init, tokenizer_of
+from rwkv7_jax.runs.modes.model_setup import load_frozen, tokenizer_of
 
 # The start states whose continuations are measured, and the names they have in logs: of the
 # observer's proposal, of the teacher after it has read the prompt itself, and of zeros.
@@ -37,16 +37,8 @@ class ObserverMode(DatasetMode):
     def set_up(self) -> None:
         """Loads the teacher, opens the data and makes the loss."""
         settings = self.settings
-        if settings.init is None:
-            raise ValueError(
-                "`config.init` must name the checkpoint whose states are observed."
-            )
-        self.model, self.frozen = self._base or load_or_init(
-            settings.init,
-            settings.model,
-            seed=settings.seed,
-            allow_nan=settings.allow_nan,
-            mesh=self.mesh,
+        self.model, self.frozen = self._base or load_frozen(
+            settings, "whose states are observed", mesh=self.mesh
         )
         teacher = self.model.config
         self.tokenizer = tokenizer_of(settings, teacher)

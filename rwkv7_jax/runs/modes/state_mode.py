@@ -12,7 +12,7 @@ from rwkv7_jax.checkpoints.state_files import save_state
 from rwkv7_jax.model.state import RWKV7State, init_state
 from rwkv7_jax.optim.decorrelation import Decorrelator
 from rwkv7_jax.runs.modes.base import TrainingMode
-from rwkv7_jax.runs.modes.model_setup import load_or_init, tokenizer_of
+from rwkv7_jax.runs.modes.model_setup import load_frozen, tokenizer_of
 from rwkv7_jax.runs.modes.start_state import read_start_state
 from rwkv7_jax.tuning.rate_factors import rate_factors, with_rate_factors
 from rwkv7_jax.tuning.state_arithmetic import scaled
@@ -38,20 +38,12 @@ class StateTuningMode(TrainingMode):
             ValueError: no checkpoint is named, or an anchor has no text.
         """
         settings = self.settings
-        if settings.init is None:
-            raise ValueError(
-                "`config.init` must name the checkpoint whose start state is tuned."
-            )
         if settings.tuning.anchor and settings.tuning.anchor_path is None:
             raise ValueError(
                 "`config.tuning.anchor_path` must name the text of the anchor."
             )
-        self.model, self.frozen = self._base or load_or_init(
-            settings.init,
-            settings.model,
-            seed=settings.seed,
-            allow_nan=settings.allow_nan,
-            mesh=self.mesh,
+        self.model, self.frozen = self._base or load_frozen(
+            settings, "whose start state is tuned", mesh=self.mesh
         )
         self.tokenizer = tokenizer_of(settings, self.model.config)
 
