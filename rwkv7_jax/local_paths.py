@@ -92,10 +92,10 @@ def is_same(one: str | os.PathLike[str], two: str | os.PathLike[str]) -> bool:
 def _identity(path: str | os.PathLike[str]) -> tuple[int, int] | None:
     """Returns what tells a file from all others; None where there is none."""
     try:
-        found = os.stat(os.path.expanduser(path))
+        status = os.stat(os.path.expanduser(path))
     except (OSError, ValueError):
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def is_remote(text: str) -> bool:

@@ -241,12 +241,12 @@ def _digest(
     return digest_of_arrays(arrays, description)
 
 
-def _tensor(found: gguf.ReaderTensor) -> Tensor:
+def _tensor(stored: gguf.ReaderTensor) -> Tensor:
     """Describes a tensor of a file; its numbers stay there until they are read."""
-    dtype = _TYPES[found.tensor_type]
+    dtype = _TYPES[stored.tensor_type]
     # The file has the axes in the opposite order.
-    shape = tuple(reversed([int(size) for size in found.shape]))
-    return Tensor(shape, dtype, lambda: found.data.view(dtype).reshape(shape))
+    shape = tuple(reversed([int(size) for size in stored.shape]))
+    return Tensor(shape, dtype, lambda: stored.data.view(dtype).reshape(shape))
 
 
 def _official_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

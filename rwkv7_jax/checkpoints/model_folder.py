@@ -103,13 +103,13 @@ def restore_interrupted(path: Path) -> None:
     Does nothing where something is at the path. Systems that exchange folders in one step never
     need it.
     """
-    place = path.resolve()
-    if place.exists():
+    target = path.resolve()
+    if target.exists():
         return
-    for old in sorted(place.parent.glob(f".{glob.escape(place.name)}.*/{_OLD}")):
+    for old in sorted(target.parent.glob(f".{glob.escape(target.name)}.*/{_OLD}")):
         # Another process may have put it back in the meantime.
         with contextlib.suppress(OSError):
-            os.replace(old, place)
+            os.replace(old, target)
             shutil.rmtree(old.parent, ignore_errors=True)
             return
 

@@ -173,8 +173,8 @@ def _restore(
     with _handler() as handler:
         tree = _name_damage(functools.partial(_read_list, handler, arrays), folder)
         if not may_narrow:
-            for place, leaf in jax.tree_util.tree_leaves_with_path(tree):
-                require_kept(leaf.dtype, jax.tree_util.keystr(place), str(folder))
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                require_kept(leaf.dtype, jax.tree_util.keystr(path), str(folder))
         return _name_damage(read_arrays, folder)
 
 
@@ -224,11 +224,11 @@ def _check_files(card: dict[str, Any], folder: Path) -> None:
         file = folder / _ARRAYS / name
         actual = file.stat().st_size if file.is_file() else None
         if actual != size:
-            found = (
+            fault = (
                 "is missing" if actual is None else f"has {actual:,} bytes of {size}"
             )
             raise ValueError(
-                f"load_model: `{folder}` is damaged or incomplete: {_ARRAYS}/{name} {found}; "
+                f"load_model: `{folder}` is damaged or incomplete: {_ARRAYS}/{name} {fault}; "
                 "copy it again."
             )
 

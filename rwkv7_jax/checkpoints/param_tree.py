@@ -188,14 +188,14 @@ def require_float_dtype(dtype) -> np.dtype:
         TypeError: no dtype, or not a floating-point one; the message begins with `dtype`.
     """
     try:
-        found = jnp.dtype(dtype)
+        jax_dtype = jnp.dtype(dtype)
     except TypeError:
         raise TypeError(
             f"`dtype` must be a floating-point dtype; got {dtype!r}."
         ) from None
-    if not jnp.issubdtype(found, jnp.floating):
-        raise TypeError(f"`dtype` must be a floating-point dtype; got {found}.")
-    return found
+    if not jnp.issubdtype(jax_dtype, jnp.floating):
+        raise TypeError(f"`dtype` must be a floating-point dtype; got {jax_dtype}.")
+    return jax_dtype
 
 
 def require_jax_dtype(dtype: np.dtype) -> np.dtype:
@@ -241,20 +241,20 @@ def _faulty_tensors(
     """
     flags: dict[TreePath, np.ndarray] = {}
     leaves = [_leaves(tree) for tree in trees]
-    for place in leaves[0]:
-        found = np.zeros(1, bool)
+    for path in leaves[0]:
+        faulty = np.zeros(1, bool)
         for shards in zip(
-            *(tree[place].addressable_shards for tree in leaves), strict=True
+            *(tree[path].addressable_shards for tree in leaves), strict=True
         ):
             parts = [shard.data for shard in shards]
-            if place[0] != "layers":
+            if path[0] != "layers":
                 parts = [part[None] for part in parts]
-            found = found | np.asarray(is_faulty(*parts))
-        flags[place] = found
+            faulty = faulty | np.asarray(is_faulty(*parts))
+        flags[path] = faulty
     for name in tensor_names.accepted_shapes(config):
-        place = tree_path(name)
-        row = int(name.split(".")[1]) - 1 if place[0] == "layers" else 0
-        if place in flags and flags[place][row]:
+        path = tree_path(name)
+        row = int(name.split(".")[1]) - 1 if path[0] == "layers" else 0
+        if path in flags and flags[path][row]:
             yield name
 
 
@@ -338,34 +338,34 @@ def check_params(params: Params, config: RWKV7Config) -> None:
     required = tensor_names.shapes(config)
     expected: dict[TreePath, Shape] = {}
     for name, shape in tensor_names.accepted_shapes(config).items():
-        place = tree_path(name)
+        path = tree_path(name)
         # An optional tensor is expected only where it is.
-        if name not in required and place not in leaves:
+        if name not in required and path not in leaves:
             continue
-        if place[0] == "layers":
+        if path[0] == "layers":
             shape = (config.num_layers - 1, *shape)
-        expected[place] = shape
+        expected[path] = shape
     # A leaf that no file has a name for would be lost in silence.
     extra = leaves.keys() - expected.keys()
     if extra:
-        place = "/".join(map(str, min(extra)))
-        raise ValueError(f"`params` must hold RWKV-7's leaves alone; got {place} too.")
-    for place, shape in expected.items():
-        leaf = leaves.get(place)
+        path = "/".join(map(str, min(extra)))
+        raise ValueError(f"`params` must hold RWKV-7's leaves alone; got {path} too.")
+    for path, shape in expected.items():
+        leaf = leaves.get(path)
         came = None if leaf is None else tuple(leaf.shape)
         if leaf is None or came != shape:
             raise ValueError(
-                f"`params` must hold {'/'.join(place)} of shape {shape}; got {came}."
+                f"`params` must hold {'/'.join(path)} of shape {shape}; got {came}."
             )
         # The loader refuses such a file, so the writer must not make one.
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
-                f"`params` must be floating-point; got {'/'.join(place)} {leaf.dtype}."
+                f"`params` must be floating-point; got {'/'.join(path)} {leaf.dtype}."
             )
         # NumPy's float64: Orbax would narrow it in silence, and the loader refuses such files.
         if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
             raise TypeError(
-                f"`params` must be of dtypes that JAX keeps; got {'/'.join(place)} {leaf.dtype} "
+                f"`params` must be of dtypes that JAX keeps; got {'/'.join(path)} {leaf.dtype} "
                 "(set jax_enable_x64, or convert it)."
             )
 
@@ -410,11 +410,11 @@ def official_tensors(
         check_params(params, config)
     leaves = _leaves(params)
     for name in tensor_names.accepted_shapes(config):
-        place = tree_path(name)
-        if place not in leaves:
+        path = tree_path(name)
+        if path not in leaves:
             continue
-        leaf = leaves[place]
-        if place[0] == "layers":
+        leaf = leaves[path]
+        if path[0] == "layers":
             # Row 0 of the stack is block 1.
             row = int(name.split(".")[1]) - 1
             # JAX keeps a copy of all that it has ever brought to the host: of one layer, it goes.

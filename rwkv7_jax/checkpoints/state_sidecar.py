@@ -49,10 +49,10 @@ PREVIOUS = "previous"
 
 def sidecar(path: str | Path) -> Path:
     """Returns the path of a state's sidecar: next to a link where there is one, or to its file."""
-    place = Path(f"{path}.json")
-    if os.path.islink(path) and not place.exists():
+    file = Path(f"{path}.json")
+    if os.path.islink(path) and not file.exists():
         return Path(f"{os.path.realpath(path)}.json")
-    return place
+    return file
 
 
 def own_entries(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,23 +102,23 @@ def previous_table(path: Path) -> dict[str, Any]:
 
 def read_table(path: Path) -> dict[str, Any]:
     """Reads all entries of a state's sidecar, the digests as well; empty where there is none."""
-    place = sidecar(path)
-    if not place.exists():
+    file = sidecar(path)
+    if not file.exists():
         return {}
-    table = read_json(place, "read_sidecar")
+    table = read_json(file, "read_sidecar")
     if PREVIOUS in table:
         # A save was interrupted, and only the tensors tell before or after which step.
         previous = table.pop(PREVIOUS)
         if not isinstance(previous, dict):
             raise ValueError(
-                f"read_sidecar: `{place}` must hold a table under {PREVIOUS!r}."
+                f"read_sidecar: `{file}` must hold a table under {PREVIOUS!r}."
             )
         arrays = (
             (name, tensor.read()) for name, tensor in open_state_tensors(path).items()
         )
         if table.get(DIGEST) != digest_of_arrays(arrays, _meaning(table)):
             table = previous
-    with prefix_errors("read_sidecar"), name_file(place, "read_sidecar"):
+    with prefix_errors("read_sidecar"), name_file(file, "read_sidecar"):
         _check_fields(table)
     return table
 

@@ -387,8 +387,8 @@ def dump_safetensors(
     start = file.tell()
     digest = ContentDigest()
     # The digest is known after all tensors; until then another text keeps its place.
-    place = digest.hexdigest()
-    file.write(_safetensors_header(arrays, metadata or {}, place))
+    placeholder = digest.hexdigest()
+    file.write(_safetensors_header(arrays, metadata or {}, placeholder))
     for name, array in arrays.items():
         # A scalar stays a scalar: `ascontiguousarray` alone would make it a vector of one.
         contiguous = np.ascontiguousarray(array).reshape(array.shape)

@@ -105,10 +105,10 @@ def _convert(options: argparse.Namespace) -> str:
     line = f"{options.target}: {_sizes(config)}"
     if state is None:
         return line
-    place = _state_place(Path(options.target))
+    state_path = _state_place(Path(options.target))
     info = {"base_model": model_hash(params, config)}
-    save_state(place, state, config=config, info=info)
-    return f"{line}\n{place}: the tuned state that {options.source} holds besides the weights"
+    save_state(state_path, state, config=config, info=info)
+    return f"{line}\n{state_path}: the tuned state that {options.source} holds besides the weights"
 
 
 def _vocabulary_of(

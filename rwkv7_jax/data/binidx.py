@@ -105,16 +105,16 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
     offsets = np.frombuffer(index, "<i8", sequences, _BODY + 4 * sequences)
     negative = np.flatnonzero(sizes < 0)
     if len(negative):
-        place = _BODY + 4 * int(negative[0])
+        offset = _BODY + 4 * int(negative[0])
         raise ValueError(
-            f"read_binidx: `{path}` at byte {place}: a sequence of negative size."
+            f"read_binidx: `{path}` at byte {offset}: a sequence of negative size."
         )
     starts = np.cumsum(sizes) - sizes
     gaps = np.flatnonzero(offsets != starts * dtype.itemsize)
     if len(gaps):
-        place = _BODY + 4 * sequences + 8 * int(gaps[0])
+        offset = _BODY + 4 * sequences + 8 * int(gaps[0])
         raise ValueError(
-            f"read_binidx: `{path}` at byte {place}: a sequence does not follow the last."
+            f"read_binidx: `{path}` at byte {offset}: a sequence does not follow the last."
         )
     return dtype, sizes
 

@@ -46,14 +46,14 @@ __all__ = [
 PathsOrIds = str | Path | Sequence[str | Path] | np.ndarray | TokenStream
 
 
-def _encode(found: Iterable[Document], tokenizer: Encoder) -> TokenArray:
+def _encode(selected: Iterable[Document], tokenizer: Encoder) -> TokenArray:
     """Encodes documents into one array in memory."""
     # An empty array first, so that no documents at all give no ids.
     pieces = [np.zeros(0, tokenizer.dtype)]
     # One flag for each piece; a mask of all ids is only made where it is needed.
     flags = [True]
     sizes = []
-    for document in found:
+    for document in selected:
         size = 0
         for ids, in_loss in document.ids(tokenizer):
             pieces.append(ids)
@@ -81,7 +81,7 @@ def _read(
 ) -> TokenStream:
     """Reads one part of the documents of a source into memory."""
     stats = ReadStats()
-    found: Iterator[Document] = documents(
+    selected: Iterator[Document] = documents(
         source,
         on_bad=on_bad,
         stats=stats,
@@ -89,18 +89,18 @@ def _read(
         encoding=encoding,
     )
     # A single document is split by position, and only the second one shows that it is not single.
-    first_two = list(itertools.islice(found, 2))
-    found = itertools.chain(first_two, found)
+    first_two = list(itertools.islice(selected, 2))
+    selected = itertools.chain(first_two, selected)
     by_document = split != "all" and len(first_two) != 1
     if by_document:
         threshold = held_out_threshold(held_out)
         wants_held_out = split == "held_out"
-        found = (
+        selected = (
             document
-            for document in found
+            for document in selected
             if (document.content_hash() < threshold) == wants_held_out
         )
-    tokens = _encode(found, tokenizer)
+    tokens = _encode(selected, tokenizer)
     warn_of_skipped(source, stats, stacklevel=4)
     if by_document:
         return TokenStream.of_array(tokens)

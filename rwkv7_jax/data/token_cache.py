@@ -163,13 +163,13 @@ def write_cache(
 
 
 def _write_documents(
-    writer: BinidxWriter, found: Iterable[Document], tokenizer: Tokenizer
+    writer: BinidxWriter, selected: Iterable[Document], tokenizer: Tokenizer
 ) -> _Counts:
     """Writes ids, masks and content hashes, and counts them."""
     hashes = writer.sibling(".keys")
     mask = writer.sibling(".mask")
     counts = _Counts()
-    for document in found:
+    for document in selected:
         hashes.write(document.content_hash().to_bytes(8, "little"))
         for ids, in_loss in document.ids(tokenizer):
             writer.add(ids)
@@ -343,8 +343,8 @@ def check_vocabulary(
         if piece.max() < vocab_size and piece.min() >= 0:
             continue
         outside = np.flatnonzero((piece < 0) | (piece >= vocab_size))
-        place = first + int(outside[0])
+        position = first + int(outside[0])
         raise ValueError(
             f"`{name}` must hold ids from 0 and below {vocab_size}; "
-            f"got {int(ids[place])} at position {place}."
+            f"got {int(ids[position])} at position {position}."
         )

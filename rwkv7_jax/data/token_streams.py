@@ -114,9 +114,9 @@ class TokenStream:
         """Counts the ids."""
         return int(self._offsets[-1])
 
-    def __getitem__(self, place: slice) -> np.ndarray:
+    def __getitem__(self, part: slice) -> np.ndarray:
         """Returns the ids of a slice without a step."""
-        first, end, step = place.indices(len(self))
+        first, end, step = part.indices(len(self))
         if step != 1:
             raise ValueError(f"TokenStream: a slice must have no step; got {step}.")
         pieces = [ids for ids, _ in self.pieces(first, max(first, end))]
@@ -141,10 +141,10 @@ class TokenStream:
             offset, span_end = self._offsets[span : span + 2].tolist()
             stop = min(end, span_end)
             # From positions in the stream to positions in the array.
-            place = slice(span_first + first - offset, span_first + stop - offset)
+            part = slice(span_first + first - offset, span_first + stop - offset)
             array = self.arrays[number]
-            in_loss = None if array.in_loss is None else array.in_loss[place]
-            yield array.ids[place], in_loss
+            in_loss = None if array.in_loss is None else array.in_loss[part]
+            yield array.ids[part], in_loss
             first = stop
             span += 1
 
@@ -161,16 +161,16 @@ class TokenStream:
             tokens: [N], gets the ids.
             mask: [N - 1], gets 1 or 0 for all ids but the first, which is no target.
         """
-        place = 0
+        start = 0
         for ids, in_loss in self.pieces(first, first + len(tokens)):
-            end = place + len(ids)
-            tokens[place:end] = ids
+            end = start + len(ids)
+            tokens[start:end] = ids
             if end > 1:
                 # Target i is id i + 1 of the row, so the mask is one place ahead.
-                low = max(place, 1)
-                flags = 1 if in_loss is None else in_loss[low - place :]
+                low = max(start, 1)
+                flags = 1 if in_loss is None else in_loss[low - start :]
                 mask[low - 1 : end - 1] = flags
-            place = end
+            start = end
 
     @functools.cached_property
     def starts(self) -> np.ndarray:

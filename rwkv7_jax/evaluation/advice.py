@@ -166,8 +166,8 @@ def _does_not_help(own: RetentionScore) -> str:
     )
 
 
-def _too_large(found: Diagnosis) -> str:
-    memory = found.memories.get("wkv")
+def _too_large(diagnosis: Diagnosis) -> str:
+    memory = diagnosis.memories.get("wkv")
     if memory is None or memory.reference_norm is None:
         return ""
     times = memory.norms / np.maximum(memory.reference_norm, 1e-9)
@@ -192,9 +192,9 @@ def _forgets(generic: RetentionScore | None) -> str:
     )
 
 
-def _fades_early(found: Diagnosis) -> str:
-    wkv = found.memories.get("wkv")
-    other = found.memories.get("memory")
+def _fades_early(diagnosis: Diagnosis) -> str:
+    wkv = diagnosis.memories.get("wkv")
+    other = diagnosis.memories.get("memory")
     # A memory that never changes keeps what the WKV state forgets.
     lasting = other is not None and other.constant and not other.empty
     if wkv is None or wkv.empty or lasting or wkv.faded is None:

@@ -157,8 +157,8 @@ class StateLM(TemplateLM):
             by_task[request.task_name].append(index)
         results: list[Any] = [None] * len(requests)
         for indices in by_task.values():
-            found = self.score_pairs([requests[index].args for index in indices])
-            for index, result in zip(indices, found, strict=True):
+            scores = self.score_pairs([requests[index].args for index in indices])
+            for index, result in zip(indices, scores, strict=True):
                 results[index] = result
         return results
 

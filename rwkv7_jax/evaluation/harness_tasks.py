@@ -279,16 +279,16 @@ def _own_metrics(
             name = f"{metric},{sample['filter']}"
             columns.setdefault(name, []).append(sample[metric])
             questions.setdefault(name, []).append(sample["prompt_hash"])
-    found = {}
+    metrics = {}
     for name, values in columns.items():
         # Metrics such as perplexity have a pair a question, or are not a mean of what they have.
-        if not all(isinstance(one, int | float | np.number) for one in values):
+        if not all(isinstance(value, int | float | np.number) for value in values):
             continue
         totals = np.array(values, np.float64)
         scores = QuestionScores(totals, np.ones(len(totals)), tuple(questions[name]))
         if math.isclose(scores.value, aggregated.get(name, math.nan), abs_tol=1e-9):
-            found[name.removesuffix(",none")] = scores
-    return found
+            metrics[name.removesuffix(",none")] = scores
+    return metrics
 
 
 def _bits_per_byte(

@@ -73,11 +73,11 @@ def _ratio(
 def pooled(scores: Sequence[QuestionScores]) -> QuestionScores:
     """Joins the questions of several tasks, each of which counts the same."""
     questions: list[str] = []
-    for one in scores:
-        questions += one.questions
+    for score in scores:
+        questions += score.questions
     return QuestionScores(
-        np.concatenate([one.totals for one in scores]),
-        np.concatenate([one.weights for one in scores]),
+        np.concatenate([score.totals for score in scores]),
+        np.concatenate([score.weights for score in scores]),
         tuple(questions),
     )
 
@@ -90,17 +90,17 @@ def score_table(task: str, rows: Mapping[str, TaskScores]) -> str:
         rows: scores by the rows' names; the first is the base that differences are against.
     """
     base = next(iter(rows.values()))[task]
-    count = max(len(one.questions) for one in base.values())
+    count = max(len(score.questions) for score in base.values())
     lines = [f"{f'{task} ({count:,})':<24}"]
     for metric in base:
         lines[0] += f"  {metric:>32}"
     for name, scores in rows.items():
         line = f"{name:<24}"
-        for metric, one in scores[task].items():
-            cell = f"{one.value:.4f} +-{one.standard_error:.4f}"
-            if one is not base[metric]:
-                difference, error = one.difference(base[metric])
-                cell = f"{one.value:.4f} {difference:+.4f} +-{error:.4f}"
+        for metric, score in scores[task].items():
+            cell = f"{score.value:.4f} +-{score.standard_error:.4f}"
+            if score is not base[metric]:
+                difference, error = score.difference(base[metric])
+                cell = f"{score.value:.4f} {difference:+.4f} +-{error:.4f}"
             line += f"  {cell:>32}"
         lines.append(line)
     return "\n".join(lines)
@@ -118,14 +118,14 @@ def scores_as_json(rows: Mapping[str, TaskScores]) -> dict[str, Any]:
         tasks[task] = {}
         for name, scores in rows.items():
             cells = {}
-            for metric, one in scores[task].items():
+            for metric, score in scores[task].items():
                 cells[metric] = {
-                    "value": one.value,
-                    "standard_error": _known(one.standard_error),
-                    "questions": len(one.questions),
+                    "value": score.value,
+                    "standard_error": _known(score.standard_error),
+                    "questions": len(score.questions),
                 }
-                if one is not base_metrics[metric]:
-                    difference, error = one.difference(base_metrics[metric])
+                if score is not base_metrics[metric]:
+                    difference, error = score.difference(base_metrics[metric])
                     cells[metric]["difference"] = difference
                     cells[metric]["difference_error"] = _known(error)
             tasks[task][name] = cells

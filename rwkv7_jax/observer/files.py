@@ -160,19 +160,19 @@ def observer_info(folder: str | Path) -> dict[str, Any]:
         ValueError: no observer's folder.
     """
     with prefix_errors("observer_info"):
-        place = _folder_of(folder)
-        with name_file(place, "observer_info"):
-            return _read_card(place)["info"]
+        path = _folder_of(folder)
+        with name_file(path, "observer_info"):
+            return _read_card(path)["info"]
 
 
 def _folder_of(folder: str | Path) -> Path:
     """Returns a folder to read from; refuses what is not on this machine."""
-    place = local_path(folder, "`folder`")
-    restore_interrupted(place)
-    _finish_interrupted(place)
-    if not place.exists():
+    path = local_path(folder, "`folder`")
+    restore_interrupted(path)
+    _finish_interrupted(path)
+    if not path.exists():
         refuse_hub_name(folder, "`folder`")
-    return place
+    return path
 
 
 def _observer_of(card: Mapping[str, Any], folder: Path) -> Observer:
@@ -213,10 +213,10 @@ def load_observer(
             teacher of other sizes or weights.
     """
     with prefix_errors("load_observer"):
-        place = _folder_of(folder)
+        path = _folder_of(folder)
         check_instance(teacher_config, RWKV7Config, "`teacher_config`")
-    with name_file(place, "load_observer"):
-        return _load(place, teacher_config, base_model)
+    with name_file(path, "load_observer"):
+        return _load(path, teacher_config, base_model)
 
 
 def _load(

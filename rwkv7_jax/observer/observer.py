@@ -192,10 +192,10 @@ def check_maps(observer: Observer, params: Params) -> None:
         )
     check_params(params["model"], observer.model.config, "`params['model']`")
     for name, shape in observer.shapes.items():
-        found = tuple(as_array(params[name], f"`params[{name!r}]`").shape)
-        if found != shape:
+        actual = tuple(as_array(params[name], f"`params[{name!r}]`").shape)
+        if actual != shape:
             raise ValueError(
-                f"`params[{name!r}]` must have shape {shape}; got {found}."
+                f"`params[{name!r}]` must have shape {shape}; got {actual}."
             )
 
 

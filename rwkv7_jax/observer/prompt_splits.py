@@ -87,9 +87,11 @@ def check_split(batch: BatchLike, vocab_size: int) -> Batch:
 def count_answers(batch: Batch) -> int:
     """Counts the targets after the splits that count in the loss."""
     counts = np.asarray(batch.mask if batch.weights is None else batch.weights)
-    place = np.arange(counts.shape[1])[None]
+    positions = np.arange(counts.shape[1])[None]
     return int(
-        np.count_nonzero((place >= np.asarray(batch.split)[:, None]) & (counts != 0))
+        np.count_nonzero(
+            (positions >= np.asarray(batch.split)[:, None]) & (counts != 0)
+        )
     )
 
 
@@ -109,8 +111,8 @@ def check_answers(batch: Batch) -> None:
 
 def after_split(split: Lengths, length: int) -> Float[Array, "B T"]:
     """Marks the targets after each row's split with 1."""
-    place = jnp.arange(length)[None]
-    return (place >= jnp.asarray(split)[:, None]).astype(jnp.float32)
+    positions = jnp.arange(length)[None]
+    return (positions >= jnp.asarray(split)[:, None]).astype(jnp.float32)
 
 
 def continuations(
@@ -143,13 +145,13 @@ def continuations(
         check_lengths(split, (rows, length), name="split")
     weights = jnp.asarray(weights)
     split = jnp.asarray(split)
-    place = jnp.arange(length)[None] + split[:, None]
-    inside = ((split[:, None] >= 0) & (place < length)).astype(weights.dtype)
+    positions = jnp.arange(length)[None] + split[:, None]
+    inside = ((split[:, None] >= 0) & (positions < length)).astype(weights.dtype)
     tokens = jnp.asarray(tokens)
 
     def move(x):
         # Positions past the end wrap around to the prompt; their share is zero.
-        return jnp.take_along_axis(x, place % length, axis=1)
+        return jnp.take_along_axis(x, positions % length, axis=1)
 
     weights = move(weights) * inside
     if total is None:

@@ -48,8 +48,8 @@ def goodput(
 
 
 def _numbers(rows: Iterable[Mapping[str, Any]], name: str) -> list[float]:
-    found = [row.get(name) for row in rows]
-    return [float(value) for value in found if isinstance(value, int | float)]
+    values = [row.get(name) for row in rows]
+    return [float(value) for value in values if isinstance(value, int | float)]
 
 
 def _sum_of_rises(values: Iterable[float]) -> float:

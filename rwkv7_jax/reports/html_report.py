@@ -199,12 +199,12 @@ def _rate_search(record: Mapping[str, Any] | None) -> str:
         return ""
 
 
-def _search_of(name: str, found: Mapping[str, Any]) -> str:
+def _search_of(name: str, search: Mapping[str, Any]) -> str:
     """Shows the search of one state: the choice, all numbers and the curve."""
-    measure = found["measure"]
-    curve = sorted(found["curve"], key=lambda one: one["rate"])
-    points = [(math.log10(one["rate"]), one[measure]) for one in curve]
-    base = found["base"][measure]
+    measure = search["measure"]
+    curve = sorted(search["curve"], key=lambda point: point["rate"])
+    points = [(math.log10(point["rate"]), point[measure]) for point in curve]
+    base = search["base"][measure]
     chart = line_chart(
         f"{name} {measure} by log10 of the learning rate".strip(),
         {
@@ -213,18 +213,18 @@ def _search_of(name: str, found: Mapping[str, Any]) -> str:
         },
     )
     rows = []
-    for one in ({"rate": "none", **found["base"]}, *curve):
-        rows.append([_shown_number(value) for value in one.values()])
+    for point in ({"rate": "none", **search["base"]}, *curve):
+        rows.append([_shown_number(value) for value in point.values()])
     table = _table(rows, head=list(curve[0]), css_class="numbers")
-    chosen = found["rate"]
+    chosen = search["rate"]
     choice = "no rate is better than no state" if chosen is None else f"{chosen:g}"
-    edge = f", the {found['edge']} that was tried" if found["edge"] else ""
+    edge = f", the {search['edge']} that was tried" if search["edge"] else ""
     # Records of earlier versions have neither a reason nor what is nearly equal.
-    why = f": {found['why']}" if found.get("why") else ""
-    near = found.get("near", ())
+    why = f": {search['why']}" if search.get("why") else ""
+    near = search.get("near", ())
     equal = ""
     if len(near) > 1:
-        equal = ". Nearly equal: " + ", ".join(f"{one:g}" for one in near)
+        equal = ". Nearly equal: " + ", ".join(f"{rate:g}" for rate in near)
     sentence = _text(f"{name} chosen: {choice}{edge}{why}{equal}".strip())
     return f'<p>{sentence}</p>{table}<div class="charts">{chart}</div>'
 

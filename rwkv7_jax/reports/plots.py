@@ -229,23 +229,25 @@ def states(
     _save(figure, path)
 
 
-def diagnosis(path: str | Path, found: Diagnosis) -> None:
+def diagnosis(path: str | Path, measured: Diagnosis) -> None:
     """Draws how much of a tuned state is still read, the loss by position, and spectra.
 
     Args:
         path: of the PNG file.
-        found: from `state_diagnosis.diagnose`.
+        measured: from `state_diagnosis.diagnose`.
     """
     figure, (fading, losses, spectra) = _figure(3)
-    for (name, memory), style in zip(found.memories.items(), ("-", "--"), strict=False):
+    for (name, memory), style in zip(
+        measured.memories.items(), ("-", "--"), strict=False
+    ):
         _draw_memory(fading, spectra, name, memory, style)
     fading.axhline(FADED, color="grey", lw=0.8, ls=":")
     fading.set(title="what is still read (thin: single layers)", yscale="log")
     fading.set(xlabel="position", ylabel="mean |psi|^2, the first = 1")
-    positions = np.flatnonzero(found.counts)
+    positions = np.flatnonzero(measured.counts)
     curves = (
-        ("base", found.base_nats, _COLOURS[0]),
-        ("tuned", found.tuned_nats, _COLOURS[2]),
+        ("base", measured.base_nats, _COLOURS[0]),
+        ("tuned", measured.tuned_nats, _COLOURS[2]),
     )
     for name, nats, colour in curves:
         # Positions without a target are NaN and are left out.
@@ -253,7 +255,10 @@ def diagnosis(path: str | Path, found: Diagnosis) -> None:
         losses.plot(*_smoothed(positions, nats[positions]), color=colour, label=name)
     losses.set(title="loss by position", xlabel="position", ylabel="nats per token")
     # An empty state has only zeros, and the axis needs a range above zero.
-    top = max(float(memory.spectrum.max()) for memory in found.memories.values()) or 1.0
+    top = (
+        max(float(memory.spectrum.max()) for memory in measured.memories.values())
+        or 1.0
+    )
     spectra.set(
         title="singular values (mean of heads)",
         xlabel="rank",

@@ -35,10 +35,10 @@ def version(package: str) -> str:
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     """Returns the versions of Python and of packages."""
-    found = {"python": platform.python_version()}
+    table = {"python": platform.python_version()}
     for name in packages:
-        found[name] = version(name)
-    return found
+        table[name] = version(name)
+    return table
 
 
 def _memory() -> int | None:

@@ -165,9 +165,9 @@ class QuestionSet:
         ids = [token for token in completion if token not in ends]
         if not isinstance(answer, str):
             return float(ids == list(answer))
-        found = self._verifier(self._tokenizer.decode(ids))
+        given = self._verifier(self._tokenizer.decode(ids))
         # A line without an answer has nothing that could be given.
-        return float(found is not None and found == self._verifier(answer))
+        return float(given is not None and given == self._verifier(answer))
 
     def given_answer(self, completion: Ids) -> str | tuple[int, ...] | None:
         """Returns the answer that a completion gives, for a vote; None if it gives none."""

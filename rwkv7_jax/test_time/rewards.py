@@ -57,27 +57,27 @@ def evaluate_rewards(
             )
     rewards = []
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        place = f"{name} of prompt {first + row // group}"
+        label = f"{name} of prompt {first + row // group}"
         try:
             value = judge(tuple(prompt), tuple(completion))
         except Exception as error:  # Of the user's function, so of any type.
             raise ValueError(
-                f"{place} raised {type(error).__name__}: {error}"
+                f"{label} raised {type(error).__name__}: {error}"
             ) from error
-        rewards.append(_checked_reward(value, least, place))
+        rewards.append(_checked_reward(value, least, label))
     return np.array(rewards)
 
 
-def _checked_reward(value: Any, least: float | None, place: str) -> float:
+def _checked_reward(value: Any, least: float | None, label: str) -> float:
     # An array of one number is a number; a longer one is a mistake.
     if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
         value = value.item()
     if not isinstance(value, bool | int | float | np.number | np.bool_):
-        raise ValueError(f"{place} must be a number; got {type(value).__name__}.")
+        raise ValueError(f"{label} must be a number; got {type(value).__name__}.")
     if not math.isfinite(value):
-        raise ValueError(f"{place} must be finite; got {value}.")
+        raise ValueError(f"{label} must be finite; got {value}.")
     if least is not None and value < least:
-        raise ValueError(f"{place} must be at least {least:g}; got {float(value)}.")
+        raise ValueError(f"{label} must be at least {least:g}; got {float(value)}.")
     return float(value)
 
 

@@ -138,12 +138,12 @@ def _row_length(rows: list[list[int]], tokens: int, length: int | None) -> int:
 
 def _at_targets(drawn: Rollouts, logps: list[list[float]]) -> np.ndarray:
     """Lays numbers of drawn ids out as the targets of their rows."""
-    laid = np.zeros(drawn.mask.shape, np.float32)
+    at_targets = np.zeros(drawn.mask.shape, np.float32)
     for row, values in enumerate(logps):
         # The target of position t is token t + 1.
         start = len(drawn.prompts[row]) - 1
-        laid[row, start : start + len(values)] = values
-    return laid
+        at_targets[row, start : start + len(values)] = values
+    return at_targets
 
 
 # An object and not a partial of `rollouts`, because sources read `group` from it.

@@ -329,8 +329,8 @@ def trace_batch(
             raise ValueError("`traces` must hold a trace; got 0.")
         # Places of an endless sequence of epochs, so that any step can be made without the others.
         rows: list[Trace] = []
-        for place in range(step * batch_size, (step + 1) * batch_size):
-            epoch, position = divmod(place, len(traces))
+        for sample in range(step * batch_size, (step + 1) * batch_size):
+            epoch, position = divmod(sample, len(traces))
             index = _order(seed, epoch, len(traces))[position]
             trace = traces[index]
             if trace.inputs > length:

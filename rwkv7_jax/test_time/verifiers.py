@@ -32,8 +32,8 @@ def exact(text: str) -> str | None:
 def hash_number(text: str) -> str | None:
     """Returns the number after the last "####", as in GSM8K; None if no number follows."""
     _, hashes, rest = text.rpartition(_HASHES)
-    found = _NUMBER.search(rest) if hashes else None
-    return None if found is None else _plain_number(found[0])
+    match = _NUMBER.search(rest) if hashes else None
+    return None if match is None else _plain_number(match[0])
 
 
 def last_number(text: str) -> str | None:
@@ -46,8 +46,8 @@ def letter(text: str) -> str | None:
     """Returns the letter of a choice: after "answer is" if that is written, else the first one."""
     said = list(_ANSWER.finditer(text))
     start = said[-1].end() if said else 0
-    found = _LETTER.search(text, start) or _LETTER.search(text)
-    return None if found is None else found[1]
+    match = _LETTER.search(text, start) or _LETTER.search(text)
+    return None if match is None else match[1]
 
 
 def _plain_number(text: str) -> str | None:

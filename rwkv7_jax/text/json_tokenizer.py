@@ -150,10 +150,10 @@ class JsonTokenizer(Tokenizer):
         if spelled == expected:
             return
         pairs = itertools.zip_longest(spelled, expected)
-        place = next(n for n, (one, other) in enumerate(pairs) if one != other)
+        position = next(n for n, (one, other) in enumerate(pairs) if one != other)
         raise ValueError(
             f"Tokenizer.encode: `text` must be spelled by tokens of {self.name}; it is not at byte "
-            f"{place}, {expected[place : place + 16]!r}."
+            f"{position}, {expected[position : position + 16]!r}."
         )
 
     def encode_chunks(self, chunks: Iterable[bytes]) -> Iterator[np.ndarray]:

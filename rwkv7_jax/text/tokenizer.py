@@ -182,29 +182,29 @@ class Tokenizer:
             # Widened before the addition: byte 255 would wrap around to 0, the end of text.
             numbers = np.frombuffer(data[:limit], np.uint8).astype(np.int64)
             return (numbers + self._first_byte).tolist(), limit
-        ids, place = self._encode_start(data, limit)
+        ids, position = self._encode_start(data, limit)
         # This loop is all that encoding costs: names are looked up outside of it.
         id_of = self._ids.get
         tables = self._tables
-        while place < limit:
+        while position < limit:
             token = None
             # Longer prefixes come first, so the first entry that fits is the longest one.
             for size, table in tables:
-                for length in table.get(data[place : place + size], ()):
-                    token = id_of(data[place : place + length])
+                for length in table.get(data[position : position + size], ()):
+                    token = id_of(data[position : position + length])
                     if token is not None:
                         break
                 else:
                     continue
                 ids.append(token)
-                place += length
+                position += length
                 break
             if token is None:
                 raise ValueError(
                     f"Tokenizer.encode: `text` must be spelled by entries of {self.name}; none "
-                    f"begins at byte {place}, {data[place : place + 16]!r}."
+                    f"begins at byte {position}, {data[position : position + 16]!r}."
                 )
-        return ids, place
+        return ids, position
 
     def _encode_start(self, data: bytes, limit: int) -> tuple[list[int], int]:
         """Encodes as much of a long text as the Rust package can; returns the ids and their end."""
@@ -346,12 +346,13 @@ def as_integers(ids: Iterable[int]) -> list[int]:
             f"Tokenizer.decode: `ids` must be a list of ids; got {type(ids).__name__}."
         )
     numbers = []
-    for place, number in enumerate(ids):
+    for position, number in enumerate(ids):
         try:
             numbers.append(operator.index(number))
         except TypeError:
             raise TypeError(
-                f"Tokenizer.decode: `ids` must hold integers; got {number!r} at position {place}."
+                f"Tokenizer.decode: `ids` must hold integers; got {number!r} at position "
+                f"{position}."
             ) from None
     return numbers
 

@@ -330,11 +330,11 @@ def weighted_loss(
     shared = _shared(head, reference_head, temperature)
 
     def loss_of_device(x, shared):
-        loss, found = _loss(form, x, shared)
-        return loss[None, None], found
+        loss, statistics = _loss(form, x, shared)
+        return loss[None, None], statistics
 
-    losses, found = _on_each_device(loss_of_device, positions, shared)
-    return jnp.sum(losses), found
+    losses, statistics = _on_each_device(loss_of_device, positions, shared)
+    return jnp.sum(losses), statistics
 
 
 def _on_each_device(
@@ -370,16 +370,16 @@ def _head_specs(sizes: dict[str, int], head: Any) -> Any:
     return specs(sizes, {"head": {"weight": head}})["head"]["weight"]
 
 
-def _sum_terms(weights: TermWeights, found: TokenStatistics) -> Float[Array, ""]:
+def _sum_terms(weights: TermWeights, statistics: TokenStatistics) -> Float[Array, ""]:
     """Adds up the weighted terms of a loss."""
     terms = []
     if weights.nats is not None:
-        terms.append(weighted_sum(weights.nats, found.nats))
+        terms.append(weighted_sum(weights.nats, statistics.nats))
     if weights.square is not None:
-        terms.append(weighted_sum(weights.square, 0.5 * jnp.square(found.largest)))
+        terms.append(weighted_sum(weights.square, 0.5 * jnp.square(statistics.largest)))
     if weights.kl is not None:
-        terms.append(weighted_sum(weights.kl, found.kl))
-    return sum(terms, jnp.zeros((), found.largest.dtype))
+        terms.append(weighted_sum(weights.kl, statistics.kl))
+    return sum(terms, jnp.zeros((), statistics.largest.dtype))
 
 
 # As a rule for forward mode, of which JAX derives the backward pass: the tangent of a sum is an
@@ -387,8 +387,8 @@ def _sum_terms(weights: TermWeights, found: TokenStatistics) -> Float[Array, ""]
 # pass would refuse forward mode.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _loss(form: _Form, x: _Positions, shared: _Shared):
-    found = _statistics(form, x, shared)
-    return _sum_terms(x.weights, found), found
+    statistics = _statistics(form, x, shared)
+    return _sum_terms(x.weights, statistics), statistics
 
 
 @functools.partial(_loss.defjvp, symbolic_zeros=True)
@@ -396,8 +396,8 @@ def _loss_jvp(form: _Form, primals, tangents):
     # What is frozen has a symbolic zero for its tangent, and gets no gradient.
     moving = jax.tree.map(lambda x, t: None if _is_zero(t) else x, primals, tangents)
     tangents = jax.tree.map(lambda t: None if _is_zero(t) else t, tangents)
-    found, gradients = _statistics_and_gradients(form, primals, moving)
-    loss = _sum_terms(primals[0].weights, found)
+    statistics, gradients = _statistics_and_gradients(form, primals, moving)
+    loss = _sum_terms(primals[0].weights, statistics)
     loss_tangent = jnp.zeros_like(loss)
     for gradient, tangent in zip(
         jax.tree.leaves(gradients), jax.tree.leaves(tangents), strict=True
@@ -405,12 +405,12 @@ def _loss_jvp(form: _Form, primals, tangents):
         product = gradient.astype(loss.dtype) * tangent.astype(loss.dtype)
         loss_tangent = loss_tangent + jnp.sum(product)
     # Where only the loss is differentiated, as in training, XLA removes this.
-    _, found_tangents = jax.jvp(
+    _, statistics_tangents = jax.jvp(
         lambda moving: _statistics(form, *_merge(moving, primals)),
         (moving,),
         (tangents,),
     )
-    return (loss, found), (loss_tangent, found_tangents)
+    return (loss, statistics), (loss_tangent, statistics_tangents)
 
 
 def _is_zero(tangent: Any) -> bool:
@@ -442,21 +442,21 @@ def _statistics_and_gradients(form: _Form, primals: Any, moving: Any):
 
     def loss(moving, given):
         x, heads = _merge(moving, given)
-        found = _piece_statistics(form, x, heads, _logits)
-        return _sum_terms(x.weights, found), found
+        statistics = _piece_statistics(form, x, heads, _logits)
+        return _sum_terms(x.weights, statistics), statistics
 
     def step(total, piece):
         moving_piece, given_piece = piece
-        (_, found), (own, part) = jax.value_and_grad(loss, has_aux=True)(
+        (_, statistics), (own, part) = jax.value_and_grad(loss, has_aux=True)(
             (moving_piece, moving_shared), (given_piece, shared)
         )
-        return jax.tree.map(jnp.add, total, part), (found, own)
+        return jax.tree.map(jnp.add, total, part), (statistics, own)
 
     zeros = jax.tree.map(jnp.zeros_like, moving_shared)
     pieces = jax.tree.map(cut.pieces, (moving_positions, positions))
     total, parts = jax.lax.scan(step, zeros, pieces)
-    found, own = jax.tree.map(lambda x: cut.join(x, rows, tokens), parts)
-    return found, (own, total)
+    statistics, own = jax.tree.map(lambda x: cut.join(x, rows, tokens), parts)
+    return statistics, (own, total)
 
 
 @jax.custom_vjp

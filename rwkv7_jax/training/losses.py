@@ -229,8 +229,8 @@ def next_token_loss_with_trace(
     if l2wrap:
         square = jnp.full(targets.shape, l2wrap / targets.size, jnp.float32)
     weights = TermWeights(nats=shares, square=square)
-    loss, found = weighted_loss(x, params["head"]["weight"], targets, weights)
-    nats = weighted_sum(shares, found.nats) if l2wrap else loss
+    loss, statistics = weighted_loss(x, params["head"]["weight"], targets, weights)
+    nats = weighted_sum(shares, statistics.nats) if l2wrap else loss
     return loss, ({"loss_nats": nats}, trace)
 
 

@@ -266,10 +266,14 @@ def _check_reads_weights(jaxpr: Any, piece: Any) -> None:
     names = []
     for path, _ in jax.tree_util.tree_leaves_with_path(piece):
         names.append(jax.tree_util.keystr(path, simple=True, separator="/"))
-    used = {id(variable) for equation in jaxpr.eqns for variable in equation.invars}
+    used = set()
+    for equation in jaxpr.eqns:
+        used.update(map(id, equation.invars))
     # The piece is the last argument.
     inputs = jaxpr.invars[len(jaxpr.invars) - len(names) :]
-    is_read = {name: id(one) in used for name, one in zip(names, inputs, strict=True)}
+    is_read = {}
+    for name, variable in zip(names, inputs, strict=True):
+        is_read[name] = id(variable) in used
     if is_read.get("mask") and not is_read["weights"]:
         raise ValueError(
             "make_train_step: `loss` must weigh targets by `loss_weights(batch)` where "
@@ -284,13 +288,15 @@ def _gradients_with_trace(
     """Computes what `_gradients` does from one piece, and arrays of the forward pass."""
 
     def value(params, batch):
-        found, (metrics, trace) = loss.func.with_trace(*loss.args, params, batch, names)
+        loss_value, (metrics, trace) = loss.func.with_trace(
+            *loss.args, params, batch, names
+        )
         # They shape the update and are no part of the loss.
-        return found, (metrics, jax.lax.stop_gradient(trace))
+        return loss_value, (metrics, jax.lax.stop_gradient(trace))
 
     grad = jax.value_and_grad(value, has_aux=True)
-    (found, (metrics, trace)), grads = grad(params, _with_shares(batch, 1))
-    return (found, metrics), grads, trace
+    (loss_value, (metrics, trace)), grads = grad(params, _with_shares(batch, 1))
+    return (loss_value, metrics), grads, trace
 
 
 def _with_shares(batch: Mapping[str, Any], accumulate: int) -> Mapping[str, Any]:

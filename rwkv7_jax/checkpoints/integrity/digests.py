@@ -21,8 +21,8 @@ class ContentDigest:
     def add(self, name: str, array: np.ndarray) -> None:
         """Adds the name, the shape, the dtype and the bytes of an array."""
         content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        found = hashlib.blake2b(content.data, digest_size=_DIGEST_SIZE).hexdigest()
-        self._lines.append(f"{name} {array.shape} {array.dtype} {found}")
+        digest = hashlib.blake2b(content.data, digest_size=_DIGEST_SIZE).hexdigest()
+        self._lines.append(f"{name} {array.shape} {array.dtype} {digest}")
 
     def hexdigest(self, description: Mapping[str, Any] | None = None) -> str:
         """Returns the digest of all arrays.

@@ -45,25 +45,25 @@ def verify(path: str | Path) -> list[str]:
 
 def _verify_file(path: Path) -> list[str]:
     """Compares one file, and a state with its sidecar."""
-    found = []
+    lines = []
     container = container_of(path)
     if container == "pth":
         read_pth(path, verify=True)
-        found.append(f"{path.name}: the CRC-32 of every entry agrees")
+        lines.append(f"{path.name}: the CRC-32 of every entry agrees")
         if has_digest(path):
-            found.append(f"{path.name}: the digest of the tensors agrees")
+            lines.append(f"{path.name}: the digest of the tensors agrees")
     elif container == "safetensors":
         read_safetensors(path, verify=True)
         if has_safetensors_digest(path):
-            found.append(f"{path.name}: the digest of tensors and metadata agrees")
+            lines.append(f"{path.name}: the digest of tensors and metadata agrees")
     else:
         open_tensors(path, verify=True)
         if container == "gguf" and gguf_files("verify").has_gguf_digest(path):
-            found.append(f"{path.name}: the digest of tensors and sizes agrees")
+            lines.append(f"{path.name}: the digest of tensors and sizes agrees")
     if has_state_digest(path):
         load_state(path)
-        found.append(f"{sidecar(path).name}: belongs to these tensors")
-    return found
+        lines.append(f"{sidecar(path).name}: belongs to these tensors")
+    return lines
 
 
 def _verify_folder(folder: Path) -> list[str]:
@@ -75,10 +75,10 @@ def _verify_folder(folder: Path) -> list[str]:
             if has_orbax_digest(folder)
             else []
         )
-    found = []
+    lines = []
     for file in files_of_weights(folder):
-        found += _verify_file(file)
+        lines += _verify_file(file)
     # A folder's config.json must agree with the weights too. An observer's has none.
-    if not found or format_of(folder) == "hf":
+    if not lines or format_of(folder) == "hf":
         load_model(folder, allow_nan=True)
-    return found
+    return lines

@@ -36,9 +36,9 @@ def reject_other_architectures(tensors: Tensors, path: Path) -> None:
     Raises:
         ValueError: another member of the family; the message names it.
     """
-    found = _other_architecture(tensors)
-    if found is not None:
-        architecture, name = found
+    recognised = _other_architecture(tensors)
+    if recognised is not None:
+        architecture, name = recognised
         raise ValueError(
             f"load_model: `{path}` is {architecture} checkpoint (it has {name}); "
             "only plain RWKV-7 (x070) is supported."

@@ -102,9 +102,9 @@ def put_on_device(array: np.ndarray) -> jax.Array:
     return jax.device_put(array, may_alias=True)
 
 
-def as_it_is(place: TreePath, array: np.ndarray) -> np.ndarray:
+def as_it_is(path: TreePath, array: np.ndarray) -> np.ndarray:
     """Returns a leaf in the numbers that the file has."""
-    del place
+    del path
     return array
 
 
@@ -236,7 +236,7 @@ def build_tree(
 
 
 def _leaf(
-    place: TreePath,
+    path: TreePath,
     names: list[str],
     shapes: dict[str, Shape],
     read_part: Callable[[Index], np.ndarray],
@@ -244,13 +244,13 @@ def _leaf(
     mesh: Mesh | None,
 ) -> Any:
     """Makes one leaf of the tree: on the default device, or in shards on a mesh."""
-    is_stack = place[0] == "layers"
+    is_stack = path[0] == "layers"
     shape = (*([len(names)] if is_stack else []), *shapes[names[0]])
 
     def read_leaf(index: Index) -> Any:
         # All layers of a stack are in every shard.
         array = read_part(index[1:]) if is_stack else read_part(index)[0]
-        return convert(place, array)
+        return convert(path, array)
 
     def read(index: Index) -> Any:
         if convert is as_it_is:
@@ -265,7 +265,7 @@ def _leaf(
 
     if mesh is None:
         return jax.tree.map(put_on_device, read((slice(None),) * len(shape)))
-    sharding = NamedSharding(mesh, spec("/".join(place), shape, mesh.shape))
+    sharding = NamedSharding(mesh, spec("/".join(path), shape, mesh.shape))
     return put_in_shards(sharding, shape, read)
 
 
