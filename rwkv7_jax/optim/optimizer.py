@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -55,7 +55,7 @@ def path_name(path) -> str:
 
 def group(name: str) -> Group:
     """Finds the group of the parameter with this path."""
-    return next(one for one in GROUPS if re.search(one.pattern, name))
+    return next(rule for rule in GROUPS if re.search(rule.pattern, name))
 
 
 def group_labels(params) -> Any:
@@ -78,15 +78,15 @@ def group_table(params: Any) -> str:
     lines = [
         f"{'group':<8}{'rate':>5}{'decay':>7}{'tensors':>9}{'numbers':>16}  pattern"
     ]
-    for one in GROUPS:
-        if one.label not in sizes:
+    for rule in GROUPS:
+        if rule.label not in sizes:
             continue
-        members = sizes[one.label]
-        rate = f"x{one.rate:g}"
-        decay = "yes" if one.decays else "no"
-        pattern = one.pattern or "(all others)"
+        members = sizes[rule.label]
+        rate = f"x{rule.rate:g}"
+        decay = "yes" if rule.decays else "no"
+        pattern = rule.pattern or "(all others)"
         lines.append(
-            f"{one.label:<8}{rate:>5}{decay:>7}{len(members):>9}{sum(members):>16,}  {pattern}"
+            f"{rule.label:<8}{rate:>5}{decay:>7}{len(members):>9}{sum(members):>16,}  {pattern}"
         )
     return "\n".join(lines)
 
@@ -179,11 +179,13 @@ def _scale_by_moments(
         return adam
     # Layers are stacked in the leading axis, so a weight's own axes are its last two.
     last_two = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
-    muon = optax.contrib.scale_by_muon(
-        weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: last_two, tree)
-    )
+
+    def dimension_numbers(params):
+        return jax.tree.map(lambda _: last_two, params)
+
+    muon = optax.contrib.scale_by_muon(weight_dimension_numbers=dimension_numbers)
     by_group: dict[Hashable, optax.GradientTransformation] = {
-        one.label: adam for one in GROUPS
+        rule.label: adam for rule in GROUPS
     }
     by_group["matrix"] = optax.chain(muon, _scale_to_rms())
     return optax.partition(by_group, group_labels)
@@ -239,12 +241,13 @@ def build_optimizer(
             )
         check_number(eps, 0, math.inf, "`eps`")
 
-    def mask_of(labels: list[str]):
-        return lambda params: jax.tree.map(
-            lambda label: label in labels, group_labels(params)
-        )
+    def mask_of(labels: list[str]) -> Callable[[Any], Any]:
+        def mask(params):
+            return jax.tree.map(lambda label: label in labels, group_labels(params))
 
-    decaying = [one.label for one in GROUPS if one.decays]
+        return mask
+
+    decaying = [rule.label for rule in GROUPS if rule.decays]
     clipping = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
     transforms = [
         clipping,
@@ -253,8 +256,8 @@ def build_optimizer(
     ]
     # One scaling for each factor, in rising order: the order is part of the state's structure in
     # checkpoints.
-    for rate in sorted({one.rate for one in GROUPS} - {1.0}):
-        members = [one.label for one in GROUPS if one.rate == rate]
+    for rate in sorted({rule.rate for rule in GROUPS} - {1.0}):
+        members = [rule.label for rule in GROUPS if rule.rate == rate]
         transforms.append(optax.masked(optax.scale(rate), mask_of(members)))
     transforms.append(optax.scale_by_learning_rate(learning_rate))
     return optax.chain(*transforms)
