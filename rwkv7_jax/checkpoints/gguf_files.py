@@ -229,7 +229,7 @@ def read_gguf(path: Path, *, verify: bool = False) -> TensorFile:
         for name, part in _official_parts(found.name, tensor):
             tensors[name] = _official_form(name, part, head_size)
     _narrow(tensors, reader, path)
-    # The file has a float32; its shortest form is the number that was meant.
+    # The file has a float32; its shortest decimal form is the number that was written.
     return TensorFile(tensors, "official", float(str(np.float32(norm_eps))))
 
 

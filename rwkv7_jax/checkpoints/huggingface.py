@@ -138,7 +138,7 @@ def read_norm_eps(folder: Path) -> float | None:
     if not config.exists():
         return None
     table = read_json(config)
-    # Models of transformers call it either.
+    # Models of transformers use either name.
     norm_eps = table.get("norm_eps", table.get("layer_norm_epsilon"))
     if norm_eps is None:
         return None

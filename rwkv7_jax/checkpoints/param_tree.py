@@ -417,7 +417,7 @@ def official_tensors(
         if path[0] == "layers":
             # Row 0 of the stack is block 1.
             row = int(name.split(".")[1]) - 1
-            # JAX keeps a copy of all that it has ever brought to the host: of one layer, it goes.
+            # JAX caches the host copy of an array. That of one layer is freed with the layer.
             leaf = np.asarray(leaf)[row] if _is_on_host(leaf) else _row(leaf, row)
         yield name, to_host(leaf)
 

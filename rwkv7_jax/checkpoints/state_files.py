@@ -89,7 +89,7 @@ def _written_axes(path: Path) -> str:
 
 def _usual_dtype(path: Path) -> str:
     """Returns the dtype of the WKV tensors in a file of this suffix."""
-    # web-rwkv up to 0.10 reads no other; `.st` is older here than this knowledge.
+    # web-rwkv up to 0.10 reads float16 only. `.st` files stay float32, as they have always been.
     return "float16" if path.suffix == ".state" else "float32"
 
 

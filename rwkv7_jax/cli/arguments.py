@@ -14,7 +14,7 @@ from rwkv7_jax.local_paths import check_target, is_same, local_path
 # Suffixes of files that hold a start state.
 STATE_SUFFIXES = (".pth", ".safetensors", ".st", ".state")
 
-# More rows, windows or tokens than anybody waits for: a slip of the keyboard.
+# A larger number of rows, windows or tokens is taken for a typing error.
 MOST_ROWS = 10**6
 MOST_TOKENS = 2**24
 

@@ -216,7 +216,7 @@ def _doctor(options: argparse.Namespace) -> str:
     """Lists versions, devices, optional packages and which kernels run."""
     report = list(lines(system()))
     for name, use in (("matplotlib", "pictures"), ("torch", "oracle tests")):
-        # Importing torch would take seconds; whether it is there is all that is asked.
+        # Without an import, which takes seconds: the question is only whether it is installed.
         installed = "yes" if importlib.util.find_spec(name) else "no"
         report.append(f"{name:<18}{installed} ({use})")
     available = pallas_kernels.available()

@@ -230,14 +230,14 @@ def run_generate(options: argparse.Namespace) -> str | None:
             # The state has read an answer but not the blank line that ends a turn.
             prompt = TURN_END.encode() + prompt
     prompt_ids = _encode_prompt(tokenizer, prompt)
-    # What the model itself reads.
+    # Ids that the model reads; an observer may have read the others.
     unread = prompt_ids
     if options.observer:
         # As in training: the last token stays for the model, which needs one to give logits.
         state = _propose(options.observer, model, prompt_ids[:-1])
         unread = prompt_ids[-1:]
     stream = _Stream(goes_on=bool(options.save_state))
-    # What is given of an answer belongs to it.
+    # The given beginning of an answer is part of it.
     if opening and not options.json:
         stream(opening, 0)
     out = generate(

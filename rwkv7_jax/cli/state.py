@@ -79,7 +79,7 @@ def _info(options: argparse.Namespace) -> str:
     if model is None:
         state = load_state(options.state)
     else:
-        # Whose state it is, is what the command says.
+        # Of any base model: which one it is, the output says.
         state = model.load_state(options.state, any_base=True)
     table = read_sidecar(options.state)
     lines = [f"{options.state}: {_sizes(state)}, {_dtypes(options.state)}"]

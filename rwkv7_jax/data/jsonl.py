@@ -86,7 +86,7 @@ class ReadStats:
     skipped: int = 0
     first_error: str = ""
     passed_over: int = 0
-    # Not compared: these only explain.
+    # Left out of comparisons: these fields only explain.
     not_utf8: int = dataclasses.field(default=0, compare=False)
     first_not_utf8: str = dataclasses.field(default="", compare=False)
 

@@ -151,7 +151,7 @@ class StateLM(TemplateLM):
             For each the log-probability of the continuation, and whether greedy decoding gives it.
         """
         del disable_tqdm
-        # What the contexts of one task begin with, those of another one do not.
+        # Contexts share a prefix within a task, not across tasks.
         by_task = defaultdict(list)
         for index, request in enumerate(requests):
             by_task[request.task_name].append(index)
@@ -248,7 +248,7 @@ class StateLM(TemplateLM):
         for index, request in enumerate(requests):
             context, options = request.args
             sampling = _read_sampling(options, self._max_tokens)
-            # Greedy answers to the same context are the same; drawn ones are each drawn.
+            # Greedy answers to one context are equal; sampled ones are drawn for each request.
             draw = index if sampling.temperature > 0 else 0
             answer = (self._begin(self.tok_encode(context)), draw)
             groups[request.task_name, sampling][answer].append(index)
@@ -294,7 +294,7 @@ class StateLM(TemplateLM):
         return texts
 
     def _begin(self, context: Sequence[int]) -> tuple[int, ...]:
-        """Puts before a context what is read there."""
+        """Adds the ids that are read before every context."""
         return (*self.bos, *context) or (self.eot_token_id,)
 
     def _filled(self, rows: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -305,9 +305,10 @@ class StateLM(TemplateLM):
         """Reads the common prefix of the sorted contexts; returns its length and the state."""
         if len(contexts) < 2:
             return 0, self._start
-        # Between the first and the last in order, all begin with what these two share.
-        first, last = contexts[0], contexts[-1]
-        # A token is left to each.
+        # In sorted order the prefix that the first and the last share is that of all.
+        first = contexts[0]
+        last = contexts[-1]
+        # At least one token of each context stays unread.
         most = min(len(first), len(last)) - 1
         count = 0
         while count < most and first[count] == last[count]:

@@ -144,7 +144,7 @@ def _local_task(folder: Path, name: str, files: Sequence[str], manager: Any) -> 
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.yaml"
-    # JSON is YAML.
+    # The harness reads YAML, of which JSON is a subset.
     path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
     return str(path)
 

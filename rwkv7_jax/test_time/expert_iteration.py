@@ -304,5 +304,5 @@ def expert_iteration(
             sampler, reward, held_out, every=1, stop_reward=stop_reward
         )
     result = loop.run(source, rounds, updates=updates, target=target)
-    # The loop knows only batches.
+    # The loop knows batches alone; the source has the traces.
     return dataclasses.replace(result, traces=source.traces)

@@ -137,7 +137,7 @@ class PolicyBatches(StateBatchSource):
 
     def batch(self, state: RWKV7State, step: int) -> Batch | None:
         """Draws the batch of a step from `state`; None where every group is uniform."""
-        # From the step and not from the last key: a run that goes on does not know that one.
+        # Folded with the step, not split from the last key: a resumed run does not have that one.
         key = jax.random.fold_in(self._key, step)
         made, drawn = self._draw(state, self._prompts_at(step), key)
         self.budget += made.budget
@@ -156,7 +156,7 @@ class PolicyBatches(StateBatchSource):
         batch = self._with_ratios(made.batch, drawn, state)
         if self._anchor_at is None:
             return batch
-        # Other text at each step, or the state would only learn to keep that one.
+        # Other text at each step: with a fixed one the state would learn to keep that text alone.
         return batch.replace(anchor=self._anchor_at(step))
 
     def _with_ratios(self, batch: Batch, drawn: Rollouts, state: RWKV7State) -> Batch:

@@ -111,7 +111,7 @@ def whole_tokens(
     """
     count = len(tokens)
     while drop > 0:
-        # From the end, token by token: the last one may be taken apart, if it has more bytes.
+        # From the end, token by token: the last one is split if it has more bytes.
         count -= 1
         drop -= len(vocabulary.token_bytes(tokens[count]))
     return count, -drop

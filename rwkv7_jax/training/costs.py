@@ -59,12 +59,13 @@ class _Stored:
         return config.width * (4 * self.wide + _activation_bytes(config) * self.narrow)
 
 
-# Of one layer while its gradients are computed, by the trained numbers. Counted in the traced
-# gradient.
+# Vectors that exist while one layer's gradients are computed, by what is trained. Counted in the
+# traced gradient.
 _MADE_BY_LAYER = {"weights": _Stored(1, 26), "state": _Stored(1, 17)}
 
-# Of all layers, by `config.remat`: the block's input; besides, what the recurrence read; besides,
-# the results of the products but the feed-forward ones and the inner ones of low ranks.
+# Vectors that each layer keeps for its backward pass, by `config.remat`. "block": its input. "op":
+# also what the recurrence read. "none": also the results of products, without those of the
+# feed-forward part and the inner ones of low-rank maps.
 _KEPT_VECTORS = {"block": 1, "op": 2, "none": 10}
 
 # Outside the layers: embedding, the outer norms, the first layer's values.

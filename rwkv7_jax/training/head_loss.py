@@ -46,7 +46,7 @@ class TokenStatistics(NamedTuple):
         entropy: of the prediction in nats, at the temperature of `nats`; None unless asked for.
     """
 
-    # PerToken, bool and PerToken where they are there; a caller knows it from its own arguments.
+    # PerToken, bool and PerToken, or None; a caller knows from its own arguments which are there.
     nats: Any
     correct: Any
     largest: Float[Array, "..."]

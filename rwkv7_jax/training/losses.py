@@ -50,7 +50,7 @@ def loss_weights(batch: Mapping[str, Any]) -> PerToken:
         return jnp.asarray(batch["weights"])
     mask = jnp.asarray(batch["mask"], jnp.float32)
     total = jnp.sum(mask)
-    # Not the larger of it and 1: a mask of fractions may add up to less, and still has a mean.
+    # Not max(total, 1): a mask of fractions may add up to less than 1 and still has a mean.
     return mask / jnp.where(total > 0, total, 1.0)
 
 

@@ -156,7 +156,7 @@ def add_anchor_and_metrics(
         )
         value = value + anchor * divergence
         metrics = metrics | {"anchor_nats": divergence}
-    # Of an upscaled state the WKV part stays zero: its size would say nothing.
+    # The WKV part of an upscaled state stays zero, so its size would say nothing.
     tuned_memory = state.wkv if state.upscaled is None else state.upscaled.memory
     sizes = {
         "state_max": jnp.max(jnp.abs(tuned_memory)),

@@ -132,7 +132,7 @@ def put_in_shards(
     for bounds, devices in devices_of.items():
         leaves, tree = jax.tree.flatten(read(tuple(slice(*one) for one in bounds)))
         for device in devices:
-            # A device that is the host must not share its memory with another.
+            # Two CPU devices must not share one buffer.
             shards.append(
                 [jax.device_put(leaf, device, may_alias=False) for leaf in leaves]
             )
