@@ -41,5 +41,5 @@ def quiet_reads():
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """Signatures go unchecked, as for users: the public doors find what is wrong themselves."""
+    """Signatures go unchecked, as for users: public functions check their own arguments."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from misuse_doors import CONFIG, IDS, MASK, MODEL
+from misuse_values import CONFIG, IDS, MASK, MODEL
 
 import pallas_kernels as kernels
 import rwkv7_jax as rwkv

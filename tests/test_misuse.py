@@ -16,13 +16,22 @@ import misuse_test_time
 import misuse_training
 import numpy as np
 import pytest
-from misuse_doors import ADAM, BAD_BATCHES, MODEL, PARAMS, REMOTE, STATE, THREE, Door
+from misuse_values import (
+    ADAM,
+    BAD_BATCHES,
+    MODEL,
+    PARAMS,
+    REMOTE,
+    STATE,
+    THREE,
+    PublicFunction,
+)
 
 import rwkv7_jax as rwkv
 
 LOSS = rwkv.pretrain_loss(MODEL)
 
-DOORS: dict[str, Door] = {}
+FUNCTIONS: dict[str, PublicFunction] = {}
 for table in (
     misuse_models,
     misuse_generation,
@@ -32,11 +41,11 @@ for table in (
     misuse_observer,
     misuse_test_time,
 ):
-    DOORS |= table.DOORS
+    FUNCTIONS |= table.FUNCTIONS
 
 ROWS = []
-for function, door in DOORS.items():
-    for argument, kinds in door.wrong.items():
+for function, case in FUNCTIONS.items():
+    for argument, kinds in case.wrong.items():
         for error, values in kinds.items():
             ROWS.extend((function, argument, error, value) for value in values)
 
@@ -56,9 +65,9 @@ def name_of_row(value: Any) -> str | None:
 def test_a_misuse_is_one_sentence_that_names_function_and_argument(
     unchecked, function, argument, error, value
 ):
-    door = DOORS[function]
+    case = FUNCTIONS[function]
     with pytest.raises(error) as caught:
-        door.call(**(door.right | {argument: value}))
+        case.call(**(case.right | {argument: value}))
     message = str(caught.value)
     # A method of a function's result, or one of its arguments, may have rows of its own.
     assert message.startswith(f"{function.partition(' of ')[0]}: ")
@@ -69,7 +78,7 @@ def test_a_misuse_is_one_sentence_that_names_function_and_argument(
 
 def test_the_table_holds_every_public_name_and_enough_rows():
     assert len(ROWS) >= 200
-    covered = {function.split(" of ")[0].partition(".")[0] for function in DOORS}
+    covered = {function.split(" of ")[0].partition(".")[0] for function in FUNCTIONS}
     modules_and_results = {"data", "RWKV7State"}
     assert set(rwkv.__all__) - covered == modules_and_results
     # Every function in the table takes what is right, where that needs no compiling.
@@ -81,8 +90,8 @@ def test_the_table_holds_every_public_name_and_enough_rows():
         "build_optimizer",
         "packed",
     ):
-        door = DOORS[function]
-        assert door.call(**door.right) is not None
+        case = FUNCTIONS[function]
+        assert case.call(**case.right) is not None
 
 
 @pytest.mark.parametrize("batch", BAD_BATCHES)

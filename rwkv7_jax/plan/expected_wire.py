@@ -1,12 +1,12 @@
 """The bytes that a step should send, by the layout of its weights alone.
 
-A matrix in shards is gathered at its block's door in the forward pass and again in the backward
+A matrix in shards is gathered when its block runs, in the forward pass and again in the backward
 pass. The head's is gathered once; so are those of the first block, which is outside of the scan
 over layers, where a compiler may merge the two (that of CPUs does, a TPU's gathers them again).
 Where weights are trained, each device gets the gradient of its own shard by one reduce-scatter, and
-shards that several groups of devices hold are averaged by an all-reduce. Of the embedding, rows
-travel. Start states are whole on each device, and so are their gradients, but for the states of
-heads.
+shards that several groups of devices hold are averaged by an all-reduce. Of the embedding, only
+rows are sent. Start states and their gradients are replicated, but for those of heads that several
+devices share.
 
 Devices that share heads have their own matrices and states, and sum what a block's two halves add
 to the residual stream: in the forward pass, in the backward pass, and the first half again where a

@@ -1,6 +1,6 @@
 """Programs in which each device computes its own rows, and weights meet where they are needed.
 
-Weights lie in shards. Along `fsdp` a block's matrices are gathered at its door, so that no device
+Weights lie in shards. Along `fsdp` a block's matrices are gathered when it runs, so that no device
 holds more than one block of them at a time; the transpose of the gather is the reduce-scatter that
 leaves each device the gradient of its own shard. Along `tensor` they are never gathered: a device
 computes some of the heads and channels of a block, and what they add to the residual stream is

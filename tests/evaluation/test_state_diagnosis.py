@@ -49,7 +49,7 @@ def found(model, params, empty):
 
 @pytest.fixture(scope="module")
 def bare(model, params, empty):
-    """A WKV state with an empty memory beside it, which numpy restates without one."""
+    """A WKV state with an empty memory next to it, which numpy restates without one."""
     state = empty.replace(wkv=0.3 * random_state(seed=3).wkv)
     return state, diagnose(model, params, state, text(scored=10))
 

@@ -1,7 +1,7 @@
 """Evaluation and measurements: arguments that are right, and values that must be refused."""
 
 import numpy as np
-from misuse_doors import (
+from misuse_values import (
     BAD_BATCHES,
     BATCH,
     BYTES,
@@ -16,7 +16,7 @@ from misuse_doors import (
     WRONG_MODEL,
     WRONG_PARAMS,
     WRONG_STATE,
-    Door,
+    PublicFunction,
     count,
 )
 
@@ -36,8 +36,8 @@ MATRICES = {
 }
 ONE_STATE = {"state": {TypeError: NO_STATES, ValueError: [THREE]}}
 
-DOORS = {
-    "score": Door(
+FUNCTIONS = {
+    "score": PublicFunction(
         rwkv.score,
         {**MEASURED, "batch": BATCH, "tokenizer": BYTES},
         {
@@ -46,7 +46,7 @@ DOORS = {
             "tokenizer": {TypeError: [None, "bytes", 257]},
         },
     ),
-    "token_nats": Door(
+    "token_nats": PublicFunction(
         token_nats,
         {**MEASURED, "tokens": IDS},
         {
@@ -58,12 +58,12 @@ DOORS = {
             "rows": count(1),
         },
     ),
-    "score_answers": Door(
+    "score_answers": PublicFunction(
         score_answers,
         {**MEASURED, "batch": BATCH},
         {**WRONG, "batch": WRONG_BATCHES, "rows": count(1)},
     ),
-    "retention": Door(
+    "retention": PublicFunction(
         retention,
         {**MEASURED, "batches": {"other": BATCH}},
         {
@@ -80,7 +80,7 @@ DOORS = {
             },
         },
     ),
-    "diagnose": Door(
+    "diagnose": PublicFunction(
         diagnose,
         {**MEASURED, "batch": BATCH},
         {
@@ -92,14 +92,14 @@ DOORS = {
             },
         },
     ),
-    "ranks": Door(ranks, {"memory": STATE.wkv}, {"memory": MATRICES}),
-    "singular_values": Door(
+    "ranks": PublicFunction(ranks, {"memory": STATE.wkv}, {"memory": MATRICES}),
+    "singular_values": PublicFunction(
         singular_values, {"memory": STATE.wkv}, {"memory": MATRICES}
     ),
-    "head_statistics": Door(head_statistics, {"state": STATE}, ONE_STATE),
-    "capacity": Door(capacity, {"state": STATE}, ONE_STATE),
-    "advise": Door(advise, {}, {"found": {TypeError: [None, {}, STATE]}}),
-    "Metric.of": Door(
+    "head_statistics": PublicFunction(head_statistics, {"state": STATE}, ONE_STATE),
+    "capacity": PublicFunction(capacity, {"state": STATE}, ONE_STATE),
+    "advise": PublicFunction(advise, {}, {"found": {TypeError: [None, {}, STATE]}}),
+    "Metric.of": PublicFunction(
         Metric.of,
         {"value": 1.0, "unit": "nats"},
         {"unit": {ValueError: ["bits", None, 3]}},

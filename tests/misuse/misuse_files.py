@@ -1,7 +1,7 @@
 """Files and data: arguments that are right, and values that must be refused."""
 
 import numpy as np
-from misuse_doors import (
+from misuse_values import (
     BAD_BATCHES,
     BATCH,
     BYTES,
@@ -16,7 +16,7 @@ from misuse_doors import (
     REMOTE,
     STATE,
     THREE,
-    Door,
+    PublicFunction,
     count,
 )
 
@@ -25,18 +25,18 @@ from rwkv7_jax.data.batching import batch_at, windows
 
 STREAM = np.arange(200, dtype=np.int32) % 257
 
-DOORS = {
-    "load_model": Door(
+FUNCTIONS = {
+    "load_model": PublicFunction(
         rwkv.load_model,
         {"path": "assets/tiny.pth"},
         {"path": {TypeError: [None, 3, ["a"], {}], ValueError: ["", *REMOTE]}},
     ),
-    "load_state": Door(
+    "load_state": PublicFunction(
         rwkv.load_state,
         {"path": "poet.pth"},
         {"path": {TypeError: [None, 3, ["a"], {}], ValueError: ["", *REMOTE]}},
     ),
-    "save_state": Door(
+    "save_state": PublicFunction(
         rwkv.save_state,
         {"path": "x.pth", "state": STATE},
         {
@@ -48,7 +48,7 @@ DOORS = {
             "config": {TypeError: [{}, MODEL], ValueError: []},
         },
     ),
-    "save_model": Door(
+    "save_model": PublicFunction(
         rwkv.save_model,
         {"path": "x.pth", "params": PARAMS, "config": CONFIG},
         {
@@ -57,7 +57,7 @@ DOORS = {
             "config": {TypeError: [None, {}, MODEL]},
         },
     ),
-    "packed": Door(
+    "packed": PublicFunction(
         rwkv.data.packed,
         {"source": STREAM, "batch_size": 2, "length": 8, "tokenizer": BYTES},
         {
@@ -74,7 +74,7 @@ DOORS = {
             "rows": {TypeError: [2, [0]]},
         },
     ),
-    "token_stream": Door(
+    "token_stream": PublicFunction(
         rwkv.data.token_stream,
         {"source": STREAM, "tokenizer": BYTES},
         {
@@ -88,7 +88,7 @@ DOORS = {
             "on_bad": {ValueError: ["ignore"]},
         },
     ),
-    "packed of a short text": Door(
+    "packed of a short text": PublicFunction(
         rwkv.data.packed,
         {"source": STREAM[:31], "batch_size": 2, "length": 8, "tokenizer": BYTES},
         {
@@ -96,7 +96,7 @@ DOORS = {
             "source": {ValueError: [STREAM[:15], STREAM[None], STREAM[:1]]},
         },
     ),
-    "packed of short documents": Door(
+    "packed of short documents": PublicFunction(
         rwkv.data.packed,
         {
             "source": STREAM,
@@ -107,7 +107,7 @@ DOORS = {
         },
         {"source": {ValueError: [STREAM * 0]}},
     ),
-    "packed of the cubic order": Door(
+    "packed of the cubic order": PublicFunction(
         rwkv.data.packed,
         {
             "source": STREAM,
@@ -118,7 +118,7 @@ DOORS = {
         },
         {"source": {ValueError: [STREAM[:23]]}, "length": {ValueError: [67]}},
     ),
-    "batch_at": Door(
+    "batch_at": PublicFunction(
         batch_at,
         {"stream": STREAM, "step": 0, "batch_size": 2, "length": 8},
         {
@@ -132,7 +132,7 @@ DOORS = {
             "rows": {TypeError: [2, [0]]},
         },
     ),
-    "windows": Door(
+    "windows": PublicFunction(
         windows,
         {"stream": STREAM, "length": 8, "count": 2},
         {
@@ -142,7 +142,7 @@ DOORS = {
             "packing": {ValueError: ["rows", None]},
         },
     ),
-    "Batch.of": Door(
+    "Batch.of": PublicFunction(
         rwkv.data.Batch.of,
         {"batch": BATCH},
         {"batch": {TypeError: NO_BATCHES, ValueError: BAD_BATCHES[:5]}},

@@ -1,7 +1,7 @@
 """Generation and text: arguments that are right, and values that must be refused."""
 
 import numpy as np
-from misuse_doors import (
+from misuse_values import (
     BYTES,
     CONFIG,
     INF,
@@ -14,15 +14,15 @@ from misuse_doors import (
     PARAMS,
     STATE,
     THREE,
-    Door,
+    PublicFunction,
 )
 
 import rwkv7_jax as rwkv
 from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.generation.sampling import make_options
 
-DOORS = {
-    "generate": Door(
+FUNCTIONS = {
+    "generate": PublicFunction(
         rwkv.generate,
         {"model": MODEL, "params": PARAMS, "prompts": [1], "temperature": 0},
         {
@@ -71,12 +71,12 @@ DOORS = {
             "prefill_chunk": {TypeError: [1.5], ValueError: [0]},
         },
     ),
-    "make_options": Door(
+    "make_options": PublicFunction(
         make_options,
         {"vocab_size": 257},
         {"vocab_size": {TypeError: [None, CONFIG], ValueError: [0]}},
     ),
-    "prefill_state": Door(
+    "prefill_state": PublicFunction(
         prefill_state,
         {"model": MODEL, "params": PARAMS, "tokens": [1, 2]},
         {
@@ -89,10 +89,10 @@ DOORS = {
             "chunk": {TypeError: [None], ValueError: [0]},
         },
     ),
-    "Tokenizer.encode": Door(
+    "Tokenizer.encode": PublicFunction(
         BYTES.encode, {"text": "a"}, {"text": {TypeError: [None, 3, [1]]}}
     ),
-    "Tokenizer.decode": Door(
+    "Tokenizer.decode": PublicFunction(
         BYTES.decode,
         {"ids": [1]},
         {
@@ -102,12 +102,12 @@ DOORS = {
             }
         },
     ),
-    "Tokenizer.token_bytes": Door(
+    "Tokenizer.token_bytes": PublicFunction(
         BYTES.token_bytes,
         {"token": 1},
         {"token": {TypeError: [None, "a", 1.5], ValueError: [-1, 257]}},
     ),
-    "Tokenizer.for_vocabulary": Door(
+    "Tokenizer.for_vocabulary": PublicFunction(
         rwkv.Tokenizer.for_vocabulary,
         {"vocab_size": 257},
         {"vocab_size": {TypeError: [None, "257", CONFIG], ValueError: [0, 1000]}},

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
-from misuse_doors import (
+from misuse_values import (
     CONFIG,
     DEEPER,
     IDS,
@@ -15,7 +15,7 @@ from misuse_doors import (
     THREE,
     WIDER,
     WRONG_PARAMS,
-    Door,
+    PublicFunction,
 )
 
 import pallas_kernels as kernels
@@ -40,8 +40,8 @@ def wkv7(**arguments):
     return kernels.wkv7(**(arrays | arguments))
 
 
-DOORS = {
-    "RWKV7": Door(
+FUNCTIONS = {
+    "RWKV7": PublicFunction(
         apply,
         {
             "config": CONFIG,
@@ -68,7 +68,7 @@ DOORS = {
         },
     ),
     # Without a word of ours, Flax would speak of scopes.
-    "RWKV7 of variables": Door(
+    "RWKV7 of variables": PublicFunction(
         apply_to,
         {"variables": {"params": PARAMS}},
         {
@@ -78,7 +78,7 @@ DOORS = {
             },
         },
     ),
-    "RWKV7Config": Door(
+    "RWKV7Config": PublicFunction(
         rwkv.RWKV7Config,
         {"vocab_size": 257, "num_layers": 1, "width": 64},
         {
@@ -93,12 +93,12 @@ DOORS = {
             "implementation": {ValueError: ["cuda", 1, ["scan"]]},
         },
     ),
-    "RWKV7Config.preset": Door(
+    "RWKV7Config.preset": PublicFunction(
         rwkv.RWKV7Config.preset,
         {"name": "0.1b"},
         {"name": {ValueError: ["1b", None, 0.4, []]}},
     ),
-    "init_state": Door(
+    "init_state": PublicFunction(
         rwkv.init_state,
         {"config": CONFIG, "batch": 1},
         {
@@ -106,7 +106,7 @@ DOORS = {
             "batch": {TypeError: [1.5, "2", None, [1]], ValueError: [-1]},
         },
     ),
-    "check_state": Door(
+    "check_state": PublicFunction(
         rwkv.check_state,
         {"state": STATE, "batch": 1, "config": CONFIG},
         {
@@ -122,7 +122,7 @@ DOORS = {
             "config": {TypeError: [None, {}, MODEL]},
         },
     ),
-    "repeat": Door(
+    "repeat": PublicFunction(
         rwkv.repeat,
         {"state": STATE, "batch": 2},
         {
@@ -130,7 +130,7 @@ DOORS = {
             "batch": {TypeError: [None, 1.0, "2"], ValueError: [-1]},
         },
     ),
-    "select": Door(
+    "select": PublicFunction(
         rwkv.select,
         {"state": THREE, "rows": 0},
         {
@@ -149,7 +149,7 @@ DOORS = {
             },
         },
     ),
-    "stack": Door(
+    "stack": PublicFunction(
         rwkv.stack,
         {"states": [STATE]},
         {
@@ -163,7 +163,7 @@ DOORS = {
             }
         },
     ),
-    "scaled": Door(
+    "scaled": PublicFunction(
         rwkv.scaled,
         {"state": STATE, "alpha": 0.5},
         {
@@ -171,7 +171,7 @@ DOORS = {
             "alpha": {TypeError: [None, "1"], ValueError: [NAN, INF, -INF, [1.0, 2.0]]},
         },
     ),
-    "weighted_sum": Door(
+    "weighted_sum": PublicFunction(
         weighted_sum,
         {"states": [STATE, STATE], "weights": [0.5, 0.5]},
         {
@@ -182,7 +182,7 @@ DOORS = {
             },
         },
     ),
-    "wkv7": Door(
+    "wkv7": PublicFunction(
         wkv7,
         {},
         {

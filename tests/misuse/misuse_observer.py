@@ -1,7 +1,7 @@
 """The observer: arguments that are right, and values that must be refused."""
 
 import numpy as np
-from misuse_doors import (
+from misuse_values import (
     BATCH,
     CONFIG,
     IDS,
@@ -19,7 +19,7 @@ from misuse_doors import (
     WIDER,
     WRONG_MODEL,
     WRONG_PARAMS,
-    Door,
+    PublicFunction,
     count,
     number,
 )
@@ -64,8 +64,8 @@ WRONG_LENGTHS = {
 TEACHER = {"teacher": MODEL, "teacher_params": PARAMS}
 WRONG_TEACHER = {"teacher": WRONG_MODEL, "teacher_params": WRONG_PARAMS}
 
-DOORS = {
-    "Observer": Door(
+FUNCTIONS = {
+    "Observer": PublicFunction(
         Observer,
         {"model": MODEL, "teacher": CONFIG},
         {
@@ -73,7 +73,7 @@ DOORS = {
             "teacher": {TypeError: [None, MODEL, {}]},
         },
     ),
-    "init_observer": Door(
+    "init_observer": PublicFunction(
         init_observer,
         {"config": CONFIG, "teacher_config": CONFIG, "key": KEY},
         {
@@ -83,7 +83,7 @@ DOORS = {
             "bias": {TypeError: ["zeros", STATE], ValueError: [np.zeros(3)]},
         },
     ),
-    "add_prompt_splits": Door(
+    "add_prompt_splits": PublicFunction(
         add_prompt_splits,
         {"batch": BATCH, "seed": 0, "step": 0},
         {
@@ -95,7 +95,7 @@ DOORS = {
             "first": count(0),
         },
     ),
-    "continuations": Door(
+    "continuations": PublicFunction(
         continuations,
         {"tokens": IDS, "split": SPLIT, "weights": MASK},
         {
@@ -106,7 +106,7 @@ DOORS = {
             "weights": {TypeError: [None, "all"]},
         },
     ),
-    "observer_loss": Door(
+    "observer_loss": PublicFunction(
         observer_loss,
         {"observer": OBSERVER, **TEACHER},
         {
@@ -117,7 +117,7 @@ DOORS = {
             "answers": number(),
         },
     ),
-    "evaluate_handover": Door(
+    "evaluate_handover": PublicFunction(
         evaluate_handover,
         {**TEACHER, "state": STATE, "batch": SPLIT_BATCH},
         {
@@ -140,7 +140,7 @@ DOORS = {
             },
         },
     ),
-    "proposal_error": Door(
+    "proposal_error": PublicFunction(
         proposal_error,
         {"observer": OBSERVER, "params": WEIGHTS, **TEACHER, "tokens": IDS},
         {
@@ -152,7 +152,7 @@ DOORS = {
             "variance": {TypeError: ["own"], ValueError: [np.ones(3)]},
         },
     ),
-    "propose": Door(
+    "propose": PublicFunction(
         propose,
         {"observer": OBSERVER, "params": WEIGHTS, "tokens": IDS},
         {
@@ -162,20 +162,22 @@ DOORS = {
             "lengths": WRONG_LENGTHS,
         },
     ),
-    "state_moments": Door(
+    "state_moments": PublicFunction(
         state_moments,
         {**TEACHER, "tokens": IDS},
         {**WRONG_TEACHER, "tokens": WRONG_PROMPTS, "lengths": WRONG_LENGTHS},
     ),
-    "save_observer": Door(
+    "save_observer": PublicFunction(
         save_observer,
         {"folder": "observer", "observer": OBSERVER, "params": WEIGHTS},
         {"folder": NO_PLACES, "observer": WRONG_OBSERVER, "params": WRONG_WEIGHTS},
     ),
-    "load_observer": Door(
+    "load_observer": PublicFunction(
         load_observer,
         {"folder": "observer", "teacher_config": CONFIG},
         {"folder": NO_PLACES, "teacher_config": {TypeError: [None, MODEL, {}]}},
     ),
-    "observer_info": Door(observer_info, {"folder": "observer"}, {"folder": NO_PLACES}),
+    "observer_info": PublicFunction(
+        observer_info, {"folder": "observer"}, {"folder": NO_PLACES}
+    ),
 }

@@ -3,7 +3,7 @@
 import dataclasses
 
 import numpy as np
-from misuse_doors import (
+from misuse_values import (
     BATCH,
     BYTES,
     CONFIG,
@@ -24,7 +24,7 @@ from misuse_doors import (
     WRONG_MODEL,
     WRONG_PARAMS,
     WRONG_STATE,
-    Door,
+    PublicFunction,
     count,
     number,
 )
@@ -109,8 +109,8 @@ WRONG_TRACES = {
     ValueError: [[], [dataclasses.replace(TRACE, weight=0.0)]],
 }
 
-DOORS = {
-    "distillation_loss": Door(
+FUNCTIONS = {
+    "distillation_loss": PublicFunction(
         distillation_loss,
         MODELS,
         {
@@ -124,7 +124,7 @@ DOORS = {
             "anchor": number(),
         },
     ),
-    "distillation_loss of a teacher": Door(
+    "distillation_loss of a teacher": PublicFunction(
         distillation_loss,
         {**MODELS, "teacher": MODEL, "teacher_params": PARAMS},
         {
@@ -139,7 +139,7 @@ DOORS = {
             "teacher_state": START,
         },
     ),
-    "context_distillation": Door(
+    "context_distillation": PublicFunction(
         context_distillation,
         {**MODELS, "context": STATE},
         {
@@ -149,7 +149,7 @@ DOORS = {
             "leaves": LEAVES,
         },
     ),
-    "policy_loss": Door(
+    "policy_loss": PublicFunction(
         policy_loss,
         MODELS,
         {
@@ -163,7 +163,7 @@ DOORS = {
             "epsilon_high": number(),
         },
     ),
-    "rollouts": Door(
+    "rollouts": PublicFunction(
         rollouts,
         {**MODELS, "state": None, "prompts": PROMPTS, "group": 2, "tokens": 2},
         {
@@ -175,10 +175,10 @@ DOORS = {
             "length": {TypeError: [1.5, "2"], ValueError: [0, 2]},
         },
     ),
-    "RolloutSampler": Door(
+    "RolloutSampler": PublicFunction(
         RolloutSampler, {**MODELS, "group": 2, "tokens": 2}, {**WRONG_MODELS, **DRAWS}
     ),
-    "policy_batch": Door(
+    "policy_batch": PublicFunction(
         policy_batch,
         {
             **MODELS,
@@ -191,17 +191,17 @@ DOORS = {
         },
         {"reward": NO_FUNCTIONS, "group": count(2)},
     ),
-    "make_policy_batch": Door(
+    "make_policy_batch": PublicFunction(
         make_policy_batch,
         {"drawn": None, "reward": reward, "group": 2},
         {"drawn": {TypeError: [None, BATCH, PROMPTS]}},
     ),
-    "held_out_reward": Door(
+    "held_out_reward": PublicFunction(
         held_out_reward,
         {**MODELS, "state": None, "prompts": PROMPTS, "reward": reward, "tokens": 2},
         {"reward": NO_FUNCTIONS},
     ),
-    "grpo": Door(
+    "grpo": PublicFunction(
         grpo,
         LOOP,
         {
@@ -220,7 +220,7 @@ DOORS = {
             "sampling_model": {TypeError: [1, "bfloat16"]},
         },
     ),
-    "expert_iteration": Door(
+    "expert_iteration": PublicFunction(
         expert_iteration,
         LOOP,
         {
@@ -231,7 +231,7 @@ DOORS = {
             "batch_size": count(1),
         },
     ),
-    "PolicyBatches": Door(
+    "PolicyBatches": PublicFunction(
         PolicyBatches,
         {"sampler": SAMPLER, "prompts_at": prompts_at, "reward": reward, "key": KEY},
         {
@@ -242,7 +242,7 @@ DOORS = {
             "anchor_at": {TypeError: [IDS, "poems.jsonl"]},
         },
     ),
-    "ExpertBatches": Door(
+    "ExpertBatches": PublicFunction(
         ExpertBatches,
         {"sampler": SAMPLER, "prompts_at": prompts_at, "reward": reward, "key": KEY},
         {
@@ -254,7 +254,7 @@ DOORS = {
             "batch_size": count(1),
         },
     ),
-    "TraceBatches": Door(
+    "TraceBatches": PublicFunction(
         TraceBatches,
         {"traces": [TRACE]},
         {
@@ -264,7 +264,7 @@ DOORS = {
             "seed": count(0),
         },
     ),
-    "distill": Door(
+    "distill": PublicFunction(
         distill,
         {**MODELS, "traces": [TRACE]},
         {
@@ -281,7 +281,7 @@ DOORS = {
             "on_step": {TypeError: [1, "print"]},
         },
     ),
-    "collect_traces": Door(
+    "collect_traces": PublicFunction(
         collect_traces,
         {
             "teacher": MODEL,
@@ -308,7 +308,7 @@ DOORS = {
             "on_progress": {TypeError: [1, "print"]},
         },
     ),
-    "completion_rows": Door(
+    "completion_rows": PublicFunction(
         completion_rows,
         {"prompts": [[1], [2]], "completions": [[3], [4, 0]], "length": 4},
         {
@@ -328,7 +328,7 @@ DOORS = {
             },
         },
     ),
-    "trace_batch": Door(
+    "trace_batch": PublicFunction(
         trace_batch,
         {"traces": [TRACE], "step": 0, "batch_size": 2, "length": 4},
         {
@@ -339,27 +339,31 @@ DOORS = {
             "seed": count(0),
         },
     ),
-    "longest_trace": Door(longest_trace, {"traces": [TRACE]}, {"traces": WRONG_TRACES}),
-    "gradient_tokens": Door(
+    "longest_trace": PublicFunction(
+        longest_trace, {"traces": [TRACE]}, {"traces": WRONG_TRACES}
+    ),
+    "gradient_tokens": PublicFunction(
         gradient_tokens,
         {"batch": BATCH},
         {"batch": {TypeError: NO_BATCHES, ValueError: [{}, {"tokens": IDS}]}},
     ),
-    "write_traces": Door(
+    "write_traces": PublicFunction(
         write_traces,
         {"path": "traces.jsonl", "traces": [TRACE]},
         {"path": NO_PLACES, "traces": {TypeError: [[[1, 2]], [None]]}},
     ),
-    "read_traces": Door(read_traces, {"path": "traces.jsonl"}, {"path": NO_PLACES}),
-    "CompletionCache": Door(
+    "read_traces": PublicFunction(
+        read_traces, {"path": "traces.jsonl"}, {"path": NO_PLACES}
+    ),
+    "CompletionCache": PublicFunction(
         CompletionCache, {"path": "cache.jsonl"}, {"path": NO_PLACES}
     ),
-    "read_questions": Door(
+    "read_questions": PublicFunction(
         read_questions,
         {"path": "questions.jsonl", "tokenizer": BYTES},
         {"path": NO_PLACES, "tokenizer": {TypeError: [None, "world"]}},
     ),
-    "QuestionSet": Door(
+    "QuestionSet": PublicFunction(
         QuestionSet,
         {"path": "task:dictionary", "tokenizer": BYTES},
         {
@@ -369,10 +373,10 @@ DOORS = {
             "held_out": {TypeError: NO_NUMBERS, ValueError: [NAN, -0.1, 1.5]},
         },
     ),
-    "find_verifier": Door(
+    "find_verifier": PublicFunction(
         find_verifier, {"name": "exact"}, {"name": {TypeError: [None, 3, reward]}}
     ),
-    "advantages": Door(
+    "advantages": PublicFunction(
         advantages,
         {"rewards": np.ones((2, 3))},
         {

@@ -2,7 +2,7 @@
 
 import numpy as np
 import optax
-from misuse_doors import (
+from misuse_values import (
     ADAM,
     BAD_BATCHES,
     BATCH,
@@ -23,7 +23,7 @@ from misuse_doors import (
     WRONG_KINDS_OF_BATCH,
     WRONG_MODEL,
     WRONG_PARAMS,
-    Door,
+    PublicFunction,
     count,
 )
 
@@ -40,8 +40,8 @@ from rwkv7_jax.tuning.upscaling import calibrate
 
 LOSS = rwkv.pretrain_loss(MODEL)
 
-DOORS = {
-    "pretrain_loss": Door(
+FUNCTIONS = {
+    "pretrain_loss": PublicFunction(
         rwkv.pretrain_loss,
         {"model": MODEL},
         {
@@ -49,7 +49,7 @@ DOORS = {
             "l2wrap": {TypeError: NO_NUMBERS, ValueError: [NAN, -1.0, INF]},
         },
     ),
-    "next_token_loss": Door(
+    "next_token_loss": PublicFunction(
         next_token_loss,
         {
             "model": MODEL,
@@ -64,7 +64,7 @@ DOORS = {
             }
         },
     ),
-    "state_loss": Door(
+    "state_loss": PublicFunction(
         rwkv.state_loss,
         {"model": MODEL, "params": PARAMS},
         {
@@ -75,7 +75,7 @@ DOORS = {
             "l2wrap": {TypeError: NO_NUMBERS, ValueError: [INF, -1.0]},
         },
     ),
-    "make_train_step": Door(
+    "make_train_step": PublicFunction(
         rwkv.make_train_step,
         {"loss": LOSS, "tx": ADAM},
         {
@@ -86,10 +86,10 @@ DOORS = {
             "mesh": {TypeError: ["data", 2]},
         },
     ),
-    "make_eval_step": Door(
+    "make_eval_step": PublicFunction(
         rwkv.make_eval_step, {"loss": LOSS}, {"loss": {TypeError: [None, 1, "loss"]}}
     ),
-    "TrainState.create": Door(
+    "TrainState.create": PublicFunction(
         rwkv.TrainState.create,
         {"params": STATE, "tx": ADAM},
         {
@@ -97,7 +97,7 @@ DOORS = {
             "tx": {TypeError: [None, 0.1, "adam"]},
         },
     ),
-    "build_optimizer": Door(
+    "build_optimizer": PublicFunction(
         rwkv.build_optimizer,
         {"learning_rate": 0.1},
         {
@@ -110,7 +110,7 @@ DOORS = {
             "eps": {TypeError: NO_NUMBERS, ValueError: [NAN, -1.0]},
         },
     ),
-    "learning_rate_schedule": Door(
+    "learning_rate_schedule": PublicFunction(
         learning_rate_schedule,
         {
             "kind": "cosine",
@@ -127,7 +127,7 @@ DOORS = {
             "total_steps": {TypeError: [None], ValueError: [-1]},
         },
     ),
-    "decorrelate": Door(
+    "decorrelate": PublicFunction(
         rwkv.decorrelate,
         {"inner": ADAM},
         {
@@ -142,7 +142,7 @@ DOORS = {
             "every": {TypeError: ["a"], ValueError: [0]},
         },
     ),
-    "upscale": Door(
+    "upscale": PublicFunction(
         rwkv.upscale,
         {"model": MODEL, "params": PARAMS, "tokens": IDS},
         {
@@ -164,7 +164,7 @@ DOORS = {
             "seed": {TypeError: [None, 0.5], ValueError: [-1, 2**40]},
         },
     ),
-    "calibrate": Door(
+    "calibrate": PublicFunction(
         calibrate,
         {"reads": np.ones((2, 9, 2, 16)), "size": 4},
         {
@@ -176,7 +176,7 @@ DOORS = {
             "damping": {TypeError: ["a"], ValueError: [NAN, -1]},
         },
     ),
-    "state_statistics": Door(
+    "state_statistics": PublicFunction(
         state_statistics,
         {"model": MODEL, "params": PARAMS},
         {
@@ -186,12 +186,12 @@ DOORS = {
             "rows": {TypeError: [None], ValueError: [0]},
         },
     ),
-    "layer_statistics": Door(
+    "layer_statistics": PublicFunction(
         layer_statistics,
         {"model": MODEL},
         {"model": {TypeError: NO_MODELS}, "rows": {TypeError: ["8"], ValueError: [0]}},
     ),
-    "trainable_mask": Door(
+    "trainable_mask": PublicFunction(
         trainable_mask,
         {"state": STATE, "leaves": ("wkv",)},
         {
@@ -202,7 +202,7 @@ DOORS = {
             },
         },
     ),
-    "state_decorrelator": Door(
+    "state_decorrelator": PublicFunction(
         state_decorrelator,
         {"model": MODEL, "params": PARAMS, "start": STATE},
         {
@@ -214,7 +214,7 @@ DOORS = {
             "rows": count(1),
         },
     ),
-    "weight_decorrelator": Door(
+    "weight_decorrelator": PublicFunction(
         weight_decorrelator,
         {"model": MODEL},
         {"method": {ValueError: ["online", None]}, "rows": count(1)},

@@ -63,7 +63,7 @@ compiled = jax.jit(recurrence)
 
 
 def wanted(upscaled, one):
-    """The additive read-out in numpy, token by token, float64; and the memory behind."""
+    """The additive read-out in numpy, token by token, float64; and the memory after it."""
     phi = lambda x: np.asarray(kernel_features(upscaled.features, x), np.float64)  # noqa: E731
     reads = phi(one["r"])
     keys = phi(-one["a"])

@@ -23,7 +23,7 @@ depths = pytest.mark.parametrize(
     ids=["shallow", "deep"],
 )
 
-# Decay alone is what delta does too, beside erasing.
+# Decay alone is also what delta does, besides erasing.
 kinds = pytest.mark.parametrize(
     "dynamics", ["static", pytest.param("decay", marks=pytest.mark.slow), "delta"]
 )

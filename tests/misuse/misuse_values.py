@@ -13,7 +13,7 @@ import optax
 import rwkv7_jax as rwkv
 
 
-class Door(NamedTuple):
+class PublicFunction(NamedTuple):
     """A public function, arguments that it takes, and values that it must refuse.
 
     Attributes:
