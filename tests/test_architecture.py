@@ -84,7 +84,24 @@ def test_files_have_at_most_500_lines(path):
     assert len(path.read_text().splitlines()) <= 500
 
 
-def test_the_front_door_has_at_most_25_names_and_all_exist():
+def _packs(node):
+    """Tells whether a statement assigns several values at once, other than to exchange names."""
+    if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)):
+        return False
+    target = node.targets[0]
+    if not isinstance(target, ast.Tuple):
+        return False
+    names = sorted(map(ast.unparse, target.elts))
+    return names != sorted(map(ast.unparse, node.value.elts))
+
+
+def test_a_statement_assigns_one_value():
+    for path in MODULES:
+        packed = [node.lineno for node in ast.walk(tree_of(path)) if _packs(node)]
+        assert not packed, name_of(path)
+
+
+def test_the_package_has_at_most_25_public_names_and_all_exist():
     names = getattr(rwkv7_jax, "__all__", [])
     assert len(names) <= 25
     assert len(set(names)) == len(names)
@@ -92,7 +109,7 @@ def test_the_front_door_has_at_most_25_names_and_all_exist():
         assert inspect.getdoc(getattr(rwkv7_jax, name)), f"{name} has no docstring."
 
 
-def test_names_of_the_front_door_are_loaded_when_they_are_used():
+def test_public_names_are_loaded_when_they_are_used():
     lines = (
         "import sys, rwkv7_jax",
         "assert 'jax' not in sys.modules and 'numpy' not in sys.modules",
