@@ -36,7 +36,7 @@ def in_shards(mesh, function, config=SCANNED):
 
 @functools.cache
 def alone(function, config=SCANNED):
-    """Gives what a function of weights gives on one device: once, for all meshes."""
+    """Returns what a function of weights gives on one device: once, for all meshes."""
     return function(lively(config))
 
 
