@@ -30,7 +30,7 @@ from rwkv7_jax.sharding import (
     specs,
     use_mesh,
 )
-from rwkv7_jax.training.losses import Loss, Metrics
+from rwkv7_jax.training.losses import Loss
 from rwkv7_jax.training.shared_pass import can_share_pass
 from rwkv7_jax.training.train_step import (
     TrainState,
@@ -143,7 +143,7 @@ class _StackUpdate:
         train: TrainState,
         batch: Any,
         rates: Array,
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, dict[str, Array]]:
         """Updates every set with its own rows and rate."""
 
         def update_set(one):
