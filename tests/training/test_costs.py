@@ -199,23 +199,24 @@ def compiled_steps():
             shards=1,
             peak=found["peak"],
         )
-    for file in ("tpu-plan-7.2b-v5e-8", "tpu-plan-7.2b-pretrain-v5p-64"):
-        plan = json.loads((RESULTS / f"{file}.json").read_text())
-        yield of_plan(file, "7.2b", plan, plan["mesh"]["fsdp"])
+    for file in ("7.2b-v5e-8", "7.2b-pretrain-v5p-64", "1.5b-sequence-v5e-8"):
+        plan = json.loads((RESULTS / f"tpu-plan-{file}.json").read_text())
+        yield of_plan(file, file.split("-")[0], plan, plan["mesh"])
     table = json.loads((RESULTS / "tpu-plan.json").read_text())["cases"]
     for name, plan in table.items():
-        yield of_plan(name, plan["size"], plan, 1)
+        yield of_plan(name, plan["size"], plan, {})
 
 
-def of_plan(name, size, plan, shards):
-    """The step of a plan whose weights are cut into shards."""
+def of_plan(name, size, plan, mesh):
+    """The step of a plan on a mesh whose axes have these sizes."""
+    shards = mesh.get("fsdp", 1)
     is_new = plan["mode"] == "pretrain"
     return Compiled(
         name=name,
         size=size,
         trained="weights" if is_new else "state",
         rows=plan["batch"] // shards,
-        length=plan["length"],
+        length=plan["length"] // mesh.get("sequence", 1),
         weight_bytes=4 if is_new else 2,
         shards=shards,
         peak=plan["peak_gib"] * 2**30,
