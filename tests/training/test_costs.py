@@ -199,9 +199,9 @@ def compiled_steps():
             shards=1,
             peak=found["peak"],
         )
-    for file in ("7.2b-v5e-8", "7.2b-pretrain-v5p-64", "1.5b-sequence-v5e-8"):
-        plan = json.loads((RESULTS / f"tpu-plan-{file}.json").read_text())
-        yield of_plan(file, file.split("-")[0], plan, plan["mesh"])
+    for file in sorted(RESULTS.glob("?pu-plan-*.json")):
+        plan = json.loads(file.read_text())
+        yield of_plan(file.stem, file.stem.split("-")[2], plan, plan["mesh"])
     table = json.loads((RESULTS / "tpu-plan.json").read_text())["cases"]
     for name, plan in table.items():
         yield of_plan(name, plan["size"], plan, {})
