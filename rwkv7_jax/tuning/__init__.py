@@ -1,5 +1,10 @@
 """The start state as trainable parameters: losses, masks, upscaled states, state arithmetic."""
 
+from rwkv7_jax.tuning.calibration import (
+    FeatureSettings,
+    calibrate,
+    resolve_features,
+)
 from rwkv7_jax.tuning.rate_factors import rate_factors, with_rate_factors
 from rwkv7_jax.tuning.read_statistics import (
     initial_state_read_vectors,
@@ -25,11 +30,8 @@ from rwkv7_jax.tuning.state_tuning import (
     trainable_mask,
 )
 from rwkv7_jax.tuning.upscaling import (
-    FeatureSettings,
-    calibrate,
     empty_memory,
     fold_feature_map,
-    resolve_features,
     stability_ratio,
     upscale,
 )

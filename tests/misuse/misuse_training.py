@@ -34,9 +34,9 @@ from rwkv7_jax.training.projection_statistics import (
     layer_statistics,
     weight_decorrelator,
 )
+from rwkv7_jax.tuning.calibration import calibrate
 from rwkv7_jax.tuning.read_statistics import state_decorrelator, state_statistics
 from rwkv7_jax.tuning.state_tuning import trainable_mask
-from rwkv7_jax.tuning.upscaling import calibrate
 
 LOSS = rwkv.pretrain_loss(MODEL)
 

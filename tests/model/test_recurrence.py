@@ -8,11 +8,12 @@ from upscaled_states import ADDITIVE, SIZE, noise
 
 from rwkv7_jax.model import recurrence as model_recurrence
 from rwkv7_jax.model.kernel_features import kernel_features
+from rwkv7_jax.tuning.calibration import calibrate
 from rwkv7_jax.tuning.read_statistics import (
     initial_state_read_vectors,
     memory_read_vectors,
 )
-from rwkv7_jax.tuning.upscaling import calibrate, empty_memory, stability_ratio
+from rwkv7_jax.tuning.upscaling import empty_memory, stability_ratio
 
 B, T, H, N = 2, 19, 3, 8
 

@@ -12,9 +12,10 @@ from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.runs.modes.dataset import DatasetMode
 from rwkv7_jax.runs.modes.state_mode import StateTuningMode
 from rwkv7_jax.training.costs import Memory
+from rwkv7_jax.tuning.calibration import resolve_features
 from rwkv7_jax.tuning.read_statistics import state_decorrelator
 from rwkv7_jax.tuning.state_tuning import state_loss
-from rwkv7_jax.tuning.upscaling import describe_upscaled, resolve_features, upscale
+from rwkv7_jax.tuning.upscaling import describe_upscaled, upscale
 
 # The features of all tokens of a layer that exist at the same time in the backward pass.
 _FEATURE_COPIES = 3

@@ -19,9 +19,9 @@ from rwkv7_jax.runs.settings.fields import (
     place,
     shown,
 )
+from rwkv7_jax.tuning.calibration import LANDMARKS, PREPARATIONS
 from rwkv7_jax.tuning.rate_search import RATES
 from rwkv7_jax.tuning.state_tuning import LEAVES
-from rwkv7_jax.tuning.upscaling import LANDMARKS, PREPARATIONS
 
 
 @dataclasses.dataclass(frozen=True)

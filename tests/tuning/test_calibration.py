@@ -7,7 +7,7 @@ import pytest
 from upscaled_states import noise
 
 from rwkv7_jax.model.kernel_features import kernel_features, unit_vectors
-from rwkv7_jax.tuning.upscaling import calibrate, resolve_features
+from rwkv7_jax.tuning.calibration import calibrate, resolve_features
 
 H, N = 3, 8
 
