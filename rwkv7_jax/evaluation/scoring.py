@@ -154,7 +154,7 @@ def _token_sizes(tokenizer: Tokenizer) -> Int[np.ndarray, " V"]:
 
 
 def target_bytes(batch: Batch, tokenizer: Tokenizer) -> Float[np.ndarray, "B T"]:
-    """Gives the bytes of each target of a batch with a mask, times the mask."""
+    """Returns the bytes of each target of a batch with a mask, times the mask."""
     targets = np.asarray(batch.tokens)[:, 1:]
     return _token_sizes(tokenizer)[targets] * np.asarray(batch.mask)
 

@@ -152,7 +152,7 @@ def choose_rate(
 
 
 def _within(gains: Mapping[float, float], share: float) -> tuple[float, ...]:
-    """Gives the rates, ascending, whose gains are smaller than the best by a share at most."""
+    """Returns the rates, ascending, whose gains are smaller than the best by a share at most."""
     least = (1 - share) * max(gains.values())
     return tuple(sorted(rate for rate, gain in gains.items() if gain >= least))
 
