@@ -20,6 +20,11 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+# A folder of compiled programs is not shared by workers: JAX writes its files in place, and workers
+# that begin with the same modules would read what another one has half written.
+if "JAX_COMPILATION_CACHE_DIR" in os.environ and "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] += "/" + os.environ["PYTEST_XDIST_WORKER"]
+
 import jax
 import jaxtyping
 import pytest
