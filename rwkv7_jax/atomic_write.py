@@ -27,7 +27,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         # umask.
         handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except OSError as error:
-        # By its own name: nobody knows the hidden one.
+        # The hidden file's name would tell a user nothing.
         raise OSError(error.errno, error.strerror, str(path)) from None
     try:
         # Closed before the replacement, so that everything is written by then.

@@ -13,6 +13,7 @@ from rwkv7_jax.checkpoints.state_files import load_state, save_state
 from rwkv7_jax.data.loading import token_stream
 from rwkv7_jax.data.token_cache import open_cache, write_cache
 from rwkv7_jax.local_paths import (
+    check_target,
     existing_path,
     is_remote,
     is_same,
@@ -215,3 +216,19 @@ def test_every_reader_says_how_to_download_what_is_not_here(reader, name):
     with pytest.raises(ValueError, match="download it first") as caught:
         READERS[reader](name)
     assert name in str(caught.value)
+
+
+def test_a_target_needs_a_folder_that_can_be_written(tmp_path, monkeypatch):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "link.pth").symlink_to(mine / "model.pth")
+    # Root may write everywhere, so permissions are asked of a stand-in.
+    monkeypatch.setattr(os, "access", lambda path, mode: pathlib.Path(path) == mine)
+    for target in (mine, mine / "new.pth", mine / "a" / "b", tmp_path / "link.pth"):
+        check_target(target, "`path`")
+    with pytest.raises(ValueError, match=r"must be in a folder; `.*file` is a file"):
+        check_target(tmp_path / "file" / "x.pth", "`path`")
+    for target in (tmp_path / "x.pth", tmp_path / "new" / "x.pth"):
+        with pytest.raises(ValueError, match="must be where you may write"):
+            check_target(target, "`path`")

@@ -228,8 +228,12 @@ def parse_record(record: Any) -> Document:
     if "conversations" in record:
         messages = _with_system(record, record["conversations"])
         return _chat(record, messages, "conversations")
-    question = _only_name(record, _QUESTIONS)
-    answer = _only_name(record, _ANSWERS)
+    question = "instruction"
+    answer = "output"
+    # Alpaca's two names count, whatever else a record holds.
+    if question not in record or answer not in record:
+        question = _only_name(record, _QUESTIONS)
+        answer = _only_name(record, _ANSWERS)
     if question and answer:
         return _one_question(record, question, answer)
     raise ValueError(
@@ -244,13 +248,15 @@ def _only_name(record: Mapping[str, Any], names: Sequence[str]) -> str | None:
     Raises:
         ValueError: it has two.
     """
-    found = [name for name in names if name in record]
-    # Alpaca's own names count, whatever else a record holds.
-    if found[:1] == [names[0]] or len(found) == 1:
-        return found[0]
-    if found:
-        raise ValueError(f'"{found[0]}" and "{found[1]}" in one object')
-    return None
+    present = [name for name in names if name in record]
+    if len(present) > 1:
+        raise ValueError(f'"{present[0]}" and "{present[1]}" in one object')
+    return present[0] if present else None
+
+
+def _optional(record: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """Returns the one of `names` under which a record has something; see `_only_name`."""
+    return _only_name({key: value for key, value in record.items() if value}, names)
 
 
 def _keys_of(record: Mapping[str, Any]) -> str:
@@ -265,8 +271,8 @@ def _keys_of(record: Mapping[str, Any]) -> str:
 
 def _with_system(record: Mapping[str, Any], messages: Any) -> Any:
     """Puts a record's system text before its messages."""
-    name = _only_name(record, _SYSTEM_TEXTS)
-    if not name or not record[name] or not isinstance(messages, list):
+    name = _optional(record, _SYSTEM_TEXTS)
+    if not name or not isinstance(messages, list):
         return messages
     return [{"role": "system", "content": record[name]}, *messages]
 
@@ -279,8 +285,7 @@ def _one_question(
     A "history" of earlier questions and answers comes first, as LLaMA-Factory has it.
     """
     question = _field(record, question_name).decode()
-    context = _only_name(record, _CONTEXTS)
-    if context and record[context]:
+    if context := _optional(record, _CONTEXTS):
         question += "\n" + _field(record, context).decode()
     messages = []
     history = record.get("history") or []

@@ -219,7 +219,7 @@ def _search_of(name: str, search: Mapping[str, Any]) -> str:
     chosen = search["rate"]
     choice = "no rate is better than no state" if chosen is None else f"{chosen:g}"
     edge = f", the {search['edge']} that was tried" if search["edge"] else ""
-    # Records of earlier versions have neither a reason nor what is nearly equal.
+    # Records of earlier versions have neither a reason nor the nearly equal rates.
     why = f": {search['why']}" if search.get("why") else ""
     near = search.get("near", ())
     equal = ""

@@ -149,6 +149,15 @@ MESSAGES = {
             "system": "Be kind.",
         },
         {
+            "instruction": "Add.",
+            "input": "",
+            "context": "2 and 2",
+            "system": "",
+            "system_prompt": "Be kind.",
+            "output": "4",
+            "response": "of another model",
+        },
+        {
             "id": "niv.1",
             "system_prompt": "Be kind.",
             "question": "Add.\n2 and 2",
@@ -227,6 +236,14 @@ def test_a_text_next_to_an_instruction_stays_the_text():
         (
             {"question": "a", "answer": "b", "response": "c"},
             '"response" and "answer" in one object',
+        ),
+        (
+            {"instruction": "a", "question": "b", "answer": "c"},
+            '"instruction" and "question" in one object',
+        ),
+        (
+            {"instruction": "a", "input": "b", "context": "c", "output": "d"},
+            '"input" and "context" in one object',
         ),
         ({"question": "a", "choices": [], "answer": 2}, '"answer" must be a string'),
         ({"input": "a", "output": "b"}, 'its keys are "input", "output"'),
