@@ -177,8 +177,8 @@ def check_target(path: Path, argument: str) -> None:
     if path.is_symlink():
         # What the link leads to is replaced, and not the link.
         path = path.resolve()
-    folders = path.parents if not path.is_dir() else (path,)
-    folder = next((one for one in folders if one.exists()), Path())
+    # Also of a folder that is there: it is made anew next to it, and then replaced.
+    folder = next((parent for parent in path.parents if parent.exists()), Path())
     if not folder.is_dir():
         raise ValueError(f"{argument} must be in a folder; `{folder}` is a file.")
     if not os.access(folder, os.W_OK | os.X_OK):

@@ -225,10 +225,11 @@ def test_a_target_needs_a_folder_that_can_be_written(tmp_path, monkeypatch):
     (tmp_path / "link.pth").symlink_to(mine / "model.pth")
     # Root may write everywhere, so permissions are asked of a stand-in.
     monkeypatch.setattr(os, "access", lambda path, mode: pathlib.Path(path) == mine)
-    for target in (mine, mine / "new.pth", mine / "a" / "b", tmp_path / "link.pth"):
-        check_target(target, "`path`")
+    for name in ("mine/new.pth", "mine/a/b", "link.pth"):
+        check_target(tmp_path / name, "`path`")
     with pytest.raises(ValueError, match=r"must be in a folder; `.*file` is a file"):
         check_target(tmp_path / "file" / "x.pth", "`path`")
-    for target in (tmp_path / "x.pth", tmp_path / "new" / "x.pth"):
+    # A folder is replaced by one that is made next to it.
+    for name in ("x.pth", "new/x.pth", "mine"):
         with pytest.raises(ValueError, match="must be where you may write"):
-            check_target(target, "`path`")
+            check_target(tmp_path / name, "`path`")
