@@ -26,7 +26,7 @@ KERNEL_WIDTH = 0.5
 class BasedContestant(Contestant):
     """Any order of the mixers of BASED, attention and windows included."""
 
-    def __init__(self, setting: Setting, layers: tuple[str, ...], **sizes: int):
+    def __init__(self, setting: Setting, layers: tuple[str, ...], **sizes: Any):
         self.config = BasedConfig(
             vocab_size=setting.vocab_size,
             width=setting.width,
@@ -166,18 +166,18 @@ class TunedContestant(RWKVContestant):
         shown, _ = rows(
             np.random.default_rng(TRAIN), 64, setting.train[-1], setting.vocab_size
         )
-        self.state = rwkv.upscale(
-            self.model, weights, shown, size=size, dynamics=dynamics
-        )
+        state = rwkv.upscale(self.model, weights, shown, size=size, dynamics=dynamics)
+        assert state.upscaled is not None
+        self.state = state
+        self.upscaled = state.upscaled
 
     def init(self, key):
         """Returns an empty memory and the strength of its writes, 0."""
-        upscaled = self.state.upscaled
-        return {"memory": upscaled.memory, "write": upscaled.write}
+        return {"memory": self.upscaled.memory, "write": self.upscaled.write}
 
     def start(self, params, batch):
         """Makes rows that all start from the tuned state."""
-        upscaled = self.state.upscaled.replace(**params)
+        upscaled = self.upscaled.replace(**params)
         return rwkv.repeat(self.state.replace(upscaled=upscaled), batch)
 
     def run(self, params, x, state):

@@ -86,7 +86,7 @@ def tokens_per_second(
 
 def main() -> None:
     """Prints a table; with `--json`, writes it with device, versions, date and command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=100_000_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", help="file to write")

@@ -37,14 +37,17 @@ from rwkv7_jax.data.token_streams import TokenStream
 from rwkv7_jax.reports import plots as pictures
 from rwkv7_jax.training.projection_statistics import layer_statistics, projections
 
-SIZES = {"decay_rank": 16, "icl_rank": 16, "value_rank": 16, "gate_rank": 32}
-SIZES |= {
-    "vocab_size": 257,
-    "num_layers": 2,
-    "width": 64,
-    "head_size": 32,
-    "ffn_width": 192,
-}
+CONFIG = rwkv.RWKV7Config(
+    vocab_size=257,
+    num_layers=2,
+    width=64,
+    head_size=32,
+    ffn_width=192,
+    decay_rank=16,
+    icl_rank=16,
+    value_rank=16,
+    gate_rank=32,
+)
 # Inner optimizer, rule of decorrelation (None for none), learning rates.
 METHODS: dict[str, tuple[str, str | None, tuple[float, ...]]] = {
     "Adam": ("adam", None, (2e-3, 4e-3, 8e-3)),
@@ -104,7 +107,7 @@ def optimizer(inner: str, rule: str | None) -> optax.GradientTransformation:
 def program(method: str):
     """Makes the model, the optimizer and the compiled step of a method, for all rates and seeds."""
     inner, rule, _ = METHODS[method]
-    model = rwkv.RWKV7(rwkv.RWKV7Config(**SIZES))
+    model = rwkv.RWKV7(CONFIG)
     tx = optimizer(inner, rule)
     statistics = None if rule is None else layer_statistics(model, rows=4)
     loss = rwkv.pretrain_loss(model, l2wrap=0.0)
@@ -174,7 +177,7 @@ def draw(path: Path, by_method: dict[str, Any]) -> None:
 
 def main() -> None:
     """Runs all methods, prints the best runs, and writes files where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))

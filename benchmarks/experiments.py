@@ -152,7 +152,8 @@ def capacity_curve(steps: int = 300) -> Numbers:
                 name=name,
                 steps=steps,
             )
-            leaf = run.state.upscaled.memory if method.size else run.state.wkv
+            upscaled = run.state.upscaled
+            leaf = run.state.wkv if upscaled is None else upscaled.memory
             share = measure(f"facts-{count}", run.state, name=name).accuracy
             points[label]["numbers"] = int(leaf.size)
             points[label]["facts"][count] = round(share * count)
@@ -270,14 +271,16 @@ def observing(steps: int = 1000, seed: int = 0, answers: float = 1.0) -> Numbers
     split = 25
     task = "mapping"
     length = 32
-    sizes = {"decay_rank": 16, "icl_rank": 16, "value_rank": 16, "gate_rank": 16}
     config = rwkv.RWKV7Config(
         vocab_size=257,
         num_layers=1,
         width=32,
         head_size=32,
         ffn_width=96,
-        **sizes,
+        decay_rank=16,
+        icl_rank=16,
+        value_rank=16,
+        gate_rank=16,
     )
 
     def rows(step, **more):

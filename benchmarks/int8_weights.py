@@ -162,7 +162,7 @@ def speeds(layers: int, width: int, vocab_size: int, repeats: int) -> dict[str, 
 
 def main() -> None:
     """Prints the tables; with `--json`, writes them with device, versions, date and command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--vocab", type=int, default=4096)

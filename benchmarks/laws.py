@@ -69,15 +69,17 @@ def reparametrisation() -> Numbers:
         return jnp.mean(jnp.square(inputs @ matrix.T - target))
 
     tx = decorrelate(optax.sgd(0.05), rate=0.0)
-    one = {"s": jax.random.normal(key[3], (7, 12))}
-    state = tx.init(one)
+    start = jax.random.normal(key[3], (7, 12))
+    params: Any = {"s": start}
+    state: Any = tx.init(params)
     state = state._replace(whitener={"s": turn})
-    two = one["s"] @ jnp.linalg.inv(turn)
+    in_new_basis = start @ jnp.linalg.inv(turn)
     for _ in range(20):
-        updates, state = tx.update({"s": jax.grad(loss)(one["s"])}, state, one)
-        one = optax.apply_updates(one, updates)
-        two = two - 0.05 * jax.grad(lambda x: loss(x @ turn))(two)
-    error = float(jnp.abs(one["s"] - two @ turn).max())
+        updates, state = tx.update({"s": jax.grad(loss)(params["s"])}, state, params)
+        params = optax.apply_updates(params, updates)
+        gradient = jax.grad(lambda basis: loss(basis @ turn))(in_new_basis)
+        in_new_basis = in_new_basis - 0.05 * gradient
+    error = float(jnp.abs(params["s"] - in_new_basis @ turn).max())
     return {"largest_difference": error, "passed": error <= 1e-5}
 
 

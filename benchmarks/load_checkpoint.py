@@ -110,7 +110,7 @@ def table(path: Path, repeats: int) -> list[dict]:
 
 def main() -> None:
     """Prints the table; with `--json`, writes it with device, versions, date and command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--dir", help="folder for the file, which is deleted afterwards"
     )

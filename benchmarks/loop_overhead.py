@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import jax
 
@@ -74,13 +75,13 @@ def in_loop(program: dict, settings: Settings) -> Mark:
         marks.append(Mark.now())
         return original(feed, step, params)
 
-    InputPipeline.__call__ = ask
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            with StopSignals() as stop, OwnedRunDirectory(folder, settings) as place:
-                program["train"](settings, place, stop)
-    finally:
-        InputPipeline.__call__ = original
+    with (
+        mock.patch.object(InputPipeline, "__call__", ask),
+        tempfile.TemporaryDirectory() as folder,
+        StopSignals() as stop,
+        OwnedRunDirectory(folder, settings) as place,
+    ):
+        program["train"](settings, place, stop)
     return marks[WARM - 1].per_step(marks[-1], len(marks) - WARM)
 
 
@@ -94,8 +95,10 @@ def bare(program: dict, settings: Settings) -> Mark:
     _, tx = run.mode.optimizer()
     step = make_train_step(run.mode.loss, tx)
     feed = InputPipeline(run.mode.batches(0, None))
-    batch = feed(0, None).device
+    first = feed(0, None)
     feed.close()
+    assert first is not None
+    batch = first.device
     state = TrainState.create(run.mode.init_params(), tx)
     state = jax.device_put(state, jax.local_devices()[0])
     for number in range(settings.steps):
@@ -109,7 +112,7 @@ def bare(program: dict, settings: Settings) -> Mark:
 
 def main() -> None:
     """Measures both ways in turns, prints the medians, and writes JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", default="")
@@ -139,11 +142,11 @@ def main() -> None:
     }
     print("  ".join(f"{name} {share:+.1%}" for name, share in shares.items()))
     if options.json:
-        numbers = {f"{name}_ms": mark._asdict() for name, mark in medians.items()}
         record.write(
             options.json,
             "benchmarks.loop_overhead",
-            **numbers,
+            bare_ms=alone._asdict(),
+            loop_ms=loop._asdict(),
             overhead=shares,
         )
 

@@ -88,7 +88,7 @@ def make_plan(case: Case) -> dict[str, Any]:
 
 def main() -> None:
     """Prints a row for each case and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", nargs="*", help="names; all by default")
     parser.add_argument("--json", required=True, help="file to write, or to add to")
     args = parser.parse_args()

@@ -154,7 +154,13 @@ def _distinct(rng: Generator, count: int, size: int, below: int) -> np.ndarray:
 
 
 class Contestant(abc.ABC):
-    """A model of the table: parameters, a start state, a call, and what its state weighs."""
+    """A model of the table: parameters, a start state, a call, and what its state weighs.
+
+    Attributes:
+        config: the sizes, of the model's own kind.
+    """
+
+    config: Any
 
     @abc.abstractmethod
     def init(self, key: jax.Array) -> Any:

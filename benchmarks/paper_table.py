@@ -255,7 +255,7 @@ def carried_over(path: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Runs the table and the experiments, prints them, and writes files where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--quick", action="store_true", help="the experiments of the gate alone"
     )

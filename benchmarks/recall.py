@@ -398,7 +398,7 @@ def full(cells: Cells, minutes: float) -> None:
 
 def main() -> int:
     """Makes the table, or runs the gate, prints it, and writes files where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the gate's cells alone")
     parser.add_argument(
         "--full", action="store_true", help="published sizes, for a GPU"

@@ -74,7 +74,7 @@ def count_float_stacks(text: str, config: rwkv.RWKV7Config) -> int:
 
 def main() -> None:
     """Prints a row for each form; with `--json`, writes them with versions, date and command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", default="7.2b", help="a published size (%(default)s)")
     parser.add_argument("--chip", choices=CHIPS, default="v5e")
     parser.add_argument("--batch", type=int, default=1)

@@ -169,7 +169,11 @@ def optimizer_of(kind: str, learning_rate) -> optax.GradientTransformation:
     if kind in ("LoRA", "all weights"):
         return adam
     adam = rwkv.decorrelate(adam) if is_online(kind) else adam
-    return optax.masked(adam, lambda state: trainable_mask(state, leaves_of(kind)))
+
+    def mask(state):
+        return trainable_mask(state, leaves_of(kind))
+
+    return optax.masked(adam, mask)
 
 
 def statistics_of(kind: str):
@@ -260,7 +264,8 @@ def numbers_of(kind: str) -> int:
     """Counts the numbers that a row tunes."""
     trained = start(kind, STYLES[0], 0)
     if isinstance(trained, rwkv.RWKV7State):
-        trained = trained.upscaled.memory if kind in UPSCALED else trained.wkv
+        upscaled = trained.upscaled
+        trained = trained.wkv if upscaled is None else upscaled.memory
     return sum(leaf.size for leaf in jax.tree.leaves(trained))
 
 
@@ -413,7 +418,7 @@ def draw(folder: Path, found: dict[str, dict[str, list]]) -> None:
 
 def main() -> None:
     """Runs the table, prints it, and writes files where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--styles", default=",".join(STYLES))
     parser.add_argument("--kinds", nargs="+", choices=RATES, default=list(RATES))

@@ -8,15 +8,18 @@ import argparse
 import importlib.util
 import time
 from collections.abc import Callable
+from typing import Any
 
 from benchmarks import record
 from rwkv7_jax.data.readers import documents
 from rwkv7_jax.text.tokenizer import Tokenizer
 
+Encode = Callable[[str], Any]
 
-def encoders() -> dict[str, Callable[[str], list[int]]]:
+
+def encoders() -> dict[str, Encode]:
     """Finds the tokenizers that are installed, by name."""
-    found = {"rwkv7_jax": Tokenizer.world().encode}
+    found: dict[str, Encode] = {"rwkv7_jax": Tokenizer.world().encode}
     if importlib.util.find_spec("rwkv"):
         import rwkv
         from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
@@ -30,7 +33,7 @@ def encoders() -> dict[str, Callable[[str], list[int]]]:
     return found
 
 
-def least_seconds(encode: Callable[[str], list[int]], text: str, repeats: int) -> float:
+def least_seconds(encode: Encode, text: str, repeats: int) -> float:
     """Measures the fastest of several runs."""
     seconds = []
     for _ in range(repeats):
@@ -42,7 +45,7 @@ def least_seconds(encode: Callable[[str], list[int]], text: str, repeats: int) -
 
 def main() -> None:
     """Prints a table; with `--json`, writes it with device, versions, date and command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--megabytes", type=float, default=4.0)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", help="file to write")

@@ -11,6 +11,7 @@ sequence) and the growth from 1,024 to 4,096 tokens.
 
 import argparse
 import dataclasses
+import importlib
 import os
 import time
 import warnings
@@ -28,7 +29,8 @@ from pallas_kernels.cases import CASES, make_inputs
 
 def ejkernel_op():
     """Makes an op of ejkernel's XLA implementation: log decay, states with keys as rows."""
-    from ejkernel.kernels._xla.rwkv7 import rwkv7
+    # By name, as an optional package that most machines do not have.
+    rwkv7 = importlib.import_module("ejkernel.kernels._xla.rwkv7").rwkv7
 
     def op(inputs, state):
         r, log_w, k, v, a, b = inputs
@@ -50,12 +52,12 @@ def ejkernel_op():
 
 def rwkv_ops_op():
     """Makes an op of rwkv-ops' native implementation: its decay is exp(-exp(w))."""
-    from rwkv_ops.rwkv7_kernel.native_keras_op import generalized_delta_rule
+    native = importlib.import_module("rwkv_ops.rwkv7_kernel.native_keras_op")
 
     def op(inputs, state):
         r, log_w, k, v, a, b = inputs
         w = jnp.log(-log_w)
-        return generalized_delta_rule(r, w, k, v, a, b, initial_state=state)
+        return native.generalized_delta_rule(r, w, k, v, a, b, initial_state=state)
 
     return op
 
@@ -105,7 +107,7 @@ def torch_row(case, repeats: int) -> dict:
 
 def main() -> None:
     """Measures, prints a table for each case, and writes JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", help="file to write")
     args = parser.parse_args()
