@@ -51,11 +51,14 @@ def split_list(text: str, argument: str) -> tuple[str, ...]:
 def split_paths(text: str, argument: str) -> tuple[str, ...]:
     """Splits a list of paths; see `split_list`.
 
-    A path that is written twice in the same way is meant twice, as a text that counts double.
+    A path that is written twice in the same way is meant twice, as a text that counts double. Where
+    a file has the full text as its name, it is that file.
 
     Raises:
         ValueError: an entry is empty, or two entries are spellings of one file or folder.
     """
+    if "," in text and os.path.exists(os.path.expanduser(text)):
+        return (text,)
     entries = split_list(text, argument)
     refuse_two_spellings(entries, argument)
     return entries

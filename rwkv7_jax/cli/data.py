@@ -172,7 +172,8 @@ def _describe_cache(
     lines.append(line)
     if stats.passed_over:
         lines.append(
-            f"files passed over: {stats.passed_over:,} (hidden, pictures, editors' files)"
+            f"files passed over: {stats.passed_over:,} (hidden, pictures, editors' files, links "
+            "to nothing)"
         )
     if stats.not_utf8:
         lines.append(

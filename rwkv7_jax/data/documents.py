@@ -114,7 +114,9 @@ class Document:
             for ids in tokenizer.encode_chunks(segment.chunks()):
                 yield ids, segment.in_loss
         if tokenizer.stop_ids:
-            yield np.array(tokenizer.stop_ids, tokenizer.dtype), True
+            # Of an answer that is not learnt the end is not learnt either.
+            in_loss = all(segment.in_loss for segment in self.segments[-1:])
+            yield np.array(tokenizer.stop_ids, tokenizer.dtype), in_loss
 
     def _chunks(self) -> Iterator[bytes]:
         for segment in self.segments:

@@ -208,6 +208,8 @@ def token_stream(
     stream = TokenStream.concatenate(streams)
     if not len(stream):
         names = ", ".join(map(str, paths))
+        if part == "all":
+            raise ValueError(f"token_stream: `{names}` holds no document.")
         raise ValueError(
             f"token_stream: `{names}` has no document in its part {split!r}, of a share {held_out} "
             "held out: take another share, or 0 and other text for evaluation."

@@ -1,5 +1,6 @@
 """Documents from files, folders and the built-in corpora."""
 
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,13 +9,16 @@ from rwkv7_jax.checks import check_choice, prefix_errors
 from rwkv7_jax.data.builtin_corpora import BUILT_IN
 from rwkv7_jax.data.choices import ON_BAD
 from rwkv7_jax.data.documents import Document, Segment
-from rwkv7_jax.data.jsonl import (
-    ReadStats,
+from rwkv7_jax.data.jsonl import ReadStats, read_jsonl
+from rwkv7_jax.data.records.json_files import (
+    LINES,
+    begins_with_list,
     json_records,
     parse_json_records,
-    parse_record,
-    read_jsonl,
+    refuse_lines_of_records,
 )
+from rwkv7_jax.data.records.record import parse_record
+from rwkv7_jax.data.records.tables import TABLES, check_table, table_documents
 from rwkv7_jax.data.text_files import (
     TextFile,
     check_content,
@@ -44,6 +48,23 @@ def _is_clutter(relative: Path) -> bool:
     return is_edited or relative.suffix.lower() in _CLUTTER_SUFFIXES
 
 
+def _files_below(folder: Path) -> list[Path]:
+    """Lists all files below a folder by path, also those of folders that links lead to."""
+    files = []
+    visited = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in visited:
+            # A link to a folder above, or a second one to the same folder.
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        # Whatever the order of the file system, the first of two links is the one that counts.
+        folders.sort()
+        files += [Path(place) / name for name in names]
+    return sorted(files)
+
+
 def _files(source: str | Path) -> tuple[list[Path], int]:
     """Lists the files of a path and counts those of a folder that are passed over.
 
@@ -52,11 +73,20 @@ def _files(source: str | Path) -> tuple[list[Path], int]:
     """
     path = local_path(source, "documents: `source`")
     if path.is_dir():
-        everything = sorted(file for file in path.rglob("*") if file.is_file())
-        files = [file for file in everything if not _is_clutter(file.relative_to(path))]
+        everything = _files_below(path)
+        files = []
+        for file in everything:
+            # A link may lead to nothing, such as data that was not fetched yet.
+            if file.is_file() and not _is_clutter(file.relative_to(path)):
+                files.append(file)
         return files, len(everything) - len(files)
     if not path.exists():
         refuse_hub_name(source, "documents: `source`", kind="dataset")
+        if any(character in str(source) for character in "*?["):
+            raise ValueError(
+                f"documents: `{source}` does not exist, and patterns are not expanded: name the "
+                "folder, or files with commas between them."
+            )
         raise ValueError(
             f"documents: `{source}` is no file, no folder and none of {', '.join(BUILT_IN)}."
         )
@@ -92,10 +122,10 @@ def documents(
     """Yields the documents of `source`; no more than one is in memory at a time.
 
     Args:
-        source: a `.jsonl` file (`jsonl` says what a line may be), a `.json` file of the same
-            records, any other file of text (one document), each of these compressed with gzip,
-            bzip2, xz or Zstandard; a folder (every file below it, by path; hidden files, pictures
-            and what editors leave are passed over); or a name of `BUILT_IN`.
+        source: a `.jsonl` file (`records.record` says what a line may be), a `.json` file or a
+            table of the same records, any other file of text (one document), each of these
+            compressed with gzip, bzip2, xz or Zstandard; a folder (every file below it, by path;
+            hidden files, pictures and what editors leave are passed over); or a name of `BUILT_IN`.
         on_bad: what to do with a bad line of a .jsonl file: "error", or "skip".
         stats: counts what is read and skipped; without it, warnings say what was.
         as_bytes: takes files that are no text, and reads them and `.json` files as their bytes.
@@ -119,7 +149,7 @@ def documents(
     # A folder of code has empty files; one that is named itself is a download that failed.
     is_folder = local_path(source, "documents: `source`").is_dir()
     for file in files:
-        if not is_folder and file.stat().st_size == 0:
+        if not is_folder and _is_empty(file, as_bytes):
             raise ValueError(
                 f"documents: `{source}` is an empty file: was its download interrupted?"
             )
@@ -129,9 +159,17 @@ def documents(
             stats=counted,
             as_bytes=as_bytes,
             encoding=encoding,
+            is_named=not is_folder,
         )
     if stats is None:
         warn_of_skipped(source, counted, stacklevel=3)
+
+
+def _is_empty(file: Path, as_bytes: bool) -> bool:
+    """Tells whether nothing is in a file, or in what it holds compressed."""
+    if file.stat().st_size == 0:
+        return True
+    return not as_bytes and not any(TextFile(file).chunks())
 
 
 def _documents_of(
@@ -141,18 +179,30 @@ def _documents_of(
     stats: ReadStats,
     as_bytes: bool,
     encoding: str | None,
+    is_named: bool,
 ) -> Iterator[Document]:
-    """Yields the documents of one file."""
+    """Yields the documents of one file, which was named itself or lies in a folder."""
     suffix = inner_suffix(file)
-    if suffix in (".jsonl", ".ndjson"):
+    if suffix in LINES:
         if not as_bytes:
             check_content(file)
-        yield from read_jsonl(
+        if not begins_with_list(file, encoding):
+            yield from read_jsonl(
+                file,
+                parse_record,
+                on_bad=on_bad,
+                stats=stats,
+                encoding=encoding,
+            )
+            return
+    if suffix in TABLES and not as_bytes:
+        check_table(file, encoding)
+        yield from table_documents(
             file,
-            parse_record,
+            suffix,
+            encoding=encoding,
             on_bad=on_bad,
             stats=stats,
-            encoding=encoding,
         )
         return
     if as_bytes:
@@ -160,12 +210,16 @@ def _documents_of(
     else:
         if not check_is_text(file, encoding=encoding):
             stats.note_not_utf8(str(file))
-        if suffix == ".json":
-            records = json_records(file, encoding=encoding)
+        if suffix in (".json", *LINES):
+            # A folder of code has files of JSON with remarks, or of other dialects.
+            must_hold = is_named or suffix in LINES
+            records = json_records(file, encoding=encoding, must_hold=must_hold)
             if records is not None:
                 stats.bytes += file.stat().st_size
                 yield from parse_json_records(file, records, on_bad=on_bad, stats=stats)
                 return
+        if suffix in ("", ".txt"):
+            refuse_lines_of_records(file, encoding)
         text = Segment(_as_stored(file, encoding))
     yield Document((text,))
     # As progress is counted: in bytes of the file.
@@ -193,8 +247,8 @@ def warn_of_skipped(
         )
     if stats.passed_over:
         warnings.warn(
-            f"{stats.passed_over} files below {source} were passed over: hidden files, pictures "
-            "or what editors leave",
+            f"{stats.passed_over} files below {source} were passed over: hidden files, pictures, "
+            "what editors leave, or links to nothing",
             stacklevel=stacklevel,
         )
     if stats.not_utf8:

@@ -19,27 +19,35 @@ from typing import Any
 # Bytes of a file that are held in memory at once.
 CHUNK = 1 << 16
 
-_AS_BYTES = "`--config.data.as_bytes=True` (`as_bytes`) reads its bytes all the same"
+AS_BYTES = "`--config.data.as_bytes=True` (`as_bytes`) reads its bytes all the same"
 
 _CONVERT = "convert it to lines of JSON first"
+
+# What pandas needs to write them; without the first argument it refuses the second one.
+_TO_LINES = 'to_json("x.jsonl", orient="records", lines=True)'
 
 # Files that begin with these bytes are no text, and what to do about them.
 _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (
         b"PAR1",
         "a Parquet table",
-        f"{_CONVERT}: pandas.read_parquet, then to_json(lines=True)",
+        "call it .parquet, as which the extra `parquet` reads it",
     ),
     (
         b"ARROW1",
         "an Arrow table",
-        f"{_CONVERT}: pyarrow.feather.read_table, then to_json",
+        f"{_CONVERT}: pandas.read_feather(...).{_TO_LINES}",
     ),
-    (b"\xff\xff\xff\xff", "an Arrow stream", f"{_CONVERT}: pyarrow.ipc.open_stream"),
+    (
+        b"\xff\xff\xff\xff",
+        "an Arrow stream",
+        f'{_CONVERT}: datasets.load_from_disk(FOLDER).to_json("x.jsonl")',
+    ),
     (b"PK\x03\x04", "a zip archive", "unpack it first"),
     (b"PK\x05\x06", "an empty zip archive", "unpack it first"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first"),
     (b"Rar!\x1a\x07", "a RAR archive", "unpack it first"),
+    (b"{\\rtf", "an RTF document", "save it as text first"),
     (b"%PDF-", "a PDF", "extract its text first"),
     (b"\x89PNG", "a picture (PNG)", "leave it out"),
     (b"\xff\xd8\xff", "a picture (JPEG)", "leave it out"),
@@ -74,18 +82,15 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
 
 # Files that are text, or whose beginning says nothing, but whose names say that they are no prose.
 _FOREIGN_SUFFIXES = {
-    ".csv": ("a table", f"{_CONVERT}: pandas.read_csv, then to_json(lines=True)"),
-    ".tsv": ("a table", f"{_CONVERT}: pandas.read_csv, then to_json(lines=True)"),
-    ".parquet": ("a Parquet table", _FOREIGN[0][2]),
     ".arrow": ("an Arrow table", _FOREIGN[1][2]),
     ".feather": ("an Arrow table", _FOREIGN[1][2]),
     ".xlsx": (
         "a spreadsheet",
-        f"{_CONVERT}: pandas.read_excel, then to_json(lines=True)",
+        f"{_CONVERT}: pandas.read_excel(...).{_TO_LINES}",
     ),
     ".xls": (
         "a spreadsheet",
-        f"{_CONVERT}: pandas.read_excel, then to_json(lines=True)",
+        f"{_CONVERT}: pandas.read_excel(...).{_TO_LINES}",
     ),
     ".pth": ("a checkpoint", "name text"),
     ".pt": ("a checkpoint", "name text"),
@@ -372,7 +377,7 @@ def check_is_text(path: Path, *, encoding: str | None) -> bool:
         if place >= 0:
             raise ValueError(
                 f"documents: `{path}` has a zero byte at {done + place:,}, so it is no text or was "
-                f"not downloaded to its end; {_AS_BYTES}."
+                f"not downloaded to its end; {AS_BYTES}."
             )
         done += len(chunk)
         if is_utf8:
@@ -407,7 +412,7 @@ def check_content(path: Path) -> None:
     if is_page and path.suffix.lower() not in _WEB_PAGE_SUFFIXES:
         raise ValueError(
             f"documents: `{path}` is a web page, not the data that its name promises: download "
-            f"the file itself; {_AS_BYTES}."
+            f"the file itself; {AS_BYTES}."
         )
 
 
@@ -436,6 +441,4 @@ def _encoding_error(path: Path, name: str) -> ValueError:
 
 
 def _foreign_error(path: Path, name: str, advice: str) -> ValueError:
-    return ValueError(
-        f"documents: `{path}` is {name}, not text: {advice}; {_AS_BYTES}."
-    )
+    return ValueError(f"documents: `{path}` is {name}, not text: {advice}; {AS_BYTES}.")

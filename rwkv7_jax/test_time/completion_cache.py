@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rwkv7_jax.checks import prefix_errors
-from rwkv7_jax.data.jsonl import check_object, read_jsonl
+from rwkv7_jax.data.jsonl import read_jsonl
+from rwkv7_jax.data.records.fields import check_object
 from rwkv7_jax.local_paths import local_path
 from rwkv7_jax.test_time.traces import Ids, check_trace_ids
 

@@ -26,7 +26,8 @@ from rwkv7_jax.checks import (
     prefix_errors,
 )
 from rwkv7_jax.data.batch import Batch
-from rwkv7_jax.data.jsonl import check_object, read_jsonl
+from rwkv7_jax.data.jsonl import read_jsonl
+from rwkv7_jax.data.records.fields import check_object
 from rwkv7_jax.local_paths import local_path
 
 Ids = tuple[int, ...]

@@ -8,11 +8,10 @@ import pytest
 from rwkv7_jax.data.jsonl import (
     ReadStats,
     check_object,
-    parse_record,
     read_jsonl,
     read_log,
 )
-from rwkv7_jax.data.readers import documents
+from rwkv7_jax.data.records.record import parse_record
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 
@@ -197,6 +196,19 @@ MESSAGES = {
                 {"from": "Assistant", "value": "4"},
             ],
         },
+        {"system": "Be kind.", "conversation": MESSAGES["messages"][1:]},
+        {"prompt": "Add.\n\n\n2 and 2", "prompt_id": "f0e3", **MESSAGES},
+        {
+            "prompt": MESSAGES["messages"][:2],
+            "completion": MESSAGES["messages"][2:],
+        },
+        {
+            "messages": [
+                {"role": "developer", "content": "Be kind."},
+                *MESSAGES["messages"][1:],
+            ]
+        },
+        {"prompt": "Add.\n\n\n2 and 2", "chosen": [], "rejected": [], **MESSAGES},
     ],
 )
 def test_other_programs_records_are_the_same_conversation_as_messages(record):
@@ -214,6 +226,58 @@ def test_the_history_of_an_alpaca_record_comes_first():
         marked(record)
         == "[User: 2+2?\n\nAssistant:] 4[\n\nUser: And 3?\n\nAssistant:] 5"
     )
+
+
+def test_words_alone_are_of_the_user_and_the_assistant_in_turn():
+    for name in ("data", "conversations"):
+        record = {"id": "0", name: ["Hi", "Hello.", "Bye", "Bye!"]}
+        assert marked(record) == (
+            "[User: Hi\n\nAssistant:] Hello.[\n\nUser: Bye\n\nAssistant:] Bye!"
+        )
+
+
+@pytest.mark.parametrize("name", ["weight", "train", "loss"])
+@pytest.mark.parametrize("last", [False, True])
+def test_an_answer_with_a_weight_of_0_is_read_and_not_learnt(name, last):
+    """Nor is the end of a text after such an answer."""
+    record = say(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    record["messages"][3 if last else 1][name] = 0
+    record["messages"][1 if last else 3][name] = True
+    record["messages"][0][name] = None
+    first, second = (" b", "[ d]") if last else ("[ b]", " d")
+    assert marked(record) == (
+        f"[User: a\n\nAssistant:]{first}[\n\nUser: c\n\nAssistant:]{second}"
+    )
+    *_, (end, in_loss) = parse_record(record).ids(Tokenizer.bytes())
+    assert end.tolist() == [0] and in_loss is not last
+
+
+def test_of_two_parts_of_a_chat_the_second_one_is_learnt():
+    turns = say(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))[
+        "messages"
+    ]
+    assert marked({"prompt": turns[:3], "completion": turns[3:]}) == (
+        "[User: a\n\nAssistant:][ b][\n\nUser: c\n\nAssistant:] d"
+    )
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_are_learnt_under_each_of_their_names(name):
+    record = say(("user", "a"), ("assistant", "b"))
+    record["messages"][1][name] = "hm"
+    record["messages"][1]["tool_calls"] = None
+    assert marked(record) == "[User: a\n\nAssistant:] <think>\nhm\n</think>\nb"
+
+
+def test_a_call_in_the_older_form_is_the_same_as_in_the_newer_one():
+    function = {"name": "f", "parameters": {"properties": {"x": {"type": "integer"}}}}
+    call = {"name": "f", "arguments": '{"x":1}'}
+    old = say(("user", "a"), ("assistant", None), ("function", "2"), ("assistant", "b"))
+    new = say(("user", "a"), ("assistant", None), ("tool", "2"), ("assistant", "b"))
+    old["messages"][1]["function_call"] = call
+    new["messages"][1]["tool_calls"] = [{"type": "function", "function": call}]
+    new["tools"] = [{"type": "function", "function": function}]
+    assert marked(old | {"functions": [function]}) == marked(new)
 
 
 def test_a_prompt_and_a_completion_are_a_prompt_and_its_answer():
@@ -251,7 +315,52 @@ def test_a_text_next_to_an_instruction_stays_the_text():
         ({str(i): i for i in range(20)}, '"7", ...'),
         (
             {"prompt": "a", "chosen": "b", "rejected": "c"},
-            'no "answer"; its keys are "prompt", "chosen", "rejected"',
+            'holds a pair of preferences ("chosen" and "rejected")',
+        ),
+        (
+            {"chosen": MESSAGES["messages"], "rejected": MESSAGES["messages"]},
+            'to learn the chosen one, name it "completion" after a "prompt", or "messages"',
+        ),
+        (
+            {"prompt": "a", "completion": "b", "label": False},
+            '"label" is false: an answer that is not desired',
+        ),
+        ({"prompt": "a", "response": "b"}, 'no "answer" or "completion"; its keys'),
+        ({"prompt": "b", **MESSAGES}, '"prompt" and "messages" in one object'),
+        (
+            {"conversations": ["a", "b", "c"]},
+            "do not end with an answer of the assistant",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b", "weight": 0.5},
+                ]
+            },
+            'message 2: "weight" must be 0 or 1; got 0.5',
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b", "train": False},
+                ]
+            },
+            'no answer of "messages" is learnt',
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "content": "a",
+                        "thinking": "b",
+                        "reasoning": "c",
+                    }
+                ]
+            },
+            'message 1: "reasoning" and "thinking" in one object',
         ),
         ({"prompt": "a", "completion": ""}, '"completion" is empty'),
         (
@@ -287,22 +396,3 @@ def test_a_text_next_to_an_instruction_stays_the_text():
 def test_a_record_of_another_shape_is_refused_with_its_keys(record, reason):
     with pytest.raises(ValueError, match=re.escape(reason)):
         parse_record(record)
-
-
-def test_a_json_file_of_records_is_read_as_records_and_another_one_as_text(tmp_path):
-    records = [{"instruction": "a", "output": "b"}, {"text": "c"}]
-    (tmp_path / "x.json").write_text(json.dumps(records, indent=1))
-    found = list(documents(tmp_path / "x.json"))
-    assert [document.text() for document in found] == [b"User: a\n\nAssistant: b", b"c"]
-    for content in ('{"name": "package"}', "[1, 2]", "not JSON", "[]"):
-        (tmp_path / "x.Json").write_text(content)
-        (document,) = documents(tmp_path / "x.Json")
-        assert document.text().decode() == content
-    (tmp_path / "x.json").write_text('[{"text": "a"}, {"txt": "b"}]')
-    with pytest.raises(
-        ValueError, match=r'x.json: record 2: must have .* keys are "txt"'
-    ):
-        list(documents(tmp_path / "x.json"))
-    stats = ReadStats()
-    assert len(list(documents(tmp_path / "x.json", on_bad="skip", stats=stats))) == 1
-    assert stats.skipped == 1

@@ -16,6 +16,7 @@ from rwkv7_jax.data import text_files
 from rwkv7_jax.data.jsonl import ReadStats
 from rwkv7_jax.data.loading import token_stream
 from rwkv7_jax.data.readers import documents
+from rwkv7_jax.data.sources import parse_source
 from rwkv7_jax.data.text_files import TextFile
 from rwkv7_jax.data.token_cache import write_cache
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -31,10 +32,14 @@ FOREIGN = {
     "parquet in capitals": ("x.PARQUET", b"abc", "Parquet"),
     "arrow": ("x.arrow", b"ARROW1\x00\x00" + bytes(40), "Arrow"),
     "feather": ("x.feather", b"FEA1", "Arrow"),
-    "csv": ("x.csv", b"a,b\n1,2\n", "read_csv"),
-    "csv in capitals": ("x.CSV", b"a,b\n1,2\n", "read_csv"),
-    "csv compressed": ("x.csv.gz", gzip.compress(b"a,b\n"), "read_csv"),
-    "tsv": ("x.tsv", b"a\tb\n1\t2\n", "read_csv"),
+    "csv": ("x.csv", b"a,b\n1,2\n", 'its keys are "a", "b"'),
+    "csv in capitals": ("x.CSV", b"a,b\n1,2\n", 'its keys are "a", "b"'),
+    "csv compressed": ("x.csv.gz", gzip.compress(b"a,b\n1,2"), 'keys are "a", "b"'),
+    "tsv": ("x.tsv", b"a\tb\n1\t2\n", 'its keys are "a", "b"'),
+    "rtf": ("x.txt", b"{\\rtf1 a}", "RTF"),
+    "a mark alone": ("x.txt", codecs.BOM_UTF8, "is an empty file"),
+    "nothing compressed": ("x.txt.gz", gzip.compress(b""), "is an empty file"),
+    "blank lines": ("x.jsonl", b"\n\n", "holds no document"),
     "xlsx": ("x.xlsx", b"PK\x03\x04" + bytes(30), "zip archive"),
     "zip": ("x.zip", b"PK\x03\x04" + bytes(30), "zip archive"),
     "zip named txt": ("x.txt", b"PK\x03\x04" + bytes(30), "zip archive"),
@@ -182,7 +187,7 @@ COMPRESSORS = {
 
 
 @pytest.mark.parametrize("suffix", COMPRESSORS)
-@pytest.mark.parametrize("name", ["x.jsonl", "x.JSONL", "x.txt", "x.json"])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.JSONL", "x.py", "x.json"])
 def test_compressed_files_are_read_as_what_is_inside(tmp_path, name, suffix):
     plain = tmp_path / name
     packed = tmp_path / f"{name}{suffix}"
@@ -263,7 +268,6 @@ MARK = codecs.BOM_UTF8
     [
         ("x.txt", "Grüße\n".encode(), "Grüße\n".encode()),
         ("x.txt", b"a", b"a"),
-        ("x.txt", b"", b""),
         ("x.jsonl", b'{"text": "a"}\n', b"a"),
         ("x.json", b'[{"text": "a"}]', b"a"),
         # Only the first mark is none of the text.
@@ -332,6 +336,33 @@ def test_a_folder_passes_over_clutter_and_says_so_once(tmp_path):
     ) as said:
         stream = token_stream(tmp_path, BYTES)
     assert len(said) == 1 and len(stream) == 5
+
+
+def test_folders_that_links_lead_to_are_read_once_and_links_to_nothing_are_counted(
+    tmp_path,
+):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "a.txt").write_text("a")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "b.txt").write_text("b")
+    (folder / "first").symlink_to(tmp_path / "store")
+    (folder / "again").symlink_to(tmp_path / "store")
+    (folder / "above").symlink_to(folder)
+    (folder / "gone.txt").symlink_to("nowhere")
+    (folder / "loop").symlink_to("loop")
+    stats = ReadStats()
+    found = [document.text() for document in documents(folder, stats=stats)]
+    assert found == [b"a", b"b"]
+    assert stats.passed_over == 2
+
+
+def test_patterns_are_not_expanded_but_a_file_of_that_name_is_read(tmp_path):
+    with pytest.raises(ValueError, match=r"patterns are not expanded: name the folder"):
+        token_stream(str(tmp_path / "*.txt"), BYTES)
+    for name in ("a[1].txt", "*.txt", "a,b.txt"):
+        (tmp_path / name).write_text("a")
+        assert len(token_stream(parse_source(str(tmp_path / name)).paths, BYTES)) == 2
 
 
 def test_an_empty_file_in_a_folder_stays_a_document(tmp_path):

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv7_jax.data.jsonl import conversation, parse_record
+from rwkv7_jax.data.records.conversations import conversation
+from rwkv7_jax.data.records.record import parse_record
 from rwkv7_jax.text.chat_template import (
     CHAT_STOP,
     THINK_MODES,
@@ -310,9 +311,11 @@ CONVERSATIONS = {
 
 def ours(messages, tools, think, ask):
     """Writes a conversation with this project's functions, from the same objects."""
-    from rwkv7_jax.data.jsonl import _message
+    from rwkv7_jax.data.records.conversations import read_message
 
-    turns = [_message(message, number) for number, message in enumerate(messages, 1)]
+    turns = [
+        read_message(message, number) for number, message in enumerate(messages, 1)
+    ]
     texts = [tool_text(tool) for tool in tools or []]
     parts = write_conversation(turns, think=think, tools=texts, ask=ask)
     return "".join(part.text for part in parts)

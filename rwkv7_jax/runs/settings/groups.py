@@ -43,10 +43,10 @@ class DataSettings:
     """The data of a run.
 
     Attributes:
-        path: a .jsonl file of texts, questions with answers or conversations (see
-            `data.jsonl`), a text file, a folder of these, a built-in corpus, or a .bin file that
-            `rwkv7 data` or RWKV's tools made of them; several with commas; or a synthetic task such
-            as "task:copy" (see `data.synthetic_tasks`).
+        path: a .jsonl file or a table of texts, questions with answers or conversations (see
+            `data.records.record`), a text file, a folder of these, a built-in corpus, or a .bin
+            file that `rwkv7 data` or RWKV's tools made of them; several with commas; or a synthetic
+            task such as "task:copy" (see `data.synthetic_tasks`).
         held_out: share of the documents kept for evaluation, chosen by a hash of their bytes; of a
             single document its end.
         batch_size: rows of a batch, on all hosts together.

@@ -1,0 +1,1 @@
+"""Records of data sets, such as lines of JSON, as documents."""

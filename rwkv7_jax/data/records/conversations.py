@@ -1,0 +1,169 @@
+"""Conversations of data sets as documents, written as `text.chat_template` says.
+
+A blank line ends a turn, so blank lines inside a turn are removed. In the loss are the assistant's
+words, from the space after its name, and token 0 after the last of them; an answer with a weight of
+0 is read and not learnt.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rwkv7_jax.data.documents import Document, Segment
+from rwkv7_jax.data.records.fields import only_name, text_field
+from rwkv7_jax.text.chat_template import (
+    SPEAKERS,
+    Message,
+    call_text,
+    clean_message,
+    think_mode,
+    thinks,
+    write_conversation,
+)
+
+# Names that other tools give the roles, in lower case.
+_ROLES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "developer": "system",
+    "function": "tool",
+    "observation": "tool",
+}
+
+# Names of what an assistant thought: DeepSeek's, OpenRouter's and gpt-oss's.
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+
+# Names of whether an answer is learnt: OpenAI's and ShareGPT's, axolotl's, ms-swift's.
+_WEIGHTS = ("weight", "train", "loss")
+
+
+def conversation(
+    messages: Any,
+    name: str = "messages",
+    *,
+    think: Any = "off",
+    tools: Sequence[str] = (),
+    learn_from: int = 0,
+) -> Document:
+    """Formats chat messages in RWKV-7's template; only answers of the assistant are in the loss.
+
+    Args:
+        messages: objects with "role" and "content", or with ShareGPT's "from" and "value".
+        name: of the list, for messages.
+        think: one of `chat_template.THINK_MODES`.
+        tools: functions that may be called, as `chat_template.tool_text` writes them.
+        learn_from: index of the first message that is learnt; earlier answers are only read.
+
+    Raises:
+        ValueError: no list of messages with known roles, one that ends without an answer, an answer
+            without thoughts under a think mode that needs them, or no answer that is learnt.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f'"{name}" must be a list of messages')
+    try:
+        must_think = think_mode(think).filler is None
+    except ValueError as error:
+        raise ValueError(f'"think": {error}') from None
+    turns = []
+    learnt = []
+    for number, message in enumerate(messages, 1):
+        turn = read_message(message, number)
+        turns.append(turn)
+        if turn.role != "assistant":
+            continue
+        if not (turn.content or turn.calls):
+            raise ValueError(f"message {number}: an empty answer")
+        if must_think and not thinks(turn):
+            raise ValueError(
+                f'message {number}: must have a "reasoning_content", or begin with <think, '
+                f'under "think" {think!r}'
+            )
+        learnt.append(_is_learnt(message, number) and number > learn_from)
+    if turns[-1].role != "assistant":
+        raise ValueError(f'"{name}" do not end with an answer of the assistant')
+    if not any(learnt):
+        raise ValueError(f'no answer of "{name}" is learnt: all have a weight of 0')
+    flags = iter(learnt)
+    segments = []
+    for part in write_conversation(turns, think=think, tools=tools):
+        in_loss = part.is_answer and next(flags)
+        segments.append(Segment(part.text.encode(), in_loss=in_loss))
+    return Document(tuple(segments))
+
+
+def _is_learnt(message: Mapping[str, Any], number: int) -> bool:
+    """Tells whether an answer counts in the loss, as its message says."""
+    for name in _WEIGHTS:
+        weight = message.get(name)
+        # True and False are equal to 1 and 0.
+        if weight is not None and weight not in (0, 1):
+            raise ValueError(
+                f'message {number}: "{name}" must be 0 or 1; got {weight!r:.40}'
+            )
+        if weight is not None and not weight:
+            return False
+    return True
+
+
+def read_message(message: Any, number: int) -> Message:
+    """Reads a message, blank lines removed from its texts."""
+    if not isinstance(message, Mapping):
+        raise ValueError(
+            f"message {number}: must be an object; got {type(message).__name__}"
+        )
+    is_sharegpt = "from" in message and "role" not in message
+    role = message.get("from" if is_sharegpt else "role")
+    if isinstance(role, str):
+        role = _ROLES.get(role.lower(), role.lower())
+    if not isinstance(role, str) or role not in SPEAKERS:
+        raise ValueError(
+            f"message {number}: role must be {', '.join(SPEAKERS)}; got {role!r}"
+        )
+    try:
+        return _turn(message, role, "value" if is_sharegpt else "content")
+    except ValueError as error:
+        raise ValueError(f"message {number}: {error}") from None
+
+
+def _turn(message: Mapping[str, Any], role: str, key: str) -> Message:
+    """Reads what is said in a message, thought before it and called after it."""
+    if role != "assistant":
+        return Message(role, _said(message, key))
+    calls = _calls(message)
+    # An answer that only calls a function has no content, or an empty one.
+    content = ""
+    if not calls or message.get(key) is not None:
+        content = _said(message, key)
+    thought = None
+    held = {name: text for name, text in message.items() if text is not None}
+    if name := only_name(held, _THOUGHTS):
+        thought = clean_message(text_field(message, name).decode())
+    return Message(role, content, thought, calls)
+
+
+def _calls(message: Mapping[str, Any]) -> tuple[str, ...]:
+    """Writes the functions that an answer calls."""
+    calls = message.get("tool_calls") or []
+    # OpenAI's older interface has one call.
+    if not calls and message.get("function_call"):
+        calls = [message["function_call"]]
+    if not isinstance(calls, list):
+        raise ValueError('"tool_calls" must be a list')
+    return tuple(call_text(call) for call in calls)
+
+
+def _said(message: Mapping[str, Any], key: str) -> str:
+    """Reads the text of a message, which may be a list of parts as OpenAI's interface has it."""
+    parts = message.get(key)
+    if not isinstance(parts, list):
+        return clean_message(text_field(message, key).decode())
+    texts = []
+    for part in parts:
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, Mapping) else part
+            raise ValueError(f'"{key}" must hold parts of type "text"; got {kind!r}')
+        texts.append(text_field(part, "text").decode())
+    return clean_message("".join(texts))

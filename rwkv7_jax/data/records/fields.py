@@ -1,0 +1,56 @@
+"""Fields of a record: what is there, under which name, and of which kind."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Keys of a record that a message names; more would not help.
+_SHOWN_KEYS = 8
+
+
+def check_object(record: Any) -> dict[str, Any]:
+    """Returns a record that is an object; raises ValueError for another."""
+    if not isinstance(record, dict):
+        raise ValueError(f"must be an object; got {type(record).__name__}")
+    return record
+
+
+def text_field(record: Mapping[str, Any], name: str) -> bytes:
+    """Returns the string called `name` as UTF-8."""
+    if name not in record:
+        raise ValueError(f'no "{name}"; {keys_of(record)}')
+    value = record[name]
+    if not isinstance(value, str):
+        raise ValueError(f'"{name}" must be a string; got {type(value).__name__}')
+    try:
+        return value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f'"{name}" has a lone surrogate at character {error.start}'
+        ) from None
+
+
+def only_name(record: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """Returns the one of `names` that a record has; None where it has none.
+
+    Raises:
+        ValueError: it has two.
+    """
+    present = [name for name in names if name in record]
+    if len(present) > 1:
+        raise ValueError(f'"{present[0]}" and "{present[1]}" in one object')
+    return present[0] if present else None
+
+
+def optional_name(record: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """Returns the one of `names` under which a record has something; see `only_name`."""
+    return only_name({key: value for key, value in record.items() if value}, names)
+
+
+def keys_of(record: Mapping[str, Any]) -> str:
+    """Lists the keys of a record, for a message."""
+    if not record:
+        return "it has no keys"
+    shown = [f'"{key[:40]}"' for key in list(record)[:_SHOWN_KEYS]]
+    if len(record) > _SHOWN_KEYS:
+        shown.append("...")
+    return f"its keys are {', '.join(shown)}"

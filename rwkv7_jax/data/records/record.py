@@ -1,0 +1,204 @@
+"""Records as documents: which shapes of data sets are known, and what of each is learnt.
+
+A record is one object with one of
+
+    {"text": ...}                                         all of it is in the loss
+    {"prompt": ..., "answer": ...}                        as they stand; the answer is in the loss
+                                                          ("completion" is another name of it)
+    {"messages": [{"role": ..., "content": ...}, ...]}    a chat; the assistant is in the loss
+    {"conversations": [{"from": ..., "value": ...}, ...]} the same, as ShareGPT has it
+    {"data": ["...", "..."]}                              the same, as UltraChat has it
+    {"prompt": [...], "completion": [...]}                two parts of a chat, as TRL has it; the
+                                                          second part's assistant is in the loss
+    {"instruction": ..., "input": ..., "output": ...}     the same of one question, as Alpaca has it
+                                                          (`_QUESTIONS` and what follows it are
+                                                          the names that other data sets use)
+
+A record with a conversation may name a think mode ("think") and hold functions ("tools"); an
+assistant may have thoughts ("reasoning_content") and call functions ("tool_calls"), role "tool"
+says what they gave, and a "weight" of 0 leaves an answer out of the loss.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rwkv7_jax.data.documents import Document, Segment
+from rwkv7_jax.data.records.conversations import conversation
+from rwkv7_jax.data.records.fields import (
+    check_object,
+    keys_of,
+    only_name,
+    optional_name,
+    text_field,
+)
+from rwkv7_jax.text.chat_template import read_tools, tool_texts
+
+KINDS = ("text", "prompt", "messages")
+
+# Names of conversations besides "messages".
+_CONVERSATIONS = ("conversations", "conversation", "data")
+
+# Names of what follows a prompt as it stands; the second one is of TRL.
+_ANSWERS_AS_THEY_STAND = ("answer", "completion")
+
+# Names of one question with an answer in Alpaca, Dolly, OpenOrca, MetaMathQA and GSM8K.
+_QUESTIONS = ("instruction", "question", "query")
+_CONTEXTS = ("input", "context")
+_ANSWERS = ("output", "response", "answer")
+_SYSTEM_TEXTS = ("system", "system_prompt")
+
+# Names of functions that may be called; the second one is of OpenAI's older interface.
+_TOOLS = ("tools", "functions")
+
+
+def parse_record(record: Any) -> Document:
+    """Makes a document of one record.
+
+    Raises:
+        ValueError: the record describes no document, or one that must not be learnt; the message is
+            the reason alone.
+    """
+    record = check_object(record)
+    kinds = [kind for kind in KINDS if kind in record]
+    if kinds == ["prompt", "messages"] and _is_first_message(record):
+        kinds = ["messages"]
+    if len(kinds) > 1:
+        raise ValueError(f'"{kinds[0]}" and "{kinds[1]}" in one object')
+    if kinds == ["text"]:
+        return Document((Segment(text_field(record, "text")),))
+    if kinds == ["messages"]:
+        return _chat(record, record["messages"])
+    _refuse_rejected(record)
+    if kinds == ["prompt"]:
+        return _answered_prompt(record)
+    if name := only_name(record, _CONVERSATIONS):
+        return _chat(record, _with_system(record, _with_roles(record[name])), name)
+    question = "instruction"
+    answer = "output"
+    # Alpaca's two names count, whatever else a record holds.
+    if question not in record or answer not in record:
+        question = only_name(record, _QUESTIONS)
+        answer = only_name(record, _ANSWERS)
+    if question and answer:
+        return _one_question(record, question, answer)
+    raise ValueError(
+        'must have a "text", a "prompt" or "messages" (or "conversations", "instruction" and '
+        f'"output", or "question" and "answer"); {keys_of(record)}'
+    )
+
+
+def _is_first_message(record: Mapping[str, Any]) -> bool:
+    """Tells whether a prompt only repeats the first question of its messages, as UltraChat's do."""
+    messages = record["messages"]
+    if not isinstance(messages, list):
+        return False
+    questions = []
+    for message in messages:
+        if isinstance(message, Mapping) and message.get("role") == "user":
+            questions.append(message.get("content"))
+    return bool(questions) and questions[0] == record["prompt"]
+
+
+def _refuse_rejected(record: Mapping[str, Any]) -> None:
+    """Refuses records that say of an answer that it is a bad one.
+
+    Raises:
+        ValueError: a pair of preferences, or an answer that is not desired.
+    """
+    if "chosen" in record or "rejected" in record:
+        raise ValueError(
+            'holds a pair of preferences ("chosen" and "rejected"), which is not read: to learn '
+            'the chosen one, name it "completion" after a "prompt", or "messages"'
+        )
+    if record.get("label") is False and "prompt" in record:
+        raise ValueError(
+            '"label" is false: an answer that is not desired (as KTO has it), which would be learnt'
+        )
+
+
+def _answered_prompt(record: Mapping[str, Any]) -> Document:
+    """Makes a document of a prompt and its answer, as they stand or as two parts of a chat."""
+    name = only_name(record, _ANSWERS_AS_THEY_STAND)
+    if name is None:
+        raise ValueError(f'no "answer" or "completion"; {keys_of(record)}')
+    prompt = record["prompt"]
+    completion = record[name]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        messages = [*prompt, *completion]
+        return _chat(record, messages, name, learn_from=len(prompt))
+    question = text_field(record, "prompt")
+    answer = text_field(record, name)
+    if not answer:
+        raise ValueError(f'"{name}" is empty')
+    return Document((Segment(question, in_loss=False), Segment(answer)))
+
+
+def _with_roles(messages: Any) -> Any:
+    """Makes messages of words alone, which are of the user and the assistant in turn."""
+    if not isinstance(messages, list):
+        return messages
+    if not all(isinstance(message, str) for message in messages):
+        return messages
+    turns = []
+    for index, words in enumerate(messages):
+        role = "assistant" if index % 2 else "user"
+        turns.append({"role": role, "content": words})
+    return turns
+
+
+def _with_system(record: Mapping[str, Any], messages: Any) -> Any:
+    """Puts a record's system text before its messages."""
+    name = optional_name(record, _SYSTEM_TEXTS)
+    if not name or not isinstance(messages, list):
+        return messages
+    return [{"role": "system", "content": record[name]}, *messages]
+
+
+def _one_question(
+    record: Mapping[str, Any], question_name: str, answer_name: str
+) -> Document:
+    """Makes a conversation of a question and its answer; the context follows on a new line.
+
+    A "history" of earlier questions and answers comes first, as LLaMA-Factory has it.
+    """
+    question = text_field(record, question_name).decode()
+    if context := optional_name(record, _CONTEXTS):
+        question += "\n" + text_field(record, context).decode()
+    messages = []
+    history = record.get("history") or []
+    if not isinstance(history, list):
+        raise ValueError('"history" must be a list of pairs')
+    for pair in history:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError('"history" must be a list of pairs')
+        messages.append({"role": "user", "content": pair[0]})
+        messages.append({"role": "assistant", "content": pair[1]})
+    answer = text_field(record, answer_name).decode()
+    messages.append({"role": "user", "content": question})
+    messages.append({"role": "assistant", "content": answer})
+    return _chat(record, _with_system(record, messages))
+
+
+def _chat(
+    record: Mapping[str, Any],
+    messages: Any,
+    name: str = "messages",
+    *,
+    learn_from: int = 0,
+) -> Document:
+    """Makes a document of a conversation and what its record says of thoughts and functions."""
+    key = optional_name(record, _TOOLS)
+    tools = record[key] if key else []
+    try:
+        # Some data sets hold the list as text.
+        texts = read_tools(tools) if isinstance(tools, str) else tool_texts(tools)
+    except ValueError as error:
+        raise ValueError(f'"{key}": {error}') from None
+    think = record.get("think") or "off"
+    return conversation(
+        messages,
+        name,
+        think=think,
+        tools=texts,
+        learn_from=learn_from,
+    )

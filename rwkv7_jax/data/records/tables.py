@@ -1,0 +1,157 @@
+"""Tables whose rows are records: .csv, .tsv and .parquet."""
+
+import csv
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rwkv7_jax.data.documents import Document
+from rwkv7_jax.data.jsonl import ReadStats
+from rwkv7_jax.data.records.record import parse_record
+from rwkv7_jax.data.text_files import TextFile, check_content, check_is_text, head_of
+
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+
+_PARQUET = ".parquet"
+
+_PARQUET_MAGIC = b"PAR1"
+
+# Suffixes of tables.
+TABLES = (*_SEPARATORS, _PARQUET)
+
+# A row of a table: where it is, for messages, and what is in its columns.
+_Row = tuple[str, dict[str, Any]]
+
+
+def check_table(path: Path, encoding: str | None) -> None:
+    """Checks that a file is none of those that stand where a table should be.
+
+    Raises:
+        ValueError: a web page, a pointer, or another known format; see `text_files`.
+    """
+    if head_of(path).startswith(_PARQUET_MAGIC):
+        if path.suffix.lower() != _PARQUET:
+            raise ValueError(
+                f"documents: `{path}` is a Parquet table: call it .parquet."
+            )
+        return
+    if path.suffix.lower() == _PARQUET:
+        check_content(path)
+    else:
+        check_is_text(path, encoding=encoding)
+
+
+def table_documents(
+    path: Path,
+    suffix: str,
+    *,
+    encoding: str | None,
+    on_bad: str,
+    stats: ReadStats,
+) -> Iterator[Document]:
+    """Makes a document of each row of a table, whose columns are the keys of a record.
+
+    Args:
+        path: of the file, which may be compressed if it is one of text.
+        suffix: one of `TABLES`.
+        encoding: of a file of text; None is UTF-8.
+        on_bad: "error" or "skip", for rows that are no records.
+        stats: counts what is read and skipped.
+
+    Raises:
+        ValueError: a damaged file, a bad row, or no package that reads Parquet.
+    """
+    if suffix == _PARQUET:
+        rows = _parquet_rows(path)
+    else:
+        lines = csv.reader(
+            _lines(path, encoding),
+            delimiter=_SEPARATORS[suffix],
+            strict=True,
+        )
+        rows = _csv_rows(path, lines, on_bad=on_bad, stats=stats)
+    for place, row in rows:
+        # An empty cell is a key that the record does not have.
+        record = {key: cell for key, cell in row.items() if cell not in (None, "")}
+        try:
+            document = parse_record(record)
+        except ValueError as error:
+            stats.report(f"{place}: {error}", on_bad)
+            continue
+        yield document
+    stats.bytes += path.stat().st_size
+
+
+def _csv_rows(
+    path: Path, reader: Any, *, on_bad: str, stats: ReadStats
+) -> Iterator[_Row]:
+    """Yields the rows of a file whose first line names the columns; blank lines are passed over."""
+    # The module's own limit of a cell is 128 KiB, and texts are longer.
+    csv.field_size_limit(2**31 - 1)
+    names: list[str] = []
+    line = 1
+    try:
+        for cells in reader:
+            place = f"{path}:{line}"
+            # A cell may go over several lines.
+            line = reader.line_num + 1
+            if not cells:
+                continue
+            if not names:
+                names = _column_names(cells, place)
+                continue
+            if len(cells) != len(names):
+                reason = f"{len(cells)} cells where the first line names {len(names)}"
+                stats.report(f"{place}: {reason} columns", on_bad)
+                continue
+            yield place, dict(zip(names, cells, strict=True))
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}:{line}: no row of a table: {error}; `as_bytes` reads the file as plain text"
+        ) from None
+
+
+def _column_names(cells: list[str], place: str) -> list[str]:
+    """Checks the names of columns."""
+    names = [name.strip() for name in cells]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f'{place}: names two columns "{name}"')
+    return names
+
+
+def _lines(path: Path, encoding: str | None) -> Iterator[str]:
+    """Yields the lines of a file with their ends, as the csv module wants them."""
+    for number, line in enumerate(TextFile(path, encoding).lines(), 1):
+        try:
+            yield line.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}:{number}: not UTF-8 at byte {error.start}; `encoding` reads other texts, "
+                "such as latin-1"
+            ) from None
+
+
+def _parquet_rows(path: Path) -> Iterator[_Row]:
+    """Yields the rows of a Parquet file; some thousands are in memory at a time."""
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise ValueError(
+            f"documents: `{path}` is a Parquet table, which pyarrow reads: "
+            "`pip install 'rwkv7_jax[parquet]'`."
+        ) from None
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", row
+    # `ArrowInvalid` is a ValueError; of a damaged page comes an OSError.
+    except (ValueError, OSError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")[:160]
+        raise ValueError(
+            f"documents: `{path}` is no Parquet table, is damaged or was cut: {reason}."
+        ) from None
