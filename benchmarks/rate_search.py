@@ -359,8 +359,9 @@ def subjects() -> dict[str, tuple[Callable[[], Subject], int]]:
         make = functools.partial(text_subject, "start state", style)
         found[f"start state | {style}"] = (make, 3)
     for kind in ("upscaled, whitened", "LoRA", "all weights"):
-        make = functools.partial(text_subject, kind, text_table.STYLES[0])
-        found[f"{kind} | {text_table.STYLES[0]}"] = (make, 1)
+        for style in text_table.STYLES:
+            make = functools.partial(text_subject, kind, style)
+            found[f"{kind} | {style}"] = (make, 1)
     return found
 
 
@@ -369,10 +370,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", help="file for the numbers")
     parser.add_argument("--cells", default="runs/rate-search", help="folder of a cache")
+    parser.add_argument("--only", default="", help="part of the names of subjects")
     options = parser.parse_args()
     cells = Cells(Path(options.cells))
     results: dict[str, Any] = {}
     for name, (make, seeds) in subjects().items():
+        if options.only not in name:
+            continue
         make = functools.cache(make)
         seconds = cells.get(f"{name} | time", lambda make=make: run_seconds(make()))
         runs = []

@@ -98,7 +98,9 @@ ORDERS = (("based-4", "based-8", "based-16"), ("rwkv-16-L1", "rwkv-32-L1"))
 GATE_RATE = 0.01
 
 # Rates beyond the setting's, for models whose best one is the lowest or highest of these.
-MORE_RATES = {"window-8": (0.001,)}
+MORE_RATES = dict.fromkeys(
+    ("window-8", "rwkv-8-L2", "rwkv-16-L2", "delta-8-24", "decay-8-24"), (0.001,)
+)
 
 # Of validation accuracy: rates that differ by less are equal, and the middle one is taken.
 EQUAL = 0.01

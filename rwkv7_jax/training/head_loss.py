@@ -164,6 +164,19 @@ def weighted_sum(weights: Float[Array, "..."], values: Any) -> Float[Array, ""]:
     return jnp.sum(weights.astype(values.dtype) * jnp.where(ignored, 0.0, values))
 
 
+def _is_predicted(
+    logits: Float[Array, "... V"], targets: Int[Array, "..."]
+) -> Bool[Array, "..."]:
+    """Tells whether a target's logit is the largest, and the first one of those that are equal."""
+    # On a CPU `argmax`, a reduction of pairs, goes number by number: for 65,536 ids it takes a
+    # third of the time of the product that makes them from a width of 384.
+    ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    target = targets[..., None]
+    chosen = jnp.take_along_axis(logits, target, axis=-1)
+    is_smaller = jnp.where(ids < target, logits < chosen, logits <= chosen)
+    return jnp.all(is_smaller, axis=-1) & is_id(targets, logits.shape[-1])
+
+
 @jax.custom_jvp
 def _cross_entropy(
     logits: Float[Array, "... V"], targets: Int[Array, "..."]
@@ -221,7 +234,7 @@ def _piece_statistics(
         else:
             kl = _kl_divergence(reference_logp, logp)
     if x.targets is not None:
-        correct = jnp.argmax(logits, axis=-1) == x.targets
+        correct = _is_predicted(logits, x.targets)
         nats = _cross_entropy(scaled, x.targets)
         # The loss of no id is no number: 0 would look like a prediction that is always right.
         nats = jnp.where(is_id(x.targets, logits.shape[-1]), nats, jnp.nan)

@@ -289,3 +289,15 @@ def test_a_target_out_of_range_spoils_a_loss_in_which_it_counts(outside):
     expected = loss(ignored)
     found = loss({**ignored, "targets": spoilt["targets"]})
     assert float(found) == float(expected)
+
+
+def test_the_first_of_equal_logits_is_the_prediction():
+    # Whole numbers, so that products are exact and many logits are equal.
+    noise = np.random.default_rng(1)
+    hidden = noise.integers(-1, 2, (1, 200, 2)).astype(np.float32)
+    head = noise.integers(-1, 2, (VOCAB, 2)).astype(np.float32)
+    predicted = np.argmax(hidden @ head.T, axis=-1)
+    targets = np.where(noise.random((1, 200)) < 0.5, predicted, -1)
+    targets[0, ::5] = noise.integers(-2, VOCAB + 2, 40)
+    found = jax.jit(token_statistics)(jnp.asarray(hidden), jnp.asarray(head), targets)
+    np.testing.assert_array_equal(found.correct, predicted == targets)
