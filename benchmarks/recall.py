@@ -98,7 +98,7 @@ ORDERS = (("based-4", "based-8", "based-16"), ("rwkv-16-L1", "rwkv-32-L1"))
 GATE_RATE = 0.01
 
 # Rates beyond the setting's, for models whose best one is the lowest or highest of these.
-MORE_RATES = dict.fromkeys(
+MORE_RATES: dict[str, tuple[float, ...]] = dict.fromkeys(
     ("window-8", "rwkv-8-L2", "rwkv-16-L2", "delta-8-24", "decay-8-24"), (0.001,)
 )
 
