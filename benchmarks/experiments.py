@@ -30,7 +30,7 @@ from rwkv7_jax.observer.loss import observer_loss
 from rwkv7_jax.observer.observer import init_observer, propose, state_moments
 from rwkv7_jax.test_time.distillation import distill
 from rwkv7_jax.test_time.grpo import grpo
-from rwkv7_jax.test_time.rollouts import held_out_reward
+from rwkv7_jax.test_time.rollouts import RolloutSampler
 from rwkv7_jax.test_time.teacher import collect_traces
 from rwkv7_jax.tuning.state_arithmetic import scaled
 
@@ -207,25 +207,29 @@ class Exact:
         return float(list(completion[: len(wanted)]) == wanted)
 
 
+def sampler_of(name: str, group: int = 8, temperature: float = 1.0) -> RolloutSampler:
+    """Makes what draws the answers of a base model."""
+    return RolloutSampler(*base(name), group=group, tokens=6, temperature=temperature)
+
+
 def policy(seed: int = 0, steps: int = 60) -> Numbers:
     """Tunes by rewards: .90 of instructions are followed, .3 more than by the large model."""
     reward = Exact("steer", seed)
     held_out = reward.prompts(0, 128, held_out=True)
     exact = {
-        name: held_out_reward(*base(name), None, held_out, reward, tokens=6)[0]
+        name: sampler_of(name).mean_reward(None, held_out, reward)[0]
         for name in ("small", "large")
     }
-    key = jax.random.key(seed)
+    small = sampler_of("small")
     made = grpo(
-        *base("small"),
+        small,
         reward.prompts,
         reward,
-        tokens=6,
-        key=key,
+        key=jax.random.key(seed),
         steps=steps,
         stop_reward=2.0,
     )
-    tuned, _ = held_out_reward(*base("small"), made.state, held_out, reward, tokens=6)
+    tuned, _ = small.mean_reward(made.state, held_out, reward)
     passed = tuned >= max(0.90, exact["large"] + 0.3)
     return exact | {
         "tuned": tuned,
@@ -242,13 +246,11 @@ def guidance(seed: int = 0, steps: int = 60) -> Numbers:
     # The id of R, which tells the teacher what "?" hides.
     instruction = ord("R") + 1
     traces, cost = collect_traces(
-        *base("large"),
+        sampler_of("large", group=1, temperature=0.0),
         prompts,
-        tokens=6,
         key=jax.random.key(seed),
         template=lambda prompt: (instruction, *prompt[1:]),
         verify=reward,
-        temperature=0.0,
         at_once=128,
     )
     made = distill(
@@ -258,46 +260,42 @@ def guidance(seed: int = 0, steps: int = 60) -> Numbers:
         batch_size=64,
         seed=seed,
     )
-    tuned, _ = held_out_reward(*base("small"), made.state, held_out, reward, tokens=6)
+    tuned, _ = sampler_of("small").mean_reward(made.state, held_out, reward)
     budget = dataclasses.asdict(cost + made.budget)
     kept = len(traces) / len(prompts)
     return {"kept": kept, "tuned": tuned, "tokens": budget, "passed": tuned >= 0.95}
 
 
+# The prompt is a letter and 12 pairs; four more pairs follow as questions.
+_OBSERVED_PROMPT = 25
+_OBSERVED_LENGTH = 32
+_OBSERVER = rwkv.RWKV7Config(
+    vocab_size=257,
+    num_layers=1,
+    width=32,
+    head_size=32,
+    ffn_width=96,
+    decay_rank=16,
+    icl_rank=16,
+    value_rank=16,
+    gate_rank=16,
+)
+
+
+def _observed_rows(step: int, seed: int, **more):
+    """Makes rows of pairs with the place where the prompt ends."""
+    pairs = batch("mapping", step, seed=seed, length=_OBSERVED_LENGTH, **more)
+    splits = np.full(len(pairs.tokens), _OBSERVED_PROMPT, np.int32)
+    return pairs.replace(split=splits)
+
+
 def observing(steps: int = 1000, seed: int = 0, answers: float = 1.0) -> Numbers:
     """Trains an observer, a fifth of the teacher's size: its states reach .85 of the teacher's."""
     teacher, weights = base("small")
-    # The prompt is a letter and 12 pairs; four more pairs follow as questions.
-    split = 25
-    task = "mapping"
-    length = 32
-    config = rwkv.RWKV7Config(
-        vocab_size=257,
-        num_layers=1,
-        width=32,
-        head_size=32,
-        ffn_width=96,
-        decay_rank=16,
-        icl_rank=16,
-        value_rank=16,
-        gate_rank=16,
-    )
-
-    def rows(step, **more):
-        pairs = batch(
-            task,
-            step,
-            seed=seed,
-            length=length,
-            **more,
-        )
-        splits = np.full(len(pairs.tokens), split, np.int32)
-        return pairs.replace(split=splits)
-
-    prompts = rows(0, rows=256)
+    prompts = _observed_rows(0, seed, rows=256)
     bias = state_moments(teacher, weights, prompts.tokens[:, :-1], prompts.split).mean
     key = jax.random.key(seed)
-    observer, params = init_observer(config, teacher.config, key, bias=bias)
+    observer, params = init_observer(_OBSERVER, teacher.config, key, bias=bias)
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adam(optax.cosine_decay_schedule(3e-3, steps, 0.05)),
@@ -306,19 +304,17 @@ def observing(steps: int = 1000, seed: int = 0, answers: float = 1.0) -> Numbers
     step = rwkv.make_train_step(loss, tx)
     train = rwkv.TrainState.create(params, tx)
     for number in range(steps):
-        train, _ = step(train, rows(number))
-    held_out = rows(0, rows=256, held_out=True)
+        train, _ = step(train, _observed_rows(number, seed))
+    held_out = _observed_rows(0, seed, rows=256, held_out=True)
     proposed = propose(observer, train.params, held_out.tokens[:, :-1], held_out.split)
     answers_by_start = evaluate_handover(teacher, weights, proposed, held_out)
     table = {name: found.accuracy for name, found in answers_by_start.items()}
-    unexplained = float(loss(train.params, held_out)[1]["fvu"])
     ratio = table["proposed"] / table["wkv"]
-    size = sum(leaf.size for leaf in jax.tree.leaves(train.params))
     return {
         "accuracy": table,
         "ratio": ratio,
-        "unexplained": unexplained,
-        "numbers": size,
+        "unexplained": float(loss(train.params, held_out)[1]["fvu"]),
+        "numbers": sum(leaf.size for leaf in jax.tree.leaves(train.params)),
         "passed": ratio >= 0.85,
     }
 
@@ -329,7 +325,7 @@ def _skills(state) -> dict[str, float]:
 
 
 def retention(seed: int = 0) -> Numbers:
-    """Anchors a state to the base: it costs the target at most .05 and doubles what is retained."""
+    """Anchors a state to the base: it costs the target at most .05 and doubles retention."""
     plain = tune("facts-64", STANDARD, seed=seed).state
     held = tune("facts-64", dataclasses.replace(STANDARD, anchor=1.0), seed=seed).state
     states = {"plain": plain, "anchored": held, "plain x 0.25": scaled(plain, 0.25)}

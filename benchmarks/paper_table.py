@@ -32,6 +32,7 @@ from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.reports import plots as pictures
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.test_time.grpo import grpo
+from rwkv7_jax.test_time.rollouts import RolloutSampler
 
 TASKS = ("steer", "novel", "modulus-9", "product-7", "facts-256")
 METHODS = {
@@ -121,13 +122,11 @@ def rewarded(task: str, seed: int) -> float | None:
     # Some prompts, only to see how long an answer is.
     reward.prompts(0)
     tokens = len(next(iter(reward.answers.values())))
-    key = jax.random.key(seed)
     made = grpo(
-        *base("small"),
+        RolloutSampler(*base("small"), group=8, tokens=tokens),
         reward.prompts,
         reward,
-        tokens=tokens,
-        key=key,
+        key=jax.random.key(seed),
         stop_reward=2.0,
     )
     return measure(task, made.state, seed=seed).accuracy
@@ -253,8 +252,8 @@ def carried_over(path: Path) -> dict[str, Any]:
     return {name: {"date": before["date"], **row} for name, row in rows.items()}
 
 
-def main() -> int:
-    """Runs the table and the experiments, prints them, and writes files where asked."""
+def read_options() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--quick", action="store_true", help="the experiments of the gate alone"
@@ -268,22 +267,32 @@ def main() -> int:
     parser.add_argument(
         "--cells", default="runs/table", help="folder of the results' cache"
     )
-    options = parser.parse_args()
-    began = time.monotonic()
-    quick = options.quick
-    cells = Cells(Path(options.cells) / ("quick" if quick else "full"))
+    return parser.parse_args()
+
+
+def chosen_experiments(options: argparse.Namespace) -> list[str]:
+    """Returns the experiments that the options leave."""
     chosen = []
     for name in EXPERIMENTS:
         in_gate = name.split()[0] in QUICK
-        if options.only in name and (in_gate or not quick):
+        if options.only in name and (in_gate or not options.quick):
             chosen.append(name)
+    return chosen
+
+
+def main() -> int:
+    """Runs the table and the experiments, prints them, and writes files where asked."""
+    options = read_options()
+    began = time.monotonic()
+    quick = options.quick
+    cells = Cells(Path(options.cells) / ("quick" if quick else "full"))
     report: dict[str, Any] = {}
     if not quick and not options.only:
         bar = ProgressBar(len(rows()) * len(TASKS) * options.seeds, "table")
         report["table"] = table(cells, options.seeds, bar)
         bar.close()
         print(show(report["table"]))
-    more, missed = verdicts(cells, chosen, quick)
+    more, missed = verdicts(cells, chosen_experiments(options), quick)
     bars = sum(one["passed"] is not None for one in more.values())
     print(f"{bars - len(missed)} of {bars} bars met, {time.monotonic() - began:.0f} s")
     if options.pictures:

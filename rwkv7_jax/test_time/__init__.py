@@ -14,11 +14,7 @@ from rwkv7_jax.test_time.losses import (
     distillation_loss,
     policy_loss,
 )
-from rwkv7_jax.test_time.policy_batches import (
-    PolicyBatch,
-    make_policy_batch,
-    policy_batch,
-)
+from rwkv7_jax.test_time.policy_batches import PolicyBatch, make_policy_batch
 from rwkv7_jax.test_time.questions import QuestionSet, find_verifier, read_questions
 from rwkv7_jax.test_time.rewards import (
     AdvantageRule,
@@ -26,11 +22,7 @@ from rwkv7_jax.test_time.rewards import (
     advantages,
     evaluate_rewards,
 )
-from rwkv7_jax.test_time.rollouts import (
-    Rollouts,
-    RolloutSampler,
-    held_out_reward,
-)
+from rwkv7_jax.test_time.rollouts import Rollouts, RolloutSampler
 from rwkv7_jax.test_time.teacher import collect_traces
 from rwkv7_jax.test_time.traces import (
     TokenBudget,
@@ -80,10 +72,8 @@ __all__ = [
     "evaluate_rewards",
     "find_verifier",
     "gradient_tokens",
-    "held_out_reward",
     "longest_trace",
     "make_policy_batch",
-    "policy_batch",
     "policy_loss",
     "read_questions",
     "read_traces",

@@ -4,29 +4,22 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 import optax
 from jaxtyping import Array
 
-from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import (
     check_count,
-    check_function,
-    check_instance,
-    check_key,
     check_number,
     prefix_errors,
 )
 from rwkv7_jax.data.batch import Batch
-from rwkv7_jax.generation.sampling import Ids as StopIds
-from rwkv7_jax.generation.sampling import Number
-from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.test_time.losses import distillation_loss
 from rwkv7_jax.test_time.rewards import RewardFunction, evaluate_rewards
 from rwkv7_jax.test_time.rollouts import (
     PromptsAt,
+    RewardedBatches,
     Rollouts,
     RolloutSampler,
     reward_target,
@@ -40,13 +33,12 @@ from rwkv7_jax.test_time.traces import (
 from rwkv7_jax.test_time.tuning_loop import (
     OnStep,
     Result,
-    StateBatchSource,
     start_tuning,
 )
-from rwkv7_jax.text.detokenizer import Vocabulary
+from rwkv7_jax.training.losses import Loss
 
 
-class ExpertBatches(StateBatchSource):
+class ExpertBatches(RewardedBatches):
     """Batches of the model's own completions, weighted by what a reward function says of them.
 
     Every `updates` steps a round draws completions from the current state. With `replay` the
@@ -83,20 +75,12 @@ class ExpertBatches(StateBatchSource):
             updates: batches of a round.
             batch_size: rows of a batch with `replay`; without it all rows of the round.
         """
-        super().__init__()
         with prefix_errors("ExpertBatches"):
-            check_instance(sampler, RolloutSampler, "`sampler`")
-            check_function(prompts_at, "`prompts_at`")
-            check_function(reward, "`reward`")
+            super().__init__(sampler, prompts_at, reward, key)
             check_count(updates, 1, "`updates`")
             check_count(batch_size, 1, "`batch_size`")
             if keep_reward is not None:
                 check_number(keep_reward, -math.inf, math.inf, "`keep_reward`")
-            key = check_key(key)
-        self._sampler = sampler
-        self._prompts_at = prompts_at
-        self._reward = reward
-        self._key = key
         self._keep_reward = keep_reward
         self._replay = replay
         self._updates = updates
@@ -144,8 +128,8 @@ class ExpertBatches(StateBatchSource):
 
     def _begin_round(self, state: RWKV7State, round_number: int) -> None:
         """Draws the completions of a round and weighs them."""
-        key = jax.random.fold_in(self._key, round_number)
-        drawn = self._sampler.draw(state, self._prompts_at(round_number), key)
+        prompts = self._prompts_at(round_number)
+        drawn = self._sampler.draw(state, prompts, self._key_at(round_number))
         self.budget += drawn.budget
         rewards = evaluate_rewards(
             self._reward,
@@ -196,28 +180,20 @@ def _weighted_rows(drawn: Rollouts, weights: np.ndarray) -> Batch | None:
 
 
 def expert_iteration(
-    model: RWKV7,
-    params: Params,
+    sampler: RolloutSampler,
     prompts_at: PromptsAt,
     reward: RewardFunction,
     *,
-    tokens: int,
     key: Array,
     state: RWKV7State | None = None,
     rounds: int = 6,
-    group: int = 8,
+    updates: int = 10,
     keep_reward: float | None = 1.0,
     replay: bool = True,
-    updates: int = 10,
     batch_size: int = 32,
-    length: int | None = None,
-    temperature: Number = 1.0,
-    stop_ids: StopIds = (0,),
-    leaves: tuple[str, ...] = ("wkv",),
+    loss: Loss | None = None,
     learning_rate: float = 0.3,
     tx: optax.GradientTransformation | None = None,
-    stop_strings: Sequence[str] = (),
-    tokenizer: Vocabulary | None = None,
     held_out: Sequence[Sequence[int]] = (),
     stop_reward: float = 0.97,
     on_step: OnStep | None = None,
@@ -230,29 +206,22 @@ def expert_iteration(
     earn `stop_reward`.
 
     Args:
-        model: the student.
-        params: its weights.
+        sampler: draws the completions.
         prompts_at: the prompts of a round.
         reward: `(prompt, completion) -> number`; the completion holds its stop id.
-        tokens: ids drawn for a completion at most.
         key: one random key.
         state: where to start (batch 1); None is zeros.
         rounds: at most.
-        group: completions of each prompt.
+        updates: of each round.
         keep_reward: what a completion must earn to be kept, then with weight 1. None keeps
             everything above 0 with the reward as its weight; no reward may be negative then.
         replay: False learns in each round from its own completions only, all of them in one batch,
             as train.py does.
-        updates: of each round.
         batch_size: rows of an update with `replay`.
-        length: inputs of a row, as in `rollouts`.
-        temperature: of the rollouts.
-        stop_ids: ids that end a completion.
-        leaves: the trainable parameters, of `state_tuning.LEAVES`.
+        loss: of `test_time.losses`; None is `distillation_loss` of the sampler's model, the cross
+            entropy alone.
         learning_rate: of Adam with b2 = 0.99.
         tx: another optimizer.
-        stop_strings: strings that end a completion; see `rollouts`.
-        tokenizer: needed with `stop_strings`.
         held_out: prompts that no update sees.
         stop_reward: mean reward that is enough.
         on_step: called with a round's numbers and the state, which the next update consumes.
@@ -263,22 +232,11 @@ def expert_iteration(
         that were kept.
 
     Raises:
+        TypeError: an argument of the wrong kind.
         ValueError: an argument out of its range, or a reward that is not a finite number.
     """
     with prefix_errors("expert_iteration"):
         check_count(rounds, 0, "`rounds`")
-        check_count(updates, 1, "`updates`")
-        sampler = RolloutSampler(
-            model,
-            params,
-            group=group,
-            tokens=tokens,
-            temperature=temperature,
-            stop_ids=stop_ids,
-            length=length,
-            stop_strings=stop_strings,
-            tokenizer=tokenizer,
-        )
         source = ExpertBatches(
             sampler,
             prompts_at,
@@ -289,10 +247,10 @@ def expert_iteration(
             updates=updates,
             batch_size=batch_size,
         )
-        # The cross entropy alone: there is no teacher to diverge from.
-        loss = distillation_loss(model, params, leaves=leaves)
+        if loss is None:
+            loss = distillation_loss(sampler.model, sampler.params)
         loop = start_tuning(
-            model,
+            sampler.model,
             loss,
             state,
             tx=tx,

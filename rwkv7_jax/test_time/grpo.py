@@ -15,23 +15,19 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import (
     check_count,
     check_function,
     check_instance,
-    check_key,
     check_model,
     check_number,
     prefix_errors,
 )
 from rwkv7_jax.data.batch import Batch
-from rwkv7_jax.generation.sampling import Ids as StopIds
-from rwkv7_jax.generation.sampling import Number
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.sharding import to_host
-from rwkv7_jax.test_time.losses import drawn_logps, policy_loss
+from rwkv7_jax.test_time.losses import PolicyLoss, drawn_logps, policy_loss
 from rwkv7_jax.test_time.policy_batches import (
     PolicyBatch,
     make_policy_batch,
@@ -40,6 +36,7 @@ from rwkv7_jax.test_time.policy_batches import (
 from rwkv7_jax.test_time.rewards import AdvantageRule, RewardFunction
 from rwkv7_jax.test_time.rollouts import (
     PromptsAt,
+    RewardedBatches,
     Rollouts,
     RolloutSampler,
     reward_target,
@@ -48,13 +45,12 @@ from rwkv7_jax.test_time.traces import TokenBudget, gradient_tokens
 from rwkv7_jax.test_time.tuning_loop import (
     OnStep,
     Result,
-    StateBatchSource,
     start_tuning,
 )
-from rwkv7_jax.text.detokenizer import Vocabulary
+from rwkv7_jax.training.losses import Loss
 
 
-class PolicyBatches(StateBatchSource):
+class PolicyBatches(RewardedBatches):
     """Batches of the model's own completions with their group-relative advantages.
 
     A batch depends on the key, the step and the state alone, so an interrupted run goes on with the
@@ -106,12 +102,9 @@ class PolicyBatches(StateBatchSource):
 
         Source: ratios capped from above, IMPALA, arXiv 1802.01561 section 4.1, of each token alone.
         """
-        super().__init__()
         with prefix_errors("PolicyBatches"):
-            check_instance(sampler, RolloutSampler, "`sampler`")
+            super().__init__(sampler, prompts_at, reward, key)
             check_count(sampler.group, 2, "`group`")
-            check_function(prompts_at, "`prompts_at`")
-            check_function(reward, "`reward`")
             if anchor_at is not None:
                 check_function(anchor_at, "`anchor_at`")
             if rule is not None:
@@ -123,11 +116,6 @@ class PolicyBatches(StateBatchSource):
                 )
             if trainer is not None:
                 check_model(trainer, "`trainer`")
-            key = check_key(key)
-        self._sampler = sampler
-        self._prompts_at = prompts_at
-        self._reward = reward
-        self._key = key
         self._anchor_at = anchor_at
         self._rule = rule
         self._redraws = redraws
@@ -137,9 +125,7 @@ class PolicyBatches(StateBatchSource):
 
     def batch(self, state: RWKV7State, step: int) -> Batch | None:
         """Draws the batch of a step from `state`; None where every group is uniform."""
-        # Folded with the step, not split from the last key: a resumed run does not have that one.
-        key = jax.random.fold_in(self._key, step)
-        made, drawn = self._draw(state, self._prompts_at(step), key)
+        made, drawn = self._draw_and_judge(state, step)
         self.budget += made.budget
         lengths = np.array([len(completion) for completion in drawn.completions])
         cut = [self._sampler.is_cut(completion) for completion in drawn.completions]
@@ -188,11 +174,13 @@ class PolicyBatches(StateBatchSource):
             batch = batch.replace(old_logp=old_logp.astype(np.float32))
         return batch
 
-    def _draw(
-        self, state: RWKV7State, prompts: Sequence[Sequence[int]], key: Array
+    def _draw_and_judge(
+        self, state: RWKV7State, step: int
     ) -> tuple[PolicyBatch, Rollouts]:
         """Draws completions, and those of uniform groups again as often as that is allowed."""
         group = self._sampler.group
+        prompts = self._prompts_at(step)
+        key = self._key_at(step)
         drawn = self._sampler.draw(state, prompts, key)
         made = self._make(drawn)
         for attempt in range(1, self._redraws + 1):
@@ -215,35 +203,21 @@ class PolicyBatches(StateBatchSource):
 
 
 def grpo(
-    model: RWKV7,
-    params: Params,
+    sampler: RolloutSampler,
     prompts_at: PromptsAt,
     reward: RewardFunction,
     *,
-    tokens: int,
     key: Array,
     state: RWKV7State | None = None,
     steps: int = 60,
-    group: int = 8,
-    length: int | None = None,
-    temperature: Number = 1.0,
-    stop_ids: StopIds = (0,),
-    leaves: tuple[str, ...] = ("wkv",),
+    updates: int = 1,
+    loss: Loss | None = None,
     learning_rate: float = 0.1,
     tx: optax.GradientTransformation | None = None,
-    kl: float = 0.0,
-    reference: RWKV7State | None = None,
-    anchor: float = 0.0,
     anchor_at: Callable[[int], np.ndarray] | None = None,
     rule: AdvantageRule | None = None,
     redraws: int = 0,
-    updates: int = 1,
-    epsilon_low: float = 0.2,
-    epsilon_high: float = 0.2,
     importance_cap: float | None = None,
-    sampling_model: RWKV7 | None = None,
-    stop_strings: Sequence[str] = (),
-    tokenizer: Vocabulary | None = None,
     held_out: Sequence[Sequence[int]] = (),
     evaluate_every: int = 10,
     stop_reward: float = 0.97,
@@ -251,44 +225,31 @@ def grpo(
 ) -> Result:
     """Tunes a start state by group-relative policy gradients until its completions earn enough.
 
-    Step n draws `group` completions of every prompt of `prompts_at(n)` with the key folded with n,
-    from the current state, and makes `updates` updates; it depends on the key, n and that state
+    Step n draws a group of completions of every prompt of `prompts_at(n)` with the key folded with
+    n, from the current state, and makes `updates` updates; it depends on the key, n and that state
     alone. A step whose groups are all uniform makes none. Tuning ends early when `stop_reward` is
     reached: by the greedy completions of the held-out prompts, evaluated every `evaluate_every`
     steps and before the first update; without such prompts by the mean reward of the last
     `evaluate_every` steps.
 
     Args:
-        model: the student.
-        params: its weights.
+        sampler: draws the completions, at least 2 for each prompt.
         prompts_at: the prompts of a step; as many each time, or programs are compiled again.
         reward: `(prompt, completion) -> number`; the completion holds its stop id.
-        tokens: ids drawn for a completion at most.
         key: one random key.
         state: where to start (batch 1); None is zeros.
         steps: at most.
-        group: completions of each prompt, at least 2.
-        length: inputs of a row, as in `rollouts`.
-        temperature: of the rollouts, above 0.
-        stop_ids: ids that end a completion.
-        leaves: the trainable parameters, of `state_tuning.LEAVES`.
+        updates: of each step's completions (num_iterations). From the second one on the ratio of
+            probabilities counts, with the loss's bounds.
+        loss: of `policy_loss`, at the sampler's temperature; None is that with its defaults. The
+            model that it was made of is trained. The sampler's may be another one with the same
+            weights: of another dtype or implementation.
         learning_rate: of Adam with b2 = 0.99.
         tx: another optimizer.
-        kl: weight of KL(tuned || reference) on the drawn tokens.
-        reference: its state; None is zeros.
-        anchor: weight of KL(base || tuned) on unlabelled text.
-        anchor_at: that text of a step, ids [B T+1].
+        anchor_at: unlabelled text of a step, ids [B T+1], if the loss has an anchor.
         rule: how rewards become advantages.
         redraws: how many times at most uniform groups are drawn again; see `PolicyBatches`.
-        updates: of each step's completions (num_iterations). From the second one on the ratio of
-            probabilities counts, with bounds.
-        epsilon_low: how far below 1 it counts.
-        epsilon_high: how far above 1 it counts.
         importance_cap: highest weight of a token; see `PolicyBatches`.
-        sampling_model: draws the completions in place of `model`, with the same weights: of another
-            dtype or implementation.
-        stop_strings: strings that end a completion; see `rollouts`.
-        tokenizer: needed with `stop_strings`.
         held_out: prompts that no update sees.
         evaluate_every: steps.
         stop_reward: mean reward that is enough.
@@ -299,31 +260,20 @@ def grpo(
         `held_out` where the state was evaluated; a last entry may hold nothing else.
 
     Raises:
-        ValueError: an argument out of its range, or a reward that is not a finite number.
+        TypeError: an argument of the wrong kind, such as a loss that `policy_loss` did not make.
+        ValueError: an argument out of its range, a loss for another temperature, or a reward that
+            is not a finite number.
     """
     with prefix_errors("grpo"):
         check_count(steps, 0, "`steps`")
         check_count(evaluate_every, 1, "`evaluate_every`")
-        check_count(group, 2, "`group`")
-        check_number(anchor, 0, math.inf, "`anchor`")
-        # A weight without text has no effect, and text without a weight costs time for nothing.
-        if bool(anchor) != (anchor_at is not None):
-            raise ValueError("`anchor` and `anchor_at` go together; got one of them.")
         check_count(updates, 1, "`updates`")
-        check_model(model)
-        if sampling_model is not None:
-            check_model(sampling_model, "`sampling_model`")
-        sampler = RolloutSampler(
-            sampling_model or model,
-            params,
-            group=group,
-            tokens=tokens,
-            temperature=temperature,
-            stop_ids=stop_ids,
-            length=length,
-            stop_strings=stop_strings,
-            tokenizer=tokenizer,
-        )
+        check_instance(sampler, RolloutSampler, "`sampler`")
+        if loss is None:
+            loss = policy_loss(
+                sampler.model, sampler.params, temperature=sampler.temperature
+            )
+        model = _trained_model(loss, sampler, has_anchor=anchor_at is not None)
         # The step's random numbers come from the key alone, so evaluations do not shift them.
         source = PolicyBatches(
             sampler,
@@ -336,19 +286,6 @@ def grpo(
             several_updates=updates > 1,
             importance_cap=importance_cap,
             trainer=model,
-        )
-        # The loss needs the temperature of the draws: log p must be that of the drawing
-        # distribution.
-        loss = policy_loss(
-            model,
-            params,
-            temperature=temperature,
-            kl=kl,
-            reference=reference,
-            anchor=anchor,
-            leaves=leaves,
-            epsilon_low=epsilon_low,
-            epsilon_high=epsilon_high,
         )
         loop = start_tuning(
             model,
@@ -366,3 +303,24 @@ def grpo(
             stop_reward=stop_reward,
         )
     return loop.run(source, steps, repeats=updates, target=target)
+
+
+def _trained_model(loss: Loss, sampler: RolloutSampler, *, has_anchor: bool) -> RWKV7:
+    """Returns the model of a policy loss, which must fit the draws and the anchor's text."""
+    policy = getattr(loss, "func", None)
+    if not isinstance(policy, PolicyLoss):
+        raise TypeError(
+            f"`loss` must be made by policy_loss; got {type(policy or loss).__name__}."
+        )
+    # Else log p would be that of another distribution than the one that was drawn from.
+    if not np.array_equal(policy.temperature, sampler.temperature):
+        raise ValueError(
+            f"`loss` must have the temperature of `sampler`, {sampler.temperature}; "
+            f"got {policy.temperature}."
+        )
+    # A weight without text has no effect, and text without a weight costs time for nothing.
+    if bool(policy.anchor) != has_anchor:
+        raise ValueError(
+            "`anchor_at` and the weight `anchor` of `loss` go together; got one of them."
+        )
+    return policy.model

@@ -37,12 +37,11 @@ from rwkv7_jax.training.head_loss import (
 from rwkv7_jax.training.losses import (
     Loss,
     Metrics,
-    check_ids_and_shapes,
     check_targets,
     target_shares,
 )
 from rwkv7_jax.tuning.state_tuning import (
-    add_anchor_and_metrics,
+    StartStateLoss,
     check_leaves,
     hidden_states_from,
     stop_gradient_except,
@@ -51,20 +50,21 @@ from rwkv7_jax.tuning.state_tuning import (
 Scalar = Float[Array, ""]
 
 
-# By identity, as functions are compared: a number may be an array, which has no hash.
 @dataclasses.dataclass(frozen=True, eq=False)
-class _DistillationLoss:
+class _DistillationLoss(StartStateLoss):
     """The loss that `distillation_loss` makes, called with the frozen arrays in front.
 
     Weights are arguments: jit would compile closed-over arrays in as constants.
+
+    Attributes:
+        teacher: the shell around the teacher's weights, if there is one.
+        imitation: weight of the completions' cross entropy.
+        kl: weight of KL(teacher || student).
     """
 
-    model: RWKV7
     teacher: RWKV7 | None
     imitation: float
     kl: float
-    leaves: tuple[str, ...]
-    anchor: float
 
     def __call__(
         self,
@@ -92,19 +92,7 @@ class _DistillationLoss:
             value, metrics = self._cross_entropy_and_divergence(
                 params, state, batch, teacher_x, teacher_head
             )
-        return add_anchor_and_metrics(
-            self.model,
-            params,
-            state,
-            batch,
-            anchor=self.anchor,
-            value=value,
-            metrics=metrics,
-        )
-
-    def check_batch(self, batch: BatchLike) -> Batch:
-        """Checks a batch; a step calls it on the host, where ids can still be read."""
-        return check_ids_and_shapes(batch, self.model.config.vocab_size)
+        return self.with_anchor(params, state, batch, value, metrics)
 
     def _cross_entropy(
         self, params: Params, state: RWKV7State, batch: Batch
@@ -329,14 +317,17 @@ def drawn_logps(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _PolicyLoss:
-    """The loss that `policy_loss` makes, called with the frozen arrays in front."""
+class PolicyLoss(StartStateLoss):
+    """The loss that `policy_loss` makes, called with the frozen arrays in front.
 
-    model: RWKV7
+    Attributes:
+        temperature: at which the rows were drawn.
+        kl: weight of the divergence.
+        bounds: of the logarithm of a ratio.
+    """
+
     temperature: Number
     kl: float
-    leaves: tuple[str, ...]
-    anchor: float
     bounds: tuple[float, float]
 
     def __call__(
@@ -352,20 +343,12 @@ class _PolicyLoss:
             check_targets(batch)
         state = stop_gradient_except(state, self.leaves)
         value, metrics = self._policy_and_divergence(params, reference, state, batch)
-        return add_anchor_and_metrics(
-            self.model,
-            params,
-            state,
-            batch,
-            anchor=self.anchor,
-            value=value,
-            metrics=metrics,
-        )
+        return self.with_anchor(params, state, batch, value, metrics)
 
     def check_batch(self, batch: BatchLike) -> Batch:
-        """Checks a batch; a step calls it on the host, where ids can still be read."""
+        """Checks a batch, which must have advantages."""
         Batch.of(batch, "advantages")
-        return check_ids_and_shapes(batch, self.model.config.vocab_size)
+        return super().check_batch(batch)
 
     def _policy_and_divergence(
         self, params: Params, reference: RWKV7State, state: RWKV7State, batch: Batch
@@ -467,7 +450,7 @@ def policy_loss(
         check_number(temperature, 0, math.inf, "`temperature`", above=True)
         bounds = _log_bounds(epsilon_low, epsilon_high)
         reference = _start_state(reference, model, "reference")
-    loss = _PolicyLoss(
+    loss = PolicyLoss(
         model=model,
         temperature=temperature,
         kl=kl,

@@ -1,12 +1,10 @@
 """Batches of the policy loss: rollouts with their rewards and advantages."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import (
     check_count,
     check_function,
@@ -14,15 +12,13 @@ from rwkv7_jax.checks import (
     prefix_errors,
 )
 from rwkv7_jax.data.batch import Batch
-from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.test_time.rewards import (
     AdvantageRule,
     RewardFunction,
     advantages,
     evaluate_rewards,
 )
-from rwkv7_jax.test_time.rollouts import Rollouts, rollouts
+from rwkv7_jax.test_time.rollouts import Rollouts
 from rwkv7_jax.test_time.traces import TokenBudget
 
 
@@ -48,45 +44,6 @@ class PolicyBatch(NamedTuple):
     def uniform(self) -> bool:
         """Whether all completions of every prompt earned the same: there is nothing to learn."""
         return bool(self.uniform_groups.all())
-
-
-def policy_batch(
-    model: RWKV7,
-    params: Params,
-    state: RWKV7State | None,
-    prompts: Sequence[Sequence[int]],
-    reward: RewardFunction,
-    *,
-    group: int,
-    rule: AdvantageRule | None = None,
-    **choices: Any,
-) -> PolicyBatch:
-    """Draws rollouts from `state` and makes a batch of `policy_loss` with their advantages.
-
-    The result is a function of the arguments: with `key = jax.random.fold_in(key, n)` step n of a
-    run depends on the seed, n and the state alone.
-
-    Args:
-        model: static.
-        params: its weights.
-        state: where every row starts (batch 1).
-        prompts: lists of ids.
-        reward: of a prompt and a completion.
-        group: completions of each prompt, at least 2.
-        rule: how rewards become advantages.
-        **choices: `tokens`, `key`, `temperature`, `stop_ids`, `length`, `stop_strings` and
-            `tokenizer` of `rollouts`.
-
-    Raises:
-        ValueError: as `rollouts`; or a reward that is not a finite number.
-    """
-    with prefix_errors("policy_batch"):
-        check_count(group, 2, "`group`")
-        check_function(reward, "`reward`")
-    drawn = rollouts(model, params, state, prompts, group=group, **choices)
-    return make_policy_batch(
-        drawn, reward, group=group, rule=rule, tokens=choices["tokens"]
-    )
 
 
 def make_policy_batch(
@@ -126,7 +83,7 @@ def make_policy_batch(
         reward,
         drawn.prompts,
         drawn.judged,
-        name="policy_batch: `reward`",
+        name="make_policy_batch: `reward`",
         group=group,
     ).reshape(-1, group)
     mask, factor = _average(drawn, rule, tokens)

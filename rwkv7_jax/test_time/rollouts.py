@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -10,6 +11,8 @@ from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import (
     check_count,
     check_function,
+    check_instance,
+    check_key,
     check_model,
     check_params,
     check_prompts,
@@ -17,7 +20,7 @@ from rwkv7_jax.checks import (
     typed_key,
 )
 from rwkv7_jax.generation import sampling
-from rwkv7_jax.generation.generate import check_text_options, generate
+from rwkv7_jax.generation.generate import Generation, check_text_options, generate
 from rwkv7_jax.generation.streaming import before_stop_string
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, select
@@ -26,7 +29,7 @@ from rwkv7_jax.test_time.rewards import (
     evaluate_rewards,
 )
 from rwkv7_jax.test_time.traces import Ids, TokenBudget, completion_rows
-from rwkv7_jax.test_time.tuning_loop import RewardTarget
+from rwkv7_jax.test_time.tuning_loop import RewardTarget, StateBatchSource
 from rwkv7_jax.text.detokenizer import Vocabulary
 
 # Row lengths are rounded up to a multiple of this, so that few widths are ever compiled.
@@ -65,62 +68,6 @@ class Rollouts:
             object.__setattr__(self, "judged", self.completions)
 
 
-def rollouts(
-    model: RWKV7,
-    params: Params,
-    state: RWKV7State | None,
-    prompts: Sequence[Sequence[int]],
-    *,
-    group: int,
-    tokens: int,
-    key: Array | None = None,
-    temperature: sampling.Number = 1.0,
-    stop_ids: sampling.Ids = (0,),
-    length: int | None = None,
-    stop_strings: Sequence[str] = (),
-    tokenizer: Vocabulary | None = None,
-) -> Rollouts:
-    """Draws `group` completions of every prompt, which is read once.
-
-    The same key gives the same completions: those of `generate` for every prompt repeated `group`
-    times. Programs depend on the number of prompts, `group`, `length` and powers of two above the
-    longest prompt and `tokens`.
-
-    Args:
-        model: static.
-        params: its weights.
-        state: where every row starts (batch 1); None is a model that has read nothing.
-        prompts: lists of ids, none empty.
-        group: completions of each prompt (K).
-        tokens: ids drawn for a row at most, at least 1.
-        key: one random key, folded with the row's number, or one key for each row; not needed at
-            temperature 0.
-        temperature: of the sampling.
-        stop_ids: ids that end a row.
-        length: inputs of a row (T); None takes the next multiple of 16 that holds all rows, even
-            those that are drawn to their full length.
-        stop_strings: strings that end a row, as in `generate`; rewards do not see them.
-        tokenizer: needed with `stop_strings`.
-
-    Raises:
-        ValueError: an argument out of its range, or rows that do not fit.
-        TypeError: ids that are not integers.
-    """
-    with prefix_errors("rollouts"):
-        sampler = RolloutSampler(
-            model,
-            params,
-            group=group,
-            tokens=tokens,
-            temperature=temperature,
-            stop_ids=stop_ids,
-            length=length,
-            stop_strings=stop_strings,
-            tokenizer=tokenizer,
-        )
-    return sampler.draw(state, prompts, key)
-
-
 def _row_length(rows: list[list[int]], tokens: int, length: int | None) -> int:
     """Returns the number of inputs of a row."""
     # The last token of a row is a target only.
@@ -146,10 +93,22 @@ def _at_targets(drawn: Rollouts, logps: list[list[float]]) -> np.ndarray:
     return at_targets
 
 
-# An object and not a partial of `rollouts`, because sources read `group` from it.
 @dataclasses.dataclass(frozen=True)
 class RolloutSampler:
-    """A model with the settings of its rollouts; the attributes are the arguments of `rollouts`."""
+    """A model with the options by which its completions are drawn.
+
+    Attributes:
+        model: the shell around `params`.
+        params: its weights.
+        group: completions of each prompt (K).
+        tokens: ids drawn for a row at most, at least 1.
+        temperature: of the sampling; 0 is greedy.
+        stop_ids: ids that end a row.
+        length: inputs of a row (T); None takes the next multiple of 16 that holds all rows, even
+            those that are drawn to their full length.
+        stop_strings: strings that end a row, as in `generate`; rewards do not see them.
+        tokenizer: needed with `stop_strings`.
+    """
 
     model: RWKV7
     params: Params
@@ -188,8 +147,23 @@ class RolloutSampler:
         prompts: Sequence[Sequence[int]],
         key: Array | None,
     ) -> Rollouts:
-        """Draws completions from `state`; see `rollouts`."""
-        with prefix_errors("rollouts"):
+        """Draws `group` completions of every prompt, which is read once.
+
+        The same key gives the same completions: those of `generate` for every prompt repeated
+        `group` times. Programs depend on the number of prompts, `group`, `length` and powers of two
+        above the longest prompt and `tokens`.
+
+        Args:
+            state: where every row starts (batch 1); None is a model that has read nothing.
+            prompts: lists of ids, none empty.
+            key: one random key, folded with the row's number, or one key for each row; not needed
+                at temperature 0.
+
+        Raises:
+            TypeError: ids that are not integers, or no random key.
+            ValueError: an argument out of its range, or rows that do not fit.
+        """
+        with prefix_errors("RolloutSampler.draw"):
             if state is not None:
                 check_state(state, 1, self.model.config)
             rows = check_prompts(prompts, self.model.config.vocab_size)
@@ -200,25 +174,9 @@ class RolloutSampler:
                 raise ValueError(
                     "`key` must be given unless `temperature` is 0; got None."
                 )
-        # The prompts are read once; then their states are repeated and continued without a prompt.
-        # Repeating the prompts instead would read each of them `group` times.
-        read = generate(self.model, self.params, rows, state, tokens=0)
         # Completions of one prompt are neighbours: `advantages` reshapes them to [P K].
         repeats = np.repeat(np.arange(len(rows)), self.group)
-        out = generate(
-            self.model,
-            self.params,
-            [[]] * len(repeats),
-            select(read.state, repeats),
-            logits=read.logits[repeats],
-            tokens=self.tokens,
-            key=key,
-            temperature=self.temperature,
-            stop_ids=self.stop_ids,
-            stop_strings=self.stop_strings,
-            # Without stop strings the text is not read, and making it costs time on the host.
-            tokenizer=self.tokenizer if self.stop_strings else None,
-        )
+        out = self._complete(state, rows, repeats, key)
         # With what ended them: a student has to learn it, and a reward may look at the stop id.
         completions: list[Ids] = [tuple(drawn) for drawn in out.drawn]
         repeated_prompts = [tuple(rows[row]) for row in repeats]
@@ -234,6 +192,32 @@ class RolloutSampler:
             judged=[self.judged(completion) for completion in completions],
         )
         return dataclasses.replace(drawn, logps=_at_targets(drawn, out.logps))
+
+    def _complete(
+        self,
+        state: RWKV7State | None,
+        prompts: list[list[int]],
+        repeats: np.ndarray,
+        key: Array | None,
+    ) -> Generation:
+        """Completes the prompts that `repeats` counts, each of which is read once."""
+        # The prompts are read once; then their states are repeated and continued without a prompt.
+        # Repeating the prompts instead would read each of them `group` times.
+        read = generate(self.model, self.params, prompts, state, tokens=0)
+        return generate(
+            self.model,
+            self.params,
+            [[]] * len(repeats),
+            select(read.state, repeats),
+            logits=read.logits[repeats],
+            tokens=self.tokens,
+            key=key,
+            temperature=self.temperature,
+            stop_ids=self.stop_ids,
+            stop_strings=self.stop_strings,
+            # Without stop strings the text is not read, and making it costs time on the host.
+            tokenizer=self.tokenizer if self.stop_strings else None,
+        )
 
     def judged(self, completion: Ids) -> Ids:
         """Returns a completion as rewards see it: without the stop string that ended it."""
@@ -258,57 +242,66 @@ class RolloutSampler:
         prompts: Sequence[Sequence[int]],
         reward: RewardFunction,
     ) -> tuple[float, TokenBudget]:
-        """Returns the mean reward of the greedy completions, and the tokens it cost."""
+        """Returns the mean reward of the greedy completions, and the tokens it cost.
+
+        Args:
+            state: where every row starts (batch 1).
+            prompts: lists of ids that no update sees.
+            reward: of a prompt and a completion.
+
+        Raises:
+            TypeError: an argument of the wrong kind.
+            ValueError: as `draw`; or a reward that is not a finite number.
+        """
+        with prefix_errors("RolloutSampler.mean_reward"):
+            check_function(reward, "`reward`")
         # Greedy: the noise of sampling would hide small improvements.
         greedy = dataclasses.replace(self, group=1, temperature=0, length=None)
         drawn = greedy.draw(state, prompts, None)
         rewards = evaluate_rewards(
-            reward, drawn.prompts, drawn.judged, name="held_out_reward: `reward`"
+            reward,
+            drawn.prompts,
+            drawn.judged,
+            name="RolloutSampler.mean_reward: `reward`",
         )
         return float(rewards.mean()), drawn.budget
 
 
-def held_out_reward(
-    model: RWKV7,
-    params: Params,
-    state: RWKV7State | None,
-    prompts: Sequence[Sequence[int]],
-    reward: RewardFunction,
-    *,
-    tokens: int,
-    stop_ids: sampling.Ids = (0,),
-    stop_strings: Sequence[str] = (),
-    tokenizer: Vocabulary | None = None,
-) -> tuple[float, TokenBudget]:
-    """Returns the mean reward of the greedy completions, and the tokens it cost.
+class RewardedBatches(StateBatchSource):
+    """Batches of the completions that a sampler draws from the state and a reward judges."""
 
-    Args:
-        model: static.
-        params: its weights.
-        state: where every row starts (batch 1).
-        prompts: lists of ids that no update sees.
-        reward: of a prompt and a completion.
-        tokens: ids drawn for a row at most.
-        stop_ids: ids that end a row.
-        stop_strings: strings that end a row; see `rollouts`.
-        tokenizer: needed with `stop_strings`.
+    def __init__(
+        self,
+        sampler: RolloutSampler,
+        prompts_at: PromptsAt,
+        reward: RewardFunction,
+        key: Array,
+    ):
+        """Checks and keeps what every such source has.
 
-    Raises:
-        ValueError: as `rollouts`; or a reward that is not a finite number.
-    """
-    with prefix_errors("held_out_reward"):
+        Args:
+            sampler: draws the completions.
+            prompts_at: the prompts of a step.
+            reward: `(prompt, completion) -> number`; the completion holds its stop id.
+            key: one random key.
+
+        Raises:
+            TypeError: an argument of the wrong kind.
+            ValueError: several keys.
+        """
+        super().__init__()
+        check_instance(sampler, RolloutSampler, "`sampler`")
+        check_function(prompts_at, "`prompts_at`")
         check_function(reward, "`reward`")
-    with prefix_errors("rollouts"):
-        sampler = RolloutSampler(
-            model,
-            params,
-            group=1,
-            tokens=tokens,
-            stop_ids=stop_ids,
-            stop_strings=stop_strings,
-            tokenizer=tokenizer,
-        )
-    return sampler.mean_reward(state, prompts, reward)
+        self._sampler = sampler
+        self._prompts_at = prompts_at
+        self._reward = reward
+        self._key = check_key(key)
+
+    def _key_at(self, number: int) -> Array:
+        """Returns the key of a step, or of a round, by its number."""
+        # Folded with the number, not split from the last key: a resumed run does not have that one.
+        return jax.random.fold_in(self._key, number)
 
 
 def reward_target(

@@ -14,27 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from rwkv7_jax.array_types import Params
 from rwkv7_jax.checks import (
     check_count,
     check_function,
     check_instance,
     check_key,
-    check_model,
     check_number,
-    check_params,
     check_prompts,
     prefix_errors,
 )
-from rwkv7_jax.generation.sampling import Ids as StopIds
-from rwkv7_jax.generation.sampling import Number
-from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state
 from rwkv7_jax.test_time.completion_cache import CompletionCache
 from rwkv7_jax.test_time.rewards import RewardFunction, evaluate_rewards
 from rwkv7_jax.test_time.rollouts import RolloutSampler
 from rwkv7_jax.test_time.traces import Ids, TokenBudget, Trace
-from rwkv7_jax.text.detokenizer import Vocabulary
 
 # From a completion to its answer, which is compared with the other answers.
 Extract = Callable[[Ids], Hashable]
@@ -44,21 +37,14 @@ Template = Callable[[Ids], Sequence[int]]
 
 
 def collect_traces(
-    teacher: RWKV7,
-    teacher_params: Params,
+    teacher: RolloutSampler,
     prompts: Sequence[Sequence[int]],
     *,
-    tokens: int,
     key: Array,
-    samples: int = 1,
     state: RWKV7State | None = None,
     template: Template | None = None,
     verify: RewardFunction | None = None,
     vote: tuple[Extract, float] | None = None,
-    temperature: Number = 1.0,
-    stop_ids: StopIds = (0,),
-    stop_strings: Sequence[str] = (),
-    tokenizer: Vocabulary | None = None,
     source: str = "teacher",
     cache: str | Path | None = None,
     teacher_hash: str | None = None,
@@ -72,12 +58,11 @@ def collect_traces(
     on where it stopped and ends with the same traces and the same budget.
 
     Args:
-        teacher: the larger model, or the student itself.
-        teacher_params: its weights.
+        teacher: the larger model, or the student itself, and how it draws `group` completions of
+            each prompt. What ended a completion is part of it, for the student has to learn that;
+            a stop string is not part of what is judged.
         prompts: lists of ids as the student sees them.
-        tokens: ids drawn for a completion at most.
         key: one random key.
-        samples: completions of each prompt.
         state: where the teacher starts (batch 1).
         template: from a prompt to what the teacher reads in its place: an instruction, a hint, a
             demand to think aloud. The traces keep the student's prompt.
@@ -85,12 +70,7 @@ def collect_traces(
             completion, and is its weight (a bool counts as 0 or 1).
         vote: `(extract, margin)`, instead of `verify`: of each prompt's completions those are kept
             whose `extract(completion)` is the most frequent answer, if it leads the second by at
-            least `margin`, a share of `samples`, and by one. An answer of None does not vote.
-        temperature: of the sampling.
-        stop_ids: ids that end a completion; they are part of it.
-        stop_strings: strings that end a completion. They are part of it, for the student has to
-            learn them, and not of what is judged.
-        tokenizer: needed with `stop_strings`.
+            least `margin`, a share of the group, and by one. An answer of None does not vote.
         source: the teacher's name in the traces.
         cache: a file to which completions are appended before they are judged, and from which
             those of the same teacher, state, prompt, key and options are taken.
@@ -103,37 +83,25 @@ def collect_traces(
         The traces in the prompts' order, and the tokens they cost.
 
     Raises:
+        TypeError: an argument of the wrong kind.
         ValueError: an argument out of its range, or a verifier or a vote that raised or gave no
             number; completions in the cache stay there.
     """
     with prefix_errors("collect_traces"):
-        check_count(tokens, 1, "`tokens`")
-        check_count(samples, 1, "`samples`")
+        check_instance(teacher, RolloutSampler, "`teacher`")
         check_count(at_once, 1, "`at_once`")
         judge = _make_judge(verify, vote)
         key = check_key(key)
-        check_model(teacher, "`teacher`")
-        check_params(teacher_params, teacher.config, "`teacher_params`")
-        sampler = RolloutSampler(
-            teacher,
-            teacher_params,
-            group=samples,
-            tokens=tokens,
-            temperature=temperature,
-            stop_ids=stop_ids,
-            stop_strings=stop_strings,
-            tokenizer=tokenizer,
-        )
         if state is not None:
-            check_state(state, 1, teacher.config)
+            check_state(state, 1, teacher.model.config)
         if on_progress is not None:
             check_function(on_progress, "`on_progress`")
         check_instance(source, str, "`source`")
         if cache is not None and teacher_hash is None:
             raise ValueError("`teacher_hash` must be given with `cache`; got None.")
-        questions = _questions(prompts, teacher.config.vocab_size, template)
+        questions = _questions(prompts, teacher.model.config.vocab_size, template)
     # Outside the block of checks: an error in the work should name where it happened.
-    answers = _TeacherAnswers(sampler, state, key, rows=min(at_once, len(questions)))
+    answers = _TeacherAnswers(teacher, state, key, rows=min(at_once, len(questions)))
     if cache is not None and teacher_hash is not None:
         answers.use_cache(CompletionCache(cache), teacher_hash)
     traces: list[Trace] = []
@@ -144,11 +112,8 @@ def collect_traces(
             # The same for completions from the cache: the budget says what the traces have cost,
             # in this run or in an earlier one.
             spent += len(question.teacher_prompt) + sum(map(len, completions))
-            judged = [sampler.judged(completion) for completion in completions]
-            weights = judge.weights(question, judged)
-            for completion, weight in zip(completions, weights, strict=True):
-                if weight > 0:
-                    traces.append(Trace(question.prompt, completion, weight, source))
+            weights = judge.weights(question, [*map(teacher.judged, completions)])
+            traces += _kept(question, completions, weights, source)
         # After the batch is in the cache, so a callback that raises loses nothing.
         if on_progress:
             on_progress(first + len(part), len(questions))
@@ -170,6 +135,17 @@ class _Question:
     prompt: Ids
     teacher_prompt: list[int]
     identity: str
+
+
+def _kept(
+    question: _Question, completions: list[Ids], weights: list[float], source: str
+) -> list[Trace]:
+    """Makes the traces of the completions with a weight."""
+    traces = []
+    for completion, weight in zip(completions, weights, strict=True):
+        if weight > 0:
+            traces.append(Trace(question.prompt, completion, weight, source))
+    return traces
 
 
 def _questions(

@@ -306,7 +306,7 @@ def trace_batch(
     """Makes the batch of one step; its mask is each trace's weight at its completion.
 
     Every trace comes once before any comes again, in an order drawn from the seed and the epoch.
-    Ids are not compared with a vocabulary: whoever trains on them does so once.
+    Ids are not compared with a vocabulary: a training loop does so once.
 
     Args:
         traces: in a fixed order.

@@ -28,7 +28,7 @@ from rwkv7_jax.training.train_step import TrainState, make_train_step
 # One line of a history: metrics by name.
 Entry = dict[str, float | int]
 
-# Its state is a donated buffer after the next update; whoever keeps it must copy it.
+# Its state is a donated buffer after the next update; to keep it, copy it.
 OnStep = Callable[[Entry, RWKV7State], Any]
 
 

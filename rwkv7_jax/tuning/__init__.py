@@ -22,7 +22,7 @@ from rwkv7_jax.tuning.state_arithmetic import (
 )
 from rwkv7_jax.tuning.state_tuning import (
     LEAVES,
-    add_anchor_and_metrics,
+    StartStateLoss,
     check_leaves,
     hidden_states_from,
     state_loss,
@@ -40,7 +40,7 @@ __all__ = [
     "LEAVES",
     "Capacity",
     "FeatureSettings",
-    "add_anchor_and_metrics",
+    "StartStateLoss",
     "calibrate",
     "capacity",
     "check_leaves",

@@ -112,66 +112,97 @@ def trainable_mask(state: RWKV7State, leaves: tuple[str, ...]) -> RWKV7State:
 def hidden_states_from(
     model: RWKV7, params: Params, state: RWKV7State, tokens: Tokens
 ) -> Activations:
-    """Computes the normed activations of rows that all start from `state`."""
-    start = repeat(state, tokens.shape[0])
-    return model.apply({"params": params}, tokens, start, method="hidden")[0]
-
-
-def add_anchor_and_metrics(
-    model: RWKV7,
-    params: Params,
-    state: RWKV7State,
-    batch: Batch,
-    *,
-    anchor: float,
-    value: Float[Array, ""],
-    metrics: Metrics,
-) -> tuple[Float[Array, ""], Metrics]:
-    """Adds the KL-to-base penalty to a loss; logs the KL and the state's largest entry and RMS.
+    """Computes the normed activations [B T D] of rows that all start from one state.
 
     Args:
         model: the shell around `params`.
         params: all weights.
-        state: the start state that is tuned (batch 1).
-        batch: holds unlabelled tokens [B T+1] as `anchor` if the weight is not 0.
-        anchor: weight of the mean KL(base || tuned) on them.
-        value: the loss so far.
-        metrics: the metrics so far; `anchor_nats`, `state_max` and `state_rms` are added. The
-            sizes are the upscaled memory's if there is one.
+        state: batch 1.
+        tokens: of the rows.
     """
-    if anchor:
-        ids = jnp.asarray(Batch.of(batch, "anchor", packed=True).anchor)
-        tokens = ids[:, :-1]
-        # The base model is this model from the zero state.
-        base = hidden_states_from(model, params, init_state(model.config), tokens)
-        tuned = hidden_states_from(model, params, state, tokens)
-        shares = jnp.full(tokens.shape, 1 / tokens.size, jnp.float32)
-        shares = shares_of_known_ids(shares, ids, model.config.vocab_size)
-        divergence, _ = weighted_loss(
-            tuned,
-            params["head"]["weight"],
-            None,
-            TermWeights(kl=shares),
-            reference=jax.lax.stop_gradient(base),
-        )
-        value = value + anchor * divergence
-        metrics = metrics | {"anchor_nats": divergence}
-    # The WKV part of an upscaled state stays zero, so its size would say nothing.
-    tuned_memory = state.wkv if state.upscaled is None else state.upscaled.memory
-    sizes = {
-        "state_max": jnp.max(jnp.abs(tuned_memory)),
-        "state_rms": jnp.sqrt(jnp.mean(jnp.square(tuned_memory))),
-    }
-    return value, metrics | jax.lax.stop_gradient(sizes)
+    start = repeat(state, tokens.shape[0])
+    return model.apply({"params": params}, tokens, start, method="hidden")[0]
 
 
+# By identity, as functions are compared: a field of a subclass may be an array, which has no hash.
 @dataclasses.dataclass(frozen=True, eq=False)
-class _StateLoss:
-    """The loss of a start state, called with the frozen weights in front; see `state_loss`."""
+class StartStateLoss:
+    """What the losses of a start state of a frozen model share.
+
+    Attributes:
+        model: the shell around the frozen weights.
+        leaves: the tuned arrays, of `LEAVES`.
+        anchor: weight of KL(base || tuned) on unlabelled tokens.
+    """
 
     model: RWKV7
     leaves: tuple[str, ...]
     anchor: float
+
+    def check_batch(self, batch: BatchLike) -> Batch:
+        """Checks a batch; a step calls it on the host, where ids can still be read."""
+        return check_ids_and_shapes(batch, self.model.config.vocab_size)
+
+    def with_anchor(
+        self,
+        params: Params,
+        state: RWKV7State,
+        batch: Batch,
+        value: Float[Array, ""],
+        metrics: Metrics,
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Adds the KL-to-base penalty to a loss; logs the KL and the state's largest entry and RMS.
+
+        Args:
+            params: all weights.
+            state: the start state that is tuned (batch 1).
+            batch: holds unlabelled tokens [B T+1] as `anchor` if the weight is not 0.
+            value: the loss so far.
+            metrics: the metrics so far; `anchor_nats`, `state_max` and `state_rms` are added. The
+                sizes are the upscaled memory's if there is one.
+        """
+        if self.anchor:
+            divergence = _divergence_from_base(self.model, params, state, batch)
+            value = value + self.anchor * divergence
+            metrics = metrics | {"anchor_nats": divergence}
+        # The WKV part of an upscaled state stays zero, so its size would say nothing.
+        tuned_memory = state.wkv if state.upscaled is None else state.upscaled.memory
+        sizes = {
+            "state_max": jnp.max(jnp.abs(tuned_memory)),
+            "state_rms": jnp.sqrt(jnp.mean(jnp.square(tuned_memory))),
+        }
+        return value, metrics | jax.lax.stop_gradient(sizes)
+
+
+def _divergence_from_base(
+    model: RWKV7, params: Params, state: RWKV7State, batch: Batch
+) -> Float[Array, ""]:
+    """Computes the mean KL(base || tuned) on the batch's unlabelled tokens."""
+    ids = jnp.asarray(Batch.of(batch, "anchor", packed=True).anchor)
+    tokens = ids[:, :-1]
+    # The base model is this model from the zero state.
+    base = hidden_states_from(model, params, init_state(model.config), tokens)
+    tuned = hidden_states_from(model, params, state, tokens)
+    shares = jnp.full(tokens.shape, 1 / tokens.size, jnp.float32)
+    shares = shares_of_known_ids(shares, ids, model.config.vocab_size)
+    divergence, _ = weighted_loss(
+        tuned,
+        params["head"]["weight"],
+        None,
+        TermWeights(kl=shares),
+        reference=jax.lax.stop_gradient(base),
+    )
+    return divergence
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _StateLoss(StartStateLoss):
+    """The loss of a start state that `state_loss` makes, called with the frozen weights in front.
+
+    Attributes:
+        l2wrap: as in `next_token_loss`.
+    """
+
     l2wrap: float
 
     def __call__(
@@ -202,19 +233,11 @@ class _StateLoss:
         value, (metrics, trace) = next_token_loss_with_trace(
             self.model, params, start, batch, l2wrap=self.l2wrap, names=names
         )
-        value, metrics = add_anchor_and_metrics(
-            self.model,
-            params,
-            state,
-            batch,
-            anchor=self.anchor,
-            value=value,
-            metrics=metrics,
-        )
+        value, metrics = self.with_anchor(params, state, batch, value, metrics)
         return value, (metrics, trace)
 
     def check_batch(self, batch: BatchLike) -> Batch:
-        """Checks a batch; a step calls it on the host, where ids can still be read."""
+        """Checks a batch, whose rows may hold several sequences."""
         return check_ids_and_shapes(batch, self.model.config.vocab_size, packed=True)
 
 
@@ -252,4 +275,5 @@ def state_loss(
         check_leaves(leaves)
         check_number(anchor, 0, math.inf, "`anchor`")
         check_number(l2wrap, 0, math.inf, "`l2wrap`")
-    return Partial(_StateLoss(model, tuple(leaves), anchor, l2wrap), params)
+    loss = _StateLoss(model, tuple(leaves), anchor, l2wrap)
+    return Partial(loss, params)

@@ -39,14 +39,10 @@ from rwkv7_jax.test_time.losses import (
     distillation_loss,
     policy_loss,
 )
-from rwkv7_jax.test_time.policy_batches import make_policy_batch, policy_batch
+from rwkv7_jax.test_time.policy_batches import make_policy_batch
 from rwkv7_jax.test_time.questions import QuestionSet, find_verifier, read_questions
 from rwkv7_jax.test_time.rewards import advantages
-from rwkv7_jax.test_time.rollouts import (
-    RolloutSampler,
-    held_out_reward,
-    rollouts,
-)
+from rwkv7_jax.test_time.rollouts import RolloutSampler
 from rwkv7_jax.test_time.teacher import collect_traces
 from rwkv7_jax.test_time.traces import (
     Trace,
@@ -89,15 +85,15 @@ DRAWS = {
     "tokenizer": {TypeError: [3, "bytes"]},
 }
 SAMPLER = RolloutSampler(MODEL, PARAMS, group=2, tokens=2)
-LOOP = {**MODELS, "prompts_at": prompts_at, "reward": reward, "tokens": 2, "key": KEY}
+NO_SAMPLER = {TypeError: [None, MODEL]}
+LOOP = {"sampler": SAMPLER, "prompts_at": prompts_at, "reward": reward, "key": KEY}
 WRONG_LOOP = {
-    **WRONG_MODELS,
-    **DRAWS,
+    "sampler": NO_SAMPLER,
     "prompts_at": NO_FUNCTIONS,
     "reward": NO_FUNCTIONS,
     "key": NO_KEYS,
     "state": START,
-    "leaves": LEAVES,
+    "loss": {TypeError: [1.0, "policy"]},
     "learning_rate": number(),
     "tx": {TypeError: [0.1, "adam"]},
     "held_out": {TypeError: [[1, 2]], ValueError: [[[]], [[257]]]},
@@ -163,43 +159,27 @@ FUNCTIONS = {
             "epsilon_high": number(),
         },
     ),
-    "rollouts": PublicFunction(
-        rollouts,
-        {**MODELS, "state": None, "prompts": PROMPTS, "group": 2, "tokens": 2},
+    "RolloutSampler.draw": PublicFunction(
+        SAMPLER.draw,
+        {"state": None, "prompts": PROMPTS, "key": KEY},
         {
-            **WRONG_MODELS,
-            **DRAWS,
             "state": START,
             "prompts": WRONG_PROMPTS,
             "key": {TypeError: [1, "key"], ValueError: [None]},
-            "length": {TypeError: [1.5, "2"], ValueError: [0, 2]},
         },
+    ),
+    "RolloutSampler.mean_reward": PublicFunction(
+        SAMPLER.mean_reward,
+        {"state": None, "prompts": PROMPTS, "reward": reward},
+        {"reward": NO_FUNCTIONS},
     ),
     "RolloutSampler": PublicFunction(
         RolloutSampler, {**MODELS, "group": 2, "tokens": 2}, {**WRONG_MODELS, **DRAWS}
-    ),
-    "policy_batch": PublicFunction(
-        policy_batch,
-        {
-            **MODELS,
-            "state": None,
-            "prompts": PROMPTS,
-            "reward": reward,
-            "group": 2,
-            "tokens": 2,
-            "key": KEY,
-        },
-        {"reward": NO_FUNCTIONS, "group": count(2)},
     ),
     "make_policy_batch": PublicFunction(
         make_policy_batch,
         {"drawn": None, "reward": reward, "group": 2},
         {"drawn": {TypeError: [None, BATCH, PROMPTS]}},
-    ),
-    "held_out_reward": PublicFunction(
-        held_out_reward,
-        {**MODELS, "state": None, "prompts": PROMPTS, "reward": reward, "tokens": 2},
-        {"reward": NO_FUNCTIONS},
     ),
     "grpo": PublicFunction(
         grpo,
@@ -207,17 +187,14 @@ FUNCTIONS = {
         {
             **WRONG_LOOP,
             "steps": count(0),
-            "group": count(2),
-            "kl": number(),
-            "reference": START,
-            "anchor": {TypeError: ["1"], ValueError: [1.0]},
+            "loss": {
+                TypeError: [1.0, distillation_loss(MODEL, PARAMS)],
+                ValueError: [policy_loss(MODEL, PARAMS, temperature=2.0)],
+            },
             "anchor_at": {ValueError: [prompts_at]},
             "evaluate_every": count(1),
             "updates": count(1),
-            "epsilon_low": number(1.5),
-            "epsilon_high": number(),
             "importance_cap": {TypeError: ["2"], ValueError: [0.0, -1.0, NAN]},
-            "sampling_model": {TypeError: [1, "bfloat16"]},
         },
     ),
     "expert_iteration": PublicFunction(
@@ -235,7 +212,7 @@ FUNCTIONS = {
         PolicyBatches,
         {"sampler": SAMPLER, "prompts_at": prompts_at, "reward": reward, "key": KEY},
         {
-            "sampler": {TypeError: [None, MODEL]},
+            "sampler": NO_SAMPLER,
             "prompts_at": NO_FUNCTIONS,
             "reward": NO_FUNCTIONS,
             "key": NO_KEYS,
@@ -246,7 +223,7 @@ FUNCTIONS = {
         ExpertBatches,
         {"sampler": SAMPLER, "prompts_at": prompts_at, "reward": reward, "key": KEY},
         {
-            "sampler": {TypeError: [None, MODEL]},
+            "sampler": NO_SAMPLER,
             "prompts_at": NO_FUNCTIONS,
             "reward": NO_FUNCTIONS,
             "key": NO_KEYS,
@@ -283,26 +260,15 @@ FUNCTIONS = {
     ),
     "collect_traces": PublicFunction(
         collect_traces,
+        {"teacher": SAMPLER, "prompts": PROMPTS, "key": KEY},
         {
-            "teacher": MODEL,
-            "teacher_params": PARAMS,
-            "prompts": PROMPTS,
-            "tokens": 2,
-            "key": KEY,
-        },
-        {
-            "teacher": WRONG_MODEL,
-            "teacher_params": WRONG_PARAMS,
+            "teacher": NO_SAMPLER,
             "prompts": WRONG_PROMPTS,
-            "tokens": count(1),
             "key": NO_KEYS,
-            "samples": count(1),
             "state": START,
             "template": {TypeError: [1, "{}"]},
             "verify": {TypeError: [1, "exact"]},
             "vote": {TypeError: [1, (reward,), reward], ValueError: [(reward, 2.0)]},
-            "temperature": number(),
-            "stop_ids": {TypeError: [None, 0], ValueError: [[257]]},
             "source": {TypeError: [None, 3]},
             "at_once": count(1),
             "on_progress": {TypeError: [1, "print"]},

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from reward_tasks import prompts_at
 from run_programs import MODEL as SIZES
 from run_programs import SMALLEST, train_here
 from tiny_models import lively
@@ -22,7 +23,7 @@ from rwkv7_jax.test_time.distillation import distill
 from rwkv7_jax.test_time.expert_iteration import ExpertBatches, expert_iteration
 from rwkv7_jax.test_time.grpo import PolicyBatches, grpo
 from rwkv7_jax.test_time.questions import QuestionSet
-from rwkv7_jax.test_time.rollouts import RolloutSampler, rollouts
+from rwkv7_jax.test_time.rollouts import RolloutSampler
 from rwkv7_jax.test_time.traces import Trace, completion_rows, read_traces, write_traces
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -105,9 +106,8 @@ def in_library(method: str, params, traces, tx):
     """The state that the library's loop gives."""
     model = RWKV7(CONFIG)
     asked = questions()
-    arguments = (model, params, lambda step: asked.prompts(step, 2), low_ids)
-    choices = {"tokens": 6, "group": 4, "key": jax.random.key(SEED), "stop_reward": 2.0}
-    choices["tx"] = tx
+    arguments = (sampler(params), lambda step: asked.prompts(step, 2), low_ids)
+    choices = {"key": jax.random.key(SEED), "stop_reward": 2.0, "tx": tx}
     if method == "grpo":
         return grpo(*arguments, steps=STEPS, **choices).state
     if method == "expert":
@@ -180,10 +180,6 @@ def sampler(params, **choices):
     )
 
 
-def prompts_at(step):
-    return [[1 + step % 12, 2], [1 + (5 * step) % 12, 3, 2]]
-
-
 def test_without_replay_a_batch_is_what_the_step_drew_weighted_by_its_rewards(
     params, unchecked
 ):
@@ -191,15 +187,7 @@ def test_without_replay_a_batch_is_what_the_step_drew_weighted_by_its_rewards(
     state = init_state(CONFIG)
     source = ExpertBatches(sampler(params), prompts_at, low_ids, key=key)
     batch = source.batch(state, 5)
-    drawn = rollouts(
-        RWKV7(CONFIG),
-        params,
-        state,
-        prompts_at(5),
-        group=4,
-        tokens=6,
-        key=jax.random.fold_in(key, 5),
-    )
+    drawn = sampler(params).draw(state, prompts_at(5), jax.random.fold_in(key, 5))
     weights = [
         low_ids(*pair) for pair in zip(drawn.prompts, drawn.completions, strict=True)
     ]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reward_tasks import prompts_at, sevens
 from scipy.special import log_softmax
 from tiny_models import TINIEST, lively, random_state, restated
 from tolerances import SAME, assert_close
@@ -165,10 +166,6 @@ def test_a_ratio_too_large_for_a_float_stops_at_the_bound(params, gradient, batc
 PROMPTS = [[1, 2], [3, 4, 5]]
 
 
-def sevens(prompt, completion):
-    return completion.count(7) / len(completion)
-
-
 def source_of(params, model=MODEL, **choices):
     sampler = RolloutSampler(
         model, params, group=4, tokens=6, temperature=TEMPERATURE, stop_ids=(4,)
@@ -217,22 +214,25 @@ def test_sampler_and_trainer_that_are_one_model_weigh_every_token_by_one(params)
     assert source.metrics["importance_capped"] == 0
 
 
-LOOP = {"tokens": 4, "key": jax.random.key(4), "group": 4, "stop_ids": ()}
+KEY = jax.random.key(4)
+
+
+def sampler_of(params, model=MODEL):
+    return RolloutSampler(model, params, group=4, tokens=4, stop_ids=())
 
 
 def test_several_updates_go_further_with_the_same_completions(params):
     runs = {}
     for updates in (1, 3):
         runs[updates] = grpo(
-            MODEL,
-            params,
+            sampler_of(params),
             lambda step: PROMPTS,
             sevens,
+            key=KEY,
             steps=1,
             updates=updates,
+            loss=policy_loss(MODEL, params, epsilon_high=0.28),
             learning_rate=0.5,
-            epsilon_high=0.28,
-            **LOOP,
         )
     one = runs[1]
     three = runs[3]
@@ -249,18 +249,17 @@ def test_several_updates_go_further_with_the_same_completions(params):
 @pytest.mark.slow
 def test_draws_in_bfloat16_raise_a_reward_of_the_float32_model(params):
     out = grpo(
-        MODEL,
-        params,
-        lambda step: [[1 + step % 12, 2], [1 + (5 * step) % 12, 3, 2]],
+        sampler_of(params, RWKV7(dataclasses.replace(CONFIG, dtype="bfloat16"))),
+        prompts_at,
         sevens,
+        key=KEY,
         steps=12,
         updates=2,
+        loss=policy_loss(MODEL, params),
         importance_cap=2.0,
-        sampling_model=RWKV7(dataclasses.replace(CONFIG, dtype="bfloat16")),
         learning_rate=0.5,
         held_out=[[1 + n, 2] for n in range(8)],
         stop_reward=2.0,
-        **LOOP,
     )
     seen = [entry["held_out"] for entry in out.history if "held_out" in entry]
     assert seen[-1] > seen[0] + 0.2
@@ -274,20 +273,15 @@ def test_bad_bounds_and_caps_are_refused(params, unchecked):
         ({"epsilon_low": -0.1}, "`epsilon_low` must be"),
         ({"epsilon_low": 1.5}, "`epsilon_low` must be"),
         ({"epsilon_high": float("nan")}, "`epsilon_high` must be"),
+    ]:
+        with pytest.raises(ValueError, match=f"policy_loss: {message}"):
+            policy_loss(MODEL, params, **change)
+    for change, message in [
         ({"importance_cap": 0.0}, "`importance_cap` must be above 0"),
         ({"updates": 0}, "`updates` must be at least 1"),
     ]:
         with pytest.raises(ValueError, match=f"grpo: {message}"):
-            grpo(MODEL, params, lambda step: PROMPTS, sevens, **LOOP, **change)
-    with pytest.raises(TypeError, match="grpo: `sampling_model` must be"):
-        grpo(
-            MODEL,
-            params,
-            lambda step: PROMPTS,
-            sevens,
-            sampling_model="bfloat16",
-            **LOOP,
-        )
+            grpo(sampler_of(params), lambda step: PROMPTS, sevens, key=KEY, **change)
 
 
 def test_a_batch_whose_ratios_do_not_fit_is_refused(params, gradient, batch):

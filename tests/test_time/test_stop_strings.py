@@ -11,7 +11,7 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.test_time.expert_iteration import expert_iteration
 from rwkv7_jax.test_time.grpo import PolicyBatches, grpo
-from rwkv7_jax.test_time.rollouts import RolloutSampler, held_out_reward, rollouts
+from rwkv7_jax.test_time.rollouts import RolloutSampler
 from rwkv7_jax.test_time.teacher import collect_traces
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -23,9 +23,7 @@ PROMPTS = [[40, 41], [60, 61, 62]]
 STOPS = tuple(chr(number) for number in range(8, 128, 8))
 STOP_IDS = (3,)
 ENDS = {"stop_ids": STOP_IDS, "stop_strings": STOPS, "tokenizer": TOKENIZER}
-DRAW = {"group": 4, "tokens": 24, "key": jax.random.key(2)}
-# The same for a teacher.
-COLLECT = {"samples": 4, "tokens": 24, "key": jax.random.key(2)}
+KEY = jax.random.key(2)
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +31,18 @@ def params():
     return lively(CONFIG)
 
 
+def sampler_of(params, **ends):
+    return RolloutSampler(MODEL, params, group=4, tokens=24, **ends)
+
+
 @pytest.fixture(scope="module")
 def free(params):
-    return rollouts(MODEL, params, None, PROMPTS, stop_ids=STOP_IDS, **DRAW)
+    return sampler_of(params, stop_ids=STOP_IDS).draw(None, PROMPTS, KEY)
 
 
 @pytest.fixture(scope="module")
 def stopped(params):
-    return rollouts(MODEL, params, None, PROMPTS, **ENDS, **DRAW)
+    return sampler_of(params, **ENDS).draw(None, PROMPTS, KEY)
 
 
 def cut_by_hand(completion):
@@ -100,38 +102,32 @@ class Recorder:
         return any(stop in text for stop in STOPS for text in texts)
 
 
-LOOP = {"tokens": 24, "group": 4, "key": jax.random.key(2), **ENDS}
-
-
 @pytest.mark.slow
 def test_no_loop_shows_a_stop_string_to_a_reward(params):
+    sampler = sampler_of(params, **ENDS)
     loops = {
         "grpo": lambda reward: grpo(
-            MODEL,
-            params,
+            sampler,
             lambda step: PROMPTS,
             reward,
+            key=KEY,
             steps=1,
             held_out=PROMPTS,
-            **LOOP,
         ),
         "expert iteration": lambda reward: expert_iteration(
-            MODEL,
-            params,
+            sampler,
             lambda step: PROMPTS,
             reward,
+            key=KEY,
             rounds=1,
             updates=1,
             batch_size=4,
             held_out=PROMPTS,
-            **LOOP,
         ),
         "traces": lambda reward: collect_traces(
-            MODEL, params, PROMPTS, verify=reward, **COLLECT, **ENDS
+            sampler, PROMPTS, key=KEY, verify=reward
         ),
-        "held out": lambda reward: held_out_reward(
-            MODEL, params, None, PROMPTS, reward, tokens=24, **ENDS
-        ),
+        "held out": lambda reward: sampler.mean_reward(None, PROMPTS, reward),
     }
     for name, loop in loops.items():
         reward = Recorder()
@@ -142,28 +138,28 @@ def test_no_loop_shows_a_stop_string_to_a_reward(params):
 
 def test_traces_hold_the_stop_string_also_from_a_cache(params, tmp_path):
     cache = tmp_path / "cache.jsonl"
-    cached = {**COLLECT, "cache": cache, "teacher_hash": "tiny"}
+    cached = {"key": KEY, "cache": cache, "teacher_hash": "tiny"}
     for attempt in range(2):
         seen = Recorder()
         traces, _ = collect_traces(
-            MODEL, params, PROMPTS, verify=seen, **cached, **ENDS
+            sampler_of(params, **ENDS), PROMPTS, verify=seen, **cached
         )
         assert not seen.saw_a_stop, attempt
         texts = [TOKENIZER.decode([i for i in one.completion if i]) for one in traces]
         assert any(text.endswith(STOPS) for text in texts), attempt
     # Other stop strings are other completions.
     lines = cache.read_text().count("\n")
-    collect_traces(MODEL, params, PROMPTS, stop_ids=STOP_IDS, **cached)
+    collect_traces(sampler_of(params, stop_ids=STOP_IDS), PROMPTS, **cached)
     assert cache.read_text().count("\n") == 2 * lines
 
 
 def test_a_completion_that_a_stop_string_ends_is_not_cut(params, stopped):
-    sampler = RolloutSampler(MODEL, params, group=4, tokens=24, **ENDS)
+    sampler = sampler_of(params, **ENDS)
     source = PolicyBatches(
-        sampler, lambda step: PROMPTS, lambda p, c: float(len(c)), key=DRAW["key"]
+        sampler, lambda step: PROMPTS, lambda p, c: float(len(c)), key=KEY
     )
     source.batch(init_state(CONFIG), 0)
-    drawn = sampler.draw(None, PROMPTS, jax.random.fold_in(DRAW["key"], 0))
+    drawn = sampler.draw(None, PROMPTS, jax.random.fold_in(KEY, 0))
     full = [len(row) == 24 for row in drawn.completions]
     expected = [
         is_full
@@ -191,15 +187,8 @@ def test_a_completion_that_a_stop_string_ends_is_not_cut(params, stopped):
         ({"tokenizer": 3}, TypeError, "`tokenizer` must be a Tokenizer; got int"),
     ],
 )
-def test_bad_stop_strings_are_refused_by_every_public_function(
+def test_bad_stop_strings_are_refused_before_anything_is_drawn(
     params, unchecked, change, error, message
 ):
-    ends = ENDS | change
-    with pytest.raises(error, match=f"rollouts: {message}"):
-        rollouts(MODEL, params, None, PROMPTS, **{**DRAW, **ends})
-    with pytest.raises(error, match=f"grpo: {message}"):
-        grpo(MODEL, params, lambda step: PROMPTS, len, **{**LOOP, **change})
-    with pytest.raises(error, match=f"expert_iteration: {message}"):
-        expert_iteration(MODEL, params, lambda step: PROMPTS, len, **{**LOOP, **change})
-    with pytest.raises(error, match=f"collect_traces: {message}"):
-        collect_traces(MODEL, params, PROMPTS, tokens=4, key=DRAW["key"], **ends)
+    with pytest.raises(error, match=f"RolloutSampler: {message}"):
+        sampler_of(params, **(ENDS | change))

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from reward_tasks import prompts_at, sevens
 from tiny_models import TINIEST, lively, random_state
 
 from rwkv7_jax.generation import decode_loop as decoding
@@ -12,9 +13,10 @@ from rwkv7_jax.model.state import init_state
 from rwkv7_jax.test_time.distillation import distill
 from rwkv7_jax.test_time.expert_iteration import expert_iteration
 from rwkv7_jax.test_time.grpo import grpo
-from rwkv7_jax.test_time.policy_batches import policy_batch
+from rwkv7_jax.test_time.losses import distillation_loss, policy_loss
+from rwkv7_jax.test_time.policy_batches import make_policy_batch
 from rwkv7_jax.test_time.rewards import advantages
-from rwkv7_jax.test_time.rollouts import held_out_reward, rollouts
+from rwkv7_jax.test_time.rollouts import RolloutSampler
 from rwkv7_jax.test_time.traces import TokenBudget, Trace
 from rwkv7_jax.tuning.upscaling import upscale
 
@@ -39,9 +41,9 @@ def params():
     return jax.tree_util.tree_map_with_path(louder, lively(CONFIG))
 
 
-def draw(params, state=None, prompts=PROMPTS, **choices):
-    choices = {"group": GROUP, "tokens": TOKENS, "key": KEY} | choices
-    return rollouts(MODEL, params, state, prompts, **choices)
+def draw(params, state=None, prompts=PROMPTS, key=KEY, **choices):
+    choices = {"group": GROUP, "tokens": TOKENS} | choices
+    return RolloutSampler(MODEL, params, **choices).draw(state, prompts, key)
 
 
 @pytest.fixture(scope="module")
@@ -96,25 +98,16 @@ def test_a_key_decides_and_nothing_compiles_again(params, endless):
 def test_the_held_out_reward_is_that_of_greedy_completions(params):
     reward = lambda prompt, completion: completion[0]  # noqa: E731
     choices = {"tokens": TOKENS, "stop_ids": ()}
-    value, budget = held_out_reward(MODEL, params, None, HELD_OUT, reward, **choices)
+    sampler = RolloutSampler(MODEL, params, group=GROUP, **choices)
+    value, budget = sampler.mean_reward(None, HELD_OUT, reward)
     out = generate(MODEL, params, HELD_OUT, temperature=0, **choices)
     assert value == np.mean([row[0] for row in out.tokens])
     assert budget == TokenBudget(rollout_tokens=8 * (3 + TOKENS))
 
 
-def test_a_policy_batch_has_the_advantages_of_its_rewards(params, endless):
+def test_a_policy_batch_has_the_advantages_of_its_rewards(endless):
     reward = lambda prompt, completion: completion.count(8)  # noqa: E731
-    made = policy_batch(
-        MODEL,
-        params,
-        None,
-        PROMPTS,
-        reward,
-        group=GROUP,
-        tokens=TOKENS,
-        key=KEY,
-        stop_ids=(),
-    )
+    made = make_policy_batch(endless, reward, group=GROUP)
     expected = np.array([c.count(8) for c in endless.completions], float).reshape(
         2, GROUP
     )
@@ -126,18 +119,20 @@ def test_a_policy_batch_has_the_advantages_of_its_rewards(params, endless):
     assert made.budget == endless.budget and not made.uniform
 
 
-def sevens(prompt, completion):
-    """How much of a completion is the id 7."""
-    return completion.count(7) / len(completion)
-
-
-def prompts_at(step):
-    return [[1 + step % 12, 2], [1 + (5 * step) % 12, 3, 2]]
-
-
-LOOP = {"tokens": 4, "key": KEY, "group": GROUP, "stop_ids": ()}
+DRAWS = {"tokens": 4, "group": GROUP, "stop_ids": ()}
 STEP_TOKENS = 2 + 3 + 8 * 4
 LOOK_TOKENS = 8 * (3 + 4)
+
+
+def loop_arguments(params, reward=sevens):
+    """What GRPO and expert iteration have in common."""
+    sampler = RolloutSampler(MODEL, params, **DRAWS)
+    return {
+        "sampler": sampler,
+        "prompts_at": prompts_at,
+        "reward": reward,
+        "key": KEY,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +147,7 @@ def improved(params):
         "on_step": keep,
     }
     before = jax.tree.map(np.array, params)
-    out = grpo(
-        MODEL, params, prompts_at, sevens, steps=15, stop_reward=2.0, **choices, **LOOP
-    )
+    out = grpo(**loop_arguments(params), steps=15, stop_reward=2.0, **choices)
     jax.tree.map(np.testing.assert_array_equal, before, params)
     return out, states
 
@@ -185,14 +178,15 @@ def test_the_budget_of_grpo_is_what_was_read_drawn_and_differentiated(improved):
 
 def test_a_step_depends_on_the_key_its_number_and_the_state_alone(params, improved):
     out, states = improved
-    choices = LOOP | {"key": jax.random.fold_in(KEY, 3)}
-    again = policy_batch(MODEL, params, states[2], prompts_at(3), sevens, **choices)
+    sampler = RolloutSampler(MODEL, params, **DRAWS)
+    drawn = sampler.draw(states[2], prompts_at(3), jax.random.fold_in(KEY, 3))
+    again = make_policy_batch(drawn, sevens, group=GROUP)
     assert again.rewards.mean() == out.history[3]["reward"] > 0
 
 
 def test_uniform_groups_make_no_update(params):
     same = lambda prompt, completion: len(prompt)  # noqa: E731
-    out = grpo(MODEL, params, prompts_at, same, steps=3, stop_reward=9.0, **LOOP)
+    out = grpo(**loop_arguments(params, same), steps=3, stop_reward=9.0)
     assert [entry["updated"] for entry in out.history] == [0, 0, 0]
     assert not np.any(out.state.wkv)
     assert out.budget == TokenBudget(rollout_tokens=3 * STEP_TOKENS)
@@ -200,9 +194,10 @@ def test_uniform_groups_make_no_update(params):
 
 def test_grpo_ends_when_the_reward_is_enough(params):
     enough = lambda prompt, completion: 1.0  # noqa: E731
-    out = grpo(MODEL, params, prompts_at, enough, evaluate_every=3, **LOOP)
+    arguments = loop_arguments(params, enough)
+    out = grpo(**arguments, evaluate_every=3)
     assert len(out.history) == 3
-    out = grpo(MODEL, params, prompts_at, enough, held_out=HELD_OUT, **LOOP)
+    out = grpo(**arguments, held_out=HELD_OUT)
     assert out.history == [{"step": 0, "held_out": 1.0}]
     assert out.budget == TokenBudget(rollout_tokens=LOOK_TOKENS)
 
@@ -210,7 +205,7 @@ def test_grpo_ends_when_the_reward_is_enough(params):
 def test_expert_iteration_learns_what_it_wrote_itself_and_the_reward_approved(params):
     choices = {"rounds": 5, "keep_reward": 0.5, "updates": 5, "batch_size": 8}
     choices |= {"held_out": HELD_OUT, "learning_rate": 0.5}
-    out = expert_iteration(MODEL, params, prompts_at, sevens, **choices, **LOOP)
+    out = expert_iteration(**loop_arguments(params), **choices)
     seen = [entry["held_out"] for entry in out.history]
     print(f"held-out reward {seen}; {out.budget}")
     assert seen[-1] > seen[0] + 0.2
@@ -234,13 +229,12 @@ def test_an_anchor_keeps_the_state_near_the_base_and_is_counted(params):
     drift = []
     text = rng.integers(0, CONFIG.vocab_size, (4, 17)).astype(np.int32)
     for weight in (1e-6, 10.0):
-        anchor = {
-            "anchor": weight,
-            "anchor_at": lambda step: text,
-            "learning_rate": 0.5,
-        }
         out = grpo(
-            MODEL, params, prompts_at, sevens, steps=8, kl=0.01, **anchor, **LOOP
+            **loop_arguments(params),
+            steps=8,
+            loss=policy_loss(MODEL, params, kl=0.01, anchor=weight),
+            anchor_at=lambda step: text,
+            learning_rate=0.5,
         )
         updated = [entry for entry in out.history if entry["updated"]]
         drift.append(updated[-1]["anchor_nats"])
@@ -257,17 +251,14 @@ def test_an_upscaled_memory_earns_a_reward_while_its_features_stand_still(params
         .astype(np.int32)
     )
     start = upscale(MODEL, params, text, size=24)
-    choices = {"leaves": ("memory",), "learning_rate": 0.5, "stop_reward": 2.0}
     out = grpo(
-        MODEL,
-        params,
-        prompts_at,
-        sevens,
+        **loop_arguments(params),
         state=start,
         steps=30,
+        loss=policy_loss(MODEL, params, leaves=("memory",)),
+        learning_rate=0.5,
         held_out=HELD_OUT,
-        **choices,
-        **LOOP,
+        stop_reward=2.0,
     )
     seen = [entry["held_out"] for entry in out.history if "held_out" in entry]
     print(f"held-out reward {seen}")
@@ -294,15 +285,33 @@ def test_an_upscaled_memory_earns_a_reward_while_its_features_stand_still(params
 def test_bad_arguments_of_rollouts_are_refused(
     params, unchecked, change, error, message
 ):
-    with pytest.raises(error, match=f"rollouts: {message}"):
+    with pytest.raises(error, match=rf"RolloutSampler(\.draw)?: {message}"):
         draw(params, **change)
 
 
 def test_bad_arguments_of_the_loops_are_refused(params, unchecked):
     for change, error, message in [
-        ({"group": 1}, ValueError, "`group` must be at least 2"),
+        (
+            {"sampler": RolloutSampler(MODEL, params, group=1, tokens=4)},
+            ValueError,
+            "`group` must be at least 2",
+        ),
         ({"steps": -1}, ValueError, "`steps` must be at least 0"),
-        ({"anchor": 1.0}, ValueError, "`anchor` and `anchor_at` go together"),
+        (
+            {"loss": policy_loss(MODEL, params, anchor=1.0)},
+            ValueError,
+            "`anchor_at` and the weight `anchor` of `loss` go together",
+        ),
+        (
+            {"loss": policy_loss(MODEL, params, temperature=0.5)},
+            ValueError,
+            "`loss` must have the temperature of `sampler`, 1.0; got 0.5",
+        ),
+        (
+            {"loss": distillation_loss(MODEL, params)},
+            TypeError,
+            "`loss` must be made by policy_loss; got _DistillationLoss",
+        ),
         ({"reward": 3}, TypeError, "`reward` must be a function; got int"),
         ({"prompts_at": [[1]]}, TypeError, "`prompts_at` must be a function; got list"),
         (
@@ -311,23 +320,16 @@ def test_bad_arguments_of_the_loops_are_refused(params, unchecked):
             r"`state\.att_shift` must have shape",
         ),
     ]:
-        arguments = {"prompts_at": prompts_at, "reward": sevens} | LOOP | change
         with pytest.raises(error, match=f"grpo: {message}"):
-            grpo(MODEL, params, **arguments)
+            grpo(**(loop_arguments(params) | change))
     with pytest.raises(
         ValueError, match="`reward` of prompt 1 must be finite; got nan"
     ):
-        grpo(
-            MODEL,
-            params,
-            prompts_at,
-            lambda p, c: 1.0 if len(p) == 2 else np.nan,
-            **LOOP,
-        )
+        grpo(**loop_arguments(params, lambda p, c: 1.0 if len(p) == 2 else np.nan))
     with pytest.raises(
         ValueError, match="expert_iteration: `updates` must be at least 1"
     ):
-        expert_iteration(MODEL, params, prompts_at, sevens, updates=0, **LOOP)
+        expert_iteration(**loop_arguments(params), updates=0)
     with pytest.raises(ValueError, match=r"distill: `tokens` must be .* got 13"):
         distill(MODEL, params, [Trace((1,), (13,))])
     with pytest.raises(ValueError, match="distill: `traces` must hold a trace"):

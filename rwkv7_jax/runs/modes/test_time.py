@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from rwkv7_jax import sharding
+from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash
 from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.data.batch import Batch
@@ -34,7 +35,7 @@ from rwkv7_jax.test_time.losses import (
 )
 from rwkv7_jax.test_time.questions import QuestionSet, find_verifier
 from rwkv7_jax.test_time.rewards import AdvantageRule
-from rwkv7_jax.test_time.rollouts import RolloutSampler, held_out_reward
+from rwkv7_jax.test_time.rollouts import RolloutSampler
 from rwkv7_jax.test_time.teacher import collect_traces
 from rwkv7_jax.test_time.traces import (
     Trace,
@@ -193,11 +194,11 @@ class TestTimeMode(StateTuningMode):
         settings = self.settings.test_time
         if settings.method == "distil":
             return TraceBatches(
-                self._collect_traces(),
+                self._traces(),
                 batch_size=self.settings.data.batch_size,
                 seed=self.settings.seed,
             )
-        sampler = self._sampler()
+        sampler = self._sampler(self._drawing_model(), self.frozen)
         key = jax.random.key(self.settings.seed)
         if settings.method == "grpo":
             rule = AdvantageRule(
@@ -219,17 +220,12 @@ class TestTimeMode(StateTuningMode):
         # Without replay, which a checkpoint would have to hold to be resumed.
         return ExpertBatches(sampler, self._prompts_at, self._reward, key=key)
 
-    def _sampler(self) -> RolloutSampler:
-        """Makes what draws the completions; in another dtype it still reads the same weights."""
+    def _sampler(self, model: RWKV7, params: Params) -> RolloutSampler:
+        """Makes what draws completions of a model, the student or the teacher."""
         settings = self.settings.test_time
-        model = self.model
-        if settings.sampling_dtype is not None:
-            model = RWKV7(
-                dataclasses.replace(model.config, dtype=settings.sampling_dtype)
-            )
         return RolloutSampler(
             model,
-            self.frozen,
+            params,
             group=settings.group,
             tokens=settings.tokens,
             temperature=settings.temperature,
@@ -237,6 +233,13 @@ class TestTimeMode(StateTuningMode):
             stop_strings=settings.stop,
             tokenizer=self.tokenizer,
         )
+
+    def _drawing_model(self) -> RWKV7:
+        """Returns the model that draws; in another dtype it still reads the same weights."""
+        dtype = self.settings.test_time.sampling_dtype
+        if dtype is None:
+            return self.model
+        return RWKV7(dataclasses.replace(self.model.config, dtype=dtype))
 
     def train_step(
         self, tx: optax.GradientTransformation, mesh: Mesh | None
@@ -266,17 +269,9 @@ class TestTimeMode(StateTuningMode):
 
     def held_out_metrics(self, params: RWKV7State) -> Metrics:
         """Measures the mean reward of the most probable answers to held-out questions."""
-        reward, _ = held_out_reward(
-            self.model,
-            self.frozen,
-            params,
-            self._held_out,
-            self._reward,
-            tokens=self.settings.test_time.tokens,
-            stop_ids=self._questions.stop_ids,
-            stop_strings=self.settings.test_time.stop,
-            tokenizer=self.tokenizer,
-        )
+        # The tuned model itself, whatever dtype draws the completions.
+        sampler = self._sampler(self.model, self.frozen)
+        reward, _ = sampler.mean_reward(params, self._held_out, self._reward)
         return {log_name("held_out", "reward"): Metric.of(reward, "reward")}
 
     def input_digests(self) -> dict[str, str]:
@@ -290,49 +285,53 @@ class TestTimeMode(StateTuningMode):
         """Names the questions."""
         return f"{self.settings.data.path}: made as it goes"
 
-    def _collect_traces(self) -> list[Trace]:
-        """Lets the teacher answer, or reads what it has answered elsewhere.
-
-        Completions of a teacher that answers here stay in the run's folder.
-        """
-        settings = self.settings.test_time
-        if settings.guide is None:
+    def _traces(self) -> list[Trace]:
+        """Lets the teacher answer, or reads what it has answered elsewhere."""
+        guide = self.settings.test_time.guide
+        if guide is None:
             raise ValueError(
                 "`config.test_time.guide` must name the larger model's checkpoint."
             )
         # Traces of an earlier run need no teacher.
-        if settings.guide.endswith(".jsonl"):
-            traces = read_traces(settings.guide)
+        if guide.endswith(".jsonl"):
+            traces = read_traces(guide)
             with prefix_errors("config.test_time.guide"):
                 check_trace_tokens(traces, self.model.config.vocab_size)
             return traces
-        teacher_params, config = load_model(
-            settings.guide, allow_nan=self.settings.allow_nan, mesh=self.mesh
+        traces = self._collect_traces(guide)
+        if not traces:
+            raise ValueError(
+                "`config.test_time.keep` must leave a trace to learn from; got none."
+            )
+        # Another run reads them as its guide, and needs no teacher.
+        write_traces(self.folder / "kept_traces.jsonl", traces)
+        return traces
+
+    def _collect_traces(self, guide: str) -> list[Trace]:
+        """Lets the teacher answer; its completions stay in the run's folder."""
+        settings = self.settings.test_time
+        params, config = load_model(
+            guide, allow_nan=self.settings.allow_nan, mesh=self.mesh
         )
-        verified = settings.keep == "verified"
-        majority = settings.keep == "majority"
+        teacher = self._sampler(RWKV7(config), params)
+        vote = None
+        if settings.keep == "majority":
+            # Two completions agree where they give the same answer, in whatever words.
+            vote = (self._questions.given_answer, settings.vote_margin)
+        else:
+            teacher = dataclasses.replace(teacher, group=1)
         self.folder.mkdir(parents=True, exist_ok=True)
         bar = ProgressBar(settings.traces, "teacher")
         traces, budget = collect_traces(
-            RWKV7(config),
-            teacher_params,
+            teacher,
             self._questions.prompts(0, settings.traces),
-            tokens=settings.tokens,
             key=jax.random.key(self.settings.seed),
-            samples=settings.group if majority else 1,
             template=_teacher_template(settings, self.tokenizer),
-            verify=self._reward if verified else None,
-            # Two completions agree where they give the same answer, in whatever words.
-            vote=(self._questions.given_answer, settings.vote_margin)
-            if majority
-            else None,
-            temperature=settings.temperature,
-            stop_ids=self._questions.stop_ids,
-            stop_strings=settings.stop,
-            tokenizer=self.tokenizer,
-            source=settings.guide,
+            verify=self._reward if settings.keep == "verified" else None,
+            vote=vote,
+            source=guide,
             cache=self.folder / "traces.jsonl",
-            teacher_hash=model_hash(teacher_params, config),
+            teacher_hash=model_hash(params, config),
             at_once=settings.at_once,
             on_progress=lambda done, total: bar.update(done, "prompts"),
         )
@@ -340,12 +339,6 @@ class TestTimeMode(StateTuningMode):
         print(
             f"teacher   kept {len(traces)} traces of {settings.traces} prompts; {budget}"
         )
-        if not traces:
-            raise ValueError(
-                "`config.test_time.keep` must leave a trace to learn from; got none."
-            )
-        # Another run reads them as its guide, and needs no teacher.
-        write_traces(self.folder / "kept_traces.jsonl", traces)
         return traces
 
 
