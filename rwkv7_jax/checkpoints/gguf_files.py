@@ -217,16 +217,18 @@ def read_gguf(path: Path, *, verify: bool = False) -> TensorFile:
     norm_eps = _number(reader, gguf.Keys.Attention.LAYERNORM_EPS, path)
     head_size = int(_number(reader, gguf.Keys.WKV.HEAD_SIZE, path))
     if verify:
-        found = _digest([(t.name, t.data) for t in reader.tensors], norm_eps, head_size)
-        if _metadata(reader, _DIGEST_KEY) not in (None, found):
+        digest = _digest(
+            [(t.name, t.data) for t in reader.tensors], norm_eps, head_size
+        )
+        if _metadata(reader, _DIGEST_KEY) not in (None, digest):
             raise ValueError(
                 f"load_model: `{path}` is damaged: its tensors or sizes are not those that were "
                 "written (their digest differs); download or copy it again."
             )
     tensors: dict[str, Tensor] = {}
-    for found in reader.tensors:
-        tensor = _tensor(found)
-        for name, part in _official_parts(found.name, tensor):
+    for entry in reader.tensors:
+        tensor = _tensor(entry)
+        for name, part in _official_parts(entry.name, tensor):
             tensors[name] = _official_form(name, part, head_size)
     _narrow(tensors, reader, path)
     # The file has a float32; its shortest decimal form is the number that was written.

@@ -24,6 +24,7 @@ from rwkv7_jax.checkpoints.layouts.other_architectures import (
     reject_other_architectures,
 )
 from rwkv7_jax.checkpoints.loading.tree_reader import (
+    Convert,
     Progress,
     as_it_is,
     build_tree,
@@ -112,9 +113,7 @@ def load_model(
         if dtype is not None:
             dtype = require_jax_dtype(require_float_dtype(dtype))
         path = existing_model(path)
-        if weights is not None:
-            check_choice(weights, (INT8,), "`weights`")
-            _refuse_nan_in_int8(allow_nan)
+        _check_weights(weights, allow_nan)
     with name_file(path, "load_model"):
         if is_orbax(path):
             folder = path.absolute()
@@ -127,8 +126,7 @@ def load_model(
                 check_shared_heads(config, mesh.shape.get(TENSOR, 1), "`mesh`")
         convert = as_it_is
         if weights is not None:
-            named = loaded_tensors(tensors, config, str(path), dtype=dtype)
-            convert = functools.partial(_int8_leaf, _hash_tensors(named))
+            convert = _int8_conversion(tensors, config, path, dtype)
         params = build_tree(
             tensors,
             config,
@@ -142,7 +140,11 @@ def load_model(
     return params, config
 
 
-def _refuse_nan_in_int8(allow_nan: bool) -> None:
+def _check_weights(weights: str | None, allow_nan: bool) -> None:
+    """Raises for an unknown form of weights, and for one that could not hold NaN."""
+    if weights is None:
+        return
+    check_choice(weights, (INT8,), "`weights`")
     if allow_nan:
         raise ValueError(
             "`allow_nan` must be left out with int8 weights: a row that holds NaN or Inf has no "
@@ -170,6 +172,17 @@ def _load_orbax_in_int8(
             matrix = _quantize_rows(leaves[index], origin=origin)
             leaves[index] = jax.block_until_ready(matrix)
     return place(mesh, jax.tree.unflatten(structure, leaves)), config
+
+
+def _int8_conversion(
+    tensors: dict[str, Tensor], config: RWKV7Config, path: Path, dtype
+) -> Convert:
+    """Makes the function that rounds the matrices of a model to 8 bits.
+
+    All tensors are read once for the hash that the matrices carry.
+    """
+    named = loaded_tensors(tensors, config, str(path), dtype=dtype)
+    return functools.partial(_int8_leaf, _hash_tensors(named))
 
 
 def _int8_leaf(origin: str, path: tuple[str, ...], array: np.ndarray) -> Any:

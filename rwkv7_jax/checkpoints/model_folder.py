@@ -123,7 +123,7 @@ def existing_model(path: str | Path) -> Path:
     return existing_path(path, "`path`")
 
 
-def exchange_paths(one: Path, two: Path) -> bool:
+def exchange_paths(first: Path, second: Path) -> bool:
     """Lets two paths exchange what they name, in one step that cannot be interrupted.
 
     Returns:
@@ -131,12 +131,12 @@ def exchange_paths(one: Path, two: Path) -> bool:
     """
     try:
         library = ctypes.CDLL(None, use_errno=True)
-        first = os.fsencode(one)
-        second = os.fsencode(two)
+        first_name = os.fsencode(first)
+        second_name = os.fsencode(second)
         if sys.platform == "darwin":
-            return library.renamex_np(first, second, _RENAME_SWAP) == 0
+            return library.renamex_np(first_name, second_name, _RENAME_SWAP) == 0
         result = library.renameat2(
-            _AT_FDCWD, first, _AT_FDCWD, second, _RENAME_EXCHANGE
+            _AT_FDCWD, first_name, _AT_FDCWD, second_name, _RENAME_EXCHANGE
         )
         return result == 0
     # Windows has no such library, and old systems no such function.

@@ -141,7 +141,7 @@ def _handler() -> contextlib.AbstractContextManager[Any]:
 
 
 def _read_list(handler: Any, arrays: Path) -> Any:
-    """Reads the tree of what is known of each array that Orbax wrote to a folder."""
+    """Reads the shape and dtype of each array that Orbax wrote to a folder, as a tree."""
     return handler.metadata(arrays).tree
 
 
@@ -160,9 +160,11 @@ def _restore(
     def on_device(tree: Any) -> Any:
         if isinstance(device, Mesh):
             return abstract_shards(device, tree)
-        one = jax.sharding.SingleDeviceSharding(device)
+        sharding = jax.sharding.SingleDeviceSharding(device)
         return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one),
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=sharding
+            ),
             tree,
         )
 

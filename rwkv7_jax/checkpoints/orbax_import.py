@@ -13,7 +13,7 @@ from typing import Any
 def import_orbax() -> ModuleType:
     """Imports `orbax.checkpoint` when it is first needed, with its log switched off.
 
-    Orbax logs through absl, also the errors that it raises. Whoever calls Orbax here catches these
+    Orbax logs through absl, also the errors that it raises. A caller of Orbax catches these
     errors or lets them end the command, so that each of them is printed once and in our words.
     """
     # absl's level is global to the process: this is the only place that may set it.

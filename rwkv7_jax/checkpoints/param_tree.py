@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal
 
 import jax
@@ -335,6 +335,20 @@ def check_params(params: Params, config: RWKV7Config) -> None:
             "(`dequantize` makes a model of its own of them)."
         )
     leaves = _leaves(params)
+    expected = _expected_leaves(leaves, config)
+    # A leaf that no file has a name for would be lost in silence.
+    extra = leaves.keys() - expected.keys()
+    if extra:
+        path = "/".join(map(str, min(extra)))
+        raise ValueError(f"`params` must hold RWKV-7's leaves alone; got {path} too.")
+    for path, shape in expected.items():
+        _check_leaf("/".join(path), leaves.get(path), shape)
+
+
+def _expected_leaves(
+    leaves: Collection[TreePath], config: RWKV7Config
+) -> dict[TreePath, Shape]:
+    """Returns the shape of every leaf that a tree with these leaves must hold."""
     required = tensor_names.shapes(config)
     expected: dict[TreePath, Shape] = {}
     for name, shape in tensor_names.accepted_shapes(config).items():
@@ -345,29 +359,23 @@ def check_params(params: Params, config: RWKV7Config) -> None:
         if path[0] == "layers":
             shape = (config.num_layers - 1, *shape)
         expected[path] = shape
-    # A leaf that no file has a name for would be lost in silence.
-    extra = leaves.keys() - expected.keys()
-    if extra:
-        path = "/".join(map(str, min(extra)))
-        raise ValueError(f"`params` must hold RWKV-7's leaves alone; got {path} too.")
-    for path, shape in expected.items():
-        leaf = leaves.get(path)
-        came = None if leaf is None else tuple(leaf.shape)
-        if leaf is None or came != shape:
-            raise ValueError(
-                f"`params` must hold {'/'.join(path)} of shape {shape}; got {came}."
-            )
-        # The loader refuses such a file, so the writer must not make one.
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(
-                f"`params` must be floating-point; got {'/'.join(path)} {leaf.dtype}."
-            )
-        # NumPy's float64: Orbax would narrow it in silence, and the loader refuses such files.
-        if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
-            raise TypeError(
-                f"`params` must be of dtypes that JAX keeps; got {'/'.join(path)} {leaf.dtype} "
-                "(set jax_enable_x64, or convert it)."
-            )
+    return expected
+
+
+def _check_leaf(name: str, leaf: jax.Array | None, shape: Shape) -> None:
+    """Raises unless a leaf is there, of a shape and of a dtype that files and JAX keep."""
+    came = None if leaf is None else tuple(leaf.shape)
+    if leaf is None or came != shape:
+        raise ValueError(f"`params` must hold {name} of shape {shape}; got {came}.")
+    # The loader refuses such a file, so the writer must not make one.
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(f"`params` must be floating-point; got {name} {leaf.dtype}.")
+    # NumPy's float64: Orbax would narrow it in silence, and the loader refuses such files.
+    if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+        raise TypeError(
+            f"`params` must be of dtypes that JAX keeps; got {name} {leaf.dtype} "
+            "(set jax_enable_x64, or convert it)."
+        )
 
 
 def require_finite_params(params: Params, config: RWKV7Config) -> None:

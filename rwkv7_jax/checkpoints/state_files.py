@@ -377,6 +377,33 @@ def _build_state(
 ) -> RWKV7State:
     """Builds a state from a file's tensors and its sidecar, with all checks of shapes."""
     arrays, upscaled = read_state_arrays(tensors, path)
+    wkv = _read_wkv(arrays, tensors, table, path)
+    if config is not None:
+        with prefix_errors("load_state"):
+            _check_sizes(wkv, config, str(path))
+    _require_finite(wkv, "time_state", path)
+    att_shift = _read_shift(arrays, "att", wkv.shape, path)
+    ffn_shift = _read_shift(arrays, "ffn", wkv.shape, path)
+    # Files hold no batch axis; the state's is the second.
+    state = RWKV7State(
+        att_shift=jnp.asarray(att_shift[:, None]),
+        wkv=jnp.asarray(wkv[:, None]),
+        ffn_shift=jnp.asarray(ffn_shift[:, None]),
+        upscaled=_load_upscaled(upscaled, table, path),
+    )
+    if config is not None:
+        with prefix_errors("load_state"):
+            check_state(state, 1, config)
+    return state
+
+
+def _read_wkv(
+    arrays: Mapping[str, np.ndarray],
+    tensors: Mapping[str, Tensor],
+    table: Mapping[str, Any],
+    path: Path,
+) -> np.ndarray:
+    """Reads the matrices [L H Nv Nk], whichever of the last two axes the file has first."""
     wkv = stack_layers(arrays, "att.time_state", path)
     if wkv is None or wkv.ndim != 4:
         raise ValueError(
@@ -385,36 +412,27 @@ def _build_state(
     axes = stored_axes(path, tensors, table)
     check_axes(table, axes, path)
     # Heads are square, so a forgotten swap would load, and only answer badly.
-    if axes == TRANSPOSED_AXES:
-        wkv = wkv.swapaxes(-1, -2)
-    if config is not None:
-        with prefix_errors("load_state"):
-            _check_sizes(wkv, config, str(path))
-    _require_finite(wkv, "time_state", path)
-    layers, heads, values, _ = wkv.shape
-    shifts = {}
-    for part in ("att", "ffn"):
-        shift = stack_layers(arrays, f"{part}.shift_state", path)
-        if shift is None:
-            shift = np.zeros((layers, heads * values), np.float32)
-        if shift.ndim != 2 or len(shift) != layers:
-            raise ValueError(
-                f"load_state: `{path}` must have a vector {part}.shift_state for each of {layers} "
-                f"layers; got shape {shift.shape}."
-            )
-        shifts[part] = shift
-        _require_finite(shift, "shift_state", path)
-    # Files hold no batch axis; the state's is the second.
-    state = RWKV7State(
-        att_shift=jnp.asarray(shifts["att"][:, None]),
-        wkv=jnp.asarray(wkv[:, None]),
-        ffn_shift=jnp.asarray(shifts["ffn"][:, None]),
-        upscaled=_load_upscaled(upscaled, table, path),
-    )
-    if config is not None:
-        with prefix_errors("load_state"):
-            check_state(state, 1, config)
-    return state
+    return wkv.swapaxes(-1, -2) if axes == TRANSPOSED_AXES else wkv
+
+
+def _read_shift(
+    arrays: Mapping[str, np.ndarray],
+    part: str,
+    wkv_shape: tuple[int, ...],
+    path: Path,
+) -> np.ndarray:
+    """Reads a token shift [L D] of "att" or "ffn"; zeros where the file has none."""
+    layers, heads, values, _ = wkv_shape
+    shift = stack_layers(arrays, f"{part}.shift_state", path)
+    if shift is None:
+        return np.zeros((layers, heads * values), np.float32)
+    if shift.ndim != 2 or len(shift) != layers:
+        raise ValueError(
+            f"load_state: `{path}` must have a vector {part}.shift_state for each of {layers} "
+            f"layers; got shape {shift.shape}."
+        )
+    _require_finite(shift, "shift_state", path)
+    return shift
 
 
 def has_merged_state(path: str | Path) -> bool:

@@ -356,6 +356,11 @@ def write_safetensors(
 ) -> None:
     """Writes a .safetensors file completely, or leaves what was there before.
 
+    Args:
+        path: of the file.
+        tensors: name and array of each.
+        metadata: texts of the header.
+
     Raises:
         ValueError: a dtype that the format does not have, or a folder that does not exist.
     """
@@ -394,10 +399,10 @@ def dump_safetensors(
         contiguous = np.ascontiguousarray(array).reshape(array.shape)
         file.write(contiguous.reshape(-1).view(np.uint8).data)
         digest.add(name, contiguous)
-    found = digest.hexdigest(dict(metadata or {}))
+    final = digest.hexdigest(dict(metadata or {}))
     end = file.tell()
     file.seek(start)
-    file.write(_safetensors_header(arrays, metadata or {}, found))
+    file.write(_safetensors_header(arrays, metadata or {}, final))
     file.seek(end)
 
 

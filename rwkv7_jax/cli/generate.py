@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -55,6 +55,28 @@ _SEEDS = 2**63
 def add_generate_command(subparsers) -> argparse.ArgumentParser:
     """Adds the parser of `generate` to those of `rwkv7`."""
     parser = subparsers.add_parser("generate", help=COMMANDS["generate"])
+    _add_model_options(parser)
+    _add_prompt_options(parser)
+    _add_sampling_options(parser)
+    _add_stop_options(parser)
+    add_vocabulary_option(parser, "the model's")
+    parser.add_argument(
+        "--escape",
+        action="store_true",
+        help=r"read \n, \t, \r, \xNN, \uNNNN and \\ in --prompt and --stop as what they stand "
+        "for; without it a backslash is a backslash",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="one JSON object at the end instead of a stream",
+    )
+    parser.set_defaults(run=run_generate, compiles=True)
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that name the model and the state from which it starts."""
     add = parser.add_argument
     add("--model", required=True, type=path, help=MODEL_HELP)
     add(
@@ -75,6 +97,11 @@ def add_generate_command(subparsers) -> argparse.ArgumentParser:
         help="observer that reads the prompt in the model's place and proposes its start state",
     )
     add_any_base_option(parser)
+
+
+def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say what is read, and where the memory after it goes."""
+    add = parser.add_argument
     add("--prompt", required=True, help=f"text to continue; {PROMPT_HELP}")
     add(
         "--save-state",
@@ -84,13 +111,11 @@ def add_generate_command(subparsers) -> argparse.ArgumentParser:
     )
     add("--chat", action="store_true", help="the prompt is a user's message to answer")
     _add_chat_options(parser)
-    add(
-        "--tokens",
-        type=integer(0, MOST_TOKENS),
-        default=256,
-        help="longest answer, in tokens (%(default)s)",
-    )
-    _add_sampling_options(parser)
+
+
+def _add_stop_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that end an answer."""
+    add = parser.add_argument
     add(
         "--stop",
         action="append",
@@ -106,20 +131,6 @@ def add_generate_command(subparsers) -> argparse.ArgumentParser:
         type=integers(0),
         help="ids that end an answer besides the vocabulary's end of text, with commas between",
     )
-    add_vocabulary_option(parser, "the model's")
-    add(
-        "--escape",
-        action="store_true",
-        help=r"read \n, \t, \r, \xNN, \uNNNN and \\ in --prompt and --stop as what they stand "
-        "for; without it a backslash is a backslash",
-    )
-    add(
-        "--json",
-        action="store_true",
-        help="one JSON object at the end instead of a stream",
-    )
-    parser.set_defaults(run=run_generate, compiles=True)
-    return parser
 
 
 def _add_chat_options(parser: argparse.ArgumentParser) -> None:
@@ -141,8 +152,14 @@ def _add_chat_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say how the next token is drawn."""
+    """Adds the options that say how many tokens are drawn, and how."""
     add = parser.add_argument
+    add(
+        "--tokens",
+        type=integer(0, MOST_TOKENS),
+        default=256,
+        help="longest answer, in tokens (%(default)s)",
+    )
     add("--temperature", type=number(0), default=0.8, help="0 is greedy (%(default)s)")
     add(
         "--top-p",
@@ -211,25 +228,33 @@ class _Stream:
         print()
 
 
+class _Texts(NamedTuple):
+    """The texts of one call.
+
+    Attributes:
+        prompt: all that the model reads.
+        opening: the end of the prompt that belongs to the answer.
+        stop_strings: what the answer ends before.
+    """
+
+    prompt: bytes
+    opening: str
+    stop_strings: list[str]
+
+
 def run_generate(options: argparse.Namespace) -> str | None:
     """Generates, and shows the text meanwhile or returns all as JSON."""
     _check_target(options)
     _check_chat_options(options)
-    prompt, stop_strings = _texts(options)
-    opening = ""
-    if options.chat:
-        prompt, opening = _chat_texts(options, prompt)
-        stop_strings.append(CHAT_STOP)
+    texts = _read_texts(options)
     model = read_model(options.model, weights=options.weights)
     tokenizer = model.tokenizer(options.vocabulary)
     state = None
     if options.state:
         state = model.load_state(options.state, any_base=options.any_base)
         _check_savable(options, state)
-        if options.chat and read_sidecar(options.state).get("session") == "chat":
-            # The state has read an answer but not the blank line that ends a turn.
-            prompt = TURN_END.encode() + prompt
-    prompt_ids = _encode_prompt(tokenizer, prompt)
+        texts = _after_state(options, texts)
+    prompt_ids = _encode_prompt(tokenizer, texts.prompt)
     # Ids that the model reads; an observer may have read the others.
     unread = prompt_ids
     if options.observer:
@@ -238,8 +263,8 @@ def run_generate(options: argparse.Namespace) -> str | None:
         unread = prompt_ids[-1:]
     stream = _Stream(goes_on=bool(options.save_state))
     # The given beginning of an answer is part of it.
-    if opening and not options.json:
-        stream(opening, 0)
+    if texts.opening and not options.json:
+        stream(texts.opening, 0)
     out = generate(
         model.module,
         model.params,
@@ -247,7 +272,7 @@ def run_generate(options: argparse.Namespace) -> str | None:
         state,
         tokens=options.tokens,
         stop_ids=(*tokenizer.stop_ids, *options.stop_ids),
-        stop_strings=stop_strings,
+        stop_strings=texts.stop_strings,
         tokenizer=tokenizer,
         on_text=None if options.json else stream,
         **_sampling(options, tokenizer),
@@ -256,7 +281,7 @@ def run_generate(options: argparse.Namespace) -> str | None:
         _save_session(options, model, out.state)
     _note_ids_without_entry(tokenizer, out.tokens[0])
     if options.json:
-        return _to_json(out, prompt, opening, len(prompt_ids))
+        return _to_json(out, texts, len(prompt_ids))
     stream.close()
     return None
 
@@ -302,8 +327,8 @@ def _note_ids_without_entry(tokenizer: Tokenizer, ids: list[int]) -> None:
         )
 
 
-def _texts(options: argparse.Namespace) -> tuple[bytes, list[str]]:
-    """Reads the prompt and the texts that end an answer."""
+def _read_texts(options: argparse.Namespace) -> _Texts:
+    """Reads the prompt and the texts that end an answer; in a chat the prompt becomes a turn."""
     prompt = read_prompt(options.prompt)
     stop_strings = list(options.stop)
     if options.escape:
@@ -317,7 +342,19 @@ def _texts(options: argparse.Namespace) -> tuple[bytes, list[str]]:
             "note: `--stop` has a backslash and an n; --escape reads them as a line break.",
             file=sys.stderr,
         )
-    return prompt, stop_strings
+    opening = ""
+    if options.chat:
+        prompt, opening = _chat_texts(options, prompt)
+        stop_strings.append(CHAT_STOP)
+    return _Texts(prompt, opening, stop_strings)
+
+
+def _after_state(options: argparse.Namespace, texts: _Texts) -> _Texts:
+    """Fits the prompt to what the state of `--state` has read."""
+    if options.chat and read_sidecar(options.state).get("session") == "chat":
+        # The state has read an answer but not the blank line that ends a turn.
+        return texts._replace(prompt=TURN_END.encode() + texts.prompt)
+    return texts
 
 
 def _chat_texts(options: argparse.Namespace, message: bytes) -> tuple[bytes, str]:
@@ -378,19 +415,18 @@ def _propose(folder: str, model: LoadedModel, ids: list[int]) -> RWKV7State:
     return propose(observer, params, np.asarray([ids], np.int32))
 
 
-def _to_json(out: Generation, prompt: bytes, opening: str, prompt_tokens: int) -> str:
+def _to_json(out: Generation, texts: _Texts, prompt_tokens: int) -> str:
     """Describes the result as one JSON object.
 
     Args:
         out: what was generated.
-        prompt: all that the model read.
-        opening: the end of the prompt that belongs to the answer.
-        prompt_tokens: the number of its ids.
+        texts: what the model read and what began its answer.
+        prompt_tokens: the number of the prompt's ids.
     """
     assert out.texts is not None
     fields = {
-        "prompt": prompt.decode(errors="replace"),
-        "opening": opening,
+        "prompt": texts.prompt.decode(errors="replace"),
+        "opening": texts.opening,
         "text": out.texts[0],
         "prompt_tokens": prompt_tokens,
         "tokens": out.tokens[0],

@@ -33,6 +33,11 @@ Span = tuple[int, int]
 def host_rows(batch_size: int, host: int, hosts: int) -> slice:
     """Returns the rows of the global batch that one of several hosts makes.
 
+    Args:
+        batch_size: rows of the global batch (B).
+        host: the host's number, from 0.
+        hosts: how many there are; they must divide the batch.
+
     Raises:
         ValueError: the hosts do not divide the batch, or there is no such host.
     """
@@ -242,9 +247,24 @@ def batches_from(
     packing: str = "stream",
     rows: slice = slice(None),
 ) -> Iterator[Batch]:
-    """Makes the batches of all steps from `start_step` on, without end; see `batch_at`.
+    """Makes the batches of all steps from `start_step` on, without end.
 
-    But for packing "stream" a warning says how much of longer documents is left out.
+    With packing "documents" or "packed" a warning says how much of longer documents is left out.
+
+    Args:
+        stream: from `token_stream`.
+        batch_size: rows of the global batch (B).
+        length: inputs of a row (T).
+        seed: of the order.
+        start_step: the step of the first batch.
+        order: as in `batch_at`.
+        packing: as in `batch_at`.
+        rows: those of the global batch that are wanted; see `host_rows`.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: an unknown order or packing, a number out of its range, or a stream that is too
+            short.
     """
     make = functools.partial(
         batch_at,

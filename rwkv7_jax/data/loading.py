@@ -1,5 +1,6 @@
 """From paths to a stream of ids, and from there to batches."""
 
+import dataclasses
 import itertools
 import os
 import typing
@@ -69,42 +70,57 @@ def _encode(selected: Iterable[Document], tokenizer: Encoder) -> TokenArray:
     return TokenArray(np.concatenate(pieces), mask, starts)
 
 
-def _read(
-    source: str | Path,
-    tokenizer: Tokenizer,
-    *,
-    split: Split,
-    held_out: float,
-    on_bad: str,
-    as_bytes: bool,
-    encoding: str | None,
-) -> TokenStream:
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """Which part of a source is read, and how; the attributes are arguments of `token_stream`."""
+
+    split: Split
+    held_out: float
+    on_bad: str
+    as_bytes: bool
+    encoding: str | None
+
+
+def _open(path: str | Path, tokenizer: Tokenizer, reading: _Reading) -> TokenStream:
+    """Maps a cache, or reads the documents of any other source."""
+    # Python's `Path("")` is the current folder, and would read all that lies below it.
+    if isinstance(path, str) and path not in BUILT_IN:
+        path = local_path(path, "token_stream: `source`")
+    if Path(path).suffix.lower() in (".bin", ".idx"):
+        return open_cache(
+            path, tokenizer, split=reading.split, held_out=reading.held_out
+        )
+    return _read(path, tokenizer, reading)
+
+
+def _read(source: str | Path, tokenizer: Tokenizer, reading: _Reading) -> TokenStream:
     """Reads one part of the documents of a source into memory."""
     stats = ReadStats()
     selected: Iterator[Document] = documents(
         source,
-        on_bad=on_bad,
+        on_bad=reading.on_bad,
         stats=stats,
-        as_bytes=as_bytes,
-        encoding=encoding,
+        as_bytes=reading.as_bytes,
+        encoding=reading.encoding,
     )
     # A single document is split by position, and only the second one shows that it is not single.
     first_two = list(itertools.islice(selected, 2))
     selected = itertools.chain(first_two, selected)
-    by_document = split != "all" and len(first_two) != 1
+    by_document = reading.split != "all" and len(first_two) != 1
     if by_document:
-        threshold = held_out_threshold(held_out)
-        wants_held_out = split == "held_out"
+        threshold = held_out_threshold(reading.held_out)
+        wants_held_out = reading.split == "held_out"
         selected = (
             document
             for document in selected
             if (document.content_hash() < threshold) == wants_held_out
         )
     tokens = _encode(selected, tokenizer)
-    warn_of_skipped(source, stats, stacklevel=4)
+    # At the line that called `token_stream`.
+    warn_of_skipped(source, stats, stacklevel=5)
     if by_document:
         return TokenStream.of_array(tokens)
-    return split_by_position(tokens, split, held_out)
+    return split_by_position(tokens, reading.split, reading.held_out)
 
 
 def _check_source(source: Any, tokenizer: Any, held_out: Any) -> None:
@@ -179,32 +195,11 @@ def token_stream(
         array = TokenArray(source, end_of_text=tokenizer.end_of_text)
         return split_by_position(array, part, held_out)
     paths = [source] if isinstance(source, (str, Path)) else list(source)
+    reading = _Reading(part, held_out, on_bad, as_bytes, encoding)
+    # A loop, because a comprehension would be one more frame between a warning and its line.
     streams = []
     for path in paths:
-        # Python's `Path("")` is the current folder, and would read all that lies below it.
-        if isinstance(path, str) and path not in BUILT_IN:
-            path = local_path(path, "token_stream: `source`")
-        if Path(path).suffix.lower() in (".bin", ".idx"):
-            streams.append(
-                open_cache(
-                    path,
-                    tokenizer,
-                    split=part,
-                    held_out=held_out,
-                )
-            )
-        else:
-            streams.append(
-                _read(
-                    path,
-                    tokenizer,
-                    split=part,
-                    held_out=held_out,
-                    on_bad=on_bad,
-                    as_bytes=as_bytes,
-                    encoding=encoding,
-                )
-            )
+        streams.append(_open(path, tokenizer, reading))
     stream = TokenStream.concatenate(streams)
     if not len(stream):
         names = ", ".join(map(str, paths))
@@ -233,7 +228,25 @@ def packed(
     packing: str = "stream",
     rows: slice = slice(None),
 ) -> Iterator[Batch]:
-    """Makes batches of a source, without end; see `token_stream`, `batch_at` and `batches_from`.
+    """Makes batches of a source, without end: tokens [B T+1] int32 and mask [B T].
+
+    The batch of a step depends on the arguments alone, so a run may begin at any step.
+
+    Args:
+        source: a path or a built-in text, several of these, or an array of ids, as in
+            `token_stream`.
+        batch_size: rows of the global batch (B).
+        length: inputs of a row (T).
+        seed: of the order.
+        tokenizer: encodes documents; None is World's.
+        split: "all", "train" or "held_out".
+        held_out: the share held out.
+        as_bytes: takes files that are no text, and reads their bytes.
+        encoding: of files of text; by default UTF-8.
+        start_step: the step of the first batch.
+        order: "shuffled" or "cubic", as in `batch_at`.
+        packing: "stream", "documents" or "packed", as in `batch_at`.
+        rows: those of the global batch that are wanted; see `host_rows`.
 
     Raises:
         TypeError: an argument of the wrong kind.

@@ -31,12 +31,12 @@ def shuffled(
     seed: int,
     count: int,
 ) -> list[int]:
-    """Picks one of `count` things for each sample; in an epoch each comes once.
+    """Picks one of `count` items for each sample; in an epoch each item comes once.
 
     Args:
         samples: their numbers, from 0.
         seed: with the epoch, all that the order depends on.
-        count: things there are.
+        count: of the items.
     """
     picked = []
     for sample in samples:

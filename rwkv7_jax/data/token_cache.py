@@ -218,16 +218,22 @@ def _check_blocks(path: Path, card: CacheMetadata) -> None:
                 f"open_cache: `{file}` is missing or of another size than its card says; "
                 "make the cache anew."
             )
-        chosen = np.linspace(0, blocks - 1, min(blocks, _CHECKED_BLOCKS))
-        with file.open("rb") as content:
-            for number in chosen.astype(int).tolist():
-                first = number * DIGEST_BLOCK
-                content.seek(first)
-                if block_digest(content.read(DIGEST_BLOCK)) != digests[number]:
-                    raise ValueError(
-                        f"open_cache: `{file}` is damaged: the {DIGEST_BLOCK:,} bytes from "
-                        f"{first:,} on are not those that were written; make the cache anew."
-                    )
+        _check_digests(file, digests)
+
+
+def _check_digests(file: Path, digests: Sequence[str]) -> None:
+    """Raises unless blocks of a file, evenly spread, have the digests that they should have."""
+    blocks = len(digests)
+    chosen = np.linspace(0, blocks - 1, min(blocks, _CHECKED_BLOCKS))
+    with file.open("rb") as content:
+        for number in chosen.astype(int).tolist():
+            first = number * DIGEST_BLOCK
+            content.seek(first)
+            if block_digest(content.read(DIGEST_BLOCK)) != digests[number]:
+                raise ValueError(
+                    f"open_cache: `{file}` is damaged: the {DIGEST_BLOCK:,} bytes from "
+                    f"{first:,} on are not those that were written; make the cache anew."
+                )
 
 
 def _map_sibling(

@@ -138,21 +138,21 @@ class Diagnosis:
     advice: tuple[str, ...] = ()
 
 
-def advise(found: Diagnosis) -> tuple[str, ...]:
-    """Returns a sentence for each thing that is wrong, in the order in which to try them.
+def advise(diagnosis: Diagnosis) -> tuple[str, ...]:
+    """Returns a sentence of advice for each fault, in the order in which to try them.
 
     Raises:
         TypeError: not a diagnosis.
     """
     with prefix_errors("advise"):
-        check_instance(found, Diagnosis, "`found`")
+        check_instance(diagnosis, Diagnosis, "`diagnosis`")
     sentences = [
-        _does_not_help(found.own),
-        _too_large(found),
-        _forgets(found.generic),
-        _fades_early(found),
+        _does_not_help(diagnosis.own),
+        _too_large(diagnosis),
+        _forgets(diagnosis.generic),
+        _fades_early(diagnosis),
     ]
-    for name, memory in found.memories.items():
+    for name, memory in diagnosis.memories.items():
         sentences.append(_badly_conditioned(name, memory))
     return tuple(sentence for sentence in sentences if sentence)
 

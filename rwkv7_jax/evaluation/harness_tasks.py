@@ -261,11 +261,19 @@ def measure(
         # A task has no parts.
         if hasattr(item, "get_all_tasks"):
             parts = [scores[task.task_name] for task in item.get_all_tasks()]
-            scores[item.name] = {}
-            for metric in parts[0]:
-                if all(metric in part for part in parts):
-                    scores[item.name][metric] = pooled([p[metric] for p in parts])
+            scores[item.name] = _pool_parts(parts)
     return scores
+
+
+def _pool_parts(
+    parts: Sequence[Mapping[str, QuestionScores]],
+) -> dict[str, QuestionScores]:
+    """Joins the questions of a group's tasks, for the metrics that all of them have."""
+    metrics = {}
+    for metric in parts[0]:
+        if all(metric in part for part in parts):
+            metrics[metric] = pooled([part[metric] for part in parts])
+    return metrics
 
 
 def _own_metrics(

@@ -25,7 +25,7 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, repeat
 from rwkv7_jax.sharding import to_host
 from rwkv7_jax.text.tokenizer import Tokenizer
-from rwkv7_jax.training.head_loss import token_statistics
+from rwkv7_jax.training.head_loss import TokenStatistics, token_statistics
 from rwkv7_jax.training.losses import check_masked_batch
 
 # Borders of the ranges of positions that are reported apart.
@@ -53,27 +53,27 @@ class Score:
     standard_error: float
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _nats(
+def _statistics(
     model: RWKV7,
     params: Params,
     state: RWKV7State,
     tokens: Int[Array | np.ndarray, "B T1"],
-) -> Any:
+) -> TokenStatistics:
+    """Reads the tokens from the state; XLA removes the statistics that a caller does not use."""
     x, _ = model.apply({"params": params}, tokens[:, :-1], state, method="hidden")
-    return token_statistics(x, params["head"]["weight"], tokens[:, 1:]).nats
+    return token_statistics(x, params["head"]["weight"], tokens[:, 1:])
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _nats_and_correct(
-    model: RWKV7,
-    params: Params,
-    state: RWKV7State,
-    tokens: Int[Array | np.ndarray, "B T1"],
-) -> tuple[Any, Any]:
+def _nats(model: RWKV7, *arguments: Any) -> Any:
+    """Computes the loss of each target."""
+    return _statistics(model, *arguments).nats
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _nats_and_correct(model: RWKV7, *arguments: Any) -> tuple[Any, Any]:
     """Computes the loss of each target, and whether it is the likeliest id."""
-    x, _ = model.apply({"params": params}, tokens[:, :-1], state, method="hidden")
-    statistics = token_statistics(x, params["head"]["weight"], tokens[:, 1:])
+    statistics = _statistics(model, *arguments)
     return statistics.nats, statistics.correct
 
 
@@ -213,36 +213,46 @@ def score(
     mask = np.asarray(batch.mask)
     bits = token_nats(model, params, state, tokens) * mask / math.log(2)
     sizes = target_bytes(batch, tokenizer)
-
-    def bits_per_byte(first: int, end: int) -> float:
-        part = slice(first, end)
-        # A ratio of sums, not a mean of ratios: windows of few bytes must not count more.
-        total = sizes[:, part].sum()
-        # A mean over nothing is missing; 0 would look perfect.
-        return float(bits[:, part].sum() / total) if total else math.nan
-
     length = bits.shape[1]
     by_position = []
     for first, end in itertools.pairwise(POSITIONS):
         if first < length:
             end = min(end, length)
-            by_position.append((first, end, bits_per_byte(first, end)))
-    # Over windows, since the targets of one window depend on each other.
-    # Windows in which nothing counts have no loss of their own.
-    bytes_by_window = sizes.sum(1)
-    by_window = bits.sum(1)[bytes_by_window > 0] / bytes_by_window[bytes_by_window > 0]
-    error = (
-        float(by_window.std() / math.sqrt(len(by_window)))
-        if len(by_window)
-        else math.nan
-    )
+            ratio = _bits_per_byte(bits[:, first:end], sizes[:, first:end])
+            by_position.append((first, end, ratio))
     return Score(
-        bits_per_byte=bits_per_byte(0, length),
+        bits_per_byte=_bits_per_byte(bits, sizes),
         perplexity=float(2 ** (bits.sum() / mask.sum())),
         by_position=tuple(by_position),
         tokens=int(np.count_nonzero(mask)),
-        standard_error=error,
+        standard_error=_standard_error(bits, sizes),
     )
+
+
+def _bits_per_byte(
+    bits: Float[np.ndarray, "B T"], sizes: Float[np.ndarray, "B T"]
+) -> float:
+    """Divides the bits of all targets by their bytes; NaN where no byte counts."""
+    # A ratio of sums, not a mean of ratios: windows of few bytes must not count more.
+    total = sizes.sum()
+    # A mean over nothing is missing; 0 would look perfect.
+    return float(bits.sum() / total) if total else math.nan
+
+
+def _standard_error(
+    bits: Float[np.ndarray, "B T"], sizes: Float[np.ndarray, "B T"]
+) -> float:
+    """Computes the standard error of bits per byte; NaN where no byte counts.
+
+    Over windows, since the targets of one window depend on each other.
+    """
+    bytes_by_window = sizes.sum(1)
+    # Windows in which nothing counts have no loss of their own.
+    counts = bytes_by_window > 0
+    if not counts.any():
+        return math.nan
+    by_window = bits.sum(1)[counts] / bytes_by_window[counts]
+    return float(by_window.std() / math.sqrt(len(by_window)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -271,7 +281,7 @@ def score_answers(
         model: the shell around `params`.
         params: all weights.
         state: batch 1; every row starts from it.
-        batch: tokens [B T+1] and mask [B T], from `tasks.task_batch`.
+        batch: tokens [B T+1] and mask [B T], from `synthetic_tasks.task_batch`.
         rows: rows that are read at the same time.
 
     Raises:

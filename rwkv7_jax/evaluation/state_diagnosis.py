@@ -331,6 +331,25 @@ def diagnose(
         if generic is not None:
             generic = check_masked_batch(generic, model.config.vocab_size, "generic")
     mask = np.asarray(batch.mask, np.float64)
+    compared = _compare(model, params, state, batch)
+    other = None
+    if generic is not None:
+        (other,) = retention(model, params, state, {"generic": generic})
+    diagnosis = Diagnosis(
+        memories=_memories(model, params, state, batch),
+        base_nats=_mean_by_position(compared["base_nats"], mask),
+        tuned_nats=_mean_by_position(compared["tuned_nats"], mask),
+        counts=mask.sum(0),
+        own=_retention_score("own", compared, mask),
+        generic=other,
+    )
+    return dataclasses.replace(diagnosis, advice=advise(diagnosis))
+
+
+def _memories(
+    model: RWKV7, params: Params, state: RWKV7State, batch: Batch
+) -> dict[str, MemoryStatistics]:
+    """Measures the WKV state, if it is read, and the upscaled memory, if there is one."""
     reads = _read_statistics(model, params, state, batch)
     memories = {}
     if "wkv" in reads:
@@ -339,26 +358,16 @@ def diagnose(
             state.wkv, reads["wkv"], "recurrent", reference_norm
         )
     if state.upscaled is not None:
-        memory = state.upscaled.memory
         memories["memory"] = _memory_statistics(
-            memory, reads["memory"], state.upscaled.dynamics
+            state.upscaled.memory, reads["memory"], state.upscaled.dynamics
         )
-    compared = _compare(model, params, state, batch)
+    return memories
+
+
+def _mean_by_position(
+    values: Float[np.ndarray, "B T"], mask: Float[np.ndarray, "B T"]
+) -> Float[np.ndarray, " T"]:
+    """Averages over the rows at each position; NaN where nothing counts."""
     counts = mask.sum(0)
-
-    def by_position(values: np.ndarray) -> np.ndarray:
-        means = (values * mask).sum(0) / np.where(counts > 0, counts, 1.0)
-        return np.where(counts > 0, means, np.nan)
-
-    other = None
-    if generic is not None:
-        (other,) = retention(model, params, state, {"generic": generic})
-    diagnosis = Diagnosis(
-        memories=memories,
-        base_nats=by_position(compared["base_nats"]),
-        tuned_nats=by_position(compared["tuned_nats"]),
-        counts=counts,
-        own=_retention_score("own", compared, mask),
-        generic=other,
-    )
-    return dataclasses.replace(diagnosis, advice=advise(diagnosis))
+    means = (values * mask).sum(0) / np.where(counts > 0, counts, 1.0)
+    return np.where(counts > 0, means, np.nan)

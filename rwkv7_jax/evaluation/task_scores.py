@@ -117,19 +117,25 @@ def scores_as_json(rows: Mapping[str, TaskScores]) -> dict[str, Any]:
     for task, base_metrics in base.items():
         tasks[task] = {}
         for name, scores in rows.items():
-            cells = {}
-            for metric, score in scores[task].items():
-                cells[metric] = {
-                    "value": score.value,
-                    "standard_error": _known(score.standard_error),
-                    "questions": len(score.questions),
-                }
-                if score is not base_metrics[metric]:
-                    difference, error = score.difference(base_metrics[metric])
-                    cells[metric]["difference"] = difference
-                    cells[metric]["difference_error"] = _known(error)
-            tasks[task][name] = cells
+            tasks[task][name] = {
+                metric: _score_as_json(score, base_metrics[metric])
+                for metric, score in scores[task].items()
+            }
     return tasks
+
+
+def _score_as_json(score: QuestionScores, base: QuestionScores) -> dict[str, Any]:
+    """Converts one metric, with its difference from the base where it is not the base itself."""
+    cell: dict[str, Any] = {
+        "value": score.value,
+        "standard_error": _known(score.standard_error),
+        "questions": len(score.questions),
+    }
+    if score is not base:
+        difference, error = score.difference(base)
+        cell["difference"] = difference
+        cell["difference_error"] = _known(error)
+    return cell
 
 
 def _known(value: float) -> float | None:

@@ -117,7 +117,7 @@ def _finish_interrupted(folder: Path) -> None:
 def _check_writable(
     observer: Observer, params: Params, info: Mapping[str, Any] | None
 ) -> None:
-    """Raises unless the loader would take what is to be written."""
+    """Raises unless the loader would take an observer that is written."""
     config = observer.model.config
     check_params(params["model"], config)
     require_finite_params(params["model"], config)
@@ -166,7 +166,7 @@ def observer_info(folder: str | Path) -> dict[str, Any]:
 
 
 def _folder_of(folder: str | Path) -> Path:
-    """Returns a folder to read from; refuses what is not on this machine."""
+    """Returns a folder to read from; refuses names of models on a hub."""
     path = local_path(folder, "`folder`")
     restore_interrupted(path)
     _finish_interrupted(path)

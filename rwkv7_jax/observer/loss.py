@@ -113,37 +113,33 @@ class ObserverLoss:
         split = jnp.asarray(batch.split)
         # x [B T D] of the small model, and the proposals [L B H Nv Nk].
         x, proposed = propose_wkv(self.observer, params, inputs, split)
-        # Weight and value of each term; a term of weight 0 is not computed.
-        terms: dict[str, tuple[float, Scalar]] = {}
+        # A term of weight 0 is not computed, and has no metric.
+        total = jnp.zeros((), jnp.float32)
+        metrics: Metrics = {}
         if self.variance or self.divergence:
             teacher_x, own = read_prompts(self.teacher, teacher_params, inputs, split)
             # Both are targets here, and the same for every value of the parameters.
             teacher_x = jax.lax.stop_gradient(teacher_x)
             own_wkv = jax.lax.stop_gradient(own.wkv)
-            if self.variance:
-                variance = (
-                    moments(own_wkv).variance if totals is None else totals.variance
-                )
-                rows = fraction_of_variance_unexplained(proposed, own_wkv, variance)
-                terms["fvu"] = (self.variance, jnp.mean(rows))
-            if self.divergence:
-                heads = (
-                    params["model"]["head"]["weight"],
-                    teacher_params["head"]["weight"],
-                )
-                shares = _prompt_shares(batch, totals, self.teacher.config.vocab_size)
-                value = _mean_divergence(x, teacher_x, heads, shares)
-                terms["divergence_nats"] = (self.divergence, value)
+        if self.variance:
+            variance = moments(own_wkv).variance if totals is None else totals.variance
+            rows = fraction_of_variance_unexplained(proposed, own_wkv, variance)
+            metrics["fvu"] = jnp.mean(rows)
+            total = total + self.variance * metrics["fvu"]
+        if self.divergence:
+            heads = (
+                params["model"]["head"]["weight"],
+                teacher_params["head"]["weight"],
+            )
+            shares = _prompt_shares(batch, totals, self.teacher.config.vocab_size)
+            divergence = _mean_divergence(x, teacher_x, heads, shares)
+            metrics["divergence_nats"] = divergence
+            total = total + self.divergence * divergence
         if self.answers:
-            value = _answer_loss(self.teacher, teacher_params, proposed, batch, totals)
-            terms["answer_nats"] = (self.answers, value)
-        total = jnp.zeros((), jnp.float32)
-        metrics = {}
-        for name, (weight, value) in terms.items():
-            total = total + weight * value
-            metrics[name] = value
-        if self.answers:
-            metrics["loss_nats"] = metrics["answer_nats"]
+            nats = _answer_loss(self.teacher, teacher_params, proposed, batch, totals)
+            metrics["answer_nats"] = nats
+            metrics["loss_nats"] = nats
+            total = total + self.answers * nats
         return total, metrics
 
     def check_batch(self, batch: BatchLike) -> Batch:

@@ -87,8 +87,8 @@ class _Compiler:
 
 
 # The compilers of accelerators fuse more of a layer than the one for CPUs. The numbers are fitted
-# to the peaks that libtpu 0.0.42 reports of state tuning and pre-training of 0.4B to 7.2B. What is
-# small lies in its fast memory, so that a step of 0.4B needs a tenth less than is estimated.
+# to the peaks that libtpu 0.0.42 reports of state tuning and pre-training of 0.4B to 7.2B. Small
+# arrays lie in its fast memory, so that a step of 0.4B needs a tenth less than is estimated.
 _CPU = _Compiler(block=2.0, logits=2.0)
 _ACCELERATOR = _Compiler(block=1.15, logits=2.0)
 
@@ -255,7 +255,7 @@ def _cast_bytes(config: RWKV7Config, weight_bytes: float | int) -> int:
 
 
 def _gathered_bytes(config: RWKV7Config, trained: str) -> int:
-    """Estimates the bytes of what is gathered from shards at the same time: a block, or the head.
+    """Estimates the bytes that are gathered from shards at the same time: a block, or the head.
 
     Where weights are trained, their gradients are unsharded for as long.
     """

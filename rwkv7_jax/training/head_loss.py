@@ -69,7 +69,14 @@ class TermWeights(NamedTuple):
 
 
 class _Form(NamedTuple):
-    """The arguments that are no arrays; see `token_statistics`."""
+    """The arguments that are no arrays.
+
+    Attributes:
+        reverse_kl: whether the divergence is KL(model || reference) in place of
+            KL(reference || model).
+        entropy: whether the entropy is computed.
+        chunk: rows x tokens of a piece.
+    """
 
     reverse_kl: bool
     entropy: bool
@@ -406,7 +413,7 @@ def _loss(form: _Form, x: _Positions, shared: _Shared):
 
 @functools.partial(_loss.defjvp, symbolic_zeros=True)
 def _loss_jvp(form: _Form, primals, tangents):
-    # What is frozen has a symbolic zero for its tangent, and gets no gradient.
+    # A frozen array has a symbolic zero for its tangent, and gets no gradient.
     moving = jax.tree.map(lambda x, t: None if _is_zero(t) else x, primals, tangents)
     tangents = jax.tree.map(lambda t: None if _is_zero(t) else t, tangents)
     statistics, gradients = _statistics_and_gradients(form, primals, moving)
@@ -441,7 +448,7 @@ def _merge(moving: Any, given: Any) -> Any:
 
 
 def _statistics_and_gradients(form: _Form, primals: Any, moving: Any):
-    """Computes the statistics and the loss's gradients with respect to what is moving.
+    """Computes the statistics and the loss's gradients with respect to the arrays that move.
 
     Args:
         form: how.

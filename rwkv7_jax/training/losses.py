@@ -237,7 +237,12 @@ def next_token_loss_with_trace(
 # By identity, as functions are compared: a number may be an array, which has no hash.
 @dataclasses.dataclass(frozen=True, eq=False)
 class _PretrainLoss:
-    """The loss of all weights; see `pretrain_loss` for its attributes."""
+    """The loss of all weights that `pretrain_loss` makes.
+
+    Attributes:
+        model: the shell around the weights.
+        l2wrap: as in `next_token_loss`.
+    """
 
     model: RWKV7
     l2wrap: float

@@ -47,7 +47,7 @@ def _second_moment(x: Float[Array, "L B T I"]) -> Float[Array, "L I I"]:
 
 @dataclasses.dataclass(frozen=True)
 class _LayerStatistics:
-    """Second moments of the projections' inputs; see `layer_statistics`.
+    """The function that `layer_statistics` makes.
 
     Attributes:
         model: the shell around the weights.

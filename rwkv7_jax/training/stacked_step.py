@@ -146,8 +146,8 @@ class _StackUpdate:
     ) -> tuple[TrainState, dict[str, Array]]:
         """Updates every set with its own rows and rate."""
 
-        def update_set(one):
-            (params, opt_state, skipped), rows, rate = one
+        def update_set(inputs):
+            (params, opt_state, skipped), rows, rate = inputs
             alone = dataclasses.replace(
                 train, params=params, opt_state=opt_state, skipped=skipped
             )
@@ -214,16 +214,8 @@ def make_stacked_step(
         loss, statistics = check_step_arguments(loss, tx, statistics, accumulate, mesh)
         if at_once is not None:
             check_count(at_once, 1, "`at_once`")
-        rates = jnp.asarray(rates, jnp.float32)
-        if rates.ndim != 1 or not rates.size:
-            raise ValueError(
-                f"`rates` must be one number for each set; got shape {rates.shape}."
-            )
-        if mesh is not None and mesh.shape.get(TENSOR, 1) > 1:
-            raise ValueError(
-                "`mesh` must have no tensor axis: each device computes all heads of its sets; "
-                f"got one of {mesh.shape[TENSOR]}."
-            )
+        rates = _check_rates(rates)
+        _check_no_shared_heads(mesh)
 
     update = _StackUpdate(
         tx=tx,
@@ -258,6 +250,25 @@ def make_stacked_step(
         caller="make_stacked_step",
         needs_shares=True,
     )
+
+
+def _check_rates(rates: ArrayLike) -> Array:
+    """Returns the rates as a vector [K] of float32."""
+    rates = jnp.asarray(rates, jnp.float32)
+    if rates.ndim != 1 or not rates.size:
+        raise ValueError(
+            f"`rates` must be one number for each set; got shape {rates.shape}."
+        )
+    return rates
+
+
+def _check_no_shared_heads(mesh: Mesh | None) -> None:
+    """Raises if devices share the heads of a set."""
+    if mesh is not None and mesh.shape.get(TENSOR, 1) > 1:
+        raise ValueError(
+            "`mesh` must have no tensor axis: each device computes all heads of its sets; "
+            f"got one of {mesh.shape[TENSOR]}."
+        )
 
 
 def _check_rows(batch: Any, sets: int) -> None:

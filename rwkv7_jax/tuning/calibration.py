@@ -123,8 +123,16 @@ def _inverse_median_distance(
     return 1.0 / max(float(np.median(squares)), 1e-6)
 
 
-def _fit_head(points, size, rng, *, kind, landmarks, widths):
-    """Fits the landmarks and widths of one head (or frequencies and phases)."""
+def _fit_head(
+    points: Float[np.ndarray, "R N"],
+    size: int,
+    rng: np.random.Generator,
+    *,
+    kind: str,
+    landmarks: str,
+    widths: tuple[float, ...],
+) -> tuple[Float[np.ndarray, "M N"], Float[np.ndarray, " M"]]:
+    """Fits the landmarks and widths of one head; of "fourier", the frequencies and phases."""
     centres = _place_landmarks(points, size, rng, landmarks)
     gamma = _inverse_median_distance(points, centres, rng)
     # Each width in turn, so that every head has features of all widths.

@@ -60,6 +60,11 @@ def memory_read_vectors(
     """Computes the effective read vector psi of the upscaled memory at every token.
 
     A static memory is read with phi(r) itself; elsewhere psi has decay and removals in it.
+
+    Args:
+        upscaled: one layer's memory.
+        parts: the same layer's arrays of a trace.
+        implementation: of the WKV op, for a memory that changes in context.
     """
     form = upscaled.form
     if not isinstance(form, RecurrentMemory):

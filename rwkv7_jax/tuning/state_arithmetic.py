@@ -187,10 +187,10 @@ def _check_factor(factor: ArrayLike, state: RWKV7State, argument: str) -> None:
     check_number(factor, -largest, largest, argument, bounds=bounds)
 
 
-def _equal(one: jax.Array | None, two: jax.Array | None) -> bool:
-    if one is None or two is None:
-        return one is two
-    return np.array_equal(np.asarray(one), np.asarray(two))
+def _equal(first: jax.Array | None, second: jax.Array | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return np.array_equal(np.asarray(first), np.asarray(second))
 
 
 def scaled(state: RWKV7State, alpha: ArrayLike) -> RWKV7State:

@@ -1,4 +1,4 @@
-"""Upscaled start states: made empty, measured, and folded into a plain memory."""
+"""Upscaled start states: empty ones, their stability, and feature maps folded into them."""
 
 import functools
 import math
@@ -62,7 +62,13 @@ def stability_ratio(upscaled: Upscaled, parts: LayerTrace) -> Float[Array, ""]:
 def empty_memory(
     features: Features, *, dynamics: str = "static", seed: int = 0
 ) -> Upscaled:
-    """Makes a memory of zeros, batch 1, that is read through `features` [L 1 H M N]."""
+    """Makes a memory of zeros, batch 1, that is read through features.
+
+    Args:
+        features: of `calibrate`; their landmarks [L 1 H M N] have its sizes.
+        dynamics: of `state.DYNAMICS`.
+        seed: of the fixed map by which the paper's form is read; other dynamics have none.
+    """
     layers, _, heads, width, size = features.landmarks.shape
     lead = (layers, 1, heads)
     readout = None

@@ -98,7 +98,7 @@ FUNCTIONS = {
     ),
     "head_statistics": PublicFunction(head_statistics, {"state": STATE}, ONE_STATE),
     "capacity": PublicFunction(capacity, {"state": STATE}, ONE_STATE),
-    "advise": PublicFunction(advise, {}, {"found": {TypeError: [None, {}, STATE]}}),
+    "advise": PublicFunction(advise, {}, {"diagnosis": {TypeError: [None, {}, STATE]}}),
     "Metric.of": PublicFunction(
         Metric.of,
         {"value": 1.0, "unit": "nats"},

@@ -39,7 +39,7 @@ def digest_of_arrays(
     arrays: Iterable[tuple[str, np.ndarray]],
     description: Mapping[str, Any] | None = None,
 ) -> str:
-    """Computes the digest of named arrays and of what is said of them."""
+    """Computes the digest of named arrays and of their description."""
     digest = ContentDigest()
     for name, array in arrays:
         digest.add(name, array)

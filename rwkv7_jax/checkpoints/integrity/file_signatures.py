@@ -164,7 +164,7 @@ def describe_cut_zip(path: Path) -> str:
 
 
 def describe_cut_safetensors(path: Path) -> str | None:
-    """Says in which tensor a .safetensors file ends; None where that is not what is wrong."""
+    """Says in which tensor a .safetensors file ends too early; None where it does not."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -123,14 +123,14 @@ def put_in_shards(
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         assert index is not None
         bounds = tuple(
-            (range(size)[one].start, range(size)[one].stop)
-            for one, size in zip(index, shape, strict=True)
+            (range(size)[part].start, range(size)[part].stop)
+            for part, size in zip(index, shape, strict=True)
         )
         devices_of.setdefault(bounds, []).append(device)
     shards: list[list[jax.Array]] = []
     tree: Any = None
     for bounds, devices in devices_of.items():
-        leaves, tree = jax.tree.flatten(read(tuple(slice(*one) for one in bounds)))
+        leaves, tree = jax.tree.flatten(read(tuple(slice(*ends) for ends in bounds)))
         for device in devices:
             # Two CPU devices must not share one buffer.
             shards.append(

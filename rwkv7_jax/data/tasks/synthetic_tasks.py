@@ -55,9 +55,9 @@ def _summand(rng: Generator) -> int:
 
 
 def _addition(rng: Generator) -> Example:
-    one = _summand(rng)
-    two = _summand(rng)
-    return f"add {one} {two} = ", str(one + two)
+    first = _summand(rng)
+    second = _summand(rng)
+    return f"add {first} {second} = ", str(first + second)
 
 
 def _lines(

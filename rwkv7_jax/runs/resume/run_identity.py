@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -186,14 +186,28 @@ def require_same_identity(workdir: Path, was: Identity, now: Identity) -> None:
         if group == "inputs":
             before = inputs_were
         if group == "settings":
-            for path in list(before):
-                digest = _digest_of_path(path)
-                if digest is None:
-                    continue
-                same_content = digest in equal
-                if same_content or _is_same_place(before.get(path), fields.get(path)):
-                    before.pop(path, None)
+            before = _without_equal_paths(before, fields, equal)
         require_same_run(workdir, before, fields)
+
+
+def _without_equal_paths(
+    before: Mapping[str, str], now: Mapping[str, str], equal: Collection[str]
+) -> dict[str, str]:
+    """Leaves out settings that are paths of the same content, or other spellings of one path.
+
+    Args:
+        before: settings of a checkpoint.
+        now: settings of the command.
+        equal: names of the digests that agree.
+    """
+    kept = {}
+    for name, text in before.items():
+        digest = _digest_of_path(name)
+        is_path = digest is not None
+        if is_path and (digest in equal or _is_same_place(text, now.get(name))):
+            continue
+        kept[name] = text
+    return kept
 
 
 def _is_same_place(was: str | None, now: str | None) -> bool:
