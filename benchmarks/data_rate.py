@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from benchmarks import record
 from rwkv7_jax.data.binidx import BinidxWriter
 from rwkv7_jax.data.loading import batches_from, data_hash, token_stream
 from rwkv7_jax.data.token_cache import CacheMetadata
+from rwkv7_jax.data.token_streams import TokenStream
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 SHAPES = ((16, 4096), (8, 512), (64, 128))
@@ -84,6 +86,33 @@ def tokens_per_second(
     return statistics.median(rates)
 
 
+def measure(stream: TokenStream, repeats: int) -> list[dict[str, Any]]:
+    """Measures batches of every shape and way of packing, and prints a line for each."""
+    rows = []
+    for (batch_size, length), (name, choices) in itertools.product(
+        SHAPES, CHOICES.items()
+    ):
+        batches = batches_from(
+            stream,
+            batch_size=batch_size,
+            length=length,
+            **choices,
+        )
+        tokens = batch_size * length
+        steps = 10_000_000 // tokens
+        if name == "documents":
+            targets = np.minimum(np.diff(stream.starts) - 1, length)
+            tokens *= float(targets.mean() / length)
+        rate = tokens_per_second(batches, tokens, steps, repeats)
+        rows.append(
+            {"shape": f"{batch_size} x {length}", "what": name, "tokens/s": rate}
+        )
+        print(
+            f"{batch_size:>3} x {length:<5} {name:<18}{rate / 1e6:>8.1f} million tokens/s"
+        )
+    return rows
+
+
 def main() -> None:
     """Prints a table; with `--json`, writes it with device, versions, date and command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -91,7 +120,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", help="file to write")
     args = parser.parse_args()
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         path = write(Path(folder), args.tokens)
         world = Tokenizer.world()
@@ -109,27 +137,7 @@ def main() -> None:
         print(
             f"{len(stream):,} tokens opened in {opened:.2f} s, hashed in {hashed:.2f} s"
         )
-        for (batch_size, length), (name, choices) in itertools.product(
-            SHAPES, CHOICES.items()
-        ):
-            batches = batches_from(
-                stream,
-                batch_size=batch_size,
-                length=length,
-                **choices,
-            )
-            tokens = batch_size * length
-            steps = 10_000_000 // tokens
-            if name == "documents":
-                targets = np.minimum(np.diff(stream.starts) - 1, length)
-                tokens *= float(targets.mean() / length)
-            rate = tokens_per_second(batches, tokens, steps, args.repeats)
-            rows.append(
-                {"shape": f"{batch_size} x {length}", "what": name, "tokens/s": rate}
-            )
-            print(
-                f"{batch_size:>3} x {length:<5} {name:<18}{rate / 1e6:>8.1f} million tokens/s"
-            )
+        rows = measure(stream, args.repeats)
     if args.json:
         record.write(
             args.json,

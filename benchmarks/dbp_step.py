@@ -1,4 +1,4 @@
-"""The cost of decorrelated backpropagation: a tuning step by DBP beside the Adam step of one state.
+"""The cost of decorrelated backpropagation: a step of DBP next to the Adam step of one state.
 
     python -m benchmarks.dbp_step --json benchmarks/results/cpu-dbp-step.json
 

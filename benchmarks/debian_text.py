@@ -2,12 +2,13 @@
 
     python -m benchmarks.debian_text runs/debian.jsonl
 
-Takes of each known package what is installed, says what is missing and how to get it, and writes
-lines of {"text": ...} that train.py reads as `--config.data.path`, with a table of licences next to
-them (runs/debian.licences.md). The same packages give the same bytes. Compressed files are
-unpacked; pages of HTML and of the manual are written as plain text; long texts are cut into
-documents at blank lines, and the second copy of a document is left out. Whoever passes the text on,
-or a model made of it, has to look at the licences: the table names them as the packages do.
+Takes the texts of the known packages that are installed, names the missing ones with the command
+that installs them, and writes lines of {"text": ...} that train.py reads as `--config.data.path`,
+with a table of licences next to them (runs/debian.licences.md). The same packages give the same
+bytes. Compressed files are unpacked; pages of HTML and of the manual are written as plain text;
+long texts are cut into documents at blank lines, and the second copy of a document is left out.
+Before you pass the text on, or a model made of it, look at the licences: the table names them as
+the packages do.
 """
 
 import argparse
@@ -376,7 +377,7 @@ def write(target: Path, parts: dict[str, Part]) -> Path:
 
 
 def main() -> None:
-    """Writes the text and says what it is made of, and what is missing."""
+    """Writes the text, and prints its sources and the packages that are missing."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("target", type=Path, help="OUT.jsonl")
     parser.add_argument("--root", type=Path, default=Path("/"), help="of the system")

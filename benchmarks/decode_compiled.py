@@ -14,6 +14,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -38,6 +39,9 @@ FORMS = ("unrolled", "scan")
 # Bars of the unrolled form: kernels a token in a batch of 1; bytes over weights and states at 32.
 MOST_KERNELS = 500
 MOST_BYTES = 1.3
+
+# Describes an array on the device that is compiled for, with another dtype where one is given.
+Place = Callable[..., jax.ShapeDtypeStruct]
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "u64": 8}
 # The operand that instructions write into the first one; what is not updated is not touched.
@@ -212,6 +216,52 @@ def generate_by_scan(model, params, run, *, limit):
     return jax.lax.while_loop(lambda loop: loop[2] < limit, one, loop)
 
 
+def describe_arguments(batch: int, place: Place) -> tuple[Any, DecodeState]:
+    """Describes the weights, in bfloat16, and the state that a loop carries."""
+    model = RWKV7(CONFIG)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    make = functools.partial(model.init, jax.random.key(0), tokens)
+    params = jax.eval_shape(make, init_state(CONFIG))["params"]
+    params = jax.tree.map(lambda leaf: place(leaf, jnp.bfloat16), params)
+
+    def start():
+        logits = jnp.zeros((batch, CONFIG.vocab_size))
+        return DecodeState.create(init_state(CONFIG, batch), logits)
+
+    return params, jax.tree.map(place, jax.eval_shape(start))
+
+
+def trace_form(form: str, batch: int, place: Place, params: Any, run: DecodeState):
+    """Traces one form of the loop.
+
+    Args:
+        form: of `FORMS`.
+        batch: rows.
+        place: describes an array on the device.
+        params: the weights' description.
+        run: that of the state.
+    """
+    model = RWKV7(CONFIG)
+    limit = place(jnp.zeros((), jnp.int32))
+    if form == "scan":
+        step = functools.partial(generate_by_scan, model)
+        return jax.jit(step).trace(params, run, limit=limit)
+    split = jax.tree.map(place, jax.eval_shape(split_params, params))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    options = sampling.make_options(CONFIG.vocab_size)
+    known = KnownTokens(jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool))
+    return decode.trace(
+        model,
+        split,
+        run,
+        known=jax.tree.map(place, known),
+        keys=place(keys),
+        options=jax.tree.map(place, options),
+        limit=limit,
+        capacity=32,
+    )
+
+
 def compile_form(form: str, batch: int) -> dict[str, Any]:
     """Compiles one form for an H200 and returns its costs."""
     device = DEVICES[0]
@@ -224,36 +274,9 @@ def compile_form(form: str, batch: int) -> dict[str, Any]:
     def place(leaf, dtype=None):
         return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding)
 
-    model = RWKV7(CONFIG)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    make = functools.partial(model.init, jax.random.key(0), tokens)
-    params = jax.eval_shape(make, init_state(CONFIG))["params"]
-    params = jax.tree.map(lambda leaf: place(leaf, jnp.bfloat16), params)
-
-    def start():
-        logits = jnp.zeros((batch, CONFIG.vocab_size))
-        return DecodeState.create(init_state(CONFIG, batch), logits)
-
-    run = jax.tree.map(place, jax.eval_shape(start))
+    params, run = describe_arguments(batch, place)
     with jax.sharding.use_abstract_mesh(mesh):
-        if form == "scan":
-            step = functools.partial(generate_by_scan, model)
-            traced = jax.jit(step).trace(params, run, limit=place(tokens[0, 0]))
-        else:
-            split = jax.tree.map(place, jax.eval_shape(split_params, params))
-            keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-            options = sampling.make_options(CONFIG.vocab_size)
-            known = KnownTokens(jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool))
-            traced = decode.trace(
-                model,
-                split,
-                run,
-                known=jax.tree.map(place, known),
-                keys=place(keys),
-                options=jax.tree.map(place, options),
-                limit=place(tokens[0, 0]),
-                capacity=32,
-            )
+        traced = trace_form(form, batch, place, params, run)
         began = time.monotonic()
         compiled = traced.lower(lowering_platforms=("cuda",)).compile()
     weights = sum(leaf.size * 2 for leaf in jax.tree.leaves(params))
@@ -262,11 +285,11 @@ def compile_form(form: str, batch: int) -> dict[str, Any]:
     states = 2 * sum(
         leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.state)
     )
-    found = loop_costs(compiled.as_text() or "")
+    costs = loop_costs(compiled.as_text() or "")
     return {
-        **found,
+        **costs,
         "least bytes": weights + states,
-        "ratio": found["bytes"] / (weights + states),
+        "ratio": costs["bytes"] / (weights + states),
         "seconds of compiling": round(time.monotonic() - began, 1),
     }
 

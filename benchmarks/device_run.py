@@ -158,7 +158,7 @@ def _copy_lines(lines: Iterable[str], name: str, record: Record) -> int:
             row = json.loads(line)
         except ValueError:
             row = None
-        # Compilers and libraries print other things.
+        # Compilers and libraries print lines of their own.
         if not isinstance(row, dict):
             print(line, end="", file=sys.stderr)
             continue

@@ -41,6 +41,7 @@ from benchmarks import record
 from pallas_kernels import wkv7, wkv7_reference
 from pallas_kernels.cases import Case, make_inputs
 from rwkv7_jax.checkpoints.param_tree import official_tensors
+from rwkv7_jax.generation.generate import Generation
 from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.tuning.read_statistics import state_statistics
 
@@ -80,10 +81,15 @@ def interleave(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, flo
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
-def compare(seconds: dict[str, float], ours: str, **rows: str) -> Rows:
-    """Makes a row for each peer: our seconds, its seconds and the ratio."""
+def compare(seconds: dict[str, float], rows: dict[str, tuple[str, str]]) -> Rows:
+    """Makes rows of our seconds, the peer's seconds and the ratio.
+
+    Args:
+        seconds: of each run.
+        rows: names of rows, each with our run and the peer's.
+    """
     found = {}
-    for row, peer in rows.items():
+    for row, (ours, peer) in rows.items():
         found[row] = {
             "ours": seconds[ours],
             "peer": seconds[peer],
@@ -153,6 +159,21 @@ def llama_program(path: Path) -> Callable[..., Any]:
     return run
 
 
+def generate_greedily(model: rwkv.RWKV7, params: Any, read: Generation) -> None:
+    """Goes on after prompts that were read, by `DECODED` tokens a row."""
+    out = rwkv.generate(
+        model,
+        params,
+        [[]] * len(read.tokens),
+        read.state,
+        logits=read.logits,
+        tokens=DECODED,
+        temperature=0,
+        stop_ids=(),
+    )
+    jax.block_until_ready(out.logits)
+
+
 def decode_rows(folder: Path, rounds: int) -> Rows:
     """Compares reading and generating with the 0.1B model in float32."""
     config = rwkv.RWKV7Config.preset("0.1b")
@@ -163,45 +184,28 @@ def decode_rows(folder: Path, rounds: int) -> Rows:
     official = official_program(folder / "m.pth")
     llama = llama_program(folder / "m.gguf")
     ids = np.random.default_rng(1).integers(1, 60000, 512)
-    outs = {n: rwkv.generate(model, params, [ids[:8]] * n, tokens=0) for n in (1, 8)}
-    logits, memory = official.forward([int(number) for number in ids[:8]], None)
-    check_same(outs[1].logits[0], logits.numpy(), 1e-3, "logits of rwkv")
-    answer = llama(ids[:8], 1, probabilities=20)
-    best = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    places = [entry["id"] for entry in best]
-    found = jax.nn.log_softmax(outs[1].logits[0])[np.array(places)]
-    check_same(found, [entry["logprob"] for entry in best], 1e-3, "llama.cpp")
+    numbers = [int(number) for number in ids]
+    one, eight = (
+        rwkv.generate(model, params, [ids[:8]] * rows, tokens=0) for rows in (1, 8)
+    )
+    logits, memory = official.forward(numbers[:8], None)
+    check_same(one.logits[0], logits.numpy(), 1e-3, "logits of rwkv")
+    check_llama(llama, ids[:8], one.logits[0])
 
-    def ours(rows):
-        out = outs[rows]
-        jax.block_until_ready(
-            rwkv.generate(
-                model,
-                params,
-                [[]] * rows,
-                out.state,
-                logits=out.logits,
-                tokens=DECODED,
-                temperature=0,
-                stop_ids=(),
-            ).logits
-        )
-
-    def theirs():
+    def official_decode():
         token = int(logits.argmax())
         state = [part.clone() for part in memory]
         for _ in range(DECODED):
             after, state = official.forward([token], state)
             token = int(after.argmax())
 
-    numbers = [int(number) for number in ids]
     seconds = interleave(
         {
-            "ours": lambda: ours(1),
-            "rwkv": theirs,
+            "ours": lambda: generate_greedily(model, params, one),
+            "rwkv": official_decode,
             # The prompt's one token is read in the same way as those that follow.
             "llama.cpp": lambda: llama(ids[:1], DECODED),
-            "batch 8": lambda: ours(8),
+            "batch 8": lambda: generate_greedily(model, params, eight),
             "prefill": lambda: jax.block_until_ready(
                 prefill_state(model, params, ids, chunk=512)
             ),
@@ -213,26 +217,23 @@ def decode_rows(folder: Path, rounds: int) -> Rows:
     seconds["a token of 8"] = seconds["batch 8"] / 8
     return compare(
         seconds,
-        "ours",
-        **{
-            "decode, batch 1 / rwkv": "rwkv",
-            "decode, batch 1 / llama.cpp": "llama.cpp",
+        {
+            "decode, batch 1 / rwkv": ("ours", "rwkv"),
+            "decode, batch 1 / llama.cpp": ("ours", "llama.cpp"),
+            "decode, a token of batch 8 / of batch 1": ("a token of 8", "ours"),
+            "prefill 512 / rwkv": ("prefill", "rwkv prefill"),
+            "prefill 512 / llama.cpp": ("prefill", "llama.cpp prefill"),
         },
-    ) | {
-        **compare(
-            seconds,
-            "a token of 8",
-            **{"decode, a token of batch 8 / of batch 1": "ours"},
-        ),
-        **compare(
-            seconds,
-            "prefill",
-            **{
-                "prefill 512 / rwkv": "rwkv prefill",
-                "prefill 512 / llama.cpp": "llama.cpp prefill",
-            },
-        ),
-    }
+    )
+
+
+def check_llama(llama: Callable[..., Any], ids: np.ndarray, logits: Any) -> None:
+    """Raises unless llama.cpp gives its likeliest ids the probabilities that we do."""
+    answer = llama(ids, 1, probabilities=20)
+    likeliest = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    places = np.array([entry["id"] for entry in likeliest])
+    theirs = [entry["logprob"] for entry in likeliest]
+    check_same(jax.nn.log_softmax(logits)[places], theirs, 1e-3, "llama.cpp")
 
 
 def tuning_batch(config: rwkv.RWKV7Config) -> dict[str, Any]:
@@ -287,7 +288,7 @@ def tuning_rows(rounds: int) -> Rows:
         check_same(ours(), theirs(), 1e-4, "losses of state tuning")
     seconds = interleave({"ours": ours, "torch": theirs}, rounds)
     name = "state tuning, V 65,536 / torch with fla's chunks"
-    rows = compare(seconds, "ours", **{name: "torch"})
+    rows = compare(seconds, {name: ("ours", "torch")})
     peaks = {what: alone(what) for what in ("our-step", "torch-step")}
     rows["its peak memory / torch with fla's chunks"] = {
         "ours": peaks["our-step"] / MIB,
@@ -324,12 +325,12 @@ def op_rows(rounds: int) -> Rows:
         "ours": jax.jit(lambda inputs, state: wkv7(**inputs._asdict(), state=state)),
         "definition": jax.jit(wkv7_reference),
     }
-    rows = {"op forward, B1 T4096 H12 / the definition": "definition"}
+    rows = {"op forward, B1 T4096 H12 / the definition": ("ours", "definition")}
     try:
         from benchmarks.wkv_peers import rwkv_ops_op
 
         runs["rwkv-ops"] = jax.jit(rwkv_ops_op())
-        rows["op forward, B1 T4096 H12 / rwkv-ops"] = "rwkv-ops"
+        rows["op forward, B1 T4096 H12 / rwkv-ops"] = ("ours", "rwkv-ops")
     except ImportError:
         pass
     expected = runs["ours"](inputs, state)[0]
@@ -338,7 +339,7 @@ def op_rows(rounds: int) -> Rows:
     calls = {}
     for name, run in runs.items():
         calls[name] = lambda run=run: jax.block_until_ready(run(inputs, state))
-    return compare(interleave(calls, 3 * rounds), "ours", **rows)
+    return compare(interleave(calls, 3 * rounds), rows)
 
 
 def dbp_rows(rounds: int) -> Rows:
@@ -353,7 +354,7 @@ def dbp_rows(rounds: int) -> Rows:
         "adam": OurStep(config, params, state),
     }
     name = "DBP step, M 256 / Adam step of the same state"
-    return compare(interleave(steps, rounds), "dbp", **{name: "adam"})
+    return compare(interleave(steps, rounds), {name: ("dbp", "adam")})
 
 
 def child(*command: str) -> tuple[float, str]:

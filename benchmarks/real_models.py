@@ -65,7 +65,7 @@ class Data(NamedTuple):
     Attributes:
         batch: from a step and a seed to its rows.
         calibration: tokens that features are fitted to.
-        measure: from weights, a start state and a number of windows to what is measured, by name.
+        measure: from weights, a start state and a number of windows to the losses, by name.
         guess: from a number of windows to the loss on new data of guessing by frequency.
     """
 
@@ -118,7 +118,7 @@ def texts(
     Args:
         model: the shell.
         tokenizer: of its vocabulary.
-        data: what is learnt; a tenth is held out.
+        data: the text to learn; a tenth is held out.
         retention: what must not be forgotten; its held-out twentieth is read.
         rows: of a batch.
     """
@@ -198,7 +198,7 @@ def check(model, forms: dict[str, Any], data: Data) -> dict[str, Any]:
 
 
 def start_of(kind: str, model, params, data: Data, seed: int) -> Any:
-    """Makes what is tuned: a state, or low-rank changes of as many numbers as a state has."""
+    """Makes the start of tuning: a state, or low-rank changes of as many numbers as a state has."""
     config = model.config
     if kind == "start state":
         return rwkv.init_state(config)
@@ -211,13 +211,13 @@ def start_of(kind: str, model, params, data: Data, seed: int) -> Any:
 
 
 def loss_of(kind: str, model, params) -> Any:
-    """Makes the loss of what is tuned."""
+    """Makes the loss of a way of tuning."""
     if kind != "LoRA":
         return rwkv.state_loss(model, params, leaves=text_table.leaves_of(kind))
-    whole = rwkv.pretrain_loss(model, l2wrap=0.0)
+    loss_of_weights = rwkv.pretrain_loss(model, l2wrap=0.0)
 
     def loss(params, changes, rows):
-        return whole(text_table.with_low_rank(params, changes), rows)
+        return loss_of_weights(text_table.with_low_rank(params, changes), rows)
 
     return jax.tree_util.Partial(loss, params)
 
@@ -225,7 +225,7 @@ def loss_of(kind: str, model, params) -> Any:
 def measured(
     kind: str, model, params, data: Data, trained: Any, count: int = WINDOWS
 ) -> dict[str, float]:
-    """Measures what was tuned."""
+    """Measures a tuned state, or tuned weights."""
     if kind != "LoRA":
         return data.measure(params, trained, count)
     weights = text_table.with_low_rank(params, trained)
@@ -305,41 +305,55 @@ def main() -> None:
     rounded, _ = rwkv.load_model(options.model, dtype="float32", weights="int8")
     # Of rows this short, compiling is most of the time, and the scan compiles fastest.
     model = rwkv.RWKV7(dataclasses.replace(config, implementation="scan"))
-    if options.data == DIGITS:
-        data = digits(model, options.rows)
-    else:
-        tokenizer = model_tokenizer(
-            options.model,
-            config.vocab_size,
-            options.vocabulary,
-            argument="`--vocabulary`",
-        )
-        data = texts(model, tokenizer, options.data, options.retention, options.rows)
+    data = data_of(model, options)
     cells = Cells(Path(options.cells))
     cell = functools.partial(cell_name, options)
     forms = {"float32": params, "int8": rounded}
     checked = cells.get(cell("untuned"), lambda: check(model, forms, data))["found"]
     for name, numbers in checked.items():
         print(f"{name:<24}{numbers}", flush=True)
+    run = functools.partial(
+        tuned,
+        model=model,
+        params=params,
+        data=data,
+        steps=options.steps,
+        rows=options.rows,
+    )
     runs: dict[str, list] = {}
-    run = functools.partial(tuned, model=model, params=params, data=data)
-    run = functools.partial(run, steps=options.steps, rows=options.rows)
     for kind in options.kinds:
         runs[kind] = []
         for seed in range(options.seeds):
             make = functools.partial(run, kind, seed=seed)
-            one = cells.get(cell(kind, seed), make)["found"]
-            runs[kind].append(one)
-            best = one["best_rate"]
-            edge = " (edge)" if one["at_edge"] else ""
-            print(
-                f"{kind:<20} seed {seed} rate {best}{edge} found {one['found_rate']} "
-                f"{one['by_rate'][str(best)]}",
-                flush=True,
-            )
+            numbers = cells.get(cell(kind, seed), make)["found"]
+            runs[kind].append(numbers)
+            print(f"{kind:<20} seed {seed} {describe(numbers)}", flush=True)
             # After each: a table takes long.
             write(options, checked, runs)
     write(options, checked, runs)
+
+
+def data_of(model: rwkv.RWKV7, options: argparse.Namespace) -> Data:
+    """Reads the data that the options name."""
+    if options.data == DIGITS:
+        return digits(model, options.rows)
+    tokenizer = model_tokenizer(
+        options.model,
+        model.config.vocab_size,
+        options.vocabulary,
+        argument="`--vocabulary`",
+    )
+    return texts(model, tokenizer, options.data, options.retention, options.rows)
+
+
+def describe(numbers: dict[str, Any]) -> str:
+    """Formats the rates of one way of tuning, and what its best one reaches."""
+    best = numbers["best_rate"]
+    edge = " (edge)" if numbers["at_edge"] else ""
+    return (
+        f"rate {best}{edge} found {numbers['found_rate']} "
+        f"{numbers['by_rate'][str(best)]}"
+    )
 
 
 def cell_name(options: argparse.Namespace, *parts: Any) -> str:

@@ -3,7 +3,7 @@
     python -m benchmarks.tpu_layout --json benchmarks/results/tpu-layout.json
 
 XLA lays an array of heads of 64 with the tokens in the lanes where it sums over a head, and the WKV
-kernel wants the channels there: each change of layout is a copy of a whole activation. A gradient
+kernel wants the channels there: each change of layout is a copy of a full activation. A gradient
 of a model of three layers is compiled ahead of time by libtpu, on any machine with Linux, and the
 bodies of its two loops over layers are read. Counted are copies and transposes of at least one
 activation in 16 bits that are instructions of their own; prefetches into fast memory are not.
