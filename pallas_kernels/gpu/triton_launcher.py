@@ -31,7 +31,7 @@ JAX_TRITON = {
 
 
 class _Launch(NamedTuple):
-    """One launch; see `launch`."""
+    """A kernel with its arguments, as `launch` takes them."""
 
     kernel: str
     arrays: Sequence[Array]

@@ -95,6 +95,11 @@ def init_based_state(config: BasedConfig, batch: int = 1) -> BasedState:
 def check_based_state(state: BasedState, batch: int, config: BasedConfig) -> None:
     """Checks that a state fits a model and a batch; works on arrays, tracers and shapes alike.
 
+    Args:
+        state: of `init_based_state`, or after a call.
+        batch: the number of sequences (B).
+        config: of the model.
+
     Raises:
         TypeError: not a `BasedState`, or a leaf of another dtype.
         ValueError: a leaf has the wrong shape, or layers are missing.

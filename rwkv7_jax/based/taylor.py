@@ -66,7 +66,13 @@ def quadratic_attention(
 ) -> Float[Array, "B T H Nv"]:
     """Computes the definition: each token's weighted mean of the values up to its own.
 
-    Time and memory grow with the square of T; it is the reference of `linear_attention`.
+    Time and memory grow with the square of T; it is the reference of `linear_attention`. Nothing
+    is checked, and the dtype is that of the arguments.
+
+    Args:
+        q: the queries.
+        k: the keys.
+        v: the values.
     """
     weights = jnp.tril(pair_weights(q, k))
     weights = weights / jnp.sum(weights, axis=-1, keepdims=True)

@@ -294,10 +294,10 @@ def _init_state(params, mask, inner) -> DecorrelationState:
     flags = _mask_tree(params, mask)
 
     def for_decorrelated(make):
-        def one(leaf, flag):
+        def make_leaf(leaf, flag):
             return make(leaf.shape[:-2], leaf.shape[-1]) if flag else optax.MaskedNode()
 
-        return jax.tree.map(one, params, flags)
+        return jax.tree.map(make_leaf, params, flags)
 
     def identity(heads, m):
         return jnp.broadcast_to(jnp.eye(m, dtype=jnp.float32), (*heads, m, m))

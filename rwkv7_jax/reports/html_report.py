@@ -193,7 +193,7 @@ def _rate_search(record: Mapping[str, Any] | None) -> str:
     if not isinstance(states, Mapping):
         return ""
     try:
-        return "\n".join(_search_of(name, found) for name, found in states.items())
+        return "\n".join(_search_of(name, search) for name, search in states.items())
     # Damaged, or of another version: the other sections do not depend on it.
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         return ""

@@ -186,7 +186,7 @@ def think_mode(name: Any) -> ThinkMode:
 def answer_opening(
     think: str, tools: Sequence[str] = (), answer: str | None = None
 ) -> str:
-    """Returns what is given of an answer, after its speaker; the model goes on from there.
+    """Returns the given beginning of an answer, after its speaker; the model goes on from there.
 
     Args:
         think: one of `THINK_MODES`.
@@ -267,7 +267,7 @@ def _with_tools(messages: Sequence[Message], tools: Sequence[str]) -> list[Messa
 
 
 def _words(message: Message) -> str:
-    """Writes what is said in a turn that the model reads."""
+    """Writes the text of a turn that the model reads."""
     return (OUTPUT_BEGIN if message.role == "tool" else "") + message.content
 
 

@@ -366,8 +366,8 @@ def _prefix_tables(entries: Iterable[bytes]) -> PrefixTables:
     tables = []
     for size, by_prefix in lengths.items():
         table = {}
-        for prefix, found in by_prefix.items():
+        for prefix, sizes in by_prefix.items():
             # Longest first, so that the first entry found is the one to take.
-            table[prefix] = tuple(sorted(found, reverse=True))
+            table[prefix] = tuple(sorted(sizes, reverse=True))
         tables.append((size, table))
     return tables

@@ -24,7 +24,7 @@ CONFIG = RWKV7Config(
     value_rank=5,
 )
 # Tracing and compiling are most of what a test costs, and least of it with the scan. That all
-# implementations agree, also inside of a model, is the business of test_wkv_laws.py, test_model.py.
+# implementations agree is the law of kernels/test_wkv7_laws.py.
 SCANNED = dataclasses.replace(CONFIG, implementation="scan")
 # The cheapest one with two layers, for programs that generate and train in loops.
 TINIEST = RWKV7Config(
@@ -158,7 +158,7 @@ def _block(p, x, memory, v_first, config):
 
 
 def restated(params, ids, state, config=CONFIG):
-    """Logits [T V], the state behind and the trace [L T ...] of one sequence, in float64."""
+    """Logits [T V], the state after them and the trace [L T ...] of one sequence, in float64."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     layers = [params["layer_0"]] + [
         jax.tree.map(lambda x, i=i: x[i], params["layers"])
