@@ -13,6 +13,7 @@ from rwkv7_jax.training.costs import (
     state_count,
     training_memory,
 )
+from rwkv7_jax.training.gradients import LossWithTotals
 from rwkv7_jax.training.head_loss import (
     TermWeights,
     TokenStatistics,
@@ -33,7 +34,6 @@ from rwkv7_jax.training.projection_statistics import (
     weight_decorrelator,
 )
 from rwkv7_jax.training.train_step import (
-    LossWithTotals,
     TrainState,
     TrainStep,
     make_eval_step,

@@ -30,6 +30,7 @@ from rwkv7_jax.sharding import (
     specs,
     use_mesh,
 )
+from rwkv7_jax.training.gradients import cut_rows
 from rwkv7_jax.training.losses import Loss
 from rwkv7_jax.training.shared_pass import can_share_pass
 from rwkv7_jax.training.train_step import (
@@ -38,7 +39,6 @@ from rwkv7_jax.training.train_step import (
     apply_update,
     check_step_arguments,
     checked_program,
-    cut_rows,
 )
 
 

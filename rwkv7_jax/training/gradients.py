@@ -1,0 +1,205 @@
+"""The gradient of a batch, in one piece or in several, and the statistics that come with it."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+from jaxtyping import Array, Float
+
+from rwkv7_jax.data.batch import Batch
+from rwkv7_jax.sharding import constrain_rows
+from rwkv7_jax.training.losses import (
+    Metrics,
+    PerToken,
+    nan_where_all_zero,
+    target_shares,
+)
+
+Scalar = Float[Array, ""]
+
+
+class LossWithTotals(Protocol):
+    """A loss with terms that a piece of a batch cannot compute from its own rows.
+
+    A sum over targets needs nothing of this kind: `loss_weights` are shares of the batch. A
+    variance over rows, or a mean over other positions than the targets, does.
+    """
+
+    def __call__(self, *arguments: Any, totals: Any = None) -> tuple[Any, Metrics]:
+        """Computes the loss; `totals` is None where the batch comes in one piece."""
+        ...
+
+    def batch_totals(self, *arguments: Any) -> Any:
+        """Computes what every piece must know, from the frozen arguments and the pieces.
+
+        The pieces are a batch with `weights`, whose arrays have a further leading axis.
+        """
+        ...
+
+
+class Gradients(NamedTuple):
+    """The results of a batch.
+
+    Attributes:
+        loss: of the batch.
+        metrics: of the loss.
+        gradients: a tree like the parameters.
+        statistics: for the optimizer; None where there are none.
+    """
+
+    loss: Scalar
+    metrics: Metrics
+    gradients: Any
+    statistics: Any
+
+
+def compute_gradients(
+    loss: Partial,
+    statistics: Partial | None,
+    params: Any,
+    batch: Mapping[str, Any],
+    *,
+    accumulate: int,
+    share_pass: bool,
+) -> Gradients:
+    """Computes the loss, its gradient and the statistics of a batch.
+
+    Args:
+        loss: `(params, batch) -> (loss, metrics)`.
+        statistics: `(params, batch) -> stats` for the optimizer, or None.
+        params: the trainable parameters.
+        batch: its rows.
+        accumulate: pieces into which the batch is cut.
+        share_pass: whether the statistics are read from the loss's forward pass; see
+            `can_share_pass`.
+
+    Raises:
+        ValueError: rows that `accumulate` does not divide, or a loss that divides by the mask of a
+            piece.
+    """
+    if statistics is None or not share_pass:
+        (value, metrics), grads = _gradients(loss, params, batch, accumulate)
+        stats = None if statistics is None else statistics(params, batch)
+        return Gradients(value, metrics, grads, stats)
+    (value, metrics), grads, trace = _gradients_with_trace(
+        loss, params, batch, statistics.func.names
+    )
+    stats = statistics.func.of_trace(*statistics.args, params, batch, trace)
+    return Gradients(value, metrics, grads, stats)
+
+
+def cut_rows(batch: Any, accumulate: int) -> Any:
+    """Cuts the rows of every array into `accumulate` pieces, along a new leading axis."""
+
+    def cut(array):
+        return array.reshape(accumulate, -1, *array.shape[1:])
+
+    return constrain_rows(jax.tree.map(cut, batch), axis=1)
+
+
+def with_weights(batch: Mapping[str, Any], weights: PerToken) -> Mapping[str, Any]:
+    """Returns a batch with other weights."""
+    # A mapping with names of its own stays a mapping: it belongs to the user's loss.
+    if isinstance(batch, Batch):
+        return batch.replace(weights=weights)
+    return {**batch, "weights": weights}
+
+
+def _check_rows(batch: Any, accumulate: int) -> None:
+    rows = batch["tokens"].shape[0]
+    if rows % accumulate:
+        raise ValueError(
+            f"make_train_step: `accumulate` must divide the batch of {rows} rows; got {accumulate}."
+        )
+    for path, array in jax.tree_util.tree_leaves_with_path(batch):
+        if array.shape[0] % accumulate:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"make_train_step: `accumulate` must divide the {array.shape[0]} rows of the "
+                f"batch's {name}; got {accumulate}."
+            )
+
+
+def _check_reads_weights(jaxpr: Any, piece: Any) -> None:
+    """Raises for a loss that reads the mask of a piece and not its weights.
+
+    Such a loss divides by the piece's own count of targets, and the mean over pieces is then not
+    the loss of the batch. A loss that reads neither takes means over all positions, which is right.
+    """
+    names = []
+    for path, _ in jax.tree_util.tree_leaves_with_path(piece):
+        names.append(jax.tree_util.keystr(path, simple=True, separator="/"))
+    used = set()
+    for equation in jaxpr.eqns:
+        used.update(map(id, equation.invars))
+    # The piece is the last argument.
+    inputs = jaxpr.invars[len(jaxpr.invars) - len(names) :]
+    is_read = {}
+    for name, variable in zip(names, inputs, strict=True):
+        is_read[name] = id(variable) in used
+    if is_read.get("mask") and not is_read["weights"]:
+        raise ValueError(
+            "make_train_step: `loss` must weigh targets by `loss_weights(batch)` where "
+            "`accumulate` is above 1, because a piece cannot know the sum of the batch's mask; "
+            "it reads the mask alone."
+        )
+
+
+def _gradients_with_trace(
+    loss: Partial, params: Any, batch: Mapping[str, Any], names: tuple[str, ...]
+) -> tuple[tuple[Scalar, Metrics], Any, dict[str, Array]]:
+    """Computes what `_gradients` does from one piece, and arrays of the forward pass."""
+
+    def value(params, batch):
+        loss_value, (metrics, trace) = loss.func.with_trace(
+            *loss.args, params, batch, names
+        )
+        # They shape the update and are no part of the loss.
+        return loss_value, (metrics, jax.lax.stop_gradient(trace))
+
+    grad = jax.value_and_grad(value, has_aux=True)
+    (loss_value, (metrics, trace)), grads = grad(params, _with_shares(batch, 1))
+    return (loss_value, metrics), grads, trace
+
+
+def _with_shares(batch: Mapping[str, Any], accumulate: int) -> Mapping[str, Any]:
+    """Returns a batch whose weights are each target's share of the loss, times the pieces."""
+    # Multiplied by the number of pieces, so that the mean over pieces is the sum over the batch.
+    weights = target_shares(batch)
+    if "weights" in batch:
+        weights = nan_where_all_zero(weights)
+    return with_weights(batch, weights * accumulate)
+
+
+def _gradients(
+    loss: Partial, params: Any, batch: Mapping[str, Any], accumulate: int
+) -> tuple[tuple[Scalar, Metrics], Any]:
+    """Computes the batch's loss, metrics and gradient, in `accumulate` pieces one by one."""
+    _check_rows(batch, accumulate)
+    batch = _with_shares(batch, accumulate)
+    if accumulate == 1:
+        grad = jax.value_and_grad(
+            lambda params, batch: loss(params, batch), has_aux=True
+        )
+        return grad(params, batch)
+
+    pieces = cut_rows(batch, accumulate)
+    totals = {}
+    if hasattr(loss.func, "batch_totals"):
+        totals["totals"] = loss.func.batch_totals(*loss.args, pieces)
+    grad = jax.value_and_grad(
+        lambda params, piece: loss(params, piece, **totals), has_aux=True
+    )
+
+    first = jax.tree.map(lambda array: array[0], pieces)
+    traced, shapes = jax.make_jaxpr(grad, return_shape=True)(params, first)
+    _check_reads_weights(traced.jaxpr, first)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def add(total, piece):
+        return jax.tree.map(jnp.add, total, grad(params, piece)), None
+
+    total, _ = jax.lax.scan(add, zeros, pieces)
+    return jax.tree.map(lambda leaf: leaf / accumulate, total)
