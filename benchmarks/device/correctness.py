@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,14 @@ BARS = {"float32": (5e-6, 2e-5), "bfloat16": (5e-3, 8e-3)}
 # Keys that are all the same are hard on bfloat16.
 REPEATED_BAR = 4e-2
 SECONDS_OF_A_COMMAND = 50
+# The fields of a kernel's tile, with the numbers that are tried.
+_TILE_NUMBERS = (
+    ("warps", 4),
+    ("warps", 8),
+    ("stages", 1),
+    ("stages", 2),
+    ("values", 32),
+)
 
 
 def card(sizes: Sizes) -> Rows:
@@ -171,18 +180,13 @@ def neighbours(choice: tiles.GPU) -> Iterator[tiles.GPU]:
     yield choice
     for kernel in ("forward", "state", "gradients"):
         tile = getattr(choice, kernel)
-        for field, numbers in (
-            ("warps", (4, 8)),
-            ("stages", (1, 2)),
-            ("values", (32,)),
-        ):
+        for field, number in _TILE_NUMBERS:
             # The gradients' kernel has no loop, and takes all value rows.
             if kernel == "gradients" and field != "warps":
                 continue
-            for number in numbers:
-                if number != getattr(tile, field):
-                    changed = tile._replace(**{field: number})
-                    yield choice._replace(**{kernel: changed})
+            if number != getattr(tile, field):
+                changed = tile._replace(**{field: number})
+                yield choice._replace(**{kernel: changed})
     for chunk in dispatch.GPU_CHUNKS:
         if chunk != choice.chunk:
             yield choice._replace(chunk=chunk)
@@ -200,24 +204,29 @@ def try_tiles(sizes: Sizes, case: Case, choices: Callable) -> Rows:
     for name in kernels(sizes):
         around = list(choices(table_choice(name, case, sizes)))
         for choice in around[:1] if sizes.interpret else around:
-            row: dict = {"name": name, "choice": choice}
-            for backward in (False, True):
-                candidate = tune.Candidate(
-                    name,
-                    case,
-                    "bfloat16",
-                    choice,
-                    backward,
-                    sizes.repeats,
-                    sizes.interpret,
-                    sizes.repetitions,
-                )
-                wall, reason = tune.run_apart(candidate)
-                passed = "backward ms" if backward else "forward ms"
-                row[passed] = wall if math.isfinite(wall) else None
-                if reason:
-                    row["result"] = f"failed: {passed[:-3]}: {reason}"
-            yield {"result": "ok"} | row
+            yield try_tile(sizes, case, name, choice)
+
+
+def try_tile(sizes: Sizes, case: Case, name: str, choice: tiles.GPU) -> dict[str, Any]:
+    """Checks, repeats and times one choice of tiles, forward and backward."""
+    row: dict[str, Any] = {"result": "ok", "name": name, "choice": choice}
+    for backward in (False, True):
+        candidate = tune.Candidate(
+            name,
+            case,
+            "bfloat16",
+            choice,
+            backward,
+            sizes.repeats,
+            sizes.interpret,
+            sizes.repetitions,
+        )
+        wall, reason = tune.run_apart(candidate)
+        label = "backward" if backward else "forward"
+        row[f"{label} ms"] = wall if math.isfinite(wall) else None
+        if reason:
+            row["result"] = f"failed: {label}: {reason}"
+    return row
 
 
 def neighbouring_tiles(sizes: Sizes) -> Rows:

@@ -183,19 +183,17 @@ def _documents_of(
 ) -> Iterator[Document]:
     """Yields the documents of one file, which was named itself or lies in a folder."""
     suffix = inner_suffix(file)
-    if suffix in LINES:
-        if not as_bytes:
-            check_content(file)
-        if not begins_with_list(file, encoding):
-            yield from read_jsonl(
-                file,
-                parse_record,
-                on_bad=on_bad,
-                stats=stats,
-                encoding=encoding,
-            )
-            return
-    if suffix in TABLES and not as_bytes:
+    if suffix in LINES and _holds_lines(file, as_bytes=as_bytes, encoding=encoding):
+        yield from read_jsonl(
+            file,
+            parse_record,
+            on_bad=on_bad,
+            stats=stats,
+            encoding=encoding,
+        )
+    elif as_bytes:
+        yield from _one_document(file, Segment(file), stats)
+    elif suffix in TABLES:
         check_table(file, encoding)
         yield from table_documents(
             file,
@@ -204,23 +202,46 @@ def _documents_of(
             on_bad=on_bad,
             stats=stats,
         )
-        return
-    if as_bytes:
-        text = Segment(file)
     else:
-        if not check_is_text(file, encoding=encoding):
-            stats.note_not_utf8(str(file))
-        if suffix in (".json", *LINES):
-            # A folder of code has files of JSON with remarks, or of other dialects.
-            must_hold = is_named or suffix in LINES
-            records = json_records(file, encoding=encoding, must_hold=must_hold)
-            if records is not None:
-                stats.bytes += file.stat().st_size
-                yield from parse_json_records(file, records, on_bad=on_bad, stats=stats)
-                return
-        if suffix in ("", ".txt"):
-            refuse_lines_of_records(file, encoding)
-        text = Segment(_as_stored(file, encoding))
+        yield from _records_or_text(
+            file, on_bad=on_bad, stats=stats, encoding=encoding, is_named=is_named
+        )
+
+
+def _holds_lines(file: Path, *, as_bytes: bool, encoding: str | None) -> bool:
+    """Tells whether a file of the suffix of lines holds lines, and not one list."""
+    if not as_bytes:
+        check_content(file)
+    return not begins_with_list(file, encoding)
+
+
+def _records_or_text(
+    file: Path,
+    *,
+    on_bad: str,
+    stats: ReadStats,
+    encoding: str | None,
+    is_named: bool,
+) -> Iterator[Document]:
+    """Yields the records of a file of JSON, or any other file as one text."""
+    if not check_is_text(file, encoding=encoding):
+        stats.note_not_utf8(str(file))
+    suffix = inner_suffix(file)
+    if suffix in (".json", *LINES):
+        # A folder of code has files of JSON with remarks, or of other dialects.
+        must_hold = is_named or suffix in LINES
+        records = json_records(file, encoding=encoding, must_hold=must_hold)
+        if records is not None:
+            stats.bytes += file.stat().st_size
+            yield from parse_json_records(file, records, on_bad=on_bad, stats=stats)
+            return
+    if suffix in ("", ".txt"):
+        refuse_lines_of_records(file, encoding)
+    yield from _one_document(file, Segment(_as_stored(file, encoding)), stats)
+
+
+def _one_document(file: Path, text: Segment, stats: ReadStats) -> Iterator[Document]:
+    """Yields a file as one document, and counts it once that has been read."""
     yield Document((text,))
     # As progress is counted: in bytes of the file.
     stats.bytes += file.stat().st_size

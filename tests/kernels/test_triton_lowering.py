@@ -74,16 +74,16 @@ def compiled(monkeypatch):
 
 def custom_calls(operation):
     """Yields what each launch of a kernel in an operation of StableHLO passes on, as bytes."""
+    is_call = operation.name == "stablehlo.custom_call"
+    if (
+        is_call
+        and operation.attributes["call_target_name"].value == "triton_kernel_call"
+    ):
+        yield zlib.decompress(operation.attributes["backend_config"].value_bytes)
     for region in operation.regions:
         for block in region.blocks:
             for inner in block.operations:
-                inner = inner.operation
-                if inner.name == "stablehlo.custom_call":
-                    target = inner.attributes["call_target_name"].value
-                    if target == "triton_kernel_call":
-                        config = inner.attributes["backend_config"]
-                        yield zlib.decompress(config.value_bytes)
-                yield from custom_calls(inner)
+                yield from custom_calls(inner.operation)
 
 
 @pytest.fixture
