@@ -311,6 +311,14 @@ def ratios(
     return found
 
 
+def shown(row: dict) -> dict:
+    """Returns a row with three digits of each number."""
+    return {
+        name: f"{value:.3g}" if isinstance(value, float) else value
+        for name, value in row.items()
+    }
+
+
 def main() -> None:
     """Measures one case, prints a table and the ratios, and writes JSON where asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -331,11 +339,7 @@ def main() -> None:
     bandwidth = copy_bandwidth(args.repeats)
     print(f"{args.case}: {case}\na copy moves {bandwidth / 1e9:.0f} GB/s", flush=True)
     rows = measure_all(case, bandwidth, args.repeats)
-    shown = [
-        {n: f"{x:.3g}" if isinstance(x, float) else x for n, x in r.items()}
-        for r in rows
-    ]
-    print(f"\n{table(shown)}\n", flush=True)
+    print(f"\n{table([shown(row) for row in rows])}\n", flush=True)
     measures = ratios(case, rows, bandwidth, args.repeats)
     print(*(f"{name}: {found}" for name, found in measures.items()), sep="\n")
     if args.json:

@@ -217,9 +217,8 @@ def read_gguf(path: Path, *, verify: bool = False) -> TensorFile:
     norm_eps = _number(reader, gguf.Keys.Attention.LAYERNORM_EPS, path)
     head_size = int(_number(reader, gguf.Keys.WKV.HEAD_SIZE, path))
     if verify:
-        digest = _digest(
-            [(t.name, t.data) for t in reader.tensors], norm_eps, head_size
-        )
+        arrays = [(entry.name, entry.data) for entry in reader.tensors]
+        digest = _digest(arrays, norm_eps, head_size)
         if _metadata(reader, _DIGEST_KEY) not in (None, digest):
             raise ValueError(
                 f"load_model: `{path}` is damaged: its tensors or sizes are not those that were "

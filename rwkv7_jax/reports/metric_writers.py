@@ -91,7 +91,10 @@ class MetricFiles:
             # Opened at the first write: only now is it known which step a resumed run starts at.
             self._trackers = [open_at(self._folder, step) for open_at in self._openers]
         # Trackers take numbers alone; the files take everything.
-        numeric = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
+        numeric = {}
+        for name, value in numbers.items():
+            if isinstance(value, int | float):
+                numeric[name] = value
         for tracker in self._trackers:
             tracker.write(step, numeric)
 

@@ -150,7 +150,9 @@ class JsonTokenizer(Tokenizer):
         if spelled == expected:
             return
         pairs = itertools.zip_longest(spelled, expected)
-        position = next(n for n, (one, other) in enumerate(pairs) if one != other)
+        position = next(
+            place for place, (came, wanted) in enumerate(pairs) if came != wanted
+        )
         raise ValueError(
             f"Tokenizer.encode: `text` must be spelled by tokens of {self.name}; it is not at byte "
             f"{position}, {expected[position : position + 16]!r}."

@@ -274,9 +274,8 @@ class Tokenizer:
         try:
             return b"".join([self._entries[number] for number in numbers])
         except KeyError:
-            place = next(
-                n for n, number in enumerate(numbers) if number not in self._entries
-            )
+            unknown = [number not in self._entries for number in numbers]
+            place = unknown.index(True)
             raise ValueError(
                 f"Tokenizer.decode: `ids` must be entries of the {self.name} vocabulary; "
                 f"got {numbers[place]} at position {place}."
