@@ -76,7 +76,9 @@ def _chunks_to_walk(tokens, chunk: int, state, probes: Probes | None, span):
         return 0, chunks
     # The grid is (head, block of values, row).
     first_value = pl.program_id(1) * state.shape[2]
-    return 0, jnp.where(probes.is_idle(pl.program_id(2), first_value), 0, chunks)
+    is_idle = probes.is_idle(pl.program_id(2), first_value)
+    # No choice of two numbers: in JAX 0.10 Triton's lowering gives them the condition's type.
+    return 0, jnp.logical_not(is_idle).astype(jnp.int32) * chunks
 
 
 def forward_kernel(

@@ -1,11 +1,15 @@
 """How the GPU kernels' sequences are cut into segments that are walked at the same time."""
 
+import abstract_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxlib.mlir import ir
+from jaxlib.triton import dialect
 from tolerances import WKV, assert_close
 
+import pallas_kernels
 from pallas_kernels.cases import Case, make_inputs
 from pallas_kernels.gpu import pallas_calls
 from pallas_kernels.gpu.segmented_passes import Probes, choose_segments
@@ -54,6 +58,28 @@ def test_only_the_last_segment_and_the_first_ones_identity_are_idle(reverse):
     last, first = (0, 3) if reverse else (3, 0)
     expected = {(last, 0), (last, 64), (first, 64)}
     assert idle == expected | {(row + 4, value) for row, value in expected}
+
+
+def test_the_programs_of_segments_are_valid():
+    tokens = jax.ShapeDtypeStruct((1, 1024, 12, 64), jnp.bfloat16)
+    state = jax.ShapeDtypeStruct((1, 12, 64, 64), jnp.float32)
+    with jax.sharding.use_abstract_mesh(abstract_devices.mesh("gpu")):
+        traced = jax.jit(pallas_kernels.wkv7).trace(*[tokens] * 6, state)
+        lowered = traced.lower(lowering_platforms=("cuda",)).compiler_ir()
+    found = []
+
+    def parse(operation):
+        if "mhlo.backend_config" in operation.attributes:
+            code = operation.attributes["mhlo.backend_config"]["ir"].value_bytes
+            # JAX does not check what it hands to Triton; parsing does.
+            with ir.Context() as context:
+                dialect.register_dialect(context)
+                found.append(ir.Module.parse(code))
+        return ir.WalkResult.ADVANCE
+
+    lowered.operation.walk(parse)
+    # The probes of the segments' start states, and the pass itself.
+    assert len(found) == 2
 
 
 @pytest.mark.slow
