@@ -83,6 +83,11 @@ def run_on_process_0(call: Callable[[], str]) -> str:
     return answer["text"]
 
 
+def all_processes() -> "Alone":
+    """Returns the processes of the run, wherever its arrays lie."""
+    return Alone() if is_single_process() else Together()
+
+
 def deciding_about(mesh: Mesh | None) -> "Alone":
     """Returns the processes that decide about what lies on a mesh: all that share its arrays."""
     return Together() if is_shared(mesh) else Alone()
@@ -137,6 +142,14 @@ class Alone:
         """
         return call()
 
+    def gather(self, call: Callable[[], Any]) -> list[Any]:
+        """Returns in all processes what each of them computes, fit for JSON.
+
+        Raises:
+            EndedElsewhere: in the others, if `call` raised in one.
+        """
+        return [call()]
+
 
 class Together(Alone):
     """All processes of the run, which decide together."""
@@ -178,3 +191,8 @@ class Together(Alone):
             if one["expected"] and expected is not None:
                 raise error or expected(one["error"])
         return cast(_Result, result)
+
+    def gather(self, call: Callable[[], Any]) -> list[Any]:
+        """Exchanges what all processes compute; see `Alone.gather`."""
+        text = self.everywhere(lambda: json.dumps(call()))
+        return [json.loads(one) for one in self.texts(text)]

@@ -25,6 +25,12 @@ class PlacedBatch(NamedTuple):
     device: Batch
 
 
+def _placed(mesh: Mesh | None, batch: Batch, rows: int | None) -> PlacedBatch:
+    """Places a batch of all rows, or of this process's own ones among `rows`."""
+    device = shard_batch(mesh, batch, rows=rows)
+    return PlacedBatch(batch if rows is None else device, device)
+
+
 class BatchSource(abc.ABC):
     """The batches of a run, asked for in the order of its steps."""
 
@@ -66,8 +72,7 @@ class PrefetchedBatches(BatchSource):
         """
 
         def placed(batch: Batch) -> PlacedBatch:
-            device = shard_batch(mesh, batch, rows=rows)
-            return PlacedBatch(batch if rows is None else device, device)
+            return _placed(mesh, batch, rows)
 
         # Placed by the thread, so that the copy to the device overlaps with the step before.
         self._prefetch = Prefetch(map(placed, batches))
@@ -85,23 +90,27 @@ class PrefetchedBatches(BatchSource):
 class DrawnBatches(BatchSource):
     """Batches made from the present parameters, such as completions of the tuned model."""
 
-    def __init__(self, source: StateBatchSource, mesh: Mesh | None):
+    def __init__(
+        self, source: StateBatchSource, mesh: Mesh | None, *, rows: int | None = None
+    ):
         """Keeps what makes them.
 
         Args:
             source: gives the parameters' batch of a step, counted from 0, or None where the step
                 has nothing to learn from.
             mesh: the devices that share a batch's rows.
+            rows: of a batch, where this process only makes its `own_rows`.
         """
         self._source = source
         self._mesh = mesh
+        self._rows = rows
 
     def batch(self, step: int, params: Any) -> PlacedBatch | None:
         """Makes the batch of a step."""
         batch = self._source.batch(params, step)
         if batch is None:
             return None
-        return PlacedBatch(batch, shard_batch(self._mesh, batch))
+        return _placed(self._mesh, batch, self._rows)
 
     @property
     def metrics(self) -> Mapping[str, Any]:

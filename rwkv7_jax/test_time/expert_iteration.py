@@ -16,7 +16,7 @@ from rwkv7_jax.checks import (
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.test_time.losses import distillation_loss
-from rwkv7_jax.test_time.rewards import RewardFunction, evaluate_rewards
+from rwkv7_jax.test_time.rewards import RewardFunction
 from rwkv7_jax.test_time.rollouts import (
     PromptsAt,
     RewardedBatches,
@@ -79,6 +79,10 @@ class ExpertBatches(RewardedBatches):
             super().__init__(sampler, prompts_at, reward, key)
             check_count(updates, 1, "`updates`")
             check_count(batch_size, 1, "`batch_size`")
+            if replay and sampler.share.count > 1:
+                raise ValueError(
+                    "`replay` must be False where several processes share the prompts."
+                )
             if keep_reward is not None:
                 check_number(keep_reward, -math.inf, math.inf, "`keep_reward`")
         self._keep_reward = keep_reward
@@ -131,15 +135,13 @@ class ExpertBatches(RewardedBatches):
         prompts = self._prompts_at(round_number)
         drawn = self._sampler.draw(state, prompts, self._key_at(round_number))
         self.budget += drawn.budget
-        rewards = evaluate_rewards(
+        rewards = self._sampler.judge(
+            drawn,
             self._reward,
-            drawn.prompts,
-            drawn.judged,
             name="expert_iteration: `reward`",
-            group=self._sampler.group,
             # A negative weight would push the state away from a completion without any bound.
             least=0.0 if self._keep_reward is None else None,
-        )
+        ).rewards
         # A reward in steps, such as 0 or 1, needs no threshold; a smooth one does.
         if self._keep_reward is None:
             weights = rewards
@@ -151,7 +153,8 @@ class ExpertBatches(RewardedBatches):
             self._keep(drawn, weights)
             self.metrics["kept"] = len(self._kept)
         else:
-            self._round_batch = _weighted_rows(drawn, weights)
+            first = drawn.first * self._sampler.group
+            self._round_batch = _weighted_rows(drawn, weights, first)
 
     def _keep(self, drawn: Rollouts, weights: np.ndarray) -> None:
         """Adds the completions with a weight to those of earlier rounds, each text once."""
@@ -165,8 +168,14 @@ class ExpertBatches(RewardedBatches):
             )
 
 
-def _weighted_rows(drawn: Rollouts, weights: np.ndarray) -> Batch | None:
-    """Makes a batch of all rows that were drawn; None where none has a weight."""
+def _weighted_rows(drawn: Rollouts, weights: np.ndarray, first: int) -> Batch | None:
+    """Makes a batch of all rows that were drawn here; None where no row of the step has a weight.
+
+    Args:
+        drawn: rows of this process.
+        weights: of all rows of the step.
+        first: the number of the first row among them.
+    """
     if not weights.any():
         # The mask would sum to 0.
         return None
@@ -175,7 +184,7 @@ def _weighted_rows(drawn: Rollouts, weights: np.ndarray) -> Batch | None:
         drawn.prompts,
         drawn.completions,
         length=drawn.mask.shape[1],
-        weights=weights.tolist(),
+        weights=weights[first:][: len(drawn.completions)].tolist(),
     )
 
 

@@ -30,11 +30,12 @@ from rwkv7_jax.sharding import to_host
 from rwkv7_jax.test_time.losses import PolicyLoss, drawn_logps, policy_loss
 from rwkv7_jax.test_time.policy_batches import (
     PolicyBatch,
-    make_policy_batch,
     replace_groups,
+    weigh,
 )
 from rwkv7_jax.test_time.rewards import AdvantageRule, RewardFunction
 from rwkv7_jax.test_time.rollouts import (
+    Judgement,
     PromptsAt,
     RewardedBatches,
     Rollouts,
@@ -125,16 +126,14 @@ class PolicyBatches(RewardedBatches):
 
     def batch(self, state: RWKV7State, step: int) -> Batch | None:
         """Draws the batch of a step from `state`; None where every group is uniform."""
-        made, drawn = self._draw_and_judge(state, step)
+        made, drawn, found = self._draw_and_judge(state, step)
         self.budget += made.budget
-        lengths = np.array([len(completion) for completion in drawn.completions])
-        cut = [self._sampler.is_cut(completion) for completion in drawn.completions]
         self.metrics = {
             "reward": float(made.rewards.mean()),
             "updated": int(not made.uniform),
             "uniform_groups": float(made.uniform_groups.mean()),
-            "completion_tokens": float(lengths.mean()),
-            "cut_completions": float(np.mean(cut)),
+            "completion_tokens": float(found.lengths.mean()),
+            "cut_completions": float(found.cut.mean()),
         }
         if made.uniform:
             # All advantages are 0. An update with them would still move the state by momentum.
@@ -163,43 +162,61 @@ class PolicyBatches(RewardedBatches):
             assert drawn.logps is not None
             # In float64, in which no ratio of probabilities of float32 overflows.
             ratios = np.exp(np.float64(old_logp) - drawn.logps)
-            counted = ratios[drawn.mask > 0]
-            self.metrics["importance_mean"] = float(counted.mean())
-            self.metrics["importance_max"] = float(counted.max())
-            capped = np.mean(counted > self._importance_cap)
-            self.metrics["importance_capped"] = float(capped)
+            self._measure_ratios(ratios, drawn)
             weights = np.minimum(ratios, self._importance_cap)
             batch = batch.replace(importance=weights.astype(np.float32))
         if self._several_updates:
             batch = batch.replace(old_logp=old_logp.astype(np.float32))
         return batch
 
+    def _measure_ratios(self, ratios: np.ndarray, drawn: Rollouts) -> None:
+        """Adds to the metrics what the ratios of all drawn tokens are."""
+        rows = self._sampler.own_rows(drawn)
+        cap = self._importance_cap
+
+        def measure() -> np.ndarray:
+            is_drawn = drawn.mask[rows] > 0
+            counted = np.where(is_drawn, ratios[rows], 0)
+            numbers = [counted.sum(1), counted.max(1), (counted > cap).sum(1)]
+            return np.stack([*numbers, is_drawn.sum(1)], axis=1)
+
+        sums, largest, capped, counts = self._sampler.share.join_rows(measure).T
+        self.metrics["importance_mean"] = float(sums.sum() / counts.sum())
+        self.metrics["importance_max"] = float(largest.max())
+        self.metrics["importance_capped"] = float(capped.sum() / counts.sum())
+
     def _draw_and_judge(
         self, state: RWKV7State, step: int
-    ) -> tuple[PolicyBatch, Rollouts]:
+    ) -> tuple[PolicyBatch, Rollouts, Judgement]:
         """Draws completions, and those of uniform groups again as often as that is allowed."""
         group = self._sampler.group
         prompts = self._prompts_at(step)
         key = self._key_at(step)
         drawn = self._sampler.draw(state, prompts, key)
-        made = self._make(drawn)
+        made, found = self._make(drawn)
         for attempt in range(1, self._redraws + 1):
             if not made.uniform_groups.any():
                 break
             # All prompts are drawn again: fewer would be another program.
             again = self._sampler.draw(state, prompts, jax.random.fold_in(key, attempt))
-            drawn = replace_groups(drawn, again, made.uniform_groups, group=group)
-            made = self._make(drawn)
-        return made, drawn
+            own = made.uniform_groups[drawn.first :][: len(drawn.completions) // group]
+            drawn = replace_groups(drawn, again, own, group=group)
+            made, found = self._make(drawn)
+        return made, drawn, found
 
-    def _make(self, drawn: Rollouts) -> PolicyBatch:
-        return make_policy_batch(
+    def _make(self, drawn: Rollouts) -> tuple[PolicyBatch, Judgement]:
+        found = self._sampler.judge(
+            drawn, self._reward, name="make_policy_batch: `reward`"
+        )
+        made = weigh(
             drawn,
-            self._reward,
+            found.rewards,
+            found.lengths,
             group=self._sampler.group,
-            rule=self._rule,
+            rule=self._rule or AdvantageRule(),
             tokens=self._sampler.tokens,
         )
+        return made, found
 
 
 def grpo(

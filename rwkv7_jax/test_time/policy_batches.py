@@ -27,7 +27,7 @@ class PolicyBatch(NamedTuple):
 
     Attributes:
         batch: with tokens, mask and advantages.
-        rewards: [P K], of prompts and their completions.
+        rewards: [P K], of prompts and their completions, those of all processes.
         budget: tokens of the rollouts.
     """
 
@@ -85,34 +85,53 @@ def make_policy_batch(
         drawn.judged,
         name="make_policy_batch: `reward`",
         group=group,
-    ).reshape(-1, group)
-    mask, factor = _average(drawn, rule, tokens)
-    batch = Batch(
-        tokens=drawn.tokens,
-        mask=mask,
-        # Back to one number for each row.
-        advantages=(factor * advantages(rewards, rule).reshape(-1)).astype(np.float32),
     )
-    return PolicyBatch(
-        batch=batch,
-        rewards=rewards,
-        budget=drawn.budget,
-    )
+    lengths = np.array([len(completion) for completion in drawn.completions])
+    return weigh(drawn, rewards, lengths, group=group, rule=rule, tokens=tokens)
+
+
+def weigh(
+    drawn: Rollouts,
+    rewards: np.ndarray,
+    lengths: np.ndarray,
+    *,
+    group: int,
+    rule: AdvantageRule,
+    tokens: int | None,
+) -> PolicyBatch:
+    """Makes a batch of `policy_loss` of the rollouts of this process.
+
+    Args:
+        drawn: groups of completions.
+        rewards: of each completion of the step, those of other processes included.
+        lengths: their drawn tokens.
+        group: completions of each prompt.
+        rule: how rewards become advantages, and over what the loss is a mean.
+        tokens: most tokens of a completion.
+    """
+    rewards = rewards.reshape(-1, group)
+    mask, factor = _average(drawn, lengths, rule, tokens)
+    # Back to one number for each row.
+    of_rows = factor * advantages(rewards, rule).reshape(-1)
+    first = drawn.first * group
+    own = of_rows[first : first + len(drawn.completions)]
+    batch = Batch(tokens=drawn.tokens, mask=mask, advantages=own.astype(np.float32))
+    return PolicyBatch(batch=batch, rewards=rewards, budget=drawn.budget)
 
 
 def _average(
-    drawn: Rollouts, rule: AdvantageRule, tokens: int | None
+    drawn: Rollouts, lengths: np.ndarray, rule: AdvantageRule, tokens: int | None
 ) -> tuple[np.ndarray, float]:
     """Returns the mask and the factor on advantages that turn the loss's mean into the rule's.
 
     The loss is a mean over the mask, whose weights need not be 1.
     """
-    counts = drawn.mask.sum(axis=1, keepdims=True)
     if rule.average == "row":
+        counts = drawn.mask.sum(axis=1, keepdims=True)
         return drawn.mask / np.maximum(counts, 1), 1.0
     if rule.average == "constant":
         assert tokens is not None
-        return drawn.mask, float(counts.sum()) / (len(counts) * tokens)
+        return drawn.mask, float(lengths.sum()) / (len(lengths) * tokens)
     return drawn.mask, 1.0
 
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -24,6 +26,7 @@ from rwkv7_jax.generation.generate import Generation, check_text_options, genera
 from rwkv7_jax.generation.streaming import before_stop_string
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, select
+from rwkv7_jax.test_time.prompt_share import ALONE, PromptShare
 from rwkv7_jax.test_time.rewards import (
     RewardFunction,
     evaluate_rewards,
@@ -52,6 +55,7 @@ class Rollouts:
             what came with it; by default as they were drawn.
         logps: [B T], the log-probability of each drawn target when it was drawn, 0 elsewhere; None
             where it was not recorded.
+        first: the number of the first prompt, where other processes draw those before it.
     """
 
     tokens: Int[np.ndarray, "B inputs_and_target"]
@@ -61,11 +65,26 @@ class Rollouts:
     budget: TokenBudget
     judged: list[Ids] = dataclasses.field(default_factory=list)
     logps: Float[np.ndarray, "B T"] | None = None
+    first: int = 0
 
     def __post_init__(self):
         """Fills in what rewards see where it is not given."""
         if not self.judged:
             object.__setattr__(self, "judged", self.completions)
+
+
+class Judgement(NamedTuple):
+    """What is known of the completions of a step, those of all processes.
+
+    Attributes:
+        rewards: of each row, [B] float64.
+        lengths: drawn tokens of each row, [B].
+        cut: of each row, whether it ended because it had the most tokens allowed, [B] bool.
+    """
+
+    rewards: np.ndarray
+    lengths: np.ndarray
+    cut: np.ndarray
 
 
 def _row_length(rows: list[list[int]], tokens: int, length: int | None) -> int:
@@ -93,6 +112,14 @@ def _at_targets(drawn: Rollouts, logps: list[list[float]]) -> np.ndarray:
     return at_targets
 
 
+def _some_row_keys(key: Array, first: int, stop: int) -> Array:
+    """Returns the keys of some of the rows, those that `generate` gives them among all rows."""
+    if key.ndim:
+        return key[first:stop]
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    return fold(key, jnp.arange(first, stop))
+
+
 @dataclasses.dataclass(frozen=True)
 class RolloutSampler:
     """A model with the options by which its completions are drawn.
@@ -108,6 +135,7 @@ class RolloutSampler:
             those that are drawn to their full length.
         stop_strings: strings that end a row, as in `generate`; rewards do not see them.
         tokenizer: needed with `stop_strings`.
+        share: of the prompts of a step, those that this process answers.
     """
 
     model: RWKV7
@@ -119,6 +147,7 @@ class RolloutSampler:
     length: int | None = None
     stop_strings: Sequence[str] = ()
     tokenizer: Vocabulary | None = None
+    share: PromptShare = ALONE
 
     def __post_init__(self):
         """Checks the settings.
@@ -147,7 +176,7 @@ class RolloutSampler:
         prompts: Sequence[Sequence[int]],
         key: Array | None,
     ) -> Rollouts:
-        """Draws `group` completions of every prompt, which is read once.
+        """Draws `group` completions of every prompt of this process's, which is read once.
 
         The same key gives the same completions: those of `generate` for every prompt repeated
         `group` times. Programs depend on the number of prompts, `group`, `length` and powers of two
@@ -155,7 +184,7 @@ class RolloutSampler:
 
         Args:
             state: where every row starts (batch 1); None is a model that has read nothing.
-            prompts: lists of ids, none empty.
+            prompts: lists of ids, none empty; those of all processes.
             key: one random key, folded with the row's number, or one key for each row; not needed
                 at temperature 0.
 
@@ -174,6 +203,13 @@ class RolloutSampler:
                 raise ValueError(
                     "`key` must be given unless `temperature` is 0; got None."
                 )
+        part = self.share.drawn(len(rows))
+        if part != slice(0, len(rows)):
+            # A completion is the same whichever process draws it.
+            if key is not None:
+                first = part.start * self.group
+                key = _some_row_keys(key, first, part.stop * self.group)
+            rows = rows[part]
         # Completions of one prompt are neighbours: `advantages` reshapes them to [P K].
         repeats = np.repeat(np.arange(len(rows)), self.group)
         out = self._complete(state, rows, repeats, key)
@@ -190,8 +226,56 @@ class RolloutSampler:
             completions=completions,
             budget=TokenBudget(rollout_tokens=spent),
             judged=[self.judged(completion) for completion in completions],
+            first=part.start,
         )
         return dataclasses.replace(drawn, logps=_at_targets(drawn, out.logps))
+
+    def judge(
+        self,
+        drawn: Rollouts,
+        reward: RewardFunction,
+        *,
+        name: str,
+        least: float | None = None,
+    ) -> Judgement:
+        """Judges completions that `draw` returned; of several processes, each judges its own.
+
+        Args:
+            drawn: groups of completions.
+            reward: of a prompt and a completion.
+            name: how messages begin; see `evaluate_rewards`.
+            least: the smallest reward that is allowed; None allows every finite one.
+
+        Raises:
+            ValueError: as `evaluate_rewards`.
+        """
+        rows = self.own_rows(drawn)
+
+        def judge_own() -> np.ndarray:
+            completions = drawn.completions[rows]
+            rewards = evaluate_rewards(
+                reward,
+                drawn.prompts[rows],
+                drawn.judged[rows],
+                name=name,
+                group=self.group,
+                first=drawn.first + rows.start // self.group,
+                least=least,
+            )
+            lengths = [len(completion) for completion in completions]
+            cut = [self.is_cut(completion) for completion in completions]
+            return np.stack([rewards, lengths, cut], axis=1)
+
+        rewards, lengths, cut = self.share.join_rows(judge_own).T
+        return Judgement(rewards, lengths, cut > 0)
+
+    def own_rows(self, drawn: Rollouts) -> slice:
+        """Returns which rows of what `draw` returned this process judges."""
+        rows = len(drawn.completions)
+        if not self.share.drawn_together:
+            return slice(0, rows)
+        part = self.share.judged(rows // self.group)
+        return slice(part.start * self.group, part.stop * self.group)
 
     def _complete(
         self,
@@ -257,14 +341,12 @@ class RolloutSampler:
             check_function(reward, "`reward`")
         # Greedy: the noise of sampling would hide small improvements.
         greedy = dataclasses.replace(self, group=1, temperature=0, length=None)
+        if len(prompts) < self.share.count:
+            # Some processes would have none: each answers all of these few.
+            greedy = dataclasses.replace(greedy, share=ALONE)
         drawn = greedy.draw(state, prompts, None)
-        rewards = evaluate_rewards(
-            reward,
-            drawn.prompts,
-            drawn.judged,
-            name="RolloutSampler.mean_reward: `reward`",
-        )
-        return float(rewards.mean()), drawn.budget
+        found = greedy.judge(drawn, reward, name="RolloutSampler.mean_reward: `reward`")
+        return float(found.rewards.mean()), drawn.budget
 
 
 class RewardedBatches(StateBatchSource):

@@ -25,6 +25,7 @@ from rwkv7_jax.checks import (
 )
 from rwkv7_jax.model.state import RWKV7State, check_state
 from rwkv7_jax.test_time.completion_cache import CompletionCache
+from rwkv7_jax.test_time.prompt_share import ALONE
 from rwkv7_jax.test_time.rewards import RewardFunction, evaluate_rewards
 from rwkv7_jax.test_time.rollouts import RolloutSampler
 from rwkv7_jax.test_time.traces import Ids, TokenBudget, Trace
@@ -55,7 +56,9 @@ def collect_traces(
 
     The teacher reads each prompt once. A prompt's completions depend on the key, on its own ids and
     on how often it came before, not on its neighbours; so with `cache` a run that was killed goes
-    on where it stopped and ends with the same traces and the same budget.
+    on where it stopped and ends with the same traces and the same budget. Of several processes, as
+    `teacher.share` says, each answers some of the prompts, and all have all traces; the cache of
+    the first one counts.
 
     Args:
         teacher: the larger model, or the student itself, and how it draws `group` completions of
@@ -108,16 +111,36 @@ def collect_traces(
     spent = 0
     for first in range(0, len(questions), at_once):
         part = questions[first : first + at_once]
-        for question, completions in zip(part, answers.complete(part), strict=True):
+        answered = answers.complete(part)
+        weighed = _weigh(teacher, judge, part, answered)
+        for question, completions, weights in zip(part, answered, weighed, strict=True):
             # The same for completions from the cache: the budget says what the traces have cost,
             # in this run or in an earlier one.
             spent += len(question.teacher_prompt) + sum(map(len, completions))
-            weights = judge.weights(question, [*map(teacher.judged, completions)])
             traces += _kept(question, completions, weights, source)
         # After the batch is in the cache, so a callback that raises loses nothing.
         if on_progress:
             on_progress(first + len(part), len(questions))
     return traces, TokenBudget(guide_tokens=spent)
+
+
+def _weigh(
+    sampler: RolloutSampler,
+    judge: "_Judge",
+    questions: list["_Question"],
+    answers: list[list[Ids]],
+) -> list[list[float]]:
+    """Judges the completions of questions; of several processes, each those of its own."""
+    own = sampler.share.judged(len(questions))
+
+    def weigh_own() -> list[list[float]]:
+        weights = []
+        for question, completions in zip(questions[own], answers[own], strict=True):
+            judged = [sampler.judged(completion) for completion in completions]
+            weights.append(judge.weights(question, judged))
+        return weights
+
+    return sampler.share.join(weigh_own)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,9 +232,14 @@ class _TeacherAnswers:
             rows: questions of a batch.
         """
         self._sampler = sampler
+        # What it draws is divided already.
+        self._drawing = dataclasses.replace(sampler, share=ALONE)
         self._state = state
         self._key = key
+        # Of several processes that draw apart, the most that one of them draws at a time.
         self._rows = rows
+        if not sampler.share.drawn_together:
+            self._rows = -(-rows // sampler.share.count)
         self._cache: CompletionCache | None = None
         self._stamp = ""
 
@@ -239,30 +267,51 @@ class _TeacherAnswers:
 
     def complete(self, questions: list[_Question]) -> list[list[Ids]]:
         """Returns the completions of each question; new ones are in the cache before that."""
-        cache = self._cache
-        if cache is None:
-            return self._draw(questions)
         keys = [_digest(self._stamp, question.identity) for question in questions]
-        # In the order of the questions; two questions never have the same key.
+        # Two questions never have the same key.
+        answers = self._cached(keys)
         missing: dict[str, _Question] = {}
         for key, question in zip(keys, questions, strict=True):
-            if cache.get(key) is None:
+            if key not in answers:
                 missing[key] = question
         if missing:
             drawn = self._draw(list(missing.values()))
-            for (key, question), completions in zip(
-                missing.items(), drawn, strict=True
-            ):
-                cache.put(key, question.prompt, completions)
-        answers: list[list[Ids]] = []
-        for key in keys:
-            completions = cache.get(key)
-            assert completions is not None
-            answers.append(completions)
-        return answers
+            answers.update(zip(missing, drawn, strict=True))
+        if self._cache is not None:
+            for key, question in zip(keys, questions, strict=True):
+                if self._cache.get(key) is None:
+                    self._cache.put(key, question.prompt, answers[key])
+        return [answers[key] for key in keys]
+
+    def _cached(self, keys: list[str]) -> dict[str, list[Ids]]:
+        """Returns the completions that the cache of the first process has."""
+        cache = self._cache
+        if cache is None:
+            return {}
+
+        def find() -> dict[str, list[Ids]]:
+            found = {}
+            for key in keys:
+                completions = cache.get(key)
+                if completions is not None:
+                    found[key] = completions
+            return found
+
+        # Only the first process's file is in the run's folder, and all must draw the same ones.
+        first, *_ = self._sampler.share.gather(find)
+        return {key: list(map(tuple, answers)) for key, answers in first.items()}
 
     def _draw(self, questions: list[_Question]) -> list[list[Ids]]:
         """Draws completions; each question has keys of its own, whatever its neighbours are."""
+        share = self._sampler.share
+        own = questions[share.drawn(len(questions))]
+        if share.drawn_together:
+            return self._draw_own(own)
+        drawn = share.join(lambda: self._draw_own(own) if own else [])
+        return [list(map(tuple, completions)) for completions in drawn]
+
+    def _draw_own(self, questions: list[_Question]) -> list[list[Ids]]:
+        """Draws completions in this process, or in programs of all processes."""
         samples = self._sampler.group
         # Filled with the last question, so that one compiled program serves every batch.
         filled = [*questions, *[questions[-1]] * (self._rows - len(questions))]
@@ -271,7 +320,7 @@ class _TeacherAnswers:
         fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
         question_keys = fold(self._key, jnp.asarray(numbers, jnp.uint32))
         keys = jax.vmap(fold, in_axes=(0, None))(question_keys, jnp.arange(samples))
-        drawn = self._sampler.draw(
+        drawn = self._drawing.draw(
             self._state,
             [question.teacher_prompt for question in filled],
             keys.reshape(-1),

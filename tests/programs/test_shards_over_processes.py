@@ -33,7 +33,7 @@ def rows(workdir):
     for line in text.splitlines():
         row = json.loads(line)
         names = [name for name in row if name in ("step", "loss", "grad_norm")]
-        names += [name for name in row if name.endswith("accuracy")]
+        names += [name for name in row if name.endswith(("accuracy", "reward"))]
         kept.append({name: row[name] for name in names})
     return kept
 
@@ -109,7 +109,10 @@ def test_a_run_moves_from_two_processes_to_one_and_back_with_all_its_bits(
     assert f"from step {before + 4}" in said
 
 
-def test_a_state_tuned_by_two_processes_has_the_bits_and_the_base_of_one(tmp_path):
+@pytest.mark.parametrize("mesh", [MESH, "data=2"])
+def test_a_state_tuned_on_own_answers_by_two_processes_has_the_bits_and_the_base_of_one(
+    tmp_path, mesh
+):
     base = tmp_path / "base.pth"
     save_base_model(base)
     run = {name: one for name, one in RUN.items() if not name.startswith("model.")}
@@ -118,12 +121,24 @@ def test_a_state_tuned_by_two_processes_has_the_bits_and_the_base_of_one(tmp_pat
         "init": base,
         "steps": 2,
         "optimizer.learning_rate": 0.1,
+        "mesh": mesh,
+        "mode": "test_time",
+        "data.path": "task:steer",
+        "test_time.verifier": "smallest_runs:odd_sum",
+        "test_time.prompts": 2,
+        "test_time.group": 4,
+        "test_time.tokens": 6,
+        "test_time.redraws": 1,
+        "model.dtype": "float32",
     }
     processes = start_pair(tmp_path / "two", **run)
     for process in processes:
         finish(process)
     finish(start(tmp_path / "one", environment=devices(2), **run))
     assert leaves(tmp_path / "two", 2) == leaves(tmp_path / "one", 2)
+    measured = [rows(tmp_path / name) for name in ("two", "one")]
+    assert measured[0] == measured[1]
+    assert any("reward" in row for row in measured[0])
     for name in ("state.pth", "state.pth.json"):
         ours = tmp_path / "two" / name
         theirs = tmp_path / "one" / name

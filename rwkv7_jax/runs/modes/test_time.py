@@ -17,6 +17,7 @@ from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.evaluation.metric import Metric, Metrics, log_name
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
+from rwkv7_jax.runs.agreement import all_processes
 from rwkv7_jax.runs.datasets import digest_of
 from rwkv7_jax.runs.input_pipeline import BatchSource, DrawnBatches
 from rwkv7_jax.runs.modes.dataset import DatasetMode
@@ -33,6 +34,7 @@ from rwkv7_jax.test_time.losses import (
     distillation_loss,
     policy_loss,
 )
+from rwkv7_jax.test_time.prompt_share import PromptShare
 from rwkv7_jax.test_time.questions import QuestionSet, find_verifier
 from rwkv7_jax.test_time.rewards import AdvantageRule
 from rwkv7_jax.test_time.rollouts import RolloutSampler
@@ -145,6 +147,7 @@ class TestTimeMode(StateTuningMode):
     def _open_questions(self) -> None:
         """Opens the questions and what makes batches of their answers."""
         settings = self.settings
+        self._share = self._share_of_prompts()
         verifier = settings.test_time.verifier
         is_own = verifier not in VERIFIERS
         self._questions = QuestionSet(
@@ -161,14 +164,48 @@ class TestTimeMode(StateTuningMode):
         # "distil" lets the teacher answer here, which takes long: before the first step, not in it.
         self._source = self._make_source()
 
+    def _share_of_prompts(self) -> PromptShare:
+        """Divides prompts among the processes of the run."""
+        processes = all_processes()
+        return PromptShare(
+            index=jax.process_index(),
+            count=len(processes.members),
+            drawn_together=sharding.is_shared(self.mesh),
+            gather=processes.gather,
+        )
+
     @property
     def tokens_per_step(self) -> int | None:
         """None: completions end where they end."""
         return None
 
     def batches(self, start_step: int, mesh: Mesh | None) -> BatchSource:
-        """Makes batches of the teacher's traces, or of what the model writes from its state."""
-        return DrawnBatches(self._source, mesh)
+        """Makes batches of the teacher's traces, or of what the model writes from its state.
+
+        Of several processes, each draws the completions of its own rows.
+
+        Raises:
+            ValueError: rows or prompts that the processes do not divide evenly.
+        """
+        if self.settings.test_time.method == "distil" or self._draws_all_rows:
+            return DrawnBatches(self._source, mesh)
+        prompts = self.settings.test_time.prompts
+        group = self.settings.test_time.group
+        rows = prompts * group
+        own = self._share.drawn(prompts)
+        expected = slice(own.start * group, own.stop * group)
+        if sharding.own_rows(mesh, rows) != expected:
+            raise ValueError(
+                f"`config.test_time.prompts` must give each of {self._share.count} processes as "
+                f"many prompts, and each of their devices as many rows; got {prompts} prompts of "
+                f"{group} rows."
+            )
+        return DrawnBatches(self._source, mesh, rows=rows)
+
+    @property
+    def _draws_all_rows(self) -> bool:
+        """Whether the completions of all rows are known here: in one process, or to all of them."""
+        return self._share.count == 1 or self._share.drawn_together
 
     def example_batch(self) -> Batch:
         """Returns a batch of zeros, of rows as long as `config.data.length` says."""
@@ -232,6 +269,7 @@ class TestTimeMode(StateTuningMode):
             stop_ids=self._questions.stop_ids,
             stop_strings=settings.stop,
             tokenizer=self.tokenizer,
+            share=self._share,
         )
 
     def _drawing_model(self) -> RWKV7:
