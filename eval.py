@@ -39,6 +39,7 @@ from rwkv7_jax.array_types import Params
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.checkpoints.model_files import model_hash
 from rwkv7_jax.checkpoints.state_files import load_state
+from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.sources import TaskSource, parse_source, parse_sources
 from rwkv7_jax.evaluation.scoring import Answers, Score, score, score_answers
 from rwkv7_jax.evaluation.task_scores import score_table, scores_as_json
@@ -57,6 +58,23 @@ _LESS_MEMORY = (
     "lower `config.evaluation.length` (texts) or `config.shots` (tasks), set "
     '`config.model.dtype` to "bfloat16" or `config.model.weights` to "int8"'
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """A model with the start states that are compared.
+
+    Attributes:
+        model: the shell around `params`.
+        params: all weights.
+        tokenizer: of the model's vocabulary.
+        rows: start states by the names of their rows; the first is the base.
+    """
+
+    model: RWKV7
+    params: Params
+    tokenizer: Tokenizer
+    rows: dict[str, RWKV7State]
 
 
 def tuned_states(
@@ -112,11 +130,11 @@ def text_table(title: str, scores: Mapping[str, Score]) -> str:
     for first, end, _ in base.by_position:
         head += f"{f'{first}-{end - 1}':>10}"
     lines = [head]
-    for name, one in scores.items():
+    for name, row in scores.items():
         # A base that is certain of everything leaves nothing to compare with.
-        change = one.bits_per_byte / (base.bits_per_byte or np.nan) - 1
-        line = f"{name:<16}{one.bits_per_byte:>10.4f}{change:>+9.1%}{one.perplexity:>12.3f}"
-        for _, _, value in one.by_position:
+        change = row.bits_per_byte / (base.bits_per_byte or np.nan) - 1
+        line = f"{name:<16}{row.bits_per_byte:>10.4f}{change:>+9.1%}{row.perplexity:>12.3f}"
+        for _, _, value in row.by_position:
             line += f"{value:>10.3f}"
         lines.append(line)
     lines.append(f"{'':16}{base.tokens:,} tokens, +-{base.standard_error:.3f}")
@@ -126,9 +144,9 @@ def text_table(title: str, scores: Mapping[str, Score]) -> str:
 def task_table(title: str, answers: Mapping[str, Answers]) -> str:
     """Formats the answers as lines."""
     lines = [f"{title:<16}{'accuracy':>10}{'all right':>11}{'nats':>9}"]
-    for name, one in answers.items():
+    for name, row in answers.items():
         lines.append(
-            f"{name:<16}{one.accuracy:>10.4f}{one.exact:>11.4f}{one.nats:>9.3f}"
+            f"{name:<16}{row.accuracy:>10.4f}{row.exact:>11.4f}{row.nats:>9.3f}"
         )
     return "\n".join(lines)
 
@@ -138,8 +156,8 @@ def as_json(
 ) -> dict[str, dict[str, Any]]:
     """Converts the rows of a table to what JSON can hold."""
     rows: dict[str, dict[str, Any]] = {}
-    for name, one in scores.items():
-        fields = dataclasses.asdict(one)
+    for name, row in scores.items():
+        fields = dataclasses.asdict(row)
         places = fields["by_position"]
         if isinstance(places, np.ndarray):
             fields["by_position"] = places.tolist()
@@ -150,9 +168,9 @@ def as_json(
 def without_nan(value: Any) -> Any:
     """Replaces NaN by None at any depth: JSON has no NaN."""
     if isinstance(value, dict):
-        return {name: without_nan(one) for name, one in value.items()}
+        return {name: without_nan(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [without_nan(one) for one in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and np.isnan(value) else value
 
 
@@ -176,16 +194,15 @@ def evaluate(settings: Settings) -> None:
     rows |= tuned_states(
         settings.state_paths, model, params, any_base=settings.any_base
     )
+    compared = Compared(model, params, tokenizer, rows)
     with task_folder(workdir) as folder:
         # All is opened before anything is measured: a slip in a name should not cost an hour.
         tasks = None
         if settings.tasks:
             tasks = open_tasks(settings, folder)
-            models = task_models(settings, model, params, tokenizer, rows=rows)
+            models = task_models(settings, compared)
         if settings.data.path or tasks is None:
-            evaluate_texts(
-                settings, model, params, tokenizer, rows=rows, workdir=workdir
-            )
+            evaluate_texts(settings, compared, workdir)
         if tasks is not None:
             evaluate_tasks(settings, tasks, models, workdir)
 
@@ -198,20 +215,19 @@ def open_tasks(settings: Settings, folder: Path) -> Any:
     return load_tasks(settings.task_names, settings.task_files, folder)
 
 
-def task_models(
-    settings: Settings,
-    model: RWKV7,
-    params: Params,
-    tokenizer: Tokenizer,
-    *,
-    rows: Mapping[str, RWKV7State],
-) -> dict[str, Any]:
+def task_models(settings: Settings, compared: Compared) -> dict[str, Any]:
     """Makes a model of the harness for each row."""
     from rwkv7_jax.evaluation.harness import StateLM
 
     models = {}
-    for name, start in rows.items():
-        models[name] = StateLM(model, params, tokenizer, start, bos=settings.bos)
+    for name, start in compared.rows.items():
+        models[name] = StateLM(
+            compared.model,
+            compared.params,
+            compared.tokenizer,
+            start,
+            bos=settings.bos,
+        )
     return models
 
 
@@ -262,16 +278,11 @@ def task_folder(workdir: Path | None) -> Iterator[Path]:
 
 
 def evaluate_texts(
-    settings: Settings,
-    model: RWKV7,
-    params: Params,
-    tokenizer: Tokenizer,
-    *,
-    rows: dict[str, RWKV7State],
-    workdir: Path | None,
+    settings: Settings, compared: Compared, workdir: Path | None
 ) -> None:
     """Measures and prints every row on every text."""
     data = settings.data
+    tokenizer = compared.tokenizer
     titles = subjects(data.path, settings.evaluation.retention)
     # All is read before anything is measured: a slip in the last name should not cost an hour.
     # Every row is measured on the same batch, so that differences are the states' own.
@@ -283,16 +294,12 @@ def evaluate_texts(
     sizes = settings.evaluation.prompt_tokens
     if sizes:
         text = training_stream(data, tokenizer, seed=settings.seed)[:]
-        rows = rows | prompt_states(text, sizes, model, params)
+        prompts = prompt_states(text, sizes, compared.model, compared.params)
+        compared = dataclasses.replace(compared, rows=compared.rows | prompts)
     report: dict[str, Any] = {}
     for title, batch in batches.items():
-        scores: dict[str, Any] = {}
         is_task = isinstance(held_out_source(data, titles[title]), TaskSource)
-        for name, start in rows.items():
-            if is_task:
-                scores[name] = score_answers(model, params, start, batch)
-            else:
-                scores[name] = score(model, params, start, batch, tokenizer)
+        scores = score_rows(compared, batch, is_task=is_task)
         table = task_table(title, scores) if is_task else text_table(title, scores)
         report[title] = scores
         # Written first: what is only shown must not cost a result.
@@ -303,6 +310,19 @@ def evaluate_texts(
         print(f"wrote {workdir / 'eval.json'}")
 
 
+def score_rows(compared: Compared, batch: Batch, *, is_task: bool) -> dict[str, Any]:
+    """Measures every row on one batch: its answers to a task, or its loss on text."""
+    model = compared.model
+    params = compared.params
+    scores: dict[str, Any] = {}
+    for name, start in compared.rows.items():
+        if is_task:
+            scores[name] = score_answers(model, params, start, batch)
+        else:
+            scores[name] = score(model, params, start, batch, compared.tokenizer)
+    return scores
+
+
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     """Writes the tables as `eval.json` and draws the loss by position."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -311,7 +331,7 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     # Answers of a task have no loss by position.
     if "new text" in report and plots.available():
         by_position = {
-            name: one.by_position for name, one in report["new text"].items()
+            name: row.by_position for name, row in report["new text"].items()
         }
         plots.by_position(folder / "by_position.png", by_position)
 

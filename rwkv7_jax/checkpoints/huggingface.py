@@ -36,7 +36,7 @@ def read_hf(folder: Path) -> TensorFile:
             that differ.
     """
     tensors: dict[str, Tensor] = {}
-    said: set[LowRank] = set()
+    orientations: set[LowRank] = set()
     norm_eps = None
     # Opening a shard reads its header alone.
     for file in _weight_files(folder):
@@ -48,9 +48,9 @@ def read_hf(folder: Path) -> TensorFile:
             )
         tensors |= shard.tensors
         if shard.low_rank is not None:
-            said.add(shard.low_rank)
+            orientations.add(shard.low_rank)
         norm_eps = norm_eps or shard.norm_eps
-    low_rank = said.pop() if len(said) == 1 else None
+    low_rank = orientations.pop() if len(orientations) == 1 else None
     configured = read_norm_eps(folder)
     if configured is not None and norm_eps not in (None, configured):
         raise ValueError(

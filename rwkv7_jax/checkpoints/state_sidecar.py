@@ -157,11 +157,11 @@ def common_base_model(paths: Sequence[str | Path]) -> str | None:
         if base is not None:
             first_path.setdefault(base, path)
     if len(first_path) > 1:
-        (one, one_path), (two, two_path) = list(first_path.items())[:2]
+        (first, path), (other, other_path) = list(first_path.items())[:2]
         with prefix_errors("common_base_model"):
             raise ValueError(
-                f"states must be of one base model; `{one_path}` was tuned for {one}, "
-                f"`{two_path}` for {two}."
+                f"states must be of one base model; `{path}` was tuned for {first}, "
+                f"`{other_path}` for {other}."
             )
     return next(iter(first_path), None)
 

@@ -59,7 +59,7 @@ class ThinkMode(NamedTuple):
 
 THINK_MODES = {
     "off": ThinkMode("", "", ""),
-    # The thoughts are empty: nice results, fast.
+    # The thoughts are empty: quick, and often as good.
     "fast": ThinkMode("", " <think>\n</think", ">\n"),
     "free": ThinkMode("", " <think", None),
     "short": ThinkMode(" (think a bit)", " <think", None),
