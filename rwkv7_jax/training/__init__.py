@@ -17,7 +17,6 @@ from rwkv7_jax.training.gradients import LossWithTotals
 from rwkv7_jax.training.head_loss import (
     TermWeights,
     TokenStatistics,
-    map_token_chunks,
     token_statistics,
     weighted_loss,
 )
@@ -33,6 +32,7 @@ from rwkv7_jax.training.projection_statistics import (
     projections,
     weight_decorrelator,
 )
+from rwkv7_jax.training.token_pieces import map_token_chunks
 from rwkv7_jax.training.train_step import (
     TrainState,
     TrainStep,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 from rwkv7_jax.array_types import Activations, Tokens
 from rwkv7_jax.model.int8_weights import Int8Matrix, Weight
@@ -28,11 +28,9 @@ from rwkv7_jax.sharding import (
     specs,
     token_axes,
 )
+from rwkv7_jax.training.token_pieces import CHUNK, Cut, map_token_chunks
 
 PerToken = Float[Array, "B T"]
-
-# Positions (rows x tokens) whose logits exist at the same time.
-CHUNK = 256
 
 
 class TokenStatistics(NamedTuple):
@@ -98,66 +96,6 @@ class _Shared(NamedTuple):
     head: Any
     reference_head: Any
     temperature: Any
-
-
-class _Cut(NamedTuple):
-    """How rows and tokens are cut: into groups of `rows` rows and spans of `tokens` tokens.
-
-    Where a piece can have all rows, it has: a sharded batch then stays on its devices.
-    """
-
-    groups: int
-    rows: int
-    spans: int
-    tokens: int
-
-    @classmethod
-    def of(cls, rows: int, tokens: int, chunk: int) -> "_Cut":
-        """Cuts [rows tokens] into pieces of equal size, of at most `chunk` positions."""
-        groups = max(-(-rows // chunk), 1)
-        # Pieces of equal size: the last one is not filled up with more than it has to be.
-        rows = -(-rows // groups)
-        spans = max(-(-tokens // max(chunk // max(rows, 1), 1)), 1)
-        return cls(groups, rows, spans, -(-tokens // spans))
-
-    def pieces(self, x: Shaped[Array, "B T ..."]) -> Shaped[Array, "P C ..."]:
-        """Cuts an array; zeros fill it up."""
-        rows = self.rows * self.groups - x.shape[0]
-        tokens = self.tokens * self.spans - x.shape[1]
-        x = jnp.pad(x, ((0, rows), (0, tokens), *((0, 0),) * (x.ndim - 2)))
-        # A group takes every `groups`-th row, so that it has rows of every device.
-        x = x.reshape(self.rows, self.groups, self.spans, self.tokens, *x.shape[2:])
-        x = jnp.moveaxis(x, (1, 2), (0, 1))
-        # One axis of positions: XLA then writes the gradient of the logits in their place.
-        return x.reshape(
-            self.groups * self.spans, self.rows * self.tokens, *x.shape[4:]
-        )
-
-    def join(self, x: Shaped[Array, "P C ..."], rows: int, tokens: int) -> Array:
-        """Joins pieces to [rows tokens ...]."""
-        x = x.reshape(self.groups, self.spans, self.rows, self.tokens, *x.shape[2:])
-        x = jnp.moveaxis(x, (0, 1), (1, 2))
-        x = x.reshape(self.rows * self.groups, self.spans * self.tokens, *x.shape[4:])
-        return x[:rows, :tokens]
-
-
-def map_token_chunks(per_token, *arrays: Shaped[Array, "B T ..."], chunk: int = CHUNK):
-    """Applies `per_token` to pieces of the positions one after the other, and joins the results.
-
-    A piece's intermediate values are not stored but computed again in the backward pass.
-
-    Args:
-        per_token: maps arrays [C ...] to a tree of arrays [C].
-        *arrays: arrays to cut; zeros fill the last pieces.
-        chunk: the largest C.
-    """
-    rows, tokens = arrays[0].shape[:2]
-    cut = _Cut.of(rows, tokens, chunk)
-    # Without the checkpoint, the scan of the backward pass would store every piece's logits.
-    per_piece = jax.checkpoint(per_token)
-    pieces = tuple(cut.pieces(x) for x in arrays)
-    results = jax.lax.map(lambda xs: per_piece(*xs), pieces)
-    return jax.tree.map(lambda x: cut.join(x, rows, tokens), results)
 
 
 def is_id(ids: Int[Array, "..."], vocab_size: int) -> Bool[Array, "..."]:
@@ -458,7 +396,7 @@ def _statistics_and_gradients(form: _Form, primals: Any, moving: Any):
     positions, shared = primals
     moving_positions, moving_shared = moving
     rows, tokens = positions.hidden.shape[:2]
-    cut = _Cut.of(rows, tokens, form.chunk)
+    cut = Cut.of(rows, tokens, form.chunk)
 
     def loss(moving, given):
         x, heads = _merge(moving, given)

@@ -1,0 +1,79 @@
+"""Positions of a batch cut into pieces, which are computed one after the other."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+# Positions (rows x tokens) whose logits exist at the same time.
+CHUNK = 256
+
+
+class Cut(NamedTuple):
+    """How rows and tokens are cut: into groups of `rows` rows and spans of `tokens` tokens.
+
+    Where a piece can have all rows, it has: a sharded batch then stays on its devices.
+
+    Attributes:
+        groups: of rows.
+        rows: of a group.
+        spans: of tokens.
+        tokens: of a span.
+    """
+
+    groups: int
+    rows: int
+    spans: int
+    tokens: int
+
+    @classmethod
+    def of(cls, rows: int, tokens: int, chunk: int) -> "Cut":
+        """Cuts [rows tokens] into pieces of equal size, of at most `chunk` positions."""
+        groups = max(-(-rows // chunk), 1)
+        # Pieces of equal size: the last one is not filled up with more than it has to be.
+        rows = -(-rows // groups)
+        spans = max(-(-tokens // max(chunk // max(rows, 1), 1)), 1)
+        return cls(groups, rows, spans, -(-tokens // spans))
+
+    def pieces(self, x: Shaped[Array, "B T ..."]) -> Shaped[Array, "P C ..."]:
+        """Cuts an array; zeros fill it up."""
+        rows = self.rows * self.groups - x.shape[0]
+        tokens = self.tokens * self.spans - x.shape[1]
+        x = jnp.pad(x, ((0, rows), (0, tokens), *((0, 0),) * (x.ndim - 2)))
+        # A group takes every `groups`-th row, so that it has rows of every device.
+        x = x.reshape(self.rows, self.groups, self.spans, self.tokens, *x.shape[2:])
+        x = jnp.moveaxis(x, (1, 2), (0, 1))
+        # One axis of positions: XLA then writes the gradient of the logits in their place.
+        return x.reshape(
+            self.groups * self.spans, self.rows * self.tokens, *x.shape[4:]
+        )
+
+    def join(self, x: Shaped[Array, "P C ..."], rows: int, tokens: int) -> Array:
+        """Joins pieces to [rows tokens ...]."""
+        x = x.reshape(self.groups, self.spans, self.rows, self.tokens, *x.shape[2:])
+        x = jnp.moveaxis(x, (0, 1), (1, 2))
+        x = x.reshape(self.rows * self.groups, self.spans * self.tokens, *x.shape[4:])
+        return x[:rows, :tokens]
+
+
+def map_token_chunks(
+    per_token: Callable, *arrays: Shaped[Array, "B T ..."], chunk: int = CHUNK
+) -> Any:
+    """Applies `per_token` to pieces of the positions one after the other, and joins the results.
+
+    A piece's intermediate values are not stored but computed again in the backward pass.
+
+    Args:
+        per_token: maps arrays [C ...] to a tree of arrays [C].
+        *arrays: arrays to cut; zeros fill the last pieces.
+        chunk: the largest C.
+    """
+    rows, tokens = arrays[0].shape[:2]
+    cut = Cut.of(rows, tokens, chunk)
+    # Without the checkpoint, the scan of the backward pass would store every piece's logits.
+    per_piece = jax.checkpoint(per_token)
+    pieces = tuple(cut.pieces(x) for x in arrays)
+    results = jax.lax.map(lambda xs: per_piece(*xs), pieces)
+    return jax.tree.map(lambda x: cut.join(x, rows, tokens), results)
