@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 
 class Step(NamedTuple):
-    """One process.
+    """A step of a call, which is a process of its own.
 
     Attributes:
         name: as `python -m benchmarks.device` takes it.
@@ -77,7 +77,7 @@ class Record:
     """The file of results, to which every line is written at once."""
 
     def __init__(self, path: Path, **common):
-        """Keeps the path.
+        """Writes nothing yet.
 
         Args:
             path: of the file, which may have lines already.

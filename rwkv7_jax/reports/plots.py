@@ -67,7 +67,7 @@ def _save(figure: Any, path: str | Path, *, legend: bool = False) -> None:
 def curves(
     path: str | Path, lines: Lines, *, x: str, y: str, shares: Lines | None = None
 ) -> None:
-    """Draws named lines.
+    """Draws named lines as a PNG file, on one axis or on two.
 
     Args:
         path: of the PNG file.

@@ -87,7 +87,7 @@ def _lines(
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A synthetic task.
+    """A synthetic task: how its rows are made, and which of them can be questions.
 
     Attributes:
         rows: makes rows: (rng, rows, length) -> ids and 1 for each scored id, both

@@ -169,7 +169,14 @@ class EvaluationSettings:
 
 @dataclasses.dataclass(frozen=True)
 class SampleSettings:
-    """Sample text, written at every evaluation after each of the prompts."""
+    """Sample text, written at every evaluation after each of the prompts.
+
+    Attributes:
+        prompts: one text is generated after each.
+        tokens: of a text at most.
+        temperature: of the sampling; 0 is greedy.
+        top_p: probability mass that is kept.
+    """
 
     prompts: tuple[str, ...] = ()
     tokens: int = number(120, 0, MOST_COUNT)
