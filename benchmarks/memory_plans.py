@@ -64,8 +64,6 @@ CASES = (
     Case("0.4b", "state", 1, 1024, "v5e-1"),
     Case("1.5b", "state", 1, 1024, "v5e-1"),
     Case("2.9b", "state", 1, 1024, "v5e-1"),
-    Case("0.1b", "state", 1, 1024, "v5e-1"),
-    Case("0.4b", "pretrain", 8, 512, "v5e-1"),
 )
 
 

@@ -86,11 +86,12 @@ class _Compiler:
     logits: float
 
 
-# The compilers of accelerators fuse more of a layer than the one for CPUs. The numbers are fitted
-# to the peaks that libtpu 0.0.42 reports of state tuning and pre-training of 0.4B to 7.2B. Small
-# arrays lie in its fast memory, so that a step of 0.4B needs a tenth less than is estimated.
+# The compilers of accelerators fuse more of a layer than the one for CPUs, and their gradients of
+# logits have 16 bits. The numbers are fitted to the peaks of state tuning and pre-training of the
+# six published sizes (benchmarks/results/tpu-plan.json). TPUs have small arrays in fast memory, so
+# that a step of 0.4B needs a tenth less than is estimated.
 _CPU = _Compiler(block=2.0, logits=2.0)
-_ACCELERATOR = _Compiler(block=1.15, logits=2.0)
+_ACCELERATOR = _Compiler(block=1.15, logits=1.5)
 
 
 @dataclasses.dataclass(frozen=True)
