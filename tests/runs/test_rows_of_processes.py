@@ -12,6 +12,7 @@ from rwkv7_jax.runs.datasets import TrainingData
 from rwkv7_jax.runs.input_pipeline import BatchSource
 from rwkv7_jax.runs.modes.rate_search import RateSearchMode
 from rwkv7_jax.runs.modes.registry import make_mode
+from rwkv7_jax.test_time.prompt_share import PromptShare
 
 TEXTS = {"poet": "task:mapping", "cook": "task:facts-8", "judge": "task:dictionary"}
 PLAIN = {"tuning__anchor": 0.0, "tuning__anchor_path": None}
@@ -100,6 +101,22 @@ def test_each_process_makes_its_own_rows_and_all_make_the_batch(tmp_path, make_r
                 name
             )
         assert whole.rows is None
+
+
+@pytest.mark.parametrize(("prompts", "own"), [(3, slice(0, 6)), (2, slice(None))])
+def test_prompts_at_test_time_that_processes_do_not_divide_are_refused(
+    tmp_path, monkeypatch, prompts, own
+):
+    base = tmp_path / "base.pth"
+    save_base_model(base)
+    mode = make_mode(mode_settings("grpo", base, test_time__prompts=prompts), tmp_path)
+    monkeypatch.setattr(mode, "_share", PromptShare(0, 2))
+    monkeypatch.setattr("rwkv7_jax.sharding.own_rows", lambda mesh, rows: own)
+    sentence = (
+        "`config.test_time.prompts` must give each of 2 processes as many prompts"
+    )
+    with pytest.raises(ValueError, match=f"{sentence}.*got {prompts} prompts of 4"):
+        mode.batches(0, None)
 
 
 def assert_same(actual: Batch, expected: Batch, name: str):
