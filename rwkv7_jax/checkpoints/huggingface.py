@@ -70,6 +70,7 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / stem]
     files = files_of_weights(folder)
     if not files:
+        _refuse_shards_of_trainers(folder)
         raise ValueError(
             f"load_model: `{folder}` is not a checkpoint: it holds neither rwkv7_jax.json nor a "
             f"file of weights ({', '.join(_WEIGHT_SUFFIXES)})."
@@ -84,6 +85,24 @@ def _weight_files(folder: Path) -> list[Path]:
             f"load_model: `{folder}` holds several checkpoints, {names} among them; name one."
         )
     return files
+
+
+def _refuse_shards_of_trainers(folder: Path) -> None:
+    """Refuses folders of a trainer, whose files are parts of tensors, with what joins them.
+
+    Raises:
+        ValueError: a folder of DeepSpeed, or of PyTorch's distributed checkpoints.
+    """
+    if (folder / "zero_to_fp32.py").exists() or any(folder.glob("*_states.pt")):
+        raise ValueError(
+            f"load_model: `{folder}` is a folder of DeepSpeed, whose parts its zero_to_fp32.py "
+            "joins to one file of weights: run it, and name that file."
+        )
+    if any(folder.glob("*.distcp")):
+        raise ValueError(
+            f"load_model: `{folder}` is a distributed checkpoint of PyTorch: join its parts with "
+            "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pth`."
+        )
 
 
 def files_of_weights(folder: Path) -> list[Path]:

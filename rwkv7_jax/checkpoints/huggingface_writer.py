@@ -49,7 +49,8 @@ _TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
 _CHAT_FILE = "chat_template.jinja"
 
-_FILES = {
+# All that a folder may hold which another one replaces.
+HF_CONTENT = {
     CONFIG_FILE,
     WEIGHTS_FILE,
     _GENERATION_FILE,
@@ -110,7 +111,7 @@ def save_hf(
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
-    replace_folder(path.absolute(), _FILES, fill)
+    replace_folder(path.absolute(), HF_CONTENT, fill)
 
 
 def _check_epsilons(config: RWKV7Config, layout: Layout) -> None:

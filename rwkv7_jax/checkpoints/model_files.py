@@ -15,12 +15,13 @@ from jax.sharding import Mesh
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.checkpoints.huggingface import read_hf, read_norm_eps
-from rwkv7_jax.checkpoints.huggingface_writer import save_hf
+from rwkv7_jax.checkpoints.huggingface_writer import HF_CONTENT, save_hf
 from rwkv7_jax.checkpoints.integrity.finite_numbers import overflows
 from rwkv7_jax.checkpoints.integrity.named_errors import name_file
 from rwkv7_jax.checkpoints.layouts.names import with_official_names
 from rwkv7_jax.checkpoints.layouts.orientation import LowRank, with_official_low_rank
 from rwkv7_jax.checkpoints.layouts.other_architectures import (
+    reject_adapters,
     reject_other_architectures,
 )
 from rwkv7_jax.checkpoints.loading.tree_reader import (
@@ -30,8 +31,13 @@ from rwkv7_jax.checkpoints.loading.tree_reader import (
     build_tree,
     loaded_tensors,
 )
-from rwkv7_jax.checkpoints.model_folder import existing_model
-from rwkv7_jax.checkpoints.orbax_folder import is_orbax, load_orbax, save_orbax
+from rwkv7_jax.checkpoints.model_folder import existing_model, refuse_other_files
+from rwkv7_jax.checkpoints.orbax_folder import (
+    ORBAX_CONTENT,
+    is_orbax,
+    load_orbax,
+    save_orbax,
+)
 from rwkv7_jax.checkpoints.param_tree import (
     check_names,
     infer_config,
@@ -71,6 +77,13 @@ from rwkv7_jax.sharding import TENSOR, check_shared_heads, is_spread, place
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 _LARGEST_HALF = 65504
+
+# Formats that are folders, and all that a folder may hold which a new one replaces.
+_CONTENT_OF_FOLDERS: dict[Format, set[str]] = {
+    "orbax": ORBAX_CONTENT,
+    "hf": HF_CONTENT,
+    "transformers": HF_CONTENT,
+}
 
 # Compiled, so that no float copy of a matrix is made.
 _quantize_rows = jax.jit(quantize_rows, static_argnames="origin")
@@ -206,6 +219,7 @@ def open_model(path: Path) -> tuple[dict[str, Tensor], RWKV7Config]:
     file = read_hf(path) if path.is_dir() else open_tensors(path)
     named = with_official_names(file.tensors, path)
     # First, so that a file of another architecture is one sentence and not a table of differences.
+    reject_adapters(named.tensors, path)
     reject_other_architectures(named.tensors, path)
     tensors, state = tensor_names.split_states(named.tensors)
     # Tools of the RWKV world put states and models under the same suffixes.
@@ -294,7 +308,8 @@ def check_model_target(
         The path with `~` expanded, and the format.
 
     Raises:
-        ValueError: an unknown format, or a place where nothing can be written.
+        ValueError: an unknown format, a place where nothing can be written, or a folder with
+            other files.
         ImportError: the format needs a package that is not installed.
     """
     with prefix_errors("save_model"):
@@ -303,6 +318,13 @@ def check_model_target(
     kind = format_of(path, format=format)
     if kind == "gguf":
         gguf_files("save_model")
+    content = _CONTENT_OF_FOLDERS.get(kind)
+    if content is None and path.is_dir():
+        raise ValueError(
+            f"save_model: `path` must name a file for .{kind}; `{path}` is a folder."
+        )
+    if content is not None and path.exists():
+        refuse_other_files(path, content, "save_model")
     return path, kind
 
 

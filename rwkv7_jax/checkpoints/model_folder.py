@@ -77,7 +77,7 @@ def replace_folder(
     path = path.resolve()
     restore_interrupted(path)
     if path.exists():
-        _refuse_other_files(path, expected, function)
+        refuse_other_files(path, expected, function)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Next to the target: a rename is atomic only within one file system.
     workspace = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -144,8 +144,17 @@ def exchange_paths(first: Path, second: Path) -> bool:
         return False
 
 
-def _refuse_other_files(path: Path, expected: set[str], function: str) -> None:
-    """Raises if a path holds anything but a model: it may be somebody's work."""
+def refuse_other_files(path: Path, expected: set[str], function: str) -> None:
+    """Refuses a place that holds anything but a model: it may be somebody's work.
+
+    Args:
+        path: of a folder or a file that is there.
+        expected: names that the folder may hold.
+        function: the public function, for messages.
+
+    Raises:
+        ValueError: a file, or a folder with other files.
+    """
     if not path.is_dir():
         raise ValueError(
             f"{function}: `{path}` is a file; give an empty or a new folder."

@@ -55,6 +55,9 @@ _CARD_DIGEST = "card_digest"
 
 _FILES = "files"
 
+# All that a folder may hold which another one replaces.
+ORBAX_CONTENT = {_ARRAYS, CARD_FILE, TEXT_FILE, JSON_FILE}
+
 
 def is_orbax(path: Path) -> bool:
     """Returns whether a path is a folder with the card of an Orbax checkpoint."""
@@ -315,8 +318,7 @@ def save_orbax(
         (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
     # Orbax refuses relative paths.
-    expected = {_ARRAYS, CARD_FILE, TEXT_FILE, JSON_FILE}
-    replace_folder(path.absolute(), expected, fill)
+    replace_folder(path.absolute(), ORBAX_CONTENT, fill)
 
 
 def _sizes(folder: Path) -> dict[str, int]:

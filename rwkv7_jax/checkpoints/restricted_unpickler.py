@@ -50,7 +50,13 @@ _REBUILD_PARAMETER = ("torch._utils", "_rebuild_parameter")
 
 _ORDERED_DICT = ("collections", "OrderedDict")
 
+_SIZE = ("torch", "Size")
+
+_SETS = (("builtins", "set"), ("__builtin__", "set"))
+
 _ALLOWED_NAMES = {
+    _SIZE,
+    *_SETS,
     _REBUILD_TENSOR,
     _REBUILD_PARAMETER,
     _ORDERED_DICT,
@@ -239,11 +245,15 @@ class RestrictedUnpickler:
         return _Storage(dtype, np.frombuffer(data, dtype, count))
 
     def _call(self, function: Any, arguments: Any) -> Any:
-        """Returns what one of the three known functions would return."""
+        """Returns what one of the known functions would return."""
         if not isinstance(function, _Global) or not isinstance(arguments, tuple):
             raise ValueError("it calls something that is not a name")
         if function == _ORDERED_DICT and arguments in ((), ([],)):
             return {}
+        # Shapes and sets of names, which trainers write next to the tensors.
+        is_plain = function == _SIZE or function in _SETS
+        if is_plain and len(arguments) == 1 and isinstance(arguments[0], (tuple, list)):
+            return tuple(arguments[0])
         # The further arguments are `requires_grad` and hooks.
         if (
             function == _REBUILD_PARAMETER

@@ -292,6 +292,9 @@ def gguf_files(function: str) -> ModuleType:
         ) from None
 
 
+# Under these names trainers hold a model's tensors; whatever else is there is none of the model.
+_WRAPPERS = ("state_dict", "model_state_dict", "module", "model")
+
 # A further kind of file needs a row here, and its first bytes in `file_signatures`.
 _OPENERS: dict[Container, Callable[[Path, bool], TensorFile]] = {
     "pth": _open_pth,
@@ -314,15 +317,29 @@ def read_tensors(path: Path, *, verify: bool = False) -> dict[str, Tensor]:
     return open_tensors(path, verify=verify).tensors
 
 
+def _only_holder(content: dict[Any, Any]) -> dict[Any, Any]:
+    """Returns the one dict in a dict that holds arrays, whatever its name; else the dict itself."""
+    holders = [value for value in content.values() if _holds_arrays(value)]
+    if _holds_arrays(content) or len(holders) != 1:
+        return content
+    return holders[0]
+
+
+def _holds_arrays(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return any(isinstance(entry, np.ndarray) for entry in value.values())
+
+
 def named_arrays(content: Any) -> dict[str, Tensor]:
     """Picks the arrays out of what a .pth file holds; step counts and the like are left out."""
     # In this order, because each may hold the next.
-    for wrapper in ("state_dict", "module", "model"):
+    for wrapper in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     tensors = {}
     if isinstance(content, dict):
-        for name, value in content.items():
+        for name, value in _only_holder(content).items():
             if isinstance(name, str) and isinstance(value, np.ndarray):
                 # The default binds this loop's array; a plain closure would see the last one.
                 tensors[name] = Tensor(

@@ -58,6 +58,8 @@ _FILES_OF_RUNS = ("metrics.jsonl", "settings.json", "events.jsonl")
 # Errors that users can mend, besides those that have a code in every program.
 _USER_ERRORS = (OverflowError, NotImplementedError)
 
+_VOCABULARY = "convert: `--vocabulary`"
+
 _LESS_MEMORY = (
     "use a smaller model, a shorter prompt or text, or lower `--windows`, `--length` or `--show` "
     "where the command has them"
@@ -82,6 +84,8 @@ def _convert(options: argparse.Namespace) -> str:
     """Reads a checkpoint and writes it in another format."""
     # Before the source is read, which may take minutes.
     check_model_target(options.target, format=options.format)
+    if options.vocabulary is not None:
+        load_vocabulary(options.vocabulary, argument=_VOCABULARY)
     params, config = load_model(
         options.source,
         dtype=options.dtype,
@@ -117,9 +121,7 @@ def _vocabulary_of(
     """Returns the vocabulary that was named, or that the source keeps; None where there is none."""
     if options.vocabulary is None:
         return kept_vocabulary(options.source, config.vocab_size)
-    return load_vocabulary(
-        options.vocabulary, config.vocab_size, argument="convert: `--vocabulary`"
-    )
+    return load_vocabulary(options.vocabulary, config.vocab_size, argument=_VOCABULARY)
 
 
 def _state_place(target: Path) -> Path:

@@ -126,11 +126,36 @@ def test_the_unused_value_residual_does_not_change_the_logits(params, tmp_path):
     np.testing.assert_array_equal(one, two)
 
 
-def test_prefixes_and_wrappers_of_trainers_are_taken_off(params, tmp_path):
-    named = {
-        f"_forward_module.{name}": array for name, array in official(params).items()
-    }
+@pytest.mark.parametrize("prefix", ["_forward_module.", "base_model.model.", "module."])
+def test_prefixes_of_trainers_are_taken_off(params, tmp_path, prefix):
+    named = {f"{prefix}{name}": array for name, array in official(params).items()}
     write_pth(tmp_path / "a.pth", named.items())
+    assert differing(params, load_model(tmp_path / "a.pth")[0]) == []
+
+
+# What stands around the tensors: a trainer's names for them, and what else it saves.
+AROUND = {
+    "state_dict": {"epoch": 1, "optimizer_states": [{}]},
+    "model_state_dict": {"optimizer_state_dict": {"state": {}}},
+    "module": {
+        "param_shapes": [(3, 4)],
+        "sparse": {"a"},
+        "ds_config": {"b": [1, None]},
+    },
+    "model": {"ema": "a", "step": 3},
+    "weights": {"step": 3, "config": {"width": 64}},
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_wrappers_of_trainers_are_taken_off(params, tmp_path, name):
+    torch = pytest.importorskip("torch", reason="the oracle extra is not installed")
+    content = {}
+    for key, array in official(params).items():
+        tensor = torch.from_numpy(np.array(array, np.float32)).bfloat16()
+        content[key] = tensor
+    shapes = {key: tensor.shape for key, tensor in content.items()}
+    torch.save({**AROUND[name], "shapes": shapes, name: content}, tmp_path / "a.pth")
     assert differing(params, load_model(tmp_path / "a.pth")[0]) == []
 
 

@@ -97,6 +97,19 @@ REFUSED = {
         ),
         "is a hybrid .with attention layers. checkpoint",
     ),
+    "LoRA of RWKV-PEFT": (
+        toy("blocks.0.att.key.lora_A", "blocks.0.att.key.lora_B"),
+        "holds an adapter such as LoRA's .it has blocks.0.att.key.lora_A.",
+    ),
+    "LoRA of PEFT": (
+        toy("base_model.model.blocks.0.att.key.lora_A.weight"),
+        "holds an adapter such as LoRA's",
+    ),
+    "LoRA next to its model": (
+        lambda arrays: arrays | toy("blocks.0.att.key.lora_A")([]),
+        "merge it into its model first",
+    ),
+    "Bone": (toy("blocks.0.ffn.key.bone"), "holds an adapter"),
     "twice": (
         lambda arrays: arrays | {"model.emb.weight": arrays["emb.weight"]},
         "holds emb.weight twice, as emb.weight and as model.emb.weight",
@@ -128,6 +141,24 @@ def test_what_is_not_plain_rwkv7_is_refused_by_its_name(arrays, tmp_path, kind, 
         load_model(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (["zero_to_fp32.py", "latest"], "is a folder of DeepSpeed"),
+        (["mp_rank_00_model_states.pt"], "its zero_to_fp32.py joins"),
+        ([".metadata", "__0_0.distcp"], "is a distributed checkpoint of PyTorch: join"),
+        (["notes.txt"], "is not a checkpoint: it holds neither"),
+    ],
+)
+def test_parts_of_a_trainers_folder_are_refused_with_what_joins_them(
+    tmp_path, names, sentence
+):
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=sentence):
+        load_model(tmp_path)
 
 
 def drop_a_shard(folder):

@@ -9,6 +9,7 @@ from random_checkpoints import CONFIG, differing, random_params, random_state
 
 from rwkv7_jax.checkpoints.model_files import load_model, save_model
 from rwkv7_jax.checkpoints.state_files import save_state
+from rwkv7_jax.cli import commands
 from rwkv7_jax.cli.commands import main
 
 
@@ -27,6 +28,29 @@ def test_convert_writes_the_other_format_and_says_what_it_was(model, tmp_path, c
     one = load_model(model)[0]
     two = load_model(tmp_path / "m.safetensors")[0]
     assert differing(one, two) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["full"], "`{}/full` holds other files, thesis.txt for one"),
+        (["full", "--format", "hf"], "`{}/full` holds other files"),
+        (["file.txt", "--format", "transformers"], "`{}/file.txt` is a file"),
+        (["folder.pth"], "must name a file for .pth; `{}/folder.pth` is a folder"),
+        (["new", "--vocabulary", "nope"], "`--vocabulary` must be world, bytes"),
+    ],
+)
+def test_a_target_that_cannot_be_written_is_refused_before_the_source_is_read(
+    tmp_path, monkeypatch, capsys, words, sentence
+):
+    monkeypatch.setattr(commands, "load_model", None)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    (tmp_path / "folder.pth").mkdir()
+    (tmp_path / "file.txt").write_text("a")
+    target, *options = words
+    assert main(["convert", "m.pth", str(tmp_path / target), *options]) == 2
+    assert sentence.format(tmp_path) in capsys.readouterr().err
 
 
 def test_convert_changes_the_dtype_when_asked(model, tmp_path):

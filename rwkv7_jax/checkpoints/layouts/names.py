@@ -31,8 +31,8 @@ _WRAPPERS = frozenset(
     }
 )
 
-# The outermost modules of trainers and of Hugging Face's libraries.
-_PREFIXES = frozenset({"module", "model", "rwkv", "rwkv7"})
+# The outermost modules of trainers, of PEFT and of Hugging Face's libraries.
+_PREFIXES = frozenset({"module", "base_model", "model", "rwkv", "rwkv7"})
 
 # What parts of a block are called in some folders of transformers.
 _PARTS = {"attention": "att", "feed_forward": "ffn", "pre_ln": "ln0"}

@@ -26,6 +26,29 @@ _OTHERS = (
 _OLDEST = re.compile(r"\.att\.time_(decay|first)$")
 
 
+# Tensors of PEFT and RWKV-PEFT that stand next to a matrix or for it.
+_ADAPTER = re.compile(r"\.(lora_[AB]|bone|disha|base_layer)(\.|$)")
+
+
+def reject_adapters(tensors: Tensors, path: Path) -> None:
+    """Raises if there are tensors that change another model's matrices.
+
+    Args:
+        tensors: by official name.
+        path: for the message.
+
+    Raises:
+        ValueError: an adapter, alone or next to the model that it was not merged into.
+    """
+    for name in tensors:
+        if _ADAPTER.search(name):
+            raise ValueError(
+                f"load_model: `{path}` holds an adapter such as LoRA's (it has {name}): merge it "
+                "into its model first, for example with PEFT's `merge_and_unload` or RWKV-PEFT's "
+                "scripts in `merge`."
+            )
+
+
 def reject_other_architectures(tensors: Tensors, path: Path) -> None:
     """Raises unless this can be a plain RWKV-7.
 
