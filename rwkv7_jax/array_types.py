@@ -5,8 +5,10 @@ B batch, T tokens, L layers, D width, H heads, N head size, `Nk` key channels (c
 M kernel features.
 """
 
+import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -28,3 +30,30 @@ Logits = Float[Array, "B T V"]
 # The inner tree of weights: nested dicts whose paths are the official checkpoint names, with the
 # first block under `layer_0` and the other blocks stacked under `layers`.
 Params = dict[str, Any]
+
+
+class _ArraySummary:
+    """Dtype and shape of an array, as a notebook shows it."""
+
+    def __init__(self, array: Any):
+        """Describes an array, or takes what is none as it is."""
+        self._text = repr(array)
+        if hasattr(array, "shape") and hasattr(array, "dtype"):
+            sizes = ",".join(map(str, array.shape))
+            self._text = f"{array.dtype}[{sizes}]"
+
+    def __repr__(self) -> str:
+        """Returns the description."""
+        return self._text
+
+
+def describe_fields(self: Any) -> str:
+    """Describes a dataclass of trees with dtypes and shapes in place of numbers.
+
+    For `__repr__`: the numbers of a state fill screens, and say nothing.
+    """
+    parts = []
+    for field in dataclasses.fields(self):
+        tree = jax.tree.map(_ArraySummary, getattr(self, field.name))
+        parts.append(f"{field.name}={tree!r}")
+    return f"{type(self).__name__}({', '.join(parts)})"

@@ -214,7 +214,8 @@ def as_array(value: Any, argument: str) -> Any:
     if isinstance(value, jax.Array | np.ndarray):
         return value
     # Shapes without numbers, as in `jax.eval_shape`.
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
+    # Tensors of PyTorch have dtypes of another kind.
+    if hasattr(value, "shape") and isinstance(getattr(value, "dtype", None), np.dtype):
         return value
     if not isinstance(value, list | tuple | range):
         raise TypeError(f"{argument} must be an array; got {type(value).__name__}.")

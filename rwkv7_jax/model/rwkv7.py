@@ -22,6 +22,7 @@ from rwkv7_jax.checks import (
     check_instance,
     check_params,
     check_tokens,
+    is_traced,
     prefix_errors,
 )
 from rwkv7_jax.model import initializers as initial
@@ -208,7 +209,6 @@ class RWKV7(nn.Module):
             tokens, state, lengths, segment_ids, names=names, project=False
         )
 
-    @nn.compact
     def _run(
         self,
         tokens,
@@ -219,8 +219,26 @@ class RWKV7(nn.Module):
         names=(),
         project=True,
     ):
-        config = self.config
         tokens, lengths, segments = self._checked(tokens, state, lengths, segment_ids)
+        arguments = (tokens, state, lengths, segments)
+        # A module that is initialised, or whose intermediates are kept, writes while it runs.
+        writes = self.is_initializing() or self.is_mutable_collection("intermediates")
+        if writes or not _is_eager((self.variables, arguments)):
+            return self._pass(*arguments, names, project)
+        model = self.clone(parent=None)
+        return _run_compiled(model, self.variables, arguments, names, project)
+
+    @nn.compact
+    def _pass(
+        self,
+        tokens,
+        state,
+        lengths,
+        segments: Segments | None,
+        names: tuple[str, ...],
+        project: bool,
+    ):
+        config = self.config
         x = Embedding(config, name="emb")(tokens).astype(config.dtype)
         x = Norm(config, name="ln0")(x)
         x, memories, trace = self._blocks(
@@ -264,6 +282,7 @@ class RWKV7(nn.Module):
                     check_state(state, tokens.shape[0], config)
                 else:
                     check_packed_state(state, config)
+            sharding.refuse_checked_axes((tokens, state))
             if segment_ids is not None:
                 segments = find_segments(
                     segment_ids, lengths, tokens.shape, state.batch
@@ -341,6 +360,27 @@ def _trace_specs(names: Iterable[str], rows: Any, time: Any) -> dict[str, Any]:
         heads = sharding.TENSOR if name in BY_HEADS else None
         specs[name] = PartitionSpec(None, rows, time, heads)
     return specs
+
+
+def _is_eager(arguments: Any) -> bool:
+    """Tells whether operations run as they are called: no program around them is being traced."""
+    return not any(map(is_traced, jax.tree.leaves(arguments)))
+
+
+# Compiled once for its sizes. Without a program around it the scan over layers would be compiled
+# at every call, because Flax makes it anew, and JAX would keep all of these programs.
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def _run_compiled(
+    model: RWKV7,
+    variables: Any,
+    arguments: tuple[Any, ...],
+    names: tuple[str, ...],
+    project: bool,
+):
+    """Runs a model that no other program calls; its arguments were checked."""
+    # Not its own `apply`: without the head a parent holds no weights of it.
+    apply = functools.partial(nn.Module.apply, model, variables)
+    return apply(*arguments, names, project, method="_pass")
 
 
 def _at_door(module: Callable, parent: RWKV7, *names: str) -> Callable:

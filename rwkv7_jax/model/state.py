@@ -15,6 +15,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
+from rwkv7_jax.array_types import describe_fields
 from rwkv7_jax.checks import (
     as_array,
     check_count,
@@ -62,6 +63,8 @@ class RWKV7State:
     wkv: Float[Array, "L B H Nv Nk"]
     ffn_shift: Float[Array, "L B D"]
     upscaled: Upscaled | None = None
+
+    __repr__ = describe_fields
 
     if typing.TYPE_CHECKING:
 

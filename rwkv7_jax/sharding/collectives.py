@@ -115,6 +115,25 @@ def on_each(function: Callable, *arguments: Any, takes: Any, gives: Any) -> Any:
     )(*arguments)
 
 
+def refuse_checked_axes(tree: Any) -> None:
+    """Refuses what is traced inside of a `jax.shard_map` that checks what varies over its axes.
+
+    Args:
+        tree: the arguments of a model.
+
+    Raises:
+        TypeError: an array varies over an axis. Flax scans over layers without these types, so JAX
+            would raise in the middle of a layer, about a loop's carry.
+    """
+    for leaf in jax.tree.leaves(tree):
+        kind = getattr(jax.typeof(leaf), "manual_axis_type", None)
+        if kind is not None and kind.varying:
+            raise TypeError(
+                "the model must be called inside `jax.shard_map(..., check_vma=False)`; got one "
+                f"that checks what varies over {', '.join(sorted(kind.varying))}."
+            )
+
+
 def shares_heads() -> bool:
     """Tells, to what is traced inside of `on_each`, whether a device has only some of the heads."""
     mesh = jax.sharding.get_abstract_mesh()

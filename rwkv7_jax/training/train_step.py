@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
+from rwkv7_jax.array_types import describe_fields
 from rwkv7_jax.checks import (
     as_array,
     check_count,
@@ -51,6 +52,7 @@ class TrainState:
     params: Any
     opt_state: Any
     skipped: Int[Array, ""]
+    __repr__ = describe_fields
 
     @classmethod
     def create(cls, params: Any, tx: optax.GradientTransformation) -> "TrainState":

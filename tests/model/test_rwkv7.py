@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,6 +161,71 @@ def test_every_weight_and_the_state_have_a_gradient():
         gradients(lively(), STATE, CONFIG)
     ):
         assert float(jnp.abs(grad).max()) > 0, jax.tree_util.keystr(path)
+
+
+def test_a_call_outside_of_programs_is_compiled_once(whole):
+    """And not at every call: all of these programs were kept, some megabytes each."""
+    params = lively()
+
+    def call():
+        return RWKV7(CONFIG).apply({"params": params}, IDS, STATE)
+
+    assert_trees_close(call(), whole, SAME["model"])
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event)
+    )
+    try:
+        call()
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert not [event for event in compiled if "compile" in event]
+
+
+def test_modules_around_the_model_are_called_outside_of_programs_too():
+    class Features(nn.Module):
+        def setup(self):
+            self.model = RWKV7(CONFIG)
+
+        def __call__(self, ids, state):
+            return self.model.hidden(ids, state)[0]
+
+    # The head is never called, so there are no weights of it.
+    weights = {name: leaf for name, leaf in lively().items() if name != "head"}
+    hidden = Features().apply({"params": {"model": weights}}, IDS, STATE)
+    assert_close(hidden, run(lively(), IDS, STATE, method="hidden")[0], SAME["model"])
+
+
+def test_what_is_captured_of_a_call_is_that_of_all_its_modules():
+    _, kept = RWKV7(CONFIG).apply(
+        {"params": lively()},
+        IDS,
+        STATE,
+        capture_intermediates=True,
+        mutable=["intermediates"],
+    )
+    assert {"emb", "ln0", "layer_0", "head"} <= kept["intermediates"].keys()
+
+
+def test_nan_is_still_found_by_jax_where_it_arises():
+    params = jax.tree.map(lambda leaf: leaf * np.nan, lively())
+    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
+        RWKV7(CONFIG).apply({"params": params}, IDS, STATE)
+
+
+def test_inside_of_a_checked_shard_map_the_sentence_says_what_to_do():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
+    axes = jax.sharding.PartitionSpec("x")
+
+    def logits(ids):
+        return RWKV7(CONFIG).apply({"params": lively()}, ids, STATE)[0]
+
+    over = functools.partial(
+        jax.shard_map, logits, mesh=mesh, in_specs=axes, out_specs=axes
+    )
+    with pytest.raises(TypeError, match=r"check_vma=False.*varies over x"):
+        jax.eval_shape(over(), IDS)
+    assert jax.eval_shape(over(check_vma=False), IDS).shape[:2] == IDS.shape
 
 
 def test_bfloat16_activations_stay_near_float32(whole):

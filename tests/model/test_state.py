@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny_models import CONFIG, random_state
 from upscaled_states import ADDITIVE, SIZE, empty_state, filled
@@ -22,6 +23,7 @@ from rwkv7_jax.model.state import (
     where_rows,
 )
 from rwkv7_jax.model.upscaled_memory import MEMORY_FORMS
+from rwkv7_jax.training.train_step import TrainState
 
 ROWS = 4
 REPLACING = ("replace", "replace_raw")
@@ -239,6 +241,18 @@ def test_only_a_state_with_float32_wkv_is_taken(unchecked):
 def with_upscaled(kind, **changes) -> RWKV7State:
     state = empty_state(dynamics=kind)
     return state.replace(upscaled=state.upscaled.replace(**changes))
+
+
+def test_a_state_is_shown_by_its_shapes():
+    """Its numbers would fill screens."""
+    state = init_state(CONFIG)
+    shown = repr(state)
+    assert f"wkv=float32[{','.join(map(str, state.wkv.shape))}]" in shown
+    assert len(shown) < 200 and len(repr(one_state("static", 1))) < 700
+    train = TrainState.create(state, optax.adam(0.1))
+    assert len(repr(train)) < 800 and shown in repr(train)
+    # What stands for a leaf while JAX looks at the structure is shown as it is.
+    assert "wkv='a'" in repr(jax.tree.map(lambda _: "a", state))
 
 
 def test_an_unknown_form_or_kind_is_named_with_those_that_exist():
