@@ -1,10 +1,17 @@
 """A checkpoint is read into shards slice by slice, and nothing of it is ever whole on the host."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+import textwrap
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_checkpoints import random_params, shapes_of
 from tiny_models import CONFIG as TINY
 from tiny_models import lively
 
@@ -12,6 +19,7 @@ from rwkv7_jax import sharding
 from rwkv7_jax.checkpoints.loading import tree_reader
 from rwkv7_jax.checkpoints.model_files import load_model, save_model
 from rwkv7_jax.checkpoints.tensor_names import Tensor
+from rwkv7_jax.model.config import RWKV7Config
 
 # Tensors are views of the mapped file, of which parts are copied. "st" and GGUF files have
 # the low-rank matrices transposed.
@@ -102,6 +110,63 @@ def test_every_number_is_read_once_and_a_shard_at_a_time(
     assert sum(read) >= matrices
     shards = [leaf.addressable_shards[0].data.nbytes for leaf in leaves]
     assert max(buffers) == max(shards)
+
+
+# Prints how far loading into eight shards raised the most memory that the process ever had, mapped
+# pages included; and the size of the largest shard.
+MEASURE = """
+    import json, sys
+    import jax
+    from rwkv7_jax import sharding
+    from rwkv7_jax.checkpoints.model_files import load_model
+
+    def memory(name):
+        line = next(line for line in open("/proc/self/status") if line.startswith(name))
+        return 1024 * int(line.split()[1])
+
+    mesh = sharding.make_mesh({"fsdp": 8}, 8)
+    # What is loaded and compiled at the first model is there before the second one.
+    jax.block_until_ready(load_model(sys.argv[1], mesh=mesh))
+    before = memory("VmRSS")
+    params, _ = jax.block_until_ready(load_model(sys.argv[2], mesh=mesh))
+    shards = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params)]
+    print(json.dumps([memory("VmHWM") - before, max(shards)]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/status"), reason="memory is read from /proc"
+)
+def test_loading_takes_the_memory_of_the_weights_and_two_shards(tmp_path):
+    config = RWKV7Config(vocab_size=65536, num_layers=1, width=512)
+    path = tmp_path / "large.safetensors"
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, jnp.bfloat16),
+        shapes_of(config),
+    )
+    save_model(path, zeros, config)
+    small = dataclasses.replace(config, vocab_size=512)
+    save_model(tmp_path / "small.pth", random_params(small), small)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            textwrap.dedent(MEASURE),
+            tmp_path / "small.pth",
+            path,
+        ],
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rise, largest_shard = json.loads(done.stdout)
+    size = path.stat().st_size
+    # The weights stay; pages of the file go when they were read. One large matrix read at once
+    # would be eight shards.
+    assert largest_shard * 8 == 65536 * 512 * 2
+    assert rise <= size + 2 * largest_shard
 
 
 def test_heads_that_the_devices_do_not_divide_are_refused_before_numbers_are_read(

@@ -24,7 +24,7 @@ CONFIG = RWKV7Config(
 
 
 @functools.cache
-def _shapes(config: RWKV7Config):
+def shapes_of(config: RWKV7Config):
     """Traces a new model, whose output matrices are zero: only its shapes are of use here."""
 
     def init(key):
@@ -47,7 +47,7 @@ def random_params(
     def draw(leaf):
         return jnp.asarray(scale * rng.normal(size=leaf.shape), dtype)
 
-    return jax.tree.map(draw, _shapes(config))
+    return jax.tree.map(draw, shapes_of(config))
 
 
 def random_state(config: RWKV7Config = CONFIG, *, seed: int = 0) -> RWKV7State:
