@@ -362,7 +362,7 @@ def _expected_leaves(
     return expected
 
 
-def _check_leaf(name: str, leaf: jax.Array | None, shape: Shape) -> None:
+def _check_leaf(name: str, leaf: Any, shape: Shape) -> None:
     """Raises unless a leaf is there, of a shape and of a dtype that files and JAX keep."""
     came = None if leaf is None else tuple(leaf.shape)
     if leaf is None or came != shape:

@@ -104,6 +104,14 @@ def curves(
 # Named points by group.
 Points = Mapping[str, Sequence[tuple[float, float, str]]]
 
+# Where a point's name may stand: its alignment, and its distance from the point.
+_PLACES = (
+    ("left", (4, 4)),
+    ("left", (4, -9)),
+    ("right", (-4, 4)),
+    ("right", (-4, -9)),
+)
+
 
 def scatter(
     path: str | Path, groups: Points, *, x: str, y: str, front: bool = False
@@ -127,15 +135,6 @@ def scatter(
             s=28,
             zorder=3,
         )
-        for across, up, name in points:
-            axis.annotate(
-                name,
-                (across, up),
-                xytext=(4, 4),
-                textcoords="offset points",
-                fontsize=6.5,
-                color=colour,
-            )
     points = [point for group in groups.values() for point in group]
     if front:
         axis.step(
@@ -150,7 +149,30 @@ def scatter(
         axis.set_xscale("log")
     axis.set(xlabel=x, ylabel=y)
     axis.grid(alpha=0.25)
+    _label(axis, groups)
     _save(figure, path, legend=True)
+
+
+def _label(axis: Any, groups: Points) -> None:
+    """Writes each point's name next to it, where no name is yet if there is such a place."""
+    taken = []
+    for colour, points in zip(_COLOURS, groups.values(), strict=False):
+        for across, up, name in points:
+            text = axis.annotate(
+                name,
+                (across, up),
+                xytext=(0, 0),
+                textcoords="offset points",
+                fontsize=6.5,
+                color=colour,
+            )
+            for side, shift in _PLACES:
+                text.set_horizontalalignment(side)
+                text.set_position(shift)
+                place = text.get_window_extent()
+                if not any(place.overlaps(other) for other in taken):
+                    break
+            taken.append(place)
 
 
 def front_of(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float]]:
