@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from rwkv7_jax.runs.datasets import TrainingData
 from rwkv7_jax.runs.resume import checkpointer, step_directories
-from rwkv7_jax.training import train_step
+from rwkv7_jax.training import gradients
 
 NAME, _, NUMBERS = os.environ["FAULT"].partition(":")
 
@@ -63,7 +63,7 @@ def slowed(write):
 
 if NAME == "nan":
     TrainingData.batches = poisoned(TrainingData.batches)
-    train_step.target_shares = spoilt(train_step.target_shares)
+    gradients.target_shares = spoilt(gradients.target_shares)
 elif NAME == "slow":
     step_directories.write_manifest = slowed(step_directories.write_manifest)
 elif NAME == "size":
