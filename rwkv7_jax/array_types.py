@@ -33,10 +33,10 @@ Params = dict[str, Any]
 
 
 class _ArraySummary:
-    """Dtype and shape of an array, as a notebook shows it."""
+    """An array that prints its dtype and shape."""
 
     def __init__(self, array: Any):
-        """Describes an array, or takes what is none as it is."""
+        """Describes an array by dtype and shape, and any other value by its own `repr`."""
         self._text = repr(array)
         if hasattr(array, "shape") and hasattr(array, "dtype"):
             sizes = ",".join(map(str, array.shape))

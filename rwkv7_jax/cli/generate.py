@@ -100,7 +100,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say what is read, and where the memory after it goes."""
+    """Adds the options for the prompt, and for the file of the state after it."""
     add = parser.add_argument
     add("--prompt", required=True, help=f"text to continue; {PROMPT_HELP}")
     add(

@@ -78,7 +78,7 @@ def read_jsonl(
         drop_torn_end: drops a last line that breaks off, as a killed writer leaves it, with a
             warning.
         allow_nan: accepts NaN and infinities as numbers; data must not hold them.
-        stats: counts what is read and skipped.
+        stats: counts bytes that are read and lines that are skipped.
         encoding: of the text; None is UTF-8.
 
     Raises:

@@ -116,7 +116,7 @@ def on_each(function: Callable, *arguments: Any, takes: Any, gives: Any) -> Any:
 
 
 def refuse_checked_axes(tree: Any) -> None:
-    """Refuses what is traced inside of a `jax.shard_map` that checks what varies over its axes.
+    """Refuses arguments of a `jax.shard_map` that checks which arrays vary over its axes.
 
     Args:
         tree: the arguments of a model.
@@ -130,7 +130,7 @@ def refuse_checked_axes(tree: Any) -> None:
         if kind is not None and kind.varying:
             raise TypeError(
                 "the model must be called inside `jax.shard_map(..., check_vma=False)`; got one "
-                f"that checks what varies over {', '.join(sorted(kind.varying))}."
+                f"that checks which arrays vary over {', '.join(sorted(kind.varying))}."
             )
 
 

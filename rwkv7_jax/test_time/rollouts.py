@@ -74,7 +74,7 @@ class Rollouts:
 
 
 class Judgement(NamedTuple):
-    """What is known of the completions of a step, those of all processes.
+    """Rewards and lengths of the completions of a step, those of all processes together.
 
     Attributes:
         rewards: of each row, [B] float64.

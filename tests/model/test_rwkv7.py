@@ -223,7 +223,7 @@ def test_inside_of_a_checked_shard_map_the_sentence_says_what_to_do():
     over = functools.partial(
         jax.shard_map, logits, mesh=mesh, in_specs=axes, out_specs=axes
     )
-    with pytest.raises(TypeError, match=r"check_vma=False.*varies over x"):
+    with pytest.raises(TypeError, match=r"check_vma=False.*vary over x"):
         jax.eval_shape(over(), IDS)
     assert jax.eval_shape(over(check_vma=False), IDS).shape[:2] == IDS.shape
 

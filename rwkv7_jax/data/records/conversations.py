@@ -129,7 +129,7 @@ def read_message(message: Any, number: int) -> Message:
 
 
 def _turn(message: Mapping[str, Any], role: str, key: str) -> Message:
-    """Reads what is said in a message, thought before it and called after it."""
+    """Reads the text of a message, with the thoughts before it and the tool calls after it."""
     if role != "assistant":
         return Message(role, _said(message, key))
     calls = _calls(message)

@@ -1,4 +1,4 @@
-"""Fields of a record: what is there, under which name, and of which kind."""
+"""Fields of a record: their names, and checks of their values."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -20,7 +20,7 @@ _PARQUET_MAGIC = b"PAR1"
 # Suffixes of tables.
 TABLES = (*_SEPARATORS, _PARQUET)
 
-# A row of a table: where it is, for messages, and what is in its columns.
+# A row of a table: its place, for messages, and its cells by the names of the columns.
 _Row = tuple[str, dict[str, Any]]
 
 
@@ -57,7 +57,7 @@ def table_documents(
         suffix: one of `TABLES`.
         encoding: of a file of text; None is UTF-8.
         on_bad: "error" or "skip", for rows that are no records.
-        stats: counts what is read and skipped.
+        stats: counts bytes that are read and rows that are skipped.
 
     Raises:
         ValueError: a damaged file, a bad row, or no package that reads Parquet.
