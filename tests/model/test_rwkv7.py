@@ -216,9 +216,11 @@ def test_nan_is_still_found_by_jax_where_it_arises():
 def test_inside_of_a_checked_shard_map_the_sentence_says_what_to_do():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
     axes = jax.sharding.PartitionSpec("x")
+    # Outside of the function: weights that are made inside of it would be traced.
+    params = lively()
 
     def logits(ids):
-        return RWKV7(CONFIG).apply({"params": lively()}, ids, STATE)[0]
+        return RWKV7(CONFIG).apply({"params": params}, ids, STATE)[0]
 
     over = functools.partial(
         jax.shard_map, logits, mesh=mesh, in_specs=axes, out_specs=axes
