@@ -5,23 +5,27 @@
     python -m benchmarks.device_run --call 3 --out FILE    # what does a user get?
     python -m benchmarks.device_run --rehearse [--out FILE]
 
-Each step is a process with a time limit of its own, and each result is one line of JSON that is
-written at once: a crash, an illegal access or a full memory loses that step alone, and what it had
-found until then stays. Steps come in the order of their worth; one that the call has no time left
-for is written down as skipped. Lines of earlier calls in FILE are kept.
+Each step has a time limit of its own and runs in processes of its own, and each result is one line
+of JSON that is written at once: a crash, an illegal access or a full memory loses that process
+alone, and what it had found until then stays. Checks run in several processes at once. Times are
+measured by one process alone, after others have compiled its programs into JAX's cache; the lines
+of these say "warm", and their times do not count. Steps come in the order of their worth; one that
+the call has no time left for is written down as skipped. Lines of earlier calls in FILE are kept.
 
-`--rehearse` runs all steps on a CPU, at tiny sizes and with the kernels in Pallas's interpreter, so
-that the program is known to work before a GPU is paid for. Its times mean nothing. It exits 1 where
-a step fails.
+`--rehearse` runs all steps on a CPU, each in one process, at tiny sizes and with the kernels in
+Pallas's interpreter, so that the program is known to work before a GPU is paid for. Its times mean
+nothing. It exits 1 where a step fails.
 """
 
 import argparse
+import concurrent.futures
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable
@@ -36,28 +40,35 @@ class Step(NamedTuple):
         name: as `python -m benchmarks.device` takes it.
         call: the call that it belongs to.
         seconds: its time limit.
+        workers: processes that share its work. Where it measures times, they compile the programs
+            of a process that then measures alone.
+        measures: whether it measures times.
     """
 
     name: str
     call: int
     seconds: int
+    workers: int = 1
+    measures: bool = True
 
 
 STEPS = (
     Step("card", 1, 60),
-    Step("laws", 1, 240),
-    Step("repetitions", 1, 150),
-    Step("large", 1, 60),
-    Step("sanitizer", 1, 60),
-    Step("times", 2, 260),
-    Step("tiles", 2, 150),
-    Step("segments", 2, 80),
-    Step("float32", 2, 60),
-    Step("training", 3, 300),
-    Step("decoding", 3, 150),
-    Step("prefill", 3, 90),
+    Step("laws", 1, 180, 8, measures=False),
+    Step("repetitions", 1, 200, 8, measures=False),
+    Step("large", 1, 60, measures=False),
+    Step("sanitizer", 1, 150, 2, measures=False),
+    Step("times", 2, 260, 4),
+    Step("tiles", 2, 120, 6),
+    Step("segments", 2, 120, 8),
+    Step("float32", 2, 60, 3),
+    Step("training", 3, 280, 8),
+    Step("decoding", 3, 150, 5),
+    Step("prefill", 3, 90, 4),
 )
 CALL_SECONDS = 9 * 60
+# The share of a step's time in which its programs must be compiled.
+WARM_SHARE = 0.6
 # What a step must have left to be worth a start.
 LEAST_SECONDS = 15
 REHEARSAL_SECONDS = 300
@@ -73,6 +84,15 @@ def card() -> str:
     return (done.stdout.strip().splitlines() or ["cpu"])[0]
 
 
+# Steps have children of their own, and others next to them, that need memory of the GPU too; and
+# programs that one process has compiled are another one's.
+_ENVIRONMENT = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "JAX_COMPILATION_CACHE_DIR": tempfile.gettempdir() + "/device_run_programs",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+
+
 class Record:
     """The file of results, to which every line is written at once."""
 
@@ -85,32 +105,64 @@ class Record:
         """
         self._path = path
         self._common = common
+        self._lock = threading.Lock()
 
     def write(self, step: str, row: dict) -> None:
         """Writes a line and shows it."""
         line = json.dumps({"step": step, **self._common, **row})
-        with self._path.open("a", encoding="utf-8") as file:
+        with self._lock, self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
-        print(line, flush=True)
+            print(line, flush=True)
 
 
-def command_of(step: Step, *, rehearse: bool) -> list[str]:
-    """Returns the command that runs a step."""
-    command = [sys.executable, "-m", "benchmarks.device", step.name]
-    return [*command, "--rehearse"] if rehearse else command
+def commands_of(step: Step, *, rehearse: bool) -> tuple[list, list]:
+    """Returns the commands that run a step: those that run at once, and then the one alone.
+
+    Returns:
+        Commands of the workers, and a list of the measuring command, empty if nothing is measured.
+        In a rehearsal one process does all work of a step.
+    """
+    alone = [sys.executable, "-m", "benchmarks.device", step.name]
+    if rehearse:
+        return [], [[*alone, "--rehearse"]]
+    workers = []
+    for part in range(step.workers):
+        workers.append([*alone, "--part", str(part), str(step.workers)])
+    if not step.measures:
+        return workers, []
+    if step.workers == 1:
+        return [], [alone]
+    return [[*worker, "--warm"] for worker in workers], [alone]
 
 
-def run_step(name: str, command: list[str], record: Record, seconds: float) -> str:
-    """Runs a step, writes its lines, and returns its status: "ok", "failed" or "time limit".
+def run_step(
+    name: str, commands: list[list[str]], record: Record, seconds: float
+) -> str:
+    """Runs processes at once and writes their lines; returns "ok", "failed" or "time limit".
 
     Args:
         name: of the step.
-        command: what to run.
-        record: where its lines go.
-        seconds: its time limit.
+        commands: one for each process.
+        record: where their lines go.
+        seconds: the time limit of all.
     """
+    end = time.monotonic() + seconds
+    with concurrent.futures.ThreadPoolExecutor(len(commands)) as threads:
+        statuses = list(
+            threads.map(
+                lambda command: _run_process(name, command, record, end), commands
+            )
+        )
+    for status in ("failed", "time limit"):
+        if status in statuses:
+            return status
+    return "ok"
+
+
+def _run_process(name: str, command: list[str], record: Record, end: float) -> str:
+    """Runs one process until a time by `time.monotonic`, and writes its lines and status."""
     began = time.monotonic()
     is_late = threading.Event()
     errors: list[str] = []
@@ -119,8 +171,7 @@ def run_step(name: str, command: list[str], record: Record, seconds: float) -> s
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Steps have children of their own that need memory of the GPU next to theirs.
-        env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        env=os.environ | _ENVIRONMENT,
         start_new_session=True,
     ) as child:
         assert child.stdout is not None
@@ -131,17 +182,18 @@ def run_step(name: str, command: list[str], record: Record, seconds: float) -> s
             # With its children, which hold the GPU as well.
             os.killpg(child.pid, signal.SIGKILL)
 
-        timer = threading.Timer(seconds, stop)
+        timer = threading.Timer(end - began, stop)
         timer.start()
         # Read apart, or a child with much to say there would wait for ever.
         reader = threading.Thread(target=errors.extend, args=(child.stderr,))
         reader.start()
-        failures = _copy_lines(child.stdout, name, record)
+        common = {"warm": True} if "--warm" in command else {}
+        failures = _copy_lines(child.stdout, name, record, common)
         code = child.wait()
         timer.cancel()
         reader.join()
     status = "failed" if code or failures else "ok"
-    row: dict = {"status": "time limit" if is_late.is_set() else status}
+    row: dict = common | {"status": "time limit" if is_late.is_set() else status}
     row["seconds"] = round(time.monotonic() - began, 1)
     if code and not is_late.is_set():
         row["exit code"] = code
@@ -150,8 +202,8 @@ def run_step(name: str, command: list[str], record: Record, seconds: float) -> s
     return row["status"]
 
 
-def _copy_lines(lines: Iterable[str], name: str, record: Record) -> int:
-    """Writes the lines of a step as they come, and counts those that report a failure."""
+def _copy_lines(lines: Iterable[str], name: str, record: Record, common: dict) -> int:
+    """Writes the lines of a process as they come, and counts those that report a failure."""
     failures = 0
     for line in lines:
         try:
@@ -163,7 +215,7 @@ def _copy_lines(lines: Iterable[str], name: str, record: Record) -> int:
             print(line, end="", file=sys.stderr)
             continue
         failures += str(row.get("result", "")).startswith("failed")
-        record.write(name, row)
+        record.write(name, common | row)
     return failures
 
 
@@ -179,8 +231,17 @@ def run_steps(
             statuses[step.name] = "skipped"
             record.write(step.name, {"status": "skipped"})
             continue
-        command = command_of(step, rehearse=rehearse)
-        statuses[step.name] = run_step(step.name, command, record, seconds)
+        step_end = time.monotonic() + seconds
+        workers, alone = commands_of(step, rehearse=rehearse)
+        statuses[step.name] = "ok"
+        for commands, share in ((workers, WARM_SHARE if alone else 1.0), (alone, 1.0)):
+            if not commands:
+                continue
+            left = share * (step_end - time.monotonic())
+            status = run_step(step.name, commands, record, left)
+            # What failed while it warmed up fails again, and is then counted.
+            if commands is alone or not alone:
+                statuses[step.name] = status
     return statuses
 
 

@@ -132,7 +132,7 @@ def rwkv_ops(kernel: str) -> Callable:
     return op
 
 
-def fla(data, repeats: int, true) -> dict[str, float]:
+def fla(data, repeats: int, true=None) -> dict[str, float]:
     """Measures flash-linear-attention with `fla_child`, in another process."""
     for package in ("torch", "fla"):
         if importlib.util.find_spec(package) is None:
@@ -156,6 +156,8 @@ def fla(data, repeats: int, true) -> dict[str, float]:
             )
         found = dict(np.load(f"{folder}/found.npz"))
     times = {name: float(found[name]) for name in ("fwd ms", "fwd+bwd ms")}
+    if true is None:
+        return times
     return times | errors(found["y"], [found[name] for name in NAMES[:7]], true)
 
 
@@ -237,34 +239,32 @@ def of_copy(case: Case, row: dict, bandwidth: float) -> dict[str, float]:
     return over(floors, passes(row))
 
 
-def contestants(case: Case, given: tuple) -> dict[str, Callable[[], dict]]:
+def contestants(case: Case) -> dict[str, Callable[..., dict]]:
     """Returns what measures each implementation and peer, by name, ours first.
 
-    Args:
-        case: sizes.
-        given: the arguments of `measure` after the op.
+    Each takes the arguments of `measure` after the op.
     """
-    runs: dict[str, Callable[[], dict]] = {}
+    runs: dict[str, Callable[..., dict]] = {}
     for name, op in implementations(case).items():
-        runs[name] = functools.partial(measure, op, *given)
+        runs[name] = functools.partial(measure, op)
     for rows, warps in SEQUENTIAL:
         op = functools.partial(sequential, rows=rows, warps=warps)
-        runs[f"sequential, {rows} rows, {warps} warps"] = functools.partial(
-            measure, op, *given
-        )
+        runs[f"sequential, {rows} rows, {warps} warps"] = functools.partial(measure, op)
     for kernel in ("pallas", "triton"):
-        runs[f"rwkv-ops {kernel}"] = lambda kernel=kernel: measure(
+        runs[f"rwkv-ops {kernel}"] = lambda *given, kernel=kernel: measure(
             rwkv_ops(kernel), *given
         )
-    return runs | {"fla chunk_rwkv7": functools.partial(fla, *given)}
+    return runs | {"fla chunk_rwkv7": fla}
 
 
 def measure_all(case: Case, bandwidth: float, repeats: int) -> list[dict]:
     """Measures a row of `COLUMNS` for each implementation and peer; the truth is computed once."""
     data = make_data(case)
+    given = (data, repeats, truth(data))
     found = []
-    for name, run in contestants(case, (data, repeats, truth(data))).items():
-        found.append(dict.fromkeys(COLUMNS) | {"implementation": name} | attempt(run))
+    for name, make in contestants(case).items():
+        row = attempt(functools.partial(make, *given))
+        found.append(dict.fromkeys(COLUMNS) | {"implementation": name} | row)
         row = found[-1]
         shares = of_copy(case, row, bandwidth)
         row |= {f"{name} of copy": shares.get(name) for name in ("fwd", "fwd+bwd")}

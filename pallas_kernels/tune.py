@@ -82,7 +82,7 @@ class Candidate(NamedTuple):
         return cls(**values | {"case": Case(*values["case"]), "choice": choice})
 
 
-def _make_passes(candidate: Candidate) -> tuple[Callable, Callable]:
+def make_passes(candidate: Candidate) -> tuple[Callable, Callable]:
     """Makes the chosen pass in the candidate's implementation, and in "scan"; both of no arguments.
 
     The backward pass starts from states that the same choice has kept: they depend on the chunk.
@@ -131,7 +131,7 @@ def check_and_measure(candidate: Candidate) -> tuple[float, str]:
         Milliseconds and an empty text; or infinity and what is wrong with its results.
     """
     with tiles.override(candidate.choice):
-        run, run_expected = _make_passes(candidate)
+        run, run_expected = make_passes(candidate)
         first = jax.block_until_ready(run())
     distance = _distance(first, run_expected())
     if distance > BARS[candidate.dtype]:

@@ -7,11 +7,13 @@ failed or is not installed. A kernel that returns wrong or varying numbers has f
 import argparse
 import json
 from collections.abc import Callable
+from unittest import mock
 
-from benchmarks.device import correctness, speed
-from benchmarks.device.sizes import DEVICE, REHEARSAL, Rows, Sizes
+from benchmarks.device import correctness, decoding, speed, training
+from benchmarks.device.sizes import DEVICE, REHEARSAL, Job, Jobs, Sizes, attempt
+from pallas_kernels import bench
 
-STEPS: dict[str, Callable[[Sizes], Rows]] = {
+STEPS: dict[str, Callable[[Sizes], Jobs]] = {
     "card": correctness.card,
     "laws": correctness.laws,
     "repetitions": correctness.repetitions,
@@ -19,23 +21,36 @@ STEPS: dict[str, Callable[[Sizes], Rows]] = {
     "sanitizer": correctness.sanitizer,
     "small": correctness.small,
     "times": speed.times,
-    "tiles": correctness.neighbouring_tiles,
+    "tiles": speed.neighbouring_tiles,
     "segments": speed.segments,
     "float32": speed.float32,
-    "training": speed.training,
-    "decoding": speed.decoding,
-    "prefill": speed.prefill,
+    "training": training.steps,
+    "decoding": decoding.generated,
+    "prefill": decoding.prompts,
 }
 
 
+def share(jobs: Jobs, part: int, parts: int) -> list[Job]:
+    """Returns one part of a step's jobs: neighbours, which share data, stay together."""
+    every = list(jobs)
+    return every[part * len(every) // parts : (part + 1) * len(every) // parts]
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Runs one step and prints its results, one line of JSON each."""
+    """Runs one step, or a part of it, and prints its results, one line of JSON each."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.device")
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--warm", action="store_true", help="compile and check alone")
+    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar="N")
     flags = parser.parse_args(arguments)
-    for row in STEPS[flags.step](REHEARSAL if flags.rehearse else DEVICE):
-        print(json.dumps(row), flush=True)
+    sizes = REHEARSAL if flags.rehearse else DEVICE
+    if flags.warm:
+        sizes = sizes._replace(warm=True, repeats=1)
+        # Times of programs that run next to others say nothing: one call each is enough.
+        mock.patch.object(bench, "RUN_SECONDS", 0.0).start()
+    for job in share(STEPS[flags.step](sizes), *flags.part):
+        print(json.dumps(job.labels | attempt(job.run)), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import math
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.device.sizes import Rows, Sizes, attempt, kernels, op_of
+from benchmarks.device.sizes import Job, Jobs, Sizes, kernels, op_of
 from pallas_kernels import bench, dispatch, tiles, tune
 from pallas_kernels.cases import Case, make_inputs
 from rwkv7_jax.reports.system_info import versions
@@ -23,7 +22,7 @@ PACKAGES = ("jax", "jaxlib", "jax-triton", "triton", "torch", "fla-core", "rwkv-
 BARS = {"float32": (5e-6, 2e-5), "bfloat16": (5e-3, 8e-3)}
 # Keys that are all the same are hard on bfloat16.
 REPEATED_BAR = 4e-2
-SECONDS_OF_A_COMMAND = 50
+SECONDS_OF_A_COMMAND = 150
 # The fields of a kernel's tile, with the numbers that are tried.
 _TILE_NUMBERS = (
     ("warps", 4),
@@ -34,26 +33,33 @@ _TILE_NUMBERS = (
 )
 
 
-def card(sizes: Sizes) -> Rows:
+def card(sizes: Sizes) -> Jobs:
     """Names the device and versions, and measures a copy and a product: the floors of the run."""
-    device = jax.devices()[0]
-    yield {"device": device.device_kind, "versions": versions(PACKAGES)}
-    tool = shutil.which("nvidia-smi")
-    if tool is not None:
-        query = [
-            tool,
-            "--query-gpu=clocks.max.sm,clocks.sm,power.limit",
-            "--format=csv",
-        ]
-        done = subprocess.run(query, capture_output=True, text=True, timeout=30)
-        yield {"nvidia-smi": done.stdout.splitlines()}
-    yield {"copy GB/s": bench.copy_bandwidth(sizes.repeats) / 1e9}
-    side = 256 if sizes.interpret else 8192
-    x = jnp.ones((side, side), jnp.bfloat16)
-    wall, _ = bench.least_ms(
-        functools.partial(jax.jit(jnp.matmul), x, x), repeats=sizes.repeats
-    )
-    yield {"product TFLOP/s": 2 * side**3 / wall / 1e9}
+
+    def described():
+        device = jax.devices()[0]
+        return {"device": device.device_kind, "versions": versions(PACKAGES)}
+
+    def clocks():
+        tool = shutil.which("nvidia-smi")
+        if tool is None:
+            raise ImportError("nvidia-smi")
+        query = "--query-gpu=clocks.max.sm,clocks.sm,power.limit,driver_version"
+        command = [tool, query, "--format=csv"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        return {"nvidia-smi": done.stdout.splitlines()}
+
+    def product():
+        side = 256 if sizes.interpret else 8192
+        x = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
+        run = functools.partial(jax.jit(jnp.matmul), x, x)
+        wall, _ = bench.least_ms(run, repeats=sizes.repeats)
+        return {"product TFLOP/s": 2 * side**3 / wall / 1e9}
+
+    yield Job({}, described)
+    yield Job({}, clocks)
+    yield Job({}, lambda: {"copy GB/s": bench.copy_bandwidth(sizes.repeats) / 1e9})
+    yield Job({}, product)
 
 
 def law_cases(sizes: Sizes) -> Iterator[tuple[Case, str]]:
@@ -97,21 +103,19 @@ def check_law(op: bench.Op, case: Case, dtype: str) -> dict:
     return {"values": values, "gradients": worst}
 
 
-def laws(sizes: Sizes) -> Rows:
+def laws(sizes: Sizes) -> Jobs:
     """Compares the kernels with float64: sizes, lengths, data, numbers of segments, packed rows."""
     for name in kernels(sizes):
         op = op_of(name, sizes)
         for case, dtype in itertools.islice(law_cases(sizes), sizes.laws):
-            row = attempt(functools.partial(check_law, op, case, dtype))
-            yield {
-                "name": name,
-                "case": dataclasses.astuple(case),
-                "dtype": dtype,
-            } | row
-    yield {"name": "packed rows"} | attempt(functools.partial(check_packed, sizes))
+            labels = {"name": name, "case": dataclasses.astuple(case), "dtype": dtype}
+            yield Job(labels, functools.partial(check_law, op, case, dtype))
+    for name in kernels(sizes):
+        labels = {"name": name, "what": "packed rows"}
+        yield Job(labels, functools.partial(check_packed, name, sizes))
 
 
-def check_packed(sizes: Sizes) -> dict:
+def check_packed(name: str, sizes: Sizes) -> dict:
     """Compares packed rows with the same tokens in rows of their own; float32."""
     keys, values = sizes.heads_of[0]
     inputs, state = make_inputs(Case(4, 50, 2, keys, values))
@@ -123,8 +127,8 @@ def check_packed(sizes: Sizes) -> dict:
         run = jax.jit(functools.partial(bench.forward_and_gradients, op))
         return run(inputs, state, dy, jnp.cos(state))
 
-    packed = gradients(op_of("pallas_gpu", sizes, segment_ids=ids), rows)
-    alone = gradients(op_of("pallas_gpu", sizes), inputs)
+    packed = gradients(op_of(name, sizes, segment_ids=ids), rows)
+    alone = gradients(op_of(name, sizes), inputs)
     pairs = zip(jax.tree.leaves(packed), jax.tree.leaves(alone), strict=True)
     worst = max(bench.relative(x.reshape(y.shape), y) for x, y in pairs)
     if not worst <= 1e-5:
@@ -139,40 +143,35 @@ def same_bits(left, right) -> jax.Array:
     return functools.reduce(jnp.logical_and, jax.tree.leaves(equal))
 
 
-def count_varying(run: Callable, repetitions: int) -> dict:
-    """Runs a program again and again, once with free memory full of NaN."""
+def count_varying(run: Callable, sizes: Sizes) -> dict:
+    """Runs a program again and again, once with freed memory full of NaN."""
     first = jax.block_until_ready(run())
-    varying = sum(not bool(same_bits(first, run())) for _ in range(repetitions))
-    stats = jax.devices()[0].memory_stats() or {}
-    free = stats.get("bytes_limit", 2**24) - stats.get("bytes_in_use", 0)
-    jnp.full(free // 8, jnp.nan, jnp.float32).block_until_ready().delete()
+    varying = sum(not bool(same_bits(first, run())) for _ in range(sizes.repetitions))
+    # What JAX frees it gives to the next program that asks.
+    jnp.full(sizes.filled_bytes // 4, jnp.nan, jnp.float32).block_until_ready().delete()
     varying += not bool(same_bits(first, run()))
     if varying:
-        raise ArithmeticError(f"{varying} of {repetitions + 1} runs differ")
-    return {"repetitions": repetitions + 1}
+        raise ArithmeticError(f"{varying} of {sizes.repetitions + 1} runs differ")
+    return {"repetitions": sizes.repetitions + 1}
 
 
-def repetitions(sizes: Sizes) -> Rows:
+def repetitions(sizes: Sizes) -> Jobs:
     """Repeats both passes of every kernel and of every neighbour of its tiles, bit for bit."""
-    for dtype, case in itertools.product(("bfloat16", "float32"), sizes.cases[:2]):
+
+    def repeat(name, case, dtype):
         inputs, state = make_inputs(case, dtype)
         arguments = (inputs, state, jnp.sin(inputs.v), jnp.cos(state))
+        op = op_of(name, sizes)
+        run = jax.jit(functools.partial(bench.forward_and_gradients, op))
+        return count_varying(functools.partial(run, *arguments), sizes)
+
+    for dtype, case in itertools.product(("bfloat16", "float32"), sizes.cases[:2]):
         for name in kernels(sizes):
-            run = jax.jit(
-                functools.partial(bench.forward_and_gradients, op_of(name, sizes))
-            )
-            row = attempt(
-                lambda run=run, arguments=arguments: count_varying(
-                    functools.partial(run, *arguments), sizes.repetitions
-                )
-            )
-            yield {
-                "name": name,
-                "case": dataclasses.astuple(case),
-                "dtype": dtype,
-            } | row
+            labels = {"name": name, "case": dataclasses.astuple(case), "dtype": dtype}
+            yield Job(labels, functools.partial(repeat, name, case, dtype))
     case = dataclasses.replace(sizes.cases[0], batch=1)
-    yield from try_tiles(sizes, case, neighbours)
+    for candidate in candidates(sizes, case):
+        yield Job(tile_labels(candidate), functools.partial(check_apart, candidate))
 
 
 def neighbours(choice: tiles.GPU) -> Iterator[tiles.GPU]:
@@ -199,42 +198,39 @@ def table_choice(name: str, case: Case, sizes: Sizes) -> tiles.GPU:
     return tiles.for_gpu(table, case.key_size, case.value_size, "bfloat16", capability)
 
 
-def try_tiles(sizes: Sizes, case: Case, choices: Callable) -> Rows:
-    """Checks, repeats and times tiles, each in a process of its own."""
+def candidates(sizes: Sizes, case: Case) -> Iterator[tune.Candidate]:
+    """Yields the table's tiles and their neighbours, of every kernel and in both passes."""
     for name in kernels(sizes):
-        around = list(choices(table_choice(name, case, sizes)))
+        around = list(neighbours(table_choice(name, case, sizes)))
         for choice in around[:1] if sizes.interpret else around:
-            yield try_tile(sizes, case, name, choice)
+            for backward in (False, True):
+                yield tune.Candidate(
+                    name,
+                    case,
+                    "bfloat16",
+                    choice,
+                    backward,
+                    sizes.repeats,
+                    sizes.interpret,
+                    sizes.repetitions,
+                )
 
 
-def try_tile(sizes: Sizes, case: Case, name: str, choice: tiles.GPU) -> dict[str, Any]:
-    """Checks, repeats and times one choice of tiles, forward and backward."""
-    row: dict[str, Any] = {"result": "ok", "name": name, "choice": choice}
-    for backward in (False, True):
-        candidate = tune.Candidate(
-            name,
-            case,
-            "bfloat16",
-            choice,
-            backward,
-            sizes.repeats,
-            sizes.interpret,
-            sizes.repetitions,
-        )
-        wall, reason = tune.run_apart(candidate)
-        label = "backward" if backward else "forward"
-        row[f"{label} ms"] = wall if math.isfinite(wall) else None
-        if reason:
-            row["result"] = f"failed: {label}: {reason}"
-    return row
+def tile_labels(candidate: tune.Candidate) -> dict[str, Any]:
+    """Returns what the line of a tile's result says."""
+    label = "backward" if candidate.backward else "forward"
+    return {"name": candidate.name, "choice": candidate.choice, "pass": label}
 
 
-def neighbouring_tiles(sizes: Sizes) -> Rows:
-    """Times the tiles next to the table's, with the usual case."""
-    yield from try_tiles(sizes, sizes.cases[0], neighbours)
+def check_apart(candidate: tune.Candidate) -> dict:
+    """Checks and repeats one choice of tiles in a process of its own."""
+    _, reason = tune.run_apart(candidate)
+    if reason:
+        raise ArithmeticError(reason)
+    return {"repetitions": candidate.repetitions}
 
 
-def large(sizes: Sizes) -> Rows:
+def large(sizes: Sizes) -> Jobs:
     """Runs arrays of more than 2^31 numbers, whose rows are the same, and a very long row."""
     tokens = 64 if sizes.interpret else 4096
     keys, values = sizes.heads_of[0]
@@ -264,34 +260,34 @@ def large(sizes: Sizes) -> Rows:
         return {"tokens": repeated.r.shape[1]}
 
     for name, run in itertools.product(kernels(sizes), (many, long)):
-        yield {"name": name, "what": run.__name__} | attempt(
-            functools.partial(run, name)
-        )
+        labels = {"name": name, "what": run.__name__}
+        yield Job(labels, functools.partial(run, name))
 
 
-def sanitizer(sizes: Sizes) -> Rows:
+def sanitizer(sizes: Sizes) -> Jobs:
     """Runs a small law under NVIDIA's checks of memory and races."""
     tool = shutil.which("compute-sanitizer")
     program = [sys.executable, "-m", "benchmarks.device", "small"]
-    for check in ("memcheck", "racecheck"):
+
+    def run(check):
         if tool is None:
-            yield {"check": check, "result": "not installed: compute-sanitizer"}
-            continue
+            raise ImportError("compute-sanitizer")
         command = [tool, "--tool", check, "--error-exitcode", "9", *program]
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=SECONDS_OF_A_COMMAND
         )
-        last = (done.stdout.strip().splitlines() or [""])[-1]
-        yield {
-            "check": check,
-            "result": f"failed: {last}" if done.returncode else "ok",
-        }
+        lines = done.stdout.strip().splitlines() or [""]
+        if done.returncode:
+            raise ArithmeticError(lines[-1])
+        return {"last line": lines[-1]}
+
+    for check in ("memcheck", "racecheck"):
+        yield Job({"check": check}, functools.partial(run, check))
 
 
-def small(sizes: Sizes) -> Rows:
+def small(sizes: Sizes) -> Jobs:
     """Runs every kernel once, for `sanitizer`."""
     for name in kernels(sizes):
-        case = Case(1, 128, 2)
-        yield {"name": name} | attempt(
-            functools.partial(check_law, op_of(name, sizes), case, "bfloat16")
-        )
+        op = op_of(name, sizes)
+        run = functools.partial(check_law, op, Case(1, 128, 2), "bfloat16")
+        yield Job({"name": name}, run)

@@ -1,7 +1,7 @@
 """How large the steps of a run on a device are, and the kernels that they try."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Array
 
@@ -10,7 +10,20 @@ from pallas_kernels import bench, dispatch, wkv7
 from pallas_kernels.cases import Case
 from pallas_kernels.reference import State, WKVInputs
 
-Rows = Iterator[dict]
+
+class Job(NamedTuple):
+    """One thing to check or to measure.
+
+    Attributes:
+        labels: what it is, as the line of its result says.
+        run: does it, and returns numbers by name.
+    """
+
+    labels: dict[str, Any]
+    run: Callable[[], dict]
+
+
+Jobs = Iterator[Job]
 
 
 class Sizes(NamedTuple):
@@ -23,16 +36,19 @@ class Sizes(NamedTuple):
         lengths: tokens in the laws.
         rows_heads: products of rows and heads in the laws, which choose the number of segments.
         repetitions: runs that must agree bit for bit.
+        filled_bytes: memory that is filled with NaN and freed before one of them.
         copies: copies of a row in one large call.
         cases: of the times, the usual one first.
         segments: numbers of segments that are forced.
         model: entries of the vocabulary, layers and width of the model.
         length: tokens of a row in training.
-        batches: rows in training.
-        remats: recomputations in training.
+        batches: rows in training, the usual number first.
+        remats: recomputations in training, the usual one first.
         decoded: rows in decoding.
         prompts: tokens of prompts.
         repeats: measurements, of which the least counts.
+        warm: compile the programs of a step that measures, and check their results; their times do
+            not count, since other processes run at the same time.
     """
 
     interpret: bool
@@ -41,6 +57,7 @@ class Sizes(NamedTuple):
     lengths: tuple[int, ...]
     rows_heads: tuple[int, ...]
     repetitions: int
+    filled_bytes: int
     copies: int
     cases: tuple[Case, ...]
     segments: tuple[int, ...]
@@ -51,6 +68,7 @@ class Sizes(NamedTuple):
     decoded: tuple[int, ...]
     prompts: tuple[int, ...]
     repeats: int
+    warm: bool = False
 
 
 DEVICE = Sizes(
@@ -60,11 +78,11 @@ DEVICE = Sizes(
     lengths=(1, 5, 31, 32, 33, 64, 96, 1024, 4097),
     rows_heads=(1, 8, 32, 96, 128, 256),
     repetitions=50,
+    filled_bytes=2**31,
     copies=256,
     cases=(
         Case(8, 4096, 32),
         Case(8, 4096, 16),
-        Case(1, 4096, 32),
         Case(1, 32768, 16),
         Case(8, 4096, 16, 128, 128),
         Case(64, 512, 16),
@@ -72,8 +90,8 @@ DEVICE = Sizes(
     segments=(1, 2, 4, 8, 16),
     model=(65536, 24, 1024),
     length=4096,
-    batches=(1, 4, 8),
-    remats=("none", "op", "block"),
+    batches=(8, 4, 1),
+    remats=("op", "none", "block"),
     decoded=(1, 8, 32, 128, 512),
     prompts=(16, 128, 1024, 16384),
     repeats=5,
@@ -85,6 +103,7 @@ REHEARSAL = Sizes(
     lengths=(33,),
     rows_heads=(2,),
     repetitions=2,
+    filled_bytes=2**20,
     copies=2,
     cases=(Case(1, 64, 1, 32, 32),),
     segments=(1, 2),

@@ -1,169 +1,119 @@
-"""Steps that ask how fast the op, a training step, decoding and reading a prompt are."""
+"""Steps that ask how fast the op is: next to peers, by tiles, by segments, in float32."""
 
 import dataclasses
 import functools
-import itertools
-import time
+from collections.abc import Callable
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
-import optax
 
-import rwkv7_jax as rwkv
-from benchmarks import decode, peers_gpu
-from benchmarks.device.sizes import Rows, Sizes, attempt, kernels, op_of
+from benchmarks import peers_gpu
+from benchmarks.device.correctness import candidates, tile_labels
+from benchmarks.device.sizes import Job, Jobs, Sizes, kernels, op_of
 from benchmarks.sequential_gpu import sequential
-from pallas_kernels import bench
+from pallas_kernels import bench, tiles, tune
 from pallas_kernels.cases import Case
 from pallas_kernels.gpu import segmented_passes
 
-
-def times(sizes: Sizes) -> Rows:
-    """Times all implementations and peers on the same data, with their errors to float64."""
-    bandwidth = bench.copy_bandwidth(sizes.repeats)
-    for case in sizes.cases:
-        data = peers_gpu.make_data(case)
-        given = (data, sizes.repeats, bench.truth(data))
-        if sizes.interpret:
-            op = functools.partial(sequential, interpret=True)
-            runs = {"sequential": functools.partial(peers_gpu.measure, op, *given)}
-        else:
-            runs = peers_gpu.contestants(case, given)
-        for name, run in runs.items():
-            row = attempt(run)
-            shares = peers_gpu.of_copy(case, row | {"status": row["result"]}, bandwidth)
-            row |= {f"{passed} of copy": share for passed, share in shares.items()}
-            yield {"name": name, "case": dataclasses.astuple(case)} | row
+# The definition in float64 takes some 20 arrays of this many numbers next to what other processes
+# hold: larger cases have no errors.
+MOST_CHECKED = 2**25
+# Walks token by token, and in one row of many tokens for seconds.
+SLOW = ("scan", "definition")
 
 
-def segments(sizes: Sizes) -> Rows:
-    """Times forced numbers of segments next to what the rule chooses."""
-    keys, values = sizes.heads_of[0]
-    tokens = sizes.cases[0].tokens
-    for number in (2,) if sizes.interpret else (16, 32, 64, 96, 128):
-        data = peers_gpu.make_data(Case(1, tokens, number, keys, values))
-        for count in (None, *sizes.segments):
-
-            def run(data=data, count=count):
-                choose = segmented_passes.choose_segments
-                forced = choose if count is None else lambda **_: count
-                with mock.patch.object(segmented_passes, "choose_segments", forced):
-                    op = op_of(kernels(sizes)[0], sizes)
-                    return peers_gpu.measure(op, data, sizes.repeats)
-
-            yield {"heads": number, "segments": count} | attempt(run)
+@functools.lru_cache(maxsize=1)
+def _data(case: Case):
+    return peers_gpu.make_data(case)
 
 
-def float32(sizes: Sizes) -> Rows:
-    """Times float32 tokens."""
-    for row in bench.measure(sizes.cases[-1], "float32", repeats=sizes.repeats):
-        yield {"case": dataclasses.astuple(sizes.cases[-1])} | row
-
-
-def training(sizes: Sizes) -> Rows:
-    """Times a step of state tuning and of pre-training, by rows, implementation and remat."""
-    names = [None] if sizes.interpret else [None, *kernels(sizes)[1:], "chunked"]
-    choices = itertools.product(
-        reversed(sizes.batches), names, ("state", "weights"), sizes.remats
-    )
-    for batch, name, trained, remat in choices:
-        row = attempt(functools.partial(_time_step, sizes, trained, batch, name, remat))
-        yield {
-            "trained": trained,
-            "rows": batch,
-            "implementation": name,
-            "remat": remat,
-        } | row
+@functools.lru_cache(maxsize=1)
+def _truth(case: Case):
+    return bench.truth(_data(case))
 
 
 @functools.cache
-def _weights(sizes: Sizes):
-    """Makes random weights in bfloat16."""
-    vocabulary, layers, width = sizes.model
-    _, params = decode.random_model(layers, width, vocabulary)
-    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+def _bandwidth(repeats: int) -> float:
+    return bench.copy_bandwidth(repeats)
 
 
-def _model(sizes: Sizes, **options) -> rwkv.RWKV7:
-    vocabulary, layers, width = sizes.model
-    config = rwkv.RWKV7Config(
-        vocab_size=vocabulary,
-        num_layers=layers,
-        width=width,
-        dtype="bfloat16",
-        **options,
-    )
-    return rwkv.RWKV7(config)
+def times(sizes: Sizes) -> Jobs:
+    """Times all implementations and peers on the same data; checks them while it warms up."""
+    for case in sizes.cases:
+        for name, make in _contestants(sizes, case).items():
+            labels = {"name": name, "case": dataclasses.astuple(case)}
+            yield Job(labels, functools.partial(_time, make, sizes, case))
 
 
-def _time_step(
-    sizes: Sizes, trained: str, batch: int, name: str | None, remat: str
-) -> dict:
-    model = _model(sizes, implementation=name, remat=remat)
-    tx = optax.adam(1e-3)
-    if trained == "weights":
-        loss = rwkv.pretrain_loss(model)
-        # A copy: a step takes what it is given.
-        wide = jax.tree.map(lambda x: x.astype(jnp.float32), _weights(sizes))
-        train = rwkv.TrainState.create(wide, tx)
-    else:
-        loss = rwkv.state_loss(model, _weights(sizes))
-        train = rwkv.TrainState.create(rwkv.init_state(model.config), tx)
-    rows = {
-        "tokens": jnp.ones((batch, sizes.length + 1), jnp.int32),
-        "mask": jnp.ones((batch, sizes.length), jnp.float32),
-    }
-    step = rwkv.make_train_step(loss, tx)
-    walls = []
-    # The first one compiles.
-    for _ in range(1 + sizes.repeats):
-        began = time.perf_counter()
-        train, metrics = step(train, rows)
-        metrics["loss"].block_until_ready()
-        walls.append(time.perf_counter() - began)
-    least = min(walls[1:])
-    stats = jax.devices()[0].memory_stats() or {}
-    return {
-        "ms": 1e3 * least,
-        "tokens/s": batch * sizes.length / least,
-        "first call s": walls[0],
-        "peak GiB so far": stats.get("peak_bytes_in_use", 0) / 2**30,
-    }
+def _contestants(sizes: Sizes, case: Case) -> dict[str, Callable]:
+    """Returns what measures each implementation and peer; slow ones on the first case alone."""
+    if sizes.interpret:
+        op = functools.partial(sequential, interpret=True)
+        return {"sequential": functools.partial(peers_gpu.measure, op)}
+    runs = peers_gpu.contestants(case)
+    # What `None` takes is among those with a name.
+    left_out = {peers_gpu.OURS}
+    if case != sizes.cases[0]:
+        left_out |= set(SLOW)
+    return {name: run for name, run in runs.items() if name not in left_out}
 
 
-def decoding(sizes: Sizes) -> Rows:
-    """Measures generated tokens a second, by rows."""
-    model = _model(sizes)
-    params = _weights(sizes)
+def _time(make: Callable, sizes: Sizes, case: Case) -> dict:
+    numbers = case.batch * case.tokens * case.heads * case.value_size
+    is_checked = sizes.warm and numbers <= MOST_CHECKED
+    row = make(_data(case), sizes.repeats, _truth(case) if is_checked else None)
+    if sizes.warm:
+        return row
+    bandwidth = _bandwidth(sizes.repeats)
+    shares = peers_gpu.of_copy(case, row | {"status": "ok"}, bandwidth)
+    return row | {f"{passed} of copy": share for passed, share in shares.items()}
 
-    def run(batch):
-        out = rwkv.generate(model, params, [[1, 2, 3]] * batch, tokens=0)
-        tokens = 4 if sizes.interpret else 128
-        rates = decode.tokens_per_second(
-            model, params, {batch: out}, tokens=tokens, repeats=sizes.repeats
+
+def neighbouring_tiles(sizes: Sizes) -> Jobs:
+    """Times the tiles next to the table's; that they are right is asked by `repetitions`."""
+
+    def run(candidate):
+        # The tiles are no argument of what JAX has traced before.
+        jax.clear_caches()
+        with tiles.override(candidate.choice):
+            run_pass, _ = tune.make_passes(candidate)
+            jax.block_until_ready(run_pass())
+        return {"ms": bench.least_ms(run_pass, repeats=sizes.repeats)[0]}
+
+    for candidate in candidates(sizes, sizes.cases[0]):
+        yield Job(tile_labels(candidate), functools.partial(run, candidate))
+
+
+def segments(sizes: Sizes) -> Jobs:
+    """Times forced numbers of segments next to what the rule chooses."""
+    keys, values = sizes.heads_of[0]
+    tokens = sizes.cases[0].tokens
+
+    def run(name, case, count):
+        jax.clear_caches()
+        choose = segmented_passes.choose_segments
+        forced = choose if count is None else lambda **_: count
+        with mock.patch.object(segmented_passes, "choose_segments", forced):
+            return peers_gpu.measure(op_of(name, sizes), _data(case), sizes.repeats)
+
+    for name in kernels(sizes):
+        for heads in (2,) if sizes.interpret else (16, 32, 64, 96, 128):
+            case = Case(1, tokens, heads, keys, values)
+            for count in (None, *sizes.segments):
+                labels = {"name": name, "heads": heads, "segments": count}
+                yield Job(labels, functools.partial(run, name, case, count))
+
+
+def float32(sizes: Sizes) -> Jobs:
+    """Times float32 tokens."""
+    case = sizes.cases[-1]
+
+    def run(name):
+        data = jax.tree.map(lambda x: x.astype("float32"), _data(case))
+        return peers_gpu.measure(op_of(name, sizes), data, sizes.repeats)
+
+    for name in (*kernels(sizes), "chunked"):
+        yield Job(
+            {"name": name, "case": dataclasses.astuple(case)},
+            functools.partial(run, name),
         )
-        return {"tokens/s": rates[batch], "ms a token": 1e3 * batch / rates[batch]}
-
-    for batch in sizes.decoded:
-        yield {"rows": batch} | attempt(functools.partial(run, batch))
-
-
-def prefill(sizes: Sizes) -> Rows:
-    """Measures how fast one prompt is read, by its length."""
-    model = _model(sizes)
-    params = _weights(sizes)
-    state = rwkv.init_state(model.config)
-
-    @jax.jit
-    def read(params, tokens, state):
-        return model.apply({"params": params}, tokens, state, method="hidden")[1]
-
-    def run(length):
-        tokens = jnp.ones((1, length), jnp.int32)
-        call = functools.partial(read, params, tokens, state)
-        wall, _ = bench.least_ms(call, repeats=sizes.repeats)
-        return {"ms": wall, "tokens/s": 1e3 * length / wall}
-
-    for length in sizes.prompts:
-        yield {"tokens": length} | attempt(functools.partial(run, length))

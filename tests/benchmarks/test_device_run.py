@@ -1,11 +1,14 @@
 """The driver of a run on a lent device: what is lost, and what is kept, where a step goes wrong."""
 
+import itertools
 import json
 import sys
 
 import pytest
 
 from benchmarks import device_run
+from benchmarks.device.__main__ import share
+from benchmarks.device.sizes import Job
 
 FOUND = "print('{\"x\": 1}', flush=True); "
 
@@ -16,7 +19,7 @@ def lines(path):
 
 def run(path, code, seconds=60.0):
     record = device_run.Record(path, card="none")
-    return device_run.run_step("a", [sys.executable, "-c", code], record, seconds)
+    return device_run.run_step("a", [[sys.executable, "-c", code]], record, seconds)
 
 
 def test_a_step_that_ends_leaves_its_lines_and_a_status(tmp_path):
@@ -73,6 +76,27 @@ def test_without_a_gpu_only_a_rehearsal_runs(monkeypatch):
     monkeypatch.setattr(device_run, "card", lambda: "cpu")
     with pytest.raises(SystemExit, match="there is no NVIDIA GPU here; use --rehearse"):
         device_run.main(["--call", "1"])
+
+
+def test_workers_compile_what_one_process_then_measures_alone():
+    step = device_run.Step("times", 2, 60, 3)
+    workers, alone = device_run.commands_of(step, rehearse=False)
+    assert [command[-4:] for command in workers] == [
+        ["--part", str(part), "3", "--warm"] for part in range(3)
+    ]
+    assert alone == [workers[0][:-4]]
+    # Checks need no time alone.
+    workers, alone = device_run.commands_of(
+        step._replace(measures=False), rehearse=False
+    )
+    assert len(workers) == 3
+    assert alone == []
+
+
+def test_parts_of_a_step_have_every_job_once():
+    jobs = [Job({"number": number}, dict) for number in range(7)]
+    parts = [share(iter(jobs), part, 3) for part in range(3)]
+    assert list(itertools.chain.from_iterable(parts)) == jobs
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ def corrupt(monkeypatch, results):
     runs = iter(results)
     right = np.ones(3)
     passes = (lambda: next(runs), lambda: right)
-    monkeypatch.setattr(tune, "_make_passes", lambda candidate: passes)
+    monkeypatch.setattr(tune, "make_passes", lambda candidate: passes)
 
 
 @pytest.mark.parametrize("wrong", [1.5, np.nan])

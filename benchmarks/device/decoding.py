@@ -1,0 +1,51 @@
+"""Steps that ask how fast a model generates and reads prompts on this device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+import rwkv7_jax as rwkv
+from benchmarks import decode
+from benchmarks.device.sizes import Job, Jobs, Sizes
+from benchmarks.device.training import model_of, random_weights
+from pallas_kernels import bench
+
+
+def generated(sizes: Sizes) -> Jobs:
+    """Measures generated tokens a second, by rows."""
+    model = model_of(sizes)
+
+    def run(batch):
+        params = random_weights(sizes)
+        out = rwkv.generate(model, params, [[1, 2, 3]] * batch, tokens=0)
+        rates = decode.tokens_per_second(
+            model,
+            params,
+            {batch: out},
+            tokens=4 if sizes.interpret else 128,
+            repeats=sizes.repeats,
+        )
+        return {"tokens/s": rates[batch], "ms a token": 1e3 * batch / rates[batch]}
+
+    for batch in sizes.decoded:
+        yield Job({"rows": batch}, functools.partial(run, batch))
+
+
+def prompts(sizes: Sizes) -> Jobs:
+    """Measures how fast one prompt is read, by its length."""
+    model = model_of(sizes)
+
+    @jax.jit
+    def read(params, tokens, state):
+        return model.apply({"params": params}, tokens, state, method="hidden")[1]
+
+    def run(length):
+        tokens = jnp.ones((1, length), jnp.int32)
+        state = rwkv.init_state(model.config)
+        call = functools.partial(read, random_weights(sizes), tokens, state)
+        wall, _ = bench.least_ms(call, repeats=sizes.repeats)
+        return {"ms": wall, "tokens/s": 1e3 * length / wall}
+
+    for length in sizes.prompts:
+        yield Job({"tokens": length}, functools.partial(run, length))
