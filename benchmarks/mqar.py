@@ -115,6 +115,9 @@ FULL = Setting(
     test_rows=1024,
 )
 
+# From so many numbers on, few of them are drawn without sorting all.
+MANY = 1024
+
 # How fast the asked places thin out: the g-th is drawn with probability ~ g^(POWER - 1).
 POWER = 0.01
 
@@ -150,7 +153,19 @@ def rows(
 
 def _distinct(rng: Generator, count: int, size: int, below: int) -> np.ndarray:
     """Draws `size` different numbers below `below` in each of `count` rows."""
+    # Sorting thousands of numbers for each row takes longer than a step on a GPU. Rows with a
+    # number twice are drawn again: with so few numbers of so many, most have none.
+    if below >= MANY and size * size <= 2 * below:
+        drawn = rng.integers(0, below, (count, size))
+        while len(again := np.flatnonzero(_has_equal(drawn))):
+            drawn[again] = rng.integers(0, below, (len(again), size))
+        return drawn
     return np.argsort(rng.random((count, below)), axis=1)[:, :size]
+
+
+def _has_equal(numbers: np.ndarray) -> np.ndarray:
+    """Tells for each row whether a number stands in it twice."""
+    return np.any(np.diff(np.sort(numbers, axis=1), axis=1) == 0, axis=1)
 
 
 class Contestant(abc.ABC):

@@ -3,9 +3,10 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
-from benchmarks import recall
+from benchmarks import mqar, recall
 from benchmarks.mqar import SMALL
 from benchmarks.paper_table import Cells
 
@@ -140,7 +141,7 @@ def test_the_published_sizes_are_trained_in_order_with_all_rates_at_once(
         SMALL, steps=6, rows=4, test_rows=64, rates=(0.001, 0.01)
     )
     monkeypatch.setattr(recall, "FULL", small)
-    monkeypatch.setattr(recall, "FULL_GROUPS", {"BASED": ("based-4",)})
+    monkeypatch.setattr(recall, "FULL_NAMES", ("based-4",))
     cells = Cells(tmp_path, recall.DEPENDENCIES)
     recall.full(cells, minutes=5)
     assert list(cells.results) == ["based-4 | D 64", "based-4 | D 128"]
@@ -152,3 +153,13 @@ def test_nothing_begins_when_the_time_is_up(tmp_path):
     cells = Cells(tmp_path, recall.DEPENDENCIES)
     recall.full(cells, minutes=0)
     assert not cells.results
+
+
+def test_few_numbers_of_many_are_drawn_without_equals_and_evenly():
+    found = mqar._distinct(np.random.default_rng(0), 500, 32, mqar.MANY)
+    assert not mqar._has_equal(found).any()
+    assert found.min() >= 0
+    assert found.max() < mqar.MANY
+    # Each of eight equal ranges holds an eighth of 16,000 numbers, within five standard errors.
+    counts = np.bincount(found.ravel() * 8 // mqar.MANY, minlength=8)
+    assert np.all(np.abs(counts - 2000) < 5 * np.sqrt(2000))
