@@ -5,12 +5,13 @@
     python -m benchmarks.device_run --call 3 --out FILE    # what does a user get?
     python -m benchmarks.device_run --rehearse [--out FILE]
 
-Each step has a time limit of its own and runs in processes of its own, and each result is one line
-of JSON that is written at once: a crash, an illegal access or a full memory loses that process
-alone, and what it had found until then stays. Checks run in several processes at once. Times are
-measured by one process alone, after others have compiled its programs into JAX's cache; the lines
-of these say "warm", and their times do not count. Steps come in the order of their worth; one that
-the call has no time left for is written down as skipped. Lines of earlier calls in FILE are kept.
+Each step runs in processes of its own with a time limit, and each result is one line of JSON that
+is written at once: a crash, an illegal access or a full memory loses that process alone, and what
+it had found until then stays. First all checks of a call run, many at once, and with them what
+compiles the programs of the later measurements into JAX's cache: lines of these say "warm", and
+their times do not count. Then one process after the other measures alone, in the order of their
+worth; one that the call has no time left for is written down as skipped. Lines of earlier calls in
+FILE are kept.
 
 `--rehearse` runs all steps on a CPU, each in one process, at tiny sizes and with the kernels in
 Pallas's interpreter, so that the program is known to work before a GPU is paid for. Its times mean
@@ -39,36 +40,35 @@ class Step(NamedTuple):
     Attributes:
         name: as `python -m benchmarks.device` takes it.
         call: the call that it belongs to.
-        seconds: its time limit.
-        workers: processes that share its work. Where it measures times, they compile the programs
-            of a process that then measures alone.
-        measures: whether it measures times.
+        workers: processes that share its checks or, where it measures, compile its programs.
+        seconds: the time limit of the process that then measures alone; 0 if nothing is measured.
     """
 
     name: str
     call: int
-    seconds: int
-    workers: int = 1
-    measures: bool = True
+    workers: int
+    seconds: int = 0
 
 
 STEPS = (
-    Step("card", 1, 60),
-    Step("laws", 1, 180, 8, measures=False),
-    Step("repetitions", 1, 200, 8, measures=False),
-    Step("large", 1, 60, measures=False),
-    Step("sanitizer", 1, 150, 2, measures=False),
-    Step("times", 2, 260, 4),
-    Step("tiles", 2, 120, 6),
-    Step("segments", 2, 120, 8),
-    Step("float32", 2, 60, 3),
-    Step("training", 3, 280, 8),
-    Step("decoding", 3, 150, 5),
-    Step("prefill", 3, 90, 4),
+    Step("laws", 1, 6),
+    Step("repetitions", 1, 8),
+    Step("sanitizer", 1, 2),
+    Step("card", 1, 0, 60),
+    Step("large", 1, 0, 100),
+    Step("times", 2, 6, 140),
+    Step("tiles", 2, 5, 60),
+    Step("segments", 2, 4, 40),
+    Step("float32", 2, 1, 30),
+    Step("training", 3, 9, 140),
+    Step("decoding", 3, 5, 80),
+    Step("prefill", 3, 2, 50),
 )
 CALL_SECONDS = 9 * 60
-# The share of a step's time in which its programs must be compiled.
-WARM_SHARE = 0.6
+# What a process of a step can come to.
+WORST = ("ok", "failed", "time limit")
+# The share of a call's time in which all that runs at once must end.
+TOGETHER = 0.5
 # What a step must have left to be worth a start.
 LEAST_SECONDS = 15
 REHEARSAL_SECONDS = 300
@@ -117,52 +117,58 @@ class Record:
             print(line, flush=True)
 
 
-def commands_of(step: Step, *, rehearse: bool) -> tuple[list, list]:
-    """Returns the commands that run a step: those that run at once, and then the one alone.
+def commands_of(
+    step: Step, *, rehearse: bool
+) -> tuple[list[list[str]], list[str] | None]:
+    """Returns the commands that run a step: those that run next to others, and the one alone.
 
     Returns:
-        Commands of the workers, and a list of the measuring command, empty if nothing is measured.
-        In a rehearsal one process does all work of a step.
+        Commands of the workers, and the measuring command, None if nothing is measured. In a
+        rehearsal one process does all work of a step.
     """
     alone = [sys.executable, "-m", "benchmarks.device", step.name]
     if rehearse:
-        return [], [[*alone, "--rehearse"]]
+        return [], [*alone, "--rehearse"]
     workers = []
     for part in range(step.workers):
-        workers.append([*alone, "--part", str(part), str(step.workers)])
-    if not step.measures:
-        return workers, []
-    if step.workers == 1:
-        return [], [alone]
-    return [[*worker, "--warm"] for worker in workers], [alone]
+        worker = [*alone, "--part", str(part), str(step.workers)]
+        workers.append([*worker, "--warm"] if step.seconds else worker)
+    return workers, alone if step.seconds else None
 
 
-def run_step(
-    name: str, commands: list[list[str]], record: Record, seconds: float
-) -> str:
-    """Runs processes at once and writes their lines; returns "ok", "failed" or "time limit".
+def run_together(
+    commands: dict[str, list[list[str]]], record: Record, end: float
+) -> dict[str, str]:
+    """Runs the workers of steps, as many at once as there are cores; returns the worst statuses.
+
+    Args:
+        commands: of the workers, by the step's name.
+        record: where their lines go.
+        end: when all must have ended, by `time.monotonic`.
+    """
+
+    def run(name: str, command: list[str]) -> str:
+        return run_process(name, command, record, max(0.0, end - time.monotonic()))
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+        running = []
+        for name, workers in commands.items():
+            running += [(name, threads.submit(run, name, worker)) for worker in workers]
+    statuses: dict[str, str] = {}
+    for name, future in running:
+        statuses[name] = max(statuses.get(name, "ok"), future.result(), key=WORST.index)
+    return statuses
+
+
+def run_process(name: str, command: list[str], record: Record, seconds: float) -> str:
+    """Runs a process of a step, writes its lines, and returns one of `WORST`.
 
     Args:
         name: of the step.
-        commands: one for each process.
-        record: where their lines go.
-        seconds: the time limit of all.
+        command: what to run.
+        record: where its lines go.
+        seconds: its time limit.
     """
-    end = time.monotonic() + seconds
-    with concurrent.futures.ThreadPoolExecutor(len(commands)) as threads:
-        statuses = list(
-            threads.map(
-                lambda command: _run_process(name, command, record, end), commands
-            )
-        )
-    for status in ("failed", "time limit"):
-        if status in statuses:
-            return status
-    return "ok"
-
-
-def _run_process(name: str, command: list[str], record: Record, end: float) -> str:
-    """Runs one process until a time by `time.monotonic`, and writes its lines and status."""
     began = time.monotonic()
     is_late = threading.Event()
     errors: list[str] = []
@@ -182,7 +188,7 @@ def _run_process(name: str, command: list[str], record: Record, end: float) -> s
             # With its children, which hold the GPU as well.
             os.killpg(child.pid, signal.SIGKILL)
 
-        timer = threading.Timer(end - began, stop)
+        timer = threading.Timer(seconds, stop)
         timer.start()
         # Read apart, or a child with much to say there would wait for ever.
         reader = threading.Thread(target=errors.extend, args=(child.stderr,))
@@ -223,26 +229,24 @@ def run_steps(
     steps: list[Step], record: Record, *, total_seconds: float, rehearse: bool
 ) -> dict[str, str]:
     """Runs steps until the time is over; returns the status of each."""
-    end = time.monotonic() + total_seconds
-    statuses = {}
+    began = time.monotonic()
+    end = began + total_seconds
+    together = {}
+    alone = {}
     for step in steps:
-        seconds = min(step.seconds, end - time.monotonic())
+        together[step.name], alone[step] = commands_of(step, rehearse=rehearse)
+    statuses = run_together(together, record, began + TOGETHER * total_seconds)
+    for step, command in alone.items():
+        if command is None:
+            continue
+        limit = REHEARSAL_SECONDS if rehearse else step.seconds
+        seconds = min(limit, end - time.monotonic())
         if seconds < LEAST_SECONDS:
             statuses[step.name] = "skipped"
             record.write(step.name, {"status": "skipped"})
             continue
-        step_end = time.monotonic() + seconds
-        workers, alone = commands_of(step, rehearse=rehearse)
-        statuses[step.name] = "ok"
-        for commands, share in ((workers, WARM_SHARE if alone else 1.0), (alone, 1.0)):
-            if not commands:
-                continue
-            left = share * (step_end - time.monotonic())
-            status = run_step(step.name, commands, record, left)
-            # What failed while it warmed up fails again, and is then counted.
-            if commands is alone or not alone:
-                statuses[step.name] = status
-    return statuses
+        statuses[step.name] = run_process(step.name, command, record, seconds)
+    return {step.name: statuses[step.name] for step in steps}
 
 
 def main(arguments: list[str] | None = None) -> None:

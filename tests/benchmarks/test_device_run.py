@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+import time
 
 import pytest
 
@@ -19,7 +20,7 @@ def lines(path):
 
 def run(path, code, seconds=60.0):
     record = device_run.Record(path, card="none")
-    return device_run.run_step("a", [[sys.executable, "-c", code]], record, seconds)
+    return device_run.run_process("a", [sys.executable, "-c", code], record, seconds)
 
 
 def test_a_step_that_ends_leaves_its_lines_and_a_status(tmp_path):
@@ -62,14 +63,16 @@ def test_steps_that_no_time_is_left_for_are_written_as_skipped(tmp_path):
     steps = list(device_run.STEPS[:2])
     statuses = device_run.run_steps(steps, record, total_seconds=1.0, rehearse=True)
     assert set(statuses.values()) == {"skipped"}
-    assert [line["step"] for line in lines(tmp_path / "x.jsonl")] == ["card", "laws"]
+    names = [line["step"] for line in lines(tmp_path / "x.jsonl")]
+    assert names == [step.name for step in steps]
 
 
-def test_the_steps_of_each_call_fit_into_it():
+def test_the_measurements_of_each_call_fit_into_it():
+    left = (1 - device_run.TOGETHER) * device_run.CALL_SECONDS
     for call in (1, 2, 3):
-        seconds = [step.seconds for step in device_run.STEPS if step.call == call]
-        # The last one may be cut short.
-        assert sum(seconds[:-1]) <= device_run.CALL_SECONDS
+        assert left >= sum(
+            step.seconds for step in device_run.STEPS if step.call == call
+        )
 
 
 def test_without_a_gpu_only_a_rehearsal_runs(monkeypatch):
@@ -79,24 +82,31 @@ def test_without_a_gpu_only_a_rehearsal_runs(monkeypatch):
 
 
 def test_workers_compile_what_one_process_then_measures_alone():
-    step = device_run.Step("times", 2, 60, 3)
+    step = device_run.Step("times", 2, 3, 60)
     workers, alone = device_run.commands_of(step, rehearse=False)
     assert [command[-4:] for command in workers] == [
         ["--part", str(part), "3", "--warm"] for part in range(3)
     ]
-    assert alone == [workers[0][:-4]]
+    assert alone == workers[0][:-4]
     # Checks need no time alone.
-    workers, alone = device_run.commands_of(
-        step._replace(measures=False), rehearse=False
-    )
+    workers, alone = device_run.commands_of(step._replace(seconds=0), rehearse=False)
     assert len(workers) == 3
-    assert alone == []
+    assert alone is None
 
 
 def test_parts_of_a_step_have_every_job_once():
     jobs = [Job({"number": number}, dict) for number in range(7)]
     parts = [share(iter(jobs), part, 3) for part in range(3)]
     assert list(itertools.chain.from_iterable(parts)) == jobs
+
+
+def test_workers_run_at_once_and_the_worst_status_is_the_steps(tmp_path):
+    record = device_run.Record(tmp_path / "x.jsonl", card="none")
+    good, bad = ([sys.executable, "-c", code] for code in (FOUND, "exit(3)"))
+    commands = {"a": [good, bad], "b": [good], "c": []}
+    statuses = device_run.run_together(commands, record, time.monotonic() + 60)
+    assert statuses == {"a": "failed", "b": "ok"}
+    assert sum("x" in line for line in lines(tmp_path / "x.jsonl")) == 2
 
 
 @pytest.mark.slow
