@@ -18,8 +18,12 @@ from pallas_kernels.gpu import segmented_passes
 # The definition in float64 takes some 20 arrays of this many numbers next to what other processes
 # hold: larger cases have no errors.
 MOST_CHECKED = 2**25
-# Walks token by token, and in one row of many tokens for seconds.
-SLOW = ("scan", "definition")
+# Measured on the first case alone: what walks token by token, which takes seconds, and all but one
+# of the sequential kernel's tiles.
+FIRST_ALONE = {"scan", "definition"} | {
+    f"sequential, {rows} rows, {warps} warps"
+    for rows, warps in peers_gpu.SEQUENTIAL[1:]
+}
 
 
 @functools.lru_cache(maxsize=1)
@@ -46,7 +50,7 @@ def times(sizes: Sizes) -> Jobs:
 
 
 def _contestants(sizes: Sizes, case: Case) -> dict[str, Callable]:
-    """Returns what measures each implementation and peer; slow ones on the first case alone."""
+    """Returns what measures each implementation and peer, some on the first case alone."""
     if sizes.interpret:
         op = functools.partial(sequential, interpret=True)
         return {"sequential": functools.partial(peers_gpu.measure, op)}
@@ -54,7 +58,7 @@ def _contestants(sizes: Sizes, case: Case) -> dict[str, Callable]:
     # What `None` takes is among those with a name.
     left_out = {peers_gpu.OURS}
     if case != sizes.cases[0]:
-        left_out |= set(SLOW)
+        left_out |= FIRST_ALONE
     return {name: run for name, run in runs.items() if name not in left_out}
 
 
