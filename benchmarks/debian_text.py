@@ -19,6 +19,7 @@ import hashlib
 import html.parser
 import json
 import re
+import struct
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -29,20 +30,78 @@ from rwkv7_jax.atomic_write import atomic_write
 _MANUAL = ("usr/share/man/*",)
 _DICTIONARY = ("usr/share/dictd/*.dict.dz",)
 _SOURCES = "_sources/*.txt"
+_HTML = ("usr/share/doc/*.html",)
+# Of desktops, in English; and what the SWORD project's readers read.
+_HELP = (
+    "usr/share/help/C/*.page",
+    "usr/share/help/C/*.xml",
+    "usr/share/help/C/*.docbook",
+)
+_SWORD = ("usr/share/sword/modules/*.[bc]zz",)
 
-# Which files of a package are prose. Of documents in two forms, the one that is nearer to text.
+# Which files of a package are prose. Of documents in two forms, the one that is nearer to text; of
+# translated ones, the English one.
 PACKAGES: dict[str, tuple[str, ...]] = {
     "dict-gcide": _DICTIONARY,
     "dict-wn": _DICTIONARY,
     "dict-foldoc": _DICTIONARY,
-    "bible-kjv-text": ("usr/lib/bible.data",),
+    "dict-jargon": _DICTIONARY,
+    "dict-devil": _DICTIONARY,
+    "sword-text-kjv": _SWORD,
+    "sword-text-web": _SWORD,
+    "sword-comm-mhcc": _SWORD,
+    "sword-comm-tdavid": _SWORD,
     "anarchism": ("usr/share/doc/anarchism/html/*.html",),
-    "debian-policy": ("usr/share/doc/debian-policy/*.txt.gz",),
-    "debian-reference-en": ("usr/share/debian-reference/*.en.html",),
-    "developers-reference": (f"usr/share/developers-reference/{_SOURCES}",),
     "fortunes": ("usr/share/games/fortunes/*",),
     "fortunes-min": ("usr/share/games/fortunes/*",),
+    "doc-debian": ("usr/share/doc/debian/*.txt", "usr/share/doc/debian/*.txt.gz"),
+    "debian-faq": _HTML,
+    "debian-handbook": ("usr/share/doc/debian-handbook/html/en-US/*.html",),
+    "debian-kernel-handbook": _HTML,
+    "debian-policy": ("usr/share/doc/debian-policy/*.txt.gz",),
+    "debian-reference-en": ("usr/share/debian-reference/*.en.html",),
+    "debmake-doc": ("usr/share/doc/debmake-doc/*.en.txt.gz",),
+    "developers-reference": (f"usr/share/developers-reference/{_SOURCES}",),
+    "freedombox-doc-en": ("usr/share/freedombox/manual/en/*.html",),
+    "installation-guide-amd64": ("usr/share/doc/installation-guide-amd64/en/*.html",),
+    "maint-guide": ("usr/share/doc/maint-guide/html/*.en.html",),
+    "gimp-help-en": ("usr/share/gimp/2.0/help/en/*.html",),
+    "gnome-user-docs": _HELP,
+    "gnucash-docs": ("usr/share/doc/gnucash-docs/gnucash-*-en/*.html",),
+    "kicad-doc-en": ("usr/share/doc/kicad/help/en/*.html",),
+    "libreoffice-help-en-us": ("usr/share/libreoffice/help/en-US/text/*.html",),
+    "mate-user-guide": _HELP,
+    "abs-guide": _HTML,
+    "mh-book": _HTML,
+    "png-definitive-guide": _HTML,
+    "apache2-doc": ("usr/share/doc/apache2-doc/manual/en/*.html",),
+    "bash-doc": _HTML,
+    "bind9-doc": _HTML,
+    "csound-doc": _HTML,
+    "exim4-doc-html": _HTML,
+    "git-doc": ("usr/share/doc/git-doc/*.txt",),
+    "lilypond-doc-html": tuple(
+        f"usr/share/doc/lilypond/html/Documentation/{part}/*.html"
+        for part in ("learning", "music-glossary", "notation", "usage", "web")
+    ),
+    "linux-doc-6.1": (f"usr/share/doc/linux-doc-6.1/html/{_SOURCES}",),
+    "maxima-doc": ("usr/share/doc/maxima-doc/html/*.html",),
+    "octave-doc": ("usr/share/doc/octave/octave.html/*.html",),
+    "perl-doc": ("usr/share/perl/*.pod",),
+    "postfix-doc": _HTML,
+    "postgresql-doc-15": _HTML,
     "python3.11-doc": (f"usr/share/doc/python3.11/html/{_SOURCES}",),
+    "r-doc-html": ("usr/share/R/doc/*.html",),
+    "racket-doc": ("usr/share/doc/racket/*.html",),
+    "rust-web-doc": tuple(
+        f"usr/share/doc/rust-web-doc/html/{book}/*.html"
+        for book in ("book", "reference", "nomicon", "rust-by-example", "cargo")
+    ),
+    "sqlite3-doc": _HTML,
+    "vim-runtime": ("usr/share/vim/*/doc/*.txt",),
+    "zsh-doc": _HTML,
+    "python-django-doc": _HTML,
+    "python-sqlalchemy-doc": ("usr/share/doc/python-sqlalchemy-doc/rst/*.rst",),
     "manpages": _MANUAL,
     "manpages-dev": _MANUAL,
     "manpages-de": _MANUAL,
@@ -64,10 +123,11 @@ _SHORTEST = 200
 _WRONG_CHARACTERS = 500
 
 _BLOCKS = frozenset(
-    "address article blockquote br dd div dl dt h1 h2 h3 h4 h5 h6 hr li ol p pre section table td "
-    "th tr ul".split()
+    "address article blockquote br dd div dl dt h1 h2 h3 h4 h5 h6 hr item li ol p para pre screen "
+    "section table td th title tr ul".split()
 )
-_HIDDEN = frozenset("head nav script style".split())
+_MARKUP = (".html", ".htm", ".page", ".xml", ".docbook", ".bzz", ".czz")
+_HIDDEN = frozenset("aside head nav noscript script style".split())
 
 # Requests of the manual's language whose arguments are words of the text.
 _SPOKEN = frozenset("B BI BR I IB IP IR RB RI SB SH SM SS TH TP UR".split())
@@ -153,6 +213,8 @@ def licences_of(text: str) -> tuple[str, ...]:
 def read_text(path: Path) -> str | None:
     """Reads a file as plain text; None where it is none."""
     data = path.read_bytes()
+    if path.suffix in (".bzz", ".czz"):
+        data = _sword_module(path, data)
     if data[:2] == b"\x1f\x8b":
         try:
             data = gzip.decompress(data)
@@ -165,11 +227,21 @@ def read_text(path: Path) -> str | None:
     if text.count("\ufffd") > len(text) / _WRONG_CHARACTERS:
         return None
     name = path.name.removesuffix(".gz")
-    if name.endswith((".html", ".htm")):
+    if name.endswith(_MARKUP):
         text = from_html(text)
     elif "/man/" in path.as_posix():
         text = from_manual(text)
     return text.replace("\r\n", "\n")
+
+
+def _sword_module(path: Path, data: bytes) -> bytes:
+    """Unpacks the blocks of a module, whose places and sizes are in the file next to it."""
+    index = path.with_suffix(f"{path.suffix[:-1]}s").read_bytes()
+    blocks = []
+    for start, size, _ in struct.iter_unpack("<III", index):
+        if size:
+            blocks.append(zlib.decompress(data[start : start + size]))
+    return b"\n".join(blocks)
 
 
 class _PlainText(html.parser.HTMLParser):
@@ -387,11 +459,15 @@ def main() -> None:
         default=list(PACKAGES),
         help="others than the known ones",
     )
+    parser.add_argument(
+        "--without", nargs="+", default=[], help="some of them, such as other languages"
+    )
     options = parser.parse_args()
     try:
         if options.target.suffix != ".jsonl":
             raise ValueError(f"the target must end in .jsonl; got {options.target}.")
-        parts = collect(options.root, options.packages)
+        names = [name for name in options.packages if name not in options.without]
+        parts = collect(options.root, names)
         missing = [name for name, part in parts.items() if part.package is None]
         empty = [
             name for name, part in parts.items() if part.package and not part.documents

@@ -158,6 +158,7 @@ class Subject:
         length: int,
         questions: int,
         tokens: int,
+        implementation: str | None = "scan",
     ):
         """Reads the model and the questions that fit.
 
@@ -171,13 +172,14 @@ class Subject:
             length: ids of a question with its answer at most.
             questions: of the test file that are measured.
             tokens: ids of a written answer at most.
+            implementation: of the WKV op; None for the best one of the device.
 
         Raises:
             ValueError: too few questions, or a file that cannot be read.
         """
         self.params, self.config = rwkv.load_model(model, dtype="float32")
-        # It compiles in a fraction of the time, which is much of what rows this short take.
-        self.model = rwkv.RWKV7(dataclasses.replace(self.config, implementation="scan"))
+        config = dataclasses.replace(self.config, implementation=implementation)
+        self.model = rwkv.RWKV7(config)
         self.tokenizer = model_tokenizer(
             model, self.config.vocab_size, argument="`--model`"
         )

@@ -10,6 +10,16 @@ rate is found by the same search, on training questions that are kept for it. Co
 byte of reference answers; how many answers that the model writes end in "#### number", how many of
 their annotations <<sum=result>> hold, how many are right; and bits per byte of the base's own text.
 All rows answer the same questions, so differences from the base are paired. Cells are cached.
+
+A larger base wants a GPU, where programs beside each other share what compiling takes:
+
+    for row in base prompt start upscaled small-lora lora weights; do
+        JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false python -m benchmarks.gsm8k_bits \
+            ... --implementation chunked --only $row --cells cells/$row &
+    done; wait
+    python -m benchmarks.gsm8k_bits ... --gather cells/*
+
+Each computes a row, and the last one makes the table of those that are there.
 """
 
 import argparse
@@ -52,10 +62,19 @@ SMALL_LORA = "LoRA as the start state"
 LORA = "LoRA as the upscaled state"
 WEIGHTS = "all weights"
 METHODS = (START, UPSCALED, SMALL_LORA, LORA, WEIGHTS)
+# Names of the rows on the command line.
+ROWS = {
+    "base": "base",
+    "prompt": "base after a prompt of all training rows",
+    "start": START,
+    "upscaled": UPSCALED,
+    "small-lora": SMALL_LORA,
+    "lora": LORA,
+    "weights": WEIGHTS,
+}
+PROMPT = ROWS["prompt"]
 # The same for every method. States want large rates and weights small ones.
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
-
-PROMPT = "base after a prompt of all training rows"
 
 
 class Method(NamedTuple):
@@ -152,12 +171,13 @@ def method(kind: str, subject: Subject) -> Method:
 
 
 def searched(tuned: Method, subject: Subject) -> dict[str, Any]:
-    """Finds a method's rate: all rates on one row a step, judged on questions of their own."""
+    """Finds a method's rate: all on a quarter of the rows, judged on questions of their own."""
     steps = max(subject.steps // 4, LEAST_STEPS)
+    rows = max(subject.rows // 4, 1)
 
     def batches() -> Iterator[Batch]:
         for step in itertools.count():
-            yield subject.batch(subject.training_rows(step, 0)[:1])
+            yield subject.batch(subject.training_rows(step, 0)[:rows])
 
     choice = find_rate(
         tuned.loss,
@@ -260,50 +280,111 @@ def line(name: str, found: dict[str, Any]) -> str:
     )
 
 
-def table(
-    subject: Subject, cells: Cells, label: str, *, seeds: int, kinds: Sequence[str]
-) -> dict[str, Any]:
-    """Computes and prints all rows."""
+class Table:
+    """The rows of the table, each of cells that are cached under the names of what they hold."""
 
-    def cell(name: str, make: Callable[[], Any]) -> Any:
-        return cells.get(f"{name} | {label}", make)
+    def __init__(self, subject: Subject, cells: Cells, label: str, seeds: int):
+        """Computes nothing yet.
 
-    zero = rwkv.init_state(subject.config)
-    base = [cell("base", lambda: subject.measure(subject.params, zero))["found"]]
-    prompts = []
-    for seed in range(seeds):
-        make = functools.partial(prompted, subject, seed)
-        prompts.append(cell(f"{PROMPT} | {seed}", make)["found"])
-    references = judged([one.answer for one in subject.measured])
-    report = {
-        "base": summary(base, base),
-        PROMPT: summary(prompts, base) | {"prompt_ids": prompts[0]["prompt_ids"]},
-        "reference answers": {
+        Args:
+            subject: what is tuned and measured.
+            cells: their cache.
+            label: of the files and sizes that all cells depend on.
+            seeds: of every method.
+        """
+        self.subject = subject
+        self.cells = cells
+        self._label = label
+        self._seeds = seeds
+
+    def _cell(self, name: str, make: Callable[[], Any]) -> Any:
+        return self.cells.get(f"{name} | {self._label}", make)
+
+    def _is_cached(self, name: str) -> bool:
+        return f"{name} | {self._label}" in self.cells.results
+
+    def has_prompts(self) -> bool:
+        """Tells whether the base after each of the prompts is cached."""
+        return all(self._is_cached(f"{PROMPT} | {seed}") for seed in range(self._seeds))
+
+    def has(self, kind: str) -> bool:
+        """Tells whether a method's search is cached, and its runs at the rate found."""
+        search = f"{kind} | search"
+        if not self._is_cached(search):
+            return False
+        rate = self.cells.results[f"{search} | {self._label}"]["found"]["rate"]
+        return rate is None or self._is_cached(f"{kind} | {rate} | {self._seeds}")
+
+    def base(self) -> list[dict[str, Any]]:
+        """Measures the base."""
+        zero = rwkv.init_state(self.subject.config)
+        make = functools.partial(self.subject.measure, self.subject.params, zero)
+        return [self._cell("base", make)["found"]]
+
+    def prompts(self) -> list[dict[str, Any]]:
+        """Measures the base after prompts, one a seed."""
+        found = []
+        for seed in range(self._seeds):
+            make = functools.partial(prompted, self.subject, seed)
+            found.append(self._cell(f"{PROMPT} | {seed}", make)["found"])
+        return found
+
+    def tuned(self, kind: str) -> tuple[dict[str, Any], Any]:
+        """Finds a method's rate and tunes; returns what is known of it, and its runs.
+
+        The runs are None where no rate is better than the base.
+        """
+        one = method(kind, self.subject)
+        make = functools.partial(searched, one, self.subject)
+        search = self._cell(f"{kind} | search", make)
+        rate = search["found"]["rate"]
+        known = {"numbers": one.size, "search": search["found"]}
+        if rate is None:
+            return known, None
+        make = functools.partial(tuned_rows, one, self.subject, rate, self._seeds)
+        runs = self._cell(f"{kind} | {rate} | {self._seeds}", make)
+        seconds = {"search": search["seconds"], "runs": runs["seconds"]}
+        return known | {"seconds": seconds}, runs["found"]
+
+    def report(self, kinds: Sequence[str], *, with_prompts: bool) -> dict[str, Any]:
+        """Computes and prints the rows of the base, of its prompts and of methods."""
+        base = self.base()
+        report = {"base": summary(base, base)}
+        print(line("base", report["base"]), flush=True)
+        if with_prompts:
+            prompts = self.prompts()
+            size = prompts[0]["prompt_ids"]
+            report[PROMPT] = summary(prompts, base) | {"prompt_ids": size}
+            print(line(PROMPT, report[PROMPT]), flush=True)
+        references = judged([one.answer for one in self.subject.measured])
+        report["reference answers"] = {
             "well_formed": float(np.mean(references["well_formed"])),
             "annotations": references["annotations"],
             "annotations_that_hold": references["annotations_that_hold"],
-        },
-    }
-    for name in ("base", PROMPT):
-        print(line(name, report[name]), flush=True)
-    print(f"{'reference answers':42}{report['reference answers']}", flush=True)
-    for kind in kinds:
-        one = method(kind, subject)
-        search = cell(f"{kind} | search", functools.partial(searched, one, subject))
-        found = search["found"]
-        rate = found["rate"]
-        report[kind] = {"numbers": one.size, "search": found}
-        if rate is None:
-            print(f"{kind:42} no rate of the list is better than the base")
-            continue
-        make = functools.partial(tuned_rows, one, subject, rate, seeds)
-        runs = cell(f"{kind} | {rate} | {seeds}", make)
-        seconds = {"search": search["seconds"], "runs": runs["seconds"]}
-        report[kind] |= {**summary(runs["found"], base), "seconds": seconds}
-        edge = f" (the {found['edge']} tried)" if found["edge"] else ""
-        name = f"{kind}, {one.size:,} at {rate:g}{edge}"
-        print(line(name, report[kind]), flush=True)
-    return report
+        }
+        print(f"{'reference answers':42}{report['reference answers']}", flush=True)
+        for kind in kinds:
+            known, runs = self.tuned(kind)
+            report[kind] = known
+            if runs is None:
+                print(f"{kind:42} no rate of the list is better than the base")
+                continue
+            report[kind] = known | summary(runs, base)
+            found = known["search"]
+            edge = f" (the {found['edge']} tried)" if found["edge"] else ""
+            name = f"{kind}, {known['numbers']:,} at {found['rate']:g}{edge}"
+            print(line(name, report[kind]), flush=True)
+        return report
+
+
+def compute(row: str, table: Table) -> None:
+    """Computes the cells of a single row."""
+    if row == "base":
+        table.base()
+    elif row == "prompt":
+        table.prompts()
+    else:
+        table.tuned(ROWS[row])
 
 
 def main() -> None:
@@ -323,21 +404,37 @@ def main() -> None:
     add("--kinds", nargs="+", default=METHODS, choices=METHODS)
     add("--json", help="file for the numbers")
     add("--cells", default="runs/gsm8k-bits", help="folder of the results' cache")
+    add("--implementation", default="scan", help="of the WKV op; auto for the best")
+    add("--only", choices=ROWS, help="the row whose cells are computed, and no table")
+    add("--gather", nargs="+", help="folders of cells; the table has what is there")
     options = parser.parse_args()
     sizes = {}
     for name in ("steps", "rows", "length", "questions", "tokens"):
         sizes[name] = getattr(options, name)
+    # "scan" compiles in a fraction of the time, which is much of what rows this short take.
+    auto = options.implementation == "auto"
     subject = Subject(
         options.model,
         options.train,
         options.test,
         retention=options.retention,
+        implementation=None if auto else options.implementation,
         **sizes,
     )
     sizes["questions"] = len(subject.measured)
     label = f"{options.model} | {options.train} | {options.test} | {sizes}"
-    cells = Cells(Path(options.cells))
-    report = table(subject, cells, label, seeds=options.seeds, kinds=options.kinds)
+    table = Table(subject, Cells(Path(options.cells)), label, options.seeds)
+    if options.only:
+        compute(options.only, table)
+        return
+    kinds = options.kinds
+    with_prompts = True
+    if options.gather:
+        for folder in options.gather:
+            table.cells.results.update(Cells(Path(folder)).results)
+        kinds = [kind for kind in kinds if table.has(kind)]
+        with_prompts = table.has_prompts()
+    report = table.report(kinds, with_prompts=with_prompts)
     if options.json:
         record.write(
             options.json,
@@ -346,6 +443,7 @@ def main() -> None:
             **sizes,
             seeds=options.seeds,
             rates=RATES,
+            implementation=options.implementation,
             share_of_training_questions_that_fit=subject.training_share,
             share_of_test_questions_that_fit=subject.test_share,
             rows_of_the_table=report,
