@@ -75,6 +75,8 @@ ROWS = {
 PROMPT = ROWS["prompt"]
 # The same for every method. States want large rates and weights small ones.
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
+# Questions that the features of an upscaled state are fitted to.
+SHOWN = 48
 
 
 class Method(NamedTuple):
@@ -112,7 +114,7 @@ def state_method(kind: str, subject: Subject) -> Method:
         if kind == START:
             return rwkv.init_state(subject.config)
         prepare, widths, _ = text_table.UPSCALED[kind]
-        shown = subject.batch(subject.training[: 12 * subject.rows]).tokens[:, :-1]
+        shown = subject.batch(subject.training[:SHOWN]).tokens[:, :-1]
         return rwkv.upscale(
             model, params, shown, prepare=prepare, widths=widths, seed=seed
         )
@@ -190,6 +192,7 @@ def searched(tuned: Method, subject: Subject) -> dict[str, Any]:
         statistics=tuned.statistics,
     )
     return {
+        "numbers": tuned.size,
         "rate": choice.rate,
         "edge": choice.edge,
         "untuned": choice.base,
@@ -334,15 +337,18 @@ class Table:
 
         The runs are None where no rate is better than the base.
         """
-        one = method(kind, self.subject)
-        make = functools.partial(searched, one, self.subject)
-        search = self._cell(f"{kind} | search", make)
+        subject = self.subject
+        # Of cells that are cached it is never made.
+        made = functools.cache(lambda: method(kind, subject))
+        search = self._cell(f"{kind} | search", lambda: searched(made(), subject))
         rate = search["found"]["rate"]
-        known = {"numbers": one.size, "search": search["found"]}
+        known = {"numbers": search["found"]["numbers"], "search": search["found"]}
         if rate is None:
             return known, None
-        make = functools.partial(tuned_rows, one, self.subject, rate, self._seeds)
-        runs = self._cell(f"{kind} | {rate} | {self._seeds}", make)
+        runs = self._cell(
+            f"{kind} | {rate} | {self._seeds}",
+            lambda: tuned_rows(made(), subject, rate, self._seeds),
+        )
         seconds = {"search": search["seconds"], "runs": runs["seconds"]}
         return known | {"seconds": seconds}, runs["found"]
 

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import struct
 import sys
+import zlib
 
 import pytest
 
@@ -78,6 +80,10 @@ def test_what_is_installed_is_written_and_what_is_missing_is_named(
     missing = next(line for line in said.splitlines() if "not installed" in line)
     assert "apt-get install dict-gcide" in missing
     assert "dict-wn" not in missing and "manpages-de" in missing
+    words = ("--root", root, "--without", "manpages-fr")
+    run(monkeypatch, tmp_path / "out.jsonl", *words)
+    said = capsys.readouterr().out
+    assert "manpages-fr" not in said and "manpages-ja" in said
     table = (tmp_path / "out.licences.md").read_text()
     assert "| dict-wn | 1.2-dict-wn |" in table and "| GPL-2+ |" in table
     assert "public domain" in table
@@ -114,6 +120,25 @@ def test_a_page_of_the_manual_is_plain_text_and_a_link_is_none(root):
     (text,) = parts["manpages"].documents
     assert "cat - joins files" in text and "cat(1)" in text and "* an item" in text
     assert "\\" not in text and "comment" not in text
+
+
+def test_a_module_of_sword_is_the_text_of_its_blocks(tmp_path):
+    data = b"gap"
+    index = struct.pack("<III", 0, 0, 0)
+    for words in (f"<p>Of <i>cats</i></p>{LONG}", LONG):
+        block = zlib.compress(words.encode())
+        index += struct.pack("<III", len(data), len(block), len(words))
+        data += block
+    (tmp_path / "ot.bzz").write_bytes(data)
+    (tmp_path / "ot.bzs").write_bytes(index)
+    text = debian_text.read_text(tmp_path / "ot.bzz")
+    assert text.startswith("Of cats\n") and text.count(LONG.strip()) == 2
+
+
+def test_help_of_desktops_has_a_line_a_paragraph(tmp_path):
+    path = tmp_path / "a.page"
+    path.write_text("<page><title>Cats</title><p>One.</p><para>Two.</para></page>")
+    assert debian_text.read_text(path).split() == ["Cats", "One.", "Two."]
 
 
 def test_packages_that_the_user_names_give_their_text_files(root):
