@@ -1,8 +1,8 @@
 """Sampling of the next token: penalties, top-p, top-k and temperature, as pure functions.
 
 The order is that of the official package, because users compare outputs: top-p and top-k use the
-probabilities at temperature 1, temperature comes last. Cutoffs are found by bisection over the bits
-of the probabilities: a sort of 65,536 of them costs 20 times as much on a CPU.
+probabilities at temperature 1, temperature comes last. Cutoffs are searched for bit by bit in the
+probabilities: a sort of 65,536 of them costs 20 times as much on a CPU.
 Source: BlinkDL's `rwkv` 0.8.32 on PyPI, rwkv/utils.py:55-88 and 113-143.
 """
 
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import platforms
 from rwkv7_jax.checks import check_count, check_ids, check_number, prefix_errors
 from rwkv7_jax.text.detokenizer import Vocabulary, spell
 
@@ -32,8 +33,8 @@ _LOGIT_LIMIT = 1e30
 # Below this a temperature is greedy: 1 / temperature would leave float32's range.
 _COLDEST = 1e-6
 
-# Bits of the smallest float32 above 1, as an integer.
-_BITS_ABOVE_ONE = 0x3F800001
+# Of a float32 below 2 that is not negative, so many bits differ from 0.
+_BITS = 30
 
 
 class Occurrences(NamedTuple):
@@ -193,51 +194,54 @@ def apply_penalties(
 
 
 def _cutoff(
-    probs: Scores, enough: Callable[[Bool[Array, "B V"]], Bool[Array, " B"]]
+    probs: Scores, enough: Callable[[Bool[Array, "B C V"]], Bool[Array, "B C"]]
 ) -> Array:
     """Finds each row's largest c such that the probabilities >= c are enough.
 
     Args:
         probs: no negative number.
-        enough: from a mask of kept ids to which rows keep enough of them.
+        enough: from masks of kept ids, C a row, to which of them keep enough.
 
     Returns:
         [B 1]; 0 where even all probabilities are not enough.
     """
     # The bits of floats that are not negative are ordered like the numbers.
     bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
+    on_cpu = platforms.target_platform() == "cpu"
+    # A CPU's time is the reading of the probabilities, an accelerator's the number of kernels:
+    # there, a pass compares with seven numbers, and the loop is no loop.
+    digit = 1 if on_cpu else 3
+    digits = jnp.arange(1, 1 << digit, dtype=jnp.int32)[None]
 
-    # `low` is 0 or keeps enough; the answer lies between the two.
-    def halve(_, bounds):
-        low, high = bounds
-        middle = low + (high - low) // 2
-        kept = enough(bits >= middle)[:, None]
-        return jnp.where(kept, middle, low), jnp.where(kept, high, middle)
+    # `low` is 0 or keeps enough. So do all digits up to the largest that does.
+    def find_digit(index, low):
+        shift = _BITS - digit * (index + 1)
+        kept = enough(bits[:, None] >= (low + (digits << shift))[:, :, None])
+        return low + (jnp.sum(kept, axis=-1, keepdims=True, dtype=jnp.int32) << shift)
 
     low = jnp.zeros((probs.shape[0], 1), jnp.int32)
-    high = jnp.full_like(low, _BITS_ABOVE_ONE)
-    # 31 halvings: one for each bit of a float32 but the sign.
-    low, _ = jax.lax.fori_loop(0, 31, halve, (low, high))
+    low = jax.lax.fori_loop(0, _BITS // digit, find_digit, low, unroll=not on_cpu)
     return jax.lax.bitcast_convert_type(low, jnp.float32)
 
 
-def _truncate(probs: Scores, top_p: Number, top_k: Number) -> Bool[Array, "B V"]:
-    """Returns a mask of the tokens that may be drawn."""
-    by_mass = _cutoff(
-        probs, lambda kept: jnp.sum(jnp.where(kept, probs, 0), axis=-1) >= top_p
+def _most_mass(probs: Scores, top_p: Number) -> Bool[Array, "B V"]:
+    """Returns a mask of the most probable tokens that together have a mass of `top_p`."""
+    cutoff = _cutoff(
+        probs,
+        lambda kept: jnp.sum(jnp.where(kept, probs[:, None], 0), axis=-1) >= top_p,
     )
-    # Rounding can give a part of the tokens all the mass, so 1 has to mean no limit at all.
-    by_mass = jnp.where(top_p >= 1, 0, by_mass)
     # With `top_p` 0 every cutoff is enough, even one above the most probable token, which stays.
-    kept = probs >= jnp.minimum(by_mass, jnp.max(probs, axis=-1, keepdims=True))
-    # 0 means no limit.
-    top_k = jnp.where(top_k == 0, probs.shape[1], top_k)
-    by_rank = _cutoff(probs, lambda kept: jnp.sum(kept, axis=-1) >= top_k)
-    above = probs > by_rank
-    equal = probs == by_rank
+    return probs >= jnp.minimum(cutoff, jnp.max(probs, axis=-1, keepdims=True))
+
+
+def _highest_ranks(probs: Scores, top_k: Number) -> Bool[Array, "B V"]:
+    """Returns a mask of the `top_k` most probable tokens."""
+    cutoff = _cutoff(probs, lambda kept: jnp.sum(kept, axis=-1) >= top_k)
+    above = probs > cutoff
+    equal = probs == cutoff
     # Of equal probabilities at the cutoff only as many stay as there is room for.
     room = top_k - jnp.sum(above, axis=-1, keepdims=True)
-    return kept & (above | (equal & (jnp.cumsum(equal, axis=-1) <= room)))
+    return above | (equal & (jnp.cumsum(equal, axis=-1) <= room))
 
 
 def log_probabilities(
@@ -264,12 +268,18 @@ def log_probabilities(
     """
     logp = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     probs = jnp.exp(logp)
-    # The bisections are most of the cost, so they are skipped at run time where nothing is cut.
-    keep_all = (jnp.asarray(top_p) >= 1) & (jnp.asarray(top_k) == 0)
+    everything = jnp.ones(probs.shape, bool)
+    # The searches are most of the cost, so each is skipped at run time where it would cut nothing.
+    # Rounding can give a part of the tokens all the mass, so 1 has to mean no limit at all.
     kept = jax.lax.cond(
-        keep_all,
-        lambda: jnp.ones(probs.shape, bool),
-        lambda: _truncate(probs, top_p, top_k),
+        jnp.asarray(top_p) >= 1,
+        lambda: everything,
+        lambda: _most_mass(probs, top_p),
+    )
+    kept &= jax.lax.cond(
+        jnp.asarray(top_k) == 0,
+        lambda: everything,
+        lambda: _highest_ranks(probs, top_k),
     )
     is_best = jnp.arange(logits.shape[1])[None] == _best_ids(logits)[:, None]
     greedy = jnp.asarray(temperature) < _COLDEST

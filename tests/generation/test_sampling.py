@@ -70,6 +70,28 @@ def test_the_distribution_is_that_of_the_official_package(
         np.testing.assert_allclose(ours[0], theirs, atol=2e-6)
 
 
+def test_a_search_of_three_bits_a_pass_cuts_as_one_of_a_bit(monkeypatch):
+    # Whole numbers, of which some are equal; a row with a single likely token.
+    logits = jnp.round(random_logits(rows=5)).at[4, 7].set(40.0)
+
+    def cuts(platform):
+        monkeypatch.setattr(sampling.platforms, "target_platform", lambda: platform)
+        # A function of its own, which is traced for this platform.
+        search = jax.jit(lambda top_p, top_k: distribution(logits, top_p, top_k))
+        found = []
+        for top_p in (0.0, 0.3, 0.9, 0.9999, 1.0):
+            for top_k in (0, 1, 5, VOCAB):
+                found.append(np.isfinite(search(top_p, top_k)))
+        return found
+
+    def distribution(logits, top_p, top_k):
+        return sampling.log_probabilities(
+            logits, temperature=1.0, top_p=top_p, top_k=top_k
+        )
+
+    np.testing.assert_array_equal(cuts("cuda"), cuts("cpu"))
+
+
 def test_top_p_looks_at_the_probabilities_at_temperature_one():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
     for temperature in (0.1, 1.0, 10.0):
