@@ -43,6 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--warm", action="store_true", help="compile and check alone")
     parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar="N")
+    parser.add_argument(
+        "--only", action="append", help="jobs whose labels, as JSON, contain this text"
+    )
     flags = parser.parse_args(arguments)
     sizes = REHEARSAL if flags.rehearse else DEVICE
     if flags.warm:
@@ -50,6 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
         # Times of programs that run next to others say nothing: one call each is enough.
         mock.patch.object(bench, "RUN_SECONDS", 0.0).start()
     for job in share(STEPS[flags.step](sizes), *flags.part):
+        labels = json.dumps(job.labels)
+        if flags.only and not any(text in labels for text in flags.only):
+            continue
         print(json.dumps(job.labels | attempt(job.run)), flush=True)
 
 
