@@ -20,6 +20,7 @@ STEPS: dict[str, Callable[[Sizes], Jobs]] = {
     "large": correctness.large,
     "sanitizer": correctness.sanitizer,
     "small": correctness.small,
+    "errors": speed.errors,
     "times": speed.times,
     "tiles": speed.neighbouring_tiles,
     "segments": speed.segments,
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.device")
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("--rehearse", action="store_true")
-    parser.add_argument("--warm", action="store_true", help="compile and check alone")
+    parser.add_argument("--warm", action="store_true", help="compile for a later run")
     parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar="N")
     parser.add_argument(
         "--only", action="append", help="jobs whose labels, as JSON, contain this text"

@@ -47,8 +47,8 @@ class Sizes(NamedTuple):
         decoded: rows in decoding.
         prompts: tokens of prompts.
         repeats: measurements, of which the least counts.
-        warm: compile the programs of a step that measures, and check their results; their times do
-            not count, since other processes run at the same time.
+        warm: compile the programs of a step that measures; their times do not count, since other
+            processes run at the same time.
     """
 
     interpret: bool

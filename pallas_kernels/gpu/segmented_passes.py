@@ -22,8 +22,13 @@ Starts = Float[Array, "BS H C N1 N2"]
 Values = Float[Array, "B T H Nv"]
 # The first chunk of each sequence of packed rows, and the one after its last.
 Spans = Int[Array, "S 2"]
-# Programs that a large GPU runs at a time: two on each of 132 multiprocessors.
-PROGRAMS = 264
+# Measured on an H100, heads of 64 in bfloat16: see docs/kernels.md.
+# Multiprocessors, on each of which two programs run at a time.
+CORES = 132
+# How long two walks on a multiprocessor take, where one takes 1.
+PAIR = 1.25
+# How long it takes to chain one segment to the next, in chunks of a walk.
+LINK = 2
 # Fewer chunks than this are not worth a segment.
 SHORTEST = 8
 
@@ -109,16 +114,20 @@ def chain_segments(
     return starts.swapaxes(0, 1).reshape(-1, *state.shape[1:])
 
 
-def _waves(programs: int) -> int:
-    """Returns how many times a large GPU must be filled to run so many programs."""
-    return -(-programs // PROGRAMS)
+def _walk_time(programs: int) -> float:
+    """Returns the time of so many walks, where one alone on a multiprocessor takes 1."""
+    pairs, rest = divmod(programs, 2 * CORES)
+    if rest > CORES:
+        return PAIR * (pairs + 1)
+    return PAIR * pairs + min(rest, 1)
 
 
 def choose_segments(heads: int, chunks: int, values: int, keys: int, rows: int) -> int:
     """Chooses into how many segments a sequence is cut: the power of two that takes least time.
 
-    Time is counted in walks over a whole sequence: a walk over S segments takes 1/S for every time
-    that the GPU is filled. Two segments never pay, since the walk with the probes comes first.
+    Time is counted in chunks of a walk that has a multiprocessor to itself: walks over segments
+    are short, and chaining the segments takes `LINK` for each. Two segments never pay, since the
+    walk with the probes comes first.
 
     Args:
         heads: heads of all rows of the batch.
@@ -132,10 +141,11 @@ def choose_segments(heads: int, chunks: int, values: int, keys: int, rows: int) 
 
     def time(segments):
         if segments == 1:
-            return _waves(heads * blocks)
+            return chunks * _walk_time(heads * blocks)
         # The first segment walks without the identity, the last not at all: `Probes.is_idle`.
         probing = heads * (blocks + (segments - 2) * probe_blocks)
-        return (_waves(probing) + _waves(segments * heads * blocks)) / segments
+        walks = _walk_time(probing) + _walk_time(segments * heads * blocks)
+        return chunks / segments * walks + LINK * segments
 
     candidates = [1]
     while 2 * candidates[-1] * SHORTEST <= chunks:
