@@ -54,6 +54,7 @@ STEPS = (
     Step("laws", 1, 6),
     Step("repetitions", 1, 8),
     Step("sanitizer", 1, 2),
+    Step("suite", 1, 4),
     Step("card", 1, 0, 60),
     Step("large", 1, 0, 100),
     Step("times", 2, 3, 150),

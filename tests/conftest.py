@@ -13,9 +13,12 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=2",
-        "--xla_backend_optimization_level=0",
+        "--xla_backend_optimization_level=0"
+        if os.environ["JAX_PLATFORMS"] == "cpu"
+        else "",
         "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-        if version("jaxlib").startswith("0.10.")
+        if os.environ["JAX_PLATFORMS"] == "cpu"
+        and version("jaxlib").startswith("0.10.")
         else "",
     ]
 )

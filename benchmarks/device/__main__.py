@@ -20,6 +20,7 @@ STEPS: dict[str, Callable[[Sizes], Jobs]] = {
     "large": correctness.large,
     "sanitizer": correctness.sanitizer,
     "small": correctness.small,
+    "suite": correctness.suite,
     "errors": speed.errors,
     "times": speed.times,
     "tiles": speed.neighbouring_tiles,

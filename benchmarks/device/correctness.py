@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import os
 import shutil
 import subprocess
 import sys
@@ -291,3 +292,27 @@ def small(sizes: Sizes) -> Jobs:
         op = op_of(name, sizes)
         run = functools.partial(check_law, op, Case(1, 128, 2), "bfloat16")
         yield Job({"name": name}, run)
+
+
+def suite(sizes: Sizes) -> Jobs:
+    """Runs the repository's own tests on this device, file by file."""
+    platform = "cpu" if sizes.interpret else "cuda"
+
+    def run(file):
+        command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "--tb=line", file]
+        # The kernels of TPUs would run in an interpreter.
+        command += ["-m", "slow or not slow", "-k", "not pallas_tpu"]
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"JAX_PLATFORMS": platform},
+        )
+        lines = done.stdout.strip().splitlines() or [done.stderr[-200:]]
+        if done.returncode:
+            failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+            raise ArithmeticError("; ".join([lines[-1], *failed[:20]]))
+        return {"last line": lines[-1]}
+
+    for file in sizes.tests:
+        yield Job({"file": file}, functools.partial(run, file))

@@ -38,6 +38,7 @@ class Sizes(NamedTuple):
         repetitions: runs that must agree bit for bit.
         filled_bytes: memory that is filled with NaN and freed before one of them.
         copies: copies of a row in one large call.
+        tests: files of the repository's tests, those that tell most first.
         cases: of the times, the usual one first.
         segments: numbers of segments that are forced.
         model: entries of the vocabulary, layers and width of the model.
@@ -59,6 +60,7 @@ class Sizes(NamedTuple):
     repetitions: int
     filled_bytes: int
     copies: int
+    tests: tuple[str, ...]
     cases: tuple[Case, ...]
     segments: tuple[int, ...]
     model: tuple[int, int, int]
@@ -80,6 +82,19 @@ DEVICE = Sizes(
     repetitions=50,
     filled_bytes=2**31,
     copies=256,
+    tests=(
+        "tests/model/test_rwkv7.py",
+        "tests/kernels/test_wkv7_laws.py",
+        "tests/generation/test_generate.py",
+        "tests/kernels/test_wkv7_derivatives.py",
+        "tests/model/test_unrolled.py",
+        "tests/kernels/test_wkv7_packed.py",
+        "tests/model/test_recurrence.py",
+        "tests/kernels/test_wkv7_lengths.py",
+        "tests/generation/test_sampling.py",
+        "tests/model/test_upscaled_model.py",
+        "tests/model/test_int8_weights.py",
+    ),
     cases=(
         Case(8, 4096, 32),
         Case(8, 4096, 16),
@@ -105,6 +120,7 @@ REHEARSAL = Sizes(
     repetitions=2,
     filled_bytes=2**20,
     copies=2,
+    tests=("tests/model/test_config.py",),
     cases=(Case(1, 64, 1, 32, 32),),
     segments=(1, 2),
     model=(64, 2, 64),
