@@ -22,6 +22,7 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import record
 from pallas_kernels.compile_checks.gpu import DEVICES, absent_device
@@ -242,14 +243,14 @@ def trace_form(form: str, batch: int, place: Place, params: Any, run: DecodeStat
         run: that of the state.
     """
     model = RWKV7(CONFIG)
-    limit = place(jnp.zeros((), jnp.int32))
+    limit = place(np.zeros((), np.int32))
     if form == "scan":
         step = functools.partial(generate_by_scan, model)
         return jax.jit(step).trace(params, run, limit=limit)
     split = jax.tree.map(place, jax.eval_shape(split_params, params))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     options = sampling.make_options(CONFIG.vocab_size)
-    known = KnownTokens(jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool))
+    known = KnownTokens(np.zeros(batch, np.int32), np.zeros(batch, bool))
     return decode.trace(
         model,
         split,

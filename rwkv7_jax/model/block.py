@@ -7,7 +7,6 @@ names are the official checkpoint names and matrices keep their official orienta
 Source: arXiv 2503.14456, section 4; BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_demo.py:260-372.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -47,6 +46,19 @@ BY_HEADS = frozenset((*RECURRENCE, "y", "gate", "output_input", "ffn_hidden"))
 _SHIFTS = {"x_r": 0.2, "x_w": 0.9, "x_k": 0.7, "x_v": 0.7, "x_a": 0.9, "x_g": 0.2}
 
 
+def _identity(x: Array) -> Array:
+    return x
+
+
+# Between the two matrices of each low rank, and the biases after them.
+_ACTIVATIONS = {"w": jnp.tanh, "a": _identity, "g": jax.nn.sigmoid, "v": _identity}
+_BIASES = {
+    "w": initial.decay_bias,
+    "a": initial.icl_bias,
+    "v": initial.value_bias,
+}
+
+
 class LayerMemories(NamedTuple):
     """What one layer remembers after the last token; stacked over layers by the scan.
 
@@ -61,10 +73,6 @@ class LayerMemories(NamedTuple):
     wkv: Array
     ffn_shift: Array
     memory: Array | None
-
-
-def _identity(x: Array) -> Array:
-    return x
 
 
 def _weight(module: Any, name: str, draw: initial.Initial, layer) -> Any:
@@ -160,29 +168,28 @@ class TimeMix(nn.Module):
         k = self._square("key", 0.1)(x_k)
         v = self._square("value", 1.0)(x_v)
 
-        # d = loramlp_d(tanh, x_w),  log w = -exp(-1/2) sigmoid(d)
-        decay = self._low_rank(x_w, "w", config.decay_rank, jnp.tanh, layer)
-        decay_bias = self._weight("w0", initial.decay_bias, layer)
-        log_w = chains.log_decay(decay, decay_bias)
+        # d, a, g, nu before their biases: loramlp_c(f, x) = f(x W_c1) W_c2
+        inputs_of_ranks = {"w": x_w, "a": x_a, "g": x_g}
+        if not self.first:
+            inputs_of_ranks["v"] = x_v
+        raw, bias = self._low_ranks(inputs_of_ranks, layer)
 
-        # a = sigmoid(loramlp_a(identity, x_a)), the in-context learning rate
-        icl = self._low_rank(x_a, "a", config.icl_rank, _identity, layer)
-        icl_bias = self._weight("a0", initial.icl_bias, layer)
+        # log w = -exp(-1/2) sigmoid(d)
+        log_w = chains.log_decay(raw["w"], bias["w"])
 
-        # g = loramlp_g(sigmoid, x_g), without a bias
-        gate = self._low_rank(x_g, "g", config.gate_rank, jax.nn.sigmoid, layer)
-
-        # v = lerp(v, v of layer 0, nu): the value residual
+        # v = lerp(v, v of layer 0, sigmoid(nu)): the value residual
         if self.first:
             v_first = v
         else:
-            v = self._value_residual(x_v, v, v_first, layer)
+            v = chains.mix_values(v, v_first, raw["v"], bias["v"])
 
-        # kappa^ = (k * xi) / |k * xi| for each head,  k~ = k * lerp(1, a, alpha)
+        # kappa^ = (k * xi) / |k * xi| for each head,  k~ = k * lerp(1, sigmoid(a), alpha)
         xi = self._weight("k_k", initial.removal_scale, layer)
         xi = xi.reshape(-1, config.head_size)
         alpha = self._weight("k_a", initial.constant(1.02, config.width), layer)
-        k, a, b, icl_rate = chains.removal_and_replacement(k, icl, icl_bias, xi, alpha)
+        k, a, b, icl_rate = chains.removal_and_replacement(
+            k, raw["a"], bias["a"], xi, alpha
+        )
 
         # S_t = S_{t-1} (diag(w) - kappa^^T (a * kappa^)) + v^T k~,  y = r S_t^T
         inputs = WKVInputs(
@@ -204,7 +211,7 @@ class TimeMix(nn.Module):
         )
 
         # o = (g * p) W_o, with p = norm(y) + bonus
-        gated = self._read_out(y, inputs, gate, layer)
+        gated = self._read_out(y, inputs, raw["g"], layer)
         # From zeros: a new block adds nothing to the residual stream until it is trained.
         out = sum_over_heads(self._square("output", 0.0)(gated))
 
@@ -214,7 +221,7 @@ class TimeMix(nn.Module):
             **inputs._asdict(),
             "icl_rate": icl_rate,
             "y": y,
-            "gate": gate,
+            "gate": raw["g"],
             "receptance_input": x_r,
             "key_input": x_k,
             "value_input": x_v,
@@ -236,32 +243,39 @@ class TimeMix(nn.Module):
             draw = initial.constant(0.0, width, width)
         return Linear(self.config, draw, name=name)
 
-    def _low_rank(
-        self,
-        x: Activations,
-        letter: str,
-        rank: int,
-        activation: Callable,
-        layer,
-    ) -> Float[Array, "B T O"]:
-        """Computes activation(x w1) w2, in x's dtype: of all channels, or of the device's heads."""
-        width = self.config.width
-        # Zeros here but not in `up`: where both are zero, neither gets a gradient through tanh.
-        down = self._weight(f"{letter}1", initial.constant(0.0, width, rank), layer)
-        up = self._weight(f"{letter}2", initial.low_rank_out(rank, width), layer)
-        return layers.project(activation(layers.project(x, down)), up)
+    def _low_ranks(
+        self, inputs: dict[str, Activations], layer
+    ) -> tuple[dict[str, Float[Array, "B T _"]], dict[str, Array]]:
+        """Computes activation(x w1) w2 of each letter: of all channels, or of the device's heads.
 
-    def _value_residual(
-        self,
-        x_v: Activations,
-        v,
-        v_first,
-        layer,
-    ) -> Float[Array, "B T O"]:
-        """Moves the values towards layer 0's by nu = sigmoid(loramlp_nu(identity, x_v))."""
-        raw = self._low_rank(x_v, "v", self.config.value_rank, _identity, layer)
-        bias = self._weight("v0", initial.value_bias, layer)
-        return chains.mix_values(v, v_first, raw, bias)
+        Returns:
+            What each letter gives, in x's dtype; and the biases to add, which "g" has not.
+        """
+        config = self.config
+        ranks = {
+            "w": config.decay_rank,
+            "a": config.icl_rank,
+            "g": config.gate_rank,
+            "v": config.value_rank,
+        }
+        ups = []
+        biases = {}
+        hidden = []
+        for letter, x in inputs.items():
+            rank = ranks[letter]
+            # Zeros here but not in `up`: where both are zero, neither gets a gradient through tanh.
+            zeros = initial.constant(0.0, config.width, rank)
+            down = self._weight(f"{letter}1", zeros, layer)
+            draw = initial.low_rank_out(rank, config.width)
+            ups.append(self._weight(f"{letter}2", draw, layer))
+            if letter in _BIASES:
+                biases[letter] = self._weight(f"{letter}0", _BIASES[letter], layer)
+            hidden.append(_ACTIVATIONS[letter](layers.project(x, down)))
+        hidden = layers.read_together(hidden)
+        raw = {}
+        for letter, one, up in zip(inputs, hidden, ups, strict=True):
+            raw[letter] = layers.project(one, up)
+        return raw, biases
 
     def _read_out(
         self, y: Heads, inputs: WKVInputs, gate: Activations, layer

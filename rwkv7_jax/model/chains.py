@@ -24,7 +24,8 @@ def token_shift(
     """Interpolates between every token and the one before it, by each vector of coefficients."""
     before = layers.token_before(x, before)
     previous = layers.previous_tokens(x, before, segments)
-    return tuple(layers.lerp(x, previous, vector) for vector in coefficients)
+    mixed = [layers.lerp(x, previous, vector) for vector in coefficients]
+    return layers.read_together(mixed)
 
 
 def log_decay(raw: Activations, bias: Vector) -> Float[Array, "B T D"]:

@@ -2,10 +2,12 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -124,6 +126,28 @@ def _is_step(x: Array) -> bool:
     return x.ndim > 1 and x.shape[-2] == 1 and _rows(x) <= _MOST_ROWS
 
 
+def read_together(
+    arrays: Sequence[Float[Array, "B T _"]],
+) -> tuple[Float[Array, "B T _"], ...]:
+    """Returns the arrays; those of one token on a GPU as parts of one array.
+
+    A kernel takes longer to start there than to multiply one row. XLA makes one kernel of products
+    that read the same array, and none of those that only look alike.
+    """
+    if not _is_one_token_on_gpu(arrays[0]):
+        return tuple(arrays)
+    # Otherwise every product would compute its part again.
+    joined = jax.lax.optimization_barrier(jnp.concatenate([x.ravel() for x in arrays]))
+    ends = np.cumsum([x.size for x in arrays])
+    parts = jnp.split(joined, ends[:-1])
+    return tuple(part.reshape(x.shape) for part, x in zip(parts, arrays, strict=True))
+
+
+def _is_one_token_on_gpu(x: Array) -> bool:
+    """Tells whether x [... T D] is a single token of a single row, for a GPU."""
+    return _is_step(x) and _rows(x) == 1 and platforms.target_platform() == "cuda"
+
+
 def _sum_dtype(x: Array) -> DTypeLike | None:
     """Returns the dtype to sum 16-bit products of a step in; None leaves it to the compiler.
 
@@ -236,13 +260,16 @@ def last_token(
     """Takes the last token that counts of every sequence; `before` where none does."""
     if segments is not None:
         return segments_of_rows.last_tokens(x, before, segments)
+    axis = time_axis()
+    if axis is None and lengths is not None and _is_one_token_on_gpu(x):
+        # Number by number, so that XLA writes the new state in the old one's place.
+        return jnp.where(lengths[:, None] > 0, x[:, 0], before.astype(x.dtype))
     # With `before` in front, position n holds the last of n tokens, also for n = 0.
     both = jnp.concatenate([before[:, None].astype(x.dtype), x], axis=1)
     if lengths is None:
         last = both[:, -1]
     else:
         last = jnp.take_along_axis(both, lengths[:, None, None], axis=1)[:, 0]
-    axis = time_axis()
     if axis is None:
         return last
     return time_shards.from_last_token(last, lengths, x.shape[1], axis)

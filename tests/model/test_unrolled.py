@@ -10,6 +10,7 @@ import tiny_models
 import upscaled_states
 from tolerances import SAME, assert_close
 
+from pallas_kernels import platforms
 from rwkv7_jax.model import layers
 from rwkv7_jax.model.int8_weights import quantize
 from rwkv7_jax.model.rwkv7 import RWKV7
@@ -75,6 +76,17 @@ def test_a_model_of_one_layer_has_no_stack():
     state = tiny_models.random_state(tiny_models.QUICK)
     expected, found = both_forms(tiny_models.QUICK, params, state, *rows(1))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("is_live", [True, False])
+def test_a_token_as_gpus_read_it_is_the_same(params, batch, is_live, monkeypatch):
+    state = tiny_models.random_state(CONFIG, batch=batch)
+    tokens, live = rows(batch)
+    expected, _ = both_forms(CONFIG, params, state, tokens, live & is_live)
+    monkeypatch.setattr(platforms, "target_platform", lambda: "cuda")
+    _, found = both_forms(CONFIG, params, state, tokens, live & is_live)
+    assert_same(found, expected)
 
 
 def test_rows_that_do_not_read_keep_their_state(params):
