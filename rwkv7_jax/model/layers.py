@@ -26,6 +26,9 @@ DECAY_RATE = 0.6065306597126334  # exp(-1/2)
 # Up to so many rows, reading a weight takes longer than multiplying by it.
 _MOST_ROWS = 64
 
+# XLA for GPUs makes one kernel of a row's product with so many columns, and two of one with more.
+_MOST_COLUMNS = 96
+
 # The length by which shorter heads are divided instead of by their own.
 _SHORTEST_HEAD = 1e-12
 
@@ -70,6 +73,11 @@ def project(
     weight: Float[Array, "I O"],
 ) -> Float[Array, "... O"]:
     """Computes x W in x's dtype, for the low-rank matrices, which act from the right."""
+    columns = weight.shape[-1]
+    if _is_one_token_on_gpu(x) and _MOST_COLUMNS < columns <= 2 * _MOST_COLUMNS:
+        # A kernel has room for the sums of two such halves; three parts would be two again.
+        halves = jnp.array_split(weight, 2, axis=-1)
+        return jnp.concatenate([project(x, half) for half in halves], axis=-1)
     product = jnp.matmul(
         x,
         weight.astype(x.dtype),

@@ -17,7 +17,8 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import DYNAMICS
 from rwkv7_jax.model.unrolled import join_states, read_token, split_params, split_state
 
-CONFIG = tiny_models.SCANNED
+# Of this rank the gate's product is computed in two halves for GPUs.
+CONFIG = dataclasses.replace(tiny_models.SCANNED, gate_rank=101)
 TOKENS = np.array([3, 0, 28], np.int32)
 
 
@@ -78,11 +79,10 @@ def test_a_model_of_one_layer_has_no_stack():
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("is_live", [True, False])
-def test_a_token_as_gpus_read_it_is_the_same(params, batch, is_live, monkeypatch):
-    state = tiny_models.random_state(CONFIG, batch=batch)
-    tokens, live = rows(batch)
+def test_a_token_as_gpus_read_it_is_the_same(params, is_live, monkeypatch):
+    state = tiny_models.random_state(CONFIG)
+    tokens, live = rows(1)
     expected, _ = both_forms(CONFIG, params, state, tokens, live & is_live)
     monkeypatch.setattr(platforms, "target_platform", lambda: "cuda")
     _, found = both_forms(CONFIG, params, state, tokens, live & is_live)
