@@ -50,15 +50,15 @@ CONFIG = rwkv.RWKV7Config(
 )
 # Inner optimizer, rule of decorrelation (None for none), learning rates.
 METHODS: dict[str, tuple[str, str | None, tuple[float, ...]]] = {
-    "Adam": ("adam", None, (2e-3, 4e-3, 8e-3)),
-    "Adam, DBP": ("adam", "ours", (1e-3, 2e-3, 4e-3)),
+    "Adam": ("adam", None, (2e-3, 4e-3, 8e-3, 1.6e-2)),
+    "Adam, DBP": ("adam", "ours", (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)),
     "Adam, DBP as published": (
         "adam",
         "as published, step 1e-3",
-        (2e-3, 4e-3, 8e-3),
+        (2e-3, 4e-3, 8e-3, 1.6e-2),
     ),
     "SGD": ("sgd", None, (0.3, 1.0, 3.0)),
-    "SGD, DBP": ("sgd", "ours", (0.1, 0.3, 1.0)),
+    "SGD, DBP": ("sgd", "ours", (0.03, 0.1, 0.3, 1.0)),
 }
 JOBS = ("mixture", "stdlib")
 
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--json", help="file for the numbers")
-    parser.add_argument("--pictures", help="folder for pictures")
+    parser.add_argument("--pictures", type=record.folder, help="folder for them")
     parser.add_argument(
         "--cells", default="runs/dense", help="folder of the results' cache"
     )
@@ -203,7 +203,7 @@ def main() -> None:
                 f"({', '.join(f'{end:.3f}' for end in ends)})"
             )
         if options.pictures:
-            draw(Path(options.pictures) / f"dense-decorrelation-{job}.png", by_method)
+            draw(options.pictures / f"dense-decorrelation-{job}.png", by_method)
     if options.json:
         packages = ("jax", "flax", "optax", "numpy")
         record.write(

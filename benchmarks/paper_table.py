@@ -263,7 +263,7 @@ def read_options() -> argparse.Namespace:
         "--only", default="", help="experiments whose names contain this"
     )
     parser.add_argument("--json", help="file for the numbers")
-    parser.add_argument("--pictures", help="folder for pictures")
+    parser.add_argument("--pictures", type=record.folder, help="folder for them")
     parser.add_argument(
         "--cells", default="runs/table", help="folder of the results' cache"
     )
@@ -296,7 +296,7 @@ def main() -> int:
     bars = sum(one["passed"] is not None for one in more.values())
     print(f"{bars - len(missed)} of {bars} bars met, {time.monotonic() - began:.0f} s")
     if options.pictures:
-        draw(Path(options.pictures), cells)
+        draw(options.pictures, cells)
     if options.json:
         # Of a part, the other rows of the file stay as they were.
         before = carried_over(Path(options.json)) if options.only else {}

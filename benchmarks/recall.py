@@ -422,7 +422,7 @@ def main() -> int:
     )
     parser.add_argument("--no-speed", action="store_true", help="leave out decoding")
     parser.add_argument("--json", help="file for the numbers")
-    parser.add_argument("--pictures", help="folder for pictures")
+    parser.add_argument("--pictures", type=record.folder, help="folder for them")
     parser.add_argument(
         "--cells", default="runs/recall", help="folder of the results' cache"
     )
@@ -463,7 +463,7 @@ def _whole_table(table: Table, options: argparse.Namespace) -> int:
     edges = [name for name, row in found.items() if row["at_edge"]]
     print(f"models whose rate is at the edge: {', '.join(edges) or 'none'}")
     if options.pictures:
-        draw(Path(options.pictures), found, speeds, SMALL)
+        draw(options.pictures, found, speeds, SMALL)
     cells = {
         name: cell["found"]
         for name, cell in table.cells.results.items()

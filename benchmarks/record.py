@@ -7,6 +7,13 @@ from pathlib import Path
 from typing import Any
 
 
+def folder(path: str) -> Path:
+    """Makes a folder for results, before the work for them begins; for `argparse`."""
+    made = Path(path)
+    made.mkdir(parents=True, exist_ok=True)
+    return made
+
+
 def write(
     path: str,
     module: str,
@@ -17,7 +24,7 @@ def write(
     """Writes one run's numbers as JSON.
 
     Args:
-        path: the file.
+        path: the file; its folder is made.
         module: the benchmark's, as `python -m` takes it.
         packages: whose versions matter.
         **numbers: the results.
@@ -32,4 +39,5 @@ def write(
         "versions": versions(packages),
         **numbers,
     }
+    folder(str(Path(path).parent))
     Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

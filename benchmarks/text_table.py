@@ -426,7 +426,7 @@ def main() -> None:
         "--cached", action="store_true", help="make no run, show those there are"
     )
     parser.add_argument("--json", help="file for the numbers")
-    parser.add_argument("--pictures", help="folder for pictures")
+    parser.add_argument("--pictures", type=record.folder, help="folder for them")
     parser.add_argument(
         "--cells", default="runs/text-table", help="folder of the results' cache"
     )
@@ -435,7 +435,7 @@ def main() -> None:
     runs = Runs(Cells(Path(options.cells)), makes=not options.cached)
     sweeps, found = table(runs, options.kinds, options.seeds, styles)
     if options.pictures:
-        draw(Path(options.pictures), found)
+        draw(options.pictures, found)
     if options.json:
         packages = ("jax", "flax", "optax", "numpy")
         record.write(

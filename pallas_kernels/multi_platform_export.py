@@ -55,7 +55,9 @@ def _describe_gpu(platform: str) -> contextlib.AbstractContextManager:
         num_cores=132,
         platform="gpu",
     )
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    mesh = jax.sharding.AbstractMesh(
+        (1,), ("x",), (jax.sharding.AxisType.Auto,), abstract_device=device
+    )
     return jax.sharding.use_abstract_mesh(mesh)
 
 
