@@ -106,7 +106,16 @@ GATE_RATE = 0.01
 
 # Rates beyond the setting's, for models whose best one is the lowest or highest of these.
 MORE_RATES: dict[str, tuple[float, ...]] = dict.fromkeys(
-    ("window-8", "rwkv-8-L2", "rwkv-16-L2", "delta-8-24", "decay-8-24"), (0.001,)
+    (
+        "window-8",
+        "rwkv-8-L2",
+        "rwkv-16-L2",
+        "delta-8-24",
+        "decay-8-24",
+        "delta-16-48",
+        "decay-16-48",
+    ),
+    (0.001,),
 )
 
 # Of validation accuracy: rates that differ by less are equal, and the middle one is taken.
