@@ -26,7 +26,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterable
@@ -71,7 +70,7 @@ CALL_SECONDS = 9 * 60
 AT_ONCE = min(12, os.cpu_count() or 1)
 # What a process of a step can come to.
 WORST = ("ok", "failed", "time limit")
-# The share of a call's time in which all that runs at once must end.
+# The share of a call's time that is at least left to all that runs at once.
 TOGETHER = 0.5
 # What a step must have left to be worth a start.
 LEAST_SECONDS = 15
@@ -86,15 +85,6 @@ def card() -> str:
     query = [tool, "--query-gpu=name", "--format=csv,noheader"]
     done = subprocess.run(query, capture_output=True, text=True, timeout=30)
     return (done.stdout.strip().splitlines() or ["cpu"])[0]
-
-
-# Steps have children of their own, and others next to them, that need memory of the GPU too; and
-# programs that one process has compiled are another one's.
-_ENVIRONMENT = {
-    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-    "JAX_COMPILATION_CACHE_DIR": tempfile.gettempdir() + "/device_run_programs",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
 
 
 class Record:
@@ -181,7 +171,8 @@ def run_process(name: str, command: list[str], record: Record, seconds: float) -
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | _ENVIRONMENT,
+        # Steps have children of their own, and others next to them, that need memory of the GPU.
+        env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
         start_new_session=True,
     ) as child:
         assert child.stdout is not None
@@ -239,7 +230,9 @@ def run_steps(
     alone = {}
     for step in steps:
         together[step.name], alone[step] = commands_of(step, rehearse=rehearse)
-    statuses = run_together(together, record, began + TOGETHER * total_seconds)
+    measured = sum(step.seconds for step in steps)
+    first = max(TOGETHER * total_seconds, total_seconds - measured)
+    statuses = run_together(together, record, began + first)
     for step, command in alone.items():
         if command is None:
             continue

@@ -393,8 +393,8 @@ def compute(row: str, table: Table) -> None:
         table.tuned(ROWS[row])
 
 
-def main() -> None:
-    """Runs the table, prints it, and writes JSON where asked."""
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--train", required=True, help="train.jsonl of GSM8K, or a file of its form")
@@ -413,7 +413,12 @@ def main() -> None:
     add("--implementation", default="scan", help="of the WKV op; auto for the best")
     add("--only", choices=ROWS, help="the row whose cells are computed, and no table")
     add("--gather", nargs="+", help="folders of cells; the table has what is there")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Runs the table, prints it, and writes JSON where asked."""
+    options = parse_arguments()
     sizes = {}
     for name in ("steps", "rows", "length", "questions", "tokens"):
         sizes[name] = getattr(options, name)

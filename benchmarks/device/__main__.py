@@ -12,6 +12,7 @@ from unittest import mock
 from benchmarks.device import correctness, decoding, speed, training
 from benchmarks.device.sizes import DEVICE, REHEARSAL, Job, Jobs, Sizes, attempt
 from pallas_kernels import bench
+from rwkv7_jax.runs import enable_compilation_cache, user_folder
 
 STEPS: dict[str, Callable[[Sizes], Jobs]] = {
     "card": correctness.card,
@@ -49,6 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--only", action="append", help="jobs whose labels, as JSON, contain this text"
     )
     flags = parser.parse_args(arguments)
+    # Programs that one process has compiled are another one's.
+    enable_compilation_cache(user_folder())
     sizes = REHEARSAL if flags.rehearse else DEVICE
     if flags.warm:
         sizes = sizes._replace(warm=True, repeats=1)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -26,10 +27,12 @@ REPEATED_BAR = 4e-2
 SECONDS_OF_A_COMMAND = 240
 # The fields of a kernel's tile, with the numbers that are tried.
 _TILE_NUMBERS = (
+    ("warps", 2),
     ("warps", 4),
     ("warps", 8),
     ("stages", 1),
     ("stages", 2),
+    ("stages", 3),
     ("values", 32),
 )
 
@@ -200,11 +203,12 @@ def table_choice(name: str, case: Case, sizes: Sizes) -> tiles.GPU:
 
 
 def candidates(sizes: Sizes, case: Case) -> Iterator[tune.Candidate]:
-    """Yields the table's tiles and their neighbours, of every kernel and in both passes."""
+    """Yields the table's tiles and their neighbours, in the passes for which they differ."""
     for name in kernels(sizes):
-        around = list(neighbours(table_choice(name, case, sizes)))
-        for choice in around[:1] if sizes.interpret else around:
-            for backward in (False, True):
+        table = table_choice(name, case, sizes)
+        around = [table] if sizes.interpret else neighbours(table)
+        for choice in around:
+            for backward in passes_of(choice, table):
                 yield tune.Candidate(
                     name,
                     case,
@@ -215,6 +219,16 @@ def candidates(sizes: Sizes, case: Case) -> Iterator[tune.Candidate]:
                     sizes.interpret,
                     sizes.repetitions,
                 )
+
+
+def passes_of(choice: tiles.GPU, table: tiles.GPU) -> tuple[bool, ...]:
+    """Returns the passes, backward or not, in which a choice runs other kernels than the table's.
+
+    Both for the table's own choice, next to which the others are read.
+    """
+    if choice == table or choice.chunk != table.chunk:
+        return False, True
+    return (choice.forward == table.forward,)
 
 
 def tile_labels(candidate: tune.Candidate) -> dict[str, Any]:
@@ -277,13 +291,27 @@ def sanitizer(sizes: Sizes) -> Jobs:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=SECONDS_OF_A_COMMAND
         )
-        lines = done.stdout.strip().splitlines() or [""]
+        lines = done.stdout.strip().splitlines() or [done.stderr[-200:]]
         if done.returncode:
             raise ArithmeticError(lines[-1])
-        return {"last line": lines[-1]}
+        # A tool finds no error in a kernel that did not run.
+        return {"last line": lines[-1], "kernels": right_kernels(lines)}
 
     for check in ("memcheck", "racecheck"):
         yield Job({"check": check}, functools.partial(run, check))
+
+
+def right_kernels(lines: list[str]) -> list[str]:
+    """Returns the kernels that ran and were right, by the lines that `small` printed.
+
+    Raises:
+        ArithmeticError: one was not, or none ran.
+    """
+    rows = [json.loads(line) for line in lines if line.startswith("{")]
+    wrong = [f"{row['name']}: {row['result']}" for row in rows if row["result"] != "ok"]
+    if wrong or not rows:
+        raise ArithmeticError("; ".join(wrong) or "no kernel ran")
+    return [row["name"] for row in rows]
 
 
 def small(sizes: Sizes) -> Jobs:

@@ -7,9 +7,11 @@ import time
 
 import pytest
 
-from benchmarks import device_run
+from benchmarks import device_run, record
+from benchmarks.device import correctness
 from benchmarks.device.__main__ import share
 from benchmarks.device.sizes import Job
+from pallas_kernels import tiles
 
 FOUND = "print('{\"x\": 1}', flush=True); "
 
@@ -107,6 +109,37 @@ def test_workers_run_at_once_and_the_worst_status_is_the_steps(tmp_path):
     statuses = device_run.run_together(commands, record, time.monotonic() + 60)
     assert statuses == {"a": "failed", "b": "ok"}
     assert sum("x" in line for line in lines(tmp_path / "x.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    "printed",
+    [
+        ["a compiler speaks", "ERROR SUMMARY: 0 errors"],
+        [
+            '{"name": "a", "result": "ok"}',
+            '{"name": "b", "result": "failed: no memory"}',
+        ],
+    ],
+)
+def test_a_tool_that_watched_no_kernel_run_has_found_nothing_out(printed):
+    with pytest.raises(ArithmeticError, match=r"no kernel ran|b: failed: no memory"):
+        correctness.right_kernels(printed)
+    assert correctness.right_kernels(['{"name": "a", "result": "ok"}']) == ["a"]
+
+
+def test_a_tile_is_tried_in_the_passes_that_it_changes():
+    one = tiles.Tile(4, 2, 64)
+    table = tiles.GPU(32, one, one, one)
+    other = tiles.Tile(2, 2, 64)
+    assert correctness.passes_of(table, table) == (False, True)
+    assert correctness.passes_of(table._replace(chunk=16), table) == (False, True)
+    assert correctness.passes_of(table._replace(forward=other), table) == (False,)
+    assert correctness.passes_of(table._replace(state=other), table) == (True,)
+
+
+def test_the_folder_of_a_result_is_made(tmp_path):
+    record.write(str(tmp_path / "new" / "a.json"), "benchmarks.none", numbers=[1])
+    assert json.loads((tmp_path / "new" / "a.json").read_text())["numbers"] == [1]
 
 
 @pytest.mark.slow
