@@ -44,17 +44,19 @@ Matrix = Float[Array, "... Nk Nv"]
 
 
 class Arithmetic(NamedTuple):
-    """Operand dtype and exponential, which differ between machines.
+    """Operand dtype, exponential and precision of products, which differ between machines.
 
     Attributes:
         dtype: of the operands of matrix products; their sums are float32 or better.
         exp: the exponential function to some base.
         unit: converts natural logarithms to that base: 1 for exp, log2(e) for exp2.
+        precision: of products whose operands are not bfloat16.
     """
 
     dtype: jnp.dtype
     exp: Callable[[Array], Array] = jnp.exp
     unit: float = 1.0
+    precision: jax.lax.PrecisionLike = "highest"
 
 
 class Chunk(NamedTuple):
@@ -119,7 +121,7 @@ def dot(
     y = y.mT if right else y
     if arithmetic.dtype == jnp.bfloat16:
         return jnp.matmul(x, y, preferred_element_type=jnp.float32)
-    return jnp.matmul(x, y, precision="highest")
+    return jnp.matmul(x, y, precision=arithmetic.precision)
 
 
 def widen(x: Array) -> Array:

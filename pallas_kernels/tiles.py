@@ -36,12 +36,14 @@ class GPU(NamedTuple):
         forward: the forward kernel's tile.
         state: the tile of the kernel for the states' gradients.
         gradients: the tile of the kernel for the inputs' gradients.
+        precision: of products of float32 tokens in Pallas's kernels, by JAX's name.
     """
 
     chunk: int
     forward: Tile
     state: Tile
     gradients: Tile
+    precision: str = "highest"
 
 
 class TPU(NamedTuple):
@@ -79,8 +81,13 @@ TRITON = {
         128: GPU(16, Tile(4, 1, 64), Tile(4, 1, 64), Tile(8, 1, 128)),
     },
 }
-# float32 products do not use tensor cores: small tiles, whatever the device.
+# Exact float32 products do not use tensor cores: small tiles, whatever the device.
 FLOAT32 = GPU(16, Tile(4, 1, 32), Tile(4, 1, 64), Tile(4, 1, 256))
+# Three products of TF32 numbers are as close to float64. They pay where warpgroups compute them, on
+# Hopper: an A100 would take as many instructions as for exact ones, and spill.
+HOPPER_FLOAT32 = GPU(
+    16, Tile(4, 1, 64), Tile(4, 1, 64), Tile(4, 1, 64), "TF32_TF32_F32_X3"
+)
 BFLOAT16_TPU = TPU(64, 8)
 FLOAT32_TPU = TPU(64, 2)
 # Tokens of a chunk in what XLA compiles.
@@ -168,7 +175,9 @@ def for_gpu(
     if replaced is not None:
         return replaced
     if jnp.dtype(dtype) != jnp.bfloat16:
-        return FLOAT32
+        is_hopper = (capability or max(table)) // 10 == 9
+        fits = table is PALLAS_GPU and max(keys, values) <= 64
+        return HOPPER_FLOAT32 if is_hopper and fits else FLOAT32
     rows = rows_for(table, capability or max(table))
     return rows[min(size for size in rows if size >= max(keys, values))]
 

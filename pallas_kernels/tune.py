@@ -74,11 +74,12 @@ class Candidate(NamedTuple):
     def from_json(cls, text: str) -> "Candidate":
         """Reads what `to_json` wrote."""
         values: dict[str, Any] = dict(zip(cls._fields, json.loads(text), strict=True))
-        first, *others = values["choice"]
         if values["name"] == "pallas_tpu":
-            choice = tiles.TPU(first, *others)
+            choice = tiles.TPU(*values["choice"])
         else:
-            choice = tiles.GPU(first, *(tiles.Tile(*tile) for tile in others))
+            chunk, *others, precision = values["choice"]
+            of_kernels = (tiles.Tile(*tile) for tile in others)
+            choice = tiles.GPU(chunk, *of_kernels, precision=precision)
         return cls(**values | {"case": Case(*values["case"]), "choice": choice})
 
 

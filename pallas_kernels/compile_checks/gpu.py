@@ -283,6 +283,9 @@ def absent_device(device: Device, memory: int = 80_000_000_000) -> Any:
         device: of those that the kernels know.
         memory: bytes that it has.
     """
+    # XLA's Triton compiler attaches a stack trace to each remark. Where llvm-symbolizer is
+    # installed, finding names for those takes ten times as long as the compilation.
+    os.environ.setdefault("LLVM_DISABLE_SYMBOLIZATION", "1")
     major, minor = divmod(device.capability, 10)
     description = DESCRIPTION.format(
         kind=device.kind,

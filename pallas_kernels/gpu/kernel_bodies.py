@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array
 
-from pallas_kernels import chunk_math
+from pallas_kernels import chunk_math, tiles
 from pallas_kernels.gpu.segmented_passes import Probes
 from pallas_kernels.reference import NAMES
 
@@ -38,6 +38,15 @@ def _load(ref, at) -> Array:
     return ref[0, at, 0, :].astype(jnp.float32)
 
 
+def choose_arithmetic(
+    dtype: jnp.dtype, choice: tiles.GPU, interpret: bool
+) -> chunk_math.Arithmetic:
+    """Chooses how the kernels multiply tokens of a dtype, and by what they compute 2^x."""
+    # Pallas's interpreter knows no inline assembly, and a CPU no TF32.
+    exp, precision = (jnp.exp2, "highest") if interpret else (_exp2, choice.precision)
+    return chunk_math.Arithmetic(dtype, exp, math.log2(math.e), precision)
+
+
 def _prepare(
     r,
     log_w,
@@ -45,8 +54,7 @@ def _prepare(
     b,
     start,
     tokens: int,
-    dtype: jnp.dtype,
-    interpret,
+    arithmetic: chunk_math.Arithmetic,
 ) -> chunk_math.Chunk:
     """Prepares the chunk of r, log_w, a and b that begins at token `start`."""
     # Loading log_w again by halves is cheaper than summing a part of the tile.
@@ -55,9 +63,6 @@ def _prepare(
     second = _load(log_w, pl.ds(start + half, half))
     # Columns [Nk 1], since a state's rows are its keys here.
     halves = (jnp.sum(first, axis=0)[:, None], jnp.sum(second, axis=0)[:, None])
-    # The interpreter knows no inline assembly.
-    exp = jnp.exp2 if interpret else _exp2
-    arithmetic = chunk_math.Arithmetic(dtype, exp, math.log2(math.e))
     at = pl.ds(start, tokens)
     return chunk_math.prepare(
         _load(r, at), _load(log_w, at), _load(a, at), _load(b, at), halves, arithmetic
@@ -91,9 +96,9 @@ def forward_kernel(
     start,
     *refs,
     chunk: int,
+    arithmetic: chunk_math.Arithmetic,
     probes: Probes | None = None,
     packed: bool = False,
-    interpret=False,
 ) -> None:
     """Writes the state after the last token and, where asked for, y and each chunk's S^.
 
@@ -108,16 +113,16 @@ def forward_kernel(
         *refs: for packed rows the span of chunks, [1 2]; then the end state, written, as start;
             then nothing, or y, as v, or y and S^, as chunks' states.
         chunk: tokens of a chunk.
+        arithmetic: of products and exponentials.
         probes: how the segments are probed, if this walk does so.
         packed: whether the rows are packed.
-        interpret: whether Pallas's interpreter runs this.
     """
     span, end, *outputs = refs if packed else (None, *refs)
 
     def walk(i, carry):
         state, rest = carry
         at = pl.ds(i * chunk, chunk)
-        prepared = _prepare(r, log_w, a, b, i * chunk, chunk, v.dtype, interpret)
+        prepared = _prepare(r, log_w, a, b, i * chunk, chunk, arithmetic)
         # The last chunk's rest and this one's mid are one product: the state is scaled once.
         state = state * (rest * prepared.mid)
         # S^ is what the backward pass's products read, so it is kept in scaled form.
@@ -147,9 +152,9 @@ def state_kernel(
     dend,
     *refs,
     chunk: int,
+    arithmetic: chunk_math.Arithmetic,
     probes: Probes | None = None,
     packed: bool = False,
-    interpret=False,
 ) -> None:
     """Writes the start state's gradient and, where asked for, each chunk's G^.
 
@@ -163,9 +168,9 @@ def state_kernel(
         *refs: for packed rows the span of chunks, [1 2]; then the start state's gradient, written,
             as dend; then G^ as chunks' states, or nothing.
         chunk: tokens of a chunk.
+        arithmetic: of products and exponentials.
         probes: how the segments are probed, if this walk does so.
         packed: whether the rows are packed.
-        interpret: whether Pallas's interpreter runs this.
     """
     span, dstart, *outputs = refs if packed else (None, *refs)
     first, stop = _chunks_to_walk(r, chunk, dend, probes, span)
@@ -175,7 +180,7 @@ def state_kernel(
     def walk(done, carry):
         dstate, mid = carry
         i = last - done
-        prepared = _prepare(r, log_w, a, b, i * chunk, chunk, dy.dtype, interpret)
+        prepared = _prepare(r, log_w, a, b, i * chunk, chunk, arithmetic)
         # As in the forward walk: the later chunk's mid and this one's rest are one scaling.
         dstate = dstate * (mid * prepared.rest)
         for ends in outputs:
@@ -201,7 +206,7 @@ def gradients_kernel(
     starts,
     ends,
     *grads,
-    interpret=False,
+    arithmetic: chunk_math.Arithmetic,
 ) -> None:
     """Writes the gradients of one chunk's r, log_w, k, v, a and b.
 
@@ -216,9 +221,9 @@ def gradients_kernel(
         starts: the chunk's S^.
         ends: the chunk's G^.
         *grads: as the first six, written.
-        interpret: whether Pallas's interpreter runs this.
+        arithmetic: of products and exponentials.
     """
-    prepared = _prepare(r, log_w, a, b, 0, r.shape[1], v.dtype, interpret)
+    prepared = _prepare(r, log_w, a, b, 0, r.shape[1], arithmetic)
     read = chunk_math.read_products(prepared)
     everything = slice(None)
     ks = _load(k, everything)

@@ -35,7 +35,7 @@ def _call(
 ) -> Sequence[Array]:
     """Calls `pl.pallas_call`, whose specs follow from the arrays' and outputs' kinds of block."""
     return pl.pallas_call(
-        functools.partial(kernel, interpret=interpret),
+        kernel,
         grid=grid,
         in_specs=[blocks[kind] for kind, _ in arrays],
         out_specs=[blocks[kind] for kind, _ in outputs],
@@ -121,8 +121,9 @@ def _forward(
         outputs.append(("values", output_like(v.shape, v.dtype, state, v)))
     if save:
         outputs.append(("states", _chunk_states(state, v, choice)))
+    arithmetic = kernels.choose_arithmetic(v.dtype, choice, interpret)
     return _walk(
-        kernels.forward_kernel,
+        functools.partial(kernels.forward_kernel, arithmetic=arithmetic),
         arrays,
         outputs,
         choice,
@@ -154,8 +155,9 @@ def _state(
     outputs = [("state", output_like(dend.shape, jnp.float32, dend, dy))]
     if probes is None:
         outputs.append(("states", _chunk_states(dend, dy, choice)))
+    arithmetic = kernels.choose_arithmetic(dy.dtype, choice, interpret)
     return _walk(
-        kernels.state_kernel,
+        functools.partial(kernels.state_kernel, arithmetic=arithmetic),
         arrays,
         outputs,
         choice,
@@ -190,8 +192,9 @@ def _gradients(
     arrays = [*six, ("values", dy), ("states", starts), ("states", ends)]
     outputs = [(kind, output_like(x.shape, x.dtype, x, dy)) for kind, x in six]
     grid = (heads, tokens // chunk, batch)
+    arithmetic = kernels.choose_arithmetic(dy.dtype, choice, interpret)
     return _call(
-        kernels.gradients_kernel,
+        functools.partial(kernels.gradients_kernel, arithmetic=arithmetic),
         grid,
         blocks,
         arrays,
