@@ -5,9 +5,10 @@ such as a model's weights, is a `jax.tree_util.Partial` over them: the compiled 
 as arguments instead of holding them as constants.
 """
 
+import contextlib
 import functools
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -61,19 +62,33 @@ class TrainState:
         `params` are copied, because a step donates its input and the caller's arrays would be gone.
 
         Raises:
-            TypeError: parameters that are not arrays of numbers, or no optimizer.
+            TypeError: parameters that are not arrays of numbers, no optimizer, or one that needs
+            parameters of its own kind, such as `optax.lookahead`.
             ValueError: no parameters.
         """
         with prefix_errors("TrainState.create"):
             _check_parameters(params)
             check_optimizer(tx)
         params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
+        with prefix_errors("TrainState.create"), _naming_optimizer():
+            opt_state = tx.init(params)
         return cls(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            opt_state=tx.init(params),
+            opt_state=opt_state,
             skipped=jnp.zeros((), jnp.int32),
         )
+
+
+@contextlib.contextmanager
+def _naming_optimizer() -> Iterator[None]:
+    """Names the optimizer where it needs what a train step does not give, as a line search does."""
+    try:
+        yield
+    except (TypeError, AttributeError) as error:
+        raise TypeError(
+            f"`tx` must make updates from gradients, parameters and the loss's value; {error}."
+        ) from error
 
 
 def check_optimizer(tx: Any) -> None:
@@ -235,9 +250,12 @@ def apply_update(
         accumulate=accumulate,
         share_pass=share_pass,
     )
-    extra = {} if statistics is None else {"stats": stats}
+    # Under Optax's own names: `reduce_on_plateau` and `polyak_sgd` read the loss.
+    extra = {"value": value, "grad": grads}
+    if statistics is not None:
+        extra["stats"] = stats
     # Optax counts in integers and relies on their promotion, which JAX can be told to refuse.
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("standard"), _naming_optimizer():
         updates, opt_state = tx.update(grads, train.opt_state, train.params, **extra)
     if rate is not None:
         updates = jax.tree.map(lambda leaf: rate.astype(leaf.dtype) * leaf, updates)
@@ -289,7 +307,8 @@ def make_train_step(
     Args:
         loss: `(params, batch) -> (loss, metrics)`; arrays inside a `Partial` are passed as
             arguments. A loss with terms that are not sums over targets may be a `LossWithTotals`.
-        tx: the optimizer.
+        tx: the optimizer. One that reads the loss gets it, as `value` and `grad`; a line search,
+            which computes the loss again, cannot be used.
         statistics: `(params, batch) -> stats`, which an optimizer such as `decorrelate` gets with
             every update; always from the full batch. Those of this package are read from the
             forward pass of the same model's loss, where it takes the batch in one piece.
@@ -298,7 +317,8 @@ def make_train_step(
             `statistics`, lie on them as `sharding.place` puts them.
 
     Raises:
-        TypeError: an argument of the wrong kind.
+        TypeError: an argument of the wrong kind; from the step: an optimizer that needs more than
+            gradients, parameters and the loss's value.
         ValueError: pieces below 1; from the step: a batch whose arrays do not fit each other or
             whose ids are out of range, rows that `accumulate` does not divide, or a loss that
             divides by the mask of a piece.

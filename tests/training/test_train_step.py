@@ -203,6 +203,33 @@ def test_the_second_step_does_not_compile_and_large_arrays_are_arguments():
     assert len(traces) == 1
 
 
+def scaled(params, batch):
+    """A square whose slope the batch scales."""
+    value = jnp.sum(params["x"] ** 2) * jnp.mean(batch["tokens"])
+    return value, {}
+
+
+def test_an_optimizer_that_reads_the_loss_gets_it():
+    batch = {"tokens": np.full((1, 3), 2), "mask": np.ones((1, 2), np.float32)}
+    for tx in (
+        optax.polyak_sgd(max_learning_rate=1.0),
+        optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1)),
+    ):
+        train = TrainState.create({"x": jnp.ones(3)}, tx)
+        run = make_train_step(Partial(scaled), tx)
+        train, first = run(train, batch)
+        train, second = run(train, batch)
+        assert second["loss"] < first["loss"]
+
+
+@pytest.mark.parametrize("tx", [optax.lbfgs(), optax.lookahead(optax.sgd(0.1), 5, 0.5)])
+def test_an_optimizer_that_needs_more_is_named(tx):
+    batch = {"tokens": np.full((1, 3), 2), "mask": np.ones((1, 2), np.float32)}
+    with pytest.raises(TypeError, match="`tx` must make updates from gradients"):
+        train = TrainState.create({"x": jnp.ones(3)}, tx)
+        make_train_step(Partial(scaled), tx)(train, batch)
+
+
 def test_create_copies_so_that_the_callers_weights_survive_the_step():
     params = {"x": jnp.arange(3.0)}
     make_train_step(square, PLAIN)(TrainState.create(params, PLAIN), small(1.0))
