@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_programs import SMALLEST, finish, last_line, start
+from run_programs import SMALLEST, ends_within, finish, last_line, start
 
 from rwkv7_jax.data.tasks.synthetic_tasks import task_batch
 from rwkv7_jax.runs.resume.step_directories import BAD, SAVING, step_numbers
@@ -119,17 +119,14 @@ def test_a_signal_saves_the_last_finished_step_within_five_seconds(tmp_path, nam
         second = run(tmp_path, steps=1_000_000)
         reason = last_line(finish(second, 2)[1])
         assert f"is in use by process {process.pid} on " in reason
-    began = time.monotonic()
-    process.send_signal(getattr(signal, name))
-    _, error = finish(process, 0)
-    seconds = time.monotonic() - began
+    with ends_within(5, process):
+        process.send_signal(getattr(signal, name))
+        _, error = finish(process, 0)
     step = rows(tmp_path)[-1]["step"]
     assert step_numbers(tmp_path / "checkpoints") == [step]
     assert last_line(error).startswith(
         f"train.py: stopped by {name}; step {step} is saved."
     )
-    assert seconds < 5
-    print(f"{name}: {seconds:.2f} s")
 
 
 def test_a_supervisor_can_tell_a_stopped_run_from_a_finished_one(tmp_path):
@@ -154,10 +151,9 @@ def test_a_signal_ends_a_run_that_has_nothing_to_save_as_well(tmp_path, seconds)
     mark = "system.json" if seconds else "checkpoints"
     wait_for(lambda: (tmp_path / mark).exists(), process)
     time.sleep(seconds)
-    began = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    _, error = finish(process, 0)
-    assert time.monotonic() - began < 5
+    with ends_within(5, process):
+        process.send_signal(signal.SIGTERM)
+        _, error = finish(process, 0)
     assert "stopped by SIGTERM" in last_line(error)
     assert step_numbers(tmp_path / "checkpoints") == []
 
@@ -172,7 +168,8 @@ def test_a_second_interrupt_leaves_at_once_and_the_older_checkpoint_is_valid(tmp
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, error = finish(process, 130)
-    assert time.monotonic() - began < 2
+    # Not after the minute that writing takes.
+    assert time.monotonic() - began < 30
     assert "left at once" in last_line(error)
     out, _ = finish(run(tmp_path, steps=6))
     assert "resume    from step 5" in out

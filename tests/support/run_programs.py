@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import resource
 import runpy
 import signal
 import socket
@@ -127,6 +128,26 @@ def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
         f"exit code {process.returncode}: {error[-3000:]}"
     )
     return out, error
+
+
+@contextlib.contextmanager
+def ends_within(seconds: float, process: subprocess.Popen):
+    """Fails unless a program takes at most these seconds of the processor until `finish` inside.
+
+    Not of the clock, by which it is slower while other programs run.
+    """
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2].split()
+    # User and system time; those of its children are added to theirs as soon as it is waited for.
+    already = sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+    before = _seconds_of_children()
+    yield
+    taken = _seconds_of_children() - before - already
+    assert taken < seconds, f"The program took {taken:.1f} s of the processor to end."
+
+
+def _seconds_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def last_line(error: str) -> str:

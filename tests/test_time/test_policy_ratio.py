@@ -253,7 +253,7 @@ def test_draws_in_bfloat16_raise_a_reward_of_the_float32_model(params):
         prompts_at,
         sevens,
         key=KEY,
-        steps=12,
+        steps=30,
         updates=2,
         loss=policy_loss(MODEL, params),
         importance_cap=2.0,
