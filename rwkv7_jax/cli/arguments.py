@@ -176,12 +176,15 @@ def refuse_inputs(
     """
     if target is None or not os.path.exists(target):
         return
-    place = Path(target).resolve()
+    place = Path(os.path.realpath(target))
     for option, sources in inputs.items():
         for source in sources:
             if source is None or not os.path.exists(source):
                 continue
-            if is_same(source, target) or Path(source).resolve() in place.parents:
+            if (
+                is_same(source, target)
+                or Path(os.path.realpath(source)) in place.parents
+            ):
                 raise ValueError(
                     f"{argument} must not write over `{option}`; `{target}` is read from "
                     f"`{source}`."
