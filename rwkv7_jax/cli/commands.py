@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -42,12 +43,18 @@ from rwkv7_jax.reports.html_report import write_report
 from rwkv7_jax.reports.system_info import lines, system, version
 from rwkv7_jax.runs.compilation_cache import enable_compilation_cache, user_folder
 from rwkv7_jax.runs.exit_codes import (
+    Stopped,
     exit_code,
     is_out_of_memory,
     memory_sentence,
 )
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
-from rwkv7_jax.runs.process import escape_unencodable, open_closed_streams
+from rwkv7_jax.runs.process import (
+    StopSignals,
+    escape_unencodable,
+    ignore_abandoned_reads,
+    open_closed_streams,
+)
 from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.text.vocabularies import load_vocabulary
 from rwkv7_jax.training.costs import parameter_count
@@ -299,19 +306,36 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit code.
 
     What a command returns is printed when all its files are written: a reader that has gone away
-    costs no result, and an error comes alone. Bad input ends in one line and exit code 2, Ctrl-C in
-    silence and 130, a closed pipe in silence; other codes are those of `exit_codes`.
+    costs no result, and an error comes alone. Bad input ends in one line and exit code 2, a signal
+    in silence and the shell's code for it, a closed pipe in silence; other codes are those of
+    `exit_codes`.
 
     Args:
         arguments: without the program's name; None takes them from the command line.
     """
     open_closed_streams()
     escape_unencodable()
-    words = sys.argv[1:] if arguments is None else arguments
+    if arguments is not None:
+        return _run(arguments)
+    ignore_abandoned_reads()
+    try:
+        with StopSignals(None) as stop, stop.interruptible():
+            return _run(sys.argv[1:], caches=True)
+    except Stopped as error:
+        # A compilation may go on in threads of XLA, which crash while the interpreter ends.
+        os._exit(error.code)
+
+
+def _run(words: list[str], *, caches: bool = False) -> int:
+    """Runs one command and returns the exit code.
+
+    Args:
+        words: without the program's name.
+        caches: whether compiled programs may be written to the user's cache.
+    """
     try:
         options = parser().parse_args(join_negative_numbers(words))
-        # Not in tests, which call this function and must not write to the user's cache.
-        if arguments is None and getattr(options, "compiles", False):
+        if caches and getattr(options, "compiles", False):
             enable_compilation_cache(user_folder())
         report = options.run(options)
         if report is not None:
