@@ -1,6 +1,7 @@
 """The `rwkv7` command: the parser of all commands, and those that need no file of their own."""
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import sys
@@ -34,7 +35,7 @@ from rwkv7_jax.cli.data import add_data_command
 from rwkv7_jax.cli.generate import add_generate_command
 from rwkv7_jax.cli.inputs import add_vocabulary_option
 from rwkv7_jax.cli.observe import add_observe_command
-from rwkv7_jax.cli.output import discard_output
+from rwkv7_jax.cli.output import discard_output, name_output
 from rwkv7_jax.cli.state import add_state_command
 from rwkv7_jax.cli.summary import COMMANDS, add_commands, top_parser
 from rwkv7_jax.model.config import RWKV7Config
@@ -338,9 +339,10 @@ def _run(words: list[str], *, caches: bool = False) -> int:
         if caches and getattr(options, "compiles", False):
             enable_compilation_cache(user_folder())
         report = options.run(options)
-        if report is not None:
-            print(report)
-        sys.stdout.flush()
+        with name_output():
+            if report is not None:
+                print(report)
+            sys.stdout.flush()
     except BrokenPipeError:
         discard_output()
     except KeyboardInterrupt:
@@ -351,7 +353,9 @@ def _run(words: list[str], *, caches: bool = False) -> int:
         code = _exit_code(error)
         if code is None:
             raise
-        print(f"rwkv7: {_reason(error)}", file=sys.stderr)
+        # A reader that has gone, or a full disk, must not change the code.
+        with contextlib.suppress(OSError):
+            print(f"rwkv7: {_reason(error)}", file=sys.stderr, flush=True)
         return code
     return 0
 

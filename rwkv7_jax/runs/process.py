@@ -88,8 +88,9 @@ def open_closed_streams() -> None:
         except OSError:
             # It gets the lowest free descriptor, which is this one.
             os.open(os.devnull, os.O_RDWR)
-        if getattr(sys, name) is None and number:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        if getattr(sys, name) is None:
+            mode = "w" if number else "r"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 @contextlib.contextmanager

@@ -278,6 +278,17 @@ def test_streams_that_are_closed_full_or_narrow_end_no_program(
     assert b"Traceback" not in ended.stderr
 
 
+def test_a_reader_that_leaves_the_help_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "eval.py", "--help"]
+    ended = subprocess.run(
+        words, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize(
     "words",
     ["train.py --config=none.py", "eval.py --config=none.py", "-m rwkv7_jax.cli data"],
