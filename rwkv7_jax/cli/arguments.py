@@ -50,6 +50,11 @@ class CommandParser(argparse.ArgumentParser):
             # The sentences of this module go on after the option's name.
             if reason.startswith("must "):
                 raise ValueError(f"{where}`{option}` {reason.rstrip('.')}.")
+            if reason == "expected one argument":
+                raise ValueError(
+                    f"{where}`{option}` must have a value; `{option}=` goes before one that "
+                    "begins with a hyphen."
+                )
         reason = " ".join(message.split()).rstrip(".")
         hint = f"`{self.prog} --help` lists the options."
         self.exit(2, f"rwkv7: {where}{reason}; {hint}\n")
