@@ -35,6 +35,9 @@ _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
 # five seconds after which cluster schedulers begin to kill.
 _GRACE_SECONDS = 3.0
 
+# Seconds after which a signal's handler runs again if what it raised was dropped.
+_AGAIN_SECONDS = 0.05
+
 _LESS_MEMORY = (
     "lower `config.data.batch_size`, `config.data.length`, `config.evaluation.length` or "
     '`config.evaluation.windows`, set `config.model.remat` to "block", raise '
@@ -246,9 +249,8 @@ class StopSignals:
     Python runs signal handlers only between two of its own instructions, and a compilation is one
     long instruction. So a thread watches, too: it ends the process at a second SIGINT, and also
     where nothing has to be saved and the loop does not ask in time. A handler may also run inside a
-    callback of the garbage collector (JAX has one), where Python drops what it raises; the thread
-    ends the process then. (The preemption service of JAX 0.10.2 notices no signal in a run of one
-    process.)
+    callback of the garbage collector (JAX has one), where Python drops what it raises: it is raised
+    once more. (The preemption service of JAX 0.10.2 notices no signal in a run of one process.)
     """
 
     def __init__(self, code: int | None = 0):
@@ -282,7 +284,7 @@ class StopSignals:
         writer = self._writer.fileno()
         self._old_wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         self._old_hook = sys.unraisablehook
-        sys.unraisablehook = self._hide_dropped
+        sys.unraisablehook = self._repeat_dropped
         # A daemon: a thread that waits for signals must not keep the process alive.
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
@@ -355,10 +357,15 @@ class StopSignals:
         finally:
             self._raise_at_once = False
 
-    def _hide_dropped(self, unraisable: Any) -> None:
-        """Leaves a dropped `Stopped` to the thread; the body of `sys.unraisablehook`."""
+    def _repeat_dropped(self, unraisable: Any) -> None:
+        """Lets the handler run again after it raised in vain; the body of `sys.unraisablehook`."""
         if not isinstance(unraisable.exc_value, Stopped):
             self._old_hook(unraisable)
+            return
+        # Later: now it would be dropped again. Not SIGINT, of which a second one ends at once.
+        main = threading.main_thread().ident
+        again = [main, signal.SIGTERM]
+        threading.Timer(_AGAIN_SECONDS, signal.pthread_kill, again).start()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._requested = self._requested or signal.Signals(number).name

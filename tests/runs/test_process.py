@@ -70,22 +70,27 @@ def test_a_program_without_a_loop_has_the_shells_code_for_a_signal(name):
 
 DROPPED = """
 import gc, os, signal, time
-from rwkv7_jax.runs import process
-process._GRACE_SECONDS = 0.2
-with process.StopSignals(None) as stop, stop.interruptible():
-    gc.callbacks.append(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+from rwkv7_jax.runs.process import program
+with program("eval.py"):
+    gc.callbacks.append(lambda when, _: when == "stop" or os.kill(os.getpid(), {number}))
     gc.collect()
     gc.callbacks.pop()
     print("goes on", flush=True)
-    time.sleep(60)
+    try:
+        time.sleep(60)
+    finally:
+        print("cleans up", flush=True)
 """
 
 
-def test_a_signal_inside_a_callback_of_the_garbage_collector_is_not_lost():
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_a_signal_inside_a_callback_of_the_garbage_collector_is_not_lost(name):
     # Python drops what the handler raises there. JAX has such a callback, so it is no rare place.
-    out, error = (child := run_python(DROPPED)).communicate(timeout=30)
-    assert out == "goes on\n" and child.returncode == 143
-    assert "stopped by SIGTERM" in error and "Traceback" not in error
+    number = int(getattr(signal, name))
+    child = run_python(DROPPED.format(number=number))
+    out, error = child.communicate(timeout=30)
+    assert (child.returncode, out) == (128 + number, "goes on\ncleans up\n")
+    assert error == f"eval.py: stopped by {name}.\n"
 
 
 COMMAND = """
