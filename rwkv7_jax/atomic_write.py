@@ -1,6 +1,7 @@
 """Atomic writing: a file appears complete or not at all."""
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
     Raises:
         ValueError: the folder of `path` does not exist.
-        OSError: nothing can be written there.
+        OSError: nothing can be written there, or not all of it; it names `path`.
     """
     if not path.parent.is_dir():
         raise ValueError(f"atomic_write: the folder of `{path}` does not exist.")
@@ -37,5 +38,14 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             # Who may read the file stays as it was.
             partial.chmod(path.stat().st_mode & 0o777)
         os.replace(partial, path)
+    except OSError as error:
+        number = error.errno
+        if number is None and str(error).endswith(" written"):
+            # NumPy's `tofile` says how much was written, and not why no more.
+            number = errno.EIO
+        # An error of something that the block reads names its own file or has no number.
+        if error.filename is not None or number is None:
+            raise
+        raise OSError(number, error.strerror or str(error), str(path)) from None
     finally:
         partial.unlink(missing_ok=True)

@@ -178,8 +178,9 @@ def check_target(path: Path, argument: str) -> None:
         ValueError: a file lies where a folder of the path must be, or the folder is read-only.
     """
     if path.is_symlink():
-        # What the link leads to is replaced, and not the link.
-        path = path.resolve()
+        # What the link leads to is replaced, and not the link. Not `Path.resolve`, which before
+        # Python 3.13 raises RuntimeError where links lead back to themselves.
+        path = Path(os.path.realpath(path))
     # Also of a folder that is there: it is made anew next to it, and then replaced.
     folder = next((parent for parent in path.parents if parent.exists()), Path())
     if not folder.is_dir():
@@ -188,6 +189,28 @@ def check_target(path: Path, argument: str) -> None:
         raise ValueError(
             f"{argument} must be where you may write; `{folder}` is not such a folder."
         )
+
+
+def require_unicode(path: Path, argument: str) -> None:
+    """Refuses a place that Orbax cannot open: its library in C++ takes UTF-8 alone.
+
+    Python keeps what it could not decode in a path as lone surrogates.
+
+    Args:
+        path: of a folder, whose parents count as well.
+        argument: the argument, setting or option in backticks; the message begins with it.
+
+    Raises:
+        ValueError: a part of the path is not UTF-8, or the locale's encoding is not.
+    """
+    place = str(path.absolute())
+    try:
+        place.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{argument} must have a path in UTF-8; got {place!r}: rename the folder, or set "
+            "`PYTHONUTF8=1` where it is the locale that has another encoding."
+        ) from None
 
 
 def refuse_hub_name(

@@ -1,5 +1,6 @@
 """A file appears complete or not at all, and whoever may read it stays the same."""
 
+import errno
 import os
 import stat
 
@@ -75,3 +76,32 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_a_folder_that_is_missing_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"the folder of .*/none/x` does not exist"):
         write(tmp_path / "none" / "x")
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), errno.ENOSPC),
+        (OSError(errno.EFBIG, "File too large"), errno.EFBIG),
+        (OSError("131072 requested and 24416 written"), errno.EIO),
+    ],
+)
+def test_a_write_that_fails_names_the_file_and_leaves_the_old_one(
+    tmp_path, error, number
+):
+    (tmp_path / "x").write_bytes(b"old")
+    with pytest.raises(OSError) as caught, atomic_write(tmp_path / "x"):
+        raise error
+    assert caught.value.errno == number
+    assert caught.value.filename == str(tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOENT, "No such file", "source"), OSError("no archive")]
+)
+def test_an_error_of_what_is_read_meanwhile_stays_its_own(tmp_path, error):
+    with pytest.raises(OSError) as caught, atomic_write(tmp_path / "x"):
+        raise error
+    assert caught.value is error

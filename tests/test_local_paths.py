@@ -19,6 +19,7 @@ from rwkv7_jax.local_paths import (
     is_same,
     local_path,
     refuse_hub_name,
+    require_unicode,
     split_list,
     split_paths,
 )
@@ -233,3 +234,33 @@ def test_a_target_needs_a_folder_that_can_be_written(tmp_path, monkeypatch):
     for name in ("x.pth", "new/x.pth", "mine"):
         with pytest.raises(ValueError, match="must be where you may write"):
             check_target(tmp_path / name, "`path`")
+
+
+@pytest.mark.parametrize("name", ["bad\udcff", "bad\udcff/below"])
+def test_a_folder_of_arrays_must_have_a_name_in_utf8(tmp_path, monkeypatch, name):
+    # So Python spells a folder with a name in Latin-1, or any where the locale is C.
+    with pytest.raises(
+        ValueError, match=r"^`--workdir` must have a path in UTF-8; got"
+    ):
+        require_unicode(tmp_path / name, "`--workdir`")
+    with pytest.raises(
+        ValueError, match=r"^save_model: `path` must have a path in UTF"
+    ):
+        save_model(tmp_path / name, random_params(), CONFIG)
+    (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / name)
+    with pytest.raises(
+        ValueError, match=r"^save_model: `path` must have a path in UTF"
+    ):
+        save_model("relative", random_params(), CONFIG)
+    assert os.listdir() == []
+    require_unicode(tmp_path / "größe 中", "`--workdir`")
+
+
+def test_links_that_lead_back_to_themselves_end_in_one_sentence(tmp_path):
+    (tmp_path / "loop.pth").symlink_to("loop.pth")
+    with pytest.raises(ValueError, match=r"loop\.pth` does not exist"):
+        load_model(tmp_path / "loop.pth")
+    check_target(tmp_path / "loop.pth", "`target`")
+    save_model(tmp_path / "loop.pth", random_params(), CONFIG)
+    load_model(tmp_path / "loop.pth")

@@ -65,7 +65,7 @@ from rwkv7_jax.checks import (
     check_instance,
     prefix_errors,
 )
-from rwkv7_jax.local_paths import check_target, local_path
+from rwkv7_jax.local_paths import check_target, local_path, require_unicode
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.int8_weights import (
     INT8,
@@ -318,6 +318,8 @@ def check_model_target(
     kind = format_of(path, format=format)
     if kind == "gguf":
         gguf_files("save_model")
+    if kind == "orbax":
+        require_unicode(path, "save_model: `path`")
     content = _CONTENT_OF_FOLDERS.get(kind)
     if content is None and path.is_dir():
         raise ValueError(

@@ -74,7 +74,7 @@ def replace_folder(
         ValueError: the folder at `path` holds other files.
     """
     # A link stays one; the folder that it points to is replaced.
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     restore_interrupted(path)
     if path.exists():
         refuse_other_files(path, expected, function)
@@ -103,7 +103,7 @@ def restore_interrupted(path: Path) -> None:
     Does nothing where something is at the path. Systems that exchange folders in one step never
     need it.
     """
-    target = path.resolve()
+    target = Path(os.path.realpath(path))
     if target.exists():
         return
     for old in sorted(target.parent.glob(f".{glob.escape(target.name)}.*/{_OLD}")):

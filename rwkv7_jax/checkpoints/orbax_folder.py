@@ -39,6 +39,7 @@ from rwkv7_jax.checkpoints.param_tree import (
     require_kept,
 )
 from rwkv7_jax.checks import prefix_errors
+from rwkv7_jax.local_paths import require_unicode
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.sharding import TENSOR, abstract_shards, check_shared_heads
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -90,6 +91,7 @@ def load_orbax(
         raise ValueError(
             f"load_model: `{folder}` is not a checkpoint: it has no {CARD_FILE}."
         )
+    require_unicode(folder, "load_model: `path`")
     card = read_json(path)
     config = _config_of(card, path)
     if isinstance(device, Mesh):
@@ -125,6 +127,7 @@ def describe_orbax(folder: Path) -> tuple[RWKV7Config, str]:
         ValueError: a damaged folder.
     """
     path = folder / CARD_FILE
+    require_unicode(folder, "load_model: `path`")
     card = read_json(path)
     config = _config_of(card, path)
     with _handler() as handler:

@@ -50,6 +50,11 @@ class CommandParser(argparse.ArgumentParser):
             # The sentences of this module go on after the option's name.
             if reason.startswith("must "):
                 raise ValueError(f"{where}`{option}` {reason.rstrip('.')}.")
+            if reason == "expected one argument":
+                raise ValueError(
+                    f"{where}`{option}` must have a value; `{option}=` goes before one that "
+                    "begins with a hyphen."
+                )
         reason = " ".join(message.split()).rstrip(".")
         hint = f"`{self.prog} --help` lists the options."
         self.exit(2, f"rwkv7: {where}{reason}; {hint}\n")
@@ -176,12 +181,15 @@ def refuse_inputs(
     """
     if target is None or not os.path.exists(target):
         return
-    place = Path(target).resolve()
+    place = Path(os.path.realpath(target))
     for option, sources in inputs.items():
         for source in sources:
             if source is None or not os.path.exists(source):
                 continue
-            if is_same(source, target) or Path(source).resolve() in place.parents:
+            if (
+                is_same(source, target)
+                or Path(os.path.realpath(source)) in place.parents
+            ):
                 raise ValueError(
                     f"{argument} must not write over `{option}`; `{target}` is read from "
                     f"`{source}`."

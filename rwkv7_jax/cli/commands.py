@@ -1,7 +1,9 @@
 """The `rwkv7` command: the parser of all commands, and those that need no file of their own."""
 
 import argparse
+import contextlib
 import importlib.util
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -33,7 +35,7 @@ from rwkv7_jax.cli.data import add_data_command
 from rwkv7_jax.cli.generate import add_generate_command
 from rwkv7_jax.cli.inputs import add_vocabulary_option
 from rwkv7_jax.cli.observe import add_observe_command
-from rwkv7_jax.cli.output import discard_output
+from rwkv7_jax.cli.output import discard_output, name_output
 from rwkv7_jax.cli.state import add_state_command
 from rwkv7_jax.cli.summary import COMMANDS, add_commands, top_parser
 from rwkv7_jax.model.config import RWKV7Config
@@ -42,12 +44,18 @@ from rwkv7_jax.reports.html_report import write_report
 from rwkv7_jax.reports.system_info import lines, system, version
 from rwkv7_jax.runs.compilation_cache import enable_compilation_cache, user_folder
 from rwkv7_jax.runs.exit_codes import (
+    Stopped,
     exit_code,
     is_out_of_memory,
     memory_sentence,
 )
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
-from rwkv7_jax.runs.process import escape_unencodable, open_closed_streams
+from rwkv7_jax.runs.process import (
+    StopSignals,
+    escape_unencodable,
+    ignore_abandoned_reads,
+    open_closed_streams,
+)
 from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.text.vocabularies import load_vocabulary
 from rwkv7_jax.training.costs import parameter_count
@@ -299,24 +307,42 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit code.
 
     What a command returns is printed when all its files are written: a reader that has gone away
-    costs no result, and an error comes alone. Bad input ends in one line and exit code 2, Ctrl-C in
-    silence and 130, a closed pipe in silence; other codes are those of `exit_codes`.
+    costs no result, and an error comes alone. Bad input ends in one line and exit code 2, a signal
+    in silence and the shell's code for it, a closed pipe in silence; other codes are those of
+    `exit_codes`.
 
     Args:
         arguments: without the program's name; None takes them from the command line.
     """
     open_closed_streams()
     escape_unencodable()
-    words = sys.argv[1:] if arguments is None else arguments
+    if arguments is not None:
+        return _run(arguments)
+    ignore_abandoned_reads()
+    try:
+        with StopSignals(None) as stop, stop.interruptible():
+            return _run(sys.argv[1:], caches=True)
+    except Stopped as error:
+        # A compilation may go on in threads of XLA, which crash while the interpreter ends.
+        os._exit(error.code)
+
+
+def _run(words: list[str], *, caches: bool = False) -> int:
+    """Runs one command and returns the exit code.
+
+    Args:
+        words: without the program's name.
+        caches: whether compiled programs may be written to the user's cache.
+    """
     try:
         options = parser().parse_args(join_negative_numbers(words))
-        # Not in tests, which call this function and must not write to the user's cache.
-        if arguments is None and getattr(options, "compiles", False):
+        if caches and getattr(options, "compiles", False):
             enable_compilation_cache(user_folder())
         report = options.run(options)
-        if report is not None:
-            print(report)
-        sys.stdout.flush()
+        with name_output():
+            if report is not None:
+                print(report)
+            sys.stdout.flush()
     except BrokenPipeError:
         discard_output()
     except KeyboardInterrupt:
@@ -327,7 +353,9 @@ def main(arguments: list[str] | None = None) -> int:
         code = _exit_code(error)
         if code is None:
             raise
-        print(f"rwkv7: {_reason(error)}", file=sys.stderr)
+        # A reader that has gone, or a full disk, must not change the code.
+        with contextlib.suppress(OSError):
+            print(f"rwkv7: {_reason(error)}", file=sys.stderr, flush=True)
         return code
     return 0
 

@@ -31,6 +31,7 @@ from rwkv7_jax.cli.inputs import (
     read_model,
     read_prompt,
 )
+from rwkv7_jax.cli.output import name_output
 from rwkv7_jax.cli.summary import COMMANDS
 from rwkv7_jax.generation.generate import Generation, generate
 from rwkv7_jax.generation.sampling import exempt_ids
@@ -214,8 +215,9 @@ class _Stream:
         try:
             # A terminal of another encoding shows an escape rather than ending the run.
             text = piece.encode(encoding, "backslashreplace").decode(encoding)
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            with name_output():
+                sys.stdout.write(text)
+                sys.stdout.flush()
         except OSError as error:
             if not self._goes_on:
                 raise

@@ -1,7 +1,18 @@
-"""Output to a pipe that its reader has closed."""
+"""Output to a pipe that its reader has closed, or to a file on a full disk."""
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def name_output() -> Iterator[None]:
+    """Names standard output in the errors of writing to it, as files are named in theirs."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def discard_output() -> None:

@@ -11,7 +11,6 @@ bad settings; 7 this machine's memory, not the chip's, is too small to compile i
 """
 
 import json
-import signal
 import sys
 from typing import Any
 
@@ -74,8 +73,6 @@ def main(arguments: list[str]) -> None:
                 "`--topology` must name the chips, such as v5e:2x4 or h100."
             )
         job = make_job(_TOPOLOGY.value, _settings(), _PRESET.value)
-        # Otherwise the compiler's process would go on alone.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         make = job.search if _SEARCH.value else job.compile
         try:
             plan = make(timeout=_TIMEOUT.value)

@@ -29,7 +29,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from rwkv7_jax.local_paths import local_path
-from rwkv7_jax.runs.process import exit_with_code
+from rwkv7_jax.runs.process import exit_with_code, ignore_broken_pipe
 from rwkv7_jax.runs.settings.fields import shown
 from rwkv7_jax.runs.settings.help import describe_settings, setting_type
 
@@ -82,7 +82,8 @@ def _parse(program: str, words: list[str]) -> list[str]:
     _config = None
     with exit_with_code(program):
         if any(word in _HELP for word in words[1:]):
-            print(_help())
+            ignore_broken_pipe()
+            print(_help(), flush=True)
             sys.exit(0)
         files, changes, rest = _sort_words(words)
         # As with other flags, the last one counts.

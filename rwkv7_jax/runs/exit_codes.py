@@ -10,6 +10,16 @@ import sys
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO}
 
+# The same in the words of libraries whose errors have no number, in small letters. TensorStore's
+# begin with RESOURCE_EXHAUSTED where a disk is full, as XLA's do where memory is.
+_DISK_SIGNS = (
+    "no space left on device",
+    "file too large",
+    "disk quota exceeded",
+    "read-only file system",
+    "input/output error",
+)
+
 # What allocators of the host's memory say, in small letters: C++, the operating system, NumPy.
 _OUT_OF_HOST_MEMORY = (
     "bad_alloc",
@@ -115,11 +125,21 @@ def exit_code(error: BaseException) -> int | None:
         return 7
     if isinstance(error, KeyboardInterrupt):
         return 130
-    if isinstance(error, DiskError):
-        return 5
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+    if is_disk_error(error):
         return 5
     return 2 if isinstance(error, _USER_ERRORS) else None
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Tells whether an error is that a disk has no room, cannot be written or fails."""
+    if isinstance(error, DiskError):
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _DISK_ERRORS
+    text = str(error).lower()
+    return isinstance(error, ValueError | RuntimeError | OSError) and any(
+        sign in text for sign in _DISK_SIGNS
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -127,6 +147,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     No class tells: JAX raises its one class of run-time errors, with the allocator's text.
     """
+    if is_disk_error(error):
+        return False
     return _is_of(error, (MemoryError, OutOfMemory), _OUT_OF_MEMORY)
 
 

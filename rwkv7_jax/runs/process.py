@@ -35,6 +35,9 @@ _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
 # five seconds after which cluster schedulers begin to kill.
 _GRACE_SECONDS = 3.0
 
+# Seconds after which a signal's handler runs again if what it raised was dropped.
+_AGAIN_SECONDS = 0.05
+
 _LESS_MEMORY = (
     "lower `config.data.batch_size`, `config.data.length`, `config.evaluation.length` or "
     '`config.evaluation.windows`, set `config.model.remat` to "block", raise '
@@ -69,22 +72,10 @@ def program(name: str, *, less_memory: str = _LESS_MEMORY) -> Iterator[None]:
     with (
         exit_on_failure(),
         exit_with_code(name, less_memory=less_memory),
-        _interrupts_as_errors(),
+        StopSignals(None) as stop,
+        stop.interruptible(),
     ):
         yield
-
-
-@contextlib.contextmanager
-def _interrupts_as_errors() -> Iterator[None]:
-    """Lets Ctrl-C raise KeyboardInterrupt in the block, and what it did before everywhere else."""
-    before = signal.getsignal(signal.SIGINT)
-    # A program in the background of a shell has to stay deaf to Ctrl-C.
-    if before != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def open_closed_streams() -> None:
@@ -100,8 +91,9 @@ def open_closed_streams() -> None:
         except OSError:
             # It gets the lowest free descriptor, which is this one.
             os.open(os.devnull, os.O_RDWR)
-        if getattr(sys, name) is None and number:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        if getattr(sys, name) is None:
+            mode = "w" if number else "r"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 @contextlib.contextmanager
@@ -252,19 +244,21 @@ class StopSignals:
     """SIGTERM, SIGINT and SIGHUP as a request that the training loop asks for.
 
     The loop calls `updated` and `saved`, and asks `should_stop` after each step. A second SIGINT
-    ends the process at once.
+    ends the process at once. A program without a loop is all `interruptible`.
 
     Python runs signal handlers only between two of its own instructions, and a compilation is one
     long instruction. So a thread watches, too: it ends the process at a second SIGINT, and also
-    where nothing has to be saved and the loop does not ask in time. (The preemption
-    service of JAX 0.10.2 notices no signal in a run of one process.)
+    where nothing has to be saved and the loop does not ask in time. A handler may also run inside a
+    callback of the garbage collector (JAX has one), where Python drops what it raises: it is raised
+    once more. (The preemption service of JAX 0.10.2 notices no signal in a run of one process.)
     """
 
-    def __init__(self, code: int = 0):
+    def __init__(self, code: int | None = 0):
         """Starts without a request; `with` begins to listen.
 
         Args:
-            code: with which a run that was stopped exits.
+            code: with which a run that was stopped exits; None for 128 and the signal's number, as
+                shells count.
         """
         self._code = code
         self._requested = ""
@@ -289,6 +283,8 @@ class StopSignals:
         # Python writes a byte per signal into this socket from C, however busy its main thread is.
         writer = self._writer.fileno()
         self._old_wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self._old_hook = sys.unraisablehook
+        sys.unraisablehook = self._repeat_dropped
         # A daemon: a thread that waits for signals must not keep the process alive.
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
@@ -296,6 +292,7 @@ class StopSignals:
 
     def __exit__(self, *error) -> None:
         """Puts the old handlers back."""
+        sys.unraisablehook = self._old_hook
         signal.set_wakeup_fd(self._old_wakeup)
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
@@ -351,15 +348,29 @@ class StopSignals:
         self._raise_at_once = True
         try:
             if self._requested:
-                self._raise()
+                raise self.stopped()
             yield
+        except Stopped:
+            # Here and not where it is raised: there it may be dropped.
+            self._noticed.set()
+            raise
         finally:
             self._raise_at_once = False
+
+    def _repeat_dropped(self, unraisable: Any) -> None:
+        """Lets the handler run again after it raised in vain; the body of `sys.unraisablehook`."""
+        if not isinstance(unraisable.exc_value, Stopped):
+            self._old_hook(unraisable)
+            return
+        # Later: now it would be dropped again. Not SIGINT, of which a second one ends at once.
+        main = threading.main_thread().ident
+        again = [main, signal.SIGTERM]
+        threading.Timer(_AGAIN_SECONDS, signal.pthread_kill, again).start()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._requested = self._requested or signal.Signals(number).name
         if self._raise_at_once:
-            self._raise()
+            raise self.stopped()
 
     def stopped(self, text: str = "") -> Stopped:
         """Makes the error that ends the run.
@@ -367,11 +378,10 @@ class StopSignals:
         Args:
             text: what the user should know besides the signal.
         """
-        return Stopped(f"stopped by {self._requested}{text}.", self._code)
-
-    def _raise(self) -> None:
-        self._noticed.set()
-        raise self.stopped()
+        code = self._code
+        if code is None:
+            code = 128 + signal.Signals[self._requested]
+        return Stopped(f"stopped by {self._requested}{text}.", code)
 
     def _watch(self) -> None:
         """Reads one byte per signal; the body of the thread."""
@@ -390,7 +400,8 @@ class StopSignals:
     def _exit_if_ignored(self) -> None:
         noticed = self._noticed.wait(_GRACE_SECONDS)
         if not noticed and not self._unsaved:
-            _exit_at_once(self._code, f"{self.stopped('; nothing was left to save')}")
+            end = self.stopped("; nothing was left to save")
+            _exit_at_once(end.code, str(end))
 
 
 def _exit_at_once(code: int, reason: str) -> None:

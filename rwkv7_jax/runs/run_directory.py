@@ -14,6 +14,7 @@ import numpy as np
 
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.data.jsonl import read_log
+from rwkv7_jax.local_paths import require_unicode
 from rwkv7_jax.reports.html_report import write_report
 from rwkv7_jax.reports.metric_writers import JSONL, MetricFiles
 from rwkv7_jax.reports.system_info import system
@@ -148,12 +149,13 @@ class OwnedRunDirectory(RunDirectory):
 
         Raises:
             ValueError: it holds a run with other settings, or another process works in it, or a
-                tracker is unknown.
+                tracker is unknown, or the path is not UTF-8.
             ImportError: a tracker is not installed.
             DiskError: it, or its backup, cannot be written.
         """
         self.path = Path(path).absolute()
         self.workdir = self.path
+        require_unicode(self.path, "`--workdir`")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             # Not `os.access`: only the attempt tells whether a file can be made here.

@@ -243,7 +243,11 @@ MISUSE = [
     ("generate --model hf:o/m --prompt a", "hf download o/m"),
     (f"{GENERATE}b --observer o/m", "hf download o/m"),
     (f"{GENERATE} --fast", "unrecognized arguments: --fast"),
-    (f"{GENERATE} --model", "--model: expected one argument"),
+    (f"{GENERATE} --model", "`--model` must have a value"),
+    (
+        f"{GENERATE} --model -m.pth",
+        "`--model=` goes before one that begins with a hyphen",
+    ),
     # observe
     ("observe", "arguments are required: OBSERVER"),
     (OBSERVE, "`--out` or `--text` must be given"),

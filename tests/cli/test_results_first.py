@@ -122,8 +122,27 @@ def test_a_disk_that_is_full_of_shown_text_is_said_after_the_state_is_saved(
         assert main(words) == 5
         # Python would try once more when the stream is closed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
-    assert "No space left" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said == "rwkv7: `standard output`: No space left on device.\n"
     assert np.any(load_state(files / "s.pth").wkv)
+
+
+def test_an_error_that_nobody_can_read_keeps_its_code(files, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", encoding="utf-8") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert main(["inspect", "missing.pth"]) == 2
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stderr.fileno())
+
+
+def test_a_closed_standard_input_is_an_empty_one(files, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["observe", "o", "--model", "m.pth", "--prompt", "-"]) == 2
+    closed = capsys.readouterr().err
+    assert main(["observe", "o", "--model", "m.pth", "--prompt", ""]) == 2
+    assert closed == capsys.readouterr().err
+    sys.stdin.close()
 
 
 # A command line, and the function that fails in it.

@@ -13,6 +13,9 @@ from rwkv7_jax.runs.exit_codes import (
 )
 from rwkv7_jax.runs.process import exit_with_code
 
+# How TensorStore says that a disk is full, in a word that XLA has for memory.
+FULL = "Failed to write 624898 bytes to file 4: No space left on device [os_error_code='28']"
+
 
 @pytest.mark.parametrize(
     ("error", "code"),
@@ -23,6 +26,8 @@ from rwkv7_jax.runs.process import exit_with_code
         (NotFinite("no"), 4),
         (DiskError("no"), 5),
         (OSError(28, "No space left on device"), 5),
+        (ValueError(f"RESOURCE_EXHAUSTED: {FULL}"), 5),
+        (DiskError("not written (RESOURCE_EXHAUSTED: Error writing"), 5),
         (ValueError("Gloo all-reduce failed"), 6),
         (Stopped("no"), 0),
         (Stopped("no", 75), 75),

@@ -54,6 +54,70 @@ def test_a_run_that_a_signal_stops_has_the_exit_code_that_was_asked_for():
         assert ended.value.code == stop.stopped().code == code
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_program_without_a_loop_has_the_shells_code_for_a_signal(name):
+    number = getattr(signal, name)
+    stop = StopSignals(None)
+    with (
+        stop,
+        pytest.raises(Stopped, match=f"by {name}") as ended,
+        stop.interruptible(),
+    ):
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+    assert ended.value.code == 128 + number
+
+
+DROPPED = """
+import gc, os, signal, time
+from rwkv7_jax.runs.process import program
+with program("eval.py"):
+    gc.callbacks.append(lambda when, _: when == "stop" or os.kill(os.getpid(), {number}))
+    gc.collect()
+    gc.callbacks.pop()
+    print("goes on", flush=True)
+    try:
+        time.sleep(60)
+    finally:
+        print("cleans up", flush=True)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_a_signal_inside_a_callback_of_the_garbage_collector_is_not_lost(name):
+    # Python drops what the handler raises there. JAX has such a callback, so it is no rare place.
+    number = int(getattr(signal, name))
+    child = run_python(DROPPED.format(number=number))
+    out, error = child.communicate(timeout=30)
+    assert (child.returncode, out) == (128 + number, "goes on\ncleans up\n")
+    assert error == f"eval.py: stopped by {name}.\n"
+
+
+COMMAND = """
+import os, signal, sys
+from rwkv7_jax.cli import commands
+commands._doctor = lambda options: os.kill(os.getpid(), signal.SIGTERM)
+sys.argv = ["rwkv7", "doctor"]
+sys.exit(commands.main())
+"""
+
+PROGRAM = """
+import os, signal
+from rwkv7_jax.runs.process import program
+with program("eval.py"):
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("not reached", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "said"), [(COMMAND, ""), (PROGRAM, "eval.py: stopped by SIGTERM.\n")]
+)
+def test_a_signal_ends_commands_and_programs_with_the_shells_code(code, said):
+    out, error = (child := run_python(code)).communicate(timeout=60)
+    assert (child.returncode, out, error) == (143, "", said)
+
+
 def test_what_is_not_saved_is_known_until_it_is():
     stop = StopSignals()
     assert not stop.has_unsaved_updates
@@ -219,10 +283,24 @@ def test_streams_that_are_closed_full_or_narrow_end_no_program(
     assert b"Traceback" not in ended.stderr
 
 
-@pytest.mark.parametrize("name", ["train.py", "eval.py"])
-def test_an_interrupt_during_the_imports_is_quiet(name):
+def test_a_reader_that_leaves_the_help_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "eval.py", "--help"]
+    ended = subprocess.run(
+        words, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["train.py --config=none.py", "eval.py --config=none.py", "-m rwkv7_jax.cli data"],
+)
+def test_an_interrupt_during_the_imports_is_quiet(words):
     child = subprocess.Popen(
-        [sys.executable, name, "--config=none.py"],
+        [sys.executable, *words.split()],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

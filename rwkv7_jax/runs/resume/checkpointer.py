@@ -48,8 +48,9 @@ from rwkv7_jax.training.train_step import TrainState
 # failed tells the others only after that.
 SAVE_SECONDS = 600
 
-# An error of Orbax or TensorStore can have pages; the first line, up to here, says what it is.
-_REASON_CHARACTERS = 200
+# An error of Orbax or TensorStore can have pages. The first line begins with what failed and ends
+# with why; so much of both is shown.
+_REASON_CHARACTERS = 100
 
 
 class _Damaged(Exception):
@@ -302,7 +303,7 @@ class Checkpoints(CheckpointStore):
         )
         return (
             f"the checkpoint of step {job.step} could not be written: it needs {job.size:,} bytes, "
-            f"{free:,} are free in {self.folder}; {newest} ({reason[:_REASON_CHARACTERS]})"
+            f"{free:,} are free in {self.folder}; {newest} ({_shortened(reason)})"
         )
 
     def _warn(self, text: str) -> None:
@@ -475,3 +476,9 @@ class Checkpoints(CheckpointStore):
 
 def _has_reason(failure: tuple[bool, str]) -> bool:
     return bool(failure[1])
+
+
+def _shortened(reason: str) -> str:
+    if len(reason) <= 2 * _REASON_CHARACTERS:
+        return reason
+    return f"{reason[:_REASON_CHARACTERS]} ... {reason[-_REASON_CHARACTERS:]}"
