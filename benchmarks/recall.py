@@ -220,7 +220,8 @@ class Table:
                 str(size): [cell["tests"][str(size)] for cell in cells]
                 for size in self.setting.tests
             },
-            "cpu_s": round(statistics.mean(cell["cpu_s"] for cell in cells), 1),
+            # Of the first seed: further ones may come from another machine.
+            "cpu_s": cells[0]["cpu_s"],
             "steps": [cell["steps"] for cell in cells],
             **sizes_of(name, self.setting),
         }
