@@ -42,9 +42,11 @@ def choose_arithmetic(
     dtype: jnp.dtype, choice: tiles.GPU, interpret: bool
 ) -> chunk_math.Arithmetic:
     """Chooses how the kernels multiply tokens of a dtype, and by what they compute 2^x."""
-    # Pallas's interpreter knows no inline assembly, and a CPU no TF32.
-    exp, precision = (jnp.exp2, "highest") if interpret else (_exp2, choice.precision)
-    return chunk_math.Arithmetic(dtype, exp, math.log2(math.e), precision)
+    unit = math.log2(math.e)
+    if interpret:
+        # Pallas's interpreter knows no inline assembly, and a CPU no TF32.
+        return chunk_math.Arithmetic(dtype, jnp.exp2, unit)
+    return chunk_math.Arithmetic(dtype, _exp2, unit, choice.precision)
 
 
 def _prepare(

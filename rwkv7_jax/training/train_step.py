@@ -62,20 +62,17 @@ class TrainState:
         `params` are copied, because a step donates its input and the caller's arrays would be gone.
 
         Raises:
-            TypeError: parameters that are not arrays of numbers, no optimizer, or one that needs
-            parameters of its own kind, such as `optax.lookahead`.
+            TypeError: parameters that are not arrays of numbers, or no optimizer.
             ValueError: no parameters.
         """
         with prefix_errors("TrainState.create"):
             _check_parameters(params)
             check_optimizer(tx)
         params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
-        with prefix_errors("TrainState.create"), _naming_optimizer():
-            opt_state = tx.init(params)
         return cls(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            opt_state=opt_state,
+            opt_state=tx.init(params),
             skipped=jnp.zeros((), jnp.int32),
         )
 
@@ -86,6 +83,10 @@ def _naming_optimizer() -> Iterator[None]:
     try:
         yield
     except (TypeError, AttributeError) as error:
+        # A mistake inside of a transformation stays what it is.
+        is_call = "required keyword-only argument" in str(error)
+        if isinstance(error, TypeError) and not is_call:
+            raise
         raise TypeError(
             f"`tx` must make updates from gradients, parameters and the loss's value; {error}."
         ) from error

@@ -152,6 +152,20 @@ def test_an_overriding_choice_ends_with_its_block():
     assert tiles.for_gpu(tiles.TRITON, 64, 64, "bfloat16", 90) == usual
 
 
+def test_float32_takes_tf32_products_on_hopper_and_exact_ones_elsewhere():
+    def precision(table, size, capability):
+        return tiles.for_gpu(table, size, size, "float32", capability).precision
+
+    assert precision(tiles.PALLAS_GPU, 64, 90) == "TF32_TF32_F32_X3"
+    for table, size, capability in (
+        (tiles.PALLAS_GPU, 128, 90),
+        (tiles.PALLAS_GPU, 64, 80),
+        (tiles.PALLAS_GPU, 64, 89),
+        (tiles.TRITON, 64, 90),
+    ):
+        assert precision(table, size, capability) == "highest"
+
+
 @pytest.mark.parametrize("capability", [80, 86, 89, 90])
 @pytest.mark.parametrize("sizes", [(16, 16), (64, 64), (64, 128), (128, 128)])
 def test_every_gpu_from_ampere_to_hopper_has_tiles(capability, sizes):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_observers
 from tiny_observers import LENGTH, ROWS, TEACHER
-from tolerances import SAME, assert_close
+from tolerances import assert_close
 
 from rwkv7_jax.observer.observer import (
     fraction_of_variance_unexplained,
@@ -35,21 +35,28 @@ def selecting(mirror, places):
     return observer, params | {"left": maps, "right": maps}
 
 
+def assert_same_states(found, expected):
+    """Every entry, by the size of the states: sums of large terms may end small."""
+    size = np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * size)
+    assert_close(found, expected, 1e-6)
+
+
 def test_an_observer_that_is_the_teacher_proposes_its_states(mirror, batch, own):
     same = selecting(mirror, [0, 1, 2, 3])
     found = propose(*same, batch["tokens"][:, :-1], batch["split"])
-    assert_close(found.wkv, own[1].wkv, SAME["model"])
+    assert_same_states(found.wkv, own[1].wkv)
 
 
 def test_a_map_of_another_place_moves_a_state_there(mirror, batch, own):
     swapped = selecting(mirror, [3, 2, 1, 0])
     found = propose(*swapped, batch["tokens"][:, :-1], batch["split"])
-    assert_close(found.wkv, own[1].wkv[::-1, :, ::-1], SAME["model"])
+    assert_same_states(found.wkv, own[1].wkv[::-1, :, ::-1])
 
 
 def test_a_proposal_is_the_mapped_state_of_the_row_read_alone(made, batch, proposed):
     found = propose(*made, batch["tokens"][:, :-1], batch["split"])
-    assert_close(found.wkv, proposed[1].wkv, SAME["model"])
+    assert_same_states(found.wkv, proposed[1].wkv)
     assert not found.att_shift.any() and not found.ffn_shift.any()
 
 

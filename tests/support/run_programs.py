@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -134,15 +135,19 @@ def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
 def ends_within(seconds: float, process: subprocess.Popen):
     """Fails unless a program takes at most these seconds of the processor until `finish` inside.
 
-    Not of the clock, by which it is slower while other programs run.
+    By the clock it may take six times as long, since other programs run; a program that only waits
+    fails by that.
     """
+    began = time.monotonic()
     fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2].split()
     # User and system time; those of its children are added to theirs as soon as it is waited for.
     already = sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
     before = _seconds_of_children()
     yield
+    waited = time.monotonic() - began
     taken = _seconds_of_children() - before - already
     assert taken < seconds, f"The program took {taken:.1f} s of the processor to end."
+    assert waited < 6 * seconds, f"The program ended after {waited:.1f} s."
 
 
 def _seconds_of_children() -> float:

@@ -222,12 +222,27 @@ def test_an_optimizer_that_reads_the_loss_gets_it():
         assert second["loss"] < first["loss"]
 
 
-@pytest.mark.parametrize("tx", [optax.lbfgs(), optax.lookahead(optax.sgd(0.1), 5, 0.5)])
-def test_an_optimizer_that_needs_more_is_named(tx):
+def first_step(tx):
     batch = {"tokens": np.full((1, 3), 2), "mask": np.ones((1, 2), np.float32)}
-    with pytest.raises(TypeError, match="`tx` must make updates from gradients"):
-        train = TrainState.create({"x": jnp.ones(3)}, tx)
-        make_train_step(Partial(scaled), tx)(train, batch)
+    train = TrainState.create({"x": jnp.ones(3)}, tx)
+    make_train_step(Partial(scaled), tx)(train, batch)
+
+
+def test_an_optimizer_that_needs_more_is_named():
+    said = "`tx` must make updates from gradients"
+    with pytest.raises(TypeError, match=f"^{said}.*'value_fn'"):
+        first_step(optax.lbfgs())
+    # Its parameters are pairs.
+    with pytest.raises(TypeError, match=f"^{said}.*'fast'"):
+        first_step(optax.lookahead(optax.sgd(0.1), 5, 0.5))
+
+
+def test_a_mistake_inside_of_an_optimizer_stays_what_it_is():
+    def update(updates, state, params=None):
+        raise TypeError("mine")
+
+    with pytest.raises(TypeError, match=r"^mine"):
+        first_step(optax.GradientTransformation(lambda _: (), update))
 
 
 def test_create_copies_so_that_the_callers_weights_survive_the_step():
