@@ -1,7 +1,12 @@
 """Strict ground: shapes are checked at each call; warnings and rank promotion are errors."""
 
 import os
+import signal
 from importlib.metadata import version
+
+# As in a terminal: programs leave a signal ignored that their caller ignores, as nohup does.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Before JAX starts: two CPU devices, and no accelerator that would change these tests' numbers.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
