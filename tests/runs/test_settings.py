@@ -72,6 +72,14 @@ def test_a_list_of_prompts_becomes_a_tuple():
             {"data": {"batch_size": 8}, "optimizer": {"accumulate": 3}},
             r"must be a multiple of `config.optimizer.accumulate`; got 8 and 3",
         ),
+        (
+            {"sample": {"prompts": ["a", "b\udce4"]}},
+            r"`config.sample.prompts` must be valid Unicode; character 1 of 'b\\udce4'",
+        ),
+        (
+            {"test_time": {"hint": "\ud800"}},
+            r"`config.test_time.hint` must be valid Unicode; character 0",
+        ),
     ],
 )
 def test_a_bad_setting_is_one_sentence_that_names_it(values, sentence):

@@ -159,10 +159,22 @@ def check_field(where: str, value: Any, metadata: Mapping[str, Any]) -> Any:
             f"`{where}` must be gs://bucket/folder, s3://bucket/folder or file:///folder; got "
             f"{shown(value)}."
         )
-    if "range" in metadata:
-        for one in value if isinstance(value, tuple) else (value,):
+    for one in value if isinstance(value, tuple) else (value,):
+        if isinstance(one, str):
+            _check_unicode(where, one)
+        if "range" in metadata:
             metadata["range"].check(one, where)
     return value
+
+
+def _check_unicode(where: str, text: str) -> None:
+    """Refuses halves of surrogate pairs, as bytes of a command line that are no UTF-8 become."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"`{where}` must be valid Unicode; character {error.start} of {shown(text)} is not."
+        ) from None
 
 
 def choose(where: str, choices: Sequence[str], value: Any) -> str:
