@@ -1,17 +1,19 @@
 """Copies of activations that XLA for TPU puts into one layer, forward and backward.
 
-    python -m benchmarks.tpu_layout --json benchmarks/results/tpu-layout.json
+    python -m benchmarks.tpu_layout --json benchmarks/results/tpu-layout.json --check
 
 XLA lays an array of heads of 64 with the tokens in the lanes where it sums over a head, and the WKV
 kernel wants the channels there: each change of layout is a copy of a full activation. A gradient
 of a model of three layers is compiled ahead of time by libtpu, on any machine with Linux, and the
 bodies of its two loops over layers are read. Counted are copies and transposes of at least one
 activation in 16 bits that are instructions of their own; prefetches into fast memory are not.
+Cycles are the compiler's estimates, which it has for all instructions but the WKV kernels.
 """
 
 import argparse
 import functools
 import os
+import re
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -27,6 +29,11 @@ from benchmarks import record
 from rwkv7_jax.model import remat
 from rwkv7_jax.plan import hlo
 from rwkv7_jax.plan.chips import find_target
+
+# Bars.
+MOST_COPIES = {"forward": 3, "backward": 5}
+
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 KERNELS = {"forward": "wkv7_forward_kernel", "backward": "wkv7_backward_kernel"}
 
@@ -85,8 +92,14 @@ def list_copies(body: list[hlo.Instruction], least: int) -> list[dict[str, Any]]
     return rows
 
 
+def estimate_cycles(body: list[hlo.Instruction]) -> int:
+    """Adds up the cycles that the compiler expects."""
+    found = [_CYCLES.search(one.rest) for one in body]
+    return sum(int(one[1]) for one in found if one)
+
+
 def main() -> None:
-    """Prints the number of copies of both passes; with `--json`, writes them one by one."""
+    """Prints copies and cycles of both passes; with `--json`, writes the copies one by one."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", default="0.4b", help="whose widths (%(default)s)")
     parser.add_argument("--topology", default="v5e:1x1", help="one chip, as plans say")
@@ -94,6 +107,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--remat", choices=remat.CHOICES, default="none")
     parser.add_argument("--json", help="file to write")
+    parser.add_argument("--check", action="store_true", help="fail over the bars")
     args = parser.parse_args()
     config = rwkv.RWKV7Config.preset(
         args.size,
@@ -107,9 +121,13 @@ def main() -> None:
     )
     least = 2 * args.batch * args.length * config.width
     copies = {}
+    cycles = {}
     for name, body in loop_bodies(program).items():
         copies[name] = list_copies(body, least)
-        print(f"{name:<10}{len(copies[name])} copies", flush=True)
+        cycles[name] = estimate_cycles(body)
+        print(
+            f"{name:<10}{len(copies[name])} copies, {cycles[name]:,} cycles", flush=True
+        )
     if set(copies) != set(KERNELS):
         raise SystemExit("tpu_layout: the program has no loops over layers.")
     if args.json:
@@ -122,9 +140,13 @@ def main() -> None:
             batch=args.batch,
             length=args.length,
             remat=args.remat,
+            cycles=cycles,
             counts={name: len(rows) for name, rows in copies.items()},
             copies=copies,
         )
+    over = [name for name, rows in copies.items() if len(rows) > MOST_COPIES[name]]
+    if args.check and over:
+        raise SystemExit(f"tpu_layout: too many copies {' and '.join(over)}.")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,6 @@ import os
 import signal
 from importlib.metadata import version
 
-# As in a terminal: programs leave a signal ignored that their caller ignores, as nohup does.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
 # Before JAX starts: two CPU devices, and no accelerator that would change these tests' numbers.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is most of the suite's time. LLVM's optimisation is half of it: it is off, except where
@@ -38,6 +34,10 @@ import jaxtyping
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# As in a terminal: programs leave a signal ignored that their caller ignores, as nohup does.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Shapes in signatures become checks; modules imported before the hook would escape it.
 jaxtyping.install_import_hook(["rwkv7_jax", "pallas_kernels"], "signature_checks.check")

@@ -10,6 +10,12 @@ from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Activations, Heads
 from rwkv7_jax.model import layers
+from rwkv7_jax.model.head_sums import (
+    HeadView,
+    spread_over_heads,
+    sum_heads,
+    view_heads,
+)
 from rwkv7_jax.model.segments import Segments
 
 Vector = Float[Array, " D"]
@@ -57,13 +63,21 @@ def removal_and_replacement(
         xi: scale of the removal key; its shape [H N] divides the channels into heads.
         alpha: strength of the replacement.
     """
+    head_size = xi.shape[1]
     icl_rate = jax.nn.sigmoid(_with_bias(raw, bias)).astype(k.dtype)
-    # kappa^ = (k * xi) / |k * xi| for each head, the removal key; k is not yet the one below
-    removal_key = layers.unit_heads(_split(k * layers.per_channel(xi.ravel(), k), xi))
+    # -kappa^ = -(k * xi) / |k * xi| for each head, the removal key; k is not yet the one below.
+    # The sign goes in first: on TPU, a negation at the end would be a pass over all channels.
+    scaled = view_heads(k * -layers.per_channel(xi.ravel(), k), head_size)
+    negative_key = layers.unit_heads(scaled, head_size)
+    removal = -negative_key * view_heads(icl_rate, head_size)
     # k~ = k * lerp(1, a, alpha), the replacement key
     k = k * (1 + (icl_rate - 1) * layers.per_channel(alpha, k))
-    icl_rate = _split(icl_rate, xi)
-    return _split(k, xi), -removal_key, removal_key * icl_rate, icl_rate
+    return (
+        _split(k, xi),
+        _split(negative_key, xi),
+        _split(removal, xi),
+        _split(icl_rate, xi),
+    )
 
 
 def read_out(
@@ -84,10 +98,15 @@ def read_out(
         norm: weight and bias of the norm of each head.
         eps: of the norm.
     """
-    r, k, v = r_k_v
+    head_size = rho.shape[1]
+    r, k, v = (view_heads(x, head_size) for x in r_k_v)
     # The bonus is added after the norm, so it keeps its size where y is large.
-    normed = layers.group_norm(y, *norm, eps)
-    bonus = jnp.sum(r * k * layers.per_channel(rho, r), axis=-1, keepdims=True) * v
+    normed = layers.group_norm(
+        view_heads(y, head_size), *norm, eps, head_size=head_size
+    )
+    agreement = r * k * layers.per_channel(rho.reshape(r.shape[2:]), r)
+    strength = sum_heads(agreement, head_size, r.dtype)
+    bonus = spread_over_heads(strength, head_size, r.dtype) * v
     return (normed + bonus).reshape(gate.shape) * gate
 
 
@@ -102,6 +121,6 @@ def _with_bias(raw: Activations, bias: Vector) -> Float[Array, "B T D"]:
     return wide + layers.per_channel(bias, wide)
 
 
-def _split(x: Activations, like: Float[Array, "H N"]) -> Heads:
+def _split(x: HeadView, like: Float[Array, "H N"]) -> Heads:
     """Splits the channels into heads."""
     return x.reshape(*x.shape[:2], *like.shape)

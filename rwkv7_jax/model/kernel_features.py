@@ -10,6 +10,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Heads
+from rwkv7_jax.model.remat import name_product
 
 KINDS = ("gaussian", "fourier", "gaussian_raw")
 
@@ -54,8 +55,10 @@ def apply_per_head(
     """Multiplies the vectors of each head by its matrix; with B = 1 all rows share the matrices."""
     # Without an axis B in the product: shared matrices are not copied for every row.
     if maps.shape[0] == 1:
-        return jnp.einsum("bthi,hoi->btho", x, maps[0], precision="highest")
-    return jnp.einsum("bthi,bhoi->btho", x, maps, precision="highest")
+        product = jnp.einsum("bthi,hoi->btho", x, maps[0], precision="highest")
+    else:
+        product = jnp.einsum("bthi,bhoi->btho", x, maps, precision="highest")
+    return name_product(product)
 
 
 def unit_vectors(x: Float[Array, "... N"]) -> Float[Array, "... N"]:

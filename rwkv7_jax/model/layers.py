@@ -12,11 +12,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import platforms
-from rwkv7_jax.array_types import Activations, Heads, Lengths, Tokens
+from rwkv7_jax.array_types import Activations, Lengths, Tokens
 from rwkv7_jax.checks import as_array, check_lengths, is_traced
 from rwkv7_jax.model import segments as segments_of_rows
 from rwkv7_jax.model import time_shards
+from rwkv7_jax.model.head_sums import HeadView, spread_over_heads, sum_heads
 from rwkv7_jax.model.int8_weights import Int8Matrix, Weight
+from rwkv7_jax.model.remat import name_product
 from rwkv7_jax.model.segments import Segments
 from rwkv7_jax.sharding import time_axis
 
@@ -64,8 +66,8 @@ def linear(
 ) -> Float[Array, "... O"]:
     """Computes x W^T in x's dtype; float32 means float32 on every device."""
     if isinstance(weight, Int8Matrix):
-        return _int8_product(x, weight, x.dtype)
-    return _product(x, weight.astype(x.dtype)).astype(x.dtype)
+        return name_product(_int8_product(x, weight, x.dtype))
+    return name_product(_product(x, weight.astype(x.dtype)).astype(x.dtype))
 
 
 def project(
@@ -84,7 +86,7 @@ def project(
         precision=precision(x.dtype),
         preferred_element_type=_sum_dtype(x),
     )
-    return product.astype(x.dtype)
+    return name_product(product.astype(x.dtype))
 
 
 # Only the integers are stored for the backward pass. Left alone, the gradient of a scan over layers
@@ -212,31 +214,39 @@ def layer_norm(
 
 
 def group_norm(
-    y: Heads,
+    y: HeadView,
     weight: Float[Array, " D"],
     bias: Float[Array, " D"],
     eps: float,
-) -> Heads:
+    *,
+    head_size: int,
+) -> HeadView:
     """Normalises each head of each token on its own; scale and shift run over all channels.
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_demo.py:285.
     """
-    wide = standardise(y, eps)
-    heads = y.shape[-2:]
-    scale = per_channel(weight.reshape(heads), wide)
-    shift = per_channel(bias.reshape(heads), wide)
+    wide = widened(y)
+    # Centred first, as in `standardise`.
+    mean = sum_heads(wide, head_size, y.dtype) / head_size
+    wide = wide - spread_over_heads(mean, head_size, y.dtype)
+    variance = sum_heads(jnp.square(wide), head_size, y.dtype) / head_size
+    inverse = jax.lax.rsqrt(variance + eps)
+    wide = wide * spread_over_heads(inverse, head_size, y.dtype)
+    scale = per_channel(weight.reshape(y.shape[2:]), wide)
+    shift = per_channel(bias.reshape(y.shape[2:]), wide)
     return (wide * scale + shift).astype(y.dtype)
 
 
-def unit_heads(x: Heads) -> Heads:
+def unit_heads(x: HeadView, head_size: int) -> HeadView:
     """Scales every head to length 1; a head shorter than 1e-12 is divided by 1e-12.
 
     Source: BlinkDL/RWKV-LM@524481d RWKV-v7/rwkv_v7_numpy.py:37 (torch's `normalize`).
     """
     wide = widened(x)
-    square = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
+    square = sum_heads(jnp.square(wide), head_size, x.dtype)
     # The maximum is taken under the root, where a vector of zeros still has a finite gradient.
     inverse_length = jax.lax.rsqrt(jnp.maximum(square, _SHORTEST_HEAD**2))
+    inverse_length = spread_over_heads(inverse_length, head_size, x.dtype)
     return (wide * inverse_length).astype(x.dtype)
 
 

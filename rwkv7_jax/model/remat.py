@@ -4,20 +4,29 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array
 
 from pallas_kernels import RESULTS
 from rwkv7_jax.model.time_shards import RECEIVED
 
+# The name of matrix products' results. By JAX's own policy for products, the sums over heads would
+# be kept too, which are products on TPU alone and cheap there.
+_PRODUCT = "rwkv7 product"
+
 # What other devices sent is small, and to send it again would take longer.
 _OP = jax.checkpoint_policies.save_only_these_names(RESULTS, RECEIVED)
-_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_saveable, _OP
-)
+_PRODUCTS = jax.checkpoint_policies.save_only_these_names(_PRODUCT, RESULTS, RECEIVED)
 
 # By the names of `RWKV7Config.remat`. Weights that were gathered from shards are never kept.
 _KEPT = {"none": _PRODUCTS, "op": _OP, "block": None}
 
 CHOICES = tuple(_KEPT)
+
+
+def name_product(x: Array) -> Array:
+    """Names the result of a matrix product, so that "none" keeps it."""
+    return checkpoint_name(x, _PRODUCT)
 
 
 def keep_for_backward(block: Callable, remat: str, *, is_scanned: bool) -> Callable:

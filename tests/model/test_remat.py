@@ -13,6 +13,7 @@ import pytest
 from jax.ad_checkpoint import print_saved_residuals
 from tolerances import assert_trees_close
 
+from pallas_kernels import platforms
 from rwkv7_jax import sharding
 from rwkv7_jax.model import remat
 from rwkv7_jax.model.block import Block
@@ -124,6 +125,12 @@ def test_a_layer_keeps_few_bytes(choice, bar, trained):
     assert bar - 2 < vectors <= bar
     # Float32 states of 64 x 64 every 16 tokens.
     assert states == (0 if choice == "block" else 4 * 64 / 16)
+
+
+def test_sums_over_heads_are_not_kept_where_they_are_products(monkeypatch):
+    kept_here, _ = stored_bytes(STORED, "weights")
+    monkeypatch.setattr(platforms, "target_platform", lambda: "tpu")
+    assert stored_bytes(STORED, "weights")[0] == kept_here
 
 
 def loops(choice: str) -> int:

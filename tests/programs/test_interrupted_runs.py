@@ -208,8 +208,8 @@ def test_an_impossible_workdir_ends_the_run_before_anything_compiles(
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert len(error.strip().splitlines()) == 1 and "`--workdir`" in error
-    # Processor time hardly depends on what else the machine does.
-    assert seconds < 3
+    # Importing is two to three seconds of a processor that others share; compiling comes after it.
+    assert seconds < 5
     print(f"{seconds:.2f} s")
 
 
