@@ -73,13 +73,14 @@ import gc, os, signal, time
 from rwkv7_jax.runs.process import program
 with program("eval.py"):
     gc.callbacks.append(lambda when, _: when == "stop" or os.kill(os.getpid(), {number}))
-    gc.collect()
-    gc.callbacks.pop()
-    print("goes on", flush=True)
+    # The signal comes again soon: written at once, and inside of what cleans up.
     try:
+        gc.collect()
+        gc.callbacks.pop()
+        os.write(1, b"goes on\\n")
         time.sleep(60)
     finally:
-        print("cleans up", flush=True)
+        os.write(1, b"cleans up\\n")
 """
 
 
@@ -89,7 +90,9 @@ def test_a_signal_inside_a_callback_of_the_garbage_collector_is_not_lost(name):
     number = int(getattr(signal, name))
     child = run_python(DROPPED.format(number=number))
     out, error = child.communicate(timeout=30)
-    assert (child.returncode, out) == (128 + number, "goes on\ncleans up\n")
+    assert child.returncode == 128 + number
+    # On a busy machine the signal may come again before the program has written that it goes on.
+    assert out.removeprefix("goes on\n") == "cleans up\n"
     assert error == f"eval.py: stopped by {name}.\n"
 
 
