@@ -30,7 +30,7 @@ from rwkv7_jax.model import remat
 from rwkv7_jax.plan import hlo
 from rwkv7_jax.plan.chips import find_target
 
-# Bars.
+# Copies of activations in the loops of one layer that `--check` allows.
 MOST_COPIES = {"forward": 3, "backward": 5}
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')

@@ -99,7 +99,10 @@ def read_out(
         eps: of the norm.
     """
     head_size = rho.shape[1]
-    r, k, v = (view_heads(x, head_size) for x in r_k_v)
+    r, k, v = r_k_v
+    r = view_heads(r, head_size)
+    k = view_heads(k, head_size)
+    v = view_heads(v, head_size)
     # The bonus is added after the norm, so it keeps its size where y is large.
     normed = layers.group_norm(
         view_heads(y, head_size), *norm, eps, head_size=head_size

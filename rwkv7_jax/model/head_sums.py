@@ -1,9 +1,10 @@
 """Sums over the channels of each head, in the layout that suits the device.
 
-XLA for TPU lays an array [B T H N] with the tokens in the lanes where it is summed over N. Kernels
-and products want the channels there, so each such sum costs copies of whole activations. On TPU all
-channels therefore stay on one axis, and a sum is a product with a matrix of zeros and ones. Other
-devices sum an axis of heads, which XLA fuses with what is around it.
+Where an array [B T H N] is summed over N, XLA for TPU puts the tokens on its minor axis. The WKV
+kernels and the matrix products around the sum read channels on the minor axis, so each such sum
+costs copies of whole activations. On TPU all channels therefore stay on one axis, and a sum over
+heads is a product with a matrix of zeros and ones. Other devices sum the last axis of [B T H N],
+which XLA fuses with the operations around it.
 """
 
 import math
@@ -35,8 +36,9 @@ def sum_heads(x: HeadView, head_size: int, dtype: DTypeLike) -> HeadView:
     Args:
         x: numbers of all channels, as `view_heads` returns them.
         head_size: channels of a head.
-        dtype: the activations', which x was computed from. On TPU, sums of 16-bit activations have
-            16 correct bits at least, others all bits of float32.
+        dtype: of the activations from which x was computed. It only sets how exact the products on
+            TPU are: a float32 sum has at least 16 correct bits where the activations have 16 bits,
+            and all its bits otherwise. The sum itself has x's dtype.
     """
     if x.ndim == 4:
         return jnp.sum(x, axis=-1, keepdims=True)

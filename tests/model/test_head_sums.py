@@ -15,9 +15,19 @@ BATCH, TOKENS = 2, 5
 
 
 @pytest.fixture
-def on_tpu(monkeypatch):
-    """Chooses what a TPU would run; it runs here."""
-    monkeypatch.setattr(platforms, "target_platform", lambda: "tpu")
+def target(monkeypatch):
+    """`target(platform)`: from here on, choose what that platform would run; it runs here."""
+
+    def choose(platform):
+        monkeypatch.setattr(platforms, "target_platform", lambda: platform)
+
+    return choose
+
+
+@pytest.fixture
+def on_tpu(target):
+    """Chooses what a TPU would run."""
+    target("tpu")
 
 
 def draw(*shape, dtype=jnp.float32):
@@ -72,13 +82,14 @@ def equations(run, values):
 
 
 @pytest.mark.parametrize(("heads", "size"), [(3, 32), (2, 64), (1, 7)])
-def test_every_channel_gets_the_sum_of_its_head(heads, size, request):
+def test_every_channel_gets_the_sum_of_its_head(heads, size, target):
     x = draw(BATCH, TOKENS, heads * size)
     split = np.asarray(x, np.float64).reshape(BATCH, TOKENS, heads, size)
     sums = split.sum(axis=-1)
     of_channels = np.repeat(sums, size, axis=-1)
 
-    def check():
+    for platform in ("cpu", "tpu"):
+        target(platform)
         view = view_heads(x, size)
         found = sum_heads(view, size, x.dtype)
         assert_close(found.reshape(sums.shape), sums, FORMULA)
@@ -86,12 +97,8 @@ def test_every_channel_gets_the_sum_of_its_head(heads, size, request):
         everywhere = jnp.broadcast_to(spread, view.shape).reshape(x.shape)
         assert_close(everywhere, of_channels, FORMULA)
 
-    check()
-    request.getfixturevalue("on_tpu")
-    check()
 
-
-def test_the_model_computes_the_same_on_tpu_with_the_same_gradients(request):
+def test_the_model_computes_the_same_on_tpu_with_the_same_gradients(target):
     run, values = chain(heads=3, size=32)
 
     def values_and_gradients():
@@ -102,7 +109,7 @@ def test_the_model_computes_the_same_on_tpu_with_the_same_gradients(request):
         return run(values), jax.grad(loss)(values)
 
     expected, expected_gradients = values_and_gradients()
-    request.getfixturevalue("on_tpu")
+    target("tpu")
     found, gradients = values_and_gradients()
     for one, other in zip(
         jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
