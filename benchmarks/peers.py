@@ -178,9 +178,11 @@ def decode_rows(folder: Path, rounds: int) -> Rows:
     """Compares reading and generating with the 0.1B model in float32."""
     config = rwkv.RWKV7Config.preset("0.1b")
     model = rwkv.RWKV7(config)
-    params = random_params(config)
-    rwkv.save_model(folder / "m.pth", params, config)
-    rwkv.save_model(folder / "m.gguf", params, config)
+    drawn = random_params(config)
+    rwkv.save_model(folder / "m.pth", drawn, config)
+    rwkv.save_model(folder / "m.gguf", drawn, config)
+    # Read from the file, as users and the peers do: the loader's memory is in large pages.
+    params, _ = rwkv.load_model(folder / "m.pth")
     official = official_program(folder / "m.pth")
     llama = llama_program(folder / "m.gguf")
     ids = np.random.default_rng(1).integers(1, 60000, 512)

@@ -6,6 +6,9 @@ from importlib.metadata import version
 
 # Before JAX starts: two CPU devices, and no accelerator that would change these tests' numbers.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Further threads of OpenBLAS and PyTorch spin while they wait, on the core of the other worker.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Compiling is most of the suite's time. LLVM's optimisation is half of it: it is off, except where
 # a test asks for a program as users get it (`AS_USERS` in tolerances.py). Half of what is left
 # are jaxlib 0.10's fusion emitters; later versions have no other way and refuse the flag. A third

@@ -159,19 +159,15 @@ def _optimizer(weights, rules):
     )
 
 
-def train(weights, batches, rules):
-    """Trains, and returns the cross entropy before each step and the weights after the last one.
+def training(weights, batches, rules):
+    """Trains weights in place, and yields the cross entropy before each step.
 
     Args:
-        weights: tensors by official name; they are copied.
+        weights: tensors by official name, which require gradients.
         batches: ids [steps, B, T + 1].
         rules: of training.
     """
-    weights = {
-        name: tensor.clone().requires_grad_() for name, tensor in weights.items()
-    }
     optimizer = _optimizer(weights, rules)
-    losses = []
     for step, tokens in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = rate(rules, step) * group["factor"]
@@ -181,5 +177,4 @@ def train(weights, batches, rules):
         _L2Wrap.apply(loss, y, rules.l2wrap).backward()
         torch.nn.utils.clip_grad_norm_(list(weights.values()), rules.clip)
         optimizer.step()
-        losses.append(loss.item())
-    return losses, {name: tensor.detach() for name, tensor in weights.items()}
+        yield loss.item()
