@@ -1,8 +1,11 @@
 """Strict ground: shapes are checked at each call; warnings and rank promotion are errors."""
 
+import importlib.util
 import os
+import re
 import signal
 from importlib.metadata import version
+from pathlib import Path
 
 # Before JAX starts: two CPU devices, and no accelerator that would change these tests' numbers.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -42,8 +45,23 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+
+def modules_with_shapes() -> list[str]:
+    """Names the modules that have shapes in signatures: the others would only be slower."""
+    found = []
+    for package in ("rwkv7_jax", "pallas_kernels"):
+        spec = importlib.util.find_spec(package)
+        root = Path(spec.submodule_search_locations[0])
+        for path in root.rglob("*.py"):
+            imports = r"^from (jaxtyping|rwkv7_jax\.array_types) import"
+            if re.search(imports, path.read_text(encoding="utf-8"), re.M):
+                inside = path.relative_to(root.parent).with_suffix("")
+                found.append(".".join(inside.parts))
+    return found
+
+
 # Shapes in signatures become checks; modules imported before the hook would escape it.
-jaxtyping.install_import_hook(["rwkv7_jax", "pallas_kernels"], "signature_checks.check")
+jaxtyping.install_import_hook(modules_with_shapes(), "signature_checks.check")
 
 
 @pytest.fixture(scope="session", autouse=True)
