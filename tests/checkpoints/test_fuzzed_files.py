@@ -27,7 +27,8 @@ from rwkv7_jax.observer.files import load_observer, save_observer
 from rwkv7_jax.observer.observer import init_observer
 from rwkv7_jax.text.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.slow
+# Without the checks of array shapes, as users run it.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]
 
 SIZES = {
     "decay_rank": 3,
