@@ -62,7 +62,7 @@ RATES = {
     "start state": (0.3, 1.0, 3.0, 10.0),
     **dict.fromkeys(UPSCALED, (0.1, 0.3, 1.0)),
     "LoRA": (0.01, 0.03, 0.1),
-    "all weights": (6e-4, 2e-3, 6e-3),
+    "all weights": (6e-4, 2e-3, 6e-3, 2e-2),
 }
 
 
