@@ -1,10 +1,10 @@
 """Sums over the channels of each head, in the layout that suits the device.
 
-Where an array [B T H N] is summed over N, XLA for TPU puts the tokens on its minor axis. The WKV
-kernels and the matrix products around the sum read channels on the minor axis, so each such sum
-costs copies of whole activations. On TPU all channels therefore stay on one axis, and a sum over
-heads is a product with a matrix of zeros and ones. Other devices sum the last axis of [B T H N],
-which XLA fuses with the operations around it.
+To sum an array [B T H N] over N, XLA for TPU stores it with the tokens as the minor axis. The WKV
+kernels and the matrix products need the channels there, so XLA copies the array from one layout to
+the other. On TPU activations therefore keep the shape [B T D], and a sum over each head is a matrix
+product with a [D H] matrix of zeros and ones. Other devices sum the last axis of [B T H N], which
+XLA fuses with the operations around it.
 """
 
 import math

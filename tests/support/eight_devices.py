@@ -72,7 +72,7 @@ def batch(seed=0, rows=ROWS):
     }
 
 
-# Its loss computes the model three times, and is compiled for three times as long.
+# The one mesh whose loss has an anchor: that computes the model three times and compiles as slowly.
 ANCHORED = "data 2 x fsdp 2 x tensor 2"
 
 
