@@ -2,13 +2,15 @@
 
     python -m benchmarks.recall --quick       # the gate: seven cells, about three CPU minutes
     python -m benchmarks.recall --json benchmarks/results/cpu-recall.json \
-        --pictures benchmarks/results         # the table: some CPU hours
+        --pictures benchmarks/results         # the table: two CPU hours
     python -m benchmarks.recall --full        # the published sizes, for a GPU
 
 The task is multi-query associative recall (`benchmarks.mqar`). A cell is one model, rate and seed;
 it is cached as soon as it is known, so that an interrupted table can continue, and `--cached`
-makes the table of what is there. A model's rate is the best one on validation rows; exit code 1 if
-that is the lowest or the highest that was tried, or if a bar of the gate is missed.
+makes the table of what is there. A model's rate is the best one of the first seed on validation
+rows; lower and higher ones are tried until it lies between two others. Further seeds have that
+rate. The exit code is 1 if a rate is the lowest or the highest that was tried, or if a bar of the
+gate is missed.
 
 A static upscaled memory is weights and not state, so its bytes are those of the model without it.
 """
@@ -86,9 +88,8 @@ TUNED = {
     "tuned-delta-16-64": ("rwkv-16-L1", 64, "delta"),
     "tuned-static-16-64": ("rwkv-16-L1", 64, "static"),
 }
-# The rate at which the frozen models were trained, and those of the memories.
+# The rate at which the frozen models were trained.
 BASE_RATE = 0.01
-TUNED_RATES = (0.01, 0.1, 1.0)
 
 # The gate's models, with the least share right of 16 pairs of 64 tokens, or the largest.
 BARS = {
@@ -104,19 +105,11 @@ BARS = {
 ORDERS = (("based-4", "based-8", "based-16"), ("rwkv-16-L1", "rwkv-32-L1"))
 GATE_RATE = 0.01
 
-# Rates beyond the setting's, for models whose best one is the lowest or highest of these.
-MORE_RATES: dict[str, tuple[float, ...]] = dict.fromkeys(
-    (
-        "window-8",
-        "rwkv-8-L2",
-        "rwkv-16-L2",
-        "delta-8-24",
-        "decay-8-24",
-        "delta-16-48",
-        "decay-16-48",
-    ),
-    (0.001,),
-)
+# Rates from the lowest to the highest that a model, or a memory on a frozen one, may be given. A
+# search begins with three of them.
+RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+TUNED_RATES = (0.001, 0.01, 0.1, 1.0, 10.0)
+FIRST_TUNED_RATES = (0.01, 0.1, 1.0)
 
 # Of validation accuracy: rates that differ by less are equal, and the middle one is taken.
 EQUAL = 0.01
@@ -159,25 +152,18 @@ class Table:
     Attributes:
         cells: the cache.
         setting: of all models.
-        make_rates: the rates at which missing cells are made; None for all, empty for none.
+        cached: whether missing cells stay missing.
     """
 
-    def __init__(
-        self,
-        cells: Cells,
-        setting: Setting,
-        *,
-        make_rates: tuple[float, ...] | None = None,
-    ):
+    def __init__(self, cells: Cells, setting: Setting, *, cached: bool = False):
         self.cells = cells
         self.setting = setting
-        self.make_rates = make_rates
+        self.cached = cached
 
     def get(self, name: str, rate: float, seed: int) -> dict[str, Any] | None:
         """Returns a cell; None where it is not known and not to be made."""
         key = f"{name} | {rate:g} | {seed}"
-        is_made = self.make_rates is None or rate in self.make_rates
-        if key not in self.cells.results and not is_made:
+        if key not in self.cells.results and self.cached:
             return None
 
         def make():
@@ -186,43 +172,49 @@ class Table:
 
         return self.cells.get(key, make)["found"]
 
-    def row(self, name: str, seeds: Sequence[int]) -> dict[str, Any] | None:
-        """Collects a model's cells, chooses its rate, and adds its sizes; None without cells.
+    def validation(self, name: str, seed: int) -> dict[float, float]:
+        """Tries rates until the best one lies between two others; gives each its validation."""
+        rates, first = RATES, self.setting.rates
+        if name in TUNED:
+            rates, first = TUNED_RATES, FIRST_TUNED_RATES
+        low = rates.index(first[0])
+        high = rates.index(first[-1])
+        found: dict[float, float] = {}
+        while True:
+            for rate in rates[low : high + 1]:
+                cell = self.get(name, rate, seed)
+                if cell is not None:
+                    found[rate] = cell["validation"]
+            best = choose_rate(found) if found else None
+            if best == rates[low] and low > 0:
+                low -= 1
+            elif best == rates[high] and high < len(rates) - 1:
+                high += 1
+            else:
+                return found
 
-        The rate is chosen by the seeds that all rates have.
-        """
-        rates = TUNED_RATES if name in TUNED else self.setting.rates
-        rates = tuple(sorted({*rates, *MORE_RATES.get(name, ())}))
-        by_rate = {}
-        for rate in rates:
-            found = {seed: self.get(name, rate, seed) for seed in seeds}
-            known = {seed: cell for seed, cell in found.items() if cell is not None}
-            if known:
-                by_rate[rate] = known
-        if not by_rate:
+    def row(self, name: str, seeds: Sequence[int]) -> dict[str, Any] | None:
+        """Chooses a model's rate by the first seed, and collects all seeds; None without cells."""
+        validation = self.validation(name, seeds[0])
+        if not validation:
             return None
-        common = set.intersection(*(set(known) for known in by_rate.values()))
-        validation = {
-            rate: round(statistics.mean(known[s]["validation"] for s in common), 4)
-            for rate, known in by_rate.items()
-        }
         rate = choose_rate(validation)
-        cells = list(by_rate[rate].values())
+        known = {seed: self.get(name, rate, seed) for seed in seeds}
+        cells = {seed: cell for seed, cell in known.items() if cell is not None}
+        edges = (min(validation), max(validation))
         return {
             "rate": rate,
-            "validation": {f"{one:g}": value for one, value in validation.items()},
-            "at_edge": len(validation) < 3
-            or rate in (min(validation), max(validation)),
-            "seeds": list(by_rate[rate]),
-            "chosen_by_seeds": sorted(common),
-            "seeds_by_rate": {f"{one:g}": len(by_rate.get(one, ())) for one in rates},
+            "validation": {f"{one:g}": validation[one] for one in sorted(validation)},
+            "at_edge": len(validation) < 3 or rate in edges,
+            "seeds": list(cells),
             "tests": {
-                str(size): [cell["tests"][str(size)] for cell in cells]
+                str(size): [cell["tests"][str(size)] for cell in cells.values()]
                 for size in self.setting.tests
             },
-            # Of the first seed: further ones may come from another machine.
-            "cpu_s": cells[0]["cpu_s"],
-            "steps": [cell["steps"] for cell in cells],
+            "cpu_s": round(
+                statistics.mean(cell["cpu_s"] for cell in cells.values()), 1
+            ),
+            "steps": [cell["steps"] for cell in cells.values()],
             **sizes_of(name, self.setting),
         }
 
@@ -425,9 +417,6 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="names of models, with commas")
     parser.add_argument(
-        "--rates", default="", help="make cells at these rates alone, with commas"
-    )
-    parser.add_argument(
         "--cached", action="store_true", help="make no cell, show those there are"
     )
     parser.add_argument("--no-speed", action="store_true", help="leave out decoding")
@@ -441,9 +430,7 @@ def main() -> int:
     if options.full:
         full(cells, options.minutes)
         return _write(options.json, cells=cells.results)
-    rates = tuple(float(rate) for rate in options.rates.split(",") if rate)
-    make_rates = () if options.cached else (rates or None)
-    table = Table(cells, SMALL, make_rates=make_rates)
+    table = Table(cells, SMALL, cached=options.cached)
     if options.quick:
         missed = quick(table)
         return 1 if missed else 0

@@ -42,7 +42,7 @@ def table_of(tmp_path, found):
     cells = Cells(tmp_path, recall.DEPENDENCIES)
     for (name, rate, seed), right in found.items():
         cells.get(f"{name} | {rate:g} | {seed}", lambda s=seed, r=right: cell(s, r))
-    return recall.Table(cells, SMALL, make_rates=())
+    return recall.Table(cells, SMALL, cached=True)
 
 
 def test_a_rate_at_the_edge_is_marked(tmp_path):
@@ -57,7 +57,7 @@ def test_fewer_than_three_rates_count_as_the_edge(tmp_path):
     assert table_of(tmp_path, found).row("based-4", [0, 1])["at_edge"]
 
 
-def test_cells_that_are_missing_are_counted_and_not_made(tmp_path):
+def test_cells_that_are_missing_are_not_made(tmp_path):
     found = {
         ("based-4", 0.003, 0): 0.5,
         ("based-4", 0.01, 0): 0.9,
@@ -67,9 +67,33 @@ def test_cells_that_are_missing_are_counted_and_not_made(tmp_path):
     table = table_of(tmp_path, found)
     row = table.row("based-4", range(3))
     assert row["seeds"] == [0, 2]
-    assert row["chosen_by_seeds"] == [0]
-    assert row["seeds_by_rate"] == {"0.003": 1, "0.01": 2, "0.03": 1}
+    assert row["tests"][str(SMALL.tests[0])] == [0.9, 0.7]
     assert table.row("based-8", range(3)) is None
+
+
+@pytest.mark.parametrize("name", ["based-4", "tuned-delta-16-64"])
+@pytest.mark.parametrize("best", [0.001, 0.01, 0.1, 1.0])
+def test_rates_are_tried_until_the_best_one_is_between_others(
+    tmp_path, monkeypatch, name, best
+):
+    made = []
+
+    def make_cell(name, setting, rates, seed):
+        made.append((rates[0], seed))
+        return [cell(seed, 1 / (1 + abs(np.log10(rates[0] / best))))]
+
+    monkeypatch.setattr(recall, "make_cell", make_cell)
+    table = recall.Table(Cells(tmp_path, recall.DEPENDENCIES), SMALL)
+    row = table.row(name, range(3))
+    tried = [rate for rate, seed in made if seed == 0]
+    is_offered = best < 1.0 if name == "based-4" else best > 0.001
+    assert row["at_edge"] == (not is_offered)
+    if is_offered:
+        assert row["rate"] == best
+        assert min(tried) < best < max(tried)
+    # Each cell once, and further seeds at the chosen rate alone.
+    assert len(set(made)) == len(made)
+    assert [(row["rate"], 1), (row["rate"], 2)] == made[-2:]
 
 
 @pytest.mark.parametrize(("right", "missed"), [(0.999, []), (0.5, ["attention"])])
