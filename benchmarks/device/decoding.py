@@ -1,6 +1,7 @@
 """Steps that ask how fast a model generates and reads prompts on this device."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,10 @@ from pallas_kernels import bench
 
 
 def generated(sizes: Sizes) -> Jobs:
-    """Measures generated tokens a second, by rows."""
-    model = model_of(sizes)
+    """Measures generated tokens a second, by rows, with and without the kernel of one token."""
 
-    def run(batch):
+    def run(batch, implementation):
+        model = model_of(sizes, implementation=implementation)
         params = random_weights(sizes)
         out = rwkv.generate(model, params, [[1, 2, 3]] * batch, tokens=0)
         rates = decode.tokens_per_second(
@@ -28,8 +29,11 @@ def generated(sizes: Sizes) -> Jobs:
         )
         return {"tokens/s": rates[batch], "ms a token": 1e3 * batch / rates[batch]}
 
-    for batch in sizes.decoded:
-        yield Job({"rows": batch}, functools.partial(run, batch))
+    # The interpreter of kernels is no option of a model.
+    implementations = (None,) if sizes.interpret else (None, "pallas_gpu")
+    for batch, implementation in itertools.product(sizes.decoded, implementations):
+        labels = {"rows": batch, "implementation": implementation}
+        yield Job(labels, functools.partial(run, batch, implementation))
 
 
 def prompts(sizes: Sizes) -> Jobs:

@@ -85,6 +85,7 @@ DEVICE = Sizes(
     tests=(
         "tests/model/test_rwkv7.py",
         "tests/kernels/test_wkv7_laws.py",
+        "tests/kernels/test_one_token.py",
         "tests/generation/test_generate.py",
         "tests/kernels/test_wkv7_derivatives.py",
         "tests/model/test_unrolled.py",

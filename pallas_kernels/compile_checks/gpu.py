@@ -56,6 +56,8 @@ SIZES = (
     Size(64, 64, "float32"),
 )
 KERNELS = ("forward", "state", "gradients")
+# Pallas's kernel of a single token, as in decoding.
+TOKEN_KERNEL = "token"
 # Those that differ for packed rows; compiled for the first size alone, and by Pallas.
 PACKED_KERNELS = ("forward", "state")
 # Sequences of a packed row.
@@ -226,11 +228,11 @@ def _measure(
         Path(file.name).write_bytes(kernel.cubin)
         usage = _run_tool("cuobjdump", "-res-usage", file.name)
         code = _run_tool("cuobjdump", "-sass", file.name)
-    # The other kernels walk the chunks in a loop, once for every block of value rows.
-    is_one_chunk = "gradients" in kernel.name
+    # These kernels walk the chunks in a loop, once for every block of value rows.
+    is_walk = kernel.name in ("forward", "state", "state_gradient")
     # Each program of a walk prepares the chunk anew, so blocks of values cost instructions.
-    programs = 1 if is_one_chunk else size.values // min(size.values, tile.values)
-    instructions = count(code, loops=not is_one_chunk) * programs * kernel.threads // 32
+    programs = size.values // min(size.values, tile.values)
+    instructions = count(code, loops=is_walk) * programs * kernel.threads // 32
     row = {
         "case": case,
         "instructions": round(instructions / chunk, 1),
@@ -248,21 +250,24 @@ def _measure(
 def _make_passes(
     size: Size, packed: bool, sharding
 ) -> Iterator[tuple[Callable, tuple]]:
-    """Yields both passes in Pallas, with the shapes of their arguments."""
+    """Yields both passes in Pallas and one token's, with the shapes of their arguments."""
     heads = CHANNELS // size.keys
 
     def array(kind, *shape) -> Any:
         return jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
 
-    key_array = array(size.dtype, BATCH, TOKENS, heads, size.keys)
-    inputs = WKVInputs(
-        r=key_array,
-        log_w=array("float32", BATCH, TOKENS, heads, size.keys),
-        k=key_array,
-        v=array(size.dtype, BATCH, TOKENS, heads, size.values),
-        a=key_array,
-        b=key_array,
-    )
+    def six(tokens: int) -> WKVInputs:
+        key_array = array(size.dtype, BATCH, tokens, heads, size.keys)
+        return WKVInputs(
+            r=key_array,
+            log_w=array("float32", BATCH, tokens, heads, size.keys),
+            k=key_array,
+            v=array(size.dtype, BATCH, tokens, heads, size.values),
+            a=key_array,
+            b=key_array,
+        )
+
+    inputs = six(TOKENS)
     states = BATCH * SEQUENCES if packed else BATCH
     state = array("float32", states, heads, size.values, size.keys)
     owners = None
@@ -274,6 +279,8 @@ def _make_passes(
     starts = array(starts.dtype, *starts.shape)
     yield kernels.forward_saving, (inputs, state, owners)
     yield kernels.backward, (inputs, starts, inputs.v, state, owners)
+    if not packed:
+        yield kernels.forward, (six(1), state)
 
 
 def absent_device(device: Device, memory: int = 80_000_000_000) -> Any:
@@ -364,7 +371,7 @@ def _assemble(name: str, path: Path, ptx: str, thunks: str) -> Kernel:
     target = path.with_name("out.cubin")
     _run_tool("ptxas-blackwell", "-arch", arch, path, "-o", target)
     return Kernel(
-        name=name.removeprefix("wkv7_"),
+        name=name.removeprefix("wkv7_").removesuffix("_kernel"),
         threads=int(launch[1]),
         shared=int(launch[2]),
         cubin=target.read_bytes(),
@@ -428,11 +435,14 @@ def _measure_pallas(device: Device, size: Size, packed: bool) -> Iterator[dict]:
     """Yields the rows of Pallas's kernels of one size on one device."""
     choice = tiles.for_gpu(tiles.PALLAS_GPU, *size, device.capability)
     for kernel in _compile_pallas(device, size, packed):
-        name = next(name for name in KERNELS if kernel.name.startswith(name))
+        name = kernel.name
         if packed and name not in PACKED_KERNELS:
             continue
         case = f"{device.kind} pallas {'packed ' * packed}{name} {size}"
-        yield _measure(case, kernel, size, choice.chunk, getattr(choice, name))
+        if name == TOKEN_KERNEL:
+            yield _measure(case, kernel, size, 1, pallas_calls.token_tile(size.keys))
+        else:
+            yield _measure(case, kernel, size, choice.chunk, getattr(choice, name))
 
 
 def _measure_triton(device: Device, size: Size) -> Iterator[dict]:

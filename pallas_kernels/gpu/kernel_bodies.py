@@ -1,8 +1,9 @@
 """WKV-7 on NVIDIA GPUs: the bodies of the Pallas kernels, each for one head or some of its rows.
 
 The arithmetic is that of `chunk_math`. `forward_kernel` and `state_kernel` walk the chunks, with
-the state scaled once a chunk; `gradients_kernel` sees one chunk. Blocks of tokens are [1 T 1 N],
-blocks of states [1 1 Nv Nk], and blocks of chunks' states [1 1 C Nk Nv], all of one head.
+the state scaled once a chunk; `gradients_kernel` sees one chunk. `token_kernel` follows the
+definition. Blocks of tokens are [1 T 1 N], blocks of states [1 1 Nv Nk], and blocks of chunks'
+states [1 1 C Nk Nv], all of one head.
 """
 
 import math
@@ -15,7 +16,7 @@ from jaxtyping import Array
 
 from pallas_kernels import chunk_math, tiles
 from pallas_kernels.gpu.segmented_passes import Probes
-from pallas_kernels.reference import NAMES
+from pallas_kernels.reference import NAMES, WKVInputs
 
 
 def _exp2(x: Array) -> Array:
@@ -240,3 +241,29 @@ def gradients_kernel(
     for name, grad in chunk_math.gradients(prepared, written, u, z, states, dys):
         ref = grads[NAMES.index(name)]
         ref[0, :, 0, :] = grad.astype(ref.dtype)
+
+
+def token_kernel(r, log_w, k, v, a, b, start, end, y) -> None:
+    """Writes the state after one token, and y: some rows of a head, which are read once.
+
+    Args:
+        r: the token, as are the next five; of v those rows' channels.
+        log_w: the token.
+        k: the token.
+        v: the token.
+        a: the token.
+        b: the token.
+        start: the rows of the state.
+        end: written, as start; it may lie in start's place.
+        y: written, as v.
+    """
+    token = WKVInputs(*(_load(ref, 0) for ref in (r, log_w, k, v, a, b)))
+    before = start[0, 0]
+    removed = jnp.sum(before * token.a[None, :], axis=1)
+    after = (
+        before * jnp.exp(token.log_w)[None, :]
+        + removed[:, None] * token.b[None, :]
+        + token.v[:, None] * token.k[None, :]
+    )
+    end[0, 0] = after
+    y[0, 0, 0, :] = jnp.sum(after * token.r[None, :], axis=1).astype(y.dtype)

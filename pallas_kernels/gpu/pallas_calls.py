@@ -32,8 +32,12 @@ def _call(
     outputs: Sequence[Output],
     tile: tiles.Tile,
     interpret: bool,
+    aliases: dict[int, int] | None = None,
 ) -> Sequence[Array]:
-    """Calls `pl.pallas_call`, whose specs follow from the arrays' and outputs' kinds of block."""
+    """Calls `pl.pallas_call`, whose specs follow from the arrays' and outputs' kinds of block.
+
+    With `aliases`, an output of a number may be written in the place of an array of a number.
+    """
     return pl.pallas_call(
         kernel,
         grid=grid,
@@ -43,6 +47,7 @@ def _call(
         compiler_params=pltriton.CompilerParams(
             num_warps=tile.warps, num_stages=tile.stages
         ),
+        input_output_aliases=aliases or {},
         interpret=interpret,
         # A kernel may come as a partial, which has no name. The compile checks look for "wkv7_".
         name=f"wkv7_{getattr(kernel, 'func', kernel).__name__}",
@@ -204,4 +209,42 @@ def _gradients(
     )
 
 
-KERNELS = KernelSet(tiles.PALLAS_GPU, _forward, _state, _gradients)
+def token_tile(keys: int) -> tiles.Tile:
+    """Returns the tile of the kernel of one token.
+
+    A program is one warp, whose threads hold 32 numbers of the state each: sums over keys need no
+    shared memory then, and 32 programs of a multiprocessor have 128 KiB of states on their way.
+    """
+    return tiles.Tile(warps=1, stages=1, values=max(1, 1024 // keys))
+
+
+def _token(inputs: WKVInputs, state: State, interpret: bool) -> tuple[Array, Array]:
+    """Calls the kernel of one token; see `segmented_passes.TokenKernel`."""
+    batch, heads, values, keys = state.shape
+    tile = token_tile(keys)
+    rows = min(values, tile.values)
+    blocks = {
+        "keys": pl.BlockSpec((1, 1, 1, keys), lambda h, j, b: (b, 0, h, 0)),
+        "values": pl.BlockSpec((1, 1, 1, rows), lambda h, j, b: (b, 0, h, j)),
+        "state": pl.BlockSpec((1, 1, rows, keys), lambda h, j, b: (b, h, j, 0)),
+    }
+    v = inputs.v
+    arrays = [*zip(INPUTS, inputs, strict=True), ("state", state)]
+    outputs = [
+        ("state", output_like(state.shape, jnp.float32, state, v)),
+        ("values", output_like(v.shape, v.dtype, state, v)),
+    ]
+    end, y = _call(
+        kernels.token_kernel,
+        (heads, values // rows, batch),
+        blocks,
+        arrays,
+        outputs,
+        tile,
+        interpret,
+        aliases={len(inputs): 0},
+    )
+    return y, end
+
+
+KERNELS = KernelSet(tiles.PALLAS_GPU, _forward, _state, _gradients, _token)

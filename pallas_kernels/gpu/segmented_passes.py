@@ -1,4 +1,4 @@
-"""Forward and backward passes made of three GPU kernels, Pallas's or Triton's.
+"""Forward and backward passes made of GPU kernels, Pallas's or Triton's.
 
 One program handles one head of a sequence, chunk by chunk. Where there are too few heads to fill a
 GPU, the sequence is cut into segments that are walked at the same time: a first walk finds what
@@ -207,6 +207,16 @@ class GradientsKernel(Protocol):
         ...
 
 
+class TokenKernel(Protocol):
+    """The kernel of one token, for decoding."""
+
+    def __call__(
+        self, inputs: WKVInputs, state: State, interpret: bool
+    ) -> tuple[Array, Array]:
+        """Returns y and the end state, which may lie in the start state's place."""
+        ...
+
+
 class _Plan(NamedTuple):
     """How one call is cut.
 
@@ -247,19 +257,21 @@ def _spans(owners: Owners | None, state: State) -> Spans | None:
 
 
 class KernelSet(NamedTuple):
-    """Three kernels and how they are tiled: an implementation of the op.
+    """The kernels and how they are tiled: an implementation of the op.
 
     Attributes:
         table: of `tiles`.
         forward_kernel: walks the chunks forward.
         state_kernel: walks them backward.
         gradients_kernel: computes the inputs' gradients.
+        token_kernel: computes a single token; None walks a chunk for it.
     """
 
     table: dict
     forward_kernel: ForwardKernel
     state_kernel: StateKernel
     gradients_kernel: GradientsKernel
+    token_kernel: TokenKernel | None = None
 
     def _plan(
         self, inputs: WKVInputs, owners: Owners | None, chunk: int | None
@@ -331,6 +343,9 @@ class KernelSet(NamedTuple):
             chunk: tokens of a chunk; None takes the table's.
             interpret: run in Pallas's interpreter, for tests.
         """
+        if self.token_kernel is not None and owners is None and inputs.r.shape[1] == 1:
+            inputs = inputs._replace(r=unpartitioned(inputs.r))
+            return self.token_kernel(inputs, state, interpret)
         y, end = self._forward(inputs, state, owners, chunk, False, interpret)
         return y, end
 

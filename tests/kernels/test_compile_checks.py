@@ -38,6 +38,11 @@ def test_the_tables_hold_every_chip_size_and_kernel():
         if max(keys, values) <= max(tiles.rows_for(tiles.PALLAS_GPU, device.capability))
     }
     kernels |= {
+        name.replace("forward", gpu_checks.TOKEN_KERNEL)
+        for name in kernels
+        if "pallas forward" in name
+    }
+    kernels |= {
         f"{device.kind} pallas packed {name} {gpu_checks.SIZES[0]}"
         for device in gpu_checks.DEVICES
         for name in gpu_checks.PACKED_KERNELS

@@ -116,6 +116,15 @@ def test_a_plain_jit_does_not_gather_a_sharded_batch_for_a_gpu_kernel(
         lower_for_gpus(program)
 
 
+def test_nor_for_the_kernel_of_one_token():
+    def run(inputs, state):
+        token = jax.tree.map(lambda x: x[:, :1], inputs)
+        return pallas_kernels.wkv7(*token, state, implementation="pallas_gpu")
+
+    with pytest.raises(NotImplementedError, match=r"jax\.shard_map"):
+        lower_for_gpus(run)
+
+
 def test_plain_jax_is_divided_among_gpus_by_the_compiler():
     def run(inputs, state):
         return pallas_kernels.wkv7(*inputs, state, implementation="chunked")
