@@ -73,6 +73,13 @@ def quiet_reads():
     hide_abandoned_reads()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs():
+    """Programs of a module are forgotten at its end: those of all would take gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def unchecked(monkeypatch):
     """Signatures go unchecked, as for users: public functions check their own arguments."""
