@@ -42,7 +42,7 @@ def read_here(path):
     }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tensors=st.dictionaries(st.text('ab.é"\\', min_size=1), TENSOR, min_size=1))
 def test_the_package_reads_what_is_written(tmp_path_factory, tensors):
     path = tmp_path_factory.mktemp("written") / "a.safetensors"
@@ -52,7 +52,7 @@ def test_the_package_reads_what_is_written(tmp_path_factory, tensors):
     assert read_metadata(path) == {"said": "yes"}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tensors=st.dictionaries(st.text("ab.", min_size=1), TENSOR, min_size=1))
 def test_what_the_package_writes_is_read(tmp_path_factory, tensors):
     path = tmp_path_factory.mktemp("theirs") / "a.safetensors"

@@ -105,7 +105,7 @@ def _gradients(inputs, states, ids, *, implementation):
     return pulled(run, inputs, states)
 
 
-@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.settings(max_examples=15)
 @hypothesis.given(cuts=st.lists(st.integers(0, 40), min_size=K - 1, max_size=K - 1))
 @pytest.mark.parametrize("implementation", ["scan", "chunked"])
 def test_any_borders_give_what_the_definition_gives(implementation, cuts):

@@ -84,7 +84,7 @@ def batch(rows=2, length=9):
     return {"tokens": tokens, "mask": jnp.ones((rows, length))}
 
 
-@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.settings(max_examples=60)
 @hypothesis.given(MATRICES)
 def test_an_entry_is_off_by_half_a_step_of_its_row_at_most(matrix):
     found = quantize_rows(jnp.asarray(matrix))

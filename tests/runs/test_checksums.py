@@ -42,7 +42,7 @@ def lanes(array) -> str:
     return leaf_checksums({"x": jnp.asarray(array)})["x"][2]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.sampled_from([d for d in DTYPES if d != "bool"]),
     st.sampled_from(SHAPES),

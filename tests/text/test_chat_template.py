@@ -357,7 +357,7 @@ def test_the_switch_of_transformers_means_free_or_fast():
         in_jinja([{"role": "bot", "content": ""}], None, True)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.text(st.sampled_from("ab \n\r\t\x0b\x1c\x85\u00a0\u2028\u3000"), max_size=30))
 def test_jinja_cleans_a_message_as_we_do(text):
     messages = [{"role": "user", "content": text}]

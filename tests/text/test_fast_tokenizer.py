@@ -72,14 +72,14 @@ def test_every_entry_keeps_its_id_whatever_its_bytes(world):
         assert vocabulary["".join(characters[byte] for byte in entry)] == number
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(text=st.text(max_size=200))
 def test_any_text_gets_the_same_ids(world, text):
     assert world.encode(text).ids == WORLD.encode(text)
     assert world.decode(world.encode(text).ids) == text
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(data=st.data())
 def test_entries_next_to_each_other_get_the_same_ids(world, readable, data):
     """Their borders are where a longer entry may begin: the hard case."""
@@ -111,14 +111,14 @@ def test_whole_files_get_the_same_ids(world):
         assert world.encode(text).ids == WORLD.encode(text), path.name
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text())
 def test_bytes_are_a_vocabulary_too(theirs, text):
     ours = Tokenizer.bytes()
     assert theirs(ours).encode(text).ids == ours.encode(text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     words=st.sets(st.text(alphabet="ab.[-^", min_size=1, max_size=6), min_size=1),
     text=st.text(alphabet="ab.[-^", max_size=30),

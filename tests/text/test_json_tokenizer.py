@@ -45,7 +45,7 @@ def test_ids_and_text_are_those_of_the_package(pair):
         assert ours.decode(ids) == theirs.decode(ids) == text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text())
 def test_any_text_comes_back_from_its_ids_one_by_one(bpe, text):
     tokenizer = load_vocabulary(bpe)

@@ -46,20 +46,20 @@ def plain_ids(data):
     return found
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.text(max_size=200))
 def test_any_text_has_the_same_ids(eager, text):
     assert eager.encode(text) == plain_ids(text.encode())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(parts=st.lists(st.one_of(st.binary(max_size=9), st.text().map(str.encode))))
 def test_any_bytes_have_the_same_ids(eager, parts):
     data = b"".join(parts)
     assert eager.encode(data) == plain_ids(data)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(parts=st.lists(st.one_of(st.binary(max_size=3), st.text().map(str.encode))))
 def test_cuts_of_the_bytes_do_not_show(eager, parts):
     # Blanks, so that there are ids to join.

@@ -87,7 +87,7 @@ def test_ids_of_a_file_do_not_depend_on_how_the_bytes_were_cut(folder, name):
         assert tokenizer.decode_bytes(found.tolist()) == data
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 11)), st.integers(1, 7))
 def test_ids_are_written_as_numbers_and_read_back(ids, size):
     numbers = load_vocabulary("ids", 12)
