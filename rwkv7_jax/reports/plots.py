@@ -110,6 +110,12 @@ _PLACES = (
     ("left", (4, -9)),
     ("right", (-4, 4)),
     ("right", (-4, -9)),
+    ("center", (0, 9)),
+    ("center", (0, -15)),
+    ("left", (4, 13)),
+    ("left", (4, -18)),
+    ("right", (-4, 13)),
+    ("right", (-4, -18)),
 )
 
 
@@ -154,8 +160,15 @@ def scatter(
 
 
 def _label(axis: Any, groups: Points) -> None:
-    """Writes each point's name next to it, where no name is yet if there is such a place."""
-    taken = []
+    """Writes each point's name next to it, where it covers least of other names and points."""
+    # Optional: matplotlib is an extra.
+    from matplotlib.transforms import Bbox
+
+    middles = [point[:2] for points in groups.values() for point in points]
+    taken = [
+        Bbox.from_extents(across - 4, up - 4, across + 4, up + 4)
+        for across, up in axis.transData.transform(middles)
+    ]
     for colour, points in zip(_COLOURS, groups.values(), strict=False):
         for across, up, name in points:
             text = axis.annotate(
@@ -166,13 +179,18 @@ def _label(axis: Any, groups: Points) -> None:
                 fontsize=6.5,
                 color=colour,
             )
-            for side, shift in _PLACES:
+
+            def place(side, shift, text=text):
                 text.set_horizontalalignment(side)
                 text.set_position(shift)
-                place = text.get_window_extent()
-                if not any(place.overlaps(other) for other in taken):
-                    break
-            taken.append(place)
+                return text.get_window_extent()
+
+            def covered(choice, place=place):
+                extent = place(*choice)
+                return sum(extent.overlaps(other) for other in taken)
+
+            # The first of equals: nearest to the point.
+            taken.append(place(*min(_PLACES, key=covered)))
 
 
 def front_of(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float]]:
