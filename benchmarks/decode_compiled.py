@@ -61,8 +61,8 @@ FORMS = {
     "whole": Form("pallas_gpu", whole=True),
     "scan": Form(),
 }
-# Bars: kernels a token of the unrolled form in a batch of 1; bytes over weights and states at 32,
-# where nothing is read twice for want of the device.
+# Bars: kernels a token of "unrolled" in a batch of 1, and bytes over weights and states of "whole"
+# in a batch of 32.
 MOST_KERNELS = 500
 MOST_BYTES = 1.3
 

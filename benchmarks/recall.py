@@ -174,9 +174,8 @@ class Table:
 
     def validation(self, name: str, seed: int) -> dict[float, float]:
         """Tries rates until the best one lies between two others; gives each its validation."""
-        rates, first = RATES, self.setting.rates
-        if name in TUNED:
-            rates, first = TUNED_RATES, FIRST_TUNED_RATES
+        rates = TUNED_RATES if name in TUNED else RATES
+        first = FIRST_TUNED_RATES if name in TUNED else self.setting.rates
         low = rates.index(first[0])
         high = rates.index(first[-1])
         found: dict[float, float] = {}

@@ -228,7 +228,7 @@ def _measure(
         Path(file.name).write_bytes(kernel.cubin)
         usage = _run_tool("cuobjdump", "-res-usage", file.name)
         code = _run_tool("cuobjdump", "-sass", file.name)
-    # These kernels walk the chunks in a loop, once for every block of value rows.
+    # Kernels that walk the chunks in a loop, once for every block of value rows.
     is_walk = kernel.name in ("forward", "state", "state_gradient")
     # Each program of a walk prepares the chunk anew, so blocks of values cost instructions.
     programs = size.values // min(size.values, tile.values)
