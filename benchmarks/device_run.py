@@ -62,7 +62,7 @@ STEPS = (
     Step("float32", 2, 1, 30),
     Step("errors", 2, 1),
     Step("training", 3, 5, 140),
-    Step("decoding", 3, 6, 120),
+    Step("decoding", 3, 6, 80),
     Step("prefill", 3, 2, 50),
 )
 CALL_SECONDS = 9 * 60

@@ -108,7 +108,7 @@ DEVICE = Sizes(
     length=4096,
     batches=(8, 4, 1),
     remats=("op", "none", "block"),
-    decoded=(1, 8, 32, 128, 512),
+    decoded=(128, 1, 512, 32),
     prompts=(16, 128, 1024, 16384),
     repeats=5,
 )
