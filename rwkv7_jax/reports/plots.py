@@ -179,18 +179,20 @@ def _label(axis: Any, groups: Points) -> None:
                 fontsize=6.5,
                 color=colour,
             )
-
-            def place(side, shift, text=text):
-                text.set_horizontalalignment(side)
-                text.set_position(shift)
-                return text.get_window_extent()
-
-            def covered(choice, place=place):
-                extent = place(*choice)
-                return sum(extent.overlaps(other) for other in taken)
-
+            covered = [
+                sum(_place(text, *at).overlaps(other) for other in taken)
+                for at in _PLACES
+            ]
             # The first of equals: nearest to the point.
-            taken.append(place(*min(_PLACES, key=covered)))
+            best = covered.index(min(covered))
+            taken.append(_place(text, *_PLACES[best]))
+
+
+def _place(text: Any, side: str, shift: tuple[int, int]) -> Any:
+    """Moves a name to a place next to its point; returns the box that it covers."""
+    text.set_horizontalalignment(side)
+    text.set_position(shift)
+    return text.get_window_extent()
 
 
 def front_of(points: Sequence[tuple[float, float, str]]) -> list[tuple[float, float]]:
