@@ -8,7 +8,6 @@ each, a grid step takes, and how often each slot of them is used.
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -43,10 +42,12 @@ PACKED_CHIP = "v5e"
 SEQUENCES = 16
 # Attempts to get libtpu, which serves a single process of a machine, three seconds apart.
 ATTEMPTS = 40
-FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=true"
-# Slots of a bundle in each column of the utilisation file.
-SLOTS = (4, 3, 4, 2, 1, 3, 3, 1, 1, 2)
-# The column of spilled registers.
+# Only the last pass is written as text: that of all passes takes twice as long as compiling.
+FLAGS = (
+    "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true "
+    "--xla_jf_dump_llo_pass_label_regex=.*final_hlo.*"
+)
+# The column of spilled registers in the file of utilisation.
 SPILLED = 8
 
 
@@ -137,19 +138,15 @@ def _choose_layout(keys: int, values: int, dtype: str) -> TileLayout:
 
 def _read_schedule(folder: Path) -> tuple[int, float]:
     """Reads the bundles of a grid step and the share of spilling slots from libtpu's dump."""
-    (schedule,) = folder.glob("*-wkv7*schedule-analysis_final_bundles.txt")
     (usage,) = folder.glob("*-wkv7*final_hlo-static*util*")
-    total = re.search(r"total scheduled bundles:\s+(\d+)", schedule.read_text())
-    if total is None:
-        raise RuntimeError(f"{schedule.name} does not say how many bundles there are.")
-    bundles = int(total[1])
-    spills = 0
+    numbers = []
     for line in usage.read_text().splitlines():
-        columns = line.split()
-        if line[:1].isdigit() and len(columns) == len(SLOTS):
-            # Lines of numbers are bundles; headings and sums have other columns.
-            spills += int(columns[SPILLED])
-    return bundles, spills / bundles / sum(SLOTS)
+        if line.strip()[:1].isdigit():
+            numbers.append([int(word) for word in line.split()])
+    # The first line says how many slots of each kind a bundle has; each other line is a bundle.
+    slots, *bundles = numbers
+    spills = sum(bundle[SPILLED] for bundle in bundles)
+    return len(bundles), spills / len(bundles) / sum(slots)
 
 
 def _measure(

@@ -6,16 +6,15 @@ that the share of the peak can be compared with other programs'.
 """
 
 import dataclasses
-import functools
+import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import init_state
 from rwkv7_jax.training.head_loss import CHUNK
 
 # Operations on a head's N x N state per token, in units of N^2: decay 1, removal 2 and its write 2,
@@ -135,20 +134,13 @@ def _activation_bytes(config: RWKV7Config) -> int:
     return 2 if config.dtype == "bfloat16" else 4
 
 
-@functools.cache
 def _parameter_counts(config: RWKV7Config) -> tuple[int, int]:
     """Counts the numbers of a model: all, and those outside the layers."""
-    # A named implementation, so that the count never depends on the machine.
-    model = RWKV7(dataclasses.replace(config, implementation="scan"))
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    init = jax.eval_shape(model.init, jax.random.key(0), tokens, init_state(config))
-    params = init["params"]
-    layers = 0
-    for name in ("layer_0", "layers"):
-        # A model of one layer has no stacked ones.
-        layers += sum(leaf.size for leaf in jax.tree.leaves(params.get(name, {})))
-    total = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return total, total - layers
+
+    def count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+        return sum(math.prod(shape) for shape in shapes.values())
+
+    return count(tensor_names.shapes(config)), count(tensor_names.outer_shapes(config))
 
 
 def parameter_count(config: RWKV7Config) -> int:
