@@ -119,7 +119,7 @@ def dot(
     y = y.astype(arithmetic.dtype)
     x = x if left else x.mT
     y = y.mT if right else y
-    if arithmetic.dtype == jnp.bfloat16:
+    if jnp.dtype(arithmetic.dtype).itemsize == 2:
         return jnp.matmul(x, y, preferred_element_type=jnp.float32)
     return jnp.matmul(x, y, precision=arithmetic.precision)
 

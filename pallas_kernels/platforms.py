@@ -1,7 +1,7 @@
 """The device that a program is made for, and the shapes of kernels' outputs on it."""
 
 import contextvars
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 from jaxtyping import Array
@@ -40,8 +40,19 @@ def output_like(
 ) -> jax.ShapeDtypeStruct:
     """Describes a kernel's output, which varies over every mesh axis that one of `arrays` does."""
     # Inside `shard_map` JAX checks this; a kernel cannot infer it.
-    varying = frozenset().union(
-        *(jax.typeof(x).manual_axis_type.varying for x in arrays)
-    )
-    axes = jax.sharding.ManualAxisType(varying=varying)
+    axes = jax.sharding.ManualAxisType(varying=_varying(arrays))
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
+
+
+def _varying(arrays: Iterable[Array]) -> frozenset[str]:
+    """Collects the mesh axes of a `jax.shard_map` that arrays vary over."""
+    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
+
+
+def varying_as(x: Array, arrays: Iterable[Array]) -> Array:
+    """Returns x varying over all mesh axes of a `jax.shard_map` that `arrays` vary over.
+
+    A loop's carry must vary from the start over what its results vary over.
+    """
+    missing = _varying(arrays) - _varying([x])
+    return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x

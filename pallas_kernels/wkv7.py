@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import chunked, dispatch, packed_rows, tiles
+from pallas_kernels import chunked, dispatch, packed_rows, platforms, tiles
 from pallas_kernels.packed_rows import Owners
 from pallas_kernels.reference import State, WKVInputs
 
@@ -190,7 +190,8 @@ def _check_arrays(inputs: WKVInputs, state: State, packed: bool) -> None:
     batch, _, heads, keys = r.shape
     shape = (batch, heads, v.shape[3], keys)
     rows = state.shape[0] if state.ndim else 0
-    if packed and (state.shape[1:] != shape[1:] or rows % batch or rows < batch):
+    is_multiple = rows >= batch and not rows % max(batch, 1)
+    if packed and (state.shape[1:] != shape[1:] or not is_multiple):
         raise ValueError(
             "wkv7: `state` must have shape [S H Nv Nk] with `segment_ids`, S being a multiple of "
             f"the {batch} rows, and [H Nv Nk] = {shape[1:]}; got {state.shape}."
@@ -202,6 +203,11 @@ def _check_arrays(inputs: WKVInputs, state: State, packed: bool) -> None:
     # A bfloat16 state would lose small writes: they vanish next to a large entry.
     if state.dtype not in (jnp.float32, jnp.float64):
         raise TypeError(f"wkv7: `state` must be float32; got {state.dtype}.")
+    for name, x in inputs._replace(log_w=state)._asdict().items():
+        if x.dtype == jnp.float64 != state.dtype:
+            raise TypeError(
+                f"wkv7: `state` must be float64 where `{name}` is; got {state.dtype}."
+            )
 
 
 def _largest_exponent(log_w: Array, half: int) -> float | None:
@@ -399,24 +405,25 @@ def wkv7(
         lengths = _as_array(lengths, "lengths")
         is_token = _is_token(lengths, batch, tokens)
         inputs = jax.tree.map(functools.partial(_select, is_token), inputs)
-    places = None
+    ids = None
+    sequences = state.shape[0] // max(batch, 1)
     if segment_ids is not None:
         ids = _as_array(segment_ids, "segment_ids")
-        sequences = state.shape[0] // batch
         _check_segment_ids(ids, batch, tokens, sequences)
+    # No implementation has to handle an empty grid or scan.
+    if not inputs.r.size or not inputs.v.size:
+        return jnp.zeros_like(inputs.v), state
+    places = None
+    if ids is not None:
         chunk = chunk or dispatch.packed_chunk(implementation, inputs, state)
         places = packed_rows.find_places(ids, lengths, sequences=sequences, chunk=chunk)
-    # No implementation has to handle an empty grid or scan.
-    if tokens == 0:
-        # [B 0 H Nv], which is also the shape and dtype of y.
-        return inputs.v, state
-    if places is not None:
         inputs = packed_rows.move_inputs(inputs, places)
     implementation = _check_chunks(inputs, implementation, chunk)
     if implementation is not None:
         dispatch.check(
             implementation, inputs, state, chunk, interpret, packed=places is not None
         )
+    state = platforms.varying_as(state, inputs)
     options = _Options(implementation, chunk, interpret)
     try:
         y, end = _wkv7(options, inputs, state, places and places.owners)

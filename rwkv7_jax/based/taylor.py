@@ -109,6 +109,10 @@ def linear_attention(
     """
     with prefix_errors("linear_attention"):
         check_count(chunk, 1, "`chunk`")
+        q = as_array(q, "`q`")
+        k = as_array(k, "`k`")
+        v = as_array(v, "`v`")
+        state = as_array(state, "`state`")
         _check_shapes(q, k, v, state)
         if lengths is not None:
             lengths = safe_lengths(lengths, (q.shape[0], q.shape[1]))
@@ -157,7 +161,7 @@ def _chunks(x: Array, size: int) -> Array:
 
 def _check_shapes(q: Array, k: Array, v: Array, state: Array) -> None:
     for name, value in (("q", q), ("k", k), ("v", v), ("state", state)):
-        if len(as_array(value, f"`{name}`").shape) != 4:
+        if value.ndim != 4:
             raise ValueError(
                 f"`{name}` must have 4 axes; got shape {tuple(value.shape)}."
             )

@@ -116,7 +116,14 @@ def quantize(params: Params, origin: str = "") -> Params:
     Args:
         params: weights, or their shapes under `jax.eval_shape`.
         origin: hash of the model.
+
+    Raises:
+        ValueError: a tree of variables, `{"params": ...}`, in place of the weights inside.
     """
+    if "params" in params:
+        raise ValueError(
+            'quantize: `params` must be the inner tree of weights; got {"params": ...}.'
+        )
 
     def convert(tree: Mapping[str, Any], path: tuple[str, ...]) -> Params:
         converted = {}

@@ -35,6 +35,15 @@ _MOST_COLUMNS = 96
 _SHORTEST_HEAD = 1e-12
 
 
+def at_least_int32(numbers: Any) -> Array:
+    """Converts integers of fewer bits to int32.
+
+    JAX gives a Python number the dtype of the array that it meets: in uint8, 256 is 0.
+    """
+    numbers = jnp.asarray(numbers)
+    return numbers.astype(jnp.promote_types(numbers.dtype, jnp.int32))
+
+
 def safe_lengths(lengths: Any, tokens: tuple[int, int]) -> Any:
     """Returns lengths from 0 to T: concrete ones are checked, traced ones are clipped.
 
@@ -48,8 +57,9 @@ def safe_lengths(lengths: Any, tokens: tuple[int, int]) -> Any:
     """
     lengths = as_array(lengths, "`lengths`")
     check_lengths(lengths, tokens)
+    lengths = at_least_int32(lengths)
     if not is_traced(lengths):
-        return jnp.asarray(lengths)
+        return lengths
     # A length out of range would gather a token shift from nowhere: NaN, or another row's end.
     return jnp.clip(lengths, 0, tokens[1])
 

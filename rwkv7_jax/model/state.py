@@ -372,6 +372,10 @@ def _row_indices(rows: Any, batch: int) -> Any:
             raise ValueError(
                 f"`rows` must be a mask of {batch} rows, or indices; got shape {rows.shape}."
             )
+        if is_traced(rows):
+            raise TypeError(
+                "`rows` must be indices in a compiled function: a mask's count is unknown there."
+            )
         return np.flatnonzero(np.asarray(rows))
     check_indices(rows, batch, "`rows`")
     if is_traced(rows):
@@ -384,14 +388,27 @@ def where_rows(
     state: RWKV7State,
     other: RWKV7State,
 ) -> RWKV7State:
-    """Takes the sequences where `rows` is true from `state`, the rest from `other`."""
+    """Takes the sequences where `rows` is true from `state`, the rest from `other`.
+
+    Raises:
+        ValueError: one has an upscaled memory and the other has none, or one of another form.
+    """
+    if jax.tree.structure(state) != jax.tree.structure(other):
+        forms = [one.upscaled and one.upscaled.dynamics for one in (state, other)]
+        raise ValueError(
+            "where_rows: both states must have an upscaled memory of one form, or none; got "
+            f"{forms[0]} and {forms[1]}."
+        )
 
     def pick(new, old):
-        # Leaves are [L B ...]; rank promotion is written out.
+        # What all sequences of both share stays shared.
+        if new is old:
+            return new
+        # Leaves are [L B ...], or [L 1 ...] where a state's sequences share them.
         mask = rows.reshape(1, -1, *[1] * (old.ndim - 2))
         return jnp.where(mask, new, old)
 
-    return _map_batch(pick, state, other)
+    return jax.tree.map(pick, state, other)
 
 
 def map_linear_leaves(

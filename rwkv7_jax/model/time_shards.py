@@ -9,6 +9,7 @@ devices run the WKV op at the same time, and what is exchanged is M and N, not t
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ Op = Callable[[WKVInputs, WKVState], tuple[Heads, WKVState]]
 
 
 def wkv7_along_time(
-    op: Op, inputs: WKVInputs, state: WKVState, axis: str
+    op: Op, inputs: WKVInputs, state: WKVState, axis: str, **options: Any
 ) -> tuple[Heads, WKVState]:
     """Runs the WKV op on rows whose tokens lie along a mesh axis.
 
@@ -40,6 +41,7 @@ def wkv7_along_time(
         inputs: the device's tokens, [B T/n H N].
         state: the row's start state, the same on all devices.
         axis: the mesh axis; its size need be no power of 2.
+        options: of the op, besides those that it has.
 
     Returns:
         y of the device's tokens, and on every device the state after the row's last token.
@@ -55,6 +57,7 @@ def wkv7_along_time(
     both, ends = op(
         inputs._replace(v=jnp.concatenate([inputs.v, no_values], axis=-1)),
         jnp.concatenate([own_start, identity], axis=-2),
+        **options,
     )
 
     # [B H Nv Nk] and [B H Nk Nk]. The first piece has its start state already: nothing that comes

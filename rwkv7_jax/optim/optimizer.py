@@ -142,11 +142,18 @@ def scale_by_factors(factors: Any) -> optax.GradientTransformation:
             leaves.
 
     Raises:
-        ValueError: from `update`, a tree of another structure.
+        ValueError: from `update`, a tree of another structure, or a factor that would make its
+            leaf larger.
     """
 
-    def scale(update, factor):
-        return update * jnp.asarray(factor, update.dtype)
+    def scale(path, update, factor):
+        factor = jnp.asarray(factor, update.dtype)
+        if jnp.broadcast_shapes(update.shape, factor.shape) != update.shape:
+            raise ValueError(
+                f"`factors` must broadcast to {path_name(path)} of shape {update.shape}; "
+                f"got shape {factor.shape}."
+            )
+        return update * factor
 
     def update(updates, params=None):
         del params
@@ -156,7 +163,7 @@ def scale_by_factors(factors: Any) -> optax.GradientTransformation:
                     "`factors` must have the structure of the parameters, "
                     f"{jax.tree.structure(updates)}; got {jax.tree.structure(factors)}."
                 )
-        return jax.tree.map(scale, updates, factors)
+            return jax.tree_util.tree_map_with_path(scale, updates, factors)
 
     return optax.stateless(update)
 

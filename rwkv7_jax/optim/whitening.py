@@ -35,11 +35,19 @@ def effective_rank(covariance: Covariance) -> Float[Array, "*heads"]:
     Returns:
         (tr C)^2 / tr C^2, from 1 to M; 0 where C is zero.
     """
+    covariance = _largest_near_1(covariance)
     trace = jnp.trace(covariance, axis1=-2, axis2=-1)[..., None, None]
     # C is divided by its trace first: the squares of small entries would underflow.
     scaled = covariance / jnp.where(trace == 0, 1.0, trace)
     squares = jnp.sum(jnp.square(scaled), axis=(-2, -1))
     return jnp.where(squares == 0, 0.0, 1.0 / jnp.where(squares == 0, 1.0, squares))
+
+
+def _largest_near_1(covariance: Covariance) -> Square:
+    """Scales C so that sums of its entries cannot overflow, by a power of 2: no digit changes."""
+    largest = jnp.max(jnp.abs(covariance), axis=(-2, -1), keepdims=True)
+    _, exponent = jnp.frexp(largest)
+    return jnp.ldexp(covariance, -exponent)
 
 
 @functools.partial(jax.jit, static_argnames="normalise")
@@ -66,7 +74,7 @@ def whitening(
     """
     covariance = jnp.asarray(covariance, jnp.float32)
     root = inverse_root(damped_covariance(covariance, damping, normalise))
-    empty = jnp.trace(covariance, axis1=-2, axis2=-1) == 0
+    empty = jnp.max(jnp.abs(covariance), axis=(-2, -1)) == 0
     return jnp.where((empty & normalise)[..., None, None], _eye(root), root)
 
 
@@ -76,6 +84,7 @@ def damped_covariance(
     """Scales C if `normalise` is on and adds the damping, which makes it positive definite."""
     scale = jnp.ones((*covariance.shape[:-2], 1, 1), jnp.float32)
     if normalise:
+        covariance = _largest_near_1(covariance)
         trace = jnp.trace(covariance, axis1=-2, axis2=-1)[..., None, None]
         scale = covariance.shape[-1] / jnp.where(trace > 0, trace, 1.0)
     return covariance * scale + jnp.asarray(damping, jnp.float32) * _eye(covariance)

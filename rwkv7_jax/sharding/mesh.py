@@ -39,11 +39,13 @@ def make_mesh(
         are_sets: whether `rows` counts sets, which need not be divided evenly.
 
     Raises:
-        ValueError: sizes that the devices do not have, or not all devices of several processes; or
-            "auto" with several processes whose devices do not divide the rows evenly.
+        ValueError: an axis that there is not, a size that is no positive integer, both `sequence`
+            and `tensor`, sizes that the devices do not have, or not all devices of several
+            processes; or "auto" with several processes whose devices do not divide the rows evenly.
     """
     devices = list(jax.devices() if devices is None else devices)
     if isinstance(choice, Mapping):
+        _check_sizes(choice, "`config.mesh`", dict(choice))
         sizes = {axis: choice.get(axis, 1) for axis in AXES}
         if math.prod(sizes.values()) > len(devices):
             raise ValueError(
@@ -235,19 +237,27 @@ def parse_sizes(text: str, argument: str) -> str | dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
-        is_count = size.isdecimal() and int(size) > 0
-        if axis not in AXES or axis in sizes or not is_count:
+        # A second size of an axis, and what is no number, are as wrong as 0.
+        is_new = axis not in sizes and size.isdecimal()
+        sizes[axis] = int(size) if is_new else 0
+    _check_sizes(sizes, argument, text)
+    return sizes
+
+
+def _check_sizes(sizes: Mapping[str, int], argument: str, got: Any) -> None:
+    """Raises unless sizes of axes are positive integers that can be used together."""
+    for axis, size in sizes.items():
+        is_count = isinstance(size, int | np.integer) and size > 0
+        if axis not in AXES or not is_count:
             raise ValueError(
                 f"{argument} must be {AUTO}, or sizes of {', '.join(AXES)} such as fsdp=8; "
-                f"got {text!r}."
+                f"got {got!r}."
             )
-        sizes[axis] = int(size)
     if sizes.get(SEQUENCE, 1) > 1 and sizes.get(TENSOR, 1) > 1:
         raise ValueError(
             f"{argument} must divide rows along {SEQUENCE} or heads along {TENSOR}, not both; "
-            f"got {text!r}."
+            f"got {got!r}."
         )
-    return sizes
 
 
 def check_shared_heads(config: Any, parts: int, argument: str) -> None:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
@@ -113,9 +114,17 @@ def _check_rows(batch: Any, accumulate: int) -> None:
         raise ValueError(
             f"make_train_step: `accumulate` must divide the batch of {rows} rows; got {accumulate}."
         )
+    if accumulate == 1:
+        # The loss gets the batch as it is, with whatever the user's own arrays are.
+        return
     for path, array in jax.tree_util.tree_leaves_with_path(batch):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not array.ndim:
+            raise ValueError(
+                f"make_train_step: the batch's {name} must have rows where `accumulate` is above "
+                "1; got a single number."
+            )
         if array.shape[0] % accumulate:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(
                 f"make_train_step: `accumulate` must divide the {array.shape[0]} rows of the "
                 f"batch's {name}; got {accumulate}."
@@ -131,14 +140,10 @@ def _check_reads_weights(jaxpr: Any, piece: Any) -> None:
     names = []
     for path, _ in jax.tree_util.tree_leaves_with_path(piece):
         names.append(jax.tree_util.keystr(path, simple=True, separator="/"))
-    used = set()
-    for equation in jaxpr.eqns:
-        used.update(map(id, equation.invars))
+    # A compiled function inside of the loss gets arrays that it may not read: it is looked into.
+    _, is_used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     # The piece is the last argument.
-    inputs = jaxpr.invars[len(jaxpr.invars) - len(names) :]
-    is_read = {}
-    for name, variable in zip(names, inputs, strict=True):
-        is_read[name] = id(variable) in used
+    is_read = dict(zip(names, is_used[len(is_used) - len(names) :], strict=True))
     if is_read.get("mask") and not is_read["weights"]:
         raise ValueError(
             "make_train_step: `loss` must weigh targets by `loss_weights(batch)` where "

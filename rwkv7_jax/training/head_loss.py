@@ -17,8 +17,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from rwkv7_jax.array_types import Activations, Tokens
+from rwkv7_jax.checks import check_count
 from rwkv7_jax.model.int8_weights import Int8Matrix, Weight
-from rwkv7_jax.model.layers import head_logits, linear
+from rwkv7_jax.model.layers import at_least_int32, head_logits, linear
 from rwkv7_jax.sharding import (
     as_shards,
     gather_shards,
@@ -100,6 +101,7 @@ class _Shared(NamedTuple):
 
 def is_id(ids: Int[Array, "..."], vocab_size: int) -> Bool[Array, "..."]:
     """Tells which numbers are ids; a gather would take a negative one from the end."""
+    ids = at_least_int32(ids)
     return (ids >= 0) & (ids < vocab_size)
 
 
@@ -202,7 +204,7 @@ def _positions(
 ) -> _Positions:
     """Collects the arrays that are cut into pieces; ids may still lie on the host."""
     if targets is not None:
-        targets = jnp.asarray(targets)
+        targets = at_least_int32(targets)
     return _Positions(hidden, targets, reference, weights)
 
 
@@ -244,6 +246,7 @@ def token_statistics(
         entropy: whether the entropy is computed as well.
         chunk: positions (rows x tokens) whose logits exist at the same time.
     """
+    check_count(chunk, 1, "token_statistics: `chunk`")
     form = _Form(reverse_kl, entropy, chunk)
     positions = _positions(hidden, targets, reference, TermWeights())
     shared = _shared(head, reference_head, temperature)

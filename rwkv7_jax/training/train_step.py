@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
@@ -72,20 +72,37 @@ class TrainState:
         return cls(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            opt_state=tx.init(params),
+            opt_state=_without_shared_arrays(tx.init(params), params),
             skipped=jnp.zeros((), jnp.int32),
         )
 
 
+def _without_shared_arrays(opt_state: Any, params: Any) -> Any:
+    """Copies the arrays of an optimizer's state that it shares with parameters, or has twice.
+
+    A step donates its input, and one array cannot be donated twice.
+    """
+    seen = set(map(id, jax.tree.leaves(params)))
+
+    def own(leaf):
+        if id(leaf) in seen:
+            return jnp.copy(leaf)
+        seen.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(own, opt_state)
+
+
 @contextlib.contextmanager
-def _naming_optimizer() -> Iterator[None]:
+def _naming_optimizer(*arguments: Any) -> Iterator[None]:
     """Names the optimizer where it needs what a train step does not give, as a line search does."""
     try:
         yield
     except (TypeError, AttributeError) as error:
         # A mistake inside of a transformation stays what it is.
         is_call = "required keyword-only argument" in str(error)
-        if isinstance(error, TypeError) and not is_call:
+        is_tree = any(getattr(error, "obj", None) is tree for tree in arguments)
+        if not (is_call or is_tree):
             raise
         raise TypeError(
             f"`tx` must make updates from gradients, parameters and the loss's value; {error}."
@@ -108,11 +125,16 @@ def _check_parameters(params: Any) -> None:
         raise ValueError(f"`params` must hold an array; got {params!r}.")
     for path, leaf in leaves:
         # Python's numbers become arrays; strings, functions and integers cannot be trained.
-        is_number = hasattr(leaf, "dtype") or isinstance(leaf, float | complex)
-        dtype = getattr(leaf, "dtype", type(leaf).__name__)
-        if not is_number:
+        kind = getattr(leaf, "dtype", type(leaf))
+        is_trainable = kind in (float, complex) or (
+            hasattr(leaf, "dtype") and jnp.issubdtype(kind, jnp.inexact)
+        )
+        if not is_trainable:
             name = jax.tree_util.keystr(path)
-            raise TypeError(f"`params`{name} must be an array of numbers; got {dtype}.")
+            kind = getattr(kind, "__name__", kind)
+            raise TypeError(
+                f"`params`{name} must be an array of floating point numbers; got {kind}."
+            )
 
 
 def _check_fields(batch: Any, *, needs_shares: bool) -> None:
@@ -206,7 +228,7 @@ def check_step_arguments(
 
     Raises:
         TypeError: an argument of the wrong kind.
-        ValueError: pieces below 1.
+        ValueError: pieces below 1, or a mesh with axes of another type than `AxisType.Auto`.
     """
     loss = as_partial(loss, "`loss`")
     check_optimizer(tx)
@@ -215,6 +237,11 @@ def check_step_arguments(
     check_count(accumulate, 1, "`accumulate`")
     if mesh is not None:
         check_instance(mesh, Mesh, "`mesh`")
+        if any(kind != AxisType.Auto for kind in mesh.axis_types):
+            raise ValueError(
+                "`mesh` must have axes that the compiler partitions (AxisType.Auto), as those of "
+                f"sharding.make_mesh are; got {mesh.axis_types}."
+            )
     return loss, statistics
 
 
@@ -256,7 +283,8 @@ def apply_update(
     if statistics is not None:
         extra["stats"] = stats
     # Optax counts in integers and relies on their promotion, which JAX can be told to refuse.
-    with jax.numpy_dtype_promotion("standard"), _naming_optimizer():
+    naming = _naming_optimizer(grads, train.params)
+    with jax.numpy_dtype_promotion("standard"), naming:
         updates, opt_state = tx.update(grads, train.opt_state, train.params, **extra)
     if rate is not None:
         updates = jax.tree.map(lambda leaf: rate.astype(leaf.dtype) * leaf, updates)

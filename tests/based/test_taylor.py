@@ -217,3 +217,12 @@ def test_bad_input_is_one_sentence(unchecked, name):
     arguments.update(change)
     with pytest.raises((TypeError, ValueError), match=f"^linear_attention: {sentence}"):
         linear_attention(**arguments)
+
+
+def test_lists_are_read_as_arrays(unchecked):
+    q, k, v = (np.ones((1, 3, 1, size), np.float32) for size in (2, 2, 4))
+    state = np.zeros((1, 1, feature_count(2), 5), np.float32)
+    expected = linear_attention(q, k, v, state)
+    found = linear_attention(*(x.tolist() for x in (q, k, v)), state)
+    for left, right in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(left, right)

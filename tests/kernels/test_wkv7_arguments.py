@@ -225,3 +225,57 @@ def test_float16_tokens_are_refused_in_long_chunks(chunk):
     inputs = tuple(x.astype("float16") for x in INPUTS)
     with pytest.raises(ValueError, match="`chunk` must be None or 16 for float16"):
         op(inputs, STATE, implementation="chunked", chunk=chunk)
+
+
+EMPTY = {
+    "no rows": Case(0, 21, 2, key_size=32, value_size=64),
+    "no heads": Case(3, 21, 0, key_size=32, value_size=64),
+    "no values": Case(3, 21, 2, key_size=32, value_size=0),
+}
+
+
+@each
+@pytest.mark.parametrize("case", EMPTY.values(), ids=EMPTY)
+@pytest.mark.parametrize("packed", [False, True])
+def test_arrays_without_numbers_give_arrays_without_numbers(
+    implementation, case, packed
+):
+    shape = (case.batch, case.tokens, case.heads)
+    keys = jnp.zeros((*shape, case.key_size))
+    values = jnp.zeros((*shape, case.value_size))
+    inputs = (keys, keys, keys, values, keys, keys)
+    state = jnp.zeros((case.batch, case.heads, case.value_size, case.key_size))
+    ids = jnp.zeros(shape[:2], jnp.int32) if packed else None
+
+    def run(inputs, state):
+        return op(inputs, state, implementation=implementation, segment_ids=ids)
+
+    (y, end), pull = jax.vjp(run, inputs, state)
+    assert y.shape == values.shape
+    assert end.shape == state.shape
+    assert [x.shape for x in jax.tree.leaves(pull((y, end)))] == [
+        *(x.shape for x in inputs),
+        state.shape,
+    ]
+
+
+def test_tokens_in_float64_need_a_state_in_float64(unchecked):
+    with jax.enable_x64(True):
+        wide = [x.astype("float64") for x in INPUTS]
+        with pytest.raises(TypeError, match="`state` must be float64 where `r` is"):
+            pallas_kernels.wkv7(*wide, STATE)
+        # The decay is best kept wide.
+        decay = (INPUTS[0], wide[1], *INPUTS[2:])
+        y, _ = op(decay, STATE, implementation="chunked")
+        assert_close(y, op(INPUTS, STATE, implementation="chunked")[0], SAME["op"])
+
+
+def test_products_of_float16_numbers_are_summed_in_float32():
+    inputs, state = make_inputs(Case(2, 40, 2, 16, 16))
+    inputs = [x.astype("float16") for x in inputs]
+    # Values whose sums over keys are above 65,504, the largest number of float16.
+    inputs[3] = 300 * inputs[3]
+    found = op(inputs, 300 * state, implementation="chunked")
+    wanted = op(inputs, 300 * state, implementation="scan")
+    for left, right in zip(found, wanted, strict=True):
+        assert_close(left, right, 2e-3)

@@ -71,6 +71,23 @@ def test_sharded_over_devices_the_results_are_the_same(implementation, shape):
         assert_close(left, right, SAME["op"])
 
 
+@pytest.mark.parametrize("implementation", ["scan", "chunked"])
+def test_a_start_state_may_be_made_on_the_devices(implementation):
+    mesh = jax.make_mesh((2, 1), AXES, axis_types=(AxisType.Auto,) * 2)
+    zeros = jnp.zeros_like(STATE)
+
+    def of_device(inputs):
+        state = jnp.zeros((1, *STATE.shape[1:]))
+        return op(inputs, state, implementation=implementation)
+
+    over = jax.shard_map(
+        of_device, mesh=mesh, in_specs=TOKENS, out_specs=(TOKENS, STATES)
+    )
+    expected = op(INPUTS, zeros, implementation=implementation)
+    for left, right in zip(jax.jit(over)(INPUTS), expected, strict=True):
+        assert_close(left, right, SAME["op"])
+
+
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize(("platform", "lowered"), [("tpu", "tpu"), ("gpu", "cuda")])
 def test_sharded_over_abstract_accelerators_it_is_lowered_to_kernels(

@@ -201,3 +201,8 @@ def test_a_matrix_has_the_shape_that_flax_compares():
     matrix = quantize_rows(jnp.ones((2, 3)))
     assert isinstance(matrix, Int8Matrix)
     assert jax.tree.leaves(matrix)[0].shape == matrix.shape == (2, 3)
+
+
+def test_the_outer_tree_of_variables_is_refused():
+    with pytest.raises(ValueError, match="quantize: `params` must be the inner tree"):
+        quantize({"params": {}})

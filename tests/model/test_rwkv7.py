@@ -13,6 +13,7 @@ from tiny_models import SCANNED as CONFIG
 from tiny_models import lively, random_state, restated, tokens
 from tolerances import MODEL_BFLOAT16, SAME, assert_close, assert_trees_close
 
+from rwkv7_jax.model import layers
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7, TRACE
 from rwkv7_jax.model.state import init_state, select
@@ -276,3 +277,12 @@ def test_a_state_that_does_not_fit_is_refused_in_one_sentence(unchecked):
     assert refuse(STATE.wkv, TypeError).startswith(
         "RWKV7: `state` must be an RWKV7State; got "
     )
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+def test_lengths_in_few_bits_count_where_the_row_is_longer_than_they_reach(
+    unchecked, dtype
+):
+    lengths = np.array([100, 3, 0], dtype)
+    found = jax.jit(lambda lengths: layers.safe_lengths(lengths, (3, 300)))(lengths)
+    np.testing.assert_array_equal(found, lengths)

@@ -135,6 +135,33 @@ def test_where_rows_of_all_or_of_none_is_one_of_the_two(kind):
     assert_same(where_rows(~every_row, ours, theirs), theirs)
 
 
+def test_where_rows_gives_each_row_its_own_of_two_shared_memories():
+    ours = one_state("static", seed=1)
+    theirs = one_state("static", seed=2)
+    mixed = where_rows(
+        jnp.array([False, True, False]), repeat(ours, 3), repeat(theirs, 3)
+    )
+    for row, one in enumerate((theirs, ours, theirs)):
+        assert_same(select(mixed, row), one)
+
+
+def test_where_rows_refuses_memories_that_do_not_fit_each_other():
+    plain = random_state(seed=7)
+    static = one_state("static", seed=1)
+    for pair in (
+        (plain, static),
+        (static, plain),
+        (static, one_state("decay", seed=1)),
+    ):
+        with pytest.raises(ValueError, match="where_rows: both states must have"):
+            where_rows(jnp.array([True]), *pair)
+
+
+def test_a_mask_whose_count_is_unknown_is_refused(unchecked):
+    with pytest.raises(TypeError, match="`rows` must be indices in a compiled"):
+        jax.jit(lambda rows: select(random_state(seed=7), rows))(jnp.array([True]))
+
+
 @pytest.mark.parametrize("kind", ADDITIVE)
 def test_a_plain_state_gets_an_empty_memory_where_others_have_one(kind):
     plain = random_state(seed=7)

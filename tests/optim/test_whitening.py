@@ -45,3 +45,10 @@ def test_the_effective_rank_counts_directions():
     c[2] = np.ones((M, M))
     assert_close(effective_rank(c), [M, 2, 1, 0], FORMULA)
     assert_close(effective_rank(1e-25 * c[:1]), [M], FORMULA)
+
+
+@pytest.mark.parametrize("scale", [2e38, 1e-37])
+def test_the_size_of_the_numbers_does_not_matter(scale):
+    c = np.float32(scale) * np.eye(M, dtype=np.float32)
+    assert_close(whitening(c), whitening(np.eye(M, dtype=np.float32)), FORMULA)
+    assert_close(effective_rank(c), M, FORMULA)

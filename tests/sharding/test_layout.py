@@ -160,10 +160,18 @@ def test_other_sizes_are_refused_in_one_sentence(text):
 def test_rows_and_heads_are_not_both_divided():
     with pytest.raises(ValueError, match="along sequence or heads along tensor, not"):
         sharding.parse_sizes("sequence=2,tensor=2", "`config.mesh`")
+    with pytest.raises(ValueError, match="along sequence or heads along tensor, not"):
+        sharding.make_mesh({"sequence": 2, "tensor": 2}, 8)
     assert sharding.parse_sizes("sequence=1,tensor=2", "`config.mesh`") == {
         "sequence": 1,
         "tensor": 2,
     }
+
+
+@pytest.mark.parametrize("sizes", [{"tensr": 2}, {"data": 0}, {"data": 2.0}])
+def test_sizes_are_refused_by_the_library_as_on_the_command_line(unchecked, sizes):
+    with pytest.raises(ValueError, match=r"^`config.mesh` must be auto, or sizes of"):
+        sharding.make_mesh(sizes, 8)
 
 
 def test_a_mesh_of_more_devices_than_there_are_is_refused():

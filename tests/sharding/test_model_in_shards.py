@@ -14,7 +14,7 @@ from rwkv7_jax import sharding
 from rwkv7_jax.evaluation.scoring import token_nats
 from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import init_state
+from rwkv7_jax.model.state import init_state, repeat
 from rwkv7_jax.tuning.upscaling import upscale
 
 ROWS, LENGTH = 4, 7
@@ -90,6 +90,22 @@ def test_an_upscaled_memory_that_rows_share_is_read_by_each(mesh):
     together = in_shards(mesh, call, config)
     # Through the memory's features, which are squares of sums.
     assert_trees_close(together, alone(call, config), SAME["model"])
+
+
+def test_the_papers_memory_is_read_along_time_as_well():
+    config = dataclasses.replace(SHALLOW, implementation="scan")
+    model = RWKV7(config)
+    ids = tokens(ROWS, LENGTH, config)
+    wide = upscale(model, lively(config), ids, size=24, dynamics="replace")
+    state = repeat(wide, ROWS)
+
+    @jax.jit
+    def call(params):
+        return model.apply({"params": params}, ids, state)
+
+    mesh = sharding.make_mesh({"sequence": 2}, ROWS)
+    found = in_shards(mesh, call, config)
+    assert_trees_close(found, alone(call, config), SAME["model"])
 
 
 @functools.cache

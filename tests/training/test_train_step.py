@@ -90,9 +90,33 @@ def test_a_loss_that_divides_by_the_mask_of_a_piece_is_refused():
     train = TrainState.create({"x": jnp.ones(3)}, PLAIN)
     make_train_step(forgetful, PLAIN)(train, batch)
     sentence = "make_train_step: `loss` must weigh targets by `loss_weights.*reads the mask alone"
-    with pytest.raises(ValueError, match=sentence):
+    # A compiled function gets all arrays, whether it reads them or not.
+    for loss in (forgetful, jax.jit(forgetful), jax.checkpoint(forgetful)):
         train = TrainState.create({"x": jnp.ones(3)}, PLAIN)
-        make_train_step(forgetful, PLAIN, accumulate=2)(train, batch)
+        with pytest.raises(ValueError, match=sentence):
+            make_train_step(loss, PLAIN, accumulate=2)(train, batch)
+
+
+def test_a_number_among_the_arrays_of_a_batch_is_the_losss_own():
+    def scaled_by_batch(params, batch):
+        weights = jnp.sum(batch["weights"])
+        return batch["scale"] * weights * jnp.sum(jnp.square(params["x"])), {}
+
+    batch = {"tokens": BATCH["tokens"], "mask": MASK, "scale": np.float32(0.5)}
+    train = TrainState.create({"x": jnp.ones(3)}, PLAIN)
+    train, _ = make_train_step(scaled_by_batch, PLAIN)(train, batch)
+    assert_close(train.params["x"], np.zeros(3), SAME["micro-batches"])
+    with pytest.raises(ValueError, match="the batch's scale must have rows"):
+        make_train_step(scaled_by_batch, PLAIN, accumulate=2)(train, batch)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int8])
+def test_narrow_ids_train_as_wide_ones(unchecked, dtype):
+    batch = BATCH | {"tokens": np.asarray(BATCH["tokens"], dtype)}
+    train, metrics = step()(TrainState.create(lively(CONFIG), PLAIN), batch)
+    expected, expected_metrics = one_batch()
+    assert metrics["loss"] == expected_metrics["loss"]
+    assert_trees_close(train.params, expected.params, 0)
 
 
 class Spread:
@@ -237,12 +261,35 @@ def test_an_optimizer_that_needs_more_is_named():
         first_step(optax.lookahead(optax.sgd(0.1), 5, 0.5))
 
 
-def test_a_mistake_inside_of_an_optimizer_stays_what_it_is():
+@pytest.mark.parametrize("error", [TypeError, AttributeError])
+def test_a_mistake_inside_of_an_optimizer_stays_what_it_is(error):
     def update(updates, state, params=None):
-        raise TypeError("mine")
+        raise error("mine")
 
-    with pytest.raises(TypeError, match=r"^mine"):
+    with pytest.raises(error, match=r"^mine"):
         first_step(optax.GradientTransformation(lambda _: (), update))
+
+
+def test_an_optimizer_may_keep_the_parameters_that_it_begins_with():
+    tx = optax.GradientTransformation(
+        lambda params: (params, params),
+        lambda updates, state, params=None: (updates, state),
+    )
+    first_step(tx)
+    first_step(optax.contrib.prodigy())
+
+
+@pytest.mark.parametrize("leaf", [np.arange(3), "words", jnp.ones(3, bool)])
+def test_what_cannot_be_trained_is_refused_where_training_begins(leaf):
+    sentence = r"TrainState.create: `params`\['x'\] must be an array of floating point"
+    with pytest.raises(TypeError, match=sentence):
+        TrainState.create({"x": leaf}, PLAIN)
+
+
+def test_a_mesh_whose_axes_the_compiler_does_not_partition_is_refused():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with pytest.raises(ValueError, match="`mesh` must have axes that the compiler"):
+        make_train_step(LOSS, PLAIN, mesh=mesh)
 
 
 def test_create_copies_so_that_the_callers_weights_survive_the_step():

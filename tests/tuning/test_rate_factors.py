@@ -124,3 +124,9 @@ def test_factors_of_another_tree_are_refused():
         ValueError, match="scale_by_factors: `factors` must have the structure"
     ):
         tx.update({"b": jnp.ones(2)}, tx.init({"b": jnp.ones(2)}))
+
+
+def test_a_factor_that_would_make_its_leaf_larger_is_refused():
+    tx = scale_by_factors({"w": jnp.ones((2, 3))})
+    with pytest.raises(ValueError, match=r"broadcast to w of shape \(3,\); got shape"):
+        tx.update({"w": jnp.ones(3)}, tx.init({"w": jnp.ones(3)}))
