@@ -295,7 +295,7 @@ def _observed_rows(step: int, seed: int, **more):
 
 
 def observing(steps: int = 1000, seed: int = 0, answers: float = 1.0) -> Numbers:
-    """Trains an observer, a fifth of the teacher's size: its states reach .85 of the teacher's."""
+    """Trains an observer, a third of the teacher's size: its states reach .85 of the teacher's."""
     teacher, weights = base("small")
     prompts = _observed_rows(0, seed, rows=256)
     bias = state_moments(teacher, weights, prompts.tokens[:, :-1], prompts.split).mean

@@ -1,6 +1,6 @@
 """From paths to batches, as a pure function of the seed and the step.
 
-Arrays are NumPy's; this room knows no model.
+Arrays are NumPy's, in a `Batch` that may also hold JAX's; this room knows no model.
 """
 
 from rwkv7_jax.data.batch import Batch, BatchLike

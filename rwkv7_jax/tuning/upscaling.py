@@ -183,7 +183,7 @@ def upscale(
     """Makes a start state, batch 1, with an empty memory read through features fitted to some text.
 
     An empty memory leaves the model's outputs as they were, bit for bit, unless dynamics "replace"
-    discard its own state (the paper's form, kept for comparison).
+    or "replace_raw" discard its own state (the paper's form, kept for comparison).
 
     Args:
         model: the shell around `params`.
@@ -192,11 +192,11 @@ def upscale(
         size: features of a head (M); 0 takes four times the head size.
         dynamics: of `state.DYNAMICS`. "static" never fades and is shared by all sequences; "decay"
             fades with the mean decay; "delta" is erased where the context writes.
-        kind: of `state.KINDS`; None takes "gaussian", or "gaussian_raw" under "replace".
+        kind: of `state.KINDS`; None takes "gaussian", or "gaussian_raw" in the paper's form.
         landmarks: "random" or "kmeans".
         widths: factors on 1 / the median squared distance, given to the landmarks in turn; None
             takes 1, 4 and 16, or 1 alone where `prepare` is "none".
-        prepare: "none", "centre" or "whiten"; None takes "whiten", or "none" under "replace".
+        prepare: "none", "centre" or "whiten"; None takes "whiten", or "none" in the paper's form.
         seed: of the landmarks.
 
     Raises:
