@@ -13,8 +13,8 @@ from rwkv7_jax.runs.exit_codes import (
     warn,
 )
 from rwkv7_jax.runs.modes.base import TrainingMode
+from rwkv7_jax.runs.modes.single_state import SingleStateMode
 from rwkv7_jax.runs.modes.stack import StackMode
-from rwkv7_jax.runs.modes.state_mode import StateTuningMode
 from rwkv7_jax.runs.monitoring.run_plots import draw
 from rwkv7_jax.runs.process import StopSignals
 from rwkv7_jax.runs.resume.run_identity import Identity
@@ -155,7 +155,7 @@ def _is_kept(
     A state whose rate was found is not saved then. One whose rate was named is: it is what was
     asked for.
     """
-    if not isinstance(mode, StateTuningMode):
+    if not isinstance(mode, SingleStateMode):
         return True
     if mode.settings.finds_rate and mode.found_rate is None:
         print(f"no state is saved{name and f' for {name}'}: no rate was found for it")

@@ -22,8 +22,8 @@ from rwkv7_jax.runs.agreement import Together
 from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.exit_codes import DiskError, warn
 from rwkv7_jax.runs.resume.backup import STEPS, Backup
-from rwkv7_jax.runs.resume.checkpoint_store import CheckpointStore, NullCheckpoints
-from rwkv7_jax.runs.resume.checkpointer import Checkpoints
+from rwkv7_jax.runs.resume.checkpoint_store import CheckpointStore, NullCheckpointer
+from rwkv7_jax.runs.resume.checkpointer import Checkpointer
 from rwkv7_jax.runs.resume.run_identity import (
     Identity,
     flat_settings,
@@ -138,7 +138,7 @@ class OwnedRunDirectory(RunDirectory):
     and at the end of the run `report.html`.
     """
 
-    checkpoints: Checkpoints
+    checkpoints: Checkpointer
 
     def __init__(self, path: str | Path, settings: Settings):
         """Makes or opens the directory and takes its lock; nothing here is slow.
@@ -187,7 +187,7 @@ class OwnedRunDirectory(RunDirectory):
             protected = self._protect_steps(places, before, values)
             self._write_settings(values)
             self._metrics = MetricFiles(self.path, also=settings.trackers)
-            self.checkpoints = Checkpoints(
+            self.checkpoints = Checkpointer(
                 places, settings, protected=protected, backup=self._backup
             )
             # Nothing failed: the lock is ours until `__exit__`.
@@ -411,7 +411,7 @@ class NullRunDirectory(RunDirectory):
         """
         self.path = path
         self.workdir = workdir
-        self.checkpoints = NullCheckpoints()
+        self.checkpoints = NullCheckpointer()
         self._settings = settings
 
     def share_checkpoints(self) -> None:
@@ -421,7 +421,7 @@ class NullRunDirectory(RunDirectory):
             ValueError: this process does not see the directory of the first one.
             EndedElsewhere: another process does not.
         """
-        self.checkpoints = Checkpoints(
+        self.checkpoints = Checkpointer(
             self.workdir / STEPS, self._settings, deciding=self._meet()
         )
 

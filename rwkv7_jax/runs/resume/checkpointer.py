@@ -78,8 +78,8 @@ class SaveJob:
     thread: threading.Thread | None = None
 
 
-class Checkpoints(CheckpointStore):
-    """Checkpoints in the numbered directories of one folder.
+class Checkpointer(CheckpointStore):
+    """The checkpointer of one folder, whose numbered directories are its checkpoints.
 
     Attributes:
         folder: with the step directories.
@@ -136,7 +136,7 @@ class Checkpoints(CheckpointStore):
         for name in step_directories.unknown_entries(folder):
             warn(f"{folder / name} is no checkpoint; it is ignored")
 
-    def _checkpointer(self) -> Any:
+    def _orbax_checkpointer(self) -> Any:
         """Returns Orbax's checkpointer, made when it is first needed and after a failure."""
         if self._orbax is None:
             ocp = import_orbax()
@@ -187,7 +187,7 @@ class Checkpoints(CheckpointStore):
             # With its parents: the run's folder may have been deleted while the run worked.
             place.parent.mkdir(parents=True, exist_ok=True)
             # Copies the arrays to the host before it returns; writes them afterwards.
-            self._checkpointer().save(place, args=args)
+            self._orbax_checkpointer().save(place, args=args)
         except Exception as error:
             job.error = error
             self.poll()
@@ -199,7 +199,7 @@ class Checkpoints(CheckpointStore):
         """Gives the step its number once it is complete, and deletes old ones; the thread."""
         try:
             # Of several processes, until all have written.
-            self._checkpointer().wait_until_finished()
+            self._orbax_checkpointer().wait_until_finished()
             if not self._deciding.is_first:
                 return
             step_directories.write_manifest(place)
@@ -348,7 +348,7 @@ class Checkpoints(CheckpointStore):
             return restored
         first(self._refuse_to_begin_anew)
         # Import and compile now: between a signal and the end of the process there is no time.
-        self._checkpointer()
+        self._orbax_checkpointer()
         train = init()
         leaf_checksums(train)
         return train, RunProgress()
@@ -450,7 +450,7 @@ class Checkpoints(CheckpointStore):
 
     def _restore(self, place: Path, args: Any) -> Any:
         # Not the checkpointer's own, which waits afterwards for processes that may have failed.
-        return self._checkpointer().handler.restore(place, args=args)
+        return self._orbax_checkpointer().handler.restore(place, args=args)
 
     def _restore_target(self, train: TrainState) -> TrainState:
         """Describes the arrays that Orbax restores, and the devices for each.

@@ -1,6 +1,6 @@
-"""The search for a run's learning rate: what is printed, recorded and read again.
+"""The record of a run's learning rates: found by a search, printed, written and read again.
 
-The search itself is a run of mode `RateSearchMode` in a folder of its own inside the run's folder,
+The search itself is a run of mode `RateStackMode` in a folder of its own inside the run's folder,
 with checkpoints: one that was killed goes on as any other run does. What it found is written next
 to the run's other files, and counts from then on.
 """
@@ -15,7 +15,7 @@ from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.runs.agreement import run_on_process_0
 from rwkv7_jax.runs.exit_codes import DiskError
 from rwkv7_jax.runs.modes.base import TrainingMode
-from rwkv7_jax.runs.modes.rate_search import BASE, RateSearchMode, subjects_of
+from rwkv7_jax.runs.modes.rate_stack import BASE, RateStackMode, subjects_of
 from rwkv7_jax.runs.resume.run_identity import Identity, require_same_identity
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.settings import Settings
@@ -59,7 +59,7 @@ def find_rates(
     mode: TrainingMode,
     folder: RunDirectory,
     identity: Identity,
-    search: Callable[[RateSearchMode], Any],
+    search: Callable[[RateStackMode], Any],
 ) -> bool:
     """Gives a mode its learning rates; returns whether there is one that is worth a run.
 
@@ -77,7 +77,7 @@ def find_rates(
     path = folder.path / RECORD
     text = run_on_process_0(lambda: _read_record(path, identity))
     if not text:
-        made = RateSearchMode(mode)
+        made = RateStackMode(mode)
         _announce(made)
         params = search(made)
         if not made.results:
@@ -125,7 +125,7 @@ def _name(subject: str) -> str:
     return subject.removesuffix("/")
 
 
-def _announce(search: RateSearchMode) -> None:
+def _announce(search: RateStackMode) -> None:
     rates = search.settings.tuning.rates
     plan = search.plan
     wanted = search.settings.tuning.search_share
@@ -141,7 +141,7 @@ def _announce(search: RateSearchMode) -> None:
         )
 
 
-def _choose(search: RateSearchMode, subject: str) -> dict[str, Any]:
+def _choose(search: RateStackMode, subject: str) -> dict[str, Any]:
     """Chooses the rate of one state by its loss on held-out data.
 
     Returns:
