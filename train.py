@@ -34,7 +34,6 @@ from rwkv7_jax.runs import (
     process,
     rate_record,
 )
-from rwkv7_jax.runs.agreement import is_process_0
 from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.exit_codes import Stopped, check_stopped_code, warn
 from rwkv7_jax.runs.input_pipeline import InputPipeline
@@ -47,6 +46,7 @@ from rwkv7_jax.runs.monitoring.profiler import ProfileWindow
 from rwkv7_jax.runs.monitoring.run_summary import print_summary
 from rwkv7_jax.runs.multihost import open_run_directory
 from rwkv7_jax.runs.process import StopSignals
+from rwkv7_jax.runs.process_group import is_process_0
 from rwkv7_jax.runs.results import check_stopped, save_result
 from rwkv7_jax.runs.resume.first_state import restore_or_init
 from rwkv7_jax.runs.resume.run_identity import (

@@ -18,9 +18,9 @@ from rwkv7_jax.local_paths import require_unicode
 from rwkv7_jax.reports.html_report import write_report
 from rwkv7_jax.reports.metric_writers import JSONL, MetricFiles
 from rwkv7_jax.reports.system_info import system
-from rwkv7_jax.runs.agreement import Together
 from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.exit_codes import DiskError, warn
+from rwkv7_jax.runs.process_group import AllProcesses
 from rwkv7_jax.runs.resume.backup import STEPS, Backup
 from rwkv7_jax.runs.resume.checkpoint_store import CheckpointStore, NullCheckpointer
 from rwkv7_jax.runs.resume.checkpointer import Checkpointer
@@ -68,10 +68,10 @@ class RunDirectory(abc.ABC):
             EndedElsewhere: another process does not.
         """
 
-    def _meet(self) -> Together:
+    def _group_that_shares(self) -> AllProcesses:
         """Checks that all processes see one directory; as `share_checkpoints`."""
-        together = Together()
-        holder = together.on_first(self._holder)
+        group = AllProcesses()
+        holder = group.from_process_0(self._holder)
 
         def find() -> None:
             # By the lock of the first process: any machine may have a directory of that name.
@@ -82,8 +82,8 @@ class RunDirectory(abc.ABC):
                     f"{jax.process_index()} does not see that of process 0."
                 )
 
-        together.everywhere(find)
-        return together
+        group.run_in_all(find)
+        return group
 
     def _holder(self) -> str:
         """Returns what the lock of the run's directory says; empty where there is none."""
@@ -294,7 +294,7 @@ class OwnedRunDirectory(RunDirectory):
         Raises:
             EndedElsewhere: another process does not see the directory.
         """
-        self.checkpoints.decide_by(self._meet())
+        self.checkpoints.share_with(self._group_that_shares())
 
     def restore(
         self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
@@ -422,7 +422,7 @@ class NullRunDirectory(RunDirectory):
             EndedElsewhere: another process does not.
         """
         self.checkpoints = Checkpointer(
-            self.workdir / STEPS, self._settings, deciding=self._meet()
+            self.workdir / STEPS, self._settings, group=self._group_that_shares()
         )
 
     def restore(

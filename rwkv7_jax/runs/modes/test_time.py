@@ -17,13 +17,13 @@ from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.evaluation.metric import Metric, Metrics, log_name
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
-from rwkv7_jax.runs.agreement import all_processes
 from rwkv7_jax.runs.datasets import digest_of
 from rwkv7_jax.runs.input_pipeline import BatchSource, DrawnBatches
 from rwkv7_jax.runs.modes.dataset import DatasetMode
 from rwkv7_jax.runs.modes.single_state import SingleStateMode
 from rwkv7_jax.runs.modes.start_state import read_prompt
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
+from rwkv7_jax.runs.process_group import group_of_run
 from rwkv7_jax.runs.resume.run_identity import content_digests
 from rwkv7_jax.runs.settings import Settings, TestTimeSettings
 from rwkv7_jax.test_time.distillation import TraceBatches
@@ -166,12 +166,12 @@ class TestTimeMode(SingleStateMode):
 
     def _share_of_prompts(self) -> PromptShare:
         """Divides prompts among the processes of the run."""
-        processes = all_processes()
+        group = group_of_run()
         return PromptShare(
             index=jax.process_index(),
-            count=len(processes.members),
+            count=group.size,
             drawn_together=sharding.is_shared(self.mesh),
-            gather=processes.gather,
+            gather=group.allgather_results,
         )
 
     @property
