@@ -20,6 +20,7 @@ import optax
 from jax.typing import ArrayLike
 
 from rwkv7_jax.checks import check_choice, check_number, prefix_errors
+from rwkv7_jax.optim.optimizer import check_optimizer
 from rwkv7_jax.optim.whitening import (
     damped_covariance,
     effective_rank,
@@ -140,7 +141,7 @@ def decorrelate(
         normalise=False`); arXiv 2504.05097. Average, damping, clip and scale are ours.
     """
     with prefix_errors("decorrelate"):
-        _check_optimizer(inner)
+        check_optimizer(inner, "`inner`")
         rule = _Rule(
             mode=mode,
             rate=rate,
@@ -169,16 +170,6 @@ def decorrelate(
         return moves, state._replace(inner=inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _check_optimizer(inner: Any) -> None:
-    if isinstance(inner, type) or not (
-        hasattr(inner, "init") and hasattr(inner, "update")
-    ):
-        raise TypeError(
-            "`inner` must be an Optax transformation, such as optax.adam; "
-            f"got {type(inner).__name__}."
-        )
 
 
 class _Rule(NamedTuple):

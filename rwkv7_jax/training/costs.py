@@ -135,6 +135,11 @@ def _activation_bytes(config: RWKV7Config) -> int:
     return 2 if config.dtype == "bfloat16" else 4
 
 
+def tree_size(tree: Any) -> int:
+    """Counts the numbers in a tree of arrays, or of their shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
 @functools.cache
 def _parameter_counts(config: RWKV7Config) -> tuple[int, int]:
     """Counts the numbers of a model: all, and those outside the layers."""
@@ -146,8 +151,8 @@ def _parameter_counts(config: RWKV7Config) -> tuple[int, int]:
     layers = 0
     for name in ("layer_0", "layers"):
         # A model of one layer has no stacked ones.
-        layers += sum(leaf.size for leaf in jax.tree.leaves(params.get(name, {})))
-    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+        layers += tree_size(params.get(name, {}))
+    total = tree_size(params)
     return total, total - layers
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.sharding import constrain_rows
+from rwkv7_jax.sharding.layout import path_name
 from rwkv7_jax.training.losses import (
     Metrics,
     PerToken,
@@ -115,7 +116,7 @@ def _check_rows(batch: Any, accumulate: int) -> None:
         )
     for path, array in jax.tree_util.tree_leaves_with_path(batch):
         if array.shape[0] % accumulate:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            name = path_name(path)
             raise ValueError(
                 f"make_train_step: `accumulate` must divide the {array.shape[0]} rows of the "
                 f"batch's {name}; got {accumulate}."
@@ -130,7 +131,7 @@ def _check_reads_weights(jaxpr: Any, piece: Any) -> None:
     """
     names = []
     for path, _ in jax.tree_util.tree_leaves_with_path(piece):
-        names.append(jax.tree_util.keystr(path, simple=True, separator="/"))
+        names.append(path_name(path))
     used = set()
     for equation in jaxpr.eqns:
         used.update(map(id, equation.invars))

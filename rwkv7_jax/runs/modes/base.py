@@ -371,8 +371,3 @@ def readable_text(tokenizer: Tokenizer, ids: Iterable[Any]) -> str:
         except ValueError:
             pieces.append(f"<{int(number)}>".encode())
     return b"".join(pieces).decode("utf-8", errors="replace")
-
-
-def count(tree: Any) -> int:
-    """Counts the numbers in a tree."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -27,7 +27,7 @@ from rwkv7_jax.runs.modes.scheduled_optimizer import (
     with_rate,
 )
 from rwkv7_jax.runs.modes.state_tuning import StateTuningMode, UpscaledStateMode
-from rwkv7_jax.runs.resume.run_identity import combined_digest
+from rwkv7_jax.runs.resume.run_identity import json_digest
 from rwkv7_jax.sharding import own_rows
 from rwkv7_jax.training.costs import Memory
 from rwkv7_jax.training.stacked_step import (
@@ -327,7 +327,7 @@ class StackMode(TrainingMode):
             for kind, digest in member.input_digests().items():
                 # One anchor serves all states.
                 digests[kind if kind == "anchor" else f"{kind} {name}"] = digest
-        return {"data": combined_digest(digests), **digests}
+        return {"data": json_digest(digests), **digests}
 
     def describe_data(self) -> str:
         """Names the texts and their sizes."""
