@@ -23,23 +23,11 @@ from rwkv7_jax.checks import check_choice, check_number, prefix_errors
 from rwkv7_jax.optim.optimizer import check_optimizer
 from rwkv7_jax.optim.whitening import (
     damped_covariance,
-    effective_rank,
     finite,
     online_update,
     per_matrix,
     recompute,
-    whitening,
 )
-
-__all__ = [
-    "METHODS",
-    "MODES",
-    "DecorrelationState",
-    "Decorrelator",
-    "decorrelate",
-    "effective_rank",
-    "whitening",
-]
 
 MODES = ("online", "exact", "whiten")
 

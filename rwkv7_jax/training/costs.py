@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
-from rwkv7_jax.training.head_loss import CHUNK
+from rwkv7_jax.training.token_pieces import CHUNK
 
 # Operations on a head's N x N state per token, in units of N^2: decay 1, removal 2 and its write 2,
 # the value's write 2, read-out 2.

@@ -11,12 +11,8 @@ from jaxtyping import Array, Float
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.sharding import constrain_rows
 from rwkv7_jax.sharding.layout import path_name
-from rwkv7_jax.training.losses import (
-    Metrics,
-    PerToken,
-    nan_where_all_zero,
-    target_shares,
-)
+from rwkv7_jax.training.head_loss import PerToken
+from rwkv7_jax.training.losses import Metrics, nan_where_all_zero, target_shares
 
 Scalar = Float[Array, ""]
 
