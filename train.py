@@ -32,14 +32,13 @@ from rwkv7_jax.runs import (
     config_flags,
     multihost,
     process,
-    rate_search,
+    rate_record,
 )
-from rwkv7_jax.runs.agreement import is_process_0
 from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.exit_codes import Stopped, check_stopped_code, warn
 from rwkv7_jax.runs.input_pipeline import InputPipeline
 from rwkv7_jax.runs.modes.base import TrainingMode
-from rwkv7_jax.runs.modes.rate_search import RateSearchMode
+from rwkv7_jax.runs.modes.rate_stack import RateStackMode
 from rwkv7_jax.runs.modes.registry import make_mesh_of, make_mode
 from rwkv7_jax.runs.monitoring.memory_advice import explain_out_of_memory
 from rwkv7_jax.runs.monitoring.metrics_logger import MetricsLogger
@@ -47,6 +46,7 @@ from rwkv7_jax.runs.monitoring.profiler import ProfileWindow
 from rwkv7_jax.runs.monitoring.run_summary import print_summary
 from rwkv7_jax.runs.multihost import open_run_directory
 from rwkv7_jax.runs.process import StopSignals
+from rwkv7_jax.runs.process_group import is_process_0
 from rwkv7_jax.runs.results import check_stopped, save_result
 from rwkv7_jax.runs.resume.first_state import restore_or_init
 from rwkv7_jax.runs.resume.run_identity import (
@@ -251,8 +251,8 @@ def train_steps(
 def search_rates(run: Run, folder: RunDirectory, stop: StopSignals) -> bool:
     """Finds the learning rates of a run; returns whether there is one that is worth it."""
 
-    def search(mode: RateSearchMode) -> Any:
-        place = folder.workdir / rate_search.FOLDER
+    def search(mode: RateStackMode) -> Any:
+        place = folder.workdir / rate_record.FOLDER
         with open_run_directory(place, mode.settings) as inner:
             own = Run(
                 mode=mode,
@@ -263,7 +263,7 @@ def search_rates(run: Run, folder: RunDirectory, stop: StopSignals) -> bool:
             check_stopped(state, inner, stop, what=" of the search for a learning rate")
             return state.params
 
-    return rate_search.find_rates(run.mode, folder, run.identity, search)
+    return rate_record.find_rates(run.mode, folder, run.identity, search)
 
 
 def train(settings: Settings, folder: RunDirectory, stop: StopSignals) -> None:
@@ -303,7 +303,7 @@ def main(arguments: list[str]) -> None:
         workdir = local_path(_WORKDIR.value, "`--workdir`")
         code = check_stopped_code(_STOPPED_CODE.value)
         settings = read_settings(config_flags.config_values())
-        settings = rate_search.keep_rate_of_run(settings, workdir)
+        settings = rate_record.keep_rate_of_run(settings, workdir)
         multihost.join(
             _COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value
         )

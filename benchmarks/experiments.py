@@ -32,6 +32,7 @@ from rwkv7_jax.test_time.distillation import distill
 from rwkv7_jax.test_time.grpo import grpo
 from rwkv7_jax.test_time.rollouts import RolloutSampler
 from rwkv7_jax.test_time.teacher import collect_traces
+from rwkv7_jax.training.costs import tree_size
 from rwkv7_jax.tuning.state_arithmetic import scaled
 
 Numbers = dict[str, Any]
@@ -319,7 +320,7 @@ def observing(steps: int = 1000, seed: int = 0, answers: float = 1.0) -> Numbers
         "accuracy": table,
         "ratio": ratio,
         "unexplained": float(loss(train.params, held_out)[1]["fvu"]),
-        "numbers": sum(leaf.size for leaf in jax.tree.leaves(train.params)),
+        "numbers": tree_size(train.params),
         "passed": ratio >= 0.85,
     }
 

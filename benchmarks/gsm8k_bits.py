@@ -46,6 +46,7 @@ from benchmarks.rate_search import schedule
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.evaluation.task_scores import QuestionScores
 from rwkv7_jax.generation.prefill import prefill_state
+from rwkv7_jax.training.costs import tree_size
 from rwkv7_jax.training.stacked_step import (
     create_stack,
     make_stacked_step,
@@ -99,11 +100,6 @@ class Method(NamedTuple):
     statistics: Any = None
 
 
-def count(tree: Any) -> int:
-    """Counts the numbers in a tree."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
 def state_method(kind: str, subject: Subject) -> Method:
     """Makes the method that tunes a start state, or an upscaled one."""
     model = subject.model
@@ -138,7 +134,7 @@ def state_method(kind: str, subject: Subject) -> Method:
 def low_rank_method(size: int, subject: Subject) -> Method:
     """Makes the method that tunes low-rank changes of at most so many numbers, rank 1 at least."""
     params = subject.params
-    each = count(text_table.low_rank_changes(params, 1, 0))
+    each = tree_size(text_table.low_rank_changes(params, 1, 0))
     rank = max(size // each, 1)
     zero = rwkv.init_state(subject.config)
     whole = rwkv.pretrain_loss(subject.model, l2wrap=0.0)
@@ -168,7 +164,7 @@ def method(kind: str, subject: Subject) -> Method:
         rwkv.pretrain_loss(subject.model, l2wrap=0.0),
         lambda steps: text_table.optimizer_of(WEIGHTS, schedule(steps)),
         lambda tuned: (tuned, zero),
-        count(subject.params),
+        tree_size(subject.params),
     )
 
 

@@ -36,6 +36,7 @@ from rwkv7_jax.data.token_streams import TokenStream
 from rwkv7_jax.evaluation.scoring import Score, score
 from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.reports import plots as pictures
+from rwkv7_jax.training.costs import tree_size
 from rwkv7_jax.tuning.read_statistics import state_statistics
 from rwkv7_jax.tuning.state_tuning import state_loss, trainable_mask
 
@@ -266,7 +267,7 @@ def numbers_of(kind: str) -> int:
     if isinstance(trained, rwkv.RWKV7State):
         upscaled = trained.upscaled
         trained = trained.wkv if upscaled is None else upscaled.memory
-    return sum(leaf.size for leaf in jax.tree.leaves(trained))
+    return tree_size(trained)
 
 
 class Runs:

@@ -54,14 +54,9 @@ from rwkv7_jax.checkpoints.tensor_names import Tensor
 from rwkv7_jax.checks import check_instance, prefix_errors
 from rwkv7_jax.local_paths import check_target, existing_path, local_path
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.model.state import (
-    DYNAMICS,
-    KINDS,
-    Features,
-    RWKV7State,
-    Upscaled,
-    check_state,
-)
+from rwkv7_jax.model.kernel_features import Features
+from rwkv7_jax.model.state import RWKV7State, check_state
+from rwkv7_jax.model.upscaled_memory import Upscaled, check_form
 
 SUFFIXES = (".pth", ".safetensors", ".st", ".state")
 
@@ -162,21 +157,7 @@ def _check_writable(state: RWKV7State, path: Path, config: RWKV7Config | None) -
         raise ValueError(
             f"`path` of an upscaled state must end in .safetensors; got {path}."
         )
-    _check_form(state.upscaled.dynamics, state.upscaled.features.kind)
-
-
-def _check_form(dynamics: Any, kind: Any) -> None:
-    """Raises unless an upscaled memory is of a form that can be read."""
-    if dynamics not in DYNAMICS:
-        choices = ", ".join(DYNAMICS)
-        raise ValueError(
-            f"`state.upscaled.dynamics` must be one of {choices}; got {dynamics!r}."
-        )
-    if kind not in KINDS:
-        choices = ", ".join(KINDS)
-        raise ValueError(
-            f"`state.upscaled.features.kind` must be one of {choices}; got {kind!r}."
-        )
+    check_form(state.upscaled.dynamics, state.upscaled.features.kind)
 
 
 def _finite_array(array: Any, dtype: np.dtype, name: str) -> np.ndarray:
@@ -301,7 +282,7 @@ def _load_upscaled(
                 f"load_state: `{sidecar(path)}` must give the upscaled state's {field}; got none."
             )
     with prefix_errors("load_state"), name_file(sidecar(path), "load_state"):
-        _check_form(table["dynamics"], table["kind"])
+        check_form(table["dynamics"], table["kind"])
     for name in _REQUIRED_LEAVES:
         if name not in tensors:
             raise ValueError(f"load_state: `{path}` has no {UPSCALED}{name}.")

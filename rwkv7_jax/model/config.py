@@ -5,7 +5,7 @@ import math
 from typing import Any, NamedTuple
 
 from pallas_kernels import IMPLEMENTATIONS
-from rwkv7_jax.checks import check_number, prefix_errors
+from rwkv7_jax.checks import check_choice, check_number, prefix_errors
 from rwkv7_jax.model import remat
 
 _DTYPES = ("float32", "bfloat16")
@@ -112,10 +112,10 @@ class RWKV7Config:
                 check_number(value, -math.inf, math.inf, f"`{name}`")
                 if not 0 < value < 1:
                     raise ValueError(f"`{name}` must lie between 0 and 1; got {value}.")
-        self._check_choice("dtype", _DTYPES)
-        self._check_choice("remat", remat.CHOICES)
-        if self.implementation is not None:
-            self._check_choice("implementation", tuple(IMPLEMENTATIONS))
+            check_choice(self.dtype, _DTYPES, "`dtype`")
+            check_choice(self.remat, remat.CHOICES, "`remat`")
+            if self.implementation is not None:
+                check_choice(self.implementation, IMPLEMENTATIONS, "`implementation`")
 
     def _check_positive(self, *names: str) -> None:
         for name in names:
@@ -125,13 +125,6 @@ class RWKV7Config:
                 raise ValueError(
                     f"RWKV7Config: `{name}` must be a positive integer; got {value!r}."
                 )
-
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, str) or value not in choices:
-            raise ValueError(
-                f"RWKV7Config: `{name}` must be one of {', '.join(choices)}; got {value!r}."
-            )
 
     @property
     def num_heads(self) -> int:

@@ -25,25 +25,7 @@ from rwkv7_jax.checks import (
     prefix_errors,
 )
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.model.kernel_features import KINDS, Features
-from rwkv7_jax.model.upscaled_memory import DYNAMICS, Upscaled
-
-__all__ = [
-    "DYNAMICS",
-    "KINDS",
-    "Features",
-    "LayerState",
-    "RWKV7State",
-    "Upscaled",
-    "check_state",
-    "init_state",
-    "layer_states",
-    "map_linear_leaves",
-    "repeat",
-    "select",
-    "stack",
-    "where_rows",
-]
+from rwkv7_jax.model.upscaled_memory import Upscaled, check_form
 
 
 # Not checked at run time, for the reason given at `Features`; `check_state` does it instead.
@@ -187,14 +169,7 @@ def _check_state(state: RWKV7State, batch: int, config: RWKV7Config) -> None:
 
 
 def _check_upscaled(upscaled: Upscaled, heads: tuple[int, ...]) -> None:
-    for name, value, choices in (
-        ("dynamics", upscaled.dynamics, DYNAMICS),
-        ("features.kind", upscaled.features.kind, KINDS),
-    ):
-        if value not in choices:
-            raise ValueError(
-                f"`state.upscaled.{name}` must be one of {', '.join(choices)}; got {value!r}."
-            )
+    check_form(upscaled.dynamics, upscaled.features.kind)
     form = upscaled.form
     if (upscaled.readout is not None) != form.replaces_wkv:
         needed = "given" if form.replaces_wkv else "None"

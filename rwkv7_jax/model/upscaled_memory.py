@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import WKVInputs
 from rwkv7_jax.array_types import Heads
 from rwkv7_jax.model.kernel_features import (
+    KINDS,
     Features,
     apply_per_head,
     kernel_features,
@@ -204,6 +205,23 @@ MEMORY_FORMS: dict[str, MemoryForm] = {
 }
 
 DYNAMICS = tuple(MEMORY_FORMS)
+
+
+def check_form(dynamics: Any, kind: Any) -> None:
+    """Raises unless an upscaled memory is of a form that can be read.
+
+    Args:
+        dynamics: of the memory.
+        kind: of its features.
+    """
+    for name, value, choices in (
+        ("dynamics", dynamics, DYNAMICS),
+        ("features.kind", kind, KINDS),
+    ):
+        if value not in choices:
+            raise ValueError(
+                f"`state.upscaled.{name}` must be one of {', '.join(choices)}; got {value!r}."
+            )
 
 
 # Not checked at run time, for the reason given at `Features`.

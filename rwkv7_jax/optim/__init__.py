@@ -11,10 +11,10 @@ from rwkv7_jax.optim.optimizer import (
     group_labels,
     group_table,
     learning_rate_schedule,
-    path_name,
     scale_by_factors,
 )
 from rwkv7_jax.optim.whitening import effective_rank
+from rwkv7_jax.sharding.layout import path_name
 
 __all__ = [
     "DecorrelationState",

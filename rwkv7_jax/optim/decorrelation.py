@@ -20,25 +20,14 @@ import optax
 from jax.typing import ArrayLike
 
 from rwkv7_jax.checks import check_choice, check_number, prefix_errors
+from rwkv7_jax.optim.optimizer import check_optimizer
 from rwkv7_jax.optim.whitening import (
     damped_covariance,
-    effective_rank,
     finite,
     online_update,
     per_matrix,
     recompute,
-    whitening,
 )
-
-__all__ = [
-    "METHODS",
-    "MODES",
-    "DecorrelationState",
-    "Decorrelator",
-    "decorrelate",
-    "effective_rank",
-    "whitening",
-]
 
 MODES = ("online", "exact", "whiten")
 
@@ -140,7 +129,7 @@ def decorrelate(
         normalise=False`); arXiv 2504.05097. Average, damping, clip and scale are ours.
     """
     with prefix_errors("decorrelate"):
-        _check_optimizer(inner)
+        check_optimizer(inner, "`inner`")
         rule = _Rule(
             mode=mode,
             rate=rate,
@@ -169,16 +158,6 @@ def decorrelate(
         return moves, state._replace(inner=inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _check_optimizer(inner: Any) -> None:
-    if isinstance(inner, type) or not (
-        hasattr(inner, "init") and hasattr(inner, "update")
-    ):
-        raise TypeError(
-            "`inner` must be an Optax transformation, such as optax.adam; "
-            f"got {type(inner).__name__}."
-        )
 
 
 class _Rule(NamedTuple):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from rwkv7_jax.checks import check_choice, check_count, check_number, prefix_errors
+from rwkv7_jax.sharding.layout import path_name
 
 
 class Group(NamedTuple):
@@ -48,9 +49,13 @@ KINDS = ("adamw", "muon")
 _MUON_RMS = 0.2
 
 
-def path_name(path) -> str:
-    """Joins a parameter's path into one string, such as "layers/att/w0"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+def check_optimizer(tx: Any, argument: str) -> None:
+    """Raises unless `tx` can initialise and update as Optax's transformations do."""
+    if isinstance(tx, type) or not (hasattr(tx, "init") and hasattr(tx, "update")):
+        kind = type(tx).__name__
+        raise TypeError(
+            f"{argument} must be an Optax transformation, such as optax.adam; got {kind}."
+        )
 
 
 def group(name: str) -> Group:

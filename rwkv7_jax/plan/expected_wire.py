@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from rwkv7_jax.plan.collectives import wire_bytes
-from rwkv7_jax.sharding.layout import FSDP, TENSOR, axes_of, leaf_name, spec
+from rwkv7_jax.sharding.layout import FSDP, TENSOR, axes_of, path_name, spec
 
 
 def expected_wire_bytes(
@@ -49,7 +49,7 @@ def expected_wire_bytes(
     rows = tokens * weights["emb"]["weight"].shape[-1] * jnp.dtype(dtype).itemsize
     total = _summed_bytes(weights, sizes, rows, recomputed)
     for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
-        name = leaf_name(path)
+        name = path_name(path)
         axes = _axes_that_cut(name, leaf, sizes)
         in_shards = FSDP in axes
         size = leaf.size * min(leaf.dtype.itemsize, jnp.dtype(dtype).itemsize)
@@ -69,7 +69,7 @@ def expected_wire_bytes(
         total += wire_bytes("all-reduce", devices // cut, own // cut)
     if not is_trained:
         for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
-            axes = _axes_that_cut(leaf_name(path), leaf, sizes)
+            axes = _axes_that_cut(path_name(path), leaf, sizes)
             cut = math.prod(sizes[axis] for axis in axes)
             size = math.prod(leaf.shape) * leaf.dtype.itemsize
             total += wire_bytes("all-reduce", devices // cut, size // cut)

@@ -7,7 +7,6 @@ from the newest checkpoint.
 
 import collections
 import contextlib
-import json
 import os
 import re
 import tempfile
@@ -19,12 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rwkv7_jax import sharding
-from rwkv7_jax.runs.agreement import (
-    broadcast_from_0,
-    is_single_process,
-    run_on_process_0,
-)
-from rwkv7_jax.runs.early_stopping import Progress, read_progress
+from rwkv7_jax.runs.early_stopping import Progress, RunProgress, read_progress
+from rwkv7_jax.runs.process_group import group_of_run, is_single_process
 from rwkv7_jax.runs.resume.run_identity import Identity
 from rwkv7_jax.runs.run_directory import (
     NullRunDirectory,
@@ -123,18 +118,18 @@ def open_run_directory(
         ValueError, ImportError, DiskError: as `OwnedRunDirectory`, in process 0.
         EndedElsewhere: in the others, then.
     """
+    group = group_of_run()
     with contextlib.ExitStack() as stack:
-        # `run_on_process_0` returns text alone: the directory gets out through this list.
-        owned: list[RunDirectory] = []
 
-        def open_it() -> str:
-            owned.append(stack.enter_context(OwnedRunDirectory(workdir, settings)))
-            return ""
+        def open_owned() -> RunDirectory | None:
+            if not group.is_primary:
+                return None
+            return stack.enter_context(OwnedRunDirectory(workdir, settings))
 
         # All processes meet here, so none goes on where process 0 cannot open the directory.
-        run_on_process_0(open_it)
-        if owned:
-            yield owned[0]
+        owned = group.run_in_all(open_owned)
+        if owned is not None:
+            yield owned
             return
         temporary = stack.enter_context(tempfile.TemporaryDirectory())
         nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
@@ -175,15 +170,19 @@ def restore(
     if sharding.is_shared(mesh):
         directory.share_checkpoints()
         return directory.restore(abstract, identity, init)
-    state: TrainState | None = None
+    group = group_of_run()
 
-    def restore_here() -> str:
-        nonlocal state
-        state, progress = directory.restore(abstract, identity, init)
-        return json.dumps(progress.to_json())
+    def restore_here() -> tuple[TrainState, Progress] | None:
+        if not group.is_primary:
+            return None
+        return directory.restore(abstract, identity, init)
 
-    progress = read_progress(json.loads(run_on_process_0(restore_here)))
-    if state is None:
+    restored = group.run_in_all(restore_here)
+    if restored is None:
         # Of the other processes' arrays only the shapes and dtypes count.
         state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
-    return broadcast_from_0(state), progress
+        progress = RunProgress()
+    else:
+        state, progress = restored
+    course = group.from_process_0(progress.to_json)
+    return group.broadcast_arrays(state), read_progress(course)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from rwkv7_jax.evaluation.metric import logged_metric
-from rwkv7_jax.runs.agreement import deciding_about
 from rwkv7_jax.runs.early_stopping import Progress, RunProgress
 from rwkv7_jax.runs.exit_codes import (
     DiskError,
@@ -13,10 +12,11 @@ from rwkv7_jax.runs.exit_codes import (
     warn,
 )
 from rwkv7_jax.runs.modes.base import TrainingMode
+from rwkv7_jax.runs.modes.single_state import SingleStateMode
 from rwkv7_jax.runs.modes.stack import StackMode
-from rwkv7_jax.runs.modes.state_mode import StateTuningMode
 from rwkv7_jax.runs.monitoring.run_plots import draw
 from rwkv7_jax.runs.process import StopSignals
+from rwkv7_jax.runs.process_group import group_of_mesh
 from rwkv7_jax.runs.resume.run_identity import Identity
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.settings import EvaluationSettings
@@ -155,7 +155,7 @@ def _is_kept(
     A state whose rate was found is not saved then. One whose rate was named is: it is what was
     asked for.
     """
-    if not isinstance(mode, StateTuningMode):
+    if not isinstance(mode, SingleStateMode):
         return True
     if mode.settings.finds_rate and mode.found_rate is None:
         print(f"no state is saved{name and f' for {name}'}: no rate was found for it")
@@ -190,7 +190,7 @@ def save_result(
     last = int(state.step)
     params = final_params(mode, state, progress, folder, identity)
     # By the first process, which has the log.
-    without, given_up, kept = deciding_about(mode.mesh).on_first(
+    without, given_up, kept = group_of_mesh(mode.mesh).from_process_0(
         lambda: _left_out(mode, progress, folder, last)
     )
     if kept:
@@ -236,7 +236,7 @@ def _write_result(
         except OSError as error:
             raise DiskError(f"the result cannot be written: {error}.") from None
 
-    result = deciding_about(mode.mesh).everywhere(save)
+    result = group_of_mesh(mode.mesh).run_in_all(save)
     print(f"saved {result}")
     try:
         draw(folder, mode, params)

@@ -18,12 +18,12 @@ from rwkv7_jax.local_paths import require_unicode
 from rwkv7_jax.reports.html_report import write_report
 from rwkv7_jax.reports.metric_writers import JSONL, MetricFiles
 from rwkv7_jax.reports.system_info import system
-from rwkv7_jax.runs.agreement import Together
 from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.exit_codes import DiskError, warn
+from rwkv7_jax.runs.process_group import AllProcesses
 from rwkv7_jax.runs.resume.backup import STEPS, Backup
-from rwkv7_jax.runs.resume.checkpoint_store import CheckpointStore, NullCheckpoints
-from rwkv7_jax.runs.resume.checkpointer import Checkpoints
+from rwkv7_jax.runs.resume.checkpoint_store import CheckpointStore, NullCheckpointer
+from rwkv7_jax.runs.resume.checkpointer import Checkpointer
 from rwkv7_jax.runs.resume.run_identity import (
     Identity,
     flat_settings,
@@ -68,10 +68,10 @@ class RunDirectory(abc.ABC):
             EndedElsewhere: another process does not.
         """
 
-    def _meet(self) -> Together:
+    def _group_that_shares(self) -> AllProcesses:
         """Checks that all processes see one directory; as `share_checkpoints`."""
-        together = Together()
-        holder = together.on_first(self._holder)
+        group = AllProcesses()
+        holder = group.from_process_0(self._holder)
 
         def find() -> None:
             # By the lock of the first process: any machine may have a directory of that name.
@@ -82,8 +82,8 @@ class RunDirectory(abc.ABC):
                     f"{jax.process_index()} does not see that of process 0."
                 )
 
-        together.everywhere(find)
-        return together
+        group.run_in_all(find)
+        return group
 
     def _holder(self) -> str:
         """Returns what the lock of the run's directory says; empty where there is none."""
@@ -138,7 +138,7 @@ class OwnedRunDirectory(RunDirectory):
     and at the end of the run `report.html`.
     """
 
-    checkpoints: Checkpoints
+    checkpoints: Checkpointer
 
     def __init__(self, path: str | Path, settings: Settings):
         """Makes or opens the directory and takes its lock; nothing here is slow.
@@ -187,7 +187,7 @@ class OwnedRunDirectory(RunDirectory):
             protected = self._protect_steps(places, before, values)
             self._write_settings(values)
             self._metrics = MetricFiles(self.path, also=settings.trackers)
-            self.checkpoints = Checkpoints(
+            self.checkpoints = Checkpointer(
                 places, settings, protected=protected, backup=self._backup
             )
             # Nothing failed: the lock is ours until `__exit__`.
@@ -294,7 +294,7 @@ class OwnedRunDirectory(RunDirectory):
         Raises:
             EndedElsewhere: another process does not see the directory.
         """
-        self.checkpoints.decide_by(self._meet())
+        self.checkpoints.share_with(self._group_that_shares())
 
     def restore(
         self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
@@ -411,7 +411,7 @@ class NullRunDirectory(RunDirectory):
         """
         self.path = path
         self.workdir = workdir
-        self.checkpoints = NullCheckpoints()
+        self.checkpoints = NullCheckpointer()
         self._settings = settings
 
     def share_checkpoints(self) -> None:
@@ -421,8 +421,8 @@ class NullRunDirectory(RunDirectory):
             ValueError: this process does not see the directory of the first one.
             EndedElsewhere: another process does not.
         """
-        self.checkpoints = Checkpoints(
-            self.workdir / STEPS, self._settings, deciding=self._meet()
+        self.checkpoints = Checkpointer(
+            self.workdir / STEPS, self._settings, group=self._group_that_shares()
         )
 
     def restore(

@@ -73,8 +73,8 @@ class Undivided(NamedTuple):
     axis: str
 
 
-def leaf_name(path: tuple) -> str:
-    """Returns a leaf's path as one string, such as "params/layers/att/w1"."""
+def path_name(path: tuple) -> str:
+    """Joins a leaf's path into one string, such as "params/layers/att/w1"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -133,7 +133,7 @@ def spec(name: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Partiti
 def specs(sizes: Mapping[str, int], tree: Any) -> Any:
     """Returns a tree of the `spec` of each leaf; leaves are arrays, tracers or shapes."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: spec(leaf_name(path), leaf.shape, sizes), tree
+        lambda path, leaf: spec(path_name(path), leaf.shape, sizes), tree
     )
 
 
@@ -185,7 +185,7 @@ def undivided(mesh: Mesh, tree: Any) -> list[Undivided]:
     """Lists the leaves that the table would shard but whose sizes the mesh does not divide."""
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = leaf_name(path)
+        name = path_name(path)
         for axes, size in zip(_axes(name, len(leaf.shape)), leaf.shape, strict=True):
             _, dropped = _divide(size, axes, mesh.shape)
             for axis in dropped:

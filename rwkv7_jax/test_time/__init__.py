@@ -14,8 +14,8 @@ from rwkv7_jax.test_time.losses import (
     distillation_loss,
     policy_loss,
 )
-from rwkv7_jax.test_time.policy_batches import PolicyBatch, make_policy_batch
 from rwkv7_jax.test_time.questions import QuestionSet, find_verifier, read_questions
+from rwkv7_jax.test_time.rewarded_rollouts import PolicyBatch, make_policy_batch
 from rwkv7_jax.test_time.rewards import (
     AdvantageRule,
     RewardFunction,

@@ -28,7 +28,7 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.sharding import to_host
 from rwkv7_jax.test_time.losses import PolicyLoss, drawn_logps, policy_loss
-from rwkv7_jax.test_time.policy_batches import (
+from rwkv7_jax.test_time.rewarded_rollouts import (
     PolicyBatch,
     replace_groups,
     weigh,

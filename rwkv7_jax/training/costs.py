@@ -15,7 +15,7 @@ import jax
 
 from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.training.head_loss import CHUNK
+from rwkv7_jax.training.token_pieces import CHUNK
 
 # Operations on a head's N x N state per token, in units of N^2: decay 1, removal 2 and its write 2,
 # the value's write 2, read-out 2.
@@ -132,6 +132,11 @@ class Memory:
 
 def _activation_bytes(config: RWKV7Config) -> int:
     return 2 if config.dtype == "bfloat16" else 4
+
+
+def tree_size(tree: Any) -> int:
+    """Counts the numbers in a tree of arrays, or of their shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def _parameter_counts(config: RWKV7Config) -> tuple[int, int]:

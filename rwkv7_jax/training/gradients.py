@@ -11,12 +11,9 @@ from jaxtyping import Array, Float
 
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.sharding import constrain_rows
-from rwkv7_jax.training.losses import (
-    Metrics,
-    PerToken,
-    nan_where_all_zero,
-    target_shares,
-)
+from rwkv7_jax.sharding.layout import path_name
+from rwkv7_jax.training.head_loss import PerToken
+from rwkv7_jax.training.losses import Metrics, nan_where_all_zero, target_shares
 
 Scalar = Float[Array, ""]
 
@@ -118,7 +115,7 @@ def _check_rows(batch: Any, accumulate: int) -> None:
         # The loss gets the batch as it is, with whatever the user's own arrays are.
         return
     for path, array in jax.tree_util.tree_leaves_with_path(batch):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = path_name(path)
         if not array.ndim:
             raise ValueError(
                 f"make_train_step: the batch's {name} must have rows where `accumulate` is above "
@@ -139,7 +136,7 @@ def _check_reads_weights(jaxpr: Any, piece: Any) -> None:
     """
     names = []
     for path, _ in jax.tree_util.tree_leaves_with_path(piece):
-        names.append(jax.tree_util.keystr(path, simple=True, separator="/"))
+        names.append(path_name(path))
     # A compiled function inside of the loss gets arrays that it may not read: it is looked into.
     _, is_used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     # The piece is the last argument.

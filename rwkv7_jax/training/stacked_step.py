@@ -30,6 +30,7 @@ from rwkv7_jax.sharding import (
     specs,
     use_mesh,
 )
+from rwkv7_jax.sharding.layout import path_name
 from rwkv7_jax.training.gradients import cut_rows
 from rwkv7_jax.training.losses import Loss
 from rwkv7_jax.training.shared_pass import can_share_pass
@@ -274,7 +275,7 @@ def _check_no_shared_heads(mesh: Mesh | None) -> None:
 def _check_rows(batch: Any, sets: int) -> None:
     for path, array in jax.tree_util.tree_leaves_with_path(batch):
         if array.shape[0] % sets:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            name = path_name(path)
             raise ValueError(
                 f"make_stacked_step: `rates` must have as many numbers as share the "
                 f"{array.shape[0]} rows of the batch's {name} evenly; got {sets}."

@@ -28,6 +28,7 @@ from rwkv7_jax.checks import (
     check_instance,
     prefix_errors,
 )
+from rwkv7_jax.optim.optimizer import check_optimizer
 from rwkv7_jax.sharding import constrain_layout, place, use_mesh
 from rwkv7_jax.training.gradients import compute_gradients, with_weights
 from rwkv7_jax.training.losses import Loss, Metrics, nan_where_all_zero
@@ -67,7 +68,7 @@ class TrainState:
         """
         with prefix_errors("TrainState.create"):
             _check_parameters(params)
-            check_optimizer(tx)
+            check_optimizer(tx, "`tx`")
         params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
         return cls(
             step=jnp.zeros((), jnp.int32),
@@ -107,15 +108,6 @@ def _naming_optimizer(*arguments: Any) -> Iterator[None]:
         raise TypeError(
             f"`tx` must make updates from gradients, parameters and the loss's value; {error}."
         ) from error
-
-
-def check_optimizer(tx: Any) -> None:
-    """Raises unless `tx` can initialise and update as Optax's transformations do."""
-    if isinstance(tx, type) or not (hasattr(tx, "init") and hasattr(tx, "update")):
-        kind = type(tx).__name__
-        raise TypeError(
-            f"`tx` must be an Optax transformation, such as optax.adam; got {kind}."
-        )
 
 
 def _check_parameters(params: Any) -> None:
@@ -231,7 +223,7 @@ def check_step_arguments(
         ValueError: pieces below 1, or a mesh with axes of another type than `AxisType.Auto`.
     """
     loss = as_partial(loss, "`loss`")
-    check_optimizer(tx)
+    check_optimizer(tx, "`tx`")
     if statistics is not None:
         statistics = as_partial(statistics, "`statistics`")
     check_count(accumulate, 1, "`accumulate`")

@@ -17,9 +17,13 @@ from rwkv7_jax.checks import (
     check_seed,
     prefix_errors,
 )
-from rwkv7_jax.model.kernel_features import kernel_features, unit_vectors
-from rwkv7_jax.model.state import DYNAMICS, KINDS, Features
-from rwkv7_jax.model.upscaled_memory import MEMORY_FORMS
+from rwkv7_jax.model.kernel_features import (
+    KINDS,
+    Features,
+    kernel_features,
+    unit_vectors,
+)
+from rwkv7_jax.model.upscaled_memory import DYNAMICS, MEMORY_FORMS
 from rwkv7_jax.optim.whitening import whitening
 
 LANDMARKS = ("random", "kmeans")

@@ -24,8 +24,8 @@ from rwkv7_jax.model.block import RECURRENCE
 from rwkv7_jax.model.kernel_features import kernel_features
 from rwkv7_jax.model.recurrence import LayerTrace, wkv7_sharded, wkv_inputs_of
 from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import RWKV7State, Upscaled, check_whole_state, repeat
-from rwkv7_jax.model.upscaled_memory import RecurrentMemory
+from rwkv7_jax.model.state import RWKV7State, check_whole_state, repeat
+from rwkv7_jax.model.upscaled_memory import RecurrentMemory, Upscaled
 from rwkv7_jax.optim.decorrelation import METHODS, Decorrelator, Method, decorrelate
 from rwkv7_jax.training.losses import loss_weights
 from rwkv7_jax.tuning.state_tuning import check_leaves, trainable_mask

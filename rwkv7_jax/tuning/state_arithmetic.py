@@ -13,12 +13,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from rwkv7_jax.checks import as_array, check_instance, check_number, prefix_errors
-from rwkv7_jax.model.state import (
-    RWKV7State,
-    Upscaled,
-    check_whole_state,
-    map_linear_leaves,
-)
+from rwkv7_jax.model.state import RWKV7State, check_whole_state, map_linear_leaves
+from rwkv7_jax.model.upscaled_memory import Upscaled
 
 # Trained numbers for each fact of 5 bits that tuning of 300 to 1000 steps stored in toy models:
 # 64 facts in 2,048 numbers, 129 in 4,096, 394 in 8,192, 628 in 16,384, 876 in 32,768. Bounds around

@@ -23,16 +23,11 @@ from rwkv7_jax.checks import (
 )
 from rwkv7_jax.model.block import RECURRENCE
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.kernel_features import KINDS, Features
 from rwkv7_jax.model.recurrence import LayerTrace, wkv_inputs_of
 from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import (
-    KINDS,
-    Features,
-    RWKV7State,
-    Upscaled,
-    init_state,
-)
-from rwkv7_jax.model.upscaled_memory import MEMORY_FORMS, RecurrentMemory
+from rwkv7_jax.model.state import RWKV7State, init_state
+from rwkv7_jax.model.upscaled_memory import MEMORY_FORMS, RecurrentMemory, Upscaled
 from rwkv7_jax.sharding import to_host
 from rwkv7_jax.tuning.calibration import (
     LANDMARKS,
@@ -66,7 +61,7 @@ def empty_memory(
 
     Args:
         features: of `calibrate`; their landmarks [L 1 H M N] have its sizes.
-        dynamics: of `state.DYNAMICS`.
+        dynamics: of `model.DYNAMICS`.
         seed: of the fixed map by which the paper's form is read; other dynamics have none.
     """
     layers, _, heads, width, size = features.landmarks.shape
@@ -190,9 +185,9 @@ def upscale(
         params: all weights.
         tokens: text of the kind that will be tuned on; some thousand tokens.
         size: features of a head (M); 0 takes four times the head size.
-        dynamics: of `state.DYNAMICS`. "static" never fades and is shared by all sequences; "decay"
+        dynamics: of `model.DYNAMICS`. "static" never fades and is shared by all sequences; "decay"
             fades with the mean decay; "delta" is erased where the context writes.
-        kind: of `state.KINDS`; None takes "gaussian", or "gaussian_raw" in the paper's form.
+        kind: of `model.KINDS`; None takes "gaussian", or "gaussian_raw" in the paper's form.
         landmarks: "random" or "kmeans".
         widths: factors on 1 / the median squared distance, given to the landmarks in turn; None
             takes 1, 4 and 16, or 1 alone where `prepare` is "none".

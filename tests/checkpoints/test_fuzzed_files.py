@@ -22,7 +22,8 @@ from rwkv7_jax.checkpoints.model_files import load_model, save_model
 from rwkv7_jax.checkpoints.state_files import load_state, save_state
 from rwkv7_jax.data.token_cache import open_cache, write_cache
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.model.state import Features, Upscaled
+from rwkv7_jax.model.kernel_features import Features
+from rwkv7_jax.model.upscaled_memory import Upscaled
 from rwkv7_jax.observer.files import load_observer, save_observer
 from rwkv7_jax.observer.observer import init_observer
 from rwkv7_jax.text.tokenizer import Tokenizer

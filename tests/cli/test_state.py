@@ -9,7 +9,8 @@ from rwkv7_jax.checkpoints import load_state, read_sidecar, save_state
 from rwkv7_jax.checkpoints.model_files import model_hash, save_model
 from rwkv7_jax.cli.commands import main
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.model.state import Features, init_state
+from rwkv7_jax.model.kernel_features import Features
+from rwkv7_jax.model.state import init_state
 from rwkv7_jax.tuning.upscaling import empty_memory
 
 # One layer compiles fastest; 257 ids are single bytes.

@@ -14,8 +14,9 @@ from tiny_models import lively, random_state, restated, tokens
 from tolerances import MODEL_BFLOAT16, SAME, assert_close, assert_trees_close
 
 from rwkv7_jax.model import layers
+from rwkv7_jax.model.block import TRACE
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.model.rwkv7 import RWKV7, TRACE
+from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state, select
 
 LENGTH = 6

@@ -10,9 +10,8 @@ import pytest
 from tiny_models import CONFIG, random_state
 from upscaled_states import ADDITIVE, SIZE, empty_state, filled
 
+from rwkv7_jax.model.kernel_features import KINDS
 from rwkv7_jax.model.state import (
-    DYNAMICS,
-    KINDS,
     RWKV7State,
     check_state,
     init_state,
@@ -22,7 +21,7 @@ from rwkv7_jax.model.state import (
     stack,
     where_rows,
 )
-from rwkv7_jax.model.upscaled_memory import MEMORY_FORMS
+from rwkv7_jax.model.upscaled_memory import DYNAMICS, MEMORY_FORMS
 from rwkv7_jax.training.train_step import TrainState
 
 ROWS = 4

@@ -14,8 +14,8 @@ from pallas_kernels import platforms
 from rwkv7_jax.model import layers
 from rwkv7_jax.model.int8_weights import quantize
 from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import DYNAMICS
 from rwkv7_jax.model.unrolled import join_states, read_token, split_params, split_state
+from rwkv7_jax.model.upscaled_memory import DYNAMICS
 
 # Of this rank the gate's product is computed in two halves for GPUs.
 CONFIG = dataclasses.replace(tiny_models.SCANNED, gate_rank=101)

@@ -20,7 +20,8 @@ from decorrelation_problems import (
 )
 from tolerances import FORMULA, assert_close
 
-from rwkv7_jax.optim.decorrelation import MODES, decorrelate, whitening
+from rwkv7_jax.optim.decorrelation import MODES, decorrelate
+from rwkv7_jax.optim.whitening import whitening
 
 
 def published(r, c, rate, kappa, *, columns=False):

@@ -15,8 +15,8 @@ from rwkv7_jax.optim.optimizer import (
     group_labels,
     group_table,
     learning_rate_schedule,
-    path_name,
 )
+from rwkv7_jax.sharding.layout import path_name
 
 MATRICES = {f"att/{name}/weight" for name in ("receptance", "key", "value", "output")}
 MATRICES |= {"ffn/key/weight", "ffn/value/weight"}

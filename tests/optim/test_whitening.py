@@ -7,7 +7,7 @@ import pytest
 from decorrelation_problems import M, covariance, normalised, whitened
 from tolerances import FORMULA, assert_close
 
-from rwkv7_jax.optim.decorrelation import effective_rank, whitening
+from rwkv7_jax.optim.whitening import effective_rank, whitening
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from rwkv7_jax.checkpoints.state_files import load_state
 from rwkv7_jax.evaluation.metric import Metric
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.runs.exit_codes import Stopped
-from rwkv7_jax.runs.modes.state_tuning import StateMode
-from rwkv7_jax.test_time.policy_batches import PolicyBatch
+from rwkv7_jax.runs.modes.state_tuning import StateTuningMode
+from rwkv7_jax.test_time.rewarded_rollouts import PolicyBatch
 
 # Without the checks of array shapes, as users run it.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]
@@ -181,7 +181,7 @@ def test_with_patience_the_result_is_the_best_steps(
     def ended_with(values, folder, **changes):
         left = iter(values)
         monkeypatch.setattr(
-            StateMode,
+            StateTuningMode,
             "evaluate",
             lambda mode, params: {"held_out_nats": Metric.of(next(left), "nats")},
         )

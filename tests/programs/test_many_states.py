@@ -13,7 +13,7 @@ from rwkv7_jax.checkpoints.state_files import load_state
 from rwkv7_jax.evaluation.metric import Metric
 from rwkv7_jax.runs.exit_codes import NotFinite, Stopped
 from rwkv7_jax.runs.modes.stack import StackMode, state_sources
-from rwkv7_jax.runs.modes.state_tuning import StateMode
+from rwkv7_jax.runs.modes.state_tuning import StateTuningMode
 
 # Without the checks of array shapes, as users run it.
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -91,7 +91,7 @@ def test_each_states_result_is_its_own_best_step(
         value = values[path][counts[path] - 1]
         return {"held_out_nats": Metric.of(value, "nats")}
 
-    monkeypatch.setattr(StateMode, "evaluate", evaluate)
+    monkeypatch.setattr(StateTuningMode, "evaluate", evaluate)
     choices = {"evaluation__every": 1, "evaluation__patience": 2, "keep_every": 1}
     train_here(stack_settings(base_model, **choices), tmp_path)
     found = saved(tmp_path)

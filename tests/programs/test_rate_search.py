@@ -10,9 +10,9 @@ from smallest_runs import mode_settings
 from rwkv7_jax.checkpoints.state_files import load_state
 from rwkv7_jax.evaluation.metric import Metric
 from rwkv7_jax.runs.exit_codes import Stopped
-from rwkv7_jax.runs.modes.rate_search import RateSearchMode
-from rwkv7_jax.runs.modes.state_tuning import StateMode
-from rwkv7_jax.runs.rate_search import RECORD, keep_rate_of_run
+from rwkv7_jax.runs.modes.rate_stack import RateStackMode
+from rwkv7_jax.runs.modes.state_tuning import StateTuningMode
+from rwkv7_jax.runs.rate_record import RECORD, keep_rate_of_run
 
 # Without the checks of array shapes, as users run it.
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -41,7 +41,7 @@ def graded(monkeypatch, values):
     """Makes searches find these losses: without a state, then at each rate."""
     left = iter(values)
     monkeypatch.setattr(
-        StateMode,
+        StateTuningMode,
         "losses",
         lambda mode, params, windows: {"held_out_nats": Metric.of(next(left), "nats")},
     )
@@ -119,7 +119,7 @@ def ends_worse(monkeypatch):
     """Makes every evaluation worse than the one before."""
     count = iter(range(100))
     monkeypatch.setattr(
-        StateMode,
+        StateTuningMode,
         "evaluate",
         lambda mode, params: {"held_out_nats": Metric.of(1.0 + next(count), "nats")},
     )
@@ -170,4 +170,4 @@ def test_only_states_that_are_tuned_on_text_find_a_rate(base_model):
     assert not mode_settings("state", base_model).finds_rate
     pretrain = mode_settings("pretrain", base_model, optimizer__learning_rate=None)
     assert not pretrain.finds_rate and pretrain.optimizer.learning_rate == 6e-4
-    assert RateSearchMode.measures_start is False
+    assert RateStackMode.measures_start is False

@@ -20,7 +20,7 @@ from run_programs import ROOT, devices
 from tolerances import assert_close
 
 from rwkv7_jax.checkpoints import import_orbax
-from rwkv7_jax.runs.resume.checksums import leaf_name
+from rwkv7_jax.sharding.layout import path_name
 
 pytestmark = pytest.mark.slow
 
@@ -103,5 +103,5 @@ def test_a_run_written_before_is_resumed_with_the_same_numbers(
     )
     golden = np.load(ROOT / "tests" / "golden" / "runs" / f"{name}_step_4.npz")
     for path, leaf in jax.tree.leaves_with_path(numbers):
-        assert_close(leaf, golden[leaf_name(path)], bar, leaf_name(path))
+        assert_close(leaf, golden[path_name(path)], bar, path_name(path))
     assert written["course"] == expected["course"]

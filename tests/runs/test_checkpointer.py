@@ -25,7 +25,7 @@ from rwkv7_jax.checkpoints.orbax_import import import_orbax
 from rwkv7_jax.runs.early_stopping import RunProgress
 from rwkv7_jax.runs.exit_codes import DiskError, NoValidCheckpoint
 from rwkv7_jax.runs.resume import step_directories
-from rwkv7_jax.runs.resume.checkpoint_store import NullCheckpoints
+from rwkv7_jax.runs.resume.checkpoint_store import NullCheckpointer
 
 
 def restored_step(folder, **settings):
@@ -238,7 +238,7 @@ def test_orbax_still_changes_a_step_after_its_last_hook(tmp_path):
 
 
 def test_a_process_without_checkpoints_saves_nothing_and_loads_nothing():
-    checkpoints = NullCheckpoints()
+    checkpoints = NullCheckpointer()
     state = train_state(3)
     checkpoints.save(state, PROGRESS, IDENTITY)
     checkpoints.poll()

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from rwkv7_jax.runs.resume.checksums import (
     changed_leaves,
     leaf_checksums,
-    leaf_name,
     tree_checksum,
 )
+from rwkv7_jax.sharding.layout import path_name
 from rwkv7_jax.training.train_step import TrainState
 
 DTYPES = ("float32", "bfloat16", "float16", "int32", "uint8", "bool")
@@ -129,7 +129,7 @@ def test_leaves_are_named_by_their_path_without_brackets_or_quotes():
     train = TrainState(
         step=count, params=params, opt_state=Pair(count, {"mu": count}), skipped=count
     )
-    names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(train)]
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(train)]
     assert names == [
         "step",
         "params/head/0",

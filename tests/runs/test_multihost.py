@@ -11,9 +11,9 @@ from smallest_runs import save_base_model
 from tolerances import SAME, assert_close
 
 from rwkv7_jax.checkpoints.state_files import load_state
-from rwkv7_jax.runs.agreement import run_on_process_0
 from rwkv7_jax.runs.exit_codes import EndedElsewhere, exit_code
 from rwkv7_jax.runs.multihost import HEARTBEAT_SECONDS, join
+from rwkv7_jax.runs.process_group import group_of_run
 from rwkv7_jax.runs.resume.step_directories import step_numbers
 from rwkv7_jax.tuning.rate_search import RATES
 
@@ -131,7 +131,7 @@ def test_a_process_that_does_not_say_which_it_is_is_refused(
 
 
 def test_a_single_process_asks_nobody():
-    assert run_on_process_0(lambda: "done") == "done"
+    assert group_of_run().from_process_0(lambda: "done") == "done"
     assert exit_code(EndedElsewhere("no", 3)) == 3
 
 

@@ -10,7 +10,7 @@ from smallest_runs import mode_settings, save_base_model
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.runs.datasets import TrainingData
 from rwkv7_jax.runs.input_pipeline import BatchSource
-from rwkv7_jax.runs.modes.rate_search import RateSearchMode
+from rwkv7_jax.runs.modes.rate_stack import RateStackMode
 from rwkv7_jax.runs.modes.registry import make_mode
 from rwkv7_jax.test_time.prompt_share import PromptShare
 
@@ -77,7 +77,7 @@ def modes(folder):
         "search": mode_settings("state", base, data__batch_size=8, **search),
     }
     made = {name: make_mode(one, folder) for name, one in settings.items()}
-    made["search"] = RateSearchMode(made["search"])
+    made["search"] = RateStackMode(made["search"])
     # Of the search: four for each rate.
     return {name: (mode, 12 if name == "states" else 4) for name, mode in made.items()}
 

@@ -15,7 +15,7 @@ from rwkv7_jax.checkpoints.param_tree import tree_path
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.runs.modes.model_setup import init_weights
-from rwkv7_jax.sharding.layout import leaf_name, spec
+from rwkv7_jax.sharding.layout import path_name, spec
 from rwkv7_jax.training.train_step import TrainState
 
 SIZES = {"data": 2, "fsdp": 4}
@@ -97,7 +97,7 @@ def test_a_mesh_that_does_not_divide_the_heads_is_refused_at_every_door():
 
 def test_every_matrix_of_a_model_is_sharded_and_no_vector():
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes()):
-        name = leaf_name(path)
+        name = path_name(path)
         own = leaf.ndim - name.startswith("layers")
         is_matrix = own == 2 and not name.endswith("r_k")
         sharded = "fsdp" in tuple(spec(name, (4096,) * leaf.ndim, SIZES))
@@ -107,7 +107,7 @@ def test_every_matrix_of_a_model_is_sharded_and_no_vector():
 def test_official_names_have_the_paths_of_the_table():
     names = tensor_names.shapes(CONFIG)
     paths = {
-        leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes())
+        path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes())
     }
     assert {"/".join(tree_path(name)) for name in names} == paths
 

@@ -11,7 +11,7 @@ from eight_devices import LENGTH, MESHES, ROWS, SIZES, weights
 from run_programs import ROOT
 
 from rwkv7_jax import sharding
-from rwkv7_jax.sharding.layout import leaf_name, spec
+from rwkv7_jax.sharding.layout import path_name, spec
 
 pytestmark = pytest.mark.slow
 
@@ -118,7 +118,7 @@ def test_no_gradient_travels_between_heads(measured):
     replicated = {
         leaf.size
         for path, leaf in jax.tree_util.tree_leaves_with_path(weights())
-        if sharding.TENSOR not in spec(leaf_name(path), leaf.shape, {"tensor": 2})
+        if sharding.TENSOR not in spec(path_name(path), leaf.shape, {"tensor": 2})
     }
     for trained in ("state", "weights"):
         found = measured[f"{trained}, tensor 2"]["collectives"]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rwkv7_jax.runs.early_stopping import RunProgress
-from rwkv7_jax.runs.resume.checkpointer import Checkpoints
+from rwkv7_jax.runs.resume.checkpointer import Checkpointer
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.training.train_step import TrainState
 
@@ -34,9 +34,9 @@ def new_state() -> TrainState:
     return train_state(0)
 
 
-def open_checkpoints(folder: Path, **settings) -> Checkpoints:
+def open_checkpoints(folder: Path, **settings) -> Checkpointer:
     """Opens the folder as a run with these settings does."""
-    return Checkpoints(folder, Settings(**settings))
+    return Checkpointer(folder, Settings(**settings))
 
 
 def save_steps(

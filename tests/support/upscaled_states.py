@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from tiny_models import CONFIG
 
-from rwkv7_jax.model.state import Features, init_state
+from rwkv7_jax.model.kernel_features import Features
+from rwkv7_jax.model.state import init_state
 from rwkv7_jax.tuning.upscaling import empty_memory
 
 ADDITIVE = ("static", "decay", "delta")

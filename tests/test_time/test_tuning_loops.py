@@ -14,7 +14,7 @@ from rwkv7_jax.test_time.distillation import distill
 from rwkv7_jax.test_time.expert_iteration import expert_iteration
 from rwkv7_jax.test_time.grpo import grpo
 from rwkv7_jax.test_time.losses import distillation_loss, policy_loss
-from rwkv7_jax.test_time.policy_batches import make_policy_batch
+from rwkv7_jax.test_time.rewarded_rollouts import make_policy_batch
 from rwkv7_jax.test_time.rewards import advantages
 from rwkv7_jax.test_time.rollouts import RolloutSampler
 from rwkv7_jax.test_time.traces import TokenBudget, Trace

@@ -12,7 +12,7 @@ from rwkv7_jax.test_time import (
     advantages,
     make_policy_batch,
 )
-from rwkv7_jax.test_time.policy_batches import replace_groups
+from rwkv7_jax.test_time.rewarded_rollouts import replace_groups
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 

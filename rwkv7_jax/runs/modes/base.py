@@ -22,7 +22,11 @@ from rwkv7_jax.optim.decorrelation import Decorrelator
 from rwkv7_jax.runs.early_stopping import Progress, RunProgress
 from rwkv7_jax.runs.evaluators import PredictionEvaluator, retention_paths
 from rwkv7_jax.runs.input_pipeline import BatchSource
-from rwkv7_jax.runs.modes.optimizer import RateAt, make_optimizer, with_rate
+from rwkv7_jax.runs.modes.scheduled_optimizer import (
+    RateAt,
+    schedule_and_optimizer,
+    with_rate,
+)
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.training.costs import (
@@ -171,7 +175,7 @@ class TrainingMode(abc.ABC):
         if self.found_rate is not None:
             settings = with_rate(settings, self.found_rate)
         updates = self.updates_per_step
-        learning_rate, tx = make_optimizer(
+        learning_rate, tx = schedule_and_optimizer(
             settings, total_steps=updates * self.settings.steps
         )
 
@@ -367,8 +371,3 @@ def readable_text(tokenizer: Tokenizer, ids: Iterable[Any]) -> str:
         except ValueError:
             pieces.append(f"<{int(number)}>".encode())
     return b"".join(pieces).decode("utf-8", errors="replace")
-
-
-def count(tree: Any) -> int:
-    """Counts the numbers in a tree."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -15,7 +15,7 @@ from rwkv7_jax.checkpoints.model_vocabulary import model_tokenizer
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
-from rwkv7_jax.runs.agreement import deciding_about
+from rwkv7_jax.runs.process_group import group_of_mesh
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -58,7 +58,7 @@ def load_or_init(
 
     # The hash of a model in 8 bits may need all processes, and then none may end before.
     waits = weights is not None
-    params, config = load() if waits else deciding_about(mesh).everywhere(load)
+    params, config = load() if waits else group_of_mesh(mesh).run_in_all(load)
     # Refused rather than ignored: the run would not be the one that the settings describe.
     fixed = [name for name in changes if name not in _CHANGEABLE]
     if fixed:

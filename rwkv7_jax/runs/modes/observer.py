@@ -20,9 +20,9 @@ from rwkv7_jax.observer.loss import observer_loss
 from rwkv7_jax.observer.observer import Observer, init_observer, propose, state_moments
 from rwkv7_jax.observer.prompt_splits import add_prompt_splits, count_answers
 from rwkv7_jax.runs.datasets import held_out
-from rwkv7_jax.runs.modes.base import count
 from rwkv7_jax.runs.modes.dataset import DatasetMode
 from rwkv7_jax.runs.modes.model_setup import load_frozen, tokenizer_of
+from rwkv7_jax.training.costs import tree_size
 
 # The start states whose continuations are measured, and the names they have in logs: of the
 # observer's proposal, of the teacher after it has read the prompt itself, and of zeros.
@@ -118,7 +118,7 @@ class ObserverMode(DatasetMode):
 
     def trained_count(self, params: Params) -> int:
         """Counts the observer's weights."""
-        return count(params)
+        return tree_size(params)
 
     def weights(self, params: Params) -> Params:
         """Returns the teacher's weights."""

@@ -11,13 +11,13 @@ from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.observer import ObserverMode
 from rwkv7_jax.runs.modes.pretrain import PretrainMode
 from rwkv7_jax.runs.modes.stack import StackMode, state_sources
-from rwkv7_jax.runs.modes.state_tuning import StateMode, UpscaledStateMode
+from rwkv7_jax.runs.modes.state_tuning import StateTuningMode, UpscaledStateMode
 from rwkv7_jax.runs.modes.test_time import ContextMode, TestTimeMode
 from rwkv7_jax.runs.settings import Mode, Settings
 
 MODES: dict[Mode, type[TrainingMode]] = {
     "pretrain": PretrainMode,
-    "state": StateMode,
+    "state": StateTuningMode,
     "upscaled_state": UpscaledStateMode,
     "observer": ObserverMode,
     "test_time": TestTimeMode,

@@ -21,9 +21,13 @@ from rwkv7_jax.runs.early_stopping import Progress, RunProgress, StackProgress
 from rwkv7_jax.runs.evaluators import PredictionEvaluator
 from rwkv7_jax.runs.input_pipeline import BatchSource, PrefetchedBatches
 from rwkv7_jax.runs.modes.base import LoadedModel, TrainingMode
-from rwkv7_jax.runs.modes.optimizer import RateAt, make_optimizer, with_rate
-from rwkv7_jax.runs.modes.state_tuning import StateMode, UpscaledStateMode
-from rwkv7_jax.runs.resume.run_identity import combined_digest
+from rwkv7_jax.runs.modes.scheduled_optimizer import (
+    RateAt,
+    schedule_and_optimizer,
+    with_rate,
+)
+from rwkv7_jax.runs.modes.state_tuning import StateTuningMode, UpscaledStateMode
+from rwkv7_jax.runs.resume.run_identity import json_digest
 from rwkv7_jax.sharding import own_rows
 from rwkv7_jax.training.costs import Memory
 from rwkv7_jax.training.stacked_step import (
@@ -100,12 +104,14 @@ class StackMode(TrainingMode):
     gradients_of = "state"
 
     frozen: Params
-    members: dict[str, StateMode]
+    members: dict[str, StateTuningMode]
 
     def set_up(self) -> None:
         """Loads the frozen model once, and opens the text of every state."""
         settings = self.settings
-        kind = UpscaledStateMode if settings.mode == "upscaled_state" else StateMode
+        kind = (
+            UpscaledStateMode if settings.mode == "upscaled_state" else StateTuningMode
+        )
         assert settings.tuning.states is not None
         self.members = {}
         base = self._base
@@ -123,7 +129,7 @@ class StackMode(TrainingMode):
             self.members[name] = member
         self.adopt(self.members)
 
-    def adopt(self, members: Mapping[str, StateMode]) -> None:
+    def adopt(self, members: Mapping[str, StateTuningMode]) -> None:
         """Takes what all members share from the first of them."""
         first = next(iter(members.values()))
         self.model = first.model
@@ -155,7 +161,7 @@ class StackMode(TrainingMode):
         if rates is None:
             return super().optimizer()
         # The schedule is that of a rate of 1, with which each state's own is multiplied.
-        schedule, tx = make_optimizer(
+        schedule, tx = schedule_and_optimizer(
             with_rate(self.settings.optimizer, 1.0), total_steps=self.settings.steps
         )
 
@@ -183,7 +189,7 @@ class StackMode(TrainingMode):
         for member in self.members.values():
             member.release_initial()
 
-    def by_name(self, params: RWKV7State) -> Iterator[tuple[str, StateMode, Any]]:
+    def by_name(self, params: RWKV7State) -> Iterator[tuple[str, StateTuningMode, Any]]:
         """Returns each state's name, mode and parameters."""
         for index, (name, member) in enumerate(self.members.items()):
             yield name, member, params_of(params, index)
@@ -251,7 +257,7 @@ class StackMode(TrainingMode):
             one, moments=states * one.moments, gradients=states * one.gradients
         )
 
-    def readers(self) -> list[tuple[StateMode, int]]:
+    def readers(self) -> list[tuple[StateTuningMode, int]]:
         """Returns the modes whose texts are read, and how many states have the rows of each."""
         return [(member, 1) for member in self.members.values()]
 
@@ -321,7 +327,7 @@ class StackMode(TrainingMode):
             for kind, digest in member.input_digests().items():
                 # One anchor serves all states.
                 digests[kind if kind == "anchor" else f"{kind} {name}"] = digest
-        return {"data": combined_digest(digests), **digests}
+        return {"data": json_digest(digests), **digests}
 
     def describe_data(self) -> str:
         """Names the texts and their sizes."""

@@ -10,7 +10,7 @@ from rwkv7_jax import sharding
 from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.runs.modes.dataset import DatasetMode
-from rwkv7_jax.runs.modes.state_mode import StateTuningMode
+from rwkv7_jax.runs.modes.single_state import SingleStateMode
 from rwkv7_jax.training.costs import Memory
 from rwkv7_jax.tuning.calibration import resolve_features
 from rwkv7_jax.tuning.read_statistics import state_decorrelator
@@ -21,7 +21,7 @@ from rwkv7_jax.tuning.upscaling import describe_upscaled, upscale
 _FEATURE_COPIES = 3
 
 
-class StateMode(DatasetMode, StateTuningMode):
+class StateTuningMode(DatasetMode, SingleStateMode):
     """Tunes a start state."""
 
     gradients_of = "state"
@@ -67,7 +67,7 @@ class StateMode(DatasetMode, StateTuningMode):
         return self._held_out.guess(windows=windows)
 
 
-class UpscaledStateMode(StateMode):
+class UpscaledStateMode(StateTuningMode):
     """Tunes a memory read through kernel features; the start state itself remains zero."""
 
     result_name = "state.safetensors"

@@ -17,13 +17,13 @@ from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.evaluation.metric import Metric, Metrics, log_name
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
-from rwkv7_jax.runs.agreement import all_processes
 from rwkv7_jax.runs.datasets import digest_of
 from rwkv7_jax.runs.input_pipeline import BatchSource, DrawnBatches
 from rwkv7_jax.runs.modes.dataset import DatasetMode
+from rwkv7_jax.runs.modes.single_state import SingleStateMode
 from rwkv7_jax.runs.modes.start_state import read_prompt
-from rwkv7_jax.runs.modes.state_mode import StateTuningMode
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
+from rwkv7_jax.runs.process_group import group_of_run
 from rwkv7_jax.runs.resume.run_identity import content_digests
 from rwkv7_jax.runs.settings import Settings, TestTimeSettings
 from rwkv7_jax.test_time.distillation import TraceBatches
@@ -71,7 +71,7 @@ def _refuse_unused_settings(settings: Settings) -> None:
             )
 
 
-class ContextMode(DatasetMode, StateTuningMode):
+class ContextMode(DatasetMode, SingleStateMode):
     """Turns a long prompt into a state; its rows are the run's text."""
 
     def set_up(self) -> None:
@@ -113,7 +113,7 @@ class ContextMode(DatasetMode, StateTuningMode):
         return self._held_out(self.frozen, params)
 
 
-class TestTimeMode(StateTuningMode):
+class TestTimeMode(SingleStateMode):
     """Tunes a start state on questions, by the method that `config.test_time.method` names."""
 
     # The name begins with "Test"; pytest must not collect it.
@@ -166,12 +166,12 @@ class TestTimeMode(StateTuningMode):
 
     def _share_of_prompts(self) -> PromptShare:
         """Divides prompts among the processes of the run."""
-        processes = all_processes()
+        group = group_of_run()
         return PromptShare(
             index=jax.process_index(),
-            count=len(processes.members),
+            count=group.size,
             drawn_together=sharding.is_shared(self.mesh),
-            gather=processes.gather,
+            gather=group.allgather_results,
         )
 
     @property

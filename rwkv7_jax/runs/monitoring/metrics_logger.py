@@ -20,7 +20,7 @@ from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.exit_codes import NotFinite, warn
 from rwkv7_jax.runs.input_pipeline import InputPipeline
 from rwkv7_jax.runs.modes.base import TrainingMode
-from rwkv7_jax.runs.modes.optimizer import RateAt
+from rwkv7_jax.runs.modes.scheduled_optimizer import RateAt
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.sharding import to_host

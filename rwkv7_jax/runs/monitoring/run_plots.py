@@ -8,7 +8,7 @@ from typing import Any
 from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.reports import plots
 from rwkv7_jax.runs.modes.base import TrainingMode
-from rwkv7_jax.runs.modes.state_tuning import StateMode, UpscaledStateMode
+from rwkv7_jax.runs.modes.state_tuning import StateTuningMode, UpscaledStateMode
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.tuning.state_arithmetic import singular_values
 
@@ -22,7 +22,7 @@ def draw(folder: RunDirectory, mode: TrainingMode, trained: Any) -> None:
         trained: the trainables that the run ends with.
     """
     # An upscaled state's WKV part stays zero: there would be nothing to see.
-    if not isinstance(mode, StateMode) or isinstance(mode, UpscaledStateMode):
+    if not isinstance(mode, StateTuningMode) or isinstance(mode, UpscaledStateMode):
         return
     if not plots.available():
         print("no picture: matplotlib is missing (pip install 'rwkv7_jax[plot]')")

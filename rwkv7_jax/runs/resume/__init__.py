@@ -1,13 +1,13 @@
 """Checkpoints of a run: their contents, their verification, and which are kept."""
 
-from rwkv7_jax.runs.resume.checkpoint_store import CheckpointStore, NullCheckpoints
-from rwkv7_jax.runs.resume.checkpointer import Checkpoints
+from rwkv7_jax.runs.resume.checkpoint_store import CheckpointStore, NullCheckpointer
+from rwkv7_jax.runs.resume.checkpointer import Checkpointer
 from rwkv7_jax.runs.resume.run_identity import Identity, identity_of
 
 __all__ = [
     "CheckpointStore",
-    "Checkpoints",
+    "Checkpointer",
     "Identity",
-    "NullCheckpoints",
+    "NullCheckpointer",
     "identity_of",
 ]

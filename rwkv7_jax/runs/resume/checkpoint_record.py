@@ -1,7 +1,5 @@
 """Checkpoint metadata and its validation."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,8 +10,8 @@ import jax.numpy as jnp
 
 from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.resume.checksums import leaf_checksums, run_on_leaves
-from rwkv7_jax.runs.resume.run_identity import Identity, require_same_run
-from rwkv7_jax.sharding.layout import leaf_name
+from rwkv7_jax.runs.resume.run_identity import Identity, json_digest, require_same_run
+from rwkv7_jax.sharding.layout import path_name
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
@@ -39,21 +37,15 @@ def make_record(
         "leaves": leaf_checksums(train),
         "versions": {name: version(name) for name in _PACKAGES},
     }
-    record["digest"] = _digest(record)
+    record["digest"] = json_digest(record)
     return record
-
-
-def _digest(record: Mapping[str, Any]) -> str:
-    # Sorted: JSON that was read back need not have the order in which it was written.
-    text = json.dumps(record, sort_keys=True).encode()
-    return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
 def validation_error(record: Mapping[str, Any], step: int) -> str:
     """Returns why a record cannot be that of a step; empty if it can."""
     fields = dict(record)
     digest = fields.pop("digest", "")
-    if digest != _digest(fields):
+    if digest != json_digest(fields):
         return "its record is not the one that was written"
     if fields["step"] != step:
         # Such as one that a user copied to another number; its arrays are intact.
@@ -83,7 +75,7 @@ def require_same_leaves(workdir: Path, leaves: Mapping[str, list], train: Any) -
     was = {name: f"{dtype}{shape}" for name, (shape, dtype, _) in leaves.items()}
     now = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(train):
-        now[leaf_name(path)] = f"{leaf.dtype}{list(leaf.shape)}"
+        now[path_name(path)] = f"{leaf.dtype}{list(leaf.shape)}"
     # A missing leaf has to count as a difference: `require_same_run` skips names of one side.
     for name in dict.fromkeys([*was, *now]):
         was.setdefault(name, "absent")
@@ -103,7 +95,7 @@ def nonfinite_leaves(params: Any) -> list[str]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     finite = run_on_leaves(_all_finite, [leaf for _, leaf in leaves])
     return [
-        leaf_name(path)
+        path_name(path)
         for (path, _), one in zip(leaves, finite, strict=True)
         if not one
     ]

@@ -69,8 +69,8 @@ class CheckpointStore(abc.ABC):
         """
 
 
-class NullCheckpoints(CheckpointStore):
-    """No checkpoints: those of a process that has no run directory. Saving does nothing."""
+class NullCheckpointer(CheckpointStore):
+    """The checkpointer of a process that has no run directory. Saving does nothing."""
 
     def save(self, train: TrainState, progress: Progress, identity: Identity) -> None:
         """Does nothing; process 0 saves."""

@@ -15,7 +15,6 @@ an intact step that counts as damaged (docs/decisions-checkpoints.md has the exp
 
 import dataclasses
 import functools
-import json
 import os
 import shutil
 import threading
@@ -26,9 +25,9 @@ from typing import Any
 import jax
 
 from rwkv7_jax.checkpoints.orbax_import import import_orbax
-from rwkv7_jax.runs.agreement import Alone
 from rwkv7_jax.runs.early_stopping import Progress, RunProgress, read_progress
 from rwkv7_jax.runs.exit_codes import DiskError, NoValidCheckpoint, warn
+from rwkv7_jax.runs.process_group import ProcessGroup, SingleProcess
 from rwkv7_jax.runs.resume import step_directories
 from rwkv7_jax.runs.resume.backup import Backup
 from rwkv7_jax.runs.resume.checkpoint_record import (
@@ -78,8 +77,8 @@ class SaveJob:
     thread: threading.Thread | None = None
 
 
-class Checkpoints(CheckpointStore):
-    """Checkpoints in the numbered directories of one folder.
+class Checkpointer(CheckpointStore):
+    """The checkpointer of one folder, whose numbered directories are its checkpoints.
 
     Attributes:
         folder: with the step directories.
@@ -93,7 +92,7 @@ class Checkpoints(CheckpointStore):
         *,
         protected: Collection[int] = (),
         backup: Backup | None = None,
-        deciding: Alone | None = None,
+        group: ProcessGroup | None = None,
     ):
         """Makes the folder and deletes what an ended process left half written.
 
@@ -102,7 +101,7 @@ class Checkpoints(CheckpointStore):
             settings: of the run.
             protected: steps that retention leaves alone, because other settings made them.
             backup: gets a copy of every step.
-            deciding: the processes that save and restore together; None for this one alone.
+            group: the processes that save and restore together; None for this one alone.
 
         Raises:
             OSError: it cannot be written.
@@ -116,13 +115,13 @@ class Checkpoints(CheckpointStore):
         self._job: SaveJob | None = None
         self._orbax: Any = None
         self._failures = 0
-        self._deciding = deciding or Alone()
-        if self._deciding.is_first:
+        self._group = group or SingleProcess()
+        if self._group.is_primary:
             self._clean()
 
-    def decide_by(self, deciding: Alone) -> None:
-        """Lets several processes save and restore together from here on."""
-        self._deciding = deciding
+    def share_with(self, group: ProcessGroup) -> None:
+        """Lets the processes of a group save and restore together from here on."""
+        self._group = group
         # Orbax's own was made for this process alone.
         self._orbax = None
 
@@ -136,14 +135,14 @@ class Checkpoints(CheckpointStore):
         for name in step_directories.unknown_entries(folder):
             warn(f"{folder / name} is no checkpoint; it is ignored")
 
-    def _checkpointer(self) -> Any:
+    def _orbax_checkpointer(self) -> Any:
         """Returns Orbax's checkpointer, made when it is first needed and after a failure."""
         if self._orbax is None:
             ocp = import_orbax()
             processes = ocp.options.MultiprocessingOptions(
                 primary_host=0,
                 # Always named: otherwise Orbax waits at programs of all devices, without a bound.
-                active_processes=set(self._deciding.members),
+                active_processes=set(self._group.members),
                 # Of a failed save some processes have passed more barriers than others.
                 barrier_sync_key_prefix=f"{self.folder.parent.name}.{self._failures}",
             )
@@ -187,7 +186,7 @@ class Checkpoints(CheckpointStore):
             # With its parents: the run's folder may have been deleted while the run worked.
             place.parent.mkdir(parents=True, exist_ok=True)
             # Copies the arrays to the host before it returns; writes them afterwards.
-            self._checkpointer().save(place, args=args)
+            self._orbax_checkpointer().save(place, args=args)
         except Exception as error:
             job.error = error
             self.poll()
@@ -199,8 +198,8 @@ class Checkpoints(CheckpointStore):
         """Gives the step its number once it is complete, and deletes old ones; the thread."""
         try:
             # Of several processes, until all have written.
-            self._checkpointer().wait_until_finished()
-            if not self._deciding.is_first:
+            self._orbax_checkpointer().wait_until_finished()
+            if not self._group.is_primary:
                 return
             step_directories.write_manifest(place)
             # After the manifest is on disk: a directory with a number is always complete.
@@ -239,7 +238,7 @@ class Checkpoints(CheckpointStore):
 
         Several processes report it when the next one begins: they would have to ask each other.
         """
-        if self._job is None or len(self._deciding.members) > 1:
+        if self._job is None or self._group.size > 1:
             return
         if self._job.thread is None or not self._job.thread.is_alive():
             self.wait()
@@ -258,7 +257,7 @@ class Checkpoints(CheckpointStore):
             return
         self._newest = job.step
         # Only the first process copies.
-        self.failure = self._deciding.on_first(lambda: job.not_copied)
+        self.failure = self._group.from_process_0(lambda: job.not_copied)
         if self.failure:
             self._warn(f"{self.failure} Training goes on")
 
@@ -267,7 +266,7 @@ class Checkpoints(CheckpointStore):
 
         Reports how it ended, unless the other processes would have to be asked: they may be gone.
         """
-        if len(self._deciding.members) == 1:
+        if self._group.size == 1:
             self.wait()
         elif self._job is not None and self._job.thread is not None:
             self._job.thread.join()
@@ -280,8 +279,7 @@ class Checkpoints(CheckpointStore):
             reason = lines[0] if lines else type(job.error).__name__
         # The others only know that they waited in vain for the one that failed.
         waited = isinstance(job.error, TimeoutError) or "DEADLINE_EXCEEDED" in reason
-        texts = self._deciding.texts(json.dumps([waited, reason]))
-        failures = [tuple(json.loads(text)) for text in texts]
+        failures = [tuple(one) for one in self._group.allgather((waited, reason))]
         return min(filter(_has_reason, failures), default=(False, ""))[1]
 
     def _give_up(self, job: SaveJob, reason: str) -> None:
@@ -289,7 +287,7 @@ class Checkpoints(CheckpointStore):
         # The checkpointer would raise the same error once more at its next use.
         self._orbax = None
         self._failures += 1
-        self.failure = self._deciding.on_first(lambda: self._clean_up(job, reason))
+        self.failure = self._group.from_process_0(lambda: self._clean_up(job, reason))
         self._warn(f"{self.failure}; training goes on")
 
     def _clean_up(self, job: SaveJob, reason: str) -> str:
@@ -307,7 +305,7 @@ class Checkpoints(CheckpointStore):
         )
 
     def _warn(self, text: str) -> None:
-        if self._deciding.is_first:
+        if self._group.is_primary:
             warn(text)
 
     def close(self) -> None:
@@ -334,21 +332,23 @@ class Checkpoints(CheckpointStore):
             NoValidCheckpoint: there are steps, or have been, and all are damaged.
             ValueError: the steps are of another run.
         """
-        first = self._deciding.on_first
-        for number in first(lambda: step_directories.step_numbers(self.folder)):
-            if first(functools.partial(self._remove_if_empty, number)):
+        from_process_0 = self._group.from_process_0
+        for number in from_process_0(
+            lambda: step_directories.step_numbers(self.folder)
+        ):
+            if from_process_0(functools.partial(self._remove_if_empty, number)):
                 continue
             try:
                 restored = self._load(number, abstract, identity)
             except _Damaged as error:
-                first(functools.partial(self._set_aside, number, str(error)))
+                from_process_0(functools.partial(self._set_aside, number, str(error)))
                 continue
             # So that a run which ends without an update does not save this step anew.
             self._newest = number
             return restored
-        first(self._refuse_to_begin_anew)
+        from_process_0(self._refuse_to_begin_anew)
         # Import and compile now: between a signal and the end of the process there is no time.
-        self._checkpointer()
+        self._orbax_checkpointer()
         train = init()
         leaf_checksums(train)
         return train, RunProgress()
@@ -403,12 +403,12 @@ class Checkpoints(CheckpointStore):
             return record, self._read_arrays(place, train)
 
         # A step that one process finds damaged must not be used by another.
-        record, restored = self._deciding.everywhere(read, expected=_Damaged)
+        record, restored = self._group.run_in_all(read, expected=_Damaged)
         # The arrays first: the name of a leaf tells a user more than the name of a file.
         if leaves := changed_leaves(record["leaves"], restored):
             raise _Damaged(list_names("leaves", leaves))
         verify = step_directories.verify_manifest
-        if files := self._deciding.on_first(lambda: verify(place)):
+        if files := self._group.from_process_0(lambda: verify(place)):
             raise _Damaged(list_names("files", files))
         if not self._settings.allow_nan and (
             leaves := nonfinite_leaves(restored.params)
@@ -450,7 +450,7 @@ class Checkpoints(CheckpointStore):
 
     def _restore(self, place: Path, args: Any) -> Any:
         # Not the checkpointer's own, which waits afterwards for processes that may have failed.
-        return self._checkpointer().handler.restore(place, args=args)
+        return self._orbax_checkpointer().handler.restore(place, args=args)
 
     def _restore_target(self, train: TrainState) -> TrainState:
         """Describes the arrays that Orbax restores, and the devices for each.
@@ -471,7 +471,7 @@ class Checkpoints(CheckpointStore):
         return jax.tree.map(target, train)
 
     def _acts_for_others(self) -> bool:
-        return jax.process_count() > len(self._deciding.members)
+        return jax.process_count() > self._group.size
 
 
 def _has_reason(failure: tuple[bool, str]) -> bool:

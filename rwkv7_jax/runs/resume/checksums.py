@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt32
 
-from rwkv7_jax.sharding.layout import leaf_name
+from rwkv7_jax.sharding.layout import path_name
 
 # Multipliers of MurmurHash3's finaliser. They are odd, so that multiplying is one-to-one.
 _MULTIPLIERS = (0x85EBCA6B, 0xC2B2AE35)
@@ -86,7 +86,7 @@ def leaf_checksums(tree: Any) -> dict[str, list]:
     sums = run_on_leaves(_sums, [leaf for _, leaf in leaves])
     checksums = {}
     for (path, leaf), one in zip(leaves, sums, strict=True):
-        checksums[leaf_name(path)] = [list(leaf.shape), str(leaf.dtype), _hex(one)]
+        checksums[path_name(path)] = [list(leaf.shape), str(leaf.dtype), _hex(one)]
     return checksums
 
 

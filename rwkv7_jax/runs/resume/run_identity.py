@@ -11,7 +11,7 @@ from typing import Any
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.runs.resume.checksums import tree_checksum
 from rwkv7_jax.runs.settings import Settings, as_config
-from rwkv7_jax.text.tokenizer import Tokenizer
+from rwkv7_jax.text.tokenizer import Tokenizer, text_digest
 
 # Texts by name, in the groups "settings", "model" and "inputs".
 Identity = Mapping[str, Mapping[str, str]]
@@ -68,10 +68,10 @@ def _digest_of_path(setting: str) -> str | None:
     return _DIGEST_OF_PATH.get(setting)
 
 
-def combined_digest(digests: Mapping[str, str]) -> str:
-    """Hashes several digests into one."""
-    text = json.dumps(digests, sort_keys=True).encode()
-    return hashlib.blake2b(text, digest_size=16).hexdigest()
+def json_digest(fields: Mapping[str, Any]) -> str:
+    """Returns 32 hexadecimal digits that change with the fields, which are fit for JSON."""
+    # Sorted: JSON that was read back need not have the order in which it was written.
+    return text_digest(json.dumps(fields, sort_keys=True))
 
 
 def flat_settings(settings: Settings | Mapping[str, Any]) -> dict[str, str]:

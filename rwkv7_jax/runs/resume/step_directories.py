@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from rwkv7_jax.text.tokenizer import text_digest
+
 MANIFEST = "files.json"
 
 # Names of which every step has some: ours, and those that Orbax writes.
@@ -76,10 +78,6 @@ def _file_digest(path: Path) -> str:
         ).hexdigest()
 
 
-def _text_digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
 def _files(folder: Path) -> dict[str, Path]:
     files = {}
     for path in sorted(folder.rglob("*")):
@@ -97,7 +95,7 @@ def write_manifest(folder: Path) -> None:
     files = _files(folder)
     text = _canonical({name: _file_digest(path) for name, path in files.items()})
     # The first line is the digest of the rest: the manifest itself may be damaged, too.
-    (folder / MANIFEST).write_text(f"{_text_digest(text)}\n{text}\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(f"{text_digest(text)}\n{text}\n", encoding="utf-8")
     directories = [path for path in folder.rglob("*") if path.is_dir()]
     # In parallel: one after the other, each call would wait for the disk.
     with ThreadPoolExecutor(max_workers=_SYNC_THREADS) as threads:
@@ -143,7 +141,7 @@ def _read_manifest(folder: Path) -> dict[str, str] | None:
     if not isinstance(digests, dict):
         return None
     # Only the exact text counts: JSON forgives changed white space, a damaged file must not.
-    if text != canonical + "\n" or first_line != _text_digest(canonical):
+    if text != canonical + "\n" or first_line != text_digest(canonical):
         return None
     return digests
 

@@ -1,4 +1,4 @@
-"""Batches of the policy loss: rollouts with their rewards and advantages."""
+"""Rollouts with their rewards and advantages: the batches of the policy loss."""
 
 import dataclasses
 from typing import NamedTuple

@@ -1,6 +1,6 @@
-"""The search for a run's learning rate: what is printed, recorded and read again.
+"""The record of a run's learning rates: found by a search, printed, written and read again.
 
-The search itself is a run of mode `RateSearchMode` in a folder of its own inside the run's folder,
+The search itself is a run of mode `RateStackMode` in a folder of its own inside the run's folder,
 with checkpoints: one that was killed goes on as any other run does. What it found is written next
 to the run's other files, and counts from then on.
 """
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from rwkv7_jax.atomic_write import atomic_write
-from rwkv7_jax.runs.agreement import run_on_process_0
 from rwkv7_jax.runs.exit_codes import DiskError
 from rwkv7_jax.runs.modes.base import TrainingMode
-from rwkv7_jax.runs.modes.rate_search import BASE, RateSearchMode, subjects_of
+from rwkv7_jax.runs.modes.rate_stack import BASE, RateStackMode, subjects_of
+from rwkv7_jax.runs.process_group import group_of_run
 from rwkv7_jax.runs.resume.run_identity import Identity, require_same_identity
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.settings import Settings
@@ -59,7 +59,7 @@ def find_rates(
     mode: TrainingMode,
     folder: RunDirectory,
     identity: Identity,
-    search: Callable[[RateSearchMode], Any],
+    search: Callable[[RateStackMode], Any],
 ) -> bool:
     """Gives a mode its learning rates; returns whether there is one that is worth a run.
 
@@ -75,27 +75,28 @@ def find_rates(
         DiskError: what was found cannot be written.
     """
     path = folder.path / RECORD
-    text = run_on_process_0(lambda: _read_record(path, identity))
-    if not text:
-        made = RateSearchMode(mode)
+    group = group_of_run()
+    record = group.from_process_0(lambda: _read_record(path, identity))
+    if record is None:
+        made = RateStackMode(mode)
         _announce(made)
         params = search(made)
         if not made.results:
             # An earlier process evaluated the last step.
             made.evaluate(params)
-        record = {
+        found = {
             "plan": made.plan._asdict(),
             "states": {_name(one): _choose(made, one) for one in made.subjects},
-            "identity": {group: dict(fields) for group, fields in identity.items()},
+            "identity": {name: dict(fields) for name, fields in identity.items()},
         }
-        text = run_on_process_0(lambda: _write_record(path, record))
-    return _use(mode, json.loads(text)["states"])
+        record = group.from_process_0(lambda: _write_record(path, found))
+    return _use(mode, record["states"])
 
 
-def _read_record(path: Path, identity: Identity) -> str:
-    """Reads what an earlier process found; empty where there is nothing."""
+def _read_record(path: Path, identity: Identity) -> dict[str, Any] | None:
+    """Reads what an earlier process found; None where there is nothing."""
     if not path.is_file():
-        return ""
+        return None
     text = path.read_text(encoding="utf-8")
     try:
         record = json.loads(text)
@@ -107,17 +108,18 @@ def _read_record(path: Path, identity: Identity) -> str:
             "to search again."
         ) from None
     require_same_identity(path.parent, was, identity)
-    return text
+    return record
 
 
-def _write_record(path: Path, record: Mapping[str, Any]) -> str:
+def _write_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Writes the record and returns it."""
     text = json.dumps(record, indent=1)
     try:
         with atomic_write(path) as file:
             file.write(f"{text}\n".encode())
     except (OSError, ValueError) as error:
         raise DiskError(f"`{path}` cannot be written: {error}.") from None
-    return text
+    return record
 
 
 def _name(subject: str) -> str:
@@ -125,7 +127,7 @@ def _name(subject: str) -> str:
     return subject.removesuffix("/")
 
 
-def _announce(search: RateSearchMode) -> None:
+def _announce(search: RateStackMode) -> None:
     rates = search.settings.tuning.rates
     plan = search.plan
     wanted = search.settings.tuning.search_share
@@ -141,7 +143,7 @@ def _announce(search: RateSearchMode) -> None:
         )
 
 
-def _choose(search: RateSearchMode, subject: str) -> dict[str, Any]:
+def _choose(search: RateStackMode, subject: str) -> dict[str, Any]:
     """Chooses the rate of one state by its loss on held-out data.
 
     Returns:

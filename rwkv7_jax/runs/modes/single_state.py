@@ -1,4 +1,4 @@
-"""What the modes share that tune a state of a frozen model."""
+"""What the modes share that tune one state of a frozen model."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -20,8 +20,8 @@ from rwkv7_jax.tuning.state_tuning import LEAVES, trainable_mask
 from rwkv7_jax.tuning.upscaling import fold_feature_map
 
 
-class StateTuningMode(TrainingMode):
-    """A mode that tunes a start state of a frozen model.
+class SingleStateMode(TrainingMode):
+    """A mode that tunes one start state of a frozen model.
 
     Attributes:
         result_name: of the file with the tuned state.

@@ -1,4 +1,4 @@
-"""The optimizer of a run, from its settings."""
+"""The optimizer of a run and the schedule that it follows, from the run's settings."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def with_rate(settings: OptimizerSettings, rate: float) -> OptimizerSettings:
     )
 
 
-def make_optimizer(
+def schedule_and_optimizer(
     settings: OptimizerSettings, *, total_steps: int
 ) -> tuple[Callable[[Any], Any], optax.GradientTransformation]:
     """Makes the learning rate, as a function of the step, and the optimizer that follows it.

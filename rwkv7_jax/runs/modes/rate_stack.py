@@ -9,7 +9,7 @@ from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.runs.evaluators import retention_paths
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.stack import StackMode
-from rwkv7_jax.runs.modes.state_tuning import StateMode
+from rwkv7_jax.runs.modes.state_tuning import StateTuningMode
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.training.costs import flops_per_token
 from rwkv7_jax.training.stacked_step import params_of, stack_params
@@ -28,15 +28,15 @@ _SLACK = 1.25
 _SAVES = 4
 
 
-def subjects_of(mode: TrainingMode) -> dict[str, StateMode]:
+def subjects_of(mode: TrainingMode) -> dict[str, StateTuningMode]:
     """Returns the modes whose rates are searched by the beginnings of their names in the search."""
     if isinstance(mode, StackMode):
         return {f"{name}/": member for name, member in mode.members.items()}
-    assert isinstance(mode, StateMode)
+    assert isinstance(mode, StateTuningMode)
     return {"": mode}
 
 
-class RateSearchMode(StackMode):
+class RateStackMode(StackMode):
     """Tunes each start state of a run at many rates at once, for a small share of the run.
 
     Attributes:
@@ -49,7 +49,7 @@ class RateSearchMode(StackMode):
     # Before the last step there is nothing to compare.
     measures_start = False
 
-    subjects: dict[str, StateMode]
+    subjects: dict[str, StateTuningMode]
     results: dict[str, dict[str, Metrics]]
 
     def __init__(self, mode: TrainingMode):
@@ -94,7 +94,7 @@ class RateSearchMode(StackMode):
             states += [self._start(mode)] * len(self._rates)
         return stack_params(states)
 
-    def readers(self) -> list[tuple[StateMode, int]]:
+    def readers(self) -> list[tuple[StateTuningMode, int]]:
         """Returns the modes whose texts are read: one for all rates."""
         return [(mode, len(self._rates)) for mode in self.subjects.values()]
 
@@ -121,7 +121,7 @@ class RateSearchMode(StackMode):
         """Names the texts and their sizes, once for all rates."""
         return "; ".join(mode.describe_data() for mode in self.subjects.values())
 
-    def _start(self, mode: StateMode) -> RWKV7State:
+    def _start(self, mode: StateTuningMode) -> RWKV7State:
         """Returns the state before tuning, which stays with its mode for the run."""
         start = mode.init_params()
         mode.keep_initial(start)

@@ -1,0 +1,228 @@
+"""The processes of a run as a group: what they tell each other, and how they fail together.
+
+All processes of a group make the same calls in the same order; one that makes another waits for
+ever, or until JAX ends it.
+"""
+
+import abc
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from rwkv7_jax.runs.exit_codes import EndedElsewhere, exit_code
+from rwkv7_jax.sharding import is_shared
+
+_Result = TypeVar("_Result")
+
+
+def is_single_process() -> bool:
+    """Returns whether this process has not joined others."""
+    # `jax.process_count()` would start the backend, which takes seconds.
+    return not jax.distributed.is_initialized()
+
+
+def is_process_0() -> bool:
+    """Returns whether this is the process that writes and prints."""
+    return jax.process_index() == 0
+
+
+def group_of_run() -> "ProcessGroup":
+    """Returns all processes of the run, wherever its arrays lie."""
+    return SingleProcess() if is_single_process() else AllProcesses()
+
+
+def group_of_mesh(mesh: Mesh | None) -> "ProcessGroup":
+    """Returns the processes that share the arrays of a mesh: all of the run, or this one alone."""
+    return AllProcesses() if is_shared(mesh) else SingleProcess()
+
+
+class ProcessGroup(abc.ABC):
+    """Processes that do something together.
+
+    Attributes:
+        is_primary: whether this is the process of the group that writes.
+        members: numbers of the processes.
+    """
+
+    is_primary: bool
+    members: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """The number of processes."""
+        return len(self.members)
+
+    @abc.abstractmethod
+    def from_process_0(self, call: Callable[[], _Result]) -> _Result:
+        """Calls a function in process 0 only and returns its result, fit for JSON, in all.
+
+        An error of `call` is raised in process 0 as it is.
+
+        Raises:
+            EndedElsewhere: in the other processes, if `call` raised.
+        """
+
+    @abc.abstractmethod
+    def broadcast_arrays(self, tree: Any) -> Any:
+        """Returns the arrays of process 0, bit for bit; those of others have the same shapes."""
+
+    @abc.abstractmethod
+    def run_in_all(
+        self, call: Callable[[], _Result], *, expected: type[Exception] | None = None
+    ) -> _Result:
+        """Calls a function in all processes; an error in one of them is raised in all.
+
+        Args:
+            call: where it waits for others, it has to do so even if it fails.
+            expected: a class of errors that the others raise as well, with the same text.
+
+        Returns:
+            This process's own result.
+
+        Raises:
+            EndedElsewhere: in the others, for an error of another class than `expected`.
+        """
+
+    @abc.abstractmethod
+    def allgather(self, value: Any) -> list[Any]:
+        """Returns the value of each process, fit for JSON, in the order of `members`."""
+
+    @abc.abstractmethod
+    def allgather_results(self, call: Callable[[], Any]) -> list[Any]:
+        """Returns in all processes what a function computes in each of them, fit for JSON.
+
+        Raises:
+            EndedElsewhere: in the others, if `call` raised in one.
+        """
+
+
+class SingleProcess(ProcessGroup):
+    """A process that acts for itself, whether or not the run has others."""
+
+    is_primary = True
+    members = (0,)
+
+    def from_process_0(self, call: Callable[[], _Result]) -> _Result:
+        """Calls the function."""
+        return call()
+
+    def broadcast_arrays(self, tree: Any) -> Any:
+        """Returns the arrays."""
+        return tree
+
+    def run_in_all(
+        self, call: Callable[[], _Result], *, expected: type[Exception] | None = None
+    ) -> _Result:
+        """Calls the function."""
+        return call()
+
+    def allgather(self, value: Any) -> list[Any]:
+        """Returns the value alone."""
+        return [value]
+
+    def allgather_results(self, call: Callable[[], Any]) -> list[Any]:
+        """Returns the result alone."""
+        return [call()]
+
+
+class AllProcesses(ProcessGroup):
+    """All processes of a run that has several."""
+
+    def __init__(self) -> None:
+        """Counts the processes."""
+        self.is_primary = is_process_0()
+        self.members = tuple(range(jax.process_count()))
+
+    def from_process_0(self, call: Callable[[], _Result]) -> _Result:
+        """Sends what process 0 computes to the others; see `ProcessGroup.from_process_0`."""
+        result = ""
+        error: Exception | None = None
+        if self.is_primary:
+            try:
+                result = json.dumps(call())
+            # Whatever it is, the others wait for an answer.
+            except Exception as caught:
+                error = caught
+        # An error without an exit code is a bug: the other processes end with Python's usual 1.
+        code = None if error is None else exit_code(error) or 1
+        answer = {"result": result, "error": str(error or ""), "code": code}
+        answer = json.loads(self._broadcast_text(json.dumps(answer)))
+        if error is not None:
+            raise error
+        if answer["code"] is not None:
+            raise EndedElsewhere(answer["error"], answer["code"])
+        return json.loads(answer["result"])
+
+    def broadcast_arrays(self, tree: Any) -> Any:
+        """Sends the arrays of process 0; see `ProcessGroup.broadcast_arrays`."""
+        return jax.tree.map(_broadcast_array, tree)
+
+    def run_in_all(
+        self, call: Callable[[], _Result], *, expected: type[Exception] | None = None
+    ) -> _Result:
+        """Exchanges the errors of all processes; see `ProcessGroup.run_in_all`."""
+        result: _Result | None = None
+        error: Exception | None = None
+        try:
+            result = call()
+        # Whatever it is, the others wait for an answer.
+        except Exception as caught:
+            error = caught
+        is_expected = expected is not None and isinstance(error, expected)
+        code = None if error is None or is_expected else exit_code(error) or 1
+        answer = {"error": str(error or ""), "code": code, "expected": is_expected}
+        answers = self.allgather(answer)
+        own = error if code else None
+        # Errors that end the run come first: an expected one may be answered by going on.
+        for one in answers:
+            if one["code"] is not None:
+                raise own or EndedElsewhere(one["error"], one["code"])
+        for one in answers:
+            if one["expected"] and expected is not None:
+                raise error or expected(one["error"])
+        return cast(_Result, result)
+
+    def allgather(self, value: Any) -> list[Any]:
+        """Exchanges the values of all processes."""
+        return [json.loads(text) for text in _allgather_texts(json.dumps(value))]
+
+    def allgather_results(self, call: Callable[[], Any]) -> list[Any]:
+        """Exchanges what all processes compute; see `ProcessGroup.allgather_results`."""
+        # As text from here on: a result that is not fit for JSON fails in all of them.
+        text = self.run_in_all(lambda: json.dumps(call()))
+        return [json.loads(one) for one in _allgather_texts(text)]
+
+    def _broadcast_text(self, text: str) -> str:
+        """Returns the text of process 0."""
+        raw = np.frombuffer(text.encode(), np.uint8)
+        # The others have to know the size first: an array of another shape would hang.
+        size = int(_broadcast_array(np.asarray(len(raw), np.int32)))
+        if not self.is_primary:
+            raw = np.zeros(size, np.uint8)
+        return _broadcast_array(raw).tobytes().decode()
+
+
+def _broadcast_array(array: np.ndarray) -> np.ndarray:
+    """Returns the array of process 0; those of the others only have its shape and dtype."""
+    array = np.asarray(array)
+    # As bytes: JAX would turn float64 into float32, and NaN payloads must survive.
+    raw = np.frombuffer(array.tobytes(), np.uint8)
+    received = np.asarray(multihost_utils.broadcast_one_to_all(raw))
+    return np.frombuffer(received.tobytes(), array.dtype).reshape(array.shape)
+
+
+def _allgather_texts(text: str) -> list[str]:
+    """Returns the text of each process."""
+    raw = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(len(raw), np.int32))
+    padded = np.zeros(max(1, *sizes.tolist()), np.uint8)
+    padded[: len(raw)] = raw
+    rows = multihost_utils.process_allgather(padded)
+    return [
+        row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)
+    ]
