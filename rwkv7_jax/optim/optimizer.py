@@ -104,8 +104,8 @@ def learning_rate_schedule(
     Args:
         kind: "cosine", "linear", "wsd" (constant, then linear over the last fifth) or "constant".
         peak: at the end of the warm-up, which starts at a hundredth of it.
-        final: from `total_steps` on; "constant" stays at `peak`.
-        warmup_steps: steps of the warm-up; 0 for none.
+        final: from `total_steps` on, if the warm-up has ended; "constant" stays at `peak`.
+        warmup_steps: steps of the warm-up, whether the run is as long or not; 0 for none.
         total_steps: steps of the run, warm-up included.
 
     Raises:

@@ -21,6 +21,7 @@ from rwkv7_jax.checks import (
     check_params,
     check_tokens,
     is_known,
+    is_traced,
     prefix_errors,
 )
 from rwkv7_jax.data.batch import Batch, BatchLike
@@ -226,11 +227,12 @@ def next_token_loss_with_trace(
         names=names,
     )
     square = None
-    if l2wrap:
+    is_pulled = is_traced(l2wrap) or l2wrap != 0
+    if is_pulled:
         square = jnp.full(targets.shape, l2wrap / targets.size, jnp.float32)
     weights = TermWeights(nats=shares, square=square)
     loss, statistics = weighted_loss(x, params["head"]["weight"], targets, weights)
-    nats = weighted_sum(shares, statistics.nats) if l2wrap else loss
+    nats = weighted_sum(shares, statistics.nats) if is_pulled else loss
     return loss, ({"loss_nats": nats}, trace)
 
 

@@ -13,7 +13,7 @@ from tolerances import SAME, assert_close, assert_trees_close
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.training.head_loss import token_statistics
-from rwkv7_jax.training.losses import loss_weights, next_token_loss
+from rwkv7_jax.training.losses import loss_weights, next_token_loss, pretrain_loss
 
 BATCH, LENGTH, WIDTH, VOCAB, CHUNK = 2, 21, 8, 37, 4
 _NOISE = np.random.default_rng(0)
@@ -192,3 +192,13 @@ def test_bfloat16_activations_still_give_a_float32_loss():
     )
     assert loss.dtype == jnp.float32
     assert_close(loss, losses(lively(QUICK), MASK, 0.0)[0], 3e-2)
+
+
+def test_the_pull_on_logits_may_be_traced():
+    batch = {"tokens": IDS, "mask": MASK}
+
+    @jax.jit
+    def loss(pull):
+        return pretrain_loss(MODEL, l2wrap=pull)(lively(QUICK), batch)[0]
+
+    assert loss(0.0) == loss(1e-4)
