@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rwkv7_jax.array_types import Activations, Tokens
 from rwkv7_jax.model.int8_weights import Int8Matrix, Weight
-from rwkv7_jax.model.layers import head_logits, linear
+from rwkv7_jax.model.products import head_logits, linear
 from rwkv7_jax.sharding import (
     as_shards,
     gather_shards,
