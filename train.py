@@ -209,7 +209,7 @@ def train_steps(
         mode,
         progress,
         start_step=first,
-        feed=batches,
+        batches=batches,
         rates=rates,
         devices=devices,
     )

@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Int
 from rwkv7_jax.array_types import Activations, Heads, Lengths
 from rwkv7_jax.based.state import ConvMemory, WindowMemory
 from rwkv7_jax.based.taylor import wide_dtype
-from rwkv7_jax.model.layers import per_channel, precision
+from rwkv7_jax.model.casts import per_channel
+from rwkv7_jax.model.products import precision
 
 # The fewest tokens of a piece in which a window is computed at once.
 _PIECE = 64

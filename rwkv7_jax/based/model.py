@@ -18,7 +18,8 @@ from rwkv7_jax.based.config import BasedConfig
 from rwkv7_jax.based.state import BasedState, Memory, check_based_state
 from rwkv7_jax.based.taylor import linear_attention, wide_dtype
 from rwkv7_jax.checks import as_array, check_instance, check_tokens, prefix_errors
-from rwkv7_jax.model import layers
+from rwkv7_jax.model import inputs, products
+from rwkv7_jax.model.casts import per_channel
 
 
 def _normal(scale: float):
@@ -82,14 +83,14 @@ class Based(nn.Module):
             check_tokens(tokens, config.vocab_size)
             check_based_state(state, tokens.shape[0], config)
             if lengths is not None:
-                lengths = layers.safe_lengths(lengths, tokens.shape)
+                lengths = inputs.safe_lengths(lengths, tokens.shape)
             # While weights are made there are none.
             if not self.is_initializing():
                 _check_params(self.variables.get("params", {}), config)
 
         table = (config.vocab_size, config.width)
         emb = jnp.asarray(self.param("emb", _normal(0.02), table))
-        x = layers.embed(tokens, emb).astype(config.dtype)
+        x = inputs.embed(tokens, emb).astype(config.dtype)
         memories = []
         for index, memory in enumerate(state.layers):
             layer = _Layer(config, config.layers[index], name=f"layer_{index}")
@@ -101,7 +102,7 @@ class Based(nn.Module):
             "btd,vd->btv",
             x,
             head.astype(x.dtype),
-            precision=layers.precision(x.dtype),
+            precision=products.precision(x.dtype),
             preferred_element_type=wide_dtype(x.dtype),
         )
         return logits, BasedState(tuple(memories))
@@ -151,7 +152,7 @@ class _Mixer(nn.Module):
         """Computes x W^T with a matrix of its own."""
         shape = (width, x.shape[-1])
         weight = jnp.asarray(self.param(name, _square_root_of_inputs, shape))
-        return layers.linear(x, weight)
+        return products.linear(x, weight)
 
     def heads(self, x: Activations, name: str, size: int) -> Heads:
         """Projects to `size` channels a head."""
@@ -177,7 +178,7 @@ class _Convolution(_Mixer):
         shift = jnp.asarray(self.param("shift", zeros, (width,)))
         bias = jnp.asarray(self.param("gate_bias", zeros, (width,)))
         mixed, memory = mixers.short_convolution(x, taps, shift, memory, lengths)
-        gate = self.project(x, "gate", width) + layers.per_channel(bias, x)
+        gate = self.project(x, "gate", width) + per_channel(bias, x)
         return mixed * gate + x, memory
 
 
@@ -228,7 +229,7 @@ class _MLP(_Mixer):
         # From zeros: a new layer is its mixer alone.
         shape = (config.width, config.mlp_width)
         down = jnp.asarray(self.param("down", _constant(0.0), shape))
-        return layers.linear(hidden, down)
+        return products.linear(hidden, down)
 
 
 def _check_params(params: Any, config: BasedConfig) -> None:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Lengths
 from rwkv7_jax.checks import as_array, check_count, prefix_errors
-from rwkv7_jax.model.layers import safe_lengths
+from rwkv7_jax.model.inputs import safe_lengths
 
 # Products of float32 operands in full; GPU and TPU would shorten them.
 _einsum = functools.partial(jnp.einsum, precision="highest")

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import WKVInputs
 from rwkv7_jax.array_types import Activations, Heads
-from rwkv7_jax.model import chains, layers
 from rwkv7_jax.model import initializers as initial
+from rwkv7_jax.model import norms, pointwise, products, token_shift
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.recurrence import recurrence
 from rwkv7_jax.model.state import LayerState
@@ -96,7 +96,7 @@ class Norm(nn.Module):
         width = self.config.width
         weight = self.param("weight", initial.constant(1.0, width), 0, self.config)
         bias = self.param("bias", initial.constant(0.0, width), 0, self.config)
-        return layers.layer_norm(x, weight, bias, self.config.norm_eps)
+        return norms.layer_norm(x, weight, bias, self.config.norm_eps)
 
 
 class Linear(nn.Module):
@@ -108,7 +108,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         """Computes x W^T."""
-        return layers.linear(x, _weight(self, "weight", self.initial, 0))
+        return products.linear(x, _weight(self, "weight", self.initial, 0))
 
 
 class HeadNorm(nn.Module):
@@ -158,7 +158,7 @@ class TimeMix(nn.Module):
         coefficients = []
         for name, power in _SHIFTS.items():
             coefficients.append(self._weight(name, initial.lerp(power), layer))
-        x_r, x_w, x_k, x_v, x_a, x_g = chains.token_shift(
+        x_r, x_w, x_k, x_v, x_a, x_g = token_shift.mix_with_previous(
             x, state.att_shift, tuple(coefficients), segments
         )
 
@@ -175,19 +175,19 @@ class TimeMix(nn.Module):
         raw, bias = self._low_ranks(inputs_of_ranks, layer)
 
         # log w = -exp(-1/2) sigmoid(d)
-        log_w = chains.log_decay(raw["w"], bias["w"])
+        log_w = pointwise.log_decay(raw["w"], bias["w"])
 
         # v = lerp(v, v of layer 0, sigmoid(nu)): the value residual
         if self.first:
             v_first = v
         else:
-            v = chains.mix_values(v, v_first, raw["v"], bias["v"])
+            v = pointwise.mix_values(v, v_first, raw["v"], bias["v"])
 
         # kappa^ = (k * xi) / |k * xi| for each head,  k~ = k * lerp(1, sigmoid(a), alpha)
         xi = self._weight("k_k", initial.removal_scale, layer)
         xi = xi.reshape(-1, config.head_size)
         alpha = self._weight("k_a", initial.constant(1.02, config.width), layer)
-        k, a, b, icl_rate = chains.removal_and_replacement(
+        k, a, b, icl_rate = pointwise.removal_and_replacement(
             k, raw["a"], bias["a"], xi, alpha
         )
 
@@ -216,7 +216,7 @@ class TimeMix(nn.Module):
         out = sum_over_heads(self._square("output", 0.0)(gated))
 
         # The last token that counts in each row, not the last column: padding is on the right.
-        att_shift = layers.last_token(x, state.att_shift, lengths, segments)
+        att_shift = token_shift.last_token(x, state.att_shift, lengths, segments)
         trace = {
             **inputs._asdict(),
             "icl_rate": icl_rate,
@@ -270,11 +270,11 @@ class TimeMix(nn.Module):
             ups.append(self._weight(f"{letter}2", draw, layer))
             if letter in _BIASES:
                 biases[letter] = self._weight(f"{letter}0", _BIASES[letter], layer)
-            hidden.append(_ACTIVATIONS[letter](layers.project(x, down)))
-        hidden = layers.read_together(hidden)
+            hidden.append(_ACTIVATIONS[letter](products.project(x, down)))
+        hidden = products.share_buffer_of_one_token(hidden)
         raw = {}
         for letter, one, up in zip(inputs, hidden, ups, strict=True):
-            raw[letter] = layers.project(one, up)
+            raw[letter] = products.project(one, up)
         return raw, biases
 
     def _read_out(
@@ -285,7 +285,7 @@ class TimeMix(nn.Module):
         rho = self._weight("r_k", initial.constant(-0.04, *sizes), layer)
         norm = HeadNorm(self.config, name="ln_x")(layer)
         r_k_v = (inputs.r, inputs.k, inputs.v)
-        return chains.read_out(y, r_k_v, gate, rho, norm, self.config.group_norm_eps)
+        return pointwise.read_out(y, r_k_v, gate, rho, norm, self.config.group_norm_eps)
 
     def _heads(self, x: Activations) -> Heads:
         # Counted, not left to `reshape`: there may be no tokens.
@@ -312,7 +312,7 @@ class ChannelMix(nn.Module):
         width = self.config.width
         hidden_width = self.config.ffn_width
         x_k = self.param("x_k", initial.ffn_lerp, layer, self.config)
-        (mixed,) = chains.token_shift(x, shift, (x_k,), segments)
+        (mixed,) = token_shift.mix_with_previous(x, shift, (x_k,), segments)
         grow = Linear(
             self.config, initial.orthogonal(1.0, hidden_width, width), name="key"
         )
@@ -320,10 +320,10 @@ class ChannelMix(nn.Module):
             self.config, initial.constant(0.0, width, hidden_width), name="value"
         )
         # o = relu(x_k W_k)^2 W_v
-        hidden = chains.squared_relu(grow(mixed))
+        hidden = pointwise.squared_relu(grow(mixed))
         trace = {"ffn_key_input": mixed, "ffn_hidden": hidden}
         out = sum_over_heads(shrink(hidden))
-        return out, layers.last_token(x, shift, lengths, segments), trace
+        return out, token_shift.last_token(x, shift, lengths, segments), trace
 
 
 class Block(nn.Module):

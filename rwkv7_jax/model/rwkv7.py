@@ -26,7 +26,7 @@ from rwkv7_jax.checks import (
     prefix_errors,
 )
 from rwkv7_jax.model import initializers as initial
-from rwkv7_jax.model import layers, time_shards
+from rwkv7_jax.model import inputs, products, time_shards
 from rwkv7_jax.model.block import BY_HEADS, TRACE, Block, Norm
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.remat import keep_for_backward
@@ -246,7 +246,7 @@ class RWKV7(nn.Module):
         )
         x = Norm(config, name="ln_out")(x)
         if project:
-            x = _at_door(Head, self, "head")(config, name="head")(x)
+            x = _with_gathered_weights(Head, self, "head")(config, name="head")(x)
 
         upscaled = state.upscaled
         # A static memory comes back as None: it is handed on as it was, without a copy.
@@ -274,7 +274,7 @@ class RWKV7(nn.Module):
                 )
             check_tokens(tokens, config.vocab_size)
             if lengths is not None:
-                lengths = layers.safe_lengths(lengths, tokens.shape)
+                lengths = inputs.safe_lengths(lengths, tokens.shape)
             segments = None
             # A device's own heads are of a state that was checked before.
             if not sharding.shares_heads():
@@ -303,7 +303,7 @@ class RWKV7(nn.Module):
             The residual stream, and stacked over layers the memories and the trace.
         """
         config = self.config
-        block = _at_door(Block, self, "layer_0", "layers")
+        block = _with_gathered_weights(Block, self, "layer_0", "layers")
 
         # Layer 0 is outside of the scan: it has no value residual, so its parameters differ.
         first_state = jax.tree.map(lambda leaf: leaf[0], states)
@@ -383,7 +383,7 @@ def _run_compiled(
     return apply(*arguments, names, project, method="_pass")
 
 
-def _at_door(module: Callable, parent: RWKV7, *names: str) -> Callable:
+def _with_gathered_weights(module: Callable, parent: RWKV7, *names: str) -> Callable:
     """Wraps a module so that weights in shards are gathered when it is called.
 
     Args:
@@ -411,10 +411,10 @@ class Embedding(nn.Module):
         if self.has_variable("params", "weight"):
             table = self.get_variable("params", "weight")
             if sharding.has_shards(table):
-                return sharding.look_up(layers.embed, tokens, table)
+                return sharding.look_up(inputs.embed, tokens, table)
         shape = (self.config.vocab_size, self.config.width)
         table = self.param("weight", initial.uniform(1e-4, *shape), 0, self.config)
-        return layers.embed(tokens, jnp.asarray(table))
+        return inputs.embed(tokens, jnp.asarray(table))
 
 
 class Head(nn.Module):
@@ -426,6 +426,6 @@ class Head(nn.Module):
     def __call__(self, x: Activations) -> Logits:
         """Computes float32 logits."""
         shape = (self.config.vocab_size, self.config.width)
-        return layers.head_logits(
+        return products.head_logits(
             x, self.param("weight", initial.head(*shape), 0, self.config)
         )

@@ -15,6 +15,7 @@ from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.runs.exit_codes import DiskError
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.rate_stack import BASE, RateStackMode, subjects_of
+from rwkv7_jax.runs.modes.stack import if_named
 from rwkv7_jax.runs.process_group import group_of_run
 from rwkv7_jax.runs.resume.run_identity import Identity, require_same_identity
 from rwkv7_jax.runs.run_directory import RunDirectory
@@ -184,7 +185,7 @@ def _use(mode: TrainingMode, found: Mapping[str, Mapping[str, Any]]) -> bool:
         one = found[_name(subject)]
         state.found_rate = one["rate"]
         name = _name(subject)
-        print(f"rate      {name and f'{name}: '}{_sentence(one)}", flush=True)
+        print(f"rate      {if_named('{}: ', name)}{_sentence(one)}", flush=True)
     return any(one["rate"] is not None for one in found.values())
 
 

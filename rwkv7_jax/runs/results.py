@@ -13,7 +13,7 @@ from rwkv7_jax.runs.exit_codes import (
 )
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.single_state import SingleStateMode
-from rwkv7_jax.runs.modes.stack import StackMode
+from rwkv7_jax.runs.modes.stack import StackMode, if_named
 from rwkv7_jax.runs.monitoring.run_plots import draw
 from rwkv7_jax.runs.process import StopSignals
 from rwkv7_jax.runs.process_group import group_of_mesh
@@ -143,14 +143,14 @@ def _comparison(
     return _Comparison(name, base, result)
 
 
-def _is_kept(
+def _decide_to_save(
     mode: TrainingMode,
     folder: RunDirectory,
     progress: RunProgress,
     step: int,
     name: str = "",
 ) -> bool:
-    """Tells whether a tuned state is saved, and says where it is worse than no state.
+    """Decides whether a tuned state is saved, and says where it is worse than no state.
 
     A state whose rate was found is not saved then. One whose rate was named is: it is what was
     asked for.
@@ -158,9 +158,9 @@ def _is_kept(
     if not isinstance(mode, SingleStateMode):
         return True
     if mode.settings.finds_rate and mode.found_rate is None:
-        print(f"no state is saved{name and f' for {name}'}: no rate was found for it")
+        print(f"no state is saved{if_named(' for {}', name)}: no rate was found for it")
         return False
-    found = _comparison(folder, progress, step, name and f"{name}/")
+    found = _comparison(folder, progress, step, if_named("{}/", name))
     if found is None or not found.is_worse:
         return True
     text = (
@@ -210,14 +210,16 @@ def _left_out(
     evaluation = mode.settings.evaluation
     if isinstance(progress, RunProgress):
         step = _result_step(progress, evaluation, last)
-        return [], [], _is_kept(mode, folder, progress, step)
+        return [], [], _decide_to_save(mode, folder, progress, step)
     assert isinstance(mode, StackMode)
     given_up = progress.given_up(mode.settings.stop_after_bad)
     without = list(given_up)
     for name, one in progress.states.items():
         step = _result_step(one, evaluation, last)
         member = mode.members[name]
-        if name not in given_up and not _is_kept(member, folder, one, step, name):
+        if name not in given_up and not _decide_to_save(
+            member, folder, one, step, name
+        ):
             without.append(name)
     return without, given_up, len(without) < len(progress.states)
 

@@ -18,8 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rwkv7_jax.array_types import Activations, Tokens
 from rwkv7_jax.checks import check_count
+from rwkv7_jax.model.casts import at_least_int32
 from rwkv7_jax.model.int8_weights import Int8Matrix, Weight
-from rwkv7_jax.model.layers import at_least_int32, head_logits, linear
+from rwkv7_jax.model.products import head_logits, linear
 from rwkv7_jax.sharding import (
     as_shards,
     gather_shards,

@@ -8,7 +8,7 @@ from jax.extend.core import jaxprs_in_params
 from tolerances import FORMULA, SAME, assert_close, assert_trees_close
 
 from pallas_kernels import platforms
-from rwkv7_jax.model import chains
+from rwkv7_jax.model import pointwise
 from rwkv7_jax.model.head_sums import spread_over_heads, sum_heads, view_heads
 
 BATCH, TOKENS = 2, 5
@@ -51,10 +51,10 @@ def chain(heads, size, dtype=jnp.float32, tokens=TOKENS):
     }
 
     def run(x):
-        removed = chains.removal_and_replacement(
+        removed = pointwise.removal_and_replacement(
             x["k"], x["raw"], x["vector"], x["matrix"], x["vector"]
         )
-        read = chains.read_out(
+        read = pointwise.read_out(
             x["y"],
             (x["r"], removed[0], x["v"]),
             x["gate"],

@@ -13,9 +13,9 @@ from tiny_models import SCANNED as CONFIG
 from tiny_models import lively, random_state, restated, tokens
 from tolerances import MODEL_BFLOAT16, SAME, assert_close, assert_trees_close
 
-from rwkv7_jax.model import layers
 from rwkv7_jax.model.block import TRACE
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.inputs import safe_lengths
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state, select
 
@@ -285,5 +285,5 @@ def test_lengths_in_few_bits_count_where_the_row_is_longer_than_they_reach(
     unchecked, dtype
 ):
     lengths = np.array([100, 3, 0], dtype)
-    found = jax.jit(lambda lengths: layers.safe_lengths(lengths, (3, 300)))(lengths)
+    found = jax.jit(lambda lengths: safe_lengths(lengths, (3, 300)))(lengths)
     np.testing.assert_array_equal(found, lengths)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 import pallas_kernels
 from pallas_kernels import WKVInputs, cases
-from rwkv7_jax.model import layers, time_shards
+from rwkv7_jax.model import time_shards, token_shift
 
 AXIS = "sequence"
 CASE = cases.Case(batch=2, tokens=120, heads=3, key_size=16, value_size=24)
@@ -116,10 +116,12 @@ def test_the_token_shift_crosses_devices_bit_for_bit():
 
     def one_device(piece):
         first = time_shards.previous_token(piece, before, AXIS)
-        return layers.previous_tokens(piece, first)
+        return token_shift.previous_tokens(piece, first)
 
     shifted = jax.vmap(one_device, axis_name=AXIS)(_cut(x, 4))
-    np.testing.assert_array_equal(_join(shifted), layers.previous_tokens(x, before))
+    np.testing.assert_array_equal(
+        _join(shifted), token_shift.previous_tokens(x, before)
+    )
 
 
 @pytest.mark.parametrize("lengths", [[0, 12], [1, 3], [4, 11], [9, 6]])
@@ -132,11 +134,11 @@ def test_the_last_token_that_counts_is_found_on_the_device_that_has_it(lengths):
         tokens = piece.shape[1]
         first = time_shards.previous_token(piece, before, AXIS)
         own = time_shards.local_lengths(lengths, tokens, AXIS)
-        last = layers.last_token(piece, first, own)
+        last = token_shift.last_token(piece, first, own)
         return time_shards.from_last_token(last, own, tokens, AXIS)
 
     found = jax.vmap(one_device, axis_name=AXIS)(_cut(x, 4))
-    expected = layers.last_token(x, before, lengths)
+    expected = token_shift.last_token(x, before, lengths)
     for value in found:
         np.testing.assert_array_equal(value, expected)
 

@@ -11,7 +11,7 @@ import upscaled_states
 from tolerances import SAME, assert_close
 
 from pallas_kernels import platforms
-from rwkv7_jax.model import layers
+from rwkv7_jax.model import products
 from rwkv7_jax.model.int8_weights import quantize
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.unrolled import join_states, read_token, split_params, split_state
@@ -160,7 +160,7 @@ def test_products_of_few_rows_and_their_gradients_are_those_of_numpy(count, dtyp
     cotangent = random.integers(-1, 2, (count, 1, 16)).astype(np.float32)
 
     def product(x, weight):
-        return layers.head_logits(x.astype(dtype), weight)
+        return products.head_logits(x.astype(dtype), weight)
 
     found, pull_back = jax.vjp(jax.jit(product), jnp.asarray(x), jnp.asarray(weight))
     np.testing.assert_array_equal(found, x @ weight.T)

@@ -38,7 +38,7 @@ def _logger(steps: int, log_every: int) -> tuple[MetricsLogger, dict[int, Any]]:
         mode,  # type: ignore
         RunProgress(),
         start_step=0,
-        feed=SimpleNamespace(waited=0.0),  # type: ignore
+        batches=SimpleNamespace(waited=0.0),  # type: ignore
         rates=lambda step: {},
     )
     return logger, lines

@@ -194,7 +194,7 @@ def test_bfloat16_activations_still_give_a_float32_loss():
     assert_close(loss, losses(lively(QUICK), MASK, 0.0)[0], 3e-2)
 
 
-def test_the_pull_on_logits_may_be_traced():
+def test_the_pull_on_logits_may_be_traced(unchecked):
     batch = {"tokens": IDS, "mask": MASK}
 
     @jax.jit

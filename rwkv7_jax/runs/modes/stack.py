@@ -45,6 +45,16 @@ RESULTS = "states"
 _NAME = re.compile(r"\w[\w.-]*")
 
 
+def if_named(text: str, name: str) -> str:
+    """Puts the name of a state into a text; "" for the only state of a run, which has no name.
+
+    Args:
+        text: with {} where the name goes.
+        name: of the state, or "".
+    """
+    return text.format(name) if name else ""
+
+
 def state_sources(states: str | Mapping[str, str]) -> dict[str, str]:
     """Returns the texts of `config.tuning.states` by the names of their states.
 

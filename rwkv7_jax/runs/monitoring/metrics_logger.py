@@ -67,7 +67,7 @@ class MetricsLogger:
         progress: Progress,
         *,
         start_step: int,
-        feed: InputPipeline,
+        batches: InputPipeline,
         rates: RateAt,
         devices: int = 1,
     ):
@@ -78,7 +78,7 @@ class MetricsLogger:
             mode: of the run.
             progress: as it was restored.
             start_step: where the run begins or goes on.
-            feed: knows how long batches were waited for.
+            batches: knows how long they were waited for.
             rates: from a step, counted from 0, to its learning rates.
             devices: how many share the rows of a step.
         """
@@ -87,7 +87,7 @@ class MetricsLogger:
         self._mode = mode
         self._settings = mode.settings
         self._start_step = start_step
-        self._feed = feed
+        self._batches = batches
         self._rates = rates
         self._devices = devices
         self._bar = ProgressBar(self._settings.steps - start_step, self._settings.mode)
@@ -229,7 +229,7 @@ class MetricsLogger:
         """
         # A clock may not have moved since the last line.
         seconds = max(now - self._began - self._paused, 1e-9)
-        waited = self._feed.waited - self._waited_before
+        waited = self._batches.waited - self._waited_before
         numbers = {"tokens_per_second": self._tokens / seconds}
         if self._devices > 1:
             numbers["tokens_per_second_per_device"] = (
@@ -241,7 +241,7 @@ class MetricsLogger:
         self._paused = 0.0
         self._compiled_in_pauses = 0.0
         self._tokens = 0
-        self._waited_before = self._feed.waited
+        self._waited_before = self._batches.waited
         self._compiled_before = self._compile_clock.seconds
         return numbers
 

@@ -1,4 +1,4 @@
-"""The chains of small operations between the products and the recurrence.
+"""The small operations between the products and the recurrence: of channels, and of heads.
 
 No backward pass keeps what they compute: it is cheap next to the products, and much of it float32.
 The equations are in `block`.
@@ -9,34 +9,28 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Activations, Heads
-from rwkv7_jax.model import layers
+from rwkv7_jax.model import norms
+from rwkv7_jax.model.casts import per_channel, widened
 from rwkv7_jax.model.head_sums import (
     HeadView,
     spread_over_heads,
     sum_heads,
     view_heads,
 )
-from rwkv7_jax.model.segments import Segments
+
+# The largest decay rate: w = exp(-DECAY_RATE * sigmoid(z)) stays above 0.5452.
+DECAY_RATE = 0.6065306597126334  # exp(-1/2)
 
 Vector = Float[Array, " D"]
 
 
-def token_shift(
-    x: Activations,
-    before: Float[Array, "S D"],
-    coefficients: tuple[Vector, ...],
-    segments: Segments | None = None,
-) -> tuple[Activations, ...]:
-    """Interpolates between every token and the one before it, by each vector of coefficients."""
-    before = layers.token_before(x, before)
-    previous = layers.previous_tokens(x, before, segments)
-    mixed = [layers.lerp(x, previous, vector) for vector in coefficients]
-    return layers.read_together(mixed)
-
-
 def log_decay(raw: Activations, bias: Vector) -> Float[Array, "B T D"]:
-    """Computes log w from the raw decay and its bias, in float32."""
-    return layers.log_decay(_with_bias(raw, bias))
+    """Computes log w from the raw decay and its bias, float32, in (-0.6066, 0).
+
+    Source: BlinkDL/RWKV-LM@524481d RWKV-v7/train_temp/cuda/rwkv7_clampw.cu:16,42.
+    """
+    # With the 8 bits of bfloat16, the error of log w would add up over thousands of tokens.
+    return -DECAY_RATE * jax.nn.sigmoid(_with_bias(raw, bias))
 
 
 def mix_values(
@@ -67,11 +61,11 @@ def removal_and_replacement(
     icl_rate = jax.nn.sigmoid(_with_bias(raw, bias)).astype(k.dtype)
     # -kappa^ = -(k * xi) / |k * xi| for each head, the removal key; k is not yet the one below.
     # The sign goes in first: on TPU, a negation at the end would be a pass over all channels.
-    scaled = view_heads(k * -layers.per_channel(xi.ravel(), k), head_size)
-    negative_key = layers.unit_heads(scaled, head_size)
+    scaled = view_heads(k * -per_channel(xi.ravel(), k), head_size)
+    negative_key = norms.unit_heads(scaled, head_size)
     removal = -negative_key * view_heads(icl_rate, head_size)
     # k~ = k * lerp(1, a, alpha), the replacement key
-    k = k * (1 + (icl_rate - 1) * layers.per_channel(alpha, k))
+    k = k * (1 + (icl_rate - 1) * per_channel(alpha, k))
     return (
         _split(k, xi),
         _split(negative_key, xi),
@@ -104,10 +98,8 @@ def read_out(
     k = view_heads(k, head_size)
     v = view_heads(v, head_size)
     # The bonus is added after the norm, so it keeps its size where y is large.
-    normed = layers.group_norm(
-        view_heads(y, head_size), *norm, eps, head_size=head_size
-    )
-    agreement = r * k * layers.per_channel(rho.reshape(r.shape[2:]), r)
+    normed = norms.group_norm(view_heads(y, head_size), *norm, eps, head_size=head_size)
+    agreement = r * k * per_channel(rho.reshape(r.shape[2:]), r)
     strength = sum_heads(agreement, head_size, r.dtype)
     bonus = spread_over_heads(strength, head_size, r.dtype) * v
     return (normed + bonus).reshape(gate.shape) * gate
@@ -120,8 +112,8 @@ def squared_relu(x: Float[Array, "... F"]) -> Float[Array, "... F"]:
 
 def _with_bias(raw: Activations, bias: Vector) -> Float[Array, "B T D"]:
     """Adds a bias in float32."""
-    wide = layers.widened(raw)
-    return wide + layers.per_channel(bias, wide)
+    wide = widened(raw)
+    return wide + per_channel(bias, wide)
 
 
 def _split(x: HeadView, like: Float[Array, "H N"]) -> Heads:

@@ -1,0 +1,29 @@
+"""Dtypes and ranks that operands need next to each other."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def widened(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Brings numbers to float32; float64, in which laws are checked, stays."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def at_least_int32(numbers: Any) -> Array:
+    """Converts integers of fewer bits to int32.
+
+    JAX gives a Python number the dtype of the array that it meets: in uint8, 256 is 0.
+    """
+    numbers = jnp.asarray(numbers)
+    return numbers.astype(jnp.promote_types(numbers.dtype, jnp.int32))
+
+
+def per_channel(
+    vector: Float[Array, "..."],
+    x: Float[Array, "..."],
+) -> Float[Array, "..."]:
+    """Brings a vector to x's dtype and rank, so that it acts along x's last axes."""
+    return jax.lax.broadcast_to_rank(vector.astype(x.dtype), x.ndim)

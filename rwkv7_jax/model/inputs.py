@@ -1,0 +1,36 @@
+"""What goes into a model: lengths of rows, and the vectors of tokens."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rwkv7_jax.array_types import Activations, Tokens
+from rwkv7_jax.checks import as_array, check_lengths, is_traced
+from rwkv7_jax.model.casts import at_least_int32
+
+
+def safe_lengths(lengths: Any, tokens: tuple[int, int]) -> Any:
+    """Returns lengths from 0 to T: concrete ones are checked, traced ones are clipped.
+
+    Args:
+        lengths: the number of tokens of each row that count.
+        tokens: the number of rows and the number of tokens in a row (T).
+
+    Raises:
+        TypeError: the lengths are not integers.
+        ValueError: there is not one length for each row, or one is out of range.
+    """
+    lengths = as_array(lengths, "`lengths`")
+    check_lengths(lengths, tokens)
+    lengths = at_least_int32(lengths)
+    if not is_traced(lengths):
+        return lengths
+    # A length out of range would gather a token shift from nowhere: NaN, or another row's end.
+    return jnp.clip(lengths, 0, tokens[1])
+
+
+def embed(tokens: Tokens, table: Float[Array, "V D"]) -> Activations:
+    """Looks up the tokens' rows of the table; ids out of range get zeros."""
+    # Plain indexing would clamp an id that is too large, and count a negative one from the end.
+    return table.at[tokens].get(mode="fill", fill_value=0, wrap_negative_indices=False)

@@ -1,0 +1,150 @@
+"""Products with weights, and what they need on each kind of device."""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from pallas_kernels import platforms
+from rwkv7_jax.model.casts import per_channel
+from rwkv7_jax.model.int8_weights import Int8Matrix, Weight
+from rwkv7_jax.model.remat import name_product
+
+# Up to so many rows, reading a weight takes longer than multiplying by it.
+_MOST_ROWS = 64
+
+# XLA for GPUs makes one kernel of a row's product with so many columns, and two of one with more.
+_MOST_COLUMNS = 96
+
+
+def linear(
+    x: Float[Array, "... I"],
+    weight: Weight,
+) -> Float[Array, "... O"]:
+    """Computes x W^T in x's dtype; float32 means float32 on every device."""
+    if isinstance(weight, Int8Matrix):
+        return name_product(_int8_product(x, weight, x.dtype))
+    return name_product(_product(x, weight.astype(x.dtype)).astype(x.dtype))
+
+
+def project(
+    x: Float[Array, "... I"],
+    weight: Float[Array, "I O"],
+) -> Float[Array, "... O"]:
+    """Computes x W in x's dtype, for the low-rank matrices, which act from the right."""
+    columns = weight.shape[-1]
+    if is_one_token_on_gpu(x) and _MOST_COLUMNS < columns <= 2 * _MOST_COLUMNS:
+        # A kernel has room for the sums of two such halves; three parts would be two again.
+        halves = jnp.array_split(weight, 2, axis=-1)
+        return jnp.concatenate([project(x, half) for half in halves], axis=-1)
+    product = jnp.matmul(
+        x,
+        weight.astype(x.dtype),
+        precision=precision(x.dtype),
+        preferred_element_type=_sum_dtype(x),
+    )
+    return name_product(product.astype(x.dtype))
+
+
+def head_logits(
+    x: Float[Array, "... D"],
+    weight: Weight,
+) -> Float[Array, "... V"]:
+    """Computes float32 logits from operands in the activations' dtype."""
+    # Of float64, which laws are checked in, float64.
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    if isinstance(weight, Int8Matrix):
+        return _int8_product(x, weight, wide)
+    return _product(x, weight.astype(x.dtype), wide)
+
+
+# Only the integers are stored for the backward pass. Left alone, the gradient of a scan over layers
+# stores what the tangents do not depend on: a float copy of every layer's weights.
+@functools.partial(jax.checkpoint, static_argnums=2)
+def _int8_product(x: Float[Array, "... I"], weight: Int8Matrix, dtype) -> Array:
+    """Computes x W^T from integers in x's dtype, and scales the result in float32.
+
+    Args:
+        x: of the activations' dtype, which holds the integers exactly.
+        weight: one matrix.
+        dtype: of the product and of the result.
+    """
+    product = _product(x, weight.values.astype(x.dtype), dtype).astype(jnp.float32)
+    return (product * per_channel(weight.scale, product)).astype(dtype)
+
+
+def _product(
+    x: Float[Array, "... I"], weight: Float[Array, "O I"], dtype=None
+) -> Float[Array, "... O"]:
+    """Computes x W^T.
+
+    Args:
+        x: rows.
+        weight: of x's dtype.
+        dtype: of the result; by default the one that few rows are summed in, or x's.
+    """
+    product = functools.partial(
+        jnp.einsum,
+        precision=precision(x.dtype),
+        preferred_element_type=_sum_dtype(x) or dtype,
+    )
+    if _is_step(x) and _rows(x) > 1 and platforms.target_platform() == "cpu":
+        turned = product("oi,bi->ob", weight, x.reshape(-1, x.shape[-1]))
+        # XLA would turn the product back, and then copy all of the weights into another order.
+        turned = jax.lax.optimization_barrier(turned)
+        return turned.T.reshape(*x.shape[:-1], weight.shape[0])
+    return product("...i,oi->...o", x, weight)
+
+
+def _rows(x: Array) -> int:
+    return math.prod(x.shape[:-1])
+
+
+def _is_step(x: Array) -> bool:
+    """Tells whether x [... T I] is one token of each of a few rows, as decoding reads it."""
+    return x.ndim > 1 and x.shape[-2] == 1 and _rows(x) <= _MOST_ROWS
+
+
+def share_buffer_of_one_token(
+    arrays: Sequence[Float[Array, "B T _"]],
+) -> tuple[Float[Array, "B T _"], ...]:
+    """Returns the arrays; those of one token on a GPU as parts of one array.
+
+    A kernel takes longer to start there than to multiply one row. XLA makes one kernel of products
+    that read the same array, and none of those that only look alike.
+    """
+    if not is_one_token_on_gpu(arrays[0]):
+        return tuple(arrays)
+    # Otherwise every product would compute its part again.
+    joined = jax.lax.optimization_barrier(jnp.concatenate([x.ravel() for x in arrays]))
+    ends = np.cumsum([x.size for x in arrays])
+    parts = jnp.split(joined, ends[:-1])
+    return tuple(part.reshape(x.shape) for part, x in zip(parts, arrays, strict=True))
+
+
+def is_one_token_on_gpu(x: Array) -> bool:
+    """Tells whether x [... T D] is a single token of a single row, for a GPU."""
+    return _is_step(x) and _rows(x) == 1 and platforms.target_platform() == "cuda"
+
+
+def _sum_dtype(x: Array) -> DTypeLike | None:
+    """Returns the dtype to sum 16-bit products of a step in; None leaves it to the compiler.
+
+    For GPUs, XLA makes a product with one row of multiplications, whose results it would round to
+    16 bits before the sum. Products with many rows are summed in float32 anyway; asked for it, the
+    gradient would multiply float32 by 16 bits.
+    """
+    return jnp.float32 if jnp.dtype(x.dtype).itemsize < 4 and _is_step(x) else None
+
+
+def precision(dtype) -> str:
+    """Returns the precision of products: full for float32, one pass for 16-bit operands.
+
+    Left alone, GPU and TPU would shorten float32 operands to TF32 or bfloat16.
+    """
+    return "highest" if dtype == jnp.float32 else "default"

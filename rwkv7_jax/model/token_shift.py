@@ -1,0 +1,78 @@
+"""Token shift: every token next to the one before it, and what a state keeps of the last one."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rwkv7_jax.array_types import Activations, Lengths
+from rwkv7_jax.model import segments as segments_of_rows
+from rwkv7_jax.model import time_shards
+from rwkv7_jax.model.casts import per_channel
+from rwkv7_jax.model.products import is_one_token_on_gpu, share_buffer_of_one_token
+from rwkv7_jax.model.segments import Segments
+from rwkv7_jax.sharding import time_axis
+
+
+def mix_with_previous(
+    x: Activations,
+    before: Float[Array, "S D"],
+    coefficients: tuple[Float[Array, " D"], ...],
+    segments: Segments | None = None,
+) -> tuple[Activations, ...]:
+    """Interpolates between every token and the one before it, by each vector of coefficients."""
+    before = token_before(x, before)
+    previous = previous_tokens(x, before, segments)
+    mixed = [_lerp(x, previous, vector) for vector in coefficients]
+    return share_buffer_of_one_token(mixed)
+
+
+def token_before(x: Activations, before: Float[Array, "S D"]) -> Float[Array, "S D"]:
+    """Returns what comes before this device's tokens; `before`, from the state, on one device."""
+    axis = time_axis()
+    return before if axis is None else time_shards.previous_token(x, before, axis)
+
+
+def previous_tokens(
+    x: Activations,
+    before: Float[Array, "S D"],
+    segments: Segments | None = None,
+) -> Activations:
+    """Shifts by one token; the first one's predecessor is `before`, from the state."""
+    if segments is not None:
+        return segments_of_rows.shift(x, before, segments)
+    # [B T+1 D]; its first T tokens are the predecessors.
+    both = jnp.concatenate([before[:, None].astype(x.dtype), x], axis=1)
+    return both[:, : x.shape[1]]
+
+
+def last_token(
+    x: Activations,
+    before: Float[Array, "S D"],
+    lengths: Lengths | None,
+    segments: Segments | None = None,
+) -> Float[Array, "S D"]:
+    """Takes the last token that counts of every sequence; `before` where none does."""
+    if segments is not None:
+        return segments_of_rows.last_tokens(x, before, segments)
+    axis = time_axis()
+    if axis is None and lengths is not None and is_one_token_on_gpu(x):
+        # Number by number, so that XLA writes the new state in the old one's place.
+        return jnp.where(lengths[:, None] > 0, x[:, 0], before.astype(x.dtype))
+    # With `before` in front, position n holds the last of n tokens, also for n = 0.
+    both = jnp.concatenate([before[:, None].astype(x.dtype), x], axis=1)
+    if lengths is None:
+        last = both[:, -1]
+    else:
+        last = jnp.take_along_axis(both, lengths[:, None, None], axis=1)[:, 0]
+    if axis is None:
+        return last
+    return time_shards.from_last_token(last, lengths, x.shape[1], axis)
+
+
+def _lerp(
+    x: Activations,
+    shifted: Activations,
+    coefficient: Float[Array, " D"],
+) -> Activations:
+    """Interpolates: x where the coefficient is 0, the previous token where it is 1."""
+    coefficient = per_channel(coefficient, x)
+    return x + (shifted - x) * coefficient
