@@ -195,10 +195,11 @@ def test_bfloat16_activations_still_give_a_float32_loss():
 
 
 def test_the_pull_on_logits_may_be_traced(unchecked):
+    params = lively(QUICK)
     batch = {"tokens": IDS, "mask": MASK}
 
     @jax.jit
     def loss(pull):
-        return pretrain_loss(MODEL, l2wrap=pull)(lively(QUICK), batch)[0]
+        return pretrain_loss(MODEL, l2wrap=pull)(params, batch)[0]
 
     assert loss(0.0) == loss(1e-4)
