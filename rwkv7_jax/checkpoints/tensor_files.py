@@ -41,6 +41,9 @@ LOW_RANK_KEY = "rwkv7_jax.low_rank"
 # The metadata's entry with the epsilon that a model's weights were saved with.
 NORM_EPS_KEY = "rwkv7_jax.norm_eps"
 
+# The metadata's entry of an HF folder whose vocabulary has no file: that of ids that are no text.
+VOCABULARY_KEY = "rwkv7_jax.vocabulary"
+
 # What a file is taken for whose first bytes are damaged.
 _CONTAINER_BY_SUFFIX: dict[str, Container] = {
     ".pth": "pth",

@@ -68,6 +68,9 @@ _USER_ERRORS = (OverflowError, NotImplementedError)
 
 _VOCABULARY = "convert: `--vocabulary`"
 
+# Formats of weights alone.
+_WITHOUT_VOCABULARY = ("pth", "safetensors", "st")
+
 _LESS_MEMORY = (
     "use a smaller model, a shorter prompt or text, or lower `--windows`, `--length` or `--show` "
     "where the command has them"
@@ -91,7 +94,7 @@ def _reason(error: Exception) -> str:
 def _convert(options: argparse.Namespace) -> str:
     """Reads a checkpoint and writes it in another format."""
     # Before the source is read, which may take minutes.
-    check_model_target(options.target, format=options.format)
+    _, kind = check_model_target(options.target, format=options.format)
     if options.vocabulary is not None:
         load_vocabulary(options.vocabulary, argument=_VOCABULARY)
     params, config = load_model(
@@ -104,7 +107,7 @@ def _convert(options: argparse.Namespace) -> str:
     state = None
     if has_merged_state(options.source):
         state = load_state(options.source, config=config)
-    tokenizer = _vocabulary_of(options, config)
+    tokenizer = _vocabulary_of(options, kind, config)
     save_model(
         options.target,
         params,
@@ -124,12 +127,19 @@ def _convert(options: argparse.Namespace) -> str:
 
 
 def _vocabulary_of(
-    options: argparse.Namespace, config: RWKV7Config
+    options: argparse.Namespace, kind: str, config: RWKV7Config
 ) -> Tokenizer | None:
-    """Returns the vocabulary that was named, or that the source keeps; None where there is none."""
-    if options.vocabulary is None:
-        return kept_vocabulary(options.source, config.vocab_size)
-    return load_vocabulary(options.vocabulary, config.vocab_size, argument=_VOCABULARY)
+    """Returns the vocabulary that was named, or that the source keeps; None where there is none.
+
+    A target that holds none needs none: a source whose vocabulary cannot be read has weights.
+    """
+    if options.vocabulary is not None:
+        return load_vocabulary(
+            options.vocabulary, config.vocab_size, argument=_VOCABULARY
+        )
+    if kind in _WITHOUT_VOCABULARY:
+        return None
+    return kept_vocabulary(options.source, config.vocab_size)
 
 
 def _state_place(target: Path) -> Path:

@@ -73,24 +73,15 @@ class JsonTokenizer(Tokenizer):
         self._check_spelling()
 
     @classmethod
-    def from_file(cls, path: Path) -> "JsonTokenizer":
-        """Reads a `tokenizer.json`.
+    def from_text(
+        cls, content: bytes, *, name: str, end_of_text: str | None = None
+    ) -> "JsonTokenizer":
+        """Reads the content of a `tokenizer.json`.
 
         Raises:
             ValueError: the file is damaged, or of a kind that is not read.
             ImportError: the extra `tokenizers` is not installed.
         """
-        config = path.with_name(_CONFIG_FILE)
-        end_of_text = None
-        if config.is_file():
-            end_of_text = _end_token(config)
-        return cls.from_text(path.read_bytes(), name=str(path), end_of_text=end_of_text)
-
-    @classmethod
-    def from_text(
-        cls, content: bytes, *, name: str, end_of_text: str | None = None
-    ) -> "JsonTokenizer":
-        """Reads the content of a `tokenizer.json`; see `from_file`."""
         tokenizers = _import_tokenizers()
         # The package raises bare `Exception`, and panics with something that is no `Exception`.
         try:
@@ -188,8 +179,18 @@ def _import_tokenizers() -> Any:
     return tokenizers
 
 
-def _end_token(config: Path) -> str | None:
-    """Reads which token ends a text from a `tokenizer_config.json`."""
+def end_token_beside(path: Path) -> str | None:
+    """Reads which token ends a text from the `tokenizer_config.json` next to a `tokenizer.json`.
+
+    Returns:
+        None where there is no such file, or it names none.
+
+    Raises:
+        ValueError: the file holds no JSON object.
+    """
+    config = path.with_name(_CONFIG_FILE)
+    if not config.is_file():
+        return None
     try:
         token = json.loads(config.read_bytes()).get("eos_token")
     except (ValueError, AttributeError):
