@@ -24,6 +24,7 @@ from rwkv7_jax.checkpoints import (
     official_tensors,
     save_model,
     save_state,
+    sidecar,
     verify,
 )
 from rwkv7_jax.cli.arguments import (
@@ -105,8 +106,10 @@ def _convert(options: argparse.Namespace) -> str:
     )
     # Before anything is written: source and target may be one file.
     state = None
+    state_path = _state_place(Path(options.target))
     if has_merged_state(options.source):
         state = load_state(options.source, config=config)
+        _refuse_replacing(state_path, options.source)
     tokenizer = _vocabulary_of(options, kind, config)
     save_model(
         options.target,
@@ -120,7 +123,6 @@ def _convert(options: argparse.Namespace) -> str:
     line = f"{options.target}: {_sizes(config)}"
     if state is None:
         return line
-    state_path = _state_place(Path(options.target))
     info = {"base_model": model_hash(params, config)}
     save_state(state_path, state, config=config, info=info)
     return f"{line}\n{state_path}: the tuned state that {options.source} holds besides the weights"
@@ -147,6 +149,20 @@ def _state_place(target: Path) -> Path:
     if target.suffix in (".pth", ".safetensors", ".st"):
         return target.with_name(f"{target.stem}.state{target.suffix}")
     return target.with_name(f"{target.name}.state.pth")
+
+
+def _refuse_replacing(state_path: Path, source: str) -> None:
+    """Raises if a state that nobody named would be replaced.
+
+    Raises:
+        ValueError: the file or its sidecar is there.
+    """
+    for file in (state_path, sidecar(state_path)):
+        if file.exists():
+            raise ValueError(
+                f"convert: `{file}` must not be there, because the tuned state in `{source}` goes "
+                "to that place; move it away, or name another target."
+            )
 
 
 def _progress(label: str) -> Callable[[int, int], None]:
