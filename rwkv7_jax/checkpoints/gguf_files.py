@@ -8,10 +8,10 @@ required); the format itself is the package's business.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from io import BufferedWriter
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import gguf
 import ml_dtypes
@@ -19,20 +19,19 @@ import numpy as np
 
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.checkpoints import tensor_names
+from rwkv7_jax.checkpoints.gguf_vocabulary import (
+    add_vocabulary,
+    metadata,
+    read_vocabulary,
+    writable_entries,
+)
 from rwkv7_jax.checkpoints.integrity.digests import digest_of_arrays
 from rwkv7_jax.checkpoints.layouts.orientation import transposed
 from rwkv7_jax.checkpoints.tensor_files import TensorFile
 from rwkv7_jax.checkpoints.tensor_names import Tensor
 from rwkv7_jax.checkpoints.unused_value_residual import drop_unused_value_residual
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.text.jinja_template import chat_template_jinja
-from rwkv7_jax.text.json_tokenizer import JsonTokenizer
-from rwkv7_jax.text.tokenizer import END_OF_TEXT, Tokenizer
-from rwkv7_jax.text.vocabulary_entries import (
-    END_OF_TEXT_NAME,
-    fitting_vocabulary,
-    vocabulary_entries,
-)
+from rwkv7_jax.text.tokenizer import Tokenizer
 
 _ARCHITECTURE = "rwkv7"
 
@@ -56,9 +55,6 @@ _FILE_TYPES = {
     np.dtype(np.float16): gguf.LlamaFileType.MOSTLY_F16,
     np.dtype(ml_dtypes.bfloat16): gguf.LlamaFileType.MOSTLY_BF16,
 }
-
-# As its converter says, a turn of a conversation ends at a blank line.
-_END_OF_TURN = b"\n\n"
 
 # Metadata of ours, by dtype: official names of the tensors that were widened to float32.
 _WIDENED_KEY = "rwkv7_jax.widened.{dtype}"
@@ -150,24 +146,18 @@ def _open(path: Path) -> gguf.GGUFReader:
         raise ValueError(
             f"load_model: `{path}` is a GGUF file of the other byte order (big-endian)."
         )
-    architecture = _metadata(reader, gguf.Keys.General.ARCHITECTURE)
+    architecture = metadata(reader, gguf.Keys.General.ARCHITECTURE)
     if architecture != _ARCHITECTURE:
         raise ValueError(
             f"load_model: `{path}` is a GGUF file of {architecture!r}, not of {_ARCHITECTURE!r}."
         )
-    parts = _metadata(reader, gguf.Keys.Split.LLM_KV_SPLIT_COUNT)
+    parts = metadata(reader, gguf.Keys.Split.LLM_KV_SPLIT_COUNT)
     if parts is not None and parts > 1:
         raise ValueError(
             f"load_model: `{path}` is one of {parts} parts of a GGUF file; "
             "join them with `llama-gguf-split --merge`."
         )
     return reader
-
-
-def _metadata(reader: gguf.GGUFReader, key: str) -> Any:
-    """Returns the value of a key; None where the file does not have it."""
-    field = reader.get_field(key)
-    return None if field is None else field.contents()
 
 
 def _refuse_quantised(reader: gguf.GGUFReader, path: Path) -> None:
@@ -187,7 +177,7 @@ def _number(reader: gguf.GGUFReader, key: str, path: Path) -> float:
         ValueError: the key is missing, or its value is something else.
     """
     name = key.format(arch=_ARCHITECTURE)
-    value = _metadata(reader, name)
+    value = metadata(reader, name)
     if not isinstance(value, int | float) or not value > 0:
         raise ValueError(
             f"load_model: `{path}` must have a positive number {name}; got {value!r}."
@@ -197,7 +187,7 @@ def _number(reader: gguf.GGUFReader, key: str, path: Path) -> float:
 
 def has_gguf_digest(path: Path) -> bool:
     """Returns whether a GGUF file holds a digest of its content."""
-    return _metadata(_open(path), _DIGEST_KEY) is not None
+    return metadata(_open(path), _DIGEST_KEY) is not None
 
 
 def read_gguf(path: Path, *, verify: bool = False) -> TensorFile:
@@ -219,7 +209,7 @@ def read_gguf(path: Path, *, verify: bool = False) -> TensorFile:
     if verify:
         arrays = [(entry.name, entry.data) for entry in reader.tensors]
         digest = _digest(arrays, norm_eps, head_size)
-        if _metadata(reader, _DIGEST_KEY) not in (None, digest):
+        if metadata(reader, _DIGEST_KEY) not in (None, digest):
             raise ValueError(
                 f"load_model: `{path}` is damaged: its tensors or sizes are not those that were "
                 "written (their digest differs); download or copy it again."
@@ -232,6 +222,19 @@ def read_gguf(path: Path, *, verify: bool = False) -> TensorFile:
     _narrow(tensors, reader, path)
     # The file has a float32; its shortest decimal form is the number that was written.
     return TensorFile(tensors, "official", float(str(np.float32(norm_eps))))
+
+
+def read_gguf_vocabulary(path: Path, vocab_size: int) -> Tokenizer | None:
+    """Reads the vocabulary of a GGUF file; None where it has none.
+
+    Args:
+        path: of the file.
+        vocab_size: of the model.
+
+    Raises:
+        ValueError: a vocabulary of another kind than RWKV's, or a damaged file.
+    """
+    return read_vocabulary(_open(path), path, vocab_size)
 
 
 def _digest(
@@ -289,7 +292,7 @@ def _narrow(tensors: dict[str, Tensor], reader: gguf.GGUFReader, path: Path) -> 
     """Gives tensors that were widened for llama.cpp the dtype that they had before."""
     for dtype in _FILE_TYPES:
         key = _WIDENED_KEY.format(dtype=dtype)
-        for name in _metadata(reader, key) or ():
+        for name in metadata(reader, key) or ():
             if name in tensors and tensors[name].dtype == np.float32:
                 tensors[name] = _narrowed(tensors[name], dtype, name, path)
 
@@ -332,10 +335,10 @@ def save_gguf(
             vocabulary of another size.
     """
     _check_config(config)
-    entries = _entries(tokenizer, config.vocab_size)
+    entries = writable_entries(tokenizer, config.vocab_size)
     writer = gguf.GGUFWriter(None, _ARCHITECTURE)
     _add_sizes(writer, config)
-    _add_vocabulary(writer, entries, config.vocab_size)
+    add_vocabulary(writer, entries, config.vocab_size)
     _add_tensors(writer, tensors)
     arrays = [
         (name, cast(np.ndarray, info.tensor))
@@ -366,26 +369,6 @@ def _check_config(config: RWKV7Config) -> None:
         )
 
 
-def _entries(tokenizer: Tokenizer | None, vocab_size: int) -> dict[int, bytes]:
-    """Returns the bytes of every id; llama.cpp takes the longest entry at a place, as we do.
-
-    Raises:
-        ValueError: no vocabulary is known, or one that is encoded otherwise.
-    """
-    vocabulary = fitting_vocabulary(tokenizer, vocab_size, "save_model")
-    if vocabulary is None:
-        raise ValueError(
-            f"save_model: `tokenizer` must be given for a .gguf file of {vocab_size} ids, as no "
-            "built-in vocabulary has that size (`rwkv7 convert --vocabulary`)."
-        )
-    if isinstance(vocabulary, JsonTokenizer):
-        raise ValueError(
-            "save_model: `tokenizer` of a .gguf file must take the longest entry at a place, as "
-            f"llama.cpp does for RWKV; got {vocabulary.name}."
-        )
-    return vocabulary_entries(vocabulary, vocab_size)
-
-
 def _add_sizes(writer: gguf.GGUFWriter, config: RWKV7Config) -> None:
     """Adds the metadata that llama.cpp makes its graph of."""
     writer.add_context_length(_CONTEXT_LENGTH)
@@ -400,38 +383,6 @@ def _add_sizes(writer: gguf.GGUFWriter, config: RWKV7Config) -> None:
     writer.add_feed_forward_length(config.ffn_width)
     # Required and not read.
     writer.add_head_count(0)
-
-
-def _add_vocabulary(
-    writer: gguf.GGUFWriter, entries: Mapping[int, bytes], vocab_size: int
-) -> None:
-    """Adds the vocabulary as llama.cpp's `rwkv` tokenizer wants it: bytes as escaped ASCII."""
-    tokens = []
-    types = []
-    for number in range(vocab_size):
-        if number in entries:
-            # What is between the quotes of a Python literal.
-            tokens.append(repr(entries[number])[2:-1])
-            types.append(gguf.TokenType.NORMAL)
-        elif number == END_OF_TEXT:
-            # Not the converter's "<s>": such text would become this id.
-            tokens.append(END_OF_TEXT_NAME)
-            types.append(gguf.TokenType.CONTROL)
-        else:
-            # The converter's "[PAD65530]" would be taken for the id in a text; no text has 0xff.
-            tokens.append(f"\\xff[PAD{number}]")
-            types.append(gguf.TokenType.UNUSED)
-    writer.add_tokenizer_model("rwkv")
-    # Without one llama.cpp would take that of other models.
-    writer.add_chat_template(chat_template_jinja())
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    if END_OF_TEXT not in entries:
-        writer.add_bos_token_id(END_OF_TEXT)
-        writer.add_eos_token_id(END_OF_TEXT)
-    for number, token in entries.items():
-        if token == _END_OF_TURN:
-            writer.add_eot_token_id(number)
 
 
 def _add_tensors(

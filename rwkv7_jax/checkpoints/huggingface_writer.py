@@ -22,7 +22,11 @@ from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.checkpoints.huggingface import CONFIG_FILE, WEIGHTS_FILE
 from rwkv7_jax.checkpoints.model_folder import replace_folder
-from rwkv7_jax.checkpoints.tensor_files import NORM_EPS_KEY, write_safetensors
+from rwkv7_jax.checkpoints.tensor_files import (
+    NORM_EPS_KEY,
+    VOCABULARY_KEY,
+    write_safetensors,
+)
 from rwkv7_jax.checkpoints.unused_value_residual import (
     add_unused_value_residual,
     drop_unused_value_residual,
@@ -107,6 +111,8 @@ def save_hf(
         else:
             named = _transformers_tensors(tensors, config)
         metadata = {"format": "pt", NORM_EPS_KEY: repr(config.norm_eps)}
+        if isinstance(vocabulary, IdTokenizer):
+            metadata[VOCABULARY_KEY] = vocabulary.kind
         write_safetensors(folder / WEIGHTS_FILE, named, metadata=metadata)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8", newline="\n")

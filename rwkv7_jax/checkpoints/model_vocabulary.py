@@ -1,14 +1,23 @@
-"""The vocabulary of a model: in the card of an Orbax folder, and where no card says it.
+"""The vocabulary of a model: what its folder or file keeps, and which one it is where none does.
 
-A card names a built-in vocabulary. Of another one the folder holds the file itself, and the card
-its digest and, for a `tokenizer.json`, the token that ends texts.
+The card of an Orbax folder names a built-in vocabulary. Of another one the folder holds the file
+itself, and the card its digest and, for a `tokenizer.json`, the token that ends texts. HF folders
+hold a `tokenizer.json`, GGUF files a list. Ids that are no text have no file: the weights' metadata
+of an HF folder say so.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rwkv7_jax.checkpoints.huggingface import WEIGHTS_FILE
 from rwkv7_jax.checkpoints.model_folder import read_json
+from rwkv7_jax.checkpoints.tensor_files import (
+    VOCABULARY_KEY,
+    container_of,
+    gguf_files,
+    read_metadata,
+)
 from rwkv7_jax.text.json_tokenizer import KIND as JSON_KIND
 from rwkv7_jax.text.json_tokenizer import JsonTokenizer
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -45,19 +54,54 @@ def keep_vocabulary(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def kept_vocabulary(path: str | Path, vocab_size: int) -> Tokenizer | None:
-    """Reads the vocabulary that an Orbax folder's card names; None where nothing names one.
+    """Reads the vocabulary that a folder or a GGUF file holds; None where it holds none.
+
+    The published folders whose tokenizer is a program hold none: theirs is that of the size.
 
     Args:
         path: of a checkpoint of any kind.
         vocab_size: of the model.
 
     Raises:
-        ValueError: an unknown entry, or a file that is not the one that was kept.
+        ValueError: an unknown entry, a file that is not the one that was kept, or one that cannot
+            be read.
         ImportError: a `tokenizer.json` without the extra `tokenizers`.
     """
-    folder = Path(path)
+    path = Path(path)
+    if (path / CARD_FILE).is_file():
+        return _vocabulary_of_card(path, vocab_size)
+    try:
+        if path.is_dir():
+            return _vocabulary_of_hf(path, vocab_size)
+        if path.is_file() and container_of(path) == "gguf":
+            return gguf_files("load_model").read_gguf_vocabulary(path, vocab_size)
+    except (ValueError, ImportError) as error:
+        raise type(error)(
+            f"{str(error).rstrip('.')}; `--vocabulary` (`config.data.vocabulary`) names another."
+        ) from None
+    return None
+
+
+def _vocabulary_of_hf(folder: Path, vocab_size: int) -> Tokenizer | None:
+    """Reads the vocabulary of an HF folder; None where it holds none."""
+    file = folder / JSON_FILE
+    if file.is_file():
+        return load_vocabulary(file, vocab_size, argument=f"`{file}`")
+    weights = folder / WEIGHTS_FILE
+    kind = read_metadata(weights).get(VOCABULARY_KEY) if weights.is_file() else None
+    if kind is None:
+        return None
+    if kind not in NAMES:
+        raise ValueError(
+            f"load_model: `{weights}` has an unknown {VOCABULARY_KEY}: {kind!r}"
+        )
+    return load_vocabulary(kind, vocab_size, argument=f"`{weights}`: {VOCABULARY_KEY}")
+
+
+def _vocabulary_of_card(folder: Path, vocab_size: int) -> Tokenizer | None:
+    """Reads the vocabulary that an Orbax folder's card names; None where it names none."""
     card = folder / CARD_FILE
-    entry = read_json(card).get(ENTRY) if card.is_file() else None
+    entry = read_json(card).get(ENTRY)
     if entry is None:
         return None
     kind = entry.get("kind") if isinstance(entry, Mapping) else None
@@ -96,8 +140,6 @@ def model_tokenizer(
 ) -> Tokenizer:
     """Returns the vocabulary of a model: the named one, else the kept one, else by its size.
 
-    An HF folder's own `tokenizer.json` counts where the size tells nothing.
-
     Args:
         path: of the checkpoint; None for a new model.
         vocab_size: of the model.
@@ -116,9 +158,6 @@ def model_tokenizer(
     try:
         return Tokenizer.for_vocabulary(vocab_size)
     except ValueError:
-        file = None if path is None else Path(path) / JSON_FILE
-        if file is not None and file.is_file():
-            return load_vocabulary(file, vocab_size, argument=f"`{file}`")
         raise ValueError(
             f"{argument} must name the vocabulary of a model of {vocab_size:,} ids: "
             f"{fitting(vocab_size)} fit."

@@ -21,10 +21,8 @@ import numpy as np
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.checkpoints.integrity import file_signatures
 from rwkv7_jax.checkpoints.integrity.digests import ContentDigest
-from rwkv7_jax.checkpoints.restricted_unpickler import (
-    STORAGE_NAMES,
-    RestrictedUnpickler,
-)
+from rwkv7_jax.checkpoints.pickle_names import STORAGE_NAMES
+from rwkv7_jax.checkpoints.restricted_unpickler import RestrictedUnpickler
 
 # A 13B model's pickle has some 200 kB; a much larger one is not a checkpoint.
 _PICKLE_LIMIT = 16 << 20
@@ -112,7 +110,8 @@ def _data_span(info: zipfile.ZipInfo, data: mmap.mmap) -> tuple[int, int]:
 def read_pth(path: str | Path, *, verify: bool = False) -> Any:
     """Reads a PyTorch checkpoint: flat or nested dicts with read-only views of the mapped file.
 
-    bfloat16 comes as `ml_dtypes.bfloat16`; parameters as plain arrays, ordered dicts as dicts.
+    bfloat16 comes as `ml_dtypes.bfloat16`, parameters as plain arrays, ordered dicts and counters
+    as dicts. Of dtypes, devices, bytes and tensors of further dtypes there are names alone.
 
     Args:
         path: a file that `torch.save` wrote in its zip format (PyTorch 1.6 and newer).

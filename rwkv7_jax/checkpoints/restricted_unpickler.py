@@ -1,7 +1,8 @@
 """The pickles inside PyTorch checkpoints, interpreted without running what they say.
 
 A pickle is a program. Here it is interpreted opcode by opcode. The only names that it may use are
-those of tensors, storages and ordered dicts, and nothing that it names is ever imported or called.
+those of tensors, storages, dicts, and of things such as dtypes and devices, which stay names.
+Nothing that it names is ever imported or called.
 """
 
 import io
@@ -10,24 +11,22 @@ import pickletools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
-# The dtype of each of PyTorch's storage classes.
-STORAGES = {
-    "DoubleStorage": np.dtype(np.float64),
-    "FloatStorage": np.dtype(np.float32),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
-}
-
-STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
+from rwkv7_jax.checkpoints.pickle_names import (
+    ALLOWED_NAMES,
+    COUNTER,
+    OPAQUE_CALLS,
+    ORDERED_DICT,
+    OTHER_STORAGES,
+    OTHER_TENSORS,
+    REBUILD_OF_DTYPE,
+    REBUILD_PARAMETERS,
+    REBUILD_TENSOR,
+    REBUILD_WITH_ATTRIBUTES,
+    SEQUENCES,
+    STORAGES,
+)
 
 # A 13B model takes some 75,000 steps; without a limit a file of 16 MB builds 1.3 GB of empty dicts.
 _STEP_LIMIT = 250_000
@@ -44,24 +43,8 @@ _MAX_AXES = 16
 # Larger sizes, offsets and strides would overflow NumPy's.
 _MAX_NUMBER = 1 << 62
 
-_REBUILD_TENSOR = ("torch._utils", "_rebuild_tensor_v2")
-
-_REBUILD_PARAMETER = ("torch._utils", "_rebuild_parameter")
-
-_ORDERED_DICT = ("collections", "OrderedDict")
-
-_SIZE = ("torch", "Size")
-
-_SETS = (("builtins", "set"), ("__builtin__", "set"))
-
-_ALLOWED_NAMES = {
-    _SIZE,
-    *_SETS,
-    _REBUILD_TENSOR,
-    _REBUILD_PARAMETER,
-    _ORDERED_DICT,
-    *(("torch", name) for name in STORAGES),
-}
+# Characters of a refused name in a message, which ends with what to do.
+_NAME_LIMIT = 56
 
 
 class _Global(NamedTuple):
@@ -76,6 +59,16 @@ class _Storage(NamedTuple):
 
     dtype: np.dtype
     array: np.ndarray
+
+
+class UnreadTensor(NamedTuple):
+    """A tensor whose numbers are not read, or its storage.
+
+    Attributes:
+        kind: its dtype, or what is special about it.
+    """
+
+    kind: str
 
 
 _MARK = object()
@@ -222,15 +215,17 @@ class RestrictedUnpickler:
         keys = items[::2]
         for key in keys:
             # Hashing a deeply nested tuple would exhaust the C stack.
-            if not isinstance(key, (str, int)):
-                raise ValueError("it has a dict whose keys are not names")
+            if not isinstance(key, str | bytes | int | float | None | _Global):
+                raise ValueError("it has a dict whose keys are not names or numbers")
         target.update(zip(keys, items[1::2], strict=True))
 
-    def _storage(self, description: Any) -> _Storage:
+    def _storage(self, description: Any) -> _Storage | UnreadTensor:
         """Finds the storage that a persistent id describes."""
         if not (isinstance(description, tuple) and len(description) == 5):
             raise ValueError("it describes a storage in an unknown way")
         _, kind, key, _, count = description
+        if isinstance(kind, _Global) and kind.name in OTHER_STORAGES:
+            return UnreadTensor(OTHER_STORAGES[kind.name])
         if not (
             isinstance(kind, _Global) and kind.name in STORAGES and isinstance(key, str)
         ):
@@ -248,26 +243,48 @@ class RestrictedUnpickler:
         """Returns what one of the known functions would return."""
         if not isinstance(function, _Global) or not isinstance(arguments, tuple):
             raise ValueError("it calls something that is not a name")
-        if function == _ORDERED_DICT and arguments in ((), ([],)):
+        if function in (ORDERED_DICT, COUNTER) and arguments in ((), ([],)):
             return {}
-        # Shapes and sets of names, which trainers write next to the tensors.
-        is_plain = function == _SIZE or function in _SETS
-        if is_plain and len(arguments) == 1 and isinstance(arguments[0], (tuple, list)):
-            return tuple(arguments[0])
-        # The further arguments are `requires_grad` and hooks.
-        if (
-            function == _REBUILD_PARAMETER
-            and arguments
-            and isinstance(arguments[0], np.ndarray)
-        ):
-            return arguments[0]
-        if function == _REBUILD_TENSOR and len(arguments) >= 4:
+        if function == COUNTER and len(arguments) == 1:
+            # Not a copy: calls without end would make as many of one large dict.
+            if isinstance(arguments[0], dict):
+                return arguments[0]
+        # Shapes and sets of names, which trainers write next to the tensors; not copied either.
+        if function in SEQUENCES and len(arguments) == 1:
+            if isinstance(arguments[0], tuple | list):
+                return arguments[0]
+        if function in OPAQUE_CALLS and _are_plain(arguments):
+            return function
+        if function == REBUILD_WITH_ATTRIBUTES and len(arguments) == 4:
+            function, _, arguments, _ = arguments
+        tensor = self._rebuilt(function, arguments)
+        if tensor is not None:
+            return tensor
+        name = ".".join(function) if isinstance(function, _Global) else "a tensor"
+        raise ValueError(f"it calls `{name}` in an unknown way")
+
+    def _rebuilt(
+        self, function: Any, arguments: Any
+    ) -> np.ndarray | UnreadTensor | None:
+        """Returns what a function that rebuilds a tensor would return; None for any other."""
+        if not isinstance(function, _Global) or not isinstance(arguments, tuple):
+            return None
+        # The further arguments are `requires_grad`, hooks and attributes.
+        if function in REBUILD_PARAMETERS and arguments:
+            if isinstance(arguments[0], np.ndarray | UnreadTensor):
+                return arguments[0]
+        if function == REBUILD_TENSOR and len(arguments) >= 4:
             storage, offset, shape, strides = arguments[:4]
+            if isinstance(storage, UnreadTensor):
+                return storage
             if isinstance(storage, _Storage):
                 return self._tensor(storage, offset, shape, strides)
-        raise ValueError(
-            f"it calls `{function.module}.{function.name}` in an unknown way"
-        )
+        if function == REBUILD_OF_DTYPE and len(arguments) >= 7:
+            if isinstance(arguments[6], _Global):
+                return UnreadTensor(arguments[6].name)
+        if function in OTHER_TENSORS:
+            return UnreadTensor(OTHER_TENSORS[function])
+        return None
 
     def _tensor(
         self, storage: _Storage, offset: Any, shape: Any, strides: Any
@@ -301,6 +318,8 @@ _LITERALS = frozenset(
         "BINFLOAT",
         "BINUNICODE",
         "SHORT_BINUNICODE",
+        "BINBYTES",
+        "SHORT_BINBYTES",
         "BINUNICODE8",
     }
 )
@@ -358,11 +377,19 @@ def _allowed(module: Any, name: Any) -> _Global:
     if not (isinstance(module, str) and isinstance(name, str)):
         raise ValueError("it asks for something that is not a name")
     # Names that are allowed: a list of dangerous ones would never be complete.
-    if (module, name) not in _ALLOWED_NAMES:
+    if (module, name) not in ALLOWED_NAMES:
+        shown = f"{module}.{name}"[:_NAME_LIMIT]
         raise ValueError(
-            f"it asks for `{module}.{name}`, which is not allowed in a checkpoint"
+            f"it asks for `{shown}`, which is not allowed in a checkpoint: load it with PyTorch "
+            "and save its state_dict alone"
         )
     return _Global(module, name)
+
+
+def _are_plain(arguments: tuple[Any, ...]) -> bool:
+    """Returns whether the arguments of a call are texts, numbers and names, as devices have."""
+    plain = str | bytes | int | float | _Global
+    return all(isinstance(value, plain) for value in arguments)
 
 
 def _is_size(number: Any) -> bool:

@@ -89,7 +89,7 @@ def open_state_tensors(path: Path) -> dict[str, Tensor]:
         if isinstance(content, list):
             read_pth(path, verify=True)
             return _session_tensors(content, path)
-        tensors = named_arrays(content)
+        tensors = named_arrays(content, path)
     else:
         tensors = read_tensors(path)
     is_model = _MODEL_TENSOR in with_official_names(tensors, path).tensors

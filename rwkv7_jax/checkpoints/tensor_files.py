@@ -22,6 +22,7 @@ from rwkv7_jax.checkpoints.integrity.digests import ContentDigest, digest_of_arr
 from rwkv7_jax.checkpoints.integrity.file_signatures import Container
 from rwkv7_jax.checkpoints.layouts.orientation import LowRank
 from rwkv7_jax.checkpoints.pth import read_pth
+from rwkv7_jax.checkpoints.restricted_unpickler import UnreadTensor
 from rwkv7_jax.checkpoints.rwkv_cpp_files import read_rwkv_cpp
 from rwkv7_jax.checkpoints.tensor_names import Tensor
 
@@ -40,6 +41,9 @@ LOW_RANK_KEY = "rwkv7_jax.low_rank"
 
 # The metadata's entry with the epsilon that a model's weights were saved with.
 NORM_EPS_KEY = "rwkv7_jax.norm_eps"
+
+# The metadata's entry of an HF folder whose vocabulary has no file: that of ids that are no text.
+VOCABULARY_KEY = "rwkv7_jax.vocabulary"
 
 # What a file is taken for whose first bytes are damaged.
 _CONTAINER_BY_SUFFIX: dict[str, Container] = {
@@ -157,9 +161,7 @@ def read_safetensors(path: Path, *, verify: bool = False) -> dict[str, Tensor]:
     for name in opened.keys():
         entry = header[name]
         if entry["dtype"] not in _DTYPES:
-            raise ValueError(
-                f"checkpoint: `{path}` has {name!r} of dtype {entry['dtype']}."
-            )
+            raise _unread(path, name, entry["dtype"])
         read = functools.partial(
             np.ndarray,
             shape=tuple(entry["shape"]),
@@ -247,7 +249,7 @@ def container_of(path: Path) -> Container:
 
 
 def _open_pth(path: Path, verify: bool) -> TensorFile:
-    return TensorFile(named_arrays(read_pth(path, verify=verify)), "official")
+    return TensorFile(named_arrays(read_pth(path, verify=verify), path), "official")
 
 
 def _open_safetensors(path: Path, verify: bool) -> TensorFile:
@@ -317,35 +319,67 @@ def read_tensors(path: Path, *, verify: bool = False) -> dict[str, Tensor]:
     return open_tensors(path, verify=verify).tensors
 
 
-def _only_holder(content: dict[Any, Any]) -> dict[Any, Any]:
-    """Returns the one dict in a dict that holds arrays, whatever its name; else the dict itself."""
-    holders = [value for value in content.values() if _holds_arrays(value)]
-    if _holds_arrays(content) or len(holders) != 1:
+def _only_holder(content: dict[Any, Any], path: Path) -> dict[Any, Any]:
+    """Returns the one dict in a dict that holds tensors, whatever its name; else the dict itself.
+
+    Raises:
+        ValueError: several hold some, and none has a usual name.
+    """
+    if _holds_tensors(content):
         return content
-    return holders[0]
+    holders = [name for name, value in content.items() if _holds_tensors(value)]
+    if len(holders) > 1:
+        first, second = map(repr, holders[:2])
+        raise ValueError(
+            f"checkpoint: `{path}` holds tensors under {first} and under {second}, and no name "
+            "tells which are the model's: load it with PyTorch and save one of them alone."
+        )
+    return content[holders[0]] if holders else content
 
 
-def _holds_arrays(value: Any) -> bool:
+def _holds_tensors(value: Any) -> bool:
+    """Tells whether a dict holds tensors; scalars may be a trainer's losses and counts."""
     if not isinstance(value, dict):
         return False
-    return any(isinstance(entry, np.ndarray) for entry in value.values())
+    arrays = [entry for entry in value.values() if isinstance(entry, np.ndarray)]
+    is_read = any(array.ndim for array in arrays)
+    return is_read or any(isinstance(entry, UnreadTensor) for entry in value.values())
 
 
-def named_arrays(content: Any) -> dict[str, Tensor]:
-    """Picks the arrays out of what a .pth file holds; step counts and the like are left out."""
+def named_arrays(content: Any, path: Path) -> dict[str, Tensor]:
+    """Picks the arrays out of what a .pth file holds; step counts and the like are left out.
+
+    Args:
+        content: of the file.
+        path: of the file, for messages.
+
+    Raises:
+        ValueError: several dicts of tensors, or a tensor of a dtype that is not read.
+    """
     # In this order, because each may hold the next.
     for wrapper in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     tensors = {}
     if isinstance(content, dict):
-        for name, value in _only_holder(content).items():
+        for name, value in _only_holder(content, path).items():
+            if isinstance(name, str) and isinstance(value, UnreadTensor):
+                raise _unread(path, name, value.kind)
             if isinstance(name, str) and isinstance(value, np.ndarray):
                 # The default binds this loop's array; a plain closure would see the last one.
                 tensors[name] = Tensor(
                     value.shape, value.dtype, lambda array=value: array
                 )
     return tensors
+
+
+def _unread(path: Path, name: str, kind: str) -> ValueError:
+    """Makes the error for a tensor of a dtype that is not read."""
+    *others, last = map(str, _DTYPE_NAMES)
+    return ValueError(
+        f"checkpoint: `{path}` has {name!r} of dtype {kind}; {', '.join(others)} and {last} are "
+        "read: save it in one of them."
+    )
 
 
 def release_pages(array: np.ndarray) -> None:

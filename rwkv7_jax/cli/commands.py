@@ -24,6 +24,7 @@ from rwkv7_jax.checkpoints import (
     official_tensors,
     save_model,
     save_state,
+    sidecar,
     verify,
 )
 from rwkv7_jax.cli.arguments import (
@@ -68,6 +69,9 @@ _USER_ERRORS = (OverflowError, NotImplementedError)
 
 _VOCABULARY = "convert: `--vocabulary`"
 
+# Formats of weights alone.
+_WITHOUT_VOCABULARY = ("pth", "safetensors", "st")
+
 _LESS_MEMORY = (
     "use a smaller model, a shorter prompt or text, or lower `--windows`, `--length` or `--show` "
     "where the command has them"
@@ -91,7 +95,7 @@ def _reason(error: Exception) -> str:
 def _convert(options: argparse.Namespace) -> str:
     """Reads a checkpoint and writes it in another format."""
     # Before the source is read, which may take minutes.
-    check_model_target(options.target, format=options.format)
+    _, kind = check_model_target(options.target, format=options.format)
     if options.vocabulary is not None:
         load_vocabulary(options.vocabulary, argument=_VOCABULARY)
     params, config = load_model(
@@ -102,9 +106,11 @@ def _convert(options: argparse.Namespace) -> str:
     )
     # Before anything is written: source and target may be one file.
     state = None
+    state_path = _state_place(Path(options.target))
     if has_merged_state(options.source):
         state = load_state(options.source, config=config)
-    tokenizer = _vocabulary_of(options, config)
+        _refuse_replacing(state_path, options.source)
+    tokenizer = _vocabulary_of(options, kind, config)
     save_model(
         options.target,
         params,
@@ -117,19 +123,25 @@ def _convert(options: argparse.Namespace) -> str:
     line = f"{options.target}: {_sizes(config)}"
     if state is None:
         return line
-    state_path = _state_place(Path(options.target))
     info = {"base_model": model_hash(params, config)}
     save_state(state_path, state, config=config, info=info)
     return f"{line}\n{state_path}: the tuned state that {options.source} holds besides the weights"
 
 
 def _vocabulary_of(
-    options: argparse.Namespace, config: RWKV7Config
+    options: argparse.Namespace, kind: str, config: RWKV7Config
 ) -> Tokenizer | None:
-    """Returns the vocabulary that was named, or that the source keeps; None where there is none."""
-    if options.vocabulary is None:
-        return kept_vocabulary(options.source, config.vocab_size)
-    return load_vocabulary(options.vocabulary, config.vocab_size, argument=_VOCABULARY)
+    """Returns the vocabulary that was named, or that the source keeps; None where there is none.
+
+    A target that holds none needs none: a source whose vocabulary cannot be read has weights.
+    """
+    if options.vocabulary is not None:
+        return load_vocabulary(
+            options.vocabulary, config.vocab_size, argument=_VOCABULARY
+        )
+    if kind in _WITHOUT_VOCABULARY:
+        return None
+    return kept_vocabulary(options.source, config.vocab_size)
 
 
 def _state_place(target: Path) -> Path:
@@ -137,6 +149,20 @@ def _state_place(target: Path) -> Path:
     if target.suffix in (".pth", ".safetensors", ".st"):
         return target.with_name(f"{target.stem}.state{target.suffix}")
     return target.with_name(f"{target.name}.state.pth")
+
+
+def _refuse_replacing(state_path: Path, source: str) -> None:
+    """Raises if a state that nobody named would be replaced.
+
+    Raises:
+        ValueError: the file or its sidecar is there.
+    """
+    for file in (state_path, sidecar(state_path)):
+        if file.exists():
+            raise ValueError(
+                f"convert: `{file}` must not be there, because the tuned state in `{source}` goes "
+                "to that place; move it away, or name another target."
+            )
 
 
 def _progress(label: str) -> Callable[[int, int], None]:

@@ -9,10 +9,10 @@ from rwkv7_jax.checkpoints import (
     common_base_model,
     load_state,
     read_sidecar,
-    read_tensors,
     save_state,
 )
 from rwkv7_jax.checkpoints.state_sidecar import MEANING
+from rwkv7_jax.checkpoints.state_tensors import open_state_tensors
 from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.cli.arguments import number, path, state_target
 from rwkv7_jax.cli.inputs import read_model
@@ -27,7 +27,7 @@ from rwkv7_jax.tuning.state_arithmetic import capacity, scaled, weighted_sum
 # Fields of a sidecar that `info` prints in sentences of its own.
 _DESCRIBED_FIELDS = frozenset({*MEANING, "base_model"})
 
-_STATE_HELP = ".pth, .safetensors, .st or .state"
+_STATE_HELP = ".pth, .safetensors, .st or .state, or a model with a merged state"
 
 
 def add_state_command(subparsers) -> None:
@@ -125,7 +125,7 @@ def _sizes(state: RWKV7State) -> str:
 def _dtypes(file: str) -> str:
     """Lists the dtypes in the file; a loaded state is always float32."""
     dtypes = set()
-    for name, tensor in read_tensors(Path(file)).items():
+    for name, tensor in open_state_tensors(Path(file)).items():
         if name.endswith("time_state"):
             dtypes.add(str(tensor.dtype))
     return " and ".join(sorted(dtypes))

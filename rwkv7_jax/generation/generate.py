@@ -121,7 +121,8 @@ def generate(
         tokenizer: needed for text: `encode` and `token_bytes` are used.
         on_text: called with a piece of text and its row as soon as it is certain; the pieces of a
             row make up its text.
-        logits: of an earlier run, together with its state; then prompts may be empty.
+        logits: of an earlier run, together with its state; then prompts may be empty, and `[]` is
+            one for each row of the state.
         prefill_chunk: tokens of a prompt that are read at once.
 
     Raises:
@@ -148,6 +149,9 @@ def generate(
         rows = _check_prompts(
             prompts, model.config.vocab_size, allow_empty=logits is not None
         )
+        # No prompt at all goes for every row of the state that is continued.
+        if not len(prompts):
+            rows *= max(1, getattr(state, "batch", 1))
         # Greedy decoding draws nothing, so it needs no key.
         samples = tokens > 0 and options.temperature > 0
         keys = _row_keys(key, len(rows), needed=bool(samples))

@@ -27,13 +27,14 @@ class StreamingDetokenizer:
 
     Attributes:
         stopped: a stop string was found; the text ends before it.
+
+    Raises:
+        TypeError, ValueError: see `check_stop_strings`.
     """
 
     def __init__(self, stop_strings: Sequence[str] = ()):
-        # A stop string may come from `decode` and contain lone surrogates, which have no UTF-8.
-        self._stops = tuple(
-            stop.encode("utf-8", "surrogateescape") for stop in stop_strings
-        )
+        check_stop_strings(stop_strings)
+        self._stops = tuple(map(_stop_bytes, stop_strings))
         # Incremental: it holds an unfinished character back until its last byte comes.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._pending = b""
@@ -133,7 +134,7 @@ def check_stop_strings(stop_strings: Sequence[str]) -> None:
 
     Raises:
         TypeError: one string instead of a list, or something else in it.
-        ValueError: an empty string.
+        ValueError: an empty string, or one with half a surrogate pair, which has no UTF-8.
     """
     is_list = isinstance(stop_strings, Iterable) and not isinstance(stop_strings, str)
     if not is_list or not all(isinstance(stop, str) for stop in stop_strings):
@@ -142,3 +143,19 @@ def check_stop_strings(stop_strings: Sequence[str]) -> None:
         )
     if "" in stop_strings:
         raise ValueError("`stop_strings` must hold no empty string; got one.")
+    for stop in stop_strings:
+        try:
+            _stop_bytes(stop)
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                "`stop_strings` must be valid Unicode; got a lone surrogate at character "
+                f"{error.start} of {stop!r}."
+            ) from None
+
+
+def _stop_bytes(stop: str) -> bytes:
+    """Returns the bytes of a stop string.
+
+    Lone surrogates that stand for bytes, as in a command line that is no UTF-8, are these bytes.
+    """
+    return stop.encode("utf-8", "surrogateescape")

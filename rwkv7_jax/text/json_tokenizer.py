@@ -26,8 +26,9 @@ _PROBES = 200
 class JsonTokenizer(Tokenizer):
     """A vocabulary that the `tokenizers` package encodes.
 
-    Special tokens are never encoded, whatever a text says, and spell nothing. A document is encoded
-    at once: how such a tokenizer splits words may depend on all of it.
+    Special tokens are never encoded, whatever a text says, and spell nothing; other added tokens
+    spell themselves. A document is encoded at once: how such a tokenizer splits words may depend on
+    all of it. A dropout in the file is left out: equal texts have equal ids.
     """
 
     def __init__(self, backend: Any, *, name: str, end_of_text: str | None = None):
@@ -46,23 +47,27 @@ class JsonTokenizer(Tokenizer):
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
+        # Of training: it draws how a text is split, so that equal texts would get other ids.
+        if getattr(backend.model, "dropout", None) is not None:
+            backend.model.dropout = None
         self._backend = backend
-        special = {
-            number
-            for number, token in backend.get_added_tokens_decoder().items()
-            if token.special
-        }
+        added = backend.get_added_tokens_decoder()
         spell = _speller(json.loads(backend.to_str()), name)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         # SentencePiece's kind writes blanks as low lines; they come back as blanks.
         self._has_low_lines = spell is _with_byte_fallback
         entries: dict[int, bytes] = {}
         for token, number in vocabulary.items():
-            entries[number] = b"" if number in special else spell(token)
+            if number not in added:
+                entries[number] = spell(token)
+            elif added[number].special:
+                entries[number] = b""
+            else:
+                entries[number] = self._plain(token)
         super().__init__(
             entries, vocab_size=max(entries, default=0) + 1, name=name, kind=KIND
         )
-        self.end_of_text = 0 if 0 in special else None
+        self.end_of_text = 0 if 0 in added and added[0].special else None
         if end_of_text is not None:
             self.end_of_text = vocabulary.get(end_of_text)
             if self.end_of_text is None:
@@ -72,25 +77,23 @@ class JsonTokenizer(Tokenizer):
                 )
         self._check_spelling()
 
-    @classmethod
-    def from_file(cls, path: Path) -> "JsonTokenizer":
-        """Reads a `tokenizer.json`.
-
-        Raises:
-            ValueError: the file is damaged, or of a kind that is not read.
-            ImportError: the extra `tokenizers` is not installed.
-        """
-        config = path.with_name(_CONFIG_FILE)
-        end_of_text = None
-        if config.is_file():
-            end_of_text = _end_token(config)
-        return cls.from_text(path.read_bytes(), name=str(path), end_of_text=end_of_text)
+    def _plain(self, token: str) -> bytes:
+        """Returns the bytes of an added token, which is found in a text as it is written."""
+        # Its letters may be characters that stand for bytes in other tokens.
+        return (
+            token.replace(_LOW_LINE, " ") if self._has_low_lines else token
+        ).encode()
 
     @classmethod
     def from_text(
         cls, content: bytes, *, name: str, end_of_text: str | None = None
     ) -> "JsonTokenizer":
-        """Reads the content of a `tokenizer.json`; see `from_file`."""
+        """Reads the content of a `tokenizer.json`.
+
+        Raises:
+            ValueError: the file is damaged, or of a kind that is not read.
+            ImportError: the extra `tokenizers` is not installed.
+        """
         tokenizers = _import_tokenizers()
         # The package raises bare `Exception`, and panics with something that is no `Exception`.
         try:
@@ -188,8 +191,18 @@ def _import_tokenizers() -> Any:
     return tokenizers
 
 
-def _end_token(config: Path) -> str | None:
-    """Reads which token ends a text from a `tokenizer_config.json`."""
+def end_token_beside(path: Path) -> str | None:
+    """Reads which token ends a text from the `tokenizer_config.json` next to a `tokenizer.json`.
+
+    Returns:
+        None where there is no such file, or it names none.
+
+    Raises:
+        ValueError: the file holds no JSON object.
+    """
+    config = path.with_name(_CONFIG_FILE)
+    if not config.is_file():
+        return None
     try:
         token = json.loads(config.read_bytes()).get("eos_token")
     except (ValueError, AttributeError):
@@ -245,8 +258,7 @@ def _bytes_of_characters() -> dict[str, int]:
 
 
 def _byte_level(table: dict[str, int], token: str) -> bytes:
-    """Returns the bytes of a token whose characters stand for bytes."""
-    # An added token is plain text, with characters that stand for none.
+    """Returns the bytes of a token whose characters stand for bytes; of any other, its UTF-8."""
     if any(character not in table for character in token):
         return token.encode()
     return bytes([table[character] for character in token])

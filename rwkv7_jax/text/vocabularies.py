@@ -2,16 +2,20 @@
 
 world, bytes, bytes256, ids   built in: World's; bytes with id = byte + 1 and 0 as the end of
                               text; raw bytes without one; ids written as numbers
-FILE.json                     a `tokenizer.json` (extra `tokenizers`)
+FILE.json                     a `tokenizer.json` (extra `tokenizers` unless it takes the longest
+                              entry at every place)
 any other file                a vocabulary file in World's format, of any size
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
+from rwkv7_jax.text.fast_tokenizer_reader import longest_entries
 from rwkv7_jax.text.id_tokenizer import IdTokenizer
-from rwkv7_jax.text.json_tokenizer import JsonTokenizer
+from rwkv7_jax.text.json_tokenizer import JsonTokenizer, end_token_beside
 from rwkv7_jax.text.tokenizer import Tokenizer
+from rwkv7_jax.text.vocabulary_entries import WORLD_ENTRIES, built_in_vocabulary
 from rwkv7_jax.text.vocabulary_file import format_vocabulary, parse_vocabulary
 
 NAMES = ("world", "bytes", "bytes256", "ids")
@@ -19,10 +23,8 @@ NAMES = ("world", "bytes", "bytes256", "ids")
 # The kind of a vocabulary that was read from a file in World's format.
 FILE_KIND = "file"
 
-_WORLD_ENTRIES = 65529
-
 # The least ids of a model with a built-in vocabulary.
-_LEAST_IDS = {"bytes256": 256, "bytes": 257, "world": _WORLD_ENTRIES + 1}
+_LEAST_IDS = {"bytes256": 256, "bytes": 257, "world": WORLD_ENTRIES + 1}
 
 
 def load_vocabulary(
@@ -53,8 +55,22 @@ def load_vocabulary(
         tokenizer = Tokenizer.bytes256()
     else:
         tokenizer = _read(Path(text).expanduser(), argument)
-    if vocab_size is None:
-        return tokenizer
+    return (
+        tokenizer if vocab_size is None else for_model(tokenizer, vocab_size, argument)
+    )
+
+
+def for_model(tokenizer: Tokenizer, vocab_size: int, argument: str) -> Tokenizer:
+    """Returns a vocabulary for the table of a model.
+
+    Args:
+        tokenizer: the vocabulary.
+        vocab_size: ids of the model.
+        argument: what named it, in backticks; messages begin with it.
+
+    Raises:
+        ValueError: larger ids than the model has.
+    """
     if tokenizer.largest_id >= vocab_size:
         raise ValueError(
             f"{argument} must have ids below the model's {vocab_size:,}; got {tokenizer.name}, "
@@ -80,7 +96,7 @@ def _read(path: Path, argument: str) -> Tokenizer:
         )
     try:
         if path.suffix == ".json":
-            return JsonTokenizer.from_file(path)
+            return _read_json(path)
         return vocabulary_of_text(path.read_bytes().decode("utf-8-sig"), str(path))
     except ImportError as error:
         raise ImportError(f"{argument}: {error}") from None
@@ -89,6 +105,33 @@ def _read(path: Path, argument: str) -> Tokenizer:
     except ValueError as error:
         reason = str(error)
     raise ValueError(f"{argument} must be a vocabulary: {reason}")
+
+
+def _read_json(path: Path) -> Tokenizer:
+    """Reads a `tokenizer.json`; one that takes the longest entry at a place is a plain vocabulary.
+
+    So a vocabulary that went into a folder comes out as it was.
+    """
+    content = path.read_bytes()
+    end_of_text = end_token_beside(path)
+    entries = longest_entries(content, end_of_text)
+    if entries is not None:
+        return vocabulary_of_entries(entries, str(path))
+    return JsonTokenizer.from_text(content, name=str(path), end_of_text=end_of_text)
+
+
+def vocabulary_of_entries(entries: Mapping[int, bytes], name: str) -> Tokenizer:
+    """Returns the built-in vocabulary that has these entries, or else makes one of them.
+
+    Args:
+        entries: the bytes of every id that has some; not empty.
+        name: for people and messages.
+    """
+    built_in = built_in_vocabulary(entries)
+    if built_in is not None:
+        return built_in
+    size = max(entries) + 1
+    return Tokenizer(dict(entries), vocab_size=size, name=name, kind=FILE_KIND)
 
 
 def vocabulary_of_text(text: str, name: str) -> Tokenizer:
@@ -105,7 +148,7 @@ def vocabulary_of_text(text: str, name: str) -> Tokenizer:
     if not any(entries.values()):
         raise ValueError(f"`{name}` has no entry.")
     # World's own file is World, whatever it is called: caches and runs know it by that name.
-    if len(entries) == _WORLD_ENTRIES:
+    if len(entries) == WORLD_ENTRIES:
         world = Tokenizer.world()
         if format_vocabulary(entries) == world.file_text():
             return world

@@ -1,6 +1,11 @@
 """The entries of a vocabulary, for files that hold it next to a model."""
 
+from collections.abc import Mapping
+
 from rwkv7_jax.text.tokenizer import Tokenizer
+
+# Of World's vocabulary; its table has ids without one as well.
+WORLD_ENTRIES = 65529
 
 # What files call the end of text, which has no bytes.
 END_OF_TEXT_NAME = "<|endoftext|>"
@@ -43,3 +48,17 @@ def vocabulary_entries(tokenizer: Tokenizer, vocab_size: int) -> dict[int, bytes
         if token:
             entries[number] = token
     return entries
+
+
+def built_in_vocabulary(entries: Mapping[int, bytes]) -> Tokenizer | None:
+    """Returns the built-in vocabulary that has these entries and no others; None where none has."""
+    if len(entries) == 256:
+        candidates = [Tokenizer.bytes256(), Tokenizer.bytes()]
+    elif len(entries) == WORLD_ENTRIES:
+        candidates = [Tokenizer.world()]
+    else:
+        candidates = []
+    for candidate in candidates:
+        if entries == vocabulary_entries(candidate, candidate.vocab_size):
+            return candidate
+    return None

@@ -186,11 +186,32 @@ def test_a_sidecar_that_is_no_table_is_named(tmp_path, text, sentence):
         assert str(sidecar(path)) in str(caught.value)
 
 
-def test_convert_splits_a_model_and_the_state_that_was_merged_into_it(tmp_path, capsys):
+def write_merged(path):
+    """Writes a model with a state merged into it."""
     tensors = dict(official_tensors(random_params(), CONFIG))
     for layer, wkv in enumerate(np.asarray(random_state().wkv[:, 0])):
         tensors[f"blocks.{layer}.att.time_state"] = wkv
-    write_pth(tmp_path / "merged.pth", tensors.items())
+    write_pth(path, tensors.items())
+
+
+@pytest.mark.filterwarnings("ignore:.*holds a tuned state as well")
+@pytest.mark.parametrize("name", ["out.state.pth", "out.state.pth.json"])
+def test_convert_replaces_no_state_that_nobody_named(
+    tmp_path, monkeypatch, capsys, name
+):
+    monkeypatch.chdir(tmp_path)
+    write_merged(tmp_path / "merged.pth")
+    for target, state in (("out.pth", name), ("out", name)):
+        (tmp_path / state).write_text("days of work")
+        assert main(["convert", "merged.pth", target]) == 2
+        err = capsys.readouterr().err
+        assert f"convert: `{state}` must not be there" in err
+        assert (tmp_path / state).read_text() == "days of work"
+        assert not (tmp_path / target).exists()
+
+
+def test_convert_splits_a_model_and_the_state_that_was_merged_into_it(tmp_path, capsys):
+    write_merged(tmp_path / "merged.pth")
     assert has_merged_state(tmp_path / "merged.pth")
     for target, state in (
         ("out.pth", "out.state.pth"),

@@ -123,7 +123,6 @@ def test_a_vocabulary_that_nobody_named_is_left_out(tmp_path, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_vocabulary_that_was_given_comes_back(tmp_path, layout):
-    pytest.importorskip("tokenizers", reason="the tokenizers extra is not installed")
     entries = {number: bytes([number + 47]) for number in range(1, 75)}
     letters = Tokenizer(entries, vocab_size=75, name="letters", kind="file")
     params = random_params(HEADS_OF_64)
@@ -132,7 +131,7 @@ def test_the_vocabulary_that_was_given_comes_back(tmp_path, layout):
         again = model_tokenizer(tmp_path / "m", 75, argument="`m`")
         assert again.encode("0ay") == letters.encode("0ay") == [1, 50, 74]
         assert again.end_of_text == 0
-        # As `tokenizer.json` it is written once more.
+        # It is written once more.
         save_model(tmp_path / "m", params, HEADS_OF_64, format=layout, tokenizer=again)
     config = table(tmp_path / "m" / "config.json")
     assert config["eos_token_id"] == 0

@@ -1,7 +1,8 @@
-"""The vocabulary in an Orbax folder, and which one a model has when nobody names it."""
+"""The vocabulary in a folder or a GGUF file, and which one a model has when nobody names it."""
 
 import json
 import shutil
+import sys
 
 import jax.numpy as jnp
 import pytest
@@ -11,6 +12,7 @@ from small_vocabularies import DIGITS, WORDS, byte_level_bpe
 from rwkv7_jax.checkpoints.model_files import load_model, save_model
 from rwkv7_jax.checkpoints.model_vocabulary import kept_vocabulary, model_tokenizer
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.text.fast_tokenizer import byte_characters, fast_tokenizer
 from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.text.vocabularies import load_vocabulary
 
@@ -109,8 +111,99 @@ def test_a_size_that_does_not_tell_is_a_sentence_with_what_fits(vocab_size, fitt
     assert str(caught.value).startswith(begin + fitting)
 
 
-def test_an_hf_folders_own_file_counts_where_the_size_tells_nothing(tmp_path):
+@pytest.mark.parametrize("vocab_size", [257, 400, 65536])
+def test_a_folders_own_tokenizer_json_counts_whatever_the_size(tmp_path, vocab_size):
     pytest.importorskip("tokenizers", reason="the extra tokenizers is not installed")
-    byte_level_bpe(tmp_path)
-    assert model_tokenizer(tmp_path, 400, argument="`x`").kind == "tokenizer.json"
-    assert model_tokenizer(tmp_path, 65536, argument="`x`").name == "world"
+    file = byte_level_bpe(tmp_path, vocab_size=257)
+    found = model_tokenizer(tmp_path, vocab_size, argument="`x`")
+    assert found.kind == "tokenizer.json" and found.vocab_size == vocab_size
+    assert found.identity == load_vocabulary(file).identity
+
+
+def turned_bytes():
+    """Makes a vocabulary of 257 ids, as many as the bytes have, in the opposite order."""
+    entries = {256 - byte: bytes([byte]) for byte in range(256)}
+    return Tokenizer(entries, vocab_size=257, name="turned", kind="file")
+
+
+def named(name):
+    """Returns a vocabulary that fits a model of 257 ids."""
+    return turned_bytes() if name == "turned" else load_vocabulary(name, 257)
+
+
+@pytest.mark.parametrize("target", ["hf", "transformers", "m.gguf"])
+@pytest.mark.parametrize("name", ["turned", "bytes", "bytes256", "ids"])
+def test_a_vocabulary_comes_back_where_another_fits_the_size(
+    tmp_path, monkeypatch, name, target
+):
+    if target == "m.gguf":
+        pytest.importorskip("gguf", reason="the extra gguf is not installed")
+    # What takes the longest entry at a place needs no other package.
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    config = RWKV7Config(
+        vocab_size=257, num_layers=1, width=64, head_size=64, ffn_width=64
+    )
+    params = random_params(config, dtype=jnp.float32, scale=0.1)
+    form = None if target.endswith(".gguf") else target
+    path = tmp_path / target
+    save_model(path, params, config, format=form, tokenizer=named(name))
+    found = model_tokenizer(path, 257, argument="`x`")
+    assert found.identity == named(name).identity
+    assert found.vocab_size == 257 and found.stop_ids == named(name).stop_ids
+    if name != "ids":
+        text = "Zo\u00eb\n\\'\"\x00"
+        assert found.encode(text) == named(name).encode(text)
+
+
+def pieces_of_world():
+    """Makes the `tokenizer.json` of the RWKV project's own folders, which names unused ids."""
+    content = fast_tokenizer({1: b"a"})
+    characters = byte_characters()
+    names = {"<|endoftext|>": 0}
+    for number in range(1, 65536):
+        entry = Tokenizer.world().token_bytes(number)
+        spelled = "".join([characters[byte] for byte in entry])
+        names[spelled or f"\ue000{number}\ue001"] = number
+    content["pre_tokenizer"] = content["pre_tokenizer"]["pretokenizers"][0]
+    content["model"] = {
+        "type": "WordPiece",
+        "unk_token": "<|endoftext|>",
+        "continuing_subword_prefix": "",
+        "max_input_chars_per_word": 2**31 - 1,
+        "vocab": names,
+    }
+    return content
+
+
+def test_a_folder_with_worlds_own_table_has_the_built_in_vocabulary(tmp_path):
+    content = pieces_of_world()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert model_tokenizer(tmp_path, 65536, argument="`x`") is Tokenizer.world()
+    # Two entries that changed places make another vocabulary of the same size.
+    names = content["model"]["vocab"]
+    names["a"], names["b"] = names["b"], names["a"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    found = model_tokenizer(tmp_path, 65536, argument="`x`")
+    assert found.kind == "file" and found.encode("a") == [99]
+
+
+def test_a_vocabulary_that_cannot_be_read_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises((ValueError, ImportError)) as caught:
+        model_tokenizer(tmp_path, 65536, argument="`x`")
+    assert str(caught.value).endswith(
+        "; `--vocabulary` (`config.data.vocabulary`) names another."
+    )
+    named = model_tokenizer(tmp_path, 65536, "world", argument="`x`")
+    assert named is Tokenizer.world()
+
+
+def test_a_gguf_file_with_another_kind_of_vocabulary_is_refused(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "rwkv7")
+    writer.add_tokenizer_model("gpt2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=r"vocabulary of the kind rwkv; got 'gpt2'; `"):
+        kept_vocabulary(tmp_path / "m.gguf", 257)

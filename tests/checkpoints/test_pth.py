@@ -1,5 +1,6 @@
 """PyTorch's zip checkpoints: ours are read by torch, torch's by us."""
 
+import collections
 import os
 
 import ml_dtypes
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from rwkv7_jax.checkpoints.pth import read_pth, write_pth
+from rwkv7_jax.checkpoints.tensor_files import read_tensors
 
 DTYPES = (
     "float64",
@@ -119,3 +121,69 @@ def test_we_read_a_modules_state_dict_of_torch(tmp_path):
     module = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.LayerNorm(5))
     torch.save(module.state_dict(), tmp_path / "a.pth")
     assert list(read_pth(tmp_path / "a.pth")) == list(module.state_dict())
+
+
+def trainers_things(torch) -> dict:
+    """What trainers write next to the tensors, of every kind that torch reads as safe."""
+    with_attribute = torch.ones(3)
+    with_attribute.note = 1
+    return {
+        "dtype": torch.bfloat16,
+        "eighth": torch.float8_e4m3fn,
+        "device": torch.device("cuda", 1),
+        "layout": torch.strided,
+        "counter": collections.Counter("aab"),
+        "bytes": b"ab",
+        "buffer": bytearray(b"ab"),
+        "complex": 1 + 2j,
+        "set": {1, 2},
+        "shape": torch.Size([2, 3]),
+        "by rate": {0.5: 1, None: 2, 3: 4, True: 5, b"k": 6, torch.float32: 7},
+        "in eight bits": torch.ones(3).to(torch.float8_e5m2),
+        "unsigned": torch.ones(3, dtype=torch.uint16),
+        "waves": torch.ones(3, dtype=torch.complex64),
+        "sparse": torch.eye(2).to_sparse(),
+        "meta": torch.ones(2, device="meta"),
+        "attribute": with_attribute,
+        "loss": torch.tensor(2.0),
+    }
+
+
+@pytest.mark.parametrize("place", ["under a usual name", "under any name"])
+def test_we_read_models_next_to_whatever_torch_reads(tmp_path, place):
+    torch = pytest.importorskip("torch", reason="the oracle extra is not installed")
+    content = {"hyper": trainers_things(torch), "loss": torch.tensor(2.0)}
+    content["hyper"] = {"nested": content["hyper"]}
+    weights = {"emb.weight": torch.ones(2, 3)}
+    if place == "under a usual name":
+        content |= trainers_things(torch) | {"state_dict": weights}
+    else:
+        content["net"] = weights
+    torch.save(content, tmp_path / "a.pth")
+    torch.load(tmp_path / "a.pth", weights_only=True)
+    tensors = read_tensors(tmp_path / "a.pth")
+    assert tensors.keys() == {"emb.weight"}
+    np.testing.assert_array_equal(tensors["emb.weight"].read(), np.ones((2, 3)))
+    nested = read_pth(tmp_path / "a.pth")["hyper"]["nested"]
+    assert nested["counter"] == {"a": 2, "b": 1}
+    np.testing.assert_array_equal(nested["attribute"], np.ones(3))
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "uint16", "complex64"])
+def test_a_tensor_of_a_dtype_that_is_not_read_is_named_with_those_that_are(
+    tmp_path, dtype
+):
+    torch = pytest.importorskip("torch", reason="the oracle extra is not installed")
+    tensors = {"x": torch.ones(2), "w": torch.ones(2).to(getattr(torch, dtype))}
+    torch.save(tensors, tmp_path / "a.pth")
+    sentence = f"'w' of dtype {dtype}; float64, float32, float16, bfloat16, .* are read"
+    with pytest.raises(ValueError, match=sentence):
+        read_tensors(tmp_path / "a.pth")
+
+
+def test_two_models_in_a_file_are_both_named(tmp_path):
+    torch = pytest.importorskip("torch", reason="the oracle extra is not installed")
+    weights = {"emb.weight": torch.ones(2, 3)}
+    torch.save({"net": weights, "ema": weights, "step": 3}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="holds tensors under 'net' and under 'ema'"):
+        read_tensors(tmp_path / "a.pth")

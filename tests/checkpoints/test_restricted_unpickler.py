@@ -64,6 +64,28 @@ def memo_bomb() -> bytes:
     return b"\x80\x02)" + levels
 
 
+def from_type(function: bytes, arguments: bytes) -> bytes:
+    """The pickle of a tensor with attributes: `function` and `arguments` rebuild it."""
+    start = b"ctorch._tensor\n_rebuild_from_type_v2\n("
+    return start + function + b"ctorch\nTensor\n" + arguments + b"}tR"
+
+
+def sets_of_one_list() -> bytes:
+    """Calls that would copy one long list thousands of times, and then a forbidden name."""
+    numbers = b"]q\x00(" + b"K\x01" * 100_000 + b"e"
+    copies = b"c__builtin__\nset\nq\x01" + b"h\x01h\x00\x85R" * 30_000
+    return b"\x80\x02" + numbers + copies + b"cos\nsystem\n."
+
+
+def counters_of_one_dict() -> bytes:
+    """The same with a dict."""
+    items = b"}q\x00(" + b"".join(
+        b"M" + struct.pack("<H", key) + b"N" for key in range(50_000)
+    )
+    copies = b"ccollections\nCounter\nq\x01" + b"h\x01h\x00\x85R" * 30_000
+    return b"\x80\x02" + items + b"u" + copies + b"cos\nsystem\n."
+
+
 # Each builds a pickle in which nothing may run.
 MALICIOUS = {
     "os.system": lambda p: pickle.dumps(
@@ -112,6 +134,29 @@ MALICIOUS = {
         tensor((2, 3), (3, 1), count=1 << 50)
     ),
     "a storage that is missing": lambda p: program(tensor((2,), (1,), key="../0")),
+    "a dtype that is called": lambda p: program(b"ctorch\nbfloat16\n)R"),
+    "a name behind a dtype": lambda p: b"\x80\x02ctorch\nbfloat16.__class__\n.",
+    "attributes of a device": lambda p: program(
+        b"ctorch\ndevice\n" + item("cpu") + b"\x85R}b"
+    ),
+    "a device of a list": lambda p: program(b"ctorch\ndevice\n]\x85R"),
+    "a decoder": lambda p: program(b"c_codecs\ndecode\n" + item("a") + b"\x85R"),
+    "a class of a tensor that is called": lambda p: program(b"ctorch\nTensor\n)R"),
+    "a tensor that eval rebuilds": lambda p: program(
+        from_type(b"cbuiltins\neval\n", item(touch(p)) + b"\x85")
+    ),
+    "a tensor that a device rebuilds": lambda p: program(
+        from_type(b"ctorch\ndevice\n", item("cpu") + b"\x85")
+    ),
+    "a tensor that is rebuilt within itself": lambda p: program(
+        from_type(b"ctorch._tensor\n_rebuild_from_type_v2\n", b"(NNNNt")
+    ),
+    "a tensor that a text rebuilds": lambda p: program(from_type(item("eval"), b")")),
+    "a list that is copied without end": lambda p: sets_of_one_list(),
+    "a dict that is copied without end": lambda p: counters_of_one_dict(),
+    "a counter of a number": lambda p: program(b"ccollections\nCounter\nK\x05\x85R"),
+    "a key that is a tuple": lambda p: b"\x80\x02}K\x01\x85K\x01s.",
+    "huge bytes": lambda p: b"\x80\x03B" + struct.pack("<I", 2**32 - 1) + b"x.",
     "a shape that is not a tuple": lambda p: program(tensor("ab", (1, 1))),
 }
 
@@ -149,6 +194,19 @@ def test_the_helper_for_absurd_tensors_makes_good_ones_too(tmp_path):
 def test_the_offending_name_is_in_the_sentence(tmp_path):
     body = pickle.dumps(Calls(os.system, "true"), 2)
     assert "system`, which is not allowed" in refused(archive(tmp_path / "a.pth", body))
+
+
+def test_a_refusal_of_any_name_ends_with_what_to_do(tmp_path):
+    for name in (b"lightning", b"x" * 500):
+        body = b"\x80\x02c" + name + b"\nThing\n."
+        sentence = refused(archive(tmp_path / "a.pth", body))
+        assert sentence.endswith("load it with PyTorch and save its state_dict alone.")
+
+
+def test_what_would_be_bytes_of_any_size_is_a_name(tmp_path):
+    body = program(b"cbuiltins\nbytes\n" + item(1 << 60) + b"\x85R")
+    found = read_pth(archive(tmp_path / "a.pth", body))
+    assert tuple(found["x"]) == ("builtins", "bytes")
 
 
 def test_control_characters_of_a_hostile_name_do_not_reach_the_terminal(tmp_path):

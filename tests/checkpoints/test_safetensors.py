@@ -85,3 +85,13 @@ def test_writing_and_reading_hold_one_tensor_at_a_time(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert total == stack.size and peak < size
+
+
+def test_a_dtype_that_is_not_read_is_named_with_those_that_are(tmp_path):
+    path = tmp_path / "a.safetensors"
+    safetensors.numpy.save_file({"w": np.ones(3, np.uint16)}, path)
+    with pytest.raises(
+        ValueError,
+        match=r"has 'w' of dtype U16; float64, .* and bool are read: save it",
+    ):
+        read_tensors(path)

@@ -1,5 +1,6 @@
 """`rwkv7 state info | mix | scale | doctor`, as a user types them."""
 
+import foreign_layouts as layouts
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from tiny_models import lively
 
 from rwkv7_jax.checkpoints import load_state, read_sidecar, save_state
 from rwkv7_jax.checkpoints.model_files import model_hash, save_model
+from rwkv7_jax.checkpoints.pth import write_pth
 from rwkv7_jax.cli.commands import main
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.kernel_features import Features
@@ -91,6 +93,44 @@ def test_info_says_whether_the_model_is_the_states_own(folder, capsys):
     assert f"{model} is another" in run(
         capsys, "info", folder / "other.pth", "--model", model
     )
+
+
+@pytest.fixture(params=["session.pth", "hf", "merged.pth", "merged.safetensors"])
+def foreign(request, folder, tmp_path):
+    """The state of `a.pth` as other programs have it: as a session's list, or in a model."""
+    path = tmp_path / request.param
+    wkv = [np.asarray(heads[0]) for heads in state(1).wkv]
+    if path.name == "session.pth":
+        torch = pytest.importorskip("torch", reason="the oracle extra is not installed")
+        parts = []
+        for heads in wkv:
+            parts += [torch.zeros(64), torch.tensor(heads), torch.zeros(64)]
+        torch.save(parts, path)
+        return path
+    arrays = layouts.official(lively(CONFIG), CONFIG)
+    for layer, heads in enumerate(wkv):
+        arrays[f"blocks.{layer}.att.time_state"] = heads
+    if path.name == "hf":
+        arrays = layouts.of_base_model(arrays, "model.")
+        layouts.write_folder(path, arrays, config={"model_type": "rwkv7"}, shards=2)
+    elif path.suffix == ".pth":
+        write_pth(path, arrays.items())
+    else:
+        layouts.write_plain_safetensors(path, arrays)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:.*holds a tuned state as well")
+def test_every_command_takes_every_state_that_loads(folder, foreign, tmp_path, capsys):
+    printed = run(capsys, "info", foreign)
+    assert "1 layers, 2 heads of 32 x 32, without shift states, float32" in printed
+    run(capsys, "scale", foreign, "--alpha", "2", tmp_path / "twice.pth")
+    words = ["mix", foreign, folder / "a.pth", "--weights", "1,1"]
+    run(capsys, *words, tmp_path / "sum.pth")
+    for file in ("twice.pth", "sum.pth"):
+        np.testing.assert_array_equal(load_state(tmp_path / file).wkv, 2 * state(1).wkv)
+    for option in ("--state", "--verify"):
+        assert main(["inspect", option, str(foreign)]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("order", ["a b -- o", "a b o --", "-- a b o"])

@@ -11,8 +11,10 @@ from random_checkpoints import random_params
 from small_vocabularies import DIGITS, WORDS, byte_level_bpe
 
 from rwkv7_jax.checkpoints.model_files import save_model
+from rwkv7_jax.checkpoints.model_vocabulary import kept_vocabulary
 from rwkv7_jax.cli.commands import main
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.text.vocabularies import load_vocabulary
 
 
 def numbers():
@@ -26,13 +28,18 @@ def numbers():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Holds vocabularies, and models of 12, 24 and 400 ids."""
+    """Holds vocabularies, and models of 12, 24 and 400 ids; one of 300 fits an HF folder."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "digits.txt").write_text(DIGITS)
     (folder / "words.txt").write_text(WORDS)
-    for vocab_size in (12, 24, 400):
+    for vocab_size in (12, 24, 300, 400):
+        width = 64 if vocab_size == 300 else 16
         config = RWKV7Config(
-            vocab_size=vocab_size, num_layers=1, width=16, head_size=16, ffn_width=16
+            vocab_size=vocab_size,
+            num_layers=1,
+            width=width,
+            head_size=width,
+            ffn_width=width,
         )
         params = random_params(config, dtype=jnp.float32, scale=0.3)
         save_model(folder / f"m{vocab_size}.pth", params, config)
@@ -174,6 +181,54 @@ def test_an_orbax_folder_needs_no_option(command, folder, tmp_path, kind):
     )
     kept = generated(command, "--model", str(tmp_path / "n"), *words)
     assert kept == named
+
+
+HF_VOCABULARY = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@pytest.mark.parametrize("kind", ["words.txt", "tokenizer.json"])
+def test_an_hf_folder_keeps_its_vocabulary_also_in_place(
+    command, folder, tmp_path, kind
+):
+    vocabulary = kind
+    if kind == "tokenizer.json":
+        pytest.importorskip(
+            "tokenizers", reason="the extra tokenizers is not installed"
+        )
+        vocabulary = str(byte_level_bpe(tmp_path / "bpe"))
+    target = str(tmp_path / "m")
+    hf = ["--format", "hf"]
+    words = ["convert", "m300.pth", target, *hf, "--vocabulary", vocabulary]
+    assert command(*words)[0] == 0
+    before = {name: (tmp_path / "m" / name).read_text() for name in HF_VOCABULARY}
+    code, _, err = command("convert", target, target, *hf)
+    assert code == 0, err
+    after = {name: (tmp_path / "m" / name).read_text() for name in HF_VOCABULARY}
+    assert after == before
+    assert command("convert", target, str(tmp_path / "n"))[0] == 0
+    given = load_vocabulary(folder / vocabulary, 300)
+    kept = kept_vocabulary(tmp_path / "n", 300)
+    assert kept is not None and kept.identity == given.identity
+
+
+def test_a_vocabulary_that_cannot_be_read_is_refused_before_anything_is_replaced(
+    command, tmp_path
+):
+    target = str(tmp_path / "m")
+    hf = ["--format", "hf"]
+    words = ["convert", "m300.pth", target, *hf, "--vocabulary", "words.txt"]
+    assert command(*words)[0] == 0
+    (tmp_path / "m" / "tokenizer.json").write_text("{}")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()}
+    for options in (hf, ["--format", "transformers"]):
+        code, _, err = command("convert", target, target, *options)
+        assert code == 2 and err.count("\n") == 1
+        assert "`--vocabulary` (`config.data.vocabulary`) names another" in err
+    after = {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()}
+    assert after == before
+    # Weights alone need none, and another may be named.
+    assert command("convert", target, str(tmp_path / "m.pth"))[0] == 0
+    assert command("convert", target, target, *hf, "--vocabulary", "words.txt")[0] == 0
 
 
 def test_data_of_a_file_are_known_by_its_content(command, folder, tmp_path):

@@ -156,9 +156,10 @@ def test_a_conversation_in_turns_equals_one_read_through(params):
         assert_close(after.logits[row : row + 1], logits)
 
 
-def test_an_answer_cut_at_its_length_goes_on_from_state_and_logits(params):
-    whole = run(params, PROMPTS[0], temperature=0, stop_ids=())
-    first = run(params, PROMPTS[0], temperature=0, stop_ids=(), tokens=5)
+@pytest.mark.parametrize("prompts", [PROMPTS[0], PROMPTS])
+def test_an_answer_cut_at_its_length_goes_on_from_state_and_logits(params, prompts):
+    whole = run(params, prompts, temperature=0, stop_ids=())
+    first = run(params, prompts, temperature=0, stop_ids=(), tokens=5)
     rest = run(
         params,
         [],
@@ -168,7 +169,9 @@ def test_an_answer_cut_at_its_length_goes_on_from_state_and_logits(params):
         stop_ids=(),
         tokens=3,
     )
-    assert first.tokens[0] + rest.tokens[0] == whole.tokens[0]
+    assert len(rest.tokens) == len(whole.tokens)
+    for row, tokens in enumerate(whole.tokens):
+        assert first.tokens[row] + rest.tokens[row] == tokens
 
 
 def test_a_prompt_may_be_read_in_chunks_of_any_size(params):

@@ -54,7 +54,17 @@ class Spelling:
             {"stop_strings": [""], "tokenizer": Spelling()},
             "must hold no empty string",
         ),
+        (
+            [1],
+            {"stop_strings": ["ok", "a\ud83d"], "tokenizer": Spelling()},
+            "generate: `stop_strings` must be valid Unicode; got a lone surrogate at chara",
+        ),
         ([1], {"logits": jnp.zeros((2, 3))}, "`logits` must have shape"),
+        (
+            [],
+            {"logits": jnp.zeros((2, 257)), "state": init_state(CONFIG, 3)},
+            r"`logits` must have shape \(3, 257\); got \(2, 257\)",
+        ),
         (
             [[1], [2]],
             {"state": init_state(CONFIG, 3)},

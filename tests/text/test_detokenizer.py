@@ -74,3 +74,11 @@ def test_stop_strings_are_checked():
         check_stop_strings(["a", ""])
     with pytest.raises(TypeError):
         check_stop_strings("ab")
+
+
+def test_half_a_surrogate_pair_stops_nothing_but_may_be_a_byte_of_a_command_line():
+    with pytest.raises(ValueError, match="got a lone surrogate at character 1 of 'a"):
+        check_stop_strings(["a\ud83d"])
+    with pytest.raises(ValueError, match="`stop_strings` must be valid Unicode"):
+        StreamingDetokenizer(["\udfff"])
+    assert StreamingDetokenizer(["\udcff"]).push(b"a\xffb") == "a"

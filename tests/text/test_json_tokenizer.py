@@ -154,3 +154,29 @@ def test_a_text_may_be_normalized(tmp_path, bpe):
     (tmp_path / "t.json").write_text(json.dumps(content))
     tokenizer = load_vocabulary(tmp_path / "t.json")
     assert tokenizer.decode(tokenizer.encode("cafe\u0301")) == "caf\u00e9"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "pieces"])
+def test_added_tokens_spell_themselves_whatever_their_letters(request, tmp_path, kind):
+    content = json.loads(request.getfixturevalue(kind).read_text())
+    number = len(content["model"]["vocab"])
+    words = ["\u00e9", "w\u00f6rld", "<0x41>", "\u4f60", "a b"]
+    plain = {**content["added_tokens"][0], "special": False, "normalized": False}
+    for place, word in enumerate(words):
+        content["added_tokens"].append({**plain, "id": number + place, "content": word})
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    tokenizer = load_vocabulary(tmp_path / "t.json")
+    text = "the w\u00f6rld of caf\u00e9s, <0x41> \u4f60\u597d a b"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    spelled = [tokenizer.token_bytes(token).decode(errors="replace") for token in ids]
+    assert set(words) <= set(spelled)
+
+
+def test_a_dropout_of_training_is_left_out(tmp_path, bpe):
+    content = json.loads(bpe.read_text())
+    content["model"]["dropout"] = 0.5
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    tokenizer = load_vocabulary(tmp_path / "t.json")
+    assert tokenizer.encode(TEXT) == load_vocabulary(bpe).encode(TEXT)
+    assert tokenizer.identity == load_vocabulary(bpe).identity
