@@ -120,6 +120,18 @@ def compact_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
+def _described(entry: Any) -> Mapping[str, Any] | None:
+    """Returns what a tool or a call says of its function; None where that has no name."""
+    if not isinstance(entry, Mapping):
+        return None
+    # OpenAI's interface has it under a name; a null says that it stands here.
+    function = entry.get("function")
+    function = entry if function is None else function
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        return None
+    return function
+
+
 def tool_text(tool: Any) -> str:
     """Writes a function that may be called, as JSON of its name, description and arguments.
 
@@ -130,12 +142,14 @@ def tool_text(tool: Any) -> str:
     Raises:
         ValueError: a function without a name, or whose arguments are no object.
     """
-    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+    function = _described(tool)
+    if function is None:
         raise ValueError(f'a tool must be an object with a "name"; got {tool!r:.80}')
     arguments = function.get("arguments")
     if arguments is None:
-        arguments = (function.get("parameters") or {}).get("properties", {})
+        arguments = (function.get("parameters") or {}).get("properties")
+    if arguments is None:
+        arguments = {}
     if not isinstance(arguments, Mapping):
         raise ValueError(f'the arguments of "{function["name"]}" must be an object')
     fields = {"name": function["name"]}
@@ -153,10 +167,12 @@ def call_text(call: Any) -> str:
     Raises:
         ValueError: a call without a name, or whose arguments are no JSON.
     """
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+    function = _described(call)
+    if function is None:
         raise ValueError(f'a call must be an object with a "name"; got {call!r:.80}')
-    arguments = function.get("arguments", {})
+    arguments = function.get("arguments")
+    if arguments is None:
+        arguments = {}
     if isinstance(arguments, str):
         try:
             json.loads(arguments)

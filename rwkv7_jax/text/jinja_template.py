@@ -46,10 +46,11 @@ _SOURCE = """
 {%- endmacro -%}
 
 {%- macro tool(described) -%}
-  {%- set function = described.function if described.function is defined else described -%}
-  {%- set arguments = function.arguments if function.arguments is defined else (
-      function.parameters.properties if function.parameters is defined
-      and function.parameters.properties is defined else {}) -%}
+  {%- set function = described.function if described.function else described -%}
+  {%- set properties = function.parameters.properties if function.parameters else none -%}
+  {%- set arguments = function.arguments | default(none) -%}
+  {%- set arguments = properties | default(none) if arguments is none else arguments -%}
+  {%- set arguments = {} if arguments is none else arguments -%}
   {{- '{"name":' ~ json(function.name) -}}
   {{- ',"description":' ~ json(function.description) if function.description else '' -}}
   {{- ',"arguments":' ~ json(arguments) ~ '}' -}}
@@ -64,8 +65,9 @@ _SOURCE = """
 {%- endmacro -%}
 
 {%- macro call(made) -%}
-  {%- set function = made.function if made.function is defined else made -%}
-  {%- set arguments = function.arguments if function.arguments is defined else {} -%}
+  {%- set function = made.function if made.function else made -%}
+  {%- set arguments = function.arguments | default(none) -%}
+  {%- set arguments = {} if arguments is none else arguments -%}
   {{- '{"name":' ~ json(function.name) ~ ',"arguments":' -}}
   {{- (arguments if arguments is string else json(arguments)) ~ '}' -}}
 {%- endmacro -%}

@@ -215,6 +215,39 @@ def test_other_programs_records_are_the_same_conversation_as_messages(record):
     assert marked(record) == marked(MESSAGES)
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"text": None, "label": None, **MESSAGES},
+        {"prompt": None, "completion": None, "chosen": None, **MESSAGES},
+        {"data": None, "conversations": MESSAGES["messages"], "messages": None},
+        {
+            "system": "Be kind.",
+            "question": "Add.\n2 and 2",
+            "query": None,
+            "answer": "4",
+            "output": None,
+            "history": None,
+        },
+        {
+            "conversations": [
+                {
+                    "from": message["role"],
+                    "value": message["content"],
+                    "role": None,
+                    "content": None,
+                    "tool_calls": None,
+                    "weight": None,
+                }
+                for message in MESSAGES["messages"]
+            ]
+        },
+    ],
+)
+def test_a_key_whose_value_is_null_is_one_that_a_record_does_not_have(record):
+    assert marked(record) == marked(MESSAGES)
+
+
 def test_the_history_of_an_alpaca_record_comes_first():
     record = {
         "instruction": "And 3?",
@@ -312,6 +345,8 @@ def test_a_text_next_to_an_instruction_stays_the_text():
         ({"question": "a", "choices": [], "answer": 2}, '"answer" must be a string'),
         ({"input": "a", "output": "b"}, 'its keys are "input", "output"'),
         ({}, "it has no keys"),
+        ({"text": None, "id": 1}, 'its keys are "text" (null), "id"'),
+        ({"prompt": "a", "answer": None}, 'no "answer" or "completion"'),
         ({str(i): i for i in range(20)}, '"7", ...'),
         (
             {"prompt": "a", "chosen": "b", "rejected": "c"},

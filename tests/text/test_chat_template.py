@@ -294,6 +294,22 @@ CONVERSATIONS = {
         ],
         [SLOTS, {"type": "function", "function": {"name": "now", "parameters": {}}}],
     ),
+    "nulls": (
+        [
+            {"role": "user", "content": "a"},
+            {
+                "role": "assistant",
+                "content": None,
+                "reasoning_content": None,
+                "tool_calls": [{"name": "now", "arguments": None, "function": None}],
+            },
+        ],
+        [
+            {"name": "f", "description": None, "arguments": None, "function": None},
+            {"function": {"name": "g", "parameters": {"properties": None}}},
+            {"function": {"name": "h", "parameters": None}},
+        ],
+    ),
     "calls after thoughts": (
         [
             {"role": "user", "content": "a"},

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rwkv7_jax.data.documents import Document, Segment
-from rwkv7_jax.data.records.fields import only_name, text_field
+from rwkv7_jax.data.records.fields import only_name, text_field, without_nulls
 from rwkv7_jax.text.chat_template import (
     SPEAKERS,
     Message,
@@ -114,6 +114,7 @@ def read_message(message: Any, number: int) -> Message:
         raise ValueError(
             f"message {number}: must be an object; got {type(message).__name__}"
         )
+    message = without_nulls(message)
     is_sharegpt = "from" in message and "role" not in message
     role = message.get("from" if is_sharegpt else "role")
     if isinstance(role, str):
@@ -135,11 +136,10 @@ def _turn(message: Mapping[str, Any], role: str, key: str) -> Message:
     calls = _calls(message)
     # An answer that only calls a function has no content, or an empty one.
     content = ""
-    if not calls or message.get(key) is not None:
+    if not calls or key in message:
         content = _said(message, key)
     thought = None
-    held = {name: text for name, text in message.items() if text is not None}
-    if name := only_name(held, _THOUGHTS):
+    if name := only_name(message, _THOUGHTS):
         thought = clean_message(text_field(message, name).decode())
     return Message(role, content, thought, calls)
 

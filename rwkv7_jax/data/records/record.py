@@ -16,7 +16,8 @@ A record is one object with one of
 
 A record with a conversation may name a think mode ("think") and hold functions ("tools"); an
 assistant may have thoughts ("reasoning_content") and call functions ("tool_calls"), role "tool"
-says what they gave, and a "weight" of 0 leaves an answer out of the loss.
+says what they gave, and a "weight" of 0 leaves an answer out of the loss. A key whose value is
+null is one that a record, or a message, does not have.
 """
 
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ from rwkv7_jax.data.records.fields import (
     only_name,
     optional_name,
     text_field,
+    without_nulls,
 )
 from rwkv7_jax.text.chat_template import read_tools, tool_texts
 
@@ -58,7 +60,8 @@ def parse_record(record: Any) -> Document:
         ValueError: the record describes no document, or one that must not be learnt; the message is
             the reason alone.
     """
-    record = check_object(record)
+    whole = check_object(record)
+    record = without_nulls(whole)
     kinds = [kind for kind in KINDS if kind in record]
     if kinds == ["prompt", "messages"] and _is_first_message(record):
         kinds = ["messages"]
@@ -83,7 +86,7 @@ def parse_record(record: Any) -> Document:
         return _one_question(record, question, answer)
     raise ValueError(
         'must have a "text", a "prompt" or "messages" (or "conversations", "instruction" and '
-        f'"output", or "question" and "answer"); {keys_of(record)}'
+        f'"output", or "question" and "answer"); {keys_of(whole)}'
     )
 
 
