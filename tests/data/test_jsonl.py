@@ -322,6 +322,35 @@ def test_a_text_next_to_an_instruction_stays_the_text():
     assert marked(record) == "all of it"
 
 
+ANSWERED = (
+    {"prompt": "a", "completion": "b"},
+    {"prompt": "a", "answer": "b"},
+    {"prompt": MESSAGES["messages"][:2], "completion": MESSAGES["messages"][2:]},
+    {"instruction": "a", "output": "b"},
+    {"question": "a", "answer": "b"},
+    {"query": "a", "response": "b"},
+    {"conversations": ["a", "b"]},
+    {"data": ["a", "b"]},
+    MESSAGES,
+)
+
+
+@pytest.mark.parametrize("record", ANSWERED)
+@pytest.mark.parametrize("name", ["label", "kto_tag"])
+def test_an_answer_that_is_not_desired_is_refused_in_every_record(record, name):
+    for value in (False, 0, 0.0, "False", "false", "FALSE", " 0"):
+        with pytest.raises(ValueError, match=f'"{name}" is .*: an answer that is not'):
+            parse_record({**record, name: value})
+    for value in (True, 1, "True", "1", None, "", "positive", 3, [0]):
+        assert marked({**record, name: value}) == marked(record)
+
+
+def test_the_label_of_a_text_is_its_class():
+    assert marked({"text": "a", "label": 0}) == "a"
+    with pytest.raises(ValueError, match=r'its keys are "sentence", "label"'):
+        parse_record({"sentence": "a", "label": 0})
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
@@ -355,10 +384,6 @@ def test_a_text_next_to_an_instruction_stays_the_text():
         (
             {"chosen": MESSAGES["messages"], "rejected": MESSAGES["messages"]},
             'to learn the chosen one, name it "completion" after a "prompt", or "messages"',
-        ),
-        (
-            {"prompt": "a", "completion": "b", "label": False},
-            '"label" is false: an answer that is not desired',
         ),
         ({"prompt": "a", "response": "b"}, 'no "answer" or "completion"; its keys'),
         ({"prompt": "b", **MESSAGES}, '"prompt" and "messages" in one object'),

@@ -49,6 +49,9 @@ _CONTEXTS = ("input", "context")
 _ANSWERS = ("output", "response", "answer")
 _SYSTEM_TEXTS = ("system", "system_prompt")
 
+# Names under which KTO's data sets say whether an answer is desired: TRL's and LLaMA-Factory's.
+_DESIRED = ("label", "kto_tag")
+
 # Names of functions that may be called; the second one is of OpenAI's older interface.
 _TOOLS = ("tools", "functions")
 
@@ -69,9 +72,10 @@ def parse_record(record: Any) -> Document:
         raise ValueError(f'"{kinds[0]}" and "{kinds[1]}" in one object')
     if kinds == ["text"]:
         return Document((Segment(text_field(record, "text")),))
+    _refuse_undesired(record)
     if kinds == ["messages"]:
         return _chat(record, record["messages"])
-    _refuse_rejected(record)
+    _refuse_pairs(record)
     if kinds == ["prompt"]:
         return _answered_prompt(record)
     if name := only_name(record, _CONVERSATIONS):
@@ -102,20 +106,35 @@ def _is_first_message(record: Mapping[str, Any]) -> bool:
     return bool(questions) and questions[0] == record["prompt"]
 
 
-def _refuse_rejected(record: Mapping[str, Any]) -> None:
-    """Refuses records that say of an answer that it is a bad one.
+def _refuse_undesired(record: Mapping[str, Any]) -> None:
+    """Refuses a record that says of its answer that it is a bad one.
 
     Raises:
-        ValueError: a pair of preferences, or an answer that is not desired.
+        ValueError: it does.
+    """
+    answers = (*_CONVERSATIONS, *_ANSWERS_AS_THEY_STAND, *_ANSWERS)
+    if not any(name in record for name in ("messages", *answers)):
+        return
+    for name in _DESIRED:
+        # In tables they are text, and of columns with gaps pandas makes 0.0.
+        value = str(record.get(name)).strip().lower()
+        if value in ("false", "0", "0.0"):
+            raise ValueError(
+                f'"{name}" is {value}: an answer that is not desired (as KTO has it), which would '
+                f'be learnt; rename "{name}" where it means something else'
+            )
+
+
+def _refuse_pairs(record: Mapping[str, Any]) -> None:
+    """Refuses pairs of a good and a bad answer.
+
+    Raises:
+        ValueError: a pair of preferences.
     """
     if "chosen" in record or "rejected" in record:
         raise ValueError(
             'holds a pair of preferences ("chosen" and "rejected"), which is not read: to learn '
             'the chosen one, name it "completion" after a "prompt", or "messages"'
-        )
-    if record.get("label") is False and "prompt" in record:
-        raise ValueError(
-            '"label" is false: an answer that is not desired (as KTO has it), which would be learnt'
         )
 
 

@@ -79,6 +79,16 @@ def test_rows_that_are_no_records_are_skipped_and_counted(tmp_path):
     assert stats.first_error.startswith(f"{tmp_path}/x.csv:3: must have")
 
 
+def test_a_row_whose_answer_is_not_desired_is_refused(tmp_path):
+    (tmp_path / "x.csv").write_text(
+        "prompt,completion,label\na,b,True\na,c,False\na,d,\n"
+    )
+    with pytest.raises(ValueError, match=r'x.csv:3: "label" is false: an answer that'):
+        texts(tmp_path / "x.csv")
+    stats = ReadStats()
+    assert texts(tmp_path / "x.csv", on_bad="skip", stats=stats) == [b"ab", b"ad"]
+
+
 def write_parquet(path, columns):
     arrow = pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
     parquet = pytest.importorskip("pyarrow.parquet")
