@@ -14,17 +14,17 @@ A record is one object with one of
                                                           (`_QUESTIONS` and what follows it are
                                                           the names that other data sets use)
 
-A record with a conversation may name a think mode ("think") and hold functions ("tools"); an
-assistant may have thoughts ("reasoning_content") and call functions ("tool_calls"), role "tool"
-says what they gave, and a "weight" of 0 leaves an answer out of the loss. A key whose value is
-null is one that a record, or a message, does not have.
+A record with a conversation may hold what the system says ("system"), name a think mode ("think")
+and hold functions ("tools"); an assistant may have thoughts ("reasoning_content") and call
+functions ("tool_calls"), role "tool" says what they gave, and a "weight" of 0 leaves an answer out
+of the loss. A key whose value is null is one that a record, or a message, does not have.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from rwkv7_jax.data.documents import Document, Segment
-from rwkv7_jax.data.records.conversations import conversation
+from rwkv7_jax.data.records.conversations import conversation, read_message
 from rwkv7_jax.data.records.fields import (
     check_object,
     keys_of,
@@ -74,7 +74,7 @@ def parse_record(record: Any) -> Document:
         return Document((Segment(text_field(record, "text")),))
     _refuse_undesired(record)
     if kinds == ["messages"]:
-        return _chat(record, record["messages"])
+        return _chat(record, _with_system(record, record["messages"]))
     _refuse_pairs(record)
     if kinds == ["prompt"]:
         return _answered_prompt(record)
@@ -146,8 +146,14 @@ def _answered_prompt(record: Mapping[str, Any]) -> Document:
     prompt = record["prompt"]
     completion = record[name]
     if isinstance(prompt, list) and isinstance(completion, list):
+        prompt = _with_system(record, prompt)
         messages = [*prompt, *completion]
         return _chat(record, messages, name, learn_from=len(prompt))
+    if system := optional_name(record, _SYSTEM_TEXTS):
+        raise ValueError(
+            f'"{system}" next to a "prompt" that is read as it stands: begin the prompt with it, '
+            'or write "messages"'
+        )
     question = text_field(record, "prompt")
     answer = text_field(record, name)
     if not answer:
@@ -169,11 +175,26 @@ def _with_roles(messages: Any) -> Any:
 
 
 def _with_system(record: Mapping[str, Any], messages: Any) -> Any:
-    """Puts a record's system text before its messages."""
+    """Puts a record's system text before its messages, unless they begin with the same one.
+
+    Raises:
+        ValueError: they begin with another one, or it is no text.
+    """
     name = optional_name(record, _SYSTEM_TEXTS)
     if not name or not isinstance(messages, list):
         return messages
-    return [{"role": "system", "content": record[name]}, *messages]
+    if not isinstance(record[name], list):
+        text_field(record, name)
+    turn = {"role": "system", "content": record[name]}
+    system = read_message(turn, 1)
+    first = read_message(messages[0], 1) if messages else None
+    if first is None or first.role != "system":
+        return [turn, *messages]
+    if first != system:
+        raise ValueError(
+            f'"{name}" and message 1, which is of the system too, say different things'
+        )
+    return messages
 
 
 def _one_question(
