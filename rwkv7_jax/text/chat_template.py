@@ -74,7 +74,7 @@ class Message(NamedTuple):
     Attributes:
         role: one of `SPEAKERS`.
         content: its words.
-        thought: of the assistant, before the words; None where there is none.
+        thought: of the assistant, before the words; None, or empty, where there is none.
         calls: of the assistant, after the words: function calls as JSON.
     """
 
@@ -180,6 +180,9 @@ def call_text(call: Any) -> str:
             raise ValueError(
                 f'the arguments of "{function["name"]}" must be JSON; got {arguments!r:.80}'
             ) from None
+        # Between what JSON consists of there may be blank lines; inside of its strings there are
+        # none.
+        arguments = clean_message(arguments)
     else:
         arguments = compact_json(arguments)
     name = compact_json(function["name"])
@@ -266,7 +269,7 @@ def write_conversation(
 
 def thinks(message: Message) -> bool:
     """Tells whether a message begins with thoughts."""
-    return message.thought is not None or message.content.startswith(THOUGHT_BEGIN)
+    return bool(message.thought) or message.content.startswith(THOUGHT_BEGIN)
 
 
 def _with_tools(messages: Sequence[Message], tools: Sequence[str]) -> list[Message]:
@@ -290,7 +293,7 @@ def _words(message: Message) -> str:
 def _answer(message: Message, mode: ThinkMode) -> str:
     """Writes what the model says in a turn, from the space after its name."""
     answer = " "
-    if message.thought is not None:
+    if message.thought:
         answer += f"{THOUGHT_BEGIN}>\n{message.thought}{THOUGHT_END}"
     elif mode.filler and not thinks(message):
         answer = mode.opening + mode.filler

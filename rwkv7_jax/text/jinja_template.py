@@ -41,6 +41,10 @@ _SOURCE = """
   {{- clean(message.content) if message.content is string else '' -}}
 {%- endmacro -%}
 
+{%- macro thought(message) -%}
+  {{- clean(message.reasoning_content) if message.reasoning_content is string else '' -}}
+{%- endmacro -%}
+
 {%- macro json(value) -%}
   {{- value | tojson(separators=(',', ':')) -}}
 {%- endmacro -%}
@@ -69,7 +73,7 @@ _SOURCE = """
   {%- set arguments = function.arguments | default(none) -%}
   {%- set arguments = {} if arguments is none else arguments -%}
   {{- '{"name":' ~ json(function.name) ~ ',"arguments":' -}}
-  {{- (arguments if arguments is string else json(arguments)) ~ '}' -}}
+  {{- (clean(arguments) if arguments is string else json(arguments)) ~ '}' -}}
 {%- endmacro -%}
 
 {%- macro calls(made) -%}
@@ -81,13 +85,12 @@ _SOURCE = """
 {%- endmacro -%}
 
 {%- macro thinks(message) -%}
-  {{- 'yes' if message.reasoning_content is string
-      or words(message).startswith($THOUGHT_BEGIN$) else '' -}}
+  {{- 'yes' if thought(message) or words(message).startswith($THOUGHT_BEGIN$) else '' -}}
 {%- endmacro -%}
 
 {%- macro answer(message) -%}
-  {%- if message.reasoning_content is string -%}
-    {{- ' ' ~ $THOUGHT_BEGIN$ ~ '>\\n' ~ clean(message.reasoning_content) ~ $THOUGHT_END$ -}}
+  {%- if thought(message) -%}
+    {{- ' ' ~ $THOUGHT_BEGIN$ ~ '>\\n' ~ thought(message) ~ $THOUGHT_END$ -}}
   {%- elif mode.filler and not thinks(message) -%}
     {{- mode.opening ~ mode.filler -}}
   {%- else -%}

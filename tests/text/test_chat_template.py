@@ -294,6 +294,32 @@ CONVERSATIONS = {
         ],
         [SLOTS, {"type": "function", "function": {"name": "now", "parameters": {}}}],
     ),
+    "empty thoughts": (
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b", "reasoning_content": ""},
+            {"role": "user", "content": "c"},
+            {"role": "assistant", "content": "d", "reasoning_content": " \n"},
+            {"role": "user", "content": "e"},
+            {
+                "role": "assistant",
+                "content": "<think>\nx\n</think>\nf",
+                "reasoning_content": "",
+            },
+        ],
+        None,
+    ),
+    "blank lines in a call": (
+        [
+            {"role": "user", "content": "a"},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"name": "f", "arguments": '\n{\n\n "a":\n \n1}\n'}],
+            },
+        ],
+        None,
+    ),
     "nulls": (
         [
             {"role": "user", "content": "a"},
@@ -371,6 +397,14 @@ def test_the_switch_of_transformers_means_free_or_fast():
         Exception, match="role must be system, user, assistant, tool; got"
     ):
         in_jinja([{"role": "bot", "content": ""}], None, True)
+
+
+@pytest.mark.parametrize("think", THINK_MODES)
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_blank_lines_stand_between_turns_alone(name, think):
+    messages, tools = CONVERSATIONS[name]
+    for turn in ours(messages, tools, think, True).split("\n\n"):
+        assert turn.startswith(("System:", "User:", "Assistant:"))
 
 
 @settings(max_examples=150)

@@ -140,7 +140,8 @@ def _turn(message: Mapping[str, Any], role: str, key: str) -> Message:
         content = _said(message, key)
     thought = None
     if name := only_name(message, _THOUGHTS):
-        thought = clean_message(text_field(message, name).decode())
+        # Nothing between the marks of a thought would be a blank line, which ends a turn.
+        thought = clean_message(text_field(message, name).decode()) or None
     return Message(role, content, thought, calls)
 
 

@@ -60,6 +60,17 @@ def test_of_two_system_texts_equal_ones_are_one_and_others_are_refused(record):
         parse_record({"system": "Be brief.", **record})
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("thought", ["", " ", "\n\n", None])
+def test_an_empty_thought_is_none(name, thought):
+    answer = {**ASSISTANT, name: thought}
+    for think in ("off", "fast"):
+        bare = {"messages": [USER, ASSISTANT], "think": think}
+        assert marked({**bare, "messages": [USER, answer]}) == marked(bare)
+    with pytest.raises(ValueError, match='message 2: must have a "reasoning_content"'):
+        parse_record({"messages": [USER, answer], "think": "free"})
+
+
 def test_an_answer_that_was_only_read_stays_so_after_a_system_text():
     record = {
         "system": "Be kind.",
