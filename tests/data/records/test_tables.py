@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from rwkv7_jax.data.jsonl import ReadStats
 from rwkv7_jax.data.readers import documents
+from rwkv7_jax.data.records.record import parse_record
 
 CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"))
 
@@ -106,6 +107,30 @@ def test_parquet_is_read_with_lists_of_messages(tmp_path):
     write_parquet(tmp_path / "x.parquet", {"text": ["a", None]})
     with pytest.raises(ValueError, match=r"x.parquet: row 2: must have"):
         texts(tmp_path / "x.parquet")
+
+
+def test_parquet_has_no_keys_of_other_rows_inside_a_call_or_a_function(tmp_path):
+    def record(arguments):
+        schema = {"properties": {name: {"type": "string"} for name in arguments}}
+        function = {"name": "f", "arguments": arguments}
+        return {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "tool_calls": [{"function": function}]},
+            ],
+            "tools": [{"function": {"name": "f", "parameters": schema}}],
+        }
+
+    records = [
+        record({"city": "Rome", "days": [1, None]}),
+        record({"zone": {"name": "CET"}}),
+        record({"zone": {"hours": 1}}),
+    ]
+    columns = {key: [row[key] for row in records] for key in records[0]}
+    write_parquet(tmp_path / "x.parquet", columns)
+    expected = [parse_record(row).text() for row in records]
+    assert texts(tmp_path / "x.parquet") == expected
+    assert b'"arguments":{"city":"Rome","days":[1,null]}' in expected[0]
 
 
 @pytest.mark.parametrize("end", [-1, -8, 300, 40, 5])
