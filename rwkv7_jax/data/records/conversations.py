@@ -40,6 +40,21 @@ _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _WEIGHTS = ("weight", "train", "loss")
 
 
+def is_conversation(value: Any) -> bool:
+    """Tells whether a value is a list of messages, each with a role and words or calls."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(item, Mapping) and _is_message(item) for item in value)
+
+
+def _is_message(value: Mapping[str, Any]) -> bool:
+    """Tells whether an object has the keys of a message."""
+    if "from" in value and "value" in value:
+        return True
+    said = ("content", "tool_calls", "function_call")
+    return "role" in value and any(name in value for name in said)
+
+
 def conversation(
     messages: Any,
     name: str = "messages",

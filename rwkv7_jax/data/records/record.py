@@ -1,11 +1,12 @@
 """Records as documents: which shapes of data sets are known, and what of each is learnt.
 
-A record is one object with one of
+A record is one object with one of these, or the second form of a chat:
 
     {"text": ...}                                         all of it is in the loss
     {"prompt": ..., "answer": ...}                        as they stand; the answer is in the loss
                                                           ("completion" is another name of it)
     {"messages": [{"role": ..., "content": ...}, ...]}    a chat; the assistant is in the loss
+    [{"role": ..., "content": ...}, ...]                  the same without a name
     {"conversations": [{"from": ..., "value": ...}, ...]} the same, as ShareGPT has it
     {"data": ["...", "..."]}                              the same, as UltraChat has it
     {"prompt": [...], "completion": [...]}                two parts of a chat, as TRL has it; the
@@ -24,7 +25,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from rwkv7_jax.data.documents import Document, Segment
-from rwkv7_jax.data.records.conversations import conversation, read_message
+from rwkv7_jax.data.records.conversations import (
+    conversation,
+    is_conversation,
+    read_message,
+)
 from rwkv7_jax.data.records.fields import (
     check_object,
     keys_of,
@@ -56,13 +61,25 @@ _DESIRED = ("label", "kto_tag")
 _TOOLS = ("tools", "functions")
 
 
+def names_record(value: Any) -> bool:
+    """Tells whether a value is meant as a record by its keys, whatever stands under them."""
+    if not isinstance(value, Mapping):
+        return False
+    if any(name in value for name in (*KINDS, "conversations")):
+        return True
+    has_question = any(name in value for name in _QUESTIONS)
+    return has_question and any(name in value for name in _ANSWERS)
+
+
 def parse_record(record: Any) -> Document:
-    """Makes a document of one record.
+    """Makes a document of one record, or of a list of messages.
 
     Raises:
         ValueError: the record describes no document, or one that must not be learnt; the message is
             the reason alone.
     """
+    if is_conversation(record):
+        record = {"messages": record}
     whole = check_object(record)
     record = without_nulls(whole)
     kinds = [kind for kind in KINDS if kind in record]
