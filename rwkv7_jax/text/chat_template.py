@@ -112,7 +112,14 @@ def clean_message(text: str) -> str:
     that it was trained on.
     """
     text = text.replace("\r\n", "\n")
-    return re.sub(r"\s*\n\s*\n", "\n", text).strip()
+    return re.sub(r"\s{2,}", _without_blank_lines, text).strip()
+
+
+def _without_blank_lines(blanks: re.Match[str]) -> str:
+    """Shortens a run of blanks to its last line break and what follows, if it has two."""
+    # Not a pattern such as \s*\n\s*\n: it takes time with the square of a run.
+    run = blanks[0]
+    return run[run.rindex("\n") :] if run.count("\n") > 1 else run
 
 
 def compact_json(value: Any) -> str:

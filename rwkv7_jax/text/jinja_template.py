@@ -21,20 +21,15 @@ _SOURCE = """
 
 {#- Without blank lines, which end turns, and without blanks at the ends. -#}
 {%- macro clean(text) -%}
-  {%- set found = namespace(text='', blank=false) -%}
+  {%- set found = namespace(any=false) -%}
   {%- for line in text.replace('\\r\\n', '\\n').split('\\n') -%}
-    {%- if not line.strip() -%}
-      {%- set found.blank = true -%}
-    {%- elif not found.text -%}
-      {%- set found.text = line -%}
-      {%- set found.blank = false -%}
-    {%- else -%}
-      {%- set before = found.text.rstrip() if found.blank else found.text -%}
-      {%- set found.text = before ~ '\\n' ~ line -%}
-      {%- set found.blank = false -%}
+    {%- if line.strip() -%}
+      {%- set before_blanks = loop.last or not loop.nextitem.strip() -%}
+      {%- set kept = line.rstrip() if before_blanks else line -%}
+      {{- '\\n' ~ kept if found.any else kept.lstrip() -}}
+      {%- set found.any = true -%}
     {%- endif -%}
   {%- endfor -%}
-  {{- found.text.strip() -}}
 {%- endmacro -%}
 
 {%- macro words(message) -%}

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,8 +117,9 @@ def _csv_rows(
 def _column_names(cells: list[str], place: str) -> list[str]:
     """Checks the names of columns."""
     names = [name.strip() for name in cells]
-    for name in names:
-        if names.count(name) > 1:
+    # One count of all: a text under the name of a table may have any number of separators.
+    for name, count in Counter(names).items():
+        if count > 1:
             raise ValueError(f'{place}: names two columns "{name}"')
     return names
 
