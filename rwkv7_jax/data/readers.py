@@ -12,7 +12,7 @@ from rwkv7_jax.data.documents import Document, Segment
 from rwkv7_jax.data.jsonl import ReadStats, read_jsonl
 from rwkv7_jax.data.records.json_files import (
     LINES,
-    begins_with_list,
+    is_one_list,
     json_records,
     parse_json_records,
     refuse_lines_of_records,
@@ -184,13 +184,7 @@ def _documents_of(
     """Yields the documents of one file, which was named itself or lies in a folder."""
     suffix = inner_suffix(file)
     if suffix in LINES and _holds_lines(file, as_bytes=as_bytes, encoding=encoding):
-        yield from read_jsonl(
-            file,
-            parse_record,
-            on_bad=on_bad,
-            stats=stats,
-            encoding=encoding,
-        )
+        yield from _lines(file, on_bad=on_bad, stats=stats, encoding=encoding)
     elif as_bytes:
         yield from _one_document(file, Segment(file), stats)
     elif suffix in TABLES:
@@ -212,7 +206,14 @@ def _holds_lines(file: Path, *, as_bytes: bool, encoding: str | None) -> bool:
     """Tells whether a file of the suffix of lines holds lines, and not one list."""
     if not as_bytes:
         check_content(file)
-    return not begins_with_list(file, encoding)
+    return not is_one_list(file, encoding)
+
+
+def _lines(
+    file: Path, *, on_bad: str, stats: ReadStats, encoding: str | None
+) -> Iterator[Document]:
+    """Yields the records of the lines of a file."""
+    return read_jsonl(file, parse_record, on_bad=on_bad, stats=stats, encoding=encoding)
 
 
 def _records_or_text(
@@ -235,6 +236,10 @@ def _records_or_text(
             stats.bytes += file.stat().st_size
             yield from parse_json_records(file, records, on_bad=on_bad, stats=stats)
             return
+    if suffix in LINES:
+        # Never a text: what its list holds in place of records is a bad line.
+        yield from _lines(file, on_bad=on_bad, stats=stats, encoding=encoding)
+        return
     if suffix in ("", ".txt"):
         refuse_lines_of_records(file, encoding)
     yield from _one_document(file, Segment(_as_stored(file, encoding)), stats)

@@ -139,6 +139,14 @@ _UTF_MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 
+# A byte order mark as a character, and what it is in the other order of UTF-16, where no character
+# has this number.
+_TEXT_MARK = "\ufeff"
+_SWAPPED_MARK = "\ufffe"
+
+# Encodings whose decoders remove a byte order mark.
+_MARKED_ENCODINGS = ("utf-8-sig", "utf-16", "utf-32")
+
 # What the decompressors raise for damaged or truncated files; Zstandard's errors are of the module.
 _DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError)
 
@@ -281,22 +289,42 @@ class TextFile:
         Raises:
             ValueError: the file is damaged or ends early, or is not of its encoding.
         """
-        decoder = None
         if self.encoding is not None:
             decoder = codecs.getincrementaldecoder(self.encoding)()
+            yield from self._without_text_mark(self._decoded(decoder))
+        else:
+            yield from _without_mark(self._decompressed())
+
+    def _decoded(self, decoder: Any) -> Iterator[str]:
         done = 0
         for chunk in self._decompressed():
-            if decoder is None:
-                yield chunk
-                continue
             yield self._decode(decoder, chunk, done, final=False)
             done += len(chunk)
-        if decoder is not None:
-            yield self._decode(decoder, b"", done, final=True)
+        yield self._decode(decoder, b"", done, final=True)
 
-    def _decode(self, decoder: Any, chunk: bytes, done: int, *, final: bool) -> bytes:
+    def _without_text_mark(self, texts: Iterator[str]) -> Iterator[bytes]:
+        """Removes a byte order mark from the beginning of a text, and encodes it.
+
+        Raises:
+            ValueError: the mark is that of the other byte order.
+        """
+        # Decoders of encodings that promise a mark have removed it; a second one is text.
+        name = codecs.lookup(str(self.encoding)).name
+        is_removed = name in _MARKED_ENCODINGS
+        for text in texts:
+            if text and not is_removed:
+                is_removed = True
+                if name.startswith("utf-16") and text.startswith(_SWAPPED_MARK):
+                    raise ValueError(
+                        f"documents: `{self.path}` is not {self.encoding}: its byte order mark is "
+                        "of the other order; set `encoding` to utf-16."
+                    )
+                text = text.removeprefix(_TEXT_MARK)
+            yield text.encode("utf-8", "surrogatepass")
+
+    def _decode(self, decoder: Any, chunk: bytes, done: int, *, final: bool) -> str:
         try:
-            return decoder.decode(chunk, final).encode("utf-8", "surrogatepass")
+            return decoder.decode(chunk, final)
         except UnicodeError as error:
             place = done + max(getattr(error, "start", 0), 0)
             raise ValueError(
@@ -306,11 +334,8 @@ class TextFile:
 
     def _decompressed(self) -> Iterator[bytes]:
         compression = _compression(head_of(self.path))
-        chunks = _inner_chunks(self.path, compression)
-        if self.encoding is None or codecs.lookup(self.encoding).name == "utf-8":
-            chunks = _without_mark(chunks)
         try:
-            yield from chunks
+            yield from _inner_chunks(self.path, compression)
         except Exception as error:
             # Zstandard's own class depends on which module reads it.
             is_damage = isinstance(error, _DAMAGE) or "Zstd" in type(error).__name__

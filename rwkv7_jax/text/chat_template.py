@@ -74,7 +74,7 @@ class Message(NamedTuple):
     Attributes:
         role: one of `SPEAKERS`.
         content: its words.
-        thought: of the assistant, before the words; None where there is none.
+        thought: of the assistant, before the words; None, or empty, where there is none.
         calls: of the assistant, after the words: function calls as JSON.
     """
 
@@ -112,12 +112,31 @@ def clean_message(text: str) -> str:
     that it was trained on.
     """
     text = text.replace("\r\n", "\n")
-    return re.sub(r"\s*\n\s*\n", "\n", text).strip()
+    return re.sub(r"\s{2,}", _without_blank_lines, text).strip()
+
+
+def _without_blank_lines(blanks: re.Match[str]) -> str:
+    """Shortens a run of blanks to its last line break and what follows, if it has two."""
+    # Not a pattern such as \s*\n\s*\n: it takes time with the square of a run.
+    run = blanks[0]
+    return run[run.rindex("\n") :] if run.count("\n") > 1 else run
 
 
 def compact_json(value: Any) -> str:
     """Writes JSON on one line without blanks, as the templates have it."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _described(entry: Any) -> Mapping[str, Any] | None:
+    """Returns what a tool or a call says of its function; None where that has no name."""
+    if not isinstance(entry, Mapping):
+        return None
+    # OpenAI's interface has it under a name; a null says that it stands here.
+    function = entry.get("function")
+    function = entry if function is None else function
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        return None
+    return function
 
 
 def tool_text(tool: Any) -> str:
@@ -130,12 +149,14 @@ def tool_text(tool: Any) -> str:
     Raises:
         ValueError: a function without a name, or whose arguments are no object.
     """
-    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+    function = _described(tool)
+    if function is None:
         raise ValueError(f'a tool must be an object with a "name"; got {tool!r:.80}')
     arguments = function.get("arguments")
     if arguments is None:
-        arguments = (function.get("parameters") or {}).get("properties", {})
+        arguments = (function.get("parameters") or {}).get("properties")
+    if arguments is None:
+        arguments = {}
     if not isinstance(arguments, Mapping):
         raise ValueError(f'the arguments of "{function["name"]}" must be an object')
     fields = {"name": function["name"]}
@@ -153,10 +174,12 @@ def call_text(call: Any) -> str:
     Raises:
         ValueError: a call without a name, or whose arguments are no JSON.
     """
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+    function = _described(call)
+    if function is None:
         raise ValueError(f'a call must be an object with a "name"; got {call!r:.80}')
-    arguments = function.get("arguments", {})
+    arguments = function.get("arguments")
+    if arguments is None:
+        arguments = {}
     if isinstance(arguments, str):
         try:
             json.loads(arguments)
@@ -164,6 +187,9 @@ def call_text(call: Any) -> str:
             raise ValueError(
                 f'the arguments of "{function["name"]}" must be JSON; got {arguments!r:.80}'
             ) from None
+        # Between what JSON consists of there may be blank lines; inside of its strings there are
+        # none.
+        arguments = clean_message(arguments)
     else:
         arguments = compact_json(arguments)
     name = compact_json(function["name"])
@@ -250,7 +276,7 @@ def write_conversation(
 
 def thinks(message: Message) -> bool:
     """Tells whether a message begins with thoughts."""
-    return message.thought is not None or message.content.startswith(THOUGHT_BEGIN)
+    return bool(message.thought) or message.content.startswith(THOUGHT_BEGIN)
 
 
 def _with_tools(messages: Sequence[Message], tools: Sequence[str]) -> list[Message]:
@@ -274,7 +300,7 @@ def _words(message: Message) -> str:
 def _answer(message: Message, mode: ThinkMode) -> str:
     """Writes what the model says in a turn, from the space after its name."""
     answer = " "
-    if message.thought is not None:
+    if message.thought:
         answer += f"{THOUGHT_BEGIN}>\n{message.thought}{THOUGHT_END}"
     elif mode.filler and not thinks(message):
         answer = mode.opening + mode.filler

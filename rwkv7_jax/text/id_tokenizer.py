@@ -13,6 +13,9 @@ _MOST_IDS = 2**31 - 1
 
 _SEPARATORS = re.compile(rb"[\s,]+")
 
+# Longer numbers are no ids, and cost time.
+_MOST_DIGITS = 10
+
 
 class IdTokenizer(Tokenizer):
     """A vocabulary of numbers: `3, 1 4` are the ids 3, 1 and 4, and are written as `3 1 4 `.
@@ -47,8 +50,7 @@ class IdTokenizer(Tokenizer):
             # Blanks and commas at the ends leave empty pieces.
             if not number:
                 continue
-            # Of ten digits at most: longer ones are none, and cost time.
-            is_id = number.isdigit() and len(number) <= 10
+            is_id = number.isdigit() and len(number) <= _MOST_DIGITS
             if not (is_id and int(number) < self.vocab_size):
                 shown = number[:40].decode(errors="replace")
                 raise ValueError(
@@ -70,6 +72,9 @@ class IdTokenizer(Tokenizer):
             if ids:
                 yield np.asarray(ids, self.dtype)
             pending = pending[last:]
+            if len(pending) > _MOST_DIGITS:
+                # No id: refused now, since it would be looked through again with every chunk.
+                self.encode(pending)
         ids = self.encode(pending)
         if ids:
             yield np.asarray(ids, self.dtype)

@@ -21,24 +21,23 @@ _SOURCE = """
 
 {#- Without blank lines, which end turns, and without blanks at the ends. -#}
 {%- macro clean(text) -%}
-  {%- set found = namespace(text='', blank=false) -%}
+  {%- set found = namespace(any=false) -%}
   {%- for line in text.replace('\\r\\n', '\\n').split('\\n') -%}
-    {%- if not line.strip() -%}
-      {%- set found.blank = true -%}
-    {%- elif not found.text -%}
-      {%- set found.text = line -%}
-      {%- set found.blank = false -%}
-    {%- else -%}
-      {%- set before = found.text.rstrip() if found.blank else found.text -%}
-      {%- set found.text = before ~ '\\n' ~ line -%}
-      {%- set found.blank = false -%}
+    {%- if line.strip() -%}
+      {%- set before_blanks = loop.last or not loop.nextitem.strip() -%}
+      {%- set kept = line.rstrip() if before_blanks else line -%}
+      {{- '\\n' ~ kept if found.any else kept.lstrip() -}}
+      {%- set found.any = true -%}
     {%- endif -%}
   {%- endfor -%}
-  {{- found.text.strip() -}}
 {%- endmacro -%}
 
 {%- macro words(message) -%}
   {{- clean(message.content) if message.content is string else '' -}}
+{%- endmacro -%}
+
+{%- macro thought(message) -%}
+  {{- clean(message.reasoning_content) if message.reasoning_content is string else '' -}}
 {%- endmacro -%}
 
 {%- macro json(value) -%}
@@ -46,10 +45,11 @@ _SOURCE = """
 {%- endmacro -%}
 
 {%- macro tool(described) -%}
-  {%- set function = described.function if described.function is defined else described -%}
-  {%- set arguments = function.arguments if function.arguments is defined else (
-      function.parameters.properties if function.parameters is defined
-      and function.parameters.properties is defined else {}) -%}
+  {%- set function = described.function if described.function else described -%}
+  {%- set properties = function.parameters.properties if function.parameters else none -%}
+  {%- set arguments = function.arguments | default(none) -%}
+  {%- set arguments = properties | default(none) if arguments is none else arguments -%}
+  {%- set arguments = {} if arguments is none else arguments -%}
   {{- '{"name":' ~ json(function.name) -}}
   {{- ',"description":' ~ json(function.description) if function.description else '' -}}
   {{- ',"arguments":' ~ json(arguments) ~ '}' -}}
@@ -64,10 +64,11 @@ _SOURCE = """
 {%- endmacro -%}
 
 {%- macro call(made) -%}
-  {%- set function = made.function if made.function is defined else made -%}
-  {%- set arguments = function.arguments if function.arguments is defined else {} -%}
+  {%- set function = made.function if made.function else made -%}
+  {%- set arguments = function.arguments | default(none) -%}
+  {%- set arguments = {} if arguments is none else arguments -%}
   {{- '{"name":' ~ json(function.name) ~ ',"arguments":' -}}
-  {{- (arguments if arguments is string else json(arguments)) ~ '}' -}}
+  {{- (clean(arguments) if arguments is string else json(arguments)) ~ '}' -}}
 {%- endmacro -%}
 
 {%- macro calls(made) -%}
@@ -79,13 +80,12 @@ _SOURCE = """
 {%- endmacro -%}
 
 {%- macro thinks(message) -%}
-  {{- 'yes' if message.reasoning_content is string
-      or words(message).startswith($THOUGHT_BEGIN$) else '' -}}
+  {{- 'yes' if thought(message) or words(message).startswith($THOUGHT_BEGIN$) else '' -}}
 {%- endmacro -%}
 
 {%- macro answer(message) -%}
-  {%- if message.reasoning_content is string -%}
-    {{- ' ' ~ $THOUGHT_BEGIN$ ~ '>\\n' ~ clean(message.reasoning_content) ~ $THOUGHT_END$ -}}
+  {%- if thought(message) -%}
+    {{- ' ' ~ $THOUGHT_BEGIN$ ~ '>\\n' ~ thought(message) ~ $THOUGHT_END$ -}}
   {%- elif mode.filler and not thinks(message) -%}
     {{- mode.opening ~ mode.filler -}}
   {%- else -%}

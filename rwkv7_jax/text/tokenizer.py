@@ -30,6 +30,10 @@ _PREFIX_SIZES = (16, 8, 4, 1)
 # Bytes from which on a text is worth the 0.4 seconds that the Rust package takes to load.
 _LONG_TEXT = 2**18
 
+# Bytes of World that are collected before they are encoded: files come in shorter chunks than the
+# Rust package is loaded for.
+_WORLD_BLOCK = 2**20
+
 # Ids below this fit into the 16 bits that RWKV's own token files have.
 _SHORT_IDS = 2**16
 
@@ -223,17 +227,21 @@ class Tokenizer:
     @functools.cached_property
     def _text_encoder(self) -> TextEncoder | None:
         """The `encode` of the Rust package, for World where the package is installed."""
-        is_world = self._is_built_in and self.kind == "world"
-        return rust_encoder(self._ids) if is_world else None
+        return rust_encoder(self._ids) if self._is_world else None
+
+    @property
+    def _is_world(self) -> bool:
+        return self._is_built_in and self.kind == "world"
 
     def encode_chunks(self, chunks: Iterable[bytes]) -> Iterator[np.ndarray]:
-        """Encodes all chunks joined, some ids at a time; one chunk at a time is in memory.
+        """Encodes all chunks joined, some ids at a time.
 
-        A token is certain once as many bytes as the longest entry has are known from its first
-        byte on; the others wait for the next chunk, with which they may become other tokens.
+        In memory is one chunk at a time, of World a megabyte of them: see `_text_encoder`. A token
+        is certain once as many bytes as the longest entry has are known from its first byte on;
+        the others wait for the next chunk, with which they may become other tokens.
         """
         pending = b""
-        for chunk in chunks:
+        for chunk in joined_chunks(chunks, _WORLD_BLOCK if self._is_world else 0):
             pending += chunk
             certain = len(pending) - self._longest_entry + 1
             ids, end = self._encode_until(pending, max(certain, 0))
@@ -319,6 +327,21 @@ def text_bytes(text: str | bytes) -> bytes:
             f"Tokenizer.encode: `text` must be str or bytes; got {type(text).__name__}."
         )
     return bytes(text)
+
+
+def joined_chunks(chunks: Iterable[bytes], size: int) -> Iterator[bytes]:
+    """Joins chunks until each has as many bytes at least; only the last one may be shorter."""
+    parts = []
+    length = 0
+    for chunk in chunks:
+        parts.append(chunk)
+        length += len(chunk)
+        if length >= size:
+            yield b"".join(parts)
+            parts = []
+            length = 0
+    if parts:
+        yield b"".join(parts)
 
 
 def text_digest(text: str) -> str:

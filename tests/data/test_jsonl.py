@@ -215,6 +215,39 @@ def test_other_programs_records_are_the_same_conversation_as_messages(record):
     assert marked(record) == marked(MESSAGES)
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"text": None, "label": None, **MESSAGES},
+        {"prompt": None, "completion": None, "chosen": None, **MESSAGES},
+        {"data": None, "conversations": MESSAGES["messages"], "messages": None},
+        {
+            "system": "Be kind.",
+            "question": "Add.\n2 and 2",
+            "query": None,
+            "answer": "4",
+            "output": None,
+            "history": None,
+        },
+        {
+            "conversations": [
+                {
+                    "from": message["role"],
+                    "value": message["content"],
+                    "role": None,
+                    "content": None,
+                    "tool_calls": None,
+                    "weight": None,
+                }
+                for message in MESSAGES["messages"]
+            ]
+        },
+    ],
+)
+def test_a_key_whose_value_is_null_is_one_that_a_record_does_not_have(record):
+    assert marked(record) == marked(MESSAGES)
+
+
 def test_the_history_of_an_alpaca_record_comes_first():
     record = {
         "instruction": "And 3?",
@@ -289,6 +322,35 @@ def test_a_text_next_to_an_instruction_stays_the_text():
     assert marked(record) == "all of it"
 
 
+ANSWERED = (
+    {"prompt": "a", "completion": "b"},
+    {"prompt": "a", "answer": "b"},
+    {"prompt": MESSAGES["messages"][:2], "completion": MESSAGES["messages"][2:]},
+    {"instruction": "a", "output": "b"},
+    {"question": "a", "answer": "b"},
+    {"query": "a", "response": "b"},
+    {"conversations": ["a", "b"]},
+    {"data": ["a", "b"]},
+    MESSAGES,
+)
+
+
+@pytest.mark.parametrize("record", ANSWERED)
+@pytest.mark.parametrize("name", ["label", "kto_tag"])
+def test_an_answer_that_is_not_desired_is_refused_in_every_record(record, name):
+    for value in (False, 0, 0.0, "False", "false", "FALSE", " 0"):
+        with pytest.raises(ValueError, match=f'"{name}" is .*: an answer that is not'):
+            parse_record({**record, name: value})
+    for value in (True, 1, "True", "1", None, "", "positive", 3, [0]):
+        assert marked({**record, name: value}) == marked(record)
+
+
+def test_the_label_of_a_text_is_its_class():
+    assert marked({"text": "a", "label": 0}) == "a"
+    with pytest.raises(ValueError, match=r'its keys are "sentence", "label"'):
+        parse_record({"sentence": "a", "label": 0})
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
@@ -312,6 +374,8 @@ def test_a_text_next_to_an_instruction_stays_the_text():
         ({"question": "a", "choices": [], "answer": 2}, '"answer" must be a string'),
         ({"input": "a", "output": "b"}, 'its keys are "input", "output"'),
         ({}, "it has no keys"),
+        ({"text": None, "id": 1}, 'its keys are "text" (null), "id"'),
+        ({"prompt": "a", "answer": None}, 'no "answer" or "completion"'),
         ({str(i): i for i in range(20)}, '"7", ...'),
         (
             {"prompt": "a", "chosen": "b", "rejected": "c"},
@@ -320,10 +384,6 @@ def test_a_text_next_to_an_instruction_stays_the_text():
         (
             {"chosen": MESSAGES["messages"], "rejected": MESSAGES["messages"]},
             'to learn the chosen one, name it "completion" after a "prompt", or "messages"',
-        ),
-        (
-            {"prompt": "a", "completion": "b", "label": False},
-            '"label" is false: an answer that is not desired',
         ),
         ({"prompt": "a", "response": "b"}, 'no "answer" or "completion"; its keys'),
         ({"prompt": "b", **MESSAGES}, '"prompt" and "messages" in one object'),

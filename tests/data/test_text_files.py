@@ -289,6 +289,44 @@ def test_a_byte_order_mark_at_the_beginning_is_no_text(
         assert document.text() == path.read_bytes()
 
 
+@pytest.mark.parametrize(
+    "encoding",
+    "utf-16 utf-16-le UTF_16BE utf-32 utf-32-le utf-32-be utf-8-sig utf-8 gb18030 utf-7".split(),
+)
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_the_mark_of_every_encoding_is_no_text_and_a_second_one_is(
+    tmp_path, encoding, compress, monkeypatch
+):
+    plain = {"utf-16": "utf-16-le", "utf-32": "utf-32-le", "utf-8-sig": "utf-8"}
+    name = plain.get(encoding, encoding)
+    for size in (1, 3, 1 << 16):
+        monkeypatch.setattr(text_files, "CHUNK", size)
+        for text in ("a\u6d77", "\ufeffa", ""):
+            path = tmp_path / "x.txt"
+            path.write_bytes(compress(f"\ufeff{text}".encode(name)))
+            file = TextFile(path, encoding)
+            assert b"".join(file.chunks()) == text.encode()
+            assert file.size() == len(text.encode())
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(compress('\ufeff{"text": "a"}'.encode(name)))
+    assert [document.text() for document in documents(path, encoding=encoding)] == [
+        b"a"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "other"), [("utf-16-le", "utf-16-be"), ("utf-16-be", "utf-16-le")]
+)
+def test_the_mark_of_the_other_byte_order_is_refused(tmp_path, encoding, other):
+    path = tmp_path / "x.txt"
+    path.write_bytes("\ufeffabc".encode(other))
+    reason = f"x.txt` is not {encoding}: its byte order mark is of the other order"
+    with pytest.raises(ValueError, match=reason):
+        token_stream(path, BYTES, encoding=encoding)
+    (document,) = documents(path, encoding="utf-16")
+    assert document.text() == b"abc"
+
+
 def test_a_mark_is_found_however_a_file_is_cut_into_chunks(tmp_path, monkeypatch):
     path = tmp_path / "x.txt"
     path.write_bytes(MARK + b"abcdef")

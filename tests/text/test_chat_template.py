@@ -1,6 +1,8 @@
 """RWKV-7's chat templates: the same text in training data, at the prompt and in Jinja."""
 
 import json
+import re
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -294,6 +296,48 @@ CONVERSATIONS = {
         ],
         [SLOTS, {"type": "function", "function": {"name": "now", "parameters": {}}}],
     ),
+    "empty thoughts": (
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b", "reasoning_content": ""},
+            {"role": "user", "content": "c"},
+            {"role": "assistant", "content": "d", "reasoning_content": " \n"},
+            {"role": "user", "content": "e"},
+            {
+                "role": "assistant",
+                "content": "<think>\nx\n</think>\nf",
+                "reasoning_content": "",
+            },
+        ],
+        None,
+    ),
+    "blank lines in a call": (
+        [
+            {"role": "user", "content": "a"},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"name": "f", "arguments": '\n{\n\n "a":\n \n1}\n'}],
+            },
+        ],
+        None,
+    ),
+    "nulls": (
+        [
+            {"role": "user", "content": "a"},
+            {
+                "role": "assistant",
+                "content": None,
+                "reasoning_content": None,
+                "tool_calls": [{"name": "now", "arguments": None, "function": None}],
+            },
+        ],
+        [
+            {"name": "f", "description": None, "arguments": None, "function": None},
+            {"function": {"name": "g", "parameters": {"properties": None}}},
+            {"function": {"name": "h", "parameters": None}},
+        ],
+    ),
     "calls after thoughts": (
         [
             {"role": "user", "content": "a"},
@@ -355,6 +399,37 @@ def test_the_switch_of_transformers_means_free_or_fast():
         Exception, match="role must be system, user, assistant, tool; got"
     ):
         in_jinja([{"role": "bot", "content": ""}], None, True)
+
+
+@pytest.mark.parametrize("think", THINK_MODES)
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_blank_lines_stand_between_turns_alone(name, think):
+    messages, tools = CONVERSATIONS[name]
+    for turn in ours(messages, tools, think, True).split("\n\n"):
+        assert turn.startswith(("System:", "User:", "Assistant:"))
+
+
+@settings(max_examples=400)
+@given(st.text(st.sampled_from("ab \n\n\n\r\t\x85\u00a0\u2028"), max_size=30))
+def test_a_cleaned_message_is_what_the_shortest_pattern_says(text):
+    plain = text.replace("\r\n", "\n")
+    assert clean_message(text) == re.sub(r"\s*\n\s*\n", "\n", plain).strip()
+
+
+@pytest.mark.parametrize("blanks", [" ", "\n", "\n ", " \t\u3000"])
+def test_the_time_of_cleaning_grows_with_the_length_alone(blanks):
+    """A square would make it 16 times as long from 4 times the blanks; the bound is generous."""
+
+    def seconds(count):
+        text = "a" + blanks * count + "\n" + blanks * count + "b"
+        best = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            clean_message(text)
+            best.append(time.perf_counter() - begin)
+        return min(best)
+
+    assert seconds(4_000) < 10 * seconds(1_000) + 0.01
 
 
 @settings(max_examples=150)

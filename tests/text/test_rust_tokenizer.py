@@ -31,6 +31,7 @@ def eager():
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_LONG_TEXT", 0)
+        patch.setattr(module, "_WORLD_BLOCK", 0)
         assert WORLD._text_encoder is not None
         yield WORLD
 

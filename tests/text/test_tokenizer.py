@@ -1,5 +1,6 @@
 """Both vocabularies: ids against two other tokenizers and brute force, any bytes both ways."""
 
+import copy
 import functools
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv7_jax.text.tokenizer import Tokenizer, parse_vocabulary
+from rwkv7_jax.data.readers import documents
+from rwkv7_jax.text.tokenizer import Tokenizer, joined_chunks, parse_vocabulary
 
 WORLD = Tokenizer.world()
 TEXTS = [
@@ -94,7 +96,8 @@ def test_ten_thousand_random_byte_strings_come_back(tokenizer):
 @pytest.mark.parametrize(
     "tokenizer", [WORLD, Tokenizer.bytes()], ids=["world", "bytes"]
 )
-def test_ids_do_not_depend_on_how_the_bytes_were_cut(tokenizer):
+def test_ids_do_not_depend_on_how_the_bytes_were_cut(tokenizer, monkeypatch):
+    monkeypatch.setattr("rwkv7_jax.text.tokenizer._WORLD_BLOCK", 0)
     random = np.random.default_rng(3)
     # Long runs of spaces and marks are single ids: a cut inside of one must not show.
     text = b"".join(
@@ -110,6 +113,43 @@ def test_ids_do_not_depend_on_how_the_bytes_were_cut(tokenizer):
     assert (
         list(tokenizer.encode_chunks([])) == list(tokenizer.encode_chunks([b""])) == []
     )
+
+
+@pytest.mark.parametrize(
+    ("size", "calls"), [(300_000, 1), (1_500_000, 2), (2_100_000, 2)]
+)
+def test_a_long_file_is_encoded_by_the_package_nearly_all(tmp_path, size, calls):
+    """A file comes in chunks that are shorter than the texts for which the package is loaded."""
+    line = "The sea 海, \u00e9 and 12 waves;   and so on.\n".encode()
+    count = size // len(line)
+    path = tmp_path / "x.txt"
+    path.write_bytes(line * count)
+    world = copy.copy(WORLD)
+    # In place of the package, which may be missing; the ids of a line begin and end with it.
+    ids = WORLD.encode(line)
+    given = []
+
+    def encode(text):
+        given.append(len(text.encode()))
+        start = text.index("\n") + 1
+        end = text.rindex("\n") + 1
+        lines = ids * text.count("\n", start)
+        return WORLD.encode(text[:start]) + lines + WORLD.encode(text[end:])
+
+    world.__dict__["_text_encoder"] = encode
+    (document,) = documents(path)
+    found = np.concatenate([part for part, _ in document.ids(world)])
+    assert found.tolist() == [*ids * count, 0]
+    assert sum(given) > 0.95 * size
+    assert len(given) == calls
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 300])
+def test_joined_chunks_are_the_same_bytes(size):
+    chunks = [bytes([number]) * (number % 5) for number in range(40)]
+    found = list(joined_chunks(chunks, size))
+    assert b"".join(found) == b"".join(chunks)
+    assert all(len(chunk) >= size for chunk in found[:-1])
 
 
 @settings(max_examples=200)

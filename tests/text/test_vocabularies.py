@@ -99,6 +99,19 @@ def test_ids_are_written_as_numbers_and_read_back(ids, size):
     assert written == b"".join([numbers.token_bytes(number) for number in ids])
 
 
+def test_a_number_that_is_no_id_is_refused_before_the_rest_is_read():
+    taken = []
+
+    def chunks():
+        for number in range(1000):
+            taken.append(number)
+            yield b"7" * 100
+
+    with pytest.raises(ValueError, match="must hold ids from 0 and below 12"):
+        list(load_vocabulary("ids", 12).encode_chunks(chunks()))
+    assert len(taken) == 1
+
+
 def test_ids_may_have_blanks_commas_and_lines_between_them():
     numbers = load_vocabulary("ids", 300)
     assert numbers.encode(" 3,1 4,\n15\t\r\n 299 ,") == [3, 1, 4, 15, 299]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rwkv7_jax.data.documents import Document, Segment
-from rwkv7_jax.data.records.fields import only_name, text_field
+from rwkv7_jax.data.records.fields import only_name, text_field, without_nulls
 from rwkv7_jax.text.chat_template import (
     SPEAKERS,
     Message,
@@ -38,6 +38,21 @@ _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 # Names of whether an answer is learnt: OpenAI's and ShareGPT's, axolotl's, ms-swift's.
 _WEIGHTS = ("weight", "train", "loss")
+
+
+def is_conversation(value: Any) -> bool:
+    """Tells whether a value is a list of messages, each with a role and words or calls."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(item, Mapping) and _is_message(item) for item in value)
+
+
+def _is_message(value: Mapping[str, Any]) -> bool:
+    """Tells whether an object has the keys of a message."""
+    if "from" in value and "value" in value:
+        return True
+    said = ("content", "tool_calls", "function_call")
+    return "role" in value and any(name in value for name in said)
 
 
 def conversation(
@@ -114,6 +129,7 @@ def read_message(message: Any, number: int) -> Message:
         raise ValueError(
             f"message {number}: must be an object; got {type(message).__name__}"
         )
+    message = without_nulls(message)
     is_sharegpt = "from" in message and "role" not in message
     role = message.get("from" if is_sharegpt else "role")
     if isinstance(role, str):
@@ -135,12 +151,12 @@ def _turn(message: Mapping[str, Any], role: str, key: str) -> Message:
     calls = _calls(message)
     # An answer that only calls a function has no content, or an empty one.
     content = ""
-    if not calls or message.get(key) is not None:
+    if not calls or key in message:
         content = _said(message, key)
     thought = None
-    held = {name: text for name, text in message.items() if text is not None}
-    if name := only_name(held, _THOUGHTS):
-        thought = clean_message(text_field(message, name).decode())
+    if name := only_name(message, _THOUGHTS):
+        # Nothing between the marks of a thought would be a blank line, which ends a turn.
+        thought = clean_message(text_field(message, name).decode()) or None
     return Message(role, content, thought, calls)
 
 

@@ -14,6 +14,11 @@ def check_object(record: Any) -> dict[str, Any]:
     return record
 
 
+def without_nulls(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a record without its nulls: such a key is one that it does not have."""
+    return {key: value for key, value in record.items() if value is not None}
+
+
 def text_field(record: Mapping[str, Any], name: str) -> bytes:
     """Returns the string called `name` as UTF-8."""
     if name not in record:
@@ -50,7 +55,10 @@ def keys_of(record: Mapping[str, Any]) -> str:
     """Lists the keys of a record, for a message."""
     if not record:
         return "it has no keys"
-    shown = [f'"{key[:40]}"' for key in list(record)[:_SHOWN_KEYS]]
+    shown = []
+    for key in list(record)[:_SHOWN_KEYS]:
+        null = " (null)" if record[key] is None else ""
+        shown.append(f'"{key[:40]}"{null}')
     if len(record) > _SHOWN_KEYS:
         shown.append("...")
     return f"its keys are {', '.join(shown)}"

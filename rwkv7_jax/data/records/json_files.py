@@ -6,19 +6,20 @@ from typing import Any
 
 from rwkv7_jax.data.documents import Document
 from rwkv7_jax.data.jsonl import ReadStats, decode_json
-from rwkv7_jax.data.records.record import KINDS, parse_record
+from rwkv7_jax.data.records.conversations import is_conversation
+from rwkv7_jax.data.records.record import names_record, parse_record
 from rwkv7_jax.data.text_files import AS_BYTES, TextFile
 
 # Files with these suffixes have a JSON value on each line.
 LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
 
-_NAMES_OF_RECORDS = (*KINDS, "conversations")
-
 
 def json_records(
     path: Path, *, encoding: str | None = None, must_hold: bool = False
 ) -> list[Any] | None:
-    """Reads the records of a `.json` file: a list of objects, or an object on every line.
+    """Reads the records of a `.json` file: a list of them, or one on every line.
+
+    A list that holds any object is one of records: what else it holds is a bad record.
 
     Args:
         path: of the file.
@@ -44,9 +45,14 @@ def json_records(
             raise ValueError(
                 f"documents: `{path}` is damaged JSON or was cut: {error}; {AS_BYTES}."
             ) from None
-    if isinstance(content, dict):
-        return _of_object(content, path)
-    return content if _is_list_of_objects(content) else None
+    else:
+        if isinstance(content, dict):
+            return _of_object(content, path)
+        if is_conversation(content):
+            return [content]
+    if isinstance(content, list) and any(map(_is_object_or_record, content)):
+        return content
+    return None
 
 
 def _of_lines(lines: list[bytes]) -> list[Any] | None:
@@ -57,10 +63,8 @@ def _of_lines(lines: list[bytes]) -> list[Any] | None:
         return None
 
 
-def _is_list_of_objects(content: Any) -> bool:
-    if not isinstance(content, list) or not content:
-        return False
-    return all(isinstance(record, dict) for record in content)
+def _is_object_or_record(value: Any) -> bool:
+    return isinstance(value, dict) or is_record(value)
 
 
 def is_record(value: Any) -> bool:
@@ -72,6 +76,13 @@ def is_record(value: Any) -> bool:
     return True
 
 
+def _are_records(value: Any) -> bool:
+    """Tells whether a value is a list of records: one can be read, or all are meant as such."""
+    if not isinstance(value, list) or not value:
+        return False
+    return any(map(is_record, value)) or all(map(names_record, value))
+
+
 def _of_object(content: dict[str, Any], path: Path) -> list[Any] | None:
     """Returns the records of a file that is one object.
 
@@ -80,10 +91,7 @@ def _of_object(content: dict[str, Any], path: Path) -> list[Any] | None:
     """
     if is_record(content):
         return [content]
-    names = []
-    for name, value in content.items():
-        if _is_list_of_objects(value) and is_record(value[0]):
-            names.append(name)
+    names = [name for name, value in content.items() if _are_records(value)]
     if len(names) > 1:
         raise ValueError(
             f'documents: `{path}` holds records under "{names[0]}" and "{names[1]}": write those '
@@ -91,7 +99,7 @@ def _of_object(content: dict[str, Any], path: Path) -> list[Any] | None:
         )
     if names:
         return content[names[0]]
-    return [content] if any(kind in content for kind in _NAMES_OF_RECORDS) else None
+    return [content] if names_record(content) else None
 
 
 def parse_json_records(
@@ -116,27 +124,46 @@ def parse_json_records(
         yield document
 
 
-def begins_with_list(path: Path, encoding: str | None) -> bool:
-    """Tells whether a file that should have an object on each line is one list."""
-    head = next(TextFile(path, encoding).chunks(), b"")
-    return head.lstrip().startswith(b"[")
+def is_one_list(path: Path, encoding: str | None) -> bool:
+    """Tells whether a file that should have a record on each line is one list of them.
+
+    A list may stand on a line, too: a conversation, or what was put there by mistake. Such a line
+    is JSON by itself, and others follow.
+    """
+    lines = _filled_lines(path, encoding)
+    first = next(lines, b"")
+    if not first.startswith(b"["):
+        return False
+    if next(lines, None) is None:
+        return True
+    try:
+        decode_json(first, allow_nan=False)
+    except ValueError:
+        return True
+    return False
+
+
+def _filled_lines(path: Path, encoding: str | None) -> Iterator[bytes]:
+    """Yields the lines that are not blank, without the blanks at their ends."""
+    return filter(None, map(bytes.strip, TextFile(path, encoding).lines()))
 
 
 def refuse_lines_of_records(path: Path, encoding: str | None) -> None:
-    """Refuses a text whose first line is a record: its name promises prose.
+    """Refuses a text whose first line is a record, or a list of them: its name promises prose.
 
     Raises:
-        ValueError: the file holds lines of JSON.
+        ValueError: the file holds records.
     """
     head = next(TextFile(path, encoding).chunks(), b"")
-    first = head.split(b"\n", 1)[0]
-    if not first.startswith(b"{"):
+    # Most texts are told by their first character; a line may be the whole file.
+    if not head.lstrip().startswith((b"{", b"[")):
         return
+    first = next(_filled_lines(path, encoding), b"")
     try:
-        record = decode_json(first, allow_nan=False)
+        value = decode_json(first, allow_nan=False)
     except ValueError:
         return
-    if is_record(record):
+    if is_record(value) or names_record(value) or _are_records(value):
         raise ValueError(
             f"documents: `{path}` holds records as lines of JSON, and its name says that it is "
             f"plain text: call it {path.stem}.jsonl; {AS_BYTES}."

@@ -1,11 +1,12 @@
 """Records as documents: which shapes of data sets are known, and what of each is learnt.
 
-A record is one object with one of
+A record is one object with one of these, or the second form of a chat:
 
     {"text": ...}                                         all of it is in the loss
     {"prompt": ..., "answer": ...}                        as they stand; the answer is in the loss
                                                           ("completion" is another name of it)
     {"messages": [{"role": ..., "content": ...}, ...]}    a chat; the assistant is in the loss
+    [{"role": ..., "content": ...}, ...]                  the same without a name
     {"conversations": [{"from": ..., "value": ...}, ...]} the same, as ShareGPT has it
     {"data": ["...", "..."]}                              the same, as UltraChat has it
     {"prompt": [...], "completion": [...]}                two parts of a chat, as TRL has it; the
@@ -14,22 +15,28 @@ A record is one object with one of
                                                           (`_QUESTIONS` and what follows it are
                                                           the names that other data sets use)
 
-A record with a conversation may name a think mode ("think") and hold functions ("tools"); an
-assistant may have thoughts ("reasoning_content") and call functions ("tool_calls"), role "tool"
-says what they gave, and a "weight" of 0 leaves an answer out of the loss.
+A record with a conversation may hold what the system says ("system"), name a think mode ("think")
+and hold functions ("tools"); an assistant may have thoughts ("reasoning_content") and call
+functions ("tool_calls"), role "tool" says what they gave, and a "weight" of 0 leaves an answer out
+of the loss. A key whose value is null is one that a record, or a message, does not have.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from rwkv7_jax.data.documents import Document, Segment
-from rwkv7_jax.data.records.conversations import conversation
+from rwkv7_jax.data.records.conversations import (
+    conversation,
+    is_conversation,
+    read_message,
+)
 from rwkv7_jax.data.records.fields import (
     check_object,
     keys_of,
     only_name,
     optional_name,
     text_field,
+    without_nulls,
 )
 from rwkv7_jax.text.chat_template import read_tools, tool_texts
 
@@ -47,18 +54,34 @@ _CONTEXTS = ("input", "context")
 _ANSWERS = ("output", "response", "answer")
 _SYSTEM_TEXTS = ("system", "system_prompt")
 
+# Names under which KTO's data sets say whether an answer is desired: TRL's and LLaMA-Factory's.
+_DESIRED = ("label", "kto_tag")
+
 # Names of functions that may be called; the second one is of OpenAI's older interface.
 _TOOLS = ("tools", "functions")
 
 
+def names_record(value: Any) -> bool:
+    """Tells whether a value is meant as a record by its keys, whatever stands under them."""
+    if not isinstance(value, Mapping):
+        return False
+    if any(name in value for name in (*KINDS, "conversations")):
+        return True
+    has_question = any(name in value for name in _QUESTIONS)
+    return has_question and any(name in value for name in _ANSWERS)
+
+
 def parse_record(record: Any) -> Document:
-    """Makes a document of one record.
+    """Makes a document of one record, or of a list of messages.
 
     Raises:
         ValueError: the record describes no document, or one that must not be learnt; the message is
             the reason alone.
     """
-    record = check_object(record)
+    if is_conversation(record):
+        record = {"messages": record}
+    whole = check_object(record)
+    record = without_nulls(whole)
     kinds = [kind for kind in KINDS if kind in record]
     if kinds == ["prompt", "messages"] and _is_first_message(record):
         kinds = ["messages"]
@@ -66,9 +89,10 @@ def parse_record(record: Any) -> Document:
         raise ValueError(f'"{kinds[0]}" and "{kinds[1]}" in one object')
     if kinds == ["text"]:
         return Document((Segment(text_field(record, "text")),))
+    _refuse_undesired(record)
     if kinds == ["messages"]:
-        return _chat(record, record["messages"])
-    _refuse_rejected(record)
+        return _chat(record, _with_system(record, record["messages"]))
+    _refuse_pairs(record)
     if kinds == ["prompt"]:
         return _answered_prompt(record)
     if name := only_name(record, _CONVERSATIONS):
@@ -83,7 +107,7 @@ def parse_record(record: Any) -> Document:
         return _one_question(record, question, answer)
     raise ValueError(
         'must have a "text", a "prompt" or "messages" (or "conversations", "instruction" and '
-        f'"output", or "question" and "answer"); {keys_of(record)}'
+        f'"output", or "question" and "answer"); {keys_of(whole)}'
     )
 
 
@@ -99,20 +123,35 @@ def _is_first_message(record: Mapping[str, Any]) -> bool:
     return bool(questions) and questions[0] == record["prompt"]
 
 
-def _refuse_rejected(record: Mapping[str, Any]) -> None:
-    """Refuses records that say of an answer that it is a bad one.
+def _refuse_undesired(record: Mapping[str, Any]) -> None:
+    """Refuses a record that says of its answer that it is a bad one.
 
     Raises:
-        ValueError: a pair of preferences, or an answer that is not desired.
+        ValueError: it does.
+    """
+    answers = (*_CONVERSATIONS, *_ANSWERS_AS_THEY_STAND, *_ANSWERS)
+    if not any(name in record for name in ("messages", *answers)):
+        return
+    for name in _DESIRED:
+        # In tables they are text, and of columns with gaps pandas makes 0.0.
+        value = str(record.get(name)).strip().lower()
+        if value in ("false", "0", "0.0"):
+            raise ValueError(
+                f'"{name}" is {value}: an answer that is not desired (as KTO has it), which would '
+                f'be learnt; rename "{name}" where it means something else'
+            )
+
+
+def _refuse_pairs(record: Mapping[str, Any]) -> None:
+    """Refuses pairs of a good and a bad answer.
+
+    Raises:
+        ValueError: a pair of preferences.
     """
     if "chosen" in record or "rejected" in record:
         raise ValueError(
             'holds a pair of preferences ("chosen" and "rejected"), which is not read: to learn '
             'the chosen one, name it "completion" after a "prompt", or "messages"'
-        )
-    if record.get("label") is False and "prompt" in record:
-        raise ValueError(
-            '"label" is false: an answer that is not desired (as KTO has it), which would be learnt'
         )
 
 
@@ -124,8 +163,14 @@ def _answered_prompt(record: Mapping[str, Any]) -> Document:
     prompt = record["prompt"]
     completion = record[name]
     if isinstance(prompt, list) and isinstance(completion, list):
+        prompt = _with_system(record, prompt)
         messages = [*prompt, *completion]
         return _chat(record, messages, name, learn_from=len(prompt))
+    if system := optional_name(record, _SYSTEM_TEXTS):
+        raise ValueError(
+            f'"{system}" next to a "prompt" that is read as it stands: begin the prompt with it, '
+            'or write "messages"'
+        )
     question = text_field(record, "prompt")
     answer = text_field(record, name)
     if not answer:
@@ -147,11 +192,26 @@ def _with_roles(messages: Any) -> Any:
 
 
 def _with_system(record: Mapping[str, Any], messages: Any) -> Any:
-    """Puts a record's system text before its messages."""
+    """Puts a record's system text before its messages, unless they begin with the same one.
+
+    Raises:
+        ValueError: they begin with another one, or it is no text.
+    """
     name = optional_name(record, _SYSTEM_TEXTS)
     if not name or not isinstance(messages, list):
         return messages
-    return [{"role": "system", "content": record[name]}, *messages]
+    if not isinstance(record[name], list):
+        text_field(record, name)
+    turn = {"role": "system", "content": record[name]}
+    system = read_message(turn, 1)
+    first = read_message(messages[0], 1) if messages else None
+    if first is None or first.role != "system":
+        return [turn, *messages]
+    if first != system:
+        raise ValueError(
+            f'"{name}" and message 1, which is of the system too, say different things'
+        )
+    return messages
 
 
 def _one_question(

@@ -2,12 +2,14 @@
 
 import csv
 import importlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rwkv7_jax.data.documents import Document
 from rwkv7_jax.data.jsonl import ReadStats
+from rwkv7_jax.data.records.fields import without_nulls
 from rwkv7_jax.data.records.record import parse_record
 from rwkv7_jax.data.text_files import TextFile, check_content, check_is_text, head_of
 
@@ -115,8 +117,9 @@ def _csv_rows(
 def _column_names(cells: list[str], place: str) -> list[str]:
     """Checks the names of columns."""
     names = [name.strip() for name in cells]
-    for name in names:
-        if names.count(name) > 1:
+    # One count of all: a text under the name of a table may have any number of separators.
+    for name, count in Counter(names).items():
+        if count > 1:
             raise ValueError(f'{place}: names two columns "{name}"')
     return names
 
@@ -131,6 +134,20 @@ def _lines(path: Path, encoding: str | None) -> Iterator[str]:
                 f"{path}:{number}: not UTF-8 at byte {error.start}; `encoding` reads other texts, "
                 "such as latin-1"
             ) from None
+
+
+def _without_fillers(value: Any) -> Any:
+    """Removes the nulls of objects at every depth; those of lists stay.
+
+    All rows of a Parquet file have all keys: an object that has none of a name has a null there.
+    """
+    if isinstance(value, dict):
+        return {
+            key: _without_fillers(item) for key, item in without_nulls(value).items()
+        }
+    if isinstance(value, list):
+        return [_without_fillers(item) for item in value]
+    return value
 
 
 def _parquet_rows(path: Path) -> Iterator[_Row]:
@@ -148,7 +165,7 @@ def _parquet_rows(path: Path) -> Iterator[_Row]:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}: row {number}", row
+                    yield f"{path}: row {number}", _without_fillers(row)
     # `ArrowInvalid` is a ValueError; of a damaged page comes an OSError.
     except (ValueError, OSError) as error:
         reason = " ".join(str(error).split()).rstrip(".")[:160]

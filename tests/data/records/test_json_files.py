@@ -46,6 +46,87 @@ def test_lines_of_records_may_be_one_list(tmp_path, suffix):
         texts(path)
 
 
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+CHATS = "\n".join([json.dumps(CHAT)] * 3)
+
+CALL = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json"])
+@pytest.mark.parametrize("choices", [{}, {"on_bad": "skip"}])
+def test_lists_of_messages_are_conversations(tmp_path, suffix, choices):
+    path = tmp_path / f"x{suffix}"
+    for content, count in (
+        (CHATS, 3),
+        (f"\n {CHATS}\n", 3),
+        (json.dumps(CHAT), 1),
+        (json.dumps(CALL, indent=1), 1),
+        (json.dumps([CHAT, CALL]), 2),
+        (json.dumps([{"text": "User: a\n\nAssistant: b"}, CHAT]), 2),
+    ):
+        path.write_text(content)
+        assert texts(path, **choices) == [TEXTS[0]] * count
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".jsonlines", ".JL"])
+@pytest.mark.parametrize(
+    ("content", "place", "good"),
+    [
+        ('["bad"]\n{"text":"a"}\n{"text":"c"}\n', "1: must be an object", ["a", "c"]),
+        ('\n [] \n{"text":"a"}', "2: must be an object; got list", ["a"]),
+        ("[1, 2]\n", "1: must be an object; got list", []),
+        ("[]", "1: must be an object; got list", []),
+        ("[\n1,\n2\n]", "1: not one JSON object", []),
+        (f'{json.dumps(CHAT[:1])}\n{{"text":"a"}}', '1: "messages" do not end', ["a"]),
+        (f"{CHATS}\n[3]\n", "4: must be an object; got list", [TEXTS[0].decode()] * 3),
+        (
+            '[{"text":"a"}, null, 3]',
+            " record 2: must be an object; got NoneType",
+            ["a"],
+        ),
+        ('[null, {"text":"a"}]', " record 1: must be an object; got NoneType", ["a"]),
+        (json.dumps(CHAT[:1]), ' record 1: "messages" do not end', []),
+    ],
+)
+def test_lines_are_never_a_text(tmp_path, suffix, content, place, good):
+    path = tmp_path / f"x{suffix}"
+    path.write_text(content)
+    for source in (path, tmp_path):
+        with pytest.raises(ValueError, match=rf"x{suffix}:{place}"):
+            texts(source)
+    found = texts(path, on_bad="skip", stats=ReadStats())
+    assert [text.decode() for text in found] == good
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        ('{"data":[{"text":null},{"text":"good"}]}', "record 1: must have"),
+        ('{"data":[{"text":"good"},{"text":null}]}', "record 2: must have"),
+        ('{"data":[null,{"text":"good"}]}', "record 1: must be an object"),
+        (
+            '{"train":[{"instruction":"a","output":""}]}',
+            "record 1: message 2: an empty",
+        ),
+        ('{"question":"a","answer":""}', "record 1: message 2: an empty answer"),
+        ('{"rows":[{"prompt":"a"},{"messages":[]}]}', 'record 1: no "answer" or'),
+        ('[{"text":"a"}, null]', "record 2: must be an object; got NoneType"),
+        ('["bad", {"text":"a"}]', "record 1: must be an object; got str"),
+        ('["bad"]\n{"text":"a"}', "record 1: must be an object; got list"),
+    ],
+)
+def test_a_bad_record_makes_no_text_of_the_others(tmp_path, content, place):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"x.json: {place}"):
+        texts(path)
+    stats = ReadStats()
+    for text in texts(path, on_bad="skip", stats=stats):
+        assert text in (b"a", b"good")
+    assert stats.skipped
+
+
 def test_an_object_that_is_a_record_is_one(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(RECORDS[0], indent=1))
     assert texts(tmp_path / "x.json") == TEXTS[:1]
@@ -98,6 +179,19 @@ def test_records_that_are_named_as_a_text_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match=r"holds records as lines of JSON.*x.*\.jsonl"):
         texts(path)
     assert texts(path, as_bytes=True) == [LINES.encode()]
-    for prose in ('{"name": "a"} is JSON.', "{ and so on", '{"name": 1}\n{}'):
+    for records in (CHATS, json.dumps(RECORDS), '{"text": null}', "x" * 70_000):
+        if records.startswith("x"):
+            records = json.dumps({"text": records})
+        path.write_text(f"\n{records}\n")
+        with pytest.raises(ValueError, match="holds records as lines of JSON"):
+            texts(path)
+    for prose in (
+        "[1] See there.",
+        "[1, 2]",
+        "[]\n",
+        '{"name": "a"} is JSON.',
+        "{ and so on",
+        '{"name": 1}\n{}',
+    ):
         path.write_text(prose)
         assert texts(path) == [prose.encode()]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from rwkv7_jax.data.jsonl import ReadStats
 from rwkv7_jax.data.readers import documents
+from rwkv7_jax.data.records.record import parse_record
 
 CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"))
 
@@ -79,6 +80,16 @@ def test_rows_that_are_no_records_are_skipped_and_counted(tmp_path):
     assert stats.first_error.startswith(f"{tmp_path}/x.csv:3: must have")
 
 
+def test_a_row_whose_answer_is_not_desired_is_refused(tmp_path):
+    (tmp_path / "x.csv").write_text(
+        "prompt,completion,label\na,b,True\na,c,False\na,d,\n"
+    )
+    with pytest.raises(ValueError, match=r'x.csv:3: "label" is false: an answer that'):
+        texts(tmp_path / "x.csv")
+    stats = ReadStats()
+    assert texts(tmp_path / "x.csv", on_bad="skip", stats=stats) == [b"ab", b"ad"]
+
+
 def write_parquet(path, columns):
     arrow = pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -96,6 +107,30 @@ def test_parquet_is_read_with_lists_of_messages(tmp_path):
     write_parquet(tmp_path / "x.parquet", {"text": ["a", None]})
     with pytest.raises(ValueError, match=r"x.parquet: row 2: must have"):
         texts(tmp_path / "x.parquet")
+
+
+def test_parquet_has_no_keys_of_other_rows_inside_a_call_or_a_function(tmp_path):
+    def record(arguments):
+        schema = {"properties": {name: {"type": "string"} for name in arguments}}
+        function = {"name": "f", "arguments": arguments}
+        return {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "tool_calls": [{"function": function}]},
+            ],
+            "tools": [{"function": {"name": "f", "parameters": schema}}],
+        }
+
+    records = [
+        record({"city": "Rome", "days": [1, None]}),
+        record({"zone": {"name": "CET"}}),
+        record({"zone": {"hours": 1}}),
+    ]
+    columns = {key: [row[key] for row in records] for key in records[0]}
+    write_parquet(tmp_path / "x.parquet", columns)
+    expected = [parse_record(row).text() for row in records]
+    assert texts(tmp_path / "x.parquet") == expected
+    assert b'"arguments":{"city":"Rome","days":[1,null]}' in expected[0]
 
 
 @pytest.mark.parametrize("end", [-1, -8, 300, 40, 5])
