@@ -113,10 +113,11 @@ def read_vocabulary(
         )
     tokens = metadata(reader, gguf.Keys.Tokenizer.LIST) or []
     types = metadata(reader, gguf.Keys.Tokenizer.TOKEN_TYPE) or []
-    if len(tokens) != len(types):
+    are_texts = all(isinstance(token, str) for token in tokens)
+    if len(tokens) != len(types) or not are_texts:
         raise ValueError(
-            f"load_model: `{path}` must have a type for each of the {len(tokens):,} tokens of its "
-            f"vocabulary; got {len(types):,}."
+            f"load_model: `{path}` must have a text and a type for each token of its vocabulary; "
+            f"got {len(tokens):,} and {len(types):,}."
         )
     entries = {}
     for number, (token, kind_of_token) in enumerate(zip(tokens, types, strict=True)):

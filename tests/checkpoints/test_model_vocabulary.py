@@ -198,12 +198,24 @@ def test_a_vocabulary_that_cannot_be_read_is_refused_with_what_to_do(tmp_path):
     assert named is Tokenizer.world()
 
 
-def test_a_gguf_file_with_another_kind_of_vocabulary_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "tokens", "sentence"),
+    [
+        ("gpt2", ["a"], r"vocabulary of the kind rwkv; got 'gpt2'; `--vocabulary`"),
+        ("rwkv", ["a", "b"], r"a type for each token of its vocabulary; got 2 and 1; "),
+        ("rwkv", [1], r"must have a text and a type for each token"),
+    ],
+)
+def test_a_vocabulary_in_a_gguf_file_that_cannot_be_read_is_refused(
+    tmp_path, kind, tokens, sentence
+):
     gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "rwkv7")
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(kind)
+    writer.add_array("tokenizer.ggml.tokens", tokens)
+    writer.add_token_types([1])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(ValueError, match=r"vocabulary of the kind rwkv; got 'gpt2'; `"):
+    with pytest.raises(ValueError, match=sentence):
         kept_vocabulary(tmp_path / "m.gguf", 257)
