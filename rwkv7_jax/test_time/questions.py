@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rwkv7_jax.checks import (
     prefix_errors,
 )
 from rwkv7_jax.data.jsonl import read_jsonl
-from rwkv7_jax.data.sources import TaskSource, parse_source
+from rwkv7_jax.data.sources import TaskSource, TextSource, parse_source
 from rwkv7_jax.data.tasks.synthetic_tasks import question_batch
 from rwkv7_jax.local_paths import local_path
 from rwkv7_jax.test_time.rewards import RewardFunction
@@ -69,16 +70,20 @@ class QuestionSet:
         seed: int = 0,
         held_out: float = 0.1,
         verifier: str = "exact",
+        evaluation: str | None = None,
     ):
-        """Reads the questions of a file, or prepares those of a task.
+        """Reads the questions of files, or prepares those of a task.
 
         Args:
-            path: "task:name", or a .jsonl file of {"prompt": ..., "answer": ...}.
+            path: "task:name", or a .jsonl file of {"prompt": ..., "answer": ...}; several with
+                commas.
             tokenizer: of the model's vocabulary.
             seed: of tasks, and of the order of a file's questions.
             held_out: share of a file's questions that are used for evaluation only.
             verifier: which answer a completion of a file's question gives, of
                 `verifiers.VERIFIERS`.
+            evaluation: held-out questions in place of those of `path`, all of them; as `path`.
+                What is held out of `path` is not trained on either.
 
         Raises:
             ValueError: a bad file, a task without questions, or an unknown verifier.
@@ -92,34 +97,74 @@ class QuestionSet:
                 raise ValueError(
                     f"`verifier` must be one of {', '.join(VERIFIERS)}; got {verifier!r}."
                 )
-        self._source = parse_source(path)
+            self._source = parse_source(path)
+            self._evaluation = self._source
+            if evaluation is not None:
+                check_instance(evaluation, str, "`evaluation`")
+                self._evaluation = parse_source(evaluation, "`evaluation`")
+            if isinstance(self._evaluation, TaskSource) != self._is_task:
+                raise ValueError(
+                    "`evaluation` must be a task where `path` is one, and else a file; got "
+                    f"{evaluation!r} and {path!r}."
+                )
         self._tokenizer = tokenizer
         self._seed = seed
         self._verifier = VERIFIERS[verifier]
         self._answers: dict[tuple[int, ...], str | list[int]] = {}
         self._training: list[list[int]] = []
         self._held_out: list[list[int]] = []
-        if not isinstance(self._source, TaskSource):
-            self._split(read_questions(path, tokenizer), held_out)
+        if isinstance(self._source, TextSource):
+            self._split(self._read(self._source), held_out)
+        if isinstance(self._evaluation, TextSource) and evaluation is not None:
+            self._evaluate_on(self._read(self._evaluation))
+
+    @property
+    def _is_task(self) -> bool:
+        return isinstance(self._source, TaskSource)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """The ids that end a completion: token 0 of a task, of text what the vocabulary has."""
-        return (
-            (0,) if isinstance(self._source, TaskSource) else self._tokenizer.stop_ids
-        )
+        return (0,) if self._is_task else self._tokenizer.stop_ids
 
-    def _split(self, questions: list[tuple[list[int], str]], held_out: float) -> None:
+    def _read(self, source: TextSource) -> list[list[int]]:
+        """Reads the prompts of files, and keeps their answers."""
+        if not source.paths:
+            raise ValueError(
+                "QuestionSet: `path` must name a file of questions; got ''."
+            )
+        prompts = []
+        for path in source.paths:
+            for prompt, answer in read_questions(path, self._tokenizer):
+                prompts.append(prompt)
+                self._answers[tuple(prompt)] = answer
+        return prompts
+
+    def _split(self, questions: list[list[int]], held_out: float) -> None:
         """Shuffles a file's questions and divides them into training and held-out ones."""
-        prompts: list[list[int]] = []
-        for index in np.random.default_rng(self._seed).permutation(len(questions)):
-            prompt, answer = questions[index]
-            prompts.append(prompt)
-            self._answers[tuple(prompt)] = answer
+        order = np.random.default_rng(self._seed).permutation(len(questions))
+        prompts = [questions[index] for index in order]
         border = max(1, int(len(prompts) * held_out))
         self._held_out = prompts[:border]
         # A file of one question serves both parts.
         self._training = prompts[border:] or prompts
+
+    def _evaluate_on(self, questions: list[list[int]]) -> None:
+        """Takes other held-out questions; none of them is trained on."""
+        self._held_out = questions
+        measured = {tuple(prompt) for prompt in questions}
+        kept = [one for one in self._training if tuple(one) not in measured]
+        if not kept:
+            raise ValueError(
+                "QuestionSet: `evaluation` must leave a question to train on; all are in both."
+            )
+        left_out = len(self._training) - len(kept)
+        if left_out:
+            warnings.warn(
+                f"{left_out:,} questions are not trained on: `evaluation` has them as well",
+                stacklevel=3,
+            )
+        self._training = kept
 
     def prompts(
         self,
@@ -137,12 +182,13 @@ class QuestionSet:
         with prefix_errors("QuestionSet.prompts"):
             check_count(step, 0, "`step`")
             check_count(count, 1, "`count`")
-        if not isinstance(self._source, TaskSource):
+        source = self._evaluation if held_out else self._source
+        if not isinstance(source, TaskSource):
             part = self._held_out if held_out else self._training
             first = step * count
             return [part[place % len(part)] for place in range(first, first + count)]
         prompts, answers = question_batch(
-            self._source.name,
+            source.name,
             step,
             batch_size=count,
             seed=self._seed,
@@ -172,7 +218,7 @@ class QuestionSet:
     def given_answer(self, completion: Ids) -> str | tuple[int, ...] | None:
         """Returns the answer that a completion gives, for a vote; None if it gives none."""
         ids = [token for token in completion if token not in self.stop_ids]
-        if isinstance(self._source, TaskSource):
+        if self._is_task:
             return tuple(ids)
         return self._verifier(self._tokenizer.decode(ids))
 

@@ -1,5 +1,7 @@
 """Which answer a completion gives, and how rewards become advantages."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -81,6 +83,45 @@ def test_a_vote_is_about_answers_and_not_about_words(tmp_path):
     }
     assert answers == {"12"}
     assert questions.given_answer(tokenizer.encode("none")) is None
+
+
+def write_questions(path, answers):
+    lines = [json.dumps({"prompt": q, "answer": a}) for q, a in answers.items()]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def texts(questions, count, *, held_out):
+    prompts = questions.prompts(0, count, held_out=held_out)
+    return {Tokenizer.bytes().decode(prompt) for prompt in prompts}
+
+
+def test_a_test_set_is_measured_in_full_and_never_trained_on(tmp_path):
+    train = write_questions(tmp_path / "a.jsonl", {f"q{n}": "1" for n in range(10)})
+    test = write_questions(tmp_path / "b.jsonl", {"t1": "2", "t2": "2", "q3": "1"})
+    with pytest.warns(UserWarning, match="1 questions are not trained on"):
+        questions = QuestionSet(train, Tokenizer.bytes(), evaluation=test)
+    assert texts(questions, 30, held_out=True) == {"t1", "t2", "q3"}
+    trained = texts(questions, 30, held_out=False)
+    assert len(trained) == 8 and "q3" not in trained
+    prompt = Tokenizer.bytes().encode("t1")
+    assert questions.reward(prompt, Tokenizer.bytes().encode("2")) == 1.0
+
+
+def test_a_test_set_is_of_the_kind_that_is_trained_on(tmp_path):
+    train = write_questions(tmp_path / "a.jsonl", {"q1": "1", "q2": "1"})
+    with pytest.raises(ValueError, match="`evaluation` must be a task where"):
+        QuestionSet(train, Tokenizer.bytes(), evaluation="task:mapping")
+    with pytest.raises(ValueError, match="`evaluation` must leave a question"):
+        QuestionSet(train, Tokenizer.bytes(), evaluation=train)
+
+
+def test_several_files_of_questions_are_one(tmp_path):
+    one = write_questions(tmp_path / "a.jsonl", {"q1": "1", "q2": "1"})
+    two = write_questions(tmp_path / "b.jsonl", {"r1": "1", "r2": "1"})
+    questions = QuestionSet(f"{one},{two}", Tokenizer.bytes())
+    found = texts(questions, 9, held_out=True) | texts(questions, 9, held_out=False)
+    assert found == {"q1", "q2", "r1", "r2"}
 
 
 def test_an_unknown_verifier_is_named(tmp_path):

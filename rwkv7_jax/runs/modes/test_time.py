@@ -156,6 +156,7 @@ class TestTimeMode(SingleStateMode):
             seed=settings.seed,
             held_out=settings.data.held_out,
             verifier="exact" if is_own else verifier,
+            evaluation=settings.data.evaluation,
         )
         self._reward = find_verifier(verifier) if is_own else self._questions.reward
         self._held_out = self._questions.prompts(
