@@ -25,7 +25,7 @@ from rwkv7_jax.runs.modes.start_state import read_prompt
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.runs.process_group import group_of_run
 from rwkv7_jax.runs.resume.run_identity import content_digests
-from rwkv7_jax.runs.settings import Settings, TestTimeSettings
+from rwkv7_jax.runs.settings import TestTimeSettings
 from rwkv7_jax.test_time.distillation import TraceBatches
 from rwkv7_jax.test_time.expert_iteration import ExpertBatches
 from rwkv7_jax.test_time.grpo import PolicyBatches
@@ -51,32 +51,11 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.training.train_step import TrainState, TrainStep
 
 
-def _refuse_unused_settings(settings: Settings) -> None:
-    """Raises if a setting of tuning is set that has no effect at test time.
-
-    Raises:
-        ValueError: such a setting, which other modes have.
-    """
-    default = Settings()
-    unused = {
-        "tuning.anchor": settings.tuning.anchor != default.tuning.anchor,
-        "tuning.decorrelate": settings.tuning.decorrelate != default.tuning.decorrelate,
-        "upscaling": settings.upscaling != default.upscaling,
-        "decorrelation": settings.decorrelation != default.decorrelation,
-    }
-    for name, is_set in unused.items():
-        if is_set:
-            raise ValueError(
-                f"`config.{name}` must be left out in mode 'test_time', where it has no effect."
-            )
-
-
 class ContextMode(DatasetMode, SingleStateMode):
     """Turns a long prompt into a state; its rows are the run's text."""
 
     def set_up(self) -> None:
         """Loads the model, reads the prompt and opens the data."""
-        _refuse_unused_settings(self.settings)
         self.load_frozen_model()
         context = self.settings.test_time.context
         if context is None:
@@ -122,7 +101,6 @@ class TestTimeMode(SingleStateMode):
     def set_up(self) -> None:
         """Loads the model and the questions; for "distil", lets the teacher answer."""
         settings = self.settings
-        _refuse_unused_settings(settings)
         self.load_frozen_model()
         # Weights that are only described write nothing.
         if not sharding.is_abstract(self.frozen):

@@ -27,6 +27,7 @@ from rwkv7_jax.runs.settings.fields import (
     store,
 )
 from rwkv7_jax.runs.settings.packing import check_packing
+from rwkv7_jax.runs.settings.readers import refuse_unread_settings
 from rwkv7_jax.runs.settings.test_time import TestTimeSettings
 from rwkv7_jax.runs.settings.tuning import (
     DecorrelationSettings,
@@ -278,7 +279,6 @@ class Settings:
             )
         self._check_lists()
         self._check_states()
-        self._check_tuned_rates()
         # Elsewhere it would silently do nothing.
         if self.optimizer.decorrelate != "none" and self.mode != "pretrain":
             raise ValueError(
@@ -291,6 +291,7 @@ class Settings:
                 '`config.data.order` must be "shuffled" where `config.data.packing` is '
                 f'"{self.data.packing}"; got "cubic".'
             )
+        refuse_unread_settings(self)
         check_packing(
             self.data.packing, self.mode, self.tuning.states, self.upscaling.dynamics
         )
@@ -354,17 +355,6 @@ class Settings:
             raise ValueError(
                 f"`config.mesh` must have no tensor axis where {what}; got {self.mesh!r}."
             )
-
-    def _check_tuned_rates(self) -> None:
-        """Checks that rates of leaves and layers are named only where a state is tuned."""
-        if self.mode not in ("pretrain", "observer"):
-            return
-        for name in ("leaf_rates", "layer_rates"):
-            if getattr(self.tuning, name):
-                raise ValueError(
-                    f"`config.tuning.{name}` must be left out in mode {self.mode!r}, which tunes "
-                    "no state."
-                )
 
     def _check_lists(self) -> None:
         """Checks that no list of names has an empty entry, before anything is read."""
