@@ -88,7 +88,8 @@ class OptimizerSettings:
         learning_rate: the highest one, after the warm-up. Where a state is tuned on text and none
             is named, it is found (see `tuning.rates`); elsewhere it is 6e-4 by default.
         final_learning_rate: the one of the last step, under schedules that fall; by default 6e-5,
-            or a hundredth of a rate that was found.
+            or a tenth of `learning_rate` where that is less. It is a hundredth of a rate that was
+            found, and cannot be named then.
         schedule: "cosine", "linear", "wsd" or "constant"; see `learning_rate_schedule`.
         warmup_steps: updates of the warm-up.
         weight_decay: of the groups that decay.
@@ -116,6 +117,12 @@ class OptimizerSettings:
     l2wrap: float = number(0.0, 0, MOST_WEIGHT)
     accumulate: int = number(1, 1, MOST_COUNT)
     decorrelate: DecorrelationMethod = "none"
+
+
+def default_final_rate(learning_rate: float | None) -> float:
+    """Returns the rate of the last step where none is named; below the highest one always."""
+    assert learning_rate is not None
+    return min(6e-5, 0.1 * learning_rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,12 +318,20 @@ class Settings:
                     "`config.tuning.rates` must hold learning rates to try, or "
                     "`config.optimizer.learning_rate` name one; got none."
                 )
+            final = self.optimizer.final_learning_rate
+            if final is not None:
+                raise ValueError(
+                    "`config.optimizer.final_learning_rate` must be left out where the learning "
+                    "rate is found, whose hundredth it is, or "
+                    f"`config.optimizer.learning_rate` be named too; got {final:g}."
+                )
             return
         optimizer = self.optimizer
         if optimizer.learning_rate is None:
             optimizer = dataclasses.replace(optimizer, learning_rate=6e-4)
         if optimizer.final_learning_rate is None:
-            optimizer = dataclasses.replace(optimizer, final_learning_rate=6e-5)
+            final = default_final_rate(optimizer.learning_rate)
+            optimizer = dataclasses.replace(optimizer, final_learning_rate=final)
         # The class is frozen for everybody else.
         object.__setattr__(self, "optimizer", optimizer)
 
