@@ -1,5 +1,6 @@
 """Sources of batches: the library's loop and train.py's mode use the same ones."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -258,6 +259,19 @@ def test_a_source_with_a_memory_is_not_entered_inside_a_round(params):
         ValueError, match="step 3 must follow the first step of its round, 2"
     ):
         source.batch(init_state(CONFIG), 3)
+
+
+@pytest.mark.parametrize("method", ["grpo", "expert"])
+def test_a_run_that_cannot_earn_a_reward_is_refused(tmp_path, base, method):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"prompt": "1+1", "answer": "2"}\n{"prompt": "1+2"}\n')
+    settings = settings_of(base, method=method, verifier="hash_number")
+    data = dataclasses.replace(settings.data, path=str(path))
+    with pytest.raises(
+        ValueError,
+        match=r"verifier` 'hash_number' must find the answer .*questions\.jsonl",
+    ):
+        make_mode(dataclasses.replace(settings, data=data), tmp_path)
 
 
 def test_traces_of_another_vocabulary_are_refused_by_train_py(

@@ -133,15 +133,32 @@ class TestTimeMode(SingleStateMode):
             self.tokenizer,
             seed=settings.seed,
             held_out=settings.data.held_out,
-            verifier="exact" if is_own else verifier,
+            verifier=None if is_own else verifier,
             evaluation=settings.data.evaluation,
         )
         self._reward = find_verifier(verifier) if is_own else self._questions.reward
+        if not is_own and self._learns_from_rewards:
+            self._require_answers()
         self._held_out = self._questions.prompts(
             0, settings.evaluation.windows, held_out=True
         )
         # "distil" lets the teacher answer here, which takes long: before the first step, not in it.
         self._source = self._make_source()
+
+    @property
+    def _learns_from_rewards(self) -> bool:
+        """Whether a completion must earn something to be learnt from."""
+        settings = self.settings.test_time
+        return settings.method != "distil" or settings.keep == "verified"
+
+    def _require_answers(self) -> None:
+        """Raises unless a completion could earn a reward."""
+        if not self._questions.can_be_answered:
+            raise ValueError(
+                f"`config.test_time.verifier` {self.settings.test_time.verifier!r} must find the "
+                f"answer of a question of `{self.settings.data.path}`; it finds none, and no "
+                "completion could earn a reward."
+            )
 
     def _share_of_prompts(self) -> PromptShare:
         """Divides prompts among the processes of the run."""
