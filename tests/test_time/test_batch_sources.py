@@ -10,6 +10,7 @@ import pytest
 from reward_tasks import prompts_at
 from run_programs import MODEL as SIZES
 from run_programs import SMALLEST, train_here
+from small_vocabularies import DIGITS
 from tiny_models import lively
 
 from rwkv7_jax.checkpoints.model_files import load_model, save_model
@@ -27,6 +28,7 @@ from rwkv7_jax.test_time.questions import QuestionSet
 from rwkv7_jax.test_time.rollouts import RolloutSampler
 from rwkv7_jax.test_time.traces import Trace, completion_rows, read_traces, write_traces
 from rwkv7_jax.text.tokenizer import Tokenizer
+from rwkv7_jax.text.vocabularies import load_vocabulary
 
 CONFIG = RWKV7Config(**SIZES)
 SEED = 3
@@ -272,6 +274,28 @@ def test_a_run_that_cannot_earn_a_reward_is_refused(tmp_path, base, method):
         match=r"verifier` 'hash_number' must find the answer .*questions\.jsonl",
     ):
         make_mode(dataclasses.replace(settings, data=data), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("size", "vocabulary", "sentence"),
+    [
+        (300, None, "of 257 ids; `.*` has 300"),
+        (257, "digits", "vocabulary, bytes; `.*` has"),
+    ],
+)
+def test_a_guide_of_another_vocabulary_is_refused(
+    tmp_path, base, size, vocabulary, sentence
+):
+    config = dataclasses.replace(CONFIG, vocab_size=size)
+    guide = tmp_path / ("guide" if vocabulary else "guide.pth")
+    tokenizer = None
+    if vocabulary:
+        (tmp_path / "digits.txt").write_text(DIGITS)
+        tokenizer = load_vocabulary(tmp_path / "digits.txt", size)
+    save_model(guide, lively(config), config, tokenizer=tokenizer)
+    settings = settings_of(base, method="distil", guide=str(guide), traces=2)
+    with pytest.raises(ValueError, match=f"`config.test_time.guide` must .*{sentence}"):
+        make_mode(settings, tmp_path)
 
 
 def test_traces_of_another_vocabulary_are_refused_by_train_py(

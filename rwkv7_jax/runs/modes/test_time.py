@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from rwkv7_jax import sharding
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash
+from rwkv7_jax.checkpoints.model_vocabulary import kept_vocabulary
 from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.evaluation.metric import Metric, Metrics, log_name
@@ -347,6 +348,7 @@ class TestTimeMode(SingleStateMode):
         params, config = load_model(
             guide, allow_nan=self.settings.allow_nan, mesh=self.mesh
         )
+        _require_same_vocabulary(guide, config.vocab_size, self.model, self.tokenizer)
         teacher = self._sampler(RWKV7(config), params)
         vote = None
         if settings.keep == "majority":
@@ -374,6 +376,31 @@ class TestTimeMode(SingleStateMode):
             f"teacher   kept {len(traces)} traces of {settings.traces} prompts; {budget}"
         )
         return traces
+
+
+def _require_same_vocabulary(
+    guide: str, size: int, model: RWKV7, tokenizer: Tokenizer
+) -> None:
+    """Raises if a guide's ids mean other texts than the model's, as far as the guide says.
+
+    Args:
+        guide: path of its checkpoint.
+        size: ids of the guide.
+        model: that learns from it.
+        tokenizer: of the run.
+    """
+    own = model.config.vocab_size
+    if size != own:
+        raise ValueError(
+            f"`config.test_time.guide` must have the model's vocabulary of {own:,} ids; `{guide}` "
+            f"has {size:,}."
+        )
+    kept = kept_vocabulary(guide, size)
+    if kept is not None and kept.digest != tokenizer.digest:
+        raise ValueError(
+            f"`config.test_time.guide` must have the run's vocabulary, {tokenizer.identity}; "
+            f"`{guide}` has {kept.identity}."
+        )
 
 
 def _teacher_template(
