@@ -191,11 +191,14 @@ def _use(mode: TrainingMode, found: Mapping[str, Mapping[str, Any]]) -> bool:
         one = found[_name(subject)]
         state.found_rate = one["rate"]
         name = _name(subject)
-        print(f"rate      {name and f'{name}: '}{_sentence(one)}", flush=True)
+        print(
+            f"rate      {name and f'{name}: '}{_sentence(one, mode.settings.start)}",
+            flush=True,
+        )
     return any(one["rate"] is not None for one in found.values())
 
 
-def _sentence(found: Mapping[str, Any]) -> str:
+def _sentence(found: Mapping[str, Any], start: str | None) -> str:
     """Says what was chosen for a state, and why."""
     measure = found["measure"]
     base = found["base"][measure]
@@ -203,10 +206,10 @@ def _sentence(found: Mapping[str, Any]) -> str:
     text = f"{measure} {base:.4f} untuned; {curve}. "
     rate = found["rate"]
     if rate is None:
-        return (
-            f"{text}No rate is better than the model without a state: nothing is tuned, and no "
-            "state is saved"
-        )
+        untuned = "the model without a state"
+        if start is not None:
+            untuned = "the state of `config.start`"
+        return f"{text}No rate is better than {untuned}: nothing is tuned, and no state is saved"
     text += f"{rate:g} is taken, from step 0 on, as if it had been named"
     # Records of earlier versions have neither.
     why = found.get("why", "")

@@ -156,7 +156,7 @@ def _is_kept(
     step: int,
     name: str = "",
 ) -> bool:
-    """Tells whether a tuned state is saved, and says where it is worse than no state.
+    """Tells whether a tuned state is saved, and says where it is worse than before tuning.
 
     A state whose rate was found is not saved then. One whose rate was named is: it is what was
     asked for.
@@ -170,8 +170,8 @@ def _is_kept(
     if found is None or not found.is_worse:
         return True
     text = (
-        f"the tuned state is worse on held-out data than no state: {found.measure} "
-        f"{found.result:.4g}, {found.base:.4g} without it"
+        f"the tuned state is worse on held-out data than {mode.settings.untuned}: "
+        f"{found.measure} {found.result:.4g}, {found.base:.4g} before tuning"
     )
     if mode.settings.finds_rate:
         print(f"{text}. It is not saved")

@@ -186,5 +186,11 @@ def test_a_run_that_goes_on_keeps_the_last_rate_that_it_began_with(tmp_path):
     assert keep_rate_of_run(named, tmp_path) == named
 
 
+def test_what_a_state_is_tuned_from_has_its_name():
+    assert read_settings({"mode": "state"}).untuned == "no state"
+    started = read_settings({"mode": "state", "start": "poet.pth"})
+    assert started.untuned == "the state of `config.start`"
+
+
 def test_every_mode_of_the_settings_has_its_class():
     assert set(MODES) == set(typing.get_args(Mode))

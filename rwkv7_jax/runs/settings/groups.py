@@ -432,6 +432,11 @@ class Settings:
         return self.data.batch_size // self.optimizer.accumulate
 
     @property
+    def untuned(self) -> str:
+        """What a state is tuned from, as messages name it."""
+        return "no state" if self.start is None else "the state of `config.start`"
+
+    @property
     def kept_best(self) -> int:
         """How many best checkpoints are kept; with patience at least one, to go back to."""
         goes_back = bool(self.evaluation.patience)
