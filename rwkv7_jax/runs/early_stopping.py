@@ -5,7 +5,7 @@ A run that was killed therefore decides as an unbroken one does.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from rwkv7_jax.evaluation.metric import Metric, logged_metric
@@ -292,9 +292,18 @@ def deciding_metric(
     Raises:
         ValueError: the named one is not among them.
     """
+    check_measure(evaluation, metrics)
+    return evaluation.measure or next(iter(metrics), "")
+
+
+def check_measure(evaluation: EvaluationSettings, metrics: Collection[str]) -> None:
+    """Raises if `config.evaluation.measure` names none of the metrics.
+
+    Raises:
+        ValueError: it does not.
+    """
     if evaluation.measure and evaluation.measure not in metrics:
         raise ValueError(
             f"`config.evaluation.measure` must be one of {', '.join(metrics)}; "
             f"got {evaluation.measure!r}."
         )
-    return evaluation.measure or next(iter(metrics), "")

@@ -42,6 +42,8 @@ class ObserverMode(DatasetMode):
         )
         teacher = self.model.config
         self.tokenizer = tokenizer_of(settings, teacher)
+        self._check_positions("config.data.length", settings.data.length)
+        self._check_positions("config.evaluation.length", settings.evaluation.length)
         self._observer = Observer(RWKV7(self._observer_config(teacher)), teacher)
         self.open_data()
         self.loss = observer_loss(
@@ -62,6 +64,17 @@ class ObserverMode(DatasetMode):
                 "`config.observer.most` must leave a target that counts after a prompt of the rows "
                 "for evaluation; none does. Take shorter prompts, or a longer "
                 "`config.evaluation.length`."
+            )
+
+    def _check_positions(self, setting: str, length: int) -> None:
+        """Checks that prompts can end where they are meant to, in rows of a length."""
+        observer = self.settings.observer
+        # The last target of a row belongs to its continuation.
+        most = observer.most or length - 1
+        if not observer.least <= most <= length:
+            raise ValueError(
+                "`config.observer.least` and `config.observer.most` must be in order and at most "
+                f"`{setting}`, {length}; got {observer.least} and {most}."
             )
 
     def _observer_config(self, teacher: RWKV7Config) -> RWKV7Config:
@@ -134,6 +147,13 @@ class ObserverMode(DatasetMode):
         # The step, not a running count: a resumed run has to draw the same splits.
         for step, batch in enumerate(batches, start_step):
             yield self._split_prompts(batch, step, rows.start or 0)
+
+    def held_out_names(self) -> tuple[str, ...]:
+        """Names the accuracy and the loss after each start state."""
+        names = []
+        for subject in _LOG_NAMES.values():
+            names += [log_name(subject, "accuracy"), log_name(subject, "nats")]
+        return tuple(names)
 
     def held_out_metrics(self, params: Params) -> Metrics:
         """Measures what the teacher makes of held-out continuations, by where it starts from."""

@@ -51,6 +51,8 @@ from rwkv7_jax.test_time.verifiers import VERIFIERS
 from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.training.train_step import TrainState, TrainStep
 
+_REWARD = log_name("held_out", "reward")
+
 
 class ContextMode(DatasetMode, SingleStateMode):
     """Turns a long prompt into a state; its rows are the run's text."""
@@ -87,6 +89,10 @@ class ContextMode(DatasetMode, SingleStateMode):
             "context": digest_of(self._context, None),
             **content_digests({"context": self._context}),
         }
+
+    def held_out_names(self) -> tuple[str, ...]:
+        """Names the metric of the held-out rows."""
+        return (self._held_out.metric_name,)
 
     def held_out_metrics(self, params: RWKV7State) -> Metrics:
         """Measures how well the held-out rows are predicted from the tuned state."""
@@ -302,12 +308,16 @@ class TestTimeMode(SingleStateMode):
     def _prompts_at(self, step: int) -> list[list[int]]:
         return self._questions.prompts(step, self.settings.test_time.prompts)
 
+    def held_out_names(self) -> tuple[str, ...]:
+        """Names the mean reward."""
+        return (_REWARD,)
+
     def held_out_metrics(self, params: RWKV7State) -> Metrics:
         """Measures the mean reward of the most probable answers to held-out questions."""
         # The tuned model itself, whatever dtype draws the completions.
         sampler = self._sampler(self.model, self.frozen)
         reward, _ = sampler.mean_reward(params, self._held_out, self._reward)
-        return {log_name("held_out", "reward"): Metric.of(reward, "reward")}
+        return {_REWARD: Metric.of(reward, "reward")}
 
     def input_digests(self) -> dict[str, str]:
         """Hashes the questions."""

@@ -303,10 +303,14 @@ class Settings:
             self.data.packing, self.mode, self.tuning.states, self.upscaling.dynamics
         )
         rows = self.data.batch_size
+        source = "`config.data.batch_size`"
+        if self._draws_its_rows:
+            rows = self.test_time.prompts * self.test_time.group
+            source = "`config.test_time.prompts` x `config.test_time.group`"
         pieces = self.optimizer.accumulate
         if rows < 1 or pieces < 1 or rows % pieces:
             raise ValueError(
-                "`config.data.batch_size` must be a multiple of `config.optimizer.accumulate`; "
+                f"{source} must be a multiple of `config.optimizer.accumulate`; "
                 f"got {rows} and {pieces}."
             )
 
@@ -424,10 +428,15 @@ class Settings:
         return list(split_paths(self.state, "`config.state`"))
 
     @property
+    def _draws_its_rows(self) -> bool:
+        """Whether the model itself writes the rows of a step."""
+        return self.mode == "test_time" and self.test_time.method in ("grpo", "expert")
+
+    @property
     def rows_per_step(self) -> int:
         """The rows that a step computes at once."""
         # What the model itself writes is one batch a step; everything else is cut into batches.
-        if self.mode == "test_time" and self.test_time.method in ("grpo", "expert"):
+        if self._draws_its_rows:
             return self.test_time.prompts * self.test_time.group
         return self.data.batch_size // self.optimizer.accumulate
 
