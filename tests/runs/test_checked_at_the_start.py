@@ -64,6 +64,30 @@ def test_positions_outside_of_the_rows_name_the_settings(
         make_mode(mode_settings("observer", base, **changes), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (
+            {},
+            r"`config.observer.model.width` must be named, .* head size 16: half .* 16",
+        ),
+        ({"width": 20}, r"^config.observer.model: RWKV7Config: .* got 20 and 16"),
+    ],
+)
+def test_an_observer_whose_heads_do_not_fit_names_its_setting(
+    base, tmp_path, model, sentence
+):
+    settings = mode_settings("observer", base, observer__model=model)
+    with pytest.raises(ValueError, match=sentence):
+        make_mode(settings, tmp_path)
+
+
+def test_an_observer_that_leaves_its_dtype_open_has_the_teachers(base, tmp_path):
+    model = {"head_size": 8, "dtype": "auto"}
+    made = make_mode(mode_settings("observer", base, observer__model=model), tmp_path)
+    assert made._observer.model.config.dtype == made.model.config.dtype
+
+
 def test_the_pieces_of_a_step_divide_the_rows_that_it_draws(base):
     # 2 prompts of 4 completions, whatever `data.batch_size` is.
     changes = {"data__batch_size": 3, "optimizer__accumulate": 4}

@@ -46,6 +46,14 @@ def test_a_list_of_prompts_becomes_a_tuple():
             {"optimizer": {"clip": "no"}},
             r"`config.optimizer.clip` must be float or NoneType",
         ),
+        (
+            {"mode": "state", "tuning": {"rates": (0.1, 1.0, 0.10000001)}},
+            r"`config.tuning.rates` must be different .* got 0.1 more than once",
+        ),
+        (
+            {"steps": 20, "profile_steps": "15:21"},
+            r"`config.profile_steps` must lie within the 20 .* got '15:21'",
+        ),
         ({"data": 3}, r"`config.data` must be a group of settings; got 3"),
         ({"steps": 0}, r"`config.steps` must be at least 1; got 0"),
         (

@@ -277,7 +277,12 @@ class Settings:
         self._fill_in_rates()
         check_model_sizes("config.model", self.model, loaded=True)
         check_model_sizes("config.observer.model", self.observer.model)
-        profiled(self.profile_steps)
+        profiles = profiled(self.profile_steps)
+        if profiles and profiles[1] > self.steps:
+            raise ValueError(
+                f"`config.profile_steps` must lie within the {self.steps} of `config.steps`; got "
+                f"{self.profile_steps!r}."
+            )
         self._check_mesh()
         # The last 0 tokens of a text would be all of it.
         if 0 in self.evaluation.prompt_tokens:
