@@ -272,7 +272,8 @@ def train(settings: Settings, folder: RunDirectory, stop: StopSignals) -> None:
         run = set_up(settings, folder)
     if settings.finds_rate and not search_rates(run, folder, stop):
         multihost.shutdown()
-        folder.note_event(0, "finished", "no learning rate is better than no state")
+        reason = f"no learning rate is better than {settings.untuned}"
+        folder.note_event(0, "finished", reason)
         return
     state, progress = train_steps(run, folder, stop)
     together = sharding.is_shared(run.mesh)

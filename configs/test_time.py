@@ -4,6 +4,8 @@
         --config.init=model.pth --config.data.path=questions.jsonl
 
 Questions are lines of {"prompt": ..., "answer": ...}; a completion that gives the answer earns 1.
+A share of them (config.data.held_out) is measured and not trained on, or all of another file,
+config.data.evaluation.
 config.test_time.verifier says where the answer is: "exact" (all of the completion), "hash_number"
 (after "####"), "last_number" or "letter". Another reward is a function of the ids of prompt and
 completion, named as "module:function". config.start is the file of a state to go on from, or a text

@@ -187,20 +187,30 @@ def _samples(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(parts)
 
 
-def _rate_search(record: Mapping[str, Any] | None) -> str:
+def _rate_search(record: Mapping[str, Any] | None, start: str) -> str:
     """Draws what a search for the learning rate measured, and says what it chose."""
     states = (record or {}).get("states")
     if not isinstance(states, Mapping):
         return ""
     try:
-        return "\n".join(_search_of(name, search) for name, search in states.items())
+        return "\n".join(
+            _search_of(name, search, start) for name, search in states.items()
+        )
     # Damaged, or of another version: the other sections do not depend on it.
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         return ""
 
 
-def _search_of(name: str, search: Mapping[str, Any]) -> str:
-    """Shows the search of one state: the choice, all numbers and the curve."""
+def _search_of(name: str, search: Mapping[str, Any], start: str) -> str:
+    """Shows the search of one state: the choice, all numbers and the curve.
+
+    Args:
+        name: of the state; "" of a run's only one.
+        search: what was found for it.
+        start: `config.start`, what the state is tuned from; "" for no state.
+    """
+    untuned = "the state of config.start" if start else "no state"
+    before = untuned if start else "without a state"
     measure = search["measure"]
     curve = sorted(search["curve"], key=lambda point: point["rate"])
     points = [(math.log10(point["rate"]), point[measure]) for point in curve]
@@ -209,7 +219,7 @@ def _search_of(name: str, search: Mapping[str, Any]) -> str:
         f"{name} {measure} by log10 of the learning rate".strip(),
         {
             "after the search": points,
-            "without a state": [(points[0][0], base), (points[-1][0], base)],
+            before: [(points[0][0], base), (points[-1][0], base)],
         },
     )
     rows = []
@@ -217,7 +227,7 @@ def _search_of(name: str, search: Mapping[str, Any]) -> str:
         rows.append([_shown_number(value) for value in point.values()])
     table = _table(rows, head=list(curve[0]), css_class="numbers")
     chosen = search["rate"]
-    choice = "no rate is better than no state" if chosen is None else f"{chosen:g}"
+    choice = f"no rate is better than {untuned}" if chosen is None else f"{chosen:g}"
     edge = f", the {search['edge']} that was tried" if search["edge"] else ""
     # Records of earlier versions have neither a reason nor the nearly equal rates.
     why = f": {search['why']}" if search.get("why") else ""
@@ -292,6 +302,7 @@ def report_page(folder: str | Path) -> str:
     # Any of the files may be missing or damaged: the report is for runs that failed as well.
     info = _read_object(folder / "system.json")
     search = _read_object(folder / "rate_search.json")
+    start = str((settings or {}).get("start") or "")
     rows = merged(_rows_with_step(folder / JSONL))
     events = _rows_with_step(folder / "events.jsonl")
     samples = _rows_with_step(folder / "samples.jsonl")
@@ -303,7 +314,7 @@ def report_page(folder: str | Path) -> str:
             _section("Curves", _charts(columns, _event_marks(events))),
             _section("Numbers", _numbers(columns)),
             _section("Goodput", _text(goodput(rows, events))),
-            _section("Learning rate", _rate_search(search)),
+            _section("Learning rate", _rate_search(search, start)),
             _section("Samples", _samples(samples)),
             _section("Pictures", _pictures(folder)),
             _section("Events", _event_table(events)),

@@ -5,11 +5,12 @@ A run that was killed therefore decides as an unbroken one does.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from rwkv7_jax.evaluation.metric import Metric, logged_metric
 from rwkv7_jax.runs.settings import EvaluationSettings
+from rwkv7_jax.text.tokenizer import text_digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,8 @@ class RunProgress:
         best: pairs of the metric's value and its step, the best first; as many as are kept, and at
             least one.
         bad: updates in a row that were not finite.
+        reads: digest of what its evaluations read and measure; "" of checkpoints that did not know.
+        since: the step from which on evaluations read the same as the last one.
     """
 
     # These names are keys in checkpoints.
@@ -31,6 +34,8 @@ class RunProgress:
     waited: int = 0
     best: tuple[tuple[float, int], ...] = ()
     bad: int = 0
+    reads: str = ""
+    since: int = 0
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "RunProgress":
@@ -41,6 +46,26 @@ class RunProgress:
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as they stand in checkpoints."""
         return dataclasses.asdict(self)
+
+    def for_evaluation(
+        self, evaluation: EvaluationSettings, step: int
+    ) -> "RunProgress":
+        """Returns the progress of a run that goes on, or begins, with these evaluations.
+
+        Numbers of other evaluations say nothing about what is the best from now on.
+
+        Args:
+            evaluation: the group of settings.
+            step: from which on the run works with them.
+        """
+        reads = text_digest(
+            repr((evaluation.windows, evaluation.length, evaluation.measure))
+        )
+        if self.reads in ("", reads):
+            return dataclasses.replace(self, reads=reads)
+        return dataclasses.replace(
+            self, reads=reads, since=step, evaluated=-1, waited=0, best=()
+        )
 
     def with_update(self, updated: Any, limit: int | None) -> "RunProgress":
         """Returns the progress after an update that was made, or left out as not finite.
@@ -144,6 +169,20 @@ class StackProgress:
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as they stand in checkpoints."""
         return {"states": {name: one.to_json() for name, one in self.states.items()}}
+
+    def for_evaluation(
+        self, evaluation: EvaluationSettings, step: int
+    ) -> "StackProgress":
+        """Returns the progress of a run that goes on, or begins, with these evaluations."""
+        states = {}
+        for name, one in self.states.items():
+            states[name] = one.for_evaluation(evaluation, step)
+        return StackProgress(states)
+
+    @property
+    def since(self) -> int:
+        """The step from which on evaluations read the same as the last one."""
+        return max(one.since for one in self.states.values())
 
     @property
     def evaluated(self) -> int:
@@ -253,9 +292,18 @@ def deciding_metric(
     Raises:
         ValueError: the named one is not among them.
     """
+    check_measure(evaluation, metrics)
+    return evaluation.measure or next(iter(metrics), "")
+
+
+def check_measure(evaluation: EvaluationSettings, metrics: Collection[str]) -> None:
+    """Raises if `config.evaluation.measure` names none of the metrics.
+
+    Raises:
+        ValueError: it does not.
+    """
     if evaluation.measure and evaluation.measure not in metrics:
         raise ValueError(
             f"`config.evaluation.measure` must be one of {', '.join(metrics)}; "
             f"got {evaluation.measure!r}."
         )
-    return evaluation.measure or next(iter(metrics), "")

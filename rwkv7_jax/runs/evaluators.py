@@ -53,15 +53,16 @@ class PredictionEvaluator:
         self._batch = held_out(data, evaluation, tokenizer, seed=seed, path=path)
         self._is_task = isinstance(held_out_source(data, path), TaskSource)
 
+    @property
+    def metric_name(self) -> str:
+        """The name of the metric that a call measures."""
+        return log_name(self._name, "accuracy" if self._is_task else "bits_per_byte")
+
     def __call__(self, weights: Params, start: RWKV7State) -> Metrics:
         """Measures a model and its start state."""
         if self._is_task:
             answers = score_answers(self._model, weights, start, self._batch)
-            return {
-                log_name(self._name, "accuracy"): Metric.of(
-                    answers.accuracy, "accuracy"
-                )
-            }
+            return {self.metric_name: Metric.of(answers.accuracy, "accuracy")}
         return self._bits_per_byte(weights, start, self._batch)
 
     def loss(self, weights: Params, start: RWKV7State, *, windows: int) -> Metrics:
@@ -99,7 +100,7 @@ class PredictionEvaluator:
     ) -> Metrics:
         text = score(self._model, weights, start, batch, self._tokenizer)
         bits = Metric.of(text.bits_per_byte, "bits_per_byte")
-        return {log_name(self._name, "bits_per_byte"): bits}
+        return {self.metric_name: bits}
 
 
 def retention_paths(retention: str) -> dict[str, str]:

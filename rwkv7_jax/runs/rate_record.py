@@ -20,6 +20,7 @@ from rwkv7_jax.runs.process_group import group_of_run
 from rwkv7_jax.runs.resume.run_identity import Identity, require_same_identity
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.settings import Settings
+from rwkv7_jax.runs.settings.groups import default_final_rate
 from rwkv7_jax.runs.settled_settings import settings_of_run
 from rwkv7_jax.tuning.rate_search import choose_rate
 
@@ -27,29 +28,35 @@ from rwkv7_jax.tuning.rate_search import choose_rate
 FOLDER = "rate_search"
 RECORD = "rate_search.json"
 
+# The default rate of the last step in earlier versions, whatever the highest one was.
+_FINAL_RATE_BEFORE = 6e-5
+
 
 def keep_rate_of_run(settings: Settings, workdir: Path) -> Settings:
-    """Returns the settings with the learning rate that the run in a folder began with.
+    """Returns the settings with the learning rates that the run in a folder began with.
 
-    Configs that named a rate in an earlier version may leave it to the search now; a run that goes
-    on keeps its own.
+    Configs that named a rate in an earlier version may leave it to the search now, and the last
+    rate had another default; a run that goes on keeps its own.
 
     Args:
         settings: of the command.
         workdir: of the run; it may be absent.
     """
-    if not settings.finds_rate:
-        return settings
     was = settings_of_run(workdir).get("optimizer")
     if not isinstance(was, dict):
         return settings
     rate = was.get("learning_rate")
+    final = was.get("final_learning_rate")
     if not isinstance(rate, int | float):
         return settings
+    if not settings.finds_rate:
+        now = settings.optimizer
+        is_default = now.final_learning_rate == default_final_rate(now.learning_rate)
+        if final != _FINAL_RATE_BEFORE or not is_default:
+            return settings
+        optimizer = dataclasses.replace(now, final_learning_rate=final)
+        return dataclasses.replace(settings, optimizer=optimizer)
     print(f"rate      {rate:g}, with which the run in {workdir} began")
-    final = settings.optimizer.final_learning_rate
-    if final is None:
-        final = was.get("final_learning_rate")
     optimizer = dataclasses.replace(
         settings.optimizer, learning_rate=rate, final_learning_rate=final
     )
@@ -185,11 +192,12 @@ def _use(mode: TrainingMode, found: Mapping[str, Mapping[str, Any]]) -> bool:
         one = found[_name(subject)]
         state.found_rate = one["rate"]
         name = _name(subject)
-        print(f"rate      {if_named('{}: ', name)}{_sentence(one)}", flush=True)
+        sentence = _sentence(one, mode.settings.start)
+        print(f"rate      {if_named('{}: ', name)}{sentence}", flush=True)
     return any(one["rate"] is not None for one in found.values())
 
 
-def _sentence(found: Mapping[str, Any]) -> str:
+def _sentence(found: Mapping[str, Any], start: str | None) -> str:
     """Says what was chosen for a state, and why."""
     measure = found["measure"]
     base = found["base"][measure]
@@ -197,10 +205,10 @@ def _sentence(found: Mapping[str, Any]) -> str:
     text = f"{measure} {base:.4f} untuned; {curve}. "
     rate = found["rate"]
     if rate is None:
-        return (
-            f"{text}No rate is better than the model without a state: nothing is tuned, and no "
-            "state is saved"
-        )
+        untuned = "the model without a state"
+        if start is not None:
+            untuned = "the state of `config.start`"
+        return f"{text}No rate is better than {untuned}: nothing is tuned, and no state is saved"
     text += f"{rate:g} is taken, from step 0 on, as if it had been named"
     # Records of earlier versions have neither.
     why = found.get("why", "")

@@ -1,6 +1,7 @@
 """The result of a run: which parameters it is, and how it is saved."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rwkv7_jax.evaluation.metric import logged_metric
@@ -133,7 +134,12 @@ class _Comparison(NamedTuple):
 def _comparison(
     folder: RunDirectory, progress: RunProgress, step: int, prefix: str = ""
 ) -> _Comparison | None:
-    """Looks up how the result and the start were measured; None where one was not."""
+    """Looks up how the result and the start were measured; None where one was not.
+
+    None, too, where the two were measured by different evaluations.
+    """
+    if progress.since:
+        return None
     name = f"{prefix}{progress.measure}"
     found = {row["step"]: row.get(name) for row in folder.rows()}
     base = found.get(0)
@@ -150,7 +156,7 @@ def _decide_to_save(
     step: int,
     name: str = "",
 ) -> bool:
-    """Decides whether a tuned state is saved, and says where it is worse than no state.
+    """Decides whether a tuned state is saved, and says where it is worse than before tuning.
 
     A state whose rate was found is not saved then. One whose rate was named is: it is what was
     asked for.
@@ -164,8 +170,8 @@ def _decide_to_save(
     if found is None or not found.is_worse:
         return True
     text = (
-        f"the tuned state is worse on held-out data than no state: {found.measure} "
-        f"{found.result:.4g}, {found.base:.4g} without it"
+        f"the tuned state is worse on held-out data than {mode.settings.untuned}: "
+        f"{found.measure} {found.result:.4g}, {found.base:.4g} before tuning"
     )
     if mode.settings.finds_rate:
         print(f"{text}. It is not saved")
@@ -195,6 +201,8 @@ def save_result(
     )
     if kept:
         _write_result(mode, params, folder, without)
+    for path in _earlier_results(mode, folder, without, kept):
+        print(f"{path} was saved by an earlier end of this run")
     folder.note_event(last, "finished", "" if kept else "no result is worth saving")
     if given_up:
         raise NotFinite(
@@ -222,6 +230,19 @@ def _left_out(
         ):
             without.append(name)
     return without, given_up, len(without) < len(progress.states)
+
+
+def _earlier_results(
+    mode: TrainingMode, folder: RunDirectory, without: Sequence[str], kept: bool
+) -> list[Path]:
+    """Lists files that lie where results would, had they been saved now."""
+    places = []
+    if isinstance(mode, StackMode):
+        for name in without:
+            places.append(mode.result_path(folder.path, name))
+    elif isinstance(mode, SingleStateMode) and not kept:
+        places.append(folder.path / mode.result_name)
+    return [place for place in places if place.exists()]
 
 
 def _write_result(

@@ -2,6 +2,8 @@
 
 import functools
 import importlib
+import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from rwkv7_jax.checks import (
     prefix_errors,
 )
 from rwkv7_jax.data.jsonl import read_jsonl
-from rwkv7_jax.data.sources import TaskSource, parse_source
+from rwkv7_jax.data.sources import TaskSource, TextSource, parse_source
 from rwkv7_jax.data.tasks.synthetic_tasks import question_batch
 from rwkv7_jax.local_paths import local_path
 from rwkv7_jax.test_time.rewards import RewardFunction
@@ -23,6 +25,8 @@ from rwkv7_jax.test_time.verifiers import VERIFIERS
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 Ids = Sequence[int]
+
+_SHOWN_CHARACTERS = 60
 
 
 def read_questions(
@@ -68,58 +72,124 @@ class QuestionSet:
         *,
         seed: int = 0,
         held_out: float = 0.1,
-        verifier: str = "exact",
+        verifier: str | None = "exact",
+        evaluation: str | None = None,
     ):
-        """Reads the questions of a file, or prepares those of a task.
+        """Reads the questions of files, or prepares those of a task.
 
         Args:
-            path: "task:name", or a .jsonl file of {"prompt": ..., "answer": ...}.
+            path: "task:name", or a .jsonl file of {"prompt": ..., "answer": ...}; several with
+                commas.
             tokenizer: of the model's vocabulary.
             seed: of tasks, and of the order of a file's questions.
-            held_out: share of a file's questions that are used for evaluation only.
+            held_out: share of a file's questions that are used for evaluation only; equal prompts
+                stay together. A file of one prompt serves both parts.
             verifier: which answer a completion of a file's question gives, of
-                `verifiers.VERIFIERS`.
+                `verifiers.VERIFIERS`; None where another reward judges and the answers do not
+                count.
+            evaluation: held-out questions in place of those of `path`, all of them; as `path`.
+                What is held out of `path` is not trained on either.
 
         Raises:
-            ValueError: a bad file, a task without questions, or an unknown verifier.
+            ValueError: a bad file, a prompt with several answers, a share that leaves nothing to
+                train on or to measure, a task without questions, or an unknown verifier.
         """
         with prefix_errors("QuestionSet"):
             check_instance(path, str, "`path`")
             _check_tokenizer(tokenizer)
             check_count(seed, 0, "`seed`")
             check_number(held_out, 0, 1, "`held_out`")
-            if verifier not in VERIFIERS:
+            if verifier is not None and verifier not in VERIFIERS:
                 raise ValueError(
                     f"`verifier` must be one of {', '.join(VERIFIERS)}; got {verifier!r}."
                 )
-        self._source = parse_source(path)
+            self._source = parse_source(path)
+            self._evaluation = self._source
+            if evaluation is not None:
+                check_instance(evaluation, str, "`evaluation`")
+                self._evaluation = parse_source(evaluation, "`evaluation`")
+            if isinstance(self._evaluation, TaskSource) != self._is_task:
+                raise ValueError(
+                    "`evaluation` must be a task where `path` is one, and else a file; got "
+                    f"{evaluation!r} and {path!r}."
+                )
         self._tokenizer = tokenizer
         self._seed = seed
-        self._verifier = VERIFIERS[verifier]
+        self._verifier = VERIFIERS[verifier or "exact"]
+        self._answers_count = verifier is not None
         self._answers: dict[tuple[int, ...], str | list[int]] = {}
         self._training: list[list[int]] = []
         self._held_out: list[list[int]] = []
-        if not isinstance(self._source, TaskSource):
-            self._split(read_questions(path, tokenizer), held_out)
+        if isinstance(self._source, TextSource):
+            part = "held_out" if held_out == 0 else "train"
+            if held_out == 1 or (held_out == 0 and evaluation is None):
+                raise ValueError(
+                    f"QuestionSet: `{path}` has no question in its part {part!r}, of a share "
+                    f"{held_out:g} held out: take another share, or 0 and other questions for "
+                    "evaluation."
+                )
+            self._split(self._read(self._source), held_out)
+        if isinstance(self._evaluation, TextSource) and evaluation is not None:
+            self._evaluate_on(self._read(self._evaluation))
+
+    @property
+    def _is_task(self) -> bool:
+        return isinstance(self._source, TaskSource)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """The ids that end a completion: token 0 of a task, of text what the vocabulary has."""
-        return (
-            (0,) if isinstance(self._source, TaskSource) else self._tokenizer.stop_ids
-        )
+        return (0,) if self._is_task else self._tokenizer.stop_ids
 
-    def _split(self, questions: list[tuple[list[int], str]], held_out: float) -> None:
+    def _read(self, source: TextSource) -> list[list[int]]:
+        """Reads the prompts of files, and keeps their answers."""
+        if not source.paths:
+            raise ValueError(
+                "QuestionSet: `path` must name a file of questions; got ''."
+            )
+        prompts = []
+        for path in source.paths:
+            for prompt, answer in read_questions(path, self._tokenizer):
+                prompts.append(prompt)
+                before = self._answers.setdefault(tuple(prompt), answer)
+                if self._answers_count and before != answer:
+                    raise ValueError(
+                        f"QuestionSet: `{path}` must have one answer to a prompt; "
+                        f"{_shown(self._tokenizer.decode(prompt))} has {_shown(before)} and "
+                        f"{_shown(answer)}."
+                    )
+        return prompts
+
+    def _split(self, questions: list[list[int]], held_out: float) -> None:
         """Shuffles a file's questions and divides them into training and held-out ones."""
-        prompts: list[list[int]] = []
-        for index in np.random.default_rng(self._seed).permutation(len(questions)):
-            prompt, answer = questions[index]
-            prompts.append(prompt)
-            self._answers[tuple(prompt)] = answer
-        border = max(1, int(len(prompts) * held_out))
-        self._held_out = prompts[:border]
-        # A file of one question serves both parts.
-        self._training = prompts[border:] or prompts
+        order = np.random.default_rng(self._seed).permutation(len(questions))
+        prompts = [questions[index] for index in order]
+        # By prompts and not by lines: what is measured must not be trained on.
+        different = list(dict.fromkeys(map(tuple, prompts)))
+        border = max(1, int(len(different) * held_out)) if held_out else 0
+        measured = set(different[:border])
+        self._held_out = [one for one in prompts if tuple(one) in measured]
+        # A file of one prompt serves both parts.
+        self._training = [
+            one for one in prompts if tuple(one) not in measured
+        ] or prompts
+
+    def _evaluate_on(self, questions: list[list[int]]) -> None:
+        """Takes other held-out questions; none of them is trained on."""
+        self._held_out = questions
+        measured = {tuple(prompt) for prompt in questions}
+        kept = [one for one in self._training if tuple(one) not in measured]
+        if not kept:
+            raise ValueError(
+                "QuestionSet: `evaluation` must leave a question to train on; all are in both."
+            )
+        left_out = len(self._training) - len(kept)
+        if left_out:
+            warnings.warn(
+                f"{left_out:,} questions are not trained on: `evaluation` has them as well",
+                stacklevel=3,
+            )
+        self._training = kept
 
     def prompts(
         self,
@@ -137,12 +207,13 @@ class QuestionSet:
         with prefix_errors("QuestionSet.prompts"):
             check_count(step, 0, "`step`")
             check_count(count, 1, "`count`")
-        if not isinstance(self._source, TaskSource):
+        source = self._evaluation if held_out else self._source
+        if not isinstance(source, TaskSource):
             part = self._held_out if held_out else self._training
             first = step * count
             return [part[place % len(part)] for place in range(first, first + count)]
         prompts, answers = question_batch(
-            self._source.name,
+            source.name,
             step,
             batch_size=count,
             seed=self._seed,
@@ -152,6 +223,14 @@ class QuestionSet:
         for prompt, answer in zip(prompts, answers, strict=True):
             self._answers[tuple(prompt)] = answer
         return prompts
+
+    @property
+    def can_be_answered(self) -> bool:
+        """Whether the verifier finds the answer of any question that is trained on."""
+        if self._is_task:
+            return True
+        answers = (self._answers[tuple(prompt)] for prompt in self._training)
+        return any(self._verifier(str(answer)) is not None for answer in answers)
 
     def reward(self, prompt: Ids, completion: Ids) -> float:
         """Returns 1.0 if the completion gives the known answer, else 0.0.
@@ -172,24 +251,57 @@ class QuestionSet:
     def given_answer(self, completion: Ids) -> str | tuple[int, ...] | None:
         """Returns the answer that a completion gives, for a vote; None if it gives none."""
         ids = [token for token in completion if token not in self.stop_ids]
-        if isinstance(self._source, TaskSource):
+        if self._is_task:
             return tuple(ids)
         return self._verifier(self._tokenizer.decode(ids))
+
+
+def _shown(text: Any) -> str:
+    """Returns a text as a message shows it: on one line, and cut where it is long."""
+    shown = repr(text)
+    return (
+        shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}..."
+    )
 
 
 def find_verifier(name: str) -> RewardFunction:
     """Imports the function that "module:function" names.
 
     Raises:
-        ValueError: no such module or function.
+        ValueError: no such module or function, or a module that cannot be imported; the message
+            has the line of the module's file where it failed.
     """
     with prefix_errors("find_verifier"):
         check_instance(name, str, "`name`")
     module, _, function = name.partition(":")
+    must = (
+        f"`config.test_time.verifier` must be one of {', '.join(VERIFIERS)} or module:function; "
+        f"got {name!r}"
+    )
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"`config.test_time.verifier` must be one of {', '.join(VERIFIERS)} or "
-            f"module:function; got {name!r}: {error}."
-        ) from None
+        imported = importlib.import_module(module)
+    # Whatever a module of the user's does when it is imported.
+    except (Exception, SystemExit) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{must}: {_place_of(error)}{reason}.") from None
+    found = getattr(imported, function, None)
+    if not callable(found):
+        what = "no such name" if found is None else f"of type {type(found).__name__}"
+        raise ValueError(f"{must}: {function!r} is {what} in `{imported.__file__}`.")
+    return found
+
+
+def _place_of(error: BaseException) -> str:
+    """Names the line of a module where its import failed, and the kind of the error.
+
+    "" where the module itself was not found.
+    """
+    kind = type(error).__name__
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}: {kind}: "
+    for frame in traceback.extract_tb(error.__traceback__):
+        # Ours, then those of the import system.
+        if frame.filename == __file__ or "importlib" in frame.filename:
+            continue
+        return f"{frame.filename}, line {frame.lineno}: {kind}: "
+    return ""

@@ -337,6 +337,7 @@ FUNCTIONS = {
             "tokenizer": {TypeError: [None, "world"]},
             "seed": count(0),
             "held_out": {TypeError: NO_NUMBERS, ValueError: [NAN, -0.1, 1.5]},
+            "evaluation": {TypeError: [3, ["a"]]},
         },
     ),
     "find_verifier": PublicFunction(

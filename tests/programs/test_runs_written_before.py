@@ -104,4 +104,6 @@ def test_a_run_written_before_is_resumed_with_the_same_numbers(
     golden = np.load(ROOT / "tests" / "golden" / "runs" / f"{name}_step_4.npz")
     for path, leaf in jax.tree.leaves_with_path(numbers):
         assert_close(leaf, golden[path_name(path)], bar, path_name(path))
-    assert written["course"] == expected["course"]
+    # What the record did not have yet may stand there now.
+    course = {name: written["course"][name] for name in expected["course"]}
+    assert course == expected["course"]

@@ -141,6 +141,24 @@ def test_a_search_says_why_and_which_rates_are_nearly_equal(tmp_path, near):
     assert ("Nearly equal: 0.1, 1" in page) == (len(near) > 1)
 
 
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        ("", "better than no state"),
+        ("poet.pth", "better than the state of config.start"),
+    ],
+)
+def test_a_search_is_compared_with_what_the_run_began_with(tmp_path, start, words):
+    curve = [{"rate": 0.1, "nats": 3.0}, {"rate": 1.0, "nats": 4.0}]
+    state = {"rate": None, "edge": "", "measure": "nats", "curve": curve}
+    record = {"states": {"": state | {"base": {"nats": 2.0}}}}
+    (tmp_path / "rate_search.json").write_text(json.dumps(record))
+    (tmp_path / "settings.json").write_text(json.dumps({"start": start}))
+    page = " ".join(Page(report_page(tmp_path)).texts)
+    assert f"no rate is {words}" in page
+    assert ("without a state" in page) == (not start)
+
+
 def test_what_users_and_models_write_stays_text(run):
     page = Page(report_page(run))
     assert not {"script", "iframe", "object", "link"} & set(page.tags)

@@ -35,7 +35,12 @@ def settings_of(path, **changes):
     tuning = changes.pop("tuning", {})
     measure = {"windows": 5, "length": 20}
     return read_settings(
-        {"data": data | changes, "tuning": tuning, "evaluation": measure}
+        {
+            "mode": "state",
+            "data": data | changes,
+            "tuning": tuning,
+            "evaluation": measure,
+        }
     )
 
 
@@ -140,6 +145,7 @@ def test_what_is_read_is_known_by_its_ids(tmp_path):
         general.write_text(text)
         settings = read_settings(
             {
+                "mode": "state",
                 "data": {"path": "task:mapping", "length": 8, "held_out": 0.0},
                 "tuning": {"anchor": 1.0, "anchor_path": str(general)},
             }

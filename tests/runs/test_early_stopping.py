@@ -41,6 +41,36 @@ def test_a_run_ends_when_its_measure_is_enough():
         assert (course.stop_reason(evaluation) is not None) == ends
 
 
+@pytest.mark.parametrize(
+    "changes", [{"windows": 8}, {"length": 64}, {"measure": "other"}]
+)
+def test_numbers_of_other_evaluations_do_not_count(changes):
+    was = EvaluationSettings()
+    course = RunProgress().for_evaluation(was, 0)
+    numbers = {"held_out_bits_per_byte": logged_metric("held_out_bits_per_byte", 1.0)}
+    course = course.with_evaluation(10, numbers, was, kept=1)
+    course = course.with_evaluation(20, numbers, was, kept=1)
+    assert course.waited == 1
+    assert course.for_evaluation(was, 20) == course
+    now = course.for_evaluation(EvaluationSettings(**changes), 20)
+    assert (now.best, now.waited, now.since) == ((), 0, 20)
+    kept = RunProgress.from_json(now.to_json())
+    assert kept.for_evaluation(EvaluationSettings(**changes), 30) == kept
+
+
+def test_how_often_and_how_patiently_is_no_other_evaluation():
+    course = RunProgress().for_evaluation(EvaluationSettings(), 0)
+    other = EvaluationSettings(every=5, patience=3, enough=0.5)
+    assert course.for_evaluation(other, 20) == course
+
+
+def test_a_checkpoint_that_did_not_know_its_evaluations_goes_on():
+    fields = RunProgress(evaluated=10, best=((1.0, 10),)).to_json()
+    del fields["reads"], fields["since"]
+    course = RunProgress.from_json(fields)
+    assert course.for_evaluation(EvaluationSettings(), 10).best == ((1.0, 10),)
+
+
 def test_a_measure_that_is_not_taken_is_refused_by_name():
     with pytest.raises(
         ValueError, match=r"must be one of held_out_bits_per_byte, other; got"

@@ -6,6 +6,7 @@ import typing
 import pytest
 
 from rwkv7_jax.runs.modes.registry import MODES
+from rwkv7_jax.runs.rate_record import keep_rate_of_run
 from rwkv7_jax.runs.settings import Mode, Settings, as_config, read_settings
 
 
@@ -44,6 +45,14 @@ def test_a_list_of_prompts_becomes_a_tuple():
         (
             {"optimizer": {"clip": "no"}},
             r"`config.optimizer.clip` must be float or NoneType",
+        ),
+        (
+            {"mode": "state", "tuning": {"rates": (0.1, 1.0, 0.10000001)}},
+            r"`config.tuning.rates` must be different .* got 0.1 more than once",
+        ),
+        (
+            {"steps": 20, "profile_steps": "15:21"},
+            r"`config.profile_steps` must lie within the 20 .* got '15:21'",
         ),
         ({"data": 3}, r"`config.data` must be a group of settings; got 3"),
         ({"steps": 0}, r"`config.steps` must be at least 1; got 0"),
@@ -150,6 +159,45 @@ def test_settings_are_written_as_config_files_spell_them():
 def test_weights_are_decorrelated_in_mode_pretrain_alone():
     with pytest.raises(ValueError, match=r"`config\.optimizer\.decorrelate` must be"):
         read_settings({"mode": "state", "optimizer": {"decorrelate": "dbp"}})
+
+
+@pytest.mark.parametrize(
+    ("learning_rate", "final"), [(6e-4, 6e-5), (0.3, 6e-5), (1e-5, 1e-6), (0, 0)]
+)
+def test_a_rate_never_rises_towards_a_default(learning_rate, final):
+    settings = read_settings({"optimizer": {"learning_rate": learning_rate}})
+    assert settings.optimizer.final_learning_rate == pytest.approx(final)
+
+
+def test_the_last_rate_cannot_be_named_where_the_highest_is_found():
+    values = {"mode": "state", "optimizer": {"final_learning_rate": 0.01}}
+    with pytest.raises(
+        ValueError, match=r"^`config.optimizer.final_learning_rate` must be left out"
+    ):
+        read_settings(values)
+    values["optimizer"]["learning_rate"] = 0.3
+    assert read_settings(values).optimizer.final_learning_rate == 0.01
+
+
+def test_a_run_that_goes_on_keeps_the_last_rate_that_it_began_with(tmp_path):
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    settings = read_settings({"optimizer": {"learning_rate": 1e-5}})
+    before = as_config(settings)
+    before["optimizer"]["final_learning_rate"] = 6e-5
+    (tmp_path / "settings.json").write_text(json.dumps(before))
+    kept = keep_rate_of_run(settings, tmp_path)
+    assert kept.optimizer.final_learning_rate == 6e-5
+    assert keep_rate_of_run(settings, tmp_path / "new") == settings
+    named = read_settings(
+        {"optimizer": {"learning_rate": 1e-5, "final_learning_rate": 0}}
+    )
+    assert keep_rate_of_run(named, tmp_path) == named
+
+
+def test_what_a_state_is_tuned_from_has_its_name():
+    assert read_settings({"mode": "state"}).untuned == "no state"
+    started = read_settings({"mode": "state", "start": "poet.pth"})
+    assert started.untuned == "the state of `config.start`"
 
 
 def test_every_mode_of_the_settings_has_its_class():

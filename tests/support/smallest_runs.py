@@ -14,10 +14,10 @@ TASK = {"data.path": "task:mapping", "data.length": 24, "data.batch_size": 2}
 STEER = {
     "data.path": "task:steer",
     "test_time.tokens": 6,
-    "test_time.prompts": 2,
     "test_time.group": 4,
     "evaluation.length": 40,
 }
+DRAWN = STEER | {"test_time.prompts": 2}
 TEST_TIME_METHODS = ("grpo", "expert", "distil", "context")
 # By mode, or by method of mode "test_time".
 MODES = {
@@ -26,8 +26,8 @@ MODES = {
     "upscaled_state": TASK | {"tuning.decorrelate": "dbp", "upscaling.rows": 4},
     "observer": TASK
     | {"observer.least": 4, "observer.most": 8, "observer.model": {"head_size": 8}},
-    "grpo": STEER,
-    "expert": STEER | {"test_time.method": "expert"},
+    "grpo": DRAWN,
+    "expert": DRAWN | {"test_time.method": "expert"},
     "distil": STEER | {"test_time.method": "distil", "test_time.keep": "all"},
     "context": TASK | {"test_time.method": "context"},
 }
@@ -57,9 +57,9 @@ def mode_settings(mode: str, base_model: Path, **changes) -> Settings:
         flat["init"] = str(base_model)
     if mode in TEST_TIME_METHODS:
         flat["mode"] = "test_time"
-        flat["test_time.traces"] = 8
-        flat["test_time.guide"] = str(base_model)
-        flat["test_time.context"] = __file__
+        own = {"distil": {"test_time.guide": str(base_model), "test_time.traces": 8}}
+        own["context"] = {"test_time.context": __file__}
+        flat = own.get(mode, {}) | flat
     nested: dict = {}
     for name, value in flat.items():
         group, _, key = name.rpartition(".")

@@ -1,5 +1,6 @@
 """Sources of batches: the library's loop and train.py's mode use the same ones."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from reward_tasks import prompts_at
 from run_programs import MODEL as SIZES
 from run_programs import SMALLEST, train_here
+from small_vocabularies import DIGITS
 from tiny_models import lively
 
 from rwkv7_jax.checkpoints.model_files import load_model, save_model
@@ -26,6 +28,7 @@ from rwkv7_jax.test_time.questions import QuestionSet
 from rwkv7_jax.test_time.rollouts import RolloutSampler
 from rwkv7_jax.test_time.traces import Trace, completion_rows, read_traces, write_traces
 from rwkv7_jax.text.tokenizer import Tokenizer
+from rwkv7_jax.text.vocabularies import load_vocabulary
 
 CONFIG = RWKV7Config(**SIZES)
 SEED = 3
@@ -54,7 +57,9 @@ def settings_of(base: Path, **test_time):
     flat |= {"mode": "test_time", "init": str(base), "seed": SEED, "steps": STEPS}
     flat |= {"data.path": "task:steer", "evaluation.length": 40, "evaluation.every": 0}
     flat |= {"optimizer.learning_rate": LEARNING_RATE, "optimizer.warmup_steps": 0}
-    sizes = {"tokens": 6, "prompts": 2, "group": 4}
+    sizes = {"tokens": 6, "group": 4}
+    if test_time.get("method") != "distil":
+        sizes["prompts"] = 2
     flat |= {f"test_time.{name}": value for name, value in (sizes | test_time).items()}
     nested: dict = {}
     for name, value in flat.items():
@@ -256,6 +261,41 @@ def test_a_source_with_a_memory_is_not_entered_inside_a_round(params):
         ValueError, match="step 3 must follow the first step of its round, 2"
     ):
         source.batch(init_state(CONFIG), 3)
+
+
+@pytest.mark.parametrize("method", ["grpo", "expert"])
+def test_a_run_that_cannot_earn_a_reward_is_refused(tmp_path, base, method):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"prompt": "1+1", "answer": "2"}\n{"prompt": "1+2"}\n')
+    settings = settings_of(base, method=method, verifier="hash_number")
+    data = dataclasses.replace(settings.data, path=str(path))
+    with pytest.raises(
+        ValueError,
+        match=r"verifier` 'hash_number' must find the answer .*questions\.jsonl",
+    ):
+        make_mode(dataclasses.replace(settings, data=data), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("size", "vocabulary", "sentence"),
+    [
+        (300, None, "of 257 ids; `.*` has 300"),
+        (257, "digits", "vocabulary, bytes; `.*` has"),
+    ],
+)
+def test_a_guide_of_another_vocabulary_is_refused(
+    tmp_path, base, size, vocabulary, sentence
+):
+    config = dataclasses.replace(CONFIG, vocab_size=size)
+    guide = tmp_path / ("guide" if vocabulary else "guide.pth")
+    tokenizer = None
+    if vocabulary:
+        (tmp_path / "digits.txt").write_text(DIGITS)
+        tokenizer = load_vocabulary(tmp_path / "digits.txt", size)
+    save_model(guide, lively(config), config, tokenizer=tokenizer)
+    settings = settings_of(base, method="distil", guide=str(guide), traces=2)
+    with pytest.raises(ValueError, match=f"`config.test_time.guide` must .*{sentence}"):
+        make_mode(settings, tmp_path)
 
 
 def test_traces_of_another_vocabulary_are_refused_by_train_py(

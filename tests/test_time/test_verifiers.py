@@ -1,5 +1,7 @@
 """Which answer a completion gives, and how rewards become advantages."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from rwkv7_jax.test_time import (
     advantages,
     make_policy_batch,
 )
+from rwkv7_jax.test_time.questions import find_verifier
 from rwkv7_jax.test_time.rewarded_rollouts import replace_groups
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -81,6 +84,121 @@ def test_a_vote_is_about_answers_and_not_about_words(tmp_path):
     }
     assert answers == {"12"}
     assert questions.given_answer(tokenizer.encode("none")) is None
+
+
+def write_questions(path, answers):
+    lines = [json.dumps({"prompt": q, "answer": a}) for q, a in answers.items()]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def texts(questions, count, *, held_out):
+    prompts = questions.prompts(0, count, held_out=held_out)
+    return {Tokenizer.bytes().decode(prompt) for prompt in prompts}
+
+
+def test_a_test_set_is_measured_in_full_and_never_trained_on(tmp_path):
+    train = write_questions(tmp_path / "a.jsonl", {f"q{n}": "1" for n in range(10)})
+    test = write_questions(tmp_path / "b.jsonl", {"t1": "2", "t2": "2", "q3": "1"})
+    with pytest.warns(UserWarning, match="1 questions are not trained on"):
+        questions = QuestionSet(train, Tokenizer.bytes(), evaluation=test)
+    assert texts(questions, 30, held_out=True) == {"t1", "t2", "q3"}
+    trained = texts(questions, 30, held_out=False)
+    assert len(trained) == 8 and "q3" not in trained
+    prompt = Tokenizer.bytes().encode("t1")
+    assert questions.reward(prompt, Tokenizer.bytes().encode("2")) == 1.0
+
+
+def test_a_test_set_is_of_the_kind_that_is_trained_on(tmp_path):
+    train = write_questions(tmp_path / "a.jsonl", {"q1": "1", "q2": "1"})
+    with pytest.raises(ValueError, match="`evaluation` must be a task where"):
+        QuestionSet(train, Tokenizer.bytes(), evaluation="task:mapping")
+    with pytest.raises(ValueError, match="`evaluation` must leave a question"):
+        QuestionSet(train, Tokenizer.bytes(), evaluation=train)
+
+
+def test_several_files_of_questions_are_one(tmp_path):
+    one = write_questions(tmp_path / "a.jsonl", {"q1": "1", "q2": "1"})
+    two = write_questions(tmp_path / "b.jsonl", {"r1": "1", "r2": "1"})
+    questions = QuestionSet(f"{one},{two}", Tokenizer.bytes())
+    found = texts(questions, 9, held_out=True) | texts(questions, 9, held_out=False)
+    assert found == {"q1", "q2", "r1", "r2"}
+
+
+def write_lines(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equal_prompts_stay_on_one_side(tmp_path, seed):
+    lines = [{"prompt": f"q{n % 4}", "answer": "1"} for n in range(20)]
+    path = write_lines(tmp_path / "q.jsonl", lines)
+    questions = QuestionSet(path, Tokenizer.bytes(), seed=seed, held_out=0.5)
+    measured = texts(questions, 40, held_out=True)
+    trained = texts(questions, 40, held_out=False)
+    assert len(measured) == len(trained) == 2 and not measured & trained
+
+
+@pytest.mark.parametrize(("held_out", "part"), [(0, "held_out"), (1.0, "train")])
+def test_a_share_that_leaves_nothing_is_refused(tmp_path, held_out, part):
+    path = write_questions(tmp_path / "a.jsonl", {"q1": "1", "q2": "1"})
+    with pytest.raises(ValueError, match=f"has no question in its part '{part}'"):
+        QuestionSet(path, Tokenizer.bytes(), held_out=held_out)
+
+
+def test_all_questions_are_trained_on_where_others_are_measured(tmp_path):
+    path = write_questions(tmp_path / "a.jsonl", {"q1": "1", "q2": "1"})
+    test = write_questions(tmp_path / "b.jsonl", {"t1": "1"})
+    questions = QuestionSet(path, Tokenizer.bytes(), held_out=0, evaluation=test)
+    assert texts(questions, 9, held_out=False) == {"q1", "q2"}
+    assert texts(questions, 9, held_out=True) == {"t1"}
+
+
+def test_a_prompt_with_several_answers_is_named(tmp_path):
+    lines = [{"prompt": "q", "answer": "1"}, {"prompt": "q", "answer": "2"}]
+    path = write_lines(tmp_path / "q.jsonl", lines)
+    with pytest.raises(ValueError, match="one answer to a prompt; 'q' has '1' and '2'"):
+        QuestionSet(path, Tokenizer.bytes())
+    QuestionSet(path, Tokenizer.bytes(), verifier=None)
+
+
+@pytest.mark.parametrize(
+    ("verifier", "answer", "can"),
+    [
+        ("exact", "", False),
+        ("exact", "12", True),
+        ("hash_number", "12", False),
+        ("hash_number", "#### 12", True),
+        ("letter", "yes", False),
+    ],
+)
+def test_questions_that_nothing_can_answer_are_known(tmp_path, verifier, answer, can):
+    path = write_questions(tmp_path / "q.jsonl", {"q1": answer, "q2": answer})
+    questions = QuestionSet(path, Tokenizer.bytes(), verifier=verifier)
+    assert questions.can_be_answered is can
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("own_syntax", "def f(:\n", "own_syntax.py, line 1: SyntaxError: "),
+        ("own_error", "\nraise RuntimeError('no')\n", "line 2: RuntimeError: no."),
+        ("own_import", "import not_there_at_all\n", "line 1: ModuleNotFoundError: "),
+        ("own_number", "reward = 3\n", "'reward' is of type int in `.*own_number.py`."),
+        ("own_nothing", "", "'reward' is no such name in "),
+        (None, "", "must be one of exact, .*: No module named 'own_absent'."),
+    ],
+)
+def test_a_reward_that_cannot_be_imported_is_one_sentence(
+    tmp_path, monkeypatch, name, text, sentence
+):
+    if name:
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match=sentence) as caught:
+        find_verifier(f"{name or 'own_absent'}:reward")
+    assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_verifier_is_named(tmp_path):

@@ -13,13 +13,14 @@ from jax.sharding import Mesh
 from pallas_kernels.platforms import target_platform
 from rwkv7_jax import sharding
 from rwkv7_jax.array_types import Params
+from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.optim.decorrelation import Decorrelator
-from rwkv7_jax.runs.early_stopping import Progress, RunProgress
+from rwkv7_jax.runs.early_stopping import Progress, RunProgress, check_measure
 from rwkv7_jax.runs.evaluators import PredictionEvaluator, retention_paths
 from rwkv7_jax.runs.input_pipeline import BatchSource
 from rwkv7_jax.runs.modes.scheduled_optimizer import (
@@ -120,6 +121,7 @@ class TrainingMode(abc.ABC):
         self.abstract_params = self._describe_params()
         # After `set_up`, which makes the model and the tokenizer that evaluators need.
         self._retention = self.retention_evaluators()
+        self._check_evaluations()
 
     @abc.abstractmethod
     def set_up(self) -> None:
@@ -160,6 +162,10 @@ class TrainingMode(abc.ABC):
     @abc.abstractmethod
     def held_out_metrics(self, params: Any) -> Metrics:
         """Measures the parameters on the run's held-out data, by the metrics' names."""
+
+    def held_out_names(self) -> tuple[str, ...]:
+        """Names the metrics of `held_out_metrics`; none where parts of the mode know them."""
+        return ()
 
     @abc.abstractmethod
     def input_digests(self) -> dict[str, str]:
@@ -323,6 +329,21 @@ class TrainingMode(abc.ABC):
         for evaluator in self._retention:
             metrics |= evaluator(self.weights(params), self.start_state(params))
         return metrics
+
+    def _check_evaluations(self) -> None:
+        """Checks what evaluations are asked for, which else the first of them would find.
+
+        Raises:
+            ValueError: an unknown measure, or a prompt for samples that has no ids.
+        """
+        names = self.held_out_names()
+        if names:
+            retained = [one.metric_name for one in self._retention]
+            check_measure(self.settings.evaluation, [*names, *retained])
+        for prompt in self.settings.sample.prompts:
+            with prefix_errors("config.sample.prompts"):
+                if not self.tokenizer.encode(prompt):
+                    raise ValueError(f"a prompt must have a token; got {prompt!r}.")
 
     def sample_texts(self, params: Any) -> Iterator[tuple[str, str]]:
         """Returns each of the run's prompts and the text that the model writes after it."""

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import model_hash
+from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.evaluation.metric import Metric, Metrics, log_name
 from rwkv7_jax.model.config import RWKV7Config
@@ -22,6 +23,7 @@ from rwkv7_jax.observer.prompt_splits import add_prompt_splits, count_answers
 from rwkv7_jax.runs.datasets import held_out
 from rwkv7_jax.runs.modes.dataset import DatasetMode
 from rwkv7_jax.runs.modes.model_setup import load_frozen, tokenizer_of
+from rwkv7_jax.runs.settled_settings import AUTO
 from rwkv7_jax.training.costs import tree_size
 
 # The start states whose continuations are measured, and the names they have in logs: of the
@@ -42,6 +44,8 @@ class ObserverMode(DatasetMode):
         )
         teacher = self.model.config
         self.tokenizer = tokenizer_of(settings, teacher)
+        self._check_positions("config.data.length", settings.data.length)
+        self._check_positions("config.evaluation.length", settings.evaluation.length)
         self._observer = Observer(RWKV7(self._observer_config(teacher)), teacher)
         self.open_data()
         self.loss = observer_loss(
@@ -64,9 +68,23 @@ class ObserverMode(DatasetMode):
                 "`config.evaluation.length`."
             )
 
+    def _check_positions(self, setting: str, length: int) -> None:
+        """Checks that prompts can end where they are meant to, in rows of a length."""
+        observer = self.settings.observer
+        # The last target of a row belongs to its continuation.
+        most = observer.most or length - 1
+        if not observer.least <= most <= length:
+            raise ValueError(
+                "`config.observer.least` and `config.observer.most` must be in order and at most "
+                f"`{setting}`, {length}; got {observer.least} and {most}."
+            )
+
     def _observer_config(self, teacher: RWKV7Config) -> RWKV7Config:
         """Sizes the observer: by default one layer of half the teacher's width."""
-        changes = self.settings.observer.model
+        changes = dict(self.settings.observer.model)
+        # As the teacher's, which is settled already.
+        if changes.get("dtype") == AUTO:
+            del changes["dtype"]
         if "vocab_size" in changes:
             raise ValueError(
                 "`config.observer.model.vocab_size` is the teacher's; leave it out."
@@ -78,13 +96,15 @@ class ObserverMode(DatasetMode):
             "head_size": teacher.head_size,
             "dtype": teacher.dtype,
         }
-        try:
-            # Later entries win: what the user set replaces the defaults.
-            return RWKV7Config(**{**sizes, **changes})
-        except TypeError as error:
+        # Later entries win: what the user set replaces the defaults.
+        sizes |= changes
+        if "width" not in changes and sizes["width"] % sizes["head_size"]:
             raise ValueError(
-                f"`config.observer.model` has an unknown size: {error}."
-            ) from None
+                "`config.observer.model.width` must be named, a multiple of the head size "
+                f"{sizes['head_size']}: half of the teacher's width, {teacher.width}, is none."
+            )
+        with prefix_errors("config.observer.model"):
+            return RWKV7Config(**sizes)
 
     def _split_prompts(self, batch: Batch, step: int, first: int = 0) -> Batch:
         """Adds the positions at which prompts end, to the rows of a batch from `first` on."""
@@ -134,6 +154,13 @@ class ObserverMode(DatasetMode):
         # The step, not a running count: a resumed run has to draw the same splits.
         for step, batch in enumerate(batches, start_step):
             yield self._split_prompts(batch, step, rows.start or 0)
+
+    def held_out_names(self) -> tuple[str, ...]:
+        """Names the accuracy and the loss after each start state."""
+        names = []
+        for subject in _LOG_NAMES.values():
+            names += [log_name(subject, "accuracy"), log_name(subject, "nats")]
+        return tuple(names)
 
     def held_out_metrics(self, params: Params) -> Metrics:
         """Measures what the teacher makes of held-out continuations, by where it starts from."""

@@ -79,6 +79,10 @@ class PretrainMode(DatasetMode):
         """Returns a state of zeros."""
         return init_state(self.model.config)
 
+    def held_out_names(self) -> tuple[str, ...]:
+        """Names the metric of the held-out rows."""
+        return (self._held_out.metric_name,)
+
     def held_out_metrics(self, params: Params) -> Metrics:
         """Measures how well the held-out rows are predicted."""
         return self._held_out(params, self.start_state(params))

@@ -24,10 +24,6 @@ MODES: dict[Mode, type[TrainingMode]] = {
 }
 
 
-# The modes that tune a state, which may begin with another than zeros.
-_STATE_MODES = ("state", "upscaled_state", "test_time")
-
-
 def make_mode(
     settings: Settings, folder: str | Path = ".", mesh: Mesh | None = None
 ) -> TrainingMode:
@@ -41,10 +37,6 @@ def make_mode(
     Raises:
         ValueError: settings that the mode cannot work with.
     """
-    if settings.start is not None and settings.mode not in _STATE_MODES:
-        raise ValueError(
-            f"`config.start` must be left out in mode {settings.mode!r}, which tunes no state."
-        )
     return mode_class(settings)(settings, Path(folder), mesh=mesh)
 
 

@@ -364,7 +364,11 @@ class StackMode(TrainingMode):
         for name, member, own in states:
             if name in without:
                 continue
-            suffix = Path(member.result_name).suffix
-            path = place / f"{name}{suffix}"
+            path = self.result_path(folder, name)
             member.save_state(path, own, base_model=base_model)
         return place
+
+    def result_path(self, folder: Path, name: str) -> Path:
+        """Returns the path of a state's file in the folder of a run."""
+        suffix = Path(self.members[name].result_name).suffix
+        return folder / RESULTS / f"{name}{suffix}"

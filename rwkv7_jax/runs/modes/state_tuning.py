@@ -51,6 +51,10 @@ class StateTuningMode(DatasetMode, SingleStateMode):
         )
         self.decorrelator = self.with_own_rates(decorrelator)
 
+    def held_out_names(self) -> tuple[str, ...]:
+        """Names the metric of the held-out rows."""
+        return (self._held_out.metric_name,)
+
     def held_out_metrics(self, params: RWKV7State) -> Metrics:
         """Measures how well the held-out rows are predicted from the tuned state."""
         return self._held_out(self.frozen, params)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from rwkv7_jax import sharding
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash
+from rwkv7_jax.checkpoints.model_vocabulary import kept_vocabulary
 from rwkv7_jax.checks import prefix_errors
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.evaluation.metric import Metric, Metrics, log_name
@@ -25,7 +26,7 @@ from rwkv7_jax.runs.modes.start_state import read_prompt
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.runs.process_group import group_of_run
 from rwkv7_jax.runs.resume.run_identity import content_digests
-from rwkv7_jax.runs.settings import Settings, TestTimeSettings
+from rwkv7_jax.runs.settings import TestTimeSettings
 from rwkv7_jax.test_time.distillation import TraceBatches
 from rwkv7_jax.test_time.expert_iteration import ExpertBatches
 from rwkv7_jax.test_time.grpo import PolicyBatches
@@ -50,25 +51,7 @@ from rwkv7_jax.test_time.verifiers import VERIFIERS
 from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.training.train_step import TrainState, TrainStep
 
-
-def _refuse_unused_settings(settings: Settings) -> None:
-    """Raises if a setting of tuning is set that has no effect at test time.
-
-    Raises:
-        ValueError: such a setting, which other modes have.
-    """
-    default = Settings()
-    unused = {
-        "tuning.anchor": settings.tuning.anchor != default.tuning.anchor,
-        "tuning.decorrelate": settings.tuning.decorrelate != default.tuning.decorrelate,
-        "upscaling": settings.upscaling != default.upscaling,
-        "decorrelation": settings.decorrelation != default.decorrelation,
-    }
-    for name, is_set in unused.items():
-        if is_set:
-            raise ValueError(
-                f"`config.{name}` must be left out in mode 'test_time', where it has no effect."
-            )
+_REWARD = log_name("held_out", "reward")
 
 
 class ContextMode(DatasetMode, SingleStateMode):
@@ -76,7 +59,6 @@ class ContextMode(DatasetMode, SingleStateMode):
 
     def set_up(self) -> None:
         """Loads the model, reads the prompt and opens the data."""
-        _refuse_unused_settings(self.settings)
         self.load_frozen_model()
         context = self.settings.test_time.context
         if context is None:
@@ -108,6 +90,10 @@ class ContextMode(DatasetMode, SingleStateMode):
             **content_digests({"context": self._context}),
         }
 
+    def held_out_names(self) -> tuple[str, ...]:
+        """Names the metric of the held-out rows."""
+        return (self._held_out.metric_name,)
+
     def held_out_metrics(self, params: RWKV7State) -> Metrics:
         """Measures how well the held-out rows are predicted from the tuned state."""
         return self._held_out(self.frozen, params)
@@ -122,7 +108,6 @@ class TestTimeMode(SingleStateMode):
     def set_up(self) -> None:
         """Loads the model and the questions; for "distil", lets the teacher answer."""
         settings = self.settings
-        _refuse_unused_settings(settings)
         self.load_frozen_model()
         # Weights that are only described write nothing.
         if not sharding.is_abstract(self.frozen):
@@ -155,14 +140,32 @@ class TestTimeMode(SingleStateMode):
             self.tokenizer,
             seed=settings.seed,
             held_out=settings.data.held_out,
-            verifier="exact" if is_own else verifier,
+            verifier=None if is_own else verifier,
+            evaluation=settings.data.evaluation,
         )
         self._reward = find_verifier(verifier) if is_own else self._questions.reward
+        if not is_own and self._learns_from_rewards:
+            self._require_answers()
         self._held_out = self._questions.prompts(
             0, settings.evaluation.windows, held_out=True
         )
         # "distil" lets the teacher answer here, which takes long: before the first step, not in it.
         self._source = self._make_source()
+
+    @property
+    def _learns_from_rewards(self) -> bool:
+        """Whether a completion must earn something to be learnt from."""
+        settings = self.settings.test_time
+        return settings.method != "distil" or settings.keep == "verified"
+
+    def _require_answers(self) -> None:
+        """Raises unless a completion could earn a reward."""
+        if not self._questions.can_be_answered:
+            raise ValueError(
+                f"`config.test_time.verifier` {self.settings.test_time.verifier!r} must find the "
+                f"answer of a question of `{self.settings.data.path}`; it finds none, and no "
+                "completion could earn a reward."
+            )
 
     def _share_of_prompts(self) -> PromptShare:
         """Divides prompts among the processes of the run."""
@@ -305,12 +308,16 @@ class TestTimeMode(SingleStateMode):
     def _prompts_at(self, step: int) -> list[list[int]]:
         return self._questions.prompts(step, self.settings.test_time.prompts)
 
+    def held_out_names(self) -> tuple[str, ...]:
+        """Names the mean reward."""
+        return (_REWARD,)
+
     def held_out_metrics(self, params: RWKV7State) -> Metrics:
         """Measures the mean reward of the most probable answers to held-out questions."""
         # The tuned model itself, whatever dtype draws the completions.
         sampler = self._sampler(self.model, self.frozen)
         reward, _ = sampler.mean_reward(params, self._held_out, self._reward)
-        return {log_name("held_out", "reward"): Metric.of(reward, "reward")}
+        return {_REWARD: Metric.of(reward, "reward")}
 
     def input_digests(self) -> dict[str, str]:
         """Hashes the questions."""
@@ -351,6 +358,7 @@ class TestTimeMode(SingleStateMode):
         params, config = load_model(
             guide, allow_nan=self.settings.allow_nan, mesh=self.mesh
         )
+        _require_same_vocabulary(guide, config.vocab_size, self.model, self.tokenizer)
         teacher = self._sampler(RWKV7(config), params)
         vote = None
         if settings.keep == "majority":
@@ -378,6 +386,31 @@ class TestTimeMode(SingleStateMode):
             f"teacher   kept {len(traces)} traces of {settings.traces} prompts; {budget}"
         )
         return traces
+
+
+def _require_same_vocabulary(
+    guide: str, size: int, model: RWKV7, tokenizer: Tokenizer
+) -> None:
+    """Raises if a guide's ids mean other texts than the model's, as far as the guide says.
+
+    Args:
+        guide: path of its checkpoint.
+        size: ids of the guide.
+        model: that learns from it.
+        tokenizer: of the run.
+    """
+    own = model.config.vocab_size
+    if size != own:
+        raise ValueError(
+            f"`config.test_time.guide` must have the model's vocabulary of {own:,} ids; `{guide}` "
+            f"has {size:,}."
+        )
+    kept = kept_vocabulary(guide, size)
+    if kept is not None and kept.digest != tokenizer.digest:
+        raise ValueError(
+            f"`config.test_time.guide` must have the run's vocabulary, {tokenizer.identity}; "
+            f"`{guide}` has {kept.identity}."
+        )
 
 
 def _teacher_template(

@@ -58,6 +58,14 @@ def restore_or_init(
 
     state, progress = restore(folder, abstract, identity, init, mesh)
     mode.release_initial()
-    # No checkpoint is of step 0: there the run is new.
     state = sharding.place(mesh, state)
-    return state, progress if int(state.step) else mode.new_progress()
+    step = int(state.step)
+    # No checkpoint is of step 0: there the run is new.
+    before = progress if step else mode.new_progress()
+    progress = before.for_evaluation(mode.settings.evaluation, step)
+    if progress.since != before.since:
+        print(
+            f"resume    evaluations read or measure something else from step {step} on: the best "
+            "step is looked for anew, and the result is not compared with the start"
+        )
+    return state, progress

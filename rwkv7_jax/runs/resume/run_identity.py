@@ -11,6 +11,7 @@ from typing import Any
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.runs.resume.checksums import tree_checksum
 from rwkv7_jax.runs.settings import Settings, as_config
+from rwkv7_jax.runs.settings.readers import is_read
 from rwkv7_jax.text.tokenizer import Tokenizer, text_digest
 
 # Texts by name, in the groups "settings", "model" and "inputs".
@@ -75,14 +76,23 @@ def json_digest(fields: Mapping[str, Any]) -> str:
 
 
 def flat_settings(settings: Settings | Mapping[str, Any]) -> dict[str, str]:
-    """Returns the settings that a continuation must share, by dotted names."""
+    """Returns the settings that a continuation must share, by dotted names.
+
+    Those that the run does not read may differ: an earlier version took them in silence.
+    """
     if isinstance(settings, Settings):
         settings = as_config(settings)
+    defaults = Settings()
+    mode = settings.get("mode", defaults.mode)
+    at_test_time = settings.get("test_time")
+    method = defaults.test_time.method
+    if isinstance(at_test_time, Mapping):
+        method = at_test_time.get("method", method)
     shared = {}
     for name, text in _flatten(settings):
         # "evaluation" stands for all settings of its group.
         group = name.split(".")[0]
-        if group not in MAY_CHANGE_ON_RESUME:
+        if group not in MAY_CHANGE_ON_RESUME and is_read(name, mode, method):
             shared[name] = text
     return shared
 

@@ -27,6 +27,7 @@ from rwkv7_jax.runs.settings.fields import (
     store,
 )
 from rwkv7_jax.runs.settings.packing import check_packing
+from rwkv7_jax.runs.settings.readers import refuse_unread_settings
 from rwkv7_jax.runs.settings.test_time import TestTimeSettings
 from rwkv7_jax.runs.settings.tuning import (
     DecorrelationSettings,
@@ -87,7 +88,8 @@ class OptimizerSettings:
         learning_rate: the highest one, after the warm-up. Where a state is tuned on text and none
             is named, it is found (see `tuning.rates`); elsewhere it is 6e-4 by default.
         final_learning_rate: the one of the last step, under schedules that fall; by default 6e-5,
-            or a hundredth of a rate that was found.
+            or a tenth of `learning_rate` where that is less. It is a hundredth of a rate that was
+            found, and cannot be named then.
         schedule: "cosine", "linear", "wsd" or "constant"; see `learning_rate_schedule`.
         warmup_steps: updates of the warm-up.
         weight_decay: of the groups that decay.
@@ -115,6 +117,12 @@ class OptimizerSettings:
     l2wrap: float = number(0.0, 0, MOST_WEIGHT)
     accumulate: int = number(1, 1, MOST_COUNT)
     decorrelate: DecorrelationMethod = "none"
+
+
+def default_final_rate(learning_rate: float | None) -> float:
+    """Returns the rate of the last step where none is named; below the highest one always."""
+    assert learning_rate is not None
+    return min(6e-5, 0.1 * learning_rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +277,12 @@ class Settings:
         self._fill_in_rates()
         check_model_sizes("config.model", self.model, loaded=True)
         check_model_sizes("config.observer.model", self.observer.model)
-        profiled(self.profile_steps)
+        profiles = profiled(self.profile_steps)
+        if profiles and profiles[1] > self.steps:
+            raise ValueError(
+                f"`config.profile_steps` must lie within the {self.steps} of `config.steps`; got "
+                f"{self.profile_steps!r}."
+            )
         self._check_mesh()
         # The last 0 tokens of a text would be all of it.
         if 0 in self.evaluation.prompt_tokens:
@@ -278,7 +291,6 @@ class Settings:
             )
         self._check_lists()
         self._check_states()
-        self._check_tuned_rates()
         # Elsewhere it would silently do nothing.
         if self.optimizer.decorrelate != "none" and self.mode != "pretrain":
             raise ValueError(
@@ -291,14 +303,19 @@ class Settings:
                 '`config.data.order` must be "shuffled" where `config.data.packing` is '
                 f'"{self.data.packing}"; got "cubic".'
             )
+        refuse_unread_settings(self)
         check_packing(
             self.data.packing, self.mode, self.tuning.states, self.upscaling.dynamics
         )
         rows = self.data.batch_size
+        source = "`config.data.batch_size`"
+        if self._draws_its_rows:
+            rows = self.test_time.prompts * self.test_time.group
+            source = "`config.test_time.prompts` x `config.test_time.group`"
         pieces = self.optimizer.accumulate
         if rows < 1 or pieces < 1 or rows % pieces:
             raise ValueError(
-                "`config.data.batch_size` must be a multiple of `config.optimizer.accumulate`; "
+                f"{source} must be a multiple of `config.optimizer.accumulate`; "
                 f"got {rows} and {pieces}."
             )
 
@@ -310,12 +327,20 @@ class Settings:
                     "`config.tuning.rates` must hold learning rates to try, or "
                     "`config.optimizer.learning_rate` name one; got none."
                 )
+            final = self.optimizer.final_learning_rate
+            if final is not None:
+                raise ValueError(
+                    "`config.optimizer.final_learning_rate` must be left out where the learning "
+                    "rate is found, whose hundredth it is, or "
+                    f"`config.optimizer.learning_rate` be named too; got {final:g}."
+                )
             return
         optimizer = self.optimizer
         if optimizer.learning_rate is None:
             optimizer = dataclasses.replace(optimizer, learning_rate=6e-4)
         if optimizer.final_learning_rate is None:
-            optimizer = dataclasses.replace(optimizer, final_learning_rate=6e-5)
+            final = default_final_rate(optimizer.learning_rate)
+            optimizer = dataclasses.replace(optimizer, final_learning_rate=final)
         # The class is frozen for everybody else.
         object.__setattr__(self, "optimizer", optimizer)
 
@@ -354,17 +379,6 @@ class Settings:
             raise ValueError(
                 f"`config.mesh` must have no tensor axis where {what}; got {self.mesh!r}."
             )
-
-    def _check_tuned_rates(self) -> None:
-        """Checks that rates of leaves and layers are named only where a state is tuned."""
-        if self.mode not in ("pretrain", "observer"):
-            return
-        for name in ("leaf_rates", "layer_rates"):
-            if getattr(self.tuning, name):
-                raise ValueError(
-                    f"`config.tuning.{name}` must be left out in mode {self.mode!r}, which tunes "
-                    "no state."
-                )
 
     def _check_lists(self) -> None:
         """Checks that no list of names has an empty entry, before anything is read."""
@@ -419,12 +433,22 @@ class Settings:
         return list(split_paths(self.state, "`config.state`"))
 
     @property
+    def _draws_its_rows(self) -> bool:
+        """Whether the model itself writes the rows of a step."""
+        return self.mode == "test_time" and self.test_time.method in ("grpo", "expert")
+
+    @property
     def rows_per_step(self) -> int:
         """The rows that a step computes at once."""
         # What the model itself writes is one batch a step; everything else is cut into batches.
-        if self.mode == "test_time" and self.test_time.method in ("grpo", "expert"):
+        if self._draws_its_rows:
             return self.test_time.prompts * self.test_time.group
         return self.data.batch_size // self.optimizer.accumulate
+
+    @property
+    def untuned(self) -> str:
+        """What a state is tuned from, as messages name it."""
+        return "no state" if self.start is None else "the state of `config.start`"
 
     @property
     def kept_best(self) -> int:

@@ -10,19 +10,9 @@ from rwkv7_jax.runs.settings.fields import (
     choice,
     number,
     place,
-    shown,
 )
 
 SAMPLING_DTYPES = ("float32", "bfloat16")
-
-# Those of them that came with the ratio of probabilities.
-_OF_GRPO = (
-    "updates",
-    "epsilon_low",
-    "epsilon_high",
-    "sampling_dtype",
-    "importance_cap",
-)
 
 TestTimeMethod = Literal["grpo", "distil", "expert", "context"]
 
@@ -98,23 +88,12 @@ class TestTimeSettings:
     vote_margin: float = number(0.25, 0, 1)
 
     def __post_init__(self):
-        """Checks the stop strings, and that the method has what is set.
+        """Checks the stop strings.
 
         Raises:
-            ValueError: an empty string, or a setting that the method does not have.
+            ValueError: an empty string.
         """
         if "" in self.stop:
             raise ValueError(
                 "`config.test_time.stop` must hold no empty text; got one."
             )
-        # Elsewhere they would silently do nothing.
-        unused = () if self.method == "grpo" else _OF_GRPO
-        if self.method == "context":
-            unused = (*unused, "stop")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in unused and value != field.default:
-                raise ValueError(
-                    f"`config.test_time.{field.name}` must be left out where "
-                    f"`config.test_time.method` is {self.method!r}; got {shown(value)}."
-                )

@@ -63,11 +63,19 @@ class TuningSettings:
     layer_rates: tuple[float, ...] = number((), 0, MOST_RATE)
 
     def __post_init__(self):
-        """Checks the factors of leaves; which leaves a run tunes is not known here.
+        """Checks rates and the factors of leaves; which leaves a run tunes is not known here.
 
         Raises:
-            ValueError: an unknown leaf, or a factor out of its range.
+            ValueError: two equal rates, an unknown leaf, or a factor out of its range.
         """
+        # The records of a search name a rate by so many digits.
+        names = [f"{rate:g}" for rate in self.rates]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    "`config.tuning.rates` must be different in their first six digits; got "
+                    f"{name} more than once."
+                )
         for name, factor in self.leaf_rates.items():
             choose("config.tuning.leaf_rates", LEAVES, name)
             where = f"config.tuning.leaf_rates.{name}"

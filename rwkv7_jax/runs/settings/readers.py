@@ -1,0 +1,146 @@
+"""Which runs read a setting: the others refuse it, for it would silently do nothing there.
+
+The kind of a run is its mode or, in mode "test_time", its method.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from rwkv7_jax.runs.settings.fields import shown
+
+TEST_TIME = "test_time"
+
+_WEIGHTS = ("pretrain", "observer")
+_TEXT_STATES = ("state", "upscaled_state")
+# The methods of mode "test_time".
+_QUESTIONS = ("grpo", "expert", "distil")
+_METHODS = (*_QUESTIONS, "context")
+_STATES = (*_TEXT_STATES, *_METHODS)
+_TEXT = (*_WEIGHTS, *_TEXT_STATES, "context")
+
+# Settings and groups of them that not every run reads, with the kinds that do. What is named here
+# without its group counts for all settings of it that have no entry of their own.
+_READERS: dict[str, tuple[str, ...]] = {
+    "start": _STATES,
+    # Questions are lines of JSON, each read by itself.
+    "data.on_bad": _TEXT,
+    "data.packing": _TEXT,
+    "data.order": _TEXT,
+    "data.as_bytes": _TEXT,
+    "data.encoding": _TEXT,
+    # No leaf of a state decays, and none is a matrix for Muon.
+    "optimizer.kind": _WEIGHTS,
+    "optimizer.weight_decay": _WEIGHTS,
+    "optimizer.l2wrap": ("pretrain", *_TEXT_STATES),
+    "tuning": _STATES,
+    "tuning.leaves": ("state", *_METHODS),
+    "tuning.decorrelate": _TEXT_STATES,
+    "tuning.anchor": _TEXT_STATES,
+    "tuning.anchor_path": _TEXT_STATES,
+    "tuning.rates": _TEXT_STATES,
+    "tuning.search_share": _TEXT_STATES,
+    "tuning.states": _TEXT_STATES,
+    "upscaling": ("upscaled_state",),
+    # The observer's first proposal is fitted to as many rows.
+    "upscaling.rows": ("upscaled_state", "observer"),
+    "decorrelation": ("pretrain", *_TEXT_STATES),
+    "observer": ("observer",),
+    "test_time": ("grpo",),
+    "test_time.method": _METHODS,
+    "test_time.verifier": _QUESTIONS,
+    "test_time.group": _QUESTIONS,
+    "test_time.tokens": _QUESTIONS,
+    "test_time.temperature": _QUESTIONS,
+    "test_time.stop": _QUESTIONS,
+    "test_time.prompts": ("grpo", "expert"),
+    "test_time.context": ("context",),
+    "test_time.guide": ("distil",),
+    "test_time.keep": ("distil",),
+    "test_time.substitute": ("distil",),
+    "test_time.hint": ("distil",),
+    "test_time.traces": ("distil",),
+    "test_time.at_once": ("distil",),
+    "test_time.vote_margin": ("distil",),
+}
+
+# Groups and the setting that switches them on, by the kind of the run.
+_SWITCHES = {
+    "pretrain": "optimizer.decorrelate",
+    "state": "tuning.decorrelate",
+    "upscaled_state": "tuning.decorrelate",
+}
+
+
+def is_read(name: str, mode: str, method: str) -> bool:
+    """Tells whether a run reads a setting.
+
+    Args:
+        name: of the setting, such as "tuning.anchor", or of one inside of it.
+        mode: `config.mode`.
+        method: `config.test_time.method`.
+    """
+    kind = method if mode == TEST_TIME else mode
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        readers = _READERS.get(".".join(parts[:length]))
+        if readers is not None:
+            return kind in readers
+    return True
+
+
+def refuse_unread_settings(settings: Any) -> None:
+    """Raises if a setting is set that the run does not read; a value at its default never is.
+
+    Args:
+        settings: of the run, a `Settings`.
+
+    Raises:
+        ValueError: there is one; the message names it, and the mode or the method.
+    """
+    mode = settings.mode
+    method = settings.test_time.method
+    for name, value in _set_values(settings):
+        if not is_read(name, mode, method):
+            raise ValueError(
+                f"`config.{name}` must be left out {_where(name, mode, method)}; got "
+                f"{shown(value)}."
+            )
+    _refuse_numbers_without_decorrelation(settings)
+
+
+def _where(name: str, mode: str, method: str) -> str:
+    """Returns the end of the sentence: the mode has no such setting, or its method has not."""
+    if mode == TEST_TIME and any(is_read(name, mode, one) for one in _METHODS):
+        return f"where `config.test_time.method` is {method!r}"
+    return f"in mode {mode!r}, where it has no effect"
+
+
+def _set_values(settings: Any) -> Iterator[tuple[str, Any]]:
+    """Returns the settings that are not at their defaults, by their dotted names."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            for name, found in _set_values(value):
+                yield f"{field.name}.{name}", found
+            continue
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if value != default:
+            yield field.name, value
+
+
+def _refuse_numbers_without_decorrelation(settings: Any) -> None:
+    switch = _SWITCHES.get(settings.mode)
+    if switch is None:
+        return
+    group, _, name = switch.partition(".")
+    if getattr(getattr(settings, group), name) != "none":
+        return
+    for number, value in _set_values(settings):
+        if number.startswith("decorrelation."):
+            raise ValueError(
+                f'`config.{number}` must be left out where `config.{switch}` is "none"; got '
+                f"{shown(value)}."
+            )

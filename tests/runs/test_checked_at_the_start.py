@@ -1,0 +1,98 @@
+"""What evaluations and steps would refuse is refused when a mode is made."""
+
+import pytest
+from smallest_runs import MODES, mode_settings, save_base_model
+
+from rwkv7_jax.runs.modes.registry import make_mode
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Returns the path of a model of one layer."""
+    path = tmp_path_factory.mktemp("base") / "base.pth"
+    save_base_model(path)
+    return path
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_unknown_measure_is_refused_with_the_names_of_those_there_are(
+    base, tmp_path, mode
+):
+    with pytest.raises(ValueError) as caught:
+        made = mode_settings(mode, base, evaluation__measure="held_out_nats")
+        make_mode(made, tmp_path)
+    message = str(caught.value)
+    assert message.startswith("`config.evaluation.measure` must be one of ")
+    first = message.removeprefix("`config.evaluation.measure` must be one of ")
+    name = first.split(",")[0].split(";")[0]
+    make_mode(mode_settings(mode, base, evaluation__measure=name), tmp_path)
+
+
+def test_a_measure_may_be_of_what_must_not_be_forgotten(base, tmp_path):
+    changes = {"evaluation__retention": "task:facts-8"}
+    changes["evaluation__measure"] = "facts-8_accuracy"
+    make_mode(mode_settings("state", base, **changes), tmp_path)
+
+
+def test_several_states_know_their_measures(base, tmp_path):
+    changes = {"data__path": "", "tuning__states": {"one": "task:mapping"}}
+    settings = mode_settings("state", base, evaluation__measure="x", **changes)
+    with pytest.raises(ValueError, match=r"states.one`: `config.evaluation.measure`"):
+        make_mode(settings, tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["pretrain", "grpo"])
+def test_a_prompt_for_samples_without_a_token_is_refused(base, tmp_path, mode):
+    settings = mode_settings(mode, base, sample__prompts=("a", ""))
+    with pytest.raises(ValueError, match=r"^config.sample.prompts: .* got ''"):
+        make_mode(settings, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting", "length"),
+    [
+        ({"observer__least": 9, "observer__most": 8}, "data", 24),
+        ({"observer__most": 25}, "data", 24),
+        ({"observer__most": 20, "evaluation__length": 16}, "evaluation", 16),
+    ],
+)
+def test_positions_outside_of_the_rows_name_the_settings(
+    base, tmp_path, changes, setting, length
+):
+    sentence = rf"`config.observer.most` .* `config.{setting}.length`, {length}; got"
+    with pytest.raises(ValueError, match=sentence):
+        make_mode(mode_settings("observer", base, **changes), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (
+            {},
+            r"`config.observer.model.width` must be named, .* head size 16: half .* 16",
+        ),
+        ({"width": 20}, r"^config.observer.model: RWKV7Config: .* got 20 and 16"),
+    ],
+)
+def test_an_observer_whose_heads_do_not_fit_names_its_setting(
+    base, tmp_path, model, sentence
+):
+    settings = mode_settings("observer", base, observer__model=model)
+    with pytest.raises(ValueError, match=sentence):
+        make_mode(settings, tmp_path)
+
+
+def test_an_observer_that_leaves_its_dtype_open_has_the_teachers(base, tmp_path):
+    model = {"head_size": 8, "dtype": "auto"}
+    made = make_mode(mode_settings("observer", base, observer__model=model), tmp_path)
+    assert made._observer.model.config.dtype == made.model.config.dtype
+
+
+def test_the_pieces_of_a_step_divide_the_rows_that_it_draws(base):
+    # 2 prompts of 4 completions, whatever `data.batch_size` is.
+    changes = {"data__batch_size": 3, "optimizer__accumulate": 4}
+    assert mode_settings("grpo", base, **changes).optimizer.accumulate == 4
+    with pytest.raises(
+        ValueError, match=r"`config.test_time.prompts` x .* got 8 and 3"
+    ):
+        mode_settings("grpo", base, data__batch_size=3, optimizer__accumulate=3)
