@@ -58,8 +58,11 @@ class RunProgress:
             evaluation: the group of settings.
             step: from which on the run works with them.
         """
+        measure = evaluation.measure or "held_out"
+        # Of what is held out, the run's identity has the digest.
+        other = "" if measure.startswith("held_out") else evaluation.retention
         reads = text_digest(
-            repr((evaluation.windows, evaluation.length, evaluation.measure))
+            repr((evaluation.windows, evaluation.length, evaluation.measure, other))
         )
         if self.reads in ("", reads):
             return dataclasses.replace(self, reads=reads)

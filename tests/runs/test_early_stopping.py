@@ -9,6 +9,9 @@ from rwkv7_jax.runs.settings import EvaluationSettings
 OTHER = Metric(0.0, "reward", higher_is_better=True)
 
 
+OTHER_TEXT = {"measure": "retention_bits_per_byte", "retention": "stdlib"}
+
+
 def measured(values, name="held_out_bits_per_byte", kept=1, **choices):
     evaluation = EvaluationSettings(**choices)
     course = RunProgress()
@@ -42,7 +45,7 @@ def test_a_run_ends_when_its_measure_is_enough():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"windows": 8}, {"length": 64}, {"measure": "other"}]
+    "changes", [{"windows": 8}, {"length": 64}, {"measure": "other"}, OTHER_TEXT]
 )
 def test_numbers_of_other_evaluations_do_not_count(changes):
     was = EvaluationSettings()
@@ -60,7 +63,7 @@ def test_numbers_of_other_evaluations_do_not_count(changes):
 
 def test_how_often_and_how_patiently_is_no_other_evaluation():
     course = RunProgress().for_evaluation(EvaluationSettings(), 0)
-    other = EvaluationSettings(every=5, patience=3, enough=0.5)
+    other = EvaluationSettings(every=5, patience=3, enough=0.5, retention="stdlib")
     assert course.for_evaluation(other, 20) == course
 
 
