@@ -215,7 +215,7 @@ ACCEPTED = [
     ["--config.allow_nan"],
     ["--config.allow_nan=true"],
     ["--noconfig.allow_nan"],
-    ["--config.upscaling.widths=(1.0, 4.0)"],
+    ["--config.bos=(1, 4)"],
     ["--config.evaluation.prompt_tokens=(100,)"],
     ["--config.evaluation.prompt_tokens=100"],
     ["--config.evaluation.enough", "-3.5"],

@@ -55,7 +55,10 @@ def test_values_may_stand_apart_from_their_flags(parse):
 
 def test_groups_that_the_file_does_not_mention_can_be_set(parse):
     settings = parse(
-        "--config=FILE", "--config.sample.tokens=3", "--config.observer.model.width=8"
+        "--config=FILE",
+        "--config.mode=observer",
+        "--config.sample.tokens=3",
+        "--config.observer.model.width=8",
     )
     assert settings.sample.tokens == 3
     assert settings.observer.model == {"width": 8}
