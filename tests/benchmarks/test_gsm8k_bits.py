@@ -14,6 +14,7 @@ from rwkv7_jax.checkpoints.model_files import save_model
 from rwkv7_jax.evaluation.scoring import token_nats
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import init_state
+from rwkv7_jax.training.costs import tree_size
 
 CONFIG = RWKV7Config(vocab_size=256, num_layers=2, width=32, head_size=16)
 
@@ -126,7 +127,7 @@ def test_low_rank_changes_have_at_most_as_many_numbers_as_the_state(subject):
         size = gsm8k_bits.state_method(like, subject).size
         lora = gsm8k_bits.low_rank_method(size, subject)
         assert 0.5 * size < lora.size <= size, kind
-        assert lora.size == gsm8k_bits.count(lora.start(0))
+        assert lora.size == tree_size(lora.start(0))
 
 
 def test_a_file_that_is_none_is_refused_with_its_line(tmp_path, subject):

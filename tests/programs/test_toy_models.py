@@ -76,6 +76,7 @@ def test_a_run_on_a_task_watches_accuracies_and_texts_bits_per_byte():
 def test_a_state_may_be_anchored_on_a_task():
     settings = read_settings(
         {
+            "mode": "state",
             "data": {"path": "task:facts-64", "batch_size": 4, "length": 24},
             "tuning": {"anchor": 1.0, "anchor_path": "task:mixture"},
         }
