@@ -67,7 +67,7 @@ def add_vocabulary(
     types = []
     for number in range(vocab_size):
         if number in entries:
-            # What is between the quotes of a Python literal.
+            # Escaped as in a Python literal, without `b` and the quotes.
             tokens.append(repr(entries[number])[2:-1])
             types.append(gguf.TokenType.NORMAL)
         elif number == END_OF_TEXT:

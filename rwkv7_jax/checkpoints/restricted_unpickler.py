@@ -65,7 +65,7 @@ class UnreadTensor(NamedTuple):
     """A tensor whose numbers are not read, or its storage.
 
     Attributes:
-        kind: its dtype, or what is special about it.
+        kind: its dtype, or "sparse", "quantised" or "meta".
     """
 
     kind: str

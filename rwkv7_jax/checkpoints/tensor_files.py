@@ -329,7 +329,8 @@ def _only_holder(content: dict[Any, Any], path: Path) -> dict[Any, Any]:
         return content
     holders = [name for name, value in content.items() if _holds_tensors(value)]
     if len(holders) > 1:
-        first, second = map(repr, holders[:2])
+        first = repr(holders[0])
+        second = repr(holders[1])
         raise ValueError(
             f"checkpoint: `{path}` holds tensors under {first} and under {second}, and no name "
             "tells which are the model's: load it with PyTorch and save one of them alone."

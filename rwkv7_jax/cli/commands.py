@@ -152,7 +152,7 @@ def _state_place(target: Path) -> Path:
 
 
 def _refuse_replacing(state_path: Path, source: str) -> None:
-    """Raises if a state that nobody named would be replaced.
+    """Raises if the file for the merged state exists already.
 
     Raises:
         ValueError: the file or its sidecar is there.

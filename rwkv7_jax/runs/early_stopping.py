@@ -52,14 +52,14 @@ class RunProgress:
     ) -> "RunProgress":
         """Returns the progress of a run that goes on, or begins, with these evaluations.
 
-        Numbers of other evaluations say nothing about what is the best from now on.
+        Where they differ from those before, the best steps so far are forgotten.
 
         Args:
             evaluation: the group of settings.
             step: from which on the run works with them.
         """
         measure = evaluation.measure or "held_out"
-        # Of what is held out, the run's identity has the digest.
+        # A change of the held-out data itself is refused by the run's identity.
         other = "" if measure.startswith("held_out") else evaluation.retention
         reads = text_digest(
             repr((evaluation.windows, evaluation.length, evaluation.measure, other))

@@ -237,7 +237,7 @@ def parse_sizes(text: str, argument: str) -> str | dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
-        # A second size of an axis, and what is no number, are as wrong as 0.
+        # A repeated axis, or a size that is not a number, is refused below as size 0 is.
         is_new = axis not in sizes and size.isdecimal()
         sizes[axis] = int(size) if is_new else 0
     _check_sizes(sizes, argument, text)

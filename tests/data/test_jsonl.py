@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from marked_records import marked
 
 from rwkv7_jax.data.jsonl import (
     ReadStats,
@@ -13,15 +14,6 @@ from rwkv7_jax.data.jsonl import (
 )
 from rwkv7_jax.data.records.record import parse_record
 from rwkv7_jax.text.tokenizer import Tokenizer
-
-
-def marked(record):
-    """Returns the document's text, with square brackets around what is not in the loss."""
-    parts = []
-    for segment in parse_record(record).segments:
-        text = segment.text.decode()
-        parts.append(text if segment.in_loss else f"[{text}]")
-    return "".join(parts)
 
 
 def say(*turns):

@@ -155,7 +155,7 @@ def refuse_lines_of_records(path: Path, encoding: str | None) -> None:
         ValueError: the file holds records.
     """
     head = next(TextFile(path, encoding).chunks(), b"")
-    # Most texts are told by their first character; a line may be the whole file.
+    # The first character excludes most files before a line, perhaps all of a file, is read.
     if not head.lstrip().startswith((b"{", b"[")):
         return
     first = next(_filled_lines(path, encoding), b"")

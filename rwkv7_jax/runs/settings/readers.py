@@ -19,8 +19,8 @@ _METHODS = (*_QUESTIONS, "context")
 _STATES = (*_TEXT_STATES, *_METHODS)
 _TEXT = (*_WEIGHTS, *_TEXT_STATES, "context")
 
-# Settings and groups of them that not every run reads, with the kinds that do. What is named here
-# without its group counts for all settings of it that have no entry of their own.
+# Which kinds of runs read a setting; one without an entry is read by all. The entry of a group is
+# for all of its settings that have none of their own.
 _READERS: dict[str, tuple[str, ...]] = {
     "start": _STATES,
     # Questions are lines of JSON, each read by itself.

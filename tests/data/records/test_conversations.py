@@ -3,21 +3,13 @@
 import re
 
 import pytest
+from marked_records import marked
 
 from rwkv7_jax.data.records.record import parse_record
 
 USER = {"role": "user", "content": "a"}
 ASSISTANT = {"role": "assistant", "content": "b"}
 SYSTEM = {"role": "system", "content": "Be kind."}
-
-
-def marked(record):
-    """Returns the document's text, with square brackets around what is not in the loss."""
-    parts = []
-    for segment in parse_record(record).segments:
-        text = segment.text.decode()
-        parts.append(text if segment.in_loss else f"[{text}]")
-    return "".join(parts)
 
 
 # Each a conversation of one question, into which a system text is put.
