@@ -26,152 +26,26 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import contextlib
-import dataclasses
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from rwkv7_jax.array_types import Params
 from rwkv7_jax.atomic_write import atomic_write
-from rwkv7_jax.checkpoints.model_files import model_hash
-from rwkv7_jax.checkpoints.state_files import load_state
-from rwkv7_jax.data.batch import Batch
-from rwkv7_jax.data.sources import TaskSource, parse_source, parse_sources
-from rwkv7_jax.evaluation.scoring import Answers, Score, score, score_answers
 from rwkv7_jax.evaluation.task_scores import score_table, scores_as_json
-from rwkv7_jax.generation.prefill import prefill_state
-from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import RWKV7State, init_state
+from rwkv7_jax.evaluation.text_scores import answer_table, rows_as_json, text_table
 from rwkv7_jax.reports import plots
 from rwkv7_jax.runs import compilation_cache, config_flags, process
-from rwkv7_jax.runs.datasets import held_out, held_out_source, training_stream
-from rwkv7_jax.runs.modes.model_setup import load_or_init, tokenizer_of
+from rwkv7_jax.runs.comparison import Comparison, load_comparison, read_held_out
+from rwkv7_jax.runs.datasets import training_stream
 from rwkv7_jax.runs.settings import Settings, read_settings
-from rwkv7_jax.text.tokenizer import Tokenizer
 
 # Of texts eight windows are read at a time, of tasks eight contexts.
 _LESS_MEMORY = (
     "lower `config.evaluation.length` (texts) or `config.shots` (tasks), set "
     '`config.model.dtype` to "bfloat16" or `config.model.weights` to "int8"'
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Compared:
-    """A model with the start states that are compared.
-
-    Attributes:
-        model: the shell around `params`.
-        params: all weights.
-        tokenizer: of the model's vocabulary.
-        rows: start states by the names of their rows; the first is the base.
-    """
-
-    model: RWKV7
-    params: Params
-    tokenizer: Tokenizer
-    rows: dict[str, RWKV7State]
-
-
-def tuned_states(
-    paths: list[str], model: RWKV7, params: Params, *, any_base: bool
-) -> dict[str, RWKV7State]:
-    """Loads the tuned states, by the names of their rows."""
-    rows: dict[str, RWKV7State] = {}
-    if not paths:
-        return rows
-    # By it, `load_state` refuses states that were tuned on other weights.
-    base_model = model_hash(params, model.config)
-    for path in paths:
-        state = load_state(
-            path,
-            config=model.config,
-            base_model=base_model,
-            any_base=any_base,
-        )
-        label = "tuned state" if state.upscaled is None else "upscaled state"
-        # Of several states of a kind, all but the first are named by their files.
-        rows[path if label in rows else label] = state
-    return rows
-
-
-def prompt_states(
-    text: np.ndarray, sizes: tuple[int, ...], model: RWKV7, params: Params
-) -> dict[str, RWKV7State]:
-    """Reads the end of the text as prompts of several sizes; -1 reads all of it."""
-    rows: dict[str, RWKV7State] = {}
-    for size in sizes:
-        prompt = text if size < 0 else text[-size:]
-        print(f"reading a prompt of {len(prompt):,} tokens", flush=True)
-        rows[f"prompt {len(prompt):,}"] = prefill_state(model, params, prompt)
-    return rows
-
-
-def subjects(data_path: str, retention: str) -> dict[str, str | None]:
-    """Lists what the rows are measured on: paths by title, None for the run's own data."""
-    own_is_task = isinstance(parse_source(data_path, "`config.data.path`"), TaskSource)
-    paths: dict[str, str | None] = {"new task" if own_is_task else "new text": None}
-    tasks, texts = parse_sources(retention, "`config.evaluation.retention`")
-    for task in tasks:
-        paths[task.name] = str(task)
-    if texts.paths:
-        paths["own text"] = str(texts)
-    return paths
-
-
-def text_table(title: str, scores: Mapping[str, Score]) -> str:
-    """Formats the scores as lines; percentages are against the first row."""
-    base = next(iter(scores.values()))
-    head = f"{title:<16}{'bits/byte':>10}{'change':>9}{'perplexity':>12}"
-    for first, end, _ in base.by_position:
-        head += f"{f'{first}-{end - 1}':>10}"
-    lines = [head]
-    for name, row in scores.items():
-        # A base that is certain of everything leaves nothing to compare with.
-        change = row.bits_per_byte / (base.bits_per_byte or np.nan) - 1
-        line = f"{name:<16}{row.bits_per_byte:>10.4f}{change:>+9.1%}{row.perplexity:>12.3f}"
-        for _, _, value in row.by_position:
-            line += f"{value:>10.3f}"
-        lines.append(line)
-    lines.append(f"{'':16}{base.tokens:,} tokens, +-{base.standard_error:.3f}")
-    return "\n".join(lines)
-
-
-def task_table(title: str, answers: Mapping[str, Answers]) -> str:
-    """Formats the answers as lines."""
-    lines = [f"{title:<16}{'accuracy':>10}{'all right':>11}{'nats':>9}"]
-    for name, row in answers.items():
-        lines.append(
-            f"{name:<16}{row.accuracy:>10.4f}{row.exact:>11.4f}{row.nats:>9.3f}"
-        )
-    return "\n".join(lines)
-
-
-def as_json(
-    scores: Mapping[str, Score] | Mapping[str, Answers],
-) -> dict[str, dict[str, Any]]:
-    """Converts the rows of a table to what JSON can hold."""
-    rows: dict[str, dict[str, Any]] = {}
-    for name, row in scores.items():
-        fields = dataclasses.asdict(row)
-        places = fields["by_position"]
-        if isinstance(places, np.ndarray):
-            fields["by_position"] = places.tolist()
-        rows[name] = without_nan(fields)
-    return rows
-
-
-def without_nan(value: Any) -> Any:
-    """Replaces NaN by None at any depth: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {name: without_nan(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and np.isnan(value) else value
 
 
 def evaluate(settings: Settings) -> None:
@@ -183,26 +57,15 @@ def evaluate(settings: Settings) -> None:
     if workdir is not None:
         # Before the work: a folder that cannot be made should not cost an hour.
         workdir.mkdir(parents=True, exist_ok=True)
-    model, params = load_or_init(
-        settings.init,
-        settings.model,
-        seed=settings.seed,
-        allow_nan=settings.allow_nan,
-    )
-    tokenizer = tokenizer_of(settings, model.config)
-    rows = {"base": init_state(model.config)}
-    rows |= tuned_states(
-        settings.state_paths, model, params, any_base=settings.any_base
-    )
-    compared = Compared(model, params, tokenizer, rows)
+    comparison = load_comparison(settings)
     with task_folder(workdir) as folder:
         # All is opened before anything is measured: a slip in a name should not cost an hour.
         tasks = None
         if settings.tasks:
             tasks = open_tasks(settings, folder)
-            models = task_models(settings, compared)
+            models = task_models(settings, comparison)
         if settings.data.path or tasks is None:
-            evaluate_texts(settings, compared, workdir)
+            evaluate_texts(settings, comparison, workdir)
         if tasks is not None:
             evaluate_tasks(settings, tasks, models, workdir)
 
@@ -215,16 +78,16 @@ def open_tasks(settings: Settings, folder: Path) -> Any:
     return load_tasks(settings.task_names, settings.task_files, folder)
 
 
-def task_models(settings: Settings, compared: Compared) -> dict[str, Any]:
+def task_models(settings: Settings, comparison: Comparison) -> dict[str, Any]:
     """Makes a model of the harness for each row."""
     from rwkv7_jax.evaluation.harness import StateLM
 
     models = {}
-    for name, start in compared.rows.items():
+    for name, start in comparison.starts.items():
         models[name] = StateLM(
-            compared.model,
-            compared.params,
-            compared.tokenizer,
+            comparison.model,
+            comparison.params,
+            comparison.tokenizer,
             start,
             bos=settings.bos,
         )
@@ -278,55 +141,33 @@ def task_folder(workdir: Path | None) -> Iterator[Path]:
 
 
 def evaluate_texts(
-    settings: Settings, compared: Compared, workdir: Path | None
+    settings: Settings, comparison: Comparison, workdir: Path | None
 ) -> None:
     """Measures and prints every row on every text."""
-    data = settings.data
-    tokenizer = compared.tokenizer
-    titles = subjects(data.path, settings.evaluation.retention)
+    tokenizer = comparison.tokenizer
     # All is read before anything is measured: a slip in the last name should not cost an hour.
-    # Every row is measured on the same batch, so that differences are the states' own.
-    batches = {}
-    for title, path in titles.items():
-        batches[title] = held_out(
-            data, settings.evaluation, tokenizer, seed=settings.seed, path=path
-        )
+    texts = read_held_out(settings, tokenizer)
     sizes = settings.evaluation.prompt_tokens
     if sizes:
-        text = training_stream(data, tokenizer, seed=settings.seed)[:]
-        prompts = prompt_states(text, sizes, compared.model, compared.params)
-        compared = dataclasses.replace(compared, rows=compared.rows | prompts)
+        seen = training_stream(settings.data, tokenizer, seed=settings.seed)
+        comparison = comparison.with_prompts(seen[:], sizes)
     report: dict[str, Any] = {}
-    for title, batch in batches.items():
-        is_task = isinstance(held_out_source(data, titles[title]), TaskSource)
-        scores = score_rows(compared, batch, is_task=is_task)
-        table = task_table(title, scores) if is_task else text_table(title, scores)
-        report[title] = scores
+    for title, text in texts.items():
+        report[title] = comparison.measure(text)
+        table = answer_table if text.is_task else text_table
+        shown = table(title, report[title])
         # Written first: what is only shown must not cost a result.
         if workdir is not None:
             write_report(workdir, report)
-        print(table, flush=True)
+        print(shown, flush=True)
     if workdir is not None:
         print(f"wrote {workdir / 'eval.json'}")
-
-
-def score_rows(compared: Compared, batch: Batch, *, is_task: bool) -> dict[str, Any]:
-    """Measures every row on one batch: its answers to a task, or its loss on text."""
-    model = compared.model
-    params = compared.params
-    scores: dict[str, Any] = {}
-    for name, start in compared.rows.items():
-        if is_task:
-            scores[name] = score_answers(model, params, start, batch)
-        else:
-            scores[name] = score(model, params, start, batch, compared.tokenizer)
-    return scores
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     """Writes the tables as `eval.json` and draws the loss by position."""
     folder.mkdir(parents=True, exist_ok=True)
-    tables = {title: as_json(scores) for title, scores in report.items()}
+    tables = {title: rows_as_json(rows) for title, rows in report.items()}
     write_json(folder / "eval.json", tables)
     # Answers of a task have no loss by position.
     if "new text" in report and plots.available():

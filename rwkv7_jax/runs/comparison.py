@@ -1,0 +1,148 @@
+"""What eval.py compares: a model from several start states, on the same held-out rows."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from rwkv7_jax.array_types import Params
+from rwkv7_jax.checkpoints.model_files import model_hash
+from rwkv7_jax.checkpoints.state_files import load_state
+from rwkv7_jax.data.batch import Batch
+from rwkv7_jax.data.sources import TaskSource, parse_sources
+from rwkv7_jax.evaluation.scoring import Answers, Score, score, score_answers
+from rwkv7_jax.generation.prefill import prefill_state
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import RWKV7State, init_state
+from rwkv7_jax.runs.datasets import held_out, held_out_source
+from rwkv7_jax.runs.modes.model_setup import load_or_init, tokenizer_of
+from rwkv7_jax.runs.settings import Settings
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+
+class HeldOut(NamedTuple):
+    """Rows that every start state is measured on, so that differences are the states' own.
+
+    Attributes:
+        batch: the rows.
+        is_task: whether they are questions of a synthetic task; else they are text.
+    """
+
+    batch: Batch
+    is_task: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A model with the start states that are compared.
+
+    Attributes:
+        model: the shell around `params`.
+        params: all weights.
+        tokenizer: of the model's vocabulary.
+        starts: start states by the names of their rows in a table; the first is the base.
+    """
+
+    model: RWKV7
+    params: Params
+    tokenizer: Tokenizer
+    starts: dict[str, RWKV7State]
+
+    def with_prompts(self, text: np.ndarray, sizes: tuple[int, ...]) -> "Comparison":
+        """Adds the states after prompts, which are the end of a text.
+
+        Args:
+            text: token ids.
+            sizes: of the prompts, in tokens; -1 is all of the text.
+        """
+        starts = dict(self.starts)
+        for size in sizes:
+            prompt = text if size < 0 else text[-size:]
+            print(f"reading a prompt of {len(prompt):,} tokens", flush=True)
+            state = prefill_state(self.model, self.params, prompt)
+            starts[f"prompt {len(prompt):,}"] = state
+        return dataclasses.replace(self, starts=starts)
+
+    def measure(self, held_out: HeldOut) -> dict[str, Score] | dict[str, Answers]:
+        """Measures every start state on the same rows."""
+        model, params, batch = self.model, self.params, held_out.batch
+        if held_out.is_task:
+            return {
+                name: score_answers(model, params, start, batch)
+                for name, start in self.starts.items()
+            }
+        return {
+            name: score(model, params, start, batch, self.tokenizer)
+            for name, start in self.starts.items()
+        }
+
+
+def load_comparison(settings: Settings) -> Comparison:
+    """Loads the model and the tuned states that the settings name.
+
+    Raises:
+        ValueError: a file cannot be read, or is of another model.
+    """
+    model, params = load_or_init(
+        settings.init,
+        settings.model,
+        seed=settings.seed,
+        allow_nan=settings.allow_nan,
+    )
+    tokenizer = tokenizer_of(settings, model.config)
+    starts = {"base": init_state(model.config)}
+    starts |= _tuned_states(settings, model, params)
+    return Comparison(model, params, tokenizer, starts)
+
+
+def _tuned_states(
+    settings: Settings, model: RWKV7, params: Params
+) -> dict[str, RWKV7State]:
+    """Loads the tuned states, by the names of their rows."""
+    starts: dict[str, RWKV7State] = {}
+    if not settings.state_paths:
+        return starts
+    # By it, `load_state` refuses states that were tuned on other weights.
+    base_model = model_hash(params, model.config)
+    for path in settings.state_paths:
+        state = load_state(
+            path,
+            config=model.config,
+            base_model=base_model,
+            any_base=settings.any_base,
+        )
+        label = "tuned state" if state.upscaled is None else "upscaled state"
+        # Of several states of a kind, all but the first are named by their files.
+        starts[path if label in starts else label] = state
+    return starts
+
+
+def read_held_out(settings: Settings, tokenizer: Tokenizer) -> dict[str, HeldOut]:
+    """Reads all rows that states are measured on, by title.
+
+    They are of the run's own data, and of the tasks and texts in `config.evaluation.retention`.
+
+    Raises:
+        ValueError: there is nothing to read, too little of it, or no target counts.
+    """
+    found = {}
+    for title, path in _paths_by_title(settings).items():
+        batch = held_out(
+            settings.data, settings.evaluation, tokenizer, seed=settings.seed, path=path
+        )
+        is_task = isinstance(held_out_source(settings.data, path), TaskSource)
+        found[title] = HeldOut(batch, is_task)
+    return found
+
+
+def _paths_by_title(settings: Settings) -> dict[str, str | None]:
+    """Lists what is read, by title; None is the run's own data."""
+    own_is_task = isinstance(held_out_source(settings.data), TaskSource)
+    paths: dict[str, str | None] = {"new task" if own_is_task else "new text": None}
+    retention = settings.evaluation.retention
+    tasks, texts = parse_sources(retention, "`config.evaluation.retention`")
+    for task in tasks:
+        paths[task.name] = str(task)
+    if texts.paths:
+        paths["own text"] = str(texts)
+    return paths
