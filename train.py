@@ -22,7 +22,6 @@ import contextlib
 import dataclasses
 from typing import Any
 
-import jax
 from absl import flags
 
 from rwkv7_jax import sharding
@@ -34,12 +33,11 @@ from rwkv7_jax.runs import (
     process,
     rate_record,
 )
+from rwkv7_jax.runs.after_step import evaluate_and_save
 from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.exit_codes import Stopped, check_stopped_code, warn
 from rwkv7_jax.runs.input_pipeline import InputPipeline
-from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.rate_stack import RateStackMode
-from rwkv7_jax.runs.modes.registry import make_mesh_of, make_mode
 from rwkv7_jax.runs.monitoring.memory_advice import explain_out_of_memory
 from rwkv7_jax.runs.monitoring.metrics_logger import MetricsLogger
 from rwkv7_jax.runs.monitoring.profiler import ProfileWindow
@@ -49,15 +47,12 @@ from rwkv7_jax.runs.process import StopSignals
 from rwkv7_jax.runs.process_group import is_process_0
 from rwkv7_jax.runs.results import check_stopped, save_result
 from rwkv7_jax.runs.resume.first_state import restore_or_init
-from rwkv7_jax.runs.resume.run_identity import (
-    content_digests,
-    flat_settings,
-    identity_of,
-)
+from rwkv7_jax.runs.resume.run_identity import flat_settings
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.settings import Settings, profiled, read_settings
 from rwkv7_jax.runs.settings.fields import refuse_remote_target
 from rwkv7_jax.runs.settled_settings import settle_dtype
+from rwkv7_jax.runs.training_run import TrainingRun, set_up
 from rwkv7_jax.training.train_step import TrainState
 
 _WORKDIR = flags.DEFINE_string(
@@ -79,121 +74,13 @@ _STOPPED_CODE = flags.DEFINE_integer(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """The parts of a run that stay the same from its first step to its last.
-
-    Attributes:
-        mode: the parameters, their loss and their batches.
-        identity: what a continued run must share.
-        mesh: the devices that share a step's rows and hold the weights; None for a single one.
-    """
-
-    mode: TrainingMode
-    identity: dict[str, dict[str, str]]
-    mesh: jax.sharding.Mesh | None
-
-
-def set_up(settings: Settings, folder: RunDirectory) -> Run:
-    """Loads the model and the data of a run."""
-    # The mesh first: rows that the devices cannot share end all processes at the same moment, where
-    # one that still loads its model would be aborted without a reason.
-    mesh = make_mesh_of(settings)
-    own = sharding.local_mesh(mesh)
-    with sharding.use_mesh(own):
-        mode = make_mode(settings, folder.path, own)
-    identity = identity_of(
-        flat_settings(settings),
-        mode.model.config,
-        mode.tokenizer,
-        frozen=mode.frozen,
-        read={
-            **mode.input_digests(),
-            **content_digests(
-                {"evaluation": settings.data.evaluation, "start": settings.start}
-            ),
-        },
-    )
-    return Run(mode=mode, identity=identity, mesh=mesh)
-
-
-def local_params(run: Run, state: TrainState) -> Any:
-    """Returns the trained parameters on the devices of this process that hold the model."""
-    # A search for a learning rate may share its states by other devices than the model lies on.
-    return sharding.place(run.mode.mesh, sharding.local_view(run.mesh, state.params))
-
-
-def evaluate(
-    run: Run, state: TrainState, folder: RunDirectory, log: MetricsLogger
-) -> None:
-    """Measures the trainable parameters on held-out data and makes sample text.
-
-    All results are written to the run's folder before the first of them is printed.
-    """
-    step = int(state.step)
-    params = local_params(run, state)
-    with sharding.use_mesh(run.mode.mesh):
-        metrics = run.mode.evaluate(params)
-        samples = list(run.mode.sample_texts(params))
-    log.log_evaluation(step, metrics)
-    for prompt, text in samples:
-        folder.note_sample(step, prompt, text)
-    line = "  ".join(f"{name} {metric.value:.4f}" for name, metric in metrics.items())
-    print(f"step {step}  {line}", flush=True)
-    for prompt, text in samples:
-        print(f"--- {prompt!r}\n{prompt}{text}\n---", flush=True)
-
-
-def evaluate_and_save(
-    run: Run,
-    state: TrainState,
-    step: int,
-    folder: RunDirectory,
-    log: MetricsLogger,
-    stop: StopSignals,
-) -> bool:
-    """Evaluates and saves if that is due after a step; returns whether the run ends there."""
-    settings = run.mode.settings
-    # Not "==": a run that is continued may have made more steps than it is asked for now.
-    is_last = step >= settings.steps
-    every = settings.evaluation.every
-    is_measured_start = step == 0 and run.mode.measures_start
-    evaluation_due = is_measured_start or is_last or (every and step % every == 0)
-    # A run that is continued from this step may have evaluated it already.
-    if evaluation_due and log.progress.evaluated != step:
-        # A signal ends the evaluation; the continued run makes up for it. Several processes first
-        # have to agree that they stop, which they do after the evaluation.
-        one_process = jax.process_count() == 1
-        interruptible = (
-            stop.interruptible() if one_process else contextlib.nullcontext()
-        )
-        with log.paused(), contextlib.suppress(Stopped), interruptible:
-            evaluate(run, state, folder, log)
-    reason = None
-    if log.progress.evaluated == step:
-        reason = log.progress.stop_reason(settings.evaluation)
-    if reason and not is_last:
-        print(f"ends early at step {step}: {reason}")
-    ends = bool(is_last or reason or stop.should_stop())
-    is_best = step in log.progress.best_steps(settings.kept_best)
-    save_due = settings.save_every and step % settings.save_every == 0
-    if stop.has_unsaved_updates and (ends or is_best or save_due):
-        with log.paused():
-            local = sharding.local_view(run.mesh, state)
-            folder.checkpoints.save(local, log.progress, run.identity)
-    if ends:
-        folder.checkpoints.close()
-        stop.saved()
-    return ends
-
-
 def train_steps(
-    run: Run, folder: RunDirectory, stop: StopSignals
+    run: TrainingRun, folder: RunDirectory, stop: StopSignals
 ) -> tuple[TrainState, Progress]:
     """Trains from the newest checkpoint to the last step, or until a signal."""
     mode = run.mode
     mesh = run.mesh
-    settings = mode.settings
+    settings = run.settings
     devices = mesh.size if mesh else 1
     with stop.interruptible():
         rates, tx = mode.optimizer()
@@ -230,7 +117,7 @@ def train_steps(
         while not evaluate_and_save(run, state, step, folder, log, stop):
             profile.before(step + 1)
             with sharding.use_mesh(mode.mesh):
-                batch = batches(step, local_params(run, state))
+                batch = batches(step, run.local_params(state))
             step += 1
             if batch is None:
                 # Nothing to learn from: an update would only carry on with old momentum.
@@ -248,13 +135,13 @@ def train_steps(
     return sharding.local_view(mesh, state), log.progress
 
 
-def search_rates(run: Run, folder: RunDirectory, stop: StopSignals) -> bool:
+def search_rates(run: TrainingRun, folder: RunDirectory, stop: StopSignals) -> bool:
     """Finds the learning rates of a run; returns whether there is one that is worth it."""
 
     def search(mode: RateStackMode) -> Any:
         place = folder.workdir / rate_record.FOLDER
         with open_run_directory(place, mode.settings) as inner:
-            own = Run(
+            own = TrainingRun(
                 mode=mode,
                 identity={**run.identity, "settings": flat_settings(mode.settings)},
                 mesh=sharding.stack_mesh(run.mesh, len(mode.names)),

@@ -1,0 +1,99 @@
+"""What follows a step of a run: an evaluation, a checkpoint, the end."""
+
+import contextlib
+
+import jax
+
+from rwkv7_jax import sharding
+from rwkv7_jax.runs.exit_codes import Stopped
+from rwkv7_jax.runs.monitoring.metrics_logger import MetricsLogger
+from rwkv7_jax.runs.process import StopSignals
+from rwkv7_jax.runs.run_directory import RunDirectory
+from rwkv7_jax.runs.training_run import TrainingRun
+from rwkv7_jax.training.train_step import TrainState
+
+
+def evaluate_and_save(
+    run: TrainingRun,
+    state: TrainState,
+    step: int,
+    folder: RunDirectory,
+    log: MetricsLogger,
+    stop: StopSignals,
+) -> bool:
+    """Evaluates and saves if that is due after a step; returns whether the run ends there.
+
+    Args:
+        run: its settings say what is due.
+        state: after the step.
+        step: counted from 1; 0 is before the first.
+        folder: takes the checkpoint and the results.
+        log: takes the metrics, and knows how the run goes.
+        stop: the signals.
+    """
+    settings = run.settings
+    # Not "==": a run that is continued may have made more steps than it is asked for now.
+    is_last = step >= settings.steps
+    # A run that is continued from this step may have evaluated it already.
+    if _evaluation_is_due(run, step, is_last) and log.progress.evaluated != step:
+        _evaluate_unless_stopped(run, state, folder, log, stop)
+    reason = None
+    if log.progress.evaluated == step:
+        reason = log.progress.stop_reason(settings.evaluation)
+    if reason and not is_last:
+        print(f"ends early at step {step}: {reason}")
+    ends = bool(is_last or reason or stop.should_stop())
+    is_best = step in log.progress.best_steps(settings.kept_best)
+    save_due = settings.save_every and step % settings.save_every == 0
+    if stop.has_unsaved_updates and (ends or is_best or save_due):
+        with log.paused():
+            local = sharding.local_view(run.mesh, state)
+            folder.checkpoints.save(local, log.progress, run.identity)
+    if ends:
+        folder.checkpoints.close()
+        stop.saved()
+    return ends
+
+
+def _evaluation_is_due(run: TrainingRun, step: int, is_last: bool) -> bool:
+    """Tells whether a step is evaluated: the start, the last, and every few between them."""
+    if is_last or (step == 0 and run.mode.measures_start):
+        return True
+    every = run.settings.evaluation.every
+    return bool(every) and step % every == 0
+
+
+def _evaluate_unless_stopped(
+    run: TrainingRun,
+    state: TrainState,
+    folder: RunDirectory,
+    log: MetricsLogger,
+    stop: StopSignals,
+) -> None:
+    """Evaluates, until a signal ends it; the continued run makes up for that."""
+    # Several processes first have to agree that they stop, which they do after the evaluation.
+    one_process = jax.process_count() == 1
+    interruptible = stop.interruptible() if one_process else contextlib.nullcontext()
+    with log.paused(), contextlib.suppress(Stopped), interruptible:
+        evaluate(run, state, folder, log)
+
+
+def evaluate(
+    run: TrainingRun, state: TrainState, folder: RunDirectory, log: MetricsLogger
+) -> None:
+    """Measures the trainable parameters on held-out data and makes sample text.
+
+    All results are written to the run's folder before the first of them is printed.
+    """
+    step = int(state.step)
+    params = run.local_params(state)
+    with sharding.use_mesh(run.mode.mesh):
+        metrics = run.mode.evaluate(params)
+        samples = list(run.mode.sample_texts(params))
+    log.log_evaluation(step, metrics)
+    for prompt, text in samples:
+        folder.note_sample(step, prompt, text)
+    line = "  ".join(f"{name} {metric.value:.4f}" for name, metric in metrics.items())
+    print(f"step {step}  {line}", flush=True)
+    for prompt, text in samples:
+        print(f"--- {prompt!r}\n{prompt}{text}\n---", flush=True)

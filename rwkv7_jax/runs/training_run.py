@@ -1,0 +1,68 @@
+"""The parts of a run of train.py that stay the same from its first step to its last."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from rwkv7_jax import sharding
+from rwkv7_jax.runs.modes.base import TrainingMode
+from rwkv7_jax.runs.modes.registry import make_mesh_of, make_mode
+from rwkv7_jax.runs.resume.run_identity import (
+    Identity,
+    content_digests,
+    flat_settings,
+    identity_of,
+)
+from rwkv7_jax.runs.run_directory import RunDirectory
+from rwkv7_jax.runs.settings import Settings
+from rwkv7_jax.training.train_step import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRun:
+    """What a run trains, and where.
+
+    Attributes:
+        mode: the parameters, their loss and their batches.
+        identity: what a continued run must share.
+        mesh: the devices that share a step's rows and hold the weights; None for a single one.
+    """
+
+    mode: TrainingMode
+    identity: Identity
+    mesh: jax.sharding.Mesh | None
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the mode."""
+        return self.mode.settings
+
+    def local_params(self, state: TrainState) -> Any:
+        """Returns the trained parameters on the devices of this process that hold the model."""
+        # A search for a learning rate may share its states by other devices than the model lies on.
+        params = sharding.local_view(self.mesh, state.params)
+        return sharding.place(self.mode.mesh, params)
+
+
+def set_up(settings: Settings, folder: RunDirectory) -> TrainingRun:
+    """Loads the model and the data of a run.
+
+    Raises:
+        ValueError: a setting does not fit the model, the data or the devices.
+    """
+    # The mesh first: rows that the devices cannot share end all processes at the same moment, where
+    # one that still loads its model would be aborted without a reason.
+    mesh = make_mesh_of(settings)
+    own = sharding.local_mesh(mesh)
+    with sharding.use_mesh(own):
+        mode = make_mode(settings, folder.path, own)
+    named = {"evaluation": settings.data.evaluation, "start": settings.start}
+    identity = identity_of(
+        flat_settings(settings),
+        mode.model.config,
+        mode.tokenizer,
+        frozen=mode.frozen,
+        read={**mode.input_digests(), **content_digests(named)},
+    )
+    return TrainingRun(mode=mode, identity=identity, mesh=mesh)
