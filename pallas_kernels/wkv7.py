@@ -18,6 +18,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import chunked, dispatch, packed_rows, platforms, tiles
+from pallas_kernels.eager import compiled_when_eager
 from pallas_kernels.packed_rows import Owners
 from pallas_kernels.reference import State, WKVInputs
 
@@ -155,6 +156,7 @@ def _backward(options, residuals, cotangents):
 
 _wkv7 = jax.custom_vjp(_compute, nondiff_argnums=(0,))
 _wkv7.defvjp(_forward, _backward)
+_call_wkv7 = compiled_when_eager(_wkv7, static_argnums=0)
 
 
 def _check_options(implementation: str | None, chunk: int | None) -> None:
@@ -426,7 +428,7 @@ def wkv7(
     state = platforms.varying_as(state, inputs)
     options = _Options(implementation, chunk, interpret)
     try:
-        y, end = _wkv7(options, inputs, state, places and places.owners)
+        y, end = _call_wkv7(options, inputs, state, places and places.owners)
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise

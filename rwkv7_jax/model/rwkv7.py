@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
+from pallas_kernels.eager import is_eager
 from rwkv7_jax import sharding
 from rwkv7_jax.array_types import Activations, Lengths, Logits, SegmentIds, Tokens
 from rwkv7_jax.checks import (
@@ -22,7 +23,6 @@ from rwkv7_jax.checks import (
     check_instance,
     check_params,
     check_tokens,
-    is_traced,
     prefix_errors,
 )
 from rwkv7_jax.model import initializers as initial
@@ -223,7 +223,7 @@ class RWKV7(nn.Module):
         arguments = (tokens, state, lengths, segments)
         # A module that is initialised, or whose intermediates are kept, writes while it runs.
         writes = self.is_initializing() or self.is_mutable_collection("intermediates")
-        if writes or not _is_eager((self.variables, arguments)):
+        if writes or not is_eager():
             return self._pass(*arguments, names, project)
         model = self.clone(parent=None)
         return _run_compiled(model, self.variables, arguments, names, project)
@@ -360,11 +360,6 @@ def _trace_specs(names: Iterable[str], rows: Any, time: Any) -> dict[str, Any]:
         heads = sharding.TENSOR if name in BY_HEADS else None
         specs[name] = PartitionSpec(None, rows, time, heads)
     return specs
-
-
-def _is_eager(arguments: Any) -> bool:
-    """Tells whether operations run as they are called: no program around them is being traced."""
-    return not any(map(is_traced, jax.tree.leaves(arguments)))
 
 
 # Compiled once for its sizes. Without a program around it the scan over layers would be compiled

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.eager import compiled_when_eager
 from rwkv7_jax.array_types import Activations, Tokens
 from rwkv7_jax.checks import check_count
 from rwkv7_jax.model.casts import at_least_int32
@@ -190,6 +191,7 @@ def _piece_statistics(
     return TokenStatistics(nats, correct, jnp.max(logits, axis=-1), kl, entropy)
 
 
+@functools.partial(compiled_when_eager, static_argnums=0)
 def _statistics(form: _Form, x: _Positions, shared: _Shared) -> TokenStatistics:
     """Computes the statistics of all positions, piece by piece."""
     leaves, tree = jax.tree.flatten(x._replace(weights=TermWeights()))
@@ -292,7 +294,7 @@ def weighted_loss(
     shared = _shared(head, reference_head, temperature)
 
     def loss_of_device(x, shared):
-        loss, statistics = _loss(form, x, shared)
+        loss, statistics = _call_loss(form, x, shared)
         return loss[None, None], statistics
 
     losses, statistics = _on_each_device(loss_of_device, positions, shared)
@@ -373,6 +375,9 @@ def _loss_jvp(form: _Form, primals, tangents):
         (tangents,),
     )
     return (loss, statistics), (loss_tangent, statistics_tangents)
+
+
+_call_loss = compiled_when_eager(_loss, static_argnums=0)
 
 
 def _is_zero(tangent: Any) -> bool:
