@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import record
+from benchmarks.timing import time_call
 from rwkv7_jax.data.binidx import BinidxWriter
 from rwkv7_jax.data.loading import batches_from, data_hash, token_stream
 from rwkv7_jax.data.token_cache import CacheMetadata
@@ -77,13 +78,13 @@ def tokens_per_second(
     repeats: int,
 ) -> float:
     """Measures `steps` batches of so many tokens; returns the median of several runs."""
-    rates = []
-    for _ in range(repeats):
-        began = time.process_time()
+
+    def run() -> None:
         for _ in itertools.islice(batches, steps):
             pass
-        rates.append(steps * tokens / (time.process_time() - began))
-    return statistics.median(rates)
+
+    found = [time_call(run) for _ in range(repeats)]
+    return statistics.median(steps * tokens / one.processor for one in found)
 
 
 def measure(stream: TokenStream, repeats: int) -> list[dict[str, Any]]:

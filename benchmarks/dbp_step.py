@@ -9,10 +9,7 @@ that is not of this package. The command ends with 1 where DBP costs more than t
 """
 
 import argparse
-import resource
-import statistics
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,6 +20,7 @@ from jax.tree_util import Partial
 
 import rwkv7_jax as rwkv
 from benchmarks import record
+from benchmarks.timing import RepeatedStep, median_processor_seconds
 from rwkv7_jax.tuning.read_statistics import state_decorrelator
 
 # The most that DBP may cost, in units of the Adam step.
@@ -31,13 +29,7 @@ BAR = 1.6
 LEAVES = ("memory",)
 
 
-def processor_seconds() -> float:
-    """Reads the processor time of this process, all threads and both modes."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
-def make_steps(args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+def make_steps(args: argparse.Namespace) -> dict[str, RepeatedStep]:
     """Compiles the steps; each one goes on from where it was."""
     config = rwkv.RWKV7Config(vocab_size=256, num_layers=args.layers, width=args.width)
     model = rwkv.RWKV7(config)
@@ -67,19 +59,8 @@ def make_steps(args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     ):
         tx = wrap(optax.adam(1e-3))
         step = rwkv.make_train_step(given, tx, statistics=found)
-        steps[name] = one_step(step, rwkv.TrainState.create(start, tx), batch)
+        steps[name] = RepeatedStep(step, rwkv.TrainState.create(start, tx), batch)
     return steps
-
-
-def one_step(step: Callable, train: Any, batch: Any) -> Callable[[], Any]:
-    """Makes the function that takes the next step and waits for it."""
-    held = [train]
-
-    def run() -> Any:
-        held[0], metrics = step(held[0], batch)
-        return jax.block_until_ready(metrics["loss"])
-
-    return run
 
 
 def main() -> None:
@@ -94,15 +75,10 @@ def main() -> None:
     parser.add_argument("--json", help="file to write")
     args = parser.parse_args()
     steps = make_steps(args)
+    # The first calls compile.
     for run in steps.values():
         run()
-    seconds = {name: [] for name in steps}
-    for _ in range(args.rounds):
-        for name, run in steps.items():
-            began = processor_seconds()
-            run()
-            seconds[name].append(processor_seconds() - began)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    medians = median_processor_seconds(steps, args.rounds)
     for name, median in medians.items():
         share = median / medians["adam"]
         print(f"{name:<6}{median:7.2f} s  {share:5.2f} of Adam", flush=True)

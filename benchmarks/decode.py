@@ -4,15 +4,16 @@ Run from the repository's root: `python -m benchmarks.decode [--json FILE]`. The
 """
 
 import argparse
+import functools
 import os
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import record
+from benchmarks.timing import take_turns
 from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
@@ -50,14 +51,10 @@ def tokens_per_second(
     tokens: int,
     repeats: int,
 ) -> dict[int, float]:
-    """Measures generation after each of `outs`; the median over `repeats` runs of `tokens` tokens.
+    """Measures generation after each of `outs`: the median of `repeats` runs of `tokens` tokens."""
 
-    The runs take turns, so that a machine that is busy for a while slows all of them equally.
-    """
-
-    def run(out) -> float:
+    def run(out) -> None:
         prompts = [[]] * out.state.batch
-        began = time.perf_counter()
         end = generate(
             model,
             params,
@@ -71,18 +68,15 @@ def tokens_per_second(
             stop_ids=(),
         )
         jax.block_until_ready(end.logits)
-        return time.perf_counter() - began
 
+    runs = {size: functools.partial(run, out) for size, out in outs.items()}
     # The first runs compile.
-    for out in outs.values():
-        run(out)
-    seconds = {size: [] for size in outs}
-    for _ in range(repeats):
-        for size, out in outs.items():
-            seconds[size].append(run(out))
+    for first in runs.values():
+        first()
     rates = {}
-    for size, out in outs.items():
-        rates[size] = out.state.batch * tokens / statistics.median(seconds[size])
+    for size, found in take_turns(runs, repeats).items():
+        seconds = statistics.median(one.wall for one in found)
+        rates[size] = outs[size].state.batch * tokens / seconds
     return rates
 
 

@@ -30,6 +30,7 @@ import rwkv7_jax as rwkv
 from benchmarks import record
 from benchmarks.lab import RULES, rate_at
 from benchmarks.paper_table import Cells
+from benchmarks.rates import at_edge
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.loading import batch_at, token_stream
 from rwkv7_jax.data.tasks.synthetic_tasks import task_batch
@@ -160,7 +161,7 @@ def compare(
     rate = min(rates, key=lambda one: end_of(by_rate[one]))
     return {
         "rate": rate,
-        "at_edge": rate in (min(rates), max(rates)),
+        "at_edge": at_edge(rate, rates),
         "by_rate": {f"{one:g}": end_of(by_rate[one]) for one in rates},
         "seeds": [run(rate, seed) for seed in range(seeds)],
     }

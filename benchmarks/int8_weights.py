@@ -12,9 +12,6 @@ any other checkpoint.
 import argparse
 import dataclasses
 import os
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -28,6 +25,7 @@ import rwkv7_jax as rwkv
 from benchmarks import record
 from benchmarks.decode import random_model
 from benchmarks.lab import ASSETS
+from benchmarks.timing import median_processor_seconds
 from rwkv7_jax.data.loading import batch_at, token_stream, windows
 from rwkv7_jax.model.int8_weights import quantize
 
@@ -95,20 +93,6 @@ def losses() -> dict[str, Any]:
     }
 
 
-def in_turns(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Measures the processor's median seconds of each case; the first calls compile."""
-    seconds: dict[str, list[float]] = {}
-    for name, run in cases.items():
-        jax.block_until_ready(run())
-        seconds[name] = []
-    for _ in range(repeats):
-        for name, run in cases.items():
-            began = time.process_time()
-            jax.block_until_ready(run())
-            seconds[name].append(time.process_time() - began)
-    return {name: statistics.median(times) for name, times in seconds.items()}
-
-
 def forms_of(params) -> dict[str, Any]:
     """Returns the weights in each form."""
     return {
@@ -150,10 +134,12 @@ def speeds(layers: int, width: int, vocab_size: int, repeats: int) -> dict[str, 
     }
     seconds = {}
     for name, job in jobs.items():
-        cases = {
-            form: (lambda job=job, tree=tree: job(tree)) for form, tree in forms.items()
-        }
-        seconds[name] = in_turns(cases, repeats)
+        cases = {}
+        for form, tree in forms.items():
+            cases[form] = lambda job=job, tree=tree: jax.block_until_ready(job(tree))
+            # The first call compiles.
+            cases[form]()
+        seconds[name] = median_processor_seconds(cases, repeats)
     held = {}
     for form, tree in forms.items():
         held[form] = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

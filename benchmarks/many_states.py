@@ -10,7 +10,6 @@ processor's time is of all threads and hardly depends on what else the machine d
 import argparse
 import os
 import statistics
-import time
 from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -21,6 +20,7 @@ import numpy as np
 import rwkv7_jax as rwkv
 from benchmarks import record
 from benchmarks.lab import ASSETS
+from benchmarks.timing import RepeatedStep, take_turns
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.optim.optimizer import build_optimizer
 from rwkv7_jax.training.stacked_step import (
@@ -117,30 +117,19 @@ def largest_difference(made: dict[str, Program], rows: int, steps: int) -> float
 
 def measure(made: dict[str, Program], rounds: int) -> dict[str, dict[str, float]]:
     """Measures a step of each program, in turns; the medians in milliseconds."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in made}
-    state = {
-        name: jax.tree.map(lambda leaf: leaf.copy(), one.train)
-        for name, one in made.items()
-    }
-    compiling = {}
-    for number in range(WARM + rounds):
-        for name, one in made.items():
-            wall = time.perf_counter()
-            processor = time.process_time()
-            state[name], metrics = one.step(state[name], one.batch)
-            jax.block_until_ready(metrics)
-            took = (time.perf_counter() - wall, time.process_time() - processor)
-            if number == 0:
-                compiling[name] = took[0]
-            if number >= WARM:
-                times[name].append(took)
+    runs = {}
+    for name, one in made.items():
+        train = jax.tree.map(lambda leaf: leaf.copy(), one.train)
+        runs[name] = RepeatedStep(one.step, train, one.batch)
     found = {}
-    for name, pairs in times.items():
+    for name, times in take_turns(runs, WARM + rounds).items():
+        walls = [one.wall for one in times[WARM:]]
+        processor = statistics.median(one.processor for one in times[WARM:])
         found[name] = {
-            "wall_ms": 1000 * statistics.median(wall for wall, _ in pairs),
-            "least_wall_ms": 1000 * min(wall for wall, _ in pairs),
-            "processor_ms": 1000 * statistics.median(used for _, used in pairs),
-            "first_step_seconds": compiling[name],
+            "wall_ms": 1000 * statistics.median(walls),
+            "least_wall_ms": 1000 * min(walls),
+            "processor_ms": 1000 * processor,
+            "first_step_seconds": times[0].wall,
             "temporaries_mib": temporaries(made[name]),
         }
     return found

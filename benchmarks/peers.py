@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +37,7 @@ import optax
 
 import rwkv7_jax as rwkv
 from benchmarks import record
+from benchmarks.timing import median_processor_seconds
 from pallas_kernels import wkv7, wkv7_reference
 from pallas_kernels.cases import Case, make_inputs
 from rwkv7_jax.checkpoints.param_tree import official_tensors
@@ -66,19 +66,6 @@ DECODED = 48
 SMALL = rwkv.RWKV7Config(vocab_size=65536, num_layers=6, width=384)
 
 Rows = dict[str, dict[str, Any]]
-
-
-def interleave(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Measures each run's median processor seconds; they take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            # What ran before has filled the caches with its own.
-            run()
-            began = time.process_time()
-            run()
-            seconds[name].append(time.process_time() - began)
-    return {name: statistics.median(found) for name, found in seconds.items()}
 
 
 def compare(seconds: dict[str, float], rows: dict[str, tuple[str, str]]) -> Rows:
@@ -201,7 +188,7 @@ def decode_rows(folder: Path, rounds: int) -> Rows:
             after, state = official.forward([token], state)
             token = int(after.argmax())
 
-    seconds = interleave(
+    seconds = median_processor_seconds(
         {
             "ours": lambda: generate_greedily(model, params, one),
             "rwkv": official_decode,
@@ -215,6 +202,7 @@ def decode_rows(folder: Path, rounds: int) -> Rows:
             "llama.cpp prefill": lambda: llama(ids, 1),
         },
         rounds,
+        warm=True,
     )
     seconds["a token of 8"] = seconds["batch 8"] / 8
     return compare(
@@ -288,7 +276,9 @@ def tuning_rows(rounds: int) -> Rows:
     theirs = torch_step(SMALL, params)
     for _ in range(2):
         check_same(ours(), theirs(), 1e-4, "losses of state tuning")
-    seconds = interleave({"ours": ours, "torch": theirs}, rounds)
+    seconds = median_processor_seconds(
+        {"ours": ours, "torch": theirs}, rounds, warm=True
+    )
     name = "state tuning, V 65,536 / torch with fla's chunks"
     rows = compare(seconds, {name: ("ours", "torch")})
     peaks = {what: alone(what) for what in ("our-step", "torch-step")}
@@ -341,7 +331,7 @@ def op_rows(rounds: int) -> Rows:
     calls = {}
     for name, run in runs.items():
         calls[name] = lambda run=run: jax.block_until_ready(run(inputs, state))
-    return compare(interleave(calls, 3 * rounds), rows)
+    return compare(median_processor_seconds(calls, 3 * rounds, warm=True), rows)
 
 
 def dbp_rows(rounds: int) -> Rows:
@@ -356,7 +346,8 @@ def dbp_rows(rounds: int) -> Rows:
         "adam": OurStep(config, params, state),
     }
     name = "DBP step, M 256 / Adam step of the same state"
-    return compare(interleave(steps, rounds), {name: ("dbp", "adam")})
+    seconds = median_processor_seconds(steps, rounds, warm=True)
+    return compare(seconds, {name: ("dbp", "adam")})
 
 
 def child(*command: str) -> tuple[float, str]:

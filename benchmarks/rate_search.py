@@ -25,13 +25,14 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
 import numpy as np
 import optax
 
 import rwkv7_jax as rwkv
 from benchmarks import record, text_table
 from benchmarks.paper_table import Cells
+from benchmarks.rates import at_edge, lowest_loss_rate
+from benchmarks.timing import RepeatedStep, time_call
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.loading import batch_at, windows
 from rwkv7_jax.evaluation.scoring import frequency_nats, score_answers
@@ -317,12 +318,8 @@ def swept(subject: Subject, seed: int) -> dict[str, float]:
 
 def step_seconds(step: TrainStep, train: TrainState, batch: Batch) -> float:
     """Measures the processor's seconds of one step, the median of ten, without compiling."""
-    times = []
-    for _ in range(12):
-        began = time.process_time()
-        train, metrics = step(train, batch)
-        jax.block_until_ready(metrics)
-        times.append(time.process_time() - began)
+    run = RepeatedStep(step, train, batch)
+    times = [time_call(run).processor for _ in range(12)]
     return statistics.median(times[2:])
 
 
@@ -336,15 +333,15 @@ def run_seconds(subject: Subject) -> float:
 
 def compared(found: dict[str, Any], losses: dict[str, float]) -> dict[str, Any]:
     """Compares the rate that a search found with the best one of a sweep."""
-    best = min((loss, rate) for rate, loss in losses.items() if math.isfinite(loss))
+    best = lowest_loss_rate(losses)
     # A rate outside the sweep counts as the worst: it must not be found.
     chosen = losses.get(str(found["rate"]), math.inf)
     return {
         "search": found,
         "sweep": losses,
-        "best_rate": float(best[1]),
-        "at_edge": best[1] in (min(losses, key=float), max(losses, key=float)),
-        "excess": chosen / best[0] - 1,
+        "best_rate": float(best),
+        "at_edge": at_edge(best, losses),
+        "excess": chosen / losses[best] - 1,
     }
 
 

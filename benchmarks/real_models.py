@@ -39,6 +39,7 @@ from benchmarks.rate_search import (
     searched,
     tuned_at_all_rates,
 )
+from benchmarks.rates import at_edge, lowest_loss_rate
 from rwkv7_jax.checkpoints import model_tokenizer
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.loading import batch_at, token_stream, windows
@@ -259,7 +260,7 @@ def tuned(
     by_rate = {}
     for rate, trained in tuned_at_all_rates(subject, seed, steps):
         by_rate[str(rate)] = measured(kind, model, params, data, trained)
-    best = best_of(by_rate)
+    best = lowest_loss_rate({rate: one["new"] for rate, one in by_rate.items()})
     search = searched(subject, seed, steps=steps, rows=rows)
     rounds = halved(subject, seed, steps=steps, rows=rows)
 
@@ -270,21 +271,13 @@ def tuned(
 
     return {
         "best_rate": float(best),
-        "at_edge": float(best) in (min(subject.rates), max(subject.rates)),
+        "at_edge": at_edge(best, subject.rates),
         "found_rate": search["rate"],
         "excess_of_found": excess(search["rate"]),
         "search": search,
         "halved": rounds | {"excess": excess(rounds["rate"])},
         "by_rate": by_rate,
     }
-
-
-def best_of(by_rate: dict[str, dict[str, float]]) -> str:
-    """Returns the rate with the lowest loss on the new data."""
-    losses = {
-        rate: one["new"] for rate, one in by_rate.items() if math.isfinite(one["new"])
-    }
-    return min(losses, key=lambda rate: losses[rate])
 
 
 def main() -> None:

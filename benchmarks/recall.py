@@ -45,6 +45,8 @@ from benchmarks import record
 from benchmarks.contestants import TunedContestant, contestant
 from benchmarks.mqar import FULL, SMALL, Setting, Trainer
 from benchmarks.paper_table import Cells
+from benchmarks.rates import at_edge
+from benchmarks.timing import median_processor_seconds
 from rwkv7_jax.based import state_bytes
 from rwkv7_jax.reports import plots as pictures
 
@@ -200,11 +202,10 @@ class Table:
         rate = choose_rate(validation)
         known = {seed: self.get(name, rate, seed) for seed in seeds}
         cells = {seed: cell for seed, cell in known.items() if cell is not None}
-        edges = (min(validation), max(validation))
         return {
             "rate": rate,
             "validation": {f"{one:g}": validation[one] for one in sorted(validation)},
-            "at_edge": len(validation) < 3 or rate in edges,
+            "at_edge": at_edge(rate, validation),
             "seeds": list(cells),
             "tests": {
                 str(size): [cell["tests"][str(size)] for cell in cells.values()]
@@ -258,22 +259,15 @@ def decode_speeds(
 ) -> dict[str, dict[str, float]]:
     """Measures tokens a CPU second after short and long contexts, in batches of rows.
 
-    Weights are untrained: speed does not depend on them. Runs take turns, so that a machine that
-    is busy for a while slows all of them equally; the median counts.
+    Weights are untrained: speed does not depend on them.
     """
     runs = {}
     for name in names:
         for tokens in CONTEXTS:
             runs[name, tokens] = _decoder(name, setting, tokens)
-    seconds = {key: [] for key in runs}
-    for _ in range(repeats):
-        for key, run in runs.items():
-            began = time.process_time()
-            run()
-            seconds[key].append(time.process_time() - began)
     found: dict[str, dict[str, float]] = {}
-    for (name, tokens), taken in seconds.items():
-        rate = DECODE_ROWS * DECODED * TIMES / statistics.median(taken)
+    for (name, tokens), seconds in median_processor_seconds(runs, repeats).items():
+        rate = DECODE_ROWS * DECODED * TIMES / seconds
         found.setdefault(name, {})[str(tokens)] = float(f"{rate:.3g}")
     return found
 

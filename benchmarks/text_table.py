@@ -31,6 +31,7 @@ import rwkv7_jax as rwkv
 from benchmarks import record
 from benchmarks.lab import ASSETS, rate_at
 from benchmarks.paper_table import Cells, rounded
+from benchmarks.rates import at_edge
 from rwkv7_jax.data.loading import batch_at, token_stream, windows
 from rwkv7_jax.data.token_streams import TokenStream
 from rwkv7_jax.evaluation.scoring import Score, score
@@ -342,8 +343,7 @@ def sweep(runs: Runs, kind: str, styles: tuple[str, ...]) -> dict[str, Any] | No
     rate = best_rate(by_rate)
     return {
         "rate": rate,
-        # Of one rate alone, that is the edge.
-        "at_edge": rate in (min(by_rate), max(by_rate)),
+        "at_edge": at_edge(rate, by_rate),
         "numbers": numbers_of(kind),
         "by_rate": {f"{one:g}": bits for one, bits in by_rate.items()},
     }

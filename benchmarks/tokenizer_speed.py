@@ -6,11 +6,11 @@ standard library's own sources; seconds are process time, the least of several r
 
 import argparse
 import importlib.util
-import time
 from collections.abc import Callable
 from typing import Any
 
 from benchmarks import record
+from benchmarks.timing import time_call
 from rwkv7_jax.data.readers import documents
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -35,12 +35,7 @@ def encoders() -> dict[str, Encode]:
 
 def least_seconds(encode: Encode, text: str, repeats: int) -> float:
     """Measures the fastest of several runs."""
-    seconds = []
-    for _ in range(repeats):
-        began = time.process_time()
-        encode(text)
-        seconds.append(time.process_time() - began)
-    return min(seconds)
+    return min(time_call(lambda: encode(text)).processor for _ in range(repeats))
 
 
 def main() -> None:

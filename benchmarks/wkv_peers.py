@@ -13,8 +13,8 @@ import argparse
 import dataclasses
 import importlib
 import os
-import time
 import warnings
+from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import record
+from benchmarks.timing import time_call
 from pallas_kernels.bench import measure, table
 from pallas_kernels.cases import CASES, make_inputs
 
@@ -91,17 +92,11 @@ def torch_row(case, repeats: int) -> dict:
         y, end = forward(*leaves)
         (y.sum() + end.sum()).backward()
 
-    row = {"implementation": "torch loop"}
+    row: dict[str, Any] = {"implementation": "torch loop"}
     for name, run in (("fwd", lambda: forward(*leaves)), ("fwd+bwd", both)):
-        walls = []
-        cpus = []
-        for _ in range(repeats):
-            wall = time.perf_counter()
-            cpu = time.process_time()
-            run()
-            walls.append(time.perf_counter() - wall)
-            cpus.append(time.process_time() - cpu)
-        row |= {f"{name} ms": 1e3 * min(walls), f"{name} cpu ms": 1e3 * min(cpus)}
+        found = [time_call(run) for _ in range(repeats)]
+        row[f"{name} ms"] = 1e3 * min(one.wall for one in found)
+        row[f"{name} cpu ms"] = 1e3 * min(one.processor for one in found)
     return row | {"y error": None, "gradient error": None, "temp MiB": None}
 
 

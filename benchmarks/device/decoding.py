@@ -3,7 +3,6 @@
 import functools
 import itertools
 
-import jax
 import jax.numpy as jnp
 
 import rwkv7_jax as rwkv
@@ -11,6 +10,7 @@ from benchmarks import decode
 from benchmarks.device.sizes import Job, Jobs, Sizes
 from benchmarks.device.training import model_of, random_weights
 from pallas_kernels import bench
+from rwkv7_jax.generation.decode_loop import prefill
 
 
 def generated(sizes: Sizes) -> Jobs:
@@ -40,14 +40,14 @@ def prompts(sizes: Sizes) -> Jobs:
     """Measures how fast one prompt is read, by its length."""
     model = model_of(sizes)
 
-    @jax.jit
-    def read(params, tokens, state):
-        return model.apply({"params": params}, tokens, state, method="hidden")[1]
-
     def run(length):
-        tokens = jnp.ones((1, length), jnp.int32)
-        state = rwkv.init_state(model.config)
-        call = functools.partial(read, random_weights(sizes), tokens, state)
+        call = functools.partial(
+            prefill,
+            model,
+            random_weights(sizes),
+            rwkv.init_state(model.config),
+            tokens=jnp.ones((1, length), jnp.int32),
+        )
         wall, _ = bench.least_ms(call, repeats=sizes.repeats)
         return {"ms": wall, "tokens/s": 1e3 * length / wall}
 

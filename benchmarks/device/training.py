@@ -13,6 +13,7 @@ import optax
 import rwkv7_jax as rwkv
 from benchmarks import decode
 from benchmarks.device.sizes import Job, Jobs, Sizes, kernels
+from benchmarks.timing import RepeatedStep, time_call
 from rwkv7_jax.tuning.read_statistics import state_decorrelator
 
 # Start states, all weights, and the memory of an upscaled state, by Adam and by DBP.
@@ -130,17 +131,13 @@ def _time_step(sizes: Sizes, choice: Choice) -> dict:
             "compile s": time.perf_counter() - began,
             "temp GiB": memory.temp_size_in_bytes / 2**30,
         }
-    walls = []
+    run = RepeatedStep(step, train, batch)
     # The first one compiles.
-    for _ in range(1 + sizes.repeats):
-        began = time.perf_counter()
-        train, metrics = step(train, batch)
-        metrics["loss"].block_until_ready()
-        walls.append(time.perf_counter() - began)
-    least = min(walls[1:])
+    first, *walls = [time_call(run).wall for _ in range(1 + sizes.repeats)]
+    least = min(walls)
     return {
         "ms": 1e3 * least,
         "tokens/s": choice.rows * sizes.length / least,
-        "first call s": walls[0],
-        "loss": float(metrics["loss"]),
+        "first call s": first,
+        "loss": float(run.metrics["loss"]),
     }

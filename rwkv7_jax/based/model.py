@@ -4,7 +4,6 @@ Each layer is x + mixer(norm(x)), then x + MLP(norm(x)) where there is one.
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +16,13 @@ from rwkv7_jax.based import mixers
 from rwkv7_jax.based.config import BasedConfig
 from rwkv7_jax.based.state import BasedState, Memory, check_based_state
 from rwkv7_jax.based.taylor import linear_attention, wide_dtype
-from rwkv7_jax.checks import as_array, check_instance, check_tokens, prefix_errors
+from rwkv7_jax.checks import (
+    as_array,
+    check_instance,
+    check_tokens,
+    leaf_at,
+    prefix_errors,
+)
 from rwkv7_jax.model import inputs, products
 from rwkv7_jax.model.casts import per_channel
 
@@ -248,10 +253,7 @@ def _check_params(params: Any, config: BasedConfig) -> None:
         if config.mlp_width is not None:
             shapes[f"layer_{index}/mlp/up"] = (config.mlp_width, width)
     for path, wanted in shapes.items():
-        leaf = params
-        for name in path.split("/"):
-            leaf = leaf.get(name) if isinstance(leaf, Mapping) else None
-        came = getattr(leaf, "shape", None)
+        came = getattr(leaf_at(params, path), "shape", None)
         if came is None or tuple(came) != wanted:
             raise ValueError(
                 f"`params` must be those of this model, with {path} of shape {wanted}; "

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from rwkv7_jax.array_types import Lengths, Params, Tokens
 from rwkv7_jax.checks import (
@@ -20,7 +20,7 @@ from rwkv7_jax.checks import (
     check_params,
     prefix_errors,
 )
-from rwkv7_jax.generation.decode_loop import chunk_widths, prefill
+from rwkv7_jax.generation.decode_loop import chunk_widths, cut_chunk, prefill_rows
 from rwkv7_jax.generation.generate import commit_like, generate
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state, repeat, select
@@ -202,12 +202,12 @@ class StateLM(TemplateLM):
             for row, context in enumerate(part):
                 questions += [(row, index) for index in asked[context]]
             for begin in range(0, len(questions), self._rows):
-                piece = questions[begin : begin + self._rows]
-                rows = [row for row, _ in piece]
-                continuations = [requests[index][2] for _, index in piece]
+                batch = questions[begin : begin + self._rows]
+                rows = [row for row, _ in batch]
+                continuations = [requests[index][2] for _, index in batch]
                 last = [part[row][-1] for row in rows]
                 scores = self._score(rows, states, last, continuations)
-                for (_row, index), result in zip(piece, scores, strict=True):
+                for (_row, index), result in zip(batch, scores, strict=True):
                     results[index] = result
         for (pair, _context, _continuation), result in zip(
             requests, results, strict=True
@@ -319,12 +319,7 @@ class StateLM(TemplateLM):
         """Reads known tokens, from a state of batch 1, and returns the state of every row."""
         self.tokens_read += sum(map(len, rows))
         states = repeat(start, len(rows))
-        for first, width in chunk_widths(max(map(len, rows)), _CHUNK):
-            tokens, lengths = _piece(rows, first, width)
-            states = prefill(
-                self._model, self._params, states, tokens=tokens, lengths=lengths
-            )
-        return states
+        return prefill_rows(self._model, self._params, states, rows, chunk=_CHUNK)
 
     def _score(
         self,
@@ -351,9 +346,9 @@ class StateLM(TemplateLM):
         nats = np.zeros(self._rows)
         greedy = np.ones(self._rows, bool)
         for first, width in chunk_widths(max(map(len, targets)), _CHUNK):
-            tokens, _ = _piece(inputs, first, width)
-            wanted, lengths = _piece(targets, first, width)
-            states, part, correct = _score_piece(
+            tokens, _ = cut_chunk(inputs, first, width)
+            wanted, lengths = cut_chunk(targets, first, width)
+            states, part, correct = _score_chunk(
                 self._model,
                 self._params,
                 states,
@@ -369,7 +364,7 @@ class StateLM(TemplateLM):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _score_piece(
+def _score_chunk(
     model: RWKV7,
     params: Params,
     states: RWKV7State,
@@ -384,19 +379,6 @@ def _score_piece(
     )
     statistics = token_statistics(x, params["head"]["weight"], targets)
     return states, statistics.nats, statistics.correct
-
-
-def _piece(
-    rows: Sequence[Sequence[int]], first: int, width: int
-) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
-    """Cuts the tokens from `first` on out of each row, and returns how many of them each has."""
-    tokens = np.zeros((len(rows), width), np.int32)
-    lengths = np.zeros(len(rows), np.int32)
-    for index, row in enumerate(rows):
-        piece = row[first : first + width]
-        tokens[index, : len(piece)] = piece
-        lengths[index] = len(piece)
-    return tokens, lengths
 
 
 def _read_sampling(options: Mapping[str, Any], max_tokens: int) -> _Sampling:

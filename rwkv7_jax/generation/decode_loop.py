@@ -168,13 +168,31 @@ def prefill(
     state: RWKV7State,
     *,
     tokens: Tokens,
-    lengths: Lengths,
+    lengths: Lengths | None = None,
 ) -> RWKV7State:
-    """Reads the first `lengths` tokens of each row; computes no logits."""
+    """Reads the first `lengths` tokens of each row; computes no logits.
+
+    Without lengths all tokens are read, and the program has no mask to apply at every token.
+    """
     outputs: Any = model.apply(
         {"params": params}, tokens, state, lengths, method="hidden"
     )
     return outputs[1]
+
+
+def prefill_rows(
+    model: nn.Module,
+    params: Params,
+    state: RWKV7State,
+    rows: Sequence[Sequence[int]],
+    *,
+    chunk: int,
+) -> RWKV7State:
+    """Reads rows of any lengths, `chunk` tokens at a time; an empty row does not change."""
+    for first, width in chunk_widths(max(map(len, rows)), chunk):
+        tokens, lengths = cut_chunk(rows, first, width)
+        state = prefill(model, params, state, tokens=tokens, lengths=lengths)
+    return state
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="capacity")
@@ -294,17 +312,13 @@ class Decoder:
         array here.
         """
         lengths = np.array([len(row) for row in rows], np.int32)
-        state = run.state
-        # All but the last token of each row; rows that are shorter wait with a length of 0.
-        for first, width in chunk_widths(max(map(len, rows)) - 1, chunk):
-            tokens = np.zeros((len(rows), width), np.int32)
-            for index, row in enumerate(rows):
-                piece = row[:-1][first : first + width]
-                tokens[index, : len(piece)] = piece
-            counts = np.clip(lengths - 1 - first, 0, width)
-            state = prefill(
-                self._model, self._params, state, tokens=tokens, lengths=counts
-            )
+        state = prefill_rows(
+            self._model,
+            self._params,
+            run.state,
+            [row[:-1] for row in rows],
+            chunk=chunk,
+        )
         # An empty row gets a token too, which `live` keeps it from reading.
         last_tokens = np.array([row[-1] if row else 0 for row in rows], np.int32)
         known = KnownTokens(last_tokens, lengths > 0)
@@ -331,9 +345,22 @@ class Decoder:
 
 
 def chunk_widths(total: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Yields where each piece of `total` tokens begins and the width of the program it needs."""
+    """Yields where each chunk of `total` tokens begins and the width of the program it needs."""
     for first in range(0, total, chunk):
         yield first, min(chunk, max(_NARROWEST, power_of_two(total - first)))
+
+
+def cut_chunk(
+    rows: Sequence[Sequence[int]], first: int, width: int
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
+    """Cuts the tokens from `first` on out of each row, and returns how many of them each has."""
+    tokens = np.zeros((len(rows), width), np.int32)
+    lengths = np.zeros(len(rows), np.int32)
+    for index, row in enumerate(rows):
+        part = row[first : first + width]
+        tokens[index, : len(part)] = part
+        lengths[index] = len(part)
+    return tokens, lengths
 
 
 def power_of_two(least: int) -> int:

@@ -1,8 +1,5 @@
 """Prefill of one long prompt into a state."""
 
-import functools
-
-import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -14,19 +11,9 @@ from rwkv7_jax.checks import (
     check_params,
     prefix_errors,
 )
+from rwkv7_jax.generation.decode_loop import prefill
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
-
-
-# Not `decode_loop.prefill`: without lengths there is no mask to apply at every token.
-@functools.partial(jax.jit, static_argnums=0)
-def _prefill(
-    model: RWKV7,
-    params: Params,
-    state: RWKV7State,
-    tokens,
-):
-    return model.apply({"params": params}, tokens, state, method="hidden")[1]
 
 
 def prefill_state(
@@ -59,6 +46,6 @@ def prefill_state(
     state = init_state(model.config)
     # At most two programs are compiled: one for full chunks and one for the rest.
     for first in range(0, len(tokens), chunk):
-        piece = np.asarray(tokens[first : first + chunk], np.int32)
-        state = _prefill(model, params, state, piece[None])
+        part = tokens[None, first : first + chunk]
+        state = prefill(model, params, state, tokens=part)
     return state

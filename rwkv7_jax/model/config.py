@@ -5,7 +5,7 @@ import math
 from typing import Any, NamedTuple
 
 from pallas_kernels import IMPLEMENTATIONS
-from rwkv7_jax.checks import check_choice, check_number, prefix_errors
+from rwkv7_jax.checks import check_choice, check_number, check_size, prefix_errors
 from rwkv7_jax.model import remat
 
 _DTYPES = ("float32", "bfloat16")
@@ -88,7 +88,7 @@ class RWKV7Config:
 
     def __post_init__(self):
         """Fills in the sizes left at 0, then checks everything."""
-        self._check_positive("vocab_size", "num_layers", "width", "head_size")
+        self._check_sizes("vocab_size", "num_layers", "width", "head_size")
         defaults = {
             "ffn_width": 4 * self.width,
             "decay_rank": _rank(2.5, self.width),
@@ -100,7 +100,7 @@ class RWKV7Config:
             if getattr(self, name) == 0:
                 # The dataclass is frozen, also for itself.
                 object.__setattr__(self, name, value)
-        self._check_positive(*defaults)
+        self._check_sizes(*defaults)
         if self.width % self.head_size:
             raise ValueError(
                 f"RWKV7Config: `width` must be a multiple of `head_size`; "
@@ -117,14 +117,12 @@ class RWKV7Config:
             if self.implementation is not None:
                 check_choice(self.implementation, IMPLEMENTATIONS, "`implementation`")
 
-    def _check_positive(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            # To Python, True is an int.
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(
-                    f"RWKV7Config: `{name}` must be a positive integer; got {value!r}."
-                )
+    def _check_sizes(self, *names: str) -> None:
+        """Checks sizes, and makes Python's integers of NumPy's, which JSON cannot write."""
+        with prefix_errors("RWKV7Config"):
+            for name in names:
+                size = check_size(getattr(self, name), f"`{name}`")
+                object.__setattr__(self, name, size)
 
     @property
     def num_heads(self) -> int:

@@ -84,6 +84,11 @@ class RunProgress:
         """Lists what was left out at a step: nothing, or place 0 without a name."""
         return [] if updated else [(0, "")]
 
+    @property
+    def by_name(self) -> Mapping[str, "RunProgress"]:
+        """This progress under the name "", which a run of one state has."""
+        return {"": self}
+
     def given_up(self, limit: int | None) -> list[str]:
         """Lists the states that are given up by name: a run of one state has no names."""
         return []
@@ -217,6 +222,11 @@ class StackProgress:
             if not updated[place] and not one.is_given_up(limit):
                 found.append((place, name))
         return found
+
+    @property
+    def by_name(self) -> Mapping[str, RunProgress]:
+        """The progress of each state by its name."""
+        return self.states
 
     def given_up(self, limit: int | None) -> list[str]:
         """Lists the states that are given up."""

@@ -1,7 +1,6 @@
 """The result of a run: which parameters it is, and how it is saved."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rwkv7_jax.evaluation.metric import logged_metric
@@ -13,8 +12,7 @@ from rwkv7_jax.runs.exit_codes import (
     warn,
 )
 from rwkv7_jax.runs.modes.base import TrainingMode
-from rwkv7_jax.runs.modes.single_state import SingleStateMode
-from rwkv7_jax.runs.modes.stack import StackMode, if_named
+from rwkv7_jax.runs.modes.stack import if_named
 from rwkv7_jax.runs.monitoring.run_plots import draw
 from rwkv7_jax.runs.process import StopSignals
 from rwkv7_jax.runs.process_group import group_of_mesh
@@ -161,7 +159,7 @@ def _decide_to_save(
     A state whose rate was found is not saved then. One whose rate was named is: it is what was
     asked for.
     """
-    if not isinstance(mode, SingleStateMode):
+    if not mode.tunes_state:
         return True
     if mode.settings.finds_rate and mode.found_rate is None:
         print(f"no state is saved{if_named(' for {}', name)}: no rate was found for it")
@@ -201,8 +199,10 @@ def save_result(
     )
     if kept:
         _write_result(mode, params, folder, without)
-    for path in _earlier_results(mode, folder, without, kept):
-        print(f"{path} was saved by an earlier end of this run")
+    files = mode.state_files(folder.path)
+    for name in without:
+        if files[name].exists():
+            print(f"{files[name]} was saved by an earlier end of this run")
     folder.note_event(last, "finished", "" if kept else "no result is worth saving")
     if given_up:
         raise NotFinite(
@@ -216,33 +216,16 @@ def _left_out(
 ) -> tuple[list[str], list[str], bool]:
     """Names the states that are not saved, and those given up; tells whether anything is saved."""
     evaluation = mode.settings.evaluation
-    if isinstance(progress, RunProgress):
-        step = _result_step(progress, evaluation, last)
-        return [], [], _decide_to_save(mode, folder, progress, step)
-    assert isinstance(mode, StackMode)
     given_up = progress.given_up(mode.settings.stop_after_bad)
     without = list(given_up)
-    for name, one in progress.states.items():
+    for name, one in progress.by_name.items():
         step = _result_step(one, evaluation, last)
-        member = mode.members[name]
+        member = mode.member(name)
         if name not in given_up and not _decide_to_save(
             member, folder, one, step, name
         ):
             without.append(name)
-    return without, given_up, len(without) < len(progress.states)
-
-
-def _earlier_results(
-    mode: TrainingMode, folder: RunDirectory, without: Sequence[str], kept: bool
-) -> list[Path]:
-    """Lists files that lie where results would, had they been saved now."""
-    places = []
-    if isinstance(mode, StackMode):
-        for name in without:
-            places.append(mode.result_path(folder.path, name))
-    elif isinstance(mode, SingleStateMode) and not kept:
-        places.append(folder.path / mode.result_name)
-    return [place for place in places if place.exists()]
+    return without, given_up, len(without) < len(progress.by_name)
 
 
 def _write_result(
@@ -253,9 +236,7 @@ def _write_result(
 
     def save() -> str:
         try:
-            if isinstance(mode, StackMode):
-                return str(mode.save(folder.path, params, without=without))
-            return str(mode.save(folder.path, params))
+            return str(mode.save_without(without, folder.path, params))
         except OSError as error:
             raise DiskError(f"the result cannot be written: {error}.") from None
 

@@ -32,7 +32,7 @@ from rwkv7_jax.training.projection_statistics import (
     projections,
     weight_decorrelator,
 )
-from rwkv7_jax.training.token_pieces import map_token_chunks
+from rwkv7_jax.training.token_chunks import map_token_chunks
 from rwkv7_jax.training.train_step import (
     TrainState,
     TrainStep,

@@ -15,7 +15,7 @@ import jax
 
 from rwkv7_jax.checkpoints import tensor_names
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.training.token_pieces import CHUNK
+from rwkv7_jax.training.token_chunks import CHUNK
 
 # Operations on a head's N x N state per token, in units of N^2: decay 1, removal 2 and its write 2,
 # the value's write 2, read-out 2.
@@ -78,7 +78,7 @@ class _Compiler:
     Attributes:
         block: of one layer's stored activations that exist while it is computed again and its
             gradients are computed.
-        logits: float32 copies of a piece's logits that exist next to that.
+        logits: float32 copies of a chunk's logits that exist next to that.
     """
 
     block: float
@@ -279,7 +279,7 @@ def _activations(
     layers += compiler.block * _made_bytes(config, trained, chunk)
     if compiler is _CPU:
         layers += _STORED_OUTSIDE.bytes(config)
-    # Of a piece: the logits and their gradient.
+    # Of a chunk: the logits and their gradient.
     logits = compiler.logits * 4 * config.vocab_size * min(rows * length, CHUNK)
     return round(rows * length * layers + logits)
 

@@ -1,7 +1,7 @@
 """The head and the losses after it, without the logits of all tokens.
 
-Positions (rows x tokens) are taken a piece at a time. A loss whose weights are known beforehand
-makes its gradients in the same pass: a piece's logits are still there when their gradient becomes
+Positions (rows x tokens) are taken a chunk at a time. A loss whose weights are known beforehand
+makes its gradients in the same pass: a chunk's logits are still there when their gradient becomes
 that of the activations and of the head, so none of them is stored or computed twice.
 """
 
@@ -31,7 +31,7 @@ from rwkv7_jax.sharding import (
     specs,
     token_axes,
 )
-from rwkv7_jax.training.token_pieces import CHUNK, Cut, map_token_chunks
+from rwkv7_jax.training.token_chunks import CHUNK, Cut, map_token_chunks
 
 PerToken = Float[Array, "B T"]
 
@@ -76,7 +76,7 @@ class _Form(NamedTuple):
         reverse_kl: whether the divergence is KL(model || reference) in place of
             KL(reference || model).
         entropy: whether the entropy is computed.
-        chunk: rows x tokens of a piece.
+        chunk: rows x tokens that are computed at once.
     """
 
     reverse_kl: bool
@@ -85,7 +85,7 @@ class _Form(NamedTuple):
 
 
 class _Positions(NamedTuple):
-    """The arrays that are cut into pieces, [B T ...] each; None where they are absent."""
+    """The arrays that are cut into chunks, [B T ...] each; None where they are absent."""
 
     hidden: Any
     targets: Any
@@ -94,7 +94,7 @@ class _Positions(NamedTuple):
 
 
 class _Shared(NamedTuple):
-    """The arrays that every piece reads; None where they are absent."""
+    """The arrays that every chunk reads; None where they are absent."""
 
     head: Any
     reference_head: Any
@@ -165,10 +165,10 @@ def _entropy(logits: Float[Array, "... V"]) -> Float[Array, "..."]:
     return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
 
 
-def _piece_statistics(
+def _chunk_statistics(
     form: _Form, x: _Positions, shared: _Shared, make_logits=head_logits
 ) -> TokenStatistics:
-    """Computes the statistics of one piece, all of whose logits exist at once."""
+    """Computes the statistics of one chunk, all of whose logits exist at once."""
     logits = make_logits(x.hidden, shared.head)
     scaled = logits if shared.temperature is None else logits / shared.temperature
     nats = None
@@ -193,11 +193,11 @@ def _piece_statistics(
 
 @functools.partial(compiled_when_eager, static_argnums=0)
 def _statistics(form: _Form, x: _Positions, shared: _Shared) -> TokenStatistics:
-    """Computes the statistics of all positions, piece by piece."""
+    """Computes the statistics of all positions, chunk by chunk."""
     leaves, tree = jax.tree.flatten(x._replace(weights=TermWeights()))
 
-    def per_token(*piece):
-        return _piece_statistics(form, tree.unflatten(piece), shared)
+    def per_token(*chunk):
+        return _chunk_statistics(form, tree.unflatten(chunk), shared)
 
     return map_token_chunks(per_token, *leaves, chunk=form.chunk)
 
@@ -205,14 +205,14 @@ def _statistics(form: _Form, x: _Positions, shared: _Shared) -> TokenStatistics:
 def _positions(
     hidden: Activations, targets: Any, reference: Any, weights: TermWeights
 ) -> _Positions:
-    """Collects the arrays that are cut into pieces; ids may still lie on the host."""
+    """Collects the arrays that are cut into chunks; ids may still lie on the host."""
     if targets is not None:
         targets = at_least_int32(targets)
     return _Positions(hidden, targets, reference, weights)
 
 
 def _shared(head: Any, reference_head: Any, temperature: Any) -> _Shared:
-    """Collects the arrays that every piece reads; a temperature may be Python's number."""
+    """Collects the arrays that every chunk reads; a temperature may be Python's number."""
     if temperature is not None:
         temperature = jnp.asarray(temperature)
     return _Shared(head, reference_head, temperature)
@@ -409,19 +409,19 @@ def _statistics_and_gradients(form: _Form, primals: Any, moving: Any):
 
     def loss(moving, given):
         x, heads = _merge(moving, given)
-        statistics = _piece_statistics(form, x, heads, _logits)
+        statistics = _chunk_statistics(form, x, heads, _logits)
         return _sum_terms(x.weights, statistics), statistics
 
-    def step(total, piece):
-        moving_piece, given_piece = piece
+    def step(total, chunk):
+        moving_chunk, given_chunk = chunk
         (_, statistics), (own, part) = jax.value_and_grad(loss, has_aux=True)(
-            (moving_piece, moving_shared), (given_piece, shared)
+            (moving_chunk, moving_shared), (given_chunk, shared)
         )
         return jax.tree.map(jnp.add, total, part), (statistics, own)
 
     zeros = jax.tree.map(jnp.zeros_like, moving_shared)
-    pieces = jax.tree.map(cut.pieces, (moving_positions, positions))
-    total, parts = jax.lax.scan(step, zeros, pieces)
+    chunks = jax.tree.map(cut.chunks, (moving_positions, positions))
+    total, parts = jax.lax.scan(step, zeros, chunks)
     statistics, own = jax.tree.map(lambda x: cut.join(x, rows, tokens), parts)
     return statistics, (own, total)
 

@@ -34,13 +34,8 @@ from rwkv7_jax.sharding.layout import path_name
 from rwkv7_jax.training.gradients import cut_rows
 from rwkv7_jax.training.losses import Loss
 from rwkv7_jax.training.shared_pass import can_share_pass
-from rwkv7_jax.training.train_step import (
-    TrainState,
-    TrainStep,
-    apply_update,
-    check_step_arguments,
-    checked_program,
-)
+from rwkv7_jax.training.step_checks import check_step_arguments, checked_program
+from rwkv7_jax.training.train_step import TrainState, TrainStep, apply_update
 
 
 def _axes(of_sets: Any, shared: Any) -> Any:
@@ -237,8 +232,8 @@ def make_stacked_step(
     ):
         _check_rows(batch, rates.size)
         with use_mesh(mesh):
-            pieces = cut_rows(batch, rates.size)
-            moved = update(loss, statistics, train, pieces, rates)
+            sets = cut_rows(batch, rates.size)
+            moved = update(loss, statistics, train, sets, rates)
             return constrain_layout(moved)
 
     # Also without a mesh: frozen weights may lie on more devices than the sets need.

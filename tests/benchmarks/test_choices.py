@@ -6,6 +6,7 @@ import math
 from benchmarks.dense_decorrelation import end_of
 from benchmarks.paper_table import carried_over
 from benchmarks.rate_search import compared
+from benchmarks.rates import at_edge
 from benchmarks.text_table import best_rate
 
 NAN = float("nan")
@@ -41,6 +42,18 @@ def test_a_found_rate_is_compared_with_the_best_of_the_sweep():
     assert compared({"rate": 0.3}, {"0.1": 2.0, "0.3": 1.0})["at_edge"]
     # One that is not in the sweep counts as the worst.
     assert compared({"rate": 0.001}, sweep)["excess"] == math.inf
+
+
+def test_a_rate_is_at_the_edge_if_none_that_was_tried_lies_beyond_it():
+    assert [at_edge(rate, (0.3, 0.1, 1.0)) for rate in (0.1, 0.3, 1.0)] == [
+        True,
+        False,
+        True,
+    ]
+    # By their size, not by their letters.
+    assert at_edge("3e-05", {"0.1": 1.0, "3e-05": 1.0, "0.003": 1.0})
+    # Of one or two rates, each is at the edge.
+    assert at_edge(0.1, [0.1]) and at_edge(0.1, [0.1, 0.3])
 
 
 def test_rows_of_an_earlier_run_keep_their_date(tmp_path):

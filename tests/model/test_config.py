@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from rwkv7_jax.model.config import RWKV7Config
@@ -33,6 +34,17 @@ def test_a_wrong_size_is_named_in_one_sentence(unchecked, change, sentence):
     with pytest.raises(ValueError) as caught:
         RWKV7Config(**({"vocab_size": 16, "num_layers": 1, "width": 64} | change))
     assert str(caught.value) == f"RWKV7Config: {sentence}"
+
+
+def test_integers_of_numpy_are_sizes_as_those_of_python(unchecked):
+    config = RWKV7Config(vocab_size=np.int64(16), num_layers=np.int32(1), width=64)
+    assert config == RWKV7Config(vocab_size=16, num_layers=1, width=64)
+    # JSON writes no others.
+    assert type(config.vocab_size) is int and type(config.num_layers) is int
+    with pytest.raises(
+        ValueError, match=r"`width` must be .* got np\.float64\(64\.0\)"
+    ):
+        RWKV7Config(vocab_size=16, num_layers=1, width=np.float64(64))
 
 
 def test_a_misspelt_field_is_an_error():

@@ -2,7 +2,7 @@
 
 import abc
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -81,6 +81,9 @@ class TrainingMode(abc.ABC):
     # Whether the first step is evaluated before it is made, as the last one is after it.
     measures_start: ClassVar[bool] = True
 
+    # Whether the result is a tuned state, which is not saved where it is worse than no tuning.
+    tunes_state: ClassVar[bool] = False
+
     model: RWKV7
     tokenizer: Tokenizer
     frozen: Params | None = None
@@ -146,6 +149,18 @@ class TrainingMode(abc.ABC):
     @abc.abstractmethod
     def save(self, folder: Path, params: Any) -> Path:
         """Writes the result of the run into a folder and returns the path of the file."""
+
+    def save_without(self, names: Sequence[str], folder: Path, params: Any) -> Path:
+        """Writes the result as `save` does, but for the states of some names, if it has several."""
+        return self.save(folder, params)
+
+    def state_files(self, folder: Path) -> dict[str, Path]:
+        """Returns the files of tuned states by name; a single state has the name ""."""
+        return {}
+
+    def member(self, name: str) -> "TrainingMode":
+        """Returns the mode of the state of a name; for "", the mode itself."""
+        return self
 
     @abc.abstractmethod
     def batches(self, start_step: int, mesh: Mesh | None) -> BatchSource:

@@ -28,6 +28,7 @@ class SingleStateMode(TrainingMode):
     """
 
     result_name: ClassVar[str] = "state.pth"
+    tunes_state = True
 
     frozen: Params
 
@@ -117,6 +118,10 @@ class SingleStateMode(TrainingMode):
         path = folder / self.result_name
         self.save_state(path, params, base_model=self.base_hash())
         return path
+
+    def state_files(self, folder: Path) -> dict[str, Path]:
+        """Returns the file of the tuned state, which has no name."""
+        return {"": folder / self.result_name}
 
     def base_hash(self) -> str:
         """Computes the hash of the frozen model, which files of its states name."""

@@ -346,29 +346,39 @@ class StackMode(TrainingMode):
             texts.append(f"{name}: {member.describe_data()}")
         return "; ".join(texts)
 
-    def save(
-        self, folder: Path, params: RWKV7State, *, without: Sequence[str] = ()
+    def save(self, folder: Path, params: RWKV7State) -> Path:
+        """Writes one file for each state and returns the path of their folder."""
+        return self.save_without((), folder, params)
+
+    def save_without(
+        self, names: Sequence[str], folder: Path, params: RWKV7State
     ) -> Path:
-        """Writes one file for each state and returns the path of their folder.
+        """Writes one file for each state but some, and returns the path of their folder.
 
         Args:
+            names: of states that are not written.
             folder: of the run.
             params: of all states.
-            without: names of states that are not written.
         """
         # All that several processes do together comes first: then one may fail to write.
         base_model = next(iter(self.members.values())).base_hash()
         states = list(self.by_name(params))
+        files = self.state_files(folder)
         place = folder / RESULTS
         place.mkdir(exist_ok=True)
         for name, member, own in states:
-            if name in without:
-                continue
-            path = self.result_path(folder, name)
-            member.save_state(path, own, base_model=base_model)
+            if name not in names:
+                member.save_state(files[name], own, base_model=base_model)
         return place
 
-    def result_path(self, folder: Path, name: str) -> Path:
-        """Returns the path of a state's file in the folder of a run."""
-        suffix = Path(self.members[name].result_name).suffix
-        return folder / RESULTS / f"{name}{suffix}"
+    def state_files(self, folder: Path) -> dict[str, Path]:
+        """Returns the file of each state by its name."""
+        files = {}
+        for name, member in self.members.items():
+            suffix = Path(member.result_name).suffix
+            files[name] = folder / RESULTS / f"{name}{suffix}"
+        return files
+
+    def member(self, name: str) -> StateTuningMode:
+        """Returns the mode that the state of a name would have alone."""
+        return self.members[name]

@@ -1,4 +1,4 @@
-"""Positions of a batch cut into pieces, which are computed one after the other."""
+"""Positions of a batch cut into chunks, which are computed one after the other."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ CHUNK = 256
 class Cut(NamedTuple):
     """How rows and tokens are cut: into groups of `rows` rows and spans of `tokens` tokens.
 
-    Where a piece can have all rows, it has: a sharded batch then stays on its devices.
+    Where a chunk can have all rows, it has: a sharded batch then stays on its devices.
 
     Attributes:
         groups: of rows.
@@ -30,14 +30,14 @@ class Cut(NamedTuple):
 
     @classmethod
     def of(cls, rows: int, tokens: int, chunk: int) -> "Cut":
-        """Cuts [rows tokens] into pieces of equal size, of at most `chunk` positions."""
+        """Cuts [rows tokens] into chunks of equal size, of at most `chunk` positions."""
         groups = max(-(-rows // chunk), 1)
-        # Pieces of equal size: the last one is not filled up with more than it has to be.
+        # Chunks of equal size: the last one is not filled up with more than it has to be.
         rows = -(-rows // groups)
         spans = max(-(-tokens // max(chunk // max(rows, 1), 1)), 1)
         return cls(groups, rows, spans, -(-tokens // spans))
 
-    def pieces(self, x: Shaped[Array, "B T ..."]) -> Shaped[Array, "P C ..."]:
+    def chunks(self, x: Shaped[Array, "B T ..."]) -> Shaped[Array, "P C ..."]:
         """Cuts an array; zeros fill it up."""
         rows = self.rows * self.groups - x.shape[0]
         tokens = self.tokens * self.spans - x.shape[1]
@@ -51,7 +51,7 @@ class Cut(NamedTuple):
         )
 
     def join(self, x: Shaped[Array, "P C ..."], rows: int, tokens: int) -> Array:
-        """Joins pieces to [rows tokens ...]."""
+        """Joins chunks to [rows tokens ...]."""
         x = x.reshape(self.groups, self.spans, self.rows, self.tokens, *x.shape[2:])
         x = jnp.moveaxis(x, (0, 1), (1, 2))
         x = x.reshape(self.rows * self.groups, self.spans * self.tokens, *x.shape[4:])
@@ -61,19 +61,19 @@ class Cut(NamedTuple):
 def map_token_chunks(
     per_token: Callable, *arrays: Shaped[Array, "B T ..."], chunk: int = CHUNK
 ) -> Any:
-    """Applies `per_token` to pieces of the positions one after the other, and joins the results.
+    """Applies `per_token` to chunks of the positions one after the other, and joins the results.
 
-    A piece's intermediate values are not stored but computed again in the backward pass.
+    A chunk's intermediate values are not stored but computed again in the backward pass.
 
     Args:
         per_token: maps arrays [C ...] to a tree of arrays [C].
-        *arrays: arrays to cut; zeros fill the last pieces.
+        *arrays: arrays to cut; zeros fill the last chunks.
         chunk: the largest C.
     """
     rows, tokens = arrays[0].shape[:2]
     cut = Cut.of(rows, tokens, chunk)
-    # Without the checkpoint, the scan of the backward pass would store every piece's logits.
-    per_piece = jax.checkpoint(per_token)
-    pieces = tuple(cut.pieces(x) for x in arrays)
-    results = jax.lax.map(lambda xs: per_piece(*xs), pieces)
+    # Without the checkpoint, the scan of the backward pass would store every chunk's logits.
+    per_chunk = jax.checkpoint(per_token)
+    chunks = tuple(cut.chunks(x) for x in arrays)
+    results = jax.lax.map(lambda xs: per_chunk(*xs), chunks)
     return jax.tree.map(lambda x: cut.join(x, rows, tokens), results)

@@ -1,0 +1,50 @@
+"""Argument checks shared by the public functions.
+
+A check knows the argument and not the function that the user called: its message begins with the
+argument in backticks. The public function adds its own name, once, with `prefix_errors`.
+"""
+
+from rwkv7_jax.checks.arrays import as_array, check_indices, is_known, is_traced
+from rwkv7_jax.checks.errors import prefix_errors
+from rwkv7_jax.checks.models import check_model, check_params, leaf_at
+from rwkv7_jax.checks.tokens import (
+    check_ids,
+    check_lengths,
+    check_prompts,
+    check_tokens,
+)
+from rwkv7_jax.checks.values import (
+    check_choice,
+    check_count,
+    check_function,
+    check_instance,
+    check_key,
+    check_number,
+    check_seed,
+    check_size,
+    typed_key,
+)
+
+__all__ = [
+    "as_array",
+    "check_choice",
+    "check_count",
+    "check_function",
+    "check_ids",
+    "check_indices",
+    "check_instance",
+    "check_key",
+    "check_lengths",
+    "check_model",
+    "check_number",
+    "check_params",
+    "check_prompts",
+    "check_seed",
+    "check_size",
+    "check_tokens",
+    "is_known",
+    "is_traced",
+    "leaf_at",
+    "prefix_errors",
+    "typed_key",
+]

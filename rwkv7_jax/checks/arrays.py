@@ -1,0 +1,79 @@
+"""Checks of arrays, and what can be known of one that is traced."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+
+def is_traced(value: Any) -> bool:
+    """Tells whether a value is only known inside a compiled program, so that it cannot be read."""
+    return isinstance(value, Tracer)
+
+
+def is_known(value: Any) -> bool:
+    """Tells whether an array's numbers can be read here: not traced, and all of it on this host."""
+    if is_traced(value) or isinstance(value, jax.ShapeDtypeStruct):
+        return False
+    return getattr(value, "is_fully_addressable", True)
+
+
+def as_array(value: Any, argument: str) -> Any:
+    """Returns an array as it is, and a list of numbers as a NumPy array.
+
+    Args:
+        value: an array, a tracer, or lists of numbers of one length.
+        argument: the argument in backticks; the message begins with it.
+
+    Raises:
+        TypeError: the value is no array of numbers.
+        ValueError: lists of different lengths.
+    """
+    if isinstance(value, jax.Array | np.ndarray):
+        return value
+    # Shapes without numbers, as in `jax.eval_shape`.
+    # Tensors of PyTorch have dtypes of another kind.
+    if hasattr(value, "shape") and isinstance(getattr(value, "dtype", None), np.dtype):
+        return value
+    if not isinstance(value, list | tuple | range):
+        raise TypeError(f"{argument} must be an array; got {type(value).__name__}.")
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError(
+            f"{argument} must be rows of one length; got a ragged list."
+        ) from None
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{argument} must hold numbers; got a list of {array.dtype}.")
+    # NumPy's float64 and int64 are not what JAX would make of such a list.
+    if array.dtype == np.float64:
+        return array.astype(np.float32)
+    return array
+
+
+def check_indices(indices: Any, count: int, argument: str) -> None:
+    """Checks that integer indices lie inside an axis, counted from its end where negative.
+
+    Args:
+        indices: an integer or an array of them; those that are traced are not known, and pass.
+        count: the length of the axis.
+        argument: the argument in backticks; the message begins with it.
+
+    Raises:
+        TypeError: the indices are not integers.
+        ValueError: an index is outside the axis.
+    """
+    dtype = np.result_type(indices) if np.ndim(indices) == 0 else indices.dtype
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"{argument} must be integers; got {dtype}.")
+    if not is_known(indices):
+        return
+    values = np.asarray(indices)
+    wrong = (values < -count) | (values >= count)
+    if wrong.any():
+        raise ValueError(
+            f"{argument} must lie between {-count} and {count - 1}, because there are {count}; "
+            f"got {values[wrong][0]}."
+        )

@@ -1,0 +1,147 @@
+"""Checks of what train steps are given: their parameters, their arguments and each batch."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+from jax.tree_util import Partial
+
+from rwkv7_jax.checks import (
+    as_array,
+    check_count,
+    check_function,
+    check_instance,
+    prefix_errors,
+)
+from rwkv7_jax.optim.optimizer import check_optimizer
+
+
+def check_parameters(params: Any) -> None:
+    """Raises unless the leaves of a tree can be trained."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError(f"`params` must hold an array; got {params!r}.")
+    for path, leaf in leaves:
+        # Python's numbers become arrays; strings, functions and integers cannot be trained.
+        kind = getattr(leaf, "dtype", type(leaf))
+        is_trainable = kind in (float, complex) or (
+            hasattr(leaf, "dtype") and jnp.issubdtype(kind, jnp.inexact)
+        )
+        if not is_trainable:
+            name = jax.tree_util.keystr(path)
+            kind = getattr(kind, "__name__", kind)
+            raise TypeError(
+                f"`params`{name} must be an array of floating point numbers; got {kind}."
+            )
+
+
+def as_partial(function: Any, argument: str) -> Partial:
+    """Returns a function as a `Partial`, whose arrays are arguments of a compiled program."""
+    check_function(function, argument)
+    return function if isinstance(function, Partial) else Partial(function)
+
+
+def check_step_arguments(
+    loss: Any, tx: Any, statistics: Any, accumulate: Any, mesh: Any
+) -> tuple[Partial, Partial | None]:
+    """Checks the arguments that all train steps have.
+
+    Returns:
+        The loss and the statistics as `Partial`s.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: pieces below 1, or a mesh with axes of another type than `AxisType.Auto`.
+    """
+    loss = as_partial(loss, "`loss`")
+    check_optimizer(tx, "`tx`")
+    if statistics is not None:
+        statistics = as_partial(statistics, "`statistics`")
+    check_count(accumulate, 1, "`accumulate`")
+    if mesh is not None:
+        check_instance(mesh, Mesh, "`mesh`")
+        if any(kind != AxisType.Auto for kind in mesh.axis_types):
+            raise ValueError(
+                "`mesh` must have axes that the compiler partitions (AxisType.Auto), as those of "
+                f"sharding.make_mesh are; got {mesh.axis_types}."
+            )
+    return loss, statistics
+
+
+def _check_fields(batch: Any, *, needs_shares: bool) -> None:
+    """Raises unless a batch has what a step needs, with the same rows in every array."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"`batch` must be a Batch or a mapping; got {type(batch).__name__}."
+        )
+    names = ", ".join(map(str, batch))
+    if "tokens" not in batch:
+        raise ValueError(f"`batch` must hold 'tokens'; it has {names}.")
+    if needs_shares and "mask" not in batch and "weights" not in batch:
+        raise ValueError(f"`batch` must hold 'mask' or 'weights'; it has {names}.")
+    rows = as_array(batch["tokens"], "`batch.tokens`").shape[:1]
+    for name in ("mask", "weights"):
+        if name not in batch:
+            continue
+        shape = tuple(as_array(batch[name], f"`batch.{name}`").shape)
+        # Broadcasting would hide it: a mask of one row multiplies the loss of B rows by B.
+        if shape[:1] != rows:
+            raise ValueError(
+                f"`batch.{name}` must have the {rows} rows of its tokens; got shape {shape}."
+            )
+
+
+class CheckedProgram(functools.partial):
+    """A compiled program with its frozen arguments, which looks at batches before they are traced.
+
+    Shapes are looked at once for each new set of them. Ids are looked at in every batch that still
+    lies in NumPy arrays, and in the first one of each shape that lies on a device: to read later
+    ones would wait for their transfer.
+
+    Attributes:
+        caller: the public function's name, for messages.
+        needs_shares: whether a batch must tell how much each target counts.
+        seen: shapes and dtypes of batches that were looked at.
+    """
+
+    caller: str
+    needs_shares: bool
+    seen: set
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Checks the batch, then runs the program."""
+        batch = arguments[1] if len(arguments) > 1 else named.get("batch")
+        self._check(batch)
+        return super().__call__(*arguments, **named)
+
+    def _check(self, batch: Any) -> None:
+        leaves = jax.tree.leaves(batch)
+        described = tuple(
+            (np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in leaves
+        )
+        names = tuple(batch) if isinstance(batch, Mapping) else type(batch)
+        key = (names, described)
+        on_host = any(isinstance(leaf, np.ndarray) for leaf in leaves)
+        if key in self.seen and not on_host:
+            return
+        check = getattr(self.args[0].func, "check_batch", None)
+        with prefix_errors(self.caller):
+            _check_fields(batch, needs_shares=self.needs_shares)
+            if check is not None:
+                check(batch)
+        self.seen.add(key)
+
+
+def checked_program(
+    program: Callable, *frozen: Any, caller: str, needs_shares: bool
+) -> CheckedProgram:
+    """Binds a program's frozen arguments, of which the first is the loss."""
+    checked = CheckedProgram(program, *frozen)
+    checked.caller = caller
+    checked.needs_shares = needs_shares
+    checked.seen = set()
+    return checked
