@@ -1,6 +1,7 @@
 """A run that was stopped and continued equals an unbroken one, bit for bit, in every mode."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -40,14 +41,26 @@ def ended(folder: Path) -> tuple[dict, list[dict]]:
     return record, [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, base_model):
+    """Makes a mode's run that nothing stops, once for all tests; gives its folder."""
+
+    @functools.cache
+    def run(mode):
+        folder = tmp_path_factory.mktemp("unbroken") / "run"
+        train_here(mode_settings(mode, base_model), folder)
+        return folder
+
+    return run
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_run_stopped_by_a_signal_continues_with_the_same_bits(
-    tmp_path, base_model, mode, capsys
+    tmp_path, base_model, unbroken, mode, capsys
 ):
     # After step 2 an evaluation is due. The signal ends it, and the continued run makes up for it.
     settings = mode_settings(mode, base_model)
     stop = 3 if mode in ("pretrain", "grpo") else 2
-    train_here(settings, tmp_path / "one")
     with (
         stopping_at(stop),
         pytest.raises(Stopped, match=f"stopped by SIGTERM; step {stop} is saved"),
@@ -55,7 +68,7 @@ def test_a_run_stopped_by_a_signal_continues_with_the_same_bits(
         train_here(settings, tmp_path / "two")
     train_here(settings, tmp_path / "two")
     assert f"resume    from step {stop}" in capsys.readouterr().out
-    one, two = (ended(tmp_path / name) for name in ("one", "two"))
+    one, two = (ended(folder) for folder in (unbroken(mode), tmp_path / "two"))
     assert one[0]["leaves"] == two[0]["leaves"]
     assert one[0]["course"] == two[0]["course"]
     assert one[1] == two[1]
@@ -86,19 +99,16 @@ def test_a_run_of_several_updates_a_step_continues_with_the_same_bits(
 
 
 def test_weights_trained_by_dbp_move_otherwise_and_a_run_of_them_is_resumed(
-    tmp_path, base_model
+    tmp_path, base_model, unbroken
 ):
-    plain = mode_settings("pretrain", base_model, evaluation__patience=0)
-    train_here(plain, tmp_path / "plain")
     changes = {"optimizer__decorrelate": "dbp", "evaluation__patience": 0}
     train_here(
         mode_settings("pretrain", base_model, steps=3, **changes), tmp_path / "two"
     )
     for name in ("one", "two"):
         train_here(mode_settings("pretrain", base_model, **changes), tmp_path / name)
-    one, two, plain = (
-        ended(tmp_path / name)[0]["leaves"] for name in ("one", "two", "plain")
-    )
+    folders = (tmp_path / "one", tmp_path / "two", unbroken("pretrain"))
+    one, two, plain = (ended(folder)[0]["leaves"] for folder in folders)
     assert one == two
     name = "params/layer_0/att/key/weight"
     assert one[name] != plain[name]
@@ -205,15 +215,14 @@ def test_with_patience_the_result_is_the_best_steps(
 
 
 def test_a_run_continues_on_another_machine_from_its_backup_with_the_same_bits(
-    tmp_path, base_model
+    tmp_path, base_model, unbroken
 ):
     settings = mode_settings("state", base_model)
-    train_here(settings, tmp_path / "one")
     copied = dataclasses.replace(settings, backup=f"file://{tmp_path}/bucket")
     with stopping_at(2), pytest.raises(Stopped):
         train_here(copied, tmp_path / "lost")
     train_here(copied, tmp_path / "two")
-    assert ended(tmp_path / "two") == ended(tmp_path / "one")
-    assert (tmp_path / "bucket" / "state.pth").read_bytes() == (
-        tmp_path / "one" / "state.pth"
-    ).read_bytes()
+    one = unbroken("state")
+    assert ended(tmp_path / "two") == ended(one)
+    copy = tmp_path / "bucket" / "state.pth"
+    assert copy.read_bytes() == (one / "state.pth").read_bytes()

@@ -1,5 +1,6 @@
 """Arrays that are alive during a run: a continued run holds what a new one does, in every mode."""
 
+import functools
 import gc
 import time
 
@@ -31,7 +32,7 @@ def live_buffers() -> dict[int, int]:
     return buffers
 
 
-def measure(monkeypatch, settings, folder) -> tuple[int, int]:
+def measure(settings, folder) -> tuple[int, int]:
     """Runs train.py and gives, of the first device, the run's live bytes and its parameters'."""
     gc.collect()
     # Held until the end: an address that is freed could be taken by an array of the run.
@@ -49,7 +50,7 @@ def measure(monkeypatch, settings, folder) -> tuple[int, int]:
             measured.append((new, bytes_on_a_device(params)))
         return original(pipeline, step, params)
 
-    with monkeypatch.context() as patches:
+    with pytest.MonkeyPatch.context() as patches:
         patches.setattr(InputPipeline, "__call__", measuring)
         train_here(settings, folder)
     del earlier_arrays
@@ -68,15 +69,26 @@ def quiet_settings(mode, base_model, **changes):
     )
 
 
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, base_model):
+    """Measures runs, each once for all tests: `measured(mode, is_continued, **changes)`."""
+
+    @functools.cache
+    def run(mode, is_continued, **changes):
+        folder = tmp_path_factory.mktemp("run")
+        if is_continued:
+            short = quiet_settings(mode, base_model, steps=RESUMED_STEP, **changes)
+            train_here(short, folder)
+        long = quiet_settings(mode, base_model, steps=MEASURED_STEP + 1, **changes)
+        return measure(long, folder)
+
+    return run
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_a_continued_run_holds_as_many_bytes_as_a_new_one(
-    tmp_path, base_model, mode, monkeypatch
-):
-    short = quiet_settings(mode, base_model, steps=RESUMED_STEP)
-    long = quiet_settings(mode, base_model, steps=MEASURED_STEP + 1)
-    train_here(short, tmp_path / "continued")
-    new, _ = measure(monkeypatch, long, tmp_path / "new")
-    continued, _ = measure(monkeypatch, long, tmp_path / "continued")
+def test_a_continued_run_holds_as_many_bytes_as_a_new_one(measured, mode):
+    new, _ = measured(mode, False)
+    continued, _ = measured(mode, True)
     assert continued == new
 
 
@@ -85,12 +97,8 @@ def test_a_continued_run_holds_as_many_bytes_as_a_new_one(
     "init", [False, True], ids=["new weights", "from a checkpoint"]
 )
 def test_training_with_adamw_holds_three_times_the_weights(
-    tmp_path, base_model, monkeypatch, continued, init
+    base_model, measured, continued, init
 ):
     changes = {"init": str(base_model)} if init else {}
-    short = quiet_settings("pretrain", base_model, steps=RESUMED_STEP, **changes)
-    long = quiet_settings("pretrain", base_model, steps=MEASURED_STEP + 1, **changes)
-    if continued:
-        train_here(short, tmp_path)
-    held, weights = measure(monkeypatch, long, tmp_path)
+    held, weights = measured("pretrain", continued, **changes)
     assert 3 * weights <= held <= 3.1 * weights

@@ -1,6 +1,7 @@
 """Runs of train.py whose weights lie in shards on eight devices."""
 
 import csv
+import functools
 
 import numpy as np
 import pytest
@@ -52,11 +53,26 @@ def settings_of(mode, base_model):
     return "state_tuning", named | {"init": base_model}
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, base_model):
+    """Makes the losses of a mode's run on one device, once for all tests."""
+
+    @functools.cache
+    def run(mode):
+        config, settings = settings_of(mode, base_model)
+        folder = tmp_path_factory.mktemp(mode)
+        finish(start(folder, config, environment=devices(1), **settings))
+        return losses(folder)
+
+    return run
+
+
 @pytest.mark.parametrize("mode", ["pretrain", "state"])
-def test_a_run_in_shards_has_the_losses_of_one_device(tmp_path, base_model, mode):
+def test_a_run_in_shards_has_the_losses_of_one_device(
+    tmp_path, base_model, alone, mode
+):
     config, settings = settings_of(mode, base_model)
     runs = {
-        "alone": (1, "auto"),
         "fsdp": (8, "fsdp=8"),
         "both": (8, "data=2,fsdp=4"),
         "heads": (8, "data=2,fsdp=2,tensor=2"),
@@ -72,13 +88,14 @@ def test_a_run_in_shards_has_the_losses_of_one_device(tmp_path, base_model, mode
         )
     said = {name: finish(process)[0] for name, process in started.items()}
     assert "mesh      data 1, fsdp 8" in said["fsdp"]
-    alone = losses(tmp_path / "alone")
-    assert len(alone) == STEPS
-    for name in ("fsdp", "both", "heads"):
-        assert relative_error(losses(tmp_path / name), alone) <= SAME["model"], name
+    expected = alone(mode)
+    assert len(expected) == STEPS
+    for name in runs:
+        error = relative_error(losses(tmp_path / name), expected)
+        assert error <= SAME["model"], name
 
 
-def test_a_run_goes_on_with_another_mesh_and_on_one_device(tmp_path):
+def test_a_run_goes_on_with_another_mesh_and_on_one_device(tmp_path, alone):
     place = tmp_path / "run"
     for steps, count, mesh in (
         (3, 8, "fsdp=8"),
@@ -94,6 +111,5 @@ def test_a_run_goes_on_with_another_mesh_and_on_one_device(tmp_path):
             )
         )
     assert "resume    from step 5" in said
-    finish(start(tmp_path / "alone", environment=devices(1), **RUN))
-    error = relative_error(losses(place), losses(tmp_path / "alone"))
+    error = relative_error(losses(place), alone("pretrain"))
     assert error <= SAME["model"]

@@ -1,12 +1,14 @@
 """The model and the vocabulary of a run, as its settings describe them."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from rwkv7_jax import sharding
 from rwkv7_jax.array_types import Params
@@ -143,17 +145,25 @@ def init_weights(model: RWKV7, seed: int, mesh: Mesh | None = None) -> Params:
     Raises:
         ValueError: a mesh that does not divide the heads.
     """
-    # One token is enough: no parameter's shape depends on the batch or the length.
-    tokens = jnp.zeros((1, 1), jnp.int32)
-
-    def init(key):
-        return model.init(key, tokens, init_state(model.config))["params"]
-
-    key = jax.random.key(seed)
-    shards = None
     if mesh is not None:
         parts = mesh.shape.get(sharding.TENSOR, 1)
         sharding.check_shared_heads(model.config, parts, "`config.mesh`")
-        shards = sharding.shardings(mesh, jax.eval_shape(init, key))
+    return _initializer(model, mesh)(jax.random.key(seed))
+
+
+# Kept: a run describes its weights before it makes them, and tracing takes as long as compiling.
+@functools.lru_cache(maxsize=4)
+def _initializer(model: RWKV7, mesh: Mesh | None) -> Callable[[Array], Params]:
+    """Makes the program from a key to new weights; on a mesh in their shards."""
+
     # One program: without `jit`, Flax would run the model's forward pass op by op.
-    return jax.jit(init, out_shardings=shards)(key)
+    @jax.jit
+    def init(key):
+        # One token is enough: no parameter's shape depends on the batch or the length.
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        return model.init(key, tokens, init_state(model.config))["params"]
+
+    if mesh is None:
+        return init
+    shards = sharding.shardings(mesh, jax.eval_shape(init, jax.random.key(0)))
+    return jax.jit(init, out_shardings=shards)
