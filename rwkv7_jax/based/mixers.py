@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.eager import compiled_when_eager
 from rwkv7_jax.array_types import Activations, Heads, Lengths
 from rwkv7_jax.based.state import ConvMemory, WindowMemory
 from rwkv7_jax.based.taylor import wide_dtype
@@ -47,6 +48,7 @@ def short_convolution(
     return y, ConvMemory(jnp.take_along_axis(seen, last[:, :, None], axis=1))
 
 
+@compiled_when_eager
 def window_attention(
     q: Heads,
     k: Heads,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels.eager import compiled_when_eager
 from rwkv7_jax.array_types import Lengths
 from rwkv7_jax.checks import as_array, check_count, prefix_errors
 from rwkv7_jax.model.inputs import safe_lengths
@@ -130,7 +131,7 @@ def linear_attention(
         v = jnp.where(counts, v, 0)
     size = max(1, min(chunk, tokens))
     pieces = [_chunks(x, size) for x in (q, k, v)]
-    state, y = jax.lax.scan(_step, state, tuple(pieces))
+    state, y = _attend_to_chunks(state, *pieces)
     # [pieces B C H Nv] to [B T H Nv], without the zeros that filled up the last chunk.
     y = jnp.moveaxis(y, 0, 1)
     y = y.reshape(y.shape[0], y.shape[1] * size, *y.shape[3:])
@@ -149,6 +150,14 @@ def _step(state: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, Array
     # Zero only where nothing has been read at all, in a row without tokens that count.
     y = sums[..., :-1] / jnp.where(total == 0, 1, total)
     return state + _einsum("bthf,bthn->bhfn", features(k), v), y
+
+
+@compiled_when_eager
+def _attend_to_chunks(
+    state: Array, q: Array, k: Array, v: Array
+) -> tuple[Array, Array]:
+    """Attends chunk by chunk, and updates the state after each."""
+    return jax.lax.scan(_step, state, (q, k, v))
 
 
 def _chunks(x: Array, size: int) -> Array:

@@ -87,6 +87,21 @@ class RWKV7(nn.Module):
         return super().apply(variables, *arguments, **named)
 
     @nn.nowrap
+    def init(self, rngs: Any, *arguments: Any, **named: Any) -> dict[str, Any]:
+        """Draws new weights, `{"params": params}`, in one program.
+
+        Args:
+            rngs: a random key.
+            *arguments: of the call: tokens of any shape [B T], a state of B rows.
+            **named: as of `flax.linen.Module.init`.
+        """
+        if named or len(arguments) != 2 or not is_eager():
+            return super().init(rngs, *arguments, **named)
+        tokens, state = arguments
+        tokens, *_ = self._checked(tokens, state, None, None)
+        return _init_compiled(self, rngs, tokens, state)
+
+    @nn.nowrap
     def _apply_on_each(
         self,
         variables: Mapping[str, Any],
@@ -360,6 +375,15 @@ def _trace_specs(names: Iterable[str], rows: Any, time: Any) -> dict[str, Any]:
         heads = sharding.TENSOR if name in BY_HEADS else None
         specs[name] = PartitionSpec(None, rows, time, heads)
     return specs
+
+
+# Left alone, Flax would run the whole model op by op to draw its weights.
+@functools.partial(jax.jit, static_argnums=0)
+def _init_compiled(
+    model: RWKV7, rngs: Any, tokens: Tokens, state: RWKV7State
+) -> dict[str, Any]:
+    """Draws the weights of a model that no other program initialises."""
+    return nn.Module.init(model, rngs, tokens, state)
 
 
 # Compiled once for its sizes. Without a program around it the scan over layers would be compiled

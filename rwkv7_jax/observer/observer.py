@@ -143,14 +143,11 @@ def init_observer(
     # Three keys, in this order: a seed must keep on giving the same observer.
     model_key, left_key, right_key = jax.random.split(key, 3)
     tokens = jnp.zeros((1, 1), jnp.int32)
-    # One compiled program: drawing leaf by leaf would compile one for each shape.
-    init = jax.jit(
-        lambda key: observer.model.init(key, tokens, init_state(config))["params"]
-    )
+    variables = observer.model.init(model_key, tokens, init_state(config))
     # A proposal is a sum over J products of two maps, each of which sums over n.
     scale = (config.head_size * shapes["left"][2] ** 0.5) ** -0.5
     params = {
-        "model": init(model_key),
+        "model": variables["params"],
         "left": scale * jax.random.normal(left_key, shapes["left"], jnp.float32),
         "right": scale * jax.random.normal(right_key, shapes["right"], jnp.float32),
         "bias": jnp.asarray(first, jnp.float32),

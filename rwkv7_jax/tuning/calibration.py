@@ -260,26 +260,29 @@ def _fit_features(
     )
 
 
+@jax.jit
+def _moments(
+    layer: Features, reads: Float[Array, "R H Nk"]
+) -> tuple[Float[Array, "1 H M"], Float[Array, "1 H M M"]]:
+    """Computes the mean and the covariance of a layer's features."""
+    phi = kernel_features(layer, reads[None])[0]
+    mean = jnp.mean(phi, axis=0, keepdims=True)
+    centred = phi - mean
+    products = jnp.einsum("rhm,rhn->hmn", centred, centred, precision="highest")
+    return mean, products[None] / len(reads)
+
+
 def _prepare(
     features: Features, reads: np.ndarray, prepare: str, damping: float
 ) -> Features:
     """Centres the features on `reads`, and whitens them if asked."""
-
-    @jax.jit
-    def moments(layer: Features, x):
-        phi = kernel_features(layer, x[None])[0]
-        mean = jnp.mean(phi, axis=0, keepdims=True)
-        centred = phi - mean
-        products = jnp.einsum("rhm,rhn->hmn", centred, centred, precision="highest")
-        return mean, products[None] / len(x)
-
     means = []
     covariances = []
     # One layer at a time: the features of all reads of all layers may not fit.
     for index, x in enumerate(reads):
         layer = jax.tree.map(lambda leaf, index=index: leaf[index], features)
         # mean [1 H M] and covariance [1 H M M]; the axis of 1 is the batch's.
-        mean, covariance = moments(layer, x)
+        mean, covariance = _moments(layer, x)
         means.append(mean)
         covariances.append(covariance)
     mean = jnp.stack(means)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels.eager import compiled_when_eager
 from rwkv7_jax.array_types import Params, Tokens
 from rwkv7_jax.checks import (
     as_array,
@@ -235,10 +236,15 @@ def upscale(
     return init_state(model.config).replace(upscaled=upscaled)
 
 
+@compiled_when_eager
+def _ratios(upscaled: Upscaled, parts: dict[str, Array]) -> Array:
+    """Computes the stability ratios of all layers, one layer after the other."""
+    return jax.lax.map(lambda layer: stability_ratio(*layer), (upscaled, parts))
+
+
 def _warn_of_growth(upscaled: Upscaled, parts: dict[str, Array]) -> None:
     """Warns if one step can make the state grow."""
-    ratios = jax.lax.map(lambda layer: stability_ratio(*layer), (upscaled, parts))
-    excess = float(jnp.max(ratios))
+    excess = float(jnp.max(_ratios(upscaled, parts)))
     if excess > 1:
         warnings.warn(
             f"upscale: `dynamics` {upscaled.dynamics} removes up to {excess:.3g} times what a "
