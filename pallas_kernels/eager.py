@@ -11,13 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 
 def is_eager() -> bool:
     """Tells whether operations run as they are called: no program around them is being traced."""
     # Not by arguments: those of a gradient or of `vmap` are traced without a program, too. A new
     # array is traced only where all that is computed goes into one.
-    return not isinstance(jnp.zeros(1), jax.core.Tracer)
+    return not isinstance(jnp.zeros(1), Tracer)
 
 
 def compiled_when_eager(

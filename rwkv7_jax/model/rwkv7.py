@@ -87,7 +87,7 @@ class RWKV7(nn.Module):
         return super().apply(variables, *arguments, **named)
 
     @nn.nowrap
-    def init(self, rngs: Any, *arguments: Any, **named: Any) -> dict[str, Any]:
+    def init(self, rngs: Any, *arguments: Any, **named: Any) -> Any:
         """Draws new weights, `{"params": params}`, in one program.
 
         Args:
@@ -379,9 +379,7 @@ def _trace_specs(names: Iterable[str], rows: Any, time: Any) -> dict[str, Any]:
 
 # Left alone, Flax would run the whole model op by op to draw its weights.
 @functools.partial(jax.jit, static_argnums=0)
-def _init_compiled(
-    model: RWKV7, rngs: Any, tokens: Tokens, state: RWKV7State
-) -> dict[str, Any]:
+def _init_compiled(model: RWKV7, rngs: Any, tokens: Tokens, state: RWKV7State) -> Any:
     """Draws the weights of a model that no other program initialises."""
     return nn.Module.init(model, rngs, tokens, state)
 

@@ -65,7 +65,9 @@ class Comparison:
 
     def measure(self, held_out: HeldOut) -> dict[str, Score] | dict[str, Answers]:
         """Measures every start state on the same rows."""
-        model, params, batch = self.model, self.params, held_out.batch
+        model = self.model
+        params = self.params
+        batch = held_out.batch
         if held_out.is_task:
             return {
                 name: score_answers(model, params, start, batch)

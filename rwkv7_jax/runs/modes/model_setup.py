@@ -148,12 +148,12 @@ def init_weights(model: RWKV7, seed: int, mesh: Mesh | None = None) -> Params:
     if mesh is not None:
         parts = mesh.shape.get(sharding.TENSOR, 1)
         sharding.check_shared_heads(model.config, parts, "`config.mesh`")
-    return _initializer(model, mesh)(jax.random.key(seed))
+    return _initializer(model.config, mesh)(jax.random.key(seed))
 
 
 # Kept: a run describes its weights before it makes them, and tracing takes as long as compiling.
 @functools.lru_cache(maxsize=4)
-def _initializer(model: RWKV7, mesh: Mesh | None) -> Callable[[Array], Params]:
+def _initializer(config: RWKV7Config, mesh: Mesh | None) -> Callable[[Array], Params]:
     """Makes the program from a key to new weights; on a mesh in their shards."""
 
     # One program: without `jit`, Flax would run the model's forward pass op by op.
@@ -161,7 +161,7 @@ def _initializer(model: RWKV7, mesh: Mesh | None) -> Callable[[Array], Params]:
     def init(key):
         # One token is enough: no parameter's shape depends on the batch or the length.
         tokens = jnp.zeros((1, 1), jnp.int32)
-        return model.init(key, tokens, init_state(model.config))["params"]
+        return RWKV7(config).init(key, tokens, init_state(config))["params"]
 
     if mesh is None:
         return init
