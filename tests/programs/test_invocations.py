@@ -177,6 +177,8 @@ OTHERS = [
     ([STATE, HERE, "--config.init=TMP/name.py"], ["name.py"]),
     ([TEST_TIME, HERE], ["`config.init` must name"]),
     ([CONFIG, HERE, "--config.trackers=nobody"], ["nobody"]),
+    ([CONFIG, HERE, "--config.bos=(1, 4)"], ["`config.bos` must be left out"]),
+    ([CONFIG, HERE, "--config.tasks=gsm8k"], ["`config.tasks` must be left out"]),
     ([CONFIG, HERE, "--config.model.head_size=48"], ["`head_size`"]),
 ]
 
@@ -203,6 +205,8 @@ def refusals():
     yield from OTHERS
 
 
+# What the config of a pre-training run needs to tune a state.
+TUNED = ["--config.mode=state", "--config.optimizer={}"]
 ACCEPTED = [
     [],
     ["--config.optimizer.clip=None"],
@@ -215,9 +219,9 @@ ACCEPTED = [
     ["--config.allow_nan"],
     ["--config.allow_nan=true"],
     ["--noconfig.allow_nan"],
-    ["--config.bos=(1, 4)"],
-    ["--config.evaluation.prompt_tokens=(100,)"],
-    ["--config.evaluation.prompt_tokens=100"],
+    [*TUNED, "--config.tuning.rates=(0.1, 1)"],
+    [*TUNED, "--config.tuning.rates=(0.1,)"],
+    [*TUNED, "--config.tuning.rates=0.1"],
     ["--config.evaluation.enough", "-3.5"],
     ["--config.model.remat=block", "--config.model.implementation=None"],
     ["--config.model={'vocab_size': 257, 'num_layers': 1, 'width': 64}"],

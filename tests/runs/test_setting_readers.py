@@ -16,7 +16,11 @@ from rwkv7_jax.runs.settings import (
     as_config,
     read_settings,
 )
-from rwkv7_jax.runs.settings.readers import _READERS, is_read
+from rwkv7_jax.runs.settings.readers import (
+    _READERS,
+    is_read,
+    refuse_settings_of_evaluation,
+)
 
 METHODS = typing.get_args(TestTimeMethod)
 
@@ -81,6 +85,68 @@ def test_a_setting_that_a_run_does_not_read_is_refused_by_name(kind, name, value
     message = str(caught.value)
     assert message.startswith(f"`config.{name}` must be left out")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "others"),
+    [
+        ("state", "tuning.anchor_path", "stdlib", {"tuning.anchor": 0.0}),
+        ("distil", "test_time.hint", "Think.", {"test_time.guide": "traces.jsonl"}),
+        ("distil", "test_time.traces", 8, {"test_time.guide": "traces.jsonl"}),
+        ("distil", "test_time.at_once", 8, {"test_time.guide": "traces.jsonl"}),
+        ("distil", "test_time.substitute", ("a", "b"), {"test_time.guide": "t.jsonl"}),
+        ("distil", "test_time.vote_margin", 0.5, {"test_time.keep": "verified"}),
+        ("grpo", "test_time.epsilon_low", 0.1, {"test_time.updates": 1}),
+        ("grpo", "test_time.epsilon_high", 0.3, {"test_time.updates": 1}),
+        ("state", "decorrelation.rate", 0.5, {"tuning.decorrelate": "whiten"}),
+        ("pretrain", "decorrelation.average", 0.5, {"optimizer.decorrelate": "whiten"}),
+    ],
+)
+def test_a_setting_that_another_ones_value_leaves_unread_is_refused(
+    kind, name, value, others
+):
+    assert read_settings(values_of(kind, others))
+    with pytest.raises(ValueError) as caught:
+        read_settings(values_of(kind, others | {name: value}))
+    message = str(caught.value)
+    assert message.startswith(f"`config.{name}` must be left out where `config.")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "others"),
+    [
+        ("state", "tuning.anchor_path", "stdlib", {"tuning.anchor": 0.1}),
+        ("distil", "test_time.hint", "Think.", {"test_time.guide": "model.pth"}),
+        ("distil", "test_time.vote_margin", 0.5, {"test_time.keep": "majority"}),
+        ("grpo", "test_time.epsilon_high", 0.3, {"test_time.updates": 2}),
+        ("state", "decorrelation.damping", 0.5, {"tuning.decorrelate": "whiten"}),
+        ("state", "decorrelation.rate", 0.5, {"tuning.decorrelate": "dbp"}),
+    ],
+)
+def test_a_setting_that_another_ones_value_makes_read_is_taken(
+    kind, name, value, others
+):
+    assert read_settings(values_of(kind, others | {name: value}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("state", "poet.pth"),
+        ("tasks", "gsm8k"),
+        ("shots", 5),
+        ("limit", 10),
+        ("bos", (0,)),
+        ("workdir", "runs/x"),
+        ("evaluation.prompt_tokens", (100,)),
+    ],
+)
+def test_a_run_refuses_what_eval_py_alone_reads(name, value):
+    refuse_settings_of_evaluation(read_settings({}))
+    settings = read_settings(values_of("pretrain", {name: value}))
+    with pytest.raises(ValueError, match=rf"`config\.{name}` must be left out where"):
+        refuse_settings_of_evaluation(settings)
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "state", "upscaled_state", "observer"])

@@ -4,8 +4,8 @@ The kind of a run is its mode or, in mode "test_time", its method.
 """
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from rwkv7_jax.runs.settings.fields import shown
 
@@ -64,6 +64,66 @@ _READERS: dict[str, tuple[str, ...]] = {
     "test_time.vote_margin": ("distil",),
 }
 
+# What eval.py alone reads, a program with the same settings.
+_EVALUATION_ALONE = (
+    "state",
+    "tasks",
+    "task_data",
+    "shots",
+    "limit",
+    "bos",
+    "workdir",
+    "evaluation.prompt_tokens",
+)
+
+
+class _Unread(NamedTuple):
+    """Values of a setting under which others are not read.
+
+    Attributes:
+        when: the end of the sentence that refuses the others.
+        holds: tells whether the settings have such values.
+        names: of the others.
+    """
+
+    when: str
+    holds: Callable[[Any], bool]
+    names: tuple[str, ...]
+
+
+_UNREAD = (
+    _Unread(
+        "`config.tuning.anchor` is 0",
+        lambda settings: settings.tuning.anchor == 0,
+        ("tuning.anchor_path",),
+    ),
+    _Unread(
+        "`config.test_time.guide` is a file of traces",
+        lambda settings: (settings.test_time.guide or "").endswith(".jsonl"),
+        (
+            "test_time.hint",
+            "test_time.substitute",
+            "test_time.traces",
+            "test_time.at_once",
+            "test_time.vote_margin",
+        ),
+    ),
+    _Unread(
+        '`config.test_time.keep` is not "majority"',
+        lambda settings: settings.test_time.keep != "majority",
+        ("test_time.vote_margin",),
+    ),
+    # The ratio that they clip is 1 in the first update.
+    _Unread(
+        "`config.test_time.updates` is 1",
+        lambda settings: settings.test_time.updates == 1,
+        ("test_time.epsilon_low", "test_time.epsilon_high"),
+    ),
+)
+
+# Numbers of the online rule, which whitening once does not follow.
+_ONLINE = ("rate", "balance", "iterations", "average")
+
 # Groups and the setting that switches them on, by the kind of the run.
 _SWITCHES = {
     "pretrain": "optimizer.decorrelate",
@@ -106,7 +166,36 @@ def refuse_unread_settings(settings: Any) -> None:
                 f"`config.{name}` must be left out {_where(name, mode, method)}; got "
                 f"{shown(value)}."
             )
-    _refuse_numbers_without_decorrelation(settings)
+    for unread in _UNREAD:
+        if unread.holds(settings):
+            _refuse(settings, unread.names, unread.when)
+    _refuse_numbers_of_another_rule(settings)
+
+
+def refuse_settings_of_evaluation(settings: Any) -> None:
+    """Raises if a setting is set that eval.py alone reads.
+
+    Args:
+        settings: of a run of train.py, a `Settings`.
+
+    Raises:
+        ValueError: there is one; the message names it.
+    """
+    _refuse(settings, _EVALUATION_ALONE, "train.py runs, since eval.py alone reads it")
+
+
+def _refuse(settings: Any, names: tuple[str, ...], when: str) -> None:
+    """Raises if one of these settings, or one inside of them, is set."""
+    for name, value in _set_values(settings):
+        if _lies_in(name, names):
+            raise ValueError(
+                f"`config.{name}` must be left out where {when}; got {shown(value)}."
+            )
+
+
+def _lies_in(name: str, groups: tuple[str, ...]) -> bool:
+    """Tells whether a setting is one of these, or inside of one."""
+    return any(name == group or name.startswith(f"{group}.") for group in groups)
 
 
 def _where(name: str, mode: str, method: str) -> str:
@@ -131,16 +220,15 @@ def _set_values(settings: Any) -> Iterator[tuple[str, Any]]:
             yield field.name, value
 
 
-def _refuse_numbers_without_decorrelation(settings: Any) -> None:
+def _refuse_numbers_of_another_rule(settings: Any) -> None:
+    """Raises if numbers of the decorrelation are set that its rule does not read."""
     switch = _SWITCHES.get(settings.mode)
     if switch is None:
         return
     group, _, name = switch.partition(".")
-    if getattr(getattr(settings, group), name) != "none":
-        return
-    for number, value in _set_values(settings):
-        if number.startswith("decorrelation."):
-            raise ValueError(
-                f'`config.{number}` must be left out where `config.{switch}` is "none"; got '
-                f"{shown(value)}."
-            )
+    method = getattr(getattr(settings, group), name)
+    when = f'`config.{switch}` is "{method}"'
+    if method == "none":
+        _refuse(settings, ("decorrelation",), when)
+    if method == "whiten":
+        _refuse(settings, tuple(f"decorrelation.{one}" for one in _ONLINE), when)
