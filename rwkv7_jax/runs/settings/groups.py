@@ -400,6 +400,7 @@ class Settings:
 
     def _check_tasks(self) -> None:
         """Checks the names of tasks and of their files, before anything is read."""
+        names = self.task_names
         for task, files in self.task_data.items():
             name = f"config.task_data.{task}"
             if not isinstance(files, str) or not files:
@@ -409,7 +410,7 @@ class Settings:
                 )
             for file in split_paths(files, f"`{name}`"):
                 local_path(file, f"`{name}`")
-            if task not in self.task_names:
+            if task not in names:
                 raise ValueError(
                     f"`{name}` must be of a task in `config.tasks`; got {self.tasks!r}."
                 )
