@@ -97,6 +97,11 @@ def _convert(options: argparse.Namespace) -> str:
     # Before the source is read, which may take minutes.
     _, kind = check_model_target(options.target, format=options.format)
     if options.vocabulary is not None:
+        if kind in _WITHOUT_VOCABULARY:
+            raise ValueError(
+                f"{_VOCABULARY} must be left out for `{options.target}`, a file without a "
+                "vocabulary; folders and .gguf files hold one."
+            )
         load_vocabulary(options.vocabulary, argument=_VOCABULARY)
     params, config = load_model(
         options.source,

@@ -302,6 +302,14 @@ def test_data_of_numbers_may_have_large_ids(command, tmp_path):
             "convert m12.pth n --vocabulary bytes",
             "convert: `--vocabulary` must have ids below the model's 12; got bytes",
         ),
+        (
+            "convert m12.pth n.pth --vocabulary ids",
+            "convert: `--vocabulary` must be left out for `n.pth`, a file without a vocabulary",
+        ),
+        (
+            "convert m12.pth n.safetensors --vocabulary ids",
+            "convert: `--vocabulary` must be left out for `n.safetensors`",
+        ),
     ],
 )
 def test_a_vocabulary_that_does_not_fit_is_one_sentence(command, words, sentence):
