@@ -38,6 +38,8 @@ ENTRY = "vocabulary"
 TEXT_FILE = "vocabulary.txt"
 
 JSON_FILE = "tokenizer.json"
+# Vocabularies in forms that are not read here. (World's own is a `.txt` file of any name.)
+_OTHER_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "spiece.model")
 
 
 def keep_vocabulary(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -87,6 +89,13 @@ def _vocabulary_of_hf(folder: Path, vocab_size: int) -> Tokenizer | None:
     file = folder / JSON_FILE
     if file.is_file():
         return load_vocabulary(file, vocab_size, argument=f"`{file}`")
+    for name in _OTHER_FILES:
+        # Without this, the vocabulary of the model's size would be taken for its own.
+        if (folder / name).is_file():
+            raise ValueError(
+                f"load_model: `{folder / name}` holds a vocabulary that is read from a {JSON_FILE} "
+                "alone, which transformers' save_pretrained writes of a fast tokenizer"
+            )
     weights = folder / WEIGHTS_FILE
     kind = read_metadata(weights).get(VOCABULARY_KEY) if weights.is_file() else None
     if kind is None:

@@ -74,6 +74,21 @@ def test_a_vocabulary_that_was_changed_or_lost_is_refused(tmp_path):
         kept_vocabulary(tmp_path / "m", 12)
 
 
+@pytest.mark.parametrize(
+    "name", ["vocab.json", "merges.txt", "tokenizer.model", "spiece.model"]
+)
+def test_a_folder_with_a_vocabulary_of_another_form_is_refused_by_name(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    sentence = rf"{name}` holds a vocabulary that is read from a tokenizer\.json alone"
+    with pytest.raises(ValueError, match=sentence) as caught:
+        model_tokenizer(tmp_path, 65536, None, argument="`x`")
+    assert "names another" in str(caught.value)
+    assert model_tokenizer(tmp_path, 65536, "world", argument="`x`").encode("a")
+    # World's own file is what a model of its size has.
+    (tmp_path / name).rename(tmp_path / "rwkv_vocab_v20230424.txt")
+    assert kept_vocabulary(tmp_path, 65536) is None
+
+
 def test_an_unknown_entry_is_refused(tmp_path):
     save(tmp_path / "m", 12, load_vocabulary("ids"))
     card = json.loads((tmp_path / "m" / "rwkv7_jax.json").read_text())
