@@ -33,6 +33,11 @@ _TIME_AXIS: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "time axis", default=None
 )
 
+# Whether `on_each` traces: a `jax.shard_map` of the caller's own may have an axis of the same name.
+_ON_EACH: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "on each device", default=False
+)
+
 
 @struct.dataclass
 class Shard:
@@ -105,8 +110,16 @@ def on_each(function: Callable, *arguments: Any, takes: Any, gives: Any) -> Any:
     """
     if not mesh_sizes():
         return function(*arguments)
+
+    def on_device(*parts: Any) -> Any:
+        token = _ON_EACH.set(True)
+        try:
+            return function(*parts)
+        finally:
+            _ON_EACH.reset(token)
+
     return jax.shard_map(
-        function,
+        on_device,
         in_specs=takes,
         out_specs=gives,
         # Flax scans over layers without the types that the check needs. The transpose sums over
@@ -136,6 +149,8 @@ def refuse_checked_axes(tree: Any) -> None:
 
 def shares_heads() -> bool:
     """Tells, to what is traced inside of `on_each`, whether a device has only some of the heads."""
+    if not _ON_EACH.get():
+        return False
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return kinds.get(TENSOR) == AxisType.Manual and mesh.shape[TENSOR] > 1

@@ -232,6 +232,24 @@ def test_inside_of_a_checked_shard_map_the_sentence_says_what_to_do():
     assert jax.eval_shape(over(check_vma=False), IDS).shape[:2] == IDS.shape
 
 
+@pytest.mark.parametrize("axis", ["tensor", "fsdp", "sequence", "data"])
+def test_a_shard_map_of_the_callers_own_may_call_its_axis_as_ours_are(whole, axis):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), (axis,))
+    rows = jax.sharding.PartitionSpec(axis)
+    params = lively()
+    # Each device has rows of its own, which are the same ones here.
+    twice = jnp.concatenate([IDS, IDS])
+
+    def logits(ids):
+        return RWKV7(CONFIG).apply({"params": params}, ids, STATE)[0]
+
+    over = jax.shard_map(
+        logits, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False
+    )
+    found = jax.jit(over)(twice)
+    assert_close(found, jnp.concatenate([whole[0], whole[0]]), SAME["model"])
+
+
 def test_bfloat16_activations_stay_near_float32(whole):
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     state = random_state(config, batch=3)
