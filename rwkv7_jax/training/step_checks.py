@@ -1,4 +1,4 @@
-"""Checks of what train steps are given: their parameters, their arguments and each batch."""
+"""Checks of the parameters, the arguments and the batches of train steps."""
 
 import functools
 from collections.abc import Callable, Mapping
