@@ -377,7 +377,7 @@ def _trace_specs(names: Iterable[str], rows: Any, time: Any) -> dict[str, Any]:
     return specs
 
 
-# Left alone, Flax would run the whole model op by op to draw its weights.
+# Without a program, Flax would compute the whole model, one operation after the other.
 @functools.partial(jax.jit, static_argnums=0)
 def _init_compiled(model: RWKV7, rngs: Any, tokens: Tokens, state: RWKV7State) -> Any:
     """Draws the weights of a model that no other program initialises."""

@@ -24,7 +24,7 @@ def evaluate_and_save(
     """Evaluates and saves if that is due after a step; returns whether the run ends there.
 
     Args:
-        run: its settings say what is due.
+        run: with the settings that say which steps are evaluated and saved.
         state: after the step.
         step: counted from 1; 0 is before the first.
         folder: takes the checkpoint and the results.

@@ -138,7 +138,7 @@ def read_held_out(settings: Settings, tokenizer: Tokenizer) -> dict[str, HeldOut
 
 
 def _paths_by_title(settings: Settings) -> dict[str, str | None]:
-    """Lists what is read, by title; None is the run's own data."""
+    """Lists the sources of the rows by title; None is the run's own data."""
     own_is_task = isinstance(held_out_source(settings.data), TaskSource)
     paths: dict[str, str | None] = {"new task" if own_is_task else "new text": None}
     retention = settings.evaluation.retention

@@ -183,6 +183,9 @@ def test_what_a_run_does_not_read_does_not_keep_it_from_going_on():
     was = as_config(Settings(mode="state"))
     was["optimizer"] |= {"weight_decay": 0.1}
     assert flat_settings(was) == flat_settings(Settings(mode="state"))
+    was["tuning"] |= {"anchor_path": "stdlib"}
+    was["decorrelation"] |= {"rate": 0.5}
+    assert flat_settings(was) == flat_settings(Settings(mode="state"))
     was["tuning"] |= {"anchor": 1.0}
     assert flat_settings(was) != flat_settings(Settings(mode="state"))
 

@@ -11,7 +11,7 @@ from typing import Any
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.runs.resume.checksums import tree_checksum
 from rwkv7_jax.runs.settings import Settings, as_config
-from rwkv7_jax.runs.settings.readers import is_read
+from rwkv7_jax.runs.settings.readers import is_read, lies_in, unread_by_value
 from rwkv7_jax.text.tokenizer import Tokenizer, text_digest
 
 # Texts by name, in the groups "settings", "model" and "inputs".
@@ -88,11 +88,22 @@ def flat_settings(settings: Settings | Mapping[str, Any]) -> dict[str, str]:
     method = defaults.test_time.method
     if isinstance(at_test_time, Mapping):
         method = at_test_time.get("method", method)
+    values = as_config(defaults)
+
+    def value(name: str) -> Any:
+        group, _, key = name.partition(".")
+        return {**values[group], **settings.get(group, {})}[key]
+
+    unread: list[str] = []
+    for names, _ in unread_by_value(mode, value):
+        unread += names
     shared = {}
     for name, text in _flatten(settings):
         # "evaluation" stands for all settings of its group.
         group = name.split(".")[0]
-        if group not in MAY_CHANGE_ON_RESUME and is_read(name, mode, method):
+        if group in MAY_CHANGE_ON_RESUME or lies_in(name, unread):
+            continue
+        if is_read(name, mode, method):
             shared[name] = text
     return shared
 

@@ -4,7 +4,7 @@ The kind of a run is its mode or, in mode "test_time", its method.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from rwkv7_jax.runs.settings.fields import shown
@@ -81,25 +81,29 @@ class _Unread(NamedTuple):
     """Values of a setting under which others are not read.
 
     Attributes:
+        setting: the name of the one that decides.
+        holds: tells whether it has such a value.
         when: the end of the sentence that refuses the others.
-        holds: tells whether the settings have such values.
         names: of the others.
     """
 
-    when: str
+    setting: str
     holds: Callable[[Any], bool]
+    when: str
     names: tuple[str, ...]
 
 
 _UNREAD = (
     _Unread(
+        "tuning.anchor",
+        lambda anchor: anchor == 0,
         "`config.tuning.anchor` is 0",
-        lambda settings: settings.tuning.anchor == 0,
         ("tuning.anchor_path",),
     ),
     _Unread(
+        "test_time.guide",
+        lambda guide: (guide or "").endswith(".jsonl"),
         "`config.test_time.guide` is a file of traces",
-        lambda settings: (settings.test_time.guide or "").endswith(".jsonl"),
         (
             "test_time.hint",
             "test_time.substitute",
@@ -109,14 +113,16 @@ _UNREAD = (
         ),
     ),
     _Unread(
+        "test_time.keep",
+        lambda keep: keep != "majority",
         '`config.test_time.keep` is not "majority"',
-        lambda settings: settings.test_time.keep != "majority",
         ("test_time.vote_margin",),
     ),
     # The ratio that they clip is 1 in the first update.
     _Unread(
+        "test_time.updates",
+        lambda updates: updates == 1,
         "`config.test_time.updates` is 1",
-        lambda settings: settings.test_time.updates == 1,
         ("test_time.epsilon_low", "test_time.epsilon_high"),
     ),
 )
@@ -166,10 +172,38 @@ def refuse_unread_settings(settings: Any) -> None:
                 f"`config.{name}` must be left out {_where(name, mode, method)}; got "
                 f"{shown(value)}."
             )
+    for names, when in unread_by_value(mode, lambda name: _value(settings, name)):
+        _refuse(settings, names, when)
+
+
+def unread_by_value(
+    mode: str, value: Callable[[str], Any]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yields settings that the values of others leave unread, and the end of a sentence on them.
+
+    Args:
+        mode: `config.mode`.
+        value: from the name of a setting to its value.
+    """
     for unread in _UNREAD:
-        if unread.holds(settings):
-            _refuse(settings, unread.names, unread.when)
-    _refuse_numbers_of_another_rule(settings)
+        if unread.holds(value(unread.setting)):
+            yield unread.names, unread.when
+    switch = _SWITCHES.get(mode)
+    if switch is None:
+        return
+    method = value(switch)
+    when = f'`config.{switch}` is "{method}"'
+    if method == "none":
+        yield ("decorrelation",), when
+    if method == "whiten":
+        yield tuple(f"decorrelation.{one}" for one in _ONLINE), when
+
+
+def _value(settings: Any, name: str) -> Any:
+    """Returns the value of a setting by its dotted name."""
+    for part in name.split("."):
+        settings = getattr(settings, part)
+    return settings
 
 
 def refuse_settings_of_evaluation(settings: Any) -> None:
@@ -187,13 +221,13 @@ def refuse_settings_of_evaluation(settings: Any) -> None:
 def _refuse(settings: Any, names: tuple[str, ...], when: str) -> None:
     """Raises if one of these settings, or one inside of them, is set."""
     for name, value in _set_values(settings):
-        if _lies_in(name, names):
+        if lies_in(name, names):
             raise ValueError(
                 f"`config.{name}` must be left out where {when}; got {shown(value)}."
             )
 
 
-def _lies_in(name: str, groups: tuple[str, ...]) -> bool:
+def lies_in(name: str, groups: Iterable[str]) -> bool:
     """Tells whether a setting is one of these, or inside of one."""
     return any(name == group or name.startswith(f"{group}.") for group in groups)
 
@@ -218,17 +252,3 @@ def _set_values(settings: Any) -> Iterator[tuple[str, Any]]:
             default = field.default_factory()
         if value != default:
             yield field.name, value
-
-
-def _refuse_numbers_of_another_rule(settings: Any) -> None:
-    """Raises if numbers of the decorrelation are set that its rule does not read."""
-    switch = _SWITCHES.get(settings.mode)
-    if switch is None:
-        return
-    group, _, name = switch.partition(".")
-    method = getattr(getattr(settings, group), name)
-    when = f'`config.{switch}` is "{method}"'
-    if method == "none":
-        _refuse(settings, ("decorrelation",), when)
-    if method == "whiten":
-        _refuse(settings, tuple(f"decorrelation.{one}" for one in _ONLINE), when)
