@@ -56,6 +56,7 @@ from rwkv7_jax.runs.process import (
     escape_unencodable,
     ignore_abandoned_reads,
     open_closed_streams,
+    warn_in_one_line,
 )
 from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.text.vocabularies import load_vocabulary
@@ -350,6 +351,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments is not None:
         return _run(arguments)
     ignore_abandoned_reads()
+    warn_in_one_line()
     try:
         with StopSignals(None) as stop, stop.interruptible():
             return _run(sys.argv[1:], caches=True)

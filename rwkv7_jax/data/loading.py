@@ -123,6 +123,20 @@ def _read(source: str | Path, tokenizer: Tokenizer, reading: _Reading) -> TokenS
     return split_by_position(tokens, reading.split, reading.held_out)
 
 
+def _holds_document(path: str | Path, reading: _Reading) -> bool:
+    """Tells whether a source, read without complaints before, has a document in any part."""
+    if Path(path).suffix.lower() in (".bin", ".idx"):
+        return True
+    found = documents(
+        path,
+        on_bad=reading.on_bad,
+        stats=ReadStats(),
+        as_bytes=reading.as_bytes,
+        encoding=reading.encoding,
+    )
+    return next(found, None) is not None
+
+
 def _check_source(source: Any, tokenizer: Any, held_out: Any) -> None:
     """Raises unless a source, a tokenizer and a share are of the right kinds."""
     if not (hasattr(tokenizer, "vocab_size") and hasattr(tokenizer, "encode")):
@@ -203,7 +217,7 @@ def token_stream(
     stream = TokenStream.concatenate(streams)
     if not len(stream):
         names = ", ".join(map(str, paths))
-        if part == "all":
+        if part == "all" or not any(_holds_document(path, reading) for path in paths):
             raise ValueError(f"token_stream: `{names}` holds no document.")
         raise ValueError(
             f"token_stream: `{names}` has no document in its part {split!r}, of a share {held_out} "

@@ -68,6 +68,7 @@ def program(name: str, *, less_memory: str = _LESS_MEMORY) -> Iterator[None]:
     escape_unencodable()
     ignore_broken_pipe()
     ignore_abandoned_reads()
+    warn_in_one_line()
     # In this order: `exit_on_failure` has to see the SystemExit that `exit_with_code` raises.
     with (
         exit_on_failure(),
@@ -176,6 +177,18 @@ def ignore_abandoned_reads() -> None:
     warnings.filterwarnings(
         "ignore", message="coroutine .* was never awaited", category=RuntimeWarning
     )
+
+
+def warn_in_one_line() -> None:
+    """Shows warnings for users as one line, without the place in the code that gave them."""
+    of_python = warnings.formatwarning
+
+    def one_line(message, category, *place: Any, **text: Any) -> str:
+        if category is UserWarning:
+            return f"warning: {message}\n"
+        return of_python(message, category, *place, **text)
+
+    warnings.formatwarning = one_line
 
 
 # How writes to a stream fail: its reader is gone, the terminal is gone (EIO), the disk that it was

@@ -109,6 +109,13 @@ def test_several_sources_follow_one_another(folder, tmp_path):
     assert text_of(stream[:]) == [b"document 1", b"last"]
 
 
+def test_a_source_without_documents_is_not_blamed_on_the_share(tmp_path):
+    (tmp_path / "picture.png").write_bytes(b"1")
+    with pytest.warns(UserWarning, match="1 files below .* were passed over"):
+        with pytest.raises(ValueError, match="holds no document"):
+            token_stream(tmp_path, BYTES, split="train")
+
+
 def test_an_unknown_split_and_an_empty_part_are_refused(folder):
     with pytest.raises(ValueError, match="`split` must be one of"):
         token_stream(folder, BYTES, split="test")

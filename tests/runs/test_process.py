@@ -235,6 +235,23 @@ def test_a_read_that_was_never_started_complains_only_without_the_filter(quiet):
     assert ("never awaited" in error) == (not quiet)
 
 
+WARN = """
+import warnings
+from rwkv7_jax.runs.process import warn_in_one_line
+warn_in_one_line()
+warnings.warn("text")
+warnings.warn("of Python", RuntimeWarning)
+"""
+
+
+def test_warnings_for_users_are_one_line_and_others_name_their_place():
+    child = run_python(WARN)
+    _, error = child.communicate(timeout=60)
+    first, *others = error.splitlines()
+    assert first == "warning: text"
+    assert "RuntimeWarning: of Python" in others[0]
+
+
 @pytest.mark.slow
 def test_orbax_still_abandons_reads_when_one_of_them_fails(tmp_path, unraisable):
     # When this fails, `hide_abandoned_reads` is not needed any more.

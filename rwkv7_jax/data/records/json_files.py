@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from rwkv7_jax.data.documents import Document
 from rwkv7_jax.data.jsonl import ReadStats, decode_json
@@ -99,7 +99,42 @@ def _of_object(content: dict[str, Any], path: Path) -> list[Any] | None:
         )
     if names:
         return content[names[0]]
+    rows = _of_table(content)
+    if rows is not None:
+        return rows
     return [content] if names_record(content) else None
+
+
+def _of_table(content: dict[str, Any]) -> list[Any] | None:
+    """Returns the rows of a table that was written as one object; None where it is no such table.
+
+    Sources: pandas.DataFrame.to_json with its `orient` "columns" (the default), "index" or "split",
+    and the answers of Hugging Face's server of data sets.
+    """
+    names = content.get("columns")
+    cells = content.get("data")
+    if _is_list_of(names, str) and _is_list_of(cells, list):
+        if all(len(row) == len(names) for row in cells):
+            return [dict(zip(names, row, strict=True)) for row in cells]
+    rows = content.get("rows")
+    if _is_list_of(rows, dict) and all("row" in row for row in rows):
+        return [row["row"] for row in rows]
+    values = list(content.values())
+    if not _is_list_of(values, dict):
+        return None
+    if all(map(names_record, values)):
+        return values
+    of_columns = all(column.keys() == values[0].keys() for column in values)
+    if names_record(content) and of_columns:
+        return [{name: content[name][row] for name in content} for row in values[0]]
+    return None
+
+
+def _is_list_of(value: Any, kind: type) -> TypeGuard[list[Any]]:
+    """Tells whether a value is a list with items of a kind, and no others."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(item, kind) for item in value)
 
 
 def parse_json_records(

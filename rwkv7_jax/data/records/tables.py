@@ -13,7 +13,10 @@ from rwkv7_jax.data.records.fields import without_nulls
 from rwkv7_jax.data.records.record import parse_record
 from rwkv7_jax.data.text_files import TextFile, check_content, check_is_text, head_of
 
+# The separator that a name promises, and those that stand in its place where the first line has
+# none of it: spreadsheets write semicolons where the comma is the decimal point.
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_OTHER_SEPARATORS = ("\t", ";", "|", ",")
 
 _PARQUET = ".parquet"
 
@@ -67,11 +70,8 @@ def table_documents(
     if suffix == _PARQUET:
         rows = _parquet_rows(path)
     else:
-        lines = csv.reader(
-            _lines(path, encoding),
-            delimiter=_SEPARATORS[suffix],
-            strict=True,
-        )
+        separator = _separator(path, suffix, encoding)
+        lines = csv.reader(_lines(path, encoding), delimiter=separator, strict=True)
         rows = _csv_rows(path, lines, on_bad=on_bad, stats=stats)
     for place, row in rows:
         # An empty cell is a key that the record does not have.
@@ -83,6 +83,16 @@ def table_documents(
             continue
         yield document
     stats.bytes += path.stat().st_size
+
+
+def _separator(path: Path, suffix: str, encoding: str | None) -> str:
+    """Returns what separates the cells of a file, by the names of its columns."""
+    expected = _SEPARATORS[suffix]
+    first = next(filter(str.strip, _lines(path, encoding)), "")
+    if expected in first:
+        return expected
+    # A table of one column has no separator at all.
+    return next((other for other in _OTHER_SEPARATORS if other in first), expected)
 
 
 def _csv_rows(

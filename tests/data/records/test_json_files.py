@@ -13,6 +13,26 @@ TEXTS = [b"User: a\n\nAssistant: b", b"c"]
 
 LINES = "\n".join(map(json.dumps, RECORDS))
 
+# The same as `DataFrame.to_json` writes it, by `orient`; and as Hugging Face's server answers.
+TABLES = {
+    "columns": {
+        "instruction": {"0": "a", "1": None},
+        "output": {"0": "b", "1": None},
+        "text": {"0": None, "1": "c"},
+    },
+    "index": {"0": RECORDS[0], "1": RECORDS[1]},
+    "split": {
+        "columns": ["instruction", "output", "text"],
+        "index": [0, 1],
+        "data": [["a", "b", None], [None, None, "c"]],
+    },
+    "table": {"schema": {"fields": [{"name": "index"}]}, "data": RECORDS},
+    "server": {
+        "features": [{"feature_idx": 0, "name": "text"}],
+        "rows": [{"row_idx": i, "row": row} for i, row in enumerate(RECORDS)],
+    },
+}
+
 
 def texts(path, **choices):
     return [document.text() for document in documents(path, **choices)]
@@ -27,6 +47,7 @@ def texts(path, **choices):
         LINES,
         json.dumps({"data": RECORDS, "version": "1.0"}),
         json.dumps({"train": RECORDS, "authors": [{"name": "a"}]}),
+        *map(json.dumps, TABLES.values()),
     ],
 )
 @pytest.mark.parametrize("in_folder", [False, True])

@@ -21,7 +21,10 @@ def texts(path, **choices):
 
 
 @given(rows=st.lists(st.tuples(CELLS.filter(bool), CELLS.filter(bool)), min_size=1))
-@pytest.mark.parametrize(("suffix", "separator"), [(".csv", ","), (".tsv", "\t")])
+@pytest.mark.parametrize(
+    ("suffix", "separator"),
+    [(".csv", ","), (".tsv", "\t"), (".csv", ";"), (".csv", "\t"), (".tsv", "|")],
+)
 def test_a_row_is_the_record_that_was_written(
     tmp_path_factory, suffix, separator, rows
 ):
@@ -55,7 +58,7 @@ def test_empty_cells_blank_lines_marks_and_quotes_are_read(tmp_path, content, fo
         (b"text,label\na\n", "x.csv:2: 1 cells where the first line names 2 columns"),
         (b'text,n\n"a\nb",1\nc\n', "x.csv:4: 1 cells"),
         (b"text,text\na,b\n", 'x.csv:1: names two columns "text"'),
-        (b"text;label\na;1\n", 'its keys are "text;label"'),
+        (b"text:label\na;1\n", 'its keys are "text:label"'),
         (b"a,b\n,\n", "x.csv:2: must have .* it has no keys"),
         (b'text\n"a', "x.csv:2: no row of a table: unexpected end"),
         (b'text\n"a" b\n', "x.csv:2: no row of a table"),
