@@ -30,8 +30,10 @@ from ml_collections import ConfigDict
 
 from rwkv7_jax.local_paths import local_path
 from rwkv7_jax.runs.process import exit_with_code, ignore_broken_pipe
+from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.runs.settings.fields import shown
-from rwkv7_jax.runs.settings.help import describe_settings, setting_type
+from rwkv7_jax.runs.settings.help import describe_settings
+from rwkv7_jax.runs.settings.names import nearest_name, setting_types
 
 # A flag of a config file, or of one of its settings.
 _CONFIG_FLAG = re.compile(r"--?(no)?config(?:\.([\w.]+))?(?:=(.*))?", re.DOTALL)
@@ -40,6 +42,9 @@ _HELP = ("-h", "-help", "--help")
 
 # A word that is a flag; a number may begin with a minus.
 _FLAG = re.compile(r"-(?![\d.])")
+
+# The type of each setting by its dotted name.
+_TYPES = setting_types(Settings)
 
 _TRUE = ("true", "t", "1", "yes")
 _FALSE = ("false", "f", "0", "no")
@@ -97,8 +102,17 @@ def _parse(program: str, words: list[str]) -> list[str]:
             _change(_config, name, value)
         try:
             return flags.FLAGS(rest)
+        except flags.UnrecognizedFlagError as error:
+            raise ValueError(_unknown_flag(error.flagname)) from None
         except flags.Error as error:
             raise ValueError(_on_one_line(error)) from None
+
+
+def _unknown_flag(name: str) -> str:
+    """Says that a word is no flag; a setting without its "config." is the usual case."""
+    nearest = nearest_name(name, [*_TYPES, *flags.FLAGS])
+    hint = f"the nearest is `--{nearest}`" if nearest else "--help lists them"
+    return f"`--{name}` is no flag; {hint}."
 
 
 def _sort_words(
@@ -129,7 +143,7 @@ def _sort_words(
         if negated:
             changes.append((name or "", False))
             continue
-        if text is None and name and setting_type(name) is bool:
+        if text is None and _TYPES.get(f"config.{name}") is bool:
             # The value of a switch may be left out.
             is_value = left and left[-1].lower() in _TRUE + _FALSE
             text = left.pop() if is_value else "true"
@@ -138,7 +152,8 @@ def _sort_words(
         if name is None:
             files.append(text)
         else:
-            changes.append((name, _read_value(setting_type(name), text)))
+            kind = _TYPES.get(f"config.{name}")
+            changes.append((name, _read_value(kind, text)))
     return files, changes, rest
 
 

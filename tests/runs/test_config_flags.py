@@ -29,7 +29,9 @@ def parse(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
 
     def parse(*words):
-        monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
+        new = flags.FlagValues()
+        flags.DEFINE_string("workdir", None, "Of train.py.", flag_values=new)
+        monkeypatch.setattr(flags, "FLAGS", new)
         words = [word.replace("FILE", str(path)) for word in words]
         words = [word.replace("EMPTY", str(tmp_path / "empty.py")) for word in words]
         assert _parse("train.py", ["train.py", *words]) == ["train.py"]
@@ -67,7 +69,9 @@ def test_groups_that_the_file_does_not_mention_can_be_set(parse):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--config=FILE", "--workdri=x"], "Unknown command line flag 'workdri'"),
+        (["--config=FILE", "--workdri=x"], "no flag; the nearest is `--workdir`."),
+        (["--config=FILE", "--stepz=3"], "the nearest is `--config.steps`."),
+        (["--config=FILE", "--qqq=3"], "`--qqq` is no flag; --help lists them."),
         (
             ["--config=FILE", "--config.steps.x=3"],
             "`steps` is one setting, not a group of them.",
@@ -93,6 +97,15 @@ def test_what_cannot_be_read_ends_the_program_in_one_line(
         (
             ["--config=FILE", "--config.optimzer.b1=0.5"],
             "nearest is `config.optimizer`",
+        ),
+        # The right name in the wrong group, and a name like no other.
+        (
+            ["--config=FILE", "--config.tuning.learnig_rate=0.5"],
+            "nearest is `config.optimizer.learning_rate`",
+        ),
+        (
+            ["--config=FILE", "--config.data.qqq=0.5"],
+            "`config.data.qqq` is no setting; --help lists them.",
         ),
         (
             ["--config=FILE", "--config.sample.tokens=x"],

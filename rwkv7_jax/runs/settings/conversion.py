@@ -1,11 +1,10 @@
 """Groups of settings from nested mappings, such as config files, and back.
 
 The reader is ours because a library would not say `config.optimizer.learnig_rate` is no setting,
-nor name the nearest one.
+nor name the nearest one; `names.check_names` does, before a mapping is read here.
 """
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from rwkv7_jax.runs.settings.fields import (
     choose,
     shown,
 )
+from rwkv7_jax.runs.settings.names import unknown_setting
 
 
 def as_config(settings: Any) -> dict[str, Any]:
@@ -51,7 +51,8 @@ def check_model_sizes(
     defaults = {field.name: field.default for field in dataclasses.fields(RWKV7Config)}
     for key, value in sizes.items():
         if key not in hints:
-            raise ValueError(_unknown_key(where, key, list(hints)))
+            names = [f"{where}.{hint}" for hint in hints]
+            raise ValueError(unknown_setting(f"{where}.{key}", names))
         name = f"{where}.{key}"
         _convert(name, hints[key], value)
         if hints[key] is int:
@@ -61,18 +62,12 @@ def check_model_sizes(
             Range(0, 1, above=True, below=True).check(value, name)
 
 
-def _unknown_key(where: str, key: str, fields: list[str]) -> str:
-    # Without a cutoff even a far-off key gets a suggestion.
-    nearest = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)[0]
-    return f"`{where}.{key}` is no setting; the nearest is `{where}.{nearest}`."
-
-
 def from_mapping(cls, values: Any, where: str):
     """Reads a group of settings; keys that are left out take their defaults.
 
     Args:
         cls: the dataclass of the group.
-        values: a nested mapping.
+        values: a nested mapping whose keys are fields of the group.
         where: the dotted name of the group, for messages.
     """
     if not isinstance(values, Mapping):
@@ -81,8 +76,6 @@ def from_mapping(cls, values: Any, where: str):
     hints = typing.get_type_hints(cls)
     arguments = {}
     for key, value in values.items():
-        if key not in fields:
-            raise ValueError(_unknown_key(where, key, list(fields)))
         metadata = fields[key].metadata
         if "absent" in metadata and _is_spelling(value, metadata["absent"]):
             arguments[key] = None

@@ -26,6 +26,7 @@ from rwkv7_jax.runs.settings.fields import (
     shown,
     store,
 )
+from rwkv7_jax.runs.settings.names import check_names, setting_types
 from rwkv7_jax.runs.settings.packing import check_packing
 from rwkv7_jax.runs.settings.readers import refuse_unread_settings
 from rwkv7_jax.runs.settings.test_time import TestTimeSettings
@@ -468,4 +469,5 @@ def read_settings(values: Mapping[str, Any]) -> Settings:
         ValueError: an unknown key (the message names the nearest known one), a value of the wrong
             type, or one that is not allowed.
     """
+    check_names(values, setting_types(Settings))
     return from_mapping(Settings, values, "config")

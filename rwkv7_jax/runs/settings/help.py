@@ -5,24 +5,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.runs.settings import ObserverSettings, Settings
-
-
-def setting_type(name: str) -> Any:
-    """Returns the type of a setting; None where there is none of this name.
-
-    Args:
-        name: dotted, without "config.".
-    """
-    *groups, last = name.split(".")
-    cls: Any = Settings
-    for group in groups:
-        is_model = cls in (Settings, ObserverSettings) and group == "model"
-        cls = RWKV7Config if is_model else typing.get_type_hints(cls).get(group)
-        if not dataclasses.is_dataclass(cls):
-            return None
-    return typing.get_type_hints(cls).get(last)
+from rwkv7_jax.runs.settings import Settings
 
 
 def describe_settings() -> Iterator[str]:
