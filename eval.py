@@ -35,6 +35,7 @@ from typing import Any
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.evaluation.task_scores import score_table, scores_as_json
 from rwkv7_jax.evaluation.text_scores import answer_table, rows_as_json, text_table
+from rwkv7_jax.local_paths import check_target
 from rwkv7_jax.reports import plots
 from rwkv7_jax.runs import compilation_cache, config_flags, process
 from rwkv7_jax.runs.comparison import Comparison, load_comparison, read_held_out
@@ -56,6 +57,7 @@ def evaluate(settings: Settings) -> None:
     workdir = None if settings.workdir is None else Path(settings.workdir)
     if workdir is not None:
         # Before the work: a folder that cannot be made should not cost an hour.
+        check_target(workdir / "eval.json", "`config.workdir`")
         workdir.mkdir(parents=True, exist_ok=True)
     comparison = load_comparison(settings)
     with task_folder(workdir) as folder:

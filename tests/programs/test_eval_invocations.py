@@ -120,8 +120,8 @@ ADDED = [
     (["--config.bos=-1"], "`config.bos` must be at least 0"),
     (["--config.bos=x"], "`config.bos` must be"),
     # Places
-    (["--config.workdir=t.txt"], "t.txt"),
-    (["--config.workdir=t.txt/run"], "t.txt"),
+    (["--config.workdir=t.txt"], "in a folder; `t.txt` is a file"),
+    (["--config.workdir=t.txt/run"], "in a folder; `t.txt` is a file"),
 ]
 
 OTHERS = [
