@@ -1,0 +1,1 @@
+"""Serving: many requests at once, each from the start state that it names."""
