@@ -57,7 +57,7 @@ class DecodeState(NamedTuple):
         status: [B], RUNNING, STOPPED, or BROKEN when the logits held a NaN or an infinity.
         stop_tokens: [B] int32, the stop id that ended the row, or NO_TOKEN.
         occurrences: ids generated so far, for the penalties.
-        step: tokens generated so far, the same for every running row.
+        step: [B] int32, tokens generated so far.
     """
 
     state: Any
@@ -77,7 +77,7 @@ class DecodeState(NamedTuple):
             status=jnp.full(batch, RUNNING, jnp.int32),
             stop_tokens=jnp.full(batch, NO_TOKEN, jnp.int32),
             occurrences=sampling.no_occurrences(*logits.shape),
-            step=jnp.zeros((), jnp.int32),
+            step=jnp.zeros(batch, jnp.int32),
         )
 
     def advance(
@@ -101,7 +101,7 @@ class DecodeState(NamedTuple):
         """
         logits = sampling.apply_penalties(self.logits, self.occurrences, options)
         # By the step and not by splitting: a row's draws do not depend on the length of a block.
-        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, self.step)
+        step_keys = jax.vmap(jax.random.fold_in)(keys, self.step)
         sampled, logps = sampling.sample_with_logp(step_keys, logits, options)
         is_stop = jnp.asarray(options.stops)[sampled]
         # A maximum is finite exactly if nothing is NaN and not all logits are infinite.

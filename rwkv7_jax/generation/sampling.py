@@ -52,6 +52,8 @@ class Occurrences(NamedTuple):
 class SamplingParams(NamedTuple):
     """Sampling options as arrays, so that changing one compiles nothing; from `make_options`.
 
+    The numbers are scalars, or [B 1] where each row has its own (`options_by_row`).
+
     Attributes:
         temperature: exponent 1/temperature; 0 takes the most probable token.
         top_p: probability mass to keep.
@@ -73,6 +75,17 @@ class SamplingParams(NamedTuple):
     weights: HostOrDevice
     banned: HostOrDevice
     stops: HostOrDevice
+
+
+# Fields of the above that are numbers; the others are vectors over the vocabulary.
+_NUMBERS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "presence_penalty",
+    "frequency_penalty",
+    "penalty_decay",
+)
 
 
 def make_options(
@@ -133,6 +146,15 @@ def make_options(
         banned=is_banned,
         stops=is_stop,
     )
+
+
+def options_by_row(rows: Sequence[SamplingParams]) -> SamplingParams:
+    """Makes options of which each row of a batch has its own numbers, and the first one's ids."""
+    numbers = {}
+    for name in _NUMBERS:
+        column = [getattr(row, name) for row in rows]
+        numbers[name] = np.array(column)[:, None]
+    return rows[0]._replace(**numbers)
 
 
 def _mask(ids: Ids, vocab_size: int, argument: str) -> np.ndarray:
@@ -231,7 +253,9 @@ def _most_mass(probs: Scores, top_p: Number) -> Bool[Array, "B V"]:
         lambda kept: jnp.sum(jnp.where(kept, probs[:, None], 0), axis=-1) >= top_p,
     )
     # With `top_p` 0 every cutoff is enough, even one above the most probable token, which stays.
-    return probs >= jnp.minimum(cutoff, jnp.max(probs, axis=-1, keepdims=True))
+    most = probs >= jnp.minimum(cutoff, jnp.max(probs, axis=-1, keepdims=True))
+    # Rounding can give a part of the tokens all the mass, so 1 has to mean no limit at all.
+    return most | (jnp.asarray(top_p) >= 1)
 
 
 def _highest_ranks(probs: Scores, top_k: Number) -> Bool[Array, "B V"]:
@@ -241,7 +265,8 @@ def _highest_ranks(probs: Scores, top_k: Number) -> Bool[Array, "B V"]:
     equal = probs == cutoff
     # Of equal probabilities at the cutoff only as many stay as there is room for.
     room = top_k - jnp.sum(above, axis=-1, keepdims=True)
-    return above | (equal & (jnp.cumsum(equal, axis=-1) <= room))
+    highest = above | (equal & (jnp.cumsum(equal, axis=-1) <= room))
+    return highest | (jnp.asarray(top_k) == 0)
 
 
 def log_probabilities(
@@ -262,7 +287,8 @@ def log_probabilities(
 
     Args:
         logits: float32, with penalties already applied.
-        temperature: 0 puts all mass on the most probable token.
+        temperature: 0 puts all mass on the most probable token; like the others one number, or
+            [B 1].
         top_p: between 0 and 1.
         top_k: 0 for no limit.
     """
@@ -270,14 +296,13 @@ def log_probabilities(
     probs = jnp.exp(logp)
     everything = jnp.ones(probs.shape, bool)
     # The searches are most of the cost, so each is skipped at run time where it would cut nothing.
-    # Rounding can give a part of the tokens all the mass, so 1 has to mean no limit at all.
     kept = jax.lax.cond(
-        jnp.asarray(top_p) >= 1,
+        jnp.all(jnp.asarray(top_p) >= 1),
         lambda: everything,
         lambda: _most_mass(probs, top_p),
     )
     kept &= jax.lax.cond(
-        jnp.asarray(top_k) == 0,
+        jnp.all(jnp.asarray(top_k) == 0),
         lambda: everything,
         lambda: _highest_ranks(probs, top_k),
     )
@@ -321,7 +346,8 @@ def sample_with_logp(
         ids = _best_ids(logits)
         return ids, jnp.zeros(ids.shape, jnp.float32)
 
-    return jax.lax.cond(options.temperature < _COLDEST, greedy, draw)
+    all_greedy = jnp.all(jnp.asarray(options.temperature) < _COLDEST)
+    return jax.lax.cond(all_greedy, greedy, draw)
 
 
 def _best_ids(logits: Scores) -> Int[Array, " B"]:

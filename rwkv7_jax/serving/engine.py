@@ -1,0 +1,462 @@
+"""The engine: requests wait, get a row of the batch, and decode together with the others.
+
+One thread owns the device. In a tick it reads at most one chunk of one prompt, which bounds how
+long the others wait, and draws one block in every row. A recurrent state makes this simple: to
+admit a request is to write one row, and what an answer has read is that row, whatever its length.
+"""
+
+import dataclasses
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from rwkv7_jax.array_types import Params
+from rwkv7_jax.checks import (
+    check_count,
+    check_function,
+    check_ids,
+    check_instance,
+    check_model,
+    check_params,
+    prefix_errors,
+)
+from rwkv7_jax.generation.sampling import SamplingParams, make_options
+from rwkv7_jax.generation.streaming import RowText
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import RWKV7State, check_state, init_state, select, stack
+from rwkv7_jax.serving.prefix_cache import Prefix, PrefixCache
+from rwkv7_jax.serving.requests import (
+    Answer,
+    Ending,
+    Request,
+    TooBusy,
+    UnknownState,
+)
+from rwkv7_jax.serving.slots import Drawn, Slots
+from rwkv7_jax.text.detokenizer import check_stop_strings
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+OnText = Callable[[str], object]
+OnEnd = Callable[[Answer], object]
+
+# Tokens that a row draws between two looks of the host.
+_BLOCK = 8
+
+# Tokens of a prompt that are read between two blocks.
+_CHUNK = 256
+
+_CACHE_BYTES = 2**28
+
+_NOT_FINITE = "the model's logits are not finite"
+
+
+class Ticket:
+    """A request that was taken; the engine's thread alone changes anything but `cancelled`.
+
+    Attributes:
+        request: what was asked for.
+        cancelled: nobody waits for the answer any more.
+        options: how to sample.
+        row: the answer so far.
+        cached_tokens: ids of the prompt that were not read again.
+        read: ids of the answer that the row of the batch has read.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        options: SamplingParams,
+        tokenizer: Tokenizer,
+        *,
+        on_text: OnText,
+        on_end: OnEnd,
+    ):
+        """Starts with nothing read; see `Engine.submit`."""
+        self.request = request
+        self.cancelled = False
+        self.options = options
+        self.row = RowText(tokenizer, request.stop_strings)
+        self.cached_tokens = 0
+        self.read = 0
+        self._on_text = on_text
+        self._on_end = on_end
+
+    def cancel(self) -> None:
+        """Asks for an end; the request's row is free at the next tick."""
+        self.cancelled = True
+
+    def say(self, piece: str) -> None:
+        """Hands a piece of text on."""
+        if piece:
+            self._call(self._on_text, piece)
+
+    def end(self, ending: Ending, error: str | None = None) -> None:
+        """Hands the answer on, after the text that was held back."""
+        if self.row.ended is None:
+            self.say(self.row.end("length"))
+        answer = Answer(
+            text=self.row.text,
+            tokens=tuple(self.row.tokens),
+            ended=ending,
+            prompt_tokens=len(self.request.prompt),
+            cached_tokens=self.cached_tokens,
+            error=error,
+        )
+        self._call(self._on_end, answer)
+
+    def _call(self, receiver: Callable[..., object], what: object) -> None:
+        # A receiver that fails has gone; it must not end the answers of others.
+        try:
+            receiver(what)
+        except Exception:
+            self.cancelled = True
+
+
+class Engine:
+    """A model, its start states, and the requests that it is answering.
+
+    A request's tokens depend on the request alone: not on its row, on its neighbours, or on when it
+    came. Rows are independent in the model, draws are made by the request's seed and the number of
+    the token, and a cached prefix holds the numbers that reading it again gives up to rounding.
+
+    Attributes:
+        model: that answers.
+        tokenizer: its vocabulary.
+        state_names: names of the start states that requests may give.
+        longest_prompt: ids of a prompt at most.
+        longest_answer: new ids of an answer at most.
+    """
+
+    def __init__(
+        self,
+        model: RWKV7,
+        params: Params,
+        tokenizer: Tokenizer,
+        states: Mapping[str, RWKV7State],
+        *,
+        slots: int = 8,
+        queue: int = 64,
+        longest_prompt: int = 65536,
+        longest_answer: int = 8192,
+        cache_bytes: int = _CACHE_BYTES,
+    ):
+        """Makes free rows; nothing is compiled before `warm_up` or the first request.
+
+        Args:
+            model: static.
+            params: the weights.
+            tokenizer: of the model's vocabulary.
+            states: start states by name, each of one sequence.
+            slots: requests that decode together.
+            queue: requests that may wait for a row.
+            longest_prompt: ids of a prompt at most.
+            longest_answer: new ids of an answer at most.
+            cache_bytes: of states that are kept after prompts and answers; 0 keeps none.
+
+        Raises:
+            TypeError: an argument of the wrong kind.
+            ValueError: an argument out of its range, a state of another model, or upscaled states
+                that cannot be rows of one batch.
+        """
+        with prefix_errors("Engine"):
+            check_model(model)
+            check_params(params, model.config)
+            check_count(slots, 1, "`slots`")
+            check_count(queue, 1, "`queue`")
+            check_count(longest_prompt, 1, "`longest_prompt`")
+            check_count(longest_answer, 1, "`longest_answer`")
+            check_count(cache_bytes, 0, "`cache_bytes`")
+            check_instance(states, Mapping, "`states`")
+            for state in states.values():
+                check_state(state, 1, model.config)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.state_names = tuple(states)
+        self.longest_prompt = longest_prompt
+        self.longest_answer = longest_answer
+        self._most_waiting = queue
+        self._bank = _make_bank(model, states)
+        self._slots = Slots(
+            model,
+            params,
+            self._bank,
+            slots=slots,
+            stop_ids=tokenizer.stop_ids,
+            block=_BLOCK,
+            chunk=_CHUNK,
+        )
+        self._cache = PrefixCache(cache_bytes)
+        self._taken: list[Ticket | None] = [None] * slots
+        self._reader: _Reader | None = None
+        # Guards what other threads touch: the queue and whether the engine goes on.
+        self._lock = threading.Condition()
+        self._waiting: deque[Ticket] = deque()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def submit(self, request: Request, *, on_text: OnText, on_end: OnEnd) -> Ticket:
+        """Takes a request; may be called from any thread.
+
+        Args:
+            request: what to continue, and how.
+            on_text: called with each piece of certain text, by the engine's thread.
+            on_end: called once, with the answer.
+
+        Raises:
+            UnknownState: no state has the request's name.
+            TooBusy: too many requests wait, or the engine was closed.
+            ValueError: a number out of its range, or an id outside the vocabulary.
+            TypeError: an argument of the wrong kind.
+        """
+        with prefix_errors("submit"):
+            check_instance(request, Request, "`request`")
+            check_function(on_text, "`on_text`")
+            check_function(on_end, "`on_end`")
+            options = self._check(request)
+        ticket = Ticket(
+            request, options, self.tokenizer, on_text=on_text, on_end=on_end
+        )
+        with self._lock:
+            if self._closed or len(self._waiting) >= self._most_waiting:
+                raise TooBusy("too many requests wait; try again later.")
+            self._waiting.append(ticket)
+            self._lock.notify()
+        return ticket
+
+    def _check(self, request: Request) -> SamplingParams:
+        """Checks a request, and makes its sampling options."""
+        vocab_size = self.model.config.vocab_size
+        if request.state is not None and request.state not in self.state_names:
+            names = ", ".join(self.state_names) or "none is served"
+            raise UnknownState(
+                f"`state` must be a state that is served ({names}); got {request.state!r}."
+            )
+        check_ids(request.prompt, vocab_size, "`prompt`")
+        check_count(
+            len(request.prompt), 1, "the length of `prompt`", most=self.longest_prompt
+        )
+        check_count(request.tokens, 1, "`tokens`", most=self.longest_answer)
+        check_count(request.seed, 0, "`seed`", most=2**63 - 1)
+        check_ids(request.stop_ids, vocab_size, "`stop_ids`")
+        check_stop_strings(request.stop_strings)
+        return make_options(
+            vocab_size,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            penalty_decay=request.penalty_decay,
+            stop_ids=self.tokenizer.stop_ids,
+        )
+
+    def start(self) -> None:
+        """Begins the thread that answers."""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread after its tick; all requests that are open end as cancelled."""
+        with self._lock:
+            self._closed = True
+            self._lock.notify()
+        if self._thread is not None:
+            self._thread.join()
+        self._end_all("cancelled", None)
+
+    def warm_up(self) -> None:
+        """Compiles every program that requests need, before the thread begins."""
+        # The longest first: the beginning of a prompt that was read is not read again.
+        for width in sorted(self._slots.widths(), reverse=True):
+            request = Request((0,) * (width + 1), tokens=_BLOCK, temperature=0.0)
+            self.submit(request, on_text=_ignore, on_end=_ignore)
+            while self.tick():
+                pass
+        self._cache.clear()
+
+    def _run(self) -> None:
+        """Answers until the engine is closed."""
+        while True:
+            with self._lock:
+                self._lock.wait_for(lambda: self._closed or self._has_work())
+                if self._closed:
+                    return
+            try:
+                self.tick()
+            except Exception as error:
+                self._end_all("failed", f"{type(error).__name__}: {error}")
+                # What the rows hold is not known any more.
+                self._slots.reset()
+
+    def _has_work(self) -> bool:
+        return self._is_busy() or self._reader is not None or bool(self._waiting)
+
+    def _is_busy(self) -> bool:
+        return any(ticket is not None for ticket in self._taken)
+
+    def tick(self) -> bool:
+        """Reads at most one chunk of a prompt and draws at most one block.
+
+        Only for a caller that has begun no thread.
+
+        Returns:
+            Whether there is more to do.
+        """
+        self._end_cancelled()
+        self._read_chunk()
+        if self._is_busy():
+            self._decode_block()
+        return self._has_work()
+
+    def _end_cancelled(self) -> None:
+        """Ends the requests for which nobody waits any more, wherever they are."""
+        with self._lock:
+            gone = [ticket for ticket in self._waiting if ticket.cancelled]
+            for ticket in gone:
+                self._waiting.remove(ticket)
+        if self._reader is not None and self._reader.ticket.cancelled:
+            gone.append(self._reader.ticket)
+            self._reader = None
+        for ticket in gone:
+            ticket.end("cancelled")
+        cancelled: dict[int, Ending] = {}
+        for slot, ticket in enumerate(self._taken):
+            if ticket is not None and ticket.cancelled:
+                cancelled[slot] = "cancelled"
+        self._release(cancelled)
+
+    def _read_chunk(self) -> None:
+        """Reads a chunk of the prompt whose turn it is, and gives it a row after the last one."""
+        if self._reader is None:
+            self._reader = self._next_reader()
+        reader = self._reader
+        if reader is None:
+            return
+        request = reader.ticket.request
+        # The last token is read by the row, which then has its logits.
+        rest = request.prompt[reader.position : -1]
+        if rest:
+            reader.state, count = self._slots.read(reader.state, rest)
+            reader.position += count
+        if reader.position < len(request.prompt) - 1:
+            return
+        self._cache.keep(Prefix(request.state, request.prompt[:-1]), reader.state)
+        slot = self._taken.index(None)
+        self._slots.take(
+            slot,
+            reader.state,
+            token=request.prompt[-1],
+            seed=request.seed,
+            options=reader.ticket.options,
+        )
+        self._taken[slot] = reader.ticket
+        self._reader = None
+
+    def _next_reader(self) -> "_Reader | None":
+        """Begins to read the prompt that waited longest, if there is a row for it."""
+        if None not in self._taken:
+            return None
+        with self._lock:
+            if not self._waiting:
+                return None
+            ticket = self._waiting.popleft()
+        request = ticket.request
+        position, state = self._cache.longest(request.state, request.prompt[:-1])
+        ticket.cached_tokens = position
+        if state is None:
+            names = (None, *self.state_names)
+            state = select(self._bank, [names.index(request.state)])
+        return _Reader(ticket, state, position)
+
+    def _decode_block(self) -> None:
+        """Draws a block, and ends the requests that are complete."""
+        ended: dict[int, Ending] = {}
+        for slot, drawn in enumerate(self._slots.decode()):
+            ticket = self._taken[slot]
+            if ticket is None:
+                continue
+            ending = _append(ticket, drawn)
+            if ending is None:
+                continue
+            ended[slot] = ending
+            # A row that the host cut has read more than its answer.
+            if ending != "stop_string" and ticket.read == len(ticket.row.tokens):
+                read = ticket.request.prompt + tuple(ticket.row.tokens)
+                prefix = Prefix(ticket.request.state, read)
+                self._cache.keep(prefix, self._slots.state(slot))
+        self._release(ended)
+
+    def _release(self, ended: Mapping[int, Ending]) -> None:
+        """Frees rows, and ends their requests."""
+        if not ended:
+            return
+        rows = np.zeros(len(self._taken), bool)
+        rows[list(ended)] = True
+        self._slots.free(rows)
+        for slot, ending in ended.items():
+            ticket = self._taken[slot]
+            self._taken[slot] = None
+            assert ticket is not None
+            ticket.end(ending, _NOT_FINITE if ending == "failed" else None)
+
+    def _end_all(self, ending: Ending, error: str | None) -> None:
+        """Ends every request that is open."""
+        with self._lock:
+            tickets = list(self._waiting)
+            self._waiting.clear()
+        if self._reader is not None:
+            tickets.append(self._reader.ticket)
+        self._reader = None
+        tickets += [ticket for ticket in self._taken if ticket is not None]
+        self._taken = [None] * len(self._taken)
+        for ticket in tickets:
+            ticket.end(ending, error)
+
+
+@dataclasses.dataclass
+class _Reader:
+    """A prompt that is being read.
+
+    Attributes:
+        ticket: whose prompt.
+        state: of one row.
+        position: ids of the prompt that it has read.
+    """
+
+    ticket: Ticket
+    state: RWKV7State
+    position: int
+
+
+def _append(ticket: Ticket, drawn: Drawn) -> Ending | None:
+    """Gives a request what its row drew; returns how it ended, if it did."""
+    request = ticket.request
+    ticket.read += len(drawn.tokens)
+    room = request.tokens - len(ticket.row.tokens)
+    tokens = drawn.tokens[:room]
+    stop = next((at for at, id in enumerate(tokens) if id in request.stop_ids), None)
+    ticket.say(ticket.row.append(tokens[:stop]))
+    if ticket.row.ended is not None:
+        return ticket.row.ended
+    if stop is not None:
+        return "stop_id"
+    if len(tokens) == room:
+        return "length"
+    if drawn.broken:
+        return "failed"
+    return "stop_id" if drawn.stopped else None
+
+
+def _make_bank(model: RWKV7, states: Mapping[str, RWKV7State]) -> RWKV7State:
+    """Makes a batch of the state that has read nothing and of all start states."""
+    dtype = model.config.dtype
+    bank = stack([init_state(model.config), *states.values()])
+    return bank.replace(
+        att_shift=bank.att_shift.astype(dtype), ffn_shift=bank.ffn_shift.astype(dtype)
+    )
+
+
+def _ignore(result: object) -> None:
+    del result

@@ -1,0 +1,203 @@
+"""The device's side of serving: a batch of fixed size whose rows are given to requests.
+
+There are two programs, whatever is served: one reads a chunk of one prompt, one decodes a block of
+all rows. A row is taken by writing one row of the state, so nothing is compiled or moved for it.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from rwkv7_jax.array_types import Params
+from rwkv7_jax.generation import sampling
+from rwkv7_jax.generation.decode_loop import (
+    BROKEN,
+    NO_TOKEN,
+    RUNNING,
+    STOPPED,
+    DecodeState,
+    KnownTokens,
+    chunk_widths,
+    cut_chunk,
+    decode,
+    prefill,
+)
+from rwkv7_jax.generation.generate import commit_like
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import RWKV7State, select
+from rwkv7_jax.model.unrolled import split_params
+from rwkv7_jax.sharding import to_host
+
+
+class Drawn(NamedTuple):
+    """What one block gave a row.
+
+    Attributes:
+        tokens: new ids, without the one that stopped the row.
+        stopped: an id that ends a text was drawn after them.
+        broken: the logits after them were not finite.
+    """
+
+    tokens: list[int]
+    stopped: bool
+    broken: bool
+
+
+class Slots:
+    """Rows of a batch that decode together, each for a request of its own."""
+
+    def __init__(
+        self,
+        model: RWKV7,
+        params: Params,
+        bank: RWKV7State,
+        *,
+        slots: int,
+        stop_ids: Sequence[int],
+        block: int,
+        chunk: int,
+    ):
+        """Makes free rows.
+
+        Args:
+            model: static.
+            params: the weights.
+            bank: a state of each kind that a row may start from, at least one; all its leaves have
+                a row for each.
+            slots: rows (B).
+            stop_ids: ids that end every row.
+            block: tokens that a row draws in one call.
+            chunk: tokens of a prompt that are read in one call.
+        """
+        self.block = block
+        self.chunk = chunk
+        self._model = model
+        self._params = params
+        self._layers = split_params(params)
+        free = sampling.make_options(
+            model.config.vocab_size, temperature=0, stop_ids=stop_ids
+        )
+        self._bank = bank
+        self._options = [free] * slots
+        # Tokens that rows read before they draw: the last one of a prompt.
+        self._known = np.zeros(slots, np.int32)
+        self._is_new = np.zeros(slots, bool)
+        self.reset()
+
+    def reset(self) -> None:
+        """Makes all rows free and new."""
+        self._is_new[:] = False
+        count = len(self._options)
+        run = DecodeState.create(
+            select(self._bank, [0] * count),
+            jnp.zeros((count, self._model.config.vocab_size), jnp.float32),
+        )
+        run = run._replace(status=jnp.full_like(run.status, STOPPED))
+        keys = jax.random.split(jax.random.key(0), count)
+        self._rows = commit_like(self._params, _Rows(run, keys))
+
+    def widths(self) -> set[int]:
+        """Returns the widths of chunks, each of which is a program."""
+        chunks = (
+            next(chunk_widths(total, self.chunk)) for total in range(1, self.chunk + 1)
+        )
+        return {width for _, width in chunks}
+
+    def read(self, state: RWKV7State, tokens: Sequence[int]) -> tuple[RWKV7State, int]:
+        """Reads the first chunk of tokens into the state of one row.
+
+        Returns:
+            The state, and how many of the tokens it has read.
+        """
+        _, width = next(chunk_widths(len(tokens), self.chunk))
+        part, lengths = cut_chunk([tokens], 0, width)
+        state = prefill(self._model, self._params, state, tokens=part, lengths=lengths)
+        return state, int(lengths[0])
+
+    def take(
+        self,
+        slot: int,
+        state: RWKV7State,
+        *,
+        token: int,
+        seed: int,
+        options: sampling.SamplingParams,
+    ) -> None:
+        """Gives a row to a request whose prompt was read but for its last token."""
+        self._options[slot] = options
+        self._known[slot] = token
+        self._is_new[slot] = True
+        self._rows = _take(self._rows, slot, state, jax.random.key(seed))
+
+    def free(self, slots: Bool[np.ndarray, " B"]) -> None:
+        """Stops rows; what is left in them is overwritten by the next request."""
+        self._is_new &= ~slots
+        self._rows = _free(self._rows, slots)
+
+    def state(self, slot: int) -> RWKV7State:
+        """Returns a row's state, which has read all tokens that `decode` returned."""
+        return _row(self._rows.run.state, slot)
+
+    def decode(self) -> list[Drawn]:
+        """Draws a block in every row that is taken; others draw nothing."""
+        decoded = decode(
+            self._model,
+            self._layers,
+            self._rows.run,
+            known=KnownTokens(self._known.copy(), self._is_new.copy()),
+            keys=self._rows.keys,
+            options=sampling.options_by_row(self._options),
+            limit=np.int32(self.block),
+            capacity=self.block,
+        )
+        self._is_new[:] = False
+        self._rows = self._rows._replace(run=decoded.run)
+        tokens, lengths, status = to_host(
+            (decoded.tokens, decoded.lengths, decoded.run.status)
+        )
+        drawn = []
+        for row, count, end in zip(tokens, lengths, status, strict=True):
+            drawn.append(Drawn(row[:count].tolist(), end == STOPPED, end == BROKEN))
+        return drawn
+
+
+class _Rows(NamedTuple):
+    """The rows on the device, and the key of each."""
+
+    run: DecodeState
+    keys: Array
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _take(rows: _Rows, slot: Int[Array, ""], state: RWKV7State, key: Array) -> _Rows:
+    """Writes a state into a row, and forgets what the row generated."""
+    run = rows.run
+    occurrences = jax.tree.map(
+        lambda leaf: leaf.at[slot].set(jnp.zeros((), leaf.dtype)), run.occurrences
+    )
+    taken = run._replace(
+        state=jax.tree.map(
+            lambda leaf, one: leaf.at[:, slot].set(one[:, 0]), run.state, state
+        ),
+        status=run.status.at[slot].set(RUNNING),
+        stop_tokens=run.stop_tokens.at[slot].set(NO_TOKEN),
+        occurrences=occurrences,
+        step=run.step.at[slot].set(0),
+    )
+    return _Rows(taken, rows.keys.at[slot].set(key))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _free(rows: _Rows, slots: Bool[Array, " B"]) -> _Rows:
+    status = jnp.where(slots, STOPPED, rows.run.status)
+    return rows._replace(run=rows.run._replace(status=status))
+
+
+@jax.jit
+def _row(state: RWKV7State, slot: Int[Array, ""]) -> RWKV7State:
+    return jax.tree.map(lambda leaf: leaf[:, slot][:, None], state)

@@ -1,0 +1,342 @@
+"""Laws of the engine: an answer is that of `generate` alone, whoever else is served."""
+
+import dataclasses
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_checkpoints import random_params
+
+from rwkv7_jax.generation.generate import generate
+from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import init_state
+from rwkv7_jax.serving.engine import Engine
+from rwkv7_jax.serving.prefix_cache import Prefix, PrefixCache
+from rwkv7_jax.serving.requests import Request, TooBusy, UnknownState
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+CONFIG = RWKV7Config(
+    vocab_size=257, num_layers=2, width=32, head_size=16, implementation="scan"
+)
+MODEL = RWKV7(CONFIG)
+BYTES = Tokenizer.bytes()
+
+
+def drawn_state(seed, scale=1.0):
+    """A start state that changes what the model says."""
+    state = init_state(CONFIG)
+    draws = np.random.default_rng(seed).normal(size=state.wkv.shape)
+    return state.replace(wkv=jnp.asarray(scale * draws, jnp.float32))
+
+
+STATES = {"poet": drawn_state(1), "judge": drawn_state(2)}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(CONFIG, dtype=jnp.float32, scale=0.3)
+
+
+@pytest.fixture
+def engine(params):
+    return Engine(MODEL, params, BYTES, STATES, slots=3)
+
+
+def ask(engine, request):
+    """Queues a request; returns its pieces and its answers, which the engine fills."""
+    pieces, answers = [], []
+    engine.submit(request, on_text=pieces.append, on_end=answers.append)
+    return pieces, answers
+
+
+def work(engine):
+    ticks = 0
+    while engine.tick():
+        ticks += 1
+        assert ticks < 1000
+    return ticks
+
+
+def answer(engine, request):
+    _, answers = ask(engine, request)
+    work(engine)
+    (only,) = answers
+    return only
+
+
+def alone(params, request, states=STATES):
+    """The same request by `generate`."""
+    return generate(
+        MODEL,
+        params,
+        [list(request.prompt)],
+        states[request.state] if request.state else None,
+        tokens=request.tokens,
+        key=jax.random.key(request.seed)[None],
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=request.top_k,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        penalty_decay=request.penalty_decay,
+        stop_ids=(*BYTES.stop_ids, *request.stop_ids),
+        stop_strings=request.stop_strings,
+        tokenizer=BYTES,
+    )
+
+
+def assert_same(answer, expected):
+    assert answer.tokens == tuple(expected.tokens[0])
+    assert answer.text == expected.texts[0]
+    assert answer.ended == expected.ended[0]
+
+
+def drawn_requests(count, seed=0):
+    """Requests of all kinds."""
+    random = np.random.default_rng(seed)
+    requests = []
+    for index in range(count):
+        request = Request(
+            prompt=tuple(random.integers(1, 256, random.integers(1, 40)).tolist()),
+            state=(None, "poet", "judge")[index % 3],
+            tokens=int(random.integers(1, 30)),
+            seed=int(random.integers(0, 2**40)),
+            temperature=float(random.choice([0.0, 0.7, 1.3])),
+            top_p=float(random.choice([1.0, 0.8, 0.0])),
+            top_k=int(random.choice([0, 5])),
+            presence_penalty=float(random.choice([0.0, 0.6])),
+            frequency_penalty=float(random.choice([0.0, 0.3])),
+            stop_ids=tuple(random.integers(1, 256, index % 4).tolist()),
+            stop_strings=(*"aeiou tnr", "z\u00e4")[: 5 * (index % 3)],
+        )
+        requests.append(request)
+    return requests
+
+
+def test_answers_are_those_of_generate_whatever_else_is_served(params, engine):
+    requests = drawn_requests(14)
+    asked = [ask(engine, request) for request in requests]
+    work(engine)
+    for request, (pieces, answers) in zip(requests, asked, strict=True):
+        (only,) = answers
+        assert "".join(pieces) == only.text
+        assert only.prompt_tokens == len(request.prompt)
+        assert_same(only, alone(params, request))
+    # Requests of a kind are many enough for the comparison to say something.
+    endings = [answers[0].ended for _, answers in asked]
+    assert set(endings) == {"length", "stop_id", "stop_string"}
+
+
+def test_a_state_without_finite_logits_fails_alone(params):
+    broken = drawn_state(3)
+    broken = broken.replace(wkv=broken.wkv.at[0, 0, 0, 0, 0].set(jnp.nan))
+    engine = Engine(MODEL, params, BYTES, STATES | {"broken": broken}, slots=2)
+    request = Request((65, 66), state="poet", tokens=20, temperature=0.0)
+    asked = [
+        ask(engine, dataclasses.replace(request, state=name))
+        for name in ("broken", "poet", "broken", "poet")
+    ]
+    work(engine)
+    answers = [only for _, (only,) in asked]
+    assert [a.ended == "failed" for a in answers] == [True, False, True, False]
+    assert answers[0].error == "the model's logits are not finite"
+    for index in (1, 3):
+        assert_same(answers[index], alone(params, request))
+
+
+@pytest.mark.parametrize("when", ["waiting", "reading", "decoding"])
+def test_a_cancelled_request_leaves_no_trace(params, when):
+    engine = Engine(MODEL, params, BYTES, STATES, slots=1)
+    long = Request(tuple(range(1, 200)) * 3, state="judge", tokens=120, seed=0)
+    _, answers = ask(engine, Request((65,), tokens=40)) if when == "waiting" else (0, 0)
+    ended = []
+    ticket = engine.submit(long, on_text=lambda piece: None, on_end=ended.append)
+    for _ in range({"waiting": 1, "reading": 1, "decoding": 5}[when]):
+        engine.tick()
+    ticket.cancel()
+    engine.tick()
+    assert [only.ended for only in ended] == ["cancelled"]
+    assert bool(ended[0].tokens) == (when == "decoding")
+    request = Request((67, 68), state="poet", tokens=12, seed=3)
+    assert_same(answer(engine, request), alone(params, request))
+    if when == "waiting":
+        assert answers[0].ended == "length"
+
+
+def test_a_conversation_is_not_read_again_and_states_share_nothing(params, engine):
+    first = Request(tuple(range(40, 90)), state="poet", tokens=9, temperature=0.0)
+    said = answer(engine, first)
+    assert said.cached_tokens == 0
+    more = first.prompt + said.tokens + (33, 34, 35)
+    second = dataclasses.replace(first, prompt=more)
+    again = answer(engine, second)
+    # All that the first answer had read, its own tokens included.
+    assert again.cached_tokens == len(more) - 3
+    assert_same(again, alone(params, second))
+    other = answer(engine, dataclasses.replace(second, state="judge"))
+    assert other.cached_tokens == 0
+    assert other.tokens == tuple(
+        alone(params, dataclasses.replace(second, state="judge")).tokens[0]
+    )
+    # The same prompt once more: all but its last token.
+    assert answer(engine, second).cached_tokens == len(more) - 1
+
+
+def test_the_cache_forgets_what_was_used_longest_ago():
+    state = init_state(CONFIG)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    cache = PrefixCache(2 * size)
+    for tokens in ((1,), (1, 2)):
+        cache.keep(Prefix(None, tokens), state)
+    assert cache.longest(None, (1, 9))[0] == 1
+    cache.keep(Prefix("poet", (1, 2, 3)), state)
+    assert cache.longest(None, (1, 2, 3))[0] == 1
+    assert cache.longest("poet", (1, 2, 3, 4))[0] == 3
+    assert cache.longest("poet", (1, 2)) == (0, None)
+    cache.clear()
+    assert cache.longest("poet", (1, 2, 3, 4)) == (0, None)
+    nothing = PrefixCache(0)
+    nothing.keep(Prefix(None, (1,)), state)
+    assert nothing.longest(None, (1, 2)) == (0, None)
+
+
+def test_a_long_prompt_keeps_nobody_waiting(params):
+    engine = Engine(MODEL, params, BYTES, STATES, slots=2)
+    pieces, _ = ask(engine, Request((65,), tokens=64, temperature=0.0))
+    ask(engine, Request((66,) * 1200, tokens=4))
+    for tick in range(1, 5):
+        engine.tick()
+        assert len("".join(pieces).encode("utf-8", "replace")) >= 8 * tick - 4
+    work(engine)
+
+
+def test_nothing_is_compiled_after_the_warm_up(params, engine):
+    engine.warm_up()
+    count = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: (
+            count.append(name)
+            if name == "/jax/core/compile/backend_compile_duration"
+            else None
+        )
+    )
+    for request in drawn_requests(9, seed=5):
+        ask(engine, dataclasses.replace(request, prompt=request.prompt * 9))
+    work(engine)
+    jax.monitoring.clear_event_listeners()
+    assert count == []
+
+
+def test_after_an_error_all_rows_are_new(params, engine, monkeypatch):
+    decode = engine._slots.decode
+    monkeypatch.setattr(engine._slots, "decode", lambda: 1 / 0)
+    engine.start()
+    done = threading.Event()
+    ended = []
+
+    def end(answer):
+        ended.append(answer)
+        done.set()
+
+    engine.submit(Request((65,)), on_text=ended.append, on_end=end)
+    assert done.wait(60)
+    assert (ended[0].ended, ended[0].error) == (
+        "failed",
+        "ZeroDivisionError: division by zero",
+    )
+    monkeypatch.setattr(engine._slots, "decode", decode)
+    done.clear()
+    request = Request((67, 68), state="poet", tokens=12, seed=3)
+    engine.submit(request, on_text=lambda piece: None, on_end=end)
+    assert done.wait(60)
+    assert_same(ended[1], alone(params, request))
+    engine.close()
+
+
+def test_threads_are_answered_and_what_is_open_at_the_end_is_cancelled(params, engine):
+    engine.start()
+    requests = drawn_requests(8, seed=2)
+    answers = [None] * 8
+    done = [threading.Event() for _ in requests]
+
+    def client(index):
+        def end(answer):
+            answers[index] = answer
+            done[index].set()
+
+        engine.submit(requests[index], on_text=lambda piece: None, on_end=end)
+
+    clients = [threading.Thread(target=client, args=(index,)) for index in range(8)]
+    for thread in clients:
+        thread.start()
+    for event in done:
+        assert event.wait(60)
+    for request, only in zip(requests, answers, strict=True):
+        assert_same(only, alone(params, request))
+    _, late = ask(engine, Request((65,), tokens=8000, temperature=0.0))
+    engine.close()
+    assert [only.ended for only in late] == ["cancelled"]
+    with pytest.raises(TooBusy):
+        ask(engine, Request((65,)))
+
+
+def test_a_receiver_that_fails_ends_its_own_answer_alone(params, engine):
+    def gone(piece):
+        raise RuntimeError("the loop is closed")
+
+    engine.submit(Request((65,), tokens=100), on_text=gone, on_end=gone)
+    request = Request((67, 68), state="poet", tokens=20, seed=3)
+    assert_same(answer(engine, request), alone(params, request))
+
+
+def test_more_requests_than_may_wait_are_refused(params):
+    engine = Engine(MODEL, params, BYTES, {}, slots=1, queue=2)
+    for _ in range(2):
+        ask(engine, Request((65,), tokens=2))
+    with pytest.raises(TooBusy, match="too many requests wait"):
+        ask(engine, Request((65,)))
+    work(engine)
+    assert answer(engine, Request((65,), tokens=2, temperature=0.0)).ended == "length"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "sentence"),
+    [
+        ({"state": "nobody"}, UnknownState, r"`state` .*\(poet, judge\); got 'nobody'"),
+        (
+            {"prompt": ()},
+            ValueError,
+            "the length of `prompt` must be at least 1; got 0",
+        ),
+        ({"prompt": (300,)}, ValueError, "`prompt` must hold ids .*300"),
+        (
+            {"prompt": (1,) * 65537},
+            ValueError,
+            "the length of `prompt` must be at most",
+        ),
+        ({"tokens": 0}, ValueError, "`tokens` must be at least 1; got 0"),
+        ({"tokens": 9000}, ValueError, "`tokens` must be at most 8192; got 9000"),
+        ({"tokens": 1.5}, TypeError, "`tokens` must be an integer; got float"),
+        ({"seed": -1}, ValueError, "`seed` must be at least 0; got -1"),
+        ({"seed": 2**63}, ValueError, "`seed` must be at most"),
+        ({"temperature": -1.0}, ValueError, "`temperature` must be from 0 to"),
+        ({"top_p": 2.0}, ValueError, "`top_p` must be"),
+        ({"stop_ids": (257,)}, ValueError, "`stop_ids` must hold ids .*257"),
+        ({"stop_strings": ("",)}, ValueError, "`stop_strings`"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_before_it_waits(
+    engine, changes, error, sentence
+):
+    with pytest.raises(error, match=sentence):
+        ask(engine, dataclasses.replace(Request((65,)), **changes))
+    assert not engine.tick()
+
+
+def test_states_of_another_model_are_refused(params):
+    other = init_state(dataclasses.replace(CONFIG, head_size=32))
+    with pytest.raises(ValueError, match=r"Engine: `state.wkv` must have shape"):
+        Engine(MODEL, params, BYTES, {"other": other})
