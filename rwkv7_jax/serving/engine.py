@@ -1,7 +1,7 @@
 """The engine: requests wait, get a row of the batch, and decode together with the others.
 
-One thread owns the device. In a tick it reads at most one chunk of one prompt, which bounds how
-long the others wait, and draws one block in every row. A recurrent state makes this simple: to
+One thread owns the device. In a tick it reads a chunk of a prompt for each free row, which bounds
+how long the others wait, and draws one block in every row. A recurrent state makes this simple: to
 admit a request is to write one row, and what an answer has read is that row, whatever its length.
 """
 
@@ -118,8 +118,9 @@ class Engine:
     """A model, its start states, and the requests that it is answering.
 
     A request's tokens depend on the request alone: not on its row, on its neighbours, or on when it
-    came. Rows are independent in the model, draws are made by the request's seed and the number of
-    the token, and a cached prefix holds the numbers that reading it again gives up to rounding.
+    came. Rows are independent in the model, and draws are made by the request's seed and the number
+    of the token. A prefix from the cache was read in other chunks, so numbers after it are equal up
+    to rounding; without a cache they are equal.
 
     Attributes:
         model: that answers.
@@ -297,7 +298,7 @@ class Engine:
         return any(ticket is not None for ticket in self._taken)
 
     def tick(self) -> bool:
-        """Reads at most one chunk of a prompt and draws at most one block.
+        """Reads at most one chunk for each free row, and draws at most one block.
 
         Only for a caller that has begun no thread.
 
@@ -305,7 +306,9 @@ class Engine:
             Whether there is more to do.
         """
         self._end_cancelled()
-        self._read_chunk()
+        # A block costs the same whoever has the rows: with many of them free, fill them first.
+        for _ in range(self._taken.count(None)):
+            self._read_chunk()
         if self._is_busy():
             self._decode_block()
         return self._has_work()
