@@ -22,7 +22,7 @@ from rwkv7_jax.checks import (
     check_params,
     prefix_errors,
 )
-from rwkv7_jax.generation.sampling import SamplingParams, make_options
+from rwkv7_jax.generation.sampling import SamplingParams, exempt_ids, make_options
 from rwkv7_jax.generation.streaming import RowText
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state, select, stack
@@ -178,13 +178,14 @@ class Engine:
         self.longest_prompt = longest_prompt
         self.longest_answer = longest_answer
         self._most_waiting = queue
+        self._exempt = exempt_ids(tokenizer)
         self._bank = _make_bank(model, states)
         self._slots = Slots(
             model,
             params,
             self._bank,
             slots=slots,
-            stop_ids=tokenizer.stop_ids,
+            free=self._options(Request((0,), temperature=0.0)),
             block=_BLOCK,
             chunk=_CHUNK,
         )
@@ -215,7 +216,7 @@ class Engine:
             check_instance(request, Request, "`request`")
             check_function(on_text, "`on_text`")
             check_function(on_end, "`on_end`")
-            options = self._check(request)
+            options = self._options(request)
         ticket = Ticket(
             request, options, self.tokenizer, on_text=on_text, on_end=on_end
         )
@@ -226,8 +227,8 @@ class Engine:
             self._lock.notify()
         return ticket
 
-    def _check(self, request: Request) -> SamplingParams:
-        """Checks a request, and makes its sampling options."""
+    def _options(self, request: Request) -> SamplingParams:
+        """Makes a request's sampling options, after a check of all that it holds."""
         vocab_size = self.model.config.vocab_size
         if request.state is not None and request.state not in self.state_names:
             names = ", ".join(self.state_names) or "none is served"
@@ -250,6 +251,7 @@ class Engine:
             presence_penalty=request.presence_penalty,
             frequency_penalty=request.frequency_penalty,
             penalty_decay=request.penalty_decay,
+            penalty_exempt=self._exempt,
             stop_ids=self.tokenizer.stop_ids,
         )
 

@@ -58,7 +58,7 @@ class Slots:
         bank: RWKV7State,
         *,
         slots: int,
-        stop_ids: Sequence[int],
+        free: sampling.SamplingParams,
         block: int,
         chunk: int,
     ):
@@ -70,7 +70,7 @@ class Slots:
             bank: a state of each kind that a row may start from, at least one; all its leaves have
                 a row for each.
             slots: rows (B).
-            stop_ids: ids that end every row.
+            free: options of a row that nobody has taken; the ids in them count for all rows.
             block: tokens that a row draws in one call.
             chunk: tokens of a prompt that are read in one call.
         """
@@ -79,9 +79,6 @@ class Slots:
         self._model = model
         self._params = params
         self._layers = split_params(params)
-        free = sampling.make_options(
-            model.config.vocab_size, temperature=0, stop_ids=stop_ids
-        )
         self._bank = bank
         self._options = [free] * slots
         # Tokens that rows read before they draw: the last one of a prompt.

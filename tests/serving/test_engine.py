@@ -10,6 +10,7 @@ import pytest
 from random_checkpoints import random_params
 
 from rwkv7_jax.generation.generate import generate
+from rwkv7_jax.generation.sampling import exempt_ids
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
@@ -82,6 +83,7 @@ def alone(params, request, states=STATES):
         presence_penalty=request.presence_penalty,
         frequency_penalty=request.frequency_penalty,
         penalty_decay=request.penalty_decay,
+        penalty_exempt=exempt_ids(BYTES),
         stop_ids=(*BYTES.stop_ids, *request.stop_ids),
         stop_strings=request.stop_strings,
         tokenizer=BYTES,
