@@ -37,6 +37,7 @@ from rwkv7_jax.cli.generate import add_generate_command
 from rwkv7_jax.cli.inputs import add_vocabulary_option
 from rwkv7_jax.cli.observe import add_observe_command
 from rwkv7_jax.cli.output import discard_output, name_output
+from rwkv7_jax.cli.serve import add_serve_command
 from rwkv7_jax.cli.state import add_state_command
 from rwkv7_jax.cli.summary import COMMANDS, add_commands, top_parser
 from rwkv7_jax.model.config import RWKV7Config
@@ -330,6 +331,7 @@ def parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report)
     add_data_command(commands)
     add_generate_command(commands)
+    add_serve_command(commands)
     add_observe_command(commands)
     add_state_command(commands)
     return top

@@ -1,0 +1,162 @@
+"""`rwkv7 serve`: a model and its start states over HTTP, as OpenAI's clients ask."""
+
+import argparse
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+from rwkv7_jax.cli.arguments import MOST_TOKENS, STATE_SUFFIXES, integer, path
+from rwkv7_jax.cli.inputs import (
+    MODEL_HELP,
+    add_any_base_option,
+    add_vocabulary_option,
+    read_model,
+)
+from rwkv7_jax.cli.summary import COMMANDS
+from rwkv7_jax.model.int8_weights import INT8
+from rwkv7_jax.serving.engine import Engine
+
+# Names of states are parts of a model's name, which clients write into settings and addresses.
+_NAME = re.compile(r"[\w.-]+")
+
+_MOST_SLOTS = 4096
+
+_HIGHEST_PORT = 2**16 - 1
+
+
+def add_serve_command(subparsers) -> None:
+    """Adds the parser of `serve` to those of `rwkv7`."""
+    parser = subparsers.add_parser("serve", help=COMMANDS["serve"])
+    add = parser.add_argument
+    add("--model", required=True, type=path, help=MODEL_HELP)
+    add("--weights", choices=(INT8,), help="hold the model's matrices in 8 bits")
+    add(
+        "--state",
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="a start state that requests may name; the name is the file's without its suffix. A "
+        "folder stands for the states in it; repeatable",
+    )
+    add_any_base_option(parser)
+    add_vocabulary_option(parser, "the model's")
+    add("--name", help="what clients call the model (the name of its file)")
+    add("--host", default="127.0.0.1", help="address to listen at (%(default)s)")
+    add(
+        "--port",
+        type=integer(0, _HIGHEST_PORT),
+        default=8000,
+        help="0 takes a free one (%(default)s)",
+    )
+    add(
+        "--slots",
+        type=integer(1, _MOST_SLOTS),
+        default=8,
+        help="requests that are answered at once (%(default)s)",
+    )
+    add(
+        "--queue",
+        type=integer(1, MOST_TOKENS),
+        default=64,
+        help="requests that may wait; further ones get status 429 (%(default)s)",
+    )
+    add(
+        "--prompt-tokens",
+        type=integer(1, MOST_TOKENS),
+        default=65536,
+        help="longest prompt (%(default)s)",
+    )
+    add(
+        "--answer-tokens",
+        type=integer(1, MOST_TOKENS),
+        default=8192,
+        help="longest answer (%(default)s)",
+    )
+    add(
+        "--cache-mib",
+        type=integer(0, 2**20),
+        default=256,
+        help="memory for the states after prompts that were read before (%(default)s)",
+    )
+    parser.set_defaults(run=run_serve, compiles=True)
+
+
+def run_serve(options: argparse.Namespace) -> None:
+    """Answers requests until a signal ends it."""
+    files = _state_files(options.state)
+    name = options.name or Path(options.model).resolve().stem
+    _check_name(name, "--name")
+    # Its packages are an extra.
+    server: Any = importlib.import_module("rwkv7_jax.serving.http_server")
+    # Before the model is read: a port that is in use should not cost minutes.
+    try:
+        listener = server.listen(options.host, options.port)
+    except OSError as error:
+        raise ValueError(
+            f"serve: `--host` and `--port` must be an address to listen at; "
+            f"{options.host}:{options.port} is none: {error}."
+        ) from None
+    with listener:
+        model = read_model(options.model, weights=options.weights)
+        states = {}
+        for state, file in files.items():
+            states[state] = model.load_state(str(file), any_base=options.any_base)
+        engine = Engine(
+            model.module,
+            model.params,
+            model.tokenizer(options.vocabulary),
+            states,
+            slots=options.slots,
+            queue=options.queue,
+            longest_prompt=options.prompt_tokens,
+            longest_answer=options.answer_tokens,
+            cache_bytes=options.cache_mib * 2**20,
+        )
+        print(f"compiling for {options.slots} requests at once", flush=True)
+        engine.warm_up()
+        host, port = listener.getsockname()[:2]
+        names = ", ".join(files) or "none"
+        print(f"{name} at http://{host}:{port}/v1; states: {names}", flush=True)
+        server.serve(engine, listener, name=name)
+
+
+def _state_files(words: list[str]) -> dict[str, Path]:
+    """Finds the files of the start states by name."""
+    files: dict[str, Path] = {}
+    for word in words:
+        name, equals, file = word.partition("=")
+        if not equals:
+            file = word
+        place = Path(path(file))
+        found = {name if equals else place.stem: place}
+        if place.is_dir() and not equals:
+            found = {one.stem: one for one in _states_in(place)}
+        for name, place in found.items():
+            _check_name(name, "--state")
+            if name in files:
+                raise ValueError(
+                    f"serve: `--state` must give each state a name of its own; {name!r} is of "
+                    f"`{files[name]}` and `{place}`."
+                )
+            files[name] = place
+    return files
+
+
+def _states_in(folder: Path) -> list[Path]:
+    """Lists the files of states in a folder."""
+    files = [one for one in sorted(folder.iterdir()) if one.suffix in STATE_SUFFIXES]
+    if not files:
+        raise ValueError(
+            f"serve: `--state` must name a folder with states ({', '.join(STATE_SUFFIXES)}); "
+            f"`{folder}` has none."
+        )
+    return files
+
+
+def _check_name(name: str, option: str) -> None:
+    """Refuses a name that could not be a part of a model's name."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"serve: `{option}` must name with letters, digits, '.', '_' and '-'; got {name!r}."
+        )

@@ -1,0 +1,291 @@
+"""The engine behind HTTP, as OpenAI's clients talk to it: routes, streams, errors.
+
+The engine's thread calls back; what it says goes through a queue of asyncio to the one coroutine
+that answers the client. A client that leaves cancels its request.
+"""
+
+import asyncio
+import contextlib
+import json
+import re
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+from rwkv7_jax.serving import protocol
+from rwkv7_jax.serving.engine import Engine, Ticket
+from rwkv7_jax.serving.protocol import Call, Refused, Served
+from rwkv7_jax.serving.requests import Answer, TooBusy
+
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+    from starlette.routing import Route
+except ImportError:
+    raise ImportError(
+        "serve: the server needs the packages starlette and uvicorn: "
+        "pip install 'rwkv7_jax[server]'."
+    ) from None
+
+# Bytes of a body at most.
+MOST_BYTES = 2**24
+
+# Seconds between two looks at whether a client still waits for a whole answer.
+_LOOK_SECONDS = 0.5
+
+# Seconds that answers which are being sent have when the server is stopped.
+_LAST_SECONDS = 5
+
+# A client's names for what the engine says about a request.
+_FIELDS = {
+    "tokens": "max_tokens",
+    "stop_ids": "stop_token_ids",
+    "stop_strings": "stop",
+}
+
+
+def make_app(engine: Engine, *, name: str) -> Starlette:
+    """Makes the application; it starts the engine's thread, and ends it.
+
+    Args:
+        engine: not started.
+        name: of the model, for clients.
+    """
+    served = Served(name, engine.state_names, engine.tokenizer)
+    routes = _Routes(engine, served)
+    return Starlette(
+        routes=[
+            Route("/health", routes.health),
+            Route("/v1/models", routes.models),
+            Route("/v1/states", routes.states),
+            Route("/v1/completions", routes.complete, methods=["POST"]),
+            Route("/v1/chat/completions", routes.chat, methods=["POST"]),
+        ],
+        exception_handlers={
+            Refused: _refused,
+            HTTPException: _http_error,
+            Exception: _failed,
+        },
+        lifespan=routes.lifespan,
+    )
+
+
+class _Routes:
+    """What the server does at each address."""
+
+    def __init__(self, engine: Engine, served: Served):
+        """Takes what is served."""
+        self._engine = engine
+        self._served = served
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        """Runs the engine while the server runs."""
+        del app
+        self._engine.start()
+        yield
+        await asyncio.to_thread(self._engine.close)
+
+    async def health(self, request: Request) -> Response:
+        """Says that the server is there."""
+        del request
+        return JSONResponse({"status": "ok"})
+
+    async def models(self, request: Request) -> Response:
+        """Lists the model, by itself and with each state."""
+        del request
+        return JSONResponse(protocol.models_body(self._served))
+
+    async def states(self, request: Request) -> Response:
+        """Lists the start states."""
+        del request
+        return JSONResponse(protocol.states_body(self._served))
+
+    async def complete(self, request: Request) -> Response:
+        """Continues a text."""
+        return await self._answer(request, is_chat=False)
+
+    async def chat(self, request: Request) -> Response:
+        """Answers a conversation."""
+        return await self._answer(request, is_chat=True)
+
+    async def _answer(self, request: Request, *, is_chat: bool) -> Response:
+        body = await _read_json(request)
+        call = protocol.read_call(body, self._served, is_chat=is_chat)
+        events: asyncio.Queue[str | Answer] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def tell(event: str | Answer) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        ticket = self._submit(call, tell)
+        if call.stream:
+            return StreamingResponse(
+                _stream(call, events, ticket), media_type="text/event-stream"
+            )
+        answer = await _whole(request, events, ticket)
+        _refuse_unfinished(answer)
+        return JSONResponse(protocol.answer_body(call, answer))
+
+    def _submit(self, call: Call, tell: Any) -> Ticket:
+        """Gives a call to the engine; what that refuses is said in the client's words."""
+        try:
+            return self._engine.submit(call.request, on_text=tell, on_end=tell)
+        except TooBusy as error:
+            raise Refused(str(error), status=429, code="too_busy") from None
+        except (TypeError, ValueError) as error:
+            sentence = str(error).removeprefix("submit: ")
+            for ours, theirs in _FIELDS.items():
+                sentence = sentence.replace(f"`{ours}`", f"`{theirs}`")
+            name = re.search(r"`(\w+)`", sentence)
+            raise Refused(sentence, name and name[1]) from None
+
+
+async def _read_json(request: Request) -> Any:
+    """Reads the body of a call.
+
+    Raises:
+        Refused: it is too long, or no JSON.
+    """
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > MOST_BYTES:
+            raise Refused(
+                f"the body must have at most {MOST_BYTES:,} bytes.", status=413
+            )
+    try:
+        return json.loads(data)
+    # Deep nesting ends in the second one.
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"the body is no JSON: {error}.") from None
+
+
+async def _whole(
+    request: Request, events: asyncio.Queue[str | Answer], ticket: Ticket
+) -> Answer:
+    """Waits for a whole answer; where the client leaves, for the end that this brings about."""
+    while True:
+        try:
+            event = await asyncio.wait_for(events.get(), _LOOK_SECONDS)
+        except TimeoutError:
+            if await request.is_disconnected():
+                ticket.cancel()
+            continue
+        if isinstance(event, Answer):
+            return event
+
+
+async def _stream(
+    call: Call, events: asyncio.Queue[str | Answer], ticket: Ticket
+) -> AsyncIterator[str]:
+    """Yields the events of an answer as it is made."""
+    try:
+        if call.is_chat:
+            yield _event(protocol.chunk(call, None))
+        event = await events.get()
+        # Of an answer without text its opening alone is left.
+        text = protocol.first_text(call, event if isinstance(event, str) else "")
+        if text:
+            yield _event(protocol.chunk(call, text))
+        while isinstance(event, str):
+            event = await events.get()
+            if isinstance(event, str):
+                yield _event(protocol.chunk(call, event))
+        try:
+            _refuse_unfinished(event)
+        except Refused as refused:
+            yield _event(refused.body())
+            return
+        finish = protocol.finish_reason(event)
+        yield _event(protocol.chunk(call, "", finish=finish))
+        if call.include_usage:
+            yield _event(protocol.usage_chunk(call, event))
+        yield "data: [DONE]\n\n"
+    finally:
+        # After a whole answer it changes nothing.
+        ticket.cancel()
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body)}\n\n"
+
+
+def _refuse_unfinished(answer: Answer) -> None:
+    """Raises where an answer did not come to an end."""
+    if answer.ended == "failed":
+        raise Refused(f"the answer failed: {answer.error}.", status=500)
+    if answer.ended == "cancelled":
+        raise Refused("the server is being stopped.", status=503)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    del request
+    assert isinstance(error, Refused)
+    headers = {"Retry-After": "1"} if error.status == 429 else None
+    return JSONResponse(error.body(), error.status, headers=headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    text = f"{request.method} {request.url.path}: {error.detail}."
+    body = Refused(text, status=error.status_code).body()
+    return JSONResponse(body, error.status_code, headers=error.headers)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    del request
+    # Nobody is there to read it.
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)
+    body = Refused(f"the server failed: {type(error).__name__}.", status=500).body()
+    return JSONResponse(body, 500)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Takes an address, before anything slow is done for it.
+
+    Args:
+        host: address to listen at.
+        port: 0 takes a free one.
+
+    Raises:
+        OSError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family)
+
+
+class _Server(uvicorn.Server):
+    """A server that ends its answers before it waits for the clients who get them."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine):
+        """Takes the engine that the answers come from."""
+        super().__init__(config)
+        self._engine = engine
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends the server after a signal."""
+        await asyncio.to_thread(self._engine.close)
+        await super().shutdown(sockets)
+
+
+def serve(engine: Engine, listener: socket.socket, *, name: str) -> None:
+    """Answers at an address until a signal ends it.
+
+    Args:
+        engine: not started.
+        listener: from `listen`; it is closed at the end.
+        name: of the model, for clients.
+    """
+    config = uvicorn.Config(
+        make_app(engine, name=name),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=_LAST_SECONDS,
+    )
+    with contextlib.closing(listener):
+        _Server(config, engine).run(sockets=[listener])

@@ -1,0 +1,410 @@
+"""Bodies of OpenAI's interface as requests, and answers as its bodies; no network.
+
+Fields that change nothing here are passed over, all others that are not known are refused: an
+answer that ignores what was asked for looks like one that does not.
+
+Sources: platform.openai.com/docs/api-reference, completions and chat; the fields `state`,
+`penalty_decay` and `stop_token_ids` are those of RWKV's servers (josStorer/RWKV-Runner@64269f0
+backend-python/routes/completion.py).
+"""
+
+import dataclasses
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rwkv7_jax.data.records.conversations import read_message
+from rwkv7_jax.serving.requests import Answer, Request
+from rwkv7_jax.text.chat_template import (
+    CHAT_STOP,
+    THINK_MODES,
+    answer_opening,
+    write_conversation,
+)
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+# What every model may be called, besides its name.
+ANY_MODEL = "rwkv"
+
+_MOST_STOPS = 8
+
+# The second one is about padding against eavesdroppers, of which there is none here.
+_STREAM_OPTIONS = ("include_usage", "include_obfuscation")
+
+# Fields of clients that change no answer.
+_WITHOUT_EFFECT = ("user", "store", "metadata", "service_tier")
+
+# Fields that are not served unless they have this value, which is what they are without.
+_NOT_SERVED = {
+    "n": 1,
+    "best_of": 1,
+    "echo": False,
+    "logprobs": False,
+    "top_logprobs": 0,
+    "suffix": "",
+    "logit_bias": {},
+    "tools": [],
+    "tool_choice": "none",
+    "response_format": {"type": "text"},
+}
+
+
+class Refused(Exception):
+    """A call that is not answered, as the interface says it.
+
+    Attributes:
+        message: one sentence.
+        param: the field that is wrong; None where it is none.
+        status: of HTTP.
+        code: a word for programs; None where there is none.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        *,
+        status: int = 400,
+        code: str | None = None,
+    ):
+        """Takes what the client is told."""
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.status = status
+        self.code = code
+
+    def body(self) -> dict[str, Any]:
+        """Returns the error object."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error = {"message": self.message, "type": kind}
+        return {"error": error | {"param": self.param, "code": self.code}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """What a server offers.
+
+    Attributes:
+        name: of the model.
+        states: names of the start states.
+        tokenizer: of the model.
+    """
+
+    name: str
+    states: Sequence[str]
+    tokenizer: Tokenizer
+
+    def models(self) -> list[str]:
+        """Lists what a call may name as its model: the base, and each state on it."""
+        return [self.name, *(f"{self.name}:{state}" for state in self.states)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A body that was read.
+
+    Attributes:
+        request: for the engine.
+        is_chat: whether a message or a text is asked for.
+        stream: whether it is sent as it is made.
+        include_usage: whether a stream ends with the numbers of tokens.
+        model: as the client named it.
+        opening: beginning of the answer that the prompt has already.
+        id: of the answer.
+        created: seconds since 1970.
+    """
+
+    request: Request
+    is_chat: bool
+    stream: bool
+    include_usage: bool
+    model: str
+    opening: str
+    id: str
+    created: int
+
+
+def read_call(body: Any, served: Served, *, is_chat: bool) -> Call:
+    """Reads the body of a call.
+
+    Raises:
+        Refused: a field that is unknown, is not served, or has a value of another kind. Ranges are
+            the engine's to check.
+    """
+    if not isinstance(body, dict):
+        raise Refused(f"the body must be an object; got {_kind(body)}.")
+    fields = _Fields(body)
+    model = fields.text("model", served.name)
+    state = _state(fields.text("state", None), model, served)
+    opening = ""
+    stops = fields.stops()
+    if is_chat:
+        think = fields.text("think", "off")
+        prompt, opening = _chat_prompt(fields.take("messages"), think)
+        ids = served.tokenizer.encode(prompt)
+        stops = (*stops, CHAT_STOP)
+    else:
+        ids = _text_prompt(fields.take("prompt"), served.tokenizer)
+    tokens = fields.integer("max_tokens", 256)
+    request = Request(
+        prompt=tuple(ids),
+        state=state,
+        tokens=fields.integer("max_completion_tokens", tokens),
+        seed=fields.integer("seed", secrets.randbits(32)),
+        temperature=fields.number("temperature", 1.0),
+        top_p=fields.number("top_p", 1.0),
+        top_k=fields.integer("top_k", 0),
+        presence_penalty=fields.number("presence_penalty", 0.0),
+        frequency_penalty=fields.number("frequency_penalty", 0.0),
+        penalty_decay=fields.number("penalty_decay", 0.996),
+        stop_ids=fields.integers("stop_token_ids"),
+        stop_strings=stops,
+    )
+    call = Call(
+        request=request,
+        is_chat=is_chat,
+        stream=fields.switch("stream"),
+        include_usage=fields.includes_usage(),
+        model=model or served.name,
+        opening=opening,
+        id=("chatcmpl-" if is_chat else "cmpl-") + secrets.token_hex(12),
+        created=int(time.time()),
+    )
+    fields.refuse_others()
+    return call
+
+
+class _Fields:
+    """The fields of a body, each taken once; null is what a client writes for nothing."""
+
+    def __init__(self, body: dict[str, Any]):
+        """Takes a body."""
+        self._left = {name: value for name, value in body.items() if value is not None}
+
+    def take(self, name: str) -> Any:
+        """Takes a field that must be there."""
+        if name not in self._left:
+            raise Refused(f"`{name}` must be given.", name)
+        return self._left.pop(name)
+
+    def _take(self, name: str, kinds: tuple[type, ...], what: str, default: Any) -> Any:
+        value = self._left.pop(name, default)
+        # True is a number to Python.
+        is_wrong = isinstance(value, bool) and bool not in kinds
+        if value is not default and (is_wrong or not isinstance(value, kinds)):
+            raise Refused(f"`{name}` must be {what}; got {_kind(value)}.", name)
+        return value
+
+    def text(self, name: str, default: str | None) -> Any:
+        """Takes a string."""
+        return self._take(name, (str,), "a string", default)
+
+    def number(self, name: str, default: float) -> float:
+        """Takes a number."""
+        return float(self._take(name, (int, float), "a number", default))
+
+    def integer(self, name: str, default: int) -> int:
+        """Takes a whole number."""
+        return self._take(name, (int,), "a whole number", default)
+
+    def switch(self, name: str) -> bool:
+        """Takes true or false, which it is without."""
+        return self._take(name, (bool,), "true or false", False)
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        """Takes a list of whole numbers."""
+        values = self._take(name, (list,), "a list of whole numbers", [])
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise Refused(
+                    f"`{name}` must be a list of whole numbers; it has {_kind(value)}.",
+                    name,
+                )
+        return tuple(values)
+
+    def stops(self) -> tuple[str, ...]:
+        """Takes the strings that end an answer."""
+        kinds = (str, list)
+        stops = self._take("stop", kinds, "a string or a list of strings", [])
+        if isinstance(stops, str):
+            stops = [stops]
+        if not all(isinstance(stop, str) and stop for stop in stops):
+            raise Refused("`stop` must hold strings that are not empty.", "stop")
+        if len(stops) > _MOST_STOPS:
+            raise Refused(
+                f"`stop` must hold at most {_MOST_STOPS} strings; got {len(stops)}.",
+                "stop",
+            )
+        return tuple(stops)
+
+    def includes_usage(self) -> bool:
+        """Takes the options of a stream."""
+        options = self._take("stream_options", (dict,), "an object", {})
+        for name, value in options.items():
+            if name not in _STREAM_OPTIONS or not isinstance(value, bool):
+                raise Refused(
+                    f"`stream_options.{name}` must be one of {', '.join(_STREAM_OPTIONS)}, and "
+                    "true or false.",
+                    "stream_options",
+                )
+        return options.get("include_usage", False)
+
+    def refuse_others(self) -> None:
+        """Refuses the fields that nobody took."""
+        for name, value in self._left.items():
+            if name in _WITHOUT_EFFECT:
+                continue
+            if name not in _NOT_SERVED:
+                raise Refused(f"`{name}` is no field of this interface.", name)
+            if value != _NOT_SERVED[name]:
+                raise Refused(f"`{name}` is not served here; leave it out.", name)
+
+
+def _kind(value: Any) -> str:
+    """Names the kind of a value as JSON does."""
+    if value is None:
+        return "null"
+    kinds = {bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "a number")
+
+
+def _state(state: str | None, model: str, served: Served) -> str | None:
+    """Finds the state that a call names, by itself or after the model's name and a colon."""
+    base, colon, after = model.partition(":")
+    if base not in (served.name, ANY_MODEL):
+        raise Refused(
+            f"`model` must be one of {', '.join(served.models())}; got {model!r}.",
+            "model",
+            status=404,
+            code="model_not_found",
+        )
+    if colon and state is not None and state != after:
+        raise Refused(
+            f"`state` must be that of `model`, {after!r}, or left out; got {state!r}.",
+            "state",
+        )
+    param = "model" if colon else "state"
+    state = after if colon else state
+    if state is not None and state not in served.states:
+        known = ", ".join(served.states) or "there is none"
+        raise Refused(
+            f"`{param}` must name a state that is served ({known}); got {state!r}.",
+            param,
+            status=404,
+            code="state_not_found",
+        )
+    return state
+
+
+def _chat_prompt(messages: Any, think: str) -> tuple[str, str]:
+    """Writes a conversation that asks for an answer, and the beginning that it gives that."""
+    if think not in THINK_MODES:
+        raise Refused(
+            f"`think` must be one of {', '.join(THINK_MODES)}; got {think!r}.", "think"
+        )
+    if not isinstance(messages, list) or not messages:
+        raise Refused("`messages` must be a list of messages.", "messages")
+    try:
+        turns = [read_message(message, at) for at, message in enumerate(messages, 1)]
+    except ValueError as error:
+        raise Refused(f"`messages`: {error}.", "messages") from None
+    if turns[-1].role == "assistant":
+        raise Refused(
+            "`messages` must end with one that the assistant is to answer.", "messages"
+        )
+    parts = write_conversation(turns, think=think, ask=True)
+    return "".join(part.text for part in parts), answer_opening(think)
+
+
+def _text_prompt(prompt: Any, tokenizer: Tokenizer) -> Sequence[int]:
+    """Reads a text or a list of ids; an empty one begins where a text ended."""
+    if isinstance(prompt, str):
+        try:
+            return tokenizer.encode(prompt.encode()) or tokenizer.stop_ids
+        except UnicodeEncodeError:
+            raise Refused("`prompt` has a lone surrogate.", "prompt") from None
+    is_ids = isinstance(prompt, list) and all(type(number) is int for number in prompt)
+    if not is_ids:
+        raise Refused(
+            "`prompt` must be one text or a list of ids; several are several calls.",
+            "prompt",
+        )
+    return prompt
+
+
+def models_body(served: Served) -> dict[str, Any]:
+    """Lists the models, of which each start state makes one."""
+    entries = []
+    for name in served.models():
+        entries.append({"id": name, "object": "model", "owned_by": "rwkv7_jax"})
+    return {"object": "list", "data": entries}
+
+
+def states_body(served: Served) -> dict[str, Any]:
+    """Lists the start states."""
+    entries = [{"id": name, "object": "state"} for name in served.states]
+    return {"object": "list", "data": entries}
+
+
+def answer_body(call: Call, answer: Answer) -> dict[str, Any]:
+    """Returns the body of a whole answer."""
+    text = first_text(call, answer.text)
+    choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason(answer)}
+    if call.is_chat:
+        choice["message"] = {"role": "assistant", "content": text}
+    else:
+        choice |= {"text": text, "logprobs": None}
+    return _body(call, [choice], "chat.completion") | {"usage": usage(answer)}
+
+
+def first_text(call: Call, text: str) -> str:
+    """Returns the beginning of an answer as the client gets it.
+
+    The opening of a thought belongs to it; the space between a speaker and the words does not.
+    """
+    return (call.opening + text).removeprefix(" ") if call.is_chat else text
+
+
+def finish_reason(answer: Answer) -> str:
+    """Returns how an answer ended, in the interface's words."""
+    return "length" if answer.ended == "length" else "stop"
+
+
+def usage(answer: Answer) -> dict[str, Any]:
+    """Counts the tokens of a call."""
+    made = len(answer.tokens)
+    return {
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": made,
+        "total_tokens": answer.prompt_tokens + made,
+        "prompt_tokens_details": {"cached_tokens": answer.cached_tokens},
+    }
+
+
+def chunk(call: Call, text: str | None, *, finish: str | None = None) -> dict[str, Any]:
+    """Returns one event of a stream; a text of None opens the message of a chat."""
+    choice: dict[str, Any] = {"index": 0, "finish_reason": finish}
+    if not call.is_chat:
+        choice |= {"text": text or "", "logprobs": None}
+    elif text is None:
+        choice["delta"] = {"role": "assistant", "content": ""}
+    else:
+        choice["delta"] = {"content": text} if text else {}
+    return _body(call, [choice], "chat.completion.chunk")
+
+
+def usage_chunk(call: Call, answer: Answer) -> dict[str, Any]:
+    """Returns the last event of a stream whose client asked for the numbers."""
+    return _body(call, [], "chat.completion.chunk") | {"usage": usage(answer)}
+
+
+def _body(call: Call, choices: list[Any], kind: str) -> dict[str, Any]:
+    return {
+        "id": call.id,
+        "object": kind if call.is_chat else "text_completion",
+        "created": call.created,
+        "model": call.model,
+        "choices": choices,
+    }
