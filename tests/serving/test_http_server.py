@@ -1,0 +1,299 @@
+"""What clients get: whole answers, streams, errors; the engine is a script."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import threading
+
+import pytest
+
+from rwkv7_jax.serving.requests import Answer, TooBusy
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+pytest.importorskip("starlette", reason="the extra server is not installed")
+pytest.importorskip("httpx", reason="the package httpx is not installed")
+
+from starlette.testclient import TestClient
+
+from rwkv7_jax.serving import http_server
+
+BYTES = Tokenizer.bytes()
+
+
+@dataclasses.dataclass
+class Ticket:
+    """Notes whether the client still waits."""
+
+    cancelled: threading.Event
+
+    def cancel(self):
+        self.cancelled.set()
+
+
+class Script:
+    """An engine that says the same pieces to everybody, from a thread of its own."""
+
+    tokenizer = BYTES
+    state_names = ("poet", "judge")
+
+    def __init__(self, pieces=("", "H\u00e4", "", "llo \U0001f600"), ended="length"):
+        self.pieces = [piece for piece in pieces if piece]
+        self.ended = ended
+        self.refusal = None
+        self.waits = False
+        self.requests = []
+        self.cancelled = threading.Event()
+        self.is_running = False
+
+    def start(self):
+        self.is_running = True
+
+    def close(self):
+        self.is_running = False
+        self.cancelled.set()
+
+    def submit(self, request, *, on_text, on_end):
+        if self.refusal:
+            raise self.refusal
+        self.requests.append(request)
+
+        def say():
+            for piece in self.pieces:
+                with contextlib.suppress(RuntimeError):
+                    on_text(piece)
+            ended = self.ended
+            if self.waits:
+                self.cancelled.wait(30)
+                ended = "cancelled"
+            text = "".join(self.pieces)
+            error = "a reason" if ended == "failed" else None
+            # The client's loop may have ended; the engine passes over such an error, too.
+            with contextlib.suppress(RuntimeError):
+                on_end(Answer(text, (1, 2, 3), ended, len(request.prompt), 2, error))
+
+        threading.Thread(target=say).start()
+        return Ticket(self.cancelled)
+
+
+@pytest.fixture
+def engine():
+    return Script()
+
+
+@pytest.fixture
+def client(engine):
+    app = http_server.make_app(engine, name="base")
+    with TestClient(app, raise_server_exceptions=False) as client:
+        assert engine.is_running
+        yield client
+    assert not engine.is_running
+
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+TEXT = {"prompt": "hi"}
+BODIES = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT}
+
+
+def events(response):
+    """The objects of a stream; [DONE] as a string."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    found = []
+    for line in lines:
+        text = line.removeprefix("data: ")
+        found.append(text if text == "[DONE]" else json.loads(text))
+    return found
+
+
+def test_a_message_is_answered(client, engine):
+    body = client.post("/v1/chat/completions", json=CHAT).json()
+    (choice,) = body["choices"]
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": "H\u00e4llo \U0001f600",
+    }
+    assert (choice["finish_reason"], body["object"]) == ("length", "chat.completion")
+    (request,) = engine.requests
+    assert BYTES.decode(request.prompt) == "User: hi\n\nAssistant:"
+    assert request.stop_strings == ("\n\nUser:",)
+    assert body["usage"] == {
+        "prompt_tokens": len(request.prompt),
+        "completion_tokens": 3,
+        "total_tokens": len(request.prompt) + 3,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }
+    assert body["model"] == "base" and body["id"].startswith("chatcmpl-")
+
+
+def test_a_text_is_continued(client, engine):
+    engine.ended = "stop_string"
+    body = client.post("/v1/completions", json=TEXT | {"stop": "x"}).json()
+    (choice,) = body["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (
+        "H\u00e4llo \U0001f600",
+        "stop",
+    )
+    assert (body["object"], choice["logprobs"]) == ("text_completion", None)
+    assert BYTES.decode(engine.requests[0].prompt) == "hi"
+    assert engine.requests[0].stop_strings == ("x",)
+
+
+@pytest.mark.parametrize("usage", [False, True])
+def test_a_stream_is_that_of_the_interface(client, usage):
+    more = {"stream": True, "stream_options": {"include_usage": usage}}
+    chat = events(client.post("/v1/chat/completions", json=CHAT | more))
+    text = events(client.post("/v1/completions", json=TEXT | more))
+    for found in (chat, text):
+        assert found.pop() == "[DONE]"
+        if usage:
+            last = found.pop()
+            assert last["choices"] == [] and last["usage"]["completion_tokens"] == 3
+        assert len({event["id"] for event in found}) == 1
+        reasons = [event["choices"][0]["finish_reason"] for event in found]
+        assert reasons == [None] * (len(found) - 1) + ["length"]
+    deltas = [event["choices"][0]["delta"] for event in chat]
+    assert deltas[0] == {"role": "assistant", "content": ""} and deltas[-1] == {}
+    assert "".join(d.get("content", "") for d in deltas) == "H\u00e4llo \U0001f600"
+    assert "".join(e["choices"][0]["text"] for e in text) == "H\u00e4llo \U0001f600"
+
+
+@pytest.mark.parametrize("pieces", [(" ", "a"), (" a",), ()])
+@pytest.mark.parametrize(("think", "opening"), [("off", ""), ("free", "<think")])
+def test_the_opening_of_a_thought_belongs_to_the_answer_and_one_space_does_not(
+    client, engine, pieces, think, opening
+):
+    engine.pieces = list(pieces)
+    expected = opening + "".join(pieces) if opening else "a" * bool(pieces)
+    body = CHAT | {"think": think}
+    whole = client.post("/v1/chat/completions", json=body).json()
+    assert whole["choices"][0]["message"]["content"] == expected
+    found = events(client.post("/v1/chat/completions", json=body | {"stream": True}))
+    deltas = [event["choices"][0]["delta"] for event in found[:-1]]
+    assert "".join(d.get("content", "") for d in deltas) == expected
+
+
+def test_what_is_served_is_listed(client):
+    names = [entry["id"] for entry in client.get("/v1/models").json()["data"]]
+    assert names == ["base", "base:poet", "base:judge"]
+    states = [entry["id"] for entry in client.get("/v1/states").json()["data"]]
+    assert states == ["poet", "judge"]
+    assert client.get("/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize("address", BODIES)
+@pytest.mark.parametrize(
+    ("refusal", "status", "error"),
+    [
+        (
+            TooBusy("too many requests wait; try again later."),
+            429,
+            {"code": "too_busy", "message": "too many requests wait; try again later."},
+        ),
+        (
+            ValueError("submit: `tokens` must be at least 1; got 0."),
+            400,
+            {
+                "param": "max_tokens",
+                "message": "`max_tokens` must be at least 1; got 0.",
+            },
+        ),
+        (RuntimeError("secret"), 500, {"message": "the server failed: RuntimeError."}),
+    ],
+)
+def test_what_the_engine_refuses_is_said(
+    client, engine, address, refusal, status, error
+):
+    engine.refusal = refusal
+    response = client.post(address, json=BODIES[address])
+    assert response.status_code == status
+    assert response.json()["error"].items() >= error.items()
+    assert ("Retry-After" in response.headers) == (status == 429)
+
+
+@pytest.mark.parametrize("address", BODIES)
+@pytest.mark.parametrize(
+    ("ended", "status", "sentence"),
+    [
+        ("failed", 500, "the answer failed: a reason."),
+        ("cancelled", 503, "the server is being stopped."),
+    ],
+)
+def test_an_answer_without_an_end_is_an_error(
+    client, engine, address, ended, status, sentence
+):
+    engine.ended = ended
+    response = client.post(address, json=BODIES[address])
+    assert response.status_code == status
+    assert response.json()["error"]["message"] == sentence
+    found = events(client.post(address, json=BODIES[address] | {"stream": True}))
+    assert found[-1]["error"]["message"] == sentence
+
+
+@pytest.mark.parametrize(
+    ("method", "address", "data", "status", "sentence"),
+    [
+        ("GET", "/v1/nothing", b"", 404, "GET /v1/nothing: Not Found."),
+        (
+            "GET",
+            "/v1/completions",
+            b"",
+            405,
+            "GET /v1/completions: Method Not Allowed.",
+        ),
+        ("POST", "/v1/completions", b"{", 400, "the body is no JSON"),
+        ("POST", "/v1/completions", b"\xff", 400, "the body is no JSON"),
+        ("POST", "/v1/completions", b"[" * 100_000, 400, "the body is no JSON"),
+        (
+            "POST",
+            "/v1/completions",
+            b"[]",
+            400,
+            "the body must be an object; got a list.",
+        ),
+        (
+            "POST",
+            "/v1/completions",
+            b" " * (2**24 + 1),
+            413,
+            "at most 16,777,216 bytes",
+        ),
+    ],
+)
+def test_what_is_no_call_gets_an_error_object(
+    client, method, address, data, status, sentence
+):
+    response = client.request(method, address, content=data)
+    assert response.status_code == status
+    assert sentence in response.json()["error"]["message"]
+
+
+async def _leave(app, address, stream):
+    """Calls the application as a server does, and leaves after the request."""
+    data = json.dumps(BODIES[address] | {"stream": stream}).encode()
+    received = iter([{"type": "http.request", "body": data}])
+
+    async def receive():
+        return next(received, {"type": "http.disconnect"})
+
+    async def send(message):
+        del message
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": address,
+        "headers": [],
+        "query_string": b"",
+    }
+    await app(scope, receive, send)
+
+
+@pytest.mark.parametrize("address", BODIES)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_is_not_answered_any_more(engine, address, stream):
+    engine.waits = True
+    app = http_server.make_app(engine, name="base")
+    asyncio.run(_leave(app, address, stream))
+    assert engine.cancelled.wait(30)

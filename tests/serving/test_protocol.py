@@ -1,0 +1,185 @@
+"""Bodies of OpenAI's interface: what is read, and what is refused by its name."""
+
+import pytest
+
+from rwkv7_jax.serving.protocol import Refused, Served, read_call
+from rwkv7_jax.text.chat_template import CHAT_STOP
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+BYTES = Tokenizer.bytes()
+SERVED = Served("base", ("poet", "a.b-c"), BYTES)
+HI = [{"role": "user", "content": "hi"}]
+
+
+def text_call(**fields):
+    return read_call({"prompt": "hi"} | fields, SERVED, is_chat=False)
+
+
+def chat_call(**fields):
+    return read_call({"messages": HI} | fields, SERVED, is_chat=True)
+
+
+def prompt_of(call):
+    return BYTES.decode(list(call.request.prompt))
+
+
+def test_every_field_reaches_the_request():
+    call = text_call(
+        max_tokens=7,
+        temperature=0,
+        top_p=0.5,
+        top_k=3,
+        presence_penalty=1,
+        frequency_penalty=0.25,
+        penalty_decay=0.9,
+        seed=5,
+        stop=["a", "b"],
+        stop_token_ids=[3, 4],
+        state="poet",
+        stream=True,
+        stream_options={"include_usage": True},
+        user="somebody",
+        n=1,
+        logprobs=None,
+    )
+    request = call.request
+    assert (request.tokens, request.temperature, request.top_p) == (7, 0.0, 0.5)
+    assert (request.top_k, request.presence_penalty) == (3, 1.0)
+    assert (request.frequency_penalty, request.penalty_decay) == (0.25, 0.9)
+    assert (request.seed, request.stop_strings) == (5, ("a", "b"))
+    assert (request.stop_ids, request.state) == ((3, 4), "poet")
+    assert call.stream and call.include_usage and not call.is_chat
+
+
+def test_a_call_without_fields_is_drawn_anew_each_time():
+    calls = [text_call() for _ in range(8)]
+    assert len({call.request.seed for call in calls}) > 1
+    assert len({call.id for call in calls}) == 8
+    request = calls[0].request
+    assert (request.temperature, request.top_p, request.tokens) == (1.0, 1.0, 256)
+    assert request.state is None and not calls[0].stream
+
+
+@pytest.mark.parametrize(
+    ("model", "state", "found"),
+    [
+        ("base", None, None),
+        ("rwkv", "poet", "poet"),
+        ("base:poet", None, "poet"),
+        ("rwkv:a.b-c", None, "a.b-c"),
+        ("base:poet", "poet", "poet"),
+    ],
+)
+def test_a_state_is_named_by_itself_or_after_the_model(model, state, found):
+    assert text_call(model=model, state=state).request.state == found
+    assert chat_call(model=model, state=state).model == model
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"model": "gpt-4"}, "model", "model_not_found"),
+        ({"model": "poet"}, "model", "model_not_found"),
+        ({"model": "base:"}, "model", "state_not_found"),
+        ({"model": "base:nobody"}, "model", "state_not_found"),
+        ({"state": "nobody"}, "state", "state_not_found"),
+        ({"state": ""}, "state", "state_not_found"),
+        ({"state": "/etc/passwd"}, "state", "state_not_found"),
+        ({"state": "../poet.pth"}, "state", "state_not_found"),
+    ],
+)
+def test_a_name_that_is_not_served_is_not_found(fields, param, code):
+    for call in (text_call, chat_call):
+        with pytest.raises(Refused) as refused:
+            call(**fields)
+        error = refused.value
+        assert (error.status, error.param, error.code) == (404, param, code)
+        assert "poet" in error.message
+
+
+def test_a_conversation_is_written_as_in_tuning():
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "a"}]},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c\n\nd"},
+    ]
+    call = chat_call(messages=messages, stop="x", max_completion_tokens=9)
+    assert prompt_of(call) == (
+        "System: Be brief.\n\nUser: a\n\nAssistant: b\n\nUser: c\nd\n\nAssistant:"
+    )
+    assert call.request.stop_strings == ("x", CHAT_STOP)
+    assert call.request.tokens == 9
+    thinking = chat_call(think="medium")
+    assert prompt_of(thinking) == "User: hi (think)\n\nAssistant: <think"
+    assert thinking.opening == " <think"
+
+
+def test_a_prompt_is_a_text_or_ids_and_an_empty_one_begins_a_text():
+    assert text_call(prompt=[5, 6]).request.prompt == (5, 6)
+    assert text_call(prompt="").request.prompt == tuple(BYTES.stop_ids)
+    assert prompt_of(text_call(prompt="\u00e4\U0001f600")) == "\u00e4\U0001f600"
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"prompt": ["a", "b"]}, "`prompt` must be one text or a list of ids"),
+        ({"prompt": 3}, "`prompt` must be one text"),
+        ({"prompt": [True]}, "`prompt` must be one text"),
+        ({"prompt": None}, "`prompt` must be given."),
+        ({"prompt": "\ud800"}, "`prompt` has a lone surrogate"),
+        ({"model": 3}, "`model` must be a string; got a number."),
+        ({"state": ["poet"]}, "`state` must be a string; got a list."),
+        ({"temperature": "1"}, "`temperature` must be a number; got a string."),
+        ({"temperature": True}, "`temperature` must be a number; got a boolean."),
+        ({"max_tokens": 1.5}, "`max_tokens` must be a whole number; got a number."),
+        ({"seed": {}}, "`seed` must be a whole number; got an object."),
+        ({"stream": 1}, "`stream` must be true or false; got a number."),
+        ({"stop": [""]}, "`stop` must hold strings"),
+        ({"stop": [3]}, "`stop` must hold strings"),
+        ({"stop": ["a"] * 9}, "`stop` must hold at most 8 strings; got 9."),
+        ({"stop_token_ids": [1.0]}, "`stop_token_ids` must be a list of whole numbers"),
+        ({"stream_options": []}, "`stream_options` must be an object; got a list."),
+        ({"stream_options": {"x": True}}, "`stream_options.x` must be one of"),
+        ({"stream_options": {"include_usage": 1}}, "`stream_options.include_usage`"),
+        ({"n": 2}, "`n` is not served here; leave it out."),
+        ({"logprobs": 5}, "`logprobs` is not served here"),
+        ({"logit_bias": {"5": 1}}, "`logit_bias` is not served here"),
+        ({"echo": True}, "`echo` is not served here"),
+        ({"tools": [{}]}, "`tools` is not served here"),
+        ({"temprature": 1}, "`temprature` is no field of this interface."),
+        ({"messages": HI}, "`messages` is no field"),
+        ({"model": "base:poet", "state": "a.b-c"}, "`state` must be that of `model`"),
+    ],
+)
+def test_a_wrong_field_is_refused_by_its_name(fields, sentence):
+    with pytest.raises(Refused) as refused:
+        text_call(**fields)
+    error = refused.value
+    assert sentence in error.message
+    assert error.param in (*fields, "prompt") and error.status == 400
+    assert error.body()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"messages": []}, "`messages` must be a list of messages."),
+        ({"messages": "hi"}, "`messages` must be a list of messages."),
+        ({"messages": None}, "`messages` must be given."),
+        ({"messages": ["hi"]}, "`messages`: message 1: must be an object"),
+        ({"messages": [{"role": "poet", "content": ""}]}, "message 1: role must be"),
+        ({"messages": [{"role": "user", "content": 3}]}, "message 1:"),
+        (
+            {"messages": [*HI, {"role": "assistant", "content": "a"}]},
+            "`messages` must end with one that the assistant is to answer.",
+        ),
+        ({"think": "deep"}, "`think` must be one of off, fast"),
+        ({"prompt": "hi"}, "`prompt` is no field"),
+    ],
+)
+def test_a_wrong_conversation_is_refused(fields, sentence):
+    with pytest.raises(Refused, match=r".") as refused:
+        chat_call(**fields)
+    assert sentence in refused.value.message
