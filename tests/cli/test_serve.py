@@ -1,0 +1,107 @@
+"""`rwkv7 serve`: what it refuses before it reads a model, and a server from start to end."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rwkv7_jax.checkpoints import load_model, save_state
+from rwkv7_jax.cli.commands import main
+from rwkv7_jax.generation.generate import generate
+from rwkv7_jax.model.rwkv7 import RWKV7
+from rwkv7_jax.model.state import init_state
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+pytest.importorskip("starlette", reason="the extra server is not installed")
+
+TINY = str(Path(__file__).parents[2] / "assets" / "tiny.pth")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--port", "70000"], "`--port` must be at most 65535; got 70000"),
+        (["--slots", "0"], "`--slots` must be at least 1; got 0"),
+        (["--host", "nowhere.invalid"], "`--host` and `--port` must be an address"),
+        (["--name", "a/b"], "`--name` must name with letters"),
+        (["--state", "a b=x.pth"], "`--state` must name with letters"),
+        (["--state", "x=a.pth", "--state", "x=b.pth"], "'x' is of `a.pth` and `b.pth`"),
+        (["--state", "poet.pth", "--state", "d/poet.st"], "a name of its own; 'poet'"),
+        (["--state", "EMPTY"], "must name a folder with states"),
+        (["--port", "0", "--model", "none.pth"], "`none.pth` does not exist"),
+        (["--port", "0", "--state", "none.pth"], "`none.pth` does not exist"),
+        (["--port", "0", "--state", "poet=TEXT"], "TEXT"),
+    ],
+)
+def test_a_mistake_is_one_sentence(tmp_path, capsys, words, sentence):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pth").write_text("no state")
+    places = {"EMPTY": "empty", "TEXT": "text.pth"}
+    for name, place in places.items():
+        words = [word.replace(name, str(tmp_path / place)) for word in words]
+        sentence = sentence.replace(name, str(tmp_path / place))
+    assert main(["serve", "--model", TINY, *words]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.splitlines()[-1].startswith("rwkv7: ")
+
+
+def test_a_port_in_use_is_said_before_the_model_is_read(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "--model", "none.pth", "--port", port]) == 2
+    assert f"127.0.0.1:{port} is none" in capsys.readouterr().err
+
+
+def call(address, **fields):
+    """Opens the answer to a text."""
+    data = json.dumps({"temperature": 0} | fields).encode()
+    request = urllib.request.Request(f"{address}/completions", data)
+    return urllib.request.urlopen(request, timeout=60)
+
+
+@pytest.mark.slow
+def test_a_server_answers_from_its_states_until_a_signal(tmp_path):
+    params, config = load_model(TINY)
+    state = init_state(config)
+    draws = 0.5 * np.random.default_rng(0).normal(size=state.wkv.shape)
+    state = state.replace(wkv=jnp.asarray(draws, jnp.float32))
+    save_state(tmp_path / "poet.pth", state)
+    words = ["serve", "--model", TINY, "--state", tmp_path, "--port", "0"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "rwkv7_jax.cli", *words, "--slots", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        said = [server.stdout.readline() for _ in range(2)]
+        address = re.search(r"tiny at (\S+); states: poet$", said[1].strip())[1]
+        for name, start in ((None, None), ("poet", state)):
+            with call(address, prompt="decoding", max_tokens=12, state=name) as got:
+                (choice,) = json.load(got)["choices"]
+            expected = generate(
+                RWKV7(config),
+                params,
+                Tokenizer.bytes().encode("decoding"),
+                start,
+                tokens=12,
+                temperature=0,
+                tokenizer=Tokenizer.bytes(),
+            )
+            assert choice["text"] == expected.texts[0]
+        stream = call(address, prompt="a", max_tokens=8000, stream=True)
+        assert json.loads(stream.readline().removeprefix(b"data: "))["choices"]
+        server.send_signal(signal.SIGTERM)
+        *_, last = filter(None, stream.read().split(b"\n\n"))
+        stream.close()
+        # Where the answer had ended by itself before, its stream was complete.
+        assert b"the server is being stopped" in last or b"[DONE]" in last
+        _, error = server.communicate(timeout=60)
+    assert (server.returncode, error) == (143, "")
