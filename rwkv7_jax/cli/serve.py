@@ -92,7 +92,8 @@ def run_serve(options: argparse.Namespace) -> None:
     # Before the model is read: a port that is in use should not cost minutes.
     try:
         listener = server.listen(options.host, options.port)
-    except OSError as error:
+    # A name that no host can have is a UnicodeError.
+    except (OSError, UnicodeError) as error:
         raise ValueError(
             f"serve: `--host` and `--port` must be an address to listen at; "
             f"{options.host}:{options.port} is none: {error}."
@@ -116,6 +117,7 @@ def run_serve(options: argparse.Namespace) -> None:
         print(f"compiling for {options.slots} requests at once", flush=True)
         engine.warm_up()
         host, port = listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
         names = ", ".join(files) or "none"
         print(f"{name} at http://{host}:{port}/v1; states: {names}", flush=True)
         server.serve(engine, listener, name=name)

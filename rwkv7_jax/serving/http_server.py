@@ -9,7 +9,7 @@ import contextlib
 import json
 import re
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from rwkv7_jax.serving import protocol
@@ -20,10 +20,12 @@ from rwkv7_jax.serving.requests import Answer, TooBusy
 try:
     import uvicorn
     from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
+    from starlette.types import Receive, Scope, Send
 except ImportError:
     raise ImportError(
         "serve: the server needs the packages starlette and uvicorn: "
@@ -33,11 +35,14 @@ except ImportError:
 # Bytes of a body at most.
 MOST_BYTES = 2**24
 
-# Seconds between two looks at whether a client still waits for a whole answer.
-_LOOK_SECONDS = 0.5
+# Neither a cache nor a proxy keeps the pieces of a stream back.
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 # Seconds that answers which are being sent have when the server is stopped.
 _LAST_SECONDS = 5
+
+# Pieces of a text, and last what became of it.
+_Events = asyncio.Queue[str | Answer]
 
 # A client's names for what the engine says about a request.
 _FIELDS = {
@@ -114,26 +119,30 @@ class _Routes:
 
     async def _answer(self, request: Request, *, is_chat: bool) -> Response:
         body = await _read_json(request)
-        call = protocol.read_call(body, self._served, is_chat=is_chat)
-        events: asyncio.Queue[str | Answer] = asyncio.Queue()
+        # Of asyncio's loop, to which the engine's thread has to come over.
+        events: _Events = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def tell(event: str | Answer) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        ticket = self._submit(call, tell)
+        # Encoding a long text takes a while, in which others get their pieces.
+        call, ticket = await run_in_threadpool(
+            self._submit, body, tell, is_chat=is_chat
+        )
         if call.stream:
-            return StreamingResponse(
-                _stream(call, events, ticket), media_type="text/event-stream"
-            )
+            return _EventStream(_stream(call, events), ticket)
         answer = await _whole(request, events, ticket)
         _refuse_unfinished(answer)
         return JSONResponse(protocol.answer_body(call, answer))
 
-    def _submit(self, call: Call, tell: Any) -> Ticket:
+    def _submit(
+        self, body: Any, tell: Callable[[str | Answer], None], *, is_chat: bool
+    ) -> tuple[Call, Ticket]:
         """Gives a call to the engine; what that refuses is said in the client's words."""
+        call = protocol.read_call(body, self._served, is_chat=is_chat)
         try:
-            return self._engine.submit(call.request, on_text=tell, on_end=tell)
+            ticket = self._engine.submit(call.request, on_text=tell, on_end=tell)
         except TooBusy as error:
             raise Refused(str(error), status=429, code="too_busy") from None
         except (TypeError, ValueError) as error:
@@ -142,6 +151,7 @@ class _Routes:
                 sentence = sentence.replace(f"`{ours}`", f"`{theirs}`")
             name = re.search(r"`(\w+)`", sentence)
             raise Refused(sentence, name and name[1]) from None
+        return call, ticket
 
 
 async def _read_json(request: Request) -> Any:
@@ -164,50 +174,68 @@ async def _read_json(request: Request) -> Any:
         raise Refused(f"the body is no JSON: {error}.") from None
 
 
-async def _whole(
-    request: Request, events: asyncio.Queue[str | Answer], ticket: Ticket
-) -> Answer:
+async def _whole(request: Request, events: _Events, ticket: Ticket) -> Answer:
     """Waits for a whole answer; where the client leaves, for the end that this brings about."""
-    while True:
-        try:
-            event = await asyncio.wait_for(events.get(), _LOOK_SECONDS)
-        except TimeoutError:
-            if await request.is_disconnected():
-                ticket.cancel()
-            continue
-        if isinstance(event, Answer):
-            return event
-
-
-async def _stream(
-    call: Call, events: asyncio.Queue[str | Answer], ticket: Ticket
-) -> AsyncIterator[str]:
-    """Yields the events of an answer as it is made."""
+    watcher = asyncio.create_task(_cancel_when_gone(request, ticket))
     try:
-        if call.is_chat:
-            yield _event(protocol.chunk(call, None))
         event = await events.get()
-        # Of an answer without text its opening alone is left.
-        text = protocol.first_text(call, event if isinstance(event, str) else "")
-        if text:
-            yield _event(protocol.chunk(call, text))
         while isinstance(event, str):
             event = await events.get()
-            if isinstance(event, str):
-                yield _event(protocol.chunk(call, event))
-        try:
-            _refuse_unfinished(event)
-        except Refused as refused:
-            yield _event(refused.body())
-            return
-        finish = protocol.finish_reason(event)
-        yield _event(protocol.chunk(call, "", finish=finish))
-        if call.include_usage:
-            yield _event(protocol.usage_chunk(call, event))
-        yield "data: [DONE]\n\n"
+        return event
     finally:
-        # After a whole answer it changes nothing.
-        ticket.cancel()
+        watcher.cancel()
+
+
+async def _cancel_when_gone(request: Request, ticket: Ticket) -> None:
+    """Cancels an answer for which its client waits no longer."""
+    message = await request.receive()
+    while message["type"] != "http.disconnect":
+        message = await request.receive()
+    ticket.cancel()
+
+
+class _EventStream(StreamingResponse):
+    """A stream of events that cancels its answer where it does not come to an end."""
+
+    def __init__(self, content: AsyncIterator[str], ticket: Ticket):
+        """Takes what is sent, and whose answer it is."""
+        super().__init__(
+            content, media_type="text/event-stream", headers=_STREAM_HEADERS
+        )
+        self._ticket = ticket
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the stream."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            # After a whole answer it changes nothing.
+            self._ticket.cancel()
+
+
+async def _stream(call: Call, events: _Events) -> AsyncIterator[str]:
+    """Yields the events of an answer as it is made."""
+    if call.is_chat:
+        yield _event(protocol.chunk(call, None))
+    event = await events.get()
+    # Of an answer without text its opening alone is left.
+    text = protocol.first_text(call, event if isinstance(event, str) else "")
+    if text:
+        yield _event(protocol.chunk(call, text))
+    while isinstance(event, str):
+        event = await events.get()
+        if isinstance(event, str):
+            yield _event(protocol.chunk(call, event))
+    try:
+        _refuse_unfinished(event)
+    except Refused as refused:
+        yield _event(refused.body())
+        return
+    finish = protocol.finish_reason(event)
+    yield _event(protocol.chunk(call, "", finish=finish))
+    if call.include_usage:
+        yield _event(protocol.usage_chunk(call, event))
+    yield "data: [DONE]\n\n"
 
 
 def _event(body: dict[str, Any]) -> str:
@@ -285,6 +313,8 @@ def serve(engine: Engine, listener: socket.socket, *, name: str) -> None:
         make_app(engine, name=name),
         log_level="warning",
         access_log=False,
+        server_header=False,
+        ws="none",
         timeout_graceful_shutdown=_LAST_SECONDS,
     )
     with contextlib.closing(listener):

@@ -217,7 +217,7 @@ class _Fields:
         """Takes a list of whole numbers."""
         values = self._take(name, (list,), "a list of whole numbers", [])
         for value in values:
-            if isinstance(value, bool) or not isinstance(value, int):
+            if not _is_id(value):
                 raise Refused(
                     f"`{name}` must be a list of whole numbers; it has {_kind(value)}.",
                     name,
@@ -308,9 +308,11 @@ def _chat_prompt(messages: Any, think: str) -> tuple[str, str]:
         raise Refused("`messages` must be a list of messages.", "messages")
     try:
         turns = [read_message(message, at) for at, message in enumerate(messages, 1)]
+        # As in `rwkv7 generate`, a system that says nothing has no turn.
+        turns = [turn for turn in turns if turn.content or turn.role != "system"]
     except ValueError as error:
         raise Refused(f"`messages`: {error}.", "messages") from None
-    if turns[-1].role == "assistant":
+    if not turns or turns[-1].role == "assistant":
         raise Refused(
             "`messages` must end with one that the assistant is to answer.", "messages"
         )
@@ -320,18 +322,25 @@ def _chat_prompt(messages: Any, think: str) -> tuple[str, str]:
 
 def _text_prompt(prompt: Any, tokenizer: Tokenizer) -> Sequence[int]:
     """Reads a text or a list of ids; an empty one begins where a text ended."""
+    # Some clients send a list of prompts wherever they have one.
+    if isinstance(prompt, list) and len(prompt) == 1 and not _is_id(prompt[0]):
+        prompt = prompt[0]
     if isinstance(prompt, str):
         try:
             return tokenizer.encode(prompt.encode()) or tokenizer.stop_ids
         except UnicodeEncodeError:
             raise Refused("`prompt` has a lone surrogate.", "prompt") from None
-    is_ids = isinstance(prompt, list) and all(type(number) is int for number in prompt)
-    if not is_ids:
+    if not isinstance(prompt, list) or not all(map(_is_id, prompt)):
         raise Refused(
             "`prompt` must be one text or a list of ids; several are several calls.",
             "prompt",
         )
     return prompt
+
+
+def _is_id(value: Any) -> bool:
+    """Tells whether a value is a whole number; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def models_body(served: Served) -> dict[str, Any]:

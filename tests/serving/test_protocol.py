@@ -110,6 +110,8 @@ def test_a_conversation_is_written_as_in_tuning():
     )
     assert call.request.stop_strings == ("x", CHAT_STOP)
     assert call.request.tokens == 9
+    silent = [{"role": "system", "content": ""}, *HI]
+    assert prompt_of(chat_call(messages=silent)) == prompt_of(chat_call())
     thinking = chat_call(think="medium")
     assert prompt_of(thinking) == "User: hi (think)\n\nAssistant: <think"
     assert thinking.opening == " <think"
@@ -117,6 +119,8 @@ def test_a_conversation_is_written_as_in_tuning():
 
 def test_a_prompt_is_a_text_or_ids_and_an_empty_one_begins_a_text():
     assert text_call(prompt=[5, 6]).request.prompt == (5, 6)
+    assert text_call(prompt=[[5, 6]]).request.prompt == (5, 6)
+    assert prompt_of(text_call(prompt=["ab"])) == "ab"
     assert text_call(prompt="").request.prompt == tuple(BYTES.stop_ids)
     assert prompt_of(text_call(prompt="\u00e4\U0001f600")) == "\u00e4\U0001f600"
 
