@@ -154,7 +154,12 @@ def tool_text(tool: Any) -> str:
         raise ValueError(f'a tool must be an object with a "name"; got {tool!r:.80}')
     arguments = function.get("arguments")
     if arguments is None:
-        arguments = (function.get("parameters") or {}).get("properties")
+        schema = function.get("parameters") or {}
+        if not isinstance(schema, Mapping):
+            raise ValueError(
+                f'the parameters of "{function["name"]}" must be an object'
+            )
+        arguments = schema.get("properties")
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, Mapping):
