@@ -185,7 +185,7 @@ class Engine:
             params,
             self._bank,
             slots=slots,
-            free=self._options(Request((0,), temperature=0.0)),
+            free=self._options(Request((0,), tokens=1, temperature=0.0)),
             block=_BLOCK,
             chunk=_CHUNK,
         )
@@ -273,7 +273,9 @@ class Engine:
         """Compiles every program that requests need, before the thread begins."""
         # The longest first: the beginning of a prompt that was read is not read again.
         for width in sorted(self._slots.widths(), reverse=True):
-            request = Request((0,) * (width + 1), tokens=_BLOCK, temperature=0.0)
+            prompt = (0,) * min(width + 1, self.longest_prompt)
+            tokens = min(_BLOCK, self.longest_answer)
+            request = Request(prompt, tokens=tokens, temperature=0.0)
             self.submit(request, on_text=_ignore, on_end=_ignore)
             while self.tick():
                 pass

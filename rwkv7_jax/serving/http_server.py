@@ -59,7 +59,7 @@ def make_app(engine: Engine, *, name: str) -> Starlette:
         engine: not started.
         name: of the model, for clients.
     """
-    served = Served(name, engine.state_names, engine.tokenizer)
+    served = Served(name, engine.state_names, engine.tokenizer, engine.longest_answer)
     routes = _Routes(engine, served)
     return Starlette(
         routes=[

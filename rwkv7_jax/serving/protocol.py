@@ -29,6 +29,9 @@ ANY_MODEL = "rwkv"
 
 _MOST_STOPS = 8
 
+# Tokens of an answer, where the client does not say.
+_LENGTH = 256
+
 # The second one is about padding against eavesdroppers, of which there is none here.
 _STREAM_OPTIONS = ("include_usage", "include_obfuscation")
 
@@ -90,11 +93,13 @@ class Served:
         name: of the model.
         states: names of the start states.
         tokenizer: of the model.
+        longest_answer: new ids of an answer at most.
     """
 
     name: str
     states: Sequence[str]
     tokenizer: Tokenizer
+    longest_answer: int
 
     def models(self) -> list[str]:
         """Lists what a call may name as its model: the base, and each state on it."""
@@ -142,16 +147,15 @@ def read_call(body: Any, served: Served, *, is_chat: bool) -> Call:
     stops = fields.stops()
     if is_chat:
         think = fields.text("think", "off")
-        prompt, opening = _chat_prompt(fields.take("messages"), think)
-        ids = served.tokenizer.encode(prompt)
+        ids = _chat_prompt(fields.take("messages"), think, served.tokenizer)
+        opening = answer_opening(think)
         stops = (*stops, CHAT_STOP)
     else:
         ids = _text_prompt(fields.take("prompt"), served.tokenizer)
-    tokens = fields.integer("max_tokens", 256)
     request = Request(
         prompt=tuple(ids),
         state=state,
-        tokens=fields.integer("max_completion_tokens", tokens),
+        tokens=fields.length(min(_LENGTH, served.longest_answer)),
         seed=fields.integer("seed", secrets.randbits(32)),
         temperature=fields.number("temperature", 1.0),
         top_p=fields.number("top_p", 1.0),
@@ -162,11 +166,12 @@ def read_call(body: Any, served: Served, *, is_chat: bool) -> Call:
         stop_ids=fields.integers("stop_token_ids"),
         stop_strings=stops,
     )
+    stream = fields.switch("stream")
     call = Call(
         request=request,
         is_chat=is_chat,
-        stream=fields.switch("stream"),
-        include_usage=fields.includes_usage(),
+        stream=stream,
+        include_usage=fields.includes_usage(stream=stream),
         model=model or served.name,
         opening=opening,
         id=("chatcmpl-" if is_chat else "cmpl-") + secrets.token_hex(12),
@@ -203,11 +208,21 @@ class _Fields:
 
     def number(self, name: str, default: float) -> float:
         """Takes a number."""
-        return float(self._take(name, (int, float), "a number", default))
+        try:
+            return float(self._take(name, (int, float), "a number", default))
+        except OverflowError:
+            raise Refused(f"`{name}` must be a number below 1e308.", name) from None
 
     def integer(self, name: str, default: int) -> int:
         """Takes a whole number."""
         return self._take(name, (int,), "a whole number", default)
+
+    def length(self, default: int) -> int:
+        """Takes the longest answer, which has an old name and a new one."""
+        names = ("max_tokens", "max_completion_tokens")
+        if all(name in self._left for name in names):
+            raise Refused("`max_tokens` must be given by one of its names.", names[0])
+        return self.integer(names[1], self.integer(names[0], default))
 
     def switch(self, name: str) -> bool:
         """Takes true or false, which it is without."""
@@ -239,9 +254,14 @@ class _Fields:
             )
         return tuple(stops)
 
-    def includes_usage(self) -> bool:
+    def includes_usage(self, *, stream: bool) -> bool:
         """Takes the options of a stream."""
         options = self._take("stream_options", (dict,), "an object", {})
+        if options and not stream:
+            raise Refused(
+                "`stream_options` must come with a `stream` that is true.",
+                "stream_options",
+            )
         for name, value in options.items():
             if name not in _STREAM_OPTIONS or not isinstance(value, bool):
                 raise Refused(
@@ -257,8 +277,10 @@ class _Fields:
             if name in _WITHOUT_EFFECT:
                 continue
             if name not in _NOT_SERVED:
-                raise Refused(f"`{name}` is no field of this interface.", name)
-            if value != _NOT_SERVED[name]:
+                raise Refused(f"`{name:.60}` is no field of this interface.", name[:60])
+            neutral = _NOT_SERVED[name]
+            # To Python 0 is False, and True is 1.
+            if type(value) is not type(neutral) or value != neutral:
                 raise Refused(f"`{name}` is not served here; leave it out.", name)
 
 
@@ -275,14 +297,14 @@ def _state(state: str | None, model: str, served: Served) -> str | None:
     base, colon, after = model.partition(":")
     if base not in (served.name, ANY_MODEL):
         raise Refused(
-            f"`model` must be one of {', '.join(served.models())}; got {model!r}.",
+            f"`model` must be one of {', '.join(served.models())}; got {model!r:.60}.",
             "model",
             status=404,
             code="model_not_found",
         )
     if colon and state is not None and state != after:
         raise Refused(
-            f"`state` must be that of `model`, {after!r}, or left out; got {state!r}.",
+            f"`state` must be that of `model`, {after!r}, or left out; got {state!r:.60}.",
             "state",
         )
     param = "model" if colon else "state"
@@ -290,7 +312,7 @@ def _state(state: str | None, model: str, served: Served) -> str | None:
     if state is not None and state not in served.states:
         known = ", ".join(served.states) or "there is none"
         raise Refused(
-            f"`{param}` must name a state that is served ({known}); got {state!r}.",
+            f"`{param}` must name a state that is served ({known}); got {state!r:.60}.",
             param,
             status=404,
             code="state_not_found",
@@ -298,11 +320,16 @@ def _state(state: str | None, model: str, served: Served) -> str | None:
     return state
 
 
-def _chat_prompt(messages: Any, think: str) -> tuple[str, str]:
-    """Writes a conversation that asks for an answer, and the beginning that it gives that."""
+def _chat_prompt(messages: Any, think: str, tokenizer: Tokenizer) -> list[int]:
+    """Encodes a conversation that asks for an answer.
+
+    Each part has its own ids, as in tuning: those of the messages so far do not change by what
+    follows, and the cache finds them again.
+    """
     if think not in THINK_MODES:
         raise Refused(
-            f"`think` must be one of {', '.join(THINK_MODES)}; got {think!r}.", "think"
+            f"`think` must be one of {', '.join(THINK_MODES)}; got {think!r:.60}.",
+            "think",
         )
     if not isinstance(messages, list) or not messages:
         raise Refused("`messages` must be a list of messages.", "messages")
@@ -310,14 +337,17 @@ def _chat_prompt(messages: Any, think: str) -> tuple[str, str]:
         turns = [read_message(message, at) for at, message in enumerate(messages, 1)]
         # As in `rwkv7 generate`, a system that says nothing has no turn.
         turns = [turn for turn in turns if turn.content or turn.role != "system"]
+        parts = write_conversation(turns, think=think, ask=True)
+        ids = [id for part in parts for id in tokenizer.encode(part.text.encode())]
+    except UnicodeEncodeError:
+        raise Refused("`messages` has a lone surrogate.", "messages") from None
     except ValueError as error:
         raise Refused(f"`messages`: {error}.", "messages") from None
     if not turns or turns[-1].role == "assistant":
         raise Refused(
             "`messages` must end with one that the assistant is to answer.", "messages"
         )
-    parts = write_conversation(turns, think=think, ask=True)
-    return "".join(part.text for part in parts), answer_opening(think)
+    return ids
 
 
 def _text_prompt(prompt: Any, tokenizer: Tokenizer) -> Sequence[int]:

@@ -232,6 +232,14 @@ def test_nothing_is_compiled_after_the_warm_up(params, engine):
     assert count == []
 
 
+def test_an_engine_of_short_answers_warms_up(params):
+    short = Engine(
+        MODEL, params, BYTES, {}, slots=1, longest_prompt=9, longest_answer=3
+    )
+    short.warm_up()
+    assert len(answer(short, Request((65,), tokens=3, temperature=0.0)).tokens) <= 3
+
+
 def test_after_an_error_all_rows_are_new(params, engine, monkeypatch):
     decode = engine._slots.decode
     monkeypatch.setattr(engine._slots, "decode", lambda: 1 / 0)

@@ -36,6 +36,7 @@ class Script:
 
     tokenizer = BYTES
     state_names = ("poet", "judge")
+    longest_answer = 500
 
     def __init__(self, pieces=("", "H\u00e4", "", "llo \U0001f600"), ended="length"):
         self.pieces = [piece for piece in pieces if piece]

@@ -1,5 +1,7 @@
 """Bodies of OpenAI's interface: what is read, and what is refused by its name."""
 
+import dataclasses
+
 import pytest
 
 from rwkv7_jax.serving.protocol import Refused, Served, read_call
@@ -7,7 +9,7 @@ from rwkv7_jax.text.chat_template import CHAT_STOP
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 BYTES = Tokenizer.bytes()
-SERVED = Served("base", ("poet", "a.b-c"), BYTES)
+SERVED = Served("base", ("poet", "a.b-c"), BYTES, 500)
 HI = [{"role": "user", "content": "hi"}]
 
 
@@ -58,6 +60,8 @@ def test_a_call_without_fields_is_drawn_anew_each_time():
     request = calls[0].request
     assert (request.temperature, request.top_p, request.tokens) == (1.0, 1.0, 256)
     assert request.state is None and not calls[0].stream
+    short = dataclasses.replace(SERVED, longest_answer=9)
+    assert read_call({"prompt": "hi"}, short, is_chat=False).request.tokens == 9
 
 
 @pytest.mark.parametrize(
@@ -110,6 +114,13 @@ def test_a_conversation_is_written_as_in_tuning():
     )
     assert call.request.stop_strings == ("x", CHAT_STOP)
     assert call.request.tokens == 9
+    # In World "." and what follows may be one token: a part has its own ids.
+    world = Served("base", (), Tokenizer.world(), 100)
+    ids = [
+        read_call({"messages": turns}, world, is_chat=True).request.prompt
+        for turns in (messages[:2], messages)
+    ]
+    assert ids[1][: len(ids[0])] == ids[0]
     silent = [{"role": "system", "content": ""}, *HI]
     assert prompt_of(chat_call(messages=silent)) == prompt_of(chat_call())
     thinking = chat_call(think="medium")
@@ -145,9 +156,20 @@ def test_a_prompt_is_a_text_or_ids_and_an_empty_one_begins_a_text():
         ({"stop": ["a"] * 9}, "`stop` must hold at most 8 strings; got 9."),
         ({"stop_token_ids": [1.0]}, "`stop_token_ids` must be a list of whole numbers"),
         ({"stream_options": []}, "`stream_options` must be an object; got a list."),
-        ({"stream_options": {"x": True}}, "`stream_options.x` must be one of"),
-        ({"stream_options": {"include_usage": 1}}, "`stream_options.include_usage`"),
+        (
+            {"stream": True, "stream_options": {"x": True}},
+            "`stream_options.x` must be one of",
+        ),
+        (
+            {"stream": True, "stream_options": {"include_usage": 1}},
+            "`stream_options.include_usage`",
+        ),
         ({"n": 2}, "`n` is not served here; leave it out."),
+        ({"n": True}, "`n` is not served here"),
+        ({"logprobs": 0}, "`logprobs` is not served here"),
+        ({"temperature": 10**400}, "`temperature` must be a number below"),
+        ({"stream_options": {"include_usage": True}}, "must come with a `stream`"),
+        ({"max_tokens": 3, "max_completion_tokens": 3}, "by one of its names"),
         ({"logprobs": 5}, "`logprobs` is not served here"),
         ({"logit_bias": {"5": 1}}, "`logit_bias` is not served here"),
         ({"echo": True}, "`echo` is not served here"),
@@ -179,6 +201,12 @@ def test_a_wrong_field_is_refused_by_its_name(fields, sentence):
             {"messages": [*HI, {"role": "assistant", "content": "a"}]},
             "`messages` must end with one that the assistant is to answer.",
         ),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "lone surrogate"),
+        ({"messages": [{"role": "x" * 9999, "content": ""}]}, "message 1: role must"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"name": "\ud800"}]}]},
+            "`messages`",
+        ),
         ({"think": "deep"}, "`think` must be one of off, fast"),
         ({"prompt": "hi"}, "`prompt` is no field"),
     ],
@@ -187,3 +215,4 @@ def test_a_wrong_conversation_is_refused(fields, sentence):
     with pytest.raises(Refused, match=r".") as refused:
         chat_call(**fields)
     assert sentence in refused.value.message
+    assert len(refused.value.message) < 300

@@ -136,7 +136,7 @@ def read_message(message: Any, number: int) -> Message:
         role = _ROLES.get(role.lower(), role.lower())
     if not isinstance(role, str) or role not in SPEAKERS:
         raise ValueError(
-            f"message {number}: role must be {', '.join(SPEAKERS)}; got {role!r}"
+            f"message {number}: role must be {', '.join(SPEAKERS)}; got {role!r:.60}"
         )
     try:
         return _turn(message, role, "value" if is_sharegpt else "content")
@@ -180,6 +180,8 @@ def _said(message: Mapping[str, Any], key: str) -> str:
     for part in parts:
         if not isinstance(part, Mapping) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, Mapping) else part
-            raise ValueError(f'"{key}" must hold parts of type "text"; got {kind!r}')
+            raise ValueError(
+                f'"{key}" must hold parts of type "text"; got {kind!r:.60}'
+            )
         texts.append(text_field(part, "text").decode())
     return clean_message("".join(texts))
