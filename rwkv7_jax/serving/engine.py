@@ -6,6 +6,7 @@ admit a request is to write one row, and what an answer has read is that row, wh
 """
 
 import dataclasses
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -48,6 +49,8 @@ _BLOCK = 8
 _CHUNK = 256
 
 _CACHE_BYTES = 2**28
+
+_LOG = logging.getLogger(__name__)
 
 _NOT_FINITE = "the model's logits are not finite"
 
@@ -128,6 +131,7 @@ class Engine:
         state_names: names of the start states that requests may give.
         longest_prompt: ids of a prompt at most.
         longest_answer: new ids of an answer at most.
+        is_closed: it takes no more requests.
     """
 
     def __init__(
@@ -195,7 +199,7 @@ class Engine:
         # Guards what other threads touch: the queue and whether the engine goes on.
         self._lock = threading.Condition()
         self._waiting: deque[Ticket] = deque()
-        self._closed = False
+        self.is_closed = False
         self._thread: threading.Thread | None = None
 
     def submit(self, request: Request, *, on_text: OnText, on_end: OnEnd) -> Ticket:
@@ -221,7 +225,7 @@ class Engine:
             request, options, self.tokenizer, on_text=on_text, on_end=on_end
         )
         with self._lock:
-            if self._closed or len(self._waiting) >= self._most_waiting:
+            if self.is_closed or len(self._waiting) >= self._most_waiting:
                 raise TooBusy("too many requests wait; try again later.")
             self._waiting.append(ticket)
             self._lock.notify()
@@ -263,7 +267,7 @@ class Engine:
     def close(self) -> None:
         """Ends the thread after its tick; all requests that are open end as cancelled."""
         with self._lock:
-            self._closed = True
+            self.is_closed = True
             self._lock.notify()
         if self._thread is not None:
             self._thread.join()
@@ -282,18 +286,27 @@ class Engine:
         self._cache.clear()
 
     def _run(self) -> None:
-        """Answers until the engine is closed."""
-        while True:
+        """Answers until the engine is closed, or cannot go on."""
+        try:
+            while self._wait_for_work():
+                try:
+                    self.tick()
+                except Exception as error:
+                    _LOG.exception("the requests that are open fail")
+                    first_line, *_ = str(error).splitlines() or [""]
+                    self._end_all("failed", f"{type(error).__name__}: {first_line}")
+                    # What the rows hold is not known any more.
+                    self._slots.reset()
+        finally:
             with self._lock:
-                self._lock.wait_for(lambda: self._closed or self._has_work())
-                if self._closed:
-                    return
-            try:
-                self.tick()
-            except Exception as error:
-                self._end_all("failed", f"{type(error).__name__}: {error}")
-                # What the rows hold is not known any more.
-                self._slots.reset()
+                self.is_closed = True
+            self._end_all("cancelled", None)
+
+    def _wait_for_work(self) -> bool:
+        """Waits for a request; returns whether the engine is to go on."""
+        with self._lock:
+            self._lock.wait_for(lambda: self.is_closed or self._has_work())
+            return not self.is_closed
 
     def _has_work(self) -> bool:
         return self._is_busy() or self._reader is not None or bool(self._waiting)

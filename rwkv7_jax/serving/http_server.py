@@ -95,8 +95,10 @@ class _Routes:
         await asyncio.to_thread(self._engine.close)
 
     async def health(self, request: Request) -> Response:
-        """Says that the server is there."""
+        """Says whether the server answers."""
         del request
+        if self._engine.is_closed:
+            raise Refused("the engine has ended.", status=503)
         return JSONResponse({"status": "ok"})
 
     async def models(self, request: Request) -> Response:

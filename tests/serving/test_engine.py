@@ -266,6 +266,18 @@ def test_after_an_error_all_rows_are_new(params, engine, monkeypatch):
     engine.close()
 
 
+def test_an_engine_that_cannot_go_on_ends_all_requests(engine, monkeypatch):
+    monkeypatch.setattr(engine._slots, "decode", lambda: 1 / 0)
+    monkeypatch.setattr(engine._slots, "reset", lambda: [][0])
+    _, answers = ask(engine, Request((65,)))
+    with pytest.raises(IndexError):
+        engine._run()
+    assert [only.ended for only in answers] == ["failed"]
+    assert engine.is_closed
+    with pytest.raises(TooBusy):
+        ask(engine, Request((65,)))
+
+
 def test_threads_are_answered_and_what_is_open_at_the_end_is_cancelled(params, engine):
     engine.start()
     requests = drawn_requests(8, seed=2)

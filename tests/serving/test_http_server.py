@@ -37,6 +37,7 @@ class Script:
     tokenizer = BYTES
     state_names = ("poet", "judge")
     longest_answer = 500
+    is_closed = False
 
     def __init__(self, pieces=("", "H\u00e4", "", "llo \U0001f600"), ended="length"):
         self.pieces = [piece for piece in pieces if piece]
@@ -175,12 +176,14 @@ def test_the_opening_of_a_thought_belongs_to_the_answer_and_one_space_does_not(
     assert "".join(d.get("content", "") for d in deltas) == expected
 
 
-def test_what_is_served_is_listed(client):
+def test_what_is_served_is_listed(client, engine):
     names = [entry["id"] for entry in client.get("/v1/models").json()["data"]]
     assert names == ["base", "base:poet", "base:judge"]
     states = [entry["id"] for entry in client.get("/v1/states").json()["data"]]
     assert states == ["poet", "judge"]
     assert client.get("/health").json() == {"status": "ok"}
+    engine.is_closed = True
+    assert client.get("/health").status_code == 503
 
 
 @pytest.mark.parametrize("address", BODIES)
