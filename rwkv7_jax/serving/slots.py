@@ -1,7 +1,8 @@
 """The device's side of serving: a batch of fixed size whose rows are given to requests.
 
-There are two programs, whatever is served: one reads a chunk of one prompt, one decodes a block of
-all rows. A row is taken by writing one row of the state, so nothing is compiled or moved for it.
+Whatever is served, the programs are the same: some read a chunk of one prompt, each of one width,
+and one decodes a block of all rows. A row is taken by writing one row of the state, so nothing is
+compiled or moved for it.
 """
 
 import functools
@@ -80,6 +81,7 @@ class Slots:
         self._params = params
         self._layers = split_params(params)
         self._bank = bank
+        self._free = free
         self._options = [free] * slots
         # Tokens that rows read before they draw: the last one of a prompt.
         self._known = np.zeros(slots, np.int32)
@@ -134,6 +136,9 @@ class Slots:
     def free(self, slots: Bool[np.ndarray, " B"]) -> None:
         """Stops rows; what is left in them is overwritten by the next request."""
         self._is_new &= ~slots
+        # A row that is free draws nothing, and its choices should cost nothing.
+        for slot in np.flatnonzero(slots):
+            self._options[slot] = self._free
         self._rows = _free(self._rows, slots)
 
     def state(self, slot: int) -> RWKV7State:
