@@ -252,25 +252,30 @@ def test_warnings_for_users_are_one_line_and_others_name_their_place():
     assert "RuntimeWarning: of Python" in others[0]
 
 
-@pytest.mark.slow
-def test_orbax_still_abandons_reads_when_one_of_them_fails(tmp_path, unraisable):
-    # When this fails, `hide_abandoned_reads` is not needed any more.
-    save_steps(tmp_path / "saved", [3])
-    data = tmp_path / "saved" / "3" / "train"
+def read_damaged_copies(saved, copy):
+    """Damages each file of a checkpoint in turn, and reads what is left."""
+    data = saved / "3" / "train"
     files = [path for path in data.rglob("*") if path.is_file()]
     for path in sorted(files):
         raw = path.read_bytes()
         for damaged in (raw[: len(raw) // 2], bytes(len(raw))):
-            shutil.copytree(tmp_path / "saved", tmp_path / "copy")
-            (tmp_path / "copy" / path.relative_to(tmp_path / "saved")).write_bytes(
-                damaged
-            )
+            shutil.copytree(saved, copy)
+            (copy / path.relative_to(saved)).write_bytes(damaged)
             with pytest.raises(NoValidCheckpoint):
-                open_checkpoints(tmp_path / "copy").restore(
-                    train_state(0), IDENTITY, new_state
-                )
-            shutil.rmtree(tmp_path / "copy")
-    gc.collect()
+                open_checkpoints(copy).restore(train_state(0), IDENTITY, new_state)
+            shutil.rmtree(copy)
+
+
+@pytest.mark.slow
+def test_orbax_still_abandons_reads_when_one_of_them_fails(tmp_path, unraisable):
+    # When this fails, `hide_abandoned_reads` is not needed any more.
+    save_steps(tmp_path / "saved", [3])
+    # Which reads are left depends on the moment at which one fails: a busy machine may leave none.
+    for _ in range(10):
+        read_damaged_copies(tmp_path / "saved", tmp_path / "copy")
+        gc.collect()
+        if unraisable:
+            break
     assert unraisable
     assert all(is_abandoned_read(one) for one in unraisable)
 
