@@ -7,14 +7,12 @@ import json
 import threading
 
 import pytest
+from asgi_client import Client
 
 from rwkv7_jax.serving.requests import Answer, TooBusy
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 pytest.importorskip("starlette", reason="the extra server is not installed")
-pytest.importorskip("httpx", reason="the package httpx is not installed")
-
-from starlette.testclient import TestClient
 
 from rwkv7_jax.serving import http_server
 
@@ -85,11 +83,7 @@ def engine():
 
 @pytest.fixture
 def client(engine):
-    app = http_server.make_app(engine, name="base")
-    with TestClient(app, raise_server_exceptions=False) as client:
-        assert engine.is_running
-        yield client
-    assert not engine.is_running
+    return Client(http_server.make_app(engine, name="base"))
 
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -110,7 +104,7 @@ def events(response):
 
 
 def test_a_message_is_answered(client, engine):
-    body = client.post("/v1/chat/completions", json=CHAT).json()
+    body = client.post("/v1/chat/completions", CHAT).json()
     (choice,) = body["choices"]
     assert choice["message"] == {
         "role": "assistant",
@@ -131,7 +125,7 @@ def test_a_message_is_answered(client, engine):
 
 def test_a_text_is_continued(client, engine):
     engine.ended = "stop_string"
-    body = client.post("/v1/completions", json=TEXT | {"stop": "x"}).json()
+    body = client.post("/v1/completions", TEXT | {"stop": "x"}).json()
     (choice,) = body["choices"]
     assert (choice["text"], choice["finish_reason"]) == (
         "H\u00e4llo \U0001f600",
@@ -145,8 +139,8 @@ def test_a_text_is_continued(client, engine):
 @pytest.mark.parametrize("usage", [False, True])
 def test_a_stream_is_that_of_the_interface(client, usage):
     more = {"stream": True, "stream_options": {"include_usage": usage}}
-    chat = events(client.post("/v1/chat/completions", json=CHAT | more))
-    text = events(client.post("/v1/completions", json=TEXT | more))
+    chat = events(client.post("/v1/chat/completions", CHAT | more))
+    text = events(client.post("/v1/completions", TEXT | more))
     for found in (chat, text):
         assert found.pop() == "[DONE]"
         if usage:
@@ -169,9 +163,9 @@ def test_the_opening_of_a_thought_belongs_to_the_answer_and_one_space_does_not(
     engine.pieces = list(pieces)
     expected = opening + "".join(pieces) if opening else "a" * bool(pieces)
     body = CHAT | {"think": think}
-    whole = client.post("/v1/chat/completions", json=body).json()
+    whole = client.post("/v1/chat/completions", body).json()
     assert whole["choices"][0]["message"]["content"] == expected
-    found = events(client.post("/v1/chat/completions", json=body | {"stream": True}))
+    found = events(client.post("/v1/chat/completions", body | {"stream": True}))
     deltas = [event["choices"][0]["delta"] for event in found[:-1]]
     assert "".join(d.get("content", "") for d in deltas) == expected
 
@@ -210,10 +204,10 @@ def test_what_the_engine_refuses_is_said(
     client, engine, address, refusal, status, error
 ):
     engine.refusal = refusal
-    response = client.post(address, json=BODIES[address])
+    response = client.post(address, BODIES[address])
     assert response.status_code == status
     assert response.json()["error"].items() >= error.items()
-    assert ("Retry-After" in response.headers) == (status == 429)
+    assert ("retry-after" in response.headers) == (status == 429)
 
 
 @pytest.mark.parametrize("address", BODIES)
@@ -228,10 +222,10 @@ def test_an_answer_without_an_end_is_an_error(
     client, engine, address, ended, status, sentence
 ):
     engine.ended = ended
-    response = client.post(address, json=BODIES[address])
+    response = client.post(address, BODIES[address])
     assert response.status_code == status
     assert response.json()["error"]["message"] == sentence
-    found = events(client.post(address, json=BODIES[address] | {"stream": True}))
+    found = events(client.post(address, BODIES[address] | {"stream": True}))
     assert found[-1]["error"]["message"] == sentence
 
 
@@ -268,30 +262,9 @@ def test_an_answer_without_an_end_is_an_error(
 def test_what_is_no_call_gets_an_error_object(
     client, method, address, data, status, sentence
 ):
-    response = client.request(method, address, content=data)
+    response = client.request(method, address, data)
     assert response.status_code == status
     assert sentence in response.json()["error"]["message"]
-
-
-async def _leave(app, address, stream):
-    """Calls the application as a server does, and leaves after the request."""
-    data = json.dumps(BODIES[address] | {"stream": stream}).encode()
-    received = iter([{"type": "http.request", "body": data}])
-
-    async def receive():
-        return next(received, {"type": "http.disconnect"})
-
-    async def send(message):
-        del message
-
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": address,
-        "headers": [],
-        "query_string": b"",
-    }
-    await app(scope, receive, send)
 
 
 @pytest.mark.parametrize("address", BODIES)
@@ -299,5 +272,17 @@ async def _leave(app, address, stream):
 def test_a_client_that_leaves_is_not_answered_any_more(engine, address, stream):
     engine.waits = True
     app = http_server.make_app(engine, name="base")
-    asyncio.run(_leave(app, address, stream))
+    data = json.dumps(BODIES[address] | {"stream": stream}).encode()
+    Client(app).request("POST", address, data, leaves=True)
     assert engine.cancelled.wait(30)
+
+
+def test_the_engine_runs_while_the_application_does(engine):
+    app = http_server.make_app(engine, name="base")
+
+    async def live():
+        async with app.router.lifespan_context(app):
+            assert engine.is_running
+
+    asyncio.run(live())
+    assert not engine.is_running
