@@ -35,18 +35,12 @@ from rwkv7_jax.serving.requests import (
     TooBusy,
     UnknownState,
 )
-from rwkv7_jax.serving.slots import Drawn, Slots
+from rwkv7_jax.serving.slots import BLOCK, Drawn, Slots
 from rwkv7_jax.text.detokenizer import check_stop_strings
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 OnText = Callable[[str], object]
 OnEnd = Callable[[Answer], object]
-
-# Tokens that a row draws between two looks of the host.
-_BLOCK = 8
-
-# Tokens of a prompt that are read between two blocks.
-_CHUNK = 256
 
 _CACHE_BYTES = 2**28
 
@@ -173,9 +167,7 @@ class Engine:
             check_count(longest_prompt, 1, "`longest_prompt`")
             check_count(longest_answer, 1, "`longest_answer`")
             check_count(cache_bytes, 0, "`cache_bytes`")
-            check_instance(states, Mapping, "`states`")
-            for state in states.values():
-                check_state(state, 1, model.config)
+            self._bank = _make_bank(model, states)
         self.model = model
         self.tokenizer = tokenizer
         self.state_names = tuple(states)
@@ -183,16 +175,8 @@ class Engine:
         self.longest_answer = longest_answer
         self._most_waiting = queue
         self._exempt = exempt_ids(tokenizer)
-        self._bank = _make_bank(model, states)
-        self._slots = Slots(
-            model,
-            params,
-            self._bank,
-            slots=slots,
-            free=self._options(Request((0,), tokens=1, temperature=0.0)),
-            block=_BLOCK,
-            chunk=_CHUNK,
-        )
+        free = self._options(Request((0,), tokens=1, temperature=0.0))
+        self._slots = Slots(model, params, self._bank, slots=slots, free=free)
         self._cache = PrefixCache(cache_bytes)
         self._taken: list[Ticket | None] = [None] * slots
         self._reader: _Reader | None = None
@@ -278,7 +262,7 @@ class Engine:
         # The longest first: the beginning of a prompt that was read is not read again.
         for width in sorted(self._slots.widths(), reverse=True):
             prompt = (0,) * min(width + 1, self.longest_prompt)
-            tokens = min(_BLOCK, self.longest_answer)
+            tokens = min(BLOCK, self.longest_answer)
             request = Request(prompt, tokens=tokens, temperature=0.0)
             self.submit(request, on_text=_ignore, on_end=_ignore)
             while self.tick():
@@ -470,7 +454,15 @@ def _append(ticket: Ticket, drawn: Drawn) -> Ending | None:
 
 
 def _make_bank(model: RWKV7, states: Mapping[str, RWKV7State]) -> RWKV7State:
-    """Makes a batch of the state that has read nothing and of all start states."""
+    """Makes a batch of the state that has read nothing and of all start states.
+
+    Raises:
+        TypeError: something else than states by name.
+        ValueError: a state of another model, or upscaled ones that cannot share a batch.
+    """
+    check_instance(states, Mapping, "`states`")
+    for state in states.values():
+        check_state(state, 1, model.config)
     dtype = model.config.dtype
     bank = stack([init_state(model.config), *states.values()])
     return bank.replace(

@@ -34,6 +34,12 @@ from rwkv7_jax.model.state import RWKV7State, select
 from rwkv7_jax.model.unrolled import split_params
 from rwkv7_jax.sharding import to_host
 
+# Tokens that a row draws between two looks of the host.
+BLOCK = 8
+
+# Tokens of a prompt that are read at once.
+CHUNK = 256
+
 
 class Drawn(NamedTuple):
     """What one block gave a row.
@@ -60,8 +66,6 @@ class Slots:
         *,
         slots: int,
         free: sampling.SamplingParams,
-        block: int,
-        chunk: int,
     ):
         """Makes free rows.
 
@@ -72,11 +76,7 @@ class Slots:
                 a row for each.
             slots: rows (B).
             free: options of a row that nobody has taken; the ids in them count for all rows.
-            block: tokens that a row draws in one call.
-            chunk: tokens of a prompt that are read in one call.
         """
-        self.block = block
-        self.chunk = chunk
         self._model = model
         self._params = params
         self._layers = split_params(params)
@@ -102,9 +102,7 @@ class Slots:
 
     def widths(self) -> set[int]:
         """Returns the widths of chunks, each of which is a program."""
-        chunks = (
-            next(chunk_widths(total, self.chunk)) for total in range(1, self.chunk + 1)
-        )
+        chunks = (next(chunk_widths(total, CHUNK)) for total in range(1, CHUNK + 1))
         return {width for _, width in chunks}
 
     def read(self, state: RWKV7State, tokens: Sequence[int]) -> tuple[RWKV7State, int]:
@@ -113,7 +111,7 @@ class Slots:
         Returns:
             The state, and how many of the tokens it has read.
         """
-        _, width = next(chunk_widths(len(tokens), self.chunk))
+        _, width = next(chunk_widths(len(tokens), CHUNK))
         part, lengths = cut_chunk([tokens], 0, width)
         state = prefill(self._model, self._params, state, tokens=part, lengths=lengths)
         return state, int(lengths[0])
@@ -154,8 +152,8 @@ class Slots:
             known=KnownTokens(self._known.copy(), self._is_new.copy()),
             keys=self._rows.keys,
             options=sampling.options_by_row(self._options),
-            limit=np.int32(self.block),
-            capacity=self.block,
+            limit=np.int32(BLOCK),
+            capacity=BLOCK,
         )
         self._is_new[:] = False
         self._rows = self._rows._replace(run=decoded.run)
