@@ -1,8 +1,8 @@
-"""The engine: requests wait, get a row of the batch, and decode together with the others.
+"""Continuous batching: requests wait in a queue, get a row of the batch, and decode together.
 
-One thread owns the device. In a tick it reads a chunk of a prompt for each free row, which bounds
-how long the others wait, and draws one block in every row. A recurrent state makes this simple: to
-admit a request is to write one row, and what an answer has read is that row, whatever its length.
+One thread uses the device. In a tick it reads a chunk of a prompt for each free row, which bounds
+how long the other requests wait, and decodes a block of tokens in every row. A recurrent state
+makes this simple: admitting a request writes one row, whose size does not grow with the text.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from rwkv7_jax.serving.requests import (
     TooBusy,
     UnknownState,
 )
-from rwkv7_jax.serving.slots import BLOCK, Drawn, Slots
+from rwkv7_jax.serving.slots import BLOCK, CHUNK, Drawn, Slots
 from rwkv7_jax.text.detokenizer import check_stop_strings
 from rwkv7_jax.text.tokenizer import Tokenizer
 
@@ -50,11 +50,13 @@ _NOT_FINITE = "the model's logits are not finite"
 
 
 class Ticket:
-    """A request that was taken; the engine's thread alone changes anything but `cancelled`.
+    """A request in the engine, and its answer so far.
+
+    The engine's thread alone changes it, but for `cancelled`.
 
     Attributes:
         request: what was asked for.
-        cancelled: nobody waits for the answer any more.
+        cancelled: whether the client has cancelled it.
         options: how to sample.
         row: the answer so far.
         cached_tokens: ids of the prompt that were not read again.
@@ -81,16 +83,16 @@ class Ticket:
         self._on_end = on_end
 
     def cancel(self) -> None:
-        """Asks for an end; the request's row is free at the next tick."""
+        """Cancels the request; its row is freed at the next tick."""
         self.cancelled = True
 
     def say(self, piece: str) -> None:
-        """Hands a piece of text on."""
+        """Sends a piece of text to the client."""
         if piece:
             self._call(self._on_text, piece)
 
     def end(self, ending: Ending, error: str | None = None) -> None:
-        """Hands the answer on, after the text that was held back."""
+        """Sends the text that was held back, and then the answer."""
         if self.row.ended is None:
             self.say(self.row.end("length"))
         answer = Answer(
@@ -104,7 +106,7 @@ class Ticket:
         self._call(self._on_end, answer)
 
     def _call(self, receiver: Callable[..., object], what: object) -> None:
-        # A receiver that fails has gone; it must not end the answers of others.
+        # An error of one client's callback must not end the answers of the others.
         try:
             receiver(what)
         except Exception:
@@ -216,7 +218,7 @@ class Engine:
         return ticket
 
     def _options(self, request: Request) -> SamplingParams:
-        """Makes a request's sampling options, after a check of all that it holds."""
+        """Checks a request, and makes its sampling options."""
         vocab_size = self.model.config.vocab_size
         if request.state is not None and request.state not in self.state_names:
             names = ", ".join(self.state_names) or "none is served"
@@ -259,7 +261,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compiles every program that requests need, before the thread begins."""
-        # The longest first: the beginning of a prompt that was read is not read again.
+        # The longest first: a longer prompt would find the shorter one in the cache.
         for width in sorted(self._slots.widths(), reverse=True):
             prompt = (0,) * min(width + 1, self.longest_prompt)
             tokens = min(BLOCK, self.longest_answer)
@@ -270,7 +272,7 @@ class Engine:
         self._cache.clear()
 
     def _run(self) -> None:
-        """Answers until the engine is closed, or cannot go on."""
+        """Runs ticks until the engine is closed or an error cannot be recovered from."""
         try:
             while self._wait_for_work():
                 try:
@@ -279,7 +281,7 @@ class Engine:
                     _LOG.exception("the requests that are open fail")
                     first_line, *_ = str(error).splitlines() or [""]
                     self._end_all("failed", f"{type(error).__name__}: {first_line}")
-                    # What the rows hold is not known any more.
+                    # The arrays of the rows may be half updated, or donated and gone.
                     self._slots.reset()
         finally:
             with self._lock:
@@ -287,7 +289,7 @@ class Engine:
             self._end_all("cancelled", None)
 
     def _wait_for_work(self) -> bool:
-        """Waits for a request; returns whether the engine is to go on."""
+        """Waits until there is work; returns False once the engine is closed."""
         with self._lock:
             self._lock.wait_for(lambda: self.is_closed or self._has_work())
             return not self.is_closed
@@ -315,7 +317,7 @@ class Engine:
         return self._has_work()
 
     def _end_cancelled(self) -> None:
-        """Ends the requests for which nobody waits any more, wherever they are."""
+        """Ends cancelled requests, whether they wait, are read or decode."""
         with self._lock:
             gone = [ticket for ticket in self._waiting if ticket.cancelled]
             for ticket in gone:
@@ -332,7 +334,7 @@ class Engine:
         self._release(cancelled)
 
     def _read_chunk(self) -> None:
-        """Reads a chunk of the prompt whose turn it is, and gives it a row after the last one."""
+        """Reads a chunk of the current prompt; after its last chunk the request gets a row."""
         if self._reader is None:
             self._reader = self._next_reader()
         reader = self._reader
@@ -342,8 +344,9 @@ class Engine:
         # The last token is read by the row, which then has its logits.
         rest = request.prompt[reader.position : -1]
         if rest:
-            reader.state, count = self._slots.read(reader.state, rest)
-            reader.position += count
+            chunk = rest[:CHUNK]
+            reader.state = self._slots.read(reader.state, chunk)
+            reader.position += len(chunk)
         if reader.position < len(request.prompt) - 1:
             return
         self._cache.keep(Prefix(request.state, request.prompt[:-1]), reader.state)
@@ -359,7 +362,7 @@ class Engine:
         self._reader = None
 
     def _next_reader(self) -> "_Reader | None":
-        """Begins to read the prompt that waited longest, if there is a row for it."""
+        """Takes the oldest request from the queue, if a row is free for it."""
         if None not in self._taken:
             return None
         with self._lock:
@@ -367,12 +370,13 @@ class Engine:
                 return None
             ticket = self._waiting.popleft()
         request = ticket.request
-        position, state = self._cache.longest(request.state, request.prompt[:-1])
-        ticket.cached_tokens = position
-        if state is None:
+        found = self._cache.longest(request.state, request.prompt[:-1])
+        if found is None:
             names = (None, *self.state_names)
-            state = select(self._bank, [names.index(request.state)])
-        return _Reader(ticket, state, position)
+            start = select(self._bank, [names.index(request.state)])
+            return _Reader(ticket, start, position=0)
+        ticket.cached_tokens = found.length
+        return _Reader(ticket, found.state, position=found.length)
 
     def _decode_block(self) -> None:
         """Draws a block, and ends the requests that are complete."""
@@ -385,7 +389,7 @@ class Engine:
             if ending is None:
                 continue
             ended[slot] = ending
-            # A row that the host cut has read more than its answer.
+            # After a stop string or a stop id of the request the state has read further tokens.
             if ending != "stop_string" and ticket.read == len(ticket.row.tokens):
                 read = ticket.request.prompt + tuple(ticket.row.tokens)
                 prefix = Prefix(ticket.request.state, read)
@@ -435,7 +439,7 @@ class _Reader:
 
 
 def _append(ticket: Ticket, drawn: Drawn) -> Ending | None:
-    """Gives a request what its row drew; returns how it ended, if it did."""
+    """Adds a row's new tokens to its answer; returns how that ended, or None."""
     request = ticket.request
     ticket.read += len(drawn.tokens)
     room = request.tokens - len(ticket.row.tokens)

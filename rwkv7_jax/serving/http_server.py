@@ -1,4 +1,4 @@
-"""The engine behind HTTP, as OpenAI's clients talk to it: routes, streams, errors.
+"""An HTTP server with OpenAI's interface: routes, streams, errors.
 
 The engine's thread calls back; what it says goes through a queue of asyncio to the one coroutine
 that answers the client. A client that leaves cancels its request.
@@ -35,13 +35,13 @@ except ImportError:
 # Bytes of a body at most.
 MOST_BYTES = 2**24
 
-# Neither a cache nor a proxy keeps the pieces of a stream back.
+# Caches and proxies must not buffer a stream.
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
-# Seconds that answers which are being sent have when the server is stopped.
+# Seconds that a stopped server waits for its open connections.
 _LAST_SECONDS = 5
 
-# Pieces of a text, and last what became of it.
+# The pieces of an answer's text, and last the answer.
 _Events = asyncio.Queue[str | Answer]
 
 # A client's names for what the engine says about a request.
@@ -79,10 +79,10 @@ def make_app(engine: Engine, *, name: str) -> Starlette:
 
 
 class _Routes:
-    """What the server does at each address."""
+    """The endpoints of one engine."""
 
     def __init__(self, engine: Engine, served: Served):
-        """Takes what is served."""
+        """Stores the engine, and what clients may name."""
         self._engine = engine
         self._served = served
 
@@ -121,14 +121,14 @@ class _Routes:
 
     async def _answer(self, request: Request, *, is_chat: bool) -> Response:
         body = await _read_json(request)
-        # Of asyncio's loop, to which the engine's thread has to come over.
+        # The engine's thread may reach asyncio's loop by `call_soon_threadsafe` alone.
         events: _Events = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def tell(event: str | Answer) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        # Encoding a long text takes a while, in which others get their pieces.
+        # In a thread: encoding a long text would hold up the streams of other clients.
         call, ticket = await run_in_threadpool(
             self._submit, body, tell, is_chat=is_chat
         )
@@ -141,7 +141,7 @@ class _Routes:
     def _submit(
         self, body: Any, tell: Callable[[str | Answer], None], *, is_chat: bool
     ) -> tuple[Call, Ticket]:
-        """Gives a call to the engine; what that refuses is said in the client's words."""
+        """Submits a call; errors of the engine name the fields of the body."""
         call = protocol.read_call(body, self._served, is_chat=is_chat)
         try:
             ticket = self._engine.submit(call.request, on_text=tell, on_end=tell)
@@ -177,7 +177,7 @@ async def _read_json(request: Request) -> Any:
 
 
 async def _whole(request: Request, events: _Events, ticket: Ticket) -> Answer:
-    """Waits for a whole answer; where the client leaves, for the end that this brings about."""
+    """Waits for the end of an answer; a client that disconnects cancels it."""
     watcher = asyncio.create_task(_cancel_when_gone(request, ticket))
     try:
         event = await events.get()
@@ -189,7 +189,7 @@ async def _whole(request: Request, events: _Events, ticket: Ticket) -> Answer:
 
 
 async def _cancel_when_gone(request: Request, ticket: Ticket) -> None:
-    """Cancels an answer for which its client waits no longer."""
+    """Cancels the request once its client has disconnected."""
     message = await request.receive()
     while message["type"] != "http.disconnect":
         message = await request.receive()
@@ -197,10 +197,10 @@ async def _cancel_when_gone(request: Request, ticket: Ticket) -> None:
 
 
 class _EventStream(StreamingResponse):
-    """A stream of events that cancels its answer where it does not come to an end."""
+    """A stream of events whose request is cancelled if the client disconnects."""
 
     def __init__(self, content: AsyncIterator[str], ticket: Ticket):
-        """Takes what is sent, and whose answer it is."""
+        """Stores the events to send, and the request that they answer."""
         super().__init__(
             content, media_type="text/event-stream", headers=_STREAM_HEADERS
         )
@@ -211,7 +211,7 @@ class _EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            # After a whole answer it changes nothing.
+            # Has no effect on a request that is complete.
             self._ticket.cancel()
 
 
@@ -220,7 +220,7 @@ async def _stream(call: Call, events: _Events) -> AsyncIterator[str]:
     if call.is_chat:
         yield _event(protocol.chunk(call, None))
     event = await events.get()
-    # Of an answer without text its opening alone is left.
+    # An answer without text still has its opening.
     text = protocol.first_text(call, event if isinstance(event, str) else "")
     if text:
         yield _event(protocol.chunk(call, text))
@@ -245,7 +245,7 @@ def _event(body: dict[str, Any]) -> str:
 
 
 def _refuse_unfinished(answer: Answer) -> None:
-    """Raises where an answer did not come to an end."""
+    """Raises for an answer that failed or was cancelled."""
     if answer.ended == "failed":
         raise Refused(f"the answer failed: {answer.error}.", status=500)
     if answer.ended == "cancelled":
@@ -268,7 +268,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _failed(request: Request, error: Exception) -> Response:
     del request
-    # Nobody is there to read it.
+    # The client has disconnected, so this response is never read.
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)
     body = Refused(f"the server failed: {type(error).__name__}.", status=500).body()

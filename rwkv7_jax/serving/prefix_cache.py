@@ -10,19 +10,31 @@ from rwkv7_jax.model.state import RWKV7State
 
 
 class Prefix(NamedTuple):
-    """What was read.
+    """A key of the cache.
 
     Attributes:
         name: of the start state; None is no state.
-        tokens: read since.
+        tokens: that were read after it.
     """
 
     name: str | None
     tokens: tuple[int, ...]
 
 
+class Found(NamedTuple):
+    """A hit in the cache.
+
+    Attributes:
+        length: tokens of the prefix.
+        state: after them.
+    """
+
+    length: int
+    state: RWKV7State
+
+
 class PrefixCache:
-    """The states after the prefixes that were used last, up to a number of bytes."""
+    """A cache of the states after prompts and answers; the least recently used are dropped."""
 
     def __init__(self, most_bytes: int):
         """Starts empty; with 0 bytes it stays so."""
@@ -44,22 +56,16 @@ class PrefixCache:
         self._lengths[len(prefix.tokens)] += 1
         self._bytes += size
 
-    def longest(
-        self, name: str | None, tokens: Sequence[int]
-    ) -> tuple[int, RWKV7State | None]:
-        """Finds the longest prefix of `tokens` that was read from the start state `name`.
-
-        Returns:
-            How many tokens it has, and the state after them; 0 and None where there is none.
-        """
+    def longest(self, name: str | None, tokens: Sequence[int]) -> Found | None:
+        """Finds the longest cached prefix of `tokens` after the start state `name`."""
         for length in sorted(self._lengths, reverse=True):
             if length > len(tokens):
                 continue
             prefix = Prefix(name, tuple(tokens[:length]))
             if prefix in self._states:
                 self._states.move_to_end(prefix)
-                return length, self._states[prefix]
-        return 0, None
+                return Found(length, self._states[prefix])
+        return None
 
     def clear(self) -> None:
         """Forgets all."""

@@ -54,7 +54,7 @@ _NOT_SERVED = {
 
 
 class Refused(Exception):
-    """A call that is not answered, as the interface says it.
+    """An error that the client gets in place of an answer.
 
     Attributes:
         message: one sentence.
@@ -71,7 +71,7 @@ class Refused(Exception):
         status: int = 400,
         code: str | None = None,
     ):
-        """Takes what the client is told."""
+        """Stores the parts of the error object."""
         super().__init__(message)
         self.message = message
         self.param = param
@@ -218,7 +218,7 @@ class _Fields:
         return self._take(name, (int,), "a whole number", default)
 
     def length(self, default: int) -> int:
-        """Takes the longest answer, which has an old name and a new one."""
+        """Takes the limit of new tokens, which has an old name and a new one."""
         names = ("max_tokens", "max_completion_tokens")
         if all(name in self._left for name in names):
             raise Refused("`max_tokens` must be given by one of its names.", names[0])
@@ -293,7 +293,7 @@ def _kind(value: Any) -> str:
 
 
 def _state(state: str | None, model: str, served: Served) -> str | None:
-    """Finds the state that a call names, by itself or after the model's name and a colon."""
+    """Finds the state that a call names, in `state` or in `model` after a colon."""
     base, colon, after = model.partition(":")
     if base not in (served.name, ANY_MODEL):
         raise Refused(
@@ -321,7 +321,7 @@ def _state(state: str | None, model: str, served: Served) -> str | None:
 
 
 def _chat_prompt(messages: Any, think: str, tokenizer: Tokenizer) -> list[int]:
-    """Encodes a conversation that asks for an answer.
+    """Encodes a conversation up to the beginning of the next answer.
 
     Each part has its own ids, as in tuning: those of the messages so far do not change by what
     follows, and the cache finds them again.
@@ -351,7 +351,7 @@ def _chat_prompt(messages: Any, think: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _text_prompt(prompt: Any, tokenizer: Tokenizer) -> Sequence[int]:
-    """Reads a text or a list of ids; an empty one begins where a text ended."""
+    """Reads a text or a list of ids; an empty text becomes the id that ends documents."""
     # Some clients send a list of prompts wherever they have one.
     if isinstance(prompt, list) and len(prompt) == 1 and not _is_id(prompt[0]):
         prompt = prompt[0]
@@ -374,7 +374,7 @@ def _is_id(value: Any) -> bool:
 
 
 def models_body(served: Served) -> dict[str, Any]:
-    """Lists the models, of which each start state makes one."""
+    """Lists the base model, and one model for each start state."""
     entries = []
     for name in served.models():
         entries.append({"id": name, "object": "model", "owned_by": "rwkv7_jax"})
@@ -423,7 +423,7 @@ def usage(answer: Answer) -> dict[str, Any]:
 
 
 def chunk(call: Call, text: str | None, *, finish: str | None = None) -> dict[str, Any]:
-    """Returns one event of a stream; a text of None opens the message of a chat."""
+    """Returns one event of a stream; with text None the first one of a chat."""
     choice: dict[str, Any] = {"index": 0, "finish_reason": finish}
     if not call.is_chat:
         choice |= {"text": text or "", "logprobs": None}

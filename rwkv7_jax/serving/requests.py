@@ -1,4 +1,4 @@
-"""What a server is asked for, and what becomes of it: no device, no network."""
+"""Requests and their answers as data: no device, no network."""
 
 import dataclasses
 from typing import Literal
@@ -43,7 +43,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What became of a request.
+    """The result of a request.
 
     Attributes:
         text: the whole answer; of one that was cancelled or failed, what there was of it.

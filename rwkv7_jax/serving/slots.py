@@ -24,9 +24,8 @@ from rwkv7_jax.generation.decode_loop import (
     DecodeState,
     KnownTokens,
     chunk_widths,
-    cut_chunk,
     decode,
-    prefill,
+    prefill_rows,
 )
 from rwkv7_jax.generation.generate import commit_like
 from rwkv7_jax.model.rwkv7 import RWKV7
@@ -105,16 +104,9 @@ class Slots:
         chunks = (next(chunk_widths(total, CHUNK)) for total in range(1, CHUNK + 1))
         return {width for _, width in chunks}
 
-    def read(self, state: RWKV7State, tokens: Sequence[int]) -> tuple[RWKV7State, int]:
-        """Reads the first chunk of tokens into the state of one row.
-
-        Returns:
-            The state, and how many of the tokens it has read.
-        """
-        _, width = next(chunk_widths(len(tokens), CHUNK))
-        part, lengths = cut_chunk([tokens], 0, width)
-        state = prefill(self._model, self._params, state, tokens=part, lengths=lengths)
-        return state, int(lengths[0])
+    def read(self, state: RWKV7State, tokens: Sequence[int]) -> RWKV7State:
+        """Reads at most a chunk of tokens into the state of one row."""
+        return prefill_rows(self._model, self._params, state, [tokens], chunk=CHUNK)
 
     def take(
         self,
