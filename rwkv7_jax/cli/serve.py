@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from rwkv7_jax.serving.engine import Engine
 
 # Names of states are parts of a model's name, which clients write into settings and addresses.
 _NAME = re.compile(r"[\w.-]+")
+
+# Not an option: everybody on a machine sees the arguments of its programs.
+_KEY = "RWKV7_API_KEY"
 
 _MOST_SLOTS = 4096
 
@@ -48,6 +52,13 @@ def add_serve_command(subparsers) -> None:
         type=integer(0, _HIGHEST_PORT),
         default=8000,
         help="0 takes a free one (%(default)s)",
+    )
+    add(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let pages of https://HOST read answers in a browser; '*' is all; repeatable",
     )
     add(
         "--slots",
@@ -85,6 +96,9 @@ def add_serve_command(subparsers) -> None:
 def run_serve(options: argparse.Namespace) -> None:
     """Answers requests until a signal ends it."""
     files = _state_files(options.state)
+    key = _key()
+    for origin in options.allow_origin:
+        _check_origin(origin)
     name = options.name or Path(options.model).resolve().stem
     _check_name(name, "--name")
     # Its packages are an extra.
@@ -120,7 +134,8 @@ def run_serve(options: argparse.Namespace) -> None:
         host = f"[{host}]" if ":" in host else host
         names = ", ".join(files) or "none"
         print(f"{name} at http://{host}:{port}/v1; states: {names}", flush=True)
-        server.serve(engine, listener, name=name)
+        app = server.make_app(engine, name=name, key=key, origins=options.allow_origin)
+        server.serve(app, engine, listener)
 
 
 def _state_files(words: list[str]) -> dict[str, Path]:
@@ -154,6 +169,26 @@ def _states_in(folder: Path) -> list[Path]:
             f"`{folder}` has none."
         )
     return files
+
+
+def _key() -> str | None:
+    """Reads the key that clients must send; None without one."""
+    key = os.environ.get(_KEY)
+    if key is not None and not re.fullmatch(r"[!-~]+", key):
+        raise ValueError(
+            f"serve: the environment's `{_KEY}` must be a key of printable ASCII without blanks; "
+            "unset it to answer everybody."
+        )
+    return key
+
+
+def _check_origin(origin: str) -> None:
+    """Refuses what no browser sends as the origin of a page."""
+    if not re.fullmatch(r"\*|\w+://[^/\s]+", origin):
+        raise ValueError(
+            "serve: `--allow-origin` must be '*' or like https://HOST or http://HOST:PORT, "
+            f"without a path; got {origin!r}."
+        )
 
 
 def _check_name(name: str, option: str) -> None:

@@ -127,6 +127,7 @@ class Engine:
         state_names: names of the start states that requests may give.
         longest_prompt: ids of a prompt at most.
         longest_answer: new ids of an answer at most.
+        most_waiting: requests that may wait for a row.
         is_closed: it takes no more requests.
     """
 
@@ -175,7 +176,7 @@ class Engine:
         self.state_names = tuple(states)
         self.longest_prompt = longest_prompt
         self.longest_answer = longest_answer
-        self._most_waiting = queue
+        self.most_waiting = queue
         self._exempt = exempt_ids(tokenizer)
         free = self._options(Request((0,), tokens=1, temperature=0.0))
         self._slots = Slots(model, params, self._bank, slots=slots, free=free)
@@ -211,7 +212,7 @@ class Engine:
             request, options, self.tokenizer, on_text=on_text, on_end=on_end
         )
         with self._lock:
-            if self.is_closed or len(self._waiting) >= self._most_waiting:
+            if self.is_closed or len(self._waiting) >= self.most_waiting:
                 raise TooBusy("too many requests wait; try again later.")
             self._waiting.append(ticket)
             self._lock.notify()

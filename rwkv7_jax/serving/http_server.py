@@ -8,13 +8,15 @@ import asyncio
 import contextlib
 import json
 import re
+import secrets
 import socket
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from rwkv7_jax.serving import protocol
+from rwkv7_jax.serving import answer_bodies
 from rwkv7_jax.serving.engine import Engine, Ticket
-from rwkv7_jax.serving.protocol import Call, Refused, Served
+from rwkv7_jax.serving.protocol import Call, Refused, Served, read_call
 from rwkv7_jax.serving.requests import Answer, TooBusy
 
 try:
@@ -22,10 +24,12 @@ try:
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
-    from starlette.types import Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope, Send
 except ImportError:
     raise ImportError(
         "serve: the server needs the packages starlette and uvicorn: "
@@ -41,8 +45,8 @@ _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 # Seconds that a stopped server waits for its open connections.
 _LAST_SECONDS = 5
 
-# The pieces of an answer's text, and last the answer.
-_Events = asyncio.Queue[str | Answer]
+# Of each answer, by its number, the pieces of the text, and last the answer itself.
+_Events = asyncio.Queue[tuple[int, str | Answer]]
 
 # A client's names for what the engine says about a request.
 _FIELDS = {
@@ -52,19 +56,31 @@ _FIELDS = {
 }
 
 
-def make_app(engine: Engine, *, name: str) -> Starlette:
+def make_app(
+    engine: Engine, *, name: str, key: str | None = None, origins: Sequence[str] = ()
+) -> Starlette:
     """Makes the application; it starts the engine's thread, and ends it.
 
     Args:
         engine: not started.
         name: of the model, for clients.
+        key: that clients must send; None answers everybody.
+        origins: of the pages whose scripts a browser lets read the answers; "*" is all.
     """
-    served = Served(name, engine.state_names, engine.tokenizer, engine.longest_answer)
+    served = Served(
+        name=name,
+        states=engine.state_names,
+        tokenizer=engine.tokenizer,
+        longest_answer=engine.longest_answer,
+        most_answers=engine.most_waiting,
+        started=int(time.time()),
+    )
     routes = _Routes(engine, served)
     return Starlette(
         routes=[
             Route("/health", routes.health),
             Route("/v1/models", routes.models),
+            Route("/v1/models/{model:path}", routes.model),
             Route("/v1/states", routes.states),
             Route("/v1/completions", routes.complete, methods=["POST"]),
             Route("/v1/chat/completions", routes.chat, methods=["POST"]),
@@ -74,8 +90,55 @@ def make_app(engine: Engine, *, name: str) -> Starlette:
             HTTPException: _http_error,
             Exception: _failed,
         },
+        middleware=_middleware(key, origins),
         lifespan=routes.lifespan,
     )
+
+
+def _middleware(key: str | None, origins: Sequence[str]) -> list[Middleware]:
+    """Lists what a request passes before its route, in order."""
+    passed = []
+    # Outside of the other: a browser asks for permission without the key.
+    if origins:
+        anything = ["*"]
+        one = Middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=anything,
+            allow_headers=anything,
+        )
+        passed.append(one)
+    if key is not None:
+        passed.append(Middleware(_KeyCheck, key=key))
+    return passed
+
+
+class _KeyCheck:
+    """Refuses requests without the key, but for those that ask after the server's health."""
+
+    def __init__(self, app: ASGIApp, key: str):
+        """Takes what is behind it, and the key."""
+        self._app = app
+        self._expected = f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on, or answers it."""
+        passes = scope["type"] != "http" or scope["path"] == "/health"
+        if passes or self._has_key(scope):
+            await self._app(scope, receive, send)
+            return
+        refused = Refused(
+            "the header `Authorization` must be 'Bearer ' and the server's key.",
+            status=401,
+            code="invalid_api_key",
+        )
+        headers = {"WWW-Authenticate": "Bearer"}
+        response = JSONResponse(refused.body(), 401, headers=headers)
+        await response(scope, receive, send)
+
+    def _has_key(self, scope: Scope) -> bool:
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        return secrets.compare_digest(given, self._expected)
 
 
 class _Routes:
@@ -104,12 +167,17 @@ class _Routes:
     async def models(self, request: Request) -> Response:
         """Lists the model, by itself and with each state."""
         del request
-        return JSONResponse(protocol.models_body(self._served))
+        return JSONResponse(answer_bodies.models_body(self._served))
+
+    async def model(self, request: Request) -> Response:
+        """Describes a model by its name."""
+        name = request.path_params["model"]
+        return JSONResponse(answer_bodies.model_body(self._served, name))
 
     async def states(self, request: Request) -> Response:
         """Lists the start states."""
         del request
-        return JSONResponse(protocol.states_body(self._served))
+        return JSONResponse(answer_bodies.states_body(self._served))
 
     async def complete(self, request: Request) -> Response:
         """Continues a text."""
@@ -121,39 +189,58 @@ class _Routes:
 
     async def _answer(self, request: Request, *, is_chat: bool) -> Response:
         body = await _read_json(request)
-        # The engine's thread may reach asyncio's loop by `call_soon_threadsafe` alone.
         events: _Events = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def tell(event: str | Answer) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
         # In a thread: encoding a long text would hold up the streams of other clients.
-        call, ticket = await run_in_threadpool(
-            self._submit, body, tell, is_chat=is_chat
+        call, tickets = await run_in_threadpool(
+            self._submit, body, events, asyncio.get_running_loop(), is_chat=is_chat
         )
         if call.stream:
-            return _EventStream(_stream(call, events), ticket)
-        answer = await _whole(request, events, ticket)
-        _refuse_unfinished(answer)
-        return JSONResponse(protocol.answer_body(call, answer))
+            return _EventStream(_stream(call, events), tickets)
+        answers = await _whole(request, events, tickets)
+        for answer in answers:
+            _refuse_unfinished(answer)
+        return JSONResponse(answer_bodies.answer_body(call, answers))
 
     def _submit(
-        self, body: Any, tell: Callable[[str | Answer], None], *, is_chat: bool
-    ) -> tuple[Call, Ticket]:
-        """Submits a call; errors of the engine name the fields of the body."""
-        call = protocol.read_call(body, self._served, is_chat=is_chat)
-        try:
-            ticket = self._engine.submit(call.request, on_text=tell, on_end=tell)
-        except TooBusy as error:
-            raise Refused(str(error), status=429, code="too_busy") from None
-        except (TypeError, ValueError) as error:
-            sentence = str(error).removeprefix("submit: ")
-            for ours, theirs in _FIELDS.items():
-                sentence = sentence.replace(f"`{ours}`", f"`{theirs}`")
-            name = re.search(r"`(\w+)`", sentence)
-            raise Refused(sentence, name and name[1]) from None
-        return call, ticket
+        self,
+        body: Any,
+        events: _Events,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        is_chat: bool,
+    ) -> tuple[Call, list[Ticket]]:
+        """Submits the requests of a call, or none of them."""
+        call = read_call(body, self._served, is_chat=is_chat)
+        tickets: list[Ticket] = []
+        for index, request in enumerate(call.requests):
+            # The engine's thread may reach asyncio's loop by `call_soon_threadsafe` alone.
+            def tell(event: str | Answer, index: int = index) -> None:
+                loop.call_soon_threadsafe(events.put_nowait, (index, event))
+
+            try:
+                ticket = self._engine.submit(request, on_text=tell, on_end=tell)
+            except (TooBusy, TypeError, ValueError) as error:
+                _cancel(tickets)
+                raise _as_refused(error) from None
+            tickets.append(ticket)
+        return call, tickets
+
+
+def _as_refused(error: Exception) -> Refused:
+    """Makes an error of the engine name the fields of the body."""
+    if isinstance(error, TooBusy):
+        return Refused(str(error), status=429, code="too_busy")
+    sentence = str(error).removeprefix("submit: ")
+    for ours, theirs in _FIELDS.items():
+        sentence = sentence.replace(f"`{ours}`", f"`{theirs}`")
+    name = re.search(r"`(\w+)`", sentence)
+    return Refused(sentence, name and name[1])
+
+
+def _cancel(tickets: Sequence[Ticket]) -> None:
+    """Cancels requests; it has no effect on those that are complete."""
+    for ticket in tickets:
+        ticket.cancel()
 
 
 async def _read_json(request: Request) -> Any:
@@ -176,67 +263,77 @@ async def _read_json(request: Request) -> Any:
         raise Refused(f"the body is no JSON: {error}.") from None
 
 
-async def _whole(request: Request, events: _Events, ticket: Ticket) -> Answer:
-    """Waits for the end of an answer; a client that disconnects cancels it."""
-    watcher = asyncio.create_task(_cancel_when_gone(request, ticket))
+async def _whole(
+    request: Request, events: _Events, tickets: Sequence[Ticket]
+) -> list[Answer]:
+    """Waits for the ends of all answers; a client that disconnects cancels them."""
+    watcher = asyncio.create_task(_cancel_when_gone(request, tickets))
+    answers: dict[int, Answer] = {}
     try:
-        event = await events.get()
-        while isinstance(event, str):
-            event = await events.get()
-        return event
+        while len(answers) < len(tickets):
+            index, event = await events.get()
+            if isinstance(event, Answer):
+                answers[index] = event
+        return [answers[index] for index in range(len(tickets))]
     finally:
         watcher.cancel()
 
 
-async def _cancel_when_gone(request: Request, ticket: Ticket) -> None:
-    """Cancels the request once its client has disconnected."""
+async def _cancel_when_gone(request: Request, tickets: Sequence[Ticket]) -> None:
+    """Cancels the requests once their client has disconnected."""
     message = await request.receive()
     while message["type"] != "http.disconnect":
         message = await request.receive()
-    ticket.cancel()
+    _cancel(tickets)
 
 
 class _EventStream(StreamingResponse):
-    """A stream of events whose request is cancelled if the client disconnects."""
+    """A stream of events whose requests are cancelled if the client disconnects."""
 
-    def __init__(self, content: AsyncIterator[str], ticket: Ticket):
-        """Stores the events to send, and the request that they answer."""
+    def __init__(self, content: AsyncIterator[str], tickets: Sequence[Ticket]):
+        """Stores the events to send, and the requests that they answer."""
         super().__init__(
             content, media_type="text/event-stream", headers=_STREAM_HEADERS
         )
-        self._ticket = ticket
+        self._tickets = tickets
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the stream."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            # Has no effect on a request that is complete.
-            self._ticket.cancel()
+            _cancel(self._tickets)
 
 
 async def _stream(call: Call, events: _Events) -> AsyncIterator[str]:
-    """Yields the events of an answer as it is made."""
+    """Yields the events of a call's answers as they are made."""
+    count = len(call.requests)
     if call.is_chat:
-        yield _event(protocol.chunk(call, None))
-    event = await events.get()
-    # An answer without text still has its opening.
-    text = protocol.first_text(call, event if isinstance(event, str) else "")
-    if text:
-        yield _event(protocol.chunk(call, text))
-    while isinstance(event, str):
-        event = await events.get()
-        if isinstance(event, str):
-            yield _event(protocol.chunk(call, event))
-    try:
-        _refuse_unfinished(event)
-    except Refused as refused:
-        yield _event(refused.body())
-        return
-    finish = protocol.finish_reason(event)
-    yield _event(protocol.chunk(call, "", finish=finish))
+        for index in range(count):
+            yield _event(answer_bodies.opening_chunk(call, index))
+    # Answers whose beginning was sent, which is not always as the model wrote it.
+    begun = set()
+    answers: dict[int, Answer] = {}
+    while len(answers) < count:
+        index, event = await events.get()
+        text = event if isinstance(event, str) else ""
+        if index not in begun:
+            text = answer_bodies.first_text(call, text)
+            begun.add(index)
+        if text:
+            yield _event(answer_bodies.text_chunk(call, index, text))
+        if not isinstance(event, Answer):
+            continue
+        try:
+            _refuse_unfinished(event)
+        except Refused as refused:
+            yield _event(refused.body())
+            return
+        yield _event(answer_bodies.last_chunk(call, index, event))
+        answers[index] = event
     if call.include_usage:
-        yield _event(protocol.usage_chunk(call, event))
+        whole = [answers[index] for index in range(count)]
+        yield _event(answer_bodies.usage_chunk(call, whole))
     yield "data: [DONE]\n\n"
 
 
@@ -303,16 +400,16 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(engine: Engine, listener: socket.socket, *, name: str) -> None:
+def serve(app: Starlette, engine: Engine, listener: socket.socket) -> None:
     """Answers at an address until a signal ends it.
 
     Args:
-        engine: not started.
+        app: from `make_app`.
+        engine: the application's.
         listener: from `listen`; it is closed at the end.
-        name: of the model, for clients.
     """
     config = uvicorn.Config(
-        make_app(engine, name=name),
+        app,
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -1,4 +1,4 @@
-"""Bodies of OpenAI's interface as requests, and answers as its bodies; no network.
+"""Bodies of OpenAI's interface, read as requests; no network.
 
 Fields that change nothing here are passed over, all others that are not known are refused: an
 answer that ignores what was asked for looks like one that does not.
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rwkv7_jax.data.records.conversations import read_message
-from rwkv7_jax.serving.requests import Answer, Request
+from rwkv7_jax.serving.requests import Request
 from rwkv7_jax.text.chat_template import (
     CHAT_STOP,
     THINK_MODES,
@@ -40,7 +40,6 @@ _WITHOUT_EFFECT = ("user", "store", "metadata", "service_tier")
 
 # Fields that are not served unless they have this value, which is what they are without.
 _NOT_SERVED = {
-    "n": 1,
     "best_of": 1,
     "echo": False,
     "logprobs": False,
@@ -94,12 +93,16 @@ class Served:
         states: names of the start states.
         tokenizer: of the model.
         longest_answer: new ids of an answer at most.
+        most_answers: of one call.
+        started: seconds since 1970.
     """
 
     name: str
     states: Sequence[str]
     tokenizer: Tokenizer
     longest_answer: int
+    most_answers: int
+    started: int = 0
 
     def models(self) -> list[str]:
         """Lists what a call may name as its model: the base, and each state on it."""
@@ -111,7 +114,8 @@ class Call:
     """A body that was read.
 
     Attributes:
-        request: for the engine.
+        requests: for the engine, one for each answer; those of one prompt follow each other.
+        per_prompt: answers to each prompt.
         is_chat: whether a message or a text is asked for.
         stream: whether it is sent as it is made.
         include_usage: whether a stream ends with the numbers of tokens.
@@ -121,7 +125,8 @@ class Call:
         created: seconds since 1970.
     """
 
-    request: Request
+    requests: tuple[Request, ...]
+    per_prompt: int
     is_chat: bool
     stream: bool
     include_usage: bool
@@ -142,18 +147,19 @@ def read_call(body: Any, served: Served, *, is_chat: bool) -> Call:
         raise Refused(f"the body must be an object; got {_kind(body)}.")
     fields = _Fields(body)
     model = fields.text("model", served.name)
-    state = _state(fields.text("state", None), model, served)
+    state = named_state(fields.text("state", None), model, served)
     opening = ""
     stops = fields.stops()
     if is_chat:
         think = fields.text("think", "off")
-        ids = _chat_prompt(fields.take("messages"), think, served.tokenizer)
+        prompts = [_chat_prompt(fields.take("messages"), think, served.tokenizer)]
         opening = answer_opening(think)
         stops = (*stops, CHAT_STOP)
     else:
-        ids = _text_prompt(fields.take("prompt"), served.tokenizer)
-    request = Request(
-        prompt=tuple(ids),
+        prompts = _text_prompts(fields.take("prompt"), served.tokenizer)
+    per_prompt = fields.answers(len(prompts), served.most_answers)
+    first = Request(
+        prompt=(),
         state=state,
         tokens=fields.length(min(_LENGTH, served.longest_answer)),
         seed=fields.integer("seed", secrets.randbits(32)),
@@ -166,9 +172,17 @@ def read_call(body: Any, served: Served, *, is_chat: bool) -> Call:
         stop_ids=fields.integers("stop_token_ids"),
         stop_strings=stops,
     )
+    requests = []
+    for prompt in prompts:
+        for answer in range(per_prompt):
+            one = dataclasses.replace(
+                first, prompt=tuple(prompt), seed=first.seed + answer
+            )
+            requests.append(one)
     stream = fields.switch("stream")
     call = Call(
-        request=request,
+        requests=tuple(requests),
+        per_prompt=per_prompt,
         is_chat=is_chat,
         stream=stream,
         include_usage=fields.includes_usage(stream=stream),
@@ -223,6 +237,19 @@ class _Fields:
         if all(name in self._left for name in names):
             raise Refused("`max_tokens` must be given by one of its names.", names[0])
         return self.integer(names[1], self.integer(names[0], default))
+
+    def answers(self, prompts: int, most: int) -> int:
+        """Takes the number of answers to each of so many prompts."""
+        count = self.integer("n", 1)
+        if count < 1:
+            raise Refused(f"`n` must be at least 1; got {count}.", "n")
+        if count * prompts > most:
+            raise Refused(
+                f"`n` times the number of prompts must be at most {most}, the requests that may "
+                f"wait here; got {count * prompts}.",
+                "n",
+            )
+        return count
 
     def switch(self, name: str) -> bool:
         """Takes true or false, which it is without."""
@@ -292,8 +319,12 @@ def _kind(value: Any) -> str:
     return kinds.get(type(value), "a number")
 
 
-def _state(state: str | None, model: str, served: Served) -> str | None:
-    """Finds the state that a call names, in `state` or in `model` after a colon."""
+def named_state(state: str | None, model: str, served: Served) -> str | None:
+    """Finds the state that a call names, in `state` or in `model` after a colon.
+
+    Raises:
+        Refused: the model or the state is not served.
+    """
     base, colon, after = model.partition(":")
     if base not in (served.name, ANY_MODEL):
         raise Refused(
@@ -350,11 +381,15 @@ def _chat_prompt(messages: Any, think: str, tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
+def _text_prompts(prompt: Any, tokenizer: Tokenizer) -> list[Sequence[int]]:
+    """Reads one prompt, or a list of them."""
+    is_list = isinstance(prompt, list) and prompt and not _is_id(prompt[0])
+    prompts = prompt if is_list else [prompt]
+    return [_text_prompt(one, tokenizer) for one in prompts]
+
+
 def _text_prompt(prompt: Any, tokenizer: Tokenizer) -> Sequence[int]:
     """Reads a text or a list of ids; an empty text becomes the id that ends documents."""
-    # Some clients send a list of prompts wherever they have one.
-    if isinstance(prompt, list) and len(prompt) == 1 and not _is_id(prompt[0]):
-        prompt = prompt[0]
     if isinstance(prompt, str):
         try:
             return tokenizer.encode(prompt.encode()) or tokenizer.stop_ids
@@ -362,7 +397,7 @@ def _text_prompt(prompt: Any, tokenizer: Tokenizer) -> Sequence[int]:
             raise Refused("`prompt` has a lone surrogate.", "prompt") from None
     if not isinstance(prompt, list) or not all(map(_is_id, prompt)):
         raise Refused(
-            "`prompt` must be one text or a list of ids; several are several calls.",
+            "`prompt` must be a text, a list of ids, or a list of such prompts.",
             "prompt",
         )
     return prompt
@@ -371,79 +406,3 @@ def _text_prompt(prompt: Any, tokenizer: Tokenizer) -> Sequence[int]:
 def _is_id(value: Any) -> bool:
     """Tells whether a value is a whole number; true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def models_body(served: Served) -> dict[str, Any]:
-    """Lists the base model, and one model for each start state."""
-    entries = []
-    for name in served.models():
-        entries.append({"id": name, "object": "model", "owned_by": "rwkv7_jax"})
-    return {"object": "list", "data": entries}
-
-
-def states_body(served: Served) -> dict[str, Any]:
-    """Lists the start states."""
-    entries = [{"id": name, "object": "state"} for name in served.states]
-    return {"object": "list", "data": entries}
-
-
-def answer_body(call: Call, answer: Answer) -> dict[str, Any]:
-    """Returns the body of a whole answer."""
-    text = first_text(call, answer.text)
-    choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason(answer)}
-    if call.is_chat:
-        choice["message"] = {"role": "assistant", "content": text}
-    else:
-        choice |= {"text": text, "logprobs": None}
-    return _body(call, [choice], "chat.completion") | {"usage": usage(answer)}
-
-
-def first_text(call: Call, text: str) -> str:
-    """Returns the beginning of an answer as the client gets it.
-
-    The opening of a thought belongs to it; the space between a speaker and the words does not.
-    """
-    return (call.opening + text).removeprefix(" ") if call.is_chat else text
-
-
-def finish_reason(answer: Answer) -> str:
-    """Returns how an answer ended, in the interface's words."""
-    return "length" if answer.ended == "length" else "stop"
-
-
-def usage(answer: Answer) -> dict[str, Any]:
-    """Counts the tokens of a call."""
-    made = len(answer.tokens)
-    return {
-        "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": made,
-        "total_tokens": answer.prompt_tokens + made,
-        "prompt_tokens_details": {"cached_tokens": answer.cached_tokens},
-    }
-
-
-def chunk(call: Call, text: str | None, *, finish: str | None = None) -> dict[str, Any]:
-    """Returns one event of a stream; with text None the first one of a chat."""
-    choice: dict[str, Any] = {"index": 0, "finish_reason": finish}
-    if not call.is_chat:
-        choice |= {"text": text or "", "logprobs": None}
-    elif text is None:
-        choice["delta"] = {"role": "assistant", "content": ""}
-    else:
-        choice["delta"] = {"content": text} if text else {}
-    return _body(call, [choice], "chat.completion.chunk")
-
-
-def usage_chunk(call: Call, answer: Answer) -> dict[str, Any]:
-    """Returns the last event of a stream whose client asked for the numbers."""
-    return _body(call, [], "chat.completion.chunk") | {"usage": usage(answer)}
-
-
-def _body(call: Call, choices: list[Any], kind: str) -> dict[str, Any]:
-    return {
-        "id": call.id,
-        "object": kind if call.is_chat else "text_completion",
-        "created": call.created,
-        "model": call.model,
-        "choices": choices,
-    }

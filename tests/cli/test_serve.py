@@ -31,6 +31,8 @@ TINY = str(Path(__file__).parents[2] / "assets" / "tiny.pth")
         (["--port", "70000"], "`--port` must be at most 65535; got 70000"),
         (["--slots", "0"], "`--slots` must be at least 1; got 0"),
         (["--host", "nowhere.invalid"], "`--host` and `--port` must be an address"),
+        (["--allow-origin", "a.example"], "`--allow-origin` must be '*' or like"),
+        (["--allow-origin", "https://a.example/"], "without a path; got"),
         (["--name", "a/b"], "`--name` must name with letters"),
         (["--state", "a b=x.pth"], "`--state` must name with letters"),
         (["--state", "x=a.pth", "--state", "x=b.pth"], "'x' is of `a.pth` and `b.pth`"),
@@ -51,6 +53,13 @@ def test_a_mistake_is_one_sentence(tmp_path, capsys, words, sentence):
     assert main(["serve", "--model", TINY, *words]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.splitlines()[-1].startswith("rwkv7: ")
+
+
+@pytest.mark.parametrize("key", ["", " ", "a b", "\u00e4"])
+def test_a_key_that_no_header_can_carry_is_refused(monkeypatch, capsys, key):
+    monkeypatch.setenv("RWKV7_API_KEY", key)
+    assert main(["serve", "--model", TINY, "--port", "0"]) == 2
+    assert "`RWKV7_API_KEY` must be a key" in capsys.readouterr().err
 
 
 def test_a_port_in_use_is_said_before_the_model_is_read(capsys):

@@ -35,12 +35,16 @@ class Script:
     tokenizer = BYTES
     state_names = ("poet", "judge")
     longest_answer = 500
+    most_waiting = 8
     is_closed = False
 
     def __init__(self, pieces=("", "H\u00e4", "", "llo \U0001f600"), ended="length"):
         self.pieces = [piece for piece in pieces if piece]
         self.ended = ended
         self.refusal = None
+        # Requests before the one that is refused.
+        self.accepted = 0
+        self.failing = None
         self.waits = False
         self.requests = []
         self.cancelled = threading.Event()
@@ -54,15 +58,16 @@ class Script:
         self.cancelled.set()
 
     def submit(self, request, *, on_text, on_end):
-        if self.refusal:
+        if self.refusal and len(self.requests) >= self.accepted:
             raise self.refusal
+        index = len(self.requests)
         self.requests.append(request)
+        ended = "failed" if index == self.failing else self.ended
 
-        def say():
+        def say(ended=ended):
             for piece in self.pieces:
                 with contextlib.suppress(RuntimeError):
                     on_text(piece)
-            ended = self.ended
             if self.waits:
                 self.cancelled.wait(30)
                 ended = "cancelled"
@@ -170,9 +175,66 @@ def test_the_opening_of_a_thought_belongs_to_the_answer_and_one_space_does_not(
     assert "".join(d.get("content", "") for d in deltas) == expected
 
 
+def streamed(found):
+    """The texts and the ends of a stream's answers, by number."""
+    texts = {}
+    ends = {}
+    for event in found:
+        for choice in event["choices"]:
+            index = choice["index"]
+            piece = choice.get("delta", {}).get("content", choice.get("text", ""))
+            texts[index] = texts.get(index, "") + (piece or "")
+            if choice["finish_reason"]:
+                assert index not in ends
+                ends[index] = choice["finish_reason"]
+    return texts, ends
+
+
+def test_several_answers_have_numbers_and_their_prompts_count_once(client, engine):
+    said = "H\u00e4llo \U0001f600"
+    for address, body in (
+        ("/v1/chat/completions", CHAT | {"n": 4}),
+        ("/v1/completions", {"prompt": ["hi", "you"], "n": 2}),
+    ):
+        engine.requests.clear()
+        whole = client.post(address, body).json()
+        assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2, 3]
+        prompts = {request.prompt for request in engine.requests}
+        numbers = whole["usage"]
+        assert numbers["prompt_tokens"] == sum(map(len, prompts))
+        assert numbers["completion_tokens"] == 12
+        assert numbers["prompt_tokens_details"]["cached_tokens"] == 2 * len(prompts)
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        *found, last, end = events(client.post(address, body | options))
+        assert end == "[DONE]" and last["usage"] == numbers
+        texts, ends = streamed(found)
+        assert texts == dict.fromkeys(range(4), said)
+        assert ends == dict.fromkeys(range(4), "length")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_of_several_answers_all_come_or_none(client, engine, stream):
+    engine.failing = 1
+    body = CHAT | {"n": 3, "stream": stream}
+    response = client.post("/v1/chat/completions", body)
+    last = events(response)[-1] if stream else response.json()
+    assert last["error"]["message"] == "the answer failed: a reason."
+    engine.requests.clear()
+    engine.refusal = TooBusy("too many requests wait; try again later.")
+    engine.accepted = 2
+    response = client.post("/v1/chat/completions", body)
+    assert response.status_code == 429 and len(engine.requests) == 2
+    assert engine.cancelled.is_set()
+
+
 def test_what_is_served_is_listed(client, engine):
     names = [entry["id"] for entry in client.get("/v1/models").json()["data"]]
     assert names == ["base", "base:poet", "base:judge"]
+    for name in (*names, "rwkv:poet"):
+        assert client.get(f"/v1/models/{name}").json()["id"] == name
+    missing = client.get("/v1/models/base:nobody")
+    assert missing.status_code == 404
+    assert "(poet, judge)" in missing.json()["error"]["message"]
     states = [entry["id"] for entry in client.get("/v1/states").json()["data"]]
     assert states == ["poet", "judge"]
     assert client.get("/health").json() == {"status": "ok"}
@@ -265,6 +327,41 @@ def test_what_is_no_call_gets_an_error_object(
     response = client.request(method, address, data)
     assert response.status_code == status
     assert sentence in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("sent", ["", "secre", "secret ", "Bearer", "secr\u00e8t"])
+def test_without_its_key_a_server_only_says_that_it_is_well(engine, sent):
+    client = Client(http_server.make_app(engine, name="base", key="secret"))
+    assert client.get("/health").status_code == 200
+    for address in ("/v1/models", "/v1/states", "/nothing"):
+        refused = client.get(address, authorization=f"Bearer {sent}")
+        assert refused.status_code == 401
+        assert refused.json()["error"]["code"] == "invalid_api_key"
+        assert refused.headers["www-authenticate"] == "Bearer"
+    assert client.post("/v1/completions", TEXT).status_code == 401
+    assert not engine.requests
+    found = client.get("/v1/models", authorization="Bearer secret")
+    assert found.status_code == 200
+
+
+def test_a_browser_may_read_answers_for_pages_that_were_named(engine):
+    page = "https://a.example"
+    app = http_server.make_app(engine, name="base", key="secret", origins=[page])
+    client = Client(app)
+    asks = {
+        "access_control_request_method": "POST",
+        "access_control_request_headers": "authorization,content-type",
+    }
+    address = "/v1/completions"
+    asked = client.request("OPTIONS", address, headers=asks | {"origin": page})
+    assert asked.status_code == 200
+    assert asked.headers["access-control-allow-origin"] == page
+    other = {"origin": "https://b.example"}
+    assert client.request("OPTIONS", address, headers=asks | other).status_code == 400
+    # A page must be able to read why it was refused.
+    refused = client.get("/v1/models", origin=page)
+    assert refused.status_code == 401
+    assert refused.headers["access-control-allow-origin"] == page
 
 
 @pytest.mark.parametrize("address", BODIES)

@@ -9,7 +9,7 @@ from rwkv7_jax.text.chat_template import CHAT_STOP
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 BYTES = Tokenizer.bytes()
-SERVED = Served("base", ("poet", "a.b-c"), BYTES, 500)
+SERVED = Served("base", ("poet", "a.b-c"), BYTES, 500, most_answers=6)
 HI = [{"role": "user", "content": "hi"}]
 
 
@@ -22,7 +22,7 @@ def chat_call(**fields):
 
 
 def prompt_of(call):
-    return BYTES.decode(list(call.request.prompt))
+    return BYTES.decode(list(call.requests[0].prompt))
 
 
 def test_every_field_reaches_the_request():
@@ -44,7 +44,7 @@ def test_every_field_reaches_the_request():
         n=1,
         logprobs=None,
     )
-    request = call.request
+    request = call.requests[0]
     assert (request.tokens, request.temperature, request.top_p) == (7, 0.0, 0.5)
     assert (request.top_k, request.presence_penalty) == (3, 1.0)
     assert (request.frequency_penalty, request.penalty_decay) == (0.25, 0.9)
@@ -55,13 +55,13 @@ def test_every_field_reaches_the_request():
 
 def test_a_call_without_fields_is_drawn_anew_each_time():
     calls = [text_call() for _ in range(8)]
-    assert len({call.request.seed for call in calls}) > 1
+    assert len({call.requests[0].seed for call in calls}) > 1
     assert len({call.id for call in calls}) == 8
-    request = calls[0].request
+    request = calls[0].requests[0]
     assert (request.temperature, request.top_p, request.tokens) == (1.0, 1.0, 256)
     assert request.state is None and not calls[0].stream
     short = dataclasses.replace(SERVED, longest_answer=9)
-    assert read_call({"prompt": "hi"}, short, is_chat=False).request.tokens == 9
+    assert read_call({"prompt": "hi"}, short, is_chat=False).requests[0].tokens == 9
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_call_without_fields_is_drawn_anew_each_time():
     ],
 )
 def test_a_state_is_named_by_itself_or_after_the_model(model, state, found):
-    assert text_call(model=model, state=state).request.state == found
+    assert text_call(model=model, state=state).requests[0].state == found
     assert chat_call(model=model, state=state).model == model
 
 
@@ -112,12 +112,12 @@ def test_a_conversation_is_written_as_in_tuning():
     assert prompt_of(call) == (
         "System: Be brief.\n\nUser: a\n\nAssistant: b\n\nUser: c\nd\n\nAssistant:"
     )
-    assert call.request.stop_strings == ("x", CHAT_STOP)
-    assert call.request.tokens == 9
+    assert call.requests[0].stop_strings == ("x", CHAT_STOP)
+    assert call.requests[0].tokens == 9
     # In World "." and what follows may be one token: a part has its own ids.
-    world = Served("base", (), Tokenizer.world(), 100)
+    world = dataclasses.replace(SERVED, tokenizer=Tokenizer.world())
     ids = [
-        read_call({"messages": turns}, world, is_chat=True).request.prompt
+        read_call({"messages": turns}, world, is_chat=True).requests[0].prompt
         for turns in (messages[:2], messages)
     ]
     assert ids[1][: len(ids[0])] == ids[0]
@@ -129,19 +129,35 @@ def test_a_conversation_is_written_as_in_tuning():
 
 
 def test_a_prompt_is_a_text_or_ids_and_an_empty_one_begins_a_text():
-    assert text_call(prompt=[5, 6]).request.prompt == (5, 6)
-    assert text_call(prompt=[[5, 6]]).request.prompt == (5, 6)
+    assert text_call(prompt=[5, 6]).requests[0].prompt == (5, 6)
+    assert text_call(prompt=[[5, 6]]).requests[0].prompt == (5, 6)
     assert prompt_of(text_call(prompt=["ab"])) == "ab"
-    assert text_call(prompt="").request.prompt == tuple(BYTES.stop_ids)
+    assert text_call(prompt="").requests[0].prompt == tuple(BYTES.stop_ids)
     assert prompt_of(text_call(prompt="\u00e4\U0001f600")) == "\u00e4\U0001f600"
+
+
+def test_each_prompt_has_n_answers_of_following_seeds():
+    call = text_call(prompt=["a", [5, 6]], n=3, seed=7)
+    found = [(request.prompt, request.seed) for request in call.requests]
+    seeds = (7, 8, 9)
+    expected = [(BYTES.encode(b"a"), seed) for seed in seeds]
+    assert found == [(tuple(ids), seed) for ids, seed in expected] + [
+        ((5, 6), seed) for seed in seeds
+    ]
+    assert call.per_prompt == 3
+    one = text_call(n=1, seed=7)
+    assert len(one.requests) == 1 and one.requests[0].seed == 7
+    assert len(chat_call(n=2).requests) == 2
 
 
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"prompt": ["a", "b"]}, "`prompt` must be one text or a list of ids"),
-        ({"prompt": 3}, "`prompt` must be one text"),
-        ({"prompt": [True]}, "`prompt` must be one text"),
+        ({"prompt": ["a", 1]}, "`prompt` must be a text, a list of ids, or a list"),
+        ({"prompt": [["a"]]}, "`prompt` must be a text, a list of ids, or a list"),
+        ({"prompt": [None]}, "`prompt` must be a text, a list of ids, or a list"),
+        ({"prompt": 3}, "`prompt` must be a text"),
+        ({"prompt": [True]}, "`prompt` must be a text"),
         ({"prompt": None}, "`prompt` must be given."),
         ({"prompt": "\ud800"}, "`prompt` has a lone surrogate"),
         ({"model": 3}, "`model` must be a string; got a number."),
@@ -164,8 +180,10 @@ def test_a_prompt_is_a_text_or_ids_and_an_empty_one_begins_a_text():
             {"stream": True, "stream_options": {"include_usage": 1}},
             "`stream_options.include_usage`",
         ),
-        ({"n": 2}, "`n` is not served here; leave it out."),
-        ({"n": True}, "`n` is not served here"),
+        ({"n": 0}, "`n` must be at least 1; got 0."),
+        ({"n": True}, "`n` must be a whole number"),
+        ({"n": 7}, "`n` times the number of prompts must be at most 6"),
+        ({"n": 3, "prompt": ["a", "b", "c"]}, "must be at most 6"),
         ({"logprobs": 0}, "`logprobs` is not served here"),
         ({"temperature": 10**400}, "`temperature` must be a number below"),
         ({"stream_options": {"include_usage": True}}, "must come with a `stream`"),

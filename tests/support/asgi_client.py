@@ -30,33 +30,36 @@ class Client:
         """Takes the application."""
         self._app = app
 
-    def get(self, address):
+    def get(self, address, **headers):
         """Reads what lies at an address."""
-        return self.request("GET", address)
+        return self.request("GET", address, headers=headers)
 
     def post(self, address, body):
         """Sends an object."""
         return self.request("POST", address, json.dumps(body).encode())
 
-    def request(self, method, address, content=b"", *, leaves=False):
+    def request(self, method, address, content=b"", *, headers=None, leaves=False):
         """Sends a request and returns the response.
 
         Args:
             method: of HTTP.
             address: path.
             content: of the body.
+            headers: by name, with "_" for "-".
             leaves: whether the client goes as soon as the body is sent.
         """
-        return asyncio.run(self._request(method, address, content, leaves))
+        return asyncio.run(
+            self._request(method, address, content, headers or {}, leaves)
+        )
 
-    async def _request(self, method, address, content, leaves):
-        received = [{"type": "http.request", "body": content}]
+    async def _request(self, method, address, content, headers, leaves):
+        body = [{"type": "http.request", "body": content}]
         sent = []
         is_answered = asyncio.Event()
 
         async def receive():
-            if received:
-                return received.pop()
+            if body:
+                return body.pop()
             if not leaves:
                 await is_answered.wait()
             return {"type": "http.disconnect"}
@@ -70,7 +73,10 @@ class Client:
             "type": "http",
             "method": method,
             "path": address,
-            "headers": [],
+            "headers": [
+                (name.replace("_", "-").encode(), value.encode())
+                for name, value in headers.items()
+            ],
             "query_string": b"",
         }
         try:
@@ -82,6 +88,6 @@ class Client:
         if leaves:
             return None
         first, *parts = sent
-        headers = {name.decode(): value.decode() for name, value in first["headers"]}
+        received = {name.decode(): value.decode() for name, value in first["headers"]}
         text = b"".join(part["body"] for part in parts).decode()
-        return Response(first["status"], headers, text)
+        return Response(first["status"], received, text)
