@@ -74,7 +74,7 @@ class Together:
         for index, request in enumerate(self._requests):
             self._engine.submit(
                 request,
-                on_text=lambda _, index=index: self.first_text.setdefault(
+                on_piece=lambda _, index=index: self.first_text.setdefault(
                     index, time.perf_counter() - began
                 ),
                 on_end=lambda answer, index=index: self.answers.update({index: answer}),

@@ -153,12 +153,14 @@ class Decoded(NamedTuple):
         logps: [B C] float32, log-probabilities of the draws; after those of the tokens that are
             kept comes that of a stop id.
         lengths: [B] int32, how many of each row's tokens are kept.
+        scores: the model's, [B C] and [B C K]; None where they were not asked for.
     """
 
     run: DecodeState
     tokens: Array
     logps: Array
     lengths: Array
+    scores: sampling.ModelScores | None = None
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -195,7 +197,9 @@ def prefill_rows(
     return state
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="capacity")
+@functools.partial(
+    jax.jit, static_argnums=0, static_argnames=("capacity", "alternatives")
+)
 def decode(
     model: nn.Module,
     params: Params,
@@ -206,6 +210,8 @@ def decode(
     options: sampling.SamplingParams,
     limit: Int[Array, ""],
     capacity: int,
+    alternatives: int = 0,
+    scored: Bool[Array, ""] | bool = False,
 ) -> Decoded:
     """Reads known tokens, then generates up to `limit`, in one program on the device.
 
@@ -221,6 +227,9 @@ def decode(
         options: how to sample.
         limit: tokens to generate, at most `capacity`.
         capacity: width of the returned tokens, static.
+        alternatives: most probable ids beside each token in the model's scores (K), static; with 0
+            there are no scores.
+        scored: whether this call fills them in.
     """
     # The batch's size is known when the program is traced; only `limit` is not.
     batch = run.logits.shape[0]
@@ -242,12 +251,21 @@ def decode(
             options=options,
         )
         live = live & ~is_known
+
+        def score(scores):
+            new = sampling.score_tokens(done.run.logits, read, alternatives)
+            return jax.tree.map(lambda all, one: all.at[:, index].set(one), scores, new)
+
+        scores = done.scores
+        if alternatives:
+            scores = jax.lax.cond(scored & ~is_known, score, lambda same: same, scores)
         following = Decoded(
             run=run,
             # For known tokens this is the last column, which stays zero.
             tokens=done.tokens.at[:, index].set(jnp.where(live, read, 0)),
             logps=done.logps.at[:, index].set(jnp.where(is_known, 0, logps)),
             lengths=done.lengths + live.astype(jnp.int32),
+            scores=scores,
         )
         return following, index + 1
 
@@ -258,10 +276,24 @@ def decode(
         tokens=jnp.zeros((batch, capacity), jnp.int32),
         logps=jnp.zeros((batch, capacity), jnp.float32),
         lengths=jnp.zeros(batch, jnp.int32),
+        scores=_no_scores(batch, capacity, alternatives),
     )
     done, _ = jax.lax.while_loop(unfinished, one_token, (nothing, first))
     joined = done.run._replace(state=join_states(done.run.state))
     return done._replace(run=joined)
+
+
+def _no_scores(
+    batch: int, capacity: int, alternatives: int
+) -> sampling.ModelScores | None:
+    if not alternatives:
+        return None
+    shape = (batch, capacity, alternatives)
+    return sampling.ModelScores(
+        drawn=jnp.zeros(shape[:2], jnp.float32),
+        ids=jnp.zeros(shape, jnp.int32),
+        logps=jnp.zeros(shape, jnp.float32),
+    )
 
 
 class Decoder:

@@ -77,7 +77,21 @@ class SamplingParams(NamedTuple):
     stops: HostOrDevice
 
 
-# Fields of the above that are numbers; the others are vectors over the vocabulary.
+class ModelScores(NamedTuple):
+    """What the model itself says of tokens: before penalties, cutoffs and temperature.
+
+    Attributes:
+        drawn: [B ...] float32, log-probabilities of the tokens that were drawn.
+        ids: [B ... K] int32, the most probable ids, best first.
+        logps: [B ... K] float32, their log-probabilities.
+    """
+
+    drawn: Array
+    ids: Array
+    logps: Array
+
+
+# Fields of `SamplingParams` that are numbers; the others are vectors over the vocabulary.
 _NUMBERS = (
     "temperature",
     "top_p",
@@ -348,6 +362,16 @@ def sample_with_logp(
 
     all_greedy = jnp.all(jnp.asarray(options.temperature) < _COLDEST)
     return jax.lax.cond(all_greedy, greedy, draw)
+
+
+def score_tokens(
+    logits: Scores, tokens: Int[Array, " B"], alternatives: int
+) -> ModelScores:
+    """Returns what the model says of each row's token and of so many most probable ones."""
+    logps = jax.nn.log_softmax(logits, axis=-1)
+    best, ids = jax.lax.top_k(logps, alternatives)
+    drawn = jnp.take_along_axis(logps, tokens[:, None], axis=-1)[:, 0]
+    return ModelScores(drawn, ids.astype(jnp.int32), best)
 
 
 def _best_ids(logits: Scores) -> Int[Array, " B"]:

@@ -1,6 +1,23 @@
 """Serving: many requests at once, each from the start state that it names."""
 
-from rwkv7_jax.serving.engine import Engine, Ticket
-from rwkv7_jax.serving.requests import Answer, Request, TooBusy, UnknownState
+from rwkv7_jax.serving.engine import Engine
+from rwkv7_jax.serving.requests import (
+    Answer,
+    Piece,
+    Request,
+    TokenScore,
+    TooBusy,
+    UnknownState,
+)
+from rwkv7_jax.serving.ticket import Ticket
 
-__all__ = ["Answer", "Engine", "Request", "Ticket", "TooBusy", "UnknownState"]
+__all__ = [
+    "Answer",
+    "Engine",
+    "Piece",
+    "Request",
+    "Ticket",
+    "TokenScore",
+    "TooBusy",
+    "UnknownState",
+]

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -24,93 +24,26 @@ from rwkv7_jax.checks import (
     prefix_errors,
 )
 from rwkv7_jax.generation.sampling import SamplingParams, exempt_ids, make_options
-from rwkv7_jax.generation.streaming import RowText
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, init_state, select, stack
 from rwkv7_jax.serving.prefix_cache import Prefix, PrefixCache
 from rwkv7_jax.serving.requests import (
-    Answer,
+    MOST_ALTERNATIVES,
     Ending,
     Request,
     TooBusy,
     UnknownState,
 )
-from rwkv7_jax.serving.slots import BLOCK, CHUNK, Drawn, Slots
+from rwkv7_jax.serving.slots import BLOCK, CHUNK, Slots
+from rwkv7_jax.serving.ticket import OnEnd, OnPiece, Ticket
 from rwkv7_jax.text.detokenizer import check_stop_strings
 from rwkv7_jax.text.tokenizer import Tokenizer
-
-OnText = Callable[[str], object]
-OnEnd = Callable[[Answer], object]
 
 _CACHE_BYTES = 2**28
 
 _LOG = logging.getLogger(__name__)
 
 _NOT_FINITE = "the model's logits are not finite"
-
-
-class Ticket:
-    """A request in the engine, and its answer so far.
-
-    The engine's thread alone changes it, but for `cancelled`.
-
-    Attributes:
-        request: what was asked for.
-        cancelled: whether the client has cancelled it.
-        options: how to sample.
-        row: the answer so far.
-        cached_tokens: ids of the prompt that were not read again.
-        read: ids of the answer that the row of the batch has read.
-    """
-
-    def __init__(
-        self,
-        request: Request,
-        options: SamplingParams,
-        tokenizer: Tokenizer,
-        *,
-        on_text: OnText,
-        on_end: OnEnd,
-    ):
-        """Starts with nothing read; see `Engine.submit`."""
-        self.request = request
-        self.cancelled = False
-        self.options = options
-        self.row = RowText(tokenizer, request.stop_strings)
-        self.cached_tokens = 0
-        self.read = 0
-        self._on_text = on_text
-        self._on_end = on_end
-
-    def cancel(self) -> None:
-        """Cancels the request; its row is freed at the next tick."""
-        self.cancelled = True
-
-    def say(self, piece: str) -> None:
-        """Sends a piece of text to the client."""
-        if piece:
-            self._call(self._on_text, piece)
-
-    def end(self, ending: Ending, error: str | None = None) -> None:
-        """Sends the text that was held back, and then the answer."""
-        if self.row.ended is None:
-            self.say(self.row.end("length"))
-        answer = Answer(
-            text=self.row.text,
-            tokens=tuple(self.row.tokens),
-            ended=ending,
-            prompt_tokens=len(self.request.prompt),
-            cached_tokens=self.cached_tokens,
-            error=error,
-        )
-        self._call(self._on_end, answer)
-
-    def _call(self, receiver: Callable[..., object], what: object) -> None:
-        # An error of one client's callback must not end the answers of the others.
-        try:
-            receiver(what)
-        except Exception:
-            self.cancelled = True
 
 
 class Engine:
@@ -189,12 +122,12 @@ class Engine:
         self.is_closed = False
         self._thread: threading.Thread | None = None
 
-    def submit(self, request: Request, *, on_text: OnText, on_end: OnEnd) -> Ticket:
+    def submit(self, request: Request, *, on_piece: OnPiece, on_end: OnEnd) -> Ticket:
         """Takes a request; may be called from any thread.
 
         Args:
             request: what to continue, and how.
-            on_text: called with each piece of certain text, by the engine's thread.
+            on_piece: called with each piece of the answer, by the engine's thread.
             on_end: called once, with the answer.
 
         Raises:
@@ -205,11 +138,11 @@ class Engine:
         """
         with prefix_errors("submit"):
             check_instance(request, Request, "`request`")
-            check_function(on_text, "`on_text`")
+            check_function(on_piece, "`on_piece`")
             check_function(on_end, "`on_end`")
             options = self._options(request)
         ticket = Ticket(
-            request, options, self.tokenizer, on_text=on_text, on_end=on_end
+            request, options, self.tokenizer, on_piece=on_piece, on_end=on_end
         )
         with self._lock:
             if self.is_closed or len(self._waiting) >= self.most_waiting:
@@ -232,6 +165,10 @@ class Engine:
         )
         check_count(request.tokens, 1, "`tokens`", most=self.longest_answer)
         check_count(request.seed, 0, "`seed`", most=2**63 - 1)
+        if request.alternatives is not None:
+            check_count(
+                request.alternatives, 0, "`alternatives`", most=MOST_ALTERNATIVES
+            )
         check_ids(request.stop_ids, vocab_size, "`stop_ids`")
         check_stop_strings(request.stop_strings)
         return make_options(
@@ -267,7 +204,7 @@ class Engine:
             prompt = (0,) * min(width + 1, self.longest_prompt)
             tokens = min(BLOCK, self.longest_answer)
             request = Request(prompt, tokens=tokens, temperature=0.0)
-            self.submit(request, on_text=_ignore, on_end=_ignore)
+            self.submit(request, on_piece=_ignore, on_end=_ignore)
             while self.tick():
                 pass
         self._cache.clear()
@@ -382,11 +319,15 @@ class Engine:
     def _decode_block(self) -> None:
         """Draws a block, and ends the requests that are complete."""
         ended: dict[int, Ending] = {}
-        for slot, drawn in enumerate(self._slots.decode()):
+        scored = any(
+            ticket is not None and ticket.request.alternatives is not None
+            for ticket in self._taken
+        )
+        for slot, drawn in enumerate(self._slots.decode(scored=scored)):
             ticket = self._taken[slot]
             if ticket is None:
                 continue
-            ending = _append(ticket, drawn)
+            ending = ticket.append(drawn)
             if ending is None:
                 continue
             ended[slot] = ending
@@ -437,25 +378,6 @@ class _Reader:
     ticket: Ticket
     state: RWKV7State
     position: int
-
-
-def _append(ticket: Ticket, drawn: Drawn) -> Ending | None:
-    """Adds a row's new tokens to its answer; returns how that ended, or None."""
-    request = ticket.request
-    ticket.read += len(drawn.tokens)
-    room = request.tokens - len(ticket.row.tokens)
-    tokens = drawn.tokens[:room]
-    stop = next((at for at, id in enumerate(tokens) if id in request.stop_ids), None)
-    ticket.say(ticket.row.append(tokens[:stop]))
-    if ticket.row.ended is not None:
-        return ticket.row.ended
-    if stop is not None:
-        return "stop_id"
-    if len(tokens) == room:
-        return "length"
-    if drawn.broken:
-        return "failed"
-    return "stop_id" if drawn.stopped else None
 
 
 def _make_bank(model: RWKV7, states: Mapping[str, RWKV7State]) -> RWKV7State:

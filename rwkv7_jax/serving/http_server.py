@@ -14,10 +14,15 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from rwkv7_jax.serving import answer_bodies
+from rwkv7_jax.serving.answer_bodies import (
+    AnswerBodies,
+    model_body,
+    models_body,
+    states_body,
+)
 from rwkv7_jax.serving.engine import Engine, Ticket
 from rwkv7_jax.serving.protocol import Call, Refused, Served, read_call
-from rwkv7_jax.serving.requests import Answer, TooBusy
+from rwkv7_jax.serving.requests import Answer, Piece, TooBusy
 
 try:
     import uvicorn
@@ -45,8 +50,8 @@ _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 # Seconds that a stopped server waits for its open connections.
 _LAST_SECONDS = 5
 
-# Of each answer, by its number, the pieces of the text, and last the answer itself.
-_Events = asyncio.Queue[tuple[int, str | Answer]]
+# Of each answer, by its number, the pieces, and last the whole.
+_Events = asyncio.Queue[tuple[int, Piece | Answer]]
 
 # A client's names for what the engine says about a request.
 _FIELDS = {
@@ -167,17 +172,17 @@ class _Routes:
     async def models(self, request: Request) -> Response:
         """Lists the model, by itself and with each state."""
         del request
-        return JSONResponse(answer_bodies.models_body(self._served))
+        return JSONResponse(models_body(self._served))
 
     async def model(self, request: Request) -> Response:
         """Describes a model by its name."""
         name = request.path_params["model"]
-        return JSONResponse(answer_bodies.model_body(self._served, name))
+        return JSONResponse(model_body(self._served, name))
 
     async def states(self, request: Request) -> Response:
         """Lists the start states."""
         del request
-        return JSONResponse(answer_bodies.states_body(self._served))
+        return JSONResponse(states_body(self._served))
 
     async def complete(self, request: Request) -> Response:
         """Continues a text."""
@@ -194,12 +199,14 @@ class _Routes:
         call, tickets = await run_in_threadpool(
             self._submit, body, events, asyncio.get_running_loop(), is_chat=is_chat
         )
+        bodies = AnswerBodies(call, self._served.tokenizer)
         if call.stream:
-            return _EventStream(_stream(call, events), tickets)
+            return _EventStream(_stream(call, bodies, events), tickets)
         answers = await _whole(request, events, tickets)
         for answer in answers:
-            _refuse_unfinished(answer)
-        return JSONResponse(answer_bodies.answer_body(call, answers))
+            if problem := _problem(answer):
+                raise problem
+        return JSONResponse(bodies.whole(answers))
 
     def _submit(
         self,
@@ -214,11 +221,11 @@ class _Routes:
         tickets: list[Ticket] = []
         for index, request in enumerate(call.requests):
             # The engine's thread may reach asyncio's loop by `call_soon_threadsafe` alone.
-            def tell(event: str | Answer, index: int = index) -> None:
+            def tell(event: Piece | Answer, index: int = index) -> None:
                 loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
             try:
-                ticket = self._engine.submit(request, on_text=tell, on_end=tell)
+                ticket = self._engine.submit(request, on_piece=tell, on_end=tell)
             except (TooBusy, TypeError, ValueError) as error:
                 _cancel(tickets)
                 raise _as_refused(error) from None
@@ -305,35 +312,27 @@ class _EventStream(StreamingResponse):
             _cancel(self._tickets)
 
 
-async def _stream(call: Call, events: _Events) -> AsyncIterator[str]:
+async def _stream(
+    call: Call, bodies: AnswerBodies, events: _Events
+) -> AsyncIterator[str]:
     """Yields the events of a call's answers as they are made."""
-    count = len(call.requests)
-    if call.is_chat:
-        for index in range(count):
-            yield _event(answer_bodies.opening_chunk(call, index))
-    # Answers whose beginning was sent, which is not always as the model wrote it.
-    begun = set()
+    for opening in bodies.openings():
+        yield _event(opening)
     answers: dict[int, Answer] = {}
-    while len(answers) < count:
+    while len(answers) < len(call.requests):
         index, event = await events.get()
-        text = event if isinstance(event, str) else ""
-        if index not in begun:
-            text = answer_bodies.first_text(call, text)
-            begun.add(index)
-        if text:
-            yield _event(answer_bodies.text_chunk(call, index, text))
-        if not isinstance(event, Answer):
-            continue
-        try:
-            _refuse_unfinished(event)
-        except Refused as refused:
-            yield _event(refused.body())
+        if isinstance(event, Piece):
+            made = bodies.piece(index, event)
+        elif problem := _problem(event):
+            yield _event(problem.body())
             return
-        yield _event(answer_bodies.last_chunk(call, index, event))
-        answers[index] = event
+        else:
+            answers[index] = event
+            made = bodies.end(index, event)
+        for body in made:
+            yield _event(body)
     if call.include_usage:
-        whole = [answers[index] for index in range(count)]
-        yield _event(answer_bodies.usage_chunk(call, whole))
+        yield _event(bodies.usage_event([answers[index] for index in sorted(answers)]))
     yield "data: [DONE]\n\n"
 
 
@@ -341,12 +340,13 @@ def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body)}\n\n"
 
 
-def _refuse_unfinished(answer: Answer) -> None:
-    """Raises for an answer that failed or was cancelled."""
+def _problem(answer: Answer) -> Refused | None:
+    """Returns what the client gets in place of an answer that failed or was cancelled."""
     if answer.ended == "failed":
-        raise Refused(f"the answer failed: {answer.error}.", status=500)
+        return Refused(f"the answer failed: {answer.error}.", status=500)
     if answer.ended == "cancelled":
-        raise Refused("the server is being stopped.", status=503)
+        return Refused("the server is being stopped.", status=503)
+    return None
 
 
 async def _refused(request: Request, error: Exception) -> Response:

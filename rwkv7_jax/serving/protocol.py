@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rwkv7_jax.data.records.conversations import read_message
-from rwkv7_jax.serving.requests import Request
+from rwkv7_jax.serving.requests import MOST_ALTERNATIVES, Request
 from rwkv7_jax.text.chat_template import (
     CHAT_STOP,
     THINK_MODES,
@@ -42,8 +42,6 @@ _WITHOUT_EFFECT = ("user", "store", "metadata", "service_tier")
 _NOT_SERVED = {
     "best_of": 1,
     "echo": False,
-    "logprobs": False,
-    "top_logprobs": 0,
     "suffix": "",
     "logit_bias": {},
     "tools": [],
@@ -171,6 +169,7 @@ def read_call(body: Any, served: Served, *, is_chat: bool) -> Call:
         penalty_decay=fields.number("penalty_decay", 0.996),
         stop_ids=fields.integers("stop_token_ids"),
         stop_strings=stops,
+        alternatives=fields.alternatives(is_chat=is_chat),
     )
     requests = []
     for prompt in prompts:
@@ -280,6 +279,23 @@ class _Fields:
                 "stop",
             )
         return tuple(stops)
+
+    def alternatives(self, *, is_chat: bool) -> int | None:
+        """Takes how many probable tokens to report beside each; None reports no token's score."""
+        name = "top_logprobs" if is_chat else "logprobs"
+        # Some clients write false, which chats have for nothing, in both interfaces.
+        asked = self._left.get("logprobs", False) is not False
+        if is_chat or not asked:
+            asked = self.switch("logprobs")
+        count = self.integer(name, 0)
+        if count and not asked:
+            raise Refused("`top_logprobs` must come with a true `logprobs`.", name)
+        if not 0 <= count <= MOST_ALTERNATIVES:
+            raise Refused(
+                f"`{name}` must be between 0 and {MOST_ALTERNATIVES}; got {count}.",
+                name,
+            )
+        return count if asked else None
 
     def includes_usage(self, *, stream: bool) -> bool:
         """Takes the options of a stream."""

@@ -1,9 +1,40 @@
 """Requests and their answers as data: no device, no network."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Ending = Literal["stop_id", "stop_string", "length", "cancelled", "failed"]
+
+
+# Most probable ids that a request may ask for beside each token.
+MOST_ALTERNATIVES = 20
+
+
+class TokenScore(NamedTuple):
+    """What the model says of a token: before penalties, cutoffs and temperature.
+
+    Attributes:
+        id: of the token.
+        logp: its log-probability.
+        alternatives: the most probable ids and their log-probabilities, best first.
+    """
+
+    id: int
+    logp: float
+    alternatives: tuple[tuple[int, float], ...]
+
+
+class Piece(NamedTuple):
+    """The next part of an answer.
+
+    Attributes:
+        text: that no stop string can cut any more.
+        scores: of tokens that are certain, if the request asks for them. They may be ahead of the
+            text: a character can be several tokens.
+    """
+
+    text: str
+    scores: tuple[TokenScore, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +56,7 @@ class Request:
         penalty_decay: factor on those counts at every token.
         stop_ids: ids that end the answer besides the vocabulary's end of text.
         stop_strings: strings that end the answer; not part of it.
+        alternatives: most probable ids to report beside each token; None reports no token's score.
     """
 
     prompt: tuple[int, ...]
@@ -39,6 +71,7 @@ class Request:
     penalty_decay: float = 0.996
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
+    alternatives: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +85,7 @@ class Answer:
         prompt_tokens: ids of the prompt.
         cached_tokens: how many of them were not read again, since a cache held the state after
             them.
+        scores: of the tokens, if the request asks for them; none of a token that a stop string cut.
         error: what went wrong, one sentence; None unless it failed.
     """
 
@@ -60,6 +94,7 @@ class Answer:
     ended: Ending
     prompt_tokens: int
     cached_tokens: int = 0
+    scores: tuple[TokenScore, ...] = ()
     error: str | None = None
 
 

@@ -31,6 +31,7 @@ from rwkv7_jax.generation.generate import commit_like
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, select
 from rwkv7_jax.model.unrolled import split_params
+from rwkv7_jax.serving.requests import MOST_ALTERNATIVES, TokenScore
 from rwkv7_jax.sharding import to_host
 
 # Tokens that a row draws between two looks of the host.
@@ -47,11 +48,14 @@ class Drawn(NamedTuple):
         tokens: new ids, without the one that stopped the row.
         stopped: an id that ends a text was drawn after them.
         broken: the logits after them were not finite.
+        scores: of the tokens, with as many alternatives as a request may ask for; none where they
+            were not asked for.
     """
 
     tokens: list[int]
     stopped: bool
     broken: bool
+    scores: list[TokenScore]
 
 
 class Slots:
@@ -81,6 +85,7 @@ class Slots:
         self._layers = split_params(params)
         self._bank = bank
         self._free = free
+        self._alternatives = min(MOST_ALTERNATIVES, model.config.vocab_size)
         self._options = [free] * slots
         # Tokens that rows read before they draw: the last one of a prompt.
         self._known = np.zeros(slots, np.int32)
@@ -135,8 +140,12 @@ class Slots:
         """Returns a row's state, which has read all tokens that `decode` returned."""
         return _row(self._rows.run.state, slot)
 
-    def decode(self) -> list[Drawn]:
-        """Draws a block in every row that is taken; others draw nothing."""
+    def decode(self, *, scored: bool) -> list[Drawn]:
+        """Draws a block in every row that is taken; others draw nothing.
+
+        Args:
+            scored: whether to score the tokens, which takes a sort of the vocabulary.
+        """
         decoded = decode(
             self._model,
             self._layers,
@@ -146,16 +155,41 @@ class Slots:
             options=sampling.options_by_row(self._options),
             limit=np.int32(BLOCK),
             capacity=BLOCK,
+            alternatives=self._alternatives,
+            scored=scored,
         )
         self._is_new[:] = False
         self._rows = self._rows._replace(run=decoded.run)
-        tokens, lengths, status = to_host(
-            (decoded.tokens, decoded.lengths, decoded.run.status)
+        tokens, lengths, status, scores = to_host(
+            (decoded.tokens, decoded.lengths, decoded.run.status, decoded.scores)
         )
         drawn = []
-        for row, count, end in zip(tokens, lengths, status, strict=True):
-            drawn.append(Drawn(row[:count].tolist(), end == STOPPED, end == BROKEN))
+        for row, count in enumerate(lengths.tolist()):
+            one = Drawn(
+                tokens[row, :count].tolist(),
+                stopped=status[row] == STOPPED,
+                broken=status[row] == BROKEN,
+                scores=_token_scores(tokens, scores, row, count) if scored else [],
+            )
+            drawn.append(one)
         return drawn
+
+
+def _token_scores(
+    tokens: np.ndarray, scores: sampling.ModelScores, row: int, count: int
+) -> list[TokenScore]:
+    """Returns the scores of a row's first tokens."""
+    found = []
+    for at in range(count):
+        ids = scores.ids[row, at].tolist()
+        logps = scores.logps[row, at].tolist()
+        score = TokenScore(
+            id=int(tokens[row, at]),
+            logp=float(scores.drawn[row, at]),
+            alternatives=tuple(zip(ids, logps, strict=True)),
+        )
+        found.append(score)
+    return found
 
 
 class _Rows(NamedTuple):

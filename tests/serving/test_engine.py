@@ -49,7 +49,7 @@ def engine(params):
 def ask(engine, request):
     """Queues a request; returns its pieces and its answers, which the engine fills."""
     pieces, answers = [], []
-    engine.submit(request, on_text=pieces.append, on_end=answers.append)
+    engine.submit(request, on_piece=pieces.append, on_end=answers.append)
     return pieces, answers
 
 
@@ -124,12 +124,55 @@ def test_answers_are_those_of_generate_whatever_else_is_served(params, engine):
     work(engine)
     for request, (pieces, answers) in zip(requests, asked, strict=True):
         (only,) = answers
-        assert "".join(pieces) == only.text
+        assert "".join(piece.text for piece in pieces) == only.text
         assert only.prompt_tokens == len(request.prompt)
         assert_same(only, alone(params, request))
     # Requests of a kind are many enough for the comparison to say something.
     endings = [answers[0].ended for _, answers in asked]
     assert set(endings) == {"length", "stop_id", "stop_string"}
+
+
+def model_scores(params, request, tokens):
+    """The model's log-probabilities before each token, from one pass over all."""
+    ids = jnp.asarray([[*request.prompt, *tokens]])
+    state = STATES[request.state] if request.state else init_state(CONFIG)
+    logits, _ = MODEL.apply({"params": params}, ids, state)
+    return np.asarray(jax.nn.log_softmax(logits[0, len(request.prompt) - 1 : -1]))
+
+
+def test_scores_are_the_model_s_own(params, engine):
+    requests = drawn_requests(9, seed=5)
+    requests = [
+        dataclasses.replace(request, alternatives=(None, 0, 4)[index // 3])
+        for index, request in enumerate(requests)
+    ]
+    asked = [ask(engine, request) for request in requests]
+    work(engine)
+    endings = set()
+    for request, (pieces, (only,)) in zip(requests, asked, strict=True):
+        assert only.tokens == tuple(alone(params, request).tokens[0])
+        assert sum((piece.scores for piece in pieces), ()) == only.scores
+        if request.alternatives is None:
+            assert not only.scores
+            continue
+        endings.add(only.ended)
+        # A stop string may have begun inside of a token, which then is another one.
+        cut = only.ended == "stop_string"
+        assert len(only.tokens) - len(only.scores) in ((0, 1) if cut else (0,))
+        logps = model_scores(params, request, only.tokens)
+        for score, token, expected in zip(
+            only.scores, only.tokens, logps, strict=False
+        ):
+            assert score.id == token
+            np.testing.assert_allclose(score.logp, expected[token], atol=2e-5)
+            best = np.sort(expected)[::-1][: request.alternatives]
+            np.testing.assert_allclose(
+                [logp for _, logp in score.alternatives], best, atol=2e-5
+            )
+            np.testing.assert_allclose(
+                [expected[id] for id, _ in score.alternatives], best, atol=2e-5
+            )
+    assert len(endings) > 1
 
 
 def test_a_state_without_finite_logits_fails_alone(params):
@@ -155,7 +198,7 @@ def test_a_cancelled_request_leaves_no_trace(params, when):
     long = Request(tuple(range(1, 200)) * 3, state="judge", tokens=120, seed=0)
     _, answers = ask(engine, Request((65,), tokens=40)) if when == "waiting" else (0, 0)
     ended = []
-    ticket = engine.submit(long, on_text=lambda piece: None, on_end=ended.append)
+    ticket = engine.submit(long, on_piece=lambda piece: None, on_end=ended.append)
     for _ in range({"waiting": 1, "reading": 1, "decoding": 5}[when]):
         engine.tick()
     ticket.cancel()
@@ -211,7 +254,8 @@ def test_a_long_prompt_keeps_nobody_waiting(params):
     ask(engine, Request((66,) * 1200, tokens=4))
     for tick in range(1, 5):
         engine.tick()
-        assert len("".join(pieces).encode("utf-8", "replace")) >= 8 * tick - 4
+        text = "".join(piece.text for piece in pieces)
+        assert len(text.encode("utf-8", "replace")) >= 8 * tick - 4
     work(engine)
 
 
@@ -242,7 +286,7 @@ def test_an_engine_of_short_answers_warms_up(params):
 
 def test_after_an_error_all_rows_are_new(params, engine, monkeypatch):
     decode = engine._slots.decode
-    monkeypatch.setattr(engine._slots, "decode", lambda: 1 / 0)
+    monkeypatch.setattr(engine._slots, "decode", lambda scored: 1 / 0)
     engine.start()
     done = threading.Event()
     ended = []
@@ -251,7 +295,7 @@ def test_after_an_error_all_rows_are_new(params, engine, monkeypatch):
         ended.append(answer)
         done.set()
 
-    engine.submit(Request((65,)), on_text=ended.append, on_end=end)
+    engine.submit(Request((65,)), on_piece=ended.append, on_end=end)
     assert done.wait(60)
     assert (ended[0].ended, ended[0].error) == (
         "failed",
@@ -260,14 +304,14 @@ def test_after_an_error_all_rows_are_new(params, engine, monkeypatch):
     monkeypatch.setattr(engine._slots, "decode", decode)
     done.clear()
     request = Request((67, 68), state="poet", tokens=12, seed=3)
-    engine.submit(request, on_text=lambda piece: None, on_end=end)
+    engine.submit(request, on_piece=lambda piece: None, on_end=end)
     assert done.wait(60)
     assert_same(ended[1], alone(params, request))
     engine.close()
 
 
 def test_an_engine_that_cannot_go_on_ends_all_requests(engine, monkeypatch):
-    monkeypatch.setattr(engine._slots, "decode", lambda: 1 / 0)
+    monkeypatch.setattr(engine._slots, "decode", lambda scored: 1 / 0)
     monkeypatch.setattr(engine._slots, "reset", lambda: [][0])
     _, answers = ask(engine, Request((65,)))
     with pytest.raises(IndexError):
@@ -289,7 +333,7 @@ def test_threads_are_answered_and_what_is_open_at_the_end_is_cancelled(params, e
             answers[index] = answer
             done[index].set()
 
-        engine.submit(requests[index], on_text=lambda piece: None, on_end=end)
+        engine.submit(requests[index], on_piece=lambda piece: None, on_end=end)
 
     clients = [threading.Thread(target=client, args=(index,)) for index in range(8)]
     for thread in clients:
@@ -309,7 +353,7 @@ def test_a_receiver_that_fails_ends_its_own_answer_alone(params, engine):
     def gone(piece):
         raise RuntimeError("the loop is closed")
 
-    engine.submit(Request((65,), tokens=100), on_text=gone, on_end=gone)
+    engine.submit(Request((65,), tokens=100), on_piece=gone, on_end=gone)
     request = Request((67, 68), state="poet", tokens=20, seed=3)
     assert_same(answer(engine, request), alone(params, request))
 

@@ -9,7 +9,7 @@ import threading
 import pytest
 from asgi_client import Client
 
-from rwkv7_jax.serving.requests import Answer, TooBusy
+from rwkv7_jax.serving.requests import Answer, Piece, TokenScore, TooBusy
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 pytest.importorskip("starlette", reason="the extra server is not installed")
@@ -41,6 +41,7 @@ class Script:
     def __init__(self, pieces=("", "H\u00e4", "", "llo \U0001f600"), ended="length"):
         self.pieces = [piece for piece in pieces if piece]
         self.ended = ended
+        self.scores = ()
         self.refusal = None
         # Requests before the one that is refused.
         self.accepted = 0
@@ -57,7 +58,7 @@ class Script:
         self.is_running = False
         self.cancelled.set()
 
-    def submit(self, request, *, on_text, on_end):
+    def submit(self, request, *, on_piece, on_end):
         if self.refusal and len(self.requests) >= self.accepted:
             raise self.refusal
         index = len(self.requests)
@@ -67,7 +68,7 @@ class Script:
         def say(ended=ended):
             for piece in self.pieces:
                 with contextlib.suppress(RuntimeError):
-                    on_text(piece)
+                    on_piece(Piece(piece, self.scores[:1]))
             if self.waits:
                 self.cancelled.wait(30)
                 ended = "cancelled"
@@ -75,7 +76,17 @@ class Script:
             error = "a reason" if ended == "failed" else None
             # The client's loop may have ended; the engine passes over such an error, too.
             with contextlib.suppress(RuntimeError):
-                on_end(Answer(text, (1, 2, 3), ended, len(request.prompt), 2, error))
+                on_end(
+                    Answer(
+                        text,
+                        (1, 2, 3),
+                        ended,
+                        prompt_tokens=len(request.prompt),
+                        cached_tokens=2,
+                        scores=self.scores,
+                        error=error,
+                    )
+                )
 
         threading.Thread(target=say).start()
         return Ticket(self.cancelled)
@@ -210,6 +221,32 @@ def test_several_answers_have_numbers_and_their_prompts_count_once(client, engin
         texts, ends = streamed(found)
         assert texts == dict.fromkeys(range(4), said)
         assert ends == dict.fromkeys(range(4), "length")
+
+
+def test_scores_are_those_of_the_interface(client, engine):
+    # An "a", the first of two bytes of a letter, and the id that ends texts.
+    likely = ((98, -0.5), (0xC3 + 1, -1.5), (0, -2.5))
+    engine.scores = (TokenScore(98, -0.5, likely),)
+    names = ["a", "bytes:\\xc3", "token_id:0"]
+    spellings = [[97], [0xC3], []]
+    entries = []
+    for (_, logp), name, spelling in zip(likely, names, spellings, strict=True):
+        entries.append({"token": name, "logprob": logp, "bytes": spelling})
+    chat = {"content": [entries[0] | {"top_logprobs": entries}], "refusal": None}
+    text = {
+        "tokens": ["a"],
+        "token_logprobs": [-0.5],
+        "top_logprobs": [dict(zip(names, (-0.5, -1.5, -2.5), strict=True))],
+    }
+    for address, expected in (
+        ("/v1/chat/completions", chat),
+        ("/v1/completions", text),
+    ):
+        (choice,) = client.post(address, BODIES[address]).json()["choices"]
+        assert choice["logprobs"] == expected
+        found = events(client.post(address, BODIES[address] | {"stream": True}))
+        scored = [event["choices"][0]["logprobs"] for event in found[:-1]]
+        assert [one for one in scored if one] == [expected] * len(engine.pieces)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -151,6 +151,25 @@ def test_each_prompt_has_n_answers_of_following_seeds():
 
 
 @pytest.mark.parametrize(
+    ("is_chat", "fields", "alternatives"),
+    [
+        (False, {}, None),
+        (False, {"logprobs": None}, None),
+        (False, {"logprobs": False}, None),
+        (False, {"logprobs": 0}, 0),
+        (False, {"logprobs": 5}, 5),
+        (True, {}, None),
+        (True, {"logprobs": False, "top_logprobs": 0}, None),
+        (True, {"logprobs": True}, 0),
+        (True, {"logprobs": True, "top_logprobs": 20}, 20),
+    ],
+)
+def test_scores_are_asked_for_by_the_interface_s_fields(is_chat, fields, alternatives):
+    call = (chat_call if is_chat else text_call)(**fields)
+    assert call.requests[0].alternatives == alternatives
+
+
+@pytest.mark.parametrize(
     ("fields", "sentence"),
     [
         ({"prompt": ["a", 1]}, "`prompt` must be a text, a list of ids, or a list"),
@@ -184,11 +203,13 @@ def test_each_prompt_has_n_answers_of_following_seeds():
         ({"n": True}, "`n` must be a whole number"),
         ({"n": 7}, "`n` times the number of prompts must be at most 6"),
         ({"n": 3, "prompt": ["a", "b", "c"]}, "must be at most 6"),
-        ({"logprobs": 0}, "`logprobs` is not served here"),
+        ({"logprobs": True}, "`logprobs` must be a whole number; got a boolean."),
+        ({"logprobs": 21}, "`logprobs` must be between 0 and 20; got 21."),
+        ({"logprobs": -1}, "`logprobs` must be between 0 and 20; got -1."),
+        ({"top_logprobs": 2}, "`top_logprobs` is no field of this interface."),
         ({"temperature": 10**400}, "`temperature` must be a number below"),
         ({"stream_options": {"include_usage": True}}, "must come with a `stream`"),
         ({"max_tokens": 3, "max_completion_tokens": 3}, "by one of its names"),
-        ({"logprobs": 5}, "`logprobs` is not served here"),
         ({"logit_bias": {"5": 1}}, "`logit_bias` is not served here"),
         ({"echo": True}, "`echo` is not served here"),
         ({"tools": [{}]}, "`tools` is not served here"),
@@ -225,6 +246,9 @@ def test_a_wrong_field_is_refused_by_its_name(fields, sentence):
             {"messages": [{"role": "assistant", "tool_calls": [{"name": "\ud800"}]}]},
             "`messages`",
         ),
+        ({"logprobs": 5}, "`logprobs` must be true or false; got a number."),
+        ({"logprobs": True, "top_logprobs": 21}, "`top_logprobs` must be between 0"),
+        ({"top_logprobs": 1}, "`top_logprobs` must come with a true `logprobs`."),
         ({"think": "deep"}, "`think` must be one of off, fast"),
         ({"prompt": "hi"}, "`prompt` is no field"),
     ],

@@ -1,0 +1,115 @@
+"""A request in the engine: the host's side of its answer."""
+
+from collections.abc import Callable, Sequence
+
+from rwkv7_jax.generation.sampling import SamplingParams
+from rwkv7_jax.generation.streaming import RowText
+from rwkv7_jax.serving.requests import Answer, Ending, Piece, Request, TokenScore
+from rwkv7_jax.serving.slots import Drawn
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+OnPiece = Callable[[Piece], object]
+OnEnd = Callable[[Answer], object]
+
+
+class Ticket:
+    """A request in the engine, and its answer so far.
+
+    The engine's thread alone changes it, but for `cancelled`.
+
+    Attributes:
+        request: what was asked for.
+        cancelled: whether the client has cancelled it.
+        options: how to sample.
+        row: the answer so far.
+        cached_tokens: ids of the prompt that were not read again.
+        read: ids of the answer that the row of the batch has read.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        options: SamplingParams,
+        tokenizer: Tokenizer,
+        *,
+        on_piece: OnPiece,
+        on_end: OnEnd,
+    ):
+        """Starts with nothing read; see `Engine.submit`."""
+        self.request = request
+        self.cancelled = False
+        self.options = options
+        self.row = RowText(tokenizer, request.stop_strings)
+        self.cached_tokens = 0
+        self.read = 0
+        self._scores: list[TokenScore] = []
+        self._sent_scores = 0
+        self._on_piece = on_piece
+        self._on_end = on_end
+
+    def cancel(self) -> None:
+        """Cancels the request; its row is freed at the next tick."""
+        self.cancelled = True
+
+    def append(self, drawn: Drawn) -> Ending | None:
+        """Adds a row's new tokens, sends what became certain, and returns how the answer ended.
+
+        Returns:
+            None where it goes on.
+        """
+        self.read += len(drawn.tokens)
+        room = self.request.tokens - len(self.row.tokens)
+        tokens = drawn.tokens[:room]
+        stops = self.request.stop_ids
+        stop = next((at for at, id in enumerate(tokens) if id in stops), None)
+        self._note(drawn.scores)
+        self._send(self.row.append(tokens[:stop]), self.row.settled)
+        if self.row.ended is not None:
+            return self.row.ended
+        if stop is not None:
+            return "stop_id"
+        if len(tokens) == room:
+            return "length"
+        if drawn.broken:
+            return "failed"
+        return "stop_id" if drawn.stopped else None
+
+    def _note(self, scores: Sequence[TokenScore]) -> None:
+        """Keeps scores with as many alternatives as the request asks for."""
+        wanted = self.request.alternatives
+        if wanted is None:
+            return
+        for score in scores:
+            few = score.alternatives[:wanted]
+            self._scores.append(score._replace(alternatives=few))
+
+    def _send(self, text: str, certain: int) -> None:
+        """Sends a piece: a text, and the scores that were not sent of so many certain tokens."""
+        scores = tuple(self._scores[self._sent_scores : certain])
+        self._sent_scores += len(scores)
+        if text or scores:
+            self._call(self._on_piece, Piece(text, scores))
+
+    def end(self, ending: Ending, error: str | None = None) -> None:
+        """Sends the text that was held back, and then the answer."""
+        certain = self.row.settled
+        if self.row.ended is None:
+            certain = len(self.row.tokens)
+            self._send(self.row.end("length"), certain)
+        answer = Answer(
+            text=self.row.text,
+            tokens=tuple(self.row.tokens),
+            ended=ending,
+            prompt_tokens=len(self.request.prompt),
+            cached_tokens=self.cached_tokens,
+            scores=tuple(self._scores[:certain]),
+            error=error,
+        )
+        self._call(self._on_end, answer)
+
+    def _call(self, receiver: Callable[..., object], what: object) -> None:
+        # An error of one client's callback must not end the answers of the others.
+        try:
+            receiver(what)
+        except Exception:
+            self.cancelled = True
