@@ -183,6 +183,16 @@ class Engine:
             stop_ids=self.tokenizer.stop_ids,
         )
 
+    @property
+    def decoding(self) -> int:
+        """Counts the requests that have a row."""
+        return sum(ticket is not None for ticket in self._taken)
+
+    @property
+    def waiting(self) -> int:
+        """Counts the requests that wait for a row, or whose prompt is being read."""
+        return len(self._waiting) + (self._reader is not None)
+
     def start(self) -> None:
         """Begins the thread that answers."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -233,10 +243,7 @@ class Engine:
             return not self.is_closed
 
     def _has_work(self) -> bool:
-        return self._is_busy() or self._reader is not None or bool(self._waiting)
-
-    def _is_busy(self) -> bool:
-        return any(ticket is not None for ticket in self._taken)
+        return self.decoding > 0 or self.waiting > 0
 
     def tick(self) -> bool:
         """Reads at most one chunk for each free row, and draws at most one block.
@@ -250,7 +257,7 @@ class Engine:
         # A block costs the same whoever has the rows: with many of them free, fill them first.
         for _ in range(self._taken.count(None)):
             self._read_chunk()
-        if self._is_busy():
+        if self.decoding:
             self._decode_block()
         return self._has_work()
 

@@ -26,6 +26,7 @@ from rwkv7_jax.serving.requests import Answer, Piece, TooBusy
 
 try:
     import uvicorn
+    from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
@@ -35,9 +36,11 @@ try:
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
     from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from rwkv7_jax.serving.metrics import Metrics
 except ImportError:
     raise ImportError(
-        "serve: the server needs the packages starlette and uvicorn: "
+        "serve: the server needs the packages of the extra server: "
         "pip install 'rwkv7_jax[server]'."
     ) from None
 
@@ -84,6 +87,7 @@ def make_app(
     return Starlette(
         routes=[
             Route("/health", routes.health),
+            Route("/metrics", routes.metrics),
             Route("/v1/models", routes.models),
             Route("/v1/models/{model:path}", routes.model),
             Route("/v1/states", routes.states),
@@ -153,6 +157,9 @@ class _Routes:
         """Stores the engine, and what clients may name."""
         self._engine = engine
         self._served = served
+        self._metrics = Metrics(
+            decoding=lambda: engine.decoding, waiting=lambda: engine.waiting
+        )
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -168,6 +175,11 @@ class _Routes:
         if self._engine.is_closed:
             raise Refused("the engine has ended.", status=503)
         return JSONResponse({"status": "ok"})
+
+    async def metrics(self, request: Request) -> Response:
+        """Counts what was done, for Prometheus."""
+        del request
+        return Response(self._metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     async def models(self, request: Request) -> Response:
         """Lists the model, by itself and with each state."""
@@ -224,10 +236,13 @@ class _Routes:
             def tell(event: Piece | Answer, index: int = index) -> None:
                 loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
+            watched = self._metrics.watch(tell)
             try:
-                ticket = self._engine.submit(request, on_piece=tell, on_end=tell)
+                ticket = self._engine.submit(request, on_piece=watched, on_end=watched)
             except (TooBusy, TypeError, ValueError) as error:
                 _cancel(tickets)
+                if isinstance(error, TooBusy):
+                    self._metrics.refuse()
                 raise _as_refused(error) from None
             tickets.append(ticket)
         return call, tickets

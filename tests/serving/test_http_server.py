@@ -37,6 +37,8 @@ class Script:
     longest_answer = 500
     most_waiting = 8
     is_closed = False
+    decoding = 3
+    waiting = 2
 
     def __init__(self, pieces=("", "H\u00e4", "", "llo \U0001f600"), ended="length"):
         self.pieces = [piece for piece in pieces if piece]
@@ -364,6 +366,33 @@ def test_what_is_no_call_gets_an_error_object(
     response = client.request(method, address, data)
     assert response.status_code == status
     assert sentence in response.json()["error"]["message"]
+
+
+def test_an_operator_sees_load_and_counts(client, engine):
+    client.post("/v1/completions", TEXT | {"n": 2})
+    client.post("/v1/chat/completions", CHAT | {"stream": True})
+    engine.ended = "failed"
+    client.post("/v1/completions", TEXT)
+    engine.refusal = TooBusy("too many requests wait; try again later.")
+    client.post("/v1/completions", TEXT)
+    response = client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    lines = response.text.splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    prompts = sum(len(request.prompt) for request in engine.requests)
+    expected = {
+        "rwkv7_requests_decoding": 3,
+        "rwkv7_requests_waiting": 2,
+        'rwkv7_requests_total{ended="length"}': 3,
+        'rwkv7_requests_total{ended="failed"}': 1,
+        'rwkv7_requests_total{ended="refused"}': 1,
+        "rwkv7_prompt_tokens_total": prompts,
+        "rwkv7_cached_tokens_total": 8,
+        "rwkv7_answer_tokens_total": 12,
+        "rwkv7_first_text_seconds_count": 4,
+        "rwkv7_answer_seconds_count": 4,
+    }
+    assert {name: float(values[name]) for name in expected} == expected
 
 
 @pytest.mark.parametrize("sent", ["", "secre", "secret ", "Bearer", "secr\u00e8t"])
