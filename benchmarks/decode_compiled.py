@@ -269,9 +269,9 @@ def trace_form(name: str, batch: int, place: Place, params: Any, run: DecodeStat
     """
     implementation = FORMS[name].implementation
     model = RWKV7(dataclasses.replace(CONFIG, implementation=implementation))
-    limit = place(np.zeros((), np.int32))
     if name == "scan":
         step = functools.partial(generate_by_scan, model)
+        limit = place(np.zeros((), np.int32))
         return jax.jit(step).trace(params, run, limit=limit)
     split = jax.tree.map(place, jax.eval_shape(split_params, params))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
@@ -284,7 +284,7 @@ def trace_form(name: str, batch: int, place: Place, params: Any, run: DecodeStat
         known=jax.tree.map(place, known),
         keys=place(keys),
         options=jax.tree.map(place, options),
-        limit=limit,
+        limits=place(np.zeros(batch, np.int32)),
         capacity=32,
     )
 

@@ -17,9 +17,7 @@ from rwkv7_jax.cli.inputs import (
 from rwkv7_jax.cli.summary import COMMANDS
 from rwkv7_jax.model.int8_weights import INT8
 from rwkv7_jax.serving.engine import Engine
-
-# Names of states are parts of a model's name, which clients write into settings and addresses.
-_NAME = re.compile(r"[\w.-]+")
+from rwkv7_jax.serving.state_files import NAME, StateFiles
 
 # Not an option: everybody on a machine sees the arguments of its programs.
 _KEY = "RWKV7_API_KEY"
@@ -41,7 +39,7 @@ def add_serve_command(subparsers) -> None:
         default=[],
         metavar="[NAME=]FILE",
         help="a start state that requests may name; the name is the file's without its suffix. A "
-        "folder stands for the states in it; repeatable",
+        "folder stands for the states in it, also those that come later; repeatable",
     )
     add_any_base_option(parser)
     add_vocabulary_option(parser, "the model's")
@@ -69,7 +67,7 @@ def add_serve_command(subparsers) -> None:
     add(
         "--queue",
         type=integer(1, MOST_TOKENS),
-        default=64,
+        default=1024,
         help="requests that may wait; further ones get status 429 (%(default)s)",
     )
     add(
@@ -90,22 +88,30 @@ def add_serve_command(subparsers) -> None:
         default=256,
         help="memory for the states after prompts that were read before (%(default)s)",
     )
+    add(
+        "--drain",
+        type=integer(0, 3600),
+        default=20,
+        metavar="SECONDS",
+        help="time that SIGTERM leaves to answers which have begun (%(default)s)",
+    )
     parser.set_defaults(run=run_serve, compiles=True)
 
 
 def run_serve(options: argparse.Namespace) -> None:
     """Answers requests until a signal ends it."""
-    files = _state_files(options.state)
+    files, folders = _state_places(options.state)
     key = _key()
     for origin in options.allow_origin:
         _check_origin(origin)
     name = options.name or Path(options.model).resolve().stem
     _check_name(name, "--name")
-    # Its packages are an extra.
+    # Their packages are an extra.
+    app: Any = importlib.import_module("rwkv7_jax.serving.app")
     server: Any = importlib.import_module("rwkv7_jax.serving.http_server")
     # Before the model is read: a port that is in use should not cost minutes.
     try:
-        listener = server.listen(options.host, options.port)
+        listener = server.bind(options.host, options.port)
     # A name that no host can have is a UnicodeError.
     except (OSError, UnicodeError) as error:
         raise ValueError(
@@ -114,14 +120,17 @@ def run_serve(options: argparse.Namespace) -> None:
         ) from None
     with listener:
         model = read_model(options.model, weights=options.weights)
-        states = {}
-        for state, file in files.items():
-            states[state] = model.load_state(str(file), any_base=options.any_base)
+        states = StateFiles(
+            files,
+            folders,
+            suffixes=STATE_SUFFIXES,
+            load=lambda file: model.load_state(str(file), any_base=options.any_base),
+        )
         engine = Engine(
             model.module,
             model.params,
             model.tokenizer(options.vocabulary),
-            states,
+            states.read(),
             slots=options.slots,
             queue=options.queue,
             longest_prompt=options.prompt_tokens,
@@ -132,43 +141,53 @@ def run_serve(options: argparse.Namespace) -> None:
         engine.warm_up()
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
-        names = ", ".join(files) or "none"
-        print(f"{name} at http://{host}:{port}/v1; states: {names}", flush=True)
-        app = server.make_app(engine, name=name, key=key, origins=options.allow_origin)
-        server.serve(app, engine, listener)
+        application = app.make_app(
+            engine,
+            name=name,
+            key=key,
+            origins=options.allow_origin,
+            refresh=lambda: states.refresh(engine),
+        )
+
+        def say_ready() -> None:
+            names = ", ".join(engine.state_names) or "none"
+            print(f"{name} at http://{host}:{port}/v1; states: {names}", flush=True)
+
+        server.serve(
+            application, engine, listener, on_ready=say_ready, drain=options.drain
+        )
 
 
-def _state_files(words: list[str]) -> dict[str, Path]:
-    """Finds the files of the start states by name."""
+def _state_places(words: list[str]) -> tuple[dict[str, Path], list[Path]]:
+    """Finds the files of start states by name, and the folders of others."""
     files: dict[str, Path] = {}
+    folders: list[Path] = []
+    taken: dict[str, Path] = {}
     for word in words:
         name, equals, file = word.partition("=")
         if not equals:
             file = word
         place = Path(path(file))
-        found = {name if equals else place.stem: place}
         if place.is_dir() and not equals:
+            folders.append(place)
             found = {one.stem: one for one in _states_in(place)}
-        for name, place in found.items():
+        else:
+            found = {name if equals else place.stem: place}
+            files |= found
+        for name, one in found.items():
             _check_name(name, "--state")
-            if name in files:
+            if name in taken:
                 raise ValueError(
                     f"serve: `--state` must give each state a name of its own; {name!r} is of "
-                    f"`{files[name]}` and `{place}`."
+                    f"`{taken[name]}` and `{one}`."
                 )
-            files[name] = place
-    return files
+            taken[name] = one
+    return files, folders
 
 
 def _states_in(folder: Path) -> list[Path]:
     """Lists the files of states in a folder."""
-    files = [one for one in sorted(folder.iterdir()) if one.suffix in STATE_SUFFIXES]
-    if not files:
-        raise ValueError(
-            f"serve: `--state` must name a folder with states ({', '.join(STATE_SUFFIXES)}); "
-            f"`{folder}` has none."
-        )
-    return files
+    return [one for one in sorted(folder.iterdir()) if one.suffix in STATE_SUFFIXES]
 
 
 def _key() -> str | None:
@@ -193,7 +212,7 @@ def _check_origin(origin: str) -> None:
 
 def _check_name(name: str, option: str) -> None:
     """Refuses a name that could not be a part of a model's name."""
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise ValueError(
             f"serve: `{option}` must name with letters, digits, '.', '_' and '-'; got {name!r}."
         )

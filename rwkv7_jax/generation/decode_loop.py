@@ -87,13 +87,14 @@ class DecodeState(NamedTuple):
         *,
         known: KnownTokens,
         is_known: Bool[Array, ""],
+        paused: Bool[Array, " B"],
         keys: Array,
         options: sampling.SamplingParams,
     ) -> tuple["DecodeState", Int[Array, " B"], Float[Array, " B"], Bool[Array, " B"]]:
         """Reads one token a row, sampled or known; `state` is that of `split_state` here.
 
         A row that stops here keeps the state and the logits it had. Known tokens stop no row and
-        count for no penalty.
+        count for no penalty. Paused rows draw nothing.
 
         Returns:
             The next state, the tokens, the log-probabilities of sampled ones, and which rows have
@@ -109,10 +110,11 @@ class DecodeState(NamedTuple):
         sampled_status = jnp.where(is_stop, STOPPED, RUNNING)
         sampled_status = jnp.where(finite, sampled_status, BROKEN)
         # Rows that have ended still compute, since shapes are fixed, but nothing of theirs changes.
-        running = (self.status == RUNNING) & ~is_known
+        running = (self.status == RUNNING) & ~is_known & ~paused
         status = jnp.where(running, sampled_status, self.status)
         tokens = jnp.where(is_known, known.tokens, sampled)
-        live = jnp.where(is_known, known.live, status == RUNNING)
+        drawn = running & (status == RUNNING)
+        live = jnp.where(is_known, known.live, drawn)
         next_logits, state = read_token(
             config, params, self.state, tokens=tokens, live=live
         )
@@ -124,9 +126,9 @@ class DecodeState(NamedTuple):
                 running & (status == STOPPED), tokens, self.stop_tokens
             ),
             occurrences=sampling.count(
-                self.occurrences, tokens, options, counted=~is_known
+                self.occurrences, tokens, options, counted=running
             ),
-            step=self.step + jnp.where(is_known, 0, 1),
+            step=self.step + jnp.where(running, 1, 0),
         )
         return following, tokens, logps, live
 
@@ -208,15 +210,15 @@ def decode(
     known: KnownTokens,
     keys: Array,
     options: sampling.SamplingParams,
-    limit: Int[Array, ""],
+    limits: Int[Array, " B"],
     capacity: int,
     alternatives: int = 0,
     scored: Bool[Array, ""] | bool = False,
 ) -> Decoded:
-    """Reads known tokens, then generates up to `limit`, in one program on the device.
+    """Reads known tokens, then generates up to `limits`, in one program on the device.
 
-    It ends early when every row has stopped. A row that stops keeps the state and the logits it
-    had: neither the token that stopped it nor any later one is read.
+    It ends early when every row has stopped. A row that stops, or is at its limit, keeps the state
+    and the logits it had: neither the token that stopped it nor any later one is read.
 
     Args:
         model: static.
@@ -225,19 +227,19 @@ def decode(
         known: a token for each row before those that are generated.
         keys: [B], one for each row; token number t uses the key folded with t.
         options: how to sample.
-        limit: tokens to generate, at most `capacity`.
+        limits: tokens that each row generates, at most `capacity`.
         capacity: width of the returned tokens, static.
         alternatives: most probable ids beside each token in the model's scores (K), static; with 0
             there are no scores.
         scored: whether this call fills them in.
     """
-    # The batch's size is known when the program is traced; only `limit` is not.
+    # The batch's size is known when the program is traced; only `limits` are not.
     batch = run.logits.shape[0]
 
     def unfinished(loop):
         done, index = loop
-        running = jnp.any(done.run.status == RUNNING)
-        return (index < 0) | ((index < limit) & running)
+        drawing = (done.run.status == RUNNING) & (index < limits)
+        return (index < 0) | jnp.any(drawing)
 
     def one_token(loop):
         done, index = loop
@@ -247,6 +249,7 @@ def decode(
             params,
             known=known,
             is_known=is_known,
+            paused=index >= limits,
             keys=keys,
             options=options,
         )
@@ -370,7 +373,7 @@ class Decoder:
             known=known,
             keys=self._keys,
             options=self._options,
-            limit=np.int32(limit),
+            limits=np.full(run.logits.shape[0], limit, np.int32),
             # A power of two, so that few widths are ever compiled.
             capacity=power_of_two(max(self.block, _SMALLEST_BLOCK)),
         )

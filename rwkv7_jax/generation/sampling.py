@@ -204,18 +204,18 @@ def count(
     tokens: Int[Array, " B"],
     options: SamplingParams,
     *,
-    counted: Bool[Array, ""] | bool = True,
+    counted: Bool[Array, " B"],
 ) -> Occurrences:
-    """Decays all counts, then adds the weight of each row's token; nothing unless `counted`."""
+    """Decays the counts and adds the weight of the token in rows that are `counted`."""
     rows = jnp.arange(tokens.shape[0])
     weights = jnp.asarray(options.weights)[tokens]
-    decayed = occurrences.counts * jnp.where(counted, options.penalty_decay, 1)
+    decay = jnp.where(counted[:, None], options.penalty_decay, 1)
     # An update beyond the vocabulary is dropped. A select would copy the counts at every token.
     tokens = jnp.where(counted, tokens, occurrences.counts.shape[1])
     return Occurrences(
         # Exempt ids are seen too: the presence penalty applies to them.
         seen=occurrences.seen.at[rows, tokens].set(True, mode="drop"),
-        counts=decayed.at[rows, tokens].add(weights, mode="drop"),
+        counts=(occurrences.counts * decay).at[rows, tokens].add(weights, mode="drop"),
     )
 
 

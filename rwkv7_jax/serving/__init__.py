@@ -3,6 +3,7 @@
 from rwkv7_jax.serving.engine import Engine
 from rwkv7_jax.serving.requests import (
     Answer,
+    Closed,
     Piece,
     Request,
     TokenScore,
@@ -13,6 +14,7 @@ from rwkv7_jax.serving.ticket import Ticket
 
 __all__ = [
     "Answer",
+    "Closed",
     "Engine",
     "Piece",
     "Request",

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -25,21 +26,26 @@ from rwkv7_jax.checks import (
 )
 from rwkv7_jax.generation.sampling import SamplingParams, exempt_ids, make_options
 from rwkv7_jax.model.rwkv7 import RWKV7
-from rwkv7_jax.model.state import RWKV7State, check_state, init_state, select, stack
-from rwkv7_jax.serving.prefix_cache import Prefix, PrefixCache
+from rwkv7_jax.model.state import RWKV7State
+from rwkv7_jax.serving.prefix_cache import PrefixCache
 from rwkv7_jax.serving.requests import (
     MOST_ALTERNATIVES,
+    Closed,
     Ending,
     Request,
     TooBusy,
     UnknownState,
 )
 from rwkv7_jax.serving.slots import BLOCK, CHUNK, Slots
+from rwkv7_jax.serving.start_states import Start, StartStates
 from rwkv7_jax.serving.ticket import OnEnd, OnPiece, Ticket
 from rwkv7_jax.text.detokenizer import check_stop_strings
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 _CACHE_BYTES = 2**28
+
+# Ids that prompts must share for a state after them to be worth its memory.
+_LEAST_FORK = 32
 
 _LOG = logging.getLogger(__name__)
 
@@ -57,11 +63,11 @@ class Engine:
     Attributes:
         model: that answers.
         tokenizer: its vocabulary.
-        state_names: names of the start states that requests may give.
         longest_prompt: ids of a prompt at most.
         longest_answer: new ids of an answer at most.
         most_waiting: requests that may wait for a row.
-        is_closed: it takes no more requests.
+        is_closed: it has ended.
+        failure: the error that ended it; None if none has.
     """
 
     def __init__(
@@ -72,7 +78,7 @@ class Engine:
         states: Mapping[str, RWKV7State],
         *,
         slots: int = 8,
-        queue: int = 64,
+        queue: int = 1024,
         longest_prompt: int = 65536,
         longest_answer: int = 8192,
         cache_bytes: int = _CACHE_BYTES,
@@ -103,23 +109,31 @@ class Engine:
             check_count(longest_prompt, 1, "`longest_prompt`")
             check_count(longest_answer, 1, "`longest_answer`")
             check_count(cache_bytes, 0, "`cache_bytes`")
-            self._bank = _make_bank(model, states)
+            self._states = StartStates(model.config, states)
         self.model = model
         self.tokenizer = tokenizer
-        self.state_names = tuple(states)
         self.longest_prompt = longest_prompt
         self.longest_answer = longest_answer
         self.most_waiting = queue
-        self._exempt = exempt_ids(tokenizer)
-        free = self._options(Request((0,), tokens=1, temperature=0.0))
-        self._slots = Slots(model, params, self._bank, slots=slots, free=free)
+        # Greedy, so that a row that nobody has taken costs no draws. Its masks are those of all.
+        self._free = make_options(
+            model.config.vocab_size,
+            temperature=0.0,
+            penalty_exempt=exempt_ids(tokenizer),
+            stop_ids=tokenizer.stop_ids,
+        )
+        start = self._states[None].state
+        self._slots = Slots(model, params, start, slots=slots, free=self._free)
         self._cache = PrefixCache(cache_bytes)
         self._taken: list[Ticket | None] = [None] * slots
-        self._reader: _Reader | None = None
+        # Those whose prompts are being read, of which each will get a row that is free now.
+        self._readers: deque[_Reader] = deque()
         # Guards what other threads touch: the queue and whether the engine goes on.
         self._lock = threading.Condition()
         self._waiting: deque[Ticket] = deque()
+        self._takes_more = True
         self.is_closed = False
+        self.failure: Exception | None = None
         self._thread: threading.Thread | None = None
 
     def submit(self, request: Request, *, on_piece: OnPiece, on_end: OnEnd) -> Ticket:
@@ -132,7 +146,8 @@ class Engine:
 
         Raises:
             UnknownState: no state has the request's name.
-            TooBusy: too many requests wait, or the engine was closed.
+            TooBusy: too many requests wait.
+            Closed: the engine takes no more requests.
             ValueError: a number out of its range, or an id outside the vocabulary.
             TypeError: an argument of the wrong kind.
         """
@@ -145,7 +160,9 @@ class Engine:
             request, options, self.tokenizer, on_piece=on_piece, on_end=on_end
         )
         with self._lock:
-            if self.is_closed or len(self._waiting) >= self.most_waiting:
+            if not self._takes_more:
+                raise Closed("no more requests are taken.")
+            if len(self._waiting) >= self.most_waiting:
                 raise TooBusy("too many requests wait; try again later.")
             self._waiting.append(ticket)
             self._lock.notify()
@@ -154,11 +171,8 @@ class Engine:
     def _options(self, request: Request) -> SamplingParams:
         """Checks a request, and makes its sampling options."""
         vocab_size = self.model.config.vocab_size
-        if request.state is not None and request.state not in self.state_names:
-            names = ", ".join(self.state_names) or "none is served"
-            raise UnknownState(
-                f"`state` must be a state that is served ({names}); got {request.state!r}."
-            )
+        if request.state is not None:
+            self._check_state_name(request.state)
         check_ids(request.prompt, vocab_size, "`prompt`")
         check_count(
             len(request.prompt), 1, "the length of `prompt`", most=self.longest_prompt
@@ -171,7 +185,7 @@ class Engine:
             )
         check_ids(request.stop_ids, vocab_size, "`stop_ids`")
         check_stop_strings(request.stop_strings)
-        return make_options(
+        options = make_options(
             vocab_size,
             temperature=request.temperature,
             top_p=request.top_p,
@@ -179,9 +193,51 @@ class Engine:
             presence_penalty=request.presence_penalty,
             frequency_penalty=request.frequency_penalty,
             penalty_decay=request.penalty_decay,
-            penalty_exempt=self._exempt,
-            stop_ids=self.tokenizer.stop_ids,
         )
+        # Thousands may wait, and a mask is as long as the vocabulary.
+        return options._replace(
+            weights=self._free.weights,
+            banned=self._free.banned,
+            stops=self._free.stops,
+        )
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Lists the names of the start states that requests may give."""
+        return self._states.names()
+
+    def put_state(self, name: str, state: RWKV7State) -> None:
+        """Adds a start state, or replaces the one that has its name, from the next request on.
+
+        Args:
+            name: for requests.
+            state: of one sequence.
+
+        Raises:
+            TypeError: something else than a state.
+            ValueError: a state of another model, or with a memory of another form than those from
+                the beginning.
+        """
+        with prefix_errors("put_state"):
+            check_instance(name, str, "`name`")
+            self._states.put(name, state)
+
+    def remove_state(self, name: str) -> None:
+        """Removes a start state; requests that have begun from it go on.
+
+        Raises:
+            UnknownState: no state has the name.
+        """
+        with prefix_errors("remove_state"):
+            self._check_state_name(name)
+            self._states.remove(name)
+
+    def _check_state_name(self, name: str) -> None:
+        if name not in self.state_names:
+            names = ", ".join(self.state_names) or "none is served"
+            raise UnknownState(
+                f"`state` must be a state that is served ({names}); got {name!r}."
+            )
 
     @property
     def decoding(self) -> int:
@@ -191,16 +247,21 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Counts the requests that wait for a row, or whose prompt is being read."""
-        return len(self._waiting) + (self._reader is not None)
+        return len(self._waiting) + len(self._readers)
 
     def start(self) -> None:
         """Begins the thread that answers."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
+    def refuse_more(self) -> None:
+        """Takes no more requests; those that are open go on."""
+        self._takes_more = False
+
     def close(self) -> None:
         """Ends the thread after its tick; all requests that are open end as cancelled."""
         with self._lock:
+            self._takes_more = False
             self.is_closed = True
             self._lock.notify()
         if self._thread is not None:
@@ -231,19 +292,30 @@ class Engine:
                     self._end_all("failed", f"{type(error).__name__}: {first_line}")
                     # The arrays of the rows may be half updated, or donated and gone.
                     self._slots.reset()
+        except Exception as error:
+            self.failure = error
+            raise
         finally:
             with self._lock:
+                self._takes_more = False
                 self.is_closed = True
             self._end_all("cancelled", None)
 
     def _wait_for_work(self) -> bool:
         """Waits until there is work; returns False once the engine is closed."""
         with self._lock:
-            self._lock.wait_for(lambda: self.is_closed or self._has_work())
+            self._lock.wait_for(lambda: self.is_closed or self.has_work)
             return not self.is_closed
 
-    def _has_work(self) -> bool:
+    @property
+    def has_work(self) -> bool:
+        """Tells whether a request is open."""
         return self.decoding > 0 or self.waiting > 0
+
+    @property
+    def is_open(self) -> bool:
+        """Tells whether requests are taken."""
+        return self._takes_more
 
     def tick(self) -> bool:
         """Reads at most one chunk for each free row, and draws at most one block.
@@ -256,10 +328,14 @@ class Engine:
         self._end_cancelled()
         # A block costs the same whoever has the rows: with many of them free, fill them first.
         for _ in range(self._taken.count(None)):
-            self._read_chunk()
+            self._begin_reading()
+            if self._readers:
+                self._read_chunk(self._readers[0])
+                # A long prompt gives way to the others.
+                self._readers.rotate(-1)
         if self.decoding:
             self._decode_block()
-        return self._has_work()
+        return self.has_work
 
     def _end_cancelled(self) -> None:
         """Ends cancelled requests, whether they wait, are read or decode."""
@@ -267,9 +343,9 @@ class Engine:
             gone = [ticket for ticket in self._waiting if ticket.cancelled]
             for ticket in gone:
                 self._waiting.remove(ticket)
-        if self._reader is not None and self._reader.ticket.cancelled:
-            gone.append(self._reader.ticket)
-            self._reader = None
+        for reader in [one for one in self._readers if one.ticket.cancelled]:
+            self._readers.remove(reader)
+            gone.append(reader.ticket)
         for ticket in gone:
             ticket.end("cancelled")
         cancelled: dict[int, Ending] = {}
@@ -278,59 +354,64 @@ class Engine:
                 cancelled[slot] = "cancelled"
         self._release(cancelled)
 
-    def _read_chunk(self) -> None:
-        """Reads a chunk of the current prompt; after its last chunk the request gets a row."""
-        if self._reader is None:
-            self._reader = self._next_reader()
-        reader = self._reader
-        if reader is None:
-            return
-        request = reader.ticket.request
+    def _begin_reading(self) -> None:
+        """Takes the oldest requests from the queue, one for each row that is free."""
+        with self._lock:
+            while self._waiting and len(self._readers) < self._taken.count(None):
+                self._readers.append(_Reader(self._waiting.popleft()))
+
+    def _read_chunk(self, reader: "_Reader") -> None:
+        """Reads a chunk of a prompt; after its last chunk the request gets a row."""
+        ticket = reader.ticket
+        start = ticket.start or self._find_start(reader)
+        prompt = ticket.request.prompt
         # The last token is read by the row, which then has its logits.
-        rest = request.prompt[reader.position : -1]
-        if rest:
-            chunk = rest[:CHUNK]
-            reader.state = self._slots.read(reader.state, chunk)
-            reader.position += len(chunk)
-        if reader.position < len(request.prompt) - 1:
+        end = min(reader.position + CHUNK, len(prompt) - 1)
+        # The state is kept where another prompt went on otherwise: a third one may do so again.
+        is_fork = reader.position < reader.fork < end
+        end = reader.fork if is_fork else end
+        if reader.position < end:
+            reader.state = self._slots.read(reader.state, prompt[reader.position : end])
+            reader.position = end
+        is_read = end == len(prompt) - 1
+        if is_read or is_fork:
+            self._cache.keep(start.key, prompt[:end], reader.state)
+        if not is_read:
             return
-        self._cache.keep(Prefix(request.state, request.prompt[:-1]), reader.state)
         slot = self._taken.index(None)
         self._slots.take(
             slot,
             reader.state,
-            token=request.prompt[-1],
-            seed=request.seed,
-            options=reader.ticket.options,
+            token=prompt[-1],
+            seed=ticket.request.seed,
+            options=ticket.options,
         )
-        self._taken[slot] = reader.ticket
-        self._reader = None
+        self._taken[slot] = ticket
+        self._readers.remove(reader)
 
-    def _next_reader(self) -> "_Reader | None":
-        """Takes the oldest request from the queue, if a row is free for it."""
-        if None not in self._taken:
-            return None
-        with self._lock:
-            if not self._waiting:
-                return None
-            ticket = self._waiting.popleft()
-        request = ticket.request
-        found = self._cache.longest(request.state, request.prompt[:-1])
-        if found is None:
-            names = (None, *self.state_names)
-            start = select(self._bank, [names.index(request.state)])
-            return _Reader(ticket, start, position=0)
-        ticket.cached_tokens = found.length
-        return _Reader(ticket, found.state, position=found.length)
+    def _find_start(self, reader: "_Reader") -> Start:
+        """Finds what reading begins from: the start state, or what the cache has after it."""
+        request = reader.ticket.request
+        start = self._states[request.state]
+        match = self._cache.find(start.key, request.prompt[:-1])
+        reader.state = start.state if match.state is None else match.state
+        reader.position = match.length
+        if match.shared >= match.length + _LEAST_FORK:
+            reader.fork = match.shared
+        reader.ticket.cached_tokens = match.length
+        reader.ticket.start = start
+        return start
 
     def _decode_block(self) -> None:
         """Draws a block, and ends the requests that are complete."""
         ended: dict[int, Ending] = {}
-        scored = any(
-            ticket is not None and ticket.request.alternatives is not None
-            for ticket in self._taken
-        )
-        for slot, drawn in enumerate(self._slots.decode(scored=scored)):
+        scored = False
+        limits = np.zeros(len(self._taken), np.int32)
+        for slot, ticket in enumerate(self._taken):
+            if ticket is not None:
+                limits[slot] = ticket.request.tokens - len(ticket.row.tokens)
+                scored |= ticket.request.alternatives is not None
+        for slot, drawn in enumerate(self._slots.decode(limits, scored=scored)):
             ticket = self._taken[slot]
             if ticket is None:
                 continue
@@ -341,8 +422,8 @@ class Engine:
             # After a stop string or a stop id of the request the state has read further tokens.
             if ending != "stop_string" and ticket.read == len(ticket.row.tokens):
                 read = ticket.request.prompt + tuple(ticket.row.tokens)
-                prefix = Prefix(ticket.request.state, read)
-                self._cache.keep(prefix, self._slots.state(slot))
+                assert ticket.start is not None
+                self._cache.keep(ticket.start.key, read, self._slots.state(slot))
         self._release(ended)
 
     def _release(self, ended: Mapping[int, Ending]) -> None:
@@ -363,45 +444,29 @@ class Engine:
         with self._lock:
             tickets = list(self._waiting)
             self._waiting.clear()
-        if self._reader is not None:
-            tickets.append(self._reader.ticket)
-        self._reader = None
+        tickets += [reader.ticket for reader in self._readers]
+        self._readers.clear()
         tickets += [ticket for ticket in self._taken if ticket is not None]
         self._taken = [None] * len(self._taken)
         for ticket in tickets:
             ticket.end(ending, error)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Reader:
     """A prompt that is being read.
 
     Attributes:
         ticket: whose prompt.
-        state: of one row.
+        state: of one row; None before reading begins.
         position: ids of the prompt that it has read.
+        fork: ids that it has in common with an earlier prompt; 0 where that is of no use.
     """
 
     ticket: Ticket
-    state: RWKV7State
-    position: int
-
-
-def _make_bank(model: RWKV7, states: Mapping[str, RWKV7State]) -> RWKV7State:
-    """Makes a batch of the state that has read nothing and of all start states.
-
-    Raises:
-        TypeError: something else than states by name.
-        ValueError: a state of another model, or upscaled ones that cannot share a batch.
-    """
-    check_instance(states, Mapping, "`states`")
-    for state in states.values():
-        check_state(state, 1, model.config)
-    dtype = model.config.dtype
-    bank = stack([init_state(model.config), *states.values()])
-    return bank.replace(
-        att_shift=bank.att_shift.astype(dtype), ffn_shift=bank.ffn_shift.astype(dtype)
-    )
+    state: Any = None
+    position: int = 0
+    fork: int = 0
 
 
 def _ignore(result: object) -> None:

@@ -1,394 +1,27 @@
-"""An HTTP server with OpenAI's interface: routes, streams, errors.
-
-The engine's thread calls back; what it says goes through a queue of asyncio to the one coroutine
-that answers the client. A client that leaves cancels its request.
-"""
+"""A process that serves an application: its address, its signals, and its end."""
 
 import asyncio
 import contextlib
-import json
-import re
-import secrets
+import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import Callable
+from types import FrameType
 
-from rwkv7_jax.serving.answer_bodies import (
-    AnswerBodies,
-    model_body,
-    models_body,
-    states_body,
-)
-from rwkv7_jax.serving.engine import Engine, Ticket
-from rwkv7_jax.serving.protocol import Call, Refused, Served, read_call
-from rwkv7_jax.serving.requests import Answer, Piece, TooBusy
+import uvicorn
+from starlette.applications import Starlette
 
-try:
-    import uvicorn
-    from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
-    from starlette.applications import Starlette
-    from starlette.concurrency import run_in_threadpool
-    from starlette.exceptions import HTTPException
-    from starlette.middleware import Middleware
-    from starlette.middleware.cors import CORSMiddleware
-    from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import JSONResponse, Response, StreamingResponse
-    from starlette.routing import Route
-    from starlette.types import ASGIApp, Receive, Scope, Send
+from rwkv7_jax.serving.engine import Engine
 
-    from rwkv7_jax.serving.metrics import Metrics
-except ImportError:
-    raise ImportError(
-        "serve: the server needs the packages of the extra server: "
-        "pip install 'rwkv7_jax[server]'."
-    ) from None
-
-# Bytes of a body at most.
-MOST_BYTES = 2**24
-
-# Caches and proxies must not buffer a stream.
-_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-
-# Seconds that a stopped server waits for its open connections.
+# Seconds that a stopped server waits for clients that read their last events slowly.
 _LAST_SECONDS = 5
 
-# Of each answer, by its number, the pieces, and last the whole.
-_Events = asyncio.Queue[tuple[int, Piece | Answer]]
-
-# A client's names for what the engine says about a request.
-_FIELDS = {
-    "tokens": "max_tokens",
-    "stop_ids": "stop_token_ids",
-    "stop_strings": "stop",
-}
+# Seconds between two looks whether the last answers are complete.
+_LOOK_SECONDS = 0.05
 
 
-def make_app(
-    engine: Engine, *, name: str, key: str | None = None, origins: Sequence[str] = ()
-) -> Starlette:
-    """Makes the application; it starts the engine's thread, and ends it.
-
-    Args:
-        engine: not started.
-        name: of the model, for clients.
-        key: that clients must send; None answers everybody.
-        origins: of the pages whose scripts a browser lets read the answers; "*" is all.
-    """
-    served = Served(
-        name=name,
-        states=engine.state_names,
-        tokenizer=engine.tokenizer,
-        longest_answer=engine.longest_answer,
-        most_answers=engine.most_waiting,
-        started=int(time.time()),
-    )
-    routes = _Routes(engine, served)
-    return Starlette(
-        routes=[
-            Route("/health", routes.health),
-            Route("/metrics", routes.metrics),
-            Route("/v1/models", routes.models),
-            Route("/v1/models/{model:path}", routes.model),
-            Route("/v1/states", routes.states),
-            Route("/v1/completions", routes.complete, methods=["POST"]),
-            Route("/v1/chat/completions", routes.chat, methods=["POST"]),
-        ],
-        exception_handlers={
-            Refused: _refused,
-            HTTPException: _http_error,
-            Exception: _failed,
-        },
-        middleware=_middleware(key, origins),
-        lifespan=routes.lifespan,
-    )
-
-
-def _middleware(key: str | None, origins: Sequence[str]) -> list[Middleware]:
-    """Lists what a request passes before its route, in order."""
-    passed = []
-    # Outside of the other: a browser asks for permission without the key.
-    if origins:
-        anything = ["*"]
-        one = Middleware(
-            CORSMiddleware,
-            allow_origins=list(origins),
-            allow_methods=anything,
-            allow_headers=anything,
-        )
-        passed.append(one)
-    if key is not None:
-        passed.append(Middleware(_KeyCheck, key=key))
-    return passed
-
-
-class _KeyCheck:
-    """Refuses requests without the key, but for those that ask after the server's health."""
-
-    def __init__(self, app: ASGIApp, key: str):
-        """Takes what is behind it, and the key."""
-        self._app = app
-        self._expected = f"Bearer {key}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, or answers it."""
-        passes = scope["type"] != "http" or scope["path"] == "/health"
-        if passes or self._has_key(scope):
-            await self._app(scope, receive, send)
-            return
-        refused = Refused(
-            "the header `Authorization` must be 'Bearer ' and the server's key.",
-            status=401,
-            code="invalid_api_key",
-        )
-        headers = {"WWW-Authenticate": "Bearer"}
-        response = JSONResponse(refused.body(), 401, headers=headers)
-        await response(scope, receive, send)
-
-    def _has_key(self, scope: Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return secrets.compare_digest(given, self._expected)
-
-
-class _Routes:
-    """The endpoints of one engine."""
-
-    def __init__(self, engine: Engine, served: Served):
-        """Stores the engine, and what clients may name."""
-        self._engine = engine
-        self._served = served
-        self._metrics = Metrics(
-            decoding=lambda: engine.decoding, waiting=lambda: engine.waiting
-        )
-
-    @contextlib.asynccontextmanager
-    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """Runs the engine while the server runs."""
-        del app
-        self._engine.start()
-        yield
-        await asyncio.to_thread(self._engine.close)
-
-    async def health(self, request: Request) -> Response:
-        """Says whether the server answers."""
-        del request
-        if self._engine.is_closed:
-            raise Refused("the engine has ended.", status=503)
-        return JSONResponse({"status": "ok"})
-
-    async def metrics(self, request: Request) -> Response:
-        """Counts what was done, for Prometheus."""
-        del request
-        return Response(self._metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
-
-    async def models(self, request: Request) -> Response:
-        """Lists the model, by itself and with each state."""
-        del request
-        return JSONResponse(models_body(self._served))
-
-    async def model(self, request: Request) -> Response:
-        """Describes a model by its name."""
-        name = request.path_params["model"]
-        return JSONResponse(model_body(self._served, name))
-
-    async def states(self, request: Request) -> Response:
-        """Lists the start states."""
-        del request
-        return JSONResponse(states_body(self._served))
-
-    async def complete(self, request: Request) -> Response:
-        """Continues a text."""
-        return await self._answer(request, is_chat=False)
-
-    async def chat(self, request: Request) -> Response:
-        """Answers a conversation."""
-        return await self._answer(request, is_chat=True)
-
-    async def _answer(self, request: Request, *, is_chat: bool) -> Response:
-        body = await _read_json(request)
-        events: _Events = asyncio.Queue()
-        # In a thread: encoding a long text would hold up the streams of other clients.
-        call, tickets = await run_in_threadpool(
-            self._submit, body, events, asyncio.get_running_loop(), is_chat=is_chat
-        )
-        bodies = AnswerBodies(call, self._served.tokenizer)
-        if call.stream:
-            return _EventStream(_stream(call, bodies, events), tickets)
-        answers = await _whole(request, events, tickets)
-        for answer in answers:
-            if problem := _problem(answer):
-                raise problem
-        return JSONResponse(bodies.whole(answers))
-
-    def _submit(
-        self,
-        body: Any,
-        events: _Events,
-        loop: asyncio.AbstractEventLoop,
-        *,
-        is_chat: bool,
-    ) -> tuple[Call, list[Ticket]]:
-        """Submits the requests of a call, or none of them."""
-        call = read_call(body, self._served, is_chat=is_chat)
-        tickets: list[Ticket] = []
-        for index, request in enumerate(call.requests):
-            # The engine's thread may reach asyncio's loop by `call_soon_threadsafe` alone.
-            def tell(event: Piece | Answer, index: int = index) -> None:
-                loop.call_soon_threadsafe(events.put_nowait, (index, event))
-
-            watched = self._metrics.watch(tell)
-            try:
-                ticket = self._engine.submit(request, on_piece=watched, on_end=watched)
-            except (TooBusy, TypeError, ValueError) as error:
-                _cancel(tickets)
-                if isinstance(error, TooBusy):
-                    self._metrics.refuse()
-                raise _as_refused(error) from None
-            tickets.append(ticket)
-        return call, tickets
-
-
-def _as_refused(error: Exception) -> Refused:
-    """Makes an error of the engine name the fields of the body."""
-    if isinstance(error, TooBusy):
-        return Refused(str(error), status=429, code="too_busy")
-    sentence = str(error).removeprefix("submit: ")
-    for ours, theirs in _FIELDS.items():
-        sentence = sentence.replace(f"`{ours}`", f"`{theirs}`")
-    name = re.search(r"`(\w+)`", sentence)
-    return Refused(sentence, name and name[1])
-
-
-def _cancel(tickets: Sequence[Ticket]) -> None:
-    """Cancels requests; it has no effect on those that are complete."""
-    for ticket in tickets:
-        ticket.cancel()
-
-
-async def _read_json(request: Request) -> Any:
-    """Reads the body of a call.
-
-    Raises:
-        Refused: it is too long, or no JSON.
-    """
-    data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > MOST_BYTES:
-            raise Refused(
-                f"the body must have at most {MOST_BYTES:,} bytes.", status=413
-            )
-    try:
-        return json.loads(data)
-    # Deep nesting ends in the second one.
-    except (ValueError, RecursionError) as error:
-        raise Refused(f"the body is no JSON: {error}.") from None
-
-
-async def _whole(
-    request: Request, events: _Events, tickets: Sequence[Ticket]
-) -> list[Answer]:
-    """Waits for the ends of all answers; a client that disconnects cancels them."""
-    watcher = asyncio.create_task(_cancel_when_gone(request, tickets))
-    answers: dict[int, Answer] = {}
-    try:
-        while len(answers) < len(tickets):
-            index, event = await events.get()
-            if isinstance(event, Answer):
-                answers[index] = event
-        return [answers[index] for index in range(len(tickets))]
-    finally:
-        watcher.cancel()
-
-
-async def _cancel_when_gone(request: Request, tickets: Sequence[Ticket]) -> None:
-    """Cancels the requests once their client has disconnected."""
-    message = await request.receive()
-    while message["type"] != "http.disconnect":
-        message = await request.receive()
-    _cancel(tickets)
-
-
-class _EventStream(StreamingResponse):
-    """A stream of events whose requests are cancelled if the client disconnects."""
-
-    def __init__(self, content: AsyncIterator[str], tickets: Sequence[Ticket]):
-        """Stores the events to send, and the requests that they answer."""
-        super().__init__(
-            content, media_type="text/event-stream", headers=_STREAM_HEADERS
-        )
-        self._tickets = tickets
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends the stream."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            _cancel(self._tickets)
-
-
-async def _stream(
-    call: Call, bodies: AnswerBodies, events: _Events
-) -> AsyncIterator[str]:
-    """Yields the events of a call's answers as they are made."""
-    for opening in bodies.openings():
-        yield _event(opening)
-    answers: dict[int, Answer] = {}
-    while len(answers) < len(call.requests):
-        index, event = await events.get()
-        if isinstance(event, Piece):
-            made = bodies.piece(index, event)
-        elif problem := _problem(event):
-            yield _event(problem.body())
-            return
-        else:
-            answers[index] = event
-            made = bodies.end(index, event)
-        for body in made:
-            yield _event(body)
-    if call.include_usage:
-        yield _event(bodies.usage_event([answers[index] for index in sorted(answers)]))
-    yield "data: [DONE]\n\n"
-
-
-def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body)}\n\n"
-
-
-def _problem(answer: Answer) -> Refused | None:
-    """Returns what the client gets in place of an answer that failed or was cancelled."""
-    if answer.ended == "failed":
-        return Refused(f"the answer failed: {answer.error}.", status=500)
-    if answer.ended == "cancelled":
-        return Refused("the server is being stopped.", status=503)
-    return None
-
-
-async def _refused(request: Request, error: Exception) -> Response:
-    del request
-    assert isinstance(error, Refused)
-    headers = {"Retry-After": "1"} if error.status == 429 else None
-    return JSONResponse(error.body(), error.status, headers=headers)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    text = f"{request.method} {request.url.path}: {error.detail}."
-    body = Refused(text, status=error.status_code).body()
-    return JSONResponse(body, error.status_code, headers=error.headers)
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    del request
-    # The client has disconnected, so this response is never read.
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=499)
-    body = Refused(f"the server failed: {type(error).__name__}.", status=500).body()
-    return JSONResponse(body, 500)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Takes an address, before anything slow is done for it.
+def bind(host: str, port: int) -> socket.socket:
+    """Takes an address, before anything slow is done for it; `serve` listens there.
 
     Args:
         host: address to listen at.
@@ -398,30 +31,84 @@ def listen(host: str, port: int) -> socket.socket:
         OSError: the address cannot be had.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family)
+    taken = socket.socket(family)
+    try:
+        # A server that ended a moment ago does not keep its address.
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind((host, port))
+    except BaseException:
+        taken.close()
+        raise
+    return taken
 
 
 class _Server(uvicorn.Server):
-    """A server that ends its answers before it waits for the clients who get them."""
+    """A server whose end is that of its engine, and that lets answers end before it does."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine):
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        engine: Engine,
+        *,
+        on_ready: Callable[[], None],
+        drain: float,
+    ):
         """Takes the engine that the answers come from."""
         super().__init__(config)
         self._engine = engine
+        self._on_ready = on_ready
+        self._drain = drain
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to listen."""
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Tells whether to end, which an engine without a device can only do."""
+        return await super().on_tick(counter) or self._engine.is_closed
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Ends the server: in peace after SIGTERM, at once after another signal or a second one."""
+        if self.should_exit or sig != signal.SIGTERM:
+            self._drain = 0
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends the server after a signal."""
-        await asyncio.to_thread(self._engine.close)
+        self._engine.refuse_more()
+        end = asyncio.create_task(self._end_engine())
         await super().shutdown(sockets)
+        await end
+
+    async def _end_engine(self) -> None:
+        """Ends the engine once its answers are complete, or the time for them is over."""
+        start = time.monotonic()
+        while self._engine.has_work and time.monotonic() - start < self._drain:
+            await asyncio.sleep(_LOOK_SECONDS)
+        await asyncio.to_thread(self._engine.close)
 
 
-def serve(app: Starlette, engine: Engine, listener: socket.socket) -> None:
-    """Answers at an address until a signal ends it.
+def serve(
+    app: Starlette,
+    engine: Engine,
+    listener: socket.socket,
+    *,
+    on_ready: Callable[[], None],
+    drain: float,
+) -> None:
+    """Answers at an address until a signal, or an error of the engine, ends it.
 
     Args:
         app: from `make_app`.
         engine: the application's.
-        listener: from `listen`; it is closed at the end.
+        listener: from `bind`; it is closed at the end.
+        on_ready: called when clients can connect.
+        drain: seconds that SIGTERM leaves to answers which have begun.
+
+    Raises:
+        Exception: what ended the engine.
     """
     config = uvicorn.Config(
         app,
@@ -429,7 +116,10 @@ def serve(app: Starlette, engine: Engine, listener: socket.socket) -> None:
         access_log=False,
         server_header=False,
         ws="none",
-        timeout_graceful_shutdown=_LAST_SECONDS,
+        timeout_graceful_shutdown=round(drain) + _LAST_SECONDS,
     )
     with contextlib.closing(listener):
-        _Server(config, engine).run(sockets=[listener])
+        server = _Server(config, engine, on_ready=on_ready, drain=drain)
+        server.run(sockets=[listener])
+    if engine.failure is not None:
+        raise engine.failure

@@ -1,36 +1,42 @@
-"""States after prompts that were read before, so that a conversation is not read again."""
+"""States after prompts that were read before, so that what prompts share is not read again."""
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from rwkv7_jax.model.state import RWKV7State
 
 
-class Prefix(NamedTuple):
-    """A key of the cache.
+class Match(NamedTuple):
+    """What a cache knows of a prompt.
 
     Attributes:
-        name: of the start state; None is no state.
-        tokens: that were read after it.
-    """
-
-    name: str | None
-    tokens: tuple[int, ...]
-
-
-class Found(NamedTuple):
-    """A hit in the cache.
-
-    Attributes:
-        length: tokens of the prefix.
-        state: after them.
+        length: tokens of the longest prefix that is cached.
+        state: after them; None if nothing is cached.
+        shared: tokens that the prompt has in common with another one, which may be longer than it.
     """
 
     length: int
+    state: RWKV7State | None
+    shared: int
+
+
+class _Entry(NamedTuple):
+    tokens: np.ndarray
     state: RWKV7State
+
+    def bytes(self) -> int:
+        leaves = jax.tree.leaves(self.state)
+        return self.tokens.nbytes + sum(leaf.nbytes for leaf in leaves)
+
+    def common(self, tokens: np.ndarray) -> int:
+        """Counts the leading tokens that are the same."""
+        length = min(len(self.tokens), len(tokens))
+        differ = self.tokens[:length] != tokens[:length]
+        return int(differ.argmax()) if differ.any() else length
 
 
 class PrefixCache:
@@ -39,49 +45,53 @@ class PrefixCache:
     def __init__(self, most_bytes: int):
         """Starts empty; with 0 bytes it stays so."""
         self._most_bytes = most_bytes
-        self._states: OrderedDict[Prefix, RWKV7State] = OrderedDict()
-        # How many of the prefixes have a length: those are the only ones to look for.
-        self._lengths: Counter[int] = Counter()
+        # By the start state's key and the tokens.
+        self._entries: OrderedDict[tuple[int, bytes], _Entry] = OrderedDict()
         self._bytes = 0
 
-    def keep(self, prefix: Prefix, state: RWKV7State) -> None:
-        """Keeps the state after a prefix; those that were used longest ago make room for it."""
-        size = _bytes_of(state)
-        if size > self._most_bytes or not prefix.tokens:
+    def keep(self, start: int, tokens: Sequence[int], state: RWKV7State) -> None:
+        """Keeps the state after tokens; those that were used longest ago make room for it.
+
+        Args:
+            start: key of the start state.
+            tokens: that were read after it.
+            state: of one row.
+        """
+        entry = _Entry(np.array(tokens, np.int32), state)
+        size = entry.bytes()
+        if size > self._most_bytes or not tokens:
             return
-        self._drop(prefix)
+        key = (start, entry.tokens.tobytes())
+        self._drop(key)
         while self._bytes + size > self._most_bytes:
-            self._drop(next(iter(self._states)))
-        self._states[prefix] = state
-        self._lengths[len(prefix.tokens)] += 1
+            self._drop(next(iter(self._entries)))
+        self._entries[key] = entry
         self._bytes += size
 
-    def longest(self, name: str | None, tokens: Sequence[int]) -> Found | None:
-        """Finds the longest cached prefix of `tokens` after the start state `name`."""
-        for length in sorted(self._lengths, reverse=True):
-            if length > len(tokens):
+    def find(self, start: int, tokens: Sequence[int]) -> Match:
+        """Finds what is cached of `tokens` after the start state with the key `start`."""
+        prompt = np.array(tokens, np.int32)
+        shared = 0
+        found = Match(0, None, 0)
+        used = None
+        for key, entry in self._entries.items():
+            if key[0] != start:
                 continue
-            prefix = Prefix(name, tuple(tokens[:length]))
-            if prefix in self._states:
-                self._states.move_to_end(prefix)
-                return Found(length, self._states[prefix])
-        return None
+            common = entry.common(prompt)
+            shared = max(shared, common)
+            if common == len(entry.tokens) > found.length:
+                found = Match(common, entry.state, 0)
+                used = key
+        if used is not None:
+            self._entries.move_to_end(used)
+        return found._replace(shared=shared)
 
     def clear(self) -> None:
-        """Forgets all."""
-        for prefix in list(self._states):
-            self._drop(prefix)
+        """Drops all."""
+        self._entries.clear()
+        self._bytes = 0
 
-    def _drop(self, prefix: Prefix) -> None:
-        state = self._states.pop(prefix, None)
-        if state is None:
-            return
-        length = len(prefix.tokens)
-        self._lengths[length] -= 1
-        if not self._lengths[length]:
-            del self._lengths[length]
-        self._bytes -= _bytes_of(state)
-
-
-def _bytes_of(state: RWKV7State) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    def _drop(self, key: tuple[int, bytes]) -> None:
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self._bytes -= entry.bytes()

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rwkv7_jax.data.records.conversations import read_message
-from rwkv7_jax.serving.requests import MOST_ALTERNATIVES, Request
+from rwkv7_jax.serving.fields import Fields, Refused, is_id, kind_of
+from rwkv7_jax.serving.requests import Request
 from rwkv7_jax.text.chat_template import (
     CHAT_STOP,
     THINK_MODES,
@@ -27,59 +28,8 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 # What every model may be called, besides its name.
 ANY_MODEL = "rwkv"
 
-_MOST_STOPS = 8
-
-# Tokens of an answer, where the client does not say.
+# Tokens that continue a text, where the client does not say.
 _LENGTH = 256
-
-# The second one is about padding against eavesdroppers, of which there is none here.
-_STREAM_OPTIONS = ("include_usage", "include_obfuscation")
-
-# Fields of clients that change no answer.
-_WITHOUT_EFFECT = ("user", "store", "metadata", "service_tier")
-
-# Fields that are not served unless they have this value, which is what they are without.
-_NOT_SERVED = {
-    "best_of": 1,
-    "echo": False,
-    "suffix": "",
-    "logit_bias": {},
-    "tools": [],
-    "tool_choice": "none",
-    "response_format": {"type": "text"},
-}
-
-
-class Refused(Exception):
-    """An error that the client gets in place of an answer.
-
-    Attributes:
-        message: one sentence.
-        param: the field that is wrong; None where it is none.
-        status: of HTTP.
-        code: a word for programs; None where there is none.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        param: str | None = None,
-        *,
-        status: int = 400,
-        code: str | None = None,
-    ):
-        """Stores the parts of the error object."""
-        super().__init__(message)
-        self.message = message
-        self.param = param
-        self.status = status
-        self.code = code
-
-    def body(self) -> dict[str, Any]:
-        """Returns the error object."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        error = {"message": self.message, "type": kind}
-        return {"error": error | {"param": self.param, "code": self.code}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +40,7 @@ class Served:
         name: of the model.
         states: names of the start states.
         tokenizer: of the model.
+        most_bytes: of a prompt; a longer one cannot be as few ids as a prompt may have.
         longest_answer: new ids of an answer at most.
         most_answers: of one call.
         started: seconds since 1970.
@@ -98,6 +49,7 @@ class Served:
     name: str
     states: Sequence[str]
     tokenizer: Tokenizer
+    most_bytes: int
     longest_answer: int
     most_answers: int
     started: int = 0
@@ -142,28 +94,30 @@ def read_call(body: Any, served: Served, *, is_chat: bool) -> Call:
             the engine's to check.
     """
     if not isinstance(body, dict):
-        raise Refused(f"the body must be an object; got {_kind(body)}.")
-    fields = _Fields(body)
+        raise Refused(f"the body must be an object; got {kind_of(body)}.")
+    fields = Fields(body)
     model = fields.text("model", served.name)
     state = named_state(fields.text("state", None), model, served)
     opening = ""
     stops = fields.stops()
     if is_chat:
         think = fields.text("think", "off")
-        prompts = [_chat_prompt(fields.take("messages"), think, served.tokenizer)]
+        prompts = [_chat_prompt(fields.take("messages"), think, served)]
         opening = answer_opening(think)
         stops = (*stops, CHAT_STOP)
     else:
-        prompts = _text_prompts(fields.take("prompt"), served.tokenizer)
+        prompts = _text_prompts(fields.take("prompt"), served)
+    # A message ends by itself; a text may go on for ever.
+    usual = min(_LENGTH, served.longest_answer)
     per_prompt = fields.answers(len(prompts), served.most_answers)
     first = Request(
         prompt=(),
         state=state,
-        tokens=fields.length(min(_LENGTH, served.longest_answer)),
-        seed=fields.integer("seed", secrets.randbits(32)),
+        tokens=fields.length(served.longest_answer if is_chat else usual),
+        seed=fields.seed(),
         temperature=fields.number("temperature", 1.0),
         top_p=fields.number("top_p", 1.0),
-        top_k=fields.integer("top_k", 0),
+        top_k=fields.top_k(),
         presence_penalty=fields.number("presence_penalty", 0.0),
         frequency_penalty=fields.number("frequency_penalty", 0.0),
         penalty_decay=fields.number("penalty_decay", 0.996),
@@ -192,147 +146,6 @@ def read_call(body: Any, served: Served, *, is_chat: bool) -> Call:
     )
     fields.refuse_others()
     return call
-
-
-class _Fields:
-    """The fields of a body, each taken once; null is what a client writes for nothing."""
-
-    def __init__(self, body: dict[str, Any]):
-        """Takes a body."""
-        self._left = {name: value for name, value in body.items() if value is not None}
-
-    def take(self, name: str) -> Any:
-        """Takes a field that must be there."""
-        if name not in self._left:
-            raise Refused(f"`{name}` must be given.", name)
-        return self._left.pop(name)
-
-    def _take(self, name: str, kinds: tuple[type, ...], what: str, default: Any) -> Any:
-        value = self._left.pop(name, default)
-        # True is a number to Python.
-        is_wrong = isinstance(value, bool) and bool not in kinds
-        if value is not default and (is_wrong or not isinstance(value, kinds)):
-            raise Refused(f"`{name}` must be {what}; got {_kind(value)}.", name)
-        return value
-
-    def text(self, name: str, default: str | None) -> Any:
-        """Takes a string."""
-        return self._take(name, (str,), "a string", default)
-
-    def number(self, name: str, default: float) -> float:
-        """Takes a number."""
-        try:
-            return float(self._take(name, (int, float), "a number", default))
-        except OverflowError:
-            raise Refused(f"`{name}` must be a number below 1e308.", name) from None
-
-    def integer(self, name: str, default: int) -> int:
-        """Takes a whole number."""
-        return self._take(name, (int,), "a whole number", default)
-
-    def length(self, default: int) -> int:
-        """Takes the limit of new tokens, which has an old name and a new one."""
-        names = ("max_tokens", "max_completion_tokens")
-        if all(name in self._left for name in names):
-            raise Refused("`max_tokens` must be given by one of its names.", names[0])
-        return self.integer(names[1], self.integer(names[0], default))
-
-    def answers(self, prompts: int, most: int) -> int:
-        """Takes the number of answers to each of so many prompts."""
-        count = self.integer("n", 1)
-        if count < 1:
-            raise Refused(f"`n` must be at least 1; got {count}.", "n")
-        if count * prompts > most:
-            raise Refused(
-                f"`n` times the number of prompts must be at most {most}, the requests that may "
-                f"wait here; got {count * prompts}.",
-                "n",
-            )
-        return count
-
-    def switch(self, name: str) -> bool:
-        """Takes true or false, which it is without."""
-        return self._take(name, (bool,), "true or false", False)
-
-    def integers(self, name: str) -> tuple[int, ...]:
-        """Takes a list of whole numbers."""
-        values = self._take(name, (list,), "a list of whole numbers", [])
-        for value in values:
-            if not _is_id(value):
-                raise Refused(
-                    f"`{name}` must be a list of whole numbers; it has {_kind(value)}.",
-                    name,
-                )
-        return tuple(values)
-
-    def stops(self) -> tuple[str, ...]:
-        """Takes the strings that end an answer."""
-        kinds = (str, list)
-        stops = self._take("stop", kinds, "a string or a list of strings", [])
-        if isinstance(stops, str):
-            stops = [stops]
-        if not all(isinstance(stop, str) and stop for stop in stops):
-            raise Refused("`stop` must hold strings that are not empty.", "stop")
-        if len(stops) > _MOST_STOPS:
-            raise Refused(
-                f"`stop` must hold at most {_MOST_STOPS} strings; got {len(stops)}.",
-                "stop",
-            )
-        return tuple(stops)
-
-    def alternatives(self, *, is_chat: bool) -> int | None:
-        """Takes how many probable tokens to report beside each; None reports no token's score."""
-        name = "top_logprobs" if is_chat else "logprobs"
-        # Some clients write false, which chats have for nothing, in both interfaces.
-        asked = self._left.get("logprobs", False) is not False
-        if is_chat or not asked:
-            asked = self.switch("logprobs")
-        count = self.integer(name, 0)
-        if count and not asked:
-            raise Refused("`top_logprobs` must come with a true `logprobs`.", name)
-        if not 0 <= count <= MOST_ALTERNATIVES:
-            raise Refused(
-                f"`{name}` must be between 0 and {MOST_ALTERNATIVES}; got {count}.",
-                name,
-            )
-        return count if asked else None
-
-    def includes_usage(self, *, stream: bool) -> bool:
-        """Takes the options of a stream."""
-        options = self._take("stream_options", (dict,), "an object", {})
-        if options and not stream:
-            raise Refused(
-                "`stream_options` must come with a `stream` that is true.",
-                "stream_options",
-            )
-        for name, value in options.items():
-            if name not in _STREAM_OPTIONS or not isinstance(value, bool):
-                raise Refused(
-                    f"`stream_options.{name}` must be one of {', '.join(_STREAM_OPTIONS)}, and "
-                    "true or false.",
-                    "stream_options",
-                )
-        return options.get("include_usage", False)
-
-    def refuse_others(self) -> None:
-        """Refuses the fields that nobody took."""
-        for name, value in self._left.items():
-            if name in _WITHOUT_EFFECT:
-                continue
-            if name not in _NOT_SERVED:
-                raise Refused(f"`{name:.60}` is no field of this interface.", name[:60])
-            neutral = _NOT_SERVED[name]
-            # To Python 0 is False, and True is 1.
-            if type(value) is not type(neutral) or value != neutral:
-                raise Refused(f"`{name}` is not served here; leave it out.", name)
-
-
-def _kind(value: Any) -> str:
-    """Names the kind of a value as JSON does."""
-    if value is None:
-        return "null"
-    kinds = {bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
-    return kinds.get(type(value), "a number")
 
 
 def named_state(state: str | None, model: str, served: Served) -> str | None:
@@ -367,7 +180,7 @@ def named_state(state: str | None, model: str, served: Served) -> str | None:
     return state
 
 
-def _chat_prompt(messages: Any, think: str, tokenizer: Tokenizer) -> list[int]:
+def _chat_prompt(messages: Any, think: str, served: Served) -> list[int]:
     """Encodes a conversation up to the beginning of the next answer.
 
     Each part has its own ids, as in tuning: those of the messages so far do not change by what
@@ -385,33 +198,27 @@ def _chat_prompt(messages: Any, think: str, tokenizer: Tokenizer) -> list[int]:
         # As in `rwkv7 generate`, a system that says nothing has no turn.
         turns = [turn for turn in turns if turn.content or turn.role != "system"]
         parts = write_conversation(turns, think=think, ask=True)
-        ids = [id for part in parts for id in tokenizer.encode(part.text.encode())]
-    except UnicodeEncodeError:
-        raise Refused("`messages` has a lone surrogate.", "messages") from None
     except ValueError as error:
         raise Refused(f"`messages`: {error}.", "messages") from None
     if not turns or turns[-1].role == "assistant":
         raise Refused(
             "`messages` must end with one that the assistant is to answer.", "messages"
         )
-    return ids
+    return _encode([part.text for part in parts], served, "messages")
 
 
-def _text_prompts(prompt: Any, tokenizer: Tokenizer) -> list[Sequence[int]]:
+def _text_prompts(prompt: Any, served: Served) -> list[Sequence[int]]:
     """Reads one prompt, or a list of them."""
-    is_list = isinstance(prompt, list) and prompt and not _is_id(prompt[0])
+    is_list = isinstance(prompt, list) and prompt and not is_id(prompt[0])
     prompts = prompt if is_list else [prompt]
-    return [_text_prompt(one, tokenizer) for one in prompts]
+    return [_text_prompt(one, served) for one in prompts]
 
 
-def _text_prompt(prompt: Any, tokenizer: Tokenizer) -> Sequence[int]:
+def _text_prompt(prompt: Any, served: Served) -> Sequence[int]:
     """Reads a text or a list of ids; an empty text becomes the id that ends documents."""
     if isinstance(prompt, str):
-        try:
-            return tokenizer.encode(prompt.encode()) or tokenizer.stop_ids
-        except UnicodeEncodeError:
-            raise Refused("`prompt` has a lone surrogate.", "prompt") from None
-    if not isinstance(prompt, list) or not all(map(_is_id, prompt)):
+        return _encode([prompt], served, "prompt") or served.tokenizer.stop_ids
+    if not isinstance(prompt, list) or not all(map(is_id, prompt)):
         raise Refused(
             "`prompt` must be a text, a list of ids, or a list of such prompts.",
             "prompt",
@@ -419,6 +226,21 @@ def _text_prompt(prompt: Any, tokenizer: Tokenizer) -> Sequence[int]:
     return prompt
 
 
-def _is_id(value: Any) -> bool:
-    """Tells whether a value is a whole number; true and false are none."""
-    return isinstance(value, int) and not isinstance(value, bool)
+def _encode(parts: Sequence[str], served: Served, field: str) -> list[int]:
+    """Encodes the parts of a prompt, each by itself.
+
+    Raises:
+        Refused: they are no text, or so long that encoding them would be in vain.
+    """
+    try:
+        texts = [part.encode() for part in parts]
+    except UnicodeEncodeError:
+        raise Refused(f"`{field}` has a lone surrogate.", field) from None
+    size = sum(map(len, texts))
+    if size > served.most_bytes:
+        raise Refused(
+            f"`{field}` must have at most {served.most_bytes:,} bytes, and fewer where its tokens "
+            f"are short; got {size:,}.",
+            field,
+        )
+    return [id for text in texts for id in served.tokenizer.encode(text)]

@@ -104,3 +104,7 @@ class UnknownState(ValueError):
 
 class TooBusy(Exception):
     """More requests wait than may."""
+
+
+class Closed(Exception):
+    """The engine takes no more requests."""

@@ -65,7 +65,7 @@ class Slots:
         self,
         model: RWKV7,
         params: Params,
-        bank: RWKV7State,
+        start: RWKV7State,
         *,
         slots: int,
         free: sampling.SamplingParams,
@@ -75,15 +75,14 @@ class Slots:
         Args:
             model: static.
             params: the weights.
-            bank: a state of each kind that a row may start from, at least one; all its leaves have
-                a row for each.
+            start: a state of one row, with the leaves that all have.
             slots: rows (B).
             free: options of a row that nobody has taken; the ids in them count for all rows.
         """
         self._model = model
         self._params = params
         self._layers = split_params(params)
-        self._bank = bank
+        self._start = start
         self._free = free
         self._alternatives = min(MOST_ALTERNATIVES, model.config.vocab_size)
         self._options = [free] * slots
@@ -97,7 +96,7 @@ class Slots:
         self._is_new[:] = False
         count = len(self._options)
         run = DecodeState.create(
-            select(self._bank, [0] * count),
+            select(self._start, [0] * count),
             jnp.zeros((count, self._model.config.vocab_size), jnp.float32),
         )
         run = run._replace(status=jnp.full_like(run.status, STOPPED))
@@ -140,10 +139,11 @@ class Slots:
         """Returns a row's state, which has read all tokens that `decode` returned."""
         return _row(self._rows.run.state, slot)
 
-    def decode(self, *, scored: bool) -> list[Drawn]:
-        """Draws a block in every row that is taken; others draw nothing.
+    def decode(self, limits: Int[np.ndarray, " B"], *, scored: bool) -> list[Drawn]:
+        """Draws up to a block in every row that is taken; others draw nothing.
 
         Args:
+            limits: tokens that each row draws at most.
             scored: whether to score the tokens, which takes a sort of the vocabulary.
         """
         decoded = decode(
@@ -153,7 +153,7 @@ class Slots:
             known=KnownTokens(self._known.copy(), self._is_new.copy()),
             keys=self._rows.keys,
             options=sampling.options_by_row(self._options),
-            limit=np.int32(BLOCK),
+            limits=np.minimum(limits, BLOCK),
             capacity=BLOCK,
             alternatives=self._alternatives,
             scored=scored,

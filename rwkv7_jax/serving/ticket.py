@@ -1,12 +1,16 @@
 """A request in the engine: the host's side of its answer."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 from rwkv7_jax.generation.sampling import SamplingParams
 from rwkv7_jax.generation.streaming import RowText
 from rwkv7_jax.serving.requests import Answer, Ending, Piece, Request, TokenScore
 from rwkv7_jax.serving.slots import Drawn
+from rwkv7_jax.serving.start_states import Start
 from rwkv7_jax.text.tokenizer import Tokenizer
+
+_LOG = logging.getLogger(__name__)
 
 OnPiece = Callable[[Piece], object]
 OnEnd = Callable[[Answer], object]
@@ -22,6 +26,7 @@ class Ticket:
         cancelled: whether the client has cancelled it.
         options: how to sample.
         row: the answer so far.
+        start: the state that it starts from; None before its prompt is read.
         cached_tokens: ids of the prompt that were not read again.
         read: ids of the answer that the row of the batch has read.
     """
@@ -40,6 +45,7 @@ class Ticket:
         self.cancelled = False
         self.options = options
         self.row = RowText(tokenizer, request.stop_strings)
+        self.start: Start | None = None
         self.cached_tokens = 0
         self.read = 0
         self._scores: list[TokenScore] = []
@@ -112,4 +118,5 @@ class Ticket:
         try:
             receiver(what)
         except Exception:
+            _LOG.warning("a receiver failed; its request is cancelled", exc_info=True)
             self.cancelled = True

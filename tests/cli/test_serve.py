@@ -37,19 +37,17 @@ TINY = str(Path(__file__).parents[2] / "assets" / "tiny.pth")
         (["--state", "a b=x.pth"], "`--state` must name with letters"),
         (["--state", "x=a.pth", "--state", "x=b.pth"], "'x' is of `a.pth` and `b.pth`"),
         (["--state", "poet.pth", "--state", "d/poet.st"], "a name of its own; 'poet'"),
-        (["--state", "EMPTY"], "must name a folder with states"),
+        (["--drain", "-1"], "`--drain` must be at least 0; got -1"),
         (["--port", "0", "--model", "none.pth"], "`none.pth` does not exist"),
         (["--port", "0", "--state", "none.pth"], "`none.pth` does not exist"),
         (["--port", "0", "--state", "poet=TEXT"], "TEXT"),
     ],
 )
 def test_a_mistake_is_one_sentence(tmp_path, capsys, words, sentence):
-    (tmp_path / "empty").mkdir()
     (tmp_path / "text.pth").write_text("no state")
-    places = {"EMPTY": "empty", "TEXT": "text.pth"}
-    for name, place in places.items():
-        words = [word.replace(name, str(tmp_path / place)) for word in words]
-        sentence = sentence.replace(name, str(tmp_path / place))
+    text = str(tmp_path / "text.pth")
+    words = [word.replace("TEXT", text) for word in words]
+    sentence = sentence.replace("TEXT", text)
     assert main(["serve", "--model", TINY, *words]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.splitlines()[-1].startswith("rwkv7: ")
@@ -105,12 +103,22 @@ def test_a_server_answers_from_its_states_until_a_signal(tmp_path):
                 tokenizer=Tokenizer.bytes(),
             )
             assert choice["text"] == expected.texts[0]
-        stream = call(address, prompt="a", max_tokens=8000, stream=True)
-        assert json.loads(stream.readline().removeprefix(b"data: "))["choices"]
+        # A state that comes later is served, too.
+        save_state(tmp_path / "late.pth", state)
+        with call(address, prompt="decoding", max_tokens=12, state="late") as got:
+            assert json.load(got)["choices"][0]["text"] == choice["text"]
+        streams = []
+        for tokens in (400, 8000):
+            one = call(address, prompt="a", max_tokens=tokens, stream=True)
+            assert json.loads(one.readline().removeprefix(b"data: "))["choices"]
+            streams.append(one)
         server.send_signal(signal.SIGTERM)
-        *_, last = filter(None, stream.read().split(b"\n\n"))
-        stream.close()
-        # Where the answer had ended by itself before, its stream was complete.
-        assert b"the server is being stopped" in last or b"[DONE]" in last
+        # The short one ends in peace; the other one is told when a second signal comes.
+        assert streams[0].read().endswith(b"data: [DONE]\n\n")
+        server.send_signal(signal.SIGTERM)
+        last = streams[1].read().split(b"\n\n")[-2]
+        assert b"the server is being stopped" in last
+        for one in streams:
+            one.close()
         _, error = server.communicate(timeout=60)
     assert (server.returncode, error) == (143, "")

@@ -7,115 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_checkpoints import random_params
+from engine_cases import (
+    BYTES,
+    CONFIG,
+    MODEL,
+    STATES,
+    alone,
+    answer,
+    ask,
+    assert_same,
+    drawn_requests,
+    drawn_state,
+    work,
+)
 
-from rwkv7_jax.generation.generate import generate
-from rwkv7_jax.generation.sampling import exempt_ids
-from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.serving.engine import Engine
-from rwkv7_jax.serving.prefix_cache import Prefix, PrefixCache
-from rwkv7_jax.serving.requests import Request, TooBusy, UnknownState
-from rwkv7_jax.text.tokenizer import Tokenizer
-
-CONFIG = RWKV7Config(
-    vocab_size=257, num_layers=2, width=32, head_size=16, implementation="scan"
-)
-MODEL = RWKV7(CONFIG)
-BYTES = Tokenizer.bytes()
-
-
-def drawn_state(seed, scale=1.0):
-    """A start state that changes what the model says."""
-    state = init_state(CONFIG)
-    draws = np.random.default_rng(seed).normal(size=state.wkv.shape)
-    return state.replace(wkv=jnp.asarray(scale * draws, jnp.float32))
-
-
-STATES = {"poet": drawn_state(1), "judge": drawn_state(2)}
-
-
-@pytest.fixture(scope="module")
-def params():
-    return random_params(CONFIG, dtype=jnp.float32, scale=0.3)
-
-
-@pytest.fixture
-def engine(params):
-    return Engine(MODEL, params, BYTES, STATES, slots=3)
-
-
-def ask(engine, request):
-    """Queues a request; returns its pieces and its answers, which the engine fills."""
-    pieces, answers = [], []
-    engine.submit(request, on_piece=pieces.append, on_end=answers.append)
-    return pieces, answers
-
-
-def work(engine):
-    ticks = 0
-    while engine.tick():
-        ticks += 1
-        assert ticks < 1000
-    return ticks
-
-
-def answer(engine, request):
-    _, answers = ask(engine, request)
-    work(engine)
-    (only,) = answers
-    return only
-
-
-def alone(params, request, states=STATES):
-    """The same request by `generate`."""
-    return generate(
-        MODEL,
-        params,
-        [list(request.prompt)],
-        states[request.state] if request.state else None,
-        tokens=request.tokens,
-        key=jax.random.key(request.seed)[None],
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=request.top_k,
-        presence_penalty=request.presence_penalty,
-        frequency_penalty=request.frequency_penalty,
-        penalty_decay=request.penalty_decay,
-        penalty_exempt=exempt_ids(BYTES),
-        stop_ids=(*BYTES.stop_ids, *request.stop_ids),
-        stop_strings=request.stop_strings,
-        tokenizer=BYTES,
-    )
-
-
-def assert_same(answer, expected):
-    assert answer.tokens == tuple(expected.tokens[0])
-    assert answer.text == expected.texts[0]
-    assert answer.ended == expected.ended[0]
-
-
-def drawn_requests(count, seed=0):
-    """Requests of all kinds."""
-    random = np.random.default_rng(seed)
-    requests = []
-    for index in range(count):
-        request = Request(
-            prompt=tuple(random.integers(1, 256, random.integers(1, 40)).tolist()),
-            state=(None, "poet", "judge")[index % 3],
-            tokens=int(random.integers(1, 30)),
-            seed=int(random.integers(0, 2**40)),
-            temperature=float(random.choice([0.0, 0.7, 1.3])),
-            top_p=float(random.choice([1.0, 0.8, 0.0])),
-            top_k=int(random.choice([0, 5])),
-            presence_penalty=float(random.choice([0.0, 0.6])),
-            frequency_penalty=float(random.choice([0.0, 0.3])),
-            stop_ids=tuple(random.integers(1, 256, index % 4).tolist()),
-            stop_strings=(*"aeiou tnr", "z\u00e4")[: 5 * (index % 3)],
-        )
-        requests.append(request)
-    return requests
+from rwkv7_jax.serving.requests import Closed, Request, TooBusy, UnknownState
 
 
 def test_answers_are_those_of_generate_whatever_else_is_served(params, engine):
@@ -211,41 +119,20 @@ def test_a_cancelled_request_leaves_no_trace(params, when):
         assert answers[0].ended == "length"
 
 
-def test_a_conversation_is_not_read_again_and_states_share_nothing(params, engine):
-    first = Request(tuple(range(40, 90)), state="poet", tokens=9, temperature=0.0)
-    said = answer(engine, first)
-    assert said.cached_tokens == 0
-    more = first.prompt + said.tokens + (33, 34, 35)
-    second = dataclasses.replace(first, prompt=more)
-    again = answer(engine, second)
-    # All that the first answer had read, its own tokens included.
-    assert again.cached_tokens == len(more) - 3
-    assert_same(again, alone(params, second))
-    other = answer(engine, dataclasses.replace(second, state="judge"))
-    assert other.cached_tokens == 0
-    assert other.tokens == tuple(
-        alone(params, dataclasses.replace(second, state="judge")).tokens[0]
-    )
-    # The same prompt once more: all but its last token.
-    assert answer(engine, second).cached_tokens == len(more) - 1
+def test_a_row_draws_no_more_than_it_may(engine, monkeypatch):
+    ask(engine, Request((65,), tokens=3, temperature=0.0))
+    ask(engine, Request((66,), tokens=11, temperature=0.0))
+    seen = []
+    decode = engine._slots.decode
 
+    def note(limits, *, scored):
+        drawn = decode(limits, scored=scored)
+        seen.append([len(row.tokens) for row in drawn])
+        return drawn
 
-def test_the_cache_forgets_what_was_used_longest_ago():
-    state = init_state(CONFIG)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    cache = PrefixCache(2 * size)
-    for tokens in ((1,), (1, 2)):
-        cache.keep(Prefix(None, tokens), state)
-    assert cache.longest(None, (1, 9)).length == 1
-    cache.keep(Prefix("poet", (1, 2, 3)), state)
-    assert cache.longest(None, (1, 2, 3)).length == 1
-    assert cache.longest("poet", (1, 2, 3, 4)).length == 3
-    assert cache.longest("poet", (1, 2)) is None
-    cache.clear()
-    assert cache.longest("poet", (1, 2, 3, 4)) is None
-    nothing = PrefixCache(0)
-    nothing.keep(Prefix(None, (1,)), state)
-    assert nothing.longest(None, (1, 2)) is None
+    monkeypatch.setattr(engine._slots, "decode", note)
+    work(engine)
+    assert seen == [[3, 8, 0], [0, 3, 0]]
 
 
 def test_a_long_prompt_keeps_nobody_waiting(params):
@@ -257,6 +144,34 @@ def test_a_long_prompt_keeps_nobody_waiting(params):
         text = "".join(piece.text for piece in pieces)
         assert len(text.encode("utf-8", "replace")) >= 8 * tick - 4
     work(engine)
+
+
+def test_a_short_prompt_passes_a_long_one(engine):
+    long, short = Request((66,) * 3000, tokens=4), Request((67,), tokens=4)
+    _, of_long = ask(engine, long)
+    _, of_short = ask(engine, short)
+    for _ in range(2):
+        engine.tick()
+    assert of_short and not of_long
+    work(engine)
+    assert of_long
+
+
+def test_a_request_whose_reading_fails_is_told(engine, monkeypatch):
+    find = engine._cache.find
+    monkeypatch.setattr(engine._cache, "find", lambda *_: 1 / 0)
+    engine.start()
+    done = threading.Event()
+    ended = []
+    engine.submit(
+        Request((65, 66)),
+        on_piece=ended.append,
+        on_end=lambda answer: (ended.append(answer), done.set()),
+    )
+    assert done.wait(60)
+    assert ended[0].error == "ZeroDivisionError: division by zero"
+    monkeypatch.setattr(engine._cache, "find", find)
+    engine.close()
 
 
 def test_nothing_is_compiled_after_the_warm_up(params, engine):
@@ -286,7 +201,7 @@ def test_an_engine_of_short_answers_warms_up(params):
 
 def test_after_an_error_all_rows_are_new(params, engine, monkeypatch):
     decode = engine._slots.decode
-    monkeypatch.setattr(engine._slots, "decode", lambda scored: 1 / 0)
+    monkeypatch.setattr(engine._slots, "decode", lambda *_, **__: 1 / 0)
     engine.start()
     done = threading.Event()
     ended = []
@@ -311,14 +226,14 @@ def test_after_an_error_all_rows_are_new(params, engine, monkeypatch):
 
 
 def test_an_engine_that_cannot_go_on_ends_all_requests(engine, monkeypatch):
-    monkeypatch.setattr(engine._slots, "decode", lambda scored: 1 / 0)
+    monkeypatch.setattr(engine._slots, "decode", lambda *_, **__: 1 / 0)
     monkeypatch.setattr(engine._slots, "reset", lambda: [][0])
     _, answers = ask(engine, Request((65,)))
     with pytest.raises(IndexError):
         engine._run()
     assert [only.ended for only in answers] == ["failed"]
-    assert engine.is_closed
-    with pytest.raises(TooBusy):
+    assert engine.is_closed and isinstance(engine.failure, IndexError)
+    with pytest.raises(Closed):
         ask(engine, Request((65,)))
 
 
@@ -345,7 +260,7 @@ def test_threads_are_answered_and_what_is_open_at_the_end_is_cancelled(params, e
     _, late = ask(engine, Request((65,), tokens=8000, temperature=0.0))
     engine.close()
     assert [only.ended for only in late] == ["cancelled"]
-    with pytest.raises(TooBusy):
+    with pytest.raises(Closed):
         ask(engine, Request((65,)))
 
 
@@ -400,9 +315,3 @@ def test_what_cannot_be_answered_is_refused_before_it_waits(
     with pytest.raises(error, match=sentence):
         ask(engine, dataclasses.replace(Request((65,)), **changes))
     assert not engine.tick()
-
-
-def test_states_of_another_model_are_refused(params):
-    other = init_state(dataclasses.replace(CONFIG, head_size=32))
-    with pytest.raises(ValueError, match=r"Engine: `state.wkv` must have shape"):
-        Engine(MODEL, params, BYTES, {"other": other})

@@ -4,12 +4,20 @@ import dataclasses
 
 import pytest
 
-from rwkv7_jax.serving.protocol import Refused, Served, read_call
+from rwkv7_jax.serving.fields import Refused
+from rwkv7_jax.serving.protocol import Served, read_call
 from rwkv7_jax.text.chat_template import CHAT_STOP
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 BYTES = Tokenizer.bytes()
-SERVED = Served("base", ("poet", "a.b-c"), BYTES, 500, most_answers=6)
+SERVED = Served(
+    name="base",
+    states=("poet", "a.b-c"),
+    tokenizer=BYTES,
+    most_bytes=1000,
+    longest_answer=500,
+    most_answers=6,
+)
 HI = [{"role": "user", "content": "hi"}]
 
 
@@ -60,6 +68,8 @@ def test_a_call_without_fields_is_drawn_anew_each_time():
     request = calls[0].requests[0]
     assert (request.temperature, request.top_p, request.tokens) == (1.0, 1.0, 256)
     assert request.state is None and not calls[0].stream
+    # A message ends by itself.
+    assert chat_call().requests[0].tokens == 500
     short = dataclasses.replace(SERVED, longest_answer=9)
     assert read_call({"prompt": "hi"}, short, is_chat=False).requests[0].tokens == 9
 
@@ -150,6 +160,32 @@ def test_each_prompt_has_n_answers_of_following_seeds():
     assert len(chat_call(n=2).requests) == 2
 
 
+def test_what_clients_send_for_nothing_changes_nothing():
+    nothing = {
+        "max_tokens": 20,
+        "max_completion_tokens": 20,
+        "seed": -1,
+        "top_k": -1,
+        "stop": "",
+        "stream": True,
+        "stream_options": {"include_usage": None},
+        "tools": [],
+        "tool_choice": "auto",
+        "parallel_tool_calls": True,
+        "modalities": ["text"],
+        "min_p": 0,
+        "repetition_penalty": 1.0,
+        "prompt_cache_key": "x",
+        "n": None,
+    }
+    plain = text_call(max_tokens=20, seed=0).requests[0]
+    call = text_call(**nothing)
+    assert dataclasses.replace(call.requests[0], seed=0) == plain
+    assert not call.include_usage
+    seeds = {text_call(seed=-1).requests[0].seed for _ in range(8)}
+    assert len(seeds) > 1
+
+
 @pytest.mark.parametrize(
     ("is_chat", "fields", "alternatives"),
     [
@@ -209,7 +245,11 @@ def test_scores_are_asked_for_by_the_interface_s_fields(is_chat, fields, alterna
         ({"top_logprobs": 2}, "`top_logprobs` is no field of this interface."),
         ({"temperature": 10**400}, "`temperature` must be a number below"),
         ({"stream_options": {"include_usage": True}}, "must come with a `stream`"),
-        ({"max_tokens": 3, "max_completion_tokens": 3}, "by one of its names"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "got 3 and 4."),
+        ({"prompt": "a" * 1001}, "at most 1,000 bytes"),
+        ({"tool_choice": "required"}, "`tool_choice` is not served here"),
+        ({"min_p": 0.1}, "`min_p` is not served here"),
+        ({"ignore_eos": 0}, "`ignore_eos` is not served here"),
         ({"logit_bias": {"5": 1}}, "`logit_bias` is not served here"),
         ({"echo": True}, "`echo` is not served here"),
         ({"tools": [{}]}, "`tools` is not served here"),

@@ -38,7 +38,9 @@ class Client:
         """Sends an object."""
         return self.request("POST", address, json.dumps(body).encode())
 
-    def request(self, method, address, content=b"", *, headers=None, leaves=False):
+    def request(
+        self, method, address, content=b"", *, headers=None, leaves=False, is_whole=True
+    ):
         """Sends a request and returns the response.
 
         Args:
@@ -47,13 +49,14 @@ class Client:
             content: of the body.
             headers: by name, with "_" for "-".
             leaves: whether the client goes as soon as the body is sent.
+            is_whole: whether more of the body was announced.
         """
         return asyncio.run(
-            self._request(method, address, content, headers or {}, leaves)
+            self._request(method, address, content, headers or {}, leaves, is_whole)
         )
 
-    async def _request(self, method, address, content, headers, leaves):
-        body = [{"type": "http.request", "body": content}]
+    async def _request(self, method, address, content, headers, leaves, is_whole):
+        body = [{"type": "http.request", "body": content, "more_body": not is_whole}]
         sent = []
         is_answered = asyncio.Event()
 

@@ -1,0 +1,489 @@
+"""What clients get: whole answers, streams, errors; the engine is a script."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import threading
+import time
+
+import pytest
+from asgi_client import Client
+
+from rwkv7_jax.serving.requests import Answer, Closed, Piece, TokenScore, TooBusy
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+pytest.importorskip("starlette", reason="the extra server is not installed")
+
+from rwkv7_jax.serving import app as serving_app
+
+BYTES = Tokenizer.bytes()
+
+
+@dataclasses.dataclass
+class Ticket:
+    """Notes whether the client still waits."""
+
+    cancelled: threading.Event
+
+    def cancel(self):
+        self.cancelled.set()
+
+
+class Script:
+    """An engine that says the same pieces to everybody, from a thread of its own."""
+
+    tokenizer = BYTES
+    state_names = ("poet", "judge")
+    longest_answer = 500
+    most_waiting = 8
+    is_open = True
+    longest_prompt = 2000
+    decoding = 3
+    waiting = 2
+
+    def __init__(self, pieces=("", "H\u00e4", "", "llo \U0001f600"), ended="length"):
+        self.pieces = [piece for piece in pieces if piece]
+        self.ended = ended
+        self.scores = ()
+        self.refusal = None
+        # Requests before the one that is refused.
+        self.accepted = 0
+        self.pause = 0
+        self.failing = None
+        self.waits = False
+        self.requests = []
+        self.cancelled = threading.Event()
+        self.is_running = False
+
+    def start(self):
+        self.is_running = True
+
+    def close(self):
+        self.is_running = False
+        self.cancelled.set()
+
+    def submit(self, request, *, on_piece, on_end):
+        if self.refusal and len(self.requests) >= self.accepted:
+            raise self.refusal
+        index = len(self.requests)
+        self.requests.append(request)
+        ended = "failed" if index == self.failing else self.ended
+
+        def say(ended=ended):
+            time.sleep(self.pause)
+            for piece in self.pieces:
+                with contextlib.suppress(RuntimeError):
+                    on_piece(Piece(piece, self.scores[:1]))
+            if self.waits:
+                self.cancelled.wait(30)
+                ended = "cancelled"
+            text = "".join(self.pieces)
+            error = "a reason" if ended == "failed" else None
+            # The client's loop may have ended; the engine passes over such an error, too.
+            with contextlib.suppress(RuntimeError):
+                on_end(
+                    Answer(
+                        text,
+                        (1, 2, 3),
+                        ended,
+                        prompt_tokens=len(request.prompt),
+                        cached_tokens=2,
+                        scores=self.scores,
+                        error=error,
+                    )
+                )
+
+        threading.Thread(target=say).start()
+        return Ticket(self.cancelled)
+
+
+@pytest.fixture
+def engine():
+    return Script()
+
+
+@pytest.fixture
+def client(engine):
+    return Client(serving_app.make_app(engine, name="base"))
+
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+TEXT = {"prompt": "hi"}
+BODIES = {"/v1/chat/completions": CHAT, "/v1/completions": TEXT}
+
+
+def events(response):
+    """The objects of a stream; [DONE] as a string."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    found = []
+    for line in lines:
+        text = line.removeprefix("data: ")
+        found.append(text if text == "[DONE]" else json.loads(text))
+    return found
+
+
+def test_a_message_is_answered(client, engine):
+    body = client.post("/v1/chat/completions", CHAT).json()
+    (choice,) = body["choices"]
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": "H\u00e4llo \U0001f600",
+    }
+    assert (choice["finish_reason"], body["object"]) == ("length", "chat.completion")
+    (request,) = engine.requests
+    assert BYTES.decode(request.prompt) == "User: hi\n\nAssistant:"
+    assert request.stop_strings == ("\n\nUser:",)
+    assert body["usage"] == {
+        "prompt_tokens": len(request.prompt),
+        "completion_tokens": 3,
+        "total_tokens": len(request.prompt) + 3,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }
+    assert body["model"] == "base" and body["id"].startswith("chatcmpl-")
+
+
+def test_a_text_is_continued(client, engine):
+    engine.ended = "stop_string"
+    body = client.post("/v1/completions", TEXT | {"stop": "x"}).json()
+    (choice,) = body["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (
+        "H\u00e4llo \U0001f600",
+        "stop",
+    )
+    assert (body["object"], choice["logprobs"]) == ("text_completion", None)
+    assert BYTES.decode(engine.requests[0].prompt) == "hi"
+    assert engine.requests[0].stop_strings == ("x",)
+
+
+@pytest.mark.parametrize("usage", [False, True])
+def test_a_stream_is_that_of_the_interface(client, usage):
+    more = {"stream": True, "stream_options": {"include_usage": usage}}
+    chat = events(client.post("/v1/chat/completions", CHAT | more))
+    text = events(client.post("/v1/completions", TEXT | more))
+    for found in (chat, text):
+        assert found.pop() == "[DONE]"
+        if usage:
+            last = found.pop()
+            assert last["choices"] == [] and last["usage"]["completion_tokens"] == 3
+        assert len({event["id"] for event in found}) == 1
+        reasons = [event["choices"][0]["finish_reason"] for event in found]
+        assert reasons == [None] * (len(found) - 1) + ["length"]
+    deltas = [event["choices"][0]["delta"] for event in chat]
+    assert deltas[0] == {"role": "assistant", "content": ""} and deltas[-1] == {}
+    assert "".join(d.get("content", "") for d in deltas) == "H\u00e4llo \U0001f600"
+    assert "".join(e["choices"][0]["text"] for e in text) == "H\u00e4llo \U0001f600"
+
+
+@pytest.mark.parametrize("pieces", [(" ", "a"), (" a",), ()])
+@pytest.mark.parametrize(("think", "opening"), [("off", ""), ("free", "<think")])
+def test_the_opening_of_a_thought_belongs_to_the_answer_and_one_space_does_not(
+    client, engine, pieces, think, opening
+):
+    engine.pieces = list(pieces)
+    expected = opening + "".join(pieces) if opening else "a" * bool(pieces)
+    body = CHAT | {"think": think}
+    whole = client.post("/v1/chat/completions", body).json()
+    assert whole["choices"][0]["message"]["content"] == expected
+    found = events(client.post("/v1/chat/completions", body | {"stream": True}))
+    deltas = [event["choices"][0]["delta"] for event in found[:-1]]
+    assert "".join(d.get("content", "") for d in deltas) == expected
+
+
+def streamed(found):
+    """The texts and the ends of a stream's answers, by number."""
+    texts = {}
+    ends = {}
+    for event in found:
+        for choice in event["choices"]:
+            index = choice["index"]
+            piece = choice.get("delta", {}).get("content", choice.get("text", ""))
+            texts[index] = texts.get(index, "") + (piece or "")
+            if choice["finish_reason"]:
+                assert index not in ends
+                ends[index] = choice["finish_reason"]
+    return texts, ends
+
+
+def test_several_answers_have_numbers_and_their_prompts_count_once(client, engine):
+    said = "H\u00e4llo \U0001f600"
+    for address, body in (
+        ("/v1/chat/completions", CHAT | {"n": 4}),
+        ("/v1/completions", {"prompt": ["hi", "you"], "n": 2}),
+    ):
+        engine.requests.clear()
+        whole = client.post(address, body).json()
+        assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2, 3]
+        prompts = {request.prompt for request in engine.requests}
+        numbers = whole["usage"]
+        assert numbers["prompt_tokens"] == sum(map(len, prompts))
+        assert numbers["completion_tokens"] == 12
+        assert numbers["prompt_tokens_details"]["cached_tokens"] == 2 * len(prompts)
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        *found, last, end = events(client.post(address, body | options))
+        assert end == "[DONE]" and last["usage"] == numbers
+        texts, ends = streamed(found)
+        assert texts == dict.fromkeys(range(4), said)
+        assert ends == dict.fromkeys(range(4), "length")
+
+
+def test_scores_are_those_of_the_interface(client, engine):
+    # An "a", the first of two bytes of a letter, and the id that ends texts.
+    likely = ((98, -0.5), (0xC3 + 1, -1.5), (0, -2.5))
+    engine.scores = (TokenScore(98, -0.5, likely),)
+    names = ["a", "bytes:\\xc3", "token_id:0"]
+    spellings = [[97], [0xC3], []]
+    entries = []
+    for (_, logp), name, spelling in zip(likely, names, spellings, strict=True):
+        entries.append({"token": name, "logprob": logp, "bytes": spelling})
+    chat = {"content": [entries[0] | {"top_logprobs": entries}], "refusal": None}
+    text = {
+        "tokens": ["a"],
+        "token_logprobs": [-0.5],
+        "top_logprobs": [dict(zip(names, (-0.5, -1.5, -2.5), strict=True))],
+    }
+    for address, expected in (
+        ("/v1/chat/completions", chat),
+        ("/v1/completions", text),
+    ):
+        (choice,) = client.post(address, BODIES[address]).json()["choices"]
+        assert choice["logprobs"] == expected
+        found = events(client.post(address, BODIES[address] | {"stream": True}))
+        scored = [event["choices"][0]["logprobs"] for event in found[:-1]]
+        assert [one for one in scored if one] == [expected] * len(engine.pieces)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_of_several_answers_all_come_or_none(client, engine, stream):
+    engine.failing = 1
+    body = CHAT | {"n": 3, "stream": stream}
+    response = client.post("/v1/chat/completions", body)
+    last = events(response)[-1] if stream else response.json()
+    assert last["error"]["message"] == "the answer failed: a reason."
+    engine.requests.clear()
+    engine.refusal = TooBusy("too many requests wait; try again later.")
+    engine.accepted = 2
+    response = client.post("/v1/chat/completions", body)
+    assert response.status_code == 429 and len(engine.requests) == 2
+    assert engine.cancelled.is_set()
+
+
+def test_what_is_served_is_listed(client, engine):
+    names = [entry["id"] for entry in client.get("/v1/models").json()["data"]]
+    assert names == ["base", "base:poet", "base:judge"]
+    for name in (*names, "rwkv:poet"):
+        assert client.get(f"/v1/models/{name}").json()["id"] == name
+    missing = client.get("/v1/models/base:nobody")
+    assert missing.status_code == 404
+    assert "(poet, judge)" in missing.json()["error"]["message"]
+    states = [entry["id"] for entry in client.get("/v1/states").json()["data"]]
+    assert states == ["poet", "judge"]
+    assert client.get("/health").json() == {"status": "ok"}
+    engine.is_open = False
+    assert client.get("/health").status_code == 503
+
+
+@pytest.mark.parametrize("address", BODIES)
+@pytest.mark.parametrize(
+    ("refusal", "status", "error"),
+    [
+        (
+            TooBusy("too many requests wait; try again later."),
+            429,
+            {"code": "too_busy", "message": "too many requests wait; try again later."},
+        ),
+        (
+            Closed("no more requests are taken."),
+            503,
+            {"message": "the server is being stopped."},
+        ),
+        (
+            ValueError("submit: `tokens` must be at least 1; got 0."),
+            400,
+            {
+                "param": "max_tokens",
+                "message": "`max_tokens` must be at least 1; got 0.",
+            },
+        ),
+        (RuntimeError("secret"), 500, {"message": "the server failed: RuntimeError."}),
+    ],
+)
+def test_what_the_engine_refuses_is_said(
+    client, engine, address, refusal, status, error
+):
+    engine.refusal = refusal
+    response = client.post(address, BODIES[address])
+    assert response.status_code == status
+    assert response.json()["error"].items() >= error.items()
+    assert ("retry-after" in response.headers) == (status == 429)
+
+
+@pytest.mark.parametrize("address", BODIES)
+@pytest.mark.parametrize(
+    ("ended", "status", "sentence"),
+    [
+        ("failed", 500, "the answer failed: a reason."),
+        ("cancelled", 503, "the server is being stopped."),
+    ],
+)
+def test_an_answer_without_an_end_is_an_error(
+    client, engine, address, ended, status, sentence
+):
+    engine.ended = ended
+    response = client.post(address, BODIES[address])
+    assert response.status_code == status
+    assert response.json()["error"]["message"] == sentence
+    found = events(client.post(address, BODIES[address] | {"stream": True}))
+    assert found[-1]["error"]["message"] == sentence
+
+
+@pytest.mark.parametrize(
+    ("method", "address", "data", "status", "sentence"),
+    [
+        ("GET", "/v1/nothing", b"", 404, "GET /v1/nothing: Not Found."),
+        (
+            "GET",
+            "/v1/completions",
+            b"",
+            405,
+            "GET /v1/completions: Method Not Allowed.",
+        ),
+        ("POST", "/v1/completions", b"{", 400, "the body is no JSON"),
+        ("POST", "/v1/completions", b"\xff", 400, "the body is no JSON"),
+        ("POST", "/v1/completions", b"[" * 100_000, 400, "the body is no JSON"),
+        (
+            "POST",
+            "/v1/completions",
+            b"[]",
+            400,
+            "the body must be an object; got a list.",
+        ),
+        (
+            "POST",
+            "/v1/completions",
+            b" " * (2**24 + 1),
+            413,
+            "at most 16,777,216 bytes",
+        ),
+    ],
+)
+def test_what_is_no_call_gets_an_error_object(
+    client, method, address, data, status, sentence
+):
+    response = client.request(method, address, data)
+    assert response.status_code == status
+    assert sentence in response.json()["error"]["message"]
+
+
+def test_an_operator_sees_load_and_counts(client, engine):
+    client.post("/v1/completions", TEXT | {"n": 2})
+    client.post("/v1/chat/completions", CHAT | {"stream": True})
+    engine.ended = "failed"
+    client.post("/v1/completions", TEXT)
+    engine.refusal = TooBusy("too many requests wait; try again later.")
+    client.post("/v1/completions", TEXT)
+    response = client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    lines = response.text.splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    prompts = sum(len(request.prompt) for request in engine.requests)
+    expected = {
+        "rwkv7_requests_decoding": 3,
+        "rwkv7_requests_waiting": 2,
+        'rwkv7_requests_total{ended="length"}': 3,
+        'rwkv7_requests_total{ended="failed"}': 1,
+        'rwkv7_requests_total{ended="refused"}': 1,
+        "rwkv7_prompt_tokens_total": prompts,
+        "rwkv7_cached_tokens_total": 8,
+        "rwkv7_answer_tokens_total": 12,
+        "rwkv7_first_text_seconds_count": 4,
+        "rwkv7_answer_seconds_count": 4,
+    }
+    assert {name: float(values[name]) for name in expected} == expected
+
+
+@pytest.mark.parametrize("sent", ["", "secre", "secret ", "Bearer", "secr\u00e8t"])
+def test_without_its_key_a_server_only_says_that_it_is_well(engine, sent):
+    client = Client(serving_app.make_app(engine, name="base", key="secret"))
+    assert client.get("/health").status_code == 200
+    for address in ("/v1/models", "/v1/states", "/nothing"):
+        refused = client.get(address, authorization=f"Bearer {sent}")
+        assert refused.status_code == 401
+        assert refused.json()["error"]["code"] == "invalid_api_key"
+        assert refused.headers["www-authenticate"] == "Bearer"
+    assert client.post("/v1/completions", TEXT).status_code == 401
+    assert not engine.requests
+    found = client.get("/v1/models", authorization="Bearer secret")
+    assert found.status_code == 200
+
+
+def test_a_browser_may_read_answers_for_pages_that_were_named(engine):
+    page = "https://a.example"
+    app = serving_app.make_app(engine, name="base", key="secret", origins=[page])
+    client = Client(app)
+    asks = {
+        "access_control_request_method": "POST",
+        "access_control_request_headers": "authorization,content-type",
+    }
+    address = "/v1/completions"
+    asked = client.request("OPTIONS", address, headers=asks | {"origin": page})
+    assert asked.status_code == 200
+    assert asked.headers["access-control-allow-origin"] == page
+    other = {"origin": "https://b.example"}
+    assert client.request("OPTIONS", address, headers=asks | other).status_code == 400
+    # A page must be able to read why it was refused.
+    refused = client.get("/v1/models", origin=page)
+    assert refused.status_code == 401
+    assert refused.headers["access-control-allow-origin"] == page
+
+
+@pytest.mark.parametrize("address", BODIES)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_is_not_answered_any_more(engine, address, stream):
+    engine.waits = True
+    app = serving_app.make_app(engine, name="base")
+    data = json.dumps(BODIES[address] | {"stream": stream}).encode()
+    Client(app).request("POST", address, data, leaves=True)
+    assert engine.cancelled.wait(30)
+
+
+def test_a_stream_that_waits_says_that_it_is_alive(client, engine, monkeypatch):
+    monkeypatch.setattr(serving_app, "_QUIET_SECONDS", 0.05)
+    engine.pause = 0.2
+    response = client.post("/v1/completions", TEXT | {"stream": True})
+    first, *rest = response.text.split("\n\n")
+    assert first == ": waiting"
+    assert [line for line in rest if line and line[0] != ":"][-1] == "data: [DONE]"
+
+
+@pytest.mark.parametrize("address", BODIES)
+def test_a_client_that_leaves_in_its_body_ends_no_request(engine, caplog, address):
+    app = serving_app.make_app(engine, name="base")
+    Client(app).request("POST", address, b"{", leaves=True, is_whole=False)
+    assert not engine.requests and not caplog.records
+
+
+def test_states_are_looked_up_for_each_call(engine):
+    def refresh():
+        engine.state_names = (*engine.state_names, f"new{len(engine.state_names)}")
+
+    app = serving_app.make_app(engine, name="base", refresh=refresh)
+    client = Client(app)
+    listed = [entry["id"] for entry in client.get("/v1/states").json()["data"]]
+    assert listed == ["poet", "judge", "new2"]
+    called = client.post("/v1/completions", TEXT | {"state": "new3"})
+    assert called.status_code == 200 and engine.requests[0].state == "new3"
+    assert client.get("/v1/models/base:new4").status_code == 200
+
+
+def test_the_engine_runs_while_the_application_does(engine):
+    app = serving_app.make_app(engine, name="base")
+
+    async def live():
+        async with app.router.lifespan_context(app):
+            assert engine.is_running
+
+    asyncio.run(live())
+    assert not engine.is_running

@@ -1,0 +1,74 @@
+"""What prompts share is not read again, and answers stay the same."""
+
+import dataclasses
+
+import jax
+import pytest
+from engine_cases import CONFIG, alone, answer, assert_same
+
+from rwkv7_jax.model.state import init_state
+from rwkv7_jax.serving.prefix_cache import PrefixCache
+from rwkv7_jax.serving.requests import Request
+
+
+def test_a_conversation_is_not_read_again_and_states_share_nothing(params, engine):
+    first = Request(tuple(range(40, 90)), state="poet", tokens=9, temperature=0.0)
+    said = answer(engine, first)
+    assert said.cached_tokens == 0
+    more = first.prompt + said.tokens + (33, 34, 35)
+    second = dataclasses.replace(first, prompt=more)
+    again = answer(engine, second)
+    # All that the first answer had read, its own tokens included.
+    assert again.cached_tokens == len(more) - 3
+    assert_same(again, alone(params, second))
+    other = answer(engine, dataclasses.replace(second, state="judge"))
+    assert other.cached_tokens == 0
+    assert other.tokens == tuple(
+        alone(params, dataclasses.replace(second, state="judge")).tokens[0]
+    )
+    # The same prompt once more: all but its last token.
+    assert answer(engine, second).cached_tokens == len(more) - 1
+
+
+@pytest.mark.parametrize("tokens", [5, 8, 13])
+def test_an_answer_of_any_length_is_not_read_again(engine, tokens):
+    first = Request((70, 71), tokens=tokens, temperature=0.0)
+    said = answer(engine, first)
+    assert (said.ended, len(said.tokens)) == ("length", tokens)
+    more = dataclasses.replace(first, prompt=(*first.prompt, *said.tokens, 33))
+    assert answer(engine, more).cached_tokens == len(more.prompt) - 1
+
+
+def test_what_prompts_share_is_read_twice_at_most(params, engine):
+    system = tuple(range(1, 120))
+    asked = [
+        Request((*system, 200 + number, 130, 131), tokens=5, temperature=0.0)
+        for number in range(4)
+    ]
+    answers = [answer(engine, request) for request in asked]
+    assert [one.cached_tokens for one in answers] == [0, 0, len(system), len(system)]
+    for request, one in zip(asked, answers, strict=True):
+        assert_same(one, alone(params, request))
+
+
+def test_the_cache_forgets_what_was_used_longest_ago():
+    state = init_state(CONFIG)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    # Two states with a few ids each.
+    cache = PrefixCache(2 * size + 30)
+    for tokens in ((1,), (1, 2)):
+        cache.keep(0, tokens, state)
+    assert cache.find(0, (1, 9)).length == 1
+    cache.keep(7, (1, 2, 3), state)
+    assert cache.find(0, (1, 2, 3)).length == 1
+    assert cache.find(7, (1, 2, 3, 4)).length == 3
+    found = cache.find(7, (1, 2))
+    assert (found.length, found.state, found.shared) == (0, None, 2)
+    # The ids take memory, too.
+    cache.keep(7, tuple(range(9)), state)
+    assert cache.find(7, (1, 2, 3, 4)).length == 0
+    cache.clear()
+    assert cache.find(7, tuple(range(9))).shared == 0
+    nothing = PrefixCache(0)
+    nothing.keep(0, (1,), state)
+    assert nothing.find(0, (1, 2)).state is None

@@ -1,0 +1,103 @@
+"""Start states by name: they come, are replaced and go while requests are answered."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+from engine_cases import (
+    BYTES,
+    CONFIG,
+    MODEL,
+    STATES,
+    alone,
+    answer,
+    ask,
+    assert_same,
+    drawn_state,
+)
+
+from rwkv7_jax.checkpoints import load_state, save_state
+from rwkv7_jax.model.state import init_state
+from rwkv7_jax.serving.engine import Engine
+from rwkv7_jax.serving.requests import Request, UnknownState
+from rwkv7_jax.serving.state_files import StateFiles
+from rwkv7_jax.tuning.upscaling import upscale
+
+
+def test_states_come_and_go_while_requests_are_answered(params, engine):
+    request = Request(tuple(range(40, 90)), state="poet", tokens=9, temperature=0.0)
+    before = answer(engine, request)
+    _, answers = ask(engine, request)
+    engine.tick()
+    new = drawn_state(9)
+    engine.put_state("poet", new)
+    engine.put_state("critic", new)
+    after = answer(engine, request)
+    # The one that had begun goes on; nothing of the old state is in the cache for the new.
+    assert answers[0].tokens == before.tokens
+    assert after.cached_tokens == 0
+    assert_same(after, alone(params, request, {"poet": new}))
+    assert engine.state_names == ("poet", "judge", "critic")
+    engine.remove_state("poet")
+    with pytest.raises(UnknownState, match=r"\(judge, critic\); got 'poet'"):
+        ask(engine, request)
+    with pytest.raises(UnknownState):
+        engine.remove_state("poet")
+    as_critic = dataclasses.replace(request, state="critic")
+    assert answer(engine, as_critic).tokens == after.tokens
+
+
+def test_a_state_that_would_change_the_programs_is_refused(params, engine):
+    tokens = jnp.arange(40)[None]
+    upscaled = upscale(MODEL, params, tokens, size=8, kind="gaussian")
+    with pytest.raises(ValueError, match="put_state: `state` must have the form"):
+        engine.put_state("wide", upscaled)
+    with pytest.raises(ValueError, match=r"put_state: `state.wkv` must have shape"):
+        other = dataclasses.replace(CONFIG, head_size=32)
+        engine.put_state("other", init_state(other))
+    both = Engine(MODEL, params, BYTES, {"wide": upscaled}, slots=1)
+    both.put_state("poet", STATES["poet"])
+    request = Request((65, 66, 67), state="poet", tokens=6, temperature=0.0)
+    assert_same(answer(both, request), alone(params, request))
+
+
+def test_states_of_another_model_are_refused(params):
+    other = init_state(dataclasses.replace(CONFIG, head_size=32))
+    with pytest.raises(ValueError, match=r"Engine: `state.wkv` must have shape"):
+        Engine(MODEL, params, BYTES, {"other": other})
+
+
+def test_the_files_of_a_folder_are_served_as_they_are_now(params, tmp_path, caplog):
+    files = StateFiles(
+        {"own": tmp_path / "own" / "a.pth"},
+        [tmp_path],
+        suffixes=[".pth"],
+        load=lambda path: load_state(path, config=CONFIG),
+    )
+    with pytest.raises(ValueError, match=r"a\.pth"):
+        files.read()
+    (tmp_path / "own").mkdir()
+    save_state(tmp_path / "own" / "a.pth", STATES["judge"])
+    save_state(tmp_path / "poet.pth", STATES["poet"])
+    save_state(tmp_path / "no name.pth", STATES["poet"])
+    engine = Engine(MODEL, params, BYTES, files.read(), slots=1)
+    request = Request((65, 66, 67), state="poet", tokens=6, temperature=0.0)
+    assert engine.state_names == ("own", "poet")
+    assert_same(answer(engine, request), alone(params, request))
+
+    # Replaced, new, gone, damaged: one after the other.
+    new = drawn_state(9)
+    save_state(tmp_path / "poet.pth", new)
+    save_state(tmp_path / "critic.pth", new)
+    files.refresh(engine)
+    assert_same(answer(engine, request), alone(params, request, {"poet": new}))
+    assert set(engine.state_names) == {"own", "poet", "critic"}
+    (tmp_path / "critic.pth").unlink()
+    (tmp_path / "own" / "a.pth").unlink()
+    (tmp_path / "poet.pth").write_bytes(b"damaged")
+    for _ in range(2):
+        files.refresh(engine)
+    assert set(engine.state_names) == {"own", "poet"}
+    assert_same(answer(engine, request), alone(params, request, {"poet": new}))
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"serve: `{tmp_path / 'poet.pth'}` is not served: ")
