@@ -12,6 +12,7 @@ from rwkv7_jax.data.documents import Document, Segment
 from rwkv7_jax.data.records.fields import only_name, text_field, without_nulls
 from rwkv7_jax.text.chat_template import (
     SPEAKERS,
+    THOUGHT_BEGIN,
     Message,
     call_text,
     clean_message,
@@ -35,6 +36,9 @@ _ROLES = {
 
 # Names of what an assistant thought: DeepSeek's, OpenRouter's and gpt-oss's.
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+
+# Values of these keys that only say whether an answer thinks, as Nemotron's sets have them.
+_SWITCHES = ("on", "off", "true", "false")
 
 # Names of whether an answer is learnt: OpenAI's and ShareGPT's, axolotl's, ms-swift's.
 _WEIGHTS = ("weight", "train", "loss")
@@ -154,10 +158,28 @@ def _turn(message: Mapping[str, Any], role: str, key: str) -> Message:
     if not calls or key in message:
         content = _said(message, key)
     thought = None
-    if name := only_name(message, _THOUGHTS):
-        # Nothing between the marks of a thought would be a blank line, which ends a turn.
-        thought = clean_message(text_field(message, name).decode()) or None
+    held = thoughts_in(message)
+    if name := only_name(held, _THOUGHTS):
+        thought = clean_message(text_field(held, name).decode())
+        if content.startswith(THOUGHT_BEGIN):
+            raise ValueError(
+                f'"{name}", and an answer that begins with {THOUGHT_BEGIN}'
+            )
     return Message(role, content, thought, calls)
+
+
+def thoughts_in(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what stands under the names of thoughts, in a message or beside a question.
+
+    Blank texts are none: nothing between the marks of a thought would be a blank line, which ends a
+    turn.
+    """
+    found = {}
+    for name in _THOUGHTS:
+        value = fields.get(name)
+        if value and str(value).strip().lower() not in ("", *_SWITCHES):
+            found[name] = value
+    return found
 
 
 def _calls(message: Mapping[str, Any]) -> tuple[str, ...]:

@@ -16,9 +16,10 @@ A record is one object with one of these, or the second form of a chat:
                                                           the names that other data sets use)
 
 A record with a conversation may hold what the system says ("system"), name a think mode ("think")
-and hold functions ("tools"); an assistant may have thoughts ("reasoning_content") and call
-functions ("tool_calls"), role "tool" says what they gave, and a "weight" of 0 leaves an answer out
-of the loss. A key whose value is null is one that a record, or a message, does not have.
+and hold functions ("tools"); an assistant may have thoughts ("reasoning_content"; beside one
+question they are those of its answer) and call functions ("tool_calls"), role "tool" says what they
+gave, and a "weight" of 0 leaves an answer out of the loss. A key whose value is null is one that a
+record, or a message, does not have.
 """
 
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ from rwkv7_jax.data.records.conversations import (
     conversation,
     is_conversation,
     read_message,
+    thoughts_in,
 )
 from rwkv7_jax.data.records.fields import (
     check_object,
@@ -91,11 +93,13 @@ def parse_record(record: Any) -> Document:
         return Document((Segment(text_field(record, "text")),))
     _refuse_undesired(record)
     if kinds == ["messages"]:
+        _refuse_loose_thoughts(record, "messages")
         return _chat(record, _with_system(record, record["messages"]))
     _refuse_pairs(record)
     if kinds == ["prompt"]:
         return _answered_prompt(record)
     if name := only_name(record, _CONVERSATIONS):
+        _refuse_loose_thoughts(record, name)
         return _chat(record, _with_system(record, _with_roles(record[name])), name)
     question = "instruction"
     answer = "output"
@@ -162,6 +166,7 @@ def _answered_prompt(record: Mapping[str, Any]) -> Document:
         raise ValueError(f'no "answer" or "completion"; {keys_of(record)}')
     prompt = record["prompt"]
     completion = record[name]
+    _refuse_loose_thoughts(record, "prompt")
     if isinstance(prompt, list) and isinstance(completion, list):
         prompt = _with_system(record, prompt)
         messages = [*prompt, *completion]
@@ -176,6 +181,20 @@ def _answered_prompt(record: Mapping[str, Any]) -> Document:
     if not answer:
         raise ValueError(f'"{name}" is empty')
     return Document((Segment(question, in_loss=False), Segment(answer)))
+
+
+def _refuse_loose_thoughts(record: Mapping[str, Any], name: str) -> None:
+    """Refuses thoughts beside a conversation, or beside a prompt that is read as it stands.
+
+    Raises:
+        ValueError: there are such thoughts.
+    """
+    thought = next(iter(thoughts_in(record)), None)
+    if thought is not None:
+        raise ValueError(
+            f'"{thought}" next to "{name}": write the thoughts into the answer that they precede, '
+            f'or rename "{thought}" where it means something else'
+        )
 
 
 def _with_roles(messages: Any) -> Any:
@@ -235,7 +254,7 @@ def _one_question(
         messages.append({"role": "assistant", "content": pair[1]})
     answer = text_field(record, answer_name).decode()
     messages.append({"role": "user", "content": question})
-    messages.append({"role": "assistant", "content": answer})
+    messages.append({"role": "assistant", "content": answer, **thoughts_in(record)})
     return _chat(record, _with_system(record, messages))
 
 
