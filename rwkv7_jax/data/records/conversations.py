@@ -9,7 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rwkv7_jax.data.documents import Document, Segment
-from rwkv7_jax.data.records.fields import only_name, text_field, without_nulls
+from rwkv7_jax.data.records.fields import (
+    keys_of,
+    only_name,
+    text_field,
+    without_nulls,
+)
 from rwkv7_jax.text.chat_template import (
     SPEAKERS,
     THOUGHT_BEGIN,
@@ -41,7 +46,7 @@ _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _SWITCHES = ("on", "off", "true", "false")
 
 # Names of whether an answer is learnt: OpenAI's and ShareGPT's, axolotl's, ms-swift's.
-_WEIGHTS = ("weight", "train", "loss")
+WEIGHTS = ("weight", "train", "loss")
 
 
 def is_conversation(value: Any) -> bool:
@@ -115,7 +120,7 @@ def conversation(
 
 def _is_learnt(message: Mapping[str, Any], number: int) -> bool:
     """Tells whether an answer counts in the loss, as its message says."""
-    for name in _WEIGHTS:
+    for name in WEIGHTS:
         weight = message.get(name)
         # True and False are equal to 1 and 0.
         if weight is not None and weight not in (0, 1):
@@ -140,7 +145,8 @@ def read_message(message: Any, number: int) -> Message:
         role = _ROLES.get(role.lower(), role.lower())
     if not isinstance(role, str) or role not in SPEAKERS:
         raise ValueError(
-            f"message {number}: role must be {', '.join(SPEAKERS)}; got {role!r:.60}"
+            f"message {number}: role must be {', '.join(SPEAKERS)}; got {role!r:.60}, and "
+            f"{keys_of(message)}"
         )
     try:
         return _turn(message, role, "value" if is_sharegpt else "content")

@@ -124,10 +124,10 @@ def _of_table(content: dict[str, Any]) -> list[Any] | None:
         return None
     if all(map(names_record, values)):
         return values
-    of_columns = all(column.keys() == values[0].keys() for column in values)
-    if names_record(content) and of_columns:
-        return [{name: content[name][row] for name in content} for row in values[0]]
-    return None
+    if any(column.keys() != values[0].keys() for column in values):
+        return None
+    rows = [{name: content[name][row] for name in content} for row in values[0]]
+    return rows if names_record(content) or any(map(is_record, rows)) else None
 
 
 def _is_list_of(value: Any, kind: type) -> TypeGuard[list[Any]]:

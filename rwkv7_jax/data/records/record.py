@@ -4,7 +4,8 @@ A record is one object with one of these, or the second form of a chat:
 
     {"text": ...}                                         all of it is in the loss
     {"prompt": ..., "answer": ...}                        as they stand; the answer is in the loss
-                                                          ("completion" is another name of it)
+                                                          (also called "completion", "response"
+                                                          or "output")
     {"messages": [{"role": ..., "content": ...}, ...]}    a chat; the assistant is in the loss
     [{"role": ..., "content": ...}, ...]                  the same without a name
     {"conversations": [{"from": ..., "value": ...}, ...]} the same, as ShareGPT has it
@@ -12,8 +13,9 @@ A record is one object with one of these, or the second form of a chat:
     {"prompt": [...], "completion": [...]}                two parts of a chat, as TRL has it; the
                                                           second part's assistant is in the loss
     {"instruction": ..., "input": ..., "output": ...}     the same of one question, as Alpaca has it
-                                                          (`_QUESTIONS` and what follows it are
-                                                          the names that other data sets use)
+                                                          (`questions` has the names that other
+                                                          data sets use)
+    {"conversation": [{"human": ..., "assistant": ...}]}  the same of several, as Firefly has it
 
 A record with a conversation may hold what the system says ("system"), name a think mode ("think")
 and hold functions ("tools"); an assistant may have thoughts ("reasoning_content"; beside one
@@ -27,6 +29,7 @@ from typing import Any
 
 from rwkv7_jax.data.documents import Document, Segment
 from rwkv7_jax.data.records.conversations import (
+    WEIGHTS,
     conversation,
     is_conversation,
     read_message,
@@ -40,6 +43,14 @@ from rwkv7_jax.data.records.fields import (
     text_field,
     without_nulls,
 )
+from rwkv7_jax.data.records.questions import (
+    ANSWER_NAMES,
+    CONTEXTS,
+    QUESTIONS,
+    answered_question,
+    is_pair,
+    names_question,
+)
 from rwkv7_jax.text.chat_template import read_tools, tool_texts
 
 KINDS = ("text", "prompt", "messages")
@@ -48,12 +59,8 @@ KINDS = ("text", "prompt", "messages")
 _CONVERSATIONS = ("conversations", "conversation", "data")
 
 # Names of what follows a prompt as it stands; the second one is of TRL.
-_ANSWERS_AS_THEY_STAND = ("answer", "completion")
+_ANSWERS_AS_THEY_STAND = ("answer", "completion", "response", "output")
 
-# Names of one question with an answer in Alpaca, Dolly, OpenOrca, MetaMathQA and GSM8K.
-_QUESTIONS = ("instruction", "question", "query")
-_CONTEXTS = ("input", "context")
-_ANSWERS = ("output", "response", "answer")
 _SYSTEM_TEXTS = ("system", "system_prompt")
 
 # Names under which KTO's data sets say whether an answer is desired: TRL's and LLaMA-Factory's.
@@ -69,8 +76,7 @@ def names_record(value: Any) -> bool:
         return False
     if any(name in value for name in (*KINDS, "conversations")):
         return True
-    has_question = any(name in value for name in _QUESTIONS)
-    return has_question and any(name in value for name in _ANSWERS)
+    return names_question(value)
 
 
 def parse_record(record: Any) -> Document:
@@ -93,22 +99,14 @@ def parse_record(record: Any) -> Document:
         return Document((Segment(text_field(record, "text")),))
     _refuse_undesired(record)
     if kinds == ["messages"]:
-        _refuse_loose_thoughts(record, "messages")
-        return _chat(record, _with_system(record, record["messages"]))
+        return _named_chat(record, "messages")
     _refuse_pairs(record)
     if kinds == ["prompt"]:
         return _answered_prompt(record)
     if name := only_name(record, _CONVERSATIONS):
-        _refuse_loose_thoughts(record, name)
-        return _chat(record, _with_system(record, _with_roles(record[name])), name)
-    question = "instruction"
-    answer = "output"
-    # Alpaca's two names count, whatever else a record holds.
-    if question not in record or answer not in record:
-        question = only_name(record, _QUESTIONS)
-        answer = only_name(record, _ANSWERS)
-    if question and answer:
-        return _one_question(record, question, answer)
+        return _named_chat(record, name)
+    if messages := answered_question(record):
+        return _chat(record, _with_system(record, messages))
     raise ValueError(
         'must have a "text", a "prompt" or "messages" (or "conversations", "instruction" and '
         f'"output", or "question" and "answer"); {keys_of(whole)}'
@@ -133,7 +131,7 @@ def _refuse_undesired(record: Mapping[str, Any]) -> None:
     Raises:
         ValueError: it does.
     """
-    answers = (*_CONVERSATIONS, *_ANSWERS_AS_THEY_STAND, *_ANSWERS)
+    answers = (*_CONVERSATIONS, *_ANSWERS_AS_THEY_STAND, *ANSWER_NAMES)
     if not any(name in record for name in ("messages", *answers)):
         return
     for name in _DESIRED:
@@ -163,7 +161,8 @@ def _answered_prompt(record: Mapping[str, Any]) -> Document:
     """Makes a document of a prompt and its answer, as they stand or as two parts of a chat."""
     name = only_name(record, _ANSWERS_AS_THEY_STAND)
     if name is None:
-        raise ValueError(f'no "answer" or "completion"; {keys_of(record)}')
+        names = " or ".join(f'"{name}"' for name in _ANSWERS_AS_THEY_STAND)
+        raise ValueError(f"no {names}; {keys_of(record)}")
     prompt = record["prompt"]
     completion = record[name]
     _refuse_loose_thoughts(record, "prompt")
@@ -171,16 +170,26 @@ def _answered_prompt(record: Mapping[str, Any]) -> Document:
         prompt = _with_system(record, prompt)
         messages = [*prompt, *completion]
         return _chat(record, messages, name, learn_from=len(prompt))
-    if system := optional_name(record, _SYSTEM_TEXTS):
-        raise ValueError(
-            f'"{system}" next to a "prompt" that is read as it stands: begin the prompt with it, '
-            'or write "messages"'
-        )
+    _refuse_beside_prompt(record)
     question = text_field(record, "prompt")
     answer = text_field(record, name)
     if not answer:
         raise ValueError(f'"{name}" is empty')
     return Document((Segment(question, in_loss=False), Segment(answer)))
+
+
+def _refuse_beside_prompt(record: Mapping[str, Any]) -> None:
+    """Refuses what a conversation would begin with beside a prompt that is read as it stands.
+
+    Raises:
+        ValueError: there is something.
+    """
+    for name in (*_SYSTEM_TEXTS, *QUESTIONS, *CONTEXTS, "history"):
+        if record.get(name):
+            raise ValueError(
+                f'"{name}" next to a "prompt" that is read as it stands: begin the prompt with it, '
+                'leave one of the two out, or write "messages"'
+            )
 
 
 def _refuse_loose_thoughts(record: Mapping[str, Any], name: str) -> None:
@@ -233,29 +242,46 @@ def _with_system(record: Mapping[str, Any], messages: Any) -> Any:
     return messages
 
 
-def _one_question(
-    record: Mapping[str, Any], question_name: str, answer_name: str
-) -> Document:
-    """Makes a conversation of a question and its answer; the context follows on a new line.
+def _with_pairs(turns: Any) -> Any:
+    """Makes messages of turns that hold a question and its answer each, as Firefly's do.
 
-    A "history" of earlier questions and answers comes first, as LLaMA-Factory has it.
+    Raises:
+        ValueError: such a turn with two questions or two answers, or one that is no text.
     """
-    question = text_field(record, question_name).decode()
-    if context := optional_name(record, _CONTEXTS):
-        question += "\n" + text_field(record, context).decode()
+    if not isinstance(turns, list):
+        return turns
     messages = []
-    history = record.get("history") or []
-    if not isinstance(history, list):
-        raise ValueError('"history" must be a list of pairs')
-    for pair in history:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise ValueError('"history" must be a list of pairs')
-        messages.append({"role": "user", "content": pair[0]})
-        messages.append({"role": "assistant", "content": pair[1]})
-    answer = text_field(record, answer_name).decode()
-    messages.append({"role": "user", "content": question})
-    messages.append({"role": "assistant", "content": answer, **thoughts_in(record)})
-    return _chat(record, _with_system(record, messages))
+    for number, turn in enumerate(turns, 1):
+        try:
+            messages += _messages_of(turn)
+        except ValueError as error:
+            raise ValueError(f"turn {number}: {error}") from None
+    return messages
+
+
+def _messages_of(turn: Any) -> list[Any]:
+    """Makes messages of a turn, which is one itself where it names a role."""
+    if not isinstance(turn, Mapping):
+        return [turn]
+    fields = without_nulls(turn)
+    if not is_pair(fields):
+        return [turn]
+    messages = answered_question(fields)
+    for name in WEIGHTS:
+        messages[-1][name] = fields.get(name)
+    return _with_system(fields, messages)
+
+
+def _named_chat(record: Mapping[str, Any], name: str) -> Document:
+    """Makes a document of the conversation that a record holds under a name."""
+    _refuse_loose_thoughts(record, name)
+    turns = record[name]
+    if name != "messages":
+        turns = _with_roles(turns)
+    # Tables hold their records under this name.
+    if name != "data":
+        turns = _with_pairs(turns)
+    return _chat(record, _with_system(record, turns), name)
 
 
 def _chat(
