@@ -54,7 +54,7 @@ def add_data_command(subparsers) -> None:
     add(
         "--as-bytes",
         action="store_true",
-        help="read files that are no text as their bytes",
+        help="read files that are no text or not UTF-8 as their bytes",
     )
     add(
         "--show",
@@ -174,11 +174,6 @@ def _describe_cache(
         lines.append(
             f"files passed over: {stats.passed_over:,} (hidden, pictures, editors' files, links "
             "to nothing)"
-        )
-    if stats.not_utf8:
-        lines.append(
-            f"files that are not UTF-8, read as their bytes: {stats.not_utf8:,}; the first: "
-            f"{stats.first_not_utf8} (--encoding reads gbk, latin-1 and others)"
         )
     return "\n".join(lines)
 

@@ -26,17 +26,12 @@ class ReadStats:
         skipped: lines that were left out.
         first_error: why the first of them was, as `file:line: reason`.
         passed_over: files of a folder that are no texts.
-        not_utf8: files of text whose bytes are not UTF-8.
-        first_not_utf8: the first of them.
     """
 
     bytes: int = 0
     skipped: int = 0
     first_error: str = ""
     passed_over: int = 0
-    # Left out of comparisons: these fields only explain.
-    not_utf8: int = dataclasses.field(default=0, compare=False)
-    first_not_utf8: str = dataclasses.field(default="", compare=False)
 
     def skip(self, reason: str) -> None:
         """Counts a line that is left out."""
@@ -52,11 +47,6 @@ class ReadStats:
         if on_bad == "error":
             raise ValueError(reason) from None
         self.skip(reason)
-
-    def note_not_utf8(self, file: str) -> None:
-        """Counts a file whose bytes are read as they stand."""
-        self.not_utf8 += 1
-        self.first_not_utf8 = self.first_not_utf8 or file
 
 
 def read_jsonl(

@@ -190,7 +190,7 @@ def token_stream(
             position: its end is held out).
         held_out: the share held out.
         on_bad: "error" or "skip", for bad lines of .jsonl files; a warning counts them.
-        as_bytes: takes files that are no text, and reads their bytes.
+        as_bytes: takes files that are no text or not UTF-8, and reads their bytes.
         encoding: of files of text, such as "gbk"; by default UTF-8.
 
     Raises:
@@ -255,7 +255,7 @@ def packed(
         tokenizer: encodes documents; None is World's.
         split: "all", "train" or "held_out".
         held_out: the share held out.
-        as_bytes: takes files that are no text, and reads their bytes.
+        as_bytes: takes files that are no text or not UTF-8, and reads their bytes.
         encoding: of files of text; by default UTF-8.
         start_step: the step of the first batch.
         order: "shuffled" or "cubic", as in `batch_at`.

@@ -20,6 +20,7 @@ from rwkv7_jax.data.records.json_files import (
 from rwkv7_jax.data.records.record import parse_record
 from rwkv7_jax.data.records.tables import TABLES, check_table, table_documents
 from rwkv7_jax.data.text_files import (
+    AS_BYTES,
     TextFile,
     check_content,
     check_encoding,
@@ -128,13 +129,13 @@ def documents(
             hidden files, pictures and what editors leave are passed over); or a name of `BUILT_IN`.
         on_bad: what to do with a bad line of a .jsonl file: "error", or "skip".
         stats: counts what is read and skipped; without it, warnings say what was.
-        as_bytes: takes files that are no text, and reads them and `.json` files as their bytes.
-        encoding: of the text, such as "utf-16" or "gbk"; by default it is UTF-8, and other bytes
-            are read as they stand, with a warning.
+        as_bytes: takes files that are no text or not UTF-8, and reads them and `.json` files as
+            their bytes.
+        encoding: of the text, such as "utf-16" or "gbk"; by default it is UTF-8.
 
     Raises:
-        ValueError: nothing of that name, a file that is no text (the message says what it is), or
-            a bad line, as `file:line: reason`.
+        ValueError: nothing of that name, a file that is no text (the message says what it is) or
+            not of its encoding, or a bad line, as `file:line: reason`.
     """
     with prefix_errors("documents"):
         check_choice(on_bad, ON_BAD, "`on_bad`")
@@ -225,8 +226,13 @@ def _records_or_text(
     is_named: bool,
 ) -> Iterator[Document]:
     """Yields the records of a file of JSON, or any other file as one text."""
-    if not check_is_text(file, encoding=encoding):
-        stats.note_not_utf8(str(file))
+    wrong = check_is_text(file, encoding=encoding)
+    if wrong is not None:
+        raise ValueError(
+            f"documents: `{file}` is not UTF-8 at byte {wrong:,}: name its encoding, such as "
+            "`--config.data.encoding=gbk` (`encoding`, or `--encoding gbk` of `rwkv7 data`); "
+            f"{AS_BYTES}."
+        )
     suffix = inner_suffix(file)
     if suffix in (".json", *LINES):
         # A folder of code has files of JSON with remarks, or of other dialects.
@@ -275,12 +281,5 @@ def warn_of_skipped(
         warnings.warn(
             f"{stats.passed_over} files below {source} were passed over: hidden files, pictures, "
             "what editors leave, or links to nothing",
-            stacklevel=stacklevel,
-        )
-    if stats.not_utf8:
-        warnings.warn(
-            f"{stats.not_utf8} files of {source} are not UTF-8, so their bytes are read as they "
-            f"stand; the first: {stats.first_not_utf8}; `encoding` (`config.data.encoding`) reads "
-            "gbk, latin-1 and others",
             stacklevel=stacklevel,
         )

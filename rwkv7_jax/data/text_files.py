@@ -19,7 +19,10 @@ from typing import Any
 # Bytes of a file that are held in memory at once.
 CHUNK = 1 << 16
 
-AS_BYTES = "`--config.data.as_bytes=True` (`as_bytes`) reads its bytes all the same"
+AS_BYTES = (
+    "`--config.data.as_bytes=True` (`as_bytes`, or `--as-bytes` of `rwkv7 data`) reads its bytes "
+    "all the same"
+)
 
 _CONVERT = "convert it to lines of JSON first"
 
@@ -293,11 +296,11 @@ class TextFile:
             decoder = codecs.getincrementaldecoder(self.encoding)()
             yield from self._without_text_mark(self._decoded(decoder))
         else:
-            yield from _without_mark(self._decompressed())
+            yield from _without_mark(self.stored_chunks())
 
     def _decoded(self, decoder: Any) -> Iterator[str]:
         done = 0
-        for chunk in self._decompressed():
+        for chunk in self.stored_chunks():
             yield self._decode(decoder, chunk, done, final=False)
             done += len(chunk)
         yield self._decode(decoder, b"", done, final=True)
@@ -332,7 +335,12 @@ class TextFile:
                 "set `encoding` to another one."
             ) from None
 
-    def _decompressed(self) -> Iterator[bytes]:
+    def stored_chunks(self) -> Iterator[bytes]:
+        """Reads the bytes that are stored, decompressed and otherwise as they are.
+
+        Raises:
+            ValueError: the file is damaged or ends early.
+        """
         compression = _compression(head_of(self.path))
         try:
             yield from _inner_chunks(self.path, compression)
@@ -375,12 +383,16 @@ class TextFile:
         return sum(map(len, self.chunks()))
 
 
-def check_is_text(path: Path, *, encoding: str | None) -> bool:
-    """Checks that a file holds text, and tells whether that is UTF-8.
+def check_is_text(path: Path, *, encoding: str | None) -> int | None:
+    """Checks that a file holds text, and finds its first byte that is not UTF-8.
 
     Args:
         path: of a file.
         encoding: of its text; None is UTF-8, or bytes that are close to it.
+
+    Returns:
+        The place of that byte in the file, or in what it holds compressed; None where all is UTF-8
+        and where an encoding is named.
 
     Raises:
         ValueError: the content is no text, or the name is that of a table or an archive; the
@@ -391,11 +403,11 @@ def check_is_text(path: Path, *, encoding: str | None) -> bool:
     if foreign:
         raise _foreign_error(path, *foreign)
     if encoding is not None:
-        return True
+        return None
     decoder = codecs.getincrementaldecoder("utf-8")()
-    is_utf8 = True
+    wrong = None
     done = 0
-    for chunk in TextFile(path).chunks():
+    for chunk in TextFile(path).stored_chunks():
         if done == 0:
             _check_head(path, chunk)
         place = chunk.find(b"\0")
@@ -404,17 +416,26 @@ def check_is_text(path: Path, *, encoding: str | None) -> bool:
                 f"documents: `{path}` has a zero byte at {done + place:,}, so it is no text or was "
                 f"not downloaded to its end; {AS_BYTES}."
             )
+        if wrong is None:
+            wrong = _wrong_byte(decoder, chunk, done)
         done += len(chunk)
-        if is_utf8:
-            try:
-                decoder.decode(chunk)
-            except UnicodeDecodeError:
-                is_utf8 = False
-    # A character that was begun counts as well.
-    with contextlib.suppress(UnicodeDecodeError):
-        decoder.decode(b"", final=True)
-        return is_utf8
-    return False
+    if wrong is None:
+        # A character may have been begun.
+        wrong = _wrong_byte(decoder, b"", done, final=True)
+    return wrong
+
+
+def _wrong_byte(
+    decoder: codecs.IncrementalDecoder, chunk: bytes, done: int, *, final: bool = False
+) -> int | None:
+    """Decodes a chunk; returns the place of the first byte that cannot be, in the file."""
+    # Bytes of a character that the last chunk began come before those of this one.
+    begun, _ = decoder.getstate()
+    try:
+        decoder.decode(chunk, final)
+    except UnicodeDecodeError as error:
+        return done - len(begun) + error.start
+    return None
 
 
 def check_content(path: Path) -> None:

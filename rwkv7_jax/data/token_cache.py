@@ -107,7 +107,7 @@ def write_cache(
         path: of the `.bin` file.
         tokenizer: encodes documents.
         on_bad: "error" or "skip", for bad lines of .jsonl files.
-        as_bytes: takes files that are no text, and reads their bytes.
+        as_bytes: takes files that are no text or not UTF-8, and reads their bytes.
         encoding: of files of text; by default UTF-8.
         progress: called with bytes read and bytes in all (0 where that is not known).
 

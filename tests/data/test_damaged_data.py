@@ -146,11 +146,15 @@ def test_crlf_blank_lines_and_a_line_of_fifty_megabytes_are_read(file):
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, WORLD], ids=lambda t: t.name)
-def test_a_text_that_is_not_utf8_is_read_as_its_bytes(tmp_path, tokenizer):
+def test_a_text_that_is_not_utf8_is_read_as_its_bytes_where_they_are_asked_for(
+    tmp_path, tokenizer
+):
     data = b"caf\xe9 \xff\xfe\x80 \xed\xa0\x80 \xe2\x82"
-    (tmp_path / "latin.txt").write_bytes(data)
-    with pytest.warns(UserWarning, match=r"1 files of .*latin.txt are not UTF-8"):
-        stream = token_stream(tmp_path / "latin.txt", tokenizer)[:].tolist()
+    path = tmp_path / "latin.txt"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"latin.txt` is not UTF-8 at byte 3: "):
+        token_stream(path, tokenizer)
+    stream = token_stream(path, tokenizer, as_bytes=True)[:].tolist()
     assert stream[-1] == 0 and tokenizer.decode_bytes(stream[:-1]) == data
 
 

@@ -279,10 +279,8 @@ def test_a_byte_order_mark_at_the_beginning_is_no_text(
 ):
     path = tmp_path / name
     path.write_bytes(compress(MARK + content))
-    stats = ReadStats()
-    (document,) = documents(path, encoding=encoding, stats=stats)
+    (document,) = documents(path, encoding=encoding)
     assert document.text() == text
-    assert stats.not_utf8 == 0
     if name == "x.txt":
         assert TextFile(path, encoding).size() == len(text)
         (document,) = documents(path, as_bytes=True)
@@ -335,12 +333,50 @@ def test_a_mark_is_found_however_a_file_is_cut_into_chunks(tmp_path, monkeypatch
         assert b"".join(TextFile(path).chunks()) == b"abcdef"
 
 
-def test_gbk_read_as_utf8_is_said_and_wrong_encodings_are_named(tmp_path):
-    (tmp_path / "x.txt").write_bytes("海的声音".encode("gbk"))
-    with pytest.warns(
-        UserWarning, match="are not UTF-8, so their bytes are read as they stand"
-    ):
-        token_stream(tmp_path / "x.txt", BYTES)
+CURES = (
+    "--config.data.encoding=gbk",
+    "--encoding gbk",
+    "data.as_bytes=True",
+    "--as-bytes",
+)
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.py", "x", "x.json"])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        ("\u6d77\u7684\u58f0\u97f3".encode("gbk"), "0"),
+        ("sea: \u6d77".encode("gbk"), "5"),
+        (b"caf\xe9", "3"),
+        (MARK + b"caf\xe9", "6"),
+        ("\u6d77".encode() * 400 + b"\xff and more", "1,200"),
+        (b"so \xed\xa0\x80", "3"),
+        (b"a\xe2\x82", "1"),
+    ],
+)
+def test_a_text_that_is_not_utf8_is_named_with_the_place_and_both_cures(
+    tmp_path, name, compress, content, place, monkeypatch
+):
+    path = tmp_path / name
+    path.write_bytes(compress(content))
+    (tmp_path / "a.txt").write_bytes(b"good")
+    for size in (1, 3, 1 << 16):
+        monkeypatch.setattr(text_files, "CHUNK", size)
+        for source in (path, tmp_path):
+            with pytest.raises(
+                ValueError, match=f"{name}` is not UTF-8 at byte {place}:"
+            ) as said:
+                list(documents(source, on_bad="skip"))
+            assert all(cure in str(said.value) for cure in CURES)
+    (document,) = documents(path, as_bytes=True)
+    assert document.text() == path.read_bytes()
+    (document,) = documents(path, encoding="latin-1")
+    assert document.text() == content.decode("latin-1").encode()
+
+
+def test_wrong_encodings_are_named(tmp_path):
+    (tmp_path / "x.txt").write_bytes("\u6d77".encode("gbk"))
     with pytest.raises(ValueError, match=r"x.txt` is not ascii at about byte 0"):
         token_stream(tmp_path / "x.txt", BYTES, encoding="ascii")
     for wrong in ("klingon", "rot13", "zip", "", "base64"):

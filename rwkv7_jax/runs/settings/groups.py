@@ -61,7 +61,8 @@ class DataSettings:
         order: "shuffled" by the seed, anew in every epoch, or "cubic", that of RWKV's own trainer,
             which has no seed and is the same in every epoch (for packing "stream").
         evaluation: what evaluation reads instead of the held-out part of `path`; all of it.
-        as_bytes: takes files that are no text (tables, archives, pictures), and reads their bytes.
+        as_bytes: takes files that are no text (tables, archives, pictures) or not UTF-8, and reads
+            their bytes.
         encoding: of the text, such as "utf-16" or "gbk"; by default it is UTF-8.
         vocabulary: "world", "bytes", "bytes256" (raw), "ids" (numbers), a vocabulary file in
             World's format or a tokenizer.json; by default that of the checkpoint or of its size.
