@@ -19,7 +19,13 @@ from rwkv7_jax.data.choices import ON_BAD, PACKINGS
 from rwkv7_jax.data.loading import batch_at, data_hash, token_stream
 from rwkv7_jax.data.readers import ReadStats, size_of
 from rwkv7_jax.data.row_preview import preview_row
-from rwkv7_jax.data.token_cache import SUFFIXES, CacheMetadata, read_card, write_cache
+from rwkv7_jax.data.token_cache import (
+    SUFFIXES,
+    CacheMetadata,
+    cache_file,
+    read_card,
+    write_cache,
+)
 from rwkv7_jax.local_paths import local_path, split_paths
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -28,8 +34,6 @@ from rwkv7_jax.text.vocabularies import NAMES, load_vocabulary
 _SOURCE_HELP = (
     "a .jsonl or text file, a folder, a built-in text, or several with commas"
 )
-
-_CACHE_SUFFIXES = (".bin", ".idx")
 
 
 def add_data_command(subparsers) -> None:
@@ -101,9 +105,10 @@ def _tokenizer(vocabulary: str | None, sources: list[str]) -> Tokenizer:
         return load_vocabulary(vocabulary, argument="data: `--vocabulary`")
     # A cache knows its vocabulary; ids of another one would be other text.
     for source in sources:
-        if not source.lower().endswith(_CACHE_SUFFIXES):
+        cache = cache_file(source)
+        if cache is None:
             continue
-        card = read_card(source)
+        card = read_card(cache)
         if card is None:
             continue
         if card.vocabulary not in NAMES:
@@ -146,7 +151,7 @@ def _write(
 def _cache_target(out: str, sources: list[str]) -> Path:
     """Returns the path of a cache's ids; refuses sources that are caches, and to write over one."""
     for source in sources:
-        if source.lower().endswith(_CACHE_SUFFIXES):
+        if cache_file(source) is not None:
             raise ValueError(f"data: `SOURCE` must be text; got the ids of {source}.")
     target = Path(out)
     # `with_suffix` would cut the ".5" of a name such as "v1.5".

@@ -27,7 +27,12 @@ from rwkv7_jax.data.choices import ON_BAD, SPLITS, Split
 from rwkv7_jax.data.documents import Document, Encoder, held_out_threshold
 from rwkv7_jax.data.jsonl import ReadStats
 from rwkv7_jax.data.readers import documents, warn_of_skipped
-from rwkv7_jax.data.token_cache import check_vocabulary, open_cache, split_by_position
+from rwkv7_jax.data.token_cache import (
+    cache_file,
+    check_vocabulary,
+    open_cache,
+    split_by_position,
+)
 from rwkv7_jax.data.token_streams import TokenArray, TokenStream, data_hash
 from rwkv7_jax.local_paths import local_path
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -86,9 +91,10 @@ def _open(path: str | Path, tokenizer: Tokenizer, reading: _Reading) -> TokenStr
     # Python's `Path("")` is the current folder, and would read all that lies below it.
     if isinstance(path, str) and path not in BUILT_IN:
         path = local_path(path, "token_stream: `source`")
-    if Path(path).suffix.lower() in (".bin", ".idx"):
+    cache = cache_file(path)
+    if cache is not None:
         return open_cache(
-            path, tokenizer, split=reading.split, held_out=reading.held_out
+            cache, tokenizer, split=reading.split, held_out=reading.held_out
         )
     return _read(path, tokenizer, reading)
 
@@ -125,7 +131,7 @@ def _read(source: str | Path, tokenizer: Tokenizer, reading: _Reading) -> TokenS
 
 def _holds_document(path: str | Path, reading: _Reading) -> bool:
     """Tells whether a source, read without complaints before, has a document in any part."""
-    if Path(path).suffix.lower() in (".bin", ".idx"):
+    if cache_file(path) is not None:
         return True
     found = documents(
         path,
@@ -182,8 +188,9 @@ def token_stream(
     """Opens all ids of `source` as one row, the vocabulary's end of text after every document.
 
     Args:
-        source: what `readers.documents` reads, a `.bin` file (see `token_cache`), several of these,
-            or an array of ids; a stream is returned as it is, whatever the split.
+        source: what `readers.documents` reads, a `.bin` file (see `token_cache`; also without its
+            suffix), several of these, or an array of ids; a stream is returned as it is, whatever
+            the split.
         tokenizer: encodes documents.
         split: "all"; or "train" and "held_out", into which documents are divided by a hash of their
             bytes (a single document, an array, or a .bin file of other tools is divided by

@@ -26,6 +26,7 @@ from rwkv7_jax.data.binidx import (
     block_digest,
     read_binidx,
 )
+from rwkv7_jax.data.builtin_corpora import BUILT_IN
 from rwkv7_jax.data.choices import Split
 from rwkv7_jax.data.documents import HASH_RANGE, Document, held_out_threshold
 from rwkv7_jax.data.jsonl import ReadStats
@@ -88,6 +89,25 @@ class _Counts:
     tokens: int = 0
     in_loss: int = 0
     bytes: int = 0
+
+
+def cache_file(source: str | Path) -> Path | None:
+    """Returns the `.bin` or `.idx` file of the cache that a source names; None where it names none.
+
+    As RWKV-LM has it, a name may be without suffix, if nothing else has it.
+    """
+    if source in BUILT_IN:
+        return None
+    path = local_path(source, "cache_file: `source`")
+    if path.suffix.lower() in (".bin", ".idx"):
+        return path
+    if path.exists():
+        return None
+    # `with_suffix` would cut the ".5" of a name such as "v1.5".
+    ids = path.with_name(f"{path.name}.bin")
+    index = path.with_name(f"{path.name}.idx")
+    # Where one of the two is missing, reading them says which.
+    return ids if ids.exists() or index.exists() else None
 
 
 def write_cache(

@@ -40,7 +40,11 @@ def test_rows_are_shown_with_brackets_around_what_the_loss_leaves_out(
     main(["data", file, cache, "--vocabulary", "bytes", "--on-bad", "skip"])
     capsys.readouterr()
     shown = []
-    for options in ([cache], [file, "--vocabulary", "bytes", "--on-bad", "skip"]):
+    for options in (
+        [cache],
+        [cache.removesuffix(".bin")],
+        [file, "--vocabulary", "bytes", "--on-bad", "skip"],
+    ):
         rows = ["--show", "3", "--length", "30", "--packing", "documents"]
         if options[0] == file:
             with pytest.warns(UserWarning, match="1 lines of"):
@@ -48,7 +52,7 @@ def test_rows_are_shown_with_brackets_around_what_the_loss_leaves_out(
         else:
             assert main(["data", *options, *rows]) == 0
         shown.append(capsys.readouterr().out)
-    assert shown[0] == shown[1]
+    assert shown[0] == shown[1] == shown[2]
     assert "3 documents, 47 bytes tokens, 23 in the loss; hash " in shown[0]
     for text in (
         "targets in the loss, 7 tokens of padding\n[[User: Hi\n\nAssistant:]] Ho<0>\n",
@@ -56,6 +60,13 @@ def test_rows_are_shown_with_brackets_around_what_the_loss_leaves_out(
         "[[T]]he sea is deep.<0>\n",
     ):
         assert text in shown[0]
+
+
+def test_a_cache_without_its_suffix_is_no_source_of_another(file, tmp_path, capsys):
+    cache = str(tmp_path / "c")
+    main(["data", file, cache, "--vocabulary", "bytes", "--on-bad", "skip"])
+    assert main(["data", cache, str(tmp_path / "d")]) == 2
+    assert "`SOURCE` must be text; got the ids of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

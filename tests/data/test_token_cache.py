@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import binidx_files
 import numpy as np
 import pytest
 from run_programs import ROOT
@@ -13,7 +14,7 @@ from run_programs import ROOT
 from rwkv7_jax.data import binidx, token_cache
 from rwkv7_jax.data.binidx import read_binidx
 from rwkv7_jax.data.loading import batch_at, data_hash, packed, token_stream, windows
-from rwkv7_jax.data.token_cache import CacheMetadata, read_card, write_cache
+from rwkv7_jax.data.token_cache import CacheMetadata, cache_file, read_card, write_cache
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 BYTES = Tokenizer.bytes()
@@ -263,3 +264,38 @@ def test_the_end_of_a_single_document_is_held_out_from_file_and_cache_alike(tmp_
         whole = token_stream(source, BYTES)[:]
         np.testing.assert_array_equal(np.concatenate(parts), whole)
         assert len(parts[1]) == len(whole) // 10
+
+
+@pytest.mark.parametrize(
+    "name", ["demo_text_document", "v1.5_text_document", "stdlib2"]
+)
+def test_a_cache_may_be_named_without_its_suffix(tmp_path, monkeypatch, name):
+    path = tmp_path / f"{name}.bin"
+    (tmp_path / "a.txt").write_bytes(b"abc" * 20)
+    write_cache([tmp_path / "a.txt"], path, BYTES)
+    monkeypatch.chdir(tmp_path)
+    for split in ("all", "train", "held_out"):
+        whole = token_stream(path, BYTES, split=split, held_out=0.3)
+        for source in (tmp_path / name, str(tmp_path / name), name):
+            stream = token_stream(source, BYTES, split=split, held_out=0.3)
+            assert data_hash(stream) == data_hash(whole)
+
+
+@pytest.mark.parametrize("missing", [".bin", ".idx"])
+def test_of_a_cache_without_its_suffix_the_missing_file_is_named(tmp_path, missing):
+    binidx_files.write(tmp_path, [[1, 0]])
+    (tmp_path / f"x{missing}").unlink()
+    with pytest.raises(ValueError, match=rf"x\{missing}` does not exist"):
+        token_stream(tmp_path / "x", BYTES)
+
+
+def test_what_has_a_name_itself_comes_before_a_cache(tmp_path, monkeypatch):
+    for name in ("x", "stdlib"):
+        binidx_files.write(tmp_path, [[1, 0]])
+        for suffix in (".bin", ".idx"):
+            (tmp_path / f"x{suffix}").rename(tmp_path / f"{name}{suffix}")
+    (tmp_path / "x").write_bytes(b"ab")
+    assert token_stream(tmp_path / "x", BYTES)[:].tolist() == [98, 99, 0]
+    monkeypatch.chdir(tmp_path)
+    assert cache_file("stdlib") is None
+    assert cache_file("x.idx").name == "x.idx"

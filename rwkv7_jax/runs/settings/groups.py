@@ -47,8 +47,9 @@ class DataSettings:
     Attributes:
         path: a .jsonl file or a table of texts, questions with answers or conversations (see
             `data.records.record`), a text file, a folder of these, a built-in corpus, or a .bin
-            file that `rwkv7 data` or RWKV's tools made of them; several with commas; or a synthetic
-            task such as "task:copy" (see `data.synthetic_tasks`).
+            file that `rwkv7 data` or RWKV's tools made of them (also without suffix, as RWKV-LM
+            names it); several with commas; or a synthetic task such as "task:copy" (see
+            `data.synthetic_tasks`).
         held_out: share of the documents kept for evaluation, chosen by a hash of their bytes; of a
             single document its end.
         batch_size: rows of a batch, on all hosts together.
