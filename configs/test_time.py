@@ -3,7 +3,9 @@
     python train.py --config=configs/test_time.py --workdir=runs/steered \
         --config.init=model.pth --config.data.path=questions.jsonl
 
-Questions are lines of {"prompt": ..., "answer": ...}; a completion that gives the answer earns 1.
+Questions are lines of {"prompt": ..., "answer": ...}, read as they stand, or chats as tuning reads
+them: {"question": ..., "answer": ...} as in GSM8K, or "messages" and an "answer". A completion that
+gives the answer earns 1.
 A share of them (config.data.held_out) is measured and not trained on, or all of another file,
 config.data.evaluation.
 config.test_time.verifier says where the answer is: "exact" (all of the completion), "hash_number"

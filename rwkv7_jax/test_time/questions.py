@@ -17,11 +17,13 @@ from rwkv7_jax.checks import (
     prefix_errors,
 )
 from rwkv7_jax.data.jsonl import read_jsonl
+from rwkv7_jax.data.records.record import parse_question
 from rwkv7_jax.data.sources import TaskSource, TextSource, parse_source
 from rwkv7_jax.data.tasks.synthetic_tasks import question_batch
 from rwkv7_jax.local_paths import local_path
 from rwkv7_jax.test_time.rewards import RewardFunction
 from rwkv7_jax.test_time.verifiers import VERIFIERS
+from rwkv7_jax.text.chat_template import THOUGHT_END, without_thoughts
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 Ids = Sequence[int]
@@ -34,8 +36,12 @@ def read_questions(
 ) -> list[tuple[list[int], str]]:
     """Reads the prompts of a .jsonl file as ids, with their answers; "" where a line has none.
 
+    A line is a "prompt", which is read as it stands, or a question or a chat in a form that tuning
+    reads (see `data.records.record.parse_question`). Its prompt is the text in the chat template up
+    to the beginning of the answer, with the ids that tuning gives it.
+
     Raises:
-        ValueError: a line that is not an object with a "prompt", as `file:line: reason`.
+        ValueError: a line without a question, as `file:line: reason`.
     """
     with prefix_errors("read_questions"):
         path = local_path(path, "`path`")
@@ -53,13 +59,12 @@ def _check_tokenizer(tokenizer: Any) -> None:
         )
 
 
-def _parse_question(tokenizer: Tokenizer, fields: Any) -> tuple[list[int], str]:
-    if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
-        raise ValueError('not an object with a text "prompt"')
-    ids = tokenizer.encode(fields["prompt"])
+def _parse_question(tokenizer: Tokenizer, record: Any) -> tuple[list[int], str]:
+    question = parse_question(record)
+    ids = [id for part in question.parts for id in tokenizer.encode(part)]
     if not ids:
         raise ValueError('"prompt" must hold a token; got none')
-    return ids, str(fields.get("answer", ""))
+    return ids, question.answer
 
 
 class QuestionSet:
@@ -78,8 +83,8 @@ class QuestionSet:
         """Reads the questions of files, or prepares those of a task.
 
         Args:
-            path: "task:name", or a .jsonl file of {"prompt": ..., "answer": ...}; several with
-                commas.
+            path: "task:name", or a .jsonl file of questions with their answers (see
+                `read_questions`); several with commas.
             tokenizer: of the model's vocabulary.
             seed: of tasks, and of the order of a file's questions.
             held_out: share of a file's questions that are used for evaluation only; equal prompts
@@ -235,7 +240,8 @@ class QuestionSet:
     def reward(self, prompt: Ids, completion: Ids) -> float:
         """Returns 1.0 if the completion gives the known answer, else 0.0.
 
-        What gives an answer is the verifier's rule for text. A task's answer is all of the
+        What gives an answer is the verifier's rule for text, without the thoughts of a chat's
+        answer. A task's answer is all of the
         completion: an answer that goes on, such as 123 for 12, is another answer.
         """
         answer = self._answers[tuple(prompt)]
@@ -244,7 +250,9 @@ class QuestionSet:
         ids = [token for token in completion if token not in ends]
         if not isinstance(answer, str):
             return float(ids == list(answer))
-        given = self._verifier(self._tokenizer.decode(ids))
+        decode = self._tokenizer.decode
+        said = without_thoughts(decode(list(prompt)), decode(ids))
+        given = self._verifier(said)
         # A line without an answer has nothing that could be given.
         return float(given is not None and given == self._verifier(answer))
 
@@ -253,7 +261,9 @@ class QuestionSet:
         ids = [token for token in completion if token not in self.stop_ids]
         if self._is_task:
             return tuple(ids)
-        return self._verifier(self._tokenizer.decode(ids))
+        # What follows thoughts: of a prompt that ends inside them the completion has their end.
+        *_, said = self._tokenizer.decode(ids).rpartition(THOUGHT_END.strip())
+        return self._verifier(said)
 
 
 def _shown(text: Any) -> str:

@@ -284,6 +284,22 @@ def thinks(message: Message) -> bool:
     return bool(message.thought) or message.content.startswith(THOUGHT_BEGIN)
 
 
+def without_thoughts(prompt: str, completion: str) -> str:
+    """Removes the thoughts from the answer to a prompt of the template.
+
+    Args:
+        prompt: which may end inside the thoughts, as `answer_opening` begins them.
+        completion: of a model; "" is left of one that ends before its thoughts do, and all of the
+            completion of a prompt that does not end with an answer's beginning.
+    """
+    _, speaker, opening = prompt.rpartition(turn_start("assistant"))
+    answer = opening + completion
+    if not speaker or not answer.lstrip().startswith(THOUGHT_BEGIN):
+        return completion
+    _, _, words = answer.partition(THOUGHT_END.strip())
+    return words
+
+
 def _with_tools(messages: Sequence[Message], tools: Sequence[str]) -> list[Message]:
     """Puts the functions into the first turn, which is the system's."""
     turns = list(messages)

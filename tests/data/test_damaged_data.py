@@ -116,7 +116,12 @@ def test_bad_lines_can_be_skipped_and_are_counted(file, fault):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"prompt": 7}\n', 'not an object with a text "prompt"'),
+        (b'{"prompt": 7}\n', '"prompt" must be a string; got int'),
+        (b"[1]\n", "must be an object; got list"),
+        (
+            b'{"txt": "a"}\n',
+            'must have a "prompt", a "question" or "messages"; its keys',
+        ),
         (b'{"prompt": ""}\n', '"prompt" must hold a token; got none'),
         (b'{"prompt": "\\ud800"}\n', "lone surrogate at character 0"),
         (b'{"prompt": \xff}\n', "not UTF-8 at byte 11"),

@@ -19,6 +19,7 @@ from rwkv7_jax.text.chat_template import (
     SPEAKERS,
     THOUGHT_BEGIN,
     Message,
+    ThinkMode,
     call_text,
     clean_message,
     think_mode,
@@ -85,12 +86,8 @@ def conversation(
         ValueError: no list of messages with known roles, one that ends without an answer, an answer
             without thoughts under a think mode that needs them, or no answer that is learnt.
     """
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f'"{name}" must be a list of messages')
-    try:
-        must_think = think_mode(think).filler is None
-    except ValueError as error:
-        raise ValueError(f'"think": {error}') from None
+    _check_messages(messages, name)
+    must_think = _mode(think).filler is None
     turns = []
     learnt = []
     for number, message in enumerate(messages, 1):
@@ -116,6 +113,56 @@ def conversation(
         in_loss = part.is_answer and next(flags)
         segments.append(Segment(part.text.encode(), in_loss=in_loss))
     return Document(tuple(segments))
+
+
+def asked_conversation(
+    messages: Any,
+    name: str = "messages",
+    *,
+    think: Any = "off",
+    tools: Sequence[str] = (),
+) -> tuple[tuple[str, ...], str]:
+    """Formats chat messages up to the beginning of the last answer, as `conversation` does.
+
+    Args:
+        messages: as there; the last one may be a question.
+        name: of the list, for messages.
+        think: one of `chat_template.THINK_MODES`.
+        tools: functions that may be called, as `chat_template.tool_text` writes them.
+
+    Returns:
+        The parts of the prompt, each of which is tokenized separately, and the words of the last
+        answer; "" where it is not there.
+
+    Raises:
+        ValueError: no list of messages with known roles, or no question at its end.
+    """
+    _check_messages(messages, name)
+    _mode(think)
+    turns = [
+        read_message(message, number) for number, message in enumerate(messages, 1)
+    ]
+    answer = ""
+    if turns[-1].role == "assistant":
+        answer = turns.pop().content
+    if not turns or turns[-1].role not in ("user", "tool"):
+        raise ValueError(f'"{name}" must end with a question, or with its answer')
+    parts = write_conversation(turns, think=think, tools=tools, ask=True)
+    return tuple(part.text for part in parts), answer
+
+
+def _check_messages(messages: Any, name: str) -> None:
+    """Raises ValueError unless a value is a list that holds something."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f'"{name}" must be a list of messages')
+
+
+def _mode(think: Any) -> ThinkMode:
+    """Returns the think mode that a record names."""
+    try:
+        return think_mode(think)
+    except ValueError as error:
+        raise ValueError(f'"think": {error}') from None
 
 
 def _is_learnt(message: Mapping[str, Any], number: int) -> bool:

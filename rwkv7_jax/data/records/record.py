@@ -25,11 +25,12 @@ record, or a message, does not have.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from rwkv7_jax.data.documents import Document, Segment
 from rwkv7_jax.data.records.conversations import (
     WEIGHTS,
+    asked_conversation,
     conversation,
     is_conversation,
     read_message,
@@ -50,8 +51,15 @@ from rwkv7_jax.data.records.questions import (
     answered_question,
     is_pair,
     names_question,
+    question_and_answer,
+    question_messages,
 )
-from rwkv7_jax.text.chat_template import read_tools, tool_texts
+from rwkv7_jax.text.chat_template import (
+    read_tools,
+    tool_texts,
+    turn_start,
+    without_thoughts,
+)
 
 KINDS = ("text", "prompt", "messages")
 
@@ -111,6 +119,51 @@ def parse_record(record: Any) -> Document:
         'must have a "text", a "prompt" or "messages" (or "conversations", "instruction" and '
         f'"output", or "question" and "answer"); {keys_of(whole)}'
     )
+
+
+class AskedQuestion(NamedTuple):
+    """A question that a model is to answer.
+
+    Attributes:
+        parts: of the prompt, each of which is tokenized separately.
+        answer: the known one; "" where there is none.
+    """
+
+    parts: tuple[str, ...]
+    answer: str
+
+
+def parse_question(record: Any) -> AskedQuestion:
+    """Reads the question of a record: a "prompt" as it stands, or a chat up to its last answer.
+
+    The known answer is what stands under "answer", else the answer that `parse_record` would learn;
+    of a chat without its thoughts.
+
+    Raises:
+        ValueError: the record has no question; the message is the reason alone.
+    """
+    if is_conversation(record):
+        record = {"messages": record}
+    whole = check_object(record)
+    record = without_nulls(whole)
+    if "prompt" in record and not isinstance(record["prompt"], list):
+        prompt = text_field(record, "prompt").decode()
+        return AskedQuestion((prompt,), str(record.get("answer", "")))
+    answer_name = None
+    name = only_name(record, ("prompt", "messages", *_CONVERSATIONS))
+    if name:
+        messages = _messages(record, name)
+    else:
+        name = "messages"
+        question, answer_name = question_and_answer(record)
+        if question is None:
+            raise ValueError(
+                f'must have a "prompt", a "question" or "messages"; {keys_of(whole)}'
+            )
+        messages = _with_system(record, question_messages(record, question))
+    parts, answer = asked_conversation(messages, name, **_template_choices(record))
+    known = record.get("answer", record.get(answer_name, answer))
+    return AskedQuestion(parts, without_thoughts(turn_start("assistant"), str(known)))
 
 
 def _is_first_message(record: Mapping[str, Any]) -> bool:
@@ -275,13 +328,18 @@ def _messages_of(turn: Any) -> list[Any]:
 def _named_chat(record: Mapping[str, Any], name: str) -> Document:
     """Makes a document of the conversation that a record holds under a name."""
     _refuse_loose_thoughts(record, name)
+    return _chat(record, _messages(record, name), name)
+
+
+def _messages(record: Mapping[str, Any], name: str) -> Any:
+    """Makes messages of what a record holds under a name, with what its system says."""
     turns = record[name]
-    if name != "messages":
+    if name in _CONVERSATIONS:
         turns = _with_roles(turns)
     # Tables hold their records under this name.
     if name != "data":
         turns = _with_pairs(turns)
-    return _chat(record, _with_system(record, turns), name)
+    return _with_system(record, turns)
 
 
 def _chat(
@@ -292,6 +350,12 @@ def _chat(
     learn_from: int = 0,
 ) -> Document:
     """Makes a document of a conversation and what its record says of thoughts and functions."""
+    choices = _template_choices(record)
+    return conversation(messages, name, learn_from=learn_from, **choices)
+
+
+def _template_choices(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the think mode and the functions that a record names, as the template takes them."""
     key = optional_name(record, _TOOLS)
     tools = record[key] if key else []
     try:
@@ -299,11 +363,4 @@ def _chat(
         texts = read_tools(tools) if isinstance(tools, str) else tool_texts(tools)
     except ValueError as error:
         raise ValueError(f'"{key}": {error}') from None
-    think = record.get("think") or "off"
-    return conversation(
-        messages,
-        name,
-        think=think,
-        tools=texts,
-        learn_from=learn_from,
-    )
+    return {"think": record.get("think") or "off", "tools": texts}
