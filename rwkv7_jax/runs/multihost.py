@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rwkv7_jax import sharding
 from rwkv7_jax.runs.early_stopping import Progress, RunProgress, read_progress
@@ -99,9 +99,13 @@ class AnyProcess:
         """Sends this process's flag and returns the OR of all flags sent `delay` steps ago."""
         if is_single_process():
             return flag
-        # One flag for each device: the rows that a process has are those of its own devices.
-        flags = np.full(len(jax.devices()), flag)
-        sharded = sharding.shard_batch(self._mesh, {"flag": flags})["flag"]
+        assert self._mesh is not None
+        # One flag for each device, along all axes: a process has those of its own devices.
+        flags = np.full(self._mesh.size, flag)
+        place = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
+        sharded = jax.make_array_from_callback(
+            flags.shape, place, lambda index: flags[index]
+        )
         self._pending.append(self._any(sharded))
         if len(self._pending) <= self._delay:
             return False

@@ -417,13 +417,22 @@ def _statistics_and_gradients(form: _Form, primals: Any, moving: Any):
         (_, statistics), (own, part) = jax.value_and_grad(loss, has_aux=True)(
             (moving_chunk, moving_shared), (given_chunk, shared)
         )
-        return jax.tree.map(jnp.add, total, part), (statistics, own)
+        return jax.tree.map(_add, total, part), (statistics, own)
 
-    zeros = jax.tree.map(jnp.zeros_like, moving_shared)
+    zeros = jax.tree.map(_zero_sum, moving_shared)
     chunks = jax.tree.map(cut.chunks, (moving_positions, positions))
     total, parts = jax.lax.scan(step, zeros, chunks)
     statistics, own = jax.tree.map(lambda x: cut.join(x, rows, tokens), parts)
     return statistics, (own, total)
+
+
+def _zero_sum(leaf: Array) -> Array:
+    """Makes the zero of a sum over chunks, which would lose small terms in 16 bits."""
+    return jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+def _add(total: Array, part: Array) -> Array:
+    return total + part.astype(total.dtype)
 
 
 @jax.custom_vjp

@@ -60,18 +60,22 @@ def together(workdir, **settings):
     return [finish(process)[0] for process in processes]
 
 
+def wait_for_checkpoint(folder, processes):
+    end = time.monotonic() + 400
+    while not step_numbers(folder / "checkpoints"):
+        assert time.monotonic() < end
+        for process in processes:
+            if process.poll() is not None:
+                finish(process)
+        time.sleep(0.05)
+
+
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory):
     """A run that lost its second process: its folder, its first process, and seconds to its end."""
     folder = tmp_path_factory.mktemp("broken")
     one, other = start_pair(folder, **{**RUN, "steps": 1_000_000})
-    end = time.monotonic() + 400
-    while not step_numbers(folder / "checkpoints"):
-        assert time.monotonic() < end
-        for process in (one, other):
-            if process.poll() is not None:
-                finish(process)
-        time.sleep(0.05)
+    wait_for_checkpoint(folder, (one, other))
     other.kill()
     began = time.monotonic()
     _, error = one.communicate(timeout=HEARTBEAT_SECONDS + 60)
@@ -107,6 +111,18 @@ def test_a_run_moves_from_two_processes_to_one_and_back_with_all_its_bits(
     settings = {**RUN, "mesh": "auto", "steps": before + 5}
     said, _ = finish(start(moved, environment=devices(1), **settings))
     assert f"from step {before + 4}" in said
+
+
+@pytest.mark.parametrize("mesh", ["sequence=2", "tensor=2"])
+def test_a_signal_to_one_process_stops_both_whatever_they_share(tmp_path, mesh):
+    # Of two heads.
+    run = {**RUN, "mesh": mesh, "model.width": 32, "steps": 1_000_000}
+    pair = start_pair(tmp_path, **run)
+    wait_for_checkpoint(tmp_path, pair)
+    pair[1].send_signal(signal.SIGTERM)
+    for process in pair:
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 0, error[-2000:]
 
 
 @pytest.mark.parametrize("mesh", [MESH, "data=2"])

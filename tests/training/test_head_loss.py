@@ -170,6 +170,32 @@ def test_gradients_of_16_bit_activations_are_off_by_their_rounding():
     assert_trees_close(found, jax.grad(exact)(wide), 2e-2)
 
 
+def test_many_chunks_of_16_bit_weights_lose_no_more_than_one_rounding():
+    # As in shards, where the head that a device has gathered is of 16 bits.
+    noise = np.random.default_rng(1)
+    rows, width, vocab = 4096, 16, 11
+    hidden = noise.normal(size=(1, rows, width))
+    head = noise.normal(size=(vocab, width))
+    # Some ids are frequent: their sums are large, and the terms that are added to them small.
+    targets = np.minimum(noise.zipf(1.5, (1, rows)) - 1, vocab - 1).astype(np.int32)
+
+    def gradient(dtype, chunk=rows):
+        weights = TermWeights(nats=jnp.ones((1, rows), jnp.float32))
+
+        def loss(head):
+            return weighted_loss(
+                jnp.asarray(hidden, dtype), head, targets, weights, chunk=chunk
+            )[0]
+
+        return np.asarray(jax.jit(jax.grad(loss))(jnp.asarray(head, dtype)), float)
+
+    exact = gradient("float32")
+    error = np.linalg.norm(gradient("bfloat16", chunk=8) - exact) / np.linalg.norm(
+        exact
+    )
+    assert error < 2**-8
+
+
 def of_moving(function, x):
     loss, moving = parted(function, FORMS["with L2Wrap"], x, ("hidden", "head"))
     return loss, moving
