@@ -7,11 +7,12 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from rwkv7_jax.sharding import layout
+from rwkv7_jax.sharding.arrangement import arrange
 from rwkv7_jax.sharding.collectives import mesh_sizes
 from rwkv7_jax.sharding.layout import AXES, DATA, FSDP, SEQUENCE, TENSOR
 
@@ -65,7 +66,7 @@ def make_mesh(
     if count == 1:
         return None
     return Mesh(
-        _arranged(sizes, devices[:count]),
+        arrange(sizes, devices[:count]),
         AXES,
         # The compiler partitions a program that is written for one device.
         axis_types=(AxisType.Auto,) * len(AXES),
@@ -122,34 +123,6 @@ def _devices_for_sets(sets: int, devices: Sequence[Any]) -> int:
         return len(devices)
     of_one = -(-sets // len(devices))
     return -(-sets // of_one)
-
-
-def _group(device: Any) -> tuple[int, int]:
-    """Tells which devices are near each other and belong to one process."""
-    return (_slice(device), device.process_index)
-
-
-def _slice(device: Any) -> int:
-    return getattr(device, "slice_index", 0)
-
-
-def _arranged(sizes: Mapping[str, int], devices: list[Any]) -> np.ndarray:
-    """Puts devices in an order in which neighbours of the mesh are neighbours on the board."""
-    processes = len({_group(device) for device in devices})
-    slices = len({_slice(device) for device in devices})
-    # Over slices the wires are slow: rows lie there, and what belongs together inside of them.
-    for groups, is_process in ((processes, True), (slices, False)):
-        if groups > 1 and sizes[DATA] % groups == 0:
-            own = {**sizes, DATA: sizes[DATA] // groups}
-            between = {**dict.fromkeys(AXES, 1), DATA: groups}
-            return mesh_utils.create_hybrid_device_mesh(
-                [own[axis] for axis in AXES],
-                [between[axis] for axis in AXES],
-                devices,
-                process_is_granule=is_process,
-            )
-    shape = tuple(sizes[axis] for axis in AXES)
-    return mesh_utils.create_device_mesh(shape, devices)
 
 
 def place(mesh: Mesh | None, tree: Any) -> Any:

@@ -1,0 +1,282 @@
+"""The order of devices in a mesh: each once, groups alike, weights near, rows across."""
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from run_programs import ROOT
+
+from rwkv7_jax import sharding
+from rwkv7_jax.sharding.arrangement import arrange
+from rwkv7_jax.sharding.layout import AXES
+
+# Chips of slices, and of one of their hosts, along each direction.
+SLICES = {
+    "v5e-4": ((2, 2, 1), (2, 2, 1)),
+    "v5e-8": ((2, 4, 1), (2, 4, 1)),
+    "v5e:2x4": ((2, 4, 1), (2, 2, 1)),
+    "v5e-16": ((4, 4, 1), (2, 2, 1)),
+    "v5e-32": ((4, 8, 1), (2, 2, 1)),
+    "v5e-64": ((8, 8, 1), (2, 2, 1)),
+    "v5p-32": ((2, 2, 4), (2, 2, 1)),
+    "v5p-128": ((4, 4, 4), (2, 2, 1)),
+}
+
+# Compiles a sum along each axis of meshes, in a process of its own; prints what fails.
+CHILD = """
+import json, sys
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from rwkv7_jax import sharding
+from rwkv7_jax.plan.chips import find_target
+from rwkv7_jax.sharding.layout import AXES
+
+def sums(array):
+    found = [jax.lax.psum(array, axis) for axis in AXES]
+    gathered = jax.lax.all_gather(array, "fsdp", tiled=True)
+    return found, gathered, jax.lax.psum_scatter(gathered, "fsdp", tiled=True)
+
+failed = {}
+for topology, sizes in json.loads(sys.argv[1]):
+    devices = find_target(topology).devices()
+    mesh = sharding.make_mesh(sizes, 0, devices)
+    everywhere = PartitionSpec()
+    on_each = jax.shard_map(
+        sums, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False
+    )
+    array = jax.ShapeDtypeStruct(
+        (1024, 128), "float32", sharding=NamedSharding(mesh, everywhere)
+    )
+    lowered = jax.jit(on_each).trace(array).lower(lowering_platforms=("tpu",))
+    try:
+        lowered.compile()
+    except Exception as error:
+        failed[f"{topology} {sizes}"] = str(error).splitlines()[0]
+print(json.dumps(failed))
+"""
+# In the orders of JAX's `mesh_utils` the first two do not compile, and it makes no third one.
+COMPILED = [
+    ("v5e:8x8", {"data": 16, "fsdp": 4}),
+    ("v5e:8x8", {"data": 32, "fsdp": 2}),
+    ("v5e:4x4", {"data": 2, "fsdp": 8}),
+    ("v5e:8x8", {"data": 4, "fsdp": 16}),
+    ("v5e:8x8", {"fsdp": 64}),
+    ("v5p:4x4x4", {"data": 8, "fsdp": 8}),
+    ("v5e:4x4,slices=2", {"data": 4, "fsdp": 8}),
+    ("v5e:4x4,slices=2", {"fsdp": 32}),
+]
+
+
+class Client:
+    """Of the first process."""
+
+    @staticmethod
+    def process_index():
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device without coordinates: two to a process, and four to a slice."""
+
+    id: int
+    platform = "cpu"
+    device_kind = "cpu"
+    client = Client
+
+    @property
+    def process_index(self):
+        return self.id // 2
+
+    @property
+    def slice_index(self):
+        return self.id // 4
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuCore:
+    """A device of a TPU slice."""
+
+    id: int
+    coords: tuple[int, ...]
+    process_index: int
+    core_on_chip: int = 0
+    slice_index: int = 0
+    platform = "tpu"
+    device_kind = "TPU v5 lite"
+    client = Client
+
+
+def tpu(name, slices=1, cores=1):
+    """The devices of slices, those of a host next to each other, as JAX lists them."""
+    shape, host = SLICES[name]
+    found = []
+    hosts = [size // own for size, own in zip(shape, host, strict=True)]
+    for number, z, y, x in itertools.product(range(slices), *map(range, shape[::-1])):
+        at = [place // own for place, own in zip((x, y, z), host, strict=True)]
+        process = at[0] + hosts[0] * (at[1] + hosts[1] * (at[2] + hosts[2] * number))
+        for core in range(cores):
+            one = TpuCore(len(found), (x, y, z), process, core, number)
+            found.append(one)
+    return sorted(found, key=lambda device: device.process_index)
+
+
+def meshes(count):
+    """All sizes of the four axes that have so many devices."""
+    divisors = [size for size in range(1, count + 1) if count % size == 0]
+    for sizes in itertools.product(divisors, repeat=3):
+        if count % math.prod(sizes) == 0:
+            yield dict(zip(AXES, (*sizes, count // math.prod(sizes)), strict=True))
+
+
+def place_of(device):
+    return (device.slice_index, *device.coords, device.core_on_chip)
+
+
+def extents(devices):
+    """Along each direction, of the smallest box around devices."""
+    places = np.array([place_of(device) for device in devices])
+    return np.ptp(places, axis=0) + 1
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_every_mesh_that_divides_a_slice_has_each_device_once(name):
+    devices = tpu(name)
+    for sizes in meshes(len(devices)):
+        arranged = arrange(sizes, devices)
+        assert arranged.shape == tuple(sizes.values())
+        assert set(arranged.flat) == set(devices), sizes
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_a_shift_takes_each_group_of_an_axis_into_every_other(name):
+    devices = tpu(name)
+    for sizes in meshes(len(devices)):
+        places = np.array([place_of(one) for one in arrange(sizes, devices).flat])
+        places = places.reshape(*sizes.values(), -1)
+        for axis in range(len(AXES)):
+            groups = np.moveaxis(places, axis, -2)
+            shifts = groups - groups[..., :1, :]
+            assert (shifts == shifts.reshape(-1, *shifts.shape[-2:])[0]).all(), sizes
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_what_shares_the_weights_is_a_compact_tile_and_within_a_host_if_it_fits(name):
+    devices = tpu(name)
+    of_host = sum(device.process_index == 0 for device in devices)
+    for sizes in meshes(len(devices)):
+        tiles = arrange(sizes, devices).reshape(sizes["data"], -1)
+        for tile in tiles:
+            assert math.prod(extents(tile)) == len(tile), sizes
+            hosts = {device.process_index for device in tile}
+            assert len(hosts) == max(len(tile) // of_host, 1), sizes
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_the_rows_of_a_host_follow_each_other(name):
+    devices = tpu(name)
+    for sizes in meshes(len(devices)):
+        order = [device.process_index for device in arrange(sizes, devices).flat]
+        changes = np.count_nonzero(np.diff(order))
+        assert changes == len(set(order)) - 1, sizes
+        # The first rows are of the first process, unless several share the weights.
+        if sizes["data"] >= len(set(order)):
+            assert order == sorted(order), sizes
+
+
+def test_four_devices_pass_around_a_square():
+    for name, size in (("v5e-4", 4), ("v5e-8", 8)):
+        sizes = {**dict.fromkeys(AXES, 1), "sequence": size}
+        places = [place_of(one) for one in arrange(sizes, tpu(name)).flat]
+        steps = np.abs(np.diff(np.array(places), axis=0)).sum(axis=1)
+        assert (steps == 1).all()
+
+
+def test_the_cores_of_a_chip_share_the_weights_first():
+    sizes = {**dict.fromkeys(AXES, 1), "data": 4, "fsdp": 2}
+    for pair in arrange(sizes, tpu("v5e-4", cores=2)).reshape(4, 2):
+        assert [device.core_on_chip for device in pair] == [0, 1]
+        assert pair[0].coords == pair[1].coords
+
+
+@pytest.mark.parametrize("sizes", [{"data": 4, "fsdp": 8}, {"data": 2, "fsdp": 16}])
+def test_only_rows_lie_across_slices(sizes):
+    sizes = {**dict.fromkeys(AXES, 1), **sizes}
+    arranged = arrange(sizes, tpu("v5e-16", slices=2))
+    for half, devices in enumerate(arranged.reshape(2, -1)):
+        assert {device.slice_index for device in devices} == {half}
+
+
+def test_weights_that_fill_several_slices_lie_in_one_after_the_other():
+    sizes = {**dict.fromkeys(AXES, 1), "fsdp": 32}
+    order = [one.slice_index for one in arrange(sizes, tpu("v5e-16", slices=2)).flat]
+    assert order == sorted(order)
+
+
+@pytest.mark.parametrize("count", [3, 5, 6, 7])
+def test_some_of_the_devices_make_a_mesh_too(count):
+    devices = tpu("v5e-8")
+    mesh = sharding.make_mesh({"data": count}, count, devices)
+    assert set(mesh.devices.flat) == set(devices[:count])
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 64}, {"data": 8, "fsdp": 8}, {"data": 4, "fsdp": 8, "tensor": 2}]
+)
+def test_a_host_makes_its_own_rows_where_weights_lie_over_hosts(sizes):
+    mesh = sharding.make_mesh(sizes, 64, tpu("v5e-64"))
+    of_process_0 = 4 // sizes.get("tensor", 1)
+    rows = 64 // sizes.get("tensor", 1)
+    assert sharding.own_rows(mesh, rows) == slice(0, of_process_0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "groups"),
+    [
+        ({"data": 4, "fsdp": 2}, [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ({"data": 2, "fsdp": 4}, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ({"data": 1, "fsdp": 8}, [[0, 1, 2, 3, 4, 5, 6, 7]]),
+    ],
+)
+def test_without_coordinates_shards_lie_within_a_process_or_a_slice_where_they_fit(
+    sizes, groups
+):
+    mesh = sharding.make_mesh(sizes, 8, [Chip(number) for number in range(8)])
+    assert [[chip.id for chip in row.flat] for row in mesh.devices] == groups
+    assert sharding.is_shared(mesh) == (sizes["fsdp"] > 2)
+
+
+@pytest.mark.parametrize(("rows", "own"), [(8, slice(0, 2)), (3, slice(None))])
+def test_a_process_makes_the_rows_of_its_own_devices(rows, own):
+    chips = [Chip(number) for number in range(8)]
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4}, 8, chips)
+    assert sharding.own_rows(mesh, rows) == own
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+def test_the_tpus_compiler_knows_the_groups_of_meshes_that_cut_a_direction():
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps(COMPILED)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "LLVM_DISABLE_SYMBOLIZATION": "1",
+        },
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout) == {}
