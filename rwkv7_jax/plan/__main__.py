@@ -7,7 +7,8 @@ The step is the one that train.py makes of the same settings. Nothing is loaded:
 the name of its published size, by `config.model`, or by the tensors' shapes of `config.init`.
 
 Exit codes: 0 it fits; 3 it does not; 4 no compiler: not installed, busy, or no answer in time; 2
-bad settings; 7 this machine's memory, not the chip's, is too small to compile it.
+bad settings; 7 this machine's memory, not the chip's, is too small to compile it; 8 the compiler
+fails for another reason, which the message quotes.
 """
 
 import json
@@ -17,13 +18,14 @@ from typing import Any
 from absl import flags
 
 from rwkv7_jax.plan import table
-from rwkv7_jax.plan.compiler import NoCompiler
+from rwkv7_jax.plan.compiler import CompilerFailure, NoCompiler
 from rwkv7_jax.plan.job import make_job
 from rwkv7_jax.runs import config_flags, process
 from rwkv7_jax.runs.modes.registry import MODES
 
 DOES_NOT_FIT = 3
 NO_COMPILER = 4
+COMPILER_FAILS = 8
 
 # Here the memory of this machine alone can run out.
 _LESS_MEMORY = "free memory of this machine, or plan on a larger one"
@@ -76,9 +78,10 @@ def main(arguments: list[str]) -> None:
         make = job.search if _SEARCH.value else job.compile
         try:
             plan = make(timeout=_TIMEOUT.value)
-        except NoCompiler as error:
+        except (NoCompiler, CompilerFailure) as error:
             print(f"plan: {error}", file=sys.stderr)
-            sys.exit(NO_COMPILER)
+            is_none = isinstance(error, NoCompiler)
+            sys.exit(NO_COMPILER if is_none else COMPILER_FAILS)
         print(json.dumps(plan, indent=1) if _JSON.value else table.describe(plan))
         sys.exit(0 if plan["fits"] else DOES_NOT_FIT)
 

@@ -34,12 +34,22 @@ _ENVIRONMENT = {
 _BUSY = "lockfile"
 _WAIT = 3.0
 
-# The most letters of a compiler's last line that a sentence quotes.
-_REASON = 200
+# How Python begins to tell of an exception.
+_TRACEBACK = "Traceback (most recent call last):\n"
+
+# The exceptions of JAX that have a compiler's words.
+_OF_COMPILER = "JaxRuntimeError"
+
+# The most letters of what a compiler says that a sentence quotes.
+_REASON = 300
 
 
 class NoCompiler(RuntimeError):
     """A compiler that is not installed, is busy for too long, or gives no answer in time."""
+
+
+class CompilerFailure(RuntimeError):
+    """A compiler that refuses a step or breaks, and not because memory is too small."""
 
 
 def compile_elsewhere(
@@ -55,6 +65,8 @@ def compile_elsewhere(
     Raises:
         NoCompiler: there is no answer to be had.
         OutOfMemory: this machine has too little memory to compile the step.
+        CompilerFailure: the compiler fails for another reason.
+        ValueError: the settings do not fit the chips.
         RuntimeError: the process fails; the message has the end of what it said.
     """
     _require_installed(target)
@@ -86,20 +98,42 @@ def compile_elsewhere(
         time.sleep(_WAIT)
 
 
-def _failure(target: Target, done: subprocess.CompletedProcess) -> RuntimeError:
+def _failure(target: Target, done: subprocess.CompletedProcess) -> Exception:
     """Makes the error of a process that failed."""
-    failed = RuntimeError(f"compiling failed:\n{done.stderr[-3000:]}")
+    said = _exception_line(done.stderr)[:_REASON]
+    failed = RuntimeError(f"compiling failed: {said}\n{done.stderr[-3000:]}")
     # A chip's memory that is too small is an answer, so it was this machine's that ran out. Linux
     # kills without a word who asks for more than there is.
     killed = done.returncode == -signal.SIGKILL
-    if not killed and not is_out_of_memory(failed):
-        return failed
-    lines = done.stderr.strip().splitlines()
-    reason = "killed by the system" if killed else lines[-1][:_REASON]
-    return OutOfMemory(
-        f"this machine's memory was not enough to compile for {target.name}, whatever the chip "
-        f"has; free some of it, or plan on a larger machine ({reason})."
-    )
+    if killed or is_out_of_memory(failed):
+        reason = "killed by the system" if killed else said
+        return OutOfMemory(
+            f"this machine's memory was not enough to compile for {target.name}, whatever the "
+            f"chip has; free some of it, or plan on a larger machine ({reason})."
+        )
+    kind, _, words = said.partition(": ")
+    if kind.endswith(_OF_COMPILER) or done.returncode < 0:
+        return CompilerFailure(
+            f"{target.compiler} failed to compile the step for {target.name}, and not for want of "
+            f"memory ({words or said})."
+        )
+    return ValueError(words) if kind == ValueError.__name__ else failed
+
+
+def _exception_line(text: str) -> str:
+    """Returns the first line of the exception that ended a process; its last line without one.
+
+    Args:
+        text: what the process wrote to stderr.
+    """
+    _, found, ending = text.rpartition(_TRACEBACK)
+    lines = ending.strip("\n").splitlines() or [""]
+    if found:
+        for line in lines:
+            # The calls before it are indented.
+            if not line.startswith(" "):
+                return line
+    return lines[-1]
 
 
 def _require_installed(target: Target) -> None:

@@ -39,6 +39,7 @@ class Job:
 
         Raises:
             NoCompiler: it gives no answer.
+            CompilerFailure: it fails, and not for want of memory.
         """
         request = {
             "topology": self.target.name,
@@ -67,6 +68,7 @@ class Job:
 
         Raises:
             NoCompiler: there is no answer for one of them.
+            CompilerFailure: the compiler fails for one of them.
         """
         tried = []
         best: dict[str, Any] | None = None

@@ -10,7 +10,7 @@ from run_programs import ROOT, program
 
 from rwkv7_jax.plan import compiler
 from rwkv7_jax.plan.chips import find_target
-from rwkv7_jax.plan.compiler import NoCompiler, compile_elsewhere
+from rwkv7_jax.plan.compiler import CompilerFailure, NoCompiler, compile_elsewhere
 from rwkv7_jax.plan.job import Job, make_job
 from rwkv7_jax.plan.table import describe
 from rwkv7_jax.runs.exit_codes import OutOfMemory, exit_code
@@ -158,10 +158,56 @@ def test_a_compiler_without_an_answer_is_killed_at_the_timeout(fake):
     assert time.monotonic() - began < 30
 
 
-def test_another_failure_keeps_what_the_compiler_said(fake):
-    fake("import sys\nsys.exit('a bug of the compiler')\n")
-    with pytest.raises(RuntimeError, match="a bug of the compiler"):
+def test_a_bug_of_ours_keeps_its_traceback(fake):
+    fake("def step():\n    raise KeyError('no such axis')\n\nstep()\n")
+    with pytest.raises(RuntimeError) as caught:
         compile_elsewhere(find_target("v5e-1"), {}, timeout=60)
+    said = str(caught.value)
+    assert said.startswith("compiling failed: KeyError: 'no such axis'\n")
+    assert "in step" in said
+
+
+REFUSED = """
+import jax
+raise jax.errors.JaxRuntimeError("INTERNAL: no table\\n" + 500 * "of pages of HLO\\n")
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (REFUSED, "INTERNAL: no table"),
+        (
+            "import os, sys\nsys.stderr.write('F0 Check failed\\n'); os.abort()",
+            "F0 Check",
+        ),
+    ],
+)
+def test_a_compiler_that_fails_is_quoted_in_one_sentence(fake, text, reason):
+    fake(text)
+    with pytest.raises(CompilerFailure) as caught:
+        compile_elsewhere(find_target("v5e:8x8"), {}, timeout=60)
+    said = str(caught.value)
+    assert said.startswith("libtpu failed to compile the step for v5e:8x8, and not for")
+    assert f"({reason}" in said and said.count("\n") == 0
+
+
+def test_a_compiler_that_fails_has_exit_code_8_and_one_line(tmp_path, monkeypatch):
+    package = tmp_path / "libtpu" / "__init__.py"
+    package.parent.mkdir()
+    package.write_text("def get_library_path():\n    return '/nowhere/libtpu.so'\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    done = plan("--preset=0.1b", "--topology=v5e-4")
+    assert done.returncode == 8 and done.stdout == ""
+    assert done.stderr.startswith("plan: libtpu failed") and "/nowhere" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_settings_that_do_not_fit_the_chips_are_a_users_error(fake):
+    fake("raise ValueError('`config.mesh` must have at most as many devices')\n")
+    with pytest.raises(ValueError) as caught:
+        compile_elsewhere(find_target("v5e-1"), {}, timeout=60)
+    assert str(caught.value) == "`config.mesh` must have at most as many devices"
 
 
 @pytest.mark.parametrize(
