@@ -4,7 +4,9 @@ import re
 
 import pytest
 from run_programs import ROOT
+from tpu_slices import tpu
 
+from rwkv7_jax import sharding
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.runs.settings.names import setting_types
 
@@ -57,3 +59,17 @@ def test_the_table_lists_every_flag_of_plans_and_no_other():
     for row in re.findall(r"^\| (`--.*?) \|", PAGE, re.MULTILINE):
         named |= set(re.findall(r"--(\w+)", row))
     assert named - CONFIG == flags_of(PLAN)
+
+
+def test_the_table_of_slices_says_where_weights_lie_and_who_needs_a_folder():
+    rows = re.findall(r"^\| `([^`]*)` \| (.*?) \| (.*?) \|$", PAGE, re.MULTILINE)
+    meshes = [row for row in rows if row[0] == "auto" or "fsdp=" in row[0]]
+    assert len(meshes) == 4
+    for choice, weights, folder in meshes:
+        sizes = sharding.parse_sizes(choice, "`config.mesh`")
+        mesh = sharding.make_mesh(sizes, 16, tpu("v5e-16"))
+        copies = mesh.devices.reshape(mesh.shape["data"], -1)
+        hosts = {len({chip.process_index for chip in copy}) for copy in copies}
+        words = {1: "each", 2: "two hosts", 4: "all four hosts"}
+        assert words[hosts.pop()] in weights and not hosts
+        assert sharding.is_shared(mesh) == ("all" in folder)

@@ -11,22 +11,11 @@ import sys
 import numpy as np
 import pytest
 from run_programs import ROOT
+from tpu_slices import SLICES, FirstProcess, tpu
 
 from rwkv7_jax import sharding
 from rwkv7_jax.sharding.arrangement import arrange
 from rwkv7_jax.sharding.layout import AXES
-
-# Chips of slices, and of one of their hosts, along each direction.
-SLICES = {
-    "v5e-4": ((2, 2, 1), (2, 2, 1)),
-    "v5e-8": ((2, 4, 1), (2, 4, 1)),
-    "v5e:2x4": ((2, 4, 1), (2, 2, 1)),
-    "v5e-16": ((4, 4, 1), (2, 2, 1)),
-    "v5e-32": ((4, 8, 1), (2, 2, 1)),
-    "v5e-64": ((8, 8, 1), (2, 2, 1)),
-    "v5p-32": ((2, 2, 4), (2, 2, 1)),
-    "v5p-128": ((4, 4, 4), (2, 2, 1)),
-}
 
 # Compiles a sum along each axis of meshes, in a process of its own; prints what fails.
 CHILD = """
@@ -73,14 +62,6 @@ COMPILED = [
 ]
 
 
-class Client:
-    """Of the first process."""
-
-    @staticmethod
-    def process_index():
-        return 0
-
-
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """A device without coordinates: two to a process, and four to a slice."""
@@ -88,7 +69,7 @@ class Chip:
     id: int
     platform = "cpu"
     device_kind = "cpu"
-    client = Client
+    client = FirstProcess
 
     @property
     def process_index(self):
@@ -97,34 +78,6 @@ class Chip:
     @property
     def slice_index(self):
         return self.id // 4
-
-
-@dataclasses.dataclass(frozen=True)
-class TpuCore:
-    """A device of a TPU slice."""
-
-    id: int
-    coords: tuple[int, ...]
-    process_index: int
-    core_on_chip: int = 0
-    slice_index: int = 0
-    platform = "tpu"
-    device_kind = "TPU v5 lite"
-    client = Client
-
-
-def tpu(name, slices=1, cores=1):
-    """The devices of slices, those of a host next to each other, as JAX lists them."""
-    shape, host = SLICES[name]
-    found = []
-    hosts = [size // own for size, own in zip(shape, host, strict=True)]
-    for number, z, y, x in itertools.product(range(slices), *map(range, shape[::-1])):
-        at = [place // own for place, own in zip((x, y, z), host, strict=True)]
-        process = at[0] + hosts[0] * (at[1] + hosts[1] * (at[2] + hosts[2] * number))
-        for core in range(cores):
-            one = TpuCore(len(found), (x, y, z), process, core, number)
-            found.append(one)
-    return sorted(found, key=lambda device: device.process_index)
 
 
 def meshes(count):
