@@ -80,3 +80,22 @@ def test_time_that_is_no_training_does_not_count(monkeypatch, unchecked):
     speeds = [line["tokens_per_second"] for line in lines.values()]
     assert speeds == pytest.approx([_TOKENS / 2] * 2)
     assert lines[6]["paused_seconds"] == pytest.approx(50.0)
+
+
+def test_targets_are_counted_at_their_step_and_not_behind_later_ones(unchecked):
+    logger, lines = _logger(4, 1)
+    tokens = np.zeros((2, _TOKENS + 1), np.int32)
+    metrics = {"loss": jnp.float32(1), "updated": np.float32(1)}
+    for number in range(1, 5):
+        mask = np.zeros((2, _TOKENS), np.float32)
+        mask[0, :number] = 0.5
+        on_device = jnp.asarray(mask)
+        is_even = number % 2 == 0
+        batch = Batch(tokens=tokens, mask=on_device if is_even else mask)
+        logger.log_step(number, metrics, batch)
+        # What is asked for later finds no mask any more.
+        on_device.delete()
+    logger.drain()
+
+    shares = [line["targets_in_loss"] for line in lines.values()]
+    assert shares == [number / (2 * _TOKENS) for number in range(1, 5)]

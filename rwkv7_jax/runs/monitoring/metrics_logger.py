@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rwkv7_jax.data.batch import Batch
@@ -38,12 +39,14 @@ class _Step:
         number: of the step, counted from 1.
         metrics: of its update, on the device.
         batch: of the step; None where it had nothing to learn from.
+        targets: how many count in the loss; None where no line needs it.
         ended: when the device was done with it; not a number until then.
     """
 
     number: int
     metrics: Mapping[str, Any]
     batch: Batch | None
+    targets: Any = None
     ended: float = math.nan
 
     def is_ready(self) -> bool:
@@ -51,6 +54,17 @@ class _Step:
         arrays: list[Any] = jax.tree.leaves(self.metrics)
         # NumPy's arrays have no such method, and JAX's stubs leave it out.
         return all(x.is_ready() for x in arrays if hasattr(x, "is_ready"))
+
+
+# Of a sharded mask every process gets the sum.
+_count_on_device = jax.jit(jnp.count_nonzero)
+
+
+def _count_targets(mask: Any) -> Any:
+    """Counts the targets of a mask where it lies, without waiting for a device."""
+    if isinstance(mask, np.ndarray):
+        return np.count_nonzero(mask)
+    return _count_on_device(mask)
 
 
 class MetricsLogger:
@@ -116,7 +130,12 @@ class MetricsLogger:
         Raises:
             NotFinite: too many updates in a row were skipped.
         """
-        self._pending.append(_Step(number, metrics, batch))
+        step = _Step(number, metrics, batch)
+        if self._is_written(number) and batch is not None and batch.mask is not None:
+            # Now, before later steps: a count that is asked for when the line is written would
+            # wait behind them.
+            step.targets = _count_targets(batch.mask)
+        self._pending.append(step)
         self._note_ends()
         while len(self._pending) > _LAG:
             self._log_oldest()
@@ -164,11 +183,13 @@ class MetricsLogger:
             rows, length = step.batch.tokens.shape
             self._tokens += rows * (length - 1)
             self._count_skipped(step.number, step.metrics, step.batch)
-        if (
-            step.number % self._settings.log_every == 0
-            or step.number >= self._settings.steps
-        ):
+        if self._is_written(step.number):
             self._write(step)
+
+    def _is_written(self, number: int) -> bool:
+        """Returns whether a step has a line in the log."""
+        settings = self._settings
+        return number % settings.log_every == 0 or number >= settings.steps
 
     def _count_skipped(
         self, number: int, metrics: Mapping[str, Any], batch: Batch
@@ -210,7 +231,7 @@ class MetricsLogger:
         batch = step.batch
         numbers = self._mode.step_metrics(to_host(step.metrics))
         if batch is not None and batch.mask is not None:
-            share = float(np.mean(np.not_equal(to_host(batch.mask), 0)))
+            share = int(step.targets) / batch.mask.size
             # Of text all targets count at every step, which needs no column.
             if share < 1.0:
                 numbers["targets_in_loss"] = share
