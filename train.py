@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import functools
 from typing import Any
 
 from absl import flags
@@ -118,7 +119,7 @@ def train_steps(
         while not evaluate_and_save(run, state, step, folder, log, stop):
             profile.before(step + 1)
             with sharding.use_mesh(mode.mesh):
-                batch = batches(step, run.local_params(state))
+                batch = batches(step, functools.partial(run.local_params, state))
             step += 1
             if batch is None:
                 # Nothing to learn from: an update would only carry on with old momentum.

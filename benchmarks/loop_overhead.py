@@ -95,7 +95,7 @@ def bare(program: dict, settings: Settings) -> Mark:
     _, tx = run.mode.optimizer()
     step = make_train_step(run.mode.loss, tx)
     feed = InputPipeline(run.mode.batches(0, None))
-    first = feed(0, None)
+    first = feed(0, run.mode.init_params)
     feed.close()
     assert first is not None
     batch = first.device

@@ -2,7 +2,7 @@
 
 import abc
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -35,12 +35,13 @@ class BatchSource(abc.ABC):
     """The batches of a run, asked for in the order of its steps."""
 
     @abc.abstractmethod
-    def batch(self, step: int, params: Any) -> PlacedBatch | None:
+    def batch(self, step: int, params: Callable[[], Any]) -> PlacedBatch | None:
         """Returns the batch of a step, or None where the step has nothing to learn from.
 
         Args:
             step: counted from 0.
-            params: as they are before the step; only some sources look at them.
+            params: returns them as they are before the step; only some sources look at them, and
+                to lay them out costs time at every step.
         """
 
     @property
@@ -77,7 +78,7 @@ class PrefetchedBatches(BatchSource):
         # Placed by the thread, so that the copy to the device overlaps with the step before.
         self._prefetch = Prefetch(map(placed, batches))
 
-    def batch(self, step: int, params: Any) -> PlacedBatch:
+    def batch(self, step: int, params: Callable[[], Any]) -> PlacedBatch:
         """Returns the next batch as soon as it is ready."""
         # The step is not needed: the iterator was opened at the run's first step and is in order.
         return next(self._prefetch)
@@ -105,9 +106,9 @@ class DrawnBatches(BatchSource):
         self._mesh = mesh
         self._rows = rows
 
-    def batch(self, step: int, params: Any) -> PlacedBatch | None:
+    def batch(self, step: int, params: Callable[[], Any]) -> PlacedBatch | None:
         """Makes the batch of a step."""
-        batch = self._source.batch(params, step)
+        batch = self._source.batch(params(), step)
         if batch is None:
             return None
         return _placed(self._mesh, batch, self._rows)
@@ -133,8 +134,8 @@ class InputPipeline:
         self._source = source
         self.waited = 0.0
 
-    def __call__(self, step: int, params: Any) -> PlacedBatch | None:
-        """Returns the batch of a step, counted from 0; None where it has nothing to learn from."""
+    def __call__(self, step: int, params: Callable[[], Any]) -> PlacedBatch | None:
+        """Returns the batch of a step; see `BatchSource.batch`."""
         # Time in here is time in which the device may have nothing to do.
         began = time.monotonic()
         placed = self._source.batch(step, params)

@@ -87,7 +87,7 @@ def test_the_described_arrays_are_those_of_the_run(tmp_path, kind, name):
     _, tx = run.optimizer()
     program = run.update_step(tx, None)
     state = run.train_state(run.init_params(), tx)
-    batch = run.batches(0, None).batch(0, None).host
+    batch = run.batches(0, None).batch(0, run.make_params).host
     dtype = "float32"
     if run.frozen is not None:
         dtype = str(run.frozen["emb"]["weight"].dtype)

@@ -47,7 +47,7 @@ def measure(settings, folder) -> tuple[int, int]:
             gc.collect()
             buffers = live_buffers()
             new = sum(buffers[address] for address in buffers.keys() - earlier)
-            measured.append((new, bytes_on_a_device(params)))
+            measured.append((new, bytes_on_a_device(params())))
         return original(pipeline, step, params)
 
     with pytest.MonkeyPatch.context() as patches:

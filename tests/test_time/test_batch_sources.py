@@ -161,7 +161,7 @@ def test_a_reward_that_is_not_a_number_ends_a_run_of_train_py(
     mode = make_mode(settings_of(base, method=method, verifier=verifier), tmp_path)
     source = mode.batches(0, None)
     with pytest.raises(ValueError, match=f"`reward` of prompt 0 {reason}"):
-        source.batch(0, mode.init_params())
+        source.batch(0, mode.init_params)
 
 
 def test_a_negative_reward_never_becomes_a_weight_in_train_py(
@@ -173,7 +173,7 @@ def test_a_negative_reward_never_becomes_a_weight_in_train_py(
     with pytest.raises(
         ValueError, match="`reward` of prompt 0 must be at least 0; got -1"
     ):
-        source.batch(0, mode.init_params())
+        source.batch(0, mode.init_params)
 
 
 def test_groups_of_one_are_refused_before_anything_is_drawn(tmp_path, base):

@@ -218,7 +218,7 @@ class TrainingMode(abc.ABC):
     def example_batch(self) -> Batch:
         """Returns a batch with the shapes of a step's, for a program that is compiled ahead."""
         with contextlib.closing(self.batches(0, None)) as source:
-            placed = source.batch(0, None)
+            placed = source.batch(0, self.make_params)
         assert placed is not None
         return placed.host
 
