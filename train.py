@@ -121,6 +121,7 @@ def train_steps(
             with sharding.use_mesh(mode.mesh):
                 batch = batches(step, functools.partial(run.local_params, state))
             step += 1
+            log.before_step(step, state.opt_state)
             if batch is None:
                 # Nothing to learn from: an update would only carry on with old momentum.
                 state = dataclasses.replace(state, step=state.step + 1)

@@ -131,6 +131,10 @@ def test_a_state_that_is_not_finite_stops_no_other(
     with pytest.raises(NotFinite, match="no state was saved for cook"):
         train_here(settings, tmp_path / "broken")
     assert "state cook is given up at step 2" in capsys.readouterr().err
+    lines = (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()
+    last = [row for row in map(json.loads, lines) if "poet/updated" in row][-1]
+    # The rate of an update that is tried again and again.
+    assert last["cook/learning_rate"] != last["poet/learning_rate"]
     assert not (tmp_path / "broken" / "states" / "cook.pth").exists()
     for name in ("poet", "judge"):
         np.testing.assert_array_equal(

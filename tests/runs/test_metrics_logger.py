@@ -1,19 +1,36 @@
 """The logger's clock: a line's speed is that of its own steps, however late it is written."""
 
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from rwkv7_jax.data.batch import Batch
-from rwkv7_jax.runs.early_stopping import RunProgress
+from rwkv7_jax.runs.early_stopping import Progress, RunProgress, StackProgress
 from rwkv7_jax.runs.monitoring.metrics_logger import MetricsLogger
 from rwkv7_jax.runs.settings import Settings
+from rwkv7_jax.training.stacked_step import create_stack, make_stacked_step
 
 _TOKENS = 8
+
+
+def _half(updates: Any) -> Any:
+    """Falls by half with every update, from 1."""
+    return 0.5**updates
+
+
+def _named(metrics: dict[str, Any]) -> dict[str, float]:
+    """Names the metrics of a stack by the places of its states."""
+    numbers = {}
+    for metric, values in metrics.items():
+        for place, value in np.ndenumerate(values):
+            numbers["/".join((*map(str, place), metric))] = float(value)
+    return numbers
 
 
 class _Clock:
@@ -24,29 +41,39 @@ class _Clock:
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
 
 
-def _logger(steps: int, log_every: int) -> tuple[MetricsLogger, dict[int, Any]]:
+def _logger(
+    steps: int,
+    log_every: int,
+    *,
+    progress: Progress | None = None,
+    rates: Callable[[Any], Any] = _half,
+) -> tuple[MetricsLogger, dict[int, Any]]:
     """Returns a logger, and the numbers that it logs by their step."""
     lines: dict[int, Any] = {}
     settings = Settings(steps=steps, log_every=log_every)
     mode = SimpleNamespace(
         settings=settings,
-        step_metrics=lambda metrics: {"loss": float(metrics["loss"])},
+        step_metrics=_named,
         flops_per_token=None,
     )
     logger = MetricsLogger(
-        SimpleNamespace(log=lines.__setitem__),  # type: ignore
+        SimpleNamespace(log=lines.__setitem__, log_bad=lambda *_: None),  # type: ignore
         mode,  # type: ignore
-        RunProgress(),
+        progress or RunProgress(),
         start_step=0,
         batches=SimpleNamespace(waited=0.0),  # type: ignore
-        rates=lambda step: {},
+        rates=rates,
     )
     return logger, lines
+
+
+_SCHEDULE = optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
 
 
 def _take(logger: MetricsLogger, number: int) -> None:
     metrics = {"loss": jnp.float32(1), "updated": np.float32(1)}
     tokens = np.zeros((1, _TOKENS + 1), np.int32)
+    logger.before_step(number, _SCHEDULE)
     logger.log_step(number, metrics, Batch(tokens=tokens))
 
 
@@ -92,6 +119,7 @@ def test_targets_are_counted_at_their_step_and_not_behind_later_ones(unchecked):
         on_device = jnp.asarray(mask)
         is_even = number % 2 == 0
         batch = Batch(tokens=tokens, mask=on_device if is_even else mask)
+        logger.before_step(number, _SCHEDULE)
         logger.log_step(number, metrics, batch)
         # What is asked for later finds no mask any more.
         on_device.delete()
@@ -99,3 +127,36 @@ def test_targets_are_counted_at_their_step_and_not_behind_later_ones(unchecked):
 
     shares = [line["targets_in_loss"] for line in lines.values()]
     assert shares == [number / (2 * _TOKENS) for number in range(1, 5)]
+
+
+def _loss(params, batch):
+    return params * jnp.mean(batch["slope"]), {}
+
+
+def test_the_logged_rate_of_each_state_is_the_one_of_its_update(unchecked):
+    progress = StackProgress({"poet": RunProgress(), "cook": RunProgress()})
+    logger, lines = _logger(6, 1, progress=progress)
+    tx = optax.chain(optax.clip(1.0), optax.scale_by_learning_rate(_half))
+    step = make_stacked_step(_loss, tx, np.ones(2, np.float32))
+    state = create_stack(jnp.zeros(2), tx)
+    tokens = np.zeros((2, _TOKENS + 1), np.int32)
+    mask = np.ones((2, _TOKENS), np.float32)
+    params = [np.zeros(2)]
+    for number in range(1, 7):
+        slope = np.ones(2, np.float32)
+        if number in (2, 3, 4):
+            slope[1] = np.nan
+        logger.before_step(number, state.opt_state)
+        rows = {"tokens": tokens, "mask": mask, "slope": slope}
+        state, metrics = step(state, rows)
+        logger.log_step(number, metrics, Batch(tokens=tokens, mask=mask))
+        params.append(np.asarray(state.params))
+    logger.drain()
+
+    # The slope is 1, so that an update is the rate itself.
+    applied = -np.diff(params, axis=0)
+    names = ("0/learning_rate", "1/learning_rate")
+    logged = np.array([[line[name] for name in names] for line in lines.values()])
+    assert (applied[1:4, 1] == 0).all()
+    made = applied != 0
+    np.testing.assert_array_equal(logged[made], applied[made])

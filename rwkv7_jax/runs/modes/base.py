@@ -191,19 +191,14 @@ class TrainingMode(abc.ABC):
         """Names the data and its size, for the terminal."""
 
     def optimizer(self) -> tuple[RateAt, optax.GradientTransformation]:
-        """Makes the learning rates of a step, by the names of their columns, and the optimizer."""
+        """Makes the learning rate, by the updates made, and the optimizer."""
         settings = self.settings.optimizer
         if self.found_rate is not None:
             settings = with_rate(settings, self.found_rate)
-        updates = self.updates_per_step
-        learning_rate, tx = schedule_and_optimizer(
-            settings, total_steps=updates * self.settings.steps
+        rate_at, tx = schedule_and_optimizer(
+            settings, total_steps=self.updates_per_step * self.settings.steps
         )
-
-        def rates(step: int) -> dict[str, float]:
-            return {"learning_rate": float(learning_rate(updates * step))}
-
-        return rates, self.decorrelator.wrap(tx)
+        return rate_at, self.decorrelator.wrap(tx)
 
     def train_state(self, params: Any, tx: optax.GradientTransformation) -> TrainState:
         """Makes the state before the first step."""

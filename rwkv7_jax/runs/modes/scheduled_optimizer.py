@@ -4,14 +4,17 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
 
 from rwkv7_jax.optim.optimizer import build_optimizer, learning_rate_schedule
 from rwkv7_jax.runs.settings import OptimizerSettings
 from rwkv7_jax.tuning.rate_search import FINAL_SHARE
 
-# From a step, counted from 0, to the learning rates by the names of their columns.
-RateAt = Callable[[int], dict[str, float]]
+# From how many updates were made to the learning rate of the next one; of a stack, [K] to [K].
+RateAt = Callable[[Any], Any]
 
 
 def with_rate(settings: OptimizerSettings, rate: float) -> OptimizerSettings:
@@ -23,8 +26,8 @@ def with_rate(settings: OptimizerSettings, rate: float) -> OptimizerSettings:
 
 def schedule_and_optimizer(
     settings: OptimizerSettings, *, total_steps: int
-) -> tuple[Callable[[Any], Any], optax.GradientTransformation]:
-    """Makes the learning rate, as a function of the step, and the optimizer that follows it.
+) -> tuple[RateAt, optax.GradientTransformation]:
+    """Makes the learning rate, by the updates made, and the optimizer that follows it.
 
     Args:
         settings: the group of settings, with its learning rates.
@@ -52,3 +55,21 @@ def schedule_and_optimizer(
         eps=settings.eps,
     )
     return learning_rate, optimizer
+
+
+def copy_updates_made(opt_state: Any) -> Int[Array, "*K"]:
+    """Copies the count of updates that the schedule has followed.
+
+    It is not that of steps: an update that is left out takes its count back.
+
+    Args:
+        opt_state: of `schedule_and_optimizer`, with what a mode wraps around it; of a stack, with
+            a leading axis K.
+    """
+
+    def is_count(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    nodes = jax.tree.leaves(opt_state, is_leaf=is_count)
+    # A copy, since steps donate what they are given.
+    return jnp.copy(next(node.count for node in nodes if is_count(node)))

@@ -166,7 +166,7 @@ class StackMode(TrainingMode):
         return np.asarray(found, np.float32)
 
     def optimizer(self) -> tuple[RateAt, optax.GradientTransformation]:
-        """Makes the learning rates of a step, by the names of their columns, and the optimizer."""
+        """Makes each state's learning rate by its updates, and the optimizer."""
         rates = self.rates()
         if rates is None:
             return super().optimizer()
@@ -175,10 +175,8 @@ class StackMode(TrainingMode):
             with_rate(self.settings.optimizer, 1.0), total_steps=self.settings.steps
         )
 
-        def rates_at(step: int) -> dict[str, float]:
-            now = float(schedule(step))
-            names = zip(self.names, rates, strict=True)
-            return {f"{name}/learning_rate": now * float(rate) for name, rate in names}
+        def rates_at(updates: Any) -> Any:
+            return schedule(updates) * rates
 
         return rates_at, self.decorrelator.wrap(tx)
 

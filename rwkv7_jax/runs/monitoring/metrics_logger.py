@@ -21,7 +21,7 @@ from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.exit_codes import NotFinite, warn
 from rwkv7_jax.runs.input_pipeline import InputPipeline
 from rwkv7_jax.runs.modes.base import TrainingMode
-from rwkv7_jax.runs.modes.scheduled_optimizer import RateAt
+from rwkv7_jax.runs.modes.scheduled_optimizer import RateAt, copy_updates_made
 from rwkv7_jax.runs.monitoring.progress_bar import ProgressBar
 from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.sharding import to_host
@@ -40,6 +40,7 @@ class _Step:
         metrics: of its update, on the device.
         batch: of the step; None where it had nothing to learn from.
         targets: how many count in the loss; None where no line needs it.
+        updates: made before it, of each state; None where no line needs it.
         ended: when the device was done with it; not a number until then.
     """
 
@@ -47,6 +48,7 @@ class _Step:
     metrics: Mapping[str, Any]
     batch: Batch | None
     targets: Any = None
+    updates: Any = None
     ended: float = math.nan
 
     def is_ready(self) -> bool:
@@ -93,7 +95,7 @@ class MetricsLogger:
             progress: as it was restored.
             start_step: where the run begins or goes on.
             batches: knows how long they were waited for.
-            rates: from a step, counted from 0, to its learning rates.
+            rates: from the updates made to the learning rate of the next one.
             devices: how many share the rows of a step.
         """
         self.progress = progress
@@ -107,6 +109,7 @@ class MetricsLogger:
         self._bar = ProgressBar(self._settings.steps - start_step, self._settings.mode)
         self._compile_clock = CompileClock()
         self._pending: collections.deque[_Step] = collections.deque()
+        self._updates: Any = None
         self._warned = False
         self._last_end = time.monotonic()
         # Since the last line of the log:
@@ -116,6 +119,16 @@ class MetricsLogger:
         self._tokens = 0
         self._waited_before = 0.0
         self._compiled_before = 0.0
+
+    def before_step(self, number: int, opt_state: Any) -> None:
+        """Notes at which learning rate a step is made, if that is logged.
+
+        Args:
+            number: of the step, counted from 1.
+            opt_state: before the step, which donates it.
+        """
+        is_written = self._is_written(number)
+        self._updates = copy_updates_made(opt_state) if is_written else None
 
     def log_step(
         self, number: int, metrics: Mapping[str, Any], batch: Batch | None
@@ -130,7 +143,7 @@ class MetricsLogger:
         Raises:
             NotFinite: too many updates in a row were skipped.
         """
-        step = _Step(number, metrics, batch)
+        step = _Step(number, metrics, batch, updates=self._updates)
         if self._is_written(number) and batch is not None and batch.mask is not None:
             # Now, before later steps: a count that is asked for when the line is written would
             # wait behind them.
@@ -235,7 +248,8 @@ class MetricsLogger:
             # Of text all targets count at every step, which needs no column.
             if share < 1.0:
                 numbers["targets_in_loss"] = share
-        numbers |= self._rates(number - 1)
+        rates = self._rates(to_host(step.updates))
+        numbers |= self._mode.step_metrics({"learning_rate": rates})
         numbers |= self._speed(step.ended)
         numbers |= self._use_of_devices(numbers["tokens_per_second"])
         self._directory.log(number, numbers)
