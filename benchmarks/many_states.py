@@ -90,9 +90,7 @@ def programs(states: int, rows: int, length: int) -> dict[str, Program]:
 
 def temporaries(program: Program) -> float:
     """Reads the MiB of a step's intermediate results off the compiled program."""
-    compiled = program.step.func.lower(
-        *program.step.args, program.train, program.batch
-    ).compile()
+    compiled = program.step.lower(program.train, program.batch).compile()
     return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 

@@ -125,7 +125,7 @@ def _time_step(sizes: Sizes, choice: Choice) -> dict:
     if sizes.warm:
         # Several processes have no room for the arrays of their steps at once.
         began = time.perf_counter()
-        compiled = step.func.lower(*step.args, train, batch).compile()
+        compiled = step.lower(train, batch).compile()
         memory = compiled.memory_analysis()
         return {
             "compile s": time.perf_counter() - began,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
@@ -57,7 +58,7 @@ def check_ids(ids: Any, vocab_size: int, argument: str) -> np.ndarray:
 
 
 def check_tokens(
-    tokens: Int[Array | np.ndarray, "..."],
+    tokens: Int[Array | np.ndarray | jax.ShapeDtypeStruct, "..."],
     vocab_size: int,
     argument: str = "`tokens`",
 ) -> None:

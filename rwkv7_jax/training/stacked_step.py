@@ -34,8 +34,8 @@ from rwkv7_jax.sharding.layout import path_name
 from rwkv7_jax.training.gradients import cut_rows
 from rwkv7_jax.training.losses import Loss
 from rwkv7_jax.training.shared_pass import can_share_pass
-from rwkv7_jax.training.step_checks import check_step_arguments, checked_program
-from rwkv7_jax.training.train_step import TrainState, TrainStep, apply_update
+from rwkv7_jax.training.step_checks import CheckedProgram, check_step_arguments
+from rwkv7_jax.training.train_step import TrainState, apply_update
 
 
 def _axes(of_sets: Any, shared: Any) -> Any:
@@ -184,7 +184,7 @@ def make_stacked_step(
     accumulate: int = 1,
     at_once: int | None = None,
     mesh: Mesh | None = None,
-) -> TrainStep:
+) -> CheckedProgram:
     """Compiles `step(train, batch) -> (train, metrics)` for a stack; see `make_train_step`.
 
     Gradients, clipping, moments, statistics and skipped updates are each set's own. So are the
@@ -238,7 +238,7 @@ def make_stacked_step(
 
     # Also without a mesh: frozen weights may lie on more devices than the sets need.
     loss, statistics, rates = place(mesh, (loss, statistics, rates))
-    return checked_program(
+    return CheckedProgram(
         step,
         loss,
         statistics,

@@ -1,7 +1,6 @@
 """Checks of the parameters, the arguments and the batches of train steps."""
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from rwkv7_jax.checks import (
     prefix_errors,
 )
 from rwkv7_jax.optim.optimizer import check_optimizer
+from rwkv7_jax.sharding import is_abstract
 
 
 def check_parameters(params: Any) -> None:
@@ -95,30 +95,58 @@ def _check_fields(batch: Any, *, needs_shares: bool) -> None:
             )
 
 
-class CheckedProgram(functools.partial):
+class CheckedProgram:
     """A compiled program with its frozen arguments, which looks at batches before they are traced.
 
     Shapes are looked at once for each new set of them. Ids are looked at in every batch that still
     lies in NumPy arrays, and in the first one of each shape that lies on a device: to read later
     ones would wait for their transfer.
 
+    `lower` and `trace` are those of `jax.jit`, after the same checks: for programs that are
+    compiled ahead, and for what they cost. Their arguments may be described by shapes and dtypes.
+    What is compiled takes the frozen arguments too: `compiled(*step.args, train, batch)`.
+
     Attributes:
-        caller: the public function's name, for messages.
-        needs_shares: whether a batch must tell how much each target counts.
-        seen: shapes and dtypes of batches that were looked at.
+        func: the function that `jax.jit` made, of the frozen arguments and those of a call.
+        args: the frozen arguments; the first is the loss.
     """
 
-    caller: str
-    needs_shares: bool
-    seen: set
+    def __init__(
+        self, func: jax.stages.Wrapped, *args: Any, caller: str, needs_shares: bool
+    ):
+        """Binds the frozen arguments.
+
+        Args:
+            func: from `jax.jit`.
+            *args: the frozen arguments; the first is the loss.
+            caller: the public function's name, for messages.
+            needs_shares: whether a batch must tell how much each target counts.
+        """
+        self.func = func
+        self.args = args
+        self._caller = caller
+        self._needs_shares = needs_shares
+        # Shapes and dtypes of batches that were looked at.
+        self._seen: set[Any] = set()
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         """Checks the batch, then runs the program."""
-        batch = arguments[1] if len(arguments) > 1 else named.get("batch")
-        self._check(batch)
-        return super().__call__(*arguments, **named)
+        self._check(arguments, named)
+        return self.func(*self.args, *arguments, **named)
 
-    def _check(self, batch: Any) -> None:
+    def lower(self, *arguments: Any, **named: Any) -> jax.stages.Lowered:
+        """Checks the batch, then lowers the program for these arguments without running it."""
+        self._check(arguments, named)
+        return self.func.lower(*self.args, *arguments, **named)
+
+    def trace(self, *arguments: Any, **named: Any) -> jax.stages.Traced:
+        """Checks the batch, then traces the program for these arguments without running it."""
+        self._check(arguments, named)
+        return self.func.trace(*self.args, *arguments, **named)
+
+    def _check(self, arguments: tuple, named: Mapping[str, Any]) -> None:
+        """Raises unless the program can take a call's batch."""
+        batch = arguments[1] if len(arguments) > 1 else named.get("batch")
         leaves = jax.tree.leaves(batch)
         described = tuple(
             (np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in leaves
@@ -126,22 +154,13 @@ class CheckedProgram(functools.partial):
         names = tuple(batch) if isinstance(batch, Mapping) else type(batch)
         key = (names, described)
         on_host = any(isinstance(leaf, np.ndarray) for leaf in leaves)
-        if key in self.seen and not on_host:
+        if key in self._seen and not on_host:
             return
         check = getattr(self.args[0].func, "check_batch", None)
-        with prefix_errors(self.caller):
-            _check_fields(batch, needs_shares=self.needs_shares)
+        with prefix_errors(self._caller):
+            _check_fields(batch, needs_shares=self._needs_shares)
             if check is not None:
                 check(batch)
-        self.seen.add(key)
-
-
-def checked_program(
-    program: Callable, *frozen: Any, caller: str, needs_shares: bool
-) -> CheckedProgram:
-    """Binds a program's frozen arguments, of which the first is the loss."""
-    checked = CheckedProgram(program, *frozen)
-    checked.caller = caller
-    checked.needs_shares = needs_shares
-    checked.seen = set()
-    return checked
+        # The ids of a batch that is only described have not been looked at.
+        if not is_abstract(batch):
+            self._seen.add(key)

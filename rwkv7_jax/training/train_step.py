@@ -29,10 +29,10 @@ from rwkv7_jax.training.gradients import compute_gradients, with_weights
 from rwkv7_jax.training.losses import Loss, Metrics, nan_where_all_zero
 from rwkv7_jax.training.shared_pass import can_share_pass
 from rwkv7_jax.training.step_checks import (
+    CheckedProgram,
     as_partial,
     check_parameters,
     check_step_arguments,
-    checked_program,
 )
 
 # A step's function: from the training state and a batch to the next state and the metrics.
@@ -188,7 +188,7 @@ def make_train_step(
     statistics: Callable[[Any, Any], Any] | None = None,
     accumulate: int = 1,
     mesh: Mesh | None = None,
-) -> TrainStep:
+) -> CheckedProgram:
     """Compiles `step(train, batch) -> (train, metrics)`; the old `train` must not be used again.
 
     An update whose loss or gradient is not finite is left out: parameters and moments stay as they
@@ -198,6 +198,9 @@ def make_train_step(
     A batch is a `data.Batch` or a mapping. A mapping may hold arrays of its own for the caller's
     own loss, which gets a mapping with `weights` added; it must hold `tokens`, and `mask` or
     `weights`. The losses of this package take a mapping of `Batch`'s fields alone.
+
+    `step.lower(train, batch)` and `step.trace(train, batch)` are those of `jax.jit`, after the
+    checks of a call; see `CheckedProgram`.
 
     Args:
         loss: `(params, batch) -> (loss, metrics)`; arrays inside a `Partial` are passed as
@@ -239,7 +242,7 @@ def make_train_step(
 
     if mesh is not None:
         loss, statistics = place(mesh, (loss, statistics))
-    return checked_program(
+    return CheckedProgram(
         step,
         loss,
         statistics,
@@ -248,8 +251,8 @@ def make_train_step(
     )
 
 
-def make_eval_step(loss: Loss) -> Callable[[Any, Mapping[str, Any]], Metrics]:
-    """Compiles `evaluate(params, batch) -> metrics`, without gradients.
+def make_eval_step(loss: Loss) -> CheckedProgram:
+    """Compiles `evaluate(params, batch) -> metrics`, without gradients; it has `lower` and `trace`.
 
     Raises:
         TypeError: not a function.
@@ -266,7 +269,7 @@ def make_eval_step(loss: Loss) -> Callable[[Any, Mapping[str, Any]], Metrics]:
         _, metrics = loss(params, batch)
         return metrics
 
-    return checked_program(
+    return CheckedProgram(
         jax.jit(evaluate),
         loss,
         caller="make_eval_step",

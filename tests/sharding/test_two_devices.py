@@ -43,7 +43,7 @@ def stepped(mesh, loss, params, **choices):
     step = make_train_step(loss, tx, mesh=mesh, **choices)
     train = parallel.place(mesh, TrainState.create(params, tx))
     batch = parallel.shard_batch(mesh, BATCH)
-    program = step.func.lower(*step.args, train, batch).compile()
+    program = step.lower(train, batch).compile()
     after, metrics = program(*step.args, train, batch)
     return (after, metrics), program.as_text()
 
@@ -171,7 +171,7 @@ def test_four_chips_share_a_step_with_a_kernel_on_each(monkeypatch):
     train = parallel.abstract_shards(mesh, TrainState.create(random_state(config), tx))
     rows = {name: np.repeat(x, 2, axis=0) for name, x in BATCH.items()}
     batch = parallel.abstract_rows(mesh, rows)
-    traced = step.func.trace(*step.args, train, batch)
+    traced = step.trace(train, batch)
     program = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
     assert program.count("tpu_custom_call") >= 4 and "all-reduce" in program
     assert "all-gather" not in program

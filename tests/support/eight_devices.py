@@ -124,7 +124,7 @@ def train(mesh, loss, params, *, steps=STEPS, rows=ROWS, accumulate=1) -> Course
     for seed in range(steps):
         data = sharding.shard_batch(mesh, with_anchor(batch(seed, rows)))
         if program is None:
-            program = step.func.lower(*step.args, state, data).compile()
+            program = step.lower(state, data).compile()
         state, metrics = program(*step.args, state, data)
         losses.append(float(metrics["loss"]))
         if seed == 0:

@@ -53,7 +53,7 @@ def test_they_are_those_of_a_pass_of_their_own(kind):
     for given in (loss, alone):
         step = make_train_step(given, tx, statistics=decorrelator.statistics)
         train = TrainState.create(start, tx)
-        compiled = step.func.lower(*step.args, train, BATCH).compile()
+        compiled = step.lower(train, BATCH).compile()
         train, _ = compiled(*step.args, train, BATCH)
         results.append((train, compiled.cost_analysis()["flops"]))
     (shared, few), (separate, many) = results

@@ -304,3 +304,32 @@ def test_evaluation_reports_the_metrics_of_the_same_loss():
         one_batch()[1]["loss_nats"],
         1e-6,
     )
+
+
+def test_a_step_is_lowered_and_traced_after_the_checks_of_a_call():
+    train = TrainState.create(lively(CONFIG), PLAIN)
+    described = jax.eval_shape(lambda: (train, BATCH))
+    compiled = step().lower(*described).compile()
+    assert compiled.cost_analysis()["flops"] > 0
+    traced = step().trace(train, batch=BATCH)
+    assert traced.out_info == step().trace(*described).out_info
+    for method in (step().lower, step().trace):
+        with pytest.raises(ValueError, match="make_train_step: `batch` must hold"):
+            method(train, {"tokens": BATCH["tokens"]})
+    after, metrics = compiled(*step().args, train, BATCH)
+    expected, wanted = one_batch()
+    for one, two in zip(
+        jax.tree.leaves((after, metrics)),
+        jax.tree.leaves((expected, wanted)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_a_batch_that_was_only_described_is_no_batch_whose_ids_were_looked_at():
+    one = make_train_step(LOSS, PLAIN)
+    train = TrainState.create(lively(CONFIG), PLAIN)
+    one.lower(*jax.eval_shape(lambda: (train, BATCH)))
+    wrong = BATCH | {"tokens": BATCH["tokens"] + CONFIG.vocab_size}
+    with pytest.raises(ValueError, match=r"make_train_step: `batch.tokens` must"):
+        one(train, jax.device_put(wrong))

@@ -162,7 +162,7 @@ def compiled_text(loss, trainables, batch) -> tuple[str, int]:
     tx = optax.adam(0.1)
     step = make_train_step(loss, tx)
     train = TrainState.create(trainables, tx)
-    compiled = step.func.lower(*step.args, train, batch).compile()
+    compiled = step.lower(train, batch).compile()
     return compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
 
 
