@@ -23,6 +23,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 from absl import flags
 
 from rwkv7_jax import sharding
@@ -118,20 +119,21 @@ def train_steps(
     ):
         while not evaluate_and_save(run, state, step, folder, log, stop):
             profile.before(step + 1)
-            with sharding.use_mesh(mode.mesh):
-                batch = batches(step, functools.partial(run.local_params, state))
-            step += 1
-            log.before_step(step, state.opt_state)
-            if batch is None:
-                # Nothing to learn from: an update would only carry on with old momentum.
-                state = dataclasses.replace(state, step=state.step + 1)
-                stop.updated()
-                log.log_step(step, {"updated": 0.0, **batches.metrics}, None)
-            else:
-                state, metrics = update(state, batch.device)
-                # Not before: a signal while the first step compiles has nothing to wait for.
-                stop.updated()
-                log.log_step(step, metrics, batch.host)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+                with sharding.use_mesh(mode.mesh):
+                    batch = batches(step, functools.partial(run.local_params, state))
+                step += 1
+                log.before_step(step, state.opt_state)
+                if batch is None:
+                    # Nothing to learn from: an update would only carry on with old momentum.
+                    state = dataclasses.replace(state, step=state.step + 1)
+                    stop.updated()
+                    log.log_step(step, {"updated": 0.0, **batches.metrics}, None)
+                else:
+                    state, metrics = update(state, batch.device)
+                    # Not before: a signal while the first step compiles has nothing to wait for.
+                    stop.updated()
+                    log.log_step(step, metrics, batch.host)
             profile.after(step, state)
             folder.checkpoints.poll()
 

@@ -46,6 +46,7 @@ class _Options(NamedTuple):
     interpret: bool
 
 
+@jax.named_scope("wkv7_gradients")
 def _gradients(
     options: _Options, residuals: dispatch.Residuals, dy: Array, dend: State
 ) -> tuple[WKVInputs, State]:
@@ -83,6 +84,7 @@ _differentiable_gradients = jax.custom_jvp(_gradients, nondiff_argnums=(0,))
 _differentiable_gradients.defjvp(_gradients_jvp)
 
 
+@jax.named_scope("wkv7")
 def _saving(
     options: _Options, inputs: WKVInputs, state: State, owners: Owners | None
 ) -> tuple[Array, State, dispatch.Residuals]:
@@ -121,6 +123,7 @@ _differentiable_saving = jax.custom_jvp(_saving, nondiff_argnums=(0,))
 _differentiable_saving.defjvp(_saving_jvp)
 
 
+@jax.named_scope("wkv7")
 def _compute(
     options: _Options, inputs: WKVInputs, state: State, owners: Owners | None
 ) -> tuple[Array, State]:

@@ -46,7 +46,7 @@ def evaluate_and_save(
     is_best = step in log.progress.best_steps(settings.kept_best)
     save_due = settings.save_every and step % settings.save_every == 0
     if stop.has_unsaved_updates and (ends or is_best or save_due):
-        with log.paused():
+        with log.paused(), jax.profiler.TraceAnnotation("save_checkpoint"):
             local = sharding.local_view(run.mesh, state)
             folder.checkpoints.save(local, log.progress, run.identity)
     if ends:

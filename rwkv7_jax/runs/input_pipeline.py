@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax
 from jax.sharding import Mesh
 
 from rwkv7_jax.data.batch import Batch
@@ -138,7 +139,8 @@ class InputPipeline:
         """Returns the batch of a step; see `BatchSource.batch`."""
         # Time in here is time in which the device may have nothing to do.
         began = time.monotonic()
-        placed = self._source.batch(step, params)
+        with jax.profiler.TraceAnnotation("wait_for_batch"):
+            placed = self._source.batch(step, params)
         self.waited += time.monotonic() - began
         return placed
 

@@ -204,6 +204,7 @@ def as_shards(tree: Any, specs: Any) -> Any:
     return jax.tree.map(mark, tree, specs)
 
 
+@jax.named_scope("gather_shards")
 def _gather(shard: Shard, dtype: Any) -> Array:
     values = shard.values
     # The narrower of the two dtypes travels. Products are taken in `dtype` in any case.

@@ -150,7 +150,8 @@ def apply_update(
         extra["stats"] = stats
     # Optax counts in integers and relies on their promotion, which JAX can be told to refuse.
     naming = _naming_optimizer(grads, train.params)
-    with jax.numpy_dtype_promotion("standard"), naming:
+    scope = jax.named_scope("optimizer")
+    with jax.numpy_dtype_promotion("standard"), naming, scope:
         updates, opt_state = tx.update(grads, train.opt_state, train.params, **extra)
     if rate is not None:
         updates = jax.tree.map(lambda leaf: rate.astype(leaf.dtype) * leaf, updates)

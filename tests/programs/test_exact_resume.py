@@ -175,10 +175,12 @@ def test_a_run_that_is_good_enough_ends_early_and_some_steps_are_profiled(
 ):
     changes = {"evaluation__measure": "held_out_accuracy", "evaluation__enough": 0.0}
     train_here(
-        mode_settings("pretrain", base_model, steps=9, profile_steps="1:2"),
+        mode_settings("pretrain", base_model, steps=9, profile_steps="1:3"),
         tmp_path / "one",
     )
-    assert list((tmp_path / "one" / "profile").rglob("*.xplane.pb"))
+    (profile,) = (tmp_path / "one" / "profile").rglob("*.xplane.pb")
+    for name in (b"train", b"step_num", b"wait_for_batch", b"save_checkpoint"):
+        assert name in profile.read_bytes()
     train_here(
         mode_settings("pretrain", base_model, steps=9, **changes), tmp_path / "two"
     )

@@ -48,6 +48,17 @@ def stepped(mesh, loss, params, **choices):
     return (after, metrics), program.as_text()
 
 
+def test_the_parts_of_a_compiled_step_have_names():
+    loss = state_loss(MODEL, lively(SHALLOW))
+    _, program = stepped(data_mesh(ROWS), loss, random_state(SHALLOW))
+    found = set()
+    for name in re.findall(r'op_name="([^"]*)"', program):
+        found.update(re.findall(r"\w+", name))
+    named = {"head_loss", "optimizer", "gather_shards", "wkv7", "wkv7_gradients"}
+    # Flax names the two halves of a block.
+    assert found >= named | {"att", "ffn"}
+
+
 def test_a_mesh_has_as_many_devices_as_share_the_rows_alike():
     assert jax.device_count() == 2
     sizes = {"data": 2, "fsdp": 1, "sequence": 1, "tensor": 1}
