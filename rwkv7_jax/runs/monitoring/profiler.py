@@ -5,13 +5,19 @@ from typing import Any
 
 import jax
 
+from rwkv7_jax.runs.process_group import is_process_0
+
 
 class ProfileWindow:
-    """A trace of the steps from the first to the last of a pair, written into a folder."""
+    """A trace of the steps from the first to the last of a pair, written into a folder.
+
+    Of several processes the first one alone traces itself and its devices: the others have no
+    folder that lasts.
+    """
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path):
         """Takes the steps to trace; None traces nothing."""
-        self._steps = steps
+        self._steps = steps if is_process_0() else None
         self._folder = folder
         self._last_step: int | None = None
 

@@ -226,7 +226,7 @@ class Settings:
         mesh: how devices share a step: "auto", or sizes such as "data=2,fsdp=4".
         allow_nan: take a checkpoint that holds NaN or Inf.
         any_base: let eval.py take states that were tuned for other weights.
-        profile_steps: "first:last", steps of which a profile is written.
+        profile_steps: "first:last", steps of which process 0 writes a profile.
         trackers: where metrics go besides the run's files: "tensorboard", "wandb".
         workdir: eval.py's folder for its report; train.py has it as a flag.
         backup: object store (gs://, s3:// or file://) for a copy of every checkpoint and of the

@@ -1,0 +1,26 @@
+"""Profiles of some steps of a run."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rwkv7_jax.runs.monitoring.profiler import ProfileWindow
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_process_0_alone_traces_its_steps_and_no_others(
+    tmp_path, monkeypatch, capsys, process
+):
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", calls.append)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    window = ProfileWindow((2, 3), tmp_path)
+    for step in range(1, 5):
+        window.before(step)
+        calls.append(step)
+        window.after(step, jnp.zeros(()))
+    window.close()
+    traced = [1, str(tmp_path), 2, 3, "stop", 4]
+    assert calls == (traced if process == 0 else [1, 2, 3, 4])
+    assert capsys.readouterr().out.count("profile") == (process == 0)
