@@ -127,6 +127,7 @@ def _time_step(sizes: Sizes, choice: Choice) -> dict:
         began = time.perf_counter()
         compiled = step.lower(train, batch).compile()
         memory = compiled.memory_analysis()
+        assert memory is not None
         return {
             "compile s": time.perf_counter() - began,
             "temp GiB": memory.temp_size_in_bytes / 2**30,
