@@ -187,6 +187,12 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="on each use (%(default)s)",
     )
     add(
+        "--penalty-decay",
+        type=number(0, 1),
+        default=0.996,
+        help="factor on the counts of uses at every token (%(default)s)",
+    )
+    add(
         "--seed",
         type=integer(-_SEEDS, _SEEDS - 1),
         default=0,
@@ -308,6 +314,7 @@ def _sampling(options: argparse.Namespace, tokenizer: Tokenizer) -> dict[str, An
         "top_k": options.top_k,
         "presence_penalty": options.presence_penalty,
         "frequency_penalty": options.frequency_penalty,
+        "penalty_decay": options.penalty_decay,
         "penalty_exempt": exempt_ids(tokenizer),
     }
 

@@ -9,11 +9,15 @@ import jax.numpy as jnp
 import pytest
 from random_checkpoints import random_params
 
-from rwkv7_jax.checkpoints.model_files import save_model
+from rwkv7_jax.checkpoints.model_files import load_model, save_model
 from rwkv7_jax.checkpoints.state_files import save_state
 from rwkv7_jax.cli.commands import main
+from rwkv7_jax.generation.generate import generate
+from rwkv7_jax.generation.sampling import exempt_ids
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
+from rwkv7_jax.text.tokenizer import Tokenizer
 
 # One layer compiles fastest.
 CONFIG = RWKV7Config(vocab_size=257, num_layers=1, width=32, head_size=16)
@@ -139,6 +143,29 @@ def test_the_command_holds_the_model_in_8_bits(command, capsys):
     # The state belongs to the checkpoint: its float weights take it without a warning.
     assert command("--prompt", "a", "--state", "w.pth", "--json") == 0
     assert json.loads(capsys.readouterr().out)["text"]
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0])
+def test_counts_of_uses_decay_as_in_the_library(command, folder, capsys, decay):
+    words = ["--prompt", "Hi", "--temperature", "0", "--json"]
+    penalty = ["--frequency-penalty", "50", "--penalty-decay", str(decay)]
+    assert command(*words, *penalty) == 0
+    report = json.loads(capsys.readouterr().out)
+    params, config = load_model(folder / "m.pth")
+    tokenizer = Tokenizer.for_vocabulary(config.vocab_size)
+    again = generate(
+        RWKV7(config),
+        params,
+        tokenizer.encode(b"Hi"),
+        tokens=12,
+        temperature=0,
+        frequency_penalty=50,
+        penalty_decay=decay,
+        penalty_exempt=exempt_ids(tokenizer),
+    )
+    assert report["tokens"] == again.tokens[0]
+    # Nothing is punished twice where counts are forgotten at once.
+    assert (len(set(report["tokens"])) < 9) == (decay == 0)
 
 
 def test_another_form_of_weights_is_refused(command, capsys):

@@ -211,6 +211,8 @@ MISUSE = [
     (f"{GENERATE} --presence-penalty nan", "`--presence-penalty` must be finite"),
     (f"{GENERATE} --presence-penalty x", "`--presence-penalty` must be a number"),
     (f"{GENERATE} --frequency-penalty inf", "`--frequency-penalty` must be finite"),
+    (f"{GENERATE} --penalty-decay 2", "`--penalty-decay` must be from 0 to 1; got 2"),
+    (f"{GENERATE} --penalty-decay nan", "`--penalty-decay` must be finite"),
     (f"{GENERATE} --seed x", "`--seed` must be a whole number"),
     (f"{GENERATE} --seed 1e3", "`--seed` must be a whole number"),
     (f"{GENERATE} --seed 99999999999999999999", "`--seed` must be at most"),
