@@ -22,7 +22,12 @@ from rwkv7_jax.cli.tables import format_heads
 from rwkv7_jax.evaluation.head_statistics import head_statistics
 from rwkv7_jax.local_paths import split_list
 from rwkv7_jax.model.state import RWKV7State
-from rwkv7_jax.tuning.state_arithmetic import capacity, scaled, weighted_sum
+from rwkv7_jax.tuning.state_arithmetic import (
+    Capacity,
+    capacity,
+    scaled,
+    weighted_sum,
+)
 
 # Fields of a sidecar that `info` prints in sentences of its own.
 _DESCRIBED_FIELDS = frozenset({*MEANING, "base_model"})
@@ -136,9 +141,20 @@ def _capacity(state: RWKV7State) -> str:
     result = capacity(state)
     fewest, most = result.facts
     return (
-        f"trained numbers: {result.trained:,} (WKV {result.wkv:,}, upscaled {result.memory:,})\n"
+        f"trained numbers: {result.trained:,} ({_trained_parts(state, result)})\n"
         f"capacity: about {fewest:,} to {most:,} facts of 5 bits (toy tasks, 300 to 1000 steps)"
     )
+
+
+def _trained_parts(state: RWKV7State, result: Capacity) -> str:
+    """Describes which parts the trained numbers are in; a part that is zero was not trained."""
+    if not result.memory:
+        return "WKV"
+    if result.trained == result.wkv + result.memory:
+        return f"WKV {result.wkv:,} and upscaled {result.memory:,}"
+    if np.any(state.wkv):
+        return f"WKV; the upscaled memory's {result.memory:,} are zero"
+    return f"upscaled; the WKV state's {result.wkv:,} are zero"
 
 
 def _parse_weights(text: str) -> list[float]:

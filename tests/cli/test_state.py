@@ -68,10 +68,7 @@ def run(capsys, *words):
 def test_info_shows_sizes_norms_ranks_and_capacity(folder, capsys):
     printed = run(capsys, "info", folder / "a.pth")
     assert "1 layers, 2 heads of 32 x 32, without shift states, float32" in printed
-    assert (
-        "alpha: 0.5" in printed
-        and "trained numbers: 2,048 (WKV 2,048, upscaled 0)" in printed
-    )
+    assert "alpha: 0.5" in printed and "trained numbers: 2,048 (WKV)" in printed
     assert "about 58 to 102 facts of 5 bits (toy tasks, 300 to 1000 steps)" in printed
     norm = np.linalg.norm(state(1).wkv[0, 0, 1])
     row = next(line for line in printed.splitlines() if line.split()[:2] == ["0", "1"])
@@ -81,7 +78,29 @@ def test_info_shows_sizes_norms_ranks_and_capacity(folder, capsys):
 def test_info_of_an_upscaled_state_shows_its_memory(folder, capsys):
     printed = run(capsys, "info", folder / "wide.safetensors")
     assert "upscaled memory: static, 24 gaussian features a head" in printed
-    assert "upscaled rank" in printed and "(WKV 2,048, upscaled 1,536)" in printed
+    assert "upscaled rank" in printed
+
+
+@pytest.mark.parametrize(
+    ("parts", "line"),
+    [
+        ("memory", "1,536 (upscaled; the WKV state's 2,048 are zero)"),
+        ("wkv", "2,048 (WKV; the upscaled memory's 1,536 are zero)"),
+        ("wkv memory", "3,584 (WKV 2,048 and upscaled 1,536)"),
+        ("", "1,536 (upscaled; the WKV state's 2,048 are zero)"),
+    ],
+)
+def test_info_counts_the_trained_numbers_by_parts_that_add_up(
+    tmp_path, capsys, parts, line
+):
+    some = wide()
+    if "wkv" in parts:
+        some = some.replace(wkv=state(1).wkv)
+    if "memory" not in parts:
+        some = some.replace(upscaled=empty_memory(some.upscaled.features))
+    save_state(tmp_path / "s.safetensors", some)
+    printed = run(capsys, "info", tmp_path / "s.safetensors")
+    assert f"trained numbers: {line}\n" in printed
 
 
 def test_info_says_whether_the_model_is_the_states_own(folder, capsys):
