@@ -21,7 +21,7 @@ def get_config(arg="state"):
     wide = arg == "upscaled"
     config = ConfigDict()
     config.mode = "upscaled_state" if wide else "state"
-    config.init = "runs/base"
+    config.init = "assets/tiny.pth"
     config.steps = 40
     config.seed = 0
     config.log_every = 5

@@ -233,8 +233,8 @@ def refuse_hub_name(
     if kind != "model":
         command = command.replace("hf download", f"hf download --repo-type {kind}")
     raise ValueError(
-        f"{argument} must be on this machine, and `{text}` does not exist; if it is the name of a "
-        f"{kind} on Hugging Face, download it first: `{command}`."
+        f"{argument} must name what is there; `{text}` does not exist, so make it or, if it is the "
+        f"name of a {kind} on Hugging Face, download it first: `{command}`."
     )
 
 

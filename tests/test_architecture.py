@@ -4,6 +4,7 @@ import ast
 import functools
 import inspect
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -71,6 +72,12 @@ def test_configs_import_nothing_of_ours_and_nothing_imports_them(path):
     )
     for module in MODULES:
         assert not any(name.split(".")[0] == "configs" for name in imports(module))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
+def test_the_checkpoint_that_a_config_names_ships_with_the_project(path):
+    for name in re.findall(r'config\.init = "(.+)"', path.read_text()):
+        assert (ROOT / name).exists(), name
 
 
 @pytest.mark.parametrize("folder", ["configs", "tests", "benchmarks"])

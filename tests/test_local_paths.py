@@ -117,8 +117,11 @@ def test_an_existing_file_wins_over_an_address(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["a/b", "BlinkDL/rwkv7-g1", "a-b/c.d", "fla-hub/rwkv"])
 def test_a_name_on_a_hub_is_told_apart_from_a_missing_file(tmp_path, name):
-    with pytest.raises(ValueError, match=f"hf download {name} --local-dir"):
+    with pytest.raises(ValueError, match=f"hf download {name} --local-dir") as caught:
         existing_path(name, "`path`")
+    # Most names of this form are of a folder that was not made yet.
+    missing = f"`path` must name what is there; `{name}` does not exist, so make it or"
+    assert str(caught.value).startswith(missing)
     with pytest.raises(ValueError, match=f"--repo-type dataset {name}"):
         refuse_hub_name(name, "`path`", kind="dataset")
     (tmp_path / name).parent.mkdir()
