@@ -1,4 +1,4 @@
-"""`rwkv7 state info | mix | scale`: start states as files that can be looked at and combined."""
+"""`rwkv7 state info | convert | mix | scale`: start states as files, looked at and combined."""
 
 import argparse
 from pathlib import Path
@@ -14,7 +14,12 @@ from rwkv7_jax.checkpoints import (
 from rwkv7_jax.checkpoints.state_sidecar import MEANING
 from rwkv7_jax.checkpoints.state_tensors import open_state_tensors
 from rwkv7_jax.checks import prefix_errors
-from rwkv7_jax.cli.arguments import number, path, state_target
+from rwkv7_jax.cli.arguments import (
+    STATE_SUFFIXES,
+    number,
+    path,
+    state_target,
+)
 from rwkv7_jax.cli.inputs import read_model
 from rwkv7_jax.cli.state_doctor import add_doctor_command
 from rwkv7_jax.cli.summary import COMMANDS
@@ -46,6 +51,22 @@ def add_state_command(subparsers) -> None:
     info.add_argument("state", type=path, help=_STATE_HELP)
     info.add_argument("--model", type=path, help="checkpoint that the state must fit")
     info.set_defaults(run=_info)
+
+    convert = commands.add_parser(
+        "convert", help="a state in another format, for other tools or from them"
+    )
+    convert.add_argument("state", type=path, help=_STATE_HELP)
+    convert.add_argument(
+        "target",
+        type=state_target,
+        help=f"format by suffix: {', '.join(STATE_SUFFIXES)}",
+    )
+    convert.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the WKV tensors (float32; float16 for .state)",
+    )
+    convert.set_defaults(run=_convert)
 
     mix = commands.add_parser(
         "mix",
@@ -155,6 +176,14 @@ def _trained_parts(state: RWKV7State, result: Capacity) -> str:
     if np.any(state.wkv):
         return f"WKV; the upscaled memory's {result.memory:,} are zero"
     return f"upscaled; the WKV state's {result.wkv:,} are zero"
+
+
+def _convert(options: argparse.Namespace) -> str:
+    """Writes a state in another format; what its sidecar says goes with it."""
+    state = load_state(options.state)
+    info = read_sidecar(options.state)
+    save_state(options.target, state, info=info, dtype=options.dtype)
+    return f"{options.target}: {_sizes(state)}, {_dtypes(options.target)}"
 
 
 def _parse_weights(text: str) -> list[float]:

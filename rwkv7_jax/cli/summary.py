@@ -14,7 +14,7 @@ COMMANDS = {
     "generate": "continue a text or answer a message",
     "serve": "answer over HTTP, each request from the state that it names",
     "observe": "propose a start state for a prompt, or judge the proposal",
-    "state": "look at, mix, scale and examine start states",
+    "state": "look at, convert, mix, scale and examine start states",
 }
 
 

@@ -273,6 +273,13 @@ MISUSE = [
     ("state info junk.safetensors", "junk.safetensors"),
     ("state info a.pth --model none.pth", "`none.pth` does not exist"),
     ("state info large.pth --model m.pth", "large.pth"),
+    # state convert
+    ("state convert", "arguments are required: state, target"),
+    ("state convert none.pth out.st", "`none.pth` does not exist"),
+    ("state convert m.pth out.st", "m.pth"),
+    ("state convert a.pth out.gguf", "`target` must end in .pth, .safetensors"),
+    ("state convert a.pth folder", "`target` must end in .pth"),
+    ("state convert a.pth out.st --dtype int8", "invalid choice: 'int8'"),
     # state mix
     ("state mix", "arguments are required: --weights"),
     ("state mix a.pth b.pth out.pth", "arguments are required: --weights"),

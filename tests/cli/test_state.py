@@ -1,4 +1,4 @@
-"""`rwkv7 state info | mix | scale | doctor`, as a user types them."""
+"""`rwkv7 state info | convert | mix | scale | doctor`, as a user types them."""
 
 import foreign_layouts as layouts
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from tiny_models import lively
 from rwkv7_jax.checkpoints import load_state, read_sidecar, save_state
 from rwkv7_jax.checkpoints.model_files import model_hash, save_model
 from rwkv7_jax.checkpoints.pth import write_pth
+from rwkv7_jax.checkpoints.tensor_files import read_tensors
 from rwkv7_jax.cli.commands import main
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.kernel_features import Features
@@ -112,6 +113,40 @@ def test_info_says_whether_the_model_is_the_states_own(folder, capsys):
     assert f"{model} is another" in run(
         capsys, "info", folder / "other.pth", "--model", model
     )
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors", "st", "state"])
+def test_a_state_is_converted_there_and_back_with_what_is_said_of_it(
+    folder, tmp_path, capsys, suffix
+):
+    target = tmp_path / f"x.{suffix}"
+    printed = run(capsys, "convert", folder / "a.pth", target, "--dtype", "float32")
+    assert printed.startswith(f"{target}: 1 layers, 2 heads of 32 x 32")
+    run(capsys, "convert", target, tmp_path / "back.pth")
+    before = load_state(folder / "a.pth")
+    np.testing.assert_array_equal(before.wkv, load_state(target).wkv)
+    assert (tmp_path / "back.pth").read_bytes() == (folder / "a.pth").read_bytes()
+    assert read_sidecar(tmp_path / "back.pth") == read_sidecar(folder / "a.pth")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "words", "dtype"),
+    [
+        ("st", [], "float32"),
+        ("state", [], "float16"),
+        ("st", ["--dtype", "float16"], "float16"),
+        ("pth", ["--dtype", "bfloat16"], "bfloat16"),
+    ],
+)
+def test_a_converted_state_has_the_dtype_that_its_readers_need(
+    folder, tmp_path, capsys, suffix, words, dtype
+):
+    target = tmp_path / f"x.{suffix}"
+    assert (
+        run(capsys, "convert", folder / "a.pth", target, *words).strip().endswith(dtype)
+    )
+    tensors = read_tensors(target).values()
+    assert {str(tensor.dtype) for tensor in tensors} == {dtype}
 
 
 @pytest.fixture(params=["session.pth", "hf", "merged.pth", "merged.safetensors"])
