@@ -14,7 +14,11 @@ from jax.sharding import Mesh
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints import tensor_names
-from rwkv7_jax.checkpoints.huggingface import read_hf, read_norm_eps
+from rwkv7_jax.checkpoints.huggingface import (
+    files_of_weights,
+    read_hf,
+    read_norm_eps,
+)
 from rwkv7_jax.checkpoints.huggingface_writer import HF_CONTENT, save_hf
 from rwkv7_jax.checkpoints.integrity.finite_numbers import overflows
 from rwkv7_jax.checkpoints.integrity.named_errors import name_file
@@ -224,7 +228,7 @@ def open_model(path: Path) -> tuple[dict[str, Tensor], RWKV7Config]:
     tensors, state = tensor_names.split_states(named.tensors)
     # Tools of the RWKV world put states and models under the same suffixes.
     if state and not tensors:
-        raise ValueError(f"load_model: `{path}` is a start state; load_state reads it.")
+        raise ValueError(f"load_model: `{path}` {_describe_state(path)}.")
     if state:
         warnings.warn(
             f"{path} holds a tuned state as well; load_state({str(path)!r}) gives it.",
@@ -239,6 +243,20 @@ def open_model(path: Path) -> tuple[dict[str, Tensor], RWKV7Config]:
     config = infer_config(tensors, str(path), norm_eps=norm_eps, family=named.family)
     check_names(tensors, config, str(path))
     return tensors, config
+
+
+def _describe_state(path: Path) -> str:
+    """Says of a file that it is a start state, or of a folder that it holds nothing else."""
+    if path.is_file():
+        return (
+            "is a start state: in Python load_state reads it, on the command line `rwkv7 state "
+            "info`, `rwkv7 state convert` and `--state`, or `--config.state` of eval.py"
+        )
+    names = ", ".join(file.name for file in files_of_weights(path))
+    return (
+        f"holds a start state alone, {names}: a model's folder has rwkv7_jax.json, or the model's "
+        "weights in one file or in shards"
+    )
 
 
 def _to_half(name: str, array: np.ndarray) -> np.ndarray:

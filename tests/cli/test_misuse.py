@@ -59,6 +59,8 @@ def files(tmp_path_factory):
     (folder / "junk.safetensors").write_bytes(bytes(range(256)))
     (folder / "cut.pth").write_bytes((folder / "m.pth").read_bytes()[:2000])
     (folder / "folder").mkdir()
+    (folder / "session").mkdir()
+    save_state(folder / "session" / "s.st", init_state(CONFIG))
     (folder / "link.pth").symlink_to("m.pth")
     (folder / "x.card.json").write_text("[]")
     (folder / "t.mask").write_bytes(b"\1")
@@ -109,6 +111,7 @@ MISUSE = [
     ("convert m.pth t.txt/a/b", "`target` must be in a folder; `t.txt` is a file"),
     ("convert m.pth hf:o/m", "write to a local place"),
     ("convert m.pth gs:b/out.pth", "`target` must be on this machine"),
+    ("convert a.pth out.st", "`a.pth` is a start state: in Python load_state reads it"),
     # inspect
     ("inspect", "arguments are required: path"),
     ("inspect _", "`path` must name a file or a folder"),
@@ -121,6 +124,7 @@ MISUSE = [
     ("inspect --verify o/m", "hf download o/m"),
     ("inspect --verify none.pth", "`none.pth` does not exist"),
     ("inspect --state gs:b/s.pth", "must be on this machine"),
+    ("inspect a.pth", "on the command line `rwkv7 state info`"),
     # report
     ("report", "arguments are required: folder"),
     ("report _", "`folder` must name a file or a folder"),
@@ -194,6 +198,11 @@ MISUSE = [
     ("generate --model _ --prompt a", "`--model` must name a file or a folder"),
     ("generate --model none.pth --prompt a", "`none.pth` does not exist"),
     ("generate --model t.txt --prompt a", "t.txt"),
+    ("generate --model a.pth --prompt a", "`rwkv7 state convert` and `--state`"),
+    (
+        "generate --model session --prompt a",
+        "`session` holds a start state alone, s.st",
+    ),
     ("generate --model gs://b/m.pth --prompt a", "`--model` must be on this machine"),
     (f"{GENERATE} --tokens -1", "`--tokens` must be at least 0; got -1"),
     (f"{GENERATE} --tokens 1.5", "`--tokens` must be a whole number"),
