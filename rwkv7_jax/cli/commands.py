@@ -99,11 +99,6 @@ def _convert(options: argparse.Namespace) -> str:
     # Before the source is read, which may take minutes.
     _, kind = check_model_target(options.target, format=options.format)
     if options.vocabulary is not None:
-        if kind in _WITHOUT_VOCABULARY:
-            raise ValueError(
-                f"{_VOCABULARY} must be left out for `{options.target}`, a file without a "
-                "vocabulary; folders and .gguf files hold one."
-            )
         load_vocabulary(options.vocabulary, argument=_VOCABULARY)
     params, config = load_model(
         options.source,
@@ -127,12 +122,19 @@ def _convert(options: argparse.Namespace) -> str:
         allow_nan=options.allow_nan,
         progress=_progress("writing"),
     )
-    line = f"{options.target}: {_sizes(config)}"
-    if state is None:
-        return line
-    info = {"base_model": model_hash(params, config)}
-    save_state(state_path, state, config=config, info=info)
-    return f"{line}\n{state_path}: the tuned state that {options.source} holds besides the weights"
+    lines = [f"{options.target}: {_sizes(config)}"]
+    if options.vocabulary is not None and kind in _WITHOUT_VOCABULARY:
+        lines.append(
+            f"note: {options.target} holds no vocabulary, as folders and .gguf files do: its "
+            f"readers need `--vocabulary {options.vocabulary}`"
+        )
+    if state is not None:
+        info = {"base_model": model_hash(params, config)}
+        save_state(state_path, state, config=config, info=info)
+        lines.append(
+            f"{state_path}: the tuned state that {options.source} holds besides the weights"
+        )
+    return "\n".join(lines)
 
 
 def _vocabulary_of(

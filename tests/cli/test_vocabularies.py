@@ -303,15 +303,31 @@ def test_data_of_numbers_may_have_large_ids(command, tmp_path):
             "convert: `--vocabulary` must have ids below the model's 12; got bytes",
         ),
         (
-            "convert m12.pth n.pth --vocabulary ids",
-            "convert: `--vocabulary` must be left out for `n.pth`, a file without a vocabulary",
+            "convert m12.pth n.pth --vocabulary bytes",
+            "convert: `--vocabulary` must have ids below the model's 12; got bytes",
         ),
         (
-            "convert m12.pth n.safetensors --vocabulary ids",
-            "convert: `--vocabulary` must be left out for `n.safetensors`",
+            "convert m12.pth n.pth --vocabulary none.txt",
+            "`--vocabulary` must be",
         ),
     ],
 )
 def test_a_vocabulary_that_does_not_fit_is_one_sentence(command, words, sentence):
     code, _, err = command(*words.split())
     assert code == 2 and sentence in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors", "st"])
+def test_a_file_that_holds_no_vocabulary_is_written_and_says_so(
+    command, tmp_path, suffix
+):
+    plain = tmp_path / f"a.{suffix}"
+    named = tmp_path / f"b.{suffix}"
+    code, out, _ = command("convert", "m12.pth", str(plain))
+    assert code == 0 and "note" not in out
+    words = ["convert", "m12.pth", str(named), "--vocabulary", "digits.txt"]
+    code, out, err = command(*words)
+    assert code == 0 and err == ""
+    assert f"note: {named} holds no vocabulary" in out
+    assert "`--vocabulary digits.txt`" in out
+    assert named.read_bytes() == plain.read_bytes()
