@@ -112,7 +112,8 @@ def load_model(
     Args:
         path: a file of PyTorch's, safetensors (official or web-rwkv's), of rwkv.cpp or a GGUF file
             of floats, a folder of such files, or an Orbax folder.
-        dtype: of all parameters.
+        dtype: of all parameters. The activations have that of the config, which is float32 whatever
+            the file's: `dataclasses.replace(config, dtype="bfloat16")` changes it.
         weights: "int8" to hold the matrices of a frozen model in 8 bits (see
             `model.int8_weights`); they cannot be trained or saved. None keeps floats.
         allow_nan: accept NaN and Inf.

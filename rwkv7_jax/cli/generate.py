@@ -27,6 +27,7 @@ from rwkv7_jax.cli.inputs import (
     PROMPT_HELP,
     LoadedModel,
     add_any_base_option,
+    add_dtype_option,
     add_vocabulary_option,
     read_model,
     read_prompt,
@@ -85,6 +86,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=(INT8,),
         help="hold the model's matrices in 8 bits, in half or a quarter of the memory",
     )
+    add_dtype_option(parser)
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         "--state",
@@ -255,7 +257,7 @@ def run_generate(options: argparse.Namespace) -> str | None:
     _check_target(options)
     _check_chat_options(options)
     texts = _read_texts(options)
-    model = read_model(options.model, weights=options.weights)
+    model = read_model(options.model, weights=options.weights, dtype=options.dtype)
     tokenizer = model.tokenizer(options.vocabulary)
     state = None
     if options.state:

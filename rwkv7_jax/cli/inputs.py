@@ -1,9 +1,11 @@
 """What several commands read: a checkpoint with its hash, a state that fits it, a prompt."""
 
 import argparse
+import dataclasses
 import os
 import sys
-from typing import NamedTuple
+from collections.abc import MutableMapping
+from typing import Any, NamedTuple
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints import (
@@ -14,6 +16,7 @@ from rwkv7_jax.checkpoints import (
 )
 from rwkv7_jax.cli.arguments import path
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.int8_weights import is_int8
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -46,6 +49,15 @@ def add_any_base_option(parser: argparse.ArgumentParser) -> None:
         "--any-base",
         action="store_true",
         help="take a state that was tuned for other weights",
+    )
+
+
+def add_dtype_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--dtype` to a command that runs a model."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of activations and weights (float32 activations and the weights of the file)",
     )
 
 
@@ -86,10 +98,33 @@ class LoadedModel(NamedTuple):
         )
 
 
-def read_model(path: str, *, weights: str | None = None) -> LoadedModel:
-    """Loads a checkpoint and hashes its weights; `weights` is that of `load_model`."""
+def read_model(
+    path: str, *, weights: str | None = None, dtype: str | None = None
+) -> LoadedModel:
+    """Loads a checkpoint and hashes its weights.
+
+    Args:
+        path: of the checkpoint.
+        weights: that of `load_model`.
+        dtype: of activations and weights, matrices in 8 bits excepted; None is float32 activations
+            and the weights of the file.
+    """
     params, config = load_model(path, weights=weights)
-    return LoadedModel(params, config, model_hash(params, config), path)
+    # Of the file's numbers: its states fit it in whatever dtype it computes.
+    origin = model_hash(params, config)
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=dtype)
+        _convert(params, dtype)
+    return LoadedModel(params, config, origin, path)
+
+
+def _convert(params: MutableMapping[str, Any], dtype: str) -> None:
+    """Converts weights in place, so that memory is needed for one leaf more and not for all."""
+    for name, node in params.items():
+        if isinstance(node, MutableMapping):
+            _convert(node, dtype)
+        elif not is_int8(node):
+            params[name] = node.astype(dtype)
 
 
 def read_prompt(argument: str) -> bytes:

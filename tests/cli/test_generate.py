@@ -5,16 +5,20 @@ import json
 import os
 import sys
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from random_checkpoints import random_params
 
 from rwkv7_jax.checkpoints.model_files import load_model, save_model
-from rwkv7_jax.checkpoints.state_files import save_state
+from rwkv7_jax.checkpoints.state_files import load_state, save_state
 from rwkv7_jax.cli.commands import main
+from rwkv7_jax.cli.inputs import read_model
 from rwkv7_jax.generation.generate import generate
 from rwkv7_jax.generation.sampling import exempt_ids
 from rwkv7_jax.model.config import RWKV7Config
+from rwkv7_jax.model.int8_weights import is_int8
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.text.tokenizer import Tokenizer
@@ -166,6 +170,39 @@ def test_counts_of_uses_decay_as_in_the_library(command, folder, capsys, decay):
     assert report["tokens"] == again.tokens[0]
     # Nothing is punished twice where counts are forgotten at once.
     assert (len(set(report["tokens"])) < 9) == (decay == 0)
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_is_read_in_a_dtype_and_stays_the_model_of_its_file(
+    folder, dtype, weights
+):
+    plain = read_model(str(folder / "m.pth"), weights=weights)
+    model = read_model(str(folder / "m.pth"), weights=weights, dtype=dtype)
+    assert plain.config.dtype == "float32" and model.config.dtype == dtype
+    assert model.hash == plain.hash
+    both = (plain.params, model.params)
+    for before, after in zip(*map(leaves, both), strict=True):
+        if is_int8(before):
+            np.testing.assert_array_equal(before.values, after.values)
+            np.testing.assert_array_equal(before.scale, after.scale)
+        else:
+            assert after.dtype == dtype
+            np.testing.assert_array_equal(before.astype(dtype), after)
+
+
+def leaves(params):
+    return jax.tree.leaves(params, is_leaf=is_int8)
+
+
+def test_the_command_computes_in_bfloat16_and_its_state_fits_the_file(command, capsys):
+    words = ["--prompt", "H\u00e4", "--temperature", "0", "--json"]
+    assert command(*words, "--dtype", "bfloat16", "--save-state", "b.pth") == 0
+    assert json.loads(capsys.readouterr().out)["tokens"]
+    shift = np.asarray(load_state("b.pth").att_shift)
+    # Its token shifts are activations.
+    np.testing.assert_array_equal(shift, shift.astype(jnp.bfloat16).astype(np.float32))
+    assert command(*words, "--state", "b.pth") == 0
 
 
 def test_another_form_of_weights_is_refused(command, capsys):
