@@ -25,11 +25,15 @@ _SHARD = re.compile(r"-\d+-of-(\d+)\.")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".st", ".gguf")
 
 
-def read_hf(folder: Path) -> TensorFile:
+def read_hf(folder: Path, *, verify: bool = False) -> TensorFile:
     """Opens the tensors of a folder, by the names in its files, and reads the norms' epsilon.
 
     Nothing else is read from config.json: published ones have wrong head counts and token ids, and
     some have another model's type or none.
+
+    Args:
+        folder: with one model.
+        verify: compare the files with the checksums and the digests in them.
 
     Raises:
         ValueError: files that are missing or broken, a tensor that is in two of them, or epsilons
@@ -38,9 +42,9 @@ def read_hf(folder: Path) -> TensorFile:
     tensors: dict[str, Tensor] = {}
     orientations: set[LowRank] = set()
     norm_eps = None
-    # Opening a shard reads its header alone.
+    # Opening a shard reads its header alone, unless it is verified.
     for file in _weight_files(folder):
-        shard = open_tensors(file)
+        shard = open_tensors(file, verify=verify)
         twice = tensors.keys() & shard.tensors.keys()
         if twice:
             raise ValueError(

@@ -99,6 +99,7 @@ def load_model(
     dtype=None,
     weights: str | None = None,
     allow_nan: bool = False,
+    verify: bool = False,
     progress: Progress = None,
     mesh: Mesh | None = None,
 ) -> tuple[Params, RWKV7Config]:
@@ -117,6 +118,8 @@ def load_model(
         weights: "int8" to hold the matrices of a frozen model in 8 bits (see
             `model.int8_weights`); they cannot be trained or saved. None keeps floats.
         allow_nan: accept NaN and Inf.
+        verify: compare all bytes with the digests in the file first, for which it is read once
+            more. The CRC-32 of a PyTorch file's tensor is always compared where all of it is read.
         progress: called with the bytes done and the bytes in all.
         mesh: devices of this process, from `sharding.make_mesh`; None for the default one.
 
@@ -136,9 +139,11 @@ def load_model(
         if is_orbax(path):
             folder = path.absolute()
             if weights is not None:
-                return _load_orbax_in_int8(folder, dtype, mesh)
-            return load_orbax(folder, dtype=dtype, allow_nan=allow_nan, device=mesh)
-        tensors, config = open_model(path)
+                return _load_orbax_in_int8(folder, dtype, mesh, verify=verify)
+            return load_orbax(
+                folder, dtype=dtype, allow_nan=allow_nan, verify=verify, device=mesh
+            )
+        tensors, config = open_model(path, verify=verify)
         if mesh is not None:
             with prefix_errors("load_model"):
                 check_shared_heads(config, mesh.shape.get(TENSOR, 1), "`mesh`")
@@ -171,14 +176,14 @@ def _check_weights(weights: str | None, allow_nan: bool) -> None:
 
 
 def _load_orbax_in_int8(
-    folder: Path, dtype, mesh: Mesh | None
+    folder: Path, dtype, mesh: Mesh | None, *, verify: bool
 ) -> tuple[Params, RWKV7Config]:
     """Loads an Orbax folder onto the devices and rounds its matrices there, one after the other.
 
     The host holds one tensor at a time, for the hash. Of several processes none may leave before
     the hash is made.
     """
-    params, config = load_orbax(folder, dtype=dtype, device=mesh)
+    params, config = load_orbax(folder, dtype=dtype, verify=verify, device=mesh)
     origin = model_hash(params, config)
     places = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     leaves, structure = jax.tree.flatten(params)
@@ -219,9 +224,12 @@ def _int8_leaf(origin: str, path: tuple[str, ...], array: np.ndarray) -> Any:
     return jax.tree.map(np.asarray, matrix)
 
 
-def open_model(path: Path) -> tuple[dict[str, Tensor], RWKV7Config]:
+def open_model(
+    path: Path, *, verify: bool = False
+) -> tuple[dict[str, Tensor], RWKV7Config]:
     """Opens a model's tensors, infers the config and checks both."""
-    file = read_hf(path) if path.is_dir() else open_tensors(path)
+    open_file = read_hf if path.is_dir() else open_tensors
+    file = open_file(path, verify=verify)
     named = with_official_names(file.tensors, path)
     # First, so that a file of another architecture is one sentence and not a table of differences.
     reject_adapters(named.tensors, path)

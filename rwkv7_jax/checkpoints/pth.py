@@ -4,6 +4,7 @@ A `.pth` file is a zip with one pickle and one entry for each storage.
 Source: pytorch/pytorch torch/serialization.py (the layout).
 """
 
+import bisect
 import io
 import itertools
 import math
@@ -12,7 +13,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,6 +37,9 @@ _ALIGNMENT = 64
 # Characters of a reason that reach the terminal.
 _MESSAGE_LIMIT = 160
 
+# The entries with numbers, one for each storage.
+_DATA = "data/"
+
 # Bytes of an entry's own header, in front of its name.
 _LOCAL_HEADER = 30
 
@@ -51,6 +55,83 @@ class _LimitedReads(io.FileIO):
         if size is not None and size > _DIRECTORY_LIMIT:
             raise ValueError("its list of entries is longer than any checkpoint's")
         return super().read(size)
+
+
+class StorageSums:
+    """The CRC-32 sums of a file's storages; each is compared once, with a tensor that lies in it.
+
+    Reading a tensor brings its bytes from the disk, and the sum costs little more. A file is not
+    read for its sums alone.
+    """
+
+    def __init__(self, path: Path, entries: Mapping[str, tuple[memoryview, int]]):
+        """Starts with no sum compared.
+
+        Args:
+            path: of the file.
+            entries: of the file, with their sums.
+        """
+        self._path = path
+        self._entries = entries
+        # Storages by the addresses that they are mapped to: a tensor does not say which is its own.
+        self._names: dict[int, str] = {}
+        for name, (view, _) in entries.items():
+            if name.startswith(_DATA) and len(view):
+                self._names[np.frombuffer(view, np.uint8).ctypes.data] = name
+        self._starts = sorted(self._names)
+        self._compared: set[str] = set()
+
+    def check(self, name: str, array: np.ndarray) -> None:
+        """Raises unless the storage of a tensor has the sum that the file gives.
+
+        Args:
+            name: of the tensor, for the message.
+            array: a view of the file.
+
+        Raises:
+            ValueError: it has another one; the message names the file and the tensor.
+        """
+        try:
+            self._compare_tensor(name, array)
+        except ValueError as error:
+            raise _refusal(self._path, error) from None
+
+    def check_all(self, content: Any) -> None:
+        """Raises unless every storage of the file has its sum.
+
+        Args:
+            content: of the file.
+
+        Raises:
+            ValueError: one has another sum; the message is the reason alone.
+        """
+        for name, array in _named_tensors(content):
+            self._compare_tensor(name, array)
+        # Storages whose tensors have no name, as those in a list.
+        for entry in self._names.values():
+            self._compare(entry, f"entry {entry!r}")
+
+    def _compare_tensor(self, name: str, array: np.ndarray) -> None:
+        if array.size:
+            index = bisect.bisect_right(self._starts, array.ctypes.data) - 1
+            self._compare(self._names[self._starts[index]], f"tensor {name!r}")
+
+    def _compare(self, entry: str, subject: str) -> None:
+        if entry not in self._compared:
+            _check_crc(self._entries, entry, subject)
+            self._compared.add(entry)
+
+
+def _named_tensors(content: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors of a dict, and of dicts in it, with their names."""
+    # No deeper: trainers wrap a model once, and a hostile file may nest without end.
+    tables = [content] if isinstance(content, dict) else []
+    for table in tables[:]:
+        tables += [value for value in table.values() if isinstance(value, dict)]
+    for table in tables:
+        for name, value in table.items():
+            if isinstance(value, np.ndarray):
+                yield str(name), value
 
 
 def _entries(path: Path, data: mmap.mmap) -> dict[str, tuple[memoryview, int]]:
@@ -122,16 +203,26 @@ def read_pth(path: str | Path, *, verify: bool = False) -> Any:
         ValueError: any other file, or a damaged one; a forbidden name in the pickle is in the
             message.
     """
-    path = Path(path)
+    return open_pth(Path(path), verify=verify)[0]
+
+
+def open_pth(path: Path, *, verify: bool = False) -> tuple[Any, StorageSums]:
+    """Reads a checkpoint as `read_pth` does, and its sums, to be compared tensor by tensor.
+
+    Args:
+        path: of the file.
+        verify: compare all of it at once, as `read_pth` does.
+
+    Raises:
+        ValueError: see `read_pth`.
+    """
     if not path.is_file():
         raise ValueError(f"read_pth: `{path}` is not a file.")
     _refuse_other_files(path)
     try:
         return _read(path, verify)
     except (ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise ValueError(
-            f"read_pth: `{path}` is refused: {_printable(error)}."
-        ) from None
+        raise _refusal(path, error) from None
     # What the unpickler's stack and memo raise when a program does not fit them.
     except (
         LookupError,
@@ -144,6 +235,11 @@ def read_pth(path: str | Path, *, verify: bool = False) -> Any:
         raise ValueError(
             f"read_pth: `{path}` is refused: its pickle is broken."
         ) from None
+
+
+def _refusal(path: Path, reason: Exception) -> ValueError:
+    """Makes the error for a file that is refused."""
+    return ValueError(f"read_pth: `{path}` is refused: {_printable(reason)}.")
 
 
 def _refuse_other_files(path: Path) -> None:
@@ -163,7 +259,7 @@ def _refuse_other_files(path: Path) -> None:
         raise ValueError(f"read_pth: `{path}` {sentence}.")
 
 
-def _read(path: Path, verify: bool) -> Any:
+def _read(path: Path, verify: bool) -> tuple[Any, StorageSums]:
     """Reads a checkpoint; the messages of its errors are reasons alone."""
     with path.open("rb") as file:
         # The arrays keep the map alive; a copy of a 13B model would cost 26 GB.
@@ -175,18 +271,19 @@ def _read(path: Path, verify: bool) -> Any:
     if "byteorder" in entries and bytes(_content(entries, "byteorder")) != b"little":
         raise ValueError("it is not in little-endian order")
     # The small entries are always compared: a damaged pickle would give other names and shapes.
-    # The data have most of the bytes, and reading them all takes minutes for a large model.
-    for name in entries:
-        if verify or not name.startswith("data/"):
-            _check_crc(entries, name)
     storages = {}
     for name, (view, _) in entries.items():
-        if name.startswith("data/"):
-            storages[name.removeprefix("data/")] = view
+        if name.startswith(_DATA):
+            storages[name.removeprefix(_DATA)] = view
+        else:
+            _check_crc(entries, name, f"entry {name!r}")
     content = RestrictedUnpickler(storages).run(program)
-    if verify and _DIGEST_ENTRY in entries:
-        _check_digest(content, bytes(_content(entries, _DIGEST_ENTRY)))
-    return content
+    sums = StorageSums(path, entries)
+    if verify:
+        sums.check_all(content)
+        if _DIGEST_ENTRY in entries:
+            _check_digest(content, bytes(_content(entries, _DIGEST_ENTRY)))
+    return content, sums
 
 
 def _content(entries: dict[str, tuple[memoryview, int]], name: str) -> memoryview:
@@ -194,13 +291,21 @@ def _content(entries: dict[str, tuple[memoryview, int]], name: str) -> memoryvie
     return entries[name][0] if name in entries else memoryview(b"")
 
 
-def _check_crc(entries: dict[str, tuple[memoryview, int]], name: str) -> None:
-    """Raises unless an entry has the CRC-32 that the list of entries gives."""
+def _check_crc(
+    entries: Mapping[str, tuple[memoryview, int]], name: str, subject: str
+) -> None:
+    """Raises unless an entry has the CRC-32 that the list of entries gives.
+
+    Args:
+        entries: of the file.
+        name: of the entry.
+        subject: what the entry is to a reader, for the message.
+    """
     view, expected = entries[name]
     # PyTorch can be told to leave the sums out, and writes 0 then.
     if expected and zlib.crc32(view) != expected:
         raise ValueError(
-            f"its entry {name!r} is damaged (its CRC-32 differs); download or copy it again"
+            f"its {subject} is damaged (its CRC-32 differs); download or copy it again"
         )
 
 

@@ -12,7 +12,7 @@ from rwkv7_jax.checkpoints.huggingface import read_hf
 from rwkv7_jax.checkpoints.layouts.names import with_official_names
 from rwkv7_jax.checkpoints.layouts.orientation import low_rank_of
 from rwkv7_jax.checkpoints.orbax_folder import is_orbax
-from rwkv7_jax.checkpoints.pth import read_pth
+from rwkv7_jax.checkpoints.pth import open_pth
 from rwkv7_jax.checkpoints.tensor_files import (
     container_of,
     named_arrays,
@@ -85,11 +85,11 @@ def open_state_tensors(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         return read_hf(path).tensors
     if container_of(path) == "pth":
-        content = read_pth(path)
+        content, sums = open_pth(path)
         if isinstance(content, list):
-            read_pth(path, verify=True)
+            open_pth(path, verify=True)
             return _session_tensors(content, path)
-        tensors = named_arrays(content, path)
+        tensors = named_arrays(content, path, sums)
     else:
         tensors = read_tensors(path)
     is_model = _MODEL_TENSOR in with_official_names(tensors, path).tensors

@@ -21,7 +21,7 @@ from rwkv7_jax.checkpoints.integrity import file_signatures
 from rwkv7_jax.checkpoints.integrity.digests import ContentDigest, digest_of_arrays
 from rwkv7_jax.checkpoints.integrity.file_signatures import Container
 from rwkv7_jax.checkpoints.layouts.orientation import LowRank
-from rwkv7_jax.checkpoints.pth import read_pth
+from rwkv7_jax.checkpoints.pth import StorageSums, open_pth
 from rwkv7_jax.checkpoints.restricted_unpickler import UnreadTensor
 from rwkv7_jax.checkpoints.rwkv_cpp_files import read_rwkv_cpp
 from rwkv7_jax.checkpoints.tensor_names import Tensor
@@ -249,7 +249,8 @@ def container_of(path: Path) -> Container:
 
 
 def _open_pth(path: Path, verify: bool) -> TensorFile:
-    return TensorFile(named_arrays(read_pth(path, verify=verify), path), "official")
+    content, sums = open_pth(path, verify=verify)
+    return TensorFile(named_arrays(content, path, sums), "official")
 
 
 def _open_safetensors(path: Path, verify: bool) -> TensorFile:
@@ -347,12 +348,13 @@ def _holds_tensors(value: Any) -> bool:
     return is_read or any(isinstance(entry, UnreadTensor) for entry in value.values())
 
 
-def named_arrays(content: Any, path: Path) -> dict[str, Tensor]:
+def named_arrays(content: Any, path: Path, sums: StorageSums) -> dict[str, Tensor]:
     """Picks the arrays out of what a .pth file holds; step counts and the like are left out.
 
     Args:
         content: of the file.
         path: of the file, for messages.
+        sums: of the file, with which a tensor is compared when all of it is read.
 
     Raises:
         ValueError: several dicts of tensors, or a tensor of a dtype that is not read.
@@ -367,11 +369,19 @@ def named_arrays(content: Any, path: Path) -> dict[str, Tensor]:
             if isinstance(name, str) and isinstance(value, UnreadTensor):
                 raise _unread(path, name, value.kind)
             if isinstance(name, str) and isinstance(value, np.ndarray):
-                # The default binds this loop's array; a plain closure would see the last one.
-                tensors[name] = Tensor(
-                    value.shape, value.dtype, lambda array=value: array
-                )
+                tensors[name] = _compared_tensor(name, value, sums)
     return tensors
+
+
+def _compared_tensor(name: str, array: np.ndarray, sums: StorageSums) -> Tensor:
+    """Makes a tensor that is compared with its file's sum, unless a part alone is read."""
+
+    def read() -> np.ndarray:
+        sums.check(name, array)
+        return array
+
+    # A process that keeps a part of the tensor must not read all of it for the sum.
+    return Tensor(array.shape, array.dtype, read, lambda index: array[index])
 
 
 def _unread(path: Path, name: str, kind: str) -> ValueError:

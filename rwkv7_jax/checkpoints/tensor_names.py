@@ -102,8 +102,12 @@ class Tensor(NamedTuple):
     read_part: Callable[[Index], np.ndarray] | None = None
 
     def part(self, index: Index) -> np.ndarray:
-        """Reads a part."""
-        return self.read()[index] if self.read_part is None else self.read_part(index)
+        """Reads a part; one that is all of it as `read` does, with the checks of that."""
+        sizes = zip(index, self.shape, strict=True)
+        is_all = all(range(size)[one] == range(size) for one, size in sizes)
+        if is_all or self.read_part is None:
+            return self.read()[index]
+        return self.read_part(index)
 
     def converted(
         self, dtype: np.dtype, convert: Callable[[np.ndarray], np.ndarray]

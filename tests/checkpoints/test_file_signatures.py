@@ -112,26 +112,65 @@ def test_a_cut_download_says_where_the_file_ends(tmp_path, name):
             load_model(path)
 
 
-def test_a_damaged_entry_is_named_by_verify_and_always_for_states(tmp_path):
-    for name, write in (
-        ("m.pth", lambda path: save_model(path, random_params(), CONFIG)),
-        ("s.pth", lambda path: save_state(path, random_state())),
-    ):
-        path = tmp_path / name
-        write(path)
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 4
-        path.write_bytes(data)
-        with pytest.raises(
-            ValueError, match=r"its entry 'data/\d+' is damaged \(its CRC-32"
-        ):
-            verify(path)
+@pytest.mark.parametrize(
+    ("name", "write", "load"),
+    [
+        ("m.pth", lambda path: save_model(path, random_params(), CONFIG), load_model),
+        ("s.pth", lambda path: save_state(path, random_state()), load_state),
+    ],
+)
+def test_a_damaged_tensor_of_pytorchs_file_is_named_by_whoever_reads_it(
+    tmp_path, name, write, load
+):
+    path = tmp_path / name
+    write(path)
+    damage(path)
+    sentence = r"its tensor 'blocks\.\d[\w.]+' is damaged \(its CRC-32 differs\)"
+    for read in (load, verify):
+        with pytest.raises(ValueError, match=sentence) as caught:
+            read(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_int8_weights_are_not_made_of_damaged_numbers(tmp_path):
+    save_model(tmp_path / "m.pth", random_params(), CONFIG)
+    damage(tmp_path / "m.pth")
     with pytest.raises(ValueError, match="is damaged"):
-        load_state(tmp_path / "s.pth")
+        load_model(tmp_path / "m.pth", weights="int8")
+
+
+def test_a_storage_of_several_tensors_is_compared_with_any_of_them(tmp_path):
+    torch = pytest.importorskip("torch", reason="the oracle extra is not installed")
+    path = tmp_path / "a.pth"
+    numbers = torch.arange(4096.0)
+    tensors = {"a": numbers[:100], "b": numbers[3000:], "none": torch.zeros(0)}
+    torch.save({"state_dict": tensors}, path)
+    assert len(read_tensors(path)["b"].read()) == 1096
+    damage(path)
+    opened = read_tensors(path)
+    assert opened["none"].read().size == 0
+    for name in ("a", "b"):
+        with pytest.raises(ValueError, match=f"its tensor '{name}' is damaged"):
+            opened[name].read()
+
+
+def test_a_part_of_a_tensor_is_read_without_the_rest(tmp_path):
+    write_pth(tmp_path / "a.pth", [("x", np.arange(8192.0).reshape(64, 128))])
+    damage(tmp_path / "a.pth")
+    part = read_tensors(tmp_path / "a.pth")["x"].part((slice(0, 2), slice(0, 3)))
+    np.testing.assert_array_equal(part, [[0, 1, 2], [128, 129, 130]])
+
+
+def damage(path):
+    """Flips 64 bytes in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    for place in range(len(data) // 2, len(data) // 2 + 64):
+        data[place] ^= 255
+    path.write_bytes(data)
 
 
 @pytest.mark.parametrize("name", ["m.pth", "m.safetensors", "m.st", "orbax", "hf"])
-def test_inspect_verifies_models(tmp_path, capsys, name):
+def test_inspect_and_convert_verify_models(tmp_path, capsys, name):
     config = CONFIG
     if name == "hf":
         config = type(CONFIG)(
@@ -148,8 +187,13 @@ def test_inspect_verifies_models(tmp_path, capsys, name):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 4
     file.write_bytes(data)
-    assert main(["inspect", "--verify", str(tmp_path / name)]) == 2
-    assert str(tmp_path / name) in capsys.readouterr().err
+    # What is converted would have digests that agree.
+    for words in (["inspect", "--verify"], ["convert", "--dtype", "float32"]):
+        target = [str(tmp_path / "out.pth")] if words[0] == "convert" else []
+        assert main([words[0], str(tmp_path / name), *target, *words[1:]]) == 2
+        printed = capsys.readouterr().err.splitlines()
+        assert str(tmp_path / name) in printed[-1]
+    assert not (tmp_path / "out.pth").exists()
 
 
 def size(file) -> int:
