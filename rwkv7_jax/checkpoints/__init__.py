@@ -16,7 +16,12 @@ from rwkv7_jax.checkpoints.model_vocabulary import kept_vocabulary, model_tokeni
 from rwkv7_jax.checkpoints.orbax_import import import_orbax
 from rwkv7_jax.checkpoints.param_tree import official_tensors
 from rwkv7_jax.checkpoints.pth import read_pth, write_pth
-from rwkv7_jax.checkpoints.state_files import has_merged_state, load_state, save_state
+from rwkv7_jax.checkpoints.state_files import (
+    has_merged_state,
+    load_logits,
+    load_state,
+    save_state,
+)
 from rwkv7_jax.checkpoints.state_sidecar import common_base_model, read_sidecar, sidecar
 from rwkv7_jax.checkpoints.tensor_files import (
     read_metadata,
@@ -35,6 +40,7 @@ __all__ = [
     "import_orbax",
     "is_finite",
     "kept_vocabulary",
+    "load_logits",
     "load_model",
     "load_state",
     "model_hash",

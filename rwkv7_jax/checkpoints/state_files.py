@@ -3,7 +3,8 @@
 `.pth` and `.safetensors` hold `blocks.{i}.att.time_state` as [H, value, key], which for RWKV-7 is
 the runtime's own order: nothing is transposed. `.st` and `.state`, safetensors for web-rwkv and
 Ai00, swap the last two axes. Token-shift states that are not zero go under names of our own,
-`blocks.{i}.att.shift_state` and `blocks.{i}.ffn.shift_state`. Upscaled memories, with all that is
+`blocks.{i}.att.shift_state` and `blocks.{i}.ffn.shift_state`, and so do the logits of a session's
+next token, `session.logits`. Upscaled memories, with all that is
 needed to read them, go into `.safetensors` files as `upscaled.{name}`. A sidecar says what the file
 alone cannot (see `state_sidecar`).
 Source: JL-er/RWKV-PEFT@5b8aac9 (the names); josStorer/RWKV-Runner@64269f0
@@ -16,6 +17,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.checkpoints import tensor_names
@@ -43,15 +45,14 @@ from rwkv7_jax.checkpoints.state_sidecar import (
 from rwkv7_jax.checkpoints.state_tensors import (
     AXES,
     TRANSPOSED_AXES,
-    UPSCALED,
     open_state_tensors,
     read_state_arrays,
     stack_layers,
     stored_axes,
 )
 from rwkv7_jax.checkpoints.tensor_files import dump_safetensors, read_tensors
-from rwkv7_jax.checkpoints.tensor_names import Tensor
-from rwkv7_jax.checks import check_instance, prefix_errors
+from rwkv7_jax.checkpoints.tensor_names import LOGITS, UPSCALED, Tensor
+from rwkv7_jax.checks import as_array, check_instance, prefix_errors
 from rwkv7_jax.local_paths import check_target, existing_path, local_path
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.kernel_features import Features
@@ -95,6 +96,7 @@ def save_state(
     config: RWKV7Config | None = None,
     info: Mapping[str, Any] | None = None,
     dtype=None,
+    logits: Any = None,
 ) -> None:
     """Saves a start state and its sidecar; a write that fails leaves what was there before.
 
@@ -105,6 +107,8 @@ def save_state(
         info: further entries of the sidecar: the base model's hash, a score.
         dtype: of the WKV tensors; the others are float32. None is float16 for `.state`, which Ai00
             reads in no other, and float32 elsewhere.
+        logits: for the token that comes next, [V] or [1, V], to go on without a prompt (see
+            `load_logits`).
 
     Raises:
         ValueError: more than one sequence, another model's state, an unknown suffix, NaN or Inf,
@@ -118,6 +122,8 @@ def save_state(
         dtype = require_float_dtype(_usual_dtype(path) if dtype is None else dtype)
         _check_writable(state, path, config)
         tensors = _state_tensors(state, path, dtype)
+        if logits is not None:
+            tensors[LOGITS] = _logits_array(logits)
         table = _sidecar_table(state, path, tensors, info or {})
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
@@ -196,6 +202,16 @@ def _state_tensors(
             name = f"blocks.{layer}.{part}.shift_state"
             tensors[name] = _finite_array(row, np.dtype(np.float32), name)
     return tensors
+
+
+def _logits_array(logits: Any) -> np.ndarray:
+    """Checks the logits of one token and returns them as a file has them, float32 [V]."""
+    logits = as_array(logits, "`logits`")
+    if logits.ndim not in (1, 2) or logits.size != logits.shape[-1] or not logits.size:
+        raise ValueError(
+            f"`logits` must be of one sequence, [V] or [1, V]; got shape {logits.shape}."
+        )
+    return _finite_array(np.ravel(logits), np.dtype(np.float32), "`logits`")
 
 
 def _upscaled_leaves(upscaled: Upscaled) -> dict[str, Any]:
@@ -414,6 +430,36 @@ def _read_shift(
         )
     _require_finite(shift, "shift_state", path)
     return shift
+
+
+def load_logits(
+    path: str | Path, *, config: RWKV7Config | None = None
+) -> Float[Array, "1 V"] | None:
+    """Loads the logits of the token that comes after a session's state; None without them.
+
+    `generate(model, params, [], state, logits=logits)` goes on as if it had not been interrupted,
+    which the state alone could not: its last token is already read.
+
+    Args:
+        path: of a file that `load_state` reads.
+        config: of the model, to refuse logits of another vocabulary.
+
+    Raises:
+        ValueError: no state's file, or logits that are misshapen or not finite.
+    """
+    with prefix_errors("load_logits"):
+        path = existing_path(path, "`path`")
+        with name_file(path, "load_logits"):
+            tensors = open_state_tensors(path)
+            if LOGITS not in tensors:
+                return None
+            logits = _logits_array(tensors[LOGITS].read())
+            if config is not None and logits.size != config.vocab_size:
+                raise ValueError(
+                    f"`path` must have logits of this model's {config.vocab_size} ids; "
+                    f"got {logits.size}."
+                )
+    return jnp.asarray(logits[None])
 
 
 def has_merged_state(path: str | Path) -> bool:

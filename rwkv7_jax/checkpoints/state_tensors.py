@@ -19,10 +19,7 @@ from rwkv7_jax.checkpoints.tensor_files import (
     open_tensors,
     read_tensors,
 )
-from rwkv7_jax.checkpoints.tensor_names import Tensor
-
-# The prefix of an upscaled memory's tensors.
-UPSCALED = "upscaled."
+from rwkv7_jax.checkpoints.tensor_names import UPSCALED, Tensor
 
 # What a head of `time_state` holds in a file.
 AXES = "head, value, key"

@@ -27,8 +27,15 @@ _BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
 
 _HF_BLOCK = re.compile(r"^layers\.(\d+)\.(.+)$")
 
+# The prefix of an upscaled memory's tensors.
+UPSCALED = "upscaled."
+
+# The logits of a session's next token, with which it goes on without a prompt.
+LOGITS = "session.logits"
+
 _STATE = re.compile(
     r"^blocks\.\d+\.(att\.time_state|att\.shift_state|ffn\.shift_state)$"
+    rf"|^{re.escape(UPSCALED)}|^{re.escape(LOGITS)}$"
 )
 
 # Without the prefix `model.`, which HF files have before all names but the head's.

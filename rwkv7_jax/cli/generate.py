@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rwkv7_jax.checkpoints import read_sidecar, save_state
 from rwkv7_jax.cli.arguments import (
     MOST_TOKENS,
     integer,
@@ -33,6 +32,12 @@ from rwkv7_jax.cli.inputs import (
     read_prompt,
 )
 from rwkv7_jax.cli.output import name_output
+from rwkv7_jax.cli.session import (
+    check_savable,
+    is_chat,
+    logits_to_go_on,
+    save_session,
+)
 from rwkv7_jax.cli.summary import COMMANDS
 from rwkv7_jax.generation.generate import Generation, generate
 from rwkv7_jax.generation.sampling import exempt_ids
@@ -105,7 +110,10 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options for the prompt, and for the file of the state after it."""
     add = parser.add_argument
-    add("--prompt", required=True, help=f"text to continue; {PROMPT_HELP}")
+    add(
+        "--prompt",
+        help=f"text to continue; {PROMPT_HELP}; without it the answer of a --save-state goes on",
+    )
     add(
         "--save-state",
         metavar="FILE",
@@ -245,26 +253,33 @@ class _Texts(NamedTuple):
         prompt: all that the model reads.
         opening: the end of the prompt that belongs to the answer.
         stop_strings: what the answer ends before.
+        is_chat: whether it is an answer to a message.
     """
 
     prompt: bytes
     opening: str
     stop_strings: list[str]
+    is_chat: bool
 
 
 def run_generate(options: argparse.Namespace) -> str | None:
     """Generates, and shows the text meanwhile or returns all as JSON."""
     _check_target(options)
+    _check_prompt(options)
     _check_chat_options(options)
     texts = _read_texts(options)
     model = read_model(options.model, weights=options.weights, dtype=options.dtype)
     tokenizer = model.tokenizer(options.vocabulary)
     state = None
+    logits = None
     if options.state:
         state = model.load_state(options.state, any_base=options.any_base)
-        _check_savable(options, state)
-        texts = _after_state(options, texts)
-    prompt_ids = _encode_prompt(tokenizer, texts.prompt)
+        check_savable(options, state)
+        if not texts.prompt:
+            has_prompt = options.prompt is not None
+            logits = logits_to_go_on(options.state, model.config, has_prompt=has_prompt)
+        texts = _after_state(options, texts, goes_on=logits is not None)
+    prompt_ids = [] if logits is not None else _encode_prompt(tokenizer, texts.prompt)
     # Ids that the model reads; an observer may have read the others.
     unread = prompt_ids
     if options.observer:
@@ -285,10 +300,11 @@ def run_generate(options: argparse.Namespace) -> str | None:
         stop_strings=texts.stop_strings,
         tokenizer=tokenizer,
         on_text=None if options.json else stream,
+        logits=logits,
         **_sampling(options, tokenizer),
     )
     if options.save_state:
-        _save_session(options, model, out.state)
+        save_session(options.save_state, model, out, is_chat=texts.is_chat)
     _note_ids_without_entry(tokenizer, out.tokens[0])
     if options.json:
         return _to_json(out, texts, len(prompt_ids))
@@ -327,6 +343,15 @@ def _check_target(options: argparse.Namespace) -> None:
     refuse_inputs("generate: `--save-state`", options.save_state, inputs)
 
 
+def _check_prompt(options: argparse.Namespace) -> None:
+    """Raises where there is neither a prompt nor a state that could go on without one."""
+    if options.prompt is None and not options.state:
+        raise ValueError(
+            "generate: `--prompt` must be given; only from a `--state` that `--save-state` wrote "
+            "an answer goes on without one."
+        )
+
+
 def _note_ids_without_entry(tokenizer: Tokenizer, ids: list[int]) -> None:
     """Says on standard error that ids were generated that the vocabulary cannot spell."""
     silent = [number for number in ids if not tokenizer.token_bytes(number)]
@@ -340,7 +365,7 @@ def _note_ids_without_entry(tokenizer: Tokenizer, ids: list[int]) -> None:
 
 def _read_texts(options: argparse.Namespace) -> _Texts:
     """Reads the prompt and the texts that end an answer; in a chat the prompt becomes a turn."""
-    prompt = read_prompt(options.prompt)
+    prompt = b"" if options.prompt is None else read_prompt(options.prompt)
     stop_strings = list(options.stop)
     if options.escape:
         # Standard input holds real line breaks.
@@ -355,14 +380,30 @@ def _read_texts(options: argparse.Namespace) -> _Texts:
         )
     opening = ""
     if options.chat:
-        prompt, opening = _chat_texts(options, prompt)
         stop_strings.append(CHAT_STOP)
-    return _Texts(prompt, opening, stop_strings)
+        # Without a message the answer before goes on.
+        if options.prompt is not None:
+            prompt, opening = _chat_texts(options, prompt)
+    return _Texts(prompt, opening, stop_strings, options.chat)
 
 
-def _after_state(options: argparse.Namespace, texts: _Texts) -> _Texts:
-    """Fits the prompt to what the state of `--state` has read."""
-    if options.chat and read_sidecar(options.state).get("session") == "chat":
+def _after_state(
+    options: argparse.Namespace, texts: _Texts, *, goes_on: bool
+) -> _Texts:
+    """Fits the texts to what the state of `--state` has read.
+
+    Args:
+        options: of the command.
+        texts: without a state.
+        goes_on: whether the answer before goes on, without a prompt.
+    """
+    if not is_chat(options.state):
+        return texts
+    if goes_on:
+        # It ends where it would have ended.
+        stop_strings = [*texts.stop_strings, CHAT_STOP]
+        return texts._replace(stop_strings=stop_strings, is_chat=True)
+    if options.chat:
         # The state has read an answer but not the blank line that ends a turn.
         return texts._replace(prompt=TURN_END.encode() + texts.prompt)
     return texts
@@ -388,31 +429,12 @@ def _chat_texts(options: argparse.Namespace, message: bytes) -> tuple[bytes, str
 def _check_chat_options(options: argparse.Namespace) -> None:
     """Raises for options that only a chat has."""
     for name in ("system", "think", "tools"):
-        if getattr(options, name) is not None and not options.chat:
+        if getattr(options, name) is None:
+            continue
+        if not options.chat:
             raise ValueError(f"generate: `--{name}` must come with `--chat`.")
-
-
-def _check_savable(options: argparse.Namespace, state: RWKV7State) -> None:
-    """Raises where `--save-state` could not write the state, before anything is generated."""
-    if not options.save_state or state.upscaled is None:
-        return
-    if not options.save_state.endswith(".safetensors"):
-        raise ValueError(
-            "generate: `--save-state` of an upscaled state must end in .safetensors; "
-            f"got {options.save_state}."
-        )
-
-
-def _save_session(
-    options: argparse.Namespace, model: LoadedModel, state: RWKV7State
-) -> None:
-    """Writes the memory after the answer: WKV and both shift states."""
-    info = {
-        "base_model": model.hash,
-        "made_of": "a session of rwkv7 generate",
-        "session": "chat" if options.chat else "text",
-    }
-    save_state(options.save_state, state, config=model.config, info=info)
+        if options.prompt is None:
+            raise ValueError(f"generate: `--{name}` must come with `--prompt`.")
 
 
 def _propose(folder: str, model: LoadedModel, ids: list[int]) -> RWKV7State:

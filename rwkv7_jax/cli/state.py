@@ -7,6 +7,7 @@ import numpy as np
 
 from rwkv7_jax.checkpoints import (
     common_base_model,
+    load_logits,
     load_state,
     read_sidecar,
     save_state,
@@ -182,7 +183,8 @@ def _convert(options: argparse.Namespace) -> str:
     """Writes a state in another format; what its sidecar says goes with it."""
     state = load_state(options.state)
     info = read_sidecar(options.state)
-    save_state(options.target, state, info=info, dtype=options.dtype)
+    logits = load_logits(options.state)
+    save_state(options.target, state, info=info, dtype=options.dtype, logits=logits)
     return f"{options.target}: {_sizes(state)}, {_dtypes(options.target)}"
 
 

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from random_checkpoints import random_params
 
-from rwkv7_jax.checkpoints import load_state, read_sidecar, save_model, save_state
+from rwkv7_jax.checkpoints import (
+    load_logits,
+    load_model,
+    load_state,
+    read_sidecar,
+    read_tensors,
+    save_model,
+    save_state,
+)
+from rwkv7_jax.cli import generate as command
 from rwkv7_jax.cli.arguments import unescape
 from rwkv7_jax.cli.commands import main
 from rwkv7_jax.model.config import RWKV7Config
@@ -65,6 +74,70 @@ def test_an_answer_goes_on_as_if_it_had_not_been_interrupted(generate):
     both = generate("--prompt", "ab" + first["text"] + "x", "--tokens", "3")
     if first["text"].isascii() and len(first["text"]) == 4:
         assert both["tokens"] == rest["tokens"]
+
+
+@pytest.mark.parametrize("prompt", [[], ["--prompt", ""]])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors", "st"])
+def test_an_answer_that_was_cut_off_goes_on_bit_for_bit(
+    generate, folder, suffix, prompt
+):
+    file = f"cut.{suffix}"
+    words = ["--prompt", "ab", "--stop-ids", "300"]
+    whole = generate(*words[:2], "--tokens", "9", "--save-state", f"w.{suffix}")
+    first = generate(*words[:2], "--tokens", "4", "--save-state", file)
+    rest = generate(*prompt, "--tokens", "5", "--state", file, "--save-state", file)
+    assert rest["prompt"] == "" and rest["prompt_tokens"] == 0
+    assert first["tokens"] + rest["tokens"] == whole["tokens"]
+    assert len(first["tokens"]) == 4 and rest["tokens"]
+    one = load_state(folder / f"w.{suffix}")
+    two = load_state(folder / file)
+    for name in ("att_shift", "wkv", "ffn_shift"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+    logits = load_logits(folder / file, config=CONFIG)
+    np.testing.assert_array_equal(load_logits(folder / f"w.{suffix}"), logits)
+    assert logits.shape == (1, 257)
+
+
+def test_a_session_goes_on_from_the_file_of_another_format(generate, capsys):
+    whole = generate("--prompt", "ab", "--tokens", "9")
+    generate("--prompt", "ab", "--tokens", "4", "--save-state", "c.pth")
+    assert main(["state", "convert", "c.pth", "c.st"]) == 0
+    capsys.readouterr()
+    rest = generate("--tokens", "5", "--state", "c.st")
+    assert whole["tokens"][4:] == rest["tokens"]
+
+
+def test_a_chat_goes_on_as_a_chat(generate, folder, monkeypatch):
+    ask = ["--prompt", "Hi", "--chat"]
+    first = generate(*ask, "--tokens", "3", "--save-state", "c.pth")
+    whole = generate(*ask, "--tokens", "40")["tokens"]
+    # An answer's end that is found in this one shows whether it is looked for.
+    ends = [
+        token for token in whole[3:] if token <= 128 and token not in first["tokens"]
+    ]
+    monkeypatch.setattr(command, "CHAT_STOP", chr(ends[0] - 1))
+    for words in ([], ["--chat"]):
+        words = [*words, "--state", "c.pth", "--save-state", "d.pth"]
+        rest = generate(*words, "--tokens", "37")
+        assert rest["finished"] == "stop"
+        assert first["tokens"] + rest["tokens"] == whole[: whole.index(ends[0])]
+        assert read_sidecar(folder / "d.pth")["session"] == "chat"
+
+
+def test_an_empty_text_begins_after_a_tuned_state(generate, folder):
+    save_state(folder / "tuned.pth", init_state(CONFIG))
+    begun = generate("--prompt", "", "--tokens", "3", "--state", "tuned.pth")
+    assert begun["prompt_tokens"] == 1
+    assert begun["tokens"] == generate("--prompt", "", "--tokens", "3")["tokens"]
+
+
+def test_a_session_is_a_state_for_whoever_wants_no_more(generate, folder):
+    generate("--prompt", "ab", "--tokens", "2", "--save-state", "c.pth")
+    names = list(read_tensors(folder / "c.pth"))
+    # Other tools take the shape of the first tensor for that of the state.
+    assert names[0] == "blocks.0.att.time_state" and names[-1] == "session.logits"
+    with pytest.raises(ValueError, match="is a start state"):
+        load_model(folder / "c.pth")
 
 
 def test_a_chat_that_goes_on_ends_the_turn_before(generate):

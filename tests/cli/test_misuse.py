@@ -28,13 +28,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("misuse")
     params = random_params(CONFIG, dtype=jnp.float32, scale=0.3)
     save_model(folder / "m.pth", params, CONFIG)
-    base = model_hash(params, CONFIG)
-    for name, draws in (("a", 1), ("b", 2)):
-        wkv = np.random.default_rng(draws).normal(size=init_state(CONFIG).wkv.shape)
-        state = init_state(CONFIG).replace(wkv=jnp.asarray(wkv, jnp.float32))
-        save_state(folder / f"{name}.pth", state, info={"base_model": base})
-    save_state(folder / "large.pth", init_state(OTHER))
-    save_state(folder / "other.pth", init_state(CONFIG), info={"base_model": "another"})
+    _write_states(folder, model_hash(params, CONFIG))
     (folder / "t.txt").write_bytes(b"The sea is deep. " * 40)
     (folder / "short.txt").write_bytes(b"sea")
     (folder / "x.jsonl").write_bytes(b'{"text": "one"}\n')
@@ -59,13 +53,25 @@ def files(tmp_path_factory):
     (folder / "junk.safetensors").write_bytes(bytes(range(256)))
     (folder / "cut.pth").write_bytes((folder / "m.pth").read_bytes()[:2000])
     (folder / "folder").mkdir()
-    (folder / "session").mkdir()
-    save_state(folder / "session" / "s.st", init_state(CONFIG))
     (folder / "link.pth").symlink_to("m.pth")
     (folder / "x.card.json").write_text("[]")
     (folder / "t.mask").write_bytes(b"\1")
     (folder / "list.json").write_text(json.dumps([{"question": "a"}]))
     return folder
+
+
+def _write_states(folder, base):
+    """Writes states of the model whose hash is `base`, of others, and of sessions."""
+    for name, draws in (("a", 1), ("b", 2)):
+        wkv = np.random.default_rng(draws).normal(size=init_state(CONFIG).wkv.shape)
+        state = init_state(CONFIG).replace(wkv=jnp.asarray(wkv, jnp.float32))
+        save_state(folder / f"{name}.pth", state, info={"base_model": base})
+    save_state(folder / "large.pth", init_state(OTHER))
+    save_state(folder / "old.pth", init_state(CONFIG), info={"session": "text"})
+    save_state(folder / "narrow.pth", init_state(CONFIG), logits=np.ones(5))
+    save_state(folder / "other.pth", init_state(CONFIG), info={"base_model": "another"})
+    (folder / "session").mkdir()
+    save_state(folder / "session" / "s.st", init_state(CONFIG))
 
 
 GENERATE = "generate --model m.pth --prompt a"
@@ -192,8 +198,22 @@ MISUSE = [
     ("data t.txt --show 1 --length 1000", "must have at least 2000 tokens"),
     ("data t.txt --show 1 --seed -1", "`--seed` must be at least 0"),
     # generate
-    ("generate", "arguments are required: --model, --prompt"),
-    ("generate --model m.pth", "arguments are required: --prompt"),
+    ("generate", "arguments are required: --model"),
+    ("generate --model m.pth", "`--prompt` must be given; only from a `--state` that"),
+    ("generate --model m.pth --observer folder", "`--prompt` must be given; only"),
+    ("generate --model m.pth --state a.pth", "to go on from `a.pth`: it has no logits"),
+    (
+        "generate --model m.pth --state a.pth --chat --system b",
+        "`--system` must come with `--prompt`",
+    ),
+    (
+        "generate --model m.pth --state old.pth --prompt _",
+        "`old.pth`: it has no logits",
+    ),
+    (
+        "generate --model m.pth --state narrow.pth --prompt _",
+        "logits of this model's 257 ids; got 5 (in `narrow.pth`)",
+    ),
     ("generate --prompt a", "arguments are required: --model"),
     ("generate --model _ --prompt a", "`--model` must name a file or a folder"),
     ("generate --model none.pth --prompt a", "`none.pth` does not exist"),

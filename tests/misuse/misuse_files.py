@@ -46,6 +46,10 @@ FUNCTIONS = {
             },
             "state": {TypeError: NO_STATES, ValueError: [THREE]},
             "config": {TypeError: [{}, MODEL], ValueError: []},
+            "logits": {
+                TypeError: ["x", 3, {}],
+                ValueError: [[], np.zeros((2, 5)), np.full(5, np.nan)],
+            },
         },
     ),
     "save_model": PublicFunction(
