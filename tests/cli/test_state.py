@@ -104,6 +104,16 @@ def test_info_counts_the_trained_numbers_by_parts_that_add_up(
     assert f"trained numbers: {line}\n" in printed
 
 
+@pytest.mark.parametrize("words", [["inspect"], ["convert", "--dtype", "float32"]])
+def test_an_upscaled_state_in_a_models_place_is_told_to_be_a_state(
+    folder, tmp_path, capsys, words
+):
+    command, *options = words
+    target = [str(tmp_path / "m.pth")] if command == "convert" else []
+    assert main([command, str(folder / "wide.safetensors"), *target, *options]) == 2
+    assert "is a start state: in Python load_state reads it" in capsys.readouterr().err
+
+
 def test_info_says_whether_the_model_is_the_states_own(folder, capsys):
     model = folder / "base.pth"
     assert f"{model} is it" in run(capsys, "info", folder / "a.pth", "--model", model)
