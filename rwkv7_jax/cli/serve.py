@@ -11,6 +11,7 @@ from rwkv7_jax.cli.arguments import MOST_TOKENS, STATE_SUFFIXES, integer, path
 from rwkv7_jax.cli.inputs import (
     MODEL_HELP,
     add_any_base_option,
+    add_dtype_option,
     add_vocabulary_option,
     read_model,
 )
@@ -32,6 +33,7 @@ def add_serve_command(subparsers) -> None:
     parser = subparsers.add_parser("serve", help=COMMANDS["serve"])
     add = parser.add_argument
     add("--model", required=True, type=path, help=MODEL_HELP)
+    add_dtype_option(parser)
     add("--weights", choices=(INT8,), help="hold the model's matrices in 8 bits")
     add(
         "--state",
@@ -119,7 +121,7 @@ def run_serve(options: argparse.Namespace) -> None:
             f"{options.host}:{options.port} is none: {error}."
         ) from None
     with listener:
-        model = read_model(options.model, weights=options.weights)
+        model = read_model(options.model, weights=options.weights, dtype=options.dtype)
         states = StateFiles(
             files,
             folders,
