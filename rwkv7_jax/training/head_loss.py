@@ -256,6 +256,7 @@ def token_statistics(
     return _on_each_device(functools.partial(_statistics, form), positions, shared)
 
 
+@jax.named_scope("head_loss")
 def weighted_loss(
     hidden: Activations,
     head: Weight,

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -232,8 +231,7 @@ def next_token_loss_with_trace(
     if is_pulled:
         square = jnp.full(targets.shape, l2wrap / targets.size, jnp.float32)
     weights = TermWeights(nats=shares, square=square)
-    with jax.named_scope("head_loss"):
-        loss, statistics = weighted_loss(x, params["head"]["weight"], targets, weights)
+    loss, statistics = weighted_loss(x, params["head"]["weight"], targets, weights)
     nats = weighted_sum(shares, statistics.nats) if is_pulled else loss
     return loss, ({"loss_nats": nats}, trace)
 

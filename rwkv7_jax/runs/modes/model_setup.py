@@ -21,6 +21,9 @@ from rwkv7_jax.runs.process_group import group_of_mesh
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.text.tokenizer import Tokenizer
 
+# Sizes that a new model must be given; the others follow from them.
+_SIZES = ("vocab_size", "num_layers", "width")
+
 # Settings of a model that its checkpoint does not fix: how it computes, not what it is.
 _CHANGEABLE = ("dtype", "remat", "implementation")
 
@@ -66,7 +69,8 @@ def load_or_init(
     if fixed:
         raise ValueError(
             f"`config.model.{fixed[0]}` is fixed by the checkpoint {init}; "
-            "only dtype, remat, implementation and weights may be changed."
+            "only dtype, remat, implementation and weights may be changed "
+            "(configs/pretrain.py:checkpoint leaves the others out)."
         )
     return RWKV7(dataclasses.replace(config, **changes)), params
 
@@ -130,11 +134,13 @@ def new_model(sizes: Mapping[str, Any]) -> RWKV7:
     """Makes the shell of a new model.
 
     Raises:
-        ValueError: no sizes.
+        ValueError: a size is missing.
     """
-    if not sizes:
+    missing = [name for name in _SIZES if name not in sizes]
+    if missing:
         raise ValueError(
-            "`config.init` must name a checkpoint, or `config.model` the new sizes."
+            "`config.init` must name a checkpoint, or `config.model` the new sizes; it has no "
+            f"{', '.join(missing)}."
         )
     return RWKV7(RWKV7Config(**sizes))
 
