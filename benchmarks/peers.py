@@ -37,6 +37,7 @@ import optax
 
 import rwkv7_jax as rwkv
 from benchmarks import record
+from benchmarks.products import products_alone
 from benchmarks.timing import median_processor_seconds
 from pallas_kernels import wkv7, wkv7_reference
 from pallas_kernels.cases import Case, make_inputs
@@ -254,39 +255,6 @@ class OurStep:
         return float(metrics["loss_nats"])
 
 
-def products_alone(config, params) -> Callable[[], Any]:
-    """Makes a program of a step's matrix products, forward and to the inputs, and of nothing else.
-
-    No order of the rest of the step can make it faster than this.
-    """
-    # Embeddings are looked up, and the bonus is no matrix.
-    others = ("emb.weight", "r_k")
-    matrices = [
-        jnp.asarray(x if x.shape[0] <= x.shape[1] else x.T)
-        for name, x in official_tensors(params, config)
-        if x.ndim == 2 and not name.endswith(others)
-    ]
-    # As in the loss of long rows, 256 positions at a time.
-    pieces = tuning_batch(config)["mask"].size // 256
-    widths = {matrix.shape[0] for matrix in matrices}
-    random = np.random.default_rng(3)
-    inputs = {
-        width: random.standard_normal((pieces, 256, width), np.float32)
-        for width in widths
-    }
-
-    @jax.jit
-    def multiply(matrices, inputs):
-        def largest(matrix):
-            return jax.lax.map(
-                lambda x: jnp.max((x @ matrix) @ matrix.T), inputs[matrix.shape[0]]
-            )
-
-        return [largest(matrix) for matrix in matrices]
-
-    return lambda: jax.block_until_ready(multiply(matrices, inputs))
-
-
 def rwkv_mask(leaves: tuple[str, ...]) -> Callable:
     """Makes the mask of the leaves that are tuned."""
     from rwkv7_jax.tuning.state_tuning import trainable_mask
@@ -312,7 +280,7 @@ def tuning_rows(rounds: int) -> Rows:
     programs = {
         "ours": ours,
         "torch": theirs,
-        "products": products_alone(SMALL, params),
+        "products": products_alone(SMALL, params, tuning_batch(SMALL)["mask"].size),
     }
     seconds = median_processor_seconds(programs, rounds, warm=True)
     name = "state tuning, V 65,536 / torch with fla's chunks"

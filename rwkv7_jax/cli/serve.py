@@ -60,6 +60,13 @@ def add_serve_command(subparsers) -> None:
         metavar="ORIGIN",
         help="let pages of https://HOST read answers in a browser; '*' is all; repeatable",
     )
+    _add_limits(parser)
+    parser.set_defaults(run=run_serve, compiles=True)
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    """Adds the options for how much is served at once."""
+    add = parser.add_argument
     add(
         "--slots",
         type=integer(1, _MOST_SLOTS),
@@ -97,7 +104,6 @@ def add_serve_command(subparsers) -> None:
         metavar="SECONDS",
         help="time that SIGTERM leaves to answers which have begun (%(default)s)",
     )
-    parser.set_defaults(run=run_serve, compiles=True)
 
 
 def run_serve(options: argparse.Namespace) -> None:

@@ -115,13 +115,7 @@ class Engine:
         self.longest_prompt = longest_prompt
         self.longest_answer = longest_answer
         self.most_waiting = queue
-        # Greedy, so that a row that nobody has taken costs no draws. Its masks are those of all.
-        self._free = make_options(
-            model.config.vocab_size,
-            temperature=0.0,
-            penalty_exempt=exempt_ids(tokenizer),
-            stop_ids=tokenizer.stop_ids,
-        )
+        self._free = _free_options(model, tokenizer)
         start = self._states[None].state
         self._slots = Slots(model, params, start, slots=slots, free=self._free)
         self._cache = PrefixCache(cache_bytes)
@@ -467,6 +461,17 @@ class _Reader:
     state: Any = None
     position: int = 0
     fork: int = 0
+
+
+def _free_options(model: RWKV7, tokenizer: Tokenizer) -> SamplingParams:
+    """Makes the options of a row that nobody has taken, whose masks are those of all rows."""
+    # Greedy, so that it costs no draws.
+    return make_options(
+        model.config.vocab_size,
+        temperature=0.0,
+        penalty_exempt=exempt_ids(tokenizer),
+        stop_ids=tokenizer.stop_ids,
+    )
 
 
 def _ignore(result: object) -> None:
