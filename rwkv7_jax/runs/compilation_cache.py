@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import jax
+from etils import epath
 
 from rwkv7_jax.runs.exit_codes import warn
 
@@ -12,20 +13,23 @@ from rwkv7_jax.runs.exit_codes import warn
 _MIN_COMPILE_SECONDS = 0.0
 
 
-def user_folder() -> Path | None:
-    """Returns the folder of this user's programs; None where there is no place for it."""
+def user_folder() -> str | None:
+    """Returns the folder of this user's programs; None where there is no place for it.
+
+    The one that the environment names may lie in an object store, which several hosts share.
+    """
     if named := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return Path(named)
+        return named
     caches = os.environ.get("XDG_CACHE_HOME")
     home = os.environ.get("HOME")
     if not caches and not home:
         return None
     root = Path(caches) if caches else Path(home or "") / ".cache"
     # One folder a version: JAX never deletes programs of others.
-    return root / "rwkv7_jax" / f"jax-{jax.__version__}"
+    return str(root / "rwkv7_jax" / f"jax-{jax.__version__}")
 
 
-def enable_compilation_cache(folder: Path | None) -> Path | None:
+def enable_compilation_cache(folder: str | None) -> str | None:
     """Lets JAX read compiled programs from a folder and write them to it.
 
     Args:
@@ -37,15 +41,18 @@ def enable_compilation_cache(folder: Path | None) -> Path | None:
     try:
         if folder is None:
             raise OSError("neither HOME nor XDG_CACHE_HOME is set")
-        folder.mkdir(parents=True, exist_ok=True)
+        # JAX's own kind of path, for object stores.
+        epath.Path(folder).mkdir(parents=True, exist_ok=True)
         # Tried here: JAX would only warn, once for each program that it cannot write.
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
+        if "://" not in folder:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    # Of an object store whose package is not installed.
+    except (OSError, ImportError) as error:
         warn(f"programs are compiled anew each time: {error}")
         jax.config.update("jax_enable_compilation_cache", False)
         return None
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update(
         "jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS
     )

@@ -1,4 +1,6 @@
-"""The folder of compiled programs, where there is none."""
+"""The folder of compiled programs: where there is none, and where the environment names it."""
+
+import pytest
 
 from rwkv7_jax.runs import compilation_cache
 
@@ -27,3 +29,36 @@ def test_without_a_home_or_a_folder_for_programs_a_warning_is_all(
         capfd.readouterr().err.count("warning: programs are compiled anew each time")
         == 2
     )
+
+
+@pytest.mark.parametrize("name", ["gs://no-bucket/programs", "s3://no-bucket/programs"])
+def test_a_store_that_the_environment_names_is_no_folder_here(
+    monkeypatch, capfd, tmp_path, name
+):
+    changed = {}
+    monkeypatch.setattr(compilation_cache.jax.config, "update", changed.__setitem__)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", name)
+    monkeypatch.chdir(tmp_path)
+    reached = []
+    monkeypatch.setattr(
+        compilation_cache.epath.Path(name).__class__,
+        "mkdir",
+        lambda self, **_: reached.append(str(self)),
+    )
+    folder = compilation_cache.user_folder()
+    assert compilation_cache.enable_compilation_cache(folder) == name
+    assert reached == [name] and changed["jax_compilation_cache_dir"] == name
+    assert not list(tmp_path.iterdir()) and not capfd.readouterr().err
+
+
+def test_a_store_without_its_package_is_a_warning(monkeypatch, capfd):
+    def fail(self, **_):
+        raise ImportError("Please install gcsfs")
+
+    changed = {}
+    monkeypatch.setattr(compilation_cache.jax.config, "update", changed.__setitem__)
+    path = compilation_cache.epath.Path("gs://no-bucket")
+    monkeypatch.setattr(path.__class__, "mkdir", fail)
+    assert compilation_cache.enable_compilation_cache("gs://no-bucket") is None
+    assert changed == {"jax_enable_compilation_cache": False}
+    assert "compiled anew each time: Please install gcsfs" in capfd.readouterr().err
