@@ -204,11 +204,12 @@ def count(
     tokens: Int[Array, " B"],
     options: SamplingParams,
     *,
-    counted: Bool[Array, " B"],
+    counted: Bool[Array, " B"] | bool = True,
 ) -> Occurrences:
     """Decays the counts and adds the weight of the token in rows that are `counted`."""
     rows = jnp.arange(tokens.shape[0])
     weights = jnp.asarray(options.weights)[tokens]
+    counted = jnp.broadcast_to(counted, tokens.shape)
     decay = jnp.where(counted[:, None], options.penalty_decay, 1)
     # An update beyond the vocabulary is dropped. A select would copy the counts at every token.
     tokens = jnp.where(counted, tokens, occurrences.counts.shape[1])
