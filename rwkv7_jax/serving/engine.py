@@ -10,7 +10,6 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -116,12 +115,12 @@ class Engine:
         self.longest_answer = longest_answer
         self.most_waiting = queue
         self._free = _free_options(model, tokenizer)
-        start = self._states[None].state
-        self._slots = Slots(model, params, start, slots=slots, free=self._free)
+        nothing = self._start(None).state
+        self._slots = Slots(model, params, nothing, slots=slots, free=self._free)
         self._cache = PrefixCache(cache_bytes)
         self._taken: list[Ticket | None] = [None] * slots
         # Those whose prompts are being read, of which each will get a row that is free now.
-        self._readers: deque[_Reader] = deque()
+        self._readers: list[_Reader] = []
         # Guards what other threads touch: the queue and whether the engine goes on.
         self._lock = threading.Condition()
         self._waiting: deque[Ticket] = deque()
@@ -150,8 +149,14 @@ class Engine:
             check_function(on_piece, "`on_piece`")
             check_function(on_end, "`on_end`")
             options = self._options(request)
+            start = self._start(request.state)
         ticket = Ticket(
-            request, options, self.tokenizer, on_piece=on_piece, on_end=on_end
+            request,
+            start,
+            options,
+            tokenizer=self.tokenizer,
+            on_piece=on_piece,
+            on_end=on_end,
         )
         with self._lock:
             if not self._takes_more:
@@ -165,8 +170,6 @@ class Engine:
     def _options(self, request: Request) -> SamplingParams:
         """Checks a request, and makes its sampling options."""
         vocab_size = self.model.config.vocab_size
-        if request.state is not None:
-            self._check_state_name(request.state)
         check_ids(request.prompt, vocab_size, "`prompt`")
         check_count(
             len(request.prompt), 1, "the length of `prompt`", most=self.longest_prompt
@@ -217,21 +220,28 @@ class Engine:
             self._states.put(name, state)
 
     def remove_state(self, name: str) -> None:
-        """Removes a start state; requests that have begun from it go on.
+        """Removes a start state; requests that were taken before go on from it.
 
         Raises:
             UnknownState: no state has the name.
         """
         with prefix_errors("remove_state"):
-            self._check_state_name(name)
+            self._start(name)
             self._states.remove(name)
 
-    def _check_state_name(self, name: str) -> None:
-        if name not in self.state_names:
+    def _start(self, name: str | None) -> Start:
+        """Returns the start state of a name, which may be replaced or removed the moment after.
+
+        Raises:
+            UnknownState: none has it.
+        """
+        start = self._states.get(name)
+        if start is None:
             names = ", ".join(self.state_names) or "none is served"
             raise UnknownState(
                 f"`state` must be a state that is served ({names}); got {name!r}."
             )
+        return start
 
     @property
     def decoding(self) -> int:
@@ -312,7 +322,7 @@ class Engine:
         return self._takes_more
 
     def tick(self) -> bool:
-        """Reads at most one chunk for each free row, and draws at most one block.
+        """Reads a chunk of every prompt that will get a row, and draws at most one block.
 
         Only for a caller that has begun no thread.
 
@@ -320,13 +330,9 @@ class Engine:
             Whether there is more to do.
         """
         self._end_cancelled()
-        # A block costs the same whoever has the rows: with many of them free, fill them first.
-        for _ in range(self._taken.count(None)):
-            self._begin_reading()
-            if self._readers:
-                self._read_chunk(self._readers[0])
-                # A long prompt gives way to the others.
-                self._readers.rotate(-1)
+        self._begin_reading()
+        for reader in tuple(self._readers):
+            self._read_chunk(reader)
         if self.decoding:
             self._decode_block()
         return self.has_work
@@ -357,7 +363,8 @@ class Engine:
     def _read_chunk(self, reader: "_Reader") -> None:
         """Reads a chunk of a prompt; after its last chunk the request gets a row."""
         ticket = reader.ticket
-        start = ticket.start or self._find_start(reader)
+        if reader.state is None:
+            reader.state = self._begin_from_cache(reader)
         prompt = ticket.request.prompt
         # The last token is read by the row, which then has its logits.
         end = min(reader.position + CHUNK, len(prompt) - 1)
@@ -369,7 +376,7 @@ class Engine:
             reader.position = end
         is_read = end == len(prompt) - 1
         if is_read or is_fork:
-            self._cache.keep(start.key, prompt[:end], reader.state)
+            self._cache.keep(ticket.start.key, prompt[:end], reader.state)
         if not is_read:
             return
         slot = self._taken.index(None)
@@ -383,18 +390,15 @@ class Engine:
         self._taken[slot] = ticket
         self._readers.remove(reader)
 
-    def _find_start(self, reader: "_Reader") -> Start:
+    def _begin_from_cache(self, reader: "_Reader") -> RWKV7State:
         """Finds what reading begins from: the start state, or what the cache has after it."""
-        request = reader.ticket.request
-        start = self._states[request.state]
-        match = self._cache.find(start.key, request.prompt[:-1])
-        reader.state = start.state if match.state is None else match.state
+        ticket = reader.ticket
+        match = self._cache.find(ticket.start.key, ticket.request.prompt[:-1])
         reader.position = match.length
         if match.shared >= match.length + _LEAST_FORK:
             reader.fork = match.shared
-        reader.ticket.cached_tokens = match.length
-        reader.ticket.start = start
-        return start
+        ticket.cached_tokens = match.length
+        return ticket.start.state if match.state is None else match.state
 
     def _decode_block(self) -> None:
         """Draws a block, and ends the requests that are complete."""
@@ -416,7 +420,6 @@ class Engine:
             # After a stop string or a stop id of the request the state has read further tokens.
             if ending != "stop_string" and ticket.read == len(ticket.row.tokens):
                 read = ticket.request.prompt + tuple(ticket.row.tokens)
-                assert ticket.start is not None
                 self._cache.keep(ticket.start.key, read, self._slots.state(slot))
         self._release(ended)
 
@@ -458,7 +461,7 @@ class _Reader:
     """
 
     ticket: Ticket
-    state: Any = None
+    state: RWKV7State | None = None
     position: int = 0
     fork: int = 0
 

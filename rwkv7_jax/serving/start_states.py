@@ -51,9 +51,9 @@ class StartStates:
         for row, name in enumerate((None, *states)):
             self._starts[name] = Start(next(self._keys), select(rows, [row]))
 
-    def __getitem__(self, name: str | None) -> Start:
-        """Returns the start of a name."""
-        return self._starts[name]
+    def get(self, name: str | None) -> Start | None:
+        """Returns the start of a name; None where none has it."""
+        return self._starts.get(name)
 
     def names(self) -> tuple[str, ...]:
         """Lists the names."""
@@ -78,8 +78,8 @@ class StartStates:
         self._starts[name] = Start(next(self._keys), row)
 
     def remove(self, name: str) -> None:
-        """Removes a state; requests that have begun from it go on."""
-        del self._starts[name]
+        """Removes a state."""
+        self._starts.pop(name, None)
 
 
 def _cast(rows: RWKV7State, config: RWKV7Config) -> RWKV7State:

@@ -23,10 +23,10 @@ class Ticket:
 
     Attributes:
         request: what was asked for.
+        start: the state that it starts from.
         cancelled: whether the client has cancelled it.
         options: how to sample.
         row: the answer so far.
-        start: the state that it starts from; None before its prompt is read.
         cached_tokens: ids of the prompt that were not read again.
         read: ids of the answer that the row of the batch has read.
     """
@@ -34,18 +34,19 @@ class Ticket:
     def __init__(
         self,
         request: Request,
+        start: Start,
         options: SamplingParams,
-        tokenizer: Tokenizer,
         *,
+        tokenizer: Tokenizer,
         on_piece: OnPiece,
         on_end: OnEnd,
     ):
         """Starts with nothing read; see `Engine.submit`."""
         self.request = request
+        self.start = start
         self.cancelled = False
         self.options = options
         self.row = RowText(tokenizer, request.stop_strings)
-        self.start: Start | None = None
         self.cached_tokens = 0
         self.read = 0
         self._scores: list[TokenScore] = []

@@ -14,6 +14,7 @@ from engine_cases import (
     ask,
     assert_same,
     drawn_state,
+    work,
 )
 
 from rwkv7_jax.checkpoints import load_state, save_state
@@ -38,7 +39,11 @@ def test_states_come_and_go_while_requests_are_answered(params, engine):
     assert after.cached_tokens == 0
     assert_same(after, alone(params, request, {"poet": new}))
     assert engine.state_names == ("poet", "judge", "critic")
+    # What was taken before goes on, also where its prompt was not read yet.
+    _, waiting = ask(engine, request)
     engine.remove_state("poet")
+    work(engine)
+    assert waiting[0].tokens == after.tokens
     with pytest.raises(UnknownState, match=r"\(judge, critic\); got 'poet'"):
         ask(engine, request)
     with pytest.raises(UnknownState):
