@@ -27,7 +27,7 @@ def logits_to_go_on(
     """Returns the logits with which a session goes on; None where an empty text begins.
 
     A tuned state has read nothing, and an empty text begins after it as after none: with the end
-    of the text before. In a session that id would end what is going on.
+    of the text before. In a session that id would end the text that it continues.
 
     Args:
         path: of the state.

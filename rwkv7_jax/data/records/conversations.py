@@ -222,7 +222,7 @@ def _turn(message: Mapping[str, Any], role: str, key: str) -> Message:
 
 
 def thoughts_in(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what stands under the names of thoughts, in a message or beside a question.
+    """Returns the fields with thoughts, of a message or of a record with one question.
 
     Blank texts are none: nothing between the marks of a thought would be a blank line, which ends a
     turn.

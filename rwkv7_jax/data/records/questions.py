@@ -96,7 +96,10 @@ def question_messages(record: Mapping[str, Any], question_name: str) -> list[Any
 
 
 def answered_question(record: Mapping[str, Any]) -> list[Any]:
-    """Makes messages of a question and its answer, with the thoughts beside them; none of others.
+    """Makes messages of a record's question and answer, with the answer's thoughts.
+
+    Returns:
+        The messages; an empty list for a record without a question or without an answer.
 
     Raises:
         ValueError: two questions or answers, or something else than texts.

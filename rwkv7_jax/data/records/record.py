@@ -232,7 +232,7 @@ def _answered_prompt(record: Mapping[str, Any]) -> Document:
 
 
 def _refuse_beside_prompt(record: Mapping[str, Any]) -> None:
-    """Refuses what a conversation would begin with beside a prompt that is read as it stands.
+    """Refuses system texts, questions and contexts in a record whose prompt is read as it stands.
 
     Raises:
         ValueError: there is something.
