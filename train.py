@@ -54,7 +54,7 @@ from rwkv7_jax.runs.run_directory import RunDirectory
 from rwkv7_jax.runs.settings import Settings, profiled, read_settings
 from rwkv7_jax.runs.settings.fields import refuse_remote_target
 from rwkv7_jax.runs.settings.readers import refuse_settings_of_evaluation
-from rwkv7_jax.runs.settled_settings import settle_dtype
+from rwkv7_jax.runs.settled_settings import keep_packing_of_run, settle_dtype
 from rwkv7_jax.runs.training_run import TrainingRun, set_up
 from rwkv7_jax.training.train_step import TrainState
 
@@ -198,6 +198,7 @@ def main(arguments: list[str]) -> None:
         settings = read_settings(config_flags.config_values())
         refuse_settings_of_evaluation(settings)
         settings = rate_record.keep_rate_of_run(settings, workdir)
+        settings = keep_packing_of_run(settings, workdir)
         multihost.join(
             _COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value
         )

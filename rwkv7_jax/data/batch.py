@@ -142,6 +142,20 @@ class Batch(Mapping[str, Any]):
         # What comes before the first one's begin belongs to it as well.
         return jnp.maximum(jnp.sum(has_begun, axis=2, dtype=jnp.int32) - 1, 0)
 
+    def with_sequences(self, count: int) -> "Batch":
+        """Returns the batch with packed rows of K sequences, some of them empty.
+
+        Args:
+            count: of the sequences (K), at least as many as the rows have.
+        """
+        rows = self.tokens.shape[0]
+        length = self.tokens.shape[1] - 1
+        begins = self.segments
+        if begins is None:
+            begins = np.zeros((rows, 1), np.int32)
+        empty = np.full((rows, count - begins.shape[1]), length, np.int32)
+        return self.replace(segments=np.concatenate([begins, empty], axis=1))
+
     def select_rows(self, rows: slice) -> "Batch":
         """Returns a part of the rows, of every field."""
         # Over the tree: absent fields are None, which JAX takes for an empty subtree.

@@ -1,7 +1,7 @@
 """Documents put together into rows, which they fill, each as a sequence of its own."""
 
 import bisect
-import functools
+import weakref
 from typing import NamedTuple
 
 import numpy as np
@@ -40,17 +40,30 @@ class PackedDocuments(NamedTuple):
         return self.documents[first:end]
 
 
-# Kept: every step of a run asks for the same, and the anchor or the held-out part for others.
-@functools.lru_cache(maxsize=4)
+# By the row's length. Kept as long as the stream: every step of a run asks for the same.
+_PACKED: weakref.WeakKeyDictionary[TokenStream, dict[int, PackedDocuments]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
 def pack_documents(stream: TokenStream, length: int) -> PackedDocuments:
     """Fills rows of `length` + 1 ids with documents, longer ones cut; the same every time.
-
-    Each document goes where it leaves least room. They come in an order drawn once, so that
-    neighbours of a file do not share a row and no row has only short ones.
 
     Args:
         stream: with a document of two ids or more.
         length: inputs of a row (T).
+    """
+    packed = _PACKED.setdefault(stream, {})
+    if length not in packed:
+        packed[length] = _pack(stream, length)
+    return packed[length]
+
+
+def _pack(stream: TokenStream, length: int) -> PackedDocuments:
+    """Fills the rows.
+
+    Each document goes where it leaves least room. They come in an order drawn once, so that
+    neighbours of a file do not share a row and no row has only short ones.
     """
     room = length + 1
     numbers = stream.documents

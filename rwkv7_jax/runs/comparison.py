@@ -130,7 +130,13 @@ def read_held_out(settings: Settings, tokenizer: Tokenizer) -> dict[str, HeldOut
     found = {}
     for title, path in _paths_by_title(settings).items():
         batch = held_out(
-            settings.data, settings.evaluation, tokenizer, seed=settings.seed, path=path
+            settings.data,
+            settings.evaluation,
+            tokenizer,
+            seed=settings.seed,
+            # A start state is for where a question begins.
+            answers="documents",
+            path=path,
         )
         is_task = isinstance(held_out_source(settings.data, path), TaskSource)
         found[title] = HeldOut(batch, is_task)

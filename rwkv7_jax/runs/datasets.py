@@ -11,7 +11,9 @@ from jaxtyping import Int
 
 from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.data.batching import fewest_windows
+from rwkv7_jax.data.choices import Packing
 from rwkv7_jax.data.loading import batches_from, token_stream, windows
+from rwkv7_jax.data.packed_documents import pack_documents
 from rwkv7_jax.data.sources import Source, TaskSource, TextSource, parse_source
 from rwkv7_jax.data.target_counts import (
     TargetCounts,
@@ -72,7 +74,23 @@ def read_stream(
     )
 
 
-def _check_enough(stream: TokenStream, data: DataSettings, setting: str) -> None:
+def packing_of(data: DataSettings, stream: TokenStream, answers: Packing) -> Packing:
+    """Returns how rows are cut from a stream.
+
+    Args:
+        data: the group of settings.
+        stream: the ids; questions with answers have some that are not in the loss.
+        answers: what packing "auto" is for these; for all other text it is "stream".
+    """
+    if data.packing != "auto":
+        return data.packing
+    # The cubic order numbers windows of one long stream.
+    return answers if stream.masked and data.order != "cubic" else "stream"
+
+
+def _check_enough(
+    stream: TokenStream, data: DataSettings, packing: Packing, setting: str
+) -> None:
     """Checks that packing "stream" can cut a batch of rows.
 
     Raises:
@@ -81,7 +99,7 @@ def _check_enough(stream: TokenStream, data: DataSettings, setting: str) -> None
     """
     windows_needed = fewest_windows(data.order)
     # Documents are filled up.
-    if data.packing != "stream" or len(stream) >= windows_needed * data.length:
+    if packing != "stream" or len(stream) >= windows_needed * data.length:
         return
     share = {2: "half", 3: "a third"}[windows_needed]
     raise ValueError(
@@ -91,20 +109,22 @@ def _check_enough(stream: TokenStream, data: DataSettings, setting: str) -> None
     )
 
 
-def _count_targets(stream: TokenStream, data: DataSettings) -> TargetCounts:
+def _count_targets(
+    stream: TokenStream, data: DataSettings, packing: Packing
+) -> TargetCounts:
     """Counts the training targets, and warns where rows have none.
 
     Raises:
         ValueError: no target counts: the loss would be 0 whatever the model predicts.
     """
-    counts = count_targets(stream, length=data.length, packing=data.packing)
+    counts = count_targets(stream, length=data.length, packing=packing)
     if counts.targets and not counts.in_loss:
         useful = shortest_useful_length(stream)
         advice = "" if useful is None else f"; one first counts at a length of {useful}"
         raise ValueError(
             "`config.data.length` must be long enough for an answer: no target counts within the "
             f"first {data.length} tokens of any of {counts.rows:,} documents, whose prompts are "
-            f"longer{advice}."
+            f'longer{advice}; with `config.data.packing="stream"` rows may begin within a prompt.'
         )
     if counts.empty_rows:
         warnings.warn(
@@ -142,6 +162,7 @@ class TrainingData:
     Attributes:
         stream: the ids that it trains on; see `training_stream`.
         anchor: the ids of the anchor; None without one, and where it is a synthetic task.
+        packing: how its rows are cut.
         targets: how many targets there are and how many count; None for a synthetic task.
     """
 
@@ -151,6 +172,7 @@ class TrainingData:
         tokenizer: Tokenizer,
         *,
         seed: int,
+        answers: Packing = "stream",
         anchor_path: str | None = None,
     ):
         """Opens the data.
@@ -159,6 +181,7 @@ class TrainingData:
             data: the group of settings.
             tokenizer: of the model's vocabulary.
             seed: of the order of rows, and of synthetic tasks.
+            answers: what packing "auto" is for questions with answers.
             anchor_path: general text or a task whose rows go next to the training rows; None for a
                 run without an anchor.
 
@@ -168,6 +191,7 @@ class TrainingData:
         self._data = data
         self._tokenizer = tokenizer
         self._seed = seed
+        self._answers: Packing = answers
         self._source = parse_source(data.path, "`config.data.path`")
         self._anchor_path = anchor_path
         # Read here, so that a wrong path ends the run before its first step.
@@ -177,9 +201,10 @@ class TrainingData:
                 anchor_path, "`config.tuning.anchor_path`"
             )
         self.stream = training_stream(data, tokenizer, seed=seed)
+        self.packing = packing_of(data, self.stream, answers)
         self.targets: TargetCounts | None = None
         if isinstance(self._source, TextSource):
-            self.targets = _count_targets(self.stream, data)
+            self.targets = _count_targets(self.stream, data, self.packing)
         self.anchor = None
         if isinstance(self._anchor_source, TextSource):
             self.anchor = read_stream(
@@ -189,6 +214,13 @@ class TrainingData:
                 "train",
                 setting="config.tuning.anchor_path",
             )
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences a packed row may hold; 0 where every row is one."""
+        if self.packing != "packed":
+            return 0
+        return pack_documents(self.stream, self._data.length).sequences
 
     def digests(self) -> dict[str, str]:
         """Hashes what the run reads, by name: "data" and, with an anchor's text, "anchor"."""
@@ -204,7 +236,11 @@ class TrainingData:
         tokens = f"{self._data.path}: {len(self.stream):,} tokens"
         if self.targets is None:
             return tokens
-        return f"{tokens}, {self.targets.share:.1%} of targets count"
+        shown = f"{tokens}, {self.targets.share:.1%} of targets count"
+        # What the user wrote is known; what was chosen is not.
+        if self._data.packing == "auto" and self.packing != "stream":
+            shown += f', packing "{self.packing}"'
+        return shown
 
     def calibration_text(self, rows: int) -> Int[np.ndarray, "R T"]:
         """Returns rows of the training text, to which features and moments are fitted."""
@@ -236,14 +272,13 @@ class TrainingData:
             rows: the part of the global batch that this host makes; see `data.host_rows`.
         """
         if isinstance(self._source, TextSource):
-            _check_enough(self.stream, self._data, "config.data.path")
-            batches = self._packed(
+            batches = self._rows_of(
                 self.stream,
+                "config.data.path",
                 seed=self._seed,
                 start_step=start_step,
                 rows=rows,
                 order=self._data.order,
-                packing=self._data.packing,
             )
         else:
             batches = self._examples(
@@ -261,11 +296,15 @@ class TrainingData:
             rows=rows,
         )
 
-    def _packed(self, stream: TokenStream, **choices) -> Iterator[Batch]:
+    def _rows_of(self, stream: TokenStream, setting: str, **choices) -> Iterator[Batch]:
+        """Makes batches of a stream, which a setting names."""
+        packing = packing_of(self._data, stream, self._answers)
+        _check_enough(stream, self._data, packing, setting)
         return batches_from(
             stream,
             batch_size=self._data.batch_size,
             length=self._data.length,
+            packing=packing,
             **choices,
         )
 
@@ -292,9 +331,12 @@ class TrainingData:
         seed = self._seed + 1
         if isinstance(source, TextSource):
             assert self.anchor is not None
-            _check_enough(self.anchor, self._data, "config.tuning.anchor_path")
-            anchors = self._packed(
-                self.anchor, seed=seed, start_step=start_step, rows=rows
+            anchors = self._rows_of(
+                self.anchor,
+                "config.tuning.anchor_path",
+                seed=seed,
+                start_step=start_step,
+                rows=rows,
             )
         else:
             anchors = self._examples(
@@ -325,15 +367,19 @@ def held_out(
     tokenizer: Tokenizer,
     *,
     seed: int,
+    answers: Packing = "stream",
     path: str | None = None,
 ) -> Batch:
-    """Makes the rows that evaluations read, packed as the run packs its own.
+    """Makes the rows that evaluations read, cut as those of the run.
+
+    Documents that share a row in training have rows of their own here.
 
     Args:
         data: the group of settings.
         evaluation: says how many rows and how long.
         tokenizer: of the model's vocabulary.
         seed: of synthetic tasks.
+        answers: what packing "auto" is for questions with answers.
         path: what to read; None takes `config.data.evaluation`, and without that the held-out
             documents of `config.data.path`.
 
@@ -355,13 +401,14 @@ def held_out(
     setting = _held_out_setting(data, path)
     stream = read_stream(data, source, tokenizer, split, setting=setting)
     length = evaluation.length
-    if data.packing == "stream" and len(stream) <= length:
+    packing = packing_of(data, stream, answers)
+    if packing == "stream" and len(stream) <= length:
         share = f", of which `config.data.held_out` is {data.held_out:g}"
         raise ValueError(
             f"`config.evaluation.length` must be below the {len(stream):,} tokens that "
             f"`{setting}` has for evaluation{share if split == 'held_out' else ''}; got {length}."
         )
-    batch = windows(stream, length, evaluation.windows, packing=data.packing)
+    batch = windows(stream, length, evaluation.windows, packing=packing)
     if not np.any(batch.mask):
         raise ValueError(
             "`config.evaluation.length` must be long enough for an answer: no target of "

@@ -6,6 +6,7 @@ import numpy as np
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.data.batch import Batch
+from rwkv7_jax.data.choices import Packing
 from rwkv7_jax.data.sources import TaskSource, parse_sources
 from rwkv7_jax.evaluation.metric import Metric, Metrics, log_name
 from rwkv7_jax.evaluation.scoring import (
@@ -33,6 +34,7 @@ class PredictionEvaluator:
         data: DataSettings,
         evaluation: EvaluationSettings,
         seed: int,
+        answers: Packing = "stream",
         path: str | None = None,
     ):
         """Reads the rows.
@@ -44,13 +46,16 @@ class PredictionEvaluator:
             data: the group of settings.
             evaluation: says how many rows and how long.
             seed: of synthetic tasks.
+            answers: what packing "auto" is for questions with answers.
             path: what to read; None for the run's own held-out data.
         """
         self._name = name
         self._model = model
         self._tokenizer = tokenizer
         # Read once: all evaluations of a run have to measure on the same rows.
-        self._batch = held_out(data, evaluation, tokenizer, seed=seed, path=path)
+        self._batch = held_out(
+            data, evaluation, tokenizer, seed=seed, answers=answers, path=path
+        )
         self._is_task = isinstance(held_out_source(data, path), TaskSource)
 
     @property

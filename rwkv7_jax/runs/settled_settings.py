@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 
+from rwkv7_jax.data.choices import PACKINGS
 from rwkv7_jax.runs.resume.step_directories import step_numbers
 from rwkv7_jax.runs.settings import Settings
 
-# The `config.model.dtype` of configs that leave it to the machine.
+# What configs leave to the machine (`config.model.dtype`) or to the data (`config.data.packing`).
 AUTO = "auto"
 
 
@@ -33,6 +34,26 @@ def settings_of_run(workdir: Path) -> Mapping[str, Any]:
     except (OSError, ValueError):
         return {}
     return before if isinstance(before, dict) else {}
+
+
+def keep_packing_of_run(settings: Settings, workdir: Path) -> Settings:
+    """Returns the settings with the packing that the run in a folder began with.
+
+    Earlier versions cut rows of all data as "stream" where none was named.
+
+    Args:
+        settings: of the command.
+        workdir: of the run; it may be absent.
+    """
+    if settings.data.packing != AUTO:
+        return settings
+    data = settings_of_run(workdir).get("data")
+    packing = data.get("packing") if isinstance(data, dict) else None
+    if packing not in PACKINGS:
+        return settings
+    return dataclasses.replace(
+        settings, data=dataclasses.replace(settings.data, packing=packing)
+    )
 
 
 def settle_dtype(settings: Settings, workdir: Path) -> Settings:

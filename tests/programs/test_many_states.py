@@ -74,6 +74,41 @@ def test_states_together_are_the_states_of_runs_of_their_own(
 
 
 @pytest.mark.slow
+def test_states_tuned_on_questions_and_on_text_are_those_of_runs_of_their_own(
+    tmp_path, base_model
+):
+    lines = [
+        json.dumps({"prompt": f"{i} + {i} =", "answer": f" {2 * i}"})
+        for i in range(120)
+    ]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("\n".join(lines))
+    # Fewer to a row than the questions.
+    longer = tmp_path / "longer.jsonl"
+    longer.write_text("\n".join(line.replace("=", "is the same as") for line in lines))
+    text = tmp_path / "text.txt"
+    text.write_text("".join(lines))
+    texts = {"adder": str(questions), "talker": str(longer), "reader": str(text)}
+    choices = {"evaluation__patience": 0, "steps": 2}
+    choices |= {"data__held_out": 0.2, "data__length": 64, "evaluation__length": 48}
+    settings = stack_settings(base_model, texts=texts, **choices)
+    train_here(settings, tmp_path / "all")
+    for name, path in texts.items():
+        own = mode_settings(
+            "state",
+            base_model,
+            data__path=path,
+            optimizer__eps=1e-6,
+            **choices,
+        )
+        train_here(own, tmp_path / name)
+        alone = load_state(tmp_path / name / "state.pth").wkv
+        together = load_state(tmp_path / "all" / "states" / f"{name}.pth").wkv
+        assert_close(together, alone, SAME["model"], name)
+        assert np.any(together)
+
+
+@pytest.mark.slow
 def test_each_states_result_is_its_own_best_step(
     tmp_path, base_model, monkeypatch, capsys
 ):

@@ -30,15 +30,16 @@ def paths(tmp_path_factory):
     return str(folder / "x.jsonl"), str(folder / "x.bin")
 
 
-def settings_of(path, **changes):
+def settings_of(path, mode="state", **changes):
     data = {"path": path, "batch_size": 6, "length": 20, "held_out": 0.2}
-    tuning = changes.pop("tuning", {})
+    groups = ("tuning", "upscaling", "model")
+    others = {name: changes.pop(name) for name in groups if name in changes}
     measure = {"windows": 5, "length": 20}
     return read_settings(
         {
-            "mode": "state",
+            **others,
+            "mode": mode,
             "data": data | changes,
-            "tuning": tuning,
             "evaluation": measure,
         }
     )
@@ -47,7 +48,11 @@ def settings_of(path, **changes):
 def data_of(settings):
     anchor_path = settings.tuning.anchor_path if settings.tuning.anchor else None
     return TrainingData(
-        settings.data, BYTES, seed=settings.seed, anchor_path=anchor_path
+        settings.data,
+        BYTES,
+        seed=settings.seed,
+        answers=settings.packing_of_answers,
+        anchor_path=anchor_path,
     )
 
 
@@ -57,7 +62,13 @@ def batches(settings, count=4, **choices):
 
 
 def held_out_rows(settings):
-    return held_out(settings.data, settings.evaluation, BYTES, seed=settings.seed)
+    return held_out(
+        settings.data,
+        settings.evaluation,
+        BYTES,
+        seed=settings.seed,
+        answers=settings.packing_of_answers,
+    )
 
 
 def assert_equal(one, two):
@@ -66,10 +77,12 @@ def assert_equal(one, two):
         np.testing.assert_array_equal(one[name], two[name])
 
 
-CHOICES = ({}, {"order": "cubic"}, {"packing": "documents"})
+CHOICES = ({}, {"packing": "stream"}, {"order": "cubic"}, {"packing": "documents"})
 
 
-@pytest.mark.parametrize("choices", CHOICES, ids=["stream", "cubic", "documents"])
+@pytest.mark.parametrize(
+    "choices", CHOICES, ids=["auto", "stream", "cubic", "documents"]
+)
 def test_a_run_on_a_cache_reads_what_it_reads_on_the_source(paths, choices):
     one, two = (settings_of(path, **choices) for path in paths)
     hashes = [data_hash(data_of(settings).stream) for settings in (one, two)]
@@ -80,8 +93,39 @@ def test_a_run_on_a_cache_reads_what_it_reads_on_the_source(paths, choices):
     assert_equal(held_out_rows(one), held_out_rows(two))
 
 
-def test_held_out_rows_are_packed_as_training_rows_are(paths):
-    held = held_out_rows(settings_of(paths[0], packing="documents"))
+@pytest.mark.parametrize(
+    ("changes", "packing"),
+    [
+        ({}, "packed"),
+        ({"mode": "upscaled_state"}, "packed"),
+        ({"mode": "upscaled_state", "upscaling": {"dynamics": "delta"}}, "documents"),
+        ({"model": {"implementation": "triton"}}, "documents"),
+        ({"order": "cubic"}, "stream"),
+        ({"packing": "stream"}, "stream"),
+        ({"mode": "pretrain"}, "stream"),
+        ({"mode": "observer"}, "stream"),
+    ],
+)
+def test_questions_are_read_from_their_begin_where_a_state_is_tuned(
+    paths, tmp_path, changes, packing
+):
+    settings = settings_of(paths[0], **changes)
+    data = data_of(settings)
+    assert data.packing == packing
+    assert ("packing" in data.describe()) == (packing in ("packed", "documents"))
+    (batch,) = batches(settings, count=1)
+    same = settings_of(paths[0], **(changes | {"packing": packing}))
+    assert_equal(batch, batches(same, count=1)[0])
+    assert_equal(held_out_rows(settings), held_out_rows(same))
+    # Text is one stream for all of them.
+    text = tmp_path / "text.txt"
+    text.write_text("one and two " * 40)
+    assert data_of(settings_of(str(text), **changes)).packing == "stream"
+
+
+@pytest.mark.parametrize("packing", ["auto", "documents", "packed"])
+def test_held_out_rows_are_those_of_single_documents(paths, packing):
+    held = held_out_rows(settings_of(paths[0], packing=packing))
     assert held["tokens"].shape == (5, 21)
     for tokens, mask in zip(held["tokens"], held["mask"], strict=True):
         text = BYTES.decode(tokens.tolist())
@@ -97,7 +141,7 @@ def test_held_out_rows_are_packed_as_training_rows_are(paths):
         {"path": "task:copy"},
         {"tuning": {"anchor": 1.0, "anchor_path": "task:copy"}},
     ],
-    ids=["stream", "cubic", "documents", "task", "anchor"],
+    ids=["auto", "stream", "cubic", "documents", "task", "anchor"],
 )
 def test_hosts_make_the_global_batch_between_them_from_any_step_on(paths, changes):
     settings = settings_of(**{"path": paths[1], **changes, "length": 48})
@@ -120,7 +164,7 @@ def test_hosts_make_the_global_batch_between_them_from_any_step_on(paths, change
     [
         (
             "packing",
-            "`config.data.packing` must be stream, documents or packed; got 'x'",
+            "`config.data.packing` must be auto, stream, documents or packed; got 'x'",
         ),
         ("order", "`config.data.order` must be shuffled or cubic; got 'x'"),
         ("on_bad", "`config.data.on_bad` must be error or skip; got 'x'"),
@@ -191,14 +235,16 @@ def test_prompts_longer_than_every_row_are_refused_with_the_length_that_would_do
 ):
     settings = settings_of(long_prompts(), packing="documents")
     with pytest.raises(
-        ValueError, match=r"`config.data.length` must be .* at a length of 102\."
+        ValueError, match=r"`config.data.length` must be .* at a length of 102;"
     ):
         data_of(settings)
     with pytest.raises(
         ValueError, match=r"`config.evaluation.length` must be long enough"
     ):
         held_out_rows(settings)
-    assert "2.9% of targets" not in data_of(settings_of(long_prompts())).describe()
+    # Rows of a stream begin inside of questions too.
+    stream = settings_of(long_prompts(), packing="stream")
+    assert "2.9% of targets" not in data_of(stream).describe()
 
 
 def test_rows_without_a_target_are_counted_and_the_share_is_described(long_prompts):
@@ -215,7 +261,7 @@ def test_rows_without_a_target_are_counted_and_the_share_is_described(long_promp
     ("changes", "sentence"),
     [
         (
-            {"length": 5000},
+            {"length": 5000, "packing": "stream"},
             "`config.data.length` must be at most half of the .*; got 5000",
         ),
         ({"path": ""}, "`config.data.path` must name what to read"),

@@ -63,7 +63,7 @@ def test_a_list_of_prompts_becomes_a_tuple():
         ({"tuning": {"leaves": "emb"}}, r"`config.tuning.leaves` must be wkv or all"),
         (
             {"mode": "observer", "data": {"packing": "packed"}},
-            r"`config.data.packing` must be .* got \"packed\" with mode 'observer'",
+            r"`config.data.packing` must be .* got \"packed\" in mode 'observer'",
         ),
         (
             {

@@ -1,4 +1,4 @@
-"""The dtype that a config leaves to the machine is settled once, when a run begins."""
+"""What a config leaves open is settled once, when a run begins."""
 
 import json
 
@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from rwkv7_jax.runs.settings import read_settings
-from rwkv7_jax.runs.settled_settings import settle_dtype
+from rwkv7_jax.runs.settled_settings import keep_packing_of_run, settle_dtype
 
 
 def settings(dtype):
@@ -39,8 +39,25 @@ def test_a_run_that_goes_on_keeps_its_own(monkeypatch, tmp_path, platform, dtype
     assert settle_dtype(settings("auto"), tmp_path) == settings(dtype)
 
 
+def packing(name):
+    return read_settings({"mode": "state", "data": {"packing": name}})
+
+
+@pytest.mark.parametrize("began", ["auto", "stream", "packed"])
+def test_a_run_that_goes_on_keeps_the_packing_that_it_began_with(tmp_path, began):
+    # A new run leaves it to its data.
+    assert keep_packing_of_run(packing("auto"), tmp_path) == packing("auto")
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
+    before = {"data": {"packing": began}}
+    (tmp_path / "settings.json").write_text(json.dumps(before))
+    assert keep_packing_of_run(packing("auto"), tmp_path) == packing(began)
+    # What is named is not changed in silence.
+    assert keep_packing_of_run(packing("documents"), tmp_path) == packing("documents")
+
+
 @pytest.mark.parametrize("text", ["", "3", "[]", '{"model": 3}', '{"model": {}}'])
 def test_a_damaged_record_settles_nothing(tmp_path, text):
     (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     (tmp_path / "settings.json").write_text(text)
     assert settle_dtype(settings("auto"), tmp_path) == settings("float32")
+    assert keep_packing_of_run(packing("auto"), tmp_path) == packing("auto")

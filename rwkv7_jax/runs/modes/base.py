@@ -389,6 +389,7 @@ class TrainingMode(abc.ABC):
             data=self.settings.data,
             evaluation=self.settings.evaluation,
             seed=self.settings.seed,
+            answers=self.settings.packing_of_answers,
             path=path,
         )
 

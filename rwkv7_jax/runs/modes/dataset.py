@@ -28,6 +28,7 @@ class DatasetMode(TrainingMode):
             self.settings.data,
             self.tokenizer,
             seed=self.settings.seed,
+            answers=self.settings.packing_of_answers,
             anchor_path=tuning.anchor_path if tuning.anchor else None,
         )
 

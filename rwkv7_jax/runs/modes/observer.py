@@ -57,7 +57,11 @@ class ObserverMode(DatasetMode):
             answers=settings.observer.answers,
         )
         rows = held_out(
-            settings.data, settings.evaluation, self.tokenizer, seed=settings.seed
+            settings.data,
+            settings.evaluation,
+            self.tokenizer,
+            seed=settings.seed,
+            answers=settings.packing_of_answers,
         )
         # Split once, so that all evaluations of a run measure the same continuations.
         self._held_out = self._split_prompts(rows, 0)

@@ -288,6 +288,8 @@ class StackMode(TrainingMode):
             own: the rows, counted over all states.
         """
         rows = self.settings.data.batch_size
+        # Of all texts, also those of other processes: the rows must fit together.
+        sequences = max(mode.data.sequences for mode, _ in self.readers())
         sources = []
         pieces = []
         first = 0
@@ -307,6 +309,8 @@ class StackMode(TrainingMode):
         for batches in zip(*sources, strict=True):
             joined = []
             for batch, found in zip(batches, pieces, strict=True):
+                if sequences:
+                    batch = batch.with_sequences(sequences)
                 joined += [batch.select_rows(piece) for piece in found]
             yield jax.tree.map(lambda *rows: np.concatenate(rows), *joined)
 

@@ -27,7 +27,11 @@ from rwkv7_jax.runs.settings.fields import (
     store,
 )
 from rwkv7_jax.runs.settings.names import check_names, setting_types
-from rwkv7_jax.runs.settings.packing import check_packing
+from rwkv7_jax.runs.settings.packing import (
+    PackingChoice,
+    check_packing,
+    packing_of_answers,
+)
 from rwkv7_jax.runs.settings.readers import refuse_unread_settings
 from rwkv7_jax.runs.settings.test_time import TestTimeSettings
 from rwkv7_jax.runs.settings.tuning import (
@@ -59,6 +63,8 @@ class DataSettings:
             leaks from one document into the next of the same row, as in RWKV's own training;
             "documents" gives each a row of its own, cut or filled up to `length`: nothing leaks;
             "packed" puts the same documents together into full rows, in which none sees another.
+            "auto" is "stream", except where a state is tuned on questions with answers: "packed"
+            there, or "documents" where the run cannot read packed rows.
         order: "shuffled" by the seed, anew in every epoch, or "cubic", that of RWKV's own trainer,
             which has no seed and is the same in every epoch (for packing "stream").
         evaluation: what evaluation reads instead of the held-out part of `path`; all of it.
@@ -74,7 +80,7 @@ class DataSettings:
     batch_size: int = number(8, 1, MOST_COUNT)
     length: int = number(512, 1, MOST_COUNT)
     on_bad: OnBad = "error"
-    packing: Packing = "stream"
+    packing: PackingChoice = "auto"
     order: Order = "shuffled"
     evaluation: str | None = place(None, several=True)
     as_bytes: bool = False
@@ -301,15 +307,13 @@ class Settings:
                 f"`config.tuning.decorrelate` has its place; got {self.optimizer.decorrelate!r}."
             )
         # The cubic order cuts rows at positions of one long stream; documents have none.
-        if self.data.order == "cubic" and self.data.packing != "stream":
+        if self.data.order == "cubic" and self.data.packing not in ("auto", "stream"):
             raise ValueError(
                 '`config.data.order` must be "shuffled" where `config.data.packing` is '
                 f'"{self.data.packing}"; got "cubic".'
             )
         refuse_unread_settings(self)
-        check_packing(
-            self.data.packing, self.mode, self.tuning.states, self.upscaling.dynamics
-        )
+        check_packing(self.data.packing, self.mode, self.upscaling.dynamics)
         rows = self.data.batch_size
         source = "`config.data.batch_size`"
         if self._draws_its_rows:
@@ -346,6 +350,12 @@ class Settings:
             optimizer = dataclasses.replace(optimizer, final_learning_rate=final)
         # The class is frozen for everybody else.
         object.__setattr__(self, "optimizer", optimizer)
+
+    @property
+    def packing_of_answers(self) -> Packing:
+        """What `data.packing` "auto" is for questions with answers."""
+        implementation = self.model.get("implementation")
+        return packing_of_answers(self.mode, self.upscaling.dynamics, implementation)
 
     @property
     def finds_rate(self) -> bool:
