@@ -346,6 +346,31 @@ def sample_with_logp(
     keys: Array, logits: Scores, options: SamplingParams
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Draws as `sample` does; returns the log-probability of each draw too, 0 of a greedy one."""
+    if jnp.ndim(options.temperature) and platforms.target_platform() == "cpu":
+        return _sample_in_turns(keys, logits, options)
+    return _sample_together(keys, logits, options)
+
+
+def _sample_in_turns(
+    keys: Array, logits: Scores, options: SamplingParams
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """Draws row by row, so that one which samples costs nothing in rows that are free or greedy."""
+
+    def sample_row(row):
+        # With a batch of one again.
+        key, scores, *numbers = jax.tree.map(lambda array: array[None], row)
+        own = options._replace(**dict(zip(_NUMBERS, numbers, strict=True)))
+        ids, logps = _sample_together(key, scores, own)
+        return ids[0], logps[0]
+
+    numbers = [getattr(options, name) for name in _NUMBERS]
+    return jax.lax.map(sample_row, (keys, logits, *numbers))
+
+
+def _sample_together(
+    keys: Array, logits: Scores, options: SamplingParams
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """Draws for all rows at once."""
 
     def draw():
         logp = log_probabilities(

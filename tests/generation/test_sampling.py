@@ -164,6 +164,30 @@ def test_a_row_is_drawn_with_its_own_key_alone():
         assert alone[0] == together[row]
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_a_row_with_options_of_its_own_is_drawn_as_it_is_alone(monkeypatch, platform):
+    # One by one on a CPU, together elsewhere.
+    monkeypatch.setattr(sampling.platforms, "target_platform", lambda: platform)
+    choices = [
+        {"temperature": 0.0},
+        {"temperature": 1.3, "top_p": 0.8},
+        {"temperature": 0.7, "top_k": 5},
+        {"temperature": 0.0, "top_p": 0.0},
+        {"temperature": 0.9},
+    ]
+    logits = random_logits(rows=len(choices))
+    keys = jax.random.split(jax.random.key(3), len(choices))
+    options = [sampling.make_options(VOCAB, **own) for own in choices]
+    ids, logps = sampling.sample_with_logp(
+        keys, logits, sampling.options_by_row(options)
+    )
+    for row, own in enumerate(options):
+        alone = sampling.sample_with_logp(keys[row : row + 1], logits[row][None], own)
+        assert ids[row] == alone[0][0]
+        np.testing.assert_allclose(logps[row], alone[1][0], atol=1e-6)
+    assert logps[0] == 0 and logps[1] < 0
+
+
 def test_penalties_count_decay_and_spare_the_exempt():
     options = sampling.make_options(
         5,
