@@ -3,7 +3,7 @@
 Run from the repository's root: `python -m benchmarks.serving [--json FILE]`. The model is random,
 of the 0.1B size by default; prompts have 16 to 256 tokens and answers the same number each, from
 four start states. Every answer is compared with that of `generate`. Time to the first text is from
-the moment when all requests came at once, so most of it is waiting.
+the moment when the first request came, so most of it is waiting.
 """
 
 import argparse
@@ -24,6 +24,8 @@ from rwkv7_jax.serving import Answer, Engine, Request
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 SLOTS = (1, 8, 32)
+# The slots that are also measured with one request at a time: the cost of free ones.
+IN_TURNS = 8
 STATES = 4
 
 
@@ -57,14 +59,23 @@ def draw_requests(vocab_size: int, count: int, tokens: int) -> list[Request]:
 
 
 class Together:
-    """Requests that an engine answers, all of which come at once."""
+    """Requests that an engine answers."""
 
-    def __init__(self, engine: Engine, requests: Sequence[Request]):
-        """Compiles what they need."""
+    def __init__(
+        self, engine: Engine, requests: Sequence[Request], *, in_turns: bool = False
+    ):
+        """Compiles what they need.
+
+        Args:
+            engine: the engine.
+            requests: all come at once.
+            in_turns: each comes when the one before is answered.
+        """
         self.answers: dict[int, Answer] = {}
         self.first_text: dict[int, float] = {}
         self._engine = engine
         self._requests = requests
+        self._in_turns = in_turns
         engine.warm_up()
 
     def __call__(self) -> None:
@@ -79,6 +90,11 @@ class Together:
                 ),
                 on_end=lambda answer, index=index: self.answers.update({index: answer}),
             )
+            if self._in_turns:
+                self._answer_all()
+        self._answer_all()
+
+    def _answer_all(self) -> None:
         while self._engine.tick():
             pass
 
@@ -114,7 +130,7 @@ def measure(model, params, requests: Sequence[Request], rounds: int) -> dict:
     states = draw_states(model.config)
     tokenizer = Tokenizer.for_vocabulary(model.config.vocab_size)
     alone = OneByOne(model, params, states, requests)
-    together = {}
+    together: dict[int | str, Together] = {}
     for slots in SLOTS:
         engine = Engine(
             model,
@@ -126,6 +142,9 @@ def measure(model, params, requests: Sequence[Request], rounds: int) -> dict:
             cache_bytes=0,
         )
         together[slots] = Together(engine, requests)
+        if slots == IN_TURNS:
+            name = f"{slots}, one request at a time"
+            together[name] = Together(engine, requests, in_turns=True)
     alone()
     seconds = take_turns({"generate": alone} | together, rounds)
     drawn = sum(map(len, alone.tokens))
@@ -134,8 +153,8 @@ def measure(model, params, requests: Sequence[Request], rounds: int) -> dict:
         wall = statistics.median(one.wall for one in found)
         rows[str(name)] = {"tokens_per_second": drawn / wall}
     one_by_one = rows["generate"]["tokens_per_second"]
-    for slots, run in together.items():
-        row = rows[str(slots)]
+    for name, run in together.items():
+        row = rows[str(name)]
         row["rate_over_generate"] = row["tokens_per_second"] / one_by_one
         firsts = sorted(run.first_text.values())
         row["median_seconds_to_first_text"] = statistics.median(firsts)
