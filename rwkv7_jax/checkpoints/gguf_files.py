@@ -1,8 +1,8 @@
 """GGUF files of llama.cpp: the tensors, sizes and vocabulary of its `rwkv7` architecture.
 
 Needs the package `gguf` (extra `gguf`): `tensor_files.gguf_files` imports this module. Numbers are
-float32, float16 or bfloat16; quantised files are refused by their types. Start states have no place
-in the format.
+written as float32, float16 or bfloat16; quantised ones are read as the float32 numbers that they
+stand for. Start states have no place in the format.
 Source: ggml-org/llama.cpp conversion/rwkv.py (names, orientation) and src/models/rwkv7.cpp (what is
 required); the format itself is the package's business.
 """
@@ -160,14 +160,22 @@ def _open(path: Path) -> gguf.GGUFReader:
     return reader
 
 
-def _refuse_quantised(reader: gguf.GGUFReader, path: Path) -> None:
-    """Raises if a tensor is of a type that has no numbers of its own."""
+def _refuse_unreadable(reader: gguf.GGUFReader, path: Path) -> None:
+    """Raises if a tensor is of a type whose numbers the package cannot compute."""
+    checked = set(_TYPES)
     for tensor in reader.tensors:
-        if tensor.tensor_type not in _TYPES:
+        kind = tensor.tensor_type
+        if kind in checked:
+            continue
+        try:
+            # One row, and of each type the first: the others are read when they are needed.
+            gguf.dequantize(tensor.data[:1], kind)
+        except NotImplementedError:
             raise ValueError(
-                f"load_model: `{path}` is quantised or of another type: {tensor.name} is "
-                f"{tensor.tensor_type.name}; F32, F16 and BF16 can be read."
-            )
+                f"load_model: `{path}` holds {tensor.name} as {kind.name}; floats and the "
+                "quantised types of the package gguf can be read."
+            ) from None
+        checked.add(kind)
 
 
 def _number(reader: gguf.GGUFReader, key: str, path: Path) -> float:
@@ -200,10 +208,10 @@ def read_gguf(path: Path, *, verify: bool = False) -> TensorFile:
         verify: compare the tensors with the file's digest, where it has one; this reads all of it.
 
     Raises:
-        ValueError: not a float GGUF file of RWKV-7, or a damaged one.
+        ValueError: not a GGUF file of RWKV-7, a type that cannot be read, or a damaged file.
     """
     reader = _open(path)
-    _refuse_quantised(reader, path)
+    _refuse_unreadable(reader, path)
     norm_eps = _number(reader, gguf.Keys.Attention.LAYERNORM_EPS, path)
     head_size = int(_number(reader, gguf.Keys.WKV.HEAD_SIZE, path))
     if verify:
@@ -247,10 +255,17 @@ def _digest(
 
 def _tensor(stored: gguf.ReaderTensor) -> Tensor:
     """Describes a tensor of a file; its numbers stay there until they are read."""
-    dtype = _TYPES[stored.tensor_type]
+    kind = stored.tensor_type
     # The file has the axes in the opposite order.
     shape = tuple(reversed([int(size) for size in stored.shape]))
-    return Tensor(shape, dtype, lambda: stored.data.view(dtype).reshape(shape))
+    if kind in _TYPES:
+        dtype = _TYPES[kind]
+        return Tensor(shape, dtype, lambda: stored.data.view(dtype).reshape(shape))
+    return Tensor(
+        shape,
+        np.dtype(np.float32),
+        lambda: gguf.dequantize(stored.data, kind).reshape(shape),
+    )
 
 
 def _official_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -174,13 +174,72 @@ def test_metadata_that_makes_no_model_is_one_sentence(
         load_model(tmp_path / "m.gguf")
 
 
-def test_quantised_files_are_refused_by_the_type(written, tmp_path):
-    kind = gguf.GGMLQuantizationType.Q8_0
-    numbers = gguf.quants.quantize(np.ones((64, 64), np.float32), kind)
+# Types of blocks of 32 and 256 numbers; the package writes the former.
+WRITABLE = ["Q8_0", "Q4_0", "Q5_1", "MXFP4"]
+SUPER_BLOCKS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ2_S", "TQ1_0"]
+MATRICES = {
+    "token_embd.weight": ("emb", "weight"),
+    "output.weight": ("head", "weight"),
+    "blk.0.time_mix_key.weight": ("layer_0", "att", "key", "weight"),
+    "blk.0.time_mix_g1.weight": ("layer_0", "att", "g1"),
+    "blk.0.channel_mix_value.weight": ("layer_0", "ffn", "value", "weight"),
+}
+
+
+@pytest.mark.parametrize("name", [*WRITABLE, *SUPER_BLOCKS])
+def test_quantised_matrices_are_the_numbers_that_they_stand_for(tmp_path, name):
+    kind = gguf.GGMLQuantizationType[name]
+    config = dataclasses.replace(BYTES, width=256, num_layers=2, ffn_width=512)
+    params = random_params(config, dtype=jnp.float32)
+    save_model(tmp_path / "m.gguf", params, config)
+    random = np.random.default_rng(4)
+    tensors = {}
+    for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors:
+        if tensor.name not in MATRICES:
+            continue
+        if name in WRITABLE:
+            stored = gguf.quantize(tensor.data, kind)
+        else:
+            numbers, size = gguf.GGML_QUANT_SIZES[kind]
+            rows, columns = tensor.data.shape
+            # Below 0x38 every two bytes are a finite float16.
+            stored = random.integers(0, 0x38, (rows, columns // numbers * size))
+            stored = stored.astype(np.uint8)
+        tensors[tensor.name] = (stored, kind)
+    assert set(tensors) == set(MATRICES)
+    # The digest is of other numbers.
+    changes = {"rwkv7_jax.digest": None}
+    rewritten(
+        tmp_path / "m.gguf", tmp_path / "q.gguf", tensors=tensors, metadata=changes
+    )
+    found, again = load_model(tmp_path / "q.gguf")
+    assert again == config
+    expected = jax.tree.map(np.asarray, params)
+    for theirs, path in MATRICES.items():
+        place = expected
+        for key in path[:-1]:
+            place = place[key]
+        was = place[path[-1]]
+        numbers = gguf.dequantize(*tensors[theirs])
+        # As all low-rank matrices.
+        if path[-1] == "g1":
+            numbers = numbers.T
+        place[path[-1]] = numbers
+        if name == "Q8_0":
+            np.testing.assert_allclose(numbers, was, atol=np.abs(was).max() / 127)
+    assert differing(expected, found) == []
+    assert found["head"]["weight"].dtype == jnp.float32
+    narrow, _ = load_model(tmp_path / "q.gguf", dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(narrow)} == {np.dtype(jnp.bfloat16)}
+
+
+def test_types_without_numbers_are_refused_by_name(written, tmp_path):
+    kind = gguf.GGMLQuantizationType.Q8_K
+    stored = np.zeros((64, 292), np.uint8)
     name = "blk.1.time_mix_key.weight"
-    rewritten(written, tmp_path / "m.gguf", tensors={name: (numbers, kind)})
+    rewritten(written, tmp_path / "m.gguf", tensors={name: (stored, kind)})
     with pytest.raises(
-        ValueError, match=r"blk\.1\.time_mix_key\.weight is Q8_0; F32, F16 and BF16"
+        ValueError, match=r"blk\.1\.time_mix_key\.weight as Q8_K; floats and the"
     ):
         load_model(tmp_path / "m.gguf")
 
