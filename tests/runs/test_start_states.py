@@ -4,10 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from run_programs import MODEL
 from smallest_runs import mode_settings, save_base_model
+from tiny_models import lively
 
+from rwkv7_jax.checkpoints import param_tree
+from rwkv7_jax.checkpoints.model_files import save_model
 from rwkv7_jax.checkpoints.state_files import save_state
 from rwkv7_jax.generation.prefill import prefill_state
+from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.runs.modes.registry import make_mode
 
@@ -39,6 +44,26 @@ def test_a_run_starts_from_the_state_of_a_file(base, tmp_path, mode):
     found = made(mode, base, tmp_path, **changes).make_params()
     np.testing.assert_array_equal(found.wkv, state.wkv)
     assert found.wkv.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("mode", ["state", "grpo", "distil", "context"])
+def test_the_start_of_a_model_on_an_accelerator_is_read_once(
+    tmp_path, monkeypatch, mode
+):
+    # Two layers, whose numbers are fetched row by row from a device that NumPy cannot read.
+    config = RWKV7Config(**(MODEL | {"num_layers": 2}))
+    save_model(tmp_path / "base.pth", lively(config), config)
+    state = jax.tree.map(lambda x: jnp.full_like(x, 0.25), init_state(config))
+    save_state(tmp_path / "poet.safetensors", state, config=config)
+    monkeypatch.setattr(param_tree, "_is_on_host", lambda leaf: False)
+    changes = {"start": str(tmp_path / "poet.safetensors")}
+    changes["tuning__layer_rates"] = (1.0, 0.5)
+    if mode == "context":
+        (tmp_path / "prompt.txt").write_text("a prompt")
+        changes["test_time.context"] = str(tmp_path / "prompt.txt")
+    found = made(mode, tmp_path / "base.pth", tmp_path, **changes)
+    assert found.abstract_params.wkv.shape == state.wkv.shape
+    np.testing.assert_array_equal(found.init_params().wkv, state.wkv)
 
 
 def test_a_run_starts_from_what_a_model_has_read(base, tmp_path):

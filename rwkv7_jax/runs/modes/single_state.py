@@ -6,6 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from rwkv7_jax import sharding
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import model_hash
 from rwkv7_jax.checkpoints.state_files import save_state
@@ -51,7 +52,8 @@ class SingleStateMode(TrainingMode):
     def make_params(self) -> RWKV7State:
         """Makes a state of zeros or reads that of `config.start`, in float32 always."""
         settings = self.settings
-        if settings.start is not None:
+        # Weights that are only described read no prompt.
+        if settings.start is not None and not sharding.is_abstract(self.frozen):
             return read_start_state(
                 settings.start,
                 self.model,
@@ -71,6 +73,8 @@ class SingleStateMode(TrainingMode):
     def with_own_rates(self, decorrelator: Decorrelator) -> Decorrelator:
         """Adds the learning rates that the settings give to leaves and layers.
 
+        The first parameters have been made: reading those of `config.start` cannot be traced.
+
         Raises:
             ValueError: a leaf that is not tuned, or another number of layers than the model's.
         """
@@ -84,9 +88,6 @@ class SingleStateMode(TrainingMode):
                     "`config.tuning.leaf_rates` must be of leaves that are tuned, "
                     f"{', '.join(self.tuned_leaves())}; got {name!r}."
                 )
-        params = self._initial
-        if params is None:
-            params = jax.eval_shape(self.make_params)
         layers = self.model.config.num_layers
         if tuning.layer_rates and len(tuning.layer_rates) != layers:
             raise ValueError(
@@ -94,7 +95,9 @@ class SingleStateMode(TrainingMode):
                 f"{layers} layers; got {len(tuning.layer_rates)}."
             )
         factors = rate_factors(
-            params, leaf_rates=tuning.leaf_rates, layer_rates=tuning.layer_rates
+            self._initial,
+            leaf_rates=tuning.leaf_rates,
+            layer_rates=tuning.layer_rates,
         )
         return with_rate_factors(decorrelator, factors)
 

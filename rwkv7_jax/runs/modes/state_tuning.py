@@ -39,7 +39,6 @@ class StateTuningMode(DatasetMode, SingleStateMode):
             anchor=settings.tuning.anchor,
             l2wrap=settings.optimizer.l2wrap,
         )
-        # Made here because features are fitted to text: their shapes cannot be traced.
         self._initial = self.make_params()
         decorrelator = state_decorrelator(
             self.model,

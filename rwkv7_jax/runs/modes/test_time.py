@@ -72,6 +72,7 @@ class ContextMode(DatasetMode, SingleStateMode):
         self.loss = context_distillation(
             self.model, self.frozen, prompt, leaves=self.tuned_leaves()
         )
+        self._initial = self.make_params()
         self.decorrelator = self.with_own_rates(self.decorrelator)
         self.open_data()
         self._held_out = self.prediction_evaluator("held_out")
@@ -112,6 +113,7 @@ class TestTimeMode(SingleStateMode):
         # Weights that are only described write nothing.
         if not sharding.is_abstract(self.frozen):
             self._open_questions()
+        self._initial = self.make_params()
         self.decorrelator = self.with_own_rates(self.decorrelator)
         self.updates_per_step = settings.test_time.updates
         if settings.test_time.method == "grpo":
