@@ -151,7 +151,7 @@ def evaluate_texts(
     texts = read_held_out(settings, tokenizer)
     sizes = settings.evaluation.prompt_tokens
     if sizes:
-        seen = training_stream(settings.data, tokenizer, seed=settings.seed)
+        seen = training_stream(settings, tokenizer)
         comparison = comparison.with_prompts(seen[:], sizes)
     report: dict[str, Any] = {}
     for title, text in texts.items():

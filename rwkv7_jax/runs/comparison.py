@@ -1,35 +1,21 @@
 """What eval.py compares: a model from several start states, on the same held-out rows."""
 
 import dataclasses
-from typing import NamedTuple
+import functools
 
 import numpy as np
 
 from rwkv7_jax.array_types import Params
 from rwkv7_jax.checkpoints.model_files import model_hash
 from rwkv7_jax.checkpoints.state_files import load_state
-from rwkv7_jax.data.batch import Batch
-from rwkv7_jax.data.sources import TaskSource, parse_sources
-from rwkv7_jax.evaluation.scoring import Answers, Score, score, score_answers
+from rwkv7_jax.evaluation.scoring import Answers, Score
 from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, init_state
-from rwkv7_jax.runs.datasets import held_out, held_out_source
+from rwkv7_jax.runs.held_out_rows import HeldOutRows, retention_paths
 from rwkv7_jax.runs.modes.model_setup import load_or_init, tokenizer_of
 from rwkv7_jax.runs.settings import Settings
 from rwkv7_jax.text.tokenizer import Tokenizer
-
-
-class HeldOut(NamedTuple):
-    """Rows that every start state is measured on, so that differences are the states' own.
-
-    Attributes:
-        batch: the rows.
-        is_task: whether they are questions of a synthetic task; else they are text.
-    """
-
-    batch: Batch
-    is_task: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +49,10 @@ class Comparison:
             starts[f"prompt {len(prompt):,}"] = state
         return dataclasses.replace(self, starts=starts)
 
-    def measure(self, held_out: HeldOut) -> dict[str, Score] | dict[str, Answers]:
+    def measure(self, rows: HeldOutRows) -> dict[str, Score | Answers]:
         """Measures every start state on the same rows."""
-        model = self.model
-        params = self.params
-        batch = held_out.batch
-        if held_out.is_task:
-            return {
-                name: score_answers(model, params, start, batch)
-                for name, start in self.starts.items()
-            }
         return {
-            name: score(model, params, start, batch, self.tokenizer)
+            name: rows.measure(self.model, self.params, start)
             for name, start in self.starts.items()
         }
 
@@ -119,7 +97,7 @@ def _tuned_states(
     return starts
 
 
-def read_held_out(settings: Settings, tokenizer: Tokenizer) -> dict[str, HeldOut]:
+def read_held_out(settings: Settings, tokenizer: Tokenizer) -> dict[str, HeldOutRows]:
     """Reads all rows that states are measured on, by title.
 
     They are of the run's own data, and of the tasks and texts in `config.evaluation.retention`.
@@ -127,30 +105,11 @@ def read_held_out(settings: Settings, tokenizer: Tokenizer) -> dict[str, HeldOut
     Raises:
         ValueError: there is nothing to read, too little of it, or no target counts.
     """
-    found = {}
-    for title, path in _paths_by_title(settings).items():
-        batch = held_out(
-            settings.data,
-            settings.evaluation,
-            tokenizer,
-            seed=settings.seed,
-            # A start state is for where a question begins.
-            answers="documents",
-            path=path,
-        )
-        is_task = isinstance(held_out_source(settings.data, path), TaskSource)
-        found[title] = HeldOut(batch, is_task)
+    # A start state is for where a question begins.
+    read = functools.partial(HeldOutRows.read, settings, tokenizer, answers="documents")
+    own = read()
+    found = {"new task" if own.is_task else "new text": own}
+    retention = retention_paths(settings.evaluation.retention, texts="own text")
+    for title, path in retention.items():
+        found[title] = read(path=path)
     return found
-
-
-def _paths_by_title(settings: Settings) -> dict[str, str | None]:
-    """Lists the sources of the rows by title; None is the run's own data."""
-    own_is_task = isinstance(held_out_source(settings.data), TaskSource)
-    paths: dict[str, str | None] = {"new task" if own_is_task else "new text": None}
-    retention = settings.evaluation.retention
-    tasks, texts = parse_sources(retention, "`config.evaluation.retention`")
-    for task in tasks:
-        paths[task.name] = str(task)
-    if texts.paths:
-        paths["own text"] = str(texts)
-    return paths

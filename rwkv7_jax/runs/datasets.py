@@ -22,7 +22,7 @@ from rwkv7_jax.data.target_counts import (
 )
 from rwkv7_jax.data.tasks.synthetic_tasks import task_batch
 from rwkv7_jax.data.token_streams import TokenStream, as_stream, data_hash
-from rwkv7_jax.runs.settings import DataSettings, EvaluationSettings
+from rwkv7_jax.runs.settings import DataSettings, Settings
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 # Examples of a synthetic task, which has no end, that stand for its data in digests.
@@ -135,13 +135,12 @@ def _count_targets(
     return counts
 
 
-def training_stream(
-    data: DataSettings, tokenizer: Tokenizer, *, seed: int
-) -> TokenStream:
+def training_stream(settings: Settings, tokenizer: Tokenizer) -> TokenStream:
     """Reads the ids that a run trains on; for a synthetic task, some of its examples.
 
     `data_hash` of the stream is what a run stores to recognise its data.
     """
+    data = settings.data
     source = parse_source(data.path, "`config.data.path`")
     if isinstance(source, TextSource):
         return read_stream(data, source, tokenizer, "train")
@@ -150,7 +149,7 @@ def training_stream(
         0,
         batch_size=_TASK_EXAMPLES,
         length=data.length,
-        seed=seed,
+        seed=settings.seed,
     )
     # The digest of these examples changes with the task, its seed and the length, as it should.
     return as_stream(np.asarray(examples.tokens).reshape(-1))
@@ -166,33 +165,25 @@ class TrainingData:
         targets: how many targets there are and how many count; None for a synthetic task.
     """
 
-    def __init__(
-        self,
-        data: DataSettings,
-        tokenizer: Tokenizer,
-        *,
-        seed: int,
-        answers: Packing = "stream",
-        anchor_path: str | None = None,
-    ):
+    def __init__(self, settings: Settings, tokenizer: Tokenizer):
         """Opens the data.
 
         Args:
-            data: the group of settings.
+            settings: of the run. Where its anchor has a weight, general text or a task whose rows
+                go next to the training rows.
             tokenizer: of the model's vocabulary.
-            seed: of the order of rows, and of synthetic tasks.
-            answers: what packing "auto" is for questions with answers.
-            anchor_path: general text or a task whose rows go next to the training rows; None for a
-                run without an anchor.
 
         Raises:
             ValueError: there is nothing to read, or no target counts.
         """
+        data = settings.data
+        tuning = settings.tuning
         self._data = data
-        self._tokenizer = tokenizer
-        self._seed = seed
-        self._answers: Packing = answers
+        self._seed = settings.seed
+        self._answers: Packing = settings.packing_of_answers
         self._source = parse_source(data.path, "`config.data.path`")
+        # Without a weight the anchor's text would be read for nothing.
+        anchor_path = tuning.anchor_path if tuning.anchor else None
         self._anchor_path = anchor_path
         # Read here, so that a wrong path ends the run before its first step.
         self._anchor_source: Source | None = None
@@ -200,8 +191,8 @@ class TrainingData:
             self._anchor_source = parse_source(
                 anchor_path, "`config.tuning.anchor_path`"
             )
-        self.stream = training_stream(data, tokenizer, seed=seed)
-        self.packing = packing_of(data, self.stream, answers)
+        self.stream = training_stream(settings, tokenizer)
+        self.packing = packing_of(data, self.stream, self._answers)
         self.targets: TargetCounts | None = None
         if isinstance(self._source, TextSource):
             self.targets = _count_targets(self.stream, data, self.packing)
@@ -362,12 +353,10 @@ def _held_out_setting(data: DataSettings, path: str | None) -> str:
 
 
 def held_out(
-    data: DataSettings,
-    evaluation: EvaluationSettings,
+    settings: Settings,
     tokenizer: Tokenizer,
     *,
-    seed: int,
-    answers: Packing = "stream",
+    answers: Packing | None = None,
     path: str | None = None,
 ) -> Batch:
     """Makes the rows that evaluations read, cut as those of the run.
@@ -375,23 +364,23 @@ def held_out(
     Documents that share a row in training have rows of their own here.
 
     Args:
-        data: the group of settings.
-        evaluation: says how many rows and how long.
+        settings: of the run.
         tokenizer: of the model's vocabulary.
-        seed: of synthetic tasks.
-        answers: what packing "auto" is for questions with answers.
+        answers: what packing "auto" is for questions with answers; None for what it is in the run.
         path: what to read; None takes `config.data.evaluation`, and without that the held-out
             documents of `config.data.path`.
 
     Raises:
         ValueError: there is nothing to read, too little of it, or no target counts.
     """
+    data = settings.data
+    evaluation = settings.evaluation
     source = held_out_source(data, path)
     if isinstance(source, TaskSource):
         return task_batch(
             source.name,
             0,
-            seed=seed,
+            seed=settings.seed,
             held_out=True,
             batch_size=evaluation.windows,
             length=evaluation.length,
@@ -401,7 +390,7 @@ def held_out(
     setting = _held_out_setting(data, path)
     stream = read_stream(data, source, tokenizer, split, setting=setting)
     length = evaluation.length
-    packing = packing_of(data, stream, answers)
+    packing = packing_of(data, stream, answers or settings.packing_of_answers)
     if packing == "stream" and len(stream) <= length:
         share = f", of which `config.data.held_out` is {data.held_out:g}"
         raise ValueError(

@@ -82,9 +82,7 @@ def test_a_state_may_be_anchored_on_a_task():
         }
     )
     tokenizer = Tokenizer.bytes()
-    data = TrainingData(
-        settings.data, tokenizer, seed=0, anchor_path=settings.tuning.anchor_path
-    )
+    data = TrainingData(settings, tokenizer)
     batch = next(data.batches(start_step=5))
     sizes = {"batch_size": 4, "length": 24}
     assert (batch["tokens"] == task_batch("facts-64", 5, **sizes)["tokens"]).all()

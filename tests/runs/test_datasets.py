@@ -46,14 +46,7 @@ def settings_of(path, mode="state", **changes):
 
 
 def data_of(settings):
-    anchor_path = settings.tuning.anchor_path if settings.tuning.anchor else None
-    return TrainingData(
-        settings.data,
-        BYTES,
-        seed=settings.seed,
-        answers=settings.packing_of_answers,
-        anchor_path=anchor_path,
-    )
+    return TrainingData(settings, BYTES)
 
 
 def batches(settings, count=4, **choices):
@@ -62,13 +55,7 @@ def batches(settings, count=4, **choices):
 
 
 def held_out_rows(settings):
-    return held_out(
-        settings.data,
-        settings.evaluation,
-        BYTES,
-        seed=settings.seed,
-        answers=settings.packing_of_answers,
-    )
+    return held_out(settings, BYTES)
 
 
 def assert_equal(one, two):
@@ -310,9 +297,10 @@ def test_lists_of_other_settings_have_no_empty_names(lists):
 
 
 def test_held_out_text_that_is_too_short_names_the_setting(paths):
-    settings = settings_of(paths[0])
-    long = dataclasses.replace(settings.evaluation, length=9000)
+    settings = settings_of(paths[0], packing="stream")
+    evaluation = dataclasses.replace(settings.evaluation, length=9000)
+    long = dataclasses.replace(settings, evaluation=evaluation)
     with pytest.raises(
         ValueError, match=r"`config.evaluation.length` must be .*held_out` is"
     ):
-        held_out(settings.data, long, BYTES, seed=0)
+        held_out(long, BYTES)

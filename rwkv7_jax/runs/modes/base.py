@@ -21,7 +21,8 @@ from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State
 from rwkv7_jax.optim.decorrelation import Decorrelator
 from rwkv7_jax.runs.early_stopping import Progress, RunProgress, check_measure
-from rwkv7_jax.runs.evaluators import PredictionEvaluator, retention_paths
+from rwkv7_jax.runs.evaluators import PredictionEvaluator
+from rwkv7_jax.runs.held_out_rows import HeldOutRows, retention_paths
 from rwkv7_jax.runs.input_pipeline import BatchSource
 from rwkv7_jax.runs.modes.scheduled_optimizer import (
     RateAt,
@@ -382,16 +383,8 @@ class TrainingMode(abc.ABC):
         self, name: str, path: str | None = None
     ) -> PredictionEvaluator:
         """Makes an evaluator of the mode's model; without a path, on the run's held-out data."""
-        return PredictionEvaluator(
-            name,
-            self.model,
-            self.tokenizer,
-            data=self.settings.data,
-            evaluation=self.settings.evaluation,
-            seed=self.settings.seed,
-            answers=self.settings.packing_of_answers,
-            path=path,
-        )
+        rows = HeldOutRows.read(self.settings, self.tokenizer, path=path)
+        return PredictionEvaluator(name, self.model, rows)
 
 
 def readable_text(tokenizer: Tokenizer, ids: Iterable[Any]) -> str:

@@ -22,15 +22,7 @@ class DatasetMode(TrainingMode):
 
     def open_data(self) -> None:
         """Opens the run's data and its held-out rows; `set_up` calls it once the model is there."""
-        tuning = self.settings.tuning
-        # Without a weight the anchor's text would be read for nothing.
-        self.data = TrainingData(
-            self.settings.data,
-            self.tokenizer,
-            seed=self.settings.seed,
-            answers=self.settings.packing_of_answers,
-            anchor_path=tuning.anchor_path if tuning.anchor else None,
-        )
+        self.data = TrainingData(self.settings, self.tokenizer)
 
     def batches(self, start_step: int, mesh: Mesh | None) -> BatchSource:
         """Makes batches of the data ahead of their use; of several processes, each its own rows."""

@@ -56,13 +56,7 @@ class ObserverMode(DatasetMode):
             divergence=settings.observer.divergence,
             answers=settings.observer.answers,
         )
-        rows = held_out(
-            settings.data,
-            settings.evaluation,
-            self.tokenizer,
-            seed=settings.seed,
-            answers=settings.packing_of_answers,
-        )
+        rows = held_out(settings, self.tokenizer)
         # Split once, so that all evaluations of a run measure the same continuations.
         self._held_out = self._split_prompts(rows, 0)
         if not count_answers(self._held_out):

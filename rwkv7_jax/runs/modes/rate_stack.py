@@ -6,7 +6,7 @@ import numpy as np
 
 from rwkv7_jax.evaluation.metric import Metrics
 from rwkv7_jax.model.state import RWKV7State
-from rwkv7_jax.runs.evaluators import retention_paths
+from rwkv7_jax.runs.held_out_rows import retention_paths
 from rwkv7_jax.runs.modes.base import TrainingMode
 from rwkv7_jax.runs.modes.stack import StackMode
 from rwkv7_jax.runs.modes.state_tuning import StateTuningMode
