@@ -12,7 +12,7 @@ from run_programs import ROOT, load_program
 from rwkv7_jax.checkpoints.model_files import model_hash, save_model
 from rwkv7_jax.checkpoints.state_files import save_state
 from rwkv7_jax.model.config import RWKV7Config
-from rwkv7_jax.runs import comparison, held_out_rows, config_flags
+from rwkv7_jax.runs import comparison, config_flags, held_out_rows
 
 SIZES = RWKV7Config(vocab_size=257, num_layers=1, width=32, head_size=16)
 OTHER = RWKV7Config(vocab_size=257, num_layers=2, width=32, head_size=16)
