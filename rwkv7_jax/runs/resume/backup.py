@@ -159,10 +159,11 @@ class Backup:
                         "one is taken"
                     )
                     continue
-                os.rename(place, folder / str(step))
                 self._download(
                     {key: self._workdir / key for key in keys if _is_copied(key)}
                 )
+                # Last: once the step is there, nothing is fetched again.
+                os.rename(place, folder / str(step))
                 print(f"backup    step {step} was copied from {self.url}", flush=True)
                 return step
         return None
@@ -194,6 +195,7 @@ class Backup:
         with self._named_errors():
             self._require_lock()
             changed = {}
+            versions = {}
             for path in sorted(self._workdir.rglob("*")):
                 key = path.relative_to(self._workdir).as_posix()
                 if not _is_copied(key) or not path.is_file():
@@ -202,8 +204,10 @@ class Backup:
                 version = (status.st_size, status.st_mtime_ns)
                 if self._copied.get(key) != version:
                     changed[key] = path
-                    self._copied[key] = version
+                    versions[key] = version
             self._upload(changed)
+            # Only now: files of a batch that failed are copied with the next one.
+            self._copied |= versions
 
     def release(self) -> None:
         """Gives the store back; a process that takes it then need not wait."""
