@@ -167,6 +167,14 @@ def test_a_bug_of_ours_keeps_its_traceback(fake):
     assert "in step" in said
 
 
+def test_a_path_of_the_users_says_nothing_about_memory_or_who_compiles(fake):
+    for name in ("out_of_memory", "lockfile"):
+        fake(f"open('/nowhere/{name}/model.pth')\n")
+        with pytest.raises(RuntimeError) as caught:
+            compile_elsewhere(find_target("v5e-1"), {}, timeout=60)
+        assert str(caught.value).startswith("compiling failed: FileNotFoundError: ")
+
+
 REFUSED = """
 import jax
 raise jax.errors.JaxRuntimeError("INTERNAL: no table\\n" + 500 * "of pages of HLO\\n")
@@ -215,6 +223,7 @@ def test_settings_that_do_not_fit_the_chips_are_a_users_error(fake):
     [
         ("sys.exit('many\\nlines\\nstd::bad_alloc')", "std::bad_alloc"),
         ("raise MemoryError('Unable to allocate 4 TiB')", "Unable to allocate 4 TiB"),
+        ("raise MemoryError()", "MemoryError"),
         ("sys.stderr.write('LLVM ERROR: out of memory'); os.abort()", "LLVM ERROR"),
         ("os.kill(os.getpid(), 9)", "killed by the system"),
     ],
