@@ -11,6 +11,8 @@ import sys
 
 import jax
 
+from rwkv7_jax.checks import first_line
+
 _DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO}
 
 # The same in the words of libraries whose errors have no number, in small letters. TensorStore's
@@ -203,9 +205,7 @@ def memory_sentence(error: BaseException, changes: str) -> str:
         error: of the allocator.
         changes: what to change, after a semicolon and without a full stop.
     """
-    # A bare MemoryError has no text, and XLA's has pages after the first line.
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"out of memory ({lines[0][:200]}); {changes}."
+    return f"out of memory ({first_line(error)}); {changes}."
 
 
 def _is_lost_process(error: BaseException) -> bool:

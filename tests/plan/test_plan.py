@@ -4,11 +4,12 @@ import importlib.util
 import json
 import sys
 import time
+import types
 
 import pytest
 from run_programs import ROOT, program
 
-from rwkv7_jax.plan import compiler
+from rwkv7_jax.plan import child, compiler
 from rwkv7_jax.plan.chips import find_target
 from rwkv7_jax.plan.compiler import CompilerFailure, NoCompiler, compile_elsewhere
 from rwkv7_jax.plan.job import Job, make_job
@@ -209,6 +210,11 @@ def test_a_compiler_that_fails_has_exit_code_8_and_one_line(tmp_path, monkeypatc
     assert done.returncode == 8 and done.stdout == ""
     assert done.stderr.startswith("plan: libtpu failed") and "/nowhere" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_compiler_that_refuses_without_a_word_is_named_by_its_error():
+    step = types.SimpleNamespace(arguments=())
+    assert child._refused(RuntimeError(), step)["reason"] == "RuntimeError"
 
 
 def test_settings_that_do_not_fit_the_chips_are_a_users_error(fake):

@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from rwkv7_jax.atomic_write import atomic_write
+from rwkv7_jax.checks import first_line
 from rwkv7_jax.runs.exit_codes import DiskError, warn
 from rwkv7_jax.runs.resume import step_directories
 
@@ -269,9 +270,9 @@ class Backup:
         except Exception as error:
             if str(error).startswith("`config.backup`"):
                 raise
-            lines = str(error).strip().splitlines() or [type(error).__name__]
+            reason = first_line(error)
             raise DiskError(
-                f"`config.backup` {self.url} cannot be read or written: {lines[0][:200]}."
+                f"`config.backup` {self.url} cannot be read or written: {reason}."
             ) from None
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import jax
 
 from rwkv7_jax.checkpoints.orbax_import import import_orbax
+from rwkv7_jax.checks import first_line
 from rwkv7_jax.runs.early_stopping import Progress, RunProgress, read_progress
 from rwkv7_jax.runs.exit_codes import DiskError, NoValidCheckpoint, warn
 from rwkv7_jax.runs.process_group import ProcessGroup, SingleProcess
@@ -275,8 +276,7 @@ class Checkpointer(CheckpointStore):
         """Returns why a save failed, in whichever process; empty if it did not."""
         reason = ""
         if job.error is not None:
-            lines = str(job.error).strip().splitlines()
-            reason = lines[0] if lines else type(job.error).__name__
+            reason = first_line(job.error, limit=None)
         # The others only know that they waited in vain for the one that failed.
         waited = isinstance(job.error, TimeoutError) or "DEADLINE_EXCEEDED" in reason
         failures = [tuple(one) for one in self._group.allgather((waited, reason))]
