@@ -14,6 +14,7 @@ import numpy as np
 
 from rwkv7_jax.atomic_write import atomic_write
 from rwkv7_jax.data.jsonl import read_log
+from rwkv7_jax.json_files import read_json, read_object, write_json
 from rwkv7_jax.local_paths import require_unicode
 from rwkv7_jax.reports.html_report import write_report
 from rwkv7_jax.reports.metric_writers import JSONL, MetricFiles
@@ -185,7 +186,7 @@ class OwnedRunDirectory(RunDirectory):
             self._require_same_settings(places, before, flat_settings(settings))
             values = as_config(settings)
             protected = self._protect_steps(places, before, values)
-            self._write_settings(values)
+            write_json(self.path / "settings.json", values)
             self._metrics = MetricFiles(self.path, also=settings.trackers)
             self.checkpoints = Checkpointer(
                 places, settings, protected=protected, backup=self._backup
@@ -200,11 +201,10 @@ class OwnedRunDirectory(RunDirectory):
         path = self.path / "settings.json"
         if not path.exists():
             return None
-        values = _read_json(path)
-        if isinstance(values, dict):
-            return values
-        warn(f"{path} cannot be read; what the checkpoints say counts")
-        return None
+        values = read_object(path)
+        if values is None:
+            warn(f"{path} cannot be read; what the checkpoints say counts")
+        return values
 
     def _require_same_settings(
         self,
@@ -232,7 +232,7 @@ class OwnedRunDirectory(RunDirectory):
         """
         present = set(step_numbers(places))
         path = self.path / _PROTECTED
-        remembered = _read_json(path) if path.exists() else []
+        remembered = read_json(path)
         protected: set[int] = set()
         if isinstance(remembered, list):
             protected = {step for step in remembered if isinstance(step, int)}
@@ -240,14 +240,8 @@ class OwnedRunDirectory(RunDirectory):
         if before is None or _retention(before) != _retention(now):
             protected = present
         if protected or path.exists():
-            with atomic_write(path) as file:
-                file.write(f"{json.dumps(sorted(protected))}\n".encode())
+            write_json(path, sorted(protected), indent=None)
         return protected
-
-    def _write_settings(self, values: Mapping[str, Any]) -> None:
-        text = json.dumps(values, indent=1)
-        with atomic_write(self.path / "settings.json") as file:
-            file.write(f"{text}\n".encode())
 
     def __enter__(self) -> "OwnedRunDirectory":
         """Returns itself."""
@@ -331,11 +325,8 @@ class OwnedRunDirectory(RunDirectory):
         seconds = [row.get("seconds") for row in self.rows()]
         spent = [value for value in seconds if isinstance(value, int | float)]
         self._began -= max(spent, default=0.0)
-        self._try("system.json", self._write_system)
-
-    def _write_system(self) -> None:
-        with atomic_write(self.path / "system.json") as file:
-            file.write(json.dumps(system(), indent=1).encode())
+        path = self.path / "system.json"
+        self._try(path.name, lambda: write_json(path, system()))
 
     def _truncate_after(self, last_step: int, name: str) -> None:
         """Drops the lines of later steps, and a last line that a killed process left unfinished."""
@@ -451,14 +442,6 @@ class NullRunDirectory(RunDirectory):
     def rows(self) -> list[dict]:
         """Returns no rows."""
         return []
-
-
-def _read_json(path: Path) -> Any:
-    """Returns what a JSON file holds; None of a damaged one."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 def _retention(values: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -5,7 +5,6 @@ that goes on must not change.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import jax
 
 from rwkv7_jax.data.choices import PACKINGS
+from rwkv7_jax.json_files import read_object
 from rwkv7_jax.runs.resume.step_directories import step_numbers
 from rwkv7_jax.runs.settings import Settings
 
@@ -28,12 +28,8 @@ def settings_of_run(workdir: Path) -> Mapping[str, Any]:
     """
     if not step_numbers(workdir / "checkpoints"):
         return {}
-    try:
-        before = json.loads((workdir / "settings.json").read_text(encoding="utf-8"))
-    # A damaged file: what the checkpoints say counts, as everywhere.
-    except (OSError, ValueError):
-        return {}
-    return before if isinstance(before, dict) else {}
+    # Of a damaged file what the checkpoints say counts, as everywhere.
+    return read_object(workdir / "settings.json") or {}
 
 
 def keep_packing_of_run(settings: Settings, workdir: Path) -> Settings:
