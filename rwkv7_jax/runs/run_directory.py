@@ -32,7 +32,7 @@ from rwkv7_jax.runs.resume.run_identity import (
     without_paths,
 )
 from rwkv7_jax.runs.resume.step_directories import step_numbers
-from rwkv7_jax.runs.run_lock import RunLock
+from rwkv7_jax.runs.run_lock import LOCK, RunLock
 from rwkv7_jax.runs.settings import Settings, as_config
 from rwkv7_jax.training.train_step import TrainState
 
@@ -43,8 +43,6 @@ _SAMPLES = "samples.jsonl"
 _EVENTS = "events.jsonl"
 
 _PROTECTED = "protected_steps.json"
-
-_LOCK = "run.lock"
 
 
 class RunDirectory(abc.ABC):
@@ -89,7 +87,7 @@ class RunDirectory(abc.ABC):
     def _holder(self) -> str:
         """Returns what the lock of the run's directory says; empty where there is none."""
         with contextlib.suppress(OSError):
-            return (self.workdir / _LOCK).read_text(encoding="utf-8")
+            return (self.workdir / LOCK).read_text(encoding="utf-8")
         return ""
 
     @abc.abstractmethod
@@ -162,7 +160,7 @@ class OwnedRunDirectory(RunDirectory):
             # Not `os.access`: only the attempt tells whether a file can be made here.
             with tempfile.TemporaryFile(dir=self.path):
                 pass
-            self._lock = RunLock(self.path / _LOCK)
+            self._lock = RunLock(self.path / LOCK)
         except OSError as error:
             raise DiskError(
                 f"`--workdir` {self.path} cannot be written: {error}."

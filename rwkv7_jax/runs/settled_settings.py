@@ -13,6 +13,7 @@ import jax
 
 from rwkv7_jax.data.choices import PACKINGS
 from rwkv7_jax.json_files import read_object
+from rwkv7_jax.runs.resume.backup import STEPS
 from rwkv7_jax.runs.resume.step_directories import step_numbers
 from rwkv7_jax.runs.settings import Settings
 
@@ -26,7 +27,7 @@ def settings_of_run(workdir: Path) -> Mapping[str, Any]:
     Args:
         workdir: of the run; it may be absent.
     """
-    if not step_numbers(workdir / "checkpoints"):
+    if not step_numbers(workdir / STEPS):
         return {}
     # Of a damaged file what the checkpoints say counts, as everywhere.
     return read_object(workdir / "settings.json") or {}
