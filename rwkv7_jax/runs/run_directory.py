@@ -1,6 +1,5 @@
 """The run directory: settings, metrics, checkpoints, and the lock that keeps others out."""
 
-import abc
 import contextlib
 import json
 import tempfile
@@ -23,7 +22,7 @@ from rwkv7_jax.runs.early_stopping import Progress
 from rwkv7_jax.runs.exit_codes import DiskError, warn
 from rwkv7_jax.runs.process_group import AllProcesses
 from rwkv7_jax.runs.resume.backup import STEPS, Backup
-from rwkv7_jax.runs.resume.checkpoint_store import CheckpointStore, NullCheckpointer
+from rwkv7_jax.runs.resume.checkpoint_store import CheckpointStore
 from rwkv7_jax.runs.resume.checkpointer import Checkpointer
 from rwkv7_jax.runs.resume.run_identity import (
     Identity,
@@ -45,8 +44,8 @@ _EVENTS = "events.jsonl"
 _PROTECTED = "protected_steps.json"
 
 
-class RunDirectory(abc.ABC):
-    """The place for everything that a run leaves.
+class RunDirectory:
+    """The place for everything that a run leaves; what is noted in it is kept by process 0 alone.
 
     Attributes:
         path: a directory to work in.
@@ -58,7 +57,6 @@ class RunDirectory(abc.ABC):
     workdir: Path
     checkpoints: CheckpointStore
 
-    @abc.abstractmethod
     def share_checkpoints(self) -> None:
         """Lets all processes write and read each checkpoint together; all of them call it.
 
@@ -66,6 +64,7 @@ class RunDirectory(abc.ABC):
             ValueError: this process does not see the directory of the first one.
             EndedElsewhere: another process does not.
         """
+        raise NotImplementedError
 
     def _group_that_shares(self) -> AllProcesses:
         """Checks that all processes see one directory; as `share_checkpoints`."""
@@ -90,11 +89,10 @@ class RunDirectory(abc.ABC):
             return (self.workdir / LOCK).read_text(encoding="utf-8")
         return ""
 
-    @abc.abstractmethod
     def restore(
         self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
     ) -> tuple[TrainState, Progress]:
-        """Restores the newest intact checkpoint, and cuts the logs back to its step.
+        """Restores the newest intact checkpoint, or makes the first state where there is none.
 
         Args:
             abstract: shapes and dtypes of the state.
@@ -105,28 +103,25 @@ class RunDirectory(abc.ABC):
             NoValidCheckpoint: there are checkpoints, or have been, and all are damaged.
             ValueError: the checkpoints are of another run.
         """
+        return self.checkpoints.restore(abstract, identity, init)
 
-    @abc.abstractmethod
     def log(self, step: int, numbers: Mapping[str, Any]) -> None:
         """Writes the numbers of a step to the metrics files."""
 
-    @abc.abstractmethod
     def log_bad(
         self, step: int, numbers: Mapping[str, float], tokens: np.ndarray
     ) -> None:
         """Notes why an update was skipped, with the ids of its batch."""
 
-    @abc.abstractmethod
     def note_event(self, step: int, event: str, detail: str = "") -> None:
         """Notes what happened at a step: start, resume, skipped, stopped or finished."""
 
-    @abc.abstractmethod
     def note_sample(self, step: int, prompt: str, text: str) -> None:
         """Notes what the model wrote after a prompt."""
 
-    @abc.abstractmethod
     def rows(self) -> list[dict]:
         """Returns all metrics so far, one row a step, those before a resume included."""
+        return []
 
 
 class OwnedRunDirectory(RunDirectory):
@@ -281,28 +276,14 @@ class OwnedRunDirectory(RunDirectory):
             self._backup.release()
 
     def share_checkpoints(self) -> None:
-        """Lets all processes write and read each checkpoint together; all of them call it.
-
-        Raises:
-            EndedElsewhere: another process does not see the directory.
-        """
+        """Lets the checkpointer act with the others; see `RunDirectory.share_checkpoints`."""
         self.checkpoints.share_with(self._group_that_shares())
 
     def restore(
         self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
     ) -> tuple[TrainState, Progress]:
-        """Restores the newest intact checkpoint, and cuts the logs back to its step.
-
-        Args:
-            abstract: shapes and dtypes of the state.
-            identity: of the run, from `identity_of`.
-            init: makes the state of a new run; called only where there is nothing to restore.
-
-        Raises:
-            NoValidCheckpoint: there are checkpoints, or have been, and all are damaged.
-            ValueError: the checkpoints are of another run.
-        """
-        train, progress = self.checkpoints.restore(abstract, identity, init)
+        """Restores a checkpoint and cuts the logs back to it; see `RunDirectory.restore`."""
+        train, progress = super().restore(abstract, identity, init)
         self.resume_at(int(train.step))
         return train, progress
 
@@ -400,46 +381,14 @@ class NullRunDirectory(RunDirectory):
         """
         self.path = path
         self.workdir = workdir
-        self.checkpoints = NullCheckpointer()
+        self.checkpoints = CheckpointStore()
         self._settings = settings
 
     def share_checkpoints(self) -> None:
-        """Lets all processes write and read each checkpoint together; all of them call it.
-
-        Raises:
-            ValueError: this process does not see the directory of the first one.
-            EndedElsewhere: another process does not.
-        """
+        """Opens the checkpoints of process 0; see `RunDirectory.share_checkpoints`."""
         self.checkpoints = Checkpointer(
             self.workdir / STEPS, self._settings, group=self._group_that_shares()
         )
-
-    def restore(
-        self, abstract: TrainState, identity: Identity, init: Callable[[], TrainState]
-    ) -> tuple[TrainState, Progress]:
-        """Restores shards that are this process's; otherwise makes the first state.
-
-        What process 0 alone restores, it broadcasts.
-        """
-        return self.checkpoints.restore(abstract, identity, init)
-
-    def log(self, step: int, numbers: Mapping[str, Any]) -> None:
-        """Does nothing."""
-
-    def log_bad(
-        self, step: int, numbers: Mapping[str, float], tokens: np.ndarray
-    ) -> None:
-        """Does nothing."""
-
-    def note_event(self, step: int, event: str, detail: str = "") -> None:
-        """Does nothing."""
-
-    def note_sample(self, step: int, prompt: str, text: str) -> None:
-        """Does nothing."""
-
-    def rows(self) -> list[dict]:
-        """Returns no rows."""
-        return []
 
 
 def _retention(values: Mapping[str, Any]) -> tuple[Any, ...]:
