@@ -185,7 +185,7 @@ def _is_of(
 
 def _is_of_allocator(error: BaseException) -> bool:
     """Tells whether an error may have an allocator's words rather than a path of the user's."""
-    if type(error).__module__.startswith(f"{__package__.partition('.')[0]}."):
+    if type(error).__module__.startswith(f"{__name__.partition('.')[0]}."):
         return False
     if isinstance(error, OSError):
         return error.errno in (None, errno.ENOMEM)
