@@ -32,6 +32,7 @@ from rwkv7_jax.cli.arguments import (
     path,
     target_path,
 )
+from rwkv7_jax.cli.chat import add_chat_command
 from rwkv7_jax.cli.data import add_data_command
 from rwkv7_jax.cli.errors import reason
 from rwkv7_jax.cli.generate import add_generate_command
@@ -320,6 +321,7 @@ def parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report)
     add_data_command(commands)
     add_generate_command(commands)
+    add_chat_command(commands)
     add_serve_command(commands)
     add_observe_command(commands)
     add_state_command(commands)
