@@ -214,13 +214,11 @@ def next_token_loss_with_trace(
     with prefix_errors("next_token_loss"):
         batch = check_ids_and_shapes(batch, model.config.vocab_size, packed=True)
         check_targets(batch)
-    tokens = jnp.asarray(batch.tokens)
-    inputs = tokens[:, :-1]
-    targets = tokens[:, 1:]
+    targets = jnp.asarray(batch.targets)
     shares = target_shares(batch, model.config.vocab_size)
     x, _, trace = model.apply(
         {"params": params},
-        inputs,
+        jnp.asarray(batch.inputs),
         state,
         segment_ids=batch.segment_ids,
         method="hidden_with_trace",

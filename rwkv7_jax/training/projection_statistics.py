@@ -63,7 +63,7 @@ class _LayerStatistics:
         """Measures them in a forward pass of their own."""
         with prefix_errors("layer_statistics"):
             batch = Batch.of(batch, packed=True).select_rows(slice(self.rows))
-            tokens = jnp.asarray(batch.tokens)[:, :-1]
+            tokens = jnp.asarray(batch.inputs)
             if not tokens.size:
                 raise ValueError(
                     "`batch.tokens` must hold a token to read; got shape "

@@ -129,7 +129,7 @@ class _StateStatistics:
         with prefix_errors("state_statistics"):
             batch = Batch.of(batch, packed=True)
         read = batch.select_rows(slice(self.rows))
-        tokens = jnp.asarray(read.tokens)[:, :-1]
+        tokens = jnp.asarray(read.inputs)
         start = repeat(state, read.sequences)
         *_, trace = self.model.apply(
             {"params": params},
