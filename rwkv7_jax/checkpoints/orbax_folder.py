@@ -32,7 +32,7 @@ from rwkv7_jax.checkpoints.model_vocabulary import (
 from rwkv7_jax.checkpoints.orbax_import import hide_abandoned_reads, import_orbax
 from rwkv7_jax.checkpoints.param_tree import (
     astype_without_overflow,
-    check_params,
+    check_all_leaves,
     official_tensors,
     require_finite_leaves,
     require_finite_params,
@@ -106,7 +106,7 @@ def load_orbax(
         may_narrow=dtype is not None,
     )
     with prefix_errors("load_model"):
-        check_params(params, config)
+        check_all_leaves(params, config)
     _check_card(card, path)
     if verify and _DIGEST in card:
         _check_arrays(params, config, card, folder)
@@ -295,7 +295,7 @@ def save_orbax(
         ValueError: a leaf is missing, misshapen or not finite, or a folder with other files.
     """
     with prefix_errors("save_model"):
-        check_params(params, config)
+        check_all_leaves(params, config)
         if not allow_nan:
             require_finite_params(params, config)
 

@@ -321,7 +321,7 @@ def _leaves(params: Params) -> dict[TreePath, jax.Array]:
     return leaves
 
 
-def check_params(params: Params, config: RWKV7Config) -> None:
+def check_all_leaves(params: Params, config: RWKV7Config) -> None:
     """Raises unless a tree holds exactly the model's leaves, each of its shape.
 
     Raises:
@@ -415,7 +415,7 @@ def official_tensors(
         TypeError: a leaf is not floating-point.
     """
     with prefix_errors("save_model"):
-        check_params(params, config)
+        check_all_leaves(params, config)
     leaves = _leaves(params)
     for name in tensor_names.accepted_shapes(config):
         path = tree_path(name)

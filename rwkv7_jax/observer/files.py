@@ -23,7 +23,7 @@ from rwkv7_jax.checkpoints.integrity.named_errors import name_file
 from rwkv7_jax.checkpoints.model_files import load_model, model_hash, save_model
 from rwkv7_jax.checkpoints.model_folder import replace_folder, restore_interrupted
 from rwkv7_jax.checkpoints.param_tree import (
-    check_params,
+    check_all_leaves,
     require_finite_params,
 )
 from rwkv7_jax.checkpoints.tensor_files import (
@@ -119,7 +119,7 @@ def _check_writable(
 ) -> None:
     """Raises unless the loader would take an observer that is written."""
     config = observer.model.config
-    check_params(params["model"], config)
+    check_all_leaves(params["model"], config)
     require_finite_params(params["model"], config)
     for name in observer.shapes:
         array = np.asarray(params[name])
