@@ -44,9 +44,9 @@ from rwkv7_jax.checkpoints.orbax_folder import (
 )
 from rwkv7_jax.checkpoints.param_tree import (
     check_names,
+    finite_tensors,
     infer_config,
     official_tensors,
-    require_finite_tensor,
     require_float_dtype,
     require_jax_dtype,
 )
@@ -281,16 +281,6 @@ def _to_half(name: str, array: np.ndarray) -> np.ndarray:
     return half
 
 
-def _finite(
-    tensors: Iterable[tuple[str, np.ndarray]],
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the tensors; raises at the first one that the loader would refuse."""
-    for name, array in tensors:
-        with prefix_errors("save_model"):
-            require_finite_tensor(array, name)
-        yield name, array
-
-
 def _official_file_tensors(
     tensors: Iterable[tuple[str, np.ndarray]],
 ) -> Iterator[tuple[str, np.ndarray]]:
@@ -426,7 +416,7 @@ def _write(
 ) -> None:
     """Writes tensors to a file or a folder of one of the formats but Orbax's."""
     if not allow_nan:
-        tensors = _finite(tensors)
+        tensors = finite_tensors(tensors)
     if kind == "hf" or kind == "transformers":
         save_hf(path, params, config, tensors, layout=kind, tokenizer=tokenizer)
         return

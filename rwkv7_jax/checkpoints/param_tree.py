@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -384,21 +384,26 @@ def require_finite_params(params: Params, config: RWKV7Config) -> None:
     Raises:
         ValueError: NaN or Inf; the message has the tensor's official name.
     """
-    for name, array in official_tensors(params, config):
-        require_finite_tensor(array, name)
+    for _ in finite_tensors(official_tensors(params, config)):
+        pass
 
 
-def require_finite_tensor(array: np.ndarray, name: str) -> None:
-    """Raises unless every number of a tensor that is to be written is finite.
+def finite_tensors(
+    tensors: Iterable[tuple[str, np.ndarray]],
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors; raises at the first one that the loader would refuse.
 
     Raises:
-        ValueError: NaN or Inf; the message begins with `params`.
+        ValueError: NaN or Inf; the message has the tensor's official name.
     """
-    if not is_finite(array):
-        raise ValueError(
-            f"`params` must be finite; got NaN or Inf in {name} "
-            "(allow_nan=True writes them all the same)."
-        )
+    for name, array in tensors:
+        if not is_finite(array):
+            with prefix_errors("save_model"):
+                raise ValueError(
+                    f"`params` must be finite; got NaN or Inf in {name} "
+                    "(allow_nan=True writes them all the same)."
+                )
+        yield name, array
 
 
 def official_tensors(

@@ -169,7 +169,7 @@ def _check_writable(state: RWKV7State, path: Path, config: RWKV7Config | None) -
 def _finite_array(array: Any, dtype: np.dtype, name: str) -> np.ndarray:
     """Converts an array to the dtype of the file; raises unless every number arrives there."""
     wide = np.asarray(array)
-    if not is_finite(np.asarray(wide)):
+    if not is_finite(wide):
         raise ValueError(f"`state` must be finite; got NaN or Inf in {name}.")
     # NumPy warns of numbers that become Inf; the error below names the tensor as well.
     with np.errstate(over="ignore"):
@@ -276,8 +276,8 @@ def _check_sizes(wkv: np.ndarray, config: RWKV7Config, subject: str) -> None:
 
 def _require_finite(array: np.ndarray, name: str, path: Path) -> None:
     """Raises unless every number is finite."""
-    if not np.isfinite(array).all():
-        raise ValueError(f"load_state: `{path}` has NaN or Inf in a {name}.")
+    if not is_finite(array):
+        raise ValueError(f"load_state: `{path}` has NaN or Inf in {name}.")
 
 
 def _load_upscaled(
@@ -304,10 +304,7 @@ def _load_upscaled(
             raise ValueError(f"load_state: `{path}` has no {UPSCALED}{name}.")
     leaves: dict[str, Any] = {}
     for name, array in tensors.items():
-        if not np.isfinite(array).all():
-            raise ValueError(
-                f"load_state: `{path}` has NaN or Inf in {UPSCALED}{name}."
-            )
+        _require_finite(array, UPSCALED + name, path)
         if not array.ndim:
             raise ValueError(
                 f"load_state: `{path}` has {UPSCALED}{name} without an axis."
@@ -378,7 +375,7 @@ def _build_state(
     if config is not None:
         with prefix_errors("load_state"):
             _check_sizes(wkv, config, str(path))
-    _require_finite(wkv, "time_state", path)
+    _require_finite(wkv, "a time_state", path)
     att_shift = _read_shift(arrays, "att", wkv.shape, path)
     ffn_shift = _read_shift(arrays, "ffn", wkv.shape, path)
     # Files hold no batch axis; the state's is the second.
@@ -428,7 +425,7 @@ def _read_shift(
             f"load_state: `{path}` must have a vector {part}.shift_state for each of {layers} "
             f"layers; got shape {shift.shape}."
         )
-    _require_finite(shift, "shift_state", path)
+    _require_finite(shift, "a shift_state", path)
     return shift
 
 
