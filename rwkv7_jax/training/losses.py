@@ -34,6 +34,7 @@ from rwkv7_jax.training.head_loss import (
     weighted_loss,
     weighted_sum,
 )
+from rwkv7_jax.training.shared_pass import hidden_of_batch
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -219,14 +220,7 @@ def next_token_loss_with_trace(
     """
     targets = jnp.asarray(batch.targets)
     shares = target_shares(batch, model.config.vocab_size)
-    x, _, trace = model.apply(
-        {"params": params},
-        jnp.asarray(batch.inputs),
-        state,
-        segment_ids=batch.segment_ids,
-        method="hidden_with_trace",
-        names=names,
-    )
+    x, trace = hidden_of_batch(model, params, state, batch, names)
     square = None
     is_pulled = is_traced(l2wrap) or l2wrap != 0
     if is_pulled:
