@@ -55,14 +55,10 @@ def infer_config(
     """
     for name in _ESSENTIAL:
         if name not in tensors:
-            raise ValueError(
-                f"load_model: `{path}` is not an RWKV-7 checkpoint: it has no {name}."
-            )
+            raise ValueError(f"`{path}` is not an RWKV-7 checkpoint: it has no {name}.")
         shape = tensors[name].shape
         if len(shape) != 2 or 0 in shape:
-            raise ValueError(
-                f"load_model: `{path}` has {name} of shape {shape}, not a matrix."
-            )
+            raise ValueError(f"`{path}` has {name} of shape {shape}, not a matrix.")
     vocab_size, width = tensors["emb.weight"].shape
     config = RWKV7Config(
         vocab_size=vocab_size,
@@ -92,9 +88,7 @@ def _count_layers(tensors: Tensors, path: str) -> int:
             blocks.add(int(match[1]))
     # A single tensor named blocks.999999999 must not cost a table of a billion rows.
     if max(blocks) > 2 * len(blocks):
-        raise ValueError(
-            f"load_model: `{path}` has blocks.{max(blocks)} but {len(blocks)} blocks."
-        )
+        raise ValueError(f"`{path}` has blocks.{max(blocks)} but {len(blocks)} blocks.")
     return 1 + max(blocks)
 
 
@@ -134,7 +128,7 @@ def check_names(tensors: Tensors, config: RWKV7Config, path: str) -> None:
     for name, expected, fault in rows:
         lines.append(f"  {name:<40} {expected:<20} {fault}")
     raise ValueError(
-        f"load_model: `{path}` does not hold the tensors of its sizes "
+        f"`{path}` does not hold the tensors of its sizes "
         f"({len(rows)} differences):\n" + "\n".join(lines)
     )
 
@@ -176,8 +170,7 @@ def require_finite(array: np.ndarray, name: str, path: str) -> None:
 
 def _not_finite(name: str, path: str) -> ValueError:
     return ValueError(
-        f"load_model: `{path}` has NaN or Inf in {name}; "
-        "load it with allow_nan=True if you must."
+        f"`{path}` has NaN or Inf in {name}; load it with allow_nan=True if you must."
     )
 
 
@@ -222,7 +215,7 @@ def require_no_overflow(
 
 def _overflow(name: str, path: str, dtype: np.dtype) -> ValueError:
     return ValueError(
-        f"load_model: `{path}` has numbers in {name} that {dtype} cannot hold; "
+        f"`{path}` has numbers in {name} that {dtype} cannot hold; "
         "take bfloat16 or float32."
     )
 
@@ -307,7 +300,7 @@ def require_kept(dtype: np.dtype, name: str, path: str) -> None:
     """
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(
-            f"load_model: `{path}` holds {dtype} ({name}), which JAX would narrow to float32; "
+            f"`{path}` holds {dtype} ({name}), which JAX would narrow to float32; "
             "ask for it with dtype='float32' (`rwkv7 convert --dtype float32`), or set "
             "jax_enable_x64."
         )
@@ -398,11 +391,10 @@ def finite_tensors(
     """
     for name, array in tensors:
         if not is_finite(array):
-            with prefix_errors("save_model"):
-                raise ValueError(
-                    f"`params` must be finite; got NaN or Inf in {name} "
-                    "(allow_nan=True writes them all the same)."
-                )
+            raise ValueError(
+                f"`params` must be finite; got NaN or Inf in {name} "
+                "(allow_nan=True writes them all the same)."
+            )
         yield name, array
 
 
@@ -419,7 +411,7 @@ def official_tensors(
         ValueError: the tree lacks a leaf, has an extra one, or one has the wrong shape.
         TypeError: a leaf is not floating-point.
     """
-    with prefix_errors("save_model"):
+    with prefix_errors("official_tensors"):
         check_all_leaves(params, config)
     leaves = _leaves(params)
     for name in tensor_names.accepted_shapes(config):
