@@ -77,7 +77,13 @@ from rwkv7_jax.model.int8_weights import (
     origin_of,
     quantize_rows,
 )
-from rwkv7_jax.sharding import TENSOR, check_shared_heads, is_spread, place
+from rwkv7_jax.sharding import (
+    TENSOR,
+    check_shared_heads,
+    is_spread,
+    place,
+    refuse_explicit_axes,
+)
 from rwkv7_jax.text.tokenizer import Tokenizer
 
 _LARGEST_HALF = 65504
@@ -145,6 +151,7 @@ def load_model(
             )
         tensors, config = open_model(path, verify=verify)
         if mesh is not None:
+            refuse_explicit_axes(mesh, "`mesh`")
             check_shared_heads(config, mesh.shape.get(TENSOR, 1), "`mesh`")
         convert = as_it_is
         if weights is not None:

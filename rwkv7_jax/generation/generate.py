@@ -18,6 +18,7 @@ from rwkv7_jax.checks import (
     check_ids,
     check_model,
     check_params,
+    is_traced,
     prefix_errors,
     typed_key,
 )
@@ -146,6 +147,11 @@ def generate(
             banned=banned,
             stop_ids=stop_ids,
         )
+        if any(map(is_traced, jax.tree.leaves((params, state, logits, key)))):
+            raise TypeError(
+                "it must be called outside of jit, vmap and grad, because it reads tokens on the "
+                "host; inside, `lax.scan` over `model.apply` decodes."
+            )
         check_count(tokens, 0, "`tokens`")
         check_count(prefill_chunk, 1, "`prefill_chunk`")
         check_text_options(tokenizer, stop_strings, on_text)

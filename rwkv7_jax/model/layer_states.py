@@ -60,6 +60,8 @@ def joined_state(states: LayerState) -> RWKV7State:
 def state_after(before: LayerState, memories: LayerMemories) -> LayerState:
     """Returns the state after the last token, of one layer or stacked over layers.
 
+    Its leaves have the dtypes of `before`, as the carry of a loop must.
+
     Args:
         before: the state that was read.
         memories: of the same layers.
@@ -69,8 +71,8 @@ def state_after(before: LayerState, memories: LayerMemories) -> LayerState:
     if upscaled is not None and memories.memory is not None:
         upscaled = upscaled.replace(memory=memories.memory)
     return LayerState(
-        att_shift=memories.att_shift,
+        att_shift=memories.att_shift.astype(before.att_shift.dtype),
         wkv=memories.wkv,
-        ffn_shift=memories.ffn_shift,
+        ffn_shift=memories.ffn_shift.astype(before.ffn_shift.dtype),
         upscaled=upscaled,
     )

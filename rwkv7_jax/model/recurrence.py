@@ -52,7 +52,8 @@ def wkv7_sharded(
     sizes = mesh_sizes()
     batch, _, heads, _ = inputs.r.shape
     rows = row_axes(batch, sizes) or None
-    own_heads = TENSOR if heads % sizes.get(TENSOR, 1) == 0 else None
+    divides = TENSOR in sizes and heads % sizes[TENSOR] == 0
+    own_heads = TENSOR if divides else None
     of_tokens = PartitionSpec(rows, None, own_heads)
     # A row's states lie together, so that a device that has the row has them too.
     of_states = PartitionSpec(rows, own_heads)

@@ -6,7 +6,7 @@ first block stands apart as `layer_0`; the others' weights are stacked under `la
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +20,7 @@ from rwkv7_jax import sharding
 from rwkv7_jax.array_types import Activations, Lengths, Logits, SegmentIds, Tokens
 from rwkv7_jax.checks import (
     as_array,
+    check_choice,
     check_instance,
     check_params,
     check_tokens,
@@ -79,7 +80,9 @@ class RWKV7(nn.Module):
                 raise ValueError(
                     f'`variables` must hold the weights, {{"params": params}}; it has {names}.'
                 )
-            check_params(variables["params"], self.config)
+            # Flax's transforms make classes of their own, whose weights are several models'.
+            if type(self) is RWKV7:
+                check_params(variables["params"], self.config)
             sizes = sharding.mesh_sizes()
             parts = sizes.get(sharding.TENSOR, 1)
             sharding.check_shared_heads(self.config, parts, "the mesh of the program")
@@ -136,7 +139,7 @@ class RWKV7(nn.Module):
         of_states = _state_specs(state, rows)
         results: list[Any] = [of_tokens, of_states]
         if getattr(method, "__name__", method) in ("trace", "hidden_with_trace"):
-            results.append(_trace_specs(static.get("names", TRACE), rows, time))
+            results.append(_trace_specs(static.get("names", TRACE), rows, time, sizes))
 
         def run(variables, tokens, state, lengths, segment_ids):
             shards = sharding.as_shards(variables, weights)
@@ -207,9 +210,22 @@ class RWKV7(nn.Module):
         state: RWKV7State,
         lengths: Lengths | None = None,
         segment_ids: SegmentIds | None = None,
+        *,
+        names: Sequence[str] = TRACE,
     ) -> tuple[Logits, RWKV7State, dict[str, Array]]:
-        """Works as the call, and returns the arrays named in `TRACE` as well: [L B T ...]."""
-        return self._run(tokens, state, lengths, segment_ids, names=TRACE)
+        """Works as the call, and returns arrays of all layers as well: [L B T ...].
+
+        Args:
+            tokens: as for the call, as are the next three.
+            state: see tokens.
+            lengths: see tokens.
+            segment_ids: see tokens.
+            names: of the arrays, among `TRACE`.
+
+        Raises:
+            ValueError: another name; or as the call.
+        """
+        return self._run(tokens, state, lengths, segment_ids, names=names)
 
     def hidden_with_trace(
         self,
@@ -218,7 +234,7 @@ class RWKV7(nn.Module):
         lengths: Lengths | None = None,
         segment_ids: SegmentIds | None = None,
         *,
-        names: tuple[str, ...] = TRACE,
+        names: Sequence[str] = TRACE,
     ) -> tuple[Activations, RWKV7State, dict[str, Array]]:
         """Works as `hidden`, and returns the arrays of `names`, which are in `TRACE`, as well."""
         return self._run(
@@ -235,6 +251,10 @@ class RWKV7(nn.Module):
         names=(),
         project=True,
     ):
+        with prefix_errors("RWKV7"):
+            for name in names:
+                check_choice(name, TRACE, "`names`")
+        names = tuple(names)
         tokens, lengths, segments = self._checked(tokens, state, lengths, segment_ids)
         arguments = (tokens, state, lengths, segments)
         # A module that is initialised, or whose intermediates are kept, writes while it runs.
@@ -327,7 +347,7 @@ class RWKV7(nn.Module):
         in_axes: Any = (0, 0, nn.broadcast, nn.broadcast, nn.broadcast)
         scanned = nn.scan(
             keep_for_backward(block, config.remat, is_scanned=True),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=in_axes,
             length=config.num_layers - 1,
@@ -357,11 +377,14 @@ def _state_specs(state: RWKV7State, rows: Any) -> RWKV7State:
     return jax.tree.map(with_rows, state, by_heads)
 
 
-def _trace_specs(names: Iterable[str], rows: Any, time: Any) -> dict[str, Any]:
+def _trace_specs(
+    names: Iterable[str], rows: Any, time: Any, sizes: Mapping[str, int]
+) -> dict[str, Any]:
     """Returns how the arrays of a trace, [L B T ...], lie on devices."""
+    tensor = sharding.TENSOR if sharding.TENSOR in sizes else None
     specs = {}
     for name in names:
-        heads = sharding.TENSOR if name in BY_HEADS else None
+        heads = tensor if name in BY_HEADS else None
         specs[name] = PartitionSpec(None, rows, time, heads)
     return specs
 

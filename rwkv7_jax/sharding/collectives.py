@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from jaxtyping import Array
 
 from rwkv7_jax.array_types import Activations, Tokens
@@ -71,12 +71,35 @@ def has_shards(tree: Any) -> bool:
     return any(map(_is_shard, jax.tree.leaves(tree, is_leaf=_is_shard)))
 
 
+def refuse_explicit_axes(mesh: Mesh | AbstractMesh, argument: str) -> None:
+    """Refuses a mesh whose axes are part of the arrays' types, as `jax.make_mesh` makes them.
+
+    Args:
+        mesh: of a caller.
+        argument: its name, for the message.
+
+    Raises:
+        ValueError: an axis of the type `AxisType.Explicit`.
+    """
+    if AxisType.Explicit in mesh.axis_types:
+        raise ValueError(
+            f"{argument} must have axes that the compiler partitions, as those of "
+            "sharding.make_mesh are (AxisType.Auto); got "
+            f"{', '.join(kind.name for kind in mesh.axis_types)} for "
+            f"{', '.join(map(str, mesh.axis_names))}."
+        )
+
+
 def mesh_sizes() -> dict[str, int]:
     """Returns the sizes of the mesh that the program being traced is shared by; empty if none.
 
     Inside of `on_each` there is none: there a program sees its own device alone.
+
+    Raises:
+        ValueError: a mesh with axes of the type `AxisType.Explicit`.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    refuse_explicit_axes(mesh, "the mesh of the program")
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     if any(kinds.get(axis) == AxisType.Manual for axis in layout.AXES):
         return {}
@@ -129,16 +152,18 @@ def on_each(function: Callable, *arguments: Any, takes: Any, gives: Any) -> Any:
 
 
 def refuse_checked_axes(tree: Any) -> None:
-    """Refuses arguments of a `jax.shard_map` that checks which arrays vary over its axes.
+    """Refuses arguments whose types speak of a mesh's axes.
 
     Args:
         tree: the arguments of a model.
 
     Raises:
+        ValueError: an array lies on a mesh with axes of the type `AxisType.Explicit`.
         TypeError: an array varies over an axis. Flax scans over layers without these types, so JAX
             would raise in the middle of a layer, about a loop's carry.
     """
     for leaf in jax.tree.leaves(tree):
+        refuse_explicit_axes(jax.typeof(leaf).sharding.mesh, "the mesh of the arrays")
         kind = getattr(jax.typeof(leaf), "manual_axis_type", None)
         if kind is not None and kind.varying:
             raise TypeError(

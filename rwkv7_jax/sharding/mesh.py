@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from rwkv7_jax.sharding import layout
 from rwkv7_jax.sharding.arrangement import arrange
-from rwkv7_jax.sharding.collectives import mesh_sizes
+from rwkv7_jax.sharding.collectives import mesh_sizes, refuse_explicit_axes
 from rwkv7_jax.sharding.layout import AXES, DATA, FSDP, SEQUENCE, TENSOR
 
 # The choice that leaves the sizes of a mesh to `make_mesh`.
@@ -332,9 +332,16 @@ def shard_batch(mesh: Mesh | None, batch: Any, *, rows: int | None = None) -> An
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """Makes the mesh known to everything that is traced inside the block."""
+    """Makes the mesh known to everything that is traced inside the block.
+
+    The weights must lie on it, as `place` or `load_model(mesh=...)` puts them.
+
+    Raises:
+        ValueError: a mesh with axes of the type `AxisType.Explicit`.
+    """
     if mesh is None:
         return contextlib.nullcontext()
+    refuse_explicit_axes(mesh, "use_mesh: `mesh`")
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from rwkv7_jax.checks import (
@@ -18,7 +18,7 @@ from rwkv7_jax.checks import (
 )
 from rwkv7_jax.optim.decorrelation import DecorrelationState
 from rwkv7_jax.optim.optimizer import check_optimizer
-from rwkv7_jax.sharding import is_abstract
+from rwkv7_jax.sharding import is_abstract, refuse_explicit_axes
 
 
 def check_parameters(params: Any) -> None:
@@ -56,7 +56,7 @@ def check_step_arguments(
 
     Raises:
         TypeError: an argument of the wrong kind.
-        ValueError: pieces below 1, or a mesh with axes of another type than `AxisType.Auto`.
+        ValueError: pieces below 1, or a mesh with axes of the type `AxisType.Explicit`.
     """
     loss = as_partial(loss, "`loss`")
     check_optimizer(tx, "`tx`")
@@ -65,11 +65,7 @@ def check_step_arguments(
     check_count(accumulate, 1, "`accumulate`")
     if mesh is not None:
         check_instance(mesh, Mesh, "`mesh`")
-        if any(kind != AxisType.Auto for kind in mesh.axis_types):
-            raise ValueError(
-                "`mesh` must have axes that the compiler partitions (AxisType.Auto), as those of "
-                f"sharding.make_mesh are; got {mesh.axis_types}."
-            )
+        refuse_explicit_axes(mesh, "`mesh`")
     return loss, statistics
 
 

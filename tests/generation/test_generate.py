@@ -145,6 +145,17 @@ def test_the_same_key_gives_the_same_tokens_and_another_gives_others(params):
     assert first.tokens == again.tokens != other.tokens
 
 
+def test_inside_of_a_program_it_says_what_to_do(params):
+    def logits(params):
+        return run(params, PROMPTS[0], temperature=0).logits
+
+    for transformed in (jax.jit(logits), jax.jacrev(logits)):
+        with pytest.raises(
+            TypeError, match="^generate: it must be called outside of jit"
+        ):
+            transformed(params)
+
+
 def test_a_conversation_in_turns_equals_one_read_through(params):
     out = run(params, PROMPTS, key=jax.random.key(5))
     turn = [[7, 8], [11], list(range(60, 74))]

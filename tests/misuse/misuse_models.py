@@ -88,7 +88,7 @@ FUNCTIONS = {
             "gate_rank": {ValueError: [-1]},
             "norm_eps": {TypeError: ["small", None], ValueError: [0, NAN, INF, -1.0]},
             "group_norm_eps": {ValueError: [1.0]},
-            "dtype": {ValueError: ["float16", None, jnp.float32]},
+            "dtype": {ValueError: ["float16", None, jnp.float16]},
             "remat": {ValueError: ["all", []]},
             "implementation": {ValueError: ["cuda", 1, ["scan"]]},
         },

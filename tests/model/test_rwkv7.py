@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from tiny_models import CONFIG as AS_SHIPPED
 from tiny_models import SCANNED as CONFIG
 from tiny_models import lively, random_state, restated, tokens
 from tolerances import MODEL_BFLOAT16, SAME, assert_close, assert_trees_close
 
+from rwkv7_jax import sharding
+from rwkv7_jax.checkpoints.model_files import load_model, save_model
 from rwkv7_jax.model.block import TRACE
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.inputs import safe_lengths
@@ -206,7 +209,11 @@ def test_what_is_captured_of_a_call_is_that_of_all_its_modules():
         capture_intermediates=True,
         mutable=["intermediates"],
     )
-    assert {"emb", "ln0", "layer_0", "head"} <= kept["intermediates"].keys()
+    kept = kept["intermediates"]
+    assert {"emb", "ln0", "layer_0", "layers", "head"} <= kept.keys()
+    # Stacked over the layers that are scanned.
+    ((memories, *_),) = kept["layers"]["__call__"]
+    assert jax.tree.leaves(memories)[0].shape[0] == CONFIG.num_layers - 1
 
 
 def test_nan_is_still_found_by_jax_where_it_arises():
@@ -248,6 +255,82 @@ def test_a_shard_map_of_the_callers_own_may_call_its_axis_as_ours_are(whole, axi
     )
     found = jax.jit(over)(twice)
     assert_close(found, jnp.concatenate([whole[0], whole[0]]), SAME["model"])
+
+
+def on_an_explicit_mesh(array):
+    """Puts an array on two devices of a mesh as `jax.make_mesh` makes it."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return mesh, jax.device_put(array, replicated)
+
+
+def test_a_mesh_whose_axes_are_types_is_refused_at_every_door(tmp_path):
+    params = lively()
+    mesh, ids = on_an_explicit_mesh(IDS)
+    call = RWKV7(CONFIG).apply
+    sentence = r"must have axes that the compiler partitions.* got Explicit for data"
+    for run_model in (call, jax.jit(call)):
+        with pytest.raises(
+            ValueError, match=f"RWKV7: the mesh of the arrays {sentence}"
+        ):
+            run_model({"params": params}, ids, STATE)
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ValueError, match=f"RWKV7: the mesh of the program {sentence}"),
+    ):
+        jax.jit(call)({"params": params}, IDS, STATE)
+    with pytest.raises(ValueError, match=f"use_mesh: `mesh` {sentence}"):
+        sharding.use_mesh(mesh)
+    save_model(tmp_path / "m.safetensors", params, CONFIG)
+    with pytest.raises(ValueError, match=f"load_model: `mesh` {sentence}"):
+        load_model(tmp_path / "m.safetensors", mesh=mesh)
+
+
+@pytest.mark.parametrize("axis", ["tensor", "fsdp", "data"])
+def test_a_mesh_of_one_axis_that_is_called_as_ours_gives_the_same(whole, axis):
+    mesh = jax.make_mesh((2,), (axis,), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        found = jax.jit(RWKV7(CONFIG).apply)({"params": lively()}, IDS, STATE)
+    assert_trees_close(found, whole, SAME["model"])
+
+
+def test_several_models_of_a_transform_are_called_together(whole):
+    pair = nn.vmap(
+        RWKV7,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(None, None),
+        axis_size=2,
+    )(CONFIG)
+    both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf * 0.5]), lively())
+    logits, _ = jax.jit(pair.apply)({"params": both}, IDS, STATE)
+    assert_close(logits[0], whole[0], SAME["model"])
+    assert not np.allclose(logits[1], whole[0])
+
+
+@pytest.mark.parametrize("method", ["trace", "hidden_with_trace"])
+def test_the_names_of_a_trace_are_chosen(method):
+    call = functools.partial(RWKV7(CONFIG).apply, {"params": lively()}, IDS, STATE)
+    *_, traced = call(names=["residual"], method=method)
+    assert set(traced) == {"residual"}
+    with pytest.raises(
+        ValueError, match=r"RWKV7: `names` must be one of .* got 'resid'"
+    ):
+        call(names=["resid"], method=method)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_state_is_the_carry_of_a_loop_whatever_its_dtype(dtype):
+    model = RWKV7(dataclasses.replace(CONFIG, dtype=dtype))
+    wide = init_state(CONFIG, 3)
+
+    def step(state, ids):
+        logits, state = model.apply({"params": lively()}, ids[:, None], state)
+        return state, logits
+
+    end, _ = jax.lax.scan(step, wide, IDS.T)
+    kinds = jax.tree.map(lambda leaf: leaf.dtype, (end, wide))
+    assert kinds[0] == kinds[1]
 
 
 def test_bfloat16_activations_stay_near_float32(whole):
