@@ -1,5 +1,8 @@
 """Compares a model and its tuned states: bits per byte, perplexity and loss by position.
 
+Every value has its standard error over windows or questions, and every row its difference from the
+base, with the standard error over pairs.
+
     python eval.py --config=configs/eval.py --config.init=model.pth --config.state=poet.pth \
         --config.data.path=poems.jsonl
 
