@@ -1,5 +1,8 @@
 """Compares a model and its tuned states: bits per byte, perplexity and loss by position.
 
+Every value has its standard error over windows or questions, and every row its difference from the
+base, with the standard error over pairs.
+
     python eval.py --config=configs/eval.py --config.init=model.pth --config.state=poet.pth \
         --config.data.path=poems.jsonl
 
@@ -16,6 +19,12 @@ that retention names.
 Tasks of lm-evaluation-harness (pip install 'rwkv7_jax[harness]'): a row for the base and for each
 state, bits per byte of the right answers besides the task's own metrics, and differences from the
 base over pairs of answers to the same questions.
+
+    python eval.py --config=configs/eval.py --config.init=model.pth --config.state=a.pth \
+        --config.questions=test.jsonl --config.test_time.verifier=last_number
+
+Questions of your own files, answered greedily: the share of right answers. What a state was tuned
+on is left out where its run's folder, or config.data.path, tells.
 """
 
 import os
@@ -39,11 +48,13 @@ from rwkv7_jax.reports import plots
 from rwkv7_jax.runs import compilation_cache, config_flags, process
 from rwkv7_jax.runs.comparison import Comparison, load_comparison, read_held_out
 from rwkv7_jax.runs.datasets import training_stream
+from rwkv7_jax.runs.question_answers import AskedQuestions
 from rwkv7_jax.runs.settings import Settings, read_settings
 
 # Of texts eight windows are read at a time, of tasks eight contexts.
 _LESS_MEMORY = (
-    "lower `config.evaluation.length` (texts) or `config.shots` (tasks), set "
+    "lower `config.evaluation.length` (texts), `config.shots` (tasks) or "
+    "`config.test_time.at_once` (questions), set "
     '`config.model.dtype` to "bfloat16" or `config.model.weights` to "int8"'
 )
 
@@ -51,7 +62,8 @@ _LESS_MEMORY = (
 def evaluate(settings: Settings) -> None:
     """Measures and prints every row, and writes to config.workdir if it is given.
 
-    Rows are measured on the run's texts, on the harness's tasks, or on both where both are named.
+    Rows are measured on the run's texts, on questions of files and on the harness's tasks, whatever
+    of these is named.
     """
     workdir = None if settings.workdir is None else Path(settings.workdir)
     if workdir is not None:
@@ -65,10 +77,42 @@ def evaluate(settings: Settings) -> None:
         if settings.tasks:
             tasks = open_tasks(settings, folder)
             models = task_models(settings, comparison)
-        if settings.data.path or tasks is None:
+        questions = None
+        if settings.questions:
+            questions = AskedQuestions.read(settings, comparison.tokenizer)
+        if settings.data.path or (tasks is None and questions is None):
             evaluate_texts(settings, comparison, workdir)
+        if questions is not None:
+            evaluate_questions(questions, comparison, workdir)
         if tasks is not None:
             evaluate_tasks(settings, tasks, models, workdir)
+
+
+def evaluate_questions(
+    questions: AskedQuestions, comparison: Comparison, workdir: Path | None
+) -> None:
+    """Answers the questions from every start state, and prints the share of right answers.
+
+    Args:
+        questions: of files.
+        comparison: the start states; the first is the base.
+        workdir: for `questions.json`; None where nothing is written.
+    """
+    title = "questions"
+    for note in questions.notes:
+        print(note, flush=True)
+    report = questions.as_json()
+    scores: dict[str, Any] = {}
+    for name, start in comparison.starts.items():
+        print(f"{name}: answering", flush=True)
+        scores[name] = {title: questions.answer(comparison, start)}
+        report["rows"] = scores_as_json(scores)[title]
+        # After each row: a later one that fails must not cost it.
+        if workdir is not None:
+            write_json(workdir / "questions.json", report)
+    print(score_table(title, scores), flush=True)
+    if workdir is not None:
+        print(f"wrote {workdir / 'questions.json'}")
 
 
 def open_tasks(settings: Settings, folder: Path) -> Any:

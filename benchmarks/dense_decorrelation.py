@@ -188,6 +188,8 @@ def main() -> None:
         "--cells", default="runs/dense", help="folder of the results' cache"
     )
     options = parser.parse_args()
+    for job in JOBS:
+        record.require_rows_kept(options.json, job, options.methods)
     cells = Cells(Path(options.cells))
     found: dict[str, dict[str, Any]] = {job: {} for job in JOBS}
     for method in options.methods:

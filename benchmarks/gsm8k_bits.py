@@ -442,6 +442,7 @@ def main() -> None:
         kinds = [kind for kind in kinds if table.has(kind)]
         with_prompts = table.has_prompts()
     report = table.report(kinds, with_prompts=with_prompts)
+    record.require_rows_kept(options.json, "rows_of_the_table", report)
     if options.json:
         record.write(
             options.json,

@@ -303,8 +303,8 @@ def main() -> int:
     if options.pictures:
         draw(options.pictures, cells)
     if options.json:
-        # Of a part, the other rows of the file stay as they were.
-        before = carried_over(Path(options.json)) if options.only else {}
+        # Of a part, as of the gate alone, the other rows of the file stay as they were.
+        before = carried_over(Path(options.json))
         packages = ("jax", "flax", "optax", "numpy")
         record.write(
             options.json,

@@ -369,11 +369,14 @@ def main() -> None:
     parser.add_argument("--cells", default="runs/rate-search", help="folder of a cache")
     parser.add_argument("--only", default="", help="part of the names of subjects")
     options = parser.parse_args()
+    chosen = {}
+    for name, subject in subjects().items():
+        if options.only in name:
+            chosen[name] = subject
+    record.require_rows_kept(options.json, "results", chosen)
     cells = Cells(Path(options.cells))
     results: dict[str, Any] = {}
-    for name, (make, seeds) in subjects().items():
-        if options.only not in name:
-            continue
+    for name, (make, seeds) in chosen.items():
         make = functools.cache(make)
         seconds = cells.get(f"{name} | time", lambda make=make: run_seconds(make()))
         runs = []
@@ -402,18 +405,18 @@ def main() -> None:
                 flush=True,
             )
         results[name] = {"run_processor_seconds": seconds["found"], "seeds": runs}
-        if options.json:
-            # After each subject: the table takes long.
-            record.write(
-                options.json,
-                "benchmarks.rate_search",
-                packages=("jax", "optax"),
-                steps=STEPS,
-                rows=ROWS,
-                length=LENGTH,
-                rates=RATES,
-                results=results,
-            )
+    # Once: the cells keep what is known, and half a table must not replace a whole one.
+    if options.json:
+        record.write(
+            options.json,
+            "benchmarks.rate_search",
+            packages=("jax", "optax"),
+            steps=STEPS,
+            rows=ROWS,
+            length=LENGTH,
+            rates=RATES,
+            results=results,
+        )
 
 
 if __name__ == "__main__":

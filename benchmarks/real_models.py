@@ -294,6 +294,7 @@ def main() -> None:
     parser.add_argument("--json", help="file for the numbers")
     parser.add_argument("--cells", default="runs/real-models", help="folder of a cache")
     options = parser.parse_args()
+    record.require_rows_kept(options.json, "tuned", options.kinds)
     params, config = rwkv.load_model(options.model, dtype="float32")
     rounded, _ = rwkv.load_model(options.model, dtype="float32", weights="int8")
     # Of rows this short, compiling is most of the time, and the scan compiles fastest.
@@ -321,8 +322,7 @@ def main() -> None:
             numbers = cells.get(cell(kind, seed), make)["found"]
             runs[kind].append(numbers)
             print(f"{kind:<20} seed {seed} {describe(numbers)}", flush=True)
-            # After each: a table takes long.
-            write(options, checked, runs)
+    # Once: the cells keep what is known, and half a table must not replace a whole one.
     write(options, checked, runs)
 
 

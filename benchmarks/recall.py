@@ -421,7 +421,9 @@ def main() -> int:
     options = parser.parse_args()
     cells = Cells(Path(options.cells), DEPENDENCIES)
     if options.full:
+        record.require_rows_kept(options.json, "table", ())
         full(cells, options.minutes)
+        record.require_rows_kept(options.json, "cells", cells.results)
         return _write(options.json, cells=cells.results)
     table = Table(cells, SMALL, cached=options.cached)
     if options.quick:
@@ -437,16 +439,25 @@ def _whole_table(table: Table, options: argparse.Namespace) -> int:
         if name not in known:
             print(f"recall: `--only` must name models of the table; got {name!r}.")
             return 2
+    record.require_rows_kept(options.json, "table", names)
     found = {}
     for name in names:
         row = table.row(name, range(options.seeds))
         if row is not None:
             found[name] = row
+    if not found:
+        print(
+            f"recall: `{table.cells.path}` must hold cells of the table; got none, so that nothing "
+            "is written. Without `--cached` they are made."
+        )
+        return 2
+    record.require_rows_kept(options.json, "table", found)
     speeds = {}
     # In one run, whatever else is known of these models: speeds of two runs do not compare.
     if not options.no_speed and ("decode" in table.cells.results or not options.cached):
         timed = [name for name in names if name not in TUNED]
         speeds = table.cells.get("decode", lambda: decode_speeds(timed, SMALL))["found"]
+    record.require_rows_kept(options.json, "decode", speeds)
     print(show(found, speeds, SMALL))
     missing = [name for name in known if name not in found]
     print(f"models without a cell: {', '.join(missing) or 'none'}")

@@ -3,6 +3,7 @@
 import datetime
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,33 @@ def folder(path: str) -> Path:
     made = Path(path)
     made.mkdir(parents=True, exist_ok=True)
     return made
+
+
+def require_rows_kept(path: str | None, place: str, rows: Iterable[str]) -> None:
+    """Ends the program where a result file has rows that a new one would lose.
+
+    A part of a table, or one made of a cache that lacks cells, must not replace all of it.
+
+    Args:
+        path: of the file; None where nothing is written.
+        place: the key under which the file has its rows by name.
+        rows: those that are about to be written.
+
+    Raises:
+        SystemExit: it has; the message names some of them, and the file is left as it is.
+    """
+    if not path or not Path(path).exists():
+        return
+    before = json.loads(Path(path).read_text(encoding="utf-8"))
+    kept = set(rows)
+    lost = [row for row in before.get(place, {}) if row not in kept]
+    if lost:
+        some = ", ".join(f'"{row}"' for row in lost[:3])
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise SystemExit(
+            f"`{path}` has rows that this run does not make, and is left as it is: {some}{more} "
+            f'of "{place}". Name another file.'
+        )
 
 
 def write(

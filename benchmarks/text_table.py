@@ -434,7 +434,16 @@ def main() -> None:
     options = parser.parse_args()
     styles = tuple(options.styles.split(","))
     runs = Runs(Cells(Path(options.cells)), makes=not options.cached)
+    for style in styles:
+        if runs.get("base", style) is None:
+            raise SystemExit(
+                f"text_table: `{runs.cells.path}` must hold the base on {style}, with which rows "
+                "are compared; it does not. Without `--cached` it is measured."
+            )
+    record.require_rows_kept(options.json, "base", styles)
+    record.require_rows_kept(options.json, "sweeps", options.kinds)
     sweeps, found = table(runs, options.kinds, options.seeds, styles)
+    record.require_rows_kept(options.json, "sweeps", sweeps)
     if options.pictures:
         draw(options.pictures, found)
     if options.json:

@@ -3,6 +3,10 @@
     python eval.py --config=configs/eval.py --config.init=model.pth --config.state=poet.pth \
         --config.data.path=poems.jsonl
 
+or, for the share of right answers to the questions of a file, with these in place of the data
+
+        --config.questions=test.jsonl --config.test_time.verifier=last_number
+
 Prints one row a state; `--config.workdir` also gets the pictures.
 """
 

@@ -21,6 +21,7 @@ from rwkv7_jax.checks import (
     prefix_errors,
 )
 from rwkv7_jax.data.batch import Batch, BatchLike
+from rwkv7_jax.evaluation.ratio import Ratio
 from rwkv7_jax.model.rwkv7 import RWKV7
 from rwkv7_jax.model.state import RWKV7State, check_state, repeat
 from rwkv7_jax.sharding import to_host
@@ -30,6 +31,10 @@ from rwkv7_jax.training.losses import check_masked_batch
 
 # Borders of the ranges of positions that are reported apart.
 POSITIONS = (0, 32, 128, 512, 2048, 8192)
+
+
+def _no_parts() -> Ratio:
+    return Ratio(np.zeros(0), np.zeros(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +48,9 @@ class Score:
         by_position: (first, end, bits per byte) of ranges of positions in a window; NaN where no
             byte counts.
         tokens: targets that count.
-        standard_error: of `bits_per_byte`, over windows.
+        standard_error: of `bits_per_byte`, over windows, since the targets of one window depend on
+            each other; NaN of a single window.
+        by_window: bits and bytes of each window in which a target counts.
     """
 
     bits_per_byte: float
@@ -51,6 +58,21 @@ class Score:
     by_position: tuple[tuple[int, int, float], ...]
     tokens: int
     standard_error: float
+    by_window: Ratio = dataclasses.field(
+        default_factory=_no_parts, compare=False, repr=False
+    )
+
+    def difference(self, base: "Score") -> tuple[float, float]:
+        """Returns the bits per byte less those of `base`, and the standard error over pairs.
+
+        Args:
+            base: of the same windows, by another state or model.
+
+        Raises:
+            ValueError: `base` is of other windows.
+        """
+        with prefix_errors("Score.difference"):
+            return self.by_window.difference(base.by_window)
 
 
 def _statistics(
@@ -218,41 +240,26 @@ def score(
     for first, end in itertools.pairwise(POSITIONS):
         if first < length:
             end = min(end, length)
-            ratio = _bits_per_byte(bits[:, first:end], sizes[:, first:end])
-            by_position.append((first, end, ratio))
+            found = _by_window(bits[:, first:end], sizes[:, first:end])
+            by_position.append((first, end, found.value))
+    # Windows in which nothing counts are no observations.
+    counts = mask.any(1)
+    by_window = _by_window(bits[counts], sizes[counts])
     return Score(
-        bits_per_byte=_bits_per_byte(bits, sizes),
+        bits_per_byte=by_window.value,
         perplexity=float(2 ** (bits.sum() / mask.sum())),
         by_position=tuple(by_position),
         tokens=int(np.count_nonzero(mask)),
-        standard_error=_standard_error(bits, sizes),
+        standard_error=by_window.standard_error,
+        by_window=by_window,
     )
 
 
-def _bits_per_byte(
+def _by_window(
     bits: Float[np.ndarray, "B T"], sizes: Float[np.ndarray, "B T"]
-) -> float:
-    """Divides the bits of all targets by their bytes; NaN where no byte counts."""
-    # A ratio of sums, not a mean of ratios: windows of few bytes must not count more.
-    total = sizes.sum()
-    # A mean over nothing is missing; 0 would look perfect.
-    return float(bits.sum() / total) if total else math.nan
-
-
-def _standard_error(
-    bits: Float[np.ndarray, "B T"], sizes: Float[np.ndarray, "B T"]
-) -> float:
-    """Computes the standard error of bits per byte; NaN where no byte counts.
-
-    Over windows, since the targets of one window depend on each other.
-    """
-    bytes_by_window = sizes.sum(1)
-    # Windows in which nothing counts have no loss of their own.
-    counts = bytes_by_window > 0
-    if not counts.any():
-        return math.nan
-    by_window = bits.sum(1)[counts] / bytes_by_window[counts]
-    return float(by_window.std() / math.sqrt(len(by_window)))
+) -> Ratio:
+    """Sums the bits and the bytes of each window."""
+    return Ratio(bits.sum(1, dtype=np.float64), sizes.sum(1, dtype=np.float64))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -264,12 +271,31 @@ class Answers:
         nats: mean loss of scored positions.
         exact: share of rows that are right at all their scored positions.
         by_position: accuracy at each position of a row; NaN where nothing is scored.
+        by_row: right answers and scored positions of each row that has any.
     """
 
     accuracy: float
     nats: float
     exact: float
     by_position: Float[np.ndarray, " T"]
+    by_row: Ratio = dataclasses.field(default_factory=_no_parts, repr=False)
+
+    @property
+    def standard_error(self) -> float:
+        """Of `accuracy`, over rows; NaN of a single one."""
+        return self.by_row.standard_error
+
+    def difference(self, base: "Answers") -> tuple[float, float]:
+        """Returns the accuracy less that of `base`, and the standard error over pairs of rows.
+
+        Args:
+            base: of the same rows, by another state or model.
+
+        Raises:
+            ValueError: `base` is of other rows.
+        """
+        with prefix_errors("Answers.difference"):
+            return self.by_row.difference(base.by_row)
 
 
 def score_answers(
@@ -297,15 +323,19 @@ def score_answers(
     scored = np.asarray(batch.mask) > 0
     per_token = functools.partial(_nats_and_correct, model, params)
     nats, correct = _map_rows(per_token, state, tokens, rows)
+    right = correct & scored
     count = scored.sum(0)
-    # [T], as `count`: the rows that are right at each position.
-    right = (correct & scored).sum(0)
     rows_with_answers = scored.any(1)
+    by_row = Ratio(
+        right.sum(1)[rows_with_answers].astype(np.float64),
+        scored.sum(1)[rows_with_answers].astype(np.float64),
+    )
     # Positions that are not scored cannot be wrong.
     all_right = (correct | ~scored).all(1)
     return Answers(
         accuracy=float(correct[scored].mean()),
         nats=float(nats[scored].mean()),
         exact=float(all_right[rows_with_answers].mean()),
-        by_position=np.where(count, right / np.maximum(count, 1), np.nan),
+        by_position=np.where(count, right.sum(0) / np.maximum(count, 1), np.nan),
+        by_row=by_row,
     )

@@ -1,19 +1,28 @@
 """Scores of the same questions by several start states: values, differences and their errors."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+
+from rwkv7_jax.evaluation.ratio import (
+    Ratio,
+    difference_as_json,
+    difference_from,
+    estimate_columns,
+    estimate_head,
+    known,
+)
 
 # The metric that every task has besides its own: of the right answers, or of the text.
 BITS_PER_BYTE = "bits_per_byte"
 
+_NAME_WIDTH = 24
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class QuestionScores:
+class QuestionScores(Ratio):
     """One metric, question by question.
 
     Attributes:
@@ -22,25 +31,10 @@ class QuestionScores:
         questions: a hash of each question as the model read it.
     """
 
-    totals: Float[np.ndarray, " Q"]
-    weights: Float[np.ndarray, " Q"]
     questions: tuple[str, ...]
-
-    @property
-    def value(self) -> float:
-        """The metric: a ratio of sums, so that short answers do not count more."""
-        return _ratio(self.totals, self.weights)[0]
-
-    @property
-    def standard_error(self) -> float:
-        """Of the value, over questions; NaN of a single one."""
-        return _ratio(self.totals, self.weights)[1]
 
     def difference(self, base: "QuestionScores") -> tuple[float, float]:
         """Returns this value less that of `base`, and the standard error over pairs of scores.
-
-        Questions that are hard for both change neither number, which two separate errors would not
-        tell.
 
         Raises:
             ValueError: the two are not of the same questions.
@@ -50,24 +44,11 @@ class QuestionScores:
                 "QuestionScores.difference: `base` must be of the same questions; "
                 f"got {len(base.questions)} others."
             )
-        return _ratio(self.totals - base.totals, self.weights)
+        return super().difference(base)
 
 
 # By task and metric.
 TaskScores = Mapping[str, Mapping[str, QuestionScores]]
-
-
-def _ratio(
-    totals: Float[np.ndarray, " Q"], weights: Float[np.ndarray, " Q"]
-) -> tuple[float, float]:
-    """Returns a ratio of sums and its standard error; where weights are 1, those of a mean."""
-    count = len(totals)
-    ratio = totals.sum() / weights.sum()
-    if count < 2:
-        return float(ratio), math.nan
-    residuals = totals - ratio * weights
-    variance = (residuals**2).sum() * count / (count - 1)
-    return float(ratio), float(math.sqrt(variance) / weights.sum())
 
 
 def pooled(scores: Sequence[QuestionScores]) -> QuestionScores:
@@ -85,24 +66,24 @@ def pooled(scores: Sequence[QuestionScores]) -> QuestionScores:
 def score_table(task: str, rows: Mapping[str, TaskScores]) -> str:
     """Formats the scores of one task: a line a row, a pair of columns a metric.
 
+    A value and its difference from the base have their own standard errors.
+
     Args:
         task: its name.
         rows: scores by the rows' names; the first is the base that differences are against.
     """
     base = next(iter(rows.values()))[task]
     count = max(len(score.questions) for score in base.values())
-    lines = [f"{f'{task} ({count:,})':<24}"]
+    width = max(_NAME_WIDTH, *(len(name) for name in rows))
+    lines = [f"{f'{task} ({count:,})':<{width}}"]
     for metric in base:
-        lines[0] += f"  {metric:>32}"
+        lines[0] += estimate_head(metric)
     for name, scores in rows.items():
-        line = f"{name:<24}"
+        line = f"{name:<{width}}"
         for metric, score in scores[task].items():
-            cell = f"{score.value:.4f} +-{score.standard_error:.4f}"
-            if score is not base[metric]:
-                difference, error = score.difference(base[metric])
-                cell = f"{score.value:.4f} {difference:+.4f} +-{error:.4f}"
-            line += f"  {cell:>32}"
-        lines.append(line)
+            estimate = (score.value, score.standard_error)
+            line += estimate_columns(estimate, difference_from(base[metric], score))
+        lines.append(line.rstrip())
     return "\n".join(lines)
 
 
@@ -127,16 +108,11 @@ def scores_as_json(rows: Mapping[str, TaskScores]) -> dict[str, Any]:
 def _score_as_json(score: QuestionScores, base: QuestionScores) -> dict[str, Any]:
     """Converts one metric, with its difference from the base where it is not the base itself."""
     cell: dict[str, Any] = {
-        "value": score.value,
-        "standard_error": _known(score.standard_error),
+        "value": known(score.value),
+        "standard_error": known(score.standard_error),
         "questions": len(score.questions),
     }
-    if score is not base:
-        difference, error = score.difference(base)
-        cell["difference"] = difference
-        cell["difference_error"] = _known(error)
+    difference = difference_from(base, score)
+    if difference is not None:
+        cell |= difference_as_json(difference)
     return cell
-
-
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value

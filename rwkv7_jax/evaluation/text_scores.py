@@ -6,29 +6,47 @@ from typing import Any
 
 import numpy as np
 
+from rwkv7_jax.evaluation.ratio import (
+    Ratio,
+    difference_as_json,
+    difference_from,
+    estimate_columns,
+    estimate_head,
+    known,
+)
 from rwkv7_jax.evaluation.scoring import Answers, Score
+
+# So wide are names of rows at least.
+_NAME_WIDTH = 16
 
 
 def text_table(title: str, scores: Mapping[str, Score]) -> str:
-    """Formats how well a text is predicted: a line a row, changes in percent of the first.
+    """Formats how well a text is predicted: a line a row, with its change from the first.
 
     Args:
         title: of the text.
         scores: by the rows' names; the first is the base.
     """
     base = next(iter(scores.values()))
-    head = f"{title:<16}{'bits/byte':>10}{'change':>9}{'perplexity':>12}"
+    width = _name_width(scores)
+    head = (
+        f"{title:<{width}}{estimate_head('bits/byte')}{'change':>8}{'perplexity':>11}"
+    )
     for first, end, _ in base.by_position:
-        head += f"{f'{first}-{end - 1}':>10}"
+        head += _position_head(first, end)
     lines = [head]
     for name, row in scores.items():
+        estimate = (row.bits_per_byte, row.standard_error)
+        line = (
+            f"{name:<{width}}{estimate_columns(estimate, difference_from(base, row))}"
+        )
         # A base that is certain of everything leaves nothing to compare with.
         change = row.bits_per_byte / (base.bits_per_byte or np.nan) - 1
-        line = f"{name:<16}{row.bits_per_byte:>10.4f}{change:>+9.1%}{row.perplexity:>12.3f}"
-        for _, _, value in row.by_position:
-            line += f"{value:>10.3f}"
+        line += f"{change:>+8.1%}{row.perplexity:>11.3f}"
+        for first, end, value in row.by_position:
+            line += f"{value:>{len(_position_head(first, end))}.3f}"
         lines.append(line)
-    lines.append(f"{'':16}{base.tokens:,} tokens, +-{base.standard_error:.3f}")
+    lines.append(f"{base.tokens:,} tokens, {_footnote(base.by_window, 'window')}")
     return "\n".join(lines)
 
 
@@ -37,19 +55,55 @@ def answer_table(title: str, answers: Mapping[str, Answers]) -> str:
 
     Args:
         title: of the task.
-        answers: by the rows' names.
+        answers: by the rows' names; the first is the base.
     """
-    lines = [f"{title:<16}{'accuracy':>10}{'all right':>11}{'nats':>9}"]
+    base = next(iter(answers.values()))
+    width = _name_width(answers)
+    head = f"{title:<{width}}{estimate_head('accuracy')}{'all right':>11}{'nats':>9}"
+    lines = [head]
     for name, row in answers.items():
-        lines.append(
-            f"{name:<16}{row.accuracy:>10.4f}{row.exact:>11.4f}{row.nats:>9.3f}"
+        estimate = (row.accuracy, row.standard_error)
+        line = (
+            f"{name:<{width}}{estimate_columns(estimate, difference_from(base, row))}"
         )
+        lines.append(f"{line}{row.exact:>11.4f}{row.nats:>9.3f}")
+    lines.append(_footnote(base.by_row, "row"))
     return "\n".join(lines)
 
 
+def _name_width(rows: Mapping[str, Any]) -> int:
+    return max(_NAME_WIDTH, *(len(name) for name in rows))
+
+
+def _position_head(first: int, end: int) -> str:
+    """Formats the head of the column of a range of positions."""
+    label = f"{first}-{end - 1}"
+    return f"{label:>{max(8, len(label) + 1)}}"
+
+
+def _footnote(parts: Ratio, name: str) -> str:
+    """Says how many parts were measured, and what stands after +-."""
+    count = len(parts.weights)
+    if count < 2:
+        return f"{count} {name}: too few for a standard error"
+    return f"{count:,} {name}s; +- is the standard error over them, of differences over pairs"
+
+
 def rows_as_json(rows: Mapping[str, Score | Answers]) -> dict[str, dict[str, Any]]:
-    """Converts a table to what JSON can hold, by row and field; NaN becomes None."""
-    return {name: _without_nan(dataclasses.asdict(row)) for name, row in rows.items()}
+    """Converts a table to what JSON can hold, by row and field; NaN becomes None.
+
+    Every row but the first has its difference from that, in bits per byte or accuracy, and the
+    standard error of the difference over pairs.
+    """
+    base = next(iter(rows.values()))
+    table = {}
+    for name, row in rows.items():
+        table[name] = _without_nan(dataclasses.asdict(row))
+        table[name]["standard_error"] = known(row.standard_error)
+        difference = difference_from(base, row)
+        if difference is not None:
+            table[name] |= difference_as_json(difference)
+    return table
 
 
 def _without_nan(value: Any) -> Any:

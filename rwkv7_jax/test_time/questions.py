@@ -28,6 +28,9 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 
 Ids = Sequence[int]
 
+# The ids of a question.
+Prompt = tuple[int, ...]
+
 _SHOWN_CHARACTERS = 60
 
 
@@ -122,7 +125,7 @@ class QuestionSet:
         self._seed = seed
         self._verifier = VERIFIERS[verifier or "exact"]
         self._answers_count = verifier is not None
-        self._answers: dict[tuple[int, ...], str | list[int]] = {}
+        self._answers: dict[Prompt, str | list[int]] = {}
         self._training: list[list[int]] = []
         self._held_out: list[list[int]] = []
         if isinstance(self._source, TextSource):
@@ -234,8 +237,21 @@ class QuestionSet:
         """Whether the verifier finds the answer of any question that is trained on."""
         if self._is_task:
             return True
-        answers = (self._answers[tuple(prompt)] for prompt in self._training)
-        return any(self._verifier(str(answer)) is not None for answer in answers)
+        return any(self.has_answer(tuple(prompt)) for prompt in self._training)
+
+    @property
+    def every_prompt(self) -> list[Prompt]:
+        """The prompts of all files, each once, in their order there; of a task those drawn."""
+        return list(self._answers)
+
+    @property
+    def training_prompts(self) -> set[Prompt]:
+        """The prompts of files that are trained on."""
+        return {tuple(prompt) for prompt in self._training}
+
+    def has_answer(self, prompt: Prompt) -> bool:
+        """Tells whether the verifier finds the known answer of a question."""
+        return self._verifier(str(self._answers[prompt])) is not None
 
     def reward(self, prompt: Ids, completion: Ids) -> float:
         """Returns 1.0 if the completion gives the known answer, else 0.0.

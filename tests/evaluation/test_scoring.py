@@ -80,6 +80,41 @@ def test_masked_targets_do_not_count(params, batch, result):
     assert half.bits_per_byte == pytest.approx(result.by_position[0][2], rel=1e-6)
 
 
+def test_the_error_is_that_of_a_ratio_of_sums(params, batch):
+    # Windows of very different sizes, one of them without targets.
+    mask = np.zeros((5, 50), np.float32)
+    for row, size in enumerate((50, 3, 20, 0, 10)):
+        mask[row, :size] = 1
+    masked = batch | {"mask": mask}
+    state = init_state(CONFIG)
+    result = score(MODEL, params, state, masked, Tokenizer.bytes())
+    bits = token_nats(MODEL, params, state, batch["tokens"]) * mask / math.log(2)
+    sizes = mask * (batch["tokens"][:, 1:] > 0)
+    rows = [0, 1, 2, 4]
+    totals = bits.sum(1)[rows]
+    weights = sizes.sum(1)[rows]
+    residuals = totals - totals.sum() / weights.sum() * weights
+    error = math.sqrt((residuals**2).sum() * 4 / 3) / weights.sum()
+    assert result.standard_error == pytest.approx(error, rel=1e-4)
+    assert len(result.by_window.weights) == 4
+
+
+def test_a_single_window_has_no_standard_error(params, batch):
+    one = {name: rows[:1] for name, rows in batch.items()}
+    result = score(MODEL, params, init_state(CONFIG), one, Tokenizer.bytes())
+    assert math.isnan(result.standard_error)
+
+
+def test_a_difference_is_over_pairs_of_windows(params, batch, result):
+    state = prefill_state(MODEL, params, batch["tokens"][0])
+    other = score(MODEL, params, state, batch, Tokenizer.bytes())
+    difference, error = other.difference(result)
+    assert difference == pytest.approx(other.bits_per_byte - result.bits_per_byte)
+    assert error > 0
+    value, error = result.difference(result)
+    assert value == error == 0
+
+
 def test_the_number_of_rows_at_a_time_changes_nothing(params, batch):
     one = token_nats(MODEL, params, init_state(CONFIG), batch["tokens"], rows=2)
     two = token_nats(MODEL, params, init_state(CONFIG), batch["tokens"], rows=8)
@@ -120,6 +155,8 @@ def test_accuracy_counts_scored_positions_whose_likeliest_id_is_the_target(
     )
     assert right.sum() >= 2
     assert got.accuracy == pytest.approx(right.sum() / 9)
+    assert got.by_row.weights.tolist() == mask.sum(1)[:4].tolist()
+    assert got.by_row.value == pytest.approx(got.accuracy)
     exact = [right[row].sum() == mask[row].sum() for row in range(4)]
     assert got.exact == pytest.approx(np.mean(exact))
     assert got.by_position.shape == (50,)

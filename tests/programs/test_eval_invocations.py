@@ -31,6 +31,7 @@ FILES = {
     "t.txt": "The sea is deep. " * 60,
     "short.txt": "sea",
     "x.jsonl": '{"text": "one"}\n' * 60,
+    "qa.jsonl": '{"prompt": "1+1=", "answer": "2"}\n',
     "bad.jsonl": '{"txt": "one"}\n',
     "t.csv": "a,b\n1,2\n",
     "empty.txt": "",
@@ -119,6 +120,19 @@ ADDED = [
     (["--config.limit=x"], "`config.limit` must be"),
     (["--config.bos=-1"], "`config.bos` must be at least 0"),
     (["--config.bos=x"], "`config.bos` must be"),
+    # Questions of files
+    (["--config.questions=none.jsonl"], "none.jsonl"),
+    (["--config.questions=bad.jsonl"], "bad.jsonl:1: "),
+    (["--config.questions=qa.jsonl,"], "entry 2"),
+    (["--config.test_time.verifier=letter"], "must be left out in mode"),
+    (
+        ["--config.questions=qa.jsonl", "--config.test_time.verifier=lettr"],
+        "`config.test_time.verifier` must be one of",
+    ),
+    (
+        ["--config.questions=qa.jsonl", "--config.data.path=qa.jsonl"],
+        "`config.questions` must hold a question that no state was tuned on",
+    ),
     # Places
     (["--config.workdir=t.txt"], "in a folder; `t.txt` is a file"),
     (["--config.workdir=t.txt/run"], "in a folder; `t.txt` is a file"),
@@ -142,7 +156,14 @@ def refusals():
     """Returns the words of each command line, and what the sentence must have."""
     for words, sentence in ADDED:
         yield [*GOOD, *words], sentence
-    for name in ("init", "state", "data.path", "data.evaluation", "workdir"):
+    for name in (
+        "init",
+        "state",
+        "questions",
+        "data.path",
+        "data.evaluation",
+        "workdir",
+    ):
         for place in REMOTE:
             yield [*GOOD, f"--config.{name}={place}"], "on this machine"
     for place in REMOTE:

@@ -136,6 +136,7 @@ def test_a_setting_that_another_ones_value_makes_read_is_taken(
     ("name", "value"),
     [
         ("state", "poet.pth"),
+        ("questions", "qa.jsonl"),
         ("tasks", "gsm8k"),
         ("shots", 5),
         ("limit", 10),
@@ -225,3 +226,11 @@ def test_documented_commands_have_no_setting_that_is_not_read(line):
             place = place[group]
         place[key] = typed(value)
     read_settings(values)
+
+
+def test_questions_of_files_are_read_with_the_settings_of_answers():
+    others = {"test_time.verifier": "letter", "test_time.tokens": 8}
+    with pytest.raises(ValueError, match=r"`config\.test_time\.verifier` must be left"):
+        read_settings(values_of("pretrain", others))
+    others["questions"] = "qa.jsonl"
+    assert read_settings(values_of("pretrain", others)).test_time.tokens == 8

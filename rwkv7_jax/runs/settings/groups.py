@@ -211,11 +211,13 @@ class Settings:
         state: tuned start states for eval.py, several with commas.
         start: what the modes that tune a start state begin with in place of zeros: the file of a
             state, or a text, which the model reads as a prompt.
+        questions: .jsonl files of questions that eval.py answers, several with commas, judged by
+            `test_time.verifier`.
         tasks: of lm-evaluation-harness that eval.py measures, several with commas.
         task_data: local files of these by the task's name, "train.jsonl,test.jsonl" or the test
             questions alone; of a group a folder.
         shots: examples before each question; by default what the task says.
-        limit: questions of each task, the first ones; by default all.
+        limit: questions of each task, or of `questions`, the first ones; by default all.
         bos: ids that are read before each context of a task, after the start state.
         model: fields of `RWKV7Config` for a new model, or changes (dtype, remat, implementation) to
             `init`; and `weights`, "int8" to hold the frozen matrices of `init` in 8 bits. The dtype
@@ -246,6 +248,7 @@ class Settings:
     init: str | None = place(None)
     state: str = place("", several=True)
     start: str | None = place(None)
+    questions: str = place("", several=True)
     tasks: str = ""
     task_data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     shots: int | None = number(None, 0, MOST_COUNT)
@@ -394,6 +397,7 @@ class Settings:
             "tuning.anchor_path": self.tuning.anchor_path,
             "evaluation.retention": self.evaluation.retention,
             "state": self.state,
+            "questions": self.questions,
         }
         for name, text in lists.items():
             split_paths(text or "", f"`config.{name}`")

@@ -67,6 +67,7 @@ _READERS: dict[str, tuple[str, ...]] = {
 # What eval.py alone reads, a program with the same settings.
 _EVALUATION_ALONE = (
     "state",
+    "questions",
     "tasks",
     "task_data",
     "shots",
@@ -74,6 +75,15 @@ _EVALUATION_ALONE = (
     "bos",
     "workdir",
     "evaluation.prompt_tokens",
+)
+
+
+# How eval.py answers the files of `questions`, whatever the mode.
+_READ_FOR_QUESTIONS = (
+    "test_time.verifier",
+    "test_time.tokens",
+    "test_time.stop",
+    "test_time.at_once",
 )
 
 
@@ -173,6 +183,8 @@ def refuse_unread_settings(settings: Any) -> None:
     mode = settings.mode
     method = settings.test_time.method
     for name, value in _set_values(settings):
+        if settings.questions and name in _READ_FOR_QUESTIONS:
+            continue
         if not is_read(name, mode, method):
             where = _where(name, mode, method)
             raise ValueError(

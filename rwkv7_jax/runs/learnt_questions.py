@@ -1,0 +1,149 @@
+"""Which questions start states were tuned on, so that an evaluation can leave them out.
+
+A run's folder holds its settings next to its states. They name the files that it read and say how
+these were divided, so the questions that it learnt from can be found again.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rwkv7_jax.data.documents import held_out_threshold
+from rwkv7_jax.data.jsonl import read_jsonl
+from rwkv7_jax.data.records.record import parse_record
+from rwkv7_jax.data.sources import TextSource, parse_source
+from rwkv7_jax.runs.settings import Settings, as_config
+from rwkv7_jax.test_time.questions import Prompt, QuestionSet, read_questions
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+_SETTINGS = "settings.json"
+
+
+class TuningRecord(NamedTuple):
+    """What a run read.
+
+    Attributes:
+        name: of the run's folder, or of the setting, for messages.
+        texts: the files of its data.
+        values: its settings, as config files spell them.
+    """
+
+    name: str
+    texts: tuple[str, ...]
+    values: Mapping[str, Any]
+
+    @property
+    def _asks_questions(self) -> bool:
+        """Whether the run divided its data as questions and not as texts."""
+        method = self.values["test_time"]["method"]
+        return self.values["mode"] == "test_time" and method != "context"
+
+    def learnt_prompts(self, tokenizer: Tokenizer) -> set[Prompt]:
+        """Returns the prompts of the questions that the run learnt from.
+
+        Raises:
+            OSError, ValueError: a file that cannot be read, or that is not one of questions.
+        """
+        if self._asks_questions:
+            return self._prompts_by_questions(tokenizer)
+        return self._prompts_by_texts(tokenizer)
+
+    def _prompts_by_questions(self, tokenizer: Tokenizer) -> set[Prompt]:
+        data = self.values["data"]
+        with warnings.catch_warnings():
+            # The run itself has said which questions it leaves out.
+            warnings.simplefilter("ignore")
+            questions = QuestionSet(
+                data["path"],
+                tokenizer,
+                seed=self.values["seed"],
+                held_out=data["held_out"],
+                verifier=None,
+                evaluation=data["evaluation"] or None,
+            )
+        return questions.training_prompts
+
+    def _prompts_by_texts(self, tokenizer: Tokenizer) -> set[Prompt]:
+        threshold = held_out_threshold(self.values["data"]["held_out"])
+        learnt = set()
+        for path in self.texts:
+            hashes = read_jsonl(path, _content_hash)
+            questions = read_questions(path, tokenizer)
+            for (prompt, _), content_hash in zip(questions, hashes, strict=True):
+                if content_hash >= threshold:
+                    learnt.add(tuple(prompt))
+        return learnt
+
+
+def _content_hash(record: Any) -> int:
+    return parse_record(record).content_hash()
+
+
+def tuning_records(settings: Settings) -> dict[str, TuningRecord | None]:
+    """Finds what each state was tuned on; None of a state that lies outside of a run's folder.
+
+    What `config.data.path` names is among them, divided as the settings say. Where it is named, a
+    state without a run is taken to be tuned on it.
+
+    Args:
+        settings: of eval.py.
+
+    Returns:
+        The records by the state's path or the setting.
+    """
+    records = {}
+    for path in settings.state_paths:
+        record = _record_of_state(Path(path))
+        if record is not None or not settings.data.path:
+            records[path] = record
+    if settings.data.path:
+        records["config.data.path"] = TuningRecord(
+            "`config.data.path`", _texts(settings.data.path), as_config(settings)
+        )
+    return records
+
+
+def _record_of_state(path: Path) -> TuningRecord | None:
+    """Reads the settings of the run that wrote a state; None where it lies elsewhere."""
+    # One of several states of a run lies in a folder of the run's folder.
+    for folder in (path.parent, path.parent.parent):
+        values = _read_settings(folder / _SETTINGS)
+        if values is not None:
+            states = values["tuning"]["states"]
+            texts = _texts(values["data"]["path"])
+            texts = texts or _texts_of_states(states, path.stem)
+            return TuningRecord(f"`{folder}`", texts, values)
+    return None
+
+
+def _read_settings(path: Path) -> dict[str, Any] | None:
+    """Reads the settings of a run's folder, with defaults for those that an older run has not."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    # Other programs have files of this name, too.
+    if not isinstance(values, dict) or not isinstance(values.get("data"), dict):
+        return None
+    defaults = as_config(Settings())
+    groups = {}
+    for group in ("data", "tuning", "test_time"):
+        groups[group] = {**defaults[group], **values.get(group, {})}
+    return {**defaults, **values, **groups}
+
+
+def _texts(path: str) -> tuple[str, ...]:
+    """Splits a path of data into its files; a synthetic task has none."""
+    source = parse_source(path)
+    return source.paths if isinstance(source, TextSource) else ()
+
+
+def _texts_of_states(states: str | Mapping[str, str], name: str) -> tuple[str, ...]:
+    """Returns the text of one of the states that a run tuned together."""
+    if not states:
+        return ()
+    if isinstance(states, str):
+        return tuple(str(one) for one in sorted(Path(states).glob(f"{name}.*")))
+    return _texts(states.get(name, ""))

@@ -1,0 +1,187 @@
+"""Questions of the user's own files, answered greedily from every start state that is compared."""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+
+from rwkv7_jax.evaluation.task_scores import QuestionScores
+from rwkv7_jax.model.state import RWKV7State
+from rwkv7_jax.runs.comparison import Comparison
+from rwkv7_jax.runs.learnt_questions import tuning_records
+from rwkv7_jax.runs.settings import Settings
+from rwkv7_jax.test_time.questions import Prompt, QuestionSet, find_verifier
+from rwkv7_jax.test_time.rewards import RewardFunction
+from rwkv7_jax.test_time.rollouts import RolloutSampler
+from rwkv7_jax.test_time.verifiers import VERIFIERS
+from rwkv7_jax.text.tokenizer import Tokenizer
+
+# Any share will do: all questions are taken, and no run learns from them.
+_ANY_SHARE = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class AskedQuestions:
+    """The questions that an evaluation asks, and how their answers are judged.
+
+    Attributes:
+        settings: of the evaluation.
+        prompts: of the questions.
+        stop_ids: ids that end an answer.
+        reward: of a prompt and a completion.
+        notes: sentences about what is asked and what is left out.
+    """
+
+    settings: Settings
+    prompts: list[Prompt]
+    stop_ids: tuple[int, ...]
+    reward: RewardFunction
+    notes: tuple[str, ...]
+
+    @classmethod
+    def read(cls, settings: Settings, tokenizer: Tokenizer) -> "AskedQuestions":
+        """Reads the questions of `config.questions` and leaves out what states were tuned on.
+
+        Raises:
+            ValueError: a bad file, an unknown verifier, or no question is left.
+        """
+        name = settings.test_time.verifier
+        is_own = name not in VERIFIERS
+        questions = QuestionSet(
+            settings.questions,
+            tokenizer,
+            held_out=_ANY_SHARE,
+            verifier=None if is_own else name,
+        )
+        prompts, notes = _without_learnt(questions.every_prompt, settings, tokenizer)
+        if settings.limit is not None:
+            prompts = prompts[: settings.limit]
+        if not is_own:
+            unknown = sum(not questions.has_answer(prompt) for prompt in prompts)
+            if unknown:
+                notes.append(
+                    f"the verifier finds no known answer of {unknown:,} of them, which count as "
+                    "wrong"
+                )
+        options = settings.test_time
+        notes.insert(
+            0,
+            f"{len(prompts):,} questions of {settings.questions}, answered greedily in at most "
+            f"{options.tokens:,} tokens; verifier {name}",
+        )
+        return cls(
+            settings,
+            prompts,
+            questions.stop_ids,
+            find_verifier(name) if is_own else questions.reward,
+            tuple(notes),
+        )
+
+    @property
+    def _metric(self) -> str:
+        """What the verifier gives: a function of the user's may give any number."""
+        return "accuracy" if self.settings.test_time.verifier in VERIFIERS else "reward"
+
+    def answer(
+        self, comparison: Comparison, start: RWKV7State
+    ) -> dict[str, QuestionScores]:
+        """Answers every question from a start state.
+
+        Args:
+            comparison: has the model.
+            start: the state.
+
+        Returns:
+            The accuracy, or the mean reward of a function of the user's, and the share of answers
+            that had the most tokens allowed.
+
+        Raises:
+            ValueError: a reward that is not a finite number.
+        """
+        options = self.settings.test_time
+        sampler = RolloutSampler(
+            comparison.model,
+            comparison.params,
+            group=1,
+            tokens=options.tokens,
+            temperature=0,
+            stop_ids=self.stop_ids,
+            stop_strings=options.stop,
+            tokenizer=comparison.tokenizer,
+        )
+        rows = min(len(self.prompts), options.at_once)
+        rewards = []
+        cut = []
+        for first in range(0, len(self.prompts), rows):
+            part = self.prompts[first : first + rows]
+            # Filled up to the same number, so that one program answers all.
+            filled = part + part[-1:] * (rows - len(part))
+            drawn = sampler.draw(start, filled, None)
+            name = "`config.test_time.verifier`"
+            found = sampler.judge(drawn, self.reward, name=name)
+            rewards.append(found.rewards[: len(part)])
+            cut.append(found.cut[: len(part)])
+        return {
+            self._metric: self._scores(rewards),
+            "cut off": self._scores(cut),
+        }
+
+    def _scores(self, values: list[np.ndarray]) -> QuestionScores:
+        """Makes scores of a number for each question."""
+        totals = np.concatenate(values).astype(np.float64)
+        hashes = tuple(_prompt_hash(prompt) for prompt in self.prompts)
+        return QuestionScores(totals, np.ones(len(totals)), hashes)
+
+    def as_json(self) -> dict[str, Any]:
+        """Describes how the questions were asked, for a report."""
+        options = self.settings.test_time
+        return {
+            "file": self.settings.questions,
+            "asked": len(self.prompts),
+            "verifier": options.verifier,
+            "tokens": options.tokens,
+            "stop": list(options.stop),
+            "notes": list(self.notes),
+        }
+
+
+def _prompt_hash(prompt: Prompt) -> str:
+    return hashlib.blake2b(json.dumps(prompt).encode(), digest_size=8).hexdigest()
+
+
+def _without_learnt(
+    prompts: list[Prompt], settings: Settings, tokenizer: Tokenizer
+) -> tuple[list[Prompt], list[str]]:
+    """Leaves out what any of the states was tuned on, and says for each what is known of it."""
+    kept = prompts
+    notes = []
+    for path, record in tuning_records(settings).items():
+        if record is None:
+            notes.append(
+                f"not known: whether {path} was tuned on some of them. It is in no folder of a "
+                "run; name its data as `config.data.path`, and they are left out"
+            )
+            continue
+        try:
+            learnt = record.learnt_prompts(tokenizer)
+        # Of a run whose data is gone, or was text of another kind.
+        except (OSError, ValueError) as error:
+            notes.append(
+                f"not known: whether some are in the training part of {record.name}: {error}"
+            )
+            continue
+        kept = [prompt for prompt in kept if prompt not in learnt]
+        count = sum(prompt in learnt for prompt in prompts)
+        notes.append(
+            f"left out: {count:,} in the training part of {record.name}"
+            if count
+            else f"in the training part of {record.name}: none of them"
+        )
+    if not kept:
+        raise ValueError(
+            f"`config.questions` must hold a question that no state was tuned on; got "
+            f"{settings.questions!r}, all of whose {len(prompts):,} were learnt from."
+        )
+    return kept, notes
