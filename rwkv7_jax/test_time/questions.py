@@ -215,8 +215,9 @@ class QuestionSet:
 
     def _evaluate_on(self, questions: list[_Question]) -> None:
         """Takes other held-out questions; none of them is trained on."""
-        self._held_out = [question.prompt for question in questions]
-        measured = set(map(tuple, self._held_out))
+        measured = dict.fromkeys(tuple(question.prompt) for question in questions)
+        # Each once: the most probable answer to a prompt is always the same.
+        self._held_out = [list(prompt) for prompt in measured]
         kept = [one for one in self._training if tuple(one) not in measured]
         if not kept:
             raise ValueError(
@@ -239,6 +240,8 @@ class QuestionSet:
     ) -> list[list[int]]:
         """Returns `count` prompts of a step, a pure function of the arguments and the seed.
 
+        Of a file, held-out prompts are at most as many as there are: each comes once.
+
         Raises:
             TypeError: numbers that are not integers.
             ValueError: a negative step, or no prompts.
@@ -249,6 +252,8 @@ class QuestionSet:
         source = self._evaluation if held_out else self._source
         if not isinstance(source, TaskSource):
             part = self._held_out if held_out else self._training
+            if held_out:
+                count = min(count, len(part))
             first = step * count
             return [part[place % len(part)] for place in range(first, first + count)]
         prompts, answers = question_batch(
@@ -262,6 +267,15 @@ class QuestionSet:
         for prompt, answer in zip(prompts, answers, strict=True):
             self._answers[tuple(prompt)] = answer
         return prompts
+
+    def describe(self, measured: int) -> str:
+        """Names the numbers of questions, of which `measured` are measured in an evaluation."""
+        if self._is_task:
+            return f"made as it goes, {measured:,} measured"
+        return (
+            f"{len(self._training):,} questions, and {len(self._held_out):,} held out, of which "
+            f"{measured:,} are measured"
+        )
 
     @property
     def can_be_answered(self) -> bool:

@@ -1,11 +1,13 @@
 """What tuning starts from, and which settings of tuning count at test time."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from run_programs import MODEL
-from smallest_runs import mode_settings, save_base_model
+from smallest_runs import mode_settings, odd_sum, save_base_model
 from tiny_models import lively
 
 from rwkv7_jax.checkpoints import param_tree
@@ -221,3 +223,25 @@ def test_sampling_in_another_dtype_trains_in_the_models(base, tmp_path):
     assert mode.model.config.dtype == "float32"
     assert mode._source._sampler.model.config.dtype == "bfloat16"
     assert mode._source._trainer is mode.model
+
+
+def test_the_held_out_reward_is_logged_with_its_standard_error(base, tmp_path):
+    lines = [{"prompt": f"{number}", "answer": "1"} for number in range(40)]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    changes = {"data.path": str(path), "data.held_out": 0.5}
+    changes["test_time.verifier"] = "smallest_runs:odd_sum"
+    changes["evaluation.windows"] = 64
+    mode = made("grpo", base, tmp_path, **changes)
+    found = mode.evaluate(mode.init_params())
+    rewards, _ = mode._sampler(mode.model, mode.frozen).greedy_rewards(
+        mode.init_params(), mode._held_out, odd_sum
+    )
+    share = found["held_out_reward"].value
+    count = len(rewards)
+    assert share == rewards.mean()
+    assert count == len(set(map(tuple, mode._held_out))) < 40
+    assert f"{count} are measured" in mode.describe_data()
+    error = found["held_out_reward_error"].value
+    np.testing.assert_allclose(error, (share * (1 - share) / count) ** 0.5)
+    assert mode.held_out_names() == ("held_out_reward",)

@@ -95,3 +95,18 @@ def test_questions_that_tuning_on_text_does_not_read_are_divided_by_their_prompt
         parts.append(set(prompts_of(questions, 80, held_out=True)))
     assert parts[0] == parts[1] == parts[2]
     assert 0 < len(parts[0]) < 40
+
+
+@pytest.mark.parametrize("own_file", [False, True])
+def test_a_held_out_question_is_measured_once(tmp_path, own_file):
+    path = file_of(tmp_path / "q.jsonl", "question")
+    test = None
+    if own_file:
+        # A prompt that comes twice has the same most probable answer twice.
+        records = [FORMS["question"](f"<t{n % 6}>", "1") for n in range(9)]
+        test = write(tmp_path / "t.jsonl", records)
+    questions = QuestionSet(path, BYTES, held_out=0.3, evaluation=test)
+    measured = prompts_of(questions, 64, held_out=True)
+    assert len(measured) == len(set(measured)) < 40
+    assert prompts_of(questions, 3, held_out=True) == measured[:3]
+    assert f"{len(measured)} held out" in questions.describe(3)

@@ -1,6 +1,7 @@
 """The mode that tunes a state by rewards, by a larger model's traces or by a prompt."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,6 +53,9 @@ from rwkv7_jax.text.tokenizer import Tokenizer
 from rwkv7_jax.training.train_step import TrainState, TrainStep
 
 _REWARD = log_name("held_out", "reward")
+
+# The standard error of that mean, which decides nothing: it is not among the names of a mode.
+_REWARD_ERROR = f"{_REWARD}_error"
 
 
 class ContextMode(DatasetMode, SingleStateMode):
@@ -315,11 +319,18 @@ class TestTimeMode(SingleStateMode):
         return (_REWARD,)
 
     def held_out_metrics(self, params: RWKV7State) -> Metrics:
-        """Measures the mean reward of the most probable answers to held-out questions."""
+        """Measures the mean reward of the most probable answers to held-out questions.
+
+        With its standard error, sqrt(p (1 - p) / n) where a share p of n answers is right.
+        """
         # The tuned model itself, whatever dtype draws the completions.
         sampler = self._sampler(self.model, self.frozen)
-        reward, _ = sampler.mean_reward(params, self._held_out, self._reward)
-        return {_REWARD: Metric.of(reward, "reward")}
+        rewards, _ = sampler.greedy_rewards(params, self._held_out, self._reward)
+        error = rewards.std() / math.sqrt(len(rewards))
+        return {
+            _REWARD: Metric.of(rewards.mean(), "reward"),
+            _REWARD_ERROR: Metric(float(error), "reward", higher_is_better=False),
+        }
 
     def input_digests(self) -> dict[str, str]:
         """Hashes the questions."""
@@ -329,8 +340,9 @@ class TestTimeMode(SingleStateMode):
         return {"data": digest_of(path, None), **content_digests(contents)}
 
     def describe_data(self) -> str:
-        """Names the questions."""
-        return f"{self.settings.data.path}: made as it goes"
+        """Names the questions, and how many of them are measured."""
+        described = self._questions.describe(len(self._held_out))
+        return f"{self.settings.data.path}: {described}"
 
     def _traces(self) -> list[Trace]:
         """Lets the teacher answer, or reads what it has answered elsewhere."""
