@@ -17,6 +17,7 @@ from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import init_state
 from rwkv7_jax.runs.modes.registry import make_mode
+from rwkv7_jax.test_time.traces import read_traces
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +177,16 @@ def test_leaves_and_layers_have_rates_of_their_own_in_every_mode_that_tunes_a_st
             "`config.test_time.updates` must be left out",
         ),
         (
+            "distil",
+            {"test_time.group": 4},
+            "`config.test_time.group` must be left out",
+        ),
+        (
+            "grpo",
+            {"test_time.chains": 4},
+            "`config.test_time.chains` must be left out",
+        ),
+        (
             "expert",
             {"test_time.importance_cap": 2.0},
             "importance_cap` must be left out",
@@ -245,3 +256,32 @@ def test_the_held_out_reward_is_logged_with_its_standard_error(base, tmp_path):
     error = found["held_out_reward_error"].value
     np.testing.assert_allclose(error, (share * (1 - share) / count) ** 0.5)
     assert mode.held_out_names() == ("held_out_reward",)
+
+
+@pytest.mark.parametrize(
+    ("keep", "chains", "least", "most"),
+    [
+        ("all", None, 8, 8),
+        ("all", 4, 32, 32),
+        ("verified", None, 1, 7),
+        ("verified", 4, 9, 31),
+        ("majority", None, 16, 64),
+        ("majority", 2, 1, 16),
+    ],
+)
+def test_a_guide_writes_as_many_chains_as_are_set(
+    base, tmp_path, keep, chains, least, most
+):
+    changes = {"test_time.keep": keep, "test_time.chains": chains}
+    changes["test_time.verifier"] = "smallest_runs:odd_sum"
+    if keep == "majority":
+        changes["test_time.vote_margin"] = 0.0
+    # Few tokens: some answers must agree.
+    changes["test_time.tokens"] = 1
+    changes["test_time.temperature"] = 0.3
+    made("distil", base, tmp_path, **changes)
+    traces = read_traces(tmp_path / "kept_traces.jsonl")
+    assert least <= len(traces) <= most
+    assert len({trace.prompt for trace in traces}) <= 8
+    if keep == "verified":
+        assert all(odd_sum(trace.prompt, trace.completion) for trace in traces)

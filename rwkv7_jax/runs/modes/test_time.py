@@ -373,13 +373,13 @@ class TestTimeMode(SingleStateMode):
             guide, allow_nan=self.settings.allow_nan, mesh=self.mesh
         )
         _require_same_vocabulary(guide, config.vocab_size, self.model, self.tokenizer)
-        teacher = self._sampler(RWKV7(config), params)
+        chains = settings.chains_of_prompt
+        sampler = self._sampler(RWKV7(config), params)
+        teacher = dataclasses.replace(sampler, group=chains)
         vote = None
         if settings.keep == "majority":
             # Two completions agree where they give the same answer, in whatever words.
             vote = (self._questions.given_answer, settings.vote_margin)
-        else:
-            teacher = dataclasses.replace(teacher, group=1)
         self.folder.mkdir(parents=True, exist_ok=True)
         bar = ProgressBar(settings.traces, "teacher")
         traces, budget = collect_traces(
@@ -396,8 +396,9 @@ class TestTimeMode(SingleStateMode):
             on_progress=lambda done, total: bar.update(done, "prompts"),
         )
         bar.close()
+        of_each = f" x {chains}" if chains > 1 else ""
         print(
-            f"teacher   kept {len(traces)} traces of {settings.traces} prompts; {budget}"
+            f"teacher   kept {len(traces)} traces of {settings.traces} prompts{of_each}; {budget}"
         )
         return traces
 
