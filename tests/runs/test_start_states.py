@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from run_programs import MODEL
 from smallest_runs import mode_settings, odd_sum, save_base_model
-from tiny_models import lively
+from tiny_models import lively, random_state
 
 from rwkv7_jax.checkpoints import param_tree
 from rwkv7_jax.checkpoints.model_files import save_model
 from rwkv7_jax.checkpoints.state_files import save_state
+from rwkv7_jax.data.batch import Batch
 from rwkv7_jax.generation.prefill import prefill_state
 from rwkv7_jax.model.config import RWKV7Config
 from rwkv7_jax.model.state import init_state
@@ -285,3 +286,23 @@ def test_a_guide_writes_as_many_chains_as_are_set(
     assert len({trace.prompt for trace in traces}) <= 8
     if keep == "verified":
         assert all(odd_sum(trace.prompt, trace.completion) for trace in traces)
+
+
+def test_the_reference_of_a_policy_is_the_state_that_tuning_starts_from(base, tmp_path):
+    config = made("state", base, tmp_path).model.config
+    state = random_state(config)
+    save_state(tmp_path / "poet.safetensors", state, config=config)
+    start = str(tmp_path / "poet.safetensors")
+    mode = made("grpo", base, tmp_path, start=start, **{"test_time.kl": 0.5})
+    batch = Batch(
+        tokens=np.arange(14).reshape(2, 7) % config.vocab_size,
+        mask=np.ones((2, 6), np.float32),
+        advantages=np.zeros(2, np.float32),
+    )
+    first = mode.init_params()
+    moved = jax.tree.map(jnp.zeros_like, first)
+    assert mode.loss(first, batch)[1]["kl_nats"] < 1e-6
+    # As an update does that is given its memory.
+    for leaf in jax.tree.leaves(first):
+        leaf.delete()
+    assert mode.loss(moved, batch)[1]["kl_nats"] > 1e-3

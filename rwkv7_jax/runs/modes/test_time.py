@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -126,6 +127,9 @@ class TestTimeMode(SingleStateMode):
                 self.frozen,
                 temperature=settings.test_time.temperature,
                 kl=settings.test_time.kl,
+                # Where tuning starts: of a distilled state the rewards keep what it learnt. Copied,
+                # for the first step consumes the state itself.
+                reference=jax.tree.map(jnp.copy, self._initial),
                 leaves=self.tuned_leaves(),
                 epsilon_low=settings.test_time.epsilon_low,
                 epsilon_high=settings.test_time.epsilon_high,

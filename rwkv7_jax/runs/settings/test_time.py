@@ -40,7 +40,8 @@ class TestTimeSettings:
         group: completions of each that the model itself writes.
         tokens: of a completion at most.
         temperature: of sampling.
-        kl: weight of KL(tuned || base) on what was drawn.
+        kl: weight of KL(tuned || start) on what was drawn; the start is the state of
+            `config.start`, without one the untuned model.
         baseline: of "grpo", what a reward is compared with: "mean" of its group, or of the others
             alone ("leave_one_out").
         scale: of "grpo", "std" divides by the group's standard deviation, "none" does not.
